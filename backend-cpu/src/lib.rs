@@ -1,0 +1,1 @@
+//! The CPU reference backend of minisgl: every operation in f32, as plain loops.

@@ -1,0 +1,1 @@
+//! The CUDA backend of minisgl, over the driver API.
