@@ -1,1 +1,12 @@
-//! Scheduler, paged KV manager, backend traits and engine of minisgl: no I/O, no device, no clock.
+//! The Scheduler, the paged KV manager, the backend traits and the engine of minisgl: no I/O, no device, no clock.
+#![no_std]
+#![forbid(unsafe_code)]
+
+extern crate alloc;
+
+pub mod backend;
+pub mod batch;
+pub mod config;
+pub mod request;
+pub mod sampling;
+pub mod tensor;

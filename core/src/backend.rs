@@ -1,0 +1,471 @@
+//! What the engine asks of a device: two traits.
+//!
+//! [`Device`] is memory, order and recorded work: device buffers, pinned staging, two queues, events, capture and
+//! replay. [`Ops`] is the transformer's arithmetic at the grain at which the fastest backend fuses it. The engine
+//! knows the first, a model the second; neither knows which device it runs on.
+//!
+//! Every operation is enqueued and returns at once. Operations of one queue run in the order they were enqueued;
+//! across queues an [`Device::Event`] orders them. Operations never allocate: they write into buffers planned before.
+//!
+//! ```text
+//!   host ── upload ──> [compute queue]  begin_step, embed, layers…, logits, sample ── event ──┐
+//!   host <── bytes ── [copy queue]      download tokens <───────────────────────────────── wait ┘
+//! ```
+
+use alloc::string::String;
+use alloc::vec::Vec;
+use core::ops::Range;
+
+use crate::batch::{Row, StepShape};
+use crate::config::Limits;
+use crate::tensor::HostTensor;
+
+/// One of a device's two queues. Arithmetic runs on `Compute`; results come back on `Copy`, so that the next step
+/// does not wait behind them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Queue {
+    /// Uploads and all arithmetic.
+    Compute,
+    /// Downloads.
+    Copy,
+}
+
+/// What a buffer's elements are. The activation type is the backend's own: f32 on the CPU, bf16 on CUDA.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Element {
+    /// A hidden state, a key or a value, in the backend's activation type.
+    Activation,
+    /// A logit, in the backend's logit type.
+    Logit,
+    /// 32-bit word: token ids, page numbers, the packed batch.
+    Word,
+    /// 32-bit float: rope angles.
+    Float,
+}
+
+/// What memory is asked for; an out-of-memory error names it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Purpose {
+    /// Model weights.
+    Weights,
+    /// The KV pages.
+    KvCache,
+    /// Activations, staging and step metadata.
+    Scratch,
+    /// Recorded decode steps.
+    Graphs,
+}
+
+/// A device as people name it.
+#[derive(Clone, Debug)]
+pub struct DeviceInfo {
+    /// For example `NVIDIA H100 80GB HBM3` or `CPU, 2 threads`.
+    pub name: String,
+    /// Bytes of one [`Element::Activation`].
+    pub activation_bytes: usize,
+    /// Bytes of one [`Element::Logit`].
+    pub logit_bytes: usize,
+    /// The smallest page size, in tokens, that the attention operations take.
+    pub page_size_min: u32,
+}
+
+/// Free and total device memory, in bytes.
+#[derive(Clone, Copy, Debug)]
+pub struct Memory {
+    /// Bytes that can still be allocated.
+    pub free: u64,
+    /// Bytes that the device has.
+    pub total: u64,
+}
+
+/// Memory, order and recorded work of a device.
+///
+/// Buffers are handles, like device addresses: copying one copies no data, and the device frees them all when it is
+/// dropped. Nothing but [`Device::alloc`], [`Device::alloc_pinned`] and [`Device::event`] allocates.
+pub trait Device {
+    /// Why an operation failed; its text tells the user what to do.
+    type Error: core::error::Error + Send + Sync + 'static;
+    /// A range of device memory with one element type.
+    type Buffer: Copy;
+    /// Host memory that copies run from and to without blocking. It remembers the last copy that touches it.
+    type Pinned;
+    /// A point in a queue.
+    type Event;
+    /// A recorded list of operations over fixed buffers.
+    type Graph;
+
+    /// The device's name and element sizes.
+    fn info(&self) -> DeviceInfo;
+
+    /// Memory free now.
+    fn memory(&self) -> Result<Memory, Self::Error>;
+
+    /// Allocates `elements` elements; their values are undefined.
+    fn alloc(
+        &mut self,
+        purpose: Purpose,
+        element: Element,
+        elements: usize,
+    ) -> Result<Self::Buffer, Self::Error>;
+
+    /// The part `range` (in elements) of a buffer.
+    fn slice(&self, buffer: Self::Buffer, range: Range<usize>) -> Self::Buffer;
+
+    /// Allocates pinned host memory of `words` 32-bit words, zeroed.
+    fn alloc_pinned(&mut self, words: usize) -> Result<Self::Pinned, Self::Error>;
+
+    /// The words of pinned memory, after waiting for the last download into it.
+    fn words<'a>(&self, pinned: &'a Self::Pinned) -> Result<&'a [u32], Self::Error>;
+
+    /// The words of pinned memory, to be written, after waiting for every copy that touches it.
+    fn words_mut<'a>(&self, pinned: &'a mut Self::Pinned) -> Result<&'a mut [u32], Self::Error>;
+
+    /// Enqueues on the compute queue a copy of words `range` to the same range of `to` (of words or floats).
+    fn upload(
+        &mut self,
+        from: &mut Self::Pinned,
+        range: Range<usize>,
+        to: Self::Buffer,
+    ) -> Result<(), Self::Error>;
+
+    /// Enqueues on `queue` a copy of the first `words` words of `from` to the start of `to`.
+    fn download(
+        &mut self,
+        queue: Queue,
+        from: Self::Buffer,
+        words: usize,
+        to: &mut Self::Pinned,
+    ) -> Result<(), Self::Error>;
+
+    /// Creates an event, not recorded yet.
+    fn event(&mut self) -> Result<Self::Event, Self::Error>;
+
+    /// Records an event behind everything now in `queue`.
+    fn record(&mut self, queue: Queue, event: &mut Self::Event) -> Result<(), Self::Error>;
+
+    /// Makes later work of `queue` wait for an event. The host does not wait.
+    fn wait(&mut self, queue: Queue, event: &Self::Event) -> Result<(), Self::Error>;
+
+    /// Milliseconds between two recorded events, after waiting for both.
+    fn elapsed_ms(&self, from: &Self::Event, to: &Self::Event) -> Result<f32, Self::Error>;
+
+    /// Waits on the host for everything enqueued.
+    fn synchronize(&mut self) -> Result<(), Self::Error>;
+
+    /// From here to [`Device::end_capture`] the compute queue's operations are recorded, not run.
+    fn begin_capture(&mut self) -> Result<(), Self::Error>;
+
+    /// Ends the recording and makes it ready for replay.
+    fn end_capture(&mut self) -> Result<Self::Graph, Self::Error>;
+
+    /// Enqueues the recorded operations on the compute queue.
+    fn replay(&mut self, graph: &Self::Graph) -> Result<(), Self::Error>;
+}
+
+/// One step as operations see it: its padded counts, and where its data lies on the device.
+#[derive(Clone, Copy, Debug)]
+pub struct Step<Buf> {
+    /// Counts that fix the sizes of grids and loops.
+    pub shape: StepShape,
+    /// The packed batch (words); see [`crate::batch::Layout`].
+    pub batch: Buf,
+    /// Where the parts of the packed batch begin.
+    pub layout: crate::batch::Layout,
+    /// `[slots + 1, table_width]` page numbers (words).
+    pub page_table: Buf,
+    /// Entries of a slot in the page table.
+    pub table_width: u32,
+    /// Tokens of a page, a power of two.
+    pub page_size: u32,
+    /// `[slots + 1]` the token sampled last in each slot (words).
+    pub token_pool: Buf,
+}
+
+/// Keys and values of one layer, each `[pages + 1, kv_heads, page_size, head_dim]` activations.
+#[derive(Clone, Copy, Debug)]
+pub struct KvLayer<Buf> {
+    /// Keys, after q/k norm and rope.
+    pub k: Buf,
+    /// Values.
+    pub v: Buf,
+}
+
+/// Sizes of a decoder of the Llama family.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Dims {
+    /// Decoder layers.
+    pub layers: u32,
+    /// Width of the residual stream.
+    pub hidden: u32,
+    /// Query heads.
+    pub heads: u32,
+    /// Key and value heads; divides `heads`.
+    pub kv_heads: u32,
+    /// Elements of a head.
+    pub head_dim: u32,
+    /// Width of the MLP.
+    pub intermediate: u32,
+    /// Tokens that the head tells apart.
+    pub vocab: u32,
+    /// Epsilon of every RMSNorm.
+    pub norm_eps: f32,
+}
+
+impl Dims {
+    /// Width of a fused q, k, v row: `(heads + 2 kv_heads) * head_dim`.
+    pub fn qkv_width(&self) -> usize {
+        (self.heads + 2 * self.kv_heads) as usize * self.head_dim as usize
+    }
+
+    /// Width of a row of all query heads: `heads * head_dim`.
+    pub fn q_width(&self) -> usize {
+        self.heads as usize * self.head_dim as usize
+    }
+}
+
+/// Weights of one decoder layer.
+#[derive(Clone, Copy, Debug)]
+pub struct LayerWeights<W> {
+    /// `[hidden]`, before attention.
+    pub input_norm: W,
+    /// `[qkv_width, hidden]`: rows of q, then k, then v.
+    pub qkv: W,
+    /// `[head_dim]`, of each query head.
+    pub q_norm: W,
+    /// `[head_dim]`, of each key head.
+    pub k_norm: W,
+    /// `[hidden, q_width]`.
+    pub o: W,
+    /// `[hidden]`, before the MLP.
+    pub post_norm: W,
+    /// `[2 * intermediate, hidden]`: rows of gate, then up.
+    pub gate_up: W,
+    /// `[hidden, intermediate]`.
+    pub down: W,
+}
+
+/// Buffers that a decoder layer works in, each for as many tokens as a step may have.
+#[derive(Clone, Copy, Debug)]
+pub struct LayerBuffers<Buf> {
+    /// `[tokens, hidden]`: the residual stream.
+    pub residual: Buf,
+    /// `[tokens, hidden]`: what the layer before adds to the residual stream; this layer leaves its own there.
+    pub delta: Buf,
+    /// `[tokens, hidden]`: the residual stream, normed.
+    pub normed: Buf,
+    /// `[tokens, qkv_width]`.
+    pub qkv: Buf,
+    /// `[tokens, q_width]`: what attention gives.
+    pub attended: Buf,
+    /// `[tokens, 2 * intermediate]`.
+    pub gate_up: Buf,
+    /// `[tokens, intermediate]`: silu(gate) * up.
+    pub activated: Buf,
+}
+
+/// How a matrix is going to be used, so that a backend may store it as its kernels like it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum WeightRole {
+    /// `[width]`: a norm's scale.
+    Norm,
+    /// `[vocab, hidden]`: gathered by token id; the head too where the two are tied.
+    Embedding,
+    /// `[out, in]`: a linear layer.
+    Linear,
+    /// `[2 * intermediate, hidden]`: gate rows, then up rows; only ever used through [`Ops::gate_up_silu`].
+    GateUp,
+}
+
+/// The transformer's arithmetic. Sizes come from the step, the weights and [`Ops::reserve`].
+pub trait Ops: Device {
+    /// A weight on the device; a handle like [`Device::Buffer`].
+    type Weight: Copy;
+
+    /// Plans the scratch memory of all operations for a model and capacities, once, before the first step. Returns the
+    /// words that [`Ops::plan`] may fill in each step.
+    fn reserve(&mut self, dims: &Dims, limits: &Limits) -> Result<usize, Self::Error>;
+
+    /// Puts a weight on the device. The parts are stacked along the first dimension.
+    fn load(&mut self, role: WeightRole, parts: &[HostTensor]) -> Result<Self::Weight, Self::Error>;
+
+    /// Derives a backend's own plan for a step (its attention work list, say) from the rows, padding included. Runs
+    /// on the host; the words travel with the batch. Must not allocate.
+    fn plan(&self, shape: StepShape, rows: &[Row], words: &mut [u32]);
+
+    /// Applies the batch's page-table updates. The first operation of every step.
+    fn begin_step(&mut self, step: &Step<Self::Buffer>) -> Result<(), Self::Error>;
+
+    /// `out[t] = table[id of token t]`, where the id is the batch's or, for [`crate::batch::LAST_TOKEN`], the pool's.
+    fn embed(
+        &mut self,
+        step: &Step<Self::Buffer>,
+        table: Self::Weight,
+        out: Self::Buffer,
+    ) -> Result<(), Self::Error>;
+
+    /// `out = x / sqrt(mean(x^2) + eps) * weight` for `tokens` rows (Zhang and Sennrich, 2019).
+    fn rms_norm(
+        &mut self,
+        tokens: u32,
+        x: Self::Buffer,
+        weight: Self::Weight,
+        out: Self::Buffer,
+    ) -> Result<(), Self::Error>;
+
+    /// `residual += delta`, then `out = rms_norm(residual)`.
+    fn add_rms_norm(
+        &mut self,
+        tokens: u32,
+        residual: Self::Buffer,
+        delta: Self::Buffer,
+        weight: Self::Weight,
+        out: Self::Buffer,
+    ) -> Result<(), Self::Error>;
+
+    /// `out[t] = weight @ x[t]` for `tokens` rows.
+    fn linear(
+        &mut self,
+        tokens: u32,
+        x: Self::Buffer,
+        weight: Self::Weight,
+        out: Self::Buffer,
+    ) -> Result<(), Self::Error>;
+
+    /// RMSNorm of each query and key head, rotary embedding (Su et al., 2021; halves rotated as in Hugging Face's
+    /// Qwen3), in place in `qkv`; keys and values are also stored at each token's location. `rope` is
+    /// `[positions, head_dim / 2]` pairs of cosine and sine.
+    #[allow(clippy::too_many_arguments)]
+    fn qk_norm_rope_store(
+        &mut self,
+        step: &Step<Self::Buffer>,
+        qkv: Self::Buffer,
+        q_norm: Self::Weight,
+        k_norm: Self::Weight,
+        rope: Self::Buffer,
+        kv: KvLayer<Self::Buffer>,
+    ) -> Result<(), Self::Error>;
+
+    /// Causal attention of each token over its slot's pages, positions 0 to its own. Reads q from `qkv`; writes
+    /// `[tokens, q_width]`.
+    fn attention(
+        &mut self,
+        step: &Step<Self::Buffer>,
+        qkv: Self::Buffer,
+        kv: KvLayer<Self::Buffer>,
+        out: Self::Buffer,
+    ) -> Result<(), Self::Error>;
+
+    /// `out = silu(gate) * up` with `gate, up = weight @ x` (Shazeer, 2020). `gate_up` is scratch for the product.
+    fn gate_up_silu(
+        &mut self,
+        tokens: u32,
+        x: Self::Buffer,
+        weight: Self::Weight,
+        gate_up: Self::Buffer,
+        out: Self::Buffer,
+    ) -> Result<(), Self::Error>;
+
+    /// For the last token of each sampled row: `out = rms_norm(residual + delta)`, `[samples, hidden]`.
+    fn final_norm(
+        &mut self,
+        step: &Step<Self::Buffer>,
+        residual: Self::Buffer,
+        delta: Self::Buffer,
+        weight: Self::Weight,
+        out: Self::Buffer,
+    ) -> Result<(), Self::Error>;
+
+    /// `out = head @ x`, `[samples, vocab]` logits.
+    fn logits(
+        &mut self,
+        step: &Step<Self::Buffer>,
+        x: Self::Buffer,
+        head: Self::Weight,
+        out: Self::Buffer,
+    ) -> Result<(), Self::Error>;
+
+    /// Draws a token for each sampled row by [`crate::sampling`]'s definition, into `tokens` (`[samples]` words) and
+    /// the token pool.
+    fn sample(
+        &mut self,
+        step: &Step<Self::Buffer>,
+        logits: Self::Buffer,
+        tokens: Self::Buffer,
+    ) -> Result<(), Self::Error>;
+
+    /// For each sampled row that asks for them: the log-probabilities of its token and of the most probable ones, as
+    /// [`crate::sampling::RowLogprobs`] words.
+    fn logprobs(
+        &mut self,
+        step: &Step<Self::Buffer>,
+        logits: Self::Buffer,
+        tokens: Self::Buffer,
+        out: Self::Buffer,
+    ) -> Result<(), Self::Error>;
+
+    /// A whole decoder layer. `first` says that there is no delta to add yet. A backend that can fuse across the
+    /// operations overrides this body.
+    #[allow(clippy::too_many_arguments)]
+    fn decoder_layer(
+        &mut self,
+        step: &Step<Self::Buffer>,
+        first: bool,
+        weights: &LayerWeights<Self::Weight>,
+        rope: Self::Buffer,
+        kv: KvLayer<Self::Buffer>,
+        buffers: &LayerBuffers<Self::Buffer>,
+    ) -> Result<(), Self::Error> {
+        let tokens = step.shape.tokens;
+        let b = buffers;
+        if first {
+            self.rms_norm(tokens, b.residual, weights.input_norm, b.normed)?;
+        } else {
+            self.add_rms_norm(tokens, b.residual, b.delta, weights.input_norm, b.normed)?;
+        }
+        self.linear(tokens, b.normed, weights.qkv, b.qkv)?;
+        self.qk_norm_rope_store(step, b.qkv, weights.q_norm, weights.k_norm, rope, kv)?;
+        self.attention(step, b.qkv, kv, b.attended)?;
+        self.linear(tokens, b.attended, weights.o, b.delta)?;
+        self.add_rms_norm(tokens, b.residual, b.delta, weights.post_norm, b.normed)?;
+        self.gate_up_silu(tokens, b.normed, weights.gate_up, b.gate_up, b.activated)?;
+        self.linear(tokens, b.activated, weights.down, b.delta)
+    }
+}
+
+/// A model over a backend: it turns the step's batch into sampled tokens.
+pub trait Model<B: Device> {
+    /// Bytes of KV that one page takes, over all layers.
+    fn page_bytes(&self, page_size: u32) -> u64;
+
+    /// Tokens that the output layer tells apart; ids in prompts lie below it.
+    fn vocab(&self) -> u32;
+
+    /// The longest sequence, in tokens, that the model's positions reach.
+    fn max_positions(&self) -> u32;
+
+    /// Plans the model's buffers for these capacities, with `limits.pages + 1` KV pages, once, before the first step.
+    /// Returns the words that [`Model::plan`] may fill in each step.
+    fn reserve(&mut self, backend: &mut B, limits: &Limits) -> Result<usize, B::Error>;
+
+    /// See [`Ops::plan`].
+    fn plan(&self, backend: &B, shape: StepShape, rows: &[Row], words: &mut [u32]);
+
+    /// Enqueues a step: from the packed batch to `tokens`, `[samples]` words, and the token pool.
+    fn forward(&mut self, backend: &mut B, step: &Step<B::Buffer>, tokens: B::Buffer)
+    -> Result<(), B::Error>;
+
+    /// Enqueues the log-probabilities of the step just run, `[samples]` [`crate::sampling::RowLogprobs`].
+    fn logprobs(
+        &mut self,
+        backend: &mut B,
+        step: &Step<B::Buffer>,
+        tokens: B::Buffer,
+        out: B::Buffer,
+    ) -> Result<(), B::Error>;
+
+    /// Bytes of weights that a decode step reads, for the byte model of the reports.
+    fn weight_bytes(&self) -> u64;
+}
+
+/// KV buffers of every layer.
+pub type KvCache<Buf> = Vec<KvLayer<Buf>>;

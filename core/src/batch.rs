@@ -1,0 +1,371 @@
+//! A step's batch: plain words, laid out once, sent to the device as one copy.
+//!
+//! ```text
+//!   word 0        16            16 + plan        + 16 rows            + 2 updates          + 4 tokens
+//!   | Header      | plan words  | Row, Row, …    | PageUpdate, …      | Token, Token, …    |
+//! ```
+//!
+//! Every part begins at a fixed offset ([`Layout`]), so a recorded step finds it where it was; parts are sized for the
+//! largest step, and the tokens come last, so that a decode step copies only a few KiB.
+//!
+//! A decode step has one token a row, row i owning token i. A prefill step packs the rows' tokens back to back; its
+//! last row may be a chunk whose prompt is not finished, and then that row is not sampled: `samples == rows - 1`.
+//!
+//! Invariant: `rows[i].first_token` is the sum of the counts before it, and the sampled rows come first.
+
+use alloc::vec;
+use alloc::vec::Vec;
+
+use bytemuck::{Pod, Zeroable};
+
+use crate::config::Limits;
+use crate::request::Ticket;
+
+/// In [`Token::id`]: the token that the slot sampled last, not yet known to the host.
+pub const LAST_TOKEN: u32 = u32::MAX;
+
+/// Words of a header.
+pub const HEADER_WORDS: usize = size_of::<Header>() / 4;
+/// Words of a row.
+pub const ROW_WORDS: usize = size_of::<Row>() / 4;
+/// Words of a page update.
+pub const UPDATE_WORDS: usize = size_of::<PageUpdate>() / 4;
+/// Words of a token.
+pub const TOKEN_WORDS: usize = size_of::<Token>() / 4;
+
+/// The counts of a step.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
+pub struct Header {
+    /// Rows, padding included.
+    pub rows: u32,
+    /// Tokens, padding included.
+    pub tokens: u32,
+    /// Rows that are sampled; they come first.
+    pub samples: u32,
+    /// Page-table entries that changed.
+    pub updates: u32,
+    /// Zero; makes the header 64 bytes.
+    pub reserved: [u32; 12],
+}
+
+/// One request's share of a step.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Pod, Zeroable)]
+pub struct Row {
+    /// Row of the page table and of the token pool.
+    pub slot: u32,
+    /// Index of its first token among the step's tokens.
+    pub first_token: u32,
+    /// How many tokens it has.
+    pub tokens: u32,
+    /// Position in the sequence of its first token.
+    pub position: u32,
+    /// Tokens that its last token attends to: `position + tokens`. Also the position of the token it samples.
+    pub kv_len: u32,
+    /// 1 if the row is sampled, else 0.
+    pub sampled: u32,
+    /// 0 takes the most probable token.
+    pub temperature: f32,
+    /// 0 keeps every token.
+    pub top_k: u32,
+    /// 1 keeps every token.
+    pub top_p: f32,
+    /// 0 keeps every token.
+    pub min_p: f32,
+    /// Low word of the request's seed.
+    pub seed_low: u32,
+    /// High word of the request's seed.
+    pub seed_high: u32,
+    /// 0: no log-probabilities; 1 + k: those of the token drawn and of the k most probable.
+    pub logprobs: u32,
+    /// Zero; makes the row 64 bytes.
+    pub reserved: [u32; 3],
+}
+
+/// A page-table entry that changed.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
+pub struct PageUpdate {
+    /// `slot * table_width + i` for the slot's i-th page.
+    pub index: u32,
+    /// The page.
+    pub page: u32,
+}
+
+/// One token to run.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
+pub struct Token {
+    /// Its id, or [`LAST_TOKEN`].
+    pub id: u32,
+    /// Its request's slot.
+    pub slot: u32,
+    /// Its position in the sequence.
+    pub position: u32,
+    /// Where its key and value go: `page * page_size + position % page_size`.
+    pub location: u32,
+}
+
+/// What kind of step it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Phase {
+    /// Rows of many tokens: prompts, chunks of prompts, resumed requests.
+    Prefill,
+    /// One token a row.
+    Decode,
+}
+
+/// The counts that fix grid sizes; padding included.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct StepShape {
+    /// Prefill or decode.
+    pub phase: Phase,
+    /// Rows.
+    pub rows: u32,
+    /// Tokens.
+    pub tokens: u32,
+    /// Sampled rows.
+    pub samples: u32,
+}
+
+impl StepShape {
+    /// A decode step of `rows` rows.
+    pub fn decode(rows: u32) -> Self {
+        StepShape { phase: Phase::Decode, rows, tokens: rows, samples: rows }
+    }
+}
+
+/// Word offsets of the packed batch's parts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Layout {
+    /// First plan word.
+    pub plan: usize,
+    /// First row.
+    pub rows: usize,
+    /// First page update.
+    pub updates: usize,
+    /// First token.
+    pub tokens: usize,
+    /// Words of the whole.
+    pub words: usize,
+}
+
+impl Layout {
+    /// The layout for these capacities and a backend's plan words.
+    pub fn new(limits: &Limits, plan_words: usize) -> Self {
+        let plan = HEADER_WORDS;
+        let rows = plan + plan_words.next_multiple_of(ROW_WORDS);
+        let updates = rows + limits.running as usize * ROW_WORDS;
+        let tokens = updates + (limits.page_updates() * UPDATE_WORDS).next_multiple_of(TOKEN_WORDS);
+        Layout { plan, rows, updates, tokens, words: tokens + limits.step_tokens() * TOKEN_WORDS }
+    }
+}
+
+/// A batch being built on the host, with what only the host needs: whose row is whose.
+#[derive(Debug)]
+pub struct Batch {
+    phase: Phase,
+    rows: Vec<Row>,
+    updates: Vec<PageUpdate>,
+    tokens: Vec<Token>,
+    /// The request of each row.
+    owners: Vec<Ticket>,
+    samples: u32,
+    capacity_updates: usize,
+    capacity_tokens: usize,
+    capacity_rows: usize,
+}
+
+impl Batch {
+    /// An empty batch with room for the largest step.
+    pub fn new(limits: &Limits) -> Self {
+        let rows = limits.running as usize;
+        Batch {
+            phase: Phase::Decode,
+            rows: Vec::with_capacity(rows),
+            updates: Vec::with_capacity(limits.page_updates()),
+            tokens: Vec::with_capacity(limits.step_tokens()),
+            owners: Vec::with_capacity(rows),
+            samples: 0,
+            capacity_updates: limits.page_updates(),
+            capacity_tokens: limits.step_tokens(),
+            capacity_rows: rows,
+        }
+    }
+
+    /// Empties the batch for a step of this phase.
+    pub fn clear(&mut self, phase: Phase) {
+        self.phase = phase;
+        self.rows.clear();
+        self.updates.clear();
+        self.tokens.clear();
+        self.owners.clear();
+        self.samples = 0;
+    }
+
+    /// Prefill or decode.
+    pub fn phase(&self) -> Phase {
+        self.phase
+    }
+
+    /// Nothing to run?
+    pub fn is_empty(&self) -> bool {
+        self.rows.is_empty()
+    }
+
+    /// The rows, padding not included.
+    pub fn rows(&self) -> &[Row] {
+        &self.rows
+    }
+
+    /// The tokens, padding not included.
+    pub fn tokens(&self) -> &[Token] {
+        &self.tokens
+    }
+
+    /// The page-table entries that changed.
+    pub fn updates(&self) -> &[PageUpdate] {
+        &self.updates
+    }
+
+    /// The request of each row.
+    pub fn owners(&self) -> &[Ticket] {
+        &self.owners
+    }
+
+    /// Tokens that still fit.
+    pub fn room_for_tokens(&self) -> usize {
+        self.capacity_tokens - self.tokens.len()
+    }
+
+    /// Rows that are sampled.
+    pub fn samples(&self) -> u32 {
+        self.samples
+    }
+
+    /// Does any row ask for log-probabilities?
+    pub fn wants_logprobs(&self) -> bool {
+        self.rows.iter().any(|row| row.logprobs > 0)
+    }
+
+    /// The step's counts without padding.
+    pub fn shape(&self) -> StepShape {
+        StepShape {
+            phase: self.phase,
+            rows: self.rows.len() as u32,
+            tokens: self.tokens.len() as u32,
+            samples: self.samples,
+        }
+    }
+
+    /// Is there room for a row with at least one token?
+    pub fn has_room_for_row(&self) -> bool {
+        self.rows.len() < self.capacity_rows && self.tokens.len() < self.capacity_tokens
+    }
+
+    /// Page-table updates that still fit.
+    pub fn room_for_updates(&self) -> usize {
+        self.capacity_updates - self.updates.len()
+    }
+
+    /// Adds a page-table update.
+    pub fn push_update(&mut self, update: PageUpdate) {
+        debug_assert!(self.updates.len() < self.capacity_updates);
+        self.updates.push(update);
+    }
+
+    /// Adds a token of the row pushed last.
+    pub fn push_token(&mut self, token: Token) {
+        debug_assert!(self.tokens.len() < self.capacity_tokens);
+        self.tokens.push(token);
+    }
+
+    /// Adds a row whose tokens are going to be pushed next.
+    pub fn push_row(&mut self, owner: Ticket, row: Row) {
+        debug_assert!(self.rows.len() < self.capacity_rows);
+        debug_assert!(self.samples as usize == self.rows.len(), "an unsampled row is the last one");
+        self.samples += row.sampled;
+        self.rows.push(row);
+        self.owners.push(owner);
+    }
+
+    /// Writes the batch into `words`, padded with dummy rows up to `shape`, and returns how many words hold it. The
+    /// plan words are left to the backend.
+    pub fn pack(&self, layout: &Layout, shape: StepShape, dummy: Dummy, words: &mut [u32]) -> usize {
+        let header = Header {
+            rows: shape.rows,
+            tokens: shape.tokens,
+            samples: shape.samples,
+            updates: self.updates.len() as u32,
+            reserved: [0; 12],
+        };
+        words[..HEADER_WORDS].copy_from_slice(bytemuck::cast_slice(&[header]));
+        let rows = packed_rows_mut(layout, shape.rows as usize, words);
+        rows[..self.rows.len()].copy_from_slice(&self.rows);
+        let first_padding_token = self.tokens.len() as u32;
+        for (i, row) in rows[self.rows.len()..].iter_mut().enumerate() {
+            *row = dummy.row(first_padding_token + i as u32);
+        }
+        let updates: &[u32] = bytemuck::cast_slice(&self.updates);
+        words[layout.updates..][..updates.len()].copy_from_slice(updates);
+        let tokens: &mut [Token] =
+            bytemuck::cast_slice_mut(&mut words[layout.tokens..][..shape.tokens as usize * TOKEN_WORDS]);
+        tokens[..self.tokens.len()].copy_from_slice(&self.tokens);
+        tokens[self.tokens.len()..].fill(dummy.token());
+        layout.tokens + shape.tokens as usize * TOKEN_WORDS
+    }
+}
+
+/// Where padding rows point: a slot and a page that no request has.
+#[derive(Clone, Copy, Debug)]
+pub struct Dummy {
+    /// The slot behind the last one.
+    pub slot: u32,
+    /// Location of the first token of the page behind the last one.
+    pub location: u32,
+}
+
+impl Dummy {
+    fn row(self, first_token: u32) -> Row {
+        Row {
+            slot: self.slot,
+            first_token,
+            tokens: 1,
+            position: 0,
+            kv_len: 1,
+            sampled: 1,
+            top_p: 1.0,
+            ..Row::default()
+        }
+    }
+
+    fn token(self) -> Token {
+        Token { id: 0, slot: self.slot, position: 0, location: self.location }
+    }
+}
+
+/// The rows of a packed batch.
+pub fn packed_rows<'a>(layout: &Layout, rows: usize, words: &'a [u32]) -> &'a [Row] {
+    bytemuck::cast_slice(&words[layout.rows..][..rows * ROW_WORDS])
+}
+
+fn packed_rows_mut<'a>(layout: &Layout, rows: usize, words: &'a mut [u32]) -> &'a mut [Row] {
+    bytemuck::cast_slice_mut(&mut words[layout.rows..][..rows * ROW_WORDS])
+}
+
+/// The tokens of a packed batch.
+pub fn packed_tokens<'a>(layout: &Layout, tokens: usize, words: &'a [u32]) -> &'a [Token] {
+    bytemuck::cast_slice(&words[layout.tokens..][..tokens * TOKEN_WORDS])
+}
+
+/// The page-table updates of a packed batch.
+pub fn packed_updates<'a>(layout: &Layout, words: &'a [u32]) -> &'a [PageUpdate] {
+    let updates = words[3] as usize;
+    bytemuck::cast_slice(&words[layout.updates..][..updates * UPDATE_WORDS])
+}
+
+/// A packed batch of zeros, for a backend's own tests.
+pub fn zeroed_words(layout: &Layout) -> Vec<u32> {
+    vec![0; layout.words]
+}

@@ -1,0 +1,89 @@
+//! Capacities of an engine: fixed when it is built, so that nothing grows afterwards.
+
+use thiserror::Error;
+
+/// How many of each thing there can be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// Requests that run at once: slots, and the rows of the largest decode step.
+    pub running: u32,
+    /// Requests that wait; a further one is refused with `QueueFull`.
+    pub queued: u32,
+    /// Tokens of a sequence, prompt and output together.
+    pub sequence: u32,
+    /// Tokens of a prefill step.
+    pub prefill_tokens: u32,
+    /// Tokens of a KV page, a power of two.
+    pub page_size: u32,
+    /// KV pages, without the dummy page.
+    pub pages: u32,
+    /// Rows of the largest recorded decode step; 0 records none.
+    pub graph_rows: u32,
+}
+
+/// Capacities that make no engine.
+#[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
+pub enum LimitsError {
+    /// A capacity is zero.
+    #[error("{0} is 0; it must be at least 1")]
+    Zero(&'static str),
+    /// The page size is no power of two.
+    #[error("page size {0} is not a power of two; use 16, 32 or 64")]
+    PageSize(u32),
+    /// The page size is below what the backend's attention takes.
+    #[error("page size {page_size} is below this device's minimum of {min}")]
+    PageSizeBelowMin {
+        /// As asked for.
+        page_size: u32,
+        /// What the device takes.
+        min: u32,
+    },
+    /// Numbers no longer fit 32 bits.
+    #[error("{0} is too large: token locations and page-table indices must fit 32 bits")]
+    TooLarge(&'static str),
+}
+
+impl Limits {
+    /// Checks that an engine can be built with these.
+    pub fn check(&self) -> Result<(), LimitsError> {
+        let fields = [
+            (self.running, "max running requests"),
+            (self.queued, "queue capacity"),
+            (self.sequence, "max sequence length"),
+            (self.prefill_tokens, "max prefill tokens"),
+            (self.pages, "number of pages"),
+        ];
+        if let Some((_, name)) = fields.into_iter().find(|(value, _)| *value == 0) {
+            return Err(LimitsError::Zero(name));
+        }
+        if !self.page_size.is_power_of_two() {
+            return Err(LimitsError::PageSize(self.page_size));
+        }
+        let fits = |product: u64| product < u64::from(u32::MAX);
+        if !fits((u64::from(self.pages) + 1) * u64::from(self.page_size)) {
+            return Err(LimitsError::TooLarge("number of pages"));
+        }
+        if !fits((u64::from(self.running) + 1) * u64::from(self.table_width())) {
+            return Err(LimitsError::TooLarge("max sequence length"));
+        }
+        if !fits((u64::from(self.running) + u64::from(self.queued)) * u64::from(self.sequence)) {
+            return Err(LimitsError::TooLarge("queue capacity"));
+        }
+        Ok(())
+    }
+
+    /// Pages of the longest sequence: the width of the page table.
+    pub fn table_width(&self) -> u32 {
+        self.sequence.div_ceil(self.page_size)
+    }
+
+    /// Tokens of the largest step, prefill or padded decode.
+    pub fn step_tokens(&self) -> usize {
+        self.prefill_tokens.max(self.running) as usize
+    }
+
+    /// Page-table entries that one step may change: the new pages of a full step, and one request's whole prefix.
+    pub fn page_updates(&self) -> usize {
+        self.step_tokens().div_ceil(self.page_size as usize) + (self.running + self.table_width()) as usize
+    }
+}

@@ -1,0 +1,106 @@
+//! What goes into the scheduler and what comes out: requests and events.
+
+use thiserror::Error;
+
+use crate::sampling::{RowLogprobs, SamplingError, SamplingParams};
+
+/// A request's name inside the engine: an entry of the request table and which of its tenants is meant.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Ticket {
+    /// Entry of the request table.
+    pub entry: u32,
+    /// Counts the entry's tenants, so that an old ticket opens nothing.
+    pub generation: u32,
+}
+
+/// A request as submitted.
+#[derive(Clone, Copy, Debug)]
+pub struct Request<'a> {
+    /// Token ids of the prompt, at least one.
+    pub prompt: &'a [u32],
+    /// How its tokens are drawn.
+    pub params: SamplingParams,
+}
+
+/// A request taken in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Submitted {
+    /// Its name in events.
+    pub ticket: Ticket,
+    /// Output tokens it may have at most: `max_tokens`, or fewer where the sequence limit or the pool ends it first.
+    pub max_tokens: u32,
+}
+
+/// A request that was not taken in.
+#[derive(Clone, Copy, Debug, Error, PartialEq)]
+pub enum SubmitError {
+    /// Back-pressure: submit again after some steps.
+    #[error(
+        "the queue is full ({capacity} requests wait); run steps until one is admitted, then submit again"
+    )]
+    QueueFull {
+        /// Requests that may wait.
+        capacity: u32,
+    },
+    /// Nothing to go on from.
+    #[error("the prompt is empty; give at least one token")]
+    EmptyPrompt,
+    /// No room for a single output token.
+    #[error(
+        "the prompt has {tokens} tokens, but at most {limit} leave room for an output token; \
+         shorten it or raise the sequence limit (--max-seq-len) and the pool (--num-pages)"
+    )]
+    PromptTooLong {
+        /// Of the prompt.
+        tokens: usize,
+        /// Longest prompt that can run.
+        limit: u32,
+    },
+    /// An id that the model has no embedding for.
+    #[error("token id {id} at position {position} is outside the vocabulary of {vocab} tokens")]
+    TokenOutsideVocabulary {
+        /// The id.
+        id: u32,
+        /// Where in the prompt.
+        position: usize,
+        /// Ids lie below it.
+        vocab: u32,
+    },
+    /// A parameter out of its range.
+    #[error(transparent)]
+    Sampling(#[from] SamplingError),
+}
+
+/// Why a request ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum FinishReason {
+    /// It has as many tokens as it may have.
+    Length,
+    /// It drew an end-of-sequence token, which is its last token.
+    Eos,
+    /// It was aborted.
+    Abort,
+}
+
+/// What a step brought about.
+#[derive(Clone, Copy, Debug)]
+pub enum Event<'a> {
+    /// A request has another token.
+    Token {
+        /// Whose.
+        ticket: Ticket,
+        /// Its id.
+        token: u32,
+        /// Where the request asked for them.
+        logprobs: Option<&'a RowLogprobs>,
+    },
+    /// A request ended; its ticket is void from here on.
+    Finished {
+        /// Whose.
+        ticket: Ticket,
+        /// Why.
+        reason: FinishReason,
+        /// Prompt tokens that the prefix cache held when it was first admitted.
+        cached_tokens: u32,
+    },
+}

@@ -1,0 +1,176 @@
+//! How a token is drawn: the definition that every backend follows, so that each draws the same token.
+//!
+//! Given the logits `l` of a row (f32, or widened to f32) and its parameters:
+//!
+//! 1. Temperature 0 is greedy: the token is `argmax l`, the lowest id among equals; no random numbers, no filters.
+//! 2. Otherwise `z_i = l_i / temperature`.
+//! 3. `top_k > 0` keeps `z_i >= ` the k-th largest z (counted with repetition); equals of the k-th all stay.
+//! 4. `top_p < 1` keeps, of those, `z_i >= t` for the largest `t` whose kept tokens hold at least `top_p` of the mass
+//!    `exp(z_i)` that step 3 left; equals of the last one all stay.
+//! 5. `min_p > 0` keeps `z_i >= max z + ln(min_p)`: at least `min_p` times as probable as the most probable.
+//! 6. The token is `argmax (z_i + g_i)` over what is kept, the lowest id among equals, where
+//!    `g_i = -ln(-ln u_i)` is a Gumbel variate: this draws from the softmax of the kept z (the Gumbel-max trick,
+//!    Gumbel 1954) without summing it.
+//!
+//! `u_i` is [`uniform`] of word `i % 4` of [`philox`] at counter `(i / 4, position, 0, 0)`, keyed by the request's
+//! seed; `position` is that of the token drawn. So a token depends on its request's seed and position alone, never on
+//! the batch, the step or the device.
+//!
+//! Log-probabilities are those of `softmax(l)`: before temperature and filters.
+
+use bytemuck::{Pod, Zeroable};
+use thiserror::Error;
+
+/// How many alternatives' log-probabilities a request may ask for.
+pub const TOP_LOGPROBS_MAX: usize = 20;
+
+/// How a request's tokens are drawn.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct SamplingParams {
+    /// 0 is greedy; higher is flatter.
+    pub temperature: f32,
+    /// Keep the k most probable tokens; 0 keeps all.
+    pub top_k: u32,
+    /// Keep the most probable tokens that hold this mass, in (0, 1].
+    pub top_p: f32,
+    /// Keep tokens at least this many times as probable as the most probable, in [0, 1].
+    pub min_p: f32,
+    /// The same seed draws the same tokens.
+    pub seed: u64,
+    /// Output tokens at most.
+    pub max_tokens: u32,
+    /// Go on past end-of-sequence tokens.
+    pub ignore_eos: bool,
+    /// `Some(k)`: give the log-probability of each token drawn and of the k most probable ones, k <= 20.
+    pub logprobs: Option<u32>,
+}
+
+impl Default for SamplingParams {
+    fn default() -> Self {
+        SamplingParams {
+            temperature: 0.0,
+            top_k: 0,
+            top_p: 1.0,
+            min_p: 0.0,
+            seed: 0,
+            max_tokens: 128,
+            ignore_eos: false,
+            logprobs: None,
+        }
+    }
+}
+
+/// A sampling parameter out of its range.
+#[derive(Clone, Copy, Debug, Error, PartialEq)]
+pub enum SamplingError {
+    /// NaN, infinite or negative.
+    #[error("temperature is {0}; it must be a finite number, 0 (greedy) or above")]
+    Temperature(f32),
+    /// Outside (0, 1].
+    #[error("top_p is {0}; it must be above 0 and at most 1 (1 keeps every token)")]
+    TopP(f32),
+    /// Outside [0, 1].
+    #[error("min_p is {0}; it must lie between 0 (keeps every token) and 1")]
+    MinP(f32),
+    /// No token would come out.
+    #[error("max_tokens is 0; ask for at least 1 token")]
+    MaxTokens,
+    /// Too many alternatives.
+    #[error("logprobs is {0}; at most {TOP_LOGPROBS_MAX} alternatives can be given")]
+    Logprobs(u32),
+}
+
+impl SamplingParams {
+    /// Checks every parameter's range.
+    pub fn check(&self) -> Result<(), SamplingError> {
+        if !(self.temperature.is_finite() && self.temperature >= 0.0) {
+            return Err(SamplingError::Temperature(self.temperature));
+        }
+        if !(self.top_p > 0.0 && self.top_p <= 1.0) {
+            return Err(SamplingError::TopP(self.top_p));
+        }
+        if !(0.0..=1.0).contains(&self.min_p) {
+            return Err(SamplingError::MinP(self.min_p));
+        }
+        if self.max_tokens == 0 {
+            return Err(SamplingError::MaxTokens);
+        }
+        match self.logprobs {
+            Some(k) if k as usize > TOP_LOGPROBS_MAX => Err(SamplingError::Logprobs(k)),
+            _ => Ok(()),
+        }
+    }
+}
+
+/// Philox4x32 with 7 rounds (Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", 2011): a keyed bijection
+/// of counters whose outputs pass BigCrush from 7 rounds on.
+pub fn philox(counter: [u32; 4], key: [u32; 2]) -> [u32; 4] {
+    let [mut c0, mut c1, mut c2, mut c3] = counter;
+    let [mut k0, mut k1] = key;
+    for _ in 0..7 {
+        let p0 = u64::from(c0) * 0xD251_1F53;
+        let p1 = u64::from(c2) * 0xCD9E_8D57;
+        [c0, c1, c2, c3] = [(p1 >> 32) as u32 ^ c1 ^ k0, p1 as u32, (p0 >> 32) as u32 ^ c3 ^ k1, p0 as u32];
+        k0 = k0.wrapping_add(0x9E37_79B9);
+        k1 = k1.wrapping_add(0xBB67_AE85);
+    }
+    [c0, c1, c2, c3]
+}
+
+/// A random word as a fraction strictly between 0 and 1: the middle of one of 2^23 equal steps, exact in f32.
+pub fn uniform(word: u32) -> f32 {
+    ((word >> 9) as f32 + 0.5) * (1.0 / 8_388_608.0)
+}
+
+/// The random fraction of token `id` at `position` for a request with this seed.
+pub fn token_uniform(seed: u64, position: u32, id: u32) -> f32 {
+    let words = philox([id / 4, position, 0, 0], [seed as u32, (seed >> 32) as u32]);
+    uniform(words[(id % 4) as usize])
+}
+
+/// Log-probabilities of one row, as they come back from the device.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Pod, Zeroable)]
+pub struct RowLogprobs {
+    /// Of the token drawn.
+    pub token: f32,
+    /// How many of the arrays' entries are filled.
+    pub len: u32,
+    /// The most probable tokens, most probable first, the lower id first among equals.
+    pub ids: [u32; TOP_LOGPROBS_MAX],
+    /// Their log-probabilities.
+    pub logprobs: [f32; TOP_LOGPROBS_MAX],
+}
+
+/// Words of a [`RowLogprobs`].
+pub const LOGPROB_WORDS: usize = size_of::<RowLogprobs>() / 4;
+
+impl RowLogprobs {
+    /// The most probable tokens with their log-probabilities.
+    pub fn top(&self) -> impl Iterator<Item = (u32, f32)> + '_ {
+        self.ids.iter().copied().zip(self.logprobs.iter().copied()).take(self.len as usize)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Known answers for seven rounds, from the Random123 distribution's kat_vectors.
+    #[test]
+    fn philox_gives_the_published_words() {
+        assert_eq!(philox([0; 4], [0; 2]), [0x5f6f_b709, 0x0d89_3f64, 0x4f12_1f81, 0x4f73_0a48]);
+        let all = u32::MAX;
+        assert_eq!(philox([all; 4], [all; 2]), [0x5207_ddc2, 0x4516_5e59, 0x4d8e_e751, 0x8c52_f662]);
+        assert_eq!(
+            philox([0x243f_6a88, 0x85a3_08d3, 0x1319_8a2e, 0x0370_7344], [0xa409_3822, 0x299f_31d0]),
+            [0x4dfc_caba, 0x190a_87f0, 0xc47362ba, 0xb6b5_242a]
+        );
+    }
+
+    #[test]
+    fn a_fraction_lies_strictly_between_0_and_1() {
+        assert!(uniform(0) > 0.0);
+        assert!(uniform(u32::MAX) < 1.0);
+    }
+}

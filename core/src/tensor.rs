@@ -1,0 +1,92 @@
+//! Tensors on the host, on their way to a device.
+//!
+//! A tensor's bytes lie in somebody else's memory (a mapped file, kept alive by the `Arc`) and are read in place, or
+//! are made from a seed: dummy weights have no bytes until a backend makes them, the same on every backend.
+
+use alloc::string::String;
+use alloc::sync::Arc;
+use core::ops::Range;
+
+use half::bf16;
+
+/// Element type of a host tensor.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Dtype {
+    /// bfloat16.
+    Bf16,
+    /// IEEE half precision.
+    F16,
+    /// IEEE single precision.
+    F32,
+}
+
+impl Dtype {
+    /// Bytes of an element.
+    pub fn bytes(self) -> usize {
+        match self {
+            Dtype::Bf16 | Dtype::F16 => 2,
+            Dtype::F32 => 4,
+        }
+    }
+}
+
+/// A row-major matrix (a vector has one column per element and one row).
+#[derive(Clone)]
+pub struct HostTensor {
+    /// The tensor's name in the checkpoint, for messages.
+    pub name: String,
+    /// Rows: outputs of a linear layer.
+    pub rows: usize,
+    /// Columns: inputs of a linear layer.
+    pub cols: usize,
+    /// The elements.
+    pub data: TensorData,
+}
+
+/// Where a tensor's elements come from.
+#[derive(Clone)]
+pub enum TensorData {
+    /// Little-endian elements within bytes kept alive by `owner`.
+    Bytes {
+        /// The memory, usually a mapped file.
+        owner: Arc<dyn AsRef<[u8]> + Send + Sync>,
+        /// The tensor's bytes in it: `rows * cols * dtype.bytes()` of them.
+        range: Range<usize>,
+        /// Type of the elements.
+        dtype: Dtype,
+    },
+    /// Uniform in `[low, high)`, bf16: see [`uniform_element`].
+    Uniform {
+        /// Tells tensors apart.
+        seed: u64,
+        /// Least value.
+        low: f32,
+        /// Bound above.
+        high: f32,
+    },
+}
+
+impl core::fmt::Debug for HostTensor {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        let kind = match &self.data {
+            TensorData::Bytes { dtype, .. } => alloc::format!("{dtype:?}"),
+            TensorData::Uniform { seed, .. } => alloc::format!("uniform, seed {seed}"),
+        };
+        write!(f, "{} [{}, {}] {kind}", self.name, self.rows, self.cols)
+    }
+}
+
+/// Element `index` of a [`TensorData::Uniform`] tensor: SplitMix64's output function (Steele et al., 2014) of
+/// `seed + index`, its top 24 bits as a fraction, scaled in f32 (a product, then a sum) and rounded to bf16.
+pub fn uniform_element(seed: u64, index: u64, low: f32, high: f32) -> bf16 {
+    let fraction = (splitmix64(seed.wrapping_add(index)) >> 40) as f32 * (1.0 / 16_777_216.0);
+    bf16::from_f32(low + (high - low) * fraction)
+}
+
+/// SplitMix64: the increment, then the mixing function.
+pub fn splitmix64(x: u64) -> u64 {
+    let z = x.wrapping_add(0x9e37_79b9_7f4a_7c15);
+    let z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    z ^ (z >> 31)
+}
