@@ -384,8 +384,8 @@ pub trait Ops: Device {
         out: Self::Buffer,
     ) -> Result<(), Self::Error>;
 
-    /// Draws a token for each sampled row by [`crate::sampling`]'s definition, into `tokens` (`[samples]` words) and
-    /// the token pool.
+    /// Draws a token for each sampled row by [`crate::sampling`]'s definition, into `tokens[header.output + row]` (words;
+    /// padding rows included) and the token pool.
     fn sample(
         &mut self,
         step: &Step<Self::Buffer>,
@@ -394,7 +394,7 @@ pub trait Ops: Device {
     ) -> Result<(), Self::Error>;
 
     /// For each sampled row that asks for them: the log-probabilities of its token and of the most probable ones, as
-    /// [`crate::sampling::RowLogprobs`] words.
+    /// [`crate::sampling::RowLogprobs`] at `out[header.output + row]`; `tokens` is what [`Ops::sample`] filled.
     fn logprobs(
         &mut self,
         step: &Step<Self::Buffer>,
@@ -450,11 +450,11 @@ pub trait Model<B: Device> {
     /// See [`Ops::plan`].
     fn plan(&self, backend: &B, shape: StepShape, rows: &[Row], words: &mut [u32]);
 
-    /// Enqueues a step: from the packed batch to `tokens`, `[samples]` words, and the token pool.
+    /// Enqueues a step: from the packed batch to `tokens[header.output..]` (words) and the token pool.
     fn forward(&mut self, backend: &mut B, step: &Step<B::Buffer>, tokens: B::Buffer)
     -> Result<(), B::Error>;
 
-    /// Enqueues the log-probabilities of the step just run, `[samples]` [`crate::sampling::RowLogprobs`].
+    /// Enqueues the log-probabilities of the step just run, [`crate::sampling::RowLogprobs`] at `out[header.output..]`.
     fn logprobs(
         &mut self,
         backend: &mut B,

@@ -45,8 +45,10 @@ pub struct Header {
     pub samples: u32,
     /// Page-table entries that changed.
     pub updates: u32,
+    /// Where in the output buffers this step's results begin, in rows: two steps can be in flight.
+    pub output: u32,
     /// Zero; makes the header 64 bytes.
-    pub reserved: [u32; 12],
+    pub reserved: [u32; 11],
 }
 
 /// One request's share of a step.
@@ -292,13 +294,21 @@ impl Batch {
 
     /// Writes the batch into `words`, padded with dummy rows up to `shape`, and returns how many words hold it. The
     /// plan words are left to the backend.
-    pub fn pack(&self, layout: &Layout, shape: StepShape, dummy: Dummy, words: &mut [u32]) -> usize {
+    pub fn pack(
+        &self,
+        layout: &Layout,
+        shape: StepShape,
+        dummy: Dummy,
+        output: u32,
+        words: &mut [u32],
+    ) -> usize {
         let header = Header {
             rows: shape.rows,
             tokens: shape.tokens,
             samples: shape.samples,
             updates: self.updates.len() as u32,
-            reserved: [0; 12],
+            output,
+            reserved: [0; 11],
         };
         words[..HEADER_WORDS].copy_from_slice(bytemuck::cast_slice(&[header]));
         let rows = packed_rows_mut(layout, shape.rows as usize, words);

@@ -1,0 +1,477 @@
+//! The scheduler: requests and finished steps go in, batches and events come out.
+//!
+//! It never waits, reads a clock or touches a device. A step is scheduled before the tokens of the step before it are
+//! known; they come in by [`Scheduler::complete`], at most two steps being in flight.
+//!
+//! ```text
+//!              ┌──────────── retracted ────────────┐
+//!              v                                   │
+//!   submit ─> waiting ── admit ──> prefilling ──> decoding ──> finished
+//!              └──────── abort ───────┴──────────────┴─────────────^
+//! ```
+//!
+//! Policy:
+//! - Prefill first: while a prompt can be run, it is, up to `prefill_tokens` a step; the last one may be cut (a chunk)
+//!   and goes on in the next step. Otherwise every running request decodes a token.
+//! - A request is admitted when the pool can hold all that it must prefill and a page for each running request
+//!   besides, so that an admission is not undone at once.
+//! - When a decode step finds no page, the youngest request is retracted: its pages go back, its tokens stay, and it
+//!   is the first to be admitted again. The oldest one always goes on, and alone it fits (`submit` saw to that), so
+//!   every request ends.
+//! - A request that ends by length is known to end when its last step is scheduled; one that ends by an
+//!   end-of-sequence token may run one step too far, and that token is dropped.
+
+use alloc::collections::VecDeque;
+use alloc::vec::Vec;
+
+use crate::batch::{Batch, LAST_TOKEN, PageUpdate, Phase, Row, Token};
+use crate::config::Limits;
+use crate::pages::{NO_PAGE, PagePool};
+use crate::request::{Event, FinishReason, Request, SubmitError, Submitted, Ticket};
+use crate::sampling::{RowLogprobs, SamplingParams};
+use crate::stats::Stats;
+use crate::table::{RequestTable, State};
+
+/// In which order waiting requests are admitted.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Order {
+    /// As submitted.
+    #[default]
+    Given,
+    /// Most output tokens first, so that the last steps are not left to one long request.
+    LongestOutputFirst,
+}
+
+/// How the scheduler behaves, beside its capacities.
+#[derive(Clone, Copy, Debug)]
+pub struct Policy {
+    /// Keep full pages of ended requests and reuse them for equal prefixes.
+    pub prefix_cache: bool,
+    /// Order of admission.
+    pub order: Order,
+    /// Token ids lie below it.
+    pub vocab: u32,
+}
+
+/// See the module.
+pub struct Scheduler {
+    limits: Limits,
+    policy: Policy,
+    eos: Vec<u32>,
+    table: RequestTable,
+    pool: PagePool,
+    waiting: VecDeque<u32>,
+    /// Retracted requests, oldest first; they go before those waiting.
+    retracted: VecDeque<u32>,
+    /// Requests with a slot, in the order of their admission: the youngest is the last.
+    running: Vec<u32>,
+    stats: Stats,
+}
+
+impl Scheduler {
+    /// An idle scheduler. `limits` have been checked.
+    pub fn new(limits: Limits, policy: Policy, eos: &[u32]) -> Self {
+        Scheduler {
+            limits,
+            policy,
+            eos: eos.to_vec(),
+            table: RequestTable::new(&limits),
+            pool: PagePool::new(limits.pages, limits.page_size),
+            waiting: VecDeque::with_capacity(limits.queued as usize),
+            retracted: VecDeque::with_capacity(limits.running as usize),
+            running: Vec::with_capacity(limits.running as usize),
+            stats: Stats::default(),
+        }
+    }
+
+    /// Counters so far.
+    pub fn stats(&self) -> &Stats {
+        &self.stats
+    }
+
+    /// Sets the counters to zero.
+    pub fn reset_stats(&mut self) {
+        self.stats = Stats::default();
+    }
+
+    /// Requests that wait for a slot.
+    pub fn waiting(&self) -> usize {
+        self.waiting.len() + self.retracted.len()
+    }
+
+    /// Requests that have a slot.
+    pub fn running(&self) -> usize {
+        self.running.len()
+    }
+
+    /// Does nobody wait or run?
+    pub fn is_idle(&self) -> bool {
+        self.waiting() + self.running() == 0
+    }
+
+    /// Forgets all cached prefixes.
+    pub fn clear_prefix_cache(&mut self) {
+        self.pool.evict_all();
+    }
+
+    /// Takes a request in.
+    ///
+    /// # Errors
+    /// A full queue, or a request that can never run.
+    pub fn submit(&mut self, request: Request<'_>) -> Result<Submitted, SubmitError> {
+        request.params.check()?;
+        let len_max = self.longest_sequence();
+        let tokens = request.prompt.len();
+        if tokens == 0 {
+            return Err(SubmitError::EmptyPrompt);
+        }
+        if tokens as u64 >= u64::from(len_max) {
+            return Err(SubmitError::PromptTooLong { tokens, limit: len_max - 1 });
+        }
+        let vocab = self.policy.vocab;
+        if let Some(position) = request.prompt.iter().position(|id| *id >= vocab) {
+            return Err(SubmitError::TokenOutsideVocabulary {
+                id: request.prompt[position],
+                position,
+                vocab,
+            });
+        }
+        let max_tokens = request.params.max_tokens.min(len_max - tokens as u32);
+        let full = SubmitError::QueueFull { capacity: self.limits.queued };
+        if self.waiting.len() == self.limits.queued as usize {
+            return Err(full);
+        }
+        let entry =
+            self.table.occupy(request.prompt, request.params, tokens as u32 + max_tokens).ok_or(full)?;
+        let place = match self.policy.order {
+            Order::Given => self.waiting.len(),
+            Order::LongestOutputFirst => {
+                self.waiting.partition_point(|other| self.output_max(*other) >= max_tokens)
+            }
+        };
+        self.waiting.insert(place, entry);
+        Ok(Submitted { ticket: self.table.ticket(entry), max_tokens })
+    }
+
+    /// The longest sequence that can run alone; at least 1.
+    fn longest_sequence(&self) -> u32 {
+        let pool = u64::from(self.limits.pages) * u64::from(self.limits.page_size);
+        pool.min(u64::from(self.limits.sequence)) as u32
+    }
+
+    fn output_max(&self, entry: u32) -> u32 {
+        let request = self.table.get(entry);
+        request.len_max - request.prompt_len
+    }
+
+    /// Ends a request at once, wherever it is. False if it has ended already.
+    pub fn abort(&mut self, ticket: Ticket, sink: &mut impl FnMut(Event<'_>)) -> bool {
+        let Some(entry) = self.table.find(ticket) else { return false };
+        self.finish(entry, FinishReason::Abort, sink);
+        true
+    }
+
+    /// Fills a batch with the next step; false if there is nothing to run before a step in flight completes.
+    pub fn schedule(&mut self, batch: &mut Batch) -> bool {
+        batch.clear(Phase::Prefill);
+        self.schedule_prefill(batch);
+        if batch.is_empty() {
+            batch.clear(Phase::Decode);
+            self.schedule_decode(batch);
+        }
+        self.count(batch);
+        !batch.is_empty()
+    }
+
+    fn schedule_prefill(&mut self, batch: &mut Batch) {
+        // At most one request, the youngest, is between two chunks.
+        if let Some(&entry) = self.running.last()
+            && self.table.get(entry).is_prefilling()
+            && (!self.push_chunk(entry, batch) || self.table.get(entry).is_prefilling())
+        {
+            return;
+        }
+        while self.prefill_budget(batch) > 0 && batch.has_room_for_row() {
+            let Some(entry) = self.next_waiting() else { return };
+            if !self.admit(entry, batch) {
+                return;
+            }
+            if !self.push_chunk(entry, batch) || self.table.get(entry).is_prefilling() {
+                return;
+            }
+        }
+    }
+
+    fn prefill_budget(&self, batch: &Batch) -> u32 {
+        self.limits.prefill_tokens - batch.tokens().len() as u32
+    }
+
+    /// The request to be admitted next. A retracted one whose last token is still in flight holds the others up.
+    fn next_waiting(&self) -> Option<u32> {
+        let entry = *self.retracted.front().or(self.waiting.front())?;
+        let request = self.table.get(entry);
+        (request.known == request.planned).then_some(entry)
+    }
+
+    /// Gives a waiting request a slot and the cached pages of its prefix, if the pool can hold the rest.
+    fn admit(&mut self, entry: u32, batch: &mut Batch) -> bool {
+        if !self.table.has_slot() {
+            return false;
+        }
+        let (node, depth) = self.hold_cached_prefix(entry);
+        let pages = self.table.get(entry).known.div_ceil(self.limits.page_size);
+        let headroom = self.running.len() as u32;
+        let fits = pages - depth + headroom <= self.pool.available();
+        if !fits || pages as usize > batch.room_for_updates() || !self.table.start(entry, node, depth) {
+            self.pool.release_path(node);
+            return false;
+        }
+        let slot = self.table.get(entry).slot;
+        let mut page = node;
+        for i in (0..depth).rev() {
+            self.set_page(slot, i, page, batch);
+            page = self.pool.parent(page);
+        }
+        let queue = if self.retracted.is_empty() { &mut self.waiting } else { &mut self.retracted };
+        queue.pop_front();
+        self.running.push(entry);
+        true
+    }
+
+    /// Holds the longest cached path that the request's tokens spell, but for its last token: one must be run to have
+    /// something to sample from. Returns the path's end and length.
+    fn hold_cached_prefix(&mut self, entry: u32) -> (u32, u32) {
+        let (mut node, mut depth) = (NO_PAGE, 0);
+        if self.policy.prefix_cache {
+            let tokens = self.table.tokens(entry);
+            let size = self.limits.page_size as usize;
+            for page_tokens in tokens[..tokens.len() - 1].chunks_exact(size) {
+                let Some(next) = self.pool.find(node, page_tokens) else { break };
+                self.pool.hold(next);
+                (node, depth) = (next, depth + 1);
+            }
+        }
+        (node, depth)
+    }
+
+    /// Adds the request's next tokens to a prefill step; false if there is no page for them.
+    fn push_chunk(&mut self, entry: u32, batch: &mut Batch) -> bool {
+        let request = *self.table.get(entry);
+        let count = self.prefill_budget(batch).min(request.prefill_len - request.computed);
+        let end = request.computed + count;
+        let missing = end.div_ceil(self.limits.page_size).saturating_sub(request.pages);
+        if missing > self.pool.available() || missing as usize > batch.room_for_updates() {
+            return false;
+        }
+        for _ in 0..missing {
+            self.grow(entry, batch);
+        }
+        let last = end == request.prefill_len;
+        batch.push_row(
+            self.table.ticket(entry),
+            row(&request.params, request.slot, batch.tokens().len() as u32, request.computed..end, last),
+        );
+        for position in request.computed..end {
+            let id = self.table.tokens(entry)[position as usize];
+            let location = self.table.location(request.slot, position);
+            batch.push_token(Token { id, slot: request.slot, position, location });
+        }
+        let request = self.table.get_mut(entry);
+        request.computed = end;
+        request.planned += u32::from(last);
+        if self.policy.prefix_cache {
+            self.table.keep_prefix(entry, &mut self.pool);
+        }
+        true
+    }
+
+    fn schedule_decode(&mut self, batch: &mut Batch) {
+        let mut i = 0;
+        while i < self.running.len() {
+            let entry = self.running[i];
+            i += 1;
+            if !self.table.get(entry).can_decode() {
+                continue;
+            }
+            while self.needs_page(entry) && self.pool.available() == 0 {
+                self.retract_youngest();
+            }
+            if self.table.get(entry).state != State::Running {
+                break; // It was the youngest itself.
+            }
+            if self.needs_page(entry) {
+                self.grow(entry, batch);
+            }
+            self.push_decode_row(entry, batch);
+        }
+    }
+
+    fn push_decode_row(&mut self, entry: u32, batch: &mut Batch) {
+        let request = *self.table.get(entry);
+        let position = request.computed;
+        let id = match request.known > position {
+            true => self.table.tokens(entry)[position as usize],
+            false => LAST_TOKEN,
+        };
+        batch.push_row(
+            self.table.ticket(entry),
+            row(&request.params, request.slot, batch.tokens().len() as u32, position..position + 1, true),
+        );
+        let location = self.table.location(request.slot, position);
+        batch.push_token(Token { id, slot: request.slot, position, location });
+        let request = self.table.get_mut(entry);
+        request.computed += 1;
+        request.planned += 1;
+    }
+
+    /// Has the request no page for its next position?
+    fn needs_page(&self, entry: u32) -> bool {
+        let request = self.table.get(entry);
+        request.state == State::Running && request.computed >= request.pages * self.limits.page_size
+    }
+
+    /// Gives a running request another page; the caller knows that one is available.
+    fn grow(&mut self, entry: u32, batch: &mut Batch) {
+        let Some(page) = self.pool.take() else { return debug_assert!(false, "no page is available") };
+        let request = self.table.get_mut(entry);
+        let (slot, i) = (request.slot, request.pages);
+        request.pages += 1;
+        self.set_page(slot, i, page, batch);
+    }
+
+    fn set_page(&mut self, slot: u32, i: u32, page: u32, batch: &mut Batch) {
+        self.table.set_page(slot, i, page);
+        batch.push_update(PageUpdate { index: self.table.page_index(slot, i), page });
+    }
+
+    fn retract_youngest(&mut self) {
+        let Some(entry) = self.running.pop() else { return };
+        self.table.stop(entry, &mut self.pool, self.policy.prefix_cache);
+        self.retracted.push_front(entry);
+        self.stats.retractions += 1;
+    }
+
+    /// Takes the tokens of a step: of its sampled rows, in order. Steps complete in the order they were scheduled.
+    pub fn complete(
+        &mut self,
+        batch: &Batch,
+        tokens: &[u32],
+        logprobs: &[RowLogprobs],
+        sink: &mut impl FnMut(Event<'_>),
+    ) {
+        let rows = batch.rows().iter().zip(batch.owners()).zip(tokens).enumerate();
+        for (i, ((row, &ticket), &token)) in rows.take(batch.samples() as usize) {
+            let Some(entry) = self.table.find(ticket) else { continue };
+            self.table.push_token(entry, token);
+            self.stats.output_tokens += 1;
+            let logprobs = if row.logprobs > 0 { logprobs.get(i) } else { None };
+            sink(Event::Token { ticket, token, logprobs });
+            let request = self.table.get(entry);
+            if !request.params.ignore_eos && self.eos.contains(&token) {
+                self.finish(entry, FinishReason::Eos, sink);
+            } else if request.known == request.len_max {
+                self.finish(entry, FinishReason::Length, sink);
+            }
+        }
+    }
+
+    fn finish(&mut self, entry: u32, reason: FinishReason, sink: &mut impl FnMut(Event<'_>)) {
+        let ticket = self.table.ticket(entry);
+        let request = self.table.get(entry);
+        let cached_tokens = request.cached_tokens;
+        if request.state == State::Running {
+            self.running.retain(|other| *other != entry);
+            self.table.stop(entry, &mut self.pool, self.policy.prefix_cache);
+        } else {
+            self.retracted.retain(|other| *other != entry);
+            self.waiting.retain(|other| *other != entry);
+        }
+        self.table.vacate(entry);
+        self.stats.finished += 1;
+        sink(Event::Finished { ticket, reason, cached_tokens });
+    }
+
+    fn count(&mut self, batch: &Batch) {
+        let (rows, tokens) = (batch.rows().len() as u64, batch.tokens().len() as u64);
+        let stats = &mut self.stats;
+        let context: u64 = batch.tokens().iter().map(|token| u64::from(token.position) + 1).sum();
+        match batch.phase() {
+            _ if rows == 0 => {}
+            Phase::Prefill => {
+                stats.prefill_steps += 1;
+                stats.prefill_tokens += tokens;
+                stats.prefill_context += context;
+            }
+            Phase::Decode => {
+                stats.decode_steps += 1;
+                stats.decode_tokens += tokens;
+                stats.decode_context += context;
+                stats.rows_peak = stats.rows_peak.max(rows as u32);
+            }
+        }
+        stats.pages_peak = stats.pages_peak.max(self.pool.capacity() - self.pool.available());
+    }
+
+    pub(crate) fn count_padding(&mut self, rows: u32) {
+        self.stats.padding_rows += u64::from(rows);
+    }
+
+    /// Asserts that no page is lost or shared wrongly and that every request is where it should be. Takes time linear
+    /// in the pool: for tests and idle moments.
+    ///
+    /// # Panics
+    /// When an invariant is broken.
+    pub fn check(&self) {
+        let mut holders = alloc::vec![0; self.pool.capacity() as usize];
+        let mut owned = alloc::vec![false; self.pool.capacity() as usize];
+        let mut private = 0;
+        let in_state = |state| self.table.iter().filter(move |(_, request)| request.state == state);
+        assert_eq!(in_state(State::Running).count(), self.running.len(), "running requests");
+        assert_eq!(in_state(State::Waiting).count(), self.waiting(), "waiting requests");
+        for (entry, request) in in_state(State::Running) {
+            assert!(self.running.contains(&entry));
+            assert!(request.computed <= request.pages * self.limits.page_size, "positions without a page");
+            assert!(request.known <= request.planned && request.planned <= request.len_max);
+            let mut node = request.node;
+            while node != NO_PAGE {
+                holders[node as usize] += 1;
+                node = self.pool.parent(node);
+            }
+            for page in (0..request.pages).map(|i| self.table.page(request.slot, i) as usize) {
+                if self.pool.is_private(page as u32) {
+                    assert!(!owned[page], "page {page} is private to two requests");
+                    owned[page] = true;
+                    private += 1;
+                } else {
+                    assert!(holders[page] > 0, "page {page} is mapped by a request that does not hold it");
+                }
+            }
+        }
+        self.pool.check(private, |page| holders[page as usize]);
+    }
+}
+
+fn row(
+    params: &SamplingParams,
+    slot: u32,
+    first_token: u32,
+    positions: core::ops::Range<u32>,
+    sampled: bool,
+) -> Row {
+    Row {
+        slot,
+        first_token,
+        tokens: positions.len() as u32,
+        position: positions.start,
+        kv_len: positions.end,
+        sampled: u32::from(sampled),
+        temperature: params.temperature,
+        top_k: params.top_k,
+        top_p: params.top_p,
+        min_p: params.min_p,
+        seed_low: params.seed as u32,
+        seed_high: (params.seed >> 32) as u32,
+        logprobs: params.logprobs.map_or(0, |k| 1 + k),
+        reserved: [0; 3],
+    }
+}

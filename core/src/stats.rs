@@ -1,0 +1,32 @@
+//! What the scheduler did, as numbers. Times come from whoever drives the engine: it has a clock, core has none.
+
+/// Counters since construction or [`Stats::default`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Stats {
+    /// Prefill steps scheduled.
+    pub prefill_steps: u64,
+    /// Decode steps scheduled.
+    pub decode_steps: u64,
+    /// Tokens run in prefill steps, those of resumed requests included.
+    pub prefill_tokens: u64,
+    /// Rows of decode steps, each one token; those dropped behind an end-of-sequence token included.
+    pub decode_tokens: u64,
+    /// Padding rows of decode steps.
+    pub padding_rows: u64,
+    /// Tokens given out.
+    pub output_tokens: u64,
+    /// Prompt tokens that the prefix cache held.
+    pub cached_tokens: u64,
+    /// Sum over decode steps and rows of the tokens attended to: what decode attention reads.
+    pub decode_context: u64,
+    /// Sum over prefill tokens of the tokens attended to.
+    pub prefill_context: u64,
+    /// Most rows of a decode step.
+    pub rows_peak: u32,
+    /// Most pages held by requests at once.
+    pub pages_peak: u32,
+    /// Requests that gave their pages back and ran again later.
+    pub retractions: u64,
+    /// Requests that ended.
+    pub finished: u64,
+}
