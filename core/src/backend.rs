@@ -257,8 +257,6 @@ pub struct LayerBuffers<Buf> {
     pub qkv: Buf,
     /// `[tokens, q_width]`: what attention gives.
     pub attended: Buf,
-    /// `[tokens, 2 * intermediate]`.
-    pub gate_up: Buf,
     /// `[tokens, intermediate]`: silu(gate) * up.
     pub activated: Buf,
 }
@@ -287,6 +285,14 @@ pub trait Ops: Device {
 
     /// Puts a weight on the device. The parts are stacked along the first dimension.
     fn load(&mut self, role: WeightRole, parts: &[HostTensor]) -> Result<Self::Weight, Self::Error>;
+
+    /// Says that `linear` is only ever applied to rows that were normed with the scale `norm`, both loaded before: a
+    /// backend whose [`Ops::decoder_layer`] is fused may multiply the scale into the matrix's columns here, once, and
+    /// leave it out of the step. This body leaves both as they are.
+    fn fold_norm(&mut self, norm: Self::Weight, linear: Self::Weight) -> Result<(), Self::Error> {
+        let _ = (norm, linear);
+        Ok(())
+    }
 
     /// Derives a backend's own plan for a step (its attention work list, say) from the rows, padding included. Runs
     /// on the host; the words travel with the batch. Must not allocate.
@@ -355,13 +361,12 @@ pub trait Ops: Device {
         out: Self::Buffer,
     ) -> Result<(), Self::Error>;
 
-    /// `out = silu(gate) * up` with `gate, up = weight @ x` (Shazeer, 2020). `gate_up` is scratch for the product.
+    /// `out = silu(gate) * up` with `gate, up = weight @ x` (Shazeer, 2020).
     fn gate_up_silu(
         &mut self,
         tokens: u32,
         x: Self::Buffer,
         weight: Self::Weight,
-        gate_up: Self::Buffer,
         out: Self::Buffer,
     ) -> Result<(), Self::Error>;
 
@@ -403,8 +408,18 @@ pub trait Ops: Device {
         out: Self::Buffer,
     ) -> Result<(), Self::Error>;
 
+    /// Logits `rows` of a buffer that [`Ops::logits`] filled, `[rows, vocab]` as f32, after waiting for everything
+    /// enqueued. For tests and for scoring; allocates its result.
+    fn read_logits(
+        &mut self,
+        logits: Self::Buffer,
+        vocab: u32,
+        rows: Range<usize>,
+    ) -> Result<Vec<f32>, Self::Error>;
+
     /// A whole decoder layer. `first` says that there is no delta to add yet. A backend that can fuse across the
-    /// operations overrides this body.
+    /// operations overrides this body; what `residual` and `delta` hold between two layers is then its own affair,
+    /// as long as its [`Ops::embed`] and [`Ops::final_norm`] agree.
     #[allow(clippy::too_many_arguments)]
     fn decoder_layer(
         &mut self,
@@ -427,7 +442,7 @@ pub trait Ops: Device {
         self.attention(step, b.qkv, kv, b.attended)?;
         self.linear(tokens, b.attended, weights.o, b.delta)?;
         self.add_rms_norm(tokens, b.residual, b.delta, weights.post_norm, b.normed)?;
-        self.gate_up_silu(tokens, b.normed, weights.gate_up, b.gate_up, b.activated)?;
+        self.gate_up_silu(tokens, b.normed, weights.gate_up, b.activated)?;
         self.linear(tokens, b.activated, weights.down, b.delta)
     }
 }

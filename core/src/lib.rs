@@ -1,4 +1,4 @@
-//! The Scheduler, the paged KV manager, the backend traits and the engine of minisgl: no I/O, no device, no clock.
+//! The scheduler, the paged KV manager, the backend traits and the engine of minisgl: no I/O, no device, no clock.
 #![no_std]
 #![forbid(unsafe_code)]
 
