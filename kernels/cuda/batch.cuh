@@ -1,0 +1,29 @@
+// The packed batch as core lays it out: 32-bit words, parts at fixed offsets, the same structs on both sides.
+//
+//   | Header | plan words | Row, Row, … | PageUpdate, … | Token, Token, … |
+#pragma once
+
+struct Header {
+    unsigned rows, tokens, samples, updates, output, reserved[11];
+};
+
+struct Row {
+    unsigned slot, first_token, tokens, position, kv_len, sampled;
+    float temperature;
+    unsigned top_k;
+    float top_p, min_p;
+    unsigned seed_low, seed_high, logprobs, reserved[3];
+};
+
+struct PageUpdate {
+    unsigned index, page;
+};
+
+struct Token {
+    unsigned id, slot, position, location;
+};
+
+static_assert(sizeof(Header) == 64 && sizeof(Row) == 64 && sizeof(PageUpdate) == 8 && sizeof(Token) == 16, "layout");
+
+// Token::id of a token that the host does not know yet: the one the slot sampled last.
+#define LAST_TOKEN 0xffffffffu
