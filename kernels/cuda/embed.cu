@@ -1,0 +1,79 @@
+// begin_step, embed, final_norm: the two ends of a step, where the batch's tokens enter and its sampled rows leave.
+//
+//   begin_step   page_table[update.index] = update.page          grid 8                       block 256
+//   embed        residual[t, :] = table[id(t), :]                grid tokens                  block 128
+//                sumsq[t, j] = sum of squares of residual[t, 64 j ..]
+//   final_norm   out[r, :] = rms_norm(residual[last(r), :]) * w   grid samples                 block 128
+//
+//   residual, out [rows, hidden] bf16   table [vocab, hidden] bf16   sumsq [tokens, ceil(hidden / 64)] f32
+//   moves: embed tokens * hidden * 4 bytes, final_norm samples * hidden * 4 bytes
+//
+// 1. begin_step and embed never start the next kernel early: what they write may then be read by any later kernel
+//    before its own dependent-launch wait (the page table, by attention).
+// 2. A warp owns whole segments of 64 elements, two a lane, so a segment's sum has one order.
+#include <cuda_bf16.h>
+
+#include "batch.cuh"
+
+extern "C" __global__ void __launch_bounds__(256)
+begin_step(const unsigned *batch, unsigned updates_offset, unsigned *page_table) {
+    const unsigned updates = reinterpret_cast<const Header *>(batch)->updates;
+    const PageUpdate *update = reinterpret_cast<const PageUpdate *>(batch + updates_offset);
+    for (unsigned i = blockIdx.x * 256 + threadIdx.x; i < updates; i += gridDim.x * 256)
+        page_table[update[i].index] = update[i].page;
+}
+
+__device__ __forceinline__ float warp_sum(float value) {
+    for (int lane = 16; lane > 0; lane /= 2)
+        value += __shfl_xor_sync(0xffffffffu, value, lane);
+    return value;
+}
+
+// The sum over the block's four warps, in warp order, for every thread.
+__device__ __forceinline__ float block_sum(float value, float *shared /* [4] */) {
+    value = warp_sum(value);
+    if (threadIdx.x % 32 == 0)
+        shared[threadIdx.x / 32] = value;
+    __syncthreads();
+    return (shared[0] + shared[1]) + (shared[2] + shared[3]);
+}
+
+extern "C" __global__ void __launch_bounds__(128)
+embed(const unsigned *batch, unsigned tokens_offset, const unsigned *token_pool, const __nv_bfloat162 *table,
+      unsigned hidden, __nv_bfloat162 *residual, float *sumsq) {
+    const unsigned t = blockIdx.x, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const Token token = reinterpret_cast<const Token *>(batch + tokens_offset)[t];
+    const unsigned id = token.id == LAST_TOKEN ? token_pool[token.slot] : token.id;
+    const unsigned pairs = hidden / 2, segments = (hidden + 63) / 64;
+    for (unsigned segment = warp; segment < segments; segment += 4) {
+        const unsigned i = segment * 32 + lane;
+        float2 x = {0.0f, 0.0f};
+        if (i < pairs) {
+            const __nv_bfloat162 pair = table[(size_t)id * pairs + i];
+            residual[(size_t)t * pairs + i] = pair;
+            x = __bfloat1622float2(pair);
+        }
+        const float sum = warp_sum(fmaf(x.x, x.x, x.y * x.y));
+        if (lane == 0)
+            sumsq[(size_t)t * segments + segment] = sum;
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(128)
+final_norm(const unsigned *batch, unsigned rows_offset, const __nv_bfloat162 *residual, const __nv_bfloat162 *weight,
+           unsigned hidden, float eps, __nv_bfloat162 *out) {
+    __shared__ float shared[4];
+    const Row *row = reinterpret_cast<const Row *>(batch + rows_offset) + blockIdx.x;
+    const unsigned pairs = hidden / 2;
+    const __nv_bfloat162 *x = residual + (size_t)(row->first_token + row->tokens - 1) * pairs;
+    float sum = 0.0f;
+    for (unsigned i = threadIdx.x; i < pairs; i += 128) {
+        const float2 v = __bfloat1622float2(x[i]);
+        sum += fmaf(v.x, v.x, v.y * v.y);
+    }
+    const float scale = rsqrtf(block_sum(sum, shared) / hidden + eps);
+    for (unsigned i = threadIdx.x; i < pairs; i += 128) {
+        const float2 v = __bfloat1622float2(x[i]), w = __bfloat1622float2(weight[i]);
+        out[(size_t)blockIdx.x * pairs + i] = __floats2bfloat162_rn(v.x * scale * w.x, v.y * scale * w.y);
+    }
+}

@@ -1,0 +1,362 @@
+// Sampling without sorting: each row's token by core's definition (temperature, top-k, top-p, min-p, Gumbel-max).
+//
+//   sample_cut   cut[r] = the least logit that row r's top-k, top-p and min-p keep        grid samples          block 1024
+//   sample_draw  token[r] = argmax over kept i of l_i / temperature + gumbel(seed, position, i)
+//                                                                                 grid (chunks, samples)  block 256
+//   logprobs     log-probability of the token drawn and of the k most probable   grid samples          block 1024
+//
+//   logits [samples, stride] f16 of which `vocab` count; moves samples * vocab * 2 bytes a pass: sample_draw one pass,
+//   sample_cut none for a row without filters, else two or three
+//
+// 1. A logit is 16 bits, so an order-preserving 16-bit key names its value exactly. A histogram of the keys' upper 11
+//    bits finds the bucket that holds the k-th largest (or the mass's) boundary, one of the bucket's 32 keys finds the
+//    value: exact selection, no sort.
+// 2. Masses are added as integers (2^-28 of the most probable token's), so their sum does not depend on the order of
+//    the atomics: the same row is always cut at the same value. They are split in two 14-bit halves, because a sum of
+//    2^18 of them must fit the 32 bits of a shared-memory atomic.
+// 3. The argmax over a row's chunks is one 64-bit atomic maximum of (score, lowest id), which has no order either; the
+//    row's last chunk writes the token and leaves the scratch as it found it.
+// 4. -ln(u) near u = 1 is a series in 1 - u, which is exact there: the winners' variates come from that end, where the
+//    hardware's logarithm has only absolute accuracy.
+#include <cuda_fp16.h>
+
+#include "batch.cuh"
+
+#define LN2 0.6931471805599453f
+#define LOG2E 1.4426950408889634f
+#define NO_CUT __int_as_float(0xff800000)
+
+// f16 bits to a key of the same order, and back.
+__device__ __forceinline__ unsigned key_of(__half logit) {
+    const unsigned bits = __half_as_ushort(logit);
+    return bits & 0x8000u ? 0xffffu - bits : bits | 0x8000u;
+}
+
+__device__ __forceinline__ float logit_of(unsigned key) {
+    return __half2float(__ushort_as_half((unsigned short)(key & 0x8000u ? key & 0x7fffu : 0xffffu - key)));
+}
+
+// f32 to a key of the same order.
+__device__ __forceinline__ unsigned ordered(float value) {
+    const unsigned bits = __float_as_uint(value);
+    return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+}
+
+__device__ __forceinline__ float log2_fast(float x) {
+    float y;
+    asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+// Philox4x32, 7 rounds.
+__device__ __forceinline__ uint4 philox(uint4 c, unsigned k0, unsigned k1) {
+#pragma unroll
+    for (int round = 0; round < 7; round++) {
+        const unsigned high0 = __umulhi(c.x, 0xD2511F53u), low0 = c.x * 0xD2511F53u;
+        const unsigned high1 = __umulhi(c.z, 0xCD9E8D57u), low1 = c.z * 0xCD9E8D57u;
+        c = make_uint4(high1 ^ c.y ^ k0, low1, high0 ^ c.w ^ k1, low0);
+        k0 += 0x9E3779B9u;
+        k1 += 0xBB67AE85u;
+    }
+    return c;
+}
+
+// -ln(-ln(u)) of the fraction that a random word stands for.
+__device__ __forceinline__ float gumbel(unsigned word) {
+    const float n = (float)(word >> 9) + 0.5f;
+    const float u = n * (1.0f / 8388608.0f), w = (8388608.0f - n) * (1.0f / 8388608.0f);
+    const float series = w * fmaf(w, fmaf(w, fmaf(w, fmaf(w, 0.2f, 0.25f), 1.0f / 3.0f), 0.5f), 1.0f);
+    const float e = w < 0.0625f ? series : -LN2 * log2_fast(u);
+    return -LN2 * log2_fast(e);
+}
+
+// Calls f(id, j, logit) for the ids of [begin, end) that fall to this thread, eight neighbours at a time in one load
+// where rows are aligned to 16 bytes. `begin` is a multiple of 8; j is id % 8, a constant once unrolled.
+template <int THREADS, typename F>
+__device__ __forceinline__ void for_each_logit(const __half *row, bool aligned, unsigned begin, unsigned end, F f) {
+    for (unsigned i = begin + threadIdx.x * 8; i < end; i += THREADS * 8) {
+        if (aligned && i + 8 <= end) {
+            __half logit[8];
+            *reinterpret_cast<uint4 *>(logit) = __ldg(reinterpret_cast<const uint4 *>(row + i));
+#pragma unroll
+            for (int j = 0; j < 8; j++)
+                f(i + j, j, logit[j]);
+        } else {
+#pragma unroll
+            for (int j = 0; j < 8; j++)
+                if (i + j < end)
+                    f(i + j, j, row[i + j]);
+        }
+    }
+}
+
+__device__ __forceinline__ unsigned mass_of(float logit, float top, float scale) {
+    return __float2uint_rn(exp2f((logit - top) * scale) * 268435456.0f);
+}
+
+struct Selection {
+    unsigned count[2048], low[2048], high[2048];  // by the key's upper 11 bits: keys, and their mass in two halves
+    unsigned within[32];                          // by the lower 5 bits, in one bucket
+    unsigned top, bucket;
+    unsigned long long before, total;
+};
+
+// Finds, walking down from the largest key, the bucket in which `weight(bucket)` summed passes `target`; one warp.
+template <typename W>
+__device__ __forceinline__ void find_bucket(Selection &s, unsigned long long target, W weight) {
+    unsigned long long before = 0;
+    for (int first = 2047; first >= 0; first -= 32) {
+        const int bucket = first - (int)(threadIdx.x % 32);
+        const unsigned long long own = weight(bucket);
+        unsigned long long upto = own;
+        for (int step = 1; step < 32; step *= 2) {
+            const unsigned long long left = __shfl_up_sync(0xffffffffu, upto, step);
+            if (threadIdx.x % 32 >= step)
+                upto += left;
+        }
+        const unsigned passed = __ballot_sync(0xffffffffu, before + upto >= target);
+        if (passed) {
+            if (threadIdx.x % 32 == __ffs(passed) - 1) {
+                s.bucket = bucket;
+                s.before = before + upto - own;
+            }
+            return;
+        }
+        before += __shfl_sync(0xffffffffu, upto, 31);
+    }
+    if (threadIdx.x % 32 == 0) {  // the target is all there is, but for rounding
+        s.bucket = 0;
+        s.before = before;
+    }
+}
+
+// Counts the bucket's 32 keys among those not below `floor_key`; the whole block.
+__device__ __forceinline__ void count_within(Selection &s, const __half *row, bool aligned, unsigned vocab,
+                                             unsigned floor_key) {
+    if (threadIdx.x < 32)
+        s.within[threadIdx.x] = 0;
+    __syncthreads();
+    const unsigned bucket = s.bucket;
+    for_each_logit<1024>(row, aligned, 0, vocab, [&](unsigned, int, __half logit) {
+        const unsigned key = key_of(logit);
+        if (key / 32 == bucket && key >= floor_key)
+            atomicAdd(&s.within[key % 32], 1);
+    });
+    __syncthreads();
+}
+
+// The key within the bucket at which `target` is passed, from the largest down; thread 0's answer counts.
+template <typename W>
+__device__ __forceinline__ unsigned key_within(const Selection &s, unsigned long long target, W weight) {
+    unsigned long long sum = s.before;
+    unsigned least = s.bucket * 32;
+    for (int i = 31; i >= 0; i--) {
+        const unsigned key = s.bucket * 32 + i;
+        if (s.within[i] == 0)
+            continue;
+        least = key;
+        sum += weight(key) * s.within[i];
+        if (sum >= target)
+            break;
+    }
+    return least;
+}
+
+extern "C" __global__ void __launch_bounds__(1024)
+sample_cut(const unsigned *batch, unsigned rows_offset, const __half *logits, unsigned vocab, unsigned stride,
+           float *cut) {
+    __shared__ Selection s;
+    const Row row = reinterpret_cast<const Row *>(batch + rows_offset)[blockIdx.x];
+    const bool by_count = row.top_k > 0 && row.top_k < vocab, by_mass = row.top_p < 1.0f;
+    if (row.temperature == 0.0f || !(by_count || by_mass || row.min_p > 0.0f)) {
+        if (threadIdx.x == 0)
+            cut[blockIdx.x] = NO_CUT;
+        return;
+    }
+    const __half *l = logits + (size_t)blockIdx.x * stride;
+    const bool aligned = stride % 8 == 0;
+    for (unsigned i = threadIdx.x; i < 2048; i += 1024)
+        s.count[i] = s.low[i] = s.high[i] = 0;
+    if (threadIdx.x == 0)
+        s.top = 0;
+    __syncthreads();
+
+    unsigned top = 0;
+    for_each_logit<1024>(l, aligned, 0, vocab, [&](unsigned, int, __half logit) { top = max(top, key_of(logit)); });
+    atomicMax(&s.top, __reduce_max_sync(0xffffffffu, top));
+    __syncthreads();
+    const float largest = logit_of(s.top), scale = LOG2E / row.temperature;
+    float least = row.min_p > 0.0f ? largest + row.temperature * logf(row.min_p) : NO_CUT;
+    unsigned floor_key = 0;
+
+    for_each_logit<1024>(l, aligned, 0, vocab, [&](unsigned, int, __half logit) {
+        const unsigned bucket = key_of(logit) / 32;
+        if (by_count)
+            atomicAdd(&s.count[bucket], 1);
+        if (by_mass) {
+            const unsigned mass = mass_of(__half2float(logit), largest, scale);
+            atomicAdd(&s.low[bucket], mass & 0x3fff);
+            atomicAdd(&s.high[bucket], mass >> 14);
+        }
+    });
+    __syncthreads();
+    const auto mass_in = [&](int bucket) { return ((unsigned long long)s.high[bucket] << 14) + s.low[bucket]; };
+    const auto mass_at = [&](unsigned key) { return (unsigned long long)mass_of(logit_of(key), largest, scale); };
+
+    if (by_count) {
+        if (threadIdx.x < 32)
+            find_bucket(s, row.top_k, [&](int bucket) { return (unsigned long long)s.count[bucket]; });
+        __syncthreads();
+        count_within(s, l, aligned, vocab, 0);
+        floor_key = key_within(s, row.top_k, [](unsigned) { return 1ull; });
+        __syncthreads();
+        if (by_mass && threadIdx.x == 0) {  // what lies below the k-th largest has no mass from here on
+            unsigned long long mass = 0;
+            for (unsigned key = floor_key; key < s.bucket * 32 + 32; key++)
+                mass += mass_at(key) * s.within[key % 32];
+            s.low[s.bucket] = (unsigned)(mass & 0x3fff);
+            s.high[s.bucket] = (unsigned)(mass >> 14);
+        }
+        if (by_mass)
+            for (unsigned i = threadIdx.x; i < s.bucket; i += 1024)
+                s.low[i] = s.high[i] = 0;
+        __syncthreads();
+    }
+    if (by_mass) {
+        if (threadIdx.x == 0)
+            s.total = 0;
+        __syncthreads();
+        unsigned long long mass = 0;
+        for (unsigned i = threadIdx.x; i < 2048; i += 1024)
+            mass += mass_in(i);
+        atomicAdd(&s.total, mass);
+        __syncthreads();
+        const unsigned long long target = max(1ull, (unsigned long long)ceil((double)row.top_p * (double)s.total));
+        if (threadIdx.x < 32)
+            find_bucket(s, target, mass_in);
+        __syncthreads();
+        count_within(s, l, aligned, vocab, floor_key);
+        floor_key = max(floor_key, key_within(s, target, mass_at));
+    }
+    if (threadIdx.x == 0) {
+        const float selected = by_count || by_mass ? logit_of(floor_key) : NO_CUT;
+        cut[blockIdx.x] = fmaxf(selected, least);
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(256)
+sample_draw(const unsigned *batch, unsigned rows_offset, const __half *logits, unsigned vocab, unsigned stride,
+            unsigned chunk, const float *cut, unsigned long long *best, unsigned *arrived, unsigned *tokens,
+            unsigned *token_pool) {
+    __shared__ unsigned long long warps[8];
+    const Row row = reinterpret_cast<const Row *>(batch + rows_offset)[blockIdx.y];
+    const __half *l = logits + (size_t)blockIdx.y * stride;
+    const bool aligned = stride % 8 == 0, greedy = row.temperature == 0.0f;
+    const unsigned begin = blockIdx.x * chunk, end = min(vocab, begin + chunk);
+    const float least = cut[blockIdx.y], inverse = greedy ? 1.0f : 1.0f / row.temperature;
+    float best_score = NO_CUT;
+    unsigned best_id = begin;
+    uint4 words;
+    for_each_logit<256>(l, aligned, begin, end, [&](unsigned id, int j, __half logit) {
+        const float value = __half2float(logit);
+        float score = value;
+        if (!greedy) {
+            if (j % 4 == 0)
+                words = philox(make_uint4(id / 4, row.kv_len, 0, 0), row.seed_low, row.seed_high);
+            const unsigned word = j % 4 == 0 ? words.x : j % 4 == 1 ? words.y : j % 4 == 2 ? words.z : words.w;
+            score = value < least ? NO_CUT : fmaf(value, inverse, gumbel(word));
+        }
+        best_id = score > best_score ? id : best_id;  // ids ascend: the lowest among equals stays
+        best_score = fmaxf(score, best_score);
+    });
+    unsigned long long winner = (unsigned long long)ordered(best_score) << 32 | (0xffffffffu - best_id);
+    for (int lane = 16; lane > 0; lane /= 2) {
+        const unsigned long long other = __shfl_xor_sync(0xffffffffu, winner, lane);
+        winner = other > winner ? other : winner;
+    }
+    if (threadIdx.x % 32 == 0)
+        warps[threadIdx.x / 32] = winner;
+    __syncthreads();
+    if (threadIdx.x != 0)
+        return;
+    for (int i = 1; i < 8; i++)
+        winner = warps[i] > winner ? warps[i] : winner;
+    atomicMax(&best[blockIdx.y], winner);
+    __threadfence();
+    if (atomicAdd(&arrived[blockIdx.y], 1) + 1 != gridDim.x)
+        return;
+    __threadfence();
+    const unsigned token = 0xffffffffu - (unsigned)atomicExch(&best[blockIdx.y], 0ull);
+    arrived[blockIdx.y] = 0;
+    tokens[reinterpret_cast<const Header *>(batch)->output + blockIdx.y] = token;
+    token_pool[row.slot] = token;
+}
+
+struct RowLogprobs {
+    float token;
+    unsigned len, ids[20];
+    float logprobs[20];
+};
+
+// The block's maximum of a 64-bit value, for every thread.
+__device__ __forceinline__ unsigned long long block_max(unsigned long long value, unsigned long long *shared /* [32] */) {
+    for (int lane = 16; lane > 0; lane /= 2) {
+        const unsigned long long other = __shfl_xor_sync(0xffffffffu, value, lane);
+        value = other > value ? other : value;
+    }
+    __syncthreads();
+    if (threadIdx.x % 32 == 0)
+        shared[threadIdx.x / 32] = value;
+    __syncthreads();
+    for (int i = 0; i < 32; i++)
+        value = shared[i] > value ? shared[i] : value;
+    return value;
+}
+
+extern "C" __global__ void __launch_bounds__(1024)
+logprobs(const unsigned *batch, unsigned rows_offset, const __half *logits, unsigned vocab, unsigned stride,
+         const unsigned *tokens, RowLogprobs *out) {
+    __shared__ unsigned long long shared[32];
+    __shared__ float sums[32];
+    const Row row = reinterpret_cast<const Row *>(batch + rows_offset)[blockIdx.x];
+    if (row.logprobs == 0)
+        return;
+    const unsigned output = reinterpret_cast<const Header *>(batch)->output + blockIdx.x;
+    const __half *l = logits + (size_t)blockIdx.x * stride;
+    const bool aligned = stride % 8 == 0;
+    const unsigned wanted = min(row.logprobs - 1, vocab);
+    // (key, lowest id) of the most probable token, then of the most probable one below it, and so on.
+    unsigned long long bound = ~0ull;
+    float log_total = 0.0f;
+    for (unsigned rank = 0; rank == 0 || rank < wanted; rank++) {
+        unsigned long long own = 0;
+        for_each_logit<1024>(l, aligned, 0, vocab, [&](unsigned id, int, __half logit) {
+            const unsigned long long entry = (unsigned long long)key_of(logit) << 32 | (0xffffffffu - id);
+            own = entry < bound && entry > own ? entry : own;
+        });
+        bound = block_max(own, shared);
+        const float value = logit_of((unsigned)(bound >> 32));
+        if (rank == 0) {
+            float sum = 0.0f;
+            for_each_logit<1024>(l, aligned, 0, vocab,
+                                 [&](unsigned, int, __half logit) { sum += expf(__half2float(logit) - value); });
+            for (int lane = 16; lane > 0; lane /= 2)
+                sum += __shfl_xor_sync(0xffffffffu, sum, lane);
+            if (threadIdx.x % 32 == 0)
+                sums[threadIdx.x / 32] = sum;
+            __syncthreads();
+            float total = 0.0f;
+            for (int i = 0; i < 32; i++)
+                total += sums[i];
+            log_total = value + logf(total);
+        }
+        if (threadIdx.x == 0 && rank < wanted) {
+            out[output].ids[rank] = 0xffffffffu - (unsigned)bound;
+            out[output].logprobs[rank] = value - log_total;
+        }
+    }
+    if (threadIdx.x == 0) {
+        out[output].token = __half2float(l[tokens[output]]) - log_total;
+        out[output].len = wanted;
+    }
+}
