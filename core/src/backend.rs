@@ -1,8 +1,9 @@
-//! What the engine asks of a device: two traits.
+//! What the engine asks of a device: two traits, and a third below the second.
 //!
 //! [`Device`] is memory, order and recorded work: device buffers, pinned staging, two queues, events, capture and
-//! replay. [`Ops`] is the transformer's arithmetic at the grain at which the fastest backend fuses it. The engine
-//! knows the first, a model the second; neither knows which device it runs on.
+//! replay. [`Ops`] is the transformer's arithmetic at the grain at which the fastest backend fuses it; [`LayerOps`]
+//! makes its decoder layer out of single operations. The engine knows the first, a model the second; neither knows
+//! which device it runs on.
 //!
 //! Every operation is enqueued and returns at once. Operations of one queue run in the order they were enqueued;
 //! across queues an [`Device::Event`] orders them. Operations never allocate: they write into buffers planned before.
@@ -270,7 +271,7 @@ pub enum WeightRole {
     Embedding,
     /// `[out, in]`: a linear layer.
     Linear,
-    /// `[2 * intermediate, hidden]`: gate rows, then up rows; only ever used through [`Ops::gate_up_silu`].
+    /// `[2 * intermediate, hidden]`: gate rows, then up rows; only ever used through [`Ops::decoder_layer`].
     GateUp,
 }
 
@@ -309,6 +310,70 @@ pub trait Ops: Device {
         out: Self::Buffer,
     ) -> Result<(), Self::Error>;
 
+    /// A whole decoder layer. `first` says that there is no delta to add yet. A backend made of single operations
+    /// calls [`LayerOps::layer`]; one that fuses across them does its own, and what `residual` and `delta` hold between
+    /// two layers is then its own affair, as long as its [`Ops::embed`] and [`Ops::final_norm`] agree.
+    #[allow(clippy::too_many_arguments)]
+    fn decoder_layer(
+        &mut self,
+        step: &Step<Self::Buffer>,
+        first: bool,
+        weights: &LayerWeights<Self::Weight>,
+        rope: Self::Buffer,
+        kv: KvLayer<Self::Buffer>,
+        buffers: &LayerBuffers<Self::Buffer>,
+    ) -> Result<(), Self::Error>;
+
+    /// For the last token of each sampled row: `out = rms_norm(residual + delta)`, `[samples, hidden]`.
+    fn final_norm(
+        &mut self,
+        step: &Step<Self::Buffer>,
+        residual: Self::Buffer,
+        delta: Self::Buffer,
+        weight: Self::Weight,
+        out: Self::Buffer,
+    ) -> Result<(), Self::Error>;
+
+    /// `out = head @ x`, `[samples, vocab]` logits.
+    fn logits(
+        &mut self,
+        step: &Step<Self::Buffer>,
+        x: Self::Buffer,
+        head: Self::Weight,
+        out: Self::Buffer,
+    ) -> Result<(), Self::Error>;
+
+    /// Draws a token for each sampled row by [`crate::sampling`]'s definition, into `tokens[header.output + row]` (words;
+    /// padding rows included) and the token pool.
+    fn sample(
+        &mut self,
+        step: &Step<Self::Buffer>,
+        logits: Self::Buffer,
+        tokens: Self::Buffer,
+    ) -> Result<(), Self::Error>;
+
+    /// For each sampled row that asks for them: the log-probabilities of its token and of the most probable ones, as
+    /// [`crate::sampling::RowLogprobs`] at `out[header.output + row]`; `tokens` is what [`Ops::sample`] filled.
+    fn logprobs(
+        &mut self,
+        step: &Step<Self::Buffer>,
+        logits: Self::Buffer,
+        tokens: Self::Buffer,
+        out: Self::Buffer,
+    ) -> Result<(), Self::Error>;
+
+    /// Logits `rows` of a buffer that [`Ops::logits`] filled, `[rows, vocab]` as f32, after waiting for everything
+    /// enqueued. For tests and for scoring; allocates its result.
+    fn read_logits(
+        &mut self,
+        logits: Self::Buffer,
+        vocab: u32,
+        rows: Range<usize>,
+    ) -> Result<Vec<f32>, Self::Error>;
+}
+
+/// A decoder layer's single operations, for a backend that does not fuse them.
+pub trait LayerOps: Ops {
     /// `out = x / sqrt(mean(x^2) + eps) * weight` for `tokens` rows (Zhang and Sennrich, 2019).
     fn rms_norm(
         &mut self,
@@ -370,58 +435,9 @@ pub trait Ops: Device {
         out: Self::Buffer,
     ) -> Result<(), Self::Error>;
 
-    /// For the last token of each sampled row: `out = rms_norm(residual + delta)`, `[samples, hidden]`.
-    fn final_norm(
-        &mut self,
-        step: &Step<Self::Buffer>,
-        residual: Self::Buffer,
-        delta: Self::Buffer,
-        weight: Self::Weight,
-        out: Self::Buffer,
-    ) -> Result<(), Self::Error>;
-
-    /// `out = head @ x`, `[samples, vocab]` logits.
-    fn logits(
-        &mut self,
-        step: &Step<Self::Buffer>,
-        x: Self::Buffer,
-        head: Self::Weight,
-        out: Self::Buffer,
-    ) -> Result<(), Self::Error>;
-
-    /// Draws a token for each sampled row by [`crate::sampling`]'s definition, into `tokens[header.output + row]` (words;
-    /// padding rows included) and the token pool.
-    fn sample(
-        &mut self,
-        step: &Step<Self::Buffer>,
-        logits: Self::Buffer,
-        tokens: Self::Buffer,
-    ) -> Result<(), Self::Error>;
-
-    /// For each sampled row that asks for them: the log-probabilities of its token and of the most probable ones, as
-    /// [`crate::sampling::RowLogprobs`] at `out[header.output + row]`; `tokens` is what [`Ops::sample`] filled.
-    fn logprobs(
-        &mut self,
-        step: &Step<Self::Buffer>,
-        logits: Self::Buffer,
-        tokens: Self::Buffer,
-        out: Self::Buffer,
-    ) -> Result<(), Self::Error>;
-
-    /// Logits `rows` of a buffer that [`Ops::logits`] filled, `[rows, vocab]` as f32, after waiting for everything
-    /// enqueued. For tests and for scoring; allocates its result.
-    fn read_logits(
-        &mut self,
-        logits: Self::Buffer,
-        vocab: u32,
-        rows: Range<usize>,
-    ) -> Result<Vec<f32>, Self::Error>;
-
-    /// A whole decoder layer. `first` says that there is no delta to add yet. A backend that can fuse across the
-    /// operations overrides this body; what `residual` and `delta` hold between two layers is then its own affair,
-    /// as long as its [`Ops::embed`] and [`Ops::final_norm`] agree.
+    /// [`Ops::decoder_layer`], one operation after the other.
     #[allow(clippy::too_many_arguments)]
-    fn decoder_layer(
+    fn layer(
         &mut self,
         step: &Step<Self::Buffer>,
         first: bool,
