@@ -1,0 +1,275 @@
+//! A checkpoint directory in Hugging Face layout, checked whole before anything goes to a device.
+//!
+//! ```text
+//!   DIR/config.json
+//!       generation_config.json          may be absent
+//!       model.safetensors               or
+//!       model.safetensors.index.json -> model-00001-of-0000N.safetensors, …   beside it
+//! ```
+//!
+//! Invariant: a [`Checkpoint`] has every tensor of its configuration, in shape, type and bytes; so loading one can
+//! fail only on the device.
+
+use std::collections::{BTreeMap, HashSet};
+use std::fs;
+use std::io;
+use std::path::{Component, Path, PathBuf};
+
+use minisgl_core::tensor::HostTensor;
+use serde_json::Value;
+use thiserror::Error;
+
+use crate::config::{Config, ConfigError};
+use crate::layout::{Shape, Tensors};
+use crate::presets;
+use crate::safetensors::Shard;
+
+const CONFIG: &str = "config.json";
+const GENERATION_CONFIG: &str = "generation_config.json";
+const SINGLE: &str = "model.safetensors";
+const INDEX: &str = "model.safetensors.index.json";
+
+/// A model's configuration and its weights: in mapped files, or made from seeds.
+#[derive(Clone, Debug)]
+pub struct Checkpoint {
+    config: Config,
+    tensors: Tensors,
+}
+
+/// Why a directory is no checkpoint of this model.
+#[derive(Debug, Error)]
+pub enum CheckpointError {
+    /// No such directory.
+    #[error("the checkpoint directory {} does not exist", .0.display())]
+    NoDirectory(PathBuf),
+    /// A file where a directory should be.
+    #[error("{} is not a directory; give the directory that holds {CONFIG} and the weights", .0.display())]
+    NotADirectory(PathBuf),
+    /// Something a checkpoint has is not there.
+    #[error("{} has no {file}; is the download complete?", dir.display())]
+    NoFile {
+        /// The checkpoint's directory.
+        dir: PathBuf,
+        /// What is missing.
+        file: &'static str,
+    },
+    /// The operating system refuses.
+    #[error("{} can't be read: {reason}", path.display())]
+    Unreadable {
+        /// The file.
+        path: PathBuf,
+        /// What it says.
+        reason: io::Error,
+    },
+    /// A configuration that makes no model.
+    #[error("{}: {reason}", path.display())]
+    Config {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: ConfigError,
+    },
+    /// A file whose contents contradict themselves.
+    #[error("{}: {reason}", path.display())]
+    Malformed {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// The index names a file that is not there.
+    #[error("{} puts tensor `{name}` into {shard}, which does not exist", index.display())]
+    MissingShard {
+        /// The index.
+        index: PathBuf,
+        /// One of the file's tensors.
+        name: String,
+        /// The file's name.
+        shard: String,
+    },
+    /// A tensor is nowhere.
+    #[error("tensor `{name}` is missing from {}", path.display())]
+    MissingTensor {
+        /// Its name.
+        name: String,
+        /// Where it should be.
+        path: PathBuf,
+    },
+    /// A tensor contradicts the configuration.
+    #[error("tensor `{name}` in {} has shape {shape:?}; {CONFIG} calls for {expected:?}", path.display())]
+    WrongShape {
+        /// Its name.
+        name: String,
+        /// Its file.
+        path: PathBuf,
+        /// Its shape.
+        shape: Vec<usize>,
+        /// By the configuration.
+        expected: Vec<usize>,
+    },
+    /// Elements that no backend reads.
+    #[error("tensor `{name}` in {} has elements of type {dtype}; BF16, F16 and F32 are supported", path.display())]
+    WrongDtype {
+        /// Its name.
+        name: String,
+        /// Its file.
+        path: PathBuf,
+        /// Its elements.
+        dtype: String,
+    },
+    /// No preset is called so.
+    #[error("there is no preset `{name}`; there are {}", presets::names().collect::<Vec<_>>().join(", "))]
+    NoPreset {
+        /// As asked for.
+        name: String,
+    },
+}
+
+impl Checkpoint {
+    /// Maps and checks the checkpoint in a directory.
+    ///
+    /// # Errors
+    /// Names the file, and the field or tensor, that is missing or not as it must be.
+    pub fn open(dir: impl AsRef<Path>) -> Result<Checkpoint, CheckpointError> {
+        let dir = dir.as_ref();
+        match fs::metadata(dir) {
+            Ok(metadata) if metadata.is_dir() => {}
+            Ok(_) => return Err(CheckpointError::NotADirectory(dir.to_owned())),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                return Err(CheckpointError::NoDirectory(dir.to_owned()));
+            }
+            Err(reason) => return Err(CheckpointError::Unreadable { path: dir.to_owned(), reason }),
+        }
+        let config = read_config(dir)?;
+        let weights = Weights::open(dir)?;
+        let tensors = Tensors::collect(&config.dims, config.tied, |name, shape| weights.tensor(name, shape))?;
+        weights.log_extra(&tensors);
+        Ok(Checkpoint { config, tensors })
+    }
+
+    /// A preset's configuration with dummy weights, which are the same each time.
+    ///
+    /// # Errors
+    /// No preset is called so.
+    pub fn preset(name: &str) -> Result<Checkpoint, CheckpointError> {
+        let config =
+            presets::config(name).ok_or_else(|| CheckpointError::NoPreset { name: name.to_owned() })?;
+        let tensors = presets::dummy_tensors(&config);
+        Ok(Checkpoint { config, tensors })
+    }
+
+    /// What the configuration files say.
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+
+    /// The weights.
+    pub fn tensors(&self) -> &Tensors {
+        &self.tensors
+    }
+}
+
+fn read_config(dir: &Path) -> Result<Config, CheckpointError> {
+    let read = |file: &'static str| match fs::read(dir.join(file)) {
+        Ok(text) => Ok(Some(text)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(reason) => Err(CheckpointError::Unreadable { path: dir.join(file), reason }),
+    };
+    let in_file = |file: &str, reason| CheckpointError::Config { path: dir.join(file), reason };
+    let text = read(CONFIG)?.ok_or(CheckpointError::NoFile { dir: dir.to_owned(), file: CONFIG })?;
+    let config = Config::from_json(&text).map_err(|reason| in_file(CONFIG, reason))?;
+    match read(GENERATION_CONFIG)? {
+        Some(text) => {
+            config.with_generation_config(&text).map_err(|reason| in_file(GENERATION_CONFIG, reason))
+        }
+        None => Ok(config),
+    }
+}
+
+/// The weight files of a directory.
+enum Weights {
+    Single(Shard),
+    Sharded {
+        index: PathBuf,
+        /// The file of each tensor.
+        files: BTreeMap<String, String>,
+        shards: BTreeMap<String, Shard>,
+    },
+}
+
+impl Weights {
+    fn open(dir: &Path) -> Result<Weights, CheckpointError> {
+        if dir.join(SINGLE).exists() {
+            return Ok(Weights::Single(Shard::open(&dir.join(SINGLE))?));
+        }
+        let index = dir.join(INDEX);
+        if !index.exists() {
+            let file = "model.safetensors or model.safetensors.index.json";
+            return Err(CheckpointError::NoFile { dir: dir.to_owned(), file });
+        }
+        let files = read_index(&index)?;
+        let mut shards = BTreeMap::new();
+        for (name, file) in &files {
+            if !shards.contains_key(file) {
+                if !dir.join(file).exists() {
+                    let (name, shard) = (name.clone(), file.clone());
+                    return Err(CheckpointError::MissingShard { index, name, shard });
+                }
+                shards.insert(file.clone(), Shard::open(&dir.join(file))?);
+            }
+        }
+        Ok(Weights::Sharded { index, files, shards })
+    }
+
+    fn tensor(&self, name: &str, shape: Shape) -> Result<HostTensor, CheckpointError> {
+        let missing_from =
+            |path: &Path| CheckpointError::MissingTensor { name: name.to_owned(), path: path.to_owned() };
+        let shard = match self {
+            Weights::Single(shard) => shard,
+            Weights::Sharded { index, files, shards } => {
+                files.get(name).and_then(|file| shards.get(file)).ok_or_else(|| missing_from(index))?
+            }
+        };
+        shard.tensor(name, shape)?.ok_or_else(|| missing_from(shard.path()))
+    }
+
+    /// Tensors that the model does not have are no error (a tied checkpoint may store its head), but worth a line.
+    fn log_extra(&self, used: &Tensors) {
+        let shards: Vec<&Shard> = match self {
+            Weights::Single(shard) => vec![shard],
+            Weights::Sharded { shards, .. } => shards.values().collect(),
+        };
+        let used: HashSet<&str> = used.iter().map(|tensor| tensor.name.as_str()).collect();
+        for shard in shards {
+            for name in shard.names().iter().filter(|name| !used.contains(name.as_str())) {
+                let file = shard.path().display();
+                tracing::debug!("ignoring tensor {name} of {file}: the model has none of that name");
+            }
+        }
+    }
+}
+
+/// The file of each tensor: the index's `weight_map`, whose files lie beside it.
+fn read_index(path: &Path) -> Result<BTreeMap<String, String>, CheckpointError> {
+    let malformed = |reason: String| CheckpointError::Malformed { path: path.to_owned(), reason };
+    let text =
+        fs::read(path).map_err(|reason| CheckpointError::Unreadable { path: path.to_owned(), reason })?;
+    let index: Value =
+        serde_json::from_slice(&text).map_err(|error| malformed(format!("not valid JSON: {error}")))?;
+    let map = index.get("weight_map").and_then(Value::as_object);
+    let map = map.ok_or_else(|| malformed("the object `weight_map` is missing".to_owned()))?;
+    map.iter()
+        .map(|(name, file)| match file.as_str() {
+            Some(file) if is_file_name(file) => Ok((name.clone(), file.to_owned())),
+            _ => Err(malformed(format!(
+                "`weight_map` puts tensor `{name}` into {file}, which is not the name of a file beside the index"
+            ))),
+        })
+        .collect()
+}
+
+/// A plain name: no directory, no `..`, no root.
+fn is_file_name(file: &str) -> bool {
+    let mut components = Path::new(file).components();
+    matches!((components.next(), components.next()), (Some(Component::Normal(name)), None) if name == file)
+}

@@ -1,0 +1,137 @@
+//! One `*.safetensors` file, mapped into memory: a length, a JSON header, then the tensors' bytes back to back.
+//!
+//! ```text
+//!   | n: u64 | header: n bytes of JSON | data: name -> [begin, end) of it |
+//! ```
+//!
+//! Nothing is copied: tensors are ranges of the mapping, which lives as long as the last of them.
+//!
+//! Invariant: once [`Shard::open`] has succeeded, every tensor that the header lists lies within the file, and its
+//! byte count is its shape's times its element's.
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use memmap2::Mmap;
+use minisgl_core::tensor::{Dtype, HostTensor, TensorData};
+use safetensors::tensor::Metadata;
+
+use crate::checkpoint::CheckpointError;
+use crate::layout::Shape;
+
+/// Bytes of the header's length.
+const LENGTH_BYTES: usize = 8;
+/// Headers are far smaller (a 14B model's has 50 KB); a longer one is no header.
+const HEADER_BYTES_MAX: u64 = 100_000_000;
+
+/// A mapped file whose header has been checked.
+pub(crate) struct Shard {
+    path: PathBuf,
+    owner: Arc<dyn AsRef<[u8]> + Send + Sync>,
+    header: Metadata,
+    /// Where the tensors' bytes begin in the file.
+    data_start: usize,
+}
+
+impl Shard {
+    /// Maps the file and checks its header against its length.
+    pub(crate) fn open(path: &Path) -> Result<Shard, CheckpointError> {
+        let unreadable = |error| CheckpointError::Unreadable { path: path.to_owned(), reason: error };
+        let file = File::open(path).map_err(unreadable)?;
+        if !file.metadata().map_err(unreadable)?.is_file() {
+            return Err(malformed(path, "it is not a regular file"));
+        }
+        // SAFETY: the mapping is read-only and nothing here writes to the file. What remains is what every mapped file
+        // has: another process that shortens or rewrites the checkpoint while it is in use breaks the reading.
+        let map = unsafe { Mmap::map(&file) }.map_err(unreadable)?;
+        let (header, data_start) = read_header(path, &map)?;
+        Ok(Shard { path: path.to_owned(), owner: Arc::new(map), header, data_start })
+    }
+
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Names of all tensors in the file.
+    pub(crate) fn names(&self) -> Vec<String> {
+        self.header.offset_keys()
+    }
+
+    /// The tensor, after checking its type and shape; `None` where the file does not have it.
+    pub(crate) fn tensor(&self, name: &str, shape: Shape) -> Result<Option<HostTensor>, CheckpointError> {
+        let Some(info) = self.header.info(name) else { return Ok(None) };
+        let dtype = match info.dtype {
+            safetensors::Dtype::BF16 => Dtype::Bf16,
+            safetensors::Dtype::F16 => Dtype::F16,
+            safetensors::Dtype::F32 => Dtype::F32,
+            other => {
+                return Err(CheckpointError::WrongDtype {
+                    name: name.to_owned(),
+                    path: self.path.clone(),
+                    dtype: format!("{other:?}"),
+                });
+            }
+        };
+        if info.shape != shape.dims() {
+            return Err(CheckpointError::WrongShape {
+                name: name.to_owned(),
+                path: self.path.clone(),
+                shape: info.shape.clone(),
+                expected: shape.dims(),
+            });
+        }
+        let range = self.data_start + info.data_offsets.0..self.data_start + info.data_offsets.1;
+        if !range.start.is_multiple_of(dtype.bytes()) {
+            let reason = format!("tensor `{name}` does not begin at a multiple of its element size");
+            return Err(malformed(&self.path, reason));
+        }
+        let (rows, cols) = shape.rows_cols();
+        let data = TensorData::Bytes { owner: self.owner.clone(), range, dtype };
+        Ok(Some(HostTensor { name: name.to_owned(), rows, cols, data }))
+    }
+}
+
+/// The header, and where the data behind it begins.
+fn read_header(path: &Path, file: &[u8]) -> Result<(Metadata, usize), CheckpointError> {
+    let Some((length, rest)) = file.split_first_chunk::<LENGTH_BYTES>() else {
+        let reason = format!("it has {} bytes, too few for a safetensors header", file.len());
+        return Err(malformed(path, reason));
+    };
+    let length = u64::from_le_bytes(*length);
+    if length > HEADER_BYTES_MAX || length > rest.len() as u64 {
+        let reason = format!(
+            "its header claims {length} bytes, but {} follow: it is truncated or not a safetensors file",
+            rest.len()
+        );
+        return Err(malformed(path, reason));
+    }
+    let (header, data) = rest.split_at(length as usize);
+    let header: Metadata = serde_json::from_slice(header)
+        .map_err(|error| malformed(path, format!("its header is not valid: {error}")))?;
+    match header.data_len() {
+        end if end > data.len() => Err(malformed(path, truncation(&header, data.len()))),
+        end if end < data.len() => {
+            let reason = format!("{} bytes follow the last tensor", data.len() - end);
+            Err(malformed(path, reason))
+        }
+        _ => Ok((header, LENGTH_BYTES + length as usize)),
+    }
+}
+
+/// Says which tensor is the first that the file has not whole.
+fn truncation(header: &Metadata, data_bytes: usize) -> String {
+    let cut = header
+        .offset_keys()
+        .into_iter()
+        .find_map(|name| header.info(&name).filter(|info| info.data_offsets.1 > data_bytes).map(|_| name));
+    format!(
+        "it is truncated within tensor `{}`: {data_bytes} of {} bytes of data are there; download it again",
+        cut.unwrap_or_default(),
+        header.data_len()
+    )
+}
+
+fn malformed(path: &Path, reason: impl Into<String>) -> CheckpointError {
+    CheckpointError::Malformed { path: path.to_owned(), reason: reason.into() }
+}
