@@ -1,0 +1,79 @@
+//! The two ends of a step: launches of `embed.cu`.
+
+use minisgl_core::backend::Step;
+
+use crate::error::CudaError;
+use crate::launch::{Grid, Kernel, Launcher};
+use crate::memory::{Address, Buffer};
+use crate::module::Modules;
+
+const UPDATE_BLOCKS: u32 = 8;
+const UPDATE_THREADS: u32 = 256;
+const ROW_THREADS: u32 = 128;
+
+/// The kernels.
+#[derive(Debug)]
+pub struct Ends {
+    begin_step: Kernel,
+    embed: Kernel,
+    final_norm: Kernel,
+}
+
+impl Ends {
+    /// Looks the kernels up.
+    pub fn new(modules: &Modules) -> Result<Ends, CudaError> {
+        Ok(Ends {
+            begin_step: modules.kernel("embed", "begin_step", 0)?,
+            embed: modules.kernel("embed", "embed", 0)?,
+            final_norm: modules.kernel("embed", "final_norm", 0)?,
+        })
+    }
+
+    /// Applies the batch's page-table updates.
+    pub fn begin_step(&self, launcher: &Launcher, step: &Step<Buffer>) -> Result<(), CudaError> {
+        let updates_offset = step.layout.updates as u32;
+        launcher.launch(
+            &self.begin_step,
+            Grid::new(UPDATE_BLOCKS, UPDATE_THREADS),
+            [&step.batch, &updates_offset, &step.page_table],
+        )
+    }
+
+    /// `residual[t] = table[id of t]`, and the partial sums of its squares, `[tokens, ceil(hidden / 64)]` f32.
+    pub fn embed(
+        &self,
+        launcher: &Launcher,
+        step: &Step<Buffer>,
+        table: Address,
+        hidden: u32,
+        residual: Buffer,
+        sumsq: Address,
+    ) -> Result<(), CudaError> {
+        let tokens_offset = step.layout.tokens as u32;
+        launcher.launch(
+            &self.embed,
+            Grid::new(step.shape.tokens, ROW_THREADS),
+            [&step.batch, &tokens_offset, &step.token_pool, &table, &hidden, &residual, &sumsq],
+        )
+    }
+
+    /// `out[r] = rms_norm(residual[last token of r]) * weight` for the sampled rows.
+    #[allow(clippy::too_many_arguments)]
+    pub fn final_norm(
+        &self,
+        launcher: &Launcher,
+        step: &Step<Buffer>,
+        residual: Buffer,
+        weight: Address,
+        hidden: u32,
+        eps: f32,
+        out: Buffer,
+    ) -> Result<(), CudaError> {
+        let rows_offset = step.layout.rows as u32;
+        launcher.launch(
+            &self.final_norm,
+            Grid::new(step.shape.samples, ROW_THREADS),
+            [&step.batch, &rows_offset, &residual, &weight, &hidden, &eps, &out],
+        )
+    }
+}

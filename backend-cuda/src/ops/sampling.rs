@@ -1,0 +1,106 @@
+//! Drawing tokens and their log-probabilities on the device: launches of `sampling.cu`.
+//!
+//! `sample` is two kernels: the first finds where each row's filters cut (and returns at once for a row without any),
+//! the second draws. Neither sorts, and nothing comes back to the host but the tokens.
+
+use minisgl_core::backend::{Purpose, Step};
+
+use crate::device::Cuda;
+use crate::error::CudaError;
+use crate::launch::{Grid, Kernel, Launcher};
+use crate::memory::{Address, Buffer};
+
+const DRAW_THREADS: u32 = 256;
+const ROW_THREADS: u32 = 1024;
+
+/// Logits that a block of the drawing kernel looks at: few where rows are few, so that one row fills the device too.
+const CHUNK_FEW_ROWS: u32 = 2048;
+const CHUNK_MANY_ROWS: u32 = 8192;
+const MANY_ROWS: u32 = 16;
+
+/// The kernels and their scratch.
+#[derive(Debug)]
+pub struct Sampling {
+    cut: Kernel,
+    draw: Kernel,
+    logprobs: Kernel,
+    /// `[rows]` f32: the least logit that a row keeps.
+    cuts: Address,
+    /// `[rows]` u64: the best score so far with its id. Zero between steps.
+    best: Address,
+    /// `[rows]` u32: blocks that are done with the row. Zero between steps.
+    arrived: Address,
+}
+
+impl Sampling {
+    /// Looks the kernels up and allocates scratch for steps of up to `rows` sampled rows.
+    pub fn new(cuda: &mut Cuda, rows: u32) -> Result<Sampling, CudaError> {
+        let rows = rows as usize;
+        let best = cuda.allocate(Purpose::Scratch, rows * 8)?;
+        let arrived = cuda.allocate(Purpose::Scratch, rows * 4)?;
+        cuda.zero(best, rows * 8)?;
+        cuda.zero(arrived, rows * 4)?;
+        Ok(Sampling {
+            cut: cuda.modules().kernel("sampling", "sample_cut", 0)?,
+            draw: cuda.modules().kernel("sampling", "sample_draw", 0)?,
+            logprobs: cuda.modules().kernel("sampling", "logprobs", 0)?,
+            cuts: cuda.allocate(Purpose::Scratch, rows * 4)?,
+            best,
+            arrived,
+        })
+    }
+
+    /// Draws a token for each sampled row of `logits` `[samples, vocab]` f16, into `tokens[header.output + row]` and
+    /// the token pool.
+    pub fn sample(
+        &self,
+        launcher: &Launcher,
+        step: &Step<Buffer>,
+        logits: Buffer,
+        vocab: u32,
+        tokens: Buffer,
+    ) -> Result<(), CudaError> {
+        let (samples, rows_offset) = (step.shape.samples, step.layout.rows as u32);
+        launcher.launch(
+            &self.cut,
+            Grid::new(samples, ROW_THREADS),
+            [&step.batch, &rows_offset, &logits, &vocab, &vocab, &self.cuts],
+        )?;
+        let chunk = if samples < MANY_ROWS { CHUNK_FEW_ROWS } else { CHUNK_MANY_ROWS };
+        launcher.launch(
+            &self.draw,
+            Grid::new(vocab.div_ceil(chunk), DRAW_THREADS).rows(samples),
+            [
+                &step.batch,
+                &rows_offset,
+                &logits,
+                &vocab,
+                &vocab,
+                &chunk,
+                &self.cuts,
+                &self.best,
+                &self.arrived,
+                &tokens,
+                &step.token_pool,
+            ],
+        )
+    }
+
+    /// Writes a `RowLogprobs` to `out[header.output + row]` for each sampled row that asks for it, of the tokens drawn.
+    pub fn logprobs(
+        &self,
+        launcher: &Launcher,
+        step: &Step<Buffer>,
+        logits: Buffer,
+        vocab: u32,
+        tokens: Buffer,
+        out: Buffer,
+    ) -> Result<(), CudaError> {
+        let rows_offset = step.layout.rows as u32;
+        launcher.launch(
+            &self.logprobs,
+            Grid::new(step.shape.samples, ROW_THREADS),
+            [&step.batch, &rows_offset, &logits, &vocab, &vocab, &tokens, &out],
+        )
+    }
+}
