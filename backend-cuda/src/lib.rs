@@ -1,1 +1,26 @@
-//! The CUDA backend of minisgl, over the driver API.
+//! The CUDA backend of minisgl, over the driver API: nothing but an NVIDIA driver is needed.
+//!
+//! ```text
+//!   context   driver, device, properties            memory    buffers, pinned memory, events, graphs
+//!   module    the PTX, loaded and looked up          launch    grids, parameters, dependent launch, late errors
+//!   device    core's Device over these               ops       core's Ops: each family of kernels and its launches
+//! ```
+//!
+//! Invariant: after `reserve` a step allocates nothing on the host or the device, and waits for nothing but the pinned
+//! memory that it fills.
+
+mod context;
+mod device;
+mod error;
+mod launch;
+mod memory;
+mod module;
+mod tensor_map;
+
+pub use context::{KernelSet, Properties, device_count};
+pub use device::{Cuda, Options};
+pub use error::CudaError;
+pub use launch::{Grid, Kernel, Launcher, Param};
+pub use memory::{Address, Buffer, Event, Graph, Pinned, element_bytes};
+pub use module::Modules;
+pub use tensor_map::{BOX_COLS, TensorMap};

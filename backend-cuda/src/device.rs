@@ -1,0 +1,284 @@
+//! The GPU as core's [`Device`]: two streams, memory that is planned once, pinned staging, graphs.
+//!
+//! ```text
+//!   host ── pinned ──> [compute stream]  upload, kernels or a graph of them ── event ──┐
+//!   host <── pinned ── [copy stream]     download <─────────────────────────── wait ───┘
+//! ```
+//!
+//! Invariant: every driver call's status is looked at, and an error that a kernel caused earlier is reported as the
+//! kernel's, not as the call's that happened to notice it.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use cudarc::driver::result::{self, DriverError};
+use cudarc::driver::sys::{self, CUresult, CUstreamCaptureMode};
+use minisgl_core::backend::{Device, DeviceInfo, Element, Memory, Purpose, Queue};
+
+use crate::context::{Context, KernelSet, Properties};
+use crate::error::{CudaError, Named};
+use crate::launch::Launcher;
+use crate::memory::{Address, Buffer, Event, Graph, Pinned, element_bytes};
+use crate::module::Modules;
+
+/// The smallest page, in tokens, that the attention kernels take.
+const PAGE_SIZE_MIN: u32 = 16;
+
+/// Which device to open, and how.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Options {
+    /// The device's number, from 0.
+    pub device: usize,
+    /// Which kernels to run.
+    pub kernels: KernelSet,
+}
+
+/// A GPU. Used from the thread that made it.
+#[derive(Debug)]
+pub struct Cuda {
+    allocations: Allocations,
+    pub(crate) modules: Modules,
+    pub(crate) launcher: Launcher,
+}
+
+impl Cuda {
+    /// Opens a device and loads the kernels for it.
+    pub fn new(options: &Options) -> Result<Cuda, CudaError> {
+        let context = Context::open(options.device, options.kernels)?;
+        Ok(Cuda {
+            allocations: Allocations::new(&context),
+            modules: Modules::load(&context)?,
+            launcher: Launcher::new(&context)?,
+        })
+    }
+
+    /// What the device is.
+    pub fn properties(&self) -> &Properties {
+        &self.context().properties
+    }
+
+    /// The loaded kernels.
+    pub fn modules(&self) -> &Modules {
+        &self.modules
+    }
+
+    /// The device's streams.
+    pub fn launcher(&self) -> &Launcher {
+        &self.launcher
+    }
+
+    pub(crate) fn context(&self) -> &Arc<Context> {
+        self.launcher.context()
+    }
+
+    fn check<T>(&self, operation: &'static str, result: Result<T, DriverError>) -> Result<T, CudaError> {
+        result.map_err(|error| self.launcher.failed(operation, error))
+    }
+
+    /// Allocates `bytes` bytes for `purpose`.
+    pub(crate) fn allocate(&mut self, purpose: Purpose, bytes: usize) -> Result<Address, CudaError> {
+        // SAFETY: the context is current; the memory is freed once, with `self`.
+        match unsafe { result::malloc_sync(bytes.max(1)) } {
+            Ok(address) => {
+                self.allocations.addresses.push(address);
+                Ok(Address(address))
+            }
+            Err(DriverError(CUresult::CUDA_ERROR_OUT_OF_MEMORY)) => {
+                Err(CudaError::OutOfMemory { purpose, needed: bytes as u64, free: self.memory()?.free })
+            }
+            Err(error) => Err(self.launcher.failed("allocating GPU memory", error)),
+        }
+    }
+
+    /// Enqueues zeros on the compute stream.
+    pub(crate) fn zero(&self, address: Address, bytes: usize) -> Result<(), CudaError> {
+        let stream = self.launcher.stream(Queue::Compute);
+        // SAFETY: callers pass a range of one allocation.
+        self.check("zeroing GPU memory", unsafe { result::memset_d8_async(address.0, 0, bytes, stream) })
+    }
+
+    /// Ends a capture and instantiates what it recorded.
+    fn instantiate(&self, recorded: sys::CUgraph) -> Result<Graph, CudaError> {
+        let stream = self.launcher.stream(Queue::Compute);
+        // SAFETY: the graph was just captured, and is destroyed once.
+        let (instantiated, destroyed) = unsafe {
+            (
+                result::graph::instantiate(recorded, sys::CUgraphInstantiate_flags(0)),
+                result::graph::destroy(recorded),
+            )
+        };
+        let executable = match instantiated {
+            Err(DriverError(CUresult::CUDA_ERROR_OUT_OF_MEMORY)) => {
+                return Err(CudaError::GraphMemory { free: self.memory()?.free });
+            }
+            other => self.check("instantiating a recorded step", other)?,
+        };
+        let graph = Graph::new(self.context(), executable);
+        self.check("freeing a recording", destroyed)?;
+        // SAFETY: graph and stream are alive.
+        self.check("uploading a recorded step", unsafe { result::graph::upload(executable, stream) })?;
+        Ok(graph)
+    }
+}
+
+impl Device for Cuda {
+    type Error = CudaError;
+    type Buffer = Buffer;
+    type Pinned = Pinned;
+    type Event = Event;
+    type Graph = Graph;
+
+    fn info(&self) -> DeviceInfo {
+        DeviceInfo {
+            name: self.properties().name.clone(),
+            activation_bytes: element_bytes(Element::Activation),
+            logit_bytes: element_bytes(Element::Logit),
+            page_size_min: PAGE_SIZE_MIN,
+        }
+    }
+
+    fn memory(&self) -> Result<Memory, CudaError> {
+        let (free, total) = self.check("reading the free GPU memory", result::mem_get_info())?;
+        Ok(Memory { free: free as u64, total: total as u64 })
+    }
+
+    fn alloc(&mut self, purpose: Purpose, element: Element, elements: usize) -> Result<Buffer, CudaError> {
+        let bytes = elements * element_bytes(element);
+        let address = self.allocate(purpose, bytes)?;
+        if purpose == Purpose::KvCache {
+            // Attention reads whole pages and masks what lies beyond a sequence; 0 times garbage may be NaN.
+            self.zero(address, bytes)?;
+        }
+        Ok(Buffer::new(address, element, elements))
+    }
+
+    fn slice(&self, buffer: Buffer, range: Range<usize>) -> Buffer {
+        buffer.slice(range)
+    }
+
+    fn alloc_pinned(&mut self, words: usize) -> Result<Pinned, CudaError> {
+        Pinned::new(self.context(), words)
+    }
+
+    fn words<'a>(&self, pinned: &'a Pinned) -> Result<&'a [u32], CudaError> {
+        self.check("waiting for a download", pinned.downloaded.synchronize())?;
+        Ok(pinned.words())
+    }
+
+    fn words_mut<'a>(&self, pinned: &'a mut Pinned) -> Result<&'a mut [u32], CudaError> {
+        self.check("waiting for an upload", pinned.uploaded.synchronize())?;
+        self.check("waiting for a download", pinned.downloaded.synchronize())?;
+        Ok(pinned.words_mut())
+    }
+
+    fn upload(&mut self, from: &mut Pinned, range: Range<usize>, to: Buffer) -> Result<(), CudaError> {
+        debug_assert!(range.end <= from.len() && range.end <= to.elements());
+        let stream = self.launcher.stream(Queue::Compute);
+        let target = to.address().offset(range.start * 4);
+        // SAFETY: both ranges lie within their memory, and the pinned memory waits for the copy before it is reused.
+        let copied = unsafe {
+            sys::cuMemcpyHtoDAsync_v2(target.0, from.at(range.start), range.len() * 4, stream).result()
+        };
+        self.check("copying to the GPU", copied)?;
+        self.check("recording an event", from.uploaded.record(stream))
+    }
+
+    fn download(
+        &mut self,
+        queue: Queue,
+        from: Buffer,
+        words: usize,
+        to: &mut Pinned,
+    ) -> Result<(), CudaError> {
+        debug_assert!(words <= to.len() && words * 4 <= from.bytes());
+        let stream = self.launcher.stream(queue);
+        // SAFETY: as for an upload.
+        let copied =
+            unsafe { sys::cuMemcpyDtoHAsync_v2(to.at(0), from.address().0, words * 4, stream).result() };
+        self.check("copying from the GPU", copied)?;
+        self.check("recording an event", to.downloaded.record(stream))
+    }
+
+    fn event(&mut self) -> Result<Event, CudaError> {
+        Event::timed(self.context())
+    }
+
+    fn record(&mut self, queue: Queue, event: &mut Event) -> Result<(), CudaError> {
+        self.check("recording an event", event.record(self.launcher.stream(queue)))
+    }
+
+    fn wait(&mut self, queue: Queue, event: &Event) -> Result<(), CudaError> {
+        // SAFETY: stream and event are alive.
+        let waiting = unsafe { sys::cuStreamWaitEvent(self.launcher.stream(queue), event.handle, 0) };
+        self.check("waiting for an event", waiting.result())
+    }
+
+    fn elapsed_ms(&self, from: &Event, to: &Event) -> Result<f32, CudaError> {
+        self.check("waiting for an event", from.synchronize())?;
+        self.check("waiting for an event", to.synchronize())?;
+        let mut ms = 0.0;
+        // The newer entry point of this call is missing from the oldest driver that is supported.
+        // SAFETY: both events are alive; one float is written.
+        let status = unsafe { sys::cuEventElapsedTime(&mut ms, from.handle, to.handle) };
+        self.check("reading an event's time", status.result())?;
+        Ok(ms)
+    }
+
+    fn synchronize(&mut self) -> Result<(), CudaError> {
+        for queue in [Queue::Compute, Queue::Copy] {
+            // SAFETY: the stream is alive.
+            let waited = unsafe { result::stream::synchronize(self.launcher.stream(queue)) };
+            self.check("waiting for the GPU", waited)?;
+        }
+        Ok(())
+    }
+
+    fn begin_capture(&mut self) -> Result<(), CudaError> {
+        let mode = CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+        // SAFETY: the stream is alive.
+        let begun = unsafe { result::stream::begin_capture(self.launcher.stream(Queue::Compute), mode) };
+        self.check("beginning to record a step", begun)?;
+        self.launcher.set_capturing(true);
+        Ok(())
+    }
+
+    fn end_capture(&mut self) -> Result<Graph, CudaError> {
+        self.launcher.set_capturing(false);
+        // SAFETY: the stream is alive.
+        let recorded = unsafe { result::stream::end_capture(self.launcher.stream(Queue::Compute)) };
+        let recorded = self.check("recording a step", recorded)?;
+        self.instantiate(recorded)
+    }
+
+    fn replay(&mut self, graph: &Graph) -> Result<(), CudaError> {
+        // SAFETY: graph and stream are alive.
+        let launched = unsafe { result::graph::launch(graph.handle, self.launcher.stream(Queue::Compute)) };
+        self.check("replaying a recorded step", launched)?;
+        self.launcher.begin_step();
+        self.launcher.launched("(a recorded step)")
+    }
+}
+
+/// Device memory that goes when the device goes.
+#[derive(Debug)]
+struct Allocations {
+    context: Arc<Context>,
+    addresses: Vec<u64>,
+}
+
+impl Allocations {
+    fn new(context: &Arc<Context>) -> Allocations {
+        Allocations { context: context.clone(), addresses: Vec::new() }
+    }
+}
+
+impl Drop for Allocations {
+    fn drop(&mut self) {
+        // Errors have nobody to go to here: a failed kernel's is returned by every call, and was reported before.
+        let _ = self.context.make_current().and(result::ctx::synchronize().named("waiting for the GPU"));
+        for address in self.addresses.drain(..) {
+            // SAFETY: allocated once, freed once, after everything that could use it.
+            let _ = unsafe { result::memory_free(address) };
+        }
+    }
+}

@@ -1,0 +1,310 @@
+//! Launching kernels: what is launched, in which shape, with which parameters.
+//!
+//! ```text
+//!   launcher.launch(&kernel, Grid::new(tokens, 128).dependent(), [&buffer, &hidden, &eps])?;
+//! ```
+//!
+//! A launch allocates nothing: the driver reads the parameters through an array on the stack. The parameters' sizes
+//! are compared with those that the kernel declares, so a forgotten or widened one is an error that names the kernel,
+//! not a wild pointer on the device. Kernels are trusted to stay within the buffers that they are given.
+//!
+//! A kernel's failure shows at a later call. The launcher remembers the last kernels, and with `MINISGL_CUDA_SYNC=1`
+//! waits after each, so that the error names the one that failed.
+
+use std::cell::Cell;
+use std::ffi::c_void;
+use std::ptr::null_mut;
+use std::sync::Arc;
+
+use cudarc::driver::result::{self, DriverError};
+use cudarc::driver::sys;
+use minisgl_core::backend::Queue;
+
+use crate::context::Context;
+use crate::error::{CudaError, cause, is_device_lost, is_kernel_failure};
+
+/// Parameters that a kernel may have.
+pub(crate) const PARAMS_MAX: usize = 28;
+
+/// A kernel's parameter: plain data with the size and layout that the kernel declares.
+pub trait Param {
+    /// Where the value lies, and how many bytes it has.
+    fn raw(&self) -> (*const c_void, usize);
+}
+
+macro_rules! plain_params {
+    ($($type:ty),*) => {$(
+        impl Param for $type {
+            fn raw(&self) -> (*const c_void, usize) {
+                ((self as *const Self).cast(), size_of::<Self>())
+            }
+        }
+    )*};
+}
+plain_params!(u32, i32, f32, u64);
+
+/// A kernel of a loaded module.
+#[derive(Clone, Copy, Debug)]
+pub struct Kernel {
+    pub(crate) function: sys::CUfunction,
+    pub(crate) name: &'static str,
+    /// Bytes of each parameter; zeros behind the last.
+    pub(crate) param_bytes: [u16; PARAMS_MAX],
+    /// Is it of the Hopper set, whose kernels wait for the one before by themselves?
+    pub(crate) hopper: bool,
+}
+
+impl Kernel {
+    /// Its name in the source.
+    pub fn name(&self) -> &'static str {
+        self.name
+    }
+
+    fn check_params(&self, params: &[&dyn Param]) -> Result<(), CudaError> {
+        let declared = self.param_bytes.iter().take_while(|bytes| **bytes > 0);
+        if params.iter().map(|param| param.raw().1).eq(declared.clone().map(|bytes| usize::from(*bytes))) {
+            return Ok(());
+        }
+        Err(CudaError::Parameters {
+            kernel: self.name,
+            given: params.iter().map(|param| param.raw().1).collect(),
+            declared: declared.copied().collect(),
+        })
+    }
+}
+
+/// The shape of a launch.
+#[derive(Clone, Copy, Debug)]
+pub struct Grid {
+    blocks: [u32; 3],
+    threads: u32,
+    shared: u32,
+    cluster: u32,
+    dependent: bool,
+}
+
+impl Grid {
+    /// `blocks` blocks of `threads` threads.
+    pub fn new(blocks: u32, threads: u32) -> Grid {
+        Grid { blocks: [blocks, 1, 1], threads, shared: 0, cluster: 1, dependent: false }
+    }
+
+    /// A grid of `y` such rows.
+    pub fn rows(self, y: u32) -> Grid {
+        Grid { blocks: [self.blocks[0], y, self.blocks[2]], ..self }
+    }
+
+    /// A grid of `z` such planes.
+    pub fn planes(self, z: u32) -> Grid {
+        Grid { blocks: [self.blocks[0], self.blocks[1], z], ..self }
+    }
+
+    /// Bytes of dynamic shared memory; at most what the kernel was looked up with.
+    pub fn shared(self, bytes: u32) -> Grid {
+        Grid { shared: bytes, ..self }
+    }
+
+    /// Clusters of `blocks` neighbours along x.
+    pub fn cluster(self, blocks: u32) -> Grid {
+        Grid { cluster: blocks, ..self }
+    }
+
+    /// The kernel may start before the one in front of it ends, because it waits for it by itself
+    /// (`dependent_wait`). Ignored for portable kernels, which can't.
+    pub fn dependent(self) -> Grid {
+        Grid { dependent: true, ..self }
+    }
+
+    fn is_empty(&self) -> bool {
+        self.blocks.contains(&0)
+    }
+}
+
+/// Names of the kernels launched last, for errors that come late.
+#[derive(Debug, Default)]
+struct Trace {
+    names: Cell<[&'static str; 8]>,
+    launches: Cell<usize>,
+    step: Cell<u64>,
+}
+
+impl Trace {
+    fn push(&self, name: &'static str) {
+        let mut names = self.names.get();
+        names[self.launches.get() % names.len()] = name;
+        self.names.set(names);
+        self.launches.set(self.launches.get() + 1);
+    }
+
+    /// The last names, newest first.
+    fn last(&self) -> String {
+        let (names, launches) = (self.names.get(), self.launches.get());
+        let newest_first = (1..=launches.min(names.len())).map(|back| names[(launches - back) % names.len()]);
+        newest_first.collect::<Vec<_>>().join(", ")
+    }
+}
+
+/// The device's streams and what was launched on them.
+#[derive(Debug)]
+pub struct Launcher {
+    context: Arc<Context>,
+    compute: sys::CUstream,
+    copy: sys::CUstream,
+    /// Wait after each launch?
+    synchronous: bool,
+    capturing: Cell<bool>,
+    trace: Trace,
+}
+
+impl Launcher {
+    /// Two streams of its own on the context's device.
+    pub(crate) fn new(context: &Arc<Context>) -> Result<Launcher, CudaError> {
+        let stream = || {
+            result::stream::create(result::stream::StreamKind::NonBlocking)
+                .map_err(|error| CudaError::Driver { operation: "making a stream", cause: cause(error) })
+        };
+        Ok(Launcher {
+            context: context.clone(),
+            compute: stream()?,
+            copy: stream()?,
+            synchronous: std::env::var_os("MINISGL_CUDA_SYNC").is_some_and(|value| value != "0"),
+            capturing: Cell::new(false),
+            trace: Trace::default(),
+        })
+    }
+
+    pub(crate) fn context(&self) -> &Arc<Context> {
+        &self.context
+    }
+
+    pub(crate) fn stream(&self, queue: Queue) -> sys::CUstream {
+        match queue {
+            Queue::Compute => self.compute,
+            Queue::Copy => self.copy,
+        }
+    }
+
+    /// While a graph is captured, nothing runs, so nothing can be waited for.
+    pub(crate) fn set_capturing(&self, capturing: bool) {
+        self.capturing.set(capturing);
+    }
+
+    /// Counts the steps that errors speak of.
+    pub(crate) fn begin_step(&self) {
+        self.trace.step.set(self.trace.step.get() + 1);
+    }
+
+    /// Notes something launched otherwise: a recorded step, say.
+    pub(crate) fn launched(&self, name: &'static str) -> Result<(), CudaError> {
+        self.trace.push(name);
+        if self.synchronous && !self.capturing.get() {
+            // SAFETY: the stream lives as long as `self`.
+            let waited = unsafe { result::stream::synchronize(self.compute) };
+            return waited.map_err(|error| self.failed(name, error));
+        }
+        Ok(())
+    }
+
+    /// Enqueues a kernel on the compute queue. An empty grid is nothing to do.
+    pub fn launch<const N: usize>(
+        &self,
+        kernel: &Kernel,
+        grid: Grid,
+        params: [&dyn Param; N],
+    ) -> Result<(), CudaError> {
+        if grid.is_empty() {
+            return Ok(());
+        }
+        kernel.check_params(&params)?;
+        let mut pointers = params.map(|param| param.raw().0.cast_mut());
+        let mut attributes = [attribute::cluster(grid.cluster), attribute::dependent()];
+        let first = usize::from(grid.cluster == 1);
+        let end = if grid.dependent && kernel.hopper { 2 } else { 1 };
+        let used = &mut attributes[first..end];
+        let config = sys::CUlaunchConfig {
+            gridDimX: grid.blocks[0],
+            gridDimY: grid.blocks[1],
+            gridDimZ: grid.blocks[2],
+            blockDimX: grid.threads,
+            blockDimY: 1,
+            blockDimZ: 1,
+            sharedMemBytes: grid.shared,
+            hStream: self.compute,
+            attrs: used.as_mut_ptr(),
+            numAttrs: used.len() as u32,
+        };
+        // SAFETY: function and stream are alive; `pointers` holds as many readable values, of the sizes that the
+        // kernel declares, as it has parameters; the driver copies them before it returns.
+        let status =
+            unsafe { sys::cuLaunchKernelEx(&config, kernel.function, pointers.as_mut_ptr(), null_mut()) };
+        status.result().map_err(|error| self.refused(kernel.name, error))?;
+        self.launched(kernel.name)
+    }
+
+    /// The error of a launch that the driver refused; an earlier kernel's failure shows here too.
+    fn refused(&self, kernel: &'static str, error: DriverError) -> CudaError {
+        if is_kernel_failure(error) || is_device_lost(error) {
+            return self.failed("launching a kernel", error);
+        }
+        CudaError::Launch { kernel, step: self.trace.step.get(), cause: cause(error) }
+    }
+
+    /// The error of a failed call, with what is known about the kernels before it.
+    pub(crate) fn failed(&self, operation: &'static str, error: DriverError) -> CudaError {
+        let step = self.trace.step.get();
+        if is_device_lost(error) {
+            return CudaError::DeviceLost { step, cause: cause(error) };
+        }
+        if !is_kernel_failure(error) {
+            return CudaError::Driver { operation, cause: cause(error) };
+        }
+        let launched = if self.synchronous {
+            format!("it was the newest of: {}", self.trace.last())
+        } else {
+            format!(
+                "launched last, newest first: {}; to name the one that failed, run with MINISGL_CUDA_SYNC=1 and without \
+                 recorded steps (--graph-rows 0)",
+                self.trace.last()
+            )
+        };
+        CudaError::Kernel { step, cause: cause(error), launched }
+    }
+}
+
+impl Drop for Launcher {
+    fn drop(&mut self) {
+        // Errors have nobody to go to here; the context is released in any case.
+        let _ = self.context.make_current();
+        for stream in [self.compute, self.copy] {
+            // SAFETY: created in `new`, destroyed once.
+            let _ = unsafe { result::stream::destroy(stream) };
+        }
+    }
+}
+
+/// The attributes of a launch.
+mod attribute {
+    use super::sys;
+    use super::sys::CUlaunchAttributeID_enum as Id;
+    use super::sys::{CUlaunchAttribute, CUlaunchAttributeValue};
+
+    fn zeroed() -> CUlaunchAttributeValue {
+        CUlaunchAttributeValue { pad: [0; 64] }
+    }
+
+    pub(super) fn cluster(blocks: u32) -> CUlaunchAttribute {
+        let mut value = zeroed();
+        value.clusterDim = sys::CUlaunchAttributeValue_union__bindgen_ty_1 { x: blocks, y: 1, z: 1 };
+        CUlaunchAttribute { id: Id::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION, pad: [0; 4], value }
+    }
+
+    pub(super) fn dependent() -> CUlaunchAttribute {
+        let mut value = zeroed();
+        value.programmaticStreamSerializationAllowed = 1;
+        CUlaunchAttribute {
+            id: Id::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+            pad: [0; 4],
+            value,
+        }
+    }
+}

@@ -1,0 +1,145 @@
+//! The kernels on the device: every module of the set loaded once, at start, each by a thread of its own.
+//!
+//! The driver compiles the PTX for its device at the first start ever and keeps the result in its cache
+//! (`~/.nv/ComputeCache`), so the threads matter then; afterwards loading takes milliseconds.
+//!
+//! Invariant: kernels are looked up when an operation's family is set up, never in a step, and each is resident before
+//! its first launch, because none may be loaded while a graph is captured.
+
+use std::ffi::{CString, c_void};
+use std::sync::Arc;
+
+use cudarc::driver::result::DriverError;
+use cudarc::driver::sys::{self, CUfunction_attribute_enum as Attribute, CUjit_option_enum as Option_};
+use minisgl_kernels::{HOPPER, Module, PORTABLE};
+
+use crate::context::Context;
+use crate::error::{CudaError, Named, cause};
+use crate::launch::{Kernel, PARAMS_MAX};
+
+/// Dynamic shared memory that any kernel may use without asking.
+const SHARED_BYTES_FREE: u32 = 48 << 10;
+
+/// Bytes for what the driver's compiler says about PTX that it refuses.
+const LOG_BYTES: usize = 8 << 10;
+
+/// The loaded modules of the kernel set in use.
+#[derive(Debug)]
+pub struct Modules {
+    loaded: Vec<Loaded>,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Loaded {
+    name: &'static str,
+    hopper: bool,
+    handle: sys::CUmodule,
+}
+
+// SAFETY: the driver takes module handles from any thread.
+unsafe impl Send for Loaded {}
+
+impl Modules {
+    /// Loads the set that the context's device runs.
+    pub(crate) fn load(context: &Arc<Context>) -> Result<Modules, CudaError> {
+        let hopper: &[Module] = if context.properties.hopper { HOPPER } else { &[] };
+        let is_replaced = |module: &Module| hopper.iter().any(|other| other.name == module.name);
+        let portable = PORTABLE.iter().filter(|module| !is_replaced(module)).map(|module| (module, false));
+        let wanted = hopper.iter().map(|module| (module, true)).chain(portable);
+        let loaded = std::thread::scope(|scope| {
+            let threads: Vec<_> = wanted
+                .map(|(module, hopper)| scope.spawn(move || Loaded::load(context, module, hopper)))
+                .collect();
+            threads
+                .into_iter()
+                .map(|thread| thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
+                .collect::<Result<Vec<_>, _>>()
+        })?;
+        Ok(Modules { loaded })
+    }
+
+    /// The kernel `kernel` of `module`, which may be launched with up to `shared` bytes of dynamic shared memory.
+    pub fn kernel(
+        &self,
+        module: &'static str,
+        kernel: &'static str,
+        shared: u32,
+    ) -> Result<Kernel, CudaError> {
+        let missing = CudaError::NoKernel { module, kernel };
+        let Some(module) = self.loaded.iter().find(|loaded| loaded.name == module) else {
+            return Err(missing);
+        };
+        let name = CString::new(kernel).map_err(|_| missing.clone())?;
+        let mut function = std::ptr::null_mut();
+        // SAFETY: the module is loaded, the name ends in NUL.
+        let status = unsafe { sys::cuModuleGetFunction(&mut function, module.handle, name.as_ptr()) };
+        status.result().map_err(|_| missing)?;
+        // SAFETY: the function was just found.
+        unsafe { sys::cuFuncLoad(function) }.result().named("loading a kernel")?;
+        if shared > SHARED_BYTES_FREE {
+            let which = Attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+            // SAFETY: as above.
+            let status = unsafe { sys::cuFuncSetAttribute(function, which, shared as i32) };
+            status.result().map_err(|error| CudaError::Launch { kernel, step: 0, cause: cause(error) })?;
+        }
+        Ok(Kernel {
+            function,
+            name: kernel,
+            param_bytes: param_bytes(kernel, function)?,
+            hopper: module.hopper,
+        })
+    }
+}
+
+/// The sizes of a kernel's parameters, as its PTX declares them.
+fn param_bytes(kernel: &'static str, function: sys::CUfunction) -> Result<[u16; PARAMS_MAX], CudaError> {
+    let mut sizes = [0; PARAMS_MAX];
+    for (index, bytes) in sizes.iter_mut().enumerate() {
+        let (mut offset, mut size) = (0, 0);
+        // SAFETY: the function is loaded; two integers are written.
+        let status = unsafe { sys::cuFuncGetParamInfo(function, index, &mut offset, &mut size) };
+        match status {
+            sys::CUresult::CUDA_SUCCESS => *bytes = size as u16,
+            sys::CUresult::CUDA_ERROR_INVALID_VALUE => return Ok(sizes),
+            other => {
+                return Err(CudaError::Launch { kernel, step: 0, cause: cause(DriverError(other)) });
+            }
+        }
+    }
+    Err(CudaError::Unsupported(format!("kernel `{kernel}` has {PARAMS_MAX} or more parameters")))
+}
+
+impl Loaded {
+    fn load(context: &Context, module: &Module, hopper: bool) -> Result<Loaded, CudaError> {
+        context.make_current()?;
+        let ptx = CString::new(module.ptx).map_err(|_| CudaError::Module {
+            module: module.name,
+            cause: "the PTX holds a NUL".into(),
+            log: String::new(),
+        })?;
+        let mut log = vec![0u8; LOG_BYTES];
+        let mut options = [Option_::CU_JIT_ERROR_LOG_BUFFER, Option_::CU_JIT_ERROR_LOG_BUFFER_SIZE_BYTES];
+        let mut values = [log.as_mut_ptr().cast::<c_void>(), LOG_BYTES as *mut c_void];
+        let mut handle = std::ptr::null_mut();
+        // SAFETY: the PTX ends in NUL; the log is as long as said and lives beyond the call.
+        let status = unsafe {
+            let (options, values) = (options.as_mut_ptr(), values.as_mut_ptr());
+            sys::cuModuleLoadDataEx(&mut handle, ptx.as_ptr().cast(), 2, options, values)
+        };
+        status.result().map_err(|error| CudaError::Module {
+            module: module.name,
+            cause: cause(error),
+            log: String::from_utf8_lossy(&log).trim_end_matches('\0').trim().to_owned(),
+        })?;
+        Ok(Loaded { name: module.name, hopper, handle })
+    }
+}
+
+impl Drop for Modules {
+    fn drop(&mut self) {
+        for module in &self.loaded {
+            // SAFETY: loaded once; no kernel of it is launched after the device is dropped. An error has nobody to go to.
+            let _ = unsafe { sys::cuModuleUnload(module.handle) };
+        }
+    }
+}
