@@ -1,0 +1,75 @@
+//! What can stop an [`Llm`](crate::Llm): each error says what to do about it.
+
+use std::path::PathBuf;
+
+use minisgl_core::config::LimitsError;
+use thiserror::Error;
+
+use crate::request::{Completion, RequestError};
+
+/// An error of a crate below, kept whole as the cause.
+pub type Cause = Box<dyn std::error::Error + Send + Sync>;
+
+/// Why a model could not be opened or a run not be finished. What concerns one request alone is a [`RequestError`].
+#[derive(Debug, Error)]
+pub enum Error {
+    /// The checkpoint or preset.
+    #[error("{0}")]
+    Model(#[source] Cause),
+    /// The device, while the model was loaded or the engine built.
+    #[error("{0}")]
+    Device(#[source] Cause),
+    /// Capacities that make no engine.
+    #[error(transparent)]
+    Limits(#[from] LimitsError),
+    /// Longer than the model's positions reach.
+    #[error(
+        "a sequence limit of {asked} tokens is beyond the {max} positions of the model; lower --max-seq-len"
+    )]
+    SequenceTooLong {
+        /// As asked for.
+        asked: u32,
+        /// What the model takes.
+        max: u32,
+    },
+    /// Memory for the KV pages is not a share of what is free.
+    #[error("the memory ratio is {0}; it must be above 0 and at most 1")]
+    MemoryRatio(f64),
+    /// No KV page fits.
+    #[error(
+        "no memory is left for the KV cache: {free} bytes are free beside the weights, {scratch} of them are for \
+         activations and recorded steps, and a page takes {page}; lower --max-prefill-tokens, --max-running or \
+         --max-graph-batch, or choose a smaller model"
+    )]
+    NoRoomForPages {
+        /// Free bytes after loading.
+        free: u64,
+        /// Bytes set aside.
+        scratch: u64,
+        /// Bytes of one page.
+        page: u64,
+    },
+    /// A tokenizer or chat template that cannot be read.
+    #[error("{path} cannot be used: {reason}; take the file that came with the checkpoint")]
+    TokenizerFile {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// A prompt to be scored that cannot run.
+    #[error(transparent)]
+    Request(#[from] RequestError),
+    /// A step failed: the engine is not used any more, what had finished by then is here.
+    #[error("a step failed: {cause}; {} requests had finished, the others are lost: build the engine anew", finished.len())]
+    Step {
+        /// What went wrong.
+        #[source]
+        cause: Cause,
+        /// Index and completion of each request that had ended; empty in a streaming run, which delivered them.
+        finished: Vec<(usize, Completion)>,
+    },
+    /// Called again after a failed step.
+    #[error("the engine has failed before and takes no more requests; build it anew")]
+    Failed,
+}

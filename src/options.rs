@@ -1,0 +1,126 @@
+//! How an engine is to be built: what `Llm::builder` and the command lines set.
+
+use std::str::FromStr;
+
+use minisgl_core::scheduler::Order;
+
+/// Which device computes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum BackendChoice {
+    /// CUDA where there is a GPU, else the CPU.
+    #[default]
+    Auto,
+    /// The reference backend.
+    Cpu,
+    /// An NVIDIA GPU; an error where there is none.
+    Cuda,
+}
+
+/// Which of the embedded GPU kernels run.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum KernelChoice {
+    /// The newest set that the GPU can run.
+    #[default]
+    Auto,
+    /// The set for every GPU since Ampere.
+    Portable,
+    /// The set for Hopper.
+    Hopper,
+}
+
+/// All settings. `None` leaves the choice to the engine; [`Info`](crate::Info) reports what it chose.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Which device computes.
+    pub backend: BackendChoice,
+    /// Which GPU, where there are several.
+    pub device: usize,
+    /// Which GPU kernels run.
+    pub kernels: KernelChoice,
+    /// Requests that run at once.
+    pub max_running: u32,
+    /// Requests that wait inside the engine; more are pulled from the caller as these are admitted.
+    pub max_queued: u32,
+    /// Tokens of a prefill step; `None`: 8192 on a GPU, 1024 on the CPU.
+    pub max_prefill_tokens: Option<u32>,
+    /// Tokens of a KV page; `None`: 16, or the least that the device takes.
+    pub page_size: Option<u32>,
+    /// KV pages; `None`: as many as memory holds, see [`Options::memory_ratio`].
+    pub num_pages: Option<u32>,
+    /// Share, in (0, 1], of the memory left beside weights and scratch that the KV pages take.
+    pub memory_ratio: f64,
+    /// Tokens of a sequence, prompt and output together; `None`: all that the model's positions reach.
+    pub max_seq_len: Option<u32>,
+    /// Rows of the largest recorded decode step; 0 records none.
+    pub max_graph_batch: u32,
+    /// Schedule a step while the one before runs; off, every step is waited for. Both give the same tokens.
+    pub overlap: bool,
+    /// Reuse the KV pages of equal prefixes.
+    pub prefix_cache: bool,
+    /// In which order waiting requests are admitted.
+    pub order: Order,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Options {
+            backend: BackendChoice::Auto,
+            device: 0,
+            kernels: KernelChoice::Auto,
+            max_running: 256,
+            max_queued: 1024,
+            max_prefill_tokens: None,
+            page_size: None,
+            num_pages: None,
+            memory_ratio: 0.9,
+            max_seq_len: None,
+            max_graph_batch: 256,
+            overlap: !overlap_disabled(),
+            prefix_cache: true,
+            order: Order::Given,
+        }
+    }
+}
+
+/// Does the environment ask for every step to be waited for?
+fn overlap_disabled() -> bool {
+    std::env::var("MINISGL_DISABLE_OVERLAP_SCHEDULING").is_ok_and(|value| value == "1")
+}
+
+impl FromStr for BackendChoice {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "auto" => Ok(BackendChoice::Auto),
+            "cpu" => Ok(BackendChoice::Cpu),
+            "cuda" => Ok(BackendChoice::Cuda),
+            _ => Err(format!("{text} is no backend; use auto, cpu or cuda")),
+        }
+    }
+}
+
+impl FromStr for KernelChoice {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "auto" => Ok(KernelChoice::Auto),
+            "portable" => Ok(KernelChoice::Portable),
+            "hopper" => Ok(KernelChoice::Hopper),
+            _ => Err(format!("{text} is no kernel set; use auto, portable or hopper")),
+        }
+    }
+}
+
+/// Reads an order of admission.
+///
+/// # Errors
+/// Another word than `given` or `longest-output-first`.
+pub fn parse_order(text: &str) -> Result<Order, String> {
+    match text {
+        "given" => Ok(Order::Given),
+        "longest-output-first" => Ok(Order::LongestOutputFirst),
+        _ => Err(format!("{text} is no order; use given or longest-output-first")),
+    }
+}

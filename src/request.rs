@@ -1,0 +1,242 @@
+//! What a user asks for and what comes back: requests, events, completions.
+//!
+//! ```text
+//!   GenerateRequest ── Run::submit ──> index ──> Token, Token, …, Finished(Completion)
+//!                                        └─────> Finished(Completion with `error`)      where it cannot run
+//! ```
+//!
+//! Every request gets exactly one `Finished`, unless a step of the device fails first.
+
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+
+pub use minisgl_core::batch::Phase;
+pub use minisgl_core::request::SubmitError;
+pub use minisgl_core::sampling::{SamplingError, SamplingParams, TOP_LOGPROBS_MAX};
+
+/// One turn of a conversation.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Message {
+    /// `system`, `user`, `assistant`, or what else the checkpoint's template knows.
+    pub role: String,
+    /// What was said.
+    pub content: String,
+}
+
+impl Message {
+    /// A turn of `role`.
+    pub fn new(role: impl Into<String>, content: impl Into<String>) -> Self {
+        Message { role: role.into(), content: content.into() }
+    }
+}
+
+/// What to go on from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Prompt {
+    /// Token ids, taken as they are.
+    Tokens(Vec<u32>),
+    /// Text, encoded by the checkpoint's tokenizer.
+    Text(String),
+    /// A conversation, rendered by the checkpoint's chat template up to where the assistant answers.
+    Chat(Vec<Message>),
+}
+
+/// A prompt and how to continue it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct GenerateRequest {
+    /// What to go on from.
+    pub prompt: Prompt,
+    /// How tokens are drawn, and how many.
+    pub sampling: SamplingParams,
+    /// Texts that end the output; it is cut before the first one found. They need the checkpoint's tokenizer.
+    pub stop: Vec<String>,
+}
+
+impl GenerateRequest {
+    /// A request with default sampling: greedy, at most 128 tokens.
+    pub fn new(prompt: Prompt) -> Self {
+        GenerateRequest { prompt, sampling: SamplingParams::default(), stop: Vec::new() }
+    }
+
+    /// Continues token ids.
+    pub fn tokens(ids: impl Into<Vec<u32>>) -> Self {
+        Self::new(Prompt::Tokens(ids.into()))
+    }
+
+    /// Continues a text.
+    pub fn text(text: impl Into<String>) -> Self {
+        Self::new(Prompt::Text(text.into()))
+    }
+
+    /// Answers a conversation.
+    pub fn chat(messages: impl Into<Vec<Message>>) -> Self {
+        Self::new(Prompt::Chat(messages.into()))
+    }
+
+    /// Sets how tokens are drawn.
+    pub fn sampling(mut self, sampling: SamplingParams) -> Self {
+        self.sampling = sampling;
+        self
+    }
+
+    /// Adds a text that ends the output.
+    pub fn stop(mut self, text: impl Into<String>) -> Self {
+        self.stop.push(text.into());
+        self
+    }
+}
+
+/// Why a request ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum FinishReason {
+    /// It has as many tokens as it may have.
+    Length,
+    /// It drew an end-of-sequence token, which is its last token.
+    Eos,
+    /// One of its stop texts came up.
+    Stop,
+    /// The caller aborted it.
+    Abort,
+    /// It never ran: see [`Completion::error`].
+    Rejected,
+}
+
+/// Log-probabilities at one output token, before temperature and filters.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct TokenLogprobs {
+    /// Of the token drawn.
+    pub logprob: f32,
+    /// The most probable tokens and their log-probabilities, most probable first.
+    pub top: Vec<(u32, f32)>,
+}
+
+/// What came of a request.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Completion {
+    /// The tokens drawn; an end-of-sequence token included.
+    pub token_ids: Vec<u32>,
+    /// The output as text, special tokens left out; `None` where the checkpoint has no tokenizer.
+    pub text: Option<String>,
+    /// Why it ended.
+    pub finish_reason: FinishReason,
+    /// Tokens of the prompt.
+    pub prompt_tokens: u32,
+    /// How many of them the prefix cache held.
+    pub cached_tokens: u32,
+    /// Output tokens it was allowed: `max_tokens`, or fewer where the sequence limit or the pool is reached first.
+    pub max_tokens: u32,
+    /// One entry a token, where asked for.
+    pub logprobs: Option<Vec<TokenLogprobs>>,
+    /// What the caller should know though the request ran: that `max_tokens` was clamped.
+    pub warning: Option<String>,
+    /// Why it was rejected.
+    pub error: Option<RequestError>,
+}
+
+impl Completion {
+    pub(crate) fn rejected(error: RequestError) -> Self {
+        Completion {
+            token_ids: Vec::new(),
+            text: None,
+            finish_reason: FinishReason::Rejected,
+            prompt_tokens: 0,
+            cached_tokens: 0,
+            max_tokens: 0,
+            logprobs: None,
+            warning: None,
+            error: Some(error),
+        }
+    }
+}
+
+/// Why a request can't run. It concerns that request alone; others go on.
+#[derive(Clone, Debug, Error, PartialEq)]
+pub enum RequestError {
+    /// The engine refuses it.
+    #[error(transparent)]
+    Refused(#[from] SubmitError),
+    /// Text without a tokenizer.
+    #[error(
+        "{what} needs a tokenizer, and the model has none: put its tokenizer.json beside config.json, \
+         or give the prompt as token ids (prompt_token_ids) without stop texts"
+    )]
+    NoTokenizer {
+        /// What was given: `a text prompt`, `a stop text`, …
+        what: &'static str,
+    },
+    /// A conversation without a template.
+    #[error(
+        "chat messages need a chat template, and the model has none: put chat_template.jinja (or a \
+         tokenizer_config.json with chat_template) beside config.json, or give the prompt as text"
+    )]
+    NoChatTemplate,
+    /// The template failed on these messages.
+    #[error("the chat template refuses the messages: {0}")]
+    ChatTemplate(String),
+    /// The tokenizer failed on this text.
+    #[error("the tokenizer cannot encode the prompt: {0}")]
+    Encode(String),
+    /// It would end every output at once.
+    #[error("a stop text is empty; leave it out, or give at least one character")]
+    EmptyStop,
+}
+
+/// What happens during a run.
+#[derive(Clone, Debug)]
+pub enum StreamEvent<'a> {
+    /// A request has another token.
+    Token {
+        /// Whose: the number that `submit` gave, or its place among the requests.
+        index: usize,
+        /// Its id.
+        token: u32,
+        /// Text that became certain with it: empty while a character, or what may be a stop text, is incomplete.
+        text: &'a str,
+        /// Where the request asks for them.
+        logprobs: Option<&'a TokenLogprobs>,
+    },
+    /// A request ended.
+    Finished {
+        /// Whose.
+        index: usize,
+        /// All that came of it.
+        completion: Completion,
+    },
+    /// A step completed.
+    Step(StepTiming),
+}
+
+/// A completed step: what ran, and when.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct StepTiming {
+    /// Prefill or decode.
+    pub phase: Phase,
+    /// Rows, padding included.
+    pub rows: u32,
+    /// Tokens, padding included.
+    pub tokens: u32,
+    /// Milliseconds from the engine's first step to this one's start, by the device's clock.
+    pub start_ms: f32,
+    /// Milliseconds it took on the device.
+    pub gpu_ms: f32,
+    /// From the start of the run to when the host turned to the call that completed it.
+    pub host_start: Duration,
+    /// How long that call took, waiting included.
+    pub host_time: Duration,
+}
+
+/// What a stream's callback wants next.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Flow {
+    /// Go on.
+    #[default]
+    Continue,
+    /// Abort the request that the event is about.
+    AbortRequest,
+    /// Abort every request, those not pulled yet included, and return.
+    AbortAll,
+}
