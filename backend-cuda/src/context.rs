@@ -43,6 +43,8 @@ pub struct Properties {
     pub shared_bytes: u32,
     /// Are the Hopper kernels used?
     pub hopper: bool,
+    /// Names the card, whatever its number.
+    pub uuid: [u8; 16],
 }
 
 /// A device's primary context.
@@ -137,6 +139,7 @@ impl Properties {
             l2_bytes: attribute(Attribute::CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE)? as usize,
             shared_bytes: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)? as u32,
             hopper,
+            uuid: result::device::get_uuid(device).named("reading the GPU's UUID")?.bytes.map(|b| b as u8),
         })
     }
 }

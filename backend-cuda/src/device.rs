@@ -20,6 +20,7 @@ use crate::error::{CudaError, Named};
 use crate::launch::Launcher;
 use crate::memory::{Address, Buffer, Event, Graph, Pinned, element_bytes};
 use crate::module::Modules;
+use crate::telemetry::Telemetry;
 
 /// The smallest page, in tokens, that the attention kernels take.
 const PAGE_SIZE_MIN: u32 = 16;
@@ -55,6 +56,11 @@ impl Cuda {
     /// What the device is.
     pub fn properties(&self) -> &Properties {
         &self.context().properties
+    }
+
+    /// The device's clocks and what holds them down; `None` where the driver's management library does not say.
+    pub fn telemetry(&self) -> Option<Telemetry> {
+        Telemetry::read(&self.properties().uuid)
     }
 
     /// The loaded kernels.

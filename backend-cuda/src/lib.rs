@@ -15,6 +15,7 @@ mod error;
 mod launch;
 mod memory;
 mod module;
+mod telemetry;
 mod tensor_map;
 
 pub use context::{KernelSet, Properties, device_count};
@@ -23,4 +24,5 @@ pub use error::CudaError;
 pub use launch::{Grid, Kernel, Launcher, Param};
 pub use memory::{Address, Buffer, Event, Graph, Pinned, element_bytes};
 pub use module::Modules;
+pub use telemetry::Telemetry;
 pub use tensor_map::{BOX_COLS, TensorMap};
