@@ -86,8 +86,8 @@ impl Tensors {
         layers.chain([&self.norm, head]).map(bytes).sum()
     }
 
-    /// All of them.
-    pub(crate) fn iter(&self) -> impl Iterator<Item = &HostTensor> {
+    /// All of them, in no order that means anything.
+    pub fn iter(&self) -> impl Iterator<Item = &HostTensor> {
         let layers = self.layers.iter().flat_map(LayerTensors::iter);
         [&self.embed, &self.norm].into_iter().chain(layers).chain(&self.head)
     }
