@@ -21,6 +21,7 @@ use crate::launch::Launcher;
 use crate::memory::{Address, Buffer, Event, Graph, Pinned, element_bytes};
 use crate::module::Modules;
 use crate::telemetry::Telemetry;
+use crate::weight::Staging;
 
 /// The smallest page, in tokens, that the attention kernels take.
 const PAGE_SIZE_MIN: u32 = 16;
@@ -38,6 +39,8 @@ pub struct Options {
 #[derive(Debug)]
 pub struct Cuda {
     allocations: Allocations,
+    /// While weights are loaded.
+    pub(crate) staging: Option<Staging>,
     pub(crate) modules: Modules,
     pub(crate) launcher: Launcher,
 }
@@ -48,6 +51,7 @@ impl Cuda {
         let context = Context::open(options.device, options.kernels)?;
         Ok(Cuda {
             allocations: Allocations::new(&context),
+            staging: None,
             modules: Modules::load(&context)?,
             launcher: Launcher::new(&context)?,
         })
@@ -101,6 +105,55 @@ impl Cuda {
         let stream = self.launcher.stream(Queue::Compute);
         // SAFETY: callers pass a range of one allocation.
         self.check("zeroing GPU memory", unsafe { result::memset_d8_async(address.0, 0, bytes, stream) })
+    }
+
+    /// Enqueues a copy of `bytes` bytes from byte `start` of pinned memory; the caller records the event behind it.
+    pub(crate) fn upload_bytes(
+        &self,
+        from: &Pinned,
+        start: usize,
+        bytes: usize,
+        to: Address,
+    ) -> Result<(), CudaError> {
+        debug_assert!(start + bytes <= from.len() * 4);
+        let stream = self.launcher.stream(Queue::Compute);
+        let source = from.at(0).cast::<u8>().wrapping_add(start);
+        // SAFETY: callers pass ranges within both memories.
+        let copied = unsafe { sys::cuMemcpyHtoDAsync_v2(to.0, source.cast(), bytes, stream).result() };
+        self.check("copying to the GPU", copied)
+    }
+
+    /// Enqueues a copy of `rows` runs of `width` bytes each from pinned memory to places `pitch` bytes apart; the
+    /// caller records the event behind it.
+    pub(crate) fn upload_strided(
+        &self,
+        from: &Pinned,
+        width: usize,
+        rows: usize,
+        to: Address,
+        pitch: usize,
+    ) -> Result<(), CudaError> {
+        let copy = sys::CUDA_MEMCPY2D {
+            srcXInBytes: 0,
+            srcY: 0,
+            srcMemoryType: sys::CUmemorytype_enum::CU_MEMORYTYPE_HOST,
+            srcHost: from.at(0),
+            srcDevice: 0,
+            srcArray: std::ptr::null_mut(),
+            srcPitch: width,
+            dstXInBytes: 0,
+            dstY: 0,
+            dstMemoryType: sys::CUmemorytype_enum::CU_MEMORYTYPE_DEVICE,
+            dstHost: std::ptr::null_mut(),
+            dstDevice: to.0,
+            dstArray: std::ptr::null_mut(),
+            dstPitch: pitch,
+            WidthInBytes: width,
+            Height: rows,
+        };
+        // SAFETY: callers pass ranges within both memories.
+        let copied = unsafe { sys::cuMemcpy2DAsync_v2(&copy, self.launcher.stream(Queue::Compute)) };
+        self.check("copying to the GPU", copied.result())
     }
 
     /// Ends a capture and instantiates what it recorded.
@@ -179,13 +232,9 @@ impl Device for Cuda {
 
     fn upload(&mut self, from: &mut Pinned, range: Range<usize>, to: Buffer) -> Result<(), CudaError> {
         debug_assert!(range.end <= from.len() && range.end <= to.elements());
-        let stream = self.launcher.stream(Queue::Compute);
         let target = to.address().offset(range.start * 4);
-        // SAFETY: both ranges lie within their memory, and the pinned memory waits for the copy before it is reused.
-        let copied = unsafe {
-            sys::cuMemcpyHtoDAsync_v2(target.0, from.at(range.start), range.len() * 4, stream).result()
-        };
-        self.check("copying to the GPU", copied)?;
+        self.upload_bytes(from, range.start * 4, range.len() * 4, target)?;
+        let stream = self.launcher.stream(Queue::Compute);
         self.check("recording an event", from.uploaded.record(stream))
     }
 

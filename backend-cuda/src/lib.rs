@@ -15,8 +15,10 @@ mod error;
 mod launch;
 mod memory;
 mod module;
+pub mod ops;
 mod telemetry;
 mod tensor_map;
+mod weight;
 
 pub use context::{KernelSet, Properties, device_count};
 pub use device::{Cuda, Options};
@@ -26,3 +28,4 @@ pub use memory::{Address, Buffer, Event, Graph, Pinned, element_bytes};
 pub use module::Modules;
 pub use telemetry::Telemetry;
 pub use tensor_map::{BOX_COLS, TensorMap};
+pub use weight::Weight;

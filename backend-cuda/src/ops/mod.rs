@@ -1,0 +1,4 @@
+//! Core's operations: each family of kernels with its launches.
+
+pub mod embed;
+pub mod sampling;

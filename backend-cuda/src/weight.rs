@@ -1,0 +1,367 @@
+//! Weights on their way up: read from the mapping by all cores into pinned memory, while the piece before is copied.
+//!
+//! ```text
+//!   mapped file ── rayon ──> staging 0 ── copy engine ──> the matrix on the device
+//!                  rayon ──> staging 1 ──────^               (bf16; f16 and f32 are rounded on the way)
+//! ```
+//!
+//! Gate and up rows are stored in turns, eight and eight, so that one multiplication's tile holds both halves of the
+//! same outputs: row `s` of gate goes to `s / 8 * 16 + s % 8`, of up 8 further on. The rows are padded with zeros to a
+//! multiple of 128. All other matrices lie as they are.
+//!
+//! Dummy weights have no bytes: a kernel makes them in place.
+
+use std::ops::Range;
+
+use bytemuck::cast_slice_mut;
+use half::{bf16, f16};
+use minisgl_core::backend::{Device, Purpose, Queue, WeightRole};
+use minisgl_core::tensor::{Dtype, HostTensor, TensorData};
+use rayon::prelude::*;
+
+use crate::device::Cuda;
+use crate::error::CudaError;
+use crate::launch::Grid;
+use crate::memory::{Address, Buffer, Pinned};
+
+/// Bytes of each of the two staging buffers.
+const STAGING_BYTES: usize = 16 << 20;
+/// Elements that one task converts.
+const TASK_ELEMENTS: usize = 256 << 10;
+/// Rows of gate, then of up, that lie together.
+const GROUP: usize = 8;
+/// Rows that a stored gate-and-up matrix is padded to a multiple of: the rows of a multiplication's tile.
+const GATE_UP_PADDING: usize = 128;
+const THREADS: u32 = 256;
+
+/// A bf16 matrix on the device; a handle, like a buffer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Weight {
+    address: Address,
+    rows: usize,
+    cols: usize,
+}
+
+impl Weight {
+    /// A matrix `[rows, cols]` of bf16 that already lies on the device.
+    pub fn new(address: Address, rows: usize, cols: usize) -> Weight {
+        Weight { address, rows, cols }
+    }
+
+    /// Where it begins.
+    pub fn address(&self) -> Address {
+        self.address
+    }
+
+    /// Rows as stored, padding included.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Columns.
+    pub fn cols(&self) -> usize {
+        self.cols
+    }
+}
+
+/// Some rows of a tensor and where they go.
+#[derive(Clone)]
+struct Piece<'a> {
+    tensor: &'a HostTensor,
+    /// Rows of the tensor.
+    rows: Range<usize>,
+    target: Target,
+}
+
+/// Row i of a piece goes to row `first + i / group * stride + i % group` of the matrix.
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct Target {
+    first: usize,
+    group: usize,
+    stride: usize,
+}
+
+impl Target {
+    fn row(&self, i: usize) -> usize {
+        self.first + i / self.group * self.stride + i % self.group
+    }
+}
+
+/// The pieces of a matrix that `parts` are stacked to, and the rows that it is stored in.
+fn pieces(role: WeightRole, parts: &[HostTensor]) -> (Vec<Piece<'_>>, usize) {
+    let total: usize = parts.iter().map(|part| part.rows).sum();
+    let mut pieces = Vec::with_capacity(parts.len() + 1);
+    let mut first = 0;
+    for tensor in parts {
+        let mut push = |rows: Range<usize>, target| {
+            if !rows.is_empty() {
+                pieces.push(Piece { tensor, rows, target });
+            }
+        };
+        if role == WeightRole::GateUp {
+            // The part's rows of gate, then those of up; either may be none.
+            let gates = (total / 2).saturating_sub(first).min(tensor.rows);
+            let start_of = |s: usize| s / GROUP * 2 * GROUP + s % GROUP;
+            push(0..gates, Target { first: start_of(first), group: GROUP, stride: 2 * GROUP });
+            let up = (first + gates).saturating_sub(total / 2);
+            push(gates..tensor.rows, Target { first: GROUP + start_of(up), group: GROUP, stride: 2 * GROUP });
+        } else {
+            push(0..tensor.rows, Target { first, group: tensor.rows, stride: tensor.rows });
+        }
+        first += tensor.rows;
+    }
+    let stored = match role {
+        WeightRole::GateUp => ((total / 2).div_ceil(GROUP) * 2 * GROUP).next_multiple_of(GATE_UP_PADDING),
+        _ => total,
+    };
+    (pieces, stored)
+}
+
+/// The staging memory, alive while weights are loaded.
+#[derive(Debug)]
+pub(crate) struct Staging {
+    buffers: [Pinned; 2],
+    next: usize,
+}
+
+impl Cuda {
+    /// Puts a matrix on the device; see [`minisgl_core::backend::Ops::load`].
+    pub fn load_weight(&mut self, role: WeightRole, parts: &[HostTensor]) -> Result<Weight, CudaError> {
+        let (pieces, rows) = pieces(role, parts);
+        let cols = parts.first().map_or(0, |part| part.cols);
+        if let Some(odd) = parts.iter().find(|part| part.cols != cols) {
+            return Err(CudaError::Unsupported(format!(
+                "{odd:?} is stacked below a matrix of {cols} columns"
+            )));
+        }
+        if pieces
+            .iter()
+            .any(|piece| piece.target.first % GROUP != 0 && piece.target.stride > piece.target.group)
+        {
+            return Err(CudaError::Unsupported(format!(
+                "{:?} is split within a block of {GROUP} rows",
+                parts[0]
+            )));
+        }
+        let address = self.allocate(Purpose::Weights, rows * cols * 2)?;
+        if role == WeightRole::GateUp {
+            self.zero(address, rows * cols * 2)?;
+        }
+        for piece in pieces {
+            match &piece.tensor.data {
+                TensorData::Uniform { seed, low, high } => {
+                    self.make_uniform(&piece, *seed, *low, *high, address)?;
+                }
+                TensorData::Bytes { owner, range, dtype } => {
+                    let bytes = &(**owner).as_ref()[range.clone()];
+                    let row_bytes = cols * dtype.bytes();
+                    let bytes = &bytes[piece.rows.start * row_bytes..piece.rows.end * row_bytes];
+                    self.upload_rows(bytes, *dtype, cols, piece.target, address)?;
+                }
+            }
+        }
+        Ok(Weight { address, rows, cols })
+    }
+
+    /// Frees the staging memory: no more weights come.
+    pub fn end_loading(&mut self) {
+        self.staging = None;
+    }
+
+    /// Multiplies column c of `matrix` by element c of `norm`, in place.
+    pub fn scale_columns(&mut self, norm: Weight, matrix: Weight) -> Result<(), CudaError> {
+        let kernel = self.modules.kernel("weights", "fold_norm", 0)?;
+        let cols = matrix.cols as u32;
+        let grid = Grid::new(matrix.rows as u32, THREADS);
+        self.launcher.launch(&kernel, grid, [&matrix.address, &cols, &norm.address])
+    }
+
+    fn make_uniform(
+        &mut self,
+        piece: &Piece<'_>,
+        seed: u64,
+        low: f32,
+        high: f32,
+        matrix: Address,
+    ) -> Result<(), CudaError> {
+        let kernel = self.modules.kernel("weights", "uniform", 0)?;
+        let (cols, target) = (piece.tensor.cols, piece.target);
+        let out = matrix.offset(target.first * cols * 2);
+        let first_element = seed.wrapping_add((piece.rows.start * cols) as u64);
+        let (group, stride, width) = (target.group as u32, target.stride as u32, high - low);
+        self.launcher.launch(
+            &kernel,
+            Grid::new(piece.rows.len() as u32, THREADS),
+            [&out, &(cols as u32), &group, &stride, &first_element, &low, &width],
+        )
+    }
+
+    /// Copies the rows in `bytes` to their places, a staging buffer at a time.
+    fn upload_rows(
+        &mut self,
+        bytes: &[u8],
+        dtype: Dtype,
+        cols: usize,
+        target: Target,
+        matrix: Address,
+    ) -> Result<(), CudaError> {
+        let row_bytes = cols * dtype.bytes();
+        let rows = bytes.len() / row_bytes.max(1);
+        let chunk_rows = chunk_rows(rows, cols)?;
+        let mut staging = match self.staging.take() {
+            Some(staging) => staging,
+            None => Staging {
+                buffers: [self.alloc_pinned(STAGING_BYTES / 4)?, self.alloc_pinned(STAGING_BYTES / 4)?],
+                next: 0,
+            },
+        };
+        for first in (0..rows).step_by(chunk_rows) {
+            let count = chunk_rows.min(rows - first);
+            let chunk = &bytes[first * row_bytes..(first + count) * row_bytes];
+            let buffer = &mut staging.buffers[staging.next % 2];
+            staging.next += 1;
+            let words = self.words_mut(buffer)?;
+            to_bf16(chunk, dtype, &mut cast_slice_mut(words)[..count * cols]);
+            self.scatter_rows(buffer, first..first + count, cols, target, matrix)?;
+        }
+        self.staging = Some(staging);
+        Ok(())
+    }
+
+    /// Enqueues the copy of staged rows, which are rows `rows` of their piece.
+    fn scatter_rows(
+        &mut self,
+        staged: &mut Pinned,
+        rows: Range<usize>,
+        cols: usize,
+        target: Target,
+        matrix: Address,
+    ) -> Result<(), CudaError> {
+        let row_bytes = cols * 2;
+        let whole = if target.group == target.stride { 0 } else { rows.len() / target.group };
+        if whole > 0 {
+            let first = matrix.offset(target.row(rows.start) * row_bytes);
+            let (width, pitch) = (target.group * row_bytes, target.stride * row_bytes);
+            self.upload_strided(staged, width, whole, first, pitch)?;
+        }
+        let done = whole * target.group;
+        if done < rows.len() {
+            let start = done * row_bytes;
+            let bytes = (rows.len() - done) * row_bytes;
+            let to = matrix.offset(target.row(rows.start + done) * row_bytes);
+            self.upload_bytes(staged, start, bytes, to)?;
+        }
+        let stream = self.launcher.stream(Queue::Compute);
+        staged.uploaded.record(stream).map_err(|error| self.launcher.failed("recording an event", error))
+    }
+}
+
+/// Rows that fit a staging buffer: whole groups, unless all rows fit.
+fn chunk_rows(rows: usize, cols: usize) -> Result<usize, CudaError> {
+    let fit = STAGING_BYTES / (cols * 2).max(1);
+    match fit {
+        _ if rows <= fit => Ok(rows.max(1)),
+        0..GROUP => {
+            Err(CudaError::Unsupported(format!("a matrix of {cols} columns is too wide to be loaded")))
+        }
+        _ => Ok(fit / GROUP * GROUP),
+    }
+}
+
+/// Little-endian elements to bf16, to the nearest, ties to even.
+fn to_bf16(bytes: &[u8], dtype: Dtype, out: &mut [bf16]) {
+    let tasks = out.par_chunks_mut(TASK_ELEMENTS).zip(bytes.par_chunks(TASK_ELEMENTS * dtype.bytes()));
+    tasks.for_each(|(out, bytes)| match dtype {
+        Dtype::Bf16 => cast_slice_mut::<bf16, u8>(out).copy_from_slice(bytes),
+        Dtype::F16 => {
+            for (out, &[a, b]) in out.iter_mut().zip(bytes.as_chunks().0) {
+                *out = bf16::from_f32(f16::from_le_bytes([a, b]).to_f32());
+            }
+        }
+        Dtype::F32 => {
+            for (out, &element) in out.iter_mut().zip(bytes.as_chunks().0) {
+                *out = bf16::from_f32(f32::from_le_bytes(element));
+            }
+        }
+    });
+}
+
+impl From<Weight> for Buffer {
+    /// The matrix as a buffer of activations, to be downloaded.
+    fn from(weight: Weight) -> Buffer {
+        Buffer::new(weight.address, minisgl_core::backend::Element::Activation, weight.rows * weight.cols)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn tensor(rows: usize) -> HostTensor {
+        let data = TensorData::Uniform { seed: 0, low: 0.0, high: 1.0 };
+        HostTensor { name: "t".into(), rows, cols: 8, data }
+    }
+
+    /// `(part, row)` at each stored row.
+    fn stored(role: WeightRole, part_rows: &[usize]) -> Vec<Option<(usize, usize)>> {
+        let parts: Vec<_> = part_rows.iter().map(|rows| tensor(*rows)).collect();
+        let (pieces, rows) = pieces(role, &parts);
+        let mut stored = vec![None; rows];
+        for piece in pieces {
+            let part = parts.iter().position(|part| std::ptr::eq(part, piece.tensor)).unwrap();
+            for (i, row) in piece.rows.clone().enumerate() {
+                let place = &mut stored[piece.target.row(i)];
+                assert_eq!(*place, None, "two rows in one place");
+                *place = Some((part, row));
+            }
+        }
+        stored
+    }
+
+    #[test]
+    fn gate_and_up_rows_take_turns_in_blocks_of_eight() {
+        for parts in [vec![24, 24], vec![48]] {
+            let stored = stored(WeightRole::GateUp, &parts);
+            assert_eq!(stored.len(), 128);
+            for s in 0..24 {
+                let up = if parts.len() == 2 { (1, s) } else { (0, 24 + s) };
+                assert_eq!(stored[s / 8 * 16 + s % 8], Some((0, s)));
+                assert_eq!(stored[s / 8 * 16 + 8 + s % 8], Some(up));
+            }
+            assert!(stored[48..].iter().all(Option::is_none));
+        }
+    }
+
+    #[test]
+    fn a_linear_layers_parts_are_stacked() {
+        let stored = stored(WeightRole::Linear, &[3, 1, 2]);
+        let rows = [(0, 0), (0, 1), (0, 2), (1, 0), (2, 0), (2, 1)];
+        assert_eq!(stored, rows.map(Some));
+    }
+
+    #[test]
+    fn a_chunk_of_rows_fits_the_staging_buffer_in_whole_groups() {
+        for (rows, cols) in [(1, 151_936), (151_936, 1024), (12_288, 5120), (9, 1 << 20), (1, 4 << 20)] {
+            let chunk = chunk_rows(rows, cols).unwrap();
+            assert!(chunk * cols * 2 <= STAGING_BYTES);
+            assert!(chunk == rows || chunk.is_multiple_of(GROUP));
+        }
+        assert!(chunk_rows(9, 2 << 20).is_err());
+    }
+
+    #[test]
+    fn wider_floats_are_rounded_to_the_nearest_bf16() {
+        let values = [1.0f32, -2.718_012_3, 1.0 + 1.0 / 256.0, 65504.0, 1e-30];
+        let f32s: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
+        let mut out = [bf16::ZERO; 5];
+        to_bf16(&f32s, Dtype::F32, &mut out);
+        assert_eq!(out, values.map(bf16::from_f32));
+        let f16s: Vec<u8> = values.iter().flat_map(|value| f16::from_f32(*value).to_le_bytes()).collect();
+        to_bf16(&f16s, Dtype::F16, &mut out);
+        assert_eq!(out, values.map(|value| bf16::from_f32(f16::from_f32(value).to_f32())));
+        let bf16s: Vec<u8> = out.iter().flat_map(|value| value.to_le_bytes()).collect();
+        let mut same = [bf16::ZERO; 5];
+        to_bf16(&bf16s, Dtype::Bf16, &mut same);
+        assert_eq!(same, out);
+    }
+}

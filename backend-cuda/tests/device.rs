@@ -1,0 +1,199 @@
+//! The GPU as core's `Device`: what goes up comes back, in order, recorded or not.
+
+use minisgl_core::backend::{Device, Element, Memory, Purpose, Queue};
+use minisgl_cuda::{Buffer, Cuda, CudaError, Grid, Options, device_count};
+
+fn cuda() -> Cuda {
+    Cuda::new(&Options::default()).expect("a GPU")
+}
+
+/// Downloads all words of a buffer.
+fn words(cuda: &mut Cuda, buffer: Buffer) -> Vec<u32> {
+    let mut pinned = cuda.alloc_pinned(buffer.elements()).unwrap();
+    cuda.download(Queue::Compute, buffer, buffer.elements(), &mut pinned).unwrap();
+    cuda.words(&pinned).unwrap().to_vec()
+}
+
+fn upload(cuda: &mut Cuda, words: &[u32]) -> Buffer {
+    let buffer = cuda.alloc(Purpose::Scratch, Element::Word, words.len()).unwrap();
+    let mut pinned = cuda.alloc_pinned(words.len()).unwrap();
+    cuda.words_mut(&mut pinned).unwrap().copy_from_slice(words);
+    cuda.upload(&mut pinned, 0..words.len(), buffer).unwrap();
+    buffer
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn a_part_of_a_buffer_is_uploaded_and_the_rest_stays() {
+    let mut cuda = cuda();
+    let before: Vec<u32> = (0..1000).collect();
+    let buffer = upload(&mut cuda, &before);
+    let mut pinned = cuda.alloc_pinned(1000).unwrap();
+    cuda.words_mut(&mut pinned).unwrap().fill(7);
+    cuda.upload(&mut pinned, 100..333, buffer).unwrap();
+    let after = words(&mut cuda, buffer);
+    for (i, word) in after.iter().enumerate() {
+        assert_eq!(*word, if (100..333).contains(&i) { 7 } else { i as u32 });
+    }
+    let slice = cuda.slice(buffer, 90..110);
+    assert_eq!(words(&mut cuda, slice), after[90..110]);
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn kv_memory_is_zero_when_it_is_allocated() {
+    let mut cuda = cuda();
+    let elements = 3 << 20;
+    let kv = cuda.alloc(Purpose::KvCache, Element::Activation, elements).unwrap();
+    let mut pinned = cuda.alloc_pinned(elements / 2).unwrap();
+    cuda.words_mut(&mut pinned).unwrap().fill(u32::MAX);
+    cuda.download(Queue::Compute, kv, elements / 2, &mut pinned).unwrap();
+    assert!(cuda.words(&pinned).unwrap().iter().all(|word| *word == 0));
+}
+
+/// `page_table[i] = i + added` for `count` entries, by the kernel that begins a step.
+struct Updates {
+    kernel: minisgl_cuda::Kernel,
+    batch: Buffer,
+    table: Buffer,
+    staging: minisgl_cuda::Pinned,
+    count: u32,
+}
+
+impl Updates {
+    fn new(cuda: &mut Cuda, count: u32) -> Updates {
+        let kernel = cuda.modules().kernel("embed", "begin_step", 0).unwrap();
+        let words = 16 + 2 * count as usize;
+        Updates {
+            kernel,
+            batch: cuda.alloc(Purpose::Scratch, Element::Word, words).unwrap(),
+            table: cuda.alloc(Purpose::Scratch, Element::Word, count as usize).unwrap(),
+            staging: cuda.alloc_pinned(words).unwrap(),
+            count,
+        }
+    }
+
+    fn send(&mut self, cuda: &mut Cuda, added: u32) {
+        let words = cuda.words_mut(&mut self.staging).unwrap();
+        words[3] = self.count;
+        for (i, update) in words[16..].chunks_exact_mut(2).enumerate() {
+            update.copy_from_slice(&[i as u32, i as u32 + added]);
+        }
+        let len = words.len();
+        cuda.upload(&mut self.staging, 0..len, self.batch).unwrap();
+    }
+
+    fn launch(&self, cuda: &Cuda) {
+        let grid = Grid::new(8, 256);
+        cuda.launcher().launch(&self.kernel, grid, [&self.batch, &16u32, &self.table]).unwrap();
+    }
+
+    fn expected(&self, added: u32) -> Vec<u32> {
+        (0..self.count).map(|i| i + added).collect()
+    }
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn recorded_work_runs_when_it_is_replayed_and_reads_what_is_there_then() {
+    let mut cuda = cuda();
+    let mut updates = Updates::new(&mut cuda, 3000);
+    updates.send(&mut cuda, 1);
+    updates.launch(&cuda);
+    assert_eq!(words(&mut cuda, updates.table), updates.expected(1));
+    cuda.begin_capture().unwrap();
+    updates.launch(&cuda);
+    let graph = cuda.end_capture().unwrap();
+    assert_eq!(words(&mut cuda, updates.table), updates.expected(1), "recording runs nothing");
+    for added in [20, 300] {
+        updates.send(&mut cuda, added);
+        cuda.replay(&graph).unwrap();
+        assert_eq!(words(&mut cuda, updates.table), updates.expected(added));
+    }
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn the_copy_queue_waits_for_the_event_it_is_told_to_wait_for() {
+    let mut cuda = cuda();
+    let mut updates = Updates::new(&mut cuda, 100_000);
+    let mut back = cuda.alloc_pinned(100_000).unwrap();
+    let (mut start, mut done) = (cuda.event().unwrap(), cuda.event().unwrap());
+    for added in 0..20 {
+        updates.send(&mut cuda, added);
+        cuda.record(Queue::Compute, &mut start).unwrap();
+        for _ in 0..10 {
+            updates.launch(&cuda);
+        }
+        cuda.record(Queue::Compute, &mut done).unwrap();
+        cuda.wait(Queue::Copy, &done).unwrap();
+        cuda.download(Queue::Copy, updates.table, 100_000, &mut back).unwrap();
+        assert_eq!(cuda.words(&back).unwrap(), updates.expected(added));
+        let ms = cuda.elapsed_ms(&start, &done).unwrap();
+        assert!(ms > 0.0 && ms < 1000.0, "{ms} ms");
+    }
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn a_launch_with_other_parameters_than_declared_is_refused_by_name() {
+    let cuda = cuda();
+    let kernel = cuda.modules().kernel("embed", "begin_step", 0).unwrap();
+    let short = cuda.launcher().launch(&kernel, Grid::new(1, 32), [&0u64, &0u32]);
+    assert!(matches!(&short, Err(CudaError::Parameters { kernel: "begin_step", .. })), "{short:?}");
+    let narrow = cuda.launcher().launch(&kernel, Grid::new(1, 32), [&0u64, &0u32, &0u32]);
+    assert!(matches!(&narrow, Err(CudaError::Parameters { .. })), "{narrow:?}");
+    assert!(matches!(
+        cuda.modules().kernel("embed", "none", 0),
+        Err(CudaError::NoKernel { kernel: "none", .. })
+    ));
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn out_of_memory_says_what_was_needed_and_what_was_free() {
+    let mut cuda = cuda();
+    let Memory { total, .. } = cuda.memory().unwrap();
+    let error = cuda.alloc(Purpose::KvCache, Element::Word, total as usize).unwrap_err();
+    let CudaError::OutOfMemory { purpose: Purpose::KvCache, needed, free } = &error else {
+        panic!("{error}")
+    };
+    assert!(*needed == total * 4 && *free < total);
+    assert!(error.to_string().contains("--memory-ratio"), "{error}");
+    // The device still works.
+    let buffer = upload(&mut cuda, &[1, 2, 3]);
+    assert_eq!(words(&mut cuda, buffer), [1, 2, 3]);
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn a_device_beyond_the_last_is_refused() {
+    let count = device_count().unwrap();
+    let error = Cuda::new(&Options { device: count, ..Options::default() }).unwrap_err();
+    assert_eq!(error, CudaError::DeviceIndex { index: count, count });
+}
+
+/// A wild kernel spoils the whole process's context, so this test runs in a process of its own.
+#[test]
+#[ignore = "needs a GPU"]
+fn a_kernel_that_fails_while_it_runs_is_reported_as_such() {
+    if std::env::var_os("MINISGL_TEST_WILD_KERNEL").is_none() {
+        let itself = std::env::current_exe().unwrap();
+        let name = "a_kernel_that_fails_while_it_runs_is_reported_as_such";
+        let status = std::process::Command::new(itself)
+            .args(["--ignored", "--exact", name])
+            .env("MINISGL_TEST_WILD_KERNEL", "1")
+            .status();
+        assert!(status.unwrap().success());
+        return;
+    }
+    let mut cuda = cuda();
+    let kernel = cuda.modules().kernel("embed", "begin_step", 0).unwrap();
+    // The batch lies at address 8, where nothing is.
+    cuda.launcher().launch(&kernel, Grid::new(1, 32), [&8u64, &0u32, &8u64]).unwrap();
+    let error = cuda.synchronize().unwrap_err();
+    assert!(
+        matches!(&error, CudaError::Kernel { launched, .. } if launched.contains("begin_step")),
+        "{error:?}"
+    );
+}
