@@ -7,6 +7,7 @@ mod flags;
 mod options;
 mod request;
 mod tokenizer;
+pub mod workload;
 
 pub use error::{Cause, Error};
 pub use minisgl_core::config::{Limits, LimitsError};
