@@ -1,1 +1,33 @@
-//! The CPU reference backend of minisgl: every operation in f32, as plain loops.
+//! The CPU reference backend of minisgl: every operation in f32, as plain loops that one can check by eye.
+//!
+//! ```text
+//!   device.rs   Cpu: memory, events, capture and replay as the engine sees them
+//!   command.rs  each operation as plain data, so that it can be run now or recorded and run later
+//!   crew.rs     the threads: one runs the commands, all share the loops
+//!   memory.rs   buffers, which are ranges, and how a command borrows several at once
+//!   weights.rs  matrices read in place from the checkpoint's mapping
+//!
+//!   ops.rs      what a transformer is: embedding, norm, rope, attention
+//!   matmul.rs   rows times a matrix, in blocks
+//!   sampling.rs tokens and log-probabilities out of logits
+//!   simd.rs     the two inner loops, compiled for the vector units that the machine has
+//! ```
+//!
+//! Invariant: a row's results depend on that row alone, bit for bit. Every sum has an order fixed by its own length,
+//! whatever the number of rows, of threads, or the page size.
+
+mod command;
+mod crew;
+mod device;
+mod error;
+mod matmul;
+mod memory;
+mod ops;
+mod sampling;
+mod simd;
+mod weights;
+
+pub use device::{Cpu, Event, Graph, Pinned};
+pub use error::CpuError;
+pub use memory::Buffer;
+pub use weights::Weight;

@@ -1,0 +1,63 @@
+//! What can go wrong on the CPU, and what to do about it.
+
+use minisgl_core::backend::Purpose;
+use thiserror::Error;
+
+/// Why an operation failed.
+#[derive(Debug, Error)]
+pub enum CpuError {
+    /// The machine has not that much memory.
+    #[error(
+        "not enough memory for {}: {} MiB asked for, {} MiB available; {}",
+        named(*.purpose), .bytes >> 20, .free >> 20, advice(*.purpose)
+    )]
+    OutOfMemory {
+        /// What it was for.
+        purpose: Purpose,
+        /// Bytes asked for.
+        bytes: u64,
+        /// Bytes that were available.
+        free: u64,
+    },
+    /// The operating system refused a thread.
+    #[error("cannot start the worker threads: {0}; raise the limit on processes (ulimit -u)")]
+    Threads(String),
+    /// A host tensor that is no matrix of the kind asked for.
+    #[error("tensor {name}: {reason}")]
+    Tensor {
+        /// The tensor's name in the checkpoint.
+        name: String,
+        /// What does not fit.
+        reason: &'static str,
+    },
+    /// An operation's input and output share memory.
+    #[error("two buffers of one operation overlap; give each its own memory")]
+    Overlap,
+    /// An operation before the sizes are known.
+    #[error("the model's sizes are not known yet; call reserve before the first step")]
+    NotReserved,
+    /// Something that cannot be part of a recording, or has to be.
+    #[error("{0}")]
+    Recording(&'static str),
+    /// A time was asked of an event that has none.
+    #[error("an event's time was asked for before the event was recorded")]
+    NoTime,
+}
+
+fn named(purpose: Purpose) -> &'static str {
+    match purpose {
+        Purpose::Weights => "the weights",
+        Purpose::KvCache => "the KV pages",
+        Purpose::Scratch => "activations and step data",
+        Purpose::Graphs => "recorded steps",
+    }
+}
+
+fn advice(purpose: Purpose) -> &'static str {
+    match purpose {
+        Purpose::Weights => "use a smaller model or a machine with more memory",
+        Purpose::KvCache => "lower --num-pages",
+        Purpose::Scratch => "lower --max-prefill-tokens or --max-running",
+        Purpose::Graphs => "lower --max-graph-batch",
+    }
+}

@@ -1,0 +1,274 @@
+//! What a transformer is, operation by operation, over slices.
+//!
+//! Shapes are in the comments; `tokens` is the step's, padding included. Matrix products are in [`crate::matmul`],
+//! drawing tokens in [`crate::sampling`].
+
+use minisgl_core::backend::Dims;
+use minisgl_core::batch::{LAST_TOKEN, PageUpdate, Row, Token};
+use rayon::prelude::*;
+
+use crate::simd::{Kernel, add_scaled_rows, dots, fastest};
+use crate::weights::Matrix;
+
+/// Rows of an elementwise operation that are worth a task.
+const ROWS_A_TASK: usize = 16;
+
+/// `page_table[index] = page` for each update.
+pub fn update_pages(updates: &[PageUpdate], page_table: &mut [u32]) {
+    for update in updates {
+        page_table[update.index as usize] = update.page;
+    }
+}
+
+/// `out[t] = table[id of t]`: `[tokens, hidden]`.
+pub fn embed(tokens: &[Token], token_pool: &[u32], table: &Matrix, out: &mut [f32]) {
+    let rows = out.par_chunks_mut(table.cols).zip(tokens).with_min_len(ROWS_A_TASK);
+    rows.for_each(|(out, token)| {
+        let id = if token.id == LAST_TOKEN { token_pool[token.slot as usize] } else { token.id };
+        table.widen(id as usize, 0, out);
+    });
+}
+
+/// `out = x / sqrt(mean(x^2) + eps) * scale`, one row.
+fn norm_row(x: &[f32], scale: &[f32], eps: f32, out: &mut [f32]) {
+    let factor = norm_factor(x, eps);
+    for ((out, x), scale) in out.iter_mut().zip(x).zip(scale) {
+        *out = x * factor * scale;
+    }
+}
+
+fn norm_factor(x: &[f32], eps: f32) -> f32 {
+    let square_sum: f64 = x.iter().map(|&x| f64::from(x) * f64::from(x)).sum();
+    (1.0 / (square_sum / x.len() as f64 + f64::from(eps)).sqrt()) as f32
+}
+
+/// `out[t] = rms_norm(x[t])`: `[tokens, width]`, where the scale is `[width]`.
+pub fn rms_norm(x: &[f32], scale: &[f32], eps: f32, out: &mut [f32]) {
+    let width = scale.len();
+    let rows = out.par_chunks_mut(width).zip(x.par_chunks(width)).with_min_len(ROWS_A_TASK);
+    rows.for_each(|(out, x)| norm_row(x, scale, eps, out));
+}
+
+/// `residual += delta`, `out = rms_norm(residual)`: `[tokens, width]`.
+pub fn add_rms_norm(residual: &mut [f32], delta: &[f32], scale: &[f32], eps: f32, out: &mut [f32]) {
+    let width = scale.len();
+    let rows = out.par_chunks_mut(width).zip(residual.par_chunks_mut(width)).zip(delta.par_chunks(width));
+    rows.with_min_len(ROWS_A_TASK).for_each(|((out, residual), delta)| {
+        for (residual, delta) in residual.iter_mut().zip(delta) {
+            *residual += delta;
+        }
+        norm_row(residual, scale, eps, out);
+    });
+}
+
+/// `out[i] = rms_norm(residual + delta)` of the last token of row i: `[samples, width]`.
+pub fn final_norm(rows: &[Row], residual: &[f32], delta: &[f32], scale: &[f32], eps: f32, out: &mut [f32]) {
+    let width = scale.len();
+    out.par_chunks_mut(width).zip(rows).with_min_len(ROWS_A_TASK).for_each(|(out, row)| {
+        let last = (row.first_token + row.tokens - 1) as usize * width;
+        let sum = |i: usize| residual[last + i] + delta[last + i];
+        for (i, out) in out.iter_mut().enumerate() {
+            *out = sum(i);
+        }
+        let factor = norm_factor(out, eps);
+        for (out, scale) in out.iter_mut().zip(scale) {
+            *out = *out * factor * scale;
+        }
+    });
+}
+
+/// The learned scales of query and key heads, and the angles.
+pub struct Heads<'a> {
+    /// `[head_dim]`.
+    pub q_norm: &'a [f32],
+    /// `[head_dim]`.
+    pub k_norm: &'a [f32],
+    /// `[positions, head_dim / 2]` pairs of cosine and sine.
+    pub rope: &'a [f32],
+}
+
+/// RMSNorm, then rotation, of each query and key head, in place: `qkv` is `[tokens, heads + 2 kv_heads, head_dim]`.
+pub fn qk_norm_rope(dims: &Dims, tokens: &[Token], heads: &Heads<'_>, qkv: &mut [f32]) {
+    let head_dim = dims.head_dim as usize;
+    let q_heads = dims.heads as usize;
+    let rows = qkv.par_chunks_mut(dims.qkv_width()).zip(tokens).with_min_len(ROWS_A_TASK);
+    rows.for_each(|(qkv, token)| {
+        let angles = &heads.rope[token.position as usize * head_dim..][..head_dim];
+        let rotated = q_heads + dims.kv_heads as usize;
+        for (i, head) in qkv.chunks_mut(head_dim).take(rotated).enumerate() {
+            let scale = if i < q_heads { heads.q_norm } else { heads.k_norm };
+            let factor = norm_factor(head, dims.norm_eps);
+            for (x, scale) in head.iter_mut().zip(scale) {
+                *x = *x * factor * scale;
+            }
+            rotate(head, angles);
+        }
+    });
+}
+
+/// Rotates each pair `(x[i], x[i + head_dim / 2])` by the position's angle i (Su et al., 2021).
+fn rotate(head: &mut [f32], angles: &[f32]) {
+    let (low, high) = head.split_at_mut(head.len() / 2);
+    for ((low, high), angle) in low.iter_mut().zip(high).zip(angles.as_chunks::<2>().0) {
+        let [cos, sin] = *angle;
+        (*low, *high) = (*low * cos - *high * sin, *high * cos + *low * sin);
+    }
+}
+
+/// The KV pages of a layer as one sees them from a sequence: `[pages + 1, kv_heads, page_size, head_dim]`.
+#[derive(Clone, Copy)]
+pub struct PageShape {
+    kv_heads: usize,
+    page_size: usize,
+    head_dim: usize,
+}
+
+impl PageShape {
+    /// The layout of a model's pages.
+    pub fn new(dims: &Dims, page_size: u32) -> Self {
+        PageShape {
+            kv_heads: dims.kv_heads as usize,
+            page_size: page_size as usize,
+            head_dim: dims.head_dim as usize,
+        }
+    }
+
+    /// Where the head's elements for row `row` of page `page` begin.
+    #[inline(always)]
+    fn offset(self, page: usize, head: usize, row: usize) -> usize {
+        ((page * self.kv_heads + head) * self.page_size + row) * self.head_dim
+    }
+}
+
+/// Copies each token's keys and values to its location.
+pub fn store(dims: &Dims, shape: PageShape, tokens: &[Token], qkv: &[f32], k: &mut [f32], v: &mut [f32]) {
+    let kv_width = shape.kv_heads * shape.head_dim;
+    for (qkv, token) in qkv.chunks(dims.qkv_width()).zip(tokens) {
+        let (keys, values) = qkv[dims.q_width()..].split_at(kv_width);
+        let (page, row) =
+            (token.location as usize / shape.page_size, token.location as usize % shape.page_size);
+        for head in 0..shape.kv_heads {
+            let to = shape.offset(page, head, row);
+            let from = head * shape.head_dim..(head + 1) * shape.head_dim;
+            k[to..][..shape.head_dim].copy_from_slice(&keys[from.clone()]);
+            v[to..][..shape.head_dim].copy_from_slice(&values[from]);
+        }
+    }
+}
+
+/// Where attention reads.
+#[derive(Clone, Copy)]
+pub struct Context<'a> {
+    /// How pages are laid out.
+    pub shape: PageShape,
+    /// Keys of the layer.
+    pub k: &'a [f32],
+    /// Values of the layer.
+    pub v: &'a [f32],
+    /// `[slots + 1, table_width]`.
+    pub page_table: &'a [u32],
+    /// Entries of a slot.
+    pub table_width: usize,
+}
+
+/// `out[t, h] = softmax(q[t, h] . k / sqrt(head_dim)) @ v` over positions 0 to t's own, where the `heads / kv_heads`
+/// query heads of a group share keys and values: `[tokens, heads, head_dim]`.
+pub fn attention(dims: &Dims, tokens: &[Token], qkv: &[f32], context: Context<'_>, out: &mut [f32]) {
+    let (kv_heads, head_dim) = (dims.kv_heads as usize, dims.head_dim as usize);
+    let group = dims.heads as usize / kv_heads * head_dim;
+    out.par_chunks_mut(group).enumerate().for_each(|(task, out)| {
+        let (token, head) = (tokens[task / kv_heads], task % kv_heads);
+        let q = &qkv[task / kv_heads * dims.qkv_width()..][head * group..][..group];
+        fastest(Attend { context, token, head, q, out });
+    });
+}
+
+/// One token's attention for the query heads that share one key head.
+struct Attend<'a> {
+    context: Context<'a>,
+    token: Token,
+    head: usize,
+    /// `[group, head_dim]`.
+    q: &'a [f32],
+    /// `[group, head_dim]`.
+    out: &'a mut [f32],
+}
+
+/// Positions whose scores are held at once.
+const LEAF: usize = 64;
+/// Query heads that share a pass over the keys.
+const HEADS: usize = 8;
+
+impl Kernel for Attend<'_> {
+    /// The softmax is taken leaf by leaf: with `m` the largest score yet, `l` the sum of `exp(s - m)` and `out` the
+    /// values so weighted, a larger `m` scales down what is there (Milakov and Gimelshein, 2018). Leaves are positions
+    /// 0..64, 64..128, and so on, so the order of sums depends on the position alone.
+    #[inline(always)]
+    fn run<const FMA: bool>(self) {
+        let head_dim = self.context.shape.head_dim;
+        let len = self.token.position as usize + 1;
+        let scale = 1.0 / (head_dim as f32).sqrt();
+        let heads = self.q.chunks(HEADS * head_dim).zip(self.out.chunks_mut(HEADS * head_dim));
+        for (q, out) in heads {
+            out.fill(0.0);
+            let (mut max, mut sum) = ([f32::NEG_INFINITY; HEADS], [0.0f32; HEADS]);
+            for first in (0..len).step_by(LEAF) {
+                let offsets = self.context.offsets(self.token.slot, self.head, first, len);
+                let offsets = &offsets[..LEAF.min(len - first)];
+                let mut scores = [[0.0f32; LEAF]; HEADS];
+                self.context.score::<FMA>(q, offsets, &mut scores);
+                for (h, out) in out.chunks_mut(head_dim).enumerate() {
+                    let scores = &mut scores[h][..offsets.len()];
+                    let top = scores.iter().fold(max[h], |top, score| top.max(score * scale));
+                    let shrink = (max[h] - top).exp();
+                    for score in scores.iter_mut() {
+                        *score = (*score * scale - top).exp();
+                    }
+                    sum[h] = sum[h] * shrink + scores.iter().sum::<f32>();
+                    max[h] = top;
+                    out.iter_mut().for_each(|out| *out *= shrink);
+                    add_scaled_rows::<FMA>(out, scores, |j| &self.context.v[offsets[j]..][..head_dim]);
+                }
+            }
+            for (out, sum) in out.chunks_mut(head_dim).zip(sum) {
+                out.iter_mut().for_each(|out| *out /= sum);
+            }
+        }
+    }
+}
+
+impl Context<'_> {
+    /// Where the keys and values of positions `first..` of a slot begin.
+    #[inline(always)]
+    fn offsets(&self, slot: u32, head: usize, first: usize, len: usize) -> [usize; LEAF] {
+        let pages = &self.page_table[slot as usize * self.table_width..][..self.table_width];
+        let mut offsets = [0; LEAF];
+        for (position, offset) in (first..len).zip(&mut offsets) {
+            let page = pages[position / self.shape.page_size] as usize;
+            *offset = self.shape.offset(page, head, position % self.shape.page_size);
+        }
+        offsets
+    }
+
+    /// `scores[h][j] = q[h] . key j`: four keys at a time, with two heads.
+    #[inline(always)]
+    fn score<const FMA: bool>(&self, q: &[f32], offsets: &[usize], scores: &mut [[f32; LEAF]; HEADS]) {
+        let head_dim = self.shape.head_dim;
+        for first in (0..offsets.len()).step_by(4) {
+            let key = |j: usize| &self.k[offsets[(first + j).min(offsets.len() - 1)]..][..head_dim];
+            let keys = [key(0), key(1), key(2), key(3)];
+            let pairs = q.chunks(2 * head_dim).zip(scores.chunks_mut(2));
+            for (q, scores) in pairs {
+                if q.len() == 2 * head_dim {
+                    let (low, high) = q.split_at(head_dim);
+                    let [low, high] = dots::<FMA, 4, 2>(keys, [low, high]);
+                    scores[0][first..first + 4].copy_from_slice(&low);
+                    scores[1][first..first + 4].copy_from_slice(&high);
+                } else {
+                    let [only] = dots::<FMA, 4, 1>(keys, [q]);
+                    scores[0][first..first + 4].copy_from_slice(&only);
+                }
+            }
+        }
+    }
+}
