@@ -153,6 +153,12 @@ pub trait Device {
     /// Waits on the host for everything enqueued.
     fn synchronize(&mut self) -> Result<(), Self::Error>;
 
+    /// Must a step have run once before its like is recorded, because the first run of a kernel does more than enqueue
+    /// it? A device whose recording runs nothing and needs nothing beforehand says no.
+    fn warm_up_before_capture(&self) -> bool {
+        true
+    }
+
     /// From here to [`Device::end_capture`] the compute queue's operations are recorded, not run.
     fn begin_capture(&mut self) -> Result<(), Self::Error>;
 

@@ -66,6 +66,9 @@ pub enum SubmitError {
         /// Ids lie below it.
         vocab: u32,
     },
+    /// Nothing runs any more.
+    #[error("the engine stopped when a step failed; build a new one to go on")]
+    Stopped,
     /// A parameter out of its range.
     #[error(transparent)]
     Sampling(#[from] SamplingError),

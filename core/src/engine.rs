@@ -1,0 +1,415 @@
+//! The engine: a scheduler's batches, run by a model on a device, two steps in flight.
+//!
+//! ```text
+//!                 ┌ schedule, pack, upload ┐
+//!   host          │ N+1 ────────────────── │ complete N ─── │ N+2 … │ complete N+1
+//!   compute queue   … step N ────────────────>│ step N+1 ─────────────>│
+//!   copy queue                                └ tokens of N ┘          └ tokens of N+1 ┘
+//! ```
+//!
+//! With overlap, [`Engine::step`] launches step N+1 and then takes in the tokens of step N: while the device computes
+//! one step, the host works on the next. A row of N+1 whose input is a token of N finds it in the token pool on the
+//! device. Without overlap each step is waited for. Both give the same tokens.
+//!
+//! What may be reused, and when:
+//! - Pages. A page that an ended, aborted or retracted request gave back may be another's in the next batch, while a
+//!   step in flight still writes to it for its old owner (the row behind an end-of-sequence token, say). That is safe,
+//!   since all steps run on one queue in the order of their launch: the old owner's write comes before everything that
+//!   the new owner writes or reads there. A page freed after step N was scheduled is never in a row of a step after N.
+//! - Staging. [`Device::words_mut`] waits for the copy from it, two steps ago.
+//! - Output halves. Step N+2 is launched after step N was completed, hence after its half was read.
+//!
+//! Invariant: at most one step is in flight between two calls of [`Engine::step`], and `flights[turn]` is not its own.
+//! After construction nothing is allocated.
+
+use alloc::vec::Vec;
+
+use thiserror::Error;
+
+use crate::backend::{Device, DeviceInfo, Model, Queue};
+use crate::batch::{Batch, Phase, StepShape};
+use crate::config::{Limits, LimitsError};
+use crate::graphs::DecodeGraphs;
+use crate::request::{Event, Request, SubmitError, Submitted, Ticket};
+use crate::resident::Resident;
+use crate::sampling::LOGPROB_WORDS;
+use crate::scheduler::{Policy, Scheduler};
+use crate::stats::Stats;
+
+/// What an engine is built with, beside device and model.
+#[derive(Clone, Debug)]
+pub struct EngineOptions {
+    /// Capacities; the caller sized them to the memory there is.
+    pub limits: Limits,
+    /// How requests are scheduled.
+    pub policy: Policy,
+    /// Tokens that end a sequence.
+    pub eos: Vec<u32>,
+    /// Launch a step before the tokens of the one before it are known.
+    pub overlap: bool,
+}
+
+/// What one call of [`Engine::step`] did.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct StepReport {
+    /// Counts, padding included, of the step launched; `None` if there was nothing to run.
+    pub launched: Option<StepShape>,
+    /// The step whose tokens came in; `None` if none was in flight.
+    pub completed: Option<CompletedStep>,
+}
+
+/// A step that has run, and when.
+#[derive(Clone, Copy, Debug)]
+pub struct CompletedStep {
+    /// Its counts, padding included.
+    pub shape: StepShape,
+    /// When it began, in milliseconds since the engine's first step, by the device's clock.
+    pub start_ms: f32,
+    /// How long it took on the device, in milliseconds.
+    pub gpu_ms: f32,
+}
+
+/// Why an engine can't be built, or can't go on.
+#[derive(Debug, Error)]
+pub enum EngineError<E: core::error::Error + 'static> {
+    /// Capacities that make no engine.
+    #[error(transparent)]
+    Limits(#[from] LimitsError),
+    /// Sequences longer than the model's positions.
+    #[error(
+        "a sequence limit of {sequence} tokens exceeds the model's {max_positions} positions; \
+         lower it (--max-seq-len)"
+    )]
+    Sequence {
+        /// As asked for.
+        sequence: u32,
+        /// What the model reaches.
+        max_positions: u32,
+    },
+    /// Token ids that the model has no embedding for.
+    #[error("prompts may have token ids below {policy}, but the model's vocabulary ends at {model}")]
+    Vocabulary {
+        /// Ids in prompts lie below it.
+        policy: u32,
+        /// Ids of the model lie below it.
+        model: u32,
+    },
+    /// The device could not give what the engine needs.
+    #[error("the engine's buffers can't be set up: {0}")]
+    Setup(#[source] E),
+    /// A decode step could not be recorded.
+    #[error(
+        "recording the decode step of {rows} rows failed: {source}; \
+         record smaller steps or none (--max-graph-batch)"
+    )]
+    Capture {
+        /// Its size.
+        rows: u32,
+        /// What the device said.
+        source: E,
+    },
+    /// A step failed, while it was launched or while it ran. Work is asynchronous, so the cause may lie in a step that
+    /// was launched before this one. Tokens given out so far are right; the engine takes no further step.
+    #[error("{} of {rows} rows and {tokens} tokens failed: {source}", step_name(.phase))]
+    Step {
+        /// Prefill or decode.
+        phase: Phase,
+        /// Its requests.
+        rows: u32,
+        /// Its tokens.
+        tokens: u32,
+        /// What the device said.
+        source: E,
+    },
+    /// A step failed before.
+    #[error("the engine stopped when a step failed; build a new one to go on")]
+    Stopped,
+}
+
+fn step_name(phase: &Phase) -> &'static str {
+    match phase {
+        Phase::Prefill => "a prefill step",
+        Phase::Decode => "a decode step",
+    }
+}
+
+/// A step from its launch to its completion, and the memory it takes on the host. There are two.
+struct Flight<B: Device> {
+    batch: Batch,
+    /// Counts as launched, padding included.
+    shape: StepShape,
+    /// Whether log-probabilities come back.
+    logprobs_wanted: bool,
+    /// `[layout.words]`: the packed batch on its way to the device.
+    packed: B::Pinned,
+    /// `[slots]`: tokens on their way back.
+    tokens: B::Pinned,
+    /// `[slots, LOGPROB_WORDS]`.
+    logprobs: B::Pinned,
+    started: B::Event,
+    ended: B::Event,
+}
+
+impl<B: Device> Flight<B> {
+    fn new(backend: &mut B, limits: &Limits, batch_words: usize) -> Result<Self, B::Error> {
+        let slots = limits.running as usize;
+        Ok(Flight {
+            batch: Batch::new(limits),
+            shape: StepShape::decode(0),
+            logprobs_wanted: false,
+            packed: backend.alloc_pinned(batch_words)?,
+            tokens: backend.alloc_pinned(slots)?,
+            logprobs: backend.alloc_pinned(slots * LOGPROB_WORDS)?,
+            started: backend.event()?,
+            ended: backend.event()?,
+        })
+    }
+}
+
+/// See the module.
+pub struct Engine<B: Device, M: Model<B>> {
+    scheduler: Scheduler,
+    limits: Limits,
+    overlap: bool,
+    resident: Resident<B::Buffer>,
+    graphs: DecodeGraphs<B::Graph>,
+    flights: [Flight<B>; 2],
+    /// Which of the two the next step takes.
+    turn: usize,
+    /// The other one has been launched and not completed.
+    in_flight: bool,
+    /// The beginning of the first step.
+    epoch: B::Event,
+    epoch_recorded: bool,
+    stopped: bool,
+    // The device goes last: what lies above may belong to it.
+    model: M,
+    backend: B,
+}
+
+impl<B: Device, M: Model<B>> Engine<B, M> {
+    /// Reserves the model's buffers and the engine's own, and records the decode steps.
+    ///
+    /// # Errors
+    /// Capacities that don't fit together, the model or the device; memory that the device does not have.
+    pub fn new(mut backend: B, mut model: M, options: EngineOptions) -> Result<Self, EngineError<B::Error>> {
+        let EngineOptions { limits, policy, eos, overlap } = options;
+        check(&backend, &model, &limits, &policy)?;
+        let plan_words = model.reserve(&mut backend, &limits).map_err(EngineError::Setup)?;
+        let resident = Resident::new(&mut backend, &limits, plan_words).map_err(EngineError::Setup)?;
+        let mut flight =
+            || Flight::new(&mut backend, &limits, resident.batch_words()).map_err(EngineError::Setup);
+        let mut flights = [flight()?, flight()?];
+        let staging = &mut flights[0].packed;
+        let graphs = DecodeGraphs::capture(&mut backend, &mut model, &resident, &limits, staging)
+            .map_err(|error| EngineError::Capture { rows: error.rows, source: error.source })?;
+        Ok(Engine {
+            scheduler: Scheduler::new(limits, policy, &eos),
+            limits,
+            overlap,
+            resident,
+            graphs,
+            flights,
+            turn: 0,
+            in_flight: false,
+            epoch: backend.event().map_err(EngineError::Setup)?,
+            epoch_recorded: false,
+            stopped: false,
+            model,
+            backend,
+        })
+    }
+
+    /// Takes a request in.
+    ///
+    /// # Errors
+    /// A full queue, a request that can never run, or an engine that has stopped.
+    pub fn submit(&mut self, request: Request<'_>) -> Result<Submitted, SubmitError> {
+        if self.stopped {
+            return Err(SubmitError::Stopped);
+        }
+        self.scheduler.submit(request)
+    }
+
+    /// Ends a request at once, wherever it is; what a step in flight computes for it is dropped. False if it has ended
+    /// already.
+    pub fn abort(&mut self, ticket: Ticket, sink: &mut impl FnMut(Event<'_>)) -> bool {
+        self.scheduler.abort(ticket, sink)
+    }
+
+    /// Launches the next step and completes the one before (overlap), or launches a step and waits for it (no overlap).
+    ///
+    /// # Errors
+    /// A step that failed; from then on every call fails.
+    pub fn step(&mut self, sink: &mut impl FnMut(Event<'_>)) -> Result<StepReport, EngineError<B::Error>> {
+        if self.stopped {
+            return Err(EngineError::Stopped);
+        }
+        let (this, other) = (self.turn, 1 - self.turn);
+        let before = core::mem::take(&mut self.in_flight).then_some(other);
+        let mut launched = None;
+        if self.scheduler.schedule(&mut self.flights[this].batch) {
+            launched = Some(self.launch(this).map_err(|cause| self.stop(this, cause))?);
+        }
+        let due = match self.overlap {
+            true => before,
+            false => launched.map(|_| this),
+        };
+        if self.overlap && launched.is_some() {
+            (self.turn, self.in_flight) = (other, true);
+        }
+        let completed = match due {
+            Some(at) => Some(self.complete(at, sink).map_err(|cause| self.stop(at, cause))?),
+            None => None,
+        };
+        Ok(StepReport { launched, completed })
+    }
+
+    /// Enqueues a step from its upload to the download of its tokens. Does not wait for the device, unless the upload
+    /// two steps ago has not run yet.
+    fn launch(&mut self, at: usize) -> Result<StepShape, B::Error> {
+        let Engine { backend, model, resident, .. } = self;
+        let flight = &mut self.flights[at];
+        let counts = flight.batch.shape();
+        let graph = match counts.phase {
+            Phase::Decode => self.graphs.fitting(counts.rows),
+            Phase::Prefill => None,
+        };
+        flight.shape = graph.map_or(counts, |(rows, _)| StepShape::decode(rows));
+        self.scheduler.count_padding(flight.shape.rows - counts.rows);
+        if !core::mem::replace(&mut self.epoch_recorded, true) {
+            backend.record(Queue::Compute, &mut self.epoch)?;
+        }
+        backend.record(Queue::Compute, &mut flight.started)?;
+        let step = resident.send(backend, model, &flight.batch, flight.shape, at, &mut flight.packed)?;
+        match graph {
+            Some((_, graph)) => backend.replay(graph)?,
+            None => model.forward(backend, &step, resident.tokens)?,
+        }
+        flight.logprobs_wanted = counts.samples > 0 && flight.batch.wants_logprobs();
+        if flight.logprobs_wanted {
+            model.logprobs(backend, &step, resident.tokens, resident.logprobs)?;
+        }
+        backend.record(Queue::Compute, &mut flight.ended)?;
+        self.enqueue_downloads(at)?;
+        Ok(self.flights[at].shape)
+    }
+
+    /// Behind the step, on the copy queue, so that the next step need not wait for its results to leave.
+    fn enqueue_downloads(&mut self, at: usize) -> Result<(), B::Error> {
+        let Engine { backend, resident, .. } = self;
+        let flight = &mut self.flights[at];
+        let samples = flight.batch.samples() as usize;
+        if samples == 0 {
+            return Ok(());
+        }
+        backend.wait(Queue::Copy, &flight.ended)?;
+        let tokens = resident.tokens_of(backend, at);
+        backend.download(Queue::Copy, tokens, samples, &mut flight.tokens)?;
+        if flight.logprobs_wanted {
+            let logprobs = resident.logprobs_of(backend, at);
+            backend.download(Queue::Copy, logprobs, samples * LOGPROB_WORDS, &mut flight.logprobs)?;
+        }
+        Ok(())
+    }
+
+    /// Waits for a step's results and takes them in.
+    fn complete(&mut self, at: usize, sink: &mut impl FnMut(Event<'_>)) -> Result<CompletedStep, B::Error> {
+        let (backend, flight) = (&self.backend, &self.flights[at]);
+        let samples = flight.batch.samples() as usize;
+        let tokens = &backend.words(&flight.tokens)?[..samples];
+        let logprobs = match flight.logprobs_wanted {
+            true => &backend.words(&flight.logprobs)?[..samples * LOGPROB_WORDS],
+            false => &[],
+        };
+        let completed = CompletedStep {
+            shape: flight.shape,
+            start_ms: backend.elapsed_ms(&self.epoch, &flight.started)?,
+            gpu_ms: backend.elapsed_ms(&flight.started, &flight.ended)?,
+        };
+        self.scheduler.complete(&flight.batch, tokens, bytemuck::cast_slice(logprobs), sink);
+        Ok(completed)
+    }
+
+    /// Refuses all further work, because of the step in flight at `at`.
+    fn stop(&mut self, at: usize, source: B::Error) -> EngineError<B::Error> {
+        self.stopped = true;
+        let StepShape { phase, rows, tokens, .. } = self.flights[at].batch.shape();
+        EngineError::Step { phase, rows, tokens, source }
+    }
+
+    /// Does nobody wait or run, and is no step in flight?
+    pub fn is_idle(&self) -> bool {
+        self.scheduler.is_idle() && !self.in_flight
+    }
+
+    /// Counters so far.
+    pub fn stats(&self) -> Stats {
+        *self.scheduler.stats()
+    }
+
+    /// Sets the counters to zero.
+    pub fn reset_stats(&mut self) {
+        self.scheduler.reset_stats();
+    }
+
+    /// Forgets all cached prefixes that no running request holds.
+    pub fn clear_prefix_cache(&mut self) {
+        self.scheduler.clear_prefix_cache();
+    }
+
+    /// Asserts the scheduler's invariants; see [`Scheduler::check`]. For tests and idle moments.
+    ///
+    /// # Panics
+    /// When an invariant is broken.
+    pub fn check(&self) {
+        self.scheduler.check();
+    }
+
+    /// The device's name and sizes.
+    pub fn info(&self) -> DeviceInfo {
+        self.backend.info()
+    }
+
+    /// The capacities it was built with.
+    pub fn limits(&self) -> &Limits {
+        &self.limits
+    }
+
+    /// The device.
+    pub fn backend(&self) -> &B {
+        &self.backend
+    }
+
+    /// The device, to be used between two steps.
+    pub fn backend_mut(&mut self) -> &mut B {
+        &mut self.backend
+    }
+
+    /// The model.
+    pub fn model(&self) -> &M {
+        &self.model
+    }
+}
+
+fn check<B: Device, M: Model<B>>(
+    backend: &B,
+    model: &M,
+    limits: &Limits,
+    policy: &Policy,
+) -> Result<(), EngineError<B::Error>> {
+    limits.check()?;
+    let (page_size, min) = (limits.page_size, backend.info().page_size_min);
+    if page_size < min {
+        return Err(LimitsError::PageSizeBelowMin { page_size, min }.into());
+    }
+    let (sequence, max_positions) = (limits.sequence, model.max_positions());
+    if sequence > max_positions {
+        return Err(EngineError::Sequence { sequence, max_positions });
+    }
+    let (policy, model) = (policy.vocab, model.vocab());
+    if policy > model {
+        return Err(EngineError::Vocabulary { policy, model });
+    }
+    Ok(())
+}

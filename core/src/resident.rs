@@ -1,0 +1,119 @@
+//! What the engine keeps on the device, beside the model's weights and KV pages, and how a batch gets there.
+//!
+//! ```text
+//!   batch       [layout.words]             the step's packed batch, overwritten by each step's upload
+//!   page table  [slots + 1, table_width]   kept up to date by the batches' updates
+//!   token pool  [slots + 1]                the token each slot sampled last
+//!   tokens      [2, slots]                 what the steps draw; steps take turns at the two halves
+//!   logprobs    [2, slots] RowLogprobs     their log-probabilities
+//! ```
+//!
+//! One batch buffer serves both steps in flight, since uploads and arithmetic share the compute queue: a batch is
+//! overwritten only behind the step that read it. Results leave on the other queue, so they have two halves: a half is
+//! written again two steps later, when the host has long read it.
+//!
+//! Invariant: the page table's last row, the dummy slot's, names the dummy page from the start and is never updated.
+//! Other entries name it too until they are set, so no table entry ever leads out of the KV memory.
+
+use crate::backend::{Device, Element, Model, Purpose, Step};
+use crate::batch::{Batch, Dummy, Layout, ROW_WORDS, StepShape};
+use crate::config::Limits;
+use crate::sampling::LOGPROB_WORDS;
+
+/// See the module.
+pub(crate) struct Resident<Buf> {
+    layout: Layout,
+    plan_words: usize,
+    dummy: Dummy,
+    /// Rows of a half of the outputs: slots.
+    slots: usize,
+    table_width: u32,
+    page_size: u32,
+    batch: Buf,
+    page_table: Buf,
+    token_pool: Buf,
+    pub tokens: Buf,
+    pub logprobs: Buf,
+}
+
+impl<Buf: Copy> Resident<Buf> {
+    /// Allocates and initialises all of it.
+    pub fn new<B: Device<Buffer = Buf>>(
+        backend: &mut B,
+        limits: &Limits,
+        plan_words: usize,
+    ) -> Result<Self, B::Error> {
+        let slots = limits.running as usize;
+        let layout = Layout::new(limits, plan_words);
+        let table_words = (slots + 1) * limits.table_width() as usize;
+        let mut words = |count| backend.alloc(Purpose::Scratch, Element::Word, count);
+        let resident = Resident {
+            layout,
+            plan_words,
+            dummy: Dummy { slot: limits.running, location: limits.pages * limits.page_size },
+            slots,
+            table_width: limits.table_width(),
+            page_size: limits.page_size,
+            batch: words(layout.words)?,
+            page_table: words(table_words)?,
+            token_pool: words(slots + 1)?,
+            tokens: words(2 * slots)?,
+            logprobs: words(2 * slots * LOGPROB_WORDS)?,
+        };
+        fill(backend, resident.page_table, table_words, limits.pages)?;
+        fill(backend, resident.token_pool, slots + 1, 0)?;
+        Ok(resident)
+    }
+
+    /// Words of a packed batch at most.
+    pub fn batch_words(&self) -> usize {
+        self.layout.words
+    }
+
+    /// Where a half of `tokens` lies.
+    pub fn tokens_of<B: Device<Buffer = Buf>>(&self, backend: &B, half: usize) -> Buf {
+        backend.slice(self.tokens, half * self.slots..(half + 1) * self.slots)
+    }
+
+    /// Where a half of `logprobs` lies.
+    pub fn logprobs_of<B: Device<Buffer = Buf>>(&self, backend: &B, half: usize) -> Buf {
+        let words = self.slots * LOGPROB_WORDS;
+        backend.slice(self.logprobs, half * words..(half + 1) * words)
+    }
+
+    /// Packs a batch, padded up to `shape`, with the model's plan for it, and enqueues its upload.
+    pub fn send<B: Device<Buffer = Buf>, M: Model<B>>(
+        &self,
+        backend: &mut B,
+        model: &M,
+        batch: &Batch,
+        shape: StepShape,
+        half: usize,
+        staging: &mut B::Pinned,
+    ) -> Result<Step<Buf>, B::Error> {
+        let layout = self.layout;
+        let words = backend.words_mut(staging)?;
+        let used = batch.pack(&layout, shape, self.dummy, (half * self.slots) as u32, words);
+        let (front, back) = words.split_at_mut(layout.rows);
+        let rows = bytemuck::cast_slice(&back[..shape.rows as usize * ROW_WORDS]);
+        model.plan(backend, shape, rows, &mut front[layout.plan..][..self.plan_words]);
+        backend.upload(staging, 0..used, self.batch)?;
+        Ok(Step {
+            shape,
+            batch: self.batch,
+            layout,
+            page_table: self.page_table,
+            table_width: self.table_width,
+            page_size: self.page_size,
+            token_pool: self.token_pool,
+        })
+    }
+}
+
+/// Sets every word of a buffer, and waits until that is done.
+fn fill<B: Device>(backend: &mut B, buffer: B::Buffer, words: usize, value: u32) -> Result<(), B::Error> {
+    let mut staging = backend.alloc_pinned(words)?;
+    backend.words_mut(&mut staging)?.fill(value);
+    backend.upload(&mut staging, 0..words, buffer)?;
+    backend.synchronize()
+}
