@@ -7,7 +7,7 @@ use minisgl_qwen3::{Checkpoint, Config};
 use proptest::prelude::*;
 use proptest::sample::Index;
 use serde_json::{Value, json};
-use support::{TempDir, config, entries, file, header, safetensors};
+use support::{TempDir, checkpoint, config, entries, file, header, safetensors};
 
 /// Values that break parsers: of each kind, at the edges of each range.
 fn any_value() -> impl Strategy<Value = Value> {
@@ -75,12 +75,12 @@ fn check_open(dir: &TempDir) {
     }
 }
 
-fn good_config(dir: &TempDir) {
-    dir.write("config.json", config().to_string());
+fn cases() -> ProptestConfig {
+    ProptestConfig { cases: 3000, failure_persistence: None, ..ProptestConfig::default() }
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 4096, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(cases())]
 
     #[test]
     fn a_configuration_with_one_field_changed_is_read_or_refused_by_that_field(
@@ -115,59 +115,64 @@ proptest! {
     }
 }
 
-proptest! {
-    #![proptest_config(ProptestConfig { cases: 1000, failure_persistence: None, ..ProptestConfig::default() })]
-
-    #[test]
-    fn a_header_with_changed_entries_is_read_or_refused(
-        changes in prop::collection::vec((any::<Index>(), any::<Index>(), any_value()), 1..4),
-    ) {
-        let (mut changed, data_bytes) = header(&entries());
-        let names: Vec<String> = changed.as_object().unwrap().keys().cloned().collect();
+#[test]
+fn a_header_with_changed_entries_is_read_or_refused() {
+    let dir = checkpoint();
+    let (good, data_bytes) = header(&entries());
+    let names: Vec<String> = entries().into_iter().map(|entry| entry.name).collect();
+    let change = (any::<Index>(), any::<Index>(), any_value());
+    proptest!(cases(), |(changes in prop::collection::vec(change, 1..4))| {
+        let mut changed = good.clone();
         for (tensor, part, value) in changes {
-            let name = &names[tensor.index(names.len())];
+            let entry = &mut changed[&names[tensor.index(names.len())]];
             match ["dtype", "shape", "data_offsets", ""][part.index(4)] {
-                "" => changed[name] = value,
-                part if changed[name].is_object() => changed[name][part] = value,
+                "" => *entry = value,
+                part if entry.is_object() => entry[part] = value,
                 _ => {}
             }
         }
-        let dir = TempDir::new();
-        good_config(&dir);
         dir.write("model.safetensors", file(&changed, data_bytes));
         check_open(&dir);
-    }
+    });
+}
 
-    #[test]
-    fn a_safetensors_file_with_damaged_bytes_is_read_or_refused(
-        overwrite in prop::collection::vec((any::<Index>(), any::<u8>()), 0..4),
-        cut in prop::option::weighted(0.3, (any::<Index>(), 0..40usize)),
-        keep in prop::option::weighted(0.2, any::<Index>()),
-        length in prop::option::weighted(0.3, any::<u64>()),
-    ) {
+#[test]
+fn a_safetensors_file_with_damaged_bytes_is_read_or_refused() {
+    let dir = checkpoint();
+    let damages = (
+        prop::collection::vec((any::<Index>(), any::<u8>()), 0..4),
+        prop::option::weighted(0.3, (any::<Index>(), 0..40usize)),
+        prop::option::weighted(0.2, any::<Index>()),
+    );
+    let length = prop::option::weighted(0.3, any::<u64>());
+    proptest!(cases(), |((overwrite, cut, keep) in damages, length in length)| {
         let mut bytes = safetensors(&entries());
         if let Some(length) = length {
             bytes[..8].copy_from_slice(&length.to_le_bytes());
         }
         damage(&mut bytes, &overwrite, cut, keep);
-        let dir = TempDir::new();
-        good_config(&dir);
         dir.write("model.safetensors", bytes);
         check_open(&dir);
-    }
+    });
+}
 
-    #[test]
-    fn an_index_with_a_changed_target_is_read_or_refused(tensor in any::<Index>(), value in any_value()) {
-        let (dir, mut map) = support::sharded_checkpoint();
-        let names: Vec<String> = map.as_object().unwrap().keys().cloned().collect();
+#[test]
+fn an_index_with_a_changed_target_is_read_or_refused() {
+    let (dir, good) = support::sharded_checkpoint();
+    let names: Vec<String> = entries().into_iter().map(|entry| entry.name).collect();
+    proptest!(cases(), |(tensor in any::<Index>(), value in any_value())| {
+        let mut map = good.clone();
         map[&names[tensor.index(names.len())]] = value;
         support::write_index(&dir, &map);
         check_open(&dir);
-    }
+    });
+}
 
-    /// Offsets and shapes so large that sums of them leave 64 bits.
-    #[test]
-    fn a_header_of_huge_tensors_is_refused(bits in prop::collection::vec(50..62u32, 1..12)) {
+/// Offsets and shapes so large that sums of them leave 64 bits.
+#[test]
+fn a_header_of_huge_tensors_is_refused() {
+    let dir = checkpoint();
+    proptest!(cases(), |(bits in prop::collection::vec(50..62u32, 1..12))| {
         let mut begin = 0_u64;
         let mut huge = json!({});
         for (i, bits) in bits.iter().enumerate() {
@@ -176,10 +181,8 @@ proptest! {
             huge[format!("t{i:02}")] = entry;
             begin = end;
         }
-        let dir = TempDir::new();
-        good_config(&dir);
         dir.write("model.safetensors", file(&huge, 64));
         let text = Checkpoint::open(dir.path()).unwrap_err().to_string();
         prop_assert!(text.contains("model.safetensors"), "{text}");
-    }
+    });
 }

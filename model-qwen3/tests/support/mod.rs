@@ -1,6 +1,8 @@
 //! Checkpoints made on the fly: a good one, whose files a test then spoils.
 #![allow(dead_code, reason = "each test binary uses a part")]
 
+pub mod golden;
+
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -24,6 +26,8 @@ impl TempDir {
     }
 
     pub fn write(&self, name: &str, bytes: impl AsRef<[u8]>) {
+        // A new file: some file systems flush one that is cut short and written again, which takes milliseconds.
+        let _ = fs::remove_file(self.0.join(name));
         fs::write(self.0.join(name), bytes).unwrap();
     }
 }

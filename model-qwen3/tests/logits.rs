@@ -1,0 +1,186 @@
+//! The model's logits and greedy tokens on the golden checkpoints, driven step by step without an engine.
+//!
+//! The driver below gives slot s the pages that lie backwards from the pool's end, so that no page's number equals
+//! its place in a sequence.
+
+mod support;
+
+use minisgl_core::backend::{Device, Element, Model, Ops, Purpose, Queue, Step};
+use minisgl_core::batch::{
+    Batch, Dummy, LAST_TOKEN, Layout, PageUpdate, Phase, Row, StepShape, Token, packed_rows, zeroed_words,
+};
+use minisgl_core::config::Limits;
+use minisgl_core::request::Ticket;
+use minisgl_cpu::Cpu;
+use minisgl_qwen3::{Checkpoint, Qwen3};
+use support::golden::{Example, FIXTURES, assert_logits, examples, fixture};
+
+/// Tokens of one slot to run next.
+struct Run<'a> {
+    slot: u32,
+    position: u32,
+    tokens: &'a [u32],
+}
+
+struct Driver {
+    cpu: Cpu,
+    model: Qwen3<Cpu>,
+    limits: Limits,
+    layout: Layout,
+    step: Step<<Cpu as Device>::Buffer>,
+    tokens: <Cpu as Device>::Buffer,
+    staging: <Cpu as Device>::Pinned,
+    results: <Cpu as Device>::Pinned,
+}
+
+impl Driver {
+    fn new(checkpoint: &Checkpoint, page_size: u32) -> Driver {
+        let (running, sequence) = (40, 192);
+        let limits = Limits {
+            running,
+            queued: 1,
+            sequence,
+            prefill_tokens: 1200,
+            page_size,
+            pages: running * sequence.div_ceil(page_size),
+            graph_rows: 0,
+        };
+        limits.check().unwrap();
+        let mut cpu = Cpu::new();
+        let mut model = Qwen3::load(&mut cpu, checkpoint).unwrap();
+        let plan_words = model.reserve(&mut cpu, &limits).unwrap();
+        let layout = Layout::new(&limits, plan_words);
+        let table_width = limits.table_width();
+        let mut words = |n: usize| cpu.alloc(Purpose::Scratch, Element::Word, n).unwrap();
+        let slots = running as usize + 1;
+        let batch = words(layout.words);
+        let page_table = words(slots * table_width as usize);
+        let token_pool = words(slots);
+        let tokens = words(running as usize);
+        let shape = StepShape::decode(0);
+        let step = Step { shape, batch, layout, page_table, table_width, page_size, token_pool };
+        let staging = cpu.alloc_pinned(layout.words).unwrap();
+        let results = cpu.alloc_pinned(running as usize).unwrap();
+        Driver { cpu, model, limits, layout, step, tokens, staging, results }
+    }
+
+    /// Runs a step and gives each run's logits and greedy token.
+    fn run(&mut self, phase: Phase, runs: &[Run<'_>]) -> Vec<(Vec<f32>, u32)> {
+        let batch = self.batch(phase, runs);
+        let shape = batch.shape();
+        let dummy = Dummy { slot: self.limits.running, location: self.limits.pages * self.limits.page_size };
+        let mut words = zeroed_words(&self.layout);
+        let len = batch.pack(&self.layout, shape, dummy, 0, &mut words);
+        let rows = packed_rows(&self.layout, runs.len(), &words).to_vec();
+        self.model.plan(&self.cpu, shape, &rows, &mut words[self.layout.plan..self.layout.rows]);
+        self.cpu.words_mut(&mut self.staging).unwrap().copy_from_slice(&words);
+        self.cpu.upload(&mut self.staging, 0..len, self.step.batch).unwrap();
+        self.step.shape = shape;
+        self.model.forward(&mut self.cpu, &self.step, self.tokens).unwrap();
+        self.cpu.synchronize().unwrap();
+        self.cpu.download(Queue::Compute, self.tokens, runs.len(), &mut self.results).unwrap();
+        let tokens = self.cpu.words(&self.results).unwrap()[..runs.len()].to_vec();
+        let vocab = self.model.dims().vocab;
+        let logits = self.model.logits_buffer().unwrap();
+        let logits = self.cpu.read_logits(logits, vocab, 0..runs.len()).unwrap();
+        logits.chunks_exact(vocab as usize).map(<[f32]>::to_vec).zip(tokens).collect()
+    }
+
+    /// Packs the runs, with a page-table update for each page that a run is the first to enter.
+    fn batch(&self, phase: Phase, runs: &[Run<'_>]) -> Batch {
+        let page_size = self.limits.page_size;
+        let mut batch = Batch::new(&self.limits);
+        batch.clear(phase);
+        for run in runs {
+            let kv_len = run.position + run.tokens.len() as u32;
+            let row = Row {
+                slot: run.slot,
+                first_token: batch.tokens().len() as u32,
+                tokens: run.tokens.len() as u32,
+                position: run.position,
+                kv_len,
+                sampled: 1,
+                top_p: 1.0,
+                ..Row::default()
+            };
+            batch.push_row(Ticket { entry: run.slot, generation: 0 }, row);
+            for i in run.position.div_ceil(page_size)..kv_len.div_ceil(page_size) {
+                let index = run.slot * self.step.table_width + i;
+                batch.push_update(PageUpdate { index, page: self.page(index) });
+            }
+            for (position, id) in (run.position..).zip(run.tokens) {
+                let page = self.page(run.slot * self.step.table_width + position / page_size);
+                let location = page * page_size + position % page_size;
+                batch.push_token(Token { id: *id, slot: run.slot, position, location });
+            }
+        }
+        batch
+    }
+
+    fn page(&self, index: u32) -> u32 {
+        self.limits.pages - 1 - index
+    }
+}
+
+fn each_example(page_size: u32, mut check: impl FnMut(&mut Driver, &str, &Example)) {
+    for name in FIXTURES {
+        let dir = fixture(name);
+        let checkpoint = Checkpoint::open(&dir).unwrap();
+        for (i, example) in examples(&dir).iter().enumerate() {
+            let mut driver = Driver::new(&checkpoint, page_size);
+            check(&mut driver, &format!("{name}, example {i}"), example);
+        }
+    }
+}
+
+/// One step in which row i runs the prompt up to the i-th position asked for, in a slot of its own.
+#[test]
+fn prefill_gives_the_expected_logits_at_every_position() {
+    each_example(16, |driver, what, example| {
+        let first = example.prompt.len() - example.logits.len();
+        let runs: Vec<Run<'_>> = (0..example.logits.len())
+            .map(|i| Run { slot: i as u32, position: 0, tokens: &example.prompt[..=first + i] })
+            .collect();
+        let results = driver.run(Phase::Prefill, &runs);
+        for (i, ((logits, _), expected)) in results.iter().zip(&example.logits).enumerate() {
+            assert_logits(&format!("{what}, position {}", first + i), logits, expected);
+        }
+    });
+}
+
+#[test]
+fn decode_gives_the_expected_logits_at_every_position() {
+    each_example(32, |driver, what, example| {
+        let first = example.prompt.len() - example.logits.len();
+        for position in 0..example.prompt.len() {
+            let run =
+                Run { slot: 3, position: position as u32, tokens: &example.prompt[position..=position] };
+            let (logits, _) = driver.run(Phase::Decode, &[run]).remove(0);
+            if position >= first {
+                assert_logits(
+                    &format!("{what}, position {position}"),
+                    &logits,
+                    &example.logits[position - first],
+                );
+            }
+        }
+    });
+}
+
+#[test]
+fn greedy_tokens_come_out_as_expected_and_go_back_in_through_the_token_pool() {
+    each_example(16, |driver, what, example| {
+        let run = Run { slot: 7, position: 0, tokens: &example.prompt };
+        let (mut logits, token) = driver.run(Phase::Prefill, &[run]).remove(0);
+        let mut greedy = vec![token];
+        while greedy.len() < example.greedy.len() {
+            let position = (example.prompt.len() + greedy.len() - 1) as u32;
+            let run = Run { slot: 7, position, tokens: &[LAST_TOKEN] };
+            let (next_logits, token) = driver.run(Phase::Decode, &[run]).remove(0);
+            logits = next_logits;
+            greedy.push(token);
+        }
+        assert_eq!(greedy, example.greedy, "{what}");
+        assert_logits(&format!("{what}, last token"), &logits, &example.last_logits);
+    });
+}
