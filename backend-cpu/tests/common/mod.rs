@@ -1,0 +1,274 @@
+//! What the tests of this crate share: random numbers, weights, and a machine with one step's batch on it.
+
+#![allow(dead_code)]
+
+use std::sync::Arc;
+
+use half::{bf16, f16};
+use minisgl_core::backend::{Device, Dims, Element, KvLayer, LayerBuffers, Ops, Purpose, Step, WeightRole};
+use minisgl_core::batch::{Batch, Dummy, Layout, PageUpdate, Phase, Row, StepShape, Token};
+use minisgl_core::config::Limits;
+use minisgl_core::request::Ticket;
+use minisgl_core::tensor::{Dtype, HostTensor, TensorData, splitmix64};
+use minisgl_cpu::{Buffer, Cpu, Weight};
+
+/// Random numbers: SplitMix64.
+pub struct Random(pub u64);
+
+impl Random {
+    pub fn word(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(1);
+        splitmix64(self.0.wrapping_mul(0x2545_f491_4f6c_dd1d))
+    }
+
+    pub fn below(&mut self, bound: usize) -> usize {
+        (self.word() % bound as u64) as usize
+    }
+
+    /// Uniform in [-1, 1).
+    pub fn float(&mut self) -> f32 {
+        (self.word() >> 40) as f32 / 8_388_608.0 - 1.0
+    }
+
+    pub fn floats(&mut self, len: usize) -> Vec<f32> {
+        (0..len).map(|_| self.float()).collect()
+    }
+
+    /// The numbers below `len` in a random order.
+    pub fn permutation(&mut self, len: usize) -> Vec<u32> {
+        let mut out: Vec<u32> = (0..len as u32).collect();
+        for i in (1..len).rev() {
+            out.swap(i, self.below(i + 1));
+        }
+        out
+    }
+}
+
+/// A tensor of these values, rounded to its type, and the values after rounding.
+pub fn tensor(rows: usize, values: &[f32], dtype: Dtype) -> (HostTensor, Vec<f32>) {
+    let mut bytes = vec![0xff; 3]; // elements need not be aligned
+    let mut rounded = Vec::new();
+    for value in values {
+        match dtype {
+            Dtype::Bf16 => {
+                bytes.extend(bf16::from_f32(*value).to_le_bytes());
+                rounded.push(bf16::from_f32(*value).to_f32());
+            }
+            Dtype::F16 => {
+                bytes.extend(f16::from_f32(*value).to_le_bytes());
+                rounded.push(f16::from_f32(*value).to_f32());
+            }
+            Dtype::F32 => {
+                bytes.extend(value.to_le_bytes());
+                rounded.push(*value);
+            }
+        }
+    }
+    let range = 3..bytes.len();
+    let data = TensorData::Bytes { owner: Arc::new(bytes), range, dtype };
+    (HostTensor { name: "test".into(), rows, cols: values.len() / rows, data }, rounded)
+}
+
+/// A sequence in a step: tokens that are in the KV pages already, and new ones.
+#[derive(Clone, Copy, Debug)]
+pub struct Sequence {
+    pub slot: u32,
+    pub cached: u32,
+    pub new: u32,
+}
+
+/// A backend with the engine's buffers.
+pub struct Machine {
+    pub cpu: Cpu,
+    pub dims: Dims,
+    pub limits: Limits,
+    pub layout: Layout,
+    pub batch: Buffer,
+    pub page_table: Buffer,
+    pub token_pool: Buffer,
+    /// `[slot][i]`: the pages, as the tests dealt them out.
+    pub pages: Vec<Vec<u32>>,
+}
+
+pub fn dims(hidden: u32, heads: u32, kv_heads: u32, head_dim: u32, intermediate: u32, vocab: u32) -> Dims {
+    Dims { layers: 1, hidden, heads, kv_heads, head_dim, intermediate, vocab, norm_eps: 1e-6 }
+}
+
+pub fn limits(running: u32, sequence: u32, page_size: u32) -> Limits {
+    let pages = running * sequence.div_ceil(page_size);
+    let prefill_tokens = running * sequence;
+    Limits { running, queued: 1, sequence, prefill_tokens, page_size, pages, graph_rows: running }
+}
+
+impl Machine {
+    pub fn new(dims: Dims, limits: Limits, random: &mut Random) -> Machine {
+        let mut cpu = Cpu::new();
+        assert_eq!(cpu.reserve(&dims, &limits).unwrap(), 0);
+        let layout = Layout::new(&limits, 0);
+        let mut words = |words| cpu.alloc(Purpose::Scratch, Element::Word, words).unwrap();
+        let batch = words(layout.words);
+        let page_table = words((limits.running + 1) as usize * limits.table_width() as usize);
+        let token_pool = words(limits.running as usize + 1);
+        let order = random.permutation(limits.pages as usize);
+        let pages = order.chunks(limits.table_width() as usize).map(<[u32]>::to_vec).collect();
+        Machine { cpu, dims, limits, layout, batch, page_table, token_pool, pages }
+    }
+
+    pub fn alloc(&mut self, len: usize) -> Buffer {
+        self.cpu.alloc(Purpose::Scratch, Element::Activation, len).unwrap()
+    }
+
+    /// A buffer with these words.
+    pub fn words(&mut self, words: &[u32]) -> Buffer {
+        let buffer = self.cpu.alloc(Purpose::Scratch, Element::Word, words.len()).unwrap();
+        self.write(buffer, words);
+        buffer
+    }
+
+    pub fn write(&mut self, buffer: Buffer, words: &[u32]) {
+        let mut pinned = self.cpu.alloc_pinned(words.len()).unwrap();
+        self.cpu.words_mut(&mut pinned).unwrap().copy_from_slice(words);
+        self.cpu.upload(&mut pinned, 0..words.len(), buffer).unwrap();
+    }
+
+    /// A buffer with these floats.
+    pub fn floats(&mut self, floats: &[f32]) -> Buffer {
+        self.words(bytemuck::cast_slice(floats))
+    }
+
+    /// A buffer of NaNs, so that what an operation does not write is seen.
+    pub fn poisoned(&mut self, len: usize) -> Buffer {
+        self.floats(&vec![f32::NAN; len])
+    }
+
+    pub fn read(&mut self, buffer: Buffer, len: usize) -> Vec<f32> {
+        self.cpu.read_logits(buffer, len as u32, 0..1).unwrap()
+    }
+
+    pub fn read_words(&mut self, buffer: Buffer, len: usize) -> Vec<u32> {
+        self.read(buffer, len).into_iter().map(f32::to_bits).collect()
+    }
+
+    /// A random matrix on the device, with the values that it holds.
+    pub fn weight(
+        &mut self,
+        random: &mut Random,
+        rows: usize,
+        cols: usize,
+        dtype: Dtype,
+    ) -> (Weight, Vec<f32>) {
+        let (tensor, values) = tensor(rows, &random.floats(rows * cols), dtype);
+        (self.cpu.load(WeightRole::Linear, &[tensor]).unwrap(), values)
+    }
+
+    /// A random norm scale on the device, with the values that it holds.
+    pub fn scale(&mut self, random: &mut Random, width: usize, dtype: Dtype) -> (Weight, Vec<f32>) {
+        let (tensor, values) = tensor(1, &random.floats(width), dtype);
+        (self.cpu.load(WeightRole::Norm, &[tensor]).unwrap(), values)
+    }
+
+    pub fn kv(&mut self, random: &mut Random) -> KvLayer<Buffer> {
+        let len = (self.limits.pages + 1) * self.limits.page_size * self.dims.kv_heads * self.dims.head_dim;
+        let (k, v) = (random.floats(len as usize), random.floats(len as usize));
+        KvLayer { k: self.floats(&k), v: self.floats(&v) }
+    }
+
+    pub fn kv_len(&self) -> usize {
+        ((self.limits.pages + 1) * self.limits.page_size * self.dims.kv_heads * self.dims.head_dim) as usize
+    }
+
+    /// Where position `position` of a slot lies.
+    pub fn location(&self, slot: u32, position: u32) -> u32 {
+        let size = self.limits.page_size;
+        self.pages[slot as usize][(position / size) as usize] * size + position % size
+    }
+
+    /// Puts a step of these sequences on the device, with random token ids, padded to `shape`.
+    pub fn step(
+        &mut self,
+        random: &mut Random,
+        sequences: &[Sequence],
+        sampling: impl Fn(usize) -> Row,
+        shape: Option<StepShape>,
+    ) -> (Step<Buffer>, Vec<Token>, Vec<Row>) {
+        let mut batch = Batch::new(&self.limits);
+        let decode = sequences.iter().all(|sequence| sequence.new == 1);
+        batch.clear(if decode { Phase::Decode } else { Phase::Prefill });
+        for (i, sequence) in sequences.iter().enumerate() {
+            let Sequence { slot, cached, new } = *sequence;
+            let row = Row {
+                slot,
+                first_token: batch.tokens().len() as u32,
+                tokens: new,
+                position: cached,
+                kv_len: cached + new,
+                sampled: 1,
+                ..sampling(i)
+            };
+            batch.push_row(Ticket { entry: slot, generation: 0 }, row);
+            for position in cached..cached + new {
+                let id = random.below(self.dims.vocab as usize) as u32;
+                batch.push_token(Token { id, slot, position, location: self.location(slot, position) });
+            }
+            for i in 0..(cached + new).div_ceil(self.limits.page_size) {
+                let page = self.pages[slot as usize][i as usize];
+                batch.push_update(PageUpdate { index: slot * self.limits.table_width() + i, page });
+            }
+        }
+        let shape = shape.unwrap_or(batch.shape());
+        let dummy = Dummy { slot: self.limits.running, location: self.limits.pages * self.limits.page_size };
+        let mut words = vec![0; self.layout.words];
+        batch.pack(&self.layout, shape, dummy, 0, &mut words);
+        let buffer = self.batch;
+        self.write(buffer, &words);
+        (self.step_of(shape), batch.tokens().to_vec(), batch.rows().to_vec())
+    }
+
+    /// A step over this machine's buffers.
+    pub fn step_of(&self, shape: StepShape) -> Step<Buffer> {
+        Step {
+            shape,
+            batch: self.batch,
+            layout: self.layout,
+            page_table: self.page_table,
+            table_width: self.limits.table_width(),
+            page_size: self.limits.page_size,
+            token_pool: self.token_pool,
+        }
+    }
+
+    /// The buffers of a decoder layer, poisoned but for the residual stream.
+    pub fn layer_buffers(&mut self, residual: &[f32]) -> LayerBuffers<Buffer> {
+        let tokens = residual.len() / self.dims.hidden as usize;
+        let dims = self.dims;
+        LayerBuffers {
+            residual: self.floats(residual),
+            delta: self.poisoned(residual.len()),
+            normed: self.poisoned(residual.len()),
+            qkv: self.poisoned(tokens * dims.qkv_width()),
+            attended: self.poisoned(tokens * dims.q_width()),
+            activated: self.poisoned(tokens * dims.intermediate as usize),
+        }
+    }
+}
+
+/// Greedy, or whatever a test overrides.
+pub fn greedy(_: usize) -> Row {
+    Row { top_p: 1.0, ..Row::default() }
+}
+
+/// Panics where two rows of numbers differ by more than `bound` of the largest.
+#[track_caller]
+pub fn assert_close(what: &str, got: &[f32], expected: &[f64], bound: f64) {
+    assert_eq!(got.len(), expected.len(), "{what}");
+    let largest = expected.iter().fold(1e-30f64, |a, b| a.max(b.abs()));
+    for (i, (got, expected)) in got.iter().zip(expected).enumerate() {
+        let error = (f64::from(*got) - expected).abs() / largest;
+        assert!(error <= bound, "{what}: element {i} is {got}, not {expected} (error {error:e})");
+    }
+}
+
+/// The bits of floats, so that equality means equality.
+pub fn bits(values: &[f32]) -> Vec<u32> {
+    values.iter().map(|value| value.to_bits()).collect()
+}

@@ -1,0 +1,287 @@
+//! Each operation against an independent computation in f64, straight from its definition, on random inputs.
+
+mod common;
+
+use common::{Machine, Random, Sequence, assert_close, dims, greedy, limits, tensor};
+use minisgl_core::backend::{Device, LayerOps, Ops, WeightRole};
+use minisgl_core::batch::{LAST_TOKEN, TOKEN_WORDS};
+use minisgl_core::tensor::Dtype;
+
+const DTYPES: [Dtype; 3] = [Dtype::Bf16, Dtype::F16, Dtype::F32];
+
+fn dot(a: &[f32], b: &[f32]) -> f64 {
+    a.iter().zip(b).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum()
+}
+
+/// `[tokens, rows]` of `weight [rows, cols] @ x [tokens, cols]`.
+fn product(x: &[f32], weight: &[f32], cols: usize) -> Vec<f64> {
+    x.chunks(cols).flat_map(|x| weight.chunks(cols).map(move |w| dot(x, w))).collect()
+}
+
+fn normed(x: &[f64], scale: &[f32], eps: f64) -> Vec<f64> {
+    let mean = x.iter().map(|x| x * x).sum::<f64>() / x.len() as f64;
+    x.iter().zip(scale).map(|(x, scale)| x / (mean + eps).sqrt() * f64::from(*scale)).collect()
+}
+
+fn wide(x: &[f32]) -> Vec<f64> {
+    x.iter().map(|x| f64::from(*x)).collect()
+}
+
+/// A machine for operations that look at no sequence.
+fn machine(random: &mut Random) -> Machine {
+    Machine::new(dims(8, 2, 1, 4, 8, 16), limits(2, 16, 4), random)
+}
+
+#[test]
+fn a_linear_layer_is_a_matrix_product() {
+    let mut random = Random(1);
+    let mut machine = machine(&mut random);
+    let shapes =
+        [(1, 1, 1), (1, 8, 33), (2, 3, 7), (3, 128, 64), (5, 17, 100), (127, 9, 511), (131, 40, 513)];
+    for (i, (tokens, rows, cols)) in shapes.into_iter().chain([(300, 1, 5), (4, 257, 1100)]).enumerate() {
+        let (weight, values) = machine.weight(&mut random, rows, cols, DTYPES[i % 3]);
+        let x = random.floats(tokens * cols);
+        let (x_buffer, out) = (machine.floats(&x), machine.poisoned(tokens * rows));
+        machine.cpu.linear(tokens as u32, x_buffer, weight, out).unwrap();
+        let expected = product(&x, &values, cols);
+        let what = format!("[{tokens}, {cols}] by [{rows}, {cols}]");
+        assert_close(&what, &machine.read(out, tokens * rows), &expected, 1e-5);
+    }
+}
+
+#[test]
+fn parts_of_a_weight_are_stacked() {
+    let mut random = Random(2);
+    let mut machine = machine(&mut random);
+    let (cols, tokens) = (21, 5);
+    let parts = [(3, Dtype::F32), (10, Dtype::Bf16), (6, Dtype::F16)];
+    let parts = parts.map(|(rows, dtype)| tensor(rows, &random.floats(rows * cols), dtype));
+    let tensors: Vec<_> = parts.iter().map(|(tensor, _)| tensor.clone()).collect();
+    let values: Vec<f32> = parts.iter().flat_map(|(_, values)| values.clone()).collect();
+    let weight = machine.cpu.load(WeightRole::Linear, &tensors).unwrap();
+
+    let x = random.floats(tokens * cols);
+    let (x_buffer, out) = (machine.floats(&x), machine.poisoned(tokens * 19));
+    machine.cpu.linear(tokens as u32, x_buffer, weight, out).unwrap();
+    assert_close("stacked", &machine.read(out, tokens * 19), &product(&x, &values, cols), 1e-5);
+}
+
+#[test]
+fn gate_and_up_meet_in_silu() {
+    let mut random = Random(3);
+    let mut machine = machine(&mut random);
+    for (tokens, width, cols) in [(1, 1, 1), (2, 4, 9), (3, 5, 40), (129, 13, 70), (7, 64, 600)] {
+        let (weight, values) = machine.weight(&mut random, 2 * width, cols, Dtype::Bf16);
+        let x = random.floats(tokens * cols);
+        let (x_buffer, out) = (machine.floats(&x), machine.poisoned(tokens * width));
+        machine.cpu.gate_up_silu(tokens as u32, x_buffer, weight, out).unwrap();
+        let expected: Vec<f64> = product(&x, &values, cols)
+            .chunks(2 * width)
+            .flat_map(|row| {
+                let (gate, up) = row.split_at(width);
+                gate.iter().zip(up).map(|(gate, up)| gate / (1.0 + (-gate).exp()) * up).collect::<Vec<_>>()
+            })
+            .collect();
+        assert_close("silu(gate) * up", &machine.read(out, tokens * width), &expected, 1e-5);
+    }
+}
+
+#[test]
+fn norms_divide_by_the_root_mean_square() {
+    let mut random = Random(4);
+    let mut machine = machine(&mut random);
+    for (tokens, width) in [(1, 1), (3, 7), (50, 128), (17, 1000)] {
+        let (weight, scale) = machine.scale(&mut random, width, DTYPES[tokens % 3]);
+        let (residual, delta) = (random.floats(tokens * width), random.floats(tokens * width));
+        let (residual_buffer, delta_buffer) = (machine.floats(&residual), machine.floats(&delta));
+        let out = machine.poisoned(tokens * width);
+
+        machine.cpu.rms_norm(tokens as u32, residual_buffer, weight, out).unwrap();
+        let expected: Vec<f64> =
+            residual.chunks(width).flat_map(|x| normed(&wide(x), &scale, 1e-6)).collect();
+        assert_close("rms_norm", &machine.read(out, tokens * width), &expected, 1e-6);
+
+        machine.cpu.add_rms_norm(tokens as u32, residual_buffer, delta_buffer, weight, out).unwrap();
+        let sum: Vec<f64> = wide(&residual).iter().zip(wide(&delta)).map(|(a, b)| a + b).collect();
+        let expected: Vec<f64> = sum.chunks(width).flat_map(|x| normed(x, &scale, 1e-6)).collect();
+        assert_close("residual", &machine.read(residual_buffer, tokens * width), &sum, 1e-6);
+        assert_close("add_rms_norm", &machine.read(out, tokens * width), &expected, 1e-6);
+    }
+}
+
+#[test]
+fn the_final_norm_is_of_each_rows_last_token() {
+    let mut random = Random(5);
+    let mut machine = Machine::new(dims(24, 2, 1, 4, 8, 16), limits(4, 16, 4), &mut random);
+    let sequences = [(0, 0, 5), (3, 4, 1), (1, 2, 9)];
+    let sequences = sequences.map(|(slot, cached, new)| Sequence { slot, cached, new });
+    let (step, tokens, _) = machine.step(&mut random, &sequences, greedy, None);
+    let (residual, delta) = (random.floats(tokens.len() * 24), random.floats(tokens.len() * 24));
+    let (weight, scale) = machine.scale(&mut random, 24, Dtype::Bf16);
+    let (residual_buffer, delta_buffer) = (machine.floats(&residual), machine.floats(&delta));
+    let out = machine.poisoned(3 * 24);
+    machine.cpu.final_norm(&step, residual_buffer, delta_buffer, weight, out).unwrap();
+    let row = |last: usize| {
+        let at = last * 24..(last + 1) * 24;
+        let sum: Vec<f64> =
+            wide(&residual[at.clone()]).iter().zip(wide(&delta[at])).map(|(a, b)| a + b).collect();
+        normed(&sum, &scale, 1e-6)
+    };
+    let expected: Vec<f64> = [4, 5, 14].into_iter().flat_map(row).collect();
+    assert_close("final norm", &machine.read(out, 3 * 24), &expected, 1e-6);
+}
+
+#[test]
+fn a_token_is_embedded_by_its_id_or_by_its_slots_last_token() {
+    let mut random = Random(6);
+    let mut machine = Machine::new(dims(12, 2, 1, 4, 8, 31), limits(3, 16, 4), &mut random);
+    let sequences = [0, 2, 1].map(|slot| Sequence { slot, cached: 3, new: 1 });
+    let (step, tokens, _) = machine.step(&mut random, &sequences, greedy, None);
+    let pool = [7, 30, 11, 0];
+    machine.write(machine.token_pool, &pool);
+    let mut ids: Vec<u32> = tokens.iter().map(|token| token.id).collect();
+    ids[1] = pool[2];
+    let mut words = machine.read_words(machine.batch, machine.layout.words);
+    words[machine.layout.tokens + TOKEN_WORDS] = LAST_TOKEN;
+    machine.write(machine.batch, &words);
+
+    let (table, values) = tensor(31, &random.floats(31 * 12), Dtype::F16);
+    let table = machine.cpu.load(WeightRole::Embedding, &[table]).unwrap();
+    let out = machine.poisoned(3 * 12);
+    machine.cpu.embed(&step, table, out).unwrap();
+    let expected: Vec<f64> = ids.iter().flat_map(|id| wide(&values[*id as usize * 12..][..12])).collect();
+    assert_close("embedding", &machine.read(out, 3 * 12), &expected, 0.0);
+}
+
+/// Head counts, head size and page size.
+const HEADS: [(u32, u32, u32, u32); 8] = [
+    (1, 1, 2, 1),
+    (4, 4, 64, 16),
+    (4, 2, 64, 32),
+    (6, 2, 10, 4),
+    (16, 2, 128, 16),
+    (10, 1, 6, 8),
+    (20, 2, 32, 64),
+    (14, 2, 72, 2),
+];
+
+#[test]
+fn heads_are_normed_rotated_and_stored() {
+    let mut random = Random(7);
+    for (heads, kv_heads, head_dim, page_size) in HEADS {
+        let dims = dims(8, heads, kv_heads, head_dim, 8, 16);
+        let mut machine = Machine::new(dims, limits(3, 40, page_size), &mut random);
+        let sequences = [(0, 0, 33), (2, 17, 5), (1, 39, 1)];
+        let sequences = sequences.map(|(slot, cached, new)| Sequence { slot, cached, new });
+        let (step, tokens, _) = machine.step(&mut random, &sequences, greedy, None);
+        let (width, head_dim) = (dims.qkv_width(), head_dim as usize);
+        let qkv = random.floats(tokens.len() * width);
+        let (q_norm, q_scale) = machine.scale(&mut random, head_dim, Dtype::Bf16);
+        let (k_norm, k_scale) = machine.scale(&mut random, head_dim, Dtype::Bf16);
+        let angles = random.floats(40 * head_dim / 2);
+        let rope: Vec<f32> = angles.iter().flat_map(|angle| [angle.cos(), angle.sin()]).collect();
+        let kv = machine.kv(&mut random);
+        let [mut k, mut v] = [kv.k, kv.v].map(|buffer| machine.read(buffer, machine.kv_len()));
+        let (qkv_buffer, rope_buffer) = (machine.floats(&qkv), machine.floats(&rope));
+        machine.cpu.qk_norm_rope_store(&step, qkv_buffer, q_norm, k_norm, rope_buffer, kv).unwrap();
+
+        let mut expected = wide(&qkv);
+        let rotated = (heads + kv_heads) as usize;
+        for (token, row) in tokens.iter().zip(expected.chunks_mut(width)) {
+            for (i, head) in row.chunks_mut(head_dim).take(rotated).enumerate() {
+                let x = normed(head, if i < heads as usize { &q_scale } else { &k_scale }, 1e-6);
+                for (i, out) in head.iter_mut().enumerate() {
+                    let angle = (token.position as usize * head_dim / 2) + i % (head_dim / 2);
+                    let (cos, sin) = (f64::from(angles[angle].cos()), f64::from(angles[angle].sin()));
+                    *out = match i < head_dim / 2 {
+                        true => x[i] * cos - x[i + head_dim / 2] * sin,
+                        false => x[i] * cos + x[i - head_dim / 2] * sin,
+                    };
+                }
+            }
+        }
+        let got = machine.read(qkv_buffer, qkv.len());
+        assert_close("qkv", &got, &expected, 1e-6);
+
+        let page_size = page_size as usize;
+        for (token, row) in tokens.iter().zip(got.chunks(width)) {
+            let (page, row_in_page) =
+                (token.location as usize / page_size, token.location as usize % page_size);
+            for head in 0..kv_heads as usize {
+                let to = ((page * kv_heads as usize + head) * page_size + row_in_page) * head_dim;
+                let from = (heads as usize + head) * head_dim;
+                k[to..][..head_dim].copy_from_slice(&row[from..][..head_dim]);
+                let from = from + kv_heads as usize * head_dim;
+                v[to..][..head_dim].copy_from_slice(&row[from..][..head_dim]);
+            }
+        }
+        assert_eq!(machine.read(kv.k, k.len()), k, "keys at their locations, all else as it was");
+        assert_eq!(machine.read(kv.v, v.len()), v, "values at their locations, all else as they were");
+    }
+}
+
+#[test]
+fn attention_is_a_softmax_over_all_earlier_positions() {
+    let mut random = Random(8);
+    for (heads, kv_heads, head_dim, page_size) in HEADS {
+        let dims = dims(8, heads, kv_heads, head_dim, 8, 16);
+        let mut machine = Machine::new(dims, limits(4, 200, page_size), &mut random);
+        let sequences = [(0, 0, 70), (3, 63, 3), (2, 199, 1), (1, 126, 4)];
+        let sequences = sequences.map(|(slot, cached, new)| Sequence { slot, cached, new });
+        let (step, tokens, _) = machine.step(&mut random, &sequences, greedy, None);
+        machine.cpu.begin_step(&step).unwrap();
+        let (width, head_dim) = (dims.qkv_width(), head_dim as usize);
+        let qkv: Vec<f32> = random.floats(tokens.len() * width).iter().map(|x| x * 3.0).collect();
+        let kv = machine.kv(&mut random);
+        let (k, v) = (machine.read(kv.k, machine.kv_len()), machine.read(kv.v, machine.kv_len()));
+        let (qkv_buffer, out) = (machine.floats(&qkv), machine.poisoned(tokens.len() * dims.q_width()));
+        machine.cpu.attention(&step, qkv_buffer, kv, out).unwrap();
+
+        let mut expected = Vec::new();
+        for (token, row) in tokens.iter().zip(qkv.chunks(width)) {
+            for (h, q) in row.chunks(head_dim).take(heads as usize).enumerate() {
+                let kv_head = h / (heads / kv_heads) as usize;
+                let at = |position: u32| {
+                    let location = machine.location(token.slot, position) as usize;
+                    let (page, row) = (location / page_size as usize, location % page_size as usize);
+                    ((page * kv_heads as usize + kv_head) * page_size as usize + row) * head_dim
+                };
+                let weight =
+                    |position| (dot(q, &k[at(position)..][..head_dim]) / (head_dim as f64).sqrt()).exp();
+                let weights: Vec<f64> = (0..=token.position).map(weight).collect();
+                let sum: f64 = weights.iter().sum();
+                let value = |i: usize| {
+                    let terms =
+                        weights.iter().zip(0..).map(|(w, position)| w * f64::from(v[at(position) + i]));
+                    terms.sum::<f64>() / sum
+                };
+                expected.extend((0..head_dim).map(value));
+            }
+        }
+        let what = format!("{heads} heads over {kv_heads} of {head_dim}, pages of {page_size}");
+        assert_close(&what, &machine.read(out, expected.len()), &expected, 2e-6);
+    }
+}
+
+#[test]
+fn page_updates_change_their_entries_alone() {
+    let mut random = Random(9);
+    let mut machine = Machine::new(dims(8, 2, 1, 4, 8, 16), limits(3, 16, 4), &mut random);
+    let before: Vec<u32> = (0..16).map(|_| random.below(100) as u32).collect();
+    machine.write(machine.page_table, &before);
+    let (step, _, _) = machine.step(&mut random, &[Sequence { slot: 1, cached: 6, new: 3 }], greedy, None);
+    machine.cpu.begin_step(&step).unwrap();
+    let mut expected = before;
+    expected[4..7].copy_from_slice(&machine.pages[1][..3]);
+    assert_eq!(machine.read_words(machine.page_table, 16), expected);
+}
+
+#[test]
+fn a_slice_is_a_part_of_its_buffer() {
+    let mut random = Random(10);
+    let mut machine = machine(&mut random);
+    let buffer = machine.words(&[1, 2, 3, 4, 5, 6]);
+    let part = machine.cpu.slice(buffer, 1..5);
+    let part = machine.cpu.slice(part, 1..3);
+    assert_eq!(machine.read_words(part, 2), [3, 4]);
+}
