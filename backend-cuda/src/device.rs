@@ -12,7 +12,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use cudarc::driver::result::{self, DriverError};
-use cudarc::driver::sys::{self, CUresult, CUstreamCaptureMode};
+use cudarc::driver::sys::{self, CUresult};
 use minisgl_core::backend::{Device, DeviceInfo, Element, Memory, Purpose, Queue};
 
 use crate::context::{Context, KernelSet, Properties};
@@ -82,7 +82,7 @@ impl Cuda {
     }
 
     fn check<T>(&self, operation: &'static str, result: Result<T, DriverError>) -> Result<T, CudaError> {
-        result.map_err(|error| self.launcher.failed(operation, error))
+        self.launcher.check(operation, result)
     }
 
     /// Allocates `bytes` bytes for `purpose`.
@@ -154,29 +154,6 @@ impl Cuda {
         // SAFETY: callers pass ranges within both memories.
         let copied = unsafe { sys::cuMemcpy2DAsync_v2(&copy, self.launcher.stream(Queue::Compute)) };
         self.check("copying to the GPU", copied.result())
-    }
-
-    /// Ends a capture and instantiates what it recorded.
-    fn instantiate(&self, recorded: sys::CUgraph) -> Result<Graph, CudaError> {
-        let stream = self.launcher.stream(Queue::Compute);
-        // SAFETY: the graph was just captured, and is destroyed once.
-        let (instantiated, destroyed) = unsafe {
-            (
-                result::graph::instantiate(recorded, sys::CUgraphInstantiate_flags(0)),
-                result::graph::destroy(recorded),
-            )
-        };
-        let executable = match instantiated {
-            Err(DriverError(CUresult::CUDA_ERROR_OUT_OF_MEMORY)) => {
-                return Err(CudaError::GraphMemory { free: self.memory()?.free });
-            }
-            other => self.check("instantiating a recorded step", other)?,
-        };
-        let graph = Graph::new(self.context(), executable);
-        self.check("freeing a recording", destroyed)?;
-        // SAFETY: graph and stream are alive.
-        self.check("uploading a recorded step", unsafe { result::graph::upload(executable, stream) })?;
-        Ok(graph)
     }
 }
 
@@ -280,37 +257,20 @@ impl Device for Cuda {
     }
 
     fn synchronize(&mut self) -> Result<(), CudaError> {
-        for queue in [Queue::Compute, Queue::Copy] {
-            // SAFETY: the stream is alive.
-            let waited = unsafe { result::stream::synchronize(self.launcher.stream(queue)) };
-            self.check("waiting for the GPU", waited)?;
-        }
-        Ok(())
+        self.launcher.synchronize()
     }
 
     fn begin_capture(&mut self) -> Result<(), CudaError> {
-        let mode = CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
-        // SAFETY: the stream is alive.
-        let begun = unsafe { result::stream::begin_capture(self.launcher.stream(Queue::Compute), mode) };
-        self.check("beginning to record a step", begun)?;
-        self.launcher.set_capturing(true);
-        Ok(())
+        self.launcher.begin_capture()
     }
 
     fn end_capture(&mut self) -> Result<Graph, CudaError> {
-        self.launcher.set_capturing(false);
-        // SAFETY: the stream is alive.
-        let recorded = unsafe { result::stream::end_capture(self.launcher.stream(Queue::Compute)) };
-        let recorded = self.check("recording a step", recorded)?;
-        self.instantiate(recorded)
+        self.launcher.end_capture()
     }
 
     fn replay(&mut self, graph: &Graph) -> Result<(), CudaError> {
-        // SAFETY: graph and stream are alive.
-        let launched = unsafe { result::graph::launch(graph.handle, self.launcher.stream(Queue::Compute)) };
-        self.check("replaying a recorded step", launched)?;
         self.launcher.begin_step();
-        self.launcher.launched("(a recorded step)")
+        self.launcher.replay(graph)
     }
 }
 

@@ -22,6 +22,7 @@ use minisgl_core::backend::Queue;
 
 use crate::context::Context;
 use crate::error::{CudaError, cause, is_device_lost, is_kernel_failure};
+use crate::memory::Graph;
 
 /// Parameters that a kernel may have.
 pub(crate) const PARAMS_MAX: usize = 28;
@@ -184,9 +185,55 @@ impl Launcher {
         }
     }
 
-    /// While a graph is captured, nothing runs, so nothing can be waited for.
-    pub(crate) fn set_capturing(&self, capturing: bool) {
-        self.capturing.set(capturing);
+    /// From here to [`Launcher::end_capture`] what is launched on the compute stream is recorded, not run.
+    pub(crate) fn begin_capture(&self) -> Result<(), CudaError> {
+        let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+        // SAFETY: the stream is alive.
+        let begun = unsafe { result::stream::begin_capture(self.compute, mode) };
+        self.check("beginning to record a step", begun)?;
+        self.capturing.set(true);
+        Ok(())
+    }
+
+    /// Ends the recording and instantiates it.
+    pub(crate) fn end_capture(&self) -> Result<Graph, CudaError> {
+        self.capturing.set(false);
+        // SAFETY: the stream is alive.
+        let recorded = unsafe { result::stream::end_capture(self.compute) };
+        let recorded = self.check("recording a step", recorded)?;
+        // SAFETY: the graph was just captured, and is destroyed once.
+        let (instantiated, destroyed) = unsafe {
+            let flags = sys::CUgraphInstantiate_flags(0);
+            (result::graph::instantiate(recorded, flags), result::graph::destroy(recorded))
+        };
+        if let Err(DriverError(sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY)) = instantiated {
+            let (free, _) = self.check("reading the free GPU memory", result::mem_get_info())?;
+            return Err(CudaError::GraphMemory { free: free as u64 });
+        }
+        let graph = Graph::new(&self.context, self.check("instantiating a recorded step", instantiated)?);
+        self.check("freeing a recording", destroyed)?;
+        // SAFETY: graph and stream are alive.
+        let uploaded = unsafe { result::graph::upload(graph.handle, self.compute) };
+        self.check("uploading a recorded step", uploaded)?;
+        Ok(graph)
+    }
+
+    /// Enqueues recorded work.
+    pub(crate) fn replay(&self, graph: &Graph) -> Result<(), CudaError> {
+        // SAFETY: graph and stream are alive.
+        let launched = unsafe { result::graph::launch(graph.handle, self.compute) };
+        self.check("replaying a recorded step", launched)?;
+        self.launched("(a recorded step)")
+    }
+
+    /// Waits on the host for both streams.
+    pub(crate) fn synchronize(&self) -> Result<(), CudaError> {
+        for stream in [self.compute, self.copy] {
+            // SAFETY: the stream is alive.
+            let waited = unsafe { result::stream::synchronize(stream) };
+            self.check("waiting for the GPU", waited)?;
+        }
+        Ok(())
     }
 
     /// Counts the steps that errors speak of.
@@ -194,8 +241,7 @@ impl Launcher {
         self.trace.step.set(self.trace.step.get() + 1);
     }
 
-    /// Notes something launched otherwise: a recorded step, say.
-    pub(crate) fn launched(&self, name: &'static str) -> Result<(), CudaError> {
+    fn launched(&self, name: &'static str) -> Result<(), CudaError> {
         self.trace.push(name);
         if self.synchronous && !self.capturing.get() {
             // SAFETY: the stream lives as long as `self`.
@@ -247,6 +293,15 @@ impl Launcher {
             return self.failed("launching a kernel", error);
         }
         CudaError::Launch { kernel, step: self.trace.step.get(), cause: cause(error) }
+    }
+
+    /// A call's result, with what is known about the kernels before it where it failed.
+    pub(crate) fn check<T>(
+        &self,
+        operation: &'static str,
+        result: Result<T, DriverError>,
+    ) -> Result<T, CudaError> {
+        result.map_err(|error| self.failed(operation, error))
     }
 
     /// The error of a failed call, with what is known about the kernels before it.
