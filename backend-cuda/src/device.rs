@@ -100,6 +100,22 @@ impl Cuda {
         }
     }
 
+    /// The allocations so far; see [`Cuda::free_after`].
+    pub(crate) fn mark(&self) -> usize {
+        self.allocations.addresses.len()
+    }
+
+    /// Frees everything allocated since `mark`, which nothing may use any more.
+    pub(crate) fn free_after(&mut self, mark: usize) -> Result<(), CudaError> {
+        self.synchronize()?;
+        for address in self.allocations.addresses.drain(mark..) {
+            // SAFETY: allocated once, freed once; the device is idle.
+            let freed = unsafe { result::memory_free(address) };
+            self.launcher.check("freeing GPU memory", freed)?;
+        }
+        Ok(())
+    }
+
     /// Enqueues zeros on the compute stream.
     pub(crate) fn zero(&self, address: Address, bytes: usize) -> Result<(), CudaError> {
         let stream = self.launcher.stream(Queue::Compute);
@@ -248,12 +264,7 @@ impl Device for Cuda {
     fn elapsed_ms(&self, from: &Event, to: &Event) -> Result<f32, CudaError> {
         self.check("waiting for an event", from.synchronize())?;
         self.check("waiting for an event", to.synchronize())?;
-        let mut ms = 0.0;
-        // The newer entry point of this call is missing from the oldest driver that is supported.
-        // SAFETY: both events are alive; one float is written.
-        let status = unsafe { sys::cuEventElapsedTime(&mut ms, from.handle, to.handle) };
-        self.check("reading an event's time", status.result())?;
-        Ok(ms)
+        from.ms_until(to, &self.launcher)
     }
 
     fn synchronize(&mut self) -> Result<(), CudaError> {

@@ -16,6 +16,7 @@ mod launch;
 mod memory;
 mod module;
 pub mod ops;
+pub mod perf;
 mod telemetry;
 mod tensor_map;
 mod weight;

@@ -12,7 +12,7 @@ use minisgl_core::backend::Element;
 
 use crate::context::Context;
 use crate::error::{CudaError, Named, cause};
-use crate::launch::Param;
+use crate::launch::{Launcher, Param};
 
 /// An address in device memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -112,6 +112,15 @@ impl Event {
     pub(crate) fn synchronize(&self) -> Result<(), DriverError> {
         // SAFETY: the event lives as long as `self`.
         unsafe { result::event::synchronize(self.handle) }
+    }
+
+    /// Milliseconds from here to `later`; both have happened.
+    pub(crate) fn ms_until(&self, later: &Event, launcher: &Launcher) -> Result<f32, CudaError> {
+        let mut ms = 0.0;
+        // SAFETY: both events are alive; one float is written.
+        let status = unsafe { sys::cuEventElapsedTime(&mut ms, self.handle, later.handle) };
+        launcher.check("reading an event's time", status.result())?;
+        Ok(ms)
     }
 
     pub(crate) fn record(&self, stream: sys::CUstream) -> Result<(), DriverError> {

@@ -1,0 +1,261 @@
+//! Cases of everything that is neither a multiplication nor attention: launches, the step's two ends, sampling.
+
+use minisgl_core::backend::{Device, Element, Purpose, Queue};
+use minisgl_core::batch::Row;
+
+use super::case::{Call, Case, Filter, MODELS, ModelShape, Run, random, random_element};
+use super::step::{StepOf, download_words};
+use crate::device::Cuda;
+use crate::error::CudaError;
+use crate::launch::Grid;
+use crate::memory::Buffer;
+use crate::ops::embed::Ends;
+use crate::ops::sampling::Sampling;
+
+pub(super) fn cases(filter: &Filter) -> Vec<Case> {
+    let mut cases = vec![empty(), edge(), read(256 << 20), read(2 << 30)];
+    for model in MODELS {
+        for rows in filter.rows() {
+            cases.push(embed(model, rows));
+            cases.push(final_norm(model, rows));
+        }
+    }
+    for rows in filter.rows() {
+        let plain = Row { temperature: 0.6, top_p: 1.0, ..Row::default() };
+        cases.push(sample("greedy", Row { temperature: 0.0, ..plain }, rows));
+        cases.push(sample("temperature", plain, rows));
+        cases.push(sample("top-k+top-p", Row { top_k: 50, top_p: 0.9, ..plain }, rows));
+    }
+    cases
+}
+
+/// An empty kernel: the plain time is that of a launch, the time in a graph that of a node.
+fn empty() -> Case {
+    Case {
+        family: "empty",
+        shape: String::new(),
+        bytes: 0.0,
+        flops: 0.0,
+        setup: Box::new(|cuda, _| {
+            let kernel = cuda.modules().kernel("perf", "empty", 0)?;
+            Ok(Run {
+                call: Box::new(move |launcher, _| launcher.launch(&kernel, Grid::new(1, 32), [])),
+                check: Box::new(|_| Ok(None)),
+                baseline: None,
+            })
+        }),
+    }
+}
+
+/// An empty kernel behind a dependent launch: the time in a graph is that of the edge.
+fn edge() -> Case {
+    Case {
+        family: "edge",
+        shape: String::new(),
+        bytes: 0.0,
+        flops: 0.0,
+        setup: Box::new(|cuda, _| {
+            // Where there is no dependent launch, an edge is a node.
+            let (module, name) = if cuda.properties().hopper { ("edge", "edge") } else { ("perf", "empty") };
+            let kernel = cuda.modules().kernel(module, name, 0)?;
+            Ok(Run {
+                call: Box::new(move |launcher, _| launcher.launch(&kernel, Grid::new(1, 32).dependent(), [])),
+                check: Box::new(|_| Ok(None)),
+                baseline: None,
+            })
+        }),
+    }
+}
+
+/// Reading and nothing else, beside a copy that moves as many bytes.
+fn read(bytes: usize) -> Case {
+    let setup = move |cuda: &mut Cuda, copies: usize| {
+        let kernel = cuda.modules().kernel("perf", "read_all", 0)?;
+        let sink = cuda.alloc(Purpose::Scratch, Element::Word, 1)?;
+        let buffers = buffers(cuda, copies, bytes)?;
+        let grid = Grid::new(cuda.properties().multiprocessors * 2, 1024);
+        let sources = buffers.clone();
+        Ok(Run {
+            call: Box::new(move |launcher, call| {
+                let count = (bytes / 16) as u64;
+                launcher.launch(&kernel, grid, [&sources[call % copies], &count, &sink])
+            }),
+            check: Box::new(|_| Ok(None)),
+            baseline: Some(("memcpy", copy(buffers, bytes / 2))),
+        })
+    };
+    Case {
+        family: "read",
+        shape: format!("mib={}", bytes >> 20),
+        bytes: bytes as f64,
+        flops: 0.0,
+        setup: Box::new(setup),
+    }
+}
+
+fn buffers(cuda: &mut Cuda, copies: usize, bytes: usize) -> Result<Vec<Buffer>, CudaError> {
+    (0..copies)
+        .map(|_| {
+            let buffer = cuda.alloc(Purpose::Scratch, Element::Word, bytes / 4)?;
+            cuda.zero(buffer.address(), bytes)?;
+            Ok(buffer)
+        })
+        .collect()
+}
+
+/// Copies the lower half of a buffer to its upper half: `bytes` read and `bytes` written.
+fn copy(buffers: Vec<Buffer>, bytes: usize) -> Call {
+    Box::new(move |launcher, call| {
+        let from = buffers[call % buffers.len()].address();
+        // SAFETY: each buffer holds at least twice `bytes`.
+        let copied = unsafe {
+            let stream = launcher.stream(Queue::Compute);
+            cudarc::driver::result::memcpy_dtod_async(from.offset(bytes).0, from.0, bytes, stream)
+        };
+        launcher.check("copying on the GPU", copied)
+    })
+}
+
+fn embed(model: ModelShape, rows: u32) -> Case {
+    let (hidden, width) = (model.hidden, model.hidden as usize);
+    let bytes = rows as usize * width * 4;
+    let setup = move |cuda: &mut Cuda, copies: usize| {
+        let ends = Ends::new(cuda.modules())?;
+        let table = random(cuda, model.vocab as usize, width, 1)?;
+        let step_of = StepOf::decode(&vec![1; rows as usize], model.vocab);
+        let step = step_of.upload(cuda, 0, |_, _, _| {})?;
+        let sumsq = cuda.alloc(Purpose::Scratch, Element::Float, rows as usize * width.div_ceil(64))?;
+        // The table's rows are warm after the first call, as they are not in a step; so are the outputs' copies.
+        let outs = buffers(cuda, copies, bytes)?;
+        let out = outs[0];
+        Ok(Run {
+            baseline: Some(("memcpy", copy(outs.clone(), bytes / 2))),
+            call: Box::new(move |launcher, call| {
+                let out = outs[call % copies];
+                ends.embed(launcher, &step, table.address(), hidden, out, sumsq.address())
+            }),
+            check: Box::new(move |cuda| {
+                let out = activations(cuda, out, rows as usize * width)?;
+                let ids = token_ids(cuda, &step)?;
+                Ok(first_wrong(&out, 0.0, |i| random_element(width, 1, ids[i / width], i % width)))
+            }),
+        })
+    };
+    Case {
+        family: "embed",
+        shape: format!("model={} rows={rows}", model.name),
+        bytes: bytes as f64,
+        flops: 0.0,
+        setup: Box::new(setup),
+    }
+}
+
+fn final_norm(model: ModelShape, rows: u32) -> Case {
+    let (hidden, width) = (model.hidden, model.hidden as usize);
+    let bytes = rows as usize * width * 4;
+    let setup = move |cuda: &mut Cuda, copies: usize| {
+        let ends = Ends::new(cuda.modules())?;
+        let weight = random(cuda, 1, width, 3)?;
+        let step = StepOf::decode(&vec![1; rows as usize], model.vocab).upload(cuda, 0, |_, _, _| {})?;
+        let residual =
+            (0..copies).map(|_| random(cuda, rows as usize, width, 2)).collect::<Result<Vec<_>, _>>()?;
+        let outs = buffers(cuda, copies, bytes)?;
+        let out = outs[0];
+        Ok(Run {
+            baseline: Some(("memcpy", copy(outs.clone(), bytes / 2))),
+            call: Box::new(move |launcher, call| {
+                let (x, out) = (residual[call % copies].into(), outs[call % copies]);
+                ends.final_norm(launcher, &step, x, weight.address(), hidden, 1e-6, out)
+            }),
+            check: Box::new(move |cuda| {
+                let out = activations(cuda, out, rows as usize * width)?;
+                let scales: Vec<f64> = (0..rows as usize)
+                    .map(|row| {
+                        let squares = (0..width).map(|col| random_element(width, 2, row, col).powi(2));
+                        1.0 / (squares.sum::<f64>() / width as f64 + 1e-6).sqrt()
+                    })
+                    .collect();
+                Ok(first_wrong(&out, 1.0 / 128.0, |i| {
+                    let (row, col) = (i / width, i % width);
+                    random_element(width, 2, row, col) * scales[row] * random_element(width, 3, 0, col)
+                }))
+            }),
+        })
+    };
+    Case {
+        family: "final_norm",
+        shape: format!("model={} rows={rows}", model.name),
+        bytes: bytes as f64,
+        flops: 0.0,
+        setup: Box::new(setup),
+    }
+}
+
+/// Drawing a token for each of `rows` rows. Logits are uniform bits read as f16, made positive and finite: all values
+/// differ little in how often they occur, so filters have work to do.
+fn sample(kind: &'static str, params: Row, rows: u32) -> Case {
+    let vocab = MODELS[0].vocab as usize;
+    let bytes = rows as usize * vocab * 2;
+    let setup = move |cuda: &mut Cuda, copies: usize| {
+        let sampling = Sampling::new(cuda, rows)?;
+        let mut step_of = StepOf::decode(&vec![7; rows as usize], vocab as u32);
+        step_of.sampling = Row { seed_low: 5, ..params };
+        let step = step_of.upload(cuda, 0, |_, _, _| {})?;
+        let logits = (0..copies)
+            .map(|_| random(cuda, rows as usize, vocab, 4).map(Buffer::from))
+            .collect::<Result<Vec<_>, _>>()?;
+        let tokens = cuda.alloc(Purpose::Scratch, Element::Word, rows as usize)?;
+        Ok(Run {
+            call: Box::new(move |launcher, call| {
+                sampling.sample(launcher, &step, logits[call % copies], vocab as u32, tokens)
+            }),
+            check: Box::new(move |cuda| {
+                let drawn = download_words(cuda, tokens, rows as usize)?;
+                let greedy = params.temperature == 0.0;
+                let wrong = drawn.iter().enumerate().find(|(row, id)| {
+                    **id as usize >= vocab || greedy && **id as usize != most_probable(vocab, *row)
+                });
+                Ok(wrong.map(|(row, id)| format!("row {row} drew token {id}")))
+            }),
+            baseline: None,
+        })
+    };
+    Case {
+        family: "sample",
+        shape: format!("{kind} rows={rows} vocab={vocab}"),
+        bytes: bytes as f64,
+        flops: 0.0,
+        setup: Box::new(setup),
+    }
+}
+
+/// The most probable token of row `row` of the logits that [`sample`] makes: bf16 bits in [-1, 1), read as f16.
+fn most_probable(vocab: usize, row: usize) -> usize {
+    let logit = |id: usize| {
+        let element = minisgl_core::tensor::uniform_element(4, (row * vocab + id) as u64, -1.0, 1.0);
+        half::f16::from_bits(element.to_bits()).to_f32()
+    };
+    (0..vocab).fold(0, |best, id| if logit(id) > logit(best) { id } else { best })
+}
+
+fn token_ids(cuda: &mut Cuda, step: &minisgl_core::backend::Step<Buffer>) -> Result<Vec<usize>, CudaError> {
+    let words = download_words(cuda, step.batch, step.layout.words)?;
+    let tokens = &words[step.layout.tokens..][..step.shape.tokens as usize * 4];
+    Ok(tokens.chunks_exact(4).map(|token| token[0] as usize).collect())
+}
+
+/// Fetches bf16 activations.
+fn activations(cuda: &mut Cuda, from: Buffer, count: usize) -> Result<Vec<f64>, CudaError> {
+    let words = download_words(cuda, from, count / 2)?;
+    let values: &[half::bf16] = bytemuck::cast_slice(&words);
+    Ok(values.iter().map(|value| f64::from(value.to_f32())).collect())
+}
+
+/// The first value that is further from the expected one than `relative` of it (and a little more near zero).
+fn first_wrong(values: &[f64], relative: f64, expected: impl Fn(usize) -> f64) -> Option<String> {
+    values.iter().enumerate().find_map(|(i, value)| {
+        let expected = expected(i);
+        let close = (value - expected).abs() <= relative * expected.abs();
+        (!close).then(|| format!("element {i} is {value}, not {expected}"))
+    })
+}

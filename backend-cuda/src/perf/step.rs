@@ -1,0 +1,147 @@
+//! Steps as the engine would pack them, for kernels that read the batch: rows with contexts of given lengths over pages
+//! in no order.
+
+use bytemuck::{cast_slice, cast_slice_mut};
+use minisgl_core::backend::{Device, Element, Purpose, Step};
+use minisgl_core::batch::{
+    HEADER_WORDS, Header, Layout, Phase, ROW_WORDS, Row, StepShape, TOKEN_WORDS, Token,
+};
+use minisgl_core::config::Limits;
+use minisgl_core::tensor::splitmix64;
+
+use crate::device::Cuda;
+use crate::error::CudaError;
+use crate::memory::Buffer;
+
+/// Tokens of a page.
+pub(super) const PAGE_SIZE: u32 = 16;
+
+/// A step being described.
+pub(super) struct StepOf {
+    pub(super) phase: Phase,
+    /// `(position of the first token, tokens)` of each row.
+    pub(super) rows: Vec<(u32, u32)>,
+    /// Ids are drawn below this.
+    pub(super) vocab: u32,
+    /// The sampling parameters of every row.
+    pub(super) sampling: Row,
+}
+
+impl StepOf {
+    /// A decode step of rows whose tokens attend to `contexts` tokens each.
+    pub(super) fn decode(contexts: &[u32], vocab: u32) -> StepOf {
+        let rows = contexts.iter().map(|context| (context - 1, 1)).collect();
+        StepOf { phase: Phase::Decode, rows, vocab, sampling: Row { top_p: 1.0, ..Row::default() } }
+    }
+
+    /// Capacities that just hold the step.
+    pub(super) fn limits(&self) -> Limits {
+        let ends = self.rows.iter().map(|(position, tokens)| position + tokens);
+        Limits {
+            running: self.rows.len() as u32,
+            queued: 1,
+            sequence: ends.clone().max().unwrap_or(1),
+            prefill_tokens: self.tokens(),
+            page_size: PAGE_SIZE,
+            pages: ends.map(|end| end.div_ceil(PAGE_SIZE)).sum(),
+            graph_rows: 0,
+        }
+    }
+
+    pub(super) fn tokens(&self) -> u32 {
+        self.rows.iter().map(|(_, tokens)| tokens).sum()
+    }
+
+    fn shape(&self) -> StepShape {
+        let rows = self.rows.len() as u32;
+        StepShape { phase: self.phase, rows, tokens: self.tokens(), samples: rows }
+    }
+
+    fn packed_rows(&self) -> Vec<Row> {
+        let mut first_token = 0;
+        let pack = |(slot, (position, tokens)): (usize, &(u32, u32))| {
+            let row = Row {
+                slot: slot as u32,
+                first_token,
+                tokens: *tokens,
+                position: *position,
+                kv_len: position + tokens,
+                sampled: 1,
+                ..self.sampling
+            };
+            first_token += tokens;
+            row
+        };
+        self.rows.iter().enumerate().map(pack).collect()
+    }
+
+    /// Packs the step and puts it on the device. `plan` fills the plan words.
+    pub(super) fn upload(
+        &self,
+        cuda: &mut Cuda,
+        plan_words: usize,
+        plan: impl FnOnce(StepShape, &[Row], &mut [u32]),
+    ) -> Result<Step<Buffer>, CudaError> {
+        let limits = self.limits();
+        let (layout, shape, rows) = (Layout::new(&limits, plan_words), self.shape(), self.packed_rows());
+        let pages = shuffled(limits.pages);
+        let width = limits.table_width();
+        let mut table = vec![limits.pages; (limits.running as usize + 1) * width as usize];
+        let mut next = pages.iter();
+        let mut words = vec![0u32; layout.words];
+        let header =
+            Header { rows: shape.rows, tokens: shape.tokens, samples: shape.samples, ..Header::default() };
+        words[..HEADER_WORDS].copy_from_slice(cast_slice(&[header]));
+        plan(shape, &rows, &mut words[layout.plan..layout.rows]);
+        words[layout.rows..][..rows.len() * ROW_WORDS].copy_from_slice(cast_slice(&rows));
+        let tokens: &mut [Token] =
+            cast_slice_mut(&mut words[layout.tokens..][..shape.tokens as usize * TOKEN_WORDS]);
+        for row in &rows {
+            let table = &mut table[(row.slot * width) as usize..][..width as usize];
+            let own = row.kv_len.div_ceil(PAGE_SIZE) as usize;
+            table[..own].iter_mut().zip(&mut next).for_each(|(entry, page)| *entry = *page);
+            for i in 0..row.tokens {
+                let (index, position) = (row.first_token + i, row.position + i);
+                let page = table[(position / PAGE_SIZE) as usize];
+                tokens[index as usize] = Token {
+                    id: (splitmix64(u64::from(index)) % u64::from(self.vocab)) as u32,
+                    slot: row.slot,
+                    position,
+                    location: page * PAGE_SIZE + position % PAGE_SIZE,
+                };
+            }
+        }
+        Ok(Step {
+            shape,
+            batch: upload_words(cuda, &words)?,
+            layout,
+            page_table: upload_words(cuda, &table)?,
+            table_width: width,
+            page_size: PAGE_SIZE,
+            token_pool: upload_words(cuda, &vec![0; limits.running as usize + 1])?,
+        })
+    }
+}
+
+/// The numbers below `count` in an order that looks like none.
+fn shuffled(count: u32) -> Vec<u32> {
+    let mut numbers: Vec<u32> = (0..count).collect();
+    numbers.sort_by_key(|number| splitmix64(u64::from(*number)));
+    numbers
+}
+
+/// Puts words on the device.
+pub(super) fn upload_words(cuda: &mut Cuda, words: &[u32]) -> Result<Buffer, CudaError> {
+    let buffer = cuda.alloc(Purpose::Scratch, Element::Word, words.len())?;
+    let mut staging = cuda.alloc_pinned(words.len())?;
+    cuda.words_mut(&mut staging)?.copy_from_slice(words);
+    cuda.upload(&mut staging, 0..words.len(), buffer)?;
+    Ok(buffer)
+}
+
+/// Fetches the first words of a buffer.
+pub(super) fn download_words(cuda: &mut Cuda, from: Buffer, words: usize) -> Result<Vec<u32>, CudaError> {
+    let mut staging = cuda.alloc_pinned(words)?;
+    cuda.download(minisgl_core::backend::Queue::Compute, from, words, &mut staging)?;
+    Ok(cuda.words(&staging)?.to_vec())
+}
