@@ -13,7 +13,15 @@ pub type Cause = Box<dyn std::error::Error + Send + Sync>;
 /// Why a model could not be opened or a run not be finished. What concerns one request alone is a [`RequestError`].
 #[derive(Debug, Error)]
 pub enum Error {
-    /// The checkpoint or preset.
+    /// Neither a directory nor a preset.
+    #[error("{name} is neither a checkpoint directory nor a preset ({presets}); check --model")]
+    NoModel {
+        /// As asked for.
+        name: String,
+        /// The presets there are.
+        presets: String,
+    },
+    /// The checkpoint.
     #[error("{0}")]
     Model(#[source] Cause),
     /// The device, while the model was loaded or the engine built.
@@ -61,7 +69,9 @@ pub enum Error {
     #[error(transparent)]
     Request(#[from] RequestError),
     /// A step failed: the engine is not used any more, what had finished by then is here.
-    #[error("a step failed: {cause}; {} requests had finished, the others are lost: build the engine anew", finished.len())]
+    #[error(
+        "a step failed: {cause}; results of requests that had ended are kept, the others are lost: build the engine anew"
+    )]
     Step {
         /// What went wrong.
         #[source]

@@ -3,19 +3,22 @@
 //! argh has no way to include one struct's flags in another's, so a macro writes them behind a command's own:
 //!
 //! ```
+//! use argh::FromArgs;
+//! use minisgl::SamplingParams;
+//!
 //! minisgl::with_shared_flags! {
-//!     /// Does something with a model.
+//!     /// does something with a model
 //!     struct Flags {
 //!         /// where the model is
 //!         #[argh(option)]
 //!         model: String,
 //!     }
 //! }
-//! let flags: Flags = argh::from_env_args(&["--model", "tiny", "--no-overlap", "--temperature", "0.6"]);
-//! # /*
-//! let llm = Llm::builder(&flags.model).options(flags.engine_options()).build()?;
-//! let sampling = flags.sampling(SamplingParams::default());
-//! # */
+//!
+//! let flags = Flags::from_args(&["command"], &["--model", "tiny", "--no-overlap", "--temperature", "0.6"]).unwrap();
+//! assert_eq!(flags.model, "tiny");
+//! assert!(!flags.engine_options().overlap);
+//! assert_eq!(flags.sampling(SamplingParams::default()).temperature, 0.6);
 //! ```
 
 /// Defines a command line: its own flags, then those of the engine and of sampling. It gets the methods
@@ -46,7 +49,7 @@ macro_rules! with_shared_flags {
             /// tokens of a KV page, a power of two (default 16, or the device's least)
             #[argh(option)]
             page_size: Option<u32>,
-            /// KV pages (default: as many as memory holds)
+            /// pages of the KV cache (default: as many as memory holds)
             #[argh(option)]
             num_pages: Option<u32>,
             /// share of the free memory that KV pages take (default 0.9)
@@ -67,7 +70,7 @@ macro_rules! with_shared_flags {
             /// order of admission: given (default) or longest-output-first
             #[argh(option, from_str_fn($crate::parse_order), default = "::std::default::Default::default()")]
             order: $crate::Order,
-            /// 0 takes the most probable token, higher values draw more freely
+            /// how freely tokens are drawn; 0 takes the most probable one
             #[argh(option)]
             temperature: Option<f32>,
             /// draw among the k most probable tokens (0: all)

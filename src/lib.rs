@@ -1,15 +1,51 @@
 //! Offline LLM inference: a Qwen3 checkpoint in, tokens out at the speed of the GPU's memory.
+//!
+//! ```
+//! use minisgl::{GenerateRequest, Llm, SamplingParams};
+//!
+//! // A checkpoint's directory, or a preset with dummy weights.
+//! let mut llm = Llm::builder("tiny").max_seq_len(Some(256)).build()?;
+//! let sampling = SamplingParams { temperature: 0.6, max_tokens: 8, ..SamplingParams::default() };
+//! let requests = [GenerateRequest::tokens([1, 2, 3]).sampling(sampling)];
+//! for completion in llm.generate(&requests)? {
+//!     println!("{:?}: {:?}", completion.finish_reason, completion.token_ids);
+//! }
+//! # Ok::<(), minisgl::Error>(())
+//! ```
+//!
+//! Three ways to run requests, one loop below them:
+//!
+//! | | requests | results |
+//! |---|---|---|
+//! | [`Llm::generate`] | a slice | completions in its order |
+//! | [`Llm::generate_stream`] | an iterator, pulled as there is room | events to a callback, which may abort |
+//! | [`Llm::start`] | submitted when the caller likes | events of each [`Run::step`] |
+//!
+//! Prompts are token ids, text ([`GenerateRequest::text`]) or conversations ([`GenerateRequest::chat`]); the latter two
+//! need the checkpoint's `tokenizer.json` and chat template. A request that can't run does not disturb the others: its
+//! completion is [`FinishReason::Rejected`] and says why. [`Error`] is for what stops everything.
 
+mod builder;
+pub mod bulk;
 mod chat;
 mod detokenize;
 mod error;
 mod flags;
+mod info;
+pub mod jsonl;
+mod llm;
+mod memory;
 mod options;
 mod request;
+mod run;
+mod runner;
 mod tokenizer;
 pub mod workload;
 
+pub use builder::LlmBuilder;
 pub use error::{Cause, Error};
+pub use info::Info;
+pub use llm::Llm;
 pub use minisgl_core::config::{Limits, LimitsError};
 pub use minisgl_core::scheduler::Order;
 pub use minisgl_core::stats::Stats;
@@ -18,3 +54,4 @@ pub use request::{
     Completion, FinishReason, Flow, GenerateRequest, Message, Phase, Prompt, RequestError, SamplingError,
     SamplingParams, StepTiming, StreamEvent, SubmitError, TOP_LOGPROBS_MAX, TokenLogprobs,
 };
+pub use run::Run;

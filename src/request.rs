@@ -203,6 +203,8 @@ pub enum StreamEvent<'a> {
     Finished {
         /// Whose.
         index: usize,
+        /// Text that became certain with the end: with that of the tokens before, it makes the completion's text.
+        text: &'a str,
         /// All that came of it.
         completion: Completion,
     },

@@ -1,0 +1,118 @@
+//! Setting up an [`Llm`]: one method a setting, then [`LlmBuilder::build`].
+
+use minisgl_core::scheduler::Order;
+
+use crate::error::Error;
+use crate::llm::Llm;
+use crate::options::{BackendChoice, KernelChoice, Options};
+
+/// Settings of an engine to be built; see [`Options`] for what each means and its default.
+#[derive(Clone, Debug)]
+pub struct LlmBuilder {
+    model: String,
+    options: Options,
+}
+
+impl LlmBuilder {
+    pub(crate) fn new(model: String) -> Self {
+        LlmBuilder { model, options: Options::default() }
+    }
+
+    /// All settings at once.
+    pub fn options(mut self, options: Options) -> Self {
+        self.options = options;
+        self
+    }
+
+    /// Which device computes.
+    pub fn backend(mut self, backend: BackendChoice) -> Self {
+        self.options.backend = backend;
+        self
+    }
+
+    /// Which GPU, where there are several.
+    pub fn device(mut self, device: usize) -> Self {
+        self.options.device = device;
+        self
+    }
+
+    /// Which GPU kernels run.
+    pub fn kernels(mut self, kernels: KernelChoice) -> Self {
+        self.options.kernels = kernels;
+        self
+    }
+
+    /// Requests that run at once.
+    pub fn max_running(mut self, requests: u32) -> Self {
+        self.options.max_running = requests;
+        self
+    }
+
+    /// Requests that wait inside the engine.
+    pub fn max_queued(mut self, requests: u32) -> Self {
+        self.options.max_queued = requests;
+        self
+    }
+
+    /// Tokens of a prefill step.
+    pub fn max_prefill_tokens(mut self, tokens: u32) -> Self {
+        self.options.max_prefill_tokens = Some(tokens);
+        self
+    }
+
+    /// Tokens of a KV page, a power of two.
+    pub fn page_size(mut self, tokens: u32) -> Self {
+        self.options.page_size = Some(tokens);
+        self
+    }
+
+    /// KV pages; `None`: as many as memory holds.
+    pub fn num_pages(mut self, pages: Option<u32>) -> Self {
+        self.options.num_pages = pages;
+        self
+    }
+
+    /// Share of the free memory that the KV pages take.
+    pub fn memory_ratio(mut self, ratio: f64) -> Self {
+        self.options.memory_ratio = ratio;
+        self
+    }
+
+    /// Tokens of a sequence; `None`: all that the model's positions reach.
+    pub fn max_seq_len(mut self, tokens: Option<u32>) -> Self {
+        self.options.max_seq_len = tokens;
+        self
+    }
+
+    /// Rows of the largest recorded decode step; 0 records none.
+    pub fn max_graph_batch(mut self, rows: u32) -> Self {
+        self.options.max_graph_batch = rows;
+        self
+    }
+
+    /// Schedule a step while the one before runs.
+    pub fn overlap(mut self, overlap: bool) -> Self {
+        self.options.overlap = overlap;
+        self
+    }
+
+    /// Reuse the KV pages of equal prefixes.
+    pub fn prefix_cache(mut self, on: bool) -> Self {
+        self.options.prefix_cache = on;
+        self
+    }
+
+    /// In which order waiting requests are admitted.
+    pub fn order(mut self, order: Order) -> Self {
+        self.options.order = order;
+        self
+    }
+
+    /// Loads the model and makes the engine ready to run.
+    ///
+    /// # Errors
+    /// What is wrong with the model, the device or the settings.
+    pub fn build(self) -> Result<Llm, Error> {
+        Llm::open(self.model, self.options)
+    }
+}

@@ -1,0 +1,280 @@
+//! Bulk generation: a file of requests in, a file of results out, neither held in memory.
+//!
+//! ```text
+//!   input ── line by line ──> Run ── as each request ends ──> output, one whole line a write
+//!                 │                                             ^
+//!                 └── not a request, or its id was used ── error line
+//! ```
+//!
+//! Of the input only a 16-byte fingerprint of each id is kept, to tell ids that were used before: in this file, or with
+//! `resume` in the output that an earlier run left. A last line that it left torn is cut off.
+//!
+//! Invariant: the output consists of whole lines, whenever the process ends.
+
+use std::collections::{HashMap, HashSet};
+use std::fs::File;
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::io::{self, BufRead, BufReader, Seek, SeekFrom, Write};
+use std::path::{Path, PathBuf};
+
+use serde::Deserialize;
+use serde_json::Value;
+use thiserror::Error;
+
+use crate::jsonl::{self, BadLine, ResultLine};
+use crate::request::{Completion, Flow, StreamEvent};
+use crate::run::Run;
+use crate::{Llm, SamplingParams};
+
+/// What is to be done.
+#[derive(Clone, Debug)]
+pub struct Job {
+    /// Request lines; see [`jsonl`].
+    pub input: PathBuf,
+    /// Result lines, in the order in which requests end.
+    pub output: PathBuf,
+    /// Keep what the output has and skip its ids; else it is written anew.
+    pub resume: bool,
+    /// What lines leave out. A line without a seed gets `sampling.seed` plus its line number.
+    pub sampling: SamplingParams,
+}
+
+/// What was done.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Tally {
+    /// Requests that ran to their end.
+    pub finished: u64,
+    /// Lines with an error.
+    pub failed: u64,
+    /// Requests that the output had already.
+    pub skipped: u64,
+    /// Tokens drawn.
+    pub output_tokens: u64,
+}
+
+/// Why a job could not go on.
+#[derive(Debug, Error)]
+pub enum BulkError {
+    /// The input.
+    #[error("the input {} can't be read: {cause}; check --input", path.display())]
+    Input {
+        /// The file.
+        path: PathBuf,
+        /// What the system says.
+        #[source]
+        cause: io::Error,
+    },
+    /// The output.
+    #[error("the output {} can't be written: {cause}; check that its directory exists and is writable", path.display())]
+    Output {
+        /// The file.
+        path: PathBuf,
+        /// What the system says.
+        #[source]
+        cause: io::Error,
+    },
+    /// Writing would destroy the requests.
+    #[error("the input and the output are the same file, {}; write the results elsewhere", .0.display())]
+    SameFile(PathBuf),
+    /// Something else than results is in the way.
+    #[error(
+        "line {line} of {} is no result line, so --resume can't go on from it; give another --output, or leave out \
+         --resume to write it anew", path.display()
+    )]
+    NotResults {
+        /// The file.
+        path: PathBuf,
+        /// From 1.
+        line: u64,
+    },
+    /// The engine.
+    #[error("{0}; the results so far are in the output: run again with --resume")]
+    Engine(#[from] crate::Error),
+}
+
+/// A job's files, opened: what can be wrong with them shows before a model is loaded.
+pub struct Bulk {
+    job: Job,
+    input: BufReader<File>,
+    line: u64,
+    output: File,
+    /// Ids that the output has from an earlier run.
+    done: HashSet<Fingerprint>,
+    seen: HashSet<Fingerprint>,
+    /// By index in the run: id and line.
+    running: HashMap<usize, (Value, u64)>,
+    tally: Tally,
+}
+
+impl Bulk {
+    /// Opens the files.
+    ///
+    /// # Errors
+    /// An input that can't be read, an output that can't be written or gone on from.
+    pub fn open(job: Job) -> Result<Self, BulkError> {
+        let input = open_input(&job.input)?;
+        if let (Ok(a), Ok(b)) = (job.input.canonicalize(), job.output.canonicalize())
+            && a == b
+        {
+            return Err(BulkError::SameFile(job.output));
+        }
+        let (output, done) = open_output(&job)?;
+        Ok(Bulk {
+            job,
+            input: BufReader::new(input),
+            line: 0,
+            output,
+            done,
+            seen: HashSet::new(),
+            running: HashMap::new(),
+            tally: Tally::default(),
+        })
+    }
+
+    /// Runs every request.
+    ///
+    /// # Errors
+    /// A failed step or file; what had ended by then is in the output.
+    pub fn run(mut self, llm: &mut Llm) -> Result<Tally, BulkError> {
+        let mut run = llm.start().stream_text(false);
+        loop {
+            self.fill(&mut run)?;
+            if run.is_idle() {
+                return Ok(self.tally);
+            }
+            let mut ended: Vec<(usize, Completion)> = Vec::new();
+            let step = run.step(&mut |event| {
+                if let StreamEvent::Finished { index, completion, .. } = event {
+                    ended.push((index, completion));
+                }
+                Flow::Continue
+            });
+            for (index, completion) in ended {
+                self.write_completion(index, &completion)?;
+            }
+            step?;
+        }
+    }
+
+    /// Submits lines until the engine has enough or the input ends.
+    fn fill(&mut self, run: &mut Run<'_>) -> Result<(), BulkError> {
+        let mut line = Vec::new();
+        while run.wants_more() {
+            line.clear();
+            let read = self.input.read_until(b'\n', &mut line);
+            let read = read.map_err(|cause| BulkError::Input { path: self.job.input.clone(), cause })?;
+            if read == 0 {
+                return Ok(());
+            }
+            self.line += 1;
+            if !line.trim_ascii().is_empty() {
+                self.submit(&line, run)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn submit(&mut self, line: &[u8], run: &mut Run<'_>) -> Result<(), BulkError> {
+        let seed = self.job.sampling.seed.wrapping_add(self.line);
+        match jsonl::parse(line, &SamplingParams { seed, ..self.job.sampling }) {
+            Err(bad) => self.write_bad(&bad),
+            Ok(parsed) => {
+                let fingerprint = fingerprint(&parsed.id);
+                if !self.seen.insert(fingerprint) {
+                    let error = "the id was used on a line before; ids must differ".to_owned();
+                    return self.write_bad(&BadLine { id: parsed.id, error });
+                }
+                if self.done.contains(&fingerprint) {
+                    self.tally.skipped += 1;
+                    return Ok(());
+                }
+                let index = run.submit(parsed.request);
+                self.running.insert(index, (parsed.id, self.line));
+                Ok(())
+            }
+        }
+    }
+
+    fn write_completion(&mut self, index: usize, completion: &Completion) -> Result<(), BulkError> {
+        let Some((id, line)) = self.running.remove(&index) else { return Ok(()) };
+        match completion.error {
+            None => self.tally.finished += 1,
+            Some(_) => self.tally.failed += 1,
+        }
+        self.tally.output_tokens += completion.token_ids.len() as u64;
+        self.write(&ResultLine::new(&id, line, completion))
+    }
+
+    fn write_bad(&mut self, bad: &BadLine) -> Result<(), BulkError> {
+        self.tally.failed += 1;
+        self.write(&ResultLine::bad(bad, self.line))
+    }
+
+    /// A line goes out in one write, unbuffered, so that none is ever cut short by an end of the process.
+    fn write(&mut self, line: &ResultLine<'_>) -> Result<(), BulkError> {
+        let written = serde_json::to_vec(line).map_err(io::Error::from).and_then(|mut bytes| {
+            bytes.push(b'\n');
+            self.output.write_all(&bytes)
+        });
+        written.map_err(|cause| BulkError::Output { path: self.job.output.clone(), cause })
+    }
+}
+
+fn open_input(path: &Path) -> Result<File, BulkError> {
+    let is_file = |file: File| match file.metadata()?.is_dir() {
+        true => Err(io::Error::from(io::ErrorKind::IsADirectory)),
+        false => Ok(file),
+    };
+    File::open(path).and_then(is_file).map_err(|cause| BulkError::Input { path: path.to_owned(), cause })
+}
+
+/// The output, ready for the next line, and the ids that it has.
+fn open_output(job: &Job) -> Result<(File, HashSet<Fingerprint>), BulkError> {
+    let failed = |cause| BulkError::Output { path: job.output.clone(), cause };
+    let mut options = File::options();
+    options.read(true).write(true).create(true).truncate(!job.resume);
+    let mut file = options.open(&job.output).map_err(failed)?;
+    let (mut done, mut end) = (HashSet::new(), 0);
+    if job.resume {
+        (done, end) = read_results(&file, &job.output)?;
+    }
+    file.set_len(end).and_then(|()| file.seek(SeekFrom::Start(end))).map_err(failed)?;
+    Ok((file, done))
+}
+
+/// The ids of an earlier run's results, and where its last whole line ends.
+fn read_results(file: &File, path: &Path) -> Result<(HashSet<Fingerprint>, u64), BulkError> {
+    #[derive(Deserialize)]
+    struct Id {
+        id: Value,
+    }
+    let mut reader = BufReader::new(file);
+    let (mut done, mut end, mut line) = (HashSet::new(), 0, Vec::new());
+    for number in 1.. {
+        line.clear();
+        let read = reader.read_until(b'\n', &mut line);
+        let read = read.map_err(|cause| BulkError::Output { path: path.to_owned(), cause })?;
+        if !line.ends_with(b"\n") {
+            break; // The end, or a line torn by the end of the process.
+        }
+        let not_results = |_| BulkError::NotResults { path: path.to_owned(), line: number };
+        let Id { id } = serde_json::from_slice(&line).map_err(not_results)?;
+        if !id.is_null() {
+            done.insert(fingerprint(&id));
+        }
+        end += read as u64;
+    }
+    Ok((done, end))
+}
+
+/// Stands for an id: ids that differ have the same one with a chance of 2^-128.
+type Fingerprint = [u64; 2];
+
+fn fingerprint(id: &Value) -> Fingerprint {
+    let text = id.to_string();
+    [0u8, 1].map(|key| {
+        let mut hasher = DefaultHasher::new();
+        (key, &text).hash(&mut hasher);
+        hasher.finish()
+    })
+}

@@ -1,0 +1,64 @@
+//! What an engine is made of, as chosen when it was built.
+
+use std::fmt;
+
+use minisgl_core::config::Limits;
+
+/// See [`Llm::info`](crate::Llm::info); displayed as a few lines for people.
+#[derive(Clone, Debug)]
+pub struct Info {
+    /// The checkpoint directory or preset.
+    pub model: String,
+    /// `cpu` or `cuda`.
+    pub backend: &'static str,
+    /// The device's name.
+    pub device: String,
+    /// Capacities.
+    pub limits: Limits,
+    /// Token ids lie below it.
+    pub vocab: u32,
+    /// Bytes of weights that a decode step reads.
+    pub weight_bytes: u64,
+    /// Bytes of a KV page, over all layers.
+    pub page_bytes: u64,
+    /// Bytes of device memory in all.
+    pub memory_total: u64,
+    /// Bytes free when the weights were loaded.
+    pub memory_free_loaded: u64,
+    /// Bytes free when the engine was ready: KV pages, scratch and recorded steps allocated.
+    pub memory_free_ready: u64,
+    /// Seconds to open the device and load the weights.
+    pub load_seconds: f64,
+    /// Seconds to allocate everything else and record the decode steps.
+    pub capture_seconds: f64,
+}
+
+impl Info {
+    /// Bytes of the KV cache, its dummy page included.
+    pub fn kv_bytes(&self) -> u64 {
+        self.page_bytes * (u64::from(self.limits.pages) + 1)
+    }
+}
+
+impl fmt::Display for Info {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let gib = |bytes: u64| bytes as f64 / f64::from(1 << 30);
+        let Limits { pages, page_size, running, sequence, prefill_tokens, graph_rows, .. } = self.limits;
+        writeln!(f, "{} on {} ({})", self.model, self.device, self.backend)?;
+        writeln!(
+            f,
+            "KV cache: {pages} pages of {page_size} tokens, {:.2} GiB; {running} requests at once, {sequence} tokens \
+             each, {prefill_tokens} a prefill step",
+            gib(self.kv_bytes())
+        )?;
+        write!(
+            f,
+            "loaded in {:.2} s ({:.2} GiB free), ready in {:.2} s more ({:.2} GiB free; decode recorded up to \
+             {graph_rows} rows)",
+            self.load_seconds,
+            gib(self.memory_free_loaded),
+            self.capture_seconds,
+            gib(self.memory_free_ready)
+        )
+    }
+}

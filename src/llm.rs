@@ -1,0 +1,280 @@
+//! The model behind one handle: opened once, then asked as often as one likes.
+//!
+//! ```text
+//!   directory or preset ── Checkpoint ── Backend ── Qwen3::load ── pages counted ── Engine ──> Llm
+//! ```
+
+use std::path::Path;
+use std::time::Instant;
+
+use minisgl_core::backend::{Model, Ops};
+use minisgl_core::config::Limits;
+use minisgl_core::engine::{Engine, EngineOptions};
+use minisgl_core::request::Request;
+use minisgl_core::sampling::SamplingParams;
+use minisgl_core::scheduler::Policy;
+use minisgl_core::stats::Stats;
+use minisgl_qwen3::{Checkpoint, Qwen3, presets};
+
+use crate::builder::LlmBuilder;
+use crate::error::Error;
+use crate::info::Info;
+use crate::memory::Room;
+use crate::options::{BackendChoice, Options};
+use crate::request::{Completion, Flow, GenerateRequest, Message, RequestError, StreamEvent};
+use crate::run::Run;
+use crate::runner::Runner;
+use crate::tokenizer::Text;
+
+/// A model on a device, ready to generate. See the [crate's page](crate) for an example.
+pub struct Llm {
+    runner: Box<dyn Runner>,
+    text: Text,
+    info: Info,
+    failed: bool,
+}
+
+impl Llm {
+    /// Sets up a model: a checkpoint's directory, or a preset's name (`tiny`, `qwen3-0.6b`, …: dummy weights of that
+    /// size). A directory that is named like a preset is meant by `./tiny`.
+    pub fn builder(model: impl Into<String>) -> LlmBuilder {
+        LlmBuilder::new(model.into())
+    }
+
+    pub(crate) fn open(model: String, options: Options) -> Result<Llm, Error> {
+        if !(options.memory_ratio > 0.0 && options.memory_ratio <= 1.0) {
+            return Err(Error::MemoryRatio(options.memory_ratio));
+        }
+        let (checkpoint, text) = open_model(&model)?;
+        let (runner, info) = open_engine(model, &checkpoint, &options)?;
+        Ok(Llm { runner, text, info, failed: false })
+    }
+
+    /// Runs all requests; completions come in the order of the requests.
+    ///
+    /// # Errors
+    /// A step failed; the error holds what had finished. A request that can't run is no error: its completion says so.
+    pub fn generate(&mut self, requests: &[GenerateRequest]) -> Result<Vec<Completion>, Error> {
+        let mut completions: Vec<Option<Completion>> = vec![None; requests.len()];
+        let outcome = self.start().stream_text(false).drive(requests.iter().cloned(), &mut |event| {
+            if let StreamEvent::Finished { index, completion, .. } = event {
+                completions[index] = Some(completion);
+            }
+            Flow::Continue
+        });
+        match outcome {
+            Ok(()) => Ok(completions.into_iter().flatten().collect()),
+            Err(Error::Step { cause, .. }) => {
+                let finished = completions.into_iter().enumerate();
+                let finished = finished.filter_map(|(index, one)| Some((index, one?))).collect();
+                Err(Error::Step { cause, finished })
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Runs requests as they come out of an iterator, pulled when there is room for them, and hands every token, end
+    /// and step to `on_event`, which may abort them.
+    ///
+    /// # Errors
+    /// A step failed; what had finished was delivered.
+    pub fn generate_stream(
+        &mut self,
+        requests: impl IntoIterator<Item = GenerateRequest>,
+        mut on_event: impl FnMut(StreamEvent<'_>) -> Flow,
+    ) -> Result<(), Error> {
+        self.start().drive(requests, &mut on_event)
+    }
+
+    /// Starts a run that the caller drives: submits and steps as it likes.
+    pub fn start(&mut self) -> Run<'_> {
+        Run::new(&mut *self.runner, &self.text, &mut self.failed)
+    }
+
+    /// The logits `[vocab]` at every position of a prompt: what the model gives for the token after it. For scoring;
+    /// one prefill a position.
+    ///
+    /// # Errors
+    /// A prompt that can't run, or a failed step.
+    pub fn prompt_logits(&mut self, prompt: &[u32]) -> Result<Vec<Vec<f32>>, Error> {
+        (1..=prompt.len().max(1)).map(|len| self.logits_after(&prompt[..len.min(prompt.len())])).collect()
+    }
+
+    fn logits_after(&mut self, prompt: &[u32]) -> Result<Vec<f32>, Error> {
+        if self.failed {
+            return Err(Error::Failed);
+        }
+        let params = SamplingParams { max_tokens: 1, ..SamplingParams::default() };
+        self.runner.submit(Request { prompt, params }).map_err(RequestError::from)?;
+        let mut logits = Vec::new();
+        while !self.runner.is_idle() {
+            let step = self.runner.step(&mut |_| {}).and_then(|report| {
+                if report.launched.is_some_and(|shape| shape.samples > 0) {
+                    logits = self.runner.first_logits()?;
+                }
+                Ok(())
+            });
+            step.map_err(|cause| {
+                self.failed = true;
+                Error::Step { cause, finished: Vec::new() }
+            })?;
+        }
+        Ok(logits)
+    }
+
+    /// The token ids of a text, by the checkpoint's tokenizer.
+    ///
+    /// # Errors
+    /// No tokenizer, or one that refuses the text.
+    pub fn encode(&self, text: &str) -> Result<Vec<u32>, RequestError> {
+        self.text.encode(crate::Prompt::Text(text.to_owned()))
+    }
+
+    /// The text of tokens, special ones left out; `None` without a tokenizer.
+    pub fn decode(&self, ids: &[u32]) -> Option<String> {
+        self.text.decode(ids)
+    }
+
+    /// The prompt that a conversation becomes by the checkpoint's chat template.
+    ///
+    /// # Errors
+    /// No template, or one that refuses the messages.
+    pub fn render_chat(&self, messages: &[Message]) -> Result<String, RequestError> {
+        self.text.render(messages)
+    }
+
+    /// Device, capacities, memory, and how long it took to get ready.
+    pub fn info(&self) -> &Info {
+        &self.info
+    }
+
+    /// What the engine did since it was built, or since [`Llm::reset_stats`].
+    pub fn stats(&self) -> Stats {
+        self.runner.stats()
+    }
+
+    /// Sets the counters to zero.
+    pub fn reset_stats(&mut self) {
+        self.runner.reset_stats();
+    }
+
+    /// Forgets all cached prefixes, so that the next run computes every prompt anew.
+    pub fn clear_prefix_cache(&mut self) {
+        self.runner.clear_prefix_cache();
+    }
+
+    /// Asserts that no KV page is lost or shared wrongly. Takes time linear in the pool.
+    ///
+    /// # Panics
+    /// When the engine's books are wrong.
+    pub fn check(&self) {
+        self.runner.check();
+    }
+}
+
+/// The model's files, and its text side where it has one.
+fn open_model(model: &str) -> Result<(Checkpoint, Text), Error> {
+    let folder = Path::new(model);
+    if presets::is_preset(model) {
+        return Ok((Checkpoint::preset(model).map_err(|cause| Error::Model(cause.into()))?, Text::default()));
+    }
+    if !folder.exists() {
+        let presets = presets::names().collect::<Vec<_>>().join(", ");
+        return Err(Error::NoModel { name: model.to_owned(), presets });
+    }
+    let checkpoint = Checkpoint::open(folder).map_err(|cause| Error::Model(cause.into()))?;
+    Ok((checkpoint, Text::open(folder)?))
+}
+
+fn open_engine(
+    model: String,
+    checkpoint: &Checkpoint,
+    options: &Options,
+) -> Result<(Box<dyn Runner>, Info), Error> {
+    let started = Instant::now();
+    match options.backend {
+        BackendChoice::Cpu | BackendChoice::Auto | BackendChoice::Cuda => {
+            Opening { model, name: "cpu", checkpoint, options, started }.on(minisgl_cpu::Cpu::new())
+        }
+    }
+}
+
+/// An engine being built.
+struct Opening<'a> {
+    model: String,
+    name: &'static str,
+    checkpoint: &'a Checkpoint,
+    options: &'a Options,
+    started: Instant,
+}
+
+impl Opening<'_> {
+    fn on<B: Ops + 'static>(self, mut backend: B) -> Result<(Box<dyn Runner>, Info), Error> {
+        let device = |error: B::Error| Error::Device(Box::new(error));
+        let model = Qwen3::load(&mut backend, self.checkpoint).map_err(device)?;
+        let loaded = backend.memory().map_err(device)?;
+        let load_seconds = self.started.elapsed().as_secs_f64();
+
+        let limits = self.limits(&backend, &model)?;
+        let policy = Policy {
+            prefix_cache: self.options.prefix_cache,
+            order: self.options.order,
+            vocab: model.vocab(),
+        };
+        let eos = self.checkpoint.config().eos.clone();
+        let page_bytes = model.page_bytes(limits.page_size);
+        let engine_options = EngineOptions { limits, policy, eos, overlap: self.options.overlap };
+        let engine =
+            Engine::new(backend, model, engine_options).map_err(|cause| Error::Device(cause.into()))?;
+
+        let ready = engine.backend().memory().map_err(device)?;
+        let info = Info {
+            model: self.model,
+            backend: self.name,
+            device: engine.info().name,
+            limits,
+            vocab: policy.vocab,
+            weight_bytes: engine.model().weight_bytes(),
+            page_bytes,
+            memory_total: loaded.total,
+            memory_free_loaded: loaded.free,
+            memory_free_ready: ready.free,
+            load_seconds,
+            capture_seconds: self.started.elapsed().as_secs_f64() - load_seconds,
+        };
+        Ok((Box::new(engine), info))
+    }
+
+    /// The capacities: as asked for, else by the device and the model.
+    fn limits<B: Ops>(&self, backend: &B, model: &Qwen3<B>) -> Result<Limits, Error> {
+        let Options { max_running, max_queued, max_seq_len, .. } = *self.options;
+        let device = backend.info();
+        let max = model.max_positions();
+        let sequence = max_seq_len.unwrap_or(max);
+        if sequence > max {
+            return Err(Error::SequenceTooLong { asked: sequence, max });
+        }
+        let on_cpu = self.name == "cpu";
+        let prefill_tokens = if on_cpu { 1024 } else { 8192 };
+        let mut limits = Limits {
+            running: max_running,
+            queued: max_queued,
+            sequence,
+            prefill_tokens: self.options.max_prefill_tokens.unwrap_or(prefill_tokens),
+            page_size: self.options.page_size.unwrap_or(device.page_size_min.max(16)),
+            pages: self.options.num_pages.unwrap_or(1),
+            graph_rows: self.options.max_graph_batch.min(max_running),
+        };
+        limits.check()?;
+        if self.options.num_pages.is_none() {
+            let memory = backend.memory().map_err(|error| Error::Device(Box::new(error)))?;
+            let page_bytes = model.page_bytes(limits.page_size);
+            let room = Room { device: &device, memory, dims: model.dims(), page_bytes };
+            limits.pages = match on_cpu {
+                true => room.pages_by_need(&limits)?,
+                false => room.pages_by_ratio(&limits, self.options.memory_ratio)?,
+            };
+        }
+        Ok(limits)
+    }
+}

@@ -1,0 +1,81 @@
+//! One engine behind one door: the facade drives every backend through [`Runner`], so no device type shows outside.
+
+use minisgl_core::backend::Ops;
+use minisgl_core::config::Limits;
+use minisgl_core::engine::{Engine, StepReport};
+use minisgl_core::request::{Event, Request, SubmitError, Submitted, Ticket};
+use minisgl_core::stats::Stats;
+use minisgl_qwen3::Qwen3;
+
+use crate::error::Cause;
+
+/// What the engine tells about tokens and ends.
+pub type Sink<'a> = &'a mut dyn FnMut(Event<'_>);
+
+/// An engine of any backend.
+pub trait Runner {
+    /// Takes a request in.
+    fn submit(&mut self, request: Request<'_>) -> Result<Submitted, SubmitError>;
+    /// Ends a request; false if it has ended already.
+    fn abort(&mut self, ticket: Ticket, sink: Sink<'_>) -> bool;
+    /// Launches a step, completes one.
+    fn step(&mut self, sink: Sink<'_>) -> Result<StepReport, Cause>;
+    /// Does nobody wait, run or fly?
+    fn is_idle(&self) -> bool;
+    /// Counters so far.
+    fn stats(&self) -> Stats;
+    /// Sets them to zero.
+    fn reset_stats(&mut self);
+    /// Forgets cached prefixes.
+    fn clear_prefix_cache(&mut self);
+    /// Asserts the engine's invariants.
+    fn check(&self);
+    /// Capacities.
+    fn limits(&self) -> &Limits;
+    /// Logits `[vocab]` of the first sampled row of the step launched last, waiting for it.
+    fn first_logits(&mut self) -> Result<Vec<f32>, Cause>;
+}
+
+impl<B: Ops> Runner for Engine<B, Qwen3<B>> {
+    fn submit(&mut self, request: Request<'_>) -> Result<Submitted, SubmitError> {
+        Engine::submit(self, request)
+    }
+
+    fn abort(&mut self, ticket: Ticket, sink: Sink<'_>) -> bool {
+        Engine::abort(self, ticket, &mut |event| sink(event))
+    }
+
+    fn step(&mut self, sink: Sink<'_>) -> Result<StepReport, Cause> {
+        Ok(Engine::step(self, &mut |event| sink(event))?)
+    }
+
+    fn is_idle(&self) -> bool {
+        Engine::is_idle(self)
+    }
+
+    fn stats(&self) -> Stats {
+        Engine::stats(self)
+    }
+
+    fn reset_stats(&mut self) {
+        Engine::reset_stats(self);
+    }
+
+    fn clear_prefix_cache(&mut self) {
+        Engine::clear_prefix_cache(self);
+    }
+
+    fn check(&self) {
+        Engine::check(self);
+    }
+
+    fn limits(&self) -> &Limits {
+        Engine::limits(self)
+    }
+
+    fn first_logits(&mut self) -> Result<Vec<f32>, Cause> {
+        let vocab = self.model().dims().vocab;
+        let Some(logits) = self.model().logits_buffer() else { return Ok(Vec::new()) };
+        Ok(self.backend_mut().read_logits(logits, vocab, 0..1)?)
+    }
+}

@@ -1,0 +1,137 @@
+//! What the tests share: the fixtures, found from the directory that cargo runs tests in, and temporary directories.
+#![allow(dead_code)]
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use minisgl::{BackendChoice, GenerateRequest, Llm, LlmBuilder, SamplingParams};
+use safetensors::SafeTensors;
+use serde::Deserialize;
+
+/// The golden checkpoints.
+pub const CHECKPOINTS: [&str; 2] = ["tiny-tied", "tiny-untied"];
+
+/// A fixture's path.
+pub fn fixture(name: &str) -> PathBuf {
+    Path::new("tests/fixtures").join(name)
+}
+
+/// A golden checkpoint on the CPU, with small capacities.
+pub fn builder(name: &str) -> LlmBuilder {
+    small(fixture(name))
+}
+
+/// A checkpoint in any folder, likewise.
+pub fn small(folder: impl AsRef<Path>) -> LlmBuilder {
+    Llm::builder(folder.as_ref().display().to_string())
+        .backend(BackendChoice::Cpu)
+        .max_running(8)
+        .max_queued(16)
+        .max_seq_len(Some(512))
+        .num_pages(Some(128))
+        .max_graph_batch(8)
+}
+
+/// Greedy sampling of `max_tokens` tokens, whatever they are.
+pub fn greedy(max_tokens: u32) -> SamplingParams {
+    SamplingParams { max_tokens, ignore_eos: true, ..SamplingParams::default() }
+}
+
+/// A request for greedy tokens.
+pub fn greedy_request(prompt: &[u32], max_tokens: u32) -> GenerateRequest {
+    GenerateRequest::tokens(prompt).sampling(greedy(max_tokens))
+}
+
+/// What transformers computes from a golden checkpoint.
+pub struct Golden {
+    pub examples: Vec<Example>,
+    tensors: Vec<u8>,
+}
+
+#[derive(Deserialize)]
+pub struct Example {
+    pub prompt: Vec<u32>,
+    pub greedy: Vec<u32>,
+    pub top2_margin: Vec<f32>,
+}
+
+impl Golden {
+    pub fn open(name: &str) -> Self {
+        #[derive(Deserialize)]
+        struct File {
+            examples: Vec<Example>,
+        }
+        let read = |file: &str| fs::read(fixture(name).join(file)).unwrap();
+        let file: File = serde_json::from_slice(&read("expected.json")).unwrap();
+        Golden { examples: file.examples, tensors: read("expected.safetensors") }
+    }
+
+    /// Logits at the last positions of example `i`'s prompt.
+    pub fn logits(&self, i: usize) -> Vec<Vec<f32>> {
+        self.tensor(&format!("logits.{i}"))
+    }
+
+    /// Logits at the step that chose example `i`'s last greedy token.
+    pub fn last_logits(&self, i: usize) -> Vec<f32> {
+        self.tensor(&format!("last_logits.{i}")).remove(0)
+    }
+
+    fn tensor(&self, name: &str) -> Vec<Vec<f32>> {
+        let file = SafeTensors::deserialize(&self.tensors).unwrap();
+        let view = file.tensor(name).unwrap();
+        let width = *view.shape().last().unwrap();
+        let values: Vec<f32> =
+            view.data().chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect();
+        values.chunks_exact(width).map(<[f32]>::to_vec).collect()
+    }
+}
+
+/// A directory that is removed when dropped.
+pub struct Scratch(PathBuf);
+
+impl Scratch {
+    pub fn new() -> Self {
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        let name = format!("minisgl-{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
+        let path = std::env::temp_dir().join(name);
+        fs::create_dir_all(&path).unwrap();
+        Scratch(path)
+    }
+
+    pub fn path(&self) -> &Path {
+        &self.0
+    }
+
+    pub fn join(&self, name: &str) -> PathBuf {
+        self.0.join(name)
+    }
+
+    /// Writes a file.
+    pub fn write(&self, name: &str, content: impl AsRef<[u8]>) -> PathBuf {
+        fs::write(self.join(name), content).unwrap();
+        self.join(name)
+    }
+
+    /// Copies a fixture's files here.
+    pub fn copy(&self, name: &str) {
+        for entry in fs::read_dir(fixture(name)).unwrap() {
+            let entry = entry.unwrap();
+            fs::copy(entry.path(), self.join(entry.file_name().to_str().unwrap())).unwrap();
+        }
+    }
+
+    /// A golden checkpoint with a tokenizer and a chat template.
+    pub fn with_text() -> Self {
+        let scratch = Scratch::new();
+        scratch.copy("tiny-tied");
+        scratch.copy("text");
+        scratch
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}

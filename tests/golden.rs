@@ -1,0 +1,90 @@
+//! The golden checkpoints on the CPU backend, through the public API, against what transformers computes from them.
+
+mod common;
+
+use common::{CHECKPOINTS, Golden, builder, greedy_request};
+use minisgl::{GenerateRequest, Llm};
+
+/// Largest difference between two rows of logits.
+fn distance(a: &[f32], b: &[f32]) -> f32 {
+    assert_eq!(a.len(), b.len());
+    a.iter()
+        .zip(b)
+        .map(|(a, b)| if a.is_finite() { (a - b).abs() } else { f32::INFINITY })
+        .fold(0.0, f32::max)
+}
+
+fn assert_logits(llm: &mut Llm, golden: &Golden) {
+    for (i, example) in golden.examples.iter().enumerate() {
+        let expected = golden.logits(i);
+        let mut sequence = example.prompt.clone();
+        sequence.extend(&example.greedy[..example.greedy.len() - 1]);
+        let logits = llm.prompt_logits(&sequence).unwrap();
+        assert_eq!(logits.len(), sequence.len());
+        let prompt = &logits[..example.prompt.len()];
+        for (row, expected) in prompt[prompt.len() - expected.len()..].iter().zip(&expected) {
+            let error = distance(row, expected);
+            assert!(error < 1e-3, "example {i}: a logit of the prompt is off by {error}");
+        }
+        let error = distance(logits.last().unwrap(), &golden.last_logits(i));
+        assert!(error < 1e-3, "example {i}: a logit of the last step is off by {error}");
+    }
+}
+
+#[test]
+fn logits_at_every_position_are_those_of_transformers() {
+    for name in CHECKPOINTS {
+        let golden = Golden::open(name);
+        for (prefill_tokens, prefix_cache) in [(512, true), (7, true), (512, false)] {
+            let builder = builder(name).max_prefill_tokens(prefill_tokens).prefix_cache(prefix_cache);
+            assert_logits(&mut builder.build().unwrap(), &golden);
+        }
+    }
+}
+
+/// All examples' greedy tokens, together or one by one.
+fn assert_greedy(llm: &mut Llm, golden: &Golden, together: bool, what: &str) {
+    let request = |example: &common::Example| greedy_request(&example.prompt, example.greedy.len() as u32);
+    let requests: Vec<GenerateRequest> = golden.examples.iter().map(request).collect();
+    let size = if together { requests.len() } else { 1 };
+    let completions = requests.chunks(size).flat_map(|batch| llm.generate(batch).unwrap());
+    for (i, (completion, example)) in completions.zip(&golden.examples).enumerate() {
+        assert_eq!(completion.token_ids, example.greedy, "example {i}, {what}");
+    }
+    llm.check();
+}
+
+#[test]
+fn greedy_tokens_are_those_of_transformers_however_they_are_computed() {
+    let both = [false, true];
+    for name in CHECKPOINTS {
+        let golden = Golden::open(name);
+        for (page_size, prefill_tokens) in [(16, 512), (16, 7), (32, 512), (32, 7)] {
+            for (prefix_cache, overlap) in both.into_iter().flat_map(|a| both.map(|b| (a, b))) {
+                for graph_rows in [0, 8] {
+                    let what = format!(
+                        "{name}: pages of {page_size}, {prefill_tokens} prefill tokens, prefix cache {prefix_cache}, \
+                         overlap {overlap}, recorded up to {graph_rows} rows"
+                    );
+                    let builder = builder(name).page_size(page_size).max_prefill_tokens(prefill_tokens);
+                    let builder =
+                        builder.prefix_cache(prefix_cache).overlap(overlap).max_graph_batch(graph_rows);
+                    let mut llm = builder.build().unwrap();
+                    assert_greedy(&mut llm, &golden, true, &what);
+                    assert_greedy(&mut llm, &golden, false, &what);
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn greedy_tokens_survive_retraction_by_a_tiny_pool() {
+    for name in CHECKPOINTS {
+        let golden = Golden::open(name);
+        let longest = golden.examples.iter().map(|example| example.prompt.len() + example.greedy.len());
+        let pages = longest.max().unwrap().div_ceil(16) as u32;
+        let mut llm = builder(name).page_size(16).num_pages(Some(pages)).build().unwrap();
+        assert_greedy(&mut llm, &golden, true, "the smallest pool that holds the longest example");
+    }
+}
