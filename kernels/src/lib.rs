@@ -29,7 +29,7 @@ macro_rules! modules {
 }
 
 /// Modules for compute capability 8.0 and later, in alphabetic order.
-pub const PORTABLE: &[Module] = modules!["portable": "embed", "perf", "sampling", "weights"];
+pub const PORTABLE: &[Module] = modules!["portable": "embed", "gemm", "perf", "sampling", "weights"];
 
 /// Modules for compute capability 9.0, in alphabetic order. Their kernels are written for dependent launch.
 pub const HOPPER: &[Module] = modules!["hopper": "edge"];

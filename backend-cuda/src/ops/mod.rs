@@ -1,4 +1,5 @@
 //! Core's operations: each family of kernels with its launches.
 
 pub mod embed;
+pub mod gemm;
 pub mod sampling;

@@ -1,0 +1,252 @@
+//! Matrix products `y[t, m] = sum over k of w[m, k] x[t, k]` with what follows them: launches of `gemm.cu`.
+//!
+//! ```text
+//!   epilogue   y becomes                                               columns summed in
+//!   Qkv        queries; keys and values in their pages                 2 slices
+//!   Residual   added to the residual stream, with its partial squares  8
+//!   GateUp     silu(gate) * up                                         2
+//!   Head       f16 logits                                              1
+//!   Linear     bf16 rows                                               1
+//! ```
+//!
+//! Invariant: how a sum is cut depends on the matrix alone, never on the number of tokens, so a token's bits are the
+//! same in every batch. Which tile a launch gets is chosen here and is a matter of speed only.
+
+use std::ffi::c_void;
+
+use crate::error::CudaError;
+use crate::launch::{Grid, Kernel, Launcher, Param};
+use crate::memory::Address;
+use crate::module::Modules;
+use crate::weight::Weight;
+
+/// Columns of a block; slices are whole blocks.
+const BLOCK_COLS: u32 = 64;
+
+/// Where a normed row's scale comes from.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct RowNorm {
+    /// `[tokens, segments]` f32: sums of squares of 64 elements each.
+    pub sumsq: Address,
+    /// `ceil(hidden / 64)`.
+    pub segments: u32,
+    /// Width of the rows.
+    pub hidden: u32,
+    /// Epsilon of the norm.
+    pub eps: f32,
+}
+
+/// Normed rows times q, k and v: head norms and rope, queries to `q`, keys and values to their pages.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct Qkv {
+    /// The rows' norm.
+    pub norm: RowNorm,
+    /// Epsilon of the head norms.
+    pub head_eps: f32,
+    /// The packed batch.
+    pub batch: Address,
+    /// `[head_dim]` bf16.
+    pub q_norm: Address,
+    /// `[head_dim]` bf16.
+    pub k_norm: Address,
+    /// `[positions, head_dim / 2]` (cos, sin) f32.
+    pub rope: Address,
+    /// `[tokens, heads * head_dim]` bf16.
+    pub q: Address,
+    /// `[pages + 1, kv_heads, page_size, head_dim]` bf16, 16-byte chunk c of row t at chunk `c ^ (t % 8)`.
+    pub k: Address,
+    /// As `k`.
+    pub v: Address,
+    /// First word of the batch's tokens.
+    pub tokens_offset: u32,
+    /// Query heads.
+    pub heads: u32,
+    /// Key heads, and as many value heads.
+    pub kv_heads: u32,
+    /// 64 or 128.
+    pub head_dim: u32,
+    /// A page holds `1 << page_shift` tokens.
+    pub page_shift: u32,
+    /// Makes the struct a multiple of 8 bytes.
+    pub reserved: u32,
+}
+
+/// Rows added to the residual stream.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct Residual {
+    /// `[tokens, rows of w]` bf16.
+    pub residual: Address,
+    /// `[tokens, ceil(rows of w / 64)]` f32: sums of squares of 64 elements of the new residual each.
+    pub sumsq: Address,
+}
+
+/// Normed rows times gate and up, whose rows take turns in blocks of 8.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct GateUp {
+    /// The rows' norm.
+    pub norm: RowNorm,
+    /// `[tokens, intermediate]` bf16.
+    pub out: Address,
+    /// Width of the MLP; the stored matrix may be padded beyond it.
+    pub intermediate: u32,
+    /// Makes the struct a multiple of 8 bytes.
+    pub reserved: u32,
+}
+
+/// Logits.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct Head {
+    /// `[samples, rows of w]` f16, clamped to its range.
+    pub out: Address,
+}
+
+/// Plain rows.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct Linear {
+    /// `[tokens, rows of w]` bf16.
+    pub out: Address,
+}
+
+/// Which epilogue.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// [`Qkv`].
+    Qkv,
+    /// [`Residual`].
+    Residual,
+    /// [`GateUp`].
+    GateUp,
+    /// [`Head`].
+    Head,
+    /// [`Linear`].
+    Linear,
+}
+
+impl Kind {
+    /// Slices that a sum over `cols` columns is cut into.
+    fn slices(self, cols: u32) -> u32 {
+        let wanted = match self {
+            Kind::Qkv | Kind::GateUp => 2,
+            Kind::Residual => 8,
+            Kind::Head | Kind::Linear => 1,
+        };
+        wanted.min(cols.div_ceil(BLOCK_COLS))
+    }
+}
+
+/// What a product's sums become.
+pub trait Epilogue: Param {
+    /// Which it is.
+    const KIND: Kind;
+}
+
+/// The sizes of a product, as `epilogue.cuh` declares them.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+struct Shape {
+    rows: u32,
+    cols: u32,
+    tokens: u32,
+    slices: u32,
+}
+
+macro_rules! struct_params {
+    ($($type:ty),*) => {$(
+        impl Param for $type {
+            fn raw(&self) -> (*const c_void, usize) {
+                ((self as *const Self).cast(), size_of::<Self>())
+            }
+        }
+    )*};
+}
+struct_params!(Qkv, Residual, GateUp, Head, Linear, Shape);
+
+macro_rules! epilogues {
+    ($($type:ident),*) => {$(
+        impl Epilogue for $type {
+            const KIND: Kind = Kind::$type;
+        }
+    )*};
+}
+epilogues!(Qkv, Residual, GateUp, Head, Linear);
+
+/// The kernels for any GPU.
+#[derive(Debug)]
+struct Portable {
+    /// For few tokens and for many; by [`Kind`].
+    kernels: [[Kernel; 2]; 5],
+}
+
+impl Portable {
+    const TILE_ROWS: u32 = 128;
+    const TILE_TOKENS: [u32; 2] = [16, 64];
+    const STAGES: u32 = 3;
+    const THREADS: u32 = 256;
+
+    fn new(modules: &Modules) -> Result<Portable, CudaError> {
+        let find = |name, tokens| modules.kernel("gemm", name, Portable::shared(tokens));
+        let pair = |few, many| Ok([find(few, Self::TILE_TOKENS[0])?, find(many, Self::TILE_TOKENS[1])?]);
+        let kernels = [
+            pair("gemm_qkv_16", "gemm_qkv_64")?,
+            pair("gemm_residual_16", "gemm_residual_64")?,
+            pair("gemm_gate_up_16", "gemm_gate_up_64")?,
+            pair("gemm_head_16", "gemm_head_64")?,
+            pair("gemm_linear_16", "gemm_linear_64")?,
+        ];
+        Ok(Portable { kernels })
+    }
+
+    fn shared(tile_tokens: u32) -> u32 {
+        Self::STAGES * (Self::TILE_ROWS + tile_tokens) * BLOCK_COLS * 2
+    }
+
+    fn launch<E: Epilogue>(
+        &self,
+        launcher: &Launcher,
+        w: Address,
+        x: Address,
+        shape: &Shape,
+        epilogue: &E,
+    ) -> Result<(), CudaError> {
+        let size = usize::from(shape.tokens > Self::TILE_TOKENS[0]);
+        let tile_tokens = Self::TILE_TOKENS[size];
+        let grid = Grid::new(shape.rows.div_ceil(Self::TILE_ROWS), Self::THREADS)
+            .rows(shape.tokens.div_ceil(tile_tokens))
+            .shared(Self::shared(tile_tokens));
+        let kernel = &self.kernels[E::KIND as usize][size];
+        launcher.launch(kernel, grid, [&w, &x, shape, epilogue])
+    }
+}
+
+/// The kernels.
+#[derive(Debug)]
+pub struct Gemm {
+    portable: Portable,
+}
+
+impl Gemm {
+    /// Looks the kernels up.
+    pub fn new(modules: &Modules) -> Result<Gemm, CudaError> {
+        Ok(Gemm { portable: Portable::new(modules)? })
+    }
+
+    /// Multiplies `tokens` rows `x` `[tokens, columns of w]` bf16 by `w`, whose columns are a multiple of 8.
+    pub fn launch<E: Epilogue>(
+        &self,
+        launcher: &Launcher,
+        w: Weight,
+        x: Address,
+        tokens: u32,
+        epilogue: &E,
+    ) -> Result<(), CudaError> {
+        let (rows, cols) = (w.rows() as u32, w.cols() as u32);
+        let shape = Shape { rows, cols, tokens, slices: E::KIND.slices(cols) };
+        self.portable.launch(launcher, w.address(), x, &shape, epilogue)
+    }
+}

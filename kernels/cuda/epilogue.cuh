@@ -1,0 +1,260 @@
+// What happens to a GEMM's sums on their way out, the same code for every GEMM kernel: a warp takes one token's outputs
+// of a tile, BLOCKS times 64 of them, lane l holding outputs 64 b + 2 l and 64 b + 2 l + 1 as v[b].
+//
+//   Qkv        row scale; head norm; rope; q -> [tokens, q_width] bf16, k and v -> KV pages       128 outputs a tile
+//   Residual   residual += y (bf16), sumsq[t, m / 64] = sum of the new values' squares, f32      64 or 128
+//   GateUp     row scale; silu(gate) * up -> [tokens, intermediate] bf16                         64 or 128
+//   Head       y -> [samples, vocab] f16, clamped to what f16 holds                              64 or 128
+//   Linear     y -> [tokens, rows] bf16                                                          64 or 128
+//
+//   row scale  rsqrt(sum_sq / hidden + eps), sum_sq the token's sum over sumsq [tokens, ceil(hidden / 64)] f32
+//   KV pages   [pages + 1, kv_heads, page_size, head_dim] bf16; 16-byte chunk c of row t lies at chunk c ^ (t % 8)
+//
+// 1. Everything between the sums and the stored value is f32, and every sum has one order: a token's bits depend
+//    neither on the kernel nor on the tokens beside it.
+// 2. Gate and up rows take turns in blocks of 8 (the loader's doing), so that a lane finds its partner by a shuffle.
+// 3. The structs are kernel parameters: backend-cuda/src/ops/gemm.rs declares the same fields.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "batch.cuh"
+
+__device__ __forceinline__ float warp_sum(float value) {
+#pragma unroll
+    for (int lane = 16; lane > 0; lane /= 2)
+        value += __shfl_xor_sync(0xffffffffu, value, lane);
+    return value;
+}
+
+__device__ __forceinline__ void store_pair(__nv_bfloat16 *at, float x, float y) {
+    *reinterpret_cast<__nv_bfloat162 *>(at) = __floats2bfloat162_rn(x, y);
+}
+
+// The scale of a normed row, from its partial sums of squares.
+struct RowNorm {
+    const float *sumsq; // [tokens, segments]
+    unsigned segments, hidden;
+    float eps;
+
+    // A warp's call; every lane gets the scale.
+    __device__ __forceinline__ float scale(unsigned token, unsigned lane) const {
+        const float *partial = sumsq + (size_t)token * segments;
+        float sum = 0.0f;
+        for (unsigned i = lane; i < segments; i += 32)
+            sum += partial[i];
+        return rsqrtf(warp_sum(sum) / (float)hidden + eps);
+    }
+};
+
+struct Qkv {
+    RowNorm norm;
+    float head_eps;
+    const unsigned *batch; // the packed batch's words
+    const __nv_bfloat16 *q_norm, *k_norm; // [head_dim]
+    const float2 *rope;                   // [positions, head_dim / 2] (cos, sin)
+    __nv_bfloat16 *q, *k, *v;
+    unsigned tokens_offset, heads, kv_heads, head_dim, page_shift, unused;
+    static constexpr bool SCALED = true;
+
+    __device__ __forceinline__ float scale(unsigned token, unsigned lane) const { return norm.scale(token, lane); }
+
+    template <int BLOCKS>
+    __device__ __forceinline__ void store(float2 (&v_)[BLOCKS], unsigned token, unsigned m0, unsigned rows,
+                                          unsigned lane) const {
+        static_assert(BLOCKS == 2, "a tile holds whole heads");
+        const Token where = reinterpret_cast<const Token *>(batch + tokens_offset)[token];
+        if (head_dim == 128) {
+            head<2>(v_[0], v_[1], 64u, where, token, m0 / 128, lane);
+        } else {
+#pragma unroll
+            for (int b = 0; b < 2; b++) {
+                // Dims 2 l and 2 l + 1 turn with dims 32 further on, which lane l + 16 holds.
+                if (m0 + 64 * b < rows)
+                    head<1>(v_[b], v_[b], 32u, where, token, (m0 + 64 * b) / 64, lane);
+            }
+        }
+    }
+
+  private:
+    // One head of 64 PARTS dims. lo: dims 2 l, 2 l + 1. hi: dims 64 + 2 l, … (of no use where PARTS is 1).
+    template <int PARTS>
+    __device__ __forceinline__ void head(float2 lo, float2 hi, unsigned half, const Token &where, unsigned token,
+                                         unsigned h, unsigned lane) const {
+        const unsigned d = 2 * lane;
+        if (h < heads + kv_heads) {
+            const __nv_bfloat16 *weight = h < heads ? q_norm : k_norm;
+            float sum = warp_sum(fmaf(lo.x, lo.x, lo.y * lo.y));
+            if (PARTS == 2)
+                sum += warp_sum(fmaf(hi.x, hi.x, hi.y * hi.y));
+            const float inverse = rsqrtf(sum / (64.0f * PARTS) + head_eps);
+            lo = weighted(lo, inverse, weight + d);
+            if (PARTS == 2)
+                hi = weighted(hi, inverse, weight + 64 + d);
+            // (cos, sin) of this lane's two angles.
+            const float4 turn = *reinterpret_cast<const float4 *>(rope + (size_t)where.position * half + d % half);
+            if (PARTS == 2) {
+                const float2 a = lo, b = hi;
+                lo = {a.x * turn.x - b.x * turn.y, a.y * turn.z - b.y * turn.w};
+                hi = {b.x * turn.x + a.x * turn.y, b.y * turn.z + a.y * turn.w};
+            } else {
+                const float sign = lane < 16 ? -1.0f : 1.0f;
+                const float x = __shfl_xor_sync(0xffffffffu, lo.x, 16), y = __shfl_xor_sync(0xffffffffu, lo.y, 16);
+                lo = {lo.x * turn.x + sign * x * turn.y, lo.y * turn.z + sign * y * turn.w};
+            }
+        }
+        put<PARTS>(lo, hi, where, token, h, d);
+    }
+
+    __device__ __forceinline__ static float2 weighted(float2 x, float inverse, const __nv_bfloat16 *weight) {
+        const float2 w = __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162 *>(weight));
+        return {x.x * inverse * w.x, x.y * inverse * w.y};
+    }
+
+    template <int PARTS>
+    __device__ __forceinline__ void put(float2 lo, float2 hi, const Token &where, unsigned token, unsigned h,
+                                        unsigned d) const {
+        if (h < heads) {
+            __nv_bfloat16 *out = q + ((size_t)token * heads + h) * (64 * PARTS) + d;
+            store_pair(out, lo.x, lo.y);
+            if (PARTS == 2)
+                store_pair(out + 64, hi.x, hi.y);
+            return;
+        }
+        const bool is_key = h < heads + kv_heads;
+        const unsigned kv_head = h - heads - (is_key ? 0 : kv_heads);
+        const unsigned page = where.location >> page_shift, row = where.location & ((1u << page_shift) - 1);
+        const size_t line = (((size_t)page * kv_heads + kv_head) << page_shift) + row;
+        __nv_bfloat16 *out = (is_key ? k : v) + line * (64 * PARTS) + ((d / 8) ^ (row % 8)) * 8 + d % 8;
+        store_pair(out, lo.x, lo.y);
+        if (PARTS == 2)
+            store_pair(out + 64, hi.x, hi.y); // chunk 8 + c goes to 8 + (c ^ row % 8)
+    }
+};
+
+struct Residual {
+    __nv_bfloat16 *residual; // [tokens, rows]
+    float *sumsq;            // [tokens, ceil(rows / 64)]
+    static constexpr bool SCALED = false;
+
+    __device__ __forceinline__ float scale(unsigned, unsigned) const { return 1.0f; }
+
+    template <int BLOCKS>
+    __device__ __forceinline__ void store(float2 (&v)[BLOCKS], unsigned token, unsigned m0, unsigned rows,
+                                          unsigned lane) const {
+        __nv_bfloat162 *at = reinterpret_cast<__nv_bfloat162 *>(residual + (size_t)token * rows + m0 + 2 * lane);
+        float2 old[BLOCKS];
+#pragma unroll
+        for (int b = 0; b < BLOCKS; b++)
+            if (m0 + 64 * b + 2 * lane < rows)
+                old[b] = __bfloat1622float2(at[32 * b]);
+#pragma unroll
+        for (int b = 0; b < BLOCKS; b++) {
+            if (m0 + 64 * b >= rows)
+                break;
+            float2 x = {0.0f, 0.0f};
+            if (m0 + 64 * b + 2 * lane < rows) {
+                const __nv_bfloat162 sum = __floats2bfloat162_rn(old[b].x + v[b].x, old[b].y + v[b].y);
+                at[32 * b] = sum;
+                x = __bfloat1622float2(sum);
+            }
+            const float squares = warp_sum(fmaf(x.x, x.x, x.y * x.y));
+            if (lane == 0)
+                sumsq[(size_t)token * ((rows + 63) / 64) + m0 / 64 + b] = squares;
+        }
+    }
+};
+
+struct GateUp {
+    RowNorm norm;
+    __nv_bfloat16 *out; // [tokens, intermediate]
+    unsigned intermediate, unused;
+    static constexpr bool SCALED = true;
+
+    __device__ __forceinline__ float scale(unsigned token, unsigned lane) const { return norm.scale(token, lane); }
+
+    template <int BLOCKS>
+    __device__ __forceinline__ void store(float2 (&v)[BLOCKS], unsigned token, unsigned m0, unsigned,
+                                          unsigned lane) const {
+#pragma unroll
+        for (int b = 0; b < BLOCKS; b++) {
+            // Of 8 lanes, the first 4 hold 8 gates, the last 4 their ups.
+            const float2 g = v[b];
+            const float2 u = {__shfl_xor_sync(0xffffffffu, g.x, 4), __shfl_xor_sync(0xffffffffu, g.y, 4)};
+            const unsigned m = (m0 + 64 * b) / 2 + lane / 8 * 8 + lane % 4 * 2;
+            if (lane % 8 >= 4 || m >= intermediate)
+                continue;
+            __nv_bfloat16 *at = out + (size_t)token * intermediate + m;
+            store_pair(at, silu(g.x) * u.x, silu(g.y) * u.y);
+        }
+    }
+
+  private:
+    __device__ __forceinline__ static float silu(float x) { return __fdividef(x, 1.0f + __expf(-x)); }
+};
+
+// Plain stores of one type.
+struct Head {
+    __half *out; // [samples, rows]
+    static constexpr bool SCALED = false;
+
+    __device__ __forceinline__ float scale(unsigned, unsigned) const { return 1.0f; }
+
+    template <int BLOCKS>
+    __device__ __forceinline__ void store(float2 (&v)[BLOCKS], unsigned token, unsigned m0, unsigned rows,
+                                          unsigned lane) const {
+#pragma unroll
+        for (int b = 0; b < BLOCKS; b++) {
+            const unsigned m = m0 + 64 * b + 2 * lane;
+            __half *at = out + (size_t)token * rows + m;
+            const __half2 pair = __floats2half2_rn(clamped(v[b].x), clamped(v[b].y));
+            if (rows % 2 == 0 && m < rows) {
+                *reinterpret_cast<__half2 *>(at) = pair;
+            } else {
+                // An odd vocabulary: pairs are not aligned.
+                if (m < rows)
+                    at[0] = pair.x;
+                if (m + 1 < rows)
+                    at[1] = pair.y;
+            }
+        }
+    }
+
+  private:
+    __device__ __forceinline__ static float clamped(float x) { return fminf(fmaxf(x, -65504.0f), 65504.0f); }
+};
+
+struct Linear {
+    __nv_bfloat16 *out; // [tokens, rows]
+    static constexpr bool SCALED = false;
+
+    __device__ __forceinline__ float scale(unsigned, unsigned) const { return 1.0f; }
+
+    template <int BLOCKS>
+    __device__ __forceinline__ void store(float2 (&v)[BLOCKS], unsigned token, unsigned m0, unsigned rows,
+                                          unsigned lane) const {
+#pragma unroll
+        for (int b = 0; b < BLOCKS; b++) {
+            const unsigned m = m0 + 64 * b + 2 * lane;
+            __nv_bfloat16 *at = out + (size_t)token * rows + m;
+            if (rows % 2 == 0 && m < rows) {
+                store_pair(at, v[b].x, v[b].y);
+            } else {
+                if (m < rows)
+                    at[0] = __float2bfloat16_rn(v[b].x);
+                if (m + 1 < rows)
+                    at[1] = __float2bfloat16_rn(v[b].y);
+            }
+        }
+    }
+};
+
+// The sizes of a product, and how its sum over the columns is cut: slice i is blocks [i nb / slices, (i + 1) nb / slices)
+// of 64 columns, nb of them in all.
+struct Shape {
+    unsigned rows, cols, tokens, slices;
+
+    __device__ __forceinline__ unsigned blocks() const { return (cols + 63) / 64; }
+    __device__ __forceinline__ unsigned slice_begin(unsigned slice) const { return slice * blocks() / slices; }
+};
