@@ -13,6 +13,8 @@
 #![no_std]
 #![forbid(unsafe_code)]
 
+pub mod attention;
+
 /// The PTX of a family of kernels.
 #[derive(Clone, Copy, Debug)]
 pub struct Module {
@@ -29,7 +31,8 @@ macro_rules! modules {
 }
 
 /// Modules for compute capability 8.0 and later, in alphabetic order.
-pub const PORTABLE: &[Module] = modules!["portable": "embed", "gemm", "perf", "sampling", "weights"];
+pub const PORTABLE: &[Module] =
+    modules!["portable": "attention", "embed", "gemm", "perf", "sampling", "weights"];
 
 /// Modules for compute capability 9.0, in alphabetic order. Their kernels are written for dependent launch.
-pub const HOPPER: &[Module] = modules!["hopper": "edge"];
+pub const HOPPER: &[Module] = modules!["hopper": "attention", "edge"];

@@ -1,0 +1,491 @@
+//! Paged attention against float64, and against itself: no bit of a token depends on what runs beside it, nor how.
+//!
+//! A world is a set of slots whose queries, keys and values are functions of (slot, position), so that any step over it
+//! can be made and judged. Pages are shuffled; whatever no sequence holds is NaN, and so is the output beforehand.
+
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use half::bf16;
+use minisgl_core::backend::{Device, Dims, Element, KvLayer, Purpose, Queue, Step};
+use minisgl_core::batch::{Header, Layout, Phase, ROW_WORDS, Row, StepShape, zeroed_words};
+use minisgl_core::config::Limits;
+use minisgl_core::tensor::splitmix64;
+use minisgl_cuda::ops::attention::Attention;
+use minisgl_cuda::{Buffer, Cuda, KernelSet, Options};
+use rayon::prelude::*;
+
+/// bf16 has 8 bits: rounding the output and each probability costs at most 2^-9 of it each, about half of that in the
+/// mean over a head's elements; f32 sums and exponentials are far below.
+const ERROR_MAX: f64 = 1.0 / 256.0;
+
+/// Lengths around tiles, pages and leaves.
+const LENGTHS: [u32; 13] = [1, 15, 16, 17, 63, 127, 128, 129, 255, 256, 257, 1000, 2047];
+
+const NAN: bf16 = bf16::NAN;
+
+#[derive(Clone, Copy, Debug)]
+struct Heads {
+    kv_heads: usize,
+    group: usize,
+    head_dim: usize,
+}
+
+impl Heads {
+    /// Elements of a token's queries, all heads.
+    fn width(self) -> usize {
+        self.kv_heads * self.group * self.head_dim
+    }
+}
+
+/// `tokens` tokens of a slot from `position` on.
+#[derive(Clone, Copy, Debug)]
+struct Span {
+    slot: u32,
+    position: u32,
+    tokens: u32,
+}
+
+/// The numbers of a world.
+#[derive(Clone, Copy, Debug)]
+struct Numbers {
+    seed: u64,
+    heads: Heads,
+}
+
+struct World {
+    cuda: Cuda,
+    attention: Attention,
+    numbers: Numbers,
+    limits: Limits,
+    table: Buffer,
+    kv: KvLayer<Buffer>,
+}
+
+fn fresh_seed() -> u64 {
+    let seed = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_nanos() as u64;
+    println!("seed {seed}");
+    seed
+}
+
+/// Uniform, with variance about 1.
+fn value(seed: u64, what: u64, slot: u32, position: u32, element: usize) -> bf16 {
+    let place = splitmix64(seed ^ (what << 60) ^ (u64::from(slot) << 32) ^ u64::from(position));
+    let random = splitmix64(place.wrapping_add(element as u64)) >> 40;
+    bf16::from_f32((random as f32 / (1 << 24) as f32 - 0.5) * 3.5)
+}
+
+fn upload(cuda: &mut Cuda, words: &[u32], to: Buffer) {
+    let mut pinned = cuda.alloc_pinned(words.len()).unwrap();
+    cuda.words_mut(&mut pinned).unwrap().copy_from_slice(words);
+    cuda.upload(&mut pinned, 0..words.len(), to).unwrap();
+    cuda.synchronize().unwrap();
+}
+
+impl Numbers {
+    /// softmax(q K^T / sqrt(head_dim)) V in float64.
+    fn reference(&self, slot: u32, position: u32, head: usize) -> Vec<f64> {
+        let Heads { group, head_dim, .. } = self.heads;
+        let at = |what, position, head: usize, d| {
+            value(self.seed, what, slot, position, head * head_dim + d).to_f64()
+        };
+        let query: Vec<f64> = (0..head_dim).map(|d| at(0, position, head, d)).collect();
+        let scores: Vec<f64> = (0..=position)
+            .map(|t| query.iter().enumerate().map(|(d, q)| q * at(1, t, head / group, d)).sum::<f64>())
+            .map(|score| score / (head_dim as f64).sqrt())
+            .collect();
+        let max = scores.iter().copied().fold(f64::MIN, f64::max);
+        let mut out = vec![0.0; head_dim];
+        for (t, score) in scores.iter().enumerate() {
+            let p = (score - max).exp();
+            out.iter_mut().enumerate().for_each(|(d, o)| *o += p * at(2, t as u32, head / group, d));
+        }
+        let sum: f64 = scores.iter().map(|score| (score - max).exp()).sum();
+        out.iter().map(|o| o / sum).collect()
+    }
+}
+
+impl World {
+    /// Slot i has room for, and keys and values of, `lengths[i]` tokens.
+    fn new(kernels: KernelSet, heads: Heads, page_size: u32, lengths: &[u32]) -> World {
+        let mut cuda = Cuda::new(&Options { device: 0, kernels }).expect("a GPU");
+        let (seed, slots) = (fresh_seed(), lengths.len());
+        let longest = lengths.iter().copied().max().unwrap();
+        let pages: u32 = lengths.iter().map(|length| length.div_ceil(page_size)).sum::<u32>() + 3;
+        let limits = Limits {
+            running: slots as u32,
+            queued: 1,
+            sequence: longest,
+            prefill_tokens: 20_000,
+            page_size,
+            pages,
+            graph_rows: 0,
+        };
+        let dims = Dims {
+            layers: 1,
+            hidden: 64,
+            heads: (heads.kv_heads * heads.group) as u32,
+            kv_heads: heads.kv_heads as u32,
+            head_dim: heads.head_dim as u32,
+            intermediate: 64,
+            vocab: 64,
+            norm_eps: 1e-6,
+        };
+        let attention = Attention::new(&mut cuda, &dims, &limits).unwrap();
+        let table = shuffled_table(&limits, seed, lengths);
+        let table_buffer = cuda.alloc(Purpose::Scratch, Element::Word, table.len()).unwrap();
+        upload(&mut cuda, &table, table_buffer);
+        let [k, v] = [1, 2].map(|what| {
+            let block = paged(seed, what, heads, &limits, &table, lengths);
+            let buffer = cuda.alloc(Purpose::KvCache, Element::Activation, block.len()).unwrap();
+            upload(&mut cuda, bytemuck::cast_slice(&block), buffer);
+            buffer
+        });
+        World {
+            cuda,
+            attention,
+            numbers: Numbers { seed, heads },
+            limits,
+            table: table_buffer,
+            kv: KvLayer { k, v },
+        }
+    }
+
+    fn width(&self) -> usize {
+        self.numbers.heads.width()
+    }
+
+    /// Runs a step and returns `[tokens, q_width]`.
+    fn run(&mut self, phase: Phase, spans: &[Span]) -> Vec<bf16> {
+        let plan_words = self.attention.plan_words(&self.limits);
+        let layout = Layout::new(&self.limits, plan_words);
+        let rows = rows_of(spans);
+        let tokens: u32 = spans.iter().map(|span| span.tokens).sum();
+        let shape = StepShape { phase, rows: rows.len() as u32, tokens, samples: rows.len() as u32 };
+        let mut words = zeroed_words(&layout);
+        let header = Header { rows: shape.rows, tokens, samples: shape.samples, ..Header::default() };
+        words[..16].copy_from_slice(bytemuck::cast_slice(&[header]));
+        self.attention.plan(shape, &rows, &mut words[layout.plan..][..plan_words]);
+        words[layout.rows..][..rows.len() * ROW_WORDS].copy_from_slice(bytemuck::cast_slice(&rows));
+
+        let (width, seed) = (self.width(), self.numbers.seed);
+        let mut q = Vec::with_capacity(tokens as usize * width);
+        for span in spans {
+            for position in span.position..span.position + span.tokens {
+                q.extend((0..width).map(|element| value(seed, 0, span.slot, position, element)));
+            }
+        }
+        let cuda = &mut self.cuda;
+        let batch = cuda.alloc(Purpose::Scratch, Element::Word, words.len()).unwrap();
+        upload(cuda, &words, batch);
+        let q_buffer = cuda.alloc(Purpose::Scratch, Element::Activation, q.len()).unwrap();
+        upload(cuda, bytemuck::cast_slice(&q), q_buffer);
+        // A token more, to see that nobody writes there.
+        let poison = vec![NAN; q.len() + width];
+        let out = cuda.alloc(Purpose::Scratch, Element::Activation, poison.len()).unwrap();
+        let step = Step {
+            shape,
+            batch,
+            layout,
+            page_table: self.table,
+            table_width: self.limits.table_width(),
+            page_size: self.limits.page_size,
+            token_pool: self.table,
+        };
+        let mut results = [(); 2].map(|()| {
+            upload(cuda, bytemuck::cast_slice(&poison), out);
+            self.attention.attend(cuda.launcher(), &step, q_buffer, self.kv, out).unwrap();
+            let mut pinned = cuda.alloc_pinned(poison.len() / 2).unwrap();
+            cuda.download(Queue::Compute, out, poison.len() / 2, &mut pinned).unwrap();
+            bytemuck::cast_slice::<u32, bf16>(cuda.words(&pinned).unwrap()).to_vec()
+        });
+        assert!(
+            results[0].iter().map(|x| x.to_bits()).eq(results[1].iter().map(|x| x.to_bits())),
+            "run twice"
+        );
+        let mut result = std::mem::take(&mut results[0]);
+        assert!(result.split_off(q.len()).iter().all(|x| x.is_nan()), "written behind the last token");
+        result
+    }
+
+    fn decode(&mut self, slots_and_lengths: impl Iterator<Item = (u32, u32)>) -> Vec<bf16> {
+        let spans: Vec<_> =
+            slots_and_lengths.map(|(slot, length)| Span { slot, position: length - 1, tokens: 1 }).collect();
+        self.run(Phase::Decode, &spans)
+    }
+
+    /// Compares tokens of a step's result, at most `samples` of them, with float64.
+    fn check(&self, spans: &[Span], result: &[bf16], samples: usize) {
+        let tokens: Vec<_> = spans
+            .iter()
+            .flat_map(|span| (0..span.tokens).map(|i| (span.slot, span.position + i)))
+            .zip(result.chunks_exact(self.width()))
+            .collect();
+        assert_eq!(tokens.len() * self.width(), result.len());
+        assert!(result.iter().all(|x| x.is_finite()), "not written, or not finite: {}", first_bad(&tokens));
+        let every = tokens.len().div_ceil(samples);
+        let numbers = self.numbers;
+        let offset = splitmix64(numbers.seed) as usize % every;
+        let ends = [tokens.first().unwrap(), tokens.last().unwrap()];
+        let some: Vec<_> = tokens.iter().skip(offset).step_by(every).chain(ends).collect();
+        some.into_par_iter().for_each(|((slot, position), out)| {
+            let dim = numbers.heads.head_dim;
+            for head in 0..numbers.heads.kv_heads * numbers.heads.group {
+                let error =
+                    relative_error(&numbers.reference(*slot, *position, head), &out[head * dim..][..dim]);
+                assert!(error < ERROR_MAX, "slot {slot}, position {position}, head {head}: error {error}");
+            }
+        });
+    }
+}
+
+fn first_bad(tokens: &[((u32, u32), &[bf16])]) -> String {
+    let bad = tokens.iter().find_map(|((slot, position), out)| {
+        let element = out.iter().position(|x| !x.is_finite())?;
+        Some(format!("slot {slot}, position {position}, element {element}"))
+    });
+    bad.unwrap_or_default()
+}
+
+fn relative_error(expected: &[f64], got: &[bf16]) -> f64 {
+    let norm: f64 = expected.iter().map(|x| x * x).sum();
+    let difference: f64 = expected.iter().zip(got).map(|(x, y)| (x - y.to_f64()).powi(2)).sum();
+    (difference / norm).sqrt()
+}
+
+fn rows_of(spans: &[Span]) -> Vec<Row> {
+    let mut first_token = 0;
+    let row = |span: &Span| {
+        let &Span { slot, position, tokens } = span;
+        first_token += tokens;
+        let first_token = first_token - tokens;
+        Row { slot, first_token, tokens, position, kv_len: position + tokens, sampled: 1, ..Row::default() }
+    };
+    spans.iter().map(row).collect()
+}
+
+/// The page table of all slots, pages in random order; the dummy slot's entries name the dummy page.
+fn shuffled_table(limits: &Limits, seed: u64, lengths: &[u32]) -> Vec<u32> {
+    let mut pages: Vec<u32> = (0..limits.pages).collect();
+    pages.sort_by_key(|page| splitmix64(seed.wrapping_add(u64::from(*page))));
+    let mut pages = pages.into_iter();
+    let width = limits.table_width() as usize;
+    // Entries behind a sequence's end are never looked at: they name no page.
+    let mut table = vec![u32::MAX; (lengths.len() + 1) * width];
+    for (slot, length) in lengths.iter().enumerate() {
+        let used = length.div_ceil(limits.page_size) as usize;
+        table[slot * width..][..used].fill_with(|| pages.next().unwrap());
+    }
+    table[lengths.len() * width..].fill(limits.pages);
+    table
+}
+
+/// `[pages + 1, kv_heads, page_size, head_dim]`, chunks of 8 elements swizzled; NaN where no token is.
+fn paged(seed: u64, what: u64, heads: Heads, limits: &Limits, table: &[u32], lengths: &[u32]) -> Vec<bf16> {
+    let Heads { kv_heads, head_dim, .. } = heads;
+    let page_size = limits.page_size as usize;
+    let mut block = vec![NAN; (limits.pages as usize + 1) * kv_heads * page_size * head_dim];
+    for (slot, length) in lengths.iter().enumerate() {
+        for position in 0..*length {
+            let t = position as usize % page_size;
+            let page = table[slot * limits.table_width() as usize + position as usize / page_size] as usize;
+            for head in 0..kv_heads {
+                let row = &mut block[((page * kv_heads + head) * page_size + t) * head_dim..][..head_dim];
+                for (d, element) in row.iter_mut().enumerate() {
+                    let logical = ((d / 8) ^ (t & 7)) * 8 + d % 8;
+                    *element = value(seed, what, slot as u32, position, head * head_dim + logical);
+                }
+            }
+        }
+    }
+    block
+}
+
+fn bits(values: &[bf16]) -> Vec<u16> {
+    values.iter().map(|x| x.to_bits()).collect()
+}
+
+/// Random lengths, uniform in 1..=longest.
+fn random_lengths(rows: usize, longest: u32) -> Vec<u32> {
+    let seed = fresh_seed();
+    (0..rows as u64).map(|i| 1 + (splitmix64(seed.wrapping_add(i)) % u64::from(longest)) as u32).collect()
+}
+
+fn decode_is_right(kernels: KernelSet, heads: Heads, page_size: u32, lengths: &[u32]) {
+    let mut world = World::new(kernels, heads, page_size, lengths);
+    let spans: Vec<_> =
+        (0..).zip(lengths).map(|(slot, n)| Span { slot, position: n - 1, tokens: 1 }).collect();
+    let result = world.run(Phase::Decode, &spans);
+    println!("{heads:?}, page size {page_size}, {} rows", lengths.len());
+    world.check(&spans, &result, 64);
+}
+
+/// Every head ratio that models have, one that is no power of two, and one beyond a tile's eight columns.
+fn head_shapes() -> Vec<Heads> {
+    let mut shapes = Vec::new();
+    for head_dim in [64, 128] {
+        shapes.extend([(8, 1), (8, 2), (4, 4), (3, 5), (2, 8), (2, 12)].map(|(kv_heads, group)| Heads {
+            kv_heads,
+            group,
+            head_dim,
+        }));
+    }
+    shapes
+}
+
+const QWEN3: Heads = Heads { kv_heads: 8, group: 2, head_dim: 128 };
+
+#[test]
+#[ignore = "needs a GPU"]
+fn decode_of_any_length_and_head_ratio_is_right() {
+    for kernels in [KernelSet::Auto, KernelSet::Portable] {
+        for (i, heads) in head_shapes().into_iter().enumerate() {
+            decode_is_right(kernels, heads, [16, 32, 64][i % 3], &LENGTHS);
+        }
+        for page_size in [16, 32, 64] {
+            decode_is_right(kernels, QWEN3, page_size, &LENGTHS);
+        }
+    }
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn decode_of_one_row_is_right() {
+    for kernels in [KernelSet::Auto, KernelSet::Portable] {
+        for length in LENGTHS {
+            decode_is_right(kernels, QWEN3, 16, &[length]);
+        }
+    }
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn decode_of_many_rows_is_right() {
+    for kernels in [KernelSet::Auto, KernelSet::Portable] {
+        for (rows, longest) in [(2, 3000), (31, 700), (255, 300), (256, 1100)] {
+            decode_is_right(kernels, QWEN3, 16, &random_lengths(rows, longest));
+        }
+    }
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn decode_of_a_long_sequence_is_right() {
+    for kernels in [KernelSet::Auto, KernelSet::Portable] {
+        decode_is_right(kernels, Heads { kv_heads: 2, group: 8, head_dim: 128 }, 16, &[20_011, 5, 300]);
+    }
+}
+
+/// The share of a warp grows with the batch, so a row is cut elsewhere each time.
+#[test]
+#[ignore = "needs a GPU"]
+fn a_row_decodes_to_the_same_bits_alone_and_among_255_others() {
+    for kernels in [KernelSet::Auto, KernelSet::Portable] {
+        for heads in [
+            QWEN3,
+            Heads { kv_heads: 2, group: 5, head_dim: 128 },
+            Heads { kv_heads: 4, group: 1, head_dim: 64 },
+        ] {
+            let mut lengths = random_lengths(256, 600);
+            lengths[..LENGTHS.len()].copy_from_slice(&LENGTHS);
+            let mut world = World::new(kernels, heads, 16, &lengths);
+            let width = world.width();
+            let together = world.decode((0..).zip(lengths.iter().copied()));
+            for count in [1, 7, 60] {
+                for first in [0, 9, 11, 12, 150] {
+                    let some = first..first + count;
+                    let result = world.decode(some.clone().map(|slot| (slot as u32, lengths[slot])));
+                    let expected = &together[some.start * width..some.end * width];
+                    assert!(bits(&result) == bits(expected), "{heads:?}: rows {some:?}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn padding_rows_harm_nobody() {
+    for kernels in [KernelSet::Auto, KernelSet::Portable] {
+        let lengths = random_lengths(5, 900);
+        let mut world = World::new(kernels, QWEN3, 16, &lengths);
+        let alone = world.decode((0..).zip(lengths.iter().copied()));
+        // Slot 5 is the dummy, whose page holds NaN here.
+        let rows = (0..).zip(lengths.iter().copied()).take(3).chain([(5, 1); 2]);
+        let padded = world.decode(rows);
+        let used = 3 * world.width();
+        assert!(bits(&padded[..used]) == bits(&alone[..used]));
+    }
+}
+
+fn prefill_is_right(kernels: KernelSet, heads: Heads, page_size: u32, spans: &[(u32, u32)]) {
+    let lengths: Vec<u32> = spans.iter().map(|(position, tokens)| position + tokens).collect();
+    let mut world = World::new(kernels, heads, page_size, &lengths);
+    let spans: Vec<_> =
+        (0..).zip(spans).map(|(slot, &(position, tokens))| Span { slot, position, tokens }).collect();
+    let result = world.run(Phase::Prefill, &spans);
+    println!("{heads:?}, page size {page_size}, {} rows", spans.len());
+    world.check(&spans, &result, 64);
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn prefill_of_whole_prompts_chunks_and_prefix_hits_is_right() {
+    let whole: Vec<_> = LENGTHS.iter().map(|length| (0, *length)).collect();
+    let later = [(1, 1), (16, 100), (100, 28), (127, 2), (128, 130), (300, 512), (1000, 1), (511, 77)];
+    for kernels in [KernelSet::Auto, KernelSet::Portable] {
+        for (i, heads) in head_shapes().into_iter().enumerate() {
+            let page_size = [16, 32, 64][i % 3];
+            prefill_is_right(kernels, heads, page_size, &whole[..11]);
+            prefill_is_right(kernels, heads, page_size, &later);
+        }
+        prefill_is_right(kernels, QWEN3, 16, &whole);
+        prefill_is_right(kernels, QWEN3, 16, &[(0, 1)]);
+    }
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn a_prompt_gives_the_same_bits_whole_and_in_chunks() {
+    for kernels in [KernelSet::Auto, KernelSet::Portable] {
+        for heads in [
+            QWEN3,
+            Heads { kv_heads: 2, group: 5, head_dim: 128 },
+            Heads { kv_heads: 2, group: 4, head_dim: 64 },
+        ] {
+            let mut world = World::new(kernels, heads, 16, &[1111, 400]);
+            let width = world.width();
+            let whole = world.run(Phase::Prefill, &[Span { slot: 0, position: 0, tokens: 1111 }]);
+            for chunk in [64, 100, 333, 640] {
+                for position in (0..1111).step_by(chunk) {
+                    let tokens = (chunk as u32).min(1111 - position);
+                    let other = Span { slot: 1, position: 16, tokens: 370 };
+                    let spans = [other, Span { slot: 0, position, tokens }];
+                    let result = world.run(Phase::Prefill, &spans);
+                    let expected = &whole[position as usize * width..][..tokens as usize * width];
+                    assert!(
+                        bits(&result[370 * width..]) == bits(expected),
+                        "{heads:?}: {chunk} from {position}"
+                    );
+                }
+            }
+        }
+    }
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn a_token_gives_the_same_bits_in_prefill_and_in_decode() {
+    for kernels in [KernelSet::Auto, KernelSet::Portable] {
+        for heads in head_shapes() {
+            let length = LENGTHS[11];
+            let mut world = World::new(kernels, heads, 16, &[length]);
+            let width = world.width();
+            let prefilled = world.run(Phase::Prefill, &[Span { slot: 0, position: 0, tokens: length }]);
+            for position in LENGTHS.iter().map(|n| n - 1).filter(|position| *position < length) {
+                let decoded = world.decode([(0, position + 1)].into_iter());
+                let expected = &prefilled[position as usize * width..][..width];
+                assert!(bits(&decoded) == bits(expected), "{heads:?}: position {position}");
+            }
+        }
+    }
+}

@@ -1,0 +1,174 @@
+// attention: the arithmetic that decode and prefill share, so that a token's bits do not depend on which of them ran,
+// nor on how the work was split.
+//
+// A sequence's positions are cut into leaves of 128, a leaf into tiles of 16. Tokens are the rows of every product and
+// queries its columns, in n-tiles of 8 (NQ of them a warp):
+//
+//   scores   S^T [16 tokens, 8] += K [16 tokens, 16 dims] * Q^T [16 dims, 8]          over the dims in order
+//   m        max over the leaf        p = bf16(exp2(s * c - m * c)),  c = log2(e) / sqrt(head_dim)
+//   output   O^T [16 dims, 8] += V^T [16 dims, 16 tokens] * P [16 tokens, 8]          over the tiles in order
+//   l        the same product with ones in V's place
+//   fold     m' = max(m, m_leaf), o = o * exp2((m - m') c) + o_leaf * exp2((m_leaf - m') c), l likewise; leaf by leaf
+//
+// A leaf starts from zero, and only folding joins leaves: a fixed order whatever the split. A tile or leaf that is
+// masked altogether may be skipped: adding it changes no bit (p is +0, and an empty leaf is folded with weight -0).
+//
+// Keys and values lie in pages, [page][kv head][page_size][head_dim] bf16; the 16-byte chunk c of token t is stored at
+// chunk c ^ (t & 7), so that eight rows of one chunk lie in different banks when ldmatrix reads them.
+#pragma once
+#include <cuda_bf16.h>
+
+#include "batch.cuh"
+#include "dependent.cuh"
+
+#define LEAF 128
+#define TILE 16
+#define LEAF_TILES 8
+#define FULL_WARP 0xffffffffu
+
+typedef __nv_bfloat16 bf16;
+
+__device__ __forceinline__ float minus_infinity() { return __int_as_float(0xff800000); }
+
+// log2(e) / sqrt(head_dim)
+template <int HD> __device__ __forceinline__ float score_scale() {
+    static_assert(HD == 64 || HD == 128, "head_dim");
+    return HD == 64 ? 0.18033688011112042f : 0.12751743082459868f;
+}
+
+__device__ __forceinline__ float exp2_approx(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+__device__ __forceinline__ void mma(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+__device__ __forceinline__ void ldmatrix(unsigned (&a)[4], unsigned address) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3])
+                 : "r"(address));
+}
+
+__device__ __forceinline__ void ldmatrix_transposed(unsigned (&a)[4], unsigned address) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3])
+                 : "r"(address));
+}
+
+// The transpose of an 8 x 8 matrix of bf16 whose row lane / 4, columns 2 (lane % 4) and the next, a lane holds.
+__device__ __forceinline__ unsigned transposed(unsigned x) {
+    unsigned y;
+    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
+    return y;
+}
+
+// A tile of keys as the A operand, tokens x dims: matrices (tokens 0-7, dims 0-7), (8-15, 0-7), (0-7, 8-15), (8-15, 8-15).
+template <int HD> __device__ __forceinline__ void load_keys(unsigned (&a)[4], unsigned tile, unsigned k, unsigned lane) {
+    ldmatrix(a, tile + (lane & 15) * (HD * 2) + (((2 * k + (lane >> 4)) ^ (lane & 7)) << 4));
+}
+
+// A tile of values as the A operand, dims x tokens: matrices (dims 0-7, tokens 0-7), (8-15, 0-7), (0-7, 8-15), (8-15, 8-15).
+template <int HD> __device__ __forceinline__ void load_values(unsigned (&a)[4], unsigned tile, unsigned d, unsigned lane) {
+    const unsigned token = (lane & 7) + ((lane >> 4) << 3);
+    ldmatrix_transposed(a, tile + token * (HD * 2) + (((2 * d + ((lane >> 3) & 1)) ^ (lane & 7)) << 4));
+}
+
+// The query of column lane / 4 as the B operand, dims x queries; zeros where there is none.
+template <int HD>
+__device__ __forceinline__ void load_query(unsigned (&b)[2], const bf16 *query, unsigned k, unsigned lane) {
+    const unsigned *words = reinterpret_cast<const unsigned *>(query) + k * 8 + lane % 4;
+    b[0] = query ? words[0] : 0;
+    b[1] = query ? words[4] : 0;
+}
+
+// Scores of a tile: s[n][0, 1] are token lane / 4 and columns 2 (lane % 4) + {0, 1}; s[n][2, 3] token lane / 4 + 8.
+template <int HD, int NQ>
+__device__ __forceinline__ void score(float (&s)[NQ][4], const unsigned (&q)[HD / 16][NQ][2], unsigned tile,
+                                      unsigned lane) {
+#pragma unroll
+    for (int n = 0; n < NQ; n++)
+        s[n][0] = s[n][1] = s[n][2] = s[n][3] = 0.0f;
+#pragma unroll
+    for (int k = 0; k < HD / 16; k++) {
+        unsigned a[4];
+        load_keys<HD>(a, tile, k, lane);
+#pragma unroll
+        for (int n = 0; n < NQ; n++)
+            mma(s[n], a, q[k][n]);
+    }
+}
+
+// The leaf's maxima, m[n][0, 1] of columns 2 (lane % 4) + {0, 1}, and its probabilities as B operands, tokens x queries.
+template <int HD, int NQ>
+__device__ __forceinline__ void softmax(unsigned (&p)[LEAF_TILES][NQ][2], float (&m)[NQ][2],
+                                        const float (&s)[LEAF_TILES][NQ][4]) {
+    const float c = score_scale<HD>();
+#pragma unroll
+    for (int n = 0; n < NQ; n++) {
+        float offset[2];
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            float x = minus_infinity();
+#pragma unroll
+            for (int j = 0; j < LEAF_TILES; j++)
+                x = fmaxf(x, fmaxf(s[j][n][i], s[j][n][i + 2]));
+            x = fmaxf(x, __shfl_xor_sync(FULL_WARP, x, 4));
+            x = fmaxf(x, __shfl_xor_sync(FULL_WARP, x, 8));
+            x = fmaxf(x, __shfl_xor_sync(FULL_WARP, x, 16));
+            m[n][i] = x;
+            offset[i] = x == minus_infinity() ? 0.0f : -__fmul_rn(x, c);
+        }
+#pragma unroll
+        for (int j = 0; j < LEAF_TILES; j++)
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                const float x = exp2_approx(__fmaf_rn(s[j][n][2 * half], c, offset[0]));
+                const float y = exp2_approx(__fmaf_rn(s[j][n][2 * half + 1], c, offset[1]));
+                const __nv_bfloat162 pair = __floats2bfloat162_rn(x, y);
+                p[j][n][half] = transposed(*reinterpret_cast<const unsigned *>(&pair));
+            }
+    }
+}
+
+// l += the sums of a tile's probabilities: l[n][0, 1] of columns 2 (lane % 4) + {0, 1}.
+template <int NQ> __device__ __forceinline__ void add_sums(float (&l)[NQ][4], const unsigned (&p)[NQ][2]) {
+    const unsigned ones[4] = {0x3f803f80, 0x3f803f80, 0x3f803f80, 0x3f803f80};
+#pragma unroll
+    for (int n = 0; n < NQ; n++)
+        mma(l[n], ones, p[n]);
+}
+
+// o += V^T P of a tile, for the dims' m-tile d: o[n][0, 1] are dim 16 d + lane / 4 and columns 2 (lane % 4) + {0, 1};
+// o[n][2, 3] the dim 8 further on.
+template <int HD, int NQ>
+__device__ __forceinline__ void add_values(float (&o)[NQ][4], const unsigned (&p)[NQ][2], unsigned tile, unsigned d,
+                                           unsigned lane) {
+    unsigned a[4];
+    load_values<HD>(a, tile, d, lane);
+#pragma unroll
+    for (int n = 0; n < NQ; n++)
+        mma(o[n], a, p[n]);
+}
+
+// What folding a leaf with maximum `leaf` into a state with maximum m multiplies each of them with. m becomes the
+// maximum of both.
+struct Weights {
+    float state, leaf;
+};
+
+template <int HD> __device__ __forceinline__ Weights fold_maximum(float &m, float leaf) {
+    const float c = score_scale<HD>(), both = fmaxf(m, leaf);
+    const float weight = leaf == minus_infinity() ? -0.0f : exp2_approx(__fmul_rn(__fsub_rn(leaf, both), c));
+    const Weights weights = {exp2_approx(__fmul_rn(__fsub_rn(m, both), c)), weight};
+    m = both;
+    return weights;
+}
+
+__device__ __forceinline__ float folded(float state, float leaf, Weights w) {
+    return __fmaf_rn(leaf, w.leaf, __fmul_rn(state, w.state));
+}

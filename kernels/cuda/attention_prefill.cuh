@@ -1,0 +1,212 @@
+// attention_prefill: many tokens a row, each over its row's positions up to its own.
+//
+//   q, out  [tokens, kv_heads * group, head_dim] bf16      k, v  pages (attention.cuh)
+//   plan    count, then (row, first token) for each item, longest first
+//   grid    kv_heads * the most items that the step can have; those beyond count return at once
+//   block   256      shared BUFFERS * 2 * 128 * head_dim * 2 bytes
+//   moves   each item reads the keys and values up to its last token, mostly from L2; 4 * head_dim operations a (query, key)
+//
+// An item is as many tokens of a row as have up to 128 queries in the group of one kv head. A query is a column, token by
+// token, so that a group's queries share every key and value and columns beside each other end at about the same
+// position. Each warp holds 16 columns against all keys of a leaf, which the block copies to shared memory; with two
+// buffers the next leaf arrives while one is worked on.
+//
+//   columns      [ t0 h0 | t0 h1 | t1 h0 | t1 h1 | ... ]      128 of them, 16 a warp
+//   leaves       0 .. 127 | 128 .. 255 | ...                  folded in order (attention.cuh: decode gives the same bits)
+//
+// 1. Tokens behind the item's last are copied as zeros: their probability is 0, and 0 times what a page held before may
+//    be NaN.
+// 2. A warp skips leaves and tiles that lie behind all of its columns.
+// 3. A leaf's output is made for 32 dims at a time: 128 would not fit the registers beside the state.
+#pragma once
+#include "attention.cuh"
+
+#define COLUMNS 128
+#define PREFILL_THREADS 256
+#define NQ 2
+
+struct PrefillArgs {
+    const unsigned *plan;
+    const Row *rows;
+    const unsigned *page_table;
+    const bf16 *q, *k, *v;
+    bf16 *out;
+    unsigned table_width, page_shift, kv_heads, group;
+};
+
+// A column's query: index of its token in the step and of its head, and how many positions it attends to.
+struct Column {
+    bool exists;
+    size_t query;
+    unsigned limit;
+
+    __device__ __forceinline__ Column(const PrefillArgs &args, const Row &row, unsigned first, unsigned head, unsigned column) {
+        const unsigned offset = column / args.group, token = first + offset;
+        exists = offset < COLUMNS / args.group && token < row.tokens;
+        query = (size_t)(row.first_token + token) * args.kv_heads * args.group + head * args.group + column % args.group;
+        limit = exists ? row.position + token + 1 : 1; // one that does not exist attends to the first position
+    }
+};
+
+__device__ __forceinline__ void copy_or_zero(unsigned to, const bf16 *from, bool copies) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(copies ? 16 : 0) : "memory");
+}
+
+// Starts copying a leaf's keys and values.
+template <int HD>
+__device__ __forceinline__ void copy_leaf(const PrefillArgs &args, const unsigned *pages, unsigned head, unsigned leaf,
+                                          unsigned kv_end, unsigned keys, unsigned values) {
+    constexpr unsigned CHUNKS = HD / 8, TOKENS = PREFILL_THREADS / CHUNKS;
+    const unsigned chunk = threadIdx.x % CHUNKS;
+#pragma unroll
+    for (unsigned t = threadIdx.x / CHUNKS; t < LEAF; t += TOKENS) {
+        const unsigned token = leaf * LEAF + t;
+        const bool copies = token < kv_end;
+        const size_t page = copies ? pages[token >> args.page_shift] : 0;
+        const size_t at = ((page * args.kv_heads + head) << args.page_shift) + (token & ((1u << args.page_shift) - 1));
+        copy_or_zero(keys + (t * CHUNKS + chunk) * 16, args.k + at * HD + chunk * 8, copies);
+        copy_or_zero(values + (t * CHUNKS + chunk) * 16, args.v + at * HD + chunk * 8, copies);
+    }
+    asm volatile("cp.async.commit_group;" ::: "memory");
+}
+
+// What a warp has folded so far of its 16 columns.
+template <int HD> struct PrefillState {
+    float m[NQ][2], l[NQ][2], o[HD / 16][NQ][4];
+
+    __device__ __forceinline__ PrefillState() {
+#pragma unroll
+        for (int n = 0; n < NQ; n++) {
+            m[n][0] = m[n][1] = minus_infinity();
+            l[n][0] = l[n][1] = 0.0f;
+#pragma unroll
+            for (int d = 0; d < HD / 16; d++)
+                o[d][n][0] = o[d][n][1] = o[d][n][2] = o[d][n][3] = 0.0f;
+        }
+    }
+};
+
+// Attends to `tiles` tiles of a leaf, the first of whose tokens has position `first`, and folds the result. ALL: the leaf
+// is whole and lies before the end of every column.
+template <int HD, bool ALL>
+__device__ __forceinline__ void attend_leaf(PrefillState<HD> &state, const unsigned (&q)[HD / 16][NQ][2],
+                                            const unsigned (&limit)[NQ][2], unsigned first, unsigned tiles, unsigned keys,
+                                            unsigned values, unsigned lane) {
+    constexpr unsigned TILE_BYTES = TILE * HD * 2;
+    float s[LEAF_TILES][NQ][4];
+#pragma unroll
+    for (int j = 0; j < LEAF_TILES; j++) {
+        if (ALL || j < tiles)
+            score<HD, NQ>(s[j], q, keys + j * TILE_BYTES, lane);
+        if (ALL)
+            continue;
+        const unsigned token = first + j * TILE + lane / 4;
+#pragma unroll
+        for (int n = 0; n < NQ; n++)
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+                if (token + i / 2 * 8 >= limit[n][i % 2])
+                    s[j][n][i] = minus_infinity();
+    }
+    unsigned p[LEAF_TILES][NQ][2];
+    float m[NQ][2], l[NQ][4] = {};
+    softmax<HD, NQ>(p, m, s);
+    Weights weights[NQ][2];
+#pragma unroll
+    for (int j = 0; j < LEAF_TILES; j++)
+        if (ALL || j < tiles)
+            add_sums<NQ>(l, p[j]);
+#pragma unroll
+    for (int n = 0; n < NQ; n++)
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            weights[n][i] = fold_maximum<HD>(state.m[n][i], m[n][i]);
+            state.l[n][i] = folded(state.l[n][i], l[n][i], weights[n][i]);
+        }
+#pragma unroll
+    for (int d = 0; d < HD / 16; d += 2) {
+        float o[2][NQ][4] = {};
+#pragma unroll
+        for (int j = 0; j < LEAF_TILES; j++)
+            if (ALL || j < tiles) {
+                add_values<HD, NQ>(o[0], p[j], values + j * TILE_BYTES, d, lane);
+                add_values<HD, NQ>(o[1], p[j], values + j * TILE_BYTES, d + 1, lane);
+            }
+#pragma unroll
+        for (int n = 0; n < NQ; n++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                state.o[d][n][i] = folded(state.o[d][n][i], o[0][n][i], weights[n][i % 2]);
+                state.o[d + 1][n][i] = folded(state.o[d + 1][n][i], o[1][n][i], weights[n][i % 2]);
+            }
+    }
+}
+
+template <int HD>
+__device__ __forceinline__ void write_columns(const PrefillArgs &args, const Row &row, unsigned first, unsigned head,
+                                              const PrefillState<HD> &state, unsigned column, unsigned lane) {
+#pragma unroll
+    for (int n = 0; n < NQ; n++)
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            const Column c(args, row, first, head, column + n * 8 + lane % 4 * 2 + i);
+            if (!c.exists)
+                continue;
+            bf16 *out = args.out + c.query * HD + lane / 4;
+#pragma unroll
+            for (int d = 0; d < HD / 16; d++) {
+                out[d * 16] = __float2bfloat16_rn(__fdiv_rn(state.o[d][n][i], state.l[n][i]));
+                out[d * 16 + 8] = __float2bfloat16_rn(__fdiv_rn(state.o[d][n][i + 2], state.l[n][i]));
+            }
+        }
+}
+
+template <int HD, int BUFFERS> __device__ __forceinline__ void prefill(const PrefillArgs &args, unsigned char *shared) {
+    constexpr unsigned BLOCK_BYTES = LEAF * HD * 2;
+    const unsigned item = blockIdx.x / args.kv_heads, head = blockIdx.x % args.kv_heads;
+    if (item >= args.plan[0])
+        return;
+    dependent_wait();
+    const Row row = args.rows[args.plan[1 + 2 * item]];
+    const unsigned first = args.plan[2 + 2 * item], lane = threadIdx.x % 32, column = threadIdx.x / 32 * (NQ * 8);
+    const unsigned kv_end = row.position + min(first + COLUMNS / args.group, row.tokens);
+    const unsigned leaves = (kv_end + LEAF - 1) / LEAF, base = (unsigned)__cvta_generic_to_shared(shared);
+    const unsigned *pages = args.page_table + (size_t)row.slot * args.table_width;
+    if (BUFFERS == 2)
+        copy_leaf<HD>(args, pages, head, 0, kv_end, base, base + BLOCK_BYTES);
+
+    unsigned q[HD / 16][NQ][2], limit[NQ][2], longest = 0, shortest = 0xffffffffu;
+#pragma unroll
+    for (int n = 0; n < NQ; n++) {
+        const Column c(args, row, first, head, column + n * 8 + lane / 4);
+#pragma unroll
+        for (int k = 0; k < HD / 16; k++)
+            load_query<HD>(q[k][n], c.exists ? args.q + c.query * HD : nullptr, k, lane);
+        longest = max(longest, __reduce_max_sync(FULL_WARP, c.limit));
+        shortest = min(shortest, __reduce_min_sync(FULL_WARP, c.limit));
+        limit[n][0] = Column(args, row, first, head, column + n * 8 + lane % 4 * 2).limit;
+        limit[n][1] = Column(args, row, first, head, column + n * 8 + lane % 4 * 2 + 1).limit;
+    }
+
+    PrefillState<HD> state;
+    for (unsigned leaf = 0; leaf < leaves; leaf++) {
+        const unsigned keys = base + leaf % BUFFERS * 2 * BLOCK_BYTES, next = base + (leaf + 1) % BUFFERS * 2 * BLOCK_BYTES;
+        if (BUFFERS == 1) {
+            __syncthreads(); // every warp is done with the leaf before
+            copy_leaf<HD>(args, pages, head, leaf, kv_end, keys, keys + BLOCK_BYTES);
+        }
+        asm volatile("cp.async.wait_group 0;" ::: "memory");
+        __syncthreads(); // the leaf is here, and with two buffers every warp is done with the one before
+        if (BUFFERS == 2 && leaf + 1 < leaves)
+            copy_leaf<HD>(args, pages, head, leaf + 1, kv_end, next, next + BLOCK_BYTES);
+        const unsigned begin = leaf * LEAF;
+        if (begin >= longest)
+            continue;
+        if (begin + LEAF <= shortest)
+            attend_leaf<HD, true>(state, q, limit, begin, LEAF_TILES, keys, keys + BLOCK_BYTES, lane);
+        else
+            attend_leaf<HD, false>(state, q, limit, begin, min((longest - begin + TILE - 1) / TILE, LEAF_TILES), keys,
+                                   keys + BLOCK_BYTES, lane);
+    }
+    write_columns<HD>(args, row, first, head, state, column, lane);
+}
