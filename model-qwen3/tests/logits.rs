@@ -5,6 +5,9 @@
 
 mod support;
 
+use std::fs;
+
+use half::{bf16, f16};
 use minisgl_core::backend::{Device, Element, Model, Ops, Purpose, Queue, Step};
 use minisgl_core::batch::{
     Batch, Dummy, LAST_TOKEN, Layout, PageUpdate, Phase, Row, StepShape, Token, packed_rows, zeroed_words,
@@ -13,6 +16,9 @@ use minisgl_core::config::Limits;
 use minisgl_core::request::Ticket;
 use minisgl_cpu::Cpu;
 use minisgl_qwen3::{Checkpoint, Qwen3};
+use safetensors::tensor::TensorView;
+use safetensors::{Dtype, SafeTensors};
+use support::TempDir;
 use support::golden::{Example, FIXTURES, assert_logits, examples, fixture};
 
 /// Tokens of one slot to run next.
@@ -122,6 +128,19 @@ impl Driver {
     }
 }
 
+/// One step in which row i runs the prompt up to the i-th position asked for, in a slot of its own.
+#[track_caller]
+fn check_prefill(driver: &mut Driver, what: &str, example: &Example) {
+    let first = example.prompt.len() - example.logits.len();
+    let runs: Vec<Run<'_>> = (0..example.logits.len())
+        .map(|i| Run { slot: i as u32, position: 0, tokens: &example.prompt[..=first + i] })
+        .collect();
+    let results = driver.run(Phase::Prefill, &runs);
+    for (i, ((logits, _), expected)) in results.iter().zip(&example.logits).enumerate() {
+        assert_logits(&format!("{what}, position {}", first + i), logits, expected);
+    }
+}
+
 fn each_example(page_size: u32, mut check: impl FnMut(&mut Driver, &str, &Example)) {
     for name in FIXTURES {
         let dir = fixture(name);
@@ -133,19 +152,44 @@ fn each_example(page_size: u32, mut check: impl FnMut(&mut Driver, &str, &Exampl
     }
 }
 
-/// One step in which row i runs the prompt up to the i-th position asked for, in a slot of its own.
 #[test]
 fn prefill_gives_the_expected_logits_at_every_position() {
-    each_example(16, |driver, what, example| {
-        let first = example.prompt.len() - example.logits.len();
-        let runs: Vec<Run<'_>> = (0..example.logits.len())
-            .map(|i| Run { slot: i as u32, position: 0, tokens: &example.prompt[..=first + i] })
-            .collect();
-        let results = driver.run(Phase::Prefill, &runs);
-        for (i, ((logits, _), expected)) in results.iter().zip(&example.logits).enumerate() {
-            assert_logits(&format!("{what}, position {}", first + i), logits, expected);
+    each_example(16, check_prefill);
+}
+
+/// The golden weights are bf16; f32 holds them exactly and f16 but for the smallest.
+#[test]
+fn weights_stored_as_f16_or_f32_give_the_expected_logits() {
+    let dir = fixture("tiny-tied");
+    let stored = fs::read(dir.join("model.safetensors")).unwrap();
+    for dtype in [Dtype::F16, Dtype::F32] {
+        let converted = TempDir::new();
+        converted.write("config.json", fs::read(dir.join("config.json")).unwrap());
+        converted.write("model.safetensors", convert(&stored, dtype));
+        let mut driver = Driver::new(&Checkpoint::open(converted.path()).unwrap(), 16);
+        for (i, example) in examples(&dir).iter().enumerate() {
+            check_prefill(&mut driver, &format!("{dtype:?}, example {i}"), example);
         }
-    });
+    }
+}
+
+/// A safetensors file of bf16 with its elements in another type.
+fn convert(file: &[u8], dtype: Dtype) -> Vec<u8> {
+    let tensors = SafeTensors::deserialize(file).unwrap().tensors();
+    let bytes = |tensor: &TensorView<'_>| -> Vec<u8> {
+        let elements =
+            tensor.data().chunks_exact(2).map(|bytes| bf16::from_le_bytes([bytes[0], bytes[1]]).to_f32());
+        match dtype {
+            Dtype::F16 => elements.flat_map(|x| f16::from_f32(x).to_le_bytes()).collect(),
+            _ => elements.flat_map(f32::to_le_bytes).collect(),
+        }
+    };
+    let converted: Vec<(String, Vec<usize>, Vec<u8>)> =
+        tensors.iter().map(|(name, tensor)| (name.clone(), tensor.shape().to_vec(), bytes(tensor))).collect();
+    let views = converted
+        .iter()
+        .map(|(name, shape, bytes)| (name, TensorView::new(dtype, shape.clone(), bytes).unwrap()));
+    safetensors::serialize(views, None).unwrap()
 }
 
 #[test]
