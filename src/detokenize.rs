@@ -39,8 +39,11 @@ impl Detokenizer {
         Detokenizer { ids: Vec::new(), context: 0, text: String::new(), given: 0, stop, stopped: false }
     }
 
-    /// Takes the next token; gives the text that became certain.
+    /// Takes the next token; gives the text that became certain. Behind a stop text there is none.
     pub fn push(&mut self, token: u32, codec: &Text) -> &str {
+        if self.stopped {
+            return "";
+        }
         self.ids.push(token);
         let new = self.pending(codec);
         if new.is_empty() || new.ends_with(INCOMPLETE) {
@@ -111,5 +114,66 @@ impl Detokenizer {
         let from = self.given;
         self.given = end.max(from);
         &self.text[from..self.given]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::path::Path;
+
+    fn codec() -> Text {
+        Text::open(Path::new("tests/fixtures/text")).unwrap()
+    }
+
+    fn ids(codec: &Text, text: &str) -> Vec<u32> {
+        codec.encode(crate::Prompt::Text(text.to_owned())).unwrap()
+    }
+
+    #[test]
+    fn a_character_of_several_tokens_comes_out_whole_with_its_last_one() {
+        let codec = codec();
+        let crab = ids(&codec, "🦀");
+        assert!(crab.len() > 1, "the character must be spread over tokens for this test to mean anything");
+        let mut detokenizer = Detokenizer::new(Vec::new());
+        for id in &crab[..crab.len() - 1] {
+            assert_eq!(detokenizer.push(*id, &codec), "");
+        }
+        assert_eq!(detokenizer.push(crab[crab.len() - 1], &codec), "🦀");
+        assert_eq!(detokenizer.push(ids(&codec, "ж")[0], &codec), "");
+        assert_eq!(detokenizer.finish(&codec), "\u{FFFD}", "a character that never came whole");
+        assert_eq!(detokenizer.into_text(), "🦀\u{FFFD}");
+    }
+
+    #[test]
+    fn pieces_make_the_text_and_no_piece_is_broken() {
+        let codec = codec();
+        let text = "Größe: 🦀 ist 3 щука, naïve 🙂🚀 漢字!\n  fn main() {}";
+        let mut detokenizer = Detokenizer::new(Vec::new());
+        let mut pieces = String::new();
+        for id in ids(&codec, text) {
+            let piece = detokenizer.push(id, &codec);
+            assert!(!piece.contains(INCOMPLETE));
+            pieces += piece;
+        }
+        assert_eq!(pieces, text);
+        assert_eq!(detokenizer.finish(&codec), "");
+    }
+
+    #[test]
+    fn text_that_may_become_a_stop_text_is_held_back_until_it_does_not() {
+        let codec = codec();
+        let mut detokenizer = Detokenizer::new(vec!["##end".to_owned(), "#!".to_owned()]);
+        let mut push = |text: &str| {
+            let pieces: Vec<String> =
+                ids(&codec, text).into_iter().map(|id| detokenizer.push(id, &codec).to_owned()).collect();
+            (pieces.concat(), detokenizer.stopped())
+        };
+        assert_eq!(push("a#"), ("a".to_owned(), false));
+        assert_eq!(push("#e"), (String::new(), false));
+        assert_eq!(push("x#"), ("##ex".to_owned(), false));
+        assert_eq!(push("#end of it"), (String::new(), true));
+        assert_eq!(detokenizer.finish(&codec), "");
+        assert_eq!(detokenizer.into_text(), "a##ex");
     }
 }

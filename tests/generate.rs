@@ -1,0 +1,263 @@
+//! The bulk generation command, run as a user runs it.
+
+mod common;
+
+use std::fs;
+use std::path::Path;
+use std::process::{Command, Output};
+
+use common::{Golden, Scratch, fixture};
+use serde_json::{Value, json};
+
+/// Runs the command on files in a directory, the model being the golden checkpoint unless the flags say otherwise.
+fn generate(scratch: &Scratch, flags: &[&str]) -> Output {
+    let model = fixture("tiny-tied");
+    let model = match scratch.join("config.json").exists() {
+        true => scratch.path(),
+        false => model.as_path(),
+    };
+    let mut command = Command::new(env!("CARGO_BIN_EXE_generate"));
+    command.arg("--model").arg(model);
+    command.arg("--input").arg(scratch.join("in.jsonl")).arg("--output").arg(scratch.join("out.jsonl"));
+    command.args(["--backend", "cpu", "--max-running", "8", "--max-seq-len", "256", "--num-pages", "64"]);
+    command.args(flags).output().unwrap()
+}
+
+fn lines(path: &Path) -> Vec<Value> {
+    let text = fs::read_to_string(path).unwrap();
+    assert!(text.is_empty() || text.ends_with('\n'), "the last line is torn");
+    text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+}
+
+/// The result with an id.
+fn result(results: &[Value], id: impl Into<Value>) -> &Value {
+    let id = id.into();
+    let mut found = results.iter().filter(|result| result["id"] == id);
+    let first = found.next().unwrap_or_else(|| panic!("no result of {id}"));
+    assert!(found.next().is_none(), "two results of {id}");
+    first
+}
+
+fn stderr(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+#[test]
+fn every_request_line_gets_a_result_line() {
+    let scratch = Scratch::new();
+    let golden = Golden::open("tiny-tied");
+    let request = |(i, example): (usize, &common::Example)| {
+        json!({"id": i, "prompt_token_ids": example.prompt, "max_tokens": 24, "ignore_eos": true}).to_string()
+    };
+    let mut input: Vec<String> = golden.examples.iter().enumerate().map(request).collect();
+    input.insert(1, String::new());
+    input.push(
+        json!({"id": {"any": ["json"]}, "prompt_token_ids": [1], "max_tokens": 2, "logprobs": 3}).to_string(),
+    );
+    scratch.write("in.jsonl", input.join("\n"));
+
+    let output = generate(&scratch, &[]);
+    assert!(output.status.success(), "{}", stderr(&output));
+    assert!(stderr(&output).contains("5 finished, 0 failed"), "{}", stderr(&output));
+    let results = lines(&scratch.join("out.jsonl"));
+    assert_eq!(results.len(), 5);
+    for (i, example) in golden.examples.iter().enumerate() {
+        let result = result(&results, i);
+        let usage = json!({
+            "prompt_tokens": example.prompt.len(), "completion_tokens": 24,
+            "cached_tokens": result["usage"]["cached_tokens"].as_u64().unwrap(),
+        });
+        let expected = json!({
+            "id": i, "token_ids": example.greedy, "text": null, "finish_reason": "length", "usage": usage,
+        });
+        assert_eq!(*result, expected);
+    }
+    let result = result(&results, json!({"any": ["json"]}));
+    let logprobs = result["logprobs"].as_array().unwrap();
+    assert_eq!(logprobs.len(), 2);
+    for (entry, token) in logprobs.iter().zip(result["token_ids"].as_array().unwrap()) {
+        assert_eq!(entry["top"].as_array().unwrap().len(), 3);
+        assert_eq!(entry["top"][0], json!([token, entry["logprob"]]));
+    }
+}
+
+#[test]
+fn text_and_conversations_come_back_as_text() {
+    let scratch = Scratch::with_text();
+    let input = [
+        json!({"id": "t", "prompt": "Once upon", "max_tokens": 6, "temperature": 0.8, "seed": 3, "top_k": 50}),
+        json!({"id": "c", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 6, "min_p": 0.01, "top_p": 0.9}),
+        json!({"id": "s", "prompt": "A page", "max_tokens": 6, "stop": ["\u{1}"]}),
+    ];
+    scratch.write("in.jsonl", input.map(|line| line.to_string()).join("\n"));
+    let output = generate(&scratch, &["--ignore-eos"]);
+    assert!(output.status.success(), "{}", stderr(&output));
+    let results = lines(&scratch.join("out.jsonl"));
+    for id in ["t", "c", "s"] {
+        let result = result(&results, id);
+        assert!(result["text"].is_string());
+        assert_eq!(result["token_ids"].as_array().unwrap().len(), 6);
+        assert_eq!(result.get("logprobs"), None);
+    }
+}
+
+#[test]
+fn a_bad_line_gets_an_error_line_with_its_number_and_the_rest_goes_on() {
+    let scratch = Scratch::new();
+    let bad = [
+        ("{\"id\": 1, \"prompt", Value::Null, "not valid JSON"),
+        ("[1, 2]", Value::Null, "not a JSON object"),
+        ("\u{fffd}\u{0}", Value::Null, "not valid JSON"),
+        (r#"{"prompt_token_ids": [1]}"#, Value::Null, "no id"),
+        (r#"{"id": 5}"#, json!(5), "exactly one of prompt"),
+        (r#"{"id": 6, "prompt": "a", "prompt_token_ids": [1]}"#, json!(6), "exactly one of prompt"),
+        (r#"{"id": 7, "prompt": "a"}"#, json!(7), "tokenizer.json"),
+        (r#"{"id": 8, "messages": [{"role": "user", "content": "a"}]}"#, json!(8), "chat_template"),
+        (r#"{"id": 9, "prompt_token_ids": []}"#, json!(9), "the prompt is empty"),
+        (r#"{"id": 10, "prompt_token_ids": [4096]}"#, json!(10), "token id 4096"),
+        (r#"{"id": 11, "prompt_token_ids": [-1]}"#, json!(11), "prompt_token_ids: "),
+        (r#"{"id": 12, "prompt_token_ids": [1], "temperature": -1}"#, json!(12), "temperature is -1"),
+        (r#"{"id": 13, "prompt_token_ids": [1], "temperature": "hot"}"#, json!(13), "temperature: "),
+        (r#"{"id": 14, "prompt_token_ids": [1], "top_p": 0}"#, json!(14), "top_p is 0"),
+        (r#"{"id": 15, "prompt_token_ids": [1], "top_p": 1.01}"#, json!(15), "top_p is 1.01"),
+        (r#"{"id": 16, "prompt_token_ids": [1], "max_tokens": 0}"#, json!(16), "max_tokens is 0"),
+        (r#"{"id": 17, "prompt_token_ids": [1], "max_token": 5}"#, json!(17), "\"max_token\""),
+        (r#"{"id": 18, "prompt_token_ids": [1], "logprobs": 21}"#, json!(18), "logprobs is 21"),
+        (r#"{"id": "good", "prompt_token_ids": [2]}"#, json!("again"), ""),
+        (r#"{"id": 20, "messages": [{"role": "user"}]}"#, json!(20), "messages: missing field `content`"),
+    ];
+    let input: Vec<&str> = bad.iter().map(|(line, ..)| *line).collect();
+    scratch.write("in.jsonl", input.join("\n"));
+    let output = generate(&scratch, &["--max-tokens", "3"]);
+    assert_eq!(output.status.code(), Some(1), "{}", stderr(&output));
+    let results = lines(&scratch.join("out.jsonl"));
+    assert_eq!(results.len(), bad.len());
+    for (i, (_, id, what)) in bad.iter().enumerate() {
+        let line = i + 1;
+        if *id == "again" {
+            assert_eq!(result(&results, "good")["token_ids"].as_array().unwrap().len(), 3);
+            continue;
+        }
+        let result = results.iter().find(|result| result["line"] == line).unwrap();
+        assert_eq!(result["id"], *id);
+        let error = result["error"].as_str().unwrap();
+        assert!(error.starts_with(&format!("line {line}: ")) && error.contains(what), "{error}");
+    }
+}
+
+#[test]
+fn an_id_that_was_used_before_is_an_error() {
+    let scratch = Scratch::new();
+    let line = r#"{"id": "same", "prompt_token_ids": [1], "max_tokens": 1}"#;
+    scratch.write("in.jsonl", format!("{line}\n{line}\n"));
+    let output = generate(&scratch, &[]);
+    assert_eq!(output.status.code(), Some(1));
+    let results = lines(&scratch.join("out.jsonl"));
+    assert_eq!(results.len(), 2);
+    let error = results.iter().find_map(|result| result["error"].as_str()).unwrap();
+    assert!(error.starts_with("line 2: the id was used"), "{error}");
+}
+
+#[test]
+fn resuming_cuts_a_torn_line_skips_what_is_done_and_gives_the_same_results() {
+    let scratch = Scratch::new();
+    let request = |i: u32| {
+        json!({"id": i, "prompt_token_ids": [i, i + 1], "max_tokens": 4 + i, "temperature": 0.9}).to_string()
+            + "\n"
+    };
+    scratch.write("in.jsonl", (0..12).map(request).collect::<String>());
+    let out = scratch.join("out.jsonl");
+    assert!(generate(&scratch, &[]).status.success());
+    let mut whole = lines(&out);
+
+    let text = fs::read_to_string(&out).unwrap();
+    let kept: usize = text.split_inclusive('\n').take(5).map(str::len).sum();
+    fs::write(&out, &text[..kept + 9]).unwrap();
+    let output = generate(&scratch, &["--resume"]);
+    assert!(output.status.success(), "{}", stderr(&output));
+    assert!(stderr(&output).contains("7 finished, 0 failed, 5 skipped"), "{}", stderr(&output));
+    let mut resumed = lines(&out);
+    assert_eq!(fs::read_to_string(&out).unwrap()[..kept], text[..kept]);
+    for results in [&mut whole, &mut resumed] {
+        results.sort_by_key(|result| result["id"].as_u64());
+        results.iter_mut().for_each(|result| result["usage"]["cached_tokens"] = Value::Null);
+    }
+    assert_eq!(whole, resumed);
+
+    let output = generate(&scratch, &["--resume"]);
+    assert!(stderr(&output).contains("0 finished, 0 failed, 12 skipped"), "{}", stderr(&output));
+}
+
+#[test]
+fn resuming_leaves_a_file_of_something_else_alone() {
+    let scratch = Scratch::new();
+    scratch.write("in.jsonl", "");
+    let notes = scratch.write("out.jsonl", "{\"id\":1,\"error\":\"x\"}\nmy notes\n");
+    let output = generate(&scratch, &["--resume"]);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(
+        stderr(&output).contains("line 2 of") && stderr(&output).contains("--resume"),
+        "{}",
+        stderr(&output)
+    );
+    assert!(fs::read_to_string(notes).unwrap().ends_with("my notes\n"));
+}
+
+#[test]
+fn files_that_cannot_be_read_or_written_are_named() {
+    let scratch = Scratch::new();
+    let output = generate(&scratch, &[]);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(
+        stderr(&output).contains("in.jsonl") && stderr(&output).contains("--input"),
+        "{}",
+        stderr(&output)
+    );
+
+    scratch.write("in.jsonl", "");
+    let run = |output: &Path| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_generate"));
+        command.arg("--model").arg(fixture("tiny-tied")).arg("--input").arg(scratch.join("in.jsonl"));
+        command.arg("--output").arg(output).args(["--backend", "cpu"]).output().unwrap()
+    };
+    let output = run(&scratch.join("no/such/directory/out.jsonl"));
+    assert_eq!(output.status.code(), Some(1));
+    assert!(stderr(&output).contains("directory/out.jsonl"), "{}", stderr(&output));
+    assert!(stderr(&output).contains("writable"), "{}", stderr(&output));
+    // A directory can't be written as a file, by whomever.
+    assert!(stderr(&run(scratch.path())).contains("can't be written"));
+    assert!(stderr(&run(&scratch.join("in.jsonl"))).contains("same file"));
+}
+
+#[test]
+fn flags_out_of_range_are_refused_before_anything_is_written() {
+    let scratch = Scratch::new();
+    scratch.write("in.jsonl", "");
+    for (flag, value, what) in [
+        ("--temperature", "NaN", "temperature is NaN"),
+        ("--temperature", "-1", "temperature is -1"),
+        ("--top-p", "0", "top_p is 0"),
+        ("--max-tokens", "0", "max_tokens is 0"),
+        ("--kernels", "best", "best is no kernel set"),
+        ("--order", "random", "random is no order"),
+    ] {
+        let output = generate(&scratch, &[flag, value]);
+        assert_eq!(output.status.code(), Some(1), "{flag} {value}");
+        assert!(stderr(&output).contains(what), "{}", stderr(&output));
+        assert!(!scratch.join("out.jsonl").exists());
+    }
+}
+
+#[test]
+fn a_file_larger_than_the_engines_queue_is_streamed() {
+    let scratch = Scratch::new();
+    let request =
+        |i: u32| format!("{{\"id\": {i}, \"prompt_token_ids\": [{}], \"max_tokens\": 1}}\n", i % 1000);
+    scratch.write("in.jsonl", (0..3000).map(request).collect::<String>());
+    let output = generate(&scratch, &[]);
+    assert!(output.status.success(), "{}", stderr(&output));
+    let results = lines(&scratch.join("out.jsonl"));
+    let ids: std::collections::BTreeSet<u64> =
+        results.iter().map(|result| result["id"].as_u64().unwrap()).collect();
+    assert_eq!((results.len(), ids.len()), (3000, 3000));
+}

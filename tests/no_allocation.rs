@@ -1,0 +1,120 @@
+//! The engine's loop allocates nothing: counted over a whole offline run on the CPU backend.
+
+mod common;
+
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use common::{Golden, fixture};
+use minisgl_core::config::Limits;
+use minisgl_core::engine::{Engine, EngineOptions};
+use minisgl_core::request::{Event, Request};
+use minisgl_core::sampling::SamplingParams;
+use minisgl_core::scheduler::{Order, Policy};
+use minisgl_cpu::Cpu;
+use minisgl_qwen3::{Checkpoint, Qwen3};
+
+/// Counts allocations of every thread while it is told to.
+struct Counting;
+
+static COUNTING: AtomicBool = AtomicBool::new(false);
+static ALLOCATIONS: AtomicU64 = AtomicU64::new(0);
+
+fn count() {
+    if COUNTING.load(Ordering::Relaxed) {
+        ALLOCATIONS.fetch_add(1, Ordering::Relaxed);
+    }
+}
+
+// SAFETY: every call goes to the system's allocator as it came.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        count();
+        // SAFETY: the caller keeps `alloc`'s contract.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn realloc(&self, pointer: *mut u8, layout: Layout, size: usize) -> *mut u8 {
+        count();
+        // SAFETY: the caller keeps `realloc`'s contract.
+        unsafe { System.realloc(pointer, layout, size) }
+    }
+
+    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
+        // SAFETY: the caller keeps `dealloc`'s contract.
+        unsafe { System.dealloc(pointer, layout) }
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
+
+fn engine(name: &Path, overlap: bool) -> Engine<Cpu, Qwen3<Cpu>> {
+    let checkpoint = Checkpoint::open(name).unwrap();
+    let mut backend = Cpu::new();
+    let model = Qwen3::load(&mut backend, &checkpoint).unwrap();
+    // A pool so small that requests are retracted, prompts cut into chunks, and more requests than fit at once.
+    let limits = Limits {
+        running: 8,
+        queued: 64,
+        sequence: 256,
+        prefill_tokens: 24,
+        page_size: 16,
+        pages: 20,
+        graph_rows: 4,
+    };
+    let policy = Policy {
+        prefix_cache: true,
+        order: Order::LongestOutputFirst,
+        vocab: checkpoint.config().dims.vocab,
+    };
+    let options = EngineOptions { limits, policy, eos: checkpoint.config().eos.clone(), overlap };
+    Engine::new(backend, model, options).unwrap()
+}
+
+#[test]
+fn a_whole_run_allocates_nothing_after_construction() {
+    let golden = Golden::open("tiny-tied");
+    COUNTING.store(true, Ordering::Relaxed);
+    drop(std::hint::black_box(vec![0u8; 100]));
+    COUNTING.store(false, Ordering::Relaxed);
+    assert_eq!(ALLOCATIONS.swap(0, Ordering::Relaxed), 1, "the counter counts");
+    for overlap in [true, false] {
+        let mut engine = engine(&fixture("tiny-tied"), overlap);
+        let mut tokens = 0;
+        let mut run = |engine: &mut Engine<Cpu, Qwen3<Cpu>>| {
+            for i in 0..40u32 {
+                let sampling = SamplingParams {
+                    temperature: [0.0, 0.8][i as usize % 2],
+                    top_k: [0, 40, 0][i as usize % 3],
+                    top_p: [1.0, 0.9][i as usize / 2 % 2],
+                    min_p: [0.0, 0.0, 0.05][i as usize % 3],
+                    seed: u64::from(i),
+                    max_tokens: 10 + 3 * i,
+                    ignore_eos: i % 2 == 0,
+                    logprobs: (i % 5 == 0).then_some(4),
+                };
+                let prompt = &golden.examples[i as usize % golden.examples.len()].prompt;
+                engine.submit(Request { prompt, params: sampling }).unwrap();
+            }
+            while !engine.is_idle() {
+                engine.step(&mut |event| tokens += u64::from(matches!(event, Event::Token { .. }))).unwrap();
+            }
+        };
+        // The thread pool starts its threads, and sizes its queues, on its first work.
+        run(&mut engine);
+        engine.clear_prefix_cache();
+        engine.reset_stats();
+        COUNTING.store(true, Ordering::Relaxed);
+        run(&mut engine);
+        COUNTING.store(false, Ordering::Relaxed);
+
+        assert_eq!(ALLOCATIONS.swap(0, Ordering::Relaxed), 0, "overlap {overlap}");
+        let stats = engine.stats();
+        assert_eq!(stats.finished, 40);
+        assert!(stats.retractions > 0 && stats.prefill_steps > 40 && stats.padding_rows > 0, "{stats:?}");
+        assert!(tokens > 2000);
+        engine.check();
+    }
+}
