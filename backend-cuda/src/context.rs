@@ -6,6 +6,7 @@
 //! Invariant: the driver library is asked for, and its version checked, before any other call: an entry point that
 //! the library lacks would panic.
 
+use std::str::FromStr;
 use std::sync::Arc;
 
 use cudarc::driver::result::{self, DriverError};
@@ -26,6 +27,19 @@ pub enum KernelSet {
     Portable,
     /// The set for compute capability 9.0.
     Hopper,
+}
+
+impl FromStr for KernelSet {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<KernelSet, String> {
+        match text {
+            "auto" => Ok(KernelSet::Auto),
+            "portable" => Ok(KernelSet::Portable),
+            "hopper" => Ok(KernelSet::Hopper),
+            _ => Err(format!("there are no `{text}` kernels; take auto, portable or hopper")),
+        }
+    }
 }
 
 /// What a device is, as far as launches care.

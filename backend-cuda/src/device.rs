@@ -20,6 +20,7 @@ use crate::error::{CudaError, Named};
 use crate::launch::Launcher;
 use crate::memory::{Address, Buffer, Event, Graph, Pinned, element_bytes};
 use crate::module::Modules;
+use crate::ops::Operations;
 use crate::telemetry::Telemetry;
 use crate::weight::Staging;
 
@@ -41,6 +42,8 @@ pub struct Cuda {
     allocations: Allocations,
     /// While weights are loaded.
     pub(crate) staging: Option<Staging>,
+    /// Set up by `reserve`.
+    pub(crate) operations: Option<Operations>,
     pub(crate) modules: Modules,
     pub(crate) launcher: Launcher,
 }
@@ -52,6 +55,7 @@ impl Cuda {
         Ok(Cuda {
             allocations: Allocations::new(&context),
             staging: None,
+            operations: None,
             modules: Modules::load(&context)?,
             launcher: Launcher::new(&context)?,
         })
@@ -137,6 +141,22 @@ impl Cuda {
         // SAFETY: callers pass ranges within both memories.
         let copied = unsafe { sys::cuMemcpyHtoDAsync_v2(to.0, source.cast(), bytes, stream).result() };
         self.check("copying to the GPU", copied)
+    }
+
+    /// Enqueues a copy of a whole buffer to the start of pinned memory.
+    pub(crate) fn download_bytes(
+        &self,
+        queue: Queue,
+        from: Buffer,
+        to: &mut Pinned,
+    ) -> Result<(), CudaError> {
+        debug_assert!(from.bytes() <= to.len() * 4);
+        let stream = self.launcher.stream(queue);
+        // SAFETY: both ranges lie within their memory, and the pinned memory waits for the copy before it is read.
+        let copied =
+            unsafe { sys::cuMemcpyDtoHAsync_v2(to.at(0), from.address().0, from.bytes(), stream).result() };
+        self.check("copying from the GPU", copied)?;
+        self.check("recording an event", to.downloaded.record(stream))
     }
 
     /// Enqueues a copy of `rows` runs of `width` bytes each from pinned memory to places `pitch` bytes apart; the
@@ -239,12 +259,8 @@ impl Device for Cuda {
         to: &mut Pinned,
     ) -> Result<(), CudaError> {
         debug_assert!(words <= to.len() && words * 4 <= from.bytes());
-        let stream = self.launcher.stream(queue);
-        // SAFETY: as for an upload.
-        let copied =
-            unsafe { sys::cuMemcpyDtoHAsync_v2(to.at(0), from.address().0, words * 4, stream).result() };
-        self.check("copying from the GPU", copied)?;
-        self.check("recording an event", to.downloaded.record(stream))
+        let from = Buffer::new(from.address(), Element::Word, words);
+        self.download_bytes(queue, from, to)
     }
 
     fn event(&mut self) -> Result<Event, CudaError> {

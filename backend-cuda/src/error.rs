@@ -144,6 +144,9 @@ pub enum CudaError {
         /// The driver's reason.
         cause: String,
     },
+    /// An operation came before the capacities were planned.
+    #[error("an operation was asked for before `reserve` had planned its memory")]
+    NotReserved,
     /// The model has a shape that the kernels don't take.
     #[error("{0}")]
     Unsupported(String),
@@ -171,7 +174,9 @@ fn advice(purpose: Purpose) -> &'static str {
         Purpose::Weights => "use a smaller model, or a GPU with more free memory (--device)",
         Purpose::KvCache => "lower --memory-ratio or --num-pages",
         Purpose::Scratch => "lower --max-prefill-tokens or --max-running",
-        Purpose::Graphs => "lower --memory-ratio, or record fewer steps with --graph-rows (0 records none)",
+        Purpose::Graphs => {
+            "lower --memory-ratio, or record fewer steps with --max-graph-batch (0 records none)"
+        }
     }
 }
 

@@ -238,7 +238,9 @@ impl Launcher {
 
     /// Counts the steps that errors speak of.
     pub(crate) fn begin_step(&self) {
-        self.trace.step.set(self.trace.step.get() + 1);
+        if !self.capturing.get() {
+            self.trace.step.set(self.trace.step.get() + 1);
+        }
     }
 
     fn launched(&self, name: &'static str) -> Result<(), CudaError> {
@@ -318,7 +320,7 @@ impl Launcher {
         } else {
             format!(
                 "launched last, newest first: {}; to name the one that failed, run with MINISGL_CUDA_SYNC=1 and without \
-                 recorded steps (--graph-rows 0)",
+                 recorded steps (--max-graph-batch 0)",
                 self.trace.last()
             )
         };

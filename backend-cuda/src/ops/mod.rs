@@ -1,6 +1,235 @@
-//! Core's operations: each family of kernels with its launches.
+//! Core's operations on CUDA: a decoder layer is five kernels, the same for prefill and decode.
+//!
+//! ```text
+//!             ┌─────────────── residual [tokens, hidden], sumsq [tokens, hidden / 64] ───────────────┐
+//!   embed ──> │ qkv: norm, product, head norms, rope, KV store ─> attention ─> o: product, += ─┐     │
+//!             │ gate_up: norm, product, silu · up ─> down: product, += ────────────────────────┘ ... │ ──> final_norm
+//!             └──────────────────────────────────────────────────────────────────────────────────────┘
+//! ```
+//!
+//! The residual stream is complete between kernels: whoever adds to it also writes the partial sums of its squares, in
+//! segments of 64 elements, from which the next product takes its rows' norms. The norms' scales were multiplied into
+//! the matrices when they were loaded. So `delta` and `normed` of [`LayerBuffers`] stay unused here.
+//!
+//! Invariant: one token's bits depend on that token's sequence alone; see each family.
 
 pub mod attention;
 pub mod embed;
 pub mod gemm;
 pub mod sampling;
+
+use std::ops::Range;
+
+use half::f16;
+use minisgl_core::backend::{
+    Device, Dims, KvLayer, LayerBuffers, LayerWeights, Ops, Purpose, Queue, Step, WeightRole,
+};
+use minisgl_core::batch::{Row, StepShape};
+use minisgl_core::config::Limits;
+use minisgl_core::tensor::HostTensor;
+
+use self::attention::Attention;
+use self::embed::Ends;
+use self::gemm::{GateUp, Gemm, Head, Qkv, Residual, RowNorm};
+use self::sampling::Sampling;
+use crate::device::Cuda;
+use crate::error::CudaError;
+use crate::memory::{Address, Buffer};
+use crate::weight::Weight;
+
+/// Elements whose squares are summed together.
+const SEGMENT: u32 = 64;
+/// Widths are multiples of this: 16 bytes, what the copy engines move at least.
+const WIDTH_MULTIPLE: u32 = 8;
+
+/// The families of kernels, set up for one model and its capacities.
+#[derive(Debug)]
+pub(crate) struct Operations {
+    dims: Dims,
+    ends: Ends,
+    gemm: Gemm,
+    attention: Attention,
+    sampling: Sampling,
+    /// `[tokens, ceil(hidden / 64)]` f32: partial sums of squares of the residual stream.
+    sumsq: Address,
+}
+
+impl Operations {
+    fn new(cuda: &mut Cuda, dims: &Dims, limits: &Limits) -> Result<Operations, CudaError> {
+        check_widths(dims)?;
+        let segments = dims.hidden.div_ceil(SEGMENT) as usize;
+        Ok(Operations {
+            dims: *dims,
+            ends: Ends::new(cuda.modules())?,
+            gemm: Gemm::new(cuda.modules())?,
+            attention: Attention::new(cuda, dims, limits)?,
+            sampling: Sampling::new(cuda, limits.running)?,
+            sumsq: cuda.allocate(Purpose::Scratch, limits.step_tokens() * segments * 4)?,
+        })
+    }
+
+    /// Where a product of normed rows takes their norms from.
+    fn norm(&self) -> RowNorm {
+        let Dims { hidden, norm_eps: eps, .. } = self.dims;
+        RowNorm { sumsq: self.sumsq, segments: hidden.div_ceil(SEGMENT), hidden, eps }
+    }
+
+    fn qkv(
+        &self,
+        step: &Step<Buffer>,
+        weights: &LayerWeights<Weight>,
+        rope: Buffer,
+        kv: KvLayer<Buffer>,
+        q: Buffer,
+    ) -> Qkv {
+        let Dims { heads, kv_heads, head_dim, norm_eps, .. } = self.dims;
+        Qkv {
+            norm: self.norm(),
+            head_eps: norm_eps,
+            batch: step.batch.address(),
+            q_norm: weights.q_norm.address(),
+            k_norm: weights.k_norm.address(),
+            rope: rope.address(),
+            q: q.address(),
+            k: kv.k.address(),
+            v: kv.v.address(),
+            tokens_offset: step.layout.tokens as u32,
+            heads,
+            kv_heads,
+            head_dim,
+            page_shift: step.page_size.trailing_zeros(),
+            reserved: 0,
+        }
+    }
+}
+
+/// The kernels read rows 16 bytes at a time.
+fn check_widths(dims: &Dims) -> Result<(), CudaError> {
+    let widths =
+        [("hidden_size", dims.hidden), ("intermediate_size", dims.intermediate), ("head_dim", dims.head_dim)];
+    match widths.into_iter().find(|(_, width)| width % WIDTH_MULTIPLE != 0) {
+        Some((name, width)) => Err(CudaError::Unsupported(format!(
+            "{name} is {width}; the CUDA kernels take multiples of {WIDTH_MULTIPLE}"
+        ))),
+        None => Ok(()),
+    }
+}
+
+impl Cuda {
+    fn operations(&self) -> Result<&Operations, CudaError> {
+        self.operations.as_ref().ok_or(CudaError::NotReserved)
+    }
+}
+
+impl Ops for Cuda {
+    type Weight = Weight;
+
+    fn reserve(&mut self, dims: &Dims, limits: &Limits) -> Result<usize, CudaError> {
+        self.end_loading();
+        let operations = Operations::new(self, dims, limits)?;
+        let plan_words = operations.attention.plan_words(limits);
+        self.operations = Some(operations);
+        Ok(plan_words)
+    }
+
+    fn load(&mut self, role: WeightRole, parts: &[HostTensor]) -> Result<Weight, CudaError> {
+        self.load_weight(role, parts)
+    }
+
+    fn fold_norm(&mut self, norm: Weight, linear: Weight) -> Result<(), CudaError> {
+        self.scale_columns(norm, linear)
+    }
+
+    fn plan(&self, shape: StepShape, rows: &[Row], words: &mut [u32]) {
+        if let Some(operations) = &self.operations {
+            operations.attention.plan(shape, rows, words);
+        }
+    }
+
+    fn begin_step(&mut self, step: &Step<Buffer>) -> Result<(), CudaError> {
+        self.launcher.begin_step();
+        self.operations()?.ends.begin_step(&self.launcher, step)
+    }
+
+    fn embed(&mut self, step: &Step<Buffer>, table: Weight, out: Buffer) -> Result<(), CudaError> {
+        let Operations { ends, dims, sumsq, .. } = self.operations()?;
+        ends.embed(&self.launcher, step, table.address(), dims.hidden, out, *sumsq)
+    }
+
+    fn decoder_layer(
+        &mut self,
+        step: &Step<Buffer>,
+        _first: bool,
+        weights: &LayerWeights<Weight>,
+        rope: Buffer,
+        kv: KvLayer<Buffer>,
+        buffers: &LayerBuffers<Buffer>,
+    ) -> Result<(), CudaError> {
+        let (operations, launcher) = (self.operations()?, &self.launcher);
+        let (gemm, tokens) = (&operations.gemm, step.shape.tokens);
+        let [residual, attended, activated] =
+            [buffers.residual, buffers.attended, buffers.activated].map(|buffer| buffer.address());
+        let added = Residual { residual, sumsq: operations.sumsq };
+        let gated = GateUp {
+            norm: operations.norm(),
+            out: activated,
+            intermediate: operations.dims.intermediate,
+            reserved: 0,
+        };
+        // Queries only: keys and values go straight to their pages.
+        let q = buffers.qkv;
+        let qkv = operations.qkv(step, weights, rope, kv, q);
+        gemm.launch(launcher, weights.qkv, residual, tokens, &qkv)?;
+        operations.attention.attend(launcher, step, q, kv, buffers.attended)?;
+        gemm.launch(launcher, weights.o, attended, tokens, &added)?;
+        gemm.launch(launcher, weights.gate_up, residual, tokens, &gated)?;
+        gemm.launch(launcher, weights.down, activated, tokens, &added)
+    }
+
+    fn final_norm(
+        &mut self,
+        step: &Step<Buffer>,
+        residual: Buffer,
+        _delta: Buffer,
+        weight: Weight,
+        out: Buffer,
+    ) -> Result<(), CudaError> {
+        let Operations { ends, dims, .. } = self.operations()?;
+        ends.final_norm(&self.launcher, step, residual, weight.address(), dims.hidden, dims.norm_eps, out)
+    }
+
+    fn logits(&mut self, step: &Step<Buffer>, x: Buffer, head: Weight, out: Buffer) -> Result<(), CudaError> {
+        let epilogue = Head { out: out.address() };
+        self.operations()?.gemm.launch(&self.launcher, head, x.address(), step.shape.samples, &epilogue)
+    }
+
+    fn sample(&mut self, step: &Step<Buffer>, logits: Buffer, tokens: Buffer) -> Result<(), CudaError> {
+        let Operations { sampling, dims, .. } = self.operations()?;
+        sampling.sample(&self.launcher, step, logits, dims.vocab, tokens)
+    }
+
+    fn logprobs(
+        &mut self,
+        step: &Step<Buffer>,
+        logits: Buffer,
+        tokens: Buffer,
+        out: Buffer,
+    ) -> Result<(), CudaError> {
+        let Operations { sampling, dims, .. } = self.operations()?;
+        sampling.logprobs(&self.launcher, step, logits, dims.vocab, tokens, out)
+    }
+
+    fn read_logits(&mut self, logits: Buffer, vocab: u32, rows: Range<usize>) -> Result<Vec<f32>, CudaError> {
+        let vocab = vocab as usize;
+        let elements = rows.start * vocab..rows.end * vocab;
+        let halves = elements.len();
+        // Pinned memory comes in words, and a row may begin and end within one: take the words around it.
+        let around = elements.start / 2 * 2..elements.end.next_multiple_of(2).min(logits.elements());
+        let mut staging = self.alloc_pinned(around.len().div_ceil(2))?;
+        let skipped = elements.start - around.start;
+        self.download_bytes(Queue::Compute, logits.slice(around), &mut staging)?;
+        let words = self.words(&staging)?;
+        let values: &[f16] = bytemuck::cast_slice(words);
+        Ok(values[skipped..skipped + halves].iter().map(|value| value.to_f32()).collect())
+    }
+}
