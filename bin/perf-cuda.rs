@@ -1,0 +1,177 @@
+//! Times every GPU kernel against what the device can do: `perf-cuda`, `perf-cuda gemm --rows 1,64 --json times.json`.
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::str::FromStr;
+
+use argh::FromArgs;
+use minisgl_cuda::perf::{Ceilings, Cold, Filter, PerfOptions, Row, Timing, cases, run};
+use minisgl_cuda::{Cuda, KernelSet, Options};
+use serde_json::{Value, json};
+
+/// times GPU kernels at the shapes of Qwen3-0.6B and 14B, cold, in a graph and as plain launches, after checking their
+/// results; give words to run only the cases that hold them all
+#[derive(FromArgs)]
+struct Flags {
+    /// words that a case's name or shape must hold, for example `sample rows=256`
+    #[argh(positional)]
+    words: Vec<String>,
+    /// print the cases, run none
+    #[argh(switch)]
+    list: bool,
+    /// rows of decode steps and small operations, separated by commas
+    #[argh(option, default = "Numbers::default()")]
+    rows: Numbers,
+    /// context lengths of decode attention, separated by commas
+    #[argh(option, default = "Numbers::default()")]
+    contexts: Numbers,
+    /// tokens of prefill steps, separated by commas
+    #[argh(option, default = "Numbers::default()")]
+    tokens: Numbers,
+    /// measurements of a case (default 10)
+    #[argh(option, default = "10")]
+    repetitions: u32,
+    /// calls in a graph (default 10, more where buffers would fit the cache; 0: plain launches only)
+    #[argh(option, default = "10")]
+    graph_repetitions: u32,
+    /// use the same buffers in every call, so that small ones stay in the cache
+    #[argh(switch)]
+    hot: bool,
+    /// write the rows to this file too
+    #[argh(option)]
+    json: Option<PathBuf>,
+    /// which GPU (default 0)
+    #[argh(option, default = "0")]
+    device: usize,
+    /// auto, portable or hopper (default auto)
+    #[argh(option, default = "KernelSet::Auto")]
+    kernels: KernelSet,
+}
+
+/// Numbers separated by commas.
+#[derive(Clone, Default)]
+struct Numbers(Vec<u32>);
+
+impl FromStr for Numbers {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Numbers, String> {
+        let number = |word: &str| word.trim().parse().map_err(|_| format!("`{word}` in `{text}` is no number"));
+        Ok(Numbers(text.split(',').map(number).collect::<Result<_, _>>()?))
+    }
+}
+
+fn main() -> ExitCode {
+    let flags: Flags = argh::from_env();
+    match perf(&flags) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("perf-cuda: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn perf(flags: &Flags) -> Result<(), Box<dyn std::error::Error>> {
+    let cases = cases(&Filter {
+        words: flags.words.clone(),
+        rows: flags.rows.0.clone(),
+        contexts: flags.contexts.0.clone(),
+        tokens: flags.tokens.0.clone(),
+    });
+    if flags.list {
+        cases.iter().for_each(|case| println!("{} {}", case.family, case.shape));
+        return Ok(());
+    }
+    let mut cuda = Cuda::new(&Options { device: flags.device, kernels: flags.kernels })?;
+    let ceilings = Ceilings::measure(&mut cuda)?;
+    print_head(&cuda, &ceilings);
+    let cold = if flags.hot { Cold::No } else { Cold::Yes };
+    let (repetitions, graph_repetitions) = (flags.repetitions.max(1), flags.graph_repetitions);
+    let options = PerfOptions { repetitions, graph_repetitions, ..PerfOptions::default() };
+    let mut rows = Vec::new();
+    let mut failed = Ok(());
+    for case in &cases {
+        match run(&mut cuda, case, cold, &options) {
+            Ok(row) => {
+                print_row(&row, &ceilings);
+                rows.push(row);
+            }
+            Err(error) => {
+                eprintln!("perf-cuda: {error}");
+                failed = Err(error);
+            }
+        }
+    }
+    if let Some(file) = &flags.json {
+        write_json(file, &cuda, &ceilings, &rows)?;
+    }
+    Ok(failed?)
+}
+
+fn print_head(cuda: &Cuda, ceilings: &Ceilings) {
+    println!("{}, {} kernels", cuda.properties().name, kernels(cuda));
+    let matmul = ceilings
+        .matmul_flop_s
+        .map_or("not measured, there is no cuBLASLt".into(), |rate| format!("{:.0} TFLOP/s", rate / 1e12));
+    println!("ceilings: read {:.0} GB/s, bf16 matmul {matmul}", ceilings.read_bytes_s / 1e9);
+    println!("times of one call in ms; GB/s, TFLOP/s and % of the ceiling are the graph's");
+    println!(
+        "{:<14} {:<44} {:>9} {:>8} {:>9} {:>7} {:>8} {:>6}  baseline",
+        "kernels", "shape", "graph", "± %", "plain", "GB/s", "TFLOP/s", "%"
+    );
+}
+
+fn kernels(cuda: &Cuda) -> &'static str {
+    if cuda.properties().hopper { "hopper" } else { "portable" }
+}
+
+fn print_row(row: &Row, ceilings: &Ceilings) {
+    let or_dash = |text: Option<String>| text.unwrap_or_else(|| "-".into());
+    let timing = row.timing();
+    let baseline = row.baseline.zip(row.speed()).map(|((name, timing), speed)| {
+        format!("{name} {:.4} ms, we are {speed:.2} times as fast", timing.mean_ms)
+    });
+    println!(
+        "{:<14} {:<44} {:>9} {:>8.1} {:>9.4} {:>7} {:>8} {:>6}  {}{}",
+        row.family,
+        row.shape,
+        or_dash(row.graph.map(|timing| format!("{:.4}", timing.mean_ms))),
+        100.0 * timing.spread_ms / timing.mean_ms,
+        row.plain.mean_ms,
+        or_dash((row.bytes > 0.0).then(|| format!("{:.0}", row.gb_s()))),
+        or_dash((row.flops > 0.0).then(|| format!("{:.1}", row.tflop_s()))),
+        or_dash(row.ceiling_percent(ceilings).map(|percent| format!("{percent:.1}"))),
+        or_dash(baseline),
+        if row.cold { "" } else { "  (not cold)" },
+    );
+}
+
+fn write_json(file: &Path, cuda: &Cuda, ceilings: &Ceilings, rows: &[Row]) -> std::io::Result<()> {
+    let report = json!({
+        "device": cuda.properties().name,
+        "kernels": kernels(cuda),
+        "read_gb_s": ceilings.read_bytes_s / 1e9,
+        "matmul_tflop_s": ceilings.matmul_flop_s.map(|rate| rate / 1e12),
+        "rows": rows.iter().map(|row| row_json(row, ceilings)).collect::<Vec<_>>(),
+    });
+    std::fs::write(file, format!("{report:#}\n"))
+}
+
+fn row_json(row: &Row, ceilings: &Ceilings) -> Value {
+    let timing = |timing: Timing| json!({ "mean_ms": timing.mean_ms, "spread_ms": timing.spread_ms, "least_ms": timing.least_ms });
+    json!({
+        "kernels": row.family,
+        "shape": row.shape,
+        "cold": row.cold,
+        "bytes": row.bytes,
+        "flops": row.flops,
+        "graph": row.graph.map(timing),
+        "plain": timing(row.plain),
+        "gb_s": row.gb_s(),
+        "tflop_s": row.tflop_s(),
+        "ceiling_percent": row.ceiling_percent(ceilings),
+        "baseline": row.baseline.map(|(name, baseline)| json!({ "name": name, "time": timing(baseline) })),
+        "speed": row.speed(),
+    })
+}
