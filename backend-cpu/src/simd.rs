@@ -45,28 +45,36 @@ pub fn dots<const FMA: bool, const W: usize, const X: usize>(
     x: [&[f32]; X],
 ) -> [[f32; W]; X] {
     let len = w[0].len();
-    let (w, x) = (w.map(|w| &w[..len]), x.map(|x| &x[..len]));
-    let chunks = len / LANES;
-    let wide_w = w.map(|w| &w.as_chunks::<LANES>().0[..chunks]);
-    let wide_x = x.map(|x| &x.as_chunks::<LANES>().0[..chunks]);
-    let mut sums = [[[0.0f32; LANES]; W]; X];
-    for c in 0..chunks {
-        for (sums, x) in sums.iter_mut().zip(&wide_x) {
-            for (sums, w) in sums.iter_mut().zip(&wide_w) {
-                for lane in 0..LANES {
-                    sums[lane] = mul_add::<FMA>(w[c][lane], x[c][lane], sums[lane]);
-                }
-            }
-        }
+    let (w, x) = (w.map(|w| w[..len].as_chunks::<LANES>()), x.map(|x| x[..len].as_chunks::<LANES>()));
+    let mut sums = [[[0.0; LANES]; W]; X];
+    for c in 0..len / LANES {
+        add_products::<FMA, W, X>(&mut sums, w.map(|(chunks, _)| chunks[c]), x.map(|(chunks, _)| chunks[c]));
     }
-    for i in chunks * LANES..len {
-        for (sums, x) in sums.iter_mut().zip(&x) {
-            for (sums, w) in sums.iter_mut().zip(&w) {
-                sums[i % LANES] = mul_add::<FMA>(w[i], x[i], sums[i % LANES]);
-            }
-        }
+    if !len.is_multiple_of(LANES) {
+        add_products::<FMA, W, X>(&mut sums, w.map(|(_, rest)| padded(rest)), x.map(|(_, rest)| padded(rest)));
     }
     sums.map(|sums| sums.map(add_lanes))
+}
+
+#[inline(always)]
+fn add_products<const FMA: bool, const W: usize, const X: usize>(
+    sums: &mut [[[f32; LANES]; W]; X],
+    w: [[f32; LANES]; W],
+    x: [[f32; LANES]; X],
+) {
+    for j in 0..W {
+        for i in 0..X {
+            for lane in 0..LANES {
+                sums[i][j][lane] = mul_add::<FMA>(w[j][lane], x[i][lane], sums[i][j][lane]);
+            }
+        }
+    }
+}
+
+/// The last elements, with zeros behind them, which add nothing.
+#[inline(always)]
+fn padded(rest: &[f32]) -> [f32; LANES] {
+    std::array::from_fn(|lane| rest.get(lane).copied().unwrap_or(0.0))
 }
 
 #[inline(always)]
