@@ -65,6 +65,11 @@ pub struct Scheduler {
     retracted: VecDeque<u32>,
     /// Requests with a slot, in the order of their admission: the youngest is the last.
     running: Vec<u32>,
+    /// The request that was refused admission last, and the room there was; see [`Scheduler::admit`].
+    refused: Option<(Ticket, i64)>,
+    /// Some of the running, or of those waiting, have just ended and are still listed.
+    ended_running: bool,
+    ended_waiting: bool,
     stats: Stats,
 }
 
@@ -80,6 +85,9 @@ impl Scheduler {
             waiting: VecDeque::with_capacity(limits.queued as usize),
             retracted: VecDeque::with_capacity(limits.running as usize),
             running: Vec::with_capacity(limits.running as usize),
+            refused: None,
+            ended_running: false,
+            ended_waiting: false,
             stats: Stats::default(),
         }
     }
@@ -167,7 +175,8 @@ impl Scheduler {
     /// Ends a request at once, wherever it is. False if it has ended already.
     pub fn abort(&mut self, ticket: Ticket, sink: &mut impl FnMut(Event<'_>)) -> bool {
         let Some(entry) = self.table.find(ticket) else { return false };
-        self.finish(entry, FinishReason::Abort, sink);
+        self.end(entry, FinishReason::Abort, sink);
+        self.forget_ended();
         true
     }
 
@@ -213,19 +222,27 @@ impl Scheduler {
         (request.known == request.planned).then_some(entry)
     }
 
-    /// Gives a waiting request a slot and the cached pages of its prefix, if the pool can hold the rest.
+    /// Gives a waiting request a slot and the cached pages of its prefix, if the pool can hold the rest and a page for
+    /// each running request.
+    ///
+    /// One that was refused is not looked at again before there is more room: walking a long prefix in vain would cost
+    /// every decode step. With nobody running there is more room than ever before, so nobody is refused for good.
     fn admit(&mut self, entry: u32, batch: &mut Batch) -> bool {
-        if !self.table.has_slot() {
+        let (ticket, room) = (self.table.ticket(entry), self.room());
+        if !self.table.has_slot() || self.refused.is_some_and(|it| it.0 == ticket && room <= it.1) {
             return false;
         }
         let (node, depth) = self.hold_cached_prefix(entry);
         let pages = self.table.get(entry).known.div_ceil(self.limits.page_size);
-        let headroom = self.running.len() as u32;
-        let fits = pages - depth + headroom <= self.pool.available();
-        if !fits || pages as usize > batch.room_for_updates() || !self.table.start(entry, node, depth) {
+        let fits = i64::from(pages - depth) <= self.room();
+        if !fits || pages as usize > batch.room_for_updates() {
             self.pool.release_path(node);
+            if !fits {
+                self.refused = Some((ticket, room));
+            }
             return false;
         }
+        self.stats.cached_tokens += self.table.start(entry, node, depth);
         let slot = self.table.get(entry).slot;
         let mut page = node;
         for i in (0..depth).rev() {
@@ -236,6 +253,11 @@ impl Scheduler {
         queue.pop_front();
         self.running.push(entry);
         true
+    }
+
+    /// Pages that a new request may have: those available, but for one for each running request.
+    fn room(&self) -> i64 {
+        i64::from(self.pool.available()) - self.running.len() as i64
     }
 
     /// Holds the longest cached path that the request's tokens spell, but for its last token: one must be run to have
@@ -280,7 +302,7 @@ impl Scheduler {
         request.computed = end;
         request.planned += u32::from(last);
         if self.policy.prefix_cache {
-            self.table.keep_prefix(entry, &mut self.pool);
+            self.table.keep_prefix(entry, &mut self.pool, false);
         }
         true
     }
@@ -368,27 +390,40 @@ impl Scheduler {
             sink(Event::Token { ticket, token, logprobs });
             let request = self.table.get(entry);
             if !request.params.ignore_eos && self.eos.contains(&token) {
-                self.finish(entry, FinishReason::Eos, sink);
+                self.end(entry, FinishReason::Eos, sink);
             } else if request.known == request.len_max {
-                self.finish(entry, FinishReason::Length, sink);
+                self.end(entry, FinishReason::Length, sink);
             }
         }
+        self.forget_ended();
     }
 
-    fn finish(&mut self, entry: u32, reason: FinishReason, sink: &mut impl FnMut(Event<'_>)) {
+    /// Ends a request; it stays in its queue, or among the running, until [`Scheduler::forget_ended`].
+    fn end(&mut self, entry: u32, reason: FinishReason, sink: &mut impl FnMut(Event<'_>)) {
         let ticket = self.table.ticket(entry);
         let request = self.table.get(entry);
         let cached_tokens = request.cached_tokens;
         if request.state == State::Running {
-            self.running.retain(|other| *other != entry);
             self.table.stop(entry, &mut self.pool, self.policy.prefix_cache);
+            self.ended_running = true;
         } else {
-            self.retracted.retain(|other| *other != entry);
-            self.waiting.retain(|other| *other != entry);
+            self.ended_waiting = true;
         }
         self.table.vacate(entry);
         self.stats.finished += 1;
         sink(Event::Finished { ticket, reason, cached_tokens });
+    }
+
+    /// Removes the requests that have ended from their lists, all at once: many may end in one step.
+    fn forget_ended(&mut self) {
+        let in_state = |table: &RequestTable, entry: &u32, state| table.get(*entry).state == state;
+        if core::mem::take(&mut self.ended_running) {
+            self.running.retain(|entry| in_state(&self.table, entry, State::Running));
+        }
+        if core::mem::take(&mut self.ended_waiting) {
+            self.retracted.retain(|entry| in_state(&self.table, entry, State::Waiting));
+            self.waiting.retain(|entry| in_state(&self.table, entry, State::Waiting));
+        }
     }
 
     fn count(&mut self, batch: &Batch) {

@@ -176,26 +176,27 @@ impl RequestTable {
         !self.slots.is_empty()
     }
 
-    /// Gives a waiting request a slot, to run its known tokens; it holds `depth` pages of the path to `node`.
-    pub fn start(&mut self, entry: u32, node: u32, depth: u32) -> bool {
-        let Some(slot) = self.slots.pop() else { return false };
-        let page_size = self.page_size;
+    /// Gives a waiting request a slot (there is one), to run its known tokens; it holds `depth` pages of the path to
+    /// `node`. Returns how many prompt tokens the prefix cache saved it, 0 if it ran before.
+    pub fn start(&mut self, entry: u32, node: u32, depth: u32) -> u64 {
+        let Some(slot) = self.slots.pop() else { unreachable!("the caller saw a slot") };
+        let cached_tokens = depth * self.page_size;
         let request = self.get_mut(entry);
         request.state = State::Running;
         request.slot = slot;
         (request.node, request.node_depth, request.pages) = (node, depth, depth);
-        (request.computed, request.prefill_len) = (depth * page_size, request.known);
-        if !request.admitted_before {
-            request.admitted_before = true;
-            request.cached_tokens = depth * page_size;
+        (request.computed, request.prefill_len) = (cached_tokens, request.known);
+        if core::mem::replace(&mut request.admitted_before, true) {
+            return 0;
         }
-        true
+        request.cached_tokens = cached_tokens;
+        u64::from(cached_tokens)
     }
 
     /// Takes a running request's slot and pages away. What its pages hold stays as a prefix, if that is wanted.
     pub fn stop(&mut self, entry: u32, pool: &mut PagePool, keep_prefix: bool) {
         if keep_prefix {
-            self.keep_prefix(entry, pool);
+            self.keep_prefix(entry, pool, true);
         }
         let request = *self.get(entry);
         for i in (0..request.pages).rev() {
@@ -211,9 +212,12 @@ impl RequestTable {
         (request.node, request.node_depth, request.pages, request.computed) = (NO_PAGE, 0, 0, 0);
     }
 
-    /// Puts the request's full pages of known tokens into the prefix tree. Where another request's page already spells
-    /// the same prefix, that one is held as well, and the request's own stays private.
-    pub fn keep_prefix(&mut self, entry: u32, pool: &mut PagePool) {
+    /// Puts the request's full pages of known tokens into the prefix tree.
+    ///
+    /// Where another request's page already spells the same prefix, a request that goes on (`ending` is false) stops
+    /// there: to hold that page beside its own would cost a page more than its sequence needs, and alone it might not
+    /// fit any more. One that is ending goes on along the other's path, and its own page is given back.
+    pub fn keep_prefix(&mut self, entry: u32, pool: &mut PagePool, ending: bool) {
         let mut request = *self.get(entry);
         let full_pages = request.computed.min(request.known) / self.page_size;
         while request.node_depth < full_pages {
@@ -221,6 +225,7 @@ impl RequestTable {
             let tokens = &self.tokens(entry)[first..first + self.page_size as usize];
             let page = self.page(request.slot, request.node_depth);
             request.node = match pool.find(request.node, tokens) {
+                Some(_) if !ending => break,
                 Some(same) => {
                     pool.hold(same);
                     same

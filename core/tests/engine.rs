@@ -1,0 +1,308 @@
+//! The engine's promises, one by one, through its public API.
+
+mod support;
+
+use minisgl_core::batch::{Phase, StepShape};
+use minisgl_core::config::{Limits, LimitsError};
+use minisgl_core::engine::{Engine, EngineError};
+use minisgl_core::request::{FinishReason, Request, SubmitError};
+use minisgl_core::sampling::{SamplingError, SamplingParams};
+use minisgl_core::scheduler::Order;
+
+use support::expected::{self, VOCAB, alone};
+use support::hashing::Hashing;
+use support::lazy::{Lazy, Pace};
+use support::trace::Trace;
+use support::{Outcomes, SMALL, engine, exactly, options, run_all, run_dry};
+
+/// A prompt of so many tokens that no other `text` begins with.
+fn prompt(text: u32, len: u32) -> Vec<u32> {
+    (0..len).map(|i| if i == 0 { text } else { (i * 5 + text) % VOCAB }).collect()
+}
+
+/// What requests give alone under these limits.
+fn expected_tokens(requests: &[(Vec<u32>, SamplingParams)], limits: &Limits) -> Vec<Vec<u32>> {
+    requests.iter().map(|(prompt, params)| alone(prompt, params, limits.sequence).0).collect()
+}
+
+fn tokens(outcomes: Vec<support::Outcome>) -> Vec<Vec<u32>> {
+    outcomes.into_iter().map(|outcome| outcome.tokens).collect()
+}
+
+#[test]
+fn a_retracted_request_resumes_with_the_same_tokens() {
+    // Four sequences of up to 28 tokens, 7 pages each, and 12 pages for all.
+    let limits = Limits { pages: 12, ..SMALL };
+    let requests: Vec<_> = (0..4).map(|text| (prompt(text, 8), exactly(20))).collect();
+    for overlap in [true, false] {
+        for prefix_cache in [true, false] {
+            let mut options = options(limits);
+            (options.overlap, options.policy.prefix_cache) = (overlap, prefix_cache);
+            let mut engine = engine(options);
+            assert_eq!(tokens(run_all(&mut engine, &requests)), expected_tokens(&requests, &limits));
+            assert!(engine.stats().retractions > 0, "the pool is too small for all of them");
+        }
+    }
+}
+
+#[test]
+fn a_prefix_that_ran_before_is_not_run_again() {
+    let mut engine = engine(options(SMALL));
+    let shared = prompt(1, 12);
+    let first = (shared.clone(), exactly(2));
+    let second = ([shared, vec![1, 2, 3]].concat(), exactly(2));
+    let run = |engine: &mut Engine<_, _>, request| run_all(engine, std::slice::from_ref(request)).remove(0);
+    assert_eq!(run(&mut engine, &first).finished, Some((FinishReason::Length, 0)));
+    let before = engine.stats();
+    let outcome = run(&mut engine, &second);
+    assert_eq!(outcome.finished, Some((FinishReason::Length, 12)), "three pages of four were there");
+    assert_eq!(outcome.tokens, expected_tokens(std::slice::from_ref(&second), &SMALL)[0]);
+    let after = engine.stats();
+    assert_eq!(after.cached_tokens - before.cached_tokens, 12);
+    assert_eq!(after.prefill_tokens - before.prefill_tokens, 3);
+    engine.clear_prefix_cache();
+    assert_eq!(run(&mut engine, &second).finished, Some((FinishReason::Length, 0)), "all is forgotten");
+}
+
+#[test]
+fn a_prompt_that_is_wholly_cached_still_runs_its_last_page() {
+    let mut engine = engine(options(SMALL));
+    let request = (prompt(2, 12), exactly(3));
+    let expected = expected_tokens(std::slice::from_ref(&request), &SMALL);
+    for cached in [0, 8] {
+        let outcome = run_all(&mut engine, std::slice::from_ref(&request)).remove(0);
+        assert_eq!((&outcome.tokens, outcome.finished), (&expected[0], Some((FinishReason::Length, cached))));
+    }
+}
+
+#[test]
+fn without_a_prefix_cache_nothing_is_cached() {
+    let mut options = options(SMALL);
+    options.policy.prefix_cache = false;
+    let mut engine = engine(options);
+    let requests = vec![(prompt(1, 12), exactly(2)); 3];
+    let outcomes = run_all(&mut engine, &requests);
+    assert!(outcomes.iter().all(|outcome| outcome.finished == Some((FinishReason::Length, 0))));
+    assert_eq!(engine.stats().cached_tokens, 0);
+}
+
+#[test]
+fn an_aborted_request_ends_at_once_at_any_stage_and_its_neighbours_go_on() {
+    // The first 30 tokens are prefilled in two chunks; with overlap there is always a step in flight.
+    let limits = Limits { running: 2, pages: 20, ..SMALL };
+    for steps_before in 0..12 {
+        let mut engine = engine(options(limits));
+        let submit = |engine: &mut Engine<Lazy, Hashing>, text, len| {
+            let request = Request { prompt: &prompt(text, len), params: exactly(6) };
+            engine.submit(request).expect("it can run").ticket
+        };
+        let victim = submit(&mut engine, 1, 30);
+        let neighbours = [submit(&mut engine, 2, 5), submit(&mut engine, 3, 5)];
+        let mut outcomes = Outcomes::default();
+        for _ in 0..steps_before {
+            engine.step(&mut |event| outcomes.take_in(event)).expect("the device does not fail");
+        }
+        let ended = outcomes.of(victim).finished.is_some();
+        assert_eq!(engine.abort(victim, &mut |event| outcomes.take_in(event)), !ended);
+        assert!(!engine.abort(victim, &mut |_| ()), "a ticket is void after its request's end");
+        engine.check();
+        run_dry(&mut engine, &mut outcomes);
+        let all = alone(&prompt(1, 30), &exactly(6), limits.sequence).0;
+        assert!(all.starts_with(&outcomes.of(victim).tokens));
+        for (neighbour, text) in neighbours.into_iter().zip([2, 3]) {
+            let expected = alone(&prompt(text, 5), &exactly(6), limits.sequence).0;
+            assert_eq!(outcomes.of(neighbour).tokens, expected, "aborted after {steps_before} steps");
+        }
+    }
+}
+
+#[test]
+fn the_token_behind_an_end_of_sequence_token_is_dropped() {
+    // A prompt and seed whose output ends by itself, in the middle.
+    let params = |seed| SamplingParams { max_tokens: 30, seed, ..SamplingParams::default() };
+    let ends = |seed: &u64| {
+        let (tokens, reason) = alone(&prompt(3, 6), &params(*seed), SMALL.sequence);
+        reason == FinishReason::Eos && (3..20).contains(&tokens.len())
+    };
+    let seed = (0..).find(ends).expect("some sequence ends early");
+    let request = (prompt(3, 6), params(seed));
+    for overlap in [true, false] {
+        let mut options = options(SMALL);
+        options.overlap = overlap;
+        let mut engine = engine(options);
+        let outcome = run_all(&mut engine, std::slice::from_ref(&request)).remove(0);
+        assert_eq!(outcome.tokens, alone(&request.0, &request.1, SMALL.sequence).0);
+        assert_eq!(outcome.finished, Some((FinishReason::Eos, 0)));
+        let stats = engine.stats();
+        let overrun = stats.decode_tokens + 1 - stats.output_tokens;
+        assert_eq!(overrun, u64::from(overlap), "one step too far with overlap, none without");
+    }
+}
+
+#[test]
+fn the_longest_output_goes_first_if_that_is_wanted() {
+    let limits = Limits { running: 1, ..SMALL };
+    for (order, expected) in [(Order::Given, [0, 1, 2]), (Order::LongestOutputFirst, [1, 2, 0])] {
+        let mut options = options(limits);
+        options.policy.order = order;
+        let mut engine = engine(options);
+        let lengths = [3, 9, 6];
+        let tickets = lengths.map(|len| {
+            engine
+                .submit(Request { prompt: &prompt(len, 4), params: exactly(len) })
+                .expect("it can run")
+                .ticket
+        });
+        let mut outcomes = Outcomes::default();
+        run_dry(&mut engine, &mut outcomes);
+        let started: Vec<_> = outcomes.list.iter().map(|(ticket, _)| *ticket).collect();
+        assert_eq!(started, expected.map(|i: usize| tickets[i]));
+    }
+}
+
+#[test]
+fn a_request_that_can_never_run_is_refused_with_the_reason() {
+    let limits = Limits { pages: 10, ..SMALL };
+    let mut engine = engine(options(limits));
+    let mut submit = |prompt: &[u32], params| engine.submit(Request { prompt, params });
+    assert_eq!(submit(&[], exactly(1)), Err(SubmitError::EmptyPrompt));
+    // Ten pages of four tokens are less than the sequence limit of 64.
+    assert_eq!(submit(&[1; 40], exactly(1)), Err(SubmitError::PromptTooLong { tokens: 40, limit: 39 }));
+    let outside = SubmitError::TokenOutsideVocabulary { id: VOCAB, position: 1, vocab: VOCAB };
+    assert_eq!(submit(&[1, VOCAB], exactly(1)), Err(outside));
+    assert_eq!(submit(&[1], exactly(0)), Err(SamplingError::MaxTokens.into()));
+    let cold = SamplingParams { temperature: -1.0, ..exactly(1) };
+    assert_eq!(submit(&[1], cold), Err(SamplingError::Temperature(-1.0).into()));
+}
+
+#[test]
+fn more_tokens_than_fit_are_clamped_and_that_is_said() {
+    let mut engine = engine(options(SMALL));
+    let request = Request { prompt: &prompt(1, 60), params: exactly(100) };
+    assert_eq!(engine.submit(request).expect("it can run").max_tokens, 4);
+    let mut outcomes = Outcomes::default();
+    run_dry(&mut engine, &mut outcomes);
+    assert_eq!(outcomes.list[0].1.tokens, alone(&prompt(1, 60), &exactly(100), 64).0);
+}
+
+#[test]
+fn a_full_queue_refuses_and_takes_again_after_some_steps() {
+    let limits = Limits { running: 1, queued: 2, ..SMALL };
+    let mut engine = engine(options(limits));
+    let prompt = prompt(1, 4);
+    let request = Request { prompt: &prompt, params: exactly(3) };
+    assert!(engine.submit(request).is_ok() && engine.submit(request).is_ok());
+    assert_eq!(engine.submit(request), Err(SubmitError::QueueFull { capacity: 2 }));
+    engine.step(&mut |_| ()).expect("the device does not fail");
+    assert!(engine.submit(request).is_ok(), "one of them runs");
+    assert_eq!(engine.submit(request), Err(SubmitError::QueueFull { capacity: 2 }));
+}
+
+#[test]
+fn decode_steps_are_padded_to_the_next_recorded_size_and_replayed() {
+    let limits = Limits { running: 10, graph_rows: 8, pages: 200, prefill_tokens: 64, ..SMALL };
+    for (requests, rows) in [(1, 1), (3, 4), (5, 8), (8, 8), (9, 9)] {
+        let mut engine = engine(options(limits));
+        let requests: Vec<_> = (0..requests).map(|text| (prompt(text, 4), exactly(5))).collect();
+        for (prompt, params) in &requests {
+            engine.submit(Request { prompt, params: *params }).expect("it can run");
+        }
+        let (mut decodes, mut outcomes) = (0, Outcomes::default());
+        while !engine.is_idle() {
+            let report = engine.step(&mut |event| outcomes.take_in(event)).expect("the device does not fail");
+            if let Some(shape) = report.launched.filter(|shape| shape.phase == Phase::Decode) {
+                assert_eq!(shape, StepShape::decode(rows));
+                decodes += 1;
+            }
+        }
+        let replayed = if rows <= 8 { decodes } else { 0 };
+        assert_eq!(engine.backend().replays, replayed, "{rows} rows");
+        let padding = u64::from(rows) - requests.len() as u64;
+        assert_eq!(engine.stats().padding_rows, decodes * padding);
+        let came = outcomes.list.into_iter().map(|(_, outcome)| outcome.tokens).collect::<Vec<_>>();
+        assert_eq!(came, expected_tokens(&requests, &limits));
+    }
+}
+
+#[test]
+fn with_overlap_a_step_is_enqueued_before_the_tokens_of_the_one_before_are_waited_for() {
+    let limits = Limits { graph_rows: 0, ..SMALL };
+    let request = Request { prompt: &[1, 2, 3], params: exactly(2) };
+    let step = "record write upload forward record wait download";
+    for overlap in [true, false] {
+        let mut options = options(limits);
+        options.overlap = overlap;
+        let device = Trace::new(Lazy::new(Pace::Late));
+        let mut engine = Engine::new(device, Hashing::default(), options).expect("valid limits");
+        engine.submit(request).expect("it can run");
+        engine.backend().take();
+        let mut token_count = 0;
+        let mut count = |_: minisgl_core::request::Event<'_>| token_count += 1;
+        engine.step(&mut count).expect("the device does not fail");
+        let first = if overlap { format!("record {step}") } else { format!("record {step} read") };
+        assert_eq!(engine.backend().take(), first, "the first step records when time began");
+        engine.step(&mut count).expect("the device does not fail");
+        assert_eq!(engine.backend().take(), format!("{step} read"), "whose tokens, only their number tells");
+        engine.step(&mut count).expect("the device does not fail");
+        assert_eq!(engine.backend().take(), if overlap { "read" } else { "" });
+        assert_eq!(token_count, 3, "two tokens and the end");
+    }
+}
+
+#[test]
+fn log_probabilities_come_back_only_in_steps_that_want_them() {
+    let limits = Limits { graph_rows: 0, ..SMALL };
+    let device = Trace::new(Lazy::new(Pace::Late));
+    let mut engine = Engine::new(device, Hashing::default(), options(limits)).expect("valid limits");
+    let wanting = SamplingParams { logprobs: Some(2), ..exactly(4) };
+    let requests = [(prompt(1, 3), exactly(4)), (prompt(2, 3), wanting)];
+    let outcomes = run_all(&mut engine, &requests);
+    assert_eq!(outcomes[0].logprobs, []);
+    let expected: Vec<f32> =
+        (3..).zip(&outcomes[1].tokens).map(|(at, id)| expected::logprob(*id, at)).collect();
+    assert_eq!(outcomes[1].logprobs, expected);
+    assert!(engine.backend().take().contains("logprobs"));
+    run_all(&mut engine, &requests[..1]);
+    assert!(!engine.backend().take().contains("logprobs"));
+}
+
+#[test]
+fn steps_are_timed_by_the_devices_clock() {
+    for overlap in [true, false] {
+        let mut options = options(SMALL);
+        options.overlap = overlap;
+        let mut engine = engine(options);
+        engine.submit(Request { prompt: &prompt(1, 40), params: exactly(5) }).expect("it can run");
+        let (mut launched, mut completed, mut end_ms) = (Vec::new(), Vec::new(), 0.0);
+        while !engine.is_idle() {
+            let report = engine.step(&mut |_| ()).expect("the device does not fail");
+            launched.extend(report.launched);
+            if let Some(step) = report.completed {
+                assert!(step.start_ms >= end_ms && step.gpu_ms > 0.0, "{step:?} after {end_ms}");
+                end_ms = step.start_ms + step.gpu_ms;
+                completed.push(step.shape);
+            }
+        }
+        assert_eq!(launched, completed);
+    }
+}
+
+#[test]
+fn capacities_that_make_no_engine_are_refused_with_the_reason() {
+    let build = |change: fn(&mut Limits)| {
+        let mut limits = SMALL;
+        change(&mut limits);
+        Engine::new(Lazy::new(Pace::Late), Hashing::default(), options(limits)).map(|_| ())
+    };
+    assert!(build(|_| ()).is_ok());
+    let pages = build(|limits| limits.pages = 0);
+    assert!(matches!(pages, Err(EngineError::Limits(LimitsError::Zero("number of pages")))));
+    let size = build(|limits| limits.page_size = 12);
+    assert!(matches!(size, Err(EngineError::Limits(LimitsError::PageSize(12)))));
+    let sequence = build(|limits| limits.sequence = 5000);
+    assert!(matches!(sequence, Err(EngineError::Sequence { sequence: 5000, max_positions: 4096 })));
+    let mut wide = options(SMALL);
+    wide.policy.vocab = VOCAB + 1;
+    let wide = Engine::new(Lazy::new(Pace::Late), Hashing::default(), wide).map(|_| ());
+    assert!(matches!(wide, Err(EngineError::Vocabulary { .. })));
+}

@@ -1,0 +1,108 @@
+//! Every operation of the device may fail: the engine says where, stops, and what it gave out before was right.
+
+mod support;
+
+use minisgl_core::config::Limits;
+use minisgl_core::engine::{Engine, EngineError};
+use minisgl_core::request::{Event, FinishReason, Request, SubmitError};
+use minisgl_core::sampling::SamplingParams;
+
+use support::expected::alone;
+use support::fault::{Fault, FaultError};
+use support::hashing::Hashing;
+use support::lazy::{Lazy, Pace};
+use support::{Outcomes, exactly, options};
+
+const LIMITS: Limits =
+    Limits { running: 3, queued: 8, sequence: 32, prefill_tokens: 8, page_size: 4, pages: 16, graph_rows: 2 };
+
+fn requests() -> Vec<(Vec<u32>, SamplingParams)> {
+    let wanting = SamplingParams { logprobs: Some(1), ..exactly(2) };
+    vec![(vec![1, 2, 3], wanting), (vec![2; 11], exactly(5)), (vec![3, 1], exactly(9))]
+}
+
+/// Runs with the `healthy + 1`-th operation failing. False if there were not so many.
+fn run(healthy: u64, overlap: bool) -> bool {
+    let mut options = options(LIMITS);
+    options.overlap = overlap;
+    let device = Fault::after(healthy, Lazy::new(Pace::Late));
+    let mut engine = match Engine::new(device, Hashing::default(), options) {
+        Ok(engine) => engine,
+        Err(error) => {
+            assert!(matches!(
+                error,
+                EngineError::Setup(FaultError::Injected(_))
+                    | EngineError::Capture { source: FaultError::Injected(_), .. }
+            ));
+            return true;
+        }
+    };
+    let requests = requests();
+    let mut tickets = Vec::new();
+    for (prompt, params) in &requests {
+        let submitted = engine.submit(Request { prompt, params: *params });
+        tickets.push(submitted.expect("it can run").ticket);
+    }
+    let mut outcomes = Outcomes::default();
+    let error = loop {
+        if engine.is_idle() {
+            return false;
+        }
+        if let Err(error) = engine.step(&mut |event| outcomes.take_in(event)) {
+            break error;
+        }
+    };
+    let operation = engine.backend().failed.get().expect("nothing else fails");
+    let said = error.to_string();
+    assert!(said.contains(operation) && said.contains("rows and"), "{said}");
+    assert!(matches!(error, EngineError::Step { rows: 1..=3, tokens: 1..=8, .. }));
+    for (ticket, (prompt, params)) in tickets.iter().zip(&requests) {
+        let (outcome, (all, reason)) = (outcomes.of(*ticket), alone(prompt, params, LIMITS.sequence));
+        assert!(all.starts_with(&outcome.tokens), "what came before the failure is right");
+        let finished = (outcome.tokens == all).then_some((reason, 0));
+        assert_eq!(outcome.finished, finished, "what had ended has ended");
+    }
+    engine.check();
+    assert!(matches!(engine.step(&mut |_| ()), Err(EngineError::Stopped)));
+    assert_eq!(engine.submit(Request { prompt: &[1], params: exactly(1) }), Err(SubmitError::Stopped));
+    true
+}
+
+#[test]
+fn a_failed_operation_stops_the_engine_and_leaves_what_came_before() {
+    for overlap in [true, false] {
+        let failures = (0..).take_while(|healthy| run(*healthy, overlap)).count();
+        assert!(failures > 100, "a run asks for more operations than {failures}");
+    }
+}
+
+#[test]
+fn a_request_can_be_aborted_after_the_engine_has_stopped() {
+    // The operations of construction are counted first: of an engine that is built and asked for nothing.
+    let build = |healthy| {
+        Engine::new(Fault::after(healthy, Lazy::new(Pace::Late)), Hashing::default(), options(LIMITS))
+    };
+    let healthy = (0..).find(|healthy| build(*healthy).is_ok()).expect("some number suffices");
+    let mut engine = build(healthy).expect("as just tried");
+    let request = Request { prompt: &[1, 2], params: exactly(4) };
+    let ticket = engine.submit(request).expect("it can run").ticket;
+    assert!(engine.step(&mut |_| ()).is_err());
+    let mut reasons = Vec::new();
+    assert!(engine.abort(ticket, &mut |event| {
+        if let Event::Finished { reason, .. } = event {
+            reasons.push(reason);
+        }
+    }));
+    assert_eq!(reasons, [FinishReason::Abort]);
+    assert!(engine.is_idle());
+}
+
+#[test]
+fn a_device_with_too_little_memory_is_an_error_that_says_so() {
+    let mut device = Lazy::new(Pace::Late);
+    device.memory_limit = 100;
+    let Err(error) = Engine::new(device, Hashing::default(), options(LIMITS)) else {
+        panic!("100 words are too few");
+    };
+    assert!(error.to_string().contains("can't allocate"), "{error}");
+}

@@ -1,0 +1,93 @@
+//! After construction the engine allocates nothing: a counting allocator watches a whole offline run.
+
+mod support;
+
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use minisgl_core::config::Limits;
+use minisgl_core::request::{Event, Request, SubmitError, Ticket};
+use minisgl_core::sampling::SamplingParams;
+
+use support::expected::VOCAB;
+use support::{engine, exactly, options};
+
+struct Counting;
+
+static ALLOCATIONS: AtomicU64 = AtomicU64::new(0);
+
+// SAFETY: all is passed on to the system's allocator, whose contract is the same.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        ALLOCATIONS.fetch_add(1, Ordering::Relaxed);
+        // SAFETY: the caller keeps the contract.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
+        // SAFETY: the caller keeps the contract.
+        unsafe { System.dealloc(pointer, layout) }
+    }
+
+    unsafe fn realloc(&self, pointer: *mut u8, layout: Layout, size: usize) -> *mut u8 {
+        ALLOCATIONS.fetch_add(1, Ordering::Relaxed);
+        // SAFETY: the caller keeps the contract.
+        unsafe { System.realloc(pointer, layout, size) }
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
+
+/// 200 requests through a queue of 10: shared prefixes, chunks, retractions, log-probabilities, ends by both reasons,
+/// and one abort. One test alone in this binary, so that no other thread allocates.
+#[test]
+fn a_whole_run_allocates_nothing_after_construction() {
+    let limits = Limits {
+        running: 12,
+        queued: 10,
+        sequence: 96,
+        prefill_tokens: 40,
+        page_size: 4,
+        pages: 90,
+        graph_rows: 8,
+    };
+    let requests: Vec<(Vec<u32>, SamplingParams)> = (0..200u32)
+        .map(|i| {
+            let prompt = (0..10 + i * 7 % 50).map(|at| (at * (1 + i % 4) + i / 20) % VOCAB).collect();
+            let logprobs = i.is_multiple_of(5).then_some(3);
+            let ignore_eos = !i.is_multiple_of(3);
+            (prompt, SamplingParams { logprobs, ignore_eos, seed: i.into(), ..exactly(5 + i % 30) })
+        })
+        .collect();
+    for overlap in [true, false] {
+        let mut options = options(limits);
+        options.overlap = overlap;
+        let mut engine = engine(options);
+        let (mut tokens, mut ended, mut next, mut last) = (0u64, 0, 0, None::<Ticket>);
+        let before = ALLOCATIONS.load(Ordering::Relaxed);
+        while next < requests.len() || !engine.is_idle() {
+            while let Some((prompt, params)) = requests.get(next) {
+                match engine.submit(Request { prompt, params: *params }) {
+                    Ok(submitted) => last = Some(submitted.ticket),
+                    Err(SubmitError::QueueFull { .. }) => break,
+                    Err(error) => panic!("{error}"),
+                }
+                next += 1;
+            }
+            let mut sink = |event: Event<'_>| match event {
+                Event::Token { .. } => tokens += 1,
+                Event::Finished { .. } => ended += 1,
+            };
+            if let Some(ticket) = last.take().filter(|_| next == requests.len()) {
+                engine.abort(ticket, &mut sink);
+            }
+            engine.step(&mut sink).expect("the device does not fail");
+        }
+        let allocations = ALLOCATIONS.load(Ordering::Relaxed) - before;
+        assert_eq!(allocations, 0, "allocations in a run of {tokens} tokens");
+        let stats = engine.stats();
+        assert_eq!((ended, stats.finished, stats.output_tokens), (200, 200, tokens));
+        assert!(stats.retractions > 0 && stats.cached_tokens > 0 && stats.padding_rows > 0, "{stats:?}");
+    }
+}

@@ -1,0 +1,218 @@
+//! Random request streams over tiny pools: whatever runs beside a request, it gives what it gives alone.
+
+mod support;
+
+use minisgl_core::config::Limits;
+use minisgl_core::engine::{Engine, EngineOptions};
+use minisgl_core::request::{FinishReason, Request, SubmitError, Ticket};
+use minisgl_core::sampling::SamplingParams;
+use minisgl_core::scheduler::{Order, Policy};
+use proptest::prelude::*;
+
+use support::expected::{self, EOS, VOCAB};
+use support::hashing::Hashing;
+use support::lazy::{Lazy, Pace};
+use support::{Outcome, Outcomes, run_dry};
+
+/// What the caller does next.
+#[derive(Clone, Debug)]
+enum Action {
+    Submit {
+        prompt: Vec<u32>,
+        params: SamplingParams,
+    },
+    Step,
+    /// Aborts one of those submitted so far.
+    Abort(prop::sample::Index),
+    ClearPrefixCache,
+}
+
+#[derive(Clone, Debug)]
+struct Stream {
+    options: EngineOptions,
+    pace: Pace,
+    actions: Vec<Action>,
+}
+
+fn limits() -> impl Strategy<Value = Limits> {
+    (1..6u32, 1..5u32, 2..40u32, 1..20u32, 0..4u32, 1..24u32, 0..8u32).prop_map(
+        |(running, queued, sequence, prefill_tokens, page_bits, pages, graph_rows)| Limits {
+            running,
+            queued,
+            sequence,
+            prefill_tokens,
+            page_size: 1 << page_bits,
+            pages,
+            graph_rows,
+        },
+    )
+}
+
+fn options() -> impl Strategy<Value = EngineOptions> {
+    let order = prop_oneof![Just(Order::Given), Just(Order::LongestOutputFirst)];
+    (limits(), any::<bool>(), order, any::<bool>()).prop_map(|(limits, prefix_cache, order, overlap)| {
+        EngineOptions {
+            limits,
+            policy: Policy { prefix_cache, order, vocab: VOCAB },
+            eos: vec![EOS],
+            overlap,
+        }
+    })
+}
+
+/// Prompts that share beginnings: one of three texts cut somewhere, and a tail of its own.
+fn prompt() -> impl Strategy<Value = Vec<u32>> {
+    (0..3u32, 0..24usize, prop::collection::vec(0..VOCAB, 0..6)).prop_map(|(text, shared, tail)| {
+        let shared = (0..shared as u32).map(|i| (i * i + text * (i / 4)) % VOCAB);
+        shared.chain(tail).collect()
+    })
+}
+
+fn action() -> impl Strategy<Value = Action> {
+    let params = (1..20u32, 0..3u64, any::<bool>(), prop::option::of(0..3u32)).prop_map(
+        |(max_tokens, seed, ignore_eos, logprobs)| SamplingParams {
+            max_tokens,
+            seed,
+            ignore_eos,
+            logprobs,
+            ..SamplingParams::default()
+        },
+    );
+    prop_oneof![
+        5 => (prompt(), params).prop_map(|(prompt, params)| Action::Submit { prompt, params }),
+        6 => Just(Action::Step),
+        1 => any::<prop::sample::Index>().prop_map(Action::Abort),
+        1 => Just(Action::ClearPrefixCache),
+    ]
+}
+
+fn stream() -> impl Strategy<Value = Stream> {
+    let pace = prop_oneof![Just(Pace::AtOnce), Just(Pace::Late), Just(Pace::LateButCopies)];
+    (options(), pace, prop::collection::vec(action(), 1..60)).prop_map(|(options, pace, actions)| Stream {
+        options,
+        pace,
+        actions,
+    })
+}
+
+struct Submitted {
+    ticket: Ticket,
+    prompt: Vec<u32>,
+    params: SamplingParams,
+    max_tokens: u32,
+    aborted: bool,
+}
+
+/// Plays a stream to its end and returns what was taken in and what came out.
+fn play(stream: &Stream) -> (Vec<Submitted>, Outcomes, Engine<Lazy, Hashing>) {
+    let options = stream.options.clone();
+    let mut engine = Engine::new(Lazy::new(stream.pace), Hashing::default(), options).expect("valid limits");
+    let (mut taken, mut outcomes) = (Vec::<Submitted>::new(), Outcomes::default());
+    for action in &stream.actions {
+        match action {
+            Action::Submit { prompt, params } => {
+                let submitted = submit(&mut engine, prompt, *params, &mut outcomes);
+                taken.extend(submitted);
+            }
+            Action::Step => {
+                engine.step(&mut |event| outcomes.take_in(event)).expect("the device does not fail");
+            }
+            Action::Abort(_) if taken.is_empty() => {}
+            Action::Abort(index) => {
+                let request = index.get_mut(&mut taken);
+                let ended = outcomes.of(request.ticket).finished.is_some();
+                let aborted = engine.abort(request.ticket, &mut |event| outcomes.take_in(event));
+                assert_eq!(aborted, !ended, "what has not ended can be aborted");
+                request.aborted |= aborted;
+            }
+            Action::ClearPrefixCache => engine.clear_prefix_cache(),
+        }
+        engine.check();
+    }
+    run_dry(&mut engine, &mut outcomes);
+    (taken, outcomes, engine)
+}
+
+/// Submits a request, with steps in between while the queue is full.
+fn submit(
+    engine: &mut Engine<Lazy, Hashing>,
+    prompt: &[u32],
+    params: SamplingParams,
+    outcomes: &mut Outcomes,
+) -> Option<Submitted> {
+    loop {
+        match engine.submit(Request { prompt, params }) {
+            Ok(submitted) => {
+                let (ticket, max_tokens) = (submitted.ticket, submitted.max_tokens);
+                return Some(Submitted {
+                    ticket,
+                    prompt: prompt.to_vec(),
+                    params,
+                    max_tokens,
+                    aborted: false,
+                });
+            }
+            Err(SubmitError::QueueFull { .. }) => {
+                engine.step(&mut |event| outcomes.take_in(event)).expect("the device does not fail");
+                engine.check();
+            }
+            Err(SubmitError::EmptyPrompt) => {
+                assert!(prompt.is_empty());
+                return None;
+            }
+            Err(SubmitError::PromptTooLong { limit, .. }) => {
+                assert!(prompt.len() as u32 > limit);
+                return None;
+            }
+            Err(error) => panic!("{error}"),
+        }
+    }
+}
+
+fn check_outcome(request: &Submitted, outcome: &Outcome, limits: &Limits) {
+    let len_max = limits.sequence.min(limits.pages * limits.page_size);
+    let (tokens, reason) = expected::alone(&request.prompt, &request.params, len_max);
+    let (finished, cached) = outcome.finished.expect("every request ends");
+    match request.aborted {
+        true => {
+            assert_eq!(finished, FinishReason::Abort);
+            assert!(tokens.starts_with(&outcome.tokens), "{tokens:?} begins with {:?}", outcome.tokens);
+        }
+        false => assert_eq!((&outcome.tokens, finished), (&tokens, reason)),
+    }
+    assert!(tokens.len() as u32 <= request.max_tokens);
+    assert!(cached < request.prompt.len() as u32 && cached.is_multiple_of(limits.page_size));
+    let position = |i: usize| (request.prompt.len() + i) as u32;
+    let logprobs = outcome.tokens.iter().enumerate().map(|(i, token)| expected::logprob(*token, position(i)));
+    match request.params.logprobs {
+        Some(_) => assert_eq!(outcome.logprobs, logprobs.collect::<Vec<_>>()),
+        None => assert_eq!(outcome.logprobs, []),
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 6000, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn every_request_gives_what_it_gives_alone(stream in stream()) {
+        let limits = stream.options.limits;
+        let (taken, outcomes, engine) = play(&stream);
+        for request in &taken {
+            check_outcome(request, &outcomes.of(request.ticket), &limits);
+        }
+        let stats = engine.stats();
+        let ends = outcomes.list.iter().filter_map(|(_, outcome)| outcome.finished);
+        let cached: u32 = ends.clone().map(|(_, cached)| cached).sum();
+        let tokens: usize = outcomes.list.iter().map(|(_, outcome)| outcome.tokens.len()).sum();
+        prop_assert_eq!(stats.finished, ends.count() as u64);
+        prop_assert_eq!(stats.output_tokens, tokens as u64);
+        prop_assert_eq!(stats.cached_tokens, u64::from(cached));
+        prop_assert!(stats.pages_peak <= limits.pages && stats.rows_peak <= limits.running);
+    }
+
+    #[test]
+    fn the_same_stream_gives_the_same_events(stream in stream()) {
+        let (first, second) = (play(&stream).1, play(&stream).1);
+        prop_assert_eq!(first.list, second.list);
+    }
+}

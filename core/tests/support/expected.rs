@@ -1,0 +1,61 @@
+//! The hashing model's definition, and what a request gives when it runs alone: plain arithmetic, no engine.
+//!
+//! ```text
+//!   kv[p]    = mix(kv[p - 1], token p, p)          so a wrong page below p spoils everything above it
+//!   next     = fold of all kv[0..=p], and the seed, modulo the vocabulary
+//! ```
+
+use minisgl_core::request::FinishReason;
+use minisgl_core::sampling::SamplingParams;
+use minisgl_core::tensor::splitmix64;
+
+/// Tokens of the hashing model: few, so that prefixes repeat and sequences end early.
+pub const VOCAB: u32 = 13;
+
+/// The hashing model's end-of-sequence token.
+pub const EOS: u32 = 7;
+
+/// What the cache holds for a token, given what it holds for the one before.
+pub fn kv(before: u32, token: u32, position: u32) -> u32 {
+    splitmix64(u64::from(before) << 32 | u64::from(token) << 20 ^ u64::from(position)) as u32
+}
+
+/// Attention: all of the cache goes in.
+pub fn attend(state: u32, kv: u32) -> u32 {
+    state.rotate_left(5).wrapping_mul(0x9E37_79B1) ^ kv
+}
+
+/// The token drawn.
+pub fn draw(state: u32, seed: u64) -> u32 {
+    (splitmix64(u64::from(state) ^ seed.rotate_left(17)) % u64::from(VOCAB)) as u32
+}
+
+/// The log-probability that goes with a token drawn for a position.
+pub fn logprob(token: u32, position: u32) -> f32 {
+    -((token * 64 + position % 64) as f32)
+}
+
+/// A request's tokens when nothing runs beside it, and why it ends. `len_max` bounds prompt and output together.
+pub fn alone(prompt: &[u32], params: &SamplingParams, len_max: u32) -> (Vec<u32>, FinishReason) {
+    let mut cache = Vec::new();
+    let mut push = |token: u32| {
+        let position = cache.len() as u32;
+        cache.push(kv(cache.last().copied().unwrap_or(0), token, position));
+        draw(cache.iter().copied().fold(0, attend), params.seed)
+    };
+    let mut next = 0;
+    for &token in prompt {
+        next = push(token);
+    }
+    let mut output = Vec::new();
+    loop {
+        output.push(next);
+        if next == EOS && !params.ignore_eos {
+            return (output, FinishReason::Eos);
+        }
+        if output.len() as u32 == params.max_tokens || (prompt.len() + output.len()) as u32 == len_max {
+            return (output, FinishReason::Length);
+        }
+        next = push(next);
+    }
+}

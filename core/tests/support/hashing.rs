@@ -1,0 +1,171 @@
+//! A model whose next token is a hash of the whole context, read where the batch and the page table say it lies.
+//!
+//! Its KV memory is one word a location: `kv[p]` of [`super::expected`]. So a page mixed up, freed too early or written
+//! twice, a location or a position off by one, changes the tokens.
+
+use minisgl_core::backend::{Device, Element, Model, Purpose, Queue, Step};
+use minisgl_core::batch::{
+    HEADER_WORDS, Header, LAST_TOKEN, Phase, Row, StepShape, packed_rows, packed_tokens, packed_updates,
+};
+use minisgl_core::config::Limits;
+use minisgl_core::sampling::{LOGPROB_WORDS, RowLogprobs, TOP_LOGPROBS_MAX};
+
+use super::expected;
+use super::lazy::{Lazy, LazyError, Op, Words};
+
+/// Words of the plan: the sum of the rows' contexts, which the device checks.
+const PLAN_WORDS: usize = 1;
+
+/// A device that takes the hashing model's operations.
+pub trait Runs: Device<Buffer = Words> {
+    fn enqueue(&mut self, op: Op) -> Result<(), Self::Error>;
+}
+
+impl Runs for Lazy {
+    fn enqueue(&mut self, op: Op) -> Result<(), LazyError> {
+        Lazy::enqueue(self, Queue::Compute, op)
+    }
+}
+
+/// See the module.
+#[derive(Default)]
+pub struct Hashing {
+    kv: Option<Words>,
+}
+
+impl<B: Runs> Model<B> for Hashing {
+    fn page_bytes(&self, page_size: u32) -> u64 {
+        u64::from(page_size) * 4
+    }
+
+    fn vocab(&self) -> u32 {
+        expected::VOCAB
+    }
+
+    fn max_positions(&self) -> u32 {
+        4096
+    }
+
+    fn reserve(&mut self, backend: &mut B, limits: &Limits) -> Result<usize, B::Error> {
+        let words = (limits.pages as usize + 1) * limits.page_size as usize;
+        self.kv = Some(backend.alloc(Purpose::KvCache, Element::Activation, words)?);
+        Ok(PLAN_WORDS)
+    }
+
+    fn plan(&self, _: &B, shape: StepShape, rows: &[Row], words: &mut [u32]) {
+        assert_eq!((rows.len(), words.len()), (shape.rows as usize, PLAN_WORDS));
+        words[0] = rows.iter().map(|row| row.kv_len).sum();
+    }
+
+    fn forward(&mut self, backend: &mut B, step: &Step<Words>, tokens: Words) -> Result<(), B::Error> {
+        let kv = self.kv.expect("the engine reserves first");
+        backend.enqueue(Op::Forward { step: *step, kv, tokens })
+    }
+
+    fn logprobs(
+        &mut self,
+        backend: &mut B,
+        step: &Step<Words>,
+        tokens: Words,
+        out: Words,
+    ) -> Result<(), B::Error> {
+        backend.enqueue(Op::Logprobs { step: *step, tokens, out })
+    }
+
+    fn weight_bytes(&self) -> u64 {
+        0
+    }
+}
+
+/// A step, as the device runs it.
+pub fn forward(memory: &mut [u32], step: &Step<Words>, kv: Words, tokens: Words) {
+    // The batch is read while other memory is written: one of them has to be split off.
+    let (before, rest) = memory.split_at_mut(step.batch.start);
+    let (batch, after) = rest.split_at_mut(step.batch.len);
+    let mut device = Split { before, after, gap: step.batch };
+    let header = check_header(step, batch);
+    for update in packed_updates(&step.layout, batch) {
+        *device.word(step.page_table, update.index as usize) = update.page;
+    }
+    let rows = packed_rows(&step.layout, header.rows as usize, batch);
+    let all = packed_tokens(&step.layout, header.tokens as usize, batch);
+    for row in rows {
+        for token in &all[row.first_token as usize..][..row.tokens as usize] {
+            let id = match token.id {
+                LAST_TOKEN => *device.word(step.token_pool, token.slot as usize),
+                id => id,
+            };
+            let before = match token.position {
+                0 => 0,
+                position => device.kv(step, kv, token.slot, position - 1),
+            };
+            *device.word(kv, token.location as usize) = expected::kv(before, id, token.position);
+        }
+    }
+    for (i, row) in rows.iter().take(header.samples as usize).enumerate() {
+        let context = (0..row.kv_len).map(|position| device.kv(step, kv, row.slot, position));
+        let state = context.fold(0, expected::attend);
+        let token = expected::draw(state, u64::from(row.seed_high) << 32 | u64::from(row.seed_low));
+        *device.word(tokens, header.output as usize + i) = token;
+        *device.word(step.token_pool, row.slot as usize) = token;
+    }
+}
+
+/// Log-probabilities of the step just run.
+pub fn logprobs(memory: &mut [u32], step: &Step<Words>, tokens: Words, out: Words) {
+    let (before, rest) = memory.split_at_mut(step.batch.start);
+    let (batch, after) = rest.split_at_mut(step.batch.len);
+    let mut device = Split { before, after, gap: step.batch };
+    let header = check_header(step, batch);
+    let rows = packed_rows(&step.layout, header.rows as usize, batch);
+    for (i, row) in rows.iter().take(header.samples as usize).enumerate().filter(|(_, row)| row.logprobs > 0)
+    {
+        let at = header.output as usize + i;
+        let token = *device.word(tokens, at);
+        let row = RowLogprobs {
+            token: expected::logprob(token, row.kv_len),
+            len: row.logprobs - 1,
+            ids: [token; TOP_LOGPROBS_MAX],
+            logprobs: [0.0; TOP_LOGPROBS_MAX],
+        };
+        for (j, word) in bytemuck::cast_slice::<RowLogprobs, u32>(&[row]).iter().enumerate() {
+            *device.word(out, at * LOGPROB_WORDS + j) = *word;
+        }
+    }
+}
+
+/// The header of the batch that lies on the device must be of the step that was launched.
+fn check_header(step: &Step<Words>, batch: &[u32]) -> Header {
+    let header: Header = bytemuck::cast_slice(&batch[..HEADER_WORDS])[0];
+    let shape = step.shape;
+    assert_eq!((header.rows, header.tokens, header.samples), (shape.rows, shape.tokens, shape.samples));
+    let rows = packed_rows(&step.layout, shape.rows as usize, batch);
+    assert_eq!(batch[step.layout.plan], rows.iter().map(|row| row.kv_len).sum::<u32>(), "the plan's words");
+    assert!(shape.phase == Phase::Prefill || rows.iter().all(|row| row.tokens == 1));
+    header
+}
+
+/// Device memory around the batch.
+struct Split<'a> {
+    before: &'a mut [u32],
+    after: &'a mut [u32],
+    gap: Words,
+}
+
+impl Split<'_> {
+    fn word(&mut self, buffer: Words, i: usize) -> &mut u32 {
+        assert!(i < buffer.len, "word {i} lies outside its buffer of {}", buffer.len);
+        let at = buffer.start + i;
+        match at < self.gap.start {
+            true => &mut self.before[at],
+            false => &mut self.after[at - self.gap.start - self.gap.len],
+        }
+    }
+
+    /// What the cache holds for a slot's position, by way of the page table.
+    fn kv(&mut self, step: &Step<Words>, kv: Words, slot: u32, position: u32) -> u32 {
+        let entry = slot * step.table_width + position / step.page_size;
+        let page = *self.word(step.page_table, entry as usize);
+        *self.word(kv, (page * step.page_size + position % step.page_size) as usize)
+    }
+}

@@ -1,0 +1,292 @@
+//! A device that runs nothing before somebody waits for it: what is wrong in the order of things shows.
+//!
+//! Operations lie in two queues. Waiting on the host for a copy runs its queue up to that copy; an operation that
+//! waits for an event runs the other queue up to the event first. Fresh memory is poisoned.
+//!
+//! Nothing is allocated once queues, memory and graphs are there.
+
+use std::cell::{RefCell, UnsafeCell};
+use std::collections::VecDeque;
+use std::ops::Range;
+use std::rc::Rc;
+
+use minisgl_core::backend::{Device, DeviceInfo, Element, Memory, Purpose, Queue, Step};
+use thiserror::Error;
+
+use super::hashing;
+
+const POISON: u32 = 0xDEAD_BEEF;
+const QUEUE_CAPACITY: usize = 1024;
+
+/// When operations run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Pace {
+    /// When they are enqueued.
+    AtOnce,
+    /// As late as possible.
+    Late,
+    /// Downloads when they are enqueued, all else as late as possible.
+    LateButCopies,
+}
+
+/// What the lazy device itself can't do.
+#[derive(Debug, Error)]
+#[error("the device can't {0}")]
+pub struct LazyError(pub &'static str);
+
+/// Words of device memory.
+#[derive(Clone, Copy, Debug)]
+pub struct Words {
+    pub start: usize,
+    pub len: usize,
+}
+
+/// One operation in a queue.
+#[derive(Clone)]
+pub enum Op {
+    Forward { step: Step<Words>, kv: Words, tokens: Words },
+    Logprobs { step: Step<Words>, tokens: Words, out: Words },
+    Upload { from: Host, range: Range<usize>, to: Words },
+    Download { from: Words, words: usize, to: Host },
+    Record { event: Rc<RefCell<Recorded>> },
+    Wait { queue: Queue, until: u64 },
+}
+
+/// Pinned memory, shared with the operations that are going to copy.
+#[derive(Clone)]
+pub struct Host(Rc<UnsafeCell<Vec<u32>>>);
+
+/// Pinned memory as the engine holds it.
+pub struct Pinned {
+    host: Host,
+    uploaded: u64,
+    downloaded: Option<(Queue, u64)>,
+}
+
+/// Where an event was recorded, and when it was passed.
+#[derive(Clone, Copy, Debug)]
+pub struct Recorded {
+    queue: Queue,
+    /// Operations of the queue up to and including the event.
+    until: u64,
+    passed_at: Option<u64>,
+}
+
+/// An event as the engine holds it.
+pub struct Event(Rc<RefCell<Recorded>>);
+
+struct Pending {
+    ops: VecDeque<Op>,
+    /// Operations run so far.
+    done: u64,
+}
+
+struct State {
+    memory: Vec<u32>,
+    queues: [Pending; 2],
+    /// Operations run so far, of both queues: the device's clock, in milliseconds.
+    clock: u64,
+}
+
+/// See the module.
+pub struct Lazy {
+    pace: Pace,
+    state: RefCell<State>,
+    recording: Option<Vec<Op>>,
+    /// Graphs replayed so far.
+    pub replays: u64,
+    /// Words that the device has at most.
+    pub memory_limit: usize,
+}
+
+impl Lazy {
+    pub fn new(pace: Pace) -> Lazy {
+        let pending = || Pending { ops: VecDeque::with_capacity(QUEUE_CAPACITY), done: 0 };
+        let state = State { memory: Vec::new(), queues: [pending(), pending()], clock: 0 };
+        Lazy { pace, state: RefCell::new(state), recording: None, replays: 0, memory_limit: usize::MAX }
+    }
+
+    /// Enqueues an operation, or records it.
+    pub fn enqueue(&mut self, queue: Queue, op: Op) -> Result<(), LazyError> {
+        match &mut self.recording {
+            Some(ops) if queue == Queue::Compute => ops.push(op),
+            Some(_) => return Err(LazyError("use the copy queue while it records")),
+            None => {
+                let mut state = self.state.borrow_mut();
+                let pending = &mut state.queues[queue as usize];
+                assert!(pending.ops.len() < QUEUE_CAPACITY, "nobody waits for the device");
+                pending.ops.push_back(op);
+                let end = pending.done + pending.ops.len() as u64;
+                if self.pace == Pace::AtOnce || self.pace == Pace::LateButCopies && queue == Queue::Copy {
+                    state.run(queue, end);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Operations enqueued so far.
+    fn end(&self, queue: Queue) -> u64 {
+        let state = self.state.borrow();
+        let pending = &state.queues[queue as usize];
+        pending.done + pending.ops.len() as u64
+    }
+
+    fn run(&self, queue: Queue, until: u64) {
+        self.state.borrow_mut().run(queue, until);
+    }
+}
+
+impl State {
+    /// Runs a queue up to its `until`-th operation.
+    fn run(&mut self, queue: Queue, until: u64) {
+        while self.queues[queue as usize].done < until {
+            let pending = &mut self.queues[queue as usize];
+            let op = pending.ops.pop_front().expect("only enqueued operations are waited for");
+            // Counted first: an operation may wait for events of its own queue that it lies behind.
+            pending.done += 1;
+            self.clock += 1;
+            self.perform(op);
+        }
+    }
+
+    fn perform(&mut self, op: Op) {
+        match op {
+            Op::Forward { step, kv, tokens } => hashing::forward(&mut self.memory, &step, kv, tokens),
+            Op::Logprobs { step, tokens, out } => hashing::logprobs(&mut self.memory, &step, tokens, out),
+            Op::Upload { from, range, to } => {
+                assert!(range.end <= to.len, "an upload fits its buffer");
+                // SAFETY: no reference to the words lives: see `words_mut`, which waits for this upload first.
+                let words = unsafe { &*from.0.get() };
+                self.memory[to.start + range.start..to.start + range.end].copy_from_slice(&words[range]);
+            }
+            Op::Download { from, words, to } => {
+                assert!(words <= from.len, "a download lies in its buffer");
+                // SAFETY: no reference to the words lives: see `words` and `words_mut`, which wait for this download
+                // first; and enqueuing it took a mutable reference to the pinned memory.
+                let host = unsafe { &mut *to.0.get() };
+                host[..words].copy_from_slice(&self.memory[from.start..from.start + words]);
+            }
+            Op::Record { event } => event.borrow_mut().passed_at = Some(self.clock),
+            Op::Wait { queue, until } => self.run(queue, until),
+        }
+    }
+}
+
+impl Device for Lazy {
+    type Error = LazyError;
+    type Buffer = Words;
+    type Pinned = Pinned;
+    type Event = Event;
+    type Graph = Vec<Op>;
+
+    fn info(&self) -> DeviceInfo {
+        DeviceInfo { name: "lazy".into(), activation_bytes: 4, logit_bytes: 4, page_size_min: 1 }
+    }
+
+    fn memory(&self) -> Result<Memory, LazyError> {
+        let used = self.state.borrow().memory.len();
+        Ok(Memory { free: (self.memory_limit - used) as u64 * 4, total: self.memory_limit as u64 * 4 })
+    }
+
+    fn alloc(&mut self, _: Purpose, _: Element, elements: usize) -> Result<Words, LazyError> {
+        let memory = &mut self.state.borrow_mut().memory;
+        if self.memory_limit - memory.len() < elements {
+            return Err(LazyError("allocate so much"));
+        }
+        let start = memory.len();
+        memory.resize(start + elements, POISON);
+        Ok(Words { start, len: elements })
+    }
+
+    fn slice(&self, buffer: Words, range: Range<usize>) -> Words {
+        assert!(range.start <= range.end && range.end <= buffer.len);
+        Words { start: buffer.start + range.start, len: range.len() }
+    }
+
+    fn alloc_pinned(&mut self, words: usize) -> Result<Pinned, LazyError> {
+        let host = Host(Rc::new(UnsafeCell::new(vec![0; words])));
+        Ok(Pinned { host, uploaded: 0, downloaded: None })
+    }
+
+    fn words<'a>(&self, pinned: &'a Pinned) -> Result<&'a [u32], LazyError> {
+        if let Some((queue, until)) = pinned.downloaded {
+            self.run(queue, until);
+        }
+        // SAFETY: the last download into the words has run, and a further one needs a mutable reference to `pinned`.
+        Ok(unsafe { &*pinned.host.0.get() })
+    }
+
+    fn words_mut<'a>(&self, pinned: &'a mut Pinned) -> Result<&'a mut [u32], LazyError> {
+        self.run(Queue::Compute, pinned.uploaded);
+        self.words(pinned)?;
+        // SAFETY: every copy from or to the words has run, and a further one needs a mutable reference to `pinned`.
+        Ok(unsafe { &mut *pinned.host.0.get() })
+    }
+
+    fn upload(&mut self, from: &mut Pinned, range: Range<usize>, to: Words) -> Result<(), LazyError> {
+        from.uploaded = self.end(Queue::Compute) + 1;
+        self.enqueue(Queue::Compute, Op::Upload { from: from.host.clone(), range, to })
+    }
+
+    fn download(
+        &mut self,
+        queue: Queue,
+        from: Words,
+        words: usize,
+        to: &mut Pinned,
+    ) -> Result<(), LazyError> {
+        to.downloaded = Some((queue, self.end(queue) + 1));
+        self.enqueue(queue, Op::Download { from, words, to: to.host.clone() })
+    }
+
+    fn event(&mut self) -> Result<Event, LazyError> {
+        Ok(Event(Rc::new(RefCell::new(Recorded { queue: Queue::Compute, until: 0, passed_at: None }))))
+    }
+
+    fn record(&mut self, queue: Queue, event: &mut Event) -> Result<(), LazyError> {
+        *event.0.borrow_mut() = Recorded { queue, until: self.end(queue) + 1, passed_at: None };
+        self.enqueue(queue, Op::Record { event: event.0.clone() })
+    }
+
+    fn wait(&mut self, queue: Queue, event: &Event) -> Result<(), LazyError> {
+        let Recorded { queue: other, until, .. } = *event.0.borrow();
+        self.enqueue(queue, Op::Wait { queue: other, until })
+    }
+
+    fn elapsed_ms(&self, from: &Event, to: &Event) -> Result<f32, LazyError> {
+        let passed = |event: &Event| {
+            let Recorded { queue, until, .. } = *event.0.borrow();
+            self.run(queue, until);
+            event.0.borrow().passed_at.ok_or(LazyError("tell the time of an event that was not recorded"))
+        };
+        Ok(passed(to)? as f32 - passed(from)? as f32)
+    }
+
+    fn synchronize(&mut self) -> Result<(), LazyError> {
+        for queue in [Queue::Compute, Queue::Copy] {
+            self.run(queue, self.end(queue));
+        }
+        Ok(())
+    }
+
+    fn warm_up_before_capture(&self) -> bool {
+        self.pace == Pace::Late
+    }
+
+    fn begin_capture(&mut self) -> Result<(), LazyError> {
+        match self.recording.replace(Vec::new()) {
+            None => Ok(()),
+            Some(_) => Err(LazyError("record within a recording")),
+        }
+    }
+
+    fn end_capture(&mut self) -> Result<Vec<Op>, LazyError> {
+        self.recording.take().ok_or(LazyError("end a recording that was not begun"))
+    }
+
+    fn replay(&mut self, graph: &Vec<Op>) -> Result<(), LazyError> {
+        self.replays += 1;
+        graph.iter().try_for_each(|op| self.enqueue(Queue::Compute, op.clone()))
+    }
+}
