@@ -10,7 +10,7 @@
 //!   ops.rs      what a transformer is: embedding, norm, rope, attention
 //!   matmul.rs   rows times a matrix, in blocks
 //!   sampling.rs tokens and log-probabilities out of logits
-//!   simd.rs     the two inner loops, compiled for the vector units that the machine has
+//!   simd.rs     the inner loops, compiled for the vector units that the machine has
 //! ```
 //!
 //! Invariant: a row's results depend on that row alone, bit for bit. Every sum has an order fixed by its own length,

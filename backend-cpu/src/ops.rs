@@ -7,7 +7,7 @@ use minisgl_core::backend::Dims;
 use minisgl_core::batch::{LAST_TOKEN, PageUpdate, Row, Token};
 use rayon::prelude::*;
 
-use crate::simd::{Kernel, add_scaled_rows, dots, fastest};
+use crate::simd::{Kernel, add_scaled_rows, dots, exp, fastest, largest, sum};
 use crate::weights::Matrix;
 
 /// Rows of an elementwise operation that are worth a task.
@@ -211,7 +211,7 @@ impl Kernel for Attend<'_> {
         let heads = self.q.chunks(HEADS * head_dim).zip(self.out.chunks_mut(HEADS * head_dim));
         for (q, out) in heads {
             out.fill(0.0);
-            let (mut max, mut sum) = ([f32::NEG_INFINITY; HEADS], [0.0f32; HEADS]);
+            let (mut max, mut total) = ([f32::NEG_INFINITY; HEADS], [0.0f32; HEADS]);
             for first in (0..len).step_by(LEAF) {
                 let offsets = self.context.offsets(self.token.slot, self.head, first, len);
                 let offsets = &offsets[..LEAF.min(len - first)];
@@ -219,19 +219,19 @@ impl Kernel for Attend<'_> {
                 self.context.score::<FMA>(q, offsets, &mut scores);
                 for (h, out) in out.chunks_mut(head_dim).enumerate() {
                     let scores = &mut scores[h][..offsets.len()];
-                    let top = scores.iter().fold(max[h], |top, score| top.max(score * scale));
-                    let shrink = (max[h] - top).exp();
+                    let top = max[h].max(largest(scores) * scale);
+                    let shrink = exp::<FMA>(max[h] - top);
                     for score in scores.iter_mut() {
-                        *score = (*score * scale - top).exp();
+                        *score = exp::<FMA>(*score * scale - top);
                     }
-                    sum[h] = sum[h] * shrink + scores.iter().sum::<f32>();
+                    total[h] = total[h] * shrink + sum(scores);
                     max[h] = top;
                     out.iter_mut().for_each(|out| *out *= shrink);
                     add_scaled_rows::<FMA>(out, scores, |j| &self.context.v[offsets[j]..][..head_dim]);
                 }
             }
-            for (out, sum) in out.chunks_mut(head_dim).zip(sum) {
-                out.iter_mut().for_each(|out| *out /= sum);
+            for (out, total) in out.chunks_mut(head_dim).zip(total) {
+                out.iter_mut().for_each(|out| *out /= total);
             }
         }
     }

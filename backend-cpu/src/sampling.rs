@@ -7,6 +7,8 @@
 use minisgl_core::batch::Row;
 use minisgl_core::sampling::{RowLogprobs, TOP_LOGPROBS_MAX, philox, uniform};
 
+use crate::simd::largest;
+
 /// Ids whose bounds are computed together.
 const BLOCK: usize = 64;
 
@@ -22,14 +24,7 @@ pub fn draw(logits: &[f32], row: &Row, scratch: &mut [f32]) -> u32 {
 
 /// The lowest id of the largest logit.
 fn argmax(logits: &[f32]) -> u32 {
-    let (lanes, rest) = logits.as_chunks::<16>();
-    let mut largest = [f32::NEG_INFINITY; 16];
-    for chunk in lanes {
-        for (largest, logit) in largest.iter_mut().zip(chunk) {
-            *largest = if *logit > *largest { *logit } else { *largest };
-        }
-    }
-    let largest = largest.iter().chain(rest).fold(f32::NEG_INFINITY, |a, &b| a.max(b));
+    let largest = largest(logits);
     logits.iter().position(|&logit| logit == largest).unwrap_or(0) as u32
 }
 

@@ -1,4 +1,4 @@
-//! The two inner loops of every operation, compiled for the vector units that the machine has.
+//! The inner loops of the operations, compiled for the vector units that the machine has.
 //!
 //! A [`Kernel`] is a loop nest written once, in plain Rust over arrays of eight floats. [`fastest`] runs the copy that
 //! the compiler made for AVX2 with fused multiply-add where the processor has them, else the portable one. The two
@@ -51,7 +51,11 @@ pub fn dots<const FMA: bool, const W: usize, const X: usize>(
         add_products::<FMA, W, X>(&mut sums, w.map(|(chunks, _)| chunks[c]), x.map(|(chunks, _)| chunks[c]));
     }
     if !len.is_multiple_of(LANES) {
-        add_products::<FMA, W, X>(&mut sums, w.map(|(_, rest)| padded(rest)), x.map(|(_, rest)| padded(rest)));
+        add_products::<FMA, W, X>(
+            &mut sums,
+            w.map(|(_, rest)| padded(rest)),
+            x.map(|(_, rest)| padded(rest)),
+        );
     }
     sums.map(|sums| sums.map(add_lanes))
 }
@@ -80,6 +84,53 @@ fn padded(rest: &[f32]) -> [f32; LANES] {
 #[inline(always)]
 fn add_lanes(s: [f32; LANES]) -> f32 {
     ((s[0] + s[4]) + (s[2] + s[6])) + ((s[1] + s[5]) + (s[3] + s[7]))
+}
+
+/// The sum, lane by lane as in [`dots`].
+#[inline(always)]
+pub fn sum(values: &[f32]) -> f32 {
+    let (chunks, rest) = values.as_chunks::<LANES>();
+    let mut sums = padded(rest);
+    for chunk in chunks {
+        for lane in 0..LANES {
+            sums[lane] += chunk[lane];
+        }
+    }
+    add_lanes(sums)
+}
+
+/// The largest value; minus infinity where there is none.
+#[inline(always)]
+pub fn largest(values: &[f32]) -> f32 {
+    let larger = |a: f32, b: f32| if b > a { b } else { a };
+    let (chunks, rest) = values.as_chunks::<LANES>();
+    let mut largest = [f32::NEG_INFINITY; LANES];
+    for chunk in chunks {
+        for lane in 0..LANES {
+            largest[lane] = larger(largest[lane], chunk[lane]);
+        }
+    }
+    largest.iter().chain(rest).fold(f32::NEG_INFINITY, |a, b| larger(a, *b))
+}
+
+/// `e^x` for x <= 0, to within 2 units in the last place; e^-87 for all that is less.
+///
+/// `x = n ln 2 + r` with n a whole number, so `e^x = 2^n e^r`: adding 1.5 * 2^23 rounds n into the sum's low bits, a
+/// polynomial gives `e^r`, and n is moved into a float's exponent.
+#[inline(always)]
+pub fn exp<const FMA: bool>(x: f32) -> f32 {
+    const ROUND: f32 = 12_582_912.0;
+    const LN_2_HIGH: f32 = 0.693_359_4; // exact in 10 bits, so that its product with n is too
+    const LN_2_LOW: f32 = -2.121_944_4e-4;
+    let x = if x < -87.0 { -87.0 } else { x };
+    let rounded = mul_add::<FMA>(x, std::f32::consts::LOG2_E, ROUND);
+    let n = rounded - ROUND;
+    let r = mul_add::<FMA>(n, -LN_2_LOW, mul_add::<FMA>(n, -LN_2_HIGH, x));
+    let mut series = 1.0 / 5040.0;
+    for coefficient in [1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0] {
+        series = mul_add::<FMA>(series, r, coefficient);
+    }
+    series * f32::from_bits(rounded.to_bits().wrapping_add(127) << 23)
 }
 
 /// `out += sum over j of factors[j] * row(j)`, j in order.
@@ -113,5 +164,24 @@ fn add_columns<'a, const FMA: bool, const N: usize>(
             }
         }
         *out = sums;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::exp;
+
+    #[test]
+    fn exp_is_the_exponential_to_2_units_in_the_last_place() {
+        for i in 0..870_000 {
+            let x = i as f32 * -1e-4;
+            let exact = f64::from(x).exp();
+            for (name, y) in [("fused", exp::<true>(x)), ("plain", exp::<false>(x))] {
+                let error = (f64::from(y) - exact).abs() / exact;
+                assert!(error < 2.0 * f64::from(f32::EPSILON), "{name}: exp({x}) is {y}, off by {error:e}");
+            }
+        }
+        assert!(exp::<true>(f32::NEG_INFINITY) < 1e-37);
+        assert!(exp::<true>(f32::NAN).is_nan());
     }
 }
