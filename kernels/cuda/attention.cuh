@@ -9,6 +9,7 @@
 //   output   O^T [16 dims, 8] += V^T [16 dims, 16 tokens] * P [16 tokens, 8]          over the tiles in order
 //   l        the same product with ones in V's place
 //   fold     m' = max(m, m_leaf), o = o * exp2((m - m') c) + o_leaf * exp2((m_leaf - m') c), l likewise; leaf by leaf
+//   result   bf16(o * (1 / l))
 //
 // A leaf starts from zero, and only folding joins leaves: a fixed order whatever the split. A tile or leaf that is
 // masked altogether may be skipped: adding it changes no bit (p is +0, and an empty leaf is folded with weight -0).
@@ -100,6 +101,22 @@ __device__ __forceinline__ void score(float (&s)[NQ][4], const unsigned (&q)[HD 
 #pragma unroll
         for (int n = 0; n < NQ; n++)
             mma(s[n], a, q[k][n]);
+    }
+}
+
+// Scores of two tiles at once; each as `score` has them.
+template <int HD>
+__device__ __forceinline__ void score_two(float (&s)[1][4], float (&s_other)[1][4], const unsigned (&q)[HD / 16][1][2],
+                                          unsigned tile, unsigned other, unsigned lane) {
+    s[0][0] = s[0][1] = s[0][2] = s[0][3] = 0.0f;
+    s_other[0][0] = s_other[0][1] = s_other[0][2] = s_other[0][3] = 0.0f;
+#pragma unroll
+    for (int k = 0; k < HD / 16; k++) {
+        unsigned a[4], b[4];
+        load_keys<HD>(a, tile, k, lane);
+        load_keys<HD>(b, other, k, lane);
+        mma(s[0], a, q[k][0]);
+        mma(s_other[0], b, q[k][0]);
     }
 }
 

@@ -7,7 +7,7 @@
 //
 // A unit of work is a leaf of one (row, item), an item being a kv head with up to eight of its queries. Units are
 // numbered by row, item, leaf, and weighed by their tiles; warp w takes those that begin in its share of the total,
-// [w, w + 1) * cost / warps. It streams their tiles, first a leaf's keys, then its values, through a ring of its own,
+// an equal one for each. It streams their tiles, first a leaf's keys, then its values, through a ring of its own,
 // and never waits for another warp:
 //
 //   feed   -> [tile | tile | tile | ...] ->  scores, softmax, output  ->  state      leaves 0.. of an item, folded
@@ -35,23 +35,29 @@ struct DecodeArgs {
     float4 *partials;
     unsigned *arrived;
     unsigned row_count, table_width, page_shift, kv_heads, group, slots;
-    unsigned splits, items, cost, warps;
+    unsigned splits, items, cost;
+    unsigned warps, share, longer; // a share is `share` tiles; the first `longer` shares have one more
     bool capped;
 
-    __device__ __forceinline__ void derive() {
+    // Returns how many warps of a block work: as many as there are leaves for, so that few warps have longer rings each.
+    template <int WARPS> __device__ __forceinline__ unsigned derive() {
         splits = (group + 7) / 8;
         items = kv_heads * splits;
         cost = plan[row_count] * items;
-        warps = gridDim.x * (blockDim.x / 32);
+        const unsigned leaves = cost / LEAF_TILES + 1;
+        const unsigned working = BULK_COPIES ? min(max((leaves + gridDim.x - 1) / gridDim.x, 2), WARPS) : WARPS;
+        warps = gridDim.x * working;
+        share = cost / warps;
+        longer = cost % warps;
         // Where no sequence has more leaves than there are slots, there is nothing to cap.
-        capped = cost / warps / LEAF_TILES + 3 > slots && (table_width << page_shift) > slots * LEAF;
+        capped = share / LEAF_TILES + 3 > slots && (table_width << page_shift) > slots * LEAF;
+        return working;
     }
-    __device__ __forceinline__ unsigned share_begin(unsigned warp) const {
-        return (unsigned)((unsigned long long)cost * warp / warps);
-    }
+    __device__ __forceinline__ unsigned share_begin(unsigned warp) const { return warp * share + min(warp, longer); }
     // The warp in whose share a position lies.
     __device__ __forceinline__ unsigned share_of(unsigned position) const {
-        return (unsigned)((((unsigned long long)position + 1) * warps - 1) / cost);
+        const unsigned in_longer = longer * (share + 1);
+        return position < in_longer ? position / (share + 1) : longer + (position - in_longer) / share;
     }
     // The first leaf that begins at or behind tile `tile` of an item with `tiles` tiles, moved as 3. says.
     __device__ __forceinline__ unsigned cut(unsigned tile, unsigned tiles) const {
@@ -116,6 +122,7 @@ __device__ __forceinline__ Unit first_unit(const DecodeArgs &args, unsigned warp
         return unit;
     }
     unsigned before = 0;
+#pragma unroll 4
     for (unsigned i = 1 + lane; i <= args.row_count; i += 32)
         before += args.plan[i] <= target;
     unit.row = __reduce_add_sync(FULL_WARP, before);
@@ -215,20 +222,20 @@ __device__ __forceinline__ void store_partial(const DecodeArgs &args, unsigned i
         partial[pairs * (HD / 2) + pair] = make_float4(state.m[0][0], state.m[0][1], state.l[0][0], state.l[0][1]);
 }
 
-// out = o / l for dims `dim` and dim + 8, and a pair of queries; o and l as in a partial.
+// out = o * (1 / l) for dims `dim` and dim + 8, and a pair of queries; o as in a partial.
 template <int HD>
 __device__ __forceinline__ void write_out(const DecodeArgs &args, const Unit &unit, unsigned pair, unsigned dim, float4 o,
-                                          float l0, float l1) {
+                                          float inverse0, float inverse1) {
     const unsigned queries = args.queries(unit.item);
     const size_t heads = (size_t)args.kv_heads * args.group;
     bf16 *out = args.out + (unit.row * heads + args.first_query(unit.item) + 2 * pair) * HD + dim;
     if (2 * pair < queries) {
-        out[0] = __float2bfloat16_rn(__fdiv_rn(o.x, l0));
-        out[8] = __float2bfloat16_rn(__fdiv_rn(o.z, l0));
+        out[0] = __float2bfloat16_rn(__fmul_rn(o.x, inverse0));
+        out[8] = __float2bfloat16_rn(__fmul_rn(o.z, inverse0));
     }
     if (2 * pair + 1 < queries) {
-        out[HD] = __float2bfloat16_rn(__fdiv_rn(o.y, l1));
-        out[HD + 8] = __float2bfloat16_rn(__fdiv_rn(o.w, l1));
+        out[HD] = __float2bfloat16_rn(__fmul_rn(o.y, inverse1));
+        out[HD + 8] = __float2bfloat16_rn(__fmul_rn(o.w, inverse1));
     }
 }
 
@@ -260,12 +267,13 @@ struct Partials {
     }
 };
 
-#define MERGED_AT_ONCE 8
+#define MERGED_AT_ONCE 4
 
 // Folds an item's partials, and writes its output. Each lane folds 4 elements at a time, many partials in flight.
 template <int HD>
 __device__ __forceinline__ void merge(const DecodeArgs &args, const Unit &unit, unsigned lane) {
     const unsigned pairs = args.pairs(), size = pairs * (HD / 2 + 1);
+#pragma unroll 1
     for (unsigned e = lane; e < pairs * (HD / 2); e += 32) {
         const unsigned pair = e / (HD / 2);
         Partials partials(args, unit);
@@ -301,7 +309,7 @@ __device__ __forceinline__ void merge(const DecodeArgs &args, const Unit &unit, 
                 }
         }
         const unsigned rest = e % (HD / 2);
-        write_out<HD>(args, unit, pair, rest / 8 * 16 + rest % 8, o, ml.z, ml.w);
+        write_out<HD>(args, unit, pair, rest / 8 * 16 + rest % 8, o, __frcp_rn(ml.z), __frcp_rn(ml.w));
     }
 }
 
@@ -338,6 +346,7 @@ __device__ __forceinline__ void load_queries(unsigned (&q)[HD / 16][1][2], const
 
 // Zeroes the rows from `valid` on of a tile of values.
 template <int HD> __device__ __forceinline__ void zero_rows(unsigned tile, unsigned valid, unsigned lane) {
+#pragma unroll 1
     for (unsigned chunk = valid * (HD / 8) + lane; chunk < TILE * (HD / 8); chunk += 32)
         asm volatile("st.shared.v4.u32 [%0], {%1, %1, %1, %1};" ::"r"(tile + chunk * 16), "r"(0) : "memory");
     written_before_next_copy();
@@ -352,14 +361,18 @@ template <int HD, int STAGES> struct Decoder {
     unsigned q[HD / 16][1][2];
     unsigned lane;
 
-    __device__ __forceinline__ void refill() {
+    // Fetches as many tiles as were taken, once all lanes have read those. A loop: its body is long.
+    __device__ __forceinline__ void refill(unsigned taken) {
         __syncwarp();
-        feed.fetch(args, ring, lane);
+#pragma unroll 1
+        for (unsigned i = 0; i < taken; i++)
+            feed.fetch(args, ring, lane);
     }
     // Fills the ring, waiting for the kernel before no earlier than needed; then the queries may be read.
     __device__ __forceinline__ void begin(const Unit &unit) {
         bool has_waited = false;
-        for (int i = 0; i < STAGES; i++) {
+#pragma unroll 1
+        for (unsigned i = 0; i < ring.stages; i++) {
             if (!has_waited && feed.is_newest_next()) {
                 dependent_wait();
                 has_waited = true;
@@ -370,14 +383,15 @@ template <int HD, int STAGES> struct Decoder {
             dependent_wait();
         load_queries<HD>(q, args, unit, lane);
     }
-    // The leaf's scores; -infinity behind the sequence's end.
+    // The leaf's scores, two tiles at a time for the sake of latency; -infinity behind the sequence's end.
     __device__ __forceinline__ void scores(float (&s)[LEAF_TILES][1][4], const Unit &unit) {
         const unsigned here = unit.tiles_here();
 #pragma unroll
         for (int j = 0; j < LEAF_TILES; j++) {
-            if (j < here) {
-                score<HD, 1>(s[j], q, ring.take(), lane);
-                refill();
+            if (j % 2 == 0 && j < here) {
+                const unsigned tile = ring.take(), other = j + 1 < here ? ring.take() : tile;
+                score_two<HD>(s[j], s[j + 1], q, tile, other, lane);
+                refill(j + 1 < here ? 2 : 1);
             }
             const unsigned token = unit.leaf * LEAF + j * TILE + lane / 4;
             if (token >= unit.kv_len)
@@ -386,20 +400,26 @@ template <int HD, int STAGES> struct Decoder {
                 s[j][0][2] = s[j][0][3] = minus_infinity();
         }
     }
-    __device__ __forceinline__ void values(State<HD> &leaf, const unsigned (&p)[LEAF_TILES][1][2], const Unit &unit) {
-        const unsigned here = unit.tiles_here();
+    // Adds the values of the tile with the leaf's token `first`, weighted by p.
+    __device__ __forceinline__ void add_tile(State<HD> &leaf, const unsigned (&p)[1][2], unsigned first, unsigned kv_len) {
+        const unsigned tile = ring.take();
+        if (first + TILE > kv_len)
+            zero_rows<HD>(tile, kv_len - first, lane);
+        add_sums<1>(leaf.l, p);
 #pragma unroll
-        for (int j = 0; j < LEAF_TILES; j++) {
+        for (int d = 0; d < HD / 16; d++)
+            add_values<HD, 1>(leaf.o[d], p, tile, d, lane);
+    }
+    __device__ __forceinline__ void values(State<HD> &leaf, const unsigned (&p)[LEAF_TILES][1][2], const Unit &unit) {
+        const unsigned here = unit.tiles_here(), first = unit.leaf * LEAF;
+#pragma unroll
+        for (int j = 0; j < LEAF_TILES; j += 2) {
             if (j >= here)
                 break;
-            const unsigned tile = ring.take(), first = unit.leaf * LEAF + j * TILE;
-            if (first + TILE > unit.kv_len)
-                zero_rows<HD>(tile, unit.kv_len - first, lane);
-            add_sums<1>(leaf.l, p[j]);
-#pragma unroll
-            for (int d = 0; d < HD / 16; d++)
-                add_values<HD, 1>(leaf.o[d], p[j], tile, d, lane);
-            refill();
+            add_tile(leaf, p[j], first + j * TILE, unit.kv_len);
+            if (j + 1 < here)
+                add_tile(leaf, p[j + 1], first + (j + 1) * TILE, unit.kv_len);
+            refill(j + 1 < here ? 2 : 1);
         }
     }
     // The leaf's own state; loads the queries of the item after where this leaf is the item's last here.
@@ -415,14 +435,16 @@ template <int HD, int STAGES> struct Decoder {
     }
 };
 
-template <int HD, int STAGES> __device__ __forceinline__ void decode(DecodeArgs args, unsigned char *shared) {
-    const unsigned lane = threadIdx.x % 32, warps = blockDim.x / 32, warp = blockIdx.x * warps + threadIdx.x / 32;
-    args.derive();
+template <int HD, int STAGES, int WARPS>
+__device__ __forceinline__ void decode(DecodeArgs args, unsigned char *shared) {
+    const unsigned lane = threadIdx.x % 32, working = args.derive<WARPS>(), warp = blockIdx.x * working + threadIdx.x / 32;
+    if (threadIdx.x / 32 >= working)
+        return;
     Unit unit = first_unit(args, warp, lane);
     const unsigned end = args.capped ? first_unit(args, warp + 1, lane).position() : args.share_begin(warp + 1);
     if (unit.position() >= end)
         return;
-    Decoder<HD, STAGES> decoder = {args, Ring<HD, STAGES>(shared, threadIdx.x / 32, warps, lane), {}, {}, lane};
+    Decoder<HD, STAGES> decoder = {args, Ring<HD, STAGES>(shared, threadIdx.x / 32, WARPS, working, lane), {}, {}, lane};
     decoder.feed.begin(args, unit, end, lane);
     decoder.begin(unit);
 
@@ -441,11 +463,12 @@ template <int HD, int STAGES> __device__ __forceinline__ void decode(DecodeArgs 
             store_partial<HD>(args, warp * args.slots + 1 + unit.leaf - from, leaf, lane);
         if (is_last_here) {
             if (from == 0 && unit.is_last_leaf()) {
+                const float inverse0 = __frcp_rn(state.l[0][0]), inverse1 = __frcp_rn(state.l[0][1]);
 #pragma unroll
                 for (int d = 0; d < HD / 16; d++)
                     write_out<HD>(args, unit, lane % 4, d * 16 + lane / 4,
                                   make_float4(state.o[d][0][0], state.o[d][0][1], state.o[d][0][2], state.o[d][0][3]),
-                                  state.l[0][0], state.l[0][1]);
+                                  inverse0, inverse1);
             } else {
                 if (from == 0)
                     store_partial<HD>(args, warp * args.slots, state, lane);

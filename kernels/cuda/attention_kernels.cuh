@@ -27,7 +27,7 @@ extern __shared__ __align__(1024) unsigned char shared_memory[];
         args.partials = partials;                                                                                       \
         args.arrived = arrived;                                                                                         \
         args.slots = slots;                                                                                             \
-        decode<HD, DECODE_STAGES(HD)>(args, shared_memory);                                                             \
+        decode<HD, DECODE_STAGES(HD), DECODE_WARPS>(args, shared_memory);                                               \
     }                                                                                                                   \
     extern "C" __global__ void __launch_bounds__(PREFILL_THREADS, 1) attention_prefill_##HD(                            \
         const unsigned *batch, unsigned plan_offset, unsigned rows_offset, const unsigned *page_table,                  \

@@ -153,10 +153,11 @@ __device__ __forceinline__ void write_columns(const PrefillArgs &args, const Row
             if (!c.exists)
                 continue;
             bf16 *out = args.out + c.query * HD + lane / 4;
+            const float inverse = __frcp_rn(state.l[n][i]);
 #pragma unroll
             for (int d = 0; d < HD / 16; d++) {
-                out[d * 16] = __float2bfloat16_rn(__fdiv_rn(state.o[d][n][i], state.l[n][i]));
-                out[d * 16 + 8] = __float2bfloat16_rn(__fdiv_rn(state.o[d][n][i + 2], state.l[n][i]));
+                out[d * 16] = __float2bfloat16_rn(__fmul_rn(state.o[d][n][i], inverse));
+                out[d * 16 + 8] = __float2bfloat16_rn(__fmul_rn(state.o[d][n][i + 2], inverse));
             }
         }
 }

@@ -1,18 +1,18 @@
 // attention_ring: a warp's private ring of tiles in shared memory, filled by asynchronous copies of 16 tokens each.
 //
-//   fill, fill, ...  STAGES times; then take, (all lanes read the tile, __syncwarp), fill, take, ...
+//   fill, fill, ...  `stages` times; then take (or two), (all lanes read the tile, __syncwarp), fill (or two), take, ...
 //
 // On Hopper a tile is one bulk copy (the block's bytes as they lie, swizzled already) that completes on the stage's
 // barrier; its bytes are read once, so L2 is told to evict them first. Elsewhere all lanes copy 16 bytes each, a tile
 // a group.
 //
-// Invariant: the i-th take gets the i-th fill. Fills are STAGES ahead; past the last tile they fill nothing, but count.
+// Invariant: the i-th take gets the i-th fill. Fills are `stages` ahead; past the last tile they fill nothing, but count.
 //
 // 1. A stage is refilled after __syncwarp behind the last read. Ordinary reads before it are ordered before the bulk
 //    copy by program order through that barrier; ordinary writes into a tile need `written_before_next_copy` as well,
 //    because the copy runs in the async proxy.
 // 2. A stage's barrier expects one arrival a phase, the filling lane's, with the bytes of the tile; it is filled again
-//    only after every lane has seen the phase end, so that waiting for the parity of take / STAGES is unambiguous.
+//    only after every lane has seen the phase end, so that waiting for the parity of take / stages is unambiguous.
 #pragma once
 #include "attention.cuh"
 
@@ -31,18 +31,20 @@ __device__ __forceinline__ void written_before_next_copy() {
 template <int HD, int STAGES> struct Ring {
     static constexpr unsigned TILE_BYTES = TILE * HD * 2;
     unsigned tiles, barriers; // shared-memory addresses of the warp's stages
+    unsigned stages;          // STAGES, or more where fewer warps work; all together are what the block has
     unsigned filling, taking, parity;
     unsigned long long policy;
 
-    __device__ __forceinline__ Ring(unsigned char *shared, unsigned warp, unsigned warps, unsigned lane)
-        : filling(0), taking(0), parity(0), policy(0) {
+    __device__ __forceinline__ Ring(unsigned char *shared, unsigned warp, unsigned warps, unsigned working,
+                                    unsigned lane)
+        : stages(BULK_COPIES ? warps * STAGES / working : STAGES), filling(0), taking(0), parity(0), policy(0) {
         const unsigned base = (unsigned)__cvta_generic_to_shared(shared);
-        tiles = base + warp * STAGES * TILE_BYTES;
-        barriers = base + warps * STAGES * TILE_BYTES + warp * STAGES * 8;
+        tiles = base + warp * stages * TILE_BYTES;
+        barriers = base + warps * STAGES * TILE_BYTES + warp * stages * 8;
 #if BULK_COPIES
         asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-        if (lane < STAGES)
-            asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(barriers + lane * 8) : "memory");
+        for (unsigned i = lane; i < stages; i += 32)
+            asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(barriers + i * 8) : "memory");
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
         asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
         __syncwarp();
@@ -69,7 +71,7 @@ template <int HD, int STAGES> struct Ring {
                          : "memory");
         asm volatile("cp.async.commit_group;" ::: "memory");
 #endif
-        filling = filling + 1 == STAGES ? 0 : filling + 1;
+        filling = filling + 1 == stages ? 0 : filling + 1;
     }
 
     __device__ __forceinline__ void fill_nothing() {
@@ -93,10 +95,10 @@ template <int HD, int STAGES> struct Ring {
                          : "memory");
         while (!done);
 #else
-        asm volatile("cp.async.wait_group %0;" ::"n"(STAGES - 1) : "memory");
+        asm volatile("cp.async.wait_group %0;" ::"n"(STAGES - 2) : "memory");
 #endif
         __syncwarp();
-        if (++taking == STAGES) {
+        if (++taking == stages) {
             taking = 0;
             parity ^= 1;
         }
