@@ -43,7 +43,7 @@ impl Memory {
     /// A new segment of zeros. The operating system provides its pages when they are first written.
     pub fn alloc(&mut self, purpose: Purpose, words: usize) -> Result<Buffer, CpuError> {
         let free = available().0;
-        let bytes = words as u64 * 4;
+        let bytes = (words as u64).saturating_mul(4);
         let error = CpuError::OutOfMemory { purpose, bytes, free };
         if bytes > free {
             return Err(error);

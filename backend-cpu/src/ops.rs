@@ -238,14 +238,14 @@ impl Kernel for Attend<'_> {
 }
 
 impl Context<'_> {
-    /// Where the keys and values of positions `first..` of a slot begin.
+    /// Where the keys and values of positions `first..` of a slot begin. A page's size is a power of two.
     #[inline(always)]
     fn offsets(&self, slot: u32, head: usize, first: usize, len: usize) -> [usize; LEAF] {
         let pages = &self.page_table[slot as usize * self.table_width..][..self.table_width];
         let mut offsets = [0; LEAF];
+        let (size_log2, row) = (self.shape.page_size.trailing_zeros(), self.shape.page_size - 1);
         for (position, offset) in (first..len).zip(&mut offsets) {
-            let page = pages[position / self.shape.page_size] as usize;
-            *offset = self.shape.offset(page, head, position % self.shape.page_size);
+            *offset = self.shape.offset(pages[position >> size_log2] as usize, head, position & row);
         }
         offsets
     }
