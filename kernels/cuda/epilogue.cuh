@@ -38,13 +38,14 @@ struct RowNorm {
     unsigned segments, hidden;
     float eps;
 
-    // A warp's call; every lane gets the scale.
-    __device__ __forceinline__ float scale(unsigned token, unsigned lane) const {
+    // A thread's call: the loads of one token are independent, its sum is in order.
+    __device__ __forceinline__ float scale(unsigned token) const {
         const float *partial = sumsq + (size_t)token * segments;
         float sum = 0.0f;
-        for (unsigned i = lane; i < segments; i += 32)
+#pragma unroll 16
+        for (unsigned i = 0; i < segments; i++)
             sum += partial[i];
-        return rsqrtf(warp_sum(sum) / (float)hidden + eps);
+        return rsqrtf(sum / (float)hidden + eps);
     }
 };
 
@@ -58,7 +59,7 @@ struct Qkv {
     unsigned tokens_offset, heads, kv_heads, head_dim, page_shift, unused;
     static constexpr bool SCALED = true;
 
-    __device__ __forceinline__ float scale(unsigned token, unsigned lane) const { return norm.scale(token, lane); }
+    __device__ __forceinline__ float scale(unsigned token) const { return norm.scale(token); }
 
     template <int BLOCKS>
     __device__ __forceinline__ void store(float2 (&v_)[BLOCKS], unsigned token, unsigned m0, unsigned rows,
@@ -138,7 +139,7 @@ struct Residual {
     float *sumsq;            // [tokens, ceil(rows / 64)]
     static constexpr bool SCALED = false;
 
-    __device__ __forceinline__ float scale(unsigned, unsigned) const { return 1.0f; }
+    __device__ __forceinline__ float scale(unsigned) const { return 1.0f; }
 
     template <int BLOCKS>
     __device__ __forceinline__ void store(float2 (&v)[BLOCKS], unsigned token, unsigned m0, unsigned rows,
@@ -172,7 +173,7 @@ struct GateUp {
     unsigned intermediate, unused;
     static constexpr bool SCALED = true;
 
-    __device__ __forceinline__ float scale(unsigned token, unsigned lane) const { return norm.scale(token, lane); }
+    __device__ __forceinline__ float scale(unsigned token) const { return norm.scale(token); }
 
     template <int BLOCKS>
     __device__ __forceinline__ void store(float2 (&v)[BLOCKS], unsigned token, unsigned m0, unsigned,
@@ -199,7 +200,7 @@ struct Head {
     __half *out; // [samples, rows]
     static constexpr bool SCALED = false;
 
-    __device__ __forceinline__ float scale(unsigned, unsigned) const { return 1.0f; }
+    __device__ __forceinline__ float scale(unsigned) const { return 1.0f; }
 
     template <int BLOCKS>
     __device__ __forceinline__ void store(float2 (&v)[BLOCKS], unsigned token, unsigned m0, unsigned rows,
@@ -229,7 +230,7 @@ struct Linear {
     __nv_bfloat16 *out; // [tokens, rows]
     static constexpr bool SCALED = false;
 
-    __device__ __forceinline__ float scale(unsigned, unsigned) const { return 1.0f; }
+    __device__ __forceinline__ float scale(unsigned) const { return 1.0f; }
 
     template <int BLOCKS>
     __device__ __forceinline__ void store(float2 (&v)[BLOCKS], unsigned token, unsigned m0, unsigned rows,

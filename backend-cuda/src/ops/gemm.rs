@@ -18,6 +18,7 @@ use crate::error::CudaError;
 use crate::launch::{Grid, Kernel, Launcher, Param};
 use crate::memory::Address;
 use crate::module::Modules;
+use crate::tensor_map::TensorMap;
 use crate::weight::Weight;
 
 /// Columns of a block; slices are whole blocks.
@@ -224,16 +225,129 @@ impl Portable {
     }
 }
 
+/// A decode kernel's block: rows of w by tokens.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Block {
+    rows: u32,
+    tokens: u32,
+}
+
+impl Block {
+    const fn new(rows: u32, tokens: u32) -> Block {
+        Block { rows, tokens }
+    }
+
+    fn stage_bytes(self) -> u32 {
+        (self.rows + self.tokens) * BLOCK_COLS * 2
+    }
+
+    /// Warpgroups that multiply, and the warp that fetches.
+    fn threads(self) -> u32 {
+        self.rows * 2 + 32
+    }
+
+    /// Shared memory: the ring, two barriers a stage, a scale a token, and what aligns the ring to 1024 bytes.
+    fn shared(self, stages: u32) -> u32 {
+        stages * (self.stage_bytes() + 16) + self.tokens * 4 + 1024
+    }
+}
+
+/// Hopper's kernels for few tokens: the slices of a sum are added across a cluster.
+#[derive(Debug)]
+struct Decode {
+    /// By [`Kind`], then as [`Decode::BLOCKS`].
+    kernels: [[Kernel; 4]; 4],
+}
+
+impl Decode {
+    const BLOCKS: [Block; 4] =
+        [Block::new(64, 16), Block::new(64, 64), Block::new(64, 128), Block::new(128, 128)];
+    /// Two blocks fit a multiprocessor's shared memory.
+    const SHARED_MAX: u32 = 112 << 10;
+    /// The head's blocks are many and short: more of them side by side hide their ends.
+    const SHARED_HEAD: u32 = 56 << 10;
+
+    fn new(modules: &Modules) -> Result<Decode, CudaError> {
+        let row = |names: [&'static str; 4]| -> Result<[Kernel; 4], CudaError> {
+            let find = |name| modules.kernel("gemm_decode", name, Self::SHARED_MAX);
+            Ok([find(names[0])?, find(names[1])?, find(names[2])?, find(names[3])?])
+        };
+        let kernels = [
+            row(["decode_qkv_64x16", "decode_qkv_64x64", "decode_qkv_64x128", "decode_qkv_128x128"])?,
+            row([
+                "decode_residual_64x16",
+                "decode_residual_64x64",
+                "decode_residual_64x128",
+                "decode_residual_128x128",
+            ])?,
+            row([
+                "decode_gate_up_64x16",
+                "decode_gate_up_64x64",
+                "decode_gate_up_64x128",
+                "decode_gate_up_128x128",
+            ])?,
+            row(["decode_head_64x16", "decode_head_64x64", "decode_head_64x128", "decode_head_128x128"])?,
+        ];
+        Ok(Decode { kernels })
+    }
+
+    /// The block for this many tokens, an index into [`Decode::BLOCKS`].
+    fn block(tokens: u32) -> usize {
+        match tokens {
+            0..=16 => 0,
+            17..=64 => 1,
+            65..=128 => 2,
+            _ => 3,
+        }
+    }
+
+    /// Stages of the ring: as many as a slice has blocks of columns, if they fit.
+    fn stages(kind: Kind, block: Block, shape: &Shape) -> u32 {
+        let limit = if kind == Kind::Head { Self::SHARED_HEAD } else { Self::SHARED_MAX };
+        let fit = (limit - block.shared(0)) / (block.shared(1) - block.shared(0));
+        let wanted = shape.cols.div_ceil(BLOCK_COLS).div_ceil(shape.slices);
+        // The sums lie over the ring afterwards, and need three stages.
+        wanted.min(fit).max(3)
+    }
+
+    fn launch<E: Epilogue>(
+        &self,
+        launcher: &Launcher,
+        w: Address,
+        x: Address,
+        shape: &Shape,
+        epilogue: &E,
+    ) -> Result<(), CudaError> {
+        let size = Self::block(shape.tokens);
+        let block = Self::BLOCKS[size];
+        let stages = Self::stages(E::KIND, block, shape);
+        // A head's 128 rows meet in one cluster.
+        let tiles = if E::KIND == Kind::Qkv { 128 / block.rows } else { 1 };
+        let cluster = tiles * shape.slices;
+        let grid = Grid::new(shape.rows.div_ceil(tiles * block.rows) * cluster, block.threads())
+            .rows(shape.tokens.div_ceil(block.tokens))
+            .cluster(cluster)
+            .shared(block.shared(stages))
+            .dependent();
+        let (rows, cols, tokens) = (shape.rows as usize, shape.cols as usize, shape.tokens as usize);
+        let w = TensorMap::rows_of_bf16(w, rows, cols, block.rows)?;
+        let x = TensorMap::rows_of_bf16(x, tokens, cols, block.tokens)?;
+        launcher.launch(&self.kernels[E::KIND as usize][size], grid, [&w, &x, shape, &stages, epilogue])
+    }
+}
+
 /// The kernels.
 #[derive(Debug)]
 pub struct Gemm {
     portable: Portable,
+    decode: Option<Decode>,
 }
 
 impl Gemm {
-    /// Looks the kernels up.
-    pub fn new(modules: &Modules) -> Result<Gemm, CudaError> {
-        Ok(Gemm { portable: Portable::new(modules)? })
+    /// Looks the kernels up; `hopper` says whether Hopper's are loaded.
+    pub fn new(modules: &Modules, hopper: bool) -> Result<Gemm, CudaError> {
+        let decode = if hopper { Some(Decode::new(modules)?) } else { None };
+        Ok(Gemm { portable: Portable::new(modules)?, decode })
     }
 
     /// Multiplies `tokens` rows `x` `[tokens, columns of w]` bf16 by `w`, whose columns are a multiple of 8.
@@ -247,6 +361,14 @@ impl Gemm {
     ) -> Result<(), CudaError> {
         let (rows, cols) = (w.rows() as u32, w.cols() as u32);
         let shape = Shape { rows, cols, tokens, slices: E::KIND.slices(cols) };
-        self.portable.launch(launcher, w.address(), x, &shape, epilogue)
+        if tokens == 0 {
+            return Ok(());
+        }
+        match &self.decode {
+            Some(decode) if E::KIND != Kind::Linear => {
+                decode.launch(launcher, w.address(), x, &shape, epilogue)
+            }
+            _ => self.portable.launch(launcher, w.address(), x, &shape, epilogue),
+        }
     }
 }

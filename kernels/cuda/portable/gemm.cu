@@ -144,9 +144,8 @@ __device__ __forceinline__ void gemm(const __nv_bfloat16 *w, const __nv_bfloat16
     extern __shared__ __align__(128) unsigned char shared[];
     __shared__ float scales[BN];
     const unsigned m0 = blockIdx.x * BM, n0 = blockIdx.y * BN, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    if (Epilogue::SCALED)
-        for (unsigned n = warp; n < BN && n0 + n < shape.tokens; n += WARPS)
-            scales[n] = epilogue.scale(n0 + n, lane);
+    if (Epilogue::SCALED && threadIdx.x < BN && n0 + threadIdx.x < shape.tokens)
+        scales[threadIdx.x] = epilogue.scale(n0 + threadIdx.x);
     Tile<BN> tile;
 #pragma unroll
     for (int i = 0; i < Tile<BN>::TM; i++)

@@ -1,0 +1,195 @@
+// decode_*: y[t, m] = sum over k of w[m, k] x[t, k], and what epilogue.cuh does with y, where tokens are few and a launch's
+// time is its weights' way from memory.
+//
+//   w [rows, cols] bf16   x [tokens, cols] bf16   cols a multiple of 8   accumulates in fp32
+//   block    64 GROUPS rows of w by N tokens, one slice of the columns: a warp that fetches, GROUPS warpgroups that multiply
+//   cluster  TILES neighbouring row tiles times all slices: rank = tile * slices + slice
+//   grid     (clusters for all rows * cluster, ceil(tokens / N))   block 128 GROUPS + 32 threads
+//   shared   stages * (64 GROUPS + N) * 128 bytes; 2 barriers a stage; N floats
+//   moves    rows * cols * 2 bytes of w for each N tokens; x again in each cluster, from L2
+//
+//   fetching warp      w into every stage ── wait for the kernel before ── x into every stage ── … ring …
+//   multiplying warps                        wait, row scales ── wgmma k16 by k16 ── sums to shared memory ─┐
+//   all                cluster barrier ── each rank takes every R-th token, adds its slices, epilogue <─────┘
+//
+// 1. Each slice is summed from zero, k16 by k16 (wgmma), slices are added in fp32 in their order: one order for every
+//    number of tokens, and gemm_prefill.cu's.
+// 2. The sums lie over the ring, which is idle by then: every fetch was waited for, and every read of it is behind the
+//    named barrier. No block leaves the second cluster barrier, so none ends, while another reads its sums.
+// 3. Two blocks fit a multiprocessor, so the next kernel's weights arrive while this one's sums are added.
+#include "dependent.cuh"
+#include "epilogue.cuh"
+#include "hopper.cuh"
+
+constexpr int SLICES_MAX = 8;
+
+template <int GROUPS, int N> struct Plan {
+    static constexpr int ROWS = 64 * GROUPS, W_BYTES = ROWS * 128, STAGE_BYTES = W_BYTES + N * 128;
+    static constexpr int MULTIPLIERS = 128 * GROUPS, STAGED = ROWS + 4; // floats between two tokens' sums
+};
+
+// A block's share of the columns and the shared memory that it passes through.
+template <int GROUPS, int N> struct Ring {
+    unsigned base, full, empty, stages, first, blocks;
+
+    __device__ __forceinline__ unsigned stage(unsigned i) const { return base + i * Plan<GROUPS, N>::STAGE_BYTES; }
+
+    // The fetching thread's work.
+    __device__ __forceinline__ void fetch(const TensorMap *w, const TensorMap *x, unsigned m0, unsigned n0) const {
+        const unsigned ahead = blocks < stages ? blocks : stages;
+        for (unsigned i = 0; i < ahead; i++) {
+            barrier_expect(full + 8 * i, Plan<GROUPS, N>::STAGE_BYTES);
+            bulk_fetch(stage(i), w, (first + i) * 64, m0, full + 8 * i, EVICT_FIRST);
+        }
+        dependent_wait();
+        for (unsigned i = 0; i < ahead; i++)
+            bulk_fetch(stage(i) + Plan<GROUPS, N>::W_BYTES, x, (first + i) * 64, n0, full + 8 * i, EVICT_LAST);
+        unsigned at = 0, parity = 0;
+        for (unsigned i = ahead; i < blocks; i++) {
+            barrier_wait(empty + 8 * at, parity);
+            barrier_expect(full + 8 * at, Plan<GROUPS, N>::STAGE_BYTES);
+            bulk_fetch(stage(at), w, (first + i) * 64, m0, full + 8 * at, EVICT_FIRST);
+            bulk_fetch(stage(at) + Plan<GROUPS, N>::W_BYTES, x, (first + i) * 64, n0, full + 8 * at, EVICT_LAST);
+            if (++at == stages) {
+                at = 0;
+                parity ^= 1;
+            }
+        }
+    }
+
+    // A multiplying warpgroup's work: the slice's sums of its 64 rows.
+    __device__ __forceinline__ void multiply(float (&sum)[N / 2]) const {
+        const unsigned group = threadIdx.x / 128;
+        const bool speaks = threadIdx.x % 32 == 0;
+        unsigned at = 0, parity = 0, before = 0;
+        for (unsigned i = 0; i < blocks; i++) {
+            barrier_wait(full + 8 * at, parity);
+            const unsigned long long a = tile_descriptor(stage(at) + group * 64 * 128);
+            const unsigned long long b = tile_descriptor(stage(at) + Plan<GROUPS, N>::W_BYTES);
+            wgmma_fence();
+#pragma unroll
+            for (int k = 0; k < 4; k++)
+                wgmma(sum, a + 2 * k, b + 2 * k, i > 0 || k > 0);
+            wgmma_commit();
+            wgmma_wait<1>(); // the block before is multiplied: its stage is free
+            if (i > 0 && speaks)
+                barrier_arrive(empty + 8 * before);
+            before = at;
+            if (++at == stages) {
+                at = 0;
+                parity ^= 1;
+            }
+        }
+        wgmma_wait<0>();
+        hold(sum);
+    }
+};
+
+// Writes a warpgroup's sums as [token][row].
+template <int GROUPS, int N> __device__ __forceinline__ void stage_sums(float *staged, const float (&sum)[N / 2]) {
+    const unsigned lane = threadIdx.x % 32, m = threadIdx.x / 32 * 16 + lane / 4;
+#pragma unroll
+    for (int j = 0; j < N / 8; j++)
+#pragma unroll
+        for (int e = 0; e < 4; e++)
+            staged[(8 * j + lane % 4 * 2 + e % 2) * Plan<GROUPS, N>::STAGED + m + e / 2 * 8] = sum[4 * j + e];
+}
+
+// One pair of a token's outputs: the slices' sums in their order, from ranks first, first + 1, …
+__device__ __forceinline__ float2 add_slices(unsigned at, unsigned first, unsigned slices) {
+    float2 part[SLICES_MAX];
+#pragma unroll
+    for (int s = 0; s < SLICES_MAX; s++)
+        if (s < slices)
+            part[s] = load_remote(at, first + s);
+    float2 sum = part[0];
+#pragma unroll
+    for (int s = 1; s < SLICES_MAX; s++)
+        if (s < slices)
+            sum = {sum.x + part[s].x, sum.y + part[s].y};
+    return sum;
+}
+
+template <int GROUPS, int TILES, int N, class Epilogue>
+__device__ __forceinline__ void decode(const TensorMap *w, const TensorMap *x, const Shape &shape, unsigned stages,
+                                       const Epilogue &epilogue) {
+    using P = Plan<GROUPS, N>;
+    extern __shared__ __align__(1024) unsigned char shared[];
+    dependent_launch();
+    const unsigned ranks = cluster_size(), rank = cluster_rank(), slice = rank % shape.slices;
+    const unsigned tile0 = blockIdx.x / ranks * TILES, m0 = (tile0 + rank / shape.slices) * P::ROWS, n0 = blockIdx.y * N;
+    const unsigned warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const unsigned base = (shared_address(shared) + 1023) & ~1023u;
+    float *staged = reinterpret_cast<float *>(shared + (base - shared_address(shared)));
+    Ring<GROUPS, N> ring;
+    ring.base = base;
+    ring.stages = stages;
+    ring.full = base + stages * P::STAGE_BYTES;
+    ring.empty = ring.full + 8 * stages;
+    ring.first = shape.slice_begin(slice);
+    ring.blocks = shape.slice_begin(slice + 1) - ring.first;
+    float *scales = staged + (stages * P::STAGE_BYTES + 16 * stages) / 4;
+    if (threadIdx.x == P::MULTIPLIERS) {
+        prefetch_map(x);
+        for (unsigned i = 0; i < stages; i++) {
+            barrier_init(ring.full + 8 * i, 1);
+            barrier_init(ring.empty + 8 * i, 4 * GROUPS);
+        }
+        barrier_init_fence();
+    }
+    __syncthreads();
+    if (threadIdx.x >= P::MULTIPLIERS) {
+        if (lane == 0)
+            ring.fetch(w, x, m0, n0);
+        __syncwarp();
+    } else {
+        dependent_wait();
+        if (Epilogue::SCALED && threadIdx.x < N && n0 + threadIdx.x < shape.tokens)
+            scales[threadIdx.x] = epilogue.scale(n0 + threadIdx.x);
+        __syncwarp();
+        float sum[N / 2] = {};
+        ring.multiply(sum);
+        sync_threads(1, P::MULTIPLIERS);
+        stage_sums<GROUPS, N>(staged, sum);
+    }
+    cluster_sync();
+    if (threadIdx.x < P::MULTIPLIERS)
+        for (unsigned n = rank + ranks * warp; n < N && n0 + n < shape.tokens; n += ranks * 4 * GROUPS) {
+            const float scale = Epilogue::SCALED ? scales[n] : 1.0f;
+            float2 v[GROUPS * TILES];
+#pragma unroll
+            for (int b = 0; b < GROUPS * TILES; b++) {
+                const unsigned at = base + (n * P::STAGED + b % GROUPS * 64 + 2 * lane) * 4;
+                v[b] = add_slices(at, b / GROUPS * shape.slices, shape.slices);
+                v[b] = {v[b].x * scale, v[b].y * scale};
+            }
+            epilogue.template store<GROUPS * TILES>(v, n0 + n, tile0 * P::ROWS, shape.rows, lane);
+        }
+    __syncwarp();
+    cluster_sync();
+}
+
+#define DECODE(NAME, GROUPS, TILES, N, EPILOGUE)                                                                             \
+    extern "C" __global__ void __launch_bounds__(128 * GROUPS + 32, 2)                                                       \
+    NAME(const __grid_constant__ TensorMap w, const __grid_constant__ TensorMap x, Shape shape, unsigned stages,             \
+         EPILOGUE epilogue) {                                                                                                \
+        decode<GROUPS, TILES, N>(&w, &x, shape, stages, epilogue);                                                           \
+    }
+
+// A head is 128 rows: two tiles of 64, in one cluster, or one of 128.
+DECODE(decode_qkv_64x16, 1, 2, 16, Qkv)
+DECODE(decode_qkv_64x64, 1, 2, 64, Qkv)
+DECODE(decode_qkv_64x128, 1, 2, 128, Qkv)
+DECODE(decode_qkv_128x128, 2, 1, 128, Qkv)
+DECODE(decode_residual_64x16, 1, 1, 16, Residual)
+DECODE(decode_residual_64x64, 1, 1, 64, Residual)
+DECODE(decode_residual_64x128, 1, 1, 128, Residual)
+DECODE(decode_residual_128x128, 2, 1, 128, Residual)
+DECODE(decode_gate_up_64x16, 1, 1, 16, GateUp)
+DECODE(decode_gate_up_64x64, 1, 1, 64, GateUp)
+DECODE(decode_gate_up_64x128, 1, 1, 128, GateUp)
+DECODE(decode_gate_up_128x128, 2, 1, 128, GateUp)
+DECODE(decode_head_64x16, 1, 1, 16, Head)
+DECODE(decode_head_64x64, 1, 1, 64, Head)
+DECODE(decode_head_64x128, 1, 1, 128, Head)
+DECODE(decode_head_128x128, 2, 1, 128, Head)
