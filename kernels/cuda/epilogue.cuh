@@ -1,5 +1,6 @@
 // What happens to a GEMM's sums on their way out, the same code for every GEMM kernel: a warp takes one token's outputs
-// of a tile, BLOCKS times 64 of them, lane l holding outputs 64 b + 2 l and 64 b + 2 l + 1 as v[b].
+// of a tile, BLOCKS times 64 of them, lane l holding outputs 64 b + 2 l and 64 b + 2 l + 1 as v[b]. What it needs from
+// memory (`ahead`) can be fetched long before the sums are ready (`store`).
 //
 //   Qkv        row scale; head norm; rope; q -> [tokens, q_width] bf16, k and v -> KV pages       128 outputs a tile
 //   Residual   residual += y (bf16), sumsq[t, m / 64] = sum of the new values' squares, f32      64 or 128
@@ -61,27 +62,38 @@ struct Qkv {
 
     __device__ __forceinline__ float scale(unsigned token) const { return norm.scale(token); }
 
+    // Where a token's key and value go, and (cos, sin) of this lane's two angles.
+    template <int BLOCKS> struct Ahead {
+        unsigned location;
+        float4 turn;
+    };
+
     template <int BLOCKS>
-    __device__ __forceinline__ void store(float2 (&v_)[BLOCKS], unsigned token, unsigned m0, unsigned rows,
-                                          unsigned lane) const {
-        static_assert(BLOCKS == 2, "a tile holds whole heads");
+    __device__ __forceinline__ Ahead<BLOCKS> ahead(unsigned token, unsigned, unsigned, unsigned lane) const {
         const Token where = reinterpret_cast<const Token *>(batch + tokens_offset)[token];
+        const float2 *angles = rope + (size_t)where.position * (head_dim / 2) + 2 * lane % (head_dim / 2);
+        return {where.location, *reinterpret_cast<const float4 *>(angles)};
+    }
+
+    template <int BLOCKS>
+    __device__ __forceinline__ void store(const Ahead<BLOCKS> &ahead, float2 (&y)[BLOCKS], unsigned token, unsigned m0,
+                                          unsigned rows, unsigned lane) const {
+        static_assert(BLOCKS == 2, "a tile holds whole heads");
         if (head_dim == 128) {
-            head<2>(v_[0], v_[1], 64u, where, token, m0 / 128, lane);
+            head<2>(y[0], y[1], ahead.location, ahead.turn, token, m0 / 128, lane);
         } else {
+            // Dims 2 l and 2 l + 1 turn with dims 32 further on, which lane l + 16 holds.
 #pragma unroll
-            for (int b = 0; b < 2; b++) {
-                // Dims 2 l and 2 l + 1 turn with dims 32 further on, which lane l + 16 holds.
+            for (int b = 0; b < 2; b++)
                 if (m0 + 64 * b < rows)
-                    head<1>(v_[b], v_[b], 32u, where, token, (m0 + 64 * b) / 64, lane);
-            }
+                    head<1>(y[b], y[b], ahead.location, ahead.turn, token, m0 / 64 + b, lane);
         }
     }
 
   private:
     // One head of 64 PARTS dims. lo: dims 2 l, 2 l + 1. hi: dims 64 + 2 l, … (of no use where PARTS is 1).
     template <int PARTS>
-    __device__ __forceinline__ void head(float2 lo, float2 hi, unsigned half, const Token &where, unsigned token,
+    __device__ __forceinline__ void head(float2 lo, float2 hi, unsigned location, const float4 &turn, unsigned token,
                                          unsigned h, unsigned lane) const {
         const unsigned d = 2 * lane;
         if (h < heads + kv_heads) {
@@ -93,8 +105,6 @@ struct Qkv {
             lo = weighted(lo, inverse, weight + d);
             if (PARTS == 2)
                 hi = weighted(hi, inverse, weight + 64 + d);
-            // (cos, sin) of this lane's two angles.
-            const float4 turn = *reinterpret_cast<const float4 *>(rope + (size_t)where.position * half + d % half);
             if (PARTS == 2) {
                 const float2 a = lo, b = hi;
                 lo = {a.x * turn.x - b.x * turn.y, a.y * turn.z - b.y * turn.w};
@@ -105,7 +115,7 @@ struct Qkv {
                 lo = {lo.x * turn.x + sign * x * turn.y, lo.y * turn.z + sign * y * turn.w};
             }
         }
-        put<PARTS>(lo, hi, where, token, h, d);
+        put<PARTS>(lo, hi, location, token, h, d);
     }
 
     __device__ __forceinline__ static float2 weighted(float2 x, float inverse, const __nv_bfloat16 *weight) {
@@ -114,7 +124,7 @@ struct Qkv {
     }
 
     template <int PARTS>
-    __device__ __forceinline__ void put(float2 lo, float2 hi, const Token &where, unsigned token, unsigned h,
+    __device__ __forceinline__ void put(float2 lo, float2 hi, unsigned location, unsigned token, unsigned h,
                                         unsigned d) const {
         if (h < heads) {
             __nv_bfloat16 *out = q + ((size_t)token * heads + h) * (64 * PARTS) + d;
@@ -125,7 +135,7 @@ struct Qkv {
         }
         const bool is_key = h < heads + kv_heads;
         const unsigned kv_head = h - heads - (is_key ? 0 : kv_heads);
-        const unsigned page = where.location >> page_shift, row = where.location & ((1u << page_shift) - 1);
+        const unsigned page = location >> page_shift, row = location & ((1u << page_shift) - 1);
         const size_t line = (((size_t)page * kv_heads + kv_head) << page_shift) + row;
         __nv_bfloat16 *out = (is_key ? k : v) + line * (64 * PARTS) + ((d / 8) ^ (row % 8)) * 8 + d % 8;
         store_pair(out, lo.x, lo.y);
@@ -141,22 +151,34 @@ struct Residual {
 
     __device__ __forceinline__ float scale(unsigned) const { return 1.0f; }
 
+    // The residual stream as it was.
+    template <int BLOCKS> struct Ahead {
+        __nv_bfloat162 old[BLOCKS];
+    };
+
     template <int BLOCKS>
-    __device__ __forceinline__ void store(float2 (&v)[BLOCKS], unsigned token, unsigned m0, unsigned rows,
-                                          unsigned lane) const {
-        __nv_bfloat162 *at = reinterpret_cast<__nv_bfloat162 *>(residual + (size_t)token * rows + m0 + 2 * lane);
-        float2 old[BLOCKS];
+    __device__ __forceinline__ Ahead<BLOCKS> ahead(unsigned token, unsigned m0, unsigned rows, unsigned lane) const {
+        const __nv_bfloat162 *at =
+            reinterpret_cast<const __nv_bfloat162 *>(residual + (size_t)token * rows + m0 + 2 * lane);
+        Ahead<BLOCKS> ahead;
 #pragma unroll
         for (int b = 0; b < BLOCKS; b++)
-            if (m0 + 64 * b + 2 * lane < rows)
-                old[b] = __bfloat1622float2(at[32 * b]);
+            ahead.old[b] = m0 + 64 * b + 2 * lane < rows ? at[32 * b] : __nv_bfloat162();
+        return ahead;
+    }
+
+    template <int BLOCKS>
+    __device__ __forceinline__ void store(const Ahead<BLOCKS> &ahead, float2 (&v)[BLOCKS], unsigned token, unsigned m0,
+                                          unsigned rows, unsigned lane) const {
+        __nv_bfloat162 *at = reinterpret_cast<__nv_bfloat162 *>(residual + (size_t)token * rows + m0 + 2 * lane);
 #pragma unroll
         for (int b = 0; b < BLOCKS; b++) {
             if (m0 + 64 * b >= rows)
                 break;
             float2 x = {0.0f, 0.0f};
             if (m0 + 64 * b + 2 * lane < rows) {
-                const __nv_bfloat162 sum = __floats2bfloat162_rn(old[b].x + v[b].x, old[b].y + v[b].y);
+                const float2 old = __bfloat1622float2(ahead.old[b]);
+                const __nv_bfloat162 sum = __floats2bfloat162_rn(old.x + v[b].x, old.y + v[b].y);
                 at[32 * b] = sum;
                 x = __bfloat1622float2(sum);
             }
@@ -175,8 +197,13 @@ struct GateUp {
 
     __device__ __forceinline__ float scale(unsigned token) const { return norm.scale(token); }
 
+    template <int BLOCKS> struct Ahead {};
+
     template <int BLOCKS>
-    __device__ __forceinline__ void store(float2 (&v)[BLOCKS], unsigned token, unsigned m0, unsigned,
+    __device__ __forceinline__ Ahead<BLOCKS> ahead(unsigned, unsigned, unsigned, unsigned) const { return {}; }
+
+    template <int BLOCKS>
+    __device__ __forceinline__ void store(const Ahead<BLOCKS> &, float2 (&v)[BLOCKS], unsigned token, unsigned m0, unsigned,
                                           unsigned lane) const {
 #pragma unroll
         for (int b = 0; b < BLOCKS; b++) {
@@ -202,8 +229,13 @@ struct Head {
 
     __device__ __forceinline__ float scale(unsigned) const { return 1.0f; }
 
+    template <int BLOCKS> struct Ahead {};
+
     template <int BLOCKS>
-    __device__ __forceinline__ void store(float2 (&v)[BLOCKS], unsigned token, unsigned m0, unsigned rows,
+    __device__ __forceinline__ Ahead<BLOCKS> ahead(unsigned, unsigned, unsigned, unsigned) const { return {}; }
+
+    template <int BLOCKS>
+    __device__ __forceinline__ void store(const Ahead<BLOCKS> &, float2 (&v)[BLOCKS], unsigned token, unsigned m0, unsigned rows,
                                           unsigned lane) const {
 #pragma unroll
         for (int b = 0; b < BLOCKS; b++) {
@@ -232,8 +264,13 @@ struct Linear {
 
     __device__ __forceinline__ float scale(unsigned) const { return 1.0f; }
 
+    template <int BLOCKS> struct Ahead {};
+
     template <int BLOCKS>
-    __device__ __forceinline__ void store(float2 (&v)[BLOCKS], unsigned token, unsigned m0, unsigned rows,
+    __device__ __forceinline__ Ahead<BLOCKS> ahead(unsigned, unsigned, unsigned, unsigned) const { return {}; }
+
+    template <int BLOCKS>
+    __device__ __forceinline__ void store(const Ahead<BLOCKS> &, float2 (&v)[BLOCKS], unsigned token, unsigned m0, unsigned rows,
                                           unsigned lane) const {
 #pragma unroll
         for (int b = 0; b < BLOCKS; b++) {

@@ -110,6 +110,37 @@ __device__ __forceinline__ float2 add_slices(unsigned at, unsigned first, unsign
     return sum;
 }
 
+// The end of all blocks: ranks take turns at the tokens, a warp a token. What a warp's first token needs is fetched while
+// the cluster gathers.
+template <int GROUPS, int TILES, int N, class Epilogue>
+__device__ __forceinline__ void share_out(const Shape &shape, const Epilogue &epilogue, unsigned base, const float *scales,
+                                          unsigned rank, unsigned ranks, unsigned m0, unsigned n0) {
+    constexpr int BLOCKS = GROUPS * TILES;
+    const unsigned warp = threadIdx.x / 32, lane = threadIdx.x % 32, step = ranks * 4 * GROUPS;
+    const unsigned count = shape.tokens - n0 < N ? shape.tokens - n0 : N;
+    unsigned n = warp < 4 * GROUPS ? rank + ranks * warp : count;
+    typename Epilogue::template Ahead<BLOCKS> next;
+    if (n < count)
+        next = epilogue.template ahead<BLOCKS>(n0 + n, m0, shape.rows, lane);
+    cluster_sync();
+    for (; n < count; n += step) {
+        const auto now = next;
+        if (n + step < count)
+            next = epilogue.template ahead<BLOCKS>(n0 + n + step, m0, shape.rows, lane);
+        const float scale = Epilogue::SCALED ? scales[n] : 1.0f;
+        float2 v[BLOCKS];
+#pragma unroll
+        for (int b = 0; b < BLOCKS; b++) {
+            const unsigned at = base + (n * Plan<GROUPS, N>::STAGED + b % GROUPS * 64 + 2 * lane) * 4;
+            v[b] = add_slices(at, b / GROUPS * shape.slices, shape.slices);
+            v[b] = {v[b].x * scale, v[b].y * scale};
+        }
+        epilogue.template store<BLOCKS>(now, v, n0 + n, m0, shape.rows, lane);
+    }
+    __syncwarp();
+    cluster_sync();
+}
+
 template <int GROUPS, int TILES, int N, class Epilogue>
 __device__ __forceinline__ void decode(const TensorMap *w, const TensorMap *x, const Shape &shape, unsigned stages,
                                        const Epilogue &epilogue) {
@@ -118,7 +149,6 @@ __device__ __forceinline__ void decode(const TensorMap *w, const TensorMap *x, c
     dependent_launch();
     const unsigned ranks = cluster_size(), rank = cluster_rank(), slice = rank % shape.slices;
     const unsigned tile0 = blockIdx.x / ranks * TILES, m0 = (tile0 + rank / shape.slices) * P::ROWS, n0 = blockIdx.y * N;
-    const unsigned warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const unsigned base = (shared_address(shared) + 1023) & ~1023u;
     float *staged = reinterpret_cast<float *>(shared + (base - shared_address(shared)));
     Ring<GROUPS, N> ring;
@@ -139,7 +169,7 @@ __device__ __forceinline__ void decode(const TensorMap *w, const TensorMap *x, c
     }
     __syncthreads();
     if (threadIdx.x >= P::MULTIPLIERS) {
-        if (lane == 0)
+        if (threadIdx.x == P::MULTIPLIERS)
             ring.fetch(w, x, m0, n0);
         __syncwarp();
     } else {
@@ -152,21 +182,7 @@ __device__ __forceinline__ void decode(const TensorMap *w, const TensorMap *x, c
         sync_threads(1, P::MULTIPLIERS);
         stage_sums<GROUPS, N>(staged, sum);
     }
-    cluster_sync();
-    if (threadIdx.x < P::MULTIPLIERS)
-        for (unsigned n = rank + ranks * warp; n < N && n0 + n < shape.tokens; n += ranks * 4 * GROUPS) {
-            const float scale = Epilogue::SCALED ? scales[n] : 1.0f;
-            float2 v[GROUPS * TILES];
-#pragma unroll
-            for (int b = 0; b < GROUPS * TILES; b++) {
-                const unsigned at = base + (n * P::STAGED + b % GROUPS * 64 + 2 * lane) * 4;
-                v[b] = add_slices(at, b / GROUPS * shape.slices, shape.slices);
-                v[b] = {v[b].x * scale, v[b].y * scale};
-            }
-            epilogue.template store<GROUPS * TILES>(v, n0 + n, tile0 * P::ROWS, shape.rows, lane);
-        }
-    __syncwarp();
-    cluster_sync();
+    share_out<GROUPS, TILES, N>(shape, epilogue, base, scales, rank, ranks, tile0 * P::ROWS, n0);
 }
 
 #define DECODE(NAME, GROUPS, TILES, N, EPILOGUE)                                                                             \

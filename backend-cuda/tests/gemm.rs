@@ -1,0 +1,493 @@
+//! Matrix products on the device: what each epilogue writes is the definition's value within rounding, and a token's
+//! bits do not depend on how many tokens are multiplied with it.
+//!
+//! Every case multiplies the first `tokens` rows of one random matrix for a list of token counts. The largest run is
+//! compared with the definition in f64, every other run with the largest, bit by bit. Outputs are poisoned before, and
+//! what lies behind them must still be poison after.
+
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use bytemuck::{Pod, cast_slice};
+use half::{bf16, f16};
+use minisgl_core::backend::{Device, Element, Purpose, Queue};
+use minisgl_core::batch::Token;
+use minisgl_core::tensor::{splitmix64, uniform_element};
+use minisgl_cuda::ops::gemm::{Epilogue, GateUp, Gemm, Head, Linear, Qkv, Residual, RowNorm};
+use minisgl_cuda::{Buffer, Cuda, KernelSet, Options, Weight};
+
+/// Both sides of every tile of every kernel.
+const TOKENS: [u32; 17] = [1, 2, 3, 7, 8, 9, 16, 17, 31, 64, 100, 128, 200, 256, 257, 384, 1000];
+/// What an output holds before; a NaN in bf16, f16 and f32.
+const POISON: u16 = 0x7fff;
+const EPS: f32 = 1e-6;
+
+/// The device with its kernels.
+struct Gpu {
+    cuda: Cuda,
+    gemm: Gemm,
+    set: KernelSet,
+    seed: u64,
+}
+
+impl Gpu {
+    fn new(set: KernelSet) -> Gpu {
+        let cuda = Cuda::new(&Options { kernels: set, ..Options::default() }).expect("a GPU");
+        let gemm = Gemm::new(cuda.modules(), cuda.properties().hopper).unwrap();
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
+        Gpu { cuda, gemm, set, seed: splitmix64(now.as_nanos() as u64) }
+    }
+
+    /// `count` numbers in `[-size, size)`.
+    fn random(&mut self, count: usize, size: f32) -> Vec<bf16> {
+        self.seed = splitmix64(self.seed);
+        (0..count as u64).map(|i| uniform_element(self.seed, i, -size, size)).collect()
+    }
+
+    fn upload<T: Pod>(&mut self, element: Element, values: &[T]) -> Buffer {
+        let bytes: &[u8] = cast_slice(values);
+        let words = bytes.len().div_ceil(4);
+        let mut pinned = self.cuda.alloc_pinned(words).unwrap();
+        cast_slice_mut(self.cuda.words_mut(&mut pinned).unwrap())[..bytes.len()].copy_from_slice(bytes);
+        let elements = words * 4 / minisgl_cuda::element_bytes(element);
+        let buffer = self.cuda.alloc(Purpose::Scratch, element, elements).unwrap();
+        self.cuda.upload(&mut pinned, 0..words, buffer).unwrap();
+        self.cuda.synchronize().unwrap();
+        buffer
+    }
+
+    fn download<T: Pod>(&mut self, buffer: Buffer) -> Vec<T> {
+        let words = buffer.bytes() / 4;
+        let mut pinned = self.cuda.alloc_pinned(words).unwrap();
+        self.cuda.download(Queue::Compute, buffer, words, &mut pinned).unwrap();
+        cast_slice(self.cuda.words(&pinned).unwrap()).to_vec()
+    }
+
+    /// An output of `elements` elements and a margin, all poison.
+    fn poisoned(&mut self, elements: usize) -> Buffer {
+        self.upload(Element::Activation, &vec![POISON; elements.next_multiple_of(2) + 256])
+    }
+
+    fn weight(&mut self, values: &[bf16], rows: usize, cols: usize) -> Weight {
+        Weight::new(self.upload(Element::Activation, values).address(), rows, cols)
+    }
+
+    fn launch<E: Epilogue>(&mut self, w: Weight, x: Buffer, tokens: u32, epilogue: &E) {
+        let launcher = self.cuda.launcher();
+        self.gemm.launch(launcher, w, x.address(), tokens, epilogue).unwrap();
+        self.cuda.synchronize().unwrap();
+    }
+}
+
+fn cast_slice_mut(words: &mut [u32]) -> &mut [u8] {
+    bytemuck::cast_slice_mut(words)
+}
+
+/// The output's values; what lies behind them must be poison.
+fn without_margin(raw: Vec<u16>, elements: usize, label: &str) -> Vec<u16> {
+    let touched = (elements..raw.len()).find(|i| raw[*i] != POISON);
+    assert_eq!(touched, None, "{label}: written beyond the output of {elements} elements");
+    raw[..elements].to_vec()
+}
+
+/// A matrix product's operands.
+struct Operands {
+    cols: usize,
+    /// `[rows, cols]`
+    w: Vec<bf16>,
+    /// `[tokens, cols]`
+    x: Vec<bf16>,
+    on_device: (Weight, Buffer),
+}
+
+impl Operands {
+    fn new(gpu: &mut Gpu, rows: usize, cols: usize) -> Operands {
+        let tokens = TOKENS[TOKENS.len() - 1] as usize;
+        let (w, x) = (gpu.random(rows * cols, (3.0 / cols as f32).sqrt()), gpu.random(tokens * cols, 1.0));
+        let on_device = (gpu.weight(&w, rows, cols), gpu.upload(Element::Activation, &x));
+        Operands { cols, w, x, on_device }
+    }
+
+    /// `y[t, :]`, without an epilogue.
+    fn product(&self, t: usize) -> Vec<f64> {
+        let x: Vec<f64> = self.x[t * self.cols..][..self.cols].iter().map(|x| f64::from(*x)).collect();
+        let dot = |row: &[bf16]| row.iter().zip(&x).map(|(w, x)| f64::from(*w) * x).sum();
+        self.w.chunks_exact(self.cols).map(dot).collect()
+    }
+
+    /// Random sums of squares, `[tokens, segments]`, near those of `x`, and each token's scale.
+    fn norm(&self, gpu: &mut Gpu) -> (Buffer, RowNorm, Vec<f64>) {
+        let segments = self.cols.div_ceil(64);
+        let tokens = self.x.len() / self.cols;
+        let sums: Vec<f32> = gpu.random(tokens * segments, 5.0).iter().map(|x| 21.0 + x.to_f32()).collect();
+        let scale = |sums: &[f32]| {
+            let sum: f64 = sums.iter().map(|x| f64::from(*x)).sum();
+            (sum / self.cols as f64 + f64::from(EPS)).sqrt().recip()
+        };
+        let scales = sums.chunks_exact(segments).map(scale).collect();
+        let buffer = gpu.upload(Element::Float, &sums);
+        let (segments, hidden) = (segments as u32, self.cols as u32);
+        (buffer, RowNorm { sumsq: buffer.address(), segments, hidden, eps: EPS }, scales)
+    }
+}
+
+/// Runs every token count; compares the largest with `expected` and the others with the largest.
+fn check(
+    gpu: &mut Gpu,
+    label: &str,
+    bound: f64,
+    mut run: impl FnMut(&mut Gpu, u32) -> Vec<Vec<f32>>,
+    expected: impl Fn(usize) -> Vec<f64>,
+) {
+    let label = format!("{:?} {label}", gpu.set);
+    let largest = run(gpu, TOKENS[TOKENS.len() - 1]);
+    for t in [0, 1, 7, 8, 63, 64, 127, 128, 191, 255, 256, 640, 999] {
+        check_values(&format!("{label}, token {t}"), &largest[t], &expected(t), bound);
+    }
+    for tokens in TOKENS {
+        let out = run(gpu, tokens);
+        for (t, (got, want)) in out.iter().zip(&largest).enumerate() {
+            let odd = (0..got.len()).find(|i| got[*i].to_bits() != want[*i].to_bits());
+            if let Some(i) = odd {
+                panic!(
+                    "{label}: token {t} of {tokens}, output {i} is {}, but {} among {} tokens",
+                    got[i],
+                    want[i],
+                    largest.len()
+                );
+            }
+        }
+    }
+}
+
+/// Compares the first `want.len()` values.
+fn check_values(label: &str, got: &[f32], want: &[f64], bound: f64) {
+    let got = &got[..want.len()];
+    let size = (want.iter().map(|x| x * x).sum::<f64>() / want.len() as f64).sqrt();
+    let error = |i: usize| (f64::from(got[i]) - want[i]).abs();
+    let is_bad = |i: &usize| {
+        let small_enough = error(*i) <= 4.0 * bound * (size + want[*i].abs());
+        !small_enough // NaN too
+    };
+    let bad: Vec<usize> = (0..got.len()).filter(is_bad).collect();
+    let worst = (0..got.len()).map(error).fold(0.0, f64::max);
+    if let (Some(first), Some(last)) = (bad.first(), bad.last()) {
+        panic!(
+            "{label}: {} of {} outputs are off, {first} to {last}; the first is {} for {}; the largest error is {worst}",
+            bad.len(),
+            got.len(),
+            got[*first],
+            want[*first]
+        );
+    }
+    let squares: f64 = (0..got.len()).map(|i| error(i).powi(2)).sum();
+    let relative = (squares / want.len() as f64).sqrt() / size;
+    assert!(relative <= bound, "{label}: relative error {relative}, allowed {bound}");
+}
+
+fn bf16_rows(raw: &[u16], width: usize) -> Vec<Vec<f32>> {
+    let value = |bits: &u16| bf16::from_bits(*bits).to_f32();
+    raw.chunks_exact(width).map(|row| row.iter().map(value).collect()).collect()
+}
+
+/// Rounding to bf16 errs by 2^-9 at most, 0.3 of that on average; the sums' order adds little.
+const BF16: f64 = 2.5e-3;
+/// Rounding to f16: 2^-12.
+const F16: f64 = 4e-4;
+
+fn linear(gpu: &mut Gpu, rows: usize, cols: usize) {
+    let operands = Operands::new(gpu, rows, cols);
+    let (w, x) = operands.on_device;
+    let label = format!("linear {rows}x{cols}");
+    let run = |gpu: &mut Gpu, tokens: u32| {
+        let out = gpu.poisoned(tokens as usize * rows);
+        gpu.launch(w, x, tokens, &Linear { out: out.address() });
+        bf16_rows(&without_margin(gpu.download(out), tokens as usize * rows, &label), rows)
+    };
+    check(gpu, &label, BF16, run, |t| operands.product(t));
+}
+
+fn head(gpu: &mut Gpu, rows: usize, cols: usize) {
+    let operands = Operands::new(gpu, rows, cols);
+    let (w, x) = operands.on_device;
+    let label = format!("head {rows}x{cols}");
+    let run = |gpu: &mut Gpu, tokens: u32| {
+        let out = gpu.poisoned(tokens as usize * rows);
+        gpu.launch(w, x, tokens, &Head { out: out.address() });
+        let raw = without_margin(gpu.download(out), tokens as usize * rows, &label);
+        let value = |bits: &u16| f16::from_bits(*bits).to_f32();
+        raw.chunks_exact(rows).map(|row| row.iter().map(value).collect()).collect()
+    };
+    check(gpu, &label, F16, run, |t| operands.product(t));
+}
+
+fn residual(gpu: &mut Gpu, rows: usize, cols: usize) {
+    let operands = Operands::new(gpu, rows, cols);
+    let (w, x) = operands.on_device;
+    let before = gpu.random(TOKENS[TOKENS.len() - 1] as usize * rows, 2.0);
+    let label = format!("residual {rows}x{cols}");
+    let segments = rows.div_ceil(64);
+    let run = |gpu: &mut Gpu, tokens: u32| {
+        let elements = tokens as usize * rows;
+        let mut start = before[..elements].iter().map(|x| x.to_bits()).collect::<Vec<_>>();
+        start.extend([POISON; 256]);
+        let out = gpu.upload(Element::Activation, &start);
+        let sumsq = gpu.poisoned(tokens as usize * segments * 2);
+        gpu.launch(w, x, tokens, &Residual { residual: out.address(), sumsq: sumsq.address() });
+        let out = bf16_rows(&without_margin(gpu.download(out), elements, &label), rows);
+        let sums = without_margin(gpu.download(sumsq), tokens as usize * segments * 2, &label);
+        let sums: Vec<f32> = cast_slice::<u16, u8>(&sums)
+            .chunks_exact(4)
+            .map(|bytes| f32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]))
+            .collect();
+        for (t, row) in out.iter().enumerate() {
+            for (segment, values) in row.chunks(64).enumerate() {
+                let want: f64 = values.iter().map(|x| f64::from(*x).powi(2)).sum();
+                let got = f64::from(sums[t * segments + segment]);
+                let close = (got - want).abs() <= 1e-5 * want;
+                assert!(close, "{label}, {tokens} tokens: sum {segment} of token {t} is {got} for {want}");
+            }
+        }
+        let with_sums = |(t, mut row): (usize, Vec<f32>)| {
+            // Their bits must not depend on the tokens either; the values are checked above.
+            row.extend(
+                sums[t * segments..][..segments].iter().map(|sum| sum * 0.0 + f32::from_bits(sum.to_bits())),
+            );
+            row
+        };
+        out.into_iter().enumerate().map(with_sums).collect()
+    };
+    let expected = |t: usize| {
+        let old = &before[t * rows..][..rows];
+        operands.product(t).iter().zip(old).map(|(y, x)| y + f64::from(*x)).collect()
+    };
+    check(gpu, &label, BF16, run, expected);
+}
+
+fn gate_up(gpu: &mut Gpu, intermediate: usize, cols: usize) {
+    // As the loader stores them: 8 gates, their 8 ups, and zeros up to a multiple of 128 rows.
+    let stored = (intermediate * 2).next_multiple_of(128);
+    let mut operands = Operands::new(gpu, stored, cols);
+    operands.w[intermediate * 2 * cols..].fill(bf16::ZERO);
+    let w = gpu.weight(&operands.w, stored, cols);
+    let x = operands.on_device.1;
+    let (_, norm, scales) = operands.norm(gpu);
+    let label = format!("gate_up 2x{intermediate}x{cols}");
+    let run = |gpu: &mut Gpu, tokens: u32| {
+        let out = gpu.poisoned(tokens as usize * intermediate);
+        let epilogue = GateUp { norm, out: out.address(), intermediate: intermediate as u32, reserved: 0 };
+        gpu.launch(w, x, tokens, &epilogue);
+        bf16_rows(&without_margin(gpu.download(out), tokens as usize * intermediate, &label), intermediate)
+    };
+    let expected = |t: usize| {
+        let y = operands.product(t);
+        let output = |m: usize| {
+            let gate = y[m / 8 * 16 + m % 8] * scales[t];
+            gate / (1.0 + (-gate).exp()) * (y[m / 8 * 16 + 8 + m % 8] * scales[t])
+        };
+        (0..intermediate).map(output).collect()
+    };
+    check(gpu, &label, BF16, run, expected);
+}
+
+/// Heads of a decoder's attention.
+#[derive(Clone, Copy)]
+struct Heads {
+    q: usize,
+    kv: usize,
+    dim: usize,
+    page_size: usize,
+}
+
+/// Tokens at random positions, each at a place of its own in the pages.
+fn places(gpu: &mut Gpu, tokens: usize, positions: u64, capacity: usize) -> Vec<Token> {
+    let mut locations: Vec<u32> = (0..capacity as u32).collect();
+    let mut seed = gpu.seed;
+    let mut below = |limit: u64| {
+        seed = splitmix64(seed);
+        seed % limit
+    };
+    for i in (1..capacity).rev() {
+        locations.swap(i, below(i as u64 + 1) as usize);
+    }
+    let token =
+        |i: usize| Token { id: 0, slot: 0, position: below(positions) as u32, location: locations[i] };
+    (0..tokens).map(token).collect()
+}
+
+fn qkv(gpu: &mut Gpu, heads: Heads, cols: usize) {
+    let Heads { q, kv, dim, page_size } = heads;
+    let (tokens_max, positions, words_before) = (TOKENS[TOKENS.len() - 1] as usize, 500, 24);
+    let operands = Operands::new(gpu, (q + 2 * kv) * dim, cols);
+    let (w, x) = operands.on_device;
+    let (_, norm, scales) = operands.norm(gpu);
+    let norms: Vec<bf16> =
+        gpu.random(2 * dim, 0.5).iter().map(|x| bf16::from_f32(1.0 + x.to_f32())).collect();
+    let [q_norm, k_norm] = [0, dim].map(|at| gpu.upload(Element::Activation, &norms[at..at + dim]));
+    let angle = |i: usize| (i / (dim / 2)) as f64 * 1e4f64.powf(-((i % (dim / 2)) as f64) / (dim / 2) as f64);
+    let angles: Vec<f32> =
+        (0..positions * dim / 2).flat_map(|i| [angle(i).cos() as f32, angle(i).sin() as f32]).collect();
+    let rope = gpu.upload(Element::Float, &angles);
+    let pages = (tokens_max + 100).div_ceil(page_size);
+    let places = places(gpu, tokens_max, positions as u64, pages * page_size);
+    let mut batch = vec![0u32; words_before];
+    batch.extend_from_slice(cast_slice(&places));
+    let batch = gpu.upload(Element::Word, &batch);
+    let label = format!("qkv {q}+2*{kv} heads of {dim}, pages of {page_size}, {cols} columns");
+    let page_elements = pages * kv * page_size * dim;
+    let run = |gpu: &mut Gpu, tokens: u32| {
+        let q_out = gpu.poisoned(tokens as usize * q * dim);
+        let (k_out, v_out) = (gpu.poisoned(page_elements), gpu.poisoned(page_elements));
+        let epilogue = Qkv {
+            norm,
+            head_eps: EPS,
+            batch: batch.address(),
+            q_norm: q_norm.address(),
+            k_norm: k_norm.address(),
+            rope: rope.address(),
+            q: q_out.address(),
+            k: k_out.address(),
+            v: v_out.address(),
+            tokens_offset: words_before as u32,
+            heads: q as u32,
+            kv_heads: kv as u32,
+            head_dim: dim as u32,
+            page_shift: page_size.trailing_zeros(),
+            reserved: 0,
+        };
+        gpu.launch(w, x, tokens, &epilogue);
+        let queries = without_margin(gpu.download(q_out), tokens as usize * q * dim, &label);
+        let mut out = bf16_rows(&queries, q * dim);
+        for pages in [k_out, v_out] {
+            let pages = without_margin(gpu.download(pages), page_elements, &label);
+            let written = pages.iter().filter(|bits| **bits != POISON).count();
+            assert_eq!(written, tokens as usize * kv * dim, "{label}, {tokens} tokens: values in pages");
+            for (t, row) in out.iter_mut().enumerate() {
+                row.extend(kept(&pages, heads, places[t].location as usize));
+            }
+        }
+        out
+    };
+    let rotated = |t: usize| rope_row(&angles, places[t].position as usize, dim);
+    let expected = |t: usize| {
+        let y: Vec<f64> = operands.product(t).iter().map(|y| y * scales[t]).collect();
+        let head = |(h, y): (usize, &[f64])| match h {
+            _ if h < q => turned(&normed(y, &norms[..dim]), &rotated(t)),
+            _ if h < q + kv => turned(&normed(y, &norms[dim..]), &rotated(t)),
+            _ => y.to_vec(),
+        };
+        y.chunks_exact(dim).enumerate().flat_map(head).collect()
+    };
+    check(gpu, &label, BF16, run, expected);
+}
+
+/// A token's `[kv, dim]` values in pages, whose 16-byte chunks are permuted within each row.
+fn kept(pages: &[u16], heads: Heads, location: usize) -> Vec<f32> {
+    let Heads { kv, dim, page_size, .. } = heads;
+    let (page, row) = (location / page_size, location % page_size);
+    let value = |i: usize| {
+        let (head, d) = (i / dim, i % dim);
+        let line = (page * kv + head) * page_size + row;
+        bf16::from_bits(pages[line * dim + ((d / 8) ^ (row % 8)) * 8 + d % 8]).to_f32()
+    };
+    (0..kv * dim).map(value).collect()
+}
+
+fn rope_row(angles: &[f32], position: usize, dim: usize) -> Vec<(f64, f64)> {
+    let row = &angles[position * dim..][..dim];
+    row.chunks_exact(2).map(|pair| (f64::from(pair[0]), f64::from(pair[1]))).collect()
+}
+
+fn normed(x: &[f64], weight: &[bf16]) -> Vec<f64> {
+    let mean = x.iter().map(|x| x * x).sum::<f64>() / x.len() as f64;
+    let scale = (mean + f64::from(EPS)).sqrt().recip();
+    x.iter().zip(weight).map(|(x, w)| x * scale * f64::from(*w)).collect()
+}
+
+/// Dims d and d + dim / 2 turned by the angle of d.
+fn turned(x: &[f64], turns: &[(f64, f64)]) -> Vec<f64> {
+    let half = x.len() / 2;
+    let dim = |d: usize| {
+        let (cos, sin) = turns[d % half];
+        if d < half { x[d] * cos - x[d + half] * sin } else { x[d] * cos + x[d - half] * sin }
+    };
+    (0..x.len()).map(dim).collect()
+}
+
+/// Runs a case on the portable kernels, then on those of the device.
+fn on_every_set(case: impl Fn(&mut Gpu)) {
+    for set in [KernelSet::Portable, KernelSet::Auto] {
+        case(&mut Gpu::new(set));
+    }
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn a_linear_layers_rows_are_the_definitions_and_independent_of_the_batch() {
+    on_every_set(|gpu| {
+        for (rows, cols) in [(64, 64), (192, 192), (320, 72), (1024, 1024)] {
+            linear(gpu, rows, cols);
+        }
+    });
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn logits_are_the_definitions_and_independent_of_the_batch() {
+    on_every_set(|gpu| {
+        for (rows, cols) in [(768, 192), (1024, 64), (1001, 320), (4096, 1024)] {
+            head(gpu, rows, cols);
+        }
+    });
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn the_residual_stream_grows_by_the_product_and_its_squares_are_summed() {
+    on_every_set(|gpu| {
+        for (rows, cols) in [(64, 64), (192, 192), (192, 320), (1024, 2048), (1024, 3072)] {
+            residual(gpu, rows, cols);
+        }
+    });
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn gate_and_up_meet_in_the_right_pairs() {
+    on_every_set(|gpu| {
+        for (intermediate, cols) in [(32, 64), (320, 192), (3072, 1024)] {
+            gate_up(gpu, intermediate, cols);
+        }
+    });
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn queries_keys_and_values_are_normed_turned_and_put_in_their_places() {
+    on_every_set(|gpu| {
+        let heads = |q, kv, dim, page_size| Heads { q, kv, dim, page_size };
+        qkv(gpu, heads(2, 1, 64, 16), 64);
+        qkv(gpu, heads(3, 1, 64, 16), 192);
+        qkv(gpu, heads(2, 2, 128, 32), 320);
+        qkv(gpu, heads(16, 8, 128, 16), 1024);
+    });
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn logits_beyond_f16_are_clamped() {
+    on_every_set(|gpu| {
+        let (rows, cols) = (128, 64);
+        let w: Vec<bf16> = (0..rows * cols)
+            .map(|i| bf16::from_f32(if i / cols % 2 == 0 { 200.0 } else { -200.0 }))
+            .collect();
+        let w = gpu.weight(&w, rows, cols);
+        let x = gpu.upload(Element::Activation, &vec![bf16::from_f32(100.0); 16 * cols]);
+        let out = gpu.poisoned(16 * rows);
+        gpu.launch(w, x, 16, &Head { out: out.address() });
+        let raw = without_margin(gpu.download(out), 16 * rows, "head");
+        for (i, bits) in raw.iter().enumerate() {
+            let want = if i % rows % 2 == 0 { 65504.0 } else { -65504.0 };
+            assert_eq!(f16::from_bits(*bits).to_f32(), want, "output {i}");
+        }
+    });
+}
