@@ -32,7 +32,7 @@ struct Gpu {
 impl Gpu {
     fn new(set: KernelSet) -> Gpu {
         let cuda = Cuda::new(&Options { kernels: set, ..Options::default() }).expect("a GPU");
-        let gemm = Gemm::new(cuda.modules(), cuda.properties().hopper).unwrap();
+        let gemm = Gemm::new(cuda.modules(), cuda.properties()).unwrap();
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
         Gpu { cuda, gemm, set, seed: splitmix64(now.as_nanos() as u64) }
     }

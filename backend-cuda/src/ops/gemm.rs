@@ -14,6 +14,7 @@
 
 use std::ffi::c_void;
 
+use crate::context::Properties;
 use crate::error::CudaError;
 use crate::launch::{Grid, Kernel, Launcher, Param};
 use crate::memory::Address;
@@ -157,6 +158,17 @@ struct Shape {
     slices: u32,
 }
 
+impl Shape {
+    /// How the copy engine fetches both operands' share of a block.
+    fn maps(&self, w: Address, x: Address, block: Block) -> Result<[TensorMap; 2], CudaError> {
+        let cols = self.cols as usize;
+        Ok([
+            TensorMap::rows_of_bf16(w, self.rows as usize, cols, block.rows)?,
+            TensorMap::rows_of_bf16(x, self.tokens as usize, cols, block.tokens)?,
+        ])
+    }
+}
+
 macro_rules! struct_params {
     ($($type:ty),*) => {$(
         impl Param for $type {
@@ -225,7 +237,7 @@ impl Portable {
     }
 }
 
-/// A decode kernel's block: rows of w by tokens.
+/// What a block of a Hopper kernel works on: rows of w by tokens.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Block {
     rows: u32,
@@ -329,10 +341,77 @@ impl Decode {
             .cluster(cluster)
             .shared(block.shared(stages))
             .dependent();
-        let (rows, cols, tokens) = (shape.rows as usize, shape.cols as usize, shape.tokens as usize);
-        let w = TensorMap::rows_of_bf16(w, rows, cols, block.rows)?;
-        let x = TensorMap::rows_of_bf16(x, tokens, cols, block.tokens)?;
+        let [w, x] = shape.maps(w, x, block)?;
         launcher.launch(&self.kernels[E::KIND as usize][size], grid, [&w, &x, shape, &stages, epilogue])
+    }
+}
+
+/// Hopper's kernels for many tokens: a block a multiprocessor takes tile after tile.
+#[derive(Debug)]
+struct Prefill {
+    /// By [`Kind`].
+    kernels: [Kernel; 5],
+    multiprocessors: u32,
+}
+
+impl Prefill {
+    const TILE: Block = Block::new(128, 160);
+    const THREADS: u32 = 512;
+    /// The ring's 4 stages, the sums of a tile, 10 barriers, and what aligns the ring to 1024 bytes.
+    const SHARED: u32 = 4 * (128 + 160) * BLOCK_COLS * 2 + 160 * 130 * 4 + 160 * 4 + 10 * 8 + 1024;
+
+    fn new(modules: &Modules, multiprocessors: u32) -> Result<Prefill, CudaError> {
+        let find = |name| modules.kernel("gemm_prefill", name, Self::SHARED);
+        let kernels = [
+            find("prefill_qkv")?,
+            find("prefill_residual")?,
+            find("prefill_gate_up")?,
+            find("prefill_head")?,
+            find("prefill_linear")?,
+        ];
+        Ok(Prefill { kernels, multiprocessors })
+    }
+
+    fn tiles(shape: &Shape) -> u32 {
+        shape.rows.div_ceil(Self::TILE.rows) * shape.tokens.div_ceil(Self::TILE.tokens)
+    }
+
+    fn launch<E: Epilogue>(
+        &self,
+        launcher: &Launcher,
+        w: Address,
+        x: Address,
+        shape: &Shape,
+        epilogue: &E,
+    ) -> Result<(), CudaError> {
+        let blocks = Self::tiles(shape).min(self.multiprocessors);
+        let grid = Grid::new(blocks, Self::THREADS).shared(Self::SHARED).dependent();
+        let [w, x] = shape.maps(w, x, Self::TILE)?;
+        launcher.launch(&self.kernels[E::KIND as usize], grid, [&w, &x, shape, epilogue])
+    }
+}
+
+/// Hopper's kernels.
+#[derive(Debug)]
+struct Hopper {
+    decode: Decode,
+    prefill: Prefill,
+}
+
+impl Hopper {
+    /// Tokens above which tiles that take all columns in turn are quicker than clusters that share them out.
+    const DECODE_TOKENS_MAX: u32 = 256;
+
+    /// A product with few rows keeps its cluster until the tiles of tokens fill the device.
+    fn wants_prefill(&self, kind: Kind, shape: &Shape) -> bool {
+        match kind {
+            Kind::Linear => true,
+            Kind::Residual => {
+                shape.tokens > Self::DECODE_TOKENS_MAX
+                    && Prefill::tiles(shape) >= self.prefill.multiprocessors / 2
+            }
+            _ => shape.tokens > Self::DECODE_TOKENS_MAX,
+        }
     }
 }
 
@@ -340,14 +419,18 @@ impl Decode {
 #[derive(Debug)]
 pub struct Gemm {
     portable: Portable,
-    decode: Option<Decode>,
+    hopper: Option<Hopper>,
 }
 
 impl Gemm {
-    /// Looks the kernels up; `hopper` says whether Hopper's are loaded.
-    pub fn new(modules: &Modules, hopper: bool) -> Result<Gemm, CudaError> {
-        let decode = if hopper { Some(Decode::new(modules)?) } else { None };
-        Ok(Gemm { portable: Portable::new(modules)?, decode })
+    /// Looks up the kernels that the device runs.
+    pub fn new(modules: &Modules, properties: &Properties) -> Result<Gemm, CudaError> {
+        let hopper = || -> Result<Hopper, CudaError> {
+            let prefill = Prefill::new(modules, properties.multiprocessors)?;
+            Ok(Hopper { decode: Decode::new(modules)?, prefill })
+        };
+        let hopper = if properties.hopper { Some(hopper()?) } else { None };
+        Ok(Gemm { portable: Portable::new(modules)?, hopper })
     }
 
     /// Multiplies `tokens` rows `x` `[tokens, columns of w]` bf16 by `w`, whose columns are a multiple of 8.
@@ -364,11 +447,12 @@ impl Gemm {
         if tokens == 0 {
             return Ok(());
         }
-        match &self.decode {
-            Some(decode) if E::KIND != Kind::Linear => {
-                decode.launch(launcher, w.address(), x, &shape, epilogue)
+        match &self.hopper {
+            None => self.portable.launch(launcher, w.address(), x, &shape, epilogue),
+            Some(hopper) if hopper.wants_prefill(E::KIND, &shape) => {
+                hopper.prefill.launch(launcher, w.address(), x, &shape, epilogue)
             }
-            _ => self.portable.launch(launcher, w.address(), x, &shape, epilogue),
+            Some(hopper) => hopper.decode.launch(launcher, w.address(), x, &shape, epilogue),
         }
     }
 }

@@ -61,7 +61,7 @@ impl Operations {
         Ok(Operations {
             dims: *dims,
             ends: Ends::new(cuda.modules())?,
-            gemm: Gemm::new(cuda.modules())?,
+            gemm: Gemm::new(cuda.modules(), cuda.properties())?,
             attention: Attention::new(cuda, dims, limits)?,
             sampling: Sampling::new(cuda, limits.running)?,
             sumsq: cuda.allocate(Purpose::Scratch, limits.step_tokens() * segments * 4)?,
