@@ -57,15 +57,17 @@ template <int HD>
 __device__ __forceinline__ void copy_leaf(const PrefillArgs &args, const unsigned *pages, unsigned head, unsigned leaf,
                                           unsigned kv_end, unsigned keys, unsigned values) {
     constexpr unsigned CHUNKS = HD / 8, TOKENS = PREFILL_THREADS / CHUNKS;
-    const unsigned chunk = threadIdx.x % CHUNKS;
+    const unsigned chunk = threadIdx.x % CHUNKS, first = threadIdx.x / CHUNKS;
+    unsigned page[LEAF / TOKENS]; // looked up all at once; a token behind the end has the last one's
 #pragma unroll
-    for (unsigned t = threadIdx.x / CHUNKS; t < LEAF; t += TOKENS) {
-        const unsigned token = leaf * LEAF + t;
-        const bool copies = token < kv_end;
-        const size_t page = copies ? pages[token >> args.page_shift] : 0;
-        const size_t at = ((page * args.kv_heads + head) << args.page_shift) + (token & ((1u << args.page_shift) - 1));
-        copy_or_zero(keys + (t * CHUNKS + chunk) * 16, args.k + at * HD + chunk * 8, copies);
-        copy_or_zero(values + (t * CHUNKS + chunk) * 16, args.v + at * HD + chunk * 8, copies);
+    for (int i = 0; i < LEAF / TOKENS; i++)
+        page[i] = pages[min(leaf * LEAF + first + i * TOKENS, kv_end - 1) >> args.page_shift];
+#pragma unroll
+    for (int i = 0; i < LEAF / TOKENS; i++) {
+        const unsigned t = first + i * TOKENS, token = leaf * LEAF + t, in_page = token & ((1u << args.page_shift) - 1);
+        const size_t at = ((((size_t)page[i] * args.kv_heads + head) << args.page_shift) + in_page) * HD + chunk * 8;
+        copy_or_zero(keys + (t * CHUNKS + chunk) * 16, args.k + at, token < kv_end);
+        copy_or_zero(values + (t * CHUNKS + chunk) * 16, args.v + at, token < kv_end);
     }
     asm volatile("cp.async.commit_group;" ::: "memory");
 }
