@@ -56,7 +56,8 @@ impl FromStr for Numbers {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Numbers, String> {
-        let number = |word: &str| word.trim().parse().map_err(|_| format!("`{word}` in `{text}` is no number"));
+        let number =
+            |word: &str| word.trim().parse().map_err(|_| format!("`{word}` in `{text}` is no number"));
         Ok(Numbers(text.split(',').map(number).collect::<Result<_, _>>()?))
     }
 }

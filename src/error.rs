@@ -24,6 +24,9 @@ pub enum Error {
     /// The checkpoint.
     #[error("{0}")]
     Model(#[source] Cause),
+    /// The GPU can't be opened.
+    #[error("{0}; the CPU computes everywhere, slowly (--backend cpu)")]
+    Gpu(#[source] Cause),
     /// The device, while the model was loaded or the engine built.
     #[error("{0}")]
     Device(#[source] Cause),

@@ -14,13 +14,15 @@ use minisgl_core::request::Request;
 use minisgl_core::sampling::SamplingParams;
 use minisgl_core::scheduler::Policy;
 use minisgl_core::stats::Stats;
+use minisgl_cpu::Cpu;
+use minisgl_cuda::{Cuda, CudaError, KernelSet};
 use minisgl_qwen3::{Checkpoint, Qwen3, presets};
 
 use crate::builder::LlmBuilder;
 use crate::error::Error;
 use crate::info::Info;
 use crate::memory::Room;
-use crate::options::{BackendChoice, Options};
+use crate::options::{BackendChoice, KernelChoice, Options};
 use crate::request::{Completion, Flow, GenerateRequest, Message, RequestError, StreamEvent};
 use crate::run::Run;
 use crate::runner::Runner;
@@ -192,11 +194,36 @@ fn open_engine(
     options: &Options,
 ) -> Result<(Box<dyn Runner>, Info), Error> {
     let started = Instant::now();
-    match options.backend {
-        BackendChoice::Cpu | BackendChoice::Auto | BackendChoice::Cuda => {
-            Opening { model, name: "cpu", checkpoint, options, started }.on(minisgl_cpu::Cpu::new())
-        }
+    let on_gpu = match options.backend {
+        BackendChoice::Cpu => false,
+        BackendChoice::Cuda => true,
+        BackendChoice::Auto => gpu_present()?,
+    };
+    let name = if on_gpu { "cuda" } else { "cpu" };
+    let opening = Opening { model, name, checkpoint, options, started };
+    if !on_gpu {
+        return opening.on(Cpu::new());
     }
+    let kernels = match options.kernels {
+        KernelChoice::Auto => KernelSet::Auto,
+        KernelChoice::Portable => KernelSet::Portable,
+        KernelChoice::Hopper => KernelSet::Hopper,
+    };
+    let cuda = Cuda::new(&minisgl_cuda::Options { device: options.device, kernels }).map_err(gpu_error)?;
+    opening.on(cuda)
+}
+
+/// Is there a GPU? No driver means no; one that does not work is an error, for somebody meant it to.
+fn gpu_present() -> Result<bool, Error> {
+    match minisgl_cuda::device_count() {
+        Ok(count) => Ok(count > 0),
+        Err(CudaError::NoDriver) => Ok(false),
+        Err(error) => Err(gpu_error(error)),
+    }
+}
+
+fn gpu_error(error: CudaError) -> Error {
+    Error::Gpu(Box::new(error))
 }
 
 /// An engine being built.

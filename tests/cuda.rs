@@ -1,0 +1,147 @@
+//! The golden checkpoints on a GPU, through the public API.
+//!
+//! Weights are bf16 on both sides; the GPU also rounds activations, keys and values to bf16 and logits to f16, which
+//! transformers' float64 does not. So logits are compared by ‖ours − theirs‖ / ‖theirs‖, and a greedy token must be the
+//! expected one wherever the two best logits are further apart than rounding can bring them. Among our own
+//! configurations there is no such allowance: tokens are equal, whatever runs beside a request.
+
+mod common;
+
+use common::{CHECKPOINTS, Golden, builder, greedy};
+use minisgl::{BackendChoice, GenerateRequest, KernelChoice, Llm, LlmBuilder, SamplingParams};
+
+/// Relative error of a row of logits that bf16 activations through three layers justify.
+const LOGIT_ERROR_MAX: f32 = 0.03;
+/// Logits further apart than this keep their order.
+const MARGIN_MIN: f32 = 0.3;
+
+fn on_gpu(name: &str, kernels: KernelChoice) -> LlmBuilder {
+    builder(name).backend(BackendChoice::Cuda).kernels(kernels)
+}
+
+/// Every checkpoint with the newest kernels and with those for any GPU.
+fn cases() -> impl Iterator<Item = (&'static str, KernelChoice)> {
+    let with_each = |name| [KernelChoice::Auto, KernelChoice::Portable].map(|kernels| (name, kernels));
+    CHECKPOINTS.into_iter().flat_map(with_each)
+}
+
+fn norm(values: impl Iterator<Item = f32>) -> f32 {
+    values.map(|value| value * value).sum::<f32>().sqrt()
+}
+
+fn relative_error(ours: &[f32], theirs: &[f32]) -> f32 {
+    norm(ours.iter().zip(theirs).map(|(a, b)| a - b)) / norm(theirs.iter().copied())
+}
+
+fn argmax(row: &[f32]) -> usize {
+    (0..row.len()).fold(0, |best, i| if row[i] > row[best] { i } else { best })
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn logits_are_those_of_transformers_within_bf16() {
+    for (name, kernels) in cases() {
+        let golden = Golden::open(name);
+        let mut llm = on_gpu(name, kernels).build().unwrap();
+        let mut worst: f32 = 0.0;
+        for (i, example) in golden.examples.iter().enumerate() {
+            let mut sequence = example.prompt.clone();
+            sequence.extend(&example.greedy[..example.greedy.len() - 1]);
+            let logits = llm.prompt_logits(&sequence).unwrap();
+            let (prompt, greedy) = logits.split_at(example.prompt.len() - 1);
+            let expected = golden.logits(i);
+            let first = example.prompt.len() - expected.len();
+            let ours = prompt.iter().chain(&greedy[..1]).skip(first);
+            let last = (&greedy[greedy.len() - 1], &golden.last_logits(i));
+            for (ours, theirs) in ours.zip(&expected).chain([last]) {
+                worst = worst.max(relative_error(ours, theirs));
+            }
+            for ((row, token), margin) in greedy.iter().zip(&example.greedy).zip(&example.top2_margin) {
+                let best = argmax(row);
+                assert!(
+                    best == *token as usize || *margin <= MARGIN_MIN,
+                    "{name}, {kernels:?}, example {i}: {best} instead of {token} at a margin of {margin}"
+                );
+            }
+        }
+        println!("{name}, {kernels:?}: largest relative error of a row of logits {worst:.5}");
+        assert!(worst < LOGIT_ERROR_MAX, "{name}, {kernels:?}: relative error {worst}");
+    }
+}
+
+/// Requests of many lengths and kinds of sampling.
+fn requests(n: u32, vocab: u32) -> Vec<GenerateRequest> {
+    let request = |i: u32| {
+        let prompt: Vec<u32> = (0..1 + i * 37 % 150).map(|j| (i * 131 + j * j * 17) % vocab).collect();
+        let sampling = SamplingParams {
+            temperature: [0.0, 0.6, 1.0][i as usize % 3],
+            top_k: [0, 30][i as usize % 2],
+            top_p: [1.0, 0.9, 1.0][i as usize % 3],
+            seed: u64::from(i),
+            ..greedy(8 + i % 57)
+        };
+        GenerateRequest::tokens(prompt).sampling(sampling)
+    };
+    (0..n).map(request).collect()
+}
+
+fn tokens(llm: &mut Llm, requests: &[GenerateRequest]) -> Vec<Vec<u32>> {
+    let tokens = llm.generate(requests).unwrap().into_iter().map(|completion| completion.token_ids).collect();
+    llm.check();
+    tokens
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn a_requests_tokens_do_not_depend_on_how_they_are_computed() {
+    for (name, kernels) in cases() {
+        let wide = |builder: LlmBuilder| builder.max_running(256).max_graph_batch(256).num_pages(Some(4096));
+        let base = || wide(on_gpu(name, kernels));
+        let mut llm = base().build().unwrap();
+        let requests = requests(256, llm.info().vocab);
+        let expected = tokens(&mut llm, &requests);
+        let again = tokens(&mut llm, &requests);
+        assert!(again == expected, "{name}, {kernels:?}: with prompts from the prefix cache");
+
+        let others = [
+            ("no recorded steps", base().max_graph_batch(0)),
+            ("no overlap", base().overlap(false)),
+            ("no prefix cache", base().prefix_cache(false)),
+            ("prompts in chunks of 7", base().max_prefill_tokens(7)),
+            ("pages of 32 tokens", base().page_size(32)),
+            ("eight at once", base().max_running(8)),
+            ("a pool that forces retraction", base().num_pages(Some(100))),
+        ];
+        for (what, builder) in others {
+            let mut llm = builder.build().unwrap();
+            let ours = tokens(&mut llm, &requests);
+            let differ = ours.iter().zip(&expected).filter(|(a, b)| a != b).count();
+            assert_eq!(differ, 0, "{name}, {kernels:?}, {what}: requests whose tokens differ");
+            if what.contains("retraction") {
+                assert!(llm.stats().retractions > 0);
+            }
+        }
+        for i in (0..256).step_by(13) {
+            let alone = tokens(&mut llm, &requests[i..=i]);
+            assert_eq!(alone[0], expected[i], "{name}, {kernels:?}: request {i} alone");
+        }
+    }
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn memory_is_counted_and_reported() {
+    let llm = on_gpu("tiny-tied", KernelChoice::Auto).num_pages(None).memory_ratio(0.5).build().unwrap();
+    let info = llm.info();
+    assert_eq!(info.backend, "cuda");
+    let share = info.kv_bytes() as f64 / info.memory_free_loaded as f64;
+    assert!((0.4..=0.5).contains(&share), "{share} of the free memory: {info}");
+    assert!(info.memory_free_ready < info.memory_free_loaded - info.kv_bytes() / 2, "{info}");
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn a_gpu_that_is_not_there_is_an_error_that_names_the_flag() {
+    let error = on_gpu("tiny-tied", KernelChoice::Auto).device(99).build().err().unwrap().to_string();
+    assert!(error.contains("99") && error.contains("--device"), "{error}");
+}
