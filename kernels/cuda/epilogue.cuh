@@ -107,15 +107,20 @@ struct Qkv {
                 hi = weighted(hi, inverse, weight + 64 + d);
             if (PARTS == 2) {
                 const float2 a = lo, b = hi;
-                lo = {a.x * turn.x - b.x * turn.y, a.y * turn.z - b.y * turn.w};
-                hi = {b.x * turn.x + a.x * turn.y, b.y * turn.z + a.y * turn.w};
+                lo = {turned(a.x, turn.x, -b.x, turn.y), turned(a.y, turn.z, -b.y, turn.w)};
+                hi = {turned(b.x, turn.x, a.x, turn.y), turned(b.y, turn.z, a.y, turn.w)};
             } else {
                 const float sign = lane < 16 ? -1.0f : 1.0f;
                 const float x = __shfl_xor_sync(0xffffffffu, lo.x, 16), y = __shfl_xor_sync(0xffffffffu, lo.y, 16);
-                lo = {lo.x * turn.x + sign * x * turn.y, lo.y * turn.z + sign * y * turn.w};
+                lo = {turned(lo.x, turn.x, sign * x, turn.y), turned(lo.y, turn.z, sign * y, turn.w)};
             }
         }
         put<PARTS>(lo, hi, location, token, h, d);
+    }
+
+    // x cos + y sin, rounded in one way whatever the compiler would make of it.
+    __device__ __forceinline__ static float turned(float x, float cos, float y, float sin) {
+        return fmaf(x, cos, __fmul_rn(y, sin));
     }
 
     __device__ __forceinline__ static float2 weighted(float2 x, float inverse, const __nv_bfloat16 *weight) {

@@ -35,4 +35,6 @@ pub const PORTABLE: &[Module] =
     modules!["portable": "attention", "embed", "gemm", "perf", "sampling", "weights"];
 
 /// Modules for compute capability 9.0, in alphabetic order. Their kernels are written for dependent launch.
-pub const HOPPER: &[Module] = modules!["hopper": "attention", "edge", "gemm_decode", "gemm_prefill"];
+pub const HOPPER: &[Module] = modules!["hopper":
+    "attention", "edge", "gemm_decode_gate_up", "gemm_decode_head", "gemm_decode_qkv", "gemm_decode_residual", "gemm_prefill",
+];

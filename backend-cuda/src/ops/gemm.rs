@@ -280,26 +280,24 @@ impl Decode {
     const SHARED_HEAD: u32 = 56 << 10;
 
     fn new(modules: &Modules) -> Result<Decode, CudaError> {
-        let row = |names: [&'static str; 4]| -> Result<[Kernel; 4], CudaError> {
-            let find = |name| modules.kernel("gemm_decode", name, Self::SHARED_MAX);
+        let row = |module, names: [&'static str; 4]| -> Result<[Kernel; 4], CudaError> {
+            let find = |name| modules.kernel(module, name, Self::SHARED_MAX);
             Ok([find(names[0])?, find(names[1])?, find(names[2])?, find(names[3])?])
         };
-        let kernels = [
-            row(["decode_qkv_64x16", "decode_qkv_64x64", "decode_qkv_64x128", "decode_qkv_128x128"])?,
-            row([
-                "decode_residual_64x16",
-                "decode_residual_64x64",
-                "decode_residual_64x128",
-                "decode_residual_128x128",
-            ])?,
-            row([
-                "decode_gate_up_64x16",
-                "decode_gate_up_64x64",
-                "decode_gate_up_64x128",
-                "decode_gate_up_128x128",
-            ])?,
-            row(["decode_head_64x16", "decode_head_64x64", "decode_head_64x128", "decode_head_128x128"])?,
-        ];
+        macro_rules! row {
+            ($kind:literal) => {
+                row(
+                    concat!("gemm_decode_", $kind),
+                    [
+                        concat!("decode_", $kind, "_64x16"),
+                        concat!("decode_", $kind, "_64x64"),
+                        concat!("decode_", $kind, "_64x128"),
+                        concat!("decode_", $kind, "_128x128"),
+                    ],
+                )?
+            };
+        }
+        let kernels = [row!("qkv"), row!("residual"), row!("gate_up"), row!("head")];
         Ok(Decode { kernels })
     }
 
@@ -349,8 +347,8 @@ impl Decode {
 /// Hopper's kernels for many tokens: a block a multiprocessor takes tile after tile.
 #[derive(Debug)]
 struct Prefill {
-    /// By [`Kind`].
-    kernels: [Kernel; 5],
+    /// [`Kind::Qkv`], [`Kind::Residual`], [`Kind::GateUp`], [`Kind::Linear`].
+    kernels: [Kernel; 4],
     multiprocessors: u32,
 }
 
@@ -366,10 +364,21 @@ impl Prefill {
             find("prefill_qkv")?,
             find("prefill_residual")?,
             find("prefill_gate_up")?,
-            find("prefill_head")?,
             find("prefill_linear")?,
         ];
         Ok(Prefill { kernels, multiprocessors })
+    }
+
+    /// There is none for the head: what is sampled is few.
+    fn kernel(&self, kind: Kind) -> Option<&Kernel> {
+        let [qkv, residual, gate_up, linear] = &self.kernels;
+        match kind {
+            Kind::Qkv => Some(qkv),
+            Kind::Residual => Some(residual),
+            Kind::GateUp => Some(gate_up),
+            Kind::Linear => Some(linear),
+            Kind::Head => None,
+        }
     }
 
     fn tiles(shape: &Shape) -> u32 {
@@ -378,6 +387,7 @@ impl Prefill {
 
     fn launch<E: Epilogue>(
         &self,
+        kernel: &Kernel,
         launcher: &Launcher,
         w: Address,
         x: Address,
@@ -387,7 +397,7 @@ impl Prefill {
         let blocks = Self::tiles(shape).min(self.multiprocessors);
         let grid = Grid::new(blocks, Self::THREADS).shared(Self::SHARED).dependent();
         let [w, x] = shape.maps(w, x, Self::TILE)?;
-        launcher.launch(&self.kernels[E::KIND as usize], grid, [&w, &x, shape, epilogue])
+        launcher.launch(kernel, grid, [&w, &x, shape, epilogue])
     }
 }
 
@@ -402,16 +412,16 @@ impl Hopper {
     /// Tokens above which tiles that take all columns in turn are quicker than clusters that share them out.
     const DECODE_TOKENS_MAX: u32 = 256;
 
-    /// A product with few rows keeps its cluster until the tiles of tokens fill the device.
-    fn wants_prefill(&self, kind: Kind, shape: &Shape) -> bool {
-        match kind {
+    /// The kernel for many tokens, where it is the quicker one: a product with few rows keeps its cluster until the tiles
+    /// of tokens fill the device. A plain product has no other.
+    fn prefill_kernel(&self, kind: Kind, shape: &Shape) -> Option<&Kernel> {
+        let many = shape.tokens > Self::DECODE_TOKENS_MAX;
+        let wanted = match kind {
             Kind::Linear => true,
-            Kind::Residual => {
-                shape.tokens > Self::DECODE_TOKENS_MAX
-                    && Prefill::tiles(shape) >= self.prefill.multiprocessors / 2
-            }
-            _ => shape.tokens > Self::DECODE_TOKENS_MAX,
-        }
+            Kind::Residual => many && Prefill::tiles(shape) >= self.prefill.multiprocessors / 2,
+            _ => many,
+        };
+        self.prefill.kernel(kind).filter(|_| wanted)
     }
 }
 
@@ -447,12 +457,13 @@ impl Gemm {
         if tokens == 0 {
             return Ok(());
         }
-        match &self.hopper {
-            None => self.portable.launch(launcher, w.address(), x, &shape, epilogue),
-            Some(hopper) if hopper.wants_prefill(E::KIND, &shape) => {
-                hopper.prefill.launch(launcher, w.address(), x, &shape, epilogue)
-            }
-            Some(hopper) => hopper.decode.launch(launcher, w.address(), x, &shape, epilogue),
+        let w = w.address();
+        let Some(hopper) = &self.hopper else {
+            return self.portable.launch(launcher, w, x, &shape, epilogue);
+        };
+        match hopper.prefill_kernel(E::KIND, &shape) {
+            Some(kernel) => hopper.prefill.launch(kernel, launcher, w, x, &shape, epilogue),
+            None => hopper.decode.launch(launcher, w, x, &shape, epilogue),
         }
     }
 }

@@ -134,17 +134,13 @@ __device__ __forceinline__ void multiply(const Shared &shared, const Shape &shap
     const unsigned lane = threadIdx.x % 32, m = threadIdx.x / 32 * 16 + lane / 4;
     Position position;
     unsigned parity = 1; // passes for the first tile
-    float sum[N / 2] = {}, total[N / 2];
+    float sum[N / 2] = {}, total[N / 2] = {};
     for (unsigned tile = blockIdx.x; tile < tiles.count(); tile += gridDim.x) {
-        multiply_slice(shared, position, 0, shape.slice_begin(1), sum);
-#pragma unroll
-        for (int i = 0; i < N / 2; i++)
-            total[i] = sum[i];
-        for (unsigned slice = 1; slice < shape.slices; slice++) {
+        for (unsigned slice = 0; slice < shape.slices; slice++) {
             multiply_slice(shared, position, shape.slice_begin(slice), shape.slice_begin(slice + 1), sum);
 #pragma unroll
             for (int i = 0; i < N / 2; i++)
-                total[i] += sum[i];
+                total[i] = slice == 0 ? sum[i] : total[i] + sum[i];
         }
         barrier_wait(shared.taken, parity);
         parity ^= 1;
@@ -246,5 +242,4 @@ __device__ __forceinline__ void prefill(const TensorMap *w, const TensorMap *x, 
 PREFILL(prefill_qkv, Qkv)
 PREFILL(prefill_residual, Residual)
 PREFILL(prefill_gate_up, GateUp)
-PREFILL(prefill_head, Head)
 PREFILL(prefill_linear, Linear)

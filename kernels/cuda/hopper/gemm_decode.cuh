@@ -12,11 +12,15 @@
 //   multiplying warps                        wait, row scales ── wgmma k16 by k16 ── sums to shared memory ─┐
 //   all                cluster barrier ── each rank takes every R-th token, adds its slices, epilogue <─────┘
 //
+// A source file for each epilogue, gemm_decode_*.cu, so that the driver compiles them side by side.
+//
 // 1. Each slice is summed from zero, k16 by k16 (wgmma), slices are added in fp32 in their order: one order for every
 //    number of tokens, and gemm_prefill.cu's.
 // 2. The sums lie over the ring, which is idle by then: every fetch was waited for, and every read of it is behind the
 //    named barrier. No block leaves the second cluster barrier, so none ends, while another reads its sums.
 // 3. Two blocks fit a multiprocessor, so the next kernel's weights arrive while this one's sums are added.
+#pragma once
+
 #include "dependent.cuh"
 #include "epilogue.cuh"
 #include "hopper.cuh"
@@ -191,21 +195,3 @@ __device__ __forceinline__ void decode(const TensorMap *w, const TensorMap *x, c
          EPILOGUE epilogue) {                                                                                                \
         decode<GROUPS, TILES, N>(&w, &x, shape, stages, epilogue);                                                           \
     }
-
-// A head is 128 rows: two tiles of 64, in one cluster, or one of 128.
-DECODE(decode_qkv_64x16, 1, 2, 16, Qkv)
-DECODE(decode_qkv_64x64, 1, 2, 64, Qkv)
-DECODE(decode_qkv_64x128, 1, 2, 128, Qkv)
-DECODE(decode_qkv_128x128, 2, 1, 128, Qkv)
-DECODE(decode_residual_64x16, 1, 1, 16, Residual)
-DECODE(decode_residual_64x64, 1, 1, 64, Residual)
-DECODE(decode_residual_64x128, 1, 1, 128, Residual)
-DECODE(decode_residual_128x128, 2, 1, 128, Residual)
-DECODE(decode_gate_up_64x16, 1, 1, 16, GateUp)
-DECODE(decode_gate_up_64x64, 1, 1, 64, GateUp)
-DECODE(decode_gate_up_64x128, 1, 1, 128, GateUp)
-DECODE(decode_gate_up_128x128, 2, 1, 128, GateUp)
-DECODE(decode_head_64x16, 1, 1, 16, Head)
-DECODE(decode_head_64x64, 1, 1, 64, Head)
-DECODE(decode_head_64x128, 1, 1, 128, Head)
-DECODE(decode_head_128x128, 2, 1, 128, Head)

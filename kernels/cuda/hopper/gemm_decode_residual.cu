@@ -1,0 +1,7 @@
+// decode_residual_*: few tokens added to the residual stream; see gemm_decode.cuh.
+#include "gemm_decode.cuh"
+
+DECODE(decode_residual_64x16, 1, 1, 16, Residual)
+DECODE(decode_residual_64x64, 1, 1, 64, Residual)
+DECODE(decode_residual_64x128, 1, 1, 128, Residual)
+DECODE(decode_residual_128x128, 2, 1, 128, Residual)
