@@ -1,10 +1,10 @@
 //! What is timed: a family of kernels at a shape, with the bytes and operations that it can't do without.
 
-use minisgl_core::backend::WeightRole;
-use minisgl_core::tensor::{HostTensor, TensorData};
+use minisgl_core::backend::{Dims, WeightRole};
+use minisgl_core::tensor::{HostTensor, TensorData, uniform_element};
 use thiserror::Error;
 
-use super::small;
+use super::{attention, products, small};
 use crate::device::Cuda;
 use crate::error::CudaError;
 use crate::launch::Launcher;
@@ -85,6 +85,14 @@ impl Filter {
         or_usual(&self.rows, &[1, 8, 64, 128, 256])
     }
 
+    pub(super) fn contexts(&self) -> Vec<u32> {
+        or_usual(&self.contexts, &[128, 1024, 4096])
+    }
+
+    pub(super) fn tokens(&self) -> Vec<u32> {
+        or_usual(&self.tokens, &[1024, 4096, 16_384])
+    }
+
     fn takes(&self, case: &Case) -> bool {
         let text = format!("{} {}", case.family, case.shape);
         self.words.iter().all(|word| text.contains(word.as_str()))
@@ -101,27 +109,93 @@ pub(super) struct ModelShape {
     pub(super) name: &'static str,
     pub(super) hidden: u32,
     pub(super) vocab: u32,
+    heads: u32,
+    intermediate: u32,
 }
 
 pub(super) const MODELS: [ModelShape; 2] = [
-    ModelShape { name: "0.6b", hidden: 1024, vocab: 151_936 },
-    ModelShape { name: "14b", hidden: 5120, vocab: 151_936 },
+    ModelShape { name: "0.6b", hidden: 1024, vocab: 151_936, heads: 16, intermediate: 3072 },
+    ModelShape { name: "14b", hidden: 5120, vocab: 151_936, heads: 40, intermediate: 17_408 },
 ];
 
-/// The cases that a filter takes, in the order of a step.
+impl ModelShape {
+    /// The sizes of one layer and the head.
+    pub(super) fn dims(&self) -> Dims {
+        let ModelShape { hidden, vocab, heads, intermediate, .. } = *self;
+        Dims { layers: 1, hidden, heads, kv_heads: 8, head_dim: 128, intermediate, vocab, norm_eps: 1e-6 }
+    }
+}
+
+/// The cases that a filter takes, small ones first.
 pub fn cases(filter: &Filter) -> Vec<Case> {
     let mut cases = small::cases(filter);
+    cases.extend(products::cases(filter));
+    cases.extend(attention::cases(filter));
     cases.retain(|case| filter.takes(case));
     cases
 }
 
 /// A bf16 matrix of numbers in [-1, 1), made on the device; [`random_element`] gives the same.
 pub(super) fn random(cuda: &mut Cuda, rows: usize, cols: usize, seed: u64) -> Result<Weight, CudaError> {
-    let data = TensorData::Uniform { seed, low: -1.0, high: 1.0 };
+    random_in(cuda, rows, cols, seed, 1.0)
+}
+
+/// A bf16 matrix of numbers in [-max, max), made on the device.
+pub(super) fn random_in(
+    cuda: &mut Cuda,
+    rows: usize,
+    cols: usize,
+    seed: u64,
+    max: f32,
+) -> Result<Weight, CudaError> {
+    let data = TensorData::Uniform { seed, low: -max, high: max };
     cuda.load_weight(WeightRole::Linear, &[HostTensor { name: "random".into(), rows, cols, data }])
+}
+
+/// Numbers in [-1, 1), not on the device yet.
+pub(super) fn random_part(rows: usize, cols: usize, seed: u64) -> HostTensor {
+    let data = TensorData::Uniform { seed, low: -1.0, high: 1.0 };
+    HostTensor { name: "random".into(), rows, cols, data }
 }
 
 /// Element `(row, col)` of a [`random`] matrix.
 pub(super) fn random_element(cols: usize, seed: u64, row: usize, col: usize) -> f64 {
-    f64::from(minisgl_core::tensor::uniform_element(seed, (row * cols + col) as u64, -1.0, 1.0).to_f32())
+    f64::from(uniform_element(seed, (row * cols + col) as u64, -1.0, 1.0).to_f32())
+}
+
+/// A complaint where pairs of `(got, wanted)` differ by more than `max` of the wanted ones' norm.
+pub(super) fn relative_error(pairs: impl Iterator<Item = (f64, f64)>, max: f64) -> Option<String> {
+    let (wrong, all) = pairs.fold((0.0, 0.0), |(wrong, all), (got, wanted)| {
+        (wrong + (got - wanted).powi(2), all + wanted * wanted)
+    });
+    let error = (wrong / all).sqrt();
+    let fits = error <= max;
+    (!fits).then(|| format!("the relative error is {error:.2e}, more than {max:.0e}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_error_is_relative_to_the_norm_and_nan_is_one() {
+        let wanted = [3.0, 4.0];
+        let pairs = |off: f64| wanted.into_iter().map(move |value| (value + off, value));
+        assert_eq!(relative_error(pairs(0.0), 0.01), None);
+        assert_eq!(relative_error(pairs(0.03), 0.01), None);
+        assert!(relative_error(pairs(0.04), 0.01).is_some());
+        assert!(relative_error(pairs(f64::NAN), 0.01).is_some());
+    }
+
+    #[test]
+    fn a_filter_takes_the_cases_that_hold_all_its_words() {
+        let filter =
+            Filter { words: vec!["gemm_".into(), "model=14b".into()], rows: vec![3], ..Filter::default() };
+        let cases = cases(&filter);
+        assert!(!cases.is_empty());
+        assert!(
+            cases.iter().all(|case| case.family.starts_with("gemm_") && case.shape.contains("model=14b"))
+        );
+        assert!(cases.iter().any(|case| case.shape.contains("tokens=3 ")));
+    }
 }

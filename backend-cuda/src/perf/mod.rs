@@ -11,9 +11,11 @@
 //!
 //! Invariant: a case's result is checked before its time is reported.
 
+mod attention;
 mod case;
 mod ceiling;
 mod cublaslt;
+mod products;
 mod report;
 mod small;
 mod step;

@@ -1,10 +1,11 @@
 //! Cases of everything that is neither a multiplication nor attention: launches, the step's two ends, sampling.
 
+use half::bf16;
 use minisgl_core::backend::{Device, Element, Purpose, Queue};
 use minisgl_core::batch::Row;
 
 use super::case::{Call, Case, Filter, MODELS, ModelShape, Run, random, random_element};
-use super::step::{StepOf, download_words};
+use super::step::{StepOf, activations, download_words};
 use crate::device::Cuda;
 use crate::error::CudaError;
 use crate::launch::Grid;
@@ -244,17 +245,10 @@ fn token_ids(cuda: &mut Cuda, step: &minisgl_core::backend::Step<Buffer>) -> Res
     Ok(tokens.chunks_exact(4).map(|token| token[0] as usize).collect())
 }
 
-/// Fetches bf16 activations.
-fn activations(cuda: &mut Cuda, from: Buffer, count: usize) -> Result<Vec<f64>, CudaError> {
-    let words = download_words(cuda, from, count / 2)?;
-    let values: &[half::bf16] = bytemuck::cast_slice(&words);
-    Ok(values.iter().map(|value| f64::from(value.to_f32())).collect())
-}
-
 /// The first value that is further from the expected one than `relative` of it (and a little more near zero).
-fn first_wrong(values: &[f64], relative: f64, expected: impl Fn(usize) -> f64) -> Option<String> {
+fn first_wrong(values: &[bf16], relative: f64, expected: impl Fn(usize) -> f64) -> Option<String> {
     values.iter().enumerate().find_map(|(i, value)| {
-        let expected = expected(i);
+        let (value, expected) = (f64::from(value.to_f32()), expected(i));
         let close = (value - expected).abs() <= relative * expected.abs();
         (!close).then(|| format!("element {i} is {value}, not {expected}"))
     })

@@ -2,6 +2,7 @@
 //! in no order.
 
 use bytemuck::{cast_slice, cast_slice_mut};
+use half::bf16;
 use minisgl_core::backend::{Device, Element, Purpose, Step};
 use minisgl_core::batch::{
     HEADER_WORDS, Header, Layout, Phase, ROW_WORDS, Row, StepShape, TOKEN_WORDS, Token,
@@ -52,6 +53,13 @@ impl StepOf {
         self.rows.iter().map(|(_, tokens)| tokens).sum()
     }
 
+    /// The pages of each row, in no order.
+    pub(super) fn page_lists(&self) -> Vec<Vec<u32>> {
+        let mut pages = shuffled(self.limits().pages).into_iter();
+        let count = |(position, tokens): &(u32, u32)| (position + tokens).div_ceil(PAGE_SIZE) as usize;
+        self.rows.iter().map(|row| pages.by_ref().take(count(row)).collect()).collect()
+    }
+
     fn shape(&self) -> StepShape {
         let rows = self.rows.len() as u32;
         StepShape { phase: self.phase, rows, tokens: self.tokens(), samples: rows }
@@ -84,10 +92,9 @@ impl StepOf {
     ) -> Result<Step<Buffer>, CudaError> {
         let limits = self.limits();
         let (layout, shape, rows) = (Layout::new(&limits, plan_words), self.shape(), self.packed_rows());
-        let pages = shuffled(limits.pages);
         let width = limits.table_width();
         let mut table = vec![limits.pages; (limits.running as usize + 1) * width as usize];
-        let mut next = pages.iter();
+        let pages = self.page_lists();
         let mut words = vec![0u32; layout.words];
         let header =
             Header { rows: shape.rows, tokens: shape.tokens, samples: shape.samples, ..Header::default() };
@@ -98,8 +105,8 @@ impl StepOf {
             cast_slice_mut(&mut words[layout.tokens..][..shape.tokens as usize * TOKEN_WORDS]);
         for row in &rows {
             let table = &mut table[(row.slot * width) as usize..][..width as usize];
-            let own = row.kv_len.div_ceil(PAGE_SIZE) as usize;
-            table[..own].iter_mut().zip(&mut next).for_each(|(entry, page)| *entry = *page);
+            let own = &pages[row.slot as usize];
+            table[..own.len()].copy_from_slice(own);
             for i in 0..row.tokens {
                 let (index, position) = (row.first_token + i, row.position + i);
                 let page = table[(position / PAGE_SIZE) as usize];
@@ -144,4 +151,9 @@ pub(super) fn download_words(cuda: &mut Cuda, from: Buffer, words: usize) -> Res
     let mut staging = cuda.alloc_pinned(words)?;
     cuda.download(minisgl_core::backend::Queue::Compute, from, words, &mut staging)?;
     Ok(cuda.words(&staging)?.to_vec())
+}
+
+/// Fetches bf16 activations.
+pub(super) fn activations(cuda: &mut Cuda, from: Buffer, count: usize) -> Result<Vec<bf16>, CudaError> {
+    Ok(bytemuck::cast_slice(&download_words(cuda, from, count / 2)?).to_vec())
 }

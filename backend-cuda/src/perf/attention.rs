@@ -1,0 +1,172 @@
+//! Cases of paged attention: decode over contexts of one length and over a mix, prefill of whole prompts.
+//!
+//! Queries lie in [-8, 8), so that scores differ and the softmax has something to do; keys and values in [-1, 1).
+
+use half::bf16;
+use minisgl_core::backend::KvLayer;
+use minisgl_core::batch::Phase;
+use minisgl_core::tensor::splitmix64;
+
+use super::case::{
+    Case, Check, Filter, MODELS, ModelShape, Run, random, random_element, random_in, relative_error,
+};
+use super::step::{PAGE_SIZE, StepOf, activations};
+use crate::device::Cuda;
+use crate::error::CudaError;
+use crate::memory::Buffer;
+use crate::ops::attention::Attention;
+
+const QUERIES: u64 = 5 << 40;
+const KEYS: u64 = 6 << 40;
+const VALUES: u64 = 7 << 40;
+/// Queries lie within this.
+const QUERY_MAX: f32 = 8.0;
+/// Tokens of a prompt in the prefill cases.
+const PROMPT: u32 = 1024;
+/// Queries (a token's head) that are checked.
+const SAMPLES: usize = 8;
+/// What bf16 queries, probabilities and results allow, relative to the norm of the sampled outputs.
+const ERROR_MAX: f64 = 0.02;
+
+pub(super) fn cases(filter: &Filter) -> Vec<Case> {
+    let mut cases = Vec::new();
+    for model in MODELS {
+        for rows in filter.rows() {
+            for context in filter.contexts() {
+                let step = StepOf::decode(&vec![context; rows as usize], model.vocab);
+                cases.push(case("attention_decode", format!("rows={rows} context={context}"), model, step));
+            }
+        }
+        for step in [100, 500, 900] {
+            let contexts = mix(step);
+            let shape = format!("mix step={step} rows={}", contexts.len());
+            cases.push(case("attention_decode", shape, model, StepOf::decode(&contexts, model.vocab)));
+        }
+        for tokens in filter.tokens() {
+            let prompts = tokens.div_ceil(PROMPT);
+            let rows = (0..prompts).map(|i| (0, PROMPT.min(tokens - i * PROMPT))).collect();
+            let step = StepOf { phase: Phase::Prefill, rows, ..StepOf::decode(&[1], model.vocab) };
+            cases.push(case("attention_prefill", format!("tokens={tokens} prompts={prompts}"), model, step));
+        }
+    }
+    cases
+}
+
+/// Contexts of those of 256 requests, with prompts and outputs of 100 to 1024 tokens, that still run after so many
+/// steps.
+fn mix(step: u32) -> Vec<u32> {
+    let length = |i: u64| 100 + (splitmix64(i) % 925) as u32;
+    let running = (0..256).filter(|i| length(2 * i) > step);
+    running.map(|i| length(2 * i + 1) + step).collect()
+}
+
+fn case(family: &'static str, shape: String, model: ModelShape, step: StepOf) -> Case {
+    let dims = model.dims();
+    let (q_row, kv_row) = (dims.q_width() as f64 * 2.0, f64::from(dims.kv_heads * dims.head_dim) * 4.0);
+    let context: f64 = step.rows.iter().map(|(position, tokens)| f64::from(position + tokens)).sum();
+    // Each token sees the positions up to its own.
+    let seen: f64 = step
+        .rows
+        .iter()
+        .map(|(position, tokens)| {
+            f64::from(*tokens) * (f64::from(*position) + (f64::from(*tokens) + 1.0) / 2.0)
+        })
+        .sum();
+    Case {
+        family,
+        shape: format!("model={} {shape}", model.name),
+        bytes: context * kv_row + f64::from(step.tokens()) * q_row * 2.0,
+        flops: 4.0 * dims.q_width() as f64 * seen,
+        setup: Box::new(move |cuda, copies| setup(cuda, model, &step, copies)),
+    }
+}
+
+fn setup(cuda: &mut Cuda, model: ModelShape, step_of: &StepOf, copies: usize) -> Result<Run, CudaError> {
+    let dims = model.dims();
+    let (limits, tokens) = (step_of.limits(), step_of.tokens() as usize);
+    let attention = Attention::new(cuda, &dims, &limits)?;
+    let step = step_of.upload(cuda, attention.plan_words(&limits), |shape, rows, words| {
+        attention.plan(shape, rows, words)
+    })?;
+    let head_dim = dims.head_dim as usize;
+    let kv_rows = (limits.pages as usize + 1) * (dims.kv_heads * PAGE_SIZE) as usize;
+    let caches = (0..copies)
+        .map(|_| {
+            let k = random(cuda, kv_rows, head_dim, KEYS)?.into();
+            Ok(KvLayer { k, v: random(cuda, kv_rows, head_dim, VALUES)?.into() })
+        })
+        .collect::<Result<Vec<KvLayer<Buffer>>, CudaError>>()?;
+    let q = random_in(cuda, tokens, dims.q_width(), QUERIES, QUERY_MAX)?.into();
+    let out: Buffer = random(cuda, tokens, dims.q_width(), 0)?.into();
+    let sampled = Sampled { model, pages: step_of.page_lists(), rows: step_of.rows.clone() };
+    Ok(Run {
+        call: Box::new(move |launcher, call| {
+            attention.attend(launcher, &step, q, caches[call % copies], out)
+        }),
+        check: sampled.check(out, tokens),
+        baseline: None,
+    })
+}
+
+/// What the host needs to know to attend by itself.
+struct Sampled {
+    model: ModelShape,
+    /// The pages of each row.
+    pages: Vec<Vec<u32>>,
+    rows: Vec<(u32, u32)>,
+}
+
+impl Sampled {
+    fn check(self, out: Buffer, tokens: usize) -> Check {
+        Box::new(move |cuda| {
+            let dims = self.model.dims();
+            let (width, head_dim) = (dims.q_width(), dims.head_dim as usize);
+            let values = activations(cuda, out, tokens * width)?;
+            let pairs = (0..SAMPLES as u64).flat_map(|i| {
+                let draw = |j: u64, below: usize| (splitmix64(1000 + 3 * i + j) % below as u64) as usize;
+                let row = draw(0, self.rows.len());
+                let within = draw(1, self.rows[row].1 as usize);
+                let before: u32 = self.rows[..row].iter().map(|(_, tokens)| tokens).sum();
+                let (token, head) = (before as usize + within, draw(2, dims.heads as usize));
+                let got = values[token * width + head * head_dim..][..head_dim].to_vec();
+                got.into_iter().map(bf16::to_f64).zip(self.attend(row, within, token, head))
+            });
+            Ok(relative_error(pairs, ERROR_MAX))
+        })
+    }
+
+    /// Attention of one head of token `within` of a row, in f64.
+    fn attend(&self, row: usize, within: usize, token: usize, head: usize) -> Vec<f64> {
+        let dims = self.model.dims();
+        let (head_dim, width) = (dims.head_dim as usize, dims.q_width());
+        let kv_head = head / (dims.heads / dims.kv_heads) as usize;
+        let query = |d: usize| {
+            let index = (token * width + head * head_dim + d) as u64;
+            let element = minisgl_core::tensor::uniform_element(QUERIES, index, -QUERY_MAX, QUERY_MAX);
+            f64::from(element.to_f32())
+        };
+        // 16-byte chunk c of row t of a page lies at chunk c ^ (t % 8).
+        let stored = |seed: u64, position: usize, d: usize| {
+            let (page, t) =
+                (self.pages[row][position / PAGE_SIZE as usize] as usize, position % PAGE_SIZE as usize);
+            let kv_row = (page * dims.kv_heads as usize + kv_head) * PAGE_SIZE as usize + t;
+            random_element(head_dim, seed, kv_row, ((d / 8) ^ (t % 8)) * 8 + d % 8)
+        };
+        let queries: Vec<f64> = (0..head_dim).map(query).collect();
+        let positions = self.rows[row].0 as usize + within + 1;
+        let scores: Vec<f64> = (0..positions)
+            .map(|p| {
+                (0..head_dim).map(|d| queries[d] * stored(KEYS, p, d)).sum::<f64>() / (head_dim as f64).sqrt()
+            })
+            .collect();
+        let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+        let weights: Vec<f64> = scores.iter().map(|score| (score - max).exp()).collect();
+        let total: f64 = weights.iter().sum();
+        (0..head_dim)
+            .map(|d| {
+                weights.iter().enumerate().map(|(p, weight)| weight * stored(VALUES, p, d)).sum::<f64>()
+                    / total
+            })
+            .collect()
+    }
+}

@@ -1,0 +1,303 @@
+//! Cases of the matrix products, each with its epilogue, beside cuBLASLt, which does the bare product.
+//!
+//! Weights and rows are numbers in [-1, 1) made on the device, so any element of the product can be computed on the
+//! host; some are. The rows' sums of squares are made up, so that norms scale by 1/10 and activations stay sane.
+
+use half::bf16;
+use minisgl_core::backend::{Device, Element, Purpose, WeightRole};
+use minisgl_core::tensor::splitmix64;
+
+use super::case::{
+    Call, Case, Check, Filter, MODELS, ModelShape, Run, random, random_element, random_part, relative_error,
+};
+use super::cublaslt::{Blas, Shape};
+use super::step::{PAGE_SIZE, StepOf, activations, download_words, upload_words};
+use crate::device::Cuda;
+use crate::error::CudaError;
+use crate::memory::{Address, Buffer};
+use crate::ops::gemm::{Epilogue, GateUp, Gemm, Head, Qkv, Residual, RowNorm};
+use crate::weight::Weight;
+
+/// Seeds of the weights (gate's; up's is the next), the rows, the residual stream and the head norms.
+const WEIGHTS: u64 = 1 << 40;
+const ROWS: u64 = 2 << 40;
+const STREAM: u64 = 3 << 40;
+const NORMS: u64 = 4 << 40;
+/// What the made-up sums of squares scale rows by.
+const SCALE: f64 = 0.1;
+/// Outputs that are checked.
+const SAMPLES: usize = 64;
+/// What bf16 weights, rows and results allow, relative to the norm of the sampled outputs.
+const ERROR_MAX: f64 = 0.01;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Product {
+    Qkv,
+    O,
+    GateUp,
+    Down,
+    Head,
+}
+
+/// A product at a number of tokens.
+#[derive(Clone, Copy)]
+struct Sizes {
+    product: Product,
+    model: ModelShape,
+    tokens: usize,
+    outputs: usize,
+    inputs: usize,
+}
+
+pub(super) fn cases(filter: &Filter) -> Vec<Case> {
+    let mut cases = Vec::new();
+    for model in MODELS {
+        for product in [Product::Qkv, Product::O, Product::GateUp, Product::Down, Product::Head] {
+            let prefill = if product == Product::Head { Vec::new() } else { filter.tokens() };
+            for tokens in filter.rows().into_iter().chain(prefill) {
+                cases.push(Sizes::new(product, model, tokens as usize).case());
+            }
+        }
+    }
+    cases
+}
+
+impl Sizes {
+    fn new(product: Product, model: ModelShape, tokens: usize) -> Sizes {
+        let dims = model.dims();
+        let (hidden, intermediate) = (dims.hidden as usize, dims.intermediate as usize);
+        let (outputs, inputs) = match product {
+            Product::Qkv => (dims.qkv_width(), hidden),
+            Product::O => (hidden, dims.q_width()),
+            Product::GateUp => (2 * intermediate, hidden),
+            Product::Down => (hidden, intermediate),
+            Product::Head => (dims.vocab as usize, hidden),
+        };
+        Sizes { product, model, tokens, outputs, inputs }
+    }
+
+    fn case(self) -> Case {
+        let Sizes { tokens, outputs, inputs, .. } = self;
+        let family = match self.product {
+            Product::Qkv => "gemm_qkv",
+            Product::O => "gemm_o",
+            Product::GateUp => "gemm_gate_up",
+            Product::Down => "gemm_down",
+            Product::Head => "gemm_head",
+        };
+        // silu(gate) * up halves the outputs; adding to the residual stream reads them too.
+        let out_bytes = match self.product {
+            Product::GateUp => tokens * outputs,
+            Product::O | Product::Down => tokens * outputs * 4,
+            Product::Qkv | Product::Head => tokens * outputs * 2,
+        };
+        let bytes = outputs * inputs * 2 + tokens * inputs * 2 + out_bytes;
+        Case {
+            family,
+            shape: format!("model={} tokens={tokens} out={outputs} in={inputs}", self.model.name),
+            bytes: bytes as f64,
+            flops: Shape { rows: tokens, outputs, inputs }.flops(),
+            setup: Box::new(move |cuda, copies| self.setup(cuda, copies)),
+        }
+    }
+
+    fn setup(self, cuda: &mut Cuda, copies: usize) -> Result<Run, CudaError> {
+        let gemm = Gemm::new(cuda.modules(), cuda.properties())?;
+        let weights = (0..copies).map(|_| self.weights(cuda)).collect::<Result<Vec<_>, _>>()?;
+        let x = random(cuda, self.tokens, self.inputs, ROWS)?.address();
+        let baseline = self.baseline(cuda, weights.clone(), x)?;
+        let (call, check) = match self.product {
+            Product::Qkv => self.qkv(cuda, gemm, weights, x)?,
+            Product::O | Product::Down => self.residual(cuda, gemm, weights, x)?,
+            Product::GateUp => self.gate_up(cuda, gemm, weights, x)?,
+            Product::Head => self.head(cuda, gemm, weights, x)?,
+        };
+        Ok(Run { call, check, baseline })
+    }
+
+    fn weights(&self, cuda: &mut Cuda) -> Result<Weight, CudaError> {
+        if self.product == Product::GateUp {
+            let part = |seed| random_part(self.outputs / 2, self.inputs, seed);
+            return cuda.load_weight(WeightRole::GateUp, &[part(WEIGHTS), part(WEIGHTS + 1)]);
+        }
+        random(cuda, self.outputs, self.inputs, WEIGHTS)
+    }
+
+    /// The bare product by cuBLASLt, where there is one.
+    fn baseline(
+        &self,
+        cuda: &mut Cuda,
+        weights: Vec<Weight>,
+        x: Address,
+    ) -> Result<Option<(&'static str, Call)>, CudaError> {
+        let Some(blas) = Blas::open(cuda)? else { return Ok(None) };
+        let shape = Shape { rows: self.tokens, outputs: self.outputs, inputs: self.inputs };
+        let out = cuda.allocate(Purpose::Scratch, self.tokens * self.outputs * 2)?;
+        let Some(best) = blas.best(cuda, shape, weights[0].address(), x, out)? else { return Ok(None) };
+        let call: Call = Box::new(move |launcher, call| {
+            blas.multiply(launcher, &best, weights[call % weights.len()].address(), x, out)
+        });
+        Ok(Some(("cuBLASLt", call)))
+    }
+
+    /// Sums of squares that make every row's scale [`SCALE`].
+    fn norm(&self, cuda: &mut Cuda) -> Result<RowNorm, CudaError> {
+        let (hidden, segments) = (self.inputs as u32, self.inputs.div_ceil(64));
+        let segment = (self.inputs as f64 / SCALE.powi(2) / segments as f64) as f32;
+        let sumsq = upload_words(cuda, &vec![segment.to_bits(); self.tokens * segments])?.address();
+        Ok(RowNorm { sumsq, segments: segments as u32, hidden, eps: 1e-6 })
+    }
+
+    /// Element `(token, output)` of the product with the weights of `seed`.
+    fn sum(&self, seed: u64, token: usize, output: usize) -> f64 {
+        let term =
+            |k| random_element(self.inputs, seed, output, k) * random_element(self.inputs, ROWS, token, k);
+        (0..self.inputs).map(term).sum()
+    }
+
+    /// Places `(token, output)` that are checked, spread over all.
+    fn samples(&self, outputs: usize) -> Vec<(usize, usize)> {
+        let draw = |i: usize, below: usize| (splitmix64(i as u64) % below as u64) as usize;
+        (0..SAMPLES).map(|i| (draw(2 * i, self.tokens), draw(2 * i + 1, outputs))).collect()
+    }
+
+    fn head(
+        self,
+        cuda: &mut Cuda,
+        gemm: Gemm,
+        weights: Vec<Weight>,
+        x: Address,
+    ) -> Result<(Call, Check), CudaError> {
+        let elements = self.tokens * self.outputs;
+        let out = cuda.alloc(Purpose::Scratch, Element::Logit, elements)?;
+        let check: Check = Box::new(move |cuda| {
+            let words = download_words(cuda, out, elements / 2)?;
+            let logits: &[half::f16] = bytemuck::cast_slice(&words);
+            let pairs = self.samples(self.outputs).into_iter().map(|(token, output)| {
+                let logit = f64::from(logits[token * self.outputs + output].to_f32());
+                (logit, self.sum(WEIGHTS, token, output))
+            });
+            Ok(relative_error(pairs, ERROR_MAX))
+        });
+        Ok((call(gemm, weights, x, self.tokens, Head { out: out.address() }), check))
+    }
+
+    fn residual(
+        self,
+        cuda: &mut Cuda,
+        gemm: Gemm,
+        weights: Vec<Weight>,
+        x: Address,
+    ) -> Result<(Call, Check), CudaError> {
+        let residual = random(cuda, self.tokens, self.outputs, STREAM)?;
+        let segments = self.outputs.div_ceil(64);
+        let sumsq = cuda.allocate(Purpose::Scratch, self.tokens * segments * 4)?;
+        let check: Check = Box::new(move |cuda| {
+            let values = activations(cuda, residual.into(), self.tokens * self.outputs)?;
+            let pairs = self.samples(self.outputs).into_iter().map(|(token, output)| {
+                let before = random_element(self.outputs, STREAM, token, output);
+                (values[token * self.outputs + output].to_f64(), before + self.sum(WEIGHTS, token, output))
+            });
+            Ok(relative_error(pairs, ERROR_MAX))
+        });
+        let epilogue = Residual { residual: residual.address(), sumsq };
+        Ok((call(gemm, weights, x, self.tokens, epilogue), check))
+    }
+
+    fn gate_up(
+        self,
+        cuda: &mut Cuda,
+        gemm: Gemm,
+        weights: Vec<Weight>,
+        x: Address,
+    ) -> Result<(Call, Check), CudaError> {
+        let intermediate = self.outputs / 2;
+        let out = cuda.alloc(Purpose::Scratch, Element::Activation, self.tokens * intermediate)?;
+        let epilogue = GateUp {
+            norm: self.norm(cuda)?,
+            out: out.address(),
+            intermediate: intermediate as u32,
+            reserved: 0,
+        };
+        let check: Check = Box::new(move |cuda| {
+            let values = activations(cuda, out, self.tokens * intermediate)?;
+            let pairs = self.samples(intermediate).into_iter().map(|(token, output)| {
+                let gate = SCALE * self.sum(WEIGHTS, token, output);
+                let up = SCALE * self.sum(WEIGHTS + 1, token, output);
+                (values[token * intermediate + output].to_f64(), gate / (1.0 + (-gate).exp()) * up)
+            });
+            Ok(relative_error(pairs, ERROR_MAX))
+        });
+        Ok((call(gemm, weights, x, self.tokens, epilogue), check))
+    }
+
+    fn qkv(
+        self,
+        cuda: &mut Cuda,
+        gemm: Gemm,
+        weights: Vec<Weight>,
+        x: Address,
+    ) -> Result<(Call, Check), CudaError> {
+        let dims = self.model.dims();
+        let (width, head_dim) = (dims.q_width(), dims.head_dim as usize);
+        let step = StepOf::decode(&vec![1; self.tokens], dims.vocab).upload(cuda, 0, |_, _, _| {})?;
+        let norms = random(cuda, 1, head_dim, NORMS)?.address();
+        // Angle 0: the rotation leaves every pair as it is.
+        let rope: Vec<u32> = [1.0f32, 0.0].iter().cycle().take(head_dim).map(|part| part.to_bits()).collect();
+        let rope = upload_words(cuda, &rope)?;
+        let q = cuda.alloc(Purpose::Scratch, Element::Activation, self.tokens * width)?;
+        let page = (dims.kv_heads * PAGE_SIZE * dims.head_dim) as usize * 2;
+        let kv = |cuda: &mut Cuda| cuda.allocate(Purpose::Scratch, (self.tokens + 1) * page);
+        let epilogue = Qkv {
+            norm: self.norm(cuda)?,
+            head_eps: 1e-6,
+            batch: step.batch.address(),
+            q_norm: norms,
+            k_norm: norms,
+            rope: rope.address(),
+            q: q.address(),
+            k: kv(cuda)?,
+            v: kv(cuda)?,
+            tokens_offset: step.layout.tokens as u32,
+            heads: dims.heads,
+            kv_heads: dims.kv_heads,
+            head_dim: dims.head_dim,
+            page_shift: PAGE_SIZE.trailing_zeros(),
+            reserved: 0,
+        };
+        Ok((call(gemm, weights, x, self.tokens, epilogue), self.check_queries(q, head_dim, width)))
+    }
+
+    /// Some heads' queries: normed rows times weights, normed again by head.
+    fn check_queries(self, q: Buffer, head_dim: usize, width: usize) -> Check {
+        Box::new(move |cuda| {
+            let values = activations(cuda, q, self.tokens * width)?;
+            let heads = self.samples(width).into_iter().take(8);
+            let pairs = heads.flat_map(|(token, output)| {
+                let first = output / head_dim * head_dim;
+                let sums: Vec<f64> =
+                    (first..first + head_dim).map(|row| SCALE * self.sum(WEIGHTS, token, row)).collect();
+                let squares: f64 = sums.iter().map(|sum| sum * sum).sum();
+                let scale = 1.0 / (squares / head_dim as f64 + 1e-6).sqrt();
+                let got = values[token * width + first..][..head_dim].to_vec();
+                let normed = sums.into_iter().enumerate();
+                let wanted = normed.map(move |(i, sum)| sum * scale * random_element(head_dim, NORMS, 0, i));
+                got.into_iter().map(bf16::to_f64).zip(wanted)
+            });
+            Ok(relative_error(pairs, ERROR_MAX))
+        })
+    }
+}
+
+/// Call number n multiplies by copy n of the weights.
+fn call<E: Epilogue + Copy + 'static>(
+    gemm: Gemm,
+    weights: Vec<Weight>,
+    x: Address,
+    tokens: usize,
+    epilogue: E,
+) -> Call {
+    Box::new(move |launcher, call| {
+        gemm.launch(launcher, weights[call % weights.len()], x, tokens as u32, &epilogue)
+    })
+}
