@@ -467,3 +467,42 @@ impl Gemm {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Bytes of a block's sums in shared memory: rows padded by 4 floats.
+    fn sum_bytes(block: Block) -> u32 {
+        block.tokens * (block.rows + 4) * 4
+    }
+
+    #[test]
+    fn two_decode_blocks_fit_a_multiprocessor_and_the_ring_holds_their_sums() {
+        let kinds = [Kind::Qkv, Kind::Residual, Kind::GateUp, Kind::Head];
+        let cases = kinds.into_iter().flat_map(|kind| [64, 192, 3072, 17408].map(|cols| (kind, cols)));
+        for (kind, cols) in cases {
+            let shape = Shape { rows: 1024, cols, tokens: 1, slices: kind.slices(cols) };
+            for block in Decode::BLOCKS {
+                let stages = Decode::stages(kind, block, &shape);
+                assert!(block.shared(stages) <= Decode::SHARED_MAX, "{kind:?}, {cols} columns, {block:?}");
+                assert!(
+                    sum_bytes(block) <= stages * block.stage_bytes(),
+                    "{kind:?}, {cols} columns, {block:?}"
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn no_slice_is_empty() {
+        for kind in [Kind::Qkv, Kind::Residual, Kind::GateUp, Kind::Head, Kind::Linear] {
+            for cols in (8u32..4096).step_by(8) {
+                assert!(
+                    (1..=cols.div_ceil(BLOCK_COLS)).contains(&kind.slices(cols)),
+                    "{kind:?}, {cols} columns"
+                );
+            }
+        }
+    }
+}
