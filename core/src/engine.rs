@@ -1,10 +1,9 @@
 //! The engine: a scheduler's batches, run by a model on a device, two steps in flight.
 //!
 //! ```text
-//!                 ┌ schedule, pack, upload ┐
-//!   host          │ N+1 ────────────────── │ complete N ─── │ N+2 … │ complete N+1
-//!   compute queue   … step N ────────────────>│ step N+1 ─────────────>│
-//!   copy queue                                └ tokens of N ┘          └ tokens of N+1 ┘
+//!   host           |pack N+1| wait for N … |complete N|pack N+2| wait for N+1 … |complete N+1|
+//!   compute queue  | step N ───────────────| step N+1 ─────────────────────────| step N+2 ──
+//!   copy queue                             |tokens N|                           |tokens N+1|
 //! ```
 //!
 //! With overlap, [`Engine::step`] launches step N+1 and then takes in the tokens of step N: while the device computes
@@ -15,7 +14,7 @@
 //! - Pages. A page that an ended, aborted or retracted request gave back may be another's in the next batch, while a
 //!   step in flight still writes to it for its old owner (the row behind an end-of-sequence token, say). That is safe,
 //!   since all steps run on one queue in the order of their launch: the old owner's write comes before everything that
-//!   the new owner writes or reads there. A page freed after step N was scheduled is never in a row of a step after N.
+//!   the new owner writes or reads there. The old owner has no row in a step scheduled after it gave the page back.
 //! - Staging. [`Device::words_mut`] waits for the copy from it, two steps ago.
 //! - Output halves. Step N+2 is launched after step N was completed, hence after its half was read.
 //!
@@ -172,8 +171,9 @@ pub struct Engine<B: Device, M: Model<B>> {
     limits: Limits,
     overlap: bool,
     resident: Resident<B::Buffer>,
-    graphs: DecodeGraphs<B::Graph>,
+    // Dropped in this order: pinned memory waits for its copies, and those lie behind the last replay.
     flights: [Flight<B>; 2],
+    graphs: DecodeGraphs<B::Graph>,
     /// Which of the two the next step takes.
     turn: usize,
     /// The other one has been launched and not completed.

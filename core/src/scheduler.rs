@@ -1,7 +1,7 @@
 //! The scheduler: requests and finished steps go in, batches and events come out.
 //!
 //! It never waits, reads a clock or touches a device. A step is scheduled before the tokens of the step before it are
-//! known; they come in by [`Scheduler::complete`], at most two steps being in flight.
+//! known; they come in by [`Scheduler::complete`]. When a step is scheduled, at most one is in flight.
 //!
 //! ```text
 //!              ┌──────────── retracted ────────────┐
@@ -180,7 +180,8 @@ impl Scheduler {
         true
     }
 
-    /// Fills a batch with the next step; false if there is nothing to run before a step in flight completes.
+    /// Fills a batch with the next step; false if there is nothing to run before a step in flight completes. At most
+    /// one is: the step scheduled last.
     pub fn schedule(&mut self, batch: &mut Batch) -> bool {
         batch.clear(Phase::Prefill);
         self.schedule_prefill(batch);
@@ -215,11 +216,13 @@ impl Scheduler {
         self.limits.prefill_tokens - batch.tokens().len() as u32
     }
 
-    /// The request to be admitted next. A retracted one whose last token is still in flight holds the others up.
+    /// The request to be admitted next. If it was retracted, its last token has come in by now: the step that was in
+    /// flight then has completed since.
     fn next_waiting(&self) -> Option<u32> {
         let entry = *self.retracted.front().or(self.waiting.front())?;
         let request = self.table.get(entry);
-        (request.known == request.planned).then_some(entry)
+        debug_assert_eq!(request.known, request.planned, "too many steps in flight");
+        Some(entry)
     }
 
     /// Gives a waiting request a slot and the cached pages of its prefix, if the pool can hold the rest and a page for

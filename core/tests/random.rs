@@ -87,7 +87,7 @@ fn action() -> impl Strategy<Value = Action> {
 }
 
 fn stream() -> impl Strategy<Value = Stream> {
-    let pace = prop_oneof![Just(Pace::AtOnce), Just(Pace::Late), Just(Pace::LateButCopies)];
+    let pace = prop::sample::select(&[Pace::AtOnce, Pace::Late, Pace::CopiesFirst, Pace::CopiesLast]);
     (options(), pace, prop::collection::vec(action(), 1..60)).prop_map(|(options, pace, actions)| Stream {
         options,
         pace,

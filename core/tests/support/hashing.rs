@@ -99,6 +99,8 @@ pub fn forward(memory: &mut [u32], step: &Step<Words>, kv: Words, tokens: Words)
                 0 => 0,
                 position => device.kv(step, kv, token.slot, position - 1),
             };
+            let mapped = device.location(step, token.slot, token.position);
+            assert_eq!(token.location, mapped, "a token goes where the page table says, a dummy row's too");
             *device.word(kv, token.location as usize) = expected::kv(before, id, token.position);
         }
     }
@@ -162,10 +164,15 @@ impl Split<'_> {
         }
     }
 
-    /// What the cache holds for a slot's position, by way of the page table.
-    fn kv(&mut self, step: &Step<Words>, kv: Words, slot: u32, position: u32) -> u32 {
+    /// Where the page table says that a slot's position lies.
+    fn location(&mut self, step: &Step<Words>, slot: u32, position: u32) -> u32 {
         let entry = slot * step.table_width + position / step.page_size;
-        let page = *self.word(step.page_table, entry as usize);
-        *self.word(kv, (page * step.page_size + position % step.page_size) as usize)
+        *self.word(step.page_table, entry as usize) * step.page_size + position % step.page_size
+    }
+
+    /// What the cache holds for a slot's position.
+    fn kv(&mut self, step: &Step<Words>, kv: Words, slot: u32, position: u32) -> u32 {
+        let location = self.location(step, slot, position);
+        *self.word(kv, location as usize)
     }
 }

@@ -1,4 +1,5 @@
-//! A device that runs nothing before somebody waits for it: what is wrong in the order of things shows.
+//! A device that runs nothing before somebody waits for it: what is wrong in the order of things shows. Either queue
+//! can be made to run ahead of the other as far as events let it.
 //!
 //! Operations lie in two queues. Waiting on the host for a copy runs its queue up to that copy; an operation that
 //! waits for an event runs the other queue up to the event first. Fresh memory is poisoned.
@@ -26,7 +27,9 @@ pub enum Pace {
     /// As late as possible.
     Late,
     /// Downloads when they are enqueued, all else as late as possible.
-    LateButCopies,
+    CopiesFirst,
+    /// Downloads as late as possible, all else when it is enqueued.
+    CopiesLast,
 }
 
 /// What the lazy device itself can't do.
@@ -117,7 +120,13 @@ impl Lazy {
                 assert!(pending.ops.len() < QUEUE_CAPACITY, "nobody waits for the device");
                 pending.ops.push_back(op);
                 let end = pending.done + pending.ops.len() as u64;
-                if self.pace == Pace::AtOnce || self.pace == Pace::LateButCopies && queue == Queue::Copy {
+                let at_once = match self.pace {
+                    Pace::AtOnce => true,
+                    Pace::Late => false,
+                    Pace::CopiesFirst => queue == Queue::Copy,
+                    Pace::CopiesLast => queue == Queue::Compute,
+                };
+                if at_once {
                     state.run(queue, end);
                 }
             }

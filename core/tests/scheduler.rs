@@ -1,0 +1,89 @@
+//! The scheduler by itself, driven closer than the engine drives it.
+
+mod support;
+
+use minisgl_core::batch::{Batch, Phase};
+use minisgl_core::request::{Event, FinishReason, Request, Ticket};
+use minisgl_core::scheduler::{Order, Policy, Scheduler};
+
+use support::expected::VOCAB;
+use support::{SMALL, exactly};
+
+fn scheduler() -> Scheduler {
+    Scheduler::new(SMALL, Policy { prefix_cache: true, order: Order::Given, vocab: VOCAB }, &[])
+}
+
+fn submit(scheduler: &mut Scheduler, prompt: &[u32], max_tokens: u32) -> Ticket {
+    let request = Request { prompt, params: exactly(max_tokens) };
+    scheduler.submit(request).expect("it can run").ticket
+}
+
+/// The reasons in a list of events.
+fn ends(events: &mut Vec<FinishReason>) -> impl FnMut(Event<'_>) {
+    |event| {
+        if let Event::Finished { reason, .. } = event {
+            events.push(reason);
+        }
+    }
+}
+
+#[test]
+fn a_request_may_be_aborted_between_the_scheduling_of_a_step_and_its_completion() {
+    // A prompt of 4 fills a page; each further step may fill the next with a token that the host does not know yet.
+    for steps_before in 1..10 {
+        let mut scheduler = scheduler();
+        let ticket = submit(&mut scheduler, &[1, 2, 3, 4], 30);
+        let mut batches = [Batch::new(&SMALL), Batch::new(&SMALL)];
+        for step in 0..steps_before {
+            assert!(scheduler.schedule(&mut batches[step % 2]));
+            if let Some(before) = step.checked_sub(1) {
+                scheduler.complete(&batches[before % 2], &[5], &[], &mut |_| ());
+            }
+        }
+        assert!(scheduler.schedule(&mut batches[steps_before % 2]));
+        let mut reasons = Vec::new();
+        assert!(scheduler.abort(ticket, &mut ends(&mut reasons)));
+        scheduler.check();
+        scheduler.complete(&batches[(steps_before - 1) % 2], &[5], &[], &mut ends(&mut reasons));
+        scheduler.complete(&batches[steps_before % 2], &[5], &[], &mut ends(&mut reasons));
+        scheduler.check();
+        assert_eq!(reasons, [FinishReason::Abort]);
+        assert!(scheduler.is_idle());
+    }
+}
+
+#[test]
+fn prompts_go_first_and_a_long_one_goes_in_chunks() {
+    // At most 16 tokens a prefill step: 10 and 6 of 20, then the other 14 and 2 of 3, then the last one.
+    let mut scheduler = scheduler();
+    for (text, len) in [(1, 10), (2, 20), (3, 3)] {
+        submit(&mut scheduler, &vec![text; len], 5);
+    }
+    let mut batch = Batch::new(&SMALL);
+    let mut next = |scheduler: &mut Scheduler| {
+        assert!(scheduler.schedule(&mut batch));
+        let tokens = [5; 4];
+        scheduler.complete(&batch, &tokens[..batch.rows().len()], &[], &mut |_| ());
+        let rows = batch.rows().iter().map(|row| (row.position, row.tokens, row.sampled)).collect::<Vec<_>>();
+        (batch.phase(), rows)
+    };
+    assert_eq!(next(&mut scheduler), (Phase::Prefill, vec![(0, 10, 1), (0, 6, 0)]));
+    assert_eq!(next(&mut scheduler), (Phase::Prefill, vec![(6, 14, 1), (0, 2, 0)]));
+    assert_eq!(next(&mut scheduler), (Phase::Prefill, vec![(2, 1, 1)]));
+    assert_eq!(next(&mut scheduler), (Phase::Decode, vec![(10, 1, 1), (20, 1, 1), (3, 1, 1)]));
+}
+
+#[test]
+fn all_requests_may_end_in_one_step() {
+    let mut scheduler = scheduler();
+    for text in 0..4 {
+        submit(&mut scheduler, &[text, 1], 1);
+    }
+    let mut batch = Batch::new(&SMALL);
+    assert!(scheduler.schedule(&mut batch));
+    let mut reasons = Vec::new();
+    scheduler.complete(&batch, &[5; 4], &[], &mut ends(&mut reasons));
+    assert_eq!(reasons, [FinishReason::Length; 4]);
+    assert!(scheduler.is_idle());
+    scheduler.check();
+}
