@@ -2,6 +2,7 @@
 
 use std::fmt;
 
+use minisgl_core::backend::Dims;
 use minisgl_core::config::Limits;
 
 /// See [`Llm::info`](crate::Llm::info); displayed as a few lines for people.
@@ -15,6 +16,8 @@ pub struct Info {
     pub device: String,
     /// Capacities.
     pub limits: Limits,
+    /// Sizes of the model.
+    pub dims: Dims,
     /// Token ids lie below it.
     pub vocab: u32,
     /// Bytes of weights that a decode step reads.
@@ -34,6 +37,11 @@ pub struct Info {
 }
 
 impl Info {
+    /// Bytes of keys and values of a token, over all layers.
+    pub fn kv_bytes_per_token(&self) -> u64 {
+        self.page_bytes / u64::from(self.limits.page_size)
+    }
+
     /// Bytes of the KV cache, its dummy page included.
     pub fn kv_bytes(&self) -> u64 {
         self.page_bytes * (u64::from(self.limits.pages) + 1)

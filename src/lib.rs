@@ -25,6 +25,7 @@
 //! need the checkpoint's `tokenizer.json` and chat template. A request that can't run does not disturb the others: its
 //! completion is [`FinishReason::Rejected`] and says why. [`Error`] is for what stops everything.
 
+pub mod bench;
 mod builder;
 pub mod bulk;
 mod chat;

@@ -260,6 +260,7 @@ impl Opening<'_> {
             backend: self.name,
             device: engine.info().name,
             limits,
+            dims: *engine.model().dims(),
             vocab: policy.vocab,
             weight_bytes: engine.model().weight_bytes(),
             page_bytes,

@@ -59,6 +59,9 @@ impl fmt::Display for Source {
 pub struct Lengths(RangeInclusive<u32>);
 
 impl Lengths {
+    /// Of prompts and of outputs alike in mini-sglang's benchmark.
+    pub const BENCHMARK: Lengths = Lengths(100..=1024);
+
     /// Lengths from `first` to `last`, both included.
     ///
     /// # Errors
@@ -69,6 +72,16 @@ impl Lengths {
             _ if first > last => Err(format!("{first}..{last} is empty; write the shorter length first")),
             _ => Ok(Lengths(first..=last)),
         }
+    }
+
+    /// Lengths from 1 to `last`, or 1 alone where that is less.
+    pub fn up_to(last: u32) -> Self {
+        Lengths(1..=last.max(1))
+    }
+
+    /// The longest one.
+    pub fn longest(&self) -> u32 {
+        *self.0.end()
     }
 }
 

@@ -1,0 +1,134 @@
+//! Offline throughput: `offline-bench --seed 0 --n 256 --model qwen3-0.6b --workload minisgl`.
+
+use std::io;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use indicatif::{ProgressBar, ProgressStyle};
+use minisgl::bench::{self, Ceilings, Plan};
+use minisgl::workload::{Lengths, Source, Workload};
+use minisgl::{Cause, Llm, Options, SamplingParams, with_shared_flags};
+
+with_shared_flags! {
+    /// Generates for random prompts as fast as it can and reports tokens a second. The exit status is 1 if runs or
+    /// verified requests disagree in a token.
+    struct Flags {
+        /// of the random prompts and lengths; request i draws its tokens with seed + i (default 0)
+        #[argh(option, default = "0")]
+        seed: u64,
+        /// requests (default 256)
+        #[argh(option, default = "256")]
+        n: usize,
+        /// checkpoint directory, or a preset with dummy weights: tiny, qwen3-0.6b, -1.7b, -4b, -8b, -14b (default:
+        /// qwen3-0.6b on a GPU, tiny on the CPU)
+        #[argh(option)]
+        model: Option<String>,
+        /// random numbers: pcg (default), or minisgl, those of mini-sglang's benchmark
+        #[argh(option, default = "Source::Pcg")]
+        workload: Source,
+        /// prompt lengths, both ends included (default 100..1024)
+        #[argh(option, default = "Lengths::BENCHMARK")]
+        input_len: Lengths,
+        /// output lengths, both ends included (default 100..1024)
+        #[argh(option, default = "Lengths::BENCHMARK")]
+        output_len: Lengths,
+        /// timed runs, each with an empty prefix cache (default 1)
+        #[argh(option, default = "1")]
+        runs: usize,
+        /// run the whole workload once before the clock starts
+        #[argh(switch)]
+        warmup: bool,
+        /// run this many of the requests again alone and compare their tokens (default 0)
+        #[argh(option, default = "0")]
+        verify: usize,
+        /// write the report to this file, for machines
+        #[argh(option)]
+        json: Option<PathBuf>,
+        /// write the last run's timeline to this file; ui.perfetto.dev opens it
+        #[argh(option)]
+        trace: Option<PathBuf>,
+        /// memory bandwidth in GB/s that the floor is computed with; goes with --matmul
+        #[argh(option)]
+        bandwidth: Option<f64>,
+        /// matrix product rate in TFLOP/s that the floor is computed with; goes with --bandwidth
+        #[argh(option)]
+        matmul: Option<f64>,
+    }
+}
+
+fn main() -> ExitCode {
+    match offline_bench(&argh::from_env()) {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            eprintln!("offline-bench: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Did the runs agree?
+fn offline_bench(flags: &Flags) -> Result<bool, Cause> {
+    let plan = flags.plan()?;
+    let mut llm = Llm::builder(flags.model()).options(flags.options()).build()?;
+    println!("{}", llm.info());
+    let bar = ProgressBar::new(0);
+    bar.set_style(ProgressStyle::with_template("{prefix} {wide_bar} {pos}/{len} tokens, {eta} left")?);
+    let report = bench::run(&mut llm, &plan, &mut io::stdout().lock(), &mut |progress| {
+        bar.set_prefix(format!("run {}", progress.run));
+        bar.set_length(progress.of);
+        bar.set_position(progress.tokens);
+    });
+    bar.finish_and_clear();
+    Ok(report?.is_sound())
+}
+
+impl Flags {
+    fn plan(&self) -> Result<Plan, Cause> {
+        if self.n == 0 || self.runs == 0 {
+            return Err("--n and --runs must be at least 1".into());
+        }
+        let sampling = self.sampling(SamplingParams { temperature: 0.6, ..SamplingParams::default() });
+        sampling.check()?;
+        Ok(Plan {
+            workload: Workload {
+                source: self.workload,
+                seed: self.seed,
+                requests: self.n,
+                input: self.input_len.clone(),
+                output: self.output_len.clone(),
+            },
+            sampling,
+            runs: self.runs,
+            warm_up: self.warmup,
+            verify: self.verify,
+            ceilings: self.ceilings()?,
+            json: self.json.clone(),
+            trace: self.trace.clone(),
+        })
+    }
+
+    fn ceilings(&self) -> Result<Option<Ceilings>, Cause> {
+        match (self.bandwidth, self.matmul) {
+            (None, None) => Ok(None),
+            (Some(gb), Some(tflop)) if gb > 0.0 && tflop > 0.0 => {
+                Ok(Some(Ceilings { bytes_per_s: gb * 1e9, flop_per_s: tflop * 1e12 }))
+            }
+            _ => Err("--bandwidth (GB/s) and --matmul (TFLOP/s) go together and must be above 0".into()),
+        }
+    }
+
+    /// Sequences need be no longer than the workload's longest.
+    fn options(&self) -> Options {
+        let longest = self.input_len.longest().saturating_add(self.output_len.longest());
+        let options = self.engine_options();
+        Options { max_seq_len: options.max_seq_len.or(Some(longest)), ..options }
+    }
+
+    fn model(&self) -> String {
+        self.model.clone().unwrap_or_else(|| {
+            println!("No GPU and no --model: the preset `tiny` on the CPU.");
+            "tiny".to_owned()
+        })
+    }
+}

@@ -1,0 +1,152 @@
+//! The least time a run could take on a device: the bytes it must read and the operations it must do, over what the
+//! device reaches at best.
+//!
+//! ```text
+//!   decode   reads   context of every row x KV bytes a token      once a step and row
+//!                    weights, head included                       once a step
+//!   prefill  does    2 operations a weight and token              layers alone; the head sees one token a prompt
+//!                    4 x heads x head_dim x layers                a token and token attended to
+//! ```
+//!
+//! Decode is taken to be bound by bytes and prefill by operations, and the two not to overlap. What else a step does
+//! (activations, sampling, launching) counts as nothing, so no run reaches the floor.
+
+use minisgl_core::backend::Dims;
+use minisgl_core::stats::Stats;
+use serde::Serialize;
+
+/// What a device reaches at best.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct Ceilings {
+    /// Bytes read a second.
+    pub bytes_per_s: f64,
+    /// Operations of a large matrix product a second, a multiplication and an addition counted as two.
+    pub flop_per_s: f64,
+}
+
+/// What a model costs, by unit of work.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct Costs {
+    /// Bytes of weights that a decode step reads.
+    pub weight_bytes_per_step: u64,
+    /// Bytes of keys and values of a token, over all layers.
+    pub kv_bytes_per_token: u64,
+    /// Operations of all layers' matrices for a token.
+    pub flop_per_token: u64,
+    /// Operations of all layers' attention for a token and one token attended to.
+    pub flop_per_context: u64,
+}
+
+impl Costs {
+    /// The costs of a decoder; bytes are as the device stores them.
+    pub fn new(dims: &Dims, weight_bytes_per_step: u64, kv_bytes_per_token: u64) -> Self {
+        let layers = u64::from(dims.layers);
+        let (hidden, mlp) = (u64::from(dims.hidden), u64::from(dims.intermediate));
+        let (q, qkv) = (dims.q_width() as u64, dims.qkv_width() as u64);
+        Costs {
+            weight_bytes_per_step,
+            kv_bytes_per_token,
+            flop_per_token: 2 * layers * hidden * (qkv + q + 3 * mlp),
+            flop_per_context: 4 * layers * q,
+        }
+    }
+
+    /// What a run that is counted in `stats` had to read and do.
+    pub fn work(&self, stats: &Stats) -> Work {
+        Work {
+            kv_bytes: stats.decode_context * self.kv_bytes_per_token,
+            weight_bytes: stats.decode_steps * self.weight_bytes_per_step,
+            prefill_flop: stats.prefill_tokens * self.flop_per_token
+                + stats.prefill_context * self.flop_per_context,
+        }
+    }
+}
+
+/// What a run must read and do, whatever the kernels.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct Work {
+    /// Keys and values that decode attention reads.
+    pub kv_bytes: u64,
+    /// Weights that decode steps read.
+    pub weight_bytes: u64,
+    /// Operations of prefill.
+    pub prefill_flop: u64,
+}
+
+impl Work {
+    /// Seconds that decode steps and prefill steps take at least.
+    pub fn floor(&self, ceilings: &Ceilings) -> Floor {
+        let decode_s = (self.kv_bytes + self.weight_bytes) as f64 / ceilings.bytes_per_s;
+        let prefill_s = self.prefill_flop as f64 / ceilings.flop_per_s;
+        Floor { decode_s, prefill_s, seconds: decode_s + prefill_s }
+    }
+}
+
+/// The least time, by phase.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct Floor {
+    /// Seconds of decode steps.
+    pub decode_s: f64,
+    /// Seconds of prefill steps.
+    pub prefill_s: f64,
+    /// Both.
+    pub seconds: f64,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::workload::{Lengths, Source, Workload};
+
+    /// Qwen3-0.6B.
+    const DIMS: Dims = Dims {
+        layers: 28,
+        hidden: 1024,
+        heads: 16,
+        kv_heads: 8,
+        head_dim: 128,
+        intermediate: 3072,
+        vocab: 151_936,
+        norm_eps: 1e-6,
+    };
+
+    fn triangle(n: u64) -> u64 {
+        n * (n + 1) / 2
+    }
+
+    /// What the scheduler counts when all requests of the workload decode together: token 1 comes from prefill, and
+    /// the step that draws token i + 1 attends to the prompt and i tokens.
+    fn stats_of_published_workload() -> Stats {
+        let lengths = Lengths::new(100, 1024).unwrap();
+        let workload = Workload {
+            source: Source::Minisgl,
+            seed: 0,
+            requests: 256,
+            input: lengths.clone(),
+            output: lengths,
+        };
+        let mut stats = Stats::default();
+        for item in workload.draw(DIMS.vocab) {
+            let (prompt, decoded) = (item.prompt.len() as u64, u64::from(item.output_tokens) - 1);
+            stats.prefill_tokens += prompt;
+            stats.prefill_context += triangle(prompt);
+            stats.decode_context += prompt * decoded + triangle(decoded);
+            stats.decode_steps = stats.decode_steps.max(decoded);
+        }
+        stats
+    }
+
+    #[test]
+    fn the_floor_of_the_published_workload_on_an_h100_is_five_seconds() {
+        let weights = 880_803_840 + 311_164_928; // layers, head
+        let costs = Costs::new(&DIMS, weights, 114_688);
+        assert_eq!(costs.flop_per_token, 880_803_840);
+        let work = costs.work(&stats_of_published_workload());
+        assert!((13.8e12..13.9e12).contains(&(work.kv_bytes as f64)), "{work:?}");
+        assert_eq!(work.weight_bytes, 1023 * weights);
+        assert!((0.13e15..0.14e15).contains(&(work.prefill_flop as f64)), "{work:?}");
+        let floor = work.floor(&Ceilings { bytes_per_s: 3.11e12, flop_per_s: 786e12 });
+        assert!((4.95..5.05).contains(&floor.seconds), "{floor:?}");
+        assert_eq!(floor.seconds, floor.decode_s + floor.prefill_s);
+    }
+}

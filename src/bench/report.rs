@@ -1,0 +1,139 @@
+//! What is said of a benchmark as a whole: what ran on what, every run, and how far the runs agree.
+
+use std::fmt;
+
+use serde::Serialize;
+
+use super::floor::Costs;
+use super::run_report::RunReport;
+use super::summary::Spread;
+use super::verify::Verification;
+use crate::info::Info;
+
+/// All runs, and what they ran on. Displayed, it is what goes below the runs' tables.
+#[derive(Clone, Debug, Serialize)]
+pub struct BenchReport {
+    /// The command line.
+    pub command: Vec<String>,
+    /// When it ended, in seconds since 1970.
+    pub unix_time: u64,
+    /// Checkpoint directory or preset.
+    pub model: String,
+    /// `cpu` or `cuda`.
+    pub backend: &'static str,
+    /// The device's name.
+    pub device: String,
+    /// What ran.
+    pub workload: WorkloadReport,
+    /// The capacities it ran with.
+    pub engine: EngineReport,
+    /// What a unit of work costs.
+    pub costs: Costs,
+    /// One entry a run.
+    pub runs: Vec<RunReport>,
+    /// Output tokens a second over the runs.
+    pub tokens_per_s: Option<Spread>,
+    /// Do all runs' outputs agree?
+    pub same_output: bool,
+    /// Where asked for.
+    pub verification: Option<Verification>,
+}
+
+/// What ran.
+#[derive(Clone, Debug, Serialize)]
+pub struct WorkloadReport {
+    /// `pcg` or `minisgl`.
+    pub source: String,
+    /// Of the generator.
+    pub seed: u64,
+    /// How many.
+    pub requests: usize,
+    /// Tokens of all prompts.
+    pub prompt_tokens: usize,
+    /// Tokens to be drawn.
+    pub output_tokens: u64,
+    /// 0 is greedy.
+    pub temperature: f32,
+}
+
+/// Capacities of the engine, and how long it took to get ready.
+#[derive(Clone, Debug, Serialize)]
+pub struct EngineReport {
+    /// Requests at once.
+    pub max_running: u32,
+    /// Tokens of a sequence.
+    pub max_seq_len: u32,
+    /// Tokens of a prefill step.
+    pub max_prefill_tokens: u32,
+    /// Tokens of a KV page.
+    pub page_size: u32,
+    /// KV pages.
+    pub num_pages: u32,
+    /// Rows of the largest recorded decode step.
+    pub max_graph_batch: u32,
+    /// Seconds to open the device and load the weights.
+    pub load_seconds: f64,
+    /// Seconds to allocate everything else and record the decode steps.
+    pub capture_seconds: f64,
+}
+
+impl EngineReport {
+    /// As the engine says of itself.
+    pub fn new(info: &Info) -> Self {
+        EngineReport {
+            max_running: info.limits.running,
+            max_seq_len: info.limits.sequence,
+            max_prefill_tokens: info.limits.prefill_tokens,
+            page_size: info.limits.page_size,
+            num_pages: info.limits.pages,
+            max_graph_batch: info.limits.graph_rows,
+            load_seconds: info.load_seconds,
+            capture_seconds: info.capture_seconds,
+        }
+    }
+}
+
+impl BenchReport {
+    /// Did every check pass that the output can fail?
+    pub fn is_sound(&self) -> bool {
+        self.same_output && self.verification.as_ref().is_none_or(|verified| verified.different.is_empty())
+    }
+}
+
+impl fmt::Display for WorkloadReport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let WorkloadReport { source, seed, requests, prompt_tokens, output_tokens, temperature } = self;
+        write!(
+            f,
+            "{requests} requests ({source}, seed {seed}): {prompt_tokens} prompt and {output_tokens} output tokens, \
+             temperature {temperature}"
+        )
+    }
+}
+
+impl fmt::Display for BenchReport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let runs = self.runs.len();
+        if let Some(rates) = self.tokens_per_s.filter(|_| runs > 1) {
+            let Spread { median, min, max } = rates;
+            writeln!(
+                f,
+                "Median of {runs} runs: {median:.2}tok/s, from {min:.2} to {max:.2} (spread {:.2}%)",
+                100.0 * rates.width()
+            )?;
+        }
+        if !self.same_output {
+            writeln!(f, "The runs' outputs DIFFER: see their hashes")?;
+        }
+        match &self.verification {
+            Some(Verification { requests, different }) if different.is_empty() => {
+                writeln!(f, "Verified: {requests} requests alone give the same tokens")
+            }
+            Some(Verification { requests, different }) => {
+                let count = different.len();
+                writeln!(f, "Verified: {count} of {requests} requests alone give OTHER tokens: {different:?}")
+            }
+            None => Ok(()),
+        }
+    }
+}

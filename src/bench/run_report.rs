@@ -1,0 +1,319 @@
+//! What is said of a run: one structure, written as a table for people and as JSON for machines.
+//!
+//! ```text
+//!   Measurement ──┐
+//!   Costs ────────┼──> RunReport ──┬── Display: the `Total:` line and the table below it
+//!   Ceilings? ────┘                └── Serialize: an entry of `runs`
+//! ```
+
+use std::fmt;
+
+use minisgl_core::stats::Stats;
+use serde::Serialize;
+
+use super::floor::{Ceilings, Costs, Floor, Work};
+use super::measure::{Measurement, output_hash};
+use super::summary::Percentiles;
+use crate::request::{Phase, StepTiming};
+
+/// Steps of one phase.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
+pub struct PhaseReport {
+    /// Tokens run, padding not included.
+    pub tokens: u64,
+    /// Steps.
+    pub steps: u64,
+    /// Rows of a step on average, padding not included in decode steps.
+    pub mean_rows: f64,
+    /// Seconds on the device.
+    pub seconds: f64,
+}
+
+/// Where the device waited for the host.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
+pub struct Idle {
+    /// Seconds between the end of a step and the start of the next, over the run.
+    pub seconds: f64,
+    /// The longest such gap, in milliseconds.
+    pub longest_ms: f64,
+}
+
+/// How near a run came to the least time that the device allows.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct FloorReport {
+    /// What the device reaches at best.
+    pub ceilings: Ceilings,
+    /// The least time.
+    pub floor: Floor,
+    /// The least time as a share of the time taken.
+    pub share: f64,
+}
+
+/// All that is said of one run.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct RunReport {
+    /// Output tokens.
+    pub total_tokens: u64,
+    /// Seconds that the whole run took.
+    pub seconds: f64,
+    /// Output tokens a second.
+    pub tokens_per_s: f64,
+    /// Prompts, and what retracted requests ran again.
+    pub prefill: PhaseReport,
+    /// One token a row.
+    pub decode: PhaseReport,
+    /// Rows of decode steps that were padding, as a share of all.
+    pub padding_share: f64,
+    /// Most rows of a decode step.
+    pub rows_peak: u32,
+    /// Between steps.
+    pub device_idle: Idle,
+    /// From the start of the run to a request's first token, in milliseconds.
+    pub first_token_ms: Percentiles,
+    /// From one token of a request to the next, in milliseconds.
+    pub between_tokens_ms: Percentiles,
+    /// Most KV pages held at once.
+    pub pages_peak: u32,
+    /// Requests that gave their pages back and ran again.
+    pub retractions: u64,
+    /// Prompt tokens found in the prefix cache; random prompts have none.
+    pub cached_tokens: u64,
+    /// Outputs that a limit cut short of what the workload asks for.
+    pub outputs_cut: usize,
+    /// Fingerprint of all output tokens, in hexadecimal digits.
+    pub output_hash: String,
+    /// What had to be read and done.
+    pub work: Work,
+    /// The least time it could have taken; `None` where the device's ceilings are not known.
+    pub floor: Option<FloorReport>,
+}
+
+impl RunReport {
+    /// Sums a run up.
+    pub fn new(run: &mut Measurement, costs: &Costs, ceilings: Option<Ceilings>) -> Self {
+        let Stats { padding_rows, decode_tokens, .. } = run.stats;
+        let total_tokens = run.stats.output_tokens;
+        let work = costs.work(&run.stats);
+        let floor_report = |ceilings: Ceilings| {
+            let floor = work.floor(&ceilings);
+            FloorReport { ceilings, floor, share: floor.seconds / run.seconds }
+        };
+        RunReport {
+            total_tokens,
+            seconds: run.seconds,
+            tokens_per_s: total_tokens as f64 / run.seconds,
+            prefill: prefill(run),
+            decode: decode(run),
+            padding_share: ratio(padding_rows as f64, (padding_rows + decode_tokens) as f64),
+            rows_peak: run.stats.rows_peak,
+            device_idle: idle(&run.steps),
+            first_token_ms: Percentiles::of(&mut run.first_token_ms),
+            between_tokens_ms: Percentiles::of(&mut run.between_tokens_ms),
+            pages_peak: run.stats.pages_peak,
+            retractions: run.stats.retractions,
+            cached_tokens: run.completions.iter().map(|one| u64::from(one.cached_tokens)).sum(),
+            outputs_cut: run.completions.iter().filter(|one| one.warning.is_some()).count(),
+            output_hash: format!("{:016x}", output_hash(&run.completions)),
+            work,
+            floor: ceilings.map(floor_report),
+        }
+    }
+}
+
+fn prefill(run: &Measurement) -> PhaseReport {
+    let steps = run.steps.iter().filter(|step| step.phase == Phase::Prefill);
+    let rows: u64 = steps.map(|step| u64::from(step.rows)).sum();
+    let Stats { prefill_tokens, prefill_steps, .. } = run.stats;
+    PhaseReport {
+        tokens: prefill_tokens,
+        steps: prefill_steps,
+        mean_rows: ratio(rows as f64, prefill_steps as f64),
+        seconds: device_seconds(&run.steps, Phase::Prefill),
+    }
+}
+
+fn decode(run: &Measurement) -> PhaseReport {
+    let Stats { decode_tokens, decode_steps, .. } = run.stats;
+    PhaseReport {
+        tokens: decode_tokens,
+        steps: decode_steps,
+        mean_rows: ratio(decode_tokens as f64, decode_steps as f64),
+        seconds: device_seconds(&run.steps, Phase::Decode),
+    }
+}
+
+fn device_seconds(steps: &[StepTiming], phase: Phase) -> f64 {
+    let of_phase = steps.iter().filter(|step| step.phase == phase);
+    of_phase.map(|step| f64::from(step.gpu_ms) / 1e3).sum()
+}
+
+fn idle(steps: &[StepTiming]) -> Idle {
+    let gap_ms = |pair: &[StepTiming]| {
+        let end_ms = f64::from(pair[0].start_ms) + f64::from(pair[0].gpu_ms);
+        (f64::from(pair[1].start_ms) - end_ms).max(0.0)
+    };
+    let gaps_ms = steps.windows(2).map(gap_ms);
+    Idle { seconds: gaps_ms.clone().sum::<f64>() / 1e3, longest_ms: gaps_ms.fold(0.0, f64::max) }
+}
+
+/// 0 where there is nothing to divide by.
+fn ratio(part: f64, whole: f64) -> f64 {
+    if whole == 0.0 { 0.0 } else { part / whole }
+}
+
+impl fmt::Display for RunReport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let RunReport { total_tokens, seconds, tokens_per_s, prefill, decode, .. } = self;
+        writeln!(f, "Total: {total_tokens}tok, Time: {seconds:.2}s, Throughput: {tokens_per_s:.2}tok/s")?;
+        for (name, phase) in [("prefill", prefill), ("decode", decode)] {
+            let PhaseReport { tokens, steps, mean_rows, seconds } = phase;
+            writeln!(
+                f,
+                "  {name:<13} {tokens} tokens in {steps} steps of {mean_rows:.1} rows on average, {seconds:.3} s"
+            )?;
+        }
+        let (padding, peak) = (100.0 * self.padding_share, self.rows_peak);
+        writeln!(f, "  decode rows   {peak} at the peak, {padding:.1}% of all rows padding")?;
+        let Idle { seconds: idle_s, longest_ms } = self.device_idle;
+        let idle_share = 100.0 * ratio(idle_s, self.seconds);
+        writeln!(
+            f,
+            "  device idle   {idle_s:.3} s between steps ({idle_share:.1}%), at most {longest_ms:.3} ms"
+        )?;
+        let Percentiles { p50, p99 } = self.first_token_ms;
+        writeln!(f, "  TTFT          p50 {p50:.2} ms, p99 {p99:.2} ms")?;
+        let Percentiles { p50, p99 } = self.between_tokens_ms;
+        writeln!(f, "  ITL           p50 {p50:.2} ms, p99 {p99:.2} ms")?;
+        writeln!(f, "  KV pages      {} at the peak, {} retractions", self.pages_peak, self.retractions)?;
+        match self.cached_tokens {
+            0 => writeln!(f, "  prefix cache  0 prompt tokens found")?,
+            found => writeln!(f, "  prefix cache  CONTAMINATED: {found} prompt tokens were not computed")?,
+        }
+        if self.outputs_cut > 0 {
+            writeln!(f, "  outputs cut   {} by the sequence limit or the pool", self.outputs_cut)?;
+        }
+        writeln!(f, "  output hash   {}", self.output_hash)?;
+        self.fmt_floor(f)
+    }
+}
+
+impl RunReport {
+    fn fmt_floor(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Work { kv_bytes, weight_bytes, prefill_flop } = self.work;
+        let (kv, weights, flop) = (Si(kv_bytes), Si(weight_bytes), Si(prefill_flop));
+        writeln!(f, "  least work    {kv}B of KV and {weights}B of weights read, {flop}FLOP of prefill")?;
+        let Some(FloorReport { ceilings, floor, share }) = self.floor else { return Ok(()) };
+        writeln!(
+            f,
+            "  floor         {:.2} s = {:.0} tok/s at {:.0} GB/s and {:.0} TFLOP/s: {:.1}% reached",
+            floor.seconds,
+            ratio(self.total_tokens as f64, floor.seconds),
+            ceilings.bytes_per_s / 1e9,
+            ceilings.flop_per_s / 1e12,
+            100.0 * share
+        )
+    }
+}
+
+/// A count with three or four digits and a decimal prefix: `1.25 G`.
+struct Si(u64);
+
+impl fmt::Display for Si {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let prefixes = [(1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")];
+        let value = self.0 as f64;
+        let (unit, prefix) = prefixes.into_iter().find(|(unit, _)| value >= *unit).unwrap_or((1.0, ""));
+        write!(f, "{:.2} {prefix}", value / unit)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    fn step(phase: Phase, rows: u32, start_ms: f32, gpu_ms: f32) -> StepTiming {
+        let (host_start, host_time) = (Duration::ZERO, Duration::ZERO);
+        StepTiming { phase, rows, tokens: rows, start_ms, gpu_ms, host_start, host_time }
+    }
+
+    const COSTS: Costs = Costs {
+        weight_bytes_per_step: 100,
+        kv_bytes_per_token: 10,
+        flop_per_token: 1000,
+        flop_per_context: 1,
+    };
+
+    fn measurement() -> Measurement {
+        Measurement {
+            seconds: 2.0,
+            stats: Stats {
+                prefill_steps: 1,
+                decode_steps: 2,
+                prefill_tokens: 8,
+                prefill_context: 20,
+                decode_tokens: 6,
+                padding_rows: 2,
+                output_tokens: 8,
+                decode_context: 40,
+                rows_peak: 4,
+                pages_peak: 3,
+                ..Stats::default()
+            },
+            steps: vec![
+                step(Phase::Prefill, 4, 100.0, 50.0),
+                step(Phase::Decode, 4, 150.0, 10.0),
+                step(Phase::Decode, 2, 165.0, 20.0),
+            ],
+            first_token_ms: vec![50.0, 51.0],
+            between_tokens_ms: vec![12.0, 10.0, 11.0],
+            completions: Vec::new(),
+        }
+    }
+
+    #[test]
+    fn the_first_line_is_the_one_that_tools_read() {
+        let report = RunReport::new(&mut measurement(), &COSTS, None);
+        let text = report.to_string();
+        assert_eq!(text.lines().next(), Some("Total: 8tok, Time: 2.00s, Throughput: 4.00tok/s"));
+        assert!(!text.contains("floor"), "no ceilings, no floor: {text}");
+    }
+
+    #[test]
+    fn times_are_split_by_phase_and_gaps_between_steps_are_idle() {
+        let report = RunReport::new(&mut measurement(), &COSTS, None);
+        assert!((report.prefill.seconds - 0.05).abs() < 1e-9);
+        assert!((report.decode.seconds - 0.03).abs() < 1e-9);
+        assert_eq!(report.prefill.mean_rows, 4.0);
+        assert_eq!(report.decode.mean_rows, 3.0);
+        assert_eq!(report.padding_share, 0.25);
+        assert!((report.device_idle.seconds - 0.005).abs() < 1e-9);
+        assert!((report.device_idle.longest_ms - 5.0).abs() < 1e-4);
+    }
+
+    #[test]
+    fn the_share_of_the_floor_is_its_time_over_the_time_taken() {
+        let ceilings = Ceilings { bytes_per_s: 600.0, flop_per_s: 80_200.0 };
+        let report = RunReport::new(&mut measurement(), &COSTS, Some(ceilings));
+        assert_eq!(report.work, Work { kv_bytes: 400, weight_bytes: 200, prefill_flop: 8020 });
+        let reached = report.floor.unwrap();
+        assert!((reached.floor.seconds - 1.1).abs() < 1e-9, "1 s of bytes and 0.1 s of operations");
+        assert!((reached.share - 0.55).abs() < 1e-9);
+        assert!(report.to_string().contains("55.0% reached"));
+    }
+
+    #[test]
+    fn large_counts_are_written_with_a_prefix() {
+        let text = |count| Si(count).to_string();
+        assert_eq!([text(13_850_000_000_000), text(999), text(1000)], ["13.85 T", "999.00 ", "1.00 k"]);
+    }
+
+    #[test]
+    fn prefix_cache_hits_are_called_contamination() {
+        let clean = RunReport::new(&mut measurement(), &COSTS, None);
+        assert!(!clean.to_string().contains("CONTAMINATED"));
+        let hit = RunReport { cached_tokens: 32, ..clean };
+        assert!(hit.to_string().contains("CONTAMINATED: 32 prompt tokens"));
+    }
+}

@@ -1,0 +1,176 @@
+//! `offline-bench` as a user runs it, on the tiny preset.
+
+use std::path::PathBuf;
+use std::process::{Command, Output};
+
+use serde_json::Value;
+
+/// Runs the binary on a small workload, unless `flags` say otherwise.
+fn bench(flags: &[&str]) -> Output {
+    let small = [["--backend", "cpu"], ["--n", "6"], ["--input-len", "5..40"], ["--output-len", "3..24"]];
+    let small = small.iter().filter(|flag| !flags.contains(&flag[0])).flatten();
+    let mut command = Command::new(env!("CARGO_BIN_EXE_offline-bench"));
+    command.env_remove("MINISGL_DISABLE_OVERLAP_SCHEDULING").args(small).args(flags).output().unwrap()
+}
+
+fn stdout(output: &Output) -> String {
+    assert!(output.status.success(), "{output:?}");
+    String::from_utf8(output.stdout.clone()).unwrap()
+}
+
+fn complaint(flags: &[&str]) -> String {
+    let output = bench(flags);
+    assert!(!output.status.success(), "{flags:?} should be refused");
+    String::from_utf8(output.stderr).unwrap()
+}
+
+/// The values behind a row's name in each run's table.
+fn rows<'a>(text: &'a str, name: &str) -> Vec<&'a str> {
+    text.lines().filter_map(|line| line.trim().strip_prefix(name)).map(str::trim).collect()
+}
+
+/// A file of this test process that does not exist yet.
+fn fresh(name: &str) -> PathBuf {
+    let path = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join(format!("{}-{name}", std::process::id()));
+    let _ = std::fs::remove_file(&path);
+    path
+}
+
+fn read_json(path: &PathBuf) -> Value {
+    serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap()
+}
+
+#[test]
+fn the_line_that_tools_read_has_tokens_time_and_their_ratio() {
+    let text = stdout(&bench(&["--seed", "3"]));
+    assert!(text.contains("preset `tiny` on the CPU"), "{text}");
+    let line = text.lines().find(|line| line.starts_with("Total: ")).expect(&text);
+    let numbers: Vec<f64> = line
+        .split(", ")
+        .zip([("Total: ", "tok"), ("Time: ", "s"), ("Throughput: ", "tok/s")])
+        .map(|(part, (name, unit))| {
+            let number = part.strip_prefix(name).and_then(|rest| rest.strip_suffix(unit));
+            number.unwrap_or_else(|| panic!("{line}")).parse().unwrap()
+        })
+        .collect();
+    let [tokens, seconds, rate] = numbers[..] else { panic!("{line}") };
+    assert!((6.0 * 3.0..=6.0 * 24.0).contains(&tokens));
+    // Seconds are rounded to a hundredth.
+    assert!((tokens / rate - seconds).abs() <= 0.006, "{line}");
+}
+
+#[test]
+fn settings_that_only_concern_speed_do_not_change_a_token() {
+    let hash = |flags: &[&str]| {
+        let text = stdout(&bench(flags));
+        let hashes = rows(&text, "output hash");
+        assert_eq!(hashes.len(), 1, "{text}");
+        hashes[0].to_owned()
+    };
+    let base = hash(&[]);
+    for flags in [
+        &["--no-overlap"][..],
+        &["--no-prefix-cache"],
+        &["--max-graph-batch", "0"],
+        &["--max-running", "2"],
+        &["--max-prefill-tokens", "7"],
+        &["--page-size", "32"],
+        &["--num-pages", "5"],
+        &["--order", "longest-output-first"],
+        &["--warmup"],
+    ] {
+        assert_eq!(hash(flags), base, "{flags:?}");
+    }
+    assert_ne!(hash(&["--seed", "1"]), base);
+    assert_ne!(hash(&["--temperature", "0"]), base);
+}
+
+#[test]
+fn runs_agree_requests_alone_agree_and_no_run_is_served_by_the_one_before() {
+    let text = stdout(&bench(&["--runs", "3", "--verify", "4"]));
+    let hashes = rows(&text, "output hash");
+    assert_eq!(hashes.len(), 3);
+    assert!(hashes.iter().all(|hash| *hash == hashes[0]));
+    assert_eq!(rows(&text, "prefix cache"), ["0 prompt tokens found"; 3]);
+    assert_eq!(rows(&text, "Median of 3 runs:").len(), 1);
+    assert_eq!(rows(&text, "Verified:"), ["4 requests alone give the same tokens"]);
+}
+
+#[test]
+fn the_report_for_machines_says_what_the_table_says() {
+    let path = fresh("report.json");
+    let flags = ["--runs", "2", "--json", path.to_str().unwrap(), "--bandwidth", "10", "--matmul", "0.1"];
+    let text = stdout(&bench(&flags));
+    let report = read_json(&path);
+    assert_eq!(report["model"], "tiny");
+    assert_eq!(report["backend"], "cpu");
+    assert_eq!(report["workload"]["requests"], 6);
+    assert_eq!(report["same_output"], true);
+    let runs = report["runs"].as_array().unwrap();
+    assert_eq!(runs.len(), 2);
+    assert_eq!(rows(&text, "output hash"), [runs[0]["output_hash"].as_str().unwrap(); 2]);
+    for run in runs {
+        assert_eq!(run["total_tokens"], report["workload"]["output_tokens"]);
+        assert_eq!(run["prefill"]["tokens"], report["workload"]["prompt_tokens"]);
+        // The first token of each request comes from prefill.
+        assert_eq!(run["decode"]["tokens"].as_u64().unwrap() + 6, run["total_tokens"].as_u64().unwrap());
+        let share = run["floor"]["share"].as_f64().unwrap();
+        let floor_s = run["floor"]["floor"]["seconds"].as_f64().unwrap();
+        assert!((share * run["seconds"].as_f64().unwrap() / floor_s - 1.0).abs() < 1e-9);
+    }
+}
+
+#[test]
+fn the_timeline_holds_every_step_of_the_run_in_order() {
+    let (trace, json) = (fresh("trace.json"), fresh("of-trace.json"));
+    stdout(&bench(&["--trace", trace.to_str().unwrap(), "--json", json.to_str().unwrap()]));
+    let (trace, report) = (read_json(&trace), read_json(&json));
+    let events = trace["traceEvents"].as_array().unwrap();
+    let starts = |name: &str| -> Vec<f64> {
+        let named = events.iter().filter(|event| event["ph"] == "X" && event["name"] == name);
+        named.map(|event| event["ts"].as_f64().unwrap()).collect()
+    };
+    for phase in ["prefill", "decode"] {
+        assert_eq!(report["runs"][0][phase]["steps"], starts(phase).len(), "{phase}");
+        assert!(starts(phase).is_sorted(), "{phase}");
+    }
+}
+
+#[test]
+fn the_minisgl_workload_has_its_own_requests() {
+    let path = fresh("minisgl.json");
+    let flags = ["--workload", "minisgl", "--json", path.to_str().unwrap()];
+    let line = stdout(&bench(&flags));
+    assert!(line.contains("6 requests (minisgl, seed 0)"), "{line}");
+    assert_ne!(
+        rows(&line, "output hash"),
+        rows(&stdout(&bench(&["--workload", "pcg"])), "output hash"),
+        "other requests, other tokens"
+    );
+}
+
+#[test]
+fn bad_flags_are_refused_with_what_to_do() {
+    for (flags, expected) in [
+        (&["--input-len", "9..5"][..], "write the shorter length first"),
+        (&["--output-len", "0..5"], "the shortest length is 1"),
+        (&["--workload", "mt"], "use pcg or minisgl"),
+        (&["--backend", "tpu"], "use auto, cpu or cuda"),
+        (&["--temperature", "-1"], "temperature is -1"),
+        (&["--temperature", "NaN"], "temperature is NaN"),
+        (&["--top-p", "0"], "top_p is 0"),
+        (&["--runs", "0"], "must be at least 1"),
+        (&["--n", "0"], "must be at least 1"),
+        (&["--page-size", "24"], "not a power of two"),
+        (&["--max-running", "0"], "must be at least 1"),
+        (&["--max-seq-len", "8"], "--max-seq-len"),
+        (&["--bandwidth", "100"], "go together"),
+        (&["--model", "qwen3-0.6"], "qwen3-0.6b"),
+        (&["--json", "/nonexistent/report.json"], "/nonexistent/report.json can't be written"),
+        (&["--frobnicate"], "--frobnicate"),
+    ] {
+        let error = complaint(flags);
+        assert!(error.contains(expected), "{flags:?}: {error}");
+        assert!(!error.contains("panicked"), "{flags:?}: {error}");
+    }
+}
