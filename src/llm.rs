@@ -306,3 +306,120 @@ impl Opening<'_> {
         Ok(limits)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::error::Cause;
+    use crate::request::FinishReason;
+    use crate::runner::Sink;
+    use minisgl_core::engine::StepReport;
+    use minisgl_core::request::{self as core, Event, SubmitError, Submitted, Ticket};
+
+    const LIMITS: Limits = Limits {
+        running: 4,
+        queued: 4,
+        sequence: 64,
+        prefill_tokens: 64,
+        page_size: 16,
+        pages: 16,
+        graph_rows: 0,
+    };
+
+    /// An engine whose requests end one a step, until its device fails.
+    struct Failing {
+        steps_left: u32,
+        requests: Vec<Ticket>,
+    }
+
+    impl Runner for Failing {
+        fn submit(&mut self, request: Request<'_>) -> Result<Submitted, SubmitError> {
+            let ticket = Ticket { entry: self.requests.len() as u32, generation: 0 };
+            self.requests.push(ticket);
+            Ok(Submitted { ticket, max_tokens: request.params.max_tokens })
+        }
+
+        fn abort(&mut self, ticket: Ticket, _: Sink<'_>) -> bool {
+            self.requests.retain(|other| *other != ticket);
+            true
+        }
+
+        fn step(&mut self, sink: Sink<'_>) -> Result<StepReport, Cause> {
+            if self.steps_left == 0 {
+                return Err("the kernel `down` failed".into());
+            }
+            self.steps_left -= 1;
+            let ticket = self.requests.remove(0);
+            sink(Event::Token { ticket, token: ticket.entry, logprobs: None });
+            sink(Event::Finished { ticket, reason: core::FinishReason::Length, cached_tokens: 0 });
+            Ok(StepReport { launched: None, completed: None })
+        }
+
+        fn is_idle(&self) -> bool {
+            self.requests.is_empty()
+        }
+
+        fn stats(&self) -> Stats {
+            Stats::default()
+        }
+
+        fn reset_stats(&mut self) {}
+
+        fn clear_prefix_cache(&mut self) {}
+
+        fn check(&self) {}
+
+        fn limits(&self) -> &Limits {
+            &LIMITS
+        }
+
+        fn first_logits(&mut self) -> Result<Vec<f32>, Cause> {
+            Ok(Vec::new())
+        }
+    }
+
+    fn failing(steps_left: u32) -> Llm {
+        let info = Info {
+            model: String::new(),
+            backend: "cpu",
+            device: String::new(),
+            limits: LIMITS,
+            vocab: 100,
+            weight_bytes: 0,
+            page_bytes: 0,
+            memory_total: 0,
+            memory_free_loaded: 0,
+            memory_free_ready: 0,
+            load_seconds: 0.0,
+            capture_seconds: 0.0,
+        };
+        let runner = Box::new(Failing { steps_left, requests: Vec::new() });
+        Llm { runner, text: Text::default(), info, failed: false }
+    }
+
+    #[test]
+    fn a_failed_step_keeps_what_had_finished_and_the_model_says_so_ever_after() {
+        let mut llm = failing(2);
+        let requests: Vec<_> = (0..4).map(|_| GenerateRequest::tokens([1])).collect();
+        let Err(Error::Step { cause, finished }) = llm.generate(&requests) else { panic!("the step fails") };
+        assert_eq!(cause.to_string(), "the kernel `down` failed");
+        let finished: Vec<_> = finished.into_iter().map(|(index, one)| (index, one.finish_reason)).collect();
+        assert_eq!(finished, [(0, FinishReason::Length), (1, FinishReason::Length)]);
+        assert!(matches!(llm.generate(&requests), Err(Error::Failed)));
+        assert!(matches!(llm.prompt_logits(&[1]), Err(Error::Failed)));
+    }
+
+    #[test]
+    fn a_stream_has_delivered_what_finished_before_a_step_failed() {
+        let mut ends = Vec::new();
+        let requests = (0..4).map(|_| GenerateRequest::tokens([1]));
+        let outcome = failing(3).generate_stream(requests, |event| {
+            if let StreamEvent::Finished { index, .. } = event {
+                ends.push(index);
+            }
+            Flow::Continue
+        });
+        assert!(matches!(outcome, Err(Error::Step { finished, .. }) if finished.is_empty()));
+        assert_eq!(ends, [0, 1, 2]);
+    }
+}
