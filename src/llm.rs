@@ -313,6 +313,7 @@ mod tests {
     use crate::error::Cause;
     use crate::request::FinishReason;
     use crate::runner::Sink;
+    use minisgl_core::backend::Dims;
     use minisgl_core::engine::StepReport;
     use minisgl_core::request::{self as core, Event, SubmitError, Submitted, Ticket};
 
@@ -324,6 +325,17 @@ mod tests {
         page_size: 16,
         pages: 16,
         graph_rows: 0,
+    };
+
+    const DIMS: Dims = Dims {
+        layers: 1,
+        hidden: 8,
+        heads: 1,
+        kv_heads: 1,
+        head_dim: 8,
+        intermediate: 8,
+        vocab: 100,
+        norm_eps: 1e-6,
     };
 
     /// An engine whose requests end one a step, until its device fails.
@@ -385,6 +397,7 @@ mod tests {
             device: String::new(),
             limits: LIMITS,
             vocab: 100,
+            dims: DIMS,
             weight_bytes: 0,
             page_bytes: 0,
             memory_total: 0,

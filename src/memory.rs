@@ -7,15 +7,15 @@
 //! ```
 //!
 //! Activations and recorded steps are allocated after the pages are counted, so they are estimated here: the model's
-//! buffers exactly, 64 MiB for a backend's own scratch, and 2 MiB for each recorded step.
+//! buffers exactly, 128 MiB for a backend's own scratch, and 2 MiB for each recorded step.
 
 use minisgl_core::backend::{DeviceInfo, Dims, Memory};
 use minisgl_core::config::Limits;
 
 use crate::error::Error;
 
-/// A backend's own scratch: split attention, sampling, staging.
-const BACKEND_BYTES: u64 = 64 << 20;
+/// A backend's own scratch (split attention alone takes up to 64 MiB), and what allocations are rounded up by.
+const BACKEND_BYTES: u64 = 128 << 20;
 /// A recorded step, in driver memory.
 const GRAPH_BYTES: u64 = 2 << 20;
 
@@ -73,8 +73,66 @@ impl Room<'_> {
     }
 }
 
-/// How many decode steps are recorded for up to `rows` rows: of 1, 2, 4, 8, 16 and then every 8.
+/// How many decode steps are recorded for up to `rows` rows: of 1, 2, 4, 8, 16, then every 8, and of `rows` itself.
 fn recorded_sizes(rows: u32) -> u64 {
-    let small = [1, 2, 4].into_iter().filter(|size| *size <= rows).count() as u64;
-    small + u64::from(rows / 8)
+    let small = [1, 2, 4, 8].into_iter().filter(|size| *size < rows).count();
+    (small + (16..rows).step_by(8).count()) as u64 + u64::from(rows > 0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const GIB: u64 = 1 << 30;
+    const LIMITS: Limits = Limits {
+        running: 256,
+        queued: 1024,
+        sequence: 4096,
+        prefill_tokens: 8192,
+        page_size: 16,
+        pages: 1,
+        graph_rows: 256,
+    };
+    /// Qwen3-0.6B.
+    const DIMS: Dims = Dims {
+        layers: 28,
+        hidden: 1024,
+        heads: 16,
+        kv_heads: 8,
+        head_dim: 128,
+        intermediate: 3072,
+        vocab: 151_936,
+        norm_eps: 1e-6,
+    };
+
+    fn pages(free: u64, ratio: f64) -> Result<u32, Error> {
+        let device =
+            DeviceInfo { name: String::new(), activation_bytes: 2, logit_bytes: 2, page_size_min: 16 };
+        let memory = Memory { free, total: 80 * GIB };
+        Room { device: &device, memory, dims: &DIMS, page_bytes: 16 * 28 * 2 * 8 * 128 * 2 }
+            .pages_by_ratio(&LIMITS, ratio)
+    }
+
+    #[test]
+    fn pages_take_their_share_and_leave_room_for_what_is_allocated_behind_them() {
+        let page_bytes = 16 * 28 * 2 * 8 * 128 * 2;
+        let bytes = |ratio| (u64::from(pages(70 * GIB, ratio).unwrap()) + 1) * page_bytes;
+        // Activations of 8192 tokens, 256 rows of logits, and 35 recorded steps are less than a GiB.
+        assert!((69 * GIB..70 * GIB).contains(&bytes(1.0)));
+        assert!((bytes(0.5) as f64 / bytes(1.0) as f64 - 0.5).abs() < 1e-3);
+    }
+
+    #[test]
+    fn no_room_for_a_page_is_an_error_that_says_what_took_it() {
+        let error = pages(GIB / 4, 0.9).unwrap_err().to_string();
+        assert!(
+            error.contains("268435456 bytes are free") && error.contains("--max-prefill-tokens"),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn the_steps_that_core_records_are_counted() {
+        assert_eq!([0, 1, 3, 4, 8, 16, 24, 30, 256].map(recorded_sizes), [0, 1, 3, 3, 4, 5, 6, 7, 35]);
+    }
 }

@@ -1,5 +1,6 @@
 //! How an engine is to be built: what `Llm::builder` and the command lines set.
 
+use std::ffi::OsString;
 use std::str::FromStr;
 
 use minisgl_core::scheduler::Order;
@@ -53,7 +54,8 @@ pub struct Options {
     pub max_seq_len: Option<u32>,
     /// Rows of the largest recorded decode step; 0 records none.
     pub max_graph_batch: u32,
-    /// Schedule a step while the one before runs; off, every step is waited for. Both give the same tokens.
+    /// Schedule a step while the one before runs; off, every step is waited for. Both give the same tokens. On, unless
+    /// the variable MINISGL_DISABLE_OVERLAP_SCHEDULING is 1.
     pub overlap: bool,
     /// Reuse the KV pages of equal prefixes.
     pub prefix_cache: bool,
@@ -75,16 +77,18 @@ impl Default for Options {
             memory_ratio: 0.9,
             max_seq_len: None,
             max_graph_batch: 256,
-            overlap: !overlap_disabled(),
+            overlap: !is_set(std::env::var_os(DISABLE_OVERLAP)),
             prefix_cache: true,
             order: Order::Given,
         }
     }
 }
 
-/// Does the environment ask for every step to be waited for?
-fn overlap_disabled() -> bool {
-    std::env::var("MINISGL_DISABLE_OVERLAP_SCHEDULING").is_ok_and(|value| value == "1")
+/// The environment's way to ask for every step to be waited for.
+const DISABLE_OVERLAP: &str = "MINISGL_DISABLE_OVERLAP_SCHEDULING";
+
+fn is_set(variable: Option<OsString>) -> bool {
+    variable.is_some_and(|value| value == "1")
 }
 
 impl FromStr for BackendChoice {
@@ -122,5 +126,16 @@ pub fn parse_order(text: &str) -> Result<Order, String> {
         "given" => Ok(Order::Given),
         "longest-output-first" => Ok(Order::LongestOutputFirst),
         _ => Err(format!("{text} is no order; use given or longest-output-first")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn overlap_is_disabled_by_1_alone() {
+        assert!(is_set(Some("1".into())));
+        assert!(![Some("0"), Some(""), None].into_iter().any(|value| is_set(value.map(OsString::from))));
     }
 }
