@@ -98,6 +98,8 @@ pub struct Bulk {
     input: BufReader<File>,
     line: u64,
     output: File,
+    /// Where the output goes on: behind the whole lines that are kept.
+    end: u64,
     /// Ids that the output has from an earlier run.
     done: HashSet<Fingerprint>,
     seen: HashSet<Fingerprint>,
@@ -118,12 +120,13 @@ impl Bulk {
         {
             return Err(BulkError::SameFile(job.output));
         }
-        let (output, done) = open_output(&job)?;
+        let (output, done, end) = open_output(&job)?;
         Ok(Bulk {
             job,
             input: BufReader::new(input),
             line: 0,
             output,
+            end,
             done,
             seen: HashSet::new(),
             running: HashMap::new(),
@@ -136,6 +139,9 @@ impl Bulk {
     /// # Errors
     /// A failed step or file; what had ended by then is in the output.
     pub fn run(mut self, llm: &mut Llm) -> Result<Tally, BulkError> {
+        // Not before the model is there: until now the output is as it was.
+        let cut = self.output.set_len(self.end).and_then(|()| self.output.seek(SeekFrom::Start(self.end)));
+        cut.map_err(|cause| BulkError::Output { path: self.job.output.clone(), cause })?;
         let mut run = llm.start().stream_text(false);
         loop {
             self.fill(&mut run)?;
@@ -228,18 +234,14 @@ fn open_input(path: &Path) -> Result<File, BulkError> {
     File::open(path).and_then(is_file).map_err(|cause| BulkError::Input { path: path.to_owned(), cause })
 }
 
-/// The output, ready for the next line, and the ids that it has.
-fn open_output(job: &Job) -> Result<(File, HashSet<Fingerprint>), BulkError> {
-    let failed = |cause| BulkError::Output { path: job.output.clone(), cause };
+/// The output, the ids in it that are kept, and where it goes on.
+fn open_output(job: &Job) -> Result<(File, HashSet<Fingerprint>, u64), BulkError> {
     let mut options = File::options();
-    options.read(true).write(true).create(true).truncate(!job.resume);
-    let mut file = options.open(&job.output).map_err(failed)?;
-    let (mut done, mut end) = (HashSet::new(), 0);
-    if job.resume {
-        (done, end) = read_results(&file, &job.output)?;
-    }
-    file.set_len(end).and_then(|()| file.seek(SeekFrom::Start(end))).map_err(failed)?;
-    Ok((file, done))
+    options.read(true).write(true).create(true).truncate(false);
+    let failed = |cause| BulkError::Output { path: job.output.clone(), cause };
+    let file = options.open(&job.output).map_err(failed)?;
+    let (done, end) = if job.resume { read_results(&file, &job.output)? } else { (HashSet::new(), 0) };
+    Ok((file, done, end))
 }
 
 /// The ids of an earlier run's results, and where its last whole line ends.

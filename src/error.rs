@@ -25,7 +25,7 @@ pub enum Error {
     #[error("{0}")]
     Model(#[source] Cause),
     /// The GPU can't be opened.
-    #[error("{0}; the CPU computes everywhere, slowly (--backend cpu)")]
+    #[error("{0} (--backend cpu computes without a GPU)")]
     Gpu(#[source] Cause),
     /// The device, while the model was loaded or the engine built.
     #[error("{0}")]

@@ -230,6 +230,20 @@ fn files_that_cannot_be_read_or_written_are_named() {
 }
 
 #[test]
+fn results_of_an_earlier_run_are_kept_until_the_model_is_there() {
+    let scratch = Scratch::new();
+    scratch.write("in.jsonl", r#"{"id": 1, "prompt_token_ids": [1], "max_tokens": 1}"#);
+    let earlier = "{\"id\":0}\n".repeat(100);
+    let out = scratch.write("out.jsonl", &earlier);
+    let output = generate(&scratch, &["--page-size", "3"]);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(stderr(&output).contains("page size 3"), "{}", stderr(&output));
+    assert_eq!(fs::read_to_string(&out).unwrap(), earlier);
+    assert!(generate(&scratch, &[]).status.success());
+    assert_eq!(lines(&out).len(), 1);
+}
+
+#[test]
 fn flags_out_of_range_are_refused_before_anything_is_written() {
     let scratch = Scratch::new();
     scratch.write("in.jsonl", "");
