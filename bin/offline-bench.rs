@@ -5,9 +5,9 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use indicatif::{ProgressBar, ProgressStyle};
-use minisgl::bench::{self, Ceilings, Plan};
+use minisgl::bench::{self, Plan};
 use minisgl::workload::{Lengths, Source, Workload};
-use minisgl::{Cause, Llm, Options, SamplingParams, with_shared_flags};
+use minisgl::{BackendChoice, Cause, Llm, Options, SamplingParams, with_shared_flags};
 
 with_shared_flags! {
     /// Generates for random prompts as fast as it can and reports tokens a second. The exit status is 1 if runs or
@@ -47,10 +47,10 @@ with_shared_flags! {
         /// write the last run's timeline to this file; ui.perfetto.dev opens it
         #[argh(option)]
         trace: Option<PathBuf>,
-        /// memory bandwidth in GB/s that the floor is computed with; goes with --matmul
+        /// memory bandwidth in GB/s that the floor is computed with (default: measured on a GPU, no floor on the CPU)
         #[argh(option)]
         bandwidth: Option<f64>,
-        /// matrix product rate in TFLOP/s that the floor is computed with; goes with --bandwidth
+        /// matrix product rate in TFLOP/s that the floor is computed with (default: measured on a GPU)
         #[argh(option)]
         matmul: Option<f64>,
     }
@@ -70,7 +70,7 @@ fn main() -> ExitCode {
 /// Did the runs agree?
 fn offline_bench(flags: &Flags) -> Result<bool, Cause> {
     let plan = flags.plan()?;
-    let mut llm = Llm::builder(flags.model()).options(flags.options()).build()?;
+    let mut llm = Llm::builder(flags.model()?).options(flags.options()).build()?;
     println!("{}", llm.info());
     let bar = ProgressBar::new(0);
     bar.set_style(ProgressStyle::with_template("{prefix} {wide_bar} {pos}/{len} tokens, {eta} left")?);
@@ -102,20 +102,11 @@ impl Flags {
             runs: self.runs,
             warm_up: self.warmup,
             verify: self.verify,
-            ceilings: self.ceilings()?,
+            bytes_per_s: positive("--bandwidth", self.bandwidth)?.map(|gb| gb * 1e9),
+            flop_per_s: positive("--matmul", self.matmul)?.map(|tflop| tflop * 1e12),
             json: self.json.clone(),
             trace: self.trace.clone(),
         })
-    }
-
-    fn ceilings(&self) -> Result<Option<Ceilings>, Cause> {
-        match (self.bandwidth, self.matmul) {
-            (None, None) => Ok(None),
-            (Some(gb), Some(tflop)) if gb > 0.0 && tflop > 0.0 => {
-                Ok(Some(Ceilings { bytes_per_s: gb * 1e9, flop_per_s: tflop * 1e12 }))
-            }
-            _ => Err("--bandwidth (GB/s) and --matmul (TFLOP/s) go together and must be above 0".into()),
-        }
     }
 
     /// Sequences need be no longer than the workload's longest.
@@ -125,10 +116,28 @@ impl Flags {
         Options { max_seq_len: options.max_seq_len.or(Some(longest)), ..options }
     }
 
-    fn model(&self) -> String {
-        self.model.clone().unwrap_or_else(|| {
-            println!("No GPU and no --model: the preset `tiny` on the CPU.");
-            "tiny".to_owned()
-        })
+    fn model(&self) -> Result<String, Cause> {
+        if let Some(model) = &self.model {
+            return Ok(model.clone());
+        }
+        let on_gpu = match self.backend {
+            BackendChoice::Auto => minisgl::gpu_present()?,
+            BackendChoice::Cuda => true,
+            BackendChoice::Cpu => false,
+        };
+        if on_gpu {
+            return Ok("qwen3-0.6b".to_owned());
+        }
+        println!("No --model, and no GPU to run on: the preset `tiny` on the CPU.");
+        Ok("tiny".to_owned())
+    }
+}
+
+fn positive(flag: &str, value: Option<f64>) -> Result<Option<f64>, Cause> {
+    match value {
+        Some(value) if !(value > 0.0 && value.is_finite()) => {
+            Err(format!("{flag} is {value}; it must be above 0").into())
+        }
+        value => Ok(value),
     }
 }

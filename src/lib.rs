@@ -32,6 +32,7 @@ mod chat;
 mod detokenize;
 mod error;
 mod flags;
+mod gauge;
 mod info;
 pub mod jsonl;
 mod llm;
@@ -45,8 +46,9 @@ pub mod workload;
 
 pub use builder::LlmBuilder;
 pub use error::{Cause, Error};
+pub use gauge::{Ceilings, DeviceState};
 pub use info::Info;
-pub use llm::Llm;
+pub use llm::{Llm, gpu_present};
 pub use minisgl_core::config::{Limits, LimitsError};
 pub use minisgl_core::scheduler::Order;
 pub use minisgl_core::stats::Stats;

@@ -20,6 +20,7 @@ use minisgl_qwen3::{Checkpoint, Qwen3, presets};
 
 use crate::builder::LlmBuilder;
 use crate::error::Error;
+use crate::gauge::{Ceilings, DeviceState, Gauge};
 use crate::info::Info;
 use crate::memory::Room;
 use crate::options::{BackendChoice, KernelChoice, Options};
@@ -165,6 +166,19 @@ impl Llm {
         self.runner.clear_prefix_cache();
     }
 
+    /// Measures what the device reaches at best: a second of its time. `None` on the CPU.
+    ///
+    /// # Errors
+    /// Those of the device.
+    pub fn ceilings(&mut self) -> Result<Option<Ceilings>, Error> {
+        self.runner.ceilings().map_err(Error::Device)
+    }
+
+    /// The device's clocks and what holds them down; `None` on the CPU.
+    pub fn device_state(&self) -> Option<DeviceState> {
+        self.runner.device_state()
+    }
+
     /// Asserts that no KV page is lost or shared wrongly. Takes time linear in the pool.
     ///
     /// # Panics
@@ -214,7 +228,10 @@ fn open_engine(
 }
 
 /// Is there a GPU? No driver means no; one that does not work is an error, for somebody meant it to.
-fn gpu_present() -> Result<bool, Error> {
+///
+/// # Errors
+/// A driver that can't be asked.
+pub fn gpu_present() -> Result<bool, Error> {
     match minisgl_cuda::device_count() {
         Ok(count) => Ok(count > 0),
         Err(CudaError::NoDriver) => Ok(false),
@@ -236,7 +253,7 @@ struct Opening<'a> {
 }
 
 impl Opening<'_> {
-    fn on<B: Ops + 'static>(self, mut backend: B) -> Result<(Box<dyn Runner>, Info), Error> {
+    fn on<B: Gauge + 'static>(self, mut backend: B) -> Result<(Box<dyn Runner>, Info), Error> {
         let device = |error: B::Error| Error::Device(Box::new(error));
         let model = Qwen3::load(&mut backend, self.checkpoint).map_err(device)?;
         let loaded = backend.memory().map_err(device)?;
@@ -387,6 +404,14 @@ mod tests {
 
         fn first_logits(&mut self) -> Result<Vec<f32>, Cause> {
             Ok(Vec::new())
+        }
+
+        fn ceilings(&mut self) -> Result<Option<Ceilings>, Cause> {
+            Ok(None)
+        }
+
+        fn device_state(&self) -> Option<DeviceState> {
+            None
         }
     }
 

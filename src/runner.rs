@@ -1,6 +1,5 @@
 //! One engine behind one door: the facade drives every backend through [`Runner`], so no device type shows outside.
 
-use minisgl_core::backend::Ops;
 use minisgl_core::config::Limits;
 use minisgl_core::engine::{Engine, StepReport};
 use minisgl_core::request::{Event, Request, SubmitError, Submitted, Ticket};
@@ -8,6 +7,7 @@ use minisgl_core::stats::Stats;
 use minisgl_qwen3::Qwen3;
 
 use crate::error::Cause;
+use crate::gauge::{Ceilings, DeviceState, Gauge};
 
 /// What the engine tells about tokens and ends.
 pub type Sink<'a> = &'a mut dyn FnMut(Event<'_>);
@@ -34,9 +34,13 @@ pub trait Runner {
     fn limits(&self) -> &Limits;
     /// Logits `[vocab]` of the first sampled row of the step launched last, waiting for it.
     fn first_logits(&mut self) -> Result<Vec<f32>, Cause>;
+    /// Measures what the device reaches at best.
+    fn ceilings(&mut self) -> Result<Option<Ceilings>, Cause>;
+    /// The device's state.
+    fn device_state(&self) -> Option<DeviceState>;
 }
 
-impl<B: Ops> Runner for Engine<B, Qwen3<B>> {
+impl<B: Gauge> Runner for Engine<B, Qwen3<B>> {
     fn submit(&mut self, request: Request<'_>) -> Result<Submitted, SubmitError> {
         Engine::submit(self, request)
     }
@@ -77,5 +81,13 @@ impl<B: Ops> Runner for Engine<B, Qwen3<B>> {
         let vocab = self.model().dims().vocab;
         let Some(logits) = self.model().logits_buffer() else { return Ok(Vec::new()) };
         Ok(self.backend_mut().read_logits(logits, vocab, 0..1)?)
+    }
+
+    fn ceilings(&mut self) -> Result<Option<Ceilings>, Cause> {
+        Ok(self.backend_mut().ceilings()?)
+    }
+
+    fn device_state(&self) -> Option<DeviceState> {
+        self.backend().state()
     }
 }

@@ -15,14 +15,7 @@ use minisgl_core::backend::Dims;
 use minisgl_core::stats::Stats;
 use serde::Serialize;
 
-/// What a device reaches at best.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
-pub struct Ceilings {
-    /// Bytes read a second.
-    pub bytes_per_s: f64,
-    /// Operations of a large matrix product a second, a multiplication and an addition counted as two.
-    pub flop_per_s: f64,
-}
+use crate::gauge::Ceilings;
 
 /// What a model costs, by unit of work.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -74,10 +67,10 @@ pub struct Work {
 }
 
 impl Work {
-    /// Seconds that decode steps and prefill steps take at least.
+    /// Seconds that decode steps and prefill steps take at least; prefill counts as nothing where its ceiling is not known.
     pub fn floor(&self, ceilings: &Ceilings) -> Floor {
         let decode_s = (self.kv_bytes + self.weight_bytes) as f64 / ceilings.bytes_per_s;
-        let prefill_s = self.prefill_flop as f64 / ceilings.flop_per_s;
+        let prefill_s = ceilings.flop_per_s.map_or(0.0, |rate| self.prefill_flop as f64 / rate);
         Floor { decode_s, prefill_s, seconds: decode_s + prefill_s }
     }
 }
@@ -145,8 +138,10 @@ mod tests {
         assert!((13.8e12..13.9e12).contains(&(work.kv_bytes as f64)), "{work:?}");
         assert_eq!(work.weight_bytes, 1023 * weights);
         assert!((0.13e15..0.14e15).contains(&(work.prefill_flop as f64)), "{work:?}");
-        let floor = work.floor(&Ceilings { bytes_per_s: 3.11e12, flop_per_s: 786e12 });
+        let floor = work.floor(&Ceilings { bytes_per_s: 3.11e12, flop_per_s: Some(786e12) });
         assert!((4.95..5.05).contains(&floor.seconds), "{floor:?}");
         assert_eq!(floor.seconds, floor.decode_s + floor.prefill_s);
+        let without = work.floor(&Ceilings { bytes_per_s: 3.11e12, flop_per_s: None });
+        assert_eq!(without.seconds, floor.decode_s);
     }
 }

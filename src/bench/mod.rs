@@ -24,13 +24,14 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use thiserror::Error;
 
-pub use floor::{Ceilings, Costs, Floor, Work};
+pub use floor::{Costs, Floor, Work};
 pub use report::{BenchReport, EngineReport, WorkloadReport};
 pub use run_report::{FloorReport, Idle, PhaseReport, RunReport};
 pub use summary::{Percentiles, Spread};
 pub use verify::Verification;
 
 use crate::error::Error;
+use crate::gauge::Ceilings;
 use crate::llm::Llm;
 use crate::request::{GenerateRequest, RequestError, SamplingParams};
 use crate::workload::{Item, Lengths, Workload};
@@ -49,8 +50,10 @@ pub struct Plan {
     pub warm_up: bool,
     /// Requests to run again alone; 0 for none.
     pub verify: usize,
-    /// What the device reaches at best, where it is known.
-    pub ceilings: Option<Ceilings>,
+    /// Bytes a second that the floor is computed with, instead of what is measured.
+    pub bytes_per_s: Option<f64>,
+    /// Operations a second that the floor is computed with, instead of what is measured.
+    pub flop_per_s: Option<f64>,
     /// Where the report goes as JSON.
     pub json: Option<PathBuf>,
     /// Where the last run's timeline goes.
@@ -115,17 +118,19 @@ pub fn run(
     print(out, format_args!("{workload}\n"))?;
     warm_up(llm, plan, &requests)?;
 
+    let ceilings = ceilings(llm, plan)?;
     let costs = Costs::new(&info.dims, info.weight_bytes, info.kv_bytes_per_token());
     let mut runs = Vec::with_capacity(plan.runs);
     let mut last: Option<Measurement> = None;
     for run in 1..=plan.runs {
         let of = workload.output_tokens;
         let mut measurement = measure(llm, &requests, &mut |tokens| on_step(Progress { run, tokens, of }))?;
-        let report = RunReport::new(&mut measurement, &costs, plan.ceilings);
+        let report = RunReport::new(&mut measurement, &costs, ceilings);
         print(out, format_args!("{report}"))?;
         runs.push(report);
         last = Some(measurement);
     }
+    let device_state = llm.device_state();
     let together = last.as_ref().map_or(&[][..], |run| &run.completions);
     let verification = match plan.verify {
         0 => None,
@@ -145,6 +150,7 @@ pub fn run(
         runs,
         tokens_per_s: Spread::of(&rates),
         verification,
+        device_state,
     };
     print(out, format_args!("{report}"))?;
     if let Some(timeline) = timeline {
@@ -168,6 +174,17 @@ fn requests(plan: &Plan, items: Vec<Item>) -> Vec<GenerateRequest> {
         })
     };
     items.into_iter().enumerate().map(request).collect()
+}
+
+/// As told, else as measured; `None` without a bandwidth.
+fn ceilings(llm: &mut Llm, plan: &Plan) -> Result<Option<Ceilings>, Error> {
+    let measured = match (plan.bytes_per_s, plan.flop_per_s) {
+        (Some(_), Some(_)) => None,
+        _ => llm.ceilings()?,
+    };
+    let bytes_per_s = plan.bytes_per_s.or(measured.map(|ceilings| ceilings.bytes_per_s));
+    let flop_per_s = plan.flop_per_s.or(measured.and_then(|ceilings| ceilings.flop_per_s));
+    Ok(bytes_per_s.map(|bytes_per_s| Ceilings { bytes_per_s, flop_per_s }))
 }
 
 fn describe(plan: &Plan, items: &[Item]) -> WorkloadReport {

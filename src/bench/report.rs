@@ -8,6 +8,7 @@ use super::floor::Costs;
 use super::run_report::RunReport;
 use super::summary::Spread;
 use super::verify::Verification;
+use crate::gauge::DeviceState;
 use crate::info::Info;
 
 /// All runs, and what they ran on. Displayed, it is what goes below the runs' tables.
@@ -37,6 +38,8 @@ pub struct BenchReport {
     pub same_output: bool,
     /// Where asked for.
     pub verification: Option<Verification>,
+    /// The GPU's clocks right after the last run.
+    pub device_state: Option<DeviceState>,
 }
 
 /// What ran.
@@ -125,6 +128,9 @@ impl fmt::Display for BenchReport {
         if !self.same_output {
             writeln!(f, "The runs' outputs DIFFER: see their hashes")?;
         }
+        if let Some(state) = &self.device_state {
+            fmt_state(state, f)?;
+        }
         match &self.verification {
             Some(Verification { requests, different }) if different.is_empty() => {
                 writeln!(f, "Verified: {requests} requests alone give the same tokens")
@@ -136,4 +142,15 @@ impl fmt::Display for BenchReport {
             None => Ok(()),
         }
     }
+}
+
+fn fmt_state(state: &DeviceState, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+    let DeviceState { driver, sm_mhz, sm_mhz_max, memory_mhz, power_w, temperature_c, throttle_reasons } =
+        state;
+    let held = if throttle_reasons.is_empty() { "nothing".to_owned() } else { throttle_reasons.join(", ") };
+    writeln!(
+        f,
+        "GPU at the end: {sm_mhz} of {sm_mhz_max} MHz, memory {memory_mhz} MHz, {power_w:.0} W, {temperature_c} C, held \
+         down by {held}; driver {driver}"
+    )
 }

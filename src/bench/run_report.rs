@@ -11,9 +11,10 @@ use std::fmt;
 use minisgl_core::stats::Stats;
 use serde::Serialize;
 
-use super::floor::{Ceilings, Costs, Floor, Work};
+use super::floor::{Costs, Floor, Work};
 use super::measure::{Measurement, output_hash};
 use super::summary::Percentiles;
+use crate::gauge::Ceilings;
 use crate::request::{Phase, StepTiming};
 
 /// Steps of one phase.
@@ -203,13 +204,13 @@ impl RunReport {
         let (kv, weights, flop) = (Si(kv_bytes), Si(weight_bytes), Si(prefill_flop));
         writeln!(f, "  least work    {kv}B of KV and {weights}B of weights read, {flop}FLOP of prefill")?;
         let Some(FloorReport { ceilings, floor, share }) = self.floor else { return Ok(()) };
+        let matmul = ceilings.flop_per_s.map_or("no known".into(), |rate| format!("{:.0}", rate / 1e12));
         writeln!(
             f,
-            "  floor         {:.2} s = {:.0} tok/s at {:.0} GB/s and {:.0} TFLOP/s: {:.1}% reached",
+            "  floor         {:.2} s = {:.0} tok/s at {:.0} GB/s and {matmul} TFLOP/s: {:.1}% reached",
             floor.seconds,
             ratio(self.total_tokens as f64, floor.seconds),
             ceilings.bytes_per_s / 1e9,
-            ceilings.flop_per_s / 1e12,
             100.0 * share
         )
     }
@@ -294,7 +295,7 @@ mod tests {
 
     #[test]
     fn the_share_of_the_floor_is_its_time_over_the_time_taken() {
-        let ceilings = Ceilings { bytes_per_s: 600.0, flop_per_s: 80_200.0 };
+        let ceilings = Ceilings { bytes_per_s: 600.0, flop_per_s: Some(80_200.0) };
         let report = RunReport::new(&mut measurement(), &COSTS, Some(ceilings));
         assert_eq!(report.work, Work { kv_bytes: 400, weight_bytes: 200, prefill_flop: 8020 });
         let reached = report.floor.unwrap();
