@@ -1,6 +1,6 @@
 //! Offline throughput: `offline-bench --seed 0 --n 256 --model qwen3-0.6b --workload minisgl`.
 
-use std::io;
+use std::io::{self, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -70,11 +70,12 @@ fn main() -> ExitCode {
 /// Did the runs agree?
 fn offline_bench(flags: &Flags) -> Result<bool, Cause> {
     let plan = flags.plan()?;
-    let mut llm = Llm::builder(flags.model()?).options(flags.options()).build()?;
-    println!("{}", llm.info());
+    let mut out = io::stdout().lock();
+    let mut llm = Llm::builder(flags.model(&mut out)?).options(flags.options()).build()?;
+    writeln!(out, "{}", llm.info())?;
     let bar = ProgressBar::new(0);
     bar.set_style(ProgressStyle::with_template("{prefix} {wide_bar} {pos}/{len} tokens, {eta} left")?);
-    let report = bench::run(&mut llm, &plan, &mut io::stdout().lock(), &mut |progress| {
+    let report = bench::run(&mut llm, &plan, &mut out, &mut |progress| {
         bar.set_prefix(format!("run {}", progress.run));
         bar.set_length(progress.of);
         bar.set_position(progress.tokens);
@@ -116,7 +117,7 @@ impl Flags {
         Options { max_seq_len: options.max_seq_len.or(Some(longest)), ..options }
     }
 
-    fn model(&self) -> Result<String, Cause> {
+    fn model(&self, out: &mut dyn Write) -> Result<String, Cause> {
         if let Some(model) = &self.model {
             return Ok(model.clone());
         }
@@ -128,7 +129,7 @@ impl Flags {
         if on_gpu {
             return Ok("qwen3-0.6b".to_owned());
         }
-        println!("No --model, and no GPU to run on: the preset `tiny` on the CPU.");
+        writeln!(out, "No --model, and no GPU to run on: the preset `tiny` on the CPU.")?;
         Ok("tiny".to_owned())
     }
 }
