@@ -1,0 +1,286 @@
+//! Sampling on the device against core's definition, computed here in f64 by sorting.
+
+use half::f16;
+use minisgl_core::backend::{Device, Dims, Element, Ops, Purpose, Queue, Step};
+use minisgl_core::batch::{Header, Layout, PageUpdate, ROW_WORDS, Row, StepShape};
+use minisgl_core::config::Limits;
+use minisgl_core::sampling::{LOGPROB_WORDS, RowLogprobs, token_uniform};
+use minisgl_core::tensor::splitmix64;
+use minisgl_cuda::{Buffer, Cuda, Options};
+
+const POISON: u32 = 0xdead_beef;
+
+/// How far two scores may lie apart for either to win: f32 arithmetic and the device's logarithm.
+const TIE: f64 = 2e-5;
+
+/// How much of the mass the fixed-point sums may misjudge.
+const MASS: f64 = 5e-4;
+
+struct Random(u64);
+
+impl Random {
+    fn word(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(1);
+        splitmix64(self.0)
+    }
+
+    fn fraction(&mut self) -> f64 {
+        (self.word() >> 11) as f64 / (1u64 << 53) as f64
+    }
+
+    /// About normal, by the sum of twelve fractions.
+    fn normal(&mut self) -> f64 {
+        (0..12).map(|_| self.fraction()).sum::<f64>() - 6.0
+    }
+}
+
+fn random_logits(random: &mut Random, rows: usize, vocab: usize) -> Vec<f16> {
+    (0..rows * vocab).map(|_| f16::from_f64(3.0 * random.normal())).collect()
+}
+
+fn random_row(random: &mut Random, slot: u32, vocab: usize) -> Row {
+    let mut row = Row {
+        slot,
+        first_token: slot,
+        tokens: 1,
+        position: 10 + slot,
+        kv_len: 11 + slot,
+        sampled: 1,
+        temperature: [0.0, 0.6, 1.0, 1.7][random.word() as usize % 4],
+        top_p: 1.0,
+        seed_low: random.word() as u32,
+        seed_high: random.word() as u32,
+        ..Row::default()
+    };
+    let filters = random.word();
+    if filters & 1 != 0 {
+        row.top_k = [1, 2, 50, vocab as u32 / 2, vocab as u32 + 5][random.word() as usize % 5];
+    }
+    if filters & 2 != 0 {
+        row.top_p = [0.05, 0.5, 0.9, 0.99][random.word() as usize % 4];
+    }
+    if filters & 4 != 0 {
+        row.min_p = [0.02, 0.3, 1.0][random.word() as usize % 3];
+    }
+    row
+}
+
+/// What survives the filters, and each token's score; with `top_p` moved by `shift`.
+fn kept_scores(row: &Row, logits: &[f16], shift: f64) -> Vec<Option<f64>> {
+    let temperature = f64::from(row.temperature);
+    let z: Vec<f64> = logits.iter().map(|l| l.to_f64() / temperature).collect();
+    let mut sorted = z.clone();
+    sorted.sort_by(|a, b| b.total_cmp(a));
+    let top = sorted[0];
+    let mut cut = f64::NEG_INFINITY;
+    if row.top_k > 0 && (row.top_k as usize) < z.len() {
+        cut = sorted[row.top_k as usize - 1];
+    }
+    if row.top_p < 1.0 {
+        let mass = |z: f64| (z - top).exp();
+        let total: f64 = sorted.iter().filter(|z| **z >= cut).map(|z| mass(*z)).sum();
+        let target = (f64::from(row.top_p) + shift).clamp(0.0, 1.0) * total;
+        let mut sum = 0.0;
+        for &z in &sorted {
+            sum += mass(z);
+            if sum >= target || z <= cut {
+                cut = cut.max(z);
+                break;
+            }
+        }
+    }
+    if row.min_p > 0.0 {
+        cut = cut.max(top + f64::from(row.min_p).ln() - 1e-6);
+    }
+    let seed = u64::from(row.seed_low) | u64::from(row.seed_high) << 32;
+    z.iter()
+        .enumerate()
+        .map(|(id, &z)| {
+            let u = f64::from(token_uniform(seed, row.kv_len, id as u32));
+            (z >= cut).then(|| z - (-u.ln()).ln())
+        })
+        .collect()
+}
+
+fn may_be_drawn(row: &Row, logits: &[f16], token: usize) -> bool {
+    if row.temperature == 0.0 {
+        let top = logits.iter().map(|l| l.to_f32()).fold(f32::NEG_INFINITY, f32::max);
+        return logits.iter().position(|l| l.to_f32() == top) == Some(token);
+    }
+    [0.0, -MASS, MASS].iter().any(|shift| {
+        let scores = kept_scores(row, logits, *shift);
+        let best = scores.iter().flatten().copied().fold(f64::NEG_INFINITY, f64::max);
+        scores[token].is_some_and(|score| score >= best - TIE * (1.0 + best.abs()))
+    })
+}
+
+fn limits(rows: u32) -> Limits {
+    Limits {
+        running: rows,
+        queued: 1,
+        sequence: 64,
+        prefill_tokens: 64,
+        page_size: 16,
+        pages: 64,
+        graph_rows: 0,
+    }
+}
+
+fn dims(vocab: u32) -> Dims {
+    Dims {
+        layers: 1,
+        hidden: 64,
+        heads: 1,
+        kv_heads: 1,
+        head_dim: 64,
+        intermediate: 64,
+        vocab,
+        norm_eps: 1e-6,
+    }
+}
+
+struct Bench {
+    cuda: Cuda,
+    limits: Limits,
+    plan_words: usize,
+    vocab: usize,
+}
+
+impl Bench {
+    fn new(rows: u32, vocab: usize) -> Bench {
+        let mut cuda = Cuda::new(&Options::default()).expect("a GPU");
+        let limits = limits(rows);
+        let plan_words = cuda.reserve(&dims(vocab as u32), &limits).expect("scratch");
+        Bench { cuda, limits, plan_words, vocab }
+    }
+
+    fn words(&mut self, words: &[u32]) -> Buffer {
+        let buffer = self.cuda.alloc(Purpose::Scratch, Element::Word, words.len()).expect("memory");
+        let mut pinned = self.cuda.alloc_pinned(words.len()).expect("pinned memory");
+        self.cuda.words_mut(&mut pinned).expect("words").copy_from_slice(words);
+        self.cuda.upload(&mut pinned, 0..words.len(), buffer).expect("an upload");
+        self.cuda.synchronize().expect("no failure");
+        buffer
+    }
+
+    fn read(&mut self, buffer: Buffer, words: usize) -> Vec<u32> {
+        let mut pinned = self.cuda.alloc_pinned(words).expect("pinned memory");
+        self.cuda.download(Queue::Compute, buffer, words, &mut pinned).expect("a download");
+        self.cuda.words(&pinned).expect("words").to_vec()
+    }
+
+    fn step(&mut self, rows: &[Row]) -> Step<Buffer> {
+        let layout = Layout::new(&self.limits, self.plan_words);
+        let mut words = vec![0u32; layout.words];
+        let header = Header {
+            rows: rows.len() as u32,
+            tokens: rows.len() as u32,
+            samples: rows.len() as u32,
+            ..Header::default()
+        };
+        words[..16].copy_from_slice(bytemuck::cast_slice(&[header]));
+        words[layout.rows..][..rows.len() * ROW_WORDS].copy_from_slice(bytemuck::cast_slice(rows));
+        let update: [PageUpdate; 0] = [];
+        words[layout.updates..][..0].copy_from_slice(bytemuck::cast_slice(&update));
+        let slots = self.limits.running as usize + 1;
+        let width = self.limits.table_width();
+        Step {
+            shape: StepShape::decode(rows.len() as u32),
+            batch: self.words(&words),
+            layout,
+            page_table: self.words(&vec![0; slots * width as usize]),
+            table_width: width,
+            page_size: self.limits.page_size,
+            token_pool: self.words(&vec![POISON; slots]),
+        }
+    }
+
+    /// Tokens and token pool after sampling these rows.
+    fn sample(&mut self, rows: &[Row], logits: &[f16]) -> (Vec<u32>, Vec<u32>, Vec<RowLogprobs>) {
+        let step = self.step(rows);
+        let mut packed: Vec<u16> = logits.iter().map(|l| l.to_bits()).collect();
+        packed.resize(packed.len().next_multiple_of(2), 0);
+        let words: Vec<u32> =
+            packed.chunks(2).map(|pair| u32::from(pair[0]) | u32::from(pair[1]) << 16).collect();
+        let logits = self.words(&words);
+        let tokens = self.words(&vec![POISON; 2 * self.limits.running as usize]);
+        let logprobs = self.words(&vec![POISON; 2 * self.limits.running as usize * LOGPROB_WORDS]);
+        self.cuda.sample(&step, logits, tokens).expect("a launch");
+        self.cuda.logprobs(&step, logits, tokens, logprobs).expect("a launch");
+        let words = self.read(logprobs, rows.len() * LOGPROB_WORDS);
+        (
+            self.read(tokens, rows.len()),
+            self.read(step.token_pool, self.limits.running as usize + 1),
+            bytemuck::cast_slice(&words).to_vec(),
+        )
+    }
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn every_row_draws_the_token_of_the_definition() {
+    let mut random = Random(7);
+    for (rows, vocab) in [(1, 768), (5, 1001), (33, 1024), (256, 4099), (9, 151_936), (64, 151_936)] {
+        let mut bench = Bench::new(rows, vocab);
+        let drawn: Vec<Row> = (0..rows).map(|slot| random_row(&mut random, slot, vocab)).collect();
+        let logits = random_logits(&mut random, rows as usize, vocab);
+        let (tokens, pool, _) = bench.sample(&drawn, &logits);
+        for (i, row) in drawn.iter().enumerate() {
+            let own = &logits[i * vocab..][..vocab];
+            let token = tokens[i] as usize;
+            assert!(token < vocab, "{rows} x {vocab}: row {i} drew {token}");
+            assert!(may_be_drawn(row, own, token), "{rows} x {vocab}: row {i} drew {token}: {row:?}");
+            assert_eq!(pool[row.slot as usize], tokens[i], "the pool's token of row {i}");
+        }
+        assert_eq!(pool[rows as usize], POISON, "a slot that nobody has was written");
+        assert_eq!(bench.vocab, vocab);
+    }
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn a_row_draws_the_same_token_alone_and_among_others_and_again() {
+    let (rows, vocab) = (200, 20_001);
+    let mut random = Random(11);
+    let mut bench = Bench::new(rows, vocab);
+    let drawn: Vec<Row> = (0..rows).map(|slot| random_row(&mut random, slot, vocab)).collect();
+    let logits = random_logits(&mut random, rows as usize, vocab);
+    let (together, ..) = bench.sample(&drawn, &logits);
+    let (again, ..) = bench.sample(&drawn, &logits);
+    assert_eq!(together, again);
+    for i in (0..rows as usize).step_by(17) {
+        let (alone, ..) = bench.sample(&drawn[i..=i], &logits[i * vocab..][..vocab]);
+        assert_eq!(alone[0], together[i], "row {i}");
+    }
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn logprobs_are_those_of_the_softmax_before_temperature() {
+    let mut random = Random(13);
+    for (rows, vocab) in [(1, 768), (20, 151_936), (7, 1001)] {
+        let mut bench = Bench::new(rows, vocab);
+        let drawn: Vec<Row> = (0..rows)
+            .map(|slot| Row { logprobs: slot % 22, ..random_row(&mut random, slot, vocab) })
+            .collect();
+        let logits = random_logits(&mut random, rows as usize, vocab);
+        let (tokens, _, logprobs) = bench.sample(&drawn, &logits);
+        for (i, row) in drawn.iter().enumerate() {
+            if row.logprobs == 0 {
+                assert_eq!(logprobs[i].len, POISON, "row {i} asked for none");
+                continue;
+            }
+            let own = &logits[i * vocab..][..vocab];
+            let total = own.iter().map(|l| l.to_f64().exp()).sum::<f64>().ln();
+            let mut order: Vec<usize> = (0..vocab).collect();
+            order.sort_by(|a, b| own[*b].to_f64().total_cmp(&own[*a].to_f64()).then(a.cmp(b)));
+            let given = &logprobs[i];
+            assert_eq!(given.len, row.logprobs - 1);
+            assert!((f64::from(given.token) - (own[tokens[i] as usize].to_f64() - total)).abs() < 1e-4);
+            for (rank, (id, logprob)) in given.top().enumerate() {
+                assert_eq!(id as usize, order[rank], "row {i}, rank {rank}");
+                assert!((f64::from(logprob) - (own[id as usize].to_f64() - total)).abs() < 1e-4);
+            }
+        }
+    }
+}

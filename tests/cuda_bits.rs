@@ -1,0 +1,106 @@
+//! The same bits on a GPU however a request is computed: Qwen3-0.6B's shape with dummy weights, 256 requests.
+
+mod common;
+
+use common::greedy;
+use minisgl::{BackendChoice, GenerateRequest, KernelChoice, Llm, LlmBuilder, SamplingParams};
+
+/// Deterministic numbers below `bound`.
+struct Numbers(u64);
+
+impl Numbers {
+    fn below(&mut self, bound: u64) -> u64 {
+        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (self.0 >> 33) % bound
+    }
+}
+
+/// Requests of mixed lengths, half of them greedy; some share a prefix.
+fn mixed_requests(count: usize, vocab: u64) -> Vec<GenerateRequest> {
+    let mut numbers = Numbers(42);
+    let shared: Vec<u32> = (0..70).map(|_| numbers.below(vocab) as u32).collect();
+    (0..count)
+        .map(|i| {
+            let mut prompt = if i % 3 == 0 { shared.clone() } else { Vec::new() };
+            prompt.extend((0..1 + numbers.below(300)).map(|_| numbers.below(vocab) as u32));
+            let sampling = greedy(1 + numbers.below(90) as u32);
+            let drawn = SamplingParams {
+                temperature: 0.8,
+                top_k: [0, 40][i / 2 % 2],
+                top_p: [1.0, 0.9][i / 4 % 2],
+                seed: i as u64,
+                ..sampling
+            };
+            GenerateRequest::tokens(prompt).sampling(if i % 2 == 0 { sampling } else { drawn })
+        })
+        .collect()
+}
+
+fn tokens(llm: &mut Llm, requests: &[GenerateRequest]) -> Vec<Vec<u32>> {
+    let completions = llm.generate(requests).expect("a run");
+    llm.check();
+    completions.into_iter().map(|completion| completion.token_ids).collect()
+}
+
+fn engine(model: &str, kernels: KernelChoice) -> LlmBuilder {
+    let builder = Llm::builder(model).backend(BackendChoice::Cuda).kernels(kernels);
+    builder.max_seq_len(Some(512)).num_pages(Some(9000)).max_prefill_tokens(4096)
+}
+
+fn assert_same(expected: &[Vec<u32>], got: &[Vec<u32>], what: &str) {
+    let differing: Vec<usize> = (0..expected.len()).filter(|i| expected[*i] != got[*i]).collect();
+    let first = differing.first().map(|i| {
+        let at = expected[*i].iter().zip(&got[*i]).position(|(a, b)| a != b);
+        (*i, at, expected[*i].len())
+    });
+    assert!(
+        differing.is_empty(),
+        "{what}: {} requests differ; first (request, token, of) {first:?}",
+        differing.len()
+    );
+}
+
+/// One model, computed in every way; all of it must be the same bit for bit.
+fn assert_the_same_bits(model: &str, kernels: KernelChoice, count: usize) {
+    let requests = mixed_requests(count, 2000);
+    let base = engine(model, kernels);
+    let mut llm = base.clone().build().expect("an engine on the GPU");
+    let expected = tokens(&mut llm, &requests);
+    assert_same(&expected, &tokens(&mut llm, &requests), "again, with cached prefixes");
+    for i in (0..count).step_by(count / 8) {
+        llm.clear_prefix_cache();
+        assert_same(&expected[i..=i], &tokens(&mut llm, &requests[i..=i]), "a request alone");
+    }
+    drop(llm);
+    let ways: [(&str, LlmBuilder); 6] = [
+        ("without graphs", base.clone().max_graph_batch(0)),
+        ("without overlap", base.clone().overlap(false)),
+        ("without prefix cache", base.clone().prefix_cache(false)),
+        ("prompts in chunks of 100", base.clone().max_prefill_tokens(100)),
+        ("pages of 64", base.clone().page_size(64).num_pages(Some(2300))),
+        ("with retraction", base.clone().num_pages(Some(700))),
+    ];
+    for (what, builder) in ways {
+        let mut llm = builder.build().expect("an engine on the GPU");
+        assert_same(&expected, &tokens(&mut llm, &requests), what);
+        assert!(what != "with retraction" || llm.stats().retractions > 0, "the pool was not small enough");
+    }
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn the_same_bits_in_every_way_with_the_hopper_kernels() {
+    assert_the_same_bits("qwen3-0.6b", KernelChoice::Auto, 256);
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn the_same_bits_in_every_way_with_the_portable_kernels() {
+    assert_the_same_bits("qwen3-0.6b", KernelChoice::Portable, 256);
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn the_same_bits_in_every_way_with_small_heads() {
+    assert_the_same_bits("tiny", KernelChoice::Auto, 64);
+}
