@@ -145,16 +145,17 @@ fn check(
     }
     for tokens in TOKENS {
         let out = run(gpu, tokens);
-        for (t, (got, want)) in out.iter().zip(&largest).enumerate() {
-            let odd = (0..got.len()).find(|i| got[*i].to_bits() != want[*i].to_bits());
-            if let Some(i) = odd {
-                panic!(
-                    "{label}: token {t} of {tokens}, output {i} is {}, but {} among {} tokens",
-                    got[i],
-                    want[i],
-                    largest.len()
-                );
-            }
+        let places = || (0..out.len()).flat_map(|t| (0..out[t].len()).map(move |i| (t, i)));
+        let differs = |(t, i): &(usize, usize)| out[*t][*i].to_bits() != largest[*t][*i].to_bits();
+        if let Some((t, i)) = places().find(differs) {
+            panic!(
+                "{label}: {} of {} values differ between {tokens} and {} tokens; the first is token {t}, output {i}: {}, {}",
+                places().filter(differs).count(),
+                places().count(),
+                largest.len(),
+                out[t][i],
+                largest[t][i]
+            );
         }
     }
 }
@@ -189,8 +190,9 @@ fn bf16_rows(raw: &[u16], width: usize) -> Vec<Vec<f32>> {
     raw.chunks_exact(width).map(|row| row.iter().map(value).collect()).collect()
 }
 
-/// Rounding to bf16 errs by 2^-9 at most, 0.3 of that on average; the sums' order adds little.
-const BF16: f64 = 2.5e-3;
+/// Rounding to bf16, 8 significant bits, errs by 2^-8 of a value at most; the sums' order adds little. A row may be
+/// ruled by a single value, so no average counts here.
+const BF16: f64 = 1.0 / 256.0;
 /// Rounding to f16: 2^-12.
 const F16: f64 = 4e-4;
 
@@ -444,7 +446,7 @@ fn logits_are_the_definitions_and_independent_of_the_batch() {
 #[ignore = "needs a GPU"]
 fn the_residual_stream_grows_by_the_product_and_its_squares_are_summed() {
     on_every_set(|gpu| {
-        for (rows, cols) in [(64, 64), (192, 192), (192, 320), (1024, 2048), (1024, 3072)] {
+        for (rows, cols) in [(64, 64), (192, 192), (192, 320), (1024, 2048), (1280, 1024), (1024, 3072)] {
             residual(gpu, rows, cols);
         }
     });

@@ -1,6 +1,6 @@
-// What happens to a GEMM's sums on their way out, the same code for every GEMM kernel: a warp takes one token's outputs
-// of a tile, BLOCKS times 64 of them, lane l holding outputs 64 b + 2 l and 64 b + 2 l + 1 as v[b]. What it needs from
-// memory (`ahead`) can be fetched long before the sums are ready (`store`).
+// What happens to a GEMM's sums on their way out, the same code for every GEMM kernel: a warp takes T tokens' outputs of
+// a tile side by side, BLOCKS times 64 of each, lane l holding outputs 64 b + 2 l and 64 b + 2 l + 1 of token i as
+// v[i][b]. What it needs from memory (`ahead`) can be fetched long before the sums are ready (`store`).
 //
 //   Qkv        row scale; head norm; rope; q -> [tokens, q_width] bf16, k and v -> KV pages       128 outputs a tile
 //   Residual   residual += y (bf16), sumsq[t, m / 64] = sum of the new values' squares, f32      64 or 128
@@ -14,7 +14,9 @@
 // 1. Everything between the sums and the stored value is f32, and every sum has one order: a token's bits depend
 //    neither on the kernel nor on the tokens beside it.
 // 2. Gate and up rows take turns in blocks of 8 (the loader's doing), so that a lane finds its partner by a shuffle.
-// 3. The structs are kernel parameters: backend-cuda/src/ops/gemm.rs declares the same fields.
+// 3. A token's chain of shuffles and loads is long and each step of it waits for the one before: T chains side by side
+//    hide each other. Tokens beyond `count` go along and are not stored.
+// 4. The structs are kernel parameters: backend-cuda/src/ops/gemm.rs declares the same fields.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -22,11 +24,19 @@
 
 #include "batch.cuh"
 
-__device__ __forceinline__ float warp_sum(float value) {
+// The T tokens that a warp has in hand: token first + i * step is stored if i < count.
+struct Taken {
+    unsigned first, step, count;
+
+    __device__ __forceinline__ unsigned token(unsigned i) const { return first + i * step; }
+};
+
+template <int T> __device__ __forceinline__ void warp_sums(float (&value)[T]) {
 #pragma unroll
     for (int lane = 16; lane > 0; lane /= 2)
-        value += __shfl_xor_sync(0xffffffffu, value, lane);
-    return value;
+#pragma unroll
+        for (int i = 0; i < T; i++)
+            value[i] += __shfl_xor_sync(0xffffffffu, value[i], lane);
 }
 
 __device__ __forceinline__ void store_pair(__nv_bfloat16 *at, float x, float y) {
@@ -75,47 +85,72 @@ struct Qkv {
         return {where.location, *reinterpret_cast<const float4 *>(angles)};
     }
 
-    template <int BLOCKS>
-    __device__ __forceinline__ void store(const Ahead<BLOCKS> &ahead, float2 (&y)[BLOCKS], unsigned token, unsigned m0,
-                                          unsigned rows, unsigned lane) const {
+    template <int T, int BLOCKS>
+    __device__ __forceinline__ void store(const Ahead<BLOCKS> (&ahead)[T], float2 (&y)[T][BLOCKS], const Taken &taken,
+                                          unsigned m0, unsigned rows, unsigned lane) const {
         static_assert(BLOCKS == 2, "a tile holds whole heads");
+        float2 lo[T], hi[T];
         if (head_dim == 128) {
-            head<2>(y[0], y[1], ahead.location, ahead.turn, token, m0 / 128, lane);
+#pragma unroll
+            for (int i = 0; i < T; i++)
+                lo[i] = y[i][0], hi[i] = y[i][1];
+            head<2>(lo, hi, ahead, taken, m0 / 128, lane);
         } else {
             // Dims 2 l and 2 l + 1 turn with dims 32 further on, which lane l + 16 holds.
 #pragma unroll
-            for (int b = 0; b < 2; b++)
-                if (m0 + 64 * b < rows)
-                    head<1>(y[b], y[b], ahead.location, ahead.turn, token, m0 / 64 + b, lane);
+            for (int b = 0; b < 2; b++) {
+                if (m0 + 64 * b >= rows)
+                    break;
+#pragma unroll
+                for (int i = 0; i < T; i++)
+                    lo[i] = hi[i] = y[i][b];
+                head<1>(lo, hi, ahead, taken, m0 / 64 + b, lane);
+            }
         }
     }
 
   private:
     // One head of 64 PARTS dims. lo: dims 2 l, 2 l + 1. hi: dims 64 + 2 l, … (of no use where PARTS is 1).
-    template <int PARTS>
-    __device__ __forceinline__ void head(float2 lo, float2 hi, unsigned location, const float4 &turn, unsigned token,
-                                         unsigned h, unsigned lane) const {
+    template <int PARTS, int T, int BLOCKS>
+    __device__ __forceinline__ void head(float2 (&lo)[T], float2 (&hi)[T], const Ahead<BLOCKS> (&ahead)[T],
+                                         const Taken &taken, unsigned h, unsigned lane) const {
         const unsigned d = 2 * lane;
         if (h < heads + kv_heads) {
-            const __nv_bfloat16 *weight = h < heads ? q_norm : k_norm;
-            float sum = warp_sum(fmaf(lo.x, lo.x, lo.y * lo.y));
+            const __nv_bfloat16 *weight = (h < heads ? q_norm : k_norm) + d;
+            const float2 w_lo = __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162 *>(weight));
+            const float2 w_hi =
+                PARTS == 2 ? __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162 *>(weight + 64)) : w_lo;
+            float sum[T], sum_hi[T];
+#pragma unroll
+            for (int i = 0; i < T; i++) {
+                sum[i] = fmaf(lo[i].x, lo[i].x, __fmul_rn(lo[i].y, lo[i].y));
+                sum_hi[i] = fmaf(hi[i].x, hi[i].x, __fmul_rn(hi[i].y, hi[i].y));
+            }
+            warp_sums(sum);
             if (PARTS == 2)
-                sum += warp_sum(fmaf(hi.x, hi.x, hi.y * hi.y));
-            const float inverse = rsqrtf(sum / (64.0f * PARTS) + head_eps);
-            lo = weighted(lo, inverse, weight + d);
-            if (PARTS == 2)
-                hi = weighted(hi, inverse, weight + 64 + d);
-            if (PARTS == 2) {
-                const float2 a = lo, b = hi;
-                lo = {turned(a.x, turn.x, -b.x, turn.y), turned(a.y, turn.z, -b.y, turn.w)};
-                hi = {turned(b.x, turn.x, a.x, turn.y), turned(b.y, turn.z, a.y, turn.w)};
-            } else {
-                const float sign = lane < 16 ? -1.0f : 1.0f;
-                const float x = __shfl_xor_sync(0xffffffffu, lo.x, 16), y = __shfl_xor_sync(0xffffffffu, lo.y, 16);
-                lo = {turned(lo.x, turn.x, sign * x, turn.y), turned(lo.y, turn.z, sign * y, turn.w)};
+                warp_sums(sum_hi);
+#pragma unroll
+            for (int i = 0; i < T; i++) {
+                const float squares = PARTS == 2 ? __fadd_rn(sum[i], sum_hi[i]) : sum[i];
+                const float inverse = rsqrtf(fmaf(squares, 1.0f / (64.0f * PARTS), head_eps));
+                const float4 turn = ahead[i].turn;
+                lo[i] = weighted(lo[i], inverse, w_lo);
+                if (PARTS == 2) {
+                    const float2 a = lo[i], b = weighted(hi[i], inverse, w_hi);
+                    lo[i] = {turned(a.x, turn.x, -b.x, turn.y), turned(a.y, turn.z, -b.y, turn.w)};
+                    hi[i] = {turned(b.x, turn.x, a.x, turn.y), turned(b.y, turn.z, a.y, turn.w)};
+                } else {
+                    const float sign = lane < 16 ? -1.0f : 1.0f;
+                    const float x = __shfl_xor_sync(0xffffffffu, lo[i].x, 16);
+                    const float y = __shfl_xor_sync(0xffffffffu, lo[i].y, 16);
+                    lo[i] = {turned(lo[i].x, turn.x, sign * x, turn.y), turned(lo[i].y, turn.z, sign * y, turn.w)};
+                }
             }
         }
-        put<PARTS>(lo, hi, location, token, h, d);
+#pragma unroll
+        for (int i = 0; i < T; i++)
+            if (i < taken.count)
+                put<PARTS>(lo[i], hi[i], ahead[i].location, taken.token(i), h, d);
     }
 
     // x cos + y sin, rounded in one way whatever the compiler would make of it.
@@ -123,9 +158,8 @@ struct Qkv {
         return fmaf(x, cos, __fmul_rn(y, sin));
     }
 
-    __device__ __forceinline__ static float2 weighted(float2 x, float inverse, const __nv_bfloat16 *weight) {
-        const float2 w = __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162 *>(weight));
-        return {x.x * inverse * w.x, x.y * inverse * w.y};
+    __device__ __forceinline__ static float2 weighted(float2 x, float inverse, float2 w) {
+        return {__fmul_rn(__fmul_rn(x.x, inverse), w.x), __fmul_rn(__fmul_rn(x.y, inverse), w.y)};
     }
 
     template <int PARTS>
@@ -172,24 +206,29 @@ struct Residual {
         return ahead;
     }
 
-    template <int BLOCKS>
-    __device__ __forceinline__ void store(const Ahead<BLOCKS> &ahead, float2 (&v)[BLOCKS], unsigned token, unsigned m0,
-                                          unsigned rows, unsigned lane) const {
-        __nv_bfloat162 *at = reinterpret_cast<__nv_bfloat162 *>(residual + (size_t)token * rows + m0 + 2 * lane);
+    template <int T, int BLOCKS>
+    __device__ __forceinline__ void store(const Ahead<BLOCKS> (&ahead)[T], float2 (&v)[T][BLOCKS], const Taken &taken,
+                                          unsigned m0, unsigned rows, unsigned lane) const {
 #pragma unroll
         for (int b = 0; b < BLOCKS; b++) {
+            const unsigned m = m0 + 64 * b + 2 * lane;
             if (m0 + 64 * b >= rows)
                 break;
-            float2 x = {0.0f, 0.0f};
-            if (m0 + 64 * b + 2 * lane < rows) {
-                const float2 old = __bfloat1622float2(ahead.old[b]);
-                const __nv_bfloat162 sum = __floats2bfloat162_rn(old.x + v[b].x, old.y + v[b].y);
-                at[32 * b] = sum;
-                x = __bfloat1622float2(sum);
+            float squares[T];
+#pragma unroll
+            for (int i = 0; i < T; i++) {
+                const float2 old = __bfloat1622float2(ahead[i].old[b]);
+                const __nv_bfloat162 sum = __floats2bfloat162_rn(old.x + v[i][b].x, old.y + v[i][b].y);
+                const float2 x = __bfloat1622float2(sum);
+                squares[i] = m < rows ? fmaf(x.x, x.x, __fmul_rn(x.y, x.y)) : 0.0f;
+                if (i < taken.count && m < rows)
+                    *reinterpret_cast<__nv_bfloat162 *>(residual + (size_t)taken.token(i) * rows + m) = sum;
             }
-            const float squares = warp_sum(fmaf(x.x, x.x, x.y * x.y));
-            if (lane == 0)
-                sumsq[(size_t)token * ((rows + 63) / 64) + m0 / 64 + b] = squares;
+            warp_sums(squares);
+#pragma unroll
+            for (int i = 0; i < T; i++)
+                if (i < taken.count && lane == 0)
+                    sumsq[(size_t)taken.token(i) * ((rows + 63) / 64) + m0 / 64 + b] = squares[i];
         }
     }
 };
@@ -207,19 +246,21 @@ struct GateUp {
     template <int BLOCKS>
     __device__ __forceinline__ Ahead<BLOCKS> ahead(unsigned, unsigned, unsigned, unsigned) const { return {}; }
 
-    template <int BLOCKS>
-    __device__ __forceinline__ void store(const Ahead<BLOCKS> &, float2 (&v)[BLOCKS], unsigned token, unsigned m0, unsigned,
-                                          unsigned lane) const {
+    template <int T, int BLOCKS>
+    __device__ __forceinline__ void store(const Ahead<BLOCKS> (&)[T], float2 (&v)[T][BLOCKS], const Taken &taken, unsigned m0,
+                                          unsigned, unsigned lane) const {
 #pragma unroll
         for (int b = 0; b < BLOCKS; b++) {
             // Of 8 lanes, the first 4 hold 8 gates, the last 4 their ups.
-            const float2 g = v[b];
-            const float2 u = {__shfl_xor_sync(0xffffffffu, g.x, 4), __shfl_xor_sync(0xffffffffu, g.y, 4)};
             const unsigned m = (m0 + 64 * b) / 2 + lane / 8 * 8 + lane % 4 * 2;
-            if (lane % 8 >= 4 || m >= intermediate)
-                continue;
-            __nv_bfloat16 *at = out + (size_t)token * intermediate + m;
-            store_pair(at, silu(g.x) * u.x, silu(g.y) * u.y);
+            const bool stores = lane % 8 < 4 && m < intermediate;
+#pragma unroll
+            for (int i = 0; i < T; i++) {
+                const float2 g = v[i][b];
+                const float2 u = {__shfl_xor_sync(0xffffffffu, g.x, 4), __shfl_xor_sync(0xffffffffu, g.y, 4)};
+                if (stores && i < taken.count)
+                    store_pair(out + (size_t)taken.token(i) * intermediate + m, silu(g.x) * u.x, silu(g.y) * u.y);
+            }
         }
     }
 
@@ -239,22 +280,27 @@ struct Head {
     template <int BLOCKS>
     __device__ __forceinline__ Ahead<BLOCKS> ahead(unsigned, unsigned, unsigned, unsigned) const { return {}; }
 
-    template <int BLOCKS>
-    __device__ __forceinline__ void store(const Ahead<BLOCKS> &, float2 (&v)[BLOCKS], unsigned token, unsigned m0, unsigned rows,
-                                          unsigned lane) const {
+    template <int T, int BLOCKS>
+    __device__ __forceinline__ void store(const Ahead<BLOCKS> (&)[T], float2 (&v)[T][BLOCKS], const Taken &taken, unsigned m0,
+                                          unsigned rows, unsigned lane) const {
 #pragma unroll
-        for (int b = 0; b < BLOCKS; b++) {
-            const unsigned m = m0 + 64 * b + 2 * lane;
-            __half *at = out + (size_t)token * rows + m;
-            const __half2 pair = __floats2half2_rn(clamped(v[b].x), clamped(v[b].y));
-            if (rows % 2 == 0 && m < rows) {
-                *reinterpret_cast<__half2 *>(at) = pair;
-            } else {
-                // An odd vocabulary: pairs are not aligned.
-                if (m < rows)
-                    at[0] = pair.x;
-                if (m + 1 < rows)
-                    at[1] = pair.y;
+        for (int i = 0; i < T; i++) {
+            if (i >= taken.count)
+                break;
+#pragma unroll
+            for (int b = 0; b < BLOCKS; b++) {
+                const unsigned m = m0 + 64 * b + 2 * lane;
+                __half *at = out + (size_t)taken.token(i) * rows + m;
+                const __half2 pair = __floats2half2_rn(clamped(v[i][b].x), clamped(v[i][b].y));
+                if (rows % 2 == 0 && m < rows) {
+                    *reinterpret_cast<__half2 *>(at) = pair;
+                } else {
+                    // An odd vocabulary: pairs are not aligned.
+                    if (m < rows)
+                        at[0] = pair.x;
+                    if (m + 1 < rows)
+                        at[1] = pair.y;
+                }
             }
         }
     }
@@ -274,20 +320,25 @@ struct Linear {
     template <int BLOCKS>
     __device__ __forceinline__ Ahead<BLOCKS> ahead(unsigned, unsigned, unsigned, unsigned) const { return {}; }
 
-    template <int BLOCKS>
-    __device__ __forceinline__ void store(const Ahead<BLOCKS> &, float2 (&v)[BLOCKS], unsigned token, unsigned m0, unsigned rows,
-                                          unsigned lane) const {
+    template <int T, int BLOCKS>
+    __device__ __forceinline__ void store(const Ahead<BLOCKS> (&)[T], float2 (&v)[T][BLOCKS], const Taken &taken, unsigned m0,
+                                          unsigned rows, unsigned lane) const {
 #pragma unroll
-        for (int b = 0; b < BLOCKS; b++) {
-            const unsigned m = m0 + 64 * b + 2 * lane;
-            __nv_bfloat16 *at = out + (size_t)token * rows + m;
-            if (rows % 2 == 0 && m < rows) {
-                store_pair(at, v[b].x, v[b].y);
-            } else {
-                if (m < rows)
-                    at[0] = __float2bfloat16_rn(v[b].x);
-                if (m + 1 < rows)
-                    at[1] = __float2bfloat16_rn(v[b].y);
+        for (int i = 0; i < T; i++) {
+            if (i >= taken.count)
+                break;
+#pragma unroll
+            for (int b = 0; b < BLOCKS; b++) {
+                const unsigned m = m0 + 64 * b + 2 * lane;
+                __nv_bfloat16 *at = out + (size_t)taken.token(i) * rows + m;
+                if (rows % 2 == 0 && m < rows) {
+                    store_pair(at, v[i][b].x, v[i][b].y);
+                } else {
+                    if (m < rows)
+                        at[0] = __float2bfloat16_rn(v[i][b].x);
+                    if (m + 1 < rows)
+                        at[1] = __float2bfloat16_rn(v[i][b].y);
+                }
             }
         }
     }

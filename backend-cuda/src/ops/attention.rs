@@ -40,6 +40,8 @@ pub struct Attention {
     arrived: Address,
     /// Partials that a warp has room for.
     slots: u32,
+    /// The slot of padding rows.
+    dummy: u32,
 }
 
 /// How a model's query heads share its key and value heads.
@@ -124,6 +126,7 @@ impl Attention {
             partials: cuda.allocate(Purpose::Scratch, warps * slots * heads.partial_bytes())?,
             arrived,
             slots: slots as u32,
+            dummy: limits.running,
         })
     }
 
@@ -136,7 +139,7 @@ impl Attention {
     /// Divides a step's work. `rows` are the step's, padding included.
     pub fn plan(&self, shape: StepShape, rows: &[Row], words: &mut [u32]) {
         match shape.phase {
-            Phase::Decode => plan_decode(rows, words),
+            Phase::Decode => plan_decode(self.dummy, rows, words),
             Phase::Prefill => plan_prefill(self.heads.item_tokens(), rows, words),
         }
     }
@@ -190,12 +193,13 @@ impl Attention {
     }
 }
 
-/// The tiles in the rows before each row, and in all.
-fn plan_decode(rows: &[Row], words: &mut [u32]) {
+/// The tiles in the rows before each row, and in all. Padding rows, which come last and have slot `dummy`, get none:
+/// nobody wants their output, and a warp that was given many rows of one token would be the last to end.
+fn plan_decode(dummy: u32, rows: &[Row], words: &mut [u32]) {
     let mut tiles = 0;
     words[0] = 0;
     for (row, word) in rows.iter().zip(&mut words[1..]) {
-        tiles += row.kv_len.div_ceil(TILE);
+        tiles += if row.slot == dummy { 0 } else { row.kv_len.div_ceil(TILE) };
         *word = tiles;
     }
 }

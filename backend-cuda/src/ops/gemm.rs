@@ -347,8 +347,8 @@ impl Decode {
 /// Hopper's kernels for many tokens: a block a multiprocessor takes tile after tile.
 #[derive(Debug)]
 struct Prefill {
-    /// [`Kind::Qkv`], [`Kind::Residual`], [`Kind::GateUp`], [`Kind::Linear`].
-    kernels: [Kernel; 4],
+    /// By [`Kind`].
+    kernels: [Kernel; 5],
     multiprocessors: u32,
 }
 
@@ -364,21 +364,10 @@ impl Prefill {
             find("prefill_qkv")?,
             find("prefill_residual")?,
             find("prefill_gate_up")?,
+            find("prefill_head")?,
             find("prefill_linear")?,
         ];
         Ok(Prefill { kernels, multiprocessors })
-    }
-
-    /// There is none for the head: what is sampled is few.
-    fn kernel(&self, kind: Kind) -> Option<&Kernel> {
-        let [qkv, residual, gate_up, linear] = &self.kernels;
-        match kind {
-            Kind::Qkv => Some(qkv),
-            Kind::Residual => Some(residual),
-            Kind::GateUp => Some(gate_up),
-            Kind::Linear => Some(linear),
-            Kind::Head => None,
-        }
     }
 
     fn tiles(shape: &Shape) -> u32 {
@@ -387,7 +376,6 @@ impl Prefill {
 
     fn launch<E: Epilogue>(
         &self,
-        kernel: &Kernel,
         launcher: &Launcher,
         w: Address,
         x: Address,
@@ -397,7 +385,7 @@ impl Prefill {
         let blocks = Self::tiles(shape).min(self.multiprocessors);
         let grid = Grid::new(blocks, Self::THREADS).shared(Self::SHARED).dependent();
         let [w, x] = shape.maps(w, x, Self::TILE)?;
-        launcher.launch(kernel, grid, [&w, &x, shape, epilogue])
+        launcher.launch(&self.kernels[E::KIND as usize], grid, [&w, &x, shape, epilogue])
     }
 }
 
@@ -411,17 +399,19 @@ struct Hopper {
 impl Hopper {
     /// Tokens above which tiles that take all columns in turn are quicker than clusters that share them out.
     const DECODE_TOKENS_MAX: u32 = 256;
+    /// The same for the head, whose many rows of w fill the device with tiles at once.
+    const DECODE_TOKENS_MAX_HEAD: u32 = 64;
 
-    /// The kernel for many tokens, where it is the quicker one: a product with few rows keeps its cluster until the tiles
-    /// of tokens fill the device. A plain product has no other.
-    fn prefill_kernel(&self, kind: Kind, shape: &Shape) -> Option<&Kernel> {
+    /// Is the kernel for many tokens the quicker one? A product with few rows keeps its cluster until the tiles of tokens
+    /// fill the device. A plain product has no other.
+    fn is_for_many(&self, kind: Kind, shape: &Shape) -> bool {
         let many = shape.tokens > Self::DECODE_TOKENS_MAX;
-        let wanted = match kind {
+        match kind {
             Kind::Linear => true,
+            Kind::Head => shape.tokens > Self::DECODE_TOKENS_MAX_HEAD,
             Kind::Residual => many && Prefill::tiles(shape) >= self.prefill.multiprocessors / 2,
-            _ => many,
-        };
-        self.prefill.kernel(kind).filter(|_| wanted)
+            Kind::Qkv | Kind::GateUp => many,
+        }
     }
 }
 
@@ -461,9 +451,10 @@ impl Gemm {
         let Some(hopper) = &self.hopper else {
             return self.portable.launch(launcher, w, x, &shape, epilogue);
         };
-        match hopper.prefill_kernel(E::KIND, &shape) {
-            Some(kernel) => hopper.prefill.launch(kernel, launcher, w, x, &shape, epilogue),
-            None => hopper.decode.launch(launcher, w, x, &shape, epilogue),
+        if hopper.is_for_many(E::KIND, &shape) {
+            hopper.prefill.launch(launcher, w, x, &shape, epilogue)
+        } else {
+            hopper.decode.launch(launcher, w, x, &shape, epilogue)
         }
     }
 }

@@ -30,6 +30,7 @@ constexpr int SLICES_MAX = 8;
 template <int GROUPS, int N> struct Plan {
     static constexpr int ROWS = 64 * GROUPS, W_BYTES = ROWS * 128, STAGE_BYTES = W_BYTES + N * 128;
     static constexpr int MULTIPLIERS = 128 * GROUPS, STAGED = ROWS + 4; // floats between two tokens' sums
+    static constexpr int AT_ONCE = N >= 128 ? 4 : N >= 64 ? 2 : 1;      // tokens that a warp takes side by side
 };
 
 // A block's share of the columns and the shared memory that it passes through.
@@ -99,47 +100,64 @@ template <int GROUPS, int N> __device__ __forceinline__ void stage_sums(float *s
             staged[(8 * j + lane % 4 * 2 + e % 2) * Plan<GROUPS, N>::STAGED + m + e / 2 * 8] = sum[4 * j + e];
 }
 
-// One pair of a token's outputs: the slices' sums in their order, from ranks first, first + 1, …
-__device__ __forceinline__ float2 add_slices(unsigned at, unsigned first, unsigned slices) {
-    float2 part[SLICES_MAX];
+// Pairs of T tokens' outputs: the slices' sums in their order, from ranks first, first + 1, …
+template <int T> __device__ __forceinline__ void add_slices(float2 (&sum)[T], const unsigned (&at)[T], unsigned first, unsigned slices) {
 #pragma unroll
-    for (int s = 0; s < SLICES_MAX; s++)
-        if (s < slices)
-            part[s] = load_remote(at, first + s);
-    float2 sum = part[0];
+    for (int i = 0; i < T; i++)
+        sum[i] = load_remote(at[i], first);
 #pragma unroll
     for (int s = 1; s < SLICES_MAX; s++)
-        if (s < slices)
-            sum = {sum.x + part[s].x, sum.y + part[s].y};
-    return sum;
+        if (s < slices) {
+            float2 part[T];
+#pragma unroll
+            for (int i = 0; i < T; i++)
+                part[i] = load_remote(at[i], first + s);
+#pragma unroll
+            for (int i = 0; i < T; i++)
+                sum[i] = {sum[i].x + part[i].x, sum[i].y + part[i].y};
+        }
 }
 
-// The end of all blocks: ranks take turns at the tokens, a warp a token. What a warp's first token needs is fetched while
-// the cluster gathers.
+// The end of all blocks: ranks take turns at the tokens, a warp a few at once. What a warp's first tokens need is fetched
+// while the cluster gathers.
 template <int GROUPS, int TILES, int N, class Epilogue>
 __device__ __forceinline__ void share_out(const Shape &shape, const Epilogue &epilogue, unsigned base, const float *scales,
                                           unsigned rank, unsigned ranks, unsigned m0, unsigned n0) {
-    constexpr int BLOCKS = GROUPS * TILES;
+    constexpr int BLOCKS = GROUPS * TILES, T = Plan<GROUPS, N>::AT_ONCE;
     const unsigned warp = threadIdx.x / 32, lane = threadIdx.x % 32, step = ranks * 4 * GROUPS;
     const unsigned count = shape.tokens - n0 < N ? shape.tokens - n0 : N;
     unsigned n = warp < 4 * GROUPS ? rank + ranks * warp : count;
-    typename Epilogue::template Ahead<BLOCKS> next;
-    if (n < count)
-        next = epilogue.template ahead<BLOCKS>(n0 + n, m0, shape.rows, lane);
+    typename Epilogue::template Ahead<BLOCKS> ahead[T] = {};
+    const auto fetch = [&] {
+#pragma unroll
+        for (int i = 0; i < T; i++)
+            if (n + i * step < count)
+                ahead[i] = epilogue.template ahead<BLOCKS>(n0 + n + i * step, m0, shape.rows, lane);
+    };
+    fetch();
     cluster_sync();
-    for (; n < count; n += step) {
-        const auto now = next;
-        if (n + step < count)
-            next = epilogue.template ahead<BLOCKS>(n0 + n + step, m0, shape.rows, lane);
-        const float scale = Epilogue::SCALED ? scales[n] : 1.0f;
-        float2 v[BLOCKS];
+    while (n < count) {
+        float2 v[T][BLOCKS];
 #pragma unroll
         for (int b = 0; b < BLOCKS; b++) {
-            const unsigned at = base + (n * Plan<GROUPS, N>::STAGED + b % GROUPS * 64 + 2 * lane) * 4;
-            v[b] = add_slices(at, b / GROUPS * shape.slices, shape.slices);
-            v[b] = {v[b].x * scale, v[b].y * scale};
+            unsigned at[T];
+            float2 sum[T];
+#pragma unroll
+            for (int i = 0; i < T; i++) {
+                const unsigned own = n + i * step < count ? n + i * step : n;
+                at[i] = base + (own * Plan<GROUPS, N>::STAGED + b % GROUPS * 64 + 2 * lane) * 4;
+            }
+            add_slices(sum, at, b / GROUPS * shape.slices, shape.slices);
+#pragma unroll
+            for (int i = 0; i < T; i++) {
+                const float scale = Epilogue::SCALED ? scales[n + i * step < count ? n + i * step : n] : 1.0f;
+                v[i][b] = {__fmul_rn(sum[i].x, scale), __fmul_rn(sum[i].y, scale)};
+            }
         }
-        epilogue.template store<BLOCKS>(now, v, n0 + n, m0, shape.rows, lane);
+        const Taken taken = {n0 + n, step, (count - n + step - 1) / step};
+        epilogue.template store<T, BLOCKS>(ahead, v, taken, m0, shape.rows, lane);
+        n += T * step;
+        fetch();
     }
     __syncwarp();
     cluster_sync();

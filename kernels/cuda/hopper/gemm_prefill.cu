@@ -17,8 +17,8 @@
 //    The tokens beside a token do not matter to its sum.
 // 2. Tiles are taken in bands of 8 tiles of tokens, rows of w after rows of w: the tiles in flight share both operands
 //    in L2.
-// 3. Registers are dealt anew at the start: 200 for a multiplying thread (80 sums of the slice, 80 of the slices before),
-//    88 for the epilogue, 24 for the fetch.
+// 3. Registers are dealt anew at the start: 192 for a multiplying thread (80 sums of the slice, 80 of the slices before),
+//    104 for the epilogue, 24 for the fetch.
 #include "dependent.cuh"
 #include "epilogue.cuh"
 #include "hopper.cuh"
@@ -155,38 +155,43 @@ __device__ __forceinline__ void multiply(const Shared &shared, const Shape &shap
     }
 }
 
+// A tile's sums through the epilogue: warp w takes tokens w, w + 4, …, AHEAD of them side by side; what the next ones need
+// is on its way meanwhile.
 template <class Epilogue>
 __device__ __forceinline__ void store_tile(const Shared &shared, const Shape &shape, const Epilogue &epilogue, unsigned m0,
                                            unsigned n0, unsigned parity) {
-    const unsigned warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
+    const unsigned lane = threadIdx.x % 32;
     const unsigned count = shape.tokens - n0 < N ? shape.tokens - n0 : N;
-    bool waits = true;
-    for (unsigned n = warp; n < count; n += 4 * AHEAD) {
-        typename Epilogue::template Ahead<2> ahead[AHEAD];
+    unsigned n = threadIdx.x / 32 % 4;
+    typename Epilogue::template Ahead<2> next[AHEAD] = {};
+    const auto fetch = [&](unsigned first) {
 #pragma unroll
         for (int i = 0; i < AHEAD; i++)
-            if (n + 4 * i < count)
-                ahead[i] = epilogue.template ahead<2>(n0 + n + 4 * i, m0, shape.rows, lane);
-        if (waits)
-            barrier_wait(shared.summed, parity);
-        waits = false;
+            if (first + 4 * i < count)
+                next[i] = epilogue.template ahead<2>(n0 + first + 4 * i, m0, shape.rows, lane);
+    };
+    fetch(n);
+    barrier_wait(shared.summed, parity);
+    for (; n < count; n += 4 * AHEAD) {
+        typename Epilogue::template Ahead<2> now[AHEAD];
+#pragma unroll
+        for (int i = 0; i < AHEAD; i++)
+            now[i] = next[i];
+        fetch(n + 4 * AHEAD);
+        float2 v[AHEAD][2];
 #pragma unroll
         for (int i = 0; i < AHEAD; i++) {
-            if (n + 4 * i >= count)
-                break;
-            const float *row = shared.staged + (n + 4 * i) * STAGED + 2 * lane;
-            const float scale = Epilogue::SCALED ? shared.scales[n + 4 * i] : 1.0f;
-            float2 v[2];
+            const unsigned own = n + 4 * i < count ? n + 4 * i : n;
+            const float scale = Epilogue::SCALED ? shared.scales[own] : 1.0f;
 #pragma unroll
             for (int b = 0; b < 2; b++) {
-                v[b] = *reinterpret_cast<const float2 *>(row + 64 * b);
-                v[b] = {v[b].x * scale, v[b].y * scale};
+                const float2 sum = *reinterpret_cast<const float2 *>(shared.staged + own * STAGED + 2 * lane + 64 * b);
+                v[i][b] = {__fmul_rn(sum.x, scale), __fmul_rn(sum.y, scale)};
             }
-            epilogue.template store<2>(ahead[i], v, n0 + n + 4 * i, m0, shape.rows, lane);
         }
+        const Taken taken = {n0 + n, 4, (count - n + 3) / 4};
+        epilogue.template store<AHEAD, 2>(now, v, taken, m0, shape.rows, lane);
     }
-    if (waits)
-        barrier_wait(shared.summed, parity);
 }
 
 template <class Epilogue>
@@ -221,10 +226,10 @@ __device__ __forceinline__ void prefill(const TensorMap *w, const TensorMap *x, 
     __syncthreads();
     dependent_wait();
     if (threadIdx.x < MULTIPLIERS) {
-        asm volatile("setmaxnreg.inc.sync.aligned.u32 200;");
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 192;");
         multiply(shared, shape);
     } else if (threadIdx.x < MULTIPLIERS + STORERS) {
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 88;");
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 104;");
         store(shared, shape, epilogue);
     } else {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
@@ -243,3 +248,4 @@ PREFILL(prefill_qkv, Qkv)
 PREFILL(prefill_residual, Residual)
 PREFILL(prefill_gate_up, GateUp)
 PREFILL(prefill_linear, Linear)
+PREFILL(prefill_head, Head)

@@ -160,14 +160,14 @@ __device__ __forceinline__ void gemm(const __nv_bfloat16 *w, const __nv_bfloat16
     __syncthreads();
     for (unsigned n = warp; n < BN && n0 + n < shape.tokens; n += WARPS) {
         const float scale = Epilogue::SCALED ? scales[n] : 1.0f;
-        const auto ahead = epilogue.template ahead<2>(n0 + n, m0, shape.rows, lane);
-        float2 v[2];
+        const typename Epilogue::template Ahead<2> ahead[1] = {epilogue.template ahead<2>(n0 + n, m0, shape.rows, lane)};
+        float2 v[1][2];
 #pragma unroll
         for (int b = 0; b < 2; b++) {
-            v[b] = *reinterpret_cast<const float2 *>(staged + n * STAGED + 64 * b + 2 * lane);
-            v[b] = {v[b].x * scale, v[b].y * scale};
+            const float2 sum = *reinterpret_cast<const float2 *>(staged + n * STAGED + 64 * b + 2 * lane);
+            v[0][b] = {__fmul_rn(sum.x, scale), __fmul_rn(sum.y, scale)};
         }
-        epilogue.template store<2>(ahead, v, n0 + n, m0, shape.rows, lane);
+        epilogue.template store<1, 2>(ahead, v, Taken{n0 + n, 0, 1}, m0, shape.rows, lane);
     }
 }
 
