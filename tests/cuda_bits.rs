@@ -78,7 +78,7 @@ fn assert_the_same_bits(model: &str, kernels: KernelChoice, count: usize) {
         ("without prefix cache", base.clone().prefix_cache(false)),
         ("prompts in chunks of 100", base.clone().max_prefill_tokens(100)),
         ("pages of 64", base.clone().page_size(64).num_pages(Some(2300))),
-        ("with retraction", base.clone().num_pages(Some(700))),
+        ("with retraction", base.clone().num_pages(Some(64))),
     ];
     for (what, builder) in ways {
         let mut llm = builder.build().expect("an engine on the GPU");

@@ -69,6 +69,7 @@ struct Qkv {
     __nv_bfloat16 *q, *k, *v;
     unsigned tokens_offset, heads, kv_heads, head_dim, page_shift, unused;
     static constexpr bool SCALED = true;
+    static constexpr int SLICES = 2; // at most
 
     __device__ __forceinline__ float scale(unsigned token) const { return norm.scale(token); }
 
@@ -187,6 +188,7 @@ struct Residual {
     __nv_bfloat16 *residual; // [tokens, rows]
     float *sumsq;            // [tokens, ceil(rows / 64)]
     static constexpr bool SCALED = false;
+    static constexpr int SLICES = 8; // at most
 
     __device__ __forceinline__ float scale(unsigned) const { return 1.0f; }
 
@@ -238,6 +240,7 @@ struct GateUp {
     __nv_bfloat16 *out; // [tokens, intermediate]
     unsigned intermediate, unused;
     static constexpr bool SCALED = true;
+    static constexpr int SLICES = 2; // at most
 
     __device__ __forceinline__ float scale(unsigned token) const { return norm.scale(token); }
 
@@ -272,6 +275,7 @@ struct GateUp {
 struct Head {
     __half *out; // [samples, rows]
     static constexpr bool SCALED = false;
+    static constexpr int SLICES = 1; // at most
 
     __device__ __forceinline__ float scale(unsigned) const { return 1.0f; }
 
@@ -312,6 +316,7 @@ struct Head {
 struct Linear {
     __nv_bfloat16 *out; // [tokens, rows]
     static constexpr bool SCALED = false;
+    static constexpr int SLICES = 1; // at most
 
     __device__ __forceinline__ float scale(unsigned) const { return 1.0f; }
 

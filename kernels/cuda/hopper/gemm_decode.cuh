@@ -25,12 +25,9 @@
 #include "epilogue.cuh"
 #include "hopper.cuh"
 
-constexpr int SLICES_MAX = 8;
-
 template <int GROUPS, int N> struct Plan {
     static constexpr int ROWS = 64 * GROUPS, W_BYTES = ROWS * 128, STAGE_BYTES = W_BYTES + N * 128;
     static constexpr int MULTIPLIERS = 128 * GROUPS, STAGED = ROWS + 4; // floats between two tokens' sums
-    static constexpr int AT_ONCE = N >= 128 ? 4 : N >= 64 ? 2 : 1;      // tokens that a warp takes side by side
 };
 
 // A block's share of the columns and the shared memory that it passes through.
@@ -100,30 +97,38 @@ template <int GROUPS, int N> __device__ __forceinline__ void stage_sums(float *s
             staged[(8 * j + lane % 4 * 2 + e % 2) * Plan<GROUPS, N>::STAGED + m + e / 2 * 8] = sum[4 * j + e];
 }
 
-// Pairs of T tokens' outputs: the slices' sums in their order, from ranks first, first + 1, …
-template <int T> __device__ __forceinline__ void add_slices(float2 (&sum)[T], const unsigned (&at)[T], unsigned first, unsigned slices) {
+// Pairs of T tokens' outputs: the slices' sums, all on their way at once, added in their order, from ranks first, first + 1, …
+template <int SLICES, int T>
+__device__ __forceinline__ void add_slices(float2 (&sum)[T], const unsigned (&at)[T], unsigned first, unsigned slices) {
+    float2 part[SLICES][T];
+#pragma unroll
+    for (int s = 0; s < SLICES; s++)
+        if (s < slices)
+#pragma unroll
+            for (int i = 0; i < T; i++)
+                part[s][i] = load_remote(at[i], first + s);
 #pragma unroll
     for (int i = 0; i < T; i++)
-        sum[i] = load_remote(at[i], first);
+        sum[i] = part[0][i];
 #pragma unroll
-    for (int s = 1; s < SLICES_MAX; s++)
-        if (s < slices) {
-            float2 part[T];
-#pragma unroll
-            for (int i = 0; i < T; i++)
-                part[i] = load_remote(at[i], first + s);
+    for (int s = 1; s < SLICES; s++)
+        if (s < slices)
 #pragma unroll
             for (int i = 0; i < T; i++)
-                sum[i] = {sum[i].x + part[i].x, sum[i].y + part[i].y};
-        }
+                sum[i] = {sum[i].x + part[s][i].x, sum[i].y + part[s][i].y};
 }
+
+// How many tokens a warp takes side by side: as many as it gets, as far as their slices' sums fit the registers.
+template <int N, class Epilogue> struct SideBySide {
+    static constexpr int T = N < 64 ? 1 : Epilogue::SLICES > 2 ? 2 : 4;
+};
 
 // The end of all blocks: ranks take turns at the tokens, a warp a few at once. What a warp's first tokens need is fetched
 // while the cluster gathers.
 template <int GROUPS, int TILES, int N, class Epilogue>
 __device__ __forceinline__ void share_out(const Shape &shape, const Epilogue &epilogue, unsigned base, const float *scales,
                                           unsigned rank, unsigned ranks, unsigned m0, unsigned n0) {
-    constexpr int BLOCKS = GROUPS * TILES, T = Plan<GROUPS, N>::AT_ONCE;
+    constexpr int BLOCKS = GROUPS * TILES, T = SideBySide<N, Epilogue>::T;
     const unsigned warp = threadIdx.x / 32, lane = threadIdx.x % 32, step = ranks * 4 * GROUPS;
     const unsigned count = shape.tokens - n0 < N ? shape.tokens - n0 : N;
     unsigned n = warp < 4 * GROUPS ? rank + ranks * warp : count;
@@ -147,7 +152,7 @@ __device__ __forceinline__ void share_out(const Shape &shape, const Epilogue &ep
                 const unsigned own = n + i * step < count ? n + i * step : n;
                 at[i] = base + (own * Plan<GROUPS, N>::STAGED + b % GROUPS * 64 + 2 * lane) * 4;
             }
-            add_slices(sum, at, b / GROUPS * shape.slices, shape.slices);
+            add_slices<Epilogue::SLICES>(sum, at, b / GROUPS * shape.slices, shape.slices);
 #pragma unroll
             for (int i = 0; i < T; i++) {
                 const float scale = Epilogue::SCALED ? scales[n + i * step < count ? n + i * step : n] : 1.0f;
