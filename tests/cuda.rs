@@ -110,7 +110,7 @@ fn a_requests_tokens_do_not_depend_on_how_they_are_computed() {
             ("prompts in chunks of 7", base().max_prefill_tokens(7)),
             ("pages of 32 tokens", base().page_size(32)),
             ("eight at once", base().max_running(8)),
-            ("a pool that forces retraction", base().num_pages(Some(100))),
+            ("a pool that forces retraction", base().num_pages(Some(32))),
         ];
         for (what, builder) in others {
             let mut llm = builder.build().unwrap();
