@@ -53,11 +53,23 @@ struct RowNorm {
     __device__ __forceinline__ float scale(unsigned token) const {
         const float *partial = sumsq + (size_t)token * segments;
         float sum = 0.0f;
-#pragma unroll 16
-        for (unsigned i = 0; i < segments; i++)
-            sum += partial[i];
+        if (segments % 4 == 0) {
+#pragma unroll 4
+            for (unsigned i = 0; i < segments; i += 4) {
+                const float4 four = *reinterpret_cast<const float4 *>(partial + i);
+                sum = sum + four.x + four.y + four.z + four.w;
+            }
+        } else {
+            for (unsigned i = 0; i < segments; i++)
+                sum += partial[i];
+        }
         return rsqrtf(sum / (float)hidden + eps);
     }
+};
+
+// What an epilogue that needs nothing beside the token's number knows of it.
+struct Nowhere {
+    __device__ __forceinline__ Nowhere from_lane(unsigned) const { return {}; }
 };
 
 struct Qkv {
@@ -70,8 +82,23 @@ struct Qkv {
     unsigned tokens_offset, heads, kv_heads, head_dim, page_shift, unused;
     static constexpr bool SCALED = true;
     static constexpr int SLICES = 2; // at most
+    static constexpr bool EARLY = true; // does `ahead` read nothing that a kernel of this step's layers wrote?
 
     __device__ __forceinline__ float scale(unsigned token) const { return norm.scale(token); }
+
+    // A token's place in its sequence and in the pages.
+    struct Where {
+        unsigned position, location;
+
+        __device__ __forceinline__ Where from_lane(unsigned lane) const {
+            return {__shfl_sync(0xffffffffu, position, lane), __shfl_sync(0xffffffffu, location, lane)};
+        }
+    };
+
+    __device__ __forceinline__ Where where(unsigned token) const {
+        const Token entry = reinterpret_cast<const Token *>(batch + tokens_offset)[token];
+        return {entry.position, entry.location};
+    }
 
     // Where a token's key and value go, and (cos, sin) of this lane's two angles.
     template <int BLOCKS> struct Ahead {
@@ -80,9 +107,8 @@ struct Qkv {
     };
 
     template <int BLOCKS>
-    __device__ __forceinline__ Ahead<BLOCKS> ahead(unsigned token, unsigned, unsigned, unsigned lane) const {
-        const Token where = reinterpret_cast<const Token *>(batch + tokens_offset)[token];
-        const float2 *angles = rope + (size_t)where.position * (head_dim / 2) + 2 * lane % (head_dim / 2);
+    __device__ __forceinline__ Ahead<BLOCKS> ahead(const Where &where, unsigned, unsigned, unsigned, unsigned lane) const {
+        const float2 *angles = rope + (size_t)where.position * (head_dim / 2) + ((2 * lane) & (head_dim / 2 - 1));
         return {where.location, *reinterpret_cast<const float4 *>(angles)};
     }
 
@@ -189,8 +215,11 @@ struct Residual {
     float *sumsq;            // [tokens, ceil(rows / 64)]
     static constexpr bool SCALED = false;
     static constexpr int SLICES = 8; // at most
+    static constexpr bool EARLY = false; // does `ahead` read nothing that a kernel of this step's layers wrote?
 
     __device__ __forceinline__ float scale(unsigned) const { return 1.0f; }
+    using Where = Nowhere;
+    __device__ __forceinline__ Where where(unsigned) const { return {}; }
 
     // The residual stream as it was.
     template <int BLOCKS> struct Ahead {
@@ -198,7 +227,7 @@ struct Residual {
     };
 
     template <int BLOCKS>
-    __device__ __forceinline__ Ahead<BLOCKS> ahead(unsigned token, unsigned m0, unsigned rows, unsigned lane) const {
+    __device__ __forceinline__ Ahead<BLOCKS> ahead(Where, unsigned token, unsigned m0, unsigned rows, unsigned lane) const {
         const __nv_bfloat162 *at =
             reinterpret_cast<const __nv_bfloat162 *>(residual + (size_t)token * rows + m0 + 2 * lane);
         Ahead<BLOCKS> ahead;
@@ -241,13 +270,16 @@ struct GateUp {
     unsigned intermediate, unused;
     static constexpr bool SCALED = true;
     static constexpr int SLICES = 2; // at most
+    static constexpr bool EARLY = false; // does `ahead` read nothing that a kernel of this step's layers wrote?
 
     __device__ __forceinline__ float scale(unsigned token) const { return norm.scale(token); }
+    using Where = Nowhere;
+    __device__ __forceinline__ Where where(unsigned) const { return {}; }
 
     template <int BLOCKS> struct Ahead {};
 
     template <int BLOCKS>
-    __device__ __forceinline__ Ahead<BLOCKS> ahead(unsigned, unsigned, unsigned, unsigned) const { return {}; }
+    __device__ __forceinline__ Ahead<BLOCKS> ahead(Where, unsigned, unsigned, unsigned, unsigned) const { return {}; }
 
     template <int T, int BLOCKS>
     __device__ __forceinline__ void store(const Ahead<BLOCKS> (&)[T], float2 (&v)[T][BLOCKS], const Taken &taken, unsigned m0,
@@ -276,13 +308,16 @@ struct Head {
     __half *out; // [samples, rows]
     static constexpr bool SCALED = false;
     static constexpr int SLICES = 1; // at most
+    static constexpr bool EARLY = false; // does `ahead` read nothing that a kernel of this step's layers wrote?
 
     __device__ __forceinline__ float scale(unsigned) const { return 1.0f; }
+    using Where = Nowhere;
+    __device__ __forceinline__ Where where(unsigned) const { return {}; }
 
     template <int BLOCKS> struct Ahead {};
 
     template <int BLOCKS>
-    __device__ __forceinline__ Ahead<BLOCKS> ahead(unsigned, unsigned, unsigned, unsigned) const { return {}; }
+    __device__ __forceinline__ Ahead<BLOCKS> ahead(Where, unsigned, unsigned, unsigned, unsigned) const { return {}; }
 
     template <int T, int BLOCKS>
     __device__ __forceinline__ void store(const Ahead<BLOCKS> (&)[T], float2 (&v)[T][BLOCKS], const Taken &taken, unsigned m0,
@@ -317,13 +352,16 @@ struct Linear {
     __nv_bfloat16 *out; // [tokens, rows]
     static constexpr bool SCALED = false;
     static constexpr int SLICES = 1; // at most
+    static constexpr bool EARLY = false; // does `ahead` read nothing that a kernel of this step's layers wrote?
 
     __device__ __forceinline__ float scale(unsigned) const { return 1.0f; }
+    using Where = Nowhere;
+    __device__ __forceinline__ Where where(unsigned) const { return {}; }
 
     template <int BLOCKS> struct Ahead {};
 
     template <int BLOCKS>
-    __device__ __forceinline__ Ahead<BLOCKS> ahead(unsigned, unsigned, unsigned, unsigned) const { return {}; }
+    __device__ __forceinline__ Ahead<BLOCKS> ahead(Where, unsigned, unsigned, unsigned, unsigned) const { return {}; }
 
     template <int T, int BLOCKS>
     __device__ __forceinline__ void store(const Ahead<BLOCKS> (&)[T], float2 (&v)[T][BLOCKS], const Taken &taken, unsigned m0,

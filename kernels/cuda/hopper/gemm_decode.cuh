@@ -9,7 +9,7 @@
 //   moves    rows * cols * 2 bytes of w for each N tokens; x again in each cluster, from L2
 //
 //   fetching warp      w into every stage ── wait for the kernel before ── x into every stage ── … ring …
-//   multiplying warps                        wait, row scales ── wgmma k16 by k16 ── sums to shared memory ─┐
+//   multiplying warps                        wait ──────────── wgmma k16 by k16 ─ ── sums to shared memory ─┐
 //   all                cluster barrier ── each rank takes every R-th token, adds its slices, epilogue <─────┘
 //
 // A source file for each epilogue, gemm_decode_*.cu, so that the driver compiles them side by side.
@@ -123,50 +123,50 @@ template <int N, class Epilogue> struct SideBySide {
     static constexpr int T = N < 64 ? 1 : Epilogue::SLICES > 2 ? 2 : 4;
 };
 
-// The end of all blocks: ranks take turns at the tokens, a warp a few at once. What a warp's first tokens need is fetched
-// while the cluster gathers.
-template <int GROUPS, int TILES, int N, class Epilogue>
-__device__ __forceinline__ void share_out(const Shape &shape, const Epilogue &epilogue, unsigned base, const float *scales,
-                                          unsigned rank, unsigned ranks, unsigned m0, unsigned n0) {
-    constexpr int BLOCKS = GROUPS * TILES, T = SideBySide<N, Epilogue>::T;
-    const unsigned warp = threadIdx.x / 32, lane = threadIdx.x % 32, step = ranks * 4 * GROUPS;
-    const unsigned count = shape.tokens - n0 < N ? shape.tokens - n0 : N;
-    unsigned n = warp < 4 * GROUPS ? rank + ranks * warp : count;
-    typename Epilogue::template Ahead<BLOCKS> ahead[T] = {};
-    const auto fetch = [&] {
+// What the multiplying warps do at the end: ranks take turns at the block's tokens, a warp a few at once.
+template <int GROUPS, int TILES, int N, class Epilogue> struct ShareOut {
+    static constexpr int BLOCKS = GROUPS * TILES, T = SideBySide<N, Epilogue>::T;
+    typename Epilogue::template Ahead<BLOCKS> ahead[T];
+    unsigned n, step, count, m0, n0, lane;
+
+    __device__ __forceinline__ ShareOut(const Shape &shape, unsigned rank, unsigned ranks, unsigned m0, unsigned n0)
+        : ahead{}, n(rank + ranks * (threadIdx.x / 32)), step(ranks * 4 * GROUPS),
+          count(shape.tokens - n0 < N ? shape.tokens - n0 : N), m0(m0), n0(n0), lane(threadIdx.x % 32) {}
+
+    // Fetches what the tokens at hand need.
+    __device__ __forceinline__ void fetch(const Epilogue &epilogue, unsigned rows) {
 #pragma unroll
         for (int i = 0; i < T; i++)
-            if (n + i * step < count)
-                ahead[i] = epilogue.template ahead<BLOCKS>(n0 + n + i * step, m0, shape.rows, lane);
-    };
-    fetch();
-    cluster_sync();
-    while (n < count) {
+            if (n + i * step < count) {
+                const unsigned token = n0 + n + i * step;
+                ahead[i] = epilogue.template ahead<BLOCKS>(epilogue.where(token), token, m0, rows, lane);
+            }
+    }
+    __device__ __forceinline__ unsigned token_or_first(int i) const { return n + i * step < count ? n + i * step : n; }
+
+    // Adds the slices of the tokens at hand, takes them through the epilogue, and goes on to the next.
+    __device__ __forceinline__ void take(const Epilogue &epilogue, const Shape &shape, unsigned base, const float *scales) {
         float2 v[T][BLOCKS];
 #pragma unroll
         for (int b = 0; b < BLOCKS; b++) {
             unsigned at[T];
             float2 sum[T];
 #pragma unroll
-            for (int i = 0; i < T; i++) {
-                const unsigned own = n + i * step < count ? n + i * step : n;
-                at[i] = base + (own * Plan<GROUPS, N>::STAGED + b % GROUPS * 64 + 2 * lane) * 4;
-            }
+            for (int i = 0; i < T; i++)
+                at[i] = base + (token_or_first(i) * Plan<GROUPS, N>::STAGED + b % GROUPS * 64 + 2 * lane) * 4;
             add_slices<Epilogue::SLICES>(sum, at, b / GROUPS * shape.slices, shape.slices);
 #pragma unroll
             for (int i = 0; i < T; i++) {
-                const float scale = Epilogue::SCALED ? scales[n + i * step < count ? n + i * step : n] : 1.0f;
+                const float scale = Epilogue::SCALED ? scales[token_or_first(i)] : 1.0f;
                 v[i][b] = {__fmul_rn(sum[i].x, scale), __fmul_rn(sum[i].y, scale)};
             }
         }
         const Taken taken = {n0 + n, step, (count - n + step - 1) / step};
         epilogue.template store<T, BLOCKS>(ahead, v, taken, m0, shape.rows, lane);
         n += T * step;
-        fetch();
+        fetch(epilogue, shape.rows);
     }
-    __syncwarp();
-    cluster_sync();
-}
+};
 
 template <int GROUPS, int TILES, int N, class Epilogue>
 __device__ __forceinline__ void decode(const TensorMap *w, const TensorMap *x, const Shape &shape, unsigned stages,
@@ -199,17 +199,31 @@ __device__ __forceinline__ void decode(const TensorMap *w, const TensorMap *x, c
         if (threadIdx.x == P::MULTIPLIERS)
             ring.fetch(w, x, m0, n0);
         __syncwarp();
+        if (Epilogue::SCALED) { // while the others multiply
+            dependent_wait();
+            for (unsigned n = threadIdx.x % 32; n < N && n0 + n < shape.tokens; n += 32)
+                scales[n] = epilogue.scale(n0 + n);
+            __syncwarp();
+        }
+        cluster_sync();
     } else {
+        ShareOut<GROUPS, TILES, N, Epilogue> out(shape, rank, ranks, tile0 * P::ROWS, n0);
+        if (Epilogue::EARLY)
+            out.fetch(epilogue, shape.rows);
         dependent_wait();
-        if (Epilogue::SCALED && threadIdx.x < N && n0 + threadIdx.x < shape.tokens)
-            scales[threadIdx.x] = epilogue.scale(n0 + threadIdx.x);
-        __syncwarp();
+        if (!Epilogue::EARLY)
+            out.fetch(epilogue, shape.rows);
         float sum[N / 2] = {};
         ring.multiply(sum);
         sync_threads(1, P::MULTIPLIERS);
         stage_sums<GROUPS, N>(staged, sum);
+        __syncwarp();
+        cluster_sync();
+        while (out.n < out.count)
+            out.take(epilogue, shape, base, scales);
+        __syncwarp();
     }
-    share_out<GROUPS, TILES, N>(shape, epilogue, base, scales, rank, ranks, tile0 * P::ROWS, n0);
+    cluster_sync();
 }
 
 #define DECODE(NAME, GROUPS, TILES, N, EPILOGUE)                                                                             \

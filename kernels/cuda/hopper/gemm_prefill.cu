@@ -163,12 +163,24 @@ __device__ __forceinline__ void store_tile(const Shared &shared, const Shape &sh
     const unsigned lane = threadIdx.x % 32;
     const unsigned count = shape.tokens - n0 < N ? shape.tokens - n0 : N;
     unsigned n = threadIdx.x / 32 % 4;
+    // Lane l knows the warp's tokens l and l + 32, so that what depends on a token's place is one load away.
+    static_assert(N / 4 <= 64, "two tokens a lane");
+    typename Epilogue::Where places[2] = {};
+#pragma unroll
+    for (int i = 0; i < 2; i++)
+        if (n + 4 * (lane + 32 * i) < count)
+            places[i] = epilogue.where(n0 + n + 4 * (lane + 32 * i));
+    const unsigned warp = n;
     typename Epilogue::template Ahead<2> next[AHEAD] = {};
     const auto fetch = [&](unsigned first) {
 #pragma unroll
-        for (int i = 0; i < AHEAD; i++)
-            if (first + 4 * i < count)
-                next[i] = epilogue.template ahead<2>(n0 + first + 4 * i, m0, shape.rows, lane);
+        for (int i = 0; i < AHEAD; i++) {
+            const unsigned token = first + 4 * i, index = (token - warp) / 4;
+            if (token < count) {
+                const auto place = (index < 32 ? places[0] : places[1]).from_lane(index % 32);
+                next[i] = epilogue.template ahead<2>(place, n0 + token, m0, shape.rows, lane);
+            }
+        }
     };
     fetch(n);
     barrier_wait(shared.summed, parity);

@@ -160,7 +160,8 @@ __device__ __forceinline__ void gemm(const __nv_bfloat16 *w, const __nv_bfloat16
     __syncthreads();
     for (unsigned n = warp; n < BN && n0 + n < shape.tokens; n += WARPS) {
         const float scale = Epilogue::SCALED ? scales[n] : 1.0f;
-        const typename Epilogue::template Ahead<2> ahead[1] = {epilogue.template ahead<2>(n0 + n, m0, shape.rows, lane)};
+        const typename Epilogue::template Ahead<2> ahead[1] = {
+            epilogue.template ahead<2>(epilogue.where(n0 + n), n0 + n, m0, shape.rows, lane)};
         float2 v[1][2];
 #pragma unroll
         for (int b = 0; b < 2; b++) {
