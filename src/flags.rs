@@ -43,7 +43,7 @@ macro_rules! with_shared_flags {
             /// requests that run at once (default 256)
             #[argh(option)]
             max_running: Option<u32>,
-            /// tokens of a prefill step (default 8192 on a GPU, 1024 on the CPU)
+            /// tokens of a prefill step (default 16384 on a GPU, 1024 on the CPU)
             #[argh(option)]
             max_prefill_tokens: Option<u32>,
             /// tokens of a KV page, a power of two (default 16, or the device's least)

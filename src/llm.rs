@@ -300,7 +300,7 @@ impl Opening<'_> {
             return Err(Error::SequenceTooLong { asked: sequence, max });
         }
         let on_cpu = self.name == "cpu";
-        let prefill_tokens = if on_cpu { 1024 } else { 8192 };
+        let prefill_tokens = if on_cpu { 1024 } else { 16384 };
         let mut limits = Limits {
             running: max_running,
             queued: max_queued,

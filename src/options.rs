@@ -42,7 +42,7 @@ pub struct Options {
     pub max_running: u32,
     /// Requests that wait inside the engine; more are pulled from the caller as these are admitted.
     pub max_queued: u32,
-    /// Tokens of a prefill step; `None`: 8192 on a GPU, 1024 on the CPU.
+    /// Tokens of a prefill step; `None`: 16384 on a GPU, 1024 on the CPU.
     pub max_prefill_tokens: Option<u32>,
     /// Tokens of a KV page; `None`: 16, or the least that the device takes.
     pub page_size: Option<u32>,

@@ -12,7 +12,9 @@ const SLACK: f64 = 1.05;
 
 fn reference_dir() -> PathBuf {
     let dir = std::env::var_os("MINISGL_REFERENCE");
-    PathBuf::from(dir.expect("set MINISGL_REFERENCE to the folder that scripts/transformers-reference filled"))
+    PathBuf::from(
+        dir.expect("set MINISGL_REFERENCE to the folder that scripts/transformers-reference filled"),
+    )
 }
 
 fn floats(tensors: &SafeTensors<'_>, name: &str) -> Vec<f32> {
@@ -49,10 +51,15 @@ fn check(dir: &Path, tensors: &SafeTensors<'_>) {
         let prompt = prompt(tensors, i);
         let exact = floats(tensors, &format!("float32.{i}"));
         let ours = llm.prompt_logits(&prompt).expect("logits").concat();
-        let (ours, theirs) =
-            (relative_error(&ours, &exact), relative_error(&floats(tensors, &format!("bfloat16.{i}")), &exact));
+        let (ours, theirs) = (
+            relative_error(&ours, &exact),
+            relative_error(&floats(tensors, &format!("bfloat16.{i}")), &exact),
+        );
         println!("{i:>7} {:>7} {ours:>14.3e} {theirs:>14.3e}", prompt.len());
-        assert!(ours <= theirs * SLACK, "prompt {i}: our error {ours:.3e} is above transformers' {theirs:.3e}");
+        assert!(
+            ours <= theirs * SLACK,
+            "prompt {i}: our error {ours:.3e} is above transformers' {theirs:.3e}"
+        );
     }
 }
 
