@@ -159,6 +159,10 @@ impl Device for Cpu {
         Ok(())
     }
 
+    fn warm_up_before_capture(&self) -> bool {
+        false // recording a command needs nothing that running it would set up
+    }
+
     fn begin_capture(&mut self) -> Result<(), CpuError> {
         self.not_recording("a recording is already under way; end it before beginning another")?;
         self.recording = Some(Vec::new());
