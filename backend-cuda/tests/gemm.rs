@@ -16,7 +16,8 @@ use minisgl_cuda::ops::gemm::{Epilogue, GateUp, Gemm, Head, Linear, Qkv, Residua
 use minisgl_cuda::{Buffer, Cuda, KernelSet, Options, Weight};
 
 /// Both sides of every tile of every kernel.
-const TOKENS: [u32; 17] = [1, 2, 3, 7, 8, 9, 16, 17, 31, 64, 100, 128, 200, 256, 257, 384, 1000];
+const TOKENS: [u32; 23] =
+    [1, 2, 3, 7, 8, 9, 16, 17, 31, 32, 33, 64, 65, 96, 100, 128, 129, 176, 200, 256, 257, 384, 1000];
 /// What an output holds before; a NaN in bf16, f16 and f32.
 const POISON: u16 = 0x7fff;
 const EPS: f32 = 1e-6;

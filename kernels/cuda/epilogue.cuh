@@ -214,7 +214,7 @@ struct Residual {
     __nv_bfloat16 *residual; // [tokens, rows]
     float *sumsq;            // [tokens, ceil(rows / 64)]
     static constexpr bool SCALED = false;
-    static constexpr int SLICES = 8; // at most
+    static constexpr int SLICES = 4; // at most
     static constexpr bool EARLY = false; // does `ahead` read nothing that a kernel of this step's layers wrote?
 
     __device__ __forceinline__ float scale(unsigned) const { return 1.0f; }

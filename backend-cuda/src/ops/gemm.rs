@@ -3,7 +3,7 @@
 //! ```text
 //!   epilogue   y becomes                                               columns summed in
 //!   Qkv        queries; keys and values in their pages                 2 slices
-//!   Residual   added to the residual stream, with its partial squares  8
+//!   Residual   added to the residual stream, with its partial squares  4
 //!   GateUp     silu(gate) * up                                         2
 //!   Head       f16 logits                                              1
 //!   Linear     bf16 rows                                               1
@@ -135,7 +135,7 @@ impl Kind {
     fn slices(self, cols: u32) -> u32 {
         let wanted = match self {
             Kind::Qkv | Kind::GateUp => 2,
-            Kind::Residual => 8,
+            Kind::Residual => 4,
             Kind::Head | Kind::Linear => 1,
         };
         wanted.min(cols.div_ceil(BLOCK_COLS))
@@ -253,9 +253,9 @@ impl Block {
         (self.rows + self.tokens) * BLOCK_COLS * 2
     }
 
-    /// Warpgroups that multiply, and the warp that fetches.
+    /// Warpgroups that multiply, the warp that fetches and the one that computes scales.
     fn threads(self) -> u32 {
-        self.rows * 2 + 32
+        self.rows * 2 + 64
     }
 
     /// Shared memory: the ring, two barriers a stage, a scale a token, and what aligns the ring to 1024 bytes.
@@ -264,83 +264,166 @@ impl Block {
     }
 }
 
-/// Hopper's kernels for few tokens: the slices of a sum are added across a cluster.
-#[derive(Debug)]
-struct Decode {
-    /// By [`Kind`], then as [`Decode::BLOCKS`].
-    kernels: [[Kernel; 4]; 4],
+/// How blocks of a decode product work together.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Team {
+    /// A cluster shares out the slices of the sum, of this many neighbouring row tiles.
+    Slices { tiles: u32 },
+    /// Two blocks with neighbouring tiles of tokens fetch w together; each has the whole sum.
+    Pair,
 }
 
-impl Decode {
-    const BLOCKS: [Block; 4] =
-        [Block::new(64, 16), Block::new(64, 64), Block::new(64, 128), Block::new(128, 128)];
+/// A decode kernel and the launches it is for.
+#[derive(Clone, Copy, Debug)]
+struct Tiling {
+    kernel: &'static str,
+    block: Block,
+    team: Team,
+    /// Quickest up to this many tokens.
+    tokens_max: u32,
+    /// Bytes of shared memory that a block may take.
+    shared: u32,
+}
+
+impl Tiling {
     /// Two blocks fit a multiprocessor's shared memory.
-    const SHARED_MAX: u32 = 112 << 10;
+    const HALF: u32 = 112 << 10;
+    /// One block does; beyond this, more bytes on their way are no gain.
+    const MOST: u32 = 162 << 10;
     /// The head's blocks are many and short: more of them side by side hide their ends.
-    const SHARED_HEAD: u32 = 56 << 10;
+    const QUARTER: u32 = 56 << 10;
 
-    fn new(modules: &Modules) -> Result<Decode, CudaError> {
-        let row = |module, names: [&'static str; 4]| -> Result<[Kernel; 4], CudaError> {
-            let find = |name| modules.kernel(module, name, Self::SHARED_MAX);
-            Ok([find(names[0])?, find(names[1])?, find(names[2])?, find(names[3])?])
+    const fn slices(kernel: &'static str, rows: u32, tokens: u32, tokens_max: u32, shared: u32) -> Tiling {
+        Tiling {
+            kernel,
+            block: Block::new(rows, tokens),
+            team: Team::Slices { tiles: 1 },
+            tokens_max,
+            shared,
+        }
+    }
+
+    /// A head's 128 rows meet in one cluster.
+    const fn heads(kernel: &'static str, tokens: u32, tokens_max: u32) -> Tiling {
+        let team = Team::Slices { tiles: 2 };
+        Tiling { kernel, block: Block::new(64, tokens), team, tokens_max, shared: Self::HALF }
+    }
+
+    const fn pair(kernel: &'static str, rows: u32, tokens: u32, tokens_max: u32) -> Tiling {
+        Tiling { kernel, block: Block::new(rows, tokens), team: Team::Pair, tokens_max, shared: Self::MOST }
+    }
+
+    /// Tilings of a kind, for ever more tokens.
+    fn of(kind: Kind) -> &'static [Tiling] {
+        const QKV: &[Tiling] = &[
+            Tiling::heads("decode_qkv_64x16", 16, 16),
+            Tiling::heads("decode_qkv_64x32", 32, 32),
+            Tiling::heads("decode_qkv_64x64", 64, 64),
+            Tiling::pair("pair_qkv_128x32", 128, 32, 128),
+            Tiling::pair("pair_qkv_128x64", 128, 64, 256),
+        ];
+        const RESIDUAL: &[Tiling] = &[
+            Tiling::slices("decode_residual_64x16", 64, 16, 16, Tiling::HALF),
+            Tiling::slices("decode_residual_64x32", 64, 32, 64, Tiling::HALF),
+            Tiling::slices("decode_residual_64x64", 64, 64, 128, Tiling::HALF),
+            Tiling::slices("decode_residual_128x88", 128, 88, 256, Tiling::MOST),
+        ];
+        const GATE_UP: &[Tiling] = &[
+            Tiling::slices("decode_gate_up_64x16", 64, 16, 16, Tiling::HALF),
+            Tiling::slices("decode_gate_up_64x32", 64, 32, 32, Tiling::HALF),
+            Tiling::slices("decode_gate_up_64x64", 64, 64, 64, Tiling::HALF),
+            Tiling::pair("pair_gate_up_192x32", 192, 32, 128),
+            Tiling::pair("pair_gate_up_192x64", 192, 64, 256),
+        ];
+        // More tokens than that, and tiles that take all columns in turn are quicker: its many rows of w fill the device.
+        const HEAD: &[Tiling] = &[
+            Tiling::slices("decode_head_64x16", 64, 16, 16, Tiling::QUARTER),
+            Tiling::slices("decode_head_64x32", 64, 32, 32, Tiling::QUARTER),
+            Tiling::slices("decode_head_64x64", 64, 64, 64, Tiling::QUARTER),
+        ];
+        match kind {
+            Kind::Qkv => QKV,
+            Kind::Residual => RESIDUAL,
+            Kind::GateUp => GATE_UP,
+            Kind::Head => HEAD,
+            Kind::Linear => &[],
+        }
+    }
+
+    /// Stages of the ring: as many as a block has blocks of columns, if they fit.
+    fn stages(&self, shape: &Shape) -> u32 {
+        let fit = (self.shared - self.block.shared(0)) / (self.block.shared(1) - self.block.shared(0));
+        let cols = shape.cols.div_ceil(BLOCK_COLS);
+        let wanted = match self.team {
+            Team::Slices { .. } => cols.div_ceil(shape.slices),
+            Team::Pair => cols,
         };
-        macro_rules! row {
-            ($kind:literal) => {
-                row(
-                    concat!("gemm_decode_", $kind),
-                    [
-                        concat!("decode_", $kind, "_64x16"),
-                        concat!("decode_", $kind, "_64x64"),
-                        concat!("decode_", $kind, "_64x128"),
-                        concat!("decode_", $kind, "_128x128"),
-                    ],
-                )?
-            };
-        }
-        let kernels = [row!("qkv"), row!("residual"), row!("gate_up"), row!("head")];
-        Ok(Decode { kernels })
-    }
-
-    /// The block for this many tokens, an index into [`Decode::BLOCKS`].
-    fn block(tokens: u32) -> usize {
-        match tokens {
-            0..=16 => 0,
-            17..=64 => 1,
-            65..=128 => 2,
-            _ => 3,
-        }
-    }
-
-    /// Stages of the ring: as many as a slice has blocks of columns, if they fit.
-    fn stages(kind: Kind, block: Block, shape: &Shape) -> u32 {
-        let limit = if kind == Kind::Head { Self::SHARED_HEAD } else { Self::SHARED_MAX };
-        let fit = (limit - block.shared(0)) / (block.shared(1) - block.shared(0));
-        let wanted = shape.cols.div_ceil(BLOCK_COLS).div_ceil(shape.slices);
         // The sums lie over the ring afterwards, and need three stages.
         wanted.min(fit).max(3)
     }
 
+    fn grid(&self, shape: &Shape, stages: u32) -> Grid {
+        let (row_tiles, token_tiles) =
+            (shape.rows.div_ceil(self.block.rows), shape.tokens.div_ceil(self.block.tokens));
+        let (cluster, clusters, rows) = match self.team {
+            Team::Slices { tiles } => (tiles * shape.slices, row_tiles.div_ceil(tiles), token_tiles),
+            Team::Pair => (2, row_tiles, token_tiles.div_ceil(2)),
+        };
+        Grid::new(clusters * cluster, self.block.threads())
+            .rows(rows)
+            .cluster(cluster)
+            .shared(self.block.shared(stages))
+            .dependent()
+    }
+
+    /// Rows of w that one block fetches at once.
+    fn fetched_rows(&self) -> u32 {
+        match self.team {
+            Team::Slices { .. } => self.block.rows,
+            Team::Pair => self.block.rows / 2,
+        }
+    }
+}
+
+/// Hopper's kernels for few tokens.
+#[derive(Debug)]
+struct Decode {
+    /// By [`Kind`]; each with its kernel, in the order of [`Tiling::of`].
+    tilings: [Vec<(Tiling, Kernel)>; 4],
+}
+
+impl Decode {
+    fn new(modules: &Modules) -> Result<Decode, CudaError> {
+        let load = |module, kind| {
+            let load = |tiling: &Tiling| Ok((*tiling, modules.kernel(module, tiling.kernel, tiling.shared)?));
+            Tiling::of(kind).iter().map(load).collect::<Result<Vec<_>, CudaError>>()
+        };
+        let tilings = [
+            load("gemm_decode_qkv", Kind::Qkv)?,
+            load("gemm_decode_residual", Kind::Residual)?,
+            load("gemm_decode_gate_up", Kind::GateUp)?,
+            load("gemm_decode_head", Kind::Head)?,
+        ];
+        Ok(Decode { tilings })
+    }
+
+    /// The kind's tiling for this many tokens; the last one where there are more than any is for.
+    fn tiling(&self, kind: Kind, tokens: u32) -> Option<&(Tiling, Kernel)> {
+        let tilings = self.tilings.get(kind as usize)?;
+        tilings.iter().find(|(tiling, _)| tokens <= tiling.tokens_max).or(tilings.last())
+    }
+
     fn launch<E: Epilogue>(
-        &self,
+        (tiling, kernel): &(Tiling, Kernel),
         launcher: &Launcher,
         w: Address,
         x: Address,
         shape: &Shape,
         epilogue: &E,
     ) -> Result<(), CudaError> {
-        let size = Self::block(shape.tokens);
-        let block = Self::BLOCKS[size];
-        let stages = Self::stages(E::KIND, block, shape);
-        // A head's 128 rows meet in one cluster.
-        let tiles = if E::KIND == Kind::Qkv { 128 / block.rows } else { 1 };
-        let cluster = tiles * shape.slices;
-        let grid = Grid::new(shape.rows.div_ceil(tiles * block.rows) * cluster, block.threads())
-            .rows(shape.tokens.div_ceil(block.tokens))
-            .cluster(cluster)
-            .shared(block.shared(stages))
-            .dependent();
-        let [w, x] = shape.maps(w, x, block)?;
-        launcher.launch(&self.kernels[E::KIND as usize][size], grid, [&w, &x, shape, &stages, epilogue])
+        let stages = tiling.stages(shape);
+        let [w, x] = shape.maps(w, x, Block::new(tiling.fetched_rows(), tiling.block.tokens))?;
+        launcher.launch(kernel, tiling.grid(shape, stages), [&w, &x, shape, &stages, epilogue])
     }
 }
 
@@ -397,20 +480,26 @@ struct Hopper {
 }
 
 impl Hopper {
-    /// Tokens above which tiles that take all columns in turn are quicker than clusters that share them out.
-    const DECODE_TOKENS_MAX: u32 = 256;
-    /// The same for the head, whose many rows of w fill the device with tiles at once.
-    const DECODE_TOKENS_MAX_HEAD: u32 = 64;
-
     /// Is the kernel for many tokens the quicker one? A product with few rows keeps its cluster until the tiles of tokens
     /// fill the device. A plain product has no other.
     fn is_for_many(&self, kind: Kind, shape: &Shape) -> bool {
-        let many = shape.tokens > Self::DECODE_TOKENS_MAX;
-        match kind {
-            Kind::Linear => true,
-            Kind::Head => shape.tokens > Self::DECODE_TOKENS_MAX_HEAD,
-            Kind::Residual => many && Prefill::tiles(shape) >= self.prefill.multiprocessors / 2,
-            Kind::Qkv | Kind::GateUp => many,
+        let many = shape.tokens > Tiling::of(kind).last().map_or(0, |tiling| tiling.tokens_max);
+        many && (kind != Kind::Residual || Prefill::tiles(shape) >= self.prefill.multiprocessors / 2)
+    }
+
+    fn launch<E: Epilogue>(
+        &self,
+        launcher: &Launcher,
+        w: Address,
+        x: Address,
+        shape: &Shape,
+        epilogue: &E,
+    ) -> Result<(), CudaError> {
+        match self.decode.tiling(E::KIND, shape.tokens) {
+            Some(tiling) if !self.is_for_many(E::KIND, shape) => {
+                Decode::launch(tiling, launcher, w, x, shape, epilogue)
+            }
+            _ => self.prefill.launch(launcher, w, x, shape, epilogue),
         }
     }
 }
@@ -448,13 +537,9 @@ impl Gemm {
             return Ok(());
         }
         let w = w.address();
-        let Some(hopper) = &self.hopper else {
-            return self.portable.launch(launcher, w, x, &shape, epilogue);
-        };
-        if hopper.is_for_many(E::KIND, &shape) {
-            hopper.prefill.launch(launcher, w, x, &shape, epilogue)
-        } else {
-            hopper.decode.launch(launcher, w, x, &shape, epilogue)
+        match &self.hopper {
+            Some(hopper) => hopper.launch(launcher, w, x, &shape, epilogue),
+            None => self.portable.launch(launcher, w, x, &shape, epilogue),
         }
     }
 }
@@ -469,17 +554,17 @@ mod tests {
     }
 
     #[test]
-    fn two_decode_blocks_fit_a_multiprocessor_and_the_ring_holds_their_sums() {
+    fn a_tilings_ring_fits_its_share_of_shared_memory_and_holds_the_sums() {
         let kinds = [Kind::Qkv, Kind::Residual, Kind::GateUp, Kind::Head];
         let cases = kinds.into_iter().flat_map(|kind| [64, 192, 3072, 17408].map(|cols| (kind, cols)));
         for (kind, cols) in cases {
             let shape = Shape { rows: 1024, cols, tokens: 1, slices: kind.slices(cols) };
-            for block in Decode::BLOCKS {
-                let stages = Decode::stages(kind, block, &shape);
-                assert!(block.shared(stages) <= Decode::SHARED_MAX, "{kind:?}, {cols} columns, {block:?}");
+            for tiling in Tiling::of(kind) {
+                let stages = tiling.stages(&shape);
+                assert!(tiling.block.shared(stages) <= tiling.shared, "{cols} columns, {tiling:?}");
                 assert!(
-                    sum_bytes(block) <= stages * block.stage_bytes(),
-                    "{kind:?}, {cols} columns, {block:?}"
+                    sum_bytes(tiling.block) <= stages * tiling.block.stage_bytes(),
+                    "{cols} columns, {tiling:?}"
                 );
             }
         }

@@ -1,7 +1,9 @@
-// decode_gate_up_*: silu(gate) * up of few tokens; see gemm_decode.cuh.
+// decode_gate_up_*, pair_gate_up_*: silu(gate) * up of few tokens; see gemm_decode.cuh and gemm_pair.cuh.
 #include "gemm_decode.cuh"
+#include "gemm_pair.cuh"
 
 DECODE(decode_gate_up_64x16, 1, 1, 16, GateUp)
+DECODE(decode_gate_up_64x32, 1, 1, 32, GateUp)
 DECODE(decode_gate_up_64x64, 1, 1, 64, GateUp)
-DECODE(decode_gate_up_64x128, 1, 1, 128, GateUp)
-DECODE(decode_gate_up_128x128, 2, 1, 128, GateUp)
+PAIR(pair_gate_up_192x32, 3, 32, GateUp)
+PAIR(pair_gate_up_192x64, 3, 64, GateUp)

@@ -2,6 +2,6 @@
 #include "gemm_decode.cuh"
 
 DECODE(decode_residual_64x16, 1, 1, 16, Residual)
+DECODE(decode_residual_64x32, 1, 1, 32, Residual)
 DECODE(decode_residual_64x64, 1, 1, 64, Residual)
-DECODE(decode_residual_64x128, 1, 1, 128, Residual)
-DECODE(decode_residual_128x128, 2, 1, 128, Residual)
+DECODE(decode_residual_128x88, 2, 1, 88, Residual)

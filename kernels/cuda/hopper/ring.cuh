@@ -1,0 +1,114 @@
+// How a decode kernel's block gets its share of both operands and multiplies it: a ring of stages in shared memory, filled by
+// one thread, emptied by GROUPS warpgroups of 64 rows of w each.
+//
+//   stage    64 GROUPS rows of w, then N tokens, 64 columns of each: tiles as hopper.cuh describes them
+//   sharers  blocks of a cluster that need the same w at the same time: each fetches its part for all of them
+//
+//   fetch ── full[stage] ──> multiply ── empty[stage] of every sharer ──> fetch
+//
+// 1. What the kernel before wrote is x alone: w is on its way before the wait for that kernel.
+// 2. A stage is filled again when the warps of all sharers are done with it, because w goes to all of them at once.
+// 3. A block must not end while another may still send to it, nor send to one that has not set its barriers up: the kernels'
+//    cluster barriers see to both.
+#pragma once
+
+#include "dependent.cuh"
+#include "hopper.cuh"
+
+template <int GROUPS, int N, int SHARERS> struct Ring {
+    static constexpr int ROWS = 64 * GROUPS, W_BYTES = ROWS * 128, STAGE_BYTES = W_BYTES + N * 128;
+    static constexpr int MULTIPLIERS = 128 * GROUPS, PART = ROWS / SHARERS;
+    static_assert(PART % 8 == 0, "a part of w is whole groups of the swizzle");
+    unsigned base, full, empty, stages, rank;
+
+    __device__ __forceinline__ Ring(unsigned base, unsigned stages, unsigned rank)
+        : base(base), full(base + stages * STAGE_BYTES), empty(full + 8 * stages), stages(stages), rank(rank) {}
+
+    __device__ __forceinline__ unsigned stage(unsigned i) const { return base + i * STAGE_BYTES; }
+
+    // One thread's call, before any other member's.
+    __device__ __forceinline__ void init_barriers() const {
+        for (unsigned i = 0; i < stages; i++) {
+            barrier_init(full + 8 * i, 1);
+            barrier_init(empty + 8 * i, 4 * GROUPS * SHARERS);
+        }
+        barrier_init_fence();
+    }
+
+    __device__ __forceinline__ void fetch_w(const TensorMap *w, unsigned at, unsigned col, unsigned m0) const {
+        barrier_expect(full + 8 * at, STAGE_BYTES);
+        if (SHARERS == 1)
+            bulk_fetch(stage(at), w, col, m0, full + 8 * at, EVICT_FIRST);
+        else
+            bulk_fetch_shared(stage(at) + rank * PART * 128, w, col, m0 + rank * PART, full + 8 * at, EVICT_FIRST,
+                              (1 << SHARERS) - 1);
+    }
+
+    __device__ __forceinline__ void fetch_x(const TensorMap *x, unsigned at, unsigned col, unsigned n0) const {
+        bulk_fetch(stage(at) + W_BYTES, x, col, n0, full + 8 * at, EVICT_LAST);
+    }
+
+    // The fetching thread's work: `blocks` blocks of 64 columns from block `first` on.
+    __device__ __forceinline__ void fetch(const TensorMap *w, const TensorMap *x, unsigned first, unsigned blocks, unsigned m0,
+                                          unsigned n0) const {
+        const unsigned ahead = blocks < stages ? blocks : stages;
+        for (unsigned i = 0; i < ahead; i++)
+            fetch_w(w, i, (first + i) * 64, m0);
+        dependent_wait();
+        for (unsigned i = 0; i < ahead; i++)
+            fetch_x(x, i, (first + i) * 64, n0);
+        unsigned at = 0, parity = 0;
+        for (unsigned i = ahead; i < blocks; i++) {
+            barrier_wait(empty + 8 * at, parity);
+            fetch_w(w, at, (first + i) * 64, m0);
+            fetch_x(x, at, (first + i) * 64, n0);
+            if (++at == stages) {
+                at = 0;
+                parity ^= 1;
+            }
+        }
+    }
+
+    // A warp's call: the stage may be filled again.
+    __device__ __forceinline__ void release(unsigned at) const {
+        if (SHARERS == 1) {
+            if (threadIdx.x % 32 == 0)
+                barrier_arrive(empty + 8 * at);
+        } else if (threadIdx.x % 32 < SHARERS) {
+            barrier_arrive_at(empty + 8 * at, threadIdx.x % 32);
+        }
+    }
+
+    // Where a multiplying warpgroup is in the ring.
+    struct Position {
+        unsigned at = 0, parity = 0;
+    };
+
+    // A multiplying warpgroup's work: the sums of its 64 rows over the next `blocks` blocks of columns, from zero.
+    __device__ __forceinline__ void multiply(Position &position, unsigned blocks, float (&sum)[N / 2]) const {
+        const unsigned group = threadIdx.x / 128;
+        unsigned before = 0;
+        for (unsigned i = 0; i < blocks; i++) {
+            barrier_wait(full + 8 * position.at, position.parity);
+            const unsigned long long a = tile_descriptor(stage(position.at) + group * 64 * 128);
+            const unsigned long long b = tile_descriptor(stage(position.at) + W_BYTES);
+            wgmma_fence();
+#pragma unroll
+            for (int k = 0; k < 4; k++)
+                wgmma(sum, a + 2 * k, b + 2 * k, i > 0 || k > 0);
+            wgmma_commit();
+            if (i > 0) {
+                wgmma_wait<1>(); // the block before is multiplied
+                release(before);
+            }
+            before = position.at;
+            if (++position.at == stages) {
+                position.at = 0;
+                position.parity ^= 1;
+            }
+        }
+        wgmma_wait<0>();
+        hold(sum);
+        release(before);
+    }
+};
