@@ -325,7 +325,7 @@ impl Tiling {
         const RESIDUAL: &[Tiling] = &[
             Tiling::slices("decode_residual_64x16", 64, 16, 16, Tiling::HALF),
             Tiling::slices("decode_residual_64x32", 64, 32, 64, Tiling::HALF),
-            Tiling::slices("decode_residual_64x64", 64, 64, 128, Tiling::HALF),
+            Tiling::slices("decode_residual_64x64", 64, 64, 192, Tiling::HALF),
             Tiling::slices("decode_residual_128x88", 128, 88, 256, Tiling::MOST),
         ];
         const GATE_UP: &[Tiling] = &[

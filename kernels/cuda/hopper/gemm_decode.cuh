@@ -86,7 +86,7 @@ __device__ __forceinline__ void decode(const TensorMap *w, const TensorMap *x, c
         if (!Epilogue::EARLY)
             out.fetch(epilogue, shape.rows);
         float sum[N / 2] = {};
-        typename R::Position position;
+        typename R::Position position(blocks, stages);
         ring.multiply(position, blocks, sum);
         sync_threads(1, R::MULTIPLIERS);
         S::write(staged, sum);

@@ -15,8 +15,7 @@
 // 1. The sums have gemm_decode.cuh's order: each slice from zero, slices added in their order.
 // 2. The sums lie over the ring, idle by then, as there. A pair's second tile may lie behind the last token: it helps to
 //    fetch and stores nothing.
-// 3. Neither block ends before both are through with the ring: from then on nothing arrives from the other.
-// 4. One block fills a multiprocessor: the bytes on their way into it, not the bandwidth, bound how fast it gets them.
+// 3. One block fills a multiprocessor: the bytes on their way into it, not the bandwidth, bound how fast it gets them.
 #pragma once
 
 #include "ring.cuh"
@@ -44,8 +43,6 @@ __device__ __forceinline__ void pair(const TensorMap *w, const TensorMap *x, con
             ring.fetch(w, x, 0, shape.blocks(), m0, n0);
         if (warp > R::MULTIPLIERS / 32)
             scale_rows<N>(epilogue, shape, n0, scales);
-        __syncwarp();
-        cluster_arrive();
         __syncthreads();
     } else {
         constexpr int T = (N + 4 * GROUPS - 1) / (4 * GROUPS); // all of a warp's tokens at once
@@ -56,14 +53,13 @@ __device__ __forceinline__ void pair(const TensorMap *w, const TensorMap *x, con
         if (!Epilogue::EARLY)
             out.fetch(epilogue, shape.rows);
         float sum[N / 2] = {}, total[N / 2] = {};
-        typename R::Position position;
+        typename R::Position position(shape.blocks(), stages);
         for (unsigned slice = 0; slice < shape.slices; slice++) {
             ring.multiply(position, shape.slice_begin(slice + 1) - shape.slice_begin(slice), sum);
 #pragma unroll
             for (int i = 0; i < N / 2; i++)
                 total[i] = slice == 0 ? sum[i] : total[i] + sum[i];
         }
-        cluster_arrive();
         sync_threads(1, R::MULTIPLIERS);
         S::write(staged, total);
         __syncthreads();
@@ -73,9 +69,7 @@ __device__ __forceinline__ void pair(const TensorMap *w, const TensorMap *x, con
                 for (int i = 0; i < T; i++)
                     sum[i] = S::read(staged, token[i], b);
             });
-        __syncwarp();
     }
-    cluster_wait();
 }
 
 #define PAIR(NAME, GROUPS, N, EPILOGUE)                                                                                      \

@@ -8,8 +8,8 @@
 //
 // 1. What the kernel before wrote is x alone: w is on its way before the wait for that kernel.
 // 2. A stage is filled again when the warps of all sharers are done with it, because w goes to all of them at once.
-// 3. A block must not end while another may still send to it, nor send to one that has not set its barriers up: the kernels'
-//    cluster barriers see to both.
+// 3. A stage that is not filled again is not released either. So whatever a block sends to another, a fetch or a release, is
+//    waited for there before that one ends; and kernels begin with a cluster barrier, so that it has its barriers by then.
 #pragma once
 
 #include "dependent.cuh"
@@ -69,25 +69,30 @@ template <int GROUPS, int N, int SHARERS> struct Ring {
         }
     }
 
-    // A warp's call: the stage may be filled again.
-    __device__ __forceinline__ void release(unsigned at) const {
-        if (SHARERS == 1) {
-            if (threadIdx.x % 32 == 0)
-                barrier_arrive(empty + 8 * at);
-        } else if (threadIdx.x % 32 < SHARERS) {
-            barrier_arrive_at(empty + 8 * at, threadIdx.x % 32);
-        }
-    }
-
-    // Where a multiplying warpgroup is in the ring.
+    // Where a multiplying warpgroup is in the ring, and how many stages will yet be filled again.
     struct Position {
-        unsigned at = 0, parity = 0;
+        unsigned at = 0, parity = 0, refills;
+
+        __device__ __forceinline__ Position(unsigned blocks, unsigned stages) : refills(blocks > stages ? blocks - stages : 0) {}
     };
+
+    // A warp's call: the stage may be filled again, if that is to happen.
+    __device__ __forceinline__ void release(Position &position, unsigned at) const {
+        const unsigned lane = threadIdx.x % 32;
+        if (lane < SHARERS && position.refills > 0) {
+            if (SHARERS == 1)
+                barrier_arrive(empty + 8 * at);
+            else
+                barrier_arrive_at(empty + 8 * at, lane);
+        }
+        position.refills -= position.refills > 0;
+    }
 
     // A multiplying warpgroup's work: the sums of its 64 rows over the next `blocks` blocks of columns, from zero.
     __device__ __forceinline__ void multiply(Position &position, unsigned blocks, float (&sum)[N / 2]) const {
         const unsigned group = threadIdx.x / 128;
         unsigned before = 0;
+        hold(sum); // else the compiler zeroes it between two wgmmas, and must put them in a row
         for (unsigned i = 0; i < blocks; i++) {
             barrier_wait(full + 8 * position.at, position.parity);
             const unsigned long long a = tile_descriptor(stage(position.at) + group * 64 * 128);
@@ -99,7 +104,7 @@ template <int GROUPS, int N, int SHARERS> struct Ring {
             wgmma_commit();
             if (i > 0) {
                 wgmma_wait<1>(); // the block before is multiplied
-                release(before);
+                release(position, before);
             }
             before = position.at;
             if (++position.at == stages) {
@@ -109,6 +114,6 @@ template <int GROUPS, int N, int SHARERS> struct Ring {
         }
         wgmma_wait<0>();
         hold(sum);
-        release(before);
+        release(position, before);
     }
 };
