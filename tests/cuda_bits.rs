@@ -2,39 +2,8 @@
 
 mod common;
 
-use common::greedy;
-use minisgl::{BackendChoice, GenerateRequest, KernelChoice, Llm, LlmBuilder, SamplingParams};
-
-/// Deterministic numbers below `bound`.
-struct Numbers(u64);
-
-impl Numbers {
-    fn below(&mut self, bound: u64) -> u64 {
-        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        (self.0 >> 33) % bound
-    }
-}
-
-/// Requests of mixed lengths, half of them greedy; some share a prefix.
-fn mixed_requests(count: usize, vocab: u64) -> Vec<GenerateRequest> {
-    let mut numbers = Numbers(42);
-    let shared: Vec<u32> = (0..70).map(|_| numbers.below(vocab) as u32).collect();
-    (0..count)
-        .map(|i| {
-            let mut prompt = if i % 3 == 0 { shared.clone() } else { Vec::new() };
-            prompt.extend((0..1 + numbers.below(300)).map(|_| numbers.below(vocab) as u32));
-            let sampling = greedy(1 + numbers.below(90) as u32);
-            let drawn = SamplingParams {
-                temperature: 0.8,
-                top_k: [0, 40][i / 2 % 2],
-                top_p: [1.0, 0.9][i / 4 % 2],
-                seed: i as u64,
-                ..sampling
-            };
-            GenerateRequest::tokens(prompt).sampling(if i % 2 == 0 { sampling } else { drawn })
-        })
-        .collect()
-}
+use common::mixed_requests;
+use minisgl::{BackendChoice, GenerateRequest, KernelChoice, Llm, LlmBuilder};
 
 fn tokens(llm: &mut Llm, requests: &[GenerateRequest]) -> Vec<Vec<u32>> {
     let completions = llm.generate(requests).expect("a run");
