@@ -1,46 +1,54 @@
 #!/usr/bin/env bash
-# Builds the PTX that the crate embeds from the CUDA C++ beside this script.
+# Builds what the crate embeds, PTX and machine code, from the CUDA C++ beside this script.
 #
-#   kernels/build.sh            writes kernels/ptx
-#   kernels/build.sh --check    builds into a temporary folder; fails where it differs from kernels/ptx by a byte
+#   kernels/build.sh            writes kernels/ptx and kernels/cubin
+#   kernels/build.sh --check    builds into a temporary folder; fails where it differs from those by a byte
 #
-#   cuda/*.cu            -> ptx/portable   compute_80: one source for every GPU
-#   cuda/portable/*.cu   -> ptx/portable   compute_80: families that cuda/hopper does otherwise
-#   cuda/hopper/*.cu     -> ptx/hopper     compute_90a
+#   cuda/*.cu            -> ptx/portable and ptx/hopper: one source for every GPU
+#   cuda/portable/*.cu   -> ptx/portable   compute_80
+#   cuda/hopper/*.cu     -> ptx/hopper     compute_90a ── ptxas ──> cubin   sm_90a
 #
-# The compiler is NVRTC 12.4, whose PTX 8.4 loads on driver 550 and later. It comes from PyPI into a virtual environment
-# ($MINISGL_NVRTC_VENV, by default target/nvrtc), so that neither a CUDA toolkit nor a C++ compiler is needed.
+# The compiler is NVRTC 12.4, whose PTX 8.4 loads on driver 550 and later. The assembler may be of any CUDA 12: drivers
+# run machine code of their own major version. Both come from PyPI into a virtual environment ($MINISGL_NVRTC_VENV, by
+# default target/nvrtc), so that neither a CUDA toolkit nor a C++ compiler is needed.
 set -euo pipefail
 shopt -s nullglob
 kernels=$(cd "$(dirname "$0")" && pwd)
 venv=${MINISGL_NVRTC_VENV:-$kernels/../target/nvrtc}
-pins=(nvidia-cuda-nvrtc-cu12==12.4.127 nvidia-cuda-runtime-cu12==12.4.127)
+pins=(nvidia-cuda-nvrtc-cu12==12.4.127 nvidia-cuda-runtime-cu12==12.4.127 nvidia-cuda-nvcc-cu12==12.9.86)
 
-if [ ! -e "$venv/${pins[0]}" ]; then
+if [ ! -e "$venv/${pins[*]}" ]; then
     python3 -m venv "$venv"
     "$venv/bin/pip" install --quiet --disable-pip-version-check --no-deps "${pins[@]}"
-    touch "$venv/${pins[0]}"
+    touch "$venv/${pins[*]}"
 fi
+ptxas=$(echo "$venv"/lib/python3*/site-packages/nvidia/cuda_nvcc/bin/ptxas)
 
 build() {
-    mkdir -p "$1/portable" "$1/hopper"
-    "$venv/bin/python" "$kernels/nvrtc.py" compute_80 "$1/portable" "$kernels"/cuda/*.cu "$kernels"/cuda/portable/*.cu
-    "$venv/bin/python" "$kernels/nvrtc.py" compute_90a "$1/hopper" "$kernels"/cuda/hopper/*.cu
+    mkdir -p "$1/ptx/portable" "$1/ptx/hopper" "$1/cubin"
+    "$venv/bin/python" "$kernels/nvrtc.py" compute_80 "$1/ptx/portable" "$kernels"/cuda/*.cu "$kernels"/cuda/portable/*.cu
+    "$venv/bin/python" "$kernels/nvrtc.py" compute_90a "$1/ptx/hopper" "$kernels"/cuda/*.cu "$kernels"/cuda/hopper/*.cu
+    local ptx
+    for ptx in "$1"/ptx/hopper/*.ptx; do
+        "$ptxas" --gpu-name sm_90a --output-file "$1/cubin/$(basename "$ptx" .ptx).cubin" "$ptx"
+    done
 }
 
 case ${1:-} in
 "")
-    rm -rf "$kernels/ptx"
-    build "$kernels/ptx"
+    rm -rf "$kernels/ptx" "$kernels/cubin"
+    build "$kernels"
     ;;
 --check)
     fresh=$(mktemp -d)
     trap 'rm -rf "$fresh"' EXIT
     build "$fresh"
-    diff --recursive --brief "$kernels/ptx" "$fresh" || {
-        echo "kernels/ptx is not what kernels/cuda compiles to: run kernels/build.sh and commit kernels/ptx" >&2
-        exit 1
-    }
+    for built in ptx cubin; do
+        diff --recursive --brief "$kernels/$built" "$fresh/$built" || {
+            echo "kernels/$built is not what kernels/cuda compiles to: run kernels/build.sh and commit kernels/$built" >&2
+            exit 1
+        }
+    done
     ;;
 *)
     echo "usage: kernels/build.sh [--check]" >&2

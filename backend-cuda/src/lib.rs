@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   context   driver, device, properties            memory    buffers, pinned memory, events, graphs
-//!   module    the PTX, loaded and looked up          launch    grids, parameters, dependent launch, late errors
+//!   module    kernels, loaded and looked up         launch    grids, parameters, dependent launch, late errors
 //!   device    core's Device over these               ops       core's Ops: each family of kernels and its launches
 //! ```
 //!

@@ -1,7 +1,7 @@
 //! The kernels on the device: every module of the set loaded once, at start, each by a thread of its own.
 //!
-//! The driver compiles the PTX for its device at the first start ever and keeps the result in its cache
-//! (`~/.nv/ComputeCache`), so the threads matter then; afterwards loading takes milliseconds.
+//! Machine code, which the Hopper set has, loads in milliseconds. PTX is compiled by the driver at the first start ever
+//! and kept in its cache (`~/.nv/ComputeCache`): then the threads matter.
 //!
 //! Invariant: kernels are looked up when an operation's family is set up, never in a step, and each is resident before
 //! its first launch, because none may be loaded while a graph is captured.
@@ -27,12 +27,15 @@ const LOG_BYTES: usize = 8 << 10;
 #[derive(Debug)]
 pub struct Modules {
     loaded: Vec<Loaded>,
+    /// Are they the Hopper set?
+    hopper: bool,
 }
 
 #[derive(Clone, Copy, Debug)]
 struct Loaded {
     name: &'static str,
-    hopper: bool,
+    /// Was it PTX that the driver compiled, not machine code?
+    from_ptx: bool,
     handle: sys::CUmodule,
 }
 
@@ -42,20 +45,22 @@ unsafe impl Send for Loaded {}
 impl Modules {
     /// Loads the set that the context's device runs.
     pub(crate) fn load(context: &Arc<Context>) -> Result<Modules, CudaError> {
-        let hopper: &[Module] = if context.properties.hopper { HOPPER } else { &[] };
-        let is_replaced = |module: &Module| hopper.iter().any(|other| other.name == module.name);
-        let portable = PORTABLE.iter().filter(|module| !is_replaced(module)).map(|module| (module, false));
-        let wanted = hopper.iter().map(|module| (module, true)).chain(portable);
+        let hopper = context.properties.hopper;
+        let set = if hopper { HOPPER } else { PORTABLE };
         let loaded = std::thread::scope(|scope| {
-            let threads: Vec<_> = wanted
-                .map(|(module, hopper)| scope.spawn(move || Loaded::load(context, module, hopper)))
-                .collect();
+            let threads: Vec<_> =
+                set.iter().map(|module| scope.spawn(move || Loaded::load(context, module))).collect();
             threads
                 .into_iter()
                 .map(|thread| thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
                 .collect::<Result<Vec<_>, _>>()
         })?;
-        Ok(Modules { loaded })
+        Ok(Modules { loaded, hopper })
+    }
+
+    /// Names of the modules that the driver compiled from PTX, now or at an earlier start.
+    pub fn from_ptx(&self) -> impl Iterator<Item = &'static str> {
+        self.loaded.iter().filter(|module| module.from_ptx).map(|module| module.name)
     }
 
     /// The kernel `kernel` of `module`, which may be launched with up to `shared` bytes of dynamic shared memory.
@@ -86,7 +91,7 @@ impl Modules {
             function,
             name: kernel,
             param_bytes: param_bytes(kernel, function)?,
-            hopper: module.hopper,
+            hopper: self.hopper,
         })
     }
 }
@@ -110,29 +115,46 @@ fn param_bytes(kernel: &'static str, function: sys::CUfunction) -> Result<[u16; 
 }
 
 impl Loaded {
-    fn load(context: &Context, module: &Module, hopper: bool) -> Result<Loaded, CudaError> {
+    /// A driver may refuse the machine code, one of the next major version say, and take the PTX: then starting takes
+    /// longer once, and the kernels are the same.
+    fn load(context: &Context, module: &Module) -> Result<Loaded, CudaError> {
         context.make_current()?;
-        let ptx = CString::new(module.ptx).map_err(|_| CudaError::Module {
-            module: module.name,
-            cause: "the PTX holds a NUL".into(),
-            log: String::new(),
-        })?;
-        let mut log = vec![0u8; LOG_BYTES];
-        let mut options = [Option_::CU_JIT_ERROR_LOG_BUFFER, Option_::CU_JIT_ERROR_LOG_BUFFER_SIZE_BYTES];
-        let mut values = [log.as_mut_ptr().cast::<c_void>(), LOG_BYTES as *mut c_void];
-        let mut handle = std::ptr::null_mut();
-        // SAFETY: the PTX ends in NUL; the log is as long as said and lives beyond the call.
-        let status = unsafe {
-            let (options, values) = (options.as_mut_ptr(), values.as_mut_ptr());
-            sys::cuModuleLoadDataEx(&mut handle, ptx.as_ptr().cast(), 2, options, values)
+        let from_code = module.cubin.and_then(|code| {
+            let mut handle = std::ptr::null_mut();
+            // SAFETY: the code is a whole ELF image, which says how long it is.
+            let status = unsafe { sys::cuModuleLoadData(&mut handle, code.as_ptr().cast()) };
+            status.result().ok().map(|()| handle)
+        });
+        let handle = match from_code {
+            Some(handle) => handle,
+            None => compile(module)?,
         };
-        status.result().map_err(|error| CudaError::Module {
-            module: module.name,
-            cause: cause(error),
-            log: String::from_utf8_lossy(&log).trim_end_matches('\0').trim().to_owned(),
-        })?;
-        Ok(Loaded { name: module.name, hopper, handle })
+        Ok(Loaded { name: module.name, from_ptx: from_code.is_none(), handle })
     }
+}
+
+/// Has the driver compile a module's PTX.
+fn compile(module: &Module) -> Result<sys::CUmodule, CudaError> {
+    let ptx = CString::new(module.ptx).map_err(|_| CudaError::Module {
+        module: module.name,
+        cause: "the PTX holds a NUL".into(),
+        log: String::new(),
+    })?;
+    let mut log = vec![0u8; LOG_BYTES];
+    let mut options = [Option_::CU_JIT_ERROR_LOG_BUFFER, Option_::CU_JIT_ERROR_LOG_BUFFER_SIZE_BYTES];
+    let mut values = [log.as_mut_ptr().cast::<c_void>(), LOG_BYTES as *mut c_void];
+    let mut handle = std::ptr::null_mut();
+    // SAFETY: the PTX ends in NUL; the log is as long as said and lives beyond the call.
+    let status = unsafe {
+        let (options, values) = (options.as_mut_ptr(), values.as_mut_ptr());
+        sys::cuModuleLoadDataEx(&mut handle, ptx.as_ptr().cast(), 2, options, values)
+    };
+    status.result().map_err(|error| CudaError::Module {
+        module: module.name,
+        cause: cause(error),
+        log: String::from_utf8_lossy(&log).trim_end_matches('\0').trim().to_owned(),
+    })?;
+    Ok(handle)
 }
 
 impl Drop for Modules {
@@ -140,6 +162,35 @@ impl Drop for Modules {
         for module in &self.loaded {
             // SAFETY: loaded once; no kernel of it is launched after the device is dropped. An error has nobody to go to.
             let _ = unsafe { sys::cuModuleUnload(module.handle) };
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::context::KernelSet;
+
+    /// Where an ELF header says which compute capability the code is for.
+    const CAPABILITY_BYTE: usize = 0x30;
+
+    #[test]
+    #[ignore = "needs a GPU"]
+    fn machine_code_that_the_driver_refuses_is_replaced_by_ptx() {
+        let context = Context::open(0, KernelSet::Auto).unwrap();
+        let module = *HOPPER.iter().find(|module| module.name == "perf").unwrap();
+        let mut code: Vec<u64> = vec![0; module.cubin.unwrap().len().div_ceil(8)];
+        let bytes: &mut [u8] = bytemuck::cast_slice_mut(&mut code);
+        bytes[..module.cubin.unwrap().len()].copy_from_slice(module.cubin.unwrap());
+        assert_eq!(bytes[CAPABILITY_BYTE], 90);
+        bytes[CAPABILITY_BYTE] = 75;
+        let refused = Module { cubin: Some(bytemuck::cast_slice(code.leak())), ..module };
+        if context.properties.hopper {
+            assert!(!Loaded::load(&context, &module).unwrap().from_ptx);
+            assert!(Loaded::load(&context, &refused).unwrap().from_ptx);
+        } else {
+            // Neither its machine code nor its PTX is for this GPU.
+            assert!(Loaded::load(&context, &module).is_err());
         }
     }
 }

@@ -41,6 +41,14 @@ fn a_part_of_a_buffer_is_uploaded_and_the_rest_stays() {
 
 #[test]
 #[ignore = "needs a GPU"]
+fn the_driver_compiles_nothing_on_hopper() {
+    let cuda = cuda();
+    let compiled: Vec<_> = cuda.modules().from_ptx().collect();
+    assert_eq!(compiled.is_empty(), cuda.properties().hopper, "{compiled:?}");
+}
+
+#[test]
+#[ignore = "needs a GPU"]
 fn kv_memory_is_zero_when_it_is_allocated() {
     let mut cuda = cuda();
     let elements = 3 << 20;

@@ -8,15 +8,18 @@
 //   residual, out [rows, hidden] bf16   table [vocab, hidden] bf16   sumsq [tokens, ceil(hidden / 64)] f32
 //   moves: embed tokens * hidden * 4 bytes, final_norm samples * hidden * 4 bytes
 //
-// 1. begin_step and embed never start the next kernel early: what they write may then be read by any later kernel
-//    before its own dependent-launch wait (the page table, by attention).
+// 1. A step's launches begin behind everything that came before: begin_step is no dependent launch. embed lets the next
+//    kernel start only once begin_step has ended, so any kernel behind it may read what begin_step wrote (the page
+//    table, by attention) before its own dependent-launch wait, and embed may read the token pool before its own.
 // 2. A warp owns whole segments of 64 elements, two a lane, so a segment's sum has one order.
 #include <cuda_bf16.h>
 
 #include "batch.cuh"
+#include "dependent.cuh"
 
 extern "C" __global__ void __launch_bounds__(256)
 begin_step(const unsigned *batch, unsigned updates_offset, unsigned *page_table) {
+    dependent_launch();
     const unsigned updates = reinterpret_cast<const Header *>(batch)->updates;
     const PageUpdate *update = reinterpret_cast<const PageUpdate *>(batch + updates_offset);
     for (unsigned i = blockIdx.x * 256 + threadIdx.x; i < updates; i += gridDim.x * 256)
@@ -44,6 +47,8 @@ embed(const unsigned *batch, unsigned tokens_offset, const unsigned *token_pool,
     const unsigned t = blockIdx.x, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const Token token = reinterpret_cast<const Token *>(batch + tokens_offset)[t];
     const unsigned id = token.id == LAST_TOKEN ? token_pool[token.slot] : token.id;
+    dependent_wait();
+    dependent_launch();
     const unsigned pairs = hidden / 2, segments = (hidden + 63) / 64;
     for (unsigned segment = warp; segment < segments; segment += 4) {
         const unsigned i = segment * 32 + lane;
@@ -63,9 +68,11 @@ extern "C" __global__ void __launch_bounds__(128)
 final_norm(const unsigned *batch, unsigned rows_offset, const __nv_bfloat162 *residual, const __nv_bfloat162 *weight,
            unsigned hidden, float eps, __nv_bfloat162 *out) {
     __shared__ float shared[4];
+    dependent_launch();
     const Row *row = reinterpret_cast<const Row *>(batch + rows_offset) + blockIdx.x;
     const unsigned pairs = hidden / 2;
     const __nv_bfloat162 *x = residual + (size_t)(row->first_token + row->tokens - 1) * pairs;
+    dependent_wait();
     float sum = 0.0f;
     for (unsigned i = threadIdx.x; i < pairs; i += 128) {
         const float2 v = __bfloat1622float2(x[i]);

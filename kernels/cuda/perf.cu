@@ -1,10 +1,12 @@
-// read_all, empty: what the device does at best, for the ceilings in perf-cuda.
+// read_all, empty, edge: what the device does at best, for the ceilings in perf-cuda.
 //
 //   read_all   reads `count` 16-byte words once     grid multiprocessors * 2   block 1024   moves count * 16 bytes
 //   empty      nothing                              grid 1                     block 32
+//   edge       nothing, behind a dependent launch   grid 1                     block 32
 //
 // 1. Eight independent loads a thread before the first use; neighbouring threads read neighbouring words.
 // 2. The words are combined and stored only where they come out as one value of 2^32, so that no load is dropped.
+#include "dependent.cuh"
 
 extern "C" __global__ void __launch_bounds__(1024)
 read_all(const uint4 *words, unsigned long long count, unsigned *sink) {
@@ -27,3 +29,8 @@ read_all(const uint4 *words, unsigned long long count, unsigned *sink) {
 }
 
 extern "C" __global__ void empty() {}
+
+extern "C" __global__ void edge() {
+    dependent_launch();
+    dependent_wait();
+}

@@ -18,9 +18,12 @@
 //    row's last chunk writes the token and leaves the scratch as it found it.
 // 4. -ln(u) near u = 1 is a series in 1 - u, which is exact there: the winners' variates come from that end, where the
 //    hardware's logarithm has only absolute accuracy.
+// 5. sample_cut waits for the head's product even where it has nothing to cut: sample_draw waits for sample_cut alone, and
+//    reads the logits. logprobs is launched behind a recorded step, hence no dependent launch.
 #include <cuda_fp16.h>
 
 #include "batch.cuh"
+#include "dependent.cuh"
 
 #define LN2 0.6931471805599453f
 #define LOG2E 1.4426950408889634f
@@ -166,7 +169,9 @@ extern "C" __global__ void __launch_bounds__(1024)
 sample_cut(const unsigned *batch, unsigned rows_offset, const __half *logits, unsigned vocab, unsigned stride,
            float *cut) {
     __shared__ Selection s;
+    dependent_launch();
     const Row row = reinterpret_cast<const Row *>(batch + rows_offset)[blockIdx.x];
+    dependent_wait();
     const bool by_count = row.top_k > 0 && row.top_k < vocab, by_mass = row.top_p < 1.0f;
     if (row.temperature == 0.0f || !(by_count || by_mass || row.min_p > 0.0f)) {
         if (threadIdx.x == 0)
@@ -249,7 +254,9 @@ sample_draw(const unsigned *batch, unsigned rows_offset, const __half *logits, u
             unsigned chunk, const float *cut, unsigned long long *best, unsigned *arrived, unsigned *tokens,
             unsigned *token_pool) {
     __shared__ unsigned long long warps[8];
+    dependent_launch();
     const Row row = reinterpret_cast<const Row *>(batch + rows_offset)[blockIdx.y];
+    dependent_wait();
     const __half *l = logits + (size_t)blockIdx.y * stride;
     const bool aligned = stride % 8 == 0, greedy = row.temperature == 0.0f;
     const unsigned begin = blockIdx.x * chunk, end = min(vocab, begin + chunk);

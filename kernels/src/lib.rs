@@ -1,40 +1,63 @@
-//! CUDA kernels of minisgl: their sources, the PTX built from them, and the constants that host and device share.
+//! CUDA kernels of minisgl: their sources, what is built from them, and the constants that host and device share.
 //!
 //! ```text
-//!   cuda/*.cu, cuda/portable/*.cu ── build.sh ──> ptx/portable/*.ptx ──> PORTABLE   any GPU from Ampere on
-//!   cuda/hopper/*.cu              ── build.sh ──> ptx/hopper/*.ptx   ──> HOPPER     compute capability 9.0
+//!   cuda/portable/*.cu, cuda/*.cu ── build.sh ──> ptx/portable/*.ptx ──> PORTABLE   any GPU from Ampere on
+//!   cuda/hopper/*.cu,   cuda/*.cu ── build.sh ──> ptx/hopper/*.ptx   ──> HOPPER     compute capability 9.0
+//!                                                   └──> cubin/*.cubin ──┘
 //! ```
 //!
-//! A module is a family of kernels: one source file. A device that can run the Hopper set takes a module from there
-//! where there is one, and from the portable set otherwise.
+//! A module is a family of kernels: one source file. The Hopper set comes as machine code too, which a driver loads in
+//! milliseconds; PTX it compiles first, for seconds at the first start.
 //!
-//! Invariant: `ptx/` is byte for byte what `build.sh` makes of `cuda/`; `build.sh --check` says whether it is.
+//! Invariant: `ptx/` and `cubin/` are byte for byte what `build.sh` makes of `cuda/`; `build.sh --check` says whether
+//! they are.
 
 #![no_std]
 #![forbid(unsafe_code)]
 
 pub mod attention;
 
-/// The PTX of a family of kernels.
+/// A family of kernels, compiled.
 #[derive(Clone, Copy, Debug)]
 pub struct Module {
     /// Name of the source file, without its extension.
     pub name: &'static str,
     /// The PTX text.
     pub ptx: &'static str,
+    /// Machine code of compute capability 9.0, an ELF image aligned to 8 bytes.
+    pub cubin: Option<&'static [u8]>,
 }
 
+/// Gives embedded bytes the alignment of an ELF image.
+#[repr(C, align(8))]
+struct Aligned<T: ?Sized>(T);
+
 macro_rules! modules {
-    ($set:literal: $($name:literal),* $(,)?) => {
-        &[$(Module { name: $name, ptx: include_str!(concat!("../ptx/", $set, "/", $name, ".ptx")) }),*]
+    (portable: $($name:literal),* $(,)?) => {
+        &[$(Module {
+            name: $name,
+            ptx: include_str!(concat!("../ptx/portable/", $name, ".ptx")),
+            cubin: None,
+        }),*]
+    };
+    (hopper: $($name:literal),* $(,)?) => {
+        &[$(Module {
+            name: $name,
+            ptx: include_str!(concat!("../ptx/hopper/", $name, ".ptx")),
+            cubin: {
+                const CUBIN: &Aligned<[u8]> = &Aligned(*include_bytes!(concat!("../cubin/", $name, ".cubin")));
+                Some(&CUBIN.0)
+            },
+        }),*]
     };
 }
 
 /// Modules for compute capability 8.0 and later, in alphabetic order.
 pub const PORTABLE: &[Module] =
-    modules!["portable": "attention", "embed", "gemm", "perf", "sampling", "weights"];
+    modules![portable: "attention", "embed", "gemm", "perf", "sampling", "weights"];
 
 /// Modules for compute capability 9.0, in alphabetic order. Their kernels are written for dependent launch.
-pub const HOPPER: &[Module] = modules!["hopper":
-    "attention", "edge", "gemm_decode_gate_up", "gemm_decode_head", "gemm_decode_qkv", "gemm_decode_residual", "gemm_prefill",
+pub const HOPPER: &[Module] = modules![hopper:
+    "attention", "embed", "gemm_decode_gate_up", "gemm_decode_head", "gemm_decode_qkv", "gemm_decode_residual",
+    "gemm_prefill", "perf", "sampling", "weights",
 ];

@@ -29,7 +29,7 @@ impl Ends {
         })
     }
 
-    /// Applies the batch's page-table updates.
+    /// Applies the batch's page-table updates, behind everything that was launched before.
     pub fn begin_step(&self, launcher: &Launcher, step: &Step<Buffer>) -> Result<(), CudaError> {
         let updates_offset = step.layout.updates as u32;
         launcher.launch(
@@ -52,7 +52,7 @@ impl Ends {
         let tokens_offset = step.layout.tokens as u32;
         launcher.launch(
             &self.embed,
-            Grid::new(step.shape.tokens, ROW_THREADS),
+            Grid::new(step.shape.tokens, ROW_THREADS).dependent(),
             [&step.batch, &tokens_offset, &step.token_pool, &table, &hidden, &residual, &sumsq],
         )
     }
@@ -72,7 +72,7 @@ impl Ends {
         let rows_offset = step.layout.rows as u32;
         launcher.launch(
             &self.final_norm,
-            Grid::new(step.shape.samples, ROW_THREADS),
+            Grid::new(step.shape.samples, ROW_THREADS).dependent(),
             [&step.batch, &rows_offset, &residual, &weight, &hidden, &eps, &out],
         )
     }

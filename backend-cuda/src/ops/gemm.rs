@@ -504,22 +504,29 @@ impl Hopper {
     }
 }
 
+/// The kernels of the set in use.
+#[derive(Debug)]
+enum Set {
+    Portable(Box<Portable>),
+    Hopper(Box<Hopper>),
+}
+
 /// The kernels.
 #[derive(Debug)]
 pub struct Gemm {
-    portable: Portable,
-    hopper: Option<Hopper>,
+    set: Set,
 }
 
 impl Gemm {
     /// Looks up the kernels that the device runs.
     pub fn new(modules: &Modules, properties: &Properties) -> Result<Gemm, CudaError> {
-        let hopper = || -> Result<Hopper, CudaError> {
+        let set = if properties.hopper {
             let prefill = Prefill::new(modules, properties.multiprocessors)?;
-            Ok(Hopper { decode: Decode::new(modules)?, prefill })
+            Set::Hopper(Box::new(Hopper { decode: Decode::new(modules)?, prefill }))
+        } else {
+            Set::Portable(Box::new(Portable::new(modules)?))
         };
-        let hopper = if properties.hopper { Some(hopper()?) } else { None };
-        Ok(Gemm { portable: Portable::new(modules)?, hopper })
+        Ok(Gemm { set })
     }
 
     /// Multiplies `tokens` rows `x` `[tokens, columns of w]` bf16 by `w`, whose columns are a multiple of 8.
@@ -537,9 +544,9 @@ impl Gemm {
             return Ok(());
         }
         let w = w.address();
-        match &self.hopper {
-            Some(hopper) => hopper.launch(launcher, w, x, &shape, epilogue),
-            None => self.portable.launch(launcher, w, x, &shape, epilogue),
+        match &self.set {
+            Set::Portable(portable) => portable.launch(launcher, w, x, &shape, epilogue),
+            Set::Hopper(hopper) => hopper.launch(launcher, w, x, &shape, epilogue),
         }
     }
 }

@@ -63,13 +63,13 @@ impl Sampling {
         let (samples, rows_offset) = (step.shape.samples, step.layout.rows as u32);
         launcher.launch(
             &self.cut,
-            Grid::new(samples, ROW_THREADS),
+            Grid::new(samples, ROW_THREADS).dependent(),
             [&step.batch, &rows_offset, &logits, &vocab, &vocab, &self.cuts],
         )?;
         let chunk = if samples < MANY_ROWS { CHUNK_FEW_ROWS } else { CHUNK_MANY_ROWS };
         launcher.launch(
             &self.draw,
-            Grid::new(vocab.div_ceil(chunk), DRAW_THREADS).rows(samples),
+            Grid::new(vocab.div_ceil(chunk), DRAW_THREADS).rows(samples).dependent(),
             [
                 &step.batch,
                 &rows_offset,

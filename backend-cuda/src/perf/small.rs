@@ -48,7 +48,8 @@ fn empty() -> Case {
     }
 }
 
-/// An empty kernel behind a dependent launch: the time in a graph is that of the edge.
+/// An empty kernel behind a dependent launch: the time in a graph is that of the edge, or of a node where there is no
+/// dependent launch.
 fn edge() -> Case {
     Case {
         family: "edge",
@@ -56,9 +57,7 @@ fn edge() -> Case {
         bytes: 0.0,
         flops: 0.0,
         setup: Box::new(|cuda, _| {
-            // Where there is no dependent launch, an edge is a node.
-            let (module, name) = if cuda.properties().hopper { ("edge", "edge") } else { ("perf", "empty") };
-            let kernel = cuda.modules().kernel(module, name, 0)?;
+            let kernel = cuda.modules().kernel("perf", "edge", 0)?;
             Ok(Run {
                 call: Box::new(move |launcher, _| launcher.launch(&kernel, Grid::new(1, 32).dependent(), [])),
                 check: Box::new(|_| Ok(None)),
