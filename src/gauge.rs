@@ -2,6 +2,8 @@
 //!
 //! A benchmark's figure means little without either. The CPU says nothing.
 
+use std::time::Duration;
+
 use minisgl_core::backend::Ops;
 use minisgl_cpu::Cpu;
 use minisgl_cuda::{Cuda, CudaError, Telemetry, perf};
@@ -42,6 +44,8 @@ pub trait Gauge: Ops {
     fn ceilings(&mut self) -> Result<Option<Ceilings>, Self::Error>;
     /// The state now; `None` if it is not known.
     fn state(&self) -> Option<DeviceState>;
+    /// How long the host has waited for the device so far; `None` where the host is the device.
+    fn waited(&self) -> Option<Duration>;
 }
 
 impl Gauge for Cpu {
@@ -50,6 +54,10 @@ impl Gauge for Cpu {
     }
 
     fn state(&self) -> Option<DeviceState> {
+        None
+    }
+
+    fn waited(&self) -> Option<Duration> {
         None
     }
 }
@@ -64,5 +72,9 @@ impl Gauge for Cuda {
         let Telemetry { driver, sm_mhz, sm_mhz_max, memory_mhz, power_w, temperature_c, throttle_reasons } =
             self.telemetry()?;
         Some(DeviceState { driver, sm_mhz, sm_mhz_max, memory_mhz, power_w, temperature_c, throttle_reasons })
+    }
+
+    fn waited(&self) -> Option<Duration> {
+        Some(Cuda::waited(self))
     }
 }

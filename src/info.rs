@@ -28,7 +28,9 @@ pub struct Info {
     pub memory_total: u64,
     /// Bytes free when the weights were loaded.
     pub memory_free_loaded: u64,
-    /// Bytes free when the engine was ready: KV pages, scratch and recorded steps allocated.
+    /// Bytes free before the decode steps were recorded: KV pages and scratch allocated.
+    pub memory_free_before_recording: u64,
+    /// Bytes free when the engine was ready: the decode steps recorded.
     pub memory_free_ready: u64,
     /// Seconds to open the device and load the weights.
     pub load_seconds: f64,
@@ -61,11 +63,12 @@ impl fmt::Display for Info {
         )?;
         write!(
             f,
-            "loaded in {:.2} s ({:.2} GiB free), ready in {:.2} s more ({:.2} GiB free; decode recorded up to \
-             {graph_rows} rows)",
+            "loaded in {:.2} s ({:.2} GiB free), ready in {:.2} s more ({:.2} GiB free, {:.2} once decode was recorded up \
+             to {graph_rows} rows)",
             self.load_seconds,
             gib(self.memory_free_loaded),
             self.capture_seconds,
+            gib(self.memory_free_before_recording),
             gib(self.memory_free_ready)
         )
     }

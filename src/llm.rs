@@ -283,6 +283,7 @@ impl Opening<'_> {
             page_bytes,
             memory_total: loaded.total,
             memory_free_loaded: loaded.free,
+            memory_free_before_recording: engine.memory_before_recording().free,
             memory_free_ready: ready.free,
             load_seconds,
             capture_seconds: self.started.elapsed().as_secs_f64() - load_seconds,
@@ -326,6 +327,8 @@ impl Opening<'_> {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
     use crate::error::Cause;
     use crate::request::FinishReason;
@@ -413,6 +416,10 @@ mod tests {
         fn device_state(&self) -> Option<DeviceState> {
             None
         }
+
+        fn waited(&self) -> Option<Duration> {
+            None
+        }
     }
 
     fn failing(steps_left: u32) -> Llm {
@@ -427,6 +434,7 @@ mod tests {
             page_bytes: 0,
             memory_total: 0,
             memory_free_loaded: 0,
+            memory_free_before_recording: 0,
             memory_free_ready: 0,
             load_seconds: 0.0,
             capture_seconds: 0.0,

@@ -229,6 +229,8 @@ pub struct StepTiming {
     pub host_start: Duration,
     /// How long that call took, waiting included.
     pub host_time: Duration,
+    /// How much of it was waiting for the device; `None` where the host is the device.
+    pub host_wait: Option<Duration>,
 }
 
 /// What a stream's callback wants next.

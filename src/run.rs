@@ -219,6 +219,7 @@ impl<'a> Run<'a> {
         let Run { runner, text, live, doomed, closed, .. } = self;
         let mut listener = Listener { text, live, doomed, closed, on_event };
         let host_start = self.started.elapsed();
+        let waited_before = runner.waited();
         let report = runner.step(&mut |event| listener.hear(event)).map_err(|cause| {
             *self.failed = true;
             Error::Step { cause, finished: Vec::new() }
@@ -232,6 +233,7 @@ impl<'a> Run<'a> {
                 gpu_ms: step.gpu_ms,
                 host_start,
                 host_time: self.started.elapsed() - host_start,
+                host_wait: runner.waited().zip(waited_before).map(|(after, before)| after - before),
             };
             self.closed |= on_event(StreamEvent::Step(timing)) == Flow::AbortAll;
         }

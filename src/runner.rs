@@ -1,5 +1,7 @@
 //! One engine behind one door: the facade drives every backend through [`Runner`], so no device type shows outside.
 
+use std::time::Duration;
+
 use minisgl_core::config::Limits;
 use minisgl_core::engine::{Engine, StepReport};
 use minisgl_core::request::{Event, Request, SubmitError, Submitted, Ticket};
@@ -38,6 +40,8 @@ pub trait Runner {
     fn ceilings(&mut self) -> Result<Option<Ceilings>, Cause>;
     /// The device's state.
     fn device_state(&self) -> Option<DeviceState>;
+    /// How long the host has waited for the device so far; `None` where the host is the device.
+    fn waited(&self) -> Option<Duration>;
 }
 
 impl<B: Gauge> Runner for Engine<B, Qwen3<B>> {
@@ -89,5 +93,9 @@ impl<B: Gauge> Runner for Engine<B, Qwen3<B>> {
 
     fn device_state(&self) -> Option<DeviceState> {
         self.backend().state()
+    }
+
+    fn waited(&self) -> Option<Duration> {
+        self.backend().waited()
     }
 }

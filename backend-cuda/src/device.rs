@@ -8,8 +8,10 @@
 //! Invariant: every driver call's status is looked at, and an error that a kernel caused earlier is reported as the
 //! kernel's, not as the call's that happened to notice it.
 
+use std::cell::Cell;
 use std::ops::Range;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use cudarc::driver::result::{self, DriverError};
 use cudarc::driver::sys::{self, CUresult};
@@ -46,6 +48,7 @@ pub struct Cuda {
     pub(crate) operations: Option<Operations>,
     pub(crate) modules: Modules,
     pub(crate) launcher: Launcher,
+    waited: Cell<Duration>,
 }
 
 impl Cuda {
@@ -58,6 +61,7 @@ impl Cuda {
             operations: None,
             modules: Modules::load(&context)?,
             launcher: Launcher::new(&context)?,
+            waited: Cell::new(Duration::ZERO),
         })
     }
 
@@ -83,6 +87,19 @@ impl Cuda {
 
     pub(crate) fn context(&self) -> &Arc<Context> {
         self.launcher.context()
+    }
+
+    /// How long the host has waited so far for copies and steps to end.
+    pub fn waited(&self) -> Duration {
+        self.waited.get()
+    }
+
+    /// Waits on the host for an event, and counts the time.
+    fn wait_on_host(&self, operation: &'static str, event: &Event) -> Result<(), CudaError> {
+        let started = Instant::now();
+        let ended = event.synchronize();
+        self.waited.set(self.waited.get() + started.elapsed());
+        self.check(operation, ended)
     }
 
     fn check<T>(&self, operation: &'static str, result: Result<T, DriverError>) -> Result<T, CudaError> {
@@ -233,13 +250,13 @@ impl Device for Cuda {
     }
 
     fn words<'a>(&self, pinned: &'a Pinned) -> Result<&'a [u32], CudaError> {
-        self.check("waiting for a download", pinned.downloaded.synchronize())?;
+        self.wait_on_host("waiting for a download", &pinned.downloaded)?;
         Ok(pinned.words())
     }
 
     fn words_mut<'a>(&self, pinned: &'a mut Pinned) -> Result<&'a mut [u32], CudaError> {
-        self.check("waiting for an upload", pinned.uploaded.synchronize())?;
-        self.check("waiting for a download", pinned.downloaded.synchronize())?;
+        self.wait_on_host("waiting for an upload", &pinned.uploaded)?;
+        self.wait_on_host("waiting for a download", &pinned.downloaded)?;
         Ok(pinned.words_mut())
     }
 
@@ -278,8 +295,8 @@ impl Device for Cuda {
     }
 
     fn elapsed_ms(&self, from: &Event, to: &Event) -> Result<f32, CudaError> {
-        self.check("waiting for an event", from.synchronize())?;
-        self.check("waiting for an event", to.synchronize())?;
+        self.wait_on_host("waiting for an event", from)?;
+        self.wait_on_host("waiting for an event", to)?;
         from.ms_until(to, &self.launcher)
     }
 

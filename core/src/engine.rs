@@ -25,7 +25,7 @@ use alloc::vec::Vec;
 
 use thiserror::Error;
 
-use crate::backend::{Device, DeviceInfo, Model, Queue};
+use crate::backend::{Device, DeviceInfo, Memory, Model, Queue};
 use crate::batch::{Batch, Phase, StepShape};
 use crate::config::{Limits, LimitsError};
 use crate::graphs::DecodeGraphs;
@@ -182,6 +182,8 @@ pub struct Engine<B: Device, M: Model<B>> {
     epoch: B::Event,
     epoch_recorded: bool,
     stopped: bool,
+    /// All but the recorded steps allocated.
+    before_recording: Memory,
     // The device goes last: what lies above may belong to it.
     model: M,
     backend: B,
@@ -200,6 +202,7 @@ impl<B: Device, M: Model<B>> Engine<B, M> {
         let mut flight =
             || Flight::new(&mut backend, &limits, resident.batch_words()).map_err(EngineError::Setup);
         let mut flights = [flight()?, flight()?];
+        let before_recording = backend.memory().map_err(EngineError::Setup)?;
         let staging = &mut flights[0].packed;
         let graphs = DecodeGraphs::capture(&mut backend, &mut model, &resident, &limits, staging)
             .map_err(|error| EngineError::Capture { rows: error.rows, source: error.source })?;
@@ -215,6 +218,7 @@ impl<B: Device, M: Model<B>> Engine<B, M> {
             epoch: backend.event().map_err(EngineError::Setup)?,
             epoch_recorded: false,
             stopped: false,
+            before_recording,
             model,
             backend,
         })
@@ -369,6 +373,11 @@ impl<B: Device, M: Model<B>> Engine<B, M> {
     /// The device's name and sizes.
     pub fn info(&self) -> DeviceInfo {
         self.backend.info()
+    }
+
+    /// The device's memory just before the decode steps were recorded, which takes memory of its own.
+    pub fn memory_before_recording(&self) -> Memory {
+        self.before_recording
     }
 
     /// The capacities it was built with.

@@ -26,7 +26,7 @@ use thiserror::Error;
 
 pub use floor::{Costs, Floor, Work};
 pub use report::{BenchReport, EngineReport, WorkloadReport};
-pub use run_report::{FloorReport, Idle, PhaseReport, RunReport};
+pub use run_report::{FloorReport, HostReport, Idle, PhaseReport, RunReport};
 pub use summary::{Percentiles, Spread};
 pub use verify::Verification;
 

@@ -74,6 +74,10 @@ pub struct EngineReport {
     pub num_pages: u32,
     /// Rows of the largest recorded decode step.
     pub max_graph_batch: u32,
+    /// Bytes of device memory free before the decode steps were recorded.
+    pub memory_free_before_recording: u64,
+    /// Bytes of device memory free after that.
+    pub memory_free_ready: u64,
     /// Seconds to open the device and load the weights.
     pub load_seconds: f64,
     /// Seconds to allocate everything else and record the decode steps.
@@ -90,6 +94,8 @@ impl EngineReport {
             page_size: info.limits.page_size,
             num_pages: info.limits.pages,
             max_graph_batch: info.limits.graph_rows,
+            memory_free_before_recording: info.memory_free_before_recording,
+            memory_free_ready: info.memory_free_ready,
             load_seconds: info.load_seconds,
             capture_seconds: info.capture_seconds,
         }

@@ -39,6 +39,19 @@ pub struct Idle {
     pub longest_ms: f64,
 }
 
+/// What a decode step costs the host: scheduling, packing, launching, and handing out the tokens of the step before.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct HostReport {
+    /// Rows of the steps looked at, padding included: the most that any had.
+    pub rows: u32,
+    /// How many there were.
+    pub steps: usize,
+    /// Microseconds without waiting, in half of them at most.
+    pub p50_us: f64,
+    /// Microseconds without waiting, in 99 of a hundred at most.
+    pub p99_us: f64,
+}
+
 /// How near a run came to the least time that the device allows.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct FloorReport {
@@ -69,6 +82,8 @@ pub struct RunReport {
     pub rows_peak: u32,
     /// Between steps.
     pub device_idle: Idle,
+    /// Beside the device; `None` where the host is the device.
+    pub host: Option<HostReport>,
     /// From the start of the run to a request's first token, in milliseconds.
     pub first_token_ms: Percentiles,
     /// From one token of a request to the next, in milliseconds.
@@ -108,6 +123,7 @@ impl RunReport {
             padding_share: ratio(padding_rows as f64, (padding_rows + decode_tokens) as f64),
             rows_peak: run.stats.rows_peak,
             device_idle: idle(&run.steps),
+            host: host(&run.steps),
             first_token_ms: Percentiles::of(&mut run.first_token_ms),
             between_tokens_ms: Percentiles::of(&mut run.between_tokens_ms),
             pages_peak: run.stats.pages_peak,
@@ -157,6 +173,17 @@ fn idle(steps: &[StepTiming]) -> Idle {
     Idle { seconds: gaps_ms.clone().sum::<f64>() / 1e3, longest_ms: gaps_ms.fold(0.0, f64::max) }
 }
 
+/// Of the largest decode steps.
+fn host(steps: &[StepTiming]) -> Option<HostReport> {
+    let decode = || steps.iter().filter(|step| step.phase == Phase::Decode);
+    let rows = decode().map(|step| step.rows).max()?;
+    let work_ms = |step: &StepTiming| Some((step.host_time - step.host_wait?).as_secs_f64() * 1e3);
+    let mut times: Vec<f64> =
+        decode().filter(|step| step.rows == rows).map(work_ms).collect::<Option<_>>()?;
+    let Percentiles { p50, p99 } = Percentiles::of(&mut times);
+    Some(HostReport { rows, steps: times.len(), p50_us: p50 * 1e3, p99_us: p99 * 1e3 })
+}
+
 /// 0 where there is nothing to divide by.
 fn ratio(part: f64, whole: f64) -> f64 {
     if whole == 0.0 { 0.0 } else { part / whole }
@@ -181,6 +208,12 @@ impl fmt::Display for RunReport {
             f,
             "  device idle   {idle_s:.3} s between steps ({idle_share:.1}%), at most {longest_ms:.3} ms"
         )?;
+        if let Some(HostReport { rows, p50_us, p99_us, .. }) = self.host {
+            writeln!(
+                f,
+                "  host work     p50 {p50_us:.1} us, p99 {p99_us:.1} us in a decode step of {rows} rows, beside the device"
+            )?;
+        }
         let Percentiles { p50, p99 } = self.first_token_ms;
         writeln!(f, "  TTFT          p50 {p50:.2} ms, p99 {p99:.2} ms")?;
         let Percentiles { p50, p99 } = self.between_tokens_ms;
@@ -235,8 +268,9 @@ mod tests {
     use super::*;
 
     fn step(phase: Phase, rows: u32, start_ms: f32, gpu_ms: f32) -> StepTiming {
-        let (host_start, host_time) = (Duration::ZERO, Duration::ZERO);
-        StepTiming { phase, rows, tokens: rows, start_ms, gpu_ms, host_start, host_time }
+        let (host_start, host_time) = (Duration::ZERO, Duration::from_micros(u64::from(rows) + 90));
+        let host_wait = Some(Duration::from_micros(80));
+        StepTiming { phase, rows, tokens: rows, start_ms, gpu_ms, host_start, host_time, host_wait }
     }
 
     const COSTS: Costs = Costs {
@@ -291,6 +325,20 @@ mod tests {
         assert_eq!(report.padding_share, 0.25);
         assert!((report.device_idle.seconds - 0.005).abs() < 1e-9);
         assert!((report.device_idle.longest_ms - 5.0).abs() < 1e-4);
+    }
+
+    #[test]
+    fn the_hosts_work_is_that_of_the_largest_decode_steps_without_waiting() {
+        let report = RunReport::new(&mut measurement(), &COSTS, None);
+        let host = report.host.unwrap();
+        assert_eq!((host.rows, host.steps), (4, 1));
+        assert!(
+            (host.p50_us - 14.0).abs() < 1e-6,
+            "4 + 90 - 80 us, not the prefill step's or the smaller step's"
+        );
+        let mut on_the_cpu = measurement();
+        on_the_cpu.steps.iter_mut().for_each(|step| step.host_wait = None);
+        assert_eq!(RunReport::new(&mut on_the_cpu, &COSTS, None).host, None);
     }
 
     #[test]

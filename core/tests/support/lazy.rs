@@ -195,7 +195,8 @@ impl Device for Lazy {
 
     fn memory(&self) -> Result<Memory, LazyError> {
         let used = self.state.borrow().memory.len();
-        Ok(Memory { free: (self.memory_limit - used) as u64 * 4, total: self.memory_limit as u64 * 4 })
+        let bytes = |words: usize| (words as u64).saturating_mul(4);
+        Ok(Memory { free: bytes(self.memory_limit - used), total: bytes(self.memory_limit) })
     }
 
     fn alloc(&mut self, _: Purpose, _: Element, elements: usize) -> Result<Words, LazyError> {
