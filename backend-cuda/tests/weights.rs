@@ -1,11 +1,14 @@
 //! Weights on the device are those of the checkpoint, wherever each row lies.
 
+mod support;
+
 use std::sync::Arc;
 
 use half::bf16;
 use minisgl_core::backend::{Device, Queue, WeightRole};
 use minisgl_core::tensor::{Dtype, HostTensor, TensorData, uniform_element};
 use minisgl_cuda::{Cuda, Options, Weight};
+use support::taken;
 
 fn cuda() -> Cuda {
     Cuda::new(&Options::default()).expect("a GPU")
@@ -67,7 +70,7 @@ fn dummy_weights_are_the_cpus_bit_for_bit() {
 #[ignore = "needs a GPU"]
 fn gate_and_up_alternate_in_blocks_of_eight_and_are_padded_with_zeros() {
     let mut cuda = cuda();
-    for (rows, cols) in [(8, 64), (36, 72), (200, 128), (3072, 1024)] {
+    for (rows, cols) in taken([(36, 72), (8, 64), (200, 128), (3072, 1024)]) {
         let from_seed = [dummy(rows, cols, 1), dummy(rows, cols, 2)];
         let from_bytes = [1, 2].map(|seed| {
             stored(rows, cols, Dtype::Bf16, move |row, col| dummy_value(cols, seed, row, col).to_f32())
@@ -97,7 +100,7 @@ fn a_matrix_larger_than_the_staging_memory_arrives_whole() {
     let mut cuda = cuda();
     let (rows, cols) = (30_011, 1024);
     let value = |row: usize, col: usize| ((row * 31 + col * 7) % 251) as f32 - 125.0;
-    for dtype in [Dtype::Bf16, Dtype::F16, Dtype::F32] {
+    for dtype in taken([Dtype::Bf16, Dtype::F16, Dtype::F32]) {
         let weight = cuda.load_weight(WeightRole::Embedding, &[stored(rows, cols, dtype, value)]).unwrap();
         let values = download(&mut cuda, weight);
         let wrong = (0..rows * cols).find(|i| values[*i].to_f32() != value(i / cols, i % cols));
