@@ -1,11 +1,12 @@
 //! Times every GPU kernel against what the device can do: `perf-cuda`, `perf-cuda gemm --rows 1,64 --json times.json`.
 
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::str::FromStr;
 
 use argh::FromArgs;
-use minisgl_cuda::perf::{Ceilings, Cold, Filter, PerfOptions, Row, Timing, cases, run};
+use minisgl_cuda::perf::{Ceilings, Cold, Filter, ModelShape, PerfOptions, Row, Timing, cases, run};
 use minisgl_cuda::{Cuda, KernelSet, Options};
 use serde_json::{Value, json};
 
@@ -28,6 +29,10 @@ struct Flags {
     /// tokens of prefill steps, separated by commas
     #[argh(option, default = "Numbers::default()")]
     tokens: Numbers,
+    /// sizes where the model differs from Qwen3-0.6B, instead of its and 14B's: heads=32,head_dim=64 (layers, hidden,
+    /// vocab, heads, kv_heads, head_dim, intermediate)
+    #[argh(option)]
+    model: Option<ModelShape>,
     /// measurements of a case (default 10)
     #[argh(option, default = "10")]
     repetitions: u32,
@@ -79,14 +84,15 @@ fn perf(flags: &Flags) -> Result<(), Box<dyn std::error::Error>> {
         rows: flags.rows.0.clone(),
         contexts: flags.contexts.0.clone(),
         tokens: flags.tokens.0.clone(),
+        model: flags.model,
     });
+    let mut out = io::stdout().lock();
     if flags.list {
-        cases.iter().for_each(|case| println!("{} {}", case.family, case.shape));
-        return Ok(());
+        return Ok(cases.iter().try_for_each(|case| writeln!(out, "{} {}", case.family, case.shape))?);
     }
     let mut cuda = Cuda::new(&Options { device: flags.device, kernels: flags.kernels })?;
     let ceilings = Ceilings::measure(&mut cuda)?;
-    print_head(&cuda, &ceilings);
+    print_head(&mut out, &cuda, &ceilings)?;
     let cold = if flags.hot { Cold::No } else { Cold::Yes };
     let (repetitions, graph_repetitions) = (flags.repetitions.max(1), flags.graph_repetitions);
     let options = PerfOptions { repetitions, graph_repetitions, ..PerfOptions::default() };
@@ -95,7 +101,7 @@ fn perf(flags: &Flags) -> Result<(), Box<dyn std::error::Error>> {
     for case in &cases {
         match run(&mut cuda, case, cold, &options) {
             Ok(row) => {
-                print_row(&row, &ceilings);
+                print_row(&mut out, &row, &ceilings)?;
                 rows.push(row);
             }
             Err(error) => {
@@ -110,30 +116,32 @@ fn perf(flags: &Flags) -> Result<(), Box<dyn std::error::Error>> {
     Ok(failed?)
 }
 
-fn print_head(cuda: &Cuda, ceilings: &Ceilings) {
-    println!("{}, {} kernels", cuda.properties().name, kernels(cuda));
+fn print_head(out: &mut impl Write, cuda: &Cuda, ceilings: &Ceilings) -> io::Result<()> {
+    writeln!(out, "{}, {} kernels", cuda.properties().name, kernels(cuda))?;
     let matmul = ceilings
         .matmul_flop_s
         .map_or("not measured, there is no cuBLASLt".into(), |rate| format!("{:.0} TFLOP/s", rate / 1e12));
-    println!("ceilings: read {:.0} GB/s, bf16 matmul {matmul}", ceilings.read_bytes_s / 1e9);
-    println!("times of one call in ms; GB/s, TFLOP/s and % of the ceiling are the graph's");
-    println!(
+    writeln!(out, "ceilings: read {:.0} GB/s, bf16 matmul {matmul}", ceilings.read_bytes_s / 1e9)?;
+    writeln!(out, "times of one call in ms; GB/s, TFLOP/s and % of the ceiling are the graph's")?;
+    writeln!(
+        out,
         "{:<14} {:<44} {:>9} {:>8} {:>9} {:>7} {:>8} {:>6}  baseline",
         "kernels", "shape", "graph", "± %", "plain", "GB/s", "TFLOP/s", "%"
-    );
+    )
 }
 
 fn kernels(cuda: &Cuda) -> &'static str {
     if cuda.properties().hopper { "hopper" } else { "portable" }
 }
 
-fn print_row(row: &Row, ceilings: &Ceilings) {
+fn print_row(out: &mut impl Write, row: &Row, ceilings: &Ceilings) -> io::Result<()> {
     let or_dash = |text: Option<String>| text.unwrap_or_else(|| "-".into());
     let timing = row.timing();
     let baseline = row.baseline.zip(row.speed()).map(|((name, timing), speed)| {
         format!("{name} {:.4} ms, we are {speed:.2} times as fast", timing.mean_ms)
     });
-    println!(
+    writeln!(
+        out,
         "{:<14} {:<44} {:>9} {:>8.1} {:>9.4} {:>7} {:>8} {:>6}  {}{}",
         row.family,
         row.shape,
@@ -145,10 +153,10 @@ fn print_row(row: &Row, ceilings: &Ceilings) {
         or_dash(row.ceiling_percent(ceilings).map(|percent| format!("{percent:.1}"))),
         or_dash(baseline),
         if row.cold { "" } else { "  (not cold)" },
-    );
+    )
 }
 
-fn write_json(file: &Path, cuda: &Cuda, ceilings: &Ceilings, rows: &[Row]) -> std::io::Result<()> {
+fn write_json(file: &Path, cuda: &Cuda, ceilings: &Ceilings, rows: &[Row]) -> io::Result<()> {
     let report = json!({
         "device": cuda.properties().name,
         "kernels": kernels(cuda),

@@ -1,6 +1,6 @@
 //! perf-cuda as a user meets it without a GPU: it lists its cases, and says in a sentence why it can't run them.
 
-use std::process::{Command, Output};
+use std::process::{Command, Output, Stdio};
 
 fn perf_cuda(args: &[&str]) -> Output {
     Command::new(env!("CARGO_BIN_EXE_perf-cuda")).args(args).output().unwrap()
@@ -13,6 +13,29 @@ fn the_cases_that_hold_all_words_are_listed() {
     let text = String::from_utf8(output.stdout).unwrap();
     assert!(text.lines().count() > 0);
     assert!(text.lines().all(|line| line.starts_with("gemm_down ") && line.contains(" tokens=3 ")), "{text}");
+}
+
+#[test]
+fn a_list_that_nobody_reads_to_its_end_is_an_error_not_a_panic() {
+    let mut child = Command::new(env!("CARGO_BIN_EXE_perf-cuda"))
+        .arg("--list")
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    drop(child.stdout.take());
+    let output = child.wait_with_output().unwrap();
+    let text = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(1), "{text}");
+    assert!(text.starts_with("perf-cuda: ") && text.lines().count() == 1, "{text}");
+}
+
+#[test]
+fn sizes_of_a_model_that_is_neither_are_taken() {
+    let output = perf_cuda(&["attention_decode", "--model", "heads=32,head_dim=64", "--rows", "2", "--list"]);
+    let text = String::from_utf8(output.stdout).unwrap();
+    assert!(output.status.success() && text.lines().all(|line| line.contains("model=given ")), "{text}");
+    assert!(!perf_cuda(&["--model", "heads=3", "--list"]).status.success(), "3 heads can't share 8");
 }
 
 #[test]

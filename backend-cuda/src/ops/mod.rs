@@ -34,6 +34,7 @@ use self::gemm::{GateUp, Gemm, Head, Qkv, Residual, RowNorm};
 use self::sampling::Sampling;
 use crate::device::Cuda;
 use crate::error::CudaError;
+use crate::launch::Launcher;
 use crate::memory::{Address, Buffer};
 use crate::weight::Weight;
 
@@ -45,17 +46,17 @@ const WIDTH_MULTIPLE: u32 = 8;
 /// The families of kernels, set up for one model and its capacities.
 #[derive(Debug)]
 pub(crate) struct Operations {
-    dims: Dims,
-    ends: Ends,
-    gemm: Gemm,
-    attention: Attention,
-    sampling: Sampling,
+    pub(crate) dims: Dims,
+    pub(crate) ends: Ends,
+    pub(crate) gemm: Gemm,
+    pub(crate) attention: Attention,
+    pub(crate) sampling: Sampling,
     /// `[tokens, ceil(hidden / 64)]` f32: partial sums of squares of the residual stream.
-    sumsq: Address,
+    pub(crate) sumsq: Address,
 }
 
 impl Operations {
-    fn new(cuda: &mut Cuda, dims: &Dims, limits: &Limits) -> Result<Operations, CudaError> {
+    pub(crate) fn new(cuda: &mut Cuda, dims: &Dims, limits: &Limits) -> Result<Operations, CudaError> {
         check_widths(dims)?;
         let segments = dims.hidden.div_ceil(SEGMENT) as usize;
         Ok(Operations {
@@ -74,14 +75,8 @@ impl Operations {
         RowNorm { sumsq: self.sumsq, segments: hidden.div_ceil(SEGMENT), hidden, eps }
     }
 
-    fn qkv(
-        &self,
-        step: &Step<Buffer>,
-        weights: &LayerWeights<Weight>,
-        rope: Buffer,
-        kv: KvLayer<Buffer>,
-        q: Buffer,
-    ) -> Qkv {
+    fn qkv(&self, layer: &Layer) -> Qkv {
+        let Layer { step, weights, rope, kv, buffers } = layer;
         let Dims { heads, kv_heads, head_dim, norm_eps, .. } = self.dims;
         Qkv {
             norm: self.norm(),
@@ -90,7 +85,8 @@ impl Operations {
             q_norm: weights.q_norm.address(),
             k_norm: weights.k_norm.address(),
             rope: rope.address(),
-            q: q.address(),
+            // Queries only: keys and values go straight to their pages.
+            q: buffers.qkv.address(),
             k: kv.k.address(),
             v: kv.v.address(),
             tokens_offset: step.layout.tokens as u32,
@@ -101,6 +97,40 @@ impl Operations {
             reserved: 0,
         }
     }
+
+    /// The first kernel of a layer.
+    pub(crate) fn before_attention(&self, launcher: &Launcher, layer: &Layer) -> Result<(), CudaError> {
+        let (residual, tokens) = (layer.buffers.residual.address(), layer.step.shape.tokens);
+        self.gemm.launch(launcher, layer.weights.qkv, residual, tokens, &self.qkv(layer))
+    }
+
+    /// The second.
+    pub(crate) fn attend(&self, launcher: &Launcher, layer: &Layer) -> Result<(), CudaError> {
+        self.attention.attend(launcher, layer.step, layer.buffers.qkv, layer.kv, layer.buffers.attended)
+    }
+
+    /// The other three.
+    pub(crate) fn after_attention(&self, launcher: &Launcher, layer: &Layer) -> Result<(), CudaError> {
+        let Layer { step, weights, buffers, .. } = layer;
+        let (gemm, tokens) = (&self.gemm, step.shape.tokens);
+        let [residual, attended, activated] =
+            [buffers.residual, buffers.attended, buffers.activated].map(|buffer| buffer.address());
+        let added = Residual { residual, sumsq: self.sumsq };
+        let gated =
+            GateUp { norm: self.norm(), out: activated, intermediate: self.dims.intermediate, reserved: 0 };
+        gemm.launch(launcher, weights.o, attended, tokens, &added)?;
+        gemm.launch(launcher, weights.gate_up, residual, tokens, &gated)?;
+        gemm.launch(launcher, weights.down, activated, tokens, &added)
+    }
+}
+
+/// A decoder layer in a step: what its kernels work on.
+pub(crate) struct Layer<'a> {
+    pub(crate) step: &'a Step<Buffer>,
+    pub(crate) weights: &'a LayerWeights<Weight>,
+    pub(crate) rope: Buffer,
+    pub(crate) kv: KvLayer<Buffer>,
+    pub(crate) buffers: &'a LayerBuffers<Buffer>,
 }
 
 /// The kernels read rows 16 bytes at a time.
@@ -166,24 +196,10 @@ impl Ops for Cuda {
         buffers: &LayerBuffers<Buffer>,
     ) -> Result<(), CudaError> {
         let (operations, launcher) = (self.operations()?, &self.launcher);
-        let (gemm, tokens) = (&operations.gemm, step.shape.tokens);
-        let [residual, attended, activated] =
-            [buffers.residual, buffers.attended, buffers.activated].map(|buffer| buffer.address());
-        let added = Residual { residual, sumsq: operations.sumsq };
-        let gated = GateUp {
-            norm: operations.norm(),
-            out: activated,
-            intermediate: operations.dims.intermediate,
-            reserved: 0,
-        };
-        // Queries only: keys and values go straight to their pages.
-        let q = buffers.qkv;
-        let qkv = operations.qkv(step, weights, rope, kv, q);
-        gemm.launch(launcher, weights.qkv, residual, tokens, &qkv)?;
-        operations.attention.attend(launcher, step, q, kv, buffers.attended)?;
-        gemm.launch(launcher, weights.o, attended, tokens, &added)?;
-        gemm.launch(launcher, weights.gate_up, residual, tokens, &gated)?;
-        gemm.launch(launcher, weights.down, activated, tokens, &added)
+        let layer = Layer { step, weights, rope, kv, buffers };
+        operations.before_attention(launcher, &layer)?;
+        operations.attend(launcher, &layer)?;
+        operations.after_attention(launcher, &layer)
     }
 
     fn final_norm(

@@ -7,9 +7,7 @@ use minisgl_core::backend::KvLayer;
 use minisgl_core::batch::Phase;
 use minisgl_core::tensor::splitmix64;
 
-use super::case::{
-    Case, Check, Filter, MODELS, ModelShape, Run, random, random_element, random_in, relative_error,
-};
+use super::case::{Case, Check, Filter, ModelShape, Run, random, random_element, random_in, relative_error};
 use super::step::{PAGE_SIZE, StepOf, activations};
 use crate::device::Cuda;
 use crate::error::CudaError;
@@ -30,7 +28,7 @@ const ERROR_MAX: f64 = 0.02;
 
 pub(super) fn cases(filter: &Filter) -> Vec<Case> {
     let mut cases = Vec::new();
-    for model in MODELS {
+    for model in filter.models() {
         for rows in filter.rows() {
             for context in filter.contexts() {
                 let step = StepOf::decode(&vec![context; rows as usize], model.vocab);

@@ -1,10 +1,12 @@
 //! What is timed: a family of kernels at a shape, with the bytes and operations that it can't do without.
 
+use std::str::FromStr;
+
 use minisgl_core::backend::{Dims, WeightRole};
 use minisgl_core::tensor::{HostTensor, TensorData, uniform_element};
 use thiserror::Error;
 
-use super::{attention, products, small};
+use super::{attention, decode, products, small};
 use crate::device::Cuda;
 use crate::error::CudaError;
 use crate::launch::Launcher;
@@ -78,19 +80,33 @@ pub struct Filter {
     pub contexts: Vec<u32>,
     /// Tokens of prefill steps; empty takes the usual ones.
     pub tokens: Vec<u32>,
+    /// A model's sizes; without, those of the usual models.
+    pub model: Option<ModelShape>,
 }
 
 impl Filter {
     pub(super) fn rows(&self) -> Vec<u32> {
-        or_usual(&self.rows, &[1, 8, 64, 128, 256])
+        self.rows_or(&[1, 8, 64, 128, 256])
+    }
+
+    pub(super) fn rows_or(&self, usual: &[u32]) -> Vec<u32> {
+        or_usual(&self.rows, usual)
     }
 
     pub(super) fn contexts(&self) -> Vec<u32> {
-        or_usual(&self.contexts, &[128, 1024, 4096])
+        self.contexts_or(&[128, 1024, 4096])
+    }
+
+    pub(super) fn contexts_or(&self, usual: &[u32]) -> Vec<u32> {
+        or_usual(&self.contexts, usual)
     }
 
     pub(super) fn tokens(&self) -> Vec<u32> {
         or_usual(&self.tokens, &[1024, 4096, 16_384])
+    }
+
+    pub(super) fn models(&self) -> Vec<ModelShape> {
+        self.model.map_or(MODELS.to_vec(), |model| vec![model])
     }
 
     fn takes(&self, case: &Case) -> bool {
@@ -103,26 +119,65 @@ fn or_usual(given: &[u32], usual: &[u32]) -> Vec<u32> {
     if given.is_empty() { usual.to_vec() } else { given.to_vec() }
 }
 
-/// Sizes of the models that the cases are taken from.
+/// Sizes of a model that cases are taken from.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct ModelShape {
+pub struct ModelShape {
     pub(super) name: &'static str,
+    pub(super) layers: u32,
     pub(super) hidden: u32,
     pub(super) vocab: u32,
     heads: u32,
+    kv_heads: u32,
+    head_dim: u32,
     intermediate: u32,
 }
 
-pub(super) const MODELS: [ModelShape; 2] = [
-    ModelShape { name: "0.6b", hidden: 1024, vocab: 151_936, heads: 16, intermediate: 3072 },
-    ModelShape { name: "14b", hidden: 5120, vocab: 151_936, heads: 40, intermediate: 17_408 },
-];
+const SMALL: ModelShape = ModelShape {
+    name: "0.6b",
+    layers: 28,
+    hidden: 1024,
+    vocab: 151_936,
+    heads: 16,
+    kv_heads: 8,
+    head_dim: 128,
+    intermediate: 3072,
+};
+
+pub(super) const MODELS: [ModelShape; 2] =
+    [SMALL, ModelShape { name: "14b", layers: 40, hidden: 5120, heads: 40, intermediate: 17_408, ..SMALL }];
 
 impl ModelShape {
-    /// The sizes of one layer and the head.
     pub(super) fn dims(&self) -> Dims {
-        let ModelShape { hidden, vocab, heads, intermediate, .. } = *self;
-        Dims { layers: 1, hidden, heads, kv_heads: 8, head_dim: 128, intermediate, vocab, norm_eps: 1e-6 }
+        let ModelShape { layers, hidden, vocab, heads, kv_heads, head_dim, intermediate, .. } = *self;
+        Dims { layers, hidden, heads, kv_heads, head_dim, intermediate, vocab, norm_eps: 1e-6 }
+    }
+}
+
+/// Sizes that differ from those of Qwen3-0.6B: `heads=32,head_dim=64`.
+impl FromStr for ModelShape {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<ModelShape, String> {
+        let mut shape = ModelShape { name: "given", ..SMALL };
+        for word in text.split(',') {
+            let (name, value) = word.split_once('=').ok_or_else(|| format!("`{word}` is no NAME=NUMBER"))?;
+            let value = value.parse().map_err(|_| format!("`{value}` in `{word}` is no number"))?;
+            let size = match name {
+                "layers" => &mut shape.layers,
+                "hidden" => &mut shape.hidden,
+                "vocab" => &mut shape.vocab,
+                "heads" => &mut shape.heads,
+                "kv_heads" => &mut shape.kv_heads,
+                "head_dim" => &mut shape.head_dim,
+                "intermediate" => &mut shape.intermediate,
+                _ => return Err(format!("a model has no size `{name}`")),
+            };
+            *size = value;
+        }
+        if shape.kv_heads == 0 || !shape.heads.is_multiple_of(shape.kv_heads) {
+            return Err(format!("{} heads can't share {} kv_heads", shape.heads, shape.kv_heads));
+        }
+        Ok(shape)
     }
 }
 
@@ -131,6 +186,7 @@ pub fn cases(filter: &Filter) -> Vec<Case> {
     let mut cases = small::cases(filter);
     cases.extend(products::cases(filter));
     cases.extend(attention::cases(filter));
+    cases.extend(decode::cases(filter));
     cases.retain(|case| filter.takes(case));
     cases
 }
@@ -185,6 +241,15 @@ mod tests {
         assert_eq!(relative_error(pairs(0.03), 0.01), None);
         assert!(relative_error(pairs(0.04), 0.01).is_some());
         assert!(relative_error(pairs(f64::NAN), 0.01).is_some());
+    }
+
+    #[test]
+    fn a_models_sizes_are_those_given_and_else_the_small_models() {
+        let dims = "heads=32,head_dim=64".parse::<ModelShape>().unwrap().dims();
+        assert_eq!((dims.heads, dims.head_dim, dims.kv_heads, dims.hidden), (32, 64, 8, 1024));
+        for wrong in ["heads", "heads=x", "eyes=2", "heads=12"] {
+            assert!(wrong.parse::<ModelShape>().is_err(), "{wrong}");
+        }
     }
 
     #[test]

@@ -15,12 +15,14 @@ mod attention;
 mod case;
 mod ceiling;
 mod cublaslt;
+mod decode;
+mod drawn;
 mod products;
 mod report;
 mod small;
 mod step;
 
-pub use case::{Case, Cold, Filter, PerfError, cases};
+pub use case::{Case, Cold, Filter, ModelShape, PerfError, cases};
 pub use ceiling::Ceilings;
 pub use report::{Row, run};
 

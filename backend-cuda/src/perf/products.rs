@@ -8,7 +8,7 @@ use minisgl_core::backend::{Device, Element, Purpose, WeightRole};
 use minisgl_core::tensor::splitmix64;
 
 use super::case::{
-    Call, Case, Check, Filter, MODELS, ModelShape, Run, random, random_element, random_part, relative_error,
+    Call, Case, Check, Filter, ModelShape, Run, random, random_element, random_part, relative_error,
 };
 use super::cublaslt::{Blas, Shape};
 use super::step::{PAGE_SIZE, StepOf, activations, download_words, upload_words};
@@ -51,7 +51,7 @@ struct Sizes {
 
 pub(super) fn cases(filter: &Filter) -> Vec<Case> {
     let mut cases = Vec::new();
-    for model in MODELS {
+    for model in filter.models() {
         for product in [Product::Qkv, Product::O, Product::GateUp, Product::Down, Product::Head] {
             let prefill = if product == Product::Head { Vec::new() } else { filter.tokens() };
             for tokens in filter.rows().into_iter().chain(prefill) {

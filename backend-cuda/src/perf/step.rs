@@ -65,7 +65,7 @@ impl StepOf {
         StepShape { phase: self.phase, rows, tokens: self.tokens(), samples: rows }
     }
 
-    fn packed_rows(&self) -> Vec<Row> {
+    pub(super) fn packed_rows(&self) -> Vec<Row> {
         let mut first_token = 0;
         let pack = |(slot, (position, tokens)): (usize, &(u32, u32))| {
             let row = Row {

@@ -1,0 +1,195 @@
+//! Cases of whole decode steps: every kernel of a model's step in its order, with attention and without.
+//!
+//! ```text
+//!   begin_step ─ embed ─ [qkv ─ (attention) ─ o ─ gate_up ─ down] x layers ─ final_norm ─ head ─ sample
+//! ```
+//!
+//! Each layer has weights, keys and values of its own, so a step finds in the cache nothing that the step before left.
+//! Products and attention are checked by cases of their own; here, that the logits are finite and that the tokens are
+//! those which the definition of sampling draws from them.
+
+use minisgl_core::backend::{
+    Device, Dims, Element, KvLayer, LayerBuffers, LayerWeights, Ops, Purpose, Step, WeightRole,
+};
+use minisgl_core::batch::Row;
+use minisgl_core::tensor::{HostTensor, TensorData};
+
+use super::case::{Case, Check, Filter, ModelShape, Run, random_in};
+use super::drawn;
+use super::step::{PAGE_SIZE, StepOf, download_words, upload_words};
+use crate::device::Cuda;
+use crate::error::CudaError;
+use crate::launch::Launcher;
+use crate::memory::Buffer;
+use crate::ops::gemm::Head;
+use crate::ops::{Layer, Operations};
+use crate::weight::Weight;
+
+/// Weights lie within this, about as in a trained model.
+const WEIGHT_MAX: f32 = 0.05;
+/// Rows whose tokens are checked.
+const CHECKED: usize = 2;
+
+pub(super) fn cases(filter: &Filter) -> Vec<Case> {
+    let mut cases = Vec::new();
+    for model in filter.models() {
+        for rows in filter.rows_or(&[1, 64, 256]) {
+            cases.push(case(model, rows, None));
+        }
+        for rows in filter.rows_or(&[1, 256]) {
+            for context in filter.contexts_or(&[1024]) {
+                cases.push(case(model, rows, Some(context)));
+            }
+        }
+    }
+    cases
+}
+
+/// A step of `rows` rows; without a context it has no attention.
+fn case(model: ModelShape, rows: u32, context: Option<u32>) -> Case {
+    let dims = model.dims();
+    let (hidden, mlp) = (dims.hidden as usize, dims.intermediate as usize);
+    let layer = hidden * (dims.qkv_width() + dims.q_width() + 3 * mlp);
+    let weights = dims.layers as usize * layer + hidden * dims.vocab as usize;
+    let kv =
+        (rows * context.unwrap_or(0)) as usize * (2 * dims.layers * dims.kv_heads * dims.head_dim) as usize;
+    let family = if context.is_some() { "decode_step" } else { "decode_rest" };
+    let context_text = context.map_or("no attention".to_owned(), |context| format!("context={context}"));
+    Case {
+        family,
+        shape: format!("model={} rows={rows} {context_text}", model.name),
+        bytes: 2.0 * (weights + kv) as f64,
+        flops: 0.0,
+        setup: Box::new(move |cuda, _| setup(cuda, dims, rows, context)),
+    }
+}
+
+/// A model's step, ready to be launched.
+struct Decode {
+    operations: Operations,
+    step: Step<Buffer>,
+    embedding: Weight,
+    layers: Vec<(LayerWeights<Weight>, KvLayer<Buffer>)>,
+    attends: bool,
+    rope: Buffer,
+    buffers: LayerBuffers<Buffer>,
+    norm: Weight,
+    head: Weight,
+    gathered: Buffer,
+    logits: Buffer,
+    tokens: Buffer,
+}
+
+fn setup(cuda: &mut Cuda, dims: Dims, rows: u32, context: Option<u32>) -> Result<Run, CudaError> {
+    let mut step_of = StepOf::decode(&vec![context.unwrap_or(1); rows as usize], dims.vocab);
+    step_of.sampling = Row { temperature: 0.6, seed_low: 5, ..step_of.sampling };
+    let limits = step_of.limits();
+    let operations = Operations::new(cuda, &dims, &limits)?;
+    let plan_words = operations.attention.plan_words(&limits);
+    let step = step_of.upload(cuda, plan_words, |shape, rows, words| {
+        operations.attention.plan(shape, rows, words);
+    })?;
+    let kv_rows = ((limits.pages + 1) * dims.kv_heads * PAGE_SIZE) as usize;
+    let layers = (0..dims.layers)
+        .map(|i| {
+            let seed = u64::from(i + 1) << 40;
+            let mut kv = || random_in(cuda, kv_rows, dims.head_dim as usize, seed, 1.0).map(Buffer::from);
+            let kv = KvLayer { k: kv()?, v: kv()? };
+            Ok((layer_weights(cuda, &dims, seed)?, kv))
+        })
+        .collect::<Result<_, CudaError>>()?;
+    let (hidden, vocab, samples) = (dims.hidden as usize, dims.vocab as usize, rows as usize);
+    let decode = Decode {
+        operations,
+        step,
+        embedding: random_in(cuda, vocab, hidden, 1, WEIGHT_MAX)?,
+        layers,
+        attends: context.is_some(),
+        rope: rope(cuda, &dims, limits.sequence)?,
+        buffers: layer_buffers(cuda, &dims, limits.step_tokens())?,
+        norm: random_in(cuda, 1, hidden, 2, 1.0)?,
+        head: random_in(cuda, vocab, hidden, 3, WEIGHT_MAX)?,
+        gathered: cuda.alloc(Purpose::Scratch, Element::Activation, samples * hidden)?,
+        logits: cuda.alloc(Purpose::Scratch, Element::Logit, samples * vocab)?,
+        tokens: cuda.alloc(Purpose::Scratch, Element::Word, samples)?,
+    };
+    let check = check(step_of.packed_rows(), decode.logits, decode.tokens, dims.vocab);
+    Ok(Run { call: Box::new(move |launcher, _| decode.launch(launcher)), check, baseline: None })
+}
+
+fn layer_weights(cuda: &mut Cuda, dims: &Dims, seed: u64) -> Result<LayerWeights<Weight>, CudaError> {
+    let (hidden, mlp, head_dim) = (dims.hidden as usize, dims.intermediate as usize, dims.head_dim as usize);
+    let mut linear = |rows, cols, part: u64| random_in(cuda, rows, cols, seed + (part << 32), WEIGHT_MAX);
+    let qkv = linear(dims.qkv_width(), hidden, 2)?;
+    let o = linear(hidden, dims.q_width(), 3)?;
+    let down = linear(hidden, mlp, 4)?;
+    let mut norm = |width, part: u64| random_in(cuda, 1, width, seed + (part << 32), 1.0);
+    let (q_norm, k_norm) = (norm(head_dim, 5)?, norm(head_dim, 6)?);
+    let unused = norm(hidden, 7)?;
+    let part = |part: u64| HostTensor {
+        name: "random".into(),
+        rows: mlp,
+        cols: hidden,
+        data: TensorData::Uniform { seed: seed + (part << 32), low: -WEIGHT_MAX, high: WEIGHT_MAX },
+    };
+    let gate_up = cuda.load(WeightRole::GateUp, &[part(8), part(9)])?;
+    Ok(LayerWeights { input_norm: unused, qkv, q_norm, k_norm, o, post_norm: unused, gate_up, down })
+}
+
+fn layer_buffers(cuda: &mut Cuda, dims: &Dims, tokens: usize) -> Result<LayerBuffers<Buffer>, CudaError> {
+    let mut alloc = |width: usize| cuda.alloc(Purpose::Scratch, Element::Activation, tokens * width);
+    let residual = alloc(dims.hidden as usize)?;
+    Ok(LayerBuffers {
+        residual,
+        // The kernels don't use these two.
+        delta: residual,
+        normed: residual,
+        qkv: alloc(dims.qkv_width())?,
+        activated: alloc(dims.intermediate as usize)?,
+        // What o multiplies where there is no attention.
+        attended: random_in(cuda, tokens, dims.q_width(), 4, 1.0)?.into(),
+    })
+}
+
+/// `[positions, head_dim / 2]` pairs of cosine and sine, with the angles of rope's base 10^6.
+fn rope(cuda: &mut Cuda, dims: &Dims, positions: u32) -> Result<Buffer, CudaError> {
+    let half = dims.head_dim / 2;
+    let angles = (0..positions).flat_map(|position| {
+        (0..half).map(move |i| f64::from(position) * 1e6f64.powf(-f64::from(i) / f64::from(half)))
+    });
+    let words: Vec<u32> =
+        angles.flat_map(|angle| [angle.cos() as f32, angle.sin() as f32]).map(f32::to_bits).collect();
+    upload_words(cuda, &words)
+}
+
+impl Decode {
+    fn launch(&self, launcher: &Launcher) -> Result<(), CudaError> {
+        let Decode { operations, step, buffers, rope, .. } = self;
+        let Operations { dims, ends, gemm, sampling, sumsq, .. } = operations;
+        ends.begin_step(launcher, step)?;
+        ends.embed(launcher, step, self.embedding.address(), dims.hidden, buffers.residual, *sumsq)?;
+        for (weights, kv) in &self.layers {
+            let layer = Layer { step, weights, rope: *rope, kv: *kv, buffers };
+            operations.before_attention(launcher, &layer)?;
+            if self.attends {
+                operations.attend(launcher, &layer)?;
+            }
+            operations.after_attention(launcher, &layer)?;
+        }
+        let (norm, gathered) = (self.norm.address(), self.gathered);
+        ends.final_norm(launcher, step, buffers.residual, norm, dims.hidden, dims.norm_eps, gathered)?;
+        let out = Head { out: self.logits.address() };
+        gemm.launch(launcher, self.head, gathered.address(), step.shape.samples, &out)?;
+        sampling.sample(launcher, step, self.logits, dims.vocab, self.tokens)
+    }
+}
+
+fn check(rows: Vec<Row>, logits: Buffer, tokens: Buffer, vocab: u32) -> Check {
+    Box::new(move |cuda| {
+        let tokens = download_words(cuda, tokens, rows.len())?;
+        let count = rows.len().min(CHECKED);
+        let logits = cuda.read_logits(logits, vocab, 0..count)?;
+        let rows = rows.iter().zip(tokens).zip(logits.chunks_exact(vocab as usize));
+        Ok(rows.map(|((row, token), logits)| drawn::complaint(row, logits, token)).find_map(|one| one))
+    })
+}
