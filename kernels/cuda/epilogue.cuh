@@ -136,6 +136,15 @@ struct Qkv {
         }
     }
 
+    // x cos + y sin, rounded in one way whatever the compiler would make of it.
+    __device__ __forceinline__ static float turned(float x, float cos, float y, float sin) {
+        return fmaf(x, cos, __fmul_rn(y, sin));
+    }
+
+    __device__ __forceinline__ static float2 weighted(float2 x, float inverse, float2 w) {
+        return {__fmul_rn(__fmul_rn(x.x, inverse), w.x), __fmul_rn(__fmul_rn(x.y, inverse), w.y)};
+    }
+
   private:
     // One head of 64 PARTS dims. lo: dims 2 l, 2 l + 1. hi: dims 64 + 2 l, … (of no use where PARTS is 1).
     template <int PARTS, int T, int BLOCKS>
@@ -178,15 +187,6 @@ struct Qkv {
         for (int i = 0; i < T; i++)
             if (i < taken.count)
                 put<PARTS>(lo[i], hi[i], ahead[i].location, taken.token(i), h, d);
-    }
-
-    // x cos + y sin, rounded in one way whatever the compiler would make of it.
-    __device__ __forceinline__ static float turned(float x, float cos, float y, float sin) {
-        return fmaf(x, cos, __fmul_rn(y, sin));
-    }
-
-    __device__ __forceinline__ static float2 weighted(float2 x, float inverse, float2 w) {
-        return {__fmul_rn(__fmul_rn(x.x, inverse), w.x), __fmul_rn(__fmul_rn(x.y, inverse), w.y)};
     }
 
     template <int PARTS>
@@ -299,7 +299,6 @@ struct GateUp {
         }
     }
 
-  private:
     __device__ __forceinline__ static float silu(float x) { return __fdividef(x, 1.0f + __expf(-x)); }
 };
 
@@ -344,7 +343,6 @@ struct Head {
         }
     }
 
-  private:
     __device__ __forceinline__ static float clamped(float x) { return fminf(fmaxf(x, -65504.0f), 65504.0f); }
 };
 

@@ -12,7 +12,11 @@
 //! Invariant: how a sum is cut depends on the matrix alone, never on the number of tokens, so a token's bits are the
 //! same in every batch. Which tile a launch gets is chosen here and is a matter of speed only.
 
+mod prefill;
+
 use std::ffi::c_void;
+
+use prefill::Prefill;
 
 use crate::context::Properties;
 use crate::error::CudaError;
@@ -146,6 +150,10 @@ impl Kind {
 pub trait Epilogue: Param {
     /// Which it is.
     const KIND: Kind;
+
+    /// Where rows of outputs lie, one a token, and how many outputs a row has, for `rows` rows of w. Keys and values lie
+    /// elsewhere.
+    fn outputs(&self, rows: u32) -> (Address, u32);
 }
 
 /// The sizes of a product, as `epilogue.cuh` declares them.
@@ -180,14 +188,45 @@ macro_rules! struct_params {
 }
 struct_params!(Qkv, Residual, GateUp, Head, Linear, Shape);
 
-macro_rules! epilogues {
-    ($($type:ident),*) => {$(
-        impl Epilogue for $type {
-            const KIND: Kind = Kind::$type;
-        }
-    )*};
+impl Epilogue for Qkv {
+    const KIND: Kind = Kind::Qkv;
+
+    fn outputs(&self, _: u32) -> (Address, u32) {
+        (self.q, self.heads * self.head_dim)
+    }
 }
-epilogues!(Qkv, Residual, GateUp, Head, Linear);
+
+impl Epilogue for Residual {
+    const KIND: Kind = Kind::Residual;
+
+    fn outputs(&self, rows: u32) -> (Address, u32) {
+        (self.residual, rows)
+    }
+}
+
+impl Epilogue for GateUp {
+    const KIND: Kind = Kind::GateUp;
+
+    fn outputs(&self, _: u32) -> (Address, u32) {
+        (self.out, self.intermediate)
+    }
+}
+
+impl Epilogue for Head {
+    const KIND: Kind = Kind::Head;
+
+    fn outputs(&self, rows: u32) -> (Address, u32) {
+        (self.out, rows)
+    }
+}
+
+impl Epilogue for Linear {
+    const KIND: Kind = Kind::Linear;
+
+    fn outputs(&self, rows: u32) -> (Address, u32) {
+        (self.out, rows)
+    }
+}
 
 /// The kernels for any GPU.
 #[derive(Debug)]
@@ -427,51 +466,6 @@ impl Decode {
     }
 }
 
-/// Hopper's kernels for many tokens: a block a multiprocessor takes tile after tile.
-#[derive(Debug)]
-struct Prefill {
-    /// By [`Kind`].
-    kernels: [Kernel; 5],
-    multiprocessors: u32,
-}
-
-impl Prefill {
-    const TILE: Block = Block::new(128, 160);
-    const THREADS: u32 = 512;
-    /// The ring's 4 stages, the sums of a tile, 10 barriers, and what aligns the ring to 1024 bytes.
-    const SHARED: u32 = 4 * (128 + 160) * BLOCK_COLS * 2 + 160 * 130 * 4 + 160 * 4 + 10 * 8 + 1024;
-
-    fn new(modules: &Modules, multiprocessors: u32) -> Result<Prefill, CudaError> {
-        let find = |name| modules.kernel("gemm_prefill", name, Self::SHARED);
-        let kernels = [
-            find("prefill_qkv")?,
-            find("prefill_residual")?,
-            find("prefill_gate_up")?,
-            find("prefill_head")?,
-            find("prefill_linear")?,
-        ];
-        Ok(Prefill { kernels, multiprocessors })
-    }
-
-    fn tiles(shape: &Shape) -> u32 {
-        shape.rows.div_ceil(Self::TILE.rows) * shape.tokens.div_ceil(Self::TILE.tokens)
-    }
-
-    fn launch<E: Epilogue>(
-        &self,
-        launcher: &Launcher,
-        w: Address,
-        x: Address,
-        shape: &Shape,
-        epilogue: &E,
-    ) -> Result<(), CudaError> {
-        let blocks = Self::tiles(shape).min(self.multiprocessors);
-        let grid = Grid::new(blocks, Self::THREADS).shared(Self::SHARED).dependent();
-        let [w, x] = shape.maps(w, x, Self::TILE)?;
-        launcher.launch(&self.kernels[E::KIND as usize], grid, [&w, &x, shape, epilogue])
-    }
-}
-
 /// Hopper's kernels.
 #[derive(Debug)]
 struct Hopper {
@@ -484,7 +478,7 @@ impl Hopper {
     /// fill the device. A plain product has no other.
     fn is_for_many(&self, kind: Kind, shape: &Shape) -> bool {
         let many = shape.tokens > Tiling::of(kind).last().map_or(0, |tiling| tiling.tokens_max);
-        many && (kind != Kind::Residual || Prefill::tiles(shape) >= self.prefill.multiprocessors / 2)
+        many && (kind != Kind::Residual || self.prefill.fills_a_quarter(shape))
     }
 
     fn launch<E: Epilogue>(

@@ -2,114 +2,157 @@
 // cores' time counts.
 //
 //   w [rows, cols] bf16   x [tokens, cols] bf16   cols a multiple of 8   accumulates in fp32
-//   tile     128 rows of w by 160 tokens, all columns; a block takes tiles blockIdx.x, blockIdx.x + gridDim.x, …
-//   grid     one block a multiprocessor     block 512 threads, 4 warpgroups
-//   shared   4 stages of (128 + 160) * 128 bytes, 160 * 130 floats of sums, barriers, 160 scales: 226 KiB
-//   moves    288 * cols * 2 bytes a tile through L2; 640 flop for each 9 bytes
+//   tile     64 GROUPS tokens by 128 rows of w, all columns
+//   cluster  two blocks, the same tokens by 256 rows: each fetches its rows of w, and half of the tokens for both
+//   grid     a block a multiprocessor; a cluster takes tiles c, c + clusters, …, rows of w first: the tiles in flight share
+//            w in L2, and a token's row leaves memory once
+//   block    128 GROUPS + 128 threads
 //
-//   warpgroup 3, one thread   fetches: w and x, block of columns after block, tile after tile
-//   warpgroups 0 and 1        multiply 64 rows each; the tile's sums go to shared memory
-//   warpgroup 2               takes the sums through the epilogue, while 0 and 1 multiply the next tile
+//   warpgroups 0 … GROUPS - 1   multiply 64 tokens each, and take their sums through the epilogue
+//   the last, one thread        fetches block of columns after block, tile after tile
+//   the last, another warp      looks up what the tokens of the tile ahead need
 //
-//   fetch ── full/empty of each stage ──> multiply ── summed/taken ──> epilogue
+//   fetch ── full/empty of each stage ──> multiply ── epilogue (registers, a warp's own shared memory)
+//   look up ── known_full/known_empty ───────────────────^
 //
-// 1. Each slice is summed from zero, k16 by k16 (wgmma), slices are added in fp32 in their order: gemm_decode.cu's order.
-//    The tokens beside a token do not matter to its sum.
-// 2. Tiles are taken in bands of 8 tiles of tokens, rows of w after rows of w: the tiles in flight share both operands
-//    in L2.
-// 3. Registers are dealt anew at the start: 192 for a multiplying thread (80 sums of the slice, 80 of the slices before),
-//    104 for the epilogue, 24 for the fetch.
+// 1. Each slice is summed from zero, k16 by k16 (wgmma), slices are added in fp32 in their order: gemm_decode.cuh's order.
+//    Tokens are the M operand here and the N operand there, which does not matter to a sum, and neither do the tokens beside
+//    it.
+// 2. A warpgroup has whole heads and whole 64-wide segments of its tokens, so none waits for another in the epilogue. They
+//    reach it nearly together all the same: the ring is too short to let one run ahead by an epilogue.
+// 3. A stage is free when both blocks' warps have read it, because each block's fetch writes to both.
+// 4. Registers are dealt anew at the start: two sets of 64 sums (the slice's and those of the slices before) and the
+//    epilogue's values for a multiplying thread, few for the last warpgroup.
 #include "dependent.cuh"
-#include "epilogue.cuh"
 #include "hopper.cuh"
+#include "prefill_epilogue.cuh"
 
-constexpr int M = 128, N = 160, STAGES = 4, BAND = 8;
-constexpr int W_BYTES = M * 128, STAGE_BYTES = (M + N) * 128;
-constexpr int STAGED = M + 2; // floats between two tokens' sums
-constexpr int MULTIPLIERS = 256, STORERS = 128, THREADS = 512;
-constexpr int AHEAD = 4; // tokens that a warp of the epilogue has in hand
+constexpr unsigned M = 128, W_BYTES = M * 128, BLOCKS = 2;
 
-// Addresses in shared memory.
-struct Shared {
-    unsigned ring, full, empty, summed, taken;
-    float *staged, *scales;
+template <int GROUPS> struct Plan {
+    static constexpr unsigned TOKENS = 64 * GROUPS, X_BYTES = TOKENS * 128, STAGE_BYTES = X_BYTES + W_BYTES;
+    static constexpr unsigned STAGES = GROUPS == 2 ? 5 : GROUPS == 3 ? 4 : 3;
+    static constexpr unsigned WARPS = 4 * GROUPS, THREADS = 128 * GROUPS + 128;
+    // Registers of a thread: 65536 in all.
+    static constexpr unsigned MULTIPLIER = GROUPS == 2 ? 232 : GROUPS == 3 ? 152 : 104, OTHER = GROUPS == 2 ? 40 : 56;
+};
+
+// Addresses in shared memory: the ring, a piece for each multiplying warp, two tiles' known tokens, barriers.
+template <int GROUPS> struct Shared {
+    using P = Plan<GROUPS>;
+    unsigned ring, full, empty, known_full, known_empty, old;
+    Known *known;
+    unsigned *slice_ends;
 
     __device__ __forceinline__ explicit Shared(unsigned char *start) {
         ring = (shared_address(start) + 1023) & ~1023u;
         start += ring - shared_address(start);
-        staged = reinterpret_cast<float *>(start + STAGES * STAGE_BYTES);
-        scales = staged + N * STAGED;
-        full = shared_address(scales + N);
-        empty = full + 8 * STAGES;
-        summed = empty + 8 * STAGES;
-        taken = summed + 8;
+        known = reinterpret_cast<Known *>(start + P::STAGES * P::STAGE_BYTES + P::WARPS * WarpTile::BYTES);
+        full = shared_address(known + 2 * P::TOKENS);
+        empty = full + 8 * P::STAGES;
+        known_full = empty + 8 * P::STAGES;
+        known_empty = known_full + 16;
+        old = known_empty + 16;
+        slice_ends = reinterpret_cast<unsigned *>(known + 2 * P::TOKENS) + (2 * P::STAGES + 4 + P::WARPS) * 2;
     }
+    __device__ __forceinline__ unsigned stage(unsigned i) const { return ring + i * P::STAGE_BYTES; }
+    __device__ __forceinline__ unsigned warp_tile(unsigned warp) const { return stage(P::STAGES) + warp * WarpTile::BYTES; }
 
     __device__ __forceinline__ void init_barriers() const {
-        for (unsigned i = 0; i < STAGES; i++) {
+        for (unsigned i = 0; i < P::STAGES; i++) {
             barrier_init(full + 8 * i, 1);
-            barrier_init(empty + 8 * i, MULTIPLIERS / 32);
+            barrier_init(empty + 8 * i, BLOCKS * P::WARPS);
         }
-        barrier_init(summed, MULTIPLIERS / 32);
-        barrier_init(taken, STORERS / 32);
+        for (unsigned i = 0; i < 2; i++) {
+            barrier_init(known_full + 8 * i, 1);
+            barrier_init(known_empty + 8 * i, P::WARPS);
+        }
+        for (unsigned i = 0; i < P::WARPS; i++)
+            barrier_init(old + 8 * i, 1);
         barrier_init_fence();
     }
 };
 
-// Walks the ring, over tiles' ends.
-struct Position {
+// Walks a ring of COUNT places, over tiles' ends.
+template <unsigned COUNT> struct Position {
     unsigned at = 0, parity = 0;
 
     __device__ __forceinline__ void advance() {
-        if (++at == STAGES) {
+        if (++at == COUNT) {
             at = 0;
             parity ^= 1;
         }
     }
 };
 
-// The tiles of a product in their order.
-struct Tiles {
-    unsigned across_m, across_n;
+// The tiles of this block in their order.
+template <int GROUPS> struct Tiles {
+    unsigned m, n; // which 256 rows of w, which tokens
+    unsigned across, down, step_m, step_n;
 
     __device__ __forceinline__ explicit Tiles(const Shape &shape)
-        : across_m((shape.rows + M - 1) / M), across_n((shape.tokens + N - 1) / N) {}
-    __device__ __forceinline__ unsigned count() const { return across_m * across_n; }
-    __device__ __forceinline__ void place(unsigned tile, unsigned &m0, unsigned &n0) const {
-        const unsigned first = tile / (across_m * BAND) * BAND, within = tile % (across_m * BAND);
-        const unsigned width = across_n - first < BAND ? across_n - first : BAND;
-        m0 = within / width * M;
-        n0 = (first + within % width) * N;
+        : across((shape.rows + BLOCKS * M - 1) / (BLOCKS * M)),
+          down((shape.tokens + Plan<GROUPS>::TOKENS - 1) / Plan<GROUPS>::TOKENS) {
+        const unsigned first = blockIdx.x / BLOCKS, step = gridDim.x / BLOCKS;
+        m = first % across, n = first / across;
+        step_m = step % across, step_n = step / across;
     }
+    __device__ __forceinline__ bool remain() const { return n < down; }
+    __device__ __forceinline__ void advance() {
+        m += step_m, n += step_n;
+        if (m >= across)
+            m -= across, n++;
+    }
+    __device__ __forceinline__ unsigned row() const { return (m * BLOCKS + cluster_rank()) * M; }
+    __device__ __forceinline__ unsigned token() const { return n * Plan<GROUPS>::TOKENS; }
 };
 
-__device__ __forceinline__ void fetch(const Shared &shared, const TensorMap *w, const TensorMap *x, const Shape &shape) {
-    const Tiles tiles(shape);
-    Position position;
-    for (unsigned tile = blockIdx.x; tile < tiles.count(); tile += gridDim.x) {
-        unsigned m0, n0;
-        tiles.place(tile, m0, n0);
+template <int GROUPS>
+__device__ __forceinline__ void fetch(const Shared<GROUPS> &shared, const TensorMap *w, const TensorMap *x, const Shape &shape) {
+    using P = Plan<GROUPS>;
+    const unsigned rank = cluster_rank(), half = rank * (P::TOKENS / BLOCKS);
+    Position<P::STAGES> position;
+    for (Tiles<GROUPS> tiles(shape); tiles.remain(); tiles.advance())
         for (unsigned i = 0; i < shape.blocks(); i++) {
-            const unsigned full = shared.full + 8 * position.at, to = shared.ring + position.at * STAGE_BYTES;
+            const unsigned full = shared.full + 8 * position.at, to = shared.stage(position.at);
             barrier_wait(shared.empty + 8 * position.at, position.parity ^ 1); // passes in the first round
-            barrier_expect(full, STAGE_BYTES);
-            bulk_fetch(to, w, i * 64, m0, full, EVICT_NORMAL);
-            bulk_fetch(to + W_BYTES, x, i * 64, n0, full, EVICT_NORMAL);
+            barrier_expect(full, P::STAGE_BYTES);
+            bulk_fetch_shared(to + half * 128, x, i * 64, tiles.token() + half, full, EVICT_NORMAL, (1 << BLOCKS) - 1);
+            bulk_fetch(to + P::X_BYTES, w, i * 64, tiles.row(), full, EVICT_NORMAL);
             position.advance();
         }
+}
+
+// Looks up what is known of each tile's tokens.
+template <int GROUPS, class Epilogue>
+__device__ __forceinline__ void look_up(const Shared<GROUPS> &shared, const Shape &shape, const Epilogue &epilogue) {
+    using P = Plan<GROUPS>;
+    Position<2> position;
+    for (Tiles<GROUPS> tiles(shape); tiles.remain(); tiles.advance()) {
+        barrier_wait(shared.known_empty + 8 * position.at, position.parity ^ 1);
+        Known *known = shared.known + position.at * P::TOKENS;
+#pragma unroll 1
+        for (unsigned n = threadIdx.x % 32; n < P::TOKENS; n += 32) // the last one's where there are no more
+            known[n] = look_up(epilogue, min(tiles.token() + n, shape.tokens - 1));
+        __syncwarp();
+        if (threadIdx.x % 32 == 0)
+            barrier_arrive(shared.known_full + 8 * position.at);
+        position.advance();
     }
 }
 
 // Adds the columns' blocks begin .. end to `sum`, from zero.
-__device__ __forceinline__ void multiply_slice(const Shared &shared, Position &position, unsigned begin, unsigned end,
-                                               float (&sum)[N / 2]) {
-    const bool speaks = threadIdx.x % 32 == 0;
+template <int GROUPS>
+__device__ __forceinline__ void multiply_slice(const Shared<GROUPS> &shared, Position<Plan<GROUPS>::STAGES> &position,
+                                               unsigned begin, unsigned end, float (&sum)[64]) {
+    const unsigned lane = threadIdx.x % 32;
     unsigned before = 0;
+#pragma unroll 1
     for (unsigned i = begin; i < end; i++) {
-        const unsigned stage = shared.ring + position.at * STAGE_BYTES;
+        const unsigned stage = shared.stage(position.at);
         barrier_wait(shared.full + 8 * position.at, position.parity);
         const unsigned long long a = tile_descriptor(stage + threadIdx.x / 128 * 64 * 128);
-        const unsigned long long b = tile_descriptor(stage + W_BYTES);
+        const unsigned long long b = tile_descriptor(stage + Plan<GROUPS>::X_BYTES);
         wgmma_fence();
 #pragma unroll
         for (int k = 0; k < 4; k++)
@@ -117,147 +160,105 @@ __device__ __forceinline__ void multiply_slice(const Shared &shared, Position &p
         wgmma_commit();
         if (i > begin) {
             wgmma_wait<1>(); // the block before is multiplied: its stage is free
-            if (speaks)
-                barrier_arrive(shared.empty + 8 * before);
+            if (lane < BLOCKS)
+                barrier_arrive_at(shared.empty + 8 * before, lane);
         }
         before = position.at;
         position.advance();
     }
     wgmma_wait<0>();
     hold(sum);
-    if (speaks)
-        barrier_arrive(shared.empty + 8 * before);
+    if (lane < BLOCKS)
+        barrier_arrive_at(shared.empty + 8 * before, lane);
 }
 
-__device__ __forceinline__ void multiply(const Shared &shared, const Shape &shape) {
-    const Tiles tiles(shape);
-    const unsigned lane = threadIdx.x % 32, m = threadIdx.x / 32 * 16 + lane / 4;
-    Position position;
-    unsigned parity = 1; // passes for the first tile
-    float sum[N / 2] = {}, total[N / 2] = {};
-    for (unsigned tile = blockIdx.x; tile < tiles.count(); tile += gridDim.x) {
-        for (unsigned slice = 0; slice < shape.slices; slice++) {
-            multiply_slice(shared, position, shape.slice_begin(slice), shape.slice_begin(slice + 1), sum);
+// A tile's sums: its slices' in their order. `between` is called once, with the first on its way or done.
+template <bool ONE_SLICE, int GROUPS, class Between>
+__device__ __forceinline__ void multiply_tile(const Shared<GROUPS> &shared, Position<Plan<GROUPS>::STAGES> &position,
+                                              const Shape &shape, float (&total)[64], const Between &between) {
+    float sum[64];
 #pragma unroll
-            for (int i = 0; i < N / 2; i++)
-                total[i] = slice == 0 ? sum[i] : total[i] + sum[i];
-        }
-        barrier_wait(shared.taken, parity);
-        parity ^= 1;
+    for (int i = 0; i < 64; i++)
+        total[i] = -0.0f, sum[i] = 0.0f; // -0 + x is x, whatever x is
+    for (unsigned slice = 0, begin = 0; slice < (ONE_SLICE ? 1 : shape.slices); slice++) {
+        const unsigned end = shared.slice_ends[slice];
+        multiply_slice(shared, position, begin, end, sum);
+        begin = end;
 #pragma unroll
-        for (int j = 0; j < N / 8; j++)
-#pragma unroll
-            for (int e = 0; e < 4; e++)
-                shared.staged[(8 * j + lane % 4 * 2 + e % 2) * STAGED + m + e / 2 * 8] = total[4 * j + e];
-        __syncwarp();
-        if (lane == 0)
-            barrier_arrive(shared.summed);
+        for (int i = 0; i < 64; i++)
+            total[i] = ONE_SLICE ? sum[i] : total[i] + sum[i];
+        if (slice == 0)
+            between();
     }
 }
 
-// A tile's sums through the epilogue: warp w takes tokens w, w + 4, …, AHEAD of them side by side; what the next ones need
-// is on its way meanwhile.
-template <class Epilogue>
-__device__ __forceinline__ void store_tile(const Shared &shared, const Shape &shape, const Epilogue &epilogue, unsigned m0,
-                                           unsigned n0, unsigned parity) {
-    const unsigned lane = threadIdx.x % 32;
-    const unsigned count = shape.tokens - n0 < N ? shape.tokens - n0 : N;
-    unsigned n = threadIdx.x / 32 % 4;
-    // Lane l knows the warp's tokens l and l + 32, so that what depends on a token's place is one load away.
-    static_assert(N / 4 <= 64, "two tokens a lane");
-    typename Epilogue::Where places[2] = {};
-#pragma unroll
-    for (int i = 0; i < 2; i++)
-        if (n + 4 * (lane + 32 * i) < count)
-            places[i] = epilogue.where(n0 + n + 4 * (lane + 32 * i));
-    const unsigned warp = n;
-    typename Epilogue::template Ahead<2> next[AHEAD] = {};
-    const auto fetch = [&](unsigned first) {
-#pragma unroll
-        for (int i = 0; i < AHEAD; i++) {
-            const unsigned token = first + 4 * i, index = (token - warp) / 4;
-            if (token < count) {
-                const auto place = (index < 32 ? places[0] : places[1]).from_lane(index % 32);
-                next[i] = epilogue.template ahead<2>(place, n0 + token, m0, shape.rows, lane);
-            }
-        }
-    };
-    fetch(n);
-    barrier_wait(shared.summed, parity);
-    for (; n < count; n += 4 * AHEAD) {
-        typename Epilogue::template Ahead<2> now[AHEAD];
-#pragma unroll
-        for (int i = 0; i < AHEAD; i++)
-            now[i] = next[i];
-        fetch(n + 4 * AHEAD);
-        float2 v[AHEAD][2];
-#pragma unroll
-        for (int i = 0; i < AHEAD; i++) {
-            const unsigned own = n + 4 * i < count ? n + 4 * i : n;
-            const float scale = Epilogue::SCALED ? shared.scales[own] : 1.0f;
-#pragma unroll
-            for (int b = 0; b < 2; b++) {
-                const float2 sum = *reinterpret_cast<const float2 *>(shared.staged + own * STAGED + 2 * lane + 64 * b);
-                v[i][b] = {__fmul_rn(sum.x, scale), __fmul_rn(sum.y, scale)};
-            }
-        }
-        const Taken taken = {n0 + n, 4, (count - n + 3) / 4};
-        epilogue.template store<AHEAD, 2>(now, v, taken, m0, shape.rows, lane);
+template <int GROUPS, class Epilogue>
+__device__ __forceinline__ void multiply(const Shared<GROUPS> &shared, const TensorMap *out, const Shape &shape,
+                                         const Epilogue &epilogue) {
+    using P = Plan<GROUPS>;
+    const unsigned warp = threadIdx.x / 32, lane = threadIdx.x % 32, old = shared.old + 8 * warp;
+    const WarpTile warp_tile = {shared.warp_tile(warp), lane};
+    Position<P::STAGES> position;
+    Position<2> looked;
+    Position<1> fetched;
+    for (Tiles<GROUPS> tiles(shape); tiles.remain(); tiles.advance()) {
+        const unsigned token = tiles.token() + 16 * warp, count = shape.tokens > token ? shape.tokens - token : 0;
+        const Outputs outputs = {warp_tile, out, token, count, tiles.row(), shape.rows};
+        float total[64];
+        multiply_tile<Epilogue::SLICES == 1>(shared, position, shape, total, [&] { prepare(epilogue, outputs, old); });
+        if (Epilogue::SCALED)
+            barrier_wait(shared.known_full + 8 * looked.at, looked.parity);
+        if (is_added(epilogue))
+            barrier_wait(old, fetched.parity);
+        finish(epilogue, total, outputs, shared.known + looked.at * P::TOKENS + 16 * warp);
+        if (Epilogue::SCALED && lane == 0)
+            barrier_arrive(shared.known_empty + 8 * looked.at);
+        looked.advance();
+        fetched.advance();
     }
+    warp_tile.free();
 }
 
-template <class Epilogue>
-__device__ __forceinline__ void store(const Shared &shared, const Shape &shape, const Epilogue &epilogue) {
-    const Tiles tiles(shape);
-    const unsigned thread = threadIdx.x % STORERS;
-    unsigned parity = 0;
-    for (unsigned tile = blockIdx.x; tile < tiles.count(); tile += gridDim.x) {
-        unsigned m0, n0;
-        tiles.place(tile, m0, n0);
-        if (Epilogue::SCALED) {
-            sync_threads(1, STORERS); // the scales of the tile before were used
-            for (unsigned n = thread; n < N && n0 + n < shape.tokens; n += STORERS)
-                shared.scales[n] = epilogue.scale(n0 + n);
-            sync_threads(1, STORERS);
-        }
-        store_tile(shared, shape, epilogue, m0, n0, parity);
-        parity ^= 1;
-        __syncwarp();
-        if (thread % 32 == 0)
-            barrier_arrive(shared.taken);
-    }
-}
-
-template <class Epilogue>
-__device__ __forceinline__ void prefill(const TensorMap *w, const TensorMap *x, const Shape &shape, const Epilogue &epilogue) {
+template <int GROUPS, class Epilogue>
+__device__ __forceinline__ void prefill(const TensorMap *w, const TensorMap *x, const TensorMap *out, const Shape &shape,
+                                        const Epilogue &epilogue) {
+    using P = Plan<GROUPS>;
     extern __shared__ __align__(1024) unsigned char start[];
     dependent_launch();
-    const Shared shared(start);
+    const Shared<GROUPS> shared(start);
     if (threadIdx.x == 0)
         shared.init_barriers();
-    __syncthreads();
+    if (threadIdx.x < shape.slices)
+        shared.slice_ends[threadIdx.x] = shape.slice_begin(threadIdx.x + 1);
+    cluster_sync();
     dependent_wait();
-    if (threadIdx.x < MULTIPLIERS) {
-        asm volatile("setmaxnreg.inc.sync.aligned.u32 192;");
-        multiply(shared, shape);
-    } else if (threadIdx.x < MULTIPLIERS + STORERS) {
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 104;");
-        store(shared, shape, epilogue);
+    if (threadIdx.x < 128 * GROUPS) {
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(P::MULTIPLIER));
+        multiply(shared, out, shape, epilogue);
     } else {
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
-        if (threadIdx.x == MULTIPLIERS + STORERS)
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(P::OTHER));
+        if (threadIdx.x == 128 * GROUPS)
             fetch(shared, w, x, shape);
+        else if (Epilogue::SCALED && threadIdx.x / 32 == 4 * GROUPS + 1)
+            look_up(shared, shape, epilogue);
+        __syncwarp();
     }
+    cluster_sync_relaxed(); // the other block still writes to this one's shared memory
 }
 
-#define PREFILL(NAME, EPILOGUE)                                                                                              \
-    extern "C" __global__ void __launch_bounds__(THREADS, 1)                                                                 \
-    NAME(const __grid_constant__ TensorMap w, const __grid_constant__ TensorMap x, Shape shape, EPILOGUE epilogue) {         \
-        prefill(&w, &x, shape, epilogue);                                                                                    \
+#define PREFILL(NAME, GROUPS, EPILOGUE)                                                                                      \
+    extern "C" __global__ void __launch_bounds__(Plan<GROUPS>::THREADS, 1)                                                   \
+    NAME(const __grid_constant__ TensorMap w, const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap out,    \
+         Shape shape, EPILOGUE epilogue) {                                                                                   \
+        prefill<GROUPS>(&w, &x, &out, shape, epilogue);                                                                      \
     }
 
-PREFILL(prefill_qkv, Qkv)
-PREFILL(prefill_residual, Residual)
-PREFILL(prefill_gate_up, GateUp)
-PREFILL(prefill_linear, Linear)
-PREFILL(prefill_head, Head)
+PREFILL(prefill_qkv_128, 2, Qkv)
+PREFILL(prefill_qkv_192, 3, Qkv)
+PREFILL(prefill_residual_128, 2, Residual)
+PREFILL(prefill_gate_up_128, 2, GateUp)
+PREFILL(prefill_gate_up_192, 3, GateUp)
+PREFILL(prefill_head_128, 2, Head)
+PREFILL(prefill_head_192, 3, Head)
+PREFILL(prefill_head_256, 4, Head)
+PREFILL(prefill_linear_128, 2, Linear)
