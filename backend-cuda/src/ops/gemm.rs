@@ -474,8 +474,8 @@ struct Hopper {
 }
 
 impl Hopper {
-    /// Is the kernel for many tokens the quicker one? A product with few rows keeps its cluster until the tiles of tokens
-    /// fill the device. A plain product has no other.
+    /// Is the kernel for many tokens the quicker one? A product with few rows keeps its cluster until its tiles are a quarter
+    /// of what the device takes at once. A plain product has no other.
     fn is_for_many(&self, kind: Kind, shape: &Shape) -> bool {
         let many = shape.tokens > Tiling::of(kind).last().map_or(0, |tiling| tiling.tokens_max);
         many && (kind != Kind::Residual || self.prefill.fills_a_quarter(shape))
