@@ -2,11 +2,9 @@
 //!
 //! A benchmark's figure means little without either. The CPU says nothing.
 
-use std::time::Duration;
-
 use minisgl_core::backend::Ops;
 use minisgl_cpu::Cpu;
-use minisgl_cuda::{Cuda, CudaError, Telemetry, perf};
+use minisgl_cuda::{Cuda, CudaError, HostTimes, Telemetry, perf};
 use serde::Serialize;
 
 /// What a device reaches at best.
@@ -44,8 +42,8 @@ pub trait Gauge: Ops {
     fn ceilings(&mut self) -> Result<Option<Ceilings>, Self::Error>;
     /// The state now; `None` if it is not known.
     fn state(&self) -> Option<DeviceState>;
-    /// How long the host has waited for the device so far; `None` where the host is the device.
-    fn waited(&self) -> Option<Duration>;
+    /// What the host's time went to so far, beside work of its own; `None` where the host is the device.
+    fn host_times(&self) -> Option<HostTimes>;
 }
 
 impl Gauge for Cpu {
@@ -57,7 +55,7 @@ impl Gauge for Cpu {
         None
     }
 
-    fn waited(&self) -> Option<Duration> {
+    fn host_times(&self) -> Option<HostTimes> {
         None
     }
 }
@@ -74,7 +72,7 @@ impl Gauge for Cuda {
         Some(DeviceState { driver, sm_mhz, sm_mhz_max, memory_mhz, power_w, temperature_c, throttle_reasons })
     }
 
-    fn waited(&self) -> Option<Duration> {
-        Some(Cuda::waited(self))
+    fn host_times(&self) -> Option<HostTimes> {
+        Some(self.launcher().host_times())
     }
 }

@@ -327,7 +327,7 @@ impl Opening<'_> {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
+    use minisgl_cuda::HostTimes;
 
     use super::*;
     use crate::error::Cause;
@@ -417,7 +417,7 @@ mod tests {
             None
         }
 
-        fn waited(&self) -> Option<Duration> {
+        fn host_times(&self) -> Option<HostTimes> {
             None
         }
     }

@@ -212,6 +212,15 @@ pub enum StreamEvent<'a> {
     Step(StepTiming),
 }
 
+/// What a call that completes a step spent its time on beside work of its own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BesideWork {
+    /// Waiting for the device.
+    pub waiting: Duration,
+    /// In driver calls that enqueue work.
+    pub driver: Duration,
+}
+
 /// A completed step: what ran, and when.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct StepTiming {
@@ -229,8 +238,8 @@ pub struct StepTiming {
     pub host_start: Duration,
     /// How long that call took, waiting included.
     pub host_time: Duration,
-    /// How much of it was waiting for the device; `None` where the host is the device.
-    pub host_wait: Option<Duration>,
+    /// How much of it was spent waiting for the device, and in its driver; `None` where the host is the device.
+    pub beside_work: Option<BesideWork>,
 }
 
 /// What a stream's callback wants next.

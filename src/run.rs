@@ -19,7 +19,8 @@ use minisgl_core::sampling::{RowLogprobs, SamplingParams};
 use crate::detokenize::Detokenizer;
 use crate::error::Error;
 use crate::request::{
-    Completion, FinishReason, Flow, GenerateRequest, RequestError, StepTiming, StreamEvent, TokenLogprobs,
+    BesideWork, Completion, FinishReason, Flow, GenerateRequest, RequestError, StepTiming, StreamEvent,
+    TokenLogprobs,
 };
 use crate::runner::Runner;
 use crate::tokenizer::Text;
@@ -219,7 +220,7 @@ impl<'a> Run<'a> {
         let Run { runner, text, live, doomed, closed, .. } = self;
         let mut listener = Listener { text, live, doomed, closed, on_event };
         let host_start = self.started.elapsed();
-        let waited_before = runner.waited();
+        let before = runner.host_times();
         let report = runner.step(&mut |event| listener.hear(event)).map_err(|cause| {
             *self.failed = true;
             Error::Step { cause, finished: Vec::new() }
@@ -233,7 +234,10 @@ impl<'a> Run<'a> {
                 gpu_ms: step.gpu_ms,
                 host_start,
                 host_time: self.started.elapsed() - host_start,
-                host_wait: runner.waited().zip(waited_before).map(|(after, before)| after - before),
+                beside_work: runner.host_times().zip(before).map(|(after, before)| BesideWork {
+                    waiting: after.waited - before.waited,
+                    driver: after.driver - before.driver,
+                }),
             };
             self.closed |= on_event(StreamEvent::Step(timing)) == Flow::AbortAll;
         }

@@ -1,11 +1,10 @@
 //! One engine behind one door: the facade drives every backend through [`Runner`], so no device type shows outside.
 
-use std::time::Duration;
-
 use minisgl_core::config::Limits;
 use minisgl_core::engine::{Engine, StepReport};
 use minisgl_core::request::{Event, Request, SubmitError, Submitted, Ticket};
 use minisgl_core::stats::Stats;
+use minisgl_cuda::HostTimes;
 use minisgl_qwen3::Qwen3;
 
 use crate::error::Cause;
@@ -40,8 +39,8 @@ pub trait Runner {
     fn ceilings(&mut self) -> Result<Option<Ceilings>, Cause>;
     /// The device's state.
     fn device_state(&self) -> Option<DeviceState>;
-    /// How long the host has waited for the device so far; `None` where the host is the device.
-    fn waited(&self) -> Option<Duration>;
+    /// What the host's time went to so far, beside work of its own; `None` where the host is the device.
+    fn host_times(&self) -> Option<HostTimes>;
 }
 
 impl<B: Gauge> Runner for Engine<B, Qwen3<B>> {
@@ -95,7 +94,7 @@ impl<B: Gauge> Runner for Engine<B, Qwen3<B>> {
         self.backend().state()
     }
 
-    fn waited(&self) -> Option<Duration> {
-        self.backend().waited()
+    fn host_times(&self) -> Option<HostTimes> {
+        self.backend().host_times()
     }
 }

@@ -8,10 +8,8 @@
 //! Invariant: every driver call's status is looked at, and an error that a kernel caused earlier is reported as the
 //! kernel's, not as the call's that happened to notice it.
 
-use std::cell::Cell;
 use std::ops::Range;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
 
 use cudarc::driver::result::{self, DriverError};
 use cudarc::driver::sys::{self, CUresult};
@@ -48,7 +46,6 @@ pub struct Cuda {
     pub(crate) operations: Option<Operations>,
     pub(crate) modules: Modules,
     pub(crate) launcher: Launcher,
-    waited: Cell<Duration>,
 }
 
 impl Cuda {
@@ -61,7 +58,6 @@ impl Cuda {
             operations: None,
             modules: Modules::load(&context)?,
             launcher: Launcher::new(&context)?,
-            waited: Cell::new(Duration::ZERO),
         })
     }
 
@@ -89,17 +85,18 @@ impl Cuda {
         self.launcher.context()
     }
 
-    /// How long the host has waited so far for copies and steps to end.
-    pub fn waited(&self) -> Duration {
-        self.waited.get()
+    /// Waits on the host for an event.
+    fn wait_on_host(&self, operation: &'static str, event: &Event) -> Result<(), CudaError> {
+        self.check(operation, self.launcher.waiting(|| event.synchronize()))
     }
 
-    /// Waits on the host for an event, and counts the time.
-    fn wait_on_host(&self, operation: &'static str, event: &Event) -> Result<(), CudaError> {
-        let started = Instant::now();
-        let ended = event.synchronize();
-        self.waited.set(self.waited.get() + started.elapsed());
-        self.check(operation, ended)
+    /// Makes a driver call that enqueues something.
+    fn enqueue(
+        &self,
+        operation: &'static str,
+        call: impl FnOnce() -> Result<(), DriverError>,
+    ) -> Result<(), CudaError> {
+        self.check(operation, self.launcher.enqueuing(call))
     }
 
     fn check<T>(&self, operation: &'static str, result: Result<T, DriverError>) -> Result<T, CudaError> {
@@ -156,8 +153,8 @@ impl Cuda {
         let stream = self.launcher.stream(Queue::Compute);
         let source = from.at(0).cast::<u8>().wrapping_add(start);
         // SAFETY: callers pass ranges within both memories.
-        let copied = unsafe { sys::cuMemcpyHtoDAsync_v2(to.0, source.cast(), bytes, stream).result() };
-        self.check("copying to the GPU", copied)
+        let copy = || unsafe { sys::cuMemcpyHtoDAsync_v2(to.0, source.cast(), bytes, stream).result() };
+        self.enqueue("copying to the GPU", copy)
     }
 
     /// Enqueues a copy of a whole buffer to the start of pinned memory.
@@ -170,10 +167,11 @@ impl Cuda {
         debug_assert!(from.bytes() <= to.len() * 4);
         let stream = self.launcher.stream(queue);
         // SAFETY: both ranges lie within their memory, and the pinned memory waits for the copy before it is read.
-        let copied =
-            unsafe { sys::cuMemcpyDtoHAsync_v2(to.at(0), from.address().0, from.bytes(), stream).result() };
-        self.check("copying from the GPU", copied)?;
-        self.check("recording an event", to.downloaded.record(stream))
+        let copy = || unsafe {
+            sys::cuMemcpyDtoHAsync_v2(to.at(0), from.address().0, from.bytes(), stream).result()
+        };
+        self.enqueue("copying from the GPU", copy)?;
+        self.enqueue("recording an event", || to.downloaded.record(stream))
     }
 
     /// Enqueues a copy of `rows` runs of `width` bytes each from pinned memory to places `pitch` bytes apart; the
@@ -265,7 +263,7 @@ impl Device for Cuda {
         let target = to.address().offset(range.start * 4);
         self.upload_bytes(from, range.start * 4, range.len() * 4, target)?;
         let stream = self.launcher.stream(Queue::Compute);
-        self.check("recording an event", from.uploaded.record(stream))
+        self.enqueue("recording an event", || from.uploaded.record(stream))
     }
 
     fn download(
@@ -285,13 +283,14 @@ impl Device for Cuda {
     }
 
     fn record(&mut self, queue: Queue, event: &mut Event) -> Result<(), CudaError> {
-        self.check("recording an event", event.record(self.launcher.stream(queue)))
+        self.enqueue("recording an event", || event.record(self.launcher.stream(queue)))
     }
 
     fn wait(&mut self, queue: Queue, event: &Event) -> Result<(), CudaError> {
+        let stream = self.launcher.stream(queue);
         // SAFETY: stream and event are alive.
-        let waiting = unsafe { sys::cuStreamWaitEvent(self.launcher.stream(queue), event.handle, 0) };
-        self.check("waiting for an event", waiting.result())
+        let wait = || unsafe { sys::cuStreamWaitEvent(stream, event.handle, 0).result() };
+        self.enqueue("waiting for an event", wait)
     }
 
     fn elapsed_ms(&self, from: &Event, to: &Event) -> Result<f32, CudaError> {

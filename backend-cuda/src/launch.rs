@@ -15,6 +15,7 @@ use std::cell::Cell;
 use std::ffi::c_void;
 use std::ptr::null_mut;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use cudarc::driver::result::{self, DriverError};
 use cudarc::driver::sys;
@@ -145,6 +146,15 @@ impl Trace {
     }
 }
 
+/// What the host's time went to, since the device was opened.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct HostTimes {
+    /// Waiting for copies and steps to end.
+    pub waited: Duration,
+    /// In driver calls that enqueue: copies, events, kernels, recorded steps.
+    pub driver: Duration,
+}
+
 /// The device's streams and what was launched on them.
 #[derive(Debug)]
 pub struct Launcher {
@@ -155,6 +165,7 @@ pub struct Launcher {
     synchronous: bool,
     capturing: Cell<bool>,
     trace: Trace,
+    host_times: Cell<HostTimes>,
 }
 
 impl Launcher {
@@ -171,7 +182,31 @@ impl Launcher {
             synchronous: std::env::var_os("MINISGL_CUDA_SYNC").is_some_and(|value| value != "0"),
             capturing: Cell::new(false),
             trace: Trace::default(),
+            host_times: Cell::default(),
         })
+    }
+
+    /// What the host's time went to so far.
+    pub fn host_times(&self) -> HostTimes {
+        self.host_times.get()
+    }
+
+    /// Waits, and counts the time.
+    pub(crate) fn waiting<T>(&self, wait: impl FnOnce() -> T) -> T {
+        let started = Instant::now();
+        let done = wait();
+        let times = self.host_times.get();
+        self.host_times.set(HostTimes { waited: times.waited + started.elapsed(), ..times });
+        done
+    }
+
+    /// Makes a driver call that enqueues something, and counts the time.
+    pub(crate) fn enqueuing<T>(&self, call: impl FnOnce() -> T) -> T {
+        let started = Instant::now();
+        let done = call();
+        let times = self.host_times.get();
+        self.host_times.set(HostTimes { driver: times.driver + started.elapsed(), ..times });
+        done
     }
 
     pub(crate) fn context(&self) -> &Arc<Context> {
@@ -221,7 +256,7 @@ impl Launcher {
     /// Enqueues recorded work.
     pub(crate) fn replay(&self, graph: &Graph) -> Result<(), CudaError> {
         // SAFETY: graph and stream are alive.
-        let launched = unsafe { result::graph::launch(graph.handle, self.compute) };
+        let launched = self.enqueuing(|| unsafe { result::graph::launch(graph.handle, self.compute) });
         self.check("replaying a recorded step", launched)?;
         self.launched("(a recorded step)")
     }
@@ -283,8 +318,9 @@ impl Launcher {
         };
         // SAFETY: function and stream are alive; `pointers` holds as many readable values, of the sizes that the
         // kernel declares, as it has parameters; the driver copies them before it returns.
-        let status =
-            unsafe { sys::cuLaunchKernelEx(&config, kernel.function, pointers.as_mut_ptr(), null_mut()) };
+        let status = self.enqueuing(|| unsafe {
+            sys::cuLaunchKernelEx(&config, kernel.function, pointers.as_mut_ptr(), null_mut())
+        });
         status.result().map_err(|error| self.refused(kernel.name, error))?;
         self.launched(kernel.name)
     }

@@ -24,7 +24,7 @@ mod weight;
 pub use context::{KernelSet, Properties, device_count};
 pub use device::{Cuda, Options};
 pub use error::CudaError;
-pub use launch::{Grid, Kernel, Launcher, Param};
+pub use launch::{Grid, HostTimes, Kernel, Launcher, Param};
 pub use memory::{Address, Buffer, Event, Graph, Pinned, element_bytes};
 pub use module::Modules;
 pub use telemetry::Telemetry;

@@ -186,7 +186,7 @@ mod tests {
             gpu_ms: 1.0,
             host_start: Duration::ZERO,
             host_time: Duration::from_millis(1),
-            host_wait: None,
+            beside_work: None,
         })
     }
 

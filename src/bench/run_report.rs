@@ -7,6 +7,7 @@
 //! ```
 
 use std::fmt;
+use std::time::Duration;
 
 use minisgl_core::stats::Stats;
 use serde::Serialize;
@@ -15,7 +16,7 @@ use super::floor::{Costs, Floor, Work};
 use super::measure::{Measurement, output_hash};
 use super::summary::Percentiles;
 use crate::gauge::Ceilings;
-use crate::request::{Phase, StepTiming};
+use crate::request::{BesideWork, Phase, StepTiming};
 
 /// Steps of one phase.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
@@ -46,10 +47,12 @@ pub struct HostReport {
     pub rows: u32,
     /// How many there were.
     pub steps: usize,
-    /// Microseconds without waiting, in half of them at most.
+    /// Microseconds in all but waiting, in half of them at most.
     pub p50_us: f64,
-    /// Microseconds without waiting, in 99 of a hundred at most.
+    /// Microseconds in all but waiting, in 99 of a hundred at most.
     pub p99_us: f64,
+    /// Microseconds of that in driver calls, in half of them at most.
+    pub driver_p50_us: f64,
 }
 
 /// How near a run came to the least time that the device allows.
@@ -177,11 +180,16 @@ fn idle(steps: &[StepTiming]) -> Idle {
 fn host(steps: &[StepTiming]) -> Option<HostReport> {
     let decode = || steps.iter().filter(|step| step.phase == Phase::Decode);
     let rows = decode().map(|step| step.rows).max()?;
-    let work_ms = |step: &StepTiming| Some((step.host_time - step.host_wait?).as_secs_f64() * 1e3);
-    let mut times: Vec<f64> =
-        decode().filter(|step| step.rows == rows).map(work_ms).collect::<Option<_>>()?;
-    let Percentiles { p50, p99 } = Percentiles::of(&mut times);
-    Some(HostReport { rows, steps: times.len(), p50_us: p50 * 1e3, p99_us: p99 * 1e3 })
+    let us = |time: Duration| time.as_secs_f64() * 1e6;
+    let times = |step: &StepTiming| {
+        let BesideWork { waiting, driver } = step.beside_work?;
+        Some((us(step.host_time - waiting), us(driver)))
+    };
+    let largest = decode().filter(|step| step.rows == rows);
+    let (mut work, mut driver): (Vec<f64>, Vec<f64>) = largest.map(times).collect::<Option<_>>()?;
+    let Percentiles { p50: p50_us, p99: p99_us } = Percentiles::of(&mut work);
+    let driver_p50_us = Percentiles::of(&mut driver).p50;
+    Some(HostReport { rows, steps: work.len(), p50_us, p99_us, driver_p50_us })
 }
 
 /// 0 where there is nothing to divide by.
@@ -208,10 +216,11 @@ impl fmt::Display for RunReport {
             f,
             "  device idle   {idle_s:.3} s between steps ({idle_share:.1}%), at most {longest_ms:.3} ms"
         )?;
-        if let Some(HostReport { rows, p50_us, p99_us, .. }) = self.host {
+        if let Some(HostReport { rows, p50_us, p99_us, driver_p50_us, .. }) = self.host {
             writeln!(
                 f,
-                "  host work     p50 {p50_us:.1} us, p99 {p99_us:.1} us in a decode step of {rows} rows, beside the device"
+                "  host work     p50 {p50_us:.1} us, {driver_p50_us:.1} of them in the driver, p99 {p99_us:.1} us; a decode \
+                 step of {rows} rows"
             )?;
         }
         let Percentiles { p50, p99 } = self.first_token_ms;
@@ -263,14 +272,13 @@ impl fmt::Display for Si {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use super::*;
 
     fn step(phase: Phase, rows: u32, start_ms: f32, gpu_ms: f32) -> StepTiming {
         let (host_start, host_time) = (Duration::ZERO, Duration::from_micros(u64::from(rows) + 90));
-        let host_wait = Some(Duration::from_micros(80));
-        StepTiming { phase, rows, tokens: rows, start_ms, gpu_ms, host_start, host_time, host_wait }
+        let (waiting, driver) = (Duration::from_micros(80), Duration::from_micros(5));
+        let beside_work = Some(BesideWork { waiting, driver });
+        StepTiming { phase, rows, tokens: rows, start_ms, gpu_ms, host_start, host_time, beside_work }
     }
 
     const COSTS: Costs = Costs {
@@ -332,12 +340,13 @@ mod tests {
         let report = RunReport::new(&mut measurement(), &COSTS, None);
         let host = report.host.unwrap();
         assert_eq!((host.rows, host.steps), (4, 1));
+        assert!((host.driver_p50_us - 5.0).abs() < 1e-6);
         assert!(
             (host.p50_us - 14.0).abs() < 1e-6,
             "4 + 90 - 80 us, not the prefill step's or the smaller step's"
         );
         let mut on_the_cpu = measurement();
-        on_the_cpu.steps.iter_mut().for_each(|step| step.host_wait = None);
+        on_the_cpu.steps.iter_mut().for_each(|step| step.beside_work = None);
         assert_eq!(RunReport::new(&mut on_the_cpu, &COSTS, None).host, None);
     }
 

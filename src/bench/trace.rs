@@ -92,7 +92,7 @@ mod tests {
     fn step(phase: Phase, start_ms: f32, gpu_ms: f32, host_start_us: u64, host_us: u64) -> StepTiming {
         let host_start = Duration::from_micros(host_start_us);
         let host_time = Duration::from_micros(host_us);
-        StepTiming { phase, rows: 3, tokens: 40, start_ms, gpu_ms, host_start, host_time, host_wait: None }
+        StepTiming { phase, rows: 3, tokens: 40, start_ms, gpu_ms, host_start, host_time, beside_work: None }
     }
 
     fn spans(steps: &[StepTiming], track: u32) -> Vec<Value> {
