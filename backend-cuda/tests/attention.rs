@@ -3,6 +3,8 @@
 //! A world is a set of slots whose queries, keys and values are functions of (slot, position), so that any step over it
 //! can be made and judged. Pages are shuffled; whatever no sequence holds is NaN, and so is the output beforehand.
 
+mod support;
+
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use half::bf16;
@@ -13,6 +15,7 @@ use minisgl_core::tensor::splitmix64;
 use minisgl_cuda::ops::attention::Attention;
 use minisgl_cuda::{Buffer, Cuda, KernelSet, Options};
 use rayon::prelude::*;
+use support::taken;
 
 /// bf16 has 8 bits: rounding the output and each probability costs at most 2^-9 of it each, about half of that in the
 /// mean over a head's elements; f32 sums and exponentials are far below.
@@ -323,11 +326,13 @@ fn decode_is_right(kernels: KernelSet, heads: Heads, page_size: u32, lengths: &[
 fn head_shapes() -> Vec<Heads> {
     let mut shapes = Vec::new();
     for head_dim in [64, 128] {
-        shapes.extend([(8, 1), (8, 2), (4, 4), (3, 5), (2, 8), (2, 12)].map(|(kv_heads, group)| Heads {
-            kv_heads,
-            group,
-            head_dim,
-        }));
+        shapes.extend(
+            taken([(8, 1), (8, 2), (4, 4), (3, 5), (2, 8), (2, 12)]).map(|(kv_heads, group)| Heads {
+                kv_heads,
+                group,
+                head_dim,
+            }),
+        );
     }
     shapes
 }
@@ -341,7 +346,7 @@ fn decode_of_any_length_and_head_ratio_is_right() {
         for (i, heads) in head_shapes().into_iter().enumerate() {
             decode_is_right(kernels, heads, [16, 32, 64][i % 3], &LENGTHS);
         }
-        for page_size in [16, 32, 64] {
+        for page_size in taken([16, 32, 64]) {
             decode_is_right(kernels, QWEN3, page_size, &LENGTHS);
         }
     }
@@ -351,7 +356,7 @@ fn decode_of_any_length_and_head_ratio_is_right() {
 #[ignore = "needs a GPU"]
 fn decode_of_one_row_is_right() {
     for kernels in [KernelSet::Auto, KernelSet::Portable] {
-        for length in LENGTHS {
+        for length in taken(LENGTHS) {
             decode_is_right(kernels, QWEN3, 16, &[length]);
         }
     }
@@ -361,7 +366,7 @@ fn decode_of_one_row_is_right() {
 #[ignore = "needs a GPU"]
 fn decode_of_many_rows_is_right() {
     for kernels in [KernelSet::Auto, KernelSet::Portable] {
-        for (rows, longest) in [(2, 3000), (31, 700), (255, 300), (256, 1100)] {
+        for (rows, longest) in taken([(31, 700), (2, 3000), (255, 300), (256, 1100)]) {
             decode_is_right(kernels, QWEN3, 16, &random_lengths(rows, longest));
         }
     }
@@ -380,11 +385,11 @@ fn decode_of_a_long_sequence_is_right() {
 #[ignore = "needs a GPU"]
 fn a_row_decodes_to_the_same_bits_alone_and_among_255_others() {
     for kernels in [KernelSet::Auto, KernelSet::Portable] {
-        for heads in [
+        for heads in taken([
             QWEN3,
             Heads { kv_heads: 2, group: 5, head_dim: 128 },
             Heads { kv_heads: 4, group: 1, head_dim: 64 },
-        ] {
+        ]) {
             let mut lengths = random_lengths(256, 600);
             lengths[..LENGTHS.len()].copy_from_slice(&LENGTHS);
             let mut world = World::new(kernels, heads, 16, &lengths);
@@ -447,15 +452,15 @@ fn prefill_of_whole_prompts_chunks_and_prefix_hits_is_right() {
 #[ignore = "needs a GPU"]
 fn a_prompt_gives_the_same_bits_whole_and_in_chunks() {
     for kernels in [KernelSet::Auto, KernelSet::Portable] {
-        for heads in [
+        for heads in taken([
             QWEN3,
             Heads { kv_heads: 2, group: 5, head_dim: 128 },
             Heads { kv_heads: 2, group: 4, head_dim: 64 },
-        ] {
+        ]) {
             let mut world = World::new(kernels, heads, 16, &[1111, 400]);
             let width = world.width();
             let whole = world.run(Phase::Prefill, &[Span { slot: 0, position: 0, tokens: 1111 }]);
-            for chunk in [64, 100, 333, 640] {
+            for chunk in taken([333, 64, 100, 640]) {
                 for position in (0..1111).step_by(chunk) {
                     let tokens = (chunk as u32).min(1111 - position);
                     let other = Span { slot: 1, position: 16, tokens: 370 };

@@ -5,6 +5,8 @@
 //! compared with the definition in f64, every other run with the largest, bit by bit. Outputs are poisoned before, and
 //! what lies behind them must still be poison after.
 
+mod support;
+
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use bytemuck::{Pod, cast_slice};
@@ -14,6 +16,7 @@ use minisgl_core::batch::Token;
 use minisgl_core::tensor::{splitmix64, uniform_element};
 use minisgl_cuda::ops::gemm::{Epilogue, GateUp, Gemm, Head, Linear, Qkv, Residual, RowNorm};
 use minisgl_cuda::{Buffer, Cuda, KernelSet, Options, Weight};
+use support::taken;
 
 /// Both sides of every tile of every kernel.
 const TOKENS: [u32; 23] =
@@ -144,7 +147,7 @@ fn check(
     for t in [0, 1, 7, 8, 63, 64, 127, 128, 191, 255, 256, 640, 999] {
         check_values(&format!("{label}, token {t}"), &largest[t], &expected(t), bound);
     }
-    for tokens in TOKENS {
+    for tokens in taken(TOKENS) {
         let out = run(gpu, tokens);
         let places = || (0..out.len()).flat_map(|t| (0..out[t].len()).map(move |i| (t, i)));
         let differs = |(t, i): &(usize, usize)| out[*t][*i].to_bits() != largest[*t][*i].to_bits();
@@ -427,7 +430,7 @@ fn on_every_set(case: impl Fn(&mut Gpu)) {
 #[ignore = "needs a GPU"]
 fn a_linear_layers_rows_are_the_definitions_and_independent_of_the_batch() {
     on_every_set(|gpu| {
-        for (rows, cols) in [(64, 64), (192, 192), (320, 72), (1024, 1024)] {
+        for (rows, cols) in taken([(192, 192), (64, 64), (320, 72), (1024, 1024)]) {
             linear(gpu, rows, cols);
         }
     });
@@ -437,7 +440,7 @@ fn a_linear_layers_rows_are_the_definitions_and_independent_of_the_batch() {
 #[ignore = "needs a GPU"]
 fn logits_are_the_definitions_and_independent_of_the_batch() {
     on_every_set(|gpu| {
-        for (rows, cols) in [(768, 192), (1024, 64), (1001, 320), (4096, 1024)] {
+        for (rows, cols) in taken([(768, 192), (1024, 64), (1001, 320), (4096, 1024)]) {
             head(gpu, rows, cols);
         }
     });
@@ -447,7 +450,9 @@ fn logits_are_the_definitions_and_independent_of_the_batch() {
 #[ignore = "needs a GPU"]
 fn the_residual_stream_grows_by_the_product_and_its_squares_are_summed() {
     on_every_set(|gpu| {
-        for (rows, cols) in [(64, 64), (192, 192), (192, 320), (1024, 2048), (1280, 1024), (1024, 3072)] {
+        for (rows, cols) in
+            taken([(192, 320), (64, 64), (192, 192), (1024, 2048), (1280, 1024), (1024, 3072)])
+        {
             residual(gpu, rows, cols);
         }
     });
@@ -457,7 +462,7 @@ fn the_residual_stream_grows_by_the_product_and_its_squares_are_summed() {
 #[ignore = "needs a GPU"]
 fn gate_and_up_meet_in_the_right_pairs() {
     on_every_set(|gpu| {
-        for (intermediate, cols) in [(32, 64), (320, 192), (3072, 1024)] {
+        for (intermediate, cols) in taken([(320, 192), (32, 64), (3072, 1024)]) {
             gate_up(gpu, intermediate, cols);
         }
     });
@@ -468,10 +473,14 @@ fn gate_and_up_meet_in_the_right_pairs() {
 fn queries_keys_and_values_are_normed_turned_and_put_in_their_places() {
     on_every_set(|gpu| {
         let heads = |q, kv, dim, page_size| Heads { q, kv, dim, page_size };
-        qkv(gpu, heads(2, 1, 64, 16), 64);
-        qkv(gpu, heads(3, 1, 64, 16), 192);
-        qkv(gpu, heads(2, 2, 128, 32), 320);
-        qkv(gpu, heads(16, 8, 128, 16), 1024);
+        for (heads, cols) in taken([
+            (heads(2, 2, 128, 32), 320),
+            (heads(2, 1, 64, 16), 64),
+            (heads(3, 1, 64, 16), 192),
+            (heads(16, 8, 128, 16), 1024),
+        ]) {
+            qkv(gpu, heads, cols);
+        }
     });
 }
 
