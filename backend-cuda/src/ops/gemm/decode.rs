@@ -1,0 +1,227 @@
+//! Launches of `gemm_decode.cuh`'s and `gemm_pair.cuh`'s kernels: products of few tokens.
+//!
+//! ```text
+//!   tokens         a block's work                        blocks that work together
+//!   up to 64       64 rows of w, a slice of the columns  a cluster has all slices
+//!   65 to 256      qkv, gate and up: all columns         two with neighbouring tokens fetch w for each other
+//!                  o, down: a slice of the columns       a cluster has all slices
+//! ```
+//!
+//! Invariant: a block's shared memory is what its tiling allows, and its sums fit the ring that they lie over.
+
+use super::{BLOCK_COLS, Block, Epilogue, Kind, Shape};
+use crate::error::CudaError;
+use crate::launch::{Grid, Kernel, Launcher};
+use crate::memory::Address;
+use crate::module::Modules;
+
+impl Block {
+    fn stage_bytes(self) -> u32 {
+        (self.rows + self.tokens) * BLOCK_COLS * 2
+    }
+
+    /// Warpgroups that multiply, the warp that fetches and the one that computes scales.
+    fn threads(self) -> u32 {
+        self.rows * 2 + 64
+    }
+
+    /// Shared memory: the ring, two barriers a stage, a scale a token, and what aligns the ring to 1024 bytes.
+    fn shared(self, stages: u32) -> u32 {
+        stages * (self.stage_bytes() + 16) + self.tokens * 4 + 1024
+    }
+}
+
+/// How blocks of a decode product work together.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Team {
+    /// A cluster shares out the slices of the sum, of this many neighbouring row tiles.
+    Slices { tiles: u32 },
+    /// Two blocks with neighbouring tiles of tokens fetch w together; each has the whole sum.
+    Pair,
+}
+
+/// A decode kernel and the launches it is for.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Tiling {
+    kernel: &'static str,
+    block: Block,
+    team: Team,
+    /// Quickest up to this many tokens.
+    tokens_max: u32,
+    /// Bytes of shared memory that a block may take.
+    shared: u32,
+}
+
+impl Tiling {
+    /// Two blocks fit a multiprocessor's shared memory.
+    const HALF: u32 = 112 << 10;
+    /// One block does; beyond this, more bytes on their way are no gain.
+    const MOST: u32 = 162 << 10;
+    /// The head's blocks are many and short: more of them side by side hide their ends.
+    const QUARTER: u32 = 56 << 10;
+
+    const fn slices(kernel: &'static str, rows: u32, tokens: u32, tokens_max: u32, shared: u32) -> Tiling {
+        Tiling {
+            kernel,
+            block: Block::new(rows, tokens),
+            team: Team::Slices { tiles: 1 },
+            tokens_max,
+            shared,
+        }
+    }
+
+    /// A head's 128 rows meet in one cluster.
+    const fn heads(kernel: &'static str, tokens: u32, tokens_max: u32) -> Tiling {
+        let team = Team::Slices { tiles: 2 };
+        Tiling { kernel, block: Block::new(64, tokens), team, tokens_max, shared: Self::HALF }
+    }
+
+    const fn pair(kernel: &'static str, rows: u32, tokens: u32, tokens_max: u32) -> Tiling {
+        Tiling { kernel, block: Block::new(rows, tokens), team: Team::Pair, tokens_max, shared: Self::MOST }
+    }
+
+    /// Tilings of a kind, for ever more tokens.
+    fn of(kind: Kind) -> &'static [Tiling] {
+        const QKV: &[Tiling] = &[
+            Tiling::heads("decode_qkv_64x16", 16, 16),
+            Tiling::heads("decode_qkv_64x32", 32, 32),
+            Tiling::heads("decode_qkv_64x64", 64, 64),
+            Tiling::pair("pair_qkv_128x32", 128, 32, 128),
+            Tiling::pair("pair_qkv_128x64", 128, 64, 256),
+        ];
+        const RESIDUAL: &[Tiling] = &[
+            Tiling::slices("decode_residual_64x16", 64, 16, 16, Tiling::HALF),
+            Tiling::slices("decode_residual_64x32", 64, 32, 64, Tiling::HALF),
+            Tiling::slices("decode_residual_64x64", 64, 64, 192, Tiling::HALF),
+            Tiling::slices("decode_residual_128x88", 128, 88, 256, Tiling::MOST),
+        ];
+        const GATE_UP: &[Tiling] = &[
+            Tiling::slices("decode_gate_up_64x16", 64, 16, 16, Tiling::HALF),
+            Tiling::slices("decode_gate_up_64x32", 64, 32, 32, Tiling::HALF),
+            Tiling::slices("decode_gate_up_64x64", 64, 64, 64, Tiling::HALF),
+            Tiling::pair("pair_gate_up_192x32", 192, 32, 128),
+            Tiling::pair("pair_gate_up_192x64", 192, 64, 256),
+        ];
+        // More tokens than that, and tiles that take all columns in turn are quicker: its many rows of w fill the device.
+        const HEAD: &[Tiling] = &[
+            Tiling::slices("decode_head_64x16", 64, 16, 16, Tiling::QUARTER),
+            Tiling::slices("decode_head_64x32", 64, 32, 32, Tiling::QUARTER),
+            Tiling::slices("decode_head_64x64", 64, 64, 64, Tiling::QUARTER),
+        ];
+        match kind {
+            Kind::Qkv => QKV,
+            Kind::Residual => RESIDUAL,
+            Kind::GateUp => GATE_UP,
+            Kind::Head => HEAD,
+            Kind::Linear => &[],
+        }
+    }
+
+    /// Stages of the ring: as many as a block has blocks of columns, if they fit.
+    fn stages(&self, shape: &Shape) -> u32 {
+        let fit = (self.shared - self.block.shared(0)) / (self.block.shared(1) - self.block.shared(0));
+        let cols = shape.cols.div_ceil(BLOCK_COLS);
+        let wanted = match self.team {
+            Team::Slices { .. } => cols.div_ceil(shape.slices),
+            Team::Pair => cols,
+        };
+        // The sums lie over the ring afterwards, and need three stages.
+        wanted.min(fit).max(3)
+    }
+
+    fn grid(&self, shape: &Shape, stages: u32) -> Grid {
+        let (row_tiles, token_tiles) =
+            (shape.rows.div_ceil(self.block.rows), shape.tokens.div_ceil(self.block.tokens));
+        let (cluster, clusters, rows) = match self.team {
+            Team::Slices { tiles } => (tiles * shape.slices, row_tiles.div_ceil(tiles), token_tiles),
+            Team::Pair => (2, row_tiles, token_tiles.div_ceil(2)),
+        };
+        Grid::new(clusters * cluster, self.block.threads())
+            .rows(rows)
+            .cluster(cluster)
+            .shared(self.block.shared(stages))
+            .dependent()
+    }
+
+    /// Rows of w that one block fetches at once.
+    fn fetched_rows(&self) -> u32 {
+        match self.team {
+            Team::Slices { .. } => self.block.rows,
+            Team::Pair => self.block.rows / 2,
+        }
+    }
+}
+
+/// Hopper's kernels for few tokens.
+#[derive(Debug)]
+pub(super) struct Decode {
+    /// By [`Kind`]; each with its kernel, in the order of [`Tiling::of`].
+    tilings: [Vec<(Tiling, Kernel)>; 4],
+}
+
+impl Decode {
+    pub(super) fn new(modules: &Modules) -> Result<Decode, CudaError> {
+        let load = |module, kind| {
+            let load = |tiling: &Tiling| Ok((*tiling, modules.kernel(module, tiling.kernel, tiling.shared)?));
+            Tiling::of(kind).iter().map(load).collect::<Result<Vec<_>, CudaError>>()
+        };
+        let tilings = [
+            load("gemm_decode_qkv", Kind::Qkv)?,
+            load("gemm_decode_residual", Kind::Residual)?,
+            load("gemm_decode_gate_up", Kind::GateUp)?,
+            load("gemm_decode_head", Kind::Head)?,
+        ];
+        Ok(Decode { tilings })
+    }
+
+    /// Tokens up to which these kernels are the quicker ones; none where a kind has none.
+    pub(super) fn tokens_max(kind: Kind) -> u32 {
+        Tiling::of(kind).last().map_or(0, |tiling| tiling.tokens_max)
+    }
+
+    /// The kind's tiling for this many tokens; the last one where there are more than any is for.
+    pub(super) fn tiling(&self, kind: Kind, tokens: u32) -> Option<&(Tiling, Kernel)> {
+        let tilings = self.tilings.get(kind as usize)?;
+        tilings.iter().find(|(tiling, _)| tokens <= tiling.tokens_max).or(tilings.last())
+    }
+
+    pub(super) fn launch<E: Epilogue>(
+        (tiling, kernel): &(Tiling, Kernel),
+        launcher: &Launcher,
+        w: Address,
+        x: Address,
+        shape: &Shape,
+        epilogue: &E,
+    ) -> Result<(), CudaError> {
+        let stages = tiling.stages(shape);
+        let [w, x] = shape.maps(w, x, Block::new(tiling.fetched_rows(), tiling.block.tokens))?;
+        launcher.launch(kernel, tiling.grid(shape, stages), [&w, &x, shape, &stages, epilogue])
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Bytes of a block's sums in shared memory: rows padded by 4 floats.
+    fn sum_bytes(block: Block) -> u32 {
+        block.tokens * (block.rows + 4) * 4
+    }
+
+    #[test]
+    fn a_tilings_ring_fits_its_share_of_shared_memory_and_holds_the_sums() {
+        let kinds = [Kind::Qkv, Kind::Residual, Kind::GateUp, Kind::Head];
+        let cases = kinds.into_iter().flat_map(|kind| [64, 192, 3072, 17408].map(|cols| (kind, cols)));
+        for (kind, cols) in cases {
+            let shape = Shape { rows: 1024, cols, tokens: 1, slices: kind.slices(cols) };
+            for tiling in Tiling::of(kind) {
+                let stages = tiling.stages(&shape);
+                assert!(tiling.block.shared(stages) <= tiling.shared, "{cols} columns, {tiling:?}");
+                assert!(
+                    sum_bytes(tiling.block) <= stages * tiling.block.stage_bytes(),
+                    "{cols} columns, {tiling:?}"
+                );
+            }
+        }
+    }
+}
