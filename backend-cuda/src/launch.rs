@@ -34,15 +34,17 @@ pub trait Param {
     fn raw(&self) -> (*const c_void, usize);
 }
 
+/// Makes parameters of types that a kernel declares with the same layout.
 macro_rules! plain_params {
     ($($type:ty),*) => {$(
-        impl Param for $type {
-            fn raw(&self) -> (*const c_void, usize) {
+        impl $crate::launch::Param for $type {
+            fn raw(&self) -> (*const std::ffi::c_void, usize) {
                 ((self as *const Self).cast(), size_of::<Self>())
             }
         }
     )*};
 }
+pub(crate) use plain_params;
 plain_params!(u32, i32, f32, u64);
 
 /// A kernel of a loaded module.

@@ -15,14 +15,12 @@
 mod decode;
 mod prefill;
 
-use std::ffi::c_void;
-
 use decode::Decode;
 use prefill::Prefill;
 
 use crate::context::Properties;
 use crate::error::CudaError;
-use crate::launch::{Grid, Kernel, Launcher, Param};
+use crate::launch::{Grid, Kernel, Launcher, Param, plain_params};
 use crate::memory::Address;
 use crate::module::Modules;
 use crate::tensor_map::TensorMap;
@@ -168,27 +166,27 @@ struct Shape {
     slices: u32,
 }
 
-impl Shape {
+plain_params!(Qkv, Residual, GateUp, Head, Linear, Shape);
+
+/// A product to be launched.
+#[derive(Debug)]
+struct Product<'a, E> {
+    w: Address,
+    x: Address,
+    shape: Shape,
+    epilogue: &'a E,
+}
+
+impl<E: Epilogue> Product<'_, E> {
     /// How the copy engine fetches both operands' share of a block.
-    fn maps(&self, w: Address, x: Address, block: Block) -> Result<[TensorMap; 2], CudaError> {
-        let cols = self.cols as usize;
+    fn maps(&self, block: Block) -> Result<[TensorMap; 2], CudaError> {
+        let Shape { rows, cols, tokens, .. } = self.shape;
         Ok([
-            TensorMap::rows_of_bf16(w, self.rows as usize, cols, block.rows)?,
-            TensorMap::rows_of_bf16(x, self.tokens as usize, cols, block.tokens)?,
+            TensorMap::rows_of_bf16(self.w, rows as usize, cols as usize, block.rows)?,
+            TensorMap::rows_of_bf16(self.x, tokens as usize, cols as usize, block.tokens)?,
         ])
     }
 }
-
-macro_rules! struct_params {
-    ($($type:ty),*) => {$(
-        impl Param for $type {
-            fn raw(&self) -> (*const c_void, usize) {
-                ((self as *const Self).cast(), size_of::<Self>())
-            }
-        }
-    )*};
-}
-struct_params!(Qkv, Residual, GateUp, Head, Linear, Shape);
 
 impl Epilogue for Qkv {
     const KIND: Kind = Kind::Qkv;
@@ -260,21 +258,15 @@ impl Portable {
         Self::STAGES * (Self::TILE_ROWS + tile_tokens) * BLOCK_COLS * 2
     }
 
-    fn launch<E: Epilogue>(
-        &self,
-        launcher: &Launcher,
-        w: Address,
-        x: Address,
-        shape: &Shape,
-        epilogue: &E,
-    ) -> Result<(), CudaError> {
+    fn launch<E: Epilogue>(&self, launcher: &Launcher, product: &Product<'_, E>) -> Result<(), CudaError> {
+        let Product { w, x, shape, epilogue } = product;
         let size = usize::from(shape.tokens > Self::TILE_TOKENS[0]);
         let tile_tokens = Self::TILE_TOKENS[size];
         let grid = Grid::new(shape.rows.div_ceil(Self::TILE_ROWS), Self::THREADS)
             .rows(shape.tokens.div_ceil(tile_tokens))
             .shared(Self::shared(tile_tokens));
         let kernel = &self.kernels[E::KIND as usize][size];
-        launcher.launch(kernel, grid, [&w, &x, shape, epilogue])
+        launcher.launch(kernel, grid, [w, x, shape, *epilogue])
     }
 }
 
@@ -306,19 +298,12 @@ impl Hopper {
             && (kind != Kind::Residual || self.prefill.fills_a_quarter(shape))
     }
 
-    fn launch<E: Epilogue>(
-        &self,
-        launcher: &Launcher,
-        w: Address,
-        x: Address,
-        shape: &Shape,
-        epilogue: &E,
-    ) -> Result<(), CudaError> {
-        match self.decode.tiling(E::KIND, shape.tokens) {
-            Some(tiling) if !self.is_for_many(E::KIND, shape) => {
-                Decode::launch(tiling, launcher, w, x, shape, epilogue)
+    fn launch<E: Epilogue>(&self, launcher: &Launcher, product: &Product<'_, E>) -> Result<(), CudaError> {
+        match self.decode.tiling(E::KIND, product.shape.tokens) {
+            Some(tiling) if !self.is_for_many(E::KIND, &product.shape) => {
+                Decode::launch(tiling, launcher, product)
             }
-            _ => self.prefill.launch(launcher, w, x, shape, epilogue),
+            _ => self.prefill.launch(launcher, product),
         }
     }
 }
@@ -362,10 +347,10 @@ impl Gemm {
         if tokens == 0 {
             return Ok(());
         }
-        let w = w.address();
+        let product = Product { w: w.address(), x, shape, epilogue };
         match &self.set {
-            Set::Portable(portable) => portable.launch(launcher, w, x, &shape, epilogue),
-            Set::Hopper(hopper) => hopper.launch(launcher, w, x, &shape, epilogue),
+            Set::Portable(portable) => portable.launch(launcher, &product),
+            Set::Hopper(hopper) => hopper.launch(launcher, &product),
         }
     }
 }

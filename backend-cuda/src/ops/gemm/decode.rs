@@ -9,10 +9,9 @@
 //!
 //! Invariant: a block's shared memory is what its tiling allows, and its sums fit the ring that they lie over.
 
-use super::{BLOCK_COLS, Block, Epilogue, Kind, Shape};
+use super::{BLOCK_COLS, Block, Epilogue, Kind, Product, Shape};
 use crate::error::CudaError;
 use crate::launch::{Grid, Kernel, Launcher};
-use crate::memory::Address;
 use crate::module::Modules;
 
 impl Block {
@@ -188,14 +187,12 @@ impl Decode {
     pub(super) fn launch<E: Epilogue>(
         (tiling, kernel): &(Tiling, Kernel),
         launcher: &Launcher,
-        w: Address,
-        x: Address,
-        shape: &Shape,
-        epilogue: &E,
+        product: &Product<'_, E>,
     ) -> Result<(), CudaError> {
+        let Product { shape, epilogue, .. } = product;
         let stages = tiling.stages(shape);
-        let [w, x] = shape.maps(w, x, Block::new(tiling.fetched_rows(), tiling.block.tokens))?;
-        launcher.launch(kernel, tiling.grid(shape, stages), [&w, &x, shape, &stages, epilogue])
+        let [w, x] = product.maps(Block::new(tiling.fetched_rows(), tiling.block.tokens))?;
+        launcher.launch(kernel, tiling.grid(shape, stages), [&w, &x, shape, &stages, *epilogue])
     }
 }
 

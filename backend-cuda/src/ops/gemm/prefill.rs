@@ -10,10 +10,9 @@
 //! A cluster of two blocks takes tile after tile, a block 128 of the rows. Invariant: a block's shared memory fits a
 //! multiprocessor, and the kernel lays it out as [`Tile::shared`] counts it.
 
-use super::{BLOCK_COLS, Block, Epilogue, Kind, Shape};
+use super::{BLOCK_COLS, Block, Epilogue, Kind, Product, Shape};
 use crate::error::CudaError;
 use crate::launch::{Grid, Kernel, Launcher};
-use crate::memory::Address;
 use crate::module::Modules;
 use crate::tensor_map::TensorMap;
 
@@ -98,25 +97,23 @@ impl Prefill {
     pub(super) fn launch<E: Epilogue>(
         &self,
         launcher: &Launcher,
-        w: Address,
-        x: Address,
-        shape: &Shape,
-        epilogue: &E,
+        product: &Product<'_, E>,
     ) -> Result<(), CudaError> {
+        let Product { shape, epilogue, .. } = product;
         let Some((tile, kernel)) = self.tile(E::KIND, shape) else { return Ok(()) };
         let clusters = tile.count(shape).min(self.clusters);
         let grid = Grid::new(clusters * Self::CLUSTER, tile.threads())
             .cluster(Self::CLUSTER)
             .shared(tile.shared())
             .dependent();
-        let [w, x] = shape.maps(w, x, Block::new(Self::ROWS, tile.tokens() / Self::CLUSTER))?;
+        let [w, x] = product.maps(Block::new(Self::ROWS, tile.tokens() / Self::CLUSTER))?;
         // The copy engine takes rows that are a multiple of 16 bytes; a kernel stores others without it.
         let (out, width) = epilogue.outputs(shape.rows);
         let out = match width % 8 {
             0 => TensorMap::rows_of_bf16(out, shape.tokens as usize, width as usize, Self::WARP_TOKENS)?,
             _ => x,
         };
-        launcher.launch(kernel, grid, [&w, &x, &out, shape, epilogue])
+        launcher.launch(kernel, grid, [&w, &x, &out, shape, *epilogue])
     }
 }
 
