@@ -1,4 +1,4 @@
-//! Sampling on the device against core's definition, computed here in f64 by sorting.
+//! Sampling on the device against core's definition, as `perf::drawn` has it: in f64, by sorting.
 
 mod support;
 
@@ -6,19 +6,14 @@ use half::f16;
 use minisgl_core::backend::{Device, Dims, Element, Ops, Purpose, Queue, Step};
 use minisgl_core::batch::{Header, Layout, PageUpdate, ROW_WORDS, Row, StepShape};
 use minisgl_core::config::Limits;
-use minisgl_core::sampling::{LOGPROB_WORDS, RowLogprobs, token_uniform};
+use minisgl_core::sampling::{LOGPROB_WORDS, RowLogprobs};
 use minisgl_core::tensor::splitmix64;
+use minisgl_cuda::perf::drawn::complaint;
 use minisgl_cuda::{Buffer, Cuda, Options};
 
 use support::taken;
 
 const POISON: u32 = 0xdead_beef;
-
-/// How far two scores may lie apart for either to win: f32 arithmetic and the device's logarithm.
-const TIE: f64 = 2e-5;
-
-/// How much of the mass the fixed-point sums may misjudge.
-const MASS: f64 = 5e-4;
 
 struct Random(u64);
 
@@ -67,55 +62,6 @@ fn random_row(random: &mut Random, slot: u32, vocab: usize) -> Row {
         row.min_p = [0.02, 0.3, 1.0][random.word() as usize % 3];
     }
     row
-}
-
-/// What survives the filters, and each token's score; with `top_p` moved by `shift`.
-fn kept_scores(row: &Row, logits: &[f16], shift: f64) -> Vec<Option<f64>> {
-    let temperature = f64::from(row.temperature);
-    let z: Vec<f64> = logits.iter().map(|l| l.to_f64() / temperature).collect();
-    let mut sorted = z.clone();
-    sorted.sort_by(|a, b| b.total_cmp(a));
-    let top = sorted[0];
-    let mut cut = f64::NEG_INFINITY;
-    if row.top_k > 0 && (row.top_k as usize) < z.len() {
-        cut = sorted[row.top_k as usize - 1];
-    }
-    if row.top_p < 1.0 {
-        let mass = |z: f64| (z - top).exp();
-        let total: f64 = sorted.iter().filter(|z| **z >= cut).map(|z| mass(*z)).sum();
-        let target = (f64::from(row.top_p) + shift).clamp(0.0, 1.0) * total;
-        let mut sum = 0.0;
-        for &z in &sorted {
-            sum += mass(z);
-            if sum >= target || z <= cut {
-                cut = cut.max(z);
-                break;
-            }
-        }
-    }
-    if row.min_p > 0.0 {
-        cut = cut.max(top + f64::from(row.min_p).ln() - 1e-6);
-    }
-    let seed = u64::from(row.seed_low) | u64::from(row.seed_high) << 32;
-    z.iter()
-        .enumerate()
-        .map(|(id, &z)| {
-            let u = f64::from(token_uniform(seed, row.kv_len, id as u32));
-            (z >= cut).then(|| z - (-u.ln()).ln())
-        })
-        .collect()
-}
-
-fn may_be_drawn(row: &Row, logits: &[f16], token: usize) -> bool {
-    if row.temperature == 0.0 {
-        let top = logits.iter().map(|l| l.to_f32()).fold(f32::NEG_INFINITY, f32::max);
-        return logits.iter().position(|l| l.to_f32() == top) == Some(token);
-    }
-    [0.0, -MASS, MASS].iter().any(|shift| {
-        let scores = kept_scores(row, logits, *shift);
-        let best = scores.iter().flatten().copied().fold(f64::NEG_INFINITY, f64::max);
-        scores[token].is_some_and(|score| score >= best - TIE * (1.0 + best.abs()))
-    })
 }
 
 fn limits(rows: u32) -> Limits {
@@ -231,9 +177,8 @@ fn every_row_draws_the_token_of_the_definition() {
         let (tokens, pool, _) = bench.sample(&drawn, &logits);
         for (i, row) in drawn.iter().enumerate() {
             let own = &logits[i * vocab..][..vocab];
-            let token = tokens[i] as usize;
-            assert!(token < vocab, "{rows} x {vocab}: row {i} drew {token}");
-            assert!(may_be_drawn(row, own, token), "{rows} x {vocab}: row {i} drew {token}: {row:?}");
+            let own: Vec<f32> = own.iter().map(|logit| logit.to_f32()).collect();
+            assert_eq!(complaint(row, &own, tokens[i]), None, "{rows} x {vocab}: row {i}: {row:?}");
             assert_eq!(pool[row.slot as usize], tokens[i], "the pool's token of row {i}");
         }
         assert_eq!(pool[rows as usize], POISON, "a slot that nobody has was written");

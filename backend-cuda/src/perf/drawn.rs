@@ -9,7 +9,7 @@ const TIE: f64 = 2e-5;
 const MASS: f64 = 5e-4;
 
 /// What is wrong with `token`, which `row` drew from `logits` `[vocab]`; `None` if nothing is.
-pub(super) fn complaint(row: &Row, logits: &[f32], token: u32) -> Option<String> {
+pub fn complaint(row: &Row, logits: &[f32], token: u32) -> Option<String> {
     if logits.iter().any(|logit| !logit.is_finite()) {
         return Some(format!("slot {} has logits that are not finite", row.slot));
     }

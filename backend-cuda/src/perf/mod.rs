@@ -16,7 +16,7 @@ mod case;
 mod ceiling;
 mod cublaslt;
 mod decode;
-mod drawn;
+pub mod drawn;
 mod products;
 mod report;
 mod small;
