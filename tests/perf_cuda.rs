@@ -34,13 +34,15 @@ fn a_list_that_nobody_reads_to_its_end_is_an_error_not_a_panic() {
 fn sizes_of_a_model_that_is_neither_are_taken() {
     let output = perf_cuda(&["attention_decode", "--model", "heads=32,head_dim=64", "--rows", "2", "--list"]);
     let text = String::from_utf8(output.stdout).unwrap();
-    assert!(output.status.success() && text.lines().all(|line| line.contains("model=given ")), "{text}");
+    assert!(output.status.success() && text.lines().count() > 0, "{text}");
+    assert!(text.lines().all(|line| line.contains("model=given ")), "{text}");
     assert!(!perf_cuda(&["--model", "heads=3", "--list"]).status.success(), "3 heads can't share 8");
 }
 
 #[test]
 fn without_a_gpu_it_says_so_in_one_sentence_and_fails() {
     if minisgl_cuda::device_count().is_ok_and(|count| count > 0) {
+        println!("not tried: there is a GPU");
         return;
     }
     let output = perf_cuda(&["empty"]);
