@@ -1,20 +1,20 @@
-// attention_ring: a warp's private ring of tiles in shared memory, filled by asynchronous copies of 16 tokens each.
+// attention_ring: keys and values on their way from pages to a block's warps, through a ring of stages in shared memory.
 //
-//   fill, fill, ...  `stages` times; then take (or two), (all lanes read the tile, __syncwarp), fill (or two), take, ...
+//   stage   the keys of a unit, or its values: up to 128 tokens; beside keys the unit itself and, at a turn's first, its queries
+//   order   keys, values, keys, values, ... of unit after unit; behind the last, keys of a unit that says `is_end`
 //
-// On Hopper a tile is one bulk copy (the block's bytes as they lie, swizzled already) that completes on the stage's
-// barrier; its bytes are read once, so L2 is told to evict them first. Elsewhere all lanes copy 16 bytes each, a tile
-// a group.
+// On Hopper a warp of its own fills the ring: each lane copies a page's share of a leaf (the bytes as they lie, swizzled
+// already), which completes on the stage's `full`; warps that have read a stage arrive at its `empty`. Bytes are read once,
+// so L2 is told to evict them first. A block's first turn is its number; from then on it takes whichever is next, so that
+// blocks that memory serves better do more. Elsewhere all threads copy 16 bytes each, one stage ahead, and turns are dealt
+// round.
 //
-// Invariant: the i-th take gets the i-th fill. Fills are `stages` ahead; past the last tile they fill nothing, but count.
-//
-// 1. A stage is refilled after __syncwarp behind the last read. Ordinary reads before it are ordered before the bulk
-//    copy by program order through that barrier; ordinary writes into a tile need `written_before_next_copy` as well,
-//    because the copy runs in the async proxy.
-// 2. A stage's barrier expects one arrival a phase, the filling lane's, with the bytes of the tile; it is filled again
-//    only after every lane has seen the phase end, so that waiting for the parity of take / stages is unambiguous.
+// 1. Copies that do not hold the row's newest token start before the dependent-launch wait: only that token's key and
+//    value, and queries, come from the kernel before.
+// 2. A turn is taken by counting `taken` up. A block stops at the first turn that does not exist, and so counts once in
+//    vain; the last such count sets `taken` to 0 for the next launch.
 #pragma once
-#include "attention.cuh"
+#include "attention_work.cuh"
 
 #if __CUDA_ARCH__ >= 900
 #define BULK_COPIES 1
@@ -22,86 +22,275 @@
 #define BULK_COPIES 0
 #endif
 
-__device__ __forceinline__ void written_before_next_copy() {
-#if BULK_COPIES
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-#endif
-}
+#define DECODE_WARPS 8
+#define DECODE_READERS (DECODE_WARPS * 32)
 
-template <int HD, int STAGES> struct Ring {
-    static constexpr unsigned TILE_BYTES = TILE * HD * 2;
-    unsigned tiles, barriers; // shared-memory addresses of the warp's stages
-    unsigned stages;          // STAGES, or more where fewer warps work; all together are what the block has
-    unsigned filling, taking, parity;
-    unsigned long long policy;
+// A barrier of the warps that read.
+__device__ __forceinline__ void readers_barrier() { asm volatile("bar.sync 1, %0;" ::"n"(DECODE_READERS) : "memory"); }
 
-    __device__ __forceinline__ Ring(unsigned char *shared, unsigned warp, unsigned warps, unsigned working,
-                                    unsigned lane)
-        : stages(BULK_COPIES ? warps * STAGES / working : STAGES), filling(0), taking(0), parity(0), policy(0) {
-        const unsigned base = (unsigned)__cvta_generic_to_shared(shared);
-        tiles = base + warp * stages * TILE_BYTES;
-        barriers = base + warps * STAGES * TILE_BYTES + warp * stages * 8;
-#if BULK_COPIES
-        asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-        for (unsigned i = lane; i < stages; i += 32)
-            asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(barriers + i * 8) : "memory");
-        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-        asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-        __syncwarp();
-#endif
+// Where things lie in shared memory.
+template <int HD, int STAGES> struct Stages {
+    static constexpr unsigned BYTES = LEAF * HD * 2, QUERY_BYTES = 8 * HD * 2;
+    unsigned base;
+
+    __device__ __forceinline__ unsigned tokens(unsigned stage) const { return base + stage * BYTES; }
+    __device__ __forceinline__ unsigned queries(unsigned stage) const {
+        return base + STAGES * BYTES + stage * QUERY_BYTES;
     }
-
-    // Starts the copy of a tile into the next stage. All lanes call it.
-    __device__ __forceinline__ void fill(const bf16 *source, unsigned lane) {
-        const unsigned tile = tiles + filling * TILE_BYTES;
-#if BULK_COPIES
-        if (lane == 0) {
-            const unsigned barrier = barriers + filling * 8;
-            asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(TILE_BYTES) : "memory");
-            asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
-                         "[%0], [%1], %2, [%3], %4;" ::"r"(tile), "l"(source), "r"(TILE_BYTES), "r"(barrier), "l"(policy)
-                         : "memory");
-        }
-        __syncwarp();
-#else
-#pragma unroll
-        for (unsigned offset = 0; offset < TILE_BYTES; offset += 512)
-            asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(tile + offset + lane * 16),
-                         "l"(source + (offset + lane * 16) / 2)
-                         : "memory");
-        asm volatile("cp.async.commit_group;" ::: "memory");
-#endif
-        filling = filling + 1 == stages ? 0 : filling + 1;
+    __device__ __forceinline__ unsigned unit(unsigned stage) const {
+        return base + STAGES * (BYTES + QUERY_BYTES) + stage * Unit::BYTES;
     }
-
-    __device__ __forceinline__ void fill_nothing() {
-#if !BULK_COPIES
-        asm volatile("cp.async.commit_group;" ::: "memory");
-#endif
+    __device__ __forceinline__ unsigned full(unsigned stage) const {
+        return base + STAGES * (BYTES + QUERY_BYTES + Unit::BYTES) + stage * 16;
     }
+    __device__ __forceinline__ unsigned empty(unsigned stage) const { return full(stage) + 8; }
+    __device__ __forceinline__ unsigned end() const { return full(STAGES); }
+};
 
-    // Waits for the tile that was filled first among those not taken, and returns its shared-memory address.
-    __device__ __forceinline__ unsigned take() {
-        const unsigned tile = tiles + taking * TILE_BYTES;
-#if BULK_COPIES
-        const unsigned barrier = barriers + taking * 8;
-        unsigned done;
-        do
-            asm volatile("{\n.reg .pred p;\n"
-                         "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
-                         "selp.u32 %0, 1, 0, p;\n}"
-                         : "=r"(done)
-                         : "r"(barrier), "r"(parity)
-                         : "memory");
-        while (!done);
-#else
-        asm volatile("cp.async.wait_group %0;" ::"n"(STAGES - 2) : "memory");
-#endif
-        __syncwarp();
-        if (++taking == stages) {
-            taking = 0;
+// A place in the ring, and how often it was passed.
+template <int STAGES> struct Place {
+    unsigned stage = 0, parity = 0;
+
+    __device__ __forceinline__ void advance() {
+        if (++stage == STAGES) {
+            stage = 0;
             parity ^= 1;
         }
-        return tile;
     }
 };
+
+#if BULK_COPIES
+
+__device__ __forceinline__ void wait_for(unsigned barrier, unsigned parity) {
+    unsigned done;
+    do
+        asm volatile("{\n.reg .pred p;\n"
+                     "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+                     "selp.u32 %0, 1, 0, p;\n}"
+                     : "=r"(done)
+                     : "r"(barrier), "r"(parity)
+                     : "memory");
+    while (!done);
+}
+
+__device__ __forceinline__ void bulk_copy(unsigned to, const bf16 *from, unsigned bytes, unsigned barrier,
+                                          unsigned long long policy) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(to),
+                 "l"(from), "r"(bytes), "r"(barrier), "l"(policy)
+                 : "memory");
+}
+
+// The filling warp.
+template <int HD, int STAGES> struct Filler {
+    const DecodeArgs &args;
+    Stages<HD, STAGES> stages;
+    Place<STAGES> place;
+    unsigned lane;
+    unsigned long long policy;
+    unsigned page; // of the lane's copy
+
+    __device__ __forceinline__ Filler(const DecodeArgs &args, Stages<HD, STAGES> stages, unsigned lane)
+        : args(args), stages(stages), lane(lane), page(0) {
+        asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    }
+    // Tokens of a lane's copy, and the leaf's token that it begins with.
+    __device__ __forceinline__ unsigned step() const { return min(1u << args.page_shift, LEAF); }
+    __device__ __forceinline__ unsigned first() const { return lane * step(); }
+
+    __device__ __forceinline__ void look_up(const Unit &unit) {
+        const unsigned token = unit.leaf * LEAF + first();
+        if (first() < LEAF && token < unit.segment.kv_len)
+            page = args.page_table[(size_t)unit.segment.slot * args.table_width + (token >> args.page_shift)];
+    }
+    // Says what the stage at `at` will hold.
+    __device__ __forceinline__ void announce(const Unit &unit, bool values, Place<STAGES> at) const {
+        unsigned bytes = unit.tiles() * TILE * HD * 2;
+        if (!values && unit.is_first())
+            bytes += args.queries(unit.item) * HD * 2;
+        if (lane == 0) {
+            if (!values)
+                unit.store(stages.unit(at.stage));
+            asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(stages.full(at.stage)), "r"(bytes)
+                         : "memory");
+        }
+        __syncwarp();
+    }
+    // Starts the copies of a stage: those that the kernel before does not write to, or those that it does.
+    __device__ __forceinline__ void copy(const Unit &unit, bool values, Place<STAGES> at, bool older, bool newer) const {
+        const unsigned begin = unit.leaf * LEAF + first(), end = unit.leaf * LEAF + unit.tiles() * TILE;
+        if (first() < LEAF && begin < end) {
+            const bool newest = begin + step() >= unit.segment.kv_len;
+            const unsigned in_page = begin & ((1u << args.page_shift) - 1);
+            const size_t block = (size_t)page * args.kv_heads + args.head(unit.item);
+            if (newest ? newer : older)
+                bulk_copy(stages.tokens(at.stage) + first() * HD * 2,
+                          (values ? args.v : args.k) + ((block << args.page_shift) + in_page) * HD,
+                          min(step(), end - begin) * HD * 2, stages.full(at.stage), policy);
+        }
+        if (lane == 31 && newer && !values && unit.is_first())
+            bulk_copy(stages.queries(at.stage), args.q + args.query_offset(unit.segment.row, unit.item, HD),
+                      args.queries(unit.item) * HD * 2, stages.full(at.stage), policy);
+        __syncwarp();
+    }
+    __device__ __forceinline__ void fill(const Unit &unit, bool values) {
+        wait_for(stages.empty(place.stage), place.parity ^ 1);
+        announce(unit, values, place);
+        copy(unit, values, place, true, true);
+        place.advance();
+    }
+    // The first unit, half of it before the wait.
+    __device__ __forceinline__ void fill_first(const Unit &unit) {
+        static_assert(STAGES >= 2, "a unit fits");
+        look_up(unit);
+        const Place<STAGES> keys = place;
+        place.advance();
+        const Place<STAGES> values = place;
+        place.advance();
+        announce(unit, false, keys);
+        copy(unit, false, keys, true, false);
+        announce(unit, true, values);
+        copy(unit, true, values, true, false);
+        dependent_wait();
+        copy(unit, false, keys, false, true);
+        copy(unit, true, values, false, true);
+    }
+    __device__ __forceinline__ unsigned take_turn() const {
+        unsigned *taken = args.arrived + args.arrived_count;
+        return lane == 0 ? atomicAdd(taken, 1) : 0;
+    }
+    __device__ __forceinline__ void run() {
+        const unsigned blocks = min(gridDim.x, args.turns);
+        Unit unit;
+        unit.begin(args, blockIdx.x);
+        fill_first(unit);
+        unsigned taken = take_turn();
+        while (true) {
+            for (unit.leaf++; !unit.is_past(); unit.leaf++) {
+                look_up(unit);
+                fill(unit, false);
+                fill(unit, true);
+            }
+            taken = __shfl_sync(FULL_WARP, taken, 0);
+            if (blocks + taken >= args.turns)
+                break;
+            unit.begin(args, blocks + taken);
+            taken = take_turn();
+            look_up(unit);
+            fill(unit, false);
+            fill(unit, true);
+        }
+        if (lane == 0 && taken == args.turns - 1)
+            args.arrived[args.arrived_count] = 0;
+        unit.segment.leaves = 0;
+        wait_for(stages.empty(place.stage), place.parity ^ 1);
+        if (lane == 0) {
+            unit.store(stages.unit(place.stage));
+            asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(stages.full(place.stage)) : "memory");
+        }
+    }
+};
+
+// The ring as a warp that reads sees it.
+template <int HD, int STAGES> struct Ring {
+    const Stages<HD, STAGES> stages;
+    Place<STAGES> place;
+    unsigned lane;
+
+    __device__ __forceinline__ Ring(const DecodeArgs &, Stages<HD, STAGES> stages, unsigned lane)
+        : stages(stages), lane(lane) {}
+    // Waits for the next stage.
+    __device__ __forceinline__ void take() { wait_for(stages.full(place.stage), place.parity); }
+    // Gives the stage at hand back, when the warp has read what it wants of it.
+    __device__ __forceinline__ void release() {
+        __syncwarp();
+        if (lane == 0)
+            asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(stages.empty(place.stage)) : "memory");
+        place.advance();
+    }
+};
+
+template <int HD, int STAGES> __device__ __forceinline__ void prepare(const Stages<HD, STAGES> &stages) {
+    if (threadIdx.x == 0) {
+        for (unsigned i = 0; i < STAGES; i++) {
+            asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(stages.full(i)) : "memory");
+            asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(stages.empty(i)), "n"(DECODE_WARPS) : "memory");
+        }
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+        asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    }
+    __syncthreads();
+}
+
+#else
+
+template <int HD, int STAGES> struct Ring {
+    static_assert(STAGES == 2, "one is read, one is filled");
+    const DecodeArgs &args;
+    const Stages<HD, STAGES> stages;
+    Place<STAGES> place;
+    Unit ahead; // whose keys or values are copied next
+    unsigned turn;
+    bool values;
+
+    __device__ __forceinline__ Ring(const DecodeArgs &args, Stages<HD, STAGES> stages, unsigned)
+        : args(args), stages(stages), turn(blockIdx.x), values(false) {
+        ahead.begin(args, turn);
+        copy_next(0);
+    }
+    __device__ __forceinline__ void copy(unsigned to, const bf16 *from, bool copies) const {
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(copies ? 16 : 0) : "memory");
+    }
+    __device__ __forceinline__ void copy_tokens(unsigned stage) const {
+        constexpr unsigned CHUNKS = HD / 8;
+        const unsigned tokens = ahead.tiles() * TILE, chunk = threadIdx.x % CHUNKS;
+        const unsigned *pages = args.page_table + (size_t)ahead.segment.slot * args.table_width;
+        for (unsigned t = threadIdx.x / CHUNKS; t < tokens; t += DECODE_READERS / CHUNKS) {
+            const unsigned token = ahead.leaf * LEAF + t, in_page = token & ((1u << args.page_shift) - 1);
+            const bool exists = token < ahead.segment.kv_len;
+            const unsigned page = exists ? pages[token >> args.page_shift] : 0;
+            const size_t row = (((size_t)page * args.kv_heads + args.head(ahead.item)) << args.page_shift) + in_page;
+            copy(stages.tokens(stage) + (t * CHUNKS + chunk) * 16, (values ? args.v : args.k) + row * HD + chunk * 8, exists);
+        }
+    }
+    __device__ __forceinline__ void copy_queries(unsigned stage) const {
+        const unsigned chunk = threadIdx.x;
+        if (chunk < args.queries(ahead.item) * (HD / 8))
+            copy(stages.queries(stage) + chunk * 16,
+                 args.q + args.query_offset(ahead.segment.row, ahead.item, HD) + chunk * 8, true);
+    }
+    // Starts the copies of what follows, and goes on.
+    __device__ __forceinline__ void copy_next(unsigned stage) {
+        if (!values && threadIdx.x == 0)
+            ahead.store(stages.unit(stage));
+        if (!ahead.is_end()) {
+            copy_tokens(stage);
+            if (!values && ahead.is_first())
+                copy_queries(stage);
+            values = !values;
+            if (!values)
+                advance();
+        }
+        asm volatile("cp.async.commit_group;" ::: "memory");
+    }
+    __device__ __forceinline__ void advance() {
+        ahead.leaf++;
+        if (!ahead.is_past())
+            return;
+        turn += gridDim.x;
+        if (turn < args.turns)
+            ahead.begin(args, turn);
+        else
+            ahead.segment.leaves = 0;
+    }
+    __device__ __forceinline__ void take() {
+        readers_barrier(); // everyone is done with the other stage
+        copy_next(place.stage ^ 1);
+        asm volatile("cp.async.wait_group 1;" ::: "memory");
+        readers_barrier();
+    }
+    __device__ __forceinline__ void release() { place.advance(); }
+};
+
+template <int HD, int STAGES> __device__ __forceinline__ void prepare(const Stages<HD, STAGES> &) {}
+
+#endif

@@ -1,8 +1,8 @@
 //! Paged attention: launches of `attention.cu`, and the plan that divides a step's work.
 //!
 //! ```text
-//!   decode    plan: tiles of 16 tokens in the rows before, then the sum        every warp takes an equal share
-//!   prefill   plan: count, then (row, first token) an item, longest first      every block takes an item and a kv head
+//!   decode    plan: count, then segments (some leaves of a row)            a block takes a segment and a kv head, again and again
+//!   prefill   plan: count, then (row, first token) an item, longest first  every block takes an item and a kv head
 //! ```
 //!
 //! Grids depend on the step's shape and on fixed capacities only, so that a recorded step fits any lengths: a decode
@@ -22,8 +22,15 @@ use crate::error::CudaError;
 use crate::launch::{Grid, Kernel, Launcher};
 use crate::memory::{Address, Buffer};
 
-/// Memory for the parts of sequences that several warps share; more would let longer shares be cut anywhere.
+/// Memory for the parts of sequences that several blocks share; where it is short, first parts are longer.
 const PARTIAL_BYTES_MAX: usize = 64 << 20;
+/// Words in front of a decode plan's segments.
+const PLAN_HEAD: usize = 8;
+/// Words of a segment.
+const SEGMENT_WORDS: usize = 8;
+
+/// Pieces of work left that a block could take: a segment is a piece of what is left, or a whole row where that is less.
+const PIECES: u32 = 1;
 
 /// The kernels for one model's heads, and their scratch.
 #[derive(Debug)]
@@ -31,17 +38,15 @@ pub struct Attention {
     decode: Kernel,
     prefill: Kernel,
     set: Set,
-    /// Blocks of a decode launch.
-    blocks: u32,
     heads: Heads,
-    /// `[warps, slots]` partial results of decode.
+    cutter: Cutter,
+    /// `[partials, items of a row]` partial results of decode.
     partials: Address,
-    /// `[rows, items of a row]` words: leaves that are in `partials`. Zero between launches.
+    /// `[rows, items of a row]` words: how many of a row's partials are there; and how many turns blocks have taken.
+    /// Zero between launches.
     arrived: Address,
-    /// Partials that a warp has room for.
-    slots: u32,
-    /// The slot of padding rows.
-    dummy: u32,
+    /// Words of `arrived` in front of the turns.
+    arrived_count: u32,
 }
 
 /// How a model's query heads share its key and value heads.
@@ -110,36 +115,35 @@ impl Attention {
             64 => ("attention_decode_64", "attention_prefill_64"),
             _ => ("attention_decode_128", "attention_prefill_128"),
         };
-        let blocks = cuda.properties().multiprocessors;
-        let warps = (blocks * set.decode_warps) as usize;
-        let room = PARTIAL_BYTES_MAX / (warps * heads.partial_bytes());
-        let slots = (limits.sequence.div_ceil(LEAF) as usize).min(room).max(2);
-        let arrived_bytes = (limits.running * heads.items()) as usize * 4;
+        let blocks = cuda.properties().multiprocessors * set.decode_blocks;
+        let cutter = Cutter::new(blocks, heads, limits);
+        let partial_bytes = cutter.partials as usize * heads.items() as usize * heads.partial_bytes();
+        let arrived_count = limits.running * heads.items();
+        let arrived_bytes = (arrived_count as usize + 1) * 4;
         let arrived = cuda.allocate(Purpose::Scratch, arrived_bytes)?;
         cuda.zero(arrived, arrived_bytes)?;
         Ok(Attention {
             decode: cuda.modules().kernel("attention", decode, set.decode_shared)?,
             prefill: cuda.modules().kernel("attention", prefill, set.prefill_shared)?,
             set,
-            blocks,
             heads,
-            partials: cuda.allocate(Purpose::Scratch, warps * slots * heads.partial_bytes())?,
+            cutter,
+            partials: cuda.allocate(Purpose::Scratch, partial_bytes)?,
             arrived,
-            slots: slots as u32,
-            dummy: limits.running,
+            arrived_count,
         })
     }
 
     /// Words of the plan of the largest step within `limits`.
     pub fn plan_words(&self, limits: &Limits) -> usize {
         let items = self.heads.items_max(limits.step_tokens() as u32, limits.running);
-        (1 + limits.running as usize).max(1 + 2 * items as usize)
+        self.cutter.words().max(1 + 2 * items as usize)
     }
 
     /// Divides a step's work. `rows` are the step's, padding included.
     pub fn plan(&self, shape: StepShape, rows: &[Row], words: &mut [u32]) {
         match shape.phase {
-            Phase::Decode => plan_decode(self.dummy, rows, words),
+            Phase::Decode => self.cutter.plan(rows, words),
             Phase::Prefill => plan_prefill(self.heads.item_tokens(), rows, words),
         }
     }
@@ -160,11 +164,12 @@ impl Attention {
         match step.shape.phase {
             Phase::Decode => launcher.launch(
                 &self.decode,
-                Grid::new(self.blocks, self.set.decode_warps * 32).shared(self.set.decode_shared).dependent(),
+                Grid::new(self.cutter.blocks, self.set.decode_threads)
+                    .shared(self.set.decode_shared)
+                    .dependent(),
                 [
                     batch,
                     &plan,
-                    &rows,
                     table,
                     width,
                     &page_shift,
@@ -176,7 +181,7 @@ impl Attention {
                     &out,
                     &self.partials,
                     &self.arrived,
-                    &self.slots,
+                    &self.arrived_count,
                 ],
             ),
             Phase::Prefill => launcher.launch(
@@ -193,14 +198,99 @@ impl Attention {
     }
 }
 
-/// The tiles in the rows before each row, and in all. Padding rows, which come last and have slot `dummy`, get none:
-/// nobody wants their output, and a warp that was given many rows of one token would be the last to end.
-fn plan_decode(dummy: u32, rows: &[Row], words: &mut [u32]) {
-    let mut tiles = 0;
-    words[0] = 0;
-    for (row, word) in rows.iter().zip(&mut words[1..]) {
-        tiles += if row.slot == dummy { 0 } else { row.kv_len.div_ceil(TILE) };
-        *word = tiles;
+/// Cuts a decode step's rows into segments for blocks to take in turn: whole rows as long as much is left to do, then
+/// ever shorter pieces, so that all blocks end at about the same time.
+#[derive(Clone, Copy, Debug)]
+struct Cutter {
+    /// Blocks of a launch.
+    blocks: u32,
+    /// Items of a row; a segment is a turn for each.
+    items: u32,
+    /// Segments that a plan has room for.
+    segments: usize,
+    /// Partials of an item that there is memory for.
+    partials: u32,
+    /// The slot of padding rows.
+    dummy: u32,
+}
+
+impl Cutter {
+    fn new(blocks: u32, heads: Heads, limits: &Limits) -> Cutter {
+        let items = heads.items();
+        let room = (PARTIAL_BYTES_MAX / (items as usize * heads.partial_bytes())).max(2) as u32;
+        let longest = u64::from(limits.running) * u64::from(limits.sequence.div_ceil(LEAF) + 1);
+        Cutter {
+            blocks,
+            items,
+            segments: limits.running as usize + PIECES as usize * blocks.div_ceil(items) as usize,
+            partials: longest.min(u64::from(room)) as u32,
+            dummy: limits.running,
+        }
+    }
+
+    /// Words of a plan.
+    fn words(&self) -> usize {
+        PLAN_HEAD + self.segments * SEGMENT_WORDS
+    }
+
+    /// Fills a plan. Padding rows, which come last, get no segment: nobody wants their output.
+    fn plan(&self, rows: &[Row], words: &mut [u32]) {
+        let (head, segments) = words.split_at_mut(PLAN_HEAD);
+        let rows = &rows[..rows.iter().take_while(|row| row.slot != self.dummy).count()];
+        let mut segments = segments[..self.segments * SEGMENT_WORDS].chunks_exact_mut(SEGMENT_WORDS);
+        let mut rest: u64 = rows.iter().map(|row| u64::from(row.kv_len)).sum();
+        let mut base = 0;
+        for (index, row) in rows.iter().enumerate() {
+            let cuts =
+                self.cuts(row.kv_len, rest, segments.len() - (rows.len() - index), self.partials - base);
+            let total = if cuts.count == 1 { 0 } else { 1 + cuts.leaves - cuts.first };
+            for (i, segment) in (0..cuts.count).zip(segments.by_ref()) {
+                let (begin, end) = (cuts.at(i), cuts.at(i + 1));
+                let at = if i == 0 { base } else { base + 1 + begin - cuts.first };
+                segment.copy_from_slice(&[
+                    index as u32,
+                    row.slot,
+                    row.kv_len,
+                    begin,
+                    end - begin,
+                    base,
+                    at,
+                    total,
+                ]);
+            }
+            base += total;
+            rest -= u64::from(row.kv_len);
+        }
+        head[0] = (self.segments - segments.len()) as u32;
+    }
+
+    /// How to cut a row, when `rest` tokens are left to do with it, and there is room for `spare` segments besides one
+    /// for each row, and for `room` partials.
+    fn cuts(&self, kv_len: u32, rest: u64, spare: usize, room: u32) -> Cuts {
+        let leaves = kv_len.div_ceil(LEAF);
+        let share = rest * u64::from(self.items) / (u64::from(LEAF * PIECES) * u64::from(self.blocks));
+        let count = u64::from(leaves).div_ceil(share.max(1)).min(1 + spare as u64) as u32;
+        let first = (leaves / count).max((leaves + 1).saturating_sub(room));
+        let first = first.min(leaves);
+        Cuts { leaves, first, count: count.min(1 + leaves - first) }
+    }
+}
+
+/// A row of `leaves` leaves in `count` pieces, the first of `first` leaves.
+struct Cuts {
+    leaves: u32,
+    first: u32,
+    count: u32,
+}
+
+impl Cuts {
+    /// The leaf that piece `i` begins with.
+    fn at(&self, i: u32) -> u32 {
+        match i {
+            0 => 0,
+            1 => self.first,
+            _ => self.first + (self.leaves - self.first) * (i - 1) / (self.count - 1),
+        }
     }
 }
 
@@ -226,4 +316,62 @@ fn plan_prefill(tokens: u32, rows: &[Row], words: &mut [u32]) {
 fn items_of_two(words: &mut [u32]) -> &mut [u32] {
     let whole = words.len() / 2 * 2;
     &mut words[..whole]
+}
+
+#[cfg(test)]
+mod tests {
+    use minisgl_core::tensor::splitmix64;
+
+    use super::*;
+
+    /// A plan's segments.
+    fn planned(cutter: &Cutter, rows: &[Row]) -> Vec<[u32; SEGMENT_WORDS]> {
+        let mut words = vec![0; cutter.words()];
+        cutter.plan(rows, &mut words);
+        let segments = bytemuck::cast_slice::<u32, [u32; SEGMENT_WORDS]>(&words[PLAN_HEAD..]);
+        segments[..words[0] as usize].to_vec()
+    }
+
+    /// Every leaf of every row lies in one segment, and every partial has one place in memory.
+    fn plans_are_whole(cutter: &Cutter, rows: &[Row]) {
+        let mut partials = vec![false; cutter.partials as usize];
+        let mut leaves = Vec::new();
+        for [row, slot, kv_len, first, count, base, at, total] in planned(cutter, rows) {
+            assert_eq!((slot, kv_len), (rows[row as usize].slot, rows[row as usize].kv_len));
+            assert!(count > 0);
+            leaves.extend((first..first + count).map(|leaf| (row, leaf)));
+            let own = if first == 0 { 1.min(total) } else { count };
+            assert!((base..base + total.max(1)).contains(&at) && at + own <= base + total.max(own));
+            for place in at..at + own {
+                assert!(!std::mem::replace(&mut partials[place as usize], true), "two partials at {place}");
+            }
+        }
+        let of_row = |row: u32| (0..rows[row as usize].kv_len.div_ceil(LEAF)).map(move |leaf| (row, leaf));
+        assert!(leaves.into_iter().eq((0..rows.len() as u32).flat_map(of_row)));
+    }
+
+    #[test]
+    fn a_plan_has_every_leaf_once_whatever_there_is_room_for() {
+        for draw in 0..2000 {
+            let random = |i: u64, below: u64| splitmix64(draw << 16 | i) % below;
+            let rows: Vec<_> = (0..1 + random(0, 40))
+                .map(|i| Row { slot: i as u32, kv_len: 1 + random(i + 4, 6000) as u32, ..Row::default() })
+                .collect();
+            let cutter = Cutter {
+                blocks: 1 + random(1, 300) as u32,
+                items: 1 + random(2, 16) as u32,
+                segments: rows.len() + random(3, 200) as usize,
+                partials: 2 + random(4, 2000) as u32,
+                dummy: 1000,
+            };
+            plans_are_whole(&cutter, &rows);
+        }
+    }
+
+    #[test]
+    fn padding_rows_get_no_segment() {
+        let row = Row { kv_len: 100, ..Row::default() };
+        let cutter = Cutter { blocks: 4, items: 2, segments: 8, partials: 8, dummy: 1 };
+        assert_eq!(planned(&cutter, &[row, Row { slot: 1, ..row }, Row { slot: 1, ..row }]).len(), 1);
+    }
 }

@@ -1,0 +1,123 @@
+// attention_merge: rows that several blocks share; the last of them to arrive folds what all left in memory.
+//
+//   partial   [pairs of queries][HD / 2] float4 of o, in the order (m-tile, lane / 4), then [pairs] float4 (m, m, l, l)
+//   partials  (a row's base + 0: the state behind its first segment; 1, 2, ...: each later leaf) * items + item
+//
+// 1. A block's partials are written before its readers' barrier, and thread 0 makes them visible before it counts them; so
+//    the block that counts last sees all. It sets the count to 0 for the next launch.
+// 2. Partials are folded in the order of their leaves, whoever wrote them and whenever.
+#pragma once
+#include "attention_ring.cuh"
+
+// What a warp holds of a state or leaf: m-tile `warp` of o, and m and l, which all warps have alike. Columns as in attention.cuh.
+struct State {
+    float m[2], l[2], o[4];
+
+    __device__ __forceinline__ void clear() {
+        m[0] = m[1] = minus_infinity();
+        l[0] = l[1] = o[0] = o[1] = o[2] = o[3] = 0.0f;
+    }
+    template <int HD> __device__ __forceinline__ void fold(const State &leaf) {
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            const Weights w = fold_maximum<HD>(m[i], leaf.m[i]);
+            l[i] = folded(l[i], leaf.l[i], w);
+            o[i] = folded(o[i], leaf.o[i], w);
+            o[i + 2] = folded(o[i + 2], leaf.o[i + 2], w);
+        }
+    }
+};
+
+template <int HD>
+__device__ __forceinline__ void store_partial(const DecodeArgs &args, unsigned index, unsigned item, const State &state,
+                                              unsigned warp, unsigned lane) {
+    const unsigned pairs = args.pairs(), pair = lane % 4;
+    float4 *partial = args.partials + ((size_t)index * args.items + item) * (pairs * (HD / 2 + 1));
+    if (pair >= pairs)
+        return;
+    if (warp < HD / 16)
+        partial[pair * (HD / 2) + warp * 8 + lane / 4] = make_float4(state.o[0], state.o[1], state.o[2], state.o[3]);
+    if (warp == 0 && lane < 4)
+        partial[pairs * (HD / 2) + pair] = make_float4(state.m[0], state.m[1], state.l[0], state.l[1]);
+}
+
+// out = o * (1 / l) of a warp's dims.
+template <int HD>
+__device__ __forceinline__ void write_out(const DecodeArgs &args, const Unit &unit, const State &state, unsigned warp,
+                                          unsigned lane) {
+    bf16 *out = args.out + args.query_offset(unit.segment.row, unit.item, HD) + warp * 16 + lane / 4;
+    if (warp >= HD / 16)
+        return;
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        const unsigned query = lane % 4 * 2 + i;
+        const float inverse = __frcp_rn(state.l[i]);
+        if (query >= args.queries(unit.item))
+            continue;
+        out[query * HD] = __float2bfloat16_rn(__fmul_rn(state.o[i], inverse));
+        out[query * HD + 8] = __float2bfloat16_rn(__fmul_rn(state.o[i + 2], inverse));
+    }
+}
+
+#define MERGED_AT_ONCE 8
+
+// Folds a row's partials of an item, and writes its output: each thread an element at a time, many partials in flight.
+template <int HD> __device__ __forceinline__ void merge(const DecodeArgs &args, const Unit &unit) {
+    const unsigned pairs = args.pairs(), size = pairs * (HD / 2 + 1) * 4, total = unit.segment.total;
+    const float *partials = reinterpret_cast<const float *>(args.partials) +
+                            ((size_t)unit.segment.base * args.items + unit.item) * size;
+#pragma unroll 1
+    for (unsigned e = threadIdx.x; e < pairs * (HD * 2); e += DECODE_READERS) {
+        const unsigned pair = e / (HD * 2), second = e % 2, quad = e % (HD * 2) / 4;
+        const unsigned m_at = (pairs * (HD / 2) + pair) * 4 + second, l_at = m_at + 2;
+        float m = 0.0f, l = 0.0f, o = 0.0f;
+#pragma unroll 1
+        for (unsigned first = 0; first < total; first += MERGED_AT_ONCE) {
+            float m_leaf[MERGED_AT_ONCE], l_leaf[MERGED_AT_ONCE], o_leaf[MERGED_AT_ONCE];
+#pragma unroll
+            for (int i = 0; i < MERGED_AT_ONCE; i++)
+                if (first + i < total) {
+                    const float *partial = partials + (size_t)(first + i) * args.items * size;
+                    m_leaf[i] = __ldcg(partial + m_at);
+                    l_leaf[i] = __ldcg(partial + l_at);
+                    o_leaf[i] = __ldcg(partial + e);
+                }
+#pragma unroll
+            for (int i = 0; i < MERGED_AT_ONCE; i++)
+                if (first + i == 0) {
+                    m = m_leaf[i];
+                    l = l_leaf[i];
+                    o = o_leaf[i];
+                } else if (first + i < total) {
+                    const Weights w = fold_maximum<HD>(m, m_leaf[i]);
+                    l = folded(l, l_leaf[i], w);
+                    o = folded(o, o_leaf[i], w);
+                }
+        }
+        const unsigned query = 2 * pair + second, dim = quad / 8 * 16 + quad % 8 + e / 2 % 2 * 8;
+        if (query < args.queries(unit.item))
+            args.out[args.query_offset(unit.segment.row, unit.item, HD) + query * HD + dim] =
+                __float2bfloat16_rn(__fmul_rn(o, __frcp_rn(l)));
+    }
+}
+
+// Says that `count` of a row's partials of an item are in memory; the block that says so last merges them all.
+template <int HD>
+__device__ __forceinline__ void arrive(const DecodeArgs &args, const Unit &unit, unsigned count, unsigned flag) {
+    readers_barrier();
+    if (threadIdx.x == 0) {
+        unsigned *arrived = args.arrived + unit.segment.row * args.items + unit.item;
+        __threadfence();
+        const unsigned before = atomicAdd(arrived, count);
+        const bool is_last = before + count == unit.segment.total;
+        if (is_last)
+            *arrived = 0;
+        __threadfence();
+        asm volatile("st.shared.u32 [%0], %1;" ::"r"(flag), "r"(is_last ? 1 : 0) : "memory");
+    }
+    readers_barrier();
+    unsigned is_last;
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(is_last) : "r"(flag) : "memory");
+    if (is_last)
+        merge<HD>(args, unit);
+}

@@ -1,0 +1,102 @@
+// attention_work: what decode has to do, in pieces that the host's plan names.
+//
+//   plan      count, 7 words unused, then `count` segments of 8 words (Segment)
+//   segment   some leaves of a row, one after the other; a row is one segment, or several where the work is short
+//   turn      a (segment, item), items fastest; an item is a kv head with up to eight of its queries
+//   unit      a leaf of a turn
+//
+// A row that is one segment needs nobody else. Of a row that was cut, the first segment leaves its folded state in memory
+// and the later ones each leaf as a partial, `total` of them from `base` on; who arrives last folds them in order.
+#pragma once
+#include "attention.cuh"
+
+struct Segment {
+    unsigned row, slot, kv_len;
+    unsigned first, leaves;   // leaves of the row
+    unsigned base, at, total; // the row's first partial, the segment's first one, and how many the row has
+
+    __device__ __forceinline__ bool is_whole_row() const { return total == 0; }
+};
+static_assert(sizeof(Segment) == 32, "the host's layout");
+
+struct DecodeArgs {
+    const unsigned *plan;
+    const unsigned *page_table;
+    const bf16 *q, *k, *v;
+    bf16 *out;
+    float4 *partials;
+    unsigned *arrived; // a word for each (row, item), then the number of turns taken
+    unsigned arrived_count, table_width, page_shift, kv_heads, group;
+    unsigned splits, items, turns;
+
+    __device__ __forceinline__ void derive() {
+        splits = (group + 7) / 8;
+        items = kv_heads * splits;
+        turns = plan[0] * items;
+    }
+    __device__ __forceinline__ unsigned head(unsigned item) const { return splits == 1 ? item : item / splits; }
+    // Index of the item's first query among all heads, and how many it has.
+    __device__ __forceinline__ unsigned first_query(unsigned item) const {
+        return splits == 1 ? item * group : item / splits * group + item % splits * 8;
+    }
+    __device__ __forceinline__ unsigned queries(unsigned item) const {
+        return splits == 1 ? group : min(8u, group - item % splits * 8);
+    }
+    __device__ __forceinline__ size_t query_offset(unsigned row, unsigned item, unsigned head_dim) const {
+        return ((size_t)row * kv_heads * group + first_query(item)) * head_dim;
+    }
+    // float4s of a partial: for each pair of queries HD / 2 of o and one of (m, m, l, l).
+    __device__ __forceinline__ unsigned pairs() const { return (min(group, 8u) + 1) / 2; }
+};
+
+__device__ __forceinline__ void store_words(unsigned address, uint4 words) {
+    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(words.x), "r"(words.y), "r"(words.z),
+                 "r"(words.w)
+                 : "memory");
+}
+
+__device__ __forceinline__ uint4 load_words(unsigned address) {
+    uint4 words;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(words.x), "=r"(words.y), "=r"(words.z), "=r"(words.w)
+                 : "r"(address)
+                 : "memory");
+    return words;
+}
+
+// A leaf of a (segment, item).
+struct Unit {
+    Segment segment;
+    unsigned item, leaf;
+    static constexpr unsigned BYTES = 48; // in shared memory
+
+    __device__ __forceinline__ unsigned tiles() const {
+        return min((segment.kv_len - leaf * LEAF + TILE - 1) / TILE, LEAF_TILES);
+    }
+    __device__ __forceinline__ bool is_first() const { return leaf == segment.first; }
+    __device__ __forceinline__ bool is_last() const { return leaf + 1 == segment.first + segment.leaves; }
+    // Behind the last of the turn?
+    __device__ __forceinline__ bool is_past() const { return leaf == segment.first + segment.leaves; }
+    __device__ __forceinline__ bool is_end() const { return segment.leaves == 0; }
+
+    // The first of a turn.
+    __device__ __forceinline__ void begin(const DecodeArgs &args, unsigned turn) {
+        const uint4 *words = reinterpret_cast<const uint4 *>(args.plan + 8) + turn / args.items * 2;
+        const uint4 a = words[0], b = words[1];
+        segment = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
+        item = turn % args.items;
+        leaf = segment.first;
+    }
+    // To shared memory, and from there.
+    __device__ __forceinline__ void store(unsigned address) const {
+        store_words(address, {segment.row, segment.slot, segment.kv_len, segment.first});
+        store_words(address + 16, {segment.leaves, segment.base, segment.at, segment.total});
+        store_words(address + 32, {item, leaf, 0, 0});
+    }
+    __device__ __forceinline__ void load(unsigned address) {
+        const uint4 a = load_words(address), b = load_words(address + 16), c = load_words(address + 32);
+        segment = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
+        item = c.x;
+        leaf = c.y;
+    }
+};
