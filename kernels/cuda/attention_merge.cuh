@@ -3,8 +3,8 @@
 //   partial   [pairs of queries][HD / 2] float4 of o, in the order (m-tile, lane / 4), then [pairs] float4 (m, m, l, l)
 //   partials  (a row's base + 0: the state behind its first segment; 1, 2, ...: each later leaf) * items + item
 //
-// 1. A block's partials are written before its readers' barrier, and thread 0 makes them visible before it counts them; so
-//    the block that counts last sees all. It sets the count to 0 for the next launch.
+// 1. A block's partials are written before its readers' barrier, and thread 0's count releases them and acquires those that
+//    were counted before; so the block that counts last sees all. It sets the count to 0 for the next launch.
 // 2. Partials are folded in the order of their leaves, whoever wrote them and whenever.
 #pragma once
 #include "attention_ring.cuh"
@@ -107,12 +107,11 @@ __device__ __forceinline__ void arrive(const DecodeArgs &args, const Unit &unit,
     readers_barrier();
     if (threadIdx.x == 0) {
         unsigned *arrived = args.arrived + unit.segment.row * args.items + unit.item;
-        __threadfence();
-        const unsigned before = atomicAdd(arrived, count);
+        unsigned before;
+        asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;" : "=r"(before) : "l"(arrived), "r"(count) : "memory");
         const bool is_last = before + count == unit.segment.total;
         if (is_last)
             *arrived = 0;
-        __threadfence();
         asm volatile("st.shared.u32 [%0], %1;" ::"r"(flag), "r"(is_last ? 1 : 0) : "memory");
     }
     readers_barrier();

@@ -138,21 +138,39 @@ template <int HD, int STAGES> struct Filler {
         copy(unit, values, place, true, true);
         place.advance();
     }
-    // The first unit, half of it before the wait.
-    __device__ __forceinline__ void fill_first(const Unit &unit) {
-        static_assert(STAGES >= 2, "a unit fits");
-        look_up(unit);
-        const Place<STAGES> keys = place;
-        place.advance();
-        const Place<STAGES> values = place;
-        place.advance();
-        announce(unit, false, keys);
-        copy(unit, false, keys, true, false);
-        announce(unit, true, values);
-        copy(unit, true, values, true, false);
+    // Fills the whole ring, as far as the first turn does: before the wait what the kernel before does not write, behind it
+    // the rest. Leaves `unit` where to go on, and says whether that unit's keys are in the ring already.
+    __device__ __forceinline__ bool fill_first(Unit &unit) {
+        unsigned pages[(STAGES + 1) / 2], filled = 0;
+        const Unit first = unit;
+        const Place<STAGES> begin = place;
+#pragma unroll
+        for (int i = 0; i < STAGES; i++) {
+            if (i % 2 == 0) {
+                if (unit.is_past())
+                    break;
+                look_up(unit);
+                pages[i / 2] = page;
+            }
+            announce(unit, i % 2, place);
+            copy(unit, i % 2, place, true, false);
+            place.advance();
+            filled++;
+            unit.leaf += i % 2;
+        }
         dependent_wait();
-        copy(unit, false, keys, false, true);
-        copy(unit, true, values, false, true);
+        Unit again = first;
+        Place<STAGES> at = begin;
+#pragma unroll
+        for (int i = 0; i < STAGES; i++) {
+            if (i >= filled)
+                break;
+            page = pages[i / 2];
+            copy(again, i % 2, at, false, true);
+            at.advance();
+            again.leaf += i % 2;
+        }
+        return filled % 2;
     }
     __device__ __forceinline__ unsigned take_turn() const {
         unsigned *taken = args.arrived + args.arrived_count;
@@ -162,12 +180,15 @@ template <int HD, int STAGES> struct Filler {
         const unsigned blocks = min(gridDim.x, args.turns);
         Unit unit;
         unit.begin(args, blockIdx.x);
-        fill_first(unit);
+        bool has_keys = fill_first(unit);
         unsigned taken = take_turn();
         while (true) {
-            for (unit.leaf++; !unit.is_past(); unit.leaf++) {
-                look_up(unit);
-                fill(unit, false);
+            for (; !unit.is_past(); unit.leaf++) {
+                if (!has_keys) {
+                    look_up(unit);
+                    fill(unit, false);
+                }
+                has_keys = false;
                 fill(unit, true);
             }
             taken = __shfl_sync(FULL_WARP, taken, 0);
@@ -175,9 +196,6 @@ template <int HD, int STAGES> struct Filler {
                 break;
             unit.begin(args, blocks + taken);
             taken = take_turn();
-            look_up(unit);
-            fill(unit, false);
-            fill(unit, true);
         }
         if (lane == 0 && taken == args.turns - 1)
             args.arrived[args.arrived_count] = 0;
