@@ -21,6 +21,9 @@ use support::taken;
 /// Both sides of every tile of every kernel.
 const TOKENS: [u32; 23] =
     [1, 2, 3, 7, 8, 9, 16, 17, 31, 32, 33, 64, 65, 96, 100, 128, 129, 176, 200, 256, 257, 384, 1000];
+/// Rows and columns of a matrix that L2 does not hold beside x, for which there are other tilings. It has neither whole
+/// tiles of rows nor whole bands of them.
+const LARGE: (usize, usize) = (2600, 5120);
 /// What an output holds before; a NaN in bf16, f16 and f32.
 const POISON: u16 = 0x7fff;
 const EPS: f32 = 1e-6;
@@ -451,7 +454,7 @@ fn logits_are_the_definitions_and_independent_of_the_batch() {
 fn the_residual_stream_grows_by_the_product_and_its_squares_are_summed() {
     on_every_set(|gpu| {
         for (rows, cols) in
-            taken([(192, 320), (64, 64), (192, 192), (1024, 2048), (1280, 1024), (1024, 3072)])
+            taken([(192, 320), (64, 64), (192, 192), (1024, 2048), (1280, 1024), (1024, 3072), LARGE])
         {
             residual(gpu, rows, cols);
         }
@@ -462,7 +465,7 @@ fn the_residual_stream_grows_by_the_product_and_its_squares_are_summed() {
 #[ignore = "needs a GPU"]
 fn gate_and_up_meet_in_the_right_pairs() {
     on_every_set(|gpu| {
-        for (intermediate, cols) in taken([(320, 192), (32, 64), (3072, 1024)]) {
+        for (intermediate, cols) in taken([(320, 192), (32, 64), (3072, 1024), (LARGE.0, LARGE.1 / 2)]) {
             gate_up(gpu, intermediate, cols);
         }
     });
@@ -478,6 +481,7 @@ fn queries_keys_and_values_are_normed_turned_and_put_in_their_places() {
             (heads(2, 1, 64, 16), 64),
             (heads(3, 1, 64, 16), 192),
             (heads(16, 8, 128, 16), 1024),
+            (heads(32, 8, 128, 16), LARGE.1 / 2),
         ]) {
             qkv(gpu, heads, cols);
         }

@@ -166,6 +166,13 @@ struct Shape {
     slices: u32,
 }
 
+impl Shape {
+    /// Does L2 hold the matrix beside the activations? `gemm_prefill.cu` draws the same line.
+    fn fits_l2(&self) -> bool {
+        u64::from(self.rows) * u64::from(self.cols) * 2 <= 24 << 20
+    }
+}
+
 plain_params!(Qkv, Residual, GateUp, Head, Linear, Shape);
 
 /// A product to be launched.
@@ -294,12 +301,12 @@ impl Hopper {
     /// Is the kernel for many tokens the quicker one? A product with few rows keeps its cluster until its tiles are a quarter
     /// of what the device takes at once. A plain product has no other.
     fn is_for_many(&self, kind: Kind, shape: &Shape) -> bool {
-        shape.tokens > Decode::tokens_max(kind)
+        shape.tokens > self.decode.tokens_max(kind, shape)
             && (kind != Kind::Residual || self.prefill.fills_a_quarter(shape))
     }
 
     fn launch<E: Epilogue>(&self, launcher: &Launcher, product: &Product<'_, E>) -> Result<(), CudaError> {
-        match self.decode.tiling(E::KIND, product.shape.tokens) {
+        match self.decode.tiling(E::KIND, &product.shape) {
             Some(tiling) if !self.is_for_many(E::KIND, &product.shape) => {
                 Decode::launch(tiling, launcher, product)
             }

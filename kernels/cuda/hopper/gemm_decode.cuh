@@ -5,9 +5,10 @@
 //   block    64 GROUPS rows of w by N tokens, one slice of the columns: GROUPS warpgroups that multiply, a warp that fetches,
 //            a warp that computes the tokens' scales
 //   cluster  TILES neighbouring row tiles times all slices: rank = tile * slices + slice
-//   grid     (clusters for all rows * cluster, ceil(tokens / N))   block 128 GROUPS + 64 threads
+//   grid     (ceil(tokens / N) * cluster, clusters for all rows)   block 128 GROUPS + 64 threads
 //   shared   stages * (64 GROUPS + N) * 128 bytes; 2 barriers a stage; N floats
-//   moves    rows * cols * 2 bytes of w for each N tokens; x again in each cluster, from L2
+//   moves    rows * cols * 2 bytes of w, for each N tokens, from memory once: neighbouring clusters have the same rows of w;
+//            x again in each cluster, from L2
 //
 //   fetching warp      w into every stage ── wait for the kernel before ── x into every stage ── … ring …
 //   multiplying warps                        wait ──────────── wgmma k16 by k16 ─ ── sums to shared memory ─┐
@@ -19,7 +20,7 @@
 //    number of tokens, gemm_pair.cuh's and gemm_prefill.cu's too.
 // 2. The sums lie over the ring, which is idle by then: every fetch was waited for, and every read of it is behind the
 //    named barrier. No block leaves the second cluster barrier, so none ends, while another reads its sums.
-// 3. Two blocks fit a multiprocessor, so the next kernel's weights arrive while this one's sums are added.
+// 3. Two blocks fit a multiprocessor, but for the largest, so the next kernel's weights arrive while this one's sums are added.
 #pragma once
 
 #include "ring.cuh"
@@ -59,7 +60,7 @@ __device__ __forceinline__ void decode(const TensorMap *w, const TensorMap *x, c
     extern __shared__ __align__(1024) unsigned char shared[];
     dependent_launch();
     const unsigned ranks = cluster_size(), rank = cluster_rank(), slice = rank % shape.slices;
-    const unsigned tile0 = blockIdx.x / ranks * TILES, m0 = (tile0 + rank / shape.slices) * R::ROWS, n0 = blockIdx.y * N;
+    const unsigned tile0 = blockIdx.y * TILES, m0 = (tile0 + rank / shape.slices) * R::ROWS, n0 = blockIdx.x / ranks * N;
     const unsigned base = (shared_address(shared) + 1023) & ~1023u;
     float *staged = reinterpret_cast<float *>(shared + (base - shared_address(shared)));
     const R ring(base, stages, 0);
@@ -106,7 +107,7 @@ __device__ __forceinline__ void decode(const TensorMap *w, const TensorMap *x, c
 }
 
 #define DECODE(NAME, GROUPS, TILES, N, EPILOGUE)                                                                             \
-    extern "C" __global__ void __launch_bounds__(128 * GROUPS + 64, 2)                                                       \
+    extern "C" __global__ void __launch_bounds__(128 * GROUPS + 64, GROUPS < 3 ? 2 : 1)                                      \
     NAME(const __grid_constant__ TensorMap w, const __grid_constant__ TensorMap x, Shape shape, unsigned stages,             \
          EPILOGUE epilogue) {                                                                                                \
         decode<GROUPS, TILES, N>(&w, &x, shape, stages, epilogue);                                                           \

@@ -5,9 +5,9 @@
 //   block    64 GROUPS rows of w by N tokens, all columns: GROUPS warpgroups that multiply, a warp that fetches, a warp that
 //            computes the tokens' scales
 //   cluster  two blocks with the same rows of w and neighbouring tiles of tokens; each fetches half of w for both
-//   grid     (2 * row tiles, pairs of tiles of tokens)   block 128 GROUPS + 64 threads
+//   grid     (2 * pairs of tiles of tokens, row tiles)   block 128 GROUPS + 64 threads
 //   shared   stages * (64 GROUPS + N) * 128 bytes; 2 barriers a stage; N floats
-//   moves    rows * cols * 2 bytes of w for each 2 N tokens; x once for each tile of rows, from L2
+//   moves    rows * cols * 2 bytes of w, for each 2 N tokens, from memory once; x once for each tile of rows, from L2
 //
 // Where gemm_decode.cuh's blocks share out the columns, each of these has the whole sum: no sums cross the cluster, which
 // costs more than the columns' bandwidth as soon as there are many of them.
@@ -28,7 +28,7 @@ __device__ __forceinline__ void pair(const TensorMap *w, const TensorMap *x, con
     using S = Sums<GROUPS, N>;
     extern __shared__ __align__(1024) unsigned char shared[];
     dependent_launch();
-    const unsigned rank = cluster_rank(), m0 = blockIdx.x / 2 * R::ROWS, n0 = (blockIdx.y * 2 + rank) * N;
+    const unsigned rank = cluster_rank(), m0 = blockIdx.y * R::ROWS, n0 = blockIdx.x * N;
     const unsigned base = (shared_address(shared) + 1023) & ~1023u, warp = threadIdx.x / 32;
     float *staged = reinterpret_cast<float *>(shared + (base - shared_address(shared)));
     const R ring(base, stages, rank);

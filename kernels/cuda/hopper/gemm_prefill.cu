@@ -4,8 +4,8 @@
 //   w [rows, cols] bf16   x [tokens, cols] bf16   cols a multiple of 8   accumulates in fp32
 //   tile     64 GROUPS tokens by 128 rows of w, all columns
 //   cluster  two blocks, the same tokens by 256 rows: each fetches its rows of w, and half of the tokens for both
-//   grid     a block a multiprocessor; a cluster takes tiles c, c + clusters, …, rows of w first: the tiles in flight share
-//            w in L2, and a token's row leaves memory once
+//   grid     a block a multiprocessor; a cluster takes tiles c, c + clusters, …, in bands of rows of w, all of a band's for
+//            some tokens before the next tokens: the tiles in flight share w in L2, and both leave memory seldom
 //   block    128 GROUPS + 128 threads
 //
 //   warpgroups 0 … GROUPS - 1   multiply 64 tokens each, and take their sums through the epilogue
@@ -87,21 +87,26 @@ template <unsigned COUNT> struct Position {
 
 // The tiles of this block in their order.
 template <int GROUPS> struct Tiles {
-    unsigned m, n; // which 256 rows of w, which tokens
-    unsigned across, down, step_m, step_n;
+    unsigned tile, m, n; // which, of which 256 rows of w, of which tokens
+    unsigned across, down, band;
 
+    // A band is all of w where L2 holds that beside x (24 MiB of 50; the host's choice of kernels draws the same line), else
+    // about as many rows as tokens are in flight beside them.
     __device__ __forceinline__ explicit Tiles(const Shape &shape)
-        : across((shape.rows + BLOCKS * M - 1) / (BLOCKS * M)),
-          down((shape.tokens + Plan<GROUPS>::TOKENS - 1) / Plan<GROUPS>::TOKENS) {
-        const unsigned first = blockIdx.x / BLOCKS, step = gridDim.x / BLOCKS;
-        m = first % across, n = first / across;
-        step_m = step % across, step_n = step / across;
+        : tile(blockIdx.x / BLOCKS), across((shape.rows + BLOCKS * M - 1) / (BLOCKS * M)),
+          down((shape.tokens + Plan<GROUPS>::TOKENS - 1) / Plan<GROUPS>::TOKENS),
+          band((size_t)shape.rows * shape.cols * 2 <= 24u << 20 ? across : 8) {
+        find();
     }
-    __device__ __forceinline__ bool remain() const { return n < down; }
+    __device__ __forceinline__ void find() {
+        const unsigned begin = tile / (band * down) * band, within = tile - begin * down, width = min(band, across - begin);
+        m = begin + within % width, n = within / width;
+    }
+    __device__ __forceinline__ bool remain() const { return tile < across * down; }
     __device__ __forceinline__ void advance() {
-        m += step_m, n += step_n;
-        if (m >= across)
-            m -= across, n++;
+        tile += gridDim.x / BLOCKS;
+        if (remain())
+            find();
     }
     __device__ __forceinline__ unsigned row() const { return (m * BLOCKS + cluster_rank()) * M; }
     __device__ __forceinline__ unsigned token() const { return n * Plan<GROUPS>::TOKENS; }
@@ -243,7 +248,7 @@ __device__ __forceinline__ void prefill(const TensorMap *w, const TensorMap *x, 
             look_up(shared, shape, epilogue);
         __syncwarp();
     }
-    cluster_sync_relaxed(); // the other block still writes to this one's shared memory
+    cluster_sync(); // what either block has sent to the other's shared memory is there
 }
 
 #define PREFILL(NAME, GROUPS, EPILOGUE)                                                                                      \
@@ -256,6 +261,7 @@ __device__ __forceinline__ void prefill(const TensorMap *w, const TensorMap *x, 
 PREFILL(prefill_qkv_128, 2, Qkv)
 PREFILL(prefill_qkv_192, 3, Qkv)
 PREFILL(prefill_residual_128, 2, Residual)
+PREFILL(prefill_residual_192, 3, Residual)
 PREFILL(prefill_gate_up_128, 2, GateUp)
 PREFILL(prefill_gate_up_192, 3, GateUp)
 PREFILL(prefill_head_128, 2, Head)

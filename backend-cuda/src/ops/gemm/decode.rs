@@ -7,6 +7,8 @@
 //!                  o, down: a slice of the columns       a cluster has all slices
 //! ```
 //!
+//! Matrices that L2 does not hold have tilings of their own.
+//!
 //! Invariant: a block's shared memory is what its tiling allows, and its sums fit the ring that they lie over.
 
 use super::{BLOCK_COLS, Block, Epilogue, Kind, Product, Shape};
@@ -79,7 +81,7 @@ impl Tiling {
         Tiling { kernel, block: Block::new(rows, tokens), team: Team::Pair, tokens_max, shared: Self::MOST }
     }
 
-    /// Tilings of a kind, for ever more tokens.
+    /// Tilings of a kind, for ever more tokens, where w fits L2.
     fn of(kind: Kind) -> &'static [Tiling] {
         const QKV: &[Tiling] = &[
             Tiling::heads("decode_qkv_64x16", 16, 16),
@@ -116,6 +118,33 @@ impl Tiling {
         }
     }
 
+    /// The same where it does not: a block has more tokens, so that w goes through L2 to fewer blocks, and w's rows fill
+    /// the device by themselves, so that tiles that take all columns in turn are quicker sooner.
+    fn of_large(kind: Kind) -> &'static [Tiling] {
+        const QKV: &[Tiling] = &[
+            Tiling::heads("decode_qkv_64x16", 16, 16),
+            Tiling::heads("decode_qkv_64x32", 32, 32),
+            Tiling::pair("pair_qkv_128x32", 128, 32, 64),
+        ];
+        const RESIDUAL: &[Tiling] = &[
+            Tiling::slices("decode_residual_64x16", 64, 16, 16, Tiling::HALF),
+            Tiling::slices("decode_residual_64x32", 64, 32, 32, Tiling::HALF),
+            Tiling::slices("decode_residual_64x64", 64, 64, 64, Tiling::HALF),
+            Tiling::slices("decode_residual_192x128", 192, 128, 256, Tiling::MOST),
+        ];
+        const GATE_UP: &[Tiling] = &[
+            Tiling::slices("decode_gate_up_64x16", 64, 16, 16, Tiling::HALF),
+            Tiling::slices("decode_gate_up_64x32", 64, 32, 32, Tiling::HALF),
+            Tiling::pair("pair_gate_up_192x32", 192, 32, 64),
+        ];
+        match kind {
+            Kind::Qkv => QKV,
+            Kind::Residual => RESIDUAL,
+            Kind::GateUp => GATE_UP,
+            Kind::Head | Kind::Linear => Tiling::of(kind),
+        }
+    }
+
     /// Stages of the ring: as many as a block has blocks of columns, if they fit.
     fn stages(&self, shape: &Shape) -> u32 {
         let fit = (self.shared - self.block.shared(0)) / (self.block.shared(1) - self.block.shared(0));
@@ -132,9 +161,10 @@ impl Tiling {
         let (row_tiles, token_tiles) =
             (shape.rows.div_ceil(self.block.rows), shape.tokens.div_ceil(self.block.tokens));
         let (cluster, clusters, rows) = match self.team {
-            Team::Slices { tiles } => (tiles * shape.slices, row_tiles.div_ceil(tiles), token_tiles),
-            Team::Pair => (2, row_tiles, token_tiles.div_ceil(2)),
+            Team::Slices { tiles } => (tiles * shape.slices, token_tiles, row_tiles.div_ceil(tiles)),
+            Team::Pair => (2, token_tiles.div_ceil(2), row_tiles),
         };
+        // Clusters with the same rows of w are neighbours, so that w comes from memory once.
         Grid::new(clusters * cluster, self.block.threads())
             .rows(rows)
             .cluster(cluster)
@@ -151,37 +181,54 @@ impl Tiling {
     }
 }
 
+/// Tilings with their kernels, by [`Kind`].
+type Loaded = [Vec<(Tiling, Kernel)>; 4];
+
 /// Hopper's kernels for few tokens.
 #[derive(Debug)]
 pub(super) struct Decode {
-    /// By [`Kind`]; each with its kernel, in the order of [`Tiling::of`].
-    tilings: [Vec<(Tiling, Kernel)>; 4],
+    /// For matrices that fit L2, in the order of [`Tiling::of`].
+    fitting: Loaded,
+    /// For larger ones, in the order of [`Tiling::of_large`].
+    large: Loaded,
 }
 
 impl Decode {
     pub(super) fn new(modules: &Modules) -> Result<Decode, CudaError> {
+        Ok(Decode {
+            fitting: Self::load(modules, Tiling::of)?,
+            large: Self::load(modules, Tiling::of_large)?,
+        })
+    }
+
+    fn load(modules: &Modules, tilings: fn(Kind) -> &'static [Tiling]) -> Result<Loaded, CudaError> {
         let load = |module, kind| {
             let load = |tiling: &Tiling| Ok((*tiling, modules.kernel(module, tiling.kernel, tiling.shared)?));
-            Tiling::of(kind).iter().map(load).collect::<Result<Vec<_>, CudaError>>()
+            tilings(kind).iter().map(load).collect::<Result<Vec<_>, CudaError>>()
         };
-        let tilings = [
+        Ok([
             load("gemm_decode_qkv", Kind::Qkv)?,
             load("gemm_decode_residual", Kind::Residual)?,
             load("gemm_decode_gate_up", Kind::GateUp)?,
             load("gemm_decode_head", Kind::Head)?,
-        ];
-        Ok(Decode { tilings })
+        ])
     }
 
-    /// Tokens up to which these kernels are the quicker ones; none where a kind has none.
-    pub(super) fn tokens_max(kind: Kind) -> u32 {
-        Tiling::of(kind).last().map_or(0, |tiling| tiling.tokens_max)
+    /// A kind's tilings for a matrix of this size; none where a kind has none.
+    fn tilings(&self, kind: Kind, shape: &Shape) -> &[(Tiling, Kernel)] {
+        let loaded = if shape.fits_l2() { &self.fitting } else { &self.large };
+        loaded.get(kind as usize).map_or(&[], Vec::as_slice)
     }
 
-    /// The kind's tiling for this many tokens; the last one where there are more than any is for.
-    pub(super) fn tiling(&self, kind: Kind, tokens: u32) -> Option<&(Tiling, Kernel)> {
-        let tilings = self.tilings.get(kind as usize)?;
-        tilings.iter().find(|(tiling, _)| tokens <= tiling.tokens_max).or(tilings.last())
+    /// Tokens up to which these kernels are the quicker ones.
+    pub(super) fn tokens_max(&self, kind: Kind, shape: &Shape) -> u32 {
+        self.tilings(kind, shape).last().map_or(0, |(tiling, _)| tiling.tokens_max)
+    }
+
+    /// The tiling for the shape's tokens; the last one where there are more than any is for.
+    pub(super) fn tiling(&self, kind: Kind, shape: &Shape) -> Option<&(Tiling, Kernel)> {
+        let tilings = self.tilings(kind, shape);
+        tilings.iter().find(|(tiling, _)| shape.tokens <= tiling.tokens_max).or(tilings.last())
     }
 
     pub(super) fn launch<E: Epilogue>(
@@ -211,7 +258,7 @@ mod tests {
         let cases = kinds.into_iter().flat_map(|kind| [64, 192, 3072, 17408].map(|cols| (kind, cols)));
         for (kind, cols) in cases {
             let shape = Shape { rows: 1024, cols, tokens: 1, slices: kind.slices(cols) };
-            for tiling in Tiling::of(kind) {
+            for tiling in Tiling::of(kind).iter().chain(Tiling::of_large(kind)) {
                 let stages = tiling.stages(&shape);
                 assert!(tiling.block.shared(stages) <= tiling.shared, "{cols} columns, {tiling:?}");
                 assert!(

@@ -3,7 +3,7 @@
 //! ```text
 //!   tile                      warpgroups   of
 //!   128 tokens x 2 x 128 rows     2        every product
-//!   192                           3        qkv, gate and up, head
+//!   192                           3        the model's
 //!   256                           4        head
 //! ```
 //!
@@ -74,7 +74,7 @@ impl Prefill {
             |tile: usize, name| modules.kernel("gemm_prefill", name, Self::TILES[tile].shared()).map(Some);
         let kernels = [
             [find(0, "prefill_qkv_128")?, find(1, "prefill_qkv_192")?, None],
-            [find(0, "prefill_residual_128")?, None, None],
+            [find(0, "prefill_residual_128")?, find(1, "prefill_residual_192")?, None],
             [find(0, "prefill_gate_up_128")?, find(1, "prefill_gate_up_192")?, None],
             [find(0, "prefill_head_128")?, find(1, "prefill_head_192")?, find(2, "prefill_head_256")?],
             [find(0, "prefill_linear_128")?, None, None],
