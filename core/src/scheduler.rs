@@ -384,12 +384,13 @@ impl Scheduler {
         logprobs: &[RowLogprobs],
         sink: &mut impl FnMut(Event<'_>),
     ) {
-        let rows = batch.rows().iter().zip(batch.owners()).zip(tokens).enumerate();
-        for (i, ((row, &ticket), &token)) in rows.take(batch.samples() as usize) {
+        let owners = batch.owners().iter().zip(tokens).enumerate();
+        for (i, (&ticket, &token)) in owners.take(batch.samples() as usize) {
             let Some(entry) = self.table.find(ticket) else { continue };
             self.table.push_token(entry, token);
             self.stats.output_tokens += 1;
-            let logprobs = if row.logprobs > 0 { logprobs.get(i) } else { None };
+            // Without log-probabilities the rows are left alone: since they were packed they have gone cold.
+            let logprobs = logprobs.get(i).filter(|_| batch.rows()[i].logprobs > 0);
             sink(Event::Token { ticket, token, logprobs });
             let request = self.table.get(entry);
             if !request.params.ignore_eos && self.eos.contains(&token) {
