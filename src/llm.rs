@@ -383,7 +383,8 @@ mod tests {
             self.steps_left -= 1;
             let ticket = self.requests.remove(0);
             sink(Event::Token { ticket, token: ticket.entry, logprobs: None });
-            sink(Event::Finished { ticket, reason: core::FinishReason::Length, cached_tokens: 0 });
+            let (reason, tokens) = (core::FinishReason::Length, &[ticket.entry]);
+            sink(Event::Finished { ticket, reason, cached_tokens: 0, tokens });
             Ok(StepReport { launched: None, completed: None })
         }
 

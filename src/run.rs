@@ -58,7 +58,6 @@ struct Live {
     prompt_tokens: u32,
     max_tokens: u32,
     warning: Option<String>,
-    token_ids: Vec<u32>,
     logprobs: Option<Vec<TokenLogprobs>>,
     /// Where text is wanted token by token.
     detokenizer: Option<Detokenizer>,
@@ -179,7 +178,6 @@ impl<'a> Run<'a> {
             prompt_tokens,
             max_tokens,
             warning,
-            token_ids: Vec::new(),
             logprobs: held.params.logprobs.map(|_| Vec::new()),
             detokenizer: as_it_comes.then(|| Detokenizer::new(held.stop)),
         });
@@ -309,13 +307,14 @@ impl Listener<'_, '_> {
     fn hear(&mut self, event: Event<'_>) {
         match event {
             Event::Token { ticket, token, logprobs } => self.token(ticket, token, logprobs),
-            Event::Finished { ticket, reason, cached_tokens } => self.finished(ticket, reason, cached_tokens),
+            Event::Finished { ticket, reason, cached_tokens, tokens } => {
+                self.finished(ticket, reason, cached_tokens, tokens);
+            }
         }
     }
 
     fn token(&mut self, ticket: Ticket, token: u32, row: Option<&RowLogprobs>) {
         let Some(live) = self.live.get_mut(ticket.entry as usize).and_then(Option::as_mut) else { return };
-        live.token_ids.push(token);
         if let (Some(logprobs), Some(row)) = (&mut live.logprobs, row) {
             logprobs.push(TokenLogprobs { logprob: row.token, top: row.top().collect() });
         }
@@ -332,7 +331,7 @@ impl Listener<'_, '_> {
         *self.closed |= flow == Flow::AbortAll;
     }
 
-    fn finished(&mut self, ticket: Ticket, reason: core::FinishReason, cached_tokens: u32) {
+    fn finished(&mut self, ticket: Ticket, reason: core::FinishReason, cached_tokens: u32, tokens: &[u32]) {
         let Some(live) = self.live.get_mut(ticket.entry as usize).and_then(Option::take) else { return };
         let stopped = live.detokenizer.as_ref().is_some_and(Detokenizer::stopped);
         let finish_reason = match reason {
@@ -347,10 +346,10 @@ impl Listener<'_, '_> {
                 rest.push_str(detokenizer.finish(self.text));
                 Some(detokenizer.into_text())
             }
-            None => self.text.decode(&live.token_ids),
+            None => self.text.decode(tokens),
         };
         let completion = Completion {
-            token_ids: live.token_ids,
+            token_ids: tokens.to_vec(),
             text,
             finish_reason,
             prompt_tokens: live.prompt_tokens,

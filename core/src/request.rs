@@ -105,5 +105,7 @@ pub enum Event<'a> {
         reason: FinishReason,
         /// Prompt tokens that the prefix cache held when it was first admitted.
         cached_tokens: u32,
+        /// All its output tokens, so that nobody need keep them meanwhile.
+        tokens: &'a [u32],
     },
 }

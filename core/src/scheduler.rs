@@ -413,9 +413,9 @@ impl Scheduler {
         } else {
             self.ended_waiting = true;
         }
-        self.table.vacate(entry);
         self.stats.finished += 1;
-        sink(Event::Finished { ticket, reason, cached_tokens });
+        sink(Event::Finished { ticket, reason, cached_tokens, tokens: self.table.output(entry) });
+        self.table.vacate(entry);
     }
 
     /// Removes the requests that have ended from their lists, all at once: many may end in one step.

@@ -245,6 +245,11 @@ impl RequestTable {
         &self.tokens[entry as usize * self.sequence..][..self.get(entry).known as usize]
     }
 
+    /// Those that were drawn.
+    pub fn output(&self, entry: u32) -> &[u32] {
+        &self.tokens(entry)[self.get(entry).prompt_len as usize..]
+    }
+
     /// Appends a token that came back from the device.
     pub fn push_token(&mut self, entry: u32, token: u32) {
         let at = entry as usize * self.sequence + self.get(entry).known as usize;

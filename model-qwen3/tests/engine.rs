@@ -65,8 +65,9 @@ fn check(engine: &mut CpuEngine, examples: &[Example], what: &str) -> Vec<u32> {
                 let logprobs = logprobs.expect("asked for");
                 assert_eq!(logprobs.top().collect::<Vec<_>>(), [(token, logprobs.token)], "{what}");
             }
-            Event::Finished { ticket, reason, cached_tokens } => {
+            Event::Finished { ticket, reason, cached_tokens, tokens } => {
                 assert_eq!(reason, FinishReason::Length, "{what}");
+                assert_eq!(greedy[&ticket], tokens, "{what}");
                 cached.insert(ticket, cached_tokens);
             }
         };

@@ -71,9 +71,10 @@ impl Outcomes {
                 outcome.tokens.push(token);
                 outcome.logprobs.extend(logprobs.map(|row| row.token));
             }
-            Event::Finished { ticket, reason, cached_tokens } => {
+            Event::Finished { ticket, reason, cached_tokens, tokens } => {
                 let outcome = self.of_mut(ticket);
                 assert!(outcome.finished.is_none(), "{ticket:?} ends twice");
+                assert_eq!(outcome.tokens, tokens, "{ticket:?} ends with other tokens than it had");
                 outcome.finished = Some((reason, cached_tokens));
             }
         }
