@@ -29,9 +29,6 @@ const PLAN_HEAD: usize = 8;
 /// Words of a segment.
 const SEGMENT_WORDS: usize = 8;
 
-/// Pieces of work left that a block could take: a segment is a piece of what is left, or a whole row where that is less.
-const PIECES: u32 = 1;
-
 /// The kernels for one model's heads, and their scratch.
 #[derive(Debug)]
 pub struct Attention {
@@ -222,7 +219,7 @@ impl Cutter {
         Cutter {
             blocks,
             items,
-            segments: limits.running as usize + PIECES as usize * blocks.div_ceil(items) as usize,
+            segments: limits.running as usize + blocks.div_ceil(items) as usize,
             partials: longest.min(u64::from(room)) as u32,
             dummy: limits.running,
         }
@@ -268,7 +265,8 @@ impl Cutter {
     /// for each row, and for `room` partials.
     fn cuts(&self, kv_len: u32, rest: u64, spare: usize, room: u32) -> Cuts {
         let leaves = kv_len.div_ceil(LEAF);
-        let share = rest * u64::from(self.items) / (u64::from(LEAF * PIECES) * u64::from(self.blocks));
+        // Leaves of what is left, for each block. Shorter pieces cost more in partials than the shorter end gives.
+        let share = rest * u64::from(self.items) / (u64::from(LEAF) * u64::from(self.blocks));
         let count = u64::from(leaves).div_ceil(share.max(1)).min(1 + spare as u64) as u32;
         let first = (leaves / count).max((leaves + 1).saturating_sub(room));
         let first = first.min(leaves);
