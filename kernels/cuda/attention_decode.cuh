@@ -36,7 +36,7 @@ template <int HD, int STAGES> struct Decoder {
 
     // The turn's queries as B operands; columns without a query are zeros.
     __device__ __forceinline__ void load_queries(const Unit &unit) {
-        const unsigned row = ring.stages.queries(ring.place.stage) + lane / 4 * (HD * 2) + lane % 4 * 4;
+        const unsigned row = ring.stages.queries(ring.place.at) + lane / 4 * (HD * 2) + lane % 4 * 4;
         const bool exists = lane / 4 < args.queries(unit.item);
 #pragma unroll
         for (int k = 0; k < HD / 16; k++)
@@ -50,7 +50,7 @@ template <int HD, int STAGES> struct Decoder {
     __device__ __forceinline__ void score_tile(float (&s)[4], const Unit &unit) const {
         s[0] = s[1] = s[2] = s[3] = 0.0f;
         if (warp < unit.tiles()) {
-            const unsigned tile = ring.stages.tokens(ring.place.stage) + warp * (TILE * HD * 2);
+            const unsigned tile = ring.stages.tokens(ring.place.at) + warp * (TILE * HD * 2);
 #pragma unroll
             for (int k = 0; k < HD / 16; k++) {
                 unsigned a[4];
@@ -105,7 +105,7 @@ template <int HD, int STAGES> struct Decoder {
     // The warp's m-tile of the leaf's output, and the sums of its probabilities.
     __device__ __forceinline__ void add_values(State &leaf, const Unit &unit) const {
         const unsigned ones[4] = {0x3f803f80, 0x3f803f80, 0x3f803f80, 0x3f803f80};
-        const unsigned values = ring.stages.tokens(ring.place.stage), here = unit.tiles();
+        const unsigned values = ring.stages.tokens(ring.place.at), here = unit.tiles();
         const unsigned valid = unit.segment.kv_len - unit.leaf * LEAF; // tokens
         float l[4] = {};
         leaf.o[0] = leaf.o[1] = leaf.o[2] = leaf.o[3] = 0.0f;
@@ -158,7 +158,7 @@ template <int HD, int STAGES> struct Decoder {
             State leaf;
             float s[4];
             ring.take();
-            unit.load(ring.stages.unit(ring.place.stage));
+            unit.load(ring.stages.unit(ring.place.at));
             if (unit.is_end())
                 break;
             if (unit.is_first())

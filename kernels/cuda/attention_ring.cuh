@@ -15,6 +15,7 @@
 //    vain; the last such count sets `taken` to 0 for the next launch.
 #pragma once
 #include "attention_work.cuh"
+#include "place.cuh"
 
 #if __CUDA_ARCH__ >= 900
 #define BULK_COPIES 1
@@ -45,18 +46,6 @@ template <int HD, int STAGES> struct Stages {
     }
     __device__ __forceinline__ unsigned empty(unsigned stage) const { return full(stage) + 8; }
     __device__ __forceinline__ unsigned end() const { return full(STAGES); }
-};
-
-// A place in the ring, and how often it was passed.
-template <int STAGES> struct Place {
-    unsigned stage = 0, parity = 0;
-
-    __device__ __forceinline__ void advance() {
-        if (++stage == STAGES) {
-            stage = 0;
-            parity ^= 1;
-        }
-    }
 };
 
 #if BULK_COPIES
@@ -102,38 +91,38 @@ template <int HD, int STAGES> struct Filler {
         if (first() < LEAF && token < unit.segment.kv_len)
             page = args.page_table[(size_t)unit.segment.slot * args.table_width + (token >> args.page_shift)];
     }
-    // Says what the stage at `at` will hold.
-    __device__ __forceinline__ void announce(const Unit &unit, bool values, Place<STAGES> at) const {
+    // Says what the stage there will hold.
+    __device__ __forceinline__ void announce(const Unit &unit, bool values, Place<STAGES> there) const {
         unsigned bytes = unit.tiles() * TILE * HD * 2;
         if (!values && unit.is_first())
             bytes += args.queries(unit.item) * HD * 2;
         if (lane == 0) {
             if (!values)
-                unit.store(stages.unit(at.stage));
-            asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(stages.full(at.stage)), "r"(bytes)
+                unit.store(stages.unit(there.at));
+            asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(stages.full(there.at)), "r"(bytes)
                          : "memory");
         }
         __syncwarp();
     }
     // Starts the copies of a stage: those that the kernel before does not write to, or those that it does.
-    __device__ __forceinline__ void copy(const Unit &unit, bool values, Place<STAGES> at, bool older, bool newer) const {
+    __device__ __forceinline__ void copy(const Unit &unit, bool values, Place<STAGES> there, bool older, bool newer) const {
         const unsigned begin = unit.leaf * LEAF + first(), end = unit.leaf * LEAF + unit.tiles() * TILE;
         if (first() < LEAF && begin < end) {
             const bool newest = begin + step() >= unit.segment.kv_len;
             const unsigned in_page = begin & ((1u << args.page_shift) - 1);
             const size_t block = (size_t)page * args.kv_heads + args.head(unit.item);
             if (newest ? newer : older)
-                bulk_copy(stages.tokens(at.stage) + first() * HD * 2,
+                bulk_copy(stages.tokens(there.at) + first() * HD * 2,
                           (values ? args.v : args.k) + ((block << args.page_shift) + in_page) * HD,
-                          min(step(), end - begin) * HD * 2, stages.full(at.stage), policy);
+                          min(step(), end - begin) * HD * 2, stages.full(there.at), policy);
         }
         if (lane == 31 && newer && !values && unit.is_first())
-            bulk_copy(stages.queries(at.stage), args.q + args.query_offset(unit.segment.row, unit.item, HD),
-                      args.queries(unit.item) * HD * 2, stages.full(at.stage), policy);
+            bulk_copy(stages.queries(there.at), args.q + args.query_offset(unit.segment.row, unit.item, HD),
+                      args.queries(unit.item) * HD * 2, stages.full(there.at), policy);
         __syncwarp();
     }
     __device__ __forceinline__ void fill(const Unit &unit, bool values) {
-        wait_for(stages.empty(place.stage), place.parity ^ 1);
+        wait_for(stages.empty(place.at), place.parity ^ 1);
         announce(unit, values, place);
         copy(unit, values, place, true, true);
         place.advance();
@@ -160,14 +149,14 @@ template <int HD, int STAGES> struct Filler {
         }
         dependent_wait();
         Unit again = first;
-        Place<STAGES> at = begin;
+        Place<STAGES> there = begin;
 #pragma unroll
         for (int i = 0; i < STAGES; i++) {
             if (i >= filled)
                 break;
             page = pages[i / 2];
-            copy(again, i % 2, at, false, true);
-            at.advance();
+            copy(again, i % 2, there, false, true);
+            there.advance();
             again.leaf += i % 2;
         }
         return filled % 2;
@@ -200,10 +189,10 @@ template <int HD, int STAGES> struct Filler {
         if (lane == 0 && taken == args.turns - 1)
             args.arrived[args.arrived_count] = 0;
         unit.segment.leaves = 0;
-        wait_for(stages.empty(place.stage), place.parity ^ 1);
+        wait_for(stages.empty(place.at), place.parity ^ 1);
         if (lane == 0) {
-            unit.store(stages.unit(place.stage));
-            asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(stages.full(place.stage)) : "memory");
+            unit.store(stages.unit(place.at));
+            asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(stages.full(place.at)) : "memory");
         }
     }
 };
@@ -217,12 +206,12 @@ template <int HD, int STAGES> struct Ring {
     __device__ __forceinline__ Ring(const DecodeArgs &, Stages<HD, STAGES> stages, unsigned lane)
         : stages(stages), lane(lane) {}
     // Waits for the next stage.
-    __device__ __forceinline__ void take() { wait_for(stages.full(place.stage), place.parity); }
+    __device__ __forceinline__ void take() { wait_for(stages.full(place.at), place.parity); }
     // Gives the stage at hand back, when the warp has read what it wants of it.
     __device__ __forceinline__ void release() {
         __syncwarp();
         if (lane == 0)
-            asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(stages.empty(place.stage)) : "memory");
+            asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(stages.empty(place.at)) : "memory");
         place.advance();
     }
 };
@@ -302,7 +291,7 @@ template <int HD, int STAGES> struct Ring {
     }
     __device__ __forceinline__ void take() {
         readers_barrier(); // everyone is done with the other stage
-        copy_next(place.stage ^ 1);
+        copy_next(place.at ^ 1);
         asm volatile("cp.async.wait_group 1;" ::: "memory");
         readers_barrier();
     }

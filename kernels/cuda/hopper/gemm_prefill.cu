@@ -25,6 +25,7 @@
 //    epilogue's values for a multiplying thread, few for the last warpgroup.
 #include "dependent.cuh"
 #include "hopper.cuh"
+#include "place.cuh"
 #include "prefill_epilogue.cuh"
 
 constexpr unsigned M = 128, W_BYTES = M * 128, BLOCKS = 2;
@@ -73,18 +74,6 @@ template <int GROUPS> struct Shared {
     }
 };
 
-// Walks a ring of COUNT places, over tiles' ends.
-template <unsigned COUNT> struct Position {
-    unsigned at = 0, parity = 0;
-
-    __device__ __forceinline__ void advance() {
-        if (++at == COUNT) {
-            at = 0;
-            parity ^= 1;
-        }
-    }
-};
-
 // The tiles of this block in their order.
 template <int GROUPS> struct Tiles {
     unsigned tile, m, n; // which, of which 256 rows of w, of which tokens
@@ -116,7 +105,7 @@ template <int GROUPS>
 __device__ __forceinline__ void fetch(const Shared<GROUPS> &shared, const TensorMap *w, const TensorMap *x, const Shape &shape) {
     using P = Plan<GROUPS>;
     const unsigned rank = cluster_rank(), half = rank * (P::TOKENS / BLOCKS);
-    Position<P::STAGES> position;
+    Place<P::STAGES> position;
     for (Tiles<GROUPS> tiles(shape); tiles.remain(); tiles.advance())
         for (unsigned i = 0; i < shape.blocks(); i++) {
             const unsigned full = shared.full + 8 * position.at, to = shared.stage(position.at);
@@ -132,7 +121,7 @@ __device__ __forceinline__ void fetch(const Shared<GROUPS> &shared, const Tensor
 template <int GROUPS, class Epilogue>
 __device__ __forceinline__ void look_up(const Shared<GROUPS> &shared, const Shape &shape, const Epilogue &epilogue) {
     using P = Plan<GROUPS>;
-    Position<2> position;
+    Place<2> position;
     for (Tiles<GROUPS> tiles(shape); tiles.remain(); tiles.advance()) {
         barrier_wait(shared.known_empty + 8 * position.at, position.parity ^ 1);
         Known *known = shared.known + position.at * P::TOKENS;
@@ -148,7 +137,7 @@ __device__ __forceinline__ void look_up(const Shared<GROUPS> &shared, const Shap
 
 // Adds the columns' blocks begin .. end to `sum`, from zero.
 template <int GROUPS>
-__device__ __forceinline__ void multiply_slice(const Shared<GROUPS> &shared, Position<Plan<GROUPS>::STAGES> &position,
+__device__ __forceinline__ void multiply_slice(const Shared<GROUPS> &shared, Place<Plan<GROUPS>::STAGES> &position,
                                                unsigned begin, unsigned end, float (&sum)[64]) {
     const unsigned lane = threadIdx.x % 32;
     unsigned before = 0;
@@ -179,7 +168,7 @@ __device__ __forceinline__ void multiply_slice(const Shared<GROUPS> &shared, Pos
 
 // A tile's sums: its slices' in their order. `between` is called once, with the first on its way or done.
 template <bool ONE_SLICE, int GROUPS, class Between>
-__device__ __forceinline__ void multiply_tile(const Shared<GROUPS> &shared, Position<Plan<GROUPS>::STAGES> &position,
+__device__ __forceinline__ void multiply_tile(const Shared<GROUPS> &shared, Place<Plan<GROUPS>::STAGES> &position,
                                               const Shape &shape, float (&total)[64], const Between &between) {
     float sum[64];
 #pragma unroll
@@ -203,9 +192,9 @@ __device__ __forceinline__ void multiply(const Shared<GROUPS> &shared, const Ten
     using P = Plan<GROUPS>;
     const unsigned warp = threadIdx.x / 32, lane = threadIdx.x % 32, old = shared.old + 8 * warp;
     const WarpTile warp_tile = {shared.warp_tile(warp), lane};
-    Position<P::STAGES> position;
-    Position<2> looked;
-    Position<1> fetched;
+    Place<P::STAGES> position;
+    Place<2> looked;
+    Place<1> fetched;
     for (Tiles<GROUPS> tiles(shape); tiles.remain(); tiles.advance()) {
         const unsigned token = tiles.token() + 16 * warp, count = shape.tokens > token ? shape.tokens - token : 0;
         const Outputs outputs = {warp_tile, out, token, count, tiles.row(), shape.rows};
