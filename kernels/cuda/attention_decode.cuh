@@ -29,7 +29,7 @@ template <int HD, int STAGES> struct Decoder {
     static constexpr unsigned SCRATCH = LEAF_TILES * (256 + 32) + 16;
 
     __device__ __forceinline__ Decoder(const DecodeArgs &args, Stages<HD, STAGES> stages, unsigned warp, unsigned lane)
-        : args(args), ring(args, stages, lane), probabilities(stages.end()), maxima(probabilities + LEAF_TILES * 256),
+        : args(args), ring(args, stages), probabilities(stages.end()), maxima(probabilities + LEAF_TILES * 256),
           flag(maxima + LEAF_TILES * 32), warp(warp), lane(lane) {
         state.clear();
     }

@@ -4,7 +4,7 @@
 //   order   keys, values, keys, values, ... of unit after unit; behind the last, keys of a unit that says `is_end`
 //
 // On Hopper a warp of its own fills the ring: each lane copies a page's share of a leaf (the bytes as they lie, swizzled
-// already), which completes on the stage's `full`; warps that have read a stage arrive at its `empty`. Bytes are read once,
+// already), which completes on the stage's `full`; threads that have read a stage arrive at its `empty`. Bytes are read once,
 // so L2 is told to evict them first. A block's first turn is its number; from then on it takes whichever is next, so that
 // blocks that memory serves better do more. Elsewhere all threads copy 16 bytes each, one stage ahead, and turns are dealt
 // round.
@@ -197,21 +197,17 @@ template <int HD, int STAGES> struct Filler {
     }
 };
 
-// The ring as a warp that reads sees it.
+// The ring as a thread that reads sees it.
 template <int HD, int STAGES> struct Ring {
     const Stages<HD, STAGES> stages;
     Place<STAGES> place;
-    unsigned lane;
 
-    __device__ __forceinline__ Ring(const DecodeArgs &, Stages<HD, STAGES> stages, unsigned lane)
-        : stages(stages), lane(lane) {}
+    __device__ __forceinline__ Ring(const DecodeArgs &, Stages<HD, STAGES> stages) : stages(stages) {}
     // Waits for the next stage.
     __device__ __forceinline__ void take() { wait_for(stages.full(place.at), place.parity); }
-    // Gives the stage at hand back, when the warp has read what it wants of it.
+    // Gives the stage at hand back, when the thread has read what it wants of it.
     __device__ __forceinline__ void release() {
-        __syncwarp();
-        if (lane == 0)
-            asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(stages.empty(place.at)) : "memory");
+        asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(stages.empty(place.at)) : "memory");
         place.advance();
     }
 };
@@ -220,7 +216,7 @@ template <int HD, int STAGES> __device__ __forceinline__ void prepare(const Stag
     if (threadIdx.x == 0) {
         for (unsigned i = 0; i < STAGES; i++) {
             asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(stages.full(i)) : "memory");
-            asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(stages.empty(i)), "n"(DECODE_WARPS) : "memory");
+            asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(stages.empty(i)), "n"(DECODE_READERS) : "memory");
         }
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
         asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
@@ -239,7 +235,7 @@ template <int HD, int STAGES> struct Ring {
     unsigned turn;
     bool values;
 
-    __device__ __forceinline__ Ring(const DecodeArgs &args, Stages<HD, STAGES> stages, unsigned)
+    __device__ __forceinline__ Ring(const DecodeArgs &args, Stages<HD, STAGES> stages)
         : args(args), stages(stages), turn(blockIdx.x), values(false) {
         ahead.begin(args, turn);
         copy_next(0);

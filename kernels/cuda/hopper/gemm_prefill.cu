@@ -65,8 +65,8 @@ template <int GROUPS> struct Shared {
             barrier_init(empty + 8 * i, BLOCKS * P::WARPS);
         }
         for (unsigned i = 0; i < 2; i++) {
-            barrier_init(known_full + 8 * i, 1);
-            barrier_init(known_empty + 8 * i, P::WARPS);
+            barrier_init(known_full + 8 * i, 32);
+            barrier_init(known_empty + 8 * i, 32 * P::WARPS);
         }
         for (unsigned i = 0; i < P::WARPS; i++)
             barrier_init(old + 8 * i, 1);
@@ -128,9 +128,7 @@ __device__ __forceinline__ void look_up(const Shared<GROUPS> &shared, const Shap
 #pragma unroll 1
         for (unsigned n = threadIdx.x % 32; n < P::TOKENS; n += 32) // the last one's where there are no more
             known[n] = look_up(epilogue, min(tiles.token() + n, shape.tokens - 1));
-        __syncwarp();
-        if (threadIdx.x % 32 == 0)
-            barrier_arrive(shared.known_full + 8 * position.at);
+        barrier_arrive(shared.known_full + 8 * position.at);
         position.advance();
     }
 }
@@ -205,7 +203,7 @@ __device__ __forceinline__ void multiply(const Shared<GROUPS> &shared, const Ten
         if (is_added(epilogue))
             barrier_wait(old, fetched.parity);
         finish(epilogue, total, outputs, shared.known + looked.at * P::TOKENS + 16 * warp);
-        if (Epilogue::SCALED && lane == 0)
+        if (Epilogue::SCALED)
             barrier_arrive(shared.known_empty + 8 * looked.at);
         looked.advance();
         fetched.advance();
