@@ -22,6 +22,7 @@ use crate::memory::{Address, Buffer, Event, Graph, Pinned, element_bytes};
 use crate::module::Modules;
 use crate::ops::Operations;
 use crate::telemetry::Telemetry;
+use crate::turns;
 use crate::weight::Staging;
 
 /// The smallest page, in tokens, that the attention kernels take.
@@ -105,6 +106,7 @@ impl Cuda {
 
     /// Allocates `bytes` bytes for `purpose`.
     pub(crate) fn allocate(&mut self, purpose: Purpose, bytes: usize) -> Result<Address, CudaError> {
+        let _turn = turns::synchronize();
         // SAFETY: the context is current; the memory is freed once, with `self`.
         match unsafe { result::malloc_sync(bytes.max(1)) } {
             Ok(address) => {
@@ -126,6 +128,7 @@ impl Cuda {
     /// Frees everything allocated since `mark`, which nothing may use any more.
     pub(crate) fn free_after(&mut self, mark: usize) -> Result<(), CudaError> {
         self.synchronize()?;
+        let _turn = turns::synchronize();
         for address in self.allocations.addresses.drain(mark..) {
             // SAFETY: allocated once, freed once; the device is idle.
             let freed = unsafe { result::memory_free(address) };
@@ -332,6 +335,7 @@ impl Allocations {
 
 impl Drop for Allocations {
     fn drop(&mut self) {
+        let _turn = turns::synchronize();
         // Errors have nobody to go to here: a failed kernel's is returned by every call, and was reported before.
         let _ = self.context.make_current().and(result::ctx::synchronize().named("waiting for the GPU"));
         for address in self.addresses.drain(..) {

@@ -11,7 +11,7 @@
 //! A kernel's failure shows at a later call. The launcher remembers the last kernels, and with `MINISGL_CUDA_SYNC=1`
 //! waits after each, so that the error names the one that failed.
 
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::ffi::c_void;
 use std::ptr::null_mut;
 use std::sync::Arc;
@@ -24,6 +24,7 @@ use minisgl_core::backend::Queue;
 use crate::context::Context;
 use crate::error::{CudaError, cause, is_device_lost, is_kernel_failure};
 use crate::memory::Graph;
+use crate::turns::{self, Recording};
 
 /// Parameters that a kernel may have.
 pub(crate) const PARAMS_MAX: usize = 28;
@@ -165,7 +166,8 @@ pub struct Launcher {
     copy: sys::CUstream,
     /// Wait after each launch?
     synchronous: bool,
-    capturing: Cell<bool>,
+    /// While what is launched is recorded.
+    recording: RefCell<Option<Recording>>,
     trace: Trace,
     host_times: Cell<HostTimes>,
 }
@@ -182,7 +184,7 @@ impl Launcher {
             compute: stream()?,
             copy: stream()?,
             synchronous: std::env::var_os("MINISGL_CUDA_SYNC").is_some_and(|value| value != "0"),
-            capturing: Cell::new(false),
+            recording: RefCell::default(),
             trace: Trace::default(),
             host_times: Cell::default(),
         })
@@ -224,17 +226,18 @@ impl Launcher {
 
     /// From here to [`Launcher::end_capture`] what is launched on the compute stream is recorded, not run.
     pub(crate) fn begin_capture(&self) -> Result<(), CudaError> {
+        let recording = turns::record();
         let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
         // SAFETY: the stream is alive.
         let begun = unsafe { result::stream::begin_capture(self.compute, mode) };
         self.check("beginning to record a step", begun)?;
-        self.capturing.set(true);
+        self.recording.replace(Some(recording));
         Ok(())
     }
 
     /// Ends the recording and instantiates it.
     pub(crate) fn end_capture(&self) -> Result<Graph, CudaError> {
-        self.capturing.set(false);
+        let _recording = self.recording.take();
         // SAFETY: the stream is alive.
         let recorded = unsafe { result::stream::end_capture(self.compute) };
         let recorded = self.check("recording a step", recorded)?;
@@ -265,6 +268,7 @@ impl Launcher {
 
     /// Waits on the host for both streams.
     pub(crate) fn synchronize(&self) -> Result<(), CudaError> {
+        let _turn = turns::synchronize();
         for stream in [self.compute, self.copy] {
             // SAFETY: the stream is alive.
             let waited = unsafe { result::stream::synchronize(stream) };
@@ -273,16 +277,20 @@ impl Launcher {
         Ok(())
     }
 
+    fn is_recording(&self) -> bool {
+        self.recording.borrow().is_some()
+    }
+
     /// Counts the steps that errors speak of.
     pub(crate) fn begin_step(&self) {
-        if !self.capturing.get() {
+        if !self.is_recording() {
             self.trace.step.set(self.trace.step.get() + 1);
         }
     }
 
     fn launched(&self, name: &'static str) -> Result<(), CudaError> {
         self.trace.push(name);
-        if self.synchronous && !self.capturing.get() {
+        if self.synchronous && !self.is_recording() {
             // SAFETY: the stream lives as long as `self`.
             let waited = unsafe { result::stream::synchronize(self.compute) };
             return waited.map_err(|error| self.failed(name, error));

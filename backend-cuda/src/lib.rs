@@ -4,6 +4,7 @@
 //!   context   driver, device, properties            memory    buffers, pinned memory, events, graphs
 //!   module    kernels, loaded and looked up         launch    grids, parameters, dependent launch, late errors
 //!   device    core's Device over these               ops       core's Ops: each family of kernels and its launches
+//!   turns     of a process's engines, where one records
 //! ```
 //!
 //! Invariant: after `reserve` a step allocates nothing on the host or the device, and waits for nothing but the pinned
@@ -19,6 +20,7 @@ pub mod ops;
 pub mod perf;
 mod telemetry;
 mod tensor_map;
+mod turns;
 mod weight;
 
 pub use context::{KernelSet, Properties, device_count};

@@ -13,6 +13,7 @@ use minisgl_core::backend::Element;
 use crate::context::Context;
 use crate::error::{CudaError, Named, cause};
 use crate::launch::{Launcher, Param};
+use crate::turns;
 
 /// An address in device memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -152,10 +153,12 @@ pub struct Pinned {
 impl Pinned {
     pub(crate) fn new(context: &Arc<Context>, words: usize) -> Result<Pinned, CudaError> {
         let bytes = words.max(1) * 4;
+        let turn = turns::synchronize();
         // SAFETY: the memory is freed once, in `drop`.
         let pointer = unsafe { result::malloc_host(bytes, 0) }
             .map_err(|error| CudaError::Pinned { bytes, cause: cause(error) })?
             .cast::<u32>();
+        drop(turn);
         // SAFETY: `bytes` writable bytes begin at `pointer`.
         unsafe { pointer.cast::<u8>().write_bytes(0, bytes) };
         let [uploaded, downloaded] = [Event::untimed(context)?, Event::untimed(context)?];
@@ -190,6 +193,7 @@ impl Drop for Pinned {
         // A copy may still run; errors have nobody to go to.
         let _ = self.uploaded.context.make_current();
         let _ = self.uploaded.synchronize().and(self.downloaded.synchronize());
+        let _turn = turns::synchronize();
         // SAFETY: allocated once, freed once.
         let _ = unsafe { result::free_host(self.pointer.cast()) };
     }

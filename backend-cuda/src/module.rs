@@ -16,6 +16,7 @@ use minisgl_kernels::{HOPPER, Module, PORTABLE};
 use crate::context::Context;
 use crate::error::{CudaError, Named, cause};
 use crate::launch::{Kernel, PARAMS_MAX};
+use crate::turns;
 
 /// Dynamic shared memory that any kernel may use without asking.
 const SHARED_BYTES_FREE: u32 = 48 << 10;
@@ -47,6 +48,7 @@ impl Modules {
     pub(crate) fn load(context: &Arc<Context>) -> Result<Modules, CudaError> {
         let hopper = context.properties.hopper;
         let set = if hopper { HOPPER } else { PORTABLE };
+        let _turn = turns::synchronize();
         let loaded = std::thread::scope(|scope| {
             let threads: Vec<_> =
                 set.iter().map(|module| scope.spawn(move || Loaded::load(context, module))).collect();
@@ -79,6 +81,7 @@ impl Modules {
         // SAFETY: the module is loaded, the name ends in NUL.
         let status = unsafe { sys::cuModuleGetFunction(&mut function, module.handle, name.as_ptr()) };
         status.result().map_err(|_| missing)?;
+        let _turn = turns::synchronize();
         // SAFETY: the function was just found.
         unsafe { sys::cuFuncLoad(function) }.result().named("loading a kernel")?;
         if shared > SHARED_BYTES_FREE {
@@ -159,6 +162,7 @@ fn compile(module: &Module) -> Result<sys::CUmodule, CudaError> {
 
 impl Drop for Modules {
     fn drop(&mut self) {
+        let _turn = turns::synchronize();
         for module in &self.loaded {
             // SAFETY: loaded once; no kernel of it is launched after the device is dropped. An error has nobody to go to.
             let _ = unsafe { sys::cuModuleUnload(module.handle) };
