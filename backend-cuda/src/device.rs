@@ -290,10 +290,7 @@ impl Device for Cuda {
     }
 
     fn wait(&mut self, queue: Queue, event: &Event) -> Result<(), CudaError> {
-        let stream = self.launcher.stream(queue);
-        // SAFETY: stream and event are alive.
-        let wait = || unsafe { sys::cuStreamWaitEvent(stream, event.handle, 0).result() };
-        self.enqueue("waiting for an event", wait)
+        self.enqueue("waiting for an event", || event.hold(self.launcher.stream(queue)))
     }
 
     fn elapsed_ms(&self, from: &Event, to: &Event) -> Result<f32, CudaError> {

@@ -8,6 +8,8 @@
 //! are compared with those that the kernel declares, so a forgotten or widened one is an error that names the kernel,
 //! not a wild pointer on the device. Kernels are trusted to stay within the buffers that they are given.
 //!
+//! Between `fork` and `join` there are two lanes: what `beside` launches runs beside what follows on the compute stream.
+//!
 //! A kernel's failure shows at a later call. The launcher remembers the last kernels, and with `MINISGL_CUDA_SYNC=1`
 //! waits after each, so that the error names the one that failed.
 
@@ -23,7 +25,7 @@ use minisgl_core::backend::Queue;
 
 use crate::context::Context;
 use crate::error::{CudaError, cause, is_device_lost, is_kernel_failure};
-use crate::memory::Graph;
+use crate::memory::{Event, Graph};
 use crate::turns::{self, Recording};
 
 /// Parameters that a kernel may have.
@@ -164,6 +166,12 @@ pub struct Launcher {
     context: Arc<Context>,
     compute: sys::CUstream,
     copy: sys::CUstream,
+    /// The second lane, and the points where it leaves the compute stream and comes back.
+    beside: sys::CUstream,
+    forked: Event,
+    joined: Event,
+    /// Where kernels are launched: the compute stream or the one beside it.
+    lane: Cell<sys::CUstream>,
     /// Wait after each launch?
     synchronous: bool,
     /// While what is launched is recorded.
@@ -173,16 +181,21 @@ pub struct Launcher {
 }
 
 impl Launcher {
-    /// Two streams of its own on the context's device.
+    /// Streams of its own on the context's device.
     pub(crate) fn new(context: &Arc<Context>) -> Result<Launcher, CudaError> {
         let stream = || {
             result::stream::create(result::stream::StreamKind::NonBlocking)
                 .map_err(|error| CudaError::Driver { operation: "making a stream", cause: cause(error) })
         };
+        let compute = stream()?;
         Ok(Launcher {
             context: context.clone(),
-            compute: stream()?,
+            compute,
             copy: stream()?,
+            beside: stream()?,
+            forked: Event::untimed(context)?,
+            joined: Event::untimed(context)?,
+            lane: Cell::new(compute),
             synchronous: std::env::var_os("MINISGL_CUDA_SYNC").is_some_and(|value| value != "0"),
             recording: RefCell::default(),
             trace: Trace::default(),
@@ -266,10 +279,35 @@ impl Launcher {
         self.launched("(a recorded step)")
     }
 
-    /// Waits on the host for both streams.
+    /// Begins the second lane, behind what was launched so far.
+    pub(crate) fn fork(&self) -> Result<(), CudaError> {
+        let forked =
+            self.enqueuing(|| self.forked.record(self.compute).and_then(|()| self.forked.hold(self.beside)));
+        self.check("beginning a second lane", forked)
+    }
+
+    /// Ends the second lane: what is launched from now on waits for it.
+    pub(crate) fn join(&self) -> Result<(), CudaError> {
+        let joined =
+            self.enqueuing(|| self.joined.record(self.beside).and_then(|()| self.joined.hold(self.compute)));
+        self.check("ending a second lane", joined)
+    }
+
+    /// Launches in the second lane.
+    pub(crate) fn beside(
+        &self,
+        launch: impl FnOnce(&Launcher) -> Result<(), CudaError>,
+    ) -> Result<(), CudaError> {
+        self.lane.set(self.beside);
+        let launched = launch(self);
+        self.lane.set(self.compute);
+        launched
+    }
+
+    /// Waits on the host for all streams.
     pub(crate) fn synchronize(&self) -> Result<(), CudaError> {
         let _turn = turns::synchronize();
-        for stream in [self.compute, self.copy] {
+        for stream in [self.compute, self.copy, self.beside] {
             // SAFETY: the stream is alive.
             let waited = unsafe { result::stream::synchronize(stream) };
             self.check("waiting for the GPU", waited)?;
@@ -292,13 +330,13 @@ impl Launcher {
         self.trace.push(name);
         if self.synchronous && !self.is_recording() {
             // SAFETY: the stream lives as long as `self`.
-            let waited = unsafe { result::stream::synchronize(self.compute) };
+            let waited = unsafe { result::stream::synchronize(self.lane.get()) };
             return waited.map_err(|error| self.failed(name, error));
         }
         Ok(())
     }
 
-    /// Enqueues a kernel on the compute queue. An empty grid is nothing to do.
+    /// Enqueues a kernel in the lane at hand. An empty grid is nothing to do.
     pub fn launch<const N: usize>(
         &self,
         kernel: &Kernel,
@@ -322,7 +360,7 @@ impl Launcher {
             blockDimY: 1,
             blockDimZ: 1,
             sharedMemBytes: grid.shared,
-            hStream: self.compute,
+            hStream: self.lane.get(),
             attrs: used.as_mut_ptr(),
             numAttrs: used.len() as u32,
         };
@@ -378,7 +416,7 @@ impl Drop for Launcher {
     fn drop(&mut self) {
         // Errors have nobody to go to here; the context is released in any case.
         let _ = self.context.make_current();
-        for stream in [self.compute, self.copy] {
+        for stream in [self.compute, self.copy, self.beside] {
             // SAFETY: created in `new`, destroyed once.
             let _ = unsafe { result::stream::destroy(stream) };
         }

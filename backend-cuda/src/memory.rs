@@ -128,6 +128,12 @@ impl Event {
         // SAFETY: event and stream are alive.
         unsafe { result::event::record(self.handle, stream) }
     }
+
+    /// Makes later work of a stream wait. The host does not wait.
+    pub(crate) fn hold(&self, stream: sys::CUstream) -> Result<(), DriverError> {
+        // SAFETY: stream and event are alive.
+        unsafe { sys::cuStreamWaitEvent(stream, self.handle, 0).result() }
+    }
 }
 
 impl Drop for Event {

@@ -13,6 +13,7 @@ use minisgl_core::batch::{Header, Layout, Phase, ROW_WORDS, Row, StepShape, zero
 use minisgl_core::config::Limits;
 use minisgl_core::tensor::splitmix64;
 use minisgl_cuda::ops::attention::Attention;
+use minisgl_cuda::ops::halves::Part;
 use minisgl_cuda::{Buffer, Cuda, KernelSet, Options};
 use rayon::prelude::*;
 use support::taken;
@@ -167,7 +168,6 @@ impl World {
         let mut words = zeroed_words(&layout);
         let header = Header { rows: shape.rows, tokens, samples: shape.samples, ..Header::default() };
         words[..16].copy_from_slice(bytemuck::cast_slice(&[header]));
-        self.attention.plan(shape, &rows, &mut words[layout.plan..][..plan_words]);
         words[layout.rows..][..rows.len() * ROW_WORDS].copy_from_slice(bytemuck::cast_slice(&rows));
 
         let (width, seed) = (self.width(), self.numbers.seed);
@@ -179,7 +179,6 @@ impl World {
         }
         let cuda = &mut self.cuda;
         let batch = cuda.alloc(Purpose::Scratch, Element::Word, words.len()).unwrap();
-        upload(cuda, &words, batch);
         let q_buffer = cuda.alloc(Purpose::Scratch, Element::Activation, q.len()).unwrap();
         upload(cuda, bytemuck::cast_slice(&q), q_buffer);
         // A token more, to see that nobody writes there.
@@ -194,17 +193,21 @@ impl World {
             page_size: self.limits.page_size,
             token_pool: self.table,
         };
-        let mut results = [(); 2].map(|()| {
+        let whole: &[Part] = &[Part::Whole];
+        let halves = if phase == Phase::Decode { &[Part::First, Part::Second] } else { whole };
+        let mut results = [whole, whole, halves].map(|parts| {
+            self.attention.plan(shape, parts.len() > 1, &rows, &mut words[layout.plan..][..plan_words]);
+            upload(cuda, &words, batch);
             upload(cuda, bytemuck::cast_slice(&poison), out);
-            self.attention.attend(cuda.launcher(), &step, q_buffer, self.kv, out).unwrap();
+            for part in parts {
+                self.attention.attend(cuda.launcher(), &step, *part, q_buffer, self.kv, out).unwrap();
+            }
             let mut pinned = cuda.alloc_pinned(poison.len() / 2).unwrap();
             cuda.download(Queue::Compute, out, poison.len() / 2, &mut pinned).unwrap();
             bytemuck::cast_slice::<u32, bf16>(cuda.words(&pinned).unwrap()).to_vec()
         });
-        assert!(
-            results[0].iter().map(|x| x.to_bits()).eq(results[1].iter().map(|x| x.to_bits())),
-            "run twice"
-        );
+        assert!(bits(&results[0]) == bits(&results[1]), "run twice");
+        assert!(bits(&results[0]) == bits(&results[2]), "run as two halves");
         let mut result = std::mem::take(&mut results[0]);
         assert!(result.split_off(q.len()).iter().all(|x| x.is_nan()), "written behind the last token");
         result

@@ -1,5 +1,5 @@
 //! Matrix products on the device: what each epilogue writes is the definition's value within rounding, and a token's
-//! bits do not depend on how many tokens are multiplied with it.
+//! bits do not depend on how many tokens are multiplied with it, nor on the room that the product has.
 //!
 //! Every case multiplies the first `tokens` rows of one random matrix for a list of token counts. The largest run is
 //! compared with the definition in f64, every other run with the largest, bit by bit. Outputs are poisoned before, and
@@ -14,7 +14,7 @@ use half::{bf16, f16};
 use minisgl_core::backend::{Device, Element, Purpose, Queue};
 use minisgl_core::batch::Token;
 use minisgl_core::tensor::{splitmix64, uniform_element};
-use minisgl_cuda::ops::gemm::{Epilogue, GateUp, Gemm, Head, Linear, Qkv, Residual, RowNorm};
+use minisgl_cuda::ops::gemm::{Epilogue, GateUp, Gemm, Head, Linear, Qkv, Residual, Room, RowNorm};
 use minisgl_cuda::{Buffer, Cuda, KernelSet, Options, Weight};
 use support::taken;
 
@@ -33,6 +33,7 @@ struct Gpu {
     cuda: Cuda,
     gemm: Gemm,
     set: KernelSet,
+    room: Room,
     seed: u64,
 }
 
@@ -41,7 +42,7 @@ impl Gpu {
         let cuda = Cuda::new(&Options { kernels: set, ..Options::default() }).expect("a GPU");
         let gemm = Gemm::new(cuda.modules(), cuda.properties()).unwrap();
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
-        Gpu { cuda, gemm, set, seed: splitmix64(now.as_nanos() as u64) }
+        Gpu { cuda, gemm, set, room: Room::Whole, seed: splitmix64(now.as_nanos() as u64) }
     }
 
     /// `count` numbers in `[-size, size)`.
@@ -80,7 +81,7 @@ impl Gpu {
 
     fn launch<E: Epilogue>(&mut self, w: Weight, x: Buffer, tokens: u32, epilogue: &E) {
         let launcher = self.cuda.launcher();
-        self.gemm.launch(launcher, w, x.address(), tokens, epilogue).unwrap();
+        self.gemm.launch(launcher, w, x.address(), tokens, self.room, epilogue).unwrap();
         self.cuda.synchronize().unwrap();
     }
 }
@@ -137,7 +138,7 @@ impl Operands {
     }
 }
 
-/// Runs every token count; compares the largest with `expected` and the others with the largest.
+/// Runs every token count in every room; compares the largest with `expected` and the others with the largest.
 fn check(
     gpu: &mut Gpu,
     label: &str,
@@ -150,13 +151,15 @@ fn check(
     for t in [0, 1, 7, 8, 63, 64, 127, 128, 191, 255, 256, 640, 999] {
         check_values(&format!("{label}, token {t}"), &largest[t], &expected(t), bound);
     }
-    for tokens in taken(TOKENS) {
+    for (tokens, room) in taken(TOKENS).flat_map(|tokens| [(tokens, Room::Whole), (tokens, Room::Half)]) {
+        gpu.room = room;
         let out = run(gpu, tokens);
+        gpu.room = Room::Whole;
         let places = || (0..out.len()).flat_map(|t| (0..out[t].len()).map(move |i| (t, i)));
         let differs = |(t, i): &(usize, usize)| out[*t][*i].to_bits() != largest[*t][*i].to_bits();
         if let Some((t, i)) = places().find(differs) {
             panic!(
-                "{label}: {} of {} values differ between {tokens} and {} tokens; the first is token {t}, output {i}: {}, {}",
+                "{label}: {} of {} values differ between {tokens} ({room:?}) and {} tokens; the first is token {t}, output {i}: {}, {}",
                 places().filter(differs).count(),
                 places().count(),
                 largest.len(),

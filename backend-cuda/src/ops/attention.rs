@@ -2,11 +2,12 @@
 //!
 //! ```text
 //!   decode    plan: count, then segments (some leaves of a row)            a block takes a segment and a kv head, again and again
+//!             a divided step has a plan for each half, one behind the other
 //!   prefill   plan: count, then (row, first token) an item, longest first  every block takes an item and a kv head
 //! ```
 //!
 //! Grids depend on the step's shape and on fixed capacities only, so that a recorded step fits any lengths: a decode
-//! step always fills the device once, a prefill step launches as many blocks as its tokens may need at most.
+//! step always fills the device once (each half of a divided one fills half of it), a prefill step launches as many blocks as its tokens may need at most.
 //!
 //! Invariant: the same query over the same keys and values gives the same bits, in whichever phase and batch.
 
@@ -21,6 +22,7 @@ use crate::device::Cuda;
 use crate::error::CudaError;
 use crate::launch::{Grid, Kernel, Launcher};
 use crate::memory::{Address, Buffer};
+use crate::ops::halves::Part;
 
 /// Memory for the parts of sequences that several blocks share; where it is short, first parts are longer.
 const PARTIAL_BYTES_MAX: usize = 64 << 20;
@@ -36,14 +38,35 @@ pub struct Attention {
     prefill: Kernel,
     set: Set,
     heads: Heads,
-    cutter: Cutter,
-    /// `[partials, items of a row]` partial results of decode.
+    /// For a step that is not divided, and for each half of one that is.
+    whole: Cutter,
+    half: Cutter,
+    /// For the whole or the first half, and for the second.
+    scratch: [Scratch; 2],
+}
+
+/// What a decode launch has to itself.
+#[derive(Clone, Copy, Debug)]
+struct Scratch {
+    /// `[partials, items of a row]` partial results.
     partials: Address,
     /// `[rows, items of a row]` words: how many of a row's partials are there; and how many turns blocks have taken.
     /// Zero between launches.
     arrived: Address,
     /// Words of `arrived` in front of the turns.
     arrived_count: u32,
+}
+
+impl Scratch {
+    /// For `rows` rows cut by `cutter`.
+    fn new(cuda: &mut Cuda, heads: Heads, cutter: &Cutter, rows: u32) -> Result<Scratch, CudaError> {
+        let partial_bytes = cutter.partials as usize * heads.items() as usize * heads.partial_bytes();
+        let arrived_count = rows * heads.items();
+        let arrived_bytes = (arrived_count as usize + 1) * 4;
+        let arrived = cuda.allocate(Purpose::Scratch, arrived_bytes)?;
+        cuda.zero(arrived, arrived_bytes)?;
+        Ok(Scratch { partials: cuda.allocate(Purpose::Scratch, partial_bytes)?, arrived, arrived_count })
+    }
 }
 
 /// How a model's query heads share its key and value heads.
@@ -88,6 +111,11 @@ impl Heads {
         tokens / self.item_tokens() + rows
     }
 
+    /// Bytes of a token's queries.
+    fn q_row_bytes(self) -> usize {
+        (self.kv_heads * self.group * self.head_dim) as usize * 2
+    }
+
     /// Bytes of a partial result: o, m and l of the queries of an item, in pairs.
     fn partial_bytes(self) -> usize {
         let pairs = self.group.min(8).div_ceil(2) as usize;
@@ -112,41 +140,104 @@ impl Attention {
             64 => ("attention_decode_64", "attention_prefill_64"),
             _ => ("attention_decode_128", "attention_prefill_128"),
         };
-        let blocks = cuda.properties().multiprocessors * set.decode_blocks;
-        let cutter = Cutter::new(blocks, heads, limits);
-        let partial_bytes = cutter.partials as usize * heads.items() as usize * heads.partial_bytes();
-        let arrived_count = limits.running * heads.items();
-        let arrived_bytes = (arrived_count as usize + 1) * 4;
-        let arrived = cuda.allocate(Purpose::Scratch, arrived_bytes)?;
-        cuda.zero(arrived, arrived_bytes)?;
+        let multiprocessors = cuda.properties().multiprocessors;
+        let half_rows = limits.running.div_ceil(2);
+        let whole = Cutter::new(multiprocessors * set.decode_blocks, heads, limits, limits.running);
+        let half = Cutter::new(multiprocessors, heads, limits, half_rows);
         Ok(Attention {
             decode: cuda.modules().kernel("attention", decode, set.decode_shared)?,
             prefill: cuda.modules().kernel("attention", prefill, set.prefill_shared)?,
             set,
             heads,
-            cutter,
-            partials: cuda.allocate(Purpose::Scratch, partial_bytes)?,
-            arrived,
-            arrived_count,
+            whole,
+            half,
+            scratch: [
+                Scratch::new(cuda, heads, &whole, limits.running)?,
+                Scratch::new(cuda, heads, &half, half_rows)?,
+            ],
         })
     }
 
     /// Words of the plan of the largest step within `limits`.
     pub fn plan_words(&self, limits: &Limits) -> usize {
         let items = self.heads.items_max(limits.step_tokens() as u32, limits.running);
-        self.cutter.words().max(1 + 2 * items as usize)
+        self.whole.words().max(2 * self.half.words()).max(1 + 2 * items as usize)
     }
 
-    /// Divides a step's work. `rows` are the step's, padding included.
-    pub fn plan(&self, shape: StepShape, rows: &[Row], words: &mut [u32]) {
+    /// Divides a step's work, or that of its halves. `rows` are the step's, padding included.
+    pub fn plan(&self, shape: StepShape, divided: bool, rows: &[Row], words: &mut [u32]) {
         match shape.phase {
-            Phase::Decode => self.cutter.plan(rows, words),
+            Phase::Decode if divided => {
+                let (first, second) = rows.split_at(Part::First.tokens(shape).len());
+                let (first_words, second_words) = words.split_at_mut(self.half.words());
+                self.half.plan(first, first_words);
+                self.half.plan(second, second_words);
+            }
+            Phase::Decode => self.whole.plan(rows, words),
             Phase::Prefill => plan_prefill(self.heads.item_tokens(), rows, words),
         }
     }
 
-    /// Causal attention of each token over its slot's pages: from q `[tokens, q_width]` to `out`, the same shape.
+    /// Causal attention of each of the part's tokens over its slot's pages: from q `[tokens, q_width]` of the step to
+    /// `out`, the same shape. The step was planned as divided if the part is a half.
     pub fn attend(
+        &self,
+        launcher: &Launcher,
+        step: &Step<Buffer>,
+        part: Part,
+        q: Buffer,
+        kv: KvLayer<Buffer>,
+        out: Buffer,
+    ) -> Result<(), CudaError> {
+        match step.shape.phase {
+            Phase::Decode => self.attend_one_each(launcher, step, part, q, kv, out),
+            Phase::Prefill => self.attend_many(launcher, step, q, kv, out),
+        }
+    }
+
+    fn attend_one_each(
+        &self,
+        launcher: &Launcher,
+        step: &Step<Buffer>,
+        part: Part,
+        q: Buffer,
+        kv: KvLayer<Buffer>,
+        out: Buffer,
+    ) -> Result<(), CudaError> {
+        let (cutter, second) = match part {
+            Part::Whole => (&self.whole, 0),
+            Part::First => (&self.half, 0),
+            Part::Second => (&self.half, 1),
+        };
+        let plan = (step.layout.plan + second * self.half.words()) as u32;
+        let row_bytes = self.heads.q_row_bytes() * part.tokens(step.shape).start as usize;
+        let [q, out] = [q, out].map(|rows| rows.address().offset(row_bytes));
+        let Heads { kv_heads, group, .. } = self.heads;
+        let Scratch { partials, arrived, arrived_count } = &self.scratch[second];
+        let page_shift = step.page_size.trailing_zeros();
+        launcher.launch(
+            &self.decode,
+            Grid::new(cutter.blocks, self.set.decode_threads).shared(self.set.decode_shared).dependent(),
+            [
+                &step.batch,
+                &plan,
+                &step.page_table,
+                &step.table_width,
+                &page_shift,
+                &kv_heads,
+                &group,
+                &q,
+                &kv.k,
+                &kv.v,
+                &out,
+                partials,
+                arrived,
+                arrived_count,
+            ],
+        )
+    }
+
+    fn attend_many(
         &self,
         launcher: &Launcher,
         step: &Step<Buffer>,
@@ -158,40 +249,13 @@ impl Attention {
         let page_shift = step.page_size.trailing_zeros();
         let Heads { kv_heads, group, .. } = self.heads;
         let (batch, table, width) = (&step.batch, &step.page_table, &step.table_width);
-        match step.shape.phase {
-            Phase::Decode => launcher.launch(
-                &self.decode,
-                Grid::new(self.cutter.blocks, self.set.decode_threads)
-                    .shared(self.set.decode_shared)
-                    .dependent(),
-                [
-                    batch,
-                    &plan,
-                    table,
-                    width,
-                    &page_shift,
-                    &kv_heads,
-                    &group,
-                    &q,
-                    &kv.k,
-                    &kv.v,
-                    &out,
-                    &self.partials,
-                    &self.arrived,
-                    &self.arrived_count,
-                ],
-            ),
-            Phase::Prefill => launcher.launch(
-                &self.prefill,
-                Grid::new(
-                    self.heads.items_max(step.shape.tokens, step.shape.rows) * kv_heads,
-                    PREFILL_THREADS,
-                )
+        launcher.launch(
+            &self.prefill,
+            Grid::new(self.heads.items_max(step.shape.tokens, step.shape.rows) * kv_heads, PREFILL_THREADS)
                 .shared(self.set.prefill_shared)
                 .dependent(),
-                [batch, &plan, &rows, table, width, &page_shift, &kv_heads, &group, &q, &kv.k, &kv.v, &out],
-            ),
-        }
+            [batch, &plan, &rows, table, width, &page_shift, &kv_heads, &group, &q, &kv.k, &kv.v, &out],
+        )
     }
 }
 
@@ -212,14 +276,15 @@ struct Cutter {
 }
 
 impl Cutter {
-    fn new(blocks: u32, heads: Heads, limits: &Limits) -> Cutter {
+    /// For launches of up to `rows` rows.
+    fn new(blocks: u32, heads: Heads, limits: &Limits, rows: u32) -> Cutter {
         let items = heads.items();
         let room = (PARTIAL_BYTES_MAX / (items as usize * heads.partial_bytes())).max(2) as u32;
-        let longest = u64::from(limits.running) * u64::from(limits.sequence.div_ceil(LEAF) + 1);
+        let longest = u64::from(rows) * u64::from(limits.sequence.div_ceil(LEAF) + 1);
         Cutter {
             blocks,
             items,
-            segments: limits.running as usize + blocks.div_ceil(items) as usize,
+            segments: rows as usize + blocks.div_ceil(items) as usize,
             partials: longest.min(u64::from(room)) as u32,
             dummy: limits.running,
         }

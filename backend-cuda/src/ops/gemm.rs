@@ -175,12 +175,24 @@ impl Shape {
 
 plain_params!(Qkv, Residual, GateUp, Head, Linear, Shape);
 
+/// What a product may take of the device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Room {
+    /// All of it.
+    Whole,
+    /// Half of each multiprocessor, because something runs beside the product.
+    Half,
+    /// The same, and nothing before the kernel in front has ended, which keeps its own half until then.
+    HalfAfter,
+}
+
 /// A product to be launched.
 #[derive(Debug)]
 struct Product<'a, E> {
     w: Address,
     x: Address,
     shape: Shape,
+    room: Room,
     epilogue: &'a E,
 }
 
@@ -266,7 +278,7 @@ impl Portable {
     }
 
     fn launch<E: Epilogue>(&self, launcher: &Launcher, product: &Product<'_, E>) -> Result<(), CudaError> {
-        let Product { w, x, shape, epilogue } = product;
+        let Product { w, x, shape, epilogue, .. } = product;
         let size = usize::from(shape.tokens > Self::TILE_TOKENS[0]);
         let tile_tokens = Self::TILE_TOKENS[size];
         let grid = Grid::new(shape.rows.div_ceil(Self::TILE_ROWS), Self::THREADS)
@@ -298,16 +310,17 @@ struct Hopper {
 }
 
 impl Hopper {
-    /// Is the kernel for many tokens the quicker one? A product with few rows keeps its cluster until its tiles are a quarter
-    /// of what the device takes at once. A plain product has no other.
-    fn is_for_many(&self, kind: Kind, shape: &Shape) -> bool {
-        shape.tokens > self.decode.tokens_max(kind, shape)
+    /// Is the kernel for many tokens the quicker one? It takes whole multiprocessors. A product with few rows keeps its
+    /// cluster until its tiles are a quarter of what the device takes at once. A plain product has no other.
+    fn is_for_many(&self, kind: Kind, shape: &Shape, room: Room) -> bool {
+        room == Room::Whole
+            && shape.tokens > self.decode.tokens_max(kind, shape)
             && (kind != Kind::Residual || self.prefill.fills_a_quarter(shape))
     }
 
     fn launch<E: Epilogue>(&self, launcher: &Launcher, product: &Product<'_, E>) -> Result<(), CudaError> {
-        match self.decode.tiling(E::KIND, &product.shape) {
-            Some(tiling) if !self.is_for_many(E::KIND, &product.shape) => {
+        match self.decode.tiling(E::KIND, &product.shape, product.room) {
+            Some(tiling) if !self.is_for_many(E::KIND, &product.shape, product.room) => {
                 Decode::launch(tiling, launcher, product)
             }
             _ => self.prefill.launch(launcher, product),
@@ -340,13 +353,15 @@ impl Gemm {
         Ok(Gemm { set })
     }
 
-    /// Multiplies `tokens` rows `x` `[tokens, columns of w]` bf16 by `w`, whose columns are a multiple of 8.
+    /// Multiplies `tokens` rows `x` `[tokens, columns of w]` bf16 by `w`, whose columns are a multiple of 8. The portable
+    /// kernels take whatever room there is.
     pub fn launch<E: Epilogue>(
         &self,
         launcher: &Launcher,
         w: Weight,
         x: Address,
         tokens: u32,
+        room: Room,
         epilogue: &E,
     ) -> Result<(), CudaError> {
         let (rows, cols) = (w.rows() as u32, w.cols() as u32);
@@ -354,7 +369,7 @@ impl Gemm {
         if tokens == 0 {
             return Ok(());
         }
-        let product = Product { w: w.address(), x, shape, epilogue };
+        let product = Product { w: w.address(), x, shape, room, epilogue };
         match &self.set {
             Set::Portable(portable) => portable.launch(launcher, &product),
             Set::Hopper(hopper) => hopper.launch(launcher, &product),

@@ -11,11 +11,14 @@
 //! segments of 64 elements, from which the next product takes its rows' norms. The norms' scales were multiplied into
 //! the matrices when they were loaded. So `delta` and `normed` of [`LayerBuffers`] stay unused here.
 //!
+//! A decode step whose halves do better side by side is divided (`halves.rs`).
+//!
 //! Invariant: one token's bits depend on that token's sequence alone; see each family.
 
 pub mod attention;
 pub mod embed;
 pub mod gemm;
+pub mod halves;
 pub mod sampling;
 
 use std::ops::Range;
@@ -24,13 +27,14 @@ use half::f16;
 use minisgl_core::backend::{
     Device, Dims, KvLayer, LayerBuffers, LayerWeights, Ops, Purpose, Queue, Step, WeightRole,
 };
-use minisgl_core::batch::{Row, StepShape};
+use minisgl_core::batch::{Row, StepShape, TOKEN_WORDS};
 use minisgl_core::config::Limits;
 use minisgl_core::tensor::HostTensor;
 
 use self::attention::Attention;
 use self::embed::Ends;
-use self::gemm::{GateUp, Gemm, Head, Qkv, Residual, RowNorm};
+use self::gemm::{GateUp, Gemm, Head, Qkv, Residual, Room, RowNorm};
+use self::halves::{Halves, Part};
 use self::sampling::Sampling;
 use crate::device::Cuda;
 use crate::error::CudaError;
@@ -47,6 +51,7 @@ const WIDTH_MULTIPLE: u32 = 8;
 #[derive(Debug)]
 pub(crate) struct Operations {
     pub(crate) dims: Dims,
+    pub(crate) halves: Halves,
     pub(crate) ends: Ends,
     pub(crate) gemm: Gemm,
     pub(crate) attention: Attention,
@@ -61,6 +66,7 @@ impl Operations {
         let segments = dims.hidden.div_ceil(SEGMENT) as usize;
         Ok(Operations {
             dims: *dims,
+            halves: Halves::new(dims, cuda.properties().hopper),
             ends: Ends::new(cuda.modules())?,
             gemm: Gemm::new(cuda.modules(), cuda.properties())?,
             attention: Attention::new(cuda, dims, limits)?,
@@ -70,26 +76,30 @@ impl Operations {
     }
 
     /// Where a product of normed rows takes their norms from.
-    fn norm(&self) -> RowNorm {
+    fn norm(&self, first_token: u32) -> RowNorm {
         let Dims { hidden, norm_eps: eps, .. } = self.dims;
-        RowNorm { sumsq: self.sumsq, segments: hidden.div_ceil(SEGMENT), hidden, eps }
+        RowNorm { sumsq: self.sumsq_of(first_token), segments: hidden.div_ceil(SEGMENT), hidden, eps }
     }
 
-    fn qkv(&self, layer: &Layer) -> Qkv {
+    fn sumsq_of(&self, token: u32) -> Address {
+        self.sumsq.offset(token as usize * self.dims.hidden.div_ceil(SEGMENT) as usize * 4)
+    }
+
+    fn qkv(&self, layer: &Layer, first_token: u32) -> Qkv {
         let Layer { step, weights, rope, kv, buffers } = layer;
         let Dims { heads, kv_heads, head_dim, norm_eps, .. } = self.dims;
         Qkv {
-            norm: self.norm(),
+            norm: self.norm(first_token),
             head_eps: norm_eps,
             batch: step.batch.address(),
             q_norm: weights.q_norm.address(),
             k_norm: weights.k_norm.address(),
             rope: rope.address(),
             // Queries only: keys and values go straight to their pages.
-            q: buffers.qkv.address(),
+            q: row_of(buffers.qkv, self.dims.q_width(), first_token),
             k: kv.k.address(),
             v: kv.v.address(),
-            tokens_offset: step.layout.tokens as u32,
+            tokens_offset: step.layout.tokens as u32 + first_token * TOKEN_WORDS as u32,
             heads,
             kv_heads,
             head_dim,
@@ -98,30 +108,85 @@ impl Operations {
         }
     }
 
+    /// Derives a step's plan from its rows.
+    pub(crate) fn plan(&self, shape: StepShape, rows: &[Row], words: &mut [u32]) {
+        self.attention.plan(shape, self.halves.divide(shape), rows, words);
+    }
+
+    /// A layer's five kernels, for each half of a divided step. `first` says that it is the model's first.
+    pub(crate) fn layer(&self, launcher: &Launcher, layer: &Layer, first: bool) -> Result<(), CudaError> {
+        if !self.halves.divide(layer.step.shape) {
+            return self.chain(launcher, layer, Part::Whole);
+        }
+        self.before_attention(launcher, layer, Part::First)?;
+        self.attend(launcher, layer, Part::First)?;
+        if first {
+            launcher.fork()?;
+        }
+        self.after_attention(launcher, layer, Part::First)?;
+        launcher.beside(|launcher| self.chain(launcher, layer, Part::Second))
+    }
+
+    /// Ends the layers of a step: what follows is for all rows.
+    pub(crate) fn end_layers(&self, launcher: &Launcher, shape: StepShape) -> Result<(), CudaError> {
+        if self.halves.divide(shape) { launcher.join() } else { Ok(()) }
+    }
+
+    fn chain(&self, launcher: &Launcher, layer: &Layer, part: Part) -> Result<(), CudaError> {
+        self.before_attention(launcher, layer, part)?;
+        self.attend(launcher, layer, part)?;
+        self.after_attention(launcher, layer, part)
+    }
+
     /// The first kernel of a layer.
-    pub(crate) fn before_attention(&self, launcher: &Launcher, layer: &Layer) -> Result<(), CudaError> {
-        let (residual, tokens) = (layer.buffers.residual.address(), layer.step.shape.tokens);
-        self.gemm.launch(launcher, layer.weights.qkv, residual, tokens, &self.qkv(layer))
+    pub(crate) fn before_attention(
+        &self,
+        launcher: &Launcher,
+        layer: &Layer,
+        part: Part,
+    ) -> Result<(), CudaError> {
+        let tokens = part.tokens(layer.step.shape);
+        let residual = row_of(layer.buffers.residual, self.dims.hidden as usize, tokens.start);
+        let room = if part == Part::Whole { Room::Whole } else { Room::Half };
+        let epilogue = self.qkv(layer, tokens.start);
+        self.gemm.launch(launcher, layer.weights.qkv, residual, tokens.len() as u32, room, &epilogue)
     }
 
     /// The second.
-    pub(crate) fn attend(&self, launcher: &Launcher, layer: &Layer) -> Result<(), CudaError> {
-        self.attention.attend(launcher, layer.step, layer.buffers.qkv, layer.kv, layer.buffers.attended)
+    fn attend(&self, launcher: &Launcher, layer: &Layer, part: Part) -> Result<(), CudaError> {
+        let Layer { step, kv, buffers, .. } = layer;
+        self.attention.attend(launcher, step, part, buffers.qkv, *kv, buffers.attended)
     }
 
     /// The other three.
-    pub(crate) fn after_attention(&self, launcher: &Launcher, layer: &Layer) -> Result<(), CudaError> {
+    pub(crate) fn after_attention(
+        &self,
+        launcher: &Launcher,
+        layer: &Layer,
+        part: Part,
+    ) -> Result<(), CudaError> {
         let Layer { step, weights, buffers, .. } = layer;
-        let (gemm, tokens) = (&self.gemm, step.shape.tokens);
-        let [residual, attended, activated] =
-            [buffers.residual, buffers.attended, buffers.activated].map(|buffer| buffer.address());
-        let added = Residual { residual, sumsq: self.sumsq };
-        let gated =
-            GateUp { norm: self.norm(), out: activated, intermediate: self.dims.intermediate, reserved: 0 };
-        gemm.launch(launcher, weights.o, attended, tokens, &added)?;
-        gemm.launch(launcher, weights.gate_up, residual, tokens, &gated)?;
-        gemm.launch(launcher, weights.down, activated, tokens, &added)
+        let tokens = part.tokens(step.shape);
+        let (first, count, gemm) = (tokens.start, tokens.len() as u32, &self.gemm);
+        let (hidden, mlp) = (self.dims.hidden as usize, self.dims.intermediate as usize);
+        let residual = row_of(buffers.residual, hidden, first);
+        let attended = row_of(buffers.attended, self.dims.q_width(), first);
+        let activated = row_of(buffers.activated, mlp, first);
+        let added = Residual { residual, sumsq: self.sumsq_of(first) };
+        let gated = GateUp { norm: self.norm(first), out: activated, intermediate: mlp as u32, reserved: 0 };
+        let (room, room_of_o) = match part {
+            Part::Whole => (Room::Whole, Room::Whole),
+            Part::First | Part::Second => (Room::Half, Room::HalfAfter),
+        };
+        gemm.launch(launcher, weights.o, attended, count, room_of_o, &added)?;
+        gemm.launch(launcher, weights.gate_up, residual, count, room, &gated)?;
+        gemm.launch(launcher, weights.down, activated, count, room, &added)
     }
+}
+
+/// Where row `index` of activations `width` wide begins.
+fn row_of(rows: Buffer, width: usize, index: u32) -> Address {
+    rows.address().offset(index as usize * width * 2)
 }
 
 /// A decoder layer in a step: what its kernels work on.
@@ -172,7 +237,7 @@ impl Ops for Cuda {
 
     fn plan(&self, shape: StepShape, rows: &[Row], words: &mut [u32]) {
         if let Some(operations) = &self.operations {
-            operations.attention.plan(shape, rows, words);
+            operations.plan(shape, rows, words);
         }
     }
 
@@ -189,17 +254,13 @@ impl Ops for Cuda {
     fn decoder_layer(
         &mut self,
         step: &Step<Buffer>,
-        _first: bool,
+        first: bool,
         weights: &LayerWeights<Weight>,
         rope: Buffer,
         kv: KvLayer<Buffer>,
         buffers: &LayerBuffers<Buffer>,
     ) -> Result<(), CudaError> {
-        let (operations, launcher) = (self.operations()?, &self.launcher);
-        let layer = Layer { step, weights, rope, kv, buffers };
-        operations.before_attention(launcher, &layer)?;
-        operations.attend(launcher, &layer)?;
-        operations.after_attention(launcher, &layer)
+        self.operations()?.layer(&self.launcher, &Layer { step, weights, rope, kv, buffers }, first)
     }
 
     fn final_norm(
@@ -210,13 +271,16 @@ impl Ops for Cuda {
         weight: Weight,
         out: Buffer,
     ) -> Result<(), CudaError> {
-        let Operations { ends, dims, .. } = self.operations()?;
+        let operations = self.operations()?;
+        let Operations { ends, dims, .. } = operations;
+        operations.end_layers(&self.launcher, step.shape)?;
         ends.final_norm(&self.launcher, step, residual, weight.address(), dims.hidden, dims.norm_eps, out)
     }
 
     fn logits(&mut self, step: &Step<Buffer>, x: Buffer, head: Weight, out: Buffer) -> Result<(), CudaError> {
         let epilogue = Head { out: out.address() };
-        self.operations()?.gemm.launch(&self.launcher, head, x.address(), step.shape.samples, &epilogue)
+        let (gemm, samples) = (&self.operations()?.gemm, step.shape.samples);
+        gemm.launch(&self.launcher, head, x.address(), samples, Room::Whole, &epilogue)
     }
 
     fn sample(&mut self, step: &Step<Buffer>, logits: Buffer, tokens: Buffer) -> Result<(), CudaError> {

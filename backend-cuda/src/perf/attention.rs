@@ -13,6 +13,7 @@ use crate::device::Cuda;
 use crate::error::CudaError;
 use crate::memory::Buffer;
 use crate::ops::attention::Attention;
+use crate::ops::halves::Part;
 
 const QUERIES: u64 = 5 << 40;
 const KEYS: u64 = 6 << 40;
@@ -84,7 +85,7 @@ fn setup(cuda: &mut Cuda, model: ModelShape, step_of: &StepOf, copies: usize) ->
     let (limits, tokens) = (step_of.limits(), step_of.tokens() as usize);
     let attention = Attention::new(cuda, &dims, &limits)?;
     let step = step_of.upload(cuda, attention.plan_words(&limits), |shape, rows, words| {
-        attention.plan(shape, rows, words)
+        attention.plan(shape, false, rows, words)
     })?;
     let head_dim = dims.head_dim as usize;
     let kv_rows = (limits.pages as usize + 1) * (dims.kv_heads * PAGE_SIZE) as usize;
@@ -99,7 +100,7 @@ fn setup(cuda: &mut Cuda, model: ModelShape, step_of: &StepOf, copies: usize) ->
     let sampled = Sampled { model, pages: step_of.page_lists(), rows: step_of.rows.clone() };
     Ok(Run {
         call: Box::new(move |launcher, call| {
-            attention.attend(launcher, &step, q, caches[call % copies], out)
+            attention.attend(launcher, &step, Part::Whole, q, caches[call % copies], out)
         }),
         check: sampled.check(out, tokens),
         baseline: None,

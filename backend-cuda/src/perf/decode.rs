@@ -21,7 +21,8 @@ use crate::device::Cuda;
 use crate::error::CudaError;
 use crate::launch::Launcher;
 use crate::memory::Buffer;
-use crate::ops::gemm::Head;
+use crate::ops::gemm::{Head, Room};
+use crate::ops::halves::Part;
 use crate::ops::{Layer, Operations};
 use crate::weight::Weight;
 
@@ -87,7 +88,7 @@ fn setup(cuda: &mut Cuda, dims: Dims, rows: u32, context: Option<u32>) -> Result
     let operations = Operations::new(cuda, &dims, &limits)?;
     let plan_words = operations.attention.plan_words(&limits);
     let step = step_of.upload(cuda, plan_words, |shape, rows, words| {
-        operations.attention.plan(shape, rows, words);
+        operations.plan(shape, rows, words);
     })?;
     let kv_rows = ((limits.pages + 1) * dims.kv_heads * PAGE_SIZE) as usize;
     let layers = (0..dims.layers)
@@ -168,18 +169,22 @@ impl Decode {
         let Operations { dims, ends, gemm, sampling, sumsq, .. } = operations;
         ends.begin_step(launcher, step)?;
         ends.embed(launcher, step, self.embedding.address(), dims.hidden, buffers.residual, *sumsq)?;
-        for (weights, kv) in &self.layers {
+        for (i, (weights, kv)) in self.layers.iter().enumerate() {
             let layer = Layer { step, weights, rope: *rope, kv: *kv, buffers };
-            operations.before_attention(launcher, &layer)?;
             if self.attends {
-                operations.attend(launcher, &layer)?;
+                operations.layer(launcher, &layer, i == 0)?;
+            } else {
+                operations.before_attention(launcher, &layer, Part::Whole)?;
+                operations.after_attention(launcher, &layer, Part::Whole)?;
             }
-            operations.after_attention(launcher, &layer)?;
+        }
+        if self.attends {
+            operations.end_layers(launcher, step.shape)?;
         }
         let (norm, gathered) = (self.norm.address(), self.gathered);
         ends.final_norm(launcher, step, buffers.residual, norm, dims.hidden, dims.norm_eps, gathered)?;
         let out = Head { out: self.logits.address() };
-        gemm.launch(launcher, self.head, gathered.address(), step.shape.samples, &out)?;
+        gemm.launch(launcher, self.head, gathered.address(), step.shape.samples, Room::Whole, &out)?;
         sampling.sample(launcher, step, self.logits, dims.vocab, self.tokens)
     }
 }

@@ -15,7 +15,7 @@ use super::step::{PAGE_SIZE, StepOf, activations, download_words, upload_words};
 use crate::device::Cuda;
 use crate::error::CudaError;
 use crate::memory::{Address, Buffer};
-use crate::ops::gemm::{Epilogue, GateUp, Gemm, Head, Qkv, Residual, RowNorm};
+use crate::ops::gemm::{Epilogue, GateUp, Gemm, Head, Qkv, Residual, Room, RowNorm};
 use crate::weight::Weight;
 
 /// Seeds of the weights (gate's; up's is the next), the rows, the residual stream and the head norms.
@@ -298,6 +298,6 @@ fn call<E: Epilogue + Copy + 'static>(
     epilogue: E,
 ) -> Call {
     Box::new(move |launcher, call| {
-        gemm.launch(launcher, weights[call % weights.len()], x, tokens as u32, &epilogue)
+        gemm.launch(launcher, weights[call % weights.len()], x, tokens as u32, Room::Whole, &epilogue)
     })
 }

@@ -7,11 +7,12 @@
 //!                  o, down: a slice of the columns       a cluster has all slices
 //! ```
 //!
-//! Matrices that L2 does not hold have tilings of their own.
+//! Matrices that L2 does not hold have tilings of their own. A product that has half of each multiprocessor takes, of those
+//! tilings that leave the other half, the first for its tokens or the last.
 //!
 //! Invariant: a block's shared memory is what its tiling allows, and its sums fit the ring that they lie over.
 
-use super::{BLOCK_COLS, Block, Epilogue, Kind, Product, Shape};
+use super::{BLOCK_COLS, Block, Epilogue, Kind, Product, Room, Shape};
 use crate::error::CudaError;
 use crate::launch::{Grid, Kernel, Launcher};
 use crate::module::Modules;
@@ -81,7 +82,8 @@ impl Tiling {
         Tiling { kernel, block: Block::new(rows, tokens), team: Team::Pair, tokens_max, shared: Self::MOST }
     }
 
-    /// Tilings of a kind, for ever more tokens, where w fits L2.
+    /// Tilings of a kind, for ever more tokens, where w fits L2. With half of each multiprocessor, those behind the pairs
+    /// stand in for them.
     fn of(kind: Kind) -> &'static [Tiling] {
         const QKV: &[Tiling] = &[
             Tiling::heads("decode_qkv_64x16", 16, 16),
@@ -89,6 +91,7 @@ impl Tiling {
             Tiling::heads("decode_qkv_64x64", 64, 64),
             Tiling::pair("pair_qkv_128x32", 128, 32, 128),
             Tiling::pair("pair_qkv_128x64", 128, 64, 256),
+            Tiling::heads("decode_qkv_64x128", 128, 256),
         ];
         const RESIDUAL: &[Tiling] = &[
             Tiling::slices("decode_residual_64x16", 64, 16, 16, Tiling::HALF),
@@ -102,6 +105,7 @@ impl Tiling {
             Tiling::slices("decode_gate_up_64x64", 64, 64, 64, Tiling::HALF),
             Tiling::pair("pair_gate_up_192x32", 192, 32, 128),
             Tiling::pair("pair_gate_up_192x64", 192, 64, 256),
+            Tiling::slices("decode_gate_up_64x128", 64, 128, 256, Tiling::HALF),
         ];
         // More tokens than that, and tiles that take all columns in turn are quicker: its many rows of w fill the device.
         const HEAD: &[Tiling] = &[
@@ -157,6 +161,11 @@ impl Tiling {
         wanted.min(fit).max(3)
     }
 
+    /// Does a block leave as much of the multiprocessor as it takes?
+    fn takes_half(&self) -> bool {
+        self.shared <= Self::HALF
+    }
+
     fn grid(&self, shape: &Shape, stages: u32) -> Grid {
         let (row_tiles, token_tiles) =
             (shape.rows.div_ceil(self.block.rows), shape.tokens.div_ceil(self.block.tokens));
@@ -169,7 +178,6 @@ impl Tiling {
             .rows(rows)
             .cluster(cluster)
             .shared(self.block.shared(stages))
-            .dependent()
     }
 
     /// Rows of w that one block fetches at once.
@@ -226,9 +234,11 @@ impl Decode {
     }
 
     /// The tiling for the shape's tokens; the last one where there are more than any is for.
-    pub(super) fn tiling(&self, kind: Kind, shape: &Shape) -> Option<&(Tiling, Kernel)> {
-        let tilings = self.tilings(kind, shape);
-        tilings.iter().find(|(tiling, _)| shape.tokens <= tiling.tokens_max).or(tilings.last())
+    pub(super) fn tiling(&self, kind: Kind, shape: &Shape, room: Room) -> Option<&(Tiling, Kernel)> {
+        let fits = |(tiling, _): &&(Tiling, Kernel)| room == Room::Whole || tiling.takes_half();
+        let mut tilings = self.tilings(kind, shape).iter().filter(fits);
+        let last = tilings.clone().next_back();
+        tilings.find(|(tiling, _)| shape.tokens <= tiling.tokens_max).or(last)
     }
 
     pub(super) fn launch<E: Epilogue>(
@@ -236,20 +246,37 @@ impl Decode {
         launcher: &Launcher,
         product: &Product<'_, E>,
     ) -> Result<(), CudaError> {
-        let Product { shape, epilogue, .. } = product;
+        let Product { shape, room, epilogue, .. } = product;
         let stages = tiling.stages(shape);
+        let grid = tiling.grid(shape, stages);
+        let grid = if *room == Room::HalfAfter { grid } else { grid.dependent() };
         let [w, x] = product.maps(Block::new(tiling.fetched_rows(), tiling.block.tokens))?;
-        launcher.launch(kernel, tiling.grid(shape, stages), [&w, &x, shape, &stages, *epilogue])
+        launcher.launch(kernel, grid, [&w, &x, shape, &stages, *epilogue])
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use minisgl_kernels::attention::Set;
+
     use super::*;
 
     /// Bytes of a block's sums in shared memory: rows padded by 4 floats.
     fn sum_bytes(block: Block) -> u32 {
         block.tokens * (block.rows + 4) * 4
+    }
+
+    #[test]
+    fn half_a_multiprocessor_is_left_beside_attention() {
+        // The driver takes 1 KiB a block.
+        const MULTIPROCESSOR: u32 = 228 << 10;
+        for head_dim in [64, 128] {
+            let attention = Set::new(true, head_dim).decode_shared;
+            assert!(attention + Tiling::HALF + (2 << 10) <= MULTIPROCESSOR);
+        }
+        for kind in [Kind::Qkv, Kind::Residual, Kind::GateUp] {
+            assert!(Tiling::of(kind).iter().any(Tiling::takes_half), "{kind:?}");
+        }
     }
 
     #[test]

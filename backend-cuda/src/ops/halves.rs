@@ -1,0 +1,108 @@
+//! A decode step in two halves that share the device: while products of one wait for each other, attention of the other
+//! keeps memory busy.
+//!
+//! ```text
+//!   compute   qkv ─ attention ─┬─ o ─ gate_up ─ down ─ qkv ─ attention ─ o …  ─┬─ final_norm      the first half of the rows
+//!   beside                     └─ qkv ─ attention ─ o ─ gate_up ─ down ─ qkv … ─┘                 the second
+//! ```
+//!
+//! 1. Blocks of these kernels take half of a multiprocessor each, so one of each half runs there. One block of attention a
+//!    multiprocessor is enough to keep memory busy.
+//! 2. The second half begins when the first has attended once; they stay about as far apart.
+//! 3. o is no dependent launch here: it would come when attention does, and sit on the other half's place until
+//!    attention ends.
+//! 4. Each half reads all weights. That costs less than waiting does where a layer has few weights and a step many rows.
+//!
+//! Invariant: rows do not depend on the rows beside them, so no bit depends on whether a step is divided.
+
+use std::ops::Range;
+
+use minisgl_core::backend::Dims;
+use minisgl_core::batch::{Phase, StepShape};
+
+/// The rows of a step that a chain of kernels works on. In a decode step, which alone is divided, each is a token.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Part {
+    /// All.
+    Whole,
+    /// The first half, or one more.
+    First,
+    /// The rest.
+    Second,
+}
+
+impl Part {
+    /// Its tokens, among the step's.
+    pub fn tokens(self, shape: StepShape) -> Range<u32> {
+        let middle = shape.tokens.div_ceil(2);
+        match self {
+            Part::Whole => 0..shape.tokens,
+            Part::First => 0..middle,
+            Part::Second => middle..shape.tokens,
+        }
+    }
+}
+
+/// Which steps are divided.
+#[derive(Clone, Copy, Debug)]
+pub struct Halves {
+    pays: bool,
+}
+
+impl Halves {
+    /// Fewer rows have too little to attend to.
+    const ROWS_MIN: u32 = 64;
+    /// Products of more rows need whole multiprocessors.
+    const ROWS_MAX: u32 = 256;
+    /// Bytes of a layer's weights that are soon read again: in 16 µs on an H100, half of what its products take alone.
+    const LAYER_BYTES_MAX: usize = 48 << 20;
+
+    /// For a model, on a device that runs Hopper's kernels or the portable ones, which take whole multiprocessors.
+    pub fn new(dims: &Dims, hopper: bool) -> Halves {
+        let (hidden, mlp) = (dims.hidden as usize, dims.intermediate as usize);
+        let layer_bytes = 2 * hidden * (dims.qkv_width() + dims.q_width() + 3 * mlp);
+        Halves { pays: hopper && layer_bytes <= Self::LAYER_BYTES_MAX }
+    }
+
+    /// Is a step of this shape divided?
+    pub fn divide(&self, shape: StepShape) -> bool {
+        self.pays && shape.phase == Phase::Decode && (Self::ROWS_MIN..=Self::ROWS_MAX).contains(&shape.rows)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn two_parts_have_every_token_once() {
+        for rows in 1..300 {
+            let shape = StepShape::decode(rows);
+            let [first, second] = [Part::First, Part::Second].map(|part| part.tokens(shape));
+            assert_eq!((first.start, first.end, second.end), (0, second.start, rows));
+            assert!(first.len() - second.len() <= 1);
+        }
+    }
+
+    #[test]
+    fn a_step_is_divided_where_its_model_is_small_and_its_rows_are_many() {
+        let small = Dims {
+            layers: 28,
+            hidden: 1024,
+            heads: 16,
+            kv_heads: 8,
+            head_dim: 128,
+            intermediate: 3072,
+            vocab: 151_936,
+            norm_eps: 1e-6,
+        };
+        let large = Dims { hidden: 5120, heads: 40, intermediate: 17_408, ..small };
+        let prefill = StepShape { phase: Phase::Prefill, ..StepShape::decode(64) };
+        let divided = |dims, hopper, shape| Halves::new(&dims, hopper).divide(shape);
+        assert!([64, 72, 256].into_iter().all(|rows| divided(small, true, StepShape::decode(rows))));
+        assert!(![1, 56, 264].into_iter().any(|rows| divided(small, true, StepShape::decode(rows))));
+        assert!(!divided(small, true, prefill));
+        assert!(!divided(small, false, StepShape::decode(64)));
+        assert!(!divided(large, true, StepShape::decode(64)));
+    }
+}
