@@ -158,7 +158,7 @@ impl World {
         self.numbers.heads.width()
     }
 
-    /// Runs a step and returns `[tokens, q_width]`.
+    /// Runs a step, a decode step whole and as two halves, and returns `[tokens, q_width]`.
     fn run(&mut self, phase: Phase, spans: &[Span]) -> Vec<bf16> {
         let plan_words = self.attention.plan_words(&self.limits);
         let layout = Layout::new(&self.limits, plan_words);
@@ -195,7 +195,7 @@ impl World {
         };
         let whole: &[Part] = &[Part::Whole];
         let halves = if phase == Phase::Decode { &[Part::First, Part::Second] } else { whole };
-        let mut results = [whole, whole, halves].map(|parts| {
+        let mut results = [whole, halves].map(|parts| {
             self.attention.plan(shape, parts.len() > 1, &rows, &mut words[layout.plan..][..plan_words]);
             upload(cuda, &words, batch);
             upload(cuda, bytemuck::cast_slice(&poison), out);
@@ -206,8 +206,7 @@ impl World {
             cuda.download(Queue::Compute, out, poison.len() / 2, &mut pinned).unwrap();
             bytemuck::cast_slice::<u32, bf16>(cuda.words(&pinned).unwrap()).to_vec()
         });
-        assert!(bits(&results[0]) == bits(&results[1]), "run twice");
-        assert!(bits(&results[0]) == bits(&results[2]), "run as two halves");
+        assert!(bits(&results[0]) == bits(&results[1]), "run again, a decode step as two halves");
         let mut result = std::mem::take(&mut results[0]);
         assert!(result.split_off(q.len()).iter().all(|x| x.is_nan()), "written behind the last token");
         result

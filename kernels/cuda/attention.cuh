@@ -2,7 +2,7 @@
 // nor on how the work was split.
 //
 // A sequence's positions are cut into leaves of 128, a leaf into tiles of 16. Tokens are the rows of every product and
-// queries its columns, in n-tiles of 8 (NQ of them a warp):
+// queries its columns, in n-tiles of 8:
 //
 //   scores   S^T [16 tokens, 8] += K [16 tokens, 16 dims] * Q^T [16 dims, 8]          over the dims in order
 //   m        max over the leaf        p = bf16(exp2(s * c - m * c)),  c = log2(e) / sqrt(head_dim)
@@ -10,6 +10,8 @@
 //   l        the same product with ones in V's place
 //   fold     m' = max(m, m_leaf), o = o * exp2((m - m') c) + o_leaf * exp2((m_leaf - m') c), l likewise; leaf by leaf
 //   result   bf16(o * (1 / l))
+//
+// Which operand is which does not matter to a sum, nor whether mma or wgmma adds it up: Hopper's prefill has queries as rows.
 //
 // A leaf starts from zero, and only folding joins leaves: a fixed order whatever the split. A tile or leaf that is
 // masked altogether may be skipped: adding it changes no bit (p is +0, and an empty leaf is folded with weight -0).
@@ -77,99 +79,6 @@ template <int HD> __device__ __forceinline__ void load_keys(unsigned (&a)[4], un
 template <int HD> __device__ __forceinline__ void load_values(unsigned (&a)[4], unsigned tile, unsigned d, unsigned lane) {
     const unsigned token = (lane & 7) + ((lane >> 4) << 3);
     ldmatrix_transposed(a, tile + token * (HD * 2) + (((2 * d + ((lane >> 3) & 1)) ^ (lane & 7)) << 4));
-}
-
-// The query of column lane / 4 as the B operand, dims x queries; zeros where there is none.
-template <int HD>
-__device__ __forceinline__ void load_query(unsigned (&b)[2], const bf16 *query, unsigned k, unsigned lane) {
-    const unsigned *words = reinterpret_cast<const unsigned *>(query) + k * 8 + lane % 4;
-    b[0] = query ? words[0] : 0;
-    b[1] = query ? words[4] : 0;
-}
-
-// Scores of a tile: s[n][0, 1] are token lane / 4 and columns 2 (lane % 4) + {0, 1}; s[n][2, 3] token lane / 4 + 8.
-template <int HD, int NQ>
-__device__ __forceinline__ void score(float (&s)[NQ][4], const unsigned (&q)[HD / 16][NQ][2], unsigned tile,
-                                      unsigned lane) {
-#pragma unroll
-    for (int n = 0; n < NQ; n++)
-        s[n][0] = s[n][1] = s[n][2] = s[n][3] = 0.0f;
-#pragma unroll
-    for (int k = 0; k < HD / 16; k++) {
-        unsigned a[4];
-        load_keys<HD>(a, tile, k, lane);
-#pragma unroll
-        for (int n = 0; n < NQ; n++)
-            mma(s[n], a, q[k][n]);
-    }
-}
-
-// Scores of two tiles at once; each as `score` has them.
-template <int HD>
-__device__ __forceinline__ void score_two(float (&s)[1][4], float (&s_other)[1][4], const unsigned (&q)[HD / 16][1][2],
-                                          unsigned tile, unsigned other, unsigned lane) {
-    s[0][0] = s[0][1] = s[0][2] = s[0][3] = 0.0f;
-    s_other[0][0] = s_other[0][1] = s_other[0][2] = s_other[0][3] = 0.0f;
-#pragma unroll
-    for (int k = 0; k < HD / 16; k++) {
-        unsigned a[4], b[4];
-        load_keys<HD>(a, tile, k, lane);
-        load_keys<HD>(b, other, k, lane);
-        mma(s[0], a, q[k][0]);
-        mma(s_other[0], b, q[k][0]);
-    }
-}
-
-// The leaf's maxima, m[n][0, 1] of columns 2 (lane % 4) + {0, 1}, and its probabilities as B operands, tokens x queries.
-template <int HD, int NQ>
-__device__ __forceinline__ void softmax(unsigned (&p)[LEAF_TILES][NQ][2], float (&m)[NQ][2],
-                                        const float (&s)[LEAF_TILES][NQ][4]) {
-    const float c = score_scale<HD>();
-#pragma unroll
-    for (int n = 0; n < NQ; n++) {
-        float offset[2];
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-            float x = minus_infinity();
-#pragma unroll
-            for (int j = 0; j < LEAF_TILES; j++)
-                x = fmaxf(x, fmaxf(s[j][n][i], s[j][n][i + 2]));
-            x = fmaxf(x, __shfl_xor_sync(FULL_WARP, x, 4));
-            x = fmaxf(x, __shfl_xor_sync(FULL_WARP, x, 8));
-            x = fmaxf(x, __shfl_xor_sync(FULL_WARP, x, 16));
-            m[n][i] = x;
-            offset[i] = x == minus_infinity() ? 0.0f : -__fmul_rn(x, c);
-        }
-#pragma unroll
-        for (int j = 0; j < LEAF_TILES; j++)
-#pragma unroll
-            for (int half = 0; half < 2; half++) {
-                const float x = exp2_approx(__fmaf_rn(s[j][n][2 * half], c, offset[0]));
-                const float y = exp2_approx(__fmaf_rn(s[j][n][2 * half + 1], c, offset[1]));
-                const __nv_bfloat162 pair = __floats2bfloat162_rn(x, y);
-                p[j][n][half] = transposed(*reinterpret_cast<const unsigned *>(&pair));
-            }
-    }
-}
-
-// l += the sums of a tile's probabilities: l[n][0, 1] of columns 2 (lane % 4) + {0, 1}.
-template <int NQ> __device__ __forceinline__ void add_sums(float (&l)[NQ][4], const unsigned (&p)[NQ][2]) {
-    const unsigned ones[4] = {0x3f803f80, 0x3f803f80, 0x3f803f80, 0x3f803f80};
-#pragma unroll
-    for (int n = 0; n < NQ; n++)
-        mma(l[n], ones, p[n]);
-}
-
-// o += V^T P of a tile, for the dims' m-tile d: o[n][0, 1] are dim 16 d + lane / 4 and columns 2 (lane % 4) + {0, 1};
-// o[n][2, 3] the dim 8 further on.
-template <int HD, int NQ>
-__device__ __forceinline__ void add_values(float (&o)[NQ][4], const unsigned (&p)[NQ][2], unsigned tile, unsigned d,
-                                           unsigned lane) {
-    unsigned a[4];
-    load_values<HD>(a, tile, d, lane);
-#pragma unroll
-    for (int n = 0; n < NQ; n++)
-        mma(o[n], a, p[n]);
 }
 
 // What folding a leaf with maximum `leaf` into a state with maximum m multiplies each of them with. m becomes the

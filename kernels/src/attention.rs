@@ -4,10 +4,9 @@
 pub const LEAF: u32 = 128;
 /// Tokens of a tile (`TILE`); pages hold whole tiles.
 pub const TILE: u32 = 16;
-/// Queries of a prefill block (`COLUMNS`).
-pub const COLUMNS: u32 = 128;
-/// Threads of a prefill block (`PREFILL_THREADS`).
-pub const PREFILL_THREADS: u32 = 256;
+
+/// Query heads that may share a key and value head (`PART_QUERIES` of the Hopper set).
+pub const GROUP_MAX: u32 = 64;
 
 /// Threads of a decode block that read keys and values (`DECODE_READERS`).
 const DECODE_READERS: u32 = 256;
@@ -24,21 +23,60 @@ pub struct Set {
     /// Bytes of dynamic shared memory of a decode block: stages (a leaf's keys or values, eight queries, a unit, two
     /// barriers) and scratch.
     pub decode_shared: u32,
-    /// Bytes of dynamic shared memory of a prefill block: keys and values of a leaf in each buffer.
-    pub prefill_shared: u32,
+    /// The prefill kernel.
+    pub prefill: Prefill,
+}
+
+/// Constants of a prefill kernel for one head_dim.
+#[derive(Clone, Copy, Debug)]
+pub struct Prefill {
+    /// Parts of an item (`PARTS`), beside each other in a row's tokens.
+    pub parts: u32,
+    /// Queries of a part (`PART_QUERIES`, `COLUMNS`): as many tokens as have all of a group's.
+    pub part_queries: u32,
+    /// Threads of a block (`PREFILL_THREADS`).
+    pub threads: u32,
+    /// Bytes of dynamic shared memory of a block.
+    pub shared: u32,
+}
+
+impl Prefill {
+    /// Warpgroups of 64 queries and one that fetches. Shared memory: queries, a ring of five stages of 32 KiB or ten of 16,
+    /// ones, what is known of the parts, two turns, barriers in pairs, and what aligns all to 1024 bytes.
+    const fn hopper(head_dim: u32) -> Prefill {
+        let (parts, part_queries, stages, turns) = (3, 64, 5 * 128 / head_dim, 2);
+        let rows = parts * part_queries + stages * LEAF;
+        let known = 256 + parts * 32 + turns * 16 + (turns + parts + stages) * 16;
+        Prefill {
+            parts,
+            part_queries,
+            threads: 128 * parts + 128,
+            shared: rows * head_dim * 2 + known + 1024,
+        }
+    }
+
+    /// Keys and values of a leaf.
+    const fn portable(head_dim: u32) -> Prefill {
+        Prefill { parts: 1, part_queries: 128, threads: 256, shared: 2 * LEAF * head_dim * 2 }
+    }
+
+    /// Tokens of an item whose key and value heads have `group` query heads each.
+    pub const fn item_tokens(&self, group: u32) -> u32 {
+        self.parts * (self.part_queries / group)
+    }
 }
 
 impl Set {
     /// The Hopper set's or the portable set's.
     pub const fn new(hopper: bool, head_dim: u32) -> Set {
-        let (blocks, stages, buffers) = if hopper { (2, 3 * 128 / head_dim, 2) } else { (1, 2, 1) };
+        let (blocks, stages) = if hopper { (2, 3 * 128 / head_dim) } else { (1, 2) };
         let leaf_bytes = LEAF * head_dim * 2;
         let stage_bytes = leaf_bytes + 8 * head_dim * 2 + 48 + 16;
         Set {
             decode_blocks: blocks,
             decode_threads: DECODE_READERS + if hopper { 32 } else { 0 },
             decode_shared: stages * stage_bytes + DECODE_SCRATCH,
-            prefill_shared: buffers * 2 * leaf_bytes,
+            prefill: if hopper { Prefill::hopper(head_dim) } else { Prefill::portable(head_dim) },
         }
     }
 }

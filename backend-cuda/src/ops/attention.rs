@@ -3,11 +3,12 @@
 //! ```text
 //!   decode    plan: count, then segments (some leaves of a row)            a block takes a segment and a kv head, again and again
 //!             a divided step has a plan for each half, one behind the other
-//!   prefill   plan: count, then (row, first token) an item, longest first  every block takes an item and a kv head
+//!   prefill   plan: count, then (row, first token) an item                 a block takes an item and a kv head, again and again
 //! ```
 //!
-//! Grids depend on the step's shape and on fixed capacities only, so that a recorded step fits any lengths: a decode
-//! step always fills the device once (each half of a divided one fills half of it), a prefill step launches as many blocks as its tokens may need at most.
+//! Grids depend on the step's shape and on fixed capacities only, so that a recorded step fits any lengths: a step fills
+//! the device once (each half of a divided one, half of it), where a prefill step may need as many blocks. Portable prefill
+//! blocks take one item and head each, and as many are launched as the step's tokens may need at most.
 //!
 //! Invariant: the same query over the same keys and values gives the same bits, in whichever phase and batch.
 
@@ -16,13 +17,14 @@ use std::cmp::Reverse;
 use minisgl_core::backend::{Dims, KvLayer, Purpose, Step};
 use minisgl_core::batch::{Phase, Row, StepShape};
 use minisgl_core::config::Limits;
-use minisgl_kernels::attention::{COLUMNS, LEAF, PREFILL_THREADS, Set, TILE};
+use minisgl_kernels::attention::{GROUP_MAX, LEAF, Prefill, Set, TILE};
 
 use crate::device::Cuda;
 use crate::error::CudaError;
 use crate::launch::{Grid, Kernel, Launcher};
 use crate::memory::{Address, Buffer};
 use crate::ops::halves::Part;
+use crate::tensor_map::TensorMap;
 
 /// Memory for the parts of sequences that several blocks share; where it is short, first parts are longer.
 const PARTIAL_BYTES_MAX: usize = 64 << 20;
@@ -37,6 +39,9 @@ pub struct Attention {
     decode: Kernel,
     prefill: Kernel,
     set: Set,
+    /// Which set the kernels are of.
+    hopper: bool,
+    multiprocessors: u32,
     heads: Heads,
     /// For a step that is not divided, and for each half of one that is.
     whole: Cutter,
@@ -58,6 +63,11 @@ struct Scratch {
 }
 
 impl Scratch {
+    /// Where blocks count the turns that they have taken.
+    fn turns(&self) -> Address {
+        self.arrived.offset(self.arrived_count as usize * 4)
+    }
+
     /// For `rows` rows cut by `cutter`.
     fn new(cuda: &mut Cuda, heads: Heads, cutter: &Cutter, rows: u32) -> Result<Scratch, CudaError> {
         let partial_bytes = cutter.partials as usize * heads.items() as usize * heads.partial_bytes();
@@ -87,10 +97,10 @@ impl Heads {
             )));
         }
         let group = heads / kv_heads;
-        if group == 0 || group > COLUMNS {
+        if group == 0 || group > GROUP_MAX {
             return Err(CudaError::Unsupported(format!(
                 "{heads} query heads over {kv_heads} key and value heads are not supported by the attention kernels; \
-                 they take 1 to {COLUMNS} query heads for each"
+                 they take 1 to {GROUP_MAX} query heads for each"
             )));
         }
         Ok(Heads { head_dim, kv_heads, group })
@@ -101,14 +111,9 @@ impl Heads {
         self.kv_heads * self.group.div_ceil(8)
     }
 
-    /// Tokens of an item in a prefill step.
-    fn item_tokens(self) -> u32 {
-        COLUMNS / self.group
-    }
-
     /// Items that `tokens` tokens in `rows` rows make at most in a prefill step.
-    fn items_max(self, tokens: u32, rows: u32) -> u32 {
-        tokens / self.item_tokens() + rows
+    fn items_max(self, prefill: &Prefill, tokens: u32, rows: u32) -> u32 {
+        tokens / prefill.item_tokens(self.group) + rows
     }
 
     /// Bytes of a token's queries.
@@ -134,20 +139,21 @@ impl Attention {
                     .into(),
             ));
         }
-        let hopper = cuda.properties().hopper;
+        let (hopper, multiprocessors) = (cuda.properties().hopper, cuda.properties().multiprocessors);
         let set = Set::new(hopper, heads.head_dim);
         let (decode, prefill) = match heads.head_dim {
             64 => ("attention_decode_64", "attention_prefill_64"),
             _ => ("attention_decode_128", "attention_prefill_128"),
         };
-        let multiprocessors = cuda.properties().multiprocessors;
         let half_rows = limits.running.div_ceil(2);
         let whole = Cutter::new(multiprocessors * set.decode_blocks, heads, limits, limits.running);
         let half = Cutter::new(multiprocessors, heads, limits, half_rows);
         Ok(Attention {
             decode: cuda.modules().kernel("attention", decode, set.decode_shared)?,
-            prefill: cuda.modules().kernel("attention", prefill, set.prefill_shared)?,
+            prefill: cuda.modules().kernel("attention", prefill, set.prefill.shared)?,
             set,
+            hopper,
+            multiprocessors,
             heads,
             whole,
             half,
@@ -160,7 +166,7 @@ impl Attention {
 
     /// Words of the plan of the largest step within `limits`.
     pub fn plan_words(&self, limits: &Limits) -> usize {
-        let items = self.heads.items_max(limits.step_tokens() as u32, limits.running);
+        let items = self.heads.items_max(&self.set.prefill, limits.step_tokens() as u32, limits.running);
         self.whole.words().max(2 * self.half.words()).max(1 + 2 * items as usize)
     }
 
@@ -174,7 +180,7 @@ impl Attention {
                 self.half.plan(second, second_words);
             }
             Phase::Decode => self.whole.plan(rows, words),
-            Phase::Prefill => plan_prefill(self.heads.item_tokens(), rows, words),
+            Phase::Prefill => plan_prefill(self.set.prefill.item_tokens(self.heads.group), rows, words),
         }
     }
 
@@ -190,12 +196,13 @@ impl Attention {
         out: Buffer,
     ) -> Result<(), CudaError> {
         match step.shape.phase {
-            Phase::Decode => self.attend_one_each(launcher, step, part, q, kv, out),
-            Phase::Prefill => self.attend_many(launcher, step, q, kv, out),
+            Phase::Decode => self.attend_decode(launcher, step, part, q, kv, out),
+            Phase::Prefill if self.hopper => self.attend_hopper(launcher, step, q, kv, out),
+            Phase::Prefill => self.attend_portable(launcher, step, q, kv, out),
         }
     }
 
-    fn attend_one_each(
+    fn attend_decode(
         &self,
         launcher: &Launcher,
         step: &Step<Buffer>,
@@ -209,21 +216,21 @@ impl Attention {
             Part::First => (&self.half, 0),
             Part::Second => (&self.half, 1),
         };
-        let plan = (step.layout.plan + second * self.half.words()) as u32;
         let row_bytes = self.heads.q_row_bytes() * part.tokens(step.shape).start as usize;
         let [q, out] = [q, out].map(|rows| rows.address().offset(row_bytes));
+        let grid =
+            Grid::new(cutter.blocks, self.set.decode_threads).shared(self.set.decode_shared).dependent();
         let Heads { kv_heads, group, .. } = self.heads;
         let Scratch { partials, arrived, arrived_count } = &self.scratch[second];
-        let page_shift = step.page_size.trailing_zeros();
         launcher.launch(
             &self.decode,
-            Grid::new(cutter.blocks, self.set.decode_threads).shared(self.set.decode_shared).dependent(),
+            grid,
             [
                 &step.batch,
-                &plan,
+                &((step.layout.plan + second * self.half.words()) as u32),
                 &step.page_table,
                 &step.table_width,
-                &page_shift,
+                &step.page_size.trailing_zeros(),
                 &kv_heads,
                 &group,
                 &q,
@@ -237,7 +244,12 @@ impl Attention {
         )
     }
 
-    fn attend_many(
+    /// Turns of a prefill step: items that its tokens may make at most, for each key and value head.
+    fn turns_max(&self, step: &Step<Buffer>) -> u32 {
+        self.heads.items_max(&self.set.prefill, step.shape.tokens, step.shape.rows) * self.heads.kv_heads
+    }
+
+    fn attend_hopper(
         &self,
         launcher: &Launcher,
         step: &Step<Buffer>,
@@ -245,16 +257,63 @@ impl Attention {
         kv: KvLayer<Buffer>,
         out: Buffer,
     ) -> Result<(), CudaError> {
-        let (plan, rows) = (step.layout.plan as u32, step.layout.rows as u32);
-        let page_shift = step.page_size.trailing_zeros();
-        let Heads { kv_heads, group, .. } = self.heads;
-        let (batch, table, width) = (&step.batch, &step.page_table, &step.table_width);
+        let Prefill { part_queries, threads, shared, .. } = self.set.prefill;
+        let blocks = self.turns_max(step).min(self.multiprocessors);
+        let Heads { head_dim, kv_heads, group } = self.heads;
+        let head_dim = head_dim as usize;
+        let queries = [step.shape.tokens as usize, (kv_heads * group) as usize, head_dim];
+        let pages = |pages: Buffer| {
+            let rows = pages.elements() / head_dim;
+            TensorMap::pages(pages.address(), rows, head_dim, step.page_size.min(LEAF))
+        };
         launcher.launch(
             &self.prefill,
-            Grid::new(self.heads.items_max(step.shape.tokens, step.shape.rows) * kv_heads, PREFILL_THREADS)
-                .shared(self.set.prefill_shared)
-                .dependent(),
-            [batch, &plan, &rows, table, width, &page_shift, &kv_heads, &group, &q, &kv.k, &kv.v, &out],
+            Grid::new(blocks, threads).shared(shared).dependent(),
+            [
+                &step.batch,
+                &(step.layout.plan as u32),
+                &(step.layout.rows as u32),
+                &step.page_table,
+                &step.table_width,
+                &step.page_size.trailing_zeros(),
+                &kv_heads,
+                &group,
+                &TensorMap::queries(q.address(), queries, part_queries / group, group)?,
+                &pages(kv.k)?,
+                &pages(kv.v)?,
+                &out,
+                &self.scratch[0].turns(),
+            ],
+        )
+    }
+
+    fn attend_portable(
+        &self,
+        launcher: &Launcher,
+        step: &Step<Buffer>,
+        q: Buffer,
+        kv: KvLayer<Buffer>,
+        out: Buffer,
+    ) -> Result<(), CudaError> {
+        let Prefill { threads, shared, .. } = self.set.prefill;
+        let Heads { kv_heads, group, .. } = self.heads;
+        launcher.launch(
+            &self.prefill,
+            Grid::new(self.turns_max(step), threads).shared(shared),
+            [
+                &step.batch,
+                &(step.layout.plan as u32),
+                &(step.layout.rows as u32),
+                &step.page_table,
+                &step.table_width,
+                &step.page_size.trailing_zeros(),
+                &kv_heads,
+                &group,
+                &q,
+                &kv.k,
+                &kv.v,
+                &out,
+            ],
         )
     }
 }
@@ -357,7 +416,8 @@ impl Cuts {
     }
 }
 
-/// The rows cut into items of `tokens` tokens, those that see most positions first: a short one fills a gap at the end.
+/// The rows cut into items of `tokens` tokens. A row's items follow each other, so that blocks that work at the same time find
+/// the same keys and values in L2; rows and items that see most positions are first: short ones fill the gaps at the end.
 fn plan_prefill(tokens: u32, rows: &[Row], words: &mut [u32]) {
     let (count, items) = words.split_at_mut(1);
     let items: &mut [[u32; 2]] = bytemuck::cast_slice_mut(items_of_two(items));
@@ -369,9 +429,8 @@ fn plan_prefill(tokens: u32, rows: &[Row], words: &mut [u32]) {
         }
     }
     count[0] = filled as u32;
-    items[..filled].sort_unstable_by_key(|[index, first]| {
-        let row = &rows[*index as usize];
-        Reverse(row.position + (first + tokens).min(row.tokens))
+    items[..filled].sort_unstable_by_key(|&[index, first]| {
+        (Reverse(rows[index as usize].kv_len), index, Reverse(first))
     });
 }
 
@@ -429,6 +488,21 @@ mod tests {
             };
             plans_are_whole(&cutter, &rows);
         }
+    }
+
+    #[test]
+    fn a_prefill_plan_has_every_token_once_long_rows_and_late_items_first() {
+        let row = |position, tokens| Row { position, tokens, kv_len: position + tokens, ..Row::default() };
+        let rows = [row(0, 100), row(500, 1), row(64, 200), row(0, 96), row(0, 501)];
+        let mut words = [0; 40];
+        plan_prefill(96, &rows, &mut words);
+        let planned: Vec<[u32; 2]> = bytemuck::cast_slice(&words[1..1 + 2 * words[0] as usize]).to_vec();
+        let of_row = |row, tokens: u32| (0..tokens.div_ceil(96)).rev().map(move |item| [row, 96 * item]);
+        let expected = [(1, 1), (4, 501), (2, 200), (0, 100), (3, 96)];
+        assert_eq!(
+            planned,
+            expected.into_iter().flat_map(|(row, tokens)| of_row(row, tokens)).collect::<Vec<_>>()
+        );
     }
 
     #[test]

@@ -1,10 +1,24 @@
-// Attention for Hopper: decode keeps 192 KiB of keys and values in flight a multiprocessor, by bulk copies.
+// Attention for Hopper: decode keeps 192 KiB of keys and values in flight a multiprocessor, by bulk copies; prefill
+// multiplies by wgmma.
 //
 // attention_decode.cuh and attention_prefill.cuh say what is computed and how.
 #define DECODE_BLOCKS 2
 #define DECODE_STAGES(HD) (3 * 128 / (HD))
-#define PREFILL_BUFFERS 2
 #include "attention_kernels.cuh"
+#include "attention_prefill.cuh"
 
-ATTENTION_KERNELS(64)
-ATTENTION_KERNELS(128)
+#define ATTENTION_PREFILL(HD)                                                                                           \
+    extern "C" __global__ void __launch_bounds__(PREFILL_THREADS, 1) attention_prefill_##HD(                            \
+        const unsigned *batch, unsigned plan_offset, unsigned rows_offset, const unsigned *page_table,                  \
+        unsigned table_width, unsigned page_shift, unsigned kv_heads, unsigned group, const __grid_constant__ TensorMap q, \
+        const __grid_constant__ TensorMap k, const __grid_constant__ TensorMap v, bf16 *out, unsigned *taken) {         \
+        dependent_launch();                                                                                             \
+        const PrefillArgs args = {&q, &k, &v, batch + plan_offset, reinterpret_cast<const Row *>(batch + rows_offset),  \
+                                  page_table, out, taken, table_width, page_shift, kv_heads, group};                    \
+        prefill<HD>(args, shared_memory);                                                                               \
+    }
+
+ATTENTION_DECODE(64)
+ATTENTION_DECODE(128)
+ATTENTION_PREFILL(64)
+ATTENTION_PREFILL(128)

@@ -53,6 +53,14 @@ __device__ __forceinline__ void bulk_fetch(unsigned to, const TensorMap *map, un
                  : "memory");
 }
 
+// The same with a map of three dimensions.
+__device__ __forceinline__ void bulk_fetch(unsigned to, const TensorMap *map, unsigned x, unsigned y, unsigned z,
+                                           unsigned barrier, unsigned long long policy) {
+    asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+                 "[%0], [%1, {%2, %3, %4}], [%5], %6;" ::"r"(to), "l"(map), "r"(x), "r"(y), "r"(z), "r"(barrier), "l"(policy)
+                 : "memory");
+}
+
 // The same for several blocks of the cluster, those whose bits are set in `ranks`: the box goes to the place `to` of each, and
 // its bytes count towards each one's barrier.
 __device__ __forceinline__ void bulk_fetch_shared(unsigned to, const TensorMap *map, unsigned col, unsigned row,
@@ -118,6 +126,16 @@ __device__ __forceinline__ float2 load_remote(unsigned at, unsigned rank) {
 // is 32 bytes, 2 in the descriptor.
 __device__ __forceinline__ unsigned long long tile_descriptor(unsigned tile) {
     return (unsigned long long)((tile & 0x3ffff) >> 4) | 1ull << 16 | 64ull << 32 | 1ull << 62;
+}
+
+// The same for a tile whose address needs no mask, so that what is added to it fits one register.
+__device__ __forceinline__ unsigned long long tile_descriptor_at(unsigned tile) {
+    return (unsigned long long)(64u | 1u << 30) << 32 | (tile / 16 + (1u << 16));
+}
+
+// Describes [8, 16] bf16 in 256 bytes, 8 columns of all rows and then the other 8.
+__device__ __forceinline__ unsigned long long small_descriptor(unsigned at) {
+    return (unsigned long long)(at / 16) | 8ull << 16 | 8ull << 32;
 }
 
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
@@ -188,6 +206,23 @@ __device__ __forceinline__ void wgmma(float (&d)[44], unsigned long long a, unsi
                  : "l"(a), "l"(b), "r"((int)add));
 }
 
+__device__ __forceinline__ void wgmma(float (&d)[48], unsigned long long a, unsigned long long b, bool add) {
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %50, 0;\n"
+                 "wgmma.mma_async.sync.aligned.m64n96k16.f32.bf16.bf16 {"
+                 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+                 "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+                 "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
+                 "}, %48, %49, p, 1, 1, 0, 0;\n}"
+                 :
+                 "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),
+                 "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]),
+                 "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]),
+                 "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31]),
+                 "+f"(d[32]), "+f"(d[33]), "+f"(d[34]), "+f"(d[35]), "+f"(d[36]), "+f"(d[37]), "+f"(d[38]), "+f"(d[39]),
+                 "+f"(d[40]), "+f"(d[41]), "+f"(d[42]), "+f"(d[43]), "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47])
+                 : "l"(a), "l"(b), "r"((int)add));
+}
+
 __device__ __forceinline__ void wgmma(float (&d)[64], unsigned long long a, unsigned long long b, bool add) {
     asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"
                  "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {"
@@ -206,4 +241,31 @@ __device__ __forceinline__ void wgmma(float (&d)[64], unsigned long long a, unsi
                  "+f"(d[48]), "+f"(d[49]), "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]),
                  "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63])
                  : "l"(a), "l"(b), "r"((int)add));
+}
+
+// The same with A in registers: the four words are D's eight values of 16 columns as pairs of bf16. B is [16, N] here, a
+// tile's 16 rows, and the next 16 are 2048 bytes further on.
+__device__ __forceinline__ void wgmma_transposed(float (&d)[32], const unsigned (&a)[4], unsigned long long b, bool add) {
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\n"
+                 "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {"
+                 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+                 "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+                 "}, {%32, %33, %34, %35}, %36, p, 1, 1, 1;\n}"
+                 :
+                 "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),
+                 "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]),
+                 "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]),
+                 "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"((int)add));
+}
+
+// A in registers as above, B as elsewhere.
+__device__ __forceinline__ void wgmma(float (&d)[4], const unsigned (&a)[4], unsigned long long b, bool add) {
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %9, 0;\n"
+                 "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {"
+                 "%0, %1, %2, %3"
+                 "}, {%4, %5, %6, %7}, %8, p, 1, 1, 0;\n}"
+                 :
+                 "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"((int)add));
 }

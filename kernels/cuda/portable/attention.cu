@@ -3,8 +3,20 @@
 // attention_decode.cuh and attention_prefill.cuh say what is computed and how.
 #define DECODE_BLOCKS 1
 #define DECODE_STAGES(HD) 2
-#define PREFILL_BUFFERS 1
 #include "attention_kernels.cuh"
+#include "attention_prefill.cuh"
 
-ATTENTION_KERNELS(64)
-ATTENTION_KERNELS(128)
+#define ATTENTION_PREFILL(HD)                                                                                           \
+    extern "C" __global__ void __launch_bounds__(PREFILL_THREADS, 1) attention_prefill_##HD(                            \
+        const unsigned *batch, unsigned plan_offset, unsigned rows_offset, const unsigned *page_table,                  \
+        unsigned table_width, unsigned page_shift, unsigned kv_heads, unsigned group, const bf16 *q, const bf16 *k,     \
+        const bf16 *v, bf16 *out) {                                                                                     \
+        const PrefillArgs args = {batch + plan_offset, reinterpret_cast<const Row *>(batch + rows_offset),              \
+                                  page_table, q, k, v, out, table_width, page_shift, kv_heads, group};                  \
+        prefill<HD>(args, shared_memory);                                                                               \
+    }
+
+ATTENTION_DECODE(64)
+ATTENTION_DECODE(128)
+ATTENTION_PREFILL(64)
+ATTENTION_PREFILL(128)

@@ -1,15 +1,14 @@
 // attention_prefill: many tokens a row, each over its row's positions up to its own.
 //
 //   q, out  [tokens, kv_heads * group, head_dim] bf16      k, v  pages (attention.cuh)
-//   plan    count, then (row, first token) for each item, longest first
+//   plan    count, then (row, first token) for each item
 //   grid    kv_heads * the most items that the step can have; those beyond count return at once
-//   block   256      shared BUFFERS * 2 * 128 * head_dim * 2 bytes
+//   block   256      shared 2 * 128 * head_dim * 2 bytes
 //   moves   each item reads the keys and values up to its last token, mostly from L2; 4 * head_dim operations a (query, key)
 //
 // An item is as many tokens of a row as have up to 128 queries in the group of one kv head. A query is a column, token by
 // token, so that a group's queries share every key and value and columns beside each other end at about the same
-// position. Each warp holds 16 columns against all keys of a leaf, which the block copies to shared memory; with two
-// buffers the next leaf arrives while one is worked on.
+// position. Each warp holds 16 columns against all keys of a leaf, which the block copies to shared memory.
 //
 //   columns      [ t0 h0 | t0 h1 | t1 h0 | t1 h1 | ... ]      128 of them, 16 a warp
 //   leaves       0 .. 127 | 128 .. 255 | ...                  folded in order (attention.cuh: decode gives the same bits)
@@ -47,6 +46,83 @@ struct Column {
         limit = exists ? row.position + token + 1 : 1; // one that does not exist attends to the first position
     }
 };
+
+// The query of column lane / 4 as the B operand, dims x queries; zeros where there is none.
+template <int HD>
+__device__ __forceinline__ void load_query(unsigned (&b)[2], const bf16 *query, unsigned k, unsigned lane) {
+    const unsigned *words = reinterpret_cast<const unsigned *>(query) + k * 8 + lane % 4;
+    b[0] = query ? words[0] : 0;
+    b[1] = query ? words[4] : 0;
+}
+
+// Scores of a tile: s[n][0, 1] are token lane / 4 and columns 2 (lane % 4) + {0, 1}; s[n][2, 3] token lane / 4 + 8.
+template <int HD>
+__device__ __forceinline__ void score(float (&s)[NQ][4], const unsigned (&q)[HD / 16][NQ][2], unsigned tile,
+                                      unsigned lane) {
+#pragma unroll
+    for (int n = 0; n < NQ; n++)
+        s[n][0] = s[n][1] = s[n][2] = s[n][3] = 0.0f;
+#pragma unroll
+    for (int k = 0; k < HD / 16; k++) {
+        unsigned a[4];
+        load_keys<HD>(a, tile, k, lane);
+#pragma unroll
+        for (int n = 0; n < NQ; n++)
+            mma(s[n], a, q[k][n]);
+    }
+}
+
+// The leaf's maxima, m[n][0, 1] of columns 2 (lane % 4) + {0, 1}, and its probabilities as B operands, tokens x queries.
+template <int HD>
+__device__ __forceinline__ void softmax(unsigned (&p)[LEAF_TILES][NQ][2], float (&m)[NQ][2],
+                                        const float (&s)[LEAF_TILES][NQ][4]) {
+    const float c = score_scale<HD>();
+#pragma unroll
+    for (int n = 0; n < NQ; n++) {
+        float offset[2];
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            float x = minus_infinity();
+#pragma unroll
+            for (int j = 0; j < LEAF_TILES; j++)
+                x = fmaxf(x, fmaxf(s[j][n][i], s[j][n][i + 2]));
+            x = fmaxf(x, __shfl_xor_sync(FULL_WARP, x, 4));
+            x = fmaxf(x, __shfl_xor_sync(FULL_WARP, x, 8));
+            x = fmaxf(x, __shfl_xor_sync(FULL_WARP, x, 16));
+            m[n][i] = x;
+            offset[i] = x == minus_infinity() ? 0.0f : -__fmul_rn(x, c);
+        }
+#pragma unroll
+        for (int j = 0; j < LEAF_TILES; j++)
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                const float x = exp2_approx(__fmaf_rn(s[j][n][2 * half], c, offset[0]));
+                const float y = exp2_approx(__fmaf_rn(s[j][n][2 * half + 1], c, offset[1]));
+                const __nv_bfloat162 pair = __floats2bfloat162_rn(x, y);
+                p[j][n][half] = transposed(*reinterpret_cast<const unsigned *>(&pair));
+            }
+    }
+}
+
+// l += the sums of a tile's probabilities: l[n][0, 1] of columns 2 (lane % 4) + {0, 1}.
+__device__ __forceinline__ void add_sums(float (&l)[NQ][4], const unsigned (&p)[NQ][2]) {
+    const unsigned ones[4] = {0x3f803f80, 0x3f803f80, 0x3f803f80, 0x3f803f80};
+#pragma unroll
+    for (int n = 0; n < NQ; n++)
+        mma(l[n], ones, p[n]);
+}
+
+// o += V^T P of a tile, for the dims' m-tile d: o[n][0, 1] are dim 16 d + lane / 4 and columns 2 (lane % 4) + {0, 1};
+// o[n][2, 3] the dim 8 further on.
+template <int HD>
+__device__ __forceinline__ void add_values(float (&o)[NQ][4], const unsigned (&p)[NQ][2], unsigned tile, unsigned d,
+                                           unsigned lane) {
+    unsigned a[4];
+    load_values<HD>(a, tile, d, lane);
+#pragma unroll
+    for (int n = 0; n < NQ; n++)
+        mma(o[n], a, p[n]);
+}
 
 __device__ __forceinline__ void copy_or_zero(unsigned to, const bf16 *from, bool copies) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(copies ? 16 : 0) : "memory");
@@ -99,7 +175,7 @@ __device__ __forceinline__ void attend_leaf(PrefillState<HD> &state, const unsig
 #pragma unroll
     for (int j = 0; j < LEAF_TILES; j++) {
         if (ALL || j < tiles)
-            score<HD, NQ>(s[j], q, keys + j * TILE_BYTES, lane);
+            score<HD>(s[j], q, keys + j * TILE_BYTES, lane);
         if (ALL)
             continue;
         const unsigned token = first + j * TILE + lane / 4;
@@ -112,12 +188,12 @@ __device__ __forceinline__ void attend_leaf(PrefillState<HD> &state, const unsig
     }
     unsigned p[LEAF_TILES][NQ][2];
     float m[NQ][2], l[NQ][4] = {};
-    softmax<HD, NQ>(p, m, s);
+    softmax<HD>(p, m, s);
     Weights weights[NQ][2];
 #pragma unroll
     for (int j = 0; j < LEAF_TILES; j++)
         if (ALL || j < tiles)
-            add_sums<NQ>(l, p[j]);
+            add_sums(l, p[j]);
 #pragma unroll
     for (int n = 0; n < NQ; n++)
 #pragma unroll
@@ -131,8 +207,8 @@ __device__ __forceinline__ void attend_leaf(PrefillState<HD> &state, const unsig
 #pragma unroll
         for (int j = 0; j < LEAF_TILES; j++)
             if (ALL || j < tiles) {
-                add_values<HD, NQ>(o[0], p[j], values + j * TILE_BYTES, d, lane);
-                add_values<HD, NQ>(o[1], p[j], values + j * TILE_BYTES, d + 1, lane);
+                add_values<HD>(o[0], p[j], values + j * TILE_BYTES, d, lane);
+                add_values<HD>(o[1], p[j], values + j * TILE_BYTES, d + 1, lane);
             }
 #pragma unroll
         for (int n = 0; n < NQ; n++)
@@ -164,19 +240,16 @@ __device__ __forceinline__ void write_columns(const PrefillArgs &args, const Row
         }
 }
 
-template <int HD, int BUFFERS> __device__ __forceinline__ void prefill(const PrefillArgs &args, unsigned char *shared) {
+template <int HD> __device__ __forceinline__ void prefill(const PrefillArgs &args, unsigned char *shared) {
     constexpr unsigned BLOCK_BYTES = LEAF * HD * 2;
     const unsigned item = blockIdx.x / args.kv_heads, head = blockIdx.x % args.kv_heads;
     if (item >= args.plan[0])
         return;
-    dependent_wait();
     const Row row = args.rows[args.plan[1 + 2 * item]];
     const unsigned first = args.plan[2 + 2 * item], lane = threadIdx.x % 32, column = threadIdx.x / 32 * (NQ * 8);
     const unsigned kv_end = row.position + min(first + COLUMNS / args.group, row.tokens);
-    const unsigned leaves = (kv_end + LEAF - 1) / LEAF, base = (unsigned)__cvta_generic_to_shared(shared);
+    const unsigned keys = (unsigned)__cvta_generic_to_shared(shared), values = keys + BLOCK_BYTES;
     const unsigned *pages = args.page_table + (size_t)row.slot * args.table_width;
-    if (BUFFERS == 2)
-        copy_leaf<HD>(args, pages, head, 0, kv_end, base, base + BLOCK_BYTES);
 
     unsigned q[HD / 16][NQ][2], limit[NQ][2], longest = 0, shortest = 0xffffffffu;
 #pragma unroll
@@ -192,24 +265,18 @@ template <int HD, int BUFFERS> __device__ __forceinline__ void prefill(const Pre
     }
 
     PrefillState<HD> state;
-    for (unsigned leaf = 0; leaf < leaves; leaf++) {
-        const unsigned keys = base + leaf % BUFFERS * 2 * BLOCK_BYTES, next = base + (leaf + 1) % BUFFERS * 2 * BLOCK_BYTES;
-        if (BUFFERS == 1) {
-            __syncthreads(); // every warp is done with the leaf before
-            copy_leaf<HD>(args, pages, head, leaf, kv_end, keys, keys + BLOCK_BYTES);
-        }
+    for (unsigned begin = 0; begin < kv_end; begin += LEAF) {
+        __syncthreads(); // every warp is done with the leaf before
+        copy_leaf<HD>(args, pages, head, begin / LEAF, kv_end, keys, values);
         asm volatile("cp.async.wait_group 0;" ::: "memory");
-        __syncthreads(); // the leaf is here, and with two buffers every warp is done with the one before
-        if (BUFFERS == 2 && leaf + 1 < leaves)
-            copy_leaf<HD>(args, pages, head, leaf + 1, kv_end, next, next + BLOCK_BYTES);
-        const unsigned begin = leaf * LEAF;
+        __syncthreads(); // the leaf is here
         if (begin >= longest)
             continue;
         if (begin + LEAF <= shortest)
-            attend_leaf<HD, true>(state, q, limit, begin, LEAF_TILES, keys, keys + BLOCK_BYTES, lane);
+            attend_leaf<HD, true>(state, q, limit, begin, LEAF_TILES, keys, values, lane);
         else
-            attend_leaf<HD, false>(state, q, limit, begin, min((longest - begin + TILE - 1) / TILE, LEAF_TILES), keys,
-                                   keys + BLOCK_BYTES, lane);
+            attend_leaf<HD, false>(state, q, limit, begin, min((longest - begin + TILE - 1) / TILE, LEAF_TILES), keys, values,
+                                   lane);
     }
     write_columns<HD>(args, row, first, head, state, column, lane);
 }

@@ -1,0 +1,484 @@
+// attention_prefill: many tokens a row, each over its row's positions up to its own.
+//
+//   q, out  [tokens, kv_heads * group, head_dim] bf16      k, v  pages (attention.cuh)      q, k, v as the copy engine's maps
+//   plan    count, then (row, first token) for each item
+//   turn    an item and a kv head, heads fastest
+//   grid    at most a block a multiprocessor, which takes whichever turn is next
+//   block   PARTS warpgroups that attend, and one whose warps take turns, fetch keys, fetch values, and answer
+//   shared  64 queries a warpgroup; a ring of STAGES keys or values of a leaf; ones; parts, turns and barriers
+//   moves   each turn reads the keys and values up to its last token, mostly from L2; 4 * head_dim operations a (query, key)
+//
+// A query is a row of the products here; tokens and dims are columns. A part, which is a warpgroup's share of an item, is as
+// many tokens as have up to 64 queries in the group of one kv head: token by token, so that queries beside each other end
+// at about the same position. An item is PARTS parts beside each other, which share every key and value.
+//
+//   scores   S [64 queries, 128 tokens] = Q K^T        wgmma, both from shared memory
+//   P        in the registers that are wgmma's left operand: those of S, two columns a word
+//   output   O [64 queries, 64 dims] = P V             wgmma, P from registers, 64 dims after the other
+//   l        P times ones, 8 columns of them           wgmma, with the output's last dims
+//
+//   take ── taken/read of each slot ──> fetch, answer
+//   fetch ── full/empty of each stage ──> attend       keys, values, keys, values, ... of leaf after leaf, turn after turn
+//   answer ── asked/answered of each part ──^          its queries, and what else a warpgroup has to know
+//
+// 1. wgmma sums k16 by k16 like mma, and which operand is which does not matter to a sum: the bits are attention.cuh's.
+// 2. A warpgroup does one thing after the other, and waits for nobody but the ring and its queries: softmax and folding of
+//    some run beside products of others. Two that keep more in flight each fall in step, and are slower.
+// 3. A warpgroup skips leaves that lie behind all of its queries, and pairs of tiles of its last leaf.
+// 4. Values behind the item's last token are zeroed in shared memory: their probability is 0, and 0 times what a page held
+//    before may be NaN. Each warpgroup does so for itself: all write the same.
+// 5. A part's queries may be asked for when its last scores are there: those of the next turn come while it ends.
+// 6. Rows that are no query's give garbage, which stays in its row and is not stored.
+// 7. A turn is taken by counting `taken` up. A block stops at the first turn that does not exist, and so counts once in
+//    vain; the last such count sets `taken` to 0 for the next launch.
+#pragma once
+#include "attention.cuh"
+#include "hopper.cuh"
+#include "place.cuh"
+
+constexpr unsigned PARTS = 3, PART_QUERIES = 64, PREFILL_THREADS = 128 * PARTS + 128;
+// Registers of a thread that attends, and of one that fetches: 65536 in all.
+constexpr unsigned ATTENDING = 160, FETCHING = 32;
+
+struct PrefillArgs {
+    const TensorMap *q, *k, *v;
+    const unsigned *plan;
+    const Row *rows;
+    const unsigned *page_table;
+    bf16 *out;
+    unsigned *taken; // how many turns blocks have taken
+    unsigned table_width, page_shift, kv_heads, group;
+
+    __device__ __forceinline__ unsigned turns() const { return plan[0] * kv_heads; }
+    __device__ __forceinline__ unsigned part_tokens() const { return PART_QUERIES / group; }
+};
+
+// A turn's item.
+struct Item {
+    Row row;
+    unsigned first, head;
+
+    __device__ __forceinline__ Item(const PrefillArgs &args, unsigned turn)
+        : row(args.rows[args.plan[1 + turn / args.kv_heads * 2]]), first(args.plan[2 + turn / args.kv_heads * 2]),
+          head(turn % args.kv_heads) {}
+    __device__ __forceinline__ unsigned kv_end(unsigned part_tokens) const {
+        return row.position + min(first + PARTS * part_tokens, row.tokens);
+    }
+};
+
+// What a warpgroup has to know of its part: its first token's index in the step and position, how many tokens it has, and
+// where the item ends; 0: there is no more.
+struct __align__(16) Part {
+    unsigned token = 0, count = 0, position = 0, head = 0, kv_end = 0, unused[3];
+
+    __device__ __forceinline__ unsigned end() const { return count ? position + count : 0; }
+};
+
+// Turns that are taken ahead, and warps that each of them is for.
+constexpr unsigned TURNS = 2, READERS = 3;
+
+// Addresses in shared memory.
+template <int HD> struct Shared {
+    static constexpr unsigned STAGES = 5 * 128 / HD, HALF = LEAF * 128, STAGE_BYTES = HD / 64 * HALF;
+    static constexpr unsigned QUERY_HALF = PART_QUERIES * 128, QUERY_BYTES = HD / 64 * QUERY_HALF;
+    unsigned base;
+
+    __device__ __forceinline__ unsigned queries(unsigned part) const { return base + part * QUERY_BYTES; }
+    __device__ __forceinline__ unsigned stage(unsigned i) const { return queries(PARTS) + i * STAGE_BYTES; }
+    __device__ __forceinline__ unsigned ones() const { return stage(STAGES); }
+    __device__ __forceinline__ unsigned part(unsigned i) const { return ones() + 256 + i * sizeof(Part); }
+    __device__ __forceinline__ unsigned turn(unsigned slot) const { return part(PARTS) + slot * 16; }
+    // Barriers, in pairs.
+    __device__ __forceinline__ unsigned taken(unsigned slot) const { return turn(TURNS) + slot * 16; }
+    __device__ __forceinline__ unsigned read(unsigned slot) const { return taken(slot) + 8; }
+    __device__ __forceinline__ unsigned asked(unsigned part) const { return taken(TURNS) + part * 16; }
+    __device__ __forceinline__ unsigned answered(unsigned part) const { return asked(part) + 8; }
+    __device__ __forceinline__ unsigned full(unsigned stage) const { return asked(PARTS) + stage * 16; }
+    __device__ __forceinline__ unsigned empty(unsigned stage) const { return full(stage) + 8; }
+
+    __device__ __forceinline__ void init_barriers() const {
+        for (unsigned i = 0; i < TURNS; i++) {
+            barrier_init(taken(i), 1);
+            barrier_init(read(i), 32 * READERS);
+        }
+        for (unsigned i = 0; i < PARTS; i++) {
+            barrier_init(answered(i), 1);
+            barrier_init(asked(i), 128);
+        }
+        for (unsigned i = 0; i < STAGES; i++) {
+            barrier_init(full(i), 1);
+            barrier_init(empty(i), 128 * PARTS);
+        }
+        barrier_init_fence();
+    }
+};
+
+// A thread takes turns for the warps that fetch and answer, up to the first that does not exist.
+template <int HD> __device__ __forceinline__ void take_turns(const PrefillArgs &args, const Shared<HD> &shared) {
+    const unsigned turns = args.turns();
+    Place<TURNS> place;
+    unsigned turn;
+    do {
+        turn = atomicAdd(args.taken, 1);
+        if (turn == turns + gridDim.x - 1)
+            *args.taken = 0;
+        barrier_wait(shared.read(place.at), place.parity ^ 1); // passes in the first round
+        asm volatile("st.shared.u32 [%0], %1;" ::"r"(shared.turn(place.at)), "r"(turn) : "memory");
+        barrier_arrive(shared.taken(place.at));
+        place.advance();
+    } while (turn < turns);
+}
+
+// A warp's next turn.
+template <int HD> __device__ __forceinline__ unsigned next_turn(const Shared<HD> &shared, Place<TURNS> &place) {
+    unsigned turn;
+    barrier_wait(shared.taken(place.at), place.parity);
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(turn) : "r"(shared.turn(place.at)) : "memory");
+    barrier_arrive(shared.read(place.at));
+    place.advance();
+    return turn;
+}
+
+// A warp fetches keys (`values` 0) or values (1), to every other stage: a lane copies 64 dims of a page's share of a leaf, the
+// bytes as they lie, swizzled already.
+template <int HD>
+__device__ __forceinline__ void fetch(const PrefillArgs &args, const Shared<HD> &shared, unsigned values, unsigned lane) {
+    using S = Shared<HD>;
+    constexpr unsigned HALVES = HD / 64;
+    const unsigned step = min(1u << args.page_shift, LEAF), half = lane % HALVES, token = lane / HALVES * step;
+    const TensorMap *map = values ? args.v : args.k;
+    Place<TURNS> turns;
+    Place<S::STAGES> place;
+    if (values)
+        place.advance();
+    for (unsigned turn; (turn = next_turn(shared, turns)) < args.turns();) {
+        const Item item(args, turn);
+        const unsigned kv_end = item.kv_end(args.part_tokens());
+        const unsigned *pages = args.page_table + (size_t)item.row.slot * args.table_width;
+        for (unsigned begin = 0; begin < kv_end; begin += LEAF) {
+            const bool copies = token < LEAF && begin + token < kv_end;
+            const unsigned page = copies ? pages[(begin + token) >> args.page_shift] : 0;
+            const unsigned in_page = (begin + token) & ((1u << args.page_shift) - 1);
+            const unsigned line = ((page * args.kv_heads + item.head) << args.page_shift) + in_page;
+            const unsigned full = shared.full(place.at);
+            barrier_wait(shared.empty(place.at), place.parity ^ 1); // passes in the first round
+            if (lane == 0)
+                barrier_expect(full, (min(kv_end - begin, LEAF) + step - 1) / step * step * HD * 2);
+            __syncwarp();
+            if (copies)
+                bulk_fetch(shared.stage(place.at) + half * S::HALF + token * 128, map, half * 64, line, full, EVICT_NORMAL);
+            place.advance();
+            place.advance();
+        }
+    }
+}
+
+__device__ __forceinline__ void store_part(unsigned at, const Part &part) {
+    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};\nst.shared.u32 [%0 + 16], %5;" ::"r"(at), "r"(part.token),
+                 "r"(part.count), "r"(part.position), "r"(part.head), "r"(part.kv_end)
+                 : "memory");
+}
+
+__device__ __forceinline__ Part load_part(unsigned at) {
+    Part part;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%5];\nld.shared.u32 %4, [%5 + 16];"
+                 : "=r"(part.token), "=r"(part.count), "=r"(part.position), "=r"(part.head), "=r"(part.kv_end)
+                 : "r"(at)
+                 : "memory");
+    return part;
+}
+
+// A warp answers warpgroups that ask for their next part.
+template <int HD> __device__ __forceinline__ void answer(const PrefillArgs &args, const Shared<HD> &shared, unsigned lane) {
+    using S = Shared<HD>;
+    const unsigned part_tokens = args.part_tokens(), bytes = part_tokens * args.group * HD * 2;
+    Place<TURNS> turns;
+    unsigned parity = 1; // passes in the first round
+    for (unsigned turn; (turn = next_turn(shared, turns)) < args.turns(); parity ^= 1) {
+        const Item item(args, turn);
+#pragma unroll 1
+        for (unsigned i = 0; i < PARTS && lane == 0; i++) {
+            const unsigned first = item.first + i * part_tokens, rest = item.row.tokens > first ? item.row.tokens - first : 0;
+            const Part part = {item.row.first_token + first, min(rest, part_tokens), item.row.position + first, item.head,
+                               item.kv_end(part_tokens)};
+            barrier_wait(shared.asked(i), parity);
+            store_part(shared.part(i), part);
+            if (part.count == 0) {
+                barrier_arrive(shared.answered(i));
+                continue;
+            }
+            barrier_expect(shared.answered(i), bytes);
+#pragma unroll
+            for (int half = 0; half < HD / 64; half++)
+                bulk_fetch(shared.queries(i) + half * S::QUERY_HALF, args.q, half * 64, item.head * args.group, part.token,
+                           shared.answered(i), EVICT_FIRST);
+        }
+    }
+    for (unsigned i = 0; i < PARTS && lane == 0; i++) {
+        barrier_wait(shared.asked(i), parity);
+        store_part(shared.part(i), Part());
+        barrier_arrive(shared.answered(i));
+    }
+}
+
+// What a warpgroup has folded so far: a thread has rows lane / 4 and 8 further on of its warp's 16, o as wgmma has it.
+template <int HD> struct PrefillState {
+    float m[2], l[2], o[HD / 2];
+
+    __device__ __forceinline__ PrefillState() {
+        m[0] = m[1] = minus_infinity();
+        l[0] = l[1] = 0.0f;
+#pragma unroll
+        for (int i = 0; i < HD / 2; i++)
+            o[i] = 0.0f;
+    }
+};
+
+// Scores of the part's queries and a leaf's first tiles.
+template <int HD, int TILES>
+__device__ __forceinline__ void score_part(float (&s)[TILES * 8], unsigned queries, unsigned keys) {
+    using S = Shared<HD>;
+    wgmma_fence();
+#pragma unroll
+    for (int k = 0; k < HD / 16; k++)
+        wgmma(s, tile_descriptor_at(queries + k / 4 * S::QUERY_HALF + k % 4 * 32),
+              tile_descriptor_at(keys + k / 4 * S::HALF + k % 4 * 32), k > 0);
+    wgmma_commit();
+    wgmma_wait<0>();
+    hold(s);
+}
+
+// The maxima of a thread's two rows.
+template <int COUNT> __device__ __forceinline__ void row_maxima(float (&m)[2], const float (&s)[COUNT]) {
+    float x[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+        x[i] = s[i];
+#pragma unroll
+    for (int i = 4; i < COUNT; i++)
+        x[i % 4] = fmaxf(x[i % 4], s[i]);
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        m[i] = fmaxf(x[2 * i], x[2 * i + 1]);
+        m[i] = fmaxf(m[i], __shfl_xor_sync(FULL_WARP, m[i], 1));
+        m[i] = fmaxf(m[i], __shfl_xor_sync(FULL_WARP, m[i], 2));
+    }
+}
+
+// Scores become probabilities, not yet rounded.
+template <int HD, int COUNT> __device__ __forceinline__ void exponentials(float (&s)[COUNT], const float (&m)[2]) {
+    const float c = score_scale<HD>();
+    const float offset[2] = {m[0] == minus_infinity() ? 0.0f : -__fmul_rn(m[0], c),
+                             m[1] == minus_infinity() ? 0.0f : -__fmul_rn(m[1], c)};
+#pragma unroll
+    for (int i = 0; i < COUNT; i++)
+        s[i] = exp2_approx(__fmaf_rn(s[i], c, offset[i / 2 % 2]));
+    hold(s);
+}
+
+__device__ __forceinline__ unsigned pair_of(float x, float y) {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(x, y);
+    return *reinterpret_cast<const unsigned *>(&pair);
+}
+
+// Zeroes rows `first` to `end` of a leaf's values, for the warpgroup's own products.
+template <int HD> __device__ __forceinline__ void zero_rows(unsigned values, unsigned first, unsigned end, unsigned part) {
+    constexpr unsigned CHUNKS = HD / 8;
+    for (unsigned i = first * CHUNKS + threadIdx.x % 128; i < end * CHUNKS; i += 128)
+        asm volatile("st.shared.v4.u32 [%0], {%1, %1, %1, %1};" ::"r"(values + i % CHUNKS / 8 * Shared<HD>::HALF +
+                                                                      i / CHUNKS * 128 + i % 8 * 16),
+                     "r"(0)
+                     : "memory");
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    sync_threads(1 + part, 128);
+}
+
+// Word j of lane i of four becomes word i of lane j.
+__device__ __forceinline__ void transpose(unsigned (&words)[4], unsigned lane) {
+#pragma unroll
+    for (int bit = 1; bit < 4; bit *= 2)
+#pragma unroll
+        for (int j = 0; j < 4; j++)
+            if (!(j & bit)) {
+                const unsigned other = __shfl_xor_sync(FULL_WARP, lane & bit ? words[j] : words[j | bit], bit);
+                words[j] = lane & bit ? other : words[j];
+                words[j | bit] = lane & bit ? words[j | bit] : other;
+            }
+}
+
+// One warpgroup's way through its parts.
+template <int HD> struct Attender {
+    using S = Shared<HD>;
+    const Shared<HD> shared;
+    const unsigned group, lane; // which of the warpgroups
+    Place<S::STAGES> place;
+    Part part;
+    unsigned token[2], query[2]; // of the thread's rows: tokens of the part, and queries of the step counted from its first
+    unsigned limit[2];           // positions that they attend to
+
+    __device__ __forceinline__ Attender(const PrefillArgs &args, const Shared<HD> &shared)
+        : shared(shared), group(threadIdx.x / 128), lane(threadIdx.x % 32) {
+        const unsigned row = threadIdx.x % 128 / 32 * 16 + lane / 4;
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            token[i] = (row + 8 * i) / args.group;
+            query[i] = token[i] * args.kv_heads * args.group + (row + 8 * i) % args.group;
+        }
+    }
+
+    // Waits for the next part; says whether there is one.
+    __device__ __forceinline__ bool take(unsigned parity) {
+        barrier_wait(shared.answered(group), parity);
+        part = load_part(shared.part(group));
+        limit[0] = part.position + token[0] + 1;
+        limit[1] = part.position + token[1] + 1;
+        return part.kv_end > 0;
+    }
+
+    __device__ __forceinline__ void attend(PrefillState<HD> &state) {
+        if (part.count == 0)
+            barrier_arrive(shared.asked(group));
+        unsigned begin = 0;
+        for (; begin < part.end(); begin += LEAF) {
+            const unsigned rest = part.end() - begin;
+            if (rest > 96)
+                attend_leaf<8>(state, begin);
+            else if (rest > 64)
+                attend_leaf<6>(state, begin);
+            else if (rest > 32)
+                attend_leaf<4>(state, begin);
+            else
+                attend_leaf<2>(state, begin);
+        }
+        for (; begin < part.kv_end; begin += LEAF)
+            for (int i = 0; i < 2; i++) {
+                barrier_wait(shared.full(place.at), place.parity);
+                pass();
+            }
+    }
+
+    // Attends to the first tiles of the leaf at `begin` and folds the result.
+    template <int TILES> __device__ __forceinline__ void attend_leaf(PrefillState<HD> &state, unsigned begin) {
+        float s[TILES * 8], m[2];
+        barrier_wait(shared.full(place.at), place.parity);
+        score_part<HD, TILES>(s, shared.queries(group), shared.stage(place.at));
+        pass();
+        if (begin + LEAF >= part.end())
+            barrier_arrive(shared.asked(group));
+        if (begin + LEAF > part.position + 1)
+            mask(s, begin);
+        row_maxima(m, s);
+        exponentials<HD>(s, m);
+        unsigned p[TILES][4];
+#pragma unroll
+        for (int i = 0; i < TILES * 4; i++)
+            p[i / 4][i % 4] = pair_of(s[2 * i], s[2 * i + 1]);
+        barrier_wait(shared.full(place.at), place.parity);
+        const unsigned values = shared.stage(place.at);
+        if (begin + TILES * TILE > part.kv_end)
+            zero_rows<HD>(values, part.kv_end - begin, TILES * TILE, group);
+        fold<TILES>(state, p, m, values);
+        pass();
+    }
+
+    // Scores of tokens that the rows do not attend to.
+    template <int COUNT> __device__ __forceinline__ void mask(float (&s)[COUNT], unsigned begin) const {
+        const int end[2] = {(int)(limit[0] - begin - lane % 4 * 2), (int)(limit[1] - begin - lane % 4 * 2)};
+#pragma unroll
+        for (int i = 0; i < COUNT; i++)
+            s[i] = i / 4 * 8 + i % 2 < end[i / 2 % 2] ? s[i] : minus_infinity();
+    }
+
+    // Output and sums of the probabilities of a leaf with maxima m, folded into the state.
+    template <int TILES>
+    __device__ __forceinline__ void fold(PrefillState<HD> &state, const unsigned (&p)[TILES][4], const float (&m)[2],
+                                         unsigned values) const {
+        const Weights weights[2] = {fold_maximum<HD>(state.m[0], m[0]), fold_maximum<HD>(state.m[1], m[1])};
+        float l[4];
+#pragma unroll
+        for (int half = 0; half < HD / 64; half++) {
+            float o[32];
+            wgmma_fence();
+#pragma unroll
+            for (int j = 0; j < TILES; j++)
+                wgmma_transposed(o, p[j], tile_descriptor_at(values + half * S::HALF + j * TILE * 128), j > 0);
+#pragma unroll
+            for (int j = 0; half == HD / 64 - 1 && j < TILES; j++)
+                wgmma(l, p[j], small_descriptor(shared.ones()), j > 0);
+            wgmma_commit();
+            wgmma_wait<0>();
+            hold(o);
+#pragma unroll
+            for (int i = 0; i < 32; i++)
+                state.o[32 * half + i] = folded(state.o[32 * half + i], o[i], weights[i / 2 % 2]);
+        }
+        hold(l);
+        state.l[0] = folded(state.l[0], l[0], weights[0]);
+        state.l[1] = folded(state.l[1], l[2], weights[1]);
+    }
+
+    // Is done with the stage.
+    __device__ __forceinline__ void pass() {
+        barrier_arrive(shared.empty(place.at));
+        place.advance();
+    }
+
+    // Stores the rows: lanes of four exchange words, so that each has 8 dims beside each other.
+    __device__ __forceinline__ void store(const PrefillArgs &args, const PrefillState<HD> &state) const {
+        const size_t first = ((size_t)part.token * args.kv_heads + part.head) * args.group;
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            const float inverse = __frcp_rn(state.l[i]);
+            bf16 *out = args.out + (first + query[i]) * HD + lane % 4 * 8;
+#pragma unroll
+            for (int n = 0; n < HD / 32; n++) {
+                unsigned words[4];
+#pragma unroll
+                for (int j = 0; j < 4; j++) {
+                    const float *o = state.o + (4 * n + j) * 4 + 2 * i;
+                    words[j] = pair_of(__fmul_rn(o[0], inverse), __fmul_rn(o[1], inverse));
+                }
+                transpose(words, lane);
+                if (token[i] < part.count)
+                    *reinterpret_cast<uint4 *>(out + n * 32) = make_uint4(words[0], words[1], words[2], words[3]);
+            }
+        }
+    }
+};
+
+template <int HD> __device__ __forceinline__ void attend(const PrefillArgs &args, const Shared<HD> &shared) {
+    Attender<HD> attender(args, shared);
+    for (unsigned parity = 0; attender.take(parity); parity ^= 1) {
+        PrefillState<HD> state;
+        attender.attend(state);
+        attender.store(args, state);
+    }
+}
+
+// Two ones for wgmma.
+__device__ __forceinline__ void store_ones(unsigned at) {
+    asm volatile("st.shared.u32 [%0], %1;\nfence.proxy.async.shared::cta;" ::"r"(at), "r"(0x3f803f80) : "memory");
+}
+
+template <int HD> __device__ __forceinline__ void prefill(const PrefillArgs &args, unsigned char *start) {
+    const Shared<HD> shared = {(shared_address(start) + 1023) & ~1023u};
+    if (threadIdx.x == 0)
+        shared.init_barriers();
+    if (threadIdx.x < 64)
+        store_ones(shared.ones() + threadIdx.x * 4);
+    __syncthreads();
+    dependent_wait();
+    if (threadIdx.x < 128 * PARTS) {
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(ATTENDING));
+        attend(args, shared);
+    } else {
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(FETCHING));
+        const unsigned warp = threadIdx.x / 32 - 4 * PARTS, lane = threadIdx.x % 32;
+        if (warp < 2)
+            fetch(args, shared, warp, lane);
+        else if (warp == 2)
+            answer(args, shared, lane);
+        else if (lane == 0)
+            take_turns(args, shared);
+    }
+}
