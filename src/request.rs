@@ -217,7 +217,7 @@ pub enum StreamEvent<'a> {
 pub struct BesideWork {
     /// Waiting for the device.
     pub waiting: Duration,
-    /// In driver calls that enqueue work.
+    /// In driver calls.
     pub driver: Duration,
 }
 

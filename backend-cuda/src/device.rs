@@ -97,7 +97,7 @@ impl Cuda {
         operation: &'static str,
         call: impl FnOnce() -> Result<(), DriverError>,
     ) -> Result<(), CudaError> {
-        self.check(operation, self.launcher.enqueuing(call))
+        self.check(operation, self.launcher.in_driver(call))
     }
 
     fn check<T>(&self, operation: &'static str, result: Result<T, DriverError>) -> Result<T, CudaError> {

@@ -156,7 +156,7 @@ impl Trace {
 pub struct HostTimes {
     /// Waiting for copies and steps to end.
     pub waited: Duration,
-    /// In driver calls that enqueue: copies, events, kernels, recorded steps.
+    /// In driver calls that enqueue copies, events, kernels and recorded steps, or read the time between two events.
     pub driver: Duration,
 }
 
@@ -217,8 +217,8 @@ impl Launcher {
         done
     }
 
-    /// Makes a driver call that enqueues something, and counts the time.
-    pub(crate) fn enqueuing<T>(&self, call: impl FnOnce() -> T) -> T {
+    /// Makes a driver call, and counts its time.
+    pub(crate) fn in_driver<T>(&self, call: impl FnOnce() -> T) -> T {
         let started = Instant::now();
         let done = call();
         let times = self.host_times.get();
@@ -274,7 +274,7 @@ impl Launcher {
     /// Enqueues recorded work.
     pub(crate) fn replay(&self, graph: &Graph) -> Result<(), CudaError> {
         // SAFETY: graph and stream are alive.
-        let launched = self.enqueuing(|| unsafe { result::graph::launch(graph.handle, self.compute) });
+        let launched = self.in_driver(|| unsafe { result::graph::launch(graph.handle, self.compute) });
         self.check("replaying a recorded step", launched)?;
         self.launched("(a recorded step)")
     }
@@ -282,14 +282,14 @@ impl Launcher {
     /// Begins the second lane, behind what was launched so far.
     pub(crate) fn fork(&self) -> Result<(), CudaError> {
         let forked =
-            self.enqueuing(|| self.forked.record(self.compute).and_then(|()| self.forked.hold(self.beside)));
+            self.in_driver(|| self.forked.record(self.compute).and_then(|()| self.forked.hold(self.beside)));
         self.check("beginning a second lane", forked)
     }
 
     /// Ends the second lane: what is launched from now on waits for it.
     pub(crate) fn join(&self) -> Result<(), CudaError> {
         let joined =
-            self.enqueuing(|| self.joined.record(self.beside).and_then(|()| self.joined.hold(self.compute)));
+            self.in_driver(|| self.joined.record(self.beside).and_then(|()| self.joined.hold(self.compute)));
         self.check("ending a second lane", joined)
     }
 
@@ -366,7 +366,7 @@ impl Launcher {
         };
         // SAFETY: function and stream are alive; `pointers` holds as many readable values, of the sizes that the
         // kernel declares, as it has parameters; the driver copies them before it returns.
-        let status = self.enqueuing(|| unsafe {
+        let status = self.in_driver(|| unsafe {
             sys::cuLaunchKernelEx(&config, kernel.function, pointers.as_mut_ptr(), null_mut())
         });
         status.result().map_err(|error| self.refused(kernel.name, error))?;

@@ -119,7 +119,8 @@ impl Event {
     pub(crate) fn ms_until(&self, later: &Event, launcher: &Launcher) -> Result<f32, CudaError> {
         let mut ms = 0.0;
         // SAFETY: both events are alive; one float is written.
-        let status = unsafe { sys::cuEventElapsedTime(&mut ms, self.handle, later.handle) };
+        let status =
+            launcher.in_driver(|| unsafe { sys::cuEventElapsedTime(&mut ms, self.handle, later.handle) });
         launcher.check("reading an event's time", status.result())?;
         Ok(ms)
     }

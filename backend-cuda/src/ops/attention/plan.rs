@@ -1,0 +1,218 @@
+//! How a step's attention is divided into work that blocks take.
+//!
+//! ```text
+//!   decode    count, 7 words unused, segments     a segment: some leaves of a row, and where their partials go (`attention_work.cuh`)
+//!   prefill   count, items                        an item: (row, first token), as many tokens as a block takes at once
+//! ```
+//!
+//! Invariant: every leaf of every row lies in one segment, every token of every row in one item.
+
+use std::cmp::Reverse;
+
+use minisgl_core::batch::Row;
+use minisgl_core::config::Limits;
+use minisgl_kernels::attention::LEAF;
+
+use super::Heads;
+
+/// Memory for the parts of sequences that several blocks share; where it is short, first parts are longer.
+const PARTIAL_BYTES_MAX: usize = 64 << 20;
+/// Words in front of a decode plan's segments.
+const PLAN_HEAD: usize = 8;
+/// Words of a segment.
+const SEGMENT_WORDS: usize = 8;
+
+/// Cuts a decode step's rows into segments for blocks to take in turn: whole rows as long as much is left to do, then
+/// ever shorter pieces, so that all blocks end at about the same time.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Cutter {
+    /// Blocks of a launch.
+    pub(super) blocks: u32,
+    /// Items of a row; a segment is a turn for each.
+    items: u32,
+    /// Segments that a plan has room for.
+    segments: usize,
+    /// Partials of an item that there is memory for.
+    pub(super) partials: u32,
+    /// The slot of padding rows.
+    dummy: u32,
+}
+
+impl Cutter {
+    /// For launches of up to `rows` rows.
+    pub(super) fn new(blocks: u32, heads: Heads, limits: &Limits, rows: u32) -> Cutter {
+        let items = heads.items();
+        let room = (PARTIAL_BYTES_MAX / (items as usize * heads.partial_bytes())).max(2) as u32;
+        let longest = u64::from(rows) * u64::from(limits.sequence.div_ceil(LEAF) + 1);
+        Cutter {
+            blocks,
+            items,
+            segments: rows as usize + blocks.div_ceil(items) as usize,
+            partials: longest.min(u64::from(room)) as u32,
+            dummy: limits.running,
+        }
+    }
+
+    /// Words of a plan.
+    pub(super) fn words(&self) -> usize {
+        PLAN_HEAD + self.segments * SEGMENT_WORDS
+    }
+
+    /// Fills a plan. Padding rows, which come last, get no segment: nobody wants their output.
+    pub(super) fn plan(&self, rows: &[Row], words: &mut [u32]) {
+        let (head, segments) = words.split_at_mut(PLAN_HEAD);
+        let rows = &rows[..rows.iter().take_while(|row| row.slot != self.dummy).count()];
+        let mut segments = segments[..self.segments * SEGMENT_WORDS].chunks_exact_mut(SEGMENT_WORDS);
+        let mut rest: u64 = rows.iter().map(|row| u64::from(row.kv_len)).sum();
+        let mut base = 0;
+        for (index, row) in rows.iter().enumerate() {
+            let cuts =
+                self.cuts(row.kv_len, rest, segments.len() - (rows.len() - index), self.partials - base);
+            let total = if cuts.count == 1 { 0 } else { 1 + cuts.leaves - cuts.first };
+            for (i, segment) in (0..cuts.count).zip(segments.by_ref()) {
+                let (begin, end) = (cuts.at(i), cuts.at(i + 1));
+                let at = if i == 0 { base } else { base + 1 + begin - cuts.first };
+                segment.copy_from_slice(&[
+                    index as u32,
+                    row.slot,
+                    row.kv_len,
+                    begin,
+                    end - begin,
+                    base,
+                    at,
+                    total,
+                ]);
+            }
+            base += total;
+            rest -= u64::from(row.kv_len);
+        }
+        head[0] = (self.segments - segments.len()) as u32;
+    }
+
+    /// How to cut a row, when `rest` tokens are left to do with it, and there is room for `spare` segments besides one
+    /// for each row, and for `room` partials.
+    fn cuts(&self, kv_len: u32, rest: u64, spare: usize, room: u32) -> Cuts {
+        let leaves = kv_len.div_ceil(LEAF);
+        // Leaves of what is left, for each block. Shorter pieces cost more in partials than the shorter end gives.
+        let share = rest * u64::from(self.items) / (u64::from(LEAF) * u64::from(self.blocks));
+        let count = u64::from(leaves).div_ceil(share.max(1)).min(1 + spare as u64) as u32;
+        let first = (leaves / count).max((leaves + 1).saturating_sub(room));
+        let first = first.min(leaves);
+        Cuts { leaves, first, count: count.min(1 + leaves - first) }
+    }
+}
+
+/// A row of `leaves` leaves in `count` pieces, the first of `first` leaves.
+struct Cuts {
+    leaves: u32,
+    first: u32,
+    count: u32,
+}
+
+impl Cuts {
+    /// The leaf that piece `i` begins with.
+    fn at(&self, i: u32) -> u32 {
+        match i {
+            0 => 0,
+            1 => self.first,
+            _ => self.first + (self.leaves - self.first) * (i - 1) / (self.count - 1),
+        }
+    }
+}
+
+/// The rows cut into items of `tokens` tokens. A row's items follow each other, so that blocks that work at the same time find
+/// the same keys and values in L2; rows and items that see most positions are first: short ones fill the gaps at the end.
+pub(super) fn plan_prefill(tokens: u32, rows: &[Row], words: &mut [u32]) {
+    let (count, items) = words.split_at_mut(1);
+    let items: &mut [[u32; 2]] = bytemuck::cast_slice_mut(items_of_two(items));
+    let mut filled = 0;
+    for (index, row) in rows.iter().enumerate() {
+        for first in (0..row.tokens).step_by(tokens as usize) {
+            items[filled] = [index as u32, first];
+            filled += 1;
+        }
+    }
+    count[0] = filled as u32;
+    items[..filled].sort_unstable_by_key(|&[index, first]| {
+        (Reverse(rows[index as usize].kv_len), index, Reverse(first))
+    });
+}
+
+/// The words that make whole pairs.
+fn items_of_two(words: &mut [u32]) -> &mut [u32] {
+    let whole = words.len() / 2 * 2;
+    &mut words[..whole]
+}
+
+#[cfg(test)]
+mod tests {
+    use minisgl_core::tensor::splitmix64;
+
+    use super::*;
+
+    /// A plan's segments.
+    fn planned(cutter: &Cutter, rows: &[Row]) -> Vec<[u32; SEGMENT_WORDS]> {
+        let mut words = vec![0; cutter.words()];
+        cutter.plan(rows, &mut words);
+        let segments = bytemuck::cast_slice::<u32, [u32; SEGMENT_WORDS]>(&words[PLAN_HEAD..]);
+        segments[..words[0] as usize].to_vec()
+    }
+
+    /// Every leaf of every row lies in one segment, and every partial has one place in memory.
+    fn plans_are_whole(cutter: &Cutter, rows: &[Row]) {
+        let mut partials = vec![false; cutter.partials as usize];
+        let mut leaves = Vec::new();
+        for [row, slot, kv_len, first, count, base, at, total] in planned(cutter, rows) {
+            assert_eq!((slot, kv_len), (rows[row as usize].slot, rows[row as usize].kv_len));
+            assert!(count > 0);
+            leaves.extend((first..first + count).map(|leaf| (row, leaf)));
+            let own = if first == 0 { 1.min(total) } else { count };
+            assert!((base..base + total.max(1)).contains(&at) && at + own <= base + total.max(own));
+            for place in at..at + own {
+                assert!(!std::mem::replace(&mut partials[place as usize], true), "two partials at {place}");
+            }
+        }
+        let of_row = |row: u32| (0..rows[row as usize].kv_len.div_ceil(LEAF)).map(move |leaf| (row, leaf));
+        assert!(leaves.into_iter().eq((0..rows.len() as u32).flat_map(of_row)));
+    }
+
+    #[test]
+    fn a_plan_has_every_leaf_once_whatever_there_is_room_for() {
+        for draw in 0..2000 {
+            let random = |i: u64, below: u64| splitmix64(draw << 16 | i) % below;
+            let rows: Vec<_> = (0..1 + random(0, 40))
+                .map(|i| Row { slot: i as u32, kv_len: 1 + random(i + 4, 6000) as u32, ..Row::default() })
+                .collect();
+            let cutter = Cutter {
+                blocks: 1 + random(1, 300) as u32,
+                items: 1 + random(2, 16) as u32,
+                segments: rows.len() + random(3, 200) as usize,
+                partials: 2 + random(4, 2000) as u32,
+                dummy: 1000,
+            };
+            plans_are_whole(&cutter, &rows);
+        }
+    }
+
+    #[test]
+    fn a_prefill_plan_has_every_token_once_long_rows_and_late_items_first() {
+        let row = |position, tokens| Row { position, tokens, kv_len: position + tokens, ..Row::default() };
+        let rows = [row(0, 100), row(500, 1), row(64, 200), row(0, 96), row(0, 501)];
+        let mut words = [0; 40];
+        plan_prefill(96, &rows, &mut words);
+        let planned: Vec<[u32; 2]> = bytemuck::cast_slice(&words[1..1 + 2 * words[0] as usize]).to_vec();
+        let of_row = |row, tokens: u32| (0..tokens.div_ceil(96)).rev().map(move |item| [row, 96 * item]);
+        let expected = [(1, 1), (4, 501), (2, 200), (0, 100), (3, 96)];
+        assert_eq!(
+            planned,
+            expected.into_iter().flat_map(|(row, tokens)| of_row(row, tokens)).collect::<Vec<_>>()
+        );
+    }
+
+    #[test]
+    fn padding_rows_get_no_segment() {
+        let row = Row { kv_len: 100, ..Row::default() };
+        let cutter = Cutter { blocks: 4, items: 2, segments: 8, partials: 8, dummy: 1 };
+        assert_eq!(planned(&cutter, &[row, Row { slot: 1, ..row }, Row { slot: 1, ..row }]).len(), 1);
+    }
+}
