@@ -138,7 +138,7 @@ impl Operands {
     }
 }
 
-/// Runs every token count in every room; compares the largest with `expected` and the others with the largest.
+/// Runs every token count in every room that the kernels tell apart; compares the largest with `expected` and the others with the largest.
 fn check(
     gpu: &mut Gpu,
     label: &str,
@@ -151,7 +151,9 @@ fn check(
     for t in [0, 1, 7, 8, 63, 64, 127, 128, 191, 255, 256, 640, 999] {
         check_values(&format!("{label}, token {t}"), &largest[t], &expected(t), bound);
     }
-    for (tokens, room) in taken(TOKENS).flat_map(|tokens| [(tokens, Room::Whole), (tokens, Room::Half)]) {
+    let rooms: &[Room] =
+        if gpu.set == KernelSet::Portable { &[Room::Whole] } else { &[Room::Whole, Room::Half] };
+    for (tokens, room) in taken(TOKENS).flat_map(|tokens| rooms.iter().map(move |room| (tokens, *room))) {
         gpu.room = room;
         let out = run(gpu, tokens);
         gpu.room = Room::Whole;

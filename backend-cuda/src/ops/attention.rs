@@ -74,6 +74,17 @@ impl Scratch {
     }
 }
 
+/// What a launch works on.
+#[derive(Clone, Copy)]
+struct Operands<'a> {
+    step: &'a Step<Buffer>,
+    /// `[tokens, q_width]`.
+    q: Buffer,
+    kv: KvLayer<Buffer>,
+    /// `[tokens, q_width]`.
+    out: Buffer,
+}
+
 /// How a model's query heads share its key and value heads.
 #[derive(Clone, Copy, Debug)]
 struct Heads {
@@ -190,22 +201,16 @@ impl Attention {
         kv: KvLayer<Buffer>,
         out: Buffer,
     ) -> Result<(), CudaError> {
+        let operands = Operands { step, q, kv, out };
         match step.shape.phase {
-            Phase::Decode => self.attend_decode(launcher, step, part, q, kv, out),
-            Phase::Prefill if self.hopper => self.attend_hopper(launcher, step, q, kv, out),
-            Phase::Prefill => self.attend_portable(launcher, step, q, kv, out),
+            Phase::Decode => self.attend_decode(launcher, part, operands),
+            Phase::Prefill if self.hopper => self.attend_hopper(launcher, operands),
+            Phase::Prefill => self.attend_portable(launcher, operands),
         }
     }
 
-    fn attend_decode(
-        &self,
-        launcher: &Launcher,
-        step: &Step<Buffer>,
-        part: Part,
-        q: Buffer,
-        kv: KvLayer<Buffer>,
-        out: Buffer,
-    ) -> Result<(), CudaError> {
+    fn attend_decode(&self, launcher: &Launcher, part: Part, operands: Operands) -> Result<(), CudaError> {
+        let Operands { step, q, kv, out } = operands;
         let (cutter, second) = match part {
             Part::Whole => (&self.whole, 0),
             Part::First => (&self.half, 0),
@@ -244,14 +249,8 @@ impl Attention {
         self.heads.items_max(&self.set.prefill, step.shape.tokens, step.shape.rows) * self.heads.kv_heads
     }
 
-    fn attend_hopper(
-        &self,
-        launcher: &Launcher,
-        step: &Step<Buffer>,
-        q: Buffer,
-        kv: KvLayer<Buffer>,
-        out: Buffer,
-    ) -> Result<(), CudaError> {
+    fn attend_hopper(&self, launcher: &Launcher, operands: Operands) -> Result<(), CudaError> {
+        let Operands { step, q, kv, out } = operands;
         let Prefill { part_queries, threads, shared, .. } = self.set.prefill;
         let blocks = self.turns_max(step).min(self.multiprocessors);
         let Heads { head_dim, kv_heads, group } = self.heads;
@@ -282,14 +281,8 @@ impl Attention {
         )
     }
 
-    fn attend_portable(
-        &self,
-        launcher: &Launcher,
-        step: &Step<Buffer>,
-        q: Buffer,
-        kv: KvLayer<Buffer>,
-        out: Buffer,
-    ) -> Result<(), CudaError> {
+    fn attend_portable(&self, launcher: &Launcher, operands: Operands) -> Result<(), CudaError> {
+        let Operands { step, q, kv, out } = operands;
         let Prefill { threads, shared, .. } = self.set.prefill;
         let Heads { kv_heads, group, .. } = self.heads;
         launcher.launch(

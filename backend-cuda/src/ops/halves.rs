@@ -73,6 +73,7 @@ impl Halves {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::perf::case::MODELS;
 
     #[test]
     fn two_parts_have_every_token_once() {
@@ -86,17 +87,7 @@ mod tests {
 
     #[test]
     fn a_step_is_divided_where_its_model_is_small_and_its_rows_are_many() {
-        let small = Dims {
-            layers: 28,
-            hidden: 1024,
-            heads: 16,
-            kv_heads: 8,
-            head_dim: 128,
-            intermediate: 3072,
-            vocab: 151_936,
-            norm_eps: 1e-6,
-        };
-        let large = Dims { hidden: 5120, heads: 40, intermediate: 17_408, ..small };
+        let [small, large] = MODELS.map(|model| model.dims());
         let prefill = StepShape { phase: Phase::Prefill, ..StepShape::decode(64) };
         let divided = |dims, hopper, shape| Halves::new(&dims, hopper).divide(shape);
         assert!([64, 72, 256].into_iter().all(|rows| divided(small, true, StepShape::decode(rows))));

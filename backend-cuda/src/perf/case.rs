@@ -143,11 +143,12 @@ const SMALL: ModelShape = ModelShape {
     intermediate: 3072,
 };
 
-pub(super) const MODELS: [ModelShape; 2] =
+/// Qwen3-0.6B and Qwen3-14B.
+pub(crate) const MODELS: [ModelShape; 2] =
     [SMALL, ModelShape { name: "14b", layers: 40, hidden: 5120, heads: 40, intermediate: 17_408, ..SMALL }];
 
 impl ModelShape {
-    pub(super) fn dims(&self) -> Dims {
+    pub(crate) fn dims(&self) -> Dims {
         let ModelShape { layers, hidden, vocab, heads, kv_heads, head_dim, intermediate, .. } = *self;
         Dims { layers, hidden, heads, kv_heads, head_dim, intermediate, vocab, norm_eps: 1e-6 }
     }

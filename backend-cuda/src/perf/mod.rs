@@ -12,7 +12,7 @@
 //! Invariant: a case's result is checked before its time is reported.
 
 mod attention;
-mod case;
+pub(crate) mod case;
 mod ceiling;
 mod cublaslt;
 mod decode;

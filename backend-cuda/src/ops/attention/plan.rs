@@ -1,8 +1,8 @@
 //! How a step's attention is divided into work that blocks take.
 //!
 //! ```text
-//!   decode    count, 7 words unused, segments     a segment: some leaves of a row, and where their partials go (`attention_work.cuh`)
-//!   prefill   count, items                        an item: (row, first token), as many tokens as a block takes at once
+//!   decode    count, 7 words unused, segments    some leaves of a row each, and where their partials go (`attention_work.cuh`)
+//!   prefill   count, items                       (row, first token) each: as many tokens as a block takes at once
 //! ```
 //!
 //! Invariant: every leaf of every row lies in one segment, every token of every row in one item.
