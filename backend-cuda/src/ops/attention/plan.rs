@@ -17,13 +17,18 @@ use super::Heads;
 
 /// Memory for the parts of sequences that several blocks share; where it is short, first parts are longer.
 const PARTIAL_BYTES_MAX: usize = 64 << 20;
+/// A piece has at least this part of the step's work for each block, and at most this many leaves at least.
+const LEAST_OF_SHARE: u64 = 4;
+const LEAST_MAX: u64 = 4;
 /// Words in front of a decode plan's segments.
 const PLAN_HEAD: usize = 8;
 /// Words of a segment.
 const SEGMENT_WORDS: usize = 8;
 
-/// Cuts a decode step's rows into segments for blocks to take in turn: whole rows as long as much is left to do, then
-/// ever shorter pieces, so that all blocks end at about the same time.
+/// Cuts a decode step's rows into segments for blocks to take in turn, the longest first, so that short ones are left for
+/// the end, when all blocks should end together. A row that is longer than what is left for each block is cut, but not into
+/// pieces of a few leaves where there is much to do: a piece's partials, and who waits for them, cost more than blocks that
+/// end apart.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Cutter {
     /// Blocks of a launch.
@@ -61,44 +66,38 @@ impl Cutter {
     /// Fills a plan. Padding rows, which come last, get no segment: nobody wants their output.
     pub(super) fn plan(&self, rows: &[Row], words: &mut [u32]) {
         let (head, segments) = words.split_at_mut(PLAN_HEAD);
+        let segments = &mut segments[..self.segments * SEGMENT_WORDS];
+        let segments: &mut [[u32; SEGMENT_WORDS]] = bytemuck::cast_slice_mut(segments);
         let rows = &rows[..rows.iter().take_while(|row| row.slot != self.dummy).count()];
-        let mut segments = segments[..self.segments * SEGMENT_WORDS].chunks_exact_mut(SEGMENT_WORDS);
+        // Rows wait in the last places, which the pieces of those before them leave alone.
+        let waiting = self.segments - rows.len();
+        for ((index, row), place) in (0..).zip(rows).zip(&mut segments[waiting..]) {
+            *place = [index, row.slot, row.kv_len, 0, 0, 0, 0, 0];
+        }
+        segments[waiting..].sort_unstable_by_key(|&[index, _, kv_len, ..]| (Reverse(kv_len), index));
         let mut rest: u64 = rows.iter().map(|row| u64::from(row.kv_len)).sum();
-        let mut base = 0;
-        for (index, row) in rows.iter().enumerate() {
-            let cuts =
-                self.cuts(row.kv_len, rest, segments.len() - (rows.len() - index), self.partials - base);
+        let least = (self.share(rest) / LEAST_OF_SHARE).clamp(1, LEAST_MAX);
+        let (mut filled, mut base) = (0, 0);
+        for place in waiting..self.segments {
+            let [index, slot, kv_len, ..] = segments[place];
+            let largest = self.share(rest).max(least);
+            let cuts = Cuts::new(kv_len.div_ceil(LEAF), largest, place - filled, self.partials - base);
             let total = if cuts.count == 1 { 0 } else { 1 + cuts.leaves - cuts.first };
-            for (i, segment) in (0..cuts.count).zip(segments.by_ref()) {
+            for i in 0..cuts.count {
                 let (begin, end) = (cuts.at(i), cuts.at(i + 1));
                 let at = if i == 0 { base } else { base + 1 + begin - cuts.first };
-                segment.copy_from_slice(&[
-                    index as u32,
-                    row.slot,
-                    row.kv_len,
-                    begin,
-                    end - begin,
-                    base,
-                    at,
-                    total,
-                ]);
+                segments[filled] = [index, slot, kv_len, begin, end - begin, base, at, total];
+                filled += 1;
             }
             base += total;
-            rest -= u64::from(row.kv_len);
+            rest -= u64::from(kv_len);
         }
-        head[0] = (self.segments - segments.len()) as u32;
+        head[0] = filled as u32;
     }
 
-    /// How to cut a row, when `rest` tokens are left to do with it, and there is room for `spare` segments besides one
-    /// for each row, and for `room` partials.
-    fn cuts(&self, kv_len: u32, rest: u64, spare: usize, room: u32) -> Cuts {
-        let leaves = kv_len.div_ceil(LEAF);
-        // Leaves of what is left, for each block. Shorter pieces cost more in partials than the shorter end gives.
-        let share = rest * u64::from(self.items) / (u64::from(LEAF) * u64::from(self.blocks));
-        let count = u64::from(leaves).div_ceil(share.max(1)).min(1 + spare as u64) as u32;
-        let first = (leaves / count).max((leaves + 1).saturating_sub(room));
-        let first = first.min(leaves);
-        Cuts { leaves, first, count: count.min(1 + leaves - first) }
+    /// Leaves that each block gets of `tokens` tokens, for all items.
+    fn share(&self, tokens: u64) -> u64 {
+        tokens * u64::from(self.items) / (u64::from(LEAF) * u64::from(self.blocks))
     }
 }
 
@@ -110,6 +109,14 @@ struct Cuts {
 }
 
 impl Cuts {
+    /// Into pieces of about `largest` leaves at most, if there is room for so many segments besides one for the row itself, and for
+    /// `partials` partials.
+    fn new(leaves: u32, largest: u64, room: usize, partials: u32) -> Cuts {
+        let count = u64::from(leaves).div_ceil(largest).min(1 + room as u64) as u32;
+        let first = (leaves / count).max((leaves + 1).saturating_sub(partials)).min(leaves);
+        Cuts { leaves, first, count: count.min(1 + leaves - first) }
+    }
+
     /// The leaf that piece `i` begins with.
     fn at(&self, i: u32) -> u32 {
         match i {
@@ -158,7 +165,7 @@ mod tests {
         segments[..words[0] as usize].to_vec()
     }
 
-    /// Every leaf of every row lies in one segment, and every partial has one place in memory.
+    /// Every leaf of every row lies in one segment, long rows first, and every partial has one place in memory.
     fn plans_are_whole(cutter: &Cutter, rows: &[Row]) {
         let mut partials = vec![false; cutter.partials as usize];
         let mut leaves = Vec::new();
@@ -173,7 +180,9 @@ mod tests {
             }
         }
         let of_row = |row: u32| (0..rows[row as usize].kv_len.div_ceil(LEAF)).map(move |leaf| (row, leaf));
-        assert!(leaves.into_iter().eq((0..rows.len() as u32).flat_map(of_row)));
+        let mut longest_first: Vec<u32> = (0..rows.len() as u32).collect();
+        longest_first.sort_by_key(|&row| Reverse(rows[row as usize].kv_len));
+        assert!(leaves.into_iter().eq(longest_first.into_iter().flat_map(of_row)));
     }
 
     #[test]
