@@ -18,7 +18,9 @@
 //    row's last chunk writes the token and leaves the scratch as it found it.
 // 4. -ln(u) near u = 1 is a series in 1 - u, which is exact there: the winners' variates come from that end, where the
 //    hardware's logarithm has only absolute accuracy.
-// 5. sample_cut waits for the head's product even where it has nothing to cut: sample_draw waits for sample_cut alone, and
+// 5. A score's bound is above the score by more than rounding is off. So a logit whose bound is below what the warp has
+//    found has lost, and its logarithms are not computed: after a few hundred logits, most have.
+// 6. sample_cut waits for the head's product even where it has nothing to cut: sample_draw waits for sample_cut alone, and
 //    reads the logits. logprobs is launched behind a recorded step, hence no dependent launch.
 #include <cuda_fp16.h>
 
@@ -64,17 +66,32 @@ __device__ __forceinline__ uint4 philox(uint4 c, unsigned k0, unsigned k1) {
     return c;
 }
 
-// -ln(-ln(u)) of the fraction that a random word stands for.
-__device__ __forceinline__ float gumbel(unsigned word) {
-    const float n = (float)(word >> 9) + 0.5f;
-    const float u = n * (1.0f / 8388608.0f), w = (8388608.0f - n) * (1.0f / 8388608.0f);
+// f32 of a key.
+__device__ __forceinline__ float value_of(unsigned key) {
+    return __uint_as_float(key & 0x80000000u ? key ^ 0x80000000u : ~key);
+}
+
+// 1 - u of the fraction u that a random word stands for, (word / 512 + 1/2) / 2^23: exact.
+__device__ __forceinline__ float complement(unsigned word) {
+    return 2.0f - __uint_as_float(0x3f800000u | word >> 9) - 0x1p-24f;
+}
+
+// -ln(-ln(u)), of w = 1 - u.
+__device__ __forceinline__ float gumbel(float w) {
+    const float u = 1.0f - w;
     const float series = w * fmaf(w, fmaf(w, fmaf(w, fmaf(w, 0.2f, 0.25f), 1.0f / 3.0f), 0.5f), 1.0f);
     const float e = w < 0.0625f ? series : -LN2 * log2_fast(u);
     return -LN2 * log2_fast(e);
 }
 
-// Calls f(id, j, logit) for the ids of [begin, end) that fall to this thread, eight neighbours at a time in one load
-// where rows are aligned to 16 bytes. `begin` is a multiple of 8; j is id % 8, a constant once unrolled.
+// At least that, also with what the logarithms are off: -ln(w) is, and its bits say that but for 0.06.
+__device__ __forceinline__ float gumbel_bound(float w) {
+    const float bits = __uint_as_float(0x4b000000u | __float_as_uint(w) >> 8); // 2^23 and the bits / 256
+    return fmaf(bits, -LN2 / 32768.0f, LN2 * (256.0f + 127.0f) + 0.002f);
+}
+
+// Calls f(id, logit) for the ids of [begin, end) that fall to this thread, eight neighbours at a time in one load
+// where rows are aligned to 16 bytes. `begin` is a multiple of 8.
 template <int THREADS, typename F>
 __device__ __forceinline__ void for_each_logit(const __half *row, bool aligned, unsigned begin, unsigned end, F f) {
     for (unsigned i = begin + threadIdx.x * 8; i < end; i += THREADS * 8) {
@@ -83,12 +100,12 @@ __device__ __forceinline__ void for_each_logit(const __half *row, bool aligned, 
             *reinterpret_cast<uint4 *>(logit) = __ldg(reinterpret_cast<const uint4 *>(row + i));
 #pragma unroll
             for (int j = 0; j < 8; j++)
-                f(i + j, j, logit[j]);
+                f(i + j, logit[j]);
         } else {
 #pragma unroll
             for (int j = 0; j < 8; j++)
                 if (i + j < end)
-                    f(i + j, j, row[i + j]);
+                    f(i + j, row[i + j]);
         }
     }
 }
@@ -140,7 +157,7 @@ __device__ __forceinline__ void count_within(Selection &s, const __half *row, bo
         s.within[threadIdx.x] = 0;
     __syncthreads();
     const unsigned bucket = s.bucket;
-    for_each_logit<1024>(row, aligned, 0, vocab, [&](unsigned, int, __half logit) {
+    for_each_logit<1024>(row, aligned, 0, vocab, [&](unsigned, __half logit) {
         const unsigned key = key_of(logit);
         if (key / 32 == bucket && key >= floor_key)
             atomicAdd(&s.within[key % 32], 1);
@@ -187,14 +204,14 @@ sample_cut(const unsigned *batch, unsigned rows_offset, const __half *logits, un
     __syncthreads();
 
     unsigned top = 0;
-    for_each_logit<1024>(l, aligned, 0, vocab, [&](unsigned, int, __half logit) { top = max(top, key_of(logit)); });
+    for_each_logit<1024>(l, aligned, 0, vocab, [&](unsigned, __half logit) { top = max(top, key_of(logit)); });
     atomicMax(&s.top, __reduce_max_sync(0xffffffffu, top));
     __syncthreads();
     const float largest = logit_of(s.top), scale = LOG2E / row.temperature;
     float least = row.min_p > 0.0f ? largest + row.temperature * logf(row.min_p) : NO_CUT;
     unsigned floor_key = 0;
 
-    for_each_logit<1024>(l, aligned, 0, vocab, [&](unsigned, int, __half logit) {
+    for_each_logit<1024>(l, aligned, 0, vocab, [&](unsigned, __half logit) {
         const unsigned bucket = key_of(logit) / 32;
         if (by_count)
             atomicAdd(&s.count[bucket], 1);
@@ -249,9 +266,48 @@ sample_cut(const unsigned *batch, unsigned rows_offset, const __half *logits, un
     }
 }
 
+// The eight logits from i on, minus infinity from `end` on.
+__device__ __forceinline__ void load_eight(__half (&logit)[8], const __half *row, bool aligned, unsigned i, unsigned end) {
+    if (aligned && i + 8 <= end)
+        *reinterpret_cast<uint4 *>(logit) = __ldg(reinterpret_cast<const uint4 *>(row + i));
+    else
+#pragma unroll
+        for (int j = 0; j < 8; j++)
+            logit[j] = i + j < end ? row[i + j] : __ushort_as_half(0xfc00);
+}
+
+// The best score that a thread has found. Ids are given in ascending order: the lowest among equals stays.
+struct Best {
+    float score;
+    unsigned id;
+
+    __device__ __forceinline__ void take(float other, unsigned other_id) {
+        id = other > score ? other_id : id;
+        score = fmaxf(other, score);
+    }
+};
+
+// Takes the scores of the row's four logits from `id` on, a multiple of 4, unless none of them can be `found` or better.
+__device__ __forceinline__ void take_four(Best &best, const __half *logit, unsigned id, const Row &row, float inverse,
+                                          float least, float found) {
+    const uint4 words = philox(make_uint4(id / 4, row.kv_len, 0, 0), row.seed_low, row.seed_high);
+    const float w[4] = {complement(words.x), complement(words.y), complement(words.z), complement(words.w)};
+    float bound = NO_CUT;
+#pragma unroll
+    for (int j = 0; j < 4; j++)
+        bound = fmaxf(bound, fmaf(__half2float(logit[j]), inverse, gumbel_bound(w[j])));
+    if (bound < found)
+        return;
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+        const float value = __half2float(logit[j]);
+        best.take(value < least ? NO_CUT : fmaf(value, inverse, gumbel(w[j])), id + j);
+    }
+}
+
 extern "C" __global__ void __launch_bounds__(256)
 sample_draw(const unsigned *batch, unsigned rows_offset, const __half *logits, unsigned vocab, unsigned stride,
-            unsigned chunk, const float *cut, unsigned long long *best, unsigned *arrived, unsigned *tokens,
+            unsigned chunk, const float *cut, unsigned long long *row_best, unsigned *arrived, unsigned *tokens,
             unsigned *token_pool) {
     __shared__ unsigned long long warps[8];
     dependent_launch();
@@ -261,22 +317,22 @@ sample_draw(const unsigned *batch, unsigned rows_offset, const __half *logits, u
     const bool aligned = stride % 8 == 0, greedy = row.temperature == 0.0f;
     const unsigned begin = blockIdx.x * chunk, end = min(vocab, begin + chunk);
     const float least = cut[blockIdx.y], inverse = greedy ? 1.0f : 1.0f / row.temperature;
-    float best_score = NO_CUT;
-    unsigned best_id = begin;
-    uint4 words;
-    for_each_logit<256>(l, aligned, begin, end, [&](unsigned id, int j, __half logit) {
-        const float value = __half2float(logit);
-        float score = value;
-        if (!greedy) {
-            if (j % 4 == 0)
-                words = philox(make_uint4(id / 4, row.kv_len, 0, 0), row.seed_low, row.seed_high);
-            const unsigned word = j % 4 == 0 ? words.x : j % 4 == 1 ? words.y : j % 4 == 2 ? words.z : words.w;
-            score = value < least ? NO_CUT : fmaf(value, inverse, gumbel(word));
+    Best best = {NO_CUT, begin};
+    for (unsigned first = begin; first < end; first += 256 * 8) {
+        const unsigned i = first + threadIdx.x * 8;
+        __half logit[8];
+        load_eight(logit, l, aligned, i, end);
+        if (greedy) {
+#pragma unroll
+            for (int j = 0; j < 8; j++)
+                best.take(__half2float(logit[j]), i + j);
+        } else {
+            const float found = value_of(__reduce_max_sync(0xffffffffu, ordered(best.score)));
+            take_four(best, logit, i, row, inverse, least, found);
+            take_four(best, logit + 4, i + 4, row, inverse, least, found);
         }
-        best_id = score > best_score ? id : best_id;  // ids ascend: the lowest among equals stays
-        best_score = fmaxf(score, best_score);
-    });
-    unsigned long long winner = (unsigned long long)ordered(best_score) << 32 | (0xffffffffu - best_id);
+    }
+    unsigned long long winner = (unsigned long long)ordered(best.score) << 32 | (0xffffffffu - best.id);
     for (int lane = 16; lane > 0; lane /= 2) {
         const unsigned long long other = __shfl_xor_sync(0xffffffffu, winner, lane);
         winner = other > winner ? other : winner;
@@ -288,12 +344,12 @@ sample_draw(const unsigned *batch, unsigned rows_offset, const __half *logits, u
         return;
     for (int i = 1; i < 8; i++)
         winner = warps[i] > winner ? warps[i] : winner;
-    atomicMax(&best[blockIdx.y], winner);
+    atomicMax(&row_best[blockIdx.y], winner);
     __threadfence();
     if (atomicAdd(&arrived[blockIdx.y], 1) + 1 != gridDim.x)
         return;
     __threadfence();
-    const unsigned token = 0xffffffffu - (unsigned)atomicExch(&best[blockIdx.y], 0ull);
+    const unsigned token = 0xffffffffu - (unsigned)atomicExch(&row_best[blockIdx.y], 0ull);
     arrived[blockIdx.y] = 0;
     tokens[reinterpret_cast<const Header *>(batch)->output + blockIdx.y] = token;
     token_pool[row.slot] = token;
@@ -337,7 +393,7 @@ logprobs(const unsigned *batch, unsigned rows_offset, const __half *logits, unsi
     float log_total = 0.0f;
     for (unsigned rank = 0; rank == 0 || rank < wanted; rank++) {
         unsigned long long own = 0;
-        for_each_logit<1024>(l, aligned, 0, vocab, [&](unsigned id, int, __half logit) {
+        for_each_logit<1024>(l, aligned, 0, vocab, [&](unsigned id, __half logit) {
             const unsigned long long entry = (unsigned long long)key_of(logit) << 32 | (0xffffffffu - id);
             own = entry < bound && entry > own ? entry : own;
         });
@@ -346,7 +402,7 @@ logprobs(const unsigned *batch, unsigned rows_offset, const __half *logits, unsi
         if (rank == 0) {
             float sum = 0.0f;
             for_each_logit<1024>(l, aligned, 0, vocab,
-                                 [&](unsigned, int, __half logit) { sum += expf(__half2float(logit) - value); });
+                                 [&](unsigned, __half logit) { sum += expf(__half2float(logit) - value); });
             for (int lane = 16; lane > 0; lane /= 2)
                 sum += __shfl_xor_sync(0xffffffffu, sum, lane);
             if (threadIdx.x % 32 == 0)

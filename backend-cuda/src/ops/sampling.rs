@@ -13,10 +13,10 @@ use crate::memory::{Address, Buffer};
 const DRAW_THREADS: u32 = 256;
 const ROW_THREADS: u32 = 1024;
 
-/// Logits that a block of the drawing kernel looks at: few where rows are few, so that one row fills the device too.
-const CHUNK_FEW_ROWS: u32 = 2048;
-const CHUNK_MANY_ROWS: u32 = 8192;
-const MANY_ROWS: u32 = 16;
+/// Logits that a block of the drawing kernel looks at in a pass.
+const DRAW_PASS: u64 = 2048;
+/// Blocks that fill the device twice. More would find their row's best anew, and less often skip what cannot win.
+const DRAW_BLOCKS: u64 = 2048;
 
 /// The kernels and their scratch.
 #[derive(Debug)]
@@ -66,7 +66,8 @@ impl Sampling {
             Grid::new(samples, ROW_THREADS).dependent(),
             [&step.batch, &rows_offset, &logits, &vocab, &vocab, &self.cuts],
         )?;
-        let chunk = if samples < MANY_ROWS { CHUNK_FEW_ROWS } else { CHUNK_MANY_ROWS };
+        let logits_of_all = u64::from(samples) * u64::from(vocab);
+        let chunk = logits_of_all.div_ceil(DRAW_BLOCKS).next_multiple_of(DRAW_PASS) as u32;
         launcher.launch(
             &self.draw,
             Grid::new(vocab.div_ceil(chunk), DRAW_THREADS).rows(samples).dependent(),
