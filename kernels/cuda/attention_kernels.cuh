@@ -11,8 +11,10 @@ extern __shared__ __align__(1024) unsigned char shared_memory[];
     extern "C" __global__ void __launch_bounds__(DECODE_THREADS, DECODE_BLOCKS) attention_decode_##HD(                  \
         const unsigned *batch, unsigned plan_offset, const unsigned *page_table, unsigned table_width,                  \
         unsigned page_shift, unsigned kv_heads, unsigned group, const bf16 *q, const bf16 *k, const bf16 *v, bf16 *out, \
-        float4 *partials, unsigned *arrived, unsigned arrived_count) {                                                  \
-        dependent_launch();                                                                                             \
+        float4 *partials, unsigned *arrived, unsigned arrived_count, const unsigned *other_plan,                        \
+        const unsigned *other_taken) {                                                                                  \
+        if (other_taken == nullptr)                                                                                     \
+            dependent_launch();                                                                                         \
         DecodeArgs args = {};                                                                                           \
         args.plan = batch + plan_offset;                                                                                \
         args.page_table = page_table;                                                                                   \
@@ -27,5 +29,7 @@ extern __shared__ __align__(1024) unsigned char shared_memory[];
         args.partials = partials;                                                                                       \
         args.arrived = arrived;                                                                                         \
         args.arrived_count = arrived_count;                                                                             \
+        args.other_plan = other_plan;                                                                                   \
+        args.other_taken = other_taken;                                                                                 \
         decode<HD, DECODE_STAGES(HD)>(args, shared_memory);                                                             \
     }

@@ -13,6 +13,10 @@
 //    value, and queries, come from the kernel before.
 // 2. A turn is taken by counting `taken` up. A block stops at the first turn that does not exist, and so counts once in
 //    vain; the last such count sets `taken` to 0 for the next launch.
+// 3. A half of a divided step that begins while the other attends waits, its ring full, until the other's blocks all work on
+//    their last turn: memory serves who is ahead, whose products wait for it. Who has taken a turn does not wait, so one of
+//    both goes on. The kernel behind a half may start when its blocks have filled their last stage, not sooner: it would sit
+//    on the place of the other's products.
 #pragma once
 #include "attention_work.cuh"
 #include "place.cuh"
@@ -161,6 +165,15 @@ template <int HD, int STAGES> struct Filler {
         }
         return filled % 2;
     }
+    // Waits from when a block of the other half has taken a turn until all its blocks work on their last one.
+    __device__ __forceinline__ void give_way() const {
+        const unsigned turns = *args.other_plan * args.items;
+        unsigned taken;
+        do
+            asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(taken) : "l"(args.other_taken) : "memory");
+        while (taken > 0 && taken < turns);
+        __syncwarp();
+    }
     __device__ __forceinline__ unsigned take_turn() const {
         unsigned *taken = args.arrived + args.arrived_count;
         return lane == 0 ? atomicAdd(taken, 1) : 0;
@@ -170,6 +183,8 @@ template <int HD, int STAGES> struct Filler {
         Unit unit;
         unit.begin(args, blockIdx.x);
         bool has_keys = fill_first(unit);
+        if (args.other_taken != nullptr)
+            give_way();
         unsigned taken = take_turn();
         while (true) {
             for (; !unit.is_past(); unit.leaf++) {
@@ -186,6 +201,8 @@ template <int HD, int STAGES> struct Filler {
             unit.begin(args, blocks + taken);
             taken = take_turn();
         }
+        if (args.other_taken != nullptr)
+            dependent_launch();
         if (lane == 0 && taken == args.turns - 1)
             args.arrived[args.arrived_count] = 0;
         unit.segment.leaves = 0;

@@ -26,6 +26,7 @@ struct DecodeArgs {
     bf16 *out;
     float4 *partials;
     unsigned *arrived; // a word for each (row, item), then the number of turns taken
+    const unsigned *other_plan, *other_taken; // of a divided step's other half: its plan, its number of turns taken; or null
     unsigned arrived_count, table_width, page_shift, kv_heads, group;
     unsigned splits, items, turns;
 

@@ -211,23 +211,27 @@ impl Attention {
 
     fn attend_decode(&self, launcher: &Launcher, part: Part, operands: Operands) -> Result<(), CudaError> {
         let Operands { step, q, kv, out } = operands;
-        let (cutter, second) = match part {
-            Part::Whole => (&self.whole, 0),
-            Part::First => (&self.half, 0),
-            Part::Second => (&self.half, 1),
+        let (cutter, index, other) = match part {
+            Part::Whole => (&self.whole, 0, None),
+            Part::First => (&self.half, 0, Some(1)),
+            Part::Second => (&self.half, 1, Some(0)),
         };
+        let plan_of = |index: usize| step.layout.plan + index * self.half.words();
+        let other_of =
+            |other: usize| (step.batch.address().offset(4 * plan_of(other)), self.scratch[other].turns());
+        let (other_plan, other_taken) = other.map_or((Address::NULL, Address::NULL), other_of);
         let row_bytes = self.heads.q_row_bytes() * part.tokens(step.shape).start as usize;
         let [q, out] = [q, out].map(|rows| rows.address().offset(row_bytes));
         let grid =
             Grid::new(cutter.blocks, self.set.decode_threads).shared(self.set.decode_shared).dependent();
         let Heads { kv_heads, group, .. } = self.heads;
-        let Scratch { partials, arrived, arrived_count } = &self.scratch[second];
+        let Scratch { partials, arrived, arrived_count } = &self.scratch[index];
         launcher.launch(
             &self.decode,
             grid,
             [
                 &step.batch,
-                &((step.layout.plan + second * self.half.words()) as u32),
+                &(plan_of(index) as u32),
                 &step.page_table,
                 &step.table_width,
                 &step.page_size.trailing_zeros(),
@@ -240,6 +244,8 @@ impl Attention {
                 partials,
                 arrived,
                 arrived_count,
+                &other_plan,
+                &other_taken,
             ],
         )
     }

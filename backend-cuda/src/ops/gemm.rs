@@ -182,8 +182,6 @@ pub enum Room {
     Whole,
     /// Half of each multiprocessor, because something runs beside the product.
     Half,
-    /// The same, and nothing before the kernel in front has ended, which keeps its own half until then.
-    HalfAfter,
 }
 
 /// A product to be launched.

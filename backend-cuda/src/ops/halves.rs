@@ -2,15 +2,15 @@
 //! keeps memory busy.
 //!
 //! ```text
-//!   compute   qkv ─ attention ─┬─ o ─ gate_up ─ down ─ qkv ─ attention ─ o …  ─┬─ final_norm      the first half of the rows
-//!   beside                     └─ qkv ─ attention ─ o ─ gate_up ─ down ─ qkv … ─┘                 the second
+//!   compute   qkv ─┬─ attention ─ o ─ gate_up ─ down ─ qkv ─ attention ─ o …     ─┬─ final_norm      the first half of the rows
+//!   beside         └─ qkv ─ ·········· attention ─ o ─ gate_up ─ down ─ qkv ─ · … ─┘                 the second
 //! ```
 //!
 //! 1. Blocks of these kernels take half of a multiprocessor each, so one of each half runs there. One block of attention a
 //!    multiprocessor is enough to keep memory busy.
-//! 2. The second half begins when the first has attended once; they stay about as far apart.
-//! 3. o is no dependent launch here: it would come when attention does, and sit on the other half's place until
-//!    attention ends.
+//! 2. A half whose attention comes while the other attends waits for it, with its first keys and values fetched
+//!    (`attention_ring.cuh`). So they take turns, and where one ends the other goes on.
+//! 3. o comes when attention ends, not when it begins, as kernels otherwise do: until then its place is the other half's.
 //! 4. Each half reads all weights. That costs less than waiting does where a layer has few weights and a step many rows.
 //!
 //! Invariant: rows do not depend on the rows beside them, so no bit depends on whether a step is divided.
@@ -51,7 +51,7 @@ pub struct Halves {
 
 impl Halves {
     /// Fewer rows have too little to attend to.
-    const ROWS_MIN: u32 = 64;
+    const ROWS_MIN: u32 = 32;
     /// Products of more rows need whole multiprocessors.
     const ROWS_MAX: u32 = 256;
     /// Bytes of a layer's weights that are soon read again: in 16 µs on an H100, half of what its products take alone.
@@ -90,8 +90,8 @@ mod tests {
         let [small, large] = MODELS.map(|model| model.dims());
         let prefill = StepShape { phase: Phase::Prefill, ..StepShape::decode(64) };
         let divided = |dims, hopper, shape| Halves::new(&dims, hopper).divide(shape);
-        assert!([64, 72, 256].into_iter().all(|rows| divided(small, true, StepShape::decode(rows))));
-        assert!(![1, 56, 264].into_iter().any(|rows| divided(small, true, StepShape::decode(rows))));
+        assert!([32, 40, 256].into_iter().all(|rows| divided(small, true, StepShape::decode(rows))));
+        assert!(![1, 24, 264].into_iter().any(|rows| divided(small, true, StepShape::decode(rows))));
         assert!(!divided(small, true, prefill));
         assert!(!divided(small, false, StepShape::decode(64)));
         assert!(!divided(large, true, StepShape::decode(64)));

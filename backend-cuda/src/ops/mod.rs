@@ -119,10 +119,10 @@ impl Operations {
             return self.chain(launcher, layer, Part::Whole);
         }
         self.before_attention(launcher, layer, Part::First)?;
-        self.attend(launcher, layer, Part::First)?;
         if first {
             launcher.fork()?;
         }
+        self.attend(launcher, layer, Part::First)?;
         self.after_attention(launcher, layer, Part::First)?;
         launcher.beside(|launcher| self.chain(launcher, layer, Part::Second))
     }
@@ -130,6 +130,11 @@ impl Operations {
     /// Ends the layers of a step: what follows is for all rows.
     pub(crate) fn end_layers(&self, launcher: &Launcher, shape: StepShape) -> Result<(), CudaError> {
         if self.halves.divide(shape) { launcher.join() } else { Ok(()) }
+    }
+
+    /// What a part's products may take.
+    fn room(part: Part) -> Room {
+        if part == Part::Whole { Room::Whole } else { Room::Half }
     }
 
     fn chain(&self, launcher: &Launcher, layer: &Layer, part: Part) -> Result<(), CudaError> {
@@ -147,9 +152,9 @@ impl Operations {
     ) -> Result<(), CudaError> {
         let tokens = part.tokens(layer.step.shape);
         let residual = row_of(layer.buffers.residual, self.dims.hidden as usize, tokens.start);
-        let room = if part == Part::Whole { Room::Whole } else { Room::Half };
         let epilogue = self.qkv(layer, tokens.start);
-        self.gemm.launch(launcher, layer.weights.qkv, residual, tokens.len() as u32, room, &epilogue)
+        let (count, room) = (tokens.len() as u32, Self::room(part));
+        self.gemm.launch(launcher, layer.weights.qkv, residual, count, room, &epilogue)
     }
 
     /// The second.
@@ -174,11 +179,8 @@ impl Operations {
         let activated = row_of(buffers.activated, mlp, first);
         let added = Residual { residual, sumsq: self.sumsq_of(first) };
         let gated = GateUp { norm: self.norm(first), out: activated, intermediate: mlp as u32, reserved: 0 };
-        let (room, room_of_o) = match part {
-            Part::Whole => (Room::Whole, Room::Whole),
-            Part::First | Part::Second => (Room::Half, Room::HalfAfter),
-        };
-        gemm.launch(launcher, weights.o, attended, count, room_of_o, &added)?;
+        let room = Self::room(part);
+        gemm.launch(launcher, weights.o, attended, count, room, &added)?;
         gemm.launch(launcher, weights.gate_up, residual, count, room, &gated)?;
         gemm.launch(launcher, weights.down, activated, count, room, &added)
     }

@@ -4,5 +4,6 @@
 DECODE(decode_residual_64x16, 1, 1, 16, Residual)
 DECODE(decode_residual_64x32, 1, 1, 32, Residual)
 DECODE(decode_residual_64x64, 1, 1, 64, Residual)
+DECODE(decode_residual_64x128, 1, 1, 128, Residual)
 DECODE(decode_residual_128x88, 2, 1, 88, Residual)
 DECODE(decode_residual_192x128, 3, 1, 128, Residual)

@@ -18,8 +18,8 @@ use super::Heads;
 /// Memory for the parts of sequences that several blocks share; where it is short, first parts are longer.
 const PARTIAL_BYTES_MAX: usize = 64 << 20;
 /// A piece has at least this part of the step's work for each block, and at most this many leaves at least.
-const LEAST_OF_SHARE: u64 = 4;
-const LEAST_MAX: u64 = 4;
+const LEAST_OF_SHARE: u64 = 2;
+const LEAST_MAX: u64 = 8;
 /// Words in front of a decode plan's segments.
 const PLAN_HEAD: usize = 8;
 /// Words of a segment.

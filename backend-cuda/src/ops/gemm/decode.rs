@@ -7,8 +7,8 @@
 //!                  o, down: a slice of the columns       a cluster has all slices
 //! ```
 //!
-//! Matrices that L2 does not hold have tilings of their own. A product that has half of each multiprocessor takes, of those
-//! tilings that leave the other half, the first for its tokens or the last.
+//! Matrices that L2 does not hold have tilings of their own, and so have products that leave half of each multiprocessor to
+//! others.
 //!
 //! Invariant: a block's shared memory is what its tiling allows, and its sums fit the ring that they lie over.
 
@@ -82,8 +82,7 @@ impl Tiling {
         Tiling { kernel, block: Block::new(rows, tokens), team: Team::Pair, tokens_max, shared: Self::MOST }
     }
 
-    /// Tilings of a kind, for ever more tokens, where w fits L2. With half of each multiprocessor, those behind the pairs
-    /// stand in for them.
+    /// Tilings of a kind, for ever more tokens, where w fits L2.
     fn of(kind: Kind) -> &'static [Tiling] {
         const QKV: &[Tiling] = &[
             Tiling::heads("decode_qkv_64x16", 16, 16),
@@ -91,7 +90,6 @@ impl Tiling {
             Tiling::heads("decode_qkv_64x64", 64, 64),
             Tiling::pair("pair_qkv_128x32", 128, 32, 128),
             Tiling::pair("pair_qkv_128x64", 128, 64, 256),
-            Tiling::heads("decode_qkv_64x128", 128, 256),
         ];
         const RESIDUAL: &[Tiling] = &[
             Tiling::slices("decode_residual_64x16", 64, 16, 16, Tiling::HALF),
@@ -105,7 +103,6 @@ impl Tiling {
             Tiling::slices("decode_gate_up_64x64", 64, 64, 64, Tiling::HALF),
             Tiling::pair("pair_gate_up_192x32", 192, 32, 128),
             Tiling::pair("pair_gate_up_192x64", 192, 64, 256),
-            Tiling::slices("decode_gate_up_64x128", 64, 128, 256, Tiling::HALF),
         ];
         // More tokens than that, and tiles that take all columns in turn are quicker: its many rows of w fill the device.
         const HEAD: &[Tiling] = &[
@@ -149,6 +146,30 @@ impl Tiling {
         }
     }
 
+    /// The same for half of each multiprocessor: few blocks, which all find room at once beside others'.
+    fn of_half(kind: Kind) -> &'static [Tiling] {
+        const QKV: &[Tiling] = &[
+            Tiling::heads("decode_qkv_64x32", 32, 32),
+            Tiling::heads("decode_qkv_64x64", 64, 64),
+            Tiling::heads("decode_qkv_64x128", 128, 128),
+        ];
+        const RESIDUAL: &[Tiling] = &[
+            Tiling::slices("decode_residual_64x32", 64, 32, 64, Tiling::HALF),
+            Tiling::slices("decode_residual_64x128", 64, 128, 128, Tiling::HALF),
+        ];
+        const GATE_UP: &[Tiling] = &[
+            Tiling::slices("decode_gate_up_64x32", 64, 32, 32, Tiling::HALF),
+            Tiling::slices("decode_gate_up_64x64", 64, 64, 64, Tiling::HALF),
+            Tiling::slices("decode_gate_up_64x128", 64, 128, 128, Tiling::HALF),
+        ];
+        match kind {
+            Kind::Qkv => QKV,
+            Kind::Residual => RESIDUAL,
+            Kind::GateUp => GATE_UP,
+            Kind::Head | Kind::Linear => Tiling::of(kind),
+        }
+    }
+
     /// Stages of the ring: as many as a block has blocks of columns, if they fit.
     fn stages(&self, shape: &Shape) -> u32 {
         let fit = (self.shared - self.block.shared(0)) / (self.block.shared(1) - self.block.shared(0));
@@ -159,11 +180,6 @@ impl Tiling {
         };
         // The sums lie over the ring afterwards, and need three stages.
         wanted.min(fit).max(3)
-    }
-
-    /// Does a block leave as much of the multiprocessor as it takes?
-    fn takes_half(&self) -> bool {
-        self.shared <= Self::HALF
     }
 
     fn grid(&self, shape: &Shape, stages: u32) -> Grid {
@@ -199,6 +215,8 @@ pub(super) struct Decode {
     fitting: Loaded,
     /// For larger ones, in the order of [`Tiling::of_large`].
     large: Loaded,
+    /// For half of each multiprocessor, in the order of [`Tiling::of_half`].
+    half: Loaded,
 }
 
 impl Decode {
@@ -206,6 +224,7 @@ impl Decode {
         Ok(Decode {
             fitting: Self::load(modules, Tiling::of)?,
             large: Self::load(modules, Tiling::of_large)?,
+            half: Self::load(modules, Tiling::of_half)?,
         })
     }
 
@@ -223,22 +242,24 @@ impl Decode {
     }
 
     /// A kind's tilings for a matrix of this size; none where a kind has none.
-    fn tilings(&self, kind: Kind, shape: &Shape) -> &[(Tiling, Kernel)] {
-        let loaded = if shape.fits_l2() { &self.fitting } else { &self.large };
+    fn tilings(&self, kind: Kind, shape: &Shape, room: Room) -> &[(Tiling, Kernel)] {
+        let loaded = match room {
+            Room::Whole if shape.fits_l2() => &self.fitting,
+            Room::Whole => &self.large,
+            Room::Half => &self.half,
+        };
         loaded.get(kind as usize).map_or(&[], Vec::as_slice)
     }
 
-    /// Tokens up to which these kernels are the quicker ones.
+    /// Tokens up to which these kernels are the quicker ones, if they have the whole device.
     pub(super) fn tokens_max(&self, kind: Kind, shape: &Shape) -> u32 {
-        self.tilings(kind, shape).last().map_or(0, |(tiling, _)| tiling.tokens_max)
+        self.tilings(kind, shape, Room::Whole).last().map_or(0, |(tiling, _)| tiling.tokens_max)
     }
 
     /// The tiling for the shape's tokens; the last one where there are more than any is for.
     pub(super) fn tiling(&self, kind: Kind, shape: &Shape, room: Room) -> Option<&(Tiling, Kernel)> {
-        let fits = |(tiling, _): &&(Tiling, Kernel)| room == Room::Whole || tiling.takes_half();
-        let mut tilings = self.tilings(kind, shape).iter().filter(fits);
-        let last = tilings.clone().next_back();
-        tilings.find(|(tiling, _)| shape.tokens <= tiling.tokens_max).or(last)
+        let tilings = self.tilings(kind, shape, room);
+        tilings.iter().find(|(tiling, _)| shape.tokens <= tiling.tokens_max).or(tilings.last())
     }
 
     pub(super) fn launch<E: Epilogue>(
@@ -246,10 +267,9 @@ impl Decode {
         launcher: &Launcher,
         product: &Product<'_, E>,
     ) -> Result<(), CudaError> {
-        let Product { shape, room, epilogue, .. } = product;
+        let Product { shape, epilogue, .. } = product;
         let stages = tiling.stages(shape);
-        let grid = tiling.grid(shape, stages);
-        let grid = if *room == Room::HalfAfter { grid } else { grid.dependent() };
+        let grid = tiling.grid(shape, stages).dependent();
         let [w, x] = product.maps(Block::new(tiling.fetched_rows(), tiling.block.tokens))?;
         launcher.launch(kernel, grid, [&w, &x, shape, &stages, *epilogue])
     }
@@ -275,7 +295,7 @@ mod tests {
             assert!(attention + Tiling::HALF + (2 << 10) <= MULTIPROCESSOR);
         }
         for kind in [Kind::Qkv, Kind::Residual, Kind::GateUp] {
-            assert!(Tiling::of(kind).iter().any(Tiling::takes_half), "{kind:?}");
+            assert!(Tiling::of_half(kind).iter().all(|tiling| tiling.shared <= Tiling::HALF), "{kind:?}");
         }
     }
 
@@ -285,7 +305,8 @@ mod tests {
         let cases = kinds.into_iter().flat_map(|kind| [64, 192, 3072, 17408].map(|cols| (kind, cols)));
         for (kind, cols) in cases {
             let shape = Shape { rows: 1024, cols, tokens: 1, slices: kind.slices(cols) };
-            for tiling in Tiling::of(kind).iter().chain(Tiling::of_large(kind)) {
+            for tiling in [Tiling::of, Tiling::of_large, Tiling::of_half].into_iter().flat_map(|of| of(kind))
+            {
                 let stages = tiling.stages(&shape);
                 assert!(tiling.block.shared(stages) <= tiling.shared, "{cols} columns, {tiling:?}");
                 assert!(
