@@ -13,10 +13,13 @@
 //    value, and queries, come from the kernel before.
 // 2. A turn is taken by counting `taken` up. A block stops at the first turn that does not exist, and so counts once in
 //    vain; the last such count sets `taken` to 0 for the next launch.
-// 3. A half of a divided step that begins while the other attends waits, its ring full, until the other's blocks all work on
-//    their last turn: memory serves who is ahead, whose products wait for it. Who has taken a turn does not wait, so one of
-//    both goes on. The kernel behind a half may start when its blocks have filled their last stage, not sooner: it would sit
-//    on the place of the other's products.
+// 3. A half of a divided step that begins while the other attends waits, its ring full, until the other's blocks work on their
+//    last turns: memory serves who is ahead, whose products wait for it. It waits only while turns are left that any block of
+//    the other's takes, and who has taken one does not wait: so one of both goes on, whichever blocks of theirs found room.
+//    The kernel behind a half may start when its blocks have filled their last stage, not sooner: it would sit on the place of
+//    the other's products.
+// 4. A multiprocessor has two thirds of a ring on the way, one for each of two blocks or both for a half's only one: that keeps
+//    memory busy, and more would wait in line before it, with everything that others ask for behind.
 #pragma once
 #include "attention_work.cuh"
 #include "place.cuh"
@@ -26,6 +29,9 @@
 #else
 #define BULK_COPIES 0
 #endif
+
+// How often a half looks for blocks of the other's that have not begun their last turn, each time about a microsecond.
+#define LOOKS 32
 
 #define DECODE_WARPS 8
 #define DECODE_READERS (DECODE_WARPS * 32)
@@ -80,10 +86,11 @@ template <int HD, int STAGES> struct Filler {
     Place<STAGES> place;
     unsigned lane;
     unsigned long long policy;
-    unsigned page; // of the lane's copy
+    unsigned page;   // of the lane's copy
+    unsigned flight; // stages that may be on their way at once
 
     __device__ __forceinline__ Filler(const DecodeArgs &args, Stages<HD, STAGES> stages, unsigned lane)
-        : args(args), stages(stages), lane(lane), page(0) {
+        : args(args), stages(stages), lane(lane), page(0), flight(STAGES / 3 * (args.other_taken == nullptr ? 1 : 2)) {
         asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
     }
     // Tokens of a lane's copy, and the leaf's token that it begins with.
@@ -127,6 +134,8 @@ template <int HD, int STAGES> struct Filler {
     }
     __device__ __forceinline__ void fill(const Unit &unit, bool values) {
         wait_for(stages.empty(place.at), place.parity ^ 1);
+        const unsigned before = (place.at + STAGES - flight) % STAGES;
+        wait_for(stages.full(before), place.parity ^ (before > place.at));
         announce(unit, values, place);
         copy(unit, values, place, true, true);
         place.advance();
@@ -165,13 +174,15 @@ template <int HD, int STAGES> struct Filler {
         }
         return filled % 2;
     }
-    // Waits from when a block of the other half has taken a turn until all its blocks work on their last one.
+    // Waits from when a block of the other half has taken a turn until all its blocks work on their last one, or some
+    // microseconds after its last turn was taken, if not all its blocks are there.
     __device__ __forceinline__ void give_way() const {
-        const unsigned turns = *args.other_plan * args.items;
-        unsigned taken;
-        do
+        const unsigned turns = *args.other_plan * args.items, counted = turns - min(gridDim.x, turns);
+        unsigned taken, looks = 0;
+        do {
             asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(taken) : "l"(args.other_taken) : "memory");
-        while (taken > 0 && taken < turns);
+            looks += taken >= counted;
+        } while (taken > 0 && taken < turns && looks < LOOKS);
         __syncwarp();
     }
     __device__ __forceinline__ unsigned take_turn() const {

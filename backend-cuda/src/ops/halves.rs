@@ -51,7 +51,7 @@ pub struct Halves {
 
 impl Halves {
     /// Fewer rows have too little to attend to.
-    const ROWS_MIN: u32 = 32;
+    const ROWS_MIN: u32 = 40;
     /// Products of more rows need whole multiprocessors.
     const ROWS_MAX: u32 = 256;
     /// Bytes of a layer's weights that are soon read again: in 16 µs on an H100, half of what its products take alone.
@@ -90,8 +90,8 @@ mod tests {
         let [small, large] = MODELS.map(|model| model.dims());
         let prefill = StepShape { phase: Phase::Prefill, ..StepShape::decode(64) };
         let divided = |dims, hopper, shape| Halves::new(&dims, hopper).divide(shape);
-        assert!([32, 40, 256].into_iter().all(|rows| divided(small, true, StepShape::decode(rows))));
-        assert!(![1, 24, 264].into_iter().any(|rows| divided(small, true, StepShape::decode(rows))));
+        assert!([40, 48, 256].into_iter().all(|rows| divided(small, true, StepShape::decode(rows))));
+        assert!(![1, 32, 264].into_iter().any(|rows| divided(small, true, StepShape::decode(rows))));
         assert!(!divided(small, true, prefill));
         assert!(!divided(small, false, StepShape::decode(64)));
         assert!(!divided(large, true, StepShape::decode(64)));

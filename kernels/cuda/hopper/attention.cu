@@ -1,4 +1,4 @@
-// Attention for Hopper: decode keeps 192 KiB of keys and values in flight a multiprocessor, by bulk copies; prefill
+// Attention for Hopper: decode keeps 64 KiB of keys and values in flight a multiprocessor, by bulk copies; prefill
 // multiplies by wgmma.
 //
 // attention_decode.cuh and attention_prefill.cuh say what is computed and how.

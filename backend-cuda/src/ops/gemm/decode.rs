@@ -159,8 +159,8 @@ impl Tiling {
         ];
         const GATE_UP: &[Tiling] = &[
             Tiling::slices("decode_gate_up_64x32", 64, 32, 32, Tiling::HALF),
-            Tiling::slices("decode_gate_up_64x64", 64, 64, 64, Tiling::HALF),
-            Tiling::slices("decode_gate_up_64x128", 64, 128, 128, Tiling::HALF),
+            Tiling::slices("decode_gate_up_128x64", 128, 64, 64, Tiling::HALF),
+            Tiling::slices("decode_gate_up_128x128", 128, 128, 128, Tiling::HALF),
         ];
         match kind {
             Kind::Qkv => QKV,
