@@ -18,8 +18,9 @@
 //    row's last chunk writes the token and leaves the scratch as it found it.
 // 4. -ln(u) near u = 1 is a series in 1 - u, which is exact there: the winners' variates come from that end, where the
 //    hardware's logarithm has only absolute accuracy.
-// 5. A score's bound is above the score by more than rounding is off. So a logit whose bound is below what the warp has
-//    found has lost, and its logarithms are not computed: after a few hundred logits, most have.
+// 5. A score's bound is never below the score: the noise's bound is above the noise by more than its logarithms are off, and
+//    what is added to both rounds the same way. So a logit whose bound is below what the warp has found has lost, and its
+//    logarithms are not computed: after a few hundred logits, most have.
 // 6. sample_cut waits for the head's product even where it has nothing to cut: sample_draw waits for sample_cut alone, and
 //    reads the logits. logprobs is launched behind a recorded step, hence no dependent launch.
 #include <cuda_fp16.h>

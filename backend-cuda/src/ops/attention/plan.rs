@@ -17,8 +17,9 @@ use super::Heads;
 
 /// Memory for the parts of sequences that several blocks share; where it is short, first parts are longer.
 const PARTIAL_BYTES_MAX: usize = 64 << 20;
-/// A piece has at least this part of the step's work for each block, and at most this many leaves at least.
+/// A piece has at least as many leaves as half of a block's share of the step.
 const LEAST_OF_SHARE: u64 = 2;
+/// But no more than these: where there is much to do, pieces of eight leaves are long enough.
 const LEAST_MAX: u64 = 8;
 /// Words in front of a decode plan's segments.
 const PLAN_HEAD: usize = 8;
@@ -109,8 +110,8 @@ struct Cuts {
 }
 
 impl Cuts {
-    /// Into pieces of about `largest` leaves at most, if there is room for so many segments besides one for the row itself, and for
-    /// `partials` partials.
+    /// Into pieces of about `largest` leaves at most, as far as there is room for that many segments besides the row's own,
+    /// and for `partials` partials.
     fn new(leaves: u32, largest: u64, room: usize, partials: u32) -> Cuts {
         let count = u64::from(leaves).div_ceil(largest).min(1 + room as u64) as u32;
         let first = (leaves / count).max((leaves + 1).saturating_sub(partials)).min(leaves);
