@@ -205,6 +205,19 @@ mod tests {
     }
 
     #[test]
+    fn a_long_step_is_cut_into_long_pieces_and_a_short_one_to_the_leaf() {
+        let rows = |count: u32, leaves: u32| -> Vec<_> {
+            (0..count).map(|slot| Row { slot, kv_len: leaves * LEAF, ..Row::default() }).collect()
+        };
+        let cutter = Cutter { blocks: 264, items: 8, segments: 300, partials: 4096, dummy: 1000 };
+        let pieces = |rows: &[Row]| planned(&cutter, rows).into_iter().map(|[.., leaves, _, _, _]| leaves);
+        let long = rows(256, 16);
+        assert!(pieces(&long).count() > long.len(), "the last rows are longer than what is left for a block");
+        assert!(pieces(&long).all(|leaves| u64::from(leaves) >= LEAST_MAX));
+        assert!(pieces(&rows(1, 8)).eq([1; 8]));
+    }
+
+    #[test]
     fn a_prefill_plan_has_every_token_once_long_rows_and_late_items_first() {
         let row = |position, tokens| Row { position, tokens, kv_len: position + tokens, ..Row::default() };
         let rows = [row(0, 100), row(500, 1), row(64, 200), row(0, 96), row(0, 501)];
