@@ -336,6 +336,32 @@ impl Launcher {
         Ok(())
     }
 
+    /// How many clusters of the grid's shape the device takes at once.
+    pub(crate) fn clusters_at_once(&self, kernel: &Kernel, grid: Grid) -> Result<u32, CudaError> {
+        let mut cluster = attribute::cluster(grid.cluster);
+        let config = self.config(grid, std::slice::from_mut(&mut cluster));
+        let mut clusters = 0;
+        // SAFETY: the function is loaded; one integer is written.
+        let status = unsafe { sys::cuOccupancyMaxActiveClusters(&mut clusters, kernel.function, &config) };
+        status.result().map_err(|error| self.refused(kernel.name, error))?;
+        Ok(clusters as u32)
+    }
+
+    fn config(&self, grid: Grid, attributes: &mut [sys::CUlaunchAttribute]) -> sys::CUlaunchConfig {
+        sys::CUlaunchConfig {
+            gridDimX: grid.blocks[0],
+            gridDimY: grid.blocks[1],
+            gridDimZ: grid.blocks[2],
+            blockDimX: grid.threads,
+            blockDimY: 1,
+            blockDimZ: 1,
+            sharedMemBytes: grid.shared,
+            hStream: self.lane.get(),
+            attrs: attributes.as_mut_ptr(),
+            numAttrs: attributes.len() as u32,
+        }
+    }
+
     /// Enqueues a kernel in the lane at hand. An empty grid is nothing to do.
     pub fn launch<const N: usize>(
         &self,
@@ -351,19 +377,7 @@ impl Launcher {
         let mut attributes = [attribute::cluster(grid.cluster), attribute::dependent()];
         let first = usize::from(grid.cluster == 1);
         let end = if grid.dependent && kernel.hopper { 2 } else { 1 };
-        let used = &mut attributes[first..end];
-        let config = sys::CUlaunchConfig {
-            gridDimX: grid.blocks[0],
-            gridDimY: grid.blocks[1],
-            gridDimZ: grid.blocks[2],
-            blockDimX: grid.threads,
-            blockDimY: 1,
-            blockDimZ: 1,
-            sharedMemBytes: grid.shared,
-            hStream: self.lane.get(),
-            attrs: used.as_mut_ptr(),
-            numAttrs: used.len() as u32,
-        };
+        let config = self.config(grid, &mut attributes[first..end]);
         // SAFETY: function and stream are alive; `pointers` holds as many readable values, of the sizes that the
         // kernel declares, as it has parameters; the driver copies them before it returns.
         let status = self.in_driver(|| unsafe {

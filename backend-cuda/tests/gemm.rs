@@ -40,7 +40,7 @@ struct Gpu {
 impl Gpu {
     fn new(set: KernelSet) -> Gpu {
         let cuda = Cuda::new(&Options { kernels: set, ..Options::default() }).expect("a GPU");
-        let gemm = Gemm::new(cuda.modules(), cuda.properties()).unwrap();
+        let gemm = Gemm::new(cuda.modules(), cuda.properties(), cuda.launcher()).unwrap();
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
         Gpu { cuda, gemm, set, room: Room::Whole, seed: splitmix64(now.as_nanos() as u64) }
     }

@@ -4,7 +4,7 @@
 //!   epilogue   y becomes                                               columns summed in
 //!   Qkv        queries; keys and values in their pages                 2 slices
 //!   Residual   added to the residual stream, with its partial squares  4
-//!   GateUp     silu(gate) * up                                         2
+//!   GateUp     silu(gate) * up                                         2; 1 of a matrix that L2 does not hold
 //!   Head       f16 logits                                              1
 //!   Linear     bf16 rows                                               1
 //! ```
@@ -135,9 +135,11 @@ pub enum Kind {
 }
 
 impl Kind {
-    /// Slices that a sum over `cols` columns is cut into.
-    fn slices(self, cols: u32) -> u32 {
+    /// Slices that a sum over `cols` columns is cut into, for `rows` rows of w.
+    fn slices(self, rows: u32, cols: u32) -> u32 {
         let wanted = match self {
+            // Its rows fill the device, and one sum a thread leaves registers for wider tiles.
+            Kind::GateUp if !fits_l2(rows, cols) => 1,
             Kind::Qkv | Kind::GateUp => 2,
             Kind::Residual => 4,
             Kind::Head | Kind::Linear => 1,
@@ -156,6 +158,11 @@ pub trait Epilogue: Param {
     fn outputs(&self, rows: u32) -> (Address, u32);
 }
 
+/// Does L2 hold a matrix beside the activations? `gemm_prefill.cu` draws the same line.
+fn fits_l2(rows: u32, cols: u32) -> bool {
+    u64::from(rows) * u64::from(cols) * 2 <= 24 << 20
+}
+
 /// The sizes of a product, as `epilogue.cuh` declares them.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
@@ -167,9 +174,8 @@ struct Shape {
 }
 
 impl Shape {
-    /// Does L2 hold the matrix beside the activations? `gemm_prefill.cu` draws the same line.
     fn fits_l2(&self) -> bool {
-        u64::from(self.rows) * u64::from(self.cols) * 2 <= 24 << 20
+        fits_l2(self.rows, self.cols)
     }
 }
 
@@ -313,7 +319,7 @@ impl Hopper {
     fn is_for_many(&self, kind: Kind, shape: &Shape, room: Room) -> bool {
         room == Room::Whole
             && shape.tokens > self.decode.tokens_max(kind, shape)
-            && (kind != Kind::Residual || self.prefill.fills_a_quarter(shape))
+            && (kind != Kind::Residual || self.prefill.fills_a_quarter(kind, shape))
     }
 
     fn launch<E: Epilogue>(&self, launcher: &Launcher, product: &Product<'_, E>) -> Result<(), CudaError> {
@@ -341,9 +347,9 @@ pub struct Gemm {
 
 impl Gemm {
     /// Looks up the kernels that the device runs.
-    pub fn new(modules: &Modules, properties: &Properties) -> Result<Gemm, CudaError> {
+    pub fn new(modules: &Modules, properties: &Properties, launcher: &Launcher) -> Result<Gemm, CudaError> {
         let set = if properties.hopper {
-            let prefill = Prefill::new(modules, properties.multiprocessors)?;
+            let prefill = Prefill::new(modules, launcher)?;
             Set::Hopper(Box::new(Hopper { decode: Decode::new(modules)?, prefill }))
         } else {
             Set::Portable(Box::new(Portable::new(modules)?))
@@ -363,7 +369,7 @@ impl Gemm {
         epilogue: &E,
     ) -> Result<(), CudaError> {
         let (rows, cols) = (w.rows() as u32, w.cols() as u32);
-        let shape = Shape { rows, cols, tokens, slices: E::KIND.slices(cols) };
+        let shape = Shape { rows, cols, tokens, slices: E::KIND.slices(rows, cols) };
         if tokens == 0 {
             return Ok(());
         }
@@ -383,10 +389,10 @@ mod tests {
     fn no_slice_is_empty() {
         for kind in [Kind::Qkv, Kind::Residual, Kind::GateUp, Kind::Head, Kind::Linear] {
             for cols in (8u32..4096).step_by(8) {
-                assert!(
-                    (1..=cols.div_ceil(BLOCK_COLS)).contains(&kind.slices(cols)),
-                    "{kind:?}, {cols} columns"
-                );
+                for rows in [128, 1024, 32_768] {
+                    let slices = kind.slices(rows, cols);
+                    assert!((1..=cols.div_ceil(BLOCK_COLS)).contains(&slices), "{kind:?}, {rows} x {cols}");
+                }
             }
         }
     }

@@ -68,7 +68,7 @@ impl Operations {
             dims: *dims,
             halves: Halves::new(dims, cuda.properties().hopper),
             ends: Ends::new(cuda.modules())?,
-            gemm: Gemm::new(cuda.modules(), cuda.properties())?,
+            gemm: Gemm::new(cuda.modules(), cuda.properties(), cuda.launcher())?,
             attention: Attention::new(cuda, dims, limits)?,
             sampling: Sampling::new(cuda, limits.running)?,
             sumsq: cuda.allocate(Purpose::Scratch, limits.step_tokens() * segments * 4)?,

@@ -2,8 +2,9 @@
 // cores' time counts.
 //
 //   w [rows, cols] bf16   x [tokens, cols] bf16   cols a multiple of 8   accumulates in fp32
-//   tile     64 GROUPS tokens by 128 rows of w, all columns
-//   cluster  two blocks, the same tokens by 256 rows: each fetches its rows of w, and half of the tokens for both
+//   tile     64 GROUPS tokens by M rows of w, all columns
+//   cluster  blocks side by side, so many along the rows, so many along the tokens: each fetches a part of its tokens for all
+//            that have the same ones, and a part of its rows of w
 //   grid     a block a multiprocessor; a cluster takes tiles c, c + clusters, …, in bands of rows of w, all of a band's for
 //            some tokens before the next tokens: the tiles in flight share w in L2, and both leave memory seldom
 //   block    128 GROUPS + 128 threads
@@ -20,27 +21,32 @@
 //    it.
 // 2. A warpgroup has whole heads and whole 64-wide segments of its tokens, so none waits for another in the epilogue. They
 //    reach it nearly together all the same: the ring is too short to let one run ahead by an epilogue.
-// 3. A stage is free when both blocks' warps have read it, because each block's fetch writes to both.
+// 3. A stage is free when the warps of all blocks that a block fetches for have read it.
 // 4. Registers are dealt anew at the start: two sets of 64 sums (the slice's and those of the slices before) and the
 //    epilogue's values for a multiplying thread, few for the last warpgroup.
+// 5. Tensor cores read both operands from shared memory, 128 bytes a cycle. 64 tokens by 128 rows a warpgroup ask for more, 149
+//    to 160 with what the copy engine writes; 64 by 256 ask for 128, but their sums leave no registers for a second slice's.
+// 6. What comes through L2 bounds products of 129 to 256 tokens with large matrices: four blocks fetch the least.
 #include "dependent.cuh"
 #include "hopper.cuh"
 #include "place.cuh"
 #include "prefill_epilogue.cuh"
 
-constexpr unsigned M = 128, W_BYTES = M * 128, BLOCKS = 2;
-
-template <int GROUPS> struct Plan {
-    static constexpr unsigned TOKENS = 64 * GROUPS, X_BYTES = TOKENS * 128, STAGE_BYTES = X_BYTES + W_BYTES;
-    static constexpr unsigned STAGES = GROUPS == 2 ? 5 : GROUPS == 3 ? 4 : 3;
-    static constexpr unsigned WARPS = 4 * GROUPS, THREADS = 128 * GROUPS + 128;
+// A block's tile, 64 GROUPS tokens by M rows of w, and a cluster's: so many blocks along the rows, so many along the tokens.
+template <int GROUPS, int M_, int ALONG_ROWS_, int ALONG_TOKENS_> struct Plan {
+    static constexpr unsigned M = M_, TOKENS = 64 * GROUPS, X_BYTES = TOKENS * 128, STAGE_BYTES = X_BYTES + M * 128;
+    static constexpr unsigned ALONG_ROWS = ALONG_ROWS_, ALONG_TOKENS = ALONG_TOKENS_, BLOCKS = ALONG_ROWS * ALONG_TOKENS;
+    // Blocks that need the same tokens or rows as a block does, itself among them.
+    static constexpr unsigned SHARERS = ALONG_ROWS + ALONG_TOKENS - 1;
+    static constexpr unsigned STAGES = GROUPS == 2 && M == 128 ? 5 : 4;
+    static constexpr unsigned MULTIPLIERS = 128 * GROUPS, WARPS = 4 * GROUPS, THREADS = MULTIPLIERS + 128;
+    static constexpr unsigned WARP_TILE_BYTES = M == 128 ? WarpTile::BYTES : WarpTile::HALF;
     // Registers of a thread: 65536 in all.
-    static constexpr unsigned MULTIPLIER = GROUPS == 2 ? 232 : GROUPS == 3 ? 152 : 104, OTHER = GROUPS == 2 ? 40 : 56;
+    static constexpr unsigned MULTIPLIER = GROUPS == 2 ? 232 : 152, OTHER = GROUPS == 2 ? 40 : 56;
 };
 
 // Addresses in shared memory: the ring, a piece for each multiplying warp, two tiles' known tokens, barriers.
-template <int GROUPS> struct Shared {
-    using P = Plan<GROUPS>;
+template <class P> struct Shared {
     unsigned ring, full, empty, known_full, known_empty, old;
     Known *known;
     unsigned *slice_ends;
@@ -48,7 +54,7 @@ template <int GROUPS> struct Shared {
     __device__ __forceinline__ explicit Shared(unsigned char *start) {
         ring = (shared_address(start) + 1023) & ~1023u;
         start += ring - shared_address(start);
-        known = reinterpret_cast<Known *>(start + P::STAGES * P::STAGE_BYTES + P::WARPS * WarpTile::BYTES);
+        known = reinterpret_cast<Known *>(start + P::STAGES * P::STAGE_BYTES + P::WARPS * P::WARP_TILE_BYTES);
         full = shared_address(known + 2 * P::TOKENS);
         empty = full + 8 * P::STAGES;
         known_full = empty + 8 * P::STAGES;
@@ -57,12 +63,12 @@ template <int GROUPS> struct Shared {
         slice_ends = reinterpret_cast<unsigned *>(known + 2 * P::TOKENS) + (2 * P::STAGES + 4 + P::WARPS) * 2;
     }
     __device__ __forceinline__ unsigned stage(unsigned i) const { return ring + i * P::STAGE_BYTES; }
-    __device__ __forceinline__ unsigned warp_tile(unsigned warp) const { return stage(P::STAGES) + warp * WarpTile::BYTES; }
+    __device__ __forceinline__ unsigned warp_tile(unsigned warp) const { return stage(P::STAGES) + warp * P::WARP_TILE_BYTES; }
 
     __device__ __forceinline__ void init_barriers() const {
         for (unsigned i = 0; i < P::STAGES; i++) {
             barrier_init(full + 8 * i, 1);
-            barrier_init(empty + 8 * i, BLOCKS * P::WARPS);
+            barrier_init(empty + 8 * i, P::SHARERS * P::WARPS);
         }
         for (unsigned i = 0; i < 2; i++) {
             barrier_init(known_full + 8 * i, 32);
@@ -75,15 +81,15 @@ template <int GROUPS> struct Shared {
 };
 
 // The tiles of this block in their order.
-template <int GROUPS> struct Tiles {
+template <class P> struct Tiles {
+    static constexpr unsigned ROWS = P::ALONG_ROWS * P::M, TOKENS = P::ALONG_TOKENS * P::TOKENS;
     unsigned tile, m, n; // which, of which 256 rows of w, of which tokens
     unsigned across, down, band;
 
     // A band is all of w where L2 holds that beside x (24 MiB of 50; the host's choice of kernels draws the same line), else
     // about as many rows as tokens are in flight beside them.
     __device__ __forceinline__ explicit Tiles(const Shape &shape)
-        : tile(blockIdx.x / BLOCKS), across((shape.rows + BLOCKS * M - 1) / (BLOCKS * M)),
-          down((shape.tokens + Plan<GROUPS>::TOKENS - 1) / Plan<GROUPS>::TOKENS),
+        : tile(blockIdx.x / P::BLOCKS), across((shape.rows + ROWS - 1) / ROWS), down((shape.tokens + TOKENS - 1) / TOKENS),
           band((size_t)shape.rows * shape.cols * 2 <= 24u << 20 ? across : 8) {
         find();
     }
@@ -93,36 +99,64 @@ template <int GROUPS> struct Tiles {
     }
     __device__ __forceinline__ bool remain() const { return tile < across * down; }
     __device__ __forceinline__ void advance() {
-        tile += gridDim.x / BLOCKS;
+        tile += gridDim.x / P::BLOCKS;
         if (remain())
             find();
     }
-    __device__ __forceinline__ unsigned row() const { return (m * BLOCKS + cluster_rank()) * M; }
-    __device__ __forceinline__ unsigned token() const { return n * Plan<GROUPS>::TOKENS; }
+    __device__ __forceinline__ unsigned row() const { return m * ROWS + cluster_rank() % P::ALONG_ROWS * P::M; }
+    __device__ __forceinline__ unsigned token() const { return n * TOKENS + cluster_rank() / P::ALONG_ROWS * P::TOKENS; }
 };
 
-template <int GROUPS>
-__device__ __forceinline__ void fetch(const Shared<GROUPS> &shared, const TensorMap *w, const TensorMap *x, const Shape &shape) {
-    using P = Plan<GROUPS>;
-    const unsigned rank = cluster_rank(), half = rank * (P::TOKENS / BLOCKS);
+template <unsigned SHARERS>
+__device__ __forceinline__ void fetch_part(unsigned to, const TensorMap *map, unsigned col, unsigned row, unsigned barrier,
+                                           unsigned short ranks) {
+    if (SHARERS == 1)
+        bulk_fetch(to, map, col, row, barrier, EVICT_NORMAL);
+    else
+        bulk_fetch_shared(to, map, col, row, barrier, EVICT_NORMAL, ranks);
+}
+
+// What the kernel before wrote is x alone: the first of w is on its way before the wait for that kernel.
+template <class P>
+__device__ __forceinline__ void fetch(const Shared<P> &shared, const TensorMap *w, const TensorMap *x, const Shape &shape) {
+    const unsigned r = cluster_rank() % P::ALONG_ROWS, t = cluster_rank() / P::ALONG_ROWS;
+    const unsigned x_part = r * (P::TOKENS / P::ALONG_ROWS), w_part = t * (P::M / P::ALONG_TOKENS);
+    const unsigned short same_tokens = ((1 << P::ALONG_ROWS) - 1) << t * P::ALONG_ROWS;
+    const unsigned short same_rows = (P::ALONG_TOKENS == 2 ? 1 | 1 << P::ALONG_ROWS : 1) << r;
+    Tiles<P> tiles(shape);
+    const auto fetch_w = [&](unsigned at, unsigned i) {
+        barrier_expect(shared.full + 8 * at, P::STAGE_BYTES);
+        fetch_part<P::ALONG_TOKENS>(shared.stage(at) + P::X_BYTES + w_part * 128, w, i * 64, tiles.row() + w_part,
+                                    shared.full + 8 * at, same_rows);
+    };
+    const auto fetch_x = [&](unsigned at, unsigned i) {
+        fetch_part<P::ALONG_ROWS>(shared.stage(at) + x_part * 128, x, i * 64, tiles.token() + x_part, shared.full + 8 * at,
+                                  same_tokens);
+    };
+    unsigned begin = min(P::STAGES, shape.blocks());
+    for (unsigned i = 0; i < begin; i++)
+        fetch_w(i, i);
+    dependent_wait();
     Place<P::STAGES> position;
-    for (Tiles<GROUPS> tiles(shape); tiles.remain(); tiles.advance())
-        for (unsigned i = 0; i < shape.blocks(); i++) {
-            const unsigned full = shared.full + 8 * position.at, to = shared.stage(position.at);
+    for (unsigned i = 0; i < begin; i++) {
+        fetch_x(i, i);
+        position.advance();
+    }
+    for (; tiles.remain(); tiles.advance(), begin = 0)
+        for (unsigned i = begin; i < shape.blocks(); i++) {
             barrier_wait(shared.empty + 8 * position.at, position.parity ^ 1); // passes in the first round
-            barrier_expect(full, P::STAGE_BYTES);
-            bulk_fetch_shared(to + half * 128, x, i * 64, tiles.token() + half, full, EVICT_NORMAL, (1 << BLOCKS) - 1);
-            bulk_fetch(to + P::X_BYTES, w, i * 64, tiles.row(), full, EVICT_NORMAL);
+            fetch_w(position.at, i);
+            fetch_x(position.at, i);
             position.advance();
         }
 }
 
 // Looks up what is known of each tile's tokens.
-template <int GROUPS, class Epilogue>
-__device__ __forceinline__ void look_up(const Shared<GROUPS> &shared, const Shape &shape, const Epilogue &epilogue) {
-    using P = Plan<GROUPS>;
+template <class P, class Epilogue>
+__device__ __forceinline__ void look_up(const Shared<P> &shared, const Shape &shape, const Epilogue &epilogue) {
+    dependent_wait();
     Place<2> position;
-    for (Tiles<GROUPS> tiles(shape); tiles.remain(); tiles.advance()) {
+    for (Tiles<P> tiles(shape); tiles.remain(); tiles.advance()) {
         barrier_wait(shared.known_empty + 8 * position.at, position.parity ^ 1);
         Known *known = shared.known + position.at * P::TOKENS;
 #pragma unroll 1
@@ -134,17 +168,17 @@ __device__ __forceinline__ void look_up(const Shared<GROUPS> &shared, const Shap
 }
 
 // Adds the columns' blocks begin .. end to `sum`, from zero.
-template <int GROUPS>
-__device__ __forceinline__ void multiply_slice(const Shared<GROUPS> &shared, Place<Plan<GROUPS>::STAGES> &position,
-                                               unsigned begin, unsigned end, float (&sum)[64]) {
-    const unsigned lane = threadIdx.x % 32;
+template <class P>
+__device__ __forceinline__ void multiply_slice(const Shared<P> &shared, Place<P::STAGES> &position, unsigned begin,
+                                               unsigned end, float (&sum)[P::M / 2]) {
+    const unsigned lane = threadIdx.x % 32, sharer = cluster_rank() ^ lane; // of clusters with two a side
     unsigned before = 0;
 #pragma unroll 1
     for (unsigned i = begin; i < end; i++) {
         const unsigned stage = shared.stage(position.at);
         barrier_wait(shared.full + 8 * position.at, position.parity);
         const unsigned long long a = tile_descriptor(stage + threadIdx.x / 128 * 64 * 128);
-        const unsigned long long b = tile_descriptor(stage + Plan<GROUPS>::X_BYTES);
+        const unsigned long long b = tile_descriptor(stage + P::X_BYTES);
         wgmma_fence();
 #pragma unroll
         for (int k = 0; k < 4; k++)
@@ -152,57 +186,65 @@ __device__ __forceinline__ void multiply_slice(const Shared<GROUPS> &shared, Pla
         wgmma_commit();
         if (i > begin) {
             wgmma_wait<1>(); // the block before is multiplied: its stage is free
-            if (lane < BLOCKS)
-                barrier_arrive_at(shared.empty + 8 * before, lane);
+            if (lane < P::SHARERS)
+                barrier_arrive_at(shared.empty + 8 * before, sharer);
         }
         before = position.at;
         position.advance();
     }
     wgmma_wait<0>();
     hold(sum);
-    if (lane < BLOCKS)
-        barrier_arrive_at(shared.empty + 8 * before, lane);
+    if (lane < P::SHARERS)
+        barrier_arrive_at(shared.empty + 8 * before, sharer);
 }
 
 // A tile's sums: its slices' in their order. `between` is called once, with the first on its way or done.
-template <bool ONE_SLICE, int GROUPS, class Between>
-__device__ __forceinline__ void multiply_tile(const Shared<GROUPS> &shared, Place<Plan<GROUPS>::STAGES> &position,
-                                              const Shape &shape, float (&total)[64], const Between &between) {
-    float sum[64];
+template <bool ONE_SLICE, class P, class Between>
+__device__ __forceinline__ void multiply_tile(const Shared<P> &shared, Place<P::STAGES> &position, const Shape &shape,
+                                              float (&total)[P::M / 2], const Between &between) {
+    float sum[P::M / 2];
 #pragma unroll
-    for (int i = 0; i < 64; i++)
+    for (int i = 0; i < P::M / 2; i++)
         total[i] = -0.0f, sum[i] = 0.0f; // -0 + x is x, whatever x is
     for (unsigned slice = 0, begin = 0; slice < (ONE_SLICE ? 1 : shape.slices); slice++) {
         const unsigned end = shared.slice_ends[slice];
         multiply_slice(shared, position, begin, end, sum);
         begin = end;
 #pragma unroll
-        for (int i = 0; i < 64; i++)
+        for (int i = 0; i < P::M / 2; i++)
             total[i] = ONE_SLICE ? sum[i] : total[i] + sum[i];
         if (slice == 0)
             between();
     }
 }
 
-template <int GROUPS, class Epilogue>
-__device__ __forceinline__ void multiply(const Shared<GROUPS> &shared, const TensorMap *out, const Shape &shape,
+template <class P, class Epilogue>
+__device__ __forceinline__ void multiply(const Shared<P> &shared, const TensorMap *out, const Shape &shape,
                                          const Epilogue &epilogue) {
-    using P = Plan<GROUPS>;
     const unsigned warp = threadIdx.x / 32, lane = threadIdx.x % 32, old = shared.old + 8 * warp;
     const WarpTile warp_tile = {shared.warp_tile(warp), lane};
+    dependent_wait();
     Place<P::STAGES> position;
     Place<2> looked;
     Place<1> fetched;
-    for (Tiles<GROUPS> tiles(shape); tiles.remain(); tiles.advance()) {
+    for (Tiles<P> tiles(shape); tiles.remain(); tiles.advance()) {
         const unsigned token = tiles.token() + 16 * warp, count = shape.tokens > token ? shape.tokens - token : 0;
-        const Outputs outputs = {warp_tile, out, token, count, tiles.row(), shape.rows};
-        float total[64];
-        multiply_tile<Epilogue::SLICES == 1>(shared, position, shape, total, [&] { prepare(epilogue, outputs, old); });
+        Outputs outputs = {warp_tile, out, token, count, tiles.row(), shape.rows};
+        float total[P::M / 2];
+        multiply_tile<Epilogue::SLICES == 1 || P::M == 256>(shared, position, shape, total, [&] { prepare(epilogue, outputs, old); });
         if (Epilogue::SCALED)
             barrier_wait(shared.known_full + 8 * looked.at, looked.parity);
         if (is_added(epilogue))
             barrier_wait(old, fetched.parity);
-        finish(epilogue, total, outputs, shared.known + looked.at * P::TOKENS + 16 * warp);
+#pragma unroll
+        for (unsigned i = 0; i < P::M / 128; i++) {
+            float y[64];
+#pragma unroll
+            for (int j = 0; j < 64; j++)
+                y[j] = total[64 * i + j];
+            finish(epilogue, y, outputs, shared.known + looked.at * P::TOKENS + 16 * warp);
+            outputs.m0 += 128;
+        }
         if (Epilogue::SCALED)
             barrier_arrive(shared.known_empty + 8 * looked.at);
         looked.advance();
@@ -211,47 +253,49 @@ __device__ __forceinline__ void multiply(const Shared<GROUPS> &shared, const Ten
     warp_tile.free();
 }
 
-template <int GROUPS, class Epilogue>
+template <class P, class Epilogue>
 __device__ __forceinline__ void prefill(const TensorMap *w, const TensorMap *x, const TensorMap *out, const Shape &shape,
                                         const Epilogue &epilogue) {
-    using P = Plan<GROUPS>;
     extern __shared__ __align__(1024) unsigned char start[];
     dependent_launch();
-    const Shared<GROUPS> shared(start);
+    const Shared<P> shared(start);
     if (threadIdx.x == 0)
         shared.init_barriers();
     if (threadIdx.x < shape.slices)
         shared.slice_ends[threadIdx.x] = shape.slice_begin(threadIdx.x + 1);
     cluster_sync();
-    dependent_wait();
-    if (threadIdx.x < 128 * GROUPS) {
+    if (threadIdx.x < P::MULTIPLIERS) {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(P::MULTIPLIER));
         multiply(shared, out, shape, epilogue);
     } else {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(P::OTHER));
-        if (threadIdx.x == 128 * GROUPS)
+        if (threadIdx.x == P::MULTIPLIERS)
             fetch(shared, w, x, shape);
-        else if (Epilogue::SCALED && threadIdx.x / 32 == 4 * GROUPS + 1)
+        else if (Epilogue::SCALED && threadIdx.x / 32 == P::WARPS + 1)
             look_up(shared, shape, epilogue);
         __syncwarp();
     }
     cluster_sync(); // what either block has sent to the other's shared memory is there
 }
 
-#define PREFILL(NAME, GROUPS, EPILOGUE)                                                                                      \
-    extern "C" __global__ void __launch_bounds__(Plan<GROUPS>::THREADS, 1)                                                   \
+#define PREFILL(NAME, GROUPS, M, ALONG_ROWS, ALONG_TOKENS, EPILOGUE)                                                         \
+    extern "C" __global__ void __launch_bounds__(128 * GROUPS + 128, 1)                                                      \
     NAME(const __grid_constant__ TensorMap w, const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap out,    \
          Shape shape, EPILOGUE epilogue) {                                                                                   \
-        prefill<GROUPS>(&w, &x, &out, shape, epilogue);                                                                      \
+        prefill<Plan<GROUPS, M, ALONG_ROWS, ALONG_TOKENS>>(&w, &x, &out, shape, epilogue);                                   \
     }
 
-PREFILL(prefill_qkv_128, 2, Qkv)
-PREFILL(prefill_qkv_192, 3, Qkv)
-PREFILL(prefill_residual_128, 2, Residual)
-PREFILL(prefill_residual_192, 3, Residual)
-PREFILL(prefill_gate_up_128, 2, GateUp)
-PREFILL(prefill_gate_up_192, 3, GateUp)
-PREFILL(prefill_head_128, 2, Head)
-PREFILL(prefill_head_192, 3, Head)
-PREFILL(prefill_head_256, 4, Head)
-PREFILL(prefill_linear_128, 2, Linear)
+PREFILL(prefill_qkv_narrow, 2, 128, 2, 1, Qkv)
+PREFILL(prefill_qkv_middle, 3, 128, 2, 1, Qkv)
+PREFILL(prefill_qkv_square, 2, 128, 2, 2, Qkv)
+PREFILL(prefill_residual_narrow, 2, 128, 2, 1, Residual)
+PREFILL(prefill_residual_middle, 3, 128, 2, 1, Residual)
+PREFILL(prefill_residual_square, 2, 128, 2, 2, Residual)
+PREFILL(prefill_gate_up_narrow, 2, 128, 2, 1, GateUp)
+PREFILL(prefill_gate_up_middle, 3, 128, 2, 1, GateUp)
+PREFILL(prefill_gate_up_square, 2, 128, 2, 2, GateUp)
+PREFILL(prefill_gate_up_wide, 2, 256, 1, 2, GateUp)
+PREFILL(prefill_head_narrow, 2, 128, 2, 1, Head)
+PREFILL(prefill_head_middle, 3, 128, 2, 1, Head)
+PREFILL(prefill_head_square, 2, 128, 2, 2, Head)
+PREFILL(prefill_linear_narrow, 2, 128, 2, 1, Linear)

@@ -131,7 +131,7 @@ impl Tiling {
             Tiling::slices("decode_residual_64x16", 64, 16, 16, Tiling::HALF),
             Tiling::slices("decode_residual_64x32", 64, 32, 32, Tiling::HALF),
             Tiling::slices("decode_residual_64x64", 64, 64, 64, Tiling::HALF),
-            Tiling::slices("decode_residual_192x128", 192, 128, 256, Tiling::MOST),
+            Tiling::slices("decode_residual_192x128", 192, 128, 128, Tiling::MOST),
         ];
         const GATE_UP: &[Tiling] = &[
             Tiling::slices("decode_gate_up_64x16", 64, 16, 16, Tiling::HALF),
@@ -304,7 +304,7 @@ mod tests {
         let kinds = [Kind::Qkv, Kind::Residual, Kind::GateUp, Kind::Head];
         let cases = kinds.into_iter().flat_map(|kind| [64, 192, 3072, 17408].map(|cols| (kind, cols)));
         for (kind, cols) in cases {
-            let shape = Shape { rows: 1024, cols, tokens: 1, slices: kind.slices(cols) };
+            let shape = Shape { rows: 1024, cols, tokens: 1, slices: kind.slices(1024, cols) };
             for tiling in [Tiling::of, Tiling::of_large, Tiling::of_half].into_iter().flat_map(|of| of(kind))
             {
                 let stages = tiling.stages(&shape);

@@ -1,14 +1,15 @@
 //! Launches of `gemm_prefill.cu`: products of many tokens.
 //!
 //! ```text
-//!   tile                      warpgroups   of
-//!   128 tokens x 2 x 128 rows     2        every product
-//!   192                           3        the model's
-//!   256                           4        head
+//!            a block's tile            blocks of a cluster    of
+//!   narrow   128 rows x 128 tokens     2 along the rows       every product
+//!   middle   128      x 192            2 along the rows       the model's
+//!   square   128      x 128            2 x 2                  the model's
+//!   wide     256      x 128            2 along the tokens     gate and up, where the whole sum is one slice
 //! ```
 //!
-//! A cluster of two blocks takes tile after tile, a block 128 of the rows. Invariant: a block's shared memory fits a
-//! multiprocessor, and the kernel lays it out as [`Tile::shared`] counts it.
+//! A cluster takes tile after tile. Invariant: a block's shared memory fits a multiprocessor, and the kernel lays it out as
+//! [`Tile::shared`] counts it.
 
 use super::{BLOCK_COLS, Block, Epilogue, Kind, Product, Shape};
 use crate::error::CudaError;
@@ -16,18 +17,29 @@ use crate::launch::{Grid, Kernel, Launcher};
 use crate::module::Modules;
 use crate::tensor_map::TensorMap;
 
-/// Hopper's kernels for many tokens: clusters of two blocks, one a multiprocessor, take tile after tile.
-#[derive(Debug)]
-pub(super) struct Prefill {
-    /// By [`Kind`], then as [`Prefill::TILES`]; not every product has every tile.
-    kernels: [[Option<Kernel>; 3]; 5],
+/// A tile's kernel, and how many clusters of it the device takes at once.
+#[derive(Clone, Copy, Debug)]
+struct Loaded {
+    tile: Tile,
+    kernel: Kernel,
     clusters: u32,
 }
 
-/// What a cluster works on at a time, 256 rows of w by some tokens; a block has half of the rows.
+/// Hopper's kernels for many tokens: clusters, a block a multiprocessor, take tile after tile.
+#[derive(Debug)]
+pub(super) struct Prefill {
+    /// By [`Kind`].
+    kernels: [Vec<Loaded>; 5],
+}
+
+/// What a cluster works on at a time.
 #[derive(Clone, Copy, Debug)]
 struct Tile {
-    /// Warpgroups that multiply, 64 tokens each.
+    /// Blocks of a cluster along the rows of w, and along the tokens.
+    blocks: [u32; 2],
+    /// Rows of w in a block.
+    rows: u32,
+    /// Warpgroups of a block that multiply, 64 tokens each.
     groups: u32,
     stages: u32,
     /// Its time, in any unit.
@@ -35,16 +47,29 @@ struct Tile {
 }
 
 impl Tile {
-    const fn new(groups: u32, stages: u32, cost: u32) -> Tile {
-        Tile { groups, stages, cost }
+    const NARROW: Tile = Tile { blocks: [2, 1], rows: 128, groups: 2, stages: 5, cost: 6 };
+    const MIDDLE: Tile = Tile { blocks: [2, 1], rows: 128, groups: 3, stages: 4, cost: 8 };
+    const SQUARE: Tile = Tile { blocks: [2, 2], rows: 128, groups: 2, stages: 5, cost: 5 };
+    /// Its sums leave no registers for those of another slice.
+    const WIDE: Tile = Tile { blocks: [1, 2], rows: 256, groups: 2, stages: 4, cost: 10 };
+
+    fn cluster(self) -> u32 {
+        self.blocks[0] * self.blocks[1]
     }
 
+    /// Of a block.
     fn tokens(self) -> u32 {
         64 * self.groups
     }
 
     fn count(self, shape: &Shape) -> u32 {
-        shape.rows.div_ceil(Prefill::CLUSTER * Prefill::ROWS) * shape.tokens.div_ceil(self.tokens())
+        let [rows, tokens] = [self.blocks[0] * self.rows, self.blocks[1] * self.tokens()];
+        shape.rows.div_ceil(rows) * shape.tokens.div_ceil(tokens)
+    }
+
+    /// Does it hold the product's slices, and would no block of a cluster lie behind the last token?
+    fn suits(self, shape: &Shape) -> bool {
+        (self.rows == 128 || shape.slices == 1) && shape.tokens > (self.blocks[1] - 1) * self.tokens()
     }
 
     /// The warpgroups that multiply, and the one that fetches.
@@ -52,46 +77,59 @@ impl Tile {
         128 * self.groups + 128
     }
 
-    /// Shared memory: the ring, 4 KiB of outputs a warp, 16 bytes a token twice, barriers, the ends of 8 slices, and what
-    /// aligns the ring to 1024 bytes.
+    /// Shared memory: the ring, 4 KiB of outputs a warp (2 of wide ones), 16 bytes a token twice, barriers, the ends of 8
+    /// slices, and what aligns the ring to 1024 bytes.
     fn shared(self) -> u32 {
-        let stage = (self.tokens() + Prefill::ROWS) * BLOCK_COLS * 2;
+        let stage = (self.tokens() + self.rows) * BLOCK_COLS * 2;
+        let outputs = if self.rows == 128 { 4 << 10 } else { 2 << 10 };
         let barriers = 2 * self.stages + 4 + 4 * self.groups;
-        self.stages * stage + self.groups * (4 << 12) + self.tokens() * 32 + barriers * 8 + 8 * 4 + 1024
+        self.stages * stage + 4 * self.groups * outputs + self.tokens() * 32 + barriers * 8 + 8 * 4 + 1024
+    }
+
+    fn grid(self, clusters: u32) -> Grid {
+        let grid = Grid::new(clusters * self.cluster(), self.threads()).cluster(self.cluster());
+        grid.shared(self.shared()).dependent()
     }
 }
 
 impl Prefill {
-    const CLUSTER: u32 = 2;
-    const ROWS: u32 = 128;
     /// Tokens whose outputs a warp stores.
     const WARP_TOKENS: u32 = 16;
-    /// Wider tiles move fewer bytes for each operation, but leave more of the device idle at the end.
-    const TILES: [Tile; 3] = [Tile::new(2, 5, 3), Tile::new(3, 4, 4), Tile::new(4, 3, 5)];
-
-    pub(super) fn new(modules: &Modules, multiprocessors: u32) -> Result<Prefill, CudaError> {
-        let find =
-            |tile: usize, name| modules.kernel("gemm_prefill", name, Self::TILES[tile].shared()).map(Some);
-        let kernels = [
-            [find(0, "prefill_qkv_128")?, find(1, "prefill_qkv_192")?, None],
-            [find(0, "prefill_residual_128")?, find(1, "prefill_residual_192")?, None],
-            [find(0, "prefill_gate_up_128")?, find(1, "prefill_gate_up_192")?, None],
-            [find(0, "prefill_head_128")?, find(1, "prefill_head_192")?, find(2, "prefill_head_256")?],
-            [find(0, "prefill_linear_128")?, None, None],
+    pub(super) fn new(modules: &Modules, launcher: &Launcher) -> Result<Prefill, CudaError> {
+        let load = |tile: Tile, name| {
+            let kernel = modules.kernel("gemm_prefill", name, tile.shared())?;
+            Ok(Loaded { tile, kernel, clusters: launcher.clusters_at_once(&kernel, tile.grid(1))? })
+        };
+        let three = |narrow, middle, square| {
+            Ok::<_, CudaError>(vec![
+                load(Tile::NARROW, narrow)?,
+                load(Tile::MIDDLE, middle)?,
+                load(Tile::SQUARE, square)?,
+            ])
+        };
+        let mut kernels = [
+            three("prefill_qkv_narrow", "prefill_qkv_middle", "prefill_qkv_square")?,
+            three("prefill_residual_narrow", "prefill_residual_middle", "prefill_residual_square")?,
+            three("prefill_gate_up_narrow", "prefill_gate_up_middle", "prefill_gate_up_square")?,
+            three("prefill_head_narrow", "prefill_head_middle", "prefill_head_square")?,
+            vec![load(Tile::NARROW, "prefill_linear_narrow")?],
         ];
-        Ok(Prefill { kernels, clusters: multiprocessors / Self::CLUSTER })
+        kernels[Kind::GateUp as usize].push(load(Tile::WIDE, "prefill_gate_up_wide")?);
+        Ok(Prefill { kernels })
     }
 
     /// Do the product's tiles fill a quarter of the device?
-    pub(super) fn fills_a_quarter(&self, shape: &Shape) -> bool {
-        Self::TILES[0].count(shape) >= self.clusters / 4
+    pub(super) fn fills_a_quarter(&self, kind: Kind, shape: &Shape) -> bool {
+        let fills = |loaded: &Loaded| loaded.tile.count(shape) >= loaded.clusters / 4;
+        self.kernels[kind as usize].first().is_some_and(fills)
     }
 
-    /// The quickest tile that there is for the product: each cluster takes as many as the last one to end.
-    fn tile(&self, kind: Kind, shape: &Shape) -> Option<(Tile, &Kernel)> {
-        let there = Self::TILES.into_iter().zip(&self.kernels[kind as usize]);
-        let there = there.filter_map(|(tile, kernel)| Some((tile, kernel.as_ref()?)));
-        there.min_by_key(|(tile, _)| tile.count(shape).div_ceil(self.clusters) * tile.cost)
+    /// The quickest tile that there is for the product: each cluster takes as many as the last one to end. Wider tiles move
+    /// fewer bytes for each operation, but leave more of the device idle at the end; so do clusters of four, which do not find
+    /// room on every multiprocessor.
+    fn quickest(&self, kind: Kind, shape: &Shape) -> Option<&Loaded> {
+        let there = self.kernels[kind as usize].iter().filter(|loaded| loaded.tile.suits(shape));
+        there.min_by_key(|Loaded { tile, clusters, .. }| tile.count(shape).div_ceil(*clusters) * tile.cost)
     }
 
     pub(super) fn launch<E: Epilogue>(
@@ -100,13 +138,10 @@ impl Prefill {
         product: &Product<'_, E>,
     ) -> Result<(), CudaError> {
         let Product { shape, epilogue, .. } = product;
-        let Some((tile, kernel)) = self.tile(E::KIND, shape) else { return Ok(()) };
-        let clusters = tile.count(shape).min(self.clusters);
-        let grid = Grid::new(clusters * Self::CLUSTER, tile.threads())
-            .cluster(Self::CLUSTER)
-            .shared(tile.shared())
-            .dependent();
-        let [w, x] = product.maps(Block::new(Self::ROWS, tile.tokens() / Self::CLUSTER))?;
+        let Some(Loaded { tile, kernel, clusters }) = self.quickest(E::KIND, shape) else { return Ok(()) };
+        let grid = tile.grid(tile.count(shape).min(*clusters));
+        let [along_rows, along_tokens] = tile.blocks;
+        let [w, x] = product.maps(Block::new(tile.rows / along_tokens, tile.tokens() / along_rows))?;
         // The copy engine takes rows that are a multiple of 16 bytes; a kernel stores others without it.
         let (out, width) = epilogue.outputs(shape.rows);
         let out = match width % 8 {
@@ -123,7 +158,7 @@ mod tests {
 
     #[test]
     fn every_tile_fits_a_multiprocessor() {
-        for tile in Prefill::TILES {
+        for tile in [Tile::NARROW, Tile::MIDDLE, Tile::SQUARE, Tile::WIDE] {
             assert!(tile.shared() <= 227 << 10, "{tile:?} takes {} bytes", tile.shared());
             assert!(tile.threads() <= 1024, "{tile:?}");
         }
