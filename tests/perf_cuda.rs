@@ -1,6 +1,6 @@
 //! perf-cuda as a user meets it without a GPU: it lists its cases, and says in a sentence why it can't run them.
 
-use std::process::{Command, Output, Stdio};
+use std::process::{Command, Output};
 
 fn perf_cuda(args: &[&str]) -> Output {
     Command::new(env!("CARGO_BIN_EXE_perf-cuda")).args(args).output().unwrap()
@@ -17,14 +17,10 @@ fn the_cases_that_hold_all_words_are_listed() {
 
 #[test]
 fn a_list_that_nobody_reads_to_its_end_is_an_error_not_a_panic() {
-    let mut child = Command::new(env!("CARGO_BIN_EXE_perf-cuda"))
-        .arg("--list")
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .unwrap();
-    drop(child.stdout.take());
-    let output = child.wait_with_output().unwrap();
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    let mut perf_cuda = Command::new(env!("CARGO_BIN_EXE_perf-cuda"));
+    let output = perf_cuda.arg("--list").stdout(writer).output().unwrap();
     let text = String::from_utf8(output.stderr).unwrap();
     assert_eq!(output.status.code(), Some(1), "{text}");
     assert!(text.starts_with("perf-cuda: ") && text.lines().count() == 1, "{text}");
