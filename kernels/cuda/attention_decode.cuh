@@ -134,23 +134,27 @@ template <int HD, int STAGES> struct Decoder {
             a[i] &= token + 1 < valid ? 0xffffffffu : token < valid ? 0xffffu : 0;
         }
     }
-    // What becomes of a leaf.
-    __device__ __forceinline__ void finish(const State &leaf, const Unit &unit) {
+    // What becomes of a leaf. `others_arrived`: all that share the row, at its segment's last leaf.
+    __device__ __forceinline__ void finish(const State &leaf, const Unit &unit, bool others_arrived) {
         const Segment &segment = unit.segment;
-        if (segment.first == 0)
+        const bool is_last = unit.is_last(), folds = segment.first == 0;
+        State partial = leaf;
+        if (folds) {
             state.fold<HD>(leaf);
-        else
-            store_partial<HD>(args, segment.at + unit.leaf - segment.first, unit.item, leaf, warp, lane);
-        if (!unit.is_last())
-            return;
-        if (segment.is_whole_row()) {
-            write_out<HD>(args, unit, state, warp, lane);
-        } else {
-            if (segment.first == 0)
-                store_partial<HD>(args, segment.at, unit.item, state, warp, lane);
-            arrive<HD>(args, unit, segment.first == 0 ? 1 : segment.leaves, flag);
+            partial = state;
         }
-        state.clear();
+        const unsigned index = segment.at + (folds ? 0 : unit.leaf - segment.first);
+        bool merges = others_arrived;
+        if (is_last && segment.is_whole_row()) {
+            write_out<HD>(args, unit, state, warp, lane);
+        } else if (!others_arrived && (is_last || !folds)) {
+            store_partial<HD>(args, index, unit.item, partial, warp, lane);
+            merges = is_last && arrives_last(args, unit, flag);
+        }
+        if (merges)
+            merge<HD>(args, unit, others_arrived ? index - segment.base : segment.total, partial, lane);
+        if (is_last)
+            state.clear();
     }
     __device__ __forceinline__ void run() {
         while (true) {
@@ -168,9 +172,10 @@ template <int HD, int STAGES> struct Decoder {
             share_maxima(leaf.m, s);
             share_probabilities(s, leaf.m);
             ring.take();
+            const bool others_arrived = unit.is_last() && ring.others_arrived();
             add_values(leaf, unit);
             ring.release();
-            finish(leaf, unit);
+            finish(leaf, unit, others_arrived);
         }
     }
 };

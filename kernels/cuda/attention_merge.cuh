@@ -6,6 +6,8 @@
 // 1. A block's partials are written before its readers' barrier, and thread 0's count releases them and acquires those that
 //    were counted before; so the block that counts last sees all. It sets the count to 0 for the next launch.
 // 2. Partials are folded in the order of their leaves, whoever wrote them and whenever.
+// 3. A block that finds all others counted when it fetches its last values is the last: it keeps its own last partial, and
+//    neither counts nor waits for memory but for the others' partials.
 #pragma once
 #include "attention_ring.cuh"
 
@@ -59,10 +61,34 @@ __device__ __forceinline__ void write_out(const DecodeArgs &args, const Unit &un
     }
 }
 
+// What a partial holds of one query and dim.
+struct Element {
+    float m, l, o;
+
+    // Of a state, whose element `second` of a pair of queries the four lanes of a quad hold among them: lane q takes o[q].
+    __device__ __forceinline__ static Element of(const State &state, unsigned pair, unsigned second, unsigned lane) {
+        const unsigned from = (lane & ~3u) + pair;
+        const auto get = [&](float value) { return __shfl_sync(FULL_WARP, value, from); };
+        const float m[2] = {get(state.m[0]), get(state.m[1])}, l[2] = {get(state.l[0]), get(state.l[1])};
+        const float o[4] = {get(state.o[0]), get(state.o[1]), get(state.o[2]), get(state.o[3])};
+        const unsigned q = lane % 4;
+        return {second ? m[1] : m[0], second ? l[1] : l[0], q < 2 ? (q == 0 ? o[0] : o[1]) : (q == 2 ? o[2] : o[3])};
+    }
+    template <int HD> __device__ __forceinline__ void fold(Element leaf) {
+        const Weights w = fold_maximum<HD>(m, leaf.m);
+        l = folded(l, leaf.l, w);
+        o = folded(o, leaf.o, w);
+    }
+};
+
+// Partials on their way at once.
 #define MERGED_AT_ONCE 8
 
-// Folds a row's partials of an item, and writes its output: each thread an element at a time, many partials in flight.
-template <int HD> __device__ __forceinline__ void merge(const DecodeArgs &args, const Unit &unit) {
+// Folds a row's partials of an item, and writes its output: each thread an element at a time, many partials in flight. Partial
+// `own` is `state`, not in memory; or none is. Counts none for the next launch.
+template <int HD>
+__device__ __forceinline__ void merge(const DecodeArgs &args, const Unit &unit, unsigned own, const State &state,
+                                      unsigned lane) {
     const unsigned pairs = args.pairs(), size = pairs * (HD / 2 + 1) * 4, total = unit.segment.total;
     const float *partials = reinterpret_cast<const float *>(args.partials) +
                             ((size_t)unit.segment.base * args.items + unit.item) * size;
@@ -70,53 +96,50 @@ template <int HD> __device__ __forceinline__ void merge(const DecodeArgs &args, 
     for (unsigned e = threadIdx.x; e < pairs * (HD * 2); e += DECODE_READERS) {
         const unsigned pair = e / (HD * 2), second = e % 2, quad = e % (HD * 2) / 4;
         const unsigned m_at = (pairs * (HD / 2) + pair) * 4 + second, l_at = m_at + 2;
-        float m = 0.0f, l = 0.0f, o = 0.0f;
+        const Element mine = Element::of(state, pair, second, lane);
+        Element merged = {};
 #pragma unroll 1
         for (unsigned first = 0; first < total; first += MERGED_AT_ONCE) {
-            float m_leaf[MERGED_AT_ONCE], l_leaf[MERGED_AT_ONCE], o_leaf[MERGED_AT_ONCE];
+            Element leaf[MERGED_AT_ONCE];
 #pragma unroll
             for (int i = 0; i < MERGED_AT_ONCE; i++)
-                if (first + i < total) {
+                if (first + i < total && first + i != own) {
                     const float *partial = partials + (size_t)(first + i) * args.items * size;
-                    m_leaf[i] = __ldcg(partial + m_at);
-                    l_leaf[i] = __ldcg(partial + l_at);
-                    o_leaf[i] = __ldcg(partial + e);
+                    leaf[i] = {__ldcg(partial + m_at), __ldcg(partial + l_at), __ldcg(partial + e)};
+                } else {
+                    leaf[i] = mine;
                 }
 #pragma unroll
             for (int i = 0; i < MERGED_AT_ONCE; i++)
-                if (first + i == 0) {
-                    m = m_leaf[i];
-                    l = l_leaf[i];
-                    o = o_leaf[i];
-                } else if (first + i < total) {
-                    const Weights w = fold_maximum<HD>(m, m_leaf[i]);
-                    l = folded(l, l_leaf[i], w);
-                    o = folded(o, o_leaf[i], w);
-                }
+                if (first + i == 0)
+                    merged = leaf[i];
+                else if (first + i < total)
+                    merged.fold<HD>(leaf[i]);
         }
         const unsigned query = 2 * pair + second, dim = quad / 8 * 16 + quad % 8 + e / 2 % 2 * 8;
         if (query < args.queries(unit.item))
             args.out[args.query_offset(unit.segment.row, unit.item, HD) + query * HD + dim] =
-                __float2bfloat16_rn(__fmul_rn(o, __frcp_rn(l)));
+                __float2bfloat16_rn(__fmul_rn(merged.o, __frcp_rn(merged.l)));
     }
+    if (threadIdx.x == 0)
+        *args.arrived_of(unit.segment.row, unit.item) = 0;
 }
 
-// Says that `count` of a row's partials of an item are in memory; the block that says so last merges them all.
-template <int HD>
-__device__ __forceinline__ void arrive(const DecodeArgs &args, const Unit &unit, unsigned count, unsigned flag) {
+// Says that all of the block's partials of a row and item are in memory. Is it the last that does?
+__device__ __forceinline__ bool arrives_last(const DecodeArgs &args, const Unit &unit, unsigned flag) {
     readers_barrier();
     if (threadIdx.x == 0) {
-        unsigned *arrived = args.arrived + unit.segment.row * args.items + unit.item;
+        const unsigned count = unit.segment.partials();
         unsigned before;
-        asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;" : "=r"(before) : "l"(arrived), "r"(count) : "memory");
+        asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;"
+                     : "=r"(before)
+                     : "l"(args.arrived_of(unit.segment.row, unit.item)), "r"(count)
+                     : "memory");
         const bool is_last = before + count == unit.segment.total;
-        if (is_last)
-            *arrived = 0;
         asm volatile("st.shared.u32 [%0], %1;" ::"r"(flag), "r"(is_last ? 1 : 0) : "memory");
     }
     readers_barrier();
     unsigned is_last;
     asm volatile("ld.shared.u32 %0, [%1];" : "=r"(is_last) : "r"(flag) : "memory");
-    if (is_last)
-        merge<HD>(args, unit);
+    return is_last;
 }

@@ -55,6 +55,8 @@ template <int HD, int STAGES> struct Stages {
         return base + STAGES * (BYTES + QUERY_BYTES + Unit::BYTES) + stage * 16;
     }
     __device__ __forceinline__ unsigned empty(unsigned stage) const { return full(stage) + 8; }
+    // Beside a turn's last values: have all others that share the row been counted?
+    __device__ __forceinline__ unsigned others_arrived(unsigned stage) const { return unit(stage) + Unit::SPARE; }
     __device__ __forceinline__ unsigned end() const { return full(STAGES); }
 };
 
@@ -102,14 +104,27 @@ template <int HD, int STAGES> struct Filler {
         if (first() < LEAF && token < unit.segment.kv_len)
             page = args.page_table[(size_t)unit.segment.slot * args.table_width + (token >> args.page_shift)];
     }
+    // Have all others that share the row left their partials in memory? A look that need not be the last.
+    __device__ __forceinline__ bool others_arrived(const Unit &unit) const {
+        if (!unit.is_last() || unit.segment.is_whole_row())
+            return false;
+        unsigned arrived;
+        asm volatile("ld.acquire.gpu.global.u32 %0, [%1];"
+                     : "=r"(arrived)
+                     : "l"(args.arrived_of(unit.segment.row, unit.item))
+                     : "memory");
+        return arrived + unit.segment.partials() == unit.segment.total;
+    }
     // Says what the stage there will hold.
-    __device__ __forceinline__ void announce(const Unit &unit, bool values, Place<STAGES> there) const {
+    __device__ __forceinline__ void announce(const Unit &unit, bool values, Place<STAGES> there, bool others = false) const {
         unsigned bytes = unit.tiles() * TILE * HD * 2;
         if (!values && unit.is_first())
             bytes += args.queries(unit.item) * HD * 2;
         if (lane == 0) {
             if (!values)
                 unit.store(stages.unit(there.at));
+            else
+                asm volatile("st.shared.u32 [%0], %1;" ::"r"(stages.others_arrived(there.at)), "r"(others ? 1 : 0) : "memory");
             asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(stages.full(there.at)), "r"(bytes)
                          : "memory");
         }
@@ -136,8 +151,8 @@ template <int HD, int STAGES> struct Filler {
         wait_for(stages.empty(place.at), place.parity ^ 1);
         const unsigned before = (place.at + STAGES - flight) % STAGES;
         wait_for(stages.full(before), place.parity ^ (before > place.at));
-        announce(unit, values, place);
-        copy(unit, values, place, true, true);
+        copy(unit, values, place, true, true); // on their way while the look at others is
+        announce(unit, values, place, values && lane == 0 && others_arrived(unit));
         place.advance();
     }
     // Fills the whole ring, as far as the first turn does: before the wait what the kernel before does not write, behind it
@@ -233,6 +248,12 @@ template <int HD, int STAGES> struct Ring {
     __device__ __forceinline__ Ring(const DecodeArgs &, Stages<HD, STAGES> stages) : stages(stages) {}
     // Waits for the next stage.
     __device__ __forceinline__ void take() { wait_for(stages.full(place.at), place.parity); }
+    // Have all others that share the row been counted, as far as is known? At a turn's last values.
+    __device__ __forceinline__ bool others_arrived() const {
+        unsigned others;
+        asm volatile("ld.shared.u32 %0, [%1];" : "=r"(others) : "r"(stages.others_arrived(place.at)) : "memory");
+        return others;
+    }
     // Gives the stage at hand back, when the thread has read what it wants of it.
     __device__ __forceinline__ void release() {
         asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(stages.empty(place.at)) : "memory");
@@ -319,6 +340,7 @@ template <int HD, int STAGES> struct Ring {
         asm volatile("cp.async.wait_group 1;" ::: "memory");
         readers_barrier();
     }
+    __device__ __forceinline__ bool others_arrived() const { return false; }
     __device__ __forceinline__ void release() { place.advance(); }
 };
 

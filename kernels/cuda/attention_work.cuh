@@ -16,6 +16,8 @@ struct Segment {
     unsigned base, at, total; // the row's first partial, the segment's first one, and how many the row has
 
     __device__ __forceinline__ bool is_whole_row() const { return total == 0; }
+    // How many of the row's partials are the segment's.
+    __device__ __forceinline__ unsigned partials() const { return first == 0 ? 1 : leaves; }
 };
 static_assert(sizeof(Segment) == 32, "the host's layout");
 
@@ -36,6 +38,8 @@ struct DecodeArgs {
         turns = plan[0] * items;
     }
     __device__ __forceinline__ unsigned head(unsigned item) const { return splits == 1 ? item : item / splits; }
+    // How many partials of a row and item have been counted.
+    __device__ __forceinline__ unsigned *arrived_of(unsigned row, unsigned item) const { return arrived + row * items + item; }
     // Index of the item's first query among all heads, and how many it has.
     __device__ __forceinline__ unsigned first_query(unsigned item) const {
         return splits == 1 ? item * group : item / splits * group + item % splits * 8;
@@ -69,7 +73,7 @@ __device__ __forceinline__ uint4 load_words(unsigned address) {
 struct Unit {
     Segment segment;
     unsigned item, leaf;
-    static constexpr unsigned BYTES = 48; // in shared memory
+    static constexpr unsigned BYTES = 48, SPARE = 40; // in shared memory; and where 8 bytes of that are not used
 
     __device__ __forceinline__ unsigned tiles() const {
         return min((segment.kv_len - leaf * LEAF + TILE - 1) / TILE, LEAF_TILES);

@@ -25,6 +25,7 @@ use crate::device::Cuda;
 use crate::error::CudaError;
 use crate::launch::{Grid, Kernel, Launcher};
 use crate::memory::{Address, Buffer};
+use crate::ops::gemm::Room;
 use crate::ops::halves::Part;
 use crate::tensor_map::TensorMap;
 
@@ -152,8 +153,9 @@ impl Attention {
             _ => ("attention_decode_128", "attention_prefill_128"),
         };
         let half_rows = limits.running.div_ceil(2);
-        let whole = Cutter::new(multiprocessors * set.decode_blocks, heads, limits, limits.running);
-        let half = Cutter::new(multiprocessors, heads, limits, half_rows);
+        let whole =
+            Cutter::new(multiprocessors * set.decode_blocks, heads, limits, limits.running, Room::Whole);
+        let half = Cutter::new(multiprocessors, heads, limits, half_rows, Room::Half);
         Ok(Attention {
             decode: cuda.modules().kernel("attention", decode, set.decode_shared)?,
             prefill: cuda.modules().kernel("attention", prefill, set.prefill.shared)?,

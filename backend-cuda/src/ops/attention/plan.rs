@@ -14,22 +14,27 @@ use minisgl_core::config::Limits;
 use minisgl_kernels::attention::LEAF;
 
 use super::Heads;
+use crate::ops::gemm::Room;
 
 /// Memory for the parts of sequences that several blocks share; where it is short, first parts are longer.
 const PARTIAL_BYTES_MAX: usize = 64 << 20;
-/// A piece has at least as many leaves as half of a block's share of the step.
-const LEAST_OF_SHARE: u64 = 2;
-/// But no more than these: where there is much to do, pieces of eight leaves are long enough.
-const LEAST_MAX: u64 = 8;
+/// Leaves of the shortest piece of a row that is cut where there is much to do.
+const LEAST: u64 = 8;
+/// There is, where whole rows give every block so many turns.
+const MANY_TURNS: u32 = 2;
+/// Segments for each block and item beside those of whole rows.
+const PIECES_OF_BLOCK: u32 = 4;
 /// Words in front of a decode plan's segments.
 const PLAN_HEAD: usize = 8;
 /// Words of a segment.
 const SEGMENT_WORDS: usize = 8;
 
 /// Cuts a decode step's rows into segments for blocks to take in turn, the longest first, so that short ones are left for
-/// the end, when all blocks should end together. A row that is longer than what is left for each block is cut, but not into
-/// pieces of a few leaves where there is much to do: a piece's partials, and who waits for them, cost more than blocks that
-/// end apart.
+/// the end, when all blocks should end together.
+///
+/// Many rows stay whole, but for those that are longer than what is left for each block. Even they are not cut into pieces of
+/// a few leaves: a piece's partials, and who waits for them, cost more than blocks that end apart. Few rows are cut into
+/// pieces of one length, so that the blocks' last turns fill the device.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Cutter {
     /// Blocks of a launch.
@@ -42,20 +47,26 @@ pub(super) struct Cutter {
     pub(super) partials: u32,
     /// The slot of padding rows.
     dummy: u32,
+    /// Rows from which on there is much to do: any number in a half, whose idle blocks leave memory to the other's.
+    many: u32,
 }
 
 impl Cutter {
-    /// For launches of up to `rows` rows.
-    pub(super) fn new(blocks: u32, heads: Heads, limits: &Limits, rows: u32) -> Cutter {
+    /// For launches of up to `rows` rows that have so much room.
+    pub(super) fn new(blocks: u32, heads: Heads, limits: &Limits, rows: u32, room: Room) -> Cutter {
         let items = heads.items();
-        let room = (PARTIAL_BYTES_MAX / (items as usize * heads.partial_bytes())).max(2) as u32;
+        let partials = (PARTIAL_BYTES_MAX / (items as usize * heads.partial_bytes())).max(2) as u32;
         let longest = u64::from(rows) * u64::from(limits.sequence.div_ceil(LEAF) + 1);
         Cutter {
             blocks,
             items,
-            segments: rows as usize + blocks.div_ceil(items) as usize,
-            partials: longest.min(u64::from(room)) as u32,
+            segments: (rows + PIECES_OF_BLOCK * blocks.div_ceil(items)) as usize,
+            partials: longest.min(u64::from(partials)) as u32,
             dummy: limits.running,
+            many: match room {
+                Room::Whole => (MANY_TURNS * blocks).div_ceil(items),
+                Room::Half => 0,
+            },
         }
     }
 
@@ -77,11 +88,12 @@ impl Cutter {
         }
         segments[waiting..].sort_unstable_by_key(|&[index, _, kv_len, ..]| (Reverse(kv_len), index));
         let mut rest: u64 = rows.iter().map(|row| u64::from(row.kv_len)).sum();
-        let least = (self.share(rest) / LEAST_OF_SHARE).clamp(1, LEAST_MAX);
+        let few = rows.len() < self.many as usize;
+        let piece = few.then(|| self.piece(&segments[waiting..]));
         let (mut filled, mut base) = (0, 0);
         for place in waiting..self.segments {
             let [index, slot, kv_len, ..] = segments[place];
-            let largest = self.share(rest).max(least);
+            let largest = piece.unwrap_or_else(|| self.share(rest).max(LEAST));
             let cuts = Cuts::new(kv_len.div_ceil(LEAF), largest, place - filled, self.partials - base);
             let total = if cuts.count == 1 { 0 } else { 1 + cuts.leaves - cuts.first };
             for i in 0..cuts.count {
@@ -94,6 +106,22 @@ impl Cutter {
             rest -= u64::from(kv_len);
         }
         head[0] = filled as u32;
+    }
+
+    /// The best number of leaves for pieces of all rows, the longest first, by what it costs in turns: each one's own part,
+    /// and those for which blocks have nothing left in the last round, while the others work on a piece with more of the
+    /// memory's bandwidth.
+    fn piece(&self, rows: &[[u32; SEGMENT_WORDS]]) -> u64 {
+        let leaves = |row: &[u32; SEGMENT_WORDS]| row[2].div_ceil(LEAF);
+        let pieces = |largest: u32| rows.iter().map(|row| leaves(row).div_ceil(largest)).sum::<u32>();
+        let cost = |largest: &u32| {
+            let turns = pieces(*largest) * self.items;
+            turns + largest * (turns.next_multiple_of(self.blocks) - turns)
+        };
+        let longest = rows.first().map_or(1, leaves);
+        let there = (1..=longest).map(|cuts| longest.div_ceil(cuts));
+        let fit = there.take_while(|&largest| pieces(largest) as usize <= self.segments);
+        u64::from(fit.min_by_key(cost).unwrap_or(longest))
     }
 
     /// Leaves that each block gets of `tokens` tokens, for all items.
@@ -199,22 +227,42 @@ mod tests {
                 segments: rows.len() + random(3, 200) as usize,
                 partials: 2 + random(4, 2000) as u32,
                 dummy: 1000,
+                many: random(5, 40) as u32,
             };
             plans_are_whole(&cutter, &rows);
         }
     }
 
     #[test]
-    fn a_long_step_is_cut_into_long_pieces_and_a_short_one_to_the_leaf() {
+    fn a_long_step_is_cut_into_long_pieces_and_a_short_one_into_as_many_as_there_are_blocks() {
         let rows = |count: u32, leaves: u32| -> Vec<_> {
             (0..count).map(|slot| Row { slot, kv_len: leaves * LEAF, ..Row::default() }).collect()
         };
-        let cutter = Cutter { blocks: 264, items: 8, segments: 300, partials: 4096, dummy: 1000 };
+        let cutter = Cutter { blocks: 264, items: 8, segments: 388, partials: 4096, dummy: 1000, many: 66 };
         let pieces = |rows: &[Row]| planned(&cutter, rows).into_iter().map(|[.., leaves, _, _, _]| leaves);
         let long = rows(256, 16);
         assert!(pieces(&long).count() > long.len(), "the last rows are longer than what is left for a block");
-        assert!(pieces(&long).all(|leaves| u64::from(leaves) >= LEAST_MAX));
+        assert!(pieces(&long).all(|leaves| u64::from(leaves) >= LEAST));
         assert!(pieces(&rows(1, 8)).eq([1; 8]));
+        assert!(pieces(&rows(8, 32)).eq([8; 32]), "264 blocks take 256 turns");
+        assert!(pieces(&rows(32, 8)).eq([8; 32]));
+    }
+
+    #[test]
+    fn few_rows_are_cut_however_few_an_engine_runs() {
+        let heads = Heads { head_dim: 128, kv_heads: 8, group: 2 };
+        let row = Row { slot: 0, kv_len: 64 * LEAF, ..Row::default() };
+        let limits = Limits {
+            running: 2,
+            queued: 2,
+            sequence: row.kv_len,
+            prefill_tokens: LEAF,
+            page_size: 16,
+            pages: 2 * 64 * LEAF / 16,
+            graph_rows: 0,
+        };
+        let cutter = Cutter::new(264, heads, &limits, limits.running, Room::Whole);
+        assert!(planned(&cutter, &[row, row]).iter().all(|[.., leaves, _, _, _]| *leaves <= 4));
     }
 
     #[test]
@@ -235,7 +283,7 @@ mod tests {
     #[test]
     fn padding_rows_get_no_segment() {
         let row = Row { kv_len: 100, ..Row::default() };
-        let cutter = Cutter { blocks: 4, items: 2, segments: 8, partials: 8, dummy: 1 };
+        let cutter = Cutter { blocks: 4, items: 2, segments: 8, partials: 8, dummy: 1, many: 2 };
         assert_eq!(planned(&cutter, &[row, Row { slot: 1, ..row }, Row { slot: 1, ..row }]).len(), 1);
     }
 }
