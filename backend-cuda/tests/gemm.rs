@@ -24,6 +24,8 @@ const TOKENS: [u32; 23] =
 /// Rows and columns of a matrix that L2 does not hold beside x, for which there are other tilings. It has neither whole
 /// tiles of rows nor whole bands of them.
 const LARGE: (usize, usize) = (2600, 5120);
+/// Gates and columns of another, with so many rows that the widest tiles are the quickest for the most tokens.
+const WIDE: (usize, usize) = (4020, 1600);
 /// What an output holds before; a NaN in bf16, f16 and f32.
 const POISON: u16 = 0x7fff;
 const EPS: f32 = 1e-6;
@@ -470,7 +472,8 @@ fn the_residual_stream_grows_by_the_product_and_its_squares_are_summed() {
 #[ignore = "needs a GPU"]
 fn gate_and_up_meet_in_the_right_pairs() {
     on_every_set(|gpu| {
-        for (intermediate, cols) in taken([(320, 192), (32, 64), (3072, 1024), (LARGE.0, LARGE.1 / 2)]) {
+        let large = (LARGE.0, LARGE.1 / 2);
+        for (intermediate, cols) in taken([(320, 192), (32, 64), (3072, 1024), large, WIDE]) {
             gate_up(gpu, intermediate, cols);
         }
     });

@@ -39,7 +39,8 @@ template <int GROUPS, int M_, int ALONG_ROWS_, int ALONG_TOKENS_> struct Plan {
     // Blocks that need the same tokens or rows as a block does, itself among them.
     static constexpr unsigned SHARERS = ALONG_ROWS + ALONG_TOKENS - 1;
     static constexpr unsigned STAGES = GROUPS == 2 && M == 128 ? 5 : 4;
-    static constexpr unsigned MULTIPLIERS = 128 * GROUPS, WARPS = 4 * GROUPS, THREADS = MULTIPLIERS + 128;
+    static constexpr unsigned MULTIPLIERS = 128 * GROUPS, WARPS = 4 * GROUPS;
+    // Of 256 rows of gate and up come 128 outputs, which take their turns.
     static constexpr unsigned WARP_TILE_BYTES = M == 128 ? WarpTile::BYTES : WarpTile::HALF;
     // Registers of a thread: 65536 in all.
     static constexpr unsigned MULTIPLIER = GROUPS == 2 ? 232 : 152, OTHER = GROUPS == 2 ? 40 : 56;
@@ -107,6 +108,7 @@ template <class P> struct Tiles {
     __device__ __forceinline__ unsigned token() const { return n * TOKENS + cluster_rank() / P::ALONG_ROWS * P::TOKENS; }
 };
 
+// Fetches a box for the SHARERS blocks of these ranks.
 template <unsigned SHARERS>
 __device__ __forceinline__ void fetch_part(unsigned to, const TensorMap *map, unsigned col, unsigned row, unsigned barrier,
                                            unsigned short ranks) {
@@ -231,7 +233,8 @@ __device__ __forceinline__ void multiply(const Shared<P> &shared, const TensorMa
         const unsigned token = tiles.token() + 16 * warp, count = shape.tokens > token ? shape.tokens - token : 0;
         Outputs outputs = {warp_tile, out, token, count, tiles.row(), shape.rows};
         float total[P::M / 2];
-        multiply_tile<Epilogue::SLICES == 1 || P::M == 256>(shared, position, shape, total, [&] { prepare(epilogue, outputs, old); });
+        multiply_tile<Epilogue::SLICES == 1 || P::M == 256>(shared, position, shape, total,
+                                                            [&] { prepare(epilogue, outputs, old); });
         if (Epilogue::SCALED)
             barrier_wait(shared.known_full + 8 * looked.at, looked.parity);
         if (is_added(epilogue))
@@ -275,7 +278,7 @@ __device__ __forceinline__ void prefill(const TensorMap *w, const TensorMap *x, 
             look_up(shared, shape, epilogue);
         __syncwarp();
     }
-    cluster_sync(); // what either block has sent to the other's shared memory is there
+    cluster_sync(); // what blocks have sent to each other's shared memory is there
 }
 
 #define PREFILL(NAME, GROUPS, M, ALONG_ROWS, ALONG_TOKENS, EPILOGUE)                                                         \

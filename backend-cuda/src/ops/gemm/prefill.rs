@@ -67,6 +67,11 @@ impl Tile {
         shape.rows.div_ceil(rows) * shape.tokens.div_ceil(tokens)
     }
 
+    /// The time of a launch that `clusters` share: each takes as many tiles as the last one to end.
+    fn time(self, shape: &Shape, clusters: u32) -> u32 {
+        self.count(shape).div_ceil(clusters) * self.cost
+    }
+
     /// Does it hold the product's slices, and would no block of a cluster lie behind the last token?
     fn suits(self, shape: &Shape) -> bool {
         (self.rows == 128 || shape.slices == 1) && shape.tokens > (self.blocks[1] - 1) * self.tokens()
@@ -95,10 +100,14 @@ impl Tile {
 impl Prefill {
     /// Tokens whose outputs a warp stores.
     const WARP_TOKENS: u32 = 16;
+
+    /// Looks up the kernels, and how many clusters of each the device takes.
     pub(super) fn new(modules: &Modules, launcher: &Launcher) -> Result<Prefill, CudaError> {
         let load = |tile: Tile, name| {
             let kernel = modules.kernel("gemm_prefill", name, tile.shared())?;
-            Ok(Loaded { tile, kernel, clusters: launcher.clusters_at_once(&kernel, tile.grid(1))? })
+            // Where none has room the launch will say so.
+            let clusters = launcher.clusters_at_once(&kernel, tile.grid(1))?.max(1);
+            Ok(Loaded { tile, kernel, clusters })
         };
         let three = |narrow, middle, square| {
             Ok::<_, CudaError>(vec![
@@ -124,12 +133,11 @@ impl Prefill {
         self.kernels[kind as usize].first().is_some_and(fills)
     }
 
-    /// The quickest tile that there is for the product: each cluster takes as many as the last one to end. Wider tiles move
-    /// fewer bytes for each operation, but leave more of the device idle at the end; so do clusters of four, which do not find
-    /// room on every multiprocessor.
+    /// The quickest tile that there is for the product. Wider tiles move fewer bytes for each operation, but leave more of the
+    /// device idle at the end; so do clusters of four, which do not find room on every multiprocessor.
     fn quickest(&self, kind: Kind, shape: &Shape) -> Option<&Loaded> {
         let there = self.kernels[kind as usize].iter().filter(|loaded| loaded.tile.suits(shape));
-        there.min_by_key(|Loaded { tile, clusters, .. }| tile.count(shape).div_ceil(*clusters) * tile.cost)
+        there.min_by_key(|Loaded { tile, clusters, .. }| tile.time(shape, *clusters))
     }
 
     pub(super) fn launch<E: Epilogue>(
@@ -162,5 +170,24 @@ mod tests {
             assert!(tile.shared() <= 227 << 10, "{tile:?} takes {} bytes", tile.shared());
             assert!(tile.threads() <= 1024, "{tile:?}");
         }
+    }
+
+    /// On a device of 132 multiprocessors, 30 clusters of four find room.
+    #[test]
+    fn each_tile_is_the_quickest_of_some_shape() {
+        let quickest = |rows, cols, tokens, slices| {
+            let shape = Shape { rows, cols, tokens, slices };
+            let tiles = [(Tile::NARROW, 66), (Tile::MIDDLE, 66), (Tile::SQUARE, 30), (Tile::WIDE, 66)];
+            let there = tiles.into_iter().filter(|(tile, _)| tile.suits(&shape));
+            let (tile, _) = there.min_by_key(|(tile, clusters)| tile.time(&shape, *clusters)).unwrap();
+            (tile.blocks, tile.rows, tile.groups)
+        };
+        let is = |tile: Tile| (tile.blocks, tile.rows, tile.groups);
+        assert_eq!(quickest(7168, 5120, 128, 2), is(Tile::NARROW));
+        assert_eq!(quickest(4096, 1024, 16_384, 2), is(Tile::MIDDLE));
+        assert_eq!(quickest(34_816, 5120, 256, 1), is(Tile::SQUARE));
+        assert_eq!(quickest(34_816, 5120, 16_384, 1), is(Tile::WIDE));
+        // Of the kernels' tests.
+        assert_eq!(quickest(8064, 1600, 1000, 1), is(Tile::WIDE));
     }
 }
