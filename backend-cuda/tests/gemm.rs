@@ -25,7 +25,7 @@ const TOKENS: [u32; 23] =
 /// tiles of rows nor whole bands of them.
 const LARGE: (usize, usize) = (2600, 5120);
 /// Gates and columns of another, with so many rows that the widest tiles are the quickest for the most tokens.
-const WIDE: (usize, usize) = (4020, 1600);
+const WIDE: (usize, usize) = (4024, 1600);
 /// What an output holds before; a NaN in bf16, f16 and f32.
 const POISON: u16 = 0x7fff;
 const EPS: f32 = 1e-6;
