@@ -46,7 +46,7 @@ pub struct HostTensor {
 /// Where a tensor's elements come from.
 #[derive(Clone)]
 pub enum TensorData {
-    /// Little-endian elements within bytes kept alive by `owner`.
+    /// Little-endian elements within bytes kept alive by `owner`, at any alignment.
     Bytes {
         /// The memory, usually a mapped file.
         owner: Arc<dyn AsRef<[u8]> + Send + Sync>,

@@ -3,9 +3,12 @@
 //! ```text
 //!   DIR/config.json
 //!       generation_config.json          may be absent
-//!       model.safetensors               or
-//!       model.safetensors.index.json -> model-00001-of-0000N.safetensors, …   beside it
+//!       model.safetensors                                                     or
+//!       model.safetensors.index.json -> model-00001-of-0000N.safetensors, …   or
+//!       *.safetensors                   without an index: all of them
 //! ```
+//!
+//! Files may be links, as in Hugging Face's cache; one that leads nowhere is named before anything is read.
 //!
 //! Invariant: a [`Checkpoint`] has every tensor of its configuration, in shape, type and bytes; so loading one can
 //! fail only on the device.
@@ -53,6 +56,17 @@ pub enum CheckpointError {
         /// What is missing.
         file: &'static str,
     },
+    /// A link whose target is gone.
+    #[error(
+        "{} is a link to {}, which does not exist; restore that file or download the checkpoint again",
+        path.display(), target.display()
+    )]
+    DanglingLink {
+        /// The link.
+        path: PathBuf,
+        /// Where it leads.
+        target: PathBuf,
+    },
     /// The operating system refuses.
     #[error("{} can't be read: {reason}", path.display())]
     Unreadable {
@@ -86,6 +100,40 @@ pub enum CheckpointError {
         name: String,
         /// The file's name.
         shard: String,
+    },
+    /// Weights in files of another kind.
+    #[error("{} has its weights in {file}; only *.safetensors are read: convert it, or take a checkpoint in that format", dir.display())]
+    OtherFormat {
+        /// The checkpoint's directory.
+        dir: PathBuf,
+        /// A file of weights.
+        file: String,
+    },
+    /// One of several files, by their own count, is not there.
+    #[error("{} has {present}, but no {missing}; is the download complete?", dir.display())]
+    IncompleteShards {
+        /// The checkpoint's directory.
+        dir: PathBuf,
+        /// One that is there.
+        present: String,
+        /// The first that is not.
+        missing: String,
+    },
+    /// Two files have it, and no index says which counts.
+    #[error(
+        "tensor `{name}` is in {first} and in {second}, and {} has no {INDEX} to say which counts; remove the file \
+         that does not belong to the model",
+        dir.display()
+    )]
+    TensorTwice {
+        /// Its name.
+        name: String,
+        /// The checkpoint's directory.
+        dir: PathBuf,
+        /// A file that has it.
+        first: String,
+        /// Another one.
+        second: String,
     },
     /// A tensor is nowhere.
     #[error("tensor `{name}` is missing from {}", path.display())]
@@ -136,10 +184,12 @@ impl Checkpoint {
             Ok(metadata) if metadata.is_dir() => {}
             Ok(_) => return Err(CheckpointError::NotADirectory(dir.to_owned())),
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                check_link(dir)?;
                 return Err(CheckpointError::NoDirectory(dir.to_owned()));
             }
             Err(reason) => return Err(CheckpointError::Unreadable { path: dir.to_owned(), reason }),
         }
+        check_links(dir)?;
         let config = read_config(dir)?;
         let weights = Weights::open(dir)?;
         let tensors = Tensors::collect(&config.dims, config.tied, |name, shape| weights.tensor(name, shape))?;
@@ -186,27 +236,72 @@ fn read_config(dir: &Path) -> Result<Config, CheckpointError> {
     }
 }
 
+/// Refuses links that lead nowhere among the files that a checkpoint is made of; others are nobody's business.
+fn check_links(dir: &Path) -> Result<(), CheckpointError> {
+    for name in file_names(dir)? {
+        if [".json", ".safetensors", ".jinja"].iter().any(|end| name.ends_with(end)) {
+            check_link(&dir.join(name))?;
+        }
+    }
+    Ok(())
+}
+
+fn check_link(path: &Path) -> Result<(), CheckpointError> {
+    match fs::read_link(path) {
+        Ok(target) if !path.exists() => Err(CheckpointError::DanglingLink { path: path.to_owned(), target }),
+        _ => Ok(()),
+    }
+}
+
+/// Names of the directory's entries, in order; those that are no text are nobody's checkpoint.
+fn file_names(dir: &Path) -> Result<Vec<String>, CheckpointError> {
+    let unreadable = |reason| CheckpointError::Unreadable { path: dir.to_owned(), reason };
+    let mut names = Vec::new();
+    for entry in fs::read_dir(dir).map_err(unreadable)? {
+        names.extend(entry.map_err(unreadable)?.file_name().into_string());
+    }
+    names.sort_unstable();
+    Ok(names)
+}
+
 /// The weight files of a directory.
-enum Weights {
-    Single(Shard),
-    Sharded {
-        index: PathBuf,
-        /// The file of each tensor.
-        files: BTreeMap<String, String>,
-        shards: BTreeMap<String, Shard>,
-    },
+struct Weights {
+    /// What says where tensors are: the only file, the index, or the directory.
+    place: PathBuf,
+    /// The file of each tensor.
+    files: BTreeMap<String, String>,
+    shards: BTreeMap<String, Shard>,
 }
 
 impl Weights {
     fn open(dir: &Path) -> Result<Weights, CheckpointError> {
         if dir.join(SINGLE).exists() {
-            return Ok(Weights::Single(Shard::open(&dir.join(SINGLE))?));
+            let weights = Weights::listed(dir, [SINGLE.to_owned()])?;
+            return Ok(Weights { place: dir.join(SINGLE), ..weights });
         }
+        if dir.join(INDEX).exists() {
+            return Weights::indexed(dir);
+        }
+        let (shards, others): (Vec<_>, Vec<_>) =
+            file_names(dir)?.into_iter().partition(|name| name.ends_with(".safetensors"));
+        if shards.is_empty() {
+            let dir = dir.to_owned();
+            let is_other =
+                |name: &String| [".bin", ".pth", ".pt", ".gguf"].iter().any(|end| name.ends_with(end));
+            return Err(match others.into_iter().find(is_other) {
+                Some(file) => CheckpointError::OtherFormat { dir, file },
+                None => {
+                    CheckpointError::NoFile { dir, file: "model.safetensors or model.safetensors.index.json" }
+                }
+            });
+        }
+        check_count(dir, &shards)?;
+        Weights::listed(dir, shards)
+    }
+
+    /// The shards that the index names, each tensor in the one that it says.
+    fn indexed(dir: &Path) -> Result<Weights, CheckpointError> {
         let index = dir.join(INDEX);
-        if !index.exists() {
-            let file = "model.safetensors or model.safetensors.index.json";
-            return Err(CheckpointError::NoFile { dir: dir.to_owned(), file });
-        }
         let files = read_index(&index)?;
         let mut shards = BTreeMap::new();
         for (name, file) in &files {
@@ -218,35 +313,65 @@ impl Weights {
                 shards.insert(file.clone(), Shard::open(&dir.join(file))?);
             }
         }
-        Ok(Weights::Sharded { index, files, shards })
+        Ok(Weights { place: index, files, shards })
+    }
+
+    /// These files, each tensor in the one that has it.
+    fn listed(dir: &Path, names: impl IntoIterator<Item = String>) -> Result<Weights, CheckpointError> {
+        let mut weights = Weights { place: dir.to_owned(), files: BTreeMap::new(), shards: BTreeMap::new() };
+        for file in names {
+            let shard = Shard::open(&dir.join(&file))?;
+            for name in shard.names() {
+                if let Some(first) = weights.files.insert(name.clone(), file.clone()) {
+                    let (dir, second) = (dir.to_owned(), file);
+                    return Err(CheckpointError::TensorTwice { name, dir, first, second });
+                }
+            }
+            weights.shards.insert(file, shard);
+        }
+        Ok(weights)
     }
 
     fn tensor(&self, name: &str, shape: Shape) -> Result<HostTensor, CheckpointError> {
         let missing_from =
             |path: &Path| CheckpointError::MissingTensor { name: name.to_owned(), path: path.to_owned() };
-        let shard = match self {
-            Weights::Single(shard) => shard,
-            Weights::Sharded { index, files, shards } => {
-                files.get(name).and_then(|file| shards.get(file)).ok_or_else(|| missing_from(index))?
-            }
-        };
+        let shard = self.files.get(name).and_then(|file| self.shards.get(file));
+        let shard = shard.ok_or_else(|| missing_from(&self.place))?;
         shard.tensor(name, shape)?.ok_or_else(|| missing_from(shard.path()))
     }
 
     /// Tensors that the model does not have are no error (a tied checkpoint may store its head), but worth a line.
     fn log_extra(&self, used: &Tensors) {
-        let shards: Vec<&Shard> = match self {
-            Weights::Single(shard) => vec![shard],
-            Weights::Sharded { shards, .. } => shards.values().collect(),
-        };
         let used: HashSet<&str> = used.iter().map(|tensor| tensor.name.as_str()).collect();
-        for shard in shards {
+        for shard in self.shards.values() {
             for name in shard.names().iter().filter(|name| !used.contains(name.as_str())) {
                 let file = shard.path().display();
                 tracing::debug!("ignoring tensor {name} of {file}: the model has none of that name");
             }
         }
     }
+}
+
+/// Are all of `NAME-00001-of-0000N.safetensors` there, where files are called so?
+fn check_count(dir: &Path, shards: &[String]) -> Result<(), CheckpointError> {
+    for present in shards {
+        let Some((series, count)) = series(present) else { continue };
+        let (width, count) = (count.len(), count.parse::<u32>().unwrap_or(0));
+        let names = (1..=count).map(|i| format!("{series}-{i:0width$}-of-{count:0width$}.safetensors"));
+        if let Some(missing) = names.into_iter().find(|name| !shards.contains(name)) {
+            let (dir, present) = (dir.to_owned(), present.clone());
+            return Err(CheckpointError::IncompleteShards { dir, present, missing });
+        }
+    }
+    Ok(())
+}
+
+/// `NAME` and `0000N` of `NAME-00001-of-0000N.safetensors`.
+fn series(file: &str) -> Option<(&str, &str)> {
+    let (start, count) = file.strip_suffix(".safetensors")?.rsplit_once("-of-")?;
+    let (series, number) = start.rsplit_once('-')?;
+    let is_number = |text: &str| !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
+    (is_number(number) && is_number(count)).then_some((series, count))
 }
 
 /// The file of each tensor: the index's `weight_map`, whose files lie beside it.

@@ -66,6 +66,17 @@ pub enum ConfigError {
         /// What is supported.
         supported: String,
     },
+    /// Weights in a format that no backend reads.
+    #[error(
+        "quantized checkpoints are not supported (`{field}` is {value}); take the model's checkpoint in bfloat16, \
+         float16 or float32"
+    )]
+    Quantized {
+        /// The field that says so.
+        field: String,
+        /// Its value.
+        value: String,
+    },
     /// A number out of range.
     #[error("the field `{field}` is {value}; it must be {range}")]
     Range {
@@ -131,7 +142,11 @@ fn check_features(fields: &Fields<'_>) -> Result<(), ConfigError> {
     fields.only("hidden_act", &[json!("silu")])?;
     fields.only("attention_bias", &[json!(false)])?;
     fields.only("use_sliding_window", &[json!(false)])?;
-    fields.only("quantization_config", &[])?;
+    for name in ["quantization_config", "compression_config"] {
+        if let Some(value) = fields.get(name) {
+            return Err(ConfigError::Quantized { field: fields.path(name), value: excerpt(value) });
+        }
+    }
     for name in ["dtype", "torch_dtype"] {
         fields.only(name, &[json!("bfloat16"), json!("float16"), json!("float32")])?;
     }

@@ -87,6 +87,16 @@ fn a_directory_that_is_missing_empty_or_a_file_is_named() {
 }
 
 #[test]
+fn weights_in_another_format_are_refused_by_their_file() {
+    for file in ["pytorch_model.bin", "pytorch_model-00001-of-00002.bin", "model.gguf"] {
+        let dir = TempDir::new();
+        dir.write("config.json", config().to_string());
+        dir.write(file, b"weights");
+        assert_refused(dir.path(), &[file, "safetensors", "convert"]);
+    }
+}
+
+#[test]
 fn a_missing_or_wrongly_typed_field_of_the_configuration_is_named() {
     let required = [
         "architectures",
@@ -129,7 +139,6 @@ fn what_would_be_computed_wrongly_is_refused_by_field() {
         ("rope_parameters", json!({ "rope_type": "llama3", "rope_theta": 10000.0 })),
         ("use_sliding_window", json!(true)),
         ("layer_types", json!(["full_attention", "sliding_attention"])),
-        ("quantization_config", json!({ "quant_method": "fp8" })),
         ("attention_bias", json!(true)),
         ("hidden_act", json!("gelu")),
         ("torch_dtype", json!("float8_e4m3fn")),
@@ -139,6 +148,22 @@ fn what_would_be_computed_wrongly_is_refused_by_field() {
         let mut changed = config();
         changed[field] = value;
         assert_config_refused(&changed, &[field, "not supported"]);
+    }
+}
+
+#[test]
+fn a_quantized_checkpoint_is_refused_with_what_to_take_instead() {
+    for (field, value) in [
+        ("quantization_config", json!({ "quant_method": "fp8" })),
+        ("compression_config", json!({ "format": "int-quantized" })),
+        ("quantization_config", json!("awq")),
+    ] {
+        let mut changed = config();
+        changed[field] = value.clone();
+        assert_config_refused(
+            &changed,
+            &[field, &value.to_string(), "quantized", "not supported", "bfloat16"],
+        );
     }
 }
 
@@ -284,6 +309,82 @@ fn weights_that_are_a_directory_are_refused() {
     fs::remove_file(dir.path().join("model.safetensors")).unwrap();
     fs::create_dir(dir.path().join("model.safetensors")).unwrap();
     assert_refused(dir.path(), &["model.safetensors"]);
+}
+
+#[test]
+fn shards_without_an_index_are_all_read() {
+    for names in
+        [["a.safetensors", "b.safetensors"], ["m-00001-of-00002.safetensors", "m-00002-of-00002.safetensors"]]
+    {
+        let dir = TempDir::new();
+        dir.write("config.json", config().to_string());
+        for (name, part) in names.iter().zip(entries().chunks(7)) {
+            dir.write(name, safetensors(part));
+        }
+        assert_eq!(Checkpoint::open(dir.path()).unwrap().tensors().iter().count(), 14);
+        fs::remove_file(dir.path().join(names[1])).unwrap();
+        let missing = if names[1].contains("-of-") { names[1] } else { "q_proj.weight" };
+        assert_refused(dir.path(), &[missing, dir.path().to_str().unwrap()]);
+    }
+}
+
+#[test]
+fn a_tensor_in_two_shards_without_an_index_is_refused_with_both_files() {
+    let dir = TempDir::new();
+    dir.write("config.json", config().to_string());
+    dir.write("a.safetensors", safetensors(&entries()));
+    dir.write("b.safetensors", safetensors(&entries()[13..]));
+    assert_refused(dir.path(), &["model.norm.weight", "a.safetensors", "b.safetensors", "index"]);
+}
+
+#[test]
+fn a_header_of_odd_length_opens_to_the_same_bytes() {
+    let entries = entries();
+    let (json, data_bytes) = header(&entries);
+    let text = json.to_string() + if json.to_string().len() % 2 == 0 { " " } else { "" };
+    let data: Vec<u8> = (0..data_bytes).map(|i| (i % 251) as u8).collect();
+    let dir = checkpoint();
+    dir.write("model.safetensors", [&(text.len() as u64).to_le_bytes(), text.as_bytes(), &data].concat());
+    for tensor in Checkpoint::open(dir.path()).unwrap().tensors().iter() {
+        let TensorData::Bytes { owner, range, .. } = &tensor.data else { panic!("{tensor:?} has no bytes") };
+        let begin = json[&tensor.name]["data_offsets"][0].as_u64().unwrap() as usize;
+        assert_eq!(&(**owner).as_ref()[range.clone()], &data[begin..][..range.len()], "{}", tensor.name);
+        assert_eq!(range.start % 2, 1);
+    }
+}
+
+#[cfg(unix)]
+#[test]
+fn links_are_followed_and_one_that_leads_nowhere_is_named_with_its_target() {
+    use std::os::unix::fs::symlink;
+    let (shards, _) = sharded_checkpoint();
+    for original in [checkpoint(), shards] {
+        let snapshot = TempDir::new();
+        for entry in fs::read_dir(original.path()).unwrap() {
+            let entry = entry.unwrap();
+            symlink(entry.path(), snapshot.path().join(entry.file_name())).unwrap();
+        }
+        let link = TempDir::new();
+        symlink(snapshot.path(), link.path().join("model")).unwrap();
+        Checkpoint::open(snapshot.path()).unwrap();
+        Checkpoint::open(link.path().join("model")).unwrap();
+        Checkpoint::open(snapshot.path().join("")).unwrap();
+
+        symlink("blobs/0123", snapshot.path().join("notes.txt")).unwrap();
+        Checkpoint::open(snapshot.path()).unwrap();
+        symlink("blobs/0123", snapshot.path().join("tokenizer.json")).unwrap();
+        assert_refused(snapshot.path(), &["tokenizer.json", "blobs/0123", "does not exist"]);
+        fs::remove_file(snapshot.path().join("tokenizer.json")).unwrap();
+        for entry in fs::read_dir(original.path()).unwrap() {
+            let (from, name) = (entry.as_ref().unwrap().path(), entry.unwrap().file_name());
+            let away = original.path().join("away");
+            fs::rename(&from, &away).unwrap();
+            assert_refused(snapshot.path(), &[name.to_str().unwrap(), from.to_str().unwrap()]);
+            fs::rename(&away, &from).unwrap();
+        }
+        drop(snapshot);
+        assert_refused(&link.path().join("model"), &["model", "does not exist"]);
+    }
 }
 
 #[test]

@@ -64,14 +64,13 @@ fn check_config(result: Result<Config, impl ToString>) {
     }
 }
 
-/// Opens a directory; what opens must hold each tensor's bytes within its file, aligned.
+/// Opens a directory; what opens must hold each tensor's bytes within its file.
 fn check_open(dir: &TempDir) {
     let Ok(checkpoint) = Checkpoint::open(dir.path()) else { return };
     for tensor in checkpoint.tensors().iter() {
         let TensorData::Bytes { owner, range, dtype } = &tensor.data else { panic!("{tensor:?}") };
         assert!(range.end <= (**owner).as_ref().len(), "{tensor:?} ends behind its file");
         assert_eq!(range.len(), tensor.rows * tensor.cols * dtype.bytes(), "{tensor:?}");
-        assert!(range.start.is_multiple_of(dtype.bytes()), "{tensor:?} is not aligned");
     }
 }
 
