@@ -38,6 +38,7 @@ pub mod jsonl;
 mod llm;
 mod memory;
 mod options;
+pub mod progress;
 mod request;
 mod run;
 mod runner;
