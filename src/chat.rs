@@ -11,7 +11,7 @@ use minijinja::{Environment, ErrorKind, State, context};
 use serde::Serialize;
 
 use crate::error::Error;
-use crate::request::{Message, RequestError};
+use crate::request::{ChatPrompt, Message, RequestError};
 
 const NAME: &str = "chat";
 
@@ -47,19 +47,72 @@ impl ChatTemplate {
         Ok(Some(ChatTemplate { environment, bos_token: token("bos_token"), eos_token: token("eos_token") }))
     }
 
-    /// The prompt of a conversation, up to where the assistant answers.
+    /// The prompt that a conversation becomes.
     ///
     /// # Errors
-    /// What the template itself raises, or a construct that it trips over.
-    pub fn render(&self, messages: &[Message]) -> Result<String, RequestError> {
+    /// What the template itself raises, or a construct that it trips over; a final message that can't be gone on with.
+    pub fn render(&self, prompt: &ChatPrompt) -> Result<String, RequestError> {
+        if !prompt.continue_final_message {
+            return self.render_messages(prompt, &prompt.messages);
+        }
+        let refused = |reason: &str| RequestError::ChatTemplate(reason.to_owned());
+        if prompt.add_generation_prompt {
+            return Err(refused("continue_final_message needs add_generation_prompt to be false"));
+        }
+        let (messages, continued) = marked(&prompt.messages).ok_or_else(|| {
+            refused("continue_final_message is set, but the final message has no text to go on with")
+        })?;
+        let rendered = self.render_messages(prompt, &messages)?;
+        cut_at_mark(rendered, &continued).ok_or_else(|| {
+            refused(
+                "continue_final_message is set, but the template does not print the final message as it is",
+            )
+        })
+    }
+
+    fn render_messages(&self, prompt: &ChatPrompt, messages: &[Message]) -> Result<String, RequestError> {
         let (bos_token, eos_token) = (&self.bos_token, &self.eos_token);
-        let values =
-            context! { messages => Serde(messages), bos_token, eos_token, add_generation_prompt => true };
+        let ChatPrompt { tools, documents, add_generation_prompt, .. } = prompt;
+        let named = context! { messages => Serde(messages), tools => Serde(tools), documents => Serde(documents),
+        bos_token, eos_token, add_generation_prompt };
+        let values = context! { ..named, ..Value::from(Serde(&prompt.kwargs)) };
         let refused = |error: minijinja::Error| {
             RequestError::ChatTemplate(error.detail().map_or_else(|| error.to_string(), str::to_owned))
         };
         self.environment.get_template(NAME).and_then(|template| template.render(values)).map_err(refused)
     }
+}
+
+/// What marks the end of the final message's content while it is rendered. The space shows whether the template strips.
+const MARK: &str = "END_OF_FINAL_MESSAGE ";
+
+/// The messages with the mark behind the final one's last text, and that text.
+fn marked(messages: &[Message]) -> Option<(Vec<Message>, String)> {
+    let (last, before) = messages.split_last()?;
+    let mut content = last.fields().get("content")?.clone();
+    let text = match &mut content {
+        serde_json::Value::String(text) => text,
+        serde_json::Value::Array(parts) => parts.iter_mut().rev().find_map(|part| {
+            let serde_json::Value::String(text) = part.get_mut("text")? else { return None };
+            Some(text)
+        })?,
+        _ => return None,
+    };
+    let continued = text.clone();
+    text.push_str(MARK);
+    let messages = before.iter().cloned().chain([last.clone().with("content", content)]).collect();
+    Some((messages, continued))
+}
+
+/// What was rendered up to the mark; white space at the end of the message is gone if the template strips it.
+fn cut_at_mark(mut rendered: String, continued: &str) -> Option<String> {
+    let at = rendered.rfind(MARK.trim_end()).filter(|_| rendered.contains(continued.trim()))?;
+    let as_given = rendered[at..].starts_with(MARK);
+    rendered.truncate(at);
+    if !as_given {
+        rendered.truncate(rendered.trim_end().len());
+    }
+    Some(rendered)
 }
 
 /// The template in a tokenizer_config.json: a string, or a list of named ones of which `default` counts.

@@ -12,7 +12,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::request::{Completion, FinishReason, GenerateRequest, Message, Prompt, TokenLogprobs};
+use crate::request::{ChatPrompt, Completion, FinishReason, GenerateRequest, Message, Prompt, TokenLogprobs};
 use crate::{RequestError, SamplingParams};
 
 /// A request line.
@@ -75,7 +75,7 @@ fn request(mut fields: Fields, default: &SamplingParams) -> Result<GenerateReque
     let prompt = match (text, ids, messages) {
         (Some(text), None, None) => Prompt::Text(text),
         (None, Some(ids), None) => Prompt::Tokens(ids),
-        (None, None, Some(messages)) => Prompt::Chat(messages),
+        (None, None, Some(messages)) => Prompt::Chat(ChatPrompt::new(messages)),
         _ => return Err("give exactly one of prompt, prompt_token_ids and messages".to_owned()),
     };
     match fields.0.keys().next() {

@@ -55,7 +55,8 @@ pub use minisgl_core::scheduler::Order;
 pub use minisgl_core::stats::Stats;
 pub use options::{BackendChoice, KernelChoice, Options, parse_order};
 pub use request::{
-    BesideWork, Completion, FinishReason, Flow, GenerateRequest, Message, Phase, Prompt, RequestError,
-    SamplingError, SamplingParams, StepTiming, StreamEvent, SubmitError, TOP_LOGPROBS_MAX, TokenLogprobs,
+    BesideWork, ChatPrompt, Completion, FinishReason, Flow, GenerateRequest, JsonObject, Message, NoRole,
+    Phase, Prompt, RequestError, SamplingError, SamplingParams, StepTiming, StreamEvent, SubmitError,
+    TOP_LOGPROBS_MAX, TokenLogprobs,
 };
 pub use run::Run;

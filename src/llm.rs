@@ -24,7 +24,7 @@ use crate::gauge::{Ceilings, DeviceState, Gauge};
 use crate::info::Info;
 use crate::memory::Room;
 use crate::options::{BackendChoice, KernelChoice, Options};
-use crate::request::{Completion, Flow, GenerateRequest, Message, RequestError, StreamEvent};
+use crate::request::{ChatPrompt, Completion, Flow, GenerateRequest, RequestError, StreamEvent};
 use crate::run::Run;
 use crate::runner::Runner;
 use crate::tokenizer::Text;
@@ -142,8 +142,8 @@ impl Llm {
     ///
     /// # Errors
     /// No template, or one that refuses the messages.
-    pub fn render_chat(&self, messages: &[Message]) -> Result<String, RequestError> {
-        self.text.render(messages)
+    pub fn render_chat(&self, prompt: &ChatPrompt) -> Result<String, RequestError> {
+        self.text.render(prompt)
     }
 
     /// Device, capacities, memory, and how long it took to get ready.

@@ -16,20 +16,94 @@ pub use minisgl_core::batch::Phase;
 pub use minisgl_core::request::SubmitError;
 pub use minisgl_core::sampling::{SamplingError, SamplingParams, TOP_LOGPROBS_MAX};
 
-/// One turn of a conversation.
+/// One message of a conversation: a JSON object, handed to the checkpoint's chat template as it is. Beside `role` and
+/// `content` (a text, or a list of parts like `{"type": "text", "text": "…"}`) it has what else the template knows:
+/// `tool_calls`, `tool_call_id`, `name`, `reasoning_content`, …
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Message {
-    /// `system`, `user`, `assistant`, or what else the checkpoint's template knows.
-    pub role: String,
-    /// What was said.
-    pub content: String,
-}
+#[serde(try_from = "JsonObject", into = "JsonObject")]
+pub struct Message(JsonObject);
+
+/// A JSON object, its keys in the order in which they were written.
+pub type JsonObject = serde_json::Map<String, serde_json::Value>;
 
 impl Message {
-    /// A turn of `role`.
+    /// A text said by `role`: `system`, `user`, `assistant`, or what else the template knows.
     pub fn new(role: impl Into<String>, content: impl Into<String>) -> Self {
-        Message { role: role.into(), content: content.into() }
+        let mut fields = JsonObject::new();
+        fields.insert("role".to_owned(), role.into().into());
+        fields.insert("content".to_owned(), content.into().into());
+        Message(fields)
+    }
+
+    /// Sets a field.
+    pub fn with(mut self, field: impl Into<String>, value: impl Into<serde_json::Value>) -> Self {
+        self.0.insert(field.into(), value.into());
+        self
+    }
+
+    /// All its fields.
+    pub fn fields(&self) -> &JsonObject {
+        &self.0
+    }
+}
+
+impl TryFrom<JsonObject> for Message {
+    type Error = NoRole;
+
+    fn try_from(fields: JsonObject) -> Result<Self, NoRole> {
+        match fields.get("role") {
+            Some(serde_json::Value::String(_)) => Ok(Message(fields)),
+            _ => Err(NoRole),
+        }
+    }
+}
+
+impl From<Message> for JsonObject {
+    fn from(message: Message) -> Self {
+        message.0
+    }
+}
+
+/// A message that does not say whose it is.
+#[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
+#[error("a message has no role; give it one as a text, like \"user\"")]
+pub struct NoRole;
+
+/// A conversation, and what the chat template makes a prompt of it with.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ChatPrompt {
+    /// What was said so far.
+    pub messages: Vec<Message>,
+    /// Tools that the model may call, as the template wants them: mostly `{"type": "function", "function": {…}}`.
+    pub tools: Option<Vec<serde_json::Value>>,
+    /// Documents that the answer may rest on, for templates that know them.
+    pub documents: Option<Vec<serde_json::Value>>,
+    /// Further variables of the template, like `enable_thinking`.
+    pub kwargs: JsonObject,
+    /// End with what begins an answer of the assistant.
+    pub add_generation_prompt: bool,
+    /// End right behind the content of the final message, so that the output goes on with it. Needs
+    /// `add_generation_prompt` to be false.
+    pub continue_final_message: bool,
+}
+
+impl ChatPrompt {
+    /// A conversation that the assistant answers.
+    pub fn new(messages: impl Into<Vec<Message>>) -> Self {
+        ChatPrompt {
+            messages: messages.into(),
+            tools: None,
+            documents: None,
+            kwargs: JsonObject::new(),
+            add_generation_prompt: true,
+            continue_final_message: false,
+        }
+    }
+
+    /// A conversation whose final message the output goes on with.
+    pub fn continuing(messages: impl Into<Vec<Message>>) -> Self {
+        let add_generation_prompt = false;
+        ChatPrompt { add_generation_prompt, continue_final_message: true, ..Self::new(messages) }
     }
 }
 
@@ -40,8 +114,8 @@ pub enum Prompt {
     Tokens(Vec<u32>),
     /// Text, encoded by the checkpoint's tokenizer.
     Text(String),
-    /// A conversation, rendered by the checkpoint's chat template up to where the assistant answers.
-    Chat(Vec<Message>),
+    /// A conversation, rendered by the checkpoint's chat template.
+    Chat(ChatPrompt),
 }
 
 /// A prompt and how to continue it.
@@ -73,7 +147,7 @@ impl GenerateRequest {
 
     /// Answers a conversation.
     pub fn chat(messages: impl Into<Vec<Message>>) -> Self {
-        Self::new(Prompt::Chat(messages.into()))
+        Self::new(Prompt::Chat(ChatPrompt::new(messages)))
     }
 
     /// Sets how tokens are drawn.

@@ -11,7 +11,7 @@ use std::path::Path;
 
 use crate::chat::ChatTemplate;
 use crate::error::Error;
-use crate::request::{Message, Prompt, RequestError};
+use crate::request::{ChatPrompt, Prompt, RequestError};
 
 /// The text side of a checkpoint.
 #[derive(Default)]
@@ -51,7 +51,7 @@ impl Text {
             Prompt::Tokens(ids) => Ok(ids),
             Prompt::Text(text) => self.encode_text(&text, true, "a text prompt"),
             // The template writes every special token itself.
-            Prompt::Chat(messages) => self.encode_text(&self.render(&messages)?, false, "a conversation"),
+            Prompt::Chat(chat) => self.encode_text(&self.render(&chat)?, false, "a conversation"),
         }
     }
 
@@ -62,12 +62,12 @@ impl Text {
         Ok(encoding.get_ids().to_vec())
     }
 
-    /// The text that a conversation stands for, up to where the assistant answers.
+    /// The text that a conversation becomes.
     ///
     /// # Errors
     /// No template, or one that refuses these messages.
-    pub fn render(&self, messages: &[Message]) -> Result<String, RequestError> {
-        self.template.as_ref().ok_or(RequestError::NoChatTemplate)?.render(messages)
+    pub fn render(&self, prompt: &ChatPrompt) -> Result<String, RequestError> {
+        self.template.as_ref().ok_or(RequestError::NoChatTemplate)?.render(prompt)
     }
 
     /// The text of tokens, special ones left out; incomplete characters become U+FFFD. `None` without a tokenizer.

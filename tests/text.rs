@@ -3,7 +3,9 @@
 mod common;
 
 use common::{Scratch, builder, greedy, small};
-use minisgl::{Error, FinishReason, Flow, GenerateRequest, Llm, Message, RequestError, StreamEvent};
+use minisgl::{
+    ChatPrompt, Error, FinishReason, Flow, GenerateRequest, Llm, Message, RequestError, StreamEvent,
+};
 
 /// A model with a tokenizer; the folder must outlive its opening only.
 fn llm() -> Llm {
@@ -109,14 +111,14 @@ fn a_conversation_is_rendered_as_the_checkpoints_template_says() {
     ];
     let expected = "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nthink 1 < 2 & \"so\"?<|im_end|>\n\
                     <|im_start|>assistant\nYes.<|im_end|>\n<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n";
-    assert_eq!(llm.render_chat(&messages).unwrap(), expected);
+    assert_eq!(llm.render_chat(&ChatPrompt::new(messages)).unwrap(), expected);
 }
 
 #[test]
 fn chat_goes_through_the_template_and_special_tokens_are_single_tokens() {
     let mut llm = llm();
     let messages = vec![Message::new("user", "How are you?")];
-    let rendered = llm.render_chat(&messages).unwrap();
+    let rendered = llm.render_chat(&ChatPrompt::new(messages.clone())).unwrap();
     let ids = llm.encode(&rendered).unwrap();
     assert_eq!(ids[0], 1, "<|im_start|> is one token");
     let chat = GenerateRequest::chat(messages).sampling(greedy(5));
@@ -147,7 +149,8 @@ fn render(template: &str, content: &str) -> String {
         "chat_template": [{"name": "tool_use", "template": "wrong"}, {"name": "default", "template": template}],
     });
     scratch.write("tokenizer_config.json", config.to_string());
-    small(scratch.path()).build().unwrap().render_chat(&[Message::new("user", content)]).unwrap()
+    let prompt = ChatPrompt::new([Message::new("user", content)]);
+    small(scratch.path()).build().unwrap().render_chat(&prompt).unwrap()
 }
 
 #[test]
