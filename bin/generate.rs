@@ -5,6 +5,7 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use minisgl::bulk::{Bulk, Job};
+use minisgl::lines::{Defaults, ModelName};
 use minisgl::{Cause, Llm, SamplingParams, with_shared_flags};
 
 with_shared_flags! {
@@ -53,8 +54,9 @@ fn generate(flags: &Flags) -> Result<ExitCode, Cause> {
         ..SamplingParams::default()
     });
     sampling.check()?;
+    let defaults = Defaults { sampling, model: ModelName::new(&flags.model) };
     let job =
-        Job { input: flags.input.clone(), output: flags.output.clone(), resume: flags.resume, sampling };
+        Job { input: flags.input.clone(), output: flags.output.clone(), resume: flags.resume, defaults };
     let bulk = Bulk::open(job)?;
     let mut llm = Llm::builder(&flags.model).options(flags.engine_options()).build()?;
     eprintln!("{}", llm.info());

@@ -18,25 +18,25 @@ use std::io::{self, BufRead, BufReader, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
-use serde_json::Value;
+use serde_json::value::RawValue;
 use thiserror::Error;
 
-use crate::jsonl::{self, BadLine, ResultLine};
+use crate::Llm;
+use crate::lines::{self, Defaults, Header, Origin, RequestLine};
 use crate::request::{Completion, Flow, StreamEvent};
 use crate::run::Run;
-use crate::{Llm, SamplingParams};
 
 /// What is to be done.
 #[derive(Clone, Debug)]
 pub struct Job {
-    /// Request lines; see [`jsonl`].
+    /// Request lines; see [`lines`].
     pub input: PathBuf,
     /// Result lines, in the order in which requests end.
     pub output: PathBuf,
     /// Keep what the output has and skip its ids; else it is written anew.
     pub resume: bool,
-    /// What lines leave out. A line without a seed gets `sampling.seed` plus its line number.
-    pub sampling: SamplingParams,
+    /// What lines leave out.
+    pub defaults: Defaults,
 }
 
 /// What was done.
@@ -103,8 +103,8 @@ pub struct Bulk {
     /// Ids that the output has from an earlier run.
     done: HashSet<Fingerprint>,
     seen: HashSet<Fingerprint>,
-    /// By index in the run: id and line.
-    running: HashMap<usize, (Value, u64)>,
+    /// By index in the run.
+    running: HashMap<usize, (Header, Origin)>,
     tally: Tally,
 }
 
@@ -156,7 +156,7 @@ impl Bulk {
                 Flow::Continue
             });
             for (index, completion) in ended {
-                self.write_completion(index, &completion)?;
+                self.write_completion(index, &completion, &run)?;
             }
             step?;
         }
@@ -173,7 +173,7 @@ impl Bulk {
                 return Ok(());
             }
             self.line += 1;
-            if !line.trim_ascii().is_empty() {
+            if !lines::is_blank(&line) {
                 self.submit(&line, run)?;
             }
         }
@@ -181,47 +181,48 @@ impl Bulk {
     }
 
     fn submit(&mut self, line: &[u8], run: &mut Run<'_>) -> Result<(), BulkError> {
-        let seed = self.job.sampling.seed.wrapping_add(self.line);
-        match jsonl::parse(line, &SamplingParams { seed, ..self.job.sampling }) {
-            Err(bad) => self.write_bad(&bad),
-            Ok(parsed) => {
-                let fingerprint = fingerprint(&parsed.id);
-                if !self.seen.insert(fingerprint) {
-                    let error = "the id was used on a line before; ids must differ".to_owned();
-                    return self.write_bad(&BadLine { id: parsed.id, error });
-                }
-                if self.done.contains(&fingerprint) {
-                    self.tally.skipped += 1;
+        let origin = Origin { line: self.line, fingerprint: fingerprint(line)[0] };
+        let mut out = Vec::new();
+        match lines::parse(line, self.line, &self.job.defaults) {
+            Err(bad) => lines::write_bad(&mut out, &bad, origin),
+            Ok(RequestLine { header, request }) => {
+                let fingerprint = fingerprint(header.id().as_bytes());
+                if self.seen.insert(fingerprint) {
+                    if self.done.contains(&fingerprint) {
+                        self.tally.skipped += 1;
+                    } else {
+                        self.running.insert(run.submit(request), (header, origin));
+                    }
                     return Ok(());
                 }
-                let index = run.submit(parsed.request);
-                self.running.insert(index, (parsed.id, self.line));
-                Ok(())
+                let reason = "the id was used on a line before; ids must differ";
+                lines::write_failure(&mut out, &header, origin, reason);
             }
         }
+        self.tally.failed += 1;
+        self.write(&out)
     }
 
-    fn write_completion(&mut self, index: usize, completion: &Completion) -> Result<(), BulkError> {
-        let Some((id, line)) = self.running.remove(&index) else { return Ok(()) };
+    fn write_completion(
+        &mut self,
+        index: usize,
+        completion: &Completion,
+        run: &Run<'_>,
+    ) -> Result<(), BulkError> {
+        let Some((header, origin)) = self.running.remove(&index) else { return Ok(()) };
         match completion.error {
             None => self.tally.finished += 1,
             Some(_) => self.tally.failed += 1,
         }
         self.tally.output_tokens += completion.token_ids.len() as u64;
-        self.write(&ResultLine::new(&id, line, completion))
-    }
-
-    fn write_bad(&mut self, bad: &BadLine) -> Result<(), BulkError> {
-        self.tally.failed += 1;
-        self.write(&ResultLine::bad(bad, self.line))
+        let mut out = Vec::new();
+        lines::write_result(&mut out, &header, origin, completion, &|id| run.token_bytes(id));
+        self.write(&out)
     }
 
     /// A line goes out in one write, unbuffered, so that none is ever cut short by an end of the process.
-    fn write(&mut self, line: &ResultLine<'_>) -> Result<(), BulkError> {
-        let written = serde_json::to_vec(line).map_err(io::Error::from).and_then(|mut bytes| {
-            bytes.push(b'\n');
-            self.output.write_all(&bytes)
-        });
+    fn write(&mut self, line: &[u8]) -> Result<(), BulkError> {
+        let written = self.output.write_all(line);
         written.map_err(|cause| BulkError::Output { path: self.job.output.clone(), cause })
     }
 }
@@ -248,7 +249,8 @@ fn open_output(job: &Job) -> Result<(File, HashSet<Fingerprint>, u64), BulkError
 fn read_results(file: &File, path: &Path) -> Result<(HashSet<Fingerprint>, u64), BulkError> {
     #[derive(Deserialize)]
     struct Id {
-        id: Value,
+        id: Box<RawValue>,
+        custom_id: Option<Box<RawValue>>,
     }
     let mut reader = BufReader::new(file);
     let (mut done, mut end, mut line) = (HashSet::new(), 0, Vec::new());
@@ -260,9 +262,10 @@ fn read_results(file: &File, path: &Path) -> Result<(HashSet<Fingerprint>, u64),
             break; // The end, or a line torn by the end of the process.
         }
         let not_results = |_| BulkError::NotResults { path: path.to_owned(), line: number };
-        let Id { id } = serde_json::from_slice(&line).map_err(not_results)?;
-        if !id.is_null() {
-            done.insert(fingerprint(&id));
+        let Id { id, custom_id } = serde_json::from_slice(&line).map_err(not_results)?;
+        let id = custom_id.unwrap_or(id);
+        if id.get() != "null" {
+            done.insert(fingerprint(id.get().as_bytes()));
         }
         end += read as u64;
     }
@@ -272,11 +275,10 @@ fn read_results(file: &File, path: &Path) -> Result<(HashSet<Fingerprint>, u64),
 /// Stands for an id: ids that differ have the same one with a chance of 2^-128.
 type Fingerprint = [u64; 2];
 
-fn fingerprint(id: &Value) -> Fingerprint {
-    let text = id.to_string();
+fn fingerprint(bytes: &[u8]) -> Fingerprint {
     [0u8, 1].map(|key| {
         let mut hasher = DefaultHasher::new();
-        (key, &text).hash(&mut hasher);
+        (key, bytes).hash(&mut hasher);
         hasher.finish()
     })
 }

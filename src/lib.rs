@@ -34,7 +34,7 @@ mod error;
 mod flags;
 mod gauge;
 mod info;
-pub mod jsonl;
+pub mod lines;
 mod llm;
 mod memory;
 mod options;
@@ -42,6 +42,7 @@ pub mod progress;
 mod request;
 mod run;
 mod runner;
+mod token_bytes;
 mod tokenizer;
 pub mod workload;
 

@@ -138,6 +138,12 @@ impl Llm {
         self.text.decode(ids)
     }
 
+    /// The bytes that a token stands for, special or not: part of a character, maybe. `None` without a tokenizer, or where
+    /// it has no such token.
+    pub fn token_bytes(&self, id: u32) -> Option<Vec<u8>> {
+        self.text.token_bytes(id)
+    }
+
     /// The prompt that a conversation becomes by the checkpoint's chat template.
     ///
     /// # Errors

@@ -96,6 +96,10 @@ impl<'a> Run<'a> {
         self.held.is_none() && self.ended.is_empty() && self.runner.is_idle()
     }
 
+    pub(crate) fn token_bytes(&self, id: u32) -> Option<Vec<u8>> {
+        self.text.token_bytes(id)
+    }
+
     /// Takes a request in and numbers it: 0, 1, 2, … One that can't run ends as rejected in the next step. The
     /// caller has asked [`Run::wants_more`]; a request that there is no room for is rejected too.
     pub fn submit(&mut self, request: GenerateRequest) -> usize {

@@ -12,6 +12,7 @@ use std::path::Path;
 use crate::chat::ChatTemplate;
 use crate::error::Error;
 use crate::request::{ChatPrompt, Prompt, RequestError};
+use crate::token_bytes::token_bytes;
 
 /// The text side of a checkpoint.
 #[derive(Default)]
@@ -68,6 +69,11 @@ impl Text {
     /// No template, or one that refuses these messages.
     pub fn render(&self, prompt: &ChatPrompt) -> Result<String, RequestError> {
         self.template.as_ref().ok_or(RequestError::NoChatTemplate)?.render(prompt)
+    }
+
+    /// The bytes that a token stands for, special or not; `None` without a tokenizer, or where it has no such token.
+    pub fn token_bytes(&self, id: u32) -> Option<Vec<u8>> {
+        token_bytes(self.tokenizer.as_ref()?, id)
     }
 
     /// The text of tokens, special ones left out; incomplete characters become U+FFFD. `None` without a tokenizer.

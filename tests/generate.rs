@@ -67,8 +67,10 @@ fn every_request_line_gets_a_result_line() {
             "prompt_tokens": example.prompt.len(), "completion_tokens": 24,
             "cached_tokens": result["usage"]["cached_tokens"].as_u64().unwrap(),
         });
+        // The second line is blank.
+        let line = if i == 0 { 1 } else { i + 2 };
         let expected = json!({
-            "id": i, "token_ids": example.greedy, "text": null, "finish_reason": "length", "usage": usage,
+            "id": i, "line": line, "fingerprint": result["fingerprint"].as_str().unwrap(), "token_ids": example.greedy, "text": null, "finish_reason": "length", "usage": usage,
         });
         assert_eq!(*result, expected);
     }
@@ -115,16 +117,16 @@ fn a_bad_line_gets_an_error_line_with_its_number_and_the_rest_goes_on() {
         (r#"{"id": 8, "messages": [{"role": "user", "content": "a"}]}"#, json!(8), "chat_template"),
         (r#"{"id": 9, "prompt_token_ids": []}"#, json!(9), "the prompt is empty"),
         (r#"{"id": 10, "prompt_token_ids": [4096]}"#, json!(10), "token id 4096"),
-        (r#"{"id": 11, "prompt_token_ids": [-1]}"#, json!(11), "prompt_token_ids: "),
+        (r#"{"id": 11, "prompt_token_ids": [-1]}"#, json!(11), "prompt_token_ids is [-1]"),
         (r#"{"id": 12, "prompt_token_ids": [1], "temperature": -1}"#, json!(12), "temperature is -1"),
-        (r#"{"id": 13, "prompt_token_ids": [1], "temperature": "hot"}"#, json!(13), "temperature: "),
+        (r#"{"id": 13, "prompt_token_ids": [1], "temperature": "hot"}"#, json!(13), "temperature is \"hot\""),
         (r#"{"id": 14, "prompt_token_ids": [1], "top_p": 0}"#, json!(14), "top_p is 0"),
         (r#"{"id": 15, "prompt_token_ids": [1], "top_p": 1.01}"#, json!(15), "top_p is 1.01"),
         (r#"{"id": 16, "prompt_token_ids": [1], "max_tokens": 0}"#, json!(16), "max_tokens is 0"),
         (r#"{"id": 17, "prompt_token_ids": [1], "max_token": 5}"#, json!(17), "\"max_token\""),
         (r#"{"id": 18, "prompt_token_ids": [1], "logprobs": 21}"#, json!(18), "logprobs is 21"),
         (r#"{"id": "good", "prompt_token_ids": [2]}"#, json!("again"), ""),
-        (r#"{"id": 20, "messages": [{"content": "a"}]}"#, json!(20), "messages: a message has no role"),
+        (r#"{"id": 20, "messages": [{"content": "a"}]}"#, json!(20), "message 1 is no message: "),
     ];
     let input: Vec<&str> = bad.iter().map(|(line, ..)| *line).collect();
     scratch.write("in.jsonl", input.join("\n"));

@@ -1,0 +1,280 @@
+//! Lines of OpenAI's Batch API: the request in an envelope, the answer in another, as its API would give it.
+//!
+//! | | what it is |
+//! |---|---|
+//! | `response` with status 200 | a `chat.completion` or a `text_completion` |
+//! | `response` with status 400 | the request is wrong, `body.error` says how |
+//! | `response` with status 500 | the request ran and failed by itself |
+//! | `error` | something else stopped it |
+
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use serde::Serialize;
+use serde_json::value::RawValue;
+
+use super::body::{self, Prompts};
+use super::error::{LineError, shown};
+use super::fields::{Fields, read};
+use super::logprobs::{ChatLogprobs, TextLogprobs};
+use super::{BadLine, Defaults, Format, Header, Origin, RequestLine, append};
+use crate::request::{Completion, FinishReason, GenerateRequest};
+
+/// Is it an envelope, whole or not?
+pub fn is_batch(fields: &Fields<'_>) -> bool {
+    fields.has("custom_id") || fields.has("url") && fields.has("body")
+}
+
+/// Reads a request.
+///
+/// # Errors
+/// What is wrong with it.
+pub fn parse(
+    mut fields: Fields<'_>,
+    mut header: Header,
+    defaults: &Defaults,
+) -> Result<RequestLine, BadLine> {
+    header.format = Format::Chat;
+    header.id = fields.raw("custom_id").map(RawValue::to_owned);
+    match request(fields, &mut header, defaults) {
+        Ok(request) => Ok(RequestLine { header, request }),
+        Err(error) => Err(BadLine { header, error }),
+    }
+}
+
+fn request(
+    mut fields: Fields<'_>,
+    header: &mut Header,
+    defaults: &Defaults,
+) -> Result<GenerateRequest, LineError> {
+    fields.check_once()?;
+    if header.id.is_none() {
+        return Err(LineError::NoId { field: "custom_id" });
+    }
+    match fields.text("method")? {
+        Some(method) if method != "POST" => {
+            let value = shown(&format!("{method:?}"));
+            return Err(LineError::Unsupported {
+                field: "method",
+                value,
+                fix: "it must be \"POST\"".to_owned(),
+            });
+        }
+        _ => {}
+    }
+    let prompts = url(&mut fields)?;
+    header.format = if prompts == Prompts::Text { Format::Text } else { Format::Chat };
+    let expected = "the fields of a request, as an object";
+    let missing = LineError::Missing { field: "body", fix: "give the request there, as an object" };
+    let body = fields.raw("body").ok_or(missing)?;
+    fields.finish(|field| LineError::Unknown { field })?;
+    let mut body: Fields<'_> = read("body", body, expected)?;
+    model(&mut body, header, defaults)?;
+    body::request(body, prompts, &defaults.sampling)
+}
+
+fn url(fields: &mut Fields<'_>) -> Result<Prompts, LineError> {
+    const FIX: &str = "it must be \"/v1/chat/completions\" or \"/v1/completions\"";
+    match fields.text("url")?.as_deref() {
+        Some("/v1/chat/completions") => Ok(Prompts::Chat),
+        Some("/v1/completions") => Ok(Prompts::Text),
+        Some(url) => {
+            let value = shown(&format!("{url:?}"));
+            Err(LineError::Unsupported { field: "url", value, fix: FIX.to_owned() })
+        }
+        None => Err(LineError::Missing { field: "url", fix: FIX }),
+    }
+}
+
+/// Takes `model`, which must be the one that runs.
+///
+/// # Errors
+/// Another one.
+pub fn model(fields: &mut Fields<'_>, header: &mut Header, defaults: &Defaults) -> Result<(), LineError> {
+    let Some(asked) = fields.text("model")? else { return Ok(()) };
+    match defaults.model.find(&asked) {
+        Some(name) => header.model = name.clone(),
+        None => {
+            return Err(LineError::Model {
+                asked: shown(&asked),
+                loaded: defaults.model.first().to_string(),
+            });
+        }
+    }
+    Ok(())
+}
+
+/// The envelope of an answer.
+#[derive(Serialize)]
+struct Line<'a, B> {
+    id: String,
+    custom_id: &'a Option<Box<RawValue>>,
+    response: Option<Response<B>>,
+    error: Option<Stopped<'a>>,
+}
+
+#[derive(Serialize)]
+struct Response<B> {
+    status_code: u16,
+    request_id: String,
+    body: B,
+}
+
+#[derive(Serialize)]
+struct Stopped<'a> {
+    code: &'a str,
+    message: &'a str,
+}
+
+/// A `chat.completion` or a `text_completion`.
+#[derive(Serialize)]
+struct Answer<'a, C> {
+    id: String,
+    object: &'static str,
+    created: u64,
+    model: &'a str,
+    choices: [C; 1],
+    usage: Usage,
+}
+
+#[derive(Serialize)]
+struct ChatChoice<'a> {
+    index: u32,
+    message: Message<'a>,
+    logprobs: Option<ChatLogprobs>,
+    finish_reason: &'static str,
+}
+
+#[derive(Serialize)]
+struct Message<'a> {
+    role: &'static str,
+    content: &'a str,
+    refusal: (),
+}
+
+#[derive(Serialize)]
+struct TextChoice<'a> {
+    index: u32,
+    text: &'a str,
+    logprobs: Option<TextLogprobs>,
+    finish_reason: &'static str,
+}
+
+#[derive(Serialize)]
+struct Usage {
+    prompt_tokens: u32,
+    completion_tokens: u32,
+    total_tokens: u32,
+    prompt_tokens_details: PromptTokens,
+}
+
+#[derive(Serialize)]
+struct PromptTokens {
+    cached_tokens: u32,
+}
+
+#[derive(Serialize)]
+struct ErrorBody<'a> {
+    error: Error<'a>,
+}
+
+#[derive(Serialize)]
+struct Error<'a> {
+    message: String,
+    r#type: &'static str,
+    param: Option<&'a str>,
+    code: Option<&'a str>,
+}
+
+/// Appends what came of a request.
+pub fn write_result(
+    out: &mut Vec<u8>,
+    header: &Header,
+    origin: Origin,
+    completion: &Completion,
+    token_bytes: &dyn Fn(u32) -> Option<Vec<u8>>,
+) {
+    if let Some(error) = &completion.error {
+        let error = Error { message: error.to_string(), r#type: INVALID, param: None, code: None };
+        return write_response(out, header, origin, 400, ErrorBody { error });
+    }
+    let finish_reason = match completion.finish_reason {
+        FinishReason::Eos | FinishReason::Stop => "stop",
+        FinishReason::Length => "length",
+        FinishReason::Abort | FinishReason::Rejected => {
+            return write_failure(out, header, origin, "the request was aborted");
+        }
+    };
+    let text = completion.text.as_deref().unwrap_or_default();
+    match header.format {
+        Format::Text => {
+            let logprobs = TextLogprobs::new(completion, token_bytes);
+            let choice = TextChoice { index: 0, text, logprobs, finish_reason };
+            let answer = answer(header, origin, ("cmpl", "text_completion"), completion, choice);
+            write_response(out, header, origin, 200, answer);
+        }
+        Format::Chat | Format::Native => {
+            let message = Message { role: "assistant", content: text, refusal: () };
+            let logprobs = ChatLogprobs::new(completion, token_bytes);
+            let choice = ChatChoice { index: 0, message, logprobs, finish_reason };
+            let answer = answer(header, origin, ("chatcmpl", "chat.completion"), completion, choice);
+            write_response(out, header, origin, 200, answer);
+        }
+    }
+}
+
+const INVALID: &str = "invalid_request_error";
+
+/// Appends why a line is no request.
+pub fn write_bad(out: &mut Vec<u8>, bad: &BadLine, origin: Origin) {
+    let BadLine { header, error } = bad;
+    let error =
+        Error { message: error.to_string(), r#type: INVALID, param: error.field(), code: error.code() };
+    write_response(out, header, origin, 400, ErrorBody { error });
+}
+
+/// Appends what stopped a request from outside.
+pub fn write_failure(out: &mut Vec<u8>, header: &Header, origin: Origin, reason: &str) {
+    let error = Some(Stopped { code: "request_stopped", message: reason });
+    append(out, &Line::<()> { id: id(origin), custom_id: &header.id, response: None, error });
+}
+
+fn write_response(
+    out: &mut Vec<u8>,
+    header: &Header,
+    origin: Origin,
+    status_code: u16,
+    body: impl Serialize,
+) {
+    let response = Some(Response { status_code, request_id: format!("req_{}", origin.name()), body });
+    append(out, &Line { id: id(origin), custom_id: &header.id, response, error: None });
+}
+
+/// What comes before an origin's name in the id of a result line.
+pub const ID_PREFIX: &str = "batch_req_";
+
+fn id(origin: Origin) -> String {
+    format!("{ID_PREFIX}{}", origin.name())
+}
+
+fn answer<'a, C>(
+    header: &'a Header,
+    origin: Origin,
+    (prefix, object): (&str, &'static str),
+    completion: &Completion,
+    choice: C,
+) -> Answer<'a, C> {
+    let completion_tokens = completion.token_ids.len() as u32;
+    Answer {
+        id: format!("{prefix}-{}", origin.name()),
+        object,
+        created: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs()),
+        model: &header.model,
+        choices: [choice],
+        usage: Usage {
+            prompt_tokens: completion.prompt_tokens,
+            completion_tokens,
+            total_tokens: completion.prompt_tokens + completion_tokens,
+            prompt_tokens_details: PromptTokens { cached_tokens: completion.cached_tokens },
+        },
+    }
+}

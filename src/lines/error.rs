@@ -1,0 +1,168 @@
+//! What is wrong with a request line: which field, what it holds, what to do.
+
+use thiserror::Error;
+
+/// How much of a line an error repeats, in characters.
+const SHOWN_MAX: usize = 60;
+
+/// Why a line is no request that can run.
+#[derive(Clone, Debug, Error, PartialEq, Eq)]
+pub enum LineError {
+    /// More bytes than a line may have.
+    #[error("the line has more than {max} bytes; shorten it, or raise --max-line-bytes")]
+    TooLong {
+        /// How many it may have.
+        max: usize,
+    },
+    /// Bytes that are no text.
+    #[error("not valid UTF-8 at byte {at}; save the file as UTF-8")]
+    NotUtf8 {
+        /// Where, counted from 1.
+        at: usize,
+    },
+    /// Text that is no JSON.
+    #[error("not valid JSON: {cause} at column {column}; a request is one JSON object on one line")]
+    NotJson {
+        /// What the parser says.
+        cause: String,
+        /// Where, counted from 1.
+        column: usize,
+    },
+    /// JSON of another kind.
+    #[error("not a JSON object; a request is one JSON object on one line")]
+    NotObject,
+    /// Nothing to tell its result by.
+    #[error("the request has no {field}; give it one, any JSON value but null")]
+    NoId {
+        /// `id`, or `custom_id` in a Batch line.
+        field: &'static str,
+    },
+    /// A field that must be there.
+    #[error("the request has no {field}; {fix}")]
+    Missing {
+        /// Its name.
+        field: &'static str,
+        /// What to give.
+        fix: &'static str,
+    },
+    /// A key that occurs twice in an object.
+    #[error("{field} is given twice; keep one")]
+    Twice {
+        /// Its name.
+        field: String,
+    },
+    /// A field that means nothing here: most likely misspelt.
+    #[error("there is no field {field:?}; remove or correct it")]
+    Unknown {
+        /// Its name.
+        field: String,
+    },
+    /// A field that only conversations have.
+    #[error("{field} goes with messages; give the prompt as messages, or leave {field} out")]
+    NeedsMessages {
+        /// Its name.
+        field: String,
+    },
+    /// A value of another type, or out of range.
+    #[error("{field} is {value}; it must be {expected}")]
+    Wrong {
+        /// Its name.
+        field: &'static str,
+        /// The beginning of what it holds, as JSON.
+        value: String,
+        /// What it may hold.
+        expected: &'static str,
+    },
+    /// A value that can't be read though the line is JSON: nested too deep, a number too large, half a character.
+    #[error("{field} can't be read: {cause}")]
+    Unreadable {
+        /// Its name.
+        field: &'static str,
+        /// What the parser says.
+        cause: String,
+    },
+    /// A value that asks for what is not done here.
+    #[error("{field} is {value}; {fix}")]
+    Unsupported {
+        /// Its name.
+        field: &'static str,
+        /// The beginning of what it holds, as JSON.
+        value: String,
+        /// What to do.
+        fix: String,
+    },
+    /// Two fields that contradict each other.
+    #[error("{field} is {value} and {other} says otherwise; {fix}")]
+    Contradiction {
+        /// One.
+        field: &'static str,
+        /// The beginning of what it holds, as JSON.
+        value: String,
+        /// The other.
+        other: &'static str,
+        /// What to do.
+        fix: &'static str,
+    },
+    /// No prompt, or several.
+    #[error("give exactly one of {0}")]
+    Prompt(&'static str),
+    /// Another model than the one that runs.
+    #[error("model is {asked:?}, but {loaded:?} is loaded; correct it or leave it out")]
+    Model {
+        /// As the line says.
+        asked: String,
+        /// What runs.
+        loaded: String,
+    },
+}
+
+impl LineError {
+    /// The field that it is about, where it is about one.
+    pub fn field(&self) -> Option<&str> {
+        match self {
+            LineError::TooLong { .. }
+            | LineError::NotUtf8 { .. }
+            | LineError::NotJson { .. }
+            | LineError::NotObject
+            | LineError::Prompt(_) => None,
+            LineError::Model { .. } => Some("model"),
+            LineError::NoId { field }
+            | LineError::Missing { field, .. }
+            | LineError::Wrong { field, .. }
+            | LineError::Unreadable { field, .. }
+            | LineError::Unsupported { field, .. }
+            | LineError::Contradiction { field, .. } => Some(field),
+            LineError::Twice { field }
+            | LineError::Unknown { field }
+            | LineError::NeedsMessages { field } => Some(field),
+        }
+    }
+
+    /// OpenAI's word for this kind of error, where it has one.
+    pub fn code(&self) -> Option<&'static str> {
+        match self {
+            LineError::Missing { .. } | LineError::Prompt(_) | LineError::NoId { .. } => {
+                Some("missing_required_parameter")
+            }
+            LineError::Unknown { .. } | LineError::NeedsMessages { .. } => Some("unknown_parameter"),
+            LineError::Wrong { .. } | LineError::Unreadable { .. } | LineError::Contradiction { .. } => {
+                Some("invalid_value")
+            }
+            LineError::Unsupported { .. } => Some("unsupported_value"),
+            LineError::Model { .. } => Some("model_not_found"),
+            LineError::TooLong { .. }
+            | LineError::NotUtf8 { .. }
+            | LineError::NotJson { .. }
+            | LineError::NotObject
+            | LineError::Twice { .. } => None,
+        }
+    }
+}
+
+/// A part of a line, cut where it is long.
+pub fn shown(part: &str) -> String {
+    match part.char_indices().nth(SHOWN_MAX) {
+        None => part.to_owned(),
+        Some((end, _)) => format!("{}…", &part[..end]),
+    }
+}

@@ -1,0 +1,218 @@
+//! A JSON object, field by field: each is taken by its name, and what nobody takes is an error.
+//!
+//! ```text
+//!   {"id": 7, "top_k": 5.0, "max_token": 9}  ── Fields ──>  take "id"     7        the text that stands there
+//!                                                           take "top_k"  5
+//!                                                           left over:    max_token
+//! ```
+//!
+//! A value stays the JSON text that it is until somebody asks for it: ids of any size are kept to the letter, a value
+//! that can't be read spoils no other field, and nothing deep is walked that nobody wants. Numbers are taken as people
+//! and their tools write them: `16.0` is 16.
+//!
+//! Invariant: a field that is null is as good as absent.
+
+use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
+use std::fmt;
+
+use serde::de::{MapAccess, Visitor};
+use serde::{Deserialize, Deserializer};
+use serde_json::error::Category;
+use serde_json::value::RawValue;
+
+use super::error::{LineError, shown};
+
+/// The fields of an object that nobody has taken yet.
+pub struct Fields<'a> {
+    values: BTreeMap<String, &'a RawValue>,
+    /// A key that stood there twice.
+    twice: Option<String>,
+}
+
+impl<'a> Fields<'a> {
+    /// Reads an object.
+    ///
+    /// # Errors
+    /// Text that is no JSON, or no object.
+    pub fn read(json: &'a str) -> Result<Self, LineError> {
+        serde_json::from_str(json).map_err(|error: serde_json::Error| match error.classify() {
+            Category::Data => LineError::NotObject,
+            _ => LineError::NotJson { cause: cause(&error), column: error.column() },
+        })
+    }
+
+    /// Does it have a field, null or not, that nobody has taken?
+    pub fn has(&self, name: &str) -> bool {
+        self.values.contains_key(name)
+    }
+
+    /// A field's JSON text.
+    pub fn raw(&mut self, name: &str) -> Option<&'a RawValue> {
+        self.values.remove(name).filter(|value| value.get() != "null")
+    }
+
+    /// A field, read as `T`.
+    ///
+    /// # Errors
+    /// It is not `expected`.
+    pub fn take<T: Deserialize<'a>>(
+        &mut self,
+        name: &'static str,
+        expected: &'static str,
+    ) -> Result<Option<T>, LineError> {
+        self.raw(name).map(|value| read(name, value, expected)).transpose()
+    }
+
+    /// A text.
+    ///
+    /// # Errors
+    /// Something else.
+    pub fn text(&mut self, name: &'static str) -> Result<Option<String>, LineError> {
+        self.take(name, "a text")
+    }
+
+    /// `true` or `false`.
+    ///
+    /// # Errors
+    /// Something else.
+    pub fn flag(&mut self, name: &'static str) -> Result<Option<bool>, LineError> {
+        self.take(name, "true or false")
+    }
+
+    /// A number.
+    ///
+    /// # Errors
+    /// Something else.
+    pub fn number(&mut self, name: &'static str) -> Result<Option<f32>, LineError> {
+        self.take(name, "a number")
+    }
+
+    /// A whole number, as an integer or as a float without a fraction, from `least` on; beyond 32 bits it is the largest
+    /// of them.
+    ///
+    /// # Errors
+    /// Something that is not `expected`.
+    pub fn whole(
+        &mut self,
+        name: &'static str,
+        least: i128,
+        expected: &'static str,
+    ) -> Result<Option<i64>, LineError> {
+        let Some(value) = self.raw(name) else { return Ok(None) };
+        let Whole(number) = read(name, value, expected)?;
+        match number >= least {
+            true => Ok(Some(number.min(u32::MAX.into()) as i64)),
+            false => Err(wrong(name, value, expected)),
+        }
+    }
+
+    /// Checks that every field was taken.
+    ///
+    /// # Errors
+    /// The first that was not, as `unknown` puts it.
+    pub fn finish(mut self, unknown: impl FnOnce(String) -> LineError) -> Result<(), LineError> {
+        match self.values.pop_first() {
+            Some((name, _)) => Err(unknown(shown(&name))),
+            None => Ok(()),
+        }
+    }
+
+    /// Checks that no key stood there twice.
+    ///
+    /// # Errors
+    /// One that did.
+    pub fn check_once(&self) -> Result<(), LineError> {
+        match &self.twice {
+            Some(field) => Err(LineError::Twice { field: shown(field) }),
+            None => Ok(()),
+        }
+    }
+}
+
+/// A value of the field `name`, read as `T`.
+///
+/// # Errors
+/// It is not `expected`, or can't be read at all.
+pub fn read<'a, T: Deserialize<'a>>(
+    name: &'static str,
+    value: &'a RawValue,
+    expected: &'static str,
+) -> Result<T, LineError> {
+    serde_json::from_str(value.get()).map_err(|error| match error.classify() {
+        Category::Data => wrong(name, value, expected),
+        _ => LineError::Unreadable { field: name, cause: cause(&error) },
+    })
+}
+
+/// A value of the field `name` that is not `expected`.
+pub fn wrong(name: &'static str, value: &RawValue, expected: &'static str) -> LineError {
+    LineError::Wrong { field: name, value: shown(value.get()), expected }
+}
+
+/// What the parser says, without where: its place counts from the beginning of a value.
+pub fn cause(error: &serde_json::Error) -> String {
+    let text = error.to_string();
+    shown(text.rsplit_once(" at line ").map_or(text.as_str(), |(cause, _)| cause))
+}
+
+impl<'de> Deserialize<'de> for Fields<'de> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_map(Object)
+    }
+}
+
+struct Object;
+
+impl<'de> Visitor<'de> for Object {
+    type Value = Fields<'de>;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("an object")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Fields<'de>, A::Error> {
+        let mut fields = Fields { values: BTreeMap::new(), twice: None };
+        while let Some((name, value)) = map.next_entry::<String, &RawValue>()? {
+            match fields.values.entry(name) {
+                Entry::Vacant(entry) => drop(entry.insert(value)),
+                Entry::Occupied(entry) => fields.twice = Some(entry.key().clone()),
+            }
+        }
+        Ok(fields)
+    }
+}
+
+/// A whole number, however it is written.
+pub struct Whole(pub i128);
+
+impl<'de> Deserialize<'de> for Whole {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_any(AnyNumber)
+    }
+}
+
+struct AnyNumber;
+
+impl Visitor<'_> for AnyNumber {
+    type Value = Whole;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a whole number")
+    }
+
+    fn visit_u64<E>(self, number: u64) -> Result<Whole, E> {
+        Ok(Whole(number.into()))
+    }
+
+    fn visit_i64<E>(self, number: i64) -> Result<Whole, E> {
+        Ok(Whole(number.into()))
+    }
+
+    fn visit_f64<E: serde::de::Error>(self, number: f64) -> Result<Whole, E> {
+        match number.fract() == 0.0 {
+            true => Ok(Whole(number as i128)),
+            false => Err(E::custom("a fraction")),
+        }
+    }
+}

@@ -1,0 +1,137 @@
+//! Fields of OpenAI's and vLLM's requests that ask for nothing here.
+//!
+//! Some never change what comes out. The others do, but have a value that asks for nothing: exports write every
+//! parameter, at its default. Whoever asks for more is told so by name.
+
+use serde_json::Value;
+
+use super::body::CHAT_FIELDS;
+use super::error::{LineError, shown};
+use super::fields::Fields;
+use crate::request::{ChatPrompt, Prompt};
+
+/// They don't change the result, whatever they hold.
+const WITHOUT_EFFECT: &[&str] = &[
+    "cache_salt",
+    "metadata",
+    "prediction",
+    "priority",
+    "prompt_cache_key",
+    "prompt_cache_options",
+    "prompt_cache_retention",
+    "request_id",
+    "safety_identifier",
+    "service_tier",
+    "store",
+    "stream_options",
+    "user",
+];
+
+/// A field that is taken at these values alone, given as JSON, or as null.
+type Only = (&'static str, &'static [&'static str], &'static str);
+
+const ONE_LINE_ONE_OUTPUT: &str = "one line gives one output; repeat the line with other seeds for more";
+const NO_PENALTY: &str = "penalties are not supported";
+const NO_CONSTRAINT: &str = "constrained output is not supported";
+const NO_TOOL_CHOICE: &str = "the model chooses; leave it out";
+
+const ONLY: &[Only] = &[
+    ("allowed_token_ids", &[], NO_CONSTRAINT),
+    ("audio", &[], "only text comes out"),
+    ("bad_words", &["[]"], NO_CONSTRAINT),
+    ("best_of", &["1"], ONE_LINE_ONE_OUTPUT),
+    ("chat_template", &[], "the checkpoint's chat template is used"),
+    ("detokenize", &["true"], "text comes out wherever the model has a tokenizer"),
+    ("echo", &["false"], "the prompt is not repeated"),
+    ("enable_thinking", &[], "give it in chat_template_kwargs"),
+    ("frequency_penalty", &["0"], NO_PENALTY),
+    ("function_call", &["\"auto\""], NO_TOOL_CHOICE),
+    ("functions", &["[]"], "give them as tools"),
+    ("guided_choice", &[], NO_CONSTRAINT),
+    ("guided_grammar", &[], NO_CONSTRAINT),
+    ("guided_json", &[], NO_CONSTRAINT),
+    ("guided_regex", &[], NO_CONSTRAINT),
+    ("include_reasoning", &["true"], "reasoning stays in the text"),
+    ("include_stop_str_in_output", &["false"], "the text ends before a stop text"),
+    ("length_penalty", &["1"], NO_PENALTY),
+    ("logit_bias", &["{}"], "biases are not supported"),
+    ("logits_processors", &["[]"], NO_CONSTRAINT),
+    ("min_tokens", &["0"], "a least length is not supported"),
+    ("mm_processor_kwargs", &["{}"], "only text goes in"),
+    ("modalities", &["[\"text\"]"], "only text comes out"),
+    ("moderation", &[], "nothing is moderated"),
+    ("n", &["1"], ONE_LINE_ONE_OUTPUT),
+    ("parallel_tool_calls", &["true"], NO_TOOL_CHOICE),
+    ("presence_penalty", &["0"], NO_PENALTY),
+    ("prompt_logprobs", &[], "only output tokens have log-probabilities"),
+    ("reasoning_effort", &[], "give it in chat_template_kwargs if the template knows it"),
+    ("repetition_penalty", &["1"], NO_PENALTY),
+    ("response_format", &["{\"type\":\"text\"}"], NO_CONSTRAINT),
+    ("return_token_ids", &["false"], "native lines give token ids"),
+    ("return_tokens_as_token_ids", &["false"], "native lines give token ids"),
+    ("skip_special_tokens", &["true"], "special tokens are no text"),
+    ("spaces_between_special_tokens", &["true"], "special tokens are no text"),
+    ("stop_token_ids", &["[]"], "give stop texts, in stop"),
+    ("stream", &["false"], "a line gives one result"),
+    ("structural_tag", &[], NO_CONSTRAINT),
+    ("structured_outputs", &[], NO_CONSTRAINT),
+    ("suffix", &["\"\""], "text is not inserted before another"),
+    ("truncate_prompt_tokens", &[], "prompts are not cut"),
+    ("use_beam_search", &["false"], "beam search is not supported"),
+    ("verbosity", &["\"medium\""], "give it in chat_template_kwargs if the template knows it"),
+    ("web_search_options", &[], "nothing is searched"),
+];
+
+/// Checks that what is left of a request asks for nothing.
+///
+/// # Errors
+/// A field that does, or that is not known.
+pub fn check_rest(mut fields: Fields<'_>, prompt: &Prompt) -> Result<(), LineError> {
+    for name in WITHOUT_EFFECT {
+        fields.raw(name);
+    }
+    for only in ONLY {
+        check(&mut fields, *only)?;
+    }
+    let with_tools = matches!(prompt, Prompt::Chat(ChatPrompt { tools: Some(_), .. }));
+    let choices: &[_] = if with_tools { &["\"auto\""] } else { &["\"auto\"", "\"none\""] };
+    check(&mut fields, ("tool_choice", choices, NO_TOOL_CHOICE))?;
+    match prompt {
+        Prompt::Tokens(_) => drop(fields.raw("add_special_tokens")),
+        Prompt::Text(_) => {
+            check(&mut fields, ("add_special_tokens", &["true"], "the tokenizer's are added"))?
+        }
+        Prompt::Chat(_) => {
+            check(&mut fields, ("add_special_tokens", &["false"], "the template writes them"))?
+        }
+    }
+    fields.finish(|field| match CHAT_FIELDS.contains(&field.as_str()) {
+        true => LineError::NeedsMessages { field },
+        false => LineError::Unknown { field },
+    })
+}
+
+fn check(fields: &mut Fields<'_>, (field, accepted, why): Only) -> Result<(), LineError> {
+    let Some(value) = fields.raw(field) else { return Ok(()) };
+    let found: Option<Value> = serde_json::from_str(value.get()).ok();
+    let is = |accepted: &&str| match (serde_json::from_str(accepted), &found) {
+        (Ok(accepted), Some(found)) => same(&accepted, found),
+        _ => false,
+    };
+    if accepted.iter().any(is) {
+        return Ok(());
+    }
+    let fix = match accepted {
+        [] => format!("{why}; leave it out"),
+        _ => format!("it may only be {}: {why}", accepted.join(" or ")),
+    };
+    Err(LineError::Unsupported { field, value: shown(value.get()), fix })
+}
+
+/// Equal as JSON, 1 and 1.0 being one number.
+fn same(a: &Value, b: &Value) -> bool {
+    match (a.as_f64(), b.as_f64()) {
+        (Some(a), Some(b)) => a == b,
+        _ => a == b,
+    }
+}

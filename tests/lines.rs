@@ -1,0 +1,717 @@
+//! Request and result lines: what is taken, what is refused and how, what comes back.
+
+use minisgl::lines::{self, BadLine, Defaults, LineError, ModelName, Origin, RequestLine};
+use minisgl::{Completion, FinishReason, Prompt, RequestError, SamplingParams, TokenLogprobs};
+use proptest::prelude::*;
+use serde_json::{Value, json};
+
+const ORIGIN: Origin = Origin { line: 3, fingerprint: 0x9f };
+
+fn defaults() -> Defaults {
+    let sampling = SamplingParams { seed: 100, max_tokens: 16, ..SamplingParams::default() };
+    Defaults { sampling, model: ModelName::new("Qwen/Qwen3-0.6B") }
+}
+
+fn parse(line: impl AsRef<[u8]>) -> Result<RequestLine, BadLine> {
+    lines::parse(line.as_ref(), 3, &defaults())
+}
+
+/// A request in each of the formats that have these fields.
+fn in_all_formats(fields: &str) -> [String; 3] {
+    let batch = |url: &str, prompt: &str| {
+        format!(r#"{{"custom_id": "a", "method": "POST", "url": "{url}", "body": {{{prompt}, {fields}}}}}"#)
+    };
+    [
+        format!(r#"{{"id": 1, "prompt": "a", {fields}}}"#),
+        batch("/v1/completions", r#""prompt": "a""#),
+        batch("/v1/chat/completions", r#""messages": [{"role": "user", "content": "a"}]"#),
+    ]
+}
+
+#[track_caller]
+fn sampling(fields: &str) -> SamplingParams {
+    let [first, others @ ..] = in_all_formats(fields).map(|line| parse(&line).expect(&line).request.sampling);
+    assert!(others.iter().all(|other| *other == first), "{fields}");
+    first
+}
+
+/// The error that these fields give in every format.
+#[track_caller]
+fn error(fields: &str) -> LineError {
+    let [first, others @ ..] = in_all_formats(fields).map(|line| parse(&line).expect_err(&line).error);
+    assert!(others.iter().all(|other| *other == first), "{fields}: {first}, {others:?}");
+    first
+}
+
+fn native_error(line: &str) -> String {
+    parse(line).expect_err(line).error.to_string()
+}
+
+#[test]
+fn what_a_line_leaves_out_is_as_the_defaults_say_and_its_seed_is_its_own() {
+    let expected = SamplingParams { seed: 103, max_tokens: 16, ..SamplingParams::default() };
+    assert_eq!(sampling(r#""user": "me""#), expected);
+    for fields in [
+        r#""max_tokens": null, "temperature": null, "top_k": null, "top_p": null, "min_p": null, "seed": null"#,
+        r#""ignore_eos": null, "logprobs": null, "top_logprobs": null, "stop": null, "max_completion_tokens": null"#,
+        r#""top_k": -1, "seed": -1"#,
+    ] {
+        assert_eq!(sampling(fields), expected, "{fields}");
+    }
+}
+
+#[test]
+fn numbers_are_taken_as_people_and_their_tools_write_them() {
+    let taken =
+        sampling(r#""max_tokens": 2.0, "top_k": 5.0, "seed": 7.0, "temperature": 1, "top_p": 1, "min_p": 0"#);
+    let expected =
+        SamplingParams { temperature: 1.0, top_k: 5, seed: 7, max_tokens: 2, ..defaults().sampling };
+    assert_eq!(taken, expected);
+    assert_eq!(sampling(r#""max_tokens": 1.6e1"#).max_tokens, 16);
+    assert_eq!(sampling(r#""top_k": 0"#).top_k, 0);
+    assert_eq!(sampling(r#""top_k": -1.0"#).top_k, 0);
+    assert_eq!(sampling(r#""seed": 18446744073709551615"#).seed, u64::MAX);
+    assert_eq!(sampling(r#""seed": -2"#).seed, u64::MAX - 1);
+    // More than a sequence holds is as many as it holds.
+    assert_eq!(sampling(r#""max_tokens": 9999999999999"#).max_tokens, u32::MAX);
+    let tokens = parse(r#"{"id": 1, "prompt_token_ids": [1.0, 2, 3e0]}"#).unwrap().request.prompt;
+    assert_eq!(tokens, Prompt::Tokens(vec![1, 2, 3]));
+}
+
+#[test]
+fn numbers_that_mean_nothing_are_refused_by_name() {
+    for (fields, says) in [
+        (r#""max_tokens": 0"#, "max_tokens is 0; it must be a whole number from 1 on"),
+        (r#""max_tokens": -1"#, "max_tokens is -1;"),
+        (r#""max_tokens": 2.5"#, "max_tokens is 2.5; it must be a whole number"),
+        (r#""max_tokens": "16""#, "max_tokens is \"16\"; it must be a whole number"),
+        (r#""max_tokens": true"#, "max_tokens is true;"),
+        (r#""max_tokens": 1e400"#, "max_tokens can't be read: number out of range"),
+        (r#""max_completion_tokens": 0"#, "max_completion_tokens is 0;"),
+        (r#""top_k": -2"#, "top_k is -2; it must be a whole number from 1 on, or 0 or -1"),
+        (
+            r#""seed": 18446744073709551616"#,
+            "seed is 18446744073709551616; it must be a whole number of 64 bits",
+        ),
+        (r#""seed": 1.5"#, "seed is 1.5;"),
+        (r#""seed": 1e300"#, "seed is 1e300;"),
+        (r#""temperature": "hot""#, "temperature is \"hot\"; it must be a number"),
+        (r#""temperature": 1e999"#, "temperature can't be read: number out of range"),
+        (r#""top_p": [0.9]"#, "top_p is [0.9]; it must be a number"),
+        (r#""ignore_eos": "yes""#, "ignore_eos is \"yes\"; it must be true or false"),
+        (r#""stop": 5"#, "stop is 5; it must be a text or a list of texts"),
+        (r#""stop": ["a", null]"#, "stop is [\"a\", null];"),
+    ] {
+        let error = error(fields);
+        assert!(error.to_string().starts_with(says), "{fields}: {error}");
+        assert!(error.field().is_some_and(|field| fields.starts_with(&format!("\"{field}\""))), "{fields}");
+    }
+}
+
+#[test]
+fn max_tokens_has_two_names_that_may_not_disagree() {
+    assert_eq!(sampling(r#""max_completion_tokens": 5"#).max_tokens, 5);
+    assert_eq!(sampling(r#""max_completion_tokens": 5, "max_tokens": 5"#).max_tokens, 5);
+    let error = error(r#""max_completion_tokens": 5, "max_tokens": 6"#).to_string();
+    assert_eq!(error, "max_tokens is 6 and max_completion_tokens says otherwise; give one of them");
+}
+
+#[test]
+fn logprobs_are_asked_for_by_a_count_or_by_openais_pair() {
+    for (fields, asked) in [
+        (r#""logprobs": 3"#, Some(3)),
+        (r#""logprobs": 0"#, Some(0)),
+        (r#""logprobs": 20.0"#, Some(20)),
+        (r#""logprobs": true"#, Some(0)),
+        (r#""logprobs": true, "top_logprobs": 2"#, Some(2)),
+        (r#""logprobs": 2, "top_logprobs": 2"#, Some(2)),
+        (r#""logprobs": false"#, None),
+        (r#""logprobs": false, "top_logprobs": 0"#, None),
+        (r#""top_logprobs": 0"#, None),
+    ] {
+        assert_eq!(sampling(fields).logprobs, asked, "{fields}");
+    }
+    for (fields, says) in [
+        (r#""logprobs": 21"#, "logprobs is 21; it must be true, false, or a whole number up to 20"),
+        (r#""logprobs": -1"#, "logprobs is -1;"),
+        (r#""logprobs": "all""#, "logprobs is \"all\";"),
+        (r#""logprobs": true, "top_logprobs": 21"#, "top_logprobs is 21; it must be a whole number up to 20"),
+        (r#""top_logprobs": 2"#, "the request has no logprobs; top_logprobs needs it to be true"),
+        (r#""logprobs": false, "top_logprobs": 2"#, "logprobs is false and top_logprobs says otherwise"),
+        (r#""logprobs": 3, "top_logprobs": 2"#, "logprobs is 3 and top_logprobs says otherwise"),
+    ] {
+        let error = error(fields).to_string();
+        assert!(error.starts_with(says), "{fields}: {error}");
+    }
+}
+
+#[test]
+fn stop_is_null_a_text_or_several() {
+    for (fields, stop) in [
+        (r#""stop": null"#, vec![]),
+        (r#""stop": []"#, vec![]),
+        (r#""stop": "END""#, vec!["END"]),
+        (r#""stop": ["END", "\n"]"#, vec!["END", "\n"]),
+    ] {
+        for line in in_all_formats(fields) {
+            assert_eq!(parse(&line).unwrap().request.stop, stop, "{line}");
+        }
+    }
+}
+
+#[test]
+fn fields_at_the_value_that_asks_for_nothing_are_taken() {
+    let expected = sampling(r#""user": "me""#);
+    for fields in [
+        r#""n": 1, "best_of": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0, "repetition_penalty": 1.0"#,
+        r#""min_tokens": 0, "stop_token_ids": [], "skip_special_tokens": true, "stream": false, "logit_bias": {}"#,
+        r#""response_format": {"type": "text"}, "echo": false, "suffix": "", "length_penalty": 1, "bad_words": []"#,
+        r#""spaces_between_special_tokens": true, "include_stop_str_in_output": false, "use_beam_search": false"#,
+        r#""n": null, "guided_json": null, "allowed_token_ids": null, "audio": null, "reasoning_effort": null"#,
+        r#""metadata": {"a": "b"}, "store": true, "service_tier": "flex", "safety_identifier": "x", "priority": 5"#,
+        r#""modalities": ["text"], "tool_choice": "none", "parallel_tool_calls": true, "stream_options": null"#,
+        r#""model": "Qwen/Qwen3-0.6B""#,
+        r#""model": "Qwen3-0.6B""#,
+        r#""model": null"#,
+    ] {
+        assert_eq!(sampling(fields), expected, "{fields}");
+    }
+}
+
+#[test]
+fn fields_that_ask_for_what_is_not_done_are_refused_by_name_with_what_to_do() {
+    for (fields, says) in [
+        (r#""n": 2"#, "n is 2; it may only be 1: one line gives one output; repeat the line"),
+        (r#""n": "1""#, "n is \"1\"; it may only be 1"),
+        (r#""best_of": 3"#, "best_of is 3; it may only be 1"),
+        (r#""presence_penalty": 0.5"#, "presence_penalty is 0.5; it may only be 0"),
+        (r#""repetition_penalty": 1.1"#, "repetition_penalty is 1.1; it may only be 1"),
+        (r#""logit_bias": {"50256": -100}"#, "logit_bias is {\"50256\": -100}; it may only be {}"),
+        (
+            r#""response_format": {"type": "json_object"}"#,
+            "response_format is {\"type\": \"json_object\"}; it may only",
+        ),
+        (r#""stop_token_ids": [5]"#, "stop_token_ids is [5]; it may only be []: give stop texts, in stop"),
+        (r#""min_tokens": 5"#, "min_tokens is 5; it may only be 0"),
+        (r#""stream": true"#, "stream is true; it may only be false"),
+        (r#""echo": true"#, "echo is true;"),
+        (
+            r#""guided_regex": "a+""#,
+            "guided_regex is \"a+\"; constrained output is not supported; leave it out",
+        ),
+        (r#""enable_thinking": false"#, "enable_thinking is false; give it in chat_template_kwargs"),
+        (r#""tool_choice": "required""#, "tool_choice is \"required\";"),
+        (r#""max_token": 5"#, "there is no field \"max_token\"; remove or correct it"),
+        (r#""max_token": null"#, "there is no field \"max_token\""),
+        (
+            r#""model": "gpt-4o""#,
+            "model is \"gpt-4o\", but \"Qwen/Qwen3-0.6B\" is loaded; correct it or leave it out",
+        ),
+        (r#""model": 4"#, "model is 4; it must be a text"),
+        (r#""max_tokens": 5, "max_tokens": 5"#, "max_tokens is given twice; keep one"),
+    ] {
+        let error = error(fields);
+        assert!(error.to_string().starts_with(says), "{fields}: {error}");
+        assert!(error.field().is_some_and(|field| fields.starts_with(&format!("\"{field}\""))), "{fields}");
+    }
+}
+
+#[test]
+fn an_id_is_kept_to_the_letter() {
+    for id in [
+        "18446744073709551616",
+        "18446744073709551617",
+        "1.0",
+        "1e400",
+        "-0",
+        r#""\ud800""#,
+        r#""\u0041 / é""#,
+        r#"{"any": ["json", 1.50]}"#,
+        "false",
+        "123456789012345678901234567890.000000000000000000000000000001",
+    ] {
+        let lines = [
+            format!(r#"{{"id": {id}, "prompt": "a"}}"#),
+            format!(r#"{{"custom_id": {id}, "url": "/v1/completions", "body": {{"prompt": "a"}}}}"#),
+        ];
+        for line in lines {
+            let header = parse(&line).expect(&line).header;
+            assert_eq!(header.id(), id);
+            let mut out = Vec::new();
+            lines::write_result(&mut out, &header, ORIGIN, &completion(), &|_| None);
+            let out = String::from_utf8(out).unwrap();
+            assert!(out.contains(&format!("id\":{id},")), "{out}");
+        }
+    }
+    for line in [r#"{"prompt": "a"}"#, r#"{"id": null, "prompt": "a"}"#] {
+        assert!(native_error(line).starts_with("the request has no id;"));
+    }
+    let line = r#"{"custom_id": null, "url": "/v1/completions", "body": {"prompt": "a"}}"#;
+    assert!(native_error(line).starts_with("the request has no custom_id;"));
+}
+
+#[test]
+fn deeply_nested_values_are_kept_as_ids_and_refused_elsewhere() {
+    let deep = format!("{}1{}", "[".repeat(200_000), "]".repeat(200_000));
+    assert_eq!(parse(format!(r#"{{"id": {deep}, "prompt": "a"}}"#)).unwrap().header.id(), deep);
+    for (field, says) in [
+        ("temperature", "temperature"),
+        ("prompt", "prompt"),
+        ("messages", "messages"),
+        ("n", "n is [[["),
+        ("whatever", "there is no field"),
+        ("body", "there is no field"),
+    ] {
+        let error = native_error(&format!(r#"{{"id": 1, "{field}": {deep}}}"#));
+        assert!(error.starts_with(says) || error.starts_with("give exactly one"), "{error}");
+        assert!(error.len() < 300, "an error repeats little of the line: {}", error.len());
+    }
+    let in_a_message = format!(r#"{{"id": 1, "messages": [{{"role": "user", "content": {deep}}}]}}"#);
+    assert!(native_error(&in_a_message).starts_with("messages can't be read: message 1"));
+}
+
+#[test]
+fn a_line_that_is_no_object_is_said_to_be_none() {
+    for (line, says) in [
+        (&b"{\"id\": 1, \"prompt"[..], "not valid JSON: EOF while parsing a string at column"),
+        (b"{\"id\": 1} x", "not valid JSON: trailing characters at column 11"),
+        (b"{'id': 1}", "not valid JSON: key must be a string"),
+        (b"{\"id\": NaN}", "not valid JSON: "),
+        (b"[1, 2]", "not a JSON object"),
+        (b"\"text\"", "not a JSON object"),
+        (b"7", "not a JSON object"),
+        (b"no json", "not valid JSON: expected"),
+        (b"{\"id\": 1, \"prompt\": \"\xFF\"}", "not valid UTF-8 at byte 22; save the file as UTF-8"),
+        (b"\xFF\xFE{\x00", "not valid UTF-8 at byte 1"),
+        (b"\x1F\x8B\x08", "not valid UTF-8 at byte 2"),
+    ] {
+        let bad = parse(line).unwrap_err();
+        assert!(
+            bad.error.to_string().starts_with(says),
+            "{:?}: {}",
+            String::from_utf8_lossy(line),
+            bad.error
+        );
+        assert_eq!((bad.header.id(), bad.error.field()), ("null", None));
+    }
+}
+
+#[test]
+fn a_line_that_is_too_long_to_be_read_says_how_long_it_may_be() {
+    let mut out = Vec::new();
+    lines::write_bad(&mut out, &BadLine::too_long(64, &defaults()), ORIGIN);
+    let result: Value = serde_json::from_slice(&out).unwrap();
+    let says = "line 3: the line has more than 64 bytes; shorten it, or raise --max-line-bytes";
+    assert_eq!((&result["id"], &result["error"]), (&Value::Null, &json!(says)));
+    assert!(!lines::read_result(&out).unwrap().good);
+}
+
+#[test]
+fn byte_order_marks_line_ends_and_white_space_do_not_count() {
+    let line = r#"{"id": 1, "prompt": "a"}"#;
+    for line in [format!("\u{feff}{line}\n"), format!("{line}\r\n"), format!(" \t{line}  \n")] {
+        assert_eq!(parse(&line).unwrap().header.id(), "1", "{line:?}");
+    }
+    assert!(["", "\n", "\r\n", " \t\n", "\u{feff}\n"].iter().all(|line| lines::is_blank(line.as_bytes())));
+    assert!(!lines::is_blank(b"x\n"));
+}
+
+#[test]
+fn a_prompt_is_given_once_in_any_of_its_forms() {
+    let prompt = |fields: &str| parse(format!(r#"{{"id": 1, {fields}}}"#)).map(|line| line.request.prompt);
+    for (fields, expected) in [
+        (r#""prompt": "a""#, Prompt::Text("a".to_owned())),
+        (r#""prompt": ["a"]"#, Prompt::Text("a".to_owned())),
+        (r#""prompt": """#, Prompt::Text(String::new())),
+        (r#""prompt": [5, 6]"#, Prompt::Tokens(vec![5, 6])),
+        (r#""prompt": [[5, 6]]"#, Prompt::Tokens(vec![5, 6])),
+        (r#""prompt_token_ids": [5, 6], "prompt": null"#, Prompt::Tokens(vec![5, 6])),
+    ] {
+        assert_eq!(prompt(fields).unwrap(), expected, "{fields}");
+    }
+    for (fields, says) in [
+        (r#""max_tokens": 5"#, "give exactly one of prompt, prompt_token_ids and messages"),
+        (r#""prompt": "a", "prompt_token_ids": [1]"#, "give exactly one of"),
+        (r#""prompt": ["a", "b"]"#, "prompt is a list of 2 prompts; give each a line of its own"),
+        (r#""prompt": [[1], [2], [3]]"#, "prompt is a list of 3 prompts"),
+        (r#""prompt": 5"#, "prompt is 5; it must be a text or a list of token ids"),
+        (r#""prompt": [-1]"#, "prompt is [-1];"),
+        (r#""prompt": "\ud800""#, "prompt can't be read: "),
+        (r#""prompt_token_ids": [1.5]"#, "prompt_token_ids is [1.5]; it must be a list of token ids"),
+        (r#""prompt_token_ids": [4294967296]"#, "prompt_token_ids is [4294967296];"),
+        (r#""prompt_token_ids": "a""#, "prompt_token_ids is \"a\";"),
+        (r#""messages": []"#, "messages is []; it must be a list of messages, at least one"),
+        (r#""messages": "hi""#, "messages is \"hi\";"),
+        (r#""messages": [{"content": "hi"}]"#, "messages can't be read: message 1 is no message: "),
+        (
+            r#""messages": [{"role": "user", "content": "a"}, 5]"#,
+            "messages can't be read: message 2 is no message: ",
+        ),
+        (r#""prompt": "a", "tools": []"#, "tools goes with messages; give the prompt as messages"),
+        (r#""prompt": "a", "chat_template_kwargs": {}"#, "chat_template_kwargs goes with messages"),
+        (r#""prompt": "a", "add_special_tokens": false"#, "add_special_tokens is false; it may only be true"),
+    ] {
+        let error = prompt(fields).unwrap_err().error.to_string();
+        assert!(error.starts_with(says), "{fields}: {error}");
+    }
+}
+
+#[test]
+fn a_conversation_is_handed_on_with_all_that_its_template_may_know() {
+    let line = json!({
+        "id": 1,
+        "messages": [
+            {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}], "name": "x"},
+            {"role": "assistant", "content": null, "tool_calls": [{"id": "c", "function": {"name": "f"}}]},
+            {"role": "tool", "tool_call_id": "c", "content": "7"},
+        ],
+        "tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}],
+        "tool_choice": "auto",
+        "documents": [{"text": "d"}],
+        "chat_template_kwargs": {"enable_thinking": false},
+    });
+    let Prompt::Chat(chat) = parse(line.to_string()).unwrap().request.prompt else {
+        panic!("no conversation")
+    };
+    assert_eq!(serde_json::to_value(&chat.messages).unwrap(), line["messages"]);
+    assert_eq!(Value::from(chat.tools), line["tools"]);
+    assert_eq!(Value::from(chat.documents), line["documents"]);
+    assert_eq!(Value::from(chat.kwargs), line["chat_template_kwargs"]);
+    assert!(chat.add_generation_prompt && !chat.continue_final_message);
+
+    let flags = |fields: &str| {
+        let messages = r#"[{"role": "user", "content": "a"}, {"role": "assistant", "content": "Well,"}]"#;
+        let line = parse(format!(r#"{{"id": 1, "messages": {messages}, {fields}}}"#))?;
+        let Prompt::Chat(chat) = line.request.prompt else { panic!("no conversation") };
+        Ok::<_, BadLine>((chat.add_generation_prompt, chat.continue_final_message))
+    };
+    assert_eq!(
+        flags(r#""continue_final_message": true, "add_generation_prompt": false"#).unwrap(),
+        (false, true)
+    );
+    assert_eq!(flags(r#""continue_final_message": true"#).unwrap(), (false, true));
+    assert_eq!(flags(r#""add_generation_prompt": false"#).unwrap(), (false, false));
+    assert_eq!(flags(r#""tools": [], "tool_choice": "none""#).unwrap(), (true, false));
+    for (fields, says) in [
+        (
+            r#""continue_final_message": true, "add_generation_prompt": true"#,
+            "continue_final_message is true and",
+        ),
+        (r#""chat_template_kwargs": []"#, "chat_template_kwargs is []; it must be an object"),
+        (r#""tools": {}"#, "tools is {}; it must be a list of tools"),
+        (r#""tools": [{}], "tool_choice": "none""#, "tool_choice is \"none\"; it may only be \"auto\""),
+        (
+            r#""chat_template": "{{ x }}""#,
+            "chat_template is \"{{ x }}\"; the checkpoint's chat template is used",
+        ),
+    ] {
+        let error = flags(fields).unwrap_err().error.to_string();
+        assert!(error.starts_with(says), "{fields}: {error}");
+    }
+    let image =
+        r#"{"id": 1, "messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}"#;
+    let says = "messages can't be read: message 1 has a part of type \"image_url\"; only text is taken";
+    assert_eq!(native_error(image), says);
+}
+
+#[test]
+fn an_envelope_that_is_not_whole_is_a_bad_batch_line() {
+    for (line, says, param) in [
+        (r#"{"custom_id": "a"}"#, "the request has no url; it must be \"/v1/chat", "url"),
+        (
+            r#"{"custom_id": "a", "url": "/v1/embeddings", "body": {}}"#,
+            "url is \"/v1/embeddings\"; it must be",
+            "url",
+        ),
+        (
+            r#"{"custom_id": "a", "url": "/v1/completions"}"#,
+            "the request has no body; give the request there",
+            "body",
+        ),
+        (
+            r#"{"custom_id": "a", "url": "/v1/completions", "body": []}"#,
+            "body is []; it must be the fields",
+            "body",
+        ),
+        (
+            r#"{"custom_id": "a", "url": "/v1/completions", "method": "GET", "body": {}}"#,
+            "method is \"GET\"",
+            "method",
+        ),
+        (
+            r#"{"custom_id": "a", "url": "/v1/completions", "body": {"prompt": "a"}, "x": 1}"#,
+            "there is no field",
+            "x",
+        ),
+        (r#"{"custom_id": "a", "custom_id": "b", "url": "x"}"#, "custom_id is given twice", "custom_id"),
+    ] {
+        let bad = parse(line).unwrap_err();
+        assert!(bad.error.to_string().starts_with(says), "{line}: {}", bad.error);
+        let mut out = Vec::new();
+        lines::write_bad(&mut out, &bad, ORIGIN);
+        let result: Value = serde_json::from_slice(&out).unwrap();
+        assert_eq!(result["custom_id"], "a");
+        assert_eq!(result["error"], Value::Null);
+        assert_eq!(result["response"]["status_code"], 400);
+        assert_eq!(result["response"]["body"]["error"]["type"], "invalid_request_error");
+        assert_eq!(result["response"]["body"]["error"]["param"], param);
+        assert_eq!(lines::read_result(&out).unwrap(), lines::Outcome { origin: Some(ORIGIN), good: false });
+    }
+    for (url, body, says) in [
+        ("/v1/chat/completions", r#"{"prompt": "a"}"#, "give exactly one of messages, and no prompt"),
+        (
+            "/v1/completions",
+            r#"{"messages": [{"role": "user", "content": "a"}]}"#,
+            "give exactly one of prompt and",
+        ),
+    ] {
+        let line = format!(r#"{{"custom_id": "a", "url": "{url}", "body": {body}}}"#);
+        assert!(native_error(&line).starts_with(says), "{line}");
+    }
+}
+
+/// Three tokens: a word, half a character, and one that ends the output.
+fn completion() -> Completion {
+    let logprobs = |logprob: f32, top: &[(u32, f32)]| TokenLogprobs { logprob, top: top.to_vec() };
+    Completion {
+        token_ids: vec![10, 11, 12],
+        text: Some("né \u{fffd}".to_owned()),
+        finish_reason: FinishReason::Eos,
+        prompt_tokens: 5,
+        cached_tokens: 4,
+        max_tokens: 16,
+        logprobs: Some(vec![
+            logprobs(-0.5, &[(10, -0.5), (11, -1.5)]),
+            logprobs(-2.0, &[(10, -0.25), (13, f32::NEG_INFINITY)]),
+            logprobs(0.0, &[(12, 0.0), (11, -9.0)]),
+        ]),
+        warning: None,
+        error: None,
+    }
+}
+
+fn token_bytes(id: u32) -> Option<Vec<u8>> {
+    let bytes: &[u8] = match id {
+        10 => "né".as_bytes(),
+        11 => b" \xF0\x9F",
+        12 => b"<eos>",
+        _ => return None,
+    };
+    Some(bytes.to_vec())
+}
+
+fn result(line: &str, completion: &Completion) -> Value {
+    let mut out = Vec::new();
+    lines::write_result(&mut out, &parse(line).unwrap().header, ORIGIN, completion, &token_bytes);
+    assert_eq!(out.iter().position(|byte| *byte == b'\n'), Some(out.len() - 1), "one whole line");
+    assert!(out.starts_with(b"{\"id\":"));
+    serde_json::from_slice(&out).unwrap()
+}
+
+const CHAT: &str = r#"{"custom_id": "a", "method": "POST", "url": "/v1/chat/completions",
+    "body": {"model": "Qwen3-0.6B", "messages": [{"role": "user", "content": "hi"}]}}"#;
+const TEXT: &str =
+    r#"{"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": {"prompt": "hi"}}"#;
+
+#[test]
+fn a_chat_completion_is_openais() {
+    let mut result = result(CHAT, &completion());
+    let created = result["response"]["body"]["created"].take();
+    assert!(created.as_u64().is_some_and(|seconds| seconds > 1_700_000_000), "{created}");
+    let name = "3-000000000000009f";
+    let half = json!({"token": " \\xf0\\x9f", "bytes": [32, 240, 159], "logprob": -1.5});
+    let word = json!({"token": "né", "bytes": [110, 195, 169], "logprob": -0.5});
+    let entry = |token: &Value, logprob: f64, top: Value| {
+        let mut entry = token.clone();
+        entry["logprob"] = logprob.into();
+        entry["top_logprobs"] = top;
+        entry
+    };
+    let eos = json!({"token": "<eos>", "bytes": [60, 101, 111, 115, 62], "logprob": 0.0});
+    let unknown = json!({"token": "token_id:13", "bytes": null, "logprob": -9999.0});
+    let with = |token: &Value, logprob: f64| {
+        let mut token = token.clone();
+        token["logprob"] = logprob.into();
+        token
+    };
+    let content = json!([
+        entry(&word, -0.5, json!([word, half])),
+        entry(&half, -2.0, json!([with(&word, -0.25), unknown])),
+        entry(&eos, 0.0, json!([eos, with(&half, -9.0)])),
+    ]);
+    let expected = json!({
+        "id": format!("batch_req_{name}"),
+        "custom_id": "a",
+        "response": {"status_code": 200, "request_id": format!("req_{name}"), "body": {
+            "id": format!("chatcmpl-{name}"),
+            "object": "chat.completion",
+            "created": null,
+            "model": "Qwen3-0.6B",
+            "choices": [{
+                "index": 0,
+                "message": {"role": "assistant", "content": "né \u{fffd}", "refusal": null},
+                "logprobs": {"content": content, "refusal": null},
+                "finish_reason": "stop",
+            }],
+            "usage": {"prompt_tokens": 5, "completion_tokens": 3, "total_tokens": 8,
+                "prompt_tokens_details": {"cached_tokens": 4}},
+        }},
+        "error": null,
+    });
+    assert_eq!(result, expected);
+}
+
+#[test]
+fn a_text_completion_is_openais() {
+    let body = &result(TEXT, &completion())["response"]["body"];
+    assert_eq!((&body["object"], &body["model"]), (&json!("text_completion"), &json!("Qwen/Qwen3-0.6B")));
+    let expected = json!({
+        "index": 0,
+        "text": "né \u{fffd}",
+        "logprobs": {
+            "tokens": ["né", "bytes: \\xf0\\x9f", "<eos>"],
+            "token_logprobs": [-0.5, -2.0, 0.0],
+            "top_logprobs": [
+                {"né": -0.5, "bytes: \\xf0\\x9f": -1.5},
+                {"né": -0.25, "bytes: \\xf0\\x9f": -2.0, "token_id:13": -9999.0},
+                {"<eos>": 0.0, "bytes: \\xf0\\x9f": -9.0},
+            ],
+            "text_offset": [0, 2, 4],
+        },
+        "finish_reason": "stop",
+    });
+    assert_eq!(body["choices"], json!([expected]));
+}
+
+#[test]
+fn log_probabilities_that_nobody_asked_for_are_null() {
+    let none = Completion { logprobs: None, ..completion() };
+    for line in [CHAT, TEXT] {
+        assert_eq!(result(line, &none)["response"]["body"]["choices"][0]["logprobs"], Value::Null);
+    }
+    let mut without_alternatives = completion();
+    without_alternatives.logprobs.as_mut().unwrap().iter_mut().for_each(|entry| entry.top.clear());
+    let chat = &result(CHAT, &without_alternatives)["response"]["body"]["choices"][0]["logprobs"];
+    assert_eq!(chat["content"][1]["top_logprobs"], json!([]));
+    let text = &result(TEXT, &without_alternatives)["response"]["body"]["choices"][0]["logprobs"];
+    assert_eq!(text["top_logprobs"], Value::Null);
+    assert_eq!(text["token_logprobs"], json!([-0.5, -2.0, 0.0]));
+}
+
+#[test]
+fn reasons_to_end_are_openais() {
+    for (finish_reason, word) in
+        [(FinishReason::Eos, "stop"), (FinishReason::Stop, "stop"), (FinishReason::Length, "length")]
+    {
+        let completion = Completion { finish_reason, ..completion() };
+        for line in [CHAT, TEXT] {
+            assert_eq!(result(line, &completion)["response"]["body"]["choices"][0]["finish_reason"], word);
+        }
+    }
+}
+
+#[test]
+fn a_request_that_the_engine_refuses_is_answered_with_status_400() {
+    let completion = Completion {
+        finish_reason: FinishReason::Rejected,
+        error: Some(RequestError::NoChatTemplate),
+        ..completion()
+    };
+    let refused = result(CHAT, &completion);
+    assert_eq!(refused["error"], Value::Null);
+    assert_eq!(refused["response"]["status_code"], 400);
+    let error = &refused["response"]["body"]["error"];
+    assert!(error["message"].as_str().unwrap().contains("chat template"), "{error}");
+    assert_eq!(error["type"], "invalid_request_error");
+
+    let native = result(r#"{"id": 7, "prompt": "a"}"#, &completion);
+    assert_eq!((&native["id"], &native["line"]), (&json!(7), &json!(3)));
+    assert!(native["error"].as_str().unwrap().starts_with("line 3: chat messages need"), "{native}");
+}
+
+#[test]
+fn what_stops_a_request_from_outside_is_an_error_beside_the_response() {
+    let mut out = Vec::new();
+    lines::write_failure(&mut out, &parse(CHAT).unwrap().header, ORIGIN, "the engine failed");
+    let result: Value = serde_json::from_slice(&out).unwrap();
+    assert_eq!(result["response"], Value::Null);
+    assert_eq!(result["error"]["message"], "the engine failed");
+    assert!(!lines::read_result(&out).unwrap().good);
+}
+
+#[test]
+fn a_result_says_which_line_it_is_of_and_whether_it_is_good() {
+    let good = completion();
+    let rejected = Completion { error: Some(RequestError::EmptyStop), ..completion() };
+    let native = r#"{"id": "batch_req_5-00000000000000ff", "prompt": "a"}"#;
+    for line in [native, CHAT, TEXT] {
+        for (completion, is_good) in [(&good, true), (&rejected, false)] {
+            let result = result(line, completion).to_string();
+            let outcome = lines::read_result(result.as_bytes()).unwrap();
+            assert_eq!(outcome, lines::Outcome { origin: Some(ORIGIN), good: is_good }, "{result}");
+        }
+    }
+    // As written before results said where they came from.
+    let old = lines::read_result(br#"{"id":7,"token_ids":[1],"text":"a","finish_reason":"length"}"#).unwrap();
+    assert_eq!(old, lines::Outcome { origin: None, good: true });
+    for nothing in ["my notes", "{}", r#"{"id": 7}"#, r#"{"id": 7, "prompt": "a"}"#, "7", "[]", ""] {
+        assert_eq!(lines::read_result(nothing.as_bytes()), None, "{nothing}");
+    }
+}
+
+/// A line with everything in it, to be damaged.
+const FULL: &str = concat!(
+    r#"{"custom_id": "r\u00e9-1", "method": "POST", "url": "/v1/chat/completions", "body": {"model": "Qwen3-0.6B", "#,
+    r#""messages": [{"role": "user", "content": [{"type": "text", "text": "a\ud83e\udd80"}]}], "tools": [{"a": 1e3}], "#,
+    r#""max_tokens": 2.0, "top_k": -1, "seed": 18446744073709551615, "stop": ["x", "y"], "logprobs": true, "#,
+    r#""top_logprobs": 3, "n": 1, "logit_bias": {}, "chat_template_kwargs": {"enable_thinking": false}}}"#
+);
+
+/// Whatever a line is, it runs or gets one error line that can be read back.
+fn is_taken_or_refused(line: &[u8]) {
+    let Err(bad) = parse(line) else { return };
+    assert!(bad.error.to_string().len() < 1000 + line.len());
+    let mut out = Vec::new();
+    lines::write_bad(&mut out, &bad, ORIGIN);
+    assert!(out.starts_with(b"{\"id\":") && out.ends_with(b"\n"));
+    assert!(out.iter().filter(|byte| **byte == b'\n').count() == 1);
+    let outcome = lines::read_result(&out).expect("an error line is a result line");
+    assert_eq!(outcome, lines::Outcome { origin: Some(ORIGIN), good: false });
+}
+
+#[test]
+fn every_beginning_of_a_line_is_taken_or_refused() {
+    assert!(parse(FULL).is_ok());
+    for end in 0..FULL.len() {
+        is_taken_or_refused(&FULL.as_bytes()[..end]);
+    }
+}
+
+proptest! {
+    #[test]
+    fn arbitrary_bytes_are_taken_or_refused(line in prop::collection::vec(any::<u8>(), 0..200)) {
+        is_taken_or_refused(&line);
+        lines::read_result(&line);
+    }
+
+    #[test]
+    fn a_damaged_line_is_taken_or_refused(
+        damage in prop::collection::vec((0..FULL.len(), prop::sample::select(&b"\"{}[]:,\\u0e-.\x00\xFFn1 \n"[..])), 1..6)
+    ) {
+        let mut line = FULL.as_bytes().to_vec();
+        for (at, byte) in damage {
+            line[at] = byte;
+        }
+        is_taken_or_refused(&line);
+    }
+
+    #[test]
+    fn parts_of_json_in_any_order_are_taken_or_refused(
+        parts in prop::collection::vec(prop::sample::select(&[
+            "{", "}", "[", "]", ":", ",", "\"id\"", "\"custom_id\"", "\"url\"", "\"body\"", "\"messages\"", "\"role\"",
+            "\"prompt\"", "\"seed\"", "\"/v1/completions\"", "1e999", "-1", "null", "true", "\"\\ud800\"", "1.5",
+        ][..]), 0..30)
+    ) {
+        is_taken_or_refused(parts.concat().as_bytes());
+    }
+}

@@ -1,0 +1,176 @@
+//! Batch lines in, Batch lines out: run as a user runs them, read as a user of the `openai` Python package reads them.
+
+mod common;
+
+use std::fs;
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+use common::Scratch;
+use serde_json::{Value, json};
+
+fn generate(scratch: &Scratch, flags: &[&str]) -> Output {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_generate"));
+    command.arg("--model").arg(scratch.path());
+    command.arg("--input").arg(scratch.join("in.jsonl")).arg("--output").arg(scratch.join("out.jsonl"));
+    command.args(["--backend", "cpu", "--max-running", "8", "--max-seq-len", "256", "--num-pages", "64"]);
+    command.args(flags).output().unwrap()
+}
+
+fn chat(custom_id: &str, fields: Value) -> Value {
+    let mut body = json!({"messages": [{"role": "user", "content": "Hi, wörld 🦀"}], "max_tokens": 8});
+    merge(&mut body, fields);
+    json!({"custom_id": custom_id, "method": "POST", "url": "/v1/chat/completions", "body": body})
+}
+
+fn text(custom_id: &str, fields: Value) -> Value {
+    let mut body = json!({"prompt": "Once upon", "max_tokens": 8});
+    merge(&mut body, fields);
+    json!({"custom_id": custom_id, "method": "POST", "url": "/v1/completions", "body": body})
+}
+
+fn merge(body: &mut Value, fields: Value) {
+    for (name, value) in fields.as_object().unwrap() {
+        body[name] = value.clone();
+    }
+}
+
+/// Requests of every kind, answered and refused.
+fn requests() -> Vec<Value> {
+    let drawn = json!({"temperature": 1.5, "seed": 5, "ignore_eos": true, "max_tokens": 40});
+    let mut chat_with_bytes = drawn.clone();
+    merge(&mut chat_with_bytes, json!({"logprobs": true, "top_logprobs": 5}));
+    let mut text_with_bytes = drawn.clone();
+    merge(&mut text_with_bytes, json!({"logprobs": 3}));
+    let messages = json!([
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Hi"},
+    ]);
+    vec![
+        chat("plain", json!({})),
+        chat("drawn", drawn),
+        chat("logprobs", chat_with_bytes),
+        chat("no alternatives", json!({"logprobs": true})),
+        chat("messages", json!({"messages": messages, "max_completion_tokens": 4, "max_tokens": null})),
+        chat(
+            "exported",
+            json!({"n": 1, "presence_penalty": 0, "user": "u", "metadata": {"a": "b"}, "store": true}),
+        ),
+        text("text", json!({})),
+        text("text logprobs", text_with_bytes),
+        text("ids", json!({"prompt": [5, 6, 7], "logprobs": 0})),
+        text("stop", json!({"stop": ["e", "a", "o"], "max_tokens": 30})),
+        chat("two", json!({"n": 2})),
+        chat("misspelt", json!({"max_token": 2})),
+        chat("model", json!({"model": "gpt-4o"})),
+        chat("too hot", json!({"temperature": -1})),
+        chat(
+            "role",
+            json!({"messages": [{"role": "user", "content": "a"}, {"role": "elf", "content": "b"}]}),
+        ),
+        text("too long", json!({"prompt": vec![5; 300]})),
+        text("no prompt", json!({"prompt": null})),
+    ]
+}
+
+const REFUSED: usize = 7;
+
+#[test]
+fn batch_lines_are_answered_as_the_openai_package_expects() {
+    let scratch = Scratch::with_text();
+    let input: String = requests().iter().map(|request| format!("{request}\n")).collect();
+    let input = scratch.write("in.jsonl", input);
+    let output = generate(&scratch, &[]);
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{stderr}");
+    assert!(stderr.contains(&format!("{REFUSED} failed")), "{stderr}");
+
+    let Some(python) = python_with_openai() else { return };
+    let check = Command::new(python)
+        .arg("tests/openai/check.py")
+        .args([input, scratch.join("out.jsonl")])
+        .env_remove("PYTHONPATH")
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&check.stdout);
+    let (answers, stderr) = (requests().len() - REFUSED, String::from_utf8_lossy(&check.stderr));
+    assert!(check.status.success(), "{said}{stderr}");
+    assert!(said.starts_with(&format!("{answers} answers and {REFUSED} refusals")), "{said}");
+}
+
+/// A Python that has the package, installed for this checkout alone. `None` where PyPI can't be reached: a developer's
+/// machine may be without a network, CI may not.
+fn python_with_openai() -> Option<PathBuf> {
+    let requirements = "tests/openai/requirements.txt";
+    let pinned = fs::read_to_string(requirements).unwrap();
+    let folder = Path::new("target/openai");
+    let (python, installed) = (folder.join("bin/python"), folder.join("installed.txt"));
+    if fs::read_to_string(&installed).is_ok_and(|installed| installed == pinned) {
+        return Some(python);
+    }
+    let mut venv = Command::new("python3");
+    venv.args(["-m", "venv", "--clear"]).arg(folder);
+    let mut pip = Command::new(&python);
+    pip.args([
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--disable-pip-version-check",
+        "--requirement",
+        requirements,
+    ]);
+    for mut command in [venv, pip] {
+        let why = match command.output() {
+            Ok(output) if output.status.success() => continue,
+            Ok(output) => String::from_utf8_lossy(&output.stderr).into_owned(),
+            Err(error) => error.to_string(),
+        };
+        assert!(std::env::var_os("CI").is_none(), "the openai package can't be installed: {why}");
+        // Not by the macro, whose output a test keeps to itself when it passes.
+        let _ = writeln!(io::stderr(), "skipped: the openai package can't be installed: {why}");
+        return None;
+    }
+    fs::write(installed, pinned).unwrap();
+    Some(python)
+}
+
+#[test]
+fn a_file_may_hold_lines_of_both_formats_and_each_is_answered_in_its_own() {
+    let scratch = Scratch::with_text();
+    let lines = [
+        json!({"id": 1, "prompt": "Once", "max_tokens": 2}).to_string(),
+        chat("a", json!({"max_tokens": 2})).to_string(),
+        "no json".to_owned(),
+    ];
+    scratch.write("in.jsonl", lines.join("\n"));
+    let output = generate(&scratch, &[]);
+    assert_eq!(output.status.code(), Some(1));
+    let out = fs::read_to_string(scratch.join("out.jsonl")).unwrap();
+    let results: Vec<Value> = out.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    assert_eq!(results.len(), 3);
+    let native = results.iter().find(|result| result["id"] == 1).unwrap();
+    assert_eq!(native["token_ids"].as_array().unwrap().len(), 2);
+    let batch = results.iter().find(|result| result["custom_id"] == "a").unwrap();
+    assert_eq!(batch["response"]["body"]["usage"]["completion_tokens"], 2);
+    let bad = results.iter().find(|result| result["line"] == 3).unwrap();
+    assert!(bad["error"].as_str().unwrap().starts_with("line 3: not valid JSON"), "{bad}");
+}
+
+#[test]
+fn both_formats_draw_the_same_tokens() {
+    let scratch = Scratch::with_text();
+    let sampling = json!({"temperature": 0.9, "seed": 3, "max_tokens": 12, "ignore_eos": true});
+    let mut native = json!({"id": 1, "prompt": "Once upon"});
+    merge(&mut native, sampling.clone());
+    scratch.write("in.jsonl", format!("{native}\n{}\n", text("a", sampling)));
+    let output = generate(&scratch, &[]);
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let out = fs::read_to_string(scratch.join("out.jsonl")).unwrap();
+    let results: Vec<Value> = out.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let native = results.iter().find(|result| result["id"] == 1).unwrap();
+    let batch = results.iter().find(|result| result["custom_id"] == "a").unwrap();
+    assert_eq!(batch["response"]["body"]["choices"][0]["text"], native["text"]);
+    assert_eq!(batch["response"]["body"]["choices"][0]["finish_reason"], "length");
+}
