@@ -16,7 +16,8 @@ use super::body::{self, Prompts};
 use super::error::{LineError, shown};
 use super::fields::{Fields, read};
 use super::logprobs::{ChatLogprobs, TextLogprobs};
-use super::{BadLine, Defaults, Format, Header, Origin, RequestLine, append};
+use super::{BadLine, Format, Header, ModelName, Origin, RequestLine, append};
+use crate::SamplingParams;
 use crate::request::{Completion, FinishReason, GenerateRequest};
 
 /// Is it an envelope, whole or not?
@@ -24,18 +25,19 @@ pub fn is_batch(fields: &Fields<'_>) -> bool {
     fields.has("custom_id") || fields.has("url") && fields.has("body")
 }
 
-/// Reads a request.
+/// Reads a request; what it leaves out is as in `sampling`.
 ///
 /// # Errors
 /// What is wrong with it.
 pub fn parse(
     mut fields: Fields<'_>,
     mut header: Header,
-    defaults: &Defaults,
+    sampling: &SamplingParams,
+    model: &ModelName,
 ) -> Result<RequestLine, BadLine> {
     header.format = Format::Chat;
     header.id = fields.raw("custom_id").map(RawValue::to_owned);
-    match request(fields, &mut header, defaults) {
+    match request(fields, &mut header, sampling, model) {
         Ok(request) => Ok(RequestLine { header, request }),
         Err(error) => Err(BadLine { header, error }),
     }
@@ -44,32 +46,35 @@ pub fn parse(
 fn request(
     mut fields: Fields<'_>,
     header: &mut Header,
-    defaults: &Defaults,
+    sampling: &SamplingParams,
+    model: &ModelName,
 ) -> Result<GenerateRequest, LineError> {
     fields.check_once()?;
     if header.id.is_none() {
         return Err(LineError::NoId { field: "custom_id" });
     }
-    match fields.text("method")? {
-        Some(method) if method != "POST" => {
-            let value = shown(&format!("{method:?}"));
-            return Err(LineError::Unsupported {
-                field: "method",
-                value,
-                fix: "it must be \"POST\"".to_owned(),
-            });
-        }
-        _ => {}
-    }
+    method(&mut fields)?;
     let prompts = url(&mut fields)?;
     header.format = if prompts == Prompts::Text { Format::Text } else { Format::Chat };
-    let expected = "the fields of a request, as an object";
     let missing = LineError::Missing { field: "body", fix: "give the request there, as an object" };
     let body = fields.raw("body").ok_or(missing)?;
     fields.finish(|field| LineError::Unknown { field })?;
-    let mut body: Fields<'_> = read("body", body, expected)?;
-    model(&mut body, header, defaults)?;
-    body::request(body, prompts, &defaults.sampling)
+    let body: Fields<'_> = read("body", body, "the fields of a request, as an object")?;
+    let (request, asked) = body::request(body, prompts, sampling, model)?;
+    if let Some(name) = asked {
+        header.model = name;
+    }
+    Ok(request)
+}
+
+fn method(fields: &mut Fields<'_>) -> Result<(), LineError> {
+    match fields.text("method")? {
+        Some(method) if method != "POST" => {
+            let value = shown(&format!("{method:?}"));
+            Err(LineError::Unsupported { field: "method", value, fix: "it must be \"POST\"".to_owned() })
+        }
+        _ => Ok(()),
+    }
 }
 
 fn url(fields: &mut Fields<'_>) -> Result<Prompts, LineError> {
@@ -83,24 +88,6 @@ fn url(fields: &mut Fields<'_>) -> Result<Prompts, LineError> {
         }
         None => Err(LineError::Missing { field: "url", fix: FIX }),
     }
-}
-
-/// Takes `model`, which must be the one that runs.
-///
-/// # Errors
-/// Another one.
-pub fn model(fields: &mut Fields<'_>, header: &mut Header, defaults: &Defaults) -> Result<(), LineError> {
-    let Some(asked) = fields.text("model")? else { return Ok(()) };
-    match defaults.model.find(&asked) {
-        Some(name) => header.model = name.clone(),
-        None => {
-            return Err(LineError::Model {
-                asked: shown(&asked),
-                loaded: defaults.model.first().to_string(),
-            });
-        }
-    }
-    Ok(())
 }
 
 /// The envelope of an answer.

@@ -4,14 +4,18 @@
 //!   prompt | prompt_token_ids | messages, tools, …      ──> Prompt
 //!   max_tokens, temperature, top_k, …, seed, logprobs   ──> SamplingParams     else as Defaults say
 //!   stop                                                ──> stop texts
+//!   model                                               ──> must be the one that runs
 //!   the rest                                            ──> taken where it changes nothing, else an error
 //! ```
 //!
 //! A field that is not known is an error, not ignored: a misspelt `max_token` should not cost a night's run.
 
+use std::sync::Arc;
+
 use serde::Deserialize;
 use serde_json::value::RawValue;
 
+use super::ModelName;
 use super::error::{LineError, shown};
 use super::fields::{Fields, Whole, cause, read, wrong};
 use super::rest::check_rest;
@@ -29,7 +33,7 @@ pub enum Prompts {
     Text,
 }
 
-/// Reads a request out of a body; sampling that it leaves out is as in `default`.
+/// Reads a request out of a body, and the name by which it calls `model`; sampling that it leaves out is as in `default`.
 ///
 /// # Errors
 /// The first field that is wrong.
@@ -37,13 +41,24 @@ pub fn request(
     mut fields: Fields<'_>,
     prompts: Prompts,
     default: &SamplingParams,
-) -> Result<GenerateRequest, LineError> {
+    model: &ModelName,
+) -> Result<(GenerateRequest, Option<Arc<str>>), LineError> {
     fields.check_once()?;
+    let name = name_of(model, &mut fields)?;
     let sampling = sampling(&mut fields, default)?;
     let stop = stop(&mut fields)?;
     let prompt = prompt(&mut fields, prompts)?;
     check_rest(fields, &prompt)?;
-    Ok(GenerateRequest { prompt, sampling, stop })
+    Ok((GenerateRequest { prompt, sampling, stop }, name))
+}
+
+/// `model` must be the one that runs.
+fn name_of(model: &ModelName, fields: &mut Fields<'_>) -> Result<Option<Arc<str>>, LineError> {
+    let Some(asked) = fields.text("model")? else { return Ok(None) };
+    match model.find(&asked) {
+        Some(name) => Ok(Some(name.clone())),
+        None => Err(LineError::Model { asked: shown(&asked), loaded: model.first().to_string() }),
+    }
 }
 
 fn sampling(fields: &mut Fields<'_>, default: &SamplingParams) -> Result<SamplingParams, LineError> {

@@ -126,10 +126,10 @@ pub fn parse(line: &[u8], number: u64, defaults: &Defaults) -> Result<RequestLin
         Err(error) => return Err(BadLine { header, error }),
     };
     let seed = defaults.sampling.seed.wrapping_add(number);
-    let defaults = Defaults { sampling: SamplingParams { seed, ..defaults.sampling }, ..defaults.clone() };
+    let sampling = SamplingParams { seed, ..defaults.sampling };
     match batch::is_batch(&fields) {
-        true => batch::parse(fields, header, &defaults),
-        false => native::parse(fields, header, &defaults),
+        true => batch::parse(fields, header, &sampling, &defaults.model),
+        false => native::parse(fields, header, &sampling, &defaults.model),
     }
 }
 

@@ -6,27 +6,30 @@ use serde_json::value::RawValue;
 use super::body::{self, Prompts};
 use super::error::LineError;
 use super::fields::Fields;
-use super::{BadLine, Defaults, Format, Header, Origin, RequestLine, append};
+use super::{BadLine, Header, ModelName, Origin, RequestLine, append};
+use crate::SamplingParams;
 use crate::request::{Completion, FinishReason, TokenLogprobs};
 
-/// Reads a request.
+/// Reads a request; what it leaves out is as in `sampling`.
 ///
 /// # Errors
 /// What is wrong with it.
 pub fn parse(
     mut fields: Fields<'_>,
     mut header: Header,
-    defaults: &Defaults,
+    sampling: &SamplingParams,
+    model: &ModelName,
 ) -> Result<RequestLine, BadLine> {
-    header.format = Format::Native;
     header.id = fields.raw("id").map(RawValue::to_owned);
     let request = match &header.id {
         None => Err(LineError::NoId { field: "id" }),
-        Some(_) => super::batch::model(&mut fields, &mut header, defaults)
-            .and_then(|()| body::request(fields, Prompts::Any, &defaults.sampling)),
+        Some(_) => body::request(fields, Prompts::Any, sampling, model),
     };
     match request {
-        Ok(request) => Ok(RequestLine { header, request }),
+        Ok((request, asked)) => {
+            header.model = asked.unwrap_or(header.model);
+            Ok(RequestLine { header, request })
+        }
         Err(error) => Err(BadLine { header, error }),
     }
 }
