@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use indicatif::{ProgressBar, ProgressStyle};
-use minisgl::bench::{self, Plan};
+use minisgl::bench::{self, Plan, Requests};
 use minisgl::workload::{Lengths, Source, Workload};
 use minisgl::{BackendChoice, Cause, Llm, Options, SamplingParams, with_shared_flags};
 
@@ -16,22 +16,25 @@ with_shared_flags! {
         /// of the random prompts and lengths; request i draws its tokens with seed + i (default 0)
         #[argh(option, default = "0")]
         seed: u64,
-        /// requests (default 256)
-        #[argh(option, default = "256")]
-        n: usize,
+        /// requests (default 256; of a file all)
+        #[argh(option)]
+        n: Option<usize>,
         /// checkpoint directory, or a preset with dummy weights: tiny, qwen3-0.6b, -1.7b, -4b, -8b, -14b (default:
         /// qwen3-0.6b on a GPU, tiny on the CPU)
         #[argh(option)]
         model: Option<String>,
         /// random numbers: pcg (default), or minisgl, those of mini-sglang's benchmark
-        #[argh(option, default = "Source::Pcg")]
-        workload: Source,
+        #[argh(option)]
+        workload: Option<Source>,
         /// prompt lengths, both ends included (default 100..1024)
-        #[argh(option, default = "Lengths::BENCHMARK")]
-        input_len: Lengths,
+        #[argh(option)]
+        input_len: Option<Lengths>,
         /// output lengths, both ends included (default 100..1024)
-        #[argh(option, default = "Lengths::BENCHMARK")]
-        output_len: Lengths,
+        #[argh(option)]
+        output_len: Option<Lengths>,
+        /// run the requests of this file instead of random ones: request lines as generate takes them, or ShareGPT JSON
+        #[argh(option)]
+        requests: Option<PathBuf>,
         /// timed runs, each with an empty prefix cache (default 1)
         #[argh(option, default = "1")]
         runs: usize,
@@ -86,19 +89,13 @@ fn offline_bench(flags: &Flags) -> Result<bool, Cause> {
 
 impl Flags {
     fn plan(&self) -> Result<Plan, Cause> {
-        if self.n == 0 || self.runs == 0 {
+        if self.n == Some(0) || self.runs == 0 {
             return Err("--n and --runs must be at least 1".into());
         }
         let sampling = self.sampling(SamplingParams { temperature: 0.6, ..SamplingParams::default() });
         sampling.check()?;
         Ok(Plan {
-            workload: Workload {
-                source: self.workload,
-                seed: self.seed,
-                requests: self.n,
-                input: self.input_len.clone(),
-                output: self.output_len.clone(),
-            },
+            requests: self.requests()?,
             sampling,
             runs: self.runs,
             warm_up: self.warmup,
@@ -110,11 +107,35 @@ impl Flags {
         })
     }
 
-    /// Sequences need be no longer than the workload's longest.
+    fn requests(&self) -> Result<Requests, Cause> {
+        let Some(path) = self.requests.clone() else {
+            return Ok(Requests::Drawn(Workload {
+                source: self.workload.unwrap_or_default(),
+                seed: self.seed,
+                requests: self.n.unwrap_or(256),
+                input: lengths(&self.input_len),
+                output: lengths(&self.output_len),
+            }));
+        };
+        let drawn = [
+            ("--workload", self.workload.is_some()),
+            ("--input-len", self.input_len.is_some()),
+            ("--output-len", self.output_len.is_some()),
+        ];
+        match drawn.into_iter().find(|(_, given)| *given) {
+            Some((flag, _)) => {
+                Err(format!("{flag} is of random requests; leave it or --requests out").into())
+            }
+            None => Ok(Requests::File { path, most: self.n, seed: self.seed }),
+        }
+    }
+
+    /// Sequences need be no longer than the longest random request.
     fn options(&self) -> Options {
-        let longest = self.input_len.longest().saturating_add(self.output_len.longest());
+        let longest = lengths(&self.input_len).longest().saturating_add(lengths(&self.output_len).longest());
         let options = self.engine_options();
-        Options { max_seq_len: options.max_seq_len.or(Some(longest)), ..options }
+        let drawn = self.requests.is_none();
+        Options { max_seq_len: options.max_seq_len.or(drawn.then_some(longest)), ..options }
     }
 
     fn model(&self, out: &mut dyn Write) -> Result<String, Cause> {
@@ -132,6 +153,10 @@ impl Flags {
         writeln!(out, "No --model, and no GPU to run on: the preset `tiny` on the CPU.")?;
         Ok("tiny".to_owned())
     }
+}
+
+fn lengths(given: &Option<Lengths>) -> Lengths {
+    given.clone().unwrap_or(Lengths::BENCHMARK)
 }
 
 fn positive(flag: &str, value: Option<f64>) -> Result<Option<f64>, Cause> {

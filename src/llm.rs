@@ -24,7 +24,7 @@ use crate::gauge::{Ceilings, DeviceState, Gauge};
 use crate::info::Info;
 use crate::memory::Room;
 use crate::options::{BackendChoice, KernelChoice, Options};
-use crate::request::{ChatPrompt, Completion, Flow, GenerateRequest, RequestError, StreamEvent};
+use crate::request::{ChatPrompt, Completion, Flow, GenerateRequest, Prompt, RequestError, StreamEvent};
 use crate::run::Run;
 use crate::runner::Runner;
 use crate::tokenizer::Text;
@@ -130,7 +130,15 @@ impl Llm {
     /// # Errors
     /// No tokenizer, or one that refuses the text.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>, RequestError> {
-        self.text.encode(crate::Prompt::Text(text.to_owned()))
+        self.encode_prompt(Prompt::Text(text.to_owned()))
+    }
+
+    /// The token ids of any prompt.
+    ///
+    /// # Errors
+    /// A text or a conversation that the checkpoint has no files for, or that they refuse.
+    pub fn encode_prompt(&self, prompt: Prompt) -> Result<Vec<u32>, RequestError> {
+        self.text.encode(prompt)
     }
 
     /// The text of tokens, special ones left out; `None` without a tokenizer.

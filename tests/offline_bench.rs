@@ -1,9 +1,13 @@
 //! `offline-bench` as a user runs it, on the tiny preset.
 
+mod common;
+
+use std::fs;
 use std::path::PathBuf;
 use std::process::{Command, Output};
 
-use serde_json::Value;
+use common::Scratch;
+use serde_json::{Value, json};
 
 /// Runs the binary on a small workload, unless `flags` say otherwise.
 fn bench(flags: &[&str]) -> Output {
@@ -174,4 +178,88 @@ fn bad_flags_are_refused_with_what_to_do() {
         assert!(error.contains(expected), "{flags:?}: {error}");
         assert!(!error.contains("panicked"), "{flags:?}: {error}");
     }
+}
+
+/// Runs the binary on a file of requests, with a checkpoint that has a tokenizer.
+fn bench_file(scratch: &Scratch, flags: &[&str]) -> Output {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_offline-bench"));
+    command
+        .args(["--backend", "cpu", "--num-pages", "64", "--max-running", "8"])
+        .arg("--model")
+        .arg(scratch.path());
+    command.arg("--requests").arg(scratch.join("requests")).args(flags).output().unwrap()
+}
+
+const REQUEST_LINES: &str = r#"
+{"id": 1, "prompt": "Once upon", "max_tokens": 5, "ignore_eos": true}
+{"id": 2, "prompt_token_ids": [7, 8, 9], "max_tokens": 4, "ignore_eos": true, "temperature": 0}
+{"custom_id": "a", "url": "/v1/chat/completions", "body": {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 3, "ignore_eos": true}}
+"#;
+
+#[test]
+fn a_files_request_lines_are_measured_in_either_format() {
+    let scratch = Scratch::with_text();
+    scratch.write("requests", REQUEST_LINES);
+    let json = scratch.join("report.json");
+    let text = stdout(&bench_file(&scratch, &["--verify", "3", "--json", json.to_str().unwrap()]));
+    assert!(text.contains("Verified: 3 requests alone give the same tokens"), "{text}");
+    assert!(text.contains("at most 12 output tokens") && text.contains("Total: 12tok"), "{text}");
+    let report = read_json(&json);
+    let workload = &report["workload"];
+    assert_eq!((workload["requests"].as_u64(), workload["output_tokens"].as_u64()), (Some(3), Some(12)));
+    assert_eq!(workload["source"], scratch.join("requests").display().to_string());
+
+    let text = stdout(&bench_file(&scratch, &["--n", "2"]));
+    assert!(text.contains("2 requests (") && text.contains("Total: 9tok"), "{text}");
+}
+
+#[test]
+fn a_sharegpt_file_gives_prompts_and_the_lengths_of_their_answers() {
+    let scratch = Scratch::with_text();
+    let turn = |from: &str, value: &str| json!({"from": from, "value": value});
+    let conversations = json!([
+        {"id": "x", "conversations": [turn("human", "Once upon"), turn("gpt", "Hi"), turn("human", "And?")]},
+        {"id": "unanswered", "conversations": [turn("human", "Hello?")]},
+        {"id": "empty", "conversations": []},
+        {"id": "y", "conversations": [turn("human", "a"), turn("gpt", "Größe: 🦀")]},
+    ]);
+    scratch.write("requests", format!("\u{feff}\n {conversations}\n"));
+    let tokenizer = tokenizers::Tokenizer::from_file("tests/fixtures/text/tokenizer.json").unwrap();
+    let count = |text: &str| tokenizer.encode(text, true).unwrap().len();
+    let (prompts, answers) = (count("Once upon") + count("a"), count("Hi") + count("Größe: 🦀"));
+    let text = stdout(&bench_file(&scratch, &["--runs", "2"]));
+    assert!(text.contains(&format!("{prompts} prompt and at most {answers} output tokens")), "{text}");
+    assert_eq!(text.matches(&format!("Total: {answers}tok")).count(), 2, "{text}");
+    let text = stdout(&bench_file(&scratch, &["--n", "1"]));
+    assert!(text.contains("1 requests (") && text.contains(&format!("Total: {}tok", count("Hi"))), "{text}");
+}
+
+#[test]
+fn a_file_that_cannot_be_measured_is_refused_with_the_place_in_it() {
+    let scratch = Scratch::with_text();
+    let complaint = |content: &str, flags: &[&str]| {
+        scratch.write("requests", content);
+        let output = bench_file(&scratch, flags);
+        assert!(!output.status.success(), "{content} should be refused");
+        String::from_utf8(output.stderr).unwrap()
+    };
+    for (content, says) in [
+        ("", "has no requests; give at least one line"),
+        ("[]", "has no requests"),
+        ("[5]", "is neither request lines nor ShareGPT JSON"),
+        (r#"[{"conversations": [{"value": "a"}]"#, "is neither request lines nor ShareGPT JSON"),
+        ("{\"id\": 1, \"prompt\": \"a\"}\n{\"id\": 2, \"prmpt\": \"a\"}", "line 2 of "),
+        (r#"{"id": 1, "messages": [{"role": "elf", "content": "a"}]}"#, "line 1 of "),
+        (r#"{"id": 1, "prompt_token_ids": []}"#, "request 0 of the workload can't run: the prompt is empty"),
+    ] {
+        let said = complaint(content, &[]);
+        assert!(said.contains(says), "{content}: {said}");
+    }
+    let said = complaint(REQUEST_LINES, &["--input-len", "5"]);
+    assert!(said.contains("--input-len is of random requests"), "{said}");
+    fs::remove_file(scratch.join("tokenizer.json")).unwrap();
+    assert!(complaint(REQUEST_LINES, &[]).contains("tokenizer.json"), "text needs a tokenizer");
+    fs::remove_file(scratch.join("requests")).unwrap();
+    let said = String::from_utf8(bench_file(&scratch, &[]).stderr).unwrap();
+    assert!(said.contains("can't be read") && said.contains("--requests"), "{said}");
 }

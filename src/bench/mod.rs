@@ -1,4 +1,4 @@
-//! Offline throughput, measured: a random workload run to its end, and what the run says of the engine.
+//! Offline throughput, measured: requests run to their end, and what the run says of the engine.
 //!
 //! ```text
 //!   Plan ── warm-up ──> measure ──> RunReport   (x runs) ──> BenchReport ──> table, JSON, trace
@@ -11,6 +11,7 @@
 mod floor;
 mod measure;
 mod report;
+mod requests;
 mod run_report;
 mod summary;
 mod trace;
@@ -26,6 +27,7 @@ use thiserror::Error;
 
 pub use floor::{Costs, Floor, Work};
 pub use report::{BenchReport, EngineReport, WorkloadReport};
+pub use requests::{Requests, RequestsError};
 pub use run_report::{FloorReport, HostReport, Idle, PhaseReport, RunReport};
 pub use summary::{Percentiles, Spread};
 pub use verify::Verification;
@@ -34,15 +36,15 @@ use crate::error::Error;
 use crate::gauge::Ceilings;
 use crate::llm::Llm;
 use crate::request::{GenerateRequest, RequestError, SamplingParams};
-use crate::workload::{Item, Lengths, Workload};
+use crate::workload::{Lengths, Source, Workload};
 use measure::{Measurement, measure};
 
 /// What to measure, and where results go.
 #[derive(Clone, Debug)]
 pub struct Plan {
     /// The requests.
-    pub workload: Workload,
-    /// How tokens are drawn; length and seed are each request's own.
+    pub requests: Requests,
+    /// How tokens are drawn; length and seed are each request's own, and what else a file's requests say.
     pub sampling: SamplingParams,
     /// Timed runs.
     pub runs: usize,
@@ -77,6 +79,9 @@ pub enum BenchError {
     /// The engine failed.
     #[error(transparent)]
     Engine(#[from] Error),
+    /// The file of requests.
+    #[error(transparent)]
+    Requests(#[from] RequestsError),
     /// A request that the engine refuses.
     #[error("request {index} of the workload can't run: {error}")]
     Rejected {
@@ -112,9 +117,8 @@ pub fn run(
     let json = plan.json.as_deref().map(Output::create).transpose()?;
     let timeline = plan.trace.as_deref().map(Output::create).transpose()?;
     let info = llm.info().clone();
-    let items = plan.workload.draw(info.vocab);
-    let workload = describe(plan, &items);
-    let requests = requests(plan, items);
+    let requests = plan.requests.take(llm, &plan.sampling)?;
+    let workload = plan.requests.describe(&requests, &plan.sampling);
     print(out, format_args!("{workload}\n"))?;
     warm_up(llm, plan, &requests)?;
 
@@ -163,19 +167,6 @@ pub fn run(
     Ok(report)
 }
 
-/// Each with a seed of its own, and as long as the workload says.
-fn requests(plan: &Plan, items: Vec<Item>) -> Vec<GenerateRequest> {
-    let request = |(i, item): (usize, Item)| {
-        GenerateRequest::tokens(item.prompt).sampling(SamplingParams {
-            seed: plan.workload.seed.wrapping_add(i as u64),
-            max_tokens: item.output_tokens,
-            ignore_eos: true,
-            ..plan.sampling
-        })
-    };
-    items.into_iter().enumerate().map(request).collect()
-}
-
 /// As told, else as measured; `None` without a bandwidth.
 fn ceilings(llm: &mut Llm, plan: &Plan) -> Result<Option<Ceilings>, Error> {
     let measured = match (plan.bytes_per_s, plan.flop_per_s) {
@@ -187,23 +178,13 @@ fn ceilings(llm: &mut Llm, plan: &Plan) -> Result<Option<Ceilings>, Error> {
     Ok(bytes_per_s.map(|bytes_per_s| Ceilings { bytes_per_s, flop_per_s }))
 }
 
-fn describe(plan: &Plan, items: &[Item]) -> WorkloadReport {
-    WorkloadReport {
-        source: plan.workload.source.to_string(),
-        seed: plan.workload.seed,
-        requests: items.len(),
-        prompt_tokens: items.iter().map(|item| item.prompt.len()).sum(),
-        output_tokens: items.iter().map(|item| u64::from(item.output_tokens)).sum(),
-        temperature: plan.sampling.temperature,
-    }
-}
-
 /// Touches everything once: a short generation always, the whole workload where asked for.
 fn warm_up(llm: &mut Llm, plan: &Plan, requests: &[GenerateRequest]) -> Result<(), BenchError> {
     let short = Lengths::up_to(8);
-    let workload = Workload { requests: 8, input: short.clone(), output: short, ..plan.workload.clone() };
-    let items = workload.draw(llm.info().vocab);
-    measure(llm, &self::requests(plan, items), &mut |_| {})?;
+    let seed = plan.requests.seed();
+    let workload = Workload { source: Source::Pcg, seed, requests: 8, input: short.clone(), output: short };
+    let short = requests::drawn(&workload, llm.info().vocab, &plan.sampling);
+    measure(llm, &short, &mut |_| {})?;
     if plan.warm_up {
         measure(llm, requests, &mut |_| {})?;
     }

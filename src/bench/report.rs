@@ -45,18 +45,18 @@ pub struct BenchReport {
 /// What ran.
 #[derive(Clone, Debug, Serialize)]
 pub struct WorkloadReport {
-    /// `pcg` or `minisgl`.
+    /// `pcg`, `minisgl`, or a file's path.
     pub source: String,
-    /// Of the generator.
+    /// Of the generator, or of requests without one.
     pub seed: u64,
     /// How many.
     pub requests: usize,
     /// Tokens of all prompts.
     pub prompt_tokens: usize,
-    /// Tokens to be drawn.
+    /// Tokens to be drawn, of a file's requests at most.
     pub output_tokens: u64,
-    /// 0 is greedy.
-    pub temperature: f32,
+    /// 0 is greedy; null where each request may have its own.
+    pub temperature: Option<f32>,
 }
 
 /// Capacities of the engine, and how long it took to get ready.
@@ -112,11 +112,11 @@ impl BenchReport {
 impl fmt::Display for WorkloadReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let WorkloadReport { source, seed, requests, prompt_tokens, output_tokens, temperature } = self;
-        write!(
-            f,
-            "{requests} requests ({source}, seed {seed}): {prompt_tokens} prompt and {output_tokens} output tokens, \
-             temperature {temperature}"
-        )
+        write!(f, "{requests} requests ({source}, seed {seed}): {prompt_tokens} prompt and ")?;
+        match temperature {
+            Some(temperature) => write!(f, "{output_tokens} output tokens, temperature {temperature}"),
+            None => write!(f, "at most {output_tokens} output tokens"),
+        }
     }
 }
 
