@@ -37,6 +37,7 @@ mod info;
 pub mod lines;
 mod llm;
 mod memory;
+pub mod models;
 mod options;
 pub mod progress;
 mod request;

@@ -1,7 +1,7 @@
 //! The model behind one handle: opened once, then asked as often as one likes.
 //!
 //! ```text
-//!   directory or preset ── Checkpoint ── Backend ── Qwen3::load ── pages counted ── Engine ──> Llm
+//!   directory or preset ── Checkpoint ── Backend ── Decoder::load ── pages counted ── Engine ──> Llm
 //! ```
 
 use std::path::Path;
@@ -16,13 +16,14 @@ use minisgl_core::scheduler::Policy;
 use minisgl_core::stats::Stats;
 use minisgl_cpu::Cpu;
 use minisgl_cuda::{Cuda, CudaError, KernelSet};
-use minisgl_qwen3::{Checkpoint, Qwen3, presets};
+use minisgl_decoder::{Checkpoint, Decoder};
 
 use crate::builder::LlmBuilder;
 use crate::error::Error;
 use crate::gauge::{Ceilings, DeviceState, Gauge};
 use crate::info::Info;
 use crate::memory::Room;
+use crate::models::{FAMILIES, preset_names};
 use crate::options::{BackendChoice, KernelChoice, Options};
 use crate::request::{ChatPrompt, Completion, Flow, GenerateRequest, Prompt, RequestError, StreamEvent};
 use crate::run::Run;
@@ -205,14 +206,15 @@ impl Llm {
 /// The model's files, and its text side where it has one.
 fn open_model(model: &str) -> Result<(Checkpoint, Text), Error> {
     let folder = Path::new(model);
-    if presets::is_preset(model) {
-        return Ok((Checkpoint::preset(model).map_err(|cause| Error::Model(cause.into()))?, Text::default()));
+    if preset_names().any(|preset| preset == model) {
+        let checkpoint = Checkpoint::preset(model, FAMILIES).map_err(|cause| Error::Model(cause.into()))?;
+        return Ok((checkpoint, Text::default()));
     }
     if !folder.exists() {
-        let presets = presets::names().collect::<Vec<_>>().join(", ");
+        let presets = preset_names().collect::<Vec<_>>().join(", ");
         return Err(Error::NoModel { name: model.to_owned(), presets });
     }
-    let checkpoint = Checkpoint::open(folder).map_err(|cause| Error::Model(cause.into()))?;
+    let checkpoint = Checkpoint::open(folder, FAMILIES).map_err(|cause| Error::Model(cause.into()))?;
     Ok((checkpoint, Text::open(folder)?))
 }
 
@@ -269,7 +271,8 @@ struct Opening<'a> {
 impl Opening<'_> {
     fn on<B: Gauge + 'static>(self, mut backend: B) -> Result<(Box<dyn Runner>, Info), Error> {
         let device = |error: B::Error| Error::Device(Box::new(error));
-        let model = Qwen3::load(&mut backend, self.checkpoint).map_err(device)?;
+        let model =
+            Decoder::load(&mut backend, self.checkpoint).map_err(|error| Error::Device(Box::new(error)))?;
         let loaded = backend.memory().map_err(device)?;
         let load_seconds = self.started.elapsed().as_secs_f64();
 
@@ -306,7 +309,7 @@ impl Opening<'_> {
     }
 
     /// The capacities: as asked for, else by the device and the model.
-    fn limits<B: Ops>(&self, backend: &B, model: &Qwen3<B>) -> Result<Limits, Error> {
+    fn limits<B: Ops>(&self, backend: &B, model: &Decoder<B>) -> Result<Limits, Error> {
         let Options { max_running, max_queued, max_seq_len, .. } = *self.options;
         let device = backend.info();
         let max = model.max_positions();

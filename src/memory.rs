@@ -106,8 +106,13 @@ mod tests {
     };
 
     fn pages(free: u64, ratio: f64) -> Result<u32, Error> {
-        let device =
-            DeviceInfo { name: String::new(), activation_bytes: 2, logit_bytes: 2, page_size_min: 16 };
+        let device = DeviceInfo {
+            name: String::new(),
+            activation_bytes: 2,
+            kv_bytes: 2,
+            logit_bytes: 2,
+            page_size_min: 16,
+        };
         let memory = Memory { free, total: 80 * GIB };
         Room { device: &device, memory, dims: &DIMS, page_bytes: 16 * 28 * 2 * 8 * 128 * 2 }
             .pages_by_ratio(&LIMITS, ratio)

@@ -5,7 +5,7 @@ use minisgl_core::engine::{Engine, StepReport};
 use minisgl_core::request::{Event, Request, SubmitError, Submitted, Ticket};
 use minisgl_core::stats::Stats;
 use minisgl_cuda::HostTimes;
-use minisgl_qwen3::Qwen3;
+use minisgl_decoder::Decoder;
 
 use crate::error::Cause;
 use crate::gauge::{Ceilings, DeviceState, Gauge};
@@ -43,7 +43,7 @@ pub trait Runner {
     fn host_times(&self) -> Option<HostTimes>;
 }
 
-impl<B: Gauge> Runner for Engine<B, Qwen3<B>> {
+impl<B: Gauge> Runner for Engine<B, Decoder<B>> {
     fn submit(&mut self, request: Request<'_>) -> Result<Submitted, SubmitError> {
         Engine::submit(self, request)
     }

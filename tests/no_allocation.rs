@@ -7,13 +7,14 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use common::{Golden, fixture};
+use minisgl::models::FAMILIES;
 use minisgl_core::config::Limits;
 use minisgl_core::engine::{Engine, EngineOptions};
 use minisgl_core::request::{Event, Request};
 use minisgl_core::sampling::SamplingParams;
 use minisgl_core::scheduler::{Order, Policy};
 use minisgl_cpu::Cpu;
-use minisgl_qwen3::{Checkpoint, Qwen3};
+use minisgl_decoder::{Checkpoint, Decoder};
 
 /// Counts allocations of every thread while it is told to.
 struct Counting;
@@ -50,10 +51,10 @@ unsafe impl GlobalAlloc for Counting {
 #[global_allocator]
 static ALLOCATOR: Counting = Counting;
 
-fn engine(name: &Path, overlap: bool) -> Engine<Cpu, Qwen3<Cpu>> {
-    let checkpoint = Checkpoint::open(name).unwrap();
+fn engine(name: &Path, overlap: bool) -> Engine<Cpu, Decoder<Cpu>> {
+    let checkpoint = Checkpoint::open(name, FAMILIES).unwrap();
     let mut backend = Cpu::new();
-    let model = Qwen3::load(&mut backend, &checkpoint).unwrap();
+    let model = Decoder::load(&mut backend, &checkpoint).unwrap();
     // A pool so small that requests are retracted, prompts cut into chunks, and more requests than fit at once.
     let limits = Limits {
         running: 8,
@@ -67,7 +68,7 @@ fn engine(name: &Path, overlap: bool) -> Engine<Cpu, Qwen3<Cpu>> {
     let policy = Policy {
         prefix_cache: true,
         order: Order::LongestOutputFirst,
-        vocab: checkpoint.config().dims.vocab,
+        vocab: checkpoint.config().spec.dims.vocab,
     };
     let options = EngineOptions { limits, policy, eos: checkpoint.config().eos.clone(), overlap };
     Engine::new(backend, model, options).unwrap()
@@ -83,7 +84,7 @@ fn a_whole_run_allocates_nothing_after_construction() {
     for overlap in [true, false] {
         let mut engine = engine(&fixture("tiny-tied"), overlap);
         let mut tokens = 0;
-        let mut run = |engine: &mut Engine<Cpu, Qwen3<Cpu>>| {
+        let mut run = |engine: &mut Engine<Cpu, Decoder<Cpu>>| {
             for i in 0..40u32 {
                 let sampling = SamplingParams {
                     temperature: [0.0, 0.8][i as usize % 2],

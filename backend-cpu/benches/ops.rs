@@ -8,8 +8,9 @@ mod common;
 use common::{Machine, Random, Sequence, dims, limits};
 use divan::counter::ItemsCount;
 use divan::{Bencher, black_box};
-use minisgl_core::backend::{LayerOps, Ops};
+use minisgl_core::backend::Ops;
 use minisgl_core::batch::Row;
+use minisgl_core::spec::Attention;
 use minisgl_core::tensor::Dtype;
 
 fn main() {
@@ -44,7 +45,7 @@ fn attention(bencher: Bencher<'_, '_>, shape: (u32, u32, u32, u32, u32, u32)) {
     let pairs: u64 = tokens.iter().map(|token| u64::from(token.position) + 1).sum();
     bencher
         .counter(ItemsCount::new(pairs as usize * dims.q_width() * 4))
-        .bench_local(|| machine.cpu.attention(&step, qkv, kv, out).unwrap());
+        .bench_local(|| machine.cpu.attention(&step, &Attention::plain(), qkv, kv, out).unwrap());
 }
 
 #[derive(Debug)]

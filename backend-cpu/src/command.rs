@@ -4,43 +4,65 @@
 //! are read from the packed batch in device memory when it runs. So a recorded list of commands replays on whatever
 //! the batch buffer then holds, as a GPU's graph does.
 
-use minisgl_core::backend::{Dims, KvLayer, Purpose, Step};
+use minisgl_core::backend::{KvLayer, Purpose, Step};
 use minisgl_core::batch::{self, HEADER_WORDS, Header};
 use minisgl_core::config::Limits;
 use minisgl_core::sampling::{LOGPROB_WORDS, RowLogprobs};
+use minisgl_core::spec::{Activation, Dims};
 use rayon::prelude::*;
 
 use crate::error::CpuError;
 use crate::memory::{Buffer, Memory, floats};
-use crate::ops::{self, Context, Heads, PageShape};
+use crate::ops::{self, Context, PageShape};
 use crate::weights::{Matrix, Weight};
 use crate::{matmul, sampling};
 
-/// One operation; see [`minisgl_core::backend::Ops`] and `LayerOps` for what each means.
+/// One operation; see [`minisgl_core::backend::Ops`] and `layer.rs` for what each means.
 #[derive(Clone, Copy, Debug)]
 pub enum Command {
     BeginStep { step: Step<Buffer> },
-    Embed { step: Step<Buffer>, table: Weight, out: Buffer },
+    Embed { step: Step<Buffer>, table: Weight, scale: f32, out: Buffer },
     RmsNorm { tokens: u32, x: Buffer, weight: Weight, out: Buffer },
     AddRmsNorm { tokens: u32, residual: Buffer, delta: Buffer, weight: Weight, out: Buffer },
+    Add { tokens: u32, residual: Buffer, delta: Buffer },
+    AddBias { tokens: u32, x: Buffer, bias: Weight },
     Linear { tokens: u32, x: Buffer, weight: Weight, out: Buffer },
-    GateUpSilu { tokens: u32, x: Buffer, weight: Weight, out: Buffer },
-    QkNormRopeStore(QkNormRopeStore),
-    Attention { step: Step<Buffer>, qkv: Buffer, kv: KvLayer<Buffer>, out: Buffer },
+    GateUp { tokens: u32, activation: Activation, x: Buffer, weight: Weight, out: Buffer },
+    Heads(Heads),
+    Attend(Attend),
     FinalNorm { step: Step<Buffer>, residual: Buffer, delta: Buffer, weight: Weight, out: Buffer },
     Sample { step: Step<Buffer>, logits: Buffer, tokens: Buffer },
     Logprobs { step: Step<Buffer>, logits: Buffer, tokens: Buffer, out: Buffer },
 }
 
-/// Norms and rotates the heads, stores keys and values.
+/// Norms and turns the heads of queries and keys, stores keys and values.
 #[derive(Clone, Copy, Debug)]
-pub struct QkNormRopeStore {
+pub struct Heads {
+    /// The step.
     pub step: Step<Buffer>,
+    /// `[tokens, qkv_width]`.
     pub qkv: Buffer,
-    pub q_norm: Weight,
-    pub k_norm: Weight,
-    pub rope: Buffer,
+    /// Of each head `[head_dim]`, or of all together `[q_width]`.
+    pub q_norm: Option<Weight>,
+    /// Likewise, or `[kv_width]`.
+    pub k_norm: Option<Weight>,
+    /// `[positions, rotated / 2]` pairs of cosine and sine.
+    pub rope: Option<Buffer>,
+    /// Elements of a head that turn; 0 without rope.
+    pub rotated: u32,
+    /// The layer's pages.
     pub kv: KvLayer<Buffer>,
+}
+
+/// Attention of each token over its slot's pages.
+#[derive(Clone, Copy, Debug)]
+pub struct Attend {
+    pub step: Step<Buffer>,
+    pub window: Option<u32>,
+    pub scale: Option<f32>,
+    pub qkv: Buffer,
+    pub kv: KvLayer<Buffer>,
+    pub out: Buffer,
 }
 
 /// What commands work on.
@@ -77,10 +99,10 @@ impl Machine {
                 let [words, page_table] = memory.borrow([step.batch, step.page_table])?;
                 ops::update_pages(batch::packed_updates(&step.layout, words), page_table);
             }
-            Command::Embed { step, table, out } => {
+            Command::Embed { step, table, scale, out } => {
                 let [words, pool, out] = memory.borrow([step.batch, step.token_pool, out])?;
                 let tokens = tokens(&step, words);
-                ops::embed(tokens, pool, &weights[table.0], &mut floats(out)[..tokens.len() * hidden]);
+                ops::embed(tokens, pool, &weights[table.0], scale, &mut floats(out)[..tokens.len() * hidden]);
             }
             Command::RmsNorm { tokens, x, weight, out } => {
                 let [x, out] = memory.borrow([x, out])?;
@@ -99,23 +121,27 @@ impl Machine {
                 let (weight, tokens) = (&weights[weight.0], tokens as usize);
                 matmul::linear(weight, &x[..tokens * weight.cols], &mut out[..tokens * weight.rows]);
             }
-            Command::GateUpSilu { tokens, x, weight, out } => {
+            Command::Add { tokens, residual, delta } => {
+                let [residual, delta] = memory.borrow([residual, delta])?.map(floats);
+                let len = tokens as usize * hidden;
+                ops::add(&mut residual[..len], &delta[..len]);
+            }
+            Command::AddBias { tokens, x, bias } => {
+                let [x] = memory.borrow([x])?.map(floats);
+                let bias = &weights[bias.0].scale;
+                ops::add_bias(&mut x[..tokens as usize * bias.len()], bias);
+            }
+            Command::GateUp { tokens, activation, x, weight, out } => {
                 let [x, out] = memory.borrow([x, out])?.map(floats);
                 let (weight, tokens) = (&weights[weight.0], tokens as usize);
                 let (x, out) = (&x[..tokens * weight.cols], &mut out[..tokens * weight.rows / 2]);
-                matmul::gate_up_silu(weight, x, out);
+                match activation {
+                    Activation::Silu => matmul::gate_up(weight, x, out, ops::silu),
+                    Activation::GeluTanh => matmul::gate_up(weight, x, out, ops::gelu_tanh),
+                }
             }
-            Command::QkNormRopeStore(command) => command.run(memory, weights, &dims)?,
-            Command::Attention { step, qkv, kv, out } => {
-                let buffers = [step.batch, step.page_table, qkv, kv.k, kv.v, out];
-                let [words, page_table, qkv, k, v, out] = memory.borrow(buffers)?;
-                let shape = PageShape::new(&dims, step.page_size);
-                let table_width = step.table_width as usize;
-                let context = Context { shape, k: floats(k), v: floats(v), page_table, table_width };
-                let tokens = tokens(&step, words);
-                let len = tokens.len() * dims.q_width();
-                ops::attention(&dims, tokens, floats(qkv), context, &mut floats(out)[..len]);
-            }
+            Command::Heads(command) => command.run(memory, weights, &dims)?,
+            Command::Attend(command) => command.run(memory, &dims)?,
             Command::FinalNorm { step, residual, delta, weight, out } => {
                 let [words, residual, delta, out] = memory.borrow([step.batch, residual, delta, out])?;
                 let rows = sampled_rows(&step, words);
@@ -151,19 +177,43 @@ impl Machine {
     }
 }
 
-impl QkNormRopeStore {
+impl Heads {
     fn run(&self, memory: &mut Memory, weights: &[Matrix], dims: &Dims) -> Result<(), CpuError> {
-        let buffers = [self.step.batch, self.qkv, self.rope, self.kv.k, self.kv.v];
+        let rope = self.rope.unwrap_or(self.qkv.slice(0..0));
+        let buffers = [self.step.batch, self.qkv, rope, self.kv.k, self.kv.v];
         let [words, qkv, rope, k, v] = memory.borrow(buffers)?;
         let tokens = tokens(&self.step, words);
-        let heads = Heads {
-            q_norm: &weights[self.q_norm.0].scale,
-            k_norm: &weights[self.k_norm.0].scale,
+        let scale = |norm: Option<Weight>| norm.map(|norm| weights[norm.0].scale.as_slice());
+        let heads = ops::Heads {
+            q_norm: scale(self.q_norm),
+            k_norm: scale(self.k_norm),
             rope: floats(rope),
+            rotated: self.rotated as usize,
         };
         let qkv = &mut floats(qkv)[..tokens.len() * dims.qkv_width()];
-        ops::qk_norm_rope(dims, tokens, &heads, qkv);
+        ops::norm_and_turn(dims, tokens, &heads, qkv);
         ops::store(dims, PageShape::new(dims, self.step.page_size), tokens, qkv, floats(k), floats(v));
+        Ok(())
+    }
+}
+
+impl Attend {
+    fn run(&self, memory: &mut Memory, dims: &Dims) -> Result<(), CpuError> {
+        let Attend { step, window, scale, qkv, kv, out } = *self;
+        let buffers = [step.batch, step.page_table, qkv, kv.k, kv.v, out];
+        let [words, page_table, qkv, k, v, out] = memory.borrow(buffers)?;
+        let context = Context {
+            shape: PageShape::new(dims, step.page_size),
+            k: floats(k),
+            v: floats(v),
+            page_table,
+            table_width: step.table_width as usize,
+            window: window.map_or(usize::MAX, |window| window as usize),
+            scale: scale.unwrap_or(1.0 / (dims.head_dim as f32).sqrt()),
+        };
+        let tokens = tokens(&step, words);
+        let len = tokens.len() * dims.q_width();
+        ops::attention(dims, tokens, floats(qkv), context, &mut floats(out)[..len]);
         Ok(())
     }
 }

@@ -8,23 +8,33 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use minisgl_core::backend::{
-    Device, DeviceInfo, Dims, Element, KvLayer, LayerBuffers, LayerOps, LayerWeights, Memory, Ops, Purpose,
-    Queue, Step, WeightRole,
+    Device, DeviceInfo, Element, KvLayer, LayerWeights, Memory, Ops, Purpose, Queue, Step, WeightRole,
 };
 use minisgl_core::batch::{Row, StepShape};
 use minisgl_core::config::Limits;
+use minisgl_core::spec::{DecoderSpec, LayerSpec, Unsupported};
 use minisgl_core::tensor::HostTensor;
 
-use crate::command::{Command, QkNormRopeStore};
+use crate::command::Command;
 use crate::crew::{Crew, Job};
 use crate::error::CpuError;
+use crate::layer::Activations;
 use crate::memory::{Buffer, available, floats};
+use crate::supports;
 use crate::weights::Weight;
 
 /// The CPU.
 pub struct Cpu {
     crew: Result<Crew, String>,
     recording: Option<Vec<Command>>,
+    planned: Option<Planned>,
+}
+
+/// What a model was promised by [`Ops::reserve`].
+struct Planned {
+    layers: Vec<LayerSpec>,
+    embedding_scale: f32,
+    activations: Activations,
 }
 
 /// Host memory that copies run from and to.
@@ -50,15 +60,31 @@ impl Cpu {
     /// or runs something says so.
     pub fn new() -> Cpu {
         let crew = Crew::new().map_err(|error| error.to_string());
-        Cpu { crew, recording: None }
+        Cpu { crew, recording: None, planned: None }
     }
 
     fn crew(&self) -> Result<&Crew, CpuError> {
         self.crew.as_ref().map_err(|reason| CpuError::Threads(reason.clone()))
     }
 
+    fn planned(&self) -> Result<&Planned, CpuError> {
+        self.planned.as_ref().ok_or(CpuError::NotReserved)
+    }
+
+    /// The buffers between a step's operations.
+    ///
+    /// # Errors
+    /// No model's sizes are known yet.
+    pub fn activations(&self) -> Result<Activations, CpuError> {
+        Ok(self.planned()?.activations)
+    }
+
+    pub(crate) fn layer_spec(&self, layer: usize) -> Result<LayerSpec, CpuError> {
+        self.planned()?.layers.get(layer).copied().ok_or(CpuError::NotReserved)
+    }
+
     /// Runs or records a command.
-    fn enqueue(&mut self, command: Command) -> Result<(), CpuError> {
+    pub(crate) fn enqueue(&mut self, command: Command) -> Result<(), CpuError> {
         match &mut self.recording {
             None => self.crew()?.run(Job::Run(command)),
             Some(commands) => {
@@ -83,7 +109,7 @@ impl Device for Cpu {
     fn info(&self) -> DeviceInfo {
         let threads = self.crew.as_ref().map_or(0, Crew::threads);
         let name = format!("CPU, {threads} thread{}", if threads == 1 { "" } else { "s" });
-        DeviceInfo { name, activation_bytes: 4, logit_bytes: 4, page_size_min: 1 }
+        DeviceInfo { name, activation_bytes: 4, kv_bytes: 4, logit_bytes: 4, page_size_min: 1 }
     }
 
     fn memory(&self) -> Result<Memory, CpuError> {
@@ -185,9 +211,19 @@ impl Device for Cpu {
 impl Ops for Cpu {
     type Weight = Weight;
 
-    fn reserve(&mut self, dims: &Dims, limits: &Limits) -> Result<usize, CpuError> {
-        let crew = self.crew()?;
-        crew.desk().machine.reserve(dims, limits, crew.threads())?;
+    fn supports(&self, spec: &DecoderSpec) -> Result<(), Unsupported> {
+        supports::check(spec)
+    }
+
+    fn reserve(&mut self, spec: &DecoderSpec, limits: &Limits) -> Result<usize, CpuError> {
+        let activations = {
+            let crew = self.crew()?;
+            let machine = &mut crew.desk().machine;
+            machine.reserve(&spec.dims, limits, crew.threads())?;
+            Activations::new(&mut machine.memory, &spec.dims, limits)?
+        };
+        let (layers, embedding_scale) = (spec.layers.clone(), spec.embedding_scale);
+        self.planned = Some(Planned { layers, embedding_scale, activations });
         Ok(0)
     }
 
@@ -201,30 +237,24 @@ impl Ops for Cpu {
         self.enqueue(Command::BeginStep { step: *step })
     }
 
-    fn embed(&mut self, step: &Step<Buffer>, table: Weight, out: Buffer) -> Result<(), CpuError> {
-        self.enqueue(Command::Embed { step: *step, table, out })
+    fn embed(&mut self, step: &Step<Buffer>, table: Weight) -> Result<(), CpuError> {
+        let Planned { embedding_scale: scale, activations, .. } = *self.planned()?;
+        self.enqueue(Command::Embed { step: *step, table, scale, out: activations.residual })
     }
 
     fn decoder_layer(
         &mut self,
         step: &Step<Buffer>,
-        first: bool,
+        layer: usize,
         weights: &LayerWeights<Weight>,
-        rope: Buffer,
+        rope: Option<Buffer>,
         kv: KvLayer<Buffer>,
-        buffers: &LayerBuffers<Buffer>,
     ) -> Result<(), CpuError> {
-        self.layer(step, first, weights, rope, kv, buffers)
+        self.layer(step, layer, weights, rope, kv)
     }
 
-    fn final_norm(
-        &mut self,
-        step: &Step<Buffer>,
-        residual: Buffer,
-        delta: Buffer,
-        weight: Weight,
-        out: Buffer,
-    ) -> Result<(), CpuError> {
+    fn final_norm(&mut self, step: &Step<Buffer>, weight: Weight, out: Buffer) -> Result<(), CpuError> {
+        let Activations { residual, delta, .. } = self.activations()?;
         self.enqueue(Command::FinalNorm { step: *step, residual, delta, weight, out })
     }
 
@@ -252,53 +282,5 @@ impl Ops for Cpu {
         let [logits] = desk.machine.memory.borrow([logits])?;
         let vocab = vocab as usize;
         Ok(floats(logits)[rows.start * vocab..rows.end * vocab].to_vec())
-    }
-}
-
-impl LayerOps for Cpu {
-    fn rms_norm(&mut self, tokens: u32, x: Buffer, weight: Weight, out: Buffer) -> Result<(), CpuError> {
-        self.enqueue(Command::RmsNorm { tokens, x, weight, out })
-    }
-
-    fn add_rms_norm(
-        &mut self,
-        tokens: u32,
-        residual: Buffer,
-        delta: Buffer,
-        weight: Weight,
-        out: Buffer,
-    ) -> Result<(), CpuError> {
-        self.enqueue(Command::AddRmsNorm { tokens, residual, delta, weight, out })
-    }
-
-    fn linear(&mut self, tokens: u32, x: Buffer, weight: Weight, out: Buffer) -> Result<(), CpuError> {
-        self.enqueue(Command::Linear { tokens, x, weight, out })
-    }
-
-    fn qk_norm_rope_store(
-        &mut self,
-        step: &Step<Buffer>,
-        qkv: Buffer,
-        q_norm: Weight,
-        k_norm: Weight,
-        rope: Buffer,
-        kv: KvLayer<Buffer>,
-    ) -> Result<(), CpuError> {
-        let command = QkNormRopeStore { step: *step, qkv, q_norm, k_norm, rope, kv };
-        self.enqueue(Command::QkNormRopeStore(command))
-    }
-
-    fn attention(
-        &mut self,
-        step: &Step<Buffer>,
-        qkv: Buffer,
-        kv: KvLayer<Buffer>,
-        out: Buffer,
-    ) -> Result<(), CpuError> {
-        self.enqueue(Command::Attention { step: *step, qkv, kv, out })
-    }
-
-    fn gate_up_silu(&mut self, tokens: u32, x: Buffer, weight: Weight, out: Buffer) -> Result<(), CpuError> {
-        self.enqueue(Command::GateUpSilu { tokens, x, weight, out })
     }
 }

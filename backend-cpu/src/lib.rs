@@ -7,6 +7,8 @@
 //!   memory.rs   buffers, which are ranges, and how a command borrows several at once
 //!   weights.rs  matrices read in place from the checkpoint's mapping
 //!
+//!   layer.rs    a decoder layer out of single operations, and the buffers between them
+//!   supports.rs what of a spec is not computed here
 //!   ops.rs      what a transformer is: embedding, norm, rope, attention
 //!   matmul.rs   rows times a matrix, in blocks
 //!   sampling.rs tokens and log-probabilities out of logits
@@ -20,14 +22,18 @@ mod command;
 mod crew;
 mod device;
 mod error;
+mod layer;
 mod matmul;
 mod memory;
 mod ops;
 mod sampling;
 mod simd;
+mod supports;
 mod weights;
 
+pub use command::Heads;
 pub use device::{Cpu, Event, Graph, Pinned};
 pub use error::CpuError;
+pub use layer::Activations;
 pub use memory::Buffer;
 pub use weights::Weight;

@@ -45,8 +45,13 @@ pub fn linear(weight: &Matrix, x: &[f32], out: &mut [f32]) {
     });
 }
 
-/// `out = silu(gate) * up` where `weight` holds the rows of gate, then those of up; `out` is `[tokens, rows / 2]`.
-pub fn gate_up_silu(weight: &Matrix, x: &[f32], out: &mut [f32]) {
+/// `out = activation(gate) * up` where `weight` holds the rows of gate, then those of up; `out` is `[tokens, rows / 2]`.
+pub fn gate_up(
+    weight: &Matrix,
+    x: &[f32],
+    out: &mut [f32],
+    activation: impl Fn(f32) -> f32 + Copy + Send + Sync,
+) {
     const PAIRS: usize = ROWS / 2;
     let width = weight.rows / 2;
     let out = shared(out);
@@ -58,8 +63,7 @@ pub fn gate_up_silu(weight: &Matrix, x: &[f32], out: &mut [f32]) {
         let (gates, ups) = tile.split_at(PAIRS);
         let out = &out[token * width..][first..width.min(first + PAIRS)];
         for (out, (gate, up)) in out.iter().zip(gates.iter().zip(ups)) {
-            let silu = gate / (1.0 + (-gate).exp());
-            out.store((silu * up).to_bits(), Relaxed);
+            out.store((activation(*gate) * up).to_bits(), Relaxed);
         }
     });
 }

@@ -3,8 +3,8 @@
 //! Shapes are in the comments; `tokens` is the step's, padding included. Matrix products are in [`crate::matmul`],
 //! drawing tokens in [`crate::sampling`].
 
-use minisgl_core::backend::Dims;
 use minisgl_core::batch::{LAST_TOKEN, PageUpdate, Row, Token};
+use minisgl_core::spec::Dims;
 use rayon::prelude::*;
 
 use crate::simd::{Kernel, add_scaled_rows, dots, exp, fastest, largest, sum};
@@ -20,12 +20,13 @@ pub fn update_pages(updates: &[PageUpdate], page_table: &mut [u32]) {
     }
 }
 
-/// `out[t] = table[id of t]`: `[tokens, hidden]`.
-pub fn embed(tokens: &[Token], token_pool: &[u32], table: &Matrix, out: &mut [f32]) {
+/// `out[t] = table[id of t] * scale`: `[tokens, hidden]`.
+pub fn embed(tokens: &[Token], token_pool: &[u32], table: &Matrix, scale: f32, out: &mut [f32]) {
     let rows = out.par_chunks_mut(table.cols).zip(tokens).with_min_len(ROWS_A_TASK);
     rows.for_each(|(out, token)| {
         let id = if token.id == LAST_TOKEN { token_pool[token.slot as usize] } else { token.id };
         table.widen(id as usize, 0, out);
+        out.iter_mut().for_each(|x| *x *= scale);
     });
 }
 
@@ -61,6 +62,29 @@ pub fn add_rms_norm(residual: &mut [f32], delta: &[f32], scale: &[f32], eps: f32
     });
 }
 
+/// `residual += delta`.
+pub fn add(residual: &mut [f32], delta: &[f32]) {
+    residual.par_iter_mut().zip(delta).with_min_len(1 << 14).for_each(|(x, delta)| *x += delta);
+}
+
+/// `x[t] += bias` for every row.
+pub fn add_bias(x: &mut [f32], bias: &[f32]) {
+    x.par_chunks_mut(bias.len()).with_min_len(ROWS_A_TASK).for_each(|row| {
+        row.iter_mut().zip(bias).for_each(|(x, bias)| *x += bias);
+    });
+}
+
+/// `x / (1 + exp(-x))`.
+pub fn silu(x: f32) -> f32 {
+    x / (1.0 + (-x).exp())
+}
+
+/// GELU by its tanh approximation (Hendrycks and Gimpel, 2016).
+pub fn gelu_tanh(x: f32) -> f32 {
+    const ROOT_2_OVER_PI: f32 = 0.797_884_6;
+    0.5 * x * (1.0 + (ROOT_2_OVER_PI * (x + 0.044_715 * x * x * x)).tanh())
+}
+
 /// `out[i] = rms_norm(residual + delta)` of the last token of row i: `[samples, width]`.
 pub fn final_norm(rows: &[Row], residual: &[f32], delta: &[f32], scale: &[f32], eps: f32, out: &mut [f32]) {
     let width = scale.len();
@@ -77,36 +101,46 @@ pub fn final_norm(rows: &[Row], residual: &[f32], delta: &[f32], scale: &[f32], 
     });
 }
 
-/// The learned scales of query and key heads, and the angles.
+/// What happens to query and key heads.
 pub struct Heads<'a> {
-    /// `[head_dim]`.
-    pub q_norm: &'a [f32],
-    /// `[head_dim]`.
-    pub k_norm: &'a [f32],
-    /// `[positions, head_dim / 2]` pairs of cosine and sine.
+    /// Scales of each query head `[head_dim]`, or of all together `[q_width]`.
+    pub q_norm: Option<&'a [f32]>,
+    /// Likewise of key heads, `[head_dim]` or `[kv_width]`.
+    pub k_norm: Option<&'a [f32]>,
+    /// `[positions, rotated / 2]` pairs of cosine and sine.
     pub rope: &'a [f32],
+    /// Elements of a head that turn.
+    pub rotated: usize,
 }
 
-/// RMSNorm, then rotation, of each query and key head, in place: `qkv` is `[tokens, heads + 2 kv_heads, head_dim]`.
-pub fn qk_norm_rope(dims: &Dims, tokens: &[Token], heads: &Heads<'_>, qkv: &mut [f32]) {
-    let head_dim = dims.head_dim as usize;
-    let q_heads = dims.heads as usize;
+/// RMSNorm, then rotation, of query and key heads, in place: `qkv` is `[tokens, heads + 2 kv_heads, head_dim]`.
+pub fn norm_and_turn(dims: &Dims, tokens: &[Token], heads: &Heads<'_>, qkv: &mut [f32]) {
+    let (head_dim, q_width) = (dims.head_dim as usize, dims.q_width());
     let rows = qkv.par_chunks_mut(dims.qkv_width()).zip(tokens).with_min_len(ROWS_A_TASK);
     rows.for_each(|(qkv, token)| {
-        let angles = &heads.rope[token.position as usize * head_dim..][..head_dim];
-        let rotated = q_heads + dims.kv_heads as usize;
-        for (i, head) in qkv.chunks_mut(head_dim).take(rotated).enumerate() {
-            let scale = if i < q_heads { heads.q_norm } else { heads.k_norm };
-            let factor = norm_factor(head, dims.norm_eps);
-            for (x, scale) in head.iter_mut().zip(scale) {
-                *x = *x * factor * scale;
+        let (q, kv) = qkv.split_at_mut(q_width);
+        let k = &mut kv[..dims.kv_width()];
+        for (x, scale) in [(&mut *q, heads.q_norm), (&mut *k, heads.k_norm)] {
+            if let Some(scale) = scale {
+                x.chunks_mut(scale.len()).for_each(|x| norm_in_place(x, scale, dims.norm_eps));
             }
-            rotate(head, angles);
+        }
+        if heads.rotated > 0 {
+            let angles = &heads.rope[token.position as usize * heads.rotated..][..heads.rotated];
+            let all = q.chunks_mut(head_dim).chain(k.chunks_mut(head_dim));
+            all.for_each(|head| rotate(&mut head[..heads.rotated], angles));
         }
     });
 }
 
-/// Rotates each pair `(x[i], x[i + head_dim / 2])` by the position's angle i (Su et al., 2021).
+fn norm_in_place(x: &mut [f32], scale: &[f32], eps: f32) {
+    let factor = norm_factor(x, eps);
+    for (x, scale) in x.iter_mut().zip(scale) {
+        *x = *x * factor * scale;
+    }
+}
+
+/// Rotates each pair `(x[i], x[i + len / 2])` by the position's angle i (Su et al., 2021).
 fn rotate(head: &mut [f32], angles: &[f32]) {
     let (low, high) = head.split_at_mut(head.len() / 2);
     for ((low, high), angle) in low.iter_mut().zip(high).zip(angles.as_chunks::<2>().0) {
@@ -169,9 +203,13 @@ pub struct Context<'a> {
     pub page_table: &'a [u32],
     /// Entries of a slot.
     pub table_width: usize,
+    /// Positions that a token attends to at most.
+    pub window: usize,
+    /// What scores are multiplied by.
+    pub scale: f32,
 }
 
-/// `out[t, h] = softmax(q[t, h] . k / sqrt(head_dim)) @ v` over positions 0 to t's own, where the `heads / kv_heads`
+/// `out[t, h] = softmax(scale * q[t, h] . k) @ v` over the window's positions up to t's own, where the `heads / kv_heads`
 /// query heads of a group share keys and values: `[tokens, heads, head_dim]`.
 pub fn attention(dims: &Dims, tokens: &[Token], qkv: &[f32], context: Context<'_>, out: &mut [f32]) {
     let (kv_heads, head_dim) = (dims.kv_heads as usize, dims.head_dim as usize);
@@ -207,14 +245,16 @@ impl Kernel for Attend<'_> {
     fn run<const FMA: bool>(self) {
         let head_dim = self.context.shape.head_dim;
         let len = self.token.position as usize + 1;
-        let scale = 1.0 / (head_dim as f32).sqrt();
+        let begin = len.saturating_sub(self.context.window);
+        let scale = self.context.scale;
         let heads = self.q.chunks(HEADS * head_dim).zip(self.out.chunks_mut(HEADS * head_dim));
         for (q, out) in heads {
             out.fill(0.0);
             let (mut max, mut total) = ([f32::NEG_INFINITY; HEADS], [0.0f32; HEADS]);
-            for first in (0..len).step_by(LEAF) {
-                let offsets = self.context.offsets(self.token.slot, self.head, first, len);
-                let offsets = &offsets[..LEAF.min(len - first)];
+            for leaf in (begin / LEAF * LEAF..len).step_by(LEAF) {
+                let (first, end) = (leaf.max(begin), len.min(leaf + LEAF));
+                let offsets = self.context.offsets(self.token.slot, self.head, first, end);
+                let offsets = &offsets[..end - first];
                 let mut scores = [[0.0f32; LEAF]; HEADS];
                 self.context.score::<FMA>(q, offsets, &mut scores);
                 for (h, out) in out.chunks_mut(head_dim).enumerate() {
@@ -238,13 +278,13 @@ impl Kernel for Attend<'_> {
 }
 
 impl Context<'_> {
-    /// Where the keys and values of positions `first..` of a slot begin. A page's size is a power of two.
+    /// Where the keys and values of positions `first..end` of a slot begin. A page's size is a power of two.
     #[inline(always)]
-    fn offsets(&self, slot: u32, head: usize, first: usize, len: usize) -> [usize; LEAF] {
+    fn offsets(&self, slot: u32, head: usize, first: usize, end: usize) -> [usize; LEAF] {
         let pages = &self.page_table[slot as usize * self.table_width..][..self.table_width];
         let mut offsets = [0; LEAF];
         let (size_log2, row) = (self.shape.page_size.trailing_zeros(), self.shape.page_size - 1);
-        for (position, offset) in (first..len).zip(&mut offsets) {
+        for (position, offset) in (first..end).zip(&mut offsets) {
             *offset = self.shape.offset(pages[position >> size_log2] as usize, head, position & row);
         }
         offsets

@@ -2,13 +2,14 @@
 //!
 //! A matrix is a stack of parts (q over k over v, say), each in its own bytes, kept alive by their owner: usually the
 //! mapped file, so loading copies nothing. Dummy weights have no bytes yet; they are made here, once, as bf16.
-//! A norm's scale is a few numbers used by every row, so it is widened to f32 at load.
+//! A norm's scale or a bias is a few numbers used by every row, so it is widened to f32 at load.
 
 use std::ops::Range;
 use std::sync::Arc;
 
 use half::{bf16, f16};
 use minisgl_core::backend::{Purpose, WeightRole};
+use minisgl_core::spec::NormForm;
 use minisgl_core::tensor::{Dtype, HostTensor, TensorData, uniform_element};
 use rayon::prelude::*;
 
@@ -25,7 +26,7 @@ pub struct Matrix {
     pub rows: usize,
     /// Inputs of a linear layer.
     pub cols: usize,
-    /// The elements of a norm's scale, widened; empty for other roles.
+    /// What a norm multiplies by, or a bias, widened; empty for other roles.
     pub scale: Vec<f32>,
     parts: Vec<Part>,
 }
@@ -56,10 +57,13 @@ impl Matrix {
             matrix.rows = part.rows.end;
             matrix.parts.push(part);
         }
-        if role == WeightRole::Norm {
+        if matches!(role, WeightRole::Norm(_) | WeightRole::Bias) {
             let mut scale = vec![0.0; matrix.rows * cols];
             for (row, scale) in scale.chunks_mut(cols).enumerate() {
                 matrix.widen(row, 0, scale);
+            }
+            if role == WeightRole::Norm(NormForm::OnePlusScale) {
+                scale.iter_mut().for_each(|scale| *scale += 1.0);
             }
             matrix.scale = scale;
         }

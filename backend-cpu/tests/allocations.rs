@@ -5,8 +5,8 @@ mod common;
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
-use common::{Machine, Random, Sequence, dims, limits};
-use minisgl_core::backend::{Device, KvLayer, LayerWeights, Ops, Queue};
+use common::{Layer, Machine, Random, Sequence, dims, limits};
+use minisgl_core::backend::{Device, KvLayer, Ops, Queue};
 use minisgl_core::batch::Row;
 use minisgl_core::sampling::LOGPROB_WORDS;
 use minisgl_core::tensor::Dtype;
@@ -40,13 +40,11 @@ fn steps_allocate_nothing() {
     let (table, qkv, o) = (weight(500, 64), weight(128, 64), weight(64, 64));
     let (gate_up, down, head) = (weight(192, 64), weight(64, 96), weight(500, 64));
     let mut scale = |width| machine.scale(&mut random, width, Dtype::F32).0;
-    let (input_norm, post_norm, norm, q_norm, k_norm) =
-        (scale(64), scale(64), scale(64), scale(16), scale(16));
-    let layer = LayerWeights { input_norm, qkv, q_norm, k_norm, o, post_norm, gate_up, down };
+    let (norm, norms) = (scale(64), [scale(64), scale(64), scale(16), scale(16)]);
+    let layer = Layer { norms, qkv, o, gate_up, down }.weights();
     let rope = machine.floats(&[0.6, 0.8].repeat(64 * 8));
     let kv_len = machine.kv_len();
     let kv = KvLayer { k: machine.alloc(kv_len), v: machine.alloc(kv_len) };
-    let buffers = machine.layer_buffers(&vec![0.0; 24 * 64 * 64]);
     let (gathered, logits) = (machine.alloc(24 * 64), machine.alloc(24 * 500));
     let (tokens, logprobs) = (machine.words(&[0; 24]), machine.alloc(24 * LOGPROB_WORDS));
     let sequences: Vec<_> = (0..24).map(|slot| Sequence { slot, cached: slot * 2, new: 1 }).collect();
@@ -61,10 +59,10 @@ fn steps_allocate_nothing() {
     let forward = |machine: &mut Machine| {
         let cpu = &mut machine.cpu;
         cpu.begin_step(&step).unwrap();
-        cpu.embed(&step, table, buffers.residual).unwrap();
-        cpu.decoder_layer(&step, true, &layer, rope, kv, &buffers).unwrap();
-        cpu.decoder_layer(&step, false, &layer, rope, kv, &buffers).unwrap();
-        cpu.final_norm(&step, buffers.residual, buffers.delta, norm, gathered).unwrap();
+        cpu.embed(&step, table).unwrap();
+        cpu.decoder_layer(&step, 0, &layer, Some(rope), kv).unwrap();
+        cpu.decoder_layer(&step, 1, &layer, Some(rope), kv).unwrap();
+        cpu.final_norm(&step, norm, gathered).unwrap();
         cpu.logits(&step, gathered, head, logits).unwrap();
         cpu.sample(&step, logits, tokens).unwrap();
         cpu.logprobs(&step, logits, tokens, logprobs).unwrap();

@@ -2,8 +2,8 @@
 
 mod common;
 
-use common::{Machine, Random, Sequence, bits, dims, limits};
-use minisgl_core::backend::{Device, KvLayer, LayerBuffers, LayerWeights, Ops, Step};
+use common::{Layer, Machine, Random, Sequence, bits, dims, limits};
+use minisgl_core::backend::{Device, KvLayer, Ops, Step};
 use minisgl_core::batch::{Row, StepShape};
 use minisgl_core::tensor::Dtype;
 use minisgl_cpu::{Buffer, CpuError, Weight};
@@ -12,12 +12,11 @@ use minisgl_cpu::{Buffer, CpuError, Weight};
 struct Model {
     machine: Machine,
     table: Weight,
-    layer: LayerWeights<Weight>,
+    layer: Layer,
     norm: Weight,
     head: Weight,
     rope: Buffer,
     kv: [KvLayer<Buffer>; 2],
-    buffers: LayerBuffers<Buffer>,
     gathered: Buffer,
     logits: Buffer,
     tokens: Buffer,
@@ -37,27 +36,26 @@ impl Model {
         let (qkv, o) = (weight(100, 40), weight(40, 60));
         let (gate_up, down, head) = (weight(104, 40), weight(40, 52), weight(VOCAB, 40));
         let mut scale = |width| machine.scale(random, width, Dtype::F32).0;
-        let (input_norm, post_norm, norm) = (scale(40), scale(40), scale(40));
-        let (q_norm, k_norm) = (scale(10), scale(10));
-        let layer = LayerWeights { input_norm, qkv, q_norm, k_norm, o, post_norm, gate_up, down };
+        let (attention, mlp, norm) = (scale(40), scale(40), scale(40));
+        let layer = Layer { norms: [attention, mlp, scale(10), scale(10)], qkv, o, gate_up, down };
         let rope: Vec<f32> = (0..160 * 5).flat_map(|i| [(i as f32).cos(), (i as f32).sin()]).collect();
         let rope = machine.floats(&rope);
         let kv_len = machine.kv_len();
         let kv = [(); 2].map(|()| KvLayer { k: machine.alloc(kv_len), v: machine.alloc(kv_len) });
-        let buffers = machine.layer_buffers(&vec![f32::NAN; RUNNING as usize * 160 * 40]);
         let gathered = machine.poisoned(RUNNING as usize * 40);
         let logits = machine.poisoned(RUNNING as usize * VOCAB);
         let tokens = machine.words(&[u32::MAX; RUNNING as usize]);
-        Model { machine, table, layer, norm, head, rope, kv, buffers, gathered, logits, tokens }
+        Model { machine, table, layer, norm, head, rope, kv, gathered, logits, tokens }
     }
 
     fn forward(&mut self, step: &Step<Buffer>) {
-        let (cpu, b) = (&mut self.machine.cpu, &self.buffers);
+        let (cpu, layer) = (&mut self.machine.cpu, self.layer.weights());
         cpu.begin_step(step).unwrap();
-        cpu.embed(step, self.table, b.residual).unwrap();
-        cpu.decoder_layer(step, true, &self.layer, self.rope, self.kv[0], b).unwrap();
-        cpu.decoder_layer(step, false, &self.layer, self.rope, self.kv[1], b).unwrap();
-        cpu.final_norm(step, b.residual, b.delta, self.norm, self.gathered).unwrap();
+        cpu.embed(step, self.table).unwrap();
+        for (i, kv) in self.kv.iter().enumerate() {
+            cpu.decoder_layer(step, i, &layer, Some(self.rope), *kv).unwrap();
+        }
+        cpu.final_norm(step, self.norm, self.gathered).unwrap();
         cpu.logits(step, self.gathered, self.head, self.logits).unwrap();
         cpu.sample(step, self.logits, self.tokens).unwrap();
     }

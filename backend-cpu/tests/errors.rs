@@ -5,7 +5,7 @@ mod common;
 use std::sync::Arc;
 
 use common::{Random, tensor};
-use minisgl_core::backend::{Device, Element, LayerOps, Ops, Purpose, WeightRole};
+use minisgl_core::backend::{Device, Element, Ops, Purpose, WeightRole};
 use minisgl_core::tensor::{Dtype, HostTensor, TensorData, uniform_element};
 use minisgl_cpu::{Cpu, CpuError};
 
@@ -52,7 +52,7 @@ fn operations_need_sizes_and_memory_of_their_own() {
     let (low, high) = (cpu.slice(x, 0..4), cpu.slice(x, 3..7));
     assert!(matches!(cpu.linear(1, low, weight, high), Err(CpuError::NotReserved)));
     let dims = common::dims(4, 1, 1, 2, 4, 4);
-    cpu.reserve(&dims, &common::limits(1, 4, 4)).unwrap();
+    cpu.reserve(&common::spec(dims), &common::limits(1, 4, 4)).unwrap();
     assert!(matches!(cpu.linear(1, low, weight, high), Err(CpuError::Overlap)));
     let high = cpu.slice(x, 4..8);
     cpu.linear(1, low, weight, high).unwrap();

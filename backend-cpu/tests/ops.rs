@@ -3,9 +3,11 @@
 mod common;
 
 use common::{Machine, Random, Sequence, assert_close, dims, greedy, limits, tensor};
-use minisgl_core::backend::{Device, LayerOps, Ops, WeightRole};
+use minisgl_core::backend::{Device, Ops, WeightRole};
 use minisgl_core::batch::{LAST_TOKEN, TOKEN_WORDS};
+use minisgl_core::spec::{Activation, Attention};
 use minisgl_core::tensor::Dtype;
+use minisgl_cpu::Heads;
 
 const DTYPES: [Dtype; 3] = [Dtype::Bf16, Dtype::F16, Dtype::F32];
 
@@ -74,7 +76,7 @@ fn gate_and_up_meet_in_silu() {
         let (weight, values) = machine.weight(&mut random, 2 * width, cols, Dtype::Bf16);
         let x = random.floats(tokens * cols);
         let (x_buffer, out) = (machine.floats(&x), machine.poisoned(tokens * width));
-        machine.cpu.gate_up_silu(tokens as u32, x_buffer, weight, out).unwrap();
+        machine.cpu.gate_up(tokens as u32, Activation::Silu, x_buffer, weight, out).unwrap();
         let expected: Vec<f64> = product(&x, &values, cols)
             .chunks(2 * width)
             .flat_map(|row| {
@@ -118,9 +120,11 @@ fn the_final_norm_is_of_each_rows_last_token() {
     let (step, tokens, _) = machine.step(&mut random, &sequences, greedy, None);
     let (residual, delta) = (random.floats(tokens.len() * 24), random.floats(tokens.len() * 24));
     let (weight, scale) = machine.scale(&mut random, 24, Dtype::Bf16);
-    let (residual_buffer, delta_buffer) = (machine.floats(&residual), machine.floats(&delta));
+    let buffers = machine.cpu.activations().unwrap();
+    machine.write(buffers.residual, bytemuck::cast_slice(&residual));
+    machine.write(buffers.delta, bytemuck::cast_slice(&delta));
     let out = machine.poisoned(3 * 24);
-    machine.cpu.final_norm(&step, residual_buffer, delta_buffer, weight, out).unwrap();
+    machine.cpu.final_norm(&step, weight, out).unwrap();
     let row = |last: usize| {
         let at = last * 24..(last + 1) * 24;
         let sum: Vec<f64> =
@@ -147,8 +151,9 @@ fn a_token_is_embedded_by_its_id_or_by_its_slots_last_token() {
 
     let (table, values) = tensor(31, &random.floats(31 * 12), Dtype::F16);
     let table = machine.cpu.load(WeightRole::Embedding, &[table]).unwrap();
-    let out = machine.poisoned(3 * 12);
-    machine.cpu.embed(&step, table, out).unwrap();
+    let out = machine.cpu.activations().unwrap().residual;
+    machine.write(out, &[f32::NAN.to_bits(); 3 * 12]);
+    machine.cpu.embed(&step, table).unwrap();
     let expected: Vec<f64> = ids.iter().flat_map(|id| wide(&values[*id as usize * 12..][..12])).collect();
     assert_close("embedding", &machine.read(out, 3 * 12), &expected, 0.0);
 }
@@ -183,7 +188,16 @@ fn heads_are_normed_rotated_and_stored() {
         let kv = machine.kv(&mut random);
         let [mut k, mut v] = [kv.k, kv.v].map(|buffer| machine.read(buffer, machine.kv_len()));
         let (qkv_buffer, rope_buffer) = (machine.floats(&qkv), machine.floats(&rope));
-        machine.cpu.qk_norm_rope_store(&step, qkv_buffer, q_norm, k_norm, rope_buffer, kv).unwrap();
+        let heads_of_all = Heads {
+            step,
+            qkv: qkv_buffer,
+            q_norm: Some(q_norm),
+            k_norm: Some(k_norm),
+            rope: Some(rope_buffer),
+            rotated: head_dim as u32,
+            kv,
+        };
+        machine.cpu.heads(heads_of_all).unwrap();
 
         let mut expected = wide(&qkv);
         let rotated = (heads + kv_heads) as usize;
@@ -235,7 +249,7 @@ fn attention_is_a_softmax_over_all_earlier_positions() {
         let kv = machine.kv(&mut random);
         let (k, v) = (machine.read(kv.k, machine.kv_len()), machine.read(kv.v, machine.kv_len()));
         let (qkv_buffer, out) = (machine.floats(&qkv), machine.poisoned(tokens.len() * dims.q_width()));
-        machine.cpu.attention(&step, qkv_buffer, kv, out).unwrap();
+        machine.cpu.attention(&step, &Attention::plain(), qkv_buffer, kv, out).unwrap();
 
         let mut expected = Vec::new();
         for (token, row) in tokens.iter().zip(qkv.chunks(width)) {

@@ -222,6 +222,7 @@ impl Device for Cuda {
         DeviceInfo {
             name: self.properties().name.clone(),
             activation_bytes: element_bytes(Element::Activation),
+            kv_bytes: element_bytes(Element::Kv),
             logit_bytes: element_bytes(Element::Logit),
             page_size_min: PAGE_SIZE_MIN,
         }

@@ -147,7 +147,7 @@ pub enum CudaError {
     /// An operation came before the capacities were planned.
     #[error("an operation was asked for before `reserve` had planned its memory")]
     NotReserved,
-    /// The model has a shape that the kernels don't take.
+    /// Something has a size that the kernels don't take.
     #[error("{0}")]
     Unsupported(String),
     /// Any other failed call.

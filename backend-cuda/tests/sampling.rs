@@ -3,10 +3,11 @@
 mod support;
 
 use half::f16;
-use minisgl_core::backend::{Device, Dims, Element, Ops, Purpose, Queue, Step};
+use minisgl_core::backend::{Device, Element, Ops, Purpose, Queue, Step};
 use minisgl_core::batch::{Header, Layout, PageUpdate, ROW_WORDS, Row, StepShape};
 use minisgl_core::config::Limits;
 use minisgl_core::sampling::{LOGPROB_WORDS, RowLogprobs};
+use minisgl_core::spec::{DecoderSpec, Dims, LayerSpec};
 use minisgl_core::tensor::splitmix64;
 use minisgl_cuda::perf::drawn::complaint;
 use minisgl_cuda::{Buffer, Cuda, Options};
@@ -76,8 +77,8 @@ fn limits(rows: u32) -> Limits {
     }
 }
 
-fn dims(vocab: u32) -> Dims {
-    Dims {
+fn spec(vocab: u32) -> DecoderSpec {
+    let dims = Dims {
         layers: 1,
         hidden: 64,
         heads: 1,
@@ -86,7 +87,8 @@ fn dims(vocab: u32) -> Dims {
         intermediate: 64,
         vocab,
         norm_eps: 1e-6,
-    }
+    };
+    DecoderSpec::uniform(dims, LayerSpec::plain())
 }
 
 struct Bench {
@@ -100,7 +102,7 @@ impl Bench {
     fn new(rows: u32, vocab: usize) -> Bench {
         let mut cuda = Cuda::new(&Options::default()).expect("a GPU");
         let limits = limits(rows);
-        let plan_words = cuda.reserve(&dims(vocab as u32), &limits).expect("scratch");
+        let plan_words = cuda.reserve(&spec(vocab as u32), &limits).expect("scratch");
         Bench { cuda, limits, plan_words, vocab }
     }
 

@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use half::bf16;
 use minisgl_core::backend::{Device, Queue, WeightRole};
+use minisgl_core::spec::NormForm;
 use minisgl_core::tensor::{Dtype, HostTensor, TensorData, uniform_element};
 use minisgl_cuda::{Cuda, Options, Weight};
 use support::taken;
@@ -113,7 +114,7 @@ fn a_matrix_larger_than_the_staging_memory_arrives_whole() {
 fn folding_a_norm_multiplies_the_columns() {
     let mut cuda = cuda();
     let (rows, cols) = (129, 200);
-    let norm = cuda.load_weight(WeightRole::Norm, &[dummy(1, cols, 9)]).unwrap();
+    let norm = cuda.load_weight(WeightRole::Norm(NormForm::Scale), &[dummy(1, cols, 9)]).unwrap();
     let matrix = cuda.load_weight(WeightRole::Linear, &[dummy(rows, cols, 10)]).unwrap();
     cuda.scale_columns(norm, matrix).unwrap();
     for (i, value) in download(&mut cuda, matrix).into_iter().enumerate() {

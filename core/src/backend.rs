@@ -1,9 +1,8 @@
-//! What the engine asks of a device: two traits, and a third below the second.
+//! What the engine asks of a device, in two traits, and what it asks of a model.
 //!
 //! [`Device`] is memory, order and recorded work: device buffers, pinned staging, two queues, events, capture and
-//! replay. [`Ops`] is the transformer's arithmetic at the grain at which the fastest backend fuses it; [`LayerOps`]
-//! makes its decoder layer out of single operations. The engine knows the first, a model the second; neither knows
-//! which device it runs on.
+//! replay. [`Ops`] is the transformer's arithmetic at the grain at which the fastest backend fuses it. The engine knows
+//! the first, a model the second; neither knows which device it runs on.
 //!
 //! Every operation is enqueued and returns at once. Operations of one queue run in the order they were enqueued;
 //! across queues an [`Device::Event`] orders them. Operations never allocate: they write into buffers planned before.
@@ -19,7 +18,10 @@ use core::ops::Range;
 
 use crate::batch::{Row, StepShape};
 use crate::config::Limits;
+use crate::spec::{DecoderSpec, NormForm, Unsupported};
 use crate::tensor::HostTensor;
+
+pub use crate::spec::Dims;
 
 /// One of a device's two queues. Arithmetic runs on `Compute`; results come back on `Copy`, so that the next step
 /// does not wait behind them.
@@ -34,8 +36,10 @@ pub enum Queue {
 /// What a buffer's elements are. The activation type is the backend's own: f32 on the CPU, bf16 on CUDA.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Element {
-    /// A hidden state, a key or a value, in the backend's activation type.
+    /// A hidden state, in the backend's activation type.
     Activation,
+    /// A key or a value in a page, in a type of the backend's choice.
+    Kv,
     /// A logit, in the backend's logit type.
     Logit,
     /// 32-bit word: token ids, page numbers, the packed batch.
@@ -64,6 +68,8 @@ pub struct DeviceInfo {
     pub name: String,
     /// Bytes of one [`Element::Activation`].
     pub activation_bytes: usize,
+    /// Bytes of one [`Element::Kv`].
+    pub kv_bytes: usize,
     /// Bytes of one [`Element::Logit`].
     pub logit_bytes: usize,
     /// The smallest page size, in tokens, that the attention operations take.
@@ -188,7 +194,7 @@ pub struct Step<Buf> {
     pub token_pool: Buf,
 }
 
-/// Keys and values of one layer, each `[pages + 1, kv_heads, page_size, head_dim]` activations.
+/// Keys and values of one layer, each `[pages + 1, kv_heads, page_size, head_dim]` of [`Element::Kv`].
 #[derive(Clone, Copy, Debug)]
 pub struct KvLayer<Buf> {
     /// Keys, after q/k norm and rope.
@@ -197,98 +203,63 @@ pub struct KvLayer<Buf> {
     pub v: Buf,
 }
 
-/// Sizes of a decoder of the Llama family.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Dims {
-    /// Decoder layers.
-    pub layers: u32,
-    /// Width of the residual stream.
-    pub hidden: u32,
-    /// Query heads.
-    pub heads: u32,
-    /// Key and value heads; divides `heads`.
-    pub kv_heads: u32,
-    /// Elements of a head.
-    pub head_dim: u32,
-    /// Width of the MLP.
-    pub intermediate: u32,
-    /// Tokens that the head tells apart.
-    pub vocab: u32,
-    /// Epsilon of every RMSNorm.
-    pub norm_eps: f32,
-}
-
-impl Dims {
-    /// Width of a fused q, k, v row: `(heads + 2 kv_heads) * head_dim`.
-    pub fn qkv_width(&self) -> usize {
-        (self.heads + 2 * self.kv_heads) as usize * self.head_dim as usize
-    }
-
-    /// Width of a row of all query heads: `heads * head_dim`.
-    pub fn q_width(&self) -> usize {
-        self.heads as usize * self.head_dim as usize
-    }
-}
-
-/// Weights of one decoder layer.
+/// Weights of one decoder layer; those that its spec does not ask for are `None`.
 #[derive(Clone, Copy, Debug)]
 pub struct LayerWeights<W> {
-    /// `[hidden]`, before attention.
-    pub input_norm: W,
+    /// `[hidden]`, of what attention gets.
+    pub attention_norm: Option<W>,
     /// `[qkv_width, hidden]`: rows of q, then k, then v.
     pub qkv: W,
+    /// `[qkv_width]`.
+    pub qkv_bias: Option<W>,
     /// `[head_dim]`, of each query head.
-    pub q_norm: W,
+    pub q_norm: Option<W>,
     /// `[head_dim]`, of each key head.
-    pub k_norm: W,
+    pub k_norm: Option<W>,
     /// `[hidden, q_width]`.
     pub o: W,
-    /// `[hidden]`, before the MLP.
-    pub post_norm: W,
+    /// `[hidden]`, of what attention gives.
+    pub attention_out_norm: Option<W>,
+    /// `[hidden]`, of what the MLP gets.
+    pub mlp_norm: Option<W>,
     /// `[2 * intermediate, hidden]`: rows of gate, then up.
     pub gate_up: W,
     /// `[hidden, intermediate]`.
     pub down: W,
-}
-
-/// Buffers that a decoder layer works in, each for as many tokens as a step may have.
-#[derive(Clone, Copy, Debug)]
-pub struct LayerBuffers<Buf> {
-    /// `[tokens, hidden]`: the residual stream.
-    pub residual: Buf,
-    /// `[tokens, hidden]`: what the layer before adds to the residual stream; this layer leaves its own there.
-    pub delta: Buf,
-    /// `[tokens, hidden]`: the residual stream, normed.
-    pub normed: Buf,
-    /// `[tokens, qkv_width]`.
-    pub qkv: Buf,
-    /// `[tokens, q_width]`: what attention gives.
-    pub attended: Buf,
-    /// `[tokens, intermediate]`: silu(gate) * up.
-    pub activated: Buf,
+    /// `[hidden]`, of what the MLP gives.
+    pub mlp_out_norm: Option<W>,
 }
 
 /// How a matrix is going to be used, so that a backend may store it as its kernels like it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum WeightRole {
     /// `[width]`: a norm's scale.
-    Norm,
+    Norm(NormForm),
+    /// `[width]`: what is added to a linear layer's outputs.
+    Bias,
     /// `[vocab, hidden]`: gathered by token id; the head too where the two are tied.
     Embedding,
     /// `[out, in]`: a linear layer.
     Linear,
-    /// `[2 * intermediate, hidden]`: gate rows, then up rows; only ever used through [`Ops::decoder_layer`].
+    /// `[2 * intermediate, hidden]`: gate rows, then up rows.
     GateUp,
 }
 
-/// The transformer's arithmetic. Sizes come from the step, the weights and [`Ops::reserve`].
+/// The transformer's arithmetic. Sizes come from the step, the weights and [`Ops::reserve`]. What operations hand to each
+/// other (the residual stream, queries, what attention gives) lies in buffers of the backend's own.
 pub trait Ops: Device {
     /// A weight on the device; a handle like [`Device::Buffer`].
     type Weight: Copy;
 
-    /// Plans the scratch memory of all operations for a model and capacities, once, before the first step. Returns the
-    /// words that [`Ops::plan`] may fill in each step.
-    fn reserve(&mut self, dims: &Dims, limits: &Limits) -> Result<usize, Self::Error>;
+    /// Can every layer be computed exactly as the spec says? Asked before a weight is loaded.
+    ///
+    /// # Errors
+    /// Names the first thing that can't.
+    fn supports(&self, spec: &DecoderSpec) -> Result<(), Unsupported>;
+
+    /// Plans the buffers and the scratch memory of all operations for a model and capacities, once, before the first step.
+    /// Returns the words that [`Ops::plan`] may fill in each step.
+    fn reserve(&mut self, spec: &DecoderSpec, limits: &Limits) -> Result<usize, Self::Error>;
 
     /// Puts a weight on the device. The parts are stacked along the first dimension.
     fn load(&mut self, role: WeightRole, parts: &[HostTensor]) -> Result<Self::Weight, Self::Error>;
@@ -308,34 +279,25 @@ pub trait Ops: Device {
     /// Applies the batch's page-table updates. The first operation of every step.
     fn begin_step(&mut self, step: &Step<Self::Buffer>) -> Result<(), Self::Error>;
 
-    /// `out[t] = table[id of token t]`, where the id is the batch's or, for [`crate::batch::LAST_TOKEN`], the pool's.
-    fn embed(
-        &mut self,
-        step: &Step<Self::Buffer>,
-        table: Self::Weight,
-        out: Self::Buffer,
-    ) -> Result<(), Self::Error>;
+    /// The residual stream becomes `table[id of token t]`, where the id is the batch's or, for
+    /// [`crate::batch::LAST_TOKEN`], the pool's.
+    fn embed(&mut self, step: &Step<Self::Buffer>, table: Self::Weight) -> Result<(), Self::Error>;
 
-    /// A whole decoder layer. `first` says that there is no delta to add yet. A backend made of single operations
-    /// calls [`LayerOps::layer`]; one that fuses across them does its own, and what `residual` and `delta` hold between
-    /// two layers is then its own affair, as long as its [`Ops::embed`] and [`Ops::final_norm`] agree.
-    #[allow(clippy::too_many_arguments)]
+    /// Layer `layer` of the spec, over the residual stream. `rope` is the layer's table, `[positions, rotated / 2]` pairs of
+    /// cosine and sine, if it has one.
     fn decoder_layer(
         &mut self,
         step: &Step<Self::Buffer>,
-        first: bool,
+        layer: usize,
         weights: &LayerWeights<Self::Weight>,
-        rope: Self::Buffer,
+        rope: Option<Self::Buffer>,
         kv: KvLayer<Self::Buffer>,
-        buffers: &LayerBuffers<Self::Buffer>,
     ) -> Result<(), Self::Error>;
 
-    /// For the last token of each sampled row: `out = rms_norm(residual + delta)`, `[samples, hidden]`.
+    /// For the last token of each sampled row: `out = rms_norm(residual stream)`, `[samples, hidden]`.
     fn final_norm(
         &mut self,
         step: &Step<Self::Buffer>,
-        residual: Self::Buffer,
-        delta: Self::Buffer,
         weight: Self::Weight,
         out: Self::Buffer,
     ) -> Result<(), Self::Error>;
@@ -378,97 +340,6 @@ pub trait Ops: Device {
     ) -> Result<Vec<f32>, Self::Error>;
 }
 
-/// A decoder layer's single operations, for a backend that does not fuse them.
-pub trait LayerOps: Ops {
-    /// `out = x / sqrt(mean(x^2) + eps) * weight` for `tokens` rows (Zhang and Sennrich, 2019).
-    fn rms_norm(
-        &mut self,
-        tokens: u32,
-        x: Self::Buffer,
-        weight: Self::Weight,
-        out: Self::Buffer,
-    ) -> Result<(), Self::Error>;
-
-    /// `residual += delta`, then `out = rms_norm(residual)`.
-    fn add_rms_norm(
-        &mut self,
-        tokens: u32,
-        residual: Self::Buffer,
-        delta: Self::Buffer,
-        weight: Self::Weight,
-        out: Self::Buffer,
-    ) -> Result<(), Self::Error>;
-
-    /// `out[t] = weight @ x[t]` for `tokens` rows.
-    fn linear(
-        &mut self,
-        tokens: u32,
-        x: Self::Buffer,
-        weight: Self::Weight,
-        out: Self::Buffer,
-    ) -> Result<(), Self::Error>;
-
-    /// RMSNorm of each query and key head, rotary embedding (Su et al., 2021; halves rotated as in Hugging Face's
-    /// Qwen3), in place in `qkv`; keys and values are also stored at each token's location. `rope` is
-    /// `[positions, head_dim / 2]` pairs of cosine and sine.
-    #[allow(clippy::too_many_arguments)]
-    fn qk_norm_rope_store(
-        &mut self,
-        step: &Step<Self::Buffer>,
-        qkv: Self::Buffer,
-        q_norm: Self::Weight,
-        k_norm: Self::Weight,
-        rope: Self::Buffer,
-        kv: KvLayer<Self::Buffer>,
-    ) -> Result<(), Self::Error>;
-
-    /// Causal attention of each token over its slot's pages, positions 0 to its own. Reads q from `qkv`; writes
-    /// `[tokens, q_width]`.
-    fn attention(
-        &mut self,
-        step: &Step<Self::Buffer>,
-        qkv: Self::Buffer,
-        kv: KvLayer<Self::Buffer>,
-        out: Self::Buffer,
-    ) -> Result<(), Self::Error>;
-
-    /// `out = silu(gate) * up` with `gate, up = weight @ x` (Shazeer, 2020).
-    fn gate_up_silu(
-        &mut self,
-        tokens: u32,
-        x: Self::Buffer,
-        weight: Self::Weight,
-        out: Self::Buffer,
-    ) -> Result<(), Self::Error>;
-
-    /// [`Ops::decoder_layer`], one operation after the other.
-    #[allow(clippy::too_many_arguments)]
-    fn layer(
-        &mut self,
-        step: &Step<Self::Buffer>,
-        first: bool,
-        weights: &LayerWeights<Self::Weight>,
-        rope: Self::Buffer,
-        kv: KvLayer<Self::Buffer>,
-        buffers: &LayerBuffers<Self::Buffer>,
-    ) -> Result<(), Self::Error> {
-        let tokens = step.shape.tokens;
-        let b = buffers;
-        if first {
-            self.rms_norm(tokens, b.residual, weights.input_norm, b.normed)?;
-        } else {
-            self.add_rms_norm(tokens, b.residual, b.delta, weights.input_norm, b.normed)?;
-        }
-        self.linear(tokens, b.normed, weights.qkv, b.qkv)?;
-        self.qk_norm_rope_store(step, b.qkv, weights.q_norm, weights.k_norm, rope, kv)?;
-        self.attention(step, b.qkv, kv, b.attended)?;
-        self.linear(tokens, b.attended, weights.o, b.delta)?;
-        self.add_rms_norm(tokens, b.residual, b.delta, weights.post_norm, b.normed)?;
-        self.gate_up_silu(tokens, b.normed, weights.gate_up, b.activated)?;
-        self.linear(tokens, b.activated, weights.down, b.delta)
-    }
-}
-
 /// A model over a backend: it turns the step's batch into sampled tokens.
 pub trait Model<B: Device> {
     /// Bytes of KV that one page takes, over all layers.
@@ -479,6 +350,12 @@ pub trait Model<B: Device> {
 
     /// The longest sequence, in tokens, that the model's positions reach.
     fn max_positions(&self) -> u32;
+
+    /// Positions that any layer's tokens attend to at most, their own included; `None`: all. The pages behind it are given
+    /// back while a request runs.
+    fn window(&self) -> Option<u32> {
+        None
+    }
 
     /// Plans the model's buffers for these capacities, with `limits.pages + 1` KV pages, once, before the first step.
     /// Returns the words that [`Model::plan`] may fill in each step.

@@ -14,6 +14,7 @@ pub mod request;
 mod resident;
 pub mod sampling;
 pub mod scheduler;
+pub mod spec;
 pub mod stats;
 mod table;
 pub mod tensor;

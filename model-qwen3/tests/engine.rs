@@ -10,7 +10,8 @@ use minisgl_core::request::{Event, FinishReason, Request, Ticket};
 use minisgl_core::sampling::SamplingParams;
 use minisgl_core::scheduler::{Order, Policy};
 use minisgl_cpu::Cpu;
-use minisgl_qwen3::{Checkpoint, Qwen3};
+use minisgl_decoder::{Checkpoint, Decoder};
+use support::FAMILIES;
 use support::golden::{Example, FIXTURES, examples, fixture};
 
 /// How the same work is done.
@@ -27,11 +28,11 @@ struct Way {
 const PLAIN: Way =
     Way { page_size: 16, pages: 64, prefill_tokens: 512, prefix_cache: false, overlap: false, graph_rows: 0 };
 
-type CpuEngine = Engine<Cpu, Qwen3<Cpu>>;
+type CpuEngine = Engine<Cpu, Decoder<Cpu>>;
 
 fn engine(checkpoint: &Checkpoint, way: Way) -> CpuEngine {
     let mut cpu = Cpu::new();
-    let model = Qwen3::load(&mut cpu, checkpoint).unwrap();
+    let model = Decoder::load(&mut cpu, checkpoint).unwrap();
     let limits = Limits {
         running: 4,
         queued: 8,
@@ -41,7 +42,7 @@ fn engine(checkpoint: &Checkpoint, way: Way) -> CpuEngine {
         pages: way.pages,
         graph_rows: way.graph_rows,
     };
-    let vocab = checkpoint.config().dims.vocab;
+    let vocab = checkpoint.config().spec.dims.vocab;
     let policy = Policy { prefix_cache: way.prefix_cache, order: Order::Given, vocab };
     let eos = checkpoint.config().eos.clone();
     Engine::new(cpu, model, EngineOptions { limits, policy, eos, overlap: way.overlap }).unwrap()
@@ -84,7 +85,7 @@ fn check(engine: &mut CpuEngine, examples: &[Example], what: &str) -> Vec<u32> {
 fn the_same_tokens_whole_or_in_chunks_of_any_page_size_cached_overlapped_or_recorded() {
     for name in FIXTURES {
         let dir = fixture(name);
-        let checkpoint = Checkpoint::open(&dir).unwrap();
+        let checkpoint = Checkpoint::open(&dir, FAMILIES).unwrap();
         let examples = examples(&dir);
         // Eight of the 32 ways, chosen so that any two settings meet in all four combinations.
         for bits in 0..8 {
@@ -116,7 +117,7 @@ fn the_same_tokens_whole_or_in_chunks_of_any_page_size_cached_overlapped_or_reco
 fn the_same_tokens_when_the_pool_is_too_small_for_all_at_once() {
     for name in FIXTURES {
         let dir = fixture(name);
-        let checkpoint = Checkpoint::open(&dir).unwrap();
+        let checkpoint = Checkpoint::open(&dir, FAMILIES).unwrap();
         let examples = examples(&dir);
         let pages = |tokens: usize| tokens.div_ceil(16) as u32;
         let longest = examples.iter().map(|one| pages(one.prompt.len() + one.greedy.len())).max().unwrap();

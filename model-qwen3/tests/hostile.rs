@@ -6,14 +6,17 @@ use std::fs;
 use std::path::Path;
 
 use minisgl_core::tensor::TensorData;
-use minisgl_qwen3::{Checkpoint, Config, presets};
+use minisgl_decoder::{Checkpoint, preset_names};
 use serde_json::{Value, json};
-use support::{Entry, TempDir, checkpoint, config, entries, file, header, safetensors, sharded_checkpoint};
+use support::{
+    Entry, FAMILIES, TempDir, checkpoint, config, entries, file, header, read, safetensors,
+    sharded_checkpoint,
+};
 
 /// The error's text, which must name all of `things`.
 #[track_caller]
 fn assert_refused(dir: &Path, things: &[&str]) {
-    let text = match Checkpoint::open(dir) {
+    let text = match Checkpoint::open(dir, FAMILIES) {
         Ok(_) => panic!("opened, though {things:?} should be refused"),
         Err(error) => error.to_string(),
     };
@@ -35,13 +38,13 @@ fn checkpoint_with(change: impl FnOnce(&mut Vec<Entry>)) -> TempDir {
 fn a_good_checkpoint_opens_whole_or_in_shards_with_any_float_type() {
     let (sharded, _) = sharded_checkpoint();
     for dir in [checkpoint(), sharded] {
-        let opened = Checkpoint::open(dir.path()).unwrap();
-        assert_eq!(opened.config().dims.qkv_width(), 16);
+        let opened = Checkpoint::open(dir.path(), FAMILIES).unwrap();
+        assert_eq!(opened.config().spec.dims.qkv_width(), 16);
         assert_eq!(opened.tensors().iter().count(), 14);
     }
     for dtype in ["F16", "F32"] {
         let dir = checkpoint_with(|tensors| tensors.iter_mut().for_each(|t| t.dtype = dtype.to_owned()));
-        Checkpoint::open(dir.path()).unwrap();
+        Checkpoint::open(dir.path(), FAMILIES).unwrap();
     }
 }
 
@@ -53,7 +56,7 @@ fn a_tensor_is_exactly_its_bytes_of_the_file() {
     let data_start = bytes.len() - data_bytes;
     bytes[data_start..].iter_mut().enumerate().for_each(|(i, byte)| *byte = (i % 251) as u8);
     dir.write("model.safetensors", &bytes);
-    let opened = Checkpoint::open(dir.path()).unwrap();
+    let opened = Checkpoint::open(dir.path(), FAMILIES).unwrap();
     for tensor in opened.tensors().iter() {
         let begin = json[&tensor.name]["data_offsets"][0].as_u64().unwrap() as usize;
         let TensorData::Bytes { owner, range, .. } = &tensor.data else { panic!("{tensor:?} has no bytes") };
@@ -65,14 +68,14 @@ fn a_tensor_is_exactly_its_bytes_of_the_file() {
 #[test]
 fn extra_tensors_are_ignored_and_a_tied_head_needs_no_tensor() {
     let extra = checkpoint_with(|tensors| tensors.push(Entry::new("rotary.inv_freq", "I64", &[3])));
-    assert_eq!(Checkpoint::open(extra.path()).unwrap().tensors().iter().count(), 14);
+    assert_eq!(Checkpoint::open(extra.path(), FAMILIES).unwrap().tensors().iter().count(), 14);
 
     let tied = checkpoint_with(|tensors| tensors.retain(|tensor| tensor.name != "lm_head.weight"));
     assert_refused(tied.path(), &["lm_head.weight", "model.safetensors"]);
     let mut tied_config = config();
     tied_config["tie_word_embeddings"] = json!(true);
     tied.write("config.json", tied_config.to_string());
-    assert!(Checkpoint::open(tied.path()).unwrap().tensors().head.is_none());
+    assert!(Checkpoint::open(tied.path(), FAMILIES).unwrap().tensors().head.is_none());
 }
 
 #[test]
@@ -134,11 +137,13 @@ fn what_would_be_computed_wrongly_is_refused_by_field() {
     let unsupported = [
         ("architectures", json!(["LlamaForCausalLM"])),
         ("model_type", json!("llama")),
-        ("rope_scaling", json!({ "rope_type": "yarn", "factor": 4.0 })),
-        ("rope_scaling", json!({ "type": "linear", "factor": 2.0 })),
-        ("rope_parameters", json!({ "rope_type": "llama3", "rope_theta": 10000.0 })),
-        ("use_sliding_window", json!(true)),
-        ("layer_types", json!(["full_attention", "sliding_attention"])),
+        ("rope_scaling", json!({ "rope_type": "dynamic", "factor": 4.0 })),
+        ("rope_scaling", json!({ "type": "longrope", "factor": 2.0 })),
+        ("rope_scaling", json!({ "type": "yarn", "factor": 2.0, "mscale": 1.0 })),
+        ("rope_parameters", json!({ "rope_type": "su", "rope_theta": 10000.0 })),
+        ("rope_parameters", json!({ "partial_rotary_factor": 0.5, "rope_theta": 10000.0 })),
+        ("layer_types", json!(["sliding_attention"])),
+        ("layer_types", json!(["chunked_attention"])),
         ("attention_bias", json!(true)),
         ("hidden_act", json!("gelu")),
         ("torch_dtype", json!("float8_e4m3fn")),
@@ -210,7 +215,7 @@ fn both_generations_of_transformers_write_rope_and_type() {
     fields.remove("torch_dtype");
     fields.insert("dtype".into(), json!("bfloat16"));
     fields.insert("rope_parameters".into(), json!({ "rope_type": "default", "rope_theta": 10000.0 }));
-    let [four, five] = [config(), five].map(|text| Config::from_json(text.to_string().as_bytes()).unwrap());
+    let [four, five] = [config(), five].map(|text| read(text.to_string().as_bytes()).unwrap());
     assert_eq!(four, five);
 
     let mut contradicting = config();
@@ -221,7 +226,7 @@ fn both_generations_of_transformers_write_rope_and_type() {
 #[test]
 fn generation_config_gives_the_end_of_sequence_tokens_where_it_has_them() {
     let dir = checkpoint();
-    let eos = || Checkpoint::open(dir.path()).unwrap().config().eos.clone();
+    let eos = || Checkpoint::open(dir.path(), FAMILIES).unwrap().config().eos.clone();
     assert_eq!(eos(), [2]);
     for (text, expected) in [
         (json!({ "eos_token_id": [3, 4] }), vec![3, 4]),
@@ -321,7 +326,7 @@ fn shards_without_an_index_are_all_read() {
         for (name, part) in names.iter().zip(entries().chunks(7)) {
             dir.write(name, safetensors(part));
         }
-        assert_eq!(Checkpoint::open(dir.path()).unwrap().tensors().iter().count(), 14);
+        assert_eq!(Checkpoint::open(dir.path(), FAMILIES).unwrap().tensors().iter().count(), 14);
         fs::remove_file(dir.path().join(names[1])).unwrap();
         let missing = if names[1].contains("-of-") { names[1] } else { "q_proj.weight" };
         assert_refused(dir.path(), &[missing, dir.path().to_str().unwrap()]);
@@ -345,7 +350,7 @@ fn a_header_of_odd_length_opens_to_the_same_bytes() {
     let data: Vec<u8> = (0..data_bytes).map(|i| (i % 251) as u8).collect();
     let dir = checkpoint();
     dir.write("model.safetensors", [&(text.len() as u64).to_le_bytes(), text.as_bytes(), &data].concat());
-    for tensor in Checkpoint::open(dir.path()).unwrap().tensors().iter() {
+    for tensor in Checkpoint::open(dir.path(), FAMILIES).unwrap().tensors().iter() {
         let TensorData::Bytes { owner, range, .. } = &tensor.data else { panic!("{tensor:?} has no bytes") };
         let begin = json[&tensor.name]["data_offsets"][0].as_u64().unwrap() as usize;
         assert_eq!(&(**owner).as_ref()[range.clone()], &data[begin..][..range.len()], "{}", tensor.name);
@@ -366,12 +371,12 @@ fn links_are_followed_and_one_that_leads_nowhere_is_named_with_its_target() {
         }
         let link = TempDir::new();
         symlink(snapshot.path(), link.path().join("model")).unwrap();
-        Checkpoint::open(snapshot.path()).unwrap();
-        Checkpoint::open(link.path().join("model")).unwrap();
-        Checkpoint::open(snapshot.path().join("")).unwrap();
+        Checkpoint::open(snapshot.path(), FAMILIES).unwrap();
+        Checkpoint::open(link.path().join("model"), FAMILIES).unwrap();
+        Checkpoint::open(snapshot.path().join(""), FAMILIES).unwrap();
 
         symlink("blobs/0123", snapshot.path().join("notes.txt")).unwrap();
-        Checkpoint::open(snapshot.path()).unwrap();
+        Checkpoint::open(snapshot.path(), FAMILIES).unwrap();
         symlink("blobs/0123", snapshot.path().join("tokenizer.json")).unwrap();
         assert_refused(snapshot.path(), &["tokenizer.json", "blobs/0123", "does not exist"]);
         fs::remove_file(snapshot.path().join("tokenizer.json")).unwrap();
@@ -444,19 +449,19 @@ fn presets_have_the_published_sizes_and_an_unknown_name_gets_the_list() {
         ("qwen3-14b", 14_768_307_200),
     ];
     for (name, parameters) in published {
-        let preset = Checkpoint::preset(name).unwrap();
+        let preset = Checkpoint::preset(name, FAMILIES).unwrap();
         let counted: u64 = preset.tensors().iter().map(|tensor| (tensor.rows * tensor.cols) as u64).sum();
         assert_eq!(counted, parameters, "{name}");
     }
-    assert!(presets::names().all(presets::is_preset));
-    let text = Checkpoint::preset("qwen3-1b").unwrap_err().to_string();
-    assert!(text.contains("`qwen3-1b`") && presets::names().all(|name| text.contains(name)), "{text}");
+    assert!(preset_names(FAMILIES).all(|name| Checkpoint::preset(name, FAMILIES).is_ok()));
+    let text = Checkpoint::preset("qwen3-1b", FAMILIES).unwrap_err().to_string();
+    assert!(text.contains("`qwen3-1b`") && preset_names(FAMILIES).all(|name| text.contains(name)), "{text}");
 }
 
 #[test]
 fn dummy_weights_are_the_same_each_time_and_differ_between_tensors() {
     let seeds = || -> Vec<u64> {
-        let preset = Checkpoint::preset("tiny").unwrap();
+        let preset = Checkpoint::preset("tiny", FAMILIES).unwrap();
         let seed = |data: &TensorData| match data {
             TensorData::Uniform { seed, .. } => *seed,
             TensorData::Bytes { .. } => panic!("a preset has no bytes"),

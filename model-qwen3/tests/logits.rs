@@ -15,11 +15,11 @@ use minisgl_core::batch::{
 use minisgl_core::config::Limits;
 use minisgl_core::request::Ticket;
 use minisgl_cpu::Cpu;
-use minisgl_qwen3::{Checkpoint, Qwen3};
+use minisgl_decoder::{Checkpoint, Decoder};
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
-use support::TempDir;
 use support::golden::{Example, FIXTURES, assert_logits, examples, fixture};
+use support::{FAMILIES, TempDir};
 
 /// Tokens of one slot to run next.
 struct Run<'a> {
@@ -30,7 +30,7 @@ struct Run<'a> {
 
 struct Driver {
     cpu: Cpu,
-    model: Qwen3<Cpu>,
+    model: Decoder<Cpu>,
     limits: Limits,
     layout: Layout,
     step: Step<<Cpu as Device>::Buffer>,
@@ -53,7 +53,7 @@ impl Driver {
         };
         limits.check().unwrap();
         let mut cpu = Cpu::new();
-        let mut model = Qwen3::load(&mut cpu, checkpoint).unwrap();
+        let mut model = Decoder::load(&mut cpu, checkpoint).unwrap();
         let plan_words = model.reserve(&mut cpu, &limits).unwrap();
         let layout = Layout::new(&limits, plan_words);
         let table_width = limits.table_width();
@@ -144,7 +144,7 @@ fn check_prefill(driver: &mut Driver, what: &str, example: &Example) {
 fn each_example(page_size: u32, mut check: impl FnMut(&mut Driver, &str, &Example)) {
     for name in FIXTURES {
         let dir = fixture(name);
-        let checkpoint = Checkpoint::open(&dir).unwrap();
+        let checkpoint = Checkpoint::open(&dir, FAMILIES).unwrap();
         for (i, example) in examples(&dir).iter().enumerate() {
             let mut driver = Driver::new(&checkpoint, page_size);
             check(&mut driver, &format!("{name}, example {i}"), example);
@@ -166,7 +166,7 @@ fn weights_stored_as_f16_or_f32_give_the_expected_logits() {
         let converted = TempDir::new();
         converted.write("config.json", fs::read(dir.join("config.json")).unwrap());
         converted.write("model.safetensors", convert(&stored, dtype));
-        let mut driver = Driver::new(&Checkpoint::open(converted.path()).unwrap(), 16);
+        let mut driver = Driver::new(&Checkpoint::open(converted.path(), FAMILIES).unwrap(), 16);
         for (i, example) in examples(&dir).iter().enumerate() {
             check_prefill(&mut driver, &format!("{dtype:?}, example {i}"), example);
         }

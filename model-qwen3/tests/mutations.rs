@@ -2,12 +2,13 @@
 
 mod support;
 
+use minisgl_core::spec::{Attention, Mixer};
 use minisgl_core::tensor::TensorData;
-use minisgl_qwen3::{Checkpoint, Config};
+use minisgl_decoder::{Checkpoint, Config};
 use proptest::prelude::*;
 use proptest::sample::Index;
 use serde_json::{Value, json};
-use support::{TempDir, checkpoint, config, entries, file, header, safetensors};
+use support::{FAMILIES, TempDir, checkpoint, config, entries, file, header, read, safetensors};
 
 /// Values that break parsers: of each kind, at the edges of each range.
 fn any_value() -> impl Strategy<Value = Value> {
@@ -55,10 +56,13 @@ fn damage(bytes: &mut Vec<u8>, overwrite: &[(Index, u8)], cut: Option<(Index, us
 
 fn check_config(result: Result<Config, impl ToString>) {
     match result {
-        Ok(Config { dims, max_positions, rope_theta, .. }) => {
+        Ok(Config { spec, max_positions, .. }) => {
+            let Mixer::Attention(Attention { rope: Some(rope), .. }) = spec.layers[0].mixer else { panic!() };
+            let dims = spec.dims;
+            assert_eq!(spec.layers.len(), dims.layers as usize);
             assert!(dims.heads.is_multiple_of(dims.kv_heads) && dims.head_dim.is_multiple_of(2));
             assert!(dims.hidden > 0 && dims.layers > 0 && dims.vocab > 0 && dims.intermediate > 0);
-            assert!(max_positions > 0 && rope_theta > 0.0 && dims.norm_eps > 0.0);
+            assert!(max_positions > 0 && rope.base > 0.0 && dims.norm_eps > 0.0);
         }
         Err(error) => assert!(!error.to_string().is_empty()),
     }
@@ -66,7 +70,7 @@ fn check_config(result: Result<Config, impl ToString>) {
 
 /// Opens a directory; what opens must hold each tensor's bytes within its file.
 fn check_open(dir: &TempDir) {
-    let Ok(checkpoint) = Checkpoint::open(dir.path()) else { return };
+    let Ok(checkpoint) = Checkpoint::open(dir.path(), FAMILIES) else { return };
     for tensor in checkpoint.tensors().iter() {
         let TensorData::Bytes { owner, range, dtype } = &tensor.data else { panic!("{tensor:?}") };
         assert!(range.end <= (**owner).as_ref().len(), "{tensor:?} ends behind its file");
@@ -95,7 +99,7 @@ proptest! {
             Some(value) => fields.insert(name.clone(), value),
             None => fields.remove(name),
         };
-        let result = Config::from_json(changed.to_string().as_bytes());
+        let result = read(changed.to_string().as_bytes());
         if let Err(error) = &result {
             prop_assert!(error.to_string().contains(name.as_str()), "{name} is not named: {error}");
         }
@@ -110,7 +114,7 @@ proptest! {
     ) {
         let mut bytes = config().to_string().into_bytes();
         damage(&mut bytes, &overwrite, cut, keep);
-        check_config(Config::from_json(&bytes).and_then(|config| config.with_generation_config(&bytes)));
+        check_config(read(&bytes).and_then(|config| config.with_generation_config(&bytes)));
     }
 }
 
@@ -181,7 +185,7 @@ fn a_header_of_huge_tensors_is_refused() {
             begin = end;
         }
         dir.write("model.safetensors", file(&huge, 64));
-        let text = Checkpoint::open(dir.path()).unwrap_err().to_string();
+        let text = Checkpoint::open(dir.path(), FAMILIES).unwrap_err().to_string();
         prop_assert!(text.contains("model.safetensors"), "{text}");
     });
 }

@@ -5,10 +5,11 @@
 use std::sync::Arc;
 
 use half::{bf16, f16};
-use minisgl_core::backend::{Device, Dims, Element, KvLayer, LayerBuffers, Ops, Purpose, Step, WeightRole};
+use minisgl_core::backend::{Device, Element, KvLayer, LayerWeights, Ops, Purpose, Step, WeightRole};
 use minisgl_core::batch::{Batch, Dummy, Layout, PageUpdate, Phase, Row, StepShape, Token};
 use minisgl_core::config::Limits;
 use minisgl_core::request::Ticket;
+use minisgl_core::spec::{Attention, DecoderSpec, Dims, LayerSpec, Mixer, NormForm, QkNorm, Rope};
 use minisgl_core::tensor::{Dtype, HostTensor, TensorData, splitmix64};
 use minisgl_cpu::{Buffer, Cpu, Weight};
 
@@ -94,6 +95,44 @@ pub fn dims(hidden: u32, heads: u32, kv_heads: u32, head_dim: u32, intermediate:
     Dims { layers: 1, hidden, heads, kv_heads, head_dim, intermediate, vocab, norm_eps: 1e-6 }
 }
 
+/// A model of two layers with head norms and rope.
+pub fn spec(dims: Dims) -> DecoderSpec {
+    let rope = Some(Rope::plain(1e4, dims.head_dim));
+    let attention = Attention { qk_norm: QkNorm::PerHead, rope, ..Attention::plain() };
+    let layer = LayerSpec { mixer: Mixer::Attention(attention), ..LayerSpec::plain() };
+    DecoderSpec::uniform(Dims { layers: 2, ..dims }, layer)
+}
+
+/// The weights that such a layer has.
+#[derive(Clone, Copy)]
+pub struct Layer {
+    pub norms: [Weight; 4],
+    pub qkv: Weight,
+    pub o: Weight,
+    pub gate_up: Weight,
+    pub down: Weight,
+}
+
+impl Layer {
+    /// `norms`: before attention and MLP, of queries and keys.
+    pub fn weights(&self) -> LayerWeights<Weight> {
+        let [attention, mlp, q, k] = self.norms.map(Some);
+        LayerWeights {
+            attention_norm: attention,
+            qkv: self.qkv,
+            qkv_bias: None,
+            q_norm: q,
+            k_norm: k,
+            o: self.o,
+            attention_out_norm: None,
+            mlp_norm: mlp,
+            gate_up: self.gate_up,
+            down: self.down,
+            mlp_out_norm: None,
+        }
+    }
+}
+
 pub fn limits(running: u32, sequence: u32, page_size: u32) -> Limits {
     let pages = running * sequence.div_ceil(page_size);
     let prefill_tokens = running * sequence;
@@ -102,8 +141,13 @@ pub fn limits(running: u32, sequence: u32, page_size: u32) -> Limits {
 
 impl Machine {
     pub fn new(dims: Dims, limits: Limits, random: &mut Random) -> Machine {
-        let mut cpu = Cpu::new();
-        assert_eq!(cpu.reserve(&dims, &limits).unwrap(), 0);
+        Machine::of(&spec(dims), limits, random)
+    }
+
+    pub fn of(spec: &DecoderSpec, limits: Limits, random: &mut Random) -> Machine {
+        let (mut cpu, dims) = (Cpu::new(), spec.dims);
+        cpu.supports(spec).unwrap();
+        assert_eq!(cpu.reserve(spec, &limits).unwrap(), 0);
         let layout = Layout::new(&limits, 0);
         let mut words = |words| cpu.alloc(Purpose::Scratch, Element::Word, words).unwrap();
         let batch = words(layout.words);
@@ -164,7 +208,7 @@ impl Machine {
     /// A random norm scale on the device, with the values that it holds.
     pub fn scale(&mut self, random: &mut Random, width: usize, dtype: Dtype) -> (Weight, Vec<f32>) {
         let (tensor, values) = tensor(1, &random.floats(width), dtype);
-        (self.cpu.load(WeightRole::Norm, &[tensor]).unwrap(), values)
+        (self.cpu.load(WeightRole::Norm(NormForm::Scale), &[tensor]).unwrap(), values)
     }
 
     pub fn kv(&mut self, random: &mut Random) -> KvLayer<Buffer> {
@@ -234,20 +278,6 @@ impl Machine {
             table_width: self.limits.table_width(),
             page_size: self.limits.page_size,
             token_pool: self.token_pool,
-        }
-    }
-
-    /// The buffers of a decoder layer, poisoned but for the residual stream.
-    pub fn layer_buffers(&mut self, residual: &[f32]) -> LayerBuffers<Buffer> {
-        let tokens = residual.len() / self.dims.hidden as usize;
-        let dims = self.dims;
-        LayerBuffers {
-            residual: self.floats(residual),
-            delta: self.poisoned(residual.len()),
-            normed: self.poisoned(residual.len()),
-            qkv: self.poisoned(tokens * dims.qkv_width()),
-            attended: self.poisoned(tokens * dims.q_width()),
-            activated: self.poisoned(tokens * dims.intermediate as usize),
         }
     }
 }

@@ -17,7 +17,7 @@ mod plan;
 use minisgl_core::backend::{Dims, KvLayer, Purpose, Step};
 use minisgl_core::batch::{Phase, Row, StepShape};
 use minisgl_core::config::Limits;
-use minisgl_kernels::attention::{GROUP_MAX, LEAF, Prefill, Set, TILE};
+use minisgl_kernels::attention::{LEAF, Prefill, Set, TILE};
 
 use plan::{Cutter, plan_prefill};
 
@@ -96,21 +96,10 @@ struct Heads {
 }
 
 impl Heads {
-    fn new(dims: &Dims) -> Result<Heads, CudaError> {
+    /// Of a model that `supports.rs` lets through.
+    fn new(dims: &Dims) -> Heads {
         let Dims { head_dim, heads, kv_heads, .. } = *dims;
-        if head_dim != 64 && head_dim != 128 {
-            return Err(CudaError::Unsupported(format!(
-                "head_dim {head_dim} is not supported by the attention kernels; they take 64 and 128"
-            )));
-        }
-        let group = heads / kv_heads;
-        if group == 0 || group > GROUP_MAX {
-            return Err(CudaError::Unsupported(format!(
-                "{heads} query heads over {kv_heads} key and value heads are not supported by the attention kernels; \
-                 they take 1 to {GROUP_MAX} query heads for each"
-            )));
-        }
-        Ok(Heads { head_dim, kv_heads, group })
+        Heads { head_dim, kv_heads, group: heads / kv_heads }
     }
 
     /// Items of a row in a decode step: a key and value head with up to eight of its query heads.
@@ -138,7 +127,7 @@ impl Heads {
 impl Attention {
     /// Looks the kernels up and allocates scratch for steps within `limits`.
     pub fn new(cuda: &mut Cuda, dims: &Dims, limits: &Limits) -> Result<Attention, CudaError> {
-        let heads = Heads::new(dims)?;
+        let heads = Heads::new(dims);
         let tiles = u64::from(limits.running) * u64::from(limits.sequence.div_ceil(TILE));
         if tiles * u64::from(heads.items()) > u64::from(u32::MAX) {
             return Err(CudaError::Unsupported(

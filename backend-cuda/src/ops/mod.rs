@@ -9,7 +9,7 @@
 //!
 //! The residual stream is complete between kernels: whoever adds to it also writes the partial sums of its squares, in
 //! segments of 64 elements, from which the next product takes its rows' norms. The norms' scales were multiplied into
-//! the matrices when they were loaded. So `delta` and `normed` of [`LayerBuffers`] stay unused here.
+//! the matrices when they were loaded.
 //!
 //! A decode step whose halves do better side by side is divided (`halves.rs`).
 //!
@@ -20,15 +20,15 @@ pub mod embed;
 pub mod gemm;
 pub mod halves;
 pub mod sampling;
+mod supports;
 
 use std::ops::Range;
 
 use half::f16;
-use minisgl_core::backend::{
-    Device, Dims, KvLayer, LayerBuffers, LayerWeights, Ops, Purpose, Queue, Step, WeightRole,
-};
+use minisgl_core::backend::{Device, Element, KvLayer, LayerWeights, Ops, Purpose, Queue, Step, WeightRole};
 use minisgl_core::batch::{Row, StepShape, TOKEN_WORDS};
 use minisgl_core::config::Limits;
+use minisgl_core::spec::{DecoderSpec, Dims, Unsupported};
 use minisgl_core::tensor::HostTensor;
 
 use self::attention::Attention;
@@ -44,13 +44,37 @@ use crate::weight::Weight;
 
 /// Elements whose squares are summed together.
 const SEGMENT: u32 = 64;
-/// Widths are multiples of this: 16 bytes, what the copy engines move at least.
-const WIDTH_MULTIPLE: u32 = 8;
+
+/// What a layer's kernels hand to each other, each for as many tokens as a step may have.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Buffers {
+    /// `[tokens, hidden]`: the residual stream.
+    pub(crate) residual: Buffer,
+    /// `[tokens, q_width]`: queries; keys and values go straight to their pages.
+    pub(crate) q: Buffer,
+    /// `[tokens, q_width]`: what attention gives.
+    pub(crate) attended: Buffer,
+    /// `[tokens, intermediate]`: silu(gate) * up.
+    pub(crate) activated: Buffer,
+}
+
+impl Buffers {
+    fn new(cuda: &mut Cuda, dims: &Dims, tokens: usize) -> Result<Buffers, CudaError> {
+        let mut alloc = |width: usize| cuda.alloc(Purpose::Scratch, Element::Activation, tokens * width);
+        Ok(Buffers {
+            residual: alloc(dims.hidden as usize)?,
+            q: alloc(dims.q_width())?,
+            attended: alloc(dims.q_width())?,
+            activated: alloc(dims.intermediate as usize)?,
+        })
+    }
+}
 
 /// The families of kernels, set up for one model and its capacities.
 #[derive(Debug)]
 pub(crate) struct Operations {
     pub(crate) dims: Dims,
+    pub(crate) buffers: Buffers,
     pub(crate) halves: Halves,
     pub(crate) ends: Ends,
     pub(crate) gemm: Gemm,
@@ -61,11 +85,12 @@ pub(crate) struct Operations {
 }
 
 impl Operations {
-    pub(crate) fn new(cuda: &mut Cuda, dims: &Dims, limits: &Limits) -> Result<Operations, CudaError> {
-        check_widths(dims)?;
+    pub(crate) fn new(cuda: &mut Cuda, spec: &DecoderSpec, limits: &Limits) -> Result<Operations, CudaError> {
+        let dims = &spec.dims;
         let segments = dims.hidden.div_ceil(SEGMENT) as usize;
         Ok(Operations {
             dims: *dims,
+            buffers: Buffers::new(cuda, dims, limits.step_tokens())?,
             halves: Halves::new(dims, cuda.properties().hopper),
             ends: Ends::new(cuda.modules())?,
             gemm: Gemm::new(cuda.modules(), cuda.properties(), cuda.launcher())?,
@@ -86,17 +111,17 @@ impl Operations {
     }
 
     fn qkv(&self, layer: &Layer, first_token: u32) -> Qkv {
-        let Layer { step, weights, rope, kv, buffers } = layer;
+        let Layer { step, weights, rope, kv } = layer;
+        let address = |weight: Option<Weight>| weight.map_or(Address::NULL, |weight| weight.address());
         let Dims { heads, kv_heads, head_dim, norm_eps, .. } = self.dims;
         Qkv {
             norm: self.norm(first_token),
             head_eps: norm_eps,
             batch: step.batch.address(),
-            q_norm: weights.q_norm.address(),
-            k_norm: weights.k_norm.address(),
-            rope: rope.address(),
-            // Queries only: keys and values go straight to their pages.
-            q: row_of(buffers.qkv, self.dims.q_width(), first_token),
+            q_norm: address(weights.q_norm),
+            k_norm: address(weights.k_norm),
+            rope: rope.map_or(Address::NULL, |table| table.address()),
+            q: row_of(self.buffers.q, self.dims.q_width(), first_token),
             k: kv.k.address(),
             v: kv.v.address(),
             tokens_offset: step.layout.tokens as u32 + first_token * TOKEN_WORDS as u32,
@@ -151,7 +176,7 @@ impl Operations {
         part: Part,
     ) -> Result<(), CudaError> {
         let tokens = part.tokens(layer.step.shape);
-        let residual = row_of(layer.buffers.residual, self.dims.hidden as usize, tokens.start);
+        let residual = row_of(self.buffers.residual, self.dims.hidden as usize, tokens.start);
         let epilogue = self.qkv(layer, tokens.start);
         let (count, room) = (tokens.len() as u32, Self::room(part));
         self.gemm.launch(launcher, layer.weights.qkv, residual, count, room, &epilogue)
@@ -159,8 +184,8 @@ impl Operations {
 
     /// The second.
     fn attend(&self, launcher: &Launcher, layer: &Layer, part: Part) -> Result<(), CudaError> {
-        let Layer { step, kv, buffers, .. } = layer;
-        self.attention.attend(launcher, step, part, buffers.qkv, *kv, buffers.attended)
+        let Buffers { q, attended, .. } = self.buffers;
+        self.attention.attend(launcher, layer.step, part, q, layer.kv, attended)
     }
 
     /// The other three.
@@ -170,7 +195,7 @@ impl Operations {
         layer: &Layer,
         part: Part,
     ) -> Result<(), CudaError> {
-        let Layer { step, weights, buffers, .. } = layer;
+        let (Layer { step, weights, .. }, buffers) = (layer, &self.buffers);
         let tokens = part.tokens(step.shape);
         let (first, count, gemm) = (tokens.start, tokens.len() as u32, &self.gemm);
         let (hidden, mlp) = (self.dims.hidden as usize, self.dims.intermediate as usize);
@@ -195,21 +220,8 @@ fn row_of(rows: Buffer, width: usize, index: u32) -> Address {
 pub(crate) struct Layer<'a> {
     pub(crate) step: &'a Step<Buffer>,
     pub(crate) weights: &'a LayerWeights<Weight>,
-    pub(crate) rope: Buffer,
+    pub(crate) rope: Option<Buffer>,
     pub(crate) kv: KvLayer<Buffer>,
-    pub(crate) buffers: &'a LayerBuffers<Buffer>,
-}
-
-/// The kernels read rows 16 bytes at a time.
-fn check_widths(dims: &Dims) -> Result<(), CudaError> {
-    let widths =
-        [("hidden_size", dims.hidden), ("intermediate_size", dims.intermediate), ("head_dim", dims.head_dim)];
-    match widths.into_iter().find(|(_, width)| width % WIDTH_MULTIPLE != 0) {
-        Some((name, width)) => Err(CudaError::Unsupported(format!(
-            "{name} is {width}; the CUDA kernels take multiples of {WIDTH_MULTIPLE}"
-        ))),
-        None => Ok(()),
-    }
 }
 
 impl Cuda {
@@ -221,9 +233,13 @@ impl Cuda {
 impl Ops for Cuda {
     type Weight = Weight;
 
-    fn reserve(&mut self, dims: &Dims, limits: &Limits) -> Result<usize, CudaError> {
+    fn supports(&self, spec: &DecoderSpec) -> Result<(), Unsupported> {
+        supports::check(spec)
+    }
+
+    fn reserve(&mut self, spec: &DecoderSpec, limits: &Limits) -> Result<usize, CudaError> {
         self.end_loading();
-        let operations = Operations::new(self, dims, limits)?;
+        let operations = Operations::new(self, spec, limits)?;
         let plan_words = operations.attention.plan_words(limits);
         self.operations = Some(operations);
         Ok(plan_words)
@@ -248,35 +264,28 @@ impl Ops for Cuda {
         self.operations()?.ends.begin_step(&self.launcher, step)
     }
 
-    fn embed(&mut self, step: &Step<Buffer>, table: Weight, out: Buffer) -> Result<(), CudaError> {
-        let Operations { ends, dims, sumsq, .. } = self.operations()?;
-        ends.embed(&self.launcher, step, table.address(), dims.hidden, out, *sumsq)
+    fn embed(&mut self, step: &Step<Buffer>, table: Weight) -> Result<(), CudaError> {
+        let Operations { ends, dims, buffers, sumsq, .. } = self.operations()?;
+        ends.embed(&self.launcher, step, table.address(), dims.hidden, buffers.residual, *sumsq)
     }
 
     fn decoder_layer(
         &mut self,
         step: &Step<Buffer>,
-        first: bool,
+        layer: usize,
         weights: &LayerWeights<Weight>,
-        rope: Buffer,
+        rope: Option<Buffer>,
         kv: KvLayer<Buffer>,
-        buffers: &LayerBuffers<Buffer>,
     ) -> Result<(), CudaError> {
-        self.operations()?.layer(&self.launcher, &Layer { step, weights, rope, kv, buffers }, first)
+        self.operations()?.layer(&self.launcher, &Layer { step, weights, rope, kv }, layer == 0)
     }
 
-    fn final_norm(
-        &mut self,
-        step: &Step<Buffer>,
-        residual: Buffer,
-        _delta: Buffer,
-        weight: Weight,
-        out: Buffer,
-    ) -> Result<(), CudaError> {
+    fn final_norm(&mut self, step: &Step<Buffer>, weight: Weight, out: Buffer) -> Result<(), CudaError> {
         let operations = self.operations()?;
-        let Operations { ends, dims, .. } = operations;
+        let Operations { ends, dims, buffers, .. } = operations;
         operations.end_layers(&self.launcher, step.shape)?;
-        ends.final_norm(&self.launcher, step, residual, weight.address(), dims.hidden, dims.norm_eps, out)
+        let (weight, residual) = (weight.address(), buffers.residual);
+        ends.final_norm(&self.launcher, step, residual, weight, dims.hidden, dims.norm_eps, out)
     }
 
     fn logits(&mut self, step: &Step<Buffer>, x: Buffer, head: Weight, out: Buffer) -> Result<(), CudaError> {

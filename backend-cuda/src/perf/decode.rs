@@ -8,10 +8,9 @@
 //! Products and attention are checked by cases of their own; here, that the logits are finite and that the tokens are
 //! those which the definition of sampling draws from them.
 
-use minisgl_core::backend::{
-    Device, Dims, Element, KvLayer, LayerBuffers, LayerWeights, Ops, Purpose, Step, WeightRole,
-};
+use minisgl_core::backend::{Device, Element, KvLayer, LayerWeights, Ops, Purpose, Step, WeightRole};
 use minisgl_core::batch::Row;
+use minisgl_core::spec::{DecoderSpec, Dims, LayerSpec};
 use minisgl_core::tensor::{HostTensor, TensorData};
 
 use super::case::{Case, Check, Filter, ModelShape, Run, random_in};
@@ -73,7 +72,6 @@ struct Decode {
     layers: Vec<(LayerWeights<Weight>, KvLayer<Buffer>)>,
     attends: bool,
     rope: Buffer,
-    buffers: LayerBuffers<Buffer>,
     norm: Weight,
     head: Weight,
     gathered: Buffer,
@@ -85,7 +83,10 @@ fn setup(cuda: &mut Cuda, dims: Dims, rows: u32, context: Option<u32>) -> Result
     let mut step_of = StepOf::decode(&vec![context.unwrap_or(1); rows as usize], dims.vocab);
     step_of.sampling = Row { temperature: 0.6, seed_low: 5, ..step_of.sampling };
     let limits = step_of.limits();
-    let operations = Operations::new(cuda, &dims, &limits)?;
+    let spec = DecoderSpec::uniform(dims, LayerSpec::plain());
+    let mut operations = Operations::new(cuda, &spec, &limits)?;
+    // What o multiplies where there is no attention.
+    operations.buffers.attended = random_in(cuda, limits.step_tokens(), dims.q_width(), 4, 1.0)?.into();
     let plan_words = operations.attention.plan_words(&limits);
     let step = step_of.upload(cuda, plan_words, |shape, rows, words| {
         operations.plan(shape, rows, words);
@@ -107,7 +108,6 @@ fn setup(cuda: &mut Cuda, dims: Dims, rows: u32, context: Option<u32>) -> Result
         layers,
         attends: context.is_some(),
         rope: rope(cuda, &dims, limits.sequence)?,
-        buffers: layer_buffers(cuda, &dims, limits.step_tokens())?,
         norm: random_in(cuda, 1, hidden, 2, 1.0)?,
         head: random_in(cuda, vocab, hidden, 3, WEIGHT_MAX)?,
         gathered: cuda.alloc(Purpose::Scratch, Element::Activation, samples * hidden)?,
@@ -126,7 +126,6 @@ fn layer_weights(cuda: &mut Cuda, dims: &Dims, seed: u64) -> Result<LayerWeights
     let down = linear(hidden, mlp, 4)?;
     let mut norm = |width, part: u64| random_in(cuda, 1, width, seed + (part << 32), 1.0);
     let (q_norm, k_norm) = (norm(head_dim, 5)?, norm(head_dim, 6)?);
-    let unused = norm(hidden, 7)?;
     let part = |part: u64| HostTensor {
         name: "random".into(),
         rows: mlp,
@@ -134,21 +133,19 @@ fn layer_weights(cuda: &mut Cuda, dims: &Dims, seed: u64) -> Result<LayerWeights
         data: TensorData::Uniform { seed: seed + (part << 32), low: -WEIGHT_MAX, high: WEIGHT_MAX },
     };
     let gate_up = cuda.load(WeightRole::GateUp, &[part(8), part(9)])?;
-    Ok(LayerWeights { input_norm: unused, qkv, q_norm, k_norm, o, post_norm: unused, gate_up, down })
-}
-
-fn layer_buffers(cuda: &mut Cuda, dims: &Dims, tokens: usize) -> Result<LayerBuffers<Buffer>, CudaError> {
-    let mut alloc = |width: usize| cuda.alloc(Purpose::Scratch, Element::Activation, tokens * width);
-    let residual = alloc(dims.hidden as usize)?;
-    Ok(LayerBuffers {
-        residual,
-        // The kernels don't use these two.
-        delta: residual,
-        normed: residual,
-        qkv: alloc(dims.qkv_width())?,
-        activated: alloc(dims.intermediate as usize)?,
-        // What o multiplies where there is no attention.
-        attended: random_in(cuda, tokens, dims.q_width(), 4, 1.0)?.into(),
+    Ok(LayerWeights {
+        // Folded into the matrices.
+        attention_norm: None,
+        qkv,
+        qkv_bias: None,
+        q_norm: Some(q_norm),
+        k_norm: Some(k_norm),
+        o,
+        attention_out_norm: None,
+        mlp_norm: None,
+        gate_up,
+        down,
+        mlp_out_norm: None,
     })
 }
 
@@ -165,12 +162,12 @@ fn rope(cuda: &mut Cuda, dims: &Dims, positions: u32) -> Result<Buffer, CudaErro
 
 impl Decode {
     fn launch(&self, launcher: &Launcher) -> Result<(), CudaError> {
-        let Decode { operations, step, buffers, rope, .. } = self;
-        let Operations { dims, ends, gemm, sampling, sumsq, .. } = operations;
+        let Decode { operations, step, rope, .. } = self;
+        let Operations { dims, buffers, ends, gemm, sampling, sumsq, .. } = operations;
         ends.begin_step(launcher, step)?;
         ends.embed(launcher, step, self.embedding.address(), dims.hidden, buffers.residual, *sumsq)?;
         for (i, (weights, kv)) in self.layers.iter().enumerate() {
-            let layer = Layer { step, weights, rope: *rope, kv: *kv, buffers };
+            let layer = Layer { step, weights, rope: Some(*rope), kv: *kv };
             if self.attends {
                 operations.layer(launcher, &layer, i == 0)?;
             } else {

@@ -48,7 +48,7 @@ impl<B: Runs> Model<B> for Hashing {
 
     fn reserve(&mut self, backend: &mut B, limits: &Limits) -> Result<usize, B::Error> {
         let words = (limits.pages as usize + 1) * limits.page_size as usize;
-        self.kv = Some(backend.alloc(Purpose::KvCache, Element::Activation, words)?);
+        self.kv = Some(backend.alloc(Purpose::KvCache, Element::Kv, words)?);
         Ok(PLAN_WORDS)
     }
 

@@ -190,7 +190,7 @@ impl Device for Lazy {
     type Graph = Vec<Op>;
 
     fn info(&self) -> DeviceInfo {
-        DeviceInfo { name: "lazy".into(), activation_bytes: 4, logit_bytes: 4, page_size_min: 1 }
+        DeviceInfo { name: "lazy".into(), activation_bytes: 4, kv_bytes: 4, logit_bytes: 4, page_size_min: 1 }
     }
 
     fn memory(&self) -> Result<Memory, LazyError> {

@@ -7,7 +7,17 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 
+use minisgl_decoder::{Config, ConfigError, Family};
+use minisgl_qwen3::QWEN3;
 use serde_json::{Value, json};
+
+/// What a checkpoint may be of.
+pub const FAMILIES: &[&Family] = &[&QWEN3];
+
+/// The text of a `config.json`.
+pub fn read(text: &[u8]) -> Result<Config, ConfigError> {
+    Config::from_json(text, FAMILIES).map(|(config, _)| config)
+}
 
 /// A directory of its own, removed at the end.
 pub struct TempDir(PathBuf);

@@ -6,14 +6,20 @@ use serde_json::{Map, Value};
 
 use crate::config::ConfigError;
 
-/// An object, and the name of the field that it is the value of (empty for the file's outermost object).
-pub(crate) struct Fields<'a> {
+/// An object, and the name of the field that it is the value of (empty for the file's outermost object). Every error is a
+/// [`ConfigError`] that names the field.
+#[derive(Clone, Copy)]
+pub struct Fields<'a> {
     object: &'a Map<String, Value>,
     parent: &'a str,
 }
 
 impl<'a> Fields<'a> {
-    pub(crate) fn of(value: &'a Value) -> Result<Self, ConfigError> {
+    /// The fields of a JSON object.
+    ///
+    /// # Errors
+    /// It is none.
+    pub fn of(value: &'a Value) -> Result<Self, ConfigError> {
         match value {
             Value::Object(object) => Ok(Fields { object, parent: "" }),
             other => Err(ConfigError::NoObject(kind(other))),
@@ -21,48 +27,77 @@ impl<'a> Fields<'a> {
     }
 
     /// The field's value, unless it is absent or `null`.
-    pub(crate) fn get(&self, name: &str) -> Option<&'a Value> {
+    pub fn get(&self, name: &str) -> Option<&'a Value> {
         self.object.get(name).filter(|value| !value.is_null())
     }
 
     /// The field's full name, as messages give it.
-    pub(crate) fn path(&self, name: &str) -> String {
+    pub fn path(&self, name: &str) -> String {
         if self.parent.is_empty() { name.to_owned() } else { format!("{}.{name}", self.parent) }
     }
 
-    /// A field that is an object itself.
-    pub(crate) fn object(&self, name: &'a str) -> Result<Option<Fields<'a>>, ConfigError> {
+    /// A field that is an object itself, if it is there.
+    ///
+    /// # Errors
+    /// It is something else.
+    pub fn object(&self, name: &'a str) -> Result<Option<Fields<'a>>, ConfigError> {
         self.read(name, "an object", |value| Some(Fields { object: value.as_object()?, parent: name }))
     }
 
-    pub(crate) fn u32(&self, name: &str) -> Result<u32, ConfigError> {
+    /// A whole number that must be there.
+    ///
+    /// # Errors
+    /// It is not, or of another type.
+    pub fn u32(&self, name: &str) -> Result<u32, ConfigError> {
         let as_u32 = |value: &Value| value.as_u64().and_then(|n| u32::try_from(n).ok());
         self.required(name, self.read(name, "a whole number from 0 to 4294967295", as_u32)?)
     }
 
-    pub(crate) fn f64(&self, name: &str) -> Result<f64, ConfigError> {
+    /// A number that must be there.
+    ///
+    /// # Errors
+    /// It is not, or of another type.
+    pub fn f64(&self, name: &str) -> Result<f64, ConfigError> {
         self.required(name, self.optional_f64(name)?)
     }
 
-    pub(crate) fn optional_f64(&self, name: &str) -> Result<Option<f64>, ConfigError> {
+    /// A number, if it is there.
+    ///
+    /// # Errors
+    /// It is of another type.
+    pub fn optional_f64(&self, name: &str) -> Result<Option<f64>, ConfigError> {
         self.read(name, "a number", Value::as_f64)
     }
 
-    pub(crate) fn optional_bool(&self, name: &str) -> Result<Option<bool>, ConfigError> {
+    /// A truth value, if it is there.
+    ///
+    /// # Errors
+    /// It is of another type.
+    pub fn optional_bool(&self, name: &str) -> Result<Option<bool>, ConfigError> {
         self.read(name, "true or false", Value::as_bool)
     }
 
-    pub(crate) fn optional_array(&self, name: &str) -> Result<Option<&'a [Value]>, ConfigError> {
+    /// An array, if it is there.
+    ///
+    /// # Errors
+    /// It is of another type.
+    pub fn optional_array(&self, name: &str) -> Result<Option<&'a [Value]>, ConfigError> {
         self.read(name, "an array", |value| value.as_array().map(Vec::as_slice))
     }
 
-    /// `Err` with the field's name where it is absent.
-    pub(crate) fn required<T>(&self, name: &str, value: Option<T>) -> Result<T, ConfigError> {
+    /// The value, if there is one.
+    ///
+    /// # Errors
+    /// There is none.
+    pub fn required<T>(&self, name: &str, value: Option<T>) -> Result<T, ConfigError> {
         value.ok_or_else(|| ConfigError::Missing { field: self.path(name) })
     }
 
-    /// Fails unless the field is absent or one of `supported`.
-    pub(crate) fn only(&self, name: &str, supported: &[Value]) -> Result<(), ConfigError> {
+    /// Nothing, if the field is absent or one of `supported`.
+    ///
+    /// # Errors
+    /// It is something else.
+    pub fn only(&self, name: &str, supported: &[Value]) -> Result<(), ConfigError> {
         match self.get(name) {
             Some(value) if !supported.contains(value) => Err(ConfigError::Unsupported {
                 field: self.path(name),
@@ -74,7 +109,10 @@ impl<'a> Fields<'a> {
     }
 
     /// The field converted by `convert`, which gives `None` for a value of the wrong type.
-    pub(crate) fn read<T>(
+    ///
+    /// # Errors
+    /// It did.
+    pub fn read<T>(
         &self,
         name: &str,
         expected: &'static str,

@@ -19,7 +19,7 @@ use minisgl_core::tensor::{Dtype, HostTensor, TensorData};
 use safetensors::tensor::Metadata;
 
 use crate::checkpoint::CheckpointError;
-use crate::layout::Shape;
+use crate::tensors::Shape;
 
 /// Bytes of the header's length.
 const LENGTH_BYTES: usize = 8;

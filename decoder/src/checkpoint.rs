@@ -23,9 +23,10 @@ use serde_json::Value;
 use thiserror::Error;
 
 use crate::config::{Config, ConfigError};
-use crate::layout::{Shape, Tensors};
+use crate::family::Family;
 use crate::presets;
 use crate::safetensors::Shard;
+use crate::tensors::{Shape, Tensors};
 
 const CONFIG: &str = "config.json";
 const GENERATION_CONFIG: &str = "generation_config.json";
@@ -166,19 +167,29 @@ pub enum CheckpointError {
         dtype: String,
     },
     /// No preset is called so.
-    #[error("there is no preset `{name}`; there are {}", presets::names().collect::<Vec<_>>().join(", "))]
+    #[error("there is no preset `{name}`; there are {presets}")]
     NoPreset {
         /// As asked for.
         name: String,
+        /// Those that there are.
+        presets: String,
+    },
+    /// A preset that its own family does not read.
+    #[error("the preset `{name}` is wrong: {reason}")]
+    Preset {
+        /// Its name.
+        name: String,
+        /// What is wrong with it.
+        reason: ConfigError,
     },
 }
 
 impl Checkpoint {
-    /// Maps and checks the checkpoint in a directory.
+    /// Maps and checks the checkpoint in a directory, of one of these families.
     ///
     /// # Errors
     /// Names the file, and the field or tensor, that is missing or not as it must be.
-    pub fn open(dir: impl AsRef<Path>) -> Result<Checkpoint, CheckpointError> {
+    pub fn open(dir: impl AsRef<Path>, families: &[&Family]) -> Result<Checkpoint, CheckpointError> {
         let dir = dir.as_ref();
         match fs::metadata(dir) {
             Ok(metadata) if metadata.is_dir() => {}
@@ -190,9 +201,10 @@ impl Checkpoint {
             Err(reason) => return Err(CheckpointError::Unreadable { path: dir.to_owned(), reason }),
         }
         check_links(dir)?;
-        let config = read_config(dir)?;
+        let (config, family) = read_config(dir, families)?;
         let weights = Weights::open(dir)?;
-        let tensors = Tensors::collect(&config.dims, config.tied, |name, shape| weights.tensor(name, shape))?;
+        let tensors =
+            Tensors::collect(&config.spec, &family.names, |name, shape| weights.tensor(name, shape))?;
         weights.log_extra(&tensors);
         Ok(Checkpoint { config, tensors })
     }
@@ -201,10 +213,14 @@ impl Checkpoint {
     ///
     /// # Errors
     /// No preset is called so.
-    pub fn preset(name: &str) -> Result<Checkpoint, CheckpointError> {
-        let config =
-            presets::config(name).ok_or_else(|| CheckpointError::NoPreset { name: name.to_owned() })?;
-        let tensors = presets::dummy_tensors(&config);
+    pub fn preset(name: &str, families: &[&Family]) -> Result<Checkpoint, CheckpointError> {
+        let name = || name.to_owned();
+        let Some(found) = presets::config(&name(), families) else {
+            let presets = presets::names(families).collect::<Vec<_>>().join(", ");
+            return Err(CheckpointError::NoPreset { name: name(), presets });
+        };
+        let (config, family) = found.map_err(|reason| CheckpointError::Preset { name: name(), reason })?;
+        let tensors = presets::dummy_tensors(&config.spec, family);
         Ok(Checkpoint { config, tensors })
     }
 
@@ -219,7 +235,7 @@ impl Checkpoint {
     }
 }
 
-fn read_config(dir: &Path) -> Result<Config, CheckpointError> {
+fn read_config<'a>(dir: &Path, families: &[&'a Family]) -> Result<(Config, &'a Family), CheckpointError> {
     let read = |file: &'static str| match fs::read(dir.join(file)) {
         Ok(text) => Ok(Some(text)),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
@@ -227,12 +243,13 @@ fn read_config(dir: &Path) -> Result<Config, CheckpointError> {
     };
     let in_file = |file: &str, reason| CheckpointError::Config { path: dir.join(file), reason };
     let text = read(CONFIG)?.ok_or(CheckpointError::NoFile { dir: dir.to_owned(), file: CONFIG })?;
-    let config = Config::from_json(&text).map_err(|reason| in_file(CONFIG, reason))?;
+    let (config, family) = Config::from_json(&text, families).map_err(|reason| in_file(CONFIG, reason))?;
     match read(GENERATION_CONFIG)? {
-        Some(text) => {
-            config.with_generation_config(&text).map_err(|reason| in_file(GENERATION_CONFIG, reason))
-        }
-        None => Ok(config),
+        Some(text) => config
+            .with_generation_config(&text)
+            .map(|config| (config, family))
+            .map_err(|reason| in_file(GENERATION_CONFIG, reason)),
+        None => Ok((config, family)),
     }
 }
 

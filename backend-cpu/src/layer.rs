@@ -1,0 +1,167 @@
+//! A decoder layer, one operation after the other, and the buffers between them.
+//!
+//! ```text
+//!   residual ─┬─ norm ─ qkv ─ heads ─ attention ─ o ─ norm ─┐        ┌─ norm ─ gate, up ─ down ─ norm ─┐
+//!             └────────────────────────────────────────────(+)───────┴────────────────────────────────(+)── residual
+//! ```
+//!
+//! What a layer adds last waits in `delta` until the next one, or the final norm, adds it. Which of the norms there are is
+//! the layer's affair; of those behind, both or neither.
+
+use minisgl_core::backend::{KvLayer, LayerWeights, Purpose, Step};
+use minisgl_core::config::Limits;
+use minisgl_core::spec::{Activation, Attention, Dims, LayerSpec, Mixer, Mlp};
+
+use crate::command::{Attend, Command, Heads};
+use crate::device::Cpu;
+use crate::error::CpuError;
+use crate::memory::{Buffer, Memory};
+use crate::weights::Weight;
+
+/// The buffers, each for as many tokens as a step may have.
+#[derive(Clone, Copy, Debug)]
+pub struct Activations {
+    /// `[tokens, hidden]`: the residual stream, but for `delta`.
+    pub residual: Buffer,
+    /// `[tokens, hidden]`: what the layer before adds to it.
+    pub delta: Buffer,
+    /// `[tokens, hidden]`: the residual stream, normed.
+    pub normed: Buffer,
+    /// `[tokens, qkv_width]`.
+    pub qkv: Buffer,
+    /// `[tokens, q_width]`: what attention gives.
+    pub attended: Buffer,
+    /// `[tokens, intermediate]`: what `down` gets.
+    pub activated: Buffer,
+}
+
+impl Activations {
+    pub(crate) fn new(memory: &mut Memory, dims: &Dims, limits: &Limits) -> Result<Activations, CpuError> {
+        let mut alloc = |width: usize| memory.alloc(Purpose::Scratch, limits.step_tokens() * width);
+        Ok(Activations {
+            residual: alloc(dims.hidden as usize)?,
+            delta: alloc(dims.hidden as usize)?,
+            normed: alloc(dims.hidden as usize)?,
+            qkv: alloc(dims.qkv_width())?,
+            attended: alloc(dims.q_width())?,
+            activated: alloc(dims.intermediate as usize)?,
+        })
+    }
+}
+
+impl Cpu {
+    /// A whole layer; see the module.
+    pub(crate) fn layer(
+        &mut self,
+        step: &Step<Buffer>,
+        layer: usize,
+        weights: &LayerWeights<Weight>,
+        rope: Option<Buffer>,
+        kv: KvLayer<Buffer>,
+    ) -> Result<(), CpuError> {
+        let (spec, b) = (self.layer_spec(layer)?, self.activations()?);
+        let (LayerSpec { mixer: Mixer::Attention(attention), .. }, Mlp::Dense(activation)) = (spec, spec.mlp)
+        else {
+            return Err(CpuError::NotReserved); // `supports` lets no other layer through
+        };
+        let tokens = step.shape.tokens;
+        let pending = (layer > 0).then_some(b.delta);
+        let x = self.add_and_norm(tokens, b.residual, pending, weights.attention_norm, b.normed)?;
+        self.linear(tokens, x, weights.qkv, b.qkv)?;
+        if let Some(bias) = weights.qkv_bias {
+            self.enqueue(Command::AddBias { tokens, x: b.qkv, bias })?;
+        }
+        let (q_norm, k_norm) = (weights.q_norm, weights.k_norm);
+        let rotated = attention.rope.map_or(0, |rope| rope.rotated);
+        self.heads(Heads { step: *step, qkv: b.qkv, q_norm, k_norm, rope, rotated, kv })?;
+        self.attention(step, &attention, b.qkv, kv, b.attended)?;
+        self.linear(tokens, b.attended, weights.o, b.delta)?;
+        let (added, free) = match weights.attention_out_norm {
+            None => (b.delta, b.normed),
+            Some(norm) => {
+                self.rms_norm(tokens, b.delta, norm, b.normed)?;
+                (b.normed, b.delta)
+            }
+        };
+        let x = self.add_and_norm(tokens, b.residual, Some(added), weights.mlp_norm, free)?;
+        self.gate_up(tokens, activation, x, weights.gate_up, b.activated)?;
+        self.linear(tokens, b.activated, weights.down, added)?;
+        match weights.mlp_out_norm {
+            None => Ok(()),
+            Some(norm) => self.rms_norm(tokens, added, norm, free),
+        }
+    }
+
+    /// `residual += pending`, if there is any; then its norm in `out`, if there is one. Gives the buffer that holds the result.
+    fn add_and_norm(
+        &mut self,
+        tokens: u32,
+        residual: Buffer,
+        pending: Option<Buffer>,
+        norm: Option<Weight>,
+        out: Buffer,
+    ) -> Result<Buffer, CpuError> {
+        match (pending, norm) {
+            (None, None) => Ok(residual),
+            (Some(delta), None) => self.enqueue(Command::Add { tokens, residual, delta }).map(|()| residual),
+            (None, Some(norm)) => self.rms_norm(tokens, residual, norm, out).map(|()| out),
+            (Some(delta), Some(norm)) => self.add_rms_norm(tokens, residual, delta, norm, out).map(|()| out),
+        }
+    }
+
+    /// `out = x / sqrt(mean(x^2) + eps) * weight` for `tokens` rows (Zhang and Sennrich, 2019).
+    ///
+    /// # Errors
+    /// As [`CpuError`] says; likewise below.
+    pub fn rms_norm(&mut self, tokens: u32, x: Buffer, weight: Weight, out: Buffer) -> Result<(), CpuError> {
+        self.enqueue(Command::RmsNorm { tokens, x, weight, out })
+    }
+
+    /// `residual += delta`, then `out = rms_norm(residual)`.
+    pub fn add_rms_norm(
+        &mut self,
+        tokens: u32,
+        residual: Buffer,
+        delta: Buffer,
+        weight: Weight,
+        out: Buffer,
+    ) -> Result<(), CpuError> {
+        self.enqueue(Command::AddRmsNorm { tokens, residual, delta, weight, out })
+    }
+
+    /// `out[t] = weight @ x[t]` for `tokens` rows.
+    pub fn linear(&mut self, tokens: u32, x: Buffer, weight: Weight, out: Buffer) -> Result<(), CpuError> {
+        self.enqueue(Command::Linear { tokens, x, weight, out })
+    }
+
+    /// Norms and turns query and key heads in place in `qkv` (rope: Su et al., 2021, halves turned as in Hugging Face's
+    /// models); keys and values are also stored at each token's location.
+    pub fn heads(&mut self, heads: Heads) -> Result<(), CpuError> {
+        self.enqueue(Command::Heads(heads))
+    }
+
+    /// Causal attention of each token over its slot's pages. Reads q from `qkv`; writes `[tokens, q_width]`.
+    pub fn attention(
+        &mut self,
+        step: &Step<Buffer>,
+        spec: &Attention,
+        qkv: Buffer,
+        kv: KvLayer<Buffer>,
+        out: Buffer,
+    ) -> Result<(), CpuError> {
+        let (window, scale) = (spec.window, spec.scale);
+        self.enqueue(Command::Attend(Attend { step: *step, window, scale, qkv, kv, out }))
+    }
+
+    /// `out = activation(gate) * up` with `gate, up = weight @ x` (Shazeer, 2020).
+    pub fn gate_up(
+        &mut self,
+        tokens: u32,
+        activation: Activation,
+        x: Buffer,
+        weight: Weight,
+        out: Buffer,
+    ) -> Result<(), CpuError> {
+        self.enqueue(Command::GateUp { tokens, activation, x, weight, out })
+    }
+}

@@ -1,0 +1,53 @@
+//! What of a spec this backend computes: everything but what is named here.
+//!
+//! Every field of a spec is taken apart, so that one that is added to it does not pass unseen.
+
+use minisgl_core::spec::{
+    Attention, Bias, DecoderSpec, LayerSpec, Mixer, Mlp, RopePairs, Unsupported, WeightFormat,
+};
+
+const BACKEND: &str = "CPU";
+
+/// See [`minisgl_core::backend::Ops::supports`].
+pub fn check(spec: &DecoderSpec) -> Result<(), Unsupported> {
+    let DecoderSpec { dims: _, norm: _, embedding_scale: _, tied: _, logit_cap, weights, layers } = spec;
+    if logit_cap.is_some() {
+        return Err(Unsupported::new(BACKEND, "its logits have a soft cap"));
+    }
+    if *weights != WeightFormat::Bf16 {
+        return Err(Unsupported::new(BACKEND, "its weights are fp8; take a checkpoint in bf16"));
+    }
+    for (i, layer) in layers.iter().enumerate() {
+        check_layer(layer).map_err(|what| Unsupported::in_layer(BACKEND, i, what))?;
+    }
+    Ok(())
+}
+
+fn check_layer(layer: &LayerSpec) -> Result<(), &'static str> {
+    let LayerSpec { norms: _, mixer, mlp } = layer;
+    match mixer {
+        Mixer::Attention(attention) => check_attention(attention)?,
+        Mixer::GatedDelta { .. } => return Err("a gated delta rule instead of attention"),
+    }
+    match mlp {
+        Mlp::Dense(_) => Ok(()),
+        Mlp::Experts { .. } => Err("experts"),
+    }
+}
+
+fn check_attention(attention: &Attention) -> Result<(), &'static str> {
+    let Attention { bias, qk_norm: _, rope, window: _, scale: _, score_cap, sinks } = attention;
+    if *bias == Bias::QkvAndO {
+        return Err("a bias on attention's output");
+    }
+    if rope.is_some_and(|rope| rope.pairs == RopePairs::Neighbours) {
+        return Err("rope that turns neighbouring elements");
+    }
+    if score_cap.is_some() {
+        return Err("a soft cap on attention's scores");
+    }
+    if *sinks {
+        return Err("attention sinks");
+    }
+    Ok(())
+}

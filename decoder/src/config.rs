@@ -1,0 +1,167 @@
+//! `config.json`, read strictly: what can't be computed exactly is refused, with the field's name.
+//!
+//! ```text
+//!   config.json ── architectures ──> Family ── read ──> DecoderSpec, positions, end-of-sequence tokens
+//!   generation_config.json ───────────────────────────> end-of-sequence tokens, where it gives them
+//! ```
+//!
+//! Invariant: a [`Config`] holds sizes whose products (of a weight, a layer, a row) fit `usize` and whose heads divide.
+
+use minisgl_core::spec::{DecoderSpec, LayerSpec, Mixer, RopeScaling};
+use serde_json::{Value, json};
+use thiserror::Error;
+
+use crate::family::Family;
+use crate::fields::{Fields, excerpt};
+
+/// What a checkpoint's configuration says.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Config {
+    /// What is computed.
+    pub spec: DecoderSpec,
+    /// The longest sequence, in tokens, that the model was made for.
+    pub max_positions: u32,
+    /// End-of-sequence tokens; none where the checkpoint names none.
+    pub eos: Vec<u32>,
+}
+
+/// A configuration that makes no model.
+#[derive(Clone, Debug, Error, PartialEq)]
+pub enum ConfigError {
+    /// Not JSON.
+    #[error("not valid JSON: {0}")]
+    Json(String),
+    /// JSON, but no object.
+    #[error("expected a JSON object, found {0}")]
+    NoObject(&'static str),
+    /// A field that must be there is not.
+    #[error("the field `{field}` is missing")]
+    Missing {
+        /// Its name.
+        field: String,
+    },
+    /// A field of another type.
+    #[error("the field `{field}` must be {expected}, but is {found}")]
+    Type {
+        /// Its name.
+        field: String,
+        /// What it must be.
+        expected: &'static str,
+        /// Its value.
+        found: String,
+    },
+    /// A model that would be computed wrongly.
+    #[error("the field `{field}` is {value}, which is not supported; only {supported} is")]
+    Unsupported {
+        /// Its name.
+        field: String,
+        /// Its value.
+        value: String,
+        /// What is supported.
+        supported: String,
+    },
+    /// Weights in a format that no backend reads.
+    #[error(
+        "quantized checkpoints are not supported (`{field}` is {value}); take the model's checkpoint in bfloat16, \
+         float16 or float32"
+    )]
+    Quantized {
+        /// The field that says so.
+        field: String,
+        /// Its value.
+        value: String,
+    },
+    /// A number out of range.
+    #[error("the field `{field}` is {value}; it must be {range}")]
+    Range {
+        /// Its name.
+        field: String,
+        /// Its value.
+        value: String,
+        /// The numbers that it can be.
+        range: String,
+    },
+}
+
+impl Config {
+    /// Reads the text of a `config.json` of one of these families, and says of which.
+    ///
+    /// # Errors
+    /// Names the field that is missing, of the wrong type, out of range or not supported.
+    pub fn from_json<'a>(text: &[u8], families: &[&'a Family]) -> Result<(Config, &'a Family), ConfigError> {
+        let value = parse(text)?;
+        let fields = Fields::of(&value)?;
+        let family = family_of(&fields, families)?;
+        Config::read(&fields, family).map(|config| (config, family))
+    }
+
+    pub(crate) fn read(fields: &Fields<'_>, family: &Family) -> Result<Config, ConfigError> {
+        fields.only("model_type", &[json!(family.model_type)])?;
+        check_format(fields)?;
+        let spec = (family.read)(fields)?;
+        let max_positions = positions(&spec, fields.size("max_position_embeddings", 1 << 24)?);
+        Ok(Config { spec, max_positions, eos: eos(fields)?.unwrap_or_default() })
+    }
+
+    /// Takes the end-of-sequence tokens of the text of a `generation_config.json`, if it has any.
+    ///
+    /// # Errors
+    /// The text is no JSON object, or `eos_token_id` is neither a token id nor an array of them.
+    pub fn with_generation_config(mut self, text: &[u8]) -> Result<Config, ConfigError> {
+        let value = parse(text)?;
+        if let Some(eos) = eos(&Fields::of(&value)?)? {
+            self.eos = eos;
+        }
+        Ok(self)
+    }
+}
+
+pub(crate) fn parse(text: &[u8]) -> Result<Value, ConfigError> {
+    serde_json::from_slice(text).map_err(|error| ConfigError::Json(error.to_string()))
+}
+
+/// The first family that `architectures` names.
+pub(crate) fn family_of<'a>(fields: &Fields<'_>, families: &[&'a Family]) -> Result<&'a Family, ConfigError> {
+    let names = fields.required("architectures", fields.optional_array("architectures")?)?;
+    let named = |family: &&&Family| names.iter().any(|name| name == family.architecture);
+    families.iter().find(named).copied().ok_or_else(|| ConfigError::Unsupported {
+        field: fields.path("architectures"),
+        value: excerpt(&Value::from(names)),
+        supported: families.iter().map(|family| family.architecture).collect::<Vec<_>>().join(" or "),
+    })
+}
+
+/// Refuses weights in a format that no backend reads.
+fn check_format(fields: &Fields<'_>) -> Result<(), ConfigError> {
+    for name in ["quantization_config", "compression_config"] {
+        if let Some(value) = fields.get(name) {
+            return Err(ConfigError::Quantized { field: fields.path(name), value: excerpt(value) });
+        }
+    }
+    for name in ["dtype", "torch_dtype"] {
+        fields.only(name, &[json!("bfloat16"), json!("float16"), json!("float32")])?;
+    }
+    Ok(())
+}
+
+/// The positions that a model reaches: as many as its configuration says, or as many as YaRN stretches them to. Model cards
+/// have YaRN added to a configuration whose positions stay as they were.
+fn positions(spec: &DecoderSpec, written: u32) -> u32 {
+    let stretched = |layer: &LayerSpec| match layer.mixer {
+        Mixer::Attention(attention) => match attention.rope?.scaling {
+            RopeScaling::Yarn { factor, original, .. } => Some((factor * original) as u32),
+            _ => None,
+        },
+        Mixer::GatedDelta { .. } => None,
+    };
+    spec.layers.iter().filter_map(stretched).fold(written, u32::max)
+}
+
+/// `eos_token_id`: a token id or an array of them.
+fn eos(fields: &Fields<'_>) -> Result<Option<Vec<u32>>, ConfigError> {
+    let id = |value: &Value| value.as_u64().and_then(|id| u32::try_from(id).ok());
+    fields.read("eos_token_id", "a token id or an array of token ids", |value| match value {
+        Value::Array(ids) => ids.iter().map(id).collect(),
+        one => id(one).map(|id| vec![id]),
+    })
+}

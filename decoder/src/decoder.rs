@@ -1,0 +1,273 @@
+//! The forward pass of a decoder over a backend's operations.
+//!
+//! ```text
+//!   ids ─ embed ─> residual stream ─ [decoder layer] x L ─> final norm ─> gathered ─ head ─> logits ─ sample
+//!                                         │ ^               (last token of each sampled row)
+//!                                         v │
+//!                                    KV pages of the layer
+//! ```
+//!
+//! Weights are loaded once, by [`Decoder::load`]; buffers are planned once, by [`Model::reserve`]. A step only enqueues.
+
+use minisgl_core::backend::{
+    Device, Element, KvCache, KvLayer, LayerWeights, Model, Ops, Purpose, Step, WeightRole,
+};
+use minisgl_core::batch::{Row, StepShape};
+use minisgl_core::config::Limits;
+use minisgl_core::spec::{DecoderSpec, Dims, LayerSpec, Mixer, NormForm, Rope, Unsupported};
+use minisgl_core::tensor::HostTensor;
+use thiserror::Error;
+
+use crate::checkpoint::Checkpoint;
+use crate::rope;
+use crate::tensors::LayerTensors;
+
+/// Why a checkpoint could not be put on a device.
+#[derive(Debug, Error)]
+pub enum LoadError<E: std::error::Error + 'static> {
+    /// The device can't compute it.
+    #[error(transparent)]
+    Unsupported(#[from] Unsupported),
+    /// The device failed, for lack of memory above all.
+    #[error(transparent)]
+    Device(E),
+}
+
+/// A decoder on a device.
+pub struct Decoder<B: Ops> {
+    spec: DecoderSpec,
+    max_positions: u32,
+    kv_bytes: u64,
+    weight_bytes: u64,
+    embed: B::Weight,
+    layers: Vec<LayerWeights<B::Weight>>,
+    norm: B::Weight,
+    head: B::Weight,
+    planned: Option<Planned<B::Buffer>>,
+}
+
+/// What [`Model::reserve`] allocates.
+struct Planned<Buf> {
+    /// Each layer's table, `[positions, rotated / 2]` pairs of cosine and sine (floats); equal ones are one.
+    ropes: Vec<Option<Buf>>,
+    kv: KvCache<Buf>,
+    /// `[samples, hidden]`: the last token of each sampled row, normed.
+    gathered: Buf,
+    /// `[samples, vocab]`.
+    logits: Buf,
+}
+
+impl<B: Ops> Decoder<B> {
+    /// Puts a checkpoint's weights on the device: q, k, v stacked, and gate, up; a tied head is the embedding itself.
+    ///
+    /// # Errors
+    /// See [`LoadError`].
+    pub fn load(backend: &mut B, checkpoint: &Checkpoint) -> Result<Self, LoadError<B::Error>> {
+        backend.supports(&checkpoint.config().spec)?;
+        Self::load_weights(backend, checkpoint).map_err(LoadError::Device)
+    }
+
+    fn load_weights(backend: &mut B, checkpoint: &Checkpoint) -> Result<Self, B::Error> {
+        let (config, tensors) = (checkpoint.config(), checkpoint.tensors());
+        let embed = load_one(backend, WeightRole::Embedding, &tensors.embed)?;
+        let mut layers = Vec::with_capacity(tensors.layers.len());
+        for layer in &tensors.layers {
+            layers.push(load_layer(backend, config.spec.norm, layer)?);
+        }
+        let norm = load_one(backend, WeightRole::Norm(config.spec.norm), &tensors.norm)?;
+        let head = match &tensors.head {
+            Some(head) => load_one(backend, WeightRole::Linear, head)?,
+            None => embed,
+        };
+        Ok(Decoder {
+            spec: config.spec.clone(),
+            max_positions: config.max_positions,
+            kv_bytes: backend.info().kv_bytes as u64,
+            weight_bytes: tensors.step_bytes(),
+            embed,
+            layers,
+            norm,
+            head,
+            planned: None,
+        })
+    }
+
+    /// What is computed.
+    pub fn spec(&self) -> &DecoderSpec {
+        &self.spec
+    }
+
+    /// The model's sizes.
+    pub fn dims(&self) -> &Dims {
+        &self.spec.dims
+    }
+
+    /// Where a step leaves its logits, `[samples, vocab]`, for [`Ops::read_logits`]; `None` before
+    /// [`Model::reserve`].
+    pub fn logits_buffer(&self) -> Option<B::Buffer> {
+        self.planned.as_ref().map(|planned| planned.logits)
+    }
+
+    fn planned(&self) -> &Planned<B::Buffer> {
+        self.planned.as_ref().expect("the engine reserves before the first step")
+    }
+}
+
+impl<B: Ops> Model<B> for Decoder<B> {
+    fn page_bytes(&self, page_size: u32) -> u64 {
+        let Dims { layers, .. } = self.spec.dims;
+        2 * u64::from(layers) * self.spec.dims.kv_width() as u64 * u64::from(page_size) * self.kv_bytes
+    }
+
+    fn vocab(&self) -> u32 {
+        self.spec.dims.vocab
+    }
+
+    fn max_positions(&self) -> u32 {
+        self.max_positions
+    }
+
+    fn window(&self) -> Option<u32> {
+        self.spec.window()
+    }
+
+    fn reserve(&mut self, backend: &mut B, limits: &Limits) -> Result<usize, B::Error> {
+        let plan_words = backend.reserve(&self.spec, limits)?;
+        let dims = &self.spec.dims;
+        let samples = limits.running as usize;
+        self.planned = Some(Planned {
+            ropes: upload_ropes(backend, &self.spec.layers, limits.sequence)?,
+            kv: alloc_kv(backend, dims, limits)?,
+            gathered: backend.alloc(Purpose::Scratch, Element::Activation, samples * dims.hidden as usize)?,
+            logits: backend.alloc(Purpose::Scratch, Element::Logit, samples * dims.vocab as usize)?,
+        });
+        Ok(plan_words)
+    }
+
+    fn plan(&self, backend: &B, shape: StepShape, rows: &[Row], words: &mut [u32]) {
+        backend.plan(shape, rows, words);
+    }
+
+    fn forward(
+        &mut self,
+        backend: &mut B,
+        step: &Step<B::Buffer>,
+        tokens: B::Buffer,
+    ) -> Result<(), B::Error> {
+        let planned = self.planned();
+        backend.begin_step(step)?;
+        backend.embed(step, self.embed)?;
+        for (i, ((weights, kv), rope)) in self.layers.iter().zip(&planned.kv).zip(&planned.ropes).enumerate()
+        {
+            backend.decoder_layer(step, i, weights, *rope, *kv)?;
+        }
+        // A step that is one unfinished chunk of a prompt leaves keys and values, and no token.
+        if step.shape.samples == 0 {
+            return Ok(());
+        }
+        backend.final_norm(step, self.norm, planned.gathered)?;
+        backend.logits(step, planned.gathered, self.head, planned.logits)?;
+        backend.sample(step, planned.logits, tokens)
+    }
+
+    fn logprobs(
+        &mut self,
+        backend: &mut B,
+        step: &Step<B::Buffer>,
+        tokens: B::Buffer,
+        out: B::Buffer,
+    ) -> Result<(), B::Error> {
+        backend.logprobs(step, self.planned().logits, tokens, out)
+    }
+
+    fn weight_bytes(&self) -> u64 {
+        self.weight_bytes
+    }
+}
+
+fn load_one<B: Ops>(backend: &mut B, role: WeightRole, tensor: &HostTensor) -> Result<B::Weight, B::Error> {
+    backend.load(role, std::slice::from_ref(tensor))
+}
+
+fn load_layer<B: Ops>(
+    backend: &mut B,
+    form: NormForm,
+    tensors: &LayerTensors,
+) -> Result<LayerWeights<B::Weight>, B::Error> {
+    let mut norm = |tensor: &Option<HostTensor>| {
+        tensor.as_ref().map(|tensor| load_one(backend, WeightRole::Norm(form), tensor)).transpose()
+    };
+    let (attention_norm, attention_out_norm) =
+        (norm(&tensors.attention_norm)?, norm(&tensors.attention_out_norm)?);
+    let (mlp_norm, mlp_out_norm) = (norm(&tensors.mlp_norm)?, norm(&tensors.mlp_out_norm)?);
+    let (q_norm, k_norm) = (norm(&tensors.q_norm)?, norm(&tensors.k_norm)?);
+    let qkv_bias =
+        tensors.qkv_bias.as_ref().map(|parts| backend.load(WeightRole::Bias, parts)).transpose()?;
+    let weights = LayerWeights {
+        attention_norm,
+        qkv: backend.load(WeightRole::Linear, &tensors.qkv)?,
+        qkv_bias,
+        q_norm,
+        k_norm,
+        o: load_one(backend, WeightRole::Linear, &tensors.o)?,
+        attention_out_norm,
+        mlp_norm,
+        gate_up: backend.load(WeightRole::GateUp, &tensors.gate_up)?,
+        down: load_one(backend, WeightRole::Linear, &tensors.down)?,
+        mlp_out_norm,
+    };
+    for (norm, linear) in [(attention_norm, weights.qkv), (mlp_norm, weights.gate_up)] {
+        if let Some(norm) = norm {
+            backend.fold_norm(norm, linear)?;
+        }
+    }
+    Ok(weights)
+}
+
+/// `[pages + 1, kv_heads, page_size, head_dim]` keys and as many values for each layer.
+fn alloc_kv<B: Ops>(backend: &mut B, dims: &Dims, limits: &Limits) -> Result<KvCache<B::Buffer>, B::Error> {
+    let rows = (limits.pages as usize + 1) * dims.kv_heads as usize * limits.page_size as usize;
+    let elements = rows * dims.head_dim as usize;
+    let mut alloc = || backend.alloc(Purpose::KvCache, Element::Kv, elements);
+    (0..dims.layers).map(|_| Ok(KvLayer { k: alloc()?, v: alloc()? })).collect()
+}
+
+/// Each layer's table; layers with the same rope have the same.
+fn upload_ropes<B: Device>(
+    backend: &mut B,
+    layers: &[LayerSpec],
+    positions: u32,
+) -> Result<Vec<Option<B::Buffer>>, B::Error> {
+    let mut tables: Vec<(Rope, B::Buffer)> = Vec::new();
+    let mut ropes = Vec::with_capacity(layers.len());
+    for layer in layers {
+        let rope = match layer.mixer {
+            Mixer::Attention(attention) => attention.rope,
+            Mixer::GatedDelta { .. } => None,
+        };
+        let table = match rope {
+            None => None,
+            Some(rope) => Some(match tables.iter().find(|(other, _)| *other == rope) {
+                Some((_, table)) => *table,
+                None => {
+                    let table = upload_rope(backend, &rope, positions)?;
+                    tables.push((rope, table));
+                    table
+                }
+            }),
+        };
+        ropes.push(table);
+    }
+    Ok(ropes)
+}
+
+fn upload_rope<B: Device>(backend: &mut B, rope: &Rope, positions: u32) -> Result<B::Buffer, B::Error> {
+    let floats = positions as usize * rope.rotated as usize;
+    let buffer = backend.alloc(Purpose::Scratch, Element::Float, floats)?;
+    let mut staging = backend.alloc_pinned(floats)?;
+    rope::fill(rope, backend.words_mut(&mut staging)?);
+    backend.upload(&mut staging, 0..floats, buffer)?;
+    // The staging memory goes when this returns; the copy must be done by then.
+    backend.synchronize()?;
+    Ok(buffer)
+}

@@ -1,0 +1,70 @@
+//! A model family: how its configuration reads, what its tensors are called, what sizes were published.
+
+use minisgl_core::spec::DecoderSpec;
+
+use crate::config::ConfigError;
+use crate::fields::Fields;
+
+/// One architecture of `config.json`.
+#[derive(Debug)]
+pub struct Family {
+    /// As `architectures` names it: `Qwen3ForCausalLM`.
+    pub architecture: &'static str,
+    /// As `model_type` names it: `qwen3`.
+    pub model_type: &'static str,
+    /// Reads a `config.json` into a spec; refuses by name what would be computed wrongly. What all families have in common
+    /// (element types, quantization, positions, end-of-sequence tokens) is read by the caller.
+    pub read: fn(&Fields<'_>) -> Result<DecoderSpec, ConfigError>,
+    /// Names of a layer's tensors.
+    pub names: LayerNames,
+    /// Published sizes, smallest first.
+    pub presets: &'static [Preset],
+}
+
+/// Names of a layer's tensors, between `model.layers.{i}.` and `.weight`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LayerNames {
+    /// The norm of what attention gets.
+    pub attention_norm: &'static str,
+    /// The norm of what attention gives.
+    pub attention_out_norm: &'static str,
+    /// The norm of what the MLP gets.
+    pub mlp_norm: &'static str,
+    /// The norm of what the MLP gives.
+    pub mlp_out_norm: &'static str,
+}
+
+impl LayerNames {
+    /// Of layers with norms before attention and MLP alone.
+    pub const NORMS_BEFORE: LayerNames = LayerNames {
+        attention_norm: "input_layernorm",
+        attention_out_norm: "",
+        mlp_norm: "post_attention_layernorm",
+        mlp_out_norm: "",
+    };
+
+    /// Of layers with four norms.
+    pub const NORMS_AROUND: LayerNames = LayerNames {
+        attention_norm: "input_layernorm",
+        attention_out_norm: "post_attention_layernorm",
+        mlp_norm: "pre_feedforward_layernorm",
+        mlp_out_norm: "post_feedforward_layernorm",
+    };
+
+    /// Of layers with norms after attention and MLP alone.
+    pub const NORMS_AFTER: LayerNames = LayerNames {
+        attention_norm: "",
+        attention_out_norm: "post_attention_layernorm",
+        mlp_norm: "",
+        mlp_out_norm: "post_feedforward_layernorm",
+    };
+}
+
+/// A published model, by name, with what its `config.json` says about its shape.
+#[derive(Debug)]
+pub struct Preset {
+    /// What it is called on the command line.
+    pub name: &'static str,
+    /// The fields of its `config.json` that its family reads, but for `architectures`.
+    pub config: &'static str,
+}

@@ -1,0 +1,199 @@
+//! The tensors of a checkpoint: their names, shapes and order, in one place.
+//!
+//! ```text
+//!   model.embed_tokens.weight                          [vocab, hidden]
+//!   model.layers.{i}.self_attn.{q,k,v}_proj.weight     [heads or kv_heads * head_dim, hidden]   fused: qkv
+//!                    self_attn.{q,k,v}_proj.bias       [heads or kv_heads * head_dim]           where the spec has them
+//!                    self_attn.{q,k}_norm.weight       [head_dim], or all heads' width          likewise
+//!                    self_attn.o_proj.weight           [hidden, heads * head_dim]
+//!                    mlp.{gate,up}_proj.weight         [intermediate, hidden]                   fused: gate_up
+//!                    mlp.down_proj.weight              [hidden, intermediate]
+//!                    norms before and after            [hidden]    under the family's names, where the spec has them
+//!   model.norm.weight                                  [hidden]
+//!   lm_head.weight                                     [vocab, hidden]    where it is not tied to the embedding
+//! ```
+
+use minisgl_core::spec::{Bias, DecoderSpec, Dims, LayerSpec, Mixer, QkNorm};
+use minisgl_core::tensor::{Dtype, HostTensor, TensorData};
+
+use crate::family::LayerNames;
+
+/// Every tensor of a model, on the host.
+#[derive(Clone, Debug)]
+pub struct Tensors {
+    /// `[vocab, hidden]`.
+    pub embed: HostTensor,
+    /// First layer first.
+    pub layers: Vec<LayerTensors>,
+    /// `[hidden]`, before the head.
+    pub norm: HostTensor,
+    /// `[vocab, hidden]`, where it is not tied to the embedding.
+    pub head: Option<HostTensor>,
+}
+
+/// The tensors of one decoder layer; those that its spec does not ask for are `None`.
+#[derive(Clone, Debug)]
+pub struct LayerTensors {
+    /// `[hidden]`, of what attention gets.
+    pub attention_norm: Option<HostTensor>,
+    /// q, k, v, whose rows are stacked on the device.
+    pub qkv: [HostTensor; 3],
+    /// q, k, v, likewise.
+    pub qkv_bias: Option<[HostTensor; 3]>,
+    /// Of each query head `[head_dim]`, or of all together.
+    pub q_norm: Option<HostTensor>,
+    /// Of each key head `[head_dim]`, or of all together.
+    pub k_norm: Option<HostTensor>,
+    /// `[hidden, heads * head_dim]`.
+    pub o: HostTensor,
+    /// `[hidden]`, of what attention gives.
+    pub attention_out_norm: Option<HostTensor>,
+    /// `[hidden]`, of what the MLP gets.
+    pub mlp_norm: Option<HostTensor>,
+    /// gate, up, whose rows are stacked on the device.
+    pub gate_up: [HostTensor; 2],
+    /// `[hidden, intermediate]`.
+    pub down: HostTensor,
+    /// `[hidden]`, of what the MLP gives.
+    pub mlp_out_norm: Option<HostTensor>,
+}
+
+/// A tensor's shape.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Shape {
+    /// `[n]`: one row.
+    Vector(usize),
+    /// `[n]`, a part of a longer one: n rows of one element.
+    Column(usize),
+    /// `[rows, cols]`.
+    Matrix(usize, usize),
+}
+
+impl Tensors {
+    /// Asks `find` for each tensor of a model by name and shape; the first error ends it.
+    pub(crate) fn collect<E>(
+        spec: &DecoderSpec,
+        names: &LayerNames,
+        mut find: impl FnMut(&str, Shape) -> Result<HostTensor, E>,
+    ) -> Result<Tensors, E> {
+        let (vocab, hidden) = (spec.dims.vocab as usize, spec.dims.hidden as usize);
+        let embed = find("model.embed_tokens.weight", Shape::Matrix(vocab, hidden))?;
+        let mut layers = Vec::with_capacity(spec.layers.len());
+        for (i, layer) in spec.layers.iter().enumerate() {
+            layers.push(LayerTensors::collect(&spec.dims, layer, names, |name, shape| {
+                find(&format!("model.layers.{i}.{name}"), shape)
+            })?);
+        }
+        let norm = find("model.norm.weight", Shape::Vector(hidden))?;
+        let head = if spec.tied { None } else { Some(find("lm_head.weight", Shape::Matrix(vocab, hidden))?) };
+        Ok(Tensors { embed, layers, norm, head })
+    }
+
+    /// Bytes that one decode step reads: every layer and the head, as they are stored on the host.
+    pub(crate) fn step_bytes(&self) -> u64 {
+        let layers = self.layers.iter().flat_map(LayerTensors::iter);
+        let head = self.head.as_ref().unwrap_or(&self.embed);
+        layers.chain([&self.norm, head]).map(bytes).sum()
+    }
+
+    /// All of them, in no order that means anything.
+    pub fn iter(&self) -> impl Iterator<Item = &HostTensor> {
+        let layers = self.layers.iter().flat_map(LayerTensors::iter);
+        [&self.embed, &self.norm].into_iter().chain(layers).chain(&self.head)
+    }
+}
+
+impl LayerTensors {
+    fn collect<E>(
+        dims: &Dims,
+        layer: &LayerSpec,
+        names: &LayerNames,
+        mut find: impl FnMut(&str, Shape) -> Result<HostTensor, E>,
+    ) -> Result<LayerTensors, E> {
+        let (hidden, mlp) = (dims.hidden as usize, dims.intermediate as usize);
+        let (q, kv) = (dims.q_width(), dims.kv_width());
+        let (bias, qk_norm) = match layer.mixer {
+            Mixer::Attention(attention) => (attention.bias, attention.qk_norm),
+            Mixer::GatedDelta { .. } => (Bias::None, QkNorm::None),
+        };
+        let norm_width = |all: usize| match qk_norm {
+            QkNorm::None => None,
+            QkNorm::PerHead => Some(dims.head_dim as usize),
+            QkNorm::FullWidth => Some(all),
+        };
+        let (before, after) = (layer.norms.before(), layer.norms.after());
+        let mut weight = |name: &str, shape| find(&format!("{name}.weight"), shape);
+        let qkv = [
+            weight("self_attn.q_proj", Shape::Matrix(q, hidden))?,
+            weight("self_attn.k_proj", Shape::Matrix(kv, hidden))?,
+            weight("self_attn.v_proj", Shape::Matrix(kv, hidden))?,
+        ];
+        let mut vector = |name: &str, width: Option<usize>| {
+            width.map(|width| weight(name, Shape::Vector(width))).transpose()
+        };
+        let attention_norm = vector(names.attention_norm, before.then_some(hidden))?;
+        let q_norm = vector("self_attn.q_norm", norm_width(q))?;
+        let k_norm = vector("self_attn.k_norm", norm_width(kv))?;
+        let attention_out_norm = vector(names.attention_out_norm, after.then_some(hidden))?;
+        let mlp_norm = vector(names.mlp_norm, before.then_some(hidden))?;
+        let mlp_out_norm = vector(names.mlp_out_norm, after.then_some(hidden))?;
+        Ok(LayerTensors {
+            attention_norm,
+            qkv,
+            q_norm,
+            k_norm,
+            o: weight("self_attn.o_proj", Shape::Matrix(hidden, q))?,
+            attention_out_norm,
+            mlp_norm,
+            gate_up: [
+                weight("mlp.gate_proj", Shape::Matrix(mlp, hidden))?,
+                weight("mlp.up_proj", Shape::Matrix(mlp, hidden))?,
+            ],
+            down: weight("mlp.down_proj", Shape::Matrix(hidden, mlp))?,
+            mlp_out_norm,
+            qkv_bias: match bias {
+                Bias::None => None,
+                Bias::Qkv | Bias::QkvAndO => Some([
+                    find("self_attn.q_proj.bias", Shape::Column(q))?,
+                    find("self_attn.k_proj.bias", Shape::Column(kv))?,
+                    find("self_attn.v_proj.bias", Shape::Column(kv))?,
+                ]),
+            },
+        })
+    }
+
+    fn iter(&self) -> impl Iterator<Item = &HostTensor> {
+        let norms = [&self.attention_norm, &self.q_norm, &self.k_norm, &self.attention_out_norm];
+        let norms = norms.into_iter().chain([&self.mlp_norm, &self.mlp_out_norm]).flatten();
+        let matrices = self.qkv.iter().chain(&self.gate_up).chain([&self.o, &self.down]);
+        norms.chain(matrices).chain(self.qkv_bias.iter().flatten())
+    }
+}
+
+/// Bytes of a tensor as the host has it.
+fn bytes(tensor: &HostTensor) -> u64 {
+    let element = match &tensor.data {
+        TensorData::Bytes { dtype, .. } => dtype.bytes(),
+        TensorData::Uniform { .. } => Dtype::Bf16.bytes(),
+    };
+    (tensor.rows * tensor.cols * element) as u64
+}
+
+impl Shape {
+    /// As checkpoints write it.
+    pub(crate) fn dims(self) -> Vec<usize> {
+        match self {
+            Shape::Vector(n) | Shape::Column(n) => vec![n],
+            Shape::Matrix(rows, cols) => vec![rows, cols],
+        }
+    }
+
+    /// Rows and columns.
+    pub(crate) fn rows_cols(self) -> (usize, usize) {
+        match self {
+            Shape::Vector(n) => (1, n),
+            Shape::Column(n) => (n, 1),
+            Shape::Matrix(rows, cols) => (rows, cols),
+        }
+    }
+}

@@ -1,0 +1,139 @@
+//! Llama and what differs from it little: Mistral, Qwen2, SmolLM3. None of them norms queries and keys.
+//!
+//! | family | what it adds to Llama |
+//! |---|---|
+//! | Llama | (SmolLM2 has its architecture too) |
+//! | Mistral | a window on every layer, in the first 7B |
+//! | Qwen2 | biases of q, k and v; a window on the later layers, if it is switched on |
+//! | SmolLM3 | no rope on some layers |
+
+use minisgl_core::spec::{Attention, Bias, DecoderSpec, LayerSpec, Mixer, Mlp};
+use minisgl_decoder::{ConfigError, Family, Fields, LayerNames, Preset};
+use serde_json::{Value, json};
+
+/// `LlamaForCausalLM`.
+pub static LLAMA: Family = Family {
+    architecture: "LlamaForCausalLM",
+    model_type: "llama",
+    read: llama,
+    names: LayerNames::NORMS_BEFORE,
+    presets: LLAMA_PRESETS,
+};
+
+/// `MistralForCausalLM`.
+pub static MISTRAL: Family = Family {
+    architecture: "MistralForCausalLM",
+    model_type: "mistral",
+    read: mistral,
+    names: LayerNames::NORMS_BEFORE,
+    presets: MISTRAL_PRESETS,
+};
+
+/// `Qwen2ForCausalLM`.
+pub static QWEN2: Family = Family {
+    architecture: "Qwen2ForCausalLM",
+    model_type: "qwen2",
+    read: qwen2,
+    names: LayerNames::NORMS_BEFORE,
+    presets: QWEN2_PRESETS,
+};
+
+/// `SmolLM3ForCausalLM`.
+pub static SMOLLM3: Family = Family {
+    architecture: "SmolLM3ForCausalLM",
+    model_type: "smollm3",
+    read: smollm3,
+    names: LayerNames::NORMS_BEFORE,
+    presets: SMOLLM3_PRESETS,
+};
+
+/// A decoder whose layers' attention is what `attention` makes of Llama's, which has rope and nothing else.
+fn decoder(
+    fields: &Fields<'_>,
+    tied: bool,
+    attention: impl Fn(usize, Attention) -> Attention,
+) -> Result<DecoderSpec, ConfigError> {
+    for bias in ["attention_bias", "mlp_bias"] {
+        fields.only(bias, &[json!(false)])?;
+    }
+    let dims = fields.dims()?;
+    let llama = Attention { rope: Some(fields.rope(dims.head_dim)?), ..Attention::plain() };
+    let plain = LayerSpec { mlp: Mlp::Dense(fields.activation("hidden_act")?), ..LayerSpec::plain() };
+    let layer = |i| LayerSpec { mixer: Mixer::Attention(attention(i, llama)), ..plain };
+    let layers = (0..dims.layers as usize).map(layer).collect();
+    Ok(DecoderSpec { tied: fields.tied(tied)?, layers, ..DecoderSpec::uniform(dims, plain) })
+}
+
+fn llama(fields: &Fields<'_>) -> Result<DecoderSpec, ConfigError> {
+    decoder(fields, false, |_, attention| attention)
+}
+
+fn mistral(fields: &Fields<'_>) -> Result<DecoderSpec, ConfigError> {
+    let width = fields.get("sliding_window").map(|_| fields.size("sliding_window", u32::MAX)).transpose()?;
+    let windows = fields.windows(fields.layers()?, width, |_| true)?;
+    decoder(fields, false, |i, attention| Attention { window: windows[i], ..attention })
+}
+
+fn qwen2(fields: &Fields<'_>) -> Result<DecoderSpec, ConfigError> {
+    let windows = fields.switched_windows(fields.layers()?)?;
+    decoder(fields, false, |i, attention| Attention { bias: Bias::Qkv, window: windows[i], ..attention })
+}
+
+fn smollm3(fields: &Fields<'_>) -> Result<DecoderSpec, ConfigError> {
+    fields.only("use_sliding_window", &[json!(false)])?;
+    fields.windows(fields.layers()?, None, |_| false)?;
+    let turned = layers_with_rope(fields)?;
+    decoder(fields, true, |i, attention| Attention {
+        rope: attention.rope.filter(|_| turned[i]),
+        ..attention
+    })
+}
+
+/// `no_rope_layers` has a 1 for each layer with rope, and wins over `no_rope_layer_interval`, each so manyth layer without.
+fn layers_with_rope(fields: &Fields<'_>) -> Result<Vec<bool>, ConfigError> {
+    let layers = fields.layers()?;
+    let flag = |value: &Value| value.as_u64().filter(|flag| *flag <= 1).map(|flag| flag == 1);
+    let listed = fields.read("no_rope_layers", "an array of 0 and 1", |value| {
+        value.as_array()?.iter().map(flag).collect::<Option<Vec<bool>>>()
+    })?;
+    match listed {
+        Some(turned) if turned.len() == layers as usize => Ok(turned),
+        Some(turned) => {
+            let range = format!("as long as `num_hidden_layers` says, {layers}");
+            Err(fields.range_error("no_rope_layers", &format!("{} entries", turned.len()), range))
+        }
+        None => {
+            let interval = match fields.get("no_rope_layer_interval") {
+                Some(_) => fields.size("no_rope_layer_interval", u32::MAX)?,
+                None => 4,
+            };
+            Ok((1..=layers).map(|layer| !layer.is_multiple_of(interval)).collect())
+        }
+    }
+}
+
+/// SmolLM2 is a Llama too.
+#[rustfmt::skip]
+const LLAMA_PRESETS: &[Preset] = &[
+    Preset { name: "smollm2-135m", config: r#"{"num_hidden_layers": 30, "hidden_size": 576, "num_attention_heads": 9, "num_key_value_heads": 3, "intermediate_size": 1536, "vocab_size": 49152, "tie_word_embeddings": true, "rms_norm_eps": 1e-05, "max_position_embeddings": 8192, "rope_theta": 100000}"# },
+    Preset { name: "llama-3.2-1b", config: r#"{"num_hidden_layers": 16, "hidden_size": 2048, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64, "intermediate_size": 8192, "vocab_size": 128256, "tie_word_embeddings": true, "rms_norm_eps": 1e-05, "max_position_embeddings": 131072, "rope_theta": 500000, "rope_scaling": {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}}"# },
+    Preset { name: "llama-3.1-8b", config: r#"{"num_hidden_layers": 32, "hidden_size": 4096, "num_attention_heads": 32, "num_key_value_heads": 8, "intermediate_size": 14336, "vocab_size": 128256, "tie_word_embeddings": false, "rms_norm_eps": 1e-05, "max_position_embeddings": 131072, "rope_theta": 500000, "rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}}"# },
+];
+
+/// Mistral-7B-v0.1.
+#[rustfmt::skip]
+const MISTRAL_PRESETS: &[Preset] = &[
+    Preset { name: "mistral-7b", config: r#"{"num_hidden_layers": 32, "hidden_size": 4096, "num_attention_heads": 32, "num_key_value_heads": 8, "intermediate_size": 14336, "vocab_size": 32000, "tie_word_embeddings": false, "rms_norm_eps": 1e-05, "max_position_embeddings": 32768, "rope_theta": 10000, "sliding_window": 4096}"# },
+];
+
+/// Qwen2.5.
+#[rustfmt::skip]
+const QWEN2_PRESETS: &[Preset] = &[
+    Preset { name: "qwen2.5-0.5b", config: r#"{"num_hidden_layers": 24, "hidden_size": 896, "num_attention_heads": 14, "num_key_value_heads": 2, "intermediate_size": 4864, "vocab_size": 151936, "tie_word_embeddings": true, "rms_norm_eps": 1e-06, "max_position_embeddings": 32768, "rope_theta": 1000000}"# },
+    Preset { name: "qwen2.5-7b", config: r#"{"num_hidden_layers": 28, "hidden_size": 3584, "num_attention_heads": 28, "num_key_value_heads": 4, "intermediate_size": 18944, "vocab_size": 152064, "tie_word_embeddings": false, "rms_norm_eps": 1e-06, "max_position_embeddings": 32768, "rope_theta": 1000000}"# },
+];
+
+#[rustfmt::skip]
+const SMOLLM3_PRESETS: &[Preset] = &[
+    Preset { name: "smollm3-3b", config: r#"{"num_hidden_layers": 36, "hidden_size": 2048, "num_attention_heads": 16, "num_key_value_heads": 4, "intermediate_size": 11008, "vocab_size": 128256, "tie_word_embeddings": true, "rms_norm_eps": 1e-06, "max_position_embeddings": 65536, "rope_theta": 5000000, "no_rope_layer_interval": 4}"# },
+];
