@@ -201,7 +201,13 @@ fn fields_that_ask_for_what_is_not_done_are_refused_by_name_with_what_to_do() {
         ),
         (r#""enable_thinking": false"#, "enable_thinking is false; give it in chat_template_kwargs"),
         (r#""tool_choice": "required""#, "tool_choice is \"required\";"),
-        (r#""max_token": 5"#, "there is no field \"max_token\"; remove or correct it"),
+        (r#""max_token": 5"#, "there is no field \"max_token\"; did you mean max_tokens?"),
+        (r#""temprature": 5"#, "there is no field \"temprature\"; did you mean temperature?"),
+        (
+            r#""frequencyPenalty": 0"#,
+            "there is no field \"frequencyPenalty\"; did you mean frequency_penalty?",
+        ),
+        (r#""colour": 5"#, "there is no field \"colour\"; remove or correct it"),
         (r#""max_token": null"#, "there is no field \"max_token\""),
         (
             r#""model": "gpt-4o""#,

@@ -58,7 +58,7 @@ fn request(
     header.format = if prompts == Prompts::Text { Format::Text } else { Format::Chat };
     let missing = LineError::Missing { field: "body", fix: "give the request there, as an object" };
     let body = fields.raw("body").ok_or(missing)?;
-    fields.finish(|field| LineError::Unknown { field })?;
+    fields.finish()?;
     let body: Fields<'_> = read("body", body, "the fields of a request, as an object")?;
     let (request, asked) = body::request(body, prompts, sampling, model)?;
     if let Some(name) = asked {

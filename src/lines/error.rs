@@ -52,16 +52,18 @@ pub enum LineError {
         field: String,
     },
     /// A field that means nothing here: most likely misspelt.
-    #[error("there is no field {field:?}; remove or correct it")]
+    #[error("there is no field {field:?}; {fix}")]
     Unknown {
         /// Its name.
         field: String,
+        /// What to do.
+        fix: String,
     },
     /// A field that only conversations have.
     #[error("{field} goes with messages; give the prompt as messages, or leave {field} out")]
     NeedsMessages {
         /// Its name.
-        field: String,
+        field: &'static str,
     },
     /// A value of another type, or out of range.
     #[error("{field} is {value}; it must be {expected}")]
@@ -117,6 +119,15 @@ pub enum LineError {
 }
 
 impl LineError {
+    /// A field that means nothing, and the known one that it may have been meant to be.
+    pub(super) fn unknown(field: &str, near: Option<&str>) -> Self {
+        let fix = match near {
+            Some(near) => format!("did you mean {near}?"),
+            None => "remove or correct it".to_owned(),
+        };
+        LineError::Unknown { field: shown(field), fix }
+    }
+
     /// The field that it is about, where it is about one.
     pub fn field(&self) -> Option<&str> {
         match self {
@@ -131,10 +142,9 @@ impl LineError {
             | LineError::Wrong { field, .. }
             | LineError::Unreadable { field, .. }
             | LineError::Unsupported { field, .. }
+            | LineError::NeedsMessages { field }
             | LineError::Contradiction { field, .. } => Some(field),
-            LineError::Twice { field }
-            | LineError::Unknown { field }
-            | LineError::NeedsMessages { field } => Some(field),
+            LineError::Twice { field } | LineError::Unknown { field, .. } => Some(field),
         }
     }
 

@@ -23,11 +23,16 @@ use serde_json::value::RawValue;
 
 use super::error::{LineError, shown};
 
+/// How alike a misspelt name and the one that was meant are, of 1.
+const ALIKE: f64 = 0.9;
+
 /// The fields of an object that nobody has taken yet.
 pub struct Fields<'a> {
     values: BTreeMap<String, &'a RawValue>,
     /// A key that stood there twice.
     twice: Option<String>,
+    /// All names that were asked for, there or not: what a misspelt one may have been meant to be.
+    names: Vec<&'static str>,
 }
 
 impl<'a> Fields<'a> {
@@ -48,7 +53,8 @@ impl<'a> Fields<'a> {
     }
 
     /// A field's JSON text.
-    pub fn raw(&mut self, name: &str) -> Option<&'a RawValue> {
+    pub fn raw(&mut self, name: &'static str) -> Option<&'a RawValue> {
+        self.names.push(name);
         self.values.remove(name).filter(|value| value.get() != "null")
     }
 
@@ -110,12 +116,13 @@ impl<'a> Fields<'a> {
     /// Checks that every field was taken.
     ///
     /// # Errors
-    /// The first that was not, as `unknown` puts it.
-    pub fn finish(mut self, unknown: impl FnOnce(String) -> LineError) -> Result<(), LineError> {
-        match self.values.pop_first() {
-            Some((name, _)) => Err(unknown(shown(&name))),
-            None => Ok(()),
-        }
+    /// The first that was not.
+    pub fn finish(mut self) -> Result<(), LineError> {
+        let Some((name, _)) = self.values.pop_first() else { return Ok(()) };
+        let alike = |known: &&'static str| (strsim::jaro_winkler(&name, known), *known);
+        let near = self.names.iter().map(alike).filter(|(alike, _)| *alike >= ALIKE);
+        let near = near.max_by(|a, b| a.0.total_cmp(&b.0)).map(|(_, known)| known);
+        Err(LineError::unknown(&name, near))
     }
 
     /// Checks that no key stood there twice.
@@ -172,7 +179,7 @@ impl<'de> Visitor<'de> for Object {
     }
 
     fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Fields<'de>, A::Error> {
-        let mut fields = Fields { values: BTreeMap::new(), twice: None };
+        let mut fields = Fields { values: BTreeMap::new(), twice: None, names: Vec::new() };
         while let Some((name, value)) = map.next_entry::<String, &RawValue>()? {
             match fields.values.entry(name) {
                 Entry::Vacant(entry) => drop(entry.insert(value)),

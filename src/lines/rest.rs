@@ -105,10 +105,10 @@ pub fn check_rest(mut fields: Fields<'_>, prompt: &Prompt) -> Result<(), LineErr
             check(&mut fields, ("add_special_tokens", &["false"], "the template writes them"))?
         }
     }
-    fields.finish(|field| match CHAT_FIELDS.contains(&field.as_str()) {
-        true => LineError::NeedsMessages { field },
-        false => LineError::Unknown { field },
-    })
+    match CHAT_FIELDS.iter().find(|name| fields.has(name)) {
+        Some(field) => Err(LineError::NeedsMessages { field }),
+        None => fields.finish(),
+    }
 }
 
 fn check(fields: &mut Fields<'_>, (field, accepted, why): Only) -> Result<(), LineError> {
