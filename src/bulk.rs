@@ -1,9 +1,9 @@
 //! Bulk generation: a file of requests in, a file of results out, neither held in memory.
 //!
 //! ```text
-//!   input ── line by line ──> Run ── as each request ends ──> output, one whole line a write
-//!                 │                                             ^
-//!                 └── not a request, or its id was used ── error line
+//!   input ── line by line ──> session ── as each request ends ──> output, one whole line a write
+//!                 │                                                 ^
+//!                 └── not a request, or its id was used ── error line ┘
 //! ```
 //!
 //! Of the input only a 16-byte fingerprint of each id is kept, to tell ids that were used before: in this file, or with
@@ -22,9 +22,9 @@ use serde_json::value::RawValue;
 use thiserror::Error;
 
 use crate::Llm;
+use crate::front::{EngineHandle, SessionEvent, SessionOptions, Submitter};
 use crate::lines::{self, Defaults, Header, Origin, RequestLine};
-use crate::request::{Completion, Flow, StreamEvent};
-use crate::run::Run;
+use crate::request::Completion;
 
 /// What is to be done.
 #[derive(Clone, Debug)]
@@ -103,8 +103,8 @@ pub struct Bulk {
     /// Ids that the output has from an earlier run.
     done: HashSet<Fingerprint>,
     seen: HashSet<Fingerprint>,
-    /// By index in the run.
-    running: HashMap<usize, (Header, Origin)>,
+    /// By line.
+    running: HashMap<u64, (Header, Origin)>,
     tally: Tally,
 }
 
@@ -142,45 +142,57 @@ impl Bulk {
         // Not before the model is there: until now the output is as it was.
         let cut = self.output.set_len(self.end).and_then(|()| self.output.seek(SeekFrom::Start(self.end)));
         cut.map_err(|cause| BulkError::Output { path: self.job.output.clone(), cause })?;
-        let mut run = llm.start().stream_text(false);
+        let engine = llm.handle();
+        let (submitter, mut events) = engine.session(SessionOptions::default());
+        let mut submitter = Some(submitter);
+        let mut refused = Ok(());
         loop {
-            self.fill(&mut run)?;
-            if run.is_idle() {
-                return Ok(self.tally);
-            }
-            let mut ended: Vec<(usize, Completion)> = Vec::new();
-            let step = run.step(&mut |event| {
-                if let StreamEvent::Finished { index, completion, .. } = event {
-                    ended.push((index, completion));
+            if let Some(open) = &mut submitter {
+                let more = match self.fill(open) {
+                    Ok(more) => more,
+                    // What ended before the engine did is still to come.
+                    Err(BulkError::Engine(error)) => {
+                        refused = Err(error);
+                        false
+                    }
+                    Err(error) => return Err(error),
+                };
+                if !more {
+                    submitter = None;
                 }
-                Flow::Continue
-            });
-            for (index, completion) in ended {
-                self.write_completion(index, &completion, &run)?;
             }
-            step?;
+            match events.next().transpose()? {
+                Some(SessionEvent::Finished { tag, completion, .. }) => {
+                    self.write_completion(tag, &completion, &engine)?
+                }
+                Some(_) => {}
+                None => {
+                    refused?;
+                    return Ok(self.tally);
+                }
+            }
         }
     }
 
-    /// Submits lines until the engine has enough or the input ends.
-    fn fill(&mut self, run: &mut Run<'_>) -> Result<(), BulkError> {
+    /// Submits lines while there is room for them; false when the input has ended.
+    fn fill(&mut self, submitter: &mut Submitter) -> Result<bool, BulkError> {
         let mut line = Vec::new();
-        while run.wants_more() {
+        while submitter.room() > 0 {
             line.clear();
             let read = self.input.read_until(b'\n', &mut line);
             let read = read.map_err(|cause| BulkError::Input { path: self.job.input.clone(), cause })?;
             if read == 0 {
-                return Ok(());
+                return Ok(false);
             }
             self.line += 1;
             if !lines::is_blank(&line) {
-                self.submit(&line, run)?;
+                self.submit(&line, submitter)?;
             }
         }
-        Ok(())
+        Ok(true)
     }
 
-    fn submit(&mut self, line: &[u8], run: &mut Run<'_>) -> Result<(), BulkError> {
+    fn submit(&mut self, line: &[u8], submitter: &mut Submitter) -> Result<(), BulkError> {
         let origin = Origin { line: self.line, fingerprint: fingerprint(line)[0] };
         let mut out = Vec::new();
         match lines::parse(line, self.line, &self.job.defaults) {
@@ -191,7 +203,8 @@ impl Bulk {
                     if self.done.contains(&fingerprint) {
                         self.tally.skipped += 1;
                     } else {
-                        self.running.insert(run.submit(request), (header, origin));
+                        self.running.insert(self.line, (header, origin));
+                        submitter.submit(self.line, request)?;
                     }
                     return Ok(());
                 }
@@ -205,18 +218,18 @@ impl Bulk {
 
     fn write_completion(
         &mut self,
-        index: usize,
+        line: u64,
         completion: &Completion,
-        run: &Run<'_>,
+        engine: &EngineHandle,
     ) -> Result<(), BulkError> {
-        let Some((header, origin)) = self.running.remove(&index) else { return Ok(()) };
+        let Some((header, origin)) = self.running.remove(&line) else { return Ok(()) };
         match completion.error {
             None => self.tally.finished += 1,
             Some(_) => self.tally.failed += 1,
         }
         self.tally.output_tokens += completion.token_ids.len() as u64;
         let mut out = Vec::new();
-        lines::write_result(&mut out, &header, origin, completion, &|id| run.token_bytes(id));
+        lines::write_result(&mut out, &header, origin, completion, &|id| engine.token_bytes(id));
         self.write(&out)
     }
 

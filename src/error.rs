@@ -82,6 +82,15 @@ pub enum Error {
         /// Index and completion of each request that had ended; empty in a streaming run, which delivered them.
         finished: Vec<(usize, Completion)>,
     },
+    /// The engine's `Llm` was dropped.
+    #[error("the engine was closed and takes no more requests; keep its Llm while requests run")]
+    Closed,
+    /// A session's submitter whose events nobody takes.
+    #[error("nobody reads the session's events any more; open another session")]
+    Unread,
+    /// The system gives no thread.
+    #[error("a thread can't be started: {0}; raise the limit of processes (ulimit -u) or free memory")]
+    Thread(#[source] std::io::Error),
     /// Called again after a failed step.
     #[error("the engine has failed before and takes no more requests; build it anew")]
     Failed,

@@ -13,13 +13,14 @@
 //! # Ok::<(), minisgl::Error>(())
 //! ```
 //!
-//! Three ways to run requests, one loop below them:
+//! The engine runs on a thread of its own, and all ways to use it go through its handle:
 //!
 //! | | requests | results |
 //! |---|---|---|
 //! | [`Llm::generate`] | a slice | completions in its order |
 //! | [`Llm::generate_stream`] | an iterator, pulled as there is room | events to a callback, which may abort |
-//! | [`Llm::start`] | submitted when the caller likes | events of each [`Run::step`] |
+//! | [`EngineHandle::submit`] | one, from any thread | a stream of its events, which aborts it when dropped |
+//! | [`EngineHandle::session`] | many, from any thread | one queue of events, which another thread may read |
 //!
 //! Prompts are token ids, text ([`GenerateRequest::text`]) or conversations ([`GenerateRequest::chat`]); the latter two
 //! need the checkpoint's `tokenizer.json` and chat template. A request that can't run does not disturb the others: its
@@ -32,6 +33,7 @@ mod chat;
 mod detokenize;
 mod error;
 mod flags;
+mod front;
 mod gauge;
 mod info;
 pub mod lines;
@@ -41,7 +43,6 @@ pub mod models;
 mod options;
 pub mod progress;
 mod request;
-mod run;
 mod runner;
 mod token_bytes;
 mod tokenizer;
@@ -49,6 +50,10 @@ pub mod workload;
 
 pub use builder::LlmBuilder;
 pub use error::{Cause, Error};
+pub use front::{
+    EngineHandle, Events, Next, RequestEvent, RequestStream, SessionEvent, SessionOptions, Submitter,
+    TrySubmitError,
+};
 pub use gauge::{Ceilings, DeviceState};
 pub use info::Info;
 pub use llm::{Llm, gpu_present};
@@ -61,4 +66,3 @@ pub use request::{
     Phase, Prompt, RequestError, SamplingError, SamplingParams, StepTiming, StreamEvent, SubmitError,
     TOP_LOGPROBS_MAX, TokenLogprobs,
 };
-pub use run::Run;

@@ -1,17 +1,19 @@
 //! The model behind one handle: opened once, then asked as often as one likes.
 //!
 //! ```text
-//!   directory or preset ── Checkpoint ── Backend ── Decoder::load ── pages counted ── Engine ──> Llm
+//!   directory or preset ── Checkpoint ── Backend ── Decoder::load ── pages counted ── Engine ──> Front ──> Llm
 //! ```
+//!
+//! The engine is built on the thread that it stays on; every method asks it through its handle.
 
+use std::collections::HashMap;
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Instant;
 
 use minisgl_core::backend::{Model, Ops};
 use minisgl_core::config::Limits;
 use minisgl_core::engine::{Engine, EngineOptions};
-use minisgl_core::request::Request;
-use minisgl_core::sampling::SamplingParams;
 use minisgl_core::scheduler::Policy;
 use minisgl_core::stats::Stats;
 use minisgl_cpu::Cpu;
@@ -20,22 +22,25 @@ use minisgl_decoder::{Checkpoint, Decoder};
 
 use crate::builder::LlmBuilder;
 use crate::error::Error;
+use crate::front::{EngineHandle, Events, Front, SessionEvent, SessionOptions};
 use crate::gauge::{Ceilings, DeviceState, Gauge};
 use crate::info::Info;
 use crate::memory::Room;
 use crate::models::{FAMILIES, preset_names};
 use crate::options::{BackendChoice, KernelChoice, Options};
-use crate::request::{ChatPrompt, Completion, Flow, GenerateRequest, Prompt, RequestError, StreamEvent};
-use crate::run::Run;
-use crate::runner::Runner;
+use crate::request::{
+    ChatPrompt, Completion, FinishReason, Flow, GenerateRequest, Prompt, RequestError, StreamEvent,
+};
+use crate::runner::{LogitsError, Runner};
 use crate::tokenizer::Text;
 
 /// A model on a device, ready to generate. See the [crate's page](crate) for an example.
+///
+/// It owns the engine: dropping it ends the engine's threads and gives the device's memory back.
 pub struct Llm {
-    runner: Box<dyn Runner>,
-    text: Text,
+    front: Front,
+    text: Arc<Text>,
     info: Info,
-    failed: bool,
 }
 
 impl Llm {
@@ -50,8 +55,16 @@ impl Llm {
             return Err(Error::MemoryRatio(options.memory_ratio));
         }
         let (checkpoint, text) = open_model(&model)?;
-        let (runner, info) = open_engine(model, &checkpoint, &options)?;
-        Ok(Llm { runner, text, info, failed: false })
+        let (text, order) = (Arc::new(text), options.order);
+        // On the thread that it stays on.
+        let build = move || open_engine(model, &checkpoint, &options);
+        let (front, info) = Front::start(text.clone(), order, build)?;
+        Ok(Llm { front, text, info })
+    }
+
+    /// The engine from any thread: requests of their own, sessions of many.
+    pub fn handle(&self) -> EngineHandle {
+        self.front.handle().clone()
     }
 
     /// Runs all requests; completions come in the order of the requests.
@@ -60,11 +73,11 @@ impl Llm {
     /// A step failed; the error holds what had finished. A request that can't run is no error: its completion says so.
     pub fn generate(&mut self, requests: &[GenerateRequest]) -> Result<Vec<Completion>, Error> {
         let mut completions: Vec<Option<Completion>> = vec![None; requests.len()];
-        let outcome = self.start().stream_text(false).drive(requests.iter().cloned(), &mut |event| {
-            if let StreamEvent::Finished { index, completion, .. } = event {
-                completions[index] = Some(completion);
+        let outcome = self.drive(SessionOptions::default(), requests.iter().cloned(), |event, _| {
+            if let SessionEvent::Finished { tag, completion, .. } = event {
+                completions[tag as usize] = Some(*completion);
             }
-            Flow::Continue
+            true
         });
         match outcome {
             Ok(()) => Ok(completions.into_iter().flatten().collect()),
@@ -78,25 +91,55 @@ impl Llm {
     }
 
     /// Runs requests as they come out of an iterator, pulled when there is room for them, and hands every token, end
-    /// and step to `on_event`, which may abort them.
+    /// and step to `on_event`, which may abort them. What an aborted request has is what was handed over before.
     ///
     /// # Errors
     /// A step failed; what had finished was delivered.
     pub fn generate_stream(
         &mut self,
         requests: impl IntoIterator<Item = GenerateRequest>,
-        mut on_event: impl FnMut(StreamEvent<'_>) -> Flow,
+        on_event: impl FnMut(StreamEvent<'_>) -> Flow,
     ) -> Result<(), Error> {
-        self.start().drive(requests, &mut on_event)
+        let options = SessionOptions { tokens: true, text: true, steps: true, capacity: None };
+        let mut stream = Streaming::new(on_event);
+        self.drive(options, requests, |event, events| stream.hear(event, events))
     }
 
-    /// Starts a run that the caller drives: submits and steps as it likes.
-    pub fn start(&mut self) -> Run<'_> {
-        Run::new(&mut *self.runner, &self.text, &mut self.failed)
+    /// Submits requests as there is room, and hands events on until all have ended; none is submitted any more once
+    /// `on_event` gives false.
+    fn drive(
+        &self,
+        options: SessionOptions,
+        requests: impl IntoIterator<Item = GenerateRequest>,
+        mut on_event: impl FnMut(SessionEvent, &mut Events) -> bool,
+    ) -> Result<(), Error> {
+        let (submitter, mut events) = self.front.handle().session(options);
+        let mut submitter = Some(submitter);
+        let mut requests = (0..).zip(requests).fuse();
+        let mut refused = Ok(());
+        loop {
+            if let Some(open) = &mut submitter {
+                let room = open.room();
+                let mut submitted = 0;
+                let pulled = requests.by_ref().take(room).inspect(|_| submitted += 1);
+                refused = open.submit_all(pulled);
+                if submitted < room || refused.is_err() {
+                    submitter = None;
+                }
+            }
+            match events.next() {
+                Some(event) => {
+                    if !on_event(event?, &mut events) {
+                        submitter = None;
+                    }
+                }
+                None => return refused,
+            }
+        }
     }
 
     /// The logits `[vocab]` at every position of a prompt: what the model gives for the token after it. For scoring;
-    /// one prefill a position.
+    /// one prefill a position, each on an otherwise idle engine.
     ///
     /// # Errors
     /// A prompt that can't run, or a failed step.
@@ -105,25 +148,14 @@ impl Llm {
     }
 
     fn logits_after(&mut self, prompt: &[u32]) -> Result<Vec<f32>, Error> {
-        if self.failed {
-            return Err(Error::Failed);
-        }
-        let params = SamplingParams { max_tokens: 1, ..SamplingParams::default() };
-        self.runner.submit(Request { prompt, params }).map_err(RequestError::from)?;
-        let mut logits = Vec::new();
-        while !self.runner.is_idle() {
-            let step = self.runner.step(&mut |_| {}).and_then(|report| {
-                if report.launched.is_some_and(|shape| shape.samples > 0) {
-                    logits = self.runner.first_logits()?;
-                }
-                Ok(())
-            });
-            step.map_err(|cause| {
-                self.failed = true;
-                Error::Step { cause, finished: Vec::new() }
-            })?;
-        }
-        Ok(logits)
+        let (handle, prompt) = (self.handle(), prompt.to_vec());
+        handle.check_running()?;
+        self.front.handle().call(true, move |runner| {
+            runner.logits_after(&prompt).map_err(|error| match error {
+                LogitsError::Refused(error) => RequestError::from(error).into(),
+                LogitsError::Step(cause) => handle.fail(cause),
+            })
+        })?
     }
 
     /// The token ids of a text, by the checkpoint's tokenizer.
@@ -166,32 +198,34 @@ impl Llm {
         &self.info
     }
 
-    /// What the engine did since it was built, or since [`Llm::reset_stats`].
+    /// What the engine did since it was built, or since [`Llm::reset_stats`]; zeros if its thread has ended.
     pub fn stats(&self) -> Stats {
-        self.runner.stats()
+        self.front.handle().call(false, |runner| runner.stats()).unwrap_or_default()
     }
 
     /// Sets the counters to zero.
     pub fn reset_stats(&mut self) {
-        self.runner.reset_stats();
+        // A thread that has ended counts no more.
+        let _ = self.front.handle().call(false, |runner| runner.reset_stats());
     }
 
     /// Forgets all cached prefixes, so that the next run computes every prompt anew.
     pub fn clear_prefix_cache(&mut self) {
-        self.runner.clear_prefix_cache();
+        // A thread that has ended has no cache.
+        let _ = self.front.handle().call(false, |runner| runner.clear_prefix_cache());
     }
 
-    /// Measures what the device reaches at best: a second of its time. `None` on the CPU.
+    /// Measures what the device reaches at best: a second of its time, when it is idle. `None` on the CPU.
     ///
     /// # Errors
     /// Those of the device.
     pub fn ceilings(&mut self) -> Result<Option<Ceilings>, Error> {
-        self.runner.ceilings().map_err(Error::Device)
+        self.front.handle().call(true, |runner| runner.ceilings())?.map_err(Error::Device)
     }
 
     /// The device's clocks and what holds them down; `None` on the CPU.
     pub fn device_state(&self) -> Option<DeviceState> {
-        self.runner.device_state()
+        self.front.handle().call(false, |runner| runner.device_state()).ok()?
     }
 
     /// Asserts that no KV page is lost or shared wrongly. Takes time linear in the pool.
@@ -199,8 +233,86 @@ impl Llm {
     /// # Panics
     /// When the engine's books are wrong.
     pub fn check(&self) {
-        self.runner.check();
+        // A thread that has ended has no books.
+        let _ = self.front.handle().call(false, |runner| runner.check());
     }
+}
+
+/// A session's events as those of a callback.
+struct Streaming<F> {
+    on_event: F,
+    /// Of each open request, how many tokens and bytes of text were handed over, and whether it is aborted.
+    open: HashMap<u64, Given>,
+    /// No request is wanted any more.
+    closed: bool,
+}
+
+#[derive(Clone, Copy, Default)]
+struct Given {
+    tokens: usize,
+    text: usize,
+    aborted: bool,
+}
+
+impl<F: FnMut(StreamEvent<'_>) -> Flow> Streaming<F> {
+    fn new(on_event: F) -> Self {
+        Streaming { on_event, open: HashMap::new(), closed: false }
+    }
+
+    /// Hands an event on; false once everything is to be aborted.
+    fn hear(&mut self, event: SessionEvent, events: &mut Events) -> bool {
+        match event {
+            SessionEvent::Token { tag, token, text, logprobs, .. } => {
+                let closed = self.closed;
+                let given = self.open.entry(tag).or_default();
+                if given.aborted || closed {
+                    return !closed; // Drawn before the engine heard of it.
+                }
+                given.tokens += 1;
+                given.text += text.len();
+                let (index, logprobs) = (tag as usize, logprobs.as_ref());
+                let flow = (self.on_event)(StreamEvent::Token { index, token, text: &text, logprobs });
+                if flow == Flow::AbortRequest {
+                    given.aborted = true;
+                    events.abort(tag);
+                }
+                self.follow(flow, events);
+            }
+            SessionEvent::Finished { tag, mut text, mut completion } => {
+                let given = self.open.remove(&tag).unwrap_or_default();
+                if (given.aborted || self.closed) && completion.error.is_none() {
+                    cut(&mut completion, given);
+                    text.clear();
+                }
+                let (index, completion) = (tag as usize, *completion);
+                let flow = (self.on_event)(StreamEvent::Finished { index, text: &text, completion });
+                self.follow(flow, events);
+            }
+            SessionEvent::Step(timing) => {
+                let flow = (self.on_event)(StreamEvent::Step(timing));
+                self.follow(flow, events);
+            }
+        }
+        !self.closed
+    }
+
+    fn follow(&mut self, flow: Flow, events: &mut Events) {
+        if flow == Flow::AbortAll && !std::mem::replace(&mut self.closed, true) {
+            events.abort_all();
+        }
+    }
+}
+
+/// What had been handed over of a request when it was aborted.
+fn cut(completion: &mut Completion, given: Given) {
+    completion.token_ids.truncate(given.tokens);
+    if let Some(text) = &mut completion.text {
+        text.truncate(given.text);
+    }
+    if let Some(logprobs) = &mut completion.logprobs {
+        logprobs.truncate(given.tokens);
+    }
+    completion.finish_reason = FinishReason::Abort;
 }
 
 /// The model's files, and its text side where it has one.
@@ -344,25 +456,9 @@ impl Opening<'_> {
 
 #[cfg(test)]
 mod tests {
-    use minisgl_cuda::HostTimes;
-
     use super::*;
-    use crate::error::Cause;
-    use crate::request::FinishReason;
-    use crate::runner::Sink;
+    use crate::front::simulated::{Control, LIMITS, request, start};
     use minisgl_core::backend::Dims;
-    use minisgl_core::engine::StepReport;
-    use minisgl_core::request::{self as core, Event, SubmitError, Submitted, Ticket};
-
-    const LIMITS: Limits = Limits {
-        running: 4,
-        queued: 4,
-        sequence: 64,
-        prefill_tokens: 64,
-        page_size: 16,
-        pages: 16,
-        graph_rows: 0,
-    };
 
     const DIMS: Dims = Dims {
         layers: 1,
@@ -375,72 +471,8 @@ mod tests {
         norm_eps: 1e-6,
     };
 
-    /// An engine whose requests end one a step, until its device fails.
-    struct Failing {
-        steps_left: u32,
-        requests: Vec<Ticket>,
-    }
-
-    impl Runner for Failing {
-        fn submit(&mut self, request: Request<'_>) -> Result<Submitted, SubmitError> {
-            let ticket = Ticket { entry: self.requests.len() as u32, generation: 0 };
-            self.requests.push(ticket);
-            Ok(Submitted { ticket, max_tokens: request.params.max_tokens })
-        }
-
-        fn abort(&mut self, ticket: Ticket, _: Sink<'_>) -> bool {
-            self.requests.retain(|other| *other != ticket);
-            true
-        }
-
-        fn step(&mut self, sink: Sink<'_>) -> Result<StepReport, Cause> {
-            if self.steps_left == 0 {
-                return Err("the kernel `down` failed".into());
-            }
-            self.steps_left -= 1;
-            let ticket = self.requests.remove(0);
-            sink(Event::Token { ticket, token: ticket.entry, logprobs: None });
-            let (reason, tokens) = (core::FinishReason::Length, &[ticket.entry]);
-            sink(Event::Finished { ticket, reason, cached_tokens: 0, tokens });
-            Ok(StepReport { launched: None, completed: None })
-        }
-
-        fn is_idle(&self) -> bool {
-            self.requests.is_empty()
-        }
-
-        fn stats(&self) -> Stats {
-            Stats::default()
-        }
-
-        fn reset_stats(&mut self) {}
-
-        fn clear_prefix_cache(&mut self) {}
-
-        fn check(&self) {}
-
-        fn limits(&self) -> &Limits {
-            &LIMITS
-        }
-
-        fn first_logits(&mut self) -> Result<Vec<f32>, Cause> {
-            Ok(Vec::new())
-        }
-
-        fn ceilings(&mut self) -> Result<Option<Ceilings>, Cause> {
-            Ok(None)
-        }
-
-        fn device_state(&self) -> Option<DeviceState> {
-            None
-        }
-
-        fn host_times(&self) -> Option<HostTimes> {
-            None
-        }
-    }
-
-    fn failing(steps_left: u32) -> Llm {
+    /// A model whose engine fails at a step.
+    fn failing(fails_at: u64) -> Llm {
         let info = Info {
             model: String::new(),
             backend: "cpu",
@@ -457,27 +489,32 @@ mod tests {
             load_seconds: 0.0,
             capture_seconds: 0.0,
         };
-        let runner = Box::new(Failing { steps_left, requests: Vec::new() });
-        Llm { runner, text: Text::default(), info, failed: false }
+        let (front, _) = start(Control { fails_at: Some(fails_at), ..Control::default() });
+        Llm { front, text: Arc::default(), info }
+    }
+
+    /// The request that ends with step i is the i-th.
+    fn requests() -> Vec<GenerateRequest> {
+        (0..4).map(|i| request(0, i + 1)).collect()
     }
 
     #[test]
     fn a_failed_step_keeps_what_had_finished_and_the_model_says_so_ever_after() {
         let mut llm = failing(2);
-        let requests: Vec<_> = (0..4).map(|_| GenerateRequest::tokens([1])).collect();
-        let Err(Error::Step { cause, finished }) = llm.generate(&requests) else { panic!("the step fails") };
+        let Err(Error::Step { cause, finished }) = llm.generate(&requests()) else {
+            panic!("the step fails")
+        };
         assert_eq!(cause.to_string(), "the kernel `down` failed");
         let finished: Vec<_> = finished.into_iter().map(|(index, one)| (index, one.finish_reason)).collect();
         assert_eq!(finished, [(0, FinishReason::Length), (1, FinishReason::Length)]);
-        assert!(matches!(llm.generate(&requests), Err(Error::Failed)));
+        assert!(matches!(llm.generate(&requests()), Err(Error::Failed)));
         assert!(matches!(llm.prompt_logits(&[1]), Err(Error::Failed)));
     }
 
     #[test]
     fn a_stream_has_delivered_what_finished_before_a_step_failed() {
         let mut ends = Vec::new();
-        let requests = (0..4).map(|_| GenerateRequest::tokens([1]));
-        let outcome = failing(3).generate_stream(requests, |event| {
+        let outcome = failing(3).generate_stream(requests(), |event| {
             if let StreamEvent::Finished { index, .. } = event {
                 ends.push(index);
             }

@@ -1,8 +1,8 @@
 //! What a user asks for and what comes back: requests, events, completions.
 //!
 //! ```text
-//!   GenerateRequest ── Run::submit ──> index ──> Token, Token, …, Finished(Completion)
-//!                                        └─────> Finished(Completion with `error`)      where it cannot run
+//!   GenerateRequest ── submit ──> tag ──> Token, Token, …, Finished(Completion)
+//!                                 └─────> Finished(Completion with `error`)      where it cannot run
 //! ```
 //!
 //! Every request gets exactly one `Finished`, unless a step of the device fails first.
@@ -264,7 +264,7 @@ pub enum RequestError {
 pub enum StreamEvent<'a> {
     /// A request has another token.
     Token {
-        /// Whose: the number that `submit` gave, or its place among the requests.
+        /// Whose: its place among the requests.
         index: usize,
         /// Its id.
         token: u32,
@@ -308,7 +308,7 @@ pub struct StepTiming {
     pub start_ms: f32,
     /// Milliseconds it took on the device.
     pub gpu_ms: f32,
-    /// From the start of the run to when the host turned to the call that completed it.
+    /// From the start of the session to when the host turned to the call that completed it.
     pub host_start: Duration,
     /// How long that call took, waiting included.
     pub host_time: Duration,

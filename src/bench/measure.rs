@@ -1,19 +1,20 @@
 //! One timed run: every request in at once, every event noted with its time.
 //!
 //! ```text
-//!   requests ──> Run ── Token, Token, …, Finished, Step ──> Recorder ──> Measurement
+//!   requests ──> session ── Token, Token, …, Finished, Step ──> Recorder ──> Measurement
 //! ```
 //!
-//! All tokens of a step come out of one call, so they share the time of the first of them: the clock is read once a
-//! step, not once a token, and measuring costs a few microseconds a step.
+//! All requests enter together, so that the first step is a full one. A token's time is when the engine's thread had the
+//! tokens of its step: how late they are heard of here, on another thread, does not count.
 
 use std::time::Instant;
 
 use minisgl_core::stats::Stats;
 
 use super::BenchError;
+use crate::front::{SessionEvent, SessionOptions};
 use crate::llm::Llm;
-use crate::request::{Completion, Flow, GenerateRequest, StepTiming, StreamEvent};
+use crate::request::{Completion, GenerateRequest, StepTiming};
 
 /// What a run left behind.
 #[derive(Clone, Debug)]
@@ -44,26 +45,30 @@ pub fn measure(
 ) -> Result<Measurement, BenchError> {
     llm.clear_prefix_cache();
     llm.reset_stats();
-    let run = llm.start().stream_text(false);
+    let requests: Vec<_> = (0..).zip(requests.iter().cloned()).collect();
+    let options =
+        SessionOptions { tokens: true, steps: true, capacity: Some(requests.len()), ..Default::default() };
+    let mut recorder = Recorder::new(requests.len());
+    let (mut submitter, mut events) = llm.handle().session(options);
     let started = Instant::now();
-    let mut recorder = Recorder::new(requests.len(), || started.elapsed().as_secs_f64() * 1e3);
-    run.drive(requests.iter().cloned(), &mut |event| {
-        let step = matches!(event, StreamEvent::Step(_));
-        let flow = recorder.hear(event);
+    submitter.submit_all(requests)?;
+    drop(submitter);
+    while let Some(event) = events.next() {
+        let event = event?;
+        let step = matches!(event, SessionEvent::Step(_));
+        if !recorder.hear(event, started) {
+            events.abort_all();
+        }
         if step {
             on_step(recorder.tokens);
         }
-        flow
-    })?;
+    }
     let seconds = started.elapsed().as_secs_f64();
     recorder.measurement(seconds, llm.stats())
 }
 
-/// Turns a run's events into a [`Measurement`]; `clock` gives the milliseconds since its start.
-struct Recorder<C> {
-    clock: C,
-    /// The time of the tokens of the step at hand, once it has been read.
-    now_ms: Option<f64>,
+/// Turns a session's events into a [`Measurement`].
+struct Recorder {
     tokens: u64,
     last_token_ms: Vec<Option<f64>>,
     first_token_ms: Vec<f64>,
@@ -72,11 +77,9 @@ struct Recorder<C> {
     completions: Vec<Option<Completion>>,
 }
 
-impl<C: FnMut() -> f64> Recorder<C> {
-    fn new(requests: usize, clock: C) -> Self {
+impl Recorder {
+    fn new(requests: usize) -> Self {
         Recorder {
-            clock,
-            now_ms: None,
             tokens: 0,
             last_token_ms: vec![None; requests],
             first_token_ms: Vec::with_capacity(requests),
@@ -86,31 +89,27 @@ impl<C: FnMut() -> f64> Recorder<C> {
         }
     }
 
-    fn hear(&mut self, event: StreamEvent<'_>) -> Flow {
+    /// Notes an event of the run that began at `started`. False if it makes the run worthless.
+    fn hear(&mut self, event: SessionEvent, started: Instant) -> bool {
         match event {
-            StreamEvent::Token { index, .. } => self.token(index),
-            StreamEvent::Step(timing) => {
-                self.steps.push(timing);
-                self.now_ms = None;
+            SessionEvent::Token { tag, at, .. } => {
+                self.token(tag as usize, at.saturating_duration_since(started).as_secs_f64() * 1e3);
             }
-            StreamEvent::Finished { index, completion, .. } => {
+            SessionEvent::Step(timing) => self.steps.push(timing),
+            SessionEvent::Finished { tag, completion, .. } => {
                 let rejected = completion.error.is_some();
-                self.completions[index] = Some(completion);
-                if rejected {
-                    return Flow::AbortAll;
-                }
+                self.completions[tag as usize] = Some(*completion);
+                return !rejected;
             }
         }
-        Flow::Continue
+        true
     }
 
-    fn token(&mut self, index: usize) {
+    fn token(&mut self, index: usize, at_ms: f64) {
         self.tokens += 1;
-        let clock = &mut self.clock;
-        let now_ms = *self.now_ms.get_or_insert_with(clock);
-        match self.last_token_ms[index].replace(now_ms) {
-            None => self.first_token_ms.push(now_ms),
-            Some(before_ms) => self.between_tokens_ms.push(now_ms - before_ms),
+        match self.last_token_ms[index].replace(at_ms) {
+            None => self.first_token_ms.push(at_ms),
+            Some(before_ms) => self.between_tokens_ms.push(at_ms - before_ms),
         }
     }
 
@@ -169,16 +168,16 @@ mod tests {
         }
     }
 
-    fn token(index: usize) -> StreamEvent<'static> {
-        StreamEvent::Token { index, token: 1, text: "", logprobs: None }
+    fn token(tag: u64, at: Instant) -> SessionEvent {
+        SessionEvent::Token { tag, token: 1, text: String::new(), logprobs: None, at }
     }
 
-    fn finished(index: usize, completion: Completion) -> StreamEvent<'static> {
-        StreamEvent::Finished { index, text: "", completion }
+    fn finished(tag: u64, completion: Completion) -> SessionEvent {
+        SessionEvent::Finished { tag, text: String::new(), completion: Box::new(completion) }
     }
 
-    fn step() -> StreamEvent<'static> {
-        StreamEvent::Step(StepTiming {
+    fn step() -> SessionEvent {
+        SessionEvent::Step(StepTiming {
             phase: Phase::Decode,
             rows: 2,
             tokens: 2,
@@ -192,13 +191,21 @@ mod tests {
 
     #[test]
     fn tokens_of_one_step_share_a_time_and_latencies_are_each_requests_own() {
-        let mut readings = [10.0, 13.0, 20.0].into_iter();
-        let mut recorder = Recorder::new(2, || readings.next().expect("one reading a step"));
-        for event in [token(0), token(1), step(), token(1), step(), token(0), step()] {
-            assert_eq!(recorder.hear(event), Flow::Continue);
-        }
-        recorder.hear(finished(1, completion(&[5, 6], None)));
-        recorder.hear(finished(0, completion(&[7, 8], None)));
+        let started = Instant::now();
+        let [first, second, third] = [10, 13, 20].map(|ms| started + Duration::from_millis(ms));
+        let mut recorder = Recorder::new(2);
+        let events = [
+            token(0, first),
+            token(1, first),
+            step(),
+            token(1, second),
+            step(),
+            token(0, third),
+            step(),
+            finished(1, completion(&[5, 6], None)),
+            finished(0, completion(&[7, 8], None)),
+        ];
+        assert!(events.into_iter().all(|event| recorder.hear(event, started)));
         let measurement = recorder.measurement(0.02, Stats::default()).unwrap();
         assert_eq!(measurement.first_token_ms, [10.0, 10.0]);
         assert_eq!(measurement.between_tokens_ms, [3.0, 10.0]);
@@ -208,10 +215,10 @@ mod tests {
 
     #[test]
     fn a_request_that_cannot_run_ends_the_measurement_and_is_named() {
-        let mut recorder = Recorder::new(3, || 0.0);
+        let mut recorder = Recorder::new(3);
         let error = RequestError::EmptyStop;
-        recorder.hear(finished(0, completion(&[1], None)));
-        assert_eq!(recorder.hear(finished(1, completion(&[], Some(error)))), Flow::AbortAll);
+        assert!(recorder.hear(finished(0, completion(&[1], None)), Instant::now()));
+        assert!(!recorder.hear(finished(1, completion(&[], Some(error))), Instant::now()));
         let error = recorder.measurement(0.0, Stats::default()).unwrap_err();
         assert!(error.to_string().starts_with("request 1 of the workload can't run: a stop text is empty"));
     }

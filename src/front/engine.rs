@@ -1,0 +1,350 @@
+//! The engine's thread: it takes requests in, launches steps and hands events out, and nothing else.
+//!
+//! ```text
+//!   loop { take the messages in ──> admit requests, by turns ──> step ──> one batch of events to the output thread }
+//!            ^ sleeps here while there is nothing to run
+//! ```
+//!
+//! It waits for the device and, when idle, for a message; never for a reader, a tokenizer or a lock that somebody holds
+//! for long. A request waits here rather than in the engine's own queue, and is handed on when a slot is free for it, so
+//! that turns are taken as late as can be; only an engine that sorts its queue gets it filled.
+//!
+//! A step that fails, or panics, ends all work: what is open gets lost, what comes later is refused, and the thread goes
+//! on answering questions about the engine.
+//!
+//! Invariant: `live[entry]` is the request that has the engine's ticket of that entry, and `running` counts them.
+
+use std::any::Any;
+use std::collections::VecDeque;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, Sender};
+use std::time::{Duration, Instant};
+
+use minisgl_core::engine::{CompletedStep, StepReport};
+use minisgl_core::request as core;
+use minisgl_core::request::{Request, SubmitError, Ticket};
+use minisgl_core::sampling::SamplingParams;
+
+use super::fair::{FairQueue, Waiting};
+use super::handle::Shared;
+use super::output::{Batch, Event, Output};
+use crate::error::Cause;
+use crate::request::{BesideWork, StepTiming};
+use crate::runner::Runner;
+
+/// What the engine's thread is told.
+pub enum Message {
+    /// Requests that are ready to run, to be taken in together.
+    Submit(Vec<Ready>),
+    /// Abort a session's requests of a tag, or all of them.
+    Abort { session: u64, tag: Option<u64> },
+    /// A request is over, for a stop text came up.
+    StopTextFound(Ticket),
+    /// Do something with the engine, between two steps.
+    Call(Call),
+    /// End the thread.
+    Close,
+}
+
+/// What is to be done with the engine.
+pub type Work = Box<dyn FnOnce(&mut dyn Runner) + Send>;
+
+/// Something to be done with the engine, and when.
+pub struct Call {
+    /// Not before the engine is idle; until then it takes no request in.
+    pub when_idle: bool,
+    pub work: Work,
+}
+
+/// A request ready for the engine.
+pub struct Ready {
+    pub prompt: Vec<u32>,
+    pub params: SamplingParams,
+    pub output: Box<Output>,
+}
+
+impl Waiting for Ready {
+    fn session(&self) -> u64 {
+        self.output.session()
+    }
+}
+
+/// When a step ran.
+pub struct StepTimes {
+    step: CompletedStep,
+    started: Instant,
+    /// When the host had its tokens.
+    pub ended: Instant,
+    beside_work: Option<BesideWork>,
+}
+
+impl StepTimes {
+    /// As seen by a session that began at `session`.
+    pub fn timing(&self, session: Instant) -> StepTiming {
+        StepTiming {
+            phase: self.step.shape.phase,
+            rows: self.step.shape.rows,
+            tokens: self.step.shape.tokens,
+            start_ms: self.step.start_ms,
+            gpu_ms: self.step.gpu_ms,
+            host_start: self.started.saturating_duration_since(session),
+            host_time: self.ended.saturating_duration_since(self.started),
+            beside_work: self.beside_work,
+        }
+    }
+}
+
+/// A request in the engine.
+struct Live {
+    session: u64,
+    tag: u64,
+    ticket: Ticket,
+    wants_tokens: bool,
+}
+
+/// See the module.
+pub struct EngineThread {
+    runner: Box<dyn Runner>,
+    shared: Arc<Shared>,
+    messages: Receiver<Message>,
+    /// Ready, and not in the engine yet.
+    intake: FairQueue<Ready>,
+    /// By entry of the engine's table.
+    live: Vec<Option<Live>>,
+    running: usize,
+    /// How many the engine is given at once.
+    depth: usize,
+    /// Calls that wait for the engine to be idle.
+    idle_calls: VecDeque<Call>,
+    batch: Batch,
+    batches: Sender<Batch>,
+    spare: Receiver<Batch>,
+    stopped: bool,
+}
+
+impl EngineThread {
+    pub fn new(
+        runner: Box<dyn Runner>,
+        depth: usize,
+        shared: Arc<Shared>,
+        messages: Receiver<Message>,
+        (batches, spare): (Sender<Batch>, Receiver<Batch>),
+    ) -> Self {
+        EngineThread {
+            runner,
+            shared,
+            messages,
+            intake: FairQueue::new(),
+            live: Vec::new(),
+            running: 0,
+            depth,
+            idle_calls: VecDeque::new(),
+            batch: Batch::default(),
+            batches,
+            spare,
+            stopped: false,
+        }
+    }
+
+    /// Works until it is told to end.
+    pub fn run(mut self) {
+        while self.take_messages() {
+            self.admit();
+            if !self.stopped && !self.runner.is_idle() {
+                self.step();
+            }
+            self.hand_out();
+            self.call_when_idle();
+        }
+    }
+
+    /// Takes in all that has come, and waits for something if there is nothing to run. False when told to end.
+    fn take_messages(&mut self) -> bool {
+        if self.is_idle() {
+            match self.messages.recv() {
+                Ok(Message::Close) | Err(_) => return false,
+                Ok(message) => self.take(message),
+            }
+        }
+        while let Ok(message) = self.messages.try_recv() {
+            match message {
+                Message::Close => return false,
+                message => self.take(message),
+            }
+        }
+        true
+    }
+
+    fn is_idle(&self) -> bool {
+        self.stopped || (self.intake.is_empty() && self.runner.is_idle())
+    }
+
+    fn take(&mut self, message: Message) {
+        match message {
+            // A request that is dropped tells its reader.
+            Message::Submit(requests) if self.stopped => drop(requests),
+            Message::Submit(requests) => requests.into_iter().for_each(|ready| self.intake.push(ready)),
+            Message::Abort { session, tag } => self.abort(session, tag),
+            Message::StopTextFound(ticket) => self.abort_ticket(ticket),
+            Message::Call(call) if call.when_idle => self.idle_calls.push_back(call),
+            Message::Call(call) => self.call(call),
+            Message::Close => {}
+        }
+    }
+
+    fn call(&mut self, call: Call) {
+        (call.work)(&mut *self.runner);
+        if !self.stopped && self.shared.has_stopped() {
+            self.stop();
+        }
+    }
+
+    fn call_when_idle(&mut self) {
+        while self.stopped || self.runner.is_idle() {
+            let Some(call) = self.idle_calls.pop_front() else { return };
+            self.call(call);
+        }
+    }
+
+    /// Hands the engine as many requests as it can run.
+    fn admit(&mut self) {
+        while self.idle_calls.is_empty()
+            && self.running < self.depth
+            && let Some(ready) = self.intake.pop()
+        {
+            if ready.output.is_unwanted() {
+                self.batch.events.push(Event::Dropped { output: ready.output });
+                continue;
+            }
+            match self.runner.submit(Request { prompt: &ready.prompt, params: ready.params }) {
+                Ok(submitted) => self.start(ready.output, submitted),
+                Err(SubmitError::QueueFull { .. }) => return self.intake.give_back(ready),
+                Err(error) => {
+                    self.batch.events.push(Event::Refused { output: ready.output, error: Box::new(error) });
+                }
+            }
+        }
+    }
+
+    fn start(&mut self, output: Box<Output>, submitted: core::Submitted) {
+        let core::Submitted { ticket, max_tokens } = submitted;
+        let live = Live {
+            session: output.session(),
+            tag: output.tag(),
+            ticket,
+            wants_tokens: output.wants_tokens(),
+        };
+        let entry = ticket.entry as usize;
+        if self.live.len() <= entry {
+            self.live.resize_with(entry + 1, || None);
+        }
+        self.live[entry] = Some(live);
+        self.running += 1;
+        self.batch.events.push(Event::Started { ticket, max_tokens, output });
+    }
+
+    fn abort(&mut self, session: u64, tag: Option<u64>) {
+        let is_meant = |other: u64| tag.is_none_or(|tag| tag == other);
+        for ready in self.intake.remove(session, |ready| is_meant(ready.output.tag())) {
+            self.batch.events.push(Event::Dropped { output: ready.output });
+        }
+        let meant = |live: &&Live| live.session == session && is_meant(live.tag);
+        let tickets: Vec<Ticket> = self.live.iter().flatten().filter(meant).map(|live| live.ticket).collect();
+        tickets.into_iter().for_each(|ticket| self.abort_ticket(ticket));
+    }
+
+    fn abort_ticket(&mut self, ticket: Ticket) {
+        let EngineThread { runner, live, running, batch, .. } = self;
+        let mut listener = Listener { live, running, batch };
+        // One that has ended meanwhile has told so.
+        runner.abort(ticket, &mut |event| listener.hear(event));
+    }
+
+    fn step(&mut self) {
+        let EngineThread { runner, live, running, batch, .. } = self;
+        let mut listener = Listener { live, running, batch };
+        let started = Instant::now();
+        let before = runner.host_times();
+        let step = catch_unwind(AssertUnwindSafe(|| runner.step(&mut |event| listener.hear(event))));
+        let ended = Instant::now();
+        let StepReport { completed, .. } = match step {
+            Ok(Ok(report)) => report,
+            Ok(Err(cause)) => return self.fail(cause),
+            Err(panic) => return self.fail(panicked(&*panic).into()),
+        };
+        if let Some(step) = completed {
+            let since = |after: Duration, before: Duration| after.saturating_sub(before);
+            let beside_work = self.runner.host_times().zip(before).map(|(after, before)| BesideWork {
+                waiting: since(after.waited, before.waited),
+                driver: since(after.driver, before.driver),
+            });
+            self.batch.step = Some(StepTimes { step, started, ended, beside_work });
+        }
+    }
+
+    /// Gives the output thread what has happened, in one piece.
+    fn hand_out(&mut self) {
+        if self.batch.is_empty() {
+            return;
+        }
+        let next = self.spare.try_recv().unwrap_or_default();
+        if self.batches.send(std::mem::replace(&mut self.batch, next)).is_err() {
+            self.fail("the thread that turns tokens into text has ended".into());
+        }
+    }
+
+    fn fail(&mut self, cause: Cause) {
+        self.shared.fail(cause);
+        self.stop();
+    }
+
+    /// Loses all requests, after what has happened to them so far has been told.
+    fn stop(&mut self) {
+        self.stopped = true;
+        self.live.clear();
+        self.running = 0;
+        self.intake.clear();
+        self.batch.events.push(Event::Stopped);
+        // If nobody takes the batch, its requests get lost by being dropped with it.
+        let _ = self.batches.send(std::mem::take(&mut self.batch));
+    }
+}
+
+/// Turns the engine's events into those of a batch.
+struct Listener<'a> {
+    live: &'a mut Vec<Option<Live>>,
+    running: &'a mut usize,
+    batch: &'a mut Batch,
+}
+
+impl Listener<'_> {
+    fn hear(&mut self, event: core::Event<'_>) {
+        match event {
+            core::Event::Token { ticket, token, logprobs } => {
+                let Some(Some(live)) = self.live.get(ticket.entry as usize) else { return };
+                if live.wants_tokens {
+                    self.batch.logprobs.extend(logprobs);
+                    let (entry, logprobs) = (ticket.entry, logprobs.is_some());
+                    self.batch.events.push(Event::Token { entry, token, logprobs });
+                }
+            }
+            core::Event::Finished { ticket, reason, cached_tokens, tokens } => {
+                let Some(Some(_)) = self.live.get_mut(ticket.entry as usize).map(Option::take) else {
+                    return;
+                };
+                *self.running -= 1;
+                self.batch.tokens.extend_from_slice(tokens);
+                let (entry, count) = (ticket.entry, tokens.len() as u32);
+                self.batch.events.push(Event::Finished { entry, count, cached_tokens, reason });
+            }
+        }
+    }
+}
+
+/// What a panic said.
+pub fn panicked(panic: &(dyn Any + Send)) -> String {
+    let text = panic.downcast_ref::<&str>().copied().map(str::to_owned);
+    let text = text.or_else(|| panic.downcast_ref::<String>().cloned());
+    format!("the engine panicked: {}", text.as_deref().unwrap_or("no message"))
+}

@@ -1,0 +1,276 @@
+//! The engine's handle: cheap to clone, usable from any thread. Everything that generates is its client.
+
+use std::fmt;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{Sender, channel};
+use std::sync::{Arc, OnceLock};
+
+use thiserror::Error;
+
+use super::encode::{Encoders, Job};
+use super::engine::{Call, Message, Ready};
+use super::output::Output;
+use super::permits::{Permit, Permits};
+use super::session::{Events, RequestStream, Session, SessionOptions, Submitter};
+use crate::error::{Cause, Error};
+use crate::request::{GenerateRequest, Prompt, RequestError};
+use crate::runner::Runner;
+use crate::tokenizer::Text;
+
+/// What all handles and threads of an engine share.
+pub struct Shared {
+    pub text: Arc<Text>,
+    pub encoders: Encoders,
+    messages: Sender<Message>,
+    /// As many requests as the engine runs and queues.
+    capacity: usize,
+    /// Of requests that have no session of several.
+    permits: Arc<Permits>,
+    sessions: AtomicU64,
+    stopped: OnceLock<Stopped>,
+}
+
+enum Stopped {
+    Failed(Failure),
+    Closed,
+}
+
+impl Shared {
+    pub fn new(text: Arc<Text>, messages: Sender<Message>, capacity: usize) -> Self {
+        Shared {
+            text,
+            encoders: Encoders::new(),
+            messages,
+            capacity,
+            permits: Permits::new(capacity),
+            sessions: AtomicU64::new(0),
+            stopped: OnceLock::new(),
+        }
+    }
+
+    /// Nothing runs from now on, because of a failure.
+    pub fn fail(&self, cause: Cause) {
+        let _ = self.stopped.set(Stopped::Failed(Failure(Arc::new(cause))));
+        self.permits.close();
+    }
+
+    /// Nothing runs from now on, because the engine is not wanted any more.
+    pub fn close(&self) {
+        let _ = self.stopped.set(Stopped::Closed);
+        self.permits.close();
+        self.encoders.close();
+        self.send(Message::Close);
+    }
+
+    /// Tells the engine's thread something. If that has ended, requests in the message are dropped, and so get lost.
+    pub fn send(&self, message: Message) {
+        let _ = self.messages.send(message);
+    }
+
+    /// Has it failed, or been closed?
+    pub fn has_stopped(&self) -> bool {
+        self.stopped.get().is_some()
+    }
+}
+
+/// The cause of a failure, which every open request is told.
+#[derive(Clone)]
+struct Failure(Arc<Cause>);
+
+impl fmt::Debug for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Debug::fmt(&self.0, f)
+    }
+}
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(&self.0, f)
+    }
+}
+
+impl std::error::Error for Failure {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        self.0.source()
+    }
+}
+
+/// Why [`EngineHandle::try_submit`] did not take a request.
+#[derive(Debug, Error)]
+pub enum TrySubmitError {
+    /// As many are on their way as the engine runs and queues; here it is back.
+    #[error("the engine has as many requests as it runs and queues; try again when one has ended")]
+    Full(Box<GenerateRequest>),
+    /// No request will be taken any more.
+    #[error(transparent)]
+    Stopped(Error),
+}
+
+/// An engine from any thread: clones ask the same one. It refuses requests once its [`Llm`](crate::Llm) is gone.
+#[derive(Clone)]
+pub struct EngineHandle(Arc<Shared>);
+
+impl EngineHandle {
+    pub(super) fn new(shared: Arc<Shared>) -> Self {
+        EngineHandle(shared)
+    }
+
+    /// Submits a request on its own: its events come out of the stream, and dropping that aborts it. Waits while as many
+    /// of the handle's requests are on their way as the engine runs and queues.
+    ///
+    /// # Errors
+    /// The engine has stopped. A request that can't run is no error here: its completion says so.
+    pub fn submit(&self, request: GenerateRequest) -> Result<RequestStream, Error> {
+        let permit = self.0.permits.acquire().ok_or_else(|| self.refusal())?;
+        self.stream(request, permit)
+    }
+
+    /// As [`EngineHandle::submit`], but gives the request back rather than wait.
+    ///
+    /// # Errors
+    /// See [`TrySubmitError`].
+    pub fn try_submit(&self, request: GenerateRequest) -> Result<RequestStream, TrySubmitError> {
+        match self.0.permits.try_acquire() {
+            Some(permit) => self.stream(request, permit).map_err(TrySubmitError::Stopped),
+            None if self.0.has_stopped() => Err(TrySubmitError::Stopped(self.refusal())),
+            None => Err(TrySubmitError::Full(Box::new(request))),
+        }
+    }
+
+    /// A session: many requests, one queue of events.
+    pub fn session(&self, options: SessionOptions) -> (Submitter, Events) {
+        let session = self.open_session(options);
+        let permits = Permits::new(options.capacity.unwrap_or(self.0.capacity));
+        let submitter = Submitter::new(session.clone(), permits.clone(), self.clone());
+        (submitter, Events::new(session, Some(permits), self.clone()))
+    }
+
+    fn open_session(&self, options: SessionOptions) -> Arc<Session> {
+        Session::new(self.0.sessions.fetch_add(1, Ordering::Relaxed), options)
+    }
+
+    fn stream(&self, request: GenerateRequest, permit: Permit) -> Result<RequestStream, Error> {
+        let options = SessionOptions { tokens: true, text: true, ..SessionOptions::default() };
+        let session = self.open_session(options);
+        let ready = self.prepare(&session, 0, request, permit);
+        self.post(ready.into_iter().collect())?;
+        session.no_more();
+        Ok(RequestStream::new(Events::new(session, None, self.clone())))
+    }
+
+    /// Sends a request on its way, or gives it back ready for the engine where nothing has to be encoded.
+    pub(super) fn prepare(
+        &self,
+        session: &Arc<Session>,
+        tag: u64,
+        mut request: GenerateRequest,
+        permit: Permit,
+    ) -> Option<Ready> {
+        let text = &*self.0.text;
+        let unfit = unfit_stop(&request, text);
+        let mut output = Box::new(Output::new(session, tag, &mut request, text, permit));
+        let params = request.sampling;
+        match (unfit, request.prompt) {
+            (Some(error), _) => {
+                output.reject(error);
+                None
+            }
+            (None, Prompt::Tokens(prompt)) => {
+                output.set_prompt_tokens(prompt.len());
+                Some(Ready { prompt, params, output })
+            }
+            // Without a tokenizer there are no threads for it, and nothing that takes time.
+            (None, prompt) if !text.has_tokenizer() => Job { prompt, params, output }.encode(text),
+            (None, prompt) => {
+                self.0.encoders.post(Job { prompt, params, output });
+                None
+            }
+        }
+    }
+
+    /// Sends requests to the engine's thread.
+    pub(super) fn post(&self, ready: Vec<Ready>) -> Result<(), Error> {
+        self.check_running()?;
+        if !ready.is_empty() {
+            self.0.send(Message::Submit(ready));
+        }
+        Ok(())
+    }
+
+    /// The bytes that a token stands for; `None` without a tokenizer, or where it has none.
+    pub(crate) fn token_bytes(&self, id: u32) -> Option<Vec<u8>> {
+        self.0.text.token_bytes(id)
+    }
+
+    /// Is the engine at work?
+    ///
+    /// # Errors
+    /// It has failed or was closed.
+    pub(crate) fn check_running(&self) -> Result<(), Error> {
+        if self.0.has_stopped() { Err(self.refusal()) } else { Ok(()) }
+    }
+
+    /// Notes that the engine has failed; gives the error for whoever found it out.
+    pub(crate) fn fail(&self, cause: Cause) -> Error {
+        self.0.fail(cause);
+        self.loss()
+    }
+
+    /// Why no request is taken any more.
+    pub(super) fn refusal(&self) -> Error {
+        match self.0.stopped.get() {
+            Some(Stopped::Failed(_)) => Error::Failed,
+            Some(Stopped::Closed) => Error::Closed,
+            None => Error::Unread,
+        }
+    }
+
+    /// Why open requests got lost.
+    pub(super) fn loss(&self) -> Error {
+        let cause: Cause = match self.0.stopped.get() {
+            Some(Stopped::Closed) => return Error::Closed,
+            Some(Stopped::Failed(failure)) => Box::new(failure.clone()),
+            None => "a thread of the engine has ended".into(),
+        };
+        Error::Step { cause, finished: Vec::new() }
+    }
+
+    /// Does something with the engine on its thread, between two steps or once it is idle, and waits for it.
+    ///
+    /// # Errors
+    /// The thread has ended.
+    ///
+    /// # Panics
+    /// When `work` does, with its panic.
+    pub(crate) fn call<R: Send + 'static>(
+        &self,
+        when_idle: bool,
+        work: impl FnOnce(&mut dyn Runner) -> R + Send + 'static,
+    ) -> Result<R, Error> {
+        let (reply, answer) = channel();
+        let work = Box::new(move |runner: &mut dyn Runner| {
+            // Who asked may have gone.
+            let _ = reply.send(catch_unwind(AssertUnwindSafe(|| work(runner))));
+        });
+        self.0.send(Message::Call(Call { when_idle, work }));
+        match answer.recv() {
+            Ok(Ok(result)) => Ok(result),
+            Ok(Err(panic)) => resume_unwind(panic),
+            Err(_) => Err(self.refusal()),
+        }
+    }
+
+    pub(super) fn shared(&self) -> &Arc<Shared> {
+        &self.0
+    }
+}
+
+/// What is wrong with a request's stop texts.
+fn unfit_stop(request: &GenerateRequest, text: &Text) -> Option<RequestError> {
+    if request.stop.iter().any(String::is_empty) {
+        return Some(RequestError::EmptyStop);
+    }
+    let unreadable = !request.stop.is_empty() && !text.has_tokenizer();
+    unreadable.then_some(RequestError::NoTokenizer { what: "a stop text" })
+}

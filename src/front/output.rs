@@ -1,0 +1,380 @@
+//! What becomes of a request: tokens to text, stop texts, and one end.
+//!
+//! ```text
+//!   engine thread ── a batch of events a step ──> output thread ── push ──> the sessions' queues
+//!        ^                                          │   ^
+//!        ├──── abort: a stop text came up ──────────┤   └── one Output a request, by entry of the engine's table
+//!        └──── the batch, empty, to be used again ──┘
+//! ```
+//!
+//! One thread does it for all requests, so their order is kept. It never waits for a reader, and wakes each one once a
+//! batch.
+//!
+//! An [`Output`] is a promise of exactly one end. It travels with its request, from the encoders through the engine's
+//! intake to the output thread; whoever has it may fulfil it, and where it is dropped unfulfilled, because a thread ended
+//! or a queue was thrown away, the reader is told that the request got lost.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, Sender};
+use std::time::Instant;
+
+use minisgl_core::request as core;
+use minisgl_core::sampling::RowLogprobs;
+
+use super::engine::{Message, StepTimes};
+use super::handle::Shared;
+use super::permits::Permit;
+use super::session::{Queued, Session, SessionEvent};
+use crate::detokenize::Detokenizer;
+use crate::request::{Completion, FinishReason, GenerateRequest, RequestError, TokenLogprobs};
+use crate::tokenizer::Text;
+
+/// What the engine's thread has to tell, in order. Both threads use its memory again and again.
+#[derive(Default)]
+pub struct Batch {
+    pub events: Vec<Event>,
+    /// Of the tokens that have any, in order.
+    pub logprobs: Vec<RowLogprobs>,
+    /// Outputs of the requests that ended, one behind the other.
+    pub tokens: Vec<u32>,
+    /// The step that completed.
+    pub step: Option<StepTimes>,
+}
+
+/// One thing that the engine's thread has to tell. `entry` is the request's in the engine's table; one at a time has it.
+pub enum Event {
+    /// The engine took a request in.
+    Started { ticket: core::Ticket, max_tokens: u32, output: Box<Output> },
+    /// It refuses one.
+    Refused { output: Box<Output>, error: Box<core::SubmitError> },
+    /// One was aborted before it reached the engine.
+    Dropped { output: Box<Output> },
+    /// A request has another token.
+    Token { entry: u32, token: u32, logprobs: bool },
+    /// A request ended with the next `count` of the batch's tokens.
+    Finished { entry: u32, count: u32, cached_tokens: u32, reason: core::FinishReason },
+    /// The engine has stopped, and all its requests are lost.
+    Stopped,
+}
+
+impl Batch {
+    pub fn is_empty(&self) -> bool {
+        self.events.is_empty() && self.step.is_none()
+    }
+
+    fn clear(&mut self) {
+        self.events.clear();
+        self.logprobs.clear();
+        self.tokens.clear();
+        self.step = None;
+    }
+}
+
+/// The end of a request that is to come; see the module.
+pub struct Output {
+    session: Arc<Session>,
+    tag: u64,
+    aborted: Arc<AtomicBool>,
+    /// Until the end.
+    permit: Option<Permit>,
+    prompt_tokens: u32,
+    max_tokens: u32,
+    asked_tokens: u32,
+    logprobs: Option<Vec<TokenLogprobs>>,
+    /// Where text is wanted token by token.
+    detokenizer: Option<Detokenizer>,
+    /// Tokens heard of.
+    drawn: usize,
+    /// A stop text came up.
+    stopped: bool,
+}
+
+impl Output {
+    pub fn new(
+        session: &Arc<Session>,
+        tag: u64,
+        request: &mut GenerateRequest,
+        text: &Text,
+        permit: Permit,
+    ) -> Self {
+        let stop = std::mem::take(&mut request.stop);
+        let options = &session.options;
+        let as_it_comes = text.has_tokenizer() && ((options.tokens && options.text) || !stop.is_empty());
+        Output {
+            session: session.clone(),
+            tag,
+            aborted: session.open(tag),
+            permit: Some(permit),
+            prompt_tokens: 0,
+            max_tokens: request.sampling.max_tokens,
+            asked_tokens: request.sampling.max_tokens,
+            logprobs: request.sampling.logprobs.map(|_| Vec::new()),
+            detokenizer: as_it_comes.then(|| Detokenizer::new(stop)),
+            drawn: 0,
+            stopped: false,
+        }
+    }
+
+    pub fn session(&self) -> u64 {
+        self.session.id
+    }
+
+    pub fn tag(&self) -> u64 {
+        self.tag
+    }
+
+    /// Need the request not run any more?
+    pub fn is_unwanted(&self) -> bool {
+        self.aborted.load(Ordering::Acquire) || self.session.is_unread()
+    }
+
+    /// Must each token be told as it comes?
+    pub fn wants_tokens(&self) -> bool {
+        self.session.options.tokens || self.detokenizer.is_some() || self.logprobs.is_some()
+    }
+
+    pub fn set_prompt_tokens(&mut self, tokens: usize) {
+        self.prompt_tokens = tokens as u32;
+    }
+
+    /// Ends the request, which never ran, and wakes the reader.
+    pub fn reject(self, error: RequestError) {
+        let completion = Completion { prompt_tokens: self.prompt_tokens, ..Completion::rejected(error) };
+        let session = self.session.clone();
+        if self.end(completion, String::new()) {
+            session.wake();
+        }
+    }
+
+    /// Takes the next token. True if a stop text has just come up.
+    fn token(
+        &mut self,
+        token: u32,
+        row: Option<&RowLogprobs>,
+        at: Instant,
+        text: &Text,
+        wakes: &mut Wakes,
+    ) -> bool {
+        if self.stopped {
+            return false; // Drawn before the engine heard of it.
+        }
+        self.drawn += 1;
+        if let (Some(logprobs), Some(row)) = (&mut self.logprobs, row) {
+            logprobs.push(TokenLogprobs { logprob: row.token, top: row.top().collect() });
+        }
+        let piece = match &mut self.detokenizer {
+            Some(detokenizer) => detokenizer.push(token, text),
+            None => "",
+        };
+        let options = &self.session.options;
+        if options.tokens {
+            let logprobs = self.logprobs.as_ref().and_then(|all| all.last().cloned());
+            let text = if options.text { piece.to_owned() } else { String::new() };
+            let event = SessionEvent::Token { tag: self.tag, token, text, logprobs, at };
+            wakes.push(&self.session, Queued::Event(event));
+        }
+        self.stopped = self.detokenizer.as_ref().is_some_and(Detokenizer::stopped);
+        self.stopped
+    }
+
+    /// Ends the request with the tokens that the engine drew.
+    fn finish(mut self, tokens: &[u32], cached: u32, reason: core::FinishReason, text: &Text) -> bool {
+        let tokens = if self.stopped { &tokens[..self.drawn.min(tokens.len())] } else { tokens };
+        let mut rest = String::new();
+        let whole = match self.detokenizer.take() {
+            Some(mut detokenizer) => {
+                rest.push_str(detokenizer.finish(text));
+                self.stopped |= detokenizer.stopped();
+                Some(detokenizer.into_text())
+            }
+            None => text.decode(tokens),
+        };
+        if !(self.session.options.tokens && self.session.options.text) {
+            rest.clear();
+        }
+        let finish_reason = match reason {
+            _ if self.stopped => FinishReason::Stop,
+            core::FinishReason::Length => FinishReason::Length,
+            core::FinishReason::Eos => FinishReason::Eos,
+            core::FinishReason::Abort => FinishReason::Abort,
+        };
+        let completion = Completion {
+            token_ids: tokens.to_vec(),
+            text: whole,
+            finish_reason,
+            prompt_tokens: self.prompt_tokens,
+            cached_tokens: cached,
+            max_tokens: self.max_tokens,
+            logprobs: self.logprobs.take(),
+            warning: self.warning(),
+            error: None,
+        };
+        self.end(completion, rest)
+    }
+
+    /// That `max_tokens` was clamped.
+    fn warning(&self) -> Option<String> {
+        let Output { prompt_tokens, max_tokens, asked_tokens, .. } = *self;
+        (max_tokens < asked_tokens).then(|| {
+            let limit = prompt_tokens + max_tokens;
+            format!(
+                "max_tokens was lowered from {asked_tokens} to {max_tokens}: prompt and output together are limited to \
+                 {limit} tokens (--max-seq-len, --num-pages)"
+            )
+        })
+    }
+
+    /// Queues the one end. True if the reader must be woken.
+    fn end(mut self, completion: Completion, text: String) -> bool {
+        let Some(permit) = self.permit.take() else { return false };
+        let event = SessionEvent::Finished { tag: self.tag, text, completion: Box::new(completion) };
+        self.aborted = Arc::default(); // The session tells by its holders whether a tag is open.
+        self.session.push(Queued::End(event, permit))
+    }
+}
+
+impl Drop for Output {
+    fn drop(&mut self) {
+        if let Some(permit) = self.permit.take() {
+            permit.close_pool();
+            self.aborted = Arc::default();
+            if self.session.push(Queued::Lost(self.tag, permit)) {
+                self.session.wake();
+            }
+        }
+    }
+}
+
+/// Readers to be woken when a batch is done, or when the thread ends in the middle of one.
+#[derive(Default)]
+struct Wakes(Vec<Arc<Session>>);
+
+impl Wakes {
+    fn push(&mut self, session: &Arc<Session>, event: Queued) {
+        if session.push(event) {
+            self.0.push(session.clone());
+        }
+    }
+
+    fn wake(&mut self) {
+        self.0.drain(..).for_each(|session| session.wake());
+    }
+}
+
+impl Drop for Wakes {
+    fn drop(&mut self) {
+        self.wake();
+    }
+}
+
+/// A session that wants to hear of steps, and how many of its requests are in the engine.
+struct Watcher {
+    session: Arc<Session>,
+    requests: usize,
+}
+
+/// What the output thread knows.
+pub struct OutputThread {
+    shared: Arc<Shared>,
+    /// By entry of the engine's table.
+    running: Vec<Option<(core::Ticket, Box<Output>)>>,
+    watchers: Vec<Watcher>,
+    wakes: Wakes,
+}
+
+impl OutputThread {
+    pub fn new(shared: Arc<Shared>) -> Self {
+        OutputThread { shared, running: Vec::new(), watchers: Vec::new(), wakes: Wakes::default() }
+    }
+
+    /// Delivers batches until the engine's thread ends.
+    pub fn run(mut self, batches: &Receiver<Batch>, spare: &Sender<Batch>) {
+        while let Ok(mut batch) = batches.recv() {
+            self.deliver(&mut batch);
+            batch.clear();
+            // The engine's thread may have ended, and need it no more.
+            let _ = spare.send(batch);
+        }
+    }
+
+    fn deliver(&mut self, batch: &mut Batch) {
+        let at = batch.step.as_ref().map_or_else(Instant::now, |step| step.ended);
+        let (mut logprobs, mut tokens) = (batch.logprobs.iter(), batch.tokens.as_slice());
+        for event in batch.events.drain(..) {
+            match event {
+                Event::Started { ticket, max_tokens, mut output } => {
+                    output.max_tokens = max_tokens;
+                    self.start(ticket, output);
+                }
+                Event::Refused { output, error } => output.reject((*error).into()),
+                Event::Dropped { output } => self.finish(*output, &[], 0, core::FinishReason::Abort),
+                Event::Token { entry, token, logprobs: has } => {
+                    let row = if has { logprobs.next() } else { None };
+                    self.token(entry as usize, token, row, at);
+                }
+                Event::Finished { entry, count, cached_tokens, reason } => {
+                    let (output, rest) = tokens.split_at(count as usize);
+                    tokens = rest;
+                    if let Some((_, request)) = self.running.get_mut(entry as usize).and_then(Option::take) {
+                        self.unwatch(&request.session);
+                        self.finish(*request, output, cached_tokens, reason);
+                    }
+                }
+                Event::Stopped => self.running.clear(),
+            }
+        }
+        if let Some(step) = &batch.step {
+            self.tell_step(step);
+        }
+        self.wakes.wake();
+    }
+
+    fn start(&mut self, ticket: core::Ticket, output: Box<Output>) {
+        self.watch(&output.session);
+        let entry = ticket.entry as usize;
+        if self.running.len() <= entry {
+            self.running.resize_with(entry + 1, || None);
+        }
+        self.running[entry] = Some((ticket, output));
+    }
+
+    fn token(&mut self, entry: usize, token: u32, row: Option<&RowLogprobs>, at: Instant) {
+        let Some((ticket, output)) = self.running.get_mut(entry).and_then(Option::as_mut) else { return };
+        if output.token(token, row, at, &self.shared.text, &mut self.wakes) {
+            self.shared.send(Message::StopTextFound(*ticket));
+        }
+    }
+
+    fn finish(&mut self, output: Output, tokens: &[u32], cached: u32, reason: core::FinishReason) {
+        let session = output.session.clone();
+        if output.finish(tokens, cached, reason, &self.shared.text) {
+            self.wakes.0.push(session);
+        }
+    }
+
+    fn watch(&mut self, session: &Arc<Session>) {
+        if !session.options.steps {
+            return;
+        }
+        match self.watchers.iter_mut().find(|watcher| watcher.session.id == session.id) {
+            Some(watcher) => watcher.requests += 1,
+            None => self.watchers.push(Watcher { session: session.clone(), requests: 1 }),
+        }
+    }
+
+    fn unwatch(&mut self, session: &Arc<Session>) {
+        if let Some(watcher) = self.watchers.iter_mut().find(|watcher| watcher.session.id == session.id) {
+            watcher.requests -= 1;
+        }
+    }
+
+    /// Behind a step's tokens and ends. A session whose last request ended with the step hears of it too.
+    fn tell_step(&mut self, step: &StepTimes) {
+        for watcher in &self.watchers {
+            let timing = step.timing(watcher.session.started);
+            self.wakes.push(&watcher.session, Queued::Event(SessionEvent::Step(timing)));
+        }
+        self.watchers.retain(|watcher| watcher.requests > 0);
+    }
+}

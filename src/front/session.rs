@@ -1,0 +1,435 @@
+//! A session: requests go in at one half, their events come out at the other; the halves may live on different threads.
+//!
+//! ```text
+//!   Submitter ── a permit, a request ──> encoders, engine, output thread ── push ──> queue ── next ──> Events
+//!       ^                                                                                     │
+//!       └──────────────────────── the permit, with the request's end ─────────────────────────┘
+//! ```
+//!
+//! The queue has no bound of its own and pushing to it never waits: it holds events of requests that have a permit, so a
+//! reader that does not read stops its own submitter and nobody else.
+//!
+//! Invariant: each request submitted is in `open` until its one end has been taken out of the queue.
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use super::engine::Message;
+use super::handle::EngineHandle;
+use super::locked;
+use super::permits::{Permit, Permits};
+use crate::error::Error;
+use crate::request::{Completion, GenerateRequest, StepTiming, TokenLogprobs};
+
+/// What a session's reader wants to hear. Ends are always told.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct SessionOptions {
+    /// Every token as it comes, not only all of them at the end.
+    pub tokens: bool,
+    /// With tokens: the text that became certain with each. Without, text is made once, at the end, which is cheaper.
+    pub text: bool,
+    /// Every step that completes while a request of the session is in the engine.
+    pub steps: bool,
+    /// How many requests may be submitted whose ends have not been taken; `None`: as many as the engine runs and queues.
+    pub capacity: Option<usize>,
+}
+
+/// What happens in a session.
+#[derive(Clone, Debug)]
+pub enum SessionEvent {
+    /// A request has another token.
+    Token {
+        /// Whose: as given to `submit`.
+        tag: u64,
+        /// Its id.
+        token: u32,
+        /// Text that became certain with it, where it is wanted: empty while a character, or what may be a stop text,
+        /// is incomplete.
+        text: String,
+        /// Where the request asks for them.
+        logprobs: Option<TokenLogprobs>,
+        /// When the step that drew it completed.
+        at: Instant,
+    },
+    /// A request ended.
+    Finished {
+        /// Whose.
+        tag: u64,
+        /// Text that became certain with the end: with that of the tokens before, it makes the completion's text.
+        text: String,
+        /// All that came of it.
+        completion: Box<Completion>,
+    },
+    /// A step completed; its tokens were told before.
+    Step(StepTiming),
+}
+
+/// What a reader that does not wait for ever got.
+#[derive(Clone, Debug)]
+pub enum Next {
+    /// An event.
+    Event(SessionEvent),
+    /// None came in time.
+    TimedOut,
+    /// All requests have ended and no more will come.
+    Over,
+}
+
+/// What the halves share with the threads behind them.
+pub struct Session {
+    /// Names it among all of the engine's.
+    pub id: u64,
+    pub options: SessionOptions,
+    /// Steps are timed from here.
+    pub started: Instant,
+    queue: Mutex<Queue>,
+    arrived: Condvar,
+    unread: AtomicBool,
+}
+
+struct Queue {
+    events: VecDeque<Queued>,
+    /// Requests whose end has not been taken, and whether they have been aborted. Requests of one tag share a flag.
+    open: HashMap<u64, Arc<AtomicBool>>,
+    /// How many they are.
+    open_count: usize,
+    /// More may be submitted.
+    submitter: bool,
+    /// The reader waits, and nobody has undertaken to wake it.
+    asleep: bool,
+}
+
+/// An event on its way to the reader. An end brings the request's permit back.
+pub enum Queued {
+    Event(SessionEvent),
+    End(SessionEvent, Permit),
+    /// The request got lost with the engine.
+    Lost(u64, Permit),
+}
+
+impl Session {
+    pub fn new(id: u64, options: SessionOptions) -> Arc<Self> {
+        let queue = Queue {
+            events: VecDeque::new(),
+            open: HashMap::new(),
+            open_count: 0,
+            submitter: true,
+            asleep: false,
+        };
+        Arc::new(Session {
+            id,
+            options,
+            started: Instant::now(),
+            queue: Mutex::new(queue),
+            arrived: Condvar::new(),
+            unread: AtomicBool::new(false),
+        })
+    }
+
+    /// Notes a request about to be submitted; gives the flag that says whether it is aborted.
+    pub fn open(&self, tag: u64) -> Arc<AtomicBool> {
+        let mut queue = locked(&self.queue);
+        queue.open_count += 1;
+        queue.open.entry(tag).or_default().clone()
+    }
+
+    /// Appends an event. True if the reader sleeps: the caller then wakes it, soon.
+    #[must_use]
+    pub fn push(&self, event: Queued) -> bool {
+        let mut queue = locked(&self.queue);
+        if self.is_unread() {
+            drop(queue);
+            return false; // The event is dropped without the lock: a permit has one of its own.
+        }
+        queue.events.push_back(event);
+        std::mem::take(&mut queue.asleep)
+    }
+
+    /// Wakes the reader.
+    pub fn wake(&self) {
+        self.arrived.notify_one();
+    }
+
+    /// Will nobody read any more?
+    pub fn is_unread(&self) -> bool {
+        self.unread.load(Ordering::Acquire)
+    }
+
+    /// Nothing more will be submitted.
+    pub fn no_more(&self) {
+        let mut queue = locked(&self.queue);
+        queue.submitter = false;
+        if std::mem::take(&mut queue.asleep) {
+            self.wake();
+        }
+    }
+
+    /// Exchanges the reader's empty queue for what has come, waiting for it until `deadline`.
+    fn refill(&self, taken: &mut VecDeque<Queued>, deadline: Option<Instant>) -> Refill {
+        let mut queue = locked(&self.queue);
+        loop {
+            if !queue.events.is_empty() {
+                std::mem::swap(&mut queue.events, taken);
+                return Refill::Some;
+            }
+            if queue.open_count == 0 && !queue.submitter {
+                return Refill::Over;
+            }
+            queue.asleep = true;
+            queue = match deadline {
+                None => self.arrived.wait(queue).unwrap_or_else(PoisonError::into_inner),
+                Some(deadline) => {
+                    let left = deadline.saturating_duration_since(Instant::now());
+                    if left.is_zero() {
+                        queue.asleep = false;
+                        return Refill::TimedOut;
+                    }
+                    self.arrived.wait_timeout(queue, left).unwrap_or_else(PoisonError::into_inner).0
+                }
+            };
+            queue.asleep = false;
+        }
+    }
+
+    /// The end of a request was taken. False if others are open still.
+    fn close(&self, tag: u64) -> bool {
+        let mut queue = locked(&self.queue);
+        queue.open_count -= 1;
+        // The request's own hold on the flag ended before its end was queued.
+        if queue.open.get(&tag).is_some_and(|flag| Arc::strong_count(flag) == 1) {
+            queue.open.remove(&tag);
+        }
+        queue.open_count == 0
+    }
+}
+
+enum Refill {
+    Some,
+    TimedOut,
+    Over,
+}
+
+/// The half of a session that requests go into. Dropping it says that no more will come.
+pub struct Submitter {
+    session: Arc<Session>,
+    permits: Arc<Permits>,
+    handle: EngineHandle,
+}
+
+impl Submitter {
+    pub(super) fn new(session: Arc<Session>, permits: Arc<Permits>, handle: EngineHandle) -> Self {
+        Submitter { session, permits, handle }
+    }
+
+    /// How many requests can be submitted now without waiting. Only this submitter makes it fewer.
+    pub fn room(&self) -> usize {
+        self.permits.free()
+    }
+
+    /// Submits a request under a tag, which its events bear. Waits while as many are on their way as the session's
+    /// capacity allows; a thread that also reads the session's events asks [`Submitter::room`] first.
+    ///
+    /// # Errors
+    /// The engine has stopped, or nobody reads the events any more. A request that can't run is no error here: its
+    /// completion says so.
+    pub fn submit(&mut self, tag: u64, request: GenerateRequest) -> Result<(), Error> {
+        self.submit_all([(tag, request)])
+    }
+
+    /// Submits requests. Token prompts that there is room for now reach the engine together, so that its first step is a
+    /// full one.
+    ///
+    /// # Errors
+    /// As [`Submitter::submit`]; requests after the one that failed were not submitted.
+    pub fn submit_all(
+        &mut self,
+        requests: impl IntoIterator<Item = (u64, GenerateRequest)>,
+    ) -> Result<(), Error> {
+        let mut ready = Vec::new();
+        for (tag, request) in requests {
+            self.handle.check_running()?;
+            let permit = match self.permits.try_acquire() {
+                Some(permit) => permit,
+                None => {
+                    self.handle.post(std::mem::take(&mut ready))?;
+                    self.permits.acquire().ok_or_else(|| self.handle.refusal())?
+                }
+            };
+            if self.session.is_unread() {
+                return Err(self.handle.refusal());
+            }
+            ready.extend(self.handle.prepare(&self.session, tag, request, permit));
+        }
+        self.handle.post(ready)
+    }
+}
+
+impl Drop for Submitter {
+    fn drop(&mut self) {
+        self.session.no_more();
+    }
+}
+
+/// The half of a session that events come out of: an iterator that waits for the next one, and ends when all requests
+/// have ended and no more will come. Dropping it aborts what has not ended.
+///
+/// An error means that the engine stopped and requests got lost; it comes once, after all that had ended before.
+pub struct Events {
+    session: Arc<Session>,
+    /// The session's own, where it has its own.
+    permits: Option<Arc<Permits>>,
+    handle: EngineHandle,
+    taken: VecDeque<Queued>,
+    /// Some requests got lost.
+    lost: bool,
+    over: bool,
+}
+
+impl Events {
+    pub(super) fn new(session: Arc<Session>, permits: Option<Arc<Permits>>, handle: EngineHandle) -> Self {
+        Events { session, permits, handle, taken: VecDeque::new(), lost: false, over: false }
+    }
+
+    /// The next event, waited for so long at most.
+    ///
+    /// # Errors
+    /// The engine stopped, and requests got lost.
+    pub fn next_timeout(&mut self, timeout: Duration) -> Result<Next, Error> {
+        self.next_until(Instant::now().checked_add(timeout))
+    }
+
+    /// Aborts the open requests of a tag: each ends with what it has so far. False if there is none.
+    pub fn abort(&mut self, tag: u64) -> bool {
+        let queue = locked(&self.session.queue);
+        let Some(aborted) = queue.open.get(&tag) else { return false };
+        // The flag first: whoever has the request on its way to the engine looks at it when the message has been read.
+        aborted.store(true, Ordering::Release);
+        drop(queue);
+        self.handle.shared().send(Message::Abort { session: self.session.id, tag: Some(tag) });
+        true
+    }
+
+    /// Aborts all open requests.
+    pub fn abort_all(&mut self) {
+        for aborted in locked(&self.session.queue).open.values() {
+            aborted.store(true, Ordering::Release);
+        }
+        self.handle.shared().send(Message::Abort { session: self.session.id, tag: None });
+    }
+
+    fn next_until(&mut self, deadline: Option<Instant>) -> Result<Next, Error> {
+        while !self.over {
+            match self.taken.pop_front() {
+                Some(Queued::Event(event)) => return Ok(Next::Event(event)),
+                Some(Queued::End(event, permit)) => {
+                    if let SessionEvent::Finished { tag, .. } = event {
+                        self.close(tag);
+                    }
+                    drop(permit);
+                    return Ok(Next::Event(event));
+                }
+                Some(Queued::Lost(tag, permit)) => {
+                    self.lost = true;
+                    self.close(tag);
+                    drop(permit);
+                }
+                None => match self.session.refill(&mut self.taken, deadline) {
+                    Refill::Some => {}
+                    Refill::TimedOut => return Ok(Next::TimedOut),
+                    Refill::Over => self.over = true,
+                },
+            }
+        }
+        match std::mem::take(&mut self.lost) {
+            true => Err(self.handle.loss()),
+            false => Ok(Next::Over),
+        }
+    }
+
+    /// A request's end was taken. Once one is lost all are, and when the last end has been taken nothing more will come.
+    fn close(&mut self, tag: u64) {
+        let none_open = self.session.close(tag);
+        self.over |= self.lost && none_open;
+    }
+}
+
+impl Iterator for Events {
+    type Item = Result<SessionEvent, Error>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        match self.next_until(None) {
+            Ok(Next::Event(event)) => Some(Ok(event)),
+            Ok(_) => None,
+            Err(error) => Some(Err(error)),
+        }
+    }
+}
+
+impl Drop for Events {
+    fn drop(&mut self) {
+        let (left, open) = {
+            let mut queue = locked(&self.session.queue);
+            self.session.unread.store(true, Ordering::Release);
+            (std::mem::take(&mut queue.events), queue.open_count)
+        };
+        drop(left);
+        if let Some(permits) = &self.permits {
+            permits.close();
+        }
+        if open > 0 {
+            self.handle.shared().send(Message::Abort { session: self.session.id, tag: None });
+        }
+    }
+}
+
+/// What happens to a request of its own; see [`EngineHandle::submit`].
+#[derive(Clone, Debug)]
+pub enum RequestEvent {
+    /// Another token.
+    Token {
+        /// Its id.
+        token: u32,
+        /// Text that became certain with it: empty while a character, or what may be a stop text, is incomplete.
+        text: String,
+        /// Where the request asks for them.
+        logprobs: Option<TokenLogprobs>,
+    },
+    /// The end.
+    Finished {
+        /// Text that became certain with it: with that of the tokens before, it makes the completion's text.
+        text: String,
+        /// All that came of the request.
+        completion: Box<Completion>,
+    },
+}
+
+/// The events of one request: an iterator that waits for the next one and ends behind `Finished`. Dropping it aborts the
+/// request.
+pub struct RequestStream(Events);
+
+impl RequestStream {
+    pub(super) fn new(events: Events) -> Self {
+        RequestStream(events)
+    }
+}
+
+impl Iterator for RequestStream {
+    type Item = Result<RequestEvent, Error>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        loop {
+            return Some(Ok(match self.0.next()? {
+                Ok(SessionEvent::Token { token, text, logprobs, .. }) => {
+                    RequestEvent::Token { token, text, logprobs }
+                }
+                Ok(SessionEvent::Finished { text, completion, .. }) => {
+                    RequestEvent::Finished { text, completion }
+                }
+                Ok(SessionEvent::Step(_)) => continue,
+                Err(error) => return Some(Err(error)),
+            }));
+        }
+    }
+}
