@@ -1,11 +1,12 @@
 //! Offline throughput: `offline-bench --seed 0 --n 256 --model qwen3-0.6b --workload minisgl`.
 
 use std::io::{self, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::sync::{Arc, Mutex, PoisonError};
 
-use indicatif::{ProgressBar, ProgressStyle};
-use minisgl::bench::{self, Plan, Requests};
+use minisgl::bench::{self, Comparison, Plan, Requests};
+use minisgl::progress::{Progress, Stderr};
 use minisgl::workload::{Lengths, Source, Workload};
 use minisgl::{BackendChoice, Cause, Llm, Options, SamplingParams, with_shared_flags};
 
@@ -38,6 +39,9 @@ with_shared_flags! {
         /// timed runs, each with an empty prefix cache (default 1)
         #[argh(option, default = "1")]
         runs: usize,
+        /// do it all so many times, each with an engine built anew (default 1)
+        #[argh(option, default = "1")]
+        repeat: usize,
         /// run the whole workload once before the clock starts
         #[argh(switch)]
         warmup: bool,
@@ -47,6 +51,9 @@ with_shared_flags! {
         /// write the report to this file, for machines
         #[argh(option)]
         json: Option<PathBuf>,
+        /// write the report to this file, as a page for a browser
+        #[argh(option)]
+        report: Option<PathBuf>,
         /// write the last run's timeline to this file; ui.perfetto.dev opens it
         #[argh(option)]
         trace: Option<PathBuf>,
@@ -56,41 +63,64 @@ with_shared_flags! {
         /// matrix product rate in TFLOP/s that the floor is computed with (default: measured on a GPU)
         #[argh(option)]
         matmul: Option<f64>,
+        /// run nothing: compare two files that --json has written, FIRST.json SECOND.json
+        #[argh(switch)]
+        compare: bool,
+        /// the files for --compare
+        #[argh(positional, arg_name = "files")]
+        files: Vec<PathBuf>,
     }
 }
 
 fn main() -> ExitCode {
-    match offline_bench(&argh::from_env()) {
+    let flags: Flags = argh::from_env();
+    let stderr = Stderr::open();
+    stderr.log();
+    match offline_bench(&flags, &stderr) {
         Ok(true) => ExitCode::SUCCESS,
         Ok(false) => ExitCode::FAILURE,
         Err(error) => {
-            eprintln!("offline-bench: {error}");
+            stderr.say(format!("offline-bench: {error}"));
             ExitCode::FAILURE
         }
     }
 }
 
 /// Did the runs agree?
-fn offline_bench(flags: &Flags) -> Result<bool, Cause> {
-    let plan = flags.plan()?;
+fn offline_bench(flags: &Flags, stderr: &Stderr) -> Result<bool, Cause> {
     let mut out = io::stdout().lock();
-    let mut llm = Llm::builder(flags.model(&mut out)?).options(flags.options()).build()?;
-    writeln!(out, "{}", llm.info())?;
-    let bar = ProgressBar::new(0);
-    bar.set_style(ProgressStyle::with_template("{prefix} {wide_bar} {pos}/{len} tokens, {eta} left")?);
-    let report = bench::run(&mut llm, &plan, &mut out, &mut |progress| {
-        bar.set_prefix(format!("run {}", progress.run));
-        bar.set_length(progress.of);
-        bar.set_position(progress.tokens);
+    if let Some(files) = flags.compared()? {
+        write!(out, "{}", Comparison::open(files)?)?;
+        return Ok(true);
+    }
+    let plan = flags.plan()?;
+    let builder = Llm::builder(flags.model(&mut out)?).options(flags.options());
+    let progress = Arc::new(Mutex::new(Progress::default()));
+    let seen = progress.clone();
+    let _shown = stderr.show(move || seen.lock().unwrap_or_else(PoisonError::into_inner).clone());
+    let report = bench::run(&|| builder.clone().build(), &plan, &mut out, &mut |now| {
+        *progress.lock().unwrap_or_else(PoisonError::into_inner) = now;
     });
-    bar.finish_and_clear();
     Ok(report?.is_sound())
 }
 
 impl Flags {
+    /// The two files, where comparing is what is wanted.
+    fn compared(&self) -> Result<Option<[&Path; 2]>, Cause> {
+        match (self.compare, self.files.as_slice()) {
+            (false, []) => Ok(None),
+            (true, [first, second]) => Ok(Some([first, second])),
+            (true, files) => Err(format!("--compare takes two files, not {}", files.len()).into()),
+            (false, [first, ..]) => {
+                Err(format!("{} is no flag; did you mean --compare FIRST.json SECOND.json?", first.display())
+                    .into())
+            }
+        }
+    }
+
     fn plan(&self) -> Result<Plan, Cause> {
-        if self.n == Some(0) || self.runs == 0 {
-            return Err("--n and --runs must be at least 1".into());
+        if self.n == Some(0) || self.runs == 0 || self.repeat == 0 {
+            return Err("--n, --runs and --repeat must be at least 1".into());
         }
         let sampling = self.sampling(SamplingParams { temperature: 0.6, ..SamplingParams::default() });
         sampling.check()?;
@@ -98,11 +128,13 @@ impl Flags {
             requests: self.requests()?,
             sampling,
             runs: self.runs,
+            repeat: self.repeat,
             warm_up: self.warmup,
             verify: self.verify,
             bytes_per_s: positive("--bandwidth", self.bandwidth)?.map(|gb| gb * 1e9),
             flop_per_s: positive("--matmul", self.matmul)?.map(|tflop| tflop * 1e12),
             json: self.json.clone(),
+            page: self.report.clone(),
             trace: self.trace.clone(),
         })
     }

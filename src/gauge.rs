@@ -1,11 +1,13 @@
-//! What a device says of itself beside computing: what it reaches at best, and the state it is in.
+//! What a device says of itself beside computing: what it reaches at best, and where its state is asked for.
 //!
 //! A benchmark's figure means little without either. The CPU says nothing.
 
 use minisgl_core::backend::Ops;
 use minisgl_cpu::Cpu;
-use minisgl_cuda::{Cuda, CudaError, HostTimes, Telemetry, perf};
+use minisgl_cuda::{Cuda, CudaError, GpuState, HostTimes, perf};
 use serde::Serialize;
+
+use crate::telemetry::{DeviceState, Probe};
 
 /// What a device reaches at best.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
@@ -17,31 +19,12 @@ pub struct Ceilings {
     pub flop_per_s: Option<f64>,
 }
 
-/// A GPU's state at one moment.
-#[derive(Clone, Debug, PartialEq, Serialize)]
-pub struct DeviceState {
-    /// Version of the driver.
-    pub driver: String,
-    /// Clock of the multiprocessors, MHz.
-    pub sm_mhz: u32,
-    /// The highest clock that they have.
-    pub sm_mhz_max: u32,
-    /// Clock of the memory, MHz.
-    pub memory_mhz: u32,
-    /// Power drawn, W.
-    pub power_w: f64,
-    /// Temperature of the chip, degrees Celsius.
-    pub temperature_c: u32,
-    /// What holds the clocks down; empty if nothing does.
-    pub throttle_reasons: Vec<String>,
-}
-
 /// A backend that can be asked.
 pub trait Gauge: Ops {
     /// Measures the ceilings, which takes a second; `None` if the device has no way to.
     fn ceilings(&mut self) -> Result<Option<Ceilings>, Self::Error>;
-    /// The state now; `None` if it is not known.
-    fn state(&self) -> Option<DeviceState>;
+    /// Where its state can be asked for, from any thread; `None` if it is not known.
+    fn probe(&self) -> Option<Probe>;
     /// What the host's time went to so far, beside work of its own; `None` where the host is the device.
     fn host_times(&self) -> Option<HostTimes>;
 }
@@ -51,7 +34,7 @@ impl Gauge for Cpu {
         Ok(None)
     }
 
-    fn state(&self) -> Option<DeviceState> {
+    fn probe(&self) -> Option<Probe> {
         None
     }
 
@@ -66,10 +49,15 @@ impl Gauge for Cuda {
         Ok(Some(Ceilings { bytes_per_s: read_bytes_s, flop_per_s: matmul_flop_s }))
     }
 
-    fn state(&self) -> Option<DeviceState> {
-        let Telemetry { driver, sm_mhz, sm_mhz_max, memory_mhz, power_w, temperature_c, throttle_reasons } =
-            self.telemetry()?;
-        Some(DeviceState { driver, sm_mhz, sm_mhz_max, memory_mhz, power_w, temperature_c, throttle_reasons })
+    fn probe(&self) -> Option<Probe> {
+        let telemetry = self.telemetry()?;
+        let (driver, sm_mhz_max) = (telemetry.driver.clone(), telemetry.sm_mhz_max);
+        let read = move || {
+            let GpuState { sm_mhz, memory_mhz, power_w, temperature_c, throttle_reasons } =
+                telemetry.read()?;
+            Some(DeviceState { sm_mhz, memory_mhz, power_w, temperature_c, throttle_reasons })
+        };
+        Some(Probe { driver, sm_mhz_max, read: Box::new(read) })
     }
 
     fn host_times(&self) -> Option<HostTimes> {

@@ -42,8 +42,10 @@ mod memory;
 pub mod models;
 mod options;
 pub mod progress;
+pub mod report;
 mod request;
 mod runner;
+pub mod telemetry;
 mod token_bytes;
 mod tokenizer;
 pub mod workload;
@@ -54,7 +56,7 @@ pub use front::{
     EngineHandle, Events, Next, RequestEvent, RequestStream, SessionEvent, SessionOptions, Submitter,
     TrySubmitError,
 };
-pub use gauge::{Ceilings, DeviceState};
+pub use gauge::Ceilings;
 pub use info::Info;
 pub use llm::{Llm, gpu_present};
 pub use minisgl_core::config::{Limits, LimitsError};

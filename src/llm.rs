@@ -23,7 +23,7 @@ use minisgl_decoder::{Checkpoint, Decoder};
 use crate::builder::LlmBuilder;
 use crate::error::Error;
 use crate::front::{EngineHandle, Events, Front, SessionEvent, SessionOptions};
-use crate::gauge::{Ceilings, DeviceState, Gauge};
+use crate::gauge::{Ceilings, Gauge};
 use crate::info::Info;
 use crate::memory::Room;
 use crate::models::{FAMILIES, preset_names};
@@ -32,6 +32,7 @@ use crate::request::{
     ChatPrompt, Completion, FinishReason, Flow, GenerateRequest, Prompt, RequestError, StreamEvent,
 };
 use crate::runner::{LogitsError, Runner};
+use crate::telemetry::Probe;
 use crate::tokenizer::Text;
 
 /// A model on a device, ready to generate. See the [crate's page](crate) for an example.
@@ -223,9 +224,9 @@ impl Llm {
         self.front.handle().call(true, |runner| runner.ceilings())?.map_err(Error::Device)
     }
 
-    /// The device's clocks and what holds them down; `None` on the CPU.
-    pub fn device_state(&self) -> Option<DeviceState> {
-        self.front.handle().call(false, |runner| runner.device_state()).ok()?
+    /// Where to ask for the device's clocks and what holds them down, at any time and from any thread; `None` on the CPU.
+    pub fn probe(&self) -> Option<Probe> {
+        self.front.handle().call(false, |runner| runner.probe()).ok()?
     }
 
     /// Asserts that no KV page is lost or shared wrongly. Takes time linear in the pool.
@@ -383,12 +384,15 @@ struct Opening<'a> {
 impl Opening<'_> {
     fn on<B: Gauge + 'static>(self, mut backend: B) -> Result<(Box<dyn Runner>, Info), Error> {
         let device = |error: B::Error| Error::Device(Box::new(error));
+        tracing::info!(model = self.model, backend = self.name, device = backend.info().name, "loading");
         let model =
             Decoder::load(&mut backend, self.checkpoint).map_err(|error| Error::Device(Box::new(error)))?;
         let loaded = backend.memory().map_err(device)?;
         let load_seconds = self.started.elapsed().as_secs_f64();
+        tracing::info!(seconds = load_seconds, bytes = model.weight_bytes(), "weights loaded");
 
         let limits = self.limits(&backend, &model)?;
+        tracing::debug!(?limits, "capacities planned");
         let policy = Policy {
             prefix_cache: self.options.prefix_cache,
             order: self.options.order,
@@ -417,6 +421,7 @@ impl Opening<'_> {
             load_seconds,
             capture_seconds: self.started.elapsed().as_secs_f64() - load_seconds,
         };
+        tracing::info!(seconds = info.capture_seconds, pages = limits.pages, "ready");
         Ok((Box::new(engine), info))
     }
 

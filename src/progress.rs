@@ -29,8 +29,10 @@ const FAREWELL: Duration = Duration::from_secs(1);
 const TERMINAL_PERIOD: Duration = Duration::from_millis(100);
 /// Time between two lines of progress where there is no terminal.
 const LINE_PERIOD: Duration = Duration::from_secs(30);
-/// The rate shown is that of the last so many seconds.
+/// The rate of tokens shown is that of the last so many seconds.
 const RATE_WINDOW: Duration = Duration::from_secs(10);
+/// The time left is reckoned by the pace of the last minute: work that goes on skips what was done before in no time.
+const PACE_WINDOW: Duration = Duration::from_secs(60);
 
 /// How far work has come, at one moment.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -164,7 +166,7 @@ impl Stderr {
     /// first call of a process has an effect.
     pub fn log(&self) {
         let filter = || EnvFilter::builder().with_default_directive(LevelFilter::WARN.into());
-        let filter = filter().try_from_env().unwrap_or_else(|error| {
+        let filter = filter().from_env().unwrap_or_else(|error| {
             self.say(format!("RUST_LOG is not obeyed: {error}; write for example RUST_LOG=minisgl=debug"));
             filter().parse_lossy("")
         });
@@ -244,7 +246,8 @@ impl Writer {
         match &self.view {
             None => self.inbox.recv().map_err(|_| RecvTimeoutError::Disconnected),
             Some(view) => {
-                self.inbox.recv_timeout((view.seen + self.period).saturating_duration_since(Instant::now()))
+                let due = view.seen().map_or_else(Instant::now, |seen| seen + self.period);
+                self.inbox.recv_timeout(due.saturating_duration_since(Instant::now()))
             }
         }
     }
@@ -271,30 +274,40 @@ impl Writer {
 struct View {
     source: Source,
     bar: Option<ProgressBar>,
-    started: Instant,
-    /// Done when it was first shown: what an earlier run did, say.
-    done_at_start: u64,
-    seen: Instant,
-    /// Output tokens at moments of the last seconds, the oldest first.
-    tokens: VecDeque<(Instant, u64)>,
+    /// The looks of the last minute, the oldest first; never empty.
+    looks: VecDeque<Look>,
+}
+
+/// Counts at a moment.
+#[derive(Clone, Copy)]
+struct Look {
+    at: Instant,
+    output_tokens: u64,
+    done: u64,
 }
 
 impl View {
     fn new(source: Source, bar: Option<&MakeTarget>) -> Self {
-        let (now, first) = (Instant::now(), source());
+        let first = source();
         let bar = bar.map(|target| ProgressBar::with_draw_target(first.total, target()));
-        let tokens = VecDeque::from([(now, first.output_tokens)]);
-        View { source, bar, started: now, done_at_start: first.done, seen: now, tokens }
+        let look = Look { at: Instant::now(), output_tokens: first.output_tokens, done: first.done };
+        View { source, bar, looks: VecDeque::from([look]) }
+    }
+
+    /// When progress was looked at last.
+    fn seen(&self) -> Option<Instant> {
+        self.looks.back().map(|look| look.at)
     }
 
     /// Looks again: draws the bar, or returns the line to be written.
     fn tick(&mut self) -> Option<String> {
         let now = Instant::now();
         let progress = (self.source)();
-        self.seen = now;
-        let rate = self.rate(now, progress.output_tokens);
-        let left = left(&progress, self.done_at_start, now - self.started);
-        let text = describe(&progress, rate, left);
+        while self.looks.len() > 1 && now - self.looks[1].at >= PACE_WINDOW {
+            self.looks.pop_front();
+        }
+        self.looks.push_back(Look { at: now, output_tokens: progress.output_tokens, done: progress.done });
+        let text = describe(&progress, self.rate(), self.left(&progress));
         let Some(bar) = &self.bar else { return Some(text + "\n") };
         let template = if progress.total.is_some() { "{bar:20} {wide_msg}" } else { "{spinner} {wide_msg}" };
         if let Ok(style) = ProgressStyle::with_template(template) {
@@ -307,13 +320,18 @@ impl View {
     }
 
     /// Tokens a second, lately.
-    fn rate(&mut self, now: Instant, tokens: u64) -> f64 {
-        self.tokens.push_back((now, tokens));
-        while self.tokens.len() > 2 && now - self.tokens[1].0 >= RATE_WINDOW {
-            self.tokens.pop_front();
-        }
-        let (then, before) = self.tokens[0];
-        tokens.saturating_sub(before) as f64 / (now - then).as_secs_f64().max(1e-3)
+    fn rate(&self) -> f64 {
+        let Some(last) = self.looks.back() else { return 0.0 };
+        let before = self.looks.iter().rev().find(|look| last.at - look.at >= RATE_WINDOW);
+        let Some(before) = before.or(self.looks.front()) else { return 0.0 };
+        let tokens = last.output_tokens.saturating_sub(before.output_tokens);
+        tokens as f64 / (last.at - before.at).as_secs_f64().max(1e-3)
+    }
+
+    /// The time left, where it is known.
+    fn left(&self, progress: &Progress) -> Option<Duration> {
+        let (first, last) = (self.looks.front()?, self.looks.back()?);
+        left(progress, first.done, last.at - first.at)
     }
 }
 
@@ -325,9 +343,9 @@ impl Drop for View {
     }
 }
 
-/// The time left at the pace so far, where it is known.
-fn left(progress: &Progress, done_at_start: u64, elapsed: Duration) -> Option<Duration> {
-    let done = progress.done.checked_sub(done_at_start).filter(|done| *done > 0)?;
+/// The time left at the pace from `before` to what is done now, where it is known.
+fn left(progress: &Progress, before: u64, elapsed: Duration) -> Option<Duration> {
+    let done = progress.done.checked_sub(before).filter(|done| *done > 0)?;
     let rest = progress.total?.saturating_sub(progress.done);
     Duration::try_from_secs_f64((elapsed.as_secs_f64() * rest as f64 / done as f64).ceil()).ok()
 }

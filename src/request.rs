@@ -15,6 +15,7 @@ use thiserror::Error;
 pub use minisgl_core::batch::Phase;
 pub use minisgl_core::request::SubmitError;
 pub use minisgl_core::sampling::{SamplingError, SamplingParams, TOP_LOGPROBS_MAX};
+pub use minisgl_core::stats::Load;
 
 /// One message of a conversation: a JSON object, handed to the checkpoint's chat template as it is. Beside `role` and
 /// `content` (a text, or a list of parts like `{"type": "text", "text": "…"}`) it has what else the template knows:
@@ -164,7 +165,7 @@ impl GenerateRequest {
 }
 
 /// Why a request ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum FinishReason {
     /// It has as many tokens as it may have.
@@ -259,6 +260,27 @@ pub enum RequestError {
     EmptyStop,
 }
 
+impl RequestError {
+    /// What kind of failure it is, in a few words: for counting.
+    pub fn kind(&self) -> &'static str {
+        match self {
+            RequestError::Refused(SubmitError::QueueFull { .. }) => "queue full",
+            RequestError::Refused(SubmitError::EmptyPrompt) => "empty prompt",
+            RequestError::Refused(SubmitError::PromptTooLong { .. }) => "prompt too long",
+            RequestError::Refused(SubmitError::TokenOutsideVocabulary { .. }) => {
+                "token outside the vocabulary"
+            }
+            RequestError::Refused(SubmitError::Stopped) => "engine stopped",
+            RequestError::Refused(SubmitError::Sampling(_)) => "sampling parameter out of range",
+            RequestError::NoTokenizer { .. } => "no tokenizer",
+            RequestError::NoChatTemplate => "no chat template",
+            RequestError::ChatTemplate(_) => "refused by the chat template",
+            RequestError::Encode(_) => "not encodable",
+            RequestError::EmptyStop => "empty stop text",
+        }
+    }
+}
+
 /// What happens during a run.
 #[derive(Clone, Debug)]
 pub enum StreamEvent<'a> {
@@ -304,6 +326,10 @@ pub struct StepTiming {
     pub rows: u32,
     /// Tokens, padding included.
     pub tokens: u32,
+    /// Tokens that it drew and that came to the host with it.
+    pub output_tokens: u32,
+    /// What the engine had on its hands when it was over.
+    pub load: Load,
     /// Milliseconds from the engine's first step to this one's start, by the device's clock.
     pub start_ms: f32,
     /// Milliseconds it took on the device.

@@ -4,12 +4,13 @@ use minisgl_core::config::Limits;
 use minisgl_core::engine::{Engine, StepReport};
 use minisgl_core::request::{Event, Request, SubmitError, Submitted, Ticket};
 use minisgl_core::sampling::SamplingParams;
-use minisgl_core::stats::Stats;
+use minisgl_core::stats::{Load, Stats};
 use minisgl_cuda::HostTimes;
 use minisgl_decoder::Decoder;
 
 use crate::error::Cause;
-use crate::gauge::{Ceilings, DeviceState, Gauge};
+use crate::gauge::{Ceilings, Gauge};
+use crate::telemetry::Probe;
 
 /// What the engine tells about tokens and ends.
 pub type Sink<'a> = &'a mut dyn FnMut(Event<'_>);
@@ -26,7 +27,9 @@ pub trait Runner {
     fn is_idle(&self) -> bool;
     /// Counters so far.
     fn stats(&self) -> Stats;
-    /// Sets them to zero.
+    /// What there is to do now.
+    fn load(&self) -> Load;
+    /// Sets the counters to zero.
     fn reset_stats(&mut self);
     /// Forgets cached prefixes.
     fn clear_prefix_cache(&mut self);
@@ -41,8 +44,8 @@ pub trait Runner {
     fn logits_after(&mut self, prompt: &[u32]) -> Result<Vec<f32>, LogitsError>;
     /// Measures what the device reaches at best.
     fn ceilings(&mut self) -> Result<Option<Ceilings>, Cause>;
-    /// The device's state.
-    fn device_state(&self) -> Option<DeviceState>;
+    /// Where the device's state can be asked for; `None` where it can't.
+    fn probe(&self) -> Option<Probe>;
     /// What the host's time went to so far, beside work of its own; `None` where the host is the device.
     fn host_times(&self) -> Option<HostTimes>;
 }
@@ -74,6 +77,10 @@ impl<B: Gauge> Runner for Engine<B, Decoder<B>> {
 
     fn stats(&self) -> Stats {
         Engine::stats(self)
+    }
+
+    fn load(&self) -> Load {
+        Engine::load(self)
     }
 
     fn reset_stats(&mut self) {
@@ -109,8 +116,8 @@ impl<B: Gauge> Runner for Engine<B, Decoder<B>> {
         Ok(self.backend_mut().ceilings()?)
     }
 
-    fn device_state(&self) -> Option<DeviceState> {
-        self.backend().state()
+    fn probe(&self) -> Option<Probe> {
+        self.backend().probe()
     }
 
     fn host_times(&self) -> Option<HostTimes> {

@@ -125,6 +125,80 @@ fn the_report_for_machines_says_what_the_table_says() {
 }
 
 #[test]
+fn engines_built_anew_draw_the_same_tokens_and_their_medians_are_told_apart() {
+    let path = fresh("repeat.json");
+    let text = stdout(&bench(&["--repeat", "2", "--runs", "2", "--json", path.to_str().unwrap()]));
+    let report = read_json(&path);
+    let runs = report["runs"].as_array().unwrap();
+    assert_eq!(runs.iter().map(|run| run["engine"].as_u64().unwrap()).collect::<Vec<_>>(), [1, 1, 2, 2]);
+    assert_eq!(report["same_output"], true);
+    let of_engines = &report["tokens_per_s_of_engines"];
+    assert!(of_engines["min"].as_f64().unwrap() <= of_engines["max"].as_f64().unwrap());
+    assert_eq!(rows(&text, "Median of 4 runs:").len(), 1);
+    assert_eq!(rows(&text, "Median of 2 engines:").len(), 1);
+}
+
+#[test]
+fn latencies_have_their_percentiles_and_a_device_that_cannot_be_asked_is_not_known() {
+    let text = stdout(&bench(&[]));
+    for name in ["TTFT", "ITL"] {
+        let row = rows(&text, name)[0];
+        let numbers: Vec<f64> = row.split([' ', ',']).filter_map(|word| word.parse().ok()).collect();
+        let [p50, p90, p99, most, mean] = numbers[..] else { panic!("{row}") };
+        assert!([p50, p90, p99, most].is_sorted() && (0.0..=most).contains(&mean), "{row}");
+    }
+    assert_eq!(rows(&text, "device  "), ["its clocks and power are not known"], "{text}");
+}
+
+#[test]
+fn reports_are_compared_with_their_ratio_their_spread_and_what_differs() {
+    let (first, second) = (fresh("first.json"), fresh("second.json"));
+    stdout(&bench(&["--runs", "2", "--json", first.to_str().unwrap()]));
+    stdout(&bench(&["--runs", "2", "--max-running", "2", "--json", second.to_str().unwrap()]));
+    let compared = |files: [&str; 2]| {
+        let output = Command::new(env!("CARGO_BIN_EXE_offline-bench")).arg("--compare").args(files).output();
+        stdout(&output.unwrap())
+    };
+    let same = compared([first.to_str().unwrap(); 2]);
+    let row = rows(&same, "output tok/s")[0];
+    assert_eq!(row.split_whitespace().last(), Some("1.0000"), "{same}");
+    assert!(same.contains("the runs overlap") && !same.contains("WARNING"), "{same}");
+    let other = compared([first.to_str().unwrap(), second.to_str().unwrap()]);
+    assert!(other.contains("WARNING: engine.max_running differs: 256 and 2"), "{other}");
+    assert!(!other.contains("outputs differ"), "a setting that only concerns speed: {other}");
+    // Reports of an earlier version, of two cards.
+    let cards = compared(["docs/results/h100.json", "docs/results/h200.json"]);
+    assert!(cards.contains("WARNING: device differs"), "{cards}");
+    assert!(cards.contains("every run of one is beyond every run of the other"), "{cards}");
+}
+
+#[test]
+fn a_stderr_that_takes_nothing_costs_messages_and_no_result() {
+    let full = std::fs::File::options().write(true).open("/dev/full").unwrap();
+    let mut command = Command::new(env!("CARGO_BIN_EXE_offline-bench"));
+    let flags = ["--backend", "cpu", "--n", "3", "--input-len", "5..9", "--output-len", "3..5"];
+    let output = command.args(flags).env("RUST_LOG", "trace").stderr(full).output().unwrap();
+    assert!(stdout(&output).contains("output hash"));
+}
+
+#[test]
+fn rust_log_brings_out_what_happens_and_without_it_all_is_quiet() {
+    let run = |log: Option<&str>| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_offline-bench"));
+        command.args(["--backend", "cpu", "--n", "3", "--input-len", "5..9", "--output-len", "3..5"]);
+        command.env_remove("RUST_LOG").envs(log.map(|log| ("RUST_LOG", log)));
+        let output = command.output().unwrap();
+        assert!(output.status.success(), "{output:?}");
+        String::from_utf8(output.stderr).unwrap()
+    };
+    assert_eq!(run(None), "");
+    let told = run(Some("minisgl=info"));
+    assert!(told.contains("INFO") && told.contains("ready"), "{told}");
+    let bad = run(Some("minisgl=loud"));
+    assert!(bad.contains("RUST_LOG is not obeyed"), "{bad}");
+}
+
+#[test]
 fn the_timeline_holds_every_step_of_the_run_in_order() {
     let (trace, json) = (fresh("trace.json"), fresh("of-trace.json"));
     stdout(&bench(&["--trace", trace.to_str().unwrap(), "--json", json.to_str().unwrap()]));
@@ -164,6 +238,7 @@ fn bad_flags_are_refused_with_what_to_do() {
         (&["--temperature", "NaN"], "temperature is NaN"),
         (&["--top-p", "0"], "top_p is 0"),
         (&["--runs", "0"], "must be at least 1"),
+        (&["--repeat", "0"], "must be at least 1"),
         (&["--n", "0"], "must be at least 1"),
         (&["--page-size", "24"], "not a power of two"),
         (&["--max-running", "0"], "must be at least 1"),
@@ -172,6 +247,11 @@ fn bad_flags_are_refused_with_what_to_do() {
         (&["--matmul", "-1"], "--matmul is -1"),
         (&["--model", "qwen3-0.6"], "qwen3-0.6b"),
         (&["--json", "/nonexistent/report.json"], "/nonexistent/report.json can't be written"),
+        (&["--report", "/nonexistent/report.html"], "/nonexistent/report.html can't be written"),
+        (&["--compare", "docs/results/h100.json"], "--compare takes two files, not 1"),
+        (&["docs/results/h100.json"], "--compare FIRST.json SECOND.json"),
+        (&["--compare", "Cargo.toml", "docs/results/h100.json"], "Cargo.toml is no report"),
+        (&["--compare", "nowhere.json", "docs/results/h100.json"], "nowhere.json can't be read"),
         (&["--frobnicate"], "--frobnicate"),
     ] {
         let error = complaint(flags);

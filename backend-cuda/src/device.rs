@@ -67,9 +67,10 @@ impl Cuda {
         &self.context().properties
     }
 
-    /// The device's clocks and what holds them down; `None` where the driver's management library does not say.
+    /// Where to ask for the device's clocks and what holds them down; `None` where the driver's management library does
+    /// not say.
     pub fn telemetry(&self) -> Option<Telemetry> {
-        Telemetry::read(&self.properties().uuid)
+        Telemetry::open(&self.properties().uuid)
     }
 
     /// The loaded kernels.

@@ -29,6 +29,6 @@ pub use error::CudaError;
 pub use launch::{Grid, HostTimes, Kernel, Launcher, Param};
 pub use memory::{Address, Buffer, Event, Graph, Pinned, element_bytes};
 pub use module::Modules;
-pub use telemetry::Telemetry;
+pub use telemetry::{GpuState, Telemetry};
 pub use tensor_map::{BOX_COLS, TensorMap};
 pub use weight::Weight;

@@ -33,7 +33,7 @@ use crate::request::{Event, Request, SubmitError, Submitted, Ticket};
 use crate::resident::Resident;
 use crate::sampling::LOGPROB_WORDS;
 use crate::scheduler::{Policy, Scheduler};
-use crate::stats::Stats;
+use crate::stats::{Load, Stats};
 
 /// What an engine is built with, beside device and model.
 #[derive(Clone, Debug)]
@@ -350,6 +350,11 @@ impl<B: Device, M: Model<B>> Engine<B, M> {
     /// Counters so far.
     pub fn stats(&self) -> Stats {
         *self.scheduler.stats()
+    }
+
+    /// What there is to do now.
+    pub fn load(&self) -> Load {
+        self.scheduler.load()
     }
 
     /// Sets the counters to zero.

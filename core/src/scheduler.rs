@@ -29,7 +29,7 @@ use crate::config::Limits;
 use crate::pages::{NO_PAGE, PagePool};
 use crate::request::{Event, FinishReason, Request, SubmitError, Submitted, Ticket};
 use crate::sampling::{RowLogprobs, SamplingParams};
-use crate::stats::Stats;
+use crate::stats::{Load, Stats};
 use crate::table::{RequestTable, State};
 
 /// In which order waiting requests are admitted.
@@ -110,6 +110,15 @@ impl Scheduler {
     /// Requests that have a slot.
     pub fn running(&self) -> usize {
         self.running.len()
+    }
+
+    /// What there is to do now.
+    pub fn load(&self) -> Load {
+        Load {
+            running: self.running() as u32,
+            waiting: self.waiting() as u32,
+            pages_used: self.pool.capacity() - self.pool.available(),
+        }
     }
 
     /// Does nobody wait or run?

@@ -1,5 +1,16 @@
 //! What the scheduler did, as numbers. Times come from whoever drives the engine: it has a clock, core has none.
 
+/// What a scheduler has on its hands at one moment.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Load {
+    /// Requests that have a slot.
+    pub running: u32,
+    /// Requests that wait for one.
+    pub waiting: u32,
+    /// KV pages that requests hold; those that are only cached are not counted.
+    pub pages_used: u32,
+}
+
 /// Counters since construction or [`Stats::default`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Stats {

@@ -14,120 +14,112 @@ use minisgl_core::stats::Stats;
 use super::BenchError;
 use crate::front::{SessionEvent, SessionOptions};
 use crate::llm::Llm;
-use crate::request::{Completion, GenerateRequest, StepTiming};
+use crate::progress::{Progress, Unit};
+use crate::request::{Completion, GenerateRequest, Load, StepTiming};
+use crate::telemetry::{Probe, Recorder, RunRecord, sample_while};
 
 /// What a run left behind.
 #[derive(Clone, Debug)]
 pub struct Measurement {
-    /// From before the first request was submitted to after the last one ended.
-    pub seconds: f64,
+    /// What was seen of it, from before the first request was submitted to after the last one ended.
+    pub record: RunRecord,
     /// What the scheduler did.
     pub stats: Stats,
     /// Every step, in order.
     pub steps: Vec<StepTiming>,
-    /// Milliseconds from the start of the run to each request's first token.
-    pub first_token_ms: Vec<f64>,
-    /// Milliseconds between each token and the one before it of the same request.
-    pub between_tokens_ms: Vec<f64>,
     /// In the order of the requests.
     pub completions: Vec<Completion>,
 }
 
-/// Runs all requests and measures. The prefix cache is emptied and the counters are reset before; `on_step` is told
-/// after each step how many tokens have come out.
+/// Runs all requests and measures, the device's state by `probe`. The prefix cache is emptied and the counters are reset
+/// before; `on_step` is told after each step how far the run has come.
 ///
 /// # Errors
 /// A failed step, or a request that can't run.
 pub fn measure(
     llm: &mut Llm,
     requests: &[GenerateRequest],
-    on_step: &mut dyn FnMut(u64),
+    probe: Option<&mut Probe>,
+    on_step: &mut dyn FnMut(Progress),
 ) -> Result<Measurement, BenchError> {
     llm.clear_prefix_cache();
     llm.reset_stats();
     let requests: Vec<_> = (0..).zip(requests.iter().cloned()).collect();
-    let options =
-        SessionOptions { tokens: true, steps: true, capacity: Some(requests.len()), ..Default::default() };
-    let mut recorder = Recorder::new(requests.len());
-    let (mut submitter, mut events) = llm.handle().session(options);
-    let started = Instant::now();
-    submitter.submit_all(requests)?;
-    drop(submitter);
-    while let Some(event) = events.next() {
-        let event = event?;
-        let step = matches!(event, SessionEvent::Step(_));
-        if !recorder.hear(event, started) {
-            events.abort_all();
-        }
-        if step {
-            on_step(recorder.tokens);
-        }
+    let (run, device_state) = sample_while(probe, || drive(llm, requests, on_step));
+    let run = run?;
+    if let Some(rejected) = run.rejected() {
+        return Err(rejected);
     }
-    let seconds = started.elapsed().as_secs_f64();
-    recorder.measurement(seconds, llm.stats())
+    Ok(Measurement {
+        record: run.recorder.record(run.seconds, device_state),
+        stats: llm.stats(),
+        steps: run.steps,
+        completions: run.completions.into_iter().flatten().collect(),
+    })
 }
 
-/// Turns a session's events into a [`Measurement`].
-struct Recorder {
-    tokens: u64,
-    last_token_ms: Vec<Option<f64>>,
-    first_token_ms: Vec<f64>,
-    between_tokens_ms: Vec<f64>,
+/// A run that has ended.
+struct Run {
+    seconds: f64,
+    recorder: Recorder,
     steps: Vec<StepTiming>,
     completions: Vec<Option<Completion>>,
 }
 
-impl Recorder {
-    fn new(requests: usize) -> Self {
-        Recorder {
-            tokens: 0,
-            last_token_ms: vec![None; requests],
-            first_token_ms: Vec::with_capacity(requests),
-            between_tokens_ms: Vec::new(),
-            steps: Vec::new(),
-            completions: vec![None; requests],
-        }
-    }
-
-    /// Notes an event of the run that began at `started`. False if it makes the run worthless.
-    fn hear(&mut self, event: SessionEvent, started: Instant) -> bool {
+fn drive(
+    llm: &Llm,
+    requests: Vec<(u64, GenerateRequest)>,
+    on_step: &mut dyn FnMut(Progress),
+) -> Result<Run, BenchError> {
+    let count = requests.len();
+    let options = SessionOptions { tokens: true, steps: true, capacity: Some(count), ..Default::default() };
+    let total = requests.iter().map(|(_, request)| u64::from(request.sampling.max_tokens)).sum();
+    let pages = llm.info().limits.pages;
+    let mut progress = Progress { total: Some(total), unit: Unit::Tokens, pages, ..Progress::default() };
+    let (mut steps, mut completions) = (Vec::new(), vec![None; count]);
+    let (mut submitter, mut events) = llm.handle().session(options);
+    let started = Instant::now();
+    let mut recorder = Recorder::new();
+    (0..count as u64).for_each(|tag| recorder.submitted(tag, started));
+    submitter.submit_all(requests)?;
+    drop(submitter);
+    while let Some(event) = events.next() {
+        let event = event?;
+        recorder.hear(&event);
         match event {
-            SessionEvent::Token { tag, at, .. } => {
-                self.token(tag as usize, at.saturating_duration_since(started).as_secs_f64() * 1e3);
-            }
-            SessionEvent::Step(timing) => self.steps.push(timing),
+            SessionEvent::Token { .. } => {}
             SessionEvent::Finished { tag, completion, .. } => {
-                let rejected = completion.error.is_some();
-                self.completions[tag as usize] = Some(*completion);
-                return !rejected;
+                if completion.error.is_some() {
+                    events.abort_all();
+                }
+                completions[tag as usize] = Some(*completion);
+                progress.finished += 1;
+            }
+            SessionEvent::Step(timing) => {
+                let Load { running, waiting, pages_used } = recorder.load();
+                let tokens = recorder.total_tokens();
+                progress = Progress {
+                    done: tokens,
+                    output_tokens: tokens,
+                    running,
+                    waiting,
+                    pages_used,
+                    ..progress
+                };
+                on_step(progress.clone());
+                steps.push(timing);
             }
         }
-        true
     }
+    Ok(Run { seconds: started.elapsed().as_secs_f64(), recorder, steps, completions })
+}
 
-    fn token(&mut self, index: usize, at_ms: f64) {
-        self.tokens += 1;
-        match self.last_token_ms[index].replace(at_ms) {
-            None => self.first_token_ms.push(at_ms),
-            Some(before_ms) => self.between_tokens_ms.push(at_ms - before_ms),
-        }
-    }
-
-    fn measurement(self, seconds: f64, stats: Stats) -> Result<Measurement, BenchError> {
+impl Run {
+    /// The first request that could not run.
+    fn rejected(&self) -> Option<BenchError> {
         let error = |completion: &Option<Completion>| completion.as_ref()?.error.clone();
         let mut errors = self.completions.iter().map(error).enumerate();
-        let rejected = errors.find_map(|(index, error)| Some(BenchError::Rejected { index, error: error? }));
-        match rejected {
-            Some(error) => Err(error),
-            None => Ok(Measurement {
-                seconds,
-                stats,
-                steps: self.steps,
-                first_token_ms: self.first_token_ms,
-                between_tokens_ms: self.between_tokens_ms,
-                completions: self.completions.into_iter().flatten().collect(),
-            }),
-        }
+        errors.find_map(|(index, error)| Some(BenchError::Rejected { index, error: error? }))
     }
 }
 
@@ -149,10 +141,8 @@ pub fn output_hash(completions: &[Completion]) -> u64 {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use super::*;
-    use crate::request::{FinishReason, Phase, RequestError};
+    use crate::request::{FinishReason, RequestError};
 
     fn completion(token_ids: &[u32], error: Option<RequestError>) -> Completion {
         Completion {
@@ -168,58 +158,12 @@ mod tests {
         }
     }
 
-    fn token(tag: u64, at: Instant) -> SessionEvent {
-        SessionEvent::Token { tag, token: 1, text: String::new(), logprobs: None, at }
-    }
-
-    fn finished(tag: u64, completion: Completion) -> SessionEvent {
-        SessionEvent::Finished { tag, text: String::new(), completion: Box::new(completion) }
-    }
-
-    fn step() -> SessionEvent {
-        SessionEvent::Step(StepTiming {
-            phase: Phase::Decode,
-            rows: 2,
-            tokens: 2,
-            start_ms: 0.0,
-            gpu_ms: 1.0,
-            host_start: Duration::ZERO,
-            host_time: Duration::from_millis(1),
-            beside_work: None,
-        })
-    }
-
     #[test]
-    fn tokens_of_one_step_share_a_time_and_latencies_are_each_requests_own() {
-        let started = Instant::now();
-        let [first, second, third] = [10, 13, 20].map(|ms| started + Duration::from_millis(ms));
-        let mut recorder = Recorder::new(2);
-        let events = [
-            token(0, first),
-            token(1, first),
-            step(),
-            token(1, second),
-            step(),
-            token(0, third),
-            step(),
-            finished(1, completion(&[5, 6], None)),
-            finished(0, completion(&[7, 8], None)),
-        ];
-        assert!(events.into_iter().all(|event| recorder.hear(event, started)));
-        let measurement = recorder.measurement(0.02, Stats::default()).unwrap();
-        assert_eq!(measurement.first_token_ms, [10.0, 10.0]);
-        assert_eq!(measurement.between_tokens_ms, [3.0, 10.0]);
-        assert_eq!(measurement.steps.len(), 3);
-        assert_eq!(measurement.completions[0].token_ids, [7, 8]);
-    }
-
-    #[test]
-    fn a_request_that_cannot_run_ends_the_measurement_and_is_named() {
-        let mut recorder = Recorder::new(3);
-        let error = RequestError::EmptyStop;
-        assert!(recorder.hear(finished(0, completion(&[1], None)), Instant::now()));
-        assert!(!recorder.hear(finished(1, completion(&[], Some(error))), Instant::now()));
-        let error = recorder.measurement(0.0, Stats::default()).unwrap_err();
+    fn a_request_that_cannot_run_is_named() {
+        let ends = [None, Some(RequestError::EmptyStop), None].map(|error| Some(completion(&[1], error)));
+        let recorder = Recorder::new();
+        let run = Run { seconds: 1.0, recorder, steps: Vec::new(), completions: ends.to_vec() };
+        let error = run.rejected().unwrap();
         assert!(error.to_string().starts_with("request 1 of the workload can't run: a stop text is empty"));
     }
 

@@ -1,13 +1,17 @@
 //! Offline throughput, measured: requests run to their end, and what the run says of the engine.
 //!
 //! ```text
-//!   Plan ── warm-up ──> measure ──> RunReport   (x runs) ──> BenchReport ──> table, JSON, trace
-//!                          └──> verify: some requests again, each alone: the same tokens?
+//!   Plan ── engine ── warm-up ──> measure ──> RunReport   (x runs)   (x repeat) ──> BenchReport ──> table, JSON, page, trace
+//!                                    └── last ──> verify: some requests again, each alone: the same tokens?
+//!                                         └──> ceilings: what the device reaches at best
 //! ```
+//!
+//! Ceilings come last, since measuring them heats a GPU and leaves it with other clocks than it came with.
 //!
 //! Every run starts with an empty prefix cache, and every request has a seed of its own; so runs draw the same tokens,
 //! and a hash of them tells whether a change of settings changed the output.
 
+mod compare;
 mod floor;
 mod measure;
 mod report;
@@ -18,15 +22,14 @@ mod trace;
 mod verify;
 
 use std::fmt;
-use std::fs::File;
-use std::io::{self, BufWriter, Write};
-use std::path::{Path, PathBuf};
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::io::{self, Write};
+use std::path::PathBuf;
 
 use thiserror::Error;
 
+pub use compare::{CompareError, Comparison};
 pub use floor::{Costs, Floor, Work};
-pub use report::{BenchReport, EngineReport, WorkloadReport};
+pub use report::{BenchReport, WorkloadReport};
 pub use requests::{Requests, RequestsError};
 pub use run_report::{FloorReport, HostReport, Idle, PhaseReport, RunReport};
 pub use summary::{Percentiles, Spread};
@@ -34,7 +37,10 @@ pub use verify::Verification;
 
 use crate::error::Error;
 use crate::gauge::Ceilings;
+use crate::info::Info;
 use crate::llm::Llm;
+use crate::progress::Progress;
+use crate::report::{Output, OutputError, Setup, write_json, write_page};
 use crate::request::{GenerateRequest, RequestError, SamplingParams};
 use crate::workload::{Lengths, Source, Workload};
 use measure::{Measurement, measure};
@@ -46,8 +52,10 @@ pub struct Plan {
     pub requests: Requests,
     /// How tokens are drawn; length and seed are each request's own, and what else a file's requests say.
     pub sampling: SamplingParams,
-    /// Timed runs.
+    /// Timed runs of an engine.
     pub runs: usize,
+    /// Engines, each built anew: what differs from start to start shows.
+    pub repeat: usize,
     /// Run the whole workload once before the clock starts.
     pub warm_up: bool,
     /// Requests to run again alone; 0 for none.
@@ -58,19 +66,10 @@ pub struct Plan {
     pub flop_per_s: Option<f64>,
     /// Where the report goes as JSON.
     pub json: Option<PathBuf>,
+    /// Where the report goes as a page.
+    pub page: Option<PathBuf>,
     /// Where the last run's timeline goes.
     pub trace: Option<PathBuf>,
-}
-
-/// How far a timed run has come.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Progress {
-    /// Which run, counted from 1.
-    pub run: usize,
-    /// Output tokens so far.
-    pub tokens: u64,
-    /// Output tokens that the workload asks for.
-    pub of: u64,
 }
 
 /// Why there is no result.
@@ -91,80 +90,112 @@ pub enum BenchError {
         error: RequestError,
     },
     /// A result that can't be written.
-    #[error("{} can't be written: {source}", path.display())]
-    Write {
-        /// Where to.
-        path: PathBuf,
-        /// Why.
-        source: io::Error,
-    },
+    #[error(transparent)]
+    Write(#[from] OutputError),
     /// The table can't be printed.
     #[error("the report can't be printed: {0}")]
     Print(#[source] io::Error),
 }
 
-/// Runs a plan: prints a table for each run to `out` as it ends, writes the files asked for, returns the report.
-/// `on_step` is told after each step of a timed run how far it has come.
+/// Runs a plan on engines that `open` builds: prints a table for each run to `out` as it ends, writes the files asked for,
+/// returns the report. `on_step` is told after each step of a timed run how far it has come.
 ///
 /// # Errors
 /// See [`BenchError`].
 pub fn run(
-    llm: &mut Llm,
+    open: &dyn Fn() -> Result<Llm, Error>,
     plan: &Plan,
     out: &mut dyn Write,
     on_step: &mut dyn FnMut(Progress),
 ) -> Result<BenchReport, BenchError> {
-    let json = plan.json.as_deref().map(Output::create).transpose()?;
-    let timeline = plan.trace.as_deref().map(Output::create).transpose()?;
-    let info = llm.info().clone();
-    let requests = plan.requests.take(llm, &plan.sampling)?;
-    let workload = plan.requests.describe(&requests, &plan.sampling);
-    print(out, format_args!("{workload}\n"))?;
-    warm_up(llm, plan, &requests)?;
-
-    let ceilings = ceilings(llm, plan)?;
-    let costs = Costs::new(&info.dims, info.weight_bytes, info.kv_bytes_per_token());
-    let mut runs = Vec::with_capacity(plan.runs);
-    let mut last: Option<Measurement> = None;
-    for run in 1..=plan.runs {
-        let of = workload.output_tokens;
-        let mut measurement = measure(llm, &requests, &mut |tokens| on_step(Progress { run, tokens, of }))?;
-        let report = RunReport::new(&mut measurement, &costs, ceilings);
-        print(out, format_args!("{report}"))?;
-        runs.push(report);
-        last = Some(measurement);
+    let create = |path: &Option<PathBuf>| path.as_deref().map(Output::create).transpose();
+    let (json, page, timeline) = (create(&plan.json)?, create(&plan.page)?, create(&plan.trace)?);
+    let mut runs = Vec::with_capacity(plan.runs * plan.repeat);
+    for engine in 1..plan.repeat {
+        run_engine(&mut open()?, engine, plan, &mut runs, out, on_step)?;
     }
-    let device_state = llm.device_state();
+    let mut llm = open()?;
+    let (requests, last) = run_engine(&mut llm, plan.repeat, plan, &mut runs, out, on_step)?;
     let together = last.as_ref().map_or(&[][..], |run| &run.completions);
     let verification = match plan.verify {
         0 => None,
-        count => Some(verify::verify(llm, &requests, together, count)?),
+        count => Some(verify::verify(&mut llm, &requests, together, count)?),
     };
-    let rates: Vec<f64> = runs.iter().map(|run| run.tokens_per_s).collect();
-    let report = BenchReport {
-        command: std::env::args().collect(),
-        unix_time: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs()),
-        engine: EngineReport::new(&info),
-        model: info.model,
-        backend: info.backend,
-        device: info.device,
-        workload,
-        costs,
-        same_output: runs.windows(2).all(|pair| pair[0].output_hash == pair[1].output_hash),
-        runs,
-        tokens_per_s: Spread::of(&rates),
-        verification,
-        device_state,
-    };
+    if let Some(ceilings) = ceilings(&mut llm, plan)? {
+        runs.iter_mut().for_each(|run| run.set_ceilings(ceilings));
+    }
+    let workload = plan.requests.describe(&requests, &plan.sampling);
+    let report = summarize(llm.info(), plan, workload, runs, verification);
     print(out, format_args!("{report}"))?;
     if let Some(timeline) = timeline {
         let steps = last.as_ref().map_or(&[][..], |run| &run.steps);
         timeline.write(|file| trace::write(steps, file))?;
     }
     if let Some(json) = json {
-        json.write(|file| serde_json::to_writer_pretty(file, &report).map_err(io::Error::from))?;
+        json.write(|file| write_json(&report, file))?;
+    }
+    if let Some(page) = page {
+        page.write(|file| write_page("offline-bench", &report, file))?;
     }
     Ok(report)
+}
+
+/// Runs the workload on an engine as often as planned; gives the requests and the last run.
+fn run_engine(
+    llm: &mut Llm,
+    engine: usize,
+    plan: &Plan,
+    runs: &mut Vec<RunReport>,
+    out: &mut dyn Write,
+    on_step: &mut dyn FnMut(Progress),
+) -> Result<(Vec<GenerateRequest>, Option<Measurement>), BenchError> {
+    let info = llm.info().clone();
+    let requests = plan.requests.take(llm, &plan.sampling)?;
+    match engine {
+        1 => print(out, format_args!("{info}\n{}\n", plan.requests.describe(&requests, &plan.sampling)))?,
+        _ => print(out, format_args!("Engine {engine} of {}\n", plan.repeat))?,
+    }
+    warm_up(llm, plan, &requests)?;
+
+    let costs = costs(&info);
+    let mut probe = llm.probe();
+    let mut last = None;
+    for run in 1..=plan.runs {
+        let label = format!("run {run} of {}", plan.runs);
+        let mut labelled = |progress| on_step(Progress { label: label.clone(), ..progress });
+        let measurement = measure(llm, &requests, probe.as_mut(), &mut labelled)?;
+        let report = RunReport::new(engine, &measurement, &costs);
+        print(out, format_args!("{report}"))?;
+        runs.push(report);
+        last = Some(measurement);
+    }
+    Ok((requests, last))
+}
+
+fn costs(info: &Info) -> Costs {
+    Costs::new(&info.dims, info.weight_bytes, info.kv_bytes_per_token())
+}
+
+fn summarize(
+    info: &Info,
+    plan: &Plan,
+    workload: WorkloadReport,
+    runs: Vec<RunReport>,
+    verification: Option<Verification>,
+) -> BenchReport {
+    let rates: Vec<f64> = runs.iter().map(|run| run.record.tokens_per_s).collect();
+    let medians = rates.chunks(plan.runs).filter_map(Spread::of).map(|spread| spread.median);
+    let medians: Vec<f64> = medians.collect();
+    BenchReport {
+        setup: Setup::new("offline-bench", info),
+        workload,
+        costs: costs(info),
+        same_output: runs.windows(2).all(|pair| pair[0].output_hash == pair[1].output_hash),
+        tokens_per_s: Spread::of(&rates),
+        tokens_per_s_of_engines: Spread::of(&medians).filter(|_| plan.repeat > 1),
+        runs,
+        verification,
+    }
 }
 
 /// As told, else as measured; `None` without a bandwidth.
@@ -184,34 +215,11 @@ fn warm_up(llm: &mut Llm, plan: &Plan, requests: &[GenerateRequest]) -> Result<(
     let seed = plan.requests.seed();
     let workload = Workload { source: Source::Pcg, seed, requests: 8, input: short.clone(), output: short };
     let short = requests::drawn(&workload, llm.info().vocab, &plan.sampling);
-    measure(llm, &short, &mut |_| {})?;
+    measure(llm, &short, None, &mut |_| {})?;
     if plan.warm_up {
-        measure(llm, requests, &mut |_| {})?;
+        measure(llm, requests, None, &mut |_| {})?;
     }
     Ok(())
-}
-
-/// A file for results, created before anything runs: a long benchmark is not lost to a mistyped path.
-struct Output<'a> {
-    path: &'a Path,
-    file: BufWriter<File>,
-}
-
-impl<'a> Output<'a> {
-    fn create(path: &'a Path) -> Result<Self, BenchError> {
-        match File::create(path) {
-            Ok(file) => Ok(Output { path, file: BufWriter::new(file) }),
-            Err(source) => Err(BenchError::Write { path: path.to_owned(), source }),
-        }
-    }
-
-    fn write(
-        mut self,
-        content: impl FnOnce(&mut BufWriter<File>) -> io::Result<()>,
-    ) -> Result<(), BenchError> {
-        let written = content(&mut self.file).and_then(|()| self.file.flush());
-        written.map_err(|source| BenchError::Write { path: self.path.to_owned(), source })
-    }
 }
 
 fn print(out: &mut dyn Write, text: fmt::Arguments<'_>) -> Result<(), BenchError> {

@@ -1,9 +1,9 @@
 //! What is said of a run: one structure, written as a table for people and as JSON for machines.
 //!
 //! ```text
-//!   Measurement ──┐
-//!   Costs ────────┼──> RunReport ──┬── Display: the `Total:` line and the table below it
-//!   Ceilings? ────┘                └── Serialize: an entry of `runs`
+//!   Measurement ──┬──> RunReport ──┬── Display: the `Total:` line and the table below it
+//!   Costs ────────┘        ^       └── Serialize: an entry of `runs`
+//!   Ceilings? ─────────────┘ after the last run: measuring them leaves a GPU with other clocks
 //! ```
 
 use std::fmt;
@@ -17,6 +17,7 @@ use super::measure::{Measurement, output_hash};
 use super::summary::Percentiles;
 use crate::gauge::Ceilings;
 use crate::request::{BesideWork, Phase, StepTiming};
+use crate::telemetry::{LatencyReport, RunRecord};
 
 /// Steps of one phase.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
@@ -69,12 +70,11 @@ pub struct FloorReport {
 /// All that is said of one run.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct RunReport {
-    /// Output tokens.
-    pub total_tokens: u64,
-    /// Seconds that the whole run took.
-    pub seconds: f64,
-    /// Output tokens a second.
-    pub tokens_per_s: f64,
+    /// Which engine ran it, counted from 1.
+    pub engine: usize,
+    /// What was seen of it.
+    #[serde(flatten)]
+    pub record: RunRecord,
     /// Prompts, and what retracted requests ran again.
     pub prefill: PhaseReport,
     /// One token a row.
@@ -87,10 +87,6 @@ pub struct RunReport {
     pub device_idle: Idle,
     /// Beside the device; `None` where the host is the device.
     pub host: Option<HostReport>,
-    /// From the start of the run to a request's first token, in milliseconds.
-    pub first_token_ms: Percentiles,
-    /// From one token of a request to the next, in milliseconds.
-    pub between_tokens_ms: Percentiles,
     /// Most KV pages held at once.
     pub pages_peak: u32,
     /// Requests that gave their pages back and ran again.
@@ -108,35 +104,32 @@ pub struct RunReport {
 }
 
 impl RunReport {
-    /// Sums a run up.
-    pub fn new(run: &mut Measurement, costs: &Costs, ceilings: Option<Ceilings>) -> Self {
+    /// Sums up a run of the engine with this number; its floor is not known yet.
+    pub fn new(engine: usize, run: &Measurement, costs: &Costs) -> Self {
         let Stats { padding_rows, decode_tokens, .. } = run.stats;
-        let total_tokens = run.stats.output_tokens;
-        let work = costs.work(&run.stats);
-        let floor_report = |ceilings: Ceilings| {
-            let floor = work.floor(&ceilings);
-            FloorReport { ceilings, floor, share: floor.seconds / run.seconds }
-        };
         RunReport {
-            total_tokens,
-            seconds: run.seconds,
-            tokens_per_s: total_tokens as f64 / run.seconds,
+            engine,
+            record: run.record.clone(),
             prefill: prefill(run),
             decode: decode(run),
             padding_share: ratio(padding_rows as f64, (padding_rows + decode_tokens) as f64),
             rows_peak: run.stats.rows_peak,
             device_idle: idle(&run.steps),
             host: host(&run.steps),
-            first_token_ms: Percentiles::of(&mut run.first_token_ms),
-            between_tokens_ms: Percentiles::of(&mut run.between_tokens_ms),
             pages_peak: run.stats.pages_peak,
             retractions: run.stats.retractions,
             cached_tokens: run.completions.iter().map(|one| u64::from(one.cached_tokens)).sum(),
             outputs_cut: run.completions.iter().filter(|one| one.warning.is_some()).count(),
             output_hash: format!("{:016x}", output_hash(&run.completions)),
-            work,
-            floor: ceilings.map(floor_report),
+            work: costs.work(&run.stats),
+            floor: None,
         }
+    }
+
+    /// Says what the device allows at best.
+    pub fn set_ceilings(&mut self, ceilings: Ceilings) {
+        let floor = self.work.floor(&ceilings);
+        self.floor = Some(FloorReport { ceilings, floor, share: floor.seconds / self.record.seconds });
     }
 }
 
@@ -199,7 +192,8 @@ fn ratio(part: f64, whole: f64) -> f64 {
 
 impl fmt::Display for RunReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let RunReport { total_tokens, seconds, tokens_per_s, prefill, decode, .. } = self;
+        let RunReport { record, prefill, decode, .. } = self;
+        let RunRecord { total_tokens, seconds, tokens_per_s, .. } = record;
         writeln!(f, "Total: {total_tokens}tok, Time: {seconds:.2}s, Throughput: {tokens_per_s:.2}tok/s")?;
         for (name, phase) in [("prefill", prefill), ("decode", decode)] {
             let PhaseReport { tokens, steps, mean_rows, seconds } = phase;
@@ -211,7 +205,7 @@ impl fmt::Display for RunReport {
         let (padding, peak) = (100.0 * self.padding_share, self.rows_peak);
         writeln!(f, "  decode rows   {peak} at the peak, {padding:.1}% of all rows padding")?;
         let Idle { seconds: idle_s, longest_ms } = self.device_idle;
-        let idle_share = 100.0 * ratio(idle_s, self.seconds);
+        let idle_share = 100.0 * ratio(idle_s, *seconds);
         writeln!(
             f,
             "  device idle   {idle_s:.3} s between steps ({idle_share:.1}%), at most {longest_ms:.3} ms"
@@ -223,10 +217,13 @@ impl fmt::Display for RunReport {
                  step of {rows} rows"
             )?;
         }
-        let Percentiles { p50, p99 } = self.first_token_ms;
-        writeln!(f, "  TTFT          p50 {p50:.2} ms, p99 {p99:.2} ms")?;
-        let Percentiles { p50, p99 } = self.between_tokens_ms;
-        writeln!(f, "  ITL           p50 {p50:.2} ms, p99 {p99:.2} ms")?;
+        for (name, latencies) in [("TTFT", &record.first_token_ms), ("ITL", &record.between_tokens_ms)] {
+            let LatencyReport { mean, p50, p90, p99, max, .. } = latencies;
+            writeln!(
+                f,
+                "  {name:<13} p50 {p50:.2} ms, p90 {p90:.2}, p99 {p99:.2}, at most {max:.2}, {mean:.2} on average"
+            )?;
+        }
         writeln!(f, "  KV pages      {} at the peak, {} retractions", self.pages_peak, self.retractions)?;
         match self.cached_tokens {
             0 => writeln!(f, "  prefix cache  0 prompt tokens found")?,
@@ -236,22 +233,24 @@ impl fmt::Display for RunReport {
             writeln!(f, "  outputs cut   {} by the sequence limit or the pool", self.outputs_cut)?;
         }
         writeln!(f, "  output hash   {}", self.output_hash)?;
-        self.fmt_floor(f)
+        match &record.device_state {
+            Some(device) => writeln!(f, "  device        {device}")?,
+            None => writeln!(f, "  device        its clocks and power are not known")?,
+        }
+        let Work { kv_bytes, weight_bytes, prefill_flop } = self.work;
+        let (kv, weights, flop) = (Si(kv_bytes), Si(weight_bytes), Si(prefill_flop));
+        writeln!(f, "  least work    {kv}B of KV and {weights}B of weights read, {flop}FLOP of prefill")
     }
 }
 
-impl RunReport {
-    fn fmt_floor(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Work { kv_bytes, weight_bytes, prefill_flop } = self.work;
-        let (kv, weights, flop) = (Si(kv_bytes), Si(weight_bytes), Si(prefill_flop));
-        writeln!(f, "  least work    {kv}B of KV and {weights}B of weights read, {flop}FLOP of prefill")?;
-        let Some(FloorReport { ceilings, floor, share }) = self.floor else { return Ok(()) };
+impl fmt::Display for FloorReport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let FloorReport { ceilings, floor, share } = self;
         let matmul = ceilings.flop_per_s.map_or("no known".into(), |rate| format!("{:.0}", rate / 1e12));
-        writeln!(
+        write!(
             f,
-            "  floor         {:.2} s = {:.0} tok/s at {:.0} GB/s and {matmul} TFLOP/s: {:.1}% reached",
+            "{:.2} s at {:.0} GB/s and {matmul} TFLOP/s: {:.1}% reached",
             floor.seconds,
-            ratio(self.total_tokens as f64, floor.seconds),
             ceilings.bytes_per_s / 1e9,
             100.0 * share
         )
@@ -273,12 +272,24 @@ impl fmt::Display for Si {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::request::Load;
 
     fn step(phase: Phase, rows: u32, start_ms: f32, gpu_ms: f32) -> StepTiming {
         let (host_start, host_time) = (Duration::ZERO, Duration::from_micros(u64::from(rows) + 90));
         let (waiting, driver) = (Duration::from_micros(80), Duration::from_micros(5));
         let beside_work = Some(BesideWork { waiting, driver });
-        StepTiming { phase, rows, tokens: rows, start_ms, gpu_ms, host_start, host_time, beside_work }
+        StepTiming {
+            phase,
+            rows,
+            tokens: rows,
+            start_ms,
+            gpu_ms,
+            host_start,
+            host_time,
+            beside_work,
+            load: Load::default(),
+            output_tokens: 0,
+        }
     }
 
     const COSTS: Costs = Costs {
@@ -290,7 +301,7 @@ mod tests {
 
     fn measurement() -> Measurement {
         Measurement {
-            seconds: 2.0,
+            record: RunRecord { total_tokens: 8, seconds: 2.0, tokens_per_s: 4.0, ..RunRecord::default() },
             stats: Stats {
                 prefill_steps: 1,
                 decode_steps: 2,
@@ -309,23 +320,21 @@ mod tests {
                 step(Phase::Decode, 4, 150.0, 10.0),
                 step(Phase::Decode, 2, 165.0, 20.0),
             ],
-            first_token_ms: vec![50.0, 51.0],
-            between_tokens_ms: vec![12.0, 10.0, 11.0],
             completions: Vec::new(),
         }
     }
 
     #[test]
     fn the_first_line_is_the_one_that_tools_read() {
-        let report = RunReport::new(&mut measurement(), &COSTS, None);
+        let report = RunReport::new(1, &measurement(), &COSTS);
         let text = report.to_string();
         assert_eq!(text.lines().next(), Some("Total: 8tok, Time: 2.00s, Throughput: 4.00tok/s"));
-        assert!(!text.contains("floor"), "no ceilings, no floor: {text}");
+        assert!(text.contains("clocks and power are not known"), "{text}");
     }
 
     #[test]
     fn times_are_split_by_phase_and_gaps_between_steps_are_idle() {
-        let report = RunReport::new(&mut measurement(), &COSTS, None);
+        let report = RunReport::new(1, &measurement(), &COSTS);
         assert!((report.prefill.seconds - 0.05).abs() < 1e-9);
         assert!((report.decode.seconds - 0.03).abs() < 1e-9);
         assert_eq!(report.prefill.mean_rows, 4.0);
@@ -337,7 +346,7 @@ mod tests {
 
     #[test]
     fn the_hosts_work_is_that_of_the_largest_decode_steps_without_waiting() {
-        let report = RunReport::new(&mut measurement(), &COSTS, None);
+        let report = RunReport::new(1, &measurement(), &COSTS);
         let host = report.host.unwrap();
         assert_eq!((host.rows, host.steps), (4, 1));
         assert!((host.driver_p50_us - 5.0).abs() < 1e-6);
@@ -347,18 +356,20 @@ mod tests {
         );
         let mut on_the_cpu = measurement();
         on_the_cpu.steps.iter_mut().for_each(|step| step.beside_work = None);
-        assert_eq!(RunReport::new(&mut on_the_cpu, &COSTS, None).host, None);
+        assert_eq!(RunReport::new(1, &on_the_cpu, &COSTS).host, None);
     }
 
     #[test]
     fn the_share_of_the_floor_is_its_time_over_the_time_taken() {
         let ceilings = Ceilings { bytes_per_s: 600.0, flop_per_s: Some(80_200.0) };
-        let report = RunReport::new(&mut measurement(), &COSTS, Some(ceilings));
+        let mut report = RunReport::new(1, &measurement(), &COSTS);
+        assert_eq!(report.floor, None, "no ceilings, no floor");
+        report.set_ceilings(ceilings);
         assert_eq!(report.work, Work { kv_bytes: 400, weight_bytes: 200, prefill_flop: 8020 });
         let reached = report.floor.unwrap();
         assert!((reached.floor.seconds - 1.1).abs() < 1e-9, "1 s of bytes and 0.1 s of operations");
         assert!((reached.share - 0.55).abs() < 1e-9);
-        assert!(report.to_string().contains("55.0% reached"));
+        assert!(reached.to_string().ends_with("55.0% reached"));
     }
 
     #[test]
@@ -369,7 +380,7 @@ mod tests {
 
     #[test]
     fn prefix_cache_hits_are_called_contamination() {
-        let clean = RunReport::new(&mut measurement(), &COSTS, None);
+        let clean = RunReport::new(1, &measurement(), &COSTS);
         assert!(!clean.to_string().contains("CONTAMINATED"));
         let hit = RunReport { cached_tokens: 32, ..clean };
         assert!(hit.to_string().contains("CONTAMINATED: 32 prompt tokens"));

@@ -1,8 +1,8 @@
-//! Many numbers as a few: percentiles of latencies, median and spread of runs.
+//! Many numbers as a few: percentiles of times, median and spread of runs.
 
 use serde::Serialize;
 
-/// The middle and the tail of a set of times, in milliseconds.
+/// The middle and the tail of a set of times.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
 pub struct Percentiles {
     /// Half of them are at most this.

@@ -88,11 +88,23 @@ mod tests {
     use serde_json::Value;
 
     use super::*;
+    use crate::request::Load;
 
     fn step(phase: Phase, start_ms: f32, gpu_ms: f32, host_start_us: u64, host_us: u64) -> StepTiming {
         let host_start = Duration::from_micros(host_start_us);
         let host_time = Duration::from_micros(host_us);
-        StepTiming { phase, rows: 3, tokens: 40, start_ms, gpu_ms, host_start, host_time, beside_work: None }
+        StepTiming {
+            phase,
+            rows: 3,
+            tokens: 40,
+            start_ms,
+            gpu_ms,
+            host_start,
+            host_time,
+            beside_work: None,
+            load: Load::default(),
+            output_tokens: 0,
+        }
     }
 
     fn spans(steps: &[StepTiming], track: u32) -> Vec<Value> {

@@ -25,6 +25,7 @@ use minisgl_core::engine::{CompletedStep, StepReport};
 use minisgl_core::request as core;
 use minisgl_core::request::{Request, SubmitError, Ticket};
 use minisgl_core::sampling::SamplingParams;
+use minisgl_core::stats::Load;
 
 use super::fair::{FairQueue, Waiting};
 use super::handle::Shared;
@@ -73,6 +74,8 @@ impl Waiting for Ready {
 /// When a step ran.
 pub struct StepTimes {
     step: CompletedStep,
+    load: Load,
+    output_tokens: u32,
     started: Instant,
     /// When the host had its tokens.
     pub ended: Instant,
@@ -86,6 +89,8 @@ impl StepTimes {
             phase: self.step.shape.phase,
             rows: self.step.shape.rows,
             tokens: self.step.shape.tokens,
+            load: self.load,
+            output_tokens: self.output_tokens,
             start_ms: self.step.start_ms,
             gpu_ms: self.step.gpu_ms,
             host_start: self.started.saturating_duration_since(session),
@@ -256,17 +261,18 @@ impl EngineThread {
 
     fn abort_ticket(&mut self, ticket: Ticket) {
         let EngineThread { runner, live, running, batch, .. } = self;
-        let mut listener = Listener { live, running, batch };
+        let mut listener = Listener { live, running, batch, output_tokens: 0 };
         // One that has ended meanwhile has told so.
         runner.abort(ticket, &mut |event| listener.hear(event));
     }
 
     fn step(&mut self) {
         let EngineThread { runner, live, running, batch, .. } = self;
-        let mut listener = Listener { live, running, batch };
+        let mut listener = Listener { live, running, batch, output_tokens: 0 };
         let started = Instant::now();
         let before = runner.host_times();
         let step = catch_unwind(AssertUnwindSafe(|| runner.step(&mut |event| listener.hear(event))));
+        let output_tokens = listener.output_tokens;
         let ended = Instant::now();
         let StepReport { completed, .. } = match step {
             Ok(Ok(report)) => report,
@@ -279,7 +285,9 @@ impl EngineThread {
                 waiting: since(after.waited, before.waited),
                 driver: since(after.driver, before.driver),
             });
-            self.batch.step = Some(StepTimes { step, started, ended, beside_work });
+            let mut load = self.runner.load();
+            load.waiting += self.intake.len() as u32;
+            self.batch.step = Some(StepTimes { step, load, output_tokens, started, ended, beside_work });
         }
     }
 
@@ -295,6 +303,7 @@ impl EngineThread {
     }
 
     fn fail(&mut self, cause: Cause) {
+        tracing::error!(%cause, "the engine stops");
         self.shared.fail(cause);
         self.stop();
     }
@@ -316,12 +325,14 @@ struct Listener<'a> {
     live: &'a mut Vec<Option<Live>>,
     running: &'a mut usize,
     batch: &'a mut Batch,
+    output_tokens: u32,
 }
 
 impl Listener<'_> {
     fn hear(&mut self, event: core::Event<'_>) {
         match event {
             core::Event::Token { ticket, token, logprobs } => {
+                self.output_tokens += 1;
                 let Some(Some(live)) = self.live.get(ticket.entry as usize) else { return };
                 if live.wants_tokens {
                     self.batch.logprobs.extend(logprobs);

@@ -32,6 +32,11 @@ impl<T: Waiting> FairQueue<T> {
         FairQueue { waiting: HashMap::new(), turns: VecDeque::new(), returned: None }
     }
 
+    /// How many wait.
+    pub fn len(&self) -> usize {
+        self.waiting.values().map(VecDeque::len).sum::<usize>() + usize::from(self.returned.is_some())
+    }
+
     /// Does nothing wait?
     pub fn is_empty(&self) -> bool {
         self.turns.is_empty() && self.returned.is_none()

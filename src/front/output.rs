@@ -140,6 +140,7 @@ impl Output {
 
     /// Ends the request, which never ran, and wakes the reader.
     pub fn reject(self, error: RequestError) {
+        tracing::debug!(tag = self.tag, %error, "a request is rejected");
         let completion = Completion { prompt_tokens: self.prompt_tokens, ..Completion::rejected(error) };
         let session = self.session.clone();
         if self.end(completion, String::new()) {

@@ -11,14 +11,15 @@ use minisgl_core::config::Limits;
 use minisgl_core::engine::{CompletedStep, StepReport};
 use minisgl_core::request::{self as core, Request, SubmitError, Submitted, Ticket};
 use minisgl_core::scheduler::Order;
-use minisgl_core::stats::Stats;
+use minisgl_core::stats::{Load, Stats};
 use minisgl_cuda::HostTimes;
 
 use super::Front;
 use crate::error::Cause;
-use crate::gauge::{Ceilings, DeviceState};
+use crate::gauge::Ceilings;
 use crate::request::{GenerateRequest, SamplingParams};
 use crate::runner::{LogitsError, Runner, Sink};
+use crate::telemetry::Probe;
 use crate::tokenizer::Text;
 
 /// Its capacities.
@@ -129,6 +130,10 @@ impl Runner for Simulated {
         Stats { decode_steps: self.control.steps.load(Ordering::Relaxed), ..Stats::default() }
     }
 
+    fn load(&self) -> Load {
+        Load::default()
+    }
+
     fn reset_stats(&mut self) {}
 
     fn clear_prefix_cache(&mut self) {}
@@ -150,7 +155,7 @@ impl Runner for Simulated {
         Ok(None)
     }
 
-    fn device_state(&self) -> Option<DeviceState> {
+    fn probe(&self) -> Option<Probe> {
         None
     }
 

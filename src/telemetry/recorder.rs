@@ -1,0 +1,351 @@
+//! Turns a session's events into numbers.
+//!
+//! ```text
+//!   submitted ──> Token ──> Token ──> … ──> Finished     a request: its latencies, where tokens are told
+//!        Step ──> Step ──> Step ──> Step ──> …           the engine: its timeline
+//! ```
+//!
+//! A step's tokens and rows count evenly over the time that it took, so that what is long shows as long and not as a gap
+//! and a peak. When it ran is told by the device's clock, which is set by the host's so that no step ends after the host
+//! saw its end; as the host may see ends late, the clock is set back whenever a step shows that it was ahead.
+//!
+//! Invariant: memory is that of the requests that are open, whatever has passed.
+
+use std::collections::{BTreeMap, HashMap};
+use std::ops::AddAssign;
+use std::time::Instant;
+
+use serde::Serialize;
+
+use super::device::DeviceReport;
+use super::latency::Latencies;
+use super::timeline::Timeline;
+use super::{RunRecord, rounded};
+use crate::front::SessionEvent;
+use crate::request::{Completion, FinishReason, Load, Phase, StepTiming};
+
+/// Width of a bucket to begin with, in seconds.
+const BUCKET_S: f64 = 0.01;
+
+/// Hears a session from its start to its end.
+pub struct Recorder {
+    open: HashMap<u64, Open>,
+    first_token: Latencies,
+    between_tokens: Latencies,
+    total_tokens: u64,
+    load: Load,
+    /// What the device's seconds need to become the session's.
+    clock_offset_s: f64,
+    /// When the last step ended, in seconds from the session's start.
+    step_end_s: f64,
+    ended: BTreeMap<FinishReason, u64>,
+    failures: BTreeMap<&'static str, u64>,
+    timeline: Timeline<Bucket>,
+}
+
+/// A request that has not ended.
+struct Open {
+    /// When it last got a token; before its first one, when it was submitted.
+    since: Instant,
+    has_token: bool,
+}
+
+/// What ran when; one entry a bucket. `None` where no step ran.
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+pub struct StepTimeline {
+    /// Seconds from one entry to the next.
+    pub bucket_s: f64,
+    /// Output tokens a second.
+    pub output_tokens_per_s: Vec<f64>,
+    /// Tokens run in prefill steps a second.
+    pub prefill_tokens_per_s: Vec<f64>,
+    /// The share of time that the device spent in prefill steps.
+    pub prefill_share: Vec<f64>,
+    /// The share of time that the device spent in decode steps.
+    pub decode_share: Vec<f64>,
+    /// Rows of a decode step, padding included.
+    pub decode_rows: Vec<Option<f64>>,
+    /// Requests in the batch.
+    pub running: Vec<Option<f64>>,
+    /// Requests that waited for a place in it.
+    pub waiting: Vec<Option<f64>>,
+    /// KV pages in use.
+    pub pages_used: Vec<Option<f64>>,
+}
+
+/// Sums over a span of time. What is no count is weighted with the seconds that it lasted.
+#[derive(Clone, Copy, Default)]
+struct Bucket {
+    output_tokens: f64,
+    prefill_tokens: f64,
+    prefill_s: f64,
+    decode_s: f64,
+    decode_rows: f64,
+    running: f64,
+    waiting: f64,
+    pages_used: f64,
+}
+
+impl AddAssign for Bucket {
+    fn add_assign(&mut self, other: Self) {
+        self.output_tokens += other.output_tokens;
+        self.prefill_tokens += other.prefill_tokens;
+        self.prefill_s += other.prefill_s;
+        self.decode_s += other.decode_s;
+        self.decode_rows += other.decode_rows;
+        self.running += other.running;
+        self.waiting += other.waiting;
+        self.pages_used += other.pages_used;
+    }
+}
+
+impl Default for Recorder {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Recorder {
+    /// For a session that begins now.
+    pub fn new() -> Self {
+        Recorder {
+            open: HashMap::new(),
+            first_token: Latencies::default(),
+            between_tokens: Latencies::default(),
+            total_tokens: 0,
+            load: Load::default(),
+            clock_offset_s: f64::INFINITY,
+            step_end_s: 0.0,
+            ended: BTreeMap::new(),
+            failures: BTreeMap::new(),
+            timeline: Timeline::new(BUCKET_S),
+        }
+    }
+
+    /// Output tokens so far.
+    pub fn total_tokens(&self) -> u64 {
+        self.total_tokens
+    }
+
+    /// What the engine had on its hands after the last step.
+    pub fn load(&self) -> Load {
+        self.load
+    }
+
+    /// A request was handed over.
+    pub fn submitted(&mut self, tag: u64, at: Instant) {
+        self.open.insert(tag, Open { since: at, has_token: false });
+    }
+
+    /// A line that makes no request.
+    pub fn failed(&mut self, kind: &'static str) {
+        *self.failures.entry(kind).or_default() += 1;
+    }
+
+    /// Something happened in the session.
+    pub fn hear(&mut self, event: &SessionEvent) {
+        match event {
+            SessionEvent::Token { tag, at, .. } => self.token(*tag, *at),
+            SessionEvent::Finished { tag, completion, .. } => self.finished(*tag, completion),
+            SessionEvent::Step(timing) => self.step(timing),
+        }
+    }
+
+    fn token(&mut self, tag: u64, at: Instant) {
+        let Some(open) = self.open.get_mut(&tag) else { return };
+        let latencies = if open.has_token { &mut self.between_tokens } else { &mut self.first_token };
+        latencies.record(at.saturating_duration_since(open.since));
+        *open = Open { since: at, has_token: true };
+    }
+
+    fn finished(&mut self, tag: u64, completion: &Completion) {
+        self.open.remove(&tag);
+        *self.ended.entry(completion.finish_reason).or_default() += 1;
+        if let Some(error) = &completion.error {
+            self.failed(error.kind());
+        }
+    }
+
+    fn step(&mut self, timing: &StepTiming) {
+        self.total_tokens += u64::from(timing.output_tokens);
+        self.load = timing.load;
+        let (start_s, end_s) = self.place(timing);
+        let step_s = end_s - start_s;
+        let decodes = timing.phase == Phase::Decode;
+        self.timeline.spread(start_s, end_s, |seconds| {
+            let share = seconds / step_s;
+            let (prefill_s, decode_s) = if decodes { (0.0, seconds) } else { (seconds, 0.0) };
+            Bucket {
+                output_tokens: share * f64::from(timing.output_tokens),
+                prefill_tokens: if decodes { 0.0 } else { share * f64::from(timing.tokens) },
+                prefill_s,
+                decode_s,
+                decode_rows: decode_s * f64::from(timing.rows),
+                running: seconds * f64::from(timing.load.running),
+                waiting: seconds * f64::from(timing.load.waiting),
+                pages_used: seconds * f64::from(timing.load.pages_used),
+            }
+        });
+    }
+
+    /// When a step began and ended, in seconds from the session's start: never before the step before it had ended.
+    fn place(&mut self, timing: &StepTiming) -> (f64, f64) {
+        let device_s = f64::from(timing.gpu_ms) / 1e3;
+        let device_end_s = f64::from(timing.start_ms) / 1e3 + device_s;
+        let seen_s = (timing.host_start + timing.host_time).as_secs_f64();
+        self.clock_offset_s = self.clock_offset_s.min(seen_s - device_end_s);
+        let before_s = self.step_end_s;
+        self.step_end_s = (device_end_s + self.clock_offset_s).max(before_s + 1e-6);
+        ((self.step_end_s - device_s).clamp(before_s, self.step_end_s - 1e-6), self.step_end_s)
+    }
+
+    /// Sums up what was heard. The session took `seconds`.
+    pub fn record(&self, seconds: f64, device_state: Option<DeviceReport>) -> RunRecord {
+        RunRecord {
+            total_tokens: self.total_tokens,
+            seconds,
+            tokens_per_s: self.total_tokens as f64 / seconds,
+            first_token_ms: self.first_token.report(),
+            between_tokens_ms: self.between_tokens.report(),
+            ended: self.ended.clone(),
+            failures: self.failures.clone(),
+            timeline: self.step_timeline(seconds),
+            device_state,
+        }
+    }
+
+    fn step_timeline(&self, seconds: f64) -> StepTimeline {
+        let (width, buckets) = (self.timeline.width_s(), self.timeline.buckets());
+        let seconds = seconds.max(self.step_end_s);
+        // The last bucket ends with the session.
+        let span = |i: usize| {
+            if i + 1 < buckets.len() { width } else { (seconds - i as f64 * width).clamp(1e-6, width) }
+        };
+        let over_time = |value: fn(&Bucket) -> f64| {
+            buckets.iter().enumerate().map(|(i, bucket)| rounded(value(bucket) / span(i))).collect()
+        };
+        let mean = |value: fn(&Bucket) -> f64, weight: fn(&Bucket) -> f64| {
+            let mean = |bucket| (weight(bucket) > 0.0).then(|| rounded(value(bucket) / weight(bucket)));
+            buckets.iter().map(mean).collect()
+        };
+        let busy_s = |bucket: &Bucket| bucket.prefill_s + bucket.decode_s;
+        StepTimeline {
+            bucket_s: width,
+            output_tokens_per_s: over_time(|bucket| bucket.output_tokens),
+            prefill_tokens_per_s: over_time(|bucket| bucket.prefill_tokens),
+            prefill_share: over_time(|bucket| bucket.prefill_s),
+            decode_share: over_time(|bucket| bucket.decode_s),
+            decode_rows: mean(|bucket| bucket.decode_rows, |bucket| bucket.decode_s),
+            running: mean(|bucket| bucket.running, busy_s),
+            waiting: mean(|bucket| bucket.waiting, busy_s),
+            pages_used: mean(|bucket| bucket.pages_used, busy_s),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+    use crate::request::RequestError;
+
+    fn token(tag: u64, at: Instant) -> SessionEvent {
+        SessionEvent::Token { tag, token: 1, text: String::new(), logprobs: None, at }
+    }
+
+    fn step(phase: Phase, end_ms: u64, device_ms: f32, output_tokens: u32) -> SessionEvent {
+        SessionEvent::Step(StepTiming {
+            phase,
+            rows: 4,
+            tokens: if phase == Phase::Prefill { 100 } else { 4 },
+            output_tokens,
+            load: Load { running: 3, waiting: 5, pages_used: 7 },
+            start_ms: 5000.0 + end_ms as f32 - device_ms,
+            gpu_ms: device_ms,
+            host_start: Duration::from_millis(end_ms - 1),
+            host_time: Duration::from_millis(1),
+            beside_work: None,
+        })
+    }
+
+    fn ended(tag: u64, finish_reason: FinishReason, error: Option<RequestError>) -> SessionEvent {
+        let completion = Completion { finish_reason, ..Completion::rejected(RequestError::EmptyStop) };
+        let completion = Box::new(Completion { error, ..completion });
+        SessionEvent::Finished { tag, text: String::new(), completion }
+    }
+
+    #[test]
+    fn latencies_are_each_requests_own() {
+        let started = Instant::now();
+        let at = |ms| started + Duration::from_millis(ms);
+        let mut recorder = Recorder::new();
+        recorder.submitted(0, started);
+        recorder.submitted(1, at(5));
+        let events = [token(0, at(10)), token(1, at(10)), token(1, at(13)), token(0, at(20))];
+        events.iter().for_each(|event| recorder.hear(event));
+        recorder.hear(&step(Phase::Decode, 20, 10.0, 4));
+        let record = recorder.record(0.02, None);
+        assert_eq!((record.first_token_ms.count, record.first_token_ms.max), (2, 10.0));
+        assert_eq!((record.first_token_ms.p50, record.between_tokens_ms.p50), (5.0, 3.0));
+        assert_eq!((record.between_tokens_ms.count, record.between_tokens_ms.max), (2, 10.0));
+        assert_eq!((record.total_tokens, record.tokens_per_s), (4, 200.0));
+    }
+
+    #[test]
+    fn a_step_counts_evenly_over_the_time_that_it_took() {
+        let mut recorder = Recorder::new();
+        recorder.hear(&step(Phase::Prefill, 20, 20.0, 0));
+        recorder.hear(&step(Phase::Decode, 35, 10.0, 2));
+        let timeline = recorder.record(0.035, None).timeline;
+        assert_eq!(timeline.bucket_s, 0.01);
+        assert_eq!(timeline.prefill_share, [1.0, 1.0, 0.0, 0.0]);
+        assert_eq!(timeline.decode_share, [0.0, 0.0, 0.5, 1.0], "the last bucket lasts 5 ms");
+        assert_eq!(timeline.prefill_tokens_per_s, [5000.0, 5000.0, 0.0, 0.0]);
+        assert_eq!(timeline.output_tokens_per_s, [0.0, 0.0, 100.0, 200.0]);
+        assert_eq!(timeline.decode_rows, [None, None, Some(4.0), Some(4.0)]);
+        assert_eq!(timeline.running, [Some(3.0); 4]);
+        assert_eq!((timeline.waiting[0], timeline.pages_used[3]), (Some(5.0), Some(7.0)));
+    }
+
+    #[test]
+    fn a_step_whose_end_is_seen_late_is_placed_by_the_devices_clock() {
+        let mut recorder = Recorder::new();
+        let late = |end_ms: u64, late_ms: u64| match step(Phase::Decode, end_ms, 10.0, 1) {
+            SessionEvent::Step(timing) => {
+                SessionEvent::Step(StepTiming { host_time: Duration::from_millis(1 + late_ms), ..timing })
+            }
+            other => other,
+        };
+        for event in [late(20, 0), late(30, 9), late(40, 3)] {
+            recorder.hear(&event);
+        }
+        let timeline = recorder.record(0.05, None).timeline;
+        assert_eq!(timeline.decode_share[..4], [0.0, 1.0, 1.0, 1.0]);
+        // The first end was seen late: steps are too late until a better one is seen, and none overlaps another.
+        let mut recorder = Recorder::new();
+        for event in [late(20, 10), late(30, 0), late(40, 0)] {
+            recorder.hear(&event);
+        }
+        let timeline = recorder.record(0.05, None).timeline;
+        assert!(timeline.decode_share.iter().all(|share| *share <= 1.0), "{timeline:?}");
+        assert!((timeline.decode_share[3] - 1.0).abs() < 1e-9, "{timeline:?}");
+    }
+
+    #[test]
+    fn ends_and_failures_are_counted_by_kind_and_nothing_is_kept_of_a_request_that_ended() {
+        let started = Instant::now();
+        let mut recorder = Recorder::new();
+        for tag in 0..1000 {
+            recorder.submitted(tag, started);
+            let error = (tag % 10 == 0).then_some(RequestError::EmptyStop);
+            let reason = if error.is_some() { FinishReason::Rejected } else { FinishReason::Eos };
+            recorder.hear(&ended(tag, reason, error));
+        }
+        recorder.failed("malformed line");
+        let record = recorder.record(1.0, None);
+        assert_eq!(record.ended, BTreeMap::from([(FinishReason::Eos, 900), (FinishReason::Rejected, 100)]));
+        assert_eq!(record.failures, BTreeMap::from([("empty stop text", 100), ("malformed line", 1)]));
+        assert!(recorder.open.is_empty());
+    }
+}

@@ -1,0 +1,172 @@
+//! The page that `--report` writes: the numbers of `--json`, in one file, and drawn by a real browser where there is one.
+
+mod common;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use common::Scratch;
+use serde_json::Value;
+
+/// A benchmark of two short runs; its page and its JSON.
+fn benchmark(scratch: &Scratch) -> (PathBuf, Value) {
+    let (page, json) = (scratch.join("report.html"), scratch.join("report.json"));
+    let output = Command::new(env!("CARGO_BIN_EXE_offline-bench"))
+        .args([
+            "--backend",
+            "cpu",
+            "--n",
+            "6",
+            "--input-len",
+            "5..40",
+            "--output-len",
+            "3..24",
+            "--runs",
+            "2",
+        ])
+        .arg("--report")
+        .arg(&page)
+        .arg("--json")
+        .arg(&json)
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{output:?}");
+    (page, serde_json::from_slice(&fs::read(json).unwrap()).unwrap())
+}
+
+/// The numbers that lie in a page.
+fn numbers(page: &str) -> Value {
+    let start = r#"<script type="application/json" id="report">"#;
+    let (_, rest) = page.split_once(start).unwrap();
+    serde_json::from_str(rest.split_once("</script>").unwrap().0).unwrap()
+}
+
+#[test]
+fn the_page_holds_the_same_numbers_as_the_report_for_machines() {
+    let scratch = Scratch::new();
+    let (page, report) = benchmark(&scratch);
+    let page = fs::read_to_string(page).unwrap();
+    assert_eq!(numbers(&page), report);
+    assert!(page.starts_with("<!doctype html>") && page.trim_end().ends_with("</html>"));
+    let run = &report["runs"][1];
+    let timeline = &run["timeline"];
+    let entries = timeline["output_tokens_per_s"].as_array().unwrap();
+    for series in
+        ["prefill_tokens_per_s", "prefill_share", "decode_share", "decode_rows", "running", "waiting"]
+    {
+        assert_eq!(timeline[series].as_array().unwrap().len(), entries.len(), "{series}");
+    }
+    let share = |series: &str| timeline[series].as_array().unwrap().iter().map(|one| one.as_f64().unwrap());
+    assert!(share("prefill_share").zip(share("decode_share")).all(|(a, b)| (0.0..1.01).contains(&(a + b))));
+    // All but the first token of each request come some time after another.
+    let (total, requests) = (run["total_tokens"].as_u64().unwrap(), 6);
+    assert_eq!(run["first_token_ms"]["count"], requests);
+    assert_eq!(run["between_tokens_ms"]["count"], total - requests);
+    assert_eq!(run["ended"]["length"], requests);
+    assert_eq!(run["device_state"], Value::Null, "nothing is known of a CPU's clocks");
+    let counted = |latencies: &Value| -> u64 {
+        let counts = latencies["distribution"]["counts"].as_array().unwrap();
+        counts.iter().map(|count| count.as_u64().unwrap()).sum()
+    };
+    assert_eq!(counted(&run["between_tokens_ms"]), total - requests);
+}
+
+/// What a page looks like to a browser, noted in the page itself when it has been drawn.
+const OBSERVER: &str = r#"<script>
+  const faults = [];
+  addEventListener("error", (event) => faults.push(event.message));
+  addEventListener("load", () => setTimeout(() => {
+    const note = document.createElement("pre");
+    note.id = "seen";
+    note.textContent = JSON.stringify({
+      faults, paper: getComputedStyle(document.body).backgroundColor, ink: getComputedStyle(document.body).color,
+      width: innerWidth, needed: document.documentElement.scrollWidth,
+      charts: document.querySelectorAll("figure svg").length,
+      drawn: [...document.querySelectorAll("figure svg")].filter((svg) => svg.querySelector("polyline, circle, rect")).length,
+      text: document.body.innerText,
+    });
+    document.body.append(note);
+  }, 500));
+</script>"#;
+
+fn browser() -> Option<PathBuf> {
+    let path = std::env::var_os("PATH")?;
+    let names = ["chromium", "chromium-browser", "google-chrome", "google-chrome-stable"];
+    let folders: Vec<_> = std::env::split_paths(&path).collect();
+    names
+        .iter()
+        .flat_map(|name| folders.iter().map(move |folder| folder.join(name)))
+        .find(|file| file.is_file())
+}
+
+/// Opens a page in a browser and gives what it saw.
+fn look(browser: &Path, page: &Path, profile: &Path, dark: bool, width: u32) -> Value {
+    let scheme = if dark { 0 } else { 1 };
+    let mut child = Command::new(browser)
+        .args([
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--hide-scrollbars",
+            "--virtual-time-budget=5000",
+        ])
+        .arg(format!("--user-data-dir={}", profile.display()))
+        .arg(format!("--blink-settings=preferredColorScheme={scheme}"))
+        .arg(format!("--window-size={width},900"))
+        .arg("--dump-dom")
+        .arg(format!("file://{}", page.display()))
+        .stdout(Stdio::from(fs::File::create(profile.with_extension("dom")).unwrap()))
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    let started = Instant::now();
+    while child.try_wait().unwrap().is_none() {
+        if started.elapsed() > Duration::from_secs(120) {
+            child.kill().unwrap();
+            panic!("the browser hangs");
+        }
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    let dom = fs::read_to_string(profile.with_extension("dom")).unwrap();
+    let (_, seen) = dom.split_once(r#"<pre id="seen">"#).unwrap_or_else(|| panic!("nothing was seen: {dom}"));
+    let seen = seen.split_once("</pre>").unwrap().0;
+    let seen = seen.replace("&lt;", "<").replace("&gt;", ">").replace("&nbsp;", " ").replace("&amp;", "&");
+    serde_json::from_str(&seen).unwrap()
+}
+
+#[test]
+fn a_browser_draws_every_chart_light_and_dark_narrow_and_wide() {
+    let Some(browser) = browser() else {
+        println!("not tried: there is no Chromium here");
+        return;
+    };
+    let scratch = Scratch::new();
+    let (page, report) = benchmark(&scratch);
+    let observed =
+        fs::read_to_string(&page).unwrap().replacen("<noscript>", &format!("{OBSERVER}<noscript>"), 1);
+    let page = scratch.write("observed.html", observed);
+    let mut papers = Vec::new();
+    for (dark, width) in [(false, 1400), (true, 1400), (false, 390), (true, 390)] {
+        let profile = scratch.join(&format!("profile-{dark}-{width}"));
+        let seen = look(&browser, &page, &profile, dark, width);
+        assert_eq!(seen["faults"].as_array().unwrap().len(), 0, "{seen:#}");
+        assert_eq!((seen["charts"].as_u64(), seen["drawn"].as_u64()), (Some(8), Some(8)), "{seen:#}");
+        assert!(
+            seen["needed"].as_u64() <= seen["width"].as_u64(),
+            "it must not be scrolled sideways: {seen:#}"
+        );
+        let text = seen["text"].as_str().unwrap();
+        for broken in ["NaN", "undefined", "Infinity", "[object"] {
+            assert!(!text.contains(broken), "{broken}: {text}");
+        }
+        let total = report["runs"][1]["total_tokens"].to_string();
+        for expected in ["offline-bench: tiny", "Output tokens a second", "are not known", &total] {
+            assert!(text.contains(expected), "{expected}: {text}");
+        }
+        papers.push((dark, seen["paper"].clone()));
+    }
+    let paper = |dark| papers.iter().find(|(is_dark, _)| *is_dark == dark).unwrap().1.clone();
+    assert_ne!(paper(false), paper(true), "light and dark are told apart");
+}
