@@ -1,30 +1,31 @@
 //! Tokens to text, token by token.
 //!
-//! A token may be part of a character, and what it reads as may depend on the one before (a leading space that only
-//! the first word lacks). So a token is decoded together with the tokens before it back to the last point where the
-//! text was complete, and what is new is the difference:
+//! A token may be a part of a character, so its bytes wait until they are complete, three at most:
 //!
 //! ```text
-//!   ids    … | context | pending …          decode(context)            = "Gr"
-//!              known     new                decode(context + pending)  = "Grü"   ── gives "ü"
-//!                                                                      = "Gr\u{FFFD}"  ── gives "", waits
+//!   token     bytes               waits     becomes certain
+//!   "ĠGr"     20 47 72                      " Gr"
+//!   "Ã"       C3                  C3        ""
+//!   "¼n"      BC 6E                         "ün"
 //! ```
+//!
+//! Where tokens are no rows of bytes (see `pieces`), a token is decoded together with the tokens before it back to the
+//! last point where the text was complete, and what is new is the difference.
 //!
 //! A stop text ends the output before its first occurrence, and nothing that may still become one is given out.
 //!
-//! Invariant: what was given out is `text[..given]`, and it is never taken back.
+//! Invariant: what was given out is `text[..given]`, and it is never taken back. A token costs time in proportion to its
+//! own bytes and to the stop texts, however long the output is.
 
 use crate::tokenizer::Text;
+use crate::tokenizer::pieces::{Pieces, Row};
 
 /// What stands for bytes that are no character, or not yet one.
 const INCOMPLETE: char = char::REPLACEMENT_CHARACTER;
 
 /// The text of one request's output.
 pub struct Detokenizer {
-    /// Tokens back to the last complete text but one.
-    ids: Vec<u32>,
-    /// How many of `ids` are context: their text is in `text`.
-    context: usize,
+    waiting: Waiting,
     /// All text that is certain.
     text: String,
     /// Bytes of it given out.
@@ -36,7 +37,7 @@ pub struct Detokenizer {
 impl Detokenizer {
     /// For an output that the texts `stop` end.
     pub fn new(stop: Vec<String>) -> Self {
-        Detokenizer { ids: Vec::new(), context: 0, text: String::new(), given: 0, stop, stopped: false }
+        Detokenizer { waiting: Waiting::default(), text: String::new(), given: 0, stop, stopped: false }
     }
 
     /// Takes the next token; gives the text that became certain. Behind a stop text there is none.
@@ -44,14 +45,9 @@ impl Detokenizer {
         if self.stopped {
             return "";
         }
-        self.ids.push(token);
-        let new = self.pending(codec);
-        if new.is_empty() || new.ends_with(INCOMPLETE) {
-            return "";
-        }
-        self.ids.drain(..self.context);
-        self.context = self.ids.len();
-        self.append(&new);
+        let before = self.text.len();
+        self.waiting.push(token, codec, &mut self.text);
+        self.stop_behind(before);
         let end = self.text.len() - self.held_back();
         self.give(end)
     }
@@ -59,11 +55,10 @@ impl Detokenizer {
     /// The output is over; gives the rest of the text.
     pub fn finish(&mut self, codec: &Text) -> &str {
         if !self.stopped {
-            let new = self.pending(codec);
-            self.append(&new);
+            let before = self.text.len();
+            self.waiting.finish(codec, &mut self.text);
+            self.stop_behind(before);
         }
-        self.ids.clear();
-        self.context = 0;
         self.give(self.text.len())
     }
 
@@ -77,20 +72,10 @@ impl Detokenizer {
         self.text
     }
 
-    /// The text of the tokens behind the context.
-    fn pending(&self, codec: &Text) -> String {
-        let known = codec.decode(&self.ids[..self.context]).unwrap_or_default();
-        let mut all = codec.decode(&self.ids).unwrap_or_default();
-        let same = all.bytes().zip(known.bytes()).take_while(|(a, b)| a == b).count();
-        all.drain(..all.floor_char_boundary(same));
-        all
-    }
-
-    /// Appends text, and cuts all of it before the first stop text.
-    fn append(&mut self, new: &str) {
+    /// Cuts the text before the first stop text that ends behind `before`.
+    fn stop_behind(&mut self, before: usize) {
         let longest = self.stop.iter().map(String::len).max().unwrap_or(0);
-        let from = self.text.floor_char_boundary(self.text.len().saturating_sub(longest));
-        self.text.push_str(new);
+        let from = self.text.floor_char_boundary(before.saturating_sub(longest));
         let first = self.stop.iter().filter_map(|stop| self.text[from..].find(stop.as_str())).min();
         if let Some(at) = first {
             self.text.truncate(from + at);
@@ -114,6 +99,103 @@ impl Detokenizer {
         let from = self.given;
         self.given = end.max(from);
         &self.text[from..self.given]
+    }
+}
+
+/// What was drawn and is not yet text.
+#[derive(Default)]
+struct Waiting {
+    /// Of a row of bytes: the beginning of a character.
+    bytes: Vec<u8>,
+    /// Has there been a token that is text?
+    begun: bool,
+    /// Of tokens that are no row of bytes: those back to the last complete text but one.
+    ids: Vec<u32>,
+    /// How many of `ids` are context: their text is known.
+    context: usize,
+}
+
+impl Waiting {
+    /// Tokens that are no text together at most so long wait for more.
+    const PATIENCE: usize = 16;
+
+    /// Takes a token, and appends what became certain.
+    fn push(&mut self, token: u32, codec: &Text, text: &mut String) {
+        let Some(pieces) = codec.pieces().filter(|pieces| !pieces.is_special(token)) else { return };
+        match pieces.row {
+            Some(row) => {
+                self.read(token, pieces, row, codec);
+                self.complete(row, false, text);
+            }
+            None => {
+                self.ids.push(token);
+                let new = self.difference(codec);
+                let complete = !new.is_empty() && !new.ends_with(INCOMPLETE);
+                if complete || self.ids.len() - self.context >= Self::PATIENCE {
+                    self.ids.drain(..self.context);
+                    self.context = self.ids.len();
+                    text.push_str(&new);
+                }
+            }
+        }
+    }
+
+    /// Appends what waits, complete or not.
+    fn finish(&mut self, codec: &Text, text: &mut String) {
+        match codec.pieces().and_then(|pieces| pieces.row) {
+            Some(row) => self.complete(row, true, text),
+            None => {
+                text.push_str(&self.difference(codec));
+                self.ids.clear();
+                self.context = 0;
+            }
+        }
+    }
+
+    /// Takes the bytes of a token of a row.
+    fn read(&mut self, token: u32, pieces: &Pieces, row: Row, codec: &Text) {
+        let Some(piece) = pieces.get(token).filter(|piece| !piece.is_empty()) else { return };
+        let first = !std::mem::replace(&mut self.begun, true);
+        match piece {
+            // The decoder strips the first token, unless it is only a part of a character.
+            piece if first && row.strips_first && str::from_utf8(piece).is_ok() => {
+                self.bytes.extend(codec.decode_whole(&[token]).as_bytes());
+            }
+            piece => self.bytes.extend(piece),
+        }
+    }
+
+    /// Appends the characters that are complete; at the end, what never became one too.
+    fn complete(&mut self, row: Row, at_end: bool, text: &mut String) {
+        let mut done = 0;
+        while done < self.bytes.len() {
+            let rest = &self.bytes[done..];
+            let (valid, invalid) = match str::from_utf8(rest) {
+                Ok(_) => (rest.len(), 0),
+                Err(error) => match error.error_len() {
+                    None if at_end => (error.valid_up_to(), rest.len() - error.valid_up_to()),
+                    None => (error.valid_up_to(), 0),
+                    Some(len) => (error.valid_up_to(), len),
+                },
+            };
+            text.push_str(str::from_utf8(&rest[..valid]).unwrap_or_default());
+            let marks = if row.byte_by_byte { invalid } else { invalid.min(1) };
+            text.extend(std::iter::repeat_n(INCOMPLETE, marks));
+            done += valid + invalid;
+            if invalid == 0 {
+                break;
+            }
+        }
+        self.bytes.drain(..done);
+    }
+
+    /// The text of the tokens behind the context.
+    fn difference(&self, codec: &Text) -> String {
+        let known = codec.decode_whole(&self.ids[..self.context]);
+        let mut all = codec.decode_whole(&self.ids);
+        let same = all.bytes().zip(known.bytes()).take_while(|(a, b)| a == b).count();
+        all.drain(..all.floor_char_boundary(same));
+        all
     }
 }
 
@@ -175,5 +257,173 @@ mod tests {
         assert_eq!(push("#end of it"), (String::new(), true));
         assert_eq!(detokenizer.finish(&codec), "");
         assert_eq!(detokenizer.into_text(), "a##ex");
+    }
+
+    /// A small tokenizer of SentencePiece's kind: ▁ for a space, bytes for what it doesn't know.
+    fn byte_fallback(decoder: serde_json::Value) -> Text {
+        let words = ["<unk>", "<s>", "</s>", "▁", "▁the", "s", "ö", "▁Grö", "🙂", "<0x100>", "▁▁", "e</w>"];
+        let bytes = (0..=255).map(|byte| format!("<0x{byte:02X}>"));
+        let vocab: serde_json::Map<_, _> = words
+            .map(str::to_owned)
+            .into_iter()
+            .chain(bytes)
+            .zip(0..)
+            .map(|(word, id)| (word, id.into()))
+            .collect();
+        let special = |id: u32, content: &str| {
+            serde_json::json!({"id": id, "content": content, "single_word": false, "lstrip": false, "rstrip": false,
+                "normalized": false, "special": true})
+        };
+        let file = serde_json::json!({
+            "version": "1.0", "added_tokens": [special(1, "<s>"), special(2, "</s>")], "normalizer": null,
+            "pre_tokenizer": null, "post_processor": null, "decoder": decoder,
+            "model": {"type": "BPE", "vocab": vocab, "merges": [], "unk_token": "<unk>", "byte_fallback": true},
+        });
+        let folder = std::env::temp_dir().join(format!(
+            "minisgl-detokenize-{}-{:?}",
+            std::process::id(),
+            std::thread::current().id()
+        ));
+        std::fs::create_dir_all(&folder).unwrap();
+        std::fs::write(folder.join("tokenizer.json"), file.to_string()).unwrap();
+        let text = Text::open(&folder).unwrap();
+        std::fs::remove_dir_all(&folder).unwrap();
+        text
+    }
+
+    fn decoders() -> Vec<serde_json::Value> {
+        let replace = serde_json::json!({"type": "Replace", "pattern": {"String": "▁"}, "content": " "});
+        let (bytes, fuse) =
+            (serde_json::json!({"type": "ByteFallback"}), serde_json::json!({"type": "Fuse"}));
+        let strip = serde_json::json!({"type": "Strip", "content": " ", "start": 1, "stop": 0});
+        let sequence =
+            |decoders: &[&serde_json::Value]| serde_json::json!({"type": "Sequence", "decoders": decoders});
+        let metaspace = |scheme: &str| serde_json::json!({"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": true});
+        vec![
+            sequence(&[&replace, &bytes, &fuse, &strip]),
+            sequence(&[&replace, &bytes, &fuse]),
+            sequence(&[&bytes, &metaspace("always")]),
+            metaspace("first"),
+            metaspace("never"),
+            serde_json::json!({"type": "WordPiece", "prefix": "##", "cleanup": true}),
+            serde_json::json!({"type": "BPEDecoder", "suffix": "</w>"}),
+            serde_json::Value::Null,
+        ]
+    }
+
+    /// Pushes all tokens, and asserts that the pieces make the text; gives it.
+    fn in_pieces(codec: &Text, ids: &[u32]) -> String {
+        let mut detokenizer = Detokenizer::new(Vec::new());
+        let mut pieces = String::new();
+        for id in ids {
+            pieces += detokenizer.push(*id, codec);
+        }
+        pieces += detokenizer.finish(codec);
+        assert_eq!(detokenizer.into_text(), pieces);
+        pieces
+    }
+
+    /// Bytes that stand in a row, as tokens of [`byte_fallback`], for whole characters.
+    fn whole_characters(ids: &[u32]) -> bool {
+        let byte = |id: &u32| id.checked_sub(12).map(|byte| byte as u8);
+        ids.split(|id| byte(id).is_none()).all(|run| {
+            let bytes: Vec<u8> = run.iter().filter_map(byte).collect();
+            str::from_utf8(&bytes).is_ok()
+        })
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn pieces_of_any_tokens_are_the_text_that_the_tokenizer_decodes(
+            ids in proptest::collection::vec(0..640_u32, 0..40),
+        ) {
+            let codec = codec();
+            proptest::prop_assert_eq!(in_pieces(&codec, &ids), codec.decode_whole(&ids));
+        }
+
+        #[test]
+        fn pieces_of_a_text_are_the_text(text in "\\PC{0,40}") {
+            let codec = codec();
+            proptest::prop_assert_eq!(in_pieces(&codec, &ids(&codec, &text)), codec.decode_whole(&ids(&codec, &text)));
+        }
+
+        #[test]
+        fn a_stop_text_is_found_wherever_tokens_are_cut(
+            drawn in proptest::collection::vec(0..640_u32, 0..40),
+            (from, len) in (0..60_usize, 1..5_usize),
+        ) {
+            let codec = codec();
+            let whole = codec.decode(&drawn).unwrap();
+            let stop: String = whole.chars().skip(from).take(len).collect();
+            if !stop.is_empty() {
+                let mut detokenizer = Detokenizer::new(vec!["\u{0}never".to_owned(), stop.clone()]);
+                let mut pieces: String = drawn.iter().map(|id| detokenizer.push(*id, &codec).to_owned()).collect();
+                pieces += detokenizer.finish(&codec);
+                proptest::prop_assert!(detokenizer.stopped());
+                proptest::prop_assert_eq!(pieces, &whole[..whole.find(&stop).unwrap()]);
+            }
+        }
+    }
+
+    #[test]
+    fn pieces_are_the_text_by_every_kind_of_decoder() {
+        for decoder in decoders() {
+            let codec = byte_fallback(decoder.clone());
+            let mut state = 1_u64;
+            let mut compared = 0;
+            for _ in 0..3000 {
+                let mut below = |bound: u64| {
+                    state =
+                        state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+                    (state >> 33) % bound
+                };
+                // Words, and bytes of which many make characters.
+                let mut ids = Vec::new();
+                for _ in 0..below(8) {
+                    match below(3) {
+                        0 => ids.extend(
+                            ['ж', '漢', '🦀', ' ', 'a'][below(5) as usize]
+                                .to_string()
+                                .bytes()
+                                .map(|byte| 12 + u32::from(byte)),
+                        ),
+                        1 => ids.push(below(12) as u32),
+                        _ => ids.push(below(272) as u32),
+                    }
+                }
+                let pieces = in_pieces(&codec, &ids);
+                let byte_by_byte = decoder.to_string().contains("ByteFallback");
+                if !byte_by_byte || whole_characters(&ids) {
+                    assert_eq!(pieces, codec.decode_whole(&ids), "{decoder}: {ids:?}");
+                    compared += 1;
+                }
+            }
+            assert!(compared > 500, "{decoder}: {compared}");
+        }
+    }
+
+    #[test]
+    fn characters_that_came_whole_stay_whatever_bytes_follow() {
+        let codec = byte_fallback(decoders().remove(0));
+        let bytes = |bytes: &[u8]| bytes.iter().map(|byte| 12 + u32::from(*byte)).collect::<Vec<u32>>();
+        assert_eq!(in_pieces(&codec, &bytes("漢字".as_bytes())), "漢字");
+        assert_eq!(in_pieces(&codec, &bytes(&"漢字".as_bytes()[..5])), "漢\u{FFFD}\u{FFFD}");
+        assert_eq!(in_pieces(&codec, &bytes(b"\xFFa\xE6")), "\u{FFFD}a\u{FFFD}");
+    }
+
+    #[test]
+    fn a_token_costs_the_same_however_long_the_output_is() {
+        let codec = codec();
+        for drawn in [vec![0_u32], vec![639], ids(&codec, "🦀")[..1].to_vec(), vec![42]] {
+            let mut detokenizer = Detokenizer::new(vec!["never".to_owned()]);
+            for _ in 0..100_000 {
+                drawn.iter().for_each(|id| {
+                    detokenizer.push(*id, &codec);
+                });
+            }
+            let waiting = &detokenizer.waiting;
+            assert!(waiting.bytes.len() <= 3 && waiting.ids.len() <= 2 * Waiting::PATIENCE);
+            detokenizer.finish(&codec);
+        }
     }
 }

@@ -20,6 +20,10 @@ pub struct Info {
     pub dims: Dims,
     /// Token ids lie below it.
     pub vocab: u32,
+    /// Tokens that end an output: those of generation_config.json, else config.json, and the tokenizer's `eos_token`.
+    pub eos: Vec<u32>,
+    /// What the user should hear: files of the model that are of no use, though it runs.
+    pub warnings: Vec<String>,
     /// Bytes of weights that a decode step reads.
     pub weight_bytes: u64,
     /// Bytes of a KV page, over all layers.
@@ -61,6 +65,14 @@ impl fmt::Display for Info {
              each, {prefill_tokens} a prefill step",
             gib(self.kv_bytes())
         )?;
+        let eos: Vec<String> = self.eos.iter().map(u32::to_string).collect();
+        match eos.as_slice() {
+            [] => writeln!(f, "outputs end at no token: the model names no end-of-sequence token")?,
+            ids => writeln!(f, "outputs end at tokens {}", ids.join(", "))?,
+        }
+        for warning in &self.warnings {
+            writeln!(f, "warning: {warning}")?;
+        }
         write!(
             f,
             "loaded in {:.2} s ({:.2} GiB free), ready in {:.2} s more ({:.2} GiB free, {:.2} once decode was recorded up \

@@ -46,7 +46,6 @@ pub mod report;
 mod request;
 mod runner;
 pub mod telemetry;
-mod token_bytes;
 mod tokenizer;
 pub mod workload;
 
@@ -68,3 +67,4 @@ pub use request::{
     Phase, Prompt, RequestError, SamplingError, SamplingParams, StepTiming, StreamEvent, SubmitError,
     TOP_LOGPROBS_MAX, TokenLogprobs,
 };
+pub use tokenizer::Text;

@@ -58,7 +58,8 @@ impl Llm {
         let (checkpoint, text) = open_model(&model)?;
         let (text, order) = (Arc::new(text), options.order);
         // On the thread that it stays on.
-        let build = move || open_engine(model, &checkpoint, &options);
+        let of_engine = text.clone();
+        let build = move || open_engine(model, &checkpoint, &of_engine, &options);
         let (front, info) = Front::start(text.clone(), order, build)?;
         Ok(Llm { front, text, info })
     }
@@ -334,6 +335,7 @@ fn open_model(model: &str) -> Result<(Checkpoint, Text), Error> {
 fn open_engine(
     model: String,
     checkpoint: &Checkpoint,
+    text: &Text,
     options: &Options,
 ) -> Result<(Box<dyn Runner>, Info), Error> {
     let started = Instant::now();
@@ -343,7 +345,7 @@ fn open_engine(
         BackendChoice::Auto => gpu_present()?,
     };
     let name = if on_gpu { "cuda" } else { "cpu" };
-    let opening = Opening { model, name, checkpoint, options, started };
+    let opening = Opening { model, name, checkpoint, text, options, started };
     if !on_gpu {
         return opening.on(Cpu::new());
     }
@@ -377,6 +379,7 @@ struct Opening<'a> {
     model: String,
     name: &'static str,
     checkpoint: &'a Checkpoint,
+    text: &'a Text,
     options: &'a Options,
     started: Instant,
 }
@@ -398,9 +401,10 @@ impl Opening<'_> {
             order: self.options.order,
             vocab: model.vocab(),
         };
-        let eos = self.checkpoint.config().eos.clone();
+        let eos = self.end_tokens(policy.vocab);
         let page_bytes = model.page_bytes(limits.page_size);
-        let engine_options = EngineOptions { limits, policy, eos, overlap: self.options.overlap };
+        let engine_options =
+            EngineOptions { limits, policy, eos: eos.clone(), overlap: self.options.overlap };
         let engine =
             Engine::new(backend, model, engine_options).map_err(|cause| Error::Device(cause.into()))?;
 
@@ -412,6 +416,8 @@ impl Opening<'_> {
             limits,
             dims: *engine.model().dims(),
             vocab: policy.vocab,
+            eos,
+            warnings: self.text.warnings().to_vec(),
             weight_bytes: engine.model().weight_bytes(),
             page_bytes,
             memory_total: loaded.total,
@@ -423,6 +429,13 @@ impl Opening<'_> {
         };
         tracing::info!(seconds = info.capture_seconds, pages = limits.pages, "ready");
         Ok((Box::new(engine), info))
+    }
+
+    /// What ends an output: the tokens that the model's configuration names, and the tokenizer's.
+    fn end_tokens(&self, vocab: u32) -> Vec<u32> {
+        let mut eos = self.checkpoint.config().eos.clone();
+        eos.extend(self.text.eos().filter(|id| *id < vocab && !eos.contains(id)));
+        eos
     }
 
     /// The capacities: as asked for, else by the device and the model.
@@ -484,6 +497,8 @@ mod tests {
             device: String::new(),
             limits: LIMITS,
             vocab: 100,
+            eos: Vec::new(),
+            warnings: Vec::new(),
             dims: DIMS,
             weight_bytes: 0,
             page_bytes: 0,

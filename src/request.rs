@@ -249,6 +249,9 @@ pub enum RequestError {
          tokenizer_config.json with chat_template) beside config.json, or give the prompt as text"
     )]
     NoChatTemplate,
+    /// A chat template that is of no use for any request.
+    #[error("the model's chat template can't be used: {0}; give the prompt as text (prompt) or token ids")]
+    BrokenChatTemplate(String),
     /// The template failed on these messages.
     #[error("the chat template refuses the messages: {0}")]
     ChatTemplate(String),
@@ -274,6 +277,7 @@ impl RequestError {
             RequestError::Refused(SubmitError::Sampling(_)) => "sampling parameter out of range",
             RequestError::NoTokenizer { .. } => "no tokenizer",
             RequestError::NoChatTemplate => "no chat template",
+            RequestError::BrokenChatTemplate(_) => "broken chat template",
             RequestError::ChatTemplate(_) => "refused by the chat template",
             RequestError::Encode(_) => "not encodable",
             RequestError::EmptyStop => "empty stop text",

@@ -2,10 +2,14 @@
 
 mod common;
 
+use std::fs;
+
 use common::{Scratch, builder, greedy, small};
 use minisgl::{
-    ChatPrompt, Error, FinishReason, Flow, GenerateRequest, Llm, Message, RequestError, StreamEvent,
+    ChatPrompt, Error, FinishReason, Flow, GenerateRequest, Llm, Message, Prompt, RequestError, StreamEvent,
+    Text,
 };
+use serde_json::{Value, json};
 
 /// A model with a tokenizer; the folder must outlive its opening only.
 fn llm() -> Llm {
@@ -140,63 +144,365 @@ fn what_the_template_raises_rejects_the_request() {
     assert!(error.to_string().contains("no user message"), "{error}");
 }
 
-/// Renders one user message by a template given in tokenizer_config.json.
-fn render(template: &str, content: &str) -> String {
-    let scratch = Scratch::new();
-    scratch.copy("tiny-tied");
-    let config = serde_json::json!({
-        "bos_token": "<s>", "eos_token": {"content": "</s>"},
-        "chat_template": [{"name": "tool_use", "template": "wrong"}, {"name": "default", "template": template}],
-    });
-    scratch.write("tokenizer_config.json", config.to_string());
-    let prompt = ChatPrompt::new([Message::new("user", content)]);
-    small(scratch.path()).build().unwrap().render_chat(&prompt).unwrap()
+/// The text side of a checkpoint's folder that holds these files.
+fn text_of(files: &[(&str, Value)]) -> Text {
+    let scratch = Scratch::with_text();
+    for (name, content) in files {
+        scratch.write(name, content.as_str().map_or_else(|| content.to_string(), str::to_owned));
+    }
+    Text::open(scratch.path()).unwrap()
+}
+
+/// tokenizer.json of the fixture, changed.
+fn tokenizer(change: impl FnOnce(&mut Value)) -> Value {
+    let mut file =
+        serde_json::from_str(&fs::read_to_string("tests/fixtures/text/tokenizer.json").unwrap()).unwrap();
+    change(&mut file);
+    file
+}
+
+fn ids(text: &Text, prompt: &str) -> Vec<u32> {
+    text.encode(Prompt::Text(prompt.to_owned())).unwrap()
 }
 
 #[test]
-fn templates_have_pythons_methods_and_json() {
-    let content = "messages[0].content";
-    let cases = [
-        ("{{ bos_token }}{{ MSG }}{{ eos_token }}", "a", "<s>a</s>"),
-        ("{{ MSG.strip() }}|{{ MSG.lstrip() }}|{{ MSG.rstrip() }}", " a ", "a|a | a"),
-        ("{{ MSG.strip('xy') }}|{{ MSG.lstrip('x') }}|{{ MSG.rstrip('x') }}", "xyaxyx", "a|yaxyx|xyaxy"),
-        ("{{ MSG.split('-') | tojson }}", "a-b--c", r#"["a", "b", "", "c"]"#),
-        ("{{ MSG.split('-', 1) | tojson }}", "a-b-c", r#"["a", "b-c"]"#),
-        ("{{ MSG.split() | tojson }}", "  a  b ", r#"["a", "b"]"#),
+fn truncation_and_padding_left_in_the_tokenizer_are_not_obeyed() {
+    let long = "Once upon a time, a page holds tokens. ".repeat(20);
+    let plain = text_of(&[]);
+    let sections = [
         (
-            "{{ MSG.startswith('ab') }}{{ MSG.endswith(('x', 'c')) }}{{ MSG.startswith('b') }}",
-            "abc",
-            "TrueTrueFalse",
+            "truncation",
+            json!({"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}),
+        ),
+        ("truncation", json!({"direction": "Left", "max_length": 0, "strategy": "OnlyFirst", "stride": 0})),
+        ("truncation", json!("nonsense")),
+        (
+            "padding",
+            json!({"strategy": {"Fixed": 999}, "direction": "Left", "pad_to_multiple_of": null, "pad_id": 0,
+            "pad_type_id": 0, "pad_token": "<|endoftext|>"}),
         ),
         (
-            "{{ MSG.upper() }}{{ MSG.lower() }}{{ MSG.replace('b', '') }}{{ MSG.find('C') }}",
-            "abC",
-            "ABCabcaC2",
+            "padding",
+            json!({"strategy": "BatchLongest", "direction": "Right", "pad_to_multiple_of": 64, "pad_id": 0,
+            "pad_type_id": 0, "pad_token": "<|endoftext|>"}),
         ),
-        ("{{ messages[0].get('name', 'none') }}{{ messages[0].get('role') }}", "", "noneuser"),
-        ("{{ {'a': MSG, 'b': [1, none, true]} | tojson }}", "<é>", r#"{"a": "<é>", "b": [1, null, true]}"#),
-        ("{% for key, value in {'k': MSG}.items() %}{{ key }}={{ value }}{% endfor %}", "v", "k=v"),
     ];
-    for (template, message, expected) in cases {
-        assert_eq!(render(&template.replace("MSG", content), message), expected, "{template}");
+    for (name, section) in sections {
+        let text = text_of(&[("tokenizer.json", tokenizer(|file| file[name] = section.clone()))]);
+        for prompt in ["", "Hi", &long] {
+            assert_eq!(ids(&text, prompt), ids(&plain, prompt), "{name}: {section}");
+        }
+        let chat = || Prompt::Chat(ChatPrompt::new([Message::new("user", "Hi")]));
+        assert_eq!(text.encode(chat()), plain.encode(chat()));
+    }
+}
+
+fn added(content: &str, special: bool) -> Value {
+    json!({"content": content, "lstrip": false, "rstrip": false, "normalized": false, "single_word": false, "special": special})
+}
+
+#[test]
+fn tokens_that_only_the_configuration_lists_have_the_ids_that_it_gives() {
+    let decoder = |tokens: Value| ("tokenizer_config.json", json!({"added_tokens_decoder": tokens}));
+    let text = text_of(&[decoder(json!({"634": added("<|note|>", true), "635": added("<said>", false)}))]);
+    assert_eq!(ids(&text, "<|note|>"), [634]);
+    assert_eq!(ids(&text, "<said><|note|>"), [635, 634]);
+    assert_eq!(text.decode(&[635, 634, 42]).unwrap(), "<said>H", "one of them is special");
+    assert_eq!(text.token_bytes(634).unwrap(), b"<|note|>");
+
+    let text = text_of(&[decoder(json!({"700": added("<|far|>", true), "2": added("<|im_end|>", true)}))]);
+    assert_eq!(ids(&text, "a<|far|>"), [ids(&text, "a"), vec![700]].concat(), "ids between are nobody's");
+    assert_eq!(text.decode(&[640, 42]).unwrap(), "H");
+    assert_eq!(text.token_bytes(701), None);
+
+    let text = text_of(&[("added_tokens.json", json!({"<|x|>": 634, "<|y|>": 635}))]);
+    assert_eq!(ids(&text, "<|y|><|x|>"), [635, 634], "as older checkpoints list them");
+
+    let text = text_of(&[decoder(json!({"0": added("<|endoftext|>", false)}))]);
+    assert_eq!(ids(&text, "<|endoftext|>"), [0], "one that both list stays what it is");
+}
+
+#[test]
+fn a_word_that_the_configuration_names_as_special_is_one_token_and_no_text() {
+    let plain = text_of(&[]);
+    let name = ids(&plain, "page")
+        .into_iter()
+        .map(|id| plain.decode(&[id]).unwrap())
+        .max_by_key(String::len)
+        .unwrap();
+    let id = ids(&plain, &name)[0];
+    let text = text_of(&[("tokenizer_config.json", json!({"eos_token": {"content": name}}))]);
+    assert_eq!(text.eos(), Some(id));
+    assert_eq!(text.decode(&[42, id]).unwrap(), "H");
+    assert_eq!(plain.decode(&[42, id]).unwrap(), format!("H{name}"));
+}
+
+#[test]
+fn the_end_token_is_that_of_the_tokenizers_configuration() {
+    let config = |value: Value| ("tokenizer_config.json", value);
+    let map = |value: Value| ("special_tokens_map.json", value);
+    assert_eq!(text_of(&[]).eos(), None);
+    assert_eq!(text_of(&[config(json!({"eos_token": "<|im_end|>"}))]).eos(), Some(2));
+    assert_eq!(text_of(&[config(json!({"eos_token": null}))]).eos(), None);
+    assert_eq!(text_of(&[map(json!({"eos_token": {"content": "<|im_end|>"}}))]).eos(), Some(2));
+    let both = [config(json!({"eos_token": "<|im_end|>"})), map(json!({"eos_token": "<|endoftext|>"}))];
+    assert_eq!(text_of(&both).eos(), Some(0), "as transformers reads the two");
+    let listed = config(json!({"eos_token": "<|im_end|>", "added_tokens_decoder": {}}));
+    assert_eq!(text_of(&[listed, map(json!({"eos_token": "<|endoftext|>"}))]).eos(), Some(2));
+    let text = text_of(&[config(json!({"eos_token": "</s>"}))]);
+    assert_eq!(text.eos(), None);
+    assert!(text.warnings()[0].contains("</s>"), "{:?}", text.warnings());
+}
+
+#[test]
+fn what_is_put_before_a_text_is_what_the_post_processor_says() {
+    let processor = json!({
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": "<|im_start|>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {"<|im_start|>": {"id": "<|im_start|>", "ids": [1], "tokens": ["<|im_start|>"]}},
+    });
+    let config = json!({"add_bos_token": false, "bos_token": "<|im_end|>"});
+    let file = tokenizer(|file| file["post_processor"] = processor);
+    let text = text_of(&[("tokenizer.json", file), ("tokenizer_config.json", config)]);
+    assert_eq!(ids(&text, "Hi")[..2], [1, 42]);
+    let chat = text.encode(Prompt::Chat(ChatPrompt::new([Message::new("user", "Hi")]))).unwrap();
+    assert_ne!(chat[1], 1, "a template writes its special tokens itself");
+    let config = json!({"add_bos_token": true, "add_eos_token": true, "bos_token": "<|im_start|>"});
+    assert_eq!(ids(&text_of(&[("tokenizer_config.json", config)]), "Hi")[0], 42, "and only it");
+}
+
+#[test]
+fn a_template_that_does_not_compile_fails_only_requests_with_messages() {
+    let scratch = Scratch::with_text();
+    for broken in ["{% if %}", "{{ x", "{% unknown %}", "{{ a | nofilter( }}"] {
+        scratch.write("chat_template.jinja", broken);
+        let mut llm = small(scratch.path()).build().unwrap();
+        let warning = llm.info().warnings[0].clone();
+        assert!(warning.contains("chat_template.jinja") && warning.contains("does not compile"), "{warning}");
+        assert!(llm.info().to_string().contains(&warning), "{}", llm.info());
+        let requests = [
+            GenerateRequest::chat([Message::new("user", "Hi")]),
+            GenerateRequest::text("Hi").sampling(greedy(2)),
+            GenerateRequest::tokens([5]).sampling(greedy(2)),
+        ];
+        let completions = llm.generate(&requests).unwrap();
+        let error = completions[0].error.clone().unwrap();
+        assert!(matches!(error, RequestError::BrokenChatTemplate(_)), "{error}");
+        assert!(error.to_string().contains("chat_template.jinja"), "{error}");
+        assert!(completions[1..].iter().all(|completion| completion.token_ids.len() == 2));
+    }
+}
+
+fn rendered(text: &Text, prompt: &ChatPrompt) -> String {
+    text.render(prompt).unwrap()
+}
+
+#[test]
+fn a_template_is_chosen_by_name_and_files_go_before_the_configuration() {
+    let hi = || ChatPrompt::new([Message::new("user", "Hi")]);
+    let with_tools = || ChatPrompt { tools: Some(vec![json!({"type": "function"})]), ..hi() };
+    let named = json!({"chat_template": [
+        {"name": "tool_use", "template": "T{{ tools | length }}"}, {"name": "default", "template": "D"}]});
+    let scratch = Scratch::new();
+    let open = || Text::open(scratch.path()).unwrap();
+    assert_eq!(open().render(&hi()), Err(RequestError::NoChatTemplate));
+    scratch.write("tokenizer_config.json", named.to_string());
+    assert_eq!(
+        (rendered(&open(), &hi()), rendered(&open(), &with_tools())),
+        ("D".to_owned(), "T1".to_owned())
+    );
+    scratch.write("tokenizer_config.json", json!({"chat_template": {"default": "O"}}).to_string());
+    assert_eq!(rendered(&open(), &with_tools()), "O");
+    scratch.write(
+        "tokenizer_config.json",
+        json!({"chat_template": [{"name": "rag", "template": "R"}]}).to_string(),
+    );
+    let error = open().render(&hi()).unwrap_err().to_string();
+    assert!(error.contains("rag") && error.contains("default"), "{error}");
+    scratch.write("tokenizer_config.json", json!({"chat_template": 7}).to_string());
+    assert!(open().warnings()[0].contains("chat_template"), "{:?}", open().warnings());
+    scratch.write("chat_template.jinja", "F");
+    assert_eq!(rendered(&open(), &hi()), "F");
+    fs::create_dir(scratch.join("additional_chat_templates")).unwrap();
+    scratch.write("additional_chat_templates/tool_use.jinja", "A");
+    scratch.write("additional_chat_templates/notes.txt", "{% if %}");
+    assert_eq!(
+        (rendered(&open(), &hi()), rendered(&open(), &with_tools())),
+        ("F".to_owned(), "A".to_owned())
+    );
+}
+
+/// The text side of a checkpoint with a template.
+fn templated(template: &str) -> Text {
+    text_of(&[("chat_template.jinja", template.into())])
+}
+
+fn chat(messages: Value) -> ChatPrompt {
+    ChatPrompt::new(serde_json::from_value::<Vec<Message>>(messages).unwrap())
+}
+
+const CHATML: &str = "{% for m in messages %}<{{ m.role }}>{{ m['content'] + '|' }}\n{% endfor %}";
+
+#[test]
+fn text_parts_reach_every_template_in_the_form_that_it_takes() {
+    let prompt = chat(json!([
+        {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
+        {"role": "user", "content": "c"},
+    ]));
+    assert_eq!(rendered(&templated(CHATML), &prompt), "<user>a\nb|\n<user>c|\n");
+    let printing = "{% for m in messages %}{{ m.content }};{% endfor %}";
+    assert_eq!(rendered(&templated(printing), &prompt), "a\nb;c;");
+    let taking = "{% for m in messages %}{% if m.content is string %}{{ m.content }}{% else %}{% for p in m.content %}[{{ p.text }}]\
+                  {% endfor %}{% endif %};{% endfor %}";
+    assert_eq!(rendered(&templated(taking), &prompt), "[a][b];c;");
+    let only = "{% for m in messages %}{% for p in m.content %}[{{ p.text }}]{% endfor %};{% endfor %}";
+    assert_eq!(rendered(&templated(only), &prompt), "[a][b];[c];");
+}
+
+#[test]
+fn a_part_that_is_no_text_is_refused_by_its_type() {
+    for kind in ["image_url", "image", "input_audio", "video", "file"] {
+        let prompt = chat(json!([
+            {"role": "system", "content": "s"},
+            {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": kind, kind: {"url": "data:"}}]},
+        ]));
+        let error = templated(CHATML).render(&prompt).unwrap_err().to_string();
+        assert!(error.contains("messages[1].content[1]") && error.contains(kind), "{error}");
     }
 }
 
 #[test]
+fn conversations_with_tool_calls_reach_every_template_in_the_form_that_it_takes() {
+    let conversation = |arguments: Value| {
+        let call = json!({"id": "c1", "type": "function", "function": {"name": "f", "arguments": arguments}});
+        chat(json!([
+            {"role": "user", "content": "w?"},
+            {"role": "assistant", "content": null, "tool_calls": [call], "reasoning_content": "hm"},
+            {"role": "tool", "tool_call_id": "c1", "name": "f", "content": "7"},
+        ]))
+    };
+    let (text, object) = (json!("{\"a\": \"é\"}"), json!({"a": "é"}));
+    assert_eq!(
+        rendered(&templated(CHATML), &conversation(text.clone())),
+        "<user>w?|\n<assistant>|\n<tool>7|\n"
+    );
+    let calls = |print: &str| {
+        let each = format!("{{% for c in m.tool_calls %}}{{{{ {print} }}}}{{% endfor %}}");
+        templated(&format!(
+            "{{% for m in messages %}}{each}{{% if m.content is none %}}null{{% endif %}}{{% endfor %}}"
+        ))
+    };
+    let as_json = calls("c.function.arguments | tojson");
+    let as_text = calls("c.function.arguments + ''");
+    let either =
+        calls("c.function.arguments if c.function.arguments is string else c.function.arguments | tojson");
+    for given in [&text, &object] {
+        assert_eq!(rendered(&as_json, &conversation(given.clone())), "{\"a\": \"é\"}null");
+        assert_eq!(rendered(&either, &conversation(given.clone())), "{\"a\": \"é\"}null");
+    }
+    assert_eq!(rendered(&as_text, &conversation(text)), "{\"a\": \"é\"}null");
+    let all = "{% for m in messages %}{{ m.name }}{{ m.tool_call_id }}{{ m.reasoning_content }}{{ m.unknown }}{% endfor %}";
+    assert_eq!(rendered(&templated(all), &conversation(object)), "hmfc1");
+}
+
+#[test]
+fn a_conversation_goes_on_within_its_final_message() {
+    let said = |content: &str| {
+        ChatPrompt::continuing([Message::new("user", "hi"), Message::new("assistant", content)])
+    };
+    let plain = templated(CHATML);
+    for content in ["Well,", "Well, \n", " x", "", "END_OF", "hi", "{{ m }}"] {
+        assert_eq!(rendered(&plain, &said(content)), format!("<user>hi|\n<assistant>{content}"));
+    }
+    let strips = templated(&CHATML.replace("m['content']", "m['content'].strip()"));
+    assert_eq!(rendered(&strips, &said(" Well, \n")), "<user>hi|\n<assistant>Well,");
+    let parts = chat(
+        json!([{"role": "assistant", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}]),
+    );
+    let parts = ChatPrompt { add_generation_prompt: false, continue_final_message: true, ..parts };
+    assert_eq!(rendered(&plain, &parts), "<assistant>a\nb");
+
+    let refusal = |text: &Text, prompt: ChatPrompt| text.render(&prompt).unwrap_err().to_string();
+    let both = ChatPrompt { add_generation_prompt: true, ..said("x") };
+    assert!(refusal(&plain, both).contains("add_generation_prompt"));
+    assert!(refusal(&plain, ChatPrompt::continuing([])).contains("no text to go on with"));
+    let swallows = templated("{% for m in messages %}{{ m.role }}{% endfor %}");
+    assert!(refusal(&swallows, said("x")).contains("does not print"));
+}
+
+#[test]
+fn variables_of_a_request_reach_the_template_and_fields_of_their_own_do_not_pass_as_such() {
+    let text = text_of(&[
+        (
+            "chat_template.jinja",
+            "{{ a.b }}{{ enable_thinking }}{{ bos_token }}{{ documents | length }}{{ image_token }}".into(),
+        ),
+        (
+            "tokenizer_config.json",
+            json!({"bos_token": "<s>", "image_token": "<i>", "extra_special_tokens": {"foo_token": "<f>"}}),
+        ),
+    ]);
+    let mut prompt = chat(json!([{"role": "user", "content": "x"}]));
+    prompt.documents = Some(vec![json!({"title": "t"})]);
+    prompt.kwargs = serde_json::from_value(json!({"a": {"b": [1, null]}, "enable_thinking": false})).unwrap();
+    assert_eq!(rendered(&text, &prompt), "[1, None]False<s>1<i>");
+    prompt.kwargs.insert("bos_token".to_owned(), json!("B"));
+    assert_eq!(rendered(&text, &prompt), "[1, None]FalseB1<i>", "a variable goes before a special token");
+    for name in ["messages", "tools", "documents", "add_generation_prompt", "continue_final_message"] {
+        let mut prompt = prompt.clone();
+        prompt.kwargs.insert(name.to_owned(), json!(null));
+        let error = text.render(&prompt).unwrap_err().to_string();
+        assert!(error.contains(&format!("holds {name},")), "{error}");
+    }
+}
+
+#[test]
+fn the_clock_in_a_template_is_the_local_one() {
+    let date = |format: &str| {
+        let output =
+            std::process::Command::new("date").env("LC_ALL", "C").arg(format!("+{format}")).output().unwrap();
+        String::from_utf8(output.stdout).unwrap().trim_end().to_owned()
+    };
+    for format in ["%Y-%m-%d", "%d %b %Y", "%B %d, %Y", "%A %j %%", "%-d/%-m/%y", "%H"] {
+        let text = templated(&format!("{{{{ strftime_now('{format}') }}}}"));
+        let (before, is, after) = (date(format), rendered(&text, &ChatPrompt::new([])), date(format));
+        assert!(is == before || is == after, "{format}: {is}, not {after}");
+    }
+    let error = templated("{{ strftime_now('%!') }}").render(&ChatPrompt::new([])).unwrap_err().to_string();
+    assert!(error.contains("strftime_now"), "{error}");
+}
+
+#[test]
 fn files_that_cannot_be_read_are_named() {
-    let files = [
-        ("tokenizer.json", "{\"model\": 1}"),
-        ("tokenizer_config.json", "not json"),
-        ("chat_template.jinja", "{% if %}"),
+    let files: [(&str, &[u8]); 8] = [
+        ("tokenizer.json", b"{\"model\": 1}"),
+        ("tokenizer.json", b""),
+        ("tokenizer.json", b"\xff"),
+        ("tokenizer_config.json", b"not json"),
+        ("tokenizer_config.json", b"{\"added_tokens_decoder\": {\"x\": 1}}"),
+        ("special_tokens_map.json", b"[]"),
+        ("added_tokens.json", b"{\"a\": -1}"),
+        ("chat_template.jinja", b"\xff\xfe"),
     ];
     for (name, content) in files {
         let scratch = Scratch::with_text();
         scratch.write(name, content);
         match small(scratch.path()).build() {
-            Err(error @ Error::TokenizerFile { .. }) => {
-                assert!(error.to_string().contains(name), "{error}");
-            }
+            Err(error @ Error::TokenizerFile { .. }) => assert!(error.to_string().contains(name), "{error}"),
             other => panic!("{name}: {:?}", other.err()),
         }
+    }
+}
+
+#[test]
+fn a_link_to_nothing_is_no_absent_file() {
+    for name in ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json"]
+    {
+        let scratch = Scratch::with_text();
+        let _ = fs::remove_file(scratch.join(name));
+        std::os::unix::fs::symlink("../../blobs/gone", scratch.join(name)).unwrap();
+        let error = Text::open(scratch.path()).err().unwrap().to_string();
+        assert!(error.contains(name), "{error}");
     }
 }

@@ -1,0 +1,96 @@
+//! tokenizer.json made into a tokenizer.
+//!
+//! Three things differ from what the file says, as in transformers: truncation and padding, left over from training,
+//! are dropped; tokens that only tokenizer_config.json lists are added, with the ids that it gives them; and tokens
+//! that it names as special are.
+
+use std::collections::BTreeMap;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::Path;
+
+use serde_json::value::RawValue;
+use tokenizers::{AddedToken, Model, Tokenizer};
+
+use super::config::{TokenizerConfig, read, unusable};
+use crate::error::Error;
+use crate::request::JsonObject;
+
+/// Reads a checkpoint's tokenizer.json; `None` where there is none.
+///
+/// # Errors
+/// A file that is there but makes no tokenizer.
+pub fn open(folder: &Path, config: &TokenizerConfig) -> Result<Option<Tokenizer>, Error> {
+    let path = folder.join("tokenizer.json");
+    let Some(text) = read(&path)? else { return Ok(None) };
+    // The tokenizers crate panics at some files; one that is well-formed JSON in each section mostly gets an error.
+    let built = catch_unwind(AssertUnwindSafe(|| build(&text, config)));
+    let built = built.unwrap_or_else(|_| Err("it is damaged".to_owned()));
+    built.map(Some).map_err(|reason| unusable(&path, reason))
+}
+
+fn build(text: &str, config: &TokenizerConfig) -> Result<Tokenizer, String> {
+    // Sections are kept as text: the vocabulary and the merges are most of the file.
+    let model;
+    let mut sections: BTreeMap<String, &RawValue> =
+        serde_json::from_str(text).map_err(|error| error.to_string())?;
+    sections.remove("truncation");
+    sections.remove("padding");
+    let known: Vec<AddedToken> = match sections.get("added_tokens") {
+        Some(listed) => {
+            serde_json::from_str(listed.get()).map_err(|error| format!("added_tokens: {error}"))?
+        }
+        None => Vec::new(),
+    };
+    let is_known = |token: &AddedToken| known.iter().any(|known| known.content == token.content);
+    let missing: Vec<(u32, &AddedToken)> = config
+        .added_tokens
+        .iter()
+        .filter(|(_, token)| !is_known(token))
+        .map(|(id, token)| (*id, token))
+        .collect();
+    if let Some(section) = sections.get_mut("model")
+        && !missing.is_empty()
+    {
+        model = with_tokens(section, &missing)?;
+        *section = &model;
+    }
+    let assembled = serde_json::to_string(&sections).map_err(|error| error.to_string())?;
+    let mut tokenizer: Tokenizer = assembled.parse().map_err(|error: tokenizers::Error| error.to_string())?;
+    add_tokens(&mut tokenizer, config).map_err(|error| error.to_string())?;
+    tokenizer.set_encode_special_tokens(config.split_special_tokens);
+    for (id, token) in missing {
+        let given = tokenizer.token_to_id(&token.content);
+        if given != Some(id) && tokenizer.get_model().token_to_id(&token.content).is_none() {
+            return Err(format!(
+                "it can't give {:?} the id {id} that tokenizer_config.json says",
+                token.content
+            ));
+        }
+    }
+    Ok(tokenizer)
+}
+
+/// The model with further tokens in its vocabulary, so that they have the ids that they are given.
+fn with_tokens(model: &RawValue, tokens: &[(u32, &AddedToken)]) -> Result<Box<RawValue>, String> {
+    let mut model: JsonObject =
+        serde_json::from_str(model.get()).map_err(|error| format!("model: {error}"))?;
+    if let Some(vocabulary) = model.get_mut("vocab").and_then(serde_json::Value::as_object_mut) {
+        for (id, token) in tokens {
+            vocabulary.entry(&token.content).or_insert((*id).into());
+        }
+    }
+    serde_json::value::to_raw_value(&model).map_err(|error| error.to_string())
+}
+
+/// Makes tokens of what the configuration lists and names, beside those of the file.
+fn add_tokens(tokenizer: &mut Tokenizer, config: &TokenizerConfig) -> tokenizers::Result<()> {
+    tokenizer.add_tokens(config.added_tokens.values().cloned())?;
+    let added = tokenizer.get_added_vocabulary().get_added_tokens_decoder();
+    let special = |text: &str| {
+        let known = added.get(&tokenizer.token_to_id(text)?).cloned();
+        Some(known.unwrap_or_else(|| AddedToken::from(text, true)).special(true))
+    };
+    let special: Vec<AddedToken> = config.all_special_tokens().filter_map(special).collect();
+    tokenizer.add_special_tokens(special)?;
+    Ok(())
+}
