@@ -258,6 +258,17 @@ pub enum RequestError {
     /// The tokenizer failed on this text.
     #[error("the tokenizer cannot encode the prompt: {0}")]
     Encode(String),
+    /// A text of more tokens than can be used; how many was not counted.
+    #[error(
+        "the prompt's text of {bytes} bytes has more than the {limit} tokens that leave room for an output token; \
+         shorten it or raise the sequence limit (--max-seq-len)"
+    )]
+    TextTooLong {
+        /// Of the text.
+        bytes: usize,
+        /// Tokens of the longest prompt that can run.
+        limit: usize,
+    },
     /// It would end every output at once.
     #[error("a stop text is empty; leave it out, or give at least one character")]
     EmptyStop,
@@ -280,6 +291,7 @@ impl RequestError {
             RequestError::BrokenChatTemplate(_) => "broken chat template",
             RequestError::ChatTemplate(_) => "refused by the chat template",
             RequestError::Encode(_) => "not encodable",
+            RequestError::TextTooLong { .. } => "prompt too long",
             RequestError::EmptyStop => "empty stop text",
         }
     }

@@ -506,3 +506,52 @@ fn a_link_to_nothing_is_no_absent_file() {
         assert!(error.contains(name), "{error}");
     }
 }
+
+#[test]
+fn a_text_is_refused_for_its_length_only_if_it_has_more_tokens_than_fit() {
+    let text = text_of(&[]);
+    let pieces = [
+        "Once upon a time, a page holds tokens. ",
+        "a",
+        " ",
+        "<|im_start|>",
+        "e\u{301}",
+        "漢字🦀",
+        "x\n\n  y\t",
+        "1 2",
+    ];
+    let mut refused = 0;
+    for piece in pieces {
+        let long = piece.repeat(120_000 / piece.len());
+        let all = ids(&text, &long);
+        for most in [0, 1, 1000, all.len() / 2, all.len() - 1, all.len(), all.len() + 1] {
+            match text.encode_within(Prompt::Text(long.clone()), most) {
+                Ok(ids) => assert_eq!(ids, all),
+                Err(error) => {
+                    assert_eq!(error, RequestError::TextTooLong { bytes: long.len(), limit: most });
+                    assert!(all.len() > most, "{piece:?} has {} tokens", all.len());
+                    refused += 1;
+                }
+            }
+        }
+    }
+    assert!(refused > pieces.len(), "{refused}");
+}
+
+#[test]
+fn a_text_of_20_megabytes_is_refused_and_the_others_run() {
+    let mut llm = llm();
+    let long = "Once upon a time, a page holds tokens. ".repeat(500_000);
+    let requests = [
+        GenerateRequest::text(&long),
+        GenerateRequest::chat([Message::new("user", &long)]),
+        GenerateRequest::text("Hi").sampling(greedy(2)),
+    ];
+    let completions = llm.generate(&requests).unwrap();
+    for completion in &completions[..2] {
+        let error = completion.error.clone().unwrap();
+        assert!(matches!(error, RequestError::TextTooLong { limit: 511, .. }), "{error}");
+        assert!(error.to_string().contains("--max-seq-len"), "{error}");
+    }
+    assert_eq!(completions[2].token_ids.len(), 2);
+}

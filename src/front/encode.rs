@@ -15,10 +15,10 @@ use minisgl_core::sampling::SamplingParams;
 
 use super::engine::Ready;
 use super::fair::{FairQueue, Waiting};
+use super::handle::Shared;
 use super::locked;
 use super::output::Output;
 use crate::request::{Prompt, RequestError};
-use crate::tokenizer::Text;
 
 /// A request that is to be encoded.
 pub struct Job {
@@ -35,12 +35,12 @@ impl Waiting for Job {
 
 impl Job {
     /// The request, ready for the engine; `None` if it has ended here.
-    pub fn encode(mut self, text: &Text) -> Option<Ready> {
+    pub fn encode(mut self, shared: &Shared) -> Option<Ready> {
         if self.output.is_unwanted() {
             return Some(Ready { prompt: Vec::new(), params: self.params, output: self.output });
         }
         // A tokenizer is a program of others', and a file of the user's makes it.
-        let encoded = catch_unwind(AssertUnwindSafe(|| text.encode(self.prompt)));
+        let encoded = catch_unwind(AssertUnwindSafe(|| shared.encode(self.prompt)));
         let encoded = encoded.unwrap_or_else(|_| Err(RequestError::Encode("it panicked".to_owned())));
         match encoded {
             Ok(prompt) => {

@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, OnceLock};
 
+use minisgl_core::config::Limits;
 use thiserror::Error;
 
 use super::encode::{Encoders, Job};
@@ -25,6 +26,8 @@ pub struct Shared {
     messages: Sender<Message>,
     /// As many requests as the engine runs and queues.
     capacity: usize,
+    /// Tokens of the longest prompt that can run.
+    longest_prompt: usize,
     /// Of requests that have no session of several.
     permits: Arc<Permits>,
     sessions: AtomicU64,
@@ -37,12 +40,14 @@ enum Stopped {
 }
 
 impl Shared {
-    pub fn new(text: Arc<Text>, messages: Sender<Message>, capacity: usize) -> Self {
+    pub fn new(text: Arc<Text>, messages: Sender<Message>, limits: &Limits) -> Self {
+        let capacity = limits.running as usize + limits.queued as usize;
         Shared {
             text,
             encoders: Encoders::new(),
             messages,
             capacity,
+            longest_prompt: limits.sequence.saturating_sub(1) as usize,
             permits: Permits::new(capacity),
             sessions: AtomicU64::new(0),
             stopped: OnceLock::new(),
@@ -66,6 +71,11 @@ impl Shared {
     /// Tells the engine's thread something. If that has ended, requests in the message are dropped, and so get lost.
     pub fn send(&self, message: Message) {
         let _ = self.messages.send(message);
+    }
+
+    /// The tokens of a prompt. One that is much too long is refused without.
+    pub fn encode(&self, prompt: Prompt) -> Result<Vec<u32>, RequestError> {
+        self.text.encode_within(prompt, self.longest_prompt)
     }
 
     /// Has it failed, or been closed?
@@ -181,7 +191,7 @@ impl EngineHandle {
                 Some(Ready { prompt, params, output })
             }
             // Without a tokenizer there are no threads for it, and nothing that takes time.
-            (None, prompt) if !text.has_tokenizer() => Job { prompt, params, output }.encode(text),
+            (None, prompt) if !text.has_tokenizer() => Job { prompt, params, output }.encode(&self.0),
             (None, prompt) => {
                 self.0.encoders.post(Job { prompt, params, output });
                 None

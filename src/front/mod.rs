@@ -84,7 +84,7 @@ impl Front {
                     Order::LongestOutputFirst => capacity,
                 };
                 let (messages, inbox) = channel();
-                let shared = Arc::new(Shared::new(text, messages, capacity));
+                let shared = Arc::new(Shared::new(text, messages, runner.limits()));
                 if built.send(Ok((shared.clone(), rest))).is_ok() {
                     EngineThread::new(runner, depth, shared, inbox, (batches, spare)).run();
                 }
@@ -130,7 +130,7 @@ fn encoders(text: &Text) -> usize {
 fn encode_all(shared: &Arc<Shared>) {
     let handle = EngineHandle::new(shared.clone());
     while let Some(job) = shared.encoders.next() {
-        if let Some(ready) = job.encode(&shared.text) {
+        if let Some(ready) = job.encode(shared) {
             // A request that is refused now is dropped, which tells its reader.
             let _ = handle.post(vec![ready]);
         }

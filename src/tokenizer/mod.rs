@@ -7,10 +7,10 @@
 //!
 //! All are optional: a checkpoint without them still takes and gives token ids.
 
+mod bound;
 pub mod config;
 mod file;
 pub mod pieces;
-mod shortest;
 
 use std::path::Path;
 
@@ -49,7 +49,7 @@ impl Text {
         let config = TokenizerConfig::open(folder)?;
         let codec = file::open(folder, &config)?.map(|tokenizer| {
             let pieces = Pieces::of(&tokenizer);
-            let max_token_bytes = shortest::max_token_bytes(&tokenizer, &pieces);
+            let max_token_bytes = bound::max_token_bytes(&tokenizer, &pieces);
             Codec { tokenizer, pieces, max_token_bytes }
         });
         let templates = ChatTemplates::open(folder, &config)?;
@@ -85,16 +85,35 @@ impl Text {
     /// # Errors
     /// A text or a conversation that the checkpoint has no files for, or that they refuse.
     pub fn encode(&self, prompt: Prompt) -> Result<Vec<u32>, RequestError> {
+        self.encode_within(prompt, usize::MAX)
+    }
+
+    /// The tokens of a prompt, of which `most` can be used. A text that has more may be encoded all the same, or refused
+    /// without: if it is much too long, only its beginning is looked at.
+    ///
+    /// # Errors
+    /// As for [`Text::encode`], and a text that is too long.
+    pub fn encode_within(&self, prompt: Prompt, most: usize) -> Result<Vec<u32>, RequestError> {
         match prompt {
             Prompt::Tokens(ids) => Ok(ids),
-            Prompt::Text(text) => self.encode_text(&text, true, "a text prompt"),
+            Prompt::Text(text) => self.encode_text(&text, true, most, "a text prompt"),
             // The template writes every special token itself.
-            Prompt::Chat(chat) => self.encode_text(&self.render(&chat)?, false, "a conversation"),
+            Prompt::Chat(chat) => self.encode_text(&self.render(&chat)?, false, most, "a conversation"),
         }
     }
 
-    fn encode_text(&self, text: &str, special: bool, what: &'static str) -> Result<Vec<u32>, RequestError> {
+    fn encode_text(
+        &self,
+        text: &str,
+        special: bool,
+        most: usize,
+        what: &'static str,
+    ) -> Result<Vec<u32>, RequestError> {
         let codec = self.codec.as_ref().ok_or(RequestError::NoTokenizer { what })?;
+        let bound = codec.max_token_bytes.and_then(|bytes| most.checked_mul(bytes));
+        if bound.is_some_and(|bound| text.len() > bound) || bound::is_longer(text, most, &codec.tokenizer) {
+            return Err(RequestError::TextTooLong { bytes: text.len(), limit: most });
+        }
         let encoding = codec.tokenizer.encode_fast(text, special);
         let encoding = encoding.map_err(|error| RequestError::Encode(error.to_string()))?;
         Ok(encoding.get_ids().to_vec())

@@ -1,12 +1,39 @@
-//! How few tokens a text can have: a bound that needs no encoding.
+//! What a text is too long for: bounds on its tokens that need not all of it encoded.
 //!
 //! A token stands for at most so many bytes of text, if no step of the tokenizer drops text or shortens it without
-//! bound. The steps known not to are listed here; any other gives no bound.
+//! bound. The steps known not to are listed here; any other gives no bound. Mostly that is far more than a token does
+//! stand for, so the beginning of a long text is encoded too: what is said there has its tokens whatever follows, all
+//! but the last word and what is near the cut.
+//!
+//! ```text
+//!   beginning of the text                  | the rest
+//!   word  word  word  …  word  word  last w|ord …
+//!   ─── counted ───────────  ─ 4 KiB ─     |
+//! ```
 
 use serde_json::Value;
 use tokenizers::Tokenizer;
 
 use super::pieces::Pieces;
+
+/// As much of a text is encoded as has more tokens than fit, if a token stands for less than so many bytes.
+const BYTES_PER_TOKEN: usize = 8;
+/// What ends so near the cut might be encoded otherwise with what follows: an added token across it, marks on a letter.
+const MARGIN: usize = 4096;
+
+/// Has a text more than `most` tokens, for all that its beginning shows? Shorter ones are not looked at.
+pub fn is_longer(text: &str, most: usize, tokenizer: &Tokenizer) -> bool {
+    let cut = text.floor_char_boundary(most.saturating_mul(BYTES_PER_TOKEN).saturating_add(4 * MARGIN));
+    if text.len() / 2 < cut {
+        return false;
+    }
+    let Ok(encoding) = tokenizer.encode(&text[..cut], false) else { return false };
+    let words = encoding.get_word_ids();
+    let last = words.last();
+    let ends = encoding.get_offsets().iter().map(|(_, end)| *end);
+    let certain = |(end, word): &(usize, &Option<u32>)| end + MARGIN <= cut && Some(*word) != last;
+    ends.zip(words).filter(certain).count() > most
+}
 
 /// The most bytes of text that one token can stand for.
 pub fn max_token_bytes(tokenizer: &Tokenizer, pieces: &Pieces) -> Option<usize> {
