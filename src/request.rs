@@ -178,6 +178,8 @@ pub enum FinishReason {
     Abort,
     /// It never ran: see [`Completion::error`].
     Rejected,
+    /// It ran and could not go on: see [`Completion::error`].
+    Failed,
 }
 
 /// Log-probabilities at one output token, before temperature and filters.
@@ -208,7 +210,7 @@ pub struct Completion {
     pub logprobs: Option<Vec<TokenLogprobs>>,
     /// What the caller should know though the request ran: that `max_tokens` was clamped.
     pub warning: Option<String>,
-    /// Why it was rejected.
+    /// Why it was rejected, or failed.
     pub error: Option<RequestError>,
 }
 
@@ -228,7 +230,7 @@ impl Completion {
     }
 }
 
-/// Why a request can't run. It concerns that request alone; others go on.
+/// Why a request can't run, or go on. It concerns that request alone; others go on.
 #[derive(Clone, Debug, Error, PartialEq)]
 pub enum RequestError {
     /// The engine refuses it.
@@ -269,6 +271,12 @@ pub enum RequestError {
         /// Tokens of the longest prompt that can run.
         limit: usize,
     },
+    /// The model gave NaN or infinity.
+    #[error(
+        "the model's logits are not numbers (NaN or infinite), so no token could be drawn: its weights are damaged, or its \
+         activations overflow; download the checkpoint again, or try --backend cpu, which computes in f32"
+    )]
+    NotNumbers,
     /// It would end every output at once.
     #[error("a stop text is empty; leave it out, or give at least one character")]
     EmptyStop,
@@ -292,6 +300,7 @@ impl RequestError {
             RequestError::ChatTemplate(_) => "refused by the chat template",
             RequestError::Encode(_) => "not encodable",
             RequestError::TextTooLong { .. } => "prompt too long",
+            RequestError::NotNumbers => "logits that are no numbers",
             RequestError::EmptyStop => "empty stop text",
         }
     }

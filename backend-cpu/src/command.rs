@@ -7,7 +7,7 @@
 use minisgl_core::backend::{KvLayer, Purpose, Step};
 use minisgl_core::batch::{self, HEADER_WORDS, Header};
 use minisgl_core::config::Limits;
-use minisgl_core::sampling::{LOGPROB_WORDS, RowLogprobs};
+use minisgl_core::sampling::{LOGPROB_WORDS, NO_TOKEN, RowLogprobs};
 use minisgl_core::spec::{Activation, Dims};
 use rayon::prelude::*;
 
@@ -157,7 +157,7 @@ impl Machine {
                 let vocab = dims.vocab as usize;
                 draw_rows(rows, floats(logits), vocab, floats(candidates), tokens);
                 for (row, token) in rows.iter().zip(tokens) {
-                    pool[row.slot as usize] = *token;
+                    pool[row.slot as usize] = if *token == NO_TOKEN { 0 } else { *token };
                 }
             }
             Command::Logprobs { step, logits, tokens, out } => {
@@ -169,7 +169,7 @@ impl Machine {
                 let logits = floats(logits).par_chunks(dims.vocab as usize);
                 let asked = out.par_iter_mut().zip(rows).zip(&tokens[first..][..rows.len()]).zip(logits);
                 asked
-                    .filter(|(((_, row), _), _)| row.logprobs > 0)
+                    .filter(|(((_, row), token), _)| row.logprobs > 0 && **token != NO_TOKEN)
                     .for_each(|(((out, row), token), logits)| *out = sampling::logprobs(logits, row, *token));
             }
         }

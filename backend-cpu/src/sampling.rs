@@ -5,16 +5,20 @@
 //! the candidates each time; and of the scores only those are computed whose upper bound beats the best one yet.
 
 use minisgl_core::batch::Row;
-use minisgl_core::sampling::{RowLogprobs, TOP_LOGPROBS_MAX, philox, uniform};
+use minisgl_core::sampling::{NO_TOKEN, RowLogprobs, TOP_LOGPROBS_MAX, philox, uniform};
 
 use crate::simd::largest;
 
 /// Ids whose bounds are computed together.
 const BLOCK: usize = 64;
 
-/// The row's token; `scratch` is as long as `logits`.
+/// The row's token, [`NO_TOKEN`] where the logits are not numbers; `scratch` is as long as `logits`.
 pub fn draw(logits: &[f32], row: &Row, scratch: &mut [f32]) -> u32 {
     let top = argmax(logits);
+    let any_nan = logits.iter().fold(false, |any, logit| any | logit.is_nan());
+    if any_nan || !logits[top as usize].is_finite() {
+        return NO_TOKEN;
+    }
     if row.temperature == 0.0 {
         return top;
     }

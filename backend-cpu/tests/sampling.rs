@@ -5,7 +5,7 @@ mod common;
 use common::{Machine, Random, Sequence, dims, limits};
 use minisgl_core::backend::{Ops, Step};
 use minisgl_core::batch::Row;
-use minisgl_core::sampling::{LOGPROB_WORDS, RowLogprobs, token_uniform};
+use minisgl_core::sampling::{LOGPROB_WORDS, NO_TOKEN, RowLogprobs, token_uniform};
 use minisgl_cpu::Buffer;
 
 /// A machine with a decode step whose row i samples by `rows[i]`, and the rows as packed.
@@ -151,6 +151,59 @@ fn greedy_takes_the_lowest_id_among_equals() {
         }
         let drawn = draw(&mut machine, &step, &logits);
         assert_eq!(drawn, first.iter().map(|id| *id as u32).collect::<Vec<_>>());
+    }
+}
+
+/// What is no number: its place among the logits, and what takes that place.
+const NOT_NUMBERS: [(f32, bool); 4] =
+    [(f32::NAN, false), (-f32::NAN, false), (f32::INFINITY, false), (f32::NEG_INFINITY, true)];
+
+#[test]
+fn a_row_whose_logits_are_no_numbers_draws_none_and_the_others_theirs() {
+    let mut random = Random(6);
+    for vocab in [1, 2, 17, 500, 1001] {
+        let rows: Vec<Row> = (0..32).map(|_| Row { logprobs: 2, ..any_row(&mut random, vocab) }).collect();
+        let (mut machine, step, rows) = sampling_step(&mut random, vocab, &rows);
+        let mut logits: Vec<f32> = (0..32).flat_map(|_| any_logits(&mut random, vocab)).collect();
+        let good = draw(&mut machine, &step, &logits);
+        for (i, logits) in logits.chunks_mut(vocab).enumerate().filter(|(i, _)| i % 2 == 1) {
+            let (value, everywhere) = NOT_NUMBERS[i / 2 % 4];
+            let at = random.below(vocab);
+            logits[at] = value;
+            if everywhere {
+                logits.fill(value);
+            }
+        }
+        let drawn = draw(&mut machine, &step, &logits);
+        let pool = machine.read_words(machine.token_pool, 32);
+        for (i, token) in drawn.iter().enumerate() {
+            let expected = if i % 2 == 1 { (NO_TOKEN, 0) } else { (good[i], good[i]) };
+            assert_eq!((*token, pool[rows[i].slot as usize]), expected, "row {i} of {vocab} logits");
+        }
+        let (floats, tokens) = (machine.floats(&logits), machine.words(&drawn));
+        let out = machine.words(&vec![7; 32 * LOGPROB_WORDS]);
+        machine.cpu.logprobs(&step, floats, tokens, out).unwrap();
+        let words = machine.read_words(out, 32 * LOGPROB_WORDS);
+        for (i, row) in words.chunks(LOGPROB_WORDS).enumerate() {
+            assert_eq!(row.iter().all(|word| *word == 7), i % 2 == 1, "log-probabilities of row {i}");
+        }
+    }
+}
+
+#[test]
+fn a_masked_logit_is_never_drawn() {
+    let mut random = Random(7);
+    let vocab = 40;
+    let rows: Vec<Row> = (0..200).map(|_| any_row(&mut random, vocab)).collect();
+    let (mut machine, step, _) = sampling_step(&mut random, vocab, &rows);
+    let mut logits = random.floats(200 * vocab);
+    for (i, logit) in logits.iter_mut().enumerate() {
+        if i % 3 != 0 {
+            *logit = f32::NEG_INFINITY;
+        }
+    }
+    for (i, token) in draw(&mut machine, &step, &logits).into_iter().enumerate() {
+        assert_eq!((i * vocab + token as usize) % 3, 0, "row {i} drew {token}");
     }
 }
 

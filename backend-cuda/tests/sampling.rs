@@ -6,7 +6,7 @@ use half::f16;
 use minisgl_core::backend::{Device, Element, Ops, Purpose, Queue, Step};
 use minisgl_core::batch::{Header, Layout, PageUpdate, ROW_WORDS, Row, StepShape};
 use minisgl_core::config::Limits;
-use minisgl_core::sampling::{LOGPROB_WORDS, RowLogprobs};
+use minisgl_core::sampling::{LOGPROB_WORDS, NO_TOKEN, RowLogprobs};
 use minisgl_core::spec::{DecoderSpec, Dims, LayerSpec};
 use minisgl_core::tensor::splitmix64;
 use minisgl_cuda::perf::drawn::complaint;
@@ -202,6 +202,60 @@ fn a_row_draws_the_same_token_alone_and_among_others_and_again() {
     for i in (0..rows as usize).step_by(17) {
         let (alone, ..) = bench.sample(&drawn[i..=i], &logits[i * vocab..][..vocab]);
         assert_eq!(alone[0], together[i], "row {i}");
+    }
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn a_row_whose_logits_are_no_numbers_draws_none_and_the_others_theirs() {
+    let not_numbers =
+        [(f16::NAN, false), (-f16::NAN, false), (f16::INFINITY, false), (f16::NEG_INFINITY, true)];
+    let mut random = Random(17);
+    for (rows, vocab) in taken([(24, 1), (32, 1001), (33, 1024), (64, 151_936)]) {
+        let mut bench = Bench::new(rows, vocab);
+        let drawn: Vec<Row> =
+            (0..rows).map(|slot| Row { logprobs: 3, ..random_row(&mut random, slot, vocab) }).collect();
+        let mut logits = random_logits(&mut random, rows as usize, vocab);
+        let (good, ..) = bench.sample(&drawn, &logits);
+        for (i, logits) in logits.chunks_mut(vocab).enumerate().filter(|(i, _)| i % 2 == 1) {
+            let (value, everywhere) = not_numbers[i / 2 % 4];
+            logits[random.word() as usize % vocab] = value;
+            if everywhere {
+                logits.fill(value);
+            }
+        }
+        for _ in 0..2 {
+            let (tokens, pool, logprobs) = bench.sample(&drawn, &logits);
+            for (i, row) in drawn.iter().enumerate() {
+                let expected = if i % 2 == 1 { (NO_TOKEN, 0) } else { (good[i], good[i]) };
+                assert_eq!(
+                    (tokens[i], pool[row.slot as usize]),
+                    expected,
+                    "{rows} x {vocab}: row {i}: {row:?}"
+                );
+                assert_eq!(logprobs[i].len == POISON, i % 2 == 1, "log-probabilities of row {i}");
+            }
+        }
+    }
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn a_masked_logit_is_never_drawn() {
+    let (rows, vocab) = (100, 1024);
+    let mut random = Random(19);
+    let mut bench = Bench::new(rows, vocab);
+    let drawn: Vec<Row> = (0..rows).map(|slot| random_row(&mut random, slot, vocab)).collect();
+    let mut logits = random_logits(&mut random, rows as usize, vocab);
+    for (_, logit) in logits.iter_mut().enumerate().filter(|(i, _)| i % 3 != 0) {
+        *logit = f16::NEG_INFINITY;
+    }
+    let (tokens, ..) = bench.sample(&drawn, &logits);
+    for (i, token) in tokens.into_iter().enumerate() {
+        assert!(
+            (token as usize) < vocab && (i * vocab + token as usize).is_multiple_of(3),
+            "row {i} drew {token}"
+        );
     }
 }
 

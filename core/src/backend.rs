@@ -312,7 +312,8 @@ pub trait Ops: Device {
     ) -> Result<(), Self::Error>;
 
     /// Draws a token for each sampled row by [`crate::sampling`]'s definition, into `tokens[header.output + row]` (words;
-    /// padding rows included) and the token pool.
+    /// padding rows included) and the token pool. Where there is none, the former gets [`crate::sampling::NO_TOKEN`], the
+    /// latter 0.
     fn sample(
         &mut self,
         step: &Step<Self::Buffer>,
@@ -321,7 +322,8 @@ pub trait Ops: Device {
     ) -> Result<(), Self::Error>;
 
     /// For each sampled row that asks for them: the log-probabilities of its token and of the most probable ones, as
-    /// [`crate::sampling::RowLogprobs`] at `out[header.output + row]`; `tokens` is what [`Ops::sample`] filled.
+    /// [`crate::sampling::RowLogprobs`] at `out[header.output + row]`; `tokens` is what [`Ops::sample`] filled. Nothing is
+    /// written for a row without a token.
     fn logprobs(
         &mut self,
         step: &Step<Self::Buffer>,

@@ -67,7 +67,7 @@ pub struct Row {
     pub kv_len: u32,
     /// 1 if the row is sampled, else 0.
     pub sampled: u32,
-    /// 0 takes the most probable token.
+    /// 0 takes the most probable token; never between 0 and [`crate::sampling::TEMPERATURE_MIN`].
     pub temperature: f32,
     /// 0 keeps every token.
     pub top_k: u32,

@@ -83,6 +83,8 @@ pub enum FinishReason {
     Eos,
     /// It was aborted.
     Abort,
+    /// Its logits were not numbers, so that no further token could be drawn.
+    NotNumbers,
 }
 
 /// What a step brought about.

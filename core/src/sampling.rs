@@ -2,7 +2,10 @@
 //!
 //! Given the logits `l` of a row (f32, or widened to f32) and its parameters:
 //!
-//! 1. Temperature 0 is greedy: the token is `argmax l`, the lowest id among equals; no random numbers, no filters.
+//! 0. If an `l_i` is NaN, or the largest is not finite, there is no token: [`NO_TOKEN`], and the request fails. Single
+//!    logits of minus infinity are as good as any: they are never drawn.
+//! 1. Temperature 0 is greedy: the token is `argmax l`, the lowest id among equals; no random numbers, no filters. So is
+//!    one below [`TEMPERATURE_MIN`], which reaches no backend: see [`SamplingParams::drawing_temperature`].
 //! 2. Otherwise `z_i = l_i / temperature`.
 //! 3. `top_k > 0` keeps `z_i >= ` the k-th largest z (counted with repetition); equals of the k-th all stay.
 //! 4. `top_p < 1` keeps, of those, `z_i >= t` for the largest `t` whose kept tokens hold at least `top_p` of the mass
@@ -24,10 +27,18 @@ use thiserror::Error;
 /// How many alternatives' log-probabilities a request may ask for.
 pub const TOP_LOGPROBS_MAX: usize = 20;
 
+/// In a step's tokens: the row's logits are not numbers, so no token could be drawn. The token pool gets 0 then, so
+/// that a step launched meanwhile finds a token there.
+pub const NO_TOKEN: u32 = u32::MAX;
+
+/// The least temperature that tokens are drawn with. At this one a logit that lies 0.001 below another is e^100 times
+/// less probable; far below it, logits divided by it are infinite.
+pub const TEMPERATURE_MIN: f32 = 1e-5;
+
 /// How a request's tokens are drawn.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct SamplingParams {
-    /// 0 is greedy; higher is flatter.
+    /// 0, or anything below [`TEMPERATURE_MIN`], is greedy; higher is flatter.
     pub temperature: f32,
     /// Keep the k most probable tokens; 0 keeps all.
     pub top_k: u32,
@@ -100,6 +111,11 @@ impl SamplingParams {
             _ => Ok(()),
         }
     }
+
+    /// The temperature as backends see it: 0 where it is too small to divide by.
+    pub fn drawing_temperature(&self) -> f32 {
+        if self.temperature < TEMPERATURE_MIN { 0.0 } else { self.temperature }
+    }
 }
 
 /// Philox4x32 with 7 rounds (Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", 2011): a keyed bijection
@@ -155,6 +171,19 @@ impl RowLogprobs {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_temperature_too_small_to_divide_by_is_greedy() {
+        let drawing =
+            |temperature| SamplingParams { temperature, ..SamplingParams::default() }.drawing_temperature();
+        for tiny in [0.0, 1e-45, 1e-39, f32::MIN_POSITIVE, 9.9e-6] {
+            assert_eq!(drawing(tiny), 0.0);
+        }
+        for usual in [TEMPERATURE_MIN, 0.6, 5.0] {
+            assert_eq!(drawing(usual), usual);
+        }
+        assert!((f32::MAX * 1e-30 / TEMPERATURE_MIN).is_finite(), "logits up to 1e8 stay finite");
+    }
 
     /// Known answers for seven rounds, from the Random123 distribution's kat_vectors.
     #[test]

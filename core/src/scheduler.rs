@@ -28,7 +28,7 @@ use crate::batch::{Batch, LAST_TOKEN, PageUpdate, Phase, Row, Token};
 use crate::config::Limits;
 use crate::pages::{NO_PAGE, PagePool};
 use crate::request::{Event, FinishReason, Request, SubmitError, Submitted, Ticket};
-use crate::sampling::{RowLogprobs, SamplingParams};
+use crate::sampling::{NO_TOKEN, RowLogprobs, SamplingParams};
 use crate::stats::{Load, Stats};
 use crate::table::{RequestTable, State};
 
@@ -396,6 +396,10 @@ impl Scheduler {
         let owners = batch.owners().iter().zip(tokens).enumerate();
         for (i, (&ticket, &token)) in owners.take(batch.samples() as usize) {
             let Some(entry) = self.table.find(ticket) else { continue };
+            if token == NO_TOKEN {
+                self.end(entry, FinishReason::NotNumbers, sink);
+                continue;
+            }
             self.table.push_token(entry, token);
             self.stats.output_tokens += 1;
             // Without log-probabilities the rows are left alone: since they were packed they have gone cold.
@@ -513,7 +517,7 @@ fn row(
         position: positions.start,
         kv_len: positions.end,
         sampled: u32::from(sampled),
-        temperature: params.temperature,
+        temperature: params.drawing_temperature(),
         top_k: params.top_k,
         top_p: params.top_p,
         min_p: params.min_p,

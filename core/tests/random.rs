@@ -9,7 +9,7 @@ use minisgl_core::sampling::SamplingParams;
 use minisgl_core::scheduler::{Order, Policy};
 use proptest::prelude::*;
 
-use support::expected::{self, EOS, VOCAB};
+use support::expected::{self, EOS, FAILING, VOCAB};
 use support::hashing::Hashing;
 use support::lazy::{Lazy, Pace};
 use support::{Outcome, Outcomes, run_dry};
@@ -69,7 +69,7 @@ fn prompt() -> impl Strategy<Value = Vec<u32>> {
 }
 
 fn action() -> impl Strategy<Value = Action> {
-    let params = (1..20u32, 0..3u64, any::<bool>(), prop::option::of(0..3u32)).prop_map(
+    let params = (1..20u32, 0..=FAILING, any::<bool>(), prop::option::of(0..3u32)).prop_map(
         |(max_tokens, seed, ignore_eos, logprobs)| SamplingParams {
             max_tokens,
             seed,

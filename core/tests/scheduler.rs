@@ -4,6 +4,7 @@ mod support;
 
 use minisgl_core::batch::{Batch, Phase};
 use minisgl_core::request::{Event, FinishReason, Request, Ticket};
+use minisgl_core::sampling::{NO_TOKEN, SamplingParams};
 use minisgl_core::scheduler::{Order, Policy, Scheduler};
 
 use support::expected::VOCAB;
@@ -71,6 +72,45 @@ fn prompts_go_first_and_a_long_one_goes_in_chunks() {
     assert_eq!(next(&mut scheduler), (Phase::Prefill, vec![(6, 14, 1), (0, 2, 0)]));
     assert_eq!(next(&mut scheduler), (Phase::Prefill, vec![(2, 1, 1)]));
     assert_eq!(next(&mut scheduler), (Phase::Decode, vec![(10, 1, 1), (20, 1, 1), (3, 1, 1)]));
+}
+
+#[test]
+fn a_request_whose_logits_are_no_numbers_ends_alone() {
+    let mut scheduler = scheduler();
+    let tickets = [1, 2, 3].map(|text| submit(&mut scheduler, &[text, 1], 2));
+    let mut batches = [Batch::new(&SMALL), Batch::new(&SMALL)];
+    assert!(scheduler.schedule(&mut batches[0]));
+    assert!(
+        scheduler.schedule(&mut batches[1]),
+        "the next step is on its way when the first one's tokens come"
+    );
+    let mut events = Vec::new();
+    let mut sink = |event: Event<'_>| match event {
+        Event::Token { ticket, token, .. } => events.push((ticket, Ok(token))),
+        Event::Finished { ticket, reason, .. } => events.push((ticket, Err(reason))),
+    };
+    scheduler.complete(&batches[0], &[5, NO_TOKEN, 5], &[], &mut sink);
+    scheduler.check();
+    scheduler.complete(&batches[1], &[6, 0, 6], &[], &mut sink);
+    scheduler.check();
+    let of = |ticket| -> Vec<_> { events.iter().filter(|it| it.0 == ticket).map(|it| it.1).collect() };
+    assert_eq!(of(tickets[1]), [Err(FinishReason::NotNumbers)]);
+    for other in [tickets[0], tickets[2]] {
+        assert_eq!(of(other), [Ok(5), Ok(6), Err(FinishReason::Length)]);
+    }
+    assert!(scheduler.is_idle());
+}
+
+#[test]
+fn a_tiny_temperature_reaches_the_device_as_greedy() {
+    let mut scheduler = scheduler();
+    for temperature in [1e-39, 0.5] {
+        let params = SamplingParams { temperature, ..exactly(2) };
+        scheduler.submit(Request { prompt: &[1], params }).expect("it can run");
+    }
+    let mut batch = Batch::new(&SMALL);
+    assert!(scheduler.schedule(&mut batch));
+    assert_eq!(batch.rows().iter().map(|row| row.temperature).collect::<Vec<_>>(), [0.0, 0.5]);
 }
 
 #[test]

@@ -21,7 +21,10 @@
 // 5. A score's bound is never below the score: the noise's bound is above the noise by more than its logarithms are off, and
 //    what is added to both rounds the same way. So a logit whose bound is below what the warp has found has lost, and its
 //    logarithms are not computed: after a few hundred logits, most have.
-// 6. sample_cut waits for the head's product even where it has nothing to cut: sample_draw waits for sample_cut alone, and
+// 6. A row whose largest logit is not finite, or that has a NaN, gets NO_TOKEN. A maximum that keeps NaN goes along with the
+//    draw, four instructions for eight logits; what it finds takes part as a score of infinity, which no number has. The
+//    token pool gets 0: the next step, launched already, reads it.
+// 7. sample_cut waits for the head's product even where it has nothing to cut: sample_draw waits for sample_cut alone, and
 //    reads the logits. logprobs is launched behind a recorded step, hence no dependent launch.
 #include <cuda_fp16.h>
 
@@ -31,6 +34,8 @@
 #define LN2 0.6931471805599453f
 #define LOG2E 1.4426950408889634f
 #define NO_CUT __int_as_float(0xff800000)
+#define INFINITE __int_as_float(0x7f800000)
+#define NO_TOKEN 0xffffffffu
 
 // f16 bits to a key of the same order, and back.
 __device__ __forceinline__ unsigned key_of(__half logit) {
@@ -319,10 +324,14 @@ sample_draw(const unsigned *batch, unsigned rows_offset, const __half *logits, u
     const unsigned begin = blockIdx.x * chunk, end = min(vocab, begin + chunk);
     const float least = cut[blockIdx.y], inverse = greedy ? 1.0f : 1.0f / row.temperature;
     Best best = {NO_CUT, begin};
+    __half2 largest = __half2half2(__ushort_as_half(0xfc00));
     for (unsigned first = begin; first < end; first += 256 * 8) {
         const unsigned i = first + threadIdx.x * 8;
         __half logit[8];
         load_eight(logit, l, aligned, i, end);
+#pragma unroll
+        for (int j = 0; j < 8; j += 2)
+            largest = __hmax2_nan(largest, __halves2half2(logit[j], logit[j + 1]));
         if (greedy) {
 #pragma unroll
             for (int j = 0; j < 8; j++)
@@ -333,6 +342,9 @@ sample_draw(const unsigned *batch, unsigned rows_offset, const __half *logits, u
             take_four(best, logit + 4, i + 4, row, inverse, least, found);
         }
     }
+    const __half own = __hmax_nan(__low2half(largest), __high2half(largest));
+    if (!(__half2float(own) < INFINITE))
+        best.score = INFINITE;
     unsigned long long winner = (unsigned long long)ordered(best.score) << 32 | (0xffffffffu - best.id);
     for (int lane = 16; lane > 0; lane /= 2) {
         const unsigned long long other = __shfl_xor_sync(0xffffffffu, winner, lane);
@@ -350,10 +362,12 @@ sample_draw(const unsigned *batch, unsigned rows_offset, const __half *logits, u
     if (atomicAdd(&arrived[blockIdx.y], 1) + 1 != gridDim.x)
         return;
     __threadfence();
-    const unsigned token = 0xffffffffu - (unsigned)atomicExch(&row_best[blockIdx.y], 0ull);
+    winner = atomicExch(&row_best[blockIdx.y], 0ull);
     arrived[blockIdx.y] = 0;
-    tokens[reinterpret_cast<const Header *>(batch)->output + blockIdx.y] = token;
-    token_pool[row.slot] = token;
+    const unsigned id = 0xffffffffu - (unsigned)winner;
+    const bool drawn = fabsf(value_of((unsigned)(winner >> 32))) < INFINITE;
+    tokens[reinterpret_cast<const Header *>(batch)->output + blockIdx.y] = drawn ? id : NO_TOKEN;
+    token_pool[row.slot] = drawn ? id : 0;
 }
 
 struct RowLogprobs {
@@ -386,6 +400,8 @@ logprobs(const unsigned *batch, unsigned rows_offset, const __half *logits, unsi
     if (row.logprobs == 0)
         return;
     const unsigned output = reinterpret_cast<const Header *>(batch)->output + blockIdx.x;
+    if (tokens[output] == NO_TOKEN)
+        return;
     const __half *l = logits + (size_t)blockIdx.x * stride;
     const bool aligned = stride % 8 == 0;
     const unsigned wanted = min(row.logprobs - 1, vocab);

@@ -199,6 +199,7 @@ impl Output {
             core::FinishReason::Length => FinishReason::Length,
             core::FinishReason::Eos => FinishReason::Eos,
             core::FinishReason::Abort => FinishReason::Abort,
+            core::FinishReason::NotNumbers => FinishReason::Failed,
         };
         let completion = Completion {
             token_ids: tokens.to_vec(),
@@ -209,7 +210,7 @@ impl Output {
             max_tokens: self.max_tokens,
             logprobs: self.logprobs.take(),
             warning: self.warning(),
-            error: None,
+            error: (finish_reason == FinishReason::Failed).then_some(RequestError::NotNumbers),
         };
         self.end(completion, rest)
     }

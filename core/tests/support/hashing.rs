@@ -8,7 +8,7 @@ use minisgl_core::batch::{
     HEADER_WORDS, Header, LAST_TOKEN, Phase, Row, StepShape, packed_rows, packed_tokens, packed_updates,
 };
 use minisgl_core::config::Limits;
-use minisgl_core::sampling::{LOGPROB_WORDS, RowLogprobs, TOP_LOGPROBS_MAX};
+use minisgl_core::sampling::{LOGPROB_WORDS, NO_TOKEN, RowLogprobs, TOP_LOGPROBS_MAX};
 
 use super::expected;
 use super::lazy::{Lazy, LazyError, Op, Words};
@@ -109,7 +109,7 @@ pub fn forward(memory: &mut [u32], step: &Step<Words>, kv: Words, tokens: Words)
         let state = context.fold(0, expected::attend);
         let token = expected::draw(state, u64::from(row.seed_high) << 32 | u64::from(row.seed_low));
         *device.word(tokens, header.output as usize + i) = token;
-        *device.word(step.token_pool, row.slot as usize) = token;
+        *device.word(step.token_pool, row.slot as usize) = if token == NO_TOKEN { 0 } else { token };
     }
 }
 
@@ -124,6 +124,9 @@ pub fn logprobs(memory: &mut [u32], step: &Step<Words>, tokens: Words, out: Word
     {
         let at = header.output as usize + i;
         let token = *device.word(tokens, at);
+        if token == NO_TOKEN {
+            continue;
+        }
         let row = RowLogprobs {
             token: expected::logprob(token, row.kv_len),
             len: row.logprobs - 1,
