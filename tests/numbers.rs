@@ -14,7 +14,7 @@ const INFINITY: u16 = 0x7f80;
 fn damage(folder: &Scratch, tensor: &str, element: usize, bits: u16) {
     for entry in fs::read_dir(folder.path()).unwrap() {
         let path = entry.unwrap().path();
-        if !path.extension().is_some_and(|it| it == "safetensors") || path.ends_with("expected.safetensors") {
+        if path.extension().is_none_or(|it| it != "safetensors") || path.ends_with("expected.safetensors") {
             continue;
         }
         let mut file = fs::read(&path).unwrap();

@@ -181,13 +181,17 @@ pub fn write_result(
     token_bytes: &dyn Fn(u32) -> Option<Vec<u8>>,
 ) {
     if let Some(error) = &completion.error {
-        let error = Error { message: error.to_string(), r#type: INVALID, param: None, code: None };
-        return write_response(out, header, origin, 400, ErrorBody { error });
+        let (status, r#type) = match completion.finish_reason {
+            FinishReason::Failed => (500, "server_error"),
+            _ => (400, INVALID),
+        };
+        let error = Error { message: error.to_string(), r#type, param: None, code: None };
+        return write_response(out, header, origin, status, ErrorBody { error });
     }
     let finish_reason = match completion.finish_reason {
         FinishReason::Eos | FinishReason::Stop => "stop",
         FinishReason::Length => "length",
-        FinishReason::Abort | FinishReason::Rejected => {
+        FinishReason::Abort | FinishReason::Rejected | FinishReason::Failed => {
             return write_failure(out, header, origin, "the request was aborted");
         }
     };

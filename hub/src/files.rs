@@ -1,0 +1,172 @@
+//! Which of a repository's files a model is opened from.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::{Component, Path};
+
+use serde_json::Value;
+
+use crate::error::HubError;
+use crate::name::RepoName;
+
+const SINGLE: &str = "model.safetensors";
+pub(crate) const INDEX: &str = "model.safetensors.index.json";
+
+/// Files beside the weights, where there are any of them.
+const BESIDE: [&str; 8] = [
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+];
+/// Folder of a model's further chat templates.
+const TEMPLATES: &str = "additional_chat_templates/";
+
+/// What is to be fetched.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Needed {
+    /// Configuration, tokenizer, templates, and the index if there is one.
+    pub beside: Vec<String>,
+    /// The weights; empty where the index names them.
+    pub weights: Vec<String>,
+}
+
+/// Chooses among the files of a repository.
+pub(crate) fn needed(name: &RepoName, files: &[String]) -> Result<Needed, HubError> {
+    let has = |file: &str| files.iter().any(|it| it == file);
+    let is_template = |file: &&String| file.starts_with(TEMPLATES) && file.ends_with(".jinja");
+    let mut beside: Vec<String> =
+        BESIDE.iter().filter(|file| has(file)).map(|file| (*file).to_owned()).collect();
+    beside.extend(files.iter().filter(is_template).cloned());
+    if let Some(file) = beside.iter().find(|file| !is_inside(file)) {
+        return Err(HubError::NoFile {
+            name: name.to_string(),
+            file: format!("file of a usable name, but {file}"),
+        });
+    }
+    if !has("config.json") {
+        return Err(HubError::NoFile { name: name.to_string(), file: "config.json".to_owned() });
+    }
+    if has(SINGLE) {
+        return Ok(Needed { beside, weights: vec![SINGLE.to_owned()] });
+    }
+    if has(INDEX) {
+        beside.push(INDEX.to_owned());
+        return Ok(Needed { beside, weights: Vec::new() });
+    }
+    let is_shard = |file: &&String| file.ends_with(".safetensors") && !file.contains('/');
+    let weights: Vec<String> = files.iter().filter(is_shard).cloned().collect();
+    if weights.is_empty() {
+        let is_other =
+            |file: &&String| [".bin", ".pth", ".pt", ".gguf"].iter().any(|end| file.ends_with(end));
+        let name = name.to_string();
+        return Err(match files.iter().find(is_other) {
+            Some(file) => HubError::NoSafetensors { name, file: file.clone() },
+            None => HubError::NoFile { name, file: SINGLE.to_owned() },
+        });
+    }
+    Ok(Needed { beside, weights })
+}
+
+/// The shards that an index names; `None` where it is no index.
+pub(crate) fn shards(index: &[u8]) -> Option<Vec<String>> {
+    let index: Value = serde_json::from_slice(index).ok()?;
+    let files = index.get("weight_map")?.as_object()?.values().map(|file| file.as_str().map(str::to_owned));
+    let files: BTreeSet<String> = files.collect::<Option<_>>()?;
+    files.iter().all(|file| is_inside(file)).then(|| files.into_iter().collect())
+}
+
+/// Does a snapshot have its weights? Then it has everything, since they come last.
+pub(crate) fn is_whole(snapshot: &Path) -> bool {
+    let has = |file: &str| snapshot.join(file).exists();
+    if !has("config.json") {
+        return false;
+    }
+    if has(SINGLE) {
+        return true;
+    }
+    match fs::read(snapshot.join(INDEX)) {
+        Ok(index) => shards(&index).is_some_and(|shards| shards.iter().all(|shard| has(shard))),
+        Err(_) => fs::read_dir(snapshot).is_ok_and(|entries| {
+            let is_shard = |name: &Path| name.extension().is_some_and(|it| it == "safetensors");
+            entries.flatten().any(|entry| is_shard(&entry.path()) && entry.path().exists())
+        }),
+    }
+}
+
+/// Does a path stay inside the folder that it starts from?
+fn is_inside(file: &str) -> bool {
+    let mut parts = Path::new(file).components();
+    !file.is_empty() && !file.contains('\\') && parts.all(|part| matches!(part, Component::Normal(_)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn choose(files: &[&str]) -> Result<Needed, HubError> {
+        let files: Vec<String> = files.iter().map(|file| (*file).to_owned()).collect();
+        needed(&"a/b".parse().unwrap(), &files)
+    }
+
+    #[test]
+    fn only_what_a_model_is_opened_from_is_fetched_and_safetensors_before_all_else() {
+        let all = [
+            ".gitattributes",
+            "README.md",
+            "config.json",
+            "generation_config.json",
+            "merges.txt",
+            "vocab.json",
+            "model.safetensors",
+            "pytorch_model.bin",
+            "onnx/model.onnx",
+            "original/consolidated.00.pth",
+            "tokenizer.json",
+            "tokenizer_config.json",
+            "chat_template.jinja",
+            "additional_chat_templates/tool_use.jinja",
+            "logo.jinja",
+        ];
+        let needed = choose(&all).unwrap();
+        assert_eq!(needed.weights, ["model.safetensors"]);
+        let beside = "config.json generation_config.json tokenizer.json tokenizer_config.json chat_template.jinja \
+                      additional_chat_templates/tool_use.jinja";
+        assert_eq!(needed.beside.join(" "), beside);
+    }
+
+    #[test]
+    fn an_index_says_which_shards_and_without_one_all_are_taken() {
+        let indexed =
+            choose(&["config.json", INDEX, "model-1.safetensors", "consolidated.safetensors"]).unwrap();
+        assert_eq!((indexed.beside.len(), indexed.weights.len()), (2, 0));
+        let listed = choose(&["config.json", "b.safetensors", "a.safetensors", "sub/c.safetensors"]).unwrap();
+        assert_eq!(listed.weights, ["b.safetensors", "a.safetensors"]);
+        assert_eq!(shards(br#"{"weight_map": {"x": "b", "y": "a", "z": "b"}}"#).unwrap(), ["a", "b"]);
+        for bad in [
+            "",
+            "{}",
+            r#"{"weight_map": {"x": "../a"}}"#,
+            r#"{"weight_map": {"x": 1}}"#,
+            r#"{"weight_map": {"x": "/a"}}"#,
+        ] {
+            assert_eq!(shards(bad.as_bytes()), None, "{bad}");
+        }
+    }
+
+    #[test]
+    fn what_is_no_model_is_refused_by_what_it_lacks() {
+        let refusal = |files: &[&str]| choose(files).unwrap_err().to_string();
+        assert!(refusal(&["model.safetensors"]).contains("config.json"));
+        assert!(refusal(&["config.json"]).contains("model.safetensors"));
+        assert!(refusal(&["config.json", "pytorch_model.bin"]).contains("pytorch_model.bin"));
+        assert!(
+            refusal(&["config.json", "model.safetensors", "additional_chat_templates/../../x.jinja"])
+                .contains("x.jinja")
+        );
+    }
+}
