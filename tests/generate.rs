@@ -126,7 +126,7 @@ fn a_bad_line_gets_an_error_line_with_its_number_and_the_rest_goes_on() {
         (r#"{"id": 17, "prompt_token_ids": [1], "max_token": 5}"#, json!(17), "\"max_token\""),
         (r#"{"id": 18, "prompt_token_ids": [1], "logprobs": 21}"#, json!(18), "logprobs is 21"),
         (r#"{"id": "good", "prompt_token_ids": [2]}"#, json!("again"), ""),
-        (r#"{"id": 20, "messages": [{"content": "a"}]}"#, json!(20), "message 1 is no message: "),
+        (r#"{"id": 20, "messages": [{"content": "a"}]}"#, json!(20), "messages[0]: a message has no role"),
     ];
     let input: Vec<&str> = bad.iter().map(|(line, ..)| *line).collect();
     scratch.write("in.jsonl", input.join("\n"));

@@ -45,7 +45,7 @@ fn requests() -> Vec<Value> {
     merge(&mut text_with_bytes, json!({"logprobs": 3}));
     let messages = json!([
         {"role": "system", "content": "Be brief."},
-        {"role": "user", "content": "Hi"},
+        {"role": "user", "content": [{"type": "text", "text": "Hi"}, {"type": "text", "text": "!"}]},
     ]);
     vec![
         chat("plain", json!({})),
@@ -69,12 +69,16 @@ fn requests() -> Vec<Value> {
             "role",
             json!({"messages": [{"role": "user", "content": "a"}, {"role": "elf", "content": "b"}]}),
         ),
+        chat(
+            "image",
+            json!({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}),
+        ),
         text("too long", json!({"prompt": vec![5; 300]})),
         text("no prompt", json!({"prompt": null})),
     ]
 }
 
-const REFUSED: usize = 7;
+const REFUSED: usize = 8;
 
 #[test]
 fn batch_lines_are_answered_as_the_openai_package_expects() {

@@ -249,23 +249,10 @@ fn messages(value: &RawValue) -> Result<Vec<Message>, LineError> {
         return Err(wrong("messages", value, EXPECTED));
     }
     let message = |(at, value): (usize, &&RawValue)| {
-        let unreadable = |cause: String| LineError::Unreadable {
+        serde_json::from_str(value.get()).map_err(|error| LineError::Unreadable {
             field: "messages",
-            cause: format!("message {} {cause}", at + 1),
-        };
-        let no_message = |error| unreadable(format!("is no message: {}", cause(&error)));
-        let message: Message = serde_json::from_str(value.get()).map_err(no_message)?;
-        match other_part(&message) {
-            Some(kind) => Err(unreadable(format!("has a part of type {kind}; only text is taken"))),
-            None => Ok(message),
-        }
+            cause: format!("messages[{at}]: {}", cause(&error)),
+        })
     };
     list.iter().enumerate().map(message).collect()
-}
-
-/// The type of a part of the content that is no text: an image, for example.
-fn other_part(message: &Message) -> Option<String> {
-    let parts = message.fields().get("content")?.as_array()?;
-    let other = parts.iter().find(|part| !(part.is_string() || part["text"].is_string()))?;
-    Some(shown(&other["type"].to_string()))
 }
