@@ -629,6 +629,21 @@ fn a_request_that_the_engine_refuses_is_answered_with_status_400() {
 }
 
 #[test]
+fn a_request_that_the_model_fails_is_answered_with_status_500() {
+    let completion = Completion {
+        finish_reason: FinishReason::Failed,
+        error: Some(RequestError::NotNumbers),
+        ..completion()
+    };
+    for line in [CHAT, TEXT] {
+        let failed = result(line, &completion);
+        assert_eq!((&failed["response"]["status_code"], &failed["error"]), (&json!(500), &Value::Null));
+        assert_eq!(failed["response"]["body"]["error"]["type"], "server_error");
+        assert!(!lines::read_result(failed.to_string().as_bytes()).unwrap().good);
+    }
+}
+
+#[test]
 fn what_stops_a_request_from_outside_is_an_error_beside_the_response() {
     let mut out = Vec::new();
     lines::write_failure(&mut out, &parse(CHAT).unwrap().header, ORIGIN, "the engine failed");
