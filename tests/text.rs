@@ -555,3 +555,31 @@ fn a_text_of_20_megabytes_is_refused_and_the_others_run() {
     }
     assert_eq!(completions[2].token_ids.len(), 2);
 }
+
+#[test]
+fn a_template_that_calls_itself_for_ever_is_refused() {
+    for template in [
+        "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+        "{% macro f(x) %}{{ g(x) }}{% endmacro %}{% macro g(x) %}{{ f([x]) }}{% endmacro %}{{ f(1) }}",
+        "{% for x in [[1]] recursive %}{{ loop([[1]]) }}{% endfor %}",
+    ] {
+        let error = templated(template).render(&ChatPrompt::new([Message::new("user", "Hi")])).unwrap_err();
+        assert!(matches!(error, RequestError::ChatTemplate(_)), "{error}");
+    }
+}
+
+#[test]
+fn a_vocabulary_that_is_a_list_takes_further_tokens_at_its_end_alone() {
+    let list = json!({
+        "version": "1.0", "added_tokens": [], "normalizer": null, "pre_tokenizer": null, "post_processor": null,
+        "decoder": null, "model": {"type": "Unigram", "unk_id": 0, "vocab": [["<unk>", 0.0], ["a", -1.0], ["b", -2.0]]},
+    });
+    let config = |id: &str| json!({"added_tokens_decoder": {id: added("<|x|>", true)}});
+    let text = text_of(&[("tokenizer.json", list.clone()), ("tokenizer_config.json", config("3"))]);
+    assert_eq!(ids(&text, "a<|x|>b"), [1, 3, 2]);
+    let scratch = Scratch::new();
+    scratch.write("tokenizer.json", list.to_string());
+    scratch.write("tokenizer_config.json", config("9").to_string());
+    let error = Text::open(scratch.path()).err().unwrap().to_string();
+    assert!(error.contains("<|x|>") && error.contains('9') && error.contains("tokenizer.json"), "{error}");
+}

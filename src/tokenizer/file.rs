@@ -4,13 +4,16 @@
 //! are dropped; tokens that only tokenizer_config.json lists are added, with the ids that it gives them; and tokens
 //! that it names as special are.
 
+use std::cell::Cell;
 use std::collections::BTreeMap;
-use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::panic::{self, AssertUnwindSafe, catch_unwind};
 use std::path::Path;
+use std::sync::Once;
 
 use serde_json::value::RawValue;
 use tokenizers::{AddedToken, Model, Tokenizer};
 
+use super::Codec;
 use super::config::{TokenizerConfig, read, unusable};
 use crate::error::Error;
 use crate::request::JsonObject;
@@ -19,13 +22,38 @@ use crate::request::JsonObject;
 ///
 /// # Errors
 /// A file that is there but makes no tokenizer.
-pub fn open(folder: &Path, config: &TokenizerConfig) -> Result<Option<Tokenizer>, Error> {
+pub fn open(folder: &Path, config: &TokenizerConfig) -> Result<Option<Codec>, Error> {
     let path = folder.join("tokenizer.json");
     let Some(text) = read(&path)? else { return Ok(None) };
-    // The tokenizers crate panics at some files; one that is well-formed JSON in each section mostly gets an error.
-    let built = catch_unwind(AssertUnwindSafe(|| build(&text, config)));
-    let built = built.unwrap_or_else(|_| Err("it is damaged".to_owned()));
-    built.map(Some).map_err(|reason| unusable(&path, reason))
+    let built = without_panic(|| {
+        let codec = Codec::new(build(&text, config)?)?;
+        // What panics at every text should do so here.
+        let _ = codec.tokenizer.encode("a b", true);
+        Ok(codec)
+    });
+    built
+        .unwrap_or_else(|| Err("it is damaged".to_owned()))
+        .map(Some)
+        .map_err(|reason| unusable(&path, reason))
+}
+
+/// Does what panics at some files: the tokenizers crate trusts merges and post-processors. `None` if it did; nothing is
+/// said of it.
+fn without_panic<T>(work: impl FnOnce() -> T) -> Option<T> {
+    thread_local!(static QUIET: Cell<bool> = const { Cell::new(false) });
+    static HOOK: Once = Once::new();
+    HOOK.call_once(|| {
+        let said = panic::take_hook();
+        panic::set_hook(Box::new(move |panic| {
+            if !QUIET.get() {
+                said(panic);
+            }
+        }));
+    });
+    QUIET.set(true);
+    let done = catch_unwind(AssertUnwindSafe(work)).ok();
+    QUIET.set(false);
+    done
 }
 
 fn build(text: &str, config: &TokenizerConfig) -> Result<Tokenizer, String> {

@@ -32,11 +32,19 @@ pub struct Text {
     warnings: Vec<String>,
 }
 
-/// A tokenizer, and its tokens' bytes.
+/// A tokenizer, and what its tokens stand for.
 struct Codec {
     tokenizer: Tokenizer,
     pieces: Pieces,
     max_token_bytes: Option<usize>,
+}
+
+impl Codec {
+    fn new(tokenizer: Tokenizer) -> Result<Self, String> {
+        let pieces = Pieces::of(&tokenizer)?;
+        let max_token_bytes = bound::max_token_bytes(&tokenizer, &pieces);
+        Ok(Codec { tokenizer, pieces, max_token_bytes })
+    }
 }
 
 impl Text {
@@ -47,11 +55,7 @@ impl Text {
     /// [`Text::warnings`].
     pub fn open(folder: &Path) -> Result<Self, Error> {
         let config = TokenizerConfig::open(folder)?;
-        let codec = file::open(folder, &config)?.map(|tokenizer| {
-            let pieces = Pieces::of(&tokenizer);
-            let max_token_bytes = bound::max_token_bytes(&tokenizer, &pieces);
-            Codec { tokenizer, pieces, max_token_bytes }
-        });
+        let codec = file::open(folder, &config)?;
         let templates = ChatTemplates::open(folder, &config)?;
         let mut warnings = templates.warnings().to_vec();
         let mut eos = None;

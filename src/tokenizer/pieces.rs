@@ -16,6 +16,9 @@ use std::collections::HashMap;
 use serde_json::Value;
 use tokenizers::{Decoder, Tokenizer};
 
+/// Far more than any vocabulary has: a table of all ids must fit into memory.
+const IDS_MAX: usize = 1 << 24;
+
 /// The bytes of all tokens.
 pub struct Pieces {
     /// Of all tokens in a row.
@@ -38,11 +41,18 @@ pub struct Row {
 }
 
 impl Pieces {
-    pub fn of(tokenizer: &Tokenizer) -> Self {
+    /// Those of a tokenizer.
+    ///
+    /// # Errors
+    /// An id that no vocabulary reaches.
+    pub fn of(tokenizer: &Tokenizer) -> Result<Self, String> {
         let decoder = serde_json::to_value(tokenizer.get_decoder()).unwrap_or_default();
         let scheme = Scheme::of(&decoder);
         let ids = tokenizer.get_vocab(true).into_values();
         let count = ids.max().map_or(0, |id| id as usize + 1);
+        if count > IDS_MAX {
+            return Err(format!("it gives a token the id {}; ids lie below {IDS_MAX}", count - 1));
+        }
         let mut pieces = Pieces {
             bytes: Vec::new(),
             ends: Vec::with_capacity(count),
@@ -61,7 +71,7 @@ impl Pieces {
             pieces.special.push(special);
             pieces.ends.push(pieces.bytes.len() as u32);
         }
-        pieces
+        Ok(pieces)
     }
 
     /// The bytes of a token, a special one's too; `None` for an id that stands for nothing.
@@ -195,13 +205,13 @@ mod tests {
     use super::*;
 
     fn bytes(tokenizer: &Tokenizer, id: u32) -> Option<Vec<u8>> {
-        Pieces::of(tokenizer).get(id).map(<[u8]>::to_vec)
+        Pieces::of(tokenizer).unwrap().get(id).map(<[u8]>::to_vec)
     }
 
     #[test]
     fn the_bytes_of_a_texts_tokens_are_the_text_whatever_it_is() {
         let tokenizer = Tokenizer::from_file("tests/fixtures/text/tokenizer.json").unwrap();
-        let pieces = Pieces::of(&tokenizer);
+        let pieces = Pieces::of(&tokenizer).unwrap();
         let every_byte: String = (0..0x250_u32).filter_map(char::from_u32).collect();
         for text in
             [" Größe: 🦀 ist 3 щука,\n\tnaïve 🙂 漢字!", "<|im_start|>user\nHi<|im_end|>", &every_byte]
