@@ -34,6 +34,9 @@ struct Heads {
     head_dim: usize,
 }
 
+/// No window: all positions up to a token's own.
+const ALL: u32 = u32::MAX;
+
 impl Heads {
     /// Elements of a token's queries, all heads.
     fn width(self) -> usize {
@@ -54,6 +57,8 @@ struct Span {
 struct Numbers {
     seed: u64,
     heads: Heads,
+    /// Positions that a token sees.
+    window: u32,
 }
 
 struct World {
@@ -86,14 +91,15 @@ fn upload(cuda: &mut Cuda, words: &[u32], to: Buffer) {
 }
 
 impl Numbers {
-    /// softmax(q K^T / sqrt(head_dim)) V in float64.
+    /// softmax(q K^T / sqrt(head_dim)) V over the window in float64.
     fn reference(&self, slot: u32, position: u32, head: usize) -> Vec<f64> {
         let Heads { group, head_dim, .. } = self.heads;
         let at = |what, position, head: usize, d| {
             value(self.seed, what, slot, position, head * head_dim + d).to_f64()
         };
         let query: Vec<f64> = (0..head_dim).map(|d| at(0, position, head, d)).collect();
-        let scores: Vec<f64> = (0..=position)
+        let begin = (position + 1).saturating_sub(self.window);
+        let scores: Vec<f64> = (begin..=position)
             .map(|t| query.iter().enumerate().map(|(d, q)| q * at(1, t, head / group, d)).sum::<f64>())
             .map(|score| score / (head_dim as f64).sqrt())
             .collect();
@@ -101,7 +107,7 @@ impl Numbers {
         let mut out = vec![0.0; head_dim];
         for (t, score) in scores.iter().enumerate() {
             let p = (score - max).exp();
-            out.iter_mut().enumerate().for_each(|(d, o)| *o += p * at(2, t as u32, head / group, d));
+            out.iter_mut().enumerate().for_each(|(d, o)| *o += p * at(2, begin + t as u32, head / group, d));
         }
         let sum: f64 = scores.iter().map(|score| (score - max).exp()).sum();
         out.iter().map(|o| o / sum).collect()
@@ -111,6 +117,18 @@ impl Numbers {
 impl World {
     /// Slot i has room for, and keys and values of, `lengths[i]` tokens.
     fn new(kernels: KernelSet, heads: Heads, page_size: u32, lengths: &[u32]) -> World {
+        World::windowed(kernels, heads, page_size, lengths, ALL, &vec![0; lengths.len()])
+    }
+
+    /// Tokens see a window; of slot i's positions those before `begins[i]` are nobody's any more: they hold NaN.
+    fn windowed(
+        kernels: KernelSet,
+        heads: Heads,
+        page_size: u32,
+        lengths: &[u32],
+        window: u32,
+        begins: &[u32],
+    ) -> World {
         let mut cuda = Cuda::new(&Options { device: 0, kernels }).expect("a GPU");
         let (seed, slots) = (fresh_seed(), lengths.len());
         let longest = lengths.iter().copied().max().unwrap();
@@ -134,20 +152,21 @@ impl World {
             vocab: 64,
             norm_eps: 1e-6,
         };
-        let attention = Attention::new(&mut cuda, &dims, &limits).unwrap();
+        let attention =
+            Attention::new(&mut cuda, &dims, Some(window).filter(|window| *window != ALL), &limits).unwrap();
         let table = shuffled_table(&limits, seed, lengths);
         let table_buffer = cuda.alloc(Purpose::Scratch, Element::Word, table.len()).unwrap();
         upload(&mut cuda, &table, table_buffer);
         let [k, v] = [1, 2].map(|what| {
-            let block = paged(seed, what, heads, &limits, &table, lengths);
-            let buffer = cuda.alloc(Purpose::KvCache, Element::Activation, block.len()).unwrap();
+            let block = paged(seed, what, heads, &limits, &table, begins, lengths);
+            let buffer = cuda.alloc(Purpose::KvCache, Element::Kv, block.len()).unwrap();
             upload(&mut cuda, bytemuck::cast_slice(&block), buffer);
             buffer
         });
         World {
             cuda,
             attention,
-            numbers: Numbers { seed, heads },
+            numbers: Numbers { seed, heads, window },
             limits,
             table: table_buffer,
             kv: KvLayer { k, v },
@@ -285,12 +304,20 @@ fn shuffled_table(limits: &Limits, seed: u64, lengths: &[u32]) -> Vec<u32> {
 }
 
 /// `[pages + 1, kv_heads, page_size, head_dim]`, chunks of 8 elements swizzled; NaN where no token is.
-fn paged(seed: u64, what: u64, heads: Heads, limits: &Limits, table: &[u32], lengths: &[u32]) -> Vec<bf16> {
+fn paged(
+    seed: u64,
+    what: u64,
+    heads: Heads,
+    limits: &Limits,
+    table: &[u32],
+    begins: &[u32],
+    lengths: &[u32],
+) -> Vec<bf16> {
     let Heads { kv_heads, head_dim, .. } = heads;
     let page_size = limits.page_size as usize;
     let mut block = vec![NAN; (limits.pages as usize + 1) * kv_heads * page_size * head_dim];
-    for (slot, length) in lengths.iter().enumerate() {
-        for position in 0..*length {
+    for (slot, (begin, length)) in begins.iter().zip(lengths).enumerate() {
+        for position in *begin..*length {
             let t = position as usize % page_size;
             let page = table[slot * limits.table_width() as usize + position as usize / page_size] as usize;
             for head in 0..kv_heads {
@@ -492,6 +519,78 @@ fn a_token_gives_the_same_bits_in_prefill_and_in_decode() {
                 let decoded = world.decode([(0, position + 1)].into_iter());
                 let expected = &prefilled[position as usize * width..][..width];
                 assert!(bits(&decoded) == bits(expected), "{heads:?}: position {position}");
+            }
+        }
+    }
+}
+
+/// Windows within a tile, across tiles, a leaf and pages; and wider than most sequences.
+const WINDOWS: [u32; 7] = [1, 31, 32, 128, 200, 700, 4096];
+
+/// What lies before the window is NaN, as it may be once its page is somebody else's.
+#[test]
+#[ignore = "needs a GPU"]
+fn decode_sees_its_window_alone() {
+    for kernels in [KernelSet::Auto, KernelSet::Portable] {
+        for (i, window) in taken(WINDOWS).enumerate() {
+            let heads = [QWEN3, Heads { kv_heads: 3, group: 3, head_dim: 64 }][i % 2];
+            for lengths in [LENGTHS.to_vec(), random_lengths(70, 1500), vec![2047]] {
+                let begins: Vec<u32> = lengths.iter().map(|length| length.saturating_sub(window)).collect();
+                let mut world = World::windowed(kernels, heads, [16, 64][i % 2], &lengths, window, &begins);
+                let spans: Vec<_> =
+                    (0..).zip(&lengths).map(|(slot, n)| Span { slot, position: n - 1, tokens: 1 }).collect();
+                let result = world.run(Phase::Decode, &spans);
+                println!("window {window}, {heads:?}, {} rows", lengths.len());
+                world.check(&spans, &result, 64);
+            }
+        }
+    }
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn prefill_sees_its_windows_alone() {
+    let spans = [(0, 300), (1, 1), (300, 512), (1000, 1), (511, 77), (900, 300), (128, 128), (40, 1)];
+    for kernels in [KernelSet::Auto, KernelSet::Portable] {
+        for (i, window) in taken(WINDOWS).enumerate() {
+            let heads = [QWEN3, Heads { kv_heads: 3, group: 3, head_dim: 64 }][i % 2];
+            let lengths: Vec<u32> = spans.iter().map(|(position, tokens)| position + tokens).collect();
+            let begins: Vec<u32> =
+                spans.iter().map(|(position, _)| (position + 1_u32).saturating_sub(window)).collect();
+            let mut world = World::windowed(kernels, heads, [16, 64][i % 2], &lengths, window, &begins);
+            let spans: Vec<_> =
+                (0..).zip(spans).map(|(slot, (position, tokens))| Span { slot, position, tokens }).collect();
+            let result = world.run(Phase::Prefill, &spans);
+            println!("window {window}, {heads:?}");
+            world.check(&spans, &result, 64);
+        }
+    }
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn with_a_window_a_token_gives_the_same_bits_in_prefill_and_in_decode_alone_and_among_others() {
+    for kernels in [KernelSet::Auto, KernelSet::Portable] {
+        for window in taken(WINDOWS) {
+            let lengths = [1000, 70, 333];
+            let mut world = World::windowed(kernels, QWEN3, 16, &lengths, window, &[0; 3]);
+            let width = world.width();
+            let prefilled = world.run(Phase::Prefill, &[Span { slot: 0, position: 0, tokens: 1000 }]);
+            for position in LENGTHS.iter().map(|n| n - 1).filter(|position| *position < 1000) {
+                let expected = &prefilled[position as usize * width..][..width];
+                let alone = world.decode([(0, position + 1)].into_iter());
+                assert!(bits(&alone) == bits(expected), "window {window}: position {position} alone");
+                let beside = world.decode([(1, 70), (0, position + 1), (2, 333)].into_iter());
+                assert!(
+                    bits(&beside[width..2 * width]) == bits(expected),
+                    "window {window}: position {position}"
+                );
+            }
+            for chunk in [100, 640] {
+                let span = Span { slot: 0, position: chunk, tokens: 333 };
+                let result = world.run(Phase::Prefill, &[span]);
+                let expected = &prefilled[chunk as usize * width..][..333 * width];
+                assert!(bits(&result) == bits(expected), "window {window}: from {chunk}");
             }
         }
     }

@@ -15,7 +15,7 @@ use minisgl_core::backend::{Device, Element, Purpose, Queue};
 use minisgl_core::batch::Token;
 use minisgl_core::tensor::{splitmix64, uniform_element};
 use minisgl_cuda::ops::gemm::{Epilogue, GateUp, Gemm, Head, Linear, Qkv, Residual, Room, RowNorm};
-use minisgl_cuda::{Buffer, Cuda, KernelSet, Options, Weight};
+use minisgl_cuda::{Address, Buffer, Cuda, KernelSet, Options, Weight};
 use support::taken;
 
 /// Both sides of every tile of every kernel.
@@ -330,7 +330,17 @@ fn places(gpu: &mut Gpu, tokens: usize, positions: u64, capacity: usize) -> Vec<
     (0..tokens).map(token).collect()
 }
 
-fn qkv(gpu: &mut Gpu, heads: Heads, cols: usize) {
+/// What happens to q, k and v beside the product.
+#[derive(Clone, Copy, Debug)]
+struct Has {
+    bias: bool,
+    norms: bool,
+    rope: bool,
+}
+
+const ALL: Has = Has { bias: true, norms: true, rope: true };
+
+fn qkv(gpu: &mut Gpu, heads: Heads, cols: usize, has: Has) {
     let Heads { q, kv, dim, page_size } = heads;
     let (tokens_max, positions, words_before) = (TOKENS[TOKENS.len() - 1] as usize, 500, 24);
     let operands = Operands::new(gpu, (q + 2 * kv) * dim, cols);
@@ -339,6 +349,9 @@ fn qkv(gpu: &mut Gpu, heads: Heads, cols: usize) {
     let norms: Vec<bf16> =
         gpu.random(2 * dim, 0.5).iter().map(|x| bf16::from_f32(1.0 + x.to_f32())).collect();
     let [q_norm, k_norm] = [0, dim].map(|at| gpu.upload(Element::Activation, &norms[at..at + dim]));
+    let biases = gpu.random((q + 2 * kv) * dim, 1.0);
+    let bias = gpu.upload(Element::Activation, &biases);
+    let given = |has: bool, buffer: Buffer| if has { buffer.address() } else { Address::NULL };
     let angle = |i: usize| (i / (dim / 2)) as f64 * 1e4f64.powf(-((i % (dim / 2)) as f64) / (dim / 2) as f64);
     let angles: Vec<f32> =
         (0..positions * dim / 2).flat_map(|i| [angle(i).cos() as f32, angle(i).sin() as f32]).collect();
@@ -348,7 +361,7 @@ fn qkv(gpu: &mut Gpu, heads: Heads, cols: usize) {
     let mut batch = vec![0u32; words_before];
     batch.extend_from_slice(cast_slice(&places));
     let batch = gpu.upload(Element::Word, &batch);
-    let label = format!("qkv {q}+2*{kv} heads of {dim}, pages of {page_size}, {cols} columns");
+    let label = format!("qkv {q}+2*{kv} heads of {dim}, pages of {page_size}, {cols} columns, {has:?}");
     let page_elements = pages * kv * page_size * dim;
     let run = |gpu: &mut Gpu, tokens: u32| {
         let q_out = gpu.poisoned(tokens as usize * q * dim);
@@ -357,9 +370,10 @@ fn qkv(gpu: &mut Gpu, heads: Heads, cols: usize) {
             norm,
             head_eps: EPS,
             batch: batch.address(),
-            q_norm: q_norm.address(),
-            k_norm: k_norm.address(),
-            rope: rope.address(),
+            bias: given(has.bias, bias),
+            q_norm: given(has.norms, q_norm),
+            k_norm: given(has.norms, k_norm),
+            rope: given(has.rope, rope),
             q: q_out.address(),
             k: k_out.address(),
             v: v_out.address(),
@@ -385,11 +399,16 @@ fn qkv(gpu: &mut Gpu, heads: Heads, cols: usize) {
     };
     let rotated = |t: usize| rope_row(&angles, places[t].position as usize, dim);
     let expected = |t: usize| {
-        let y: Vec<f64> = operands.product(t).iter().map(|y| y * scales[t]).collect();
-        let head = |(h, y): (usize, &[f64])| match h {
-            _ if h < q => turned(&normed(y, &norms[..dim]), &rotated(t)),
-            _ if h < q + kv => turned(&normed(y, &norms[dim..]), &rotated(t)),
-            _ => y.to_vec(),
+        let added = |i: usize| if has.bias { f64::from(biases[i]) } else { 0.0 };
+        let y: Vec<f64> =
+            operands.product(t).iter().enumerate().map(|(i, y)| y * scales[t] + added(i)).collect();
+        let head = |(h, y): (usize, &[f64])| {
+            if h >= q + kv {
+                return y.to_vec();
+            }
+            let norm = if h < q { &norms[..dim] } else { &norms[dim..] };
+            let y = if has.norms { normed(y, norm) } else { y.to_vec() };
+            if has.rope { turned(&y, &rotated(t)) } else { y }
         };
         y.chunks_exact(dim).enumerate().flat_map(head).collect()
     };
@@ -492,7 +511,28 @@ fn queries_keys_and_values_are_normed_turned_and_put_in_their_places() {
             (heads(6, 2, 128, 16), 328),
             (heads(32, 8, 128, 16), LARGE.1 / 2),
         ]) {
-            qkv(gpu, heads, cols);
+            qkv(gpu, heads, cols, Has { bias: false, ..ALL });
+        }
+    });
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn biases_head_norms_and_rope_are_there_or_not() {
+    let none = Has { bias: false, norms: false, rope: false };
+    let bias = Has { bias: true, ..none };
+    on_every_set(|gpu| {
+        let heads = |q, kv, dim, page_size| Heads { q, kv, dim, page_size };
+        for (heads, cols, has) in taken([
+            (heads(9, 3, 64, 16), 576, Has { rope: true, ..none }),
+            (heads(14, 2, 64, 16), 896, Has { rope: true, ..bias }),
+            (heads(28, 4, 128, 16), 3584, Has { rope: true, ..bias }),
+            (heads(16, 4, 128, 32), 2048, none),
+            (heads(3, 1, 64, 16), 192, ALL),
+            (heads(4, 2, 128, 16), 256, bias),
+            (heads(4, 2, 128, 16), 256, Has { rope: false, ..ALL }),
+        ]) {
+            qkv(gpu, heads, cols, has);
         }
     });
 }

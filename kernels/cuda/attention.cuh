@@ -14,7 +14,11 @@
 // Which operand is which does not matter to a sum, nor whether mma or wgmma adds it up: Hopper's prefill has queries as rows.
 //
 // A leaf starts from zero, and only folding joins leaves: a fixed order whatever the split. A tile or leaf that is
-// masked altogether may be skipped: adding it changes no bit (p is +0, and an empty leaf is folded with weight -0).
+// masked altogether may be skipped: adding it changes no bit (p is +0, and an empty leaf is folded with weight -0, the state
+// with weight 1).
+//
+// A query at position p sees the positions from p + 1 - window up to its own. What lies before is masked as what lies behind
+// is; its pages may be somebody else's by now, so neither its keys nor its values may reach a sum.
 //
 // Keys and values lie in pages, [page][kv head][page_size][head_dim] bf16; the 16-byte chunk c of token t is stored at
 // chunk c ^ (t & 7), so that eight rows of one chunk lie in different banks when ldmatrix reads them.
@@ -89,8 +93,9 @@ struct Weights {
 
 template <int HD> __device__ __forceinline__ Weights fold_maximum(float &m, float leaf) {
     const float c = score_scale<HD>(), both = fmaxf(m, leaf);
-    const float weight = leaf == minus_infinity() ? -0.0f : exp2_approx(__fmul_rn(__fsub_rn(leaf, both), c));
-    const Weights weights = {exp2_approx(__fmul_rn(__fsub_rn(m, both), c)), weight};
+    const bool empty = leaf == minus_infinity();
+    const Weights weights = {empty ? 1.0f : exp2_approx(__fmul_rn(__fsub_rn(m, both), c)),
+                             empty ? -0.0f : exp2_approx(__fmul_rn(__fsub_rn(leaf, both), c))};
     m = both;
     return weights;
 }

@@ -2,7 +2,7 @@
 //
 //   q, out  [rows, kv_heads * group, head_dim] bf16      k, v  pages (attention.cuh)
 //   plan    attention_work.cuh      grid any      block 256 threads that read, and on Hopper a warp that fills the ring
-//   moves   sum of kv_len * kv_heads * head_dim * 4 bytes: every key and value once for its group of queries
+//   moves   sum of min(kv_len, window) * kv_heads * head_dim * 4 bytes: every key and value once for its group of queries
 //
 // A block works on one unit at a time, all warps together, so that a unit is short and blocks end together:
 //
@@ -11,7 +11,8 @@
 //   then      folded into the state, or stored as a partial (attention_merge.cuh)
 //
 // 1. Every order of summation is attention.cuh's: tile w's scores over the dims, an m-tile's output over the tiles.
-// 2. Values behind the sequence's end are zeroed in registers: p is 0 there, but 0 times what a page held before may be NaN.
+// 2. Values behind the sequence's end or before its window are zeroed in registers: p is 0 there, but 0 times what a page holds
+//    may be NaN.
 // 3. Maxima and probabilities have one place each: who writes the next unit's is behind a barrier that everyone reaches
 //    after reading this unit's.
 #pragma once
@@ -46,7 +47,7 @@ template <int HD, int STAGES> struct Decoder {
                 q[k][half] = exists ? q[k][half] : 0;
             }
     }
-    // Scores of the warp's tile; -infinity behind the sequence's end.
+    // Scores of the warp's tile; -infinity behind the sequence's end and before its window.
     __device__ __forceinline__ void score_tile(float (&s)[4], const Unit &unit) const {
         s[0] = s[1] = s[2] = s[3] = 0.0f;
         if (warp < unit.tiles()) {
@@ -58,10 +59,10 @@ template <int HD, int STAGES> struct Decoder {
                 mma(s, a, q[k]);
             }
         }
-        const unsigned token = unit.leaf * LEAF + warp * TILE + lane / 4;
-        if (token >= unit.segment.kv_len)
+        const unsigned token = unit.leaf * LEAF + warp * TILE + lane / 4, seen = args.first_seen(unit.segment.kv_len);
+        if (token >= unit.segment.kv_len || token < seen)
             s[0] = s[1] = minus_infinity();
-        if (token + 8 >= unit.segment.kv_len)
+        if (token + 8 >= unit.segment.kv_len || token + 8 < seen)
             s[2] = s[3] = minus_infinity();
     }
     // The leaf's maxima, from those of all tiles.
@@ -107,11 +108,13 @@ template <int HD, int STAGES> struct Decoder {
         const unsigned ones[4] = {0x3f803f80, 0x3f803f80, 0x3f803f80, 0x3f803f80};
         const unsigned values = ring.stages.tokens(ring.place.at), here = unit.tiles();
         const unsigned valid = unit.segment.kv_len - unit.leaf * LEAF; // tokens
+        const unsigned seen = args.first_seen(unit.segment.kv_len), begin = unit.leaf * LEAF;
+        const unsigned hidden = seen > begin ? seen - begin : 0; // of them, the first ones
         float l[4] = {};
         leaf.o[0] = leaf.o[1] = leaf.o[2] = leaf.o[3] = 0.0f;
 #pragma unroll
         for (int j = 0; j < LEAF_TILES; j++)
-            if (j < here) {
+            if (j < here && (j + 1) * TILE > hidden) {
                 unsigned p[2], a[4];
                 asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];"
                              : "=r"(p[0]), "=r"(p[1])
@@ -121,6 +124,8 @@ template <int HD, int STAGES> struct Decoder {
                 load_values<HD>(a, values + j * (TILE * HD * 2), warp % (HD / 16), lane);
                 if ((j + 1) * TILE > valid)
                     zero_behind(a, valid - j * TILE);
+                if (j * TILE < hidden)
+                    zero_before(a, hidden - j * TILE);
                 mma(leaf.o, a, p);
             }
         leaf.l[0] = l[0];
@@ -134,10 +139,18 @@ template <int HD, int STAGES> struct Decoder {
             a[i] &= token + 1 < valid ? 0xffffffffu : token < valid ? 0xffffu : 0;
         }
     }
+    // Zeroes what belongs to the first `hidden` tokens in a tile of values.
+    __device__ __forceinline__ void zero_before(unsigned (&a)[4], unsigned hidden) const {
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const unsigned token = lane % 4 * 2 + i / 2 * 8;
+            a[i] &= token >= hidden ? 0xffffffffu : token + 1 >= hidden ? 0xffff0000u : 0;
+        }
+    }
     // What becomes of a leaf. `others_arrived`: all that share the row, at its segment's last leaf.
     __device__ __forceinline__ void finish(const State &leaf, const Unit &unit, bool others_arrived) {
         const Segment &segment = unit.segment;
-        const bool is_last = unit.is_last(), folds = segment.first == 0;
+        const bool is_last = unit.is_last(), folds = segment.begins_row();
         State partial = leaf;
         if (folds) {
             state.fold<HD>(leaf);

@@ -12,7 +12,7 @@ extern __shared__ __align__(1024) unsigned char shared_memory[];
         const unsigned *batch, unsigned plan_offset, const unsigned *page_table, unsigned table_width,                  \
         unsigned page_shift, unsigned kv_heads, unsigned group, const bf16 *q, const bf16 *k, const bf16 *v, bf16 *out, \
         float4 *partials, unsigned *arrived, unsigned arrived_count, const unsigned *other_plan,                        \
-        const unsigned *other_taken) {                                                                                  \
+        const unsigned *other_taken, unsigned window) {                                                                 \
         if (other_taken == nullptr)                                                                                     \
             dependent_launch();                                                                                         \
         DecodeArgs args = {};                                                                                           \
@@ -22,6 +22,7 @@ extern __shared__ __align__(1024) unsigned char shared_memory[];
         args.page_shift = page_shift;                                                                                   \
         args.kv_heads = kv_heads;                                                                                       \
         args.group = group;                                                                                             \
+        args.window = window;                                                                                           \
         args.q = q;                                                                                                     \
         args.k = k;                                                                                                     \
         args.v = v;                                                                                                     \

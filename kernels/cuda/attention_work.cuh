@@ -1,7 +1,7 @@
 // attention_work: what decode has to do, in pieces that the host's plan names.
 //
 //   plan      count, 7 words unused, then `count` segments of 8 words (Segment)
-//   segment   some leaves of a row, one after the other; a row is one segment, or several where the work is short
+//   segment   some leaves of a row's window, one after the other; a row is one segment, or several where the work is short
 //   turn      a (segment, item), items fastest; an item is a kv head with up to eight of its queries
 //   unit      a leaf of a turn
 //
@@ -16,8 +16,10 @@ struct Segment {
     unsigned base, at, total; // the row's first partial, the segment's first one, and how many the row has
 
     __device__ __forceinline__ bool is_whole_row() const { return total == 0; }
+    // Is it the row's first, which leaves its folded state?
+    __device__ __forceinline__ bool begins_row() const { return at == base; }
     // How many of the row's partials are the segment's.
-    __device__ __forceinline__ unsigned partials() const { return first == 0 ? 1 : leaves; }
+    __device__ __forceinline__ unsigned partials() const { return begins_row() ? 1 : leaves; }
 };
 static_assert(sizeof(Segment) == 32, "the host's layout");
 
@@ -29,7 +31,7 @@ struct DecodeArgs {
     float4 *partials;
     unsigned *arrived; // a word for each (row, item), then the number of turns taken
     const unsigned *other_plan, *other_taken; // of a divided step's other half: its plan, its number of turns taken; or null
-    unsigned arrived_count, table_width, page_shift, kv_heads, group;
+    unsigned arrived_count, table_width, page_shift, kv_heads, group, window;
     unsigned splits, items, turns;
 
     __device__ __forceinline__ void derive() {
@@ -37,6 +39,8 @@ struct DecodeArgs {
         items = kv_heads * splits;
         turns = plan[0] * items;
     }
+    // The first position that a row of so many sees.
+    __device__ __forceinline__ unsigned first_seen(unsigned kv_len) const { return kv_len > window ? kv_len - window : 0; }
     __device__ __forceinline__ unsigned head(unsigned item) const { return splits == 1 ? item : item / splits; }
     // How many partials of a row and item have been counted.
     __device__ __forceinline__ unsigned *arrived_of(unsigned row, unsigned item) const { return arrived + row * items + item; }

@@ -2,7 +2,7 @@
 // a tile side by side, BLOCKS times 64 of each, lane l holding outputs 64 b + 2 l and 64 b + 2 l + 1 of token i as
 // v[i][b]. What it needs from memory (`ahead`) can be fetched long before the sums are ready (`store`).
 //
-//   Qkv        row scale; head norm; rope; q -> [tokens, q_width] bf16, k and v -> KV pages       128 outputs a tile
+//   Qkv        row scale; bias; head norm; rope; q -> [tokens, q_width] bf16, k and v -> KV pages  128 outputs a tile
 //   Residual   residual += y (bf16), sumsq[t, m / 64] = sum of the new values' squares, f32      64 or 128
 //   GateUp     row scale; silu(gate) * up -> [tokens, intermediate] bf16                         64 or 128
 //   Head       y -> [samples, vocab] f16, clamped to what f16 holds                              64 or 128
@@ -17,6 +17,8 @@
 // 3. A token's chain of shuffles and loads is long and each step of it waits for the one before: T chains side by side
 //    hide each other. Tokens beyond `count` go along and are not stored.
 // 4. The structs are kernel parameters: backend-cuda/src/ops/gemm.rs declares the same fields.
+// 5. A model without bias, head norms or rope has null pointers there, and numbers that change no bit in their places: a bias
+//    of -0, an inverse and weights of 1, a cosine of 1 and a sine of 0.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -76,8 +78,9 @@ struct Qkv {
     RowNorm norm;
     float head_eps;
     const unsigned *batch; // the packed batch's words
-    const __nv_bfloat16 *q_norm, *k_norm; // [head_dim]
-    const float2 *rope;                   // [positions, head_dim / 2] (cos, sin)
+    const __nv_bfloat16 *bias;            // [rows of w], or null
+    const __nv_bfloat16 *q_norm, *k_norm; // [head_dim], or null
+    const float2 *rope;                   // [positions, head_dim / 2] (cos, sin), or null
     __nv_bfloat16 *q, *k, *v;
     unsigned tokens_offset, heads, kv_heads, head_dim, page_shift, unused;
     static constexpr bool SCALED = true;
@@ -108,8 +111,7 @@ struct Qkv {
 
     template <int BLOCKS>
     __device__ __forceinline__ Ahead<BLOCKS> ahead(const Where &where, unsigned, unsigned, unsigned, unsigned lane) const {
-        const float2 *angles = rope + (size_t)where.position * (head_dim / 2) + ((2 * lane) & (head_dim / 2 - 1));
-        return {where.location, *reinterpret_cast<const float4 *>(angles)};
+        return {where.location, turn_at(where.position, (2 * lane) & (head_dim / 2 - 1))};
     }
 
     template <int T, int BLOCKS>
@@ -117,6 +119,14 @@ struct Qkv {
                                           unsigned m0, unsigned rows, unsigned lane) const {
         static_assert(BLOCKS == 2, "a tile holds whole heads");
         float2 lo[T], hi[T];
+#pragma unroll
+        for (int b = 0; b < 2; b++) {
+            const unsigned m = m0 + 64 * b + 2 * lane;
+            const float2 added = m < rows ? bias_at(m) : float2{-0.0f, -0.0f};
+#pragma unroll
+            for (int i = 0; i < T; i++)
+                y[i][b] = {__fadd_rn(y[i][b].x, added.x), __fadd_rn(y[i][b].y, added.y)};
+        }
         if (head_dim == 128) {
 #pragma unroll
             for (int i = 0; i < T; i++)
@@ -136,6 +146,23 @@ struct Qkv {
         }
     }
 
+    // The biases of outputs m and m + 1.
+    __device__ __forceinline__ float2 bias_at(unsigned m) const {
+        return bias ? __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162 *>(bias + m)) : float2{-0.0f, -0.0f};
+    }
+
+    // (cos, sin) of a position's angles i and i + 1.
+    __device__ __forceinline__ float4 turn_at(unsigned position, unsigned i) const {
+        if (rope == nullptr)
+            return {1.0f, 0.0f, 1.0f, 0.0f};
+        return *reinterpret_cast<const float4 *>(rope + (size_t)position * (head_dim / 2) + i);
+    }
+
+    // The weights of dims d and d + 1 of a head norm.
+    __device__ __forceinline__ static float2 weights_at(const __nv_bfloat16 *weight, unsigned d) {
+        return weight ? __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162 *>(weight + d)) : float2{1.0f, 1.0f};
+    }
+
     // x cos + y sin, rounded in one way whatever the compiler would make of it.
     __device__ __forceinline__ static float turned(float x, float cos, float y, float sin) {
         return fmaf(x, cos, __fmul_rn(y, sin));
@@ -152,10 +179,8 @@ struct Qkv {
                                          const Taken &taken, unsigned h, unsigned lane) const {
         const unsigned d = 2 * lane;
         if (h < heads + kv_heads) {
-            const __nv_bfloat16 *weight = (h < heads ? q_norm : k_norm) + d;
-            const float2 w_lo = __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162 *>(weight));
-            const float2 w_hi =
-                PARTS == 2 ? __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162 *>(weight + 64)) : w_lo;
+            const __nv_bfloat16 *weight = h < heads ? q_norm : k_norm;
+            const float2 w_lo = weights_at(weight, d), w_hi = PARTS == 2 ? weights_at(weight, d + 64) : w_lo;
             float sum[T], sum_hi[T];
 #pragma unroll
             for (int i = 0; i < T; i++) {
@@ -168,7 +193,7 @@ struct Qkv {
 #pragma unroll
             for (int i = 0; i < T; i++) {
                 const float squares = PARTS == 2 ? __fadd_rn(sum[i], sum_hi[i]) : sum[i];
-                const float inverse = rsqrtf(fmaf(squares, 1.0f / (64.0f * PARTS), head_eps));
+                const float inverse = weight ? rsqrtf(fmaf(squares, 1.0f / (64.0f * PARTS), head_eps)) : 1.0f;
                 const float4 turn = ahead[i].turn;
                 lo[i] = weighted(lo[i], inverse, w_lo);
                 if (PARTS == 2) {

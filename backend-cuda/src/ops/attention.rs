@@ -39,12 +39,17 @@ pub struct Attention {
     hopper: bool,
     multiprocessors: u32,
     heads: Heads,
+    /// Positions that a token sees, [`NO_WINDOW`] of them where all.
+    window: u32,
     /// For a step that is not divided, and for each half of one that is.
     whole: Cutter,
     half: Cutter,
     /// For the whole or the first half, and for the second.
     scratch: [Scratch; 2],
 }
+
+/// Wider than any sequence; the kernels add it to positions.
+const NO_WINDOW: u32 = 1 << 30;
 
 /// What a decode launch has to itself.
 #[derive(Clone, Copy, Debug)]
@@ -125,9 +130,14 @@ impl Heads {
 }
 
 impl Attention {
-    /// Looks the kernels up and allocates scratch for steps within `limits`.
-    pub fn new(cuda: &mut Cuda, dims: &Dims, limits: &Limits) -> Result<Attention, CudaError> {
-        let heads = Heads::new(dims);
+    /// Looks the kernels up and allocates scratch for steps within `limits`. All layers have the same window, or none.
+    pub fn new(
+        cuda: &mut Cuda,
+        dims: &Dims,
+        window: Option<u32>,
+        limits: &Limits,
+    ) -> Result<Attention, CudaError> {
+        let (heads, window) = (Heads::new(dims), window.map_or(NO_WINDOW, |window| window.min(NO_WINDOW)));
         let tiles = u64::from(limits.running) * u64::from(limits.sequence.div_ceil(TILE));
         if tiles * u64::from(heads.items()) > u64::from(u32::MAX) {
             return Err(CudaError::Unsupported(
@@ -142,9 +152,15 @@ impl Attention {
             _ => ("attention_decode_128", "attention_prefill_128"),
         };
         let half_rows = limits.running.div_ceil(2);
-        let whole =
-            Cutter::new(multiprocessors * set.decode_blocks, heads, limits, limits.running, Room::Whole);
-        let half = Cutter::new(multiprocessors, heads, limits, half_rows, Room::Half);
+        let whole = Cutter::new(
+            multiprocessors * set.decode_blocks,
+            heads,
+            window,
+            limits,
+            limits.running,
+            Room::Whole,
+        );
+        let half = Cutter::new(multiprocessors, heads, window, limits, half_rows, Room::Half);
         Ok(Attention {
             decode: cuda.modules().kernel("attention", decode, set.decode_shared)?,
             prefill: cuda.modules().kernel("attention", prefill, set.prefill.shared)?,
@@ -152,6 +168,7 @@ impl Attention {
             hopper,
             multiprocessors,
             heads,
+            window,
             whole,
             half,
             scratch: [
@@ -237,6 +254,7 @@ impl Attention {
                 arrived_count,
                 &other_plan,
                 &other_taken,
+                &self.window,
             ],
         )
     }
@@ -274,6 +292,7 @@ impl Attention {
                 &pages(kv.v)?,
                 &out,
                 &self.scratch[0].turns(),
+                &self.window,
             ],
         )
     }
@@ -298,6 +317,7 @@ impl Attention {
                 &kv.k,
                 &kv.v,
                 &out,
+                &self.window,
             ],
         )
     }

@@ -43,7 +43,8 @@ pub struct RowNorm {
     pub eps: f32,
 }
 
-/// Normed rows times q, k and v: head norms and rope, queries to `q`, keys and values to their pages.
+/// Normed rows times q, k and v: biases, head norms and rope (null where a model has none), queries to `q`, keys and values
+/// to their pages.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct Qkv {
@@ -53,11 +54,13 @@ pub struct Qkv {
     pub head_eps: f32,
     /// The packed batch.
     pub batch: Address,
-    /// `[head_dim]` bf16.
+    /// `[rows of w]` bf16, or null.
+    pub bias: Address,
+    /// `[head_dim]` bf16, or null.
     pub q_norm: Address,
-    /// `[head_dim]` bf16.
+    /// `[head_dim]` bf16, or null.
     pub k_norm: Address,
-    /// `[positions, head_dim / 2]` (cos, sin) f32.
+    /// `[positions, head_dim / 2]` (cos, sin) f32, or null.
     pub rope: Address,
     /// `[tokens, heads * head_dim]` bf16.
     pub q: Address,

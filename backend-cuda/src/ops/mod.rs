@@ -94,7 +94,7 @@ impl Operations {
             halves: Halves::new(dims, cuda.properties().hopper),
             ends: Ends::new(cuda.modules())?,
             gemm: Gemm::new(cuda.modules(), cuda.properties(), cuda.launcher())?,
-            attention: Attention::new(cuda, dims, limits)?,
+            attention: Attention::new(cuda, dims, spec.window(), limits)?,
             sampling: Sampling::new(cuda, limits.running)?,
             sumsq: cuda.allocate(Purpose::Scratch, limits.step_tokens() * segments * 4)?,
         })
@@ -118,6 +118,7 @@ impl Operations {
             norm: self.norm(first_token),
             head_eps: norm_eps,
             batch: step.batch.address(),
+            bias: address(weights.qkv_bias),
             q_norm: address(weights.q_norm),
             k_norm: address(weights.k_norm),
             rope: rope.map_or(Address::NULL, |table| table.address()),

@@ -25,13 +25,15 @@ pub fn check(spec: &DecoderSpec) -> Result<(), Unsupported> {
 const ADVICE: &str = " (--backend cpu has fewer limits)";
 
 fn check_model(spec: &DecoderSpec) -> Result<(), String> {
-    let DecoderSpec { dims, norm, embedding_scale, tied: _, logit_cap, weights, layers: _ } = spec;
+    let DecoderSpec { dims, norm, embedding_scale, tied: _, logit_cap, weights, layers } = spec;
     check_sizes(dims)?;
+    let window = layers.first().and_then(LayerSpec::window);
     let refused = [
         (*norm != NormForm::Scale, "its norms scale by 1 + w"),
         (*embedding_scale != 1.0, "its embeddings are scaled"),
         (logit_cap.is_some(), "its logits have a soft cap"),
         (*weights != WeightFormat::Bf16, "its weights are fp8; take a checkpoint in bf16"),
+        (layers.iter().any(|layer| layer.window() != window), "not all of its layers have the same window"),
     ];
     first(&refused).map_or(Ok(()), |what| Err(what.to_owned()))
 }
@@ -70,13 +72,12 @@ fn check_layer(dims: &Dims, layer: &LayerSpec) -> Result<(), &'static str> {
 }
 
 fn check_attention(dims: &Dims, attention: &Attention) -> Result<(), &'static str> {
-    let Attention { bias, qk_norm, rope, window, scale, score_cap, sinks } = attention;
-    let turns = rope.is_some_and(|rope| rope.pairs == RopePairs::Halves && rope.rotated == dims.head_dim);
+    let Attention { bias, qk_norm, rope, window: _, scale, score_cap, sinks } = attention;
+    let turns = rope.is_none_or(|rope| rope.pairs == RopePairs::Halves && rope.rotated == dims.head_dim);
     let refused = [
-        (*bias != Bias::None, "biases"),
-        (*qk_norm != QkNorm::PerHead, "queries and keys that are not normed by heads"),
-        (!turns, "no rope, or one that does not turn the halves of whole heads"),
-        (window.is_some(), "a window"),
+        (*bias == Bias::QkvAndO, "a bias on attention's output"),
+        (*qk_norm == QkNorm::FullWidth, "queries and keys that are normed across heads"),
+        (!turns, "rope that does not turn the halves of whole heads"),
         (scale.is_some(), "a score scale of its own"),
         (score_cap.is_some(), "a soft cap on attention's scores"),
         (*sinks, "attention sinks"),

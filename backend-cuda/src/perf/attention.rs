@@ -83,7 +83,7 @@ fn case(family: &'static str, shape: String, model: ModelShape, step: StepOf) ->
 fn setup(cuda: &mut Cuda, model: ModelShape, step_of: &StepOf, copies: usize) -> Result<Run, CudaError> {
     let dims = model.dims();
     let (limits, tokens) = (step_of.limits(), step_of.tokens() as usize);
-    let attention = Attention::new(cuda, &dims, &limits)?;
+    let attention = Attention::new(cuda, &dims, None, &limits)?;
     let step = step_of.upload(cuda, attention.plan_words(&limits), |shape, rows, words| {
         attention.plan(shape, false, rows, words)
     })?;

@@ -252,6 +252,7 @@ impl Sizes {
             norm: self.norm(cuda)?,
             head_eps: 1e-6,
             batch: step.batch.address(),
+            bias: Address::NULL,
             q_norm: norms,
             k_norm: norms,
             rope: rope.address(),

@@ -24,9 +24,10 @@
 // 1. wgmma sums k16 by k16 like mma, and which operand is which does not matter to a sum: the bits are attention.cuh's.
 // 2. A warpgroup does one thing after the other, and waits for nobody but the ring and its queries: softmax and folding of
 //    some run beside products of others. Two that keep more in flight each fall in step, and are slower.
-// 3. A warpgroup skips leaves that lie behind all of its queries, and pairs of tiles of its last leaf.
-// 4. Values behind the item's last token are zeroed in shared memory: their probability is 0, and 0 times what a page held
-//    before may be NaN. Each warpgroup does so for itself: all write the same.
+// 3. A warpgroup skips leaves that lie behind all of its queries or before all of their windows, and pairs of tiles of its last
+//    leaf.
+// 4. Values behind the item's last token or before its window are zeroed in shared memory: their probability is 0, and 0 times
+//    what a page holds may be NaN. Each warpgroup does so for itself: all write the same.
 // 5. A part's queries may be asked for when its last scores are there: those of the next turn come while it ends.
 // 6. Rows that are no query's give garbage, which stays in its row and is not stored.
 // 7. A turn is taken by counting `taken` up. A block stops at the first turn that does not exist, and so counts once in
@@ -47,7 +48,7 @@ struct PrefillArgs {
     const unsigned *page_table;
     bf16 *out;
     unsigned *taken; // how many turns blocks have taken
-    unsigned table_width, page_shift, kv_heads, group;
+    unsigned table_width, page_shift, kv_heads, group, window;
 
     __device__ __forceinline__ unsigned turns() const { return plan[0] * kv_heads; }
     __device__ __forceinline__ unsigned part_tokens() const { return PART_QUERIES / group; }
@@ -64,12 +65,17 @@ struct Item {
     __device__ __forceinline__ unsigned kv_end(unsigned part_tokens) const {
         return row.position + min(first + PARTS * part_tokens, row.tokens);
     }
+    // The first position that any of its tokens sees.
+    __device__ __forceinline__ unsigned kv_begin(unsigned window) const {
+        const unsigned end = row.position + first + 1;
+        return end > window ? end - window : 0;
+    }
 };
 
 // What a warpgroup has to know of its part: its first token's index in the step and position, how many tokens it has, and
-// where the item ends; 0: there is no more.
+// where the item begins to see and ends; an end of 0: there is no more.
 struct __align__(16) Part {
-    unsigned token = 0, count = 0, position = 0, head = 0, kv_end = 0, unused[3];
+    unsigned token = 0, count = 0, position = 0, head = 0, kv_end = 0, kv_begin = 0, unused[2];
 
     __device__ __forceinline__ unsigned end() const { return count ? position + count : 0; }
 };
@@ -155,7 +161,7 @@ __device__ __forceinline__ void fetch(const PrefillArgs &args, const Shared<HD> 
         const Item item(args, turn);
         const unsigned kv_end = item.kv_end(args.part_tokens());
         const unsigned *pages = args.page_table + (size_t)item.row.slot * args.table_width;
-        for (unsigned begin = 0; begin < kv_end; begin += LEAF) {
+        for (unsigned begin = item.kv_begin(args.window) / LEAF * LEAF; begin < kv_end; begin += LEAF) {
             const bool copies = token < LEAF && begin + token < kv_end;
             const unsigned page = copies ? pages[(begin + token) >> args.page_shift] : 0;
             const unsigned in_page = (begin + token) & ((1u << args.page_shift) - 1);
@@ -174,15 +180,16 @@ __device__ __forceinline__ void fetch(const PrefillArgs &args, const Shared<HD> 
 }
 
 __device__ __forceinline__ void store_part(unsigned at, const Part &part) {
-    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};\nst.shared.u32 [%0 + 16], %5;" ::"r"(at), "r"(part.token),
-                 "r"(part.count), "r"(part.position), "r"(part.head), "r"(part.kv_end)
+    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};\nst.shared.v2.u32 [%0 + 16], {%5, %6};" ::"r"(at), "r"(part.token),
+                 "r"(part.count), "r"(part.position), "r"(part.head), "r"(part.kv_end), "r"(part.kv_begin)
                  : "memory");
 }
 
 __device__ __forceinline__ Part load_part(unsigned at) {
     Part part;
-    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%5];\nld.shared.u32 %4, [%5 + 16];"
-                 : "=r"(part.token), "=r"(part.count), "=r"(part.position), "=r"(part.head), "=r"(part.kv_end)
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%6];\nld.shared.v2.u32 {%4, %5}, [%6 + 16];"
+                 : "=r"(part.token), "=r"(part.count), "=r"(part.position), "=r"(part.head), "=r"(part.kv_end),
+                   "=r"(part.kv_begin)
                  : "r"(at)
                  : "memory");
     return part;
@@ -200,7 +207,7 @@ template <int HD> __device__ __forceinline__ void answer(const PrefillArgs &args
         for (unsigned i = 0; i < PARTS && lane == 0; i++) {
             const unsigned first = item.first + i * part_tokens, rest = item.row.tokens > first ? item.row.tokens - first : 0;
             const Part part = {item.row.first_token + first, min(rest, part_tokens), item.row.position + first, item.head,
-                               item.kv_end(part_tokens)};
+                               item.kv_end(part_tokens), item.kv_begin(args.window)};
             barrier_wait(shared.asked(i), parity);
             store_part(shared.part(i), part);
             if (part.count == 0) {
@@ -310,14 +317,14 @@ __device__ __forceinline__ void transpose(unsigned (&words)[4], unsigned lane) {
 template <int HD> struct Attender {
     using S = Shared<HD>;
     const Shared<HD> shared;
-    const unsigned group, lane; // which of the warpgroups
+    const unsigned group, lane, window; // which of the warpgroups
     Place<S::STAGES> place;
     Part part;
     unsigned token[2], query[2]; // of the thread's rows: tokens of the part, and queries of the step counted from its first
     unsigned limit[2];           // positions that they attend to
 
     __device__ __forceinline__ Attender(const PrefillArgs &args, const Shared<HD> &shared)
-        : shared(shared), group(threadIdx.x / 128), lane(threadIdx.x % 32) {
+        : shared(shared), group(threadIdx.x / 128), lane(threadIdx.x % 32), window(args.window) {
         const unsigned row = threadIdx.x % 128 / 32 * 16 + lane / 4;
 #pragma unroll
         for (int i = 0; i < 2; i++) {
@@ -338,7 +345,9 @@ template <int HD> struct Attender {
     __device__ __forceinline__ void attend(PrefillState<HD> &state) {
         if (part.count == 0)
             barrier_arrive(shared.asked(group));
-        unsigned begin = 0;
+        unsigned begin = part.kv_begin / LEAF * LEAF;
+        for (; part.count > 0 && begin + LEAF + window <= part.position + 1; begin += LEAF)
+            skip();
         for (; begin < part.end(); begin += LEAF) {
             const unsigned rest = part.end() - begin;
             if (rest > 96)
@@ -351,10 +360,7 @@ template <int HD> struct Attender {
                 attend_leaf<2>(state, begin);
         }
         for (; begin < part.kv_end; begin += LEAF)
-            for (int i = 0; i < 2; i++) {
-                barrier_wait(shared.full(place.at), place.parity);
-                pass();
-            }
+            skip();
     }
 
     // Attends to the first tiles of the leaf at `begin` and folds the result.
@@ -366,7 +372,9 @@ template <int HD> struct Attender {
         if (begin + LEAF >= part.end())
             barrier_arrive(shared.asked(group));
         if (begin + LEAF > part.position + 1)
-            mask(s, begin);
+            mask_behind(s, begin);
+        if (begin + window < part.end())
+            mask_before(s, begin);
         row_maxima(m, s);
         exponentials<HD>(s, m);
         unsigned p[TILES][4];
@@ -377,16 +385,27 @@ template <int HD> struct Attender {
         const unsigned values = shared.stage(place.at);
         if (begin + TILES * TILE > part.kv_end)
             zero_rows<HD>(values, part.kv_end - begin, TILES * TILE, group);
+        if (begin < part.kv_begin)
+            zero_rows<HD>(values, 0, part.kv_begin - begin, group);
         fold<TILES>(state, p, m, values);
         pass();
     }
 
-    // Scores of tokens that the rows do not attend to.
-    template <int COUNT> __device__ __forceinline__ void mask(float (&s)[COUNT], unsigned begin) const {
+    // Scores of tokens behind those that the rows attend to.
+    template <int COUNT> __device__ __forceinline__ void mask_behind(float (&s)[COUNT], unsigned begin) const {
         const int end[2] = {(int)(limit[0] - begin - lane % 4 * 2), (int)(limit[1] - begin - lane % 4 * 2)};
 #pragma unroll
         for (int i = 0; i < COUNT; i++)
             s[i] = i / 4 * 8 + i % 2 < end[i / 2 % 2] ? s[i] : minus_infinity();
+    }
+
+    // Scores of tokens before their windows.
+    template <int COUNT> __device__ __forceinline__ void mask_before(float (&s)[COUNT], unsigned begin) const {
+        const int first[2] = {(int)(limit[0] - begin - lane % 4 * 2) - (int)window,
+                              (int)(limit[1] - begin - lane % 4 * 2) - (int)window};
+#pragma unroll
+        for (int i = 0; i < COUNT; i++)
+            s[i] = i / 4 * 8 + i % 2 >= first[i / 2 % 2] ? s[i] : minus_infinity();
     }
 
     // Output and sums of the probabilities of a leaf with maxima m, folded into the state.
@@ -415,6 +434,14 @@ template <int HD> struct Attender {
         hold(l);
         state.l[0] = folded(state.l[0], l[0], weights[0]);
         state.l[1] = folded(state.l[1], l[2], weights[1]);
+    }
+
+    // Is done with a leaf that its queries don't see.
+    __device__ __forceinline__ void skip() {
+        for (int i = 0; i < 2; i++) {
+            barrier_wait(shared.full(place.at), place.parity);
+            pass();
+        }
     }
 
     // Is done with the stage.

@@ -85,15 +85,31 @@ __device__ __forceinline__ void stage_bf16(const WarpTile &tile, const float (&y
     }
 }
 
+// Adds the biases of outputs m0 on.
+__device__ __forceinline__ void add_bias(const Qkv &e, float (&y)[64], unsigned m0, unsigned rows, unsigned lane) {
+    if (e.bias == nullptr)
+        return;
+#pragma unroll
+    for (int j = 0; j < 16; j++) {
+        const unsigned m = m0 + 8 * j + lane % 4 * 2;
+        const float2 added = m < rows ? e.bias_at(m) : float2{-0.0f, -0.0f};
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            y[4 * j + 2 * h] = __fadd_rn(y[4 * j + 2 * h], added.x);
+            y[4 * j + 2 * h + 1] = __fadd_rn(y[4 * j + 2 * h + 1], added.y);
+        }
+    }
+}
+
 // Norms and turns a head of 64 PARTS dims, y's from J on, of tokens at these positions.
 template <int PARTS, int J>
-__device__ __forceinline__ void turn_head(float (&y)[64], const __nv_bfloat16 *weight, float eps, const float2 *rope,
+__device__ __forceinline__ void turn_head(const Qkv &e, float (&y)[64], const __nv_bfloat16 *weight,
                                           const unsigned (&positions)[2], unsigned lane) {
     float4 turns[2][4 * PARTS]; // (cos, sin) of dims 8 j + 2 (lane % 4) and the next
     const auto fetch = [&](int h) {
 #pragma unroll
         for (int j = 0; j < 4 * PARTS; j++)
-            turns[h][j] = *reinterpret_cast<const float4 *>(rope + positions[h] * (32 * PARTS) + 8 * j + lane % 4 * 2);
+            turns[h][j] = e.turn_at(positions[h], 8 * j + lane % 4 * 2);
     };
     fetch(0);
     float sum[2] = {squares<J, 0>(y), squares<J, 1>(y)};
@@ -101,15 +117,14 @@ __device__ __forceinline__ void turn_head(float (&y)[64], const __nv_bfloat16 *w
         sum[0] = __fadd_rn(sum[0], squares<PARTS == 2 ? 8 : J, 0>(y));
         sum[1] = __fadd_rn(sum[1], squares<PARTS == 2 ? 8 : J, 1>(y));
     }
-    weight += lane % 4 * 2;
     fetch(1);
 #pragma unroll
     for (int h = 0; h < 2; h++) {
-        const float inverse = rsqrtf(fmaf(sum[h], 1.0f / (64.0f * PARTS), eps));
+        const float inverse = weight ? rsqrtf(fmaf(sum[h], 1.0f / (64.0f * PARTS), e.head_eps)) : 1.0f;
 #pragma unroll
         for (int j = 0; j < 4 * PARTS; j++) {
-            const float2 w_lo = __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162 *>(weight + 8 * j));
-            const float2 w_hi = __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162 *>(weight + 8 * j + 32 * PARTS));
+            const float2 w_lo = Qkv::weights_at(weight, lane % 4 * 2 + 8 * j);
+            const float2 w_hi = Qkv::weights_at(weight, lane % 4 * 2 + 8 * j + 32 * PARTS);
             float *lo = y + 4 * (J + j) + 2 * h, *hi = lo + 16 * PARTS;
             const float4 turn = turns[h][j];
             const float2 a = Qkv::weighted({lo[0], lo[1]}, inverse, w_lo), b = Qkv::weighted({hi[0], hi[1]}, inverse, w_hi);
@@ -145,12 +160,13 @@ __device__ __forceinline__ void finish(const Qkv &e, float (&y)[64], const Outpu
     const Known first = known[lane / 4], second = known[lane / 4 + 8];
     const unsigned positions[2] = {first.position, second.position};
     scale(y, first.scale, second.scale);
+    add_bias(e, y, out.m0, out.rows, lane);
     if (e.head_dim == 128 && head < normed)
-        turn_head<2, 0>(y, head < e.heads ? e.q_norm : e.k_norm, e.head_eps, e.rope, positions, lane);
+        turn_head<2, 0>(e, y, head < e.heads ? e.q_norm : e.k_norm, positions, lane);
     if (e.head_dim == 64 && head < normed)
-        turn_head<1, 0>(y, head < e.heads ? e.q_norm : e.k_norm, e.head_eps, e.rope, positions, lane);
+        turn_head<1, 0>(e, y, head < e.heads ? e.q_norm : e.k_norm, positions, lane);
     if (e.head_dim == 64 && head + 1 < normed)
-        turn_head<1, 8>(y, head + 1 < e.heads ? e.q_norm : e.k_norm, e.head_eps, e.rope, positions, lane);
+        turn_head<1, 8>(e, y, head + 1 < e.heads ? e.q_norm : e.k_norm, positions, lane);
     stage_bf16(out.tile, y);
     out.tile.written();
 #pragma unroll

@@ -13,9 +13,9 @@
 //   columns      [ t0 h0 | t0 h1 | t1 h0 | t1 h1 | ... ]      128 of them, 16 a warp
 //   leaves       0 .. 127 | 128 .. 255 | ...                  folded in order (attention.cuh: decode gives the same bits)
 //
-// 1. Tokens behind the item's last are copied as zeros: their probability is 0, and 0 times what a page held before may
+// 1. Tokens behind the item's last or before its window are copied as zeros: their probability is 0, and 0 times what a page held before may
 //    be NaN.
-// 2. A warp skips leaves and tiles that lie behind all of its columns.
+// 2. A warp skips leaves and tiles that lie behind all of its columns, and leaves before all of their windows.
 // 3. A leaf's output is made for 32 dims at a time: 128 would not fit the registers beside the state.
 #pragma once
 #include "attention.cuh"
@@ -30,7 +30,7 @@ struct PrefillArgs {
     const unsigned *page_table;
     const bf16 *q, *k, *v;
     bf16 *out;
-    unsigned table_width, page_shift, kv_heads, group;
+    unsigned table_width, page_shift, kv_heads, group, window;
 };
 
 // A column's query: index of its token in the step and of its head, and how many positions it attends to.
@@ -128,10 +128,10 @@ __device__ __forceinline__ void copy_or_zero(unsigned to, const bf16 *from, bool
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(copies ? 16 : 0) : "memory");
 }
 
-// Starts copying a leaf's keys and values.
+// Starts copying a leaf's keys and values, those from `kv_begin` to `kv_end`.
 template <int HD>
 __device__ __forceinline__ void copy_leaf(const PrefillArgs &args, const unsigned *pages, unsigned head, unsigned leaf,
-                                          unsigned kv_end, unsigned keys, unsigned values) {
+                                          unsigned kv_begin, unsigned kv_end, unsigned keys, unsigned values) {
     constexpr unsigned CHUNKS = HD / 8, TOKENS = PREFILL_THREADS / CHUNKS;
     const unsigned chunk = threadIdx.x % CHUNKS, first = threadIdx.x / CHUNKS;
     unsigned page[LEAF / TOKENS]; // looked up all at once; a token behind the end has the last one's
@@ -142,8 +142,9 @@ __device__ __forceinline__ void copy_leaf(const PrefillArgs &args, const unsigne
     for (int i = 0; i < LEAF / TOKENS; i++) {
         const unsigned t = first + i * TOKENS, token = leaf * LEAF + t, in_page = token & ((1u << args.page_shift) - 1);
         const size_t at = ((((size_t)page[i] * args.kv_heads + head) << args.page_shift) + in_page) * HD + chunk * 8;
-        copy_or_zero(keys + (t * CHUNKS + chunk) * 16, args.k + at, token < kv_end);
-        copy_or_zero(values + (t * CHUNKS + chunk) * 16, args.v + at, token < kv_end);
+        const bool seen = token >= kv_begin && token < kv_end;
+        copy_or_zero(keys + (t * CHUNKS + chunk) * 16, args.k + at, seen);
+        copy_or_zero(values + (t * CHUNKS + chunk) * 16, args.v + at, seen);
     }
     asm volatile("cp.async.commit_group;" ::: "memory");
 }
@@ -165,11 +166,11 @@ template <int HD> struct PrefillState {
 };
 
 // Attends to `tiles` tiles of a leaf, the first of whose tokens has position `first`, and folds the result. ALL: the leaf
-// is whole and lies before the end of every column.
+// is whole and lies before the end and within the window of every column.
 template <int HD, bool ALL>
 __device__ __forceinline__ void attend_leaf(PrefillState<HD> &state, const unsigned (&q)[HD / 16][NQ][2],
-                                            const unsigned (&limit)[NQ][2], unsigned first, unsigned tiles, unsigned keys,
-                                            unsigned values, unsigned lane) {
+                                            const unsigned (&limit)[NQ][2], unsigned window, unsigned first, unsigned tiles,
+                                            unsigned keys, unsigned values, unsigned lane) {
     constexpr unsigned TILE_BYTES = TILE * HD * 2;
     float s[LEAF_TILES][NQ][4];
 #pragma unroll
@@ -183,7 +184,7 @@ __device__ __forceinline__ void attend_leaf(PrefillState<HD> &state, const unsig
         for (int n = 0; n < NQ; n++)
 #pragma unroll
             for (int i = 0; i < 4; i++)
-                if (token + i / 2 * 8 >= limit[n][i % 2])
+                if (token + i / 2 * 8 >= limit[n][i % 2] || token + i / 2 * 8 + window < limit[n][i % 2])
                     s[j][n][i] = minus_infinity();
     }
     unsigned p[LEAF_TILES][NQ][2];
@@ -248,6 +249,8 @@ template <int HD> __device__ __forceinline__ void prefill(const PrefillArgs &arg
     const Row row = args.rows[args.plan[1 + 2 * item]];
     const unsigned first = args.plan[2 + 2 * item], lane = threadIdx.x % 32, column = threadIdx.x / 32 * (NQ * 8);
     const unsigned kv_end = row.position + min(first + COLUMNS / args.group, row.tokens);
+    const unsigned limit_min = row.position + first + 1, window = args.window;
+    const unsigned kv_begin = limit_min > window ? limit_min - window : 0;
     const unsigned keys = (unsigned)__cvta_generic_to_shared(shared), values = keys + BLOCK_BYTES;
     const unsigned *pages = args.page_table + (size_t)row.slot * args.table_width;
 
@@ -265,17 +268,17 @@ template <int HD> __device__ __forceinline__ void prefill(const PrefillArgs &arg
     }
 
     PrefillState<HD> state;
-    for (unsigned begin = 0; begin < kv_end; begin += LEAF) {
+    for (unsigned begin = kv_begin / LEAF * LEAF; begin < kv_end; begin += LEAF) {
         __syncthreads(); // every warp is done with the leaf before
-        copy_leaf<HD>(args, pages, head, begin / LEAF, kv_end, keys, values);
+        copy_leaf<HD>(args, pages, head, begin / LEAF, kv_begin, kv_end, keys, values);
         asm volatile("cp.async.wait_group 0;" ::: "memory");
         __syncthreads(); // the leaf is here
-        if (begin >= longest)
+        if (begin >= longest || begin + LEAF + window <= shortest)
             continue;
-        if (begin + LEAF <= shortest)
-            attend_leaf<HD, true>(state, q, limit, begin, LEAF_TILES, keys, values, lane);
+        if (begin + LEAF <= shortest && begin + window >= longest)
+            attend_leaf<HD, true>(state, q, limit, window, begin, LEAF_TILES, keys, values, lane);
         else
-            attend_leaf<HD, false>(state, q, limit, begin, min((longest - begin + TILE - 1) / TILE, LEAF_TILES), keys, values,
+            attend_leaf<HD, false>(state, q, limit, window, begin, min((longest - begin + TILE - 1) / TILE, LEAF_TILES), keys, values,
                                    lane);
     }
     write_columns<HD>(args, row, first, head, state, column, lane);

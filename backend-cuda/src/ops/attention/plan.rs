@@ -5,7 +5,7 @@
 //!   prefill   count, items                       (row, first token) each: as many tokens as a block takes at once
 //! ```
 //!
-//! Invariant: every leaf of every row lies in one segment, every token of every row in one item.
+//! Invariant: every leaf of every row's window lies in one segment, every token of every row in one item.
 
 use std::cmp::Reverse;
 
@@ -45,6 +45,8 @@ pub(super) struct Cutter {
     segments: usize,
     /// Partials of an item that there is memory for.
     pub(super) partials: u32,
+    /// Positions that a row's token sees at most.
+    window: u32,
     /// The slot of padding rows.
     dummy: u32,
     /// Rows from which on there is much to do: any number in a half, whose idle blocks leave memory to the other's.
@@ -53,7 +55,14 @@ pub(super) struct Cutter {
 
 impl Cutter {
     /// For launches of up to `rows` rows that have so much room.
-    pub(super) fn new(blocks: u32, heads: Heads, limits: &Limits, rows: u32, room: Room) -> Cutter {
+    pub(super) fn new(
+        blocks: u32,
+        heads: Heads,
+        window: u32,
+        limits: &Limits,
+        rows: u32,
+        room: Room,
+    ) -> Cutter {
         let items = heads.items();
         let partials = (PARTIAL_BYTES_MAX / (items as usize * heads.partial_bytes())).max(2) as u32;
         let longest = u64::from(rows) * u64::from(limits.sequence.div_ceil(LEAF) + 1);
@@ -62,6 +71,7 @@ impl Cutter {
             items,
             segments: (rows + PIECES_OF_BLOCK * blocks.div_ceil(items)) as usize,
             partials: longest.min(u64::from(partials)) as u32,
+            window,
             dummy: limits.running,
             many: match room {
                 Room::Whole => (MANY_TURNS * blocks).div_ceil(items),
@@ -84,26 +94,28 @@ impl Cutter {
         // Rows wait in the last places, which the pieces of those before them leave alone.
         let waiting = self.segments - rows.len();
         for ((index, row), place) in (0..).zip(rows).zip(&mut segments[waiting..]) {
-            *place = [index, row.slot, row.kv_len, 0, 0, 0, 0, 0];
+            let first = (row.kv_len - self.seen(row.kv_len)) / LEAF;
+            *place = [index, row.slot, row.kv_len, first, row.kv_len.div_ceil(LEAF) - first, 0, 0, 0];
         }
-        segments[waiting..].sort_unstable_by_key(|&[index, _, kv_len, ..]| (Reverse(kv_len), index));
-        let mut rest: u64 = rows.iter().map(|row| u64::from(row.kv_len)).sum();
+        segments[waiting..]
+            .sort_unstable_by_key(|&[index, _, kv_len, ..]| (Reverse(self.seen(kv_len)), index));
+        let mut rest: u64 = rows.iter().map(|row| u64::from(self.seen(row.kv_len))).sum();
         let few = rows.len() < self.many as usize;
         let piece = few.then(|| self.piece(&segments[waiting..]));
         let (mut filled, mut base) = (0, 0);
         for place in waiting..self.segments {
-            let [index, slot, kv_len, ..] = segments[place];
+            let [index, slot, kv_len, first, leaves, ..] = segments[place];
             let largest = piece.unwrap_or_else(|| self.share(rest).max(LEAST));
-            let cuts = Cuts::new(kv_len.div_ceil(LEAF), largest, place - filled, self.partials - base);
+            let cuts = Cuts::new(leaves, largest, place - filled, self.partials - base);
             let total = if cuts.count == 1 { 0 } else { 1 + cuts.leaves - cuts.first };
             for i in 0..cuts.count {
                 let (begin, end) = (cuts.at(i), cuts.at(i + 1));
                 let at = if i == 0 { base } else { base + 1 + begin - cuts.first };
-                segments[filled] = [index, slot, kv_len, begin, end - begin, base, at, total];
+                segments[filled] = [index, slot, kv_len, first + begin, end - begin, base, at, total];
                 filled += 1;
             }
             base += total;
-            rest -= u64::from(kv_len);
+            rest -= u64::from(self.seen(kv_len));
         }
         head[0] = filled as u32;
     }
@@ -112,7 +124,7 @@ impl Cutter {
     /// and those for which blocks have nothing left in the last round, while the others work on a piece with more of the
     /// memory's bandwidth.
     fn piece(&self, rows: &[[u32; SEGMENT_WORDS]]) -> u64 {
-        let leaves = |row: &[u32; SEGMENT_WORDS]| row[2].div_ceil(LEAF);
+        let leaves = |row: &[u32; SEGMENT_WORDS]| row[4];
         let pieces = |largest: u32| rows.iter().map(|row| leaves(row).div_ceil(largest)).sum::<u32>();
         let cost = |largest: &u32| {
             let turns = pieces(*largest) * self.items;
@@ -122,6 +134,11 @@ impl Cutter {
         let there = (1..=longest).map(|cuts| longest.div_ceil(cuts));
         let fit = there.take_while(|&largest| pieces(largest) as usize <= self.segments);
         u64::from(fit.min_by_key(cost).unwrap_or(longest))
+    }
+
+    /// Positions that the last of so many sees.
+    fn seen(&self, kv_len: u32) -> u32 {
+        kv_len.min(self.window)
     }
 
     /// Leaves that each block gets of `tokens` tokens, for all items.
@@ -194,7 +211,12 @@ mod tests {
         segments[..words[0] as usize].to_vec()
     }
 
-    /// Every leaf of every row lies in one segment, long rows first, and every partial has one place in memory.
+    /// The first leaf that a row of so many tokens sees.
+    fn first_leaf(cutter: &Cutter, kv_len: u32) -> u32 {
+        kv_len.saturating_sub(cutter.window) / LEAF
+    }
+
+    /// Every leaf of every row's window lies in one segment, long rows first, and every partial has one place in memory.
     fn plans_are_whole(cutter: &Cutter, rows: &[Row]) {
         let mut partials = vec![false; cutter.partials as usize];
         let mut leaves = Vec::new();
@@ -202,15 +224,20 @@ mod tests {
             assert_eq!((slot, kv_len), (rows[row as usize].slot, rows[row as usize].kv_len));
             assert!(count > 0);
             leaves.extend((first..first + count).map(|leaf| (row, leaf)));
-            let own = if first == 0 { 1.min(total) } else { count };
+            let begins_row = first == first_leaf(cutter, kv_len);
+            assert_eq!(begins_row, at == base, "the kernel tells a row's first segment by its place");
+            let own = if begins_row { 1.min(total) } else { count };
             assert!((base..base + total.max(1)).contains(&at) && at + own <= base + total.max(own));
             for place in at..at + own {
                 assert!(!std::mem::replace(&mut partials[place as usize], true), "two partials at {place}");
             }
         }
-        let of_row = |row: u32| (0..rows[row as usize].kv_len.div_ceil(LEAF)).map(move |leaf| (row, leaf));
+        let of_row = |row: u32| {
+            let kv_len = rows[row as usize].kv_len;
+            (first_leaf(cutter, kv_len)..kv_len.div_ceil(LEAF)).map(move |leaf| (row, leaf))
+        };
         let mut longest_first: Vec<u32> = (0..rows.len() as u32).collect();
-        longest_first.sort_by_key(|&row| Reverse(rows[row as usize].kv_len));
+        longest_first.sort_by_key(|&row| Reverse(cutter.seen(rows[row as usize].kv_len)));
         assert!(leaves.into_iter().eq(longest_first.into_iter().flat_map(of_row)));
     }
 
@@ -226,6 +253,7 @@ mod tests {
                 items: 1 + random(2, 16) as u32,
                 segments: rows.len() + random(3, 200) as usize,
                 partials: 2 + random(4, 2000) as u32,
+                window: if random(6, 2) == 0 { u32::MAX } else { 1 + random(7, 3000) as u32 },
                 dummy: 1000,
                 many: random(5, 40) as u32,
             };
@@ -238,7 +266,15 @@ mod tests {
         let rows = |count: u32, leaves: u32| -> Vec<_> {
             (0..count).map(|slot| Row { slot, kv_len: leaves * LEAF, ..Row::default() }).collect()
         };
-        let cutter = Cutter { blocks: 264, items: 8, segments: 388, partials: 4096, dummy: 1000, many: 66 };
+        let cutter = Cutter {
+            blocks: 264,
+            items: 8,
+            segments: 388,
+            partials: 4096,
+            window: u32::MAX,
+            dummy: 1000,
+            many: 66,
+        };
         let pieces = |rows: &[Row]| planned(&cutter, rows).into_iter().map(|[.., leaves, _, _, _]| leaves);
         let long = rows(256, 16);
         assert!(pieces(&long).count() > long.len(), "the last rows are longer than what is left for a block");
@@ -261,7 +297,7 @@ mod tests {
             pages: 2 * 64 * LEAF / 16,
             graph_rows: 0,
         };
-        let cutter = Cutter::new(264, heads, &limits, limits.running, Room::Whole);
+        let cutter = Cutter::new(264, heads, u32::MAX, &limits, limits.running, Room::Whole);
         assert!(planned(&cutter, &[row, row]).iter().all(|[.., leaves, _, _, _]| *leaves <= 4));
     }
 
@@ -283,7 +319,8 @@ mod tests {
     #[test]
     fn padding_rows_get_no_segment() {
         let row = Row { kv_len: 100, ..Row::default() };
-        let cutter = Cutter { blocks: 4, items: 2, segments: 8, partials: 8, dummy: 1, many: 2 };
+        let cutter =
+            Cutter { blocks: 4, items: 2, segments: 8, partials: 8, window: u32::MAX, dummy: 1, many: 2 };
         assert_eq!(planned(&cutter, &[row, Row { slot: 1, ..row }, Row { slot: 1, ..row }]).len(), 1);
     }
 }
