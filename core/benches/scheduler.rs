@@ -43,7 +43,7 @@ impl Decoding {
             graph_rows: 0,
         };
         let policy = Policy { prefix_cache: true, order: Order::Given, vocab: VOCAB };
-        let mut scheduler = Scheduler::new(limits, policy, &[VOCAB - 1]);
+        let mut scheduler = Scheduler::new(limits, policy, &[VOCAB - 1], None);
         for row in 0..rows {
             let prompt: Vec<u32> = (0..100 + row % 16).map(|i| (row * 7919 + i) % 10_000).collect();
             let params = SamplingParams { max_tokens: SEQUENCE, ..SamplingParams::default() };

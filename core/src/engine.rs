@@ -207,7 +207,7 @@ impl<B: Device, M: Model<B>> Engine<B, M> {
         let graphs = DecodeGraphs::capture(&mut backend, &mut model, &resident, &limits, staging)
             .map_err(|error| EngineError::Capture { rows: error.rows, source: error.source })?;
         Ok(Engine {
-            scheduler: Scheduler::new(limits, policy, &eos),
+            scheduler: Scheduler::new(limits, policy, &eos, model.window()),
             limits,
             overlap,
             resident,

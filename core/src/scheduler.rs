@@ -18,6 +18,7 @@
 //! - When a decode step finds no page, the youngest request is retracted: its pages go back, its tokens stay, and it
 //!   is the first to be admitted again. The oldest one always goes on, and alone it fits (`submit` saw to that), so
 //!   every request ends.
+//! - Where every layer has a window, a running request's own pages behind it go back before its next step is scheduled.
 //! - A request that ends by length is known to end when its last step is scheduled; one that ends by an
 //!   end-of-sequence token may run one step too far, and that token is dropped.
 
@@ -74,13 +75,13 @@ pub struct Scheduler {
 }
 
 impl Scheduler {
-    /// An idle scheduler. `limits` have been checked.
-    pub fn new(limits: Limits, policy: Policy, eos: &[u32]) -> Self {
+    /// An idle scheduler. `limits` have been checked; `window` is the model's ([`crate::backend::Model::window`]).
+    pub fn new(limits: Limits, policy: Policy, eos: &[u32], window: Option<u32>) -> Self {
         Scheduler {
             limits,
             policy,
             eos: eos.to_vec(),
-            table: RequestTable::new(&limits),
+            table: RequestTable::new(&limits, window),
             pool: PagePool::new(limits.pages, limits.page_size),
             waiting: VecDeque::with_capacity(limits.queued as usize),
             retracted: VecDeque::with_capacity(limits.running as usize),
@@ -114,11 +115,12 @@ impl Scheduler {
 
     /// What there is to do now.
     pub fn load(&self) -> Load {
-        Load {
-            running: self.running() as u32,
-            waiting: self.waiting() as u32,
-            pages_used: self.pool.capacity() - self.pool.available(),
-        }
+        Load { running: self.running() as u32, waiting: self.waiting() as u32, pages_used: self.pages_used() }
+    }
+
+    /// Pages that running requests hold.
+    fn pages_used(&self) -> u32 {
+        self.pool.capacity() - self.pool.available()
     }
 
     /// Does nobody wait or run?
@@ -290,6 +292,7 @@ impl Scheduler {
 
     /// Adds the request's next tokens to a prefill step; false if there is no page for them.
     fn push_chunk(&mut self, entry: u32, batch: &mut Batch) -> bool {
+        self.table.drop_behind_window(entry, &mut self.pool);
         let request = *self.table.get(entry);
         let count = self.prefill_budget(batch).min(request.prefill_len - request.computed);
         let end = request.computed + count;
@@ -327,6 +330,7 @@ impl Scheduler {
             if !self.table.get(entry).can_decode() {
                 continue;
             }
+            self.table.drop_behind_window(entry, &mut self.pool);
             while self.needs_page(entry) && self.pool.available() == 0 {
                 self.retract_youngest();
             }
@@ -445,8 +449,11 @@ impl Scheduler {
 
     fn count(&mut self, batch: &Batch) {
         let (rows, tokens) = (batch.rows().len() as u64, batch.tokens().len() as u64);
+        let in_use = self.pages_used();
         let stats = &mut self.stats;
-        let context: u64 = batch.tokens().iter().map(|token| u64::from(token.position) + 1).sum();
+        let window = self.table.window().unwrap_or(u32::MAX);
+        let context =
+            batch.tokens().iter().map(|token| u64::from((token.position + 1).min(window))).sum::<u64>();
         match batch.phase() {
             _ if rows == 0 => {}
             Phase::Prefill => {
@@ -461,7 +468,7 @@ impl Scheduler {
                 stats.rows_peak = stats.rows_peak.max(rows as u32);
             }
         }
-        stats.pages_peak = stats.pages_peak.max(self.pool.capacity() - self.pool.available());
+        stats.pages_peak = stats.pages_peak.max(in_use);
     }
 
     pub(crate) fn count_padding(&mut self, rows: u32) {
@@ -489,7 +496,8 @@ impl Scheduler {
                 holders[node as usize] += 1;
                 node = self.pool.parent(node);
             }
-            for page in (0..request.pages).map(|i| self.table.page(request.slot, i) as usize) {
+            let mapped = (0..request.pages).filter(|i| !request.hole().contains(i));
+            for page in mapped.map(|i| self.table.page(request.slot, i) as usize) {
                 if self.pool.is_private(page as u32) {
                     assert!(!owned[page], "page {page} is private to two requests");
                     owned[page] = true;

@@ -11,9 +11,18 @@
 //!
 //! - `known` tokens have been received by the host; `planned` counts those still in flight as well.
 //! - `computed` positions have their keys and values in pages, or will have when the steps now enqueued have run.
+//!
+//! Where every layer has a window, pages behind it go back while the request runs: those of its own, for what the prefix tree
+//! has of a sequence's beginning, a window's worth at most, the request holds to its end.
+//!
+//! ```text
+//!   pages   0 ....... node_depth ....... dropped ............ pages
+//!           |<- held ->|<---- the hole ---->|<- its own, seen ->|
+//! ```
 
 use alloc::vec;
 use alloc::vec::Vec;
+use core::ops::Range;
 
 use crate::config::Limits;
 use crate::pages::{NO_PAGE, PagePool};
@@ -50,6 +59,8 @@ pub(crate) struct Entry {
     /// Deepest node of the prefix tree that it holds, and how many full pages lead there.
     pub node: u32,
     pub node_depth: u32,
+    /// Pages below it that are the request's own have gone back: they lie behind the window.
+    pub dropped: u32,
     /// Prompt tokens found in the prefix cache at the first admission.
     pub cached_tokens: u32,
     pub admitted_before: bool,
@@ -79,6 +90,7 @@ impl Entry {
         pages: 0,
         node: NO_PAGE,
         node_depth: 0,
+        dropped: 0,
         cached_tokens: 0,
         admitted_before: false,
     };
@@ -86,6 +98,11 @@ impl Entry {
     /// Is its prompt, or what it resumes from, not wholly enqueued yet?
     pub fn is_prefilling(&self) -> bool {
         self.computed < self.prefill_len
+    }
+
+    /// The pages that have gone back.
+    pub fn hole(&self) -> Range<u32> {
+        self.node_depth..self.dropped.max(self.node_depth)
     }
 
     /// Can it have a row in a decode step?
@@ -106,10 +123,12 @@ pub(crate) struct RequestTable {
     sequence: usize,
     width: usize,
     page_size: u32,
+    /// Positions that a token sees at most.
+    window: Option<u32>,
 }
 
 impl RequestTable {
-    pub fn new(limits: &Limits) -> Self {
+    pub fn new(limits: &Limits, window: Option<u32>) -> Self {
         let entries = limits.running + limits.queued;
         let (sequence, width) = (limits.sequence as usize, limits.table_width() as usize);
         RequestTable {
@@ -121,7 +140,13 @@ impl RequestTable {
             sequence,
             width,
             page_size: limits.page_size,
+            window,
         }
+    }
+
+    /// Positions that a token sees at most.
+    pub fn window(&self) -> Option<u32> {
+        self.window
     }
 
     pub fn get(&self, entry: u32) -> &Entry {
@@ -184,7 +209,7 @@ impl RequestTable {
         let request = self.get_mut(entry);
         request.state = State::Running;
         request.slot = slot;
-        (request.node, request.node_depth, request.pages) = (node, depth, depth);
+        (request.node, request.node_depth, request.pages, request.dropped) = (node, depth, depth, 0);
         (request.computed, request.prefill_len) = (cached_tokens, request.known);
         if core::mem::replace(&mut request.admitted_before, true) {
             return 0;
@@ -199,7 +224,7 @@ impl RequestTable {
             self.keep_prefix(entry, pool, true);
         }
         let request = *self.get(entry);
-        for i in (0..request.pages).rev() {
+        for i in (0..request.pages).rev().filter(|i| !request.hole().contains(i)) {
             let page = self.page(request.slot, i);
             if pool.is_private(page) {
                 pool.give(page);
@@ -220,7 +245,8 @@ impl RequestTable {
     pub fn keep_prefix(&mut self, entry: u32, pool: &mut PagePool, ending: bool) {
         let mut request = *self.get(entry);
         let full_pages = request.computed.min(request.known) / self.page_size;
-        while request.node_depth < full_pages {
+        let kept = self.window.map_or(u32::MAX, |window| window.div_ceil(self.page_size));
+        while request.node_depth < full_pages.min(kept) && request.hole().is_empty() {
             let first = (request.node_depth * self.page_size) as usize;
             let tokens = &self.tokens(entry)[first..first + self.page_size as usize];
             let page = self.page(request.slot, request.node_depth);
@@ -238,6 +264,18 @@ impl RequestTable {
             request.node_depth += 1;
         }
         *self.get_mut(entry) = request;
+    }
+
+    /// Gives back the request's own pages that none of its tokens to come sees. The step that is scheduled next may take them:
+    /// steps in flight run before it.
+    pub fn drop_behind_window(&mut self, entry: u32, pool: &mut PagePool) {
+        let Some(window) = self.window else { return };
+        let request = *self.get(entry);
+        let behind = (request.computed + 1).saturating_sub(window) / self.page_size;
+        for i in request.hole().end..behind {
+            pool.give(self.page(request.slot, i));
+        }
+        self.get_mut(entry).dropped = behind;
     }
 
     /// The request's known tokens.

@@ -31,6 +31,8 @@ enum Action {
 struct Stream {
     options: EngineOptions,
     pace: Pace,
+    /// Positions that a token sees.
+    window: Option<u32>,
     actions: Vec<Action>,
 }
 
@@ -88,11 +90,9 @@ fn action() -> impl Strategy<Value = Action> {
 
 fn stream() -> impl Strategy<Value = Stream> {
     let pace = prop::sample::select(&[Pace::AtOnce, Pace::Late, Pace::CopiesFirst, Pace::CopiesLast]);
-    (options(), pace, prop::collection::vec(action(), 1..60)).prop_map(|(options, pace, actions)| Stream {
-        options,
-        pace,
-        actions,
-    })
+    let window = prop::option::of(2..24u32);
+    (options(), pace, window, prop::collection::vec(action(), 1..60))
+        .prop_map(|(options, pace, window, actions)| Stream { options, pace, window, actions })
 }
 
 struct Submitted {
@@ -106,7 +106,8 @@ struct Submitted {
 /// Plays a stream to its end and returns what was taken in and what came out.
 fn play(stream: &Stream) -> (Vec<Submitted>, Outcomes, Engine<Lazy, Hashing>) {
     let options = stream.options.clone();
-    let mut engine = Engine::new(Lazy::new(stream.pace), Hashing::default(), options).expect("valid limits");
+    let mut engine =
+        Engine::new(Lazy::new(stream.pace), Hashing::windowed(stream.window), options).expect("valid limits");
     let (mut taken, mut outcomes) = (Vec::<Submitted>::new(), Outcomes::default());
     for action in &stream.actions {
         match action {
@@ -169,9 +170,10 @@ fn submit(
     }
 }
 
-fn check_outcome(request: &Submitted, outcome: &Outcome, limits: &Limits) {
+fn check_outcome(request: &Submitted, outcome: &Outcome, limits: &Limits, window: Option<u32>) {
     let len_max = limits.sequence.min(limits.pages * limits.page_size);
-    let (tokens, reason) = expected::alone(&request.prompt, &request.params, len_max);
+    let (tokens, reason) =
+        expected::alone_within(&request.prompt, &request.params, len_max, window.unwrap_or(u32::MAX));
     let (finished, cached) = outcome.finished.expect("every request ends");
     match request.aborted {
         true => {
@@ -198,7 +200,7 @@ proptest! {
         let limits = stream.options.limits;
         let (taken, outcomes, engine) = play(&stream);
         for request in &taken {
-            check_outcome(request, &outcomes.of(request.ticket), &limits);
+            check_outcome(request, &outcomes.of(request.ticket), &limits, stream.window);
         }
         let stats = engine.stats();
         let ends = outcomes.list.iter().filter_map(|(_, outcome)| outcome.finished);

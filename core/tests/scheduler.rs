@@ -11,7 +11,7 @@ use support::expected::VOCAB;
 use support::{SMALL, exactly};
 
 fn scheduler() -> Scheduler {
-    Scheduler::new(SMALL, Policy { prefix_cache: true, order: Order::Given, vocab: VOCAB }, &[])
+    Scheduler::new(SMALL, Policy { prefix_cache: true, order: Order::Given, vocab: VOCAB }, &[], None)
 }
 
 fn submit(scheduler: &mut Scheduler, prompt: &[u32], max_tokens: u32) -> Ticket {
@@ -126,4 +126,27 @@ fn all_requests_may_end_in_one_step() {
     assert_eq!(reasons, [FinishReason::Length; 4]);
     assert!(scheduler.is_idle());
     scheduler.check();
+}
+
+/// A sequence of 60 tokens, 8 of which are seen: pages of its own never exceed the window, the page that it begins in and the
+/// one that is being filled, but for the prefix tree's, which hold a window's worth.
+#[test]
+fn pages_behind_the_window_go_back_while_a_request_runs() {
+    for prefix_cache in [false, true] {
+        let policy = Policy { prefix_cache, order: Order::Given, vocab: VOCAB };
+        let mut scheduler = Scheduler::new(SMALL, policy, &[], Some(8));
+        submit(&mut scheduler, &[1; 20], 40);
+        let mut batch = Batch::new(&SMALL);
+        while !scheduler.is_idle() {
+            assert!(scheduler.schedule(&mut batch));
+            scheduler.check();
+            if batch.phase() == Phase::Decode {
+                let held = if prefix_cache { 2 } else { 0 };
+                assert!(scheduler.load().pages_used <= held + 4, "{} pages", scheduler.load().pages_used);
+            }
+            let samples = batch.samples() as usize;
+            scheduler.complete(&batch, &[3, 3][..samples], &[], &mut |_| ());
+            scheduler.check();
+        }
+    }
 }

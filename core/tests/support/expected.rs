@@ -45,11 +45,22 @@ pub fn logprob(token: u32, position: u32) -> f32 {
 
 /// A request's tokens when nothing runs beside it, and why it ends. `len_max` bounds prompt and output together.
 pub fn alone(prompt: &[u32], params: &SamplingParams, len_max: u32) -> (Vec<u32>, FinishReason) {
+    alone_within(prompt, params, len_max, u32::MAX)
+}
+
+/// The same where a token sees so many positions.
+pub fn alone_within(
+    prompt: &[u32],
+    params: &SamplingParams,
+    len_max: u32,
+    window: u32,
+) -> (Vec<u32>, FinishReason) {
     let mut cache = Vec::new();
     let mut push = |token: u32| {
         let position = cache.len() as u32;
         cache.push(kv(cache.last().copied().unwrap_or(0), token, position));
-        draw(cache.iter().copied().fold(0, attend), params.seed)
+        let first = cache.len().saturating_sub(window as usize);
+        draw(cache[first..].iter().copied().fold(0, attend), params.seed)
     };
     let mut next = 0;
     for &token in prompt {

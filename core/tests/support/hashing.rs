@@ -31,6 +31,14 @@ impl Runs for Lazy {
 #[derive(Default)]
 pub struct Hashing {
     kv: Option<Words>,
+    window: Option<u32>,
+}
+
+impl Hashing {
+    /// A model whose tokens see so many positions, at least 2: a token's word is made of the one before.
+    pub fn windowed(window: Option<u32>) -> Hashing {
+        Hashing { kv: None, window }
+    }
 }
 
 impl<B: Runs> Model<B> for Hashing {
@@ -46,6 +54,10 @@ impl<B: Runs> Model<B> for Hashing {
         4096
     }
 
+    fn window(&self) -> Option<u32> {
+        self.window
+    }
+
     fn reserve(&mut self, backend: &mut B, limits: &Limits) -> Result<usize, B::Error> {
         let words = (limits.pages as usize + 1) * limits.page_size as usize;
         self.kv = Some(backend.alloc(Purpose::KvCache, Element::Kv, words)?);
@@ -59,7 +71,7 @@ impl<B: Runs> Model<B> for Hashing {
 
     fn forward(&mut self, backend: &mut B, step: &Step<Words>, tokens: Words) -> Result<(), B::Error> {
         let kv = self.kv.expect("the engine reserves first");
-        backend.enqueue(Op::Forward { step: *step, kv, tokens })
+        backend.enqueue(Op::Forward { step: *step, kv, tokens, window: self.window.unwrap_or(u32::MAX) })
     }
 
     fn logprobs(
@@ -78,7 +90,7 @@ impl<B: Runs> Model<B> for Hashing {
 }
 
 /// A step, as the device runs it.
-pub fn forward(memory: &mut [u32], step: &Step<Words>, kv: Words, tokens: Words) {
+pub fn forward(memory: &mut [u32], step: &Step<Words>, kv: Words, tokens: Words, window: u32) {
     // The batch is read while other memory is written: one of them has to be split off.
     let (before, rest) = memory.split_at_mut(step.batch.start);
     let (batch, after) = rest.split_at_mut(step.batch.len);
@@ -105,7 +117,8 @@ pub fn forward(memory: &mut [u32], step: &Step<Words>, kv: Words, tokens: Words)
         }
     }
     for (i, row) in rows.iter().take(header.samples as usize).enumerate() {
-        let context = (0..row.kv_len).map(|position| device.kv(step, kv, row.slot, position));
+        let context = (row.kv_len.saturating_sub(window)..row.kv_len)
+            .map(|position| device.kv(step, kv, row.slot, position));
         let state = context.fold(0, expected::attend);
         let token = expected::draw(state, u64::from(row.seed_high) << 32 | u64::from(row.seed_low));
         *device.word(tokens, header.output as usize + i) = token;

@@ -47,7 +47,7 @@ pub struct Words {
 /// One operation in a queue.
 #[derive(Clone)]
 pub enum Op {
-    Forward { step: Step<Words>, kv: Words, tokens: Words },
+    Forward { step: Step<Words>, kv: Words, tokens: Words, window: u32 },
     Logprobs { step: Step<Words>, tokens: Words, out: Words },
     Upload { from: Host, range: Range<usize>, to: Words },
     Download { from: Words, words: usize, to: Host },
@@ -161,7 +161,9 @@ impl State {
 
     fn perform(&mut self, op: Op) {
         match op {
-            Op::Forward { step, kv, tokens } => hashing::forward(&mut self.memory, &step, kv, tokens),
+            Op::Forward { step, kv, tokens, window } => {
+                hashing::forward(&mut self.memory, &step, kv, tokens, window);
+            }
             Op::Logprobs { step, tokens, out } => hashing::logprobs(&mut self.memory, &step, tokens, out),
             Op::Upload { from, range, to } => {
                 assert!(range.end <= to.len, "an upload fits its buffer");
