@@ -7,7 +7,7 @@
 
 mod common;
 
-use common::{CHECKPOINTS, Golden, builder, greedy};
+use common::{CHECKPOINTS, FAMILIES, Golden, family, greedy};
 use minisgl::{BackendChoice, GenerateRequest, KernelChoice, Llm, LlmBuilder, SamplingParams};
 
 /// Relative error of a row of logits that bf16 activations through three layers justify.
@@ -16,13 +16,26 @@ const LOGIT_ERROR_MAX: f32 = 0.03;
 const MARGIN_MIN: f32 = 0.3;
 
 fn on_gpu(name: &str, kernels: KernelChoice) -> LlmBuilder {
-    builder(name).backend(BackendChoice::Cuda).kernels(kernels)
+    family(name).backend(BackendChoice::Cuda).kernels(kernels)
 }
 
-/// Every checkpoint with the newest kernels and with those for any GPU.
-fn cases() -> impl Iterator<Item = (&'static str, KernelChoice)> {
+/// Deeper sums and prompts of 180 tokens: transformers in bf16 errs by up to 0.1 there, and a window off by one by 0.15.
+const FAMILY_ERROR_MAX: f32 = 0.12;
+const FAMILY_MARGIN_MIN: f32 = 1.0;
+
+/// Checkpoints with the newest kernels and with those for any GPU.
+fn with_each<'a>(names: impl IntoIterator<Item = &'a str>) -> impl Iterator<Item = (&'a str, KernelChoice)> {
     let with_each = |name| [KernelChoice::Auto, KernelChoice::Portable].map(|kernels| (name, kernels));
-    CHECKPOINTS.into_iter().flat_map(with_each)
+    names.into_iter().flat_map(with_each)
+}
+
+fn cases() -> impl Iterator<Item = (&'static str, KernelChoice)> {
+    with_each(CHECKPOINTS)
+}
+
+/// Those of other families that the GPU computes.
+fn families() -> impl Iterator<Item = &'static str> {
+    FAMILIES.into_iter().filter(|name| *name != "gemma3")
 }
 
 fn norm(values: impl Iterator<Item = f32>) -> f32 {
@@ -41,32 +54,39 @@ fn argmax(row: &[f32]) -> usize {
 #[ignore = "needs a GPU"]
 fn logits_are_those_of_transformers_within_bf16() {
     for (name, kernels) in cases() {
-        let golden = Golden::open(name);
-        let mut llm = on_gpu(name, kernels).build().unwrap();
-        let mut worst: f32 = 0.0;
-        for (i, example) in golden.examples.iter().enumerate() {
-            let mut sequence = example.prompt.clone();
-            sequence.extend(&example.greedy[..example.greedy.len() - 1]);
-            let logits = llm.prompt_logits(&sequence).unwrap();
-            let (prompt, greedy) = logits.split_at(example.prompt.len() - 1);
-            let expected = golden.logits(i);
-            let first = example.prompt.len() - expected.len();
-            let ours = prompt.iter().chain(&greedy[..1]).skip(first);
-            let last = (&greedy[greedy.len() - 1], &golden.last_logits(i));
-            for (ours, theirs) in ours.zip(&expected).chain([last]) {
-                worst = worst.max(relative_error(ours, theirs));
-            }
-            for ((row, token), margin) in greedy.iter().zip(&example.greedy).zip(&example.top2_margin) {
-                let best = argmax(row);
-                assert!(
-                    best == *token as usize || *margin <= MARGIN_MIN,
-                    "{name}, {kernels:?}, example {i}: {best} instead of {token} at a margin of {margin}"
-                );
-            }
-        }
-        println!("{name}, {kernels:?}: largest relative error of a row of logits {worst:.5}");
-        assert!(worst < LOGIT_ERROR_MAX, "{name}, {kernels:?}: relative error {worst}");
+        assert_logits(name, kernels, LOGIT_ERROR_MAX, MARGIN_MIN);
     }
+    for (name, kernels) in with_each(families()) {
+        assert_logits(name, kernels, FAMILY_ERROR_MAX, FAMILY_MARGIN_MIN);
+    }
+}
+
+fn assert_logits(name: &str, kernels: KernelChoice, error_max: f32, margin_min: f32) {
+    let golden = Golden::open(name);
+    let mut llm = on_gpu(name, kernels).build().unwrap();
+    let mut worst: f32 = 0.0;
+    for (i, example) in golden.examples.iter().enumerate() {
+        let mut sequence = example.prompt.clone();
+        sequence.extend(&example.greedy[..example.greedy.len() - 1]);
+        let logits = llm.prompt_logits(&sequence).unwrap();
+        let (prompt, greedy) = logits.split_at(example.prompt.len() - 1);
+        let expected = golden.logits(i);
+        let first = example.prompt.len() - expected.len();
+        let ours = prompt.iter().chain(&greedy[..1]).skip(first);
+        let last = (&greedy[greedy.len() - 1], &golden.last_logits(i));
+        for (ours, theirs) in ours.zip(&expected).chain([last]) {
+            worst = worst.max(relative_error(ours, theirs));
+        }
+        for ((row, token), margin) in greedy.iter().zip(&example.greedy).zip(&example.top2_margin) {
+            let best = argmax(row);
+            assert!(
+                best == *token as usize || *margin <= margin_min,
+                "{name}, {kernels:?}, example {i}: {best} instead of {token} at a margin of {margin}"
+            );
+        }
+    }
+    println!("{name}, {kernels:?}: largest relative error of a row of logits {worst:.5}");
+    assert!(worst < error_max, "{name}, {kernels:?}: relative error {worst}");
 }
 
 /// Requests of many lengths and kinds of sampling.
@@ -126,6 +146,44 @@ fn a_requests_tokens_do_not_depend_on_how_they_are_computed() {
             assert_eq!(alone[0], expected[i], "{name}, {kernels:?}: request {i} alone");
         }
     }
+}
+
+/// Windows whose pages go back, biases, layers without rope.
+#[test]
+#[ignore = "needs a GPU"]
+fn a_requests_tokens_do_not_depend_on_how_they_are_computed_in_any_family() {
+    for (name, kernels) in with_each(["mistral-window", "qwen2-bias", "smollm3-nope"]) {
+        let wide = |builder: LlmBuilder| builder.max_running(64).max_graph_batch(64).num_pages(Some(2048));
+        let base = || wide(on_gpu(name, kernels));
+        let mut llm = base().build().unwrap();
+        let requests = requests(64, llm.info().vocab);
+        let expected = tokens(&mut llm, &requests);
+        assert!(tokens(&mut llm, &requests) == expected, "{name}, {kernels:?}: from the prefix cache");
+        let others = [
+            ("no recorded steps, no overlap", base().max_graph_batch(0).overlap(false)),
+            ("prompts in chunks of 7, pages of 32 tokens", base().max_prefill_tokens(7).page_size(32)),
+            (
+                "a pool that forces retraction, no prefix cache",
+                base().num_pages(Some(32)).prefix_cache(false),
+            ),
+        ];
+        for (what, builder) in others {
+            let ours = tokens(&mut builder.build().unwrap(), &requests);
+            let differ = ours.iter().zip(&expected).filter(|(a, b)| a != b).count();
+            assert_eq!(differ, 0, "{name}, {kernels:?}, {what}: requests whose tokens differ");
+        }
+        for i in (0..64).step_by(13) {
+            let alone = tokens(&mut llm, &requests[i..=i]);
+            assert_eq!(alone[0], expected[i], "{name}, {kernels:?}: request {i} alone");
+        }
+    }
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn a_model_that_the_gpu_does_not_compute_is_refused_by_what_it_has() {
+    let error = on_gpu("gemma3", KernelChoice::Auto).build().err().unwrap().to_string();
+    assert!(error.contains("head_dim is 256") && error.contains("--backend cpu"), "{error}");
 }
 
 #[test]

@@ -2,7 +2,7 @@
 
 mod common;
 
-use common::{CHECKPOINTS, Golden, builder, greedy_request};
+use common::{CHECKPOINTS, FAMILIES, Golden, builder, family, greedy_request};
 use minisgl::{GenerateRequest, Llm};
 
 /// Largest difference between two rows of logits.
@@ -38,6 +38,17 @@ fn logits_at_every_position_are_those_of_transformers() {
         for (prefill_tokens, prefix_cache) in [(512, true), (7, true), (512, false)] {
             let builder = builder(name).max_prefill_tokens(prefill_tokens).prefix_cache(prefix_cache);
             assert_logits(&mut builder.build().unwrap(), &golden);
+        }
+    }
+}
+
+#[test]
+fn logits_of_every_family_are_those_of_transformers() {
+    for name in FAMILIES {
+        let golden = Golden::open(name);
+        for prefill_tokens in [512, 50] {
+            let mut llm = family(name).max_prefill_tokens(prefill_tokens).build().unwrap();
+            assert_logits(&mut llm, &golden);
         }
     }
 }
@@ -79,12 +90,38 @@ fn greedy_tokens_are_those_of_transformers_however_they_are_computed() {
 }
 
 #[test]
+fn greedy_tokens_of_every_family_are_those_of_transformers_however_they_are_computed() {
+    for name in FAMILIES {
+        let golden = Golden::open(name);
+        // Eight of the 32 ways, chosen so that any two settings meet in all four combinations.
+        for bits in 0..8 {
+            let [a, b, c] = [1, 2, 4].map(|bit| bits & bit != 0);
+            let builder = family(name)
+                .page_size(if a { 16 } else { 32 })
+                .max_prefill_tokens(if b { 512 } else { 7 })
+                .prefix_cache(c)
+                .overlap(a == b)
+                .max_graph_batch(if b == c { 8 } else { 0 });
+            let mut llm = builder.build().unwrap();
+            for together in [true, false] {
+                assert_greedy(
+                    &mut llm,
+                    &golden,
+                    together,
+                    &format!("{name}, way {bits}, together: {together}"),
+                );
+            }
+        }
+    }
+}
+
+#[test]
 fn greedy_tokens_survive_retraction_by_a_tiny_pool() {
-    for name in CHECKPOINTS {
+    for name in CHECKPOINTS.into_iter().chain(FAMILIES) {
         let golden = Golden::open(name);
         let longest = golden.examples.iter().map(|example| example.prompt.len() + example.greedy.len());
         let pages = longest.max().unwrap().div_ceil(16) as u32;
-        let mut llm = builder(name).page_size(16).num_pages(Some(pages)).build().unwrap();
+        let mut llm = family(name).page_size(16).num_pages(Some(pages)).build().unwrap();
         assert_greedy(&mut llm, &golden, true, "the smallest pool that holds the longest example");
     }
 }

@@ -9,8 +9,17 @@ use minisgl::{BackendChoice, GenerateRequest, Llm, LlmBuilder, SamplingParams};
 use safetensors::SafeTensors;
 use serde::Deserialize;
 
-/// The golden checkpoints.
+/// The golden checkpoints that everything is tried on.
 pub const CHECKPOINTS: [&str; 2] = ["tiny-tied", "tiny-untied"];
+
+/// Golden checkpoints of other families, each about a thing of its own.
+pub const FAMILIES: [&str; 7] =
+    ["llama-rope3", "qwen2-bias", "qwen2-yarn", "mistral-window", "smollm3-nope", "qwen3-yarn", "gemma3"];
+
+/// One of them on the CPU.
+pub fn family(name: &str) -> LlmBuilder {
+    builder(name).max_seq_len(Some(256))
+}
 
 /// A fixture's path.
 pub fn fixture(name: &str) -> PathBuf {
