@@ -89,8 +89,13 @@ impl Tensors {
         Ok(Tensors { embed, layers, norm, head })
     }
 
+    /// Bytes of all of them, as they are stored on the host.
+    pub fn bytes(&self) -> u64 {
+        self.iter().map(bytes).sum()
+    }
+
     /// Bytes that one decode step reads: every layer and the head, as they are stored on the host.
-    pub(crate) fn step_bytes(&self) -> u64 {
+    pub fn step_bytes(&self) -> u64 {
         let layers = self.layers.iter().flat_map(LayerTensors::iter);
         let head = self.head.as_ref().unwrap_or(&self.embed);
         layers.chain([&self.norm, head]).map(bytes).sum()

@@ -2,7 +2,7 @@
 //! device reaches at best.
 //!
 //! ```text
-//!   decode   reads   context of every row x KV bytes a token      once a step and row
+//!   decode   reads   context of every row x KV bytes a token      once a step and row, as far as the window reaches
 //!                    weights, head included                       once a step
 //!   prefill  does    2 operations a weight and token              layers alone; the head sees one token a prompt
 //!                    4 x heads x head_dim x layers                a token and token attended to
@@ -16,6 +16,7 @@ use minisgl_core::stats::Stats;
 use serde::Serialize;
 
 use crate::gauge::Ceilings;
+use crate::workload::Item;
 
 /// What a model costs, by unit of work.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -53,6 +54,25 @@ impl Costs {
                 + stats.prefill_context * self.flop_per_context,
         }
     }
+}
+
+/// What the scheduler counts when all requests decode together: token 1 comes from prefill, and the step that draws token
+/// i + 1 attends to the prompt and i tokens, as far as the window reaches.
+pub fn together(items: &[Item], window: Option<u32>) -> Stats {
+    let window = window.map_or(u64::MAX, u64::from);
+    let up_to = |n: u64| {
+        let inside = n.min(window);
+        inside * (inside + 1) / 2 + (n - inside) * window.min(n)
+    };
+    let mut stats = Stats::default();
+    for item in items {
+        let (prompt, decoded) = (item.prompt.len() as u64, u64::from(item.output_tokens.saturating_sub(1)));
+        stats.prefill_tokens += prompt;
+        stats.prefill_context += up_to(prompt);
+        stats.decode_context += up_to(prompt + decoded) - up_to(prompt);
+        stats.decode_steps = stats.decode_steps.max(decoded);
+    }
+    stats
 }
 
 /// What a run must read and do, whatever the kernels.
@@ -103,12 +123,6 @@ mod tests {
         norm_eps: 1e-6,
     };
 
-    fn triangle(n: u64) -> u64 {
-        n * (n + 1) / 2
-    }
-
-    /// What the scheduler counts when all requests of the workload decode together: token 1 comes from prefill, and
-    /// the step that draws token i + 1 attends to the prompt and i tokens.
     fn stats_of_published_workload() -> Stats {
         let lengths = Lengths::new(100, 1024).unwrap();
         let workload = Workload {
@@ -118,15 +132,19 @@ mod tests {
             input: lengths.clone(),
             output: lengths,
         };
-        let mut stats = Stats::default();
-        for item in workload.draw(DIMS.vocab) {
-            let (prompt, decoded) = (item.prompt.len() as u64, u64::from(item.output_tokens) - 1);
-            stats.prefill_tokens += prompt;
-            stats.prefill_context += triangle(prompt);
-            stats.decode_context += prompt * decoded + triangle(decoded);
-            stats.decode_steps = stats.decode_steps.max(decoded);
-        }
-        stats
+        together(&workload.draw(DIMS.vocab), None)
+    }
+
+    #[test]
+    fn a_window_bounds_what_a_token_attends_to() {
+        let item = Item { prompt: vec![1; 5], output_tokens: 4 };
+        let count = |window| {
+            let Stats { prefill_context, decode_context, .. } = together(std::slice::from_ref(&item), window);
+            (prefill_context, decode_context)
+        };
+        assert_eq!(count(None), (1 + 2 + 3 + 4 + 5, 6 + 7 + 8));
+        assert_eq!(count(Some(7)), (15, 6 + 7 + 7));
+        assert_eq!(count(Some(3)), (1 + 2 + 3 + 3 + 3, 9));
     }
 
     #[test]

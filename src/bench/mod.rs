@@ -13,6 +13,7 @@
 
 mod compare;
 mod floor;
+mod list;
 mod measure;
 mod report;
 mod requests;
@@ -29,6 +30,7 @@ use thiserror::Error;
 
 pub use compare::{CompareError, Comparison};
 pub use floor::{Costs, Floor, Work};
+pub use list::{ListedModel, list_models};
 pub use report::{BenchReport, WorkloadReport};
 pub use requests::{Requests, RequestsError};
 pub use run_report::{FloorReport, HostReport, Idle, PhaseReport, RunReport};

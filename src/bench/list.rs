@@ -1,0 +1,114 @@
+//! The presets: what they take of a device, and how fast it could run them at best.
+
+use std::fmt;
+
+use minisgl_decoder::Checkpoint;
+
+use crate::bench::floor::{Costs, together};
+use crate::error::Error;
+use crate::gauge::Ceilings;
+use crate::models::{FAMILIES, preset_names};
+use crate::workload::Workload;
+
+/// Bytes of an element on a GPU: bf16.
+const ELEMENT_BYTES: u64 = 2;
+
+/// A preset's line of the list.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ListedModel {
+    /// What `--model` calls it.
+    pub name: &'static str,
+    /// Bytes of its weights.
+    pub weight_bytes: u64,
+    /// Bytes of keys and values of a token.
+    pub kv_bytes_per_token: u64,
+    /// Positions that a token sees, if every layer has a window.
+    pub window: Option<u32>,
+    /// Output tokens a second that the device allows at most, if its ceilings are known.
+    pub tokens_per_s: Option<f64>,
+}
+
+/// All presets, with the floor of a workload whose requests all run together.
+///
+/// # Errors
+/// A preset that its own family does not read.
+pub fn list_models(workload: &Workload, ceilings: Option<Ceilings>) -> Result<Vec<ListedModel>, Error> {
+    preset_names().map(|name| listed(name, workload, ceilings)).collect()
+}
+
+fn listed(name: &'static str, workload: &Workload, ceilings: Option<Ceilings>) -> Result<ListedModel, Error> {
+    let checkpoint = Checkpoint::preset(name, FAMILIES).map_err(|cause| Error::Model(cause.into()))?;
+    let (spec, tensors) = (&checkpoint.config().spec, checkpoint.tensors());
+    let (dims, window) = (&spec.dims, spec.window());
+    let kv_bytes_per_token = 2 * u64::from(dims.layers) * dims.kv_width() as u64 * ELEMENT_BYTES;
+    let costs = Costs::new(dims, tensors.step_bytes(), kv_bytes_per_token);
+    let items = workload.draw(dims.vocab);
+    let tokens: u64 = items.iter().map(|item| u64::from(item.output_tokens)).sum();
+    let floor = |ceilings| costs.work(&together(&items, window)).floor(&ceilings).seconds;
+    Ok(ListedModel {
+        name,
+        weight_bytes: tensors.bytes(),
+        kv_bytes_per_token,
+        window,
+        tokens_per_s: ceilings.map(|ceilings| tokens as f64 / floor(ceilings)),
+    })
+}
+
+impl fmt::Display for ListedModel {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let gib = self.weight_bytes as f64 / f64::from(1 << 30);
+        let kib = self.kv_bytes_per_token as f64 / 1024.0;
+        write!(f, "{:<14} {gib:>7.2} GiB of weights {kib:>6.0} KiB of KV a token", self.name)?;
+        if let Some(rate) = self.tokens_per_s {
+            write!(f, " {rate:>7.0} tok/s at most")?;
+        }
+        self.window.map_or(Ok(()), |window| write!(f, "  (window of {window} tokens)"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::workload::{Lengths, Source};
+
+    fn lines(ceilings: Option<Ceilings>) -> Vec<ListedModel> {
+        let lengths = Lengths::BENCHMARK;
+        let (input, output) = (lengths.clone(), lengths);
+        let workload = Workload { source: Source::Minisgl, seed: 0, requests: 256, input, output };
+        list_models(&workload, ceilings).unwrap()
+    }
+
+    fn of(lines: &[ListedModel], name: &str) -> ListedModel {
+        lines.iter().find(|line| line.name == name).unwrap().clone()
+    }
+
+    #[test]
+    fn presets_have_the_published_number_of_weights() {
+        // Parameters of the published checkpoints, a tied head counted once.
+        let published = [
+            ("llama-3.2-1b", 1_235_814_400_u64),
+            ("llama-3.1-8b", 8_030_261_248),
+            ("smollm2-135m", 134_515_008),
+            ("qwen2.5-0.5b", 494_032_768),
+            ("qwen2.5-7b", 7_615_616_512),
+            ("mistral-7b", 7_241_732_096),
+            ("smollm3-3b", 3_075_098_624),
+            ("qwen3-32b", 32_762_123_264),
+        ];
+        let lines = lines(None);
+        for (name, parameters) in published {
+            assert_eq!(of(&lines, name).weight_bytes, 2 * parameters, "{name}");
+        }
+    }
+
+    #[test]
+    fn the_floor_is_that_of_a_run_and_a_window_bounds_what_is_read() {
+        let lines = lines(Some(Ceilings { bytes_per_s: 3.11e12, flop_per_s: Some(786e12) }));
+        let rate = of(&lines, "qwen3-0.6b").tokens_per_s.unwrap();
+        assert!((133_966.0 / 5.05..133_966.0 / 4.95).contains(&rate), "{rate}");
+        assert_eq!(of(&lines, "mistral-7b").window, Some(4096));
+        assert_eq!(of(&lines, "smollm3-3b").window, None);
+        let text = of(&lines, "mistral-7b").to_string();
+        assert!(text.contains("13.49 GiB") && text.contains("128 KiB") && text.contains("4096"), "{text}");
+    }
+}
