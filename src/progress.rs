@@ -175,19 +175,31 @@ impl Stderr {
         let _ = events.with_writer(move || Event(queue.clone())).try_init();
     }
 
+    /// Gives what is queued a second to go out; nothing goes out after it. For a program that ends without dropping
+    /// everything.
+    pub fn finish(&self) {
+        self.0.finish();
+    }
+
     /// Is it a terminal, which somebody looks at?
     pub fn is_terminal(&self) -> bool {
         self.0.terminal
     }
 }
 
-impl Drop for Shared {
-    fn drop(&mut self) {
+impl Shared {
+    fn finish(&self) {
         self.closing.store(true, Ordering::Release);
         self.queue.put(Order::Wake);
         if let Ok(ended) = self.ended.lock() {
             let _ = ended.recv_timeout(FAREWELL);
         }
+    }
+}
+
+impl Drop for Shared {
+    fn drop(&mut self) {
+        self.finish();
     }
 }
 

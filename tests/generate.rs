@@ -4,30 +4,11 @@ mod common;
 
 use std::fs;
 use std::path::Path;
-use std::process::{Command, Output};
+use std::process::Command;
 
+use common::generate::{generate, lines, stderr};
 use common::{Golden, Scratch, fixture};
 use serde_json::{Value, json};
-
-/// Runs the command on files in a directory, the model being the golden checkpoint unless the flags say otherwise.
-fn generate(scratch: &Scratch, flags: &[&str]) -> Output {
-    let model = fixture("tiny-tied");
-    let model = match scratch.join("config.json").exists() {
-        true => scratch.path(),
-        false => model.as_path(),
-    };
-    let mut command = Command::new(env!("CARGO_BIN_EXE_generate"));
-    command.arg("--model").arg(model);
-    command.arg("--input").arg(scratch.join("in.jsonl")).arg("--output").arg(scratch.join("out.jsonl"));
-    command.args(["--backend", "cpu", "--max-running", "8", "--max-seq-len", "256", "--num-pages", "64"]);
-    command.args(flags).output().unwrap()
-}
-
-fn lines(path: &Path) -> Vec<Value> {
-    let text = fs::read_to_string(path).unwrap();
-    assert!(text.is_empty() || text.ends_with('\n'), "the last line is torn");
-    text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
-}
 
 /// The result with an id.
 fn result(results: &[Value], id: impl Into<Value>) -> &Value {
@@ -36,10 +17,6 @@ fn result(results: &[Value], id: impl Into<Value>) -> &Value {
     let first = found.next().unwrap_or_else(|| panic!("no result of {id}"));
     assert!(found.next().is_none(), "two results of {id}");
     first
-}
-
-fn stderr(output: &Output) -> String {
-    String::from_utf8_lossy(&output.stderr).into_owned()
 }
 
 #[test]
@@ -148,64 +125,6 @@ fn a_bad_line_gets_an_error_line_with_its_number_and_the_rest_goes_on() {
 }
 
 #[test]
-fn an_id_that_was_used_before_is_an_error() {
-    let scratch = Scratch::new();
-    let line = r#"{"id": "same", "prompt_token_ids": [1], "max_tokens": 1}"#;
-    scratch.write("in.jsonl", format!("{line}\n{line}\n"));
-    let output = generate(&scratch, &[]);
-    assert_eq!(output.status.code(), Some(1));
-    let results = lines(&scratch.join("out.jsonl"));
-    assert_eq!(results.len(), 2);
-    let error = results.iter().find_map(|result| result["error"].as_str()).unwrap();
-    assert!(error.starts_with("line 2: the id was used"), "{error}");
-}
-
-#[test]
-fn resuming_cuts_a_torn_line_skips_what_is_done_and_gives_the_same_results() {
-    let scratch = Scratch::new();
-    let request = |i: u32| {
-        json!({"id": i, "prompt_token_ids": [i, i + 1], "max_tokens": 4 + i, "temperature": 0.9}).to_string()
-            + "\n"
-    };
-    scratch.write("in.jsonl", (0..12).map(request).collect::<String>());
-    let out = scratch.join("out.jsonl");
-    assert!(generate(&scratch, &[]).status.success());
-    let mut whole = lines(&out);
-
-    let text = fs::read_to_string(&out).unwrap();
-    let kept: usize = text.split_inclusive('\n').take(5).map(str::len).sum();
-    fs::write(&out, &text[..kept + 9]).unwrap();
-    let output = generate(&scratch, &["--resume"]);
-    assert!(output.status.success(), "{}", stderr(&output));
-    assert!(stderr(&output).contains("7 finished, 0 failed, 5 skipped"), "{}", stderr(&output));
-    let mut resumed = lines(&out);
-    assert_eq!(fs::read_to_string(&out).unwrap()[..kept], text[..kept]);
-    for results in [&mut whole, &mut resumed] {
-        results.sort_by_key(|result| result["id"].as_u64());
-        results.iter_mut().for_each(|result| result["usage"]["cached_tokens"] = Value::Null);
-    }
-    assert_eq!(whole, resumed);
-
-    let output = generate(&scratch, &["--resume"]);
-    assert!(stderr(&output).contains("0 finished, 0 failed, 12 skipped"), "{}", stderr(&output));
-}
-
-#[test]
-fn resuming_leaves_a_file_of_something_else_alone() {
-    let scratch = Scratch::new();
-    scratch.write("in.jsonl", "");
-    let notes = scratch.write("out.jsonl", "{\"id\":1,\"error\":\"x\"}\nmy notes\n");
-    let output = generate(&scratch, &["--resume"]);
-    assert_eq!(output.status.code(), Some(1));
-    assert!(
-        stderr(&output).contains("line 2 of") && stderr(&output).contains("--resume"),
-        "{}",
-        stderr(&output)
-    );
-    assert!(fs::read_to_string(notes).unwrap().ends_with("my notes\n"));
-}
-
-#[test]
 fn files_that_cannot_be_read_or_written_are_named() {
     let scratch = Scratch::new();
     let output = generate(&scratch, &[]);
@@ -237,11 +156,11 @@ fn results_of_an_earlier_run_are_kept_until_the_model_is_there() {
     scratch.write("in.jsonl", r#"{"id": 1, "prompt_token_ids": [1], "max_tokens": 1}"#);
     let earlier = "{\"id\":0}\n".repeat(100);
     let out = scratch.write("out.jsonl", &earlier);
-    let output = generate(&scratch, &["--page-size", "3"]);
+    let output = generate(&scratch, &["--overwrite", "--page-size", "3"]);
     assert_eq!(output.status.code(), Some(1));
     assert!(stderr(&output).contains("page size 3"), "{}", stderr(&output));
     assert_eq!(fs::read_to_string(&out).unwrap(), earlier);
-    assert!(generate(&scratch, &[]).status.success());
+    assert!(generate(&scratch, &["--overwrite"]).status.success());
     assert_eq!(lines(&out).len(), 1);
 }
 

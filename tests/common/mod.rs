@@ -1,6 +1,8 @@
 //! What the tests share: the fixtures, found from the directory that cargo runs tests in, and temporary directories.
 #![allow(dead_code)]
 
+pub mod generate;
+
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};

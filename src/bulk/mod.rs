@@ -1,0 +1,337 @@
+//! Bulk generation: a file of requests in, a file of results out, neither held in memory.
+//!
+//! ```text
+//!   input ── line by line ──> engine ── as each request ends ──> output, whole lines only
+//!                 │                                                 ^
+//!                 └── not a request ── error line ──────────────────┘
+//! ```
+//!
+//! A result belongs to a line of the input: to its number and its fingerprint, both of which the result has. So a job that
+//! was cut short at any moment can go on ([`Existing::Resume`]): lines with a good result are skipped, all others run.
+//! Before the first of them runs, the output is made to hold good results only, one a line: if it has failed ones, or more
+//! than one of a line, the good ones are copied to a new file, which then takes the old one's name.
+//!
+//! Invariant: at every moment the output, less what the last write may have left torn, has whole lines only and no two of one
+//! input line; and when [`Bulk::run`] returns without a failed line, it has a good one of each.
+
+mod compression;
+mod drive;
+mod earlier;
+mod error;
+mod input;
+mod output;
+mod place;
+mod settings;
+mod shared;
+
+use std::ffi::OsString;
+use std::fmt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
+use std::time::{Duration, Instant};
+
+pub use error::BulkError;
+pub use place::Place;
+
+use crate::Llm;
+use crate::lines::Defaults;
+use drive::Feed;
+use earlier::{Earlier, Unreadable};
+use input::Source;
+use output::Output;
+use place::Identity;
+use settings::Settings;
+use shared::{Closed, Shared};
+
+/// What is to be done.
+#[derive(Clone, Debug)]
+pub struct Job {
+    /// Request lines; see [`lines`](crate::lines). gzip and zstd are told by their first bytes.
+    pub input: Place,
+    /// Result lines, in the order in which requests end; compressed if it is called `.gz` or `.zst`.
+    pub output: Place,
+    /// What is done with an output that exists.
+    pub existing: Existing,
+    /// What lines leave out.
+    pub defaults: Defaults,
+    /// The model as it was asked for.
+    pub model: String,
+    /// Where its checkpoint is, unless it is a preset.
+    pub checkpoint: Option<PathBuf>,
+    /// A longer line is a bad line.
+    pub max_line_bytes: usize,
+}
+
+/// What is done with an output that has something in it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Existing {
+    /// Refuse the job.
+    #[default]
+    Refuse,
+    /// Write it anew.
+    Overwrite,
+    /// Keep its good results, if they were made of the same lines by the same model and sampling, and run the other lines.
+    Resume,
+    /// Likewise, whatever made the results; those of lines that the input does not have are dropped.
+    ResumeAnyway,
+}
+
+/// What was done so far.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Tally {
+    /// Requests that ran to their end.
+    pub finished: u64,
+    /// Lines with an error.
+    pub failed: u64,
+    /// Lines whose good results the output had already.
+    pub skipped: u64,
+    /// Tokens drawn.
+    pub output_tokens: u64,
+}
+
+impl Tally {
+    fn add(&mut self, other: Tally) {
+        self.finished += other.finished;
+        self.failed += other.failed;
+        self.skipped += other.skipped;
+        self.output_tokens += other.output_tokens;
+    }
+}
+
+/// A job's files, opened: what can be wrong with them shows before a model is loaded.
+pub struct Bulk {
+    job: Job,
+    source: Source,
+    earlier: Earlier,
+    /// Where a regular output is, and what is to be known of its results.
+    settings: Option<(PathBuf, Settings)>,
+    length: Option<u64>,
+    shared: Arc<Shared>,
+}
+
+impl Bulk {
+    /// Opens the files; changes nothing in them. Waits for the reader of an output that is a FIFO.
+    ///
+    /// # Errors
+    /// An input that can't be read, an output that can't be written or gone on from.
+    pub fn open(job: Job) -> Result<Self, BulkError> {
+        let input_failed = |cause| BulkError::Input { place: job.input.clone(), cause };
+        let source = Source::open(&job.input).map_err(input_failed)?;
+        // A file that is no text is told now.
+        source.reread(job.max_line_bytes).map_err(input_failed)?;
+        let output = Output::open(&job.output, source.identity)?;
+        let settings = match output.path() {
+            Some(path) => Some((path.to_owned(), job.settings(path, &source)?)),
+            None => None,
+        };
+        let earlier = match &settings {
+            Some((path, settings)) => job.earlier(path, settings, &output, &source)?,
+            None if job.existing.resumes() => return Err(BulkError::NoResume(job.output)),
+            None => Earlier::default(),
+        };
+        let shared = Arc::new(Shared::new(job.output.clone(), output));
+        Ok(Bulk { length: source.length, job, source, earlier, settings, shared })
+    }
+
+    /// A view of the job for other threads.
+    pub fn handle(&self) -> JobHandle {
+        JobHandle {
+            resumable: self.settings.is_some(),
+            input: self.job.input.clone(),
+            length: self.length,
+            max_line_bytes: self.job.max_line_bytes,
+            earlier: self.earlier.good(),
+            shared: Arc::clone(&self.shared),
+        }
+    }
+
+    /// Runs every line that has no good result.
+    ///
+    /// # Errors
+    /// A failed engine, input or output; [`BulkError::Stopped`] after [`JobHandle::stop`]. What had ended by then is in the
+    /// output. After an error of the input, what was read before it has run.
+    pub fn run(self, llm: &Llm) -> Result<Tally, BulkError> {
+        let Bulk { job, source, earlier, settings, shared, .. } = self;
+        // Not before the model is there: until now the output is as it was.
+        if shared.open(|output| output.begin(&earlier)).is_err() {
+            return Err(shared.why_closed());
+        }
+        if let Some((path, settings)) = settings {
+            settings
+                .write(&path)
+                .map_err(|cause| BulkError::Output { place: settings::path(&path).into(), cause })?;
+        }
+        let feed = Feed {
+            source,
+            place: job.input,
+            max_line_bytes: job.max_line_bytes,
+            defaults: job.defaults,
+            earlier,
+            strict: job.existing != Existing::ResumeAnyway,
+            shared: Arc::clone(&shared),
+        };
+        drive::run(feed, llm)?;
+        Ok(shared.tally())
+    }
+}
+
+impl Existing {
+    fn resumes(self) -> bool {
+        matches!(self, Existing::Resume | Existing::ResumeAnyway)
+    }
+}
+
+impl Job {
+    /// The settings of this job, for an output whose neighbours it may write.
+    fn settings(&self, output: &Path, source: &Source) -> Result<Settings, BulkError> {
+        for path in output::neighbours(output) {
+            if source.identity.is_some() && source.identity == Identity::at(&path) {
+                return Err(BulkError::SameFile(path.into()));
+            }
+        }
+        let input = self.input.to_string();
+        Settings::new(&self.model, self.checkpoint.as_deref(), input, &self.defaults.sampling)
+            .map_err(|cause| BulkError::Checkpoint { model: self.model.clone(), cause })
+    }
+
+    /// What is kept of what a regular output has.
+    fn earlier(
+        &self,
+        path: &Path,
+        settings: &Settings,
+        output: &Output,
+        source: &Source,
+    ) -> Result<Earlier, BulkError> {
+        let failed = |cause| BulkError::Output { place: self.output.clone(), cause };
+        if output.length().map_err(failed)? == 0 || self.existing == Existing::Overwrite {
+            return Ok(Earlier::default());
+        }
+        if self.existing == Existing::Refuse {
+            return Err(BulkError::Exists(path.to_owned()));
+        }
+        let mut earlier = output.earlier().map_err(|unreadable| match unreadable {
+            Unreadable::Io(cause) => failed(cause),
+            Unreadable::NotResult(line) => BulkError::NotResults { path: path.to_owned(), line },
+        })?;
+        let mut differences = Vec::new();
+        if earlier.results > 0 {
+            match Settings::read(path) {
+                Ok(Some(then)) => differences.extend(settings.differences(&then)),
+                Ok(None) => differences.push(format!("{} is missing", settings::path(path).display())),
+                Err(cause) => {
+                    differences.push(format!("{} can't be read: {cause}", settings::path(path).display()))
+                }
+            }
+        }
+        let input_failed = |cause| BulkError::Input { place: self.input.clone(), cause };
+        if let Some(mut lines) = source.reread(self.max_line_bytes).map_err(input_failed)? {
+            let same = earlier.compare(&mut lines).map_err(input_failed)?;
+            differences.extend(earlier.strangers(&same));
+            earlier.keep(&same);
+        }
+        match differences.is_empty() || self.existing == Existing::ResumeAnyway {
+            true => Ok(earlier),
+            false => Err(BulkError::Differs { path: path.to_owned(), differences }),
+        }
+    }
+}
+
+/// A job as other threads see it.
+#[derive(Clone)]
+pub struct JobHandle {
+    resumable: bool,
+    input: Place,
+    length: Option<u64>,
+    max_line_bytes: usize,
+    /// Lines that had a good result before.
+    earlier: u64,
+    shared: Arc<Shared>,
+}
+
+impl JobHandle {
+    /// What is in the output by now.
+    pub fn tally(&self) -> Tally {
+        self.shared.tally()
+    }
+
+    /// Bytes of the input that were read, and how many there are, where that is known.
+    pub fn position(&self) -> (u64, Option<u64>) {
+        (self.shared.position.load(Relaxed), self.length)
+    }
+
+    /// Can another run go on from the output, given the same input?
+    pub fn resumable(&self) -> bool {
+        self.resumable
+    }
+
+    /// Ends the job: what has ended is written, nothing more will be. [`Bulk::run`] returns at the next result, with
+    /// [`BulkError::Stopped`]. Waits for a write that is under way.
+    ///
+    /// # Errors
+    /// The last write failed.
+    pub fn stop(&self) -> Result<Left, BulkError> {
+        match self.shared.close() {
+            Err(Closed) if self.shared.is_failed() => Err(self.shared.why_closed()),
+            _ => Ok(self.left()),
+        }
+    }
+
+    /// How many lines have no good result.
+    fn left(&self) -> Left {
+        let Tally { finished, skipped, .. } = self.tally();
+        let read = self.shared.lines.load(Relaxed);
+        let counted = Source::open(&self.input).and_then(|source| source.reread(self.max_line_bytes));
+        match counted {
+            Ok(Some(lines)) => {
+                let (lines, all) = count(lines);
+                let left = lines.max(read).saturating_sub(finished + self.earlier);
+                if all { Left::Exactly(left) } else { Left::AtLeast(left) }
+            }
+            _ => Left::AtLeast(read.saturating_sub(finished + skipped)),
+        }
+    }
+}
+
+/// Lines that a stopped job has no good result of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Left {
+    /// All of the input was counted.
+    Exactly(u64),
+    /// More may come, or the input is too long to be counted in a moment.
+    AtLeast(u64),
+}
+
+impl fmt::Display for Left {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Left::Exactly(1) => f.write_str("1 line is left"),
+            Left::Exactly(lines) => write!(f, "{lines} lines are left"),
+            Left::AtLeast(lines) => write!(f, "at least {lines} lines are left"),
+        }
+    }
+}
+
+/// Who stops a job does not wait longer for a count.
+const COUNT_TIME: Duration = Duration::from_secs(1);
+
+/// Counts lines; false if there was no time for all.
+fn count(mut lines: input::Lines) -> (u64, bool) {
+    let started = Instant::now();
+    let mut counted = 0;
+    while let Ok(Some(_)) = lines.next() {
+        counted += 1;
+        if counted % 1024 == 0 && started.elapsed() > COUNT_TIME {
+            return (counted, false);
+        }
+    }
+    (counted, true)
+}
+
+/// `PATH.suffix`
+fn beside(path: &Path, suffix: &str) -> PathBuf {
+    let mut name = OsString::from(path);
+    name.push(".");
+    name.push(suffix);
+    PathBuf::from(name)
+}

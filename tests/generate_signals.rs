@@ -1,0 +1,100 @@
+//! SIGINT and SIGTERM: what has ended is kept, and the user is told how to go on.
+
+mod common;
+
+use std::fs::File;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use common::Scratch;
+use common::generate::{
+    by_line, command, command_on, fifo, is_good, lines, requests, signal, stderr, wait_for_bytes,
+};
+
+/// Waits for a process that must end.
+fn end_of(mut child: Child) -> std::process::Output {
+    let started = Instant::now();
+    while child.try_wait().unwrap().is_none() {
+        if started.elapsed() > Duration::from_secs(60) {
+            child.kill().unwrap();
+            panic!("the process does not end");
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    child.wait_with_output().unwrap()
+}
+
+#[test]
+fn a_signal_keeps_what_has_ended_and_says_what_is_left_and_the_command_that_goes_on() {
+    for (name, status, output) in [("INT", 130, "out.jsonl"), ("TERM", 143, "out.jsonl.gz")] {
+        let scratch = Scratch::new();
+        scratch.write("in.jsonl", requests(400, 100));
+        let mut run = command_on(&scratch, "in.jsonl", output);
+        let run = run.args(["--overwrite", "--top-k", "7"]).stderr(Stdio::piped()).spawn().unwrap();
+        wait_for_bytes(&scratch.join(output), 1);
+        signal(name, run.id());
+        let ended = end_of(run);
+        assert_eq!(ended.status.code(), Some(status), "{}", stderr(&ended));
+        let done = by_line(&scratch.join(output));
+        assert!(!done.is_empty() && done.len() < 400 && done.values().all(is_good));
+        let words = stderr(&ended);
+        assert!(
+            words.contains(&format!("{} lines are left", 400 - done.len())),
+            "{} done: {words}",
+            done.len()
+        );
+
+        // The last line is the command.
+        let go_on = words.trim_end().lines().last().unwrap();
+        assert!(go_on.ends_with(" --resume") && !go_on.contains("--overwrite"), "{go_on}");
+        let resumed = Command::new("bash").args(["-c", go_on]).output().unwrap();
+        assert!(resumed.status.success(), "{}", stderr(&resumed));
+        assert!(stderr(&resumed).contains(&format!("{} skipped", done.len())), "{}", stderr(&resumed));
+        assert_eq!(by_line(&scratch.join(output)).len(), 400);
+    }
+}
+
+#[test]
+fn a_signal_ends_a_job_whose_input_says_nothing() {
+    let scratch = Scratch::new();
+    let input = fifo(&scratch, "in.jsonl");
+    let run = command_on(&scratch, "in.jsonl", "out.jsonl").stderr(Stdio::piped()).spawn().unwrap();
+    let mut requests_to = File::options().write(true).open(input).unwrap();
+    std::io::Write::write_all(&mut requests_to, requests(3, 2).as_bytes()).unwrap();
+    wait_for_bytes(&scratch.join("out.jsonl"), 300);
+    signal("TERM", run.id());
+    let ended = end_of(run);
+    assert_eq!(ended.status.code(), Some(143), "{}", stderr(&ended));
+    assert!(stderr(&ended).contains("at least "), "{}", stderr(&ended));
+    assert!(lines(&scratch.join("out.jsonl")).iter().all(is_good));
+}
+
+#[test]
+fn a_signal_before_the_first_request_ends_the_program_and_changes_nothing() {
+    let scratch = Scratch::new();
+    scratch.write("in.jsonl", requests(1, 1));
+    // Nobody opens the other end, so it waits before it loads the model.
+    fifo(&scratch, "out");
+    let run = command_on(&scratch, "in.jsonl", "out").stderr(Stdio::piped()).spawn().unwrap();
+    std::thread::sleep(Duration::from_millis(300));
+    signal("INT", run.id());
+    assert_eq!(end_of(run).status.code(), Some(130));
+}
+
+#[test]
+fn a_second_signal_ends_at_once_what_can_not_be_written() {
+    let scratch = Scratch::new();
+    scratch.write("in.jsonl", requests(3000, 20));
+    let mut run = command(&scratch);
+    run.arg("--input").arg(scratch.join("in.jsonl")).args(["--output", "-"]);
+    // A pipe that nobody reads fills up; the last write hangs, and the first signal waits for it.
+    let mut run = run.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    std::thread::sleep(Duration::from_secs(3));
+    signal("TERM", run.id());
+    std::thread::sleep(Duration::from_millis(300));
+    assert!(run.try_wait().unwrap().is_none(), "it was not held up");
+    signal("TERM", run.id());
+    let started = Instant::now();
+    assert_eq!(run.wait().unwrap().code(), Some(143));
+    assert!(started.elapsed() < Duration::from_secs(5));
+}
