@@ -46,17 +46,20 @@ pub struct Control {
     pub admitted: Mutex<Vec<u32>>,
     /// Requests in the engine now.
     pub running: AtomicU64,
+    /// How often it was asked whether it is idle.
+    pub polls: AtomicU64,
 }
 
 /// A request in the engine.
 struct Running {
     ticket: Ticket,
-    first: u32,
+    prompt: Vec<u32>,
     max_tokens: u32,
     tokens: Vec<u32>,
 }
 
-/// An engine whose request of prompt `[p, …]` draws `p`, `p + 1`, `p + 2`, … and so on; an empty prompt is refused.
+/// An engine whose request of prompt `[p, a, b, c]` draws `a, b, c, p + 3, p + 4, …`, and of `[p]` hence `p, p + 1, …`. An
+/// empty prompt is refused.
 struct Simulated {
     control: Arc<Control>,
     requests: Vec<Option<Running>>,
@@ -80,7 +83,8 @@ impl Runner for Simulated {
         self.generation += 1;
         let ticket = Ticket { entry: entry as u32, generation: self.generation };
         let max_tokens = request.params.max_tokens.min(LIMITS.sequence - request.prompt.len() as u32);
-        self.requests[entry] = Some(Running { ticket, first, max_tokens, tokens: Vec::new() });
+        self.requests[entry] =
+            Some(Running { ticket, prompt: request.prompt.to_vec(), max_tokens, tokens: Vec::new() });
         self.control.admitted.lock().unwrap().push(first);
         self.control.running.fetch_add(1, Ordering::Relaxed);
         Ok(Submitted { ticket, max_tokens })
@@ -104,10 +108,11 @@ impl Runner for Simulated {
         assert!(self.control.panics_at != Some(step), "a bug in step {step}");
         let rows = self.requests.iter().flatten().count() as u32;
         for entry in 0..self.requests.len() {
-            let Some(Running { ticket, first, max_tokens, tokens }) = &mut self.requests[entry] else {
+            let Some(Running { ticket, prompt, max_tokens, tokens }) = &mut self.requests[entry] else {
                 continue;
             };
-            let token = *first + tokens.len() as u32;
+            let at = tokens.len();
+            let token = prompt.get(1 + at).copied().unwrap_or(prompt[0] + at as u32);
             tokens.push(token);
             let over = tokens.len() as u32 == *max_tokens;
             sink(core::Event::Token { ticket: *ticket, token, logprobs: None });
@@ -123,6 +128,7 @@ impl Runner for Simulated {
     }
 
     fn is_idle(&self) -> bool {
+        self.control.polls.fetch_add(1, Ordering::Relaxed);
         self.requests.iter().all(Option::is_none)
     }
 

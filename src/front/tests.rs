@@ -1,15 +1,16 @@
 //! The front's promises, over a simulated engine.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::Path;
 use std::sync::atomic::Ordering;
 use std::thread;
 use std::time::Duration;
 
 use minisgl_core::request::SubmitError;
 
-use super::simulated::{Control, request, start as front};
+use super::simulated::{Control, request, start as front, start_with};
 use super::*;
-use crate::request::{Completion, FinishReason, GenerateRequest, RequestError, SamplingParams};
+use crate::request::{Completion, FinishReason, GenerateRequest, Prompt, RequestError, SamplingParams};
 
 fn drawn(first: u32, count: u32) -> Vec<u32> {
     (first..first + count).collect()
@@ -259,4 +260,232 @@ fn a_refused_request_ends_with_the_reason_and_its_prompts_length() {
     assert_eq!(ends[1].1.prompt_tokens, 2);
     assert!(ends[1].1.error.as_ref().unwrap().to_string().starts_with("top_p is 7"));
     assert_eq!(ends[2].1.error, Some(RequestError::NoTokenizer { what: "a text prompt" }));
+}
+
+fn text() -> Text {
+    Text::open(Path::new("tests/fixtures/text")).unwrap()
+}
+
+/// A request that draws the tokens of a text, and then others.
+fn saying(codec: &Text, said: &str, max_tokens: u32) -> GenerateRequest {
+    let mut prompt = vec![5];
+    prompt.extend(codec.encode(Prompt::Text(said.to_owned())).unwrap());
+    GenerateRequest::tokens(prompt).sampling(SamplingParams { max_tokens, ..SamplingParams::default() })
+}
+
+#[test]
+fn a_stop_text_ends_the_output_at_the_token_that_completes_it_however_far_the_engine_is() {
+    let (codec, said) = (text(), "One day, a fox. Then");
+    let until = codec.encode(Prompt::Text("One day, a fox.".to_owned())).unwrap();
+    let (front, _) = start_with(Control::default(), text(), Order::Given);
+    for streams in [false, true] {
+        let options = SessionOptions { tokens: streams, text: streams, steps: false, capacity: Some(40) };
+        let (mut submitter, events) = front.handle().session(options);
+        let request = |i: u64| (i, saying(&codec, said, 50_000).stop("nothing").stop("fox."));
+        submitter.submit_all((0..40).map(request)).unwrap();
+        drop(submitter);
+        let mut pieces = vec![String::new(); 40];
+        let mut tokens = vec![0; 40];
+        for event in events {
+            match event.unwrap() {
+                SessionEvent::Token { tag, text, .. } => {
+                    pieces[tag as usize] += &text;
+                    tokens[tag as usize] += 1;
+                }
+                SessionEvent::Finished { tag, text, completion } => {
+                    pieces[tag as usize] += &text;
+                    assert_eq!(completion.finish_reason, FinishReason::Stop);
+                    assert_eq!(completion.token_ids, until);
+                    assert_eq!(completion.text.as_deref(), Some("One day, a "));
+                    assert_eq!(completion.cached_tokens, 7);
+                }
+                SessionEvent::Step(_) => {}
+            }
+        }
+        let told = if streams { ("One day, a ", until.len()) } else { ("", 0) };
+        assert!(pieces.iter().zip(tokens).all(|(text, tokens)| (text.as_str(), tokens) == told));
+    }
+}
+
+#[test]
+fn a_stop_text_that_only_the_end_makes_certain_is_the_reason() {
+    let codec = text();
+    let crab = codec.encode(Prompt::Text("🦀".to_owned())).unwrap();
+    let (front, _) = start_with(Control::default(), text(), Order::Given);
+    let prompt: Vec<u32> = [5].into_iter().chain(crab[..crab.len() - 1].iter().copied()).collect();
+    let tokens = prompt.len() as u32 - 1;
+    // Bytes that never become a character are one that says so, and only the end says never.
+    let sampling = SamplingParams { max_tokens: tokens, ..SamplingParams::default() };
+    let request = GenerateRequest::tokens(prompt).sampling(sampling).stop("\u{FFFD}");
+    let Some(Ok(RequestEvent::Finished { completion, .. })) = front.handle().submit(request).unwrap().last()
+    else {
+        panic!("it ends")
+    };
+    assert_eq!(completion.finish_reason, FinishReason::Stop);
+    assert_eq!((completion.text.as_deref(), completion.token_ids.len() as u32), (Some(""), tokens));
+}
+
+#[test]
+fn pieces_of_text_make_each_requests_text_among_many() {
+    let codec = text();
+    let (front, _) = start_with(Control::default(), text(), Order::Given);
+    let options = SessionOptions { tokens: true, text: true, ..SessionOptions::default() };
+    let (mut submitter, events) = front.handle().session(options);
+    let texts: Vec<String> = (0..60).map(|i| format!("{i}: Größe 🦀 ist {i}, naïve 🙂🚀 漢字!")).collect();
+    let all = texts.clone();
+    let feeding = thread::spawn(move || {
+        let codec = codec;
+        for (tag, said) in (0..).zip(&all) {
+            let tokens = codec.encode(Prompt::Text(said.clone())).unwrap().len() as u32;
+            submitter.submit(tag, saying(&codec, said, tokens)).unwrap();
+        }
+    });
+    let mut pieces = vec![String::new(); texts.len()];
+    for event in events {
+        match event.unwrap() {
+            SessionEvent::Token { tag, text, .. } => pieces[tag as usize] += &text,
+            SessionEvent::Finished { tag, text, completion } => {
+                pieces[tag as usize] += &text;
+                assert_eq!(completion.text.as_deref(), Some(pieces[tag as usize].as_str()));
+            }
+            SessionEvent::Step(_) => {}
+        }
+    }
+    feeding.join().unwrap();
+    assert_eq!(pieces, texts);
+}
+
+#[test]
+fn an_idle_engine_sleeps() {
+    let (front, control) = front(Control::default());
+    assert!(front.handle().submit(request(1, 3)).unwrap().last().unwrap().is_ok());
+    // A call is answered between two rounds of the thread's loop; after the last round nothing is asked any more.
+    front.handle().call(true, |_| ()).unwrap();
+    let polls = || control.polls.load(Ordering::Relaxed);
+    let mut before = polls();
+    loop {
+        thread::sleep(Duration::from_millis(30));
+        if std::mem::replace(&mut before, polls()) == polls() {
+            break;
+        }
+    }
+    thread::sleep(Duration::from_millis(100));
+    assert_eq!(polls(), before, "it goes round with nothing to do");
+}
+
+/// Deterministic numbers below a bound.
+struct Numbers(u64);
+
+impl Numbers {
+    fn below(&mut self, bound: u64) -> u64 {
+        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (self.0 >> 33) % bound
+    }
+
+    fn one_in(&mut self, count: u64) -> bool {
+        self.below(count) == 0
+    }
+}
+
+/// A client that submits, aborts, reads slowly and goes away as numbers say. What it hears must be what it asked for,
+/// each request ending once. Gives whether the engine failed it.
+fn random_client(handle: &EngineHandle, mut numbers: Numbers) -> bool {
+    let options = SessionOptions {
+        tokens: numbers.one_in(2),
+        steps: numbers.one_in(2),
+        capacity: Some(1 + numbers.below(12) as usize),
+        ..SessionOptions::default()
+    };
+    let (mut submitter, mut events) = handle.session(options);
+    let (count, leaves) = (numbers.below(40), numbers.one_in(4));
+    let lengths: Vec<u32> = (0..count).map(|_| 1 + numbers.below(30) as u32).collect();
+    let asked = lengths.clone();
+    let mut pauses = Numbers(numbers.below(1 << 30));
+    let submitting = thread::spawn(move || {
+        for (tag, length) in (0..).zip(asked) {
+            if pauses.one_in(10) {
+                thread::sleep(Duration::from_micros(300));
+            }
+            // One in nine can't run.
+            let request =
+                if tag % 9 == 8 { GenerateRequest::tokens([]) } else { request(tag as u32 * 1000, length) };
+            if submitter.submit(tag, request).is_err() {
+                return false;
+            }
+        }
+        true
+    });
+    let mut tokens: Vec<Vec<u32>> = vec![Vec::new(); count as usize];
+    let mut ends = vec![0; count as usize];
+    let mut failed = false;
+    while let Some(event) = events.next() {
+        if numbers.one_in(50) {
+            thread::sleep(Duration::from_micros(200));
+        }
+        if numbers.one_in(20) && count > 0 {
+            events.abort(numbers.below(count));
+        }
+        match event {
+            Ok(SessionEvent::Token { tag, token, .. }) => tokens[tag as usize].push(token),
+            Ok(SessionEvent::Finished { tag, completion, .. }) => {
+                let (i, length) = (tag as usize, lengths[tag as usize]);
+                ends[i] += 1;
+                let drawn = drawn(tag as u32 * 1000, completion.token_ids.len() as u32);
+                assert_eq!(completion.token_ids, drawn);
+                assert!(!options.tokens || completion.token_ids == tokens[i]);
+                match completion.finish_reason {
+                    FinishReason::Length => assert_eq!(drawn.len() as u32, length),
+                    FinishReason::Abort => assert!(drawn.len() as u32 <= length),
+                    FinishReason::Rejected => assert_eq!(tag % 9, 8),
+                    other => panic!("{other:?}"),
+                }
+            }
+            Ok(SessionEvent::Step(_)) => assert!(options.steps),
+            Err(Error::Step { .. }) => {
+                assert!(!failed);
+                failed = true;
+            }
+            Err(error) => panic!("{error}"),
+        }
+        if leaves && numbers.one_in(30) {
+            break;
+        }
+    }
+    let over = events.next().is_none();
+    drop(events);
+    let submitted_all = submitting.join().unwrap();
+    assert!(ends.iter().all(|ends| *ends <= 1), "{ends:?}");
+    if over && submitted_all && !failed {
+        assert!(ends.iter().all(|ends| *ends == 1), "a request without an end: {ends:?}");
+    }
+    failed || !submitted_all
+}
+
+#[test]
+fn random_clients_get_every_end_once_and_leave_nothing_behind() {
+    for seed in 0..60 {
+        let mut numbers = Numbers(seed);
+        let order = if numbers.one_in(2) { Order::Given } else { Order::LongestOutputFirst };
+        let fails_at = numbers.one_in(3).then(|| numbers.below(60));
+        let (front, control) = start_with(Control { fails_at, ..Control::default() }, Text::default(), order);
+        thread::scope(|scope| {
+            for client in 0..4 {
+                let handle = front.handle().clone();
+                scope.spawn(move || {
+                    for session in 0..3 {
+                        let failed = random_client(&handle, Numbers(seed * 100 + client * 10 + session));
+                        assert!(!failed || fails_at.is_some() || handle.check_running().is_ok());
+                    }
+                });
+            }
+        });
+        if front.handle().check_running().is_err() {
+            continue;
+        }
+        // What was left behind by a reader that went is aborted: nothing runs, and all places are free.
+        assert!(front.handle().call(true, |runner| runner.is_idle()).unwrap());
+        assert_eq!(control.running.load(Ordering::Relaxed), 0);
+        let streams: Vec<_> = (0..8).map(|i| front.handle().try_submit(request(i, 2)).unwrap()).collect();
+        assert!(streams.into_iter().all(|stream| stream.last().is_some_and(|end| end.is_ok())));
+    }
 }
