@@ -324,6 +324,18 @@ fn a_file_of_something_else_is_left_alone() {
 }
 
 #[test]
+fn a_copy_that_a_kill_left_half_written_is_thrown_away() {
+    let scratch = Scratch::new();
+    scratch.write("in.jsonl", requests(3, 2) + "bad\n");
+    assert_eq!(generate(&scratch, &[]).status.code(), Some(1));
+    let whole = by_line(&scratch.join("out.jsonl"));
+    let left = scratch.write("out.jsonl.run.partial", "{\"id\":0,\"line\":1,\"finger");
+    assert_eq!(generate(&scratch, &["--resume"]).status.code(), Some(1));
+    assert_eq!(by_line(&scratch.join("out.jsonl")), whole);
+    assert!(!left.exists());
+}
+
+#[test]
 fn an_output_that_is_missing_or_empty_is_begun() {
     let scratch = Scratch::new();
     scratch.write("in.jsonl", requests(2, 2));

@@ -20,7 +20,7 @@ use super::shared::{Closed, Shared};
 use super::{BulkError, Place, Tally};
 use crate::lines::{self, BadLine, Defaults, Origin, RequestLine};
 use crate::request::Completion;
-use crate::{EngineHandle, Events, Llm, Next, SessionEvent, SessionOptions, Submitter};
+use crate::{EngineHandle, Events, Next, SessionEvent, SessionOptions, Submitter};
 
 /// The input's side of a job.
 pub(super) struct Feed {
@@ -35,14 +35,13 @@ pub(super) struct Feed {
 }
 
 /// Runs every line that has no good result, until the input ends.
-pub(super) fn run(feed: Feed, llm: &Llm) -> Result<(), BulkError> {
+pub(super) fn run(feed: Feed, engine: &EngineHandle) -> Result<(), BulkError> {
     let shared = Arc::clone(&feed.shared);
-    let engine = llm.handle();
     let (submitter, events) = engine.session(SessionOptions::default());
     let place = feed.place.clone();
     let input = thread::Builder::new().name("input".to_owned()).spawn(move || feed.run(submitter));
     let input = input.map_err(|cause| BulkError::Input { place, cause })?;
-    let ended = write_results(&shared, &engine, events);
+    let ended = write_results(&shared, engine, events);
     let closed = shared.close();
     ended?;
     // It has let go of its submitter, or the events would not have ended.

@@ -14,12 +14,13 @@ use std::fs::{self, File};
 use std::io::{self, BufRead, BufReader, Cursor, Read};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::thread;
 
 use flate2::bufread::MultiGzDecoder;
 use memchr::memchr;
 use twox_hash::XxHash3_64;
 
-use super::place::{Identity, Place, standard};
+use super::place::{Identity, PAUSE, Place, standard};
 use crate::lines;
 
 const BUFFER: usize = 1 << 18;
@@ -83,9 +84,17 @@ struct Positioned {
 
 impl Read for Positioned {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        let read = self.file.read(buffer)?;
-        self.position.fetch_add(read as u64, Relaxed);
-        Ok(read)
+        loop {
+            match self.file.read(buffer) {
+                Ok(read) => {
+                    self.position.fetch_add(read as u64, Relaxed);
+                    return Ok(read);
+                }
+                // Another process made the descriptor non-blocking, for both.
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => thread::sleep(PAUSE),
+                Err(error) => return Err(error),
+            }
+        }
     }
 }
 

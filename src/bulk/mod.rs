@@ -23,6 +23,8 @@ mod output;
 mod place;
 mod settings;
 mod shared;
+#[cfg(test)]
+mod tests;
 
 use std::ffi::OsString;
 use std::fmt;
@@ -34,8 +36,8 @@ use std::time::{Duration, Instant};
 pub use error::BulkError;
 pub use place::Place;
 
-use crate::Llm;
 use crate::lines::Defaults;
+use crate::{EngineHandle, Llm};
 use drive::Feed;
 use earlier::{Earlier, Unreadable};
 use input::Source;
@@ -152,6 +154,10 @@ impl Bulk {
     /// A failed engine, input or output; [`BulkError::Stopped`] after [`JobHandle::stop`]. What had ended by then is in the
     /// output. After an error of the input, what was read before it has run.
     pub fn run(self, llm: &Llm) -> Result<Tally, BulkError> {
+        self.run_on(&llm.handle())
+    }
+
+    fn run_on(self, engine: &EngineHandle) -> Result<Tally, BulkError> {
         let Bulk { job, source, earlier, settings, shared, .. } = self;
         // Not before the model is there: until now the output is as it was.
         if shared.open(|output| output.begin(&earlier)).is_err() {
@@ -171,7 +177,7 @@ impl Bulk {
             strict: job.existing != Existing::ResumeAnyway,
             shared: Arc::clone(&shared),
         };
-        drive::run(feed, llm)?;
+        drive::run(feed, engine)?;
         Ok(shared.tally())
     }
 }

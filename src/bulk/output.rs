@@ -20,7 +20,7 @@ use std::time::{Duration, Instant};
 
 use super::compression::Compression;
 use super::earlier::{Earlier, ResultLines, Unreadable};
-use super::place::{Identity, Place, standard};
+use super::place::{Identity, PAUSE, Place, standard};
 use super::{BulkError, beside};
 
 /// A member of a compressed output ends with this much text …
@@ -291,9 +291,7 @@ fn write_patiently(file: &mut File, mut bytes: &[u8]) -> io::Result<()> {
         match file.write(bytes) {
             Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
             Ok(written) => bytes = &bytes[written..],
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                thread::sleep(Duration::from_millis(5))
-            }
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => thread::sleep(PAUSE),
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
             Err(error) => return Err(error),
         }

@@ -8,6 +8,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::PathBuf;
 use std::str::FromStr;
+use std::time::Duration;
 
 /// An end of a job.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -40,6 +41,9 @@ impl fmt::Display for Place {
         }
     }
 }
+
+/// Until a non-blocking descriptor is tried again.
+pub(super) const PAUSE: Duration = Duration::from_millis(5);
 
 /// A standard stream as a file: unbuffered, and with nobody else's lock on it.
 pub(super) fn standard(stream: impl AsFd) -> io::Result<File> {
