@@ -24,7 +24,8 @@
 //!
 //! Prompts are token ids, text ([`GenerateRequest::text`]) or conversations ([`GenerateRequest::chat`]); the latter two
 //! need the checkpoint's `tokenizer.json` and chat template. A request that can't run does not disturb the others: its
-//! completion is [`FinishReason::Rejected`] and says why. [`Error`] is for what stops everything.
+//! completion is [`FinishReason::Rejected`] and says why. [`Error`] is for what stops everything. [`Text`] is a checkpoint's
+//! tokenizer and chat template without the model.
 
 pub mod bench;
 mod builder;

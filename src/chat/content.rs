@@ -33,7 +33,7 @@ const MEDIA: [&str; 11] = [
 ];
 
 /// What a template can't take as requests give it.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug)]
 pub struct Content {
     joins_parts: bool,
     wraps_texts: bool,
