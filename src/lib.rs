@@ -32,10 +32,10 @@ mod builder;
 pub mod bulk;
 mod chat;
 mod detokenize;
+mod diagnostics;
 mod error;
 mod flags;
 mod front;
-mod gauge;
 mod info;
 pub mod lines;
 mod llm;
@@ -51,12 +51,12 @@ mod tokenizer;
 pub mod workload;
 
 pub use builder::LlmBuilder;
+pub use diagnostics::Ceilings;
 pub use error::{Cause, Error};
 pub use front::{
     EngineHandle, Events, Next, RequestEvent, RequestStream, SessionEvent, SessionOptions, Submitter,
     TrySubmitError,
 };
-pub use gauge::Ceilings;
 pub use info::Info;
 pub use llm::{Llm, gpu_present};
 pub use minisgl_core::config::{Limits, LimitsError};

@@ -21,9 +21,9 @@ use minisgl_cuda::{Cuda, CudaError, KernelSet};
 use minisgl_decoder::{Checkpoint, Decoder};
 
 use crate::builder::LlmBuilder;
+use crate::diagnostics::{Ceilings, Diagnostics};
 use crate::error::Error;
 use crate::front::{EngineHandle, Events, Front, SessionEvent, SessionOptions};
-use crate::gauge::{Ceilings, Gauge};
 use crate::info::Info;
 use crate::memory::Room;
 use crate::models::{FAMILIES, preset_names};
@@ -385,7 +385,7 @@ struct Opening<'a> {
 }
 
 impl Opening<'_> {
-    fn on<B: Gauge + 'static>(self, mut backend: B) -> Result<(Box<dyn Runner>, Info), Error> {
+    fn on<B: Diagnostics + 'static>(self, mut backend: B) -> Result<(Box<dyn Runner>, Info), Error> {
         let device = |error: B::Error| Error::Device(Box::new(error));
         tracing::info!(model = self.model, backend = self.name, device = backend.info().name, "loading");
         let model =

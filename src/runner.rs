@@ -8,8 +8,8 @@ use minisgl_core::stats::{Load, Stats};
 use minisgl_cuda::HostTimes;
 use minisgl_decoder::Decoder;
 
+use crate::diagnostics::{Ceilings, Diagnostics};
 use crate::error::Cause;
-use crate::gauge::{Ceilings, Gauge};
 use crate::telemetry::Probe;
 
 /// What the engine tells about tokens and ends.
@@ -58,7 +58,7 @@ pub enum LogitsError {
     Step(Cause),
 }
 
-impl<B: Gauge> Runner for Engine<B, Decoder<B>> {
+impl<B: Diagnostics> Runner for Engine<B, Decoder<B>> {
     fn submit(&mut self, request: Request<'_>) -> Result<Submitted, SubmitError> {
         Engine::submit(self, request)
     }
@@ -126,7 +126,7 @@ impl<B: Gauge> Runner for Engine<B, Decoder<B>> {
 }
 
 /// Logits `[vocab]` of the first sampled row of the step launched last, waiting for it.
-fn first_logits<B: Gauge>(engine: &mut Engine<B, Decoder<B>>) -> Result<Vec<f32>, Cause> {
+fn first_logits<B: Diagnostics>(engine: &mut Engine<B, Decoder<B>>) -> Result<Vec<f32>, Cause> {
     let vocab = engine.model().dims().vocab;
     let Some(logits) = engine.model().logits_buffer() else { return Ok(Vec::new()) };
     Ok(engine.backend_mut().read_logits(logits, vocab, 0..1)?)

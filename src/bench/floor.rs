@@ -15,7 +15,7 @@ use minisgl_core::backend::Dims;
 use minisgl_core::stats::Stats;
 use serde::Serialize;
 
-use crate::gauge::Ceilings;
+use crate::diagnostics::Ceilings;
 use crate::workload::Item;
 
 /// What a model costs, by unit of work.

@@ -5,8 +5,8 @@ use std::fmt;
 use minisgl_decoder::Checkpoint;
 
 use crate::bench::floor::{Costs, together};
+use crate::diagnostics::Ceilings;
 use crate::error::Error;
-use crate::gauge::Ceilings;
 use crate::models::{FAMILIES, preset_names};
 use crate::workload::Workload;
 

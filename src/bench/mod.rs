@@ -37,8 +37,8 @@ pub use run_report::{FloorReport, HostReport, Idle, PhaseReport, RunReport};
 pub use summary::{Percentiles, Spread};
 pub use verify::Verification;
 
+use crate::diagnostics::Ceilings;
 use crate::error::Error;
-use crate::gauge::Ceilings;
 use crate::info::Info;
 use crate::llm::Llm;
 use crate::progress::Progress;

@@ -15,7 +15,7 @@ use serde::Serialize;
 use super::floor::{Costs, Floor, Work};
 use super::measure::{Measurement, output_hash};
 use super::summary::Percentiles;
-use crate::gauge::Ceilings;
+use crate::diagnostics::Ceilings;
 use crate::request::{BesideWork, Phase, StepTiming};
 use crate::telemetry::{LatencyReport, RunRecord};
 

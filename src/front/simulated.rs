@@ -15,8 +15,8 @@ use minisgl_core::stats::{Load, Stats};
 use minisgl_cuda::HostTimes;
 
 use super::Front;
+use crate::diagnostics::Ceilings;
 use crate::error::Cause;
-use crate::gauge::Ceilings;
 use crate::request::{GenerateRequest, SamplingParams};
 use crate::runner::{LogitsError, Runner, Sink};
 use crate::telemetry::Probe;

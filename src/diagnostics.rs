@@ -20,7 +20,7 @@ pub struct Ceilings {
 }
 
 /// A backend that can be asked.
-pub trait Gauge: Ops {
+pub trait Diagnostics: Ops {
     /// Measures the ceilings, which takes a second; `None` if the device has no way to.
     fn ceilings(&mut self) -> Result<Option<Ceilings>, Self::Error>;
     /// Where its state can be asked for, from any thread; `None` if it is not known.
@@ -29,7 +29,7 @@ pub trait Gauge: Ops {
     fn host_times(&self) -> Option<HostTimes>;
 }
 
-impl Gauge for Cpu {
+impl Diagnostics for Cpu {
     fn ceilings(&mut self) -> Result<Option<Ceilings>, Self::Error> {
         Ok(None)
     }
@@ -43,7 +43,7 @@ impl Gauge for Cpu {
     }
 }
 
-impl Gauge for Cuda {
+impl Diagnostics for Cuda {
     fn ceilings(&mut self) -> Result<Option<Ceilings>, CudaError> {
         let perf::Ceilings { read_bytes_s, matmul_flop_s } = perf::Ceilings::measure(self)?;
         Ok(Some(Ceilings { bytes_per_s: read_bytes_s, flop_per_s: matmul_flop_s }))
