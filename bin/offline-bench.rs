@@ -96,10 +96,19 @@ fn offline_bench(flags: &Flags, stderr: &Stderr) -> Result<bool, Cause> {
     let plan = flags.plan()?;
     let builder = Llm::builder(flags.model(&mut out)?).options(flags.options());
     let progress = Arc::new(Mutex::new(Progress::default()));
-    let seen = progress.clone();
-    let _shown = stderr.show(move || seen.lock().unwrap_or_else(PoisonError::into_inner).clone());
+    let show = || {
+        let seen = progress.clone();
+        stderr.show(move || seen.lock().unwrap_or_else(PoisonError::into_inner).clone())
+    };
+    let mut shown = None;
     let report = bench::run(&|| builder.clone().build(), &plan, &mut out, &mut |now| {
+        let goes_on = now.running + now.waiting > 0;
         *progress.lock().unwrap_or_else(PoisonError::into_inner) = now;
+        match goes_on {
+            true => _ = shown.get_or_insert_with(show),
+            // Its table comes next.
+            false => shown = None,
+        }
     });
     Ok(report?.is_sound())
 }

@@ -6,6 +6,7 @@ use std::process::ExitCode;
 use std::str::FromStr;
 
 use argh::FromArgs;
+use minisgl::progress::Stderr;
 use minisgl_cuda::perf::{Ceilings, Cold, Filter, ModelShape, PerfOptions, Row, Timing, cases, run};
 use minisgl_cuda::{Cuda, KernelSet, Options};
 use serde_json::{Value, json};
@@ -69,16 +70,18 @@ impl FromStr for Numbers {
 
 fn main() -> ExitCode {
     let flags: Flags = argh::from_env();
-    match perf(&flags) {
+    let stderr = Stderr::open();
+    stderr.log();
+    match perf(&flags, &stderr) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("perf-cuda: {error}");
+            stderr.say(format!("perf-cuda: {error}"));
             ExitCode::FAILURE
         }
     }
 }
 
-fn perf(flags: &Flags) -> Result<(), Box<dyn std::error::Error>> {
+fn perf(flags: &Flags, stderr: &Stderr) -> Result<(), Box<dyn std::error::Error>> {
     let cases = cases(&Filter {
         words: flags.words.clone(),
         rows: flags.rows.0.clone(),
@@ -105,7 +108,7 @@ fn perf(flags: &Flags) -> Result<(), Box<dyn std::error::Error>> {
                 rows.push(row);
             }
             Err(error) => {
-                eprintln!("perf-cuda: {error}");
+                stderr.say(format!("perf-cuda: {error}"));
                 failed = Err(error);
             }
         }

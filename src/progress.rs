@@ -6,7 +6,8 @@
 //!   show ──────┘   full: left out, and counted
 //! ```
 //!
-//! Invariant: nobody but that thread waits for stderr, and no failure to write reaches anybody. So a closed pipe, a full
+//! Invariant: nobody but that thread waits for stderr (save a moment for a bar to be gone, so that what is printed next has
+//! the line for itself), and no failure to write reaches anybody. So a closed pipe, a full
 //! disk or a reader that sleeps costs messages, never results.
 
 use std::collections::VecDeque;
@@ -25,6 +26,8 @@ use tracing_subscriber::filter::LevelFilter;
 const QUEUE: usize = 1024;
 /// How long what is still queued may take at the end.
 const FAREWELL: Duration = Duration::from_secs(1);
+/// How long a bar has to go.
+const BAR_GOES: Duration = Duration::from_millis(200);
 /// Time between two looks at the progress that a terminal shows.
 const TERMINAL_PERIOD: Duration = Duration::from_millis(100);
 /// Time between two lines of progress where there is no terminal.
@@ -78,7 +81,8 @@ type Source = Box<dyn Fn() -> Progress + Send>;
 enum Order {
     Text(String),
     Show(Source),
-    Hide,
+    /// Tells when it is done.
+    Hide(mpsc::Sender<()>),
     Wake,
 }
 
@@ -109,11 +113,18 @@ impl Queue {
 }
 
 /// Progress that is being shown; dropping it ends that.
-pub struct Shown(Queue);
+pub struct Shown {
+    queue: Queue,
+    terminal: bool,
+}
 
 impl Drop for Shown {
     fn drop(&mut self) {
-        self.0.put(Order::Hide);
+        let (done, gone) = mpsc::channel();
+        self.queue.put(Order::Hide(done));
+        if self.terminal {
+            let _ = gone.recv_timeout(BAR_GOES);
+        }
     }
 }
 
@@ -159,7 +170,7 @@ impl Stderr {
     /// that was shown before is replaced.
     pub fn show(&self, source: impl Fn() -> Progress + Send + 'static) -> Shown {
         self.0.queue.put(Order::Show(Box::new(source)));
-        Shown(self.0.queue.clone())
+        Shown { queue: self.0.queue.clone(), terminal: self.0.terminal }
     }
 
     /// Writes log events from now on, those that the variable RUST_LOG names (warnings and errors without it). Only the
@@ -238,7 +249,11 @@ impl Writer {
             match self.next() {
                 Ok(Order::Text(text)) => self.write(&text),
                 Ok(Order::Show(source)) => self.view = Some(View::new(source, self.bar.as_ref())),
-                Ok(Order::Hide) => self.view = None,
+                Ok(Order::Hide(done)) => {
+                    self.view = None;
+                    // Who asked may have waited long enough.
+                    let _ = done.send(());
+                }
                 Ok(Order::Wake) => {}
                 Err(RecvTimeoutError::Timeout) => self.tick(),
                 Err(RecvTimeoutError::Disconnected) => return,

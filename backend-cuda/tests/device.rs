@@ -205,3 +205,19 @@ fn a_kernel_that_fails_while_it_runs_is_reported_as_such() {
         "{error:?}"
     );
 }
+
+#[test]
+#[ignore = "needs a GPU and its management library"]
+fn the_gpus_state_is_told_to_another_thread_while_this_one_has_the_context() {
+    let mut cuda = cuda();
+    let buffer = cuda.alloc(Purpose::Scratch, Element::Word, 1 << 20).unwrap();
+    let telemetry = cuda.telemetry().expect("libnvidia-ml");
+    assert!(!telemetry.driver.is_empty());
+    let highest = telemetry.sm_mhz_max;
+    let asked = std::thread::spawn(move || (0..10).map(|_| telemetry.read()).collect::<Option<Vec<_>>>());
+    (0..10).for_each(|_| drop(words(&mut cuda, buffer)));
+    for state in asked.join().unwrap().expect("an answer each time") {
+        assert!((1..=highest).contains(&state.sm_mhz) && state.memory_mhz > 0, "{state:?}");
+        assert!(state.power_w > 0.0 && (1..120).contains(&state.temperature_c), "{state:?}");
+    }
+}
