@@ -3,14 +3,16 @@
 mod signals;
 
 use std::borrow::Cow;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
-use minisgl::bulk::{Bulk, BulkError, Existing, Job, JobHandle, Place};
+use minisgl::bulk::{Bulk, BulkError, BulkReport, Existing, Job, JobHandle, Place};
 use minisgl::lines::{Defaults, ModelName};
-use minisgl::progress::Stderr;
+use minisgl::progress::{Progress, Stderr};
+use minisgl::report::{Output, write_json, write_page};
+use minisgl::telemetry::sample_while;
 use minisgl::{Cause, Llm, SamplingParams, with_shared_flags};
 
 with_shared_flags! {
@@ -38,6 +40,12 @@ with_shared_flags! {
         /// a longer line of the input is an error (default 67108864)
         #[argh(option, default = "64 << 20")]
         max_line_bytes: usize,
+        /// write what was seen of the run to this file, for machines
+        #[argh(option)]
+        json: Option<PathBuf>,
+        /// write the same to this file, as a page for a browser
+        #[argh(option)]
+        report: Option<PathBuf>,
         /// output tokens of a request that does not say (default 128)
         #[argh(option, default = "128")]
         max_tokens: u32,
@@ -82,7 +90,7 @@ fn generate(flags: &Flags, stderr: &Stderr) -> Result<ExitCode, Cause> {
         stderr.finish();
     })?;
     let folder = PathBuf::from(&flags.model);
-    let bulk = Bulk::open(Job {
+    let task = Job {
         input: flags.input.clone(),
         output: flags.output.clone(),
         existing,
@@ -90,13 +98,24 @@ fn generate(flags: &Flags, stderr: &Stderr) -> Result<ExitCode, Cause> {
         model: flags.model.clone(),
         checkpoint: folder.is_dir().then_some(folder),
         max_line_bytes: flags.max_line_bytes,
-    })?;
+        tokens: flags.json.is_some() || flags.report.is_some(),
+    };
+    let bulk = Bulk::open(task.clone())?;
+    flags.check_reports()?;
+    let create = |path: &Option<PathBuf>| path.as_deref().map(Output::create).transpose();
+    let (json, page) = (create(&flags.json)?, create(&flags.report)?);
     let llm = Llm::builder(&flags.model).options(flags.engine_options()).build()?;
     stderr.say(llm.info().to_string());
 
     let started = Instant::now();
-    job.get_or_init(|| bulk.handle());
-    let tally = match bulk.run(&llm) {
+    let handle = job.get_or_init(|| bulk.handle()).clone();
+    let pages = llm.info().limits.pages;
+    let seen = handle.clone();
+    let shown = stderr.show(move || Progress { pages, ..seen.progress() });
+    let mut probe = if task.tokens { llm.probe() } else { None };
+    let (ended, device) = sample_while(probe.as_mut(), || bulk.run(&llm));
+    drop(shown);
+    let tally = match ended {
         // The signal's thread has the last word.
         Err(BulkError::Stopped) => loop {
             std::thread::park();
@@ -104,6 +123,13 @@ fn generate(flags: &Flags, stderr: &Stderr) -> Result<ExitCode, Cause> {
         ended => ended?,
     };
     let seconds = started.elapsed().as_secs_f64();
+    let report = BulkReport::new(llm.info(), &task, tally, handle.record(seconds, device));
+    if let Some(json) = json {
+        json.write(|file| write_json(&report, file))?;
+    }
+    if let Some(page) = page {
+        page.write(|file| write_page("generate", &report, file))?;
+    }
     stderr.say(format!(
         "{} finished, {} failed, {} skipped; {} tokens in {seconds:.2} s",
         tally.finished, tally.failed, tally.skipped, tally.output_tokens
@@ -112,6 +138,22 @@ fn generate(flags: &Flags, stderr: &Stderr) -> Result<ExitCode, Cause> {
 }
 
 impl Flags {
+    /// A report would empty the file that it goes to.
+    fn check_reports(&self) -> Result<(), Cause> {
+        let file = |path: &Path| path.canonicalize().ok();
+        let lines = [&self.input, &self.output].map(|place| file(Path::new(&place.to_string())));
+        for (flag, path) in [("--json", &self.json), ("--report", &self.report)] {
+            let report = path.as_deref().and_then(file);
+            if report.is_some() && lines.contains(&report) {
+                return Err(format!(
+                    "{flag} would overwrite the requests or the results; write it elsewhere"
+                )
+                .into());
+            }
+        }
+        Ok(())
+    }
+
     fn existing(&self) -> Result<Existing, Cause> {
         match (self.overwrite, self.resume, self.resume_anyway) {
             (true, false, false) => Ok(Existing::Overwrite),

@@ -4,11 +4,11 @@ mod common;
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
 use common::Scratch;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 /// A benchmark of two short runs; its page and its JSON.
 fn benchmark(scratch: &Scratch) -> (PathBuf, Value) {
@@ -34,6 +34,30 @@ fn benchmark(scratch: &Scratch) -> (PathBuf, Value) {
         .unwrap();
     assert!(output.status.success(), "{output:?}");
     (page, serde_json::from_slice(&fs::read(json).unwrap()).unwrap())
+}
+
+/// A job of ten requests that run, two that can't and three lines that are none.
+fn job(scratch: &Scratch, flags: &[&str]) -> Output {
+    let mut lines = Vec::new();
+    for i in 0..10 {
+        lines.push(
+            json!({"id": i, "prompt_token_ids": [1, 2, 3 + i], "max_tokens": 5 + i, "ignore_eos": true})
+                .to_string(),
+        );
+    }
+    lines.push(json!({"id": "long", "prompt_token_ids": vec![1; 5000]}).to_string());
+    lines.push(json!({"id": "empty", "prompt_token_ids": []}).to_string());
+    lines.extend(["{", "[]", "nonsense"].map(str::to_owned));
+    let input = scratch.write("requests.jsonl", lines.join("\n"));
+    Command::new(env!("CARGO_BIN_EXE_generate"))
+        .args(["--model", "tests/fixtures/tiny-tied", "--backend", "cpu", "--max-seq-len", "256"])
+        .arg("--input")
+        .arg(input)
+        .arg("--output")
+        .arg(scratch.join("results.jsonl"))
+        .args(flags)
+        .output()
+        .unwrap()
 }
 
 /// The numbers that lie in a page.
@@ -71,6 +95,39 @@ fn the_page_holds_the_same_numbers_as_the_report_for_machines() {
         counts.iter().map(|count| count.as_u64().unwrap()).sum()
     };
     assert_eq!(counted(&run["between_tokens_ms"]), total - requests);
+}
+
+#[test]
+fn a_jobs_report_counts_its_failures_by_kind_and_holds_what_was_seen_of_every_token() {
+    let scratch = Scratch::new();
+    let (page, json) = (scratch.join("report.html"), scratch.join("report.json"));
+    let output = job(&scratch, &["--report", page.to_str().unwrap(), "--json", json.to_str().unwrap()]);
+    assert_eq!(output.status.code(), Some(1), "some lines failed: {output:?}");
+    let report: Value = serde_json::from_slice(&fs::read(json).unwrap()).unwrap();
+    assert_eq!(numbers(&fs::read_to_string(page).unwrap()), report);
+    assert_eq!(report["program"], "generate");
+    assert_eq!((&report["job"]["finished"], &report["job"]["failed"]), (&json!(10), &json!(5)));
+    let run = &report["runs"][0];
+    assert_eq!(run["ended"], json!({"length": 10, "rejected": 2}));
+    let failures = json!({"empty prompt": 1, "line that is no request": 3, "prompt too long": 1});
+    assert_eq!(run["failures"], failures);
+    let tokens: u64 = (5..15).sum();
+    assert_eq!(run["total_tokens"], tokens);
+    assert_eq!(run["first_token_ms"]["count"], 10);
+    assert_eq!(run["between_tokens_ms"]["count"], tokens - 10);
+}
+
+#[test]
+fn a_report_does_not_overwrite_requests_or_results() {
+    let scratch = Scratch::new();
+    let requests = scratch.join("requests.jsonl");
+    for flag in ["--report", "--json"] {
+        let output = job(&scratch, &["--overwrite", flag, requests.to_str().unwrap()]);
+        assert_eq!(output.status.code(), Some(1));
+        let error = String::from_utf8(output.stderr).unwrap();
+        assert!(error.contains("would overwrite the requests or the results"), "{error}");
+        assert!(fs::read_to_string(&requests).unwrap().contains("nonsense"), "they are still there");
+    }
 }
 
 /// What a page looks like to a browser, noted in the page itself when it has been drawn.

@@ -32,12 +32,15 @@ pub(super) struct Feed {
     /// Results of lines that the input does not have are an error.
     pub(super) strict: bool,
     pub(super) shared: Arc<Shared>,
+    /// Every token is heard of.
+    pub(super) tokens: bool,
 }
 
 /// Runs every line that has no good result, until the input ends.
 pub(super) fn run(feed: Feed, engine: &EngineHandle) -> Result<(), BulkError> {
     let shared = Arc::clone(&feed.shared);
-    let (submitter, events) = engine.session(SessionOptions::default());
+    let (submitter, events) =
+        engine.session(SessionOptions { tokens: feed.tokens, steps: true, ..Default::default() });
     let place = feed.place.clone();
     let input = thread::Builder::new().name("input".to_owned()).spawn(move || feed.run(submitter));
     let input = input.map_err(|cause| BulkError::Input { place, cause })?;
@@ -61,12 +64,14 @@ fn write_results(shared: &Shared, engine: &EngineHandle, mut events: Events) -> 
             true => events.next_timeout(CHUNK_AGE)?,
             false => events.next().transpose()?.map_or(Next::Over, Next::Event),
         };
+        if let Next::Event(event) = &next {
+            shared.watch(|recorder| recorder.hear(event));
+        }
         let written = match next {
             Next::Event(SessionEvent::Finished { tag, completion, .. }) => {
                 write_completion(shared, engine, tag, &completion, &mut line)
             }
-            Next::Event(_) => Ok(()),
-            Next::TimedOut => shared.flush_if_due(),
+            Next::Event(_) | Next::TimedOut => shared.flush_if_due(),
             Next::Over => return Ok(()),
         };
         written.map_err(|Closed| shared.why_closed())?;
@@ -91,7 +96,7 @@ fn write_completion(
 
 impl Feed {
     fn run(self, mut submitter: Submitter) -> Result<(), BulkError> {
-        let Feed { source, place, max_line_bytes, defaults, mut earlier, strict, shared } = self;
+        let Feed { source, place, max_line_bytes, defaults, mut earlier, strict, shared, .. } = self;
         let failed = |cause| BulkError::Input { place: place.clone(), cause };
         let differs = |line| BulkError::LineDiffers { output: shared.output_place.clone(), line };
         let mut input = source.lines(max_line_bytes, Arc::clone(&shared.position)).map_err(failed)?;
@@ -130,6 +135,7 @@ impl Feed {
 }
 
 fn write_bad(shared: &Shared, bad: &BadLine, origin: Origin) -> Result<(), Closed> {
+    shared.watch(|recorder| recorder.failed("line that is no request"));
     let mut line = Vec::new();
     lines::write_bad(&mut line, bad, origin);
     shared.write(&line, Tally { failed: 1, ..Tally::default() })

@@ -21,6 +21,7 @@ mod error;
 mod input;
 mod output;
 mod place;
+mod report;
 mod settings;
 mod shared;
 #[cfg(test)]
@@ -35,8 +36,11 @@ use std::time::{Duration, Instant};
 
 pub use error::BulkError;
 pub use place::Place;
+pub use report::BulkReport;
 
 use crate::lines::Defaults;
+use crate::progress::{Progress, Unit};
+use crate::telemetry::{DeviceReport, RunRecord};
 use crate::{EngineHandle, Llm};
 use drive::Feed;
 use earlier::{Earlier, Unreadable};
@@ -63,6 +67,8 @@ pub struct Job {
     pub checkpoint: Option<PathBuf>,
     /// A longer line is a bad line.
     pub max_line_bytes: usize,
+    /// Hear of every token, so that a report has latencies.
+    pub tokens: bool,
 }
 
 /// What is done with an output that has something in it.
@@ -176,6 +182,7 @@ impl Bulk {
             earlier,
             strict: job.existing != Existing::ResumeAnyway,
             shared: Arc::clone(&shared),
+            tokens: job.tokens,
         };
         drive::run(feed, engine)?;
         Ok(shared.tally())
@@ -264,6 +271,33 @@ impl JobHandle {
     /// Bytes of the input that were read, and how many there are, where that is known.
     pub fn position(&self) -> (u64, Option<u64>) {
         (self.shared.position.load(Relaxed), self.length)
+    }
+
+    /// How far the job is.
+    pub fn progress(&self) -> Progress {
+        let Tally { finished, failed, skipped, .. } = self.tally();
+        let ((read, total), lines) = (self.position(), self.shared.lines.load(Relaxed));
+        // Lines that were read and have not ended are taken to be as long as others.
+        let ended = (finished + failed + skipped).min(lines) as f64 / lines.max(1) as f64;
+        let (output_tokens, load) = self.shared.watch(|recorder| (recorder.total_tokens(), recorder.load()));
+        Progress {
+            label: String::new(),
+            done: (read as f64 * ended) as u64,
+            total,
+            unit: Unit::Bytes,
+            finished,
+            failed,
+            output_tokens,
+            running: load.running,
+            waiting: load.waiting,
+            pages_used: load.pages_used,
+            pages: 0,
+        }
+    }
+
+    /// What was seen of the job, which took `seconds`, and of the device meanwhile.
+    pub fn record(&self, seconds: f64, device_state: Option<DeviceReport>) -> RunRecord {
+        self.shared.watch(|recorder| recorder.record(seconds, device_state))
     }
 
     /// Can another run go on from the output, given the same input?

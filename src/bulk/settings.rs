@@ -34,8 +34,8 @@ pub(super) struct Settings {
 }
 
 /// What lines leave out.
-#[derive(Debug, Serialize, Deserialize)]
-struct Sampling {
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(super) struct Sampling {
     temperature: f32,
     top_k: u32,
     top_p: f32,
@@ -46,6 +46,14 @@ struct Sampling {
     logprobs: Option<u32>,
 }
 
+impl From<&SamplingParams> for Sampling {
+    fn from(sampling: &SamplingParams) -> Self {
+        let SamplingParams { temperature, top_k, top_p, min_p, seed, max_tokens, ignore_eos, logprobs } =
+            *sampling;
+        Sampling { temperature, top_k, top_p, min_p, seed, max_tokens, ignore_eos, logprobs }
+    }
+}
+
 impl Settings {
     pub(super) fn new(
         model: &str,
@@ -53,14 +61,12 @@ impl Settings {
         input: String,
         sampling: &SamplingParams,
     ) -> io::Result<Self> {
-        let SamplingParams { temperature, top_k, top_p, min_p, seed, max_tokens, ignore_eos, logprobs } =
-            *sampling;
         Ok(Settings {
             minisgl: env!("CARGO_PKG_VERSION").to_owned(),
             model: model.to_owned(),
             checkpoint: checkpoint.map(fingerprint).transpose()?.map(|print| format!("{print:016x}")),
             input,
-            sampling: Sampling { temperature, top_k, top_p, min_p, seed, max_tokens, ignore_eos, logprobs },
+            sampling: Sampling::from(sampling),
         })
     }
 

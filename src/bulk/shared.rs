@@ -13,10 +13,12 @@
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
 
 use super::output::Output;
 use super::{BulkError, Place, Tally};
 use crate::lines::{Header, Origin};
+use crate::telemetry::Recorder;
 
 pub(super) struct Shared {
     pub(super) output_place: Place,
@@ -29,6 +31,8 @@ pub(super) struct Shared {
     output_tokens: AtomicU64,
     /// Lines with something on them that were read.
     pub(super) lines: AtomicU64,
+    /// What is seen of the session.
+    recorder: Mutex<Recorder>,
     /// Bytes of the input that were read.
     pub(super) position: Arc<AtomicU64>,
 }
@@ -63,6 +67,7 @@ impl Shared {
             skipped: AtomicU64::new(0),
             output_tokens: AtomicU64::new(0),
             lines: AtomicU64::new(0),
+            recorder: Mutex::default(),
             position: Arc::default(),
         }
     }
@@ -90,6 +95,12 @@ impl Shared {
     /// Keeps what a request's result will need.
     pub(super) fn starts(&self, header: Header, origin: Origin) {
         locked(&self.running).insert(origin.line, (header, origin.fingerprint));
+        self.watch(|recorder| recorder.submitted(origin.line, Instant::now()));
+    }
+
+    /// Takes note of what happens in the session.
+    pub(super) fn watch<R>(&self, note: impl FnOnce(&mut Recorder) -> R) -> R {
+        note(&mut locked(&self.recorder))
     }
 
     /// Gives back what was kept of a request.

@@ -35,6 +35,7 @@ impl Folder {
             model: "simulated".to_owned(),
             checkpoint: None,
             max_line_bytes: 1000,
+            tokens: false,
         };
         Bulk::open(job).unwrap()
     }
