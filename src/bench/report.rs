@@ -74,6 +74,12 @@ impl fmt::Display for WorkloadReport {
 
 impl fmt::Display for BenchReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (number, run) in (1..).zip(&self.runs) {
+            if let Some(floor) = &run.floor {
+                let least_rate = run.record.total_tokens as f64 / floor.floor.seconds;
+                writeln!(f, "Floor of run {number}: {least_rate:.0} tok/s, {floor}")?;
+            }
+        }
         let runs = self.runs.len();
         let medians =
             [(runs, "runs", self.tokens_per_s), (self.engines(), "engines", self.tokens_per_s_of_engines)];
@@ -88,12 +94,6 @@ impl fmt::Display for BenchReport {
         }
         if !self.same_output {
             writeln!(f, "The runs' outputs DIFFER: see their hashes")?;
-        }
-        for (number, run) in (1..).zip(&self.runs) {
-            if let Some(floor) = &run.floor {
-                let least_rate = run.record.total_tokens as f64 / floor.floor.seconds;
-                writeln!(f, "Floor of run {number}: {least_rate:.0} tok/s, {floor}")?;
-            }
         }
         match &self.verification {
             Some(Verification { requests, different }) if different.is_empty() => {
