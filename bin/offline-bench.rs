@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use minisgl::bench::{self, Comparison, Plan, Requests};
 use minisgl::progress::{Progress, Stderr};
 use minisgl::workload::{Lengths, Source, Workload};
-use minisgl::{BackendChoice, Cause, Llm, Options, SamplingParams, with_shared_flags};
+use minisgl::{BackendChoice, Cause, Ceilings, Llm, Options, SamplingParams, with_shared_flags};
 
 with_shared_flags! {
     /// Generates for random prompts as fast as it can and reports tokens a second. The exit status is 1 if runs or
@@ -20,8 +20,8 @@ with_shared_flags! {
         /// requests (default 256; of a file all)
         #[argh(option)]
         n: Option<usize>,
-        /// checkpoint directory, or a preset with dummy weights: tiny, qwen3-0.6b, -1.7b, -4b, -8b, -14b (default:
-        /// qwen3-0.6b on a GPU, tiny on the CPU)
+        /// checkpoint directory, or a preset with dummy weights, which --list-models names (default: qwen3-0.6b on a GPU,
+        /// tiny on the CPU)
         #[argh(option)]
         model: Option<String>,
         /// random numbers: pcg (default), or minisgl, those of mini-sglang's benchmark
@@ -63,6 +63,9 @@ with_shared_flags! {
         /// matrix product rate in TFLOP/s that the floor is computed with (default: measured on a GPU)
         #[argh(option)]
         matmul: Option<f64>,
+        /// run nothing: list the presets, with their bytes and the workload's floor on this device
+        #[argh(switch)]
+        list_models: bool,
         /// run nothing: compare two files that --json has written, FIRST.json SECOND.json
         #[argh(switch)]
         compare: bool,
@@ -94,6 +97,9 @@ fn offline_bench(flags: &Flags, stderr: &Stderr) -> Result<bool, Cause> {
         return Ok(true);
     }
     let plan = flags.plan()?;
+    if flags.list_models {
+        return flags.list(&plan, &mut out).map(|()| true);
+    }
     let builder = Llm::builder(flags.model(&mut out)?).options(flags.options());
     let progress = Arc::new(Mutex::new(Progress::default()));
     let show = || {
@@ -125,6 +131,25 @@ impl Flags {
                     .into())
             }
         }
+    }
+
+    /// The presets. Ceilings that no flag gives are measured where there is a GPU, on the smallest engine.
+    fn list(&self, plan: &Plan, out: &mut dyn Write) -> Result<(), Cause> {
+        let Requests::Drawn(workload) = &plan.requests else {
+            return Err("--list-models takes random requests; leave --requests out".into());
+        };
+        let ceilings = match plan.bytes_per_s {
+            Some(bytes_per_s) => Some(Ceilings { bytes_per_s, flop_per_s: plan.flop_per_s }),
+            None if self.on_gpu()? => {
+                let options = Options { max_seq_len: Some(64), ..self.engine_options() };
+                Llm::builder("tiny").options(options).build()?.ceilings()?
+            }
+            None => None,
+        };
+        for model in bench::list_models(workload, ceilings)? {
+            writeln!(out, "{model}")?;
+        }
+        Ok(())
     }
 
     fn plan(&self) -> Result<Plan, Cause> {
@@ -179,16 +204,19 @@ impl Flags {
         Options { max_seq_len: options.max_seq_len.or(drawn.then_some(longest)), ..options }
     }
 
+    fn on_gpu(&self) -> Result<bool, Cause> {
+        Ok(match self.backend {
+            BackendChoice::Auto => minisgl::gpu_present()?,
+            BackendChoice::Cuda => true,
+            BackendChoice::Cpu => false,
+        })
+    }
+
     fn model(&self, out: &mut dyn Write) -> Result<String, Cause> {
         if let Some(model) = &self.model {
             return Ok(model.clone());
         }
-        let on_gpu = match self.backend {
-            BackendChoice::Auto => minisgl::gpu_present()?,
-            BackendChoice::Cuda => true,
-            BackendChoice::Cpu => false,
-        };
-        if on_gpu {
+        if self.on_gpu()? {
             return Ok("qwen3-0.6b".to_owned());
         }
         writeln!(out, "No --model, and no GPU to run on: the preset `tiny` on the CPU.")?;

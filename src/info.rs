@@ -18,6 +18,8 @@ pub struct Info {
     pub limits: Limits,
     /// Sizes of the model.
     pub dims: Dims,
+    /// Positions that any layer's tokens see at most, if every layer has a window; pages behind it go back.
+    pub window: Option<u32>,
     /// Token ids lie below it.
     pub vocab: u32,
     /// Tokens that end an output: those of generation_config.json, else config.json, and the tokenizer's `eos_token`.
@@ -65,6 +67,9 @@ impl fmt::Display for Info {
              each, {prefill_tokens} a prefill step",
             gib(self.kv_bytes())
         )?;
+        if let Some(window) = self.window {
+            writeln!(f, "a token sees {window} positions: pages behind them go back while a request runs")?;
+        }
         let eos: Vec<String> = self.eos.iter().map(u32::to_string).collect();
         match eos.as_slice() {
             [] => writeln!(f, "outputs end at no token: the model names no end-of-sequence token")?,

@@ -415,6 +415,7 @@ impl Opening<'_> {
             device: engine.info().name,
             limits,
             dims: *engine.model().dims(),
+            window: engine.model().spec().window(),
             vocab: policy.vocab,
             eos,
             warnings: self.text.warnings().to_vec(),
@@ -462,7 +463,8 @@ impl Opening<'_> {
         if self.options.num_pages.is_none() {
             let memory = backend.memory().map_err(|error| Error::Device(Box::new(error)))?;
             let page_bytes = model.page_bytes(limits.page_size);
-            let room = Room { device: &device, memory, dims: model.dims(), page_bytes };
+            let (dims, activation_width) = (model.dims(), backend.activation_width(model.dims()));
+            let room = Room { device: &device, memory, dims, activation_width, page_bytes };
             limits.pages = match on_cpu {
                 true => room.pages_by_need(&limits)?,
                 false => room.pages_by_ratio(&limits, self.options.memory_ratio)?,
@@ -500,6 +502,7 @@ mod tests {
             eos: Vec::new(),
             warnings: Vec::new(),
             dims: DIMS,
+            window: None,
             weight_bytes: 0,
             page_bytes: 0,
             memory_total: 0,

@@ -27,6 +27,8 @@ pub struct Room<'a> {
     pub memory: Memory,
     /// Sizes of the model.
     pub dims: &'a Dims,
+    /// Activations that a token takes in the backend's buffers.
+    pub activation_width: usize,
     /// Bytes of a page.
     pub page_bytes: u64,
 }
@@ -64,8 +66,9 @@ impl Room<'_> {
     /// Bytes allocated behind the pages.
     fn scratch(&self, limits: &Limits) -> u64 {
         let dims = self.dims;
-        let width = 3 * dims.hidden as usize + dims.qkv_width() + dims.q_width() + dims.intermediate as usize;
-        let activations = limits.step_tokens() * width * self.device.activation_bytes;
+        let gathered = limits.running as usize * dims.hidden as usize;
+        let activations =
+            (limits.step_tokens() * self.activation_width + gathered) * self.device.activation_bytes;
         let logits = limits.running as usize * dims.vocab as usize * self.device.logit_bytes;
         let rope = limits.sequence as usize * dims.head_dim as usize * size_of::<f32>();
         let graphs = recorded_sizes(limits.graph_rows.min(limits.running));
@@ -114,7 +117,8 @@ mod tests {
             page_size_min: 16,
         };
         let memory = Memory { free, total: 80 * GIB };
-        Room { device: &device, memory, dims: &DIMS, page_bytes: 16 * 28 * 2 * 8 * 128 * 2 }
+        let page_bytes = 16 * 28 * 2 * 8 * 128 * 2;
+        Room { device: &device, memory, dims: &DIMS, activation_width: 8192, page_bytes }
             .pages_by_ratio(&LIMITS, ratio)
     }
 

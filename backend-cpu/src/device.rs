@@ -12,7 +12,7 @@ use minisgl_core::backend::{
 };
 use minisgl_core::batch::{Row, StepShape};
 use minisgl_core::config::Limits;
-use minisgl_core::spec::{DecoderSpec, LayerSpec, Unsupported};
+use minisgl_core::spec::{DecoderSpec, Dims, LayerSpec, Unsupported};
 use minisgl_core::tensor::HostTensor;
 
 use crate::command::Command;
@@ -213,6 +213,10 @@ impl Ops for Cpu {
 
     fn supports(&self, spec: &DecoderSpec) -> Result<(), Unsupported> {
         supports::check(spec)
+    }
+
+    fn activation_width(&self, dims: &Dims) -> usize {
+        Activations::width(dims)
     }
 
     fn reserve(&mut self, spec: &DecoderSpec, limits: &Limits) -> Result<usize, CpuError> {

@@ -257,6 +257,9 @@ pub trait Ops: Device {
     /// Names the first thing that can't.
     fn supports(&self, spec: &DecoderSpec) -> Result<(), Unsupported>;
 
+    /// Activations that a token takes in the buffers that [`Ops::reserve`] is going to plan.
+    fn activation_width(&self, dims: &Dims) -> usize;
+
     /// Plans the buffers and the scratch memory of all operations for a model and capacities, once, before the first step.
     /// Returns the words that [`Ops::plan`] may fill in each step.
     fn reserve(&mut self, spec: &DecoderSpec, limits: &Limits) -> Result<usize, Self::Error>;
