@@ -5,7 +5,7 @@ mod common;
 use common::{Machine, Random, Sequence, assert_close, dims, greedy, limits, tensor};
 use minisgl_core::backend::{Device, Ops, WeightRole};
 use minisgl_core::batch::{LAST_TOKEN, TOKEN_WORDS};
-use minisgl_core::spec::{Activation, Attention};
+use minisgl_core::spec::{Activation, Attention, NormForm};
 use minisgl_core::tensor::Dtype;
 use minisgl_cpu::Heads;
 
@@ -69,22 +69,30 @@ fn parts_of_a_weight_are_stacked() {
 }
 
 #[test]
-fn gate_and_up_meet_in_silu() {
+fn gate_and_up_meet_in_their_activation() {
     let mut random = Random(3);
     let mut machine = machine(&mut random);
     for (tokens, width, cols) in [(1, 1, 1), (2, 4, 9), (3, 5, 40), (129, 13, 70), (7, 64, 600)] {
         let (weight, values) = machine.weight(&mut random, 2 * width, cols, Dtype::Bf16);
         let x = random.floats(tokens * cols);
         let (x_buffer, out) = (machine.floats(&x), machine.poisoned(tokens * width));
-        machine.cpu.gate_up(tokens as u32, Activation::Silu, x_buffer, weight, out).unwrap();
-        let expected: Vec<f64> = product(&x, &values, cols)
-            .chunks(2 * width)
-            .flat_map(|row| {
-                let (gate, up) = row.split_at(width);
-                gate.iter().zip(up).map(|(gate, up)| gate / (1.0 + (-gate).exp()) * up).collect::<Vec<_>>()
-            })
-            .collect();
-        assert_close("silu(gate) * up", &machine.read(out, tokens * width), &expected, 1e-5);
+        let gelu = |x: f64| {
+            0.5 * x * (1.0 + ((2.0 / std::f64::consts::PI).sqrt() * (x + 0.044715 * x.powi(3))).tanh())
+        };
+        let activations: [(Activation, &dyn Fn(f64) -> f64); 2] =
+            [(Activation::Silu, &|x| x / (1.0 + (-x).exp())), (Activation::GeluTanh, &gelu)];
+        for (activation, definition) in activations {
+            machine.cpu.gate_up(tokens as u32, activation, x_buffer, weight, out).unwrap();
+            let expected: Vec<f64> = product(&x, &values, cols)
+                .chunks(2 * width)
+                .flat_map(|row| {
+                    let (gate, up) = row.split_at(width);
+                    gate.iter().zip(up).map(|(gate, up)| definition(*gate) * up).collect::<Vec<_>>()
+                })
+                .collect();
+            let what = format!("{activation:?}(gate) * up");
+            assert_close(&what, &machine.read(out, tokens * width), &expected, 1e-5);
+        }
     }
 }
 
@@ -234,8 +242,76 @@ fn heads_are_normed_rotated_and_stored() {
     }
 }
 
+/// Heads may be normed together, not normed, turned in part, not turned.
+#[test]
+fn norms_and_rope_of_heads_may_be_absent_wider_or_partial() {
+    let mut random = Random(17);
+    let (heads, kv_heads, head_dim) = (4, 2, 16);
+    for (full_norm, rotated) in [(None, 16), (Some(true), 0), (Some(true), 16), (Some(false), 8), (None, 0)] {
+        let dims = dims(8, heads, kv_heads, head_dim, 8, 16);
+        let mut machine = Machine::new(dims, limits(1, 40, 4), &mut random);
+        let sequences = [Sequence { slot: 0, cached: 3, new: 30 }];
+        let (step, tokens, _) = machine.step(&mut random, &sequences, greedy, None);
+        let (width, head_dim) = (dims.qkv_width(), head_dim as usize);
+        let qkv = random.floats(tokens.len() * width);
+        let widths = match full_norm {
+            Some(true) => [dims.q_width(), dims.kv_width()],
+            _ => [head_dim, head_dim],
+        };
+        let [(q_norm, q_scale), (k_norm, k_scale)] =
+            widths.map(|width| machine.scale(&mut random, width, Dtype::F32));
+        let angles = random.floats(40 * rotated / 2);
+        let rope: Vec<f32> = angles.iter().flat_map(|angle| [angle.cos(), angle.sin()]).collect();
+        let (qkv_buffer, rope_buffer, kv) =
+            (machine.floats(&qkv), machine.floats(&[&rope[..], &[0.0]].concat()), machine.kv(&mut random));
+        let turned = Heads {
+            step,
+            qkv: qkv_buffer,
+            q_norm: full_norm.map(|_| q_norm),
+            k_norm: full_norm.map(|_| k_norm),
+            rope: (rotated > 0).then_some(rope_buffer),
+            rotated: rotated as u32,
+            kv,
+        };
+        machine.cpu.heads(turned).unwrap();
+
+        let mut expected = wide(&qkv);
+        for (token, row) in tokens.iter().zip(expected.chunks_mut(width)) {
+            let (q, kv) = row.split_at_mut(dims.q_width());
+            for (x, scale) in [(q, &q_scale), (&mut kv[..dims.kv_width()], &k_scale)] {
+                if full_norm.is_some() {
+                    x.chunks_mut(scale.len()).for_each(|x| x.copy_from_slice(&normed(x, scale, 1e-6)));
+                }
+                for head in x.chunks_mut(head_dim) {
+                    let before = head.to_vec();
+                    for i in 0..rotated / 2 {
+                        let angle = f64::from(angles[token.position as usize * rotated / 2 + i]);
+                        let (low, high) = (before[i], before[i + rotated / 2]);
+                        head[i] = low * angle.cos() - high * angle.sin();
+                        head[i + rotated / 2] = high * angle.cos() + low * angle.sin();
+                    }
+                }
+            }
+        }
+        let what = format!("norms {full_norm:?}, {rotated} elements turned");
+        assert_close(&what, &machine.read(qkv_buffer, qkv.len()), &expected, 1e-6);
+    }
+}
+
 #[test]
 fn attention_is_a_softmax_over_all_earlier_positions() {
+    attention_is_a_softmax(None, None);
+}
+
+#[test]
+fn attention_with_a_window_sees_no_further_and_a_score_scale_is_the_specs() {
+    for window in [1, 2, 63, 64, 65, 100, 1000] {
+        attention_is_a_softmax(Some(window), None);
+    }
+    attention_is_a_softmax(Some(70), Some(0.0625));
+}
+
+fn attention_is_a_softmax(window: Option<u32>, scale: Option<f32>) {
     let mut random = Random(8);
     for (heads, kv_heads, head_dim, page_size) in HEADS {
         let dims = dims(8, heads, kv_heads, head_dim, 8, 16);
@@ -249,7 +325,8 @@ fn attention_is_a_softmax_over_all_earlier_positions() {
         let kv = machine.kv(&mut random);
         let (k, v) = (machine.read(kv.k, machine.kv_len()), machine.read(kv.v, machine.kv_len()));
         let (qkv_buffer, out) = (machine.floats(&qkv), machine.poisoned(tokens.len() * dims.q_width()));
-        machine.cpu.attention(&step, &Attention::plain(), qkv_buffer, kv, out).unwrap();
+        let spec = Attention { window, scale, ..Attention::plain() };
+        machine.cpu.attention(&step, &spec, qkv_buffer, kv, out).unwrap();
 
         let mut expected = Vec::new();
         for (token, row) in tokens.iter().zip(qkv.chunks(width)) {
@@ -260,13 +337,14 @@ fn attention_is_a_softmax_over_all_earlier_positions() {
                     let (page, row) = (location / page_size as usize, location % page_size as usize);
                     ((page * kv_heads as usize + kv_head) * page_size as usize + row) * head_dim
                 };
-                let weight =
-                    |position| (dot(q, &k[at(position)..][..head_dim]) / (head_dim as f64).sqrt()).exp();
-                let weights: Vec<f64> = (0..=token.position).map(weight).collect();
+                let scale = scale.map_or(1.0 / (head_dim as f64).sqrt(), f64::from);
+                let weight = |position| (dot(q, &k[at(position)..][..head_dim]) * scale).exp();
+                let first = (token.position + 1).saturating_sub(window.unwrap_or(u32::MAX));
+                let weights: Vec<f64> = (first..=token.position).map(weight).collect();
                 let sum: f64 = weights.iter().sum();
                 let value = |i: usize| {
                     let terms =
-                        weights.iter().zip(0..).map(|(w, position)| w * f64::from(v[at(position) + i]));
+                        weights.iter().zip(first..).map(|(w, position)| w * f64::from(v[at(position) + i]));
                     terms.sum::<f64>() / sum
                 };
                 expected.extend((0..head_dim).map(value));
@@ -298,4 +376,18 @@ fn a_slice_is_a_part_of_its_buffer() {
     let part = machine.cpu.slice(buffer, 1..5);
     let part = machine.cpu.slice(part, 1..3);
     assert_eq!(machine.read_words(part, 2), [3, 4]);
+}
+
+#[test]
+fn norms_may_scale_by_one_plus_their_weight() {
+    let mut random = Random(18);
+    let mut machine = machine(&mut random);
+    let (weight, values) = tensor(1, &random.floats(40), Dtype::Bf16);
+    let weight = machine.cpu.load(WeightRole::Norm(NormForm::OnePlusScale), &[weight]).unwrap();
+    let x = random.floats(3 * 40);
+    let (x_buffer, out) = (machine.floats(&x), machine.poisoned(3 * 40));
+    machine.cpu.rms_norm(3, x_buffer, weight, out).unwrap();
+    let scale: Vec<f32> = values.iter().map(|value| 1.0 + value).collect();
+    let expected: Vec<f64> = x.chunks(40).flat_map(|x| normed(&wide(x), &scale, 1e-6)).collect();
+    assert_close("(1 + w) norm", &machine.read(out, 3 * 40), &expected, 1e-6);
 }

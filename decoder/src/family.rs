@@ -50,14 +50,6 @@ impl LayerNames {
         mlp_norm: "pre_feedforward_layernorm",
         mlp_out_norm: "post_feedforward_layernorm",
     };
-
-    /// Of layers with norms after attention and MLP alone.
-    pub const NORMS_AFTER: LayerNames = LayerNames {
-        attention_norm: "",
-        attention_out_norm: "post_attention_layernorm",
-        mlp_norm: "",
-        mlp_out_norm: "post_feedforward_layernorm",
-    };
 }
 
 /// A published model, by name, with what its `config.json` says about its shape.

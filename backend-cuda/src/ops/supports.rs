@@ -89,3 +89,86 @@ fn check_attention(dims: &Dims, attention: &Attention) -> Result<(), &'static st
 fn first(things: &[(bool, &'static str)]) -> Option<&'static str> {
     things.iter().find(|(is_so, _)| *is_so).map(|(_, what)| *what)
 }
+
+#[cfg(test)]
+mod tests {
+    use minisgl_core::spec::Rope;
+
+    use super::*;
+
+    const DIMS: Dims = Dims {
+        layers: 2,
+        hidden: 576,
+        heads: 9,
+        kv_heads: 3,
+        head_dim: 64,
+        intermediate: 1536,
+        vocab: 49_152,
+        norm_eps: 1e-5,
+    };
+
+    fn with(change: impl Fn(Attention) -> Attention) -> DecoderSpec {
+        let rope = Some(Rope::plain(1e5, DIMS.head_dim));
+        let attention = |change: &dyn Fn(Attention) -> Attention| LayerSpec {
+            mixer: Mixer::Attention(change(Attention { rope, ..Attention::plain() })),
+            ..LayerSpec::plain()
+        };
+        let layers = vec![attention(&|it| it), attention(&change)];
+        DecoderSpec { layers, ..DecoderSpec::uniform(DIMS, LayerSpec::plain()) }
+    }
+
+    #[test]
+    fn biases_and_layers_without_rope_or_with_head_norms_are_computed() {
+        check(&with(|it| it)).unwrap();
+        check(&with(|it| Attention { bias: Bias::Qkv, rope: None, ..it })).unwrap();
+        check(&with(|it| Attention { qk_norm: QkNorm::PerHead, ..it })).unwrap();
+        let windowed = with(|it| it).layers.into_iter().map(|layer| {
+            let Mixer::Attention(attention) = layer.mixer else { unreachable!("it has attention") };
+            LayerSpec { mixer: Mixer::Attention(Attention { window: Some(4096), ..attention }), ..layer }
+        });
+        check(&DecoderSpec { layers: windowed.collect(), ..with(|it| it) }).unwrap();
+    }
+
+    #[test]
+    fn what_is_not_computed_is_refused_by_name() {
+        let layers = [
+            (with(|it| Attention { sinks: true, ..it }), "attention sinks"),
+            (with(|it| Attention { score_cap: Some(50.0), ..it }), "soft cap"),
+            (with(|it| Attention { scale: Some(0.1), ..it }), "score scale"),
+            (with(|it| Attention { bias: Bias::QkvAndO, ..it }), "bias on attention's output"),
+            (with(|it| Attention { qk_norm: QkNorm::FullWidth, ..it }), "across heads"),
+            (with(|it| Attention { rope: it.rope.map(|rope| Rope { rotated: 32, ..rope }), ..it }), "rope"),
+        ];
+        let changed = |layer| {
+            let spec = with(|it| it);
+            DecoderSpec { layers: vec![spec.layers[0], layer], ..spec }
+        };
+        let plain = LayerSpec::plain();
+        let activation = Activation::Silu;
+        let experts = Mlp::Experts { activation, count: 8, per_token: 2, intermediate: 8, normalized: true };
+        let others = [
+            (changed(LayerSpec { norms: Norms::Around, ..plain }), "norms behind"),
+            (changed(LayerSpec { mlp: Mlp::Dense(Activation::GeluTanh), ..plain }), "GELU"),
+            (changed(LayerSpec { mlp: experts, ..plain }), "experts"),
+        ];
+        for (spec, name) in layers.into_iter().chain(others) {
+            let text = check(&spec).unwrap_err().to_string();
+            assert!(
+                text.contains(name) && text.contains("layer 1") && text.contains("--backend cpu"),
+                "{text}"
+            );
+        }
+        let spec = || with(|it| it);
+        let models = [
+            (DecoderSpec { norm: NormForm::OnePlusScale, ..spec() }, "1 + w"),
+            (DecoderSpec { weights: WeightFormat::Fp8, ..spec() }, "fp8"),
+            (DecoderSpec { dims: Dims { head_dim: 256, ..DIMS }, ..spec() }, "head_dim is 256"),
+            (DecoderSpec { dims: Dims { hidden: 570, ..DIMS }, ..spec() }, "hidden_size is 570"),
+            (with(|it| Attention { window: Some(32), ..it }), "same window"),
+        ];
+        for (spec, name) in models {
+            let text = check(&spec).unwrap_err().to_string();
+            assert!(text.contains(name) && text.contains("CUDA"), "{text}");
+        }
+    }
+}
