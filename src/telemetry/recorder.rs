@@ -26,6 +26,8 @@ use crate::request::{Completion, FinishReason, Load, Phase, StepTiming};
 
 /// Width of a bucket to begin with, in seconds.
 const BUCKET_S: f64 = 0.01;
+/// No step is taken to be shorter, so that its tokens have a time to be dealt over.
+const SHORTEST_S: f64 = 1e-6;
 
 /// Hears a session from its start to its end.
 pub struct Recorder {
@@ -195,8 +197,9 @@ impl Recorder {
         let seen_s = (timing.host_start + timing.host_time).as_secs_f64();
         self.clock_offset_s = self.clock_offset_s.min(seen_s - device_end_s);
         let before_s = self.step_end_s;
-        self.step_end_s = (device_end_s + self.clock_offset_s).max(before_s + 1e-6);
-        ((self.step_end_s - device_s).clamp(before_s, self.step_end_s - 1e-6), self.step_end_s)
+        self.step_end_s = (device_end_s + self.clock_offset_s).max(before_s + SHORTEST_S);
+        let start_s = (self.step_end_s - device_s).max(before_s);
+        (start_s.min(self.step_end_s - SHORTEST_S / 2.0), self.step_end_s)
     }
 
     /// Sums up what was heard. The session took `seconds`.
@@ -330,6 +333,25 @@ mod tests {
         let timeline = recorder.record(0.05, None).timeline;
         assert!(timeline.decode_share.iter().all(|share| *share <= 1.0), "{timeline:?}");
         assert!((timeline.decode_share[3] - 1.0).abs() < 1e-9, "{timeline:?}");
+    }
+
+    #[test]
+    fn steps_that_take_no_time_count_all_the_same() {
+        let mut recorder = Recorder::new();
+        let at = |us: u64| match step(Phase::Decode, 1, 0.0, 3) {
+            SessionEvent::Step(timing) => SessionEvent::Step(StepTiming {
+                host_start: Duration::from_nanos(us * 7),
+                host_time: Duration::ZERO,
+                start_ms: 0.0,
+                ..timing
+            }),
+            other => other,
+        };
+        (0..20_000).for_each(|i| recorder.hear(&at(i)));
+        let record = recorder.record(1.0, None);
+        assert_eq!(record.total_tokens, 60_000);
+        let dealt: f64 = recorder.timeline.buckets().iter().map(|bucket| bucket.output_tokens).sum();
+        assert!((dealt - 60_000.0).abs() < 1e-3, "{dealt}");
     }
 
     #[test]
