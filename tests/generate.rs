@@ -196,3 +196,15 @@ fn a_file_larger_than_the_engines_queue_is_streamed() {
         results.iter().map(|result| result["id"].as_u64().unwrap()).collect();
     assert_eq!((results.len(), ids.len()), (3000, 3000));
 }
+
+#[test]
+fn a_checkpoint_whose_weights_are_a_link_to_nowhere_is_told_by_the_links_name() {
+    let scratch = Scratch::new();
+    scratch.copy("tiny-tied");
+    scratch.write("in.jsonl", r#"{"id": 1, "prompt_token_ids": [1]}"#);
+    fs::remove_file(scratch.join("model.safetensors")).unwrap();
+    std::os::unix::fs::symlink("gone", scratch.join("model.safetensors")).unwrap();
+    let output = generate(&scratch, &[]);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(stderr(&output).contains("model.safetensors"), "{}", stderr(&output));
+}

@@ -28,15 +28,6 @@ pub enum BulkError {
         #[source]
         cause: io::Error,
     },
-    /// The checkpoint, as its content is looked at.
-    #[error("the checkpoint of {model} can't be read: {cause}; check --model")]
-    Checkpoint {
-        /// As it was asked for.
-        model: String,
-        /// What the system says.
-        #[source]
-        cause: io::Error,
-    },
     /// Writing would destroy the requests, or turn results into requests.
     #[error("the input and the output are the same file, {0}; write the results elsewhere")]
     SameFile(Place),

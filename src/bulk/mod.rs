@@ -164,8 +164,18 @@ impl Bulk {
     }
 
     fn run_on(self, engine: &EngineHandle) -> Result<Tally, BulkError> {
+        let shared = Arc::clone(&self.shared);
+        let feed = self.begin().inspect_err(|_| {
+            // This error is the first one; the lock must not live as long as a handle to the job.
+            let _ = shared.close();
+        })?;
+        drive::run(feed, engine)?;
+        Ok(shared.tally())
+    }
+
+    /// Makes the output ready for results. Not before the model is there: until now it is as it was.
+    fn begin(self) -> Result<Feed, BulkError> {
         let Bulk { job, source, earlier, settings, shared, .. } = self;
-        // Not before the model is there: until now the output is as it was.
         if shared.open(|output| output.begin(&earlier)).is_err() {
             return Err(shared.why_closed());
         }
@@ -174,18 +184,16 @@ impl Bulk {
                 .write(&path)
                 .map_err(|cause| BulkError::Output { place: settings::path(&path).into(), cause })?;
         }
-        let feed = Feed {
+        Ok(Feed {
             source,
             place: job.input,
             max_line_bytes: job.max_line_bytes,
             defaults: job.defaults,
             earlier,
             strict: job.existing != Existing::ResumeAnyway,
-            shared: Arc::clone(&shared),
+            shared,
             tokens: job.tokens,
-        };
-        drive::run(feed, engine)?;
-        Ok(shared.tally())
+        })
     }
 }
 
@@ -204,8 +212,7 @@ impl Job {
             }
         }
         let input = self.input.to_string();
-        Settings::new(&self.model, self.checkpoint.as_deref(), input, &self.defaults.sampling)
-            .map_err(|cause| BulkError::Checkpoint { model: self.model.clone(), cause })
+        Ok(Settings::new(&self.model, self.checkpoint.as_deref(), input, &self.defaults.sampling))
     }
 
     /// What is kept of what a regular output has.

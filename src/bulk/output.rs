@@ -222,6 +222,15 @@ impl Output {
         if self.regular.is_some() { self.file.sync_all() } else { Ok(()) }
     }
 
+    /// Lets others have a regular file, though this one may live on.
+    pub(super) fn release(&mut self) {
+        if let Some(regular) = &mut self.regular {
+            regular.replaced.clear();
+            // Without locks there is none to give back.
+            let _ = self.file.unlock();
+        }
+    }
+
     /// One write. One that fails leaves nothing.
     fn put(&mut self, bytes: &[u8]) -> io::Result<()> {
         if let Err(error) = write_patiently(&mut self.file, bytes) {

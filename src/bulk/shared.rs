@@ -136,10 +136,11 @@ impl Shared {
         locked(&self.writer).output.holds_back()
     }
 
-    /// Writes everything, and closes the output for good.
+    /// Writes everything, and closes the output for good: others may have it, however long the job's threads live on.
     pub(super) fn close(&self) -> Result<(), Closed> {
         let mut writer = locked(&self.writer);
         let closed = self.attempt(&mut writer, Output::finish);
+        writer.output.release();
         if !matches!(writer.state, State::Failed(_)) {
             writer.state = State::Closed;
         }

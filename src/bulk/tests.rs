@@ -115,7 +115,8 @@ fn a_job_that_is_stopped_has_written_what_it_counted_and_knows_what_is_left() {
         let good = folder.good(output).len() as u64;
         assert!(good > 0 && good < 400, "{good}");
         assert_eq!((job.tally().finished, left), (good, Left::Exactly(400 - good)));
-        // Nothing is written behind it, by whomever.
+        // Nothing is written behind it, and another job may go on though this one's handle is there.
+        drop(folder.open(output));
         assert_eq!(job.stop().unwrap(), left);
         assert_eq!(folder.good(output).len() as u64, good);
     }
@@ -130,4 +131,5 @@ fn a_job_stopped_before_it_runs_changes_nothing() {
     assert!(matches!(bulk.run_on(front.handle()), Err(BulkError::Stopped)));
     assert_eq!(fs::read(folder.0.join("out.jsonl")).unwrap(), b"");
     assert!(!folder.0.join("out.jsonl.run.json").exists());
+    drop(folder.open("out.jsonl"));
 }
