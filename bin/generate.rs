@@ -1,4 +1,4 @@
-//! Bulk generation: `generate --model DIR --input requests.jsonl --output results.jsonl`.
+//! Bulk generation: `generate --model MODEL --input requests.jsonl --output results.jsonl`.
 
 mod signals;
 
@@ -13,13 +13,13 @@ use minisgl::lines::{Defaults, ModelName};
 use minisgl::progress::{Progress, Stderr};
 use minisgl::report::{Output, write_json, write_page};
 use minisgl::telemetry::sample_while;
-use minisgl::{Cause, Llm, SamplingParams, with_shared_flags};
+use minisgl::{Cause, GenerationConfigChoice, SamplingParams, from_command_line, with_shared_flags};
 
 with_shared_flags! {
     /// runs every request of a JSONL file through a model and writes a JSONL line for each as it ends; the exit status is
     /// 0 only if every line has a good result
     struct Flags {
-        /// checkpoint directory, or a preset with dummy weights (tiny, qwen3-0.6b, …)
+        /// checkpoint directory, a name on the Hugging Face hub (OWNER/NAME), or a preset with dummy weights (tiny, …)
         #[argh(option)]
         model: String,
         /// request lines, in a file (.gz and .zst too), a FIFO, or - for standard input
@@ -55,13 +55,17 @@ with_shared_flags! {
         /// go on past end-of-sequence tokens, unless a request says otherwise
         #[argh(switch)]
         ignore_eos: bool,
+        /// where sampling that no flag and no line gives comes from: auto (default: the checkpoint's generation_config.json,
+        /// where it asks for sampling) or none (greedy)
+        #[argh(option, default = "::std::default::Default::default()")]
+        generation_config: GenerationConfigChoice,
     }
 }
 
 fn main() -> ExitCode {
     let stderr = Stderr::open();
     stderr.log();
-    let code = generate(&argh::from_env(), &stderr).unwrap_or_else(|error| {
+    let code = generate(&from_command_line(), &stderr).unwrap_or_else(|error| {
         stderr.say(format!("generate: {error}"));
         ExitCode::FAILURE
     });
@@ -71,14 +75,16 @@ fn main() -> ExitCode {
 }
 
 fn generate(flags: &Flags, stderr: &Stderr) -> Result<ExitCode, Cause> {
-    let sampling = flags.sampling(SamplingParams {
+    let existing = flags.existing()?;
+    let own = SamplingParams {
         max_tokens: flags.max_tokens,
         seed: flags.seed,
         ignore_eos: flags.ignore_eos,
         ..SamplingParams::default()
-    });
-    sampling.check()?;
-    let existing = flags.existing()?;
+    };
+    flags.sampling(own).check()?;
+    let source = flags.source(&flags.model, stderr)?;
+    let sampling = flags.sampling(flags.generation_config.sampling(&source, own, stderr)?);
     // A signal before there is a job ends the program; nothing was changed.
     let job: Arc<OnceLock<JobHandle>> = Arc::default();
     let stopped = (Arc::clone(&job), stderr.clone());
@@ -89,14 +95,13 @@ fn generate(flags: &Flags, stderr: &Stderr) -> Result<ExitCode, Cause> {
         }
         stderr.finish();
     })?;
-    let folder = PathBuf::from(&flags.model);
     let task = Job {
         input: flags.input.clone(),
         output: flags.output.clone(),
         existing,
         defaults: Defaults { sampling, model: ModelName::new(&flags.model) },
         model: flags.model.clone(),
-        checkpoint: folder.is_dir().then_some(folder),
+        checkpoint: source.folder().map(Path::to_owned),
         max_line_bytes: flags.max_line_bytes,
         tokens: flags.json.is_some() || flags.report.is_some(),
     };
@@ -104,7 +109,7 @@ fn generate(flags: &Flags, stderr: &Stderr) -> Result<ExitCode, Cause> {
     flags.check_reports()?;
     let create = |path: &Option<PathBuf>| path.as_deref().map(Output::create).transpose();
     let (json, page) = (create(&flags.json)?, create(&flags.report)?);
-    let llm = Llm::builder(&flags.model).options(flags.engine_options()).build()?;
+    let llm = source.builder().options(flags.engine_options()).build()?;
     stderr.say(llm.info().to_string());
 
     let started = Instant::now();

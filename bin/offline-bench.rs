@@ -8,7 +8,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 use minisgl::bench::{self, Comparison, Plan, Requests};
 use minisgl::progress::{Progress, Stderr};
 use minisgl::workload::{Lengths, Source, Workload};
-use minisgl::{BackendChoice, Cause, Ceilings, Llm, Options, SamplingParams, with_shared_flags};
+use minisgl::{
+    BackendChoice, Cause, Ceilings, Llm, Options, SamplingParams, from_command_line, with_shared_flags,
+};
 
 with_shared_flags! {
     /// Generates for random prompts as fast as it can and reports tokens a second. The exit status is 1 if runs or
@@ -20,8 +22,8 @@ with_shared_flags! {
         /// requests (default 256; of a file all)
         #[argh(option)]
         n: Option<usize>,
-        /// checkpoint directory, or a preset with dummy weights, which --list-models names (default: qwen3-0.6b on a GPU,
-        /// tiny on the CPU)
+        /// checkpoint directory, a name on the Hugging Face hub (OWNER/NAME), or a preset with dummy weights, which
+        /// --list-models names (default: qwen3-0.6b on a GPU, tiny on the CPU)
         #[argh(option)]
         model: Option<String>,
         /// random numbers: pcg (default), or minisgl, those of mini-sglang's benchmark
@@ -76,7 +78,7 @@ with_shared_flags! {
 }
 
 fn main() -> ExitCode {
-    let flags: Flags = argh::from_env();
+    let flags: Flags = from_command_line();
     let stderr = Stderr::open();
     stderr.log();
     match offline_bench(&flags, &stderr) {
@@ -100,14 +102,15 @@ fn offline_bench(flags: &Flags, stderr: &Stderr) -> Result<bool, Cause> {
     if flags.list_models {
         return flags.list(&plan, &mut out).map(|()| true);
     }
-    let builder = Llm::builder(flags.model(&mut out)?).options(flags.options());
+    let model = flags.model(&mut out)?;
+    let open = || flags.source(&model, stderr)?.builder().options(flags.options()).build();
     let progress = Arc::new(Mutex::new(Progress::default()));
     let show = || {
         let seen = progress.clone();
         stderr.show(move || seen.lock().unwrap_or_else(PoisonError::into_inner).clone())
     };
     let mut shown = None;
-    let report = bench::run(&|| builder.clone().build(), &plan, &mut out, &mut |now| {
+    let report = bench::run(&open, &plan, &mut out, &mut |now| {
         let goes_on = now.running + now.waiting > 0;
         *progress.lock().unwrap_or_else(PoisonError::into_inner) = now;
         match goes_on {

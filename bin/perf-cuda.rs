@@ -69,7 +69,7 @@ impl FromStr for Numbers {
 }
 
 fn main() -> ExitCode {
-    let flags: Flags = argh::from_env();
+    let flags: Flags = minisgl::from_command_line();
     let stderr = Stderr::open();
     stderr.log();
     match perf(&flags, &stderr) {

@@ -2,20 +2,33 @@
 
 use minisgl_core::scheduler::Order;
 
+use crate::device;
 use crate::error::Error;
 use crate::llm::Llm;
 use crate::options::{BackendChoice, KernelChoice, Options};
+use crate::source::ModelSource;
 
 /// Settings of an engine to be built; see [`Options`] for what each means and its default.
 #[derive(Clone, Debug)]
 pub struct LlmBuilder {
-    model: String,
+    model: Model,
     options: Options,
+}
+
+#[derive(Clone, Debug)]
+enum Model {
+    /// To be found.
+    Name(String),
+    Found(ModelSource),
 }
 
 impl LlmBuilder {
     pub(crate) fn new(model: String) -> Self {
-        LlmBuilder { model, options: Options::default() }
+        LlmBuilder { model: Model::Name(model), options: Options::default() }
+    }
+
+    pub(crate) fn of(source: ModelSource) -> Self {
+        LlmBuilder { model: Model::Found(source), options: Options::default() }
     }
 
     /// All settings at once.
@@ -30,9 +43,9 @@ impl LlmBuilder {
         self
     }
 
-    /// Which GPU, where there are several.
+    /// Which GPU; naming one asks for a GPU.
     pub fn device(mut self, device: usize) -> Self {
-        self.options.device = device;
+        self.options.device = Some(device);
         self
     }
 
@@ -113,6 +126,12 @@ impl LlmBuilder {
     /// # Errors
     /// What is wrong with the model, the device or the settings.
     pub fn build(self) -> Result<Llm, Error> {
-        Llm::open(self.model, self.options)
+        self.options.check()?;
+        let choice = device::choose(&self.options)?;
+        let source = match self.model {
+            Model::Name(name) => ModelSource::find(&name, None, None)?,
+            Model::Found(source) => source,
+        };
+        Llm::open(source, self.options, choice)
     }
 }

@@ -13,17 +13,64 @@ pub type Cause = Box<dyn std::error::Error + Send + Sync>;
 /// Why a model could not be opened or a run not be finished. What concerns one request alone is a [`RequestError`].
 #[derive(Debug, Error)]
 pub enum Error {
-    /// Neither a directory nor a preset.
-    #[error("{name} is neither a checkpoint directory nor a preset ({presets}); check --model")]
+    /// Neither a directory nor a preset nor a name.
+    #[error(
+        "{name} is neither a directory that is there, nor a preset ({presets}), nor a model's name on the Hugging Face hub \
+         (OWNER/NAME); check --model"
+    )]
     NoModel {
         /// As asked for.
         name: String,
         /// The presets there are.
         presets: String,
     },
-    /// The checkpoint.
+    /// A revision of something that has none.
+    #[error(
+        "--revision {revision} is of models by name, and {name} is a directory or a preset; leave --revision out, or give \
+         OWNER/NAME"
+    )]
+    Revision {
+        /// The model.
+        name: String,
+        /// As asked for.
+        revision: String,
+    },
+    /// The checkpoint, or a repository that it was to come from.
     #[error("{0}")]
     Model(#[source] Cause),
+    /// Sampling defaults that can't be read.
+    #[error("{}: {reason}; correct it, or leave it aside (--generation-config none)", path.display())]
+    GenerationConfig {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// A GPU is named where there is none to be used.
+    #[error("{asked} names a GPU, and {reason}; leave it out to compute on the CPU")]
+    NoGpu {
+        /// What names it.
+        asked: String,
+        /// Why there is none.
+        reason: &'static str,
+    },
+    /// More than the host's memory.
+    #[error(
+        "{running} running and {queued} queued requests of up to {sequence} tokens take {needed} bytes of host memory, and \
+         {free} are free; lower --max-running or --max-seq-len"
+    )]
+    HostMemory {
+        /// Requests that run at once.
+        running: u32,
+        /// Requests that wait.
+        queued: u32,
+        /// Tokens of a sequence.
+        sequence: u32,
+        /// Bytes that they take.
+        needed: u64,
+        /// Bytes that this process can still have.
+        free: u64,
+    },
     /// The GPU can't be opened.
     #[error("{0} (--backend cpu computes without a GPU)")]
     Gpu(#[source] Cause),
@@ -94,4 +141,11 @@ pub enum Error {
     /// Called again after a failed step.
     #[error("the engine has failed before and takes no more requests; build it anew")]
     Failed,
+}
+
+#[cfg(feature = "hub")]
+impl Error {
+    pub(crate) fn hub(error: minisgl_hub::HubError) -> Self {
+        Error::Model(Box::new(error))
+    }
 }

@@ -15,11 +15,55 @@
 //!     }
 //! }
 //!
+//! # let _ = Flags::source; // As commands use it.
 //! let flags = Flags::from_args(&["command"], &["--model", "tiny", "--no-overlap", "--temperature", "0.6"]).unwrap();
 //! assert_eq!(flags.model, "tiny");
 //! assert!(!flags.engine_options().overlap);
 //! assert_eq!(flags.sampling(SamplingParams::default()).temperature, 0.6);
 //! ```
+
+use std::path::Path;
+use std::process::exit;
+
+use argh::TopLevelCommand;
+
+/// The process's command line as flags, `--flag=value` like `--flag value`. Where there are none to be had, because help is
+/// asked for or a flag is wrong, it says so and ends the process.
+pub fn from_command_line<T: TopLevelCommand>() -> T {
+    let words: Result<Vec<String>, _> = std::env::args_os().map(|word| word.into_string()).collect();
+    let words = words.unwrap_or_else(|word| {
+        eprintln!("{} is not UTF-8; flags and file names must be", word.display());
+        exit(1)
+    });
+    let program = words.first().map_or("", String::as_str);
+    let program = Path::new(program).file_name().and_then(|name| name.to_str()).unwrap_or(program);
+    let words = apart(words.get(1..).unwrap_or_default());
+    let words: Vec<&str> = words.iter().map(String::as_str).collect();
+    T::from_args(&[program], &words).unwrap_or_else(|early| match early.status {
+        Ok(()) => {
+            println!("{}", early.output);
+            exit(0)
+        }
+        Err(()) => {
+            eprintln!("{}\nRun {program} --help for more information.", early.output);
+            exit(1)
+        }
+    })
+}
+
+/// Each `--flag=value` as two words; behind a lone `--` there are no flags.
+fn apart(words: &[String]) -> Vec<String> {
+    let mut out = Vec::with_capacity(words.len());
+    let flags = words.iter().position(|word| word == "--").unwrap_or(words.len());
+    for word in &words[..flags] {
+        match word.split_once('=') {
+            Some((flag, value)) if flag.starts_with("--") => out.extend([flag.to_owned(), value.to_owned()]),
+            _ => out.push(word.clone()),
+        }
+    }
+    out.extend_from_slice(&words[flags..]);
+    out
+}
 
 /// Defines a command line: its own flags, then those of the engine and of sampling. It gets the methods
 /// `engine_options` and `sampling`, the latter changing the parameters given to it as the flags say.
@@ -31,12 +75,15 @@ macro_rules! with_shared_flags {
         $vis struct $name {
             $($own)*
 
+            /// which revision of a model by name: a branch, a tag or a commit (default main)
+            #[argh(option)]
+            revision: Option<String>,
             /// where to compute: auto (default: a GPU where there is one), cpu or cuda
             #[argh(option, default = "::std::default::Default::default()")]
             backend: $crate::BackendChoice,
-            /// which GPU, where there are several (default 0)
-            #[argh(option, default = "0")]
-            device: usize,
+            /// which GPU; naming one asks for a GPU (default: the first)
+            #[argh(option)]
+            device: Option<usize>,
             /// which GPU kernels: auto (default), portable or hopper
             #[argh(option, default = "::std::default::Default::default()")]
             kernels: $crate::KernelChoice,
@@ -85,6 +132,12 @@ macro_rules! with_shared_flags {
         }
 
         impl $name {
+            /// The model that `name` stands for, its files at hand; flags that can't hold are found first.
+            fn source(&self, name: &str, stderr: &$crate::progress::Stderr) -> Result<$crate::ModelSource, $crate::Error> {
+                self.engine_options().check()?;
+                $crate::ModelSource::find(name, self.revision.as_deref(), Some(stderr))
+            }
+
             /// The engine that the flags ask for.
             fn engine_options(&self) -> $crate::Options {
                 let default = $crate::Options::default();
@@ -118,4 +171,17 @@ macro_rules! with_shared_flags {
             }
         }
     };
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_flag_and_its_value_may_be_one_word() {
+        let apart = |line: &str| apart(&line.split(' ').map(str::to_owned).collect::<Vec<_>>()).join(" ");
+        assert_eq!(apart("--model=a/b --n 3 --json=x=y.json"), "--model a/b --n 3 --json x=y.json");
+        assert_eq!(apart("--output= -x=1 a=b"), "--output  -x=1 a=b");
+        assert_eq!(apart("--n=1 -- --n=2"), "--n 1 -- --n=2");
+    }
 }

@@ -8,10 +8,14 @@ use minisgl_core::config::Limits;
 /// See [`Llm::info`](crate::Llm::info); displayed as a few lines for people.
 #[derive(Clone, Debug)]
 pub struct Info {
-    /// The checkpoint directory or preset.
+    /// The model as it was asked for: a directory, a preset or a name.
     pub model: String,
+    /// The commit of a model by name.
+    pub commit: Option<String>,
     /// `cpu` or `cuda`.
     pub backend: &'static str,
+    /// Why this backend, where it was left open.
+    pub choice: Option<&'static str>,
     /// The device's name.
     pub device: String,
     /// Capacities.
@@ -60,7 +64,9 @@ impl fmt::Display for Info {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let gib = |bytes: u64| bytes as f64 / f64::from(1 << 30);
         let Limits { pages, page_size, running, sequence, prefill_tokens, graph_rows, .. } = self.limits;
-        writeln!(f, "{} on {} ({})", self.model, self.device, self.backend)?;
+        let commit = self.commit.as_ref().map_or_else(String::new, |commit| format!(" at {commit}"));
+        let choice = self.choice.map_or_else(String::new, |reason| format!(", since {reason}"));
+        writeln!(f, "{}{commit} on {} ({}{choice})", self.model, self.device, self.backend)?;
         writeln!(
             f,
             "KV cache: {pages} pages of {page_size} tokens, {:.2} GiB; {running} requests at once, {sequence} tokens \

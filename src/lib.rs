@@ -3,7 +3,7 @@
 //! ```
 //! use minisgl::{GenerateRequest, Llm, SamplingParams};
 //!
-//! // A checkpoint's directory, or a preset with dummy weights.
+//! // A checkpoint's directory, a model's name on the Hugging Face hub, or a preset with dummy weights.
 //! let mut llm = Llm::builder("tiny").max_seq_len(Some(256)).build()?;
 //! let sampling = SamplingParams { temperature: 0.6, max_tokens: 8, ..SamplingParams::default() };
 //! let requests = [GenerateRequest::tokens([1, 2, 3]).sampling(sampling)];
@@ -32,10 +32,14 @@ mod builder;
 pub mod bulk;
 mod chat;
 mod detokenize;
+mod device;
 mod diagnostics;
+#[cfg(feature = "hub")]
+mod download;
 mod error;
 mod flags;
 mod front;
+mod generation_config;
 mod info;
 pub mod lines;
 mod llm;
@@ -46,6 +50,7 @@ pub mod progress;
 pub mod report;
 mod request;
 mod runner;
+mod source;
 pub mod telemetry;
 mod tokenizer;
 pub mod workload;
@@ -53,10 +58,12 @@ pub mod workload;
 pub use builder::LlmBuilder;
 pub use diagnostics::Ceilings;
 pub use error::{Cause, Error};
+pub use flags::from_command_line;
 pub use front::{
     EngineHandle, Events, Next, RequestEvent, RequestStream, SessionEvent, SessionOptions, Submitter,
     TrySubmitError,
 };
+pub use generation_config::{GenerationConfig, GenerationConfigChoice};
 pub use info::Info;
 pub use llm::{Llm, gpu_present};
 pub use minisgl_core::config::{Limits, LimitsError};
@@ -68,4 +75,5 @@ pub use request::{
     Phase, Prompt, RequestError, SamplingError, SamplingParams, StepTiming, StreamEvent, SubmitError,
     TOP_LOGPROBS_MAX, TokenLogprobs,
 };
+pub use source::ModelSource;
 pub use tokenizer::Text;

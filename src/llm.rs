@@ -7,31 +7,32 @@
 //! The engine is built on the thread that it stays on; every method asks it through its handle.
 
 use std::collections::HashMap;
-use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
-use minisgl_core::backend::{Model, Ops};
-use minisgl_core::config::Limits;
+use minisgl_core::backend::{DeviceInfo, Model};
+use minisgl_core::config::{Limits, LimitsError};
 use minisgl_core::engine::{Engine, EngineOptions};
 use minisgl_core::scheduler::Policy;
 use minisgl_core::stats::Stats;
 use minisgl_cpu::Cpu;
 use minisgl_cuda::{Cuda, CudaError, KernelSet};
-use minisgl_decoder::{Checkpoint, Decoder};
+use minisgl_decoder::{Checkpoint, CheckpointError, Decoder};
 
 use crate::builder::LlmBuilder;
+use crate::device::Choice;
 use crate::diagnostics::{Ceilings, Diagnostics};
 use crate::error::Error;
 use crate::front::{EngineHandle, Events, Front, SessionEvent, SessionOptions};
 use crate::info::Info;
-use crate::memory::Room;
-use crate::models::{FAMILIES, preset_names};
-use crate::options::{BackendChoice, KernelChoice, Options};
+use crate::memory::{Room, check_host};
+use crate::models::FAMILIES;
+use crate::options::{KernelChoice, Options};
 use crate::request::{
     ChatPrompt, Completion, FinishReason, Flow, GenerateRequest, Prompt, RequestError, StreamEvent,
 };
 use crate::runner::{LogitsError, Runner};
+use crate::source::ModelSource;
 use crate::telemetry::Probe;
 use crate::tokenizer::Text;
 
@@ -45,21 +46,19 @@ pub struct Llm {
 }
 
 impl Llm {
-    /// Sets up a model: a checkpoint's directory, or a preset's name (`tiny`, `qwen3-0.6b`, …: dummy weights of that
-    /// size). A directory that is named like a preset is meant by `./tiny`.
+    /// Sets up a model: a checkpoint's directory, a preset's name (`tiny`, `qwen3-0.6b`, …: dummy weights of that size), or
+    /// a name on the Hugging Face hub, whose files are fetched; [`ModelSource::find`] does the same and takes a revision. A
+    /// directory that is named like a preset is meant by `./tiny`.
     pub fn builder(model: impl Into<String>) -> LlmBuilder {
         LlmBuilder::new(model.into())
     }
 
-    pub(crate) fn open(model: String, options: Options) -> Result<Llm, Error> {
-        if !(options.memory_ratio > 0.0 && options.memory_ratio <= 1.0) {
-            return Err(Error::MemoryRatio(options.memory_ratio));
-        }
-        let (checkpoint, text) = open_model(&model)?;
+    pub(crate) fn open(source: ModelSource, options: Options, choice: Choice) -> Result<Llm, Error> {
+        let (checkpoint, text) = open_model(&source)?;
         let (text, order) = (Arc::new(text), options.order);
         // On the thread that it stays on.
         let of_engine = text.clone();
-        let build = move || open_engine(model, &checkpoint, &of_engine, &options);
+        let build = move || open_engine(source, &checkpoint, &of_engine, &options, choice);
         let (front, info) = Front::start(text.clone(), order, build)?;
         Ok(Llm { front, text, info })
     }
@@ -318,34 +317,25 @@ fn cut(completion: &mut Completion, given: Given) {
 }
 
 /// The model's files, and its text side where it has one.
-fn open_model(model: &str) -> Result<(Checkpoint, Text), Error> {
-    let folder = Path::new(model);
-    if preset_names().any(|preset| preset == model) {
-        let checkpoint = Checkpoint::preset(model, FAMILIES).map_err(|cause| Error::Model(cause.into()))?;
-        return Ok((checkpoint, Text::default()));
+fn open_model(source: &ModelSource) -> Result<(Checkpoint, Text), Error> {
+    let model = |cause: CheckpointError| Error::Model(cause.into());
+    match source.folder() {
+        None => Ok((Checkpoint::preset(source.name(), FAMILIES).map_err(model)?, Text::default())),
+        Some(folder) => Ok((Checkpoint::open(folder, FAMILIES).map_err(model)?, Text::open(folder)?)),
     }
-    if !folder.exists() {
-        let presets = preset_names().collect::<Vec<_>>().join(", ");
-        return Err(Error::NoModel { name: model.to_owned(), presets });
-    }
-    let checkpoint = Checkpoint::open(folder, FAMILIES).map_err(|cause| Error::Model(cause.into()))?;
-    Ok((checkpoint, Text::open(folder)?))
 }
 
 fn open_engine(
-    model: String,
+    source: ModelSource,
     checkpoint: &Checkpoint,
     text: &Text,
     options: &Options,
+    choice: Choice,
 ) -> Result<(Box<dyn Runner>, Info), Error> {
     let started = Instant::now();
-    let on_gpu = match options.backend {
-        BackendChoice::Cpu => false,
-        BackendChoice::Cuda => true,
-        BackendChoice::Auto => gpu_present()?,
-    };
-    let name = if on_gpu { "cuda" } else { "cpu" };
-    let opening = Opening { model, name, checkpoint, text, options, started };
+    let name = if choice.on_gpu { "cuda" } else { "cpu" };
+    let on_gpu = choice.on_gpu;
+    let opening = Opening { source, name, choice, checkpoint, text, options, started };
     if !on_gpu {
         return opening.on(Cpu::new());
     }
@@ -354,7 +344,8 @@ fn open_engine(
         KernelChoice::Portable => KernelSet::Portable,
         KernelChoice::Hopper => KernelSet::Hopper,
     };
-    let cuda = Cuda::new(&minisgl_cuda::Options { device: options.device, kernels }).map_err(gpu_error)?;
+    let cuda = Cuda::new(&minisgl_cuda::Options { device: options.device.unwrap_or(0), kernels })
+        .map_err(gpu_error)?;
     opening.on(cuda)
 }
 
@@ -376,8 +367,9 @@ fn gpu_error(error: CudaError) -> Error {
 
 /// An engine being built.
 struct Opening<'a> {
-    model: String,
+    source: ModelSource,
     name: &'static str,
+    choice: Choice,
     checkpoint: &'a Checkpoint,
     text: &'a Text,
     options: &'a Options,
@@ -387,14 +379,29 @@ struct Opening<'a> {
 impl Opening<'_> {
     fn on<B: Diagnostics + 'static>(self, mut backend: B) -> Result<(Box<dyn Runner>, Info), Error> {
         let device = |error: B::Error| Error::Device(Box::new(error));
-        tracing::info!(model = self.model, backend = self.name, device = backend.info().name, "loading");
+        let mut limits = self.limits(&backend.info())?;
+        tracing::info!(
+            model = self.source.name(),
+            backend = self.name,
+            device = backend.info().name,
+            "loading"
+        );
         let model =
             Decoder::load(&mut backend, self.checkpoint).map_err(|error| Error::Device(Box::new(error)))?;
         let loaded = backend.memory().map_err(device)?;
         let load_seconds = self.started.elapsed().as_secs_f64();
         tracing::info!(seconds = load_seconds, bytes = model.weight_bytes(), "weights loaded");
 
-        let limits = self.limits(&backend, &model)?;
+        if self.options.num_pages.is_none() {
+            let page_bytes = model.page_bytes(limits.page_size);
+            let (info, dims) = (backend.info(), model.dims());
+            let activation_width = backend.activation_width(dims);
+            let room = Room { device: &info, memory: loaded, dims, activation_width, page_bytes };
+            limits.pages = match self.choice.on_gpu {
+                true => room.pages_by_ratio(&limits, self.options.memory_ratio)?,
+                false => room.pages_by_need(&limits)?,
+            };
+        }
         tracing::debug!(?limits, "capacities planned");
         let policy = Policy {
             prefix_cache: self.options.prefix_cache,
@@ -410,8 +417,10 @@ impl Opening<'_> {
 
         let ready = engine.backend().memory().map_err(device)?;
         let info = Info {
-            model: self.model,
+            model: self.source.name().to_owned(),
+            commit: self.source.commit().map(str::to_owned),
             backend: self.name,
+            choice: self.choice.reason,
             device: engine.info().name,
             limits,
             dims: *engine.model().dims(),
@@ -439,18 +448,17 @@ impl Opening<'_> {
         eos
     }
 
-    /// The capacities: as asked for, else by the device and the model.
-    fn limits<B: Ops>(&self, backend: &B, model: &Decoder<B>) -> Result<Limits, Error> {
+    /// The capacities: as asked for, else by the device and the model; pages that are not asked for are counted when the
+    /// weights are there. So what can't hold is found before they are loaded.
+    fn limits(&self, device: &DeviceInfo) -> Result<Limits, Error> {
         let Options { max_running, max_queued, max_seq_len, .. } = *self.options;
-        let device = backend.info();
-        let max = model.max_positions();
+        let max = self.checkpoint.config().max_positions;
         let sequence = max_seq_len.unwrap_or(max);
         if sequence > max {
             return Err(Error::SequenceTooLong { asked: sequence, max });
         }
-        let on_cpu = self.name == "cpu";
-        let prefill_tokens = if on_cpu { 1024 } else { 16384 };
-        let mut limits = Limits {
+        let prefill_tokens = if self.choice.on_gpu { 16384 } else { 1024 };
+        let limits = Limits {
             running: max_running,
             queued: max_queued,
             sequence,
@@ -460,16 +468,11 @@ impl Opening<'_> {
             graph_rows: self.options.max_graph_batch.min(max_running),
         };
         limits.check()?;
-        if self.options.num_pages.is_none() {
-            let memory = backend.memory().map_err(|error| Error::Device(Box::new(error)))?;
-            let page_bytes = model.page_bytes(limits.page_size);
-            let (dims, activation_width) = (model.dims(), backend.activation_width(model.dims()));
-            let room = Room { device: &device, memory, dims, activation_width, page_bytes };
-            limits.pages = match on_cpu {
-                true => room.pages_by_need(&limits)?,
-                false => room.pages_by_ratio(&limits, self.options.memory_ratio)?,
-            };
+        let (page_size, min) = (limits.page_size, device.page_size_min);
+        if page_size < min {
+            return Err(LimitsError::PageSizeBelowMin { page_size, min }.into());
         }
+        check_host(&limits)?;
         Ok(limits)
     }
 }
@@ -495,7 +498,9 @@ mod tests {
     fn failing(fails_at: u64) -> Llm {
         let info = Info {
             model: String::new(),
+            commit: None,
             backend: "cpu",
+            choice: None,
             device: String::new(),
             limits: LIMITS,
             vocab: 100,

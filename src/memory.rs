@@ -14,6 +14,36 @@ use minisgl_core::config::Limits;
 
 use crate::error::Error;
 
+/// Sees to it that the host can hold what an engine of these capacities keeps there.
+///
+/// # Errors
+/// It can't.
+pub fn check_host(limits: &Limits) -> Result<(), Error> {
+    let Limits { running, queued, sequence, .. } = *limits;
+    let (needed, free) = (limits.host_bytes(), host_free());
+    match needed <= free {
+        true => Ok(()),
+        false => Err(Error::HostMemory { running, queued, sequence, needed, free }),
+    }
+}
+
+/// Bytes that this process can still have: what the system has free, within the process's address-space limit.
+pub fn host_free() -> u64 {
+    let (free, _) = minisgl_cpu::available();
+    address_space_left().map_or(free, |left| left.min(free))
+}
+
+/// What a limit on the process's addresses (`ulimit -v`) leaves; `None` without one.
+fn address_space_left() -> Option<u64> {
+    const PAGE: u64 = 4096;
+    let limits = std::fs::read_to_string("/proc/self/limits").ok()?;
+    let line = limits.lines().find_map(|line| line.strip_prefix("Max address space"))?;
+    let limit: u64 = line.split_whitespace().next()?.parse().ok()?;
+    let used = std::fs::read_to_string("/proc/self/statm").ok()?;
+    let used: u64 = used.split_whitespace().next()?.parse().ok()?;
+    Some(limit.saturating_sub(used * PAGE))
+}
+
 /// A backend's own scratch (split attention alone takes up to 64 MiB), and what allocations are rounded up by.
 const BACKEND_BYTES: u64 = 128 << 20;
 /// A recorded step, in driver memory.

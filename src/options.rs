@@ -3,7 +3,11 @@
 use std::ffi::OsString;
 use std::str::FromStr;
 
+use minisgl_core::config::Limits;
 use minisgl_core::scheduler::Order;
+
+use crate::device;
+use crate::error::Error;
 
 /// Which device computes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -34,8 +38,8 @@ pub enum KernelChoice {
 pub struct Options {
     /// Which device computes.
     pub backend: BackendChoice,
-    /// Which GPU, where there are several.
-    pub device: usize,
+    /// Which GPU; naming one asks for a GPU. `None`: the first one.
+    pub device: Option<usize>,
     /// Which GPU kernels run.
     pub kernels: KernelChoice,
     /// Requests that run at once.
@@ -67,7 +71,7 @@ impl Default for Options {
     fn default() -> Self {
         Options {
             backend: BackendChoice::Auto,
-            device: 0,
+            device: None,
             kernels: KernelChoice::Auto,
             max_running: 256,
             max_queued: 1024,
@@ -81,6 +85,30 @@ impl Default for Options {
             prefix_cache: true,
             order: Order::Given,
         }
+    }
+}
+
+impl Options {
+    /// Finds what can't hold whatever the model is, before anything is fetched or loaded.
+    ///
+    /// # Errors
+    /// Names the capacity, the memory ratio or the GPU.
+    pub fn check(&self) -> Result<(), Error> {
+        device::choose(self)?;
+        if !(self.memory_ratio > 0.0 && self.memory_ratio <= 1.0) {
+            return Err(Error::MemoryRatio(self.memory_ratio));
+        }
+        // What is left open fits: the least of each.
+        let limits = Limits {
+            running: self.max_running,
+            queued: self.max_queued,
+            sequence: self.max_seq_len.unwrap_or(1),
+            prefill_tokens: self.max_prefill_tokens.unwrap_or(1),
+            page_size: self.page_size.unwrap_or(1),
+            pages: self.num_pages.unwrap_or(1),
+            graph_rows: self.max_graph_batch,
+        };
+        Ok(limits.check()?)
     }
 }
 

@@ -136,6 +136,13 @@ impl Workload {
         }
     }
 
+    /// Bytes, about, that its requests and their outputs take.
+    pub fn bytes(&self) -> u64 {
+        const BESIDE: u64 = 512;
+        let middle = |range: &RangeInclusive<u32>| (u64::from(*range.start()) + u64::from(*range.end())) / 2;
+        (self.requests as u64).saturating_mul(4 * (middle(&self.input.0) + middle(&self.output.0)) + BESIDE)
+    }
+
     fn draw_pcg(&self, vocab: u32) -> Vec<Item> {
         let mut generator = Pcg64Mcg::seed_from_u64(self.seed);
         let mut word = || generator.next_u32();

@@ -35,5 +35,5 @@ pub use command::Heads;
 pub use device::{Cpu, Event, Graph, Pinned};
 pub use error::CpuError;
 pub use layer::Activations;
-pub use memory::Buffer;
+pub use memory::{Buffer, available};
 pub use weights::Weight;

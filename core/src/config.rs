@@ -2,6 +2,8 @@
 
 use thiserror::Error;
 
+use crate::sampling::LOGPROB_WORDS;
+
 /// How many of each thing there can be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Limits {
@@ -70,6 +72,17 @@ impl Limits {
             return Err(LimitsError::TooLarge("queue capacity"));
         }
         Ok(())
+    }
+
+    /// Bytes, about, that an engine keeps on the host: tokens of all requests, page tables, the batches of two steps with
+    /// what comes back of them, and the pages' tree.
+    pub fn host_bytes(&self) -> u64 {
+        let (running, queued, pages) =
+            (u64::from(self.running), u64::from(self.queued), u64::from(self.pages));
+        let tables = 2 * running * u64::from(self.table_width()) * 4;
+        let tokens = (running + queued) * u64::from(self.sequence) * 4;
+        let of_step = self.step_tokens() as u64 * 32 + running * (160 + 4 * LOGPROB_WORDS as u64);
+        tokens + tables + 2 * of_step + pages * (u64::from(self.page_size) * 4 + 64)
     }
 
     /// Pages of the longest sequence: the width of the page table.

@@ -110,6 +110,7 @@ pub fn run(
     out: &mut dyn Write,
     on_step: &mut dyn FnMut(Progress),
 ) -> Result<BenchReport, BenchError> {
+    plan.requests.check()?;
     let create = |path: &Option<PathBuf>| path.as_deref().map(Output::create).transpose();
     let (json, page, timeline) = (create(&plan.json)?, create(&plan.page)?, create(&plan.trace)?);
     let mut runs = Vec::with_capacity(plan.runs * plan.repeat);

@@ -21,6 +21,7 @@ use thiserror::Error;
 use super::report::WorkloadReport;
 use crate::lines::{self, Defaults, ModelName};
 use crate::llm::Llm;
+use crate::memory::host_free;
 use crate::request::{GenerateRequest, Prompt, RequestError, SamplingParams};
 use crate::workload::Workload;
 
@@ -82,6 +83,16 @@ pub enum RequestsError {
         /// Why.
         error: RequestError,
     },
+    /// More than the host's memory.
+    #[error("--n {requests} random requests take {needed} bytes of memory, and {free} are free; lower --n")]
+    Memory {
+        /// How many.
+        requests: usize,
+        /// Bytes that they take.
+        needed: u64,
+        /// Bytes that this process can still have.
+        free: u64,
+    },
     /// Nothing to run.
     #[error("{} has no requests; give at least one line, or one conversation with an answer", .0.display())]
     Empty(PathBuf),
@@ -94,6 +105,19 @@ impl Requests {
             Requests::Drawn(workload) => workload.seed,
             Requests::File { seed, .. } => *seed,
         }
+    }
+
+    /// Finds what can't be taken before a model is loaded for it.
+    ///
+    /// # Errors
+    /// More random requests than memory holds.
+    pub fn check(&self) -> Result<(), RequestsError> {
+        let Requests::Drawn(workload) = self else { return Ok(()) };
+        let (requests, needed, free) = (workload.requests, workload.bytes(), host_free());
+        if needed > free {
+            return Err(RequestsError::Memory { requests, needed, free });
+        }
+        Ok(())
     }
 
     /// All of them for a model, their prompts as token ids; sampling that they leave open is as in `sampling`.
