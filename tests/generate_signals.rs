@@ -2,7 +2,7 @@
 
 mod common;
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -81,6 +81,26 @@ fn a_signal_before_the_first_request_ends_the_program_and_changes_nothing() {
     assert_eq!(end_of(run).status.code(), Some(130));
 }
 
+/// Waits until a process has begun to work and then works no more: for two seconds none of its threads has had a processor.
+fn wait_for_rest(process: u32) {
+    let worked = || {
+        let stat = fs::read_to_string(format!("/proc/{process}/stat")).unwrap();
+        let fields: Vec<&str> = stat.rsplit_once(')').unwrap().1.split_whitespace().collect();
+        fields[11].parse::<u64>().unwrap() + fields[12].parse::<u64>().unwrap()
+    };
+    let started = Instant::now();
+    let mut seen = 0;
+    loop {
+        std::thread::sleep(Duration::from_secs(2));
+        let now = worked();
+        if now > 0 && now == seen {
+            return;
+        }
+        assert!(started.elapsed() < Duration::from_secs(120), "it does not come to rest");
+        seen = now;
+    }
+}
+
 #[test]
 fn a_second_signal_ends_at_once_what_can_not_be_written() {
     let scratch = Scratch::new();
@@ -89,7 +109,7 @@ fn a_second_signal_ends_at_once_what_can_not_be_written() {
     run.arg("--input").arg(scratch.join("in.jsonl")).args(["--output", "-"]);
     // A pipe that nobody reads fills up; the last write hangs, and the first signal waits for it.
     let mut run = run.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
-    std::thread::sleep(Duration::from_secs(3));
+    wait_for_rest(run.id());
     signal("TERM", run.id());
     std::thread::sleep(Duration::from_millis(300));
     assert!(run.try_wait().unwrap().is_none(), "it was not held up");
