@@ -18,8 +18,8 @@
 #pragma once
 #include "attention_merge.cuh"
 
-// A warp that reads, and the leaf at hand.
-template <int HD, int STAGES> struct Decoder {
+// A warp that reads, and the leaf at hand. Without a WINDOW rows see all positions up to their own, and nothing asks.
+template <int HD, int STAGES, bool WINDOW> struct Decoder {
     const DecodeArgs &args;
     Ring<HD, STAGES> ring;
     unsigned probabilities, maxima, flag; // shared memory: [tiles][lane] 8 bytes, [tiles][8] floats, a word
@@ -47,6 +47,11 @@ template <int HD, int STAGES> struct Decoder {
                 q[k][half] = exists ? q[k][half] : 0;
             }
     }
+    // The first position that a row of so many sees.
+    __device__ __forceinline__ unsigned first_seen(const Unit &unit) const {
+        const unsigned kv_len = unit.segment.kv_len;
+        return WINDOW && kv_len > args.window ? kv_len - args.window : 0;
+    }
     // Scores of the warp's tile; -infinity behind the sequence's end and before its window.
     __device__ __forceinline__ void score_tile(float (&s)[4], const Unit &unit) const {
         s[0] = s[1] = s[2] = s[3] = 0.0f;
@@ -59,7 +64,7 @@ template <int HD, int STAGES> struct Decoder {
                 mma(s, a, q[k]);
             }
         }
-        const unsigned token = unit.leaf * LEAF + warp * TILE + lane / 4, seen = args.first_seen(unit.segment.kv_len);
+        const unsigned token = unit.leaf * LEAF + warp * TILE + lane / 4, seen = first_seen(unit);
         if (token >= unit.segment.kv_len || token < seen)
             s[0] = s[1] = minus_infinity();
         if (token + 8 >= unit.segment.kv_len || token + 8 < seen)
@@ -108,7 +113,7 @@ template <int HD, int STAGES> struct Decoder {
         const unsigned ones[4] = {0x3f803f80, 0x3f803f80, 0x3f803f80, 0x3f803f80};
         const unsigned values = ring.stages.tokens(ring.place.at), here = unit.tiles();
         const unsigned valid = unit.segment.kv_len - unit.leaf * LEAF; // tokens
-        const unsigned seen = args.first_seen(unit.segment.kv_len), begin = unit.leaf * LEAF;
+        const unsigned seen = first_seen(unit), begin = unit.leaf * LEAF;
         const unsigned hidden = seen > begin ? seen - begin : 0; // of them, the first ones
         float l[4] = {};
         leaf.o[0] = leaf.o[1] = leaf.o[2] = leaf.o[3] = 0.0f;
@@ -193,7 +198,7 @@ template <int HD, int STAGES> struct Decoder {
     }
 };
 
-template <int HD, int STAGES> __device__ __forceinline__ void decode(DecodeArgs args, unsigned char *shared) {
+template <int HD, int STAGES, bool WINDOW> __device__ __forceinline__ void decode(DecodeArgs args, unsigned char *shared) {
     const Stages<HD, STAGES> stages = {(unsigned)__cvta_generic_to_shared(shared)};
     const unsigned warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     args.derive();
@@ -207,5 +212,5 @@ template <int HD, int STAGES> __device__ __forceinline__ void decode(DecodeArgs 
     }
     dependent_wait();
 #endif
-    Decoder<HD, STAGES>(args, stages, warp, lane).run();
+    Decoder<HD, STAGES, WINDOW>(args, stages, warp, lane).run();
 }

@@ -7,8 +7,8 @@
 
 extern __shared__ __align__(1024) unsigned char shared_memory[];
 
-#define ATTENTION_DECODE(HD)                                                                                            \
-    extern "C" __global__ void __launch_bounds__(DECODE_THREADS, DECODE_BLOCKS) attention_decode_##HD(                  \
+#define ATTENTION_DECODE(NAME, HD, WINDOW)                                                                              \
+    extern "C" __global__ void __launch_bounds__(DECODE_THREADS, DECODE_BLOCKS) NAME(                                   \
         const unsigned *batch, unsigned plan_offset, const unsigned *page_table, unsigned table_width,                  \
         unsigned page_shift, unsigned kv_heads, unsigned group, const bf16 *q, const bf16 *k, const bf16 *v, bf16 *out, \
         float4 *partials, unsigned *arrived, unsigned arrived_count, const unsigned *other_plan,                        \
@@ -32,5 +32,5 @@ extern __shared__ __align__(1024) unsigned char shared_memory[];
         args.arrived_count = arrived_count;                                                                             \
         args.other_plan = other_plan;                                                                                   \
         args.other_taken = other_taken;                                                                                 \
-        decode<HD, DECODE_STAGES(HD)>(args, shared_memory);                                                             \
+        decode<HD, DECODE_STAGES(HD), WINDOW>(args, shared_memory);                                                     \
     }

@@ -39,8 +39,6 @@ struct DecodeArgs {
         items = kv_heads * splits;
         turns = plan[0] * items;
     }
-    // The first position that a row of so many sees.
-    __device__ __forceinline__ unsigned first_seen(unsigned kv_len) const { return kv_len > window ? kv_len - window : 0; }
     __device__ __forceinline__ unsigned head(unsigned item) const { return splits == 1 ? item : item / splits; }
     // How many partials of a row and item have been counted.
     __device__ __forceinline__ unsigned *arrived_of(unsigned row, unsigned item) const { return arrived + row * items + item; }

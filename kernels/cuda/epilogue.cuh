@@ -18,7 +18,8 @@
 //    hide each other. Tokens beyond `count` go along and are not stored.
 // 4. The structs are kernel parameters: backend-cuda/src/ops/gemm.rs declares the same fields.
 // 5. A model without bias, head norms or rope has null pointers there, and numbers that change no bit in their places: a bias
-//    of -0, an inverse and weights of 1, a cosine of 1 and a sine of 0.
+//    of -0, an inverse and weights of 1, a cosine of 1 and a sine of 0. Asking costs registers: where all heads are normed and
+//    turned and none has a bias, the products of few rows are compiled for that alone (QkvNormed).
 #pragma once
 
 #include <cuda_bf16.h>
@@ -74,7 +75,8 @@ struct Nowhere {
     __device__ __forceinline__ Nowhere from_lane(unsigned) const { return {}; }
 };
 
-struct Qkv {
+// NORMED: there are head norms and rope, and no bias.
+template <bool NORMED> struct QkvOf {
     RowNorm norm;
     float head_eps;
     const unsigned *batch; // the packed batch's words
@@ -119,13 +121,15 @@ struct Qkv {
                                           unsigned m0, unsigned rows, unsigned lane) const {
         static_assert(BLOCKS == 2, "a tile holds whole heads");
         float2 lo[T], hi[T];
+        if constexpr (!NORMED) {
 #pragma unroll
-        for (int b = 0; b < 2; b++) {
-            const unsigned m = m0 + 64 * b + 2 * lane;
-            const float2 added = m < rows ? bias_at(m) : float2{-0.0f, -0.0f};
+            for (int b = 0; b < 2; b++) {
+                const unsigned m = m0 + 64 * b + 2 * lane;
+                const float2 added = m < rows ? bias_at(m) : float2{-0.0f, -0.0f};
 #pragma unroll
-            for (int i = 0; i < T; i++)
-                y[i][b] = {__fadd_rn(y[i][b].x, added.x), __fadd_rn(y[i][b].y, added.y)};
+                for (int i = 0; i < T; i++)
+                    y[i][b] = {__fadd_rn(y[i][b].x, added.x), __fadd_rn(y[i][b].y, added.y)};
+            }
         }
         if (head_dim == 128) {
 #pragma unroll
@@ -153,14 +157,16 @@ struct Qkv {
 
     // (cos, sin) of a position's angles i and i + 1.
     __device__ __forceinline__ float4 turn_at(unsigned position, unsigned i) const {
-        if (rope == nullptr)
+        if (!NORMED && rope == nullptr)
             return {1.0f, 0.0f, 1.0f, 0.0f};
         return *reinterpret_cast<const float4 *>(rope + (size_t)position * (head_dim / 2) + i);
     }
 
     // The weights of dims d and d + 1 of a head norm.
     __device__ __forceinline__ static float2 weights_at(const __nv_bfloat16 *weight, unsigned d) {
-        return weight ? __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162 *>(weight + d)) : float2{1.0f, 1.0f};
+        if (!NORMED && weight == nullptr)
+            return {1.0f, 1.0f};
+        return __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162 *>(weight + d));
     }
 
     // x cos + y sin, rounded in one way whatever the compiler would make of it.
@@ -193,7 +199,8 @@ struct Qkv {
 #pragma unroll
             for (int i = 0; i < T; i++) {
                 const float squares = PARTS == 2 ? __fadd_rn(sum[i], sum_hi[i]) : sum[i];
-                const float inverse = weight ? rsqrtf(fmaf(squares, 1.0f / (64.0f * PARTS), head_eps)) : 1.0f;
+                const bool normed = NORMED || weight != nullptr;
+                const float inverse = normed ? rsqrtf(fmaf(squares, 1.0f / (64.0f * PARTS), head_eps)) : 1.0f;
                 const float4 turn = ahead[i].turn;
                 lo[i] = weighted(lo[i], inverse, w_lo);
                 if (PARTS == 2) {
@@ -234,6 +241,10 @@ struct Qkv {
             store_pair(out + 64, hi.x, hi.y); // chunk 8 + c goes to 8 + (c ^ row % 8)
     }
 };
+
+using Qkv = QkvOf<false>;
+using QkvNormed = QkvOf<true>;
+static_assert(sizeof(Qkv) == sizeof(QkvNormed), "one set of parameters for both");
 
 struct Residual {
     __nv_bfloat16 *residual; // [tokens, rows]

@@ -147,10 +147,13 @@ impl Attention {
         }
         let (hopper, multiprocessors) = (cuda.properties().hopper, cuda.properties().multiprocessors);
         let set = Set::new(hopper, heads.head_dim);
-        let (decode, prefill) = match heads.head_dim {
-            64 => ("attention_decode_64", "attention_prefill_64"),
-            _ => ("attention_decode_128", "attention_prefill_128"),
+        let decode = match (heads.head_dim, window == NO_WINDOW) {
+            (64, true) => "attention_decode_64",
+            (64, false) => "attention_decode_window_64",
+            (_, true) => "attention_decode_128",
+            (_, false) => "attention_decode_window_128",
         };
+        let prefill = if heads.head_dim == 64 { "attention_prefill_64" } else { "attention_prefill_128" };
         let half_rows = limits.running.div_ceil(2);
         let whole = Cutter::new(
             multiprocessors * set.decode_blocks,

@@ -159,6 +159,12 @@ pub trait Epilogue: Param {
     /// Where rows of outputs lie, one a token, and how many outputs a row has, for `rows` rows of w. Keys and values lie
     /// elsewhere.
     fn outputs(&self, rows: u32) -> (Address, u32);
+
+    /// Are there head norms and rope, and no bias? Few rows have kernels of their own for that (`QkvNormed` in
+    /// `epilogue.cuh`).
+    fn is_normed(&self) -> bool {
+        false
+    }
 }
 
 /// Does L2 hold a matrix beside the activations? `gemm_prefill.cu` draws the same line.
@@ -219,6 +225,11 @@ impl Epilogue for Qkv {
 
     fn outputs(&self, _: u32) -> (Address, u32) {
         (self.q, self.heads * self.head_dim)
+    }
+
+    fn is_normed(&self) -> bool {
+        let there = [self.q_norm, self.k_norm, self.rope];
+        self.bias == Address::NULL && there.into_iter().all(|pointer| pointer != Address::NULL)
     }
 }
 

@@ -19,7 +19,9 @@
         prefill<HD>(args, shared_memory);                                                                               \
     }
 
-ATTENTION_DECODE(64)
-ATTENTION_DECODE(128)
+ATTENTION_DECODE(attention_decode_64, 64, false)
+ATTENTION_DECODE(attention_decode_128, 128, false)
+ATTENTION_DECODE(attention_decode_window_64, 64, true)
+ATTENTION_DECODE(attention_decode_window_128, 128, true)
 ATTENTION_PREFILL(64)
 ATTENTION_PREFILL(128)

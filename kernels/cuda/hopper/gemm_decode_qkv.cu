@@ -4,9 +4,14 @@
 #include "gemm_decode.cuh"
 #include "gemm_pair.cuh"
 
-DECODE(decode_qkv_64x16, 1, 2, 16, Qkv)
-DECODE(decode_qkv_64x32, 1, 2, 32, Qkv)
-DECODE(decode_qkv_64x64, 1, 2, 64, Qkv)
-DECODE(decode_qkv_64x128, 1, 2, 128, Qkv)
-PAIR(pair_qkv_128x32, 2, 32, Qkv)
-PAIR(pair_qkv_128x64, 2, 64, Qkv)
+// KIND is Qkv, for any model, or QkvNormed.
+#define KERNELS(SUFFIX, KIND)                                                                                                \
+    DECODE(decode_qkv##SUFFIX##_64x16, 1, 2, 16, KIND)                                                                       \
+    DECODE(decode_qkv##SUFFIX##_64x32, 1, 2, 32, KIND)                                                                       \
+    DECODE(decode_qkv##SUFFIX##_64x64, 1, 2, 64, KIND)                                                                       \
+    DECODE(decode_qkv##SUFFIX##_64x128, 1, 2, 128, KIND)                                                                     \
+    PAIR(pair_qkv##SUFFIX##_128x32, 2, 32, KIND)                                                                             \
+    PAIR(pair_qkv##SUFFIX##_128x64, 2, 64, KIND)
+
+KERNELS(, Qkv)
+KERNELS(_normed, QkvNormed)

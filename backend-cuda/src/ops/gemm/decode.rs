@@ -46,6 +46,8 @@ enum Team {
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Tiling {
     kernel: &'static str,
+    /// The kernel for [`Epilogue::is_normed`], where that is another one.
+    normed: Option<&'static str>,
     block: Block,
     team: Team,
     /// Quickest up to this many tokens.
@@ -65,6 +67,7 @@ impl Tiling {
     const fn slices(kernel: &'static str, rows: u32, tokens: u32, tokens_max: u32, shared: u32) -> Tiling {
         Tiling {
             kernel,
+            normed: None,
             block: Block::new(rows, tokens),
             team: Team::Slices { tiles: 1 },
             tokens_max,
@@ -73,23 +76,31 @@ impl Tiling {
     }
 
     /// A head's 128 rows meet in one cluster.
-    const fn heads(kernel: &'static str, tokens: u32, tokens_max: u32) -> Tiling {
-        let team = Team::Slices { tiles: 2 };
-        Tiling { kernel, block: Block::new(64, tokens), team, tokens_max, shared: Self::HALF }
+    const fn heads(kernel: [&'static str; 2], tokens: u32, tokens_max: u32) -> Tiling {
+        let (team, shared) = (Team::Slices { tiles: 2 }, Self::HALF);
+        let [kernel, normed] = kernel;
+        Tiling { kernel, normed: Some(normed), block: Block::new(64, tokens), team, tokens_max, shared }
     }
 
     const fn pair(kernel: &'static str, rows: u32, tokens: u32, tokens_max: u32) -> Tiling {
-        Tiling { kernel, block: Block::new(rows, tokens), team: Team::Pair, tokens_max, shared: Self::MOST }
+        let (block, team) = (Block::new(rows, tokens), Team::Pair);
+        Tiling { kernel, normed: None, block, team, tokens_max, shared: Self::MOST }
+    }
+
+    /// A pair of blocks of two whole heads.
+    const fn head_pair(kernel: [&'static str; 2], tokens: u32, tokens_max: u32) -> Tiling {
+        let [kernel, normed] = kernel;
+        Tiling { normed: Some(normed), ..Self::pair(kernel, 128, tokens, tokens_max) }
     }
 
     /// Tilings of a kind, for ever more tokens, where w fits L2.
     fn of(kind: Kind) -> &'static [Tiling] {
         const QKV: &[Tiling] = &[
-            Tiling::heads("decode_qkv_64x16", 16, 16),
-            Tiling::heads("decode_qkv_64x32", 32, 32),
-            Tiling::heads("decode_qkv_64x64", 64, 64),
-            Tiling::pair("pair_qkv_128x32", 128, 32, 128),
-            Tiling::pair("pair_qkv_128x64", 128, 64, 256),
+            Tiling::heads(["decode_qkv_64x16", "decode_qkv_normed_64x16"], 16, 16),
+            Tiling::heads(["decode_qkv_64x32", "decode_qkv_normed_64x32"], 32, 32),
+            Tiling::heads(["decode_qkv_64x64", "decode_qkv_normed_64x64"], 64, 64),
+            Tiling::head_pair(["pair_qkv_128x32", "pair_qkv_normed_128x32"], 32, 128),
+            Tiling::head_pair(["pair_qkv_128x64", "pair_qkv_normed_128x64"], 64, 256),
         ];
         const RESIDUAL: &[Tiling] = &[
             Tiling::slices("decode_residual_64x16", 64, 16, 16, Tiling::HALF),
@@ -123,9 +134,9 @@ impl Tiling {
     /// the device by themselves, so that tiles that take all columns in turn are quicker sooner.
     fn of_large(kind: Kind) -> &'static [Tiling] {
         const QKV: &[Tiling] = &[
-            Tiling::heads("decode_qkv_64x16", 16, 16),
-            Tiling::heads("decode_qkv_64x32", 32, 32),
-            Tiling::pair("pair_qkv_128x32", 128, 32, 64),
+            Tiling::heads(["decode_qkv_64x16", "decode_qkv_normed_64x16"], 16, 16),
+            Tiling::heads(["decode_qkv_64x32", "decode_qkv_normed_64x32"], 32, 32),
+            Tiling::head_pair(["pair_qkv_128x32", "pair_qkv_normed_128x32"], 32, 64),
         ];
         const RESIDUAL: &[Tiling] = &[
             Tiling::slices("decode_residual_64x16", 64, 16, 16, Tiling::HALF),
@@ -149,9 +160,9 @@ impl Tiling {
     /// The same for half of each multiprocessor: few blocks, which all find room at once beside others'.
     fn of_half(kind: Kind) -> &'static [Tiling] {
         const QKV: &[Tiling] = &[
-            Tiling::heads("decode_qkv_64x32", 32, 32),
-            Tiling::heads("decode_qkv_64x64", 64, 64),
-            Tiling::heads("decode_qkv_64x128", 128, 128),
+            Tiling::heads(["decode_qkv_64x32", "decode_qkv_normed_64x32"], 32, 32),
+            Tiling::heads(["decode_qkv_64x64", "decode_qkv_normed_64x64"], 64, 64),
+            Tiling::heads(["decode_qkv_64x128", "decode_qkv_normed_64x128"], 128, 128),
         ];
         const RESIDUAL: &[Tiling] = &[
             Tiling::slices("decode_residual_64x32", 64, 32, 64, Tiling::HALF),
@@ -205,18 +216,26 @@ impl Tiling {
     }
 }
 
-/// Tilings with their kernels, by [`Kind`].
-type Loaded = [Vec<(Tiling, Kernel)>; 4];
+/// A tiling with its kernels.
+#[derive(Debug)]
+pub(super) struct Loaded {
+    tiling: Tiling,
+    kernel: Kernel,
+    normed: Option<Kernel>,
+}
+
+/// By [`Kind`].
+type Kinds = [Vec<Loaded>; 4];
 
 /// Hopper's kernels for few tokens.
 #[derive(Debug)]
 pub(super) struct Decode {
     /// For matrices that fit L2, in the order of [`Tiling::of`].
-    fitting: Loaded,
+    fitting: Kinds,
     /// For larger ones, in the order of [`Tiling::of_large`].
-    large: Loaded,
+    large: Kinds,
     /// For half of each multiprocessor, in the order of [`Tiling::of_half`].
-    half: Loaded,
+    half: Kinds,
 }
 
 impl Decode {
@@ -228,9 +247,13 @@ impl Decode {
         })
     }
 
-    fn load(modules: &Modules, tilings: fn(Kind) -> &'static [Tiling]) -> Result<Loaded, CudaError> {
+    fn load(modules: &Modules, tilings: fn(Kind) -> &'static [Tiling]) -> Result<Kinds, CudaError> {
         let load = |module, kind| {
-            let load = |tiling: &Tiling| Ok((*tiling, modules.kernel(module, tiling.kernel, tiling.shared)?));
+            let load = |tiling: &Tiling| {
+                let find = |name| modules.kernel(module, name, tiling.shared);
+                let normed = tiling.normed.map(find).transpose()?;
+                Ok(Loaded { tiling: *tiling, kernel: find(tiling.kernel)?, normed })
+            };
             tilings(kind).iter().map(load).collect::<Result<Vec<_>, CudaError>>()
         };
         Ok([
@@ -242,7 +265,7 @@ impl Decode {
     }
 
     /// A kind's tilings for a matrix of this size; none where a kind has none.
-    fn tilings(&self, kind: Kind, shape: &Shape, room: Room) -> &[(Tiling, Kernel)] {
+    fn tilings(&self, kind: Kind, shape: &Shape, room: Room) -> &[Loaded] {
         let loaded = match room {
             Room::Whole if shape.fits_l2() => &self.fitting,
             Room::Whole => &self.large,
@@ -253,21 +276,22 @@ impl Decode {
 
     /// Tokens up to which these kernels are the quicker ones, if they have the whole device.
     pub(super) fn tokens_max(&self, kind: Kind, shape: &Shape) -> u32 {
-        self.tilings(kind, shape, Room::Whole).last().map_or(0, |(tiling, _)| tiling.tokens_max)
+        self.tilings(kind, shape, Room::Whole).last().map_or(0, |last| last.tiling.tokens_max)
     }
 
     /// The tiling for the shape's tokens; the last one where there are more than any is for.
-    pub(super) fn tiling(&self, kind: Kind, shape: &Shape, room: Room) -> Option<&(Tiling, Kernel)> {
+    pub(super) fn tiling(&self, kind: Kind, shape: &Shape, room: Room) -> Option<&Loaded> {
         let tilings = self.tilings(kind, shape, room);
-        tilings.iter().find(|(tiling, _)| shape.tokens <= tiling.tokens_max).or(tilings.last())
+        tilings.iter().find(|loaded| shape.tokens <= loaded.tiling.tokens_max).or(tilings.last())
     }
 
     pub(super) fn launch<E: Epilogue>(
-        (tiling, kernel): &(Tiling, Kernel),
+        Loaded { tiling, kernel, normed }: &Loaded,
         launcher: &Launcher,
         product: &Product<'_, E>,
     ) -> Result<(), CudaError> {
         let Product { shape, epilogue, .. } = product;
+        let kernel = normed.as_ref().filter(|_| epilogue.is_normed()).unwrap_or(kernel);
         let stages = tiling.stages(shape);
         let grid = tiling.grid(shape, stages).dependent();
         let [w, x] = product.maps(Block::new(tiling.fetched_rows(), tiling.block.tokens))?;
