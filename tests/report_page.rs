@@ -131,22 +131,26 @@ fn a_report_does_not_overwrite_requests_or_results() {
 }
 
 /// What a page looks like to a browser, noted in the page itself when it has been drawn.
-const OBSERVER: &str = r#"<script>
+const OBSERVER: &str = r#"<script>{
   const faults = [];
   addEventListener("error", (event) => faults.push(event.message));
-  addEventListener("load", () => setTimeout(() => {
-    const note = document.createElement("pre");
-    note.id = "seen";
-    note.textContent = JSON.stringify({
+  const charts = () => [...document.querySelectorAll("figure svg")];
+  const drawn = () => charts().filter((svg) => svg.querySelector("polyline, circle, rect")).length;
+  const note = (tries) => {
+    // Charts are drawn when their size is known, which takes a frame.
+    if (drawn() < charts().length && tries > 0) return requestAnimationFrame(() => setTimeout(note, 20, tries - 1));
+    const seen = document.createElement("pre");
+    seen.id = "seen";
+    seen.textContent = JSON.stringify({
       faults, paper: getComputedStyle(document.body).backgroundColor, ink: getComputedStyle(document.body).color,
       width: innerWidth, needed: document.documentElement.scrollWidth,
-      charts: document.querySelectorAll("figure svg").length,
-      drawn: [...document.querySelectorAll("figure svg")].filter((svg) => svg.querySelector("polyline, circle, rect")).length,
+      charts: charts().length, drawn: drawn(),
       text: document.body.innerText,
     });
-    document.body.append(note);
-  }, 500));
-</script>"#;
+    document.body.append(seen);
+  };
+  addEventListener("load", () => setTimeout(note, 100, 100));
+}</script>"#;
 
 fn browser() -> Option<PathBuf> {
     let path = std::env::var_os("PATH")?;
