@@ -77,7 +77,7 @@ fn sampling_is_as_the_checkpoint_asks_for_unless_a_flag_or_a_line_says_otherwise
 #[test]
 fn a_gpu_that_is_named_and_not_there_is_an_error_and_auto_says_what_it_chose() {
     if minisgl::gpu_present().unwrap_or(true) {
-        return println!("skipped: there is a GPU");
+        return common::skipped("there is a GPU");
     }
     let folder = Scratch::with_text();
     let said = complaint(&generate(&folder, &["--device=5"]));

@@ -200,7 +200,7 @@ fn look(browser: &Path, page: &Path, profile: &Path, dark: bool, width: u32) -> 
 #[test]
 fn a_browser_draws_every_chart_light_and_dark_narrow_and_wide() {
     let Some(browser) = browser() else {
-        println!("not tried: there is no Chromium here");
+        common::skipped("there is no Chromium here");
         return;
     };
     let scratch = Scratch::new();

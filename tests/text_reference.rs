@@ -4,7 +4,6 @@ mod common;
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use common::Scratch;
@@ -21,10 +20,7 @@ fn reference<T: DeserializeOwned>(name: &str) -> T {
 fn fetched(name: &str) -> Option<PathBuf> {
     let path = Path::new("target/text").join(name);
     if !path.exists() {
-        // Straight to stderr: what a passing test prints is not shown.
-        let reason =
-            format!("skipped: {} is not there; scripts/fetch-text-fixtures brings it\n", path.display());
-        std::io::stderr().write_all(reason.as_bytes()).unwrap();
+        common::skipped(&format!("{} is not there; scripts/fetch-text-fixtures brings it", path.display()));
         return None;
     }
     Some(path)

@@ -4,6 +4,7 @@
 pub mod generate;
 
 use std::fs;
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 
@@ -21,6 +22,11 @@ pub const FAMILIES: [&str; 7] =
 /// One of them on the CPU.
 pub fn family(name: &str) -> LlmBuilder {
     builder(name).max_seq_len(Some(256))
+}
+
+/// Says that something was not tried, and why, past the capture that hides what a passing test prints.
+pub fn skipped(why: &str) {
+    let _ = writeln!(io::stderr(), "skipped: {why}");
 }
 
 /// A fixture's path.
