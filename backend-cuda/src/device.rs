@@ -153,10 +153,10 @@ impl Cuda {
         bytes: usize,
         to: Address,
     ) -> Result<(), CudaError> {
-        debug_assert!(start + bytes <= from.len() * 4);
+        within("an upload's source", start..start.saturating_add(bytes), from.len() * 4)?;
         let stream = self.launcher.stream(Queue::Compute);
-        let source = from.at(0).cast::<u8>().wrapping_add(start);
-        // SAFETY: callers pass ranges within both memories.
+        let source = from.start().cast::<u8>().wrapping_add(start);
+        // SAFETY: the source's range was checked; callers pass a target that holds as many bytes.
         let copy = || unsafe { sys::cuMemcpyHtoDAsync_v2(to.0, source.cast(), bytes, stream).result() };
         self.enqueue("copying to the GPU", copy)
     }
@@ -168,11 +168,11 @@ impl Cuda {
         from: Buffer,
         to: &mut Pinned,
     ) -> Result<(), CudaError> {
-        debug_assert!(from.bytes() <= to.len() * 4);
+        within("a download's target", 0..from.bytes(), to.len() * 4)?;
         let stream = self.launcher.stream(queue);
         // SAFETY: both ranges lie within their memory, and the pinned memory waits for the copy before it is read.
         let copy = || unsafe {
-            sys::cuMemcpyDtoHAsync_v2(to.at(0), from.address().0, from.bytes(), stream).result()
+            sys::cuMemcpyDtoHAsync_v2(to.start(), from.address().0, from.bytes(), stream).result()
         };
         self.enqueue("copying from the GPU", copy)?;
         self.enqueue("recording an event", || to.downloaded.record(stream))
@@ -188,11 +188,12 @@ impl Cuda {
         to: Address,
         pitch: usize,
     ) -> Result<(), CudaError> {
+        within("an upload's source", 0..width.saturating_mul(rows), from.len() * 4)?;
         let copy = sys::CUDA_MEMCPY2D {
             srcXInBytes: 0,
             srcY: 0,
             srcMemoryType: sys::CUmemorytype_enum::CU_MEMORYTYPE_HOST,
-            srcHost: from.at(0),
+            srcHost: from.start(),
             srcDevice: 0,
             srcArray: std::ptr::null_mut(),
             srcPitch: width,
@@ -206,7 +207,7 @@ impl Cuda {
             WidthInBytes: width,
             Height: rows,
         };
-        // SAFETY: callers pass ranges within both memories.
+        // SAFETY: the source's range was checked; callers pass targets that hold as many bytes.
         let copied = unsafe { sys::cuMemcpy2DAsync_v2(&copy, self.launcher.stream(Queue::Compute)) };
         self.check("copying to the GPU", copied.result())
     }
@@ -264,7 +265,8 @@ impl Device for Cuda {
     }
 
     fn upload(&mut self, from: &mut Pinned, range: Range<usize>, to: Buffer) -> Result<(), CudaError> {
-        debug_assert!(range.end <= from.len() && range.end <= to.elements());
+        let words = from.len().min(to.bytes() / 4);
+        within("an upload", range.clone(), words)?;
         let target = to.address().offset(range.start * 4);
         self.upload_bytes(from, range.start * 4, range.len() * 4, target)?;
         let stream = self.launcher.stream(Queue::Compute);
@@ -278,7 +280,7 @@ impl Device for Cuda {
         words: usize,
         to: &mut Pinned,
     ) -> Result<(), CudaError> {
-        debug_assert!(words <= to.len() && words * 4 <= from.bytes());
+        within("a download", 0..words, to.len().min(from.bytes() / 4))?;
         let from = Buffer::new(from.address(), Element::Word, words);
         self.download_bytes(queue, from, to)
     }
@@ -319,6 +321,14 @@ impl Device for Cuda {
     }
 }
 
+/// Does a copy stay within the memory that it is from or to?
+fn within(operation: &'static str, range: Range<usize>, len: usize) -> Result<(), CudaError> {
+    match range.start <= range.end && range.end <= len {
+        true => Ok(()),
+        false => Err(CudaError::OutOfRange { operation, range, len }),
+    }
+}
+
 /// Device memory that goes when the device goes.
 #[derive(Debug)]
 struct Allocations {
@@ -341,5 +351,17 @@ impl Drop for Allocations {
             // SAFETY: allocated once, freed once, after everything that could use it.
             let _ = unsafe { result::memory_free(address) };
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_copy_stays_within_what_is_there() {
+        let reaches = |range| within("an upload", range, 8).is_ok();
+        assert!(reaches(0..8) && reaches(8..8));
+        assert!(!reaches(0..9) && !reaches(9..9) && !reaches(Range { start: 4, end: 3 }));
     }
 }

@@ -4,6 +4,8 @@
 //! its own where there is advice to give. A kernel that fails does so later: the next call, whichever it is, returns the
 //! kernel's error, and from then on every call does: [`CudaError::Kernel`] tells what had been launched by then.
 
+use std::ops::Range;
+
 use cudarc::driver::result::DriverError;
 use cudarc::driver::sys::CUresult;
 use minisgl_core::backend::Purpose;
@@ -143,6 +145,26 @@ pub enum CudaError {
         step: u64,
         /// The driver's reason.
         cause: String,
+    },
+    /// A copy reaches beyond the memory that it is from or to.
+    #[error("{operation} of {range:?} reaches beyond the {len} that are there")]
+    OutOfRange {
+        /// The copy, and which end of it.
+        operation: &'static str,
+        /// What was asked for, in words or in bytes.
+        range: Range<usize>,
+        /// What there is.
+        len: usize,
+    },
+    /// No tile of a kernel fits a product.
+    #[error("no kernel multiplies {rows} x {cols} by {tokens} tokens; run it with --kernels portable")]
+    NoTile {
+        /// Rows of the matrix.
+        rows: u32,
+        /// Its columns.
+        cols: u32,
+        /// Rows that it is applied to.
+        tokens: u32,
     },
     /// An operation came before the capacities were planned.
     #[error("an operation was asked for before `reserve` had planned its memory")]

@@ -6,7 +6,8 @@
 //!
 //! A launch allocates nothing: the driver reads the parameters through an array on the stack. The parameters' sizes
 //! are compared with those that the kernel declares, so a forgotten or widened one is an error that names the kernel,
-//! not a wild pointer on the device. Kernels are trusted to stay within the buffers that they are given.
+//! not a wild pointer on the device. That a kernel stays within the buffers that it is given is its family's to see to, so
+//! launching is the crate's own; for others it is `unsafe`.
 //!
 //! Between `fork` and `join` there are two lanes: what `beside` launches runs beside what follows on the compute stream.
 //!
@@ -362,8 +363,24 @@ impl Launcher {
         }
     }
 
+    /// Enqueues a kernel of the caller's choice, over addresses of the caller's choice.
+    ///
+    /// # Errors
+    /// Other parameters than the kernel declares, or a launch that the driver refuses.
+    ///
+    /// # Safety
+    /// The kernel stays within memory that is allocated, and that nothing uses meanwhile, given these parameters.
+    pub unsafe fn launch_raw<const N: usize>(
+        &self,
+        kernel: &Kernel,
+        grid: Grid,
+        params: [&dyn Param; N],
+    ) -> Result<(), CudaError> {
+        self.launch(kernel, grid, params)
+    }
+
     /// Enqueues a kernel in the lane at hand. An empty grid is nothing to do.
-    pub fn launch<const N: usize>(
+    pub(crate) fn launch<const N: usize>(
         &self,
         kernel: &Kernel,
         grid: Grid,

@@ -73,8 +73,15 @@ impl Buffer {
     }
 
     /// The elements in `range`.
+    ///
+    /// # Panics
+    /// If the range reaches beyond the buffer.
     pub fn slice(&self, range: std::ops::Range<usize>) -> Buffer {
-        debug_assert!(range.start <= range.end && range.end <= self.elements);
+        assert!(
+            range.start <= range.end && range.end <= self.elements,
+            "{range:?} of a buffer of {} elements",
+            self.elements
+        );
         let address = self.address.offset(range.start * element_bytes(self.element));
         Buffer { address, element: self.element, elements: range.len() }
     }
@@ -188,10 +195,9 @@ impl Pinned {
         self.words
     }
 
-    /// The address of word `index`, for a copy.
-    pub(crate) fn at(&self, index: usize) -> *mut c_void {
-        debug_assert!(index <= self.words);
-        self.pointer.wrapping_add(index).cast()
+    /// Where it begins, for a copy.
+    pub(crate) fn start(&self) -> *mut c_void {
+        self.pointer.cast()
     }
 }
 
@@ -225,5 +231,21 @@ impl Drop for Graph {
         let _ = self.context.make_current();
         // SAFETY: instantiated once, destroyed once.
         let _ = unsafe { result::graph::exec_destroy(self.handle) };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_slice_lies_within_its_buffer() {
+        let buffer = Buffer::new(Address(4096), Element::Activation, 8);
+        let part = buffer.slice(3..8);
+        assert_eq!((part.address(), part.elements(), part.bytes()), (Address(4102), 5, 10));
+        let (beyond, backwards) = (3..9, std::ops::Range { start: 4, end: 3 });
+        for range in [beyond, backwards] {
+            assert!(std::panic::catch_unwind(|| buffer.slice(range)).is_err());
+        }
     }
 }

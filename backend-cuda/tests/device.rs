@@ -93,7 +93,9 @@ impl Updates {
 
     fn launch(&self, cuda: &Cuda) {
         let grid = Grid::new(8, 256);
-        cuda.launcher().launch(&self.kernel, grid, [&self.batch, &16u32, &self.table]).unwrap();
+        // SAFETY: the updates' indices lie below the table's length.
+        unsafe { cuda.launcher().launch_raw(&self.kernel, grid, [&self.batch, &16u32, &self.table]) }
+            .unwrap();
     }
 
     fn expected(&self, added: u32) -> Vec<u32> {
@@ -147,14 +149,31 @@ fn the_copy_queue_waits_for_the_event_it_is_told_to_wait_for() {
 fn a_launch_with_other_parameters_than_declared_is_refused_by_name() {
     let cuda = cuda();
     let kernel = cuda.modules().kernel("embed", "begin_step", 0).unwrap();
-    let short = cuda.launcher().launch(&kernel, Grid::new(1, 32), [&0u64, &0u32]);
+    // SAFETY: neither launch is made.
+    let short = unsafe { cuda.launcher().launch_raw(&kernel, Grid::new(1, 32), [&0u64, &0u32]) };
     assert!(matches!(&short, Err(CudaError::Parameters { kernel: "begin_step", .. })), "{short:?}");
-    let narrow = cuda.launcher().launch(&kernel, Grid::new(1, 32), [&0u64, &0u32, &0u32]);
+    // SAFETY: as above.
+    let narrow = unsafe { cuda.launcher().launch_raw(&kernel, Grid::new(1, 32), [&0u64, &0u32, &0u32]) };
     assert!(matches!(&narrow, Err(CudaError::Parameters { .. })), "{narrow:?}");
     assert!(matches!(
         cuda.modules().kernel("embed", "none", 0),
         Err(CudaError::NoKernel { kernel: "none", .. })
     ));
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn a_copy_beyond_either_memory_is_refused() {
+    let mut cuda = cuda();
+    let buffer = cuda.alloc(Purpose::Scratch, Element::Word, 8).unwrap();
+    let [mut wide, mut narrow] = [16, 4].map(|words| cuda.alloc_pinned(words).unwrap());
+    let refused = |copied| matches!(copied, Err(CudaError::OutOfRange { .. }));
+    assert!(refused(cuda.upload(&mut wide, 4..9, buffer)), "beyond the target");
+    assert!(refused(cuda.upload(&mut narrow, 0..5, buffer)), "beyond the source");
+    assert!(refused(cuda.download(Queue::Compute, buffer, 9, &mut wide)), "beyond the source");
+    assert!(refused(cuda.download(Queue::Compute, buffer, 5, &mut narrow)), "beyond the target");
+    cuda.upload(&mut wide, 4..8, buffer).unwrap();
+    cuda.download(Queue::Compute, buffer, 8, &mut wide).unwrap();
 }
 
 #[test]
@@ -197,8 +216,8 @@ fn a_kernel_that_fails_while_it_runs_is_reported_as_such() {
     }
     let mut cuda = cuda();
     let kernel = cuda.modules().kernel("embed", "begin_step", 0).unwrap();
-    // The batch lies at address 8, where nothing is.
-    cuda.launcher().launch(&kernel, Grid::new(1, 32), [&8u64, &0u32, &8u64]).unwrap();
+    // SAFETY: the batch lies at address 8, where nothing is: the device stops the kernel, which is what is tested.
+    unsafe { cuda.launcher().launch_raw(&kernel, Grid::new(1, 32), [&8u64, &0u32, &8u64]) }.unwrap();
     let error = cuda.synchronize().unwrap_err();
     assert!(
         matches!(&error, CudaError::Kernel { launched, .. } if launched.contains("begin_step")),

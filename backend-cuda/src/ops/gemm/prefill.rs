@@ -146,7 +146,9 @@ impl Prefill {
         product: &Product<'_, E>,
     ) -> Result<(), CudaError> {
         let Product { shape, epilogue, .. } = product;
-        let Some(Loaded { tile, kernel, clusters }) = self.quickest(E::KIND, shape) else { return Ok(()) };
+        let &Shape { rows, cols, tokens, .. } = shape;
+        let quickest = self.quickest(E::KIND, shape).ok_or(CudaError::NoTile { rows, cols, tokens })?;
+        let Loaded { tile, kernel, clusters } = quickest;
         let grid = tile.grid(tile.count(shape).min(*clusters));
         let [along_rows, along_tokens] = tile.blocks;
         let [w, x] = product.maps(Block::new(tile.rows / along_tokens, tile.tokens() / along_rows))?;
