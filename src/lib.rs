@@ -72,7 +72,7 @@ pub use minisgl_core::stats::Stats;
 pub use options::{BackendChoice, KernelChoice, Options, parse_order};
 pub use request::{
     BesideWork, ChatPrompt, Completion, FinishReason, Flow, GenerateRequest, JsonObject, Message, NoRole,
-    Phase, Prompt, RequestError, SamplingError, SamplingParams, StepTiming, StreamEvent, SubmitError,
+    Prompt, RequestError, SamplingError, SamplingParams, StepShape, StepTiming, StreamEvent, SubmitError,
     TOP_LOGPROBS_MAX, TokenLogprobs,
 };
 pub use source::ModelSource;

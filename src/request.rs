@@ -12,7 +12,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-pub use minisgl_core::batch::Phase;
+pub use minisgl_core::batch::StepShape;
 pub use minisgl_core::request::SubmitError;
 pub use minisgl_core::sampling::{SamplingError, SamplingParams, TOP_LOGPROBS_MAX};
 pub use minisgl_core::stats::Load;
@@ -345,12 +345,8 @@ pub struct BesideWork {
 /// A completed step: what ran, and when.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct StepTiming {
-    /// Prefill or decode.
-    pub phase: Phase,
-    /// Rows, padding included.
-    pub rows: u32,
-    /// Tokens, padding included.
-    pub tokens: u32,
+    /// Its rows and tokens, padding included.
+    pub shape: StepShape,
     /// Tokens that it drew and that came to the host with it.
     pub output_tokens: u32,
     /// What the engine had on its hands when it was over.

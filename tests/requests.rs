@@ -171,7 +171,7 @@ fn the_stream_pulls_as_there_is_room_and_gives_what_generate_gives() {
                 finished.set(finished.get() + 1);
             }
             StreamEvent::Step(timing) => {
-                assert!(timing.rows > 0 && timing.gpu_ms >= 0.0 && timing.start_ms >= 0.0);
+                assert!(timing.shape.rows() > 0 && timing.gpu_ms >= 0.0 && timing.start_ms >= 0.0);
                 steps += 1;
             }
         }

@@ -247,6 +247,12 @@ pub enum WeightRole {
 
 /// The transformer's arithmetic. Sizes come from the step, the weights and [`Ops::reserve`]. What operations hand to each
 /// other (the residual stream, queries, what attention gives) lies in buffers of the backend's own.
+///
+/// What the scheduler relies on:
+/// - Within a layer, all keys and values of a step are stored before any row of the step attends. Rows of one step may
+///   share a page that one of them fills: a prompt maps the pages of an equal prefix that is prefilled beside it.
+/// - A token's bits depend on its own sequence alone: not on the rows beside it, on whether it is in a decode row or in a
+///   prefill row, nor on where its sequence is cut into chunks.
 pub trait Ops: Device {
     /// A weight on the device; a handle like [`Device::Buffer`].
     type Weight: Copy;
@@ -286,8 +292,8 @@ pub trait Ops: Device {
     /// [`crate::batch::LAST_TOKEN`], the pool's.
     fn embed(&mut self, step: &Step<Self::Buffer>, table: Self::Weight) -> Result<(), Self::Error>;
 
-    /// Layer `layer` of the spec, over the residual stream. `rope` is the layer's table, `[positions, rotated / 2]` pairs of
-    /// cosine and sine, if it has one.
+    /// Layer `layer` of the spec, over the residual stream: keys and values of all rows are stored, then all rows attend.
+    /// `rope` is the layer's table, `[positions, rotated / 2]` pairs of cosine and sine, if it has one.
     fn decoder_layer(
         &mut self,
         step: &Step<Self::Buffer>,

@@ -8,10 +8,17 @@
 //! Every part begins at a fixed offset ([`Layout`]), so a recorded step finds it where it was; parts are sized for the
 //! largest step, and the tokens come last, so that a decode step copies only a few KiB.
 //!
-//! A decode step has one token a row, row i owning token i. A prefill step packs the rows' tokens back to back; its
-//! last row may be a chunk whose prompt is not finished, and then that row is not sampled: `samples == rows - 1`.
+//! Decode rows come first and have one token each, so row i of them owns token i. Prefill rows follow, their tokens packed
+//! back to back; the last one may be a chunk whose prompt is not finished, and then that row is not sampled.
 //!
-//! Invariant: `rows[i].first_token` is the sum of the counts before it, and the sampled rows come first.
+//! ```text
+//!   rows     decode, decode, …, decode │ prefill ········, prefill ·····, …, prefill, the last perhaps a chunk
+//!   tokens   0       1          d - 1  │ d …               …                          … tokens - 1
+//!   sampled  yes     yes        yes    │ yes               yes                        no, if it is a chunk
+//! ```
+//!
+//! Invariant: `rows[i].first_token` is the sum of the counts before it, and the sampled rows come first: all but the last
+//! one, or all.
 
 use alloc::vec;
 use alloc::vec::Vec;
@@ -109,32 +116,38 @@ pub struct Token {
     pub location: u32,
 }
 
-/// What kind of step it is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Phase {
-    /// Rows of many tokens: prompts, chunks of prompts, resumed requests.
-    Prefill,
-    /// One token a row.
-    Decode,
-}
-
 /// The counts that fix grid sizes; padding included.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct StepShape {
-    /// Prefill or decode.
-    pub phase: Phase,
-    /// Rows.
-    pub rows: u32,
-    /// Tokens.
+    /// Rows of one token each, of requests that run: the step's first rows, and its first tokens.
+    pub decode_rows: u32,
+    /// Rows of one token or more behind them: prompts, chunks of prompts, resumed requests.
+    pub prefill_rows: u32,
+    /// Tokens of all rows.
     pub tokens: u32,
     /// Sampled rows.
     pub samples: u32,
 }
 
 impl StepShape {
-    /// A decode step of `rows` rows.
+    /// A step of `rows` decode rows alone.
     pub fn decode(rows: u32) -> Self {
-        StepShape { phase: Phase::Decode, rows, tokens: rows, samples: rows }
+        StepShape { decode_rows: rows, prefill_rows: 0, tokens: rows, samples: rows }
+    }
+
+    /// All rows.
+    pub fn rows(self) -> u32 {
+        self.decode_rows + self.prefill_rows
+    }
+
+    /// Tokens of the prefill rows.
+    pub fn prefill_tokens(self) -> u32 {
+        self.tokens - self.decode_rows
+    }
+
+    /// Does it have no prefill row? Such steps are padded and recorded.
+    pub fn is_decode(self) -> bool {
+        self.prefill_rows == 0
     }
 }
 
@@ -167,8 +180,9 @@ impl Layout {
 /// A batch being built on the host, with what only the host needs: whose row is whose.
 #[derive(Debug)]
 pub struct Batch {
-    phase: Phase,
     rows: Vec<Row>,
+    /// How many of them are decode rows.
+    decode_rows: u32,
     updates: Vec<PageUpdate>,
     tokens: Vec<Token>,
     /// The request of each row.
@@ -184,8 +198,8 @@ impl Batch {
     pub fn new(limits: &Limits) -> Self {
         let rows = limits.running as usize;
         Batch {
-            phase: Phase::Decode,
             rows: Vec::with_capacity(rows),
+            decode_rows: 0,
             updates: Vec::with_capacity(limits.page_updates()),
             tokens: Vec::with_capacity(limits.step_tokens()),
             owners: Vec::with_capacity(rows),
@@ -196,19 +210,14 @@ impl Batch {
         }
     }
 
-    /// Empties the batch for a step of this phase.
-    pub fn clear(&mut self, phase: Phase) {
-        self.phase = phase;
+    /// Empties the batch.
+    pub fn clear(&mut self) {
+        self.decode_rows = 0;
         self.rows.clear();
         self.updates.clear();
         self.tokens.clear();
         self.owners.clear();
         self.samples = 0;
-    }
-
-    /// Prefill or decode.
-    pub fn phase(&self) -> Phase {
-        self.phase
     }
 
     /// Nothing to run?
@@ -254,8 +263,8 @@ impl Batch {
     /// The step's counts without padding.
     pub fn shape(&self) -> StepShape {
         StepShape {
-            phase: self.phase,
-            rows: self.rows.len() as u32,
+            decode_rows: self.decode_rows,
+            prefill_rows: self.rows.len() as u32 - self.decode_rows,
             tokens: self.tokens.len() as u32,
             samples: self.samples,
         }
@@ -277,23 +286,40 @@ impl Batch {
         self.updates.push(update);
     }
 
-    /// Adds a token of the row pushed last.
+    /// Adds a token of the prefill row pushed last.
     pub fn push_token(&mut self, token: Token) {
         debug_assert!(self.tokens.len() < self.capacity_tokens);
         self.tokens.push(token);
     }
 
-    /// Adds a row whose tokens are going to be pushed next.
-    pub fn push_row(&mut self, owner: Ticket, row: Row) {
-        debug_assert!(self.rows.len() < self.capacity_rows);
+    /// Adds a decode row and its token. No prefill row has been added yet.
+    pub fn push_decode_row(&mut self, owner: Ticket, row: Row, token: Token) {
+        debug_assert!(
+            row.tokens == 1 && row.sampled == 1,
+            "a decode row has one token, and samples the next"
+        );
+        debug_assert!(self.decode_rows as usize == self.rows.len(), "decode rows come first");
+        self.decode_rows += 1;
+        self.push_row(owner, row);
+        self.push_token(token);
+    }
+
+    /// Adds a prefill row whose tokens are going to be pushed next.
+    pub fn push_prefill_row(&mut self, owner: Ticket, row: Row) {
         debug_assert!(self.samples as usize == self.rows.len(), "an unsampled row is the last one");
+        self.push_row(owner, row);
+    }
+
+    fn push_row(&mut self, owner: Ticket, row: Row) {
+        debug_assert!(self.rows.len() < self.capacity_rows);
+        debug_assert!(row.first_token as usize == self.tokens.len(), "tokens lie back to back");
         self.samples += row.sampled;
         self.rows.push(row);
         self.owners.push(owner);
     }
 
     /// Writes the batch into `words`, padded with dummy rows up to `shape`, and returns how many words hold it. The
-    /// plan words are left to the backend.
+    /// plan words are left to the backend. Only a step of decode rows alone is padded.
     pub fn pack(
         &self,
         layout: &Layout,
@@ -302,8 +328,9 @@ impl Batch {
         output: u32,
         words: &mut [u32],
     ) -> usize {
+        debug_assert!(shape == self.shape() || (shape.is_decode() && self.shape().is_decode()));
         let header = Header {
-            rows: shape.rows,
+            rows: shape.rows(),
             tokens: shape.tokens,
             samples: shape.samples,
             updates: self.updates.len() as u32,
@@ -311,7 +338,7 @@ impl Batch {
             reserved: [0; 11],
         };
         words[..HEADER_WORDS].copy_from_slice(bytemuck::cast_slice(&[header]));
-        let rows = packed_rows_mut(layout, shape.rows as usize, words);
+        let rows = packed_rows_mut(layout, shape.rows() as usize, words);
         rows[..self.rows.len()].copy_from_slice(&self.rows);
         let first_padding_token = self.tokens.len() as u32;
         for (i, row) in rows[self.rows.len()..].iter_mut().enumerate() {

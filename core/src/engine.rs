@@ -21,12 +21,14 @@
 //! Invariant: at most one step is in flight between two calls of [`Engine::step`], and `flights[turn]` is not its own.
 //! After construction nothing is allocated.
 
+use alloc::format;
+use alloc::string::String;
 use alloc::vec::Vec;
 
 use thiserror::Error;
 
 use crate::backend::{Device, DeviceInfo, Memory, Model, Queue};
-use crate::batch::{Batch, Phase, StepShape};
+use crate::batch::{Batch, StepShape};
 use crate::config::{Limits, LimitsError};
 use crate::graphs::DecodeGraphs;
 use crate::request::{Event, Request, SubmitError, Submitted, Ticket};
@@ -109,14 +111,10 @@ pub enum EngineError<E: core::error::Error + 'static> {
     },
     /// A step failed, while it was launched or while it ran. Work is asynchronous, so the cause may lie in a step that
     /// was launched before this one. Tokens given out so far are right; the engine takes no further step.
-    #[error("{} of {rows} rows and {tokens} tokens failed: {source}", step_name(.phase))]
+    #[error("{} failed: {source}", described(*.shape))]
     Step {
-        /// Prefill or decode.
-        phase: Phase,
-        /// Its requests.
-        rows: u32,
-        /// Its tokens.
-        tokens: u32,
+        /// Its counts, without padding.
+        shape: StepShape,
         /// What the device said.
         source: E,
     },
@@ -125,10 +123,15 @@ pub enum EngineError<E: core::error::Error + 'static> {
     Stopped,
 }
 
-fn step_name(phase: &Phase) -> &'static str {
-    match phase {
-        Phase::Prefill => "a prefill step",
-        Phase::Decode => "a decode step",
+fn described(shape: StepShape) -> String {
+    let StepShape { decode_rows, prefill_rows, .. } = shape;
+    let prefilled = shape.prefill_tokens();
+    match (decode_rows, prefill_rows) {
+        (_, 0) => format!("a decode step of {decode_rows} rows"),
+        (0, _) => format!("a prefill step of {prefill_rows} rows and {prefilled} tokens"),
+        _ => format!(
+            "a step of {decode_rows} decode rows, {prefill_rows} prefill rows and {prefilled} tokens of those"
+        ),
     }
 }
 
@@ -275,12 +278,12 @@ impl<B: Device, M: Model<B>> Engine<B, M> {
         let Engine { backend, model, resident, .. } = self;
         let flight = &mut self.flights[at];
         let counts = flight.batch.shape();
-        let graph = match counts.phase {
-            Phase::Decode => self.graphs.fitting(counts.rows),
-            Phase::Prefill => None,
+        let graph = match counts.is_decode() {
+            true => self.graphs.fitting(counts.decode_rows),
+            false => None,
         };
         flight.shape = graph.map_or(counts, |(rows, _)| StepShape::decode(rows));
-        self.scheduler.count_padding(flight.shape.rows - counts.rows);
+        self.scheduler.count_padding(flight.shape.decode_rows - counts.decode_rows);
         if !core::mem::replace(&mut self.epoch_recorded, true) {
             backend.record(Queue::Compute, &mut self.epoch)?;
         }
@@ -338,8 +341,7 @@ impl<B: Device, M: Model<B>> Engine<B, M> {
     /// Refuses all further work, because of the step in flight at `at`.
     fn stop(&mut self, at: usize, source: B::Error) -> EngineError<B::Error> {
         self.stopped = true;
-        let StepShape { phase, rows, tokens, .. } = self.flights[at].batch.shape();
-        EngineError::Step { phase, rows, tokens, source }
+        EngineError::Step { shape: self.flights[at].batch.shape(), source }
     }
 
     /// Does nobody wait or run, and is no step in flight?

@@ -95,7 +95,7 @@ impl<Buf: Copy> Resident<Buf> {
         let words = backend.words_mut(staging)?;
         let used = batch.pack(&layout, shape, self.dummy, (half * self.slots) as u32, words);
         let (front, back) = words.split_at_mut(layout.rows);
-        let rows = bytemuck::cast_slice(&back[..shape.rows as usize * ROW_WORDS]);
+        let rows = bytemuck::cast_slice(&back[..shape.rows() as usize * ROW_WORDS]);
         model.plan(backend, shape, rows, &mut front[layout.plan..][..self.plan_words]);
         backend.upload(staging, 0..used, self.batch)?;
         Ok(Step {

@@ -25,7 +25,7 @@
 use alloc::collections::VecDeque;
 use alloc::vec::Vec;
 
-use crate::batch::{Batch, LAST_TOKEN, PageUpdate, Phase, Row, Token};
+use crate::batch::{Batch, LAST_TOKEN, PageUpdate, Row, Token};
 use crate::config::Limits;
 use crate::pages::{NO_PAGE, PagePool};
 use crate::request::{Event, FinishReason, Request, SubmitError, Submitted, Ticket};
@@ -194,10 +194,10 @@ impl Scheduler {
     /// Fills a batch with the next step; false if there is nothing to run before a step in flight completes. At most
     /// one is: the step scheduled last.
     pub fn schedule(&mut self, batch: &mut Batch) -> bool {
-        batch.clear(Phase::Prefill);
+        batch.clear();
         self.schedule_prefill(batch);
         if batch.is_empty() {
-            batch.clear(Phase::Decode);
+            batch.clear();
             self.schedule_decode(batch);
         }
         self.count(batch);
@@ -304,7 +304,7 @@ impl Scheduler {
             self.grow(entry, batch);
         }
         let last = end == request.prefill_len;
-        batch.push_row(
+        batch.push_prefill_row(
             self.table.ticket(entry),
             row(&request.params, request.slot, batch.tokens().len() as u32, request.computed..end, last),
         );
@@ -351,12 +351,12 @@ impl Scheduler {
             true => self.table.tokens(entry)[position as usize],
             false => LAST_TOKEN,
         };
-        batch.push_row(
+        let location = self.table.location(request.slot, position);
+        batch.push_decode_row(
             self.table.ticket(entry),
             row(&request.params, request.slot, batch.tokens().len() as u32, position..position + 1, true),
+            Token { id, slot: request.slot, position, location },
         );
-        let location = self.table.location(request.slot, position);
-        batch.push_token(Token { id, slot: request.slot, position, location });
         let request = self.table.get_mut(entry);
         request.computed += 1;
         request.planned += 1;
@@ -454,14 +454,14 @@ impl Scheduler {
         let window = self.table.window().unwrap_or(u32::MAX);
         let context =
             batch.tokens().iter().map(|token| u64::from((token.position + 1).min(window))).sum::<u64>();
-        match batch.phase() {
+        match batch.shape().is_decode() {
             _ if rows == 0 => {}
-            Phase::Prefill => {
+            false => {
                 stats.prefill_steps += 1;
                 stats.prefill_tokens += tokens;
                 stats.prefill_context += context;
             }
-            Phase::Decode => {
+            true => {
                 stats.decode_steps += 1;
                 stats.decode_tokens += tokens;
                 stats.decode_context += context;

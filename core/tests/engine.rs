@@ -2,7 +2,7 @@
 
 mod support;
 
-use minisgl_core::batch::{Phase, StepShape};
+use minisgl_core::batch::StepShape;
 use minisgl_core::config::{Limits, LimitsError};
 use minisgl_core::engine::{Engine, EngineError};
 use minisgl_core::request::{FinishReason, Request, SubmitError};
@@ -210,7 +210,7 @@ fn decode_steps_are_padded_to_the_next_recorded_size_and_replayed() {
         let (mut decodes, mut outcomes) = (0, Outcomes::default());
         while !engine.is_idle() {
             let report = engine.step(&mut |event| outcomes.take_in(event)).expect("the device does not fail");
-            if let Some(shape) = report.launched.filter(|shape| shape.phase == Phase::Decode) {
+            if let Some(shape) = report.launched.filter(|shape| shape.is_decode()) {
                 assert_eq!(shape, StepShape::decode(rows));
                 decodes += 1;
             }

@@ -2,7 +2,7 @@
 
 mod support;
 
-use minisgl_core::batch::{Batch, Phase};
+use minisgl_core::batch::Batch;
 use minisgl_core::request::{Event, FinishReason, Request, Ticket};
 use minisgl_core::sampling::{NO_TOKEN, SamplingParams};
 use minisgl_core::scheduler::{Order, Policy, Scheduler};
@@ -66,12 +66,12 @@ fn prompts_go_first_and_a_long_one_goes_in_chunks() {
         let tokens = [5; 4];
         scheduler.complete(&batch, &tokens[..batch.rows().len()], &[], &mut |_| ());
         let rows = batch.rows().iter().map(|row| (row.position, row.tokens, row.sampled)).collect::<Vec<_>>();
-        (batch.phase(), rows)
+        (batch.shape().decode_rows, rows)
     };
-    assert_eq!(next(&mut scheduler), (Phase::Prefill, vec![(0, 10, 1), (0, 6, 0)]));
-    assert_eq!(next(&mut scheduler), (Phase::Prefill, vec![(6, 14, 1), (0, 2, 0)]));
-    assert_eq!(next(&mut scheduler), (Phase::Prefill, vec![(2, 1, 1)]));
-    assert_eq!(next(&mut scheduler), (Phase::Decode, vec![(10, 1, 1), (20, 1, 1), (3, 1, 1)]));
+    assert_eq!(next(&mut scheduler), (0, vec![(0, 10, 1), (0, 6, 0)]));
+    assert_eq!(next(&mut scheduler), (0, vec![(6, 14, 1), (0, 2, 0)]));
+    assert_eq!(next(&mut scheduler), (0, vec![(2, 1, 1)]));
+    assert_eq!(next(&mut scheduler), (3, vec![(10, 1, 1), (20, 1, 1), (3, 1, 1)]));
 }
 
 #[test]
@@ -140,7 +140,7 @@ fn pages_behind_the_window_go_back_while_a_request_runs() {
         while !scheduler.is_idle() {
             assert!(scheduler.schedule(&mut batch));
             scheduler.check();
-            if batch.phase() == Phase::Decode {
+            if batch.shape().is_decode() {
                 let held = if prefix_cache { 2 } else { 0 };
                 assert!(scheduler.load().pages_used <= held + 4, "{} pages", scheduler.load().pages_used);
             }

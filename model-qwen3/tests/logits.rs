@@ -10,7 +10,7 @@ use std::fs;
 use half::{bf16, f16};
 use minisgl_core::backend::{Device, Element, Model, Ops, Purpose, Queue, Step};
 use minisgl_core::batch::{
-    Batch, Dummy, LAST_TOKEN, Layout, PageUpdate, Phase, Row, StepShape, Token, packed_rows, zeroed_words,
+    Batch, Dummy, LAST_TOKEN, Layout, PageUpdate, Row, StepShape, Token, packed_rows, zeroed_words,
 };
 use minisgl_core::config::Limits;
 use minisgl_core::request::Ticket;
@@ -22,6 +22,7 @@ use support::golden::{Example, FIXTURES, assert_logits, examples, fixture};
 use support::{FAMILIES, TempDir};
 
 /// Tokens of one slot to run next.
+#[derive(Clone, Copy)]
 struct Run<'a> {
     slot: u32,
     position: u32,
@@ -37,6 +38,8 @@ struct Driver {
     tokens: <Cpu as Device>::Buffer,
     staging: <Cpu as Device>::Pinned,
     results: <Cpu as Device>::Pinned,
+    /// All slots have the pages of slot 0.
+    pages_shared: bool,
 }
 
 impl Driver {
@@ -67,12 +70,12 @@ impl Driver {
         let step = Step { shape, batch, layout, page_table, table_width, page_size, token_pool };
         let staging = cpu.alloc_pinned(layout.words).unwrap();
         let results = cpu.alloc_pinned(running as usize).unwrap();
-        Driver { cpu, model, limits, layout, step, tokens, staging, results }
+        Driver { cpu, model, limits, layout, step, tokens, staging, results, pages_shared: false }
     }
 
-    /// Runs a step and gives each run's logits and greedy token.
-    fn run(&mut self, phase: Phase, runs: &[Run<'_>]) -> Vec<(Vec<f32>, u32)> {
-        let batch = self.batch(phase, runs);
+    /// Runs a step, the first runs as decode rows, and gives each run's logits and greedy token.
+    fn run(&mut self, decode_rows: usize, runs: &[Run<'_>]) -> Vec<(Vec<f32>, u32)> {
+        let batch = self.batch(decode_rows, runs);
         let shape = batch.shape();
         let dummy = Dummy { slot: self.limits.running, location: self.limits.pages * self.limits.page_size };
         let mut words = zeroed_words(&self.layout);
@@ -92,12 +95,11 @@ impl Driver {
         logits.chunks_exact(vocab as usize).map(<[f32]>::to_vec).zip(tokens).collect()
     }
 
-    /// Packs the runs, with a page-table update for each page that a run is the first to enter.
-    fn batch(&self, phase: Phase, runs: &[Run<'_>]) -> Batch {
+    /// Packs the runs, with a page-table update for each page that a run is the first of its slot to enter.
+    fn batch(&self, decode_rows: usize, runs: &[Run<'_>]) -> Batch {
         let page_size = self.limits.page_size;
         let mut batch = Batch::new(&self.limits);
-        batch.clear(phase);
-        for run in runs {
+        for (i, run) in runs.iter().enumerate() {
             let kv_len = run.position + run.tokens.len() as u32;
             let row = Row {
                 slot: run.slot,
@@ -109,22 +111,30 @@ impl Driver {
                 top_p: 1.0,
                 ..Row::default()
             };
-            batch.push_row(Ticket { entry: run.slot, generation: 0 }, row);
-            for i in run.position.div_ceil(page_size)..kv_len.div_ceil(page_size) {
+            let first_page = if self.pages_shared { 0 } else { run.position.div_ceil(page_size) };
+            for i in first_page..kv_len.div_ceil(page_size) {
                 let index = run.slot * self.step.table_width + i;
-                batch.push_update(PageUpdate { index, page: self.page(index) });
+                batch.push_update(PageUpdate { index, page: self.page(run.slot, i) });
             }
-            for (position, id) in (run.position..).zip(run.tokens) {
-                let page = self.page(run.slot * self.step.table_width + position / page_size);
+            let mut tokens = (run.position..).zip(run.tokens).map(|(position, id)| {
+                let page = self.page(run.slot, position / page_size);
                 let location = page * page_size + position % page_size;
-                batch.push_token(Token { id: *id, slot: run.slot, position, location });
+                Token { id: *id, slot: run.slot, position, location }
+            });
+            let owner = Ticket { entry: run.slot, generation: 0 };
+            if i < decode_rows {
+                batch.push_decode_row(owner, row, tokens.next().unwrap());
+            } else {
+                batch.push_prefill_row(owner, row);
+                tokens.for_each(|token| batch.push_token(token));
             }
         }
         batch
     }
 
-    fn page(&self, index: u32) -> u32 {
-        self.limits.pages - 1 - index
+    fn page(&self, slot: u32, i: u32) -> u32 {
+        let slot = if self.pages_shared { 0 } else { slot };
+        self.limits.pages - 1 - (slot * self.step.table_width + i)
     }
 }
 
@@ -135,7 +145,7 @@ fn check_prefill(driver: &mut Driver, what: &str, example: &Example) {
     let runs: Vec<Run<'_>> = (0..example.logits.len())
         .map(|i| Run { slot: i as u32, position: 0, tokens: &example.prompt[..=first + i] })
         .collect();
-    let results = driver.run(Phase::Prefill, &runs);
+    let results = driver.run(0, &runs);
     for (i, ((logits, _), expected)) in results.iter().zip(&example.logits).enumerate() {
         assert_logits(&format!("{what}, position {}", first + i), logits, expected);
     }
@@ -199,7 +209,7 @@ fn decode_gives_the_expected_logits_at_every_position() {
         for position in 0..example.prompt.len() {
             let run =
                 Run { slot: 3, position: position as u32, tokens: &example.prompt[position..=position] };
-            let (logits, _) = driver.run(Phase::Decode, &[run]).remove(0);
+            let (logits, _) = driver.run(1, &[run]).remove(0);
             if position >= first {
                 assert_logits(
                     &format!("{what}, position {position}"),
@@ -215,16 +225,39 @@ fn decode_gives_the_expected_logits_at_every_position() {
 fn greedy_tokens_come_out_as_expected_and_go_back_in_through_the_token_pool() {
     each_example(16, |driver, what, example| {
         let run = Run { slot: 7, position: 0, tokens: &example.prompt };
-        let (mut logits, token) = driver.run(Phase::Prefill, &[run]).remove(0);
+        let (mut logits, token) = driver.run(0, &[run]).remove(0);
         let mut greedy = vec![token];
         while greedy.len() < example.greedy.len() {
             let position = (example.prompt.len() + greedy.len() - 1) as u32;
             let run = Run { slot: 7, position, tokens: &[LAST_TOKEN] };
-            let (next_logits, token) = driver.run(Phase::Decode, &[run]).remove(0);
+            let (next_logits, token) = driver.run(1, &[run]).remove(0);
             logits = next_logits;
             greedy.push(token);
         }
         assert_eq!(greedy, example.greedy, "{what}");
         assert_logits(&format!("{what}, last token"), &logits, &example.last_logits);
+    });
+}
+
+/// The contract of [`Ops`](minisgl_core::backend::Ops): in each layer keys and values of all rows are stored before any row
+/// attends. So a row may map pages that are filled beside it, wherever in the step the row that fills them stands.
+#[test]
+fn a_row_attends_to_what_other_rows_of_its_step_store() {
+    each_example(16, |driver, what, example| {
+        driver.pages_shared = true;
+        let expected = example.logits.last().unwrap();
+        let len = example.prompt.len();
+        for split in [len - 1, len / 2] {
+            let before = Run { slot: 0, position: 0, tokens: &example.prompt[..split] };
+            let after = Run { slot: 1, position: split as u32, tokens: &example.prompt[split..] };
+            let is_one_token = usize::from(split + 1 == len);
+            for decode_rows in 0..=is_one_token {
+                let (logits, _) = driver.run(decode_rows, &[after, before]).remove(0);
+                assert_logits(&format!("{what}, {decode_rows} decode rows, from {split}"), &logits, expected);
+                // What lies in the pages is of no use to the next round.
+                let other: Vec<u32> = example.prompt.iter().map(|id| (id + 1) % 50).collect();
+                driver.run(0, &[Run { slot: 0, position: 0, tokens: &other }]);
+            }
+        }
     });
 }

@@ -95,7 +95,7 @@ impl Work {
     }
 }
 
-/// The least time, by phase.
+/// The least time, by kind of step.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct Floor {
     /// Seconds of decode steps.

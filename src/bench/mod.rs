@@ -33,7 +33,7 @@ pub use floor::{Costs, Floor, Work};
 pub use list::{ListedModel, list_models};
 pub use report::{BenchReport, WorkloadReport};
 pub use requests::{Requests, RequestsError};
-pub use run_report::{FloorReport, HostReport, Idle, PhaseReport, RunReport};
+pub use run_report::{FloorReport, HostReport, Idle, RunReport, StepsReport};
 pub use summary::{Percentiles, Spread};
 pub use verify::Verification;
 

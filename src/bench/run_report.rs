@@ -16,12 +16,12 @@ use super::floor::{Costs, Floor, Work};
 use super::measure::{Measurement, output_hash};
 use super::summary::Percentiles;
 use crate::diagnostics::Ceilings;
-use crate::request::{BesideWork, Phase, StepTiming};
+use crate::request::{BesideWork, StepTiming};
 use crate::telemetry::{LatencyReport, RunRecord};
 
-/// Steps of one phase.
+/// Steps of one kind.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
-pub struct PhaseReport {
+pub struct StepsReport {
     /// Tokens run, padding not included.
     pub tokens: u64,
     /// Steps.
@@ -76,9 +76,9 @@ pub struct RunReport {
     #[serde(flatten)]
     pub record: RunRecord,
     /// Prompts, and what retracted requests ran again.
-    pub prefill: PhaseReport,
+    pub prefill: StepsReport,
     /// One token a row.
-    pub decode: PhaseReport,
+    pub decode: StepsReport,
     /// Rows of decode steps that were padding, as a share of all.
     pub padding_share: f64,
     /// Most rows of a decode step.
@@ -133,31 +133,34 @@ impl RunReport {
     }
 }
 
-fn prefill(run: &Measurement) -> PhaseReport {
-    let steps = run.steps.iter().filter(|step| step.phase == Phase::Prefill);
-    let rows: u64 = steps.map(|step| u64::from(step.rows)).sum();
+fn prefill(run: &Measurement) -> StepsReport {
+    let steps = || run.steps.iter().filter(|step| !step.shape.is_decode());
+    let rows: u64 = steps().map(|step| u64::from(step.shape.prefill_rows)).sum();
     let Stats { prefill_tokens, prefill_steps, .. } = run.stats;
-    PhaseReport {
+    StepsReport {
         tokens: prefill_tokens,
         steps: prefill_steps,
         mean_rows: ratio(rows as f64, prefill_steps as f64),
-        seconds: device_seconds(&run.steps, Phase::Prefill),
+        seconds: device_seconds(steps()),
     }
 }
 
-fn decode(run: &Measurement) -> PhaseReport {
+fn decode(run: &Measurement) -> StepsReport {
     let Stats { decode_tokens, decode_steps, .. } = run.stats;
-    PhaseReport {
+    StepsReport {
         tokens: decode_tokens,
         steps: decode_steps,
         mean_rows: ratio(decode_tokens as f64, decode_steps as f64),
-        seconds: device_seconds(&run.steps, Phase::Decode),
+        seconds: device_seconds(steps_of_decode(&run.steps)),
     }
 }
 
-fn device_seconds(steps: &[StepTiming], phase: Phase) -> f64 {
-    let of_phase = steps.iter().filter(|step| step.phase == phase);
-    of_phase.map(|step| f64::from(step.gpu_ms) / 1e3).sum()
+fn steps_of_decode(steps: &[StepTiming]) -> impl Iterator<Item = &StepTiming> + Clone {
+    steps.iter().filter(|step| step.shape.is_decode())
+}
+
+fn device_seconds<'a>(steps: impl Iterator<Item = &'a StepTiming>) -> f64 {
+    steps.map(|step| f64::from(step.gpu_ms) / 1e3).sum()
 }
 
 fn idle(steps: &[StepTiming]) -> Idle {
@@ -171,14 +174,13 @@ fn idle(steps: &[StepTiming]) -> Idle {
 
 /// Of the largest decode steps.
 fn host(steps: &[StepTiming]) -> Option<HostReport> {
-    let decode = || steps.iter().filter(|step| step.phase == Phase::Decode);
-    let rows = decode().map(|step| step.rows).max()?;
+    let rows = steps_of_decode(steps).map(|step| step.shape.decode_rows).max()?;
     let us = |time: Duration| time.as_secs_f64() * 1e6;
     let times = |step: &StepTiming| {
         let BesideWork { waiting, driver } = step.beside_work?;
         Some((us(step.host_time - waiting), us(driver)))
     };
-    let largest = decode().filter(|step| step.rows == rows);
+    let largest = steps_of_decode(steps).filter(|step| step.shape.decode_rows == rows);
     let (mut work, mut driver): (Vec<f64>, Vec<f64>) = largest.map(times).collect::<Option<_>>()?;
     let Percentiles { p50: p50_us, p99: p99_us } = Percentiles::of(&mut work);
     let driver_p50_us = Percentiles::of(&mut driver).p50;
@@ -195,8 +197,8 @@ impl fmt::Display for RunReport {
         let RunReport { record, prefill, decode, .. } = self;
         let RunRecord { total_tokens, seconds, tokens_per_s, .. } = record;
         writeln!(f, "Total: {total_tokens}tok, Time: {seconds:.2}s, Throughput: {tokens_per_s:.2}tok/s")?;
-        for (name, phase) in [("prefill", prefill), ("decode", decode)] {
-            let PhaseReport { tokens, steps, mean_rows, seconds } = phase;
+        for (name, steps) in [("prefill", prefill), ("decode", decode)] {
+            let StepsReport { tokens, steps, mean_rows, seconds } = steps;
             writeln!(
                 f,
                 "  {name:<13} {tokens} tokens in {steps} steps of {mean_rows:.1} rows on average, {seconds:.3} s"
@@ -272,16 +274,16 @@ impl fmt::Display for Si {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::request::Load;
+    use crate::request::{Load, StepShape};
 
-    fn step(phase: Phase, rows: u32, start_ms: f32, gpu_ms: f32) -> StepTiming {
-        let (host_start, host_time) = (Duration::ZERO, Duration::from_micros(u64::from(rows) + 90));
+    const PREFILL: StepShape = StepShape { decode_rows: 0, prefill_rows: 4, tokens: 8, samples: 4 };
+
+    fn step(shape: StepShape, start_ms: f32, gpu_ms: f32) -> StepTiming {
+        let (host_start, host_time) = (Duration::ZERO, Duration::from_micros(u64::from(shape.rows()) + 90));
         let (waiting, driver) = (Duration::from_micros(80), Duration::from_micros(5));
         let beside_work = Some(BesideWork { waiting, driver });
         StepTiming {
-            phase,
-            rows,
-            tokens: rows,
+            shape,
             start_ms,
             gpu_ms,
             host_start,
@@ -316,9 +318,9 @@ mod tests {
                 ..Stats::default()
             },
             steps: vec![
-                step(Phase::Prefill, 4, 100.0, 50.0),
-                step(Phase::Decode, 4, 150.0, 10.0),
-                step(Phase::Decode, 2, 165.0, 20.0),
+                step(PREFILL, 100.0, 50.0),
+                step(StepShape::decode(4), 150.0, 10.0),
+                step(StepShape::decode(2), 165.0, 20.0),
             ],
             completions: Vec::new(),
         }
@@ -333,7 +335,7 @@ mod tests {
     }
 
     #[test]
-    fn times_are_split_by_phase_and_gaps_between_steps_are_idle() {
+    fn times_are_split_by_kind_and_gaps_between_steps_are_idle() {
         let report = RunReport::new(1, &measurement(), &COSTS);
         assert!((report.prefill.seconds - 0.05).abs() < 1e-9);
         assert!((report.decode.seconds - 0.03).abs() < 1e-9);

@@ -12,7 +12,7 @@ use std::io;
 
 use serde::Serialize;
 
-use crate::request::{Phase, StepTiming};
+use crate::request::{StepShape, StepTiming};
 
 const DEVICE_TRACK: u32 = 1;
 const HOST_TRACK: u32 = 2;
@@ -39,8 +39,9 @@ struct Named {
 #[derive(Serialize)]
 struct Counts {
     step: usize,
-    rows: u32,
-    tokens: u32,
+    decode_rows: u32,
+    prefill_rows: u32,
+    prefill_tokens: u32,
 }
 
 /// Writes the steps of a run as a trace.
@@ -57,15 +58,18 @@ pub fn write(steps: &[StepTiming], out: impl io::Write) -> io::Result<()> {
     let offset_us = device_clock_offset_us(steps);
     for (i, step) in steps.iter().enumerate() {
         let span = |name, tid, ts, dur| {
-            let args = Counts { step: i, rows: step.rows, tokens: step.tokens };
+            let StepShape { decode_rows, prefill_rows, .. } = step.shape;
+            let prefill_tokens = step.shape.prefill_tokens();
+            let args = Counts { step: i, decode_rows, prefill_rows, prefill_tokens };
             Entry::Span { name, ph: 'X', pid: 1, tid, ts, dur, args }
         };
-        let phase = match step.phase {
-            Phase::Prefill => "prefill",
-            Phase::Decode => "decode",
+        let name = match (step.shape.decode_rows, step.shape.prefill_rows) {
+            (_, 0) => "decode",
+            (0, _) => "prefill",
+            _ => "mixed",
         };
         let start_us = f64::from(step.start_ms) * 1e3 + offset_us;
-        trace_events.push(span(phase, DEVICE_TRACK, start_us, f64::from(step.gpu_ms) * 1e3));
+        trace_events.push(span(name, DEVICE_TRACK, start_us, f64::from(step.gpu_ms) * 1e3));
         let host_us = (step.host_start.as_secs_f64() * 1e6, step.host_time.as_secs_f64() * 1e6);
         trace_events.push(span("launch next, complete", HOST_TRACK, host_us.0, host_us.1));
     }
@@ -90,13 +94,11 @@ mod tests {
     use super::*;
     use crate::request::Load;
 
-    fn step(phase: Phase, start_ms: f32, gpu_ms: f32, host_start_us: u64, host_us: u64) -> StepTiming {
+    fn step(shape: StepShape, start_ms: f32, gpu_ms: f32, host_start_us: u64, host_us: u64) -> StepTiming {
         let host_start = Duration::from_micros(host_start_us);
         let host_time = Duration::from_micros(host_us);
         StepTiming {
-            phase,
-            rows: 3,
-            tokens: 40,
+            shape,
             start_ms,
             gpu_ms,
             host_start,
@@ -106,6 +108,8 @@ mod tests {
             output_tokens: 0,
         }
     }
+
+    const MIXED: StepShape = StepShape { decode_rows: 3, prefill_rows: 1, tokens: 40, samples: 4 };
 
     fn spans(steps: &[StepTiming], track: u32) -> Vec<Value> {
         let mut text = Vec::new();
@@ -119,14 +123,16 @@ mod tests {
     fn steps_keep_their_device_times_and_end_no_later_than_the_host_saw_them_end() {
         // The device's clock runs 5 ms ahead; the host sees each end 10 or 20 microseconds late.
         let steps = [
-            step(Phase::Prefill, 5.0, 2.0, 100, 1920), // Ends at 2000 us, seen at 2020.
-            step(Phase::Decode, 7.0, 1.0, 2020, 990),  // Ends at 3000 us, seen at 3010.
+            step(StepShape { decode_rows: 0, ..MIXED }, 5.0, 2.0, 100, 1920), // Ends at 2000 us, seen at 2020.
+            step(StepShape::decode(3), 7.0, 1.0, 2020, 990), // Ends at 3000 us, seen at 3010.
+            step(MIXED, 8.0, 1.0, 3000, 1020),
         ];
         let device = spans(&steps, DEVICE_TRACK);
         assert_eq!(device[0]["name"], "prefill");
         assert_eq!(device[1]["name"], "decode");
-        assert_eq!(device[1]["args"]["rows"], 3);
-        assert_eq!(device[1]["args"]["tokens"], 40);
+        assert_eq!(device[1]["args"]["decode_rows"], 3);
+        assert_eq!(device[2]["name"], "mixed");
+        assert_eq!(device[2]["args"]["prefill_tokens"], 37);
         let number = |value: &Value| value.as_f64().unwrap();
         let close = |a: f64, b: f64| (a - b).abs() < 1e-6;
         assert!(close(number(&device[1]["ts"]) - number(&device[0]["ts"]), 2000.0));

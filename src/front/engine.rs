@@ -86,9 +86,7 @@ impl StepTimes {
     /// As seen by a session that began at `session`.
     pub fn timing(&self, session: Instant) -> StepTiming {
         StepTiming {
-            phase: self.step.shape.phase,
-            rows: self.step.shape.rows,
-            tokens: self.step.shape.tokens,
+            shape: self.step.shape,
             load: self.load,
             output_tokens: self.output_tokens,
             start_ms: self.step.start_ms,

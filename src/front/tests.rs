@@ -52,7 +52,7 @@ fn requests_submitted_together_are_in_the_first_step_together() {
     submitter.submit_all((0..4).map(|i| (i, request(i as u32, 3)))).unwrap();
     drop(submitter);
     let steps = events.by_ref().filter_map(|event| match event.unwrap() {
-        SessionEvent::Step(step) => Some(step.rows),
+        SessionEvent::Step(step) => Some(step.shape.rows()),
         _ => None,
     });
     assert_eq!(steps.collect::<Vec<_>>(), [4, 4, 4], "every step, the last one included");

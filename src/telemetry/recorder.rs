@@ -22,7 +22,7 @@ use super::latency::Latencies;
 use super::timeline::Timeline;
 use super::{RunRecord, rounded};
 use crate::front::SessionEvent;
-use crate::request::{Completion, FinishReason, Load, Phase, StepTiming};
+use crate::request::{Completion, FinishReason, Load, StepTiming};
 
 /// Width of a bucket to begin with, in seconds.
 const BUCKET_S: f64 = 0.01;
@@ -59,13 +59,13 @@ pub struct StepTimeline {
     pub bucket_s: f64,
     /// Output tokens a second.
     pub output_tokens_per_s: Vec<f64>,
-    /// Tokens run in prefill steps a second.
+    /// Tokens of prefill rows a second.
     pub prefill_tokens_per_s: Vec<f64>,
-    /// The share of time that the device spent in prefill steps.
+    /// The share of time that the device spent in steps with prefill rows.
     pub prefill_share: Vec<f64>,
-    /// The share of time that the device spent in decode steps.
+    /// The share of time that the device spent in steps of decode rows alone.
     pub decode_share: Vec<f64>,
-    /// Rows of a decode step, padding included.
+    /// Rows of a step of decode rows alone, padding included.
     pub decode_rows: Vec<Option<f64>>,
     /// Requests in the batch.
     pub running: Vec<Option<f64>>,
@@ -173,16 +173,16 @@ impl Recorder {
         self.load = timing.load;
         let (start_s, end_s) = self.place(timing);
         let step_s = end_s - start_s;
-        let decodes = timing.phase == Phase::Decode;
+        let shape = timing.shape;
         self.timeline.spread(start_s, end_s, |seconds| {
             let share = seconds / step_s;
-            let (prefill_s, decode_s) = if decodes { (0.0, seconds) } else { (seconds, 0.0) };
+            let (prefill_s, decode_s) = if shape.is_decode() { (0.0, seconds) } else { (seconds, 0.0) };
             Bucket {
                 output_tokens: share * f64::from(timing.output_tokens),
-                prefill_tokens: if decodes { 0.0 } else { share * f64::from(timing.tokens) },
+                prefill_tokens: share * f64::from(shape.prefill_tokens()),
                 prefill_s,
                 decode_s,
-                decode_rows: decode_s * f64::from(timing.rows),
+                decode_rows: decode_s * f64::from(shape.decode_rows),
                 running: seconds * f64::from(timing.load.running),
                 waiting: seconds * f64::from(timing.load.waiting),
                 pages_used: seconds * f64::from(timing.load.pages_used),
@@ -251,17 +251,18 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
-    use crate::request::RequestError;
+    use crate::request::{RequestError, StepShape};
+
+    const DECODE: StepShape = StepShape { decode_rows: 4, prefill_rows: 0, tokens: 4, samples: 4 };
+    const PREFILL: StepShape = StepShape { decode_rows: 0, prefill_rows: 4, tokens: 100, samples: 4 };
 
     fn token(tag: u64, at: Instant) -> SessionEvent {
         SessionEvent::Token { tag, token: 1, text: String::new(), logprobs: None, at }
     }
 
-    fn step(phase: Phase, end_ms: u64, device_ms: f32, output_tokens: u32) -> SessionEvent {
+    fn step(shape: StepShape, end_ms: u64, device_ms: f32, output_tokens: u32) -> SessionEvent {
         SessionEvent::Step(StepTiming {
-            phase,
-            rows: 4,
-            tokens: if phase == Phase::Prefill { 100 } else { 4 },
+            shape,
             output_tokens,
             load: Load { running: 3, waiting: 5, pages_used: 7 },
             start_ms: 5000.0 + end_ms as f32 - device_ms,
@@ -287,7 +288,7 @@ mod tests {
         recorder.submitted(1, at(5));
         let events = [token(0, at(10)), token(1, at(10)), token(1, at(13)), token(0, at(20))];
         events.iter().for_each(|event| recorder.hear(event));
-        recorder.hear(&step(Phase::Decode, 20, 10.0, 4));
+        recorder.hear(&step(DECODE, 20, 10.0, 4));
         let record = recorder.record(0.02, None);
         assert_eq!((record.first_token_ms.count, record.first_token_ms.max), (2, 10.0));
         assert_eq!((record.first_token_ms.p50, record.between_tokens_ms.p50), (5.0, 3.0));
@@ -298,8 +299,8 @@ mod tests {
     #[test]
     fn a_step_counts_evenly_over_the_time_that_it_took() {
         let mut recorder = Recorder::new();
-        recorder.hear(&step(Phase::Prefill, 20, 20.0, 0));
-        recorder.hear(&step(Phase::Decode, 35, 10.0, 2));
+        recorder.hear(&step(PREFILL, 20, 20.0, 0));
+        recorder.hear(&step(DECODE, 35, 10.0, 2));
         let timeline = recorder.record(0.035, None).timeline;
         assert_eq!(timeline.bucket_s, 0.01);
         assert_eq!(timeline.prefill_share, [1.0, 1.0, 0.0, 0.0]);
@@ -314,7 +315,7 @@ mod tests {
     #[test]
     fn a_step_whose_end_is_seen_late_is_placed_by_the_devices_clock() {
         let mut recorder = Recorder::new();
-        let late = |end_ms: u64, late_ms: u64| match step(Phase::Decode, end_ms, 10.0, 1) {
+        let late = |end_ms: u64, late_ms: u64| match step(DECODE, end_ms, 10.0, 1) {
             SessionEvent::Step(timing) => {
                 SessionEvent::Step(StepTiming { host_time: Duration::from_millis(1 + late_ms), ..timing })
             }
@@ -338,7 +339,7 @@ mod tests {
     #[test]
     fn steps_that_take_no_time_count_all_the_same() {
         let mut recorder = Recorder::new();
-        let at = |us: u64| match step(Phase::Decode, 1, 0.0, 3) {
+        let at = |us: u64| match step(DECODE, 1, 0.0, 3) {
             SessionEvent::Step(timing) => SessionEvent::Step(StepTiming {
                 host_start: Duration::from_nanos(us * 7),
                 host_time: Duration::ZERO,

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use half::{bf16, f16};
 use minisgl_core::backend::{Device, Element, KvLayer, LayerWeights, Ops, Purpose, Step, WeightRole};
-use minisgl_core::batch::{Batch, Dummy, Layout, PageUpdate, Phase, Row, StepShape, Token};
+use minisgl_core::batch::{Batch, Dummy, Layout, PageUpdate, Row, StepShape, Token};
 use minisgl_core::config::Limits;
 use minisgl_core::request::Ticket;
 use minisgl_core::spec::{Attention, DecoderSpec, Dims, LayerSpec, Mixer, NormForm, QkNorm, Rope};
@@ -227,7 +227,8 @@ impl Machine {
         self.pages[slot as usize][(position / size) as usize] * size + position % size
     }
 
-    /// Puts a step of these sequences on the device, with random token ids, padded to `shape`.
+    /// Puts a step of these sequences on the device, with random token ids, padded to `shape`. Those at the beginning that
+    /// have one new token decode.
     pub fn step(
         &mut self,
         random: &mut Random,
@@ -236,8 +237,6 @@ impl Machine {
         shape: Option<StepShape>,
     ) -> (Step<Buffer>, Vec<Token>, Vec<Row>) {
         let mut batch = Batch::new(&self.limits);
-        let decode = sequences.iter().all(|sequence| sequence.new == 1);
-        batch.clear(if decode { Phase::Decode } else { Phase::Prefill });
         for (i, sequence) in sequences.iter().enumerate() {
             let Sequence { slot, cached, new } = *sequence;
             let row = Row {
@@ -249,10 +248,16 @@ impl Machine {
                 sampled: 1,
                 ..sampling(i)
             };
-            batch.push_row(Ticket { entry: slot, generation: 0 }, row);
-            for position in cached..cached + new {
+            let mut token = |position| {
                 let id = random.below(self.dims.vocab as usize) as u32;
-                batch.push_token(Token { id, slot, position, location: self.location(slot, position) });
+                Token { id, slot, position, location: self.location(slot, position) }
+            };
+            let owner = Ticket { entry: slot, generation: 0 };
+            if new == 1 && batch.shape().is_decode() {
+                batch.push_decode_row(owner, row, token(cached));
+            } else {
+                batch.push_prefill_row(owner, row);
+                (cached..cached + new).for_each(|position| batch.push_token(token(position)));
             }
             for i in 0..(cached + new).div_ceil(self.limits.page_size) {
                 let page = self.pages[slot as usize][i as usize];

@@ -6,16 +6,19 @@
 //!   prefill   plan: count, then (row, first token) an item                 a block takes an item and a kv head, again and again
 //! ```
 //!
+//! A step's decode rows and its prefill rows are launched one after the other, each with its own plan and scratch, and only
+//! where there are any.
+//!
 //! Grids depend on the step's shape and on fixed capacities only, so that a recorded step fits any lengths: a step fills
 //! the device once (each half of a divided one, half of it), where a prefill step may need as many blocks. Portable prefill
 //! blocks take one item and head each, and as many are launched as the step's tokens may need at most.
 //!
-//! Invariant: the same query over the same keys and values gives the same bits, in whichever phase and batch.
+//! Invariant: the same query over the same keys and values gives the same bits, in whichever kind of row and batch.
 
 mod plan;
 
 use minisgl_core::backend::{Dims, KvLayer, Purpose, Step};
-use minisgl_core::batch::{Phase, Row, StepShape};
+use minisgl_core::batch::{Row, StepShape};
 use minisgl_core::config::Limits;
 use minisgl_kernels::attention::{LEAF, Prefill, Set, TILE};
 
@@ -44,8 +47,10 @@ pub struct Attention {
     /// For a step that is not divided, and for each half of one that is.
     whole: Cutter,
     half: Cutter,
-    /// For the whole or the first half, and for the second.
+    /// For decode rows: of the whole step or its first half, and of the second.
     scratch: [Scratch; 2],
+    /// Where blocks of a prefill launch count the turns that they have taken. Zero between launches.
+    prefill_turns: Address,
 }
 
 /// Wider than any sequence; the kernels add it to positions.
@@ -164,6 +169,8 @@ impl Attention {
             Room::Whole,
         );
         let half = Cutter::new(multiprocessors, heads, window, limits, half_rows, Room::Half);
+        let prefill_turns = cuda.allocate(Purpose::Scratch, 4)?;
+        cuda.zero(prefill_turns, 4)?;
         Ok(Attention {
             decode: cuda.modules().kernel("attention", decode, set.decode_shared)?,
             prefill: cuda.modules().kernel("attention", prefill, set.prefill.shared)?,
@@ -178,26 +185,36 @@ impl Attention {
                 Scratch::new(cuda, heads, &whole, limits.running)?,
                 Scratch::new(cuda, heads, &half, half_rows)?,
             ],
+            prefill_turns,
         })
     }
 
     /// Words of the plan of the largest step within `limits`.
     pub fn plan_words(&self, limits: &Limits) -> usize {
         let items = self.heads.items_max(&self.set.prefill, limits.step_tokens() as u32, limits.running);
-        self.whole.words().max(2 * self.half.words()).max(1 + 2 * items as usize)
+        self.decode_plan_words() + 1 + 2 * items as usize
+    }
+
+    /// Words of the plan of the largest step of decode rows; that of prefill rows lies behind them.
+    fn decode_plan_words(&self) -> usize {
+        self.whole.words().max(2 * self.half.words())
     }
 
     /// Divides a step's work, or that of its halves. `rows` are the step's, padding included.
     pub fn plan(&self, shape: StepShape, divided: bool, rows: &[Row], words: &mut [u32]) {
-        match shape.phase {
-            Phase::Decode if divided => {
-                let (first, second) = rows.split_at(Part::First.tokens(shape).len());
-                let (first_words, second_words) = words.split_at_mut(self.half.words());
-                self.half.plan(first, first_words);
-                self.half.plan(second, second_words);
-            }
-            Phase::Decode => self.whole.plan(rows, words),
-            Phase::Prefill => plan_prefill(self.set.prefill.item_tokens(self.heads.group), rows, words),
+        let (decode_words, prefill_words) = words.split_at_mut(self.decode_plan_words());
+        let decode_rows = &rows[..shape.decode_rows as usize];
+        if divided {
+            let (first, second) = decode_rows.split_at(Part::First.tokens(shape).len());
+            let (first_words, second_words) = decode_words.split_at_mut(self.half.words());
+            self.half.plan(first, first_words);
+            self.half.plan(second, second_words);
+        } else if shape.decode_rows > 0 {
+            self.whole.plan(decode_rows, decode_words);
+        }
+        if shape.prefill_rows > 0 {
+            let item_tokens = self.set.prefill.item_tokens(self.heads.group);
+            plan_prefill(item_tokens, rows, shape.decode_rows, prefill_words);
         }
     }
 
@@ -213,10 +230,13 @@ impl Attention {
         out: Buffer,
     ) -> Result<(), CudaError> {
         let operands = Operands { step, q, kv, out };
-        match step.shape.phase {
-            Phase::Decode => self.attend_decode(launcher, part, operands),
-            Phase::Prefill if self.hopper => self.attend_hopper(launcher, operands),
-            Phase::Prefill => self.attend_portable(launcher, operands),
+        if step.shape.decode_rows > 0 {
+            self.attend_decode(launcher, part, operands)?;
+        }
+        match (step.shape.prefill_rows, self.hopper) {
+            (0, _) => Ok(()),
+            (_, true) => self.attend_hopper(launcher, operands),
+            (_, false) => self.attend_portable(launcher, operands),
         }
     }
 
@@ -262,15 +282,21 @@ impl Attention {
         )
     }
 
-    /// Turns of a prefill step: items that its tokens may make at most, for each key and value head.
-    fn turns_max(&self, step: &Step<Buffer>) -> u32 {
-        self.heads.items_max(&self.set.prefill, step.shape.tokens, step.shape.rows) * self.heads.kv_heads
+    /// Turns of a step's prefill rows: items that their tokens may make at most, for each key and value head.
+    fn turns_max(&self, shape: StepShape) -> u32 {
+        let items = self.heads.items_max(&self.set.prefill, shape.prefill_tokens(), shape.prefill_rows);
+        items * self.heads.kv_heads
+    }
+
+    /// First word of the prefill rows' plan in the batch.
+    fn prefill_plan(&self, step: &Step<Buffer>) -> u32 {
+        (step.layout.plan + self.decode_plan_words()) as u32
     }
 
     fn attend_hopper(&self, launcher: &Launcher, operands: Operands) -> Result<(), CudaError> {
         let Operands { step, q, kv, out } = operands;
         let Prefill { part_queries, threads, shared, .. } = self.set.prefill;
-        let blocks = self.turns_max(step).min(self.multiprocessors);
+        let blocks = self.turns_max(step.shape).min(self.multiprocessors);
         let Heads { head_dim, kv_heads, group } = self.heads;
         let head_dim = head_dim as usize;
         let queries = [step.shape.tokens as usize, (kv_heads * group) as usize, head_dim];
@@ -283,7 +309,7 @@ impl Attention {
             Grid::new(blocks, threads).shared(shared).dependent(),
             [
                 &step.batch,
-                &(step.layout.plan as u32),
+                &self.prefill_plan(step),
                 &(step.layout.rows as u32),
                 &step.page_table,
                 &step.table_width,
@@ -294,7 +320,7 @@ impl Attention {
                 &pages(kv.k)?,
                 &pages(kv.v)?,
                 &out,
-                &self.scratch[0].turns(),
+                &self.prefill_turns,
                 &self.window,
             ],
         )
@@ -306,10 +332,10 @@ impl Attention {
         let Heads { kv_heads, group, .. } = self.heads;
         launcher.launch(
             &self.prefill,
-            Grid::new(self.turns_max(step), threads).shared(shared),
+            Grid::new(self.turns_max(step.shape), threads).shared(shared),
             [
                 &step.batch,
-                &(step.layout.plan as u32),
+                &self.prefill_plan(step),
                 &(step.layout.rows as u32),
                 &step.page_table,
                 &step.table_width,

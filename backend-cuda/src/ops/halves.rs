@@ -18,9 +18,9 @@
 use std::ops::Range;
 
 use minisgl_core::backend::Dims;
-use minisgl_core::batch::{Phase, StepShape};
+use minisgl_core::batch::StepShape;
 
-/// The rows of a step that a chain of kernels works on. In a decode step, which alone is divided, each is a token.
+/// The rows of a step that a chain of kernels works on. In a step of decode rows, which alone is divided, each is a token.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Part {
     /// All.
@@ -66,7 +66,7 @@ impl Halves {
 
     /// Is a step of this shape divided?
     pub fn divide(&self, shape: StepShape) -> bool {
-        self.pays && shape.phase == Phase::Decode && (Self::ROWS_MIN..=Self::ROWS_MAX).contains(&shape.rows)
+        self.pays && shape.is_decode() && (Self::ROWS_MIN..=Self::ROWS_MAX).contains(&shape.decode_rows)
     }
 }
 
@@ -88,11 +88,11 @@ mod tests {
     #[test]
     fn a_step_is_divided_where_its_model_is_small_and_its_rows_are_many() {
         let [small, large] = MODELS.map(|model| model.dims());
-        let prefill = StepShape { phase: Phase::Prefill, ..StepShape::decode(64) };
+        let mixed = StepShape { decode_rows: 63, prefill_rows: 1, ..StepShape::decode(64) };
         let divided = |dims, hopper, shape| Halves::new(&dims, hopper).divide(shape);
         assert!([40, 48, 256].into_iter().all(|rows| divided(small, true, StepShape::decode(rows))));
         assert!(![1, 32, 264].into_iter().any(|rows| divided(small, true, StepShape::decode(rows))));
-        assert!(!divided(small, true, prefill));
+        assert!(!divided(small, true, mixed));
         assert!(!divided(small, false, StepShape::decode(64)));
         assert!(!divided(large, true, StepShape::decode(64)));
     }

@@ -4,7 +4,6 @@
 
 use half::bf16;
 use minisgl_core::backend::KvLayer;
-use minisgl_core::batch::Phase;
 use minisgl_core::tensor::splitmix64;
 
 use super::case::{Case, Check, Filter, ModelShape, Run, random, random_element, random_in, relative_error};
@@ -44,7 +43,7 @@ pub(super) fn cases(filter: &Filter) -> Vec<Case> {
         for tokens in filter.tokens() {
             let prompts = tokens.div_ceil(PROMPT);
             let rows = (0..prompts).map(|i| (0, PROMPT.min(tokens - i * PROMPT))).collect();
-            let step = StepOf { phase: Phase::Prefill, rows, ..StepOf::decode(&[1], model.vocab) };
+            let step = StepOf { rows, ..StepOf::decode(&[], model.vocab) };
             cases.push(case("attention_prefill", format!("tokens={tokens} prompts={prompts}"), model, step));
         }
     }

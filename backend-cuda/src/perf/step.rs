@@ -4,9 +4,7 @@
 use bytemuck::{cast_slice, cast_slice_mut};
 use half::bf16;
 use minisgl_core::backend::{Device, Element, Purpose, Step};
-use minisgl_core::batch::{
-    HEADER_WORDS, Header, Layout, Phase, ROW_WORDS, Row, StepShape, TOKEN_WORDS, Token,
-};
+use minisgl_core::batch::{HEADER_WORDS, Header, Layout, ROW_WORDS, Row, StepShape, TOKEN_WORDS, Token};
 use minisgl_core::config::Limits;
 use minisgl_core::tensor::splitmix64;
 
@@ -19,7 +17,8 @@ pub(super) const PAGE_SIZE: u32 = 16;
 
 /// A step being described.
 pub(super) struct StepOf {
-    pub(super) phase: Phase,
+    /// Rows that decode: the first ones, with one token each.
+    pub(super) decode_rows: u32,
     /// `(position of the first token, tokens)` of each row.
     pub(super) rows: Vec<(u32, u32)>,
     /// Ids are drawn below this.
@@ -32,7 +31,8 @@ impl StepOf {
     /// A decode step of rows whose tokens attend to `contexts` tokens each.
     pub(super) fn decode(contexts: &[u32], vocab: u32) -> StepOf {
         let rows = contexts.iter().map(|context| (context - 1, 1)).collect();
-        StepOf { phase: Phase::Decode, rows, vocab, sampling: Row { top_p: 1.0, ..Row::default() } }
+        let decode_rows = contexts.len() as u32;
+        StepOf { decode_rows, rows, vocab, sampling: Row { top_p: 1.0, ..Row::default() } }
     }
 
     /// Capacities that just hold the step.
@@ -61,8 +61,8 @@ impl StepOf {
     }
 
     fn shape(&self) -> StepShape {
-        let rows = self.rows.len() as u32;
-        StepShape { phase: self.phase, rows, tokens: self.tokens(), samples: rows }
+        let (rows, decode_rows) = (self.rows.len() as u32, self.decode_rows);
+        StepShape { decode_rows, prefill_rows: rows - decode_rows, tokens: self.tokens(), samples: rows }
     }
 
     pub(super) fn packed_rows(&self) -> Vec<Row> {
@@ -97,7 +97,7 @@ impl StepOf {
         let pages = self.page_lists();
         let mut words = vec![0u32; layout.words];
         let header =
-            Header { rows: shape.rows, tokens: shape.tokens, samples: shape.samples, ..Header::default() };
+            Header { rows: shape.rows(), tokens: shape.tokens, samples: shape.samples, ..Header::default() };
         words[..HEADER_WORDS].copy_from_slice(cast_slice(&[header]));
         plan(shape, &rows, &mut words[layout.plan..layout.rows]);
         words[layout.rows..][..rows.len() * ROW_WORDS].copy_from_slice(cast_slice(&rows));

@@ -5,7 +5,7 @@
 
 use minisgl_core::backend::{Device, Element, Model, Purpose, Queue, Step};
 use minisgl_core::batch::{
-    HEADER_WORDS, Header, LAST_TOKEN, Phase, Row, StepShape, packed_rows, packed_tokens, packed_updates,
+    HEADER_WORDS, Header, LAST_TOKEN, Row, StepShape, packed_rows, packed_tokens, packed_updates,
 };
 use minisgl_core::config::Limits;
 use minisgl_core::sampling::{LOGPROB_WORDS, NO_TOKEN, RowLogprobs, TOP_LOGPROBS_MAX};
@@ -65,7 +65,7 @@ impl<B: Runs> Model<B> for Hashing {
     }
 
     fn plan(&self, _: &B, shape: StepShape, rows: &[Row], words: &mut [u32]) {
-        assert_eq!((rows.len(), words.len()), (shape.rows as usize, PLAN_WORDS));
+        assert_eq!((rows.len(), words.len()), (shape.rows() as usize, PLAN_WORDS));
         words[0] = rows.iter().map(|row| row.kv_len).sum();
     }
 
@@ -156,10 +156,11 @@ pub fn logprobs(memory: &mut [u32], step: &Step<Words>, tokens: Words, out: Word
 fn check_header(step: &Step<Words>, batch: &[u32]) -> Header {
     let header: Header = bytemuck::cast_slice(&batch[..HEADER_WORDS])[0];
     let shape = step.shape;
-    assert_eq!((header.rows, header.tokens, header.samples), (shape.rows, shape.tokens, shape.samples));
-    let rows = packed_rows(&step.layout, shape.rows as usize, batch);
+    assert_eq!((header.rows, header.tokens, header.samples), (shape.rows(), shape.tokens, shape.samples));
+    let rows = packed_rows(&step.layout, shape.rows() as usize, batch);
     assert_eq!(batch[step.layout.plan], rows.iter().map(|row| row.kv_len).sum::<u32>(), "the plan's words");
-    assert!(shape.phase == Phase::Prefill || rows.iter().all(|row| row.tokens == 1));
+    let is_decode_row = |(i, row): (u32, &Row)| row.tokens == 1 && row.first_token == i && row.sampled == 1;
+    assert!((0..shape.decode_rows).zip(rows).all(is_decode_row), "decode row i owns token i");
     header
 }
 

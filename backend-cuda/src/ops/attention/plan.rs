@@ -173,15 +173,15 @@ impl Cuts {
     }
 }
 
-/// The rows cut into items of `tokens` tokens. A row's items follow each other, so that blocks that work at the same time find
+/// The rows from `first_row` on cut into items of `tokens` tokens. A row's items follow each other, so that blocks that work at the same time find
 /// the same keys and values in L2; rows and items that see most positions are first: short ones fill the gaps at the end.
-pub(super) fn plan_prefill(tokens: u32, rows: &[Row], words: &mut [u32]) {
+pub(super) fn plan_prefill(tokens: u32, rows: &[Row], first_row: u32, words: &mut [u32]) {
     let (count, items) = words.split_at_mut(1);
     let items: &mut [[u32; 2]] = bytemuck::cast_slice_mut(items_of_two(items));
     let mut filled = 0;
-    for (index, row) in rows.iter().enumerate() {
+    for (index, row) in (first_row..).zip(&rows[first_row as usize..]) {
         for first in (0..row.tokens).step_by(tokens as usize) {
-            items[filled] = [index as u32, first];
+            items[filled] = [index, first];
             filled += 1;
         }
     }
@@ -304,12 +304,13 @@ mod tests {
     #[test]
     fn a_prefill_plan_has_every_token_once_long_rows_and_late_items_first() {
         let row = |position, tokens| Row { position, tokens, kv_len: position + tokens, ..Row::default() };
-        let rows = [row(0, 100), row(500, 1), row(64, 200), row(0, 96), row(0, 501)];
+        let decoding = row(70, 1);
+        let rows = [decoding, decoding, row(0, 100), row(500, 1), row(64, 200), row(0, 96), row(0, 501)];
         let mut words = [0; 40];
-        plan_prefill(96, &rows, &mut words);
+        plan_prefill(96, &rows, 2, &mut words);
         let planned: Vec<[u32; 2]> = bytemuck::cast_slice(&words[1..1 + 2 * words[0] as usize]).to_vec();
         let of_row = |row, tokens: u32| (0..tokens.div_ceil(96)).rev().map(move |item| [row, 96 * item]);
-        let expected = [(1, 1), (4, 501), (2, 200), (0, 100), (3, 96)];
+        let expected = [(3, 1), (6, 501), (4, 200), (2, 100), (5, 96)];
         assert_eq!(
             planned,
             expected.into_iter().flat_map(|(row, tokens)| of_row(row, tokens)).collect::<Vec<_>>()
