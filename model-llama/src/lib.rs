@@ -1,4 +1,4 @@
-//! Llama and what differs from it little: Mistral, Qwen2, SmolLM3. None of them norms queries and keys.
+//! Llama and what differs from it little: Mistral, Qwen2, SmolLM3, Seed-OSS. None of them norms queries and keys.
 //!
 //! | family | what it adds to Llama |
 //! |---|---|
@@ -6,6 +6,7 @@
 //! | Mistral | a window on every layer, in the first 7B |
 //! | Qwen2 | biases of q, k and v; a window on the later layers, if it is switched on |
 //! | SmolLM3 | no rope on some layers |
+//! | Seed-OSS | biases of q, k and v, which can be switched off |
 
 use minisgl_core::spec::{Attention, Bias, DecoderSpec, LayerSpec, Mixer, Mlp};
 use minisgl_decoder::{ConfigError, Family, Fields, LayerNames, Preset};
@@ -47,15 +48,32 @@ pub static SMOLLM3: Family = Family {
     presets: SMOLLM3_PRESETS,
 };
 
-/// A decoder whose layers' attention is what `attention` makes of Llama's, which has rope and nothing else.
+/// `SeedOssForCausalLM`.
+pub static SEED_OSS: Family = Family {
+    architecture: "SeedOssForCausalLM",
+    model_type: "seed_oss",
+    read: seed_oss,
+    names: LayerNames::NORMS_BEFORE,
+    presets: SEED_OSS_PRESETS,
+};
+
+/// A decoder for which `attention_bias` would mean what it means for Llama, a bias on o too, and which has none.
 fn decoder(
     fields: &Fields<'_>,
     tied: bool,
     attention: impl Fn(usize, Attention) -> Attention,
 ) -> Result<DecoderSpec, ConfigError> {
-    for bias in ["attention_bias", "mlp_bias"] {
-        fields.only(bias, &[json!(false)])?;
-    }
+    fields.only("attention_bias", &[json!(false)])?;
+    decoder_with_biases(fields, tied, attention)
+}
+
+/// A decoder whose layers' attention is what `attention` makes of Llama's, which has rope and nothing else.
+fn decoder_with_biases(
+    fields: &Fields<'_>,
+    tied: bool,
+    attention: impl Fn(usize, Attention) -> Attention,
+) -> Result<DecoderSpec, ConfigError> {
+    fields.only("mlp_bias", &[json!(false)])?;
     let dims = fields.dims()?;
     let llama = Attention { rope: Some(fields.rope(dims.head_dim)?), ..Attention::plain() };
     let plain = LayerSpec { mlp: Mlp::Dense(fields.activation("hidden_act")?), ..LayerSpec::plain() };
@@ -112,6 +130,15 @@ fn layers_with_rope(fields: &Fields<'_>) -> Result<Vec<bool>, ConfigError> {
     }
 }
 
+/// Its dropouts are training's.
+fn seed_oss(fields: &Fields<'_>) -> Result<DecoderSpec, ConfigError> {
+    fields.required("head_dim", fields.get("head_dim"))?;
+    fields.only("attention_out_bias", &[json!(false)])?;
+    let biased = fields.optional_bool("attention_bias")?.unwrap_or(true);
+    let bias = if biased { Bias::Qkv } else { Bias::None };
+    decoder_with_biases(fields, false, |_, attention| Attention { bias, ..attention })
+}
+
 /// SmolLM2 is a Llama too.
 #[rustfmt::skip]
 const LLAMA_PRESETS: &[Preset] = &[
@@ -137,3 +164,46 @@ const QWEN2_PRESETS: &[Preset] = &[
 const SMOLLM3_PRESETS: &[Preset] = &[
     Preset { name: "smollm3-3b", config: r#"{"num_hidden_layers": 36, "hidden_size": 2048, "num_attention_heads": 16, "num_key_value_heads": 4, "intermediate_size": 11008, "vocab_size": 128256, "tie_word_embeddings": true, "rms_norm_eps": 1e-06, "max_position_embeddings": 65536, "rope_theta": 5000000, "no_rope_layer_interval": 4}"# },
 ];
+
+/// Seed-OSS-36B.
+#[rustfmt::skip]
+const SEED_OSS_PRESETS: &[Preset] = &[
+    Preset { name: "seed-oss-36b", config: r#"{"num_hidden_layers": 64, "hidden_size": 5120, "num_attention_heads": 80, "num_key_value_heads": 8, "head_dim": 128, "intermediate_size": 27648, "vocab_size": 155136, "tie_word_embeddings": false, "rms_norm_eps": 1e-06, "max_position_embeddings": 524288, "rope_theta": 10000000, "attention_bias": true, "attention_out_bias": false}"# },
+];
+
+#[cfg(test)]
+mod tests {
+    use minisgl_decoder::Config;
+
+    use super::*;
+
+    /// Layer 0's bias of a Seed-OSS whose published configuration has `changes` put on top.
+    fn seed_oss_bias(changes: Value) -> Result<Bias, String> {
+        let mut config: Value =
+            serde_json::from_str(SEED_OSS_PRESETS[0].config).map_err(|e| e.to_string())?;
+        config["architectures"] = json!(["SeedOssForCausalLM"]);
+        for (field, value) in changes.as_object().into_iter().flatten() {
+            config[field] = value.clone();
+        }
+        let read = Config::from_json(config.to_string().as_bytes(), &[&SEED_OSS]);
+        match read.map_err(|error| error.to_string())?.0.spec.layers[0].mixer {
+            Mixer::Attention(attention) => Ok(attention.bias),
+            Mixer::GatedDelta { .. } => Err("it has attention".to_owned()),
+        }
+    }
+
+    #[test]
+    fn seed_oss_has_biases_unless_they_are_switched_off() {
+        assert_eq!(seed_oss_bias(json!({})), Ok(Bias::Qkv));
+        assert_eq!(seed_oss_bias(json!({"attention_bias": null})), Ok(Bias::Qkv));
+        assert_eq!(seed_oss_bias(json!({"attention_bias": false})), Ok(Bias::None));
+        for (refused, field) in [
+            (json!({"attention_out_bias": true}), "attention_out_bias"),
+            (json!({"mlp_bias": true}), "mlp_bias"),
+            (json!({"head_dim": null}), "head_dim"),
+        ] {
+            let error = seed_oss_bias(refused).unwrap_err();
+            assert!(error.contains(field), "{error}");
+        }
+    }
+}

@@ -16,8 +16,16 @@ use serde::Deserialize;
 pub const CHECKPOINTS: [&str; 2] = ["tiny-tied", "tiny-untied"];
 
 /// Golden checkpoints of other families, each about a thing of its own.
-pub const FAMILIES: [&str; 7] =
-    ["llama-rope3", "qwen2-bias", "qwen2-yarn", "mistral-window", "smollm3-nope", "qwen3-yarn", "gemma3"];
+pub const FAMILIES: [&str; 8] = [
+    "llama-rope3",
+    "qwen2-bias",
+    "qwen2-yarn",
+    "mistral-window",
+    "smollm3-nope",
+    "seed-oss",
+    "qwen3-yarn",
+    "gemma3",
+];
 
 /// One of them on the CPU.
 pub fn family(name: &str) -> LlmBuilder {
