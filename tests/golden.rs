@@ -14,7 +14,7 @@ fn distance(a: &[f32], b: &[f32]) -> f32 {
         .fold(0.0, f32::max)
 }
 
-fn assert_logits(llm: &mut Llm, golden: &Golden) {
+fn assert_logits(name: &str, llm: &mut Llm, golden: &Golden) {
     for (i, example) in golden.examples.iter().enumerate() {
         let expected = golden.logits(i);
         let mut sequence = example.prompt.clone();
@@ -24,10 +24,10 @@ fn assert_logits(llm: &mut Llm, golden: &Golden) {
         let prompt = &logits[..example.prompt.len()];
         for (row, expected) in prompt[prompt.len() - expected.len()..].iter().zip(&expected) {
             let error = distance(row, expected);
-            assert!(error < 1e-3, "example {i}: a logit of the prompt is off by {error}");
+            assert!(error < 1e-3, "{name}, example {i}: a logit of the prompt is off by {error}");
         }
         let error = distance(logits.last().unwrap(), &golden.last_logits(i));
-        assert!(error < 1e-3, "example {i}: a logit of the last step is off by {error}");
+        assert!(error < 1e-3, "{name}, example {i}: a logit of the last step is off by {error}");
     }
 }
 
@@ -37,7 +37,7 @@ fn logits_at_every_position_are_those_of_transformers() {
         let golden = Golden::open(name);
         for (prefill_tokens, prefix_cache) in [(512, true), (7, true), (512, false)] {
             let builder = builder(name).max_prefill_tokens(prefill_tokens).prefix_cache(prefix_cache);
-            assert_logits(&mut builder.build().unwrap(), &golden);
+            assert_logits(name, &mut builder.build().unwrap(), &golden);
         }
     }
 }
@@ -48,7 +48,7 @@ fn logits_of_every_family_are_those_of_transformers() {
         let golden = Golden::open(name);
         for prefill_tokens in [512, 50] {
             let mut llm = family(name).max_prefill_tokens(prefill_tokens).build().unwrap();
-            assert_logits(&mut llm, &golden);
+            assert_logits(name, &mut llm, &golden);
         }
     }
 }
