@@ -35,6 +35,9 @@ with_shared_flags! {
         /// output lengths, both ends included (default 100..1024)
         #[argh(option)]
         output_len: Option<Lengths>,
+        /// a further prompt of so many tokens comes when the others have half of their output: ITL says how long they wait
+        #[argh(option)]
+        late_prompt: Option<u32>,
         /// run the requests of this file instead of random ones: request lines as generate takes them, or ShareGPT JSON
         #[argh(option)]
         requests: Option<PathBuf>,
@@ -156,13 +159,14 @@ impl Flags {
     }
 
     fn plan(&self) -> Result<Plan, Cause> {
-        if self.n == Some(0) || self.runs == 0 || self.repeat == 0 {
-            return Err("--n, --runs and --repeat must be at least 1".into());
+        if self.n == Some(0) || self.runs == 0 || self.repeat == 0 || self.late_prompt == Some(0) {
+            return Err("--n, --runs, --repeat and --late-prompt must be at least 1".into());
         }
         let sampling = self.sampling(SamplingParams { temperature: 0.6, ..SamplingParams::default() });
         sampling.check()?;
         Ok(Plan {
             requests: self.requests()?,
+            late_prompt: self.late_prompt,
             sampling,
             runs: self.runs,
             repeat: self.repeat,
@@ -199,9 +203,10 @@ impl Flags {
         }
     }
 
-    /// Sequences need be no longer than the longest random request.
+    /// Sequences need be no longer than the longest random request, or the late one.
     fn options(&self) -> Options {
-        let longest = lengths(&self.input_len).longest().saturating_add(lengths(&self.output_len).longest());
+        let drawn = lengths(&self.input_len).longest().saturating_add(lengths(&self.output_len).longest());
+        let longest = drawn.max(self.late_prompt.map_or(0, |tokens| tokens.saturating_add(1)));
         let options = self.engine_options();
         let drawn = self.requests.is_none();
         Options { max_seq_len: options.max_seq_len.or(drawn.then_some(longest)), ..options }

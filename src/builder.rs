@@ -1,5 +1,6 @@
 //! Setting up an [`Llm`]: one method a setting, then [`LlmBuilder::build`].
 
+use minisgl_core::policy::Policy;
 use minisgl_core::scheduler::Order;
 
 use crate::device;
@@ -67,7 +68,7 @@ impl LlmBuilder {
         self
     }
 
-    /// Tokens of a prefill step.
+    /// Tokens of prompts in a step.
     pub fn max_prefill_tokens(mut self, tokens: u32) -> Self {
         self.options.max_prefill_tokens = Some(tokens);
         self
@@ -118,6 +119,12 @@ impl LlmBuilder {
     /// In which order waiting requests are admitted.
     pub fn order(mut self, order: Order) -> Self {
         self.options.order = order;
+        self
+    }
+
+    /// What a step is made of.
+    pub fn policy(mut self, policy: Policy) -> Self {
+        self.options.policy = policy;
         self
     }
 

@@ -90,7 +90,7 @@ macro_rules! with_shared_flags {
             /// requests that run at once (default 256)
             #[argh(option)]
             max_running: Option<u32>,
-            /// tokens of a prefill step (default 16384 on a GPU, 1024 on the CPU)
+            /// tokens of prompts in a step (default 16384 on a GPU, 1024 on the CPU)
             #[argh(option)]
             max_prefill_tokens: Option<u32>,
             /// tokens of a KV page, a power of two (default 16, or the device's least)
@@ -117,6 +117,9 @@ macro_rules! with_shared_flags {
             /// order of admission: given (default) or longest-output-first
             #[argh(option, from_str_fn($crate::parse_order), default = "::std::default::Default::default()")]
             order: $crate::Order,
+            /// what a step is made of: throughput (default: most tokens a second) or latency (no long wait for the next token)
+            #[argh(option, from_str_fn($crate::parse_policy), default = "::std::default::Default::default()")]
+            policy: $crate::Policy,
             /// how freely tokens are drawn; 0 takes the most probable one
             #[argh(option)]
             temperature: Option<f32>,
@@ -155,6 +158,7 @@ macro_rules! with_shared_flags {
                     overlap: default.overlap && !self.no_overlap,
                     prefix_cache: !self.no_prefix_cache,
                     order: self.order,
+                    policy: self.policy,
                     ..default
                 }
             }

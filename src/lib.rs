@@ -67,9 +67,10 @@ pub use generation_config::{GenerationConfig, GenerationConfigChoice};
 pub use info::Info;
 pub use llm::{Llm, gpu_present};
 pub use minisgl_core::config::{Limits, LimitsError};
+pub use minisgl_core::policy::Policy;
 pub use minisgl_core::scheduler::Order;
 pub use minisgl_core::stats::Stats;
-pub use options::{BackendChoice, KernelChoice, Options, parse_order};
+pub use options::{BackendChoice, KernelChoice, Options, parse_order, parse_policy};
 pub use request::{
     BesideWork, ChatPrompt, Completion, FinishReason, Flow, GenerateRequest, JsonObject, Message, NoRole,
     Prompt, RequestError, SamplingError, SamplingParams, StepShape, StepTiming, StreamEvent, SubmitError,

@@ -13,7 +13,7 @@ use std::time::Instant;
 use minisgl_core::backend::{DeviceInfo, Model};
 use minisgl_core::config::{Limits, LimitsError};
 use minisgl_core::engine::{Engine, EngineOptions};
-use minisgl_core::scheduler::Policy;
+use minisgl_core::scheduler::Settings;
 use minisgl_core::stats::Stats;
 use minisgl_cpu::Cpu;
 use minisgl_cuda::{Cuda, CudaError, KernelSet};
@@ -403,15 +403,16 @@ impl Opening<'_> {
             };
         }
         tracing::debug!(?limits, "capacities planned");
-        let policy = Policy {
+        let scheduler = Settings {
+            policy: self.options.policy,
             prefix_cache: self.options.prefix_cache,
             order: self.options.order,
             vocab: model.vocab(),
         };
-        let eos = self.end_tokens(policy.vocab);
+        let eos = self.end_tokens(scheduler.vocab);
         let page_bytes = model.page_bytes(limits.page_size);
         let engine_options =
-            EngineOptions { limits, policy, eos: eos.clone(), overlap: self.options.overlap };
+            EngineOptions { limits, scheduler, eos: eos.clone(), overlap: self.options.overlap };
         let engine =
             Engine::new(backend, model, engine_options).map_err(|cause| Error::Device(cause.into()))?;
 
@@ -425,7 +426,7 @@ impl Opening<'_> {
             limits,
             dims: *engine.model().dims(),
             window: engine.model().spec().window(),
-            vocab: policy.vocab,
+            vocab: scheduler.vocab,
             eos,
             warnings: self.text.warnings().to_vec(),
             weight_bytes: engine.model().weight_bytes(),

@@ -4,6 +4,7 @@ use std::ffi::OsString;
 use std::str::FromStr;
 
 use minisgl_core::config::Limits;
+use minisgl_core::policy::Policy;
 use minisgl_core::scheduler::Order;
 
 use crate::device;
@@ -46,7 +47,7 @@ pub struct Options {
     pub max_running: u32,
     /// Requests that wait inside the engine; more are pulled from the caller as these are admitted.
     pub max_queued: u32,
-    /// Tokens of a prefill step; `None`: 16384 on a GPU, 1024 on the CPU.
+    /// Tokens of prompts in a step; `None`: 16384 on a GPU, 1024 on the CPU.
     pub max_prefill_tokens: Option<u32>,
     /// Tokens of a KV page; `None`: 16, or the least that the device takes.
     pub page_size: Option<u32>,
@@ -65,6 +66,8 @@ pub struct Options {
     pub prefix_cache: bool,
     /// In which order waiting requests are admitted.
     pub order: Order,
+    /// What a step is made of: most tokens a second, or no long wait for a running request's next token. Tokens are the same.
+    pub policy: Policy,
 }
 
 impl Default for Options {
@@ -84,6 +87,7 @@ impl Default for Options {
             overlap: !is_set(std::env::var_os(DISABLE_OVERLAP)),
             prefix_cache: true,
             order: Order::Given,
+            policy: Policy::Throughput,
         }
     }
 }
@@ -154,6 +158,18 @@ pub fn parse_order(text: &str) -> Result<Order, String> {
         "given" => Ok(Order::Given),
         "longest-output-first" => Ok(Order::LongestOutputFirst),
         _ => Err(format!("{text} is no order; use given or longest-output-first")),
+    }
+}
+
+/// Reads a policy.
+///
+/// # Errors
+/// Another word than `throughput` or `latency`.
+pub fn parse_policy(text: &str) -> Result<Policy, String> {
+    match text {
+        "throughput" => Ok(Policy::Throughput),
+        "latency" => Ok(Policy::Latency),
+        _ => Err(format!("{text} is no policy; use throughput or latency")),
     }
 }
 

@@ -19,6 +19,8 @@ pub type Sink<'a> = &'a mut dyn FnMut(Event<'_>);
 pub trait Runner {
     /// Takes a request in.
     fn submit(&mut self, request: Request<'_>) -> Result<Submitted, SubmitError>;
+    /// See [`Engine::set_backlog`].
+    fn set_backlog(&mut self, requests: u32);
     /// Ends a request; false if it has ended already.
     fn abort(&mut self, ticket: Ticket, sink: Sink<'_>) -> bool;
     /// Launches a step, completes one.
@@ -61,6 +63,10 @@ pub enum LogitsError {
 impl<B: Diagnostics> Runner for Engine<B, Decoder<B>> {
     fn submit(&mut self, request: Request<'_>) -> Result<Submitted, SubmitError> {
         Engine::submit(self, request)
+    }
+
+    fn set_backlog(&mut self, requests: u32) {
+        Engine::set_backlog(self, requests);
     }
 
     fn abort(&mut self, ticket: Ticket, sink: Sink<'_>) -> bool {

@@ -8,7 +8,7 @@
 mod common;
 
 use common::{CHECKPOINTS, FAMILIES, Golden, family, greedy};
-use minisgl::{BackendChoice, GenerateRequest, KernelChoice, Llm, LlmBuilder, SamplingParams};
+use minisgl::{BackendChoice, GenerateRequest, KernelChoice, Llm, LlmBuilder, Policy, SamplingParams};
 
 /// Relative error of a row of logits that bf16 activations through three layers justify.
 const LOGIT_ERROR_MAX: f32 = 0.03;
@@ -130,7 +130,15 @@ fn a_requests_tokens_do_not_depend_on_how_they_are_computed() {
             ("prompts in chunks of 7", base().max_prefill_tokens(7)),
             ("pages of 32 tokens", base().page_size(32)),
             ("eight at once", base().max_running(8)),
+            (
+                "eight at once, prompts beside those that decode",
+                base().max_running(8).policy(Policy::Latency),
+            ),
             ("a pool that forces retraction", base().num_pages(Some(32))),
+            (
+                "the same, prompts beside those that decode",
+                base().num_pages(Some(32)).policy(Policy::Latency),
+            ),
         ];
         for (what, builder) in others {
             let mut llm = builder.build().unwrap();
@@ -139,6 +147,9 @@ fn a_requests_tokens_do_not_depend_on_how_they_are_computed() {
             assert_eq!(differ, 0, "{name}, {kernels:?}, {what}: requests whose tokens differ");
             if what.contains("retraction") {
                 assert!(llm.stats().retractions > 0);
+            }
+            if what.contains("beside") {
+                assert!(llm.stats().mixed_steps > 0, "{name}, {kernels:?}, {what}: {:?}", llm.stats());
             }
         }
         for i in (0..256).step_by(13) {
@@ -162,6 +173,7 @@ fn a_requests_tokens_do_not_depend_on_how_they_are_computed_in_any_family() {
         let others = [
             ("no recorded steps, no overlap", base().max_graph_batch(0).overlap(false)),
             ("prompts in chunks of 7, pages of 32 tokens", base().max_prefill_tokens(7).page_size(32)),
+            ("prompts beside those that decode", base().max_running(8).policy(Policy::Latency)),
             (
                 "a pool that forces retraction, no prefix cache",
                 base().num_pages(Some(32)).prefix_cache(false),

@@ -3,7 +3,7 @@
 mod common;
 
 use common::mixed_requests;
-use minisgl::{BackendChoice, GenerateRequest, KernelChoice, Llm, LlmBuilder};
+use minisgl::{BackendChoice, GenerateRequest, KernelChoice, Llm, LlmBuilder, Policy};
 
 fn tokens(llm: &mut Llm, requests: &[GenerateRequest]) -> Vec<Vec<u32>> {
     let completions = llm.generate(requests).expect("a run");
@@ -41,18 +41,22 @@ fn assert_the_same_bits(model: &str, kernels: KernelChoice, count: usize) {
         assert_same(&expected[i..=i], &tokens(&mut llm, &requests[i..=i]), "a request alone");
     }
     drop(llm);
-    let ways: [(&str, LlmBuilder); 6] = [
+    let ways: [(&str, LlmBuilder); 9] = [
         ("without graphs", base.clone().max_graph_batch(0)),
         ("without overlap", base.clone().overlap(false)),
         ("without prefix cache", base.clone().prefix_cache(false)),
         ("prompts in chunks of 100", base.clone().max_prefill_tokens(100)),
         ("pages of 64", base.clone().page_size(64).num_pages(Some(2300))),
         ("with retraction", base.clone().num_pages(Some(64))),
+        ("prompts in portions beside those that decode", base.clone().policy(Policy::Latency)),
+        ("prompts beside a few that decode", base.clone().policy(Policy::Latency).max_running(24)),
+        ("few at once, prompts together", base.clone().max_running(24)),
     ];
     for (what, builder) in ways {
         let mut llm = builder.build().expect("an engine on the GPU");
         assert_same(&expected, &tokens(&mut llm, &requests), what);
         assert!(what != "with retraction" || llm.stats().retractions > 0, "the pool was not small enough");
+        assert!(!what.contains("beside") || llm.stats().mixed_steps > 8, "{what}: {:?}", llm.stats());
     }
 }
 

@@ -3,7 +3,7 @@
 mod common;
 
 use common::{CHECKPOINTS, FAMILIES, Golden, builder, family, greedy_request};
-use minisgl::{GenerateRequest, Llm};
+use minisgl::{GenerateRequest, Llm, Policy};
 
 /// Largest difference between two rows of logits.
 fn distance(a: &[f32], b: &[f32]) -> f32 {
@@ -72,12 +72,13 @@ fn greedy_tokens_are_those_of_transformers_however_they_are_computed() {
         let golden = Golden::open(name);
         for (page_size, prefill_tokens) in [(16, 512), (16, 7), (32, 512), (32, 7)] {
             for (prefix_cache, overlap) in both.into_iter().flat_map(|a| both.map(|b| (a, b))) {
-                for graph_rows in [0, 8] {
+                for (graph_rows, policy) in [(0, Policy::Throughput), (8, Policy::Latency)] {
                     let what = format!(
                         "{name}: pages of {page_size}, {prefill_tokens} prefill tokens, prefix cache {prefix_cache}, \
-                         overlap {overlap}, recorded up to {graph_rows} rows"
+                         overlap {overlap}, recorded up to {graph_rows} rows, {policy:?}"
                     );
                     let builder = builder(name).page_size(page_size).max_prefill_tokens(prefill_tokens);
+                    let builder = builder.policy(policy);
                     let builder =
                         builder.prefix_cache(prefix_cache).overlap(overlap).max_graph_batch(graph_rows);
                     let mut llm = builder.build().unwrap();
@@ -101,7 +102,8 @@ fn greedy_tokens_of_every_family_are_those_of_transformers_however_they_are_comp
                 .max_prefill_tokens(if b { 512 } else { 7 })
                 .prefix_cache(c)
                 .overlap(a == b)
-                .max_graph_batch(if b == c { 8 } else { 0 });
+                .max_graph_batch(if b == c { 8 } else { 0 })
+                .policy(if a == c { Policy::Throughput } else { Policy::Latency });
             let mut llm = builder.build().unwrap();
             for together in [true, false] {
                 assert_greedy(

@@ -81,6 +81,8 @@ fn settings_that_only_concern_speed_do_not_change_a_token() {
         &["--page-size", "32"],
         &["--num-pages", "5"],
         &["--order", "longest-output-first"],
+        &["--policy", "latency"],
+        &["--policy", "latency", "--max-running", "2", "--num-pages", "5"],
         &["--warmup"],
     ] {
         assert_eq!(hash(flags), base, "{flags:?}");
@@ -208,10 +210,22 @@ fn the_timeline_holds_every_step_of_the_run_in_order() {
         let named = events.iter().filter(|event| event["ph"] == "X" && event["name"] == name);
         named.map(|event| event["ts"].as_f64().unwrap()).collect()
     };
-    for phase in ["prefill", "decode"] {
-        assert_eq!(report["runs"][0][phase]["steps"], starts(phase).len(), "{phase}");
-        assert!(starts(phase).is_sorted(), "{phase}");
+    for kind in ["prefill", "mixed", "decode"] {
+        assert_eq!(report["runs"][0][kind]["steps"], starts(kind).len(), "{kind}");
+        assert!(starts(kind).is_sorted(), "{kind}");
     }
+}
+
+#[test]
+fn a_late_prompt_joins_those_that_run() {
+    let path = fresh("late.json");
+    let flags = ["--late-prompt", "700", "--policy", "latency", "--output-len", "100"];
+    let text = stdout(&bench(&[&flags[..], &["--json", path.to_str().unwrap()]].concat()));
+    let run = &read_json(&path)["runs"][0];
+    assert_eq!(run["ended"]["length"], 7, "{run}");
+    assert!(run["mixed"]["prefill_tokens"].as_u64().unwrap() >= 700, "{run}");
+    assert_eq!(rows(&text, "mixed").len(), 1, "{text}");
+    assert!(complaint(&["--late-prompt", "0"]).contains("--late-prompt must be at least 1"));
 }
 
 #[test]

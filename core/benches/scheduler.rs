@@ -9,9 +9,11 @@ use divan::counter::ItemsCount;
 use divan::{Bencher, black_box};
 use minisgl_core::batch::Batch;
 use minisgl_core::config::Limits;
+use minisgl_core::costs::StepCosts;
+use minisgl_core::policy::Policy;
 use minisgl_core::request::{Event, Request};
 use minisgl_core::sampling::SamplingParams;
-use minisgl_core::scheduler::{Order, Policy, Scheduler};
+use minisgl_core::scheduler::{Order, Scheduler, Settings};
 
 const VOCAB: u32 = 151_936;
 const SEQUENCE: u32 = 2048;
@@ -42,8 +44,9 @@ impl Decoding {
             pages: rows * (SEQUENCE / 16),
             graph_rows: 0,
         };
-        let policy = Policy { prefix_cache: true, order: Order::Given, vocab: VOCAB };
-        let mut scheduler = Scheduler::new(limits, policy, &[VOCAB - 1], None);
+        let policy = Policy::Throughput;
+        let settings = Settings { policy, prefix_cache: true, order: Order::Given, vocab: VOCAB };
+        let mut scheduler = Scheduler::new(limits, settings, StepCosts::default(), &[VOCAB - 1], None);
         for row in 0..rows {
             let prompt: Vec<u32> = (0..100 + row % 16).map(|i| (row * 7919 + i) % 10_000).collect();
             let params = SamplingParams { max_tokens: SEQUENCE, ..SamplingParams::default() };

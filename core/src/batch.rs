@@ -245,11 +245,6 @@ impl Batch {
         &self.owners
     }
 
-    /// Tokens that still fit.
-    pub fn room_for_tokens(&self) -> usize {
-        self.capacity_tokens - self.tokens.len()
-    }
-
     /// Rows that are sampled.
     pub fn samples(&self) -> u32 {
         self.samples
@@ -364,7 +359,7 @@ pub struct Dummy {
 }
 
 impl Dummy {
-    fn row(self, first_token: u32) -> Row {
+    pub(crate) fn row(self, first_token: u32) -> Row {
         Row {
             slot: self.slot,
             first_token,
@@ -377,7 +372,7 @@ impl Dummy {
         }
     }
 
-    fn token(self) -> Token {
+    pub(crate) fn token(self) -> Token {
         Token { id: 0, slot: self.slot, position: 0, location: self.location }
     }
 }

@@ -13,7 +13,7 @@ pub struct Limits {
     pub queued: u32,
     /// Tokens of a sequence, prompt and output together.
     pub sequence: u32,
-    /// Tokens of a prefill step.
+    /// Tokens of prompts in a step.
     pub prefill_tokens: u32,
     /// Tokens of a KV page, a power of two.
     pub page_size: u32,
@@ -90,9 +90,9 @@ impl Limits {
         self.sequence.div_ceil(self.page_size)
     }
 
-    /// Tokens of the largest step, prefill or padded decode.
+    /// Tokens of the largest step: prompts, and a token of each request that decodes beside them.
     pub fn step_tokens(&self) -> usize {
-        self.prefill_tokens.max(self.running) as usize
+        self.prefill_tokens as usize + self.running as usize
     }
 
     /// Page-table entries that one step may change: the new pages of a full step, and one request's whole prefix.

@@ -30,11 +30,12 @@ use thiserror::Error;
 use crate::backend::{Device, DeviceInfo, Memory, Model, Queue};
 use crate::batch::{Batch, StepShape};
 use crate::config::{Limits, LimitsError};
+use crate::costs::{Bench, StepCosts};
 use crate::graphs::DecodeGraphs;
 use crate::request::{Event, Request, SubmitError, Submitted, Ticket};
 use crate::resident::Resident;
 use crate::sampling::LOGPROB_WORDS;
-use crate::scheduler::{Policy, Scheduler};
+use crate::scheduler::{Scheduler, Settings};
 use crate::stats::{Load, Stats};
 
 /// What an engine is built with, beside device and model.
@@ -43,7 +44,7 @@ pub struct EngineOptions {
     /// Capacities; the caller sized them to the memory there is.
     pub limits: Limits,
     /// How requests are scheduled.
-    pub policy: Policy,
+    pub scheduler: Settings,
     /// Tokens that end a sequence.
     pub eos: Vec<u32>,
     /// Launch a step before the tokens of the one before it are known.
@@ -88,10 +89,10 @@ pub enum EngineError<E: core::error::Error + 'static> {
         max_positions: u32,
     },
     /// Token ids that the model has no embedding for.
-    #[error("prompts may have token ids below {policy}, but the model's vocabulary ends at {model}")]
+    #[error("prompts may have token ids below {prompts}, but the model's vocabulary ends at {model}")]
     Vocabulary {
         /// Ids in prompts lie below it.
-        policy: u32,
+        prompts: u32,
         /// Ids of the model lie below it.
         model: u32,
     },
@@ -185,6 +186,7 @@ pub struct Engine<B: Device, M: Model<B>> {
     epoch: B::Event,
     epoch_recorded: bool,
     stopped: bool,
+    costs: StepCosts,
     /// All but the recorded steps allocated.
     before_recording: Memory,
     // The device goes last: what lies above may belong to it.
@@ -193,13 +195,13 @@ pub struct Engine<B: Device, M: Model<B>> {
 }
 
 impl<B: Device, M: Model<B>> Engine<B, M> {
-    /// Reserves the model's buffers and the engine's own, and records the decode steps.
+    /// Reserves the model's buffers and the engine's own, records the decode steps, and measures what steps cost.
     ///
     /// # Errors
     /// Capacities that don't fit together, the model or the device; memory that the device does not have.
     pub fn new(mut backend: B, mut model: M, options: EngineOptions) -> Result<Self, EngineError<B::Error>> {
-        let EngineOptions { limits, policy, eos, overlap } = options;
-        check(&backend, &model, &limits, &policy)?;
+        let EngineOptions { limits, scheduler: settings, eos, overlap } = options;
+        check(&backend, &model, &limits, &settings)?;
         let plan_words = model.reserve(&mut backend, &limits).map_err(EngineError::Setup)?;
         let resident = Resident::new(&mut backend, &limits, plan_words).map_err(EngineError::Setup)?;
         let mut flight =
@@ -209,8 +211,11 @@ impl<B: Device, M: Model<B>> Engine<B, M> {
         let staging = &mut flights[0].packed;
         let graphs = DecodeGraphs::capture(&mut backend, &mut model, &resident, &limits, staging)
             .map_err(|error| EngineError::Capture { rows: error.rows, source: error.source })?;
+        let costs = measure(&mut backend, &mut model, &resident, &graphs, &mut flights[0], &limits)
+            .map_err(EngineError::Setup)?;
         Ok(Engine {
-            scheduler: Scheduler::new(limits, policy, &eos, model.window()),
+            scheduler: Scheduler::new(limits, settings, costs, &eos, model.window()),
+            costs,
             limits,
             overlap,
             resident,
@@ -236,6 +241,12 @@ impl<B: Device, M: Model<B>> Engine<B, M> {
             return Err(SubmitError::Stopped);
         }
         self.scheduler.submit(request)
+    }
+
+    /// Says how many requests are ready to be submitted and wait only for a place: whether more prompts are to come is for
+    /// the policy to know.
+    pub fn set_backlog(&mut self, requests: u32) {
+        self.scheduler.set_backlog(requests);
     }
 
     /// Ends a request at once, wherever it is; what a step in flight computes for it is dropped. False if it has ended
@@ -335,6 +346,7 @@ impl<B: Device, M: Model<B>> Engine<B, M> {
             gpu_ms: backend.elapsed_ms(&flight.started, &flight.ended)?,
         };
         self.scheduler.complete(&flight.batch, tokens, bytemuck::cast_slice(logprobs), sink);
+        self.scheduler.has_run(completed.shape, completed.gpu_ms);
         Ok(completed)
     }
 
@@ -387,6 +399,11 @@ impl<B: Device, M: Model<B>> Engine<B, M> {
         self.before_recording
     }
 
+    /// What steps cost, as measured when it was built.
+    pub fn costs(&self) -> StepCosts {
+        self.costs
+    }
+
     /// The capacities it was built with.
     pub fn limits(&self) -> &Limits {
         &self.limits
@@ -408,11 +425,24 @@ impl<B: Device, M: Model<B>> Engine<B, M> {
     }
 }
 
+/// Times steps, in the memory of a flight.
+fn measure<B: Device, M: Model<B>>(
+    backend: &mut B,
+    model: &mut M,
+    resident: &Resident<B::Buffer>,
+    graphs: &DecodeGraphs<B::Graph>,
+    flight: &mut Flight<B>,
+    limits: &Limits,
+) -> Result<StepCosts, B::Error> {
+    let Flight { packed: staging, started, ended, .. } = flight;
+    Bench { backend, model, resident, graphs, staging, started, ended }.measure(limits)
+}
+
 fn check<B: Device, M: Model<B>>(
     backend: &B,
     model: &M,
     limits: &Limits,
-    policy: &Policy,
+    settings: &Settings,
 ) -> Result<(), EngineError<B::Error>> {
     limits.check()?;
     let (page_size, min) = (limits.page_size, backend.info().page_size_min);
@@ -423,9 +453,9 @@ fn check<B: Device, M: Model<B>>(
     if sequence > max_positions {
         return Err(EngineError::Sequence { sequence, max_positions });
     }
-    let (policy, model) = (policy.vocab, model.vocab());
-    if policy > model {
-        return Err(EngineError::Vocabulary { policy, model });
+    let (prompts, model) = (settings.vocab, model.vocab());
+    if prompts > model {
+        return Err(EngineError::Vocabulary { prompts, model });
     }
     Ok(())
 }

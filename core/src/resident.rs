@@ -65,6 +65,11 @@ impl<Buf: Copy> Resident<Buf> {
         Ok(resident)
     }
 
+    /// Where padding rows point.
+    pub fn dummy(&self) -> Dummy {
+        self.dummy
+    }
+
     /// Words of a packed batch at most.
     pub fn batch_words(&self) -> usize {
         self.layout.words

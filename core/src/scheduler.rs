@@ -10,24 +10,29 @@
 //!              └──────── abort ───────┴──────────────┴─────────────^
 //! ```
 //!
-//! Policy:
-//! - Prefill first: while a prompt can be run, it is, up to `prefill_tokens` a step; the last one may be cut (a chunk)
-//!   and goes on in the next step. Otherwise every running request decodes a token.
+//! A [policy](crate::policy) says whether the next step has decode rows, and how many tokens of prompts. What is promised
+//! whatever it says:
+//! - Either all running requests decode, or none. Of several prompts in a step the last one may be cut (a chunk) and goes on
+//!   in a later step; until it is through, no other one begins.
+//! - Requests are admitted in their order: retracted ones first, the oldest of them first; then those waiting, as submitted or
+//!   as [`Order`] says. One for which there is no room lets none behind it pass.
 //! - A request is admitted when the pool can hold all that it must prefill and a page for each running request
 //!   besides, so that an admission is not undone at once.
-//! - When a decode step finds no page, the youngest request is retracted: its pages go back, its tokens stay, and it
-//!   is the first to be admitted again. The oldest one always goes on, and alone it fits (`submit` saw to that), so
-//!   every request ends.
+//! - When a decode row finds no page, the youngest request is retracted: its pages go back, its tokens stay. Nobody is admitted
+//!   in that step. The oldest one always goes on, and alone it fits (`submit` saw to that), so every request ends.
 //! - Where every layer has a window, a running request's own pages behind it go back before its next step is scheduled.
 //! - A request that ends by length is known to end when its last step is scheduled; one that ends by an
 //!   end-of-sequence token may run one step too far, and that token is dropped.
 
+use alloc::boxed::Box;
 use alloc::collections::VecDeque;
 use alloc::vec::Vec;
 
-use crate::batch::{Batch, LAST_TOKEN, PageUpdate, Row, Token};
+use crate::batch::{Batch, LAST_TOKEN, PageUpdate, Row, StepShape, Token};
 use crate::config::Limits;
+use crate::costs::StepCosts;
 use crate::pages::{NO_PAGE, PagePool};
+use crate::policy::{Demand, Mix, Policy, StepPolicy};
 use crate::request::{Event, FinishReason, Request, SubmitError, Submitted, Ticket};
 use crate::sampling::{NO_TOKEN, RowLogprobs, SamplingParams};
 use crate::stats::{Load, Stats};
@@ -45,7 +50,9 @@ pub enum Order {
 
 /// How the scheduler behaves, beside its capacities.
 #[derive(Clone, Copy, Debug)]
-pub struct Policy {
+pub struct Settings {
+    /// What steps are made of.
+    pub policy: Policy,
     /// Keep full pages of ended requests and reuse them for equal prefixes.
     pub prefix_cache: bool,
     /// Order of admission.
@@ -57,7 +64,8 @@ pub struct Policy {
 /// See the module.
 pub struct Scheduler {
     limits: Limits,
-    policy: Policy,
+    settings: Settings,
+    policy: Box<dyn StepPolicy>,
     eos: Vec<u32>,
     table: RequestTable,
     pool: PagePool,
@@ -68,6 +76,10 @@ pub struct Scheduler {
     running: Vec<u32>,
     /// The request that was refused admission last, and the room there was; see [`Scheduler::admit`].
     refused: Option<(Ticket, i64)>,
+    /// Requests that wait elsewhere; see [`Scheduler::set_backlog`].
+    backlog: u32,
+    /// A request has come since the last step was scheduled.
+    has_arrivals: bool,
     /// Some of the running, or of those waiting, have just ended and are still listed.
     ended_running: bool,
     ended_waiting: bool,
@@ -75,11 +87,19 @@ pub struct Scheduler {
 }
 
 impl Scheduler {
-    /// An idle scheduler. `limits` have been checked; `window` is the model's ([`crate::backend::Model::window`]).
-    pub fn new(limits: Limits, policy: Policy, eos: &[u32], window: Option<u32>) -> Self {
+    /// An idle scheduler. `limits` have been checked; `costs` are those of the device's steps; `window` is the model's
+    /// ([`crate::backend::Model::window`]).
+    pub fn new(
+        limits: Limits,
+        settings: Settings,
+        costs: StepCosts,
+        eos: &[u32],
+        window: Option<u32>,
+    ) -> Self {
         Scheduler {
             limits,
-            policy,
+            settings,
+            policy: settings.policy.build(costs, limits.running),
             eos: eos.to_vec(),
             table: RequestTable::new(&limits, window),
             pool: PagePool::new(limits.pages, limits.page_size),
@@ -87,6 +107,8 @@ impl Scheduler {
             retracted: VecDeque::with_capacity(limits.running as usize),
             running: Vec::with_capacity(limits.running as usize),
             refused: None,
+            backlog: 0,
+            has_arrivals: false,
             ended_running: false,
             ended_waiting: false,
             stats: Stats::default(),
@@ -147,7 +169,7 @@ impl Scheduler {
         if tokens as u64 >= u64::from(len_max) {
             return Err(SubmitError::PromptTooLong { tokens, limit: len_max - 1 });
         }
-        let vocab = self.policy.vocab;
+        let vocab = self.settings.vocab;
         if let Some(position) = request.prompt.iter().position(|id| *id >= vocab) {
             return Err(SubmitError::TokenOutsideVocabulary {
                 id: request.prompt[position],
@@ -162,13 +184,14 @@ impl Scheduler {
         }
         let entry =
             self.table.occupy(request.prompt, request.params, tokens as u32 + max_tokens).ok_or(full)?;
-        let place = match self.policy.order {
+        let place = match self.settings.order {
             Order::Given => self.waiting.len(),
             Order::LongestOutputFirst => {
                 self.waiting.partition_point(|other| self.output_max(*other) >= max_tokens)
             }
         };
         self.waiting.insert(place, entry);
+        self.has_arrivals = true;
         Ok(Submitted { ticket: self.table.ticket(entry), max_tokens })
     }
 
@@ -183,6 +206,16 @@ impl Scheduler {
         request.len_max - request.prompt_len
     }
 
+    /// Says how many requests are going to be submitted as soon as they may.
+    pub fn set_backlog(&mut self, requests: u32) {
+        self.backlog = requests;
+    }
+
+    /// A step has run, in so many milliseconds on the device.
+    pub fn has_run(&mut self, shape: StepShape, ms: f32) {
+        self.policy.has_run(shape, ms);
+    }
+
     /// Ends a request at once, wherever it is. False if it has ended already.
     pub fn abort(&mut self, ticket: Ticket, sink: &mut impl FnMut(Event<'_>)) -> bool {
         let Some(entry) = self.table.find(ticket) else { return false };
@@ -195,36 +228,90 @@ impl Scheduler {
     /// one is: the step scheduled last.
     pub fn schedule(&mut self, batch: &mut Batch) -> bool {
         batch.clear();
-        self.schedule_prefill(batch);
-        if batch.is_empty() {
-            batch.clear();
-            self.schedule_decode(batch);
+        let retractions = self.stats.retractions;
+        let demand = self.demand();
+        let all = Mix { decodes: true, prompt_tokens: self.limits.prefill_tokens };
+        for mix in [self.policy.next(&demand), all] {
+            if batch.is_empty() && mix.decodes {
+                self.schedule_decode(batch);
+            }
+            // Who was retracted just now may have a token in flight, and pages are short.
+            if self.stats.retractions == retractions {
+                self.schedule_prefill(mix.prompt_tokens, batch);
+            }
+            if !batch.is_empty() {
+                break;
+            }
         }
         self.count(batch);
         !batch.is_empty()
     }
 
-    fn schedule_prefill(&mut self, batch: &mut Batch) {
+    /// What could run now.
+    fn demand(&mut self) -> Demand {
+        let unfinished = self.running.last().map(|entry| self.table.get(*entry));
+        let rest =
+            unfinished.map_or(0, |request| request.prefill_len - request.computed.min(request.prefill_len));
+        let has_chunk = u32::from(rest > 0);
+        let (mut prompts, mut tokens, mut room) = (0, rest, self.room());
+        let places = self.table.vacant_slots().min(self.waiting());
+        for i in 0..places {
+            let entry = match i.checked_sub(self.retracted.len()) {
+                None => self.retracted[i],
+                Some(i) => self.waiting[i],
+            };
+            let cached = self.expect_cached_pages(entry);
+            let known = self.table.get(entry).known;
+            room -= i64::from(known.div_ceil(self.limits.page_size) - cached);
+            if room < 0 || tokens >= self.limits.prefill_tokens {
+                break;
+            }
+            room -= 1;
+            prompts += 1;
+            tokens += known - cached * self.limits.page_size;
+        }
+        let waiting = self.waiting() as u32 + self.backlog;
+        let has_arrivals = core::mem::take(&mut self.has_arrivals);
+        Demand {
+            decode_rows: self.running.len() as u32 - has_chunk,
+            prompts: has_chunk + prompts,
+            prompt_tokens: tokens,
+            prompt_tokens_max: self.limits.prefill_tokens,
+            more_to_come: waiting > prompts || has_arrivals,
+        }
+    }
+
+    /// Full pages of a waiting request's prefix that the cache has, or had when they were first counted: each step would be
+    /// too often.
+    fn expect_cached_pages(&mut self, entry: u32) -> u32 {
+        if let Some(pages) = self.table.get(entry).pages_expected {
+            return pages;
+        }
+        let path = self.cached_prefix(entry, |_, _| ());
+        self.table.get_mut(entry).pages_expected = Some(path.1);
+        path.1
+    }
+
+    fn schedule_prefill(&mut self, tokens: u32, batch: &mut Batch) {
+        let left = |batch: &Batch| tokens.saturating_sub(batch.shape().prefill_tokens());
         // At most one request, the youngest, is between two chunks.
         if let Some(&entry) = self.running.last()
             && self.table.get(entry).is_prefilling()
-            && (!self.push_chunk(entry, batch) || self.table.get(entry).is_prefilling())
+            && (left(batch) == 0
+                || !self.push_chunk(entry, left(batch), batch)
+                || self.table.get(entry).is_prefilling())
         {
             return;
         }
-        while self.prefill_budget(batch) > 0 && batch.has_room_for_row() {
+        while left(batch) > 0 && batch.has_room_for_row() {
             let Some(entry) = self.next_waiting() else { return };
             if !self.admit(entry, batch) {
                 return;
             }
-            if !self.push_chunk(entry, batch) || self.table.get(entry).is_prefilling() {
+            if !self.push_chunk(entry, left(batch), batch) || self.table.get(entry).is_prefilling() {
                 return;
             }
         }
-    }
-
-    fn prefill_budget(&self, batch: &Batch) -> u32 {
-        self.limits.prefill_tokens - batch.tokens().len() as u32
     }
 
     /// The request to be admitted next. If it was retracted, its last token has come in by now: the step that was in
@@ -243,7 +330,7 @@ impl Scheduler {
     /// every decode step. With nobody running there is more room than ever before, so nobody is refused for good.
     fn admit(&mut self, entry: u32, batch: &mut Batch) -> bool {
         let (ticket, room) = (self.table.ticket(entry), self.room());
-        if !self.table.has_slot() || self.refused.is_some_and(|it| it.0 == ticket && room <= it.1) {
+        if self.table.vacant_slots() == 0 || self.refused.is_some_and(|it| it.0 == ticket && room <= it.1) {
             return false;
         }
         let (node, depth) = self.hold_cached_prefix(entry);
@@ -274,27 +361,32 @@ impl Scheduler {
         i64::from(self.pool.available()) - self.running.len() as i64
     }
 
-    /// Holds the longest cached path that the request's tokens spell, but for its last token: one must be run to have
-    /// something to sample from. Returns the path's end and length.
+    /// Holds the longest cached path that the request's tokens spell. Returns the path's end and length.
     fn hold_cached_prefix(&mut self, entry: u32) -> (u32, u32) {
+        self.cached_prefix(entry, PagePool::hold)
+    }
+
+    /// The longest cached path that the request's tokens spell, but for its last token: one must be run to have something to
+    /// sample from. Each node of it is passed to `visit`. Returns the path's end and length.
+    fn cached_prefix(&mut self, entry: u32, visit: impl Fn(&mut PagePool, u32)) -> (u32, u32) {
         let (mut node, mut depth) = (NO_PAGE, 0);
-        if self.policy.prefix_cache {
+        if self.settings.prefix_cache {
             let tokens = self.table.tokens(entry);
             let size = self.limits.page_size as usize;
             for page_tokens in tokens[..tokens.len() - 1].chunks_exact(size) {
                 let Some(next) = self.pool.find(node, page_tokens) else { break };
-                self.pool.hold(next);
+                visit(&mut self.pool, next);
                 (node, depth) = (next, depth + 1);
             }
         }
         (node, depth)
     }
 
-    /// Adds the request's next tokens to a prefill step; false if there is no page for them.
-    fn push_chunk(&mut self, entry: u32, batch: &mut Batch) -> bool {
+    /// Adds the request's next tokens, so many at most, as a prefill row; false if there is no page for them.
+    fn push_chunk(&mut self, entry: u32, tokens: u32, batch: &mut Batch) -> bool {
         self.table.drop_behind_window(entry, &mut self.pool);
         let request = *self.table.get(entry);
-        let count = self.prefill_budget(batch).min(request.prefill_len - request.computed);
+        let count = tokens.min(request.prefill_len - request.computed);
         let end = request.computed + count;
         let missing = end.div_ceil(self.limits.page_size).saturating_sub(request.pages);
         if missing > self.pool.available() || missing as usize > batch.room_for_updates() {
@@ -316,7 +408,7 @@ impl Scheduler {
         let request = self.table.get_mut(entry);
         request.computed = end;
         request.planned += u32::from(last);
-        if self.policy.prefix_cache {
+        if self.settings.prefix_cache {
             self.table.keep_prefix(entry, &mut self.pool, false);
         }
         true
@@ -384,7 +476,7 @@ impl Scheduler {
 
     fn retract_youngest(&mut self) {
         let Some(entry) = self.running.pop() else { return };
-        self.table.stop(entry, &mut self.pool, self.policy.prefix_cache);
+        self.table.stop(entry, &mut self.pool, self.settings.prefix_cache);
         self.retracted.push_front(entry);
         self.stats.retractions += 1;
     }
@@ -425,7 +517,7 @@ impl Scheduler {
         let request = self.table.get(entry);
         let cached_tokens = request.cached_tokens;
         if request.state == State::Running {
-            self.table.stop(entry, &mut self.pool, self.policy.prefix_cache);
+            self.table.stop(entry, &mut self.pool, self.settings.prefix_cache);
             self.ended_running = true;
         } else {
             self.ended_waiting = true;
@@ -448,26 +540,28 @@ impl Scheduler {
     }
 
     fn count(&mut self, batch: &Batch) {
-        let (rows, tokens) = (batch.rows().len() as u64, batch.tokens().len() as u64);
+        let shape = batch.shape();
         let in_use = self.pages_used();
         let stats = &mut self.stats;
         let window = self.table.window().unwrap_or(u32::MAX);
-        let context =
-            batch.tokens().iter().map(|token| u64::from((token.position + 1).min(window))).sum::<u64>();
-        match batch.shape().is_decode() {
-            _ if rows == 0 => {}
-            false => {
-                stats.prefill_steps += 1;
-                stats.prefill_tokens += tokens;
-                stats.prefill_context += context;
-            }
-            true => {
-                stats.decode_steps += 1;
-                stats.decode_tokens += tokens;
-                stats.decode_context += context;
-                stats.rows_peak = stats.rows_peak.max(rows as u32);
+        let context = |token: &Token| u64::from((token.position + 1).min(window));
+        let (decoded, prefilled) = batch.tokens().split_at(shape.decode_rows as usize);
+        let (decode_tokens, prefill_tokens) = (decoded.len() as u64, prefilled.len() as u64);
+        stats.decode_tokens += decode_tokens;
+        stats.prefill_tokens += prefill_tokens;
+        stats.decode_context += decoded.iter().map(context).sum::<u64>();
+        stats.prefill_context += prefilled.iter().map(context).sum::<u64>();
+        match (shape.decode_rows, shape.prefill_rows) {
+            (0, 0) => {}
+            (0, _) => stats.prefill_steps += 1,
+            (_, 0) => stats.decode_steps += 1,
+            _ => {
+                stats.mixed_steps += 1;
+                stats.mixed_decode_tokens += decode_tokens;
+                stats.mixed_prefill_tokens += prefill_tokens;
             }
         }
+        stats.rows_peak = stats.rows_peak.max(shape.decode_rows);
         stats.pages_peak = stats.pages_peak.max(in_use);
     }
 

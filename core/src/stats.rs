@@ -14,25 +14,31 @@ pub struct Load {
 /// Counters since construction or [`Stats::default`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Stats {
-    /// Prefill steps scheduled.
+    /// Steps of prefill rows alone.
     pub prefill_steps: u64,
-    /// Decode steps scheduled.
+    /// Steps of decode rows alone.
     pub decode_steps: u64,
-    /// Tokens run in prefill steps, those of resumed requests included.
+    /// Steps of both.
+    pub mixed_steps: u64,
+    /// Tokens of prefill rows, those of resumed requests included.
     pub prefill_tokens: u64,
-    /// Rows of decode steps, each one token; those dropped behind an end-of-sequence token included.
+    /// Of these, in mixed steps.
+    pub mixed_prefill_tokens: u64,
+    /// Decode rows, each one token; those dropped behind an end-of-sequence token included.
     pub decode_tokens: u64,
-    /// Padding rows of decode steps.
+    /// Of these, in mixed steps.
+    pub mixed_decode_tokens: u64,
+    /// Padding rows of steps of decode rows alone.
     pub padding_rows: u64,
     /// Tokens given out.
     pub output_tokens: u64,
     /// Prompt tokens that the prefix cache held.
     pub cached_tokens: u64,
-    /// Sum over decode steps and rows of the tokens attended to: what decode attention reads.
+    /// Sum over decode rows of the tokens attended to: what decode attention reads.
     pub decode_context: u64,
     /// Sum over prefill tokens of the tokens attended to.
     pub prefill_context: u64,
-    /// Most rows of a decode step.
+    /// Most decode rows of a step.
     pub rows_peak: u32,
     /// Most pages held by requests at once.
     pub pages_peak: u32,
@@ -40,4 +46,11 @@ pub struct Stats {
     pub retractions: u64,
     /// Requests that ended.
     pub finished: u64,
+}
+
+impl Stats {
+    /// All steps scheduled.
+    pub fn steps(&self) -> u64 {
+        self.prefill_steps + self.decode_steps + self.mixed_steps
+    }
 }

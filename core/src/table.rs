@@ -64,6 +64,8 @@ pub(crate) struct Entry {
     /// Prompt tokens found in the prefix cache at the first admission.
     pub cached_tokens: u32,
     pub admitted_before: bool,
+    /// Full pages of its prefix that the cache held when it was first looked at; `None` before.
+    pub pages_expected: Option<u32>,
 }
 
 impl Entry {
@@ -93,6 +95,7 @@ impl Entry {
         dropped: 0,
         cached_tokens: 0,
         admitted_before: false,
+        pages_expected: None,
     };
 
     /// Is its prompt, or what it resumes from, not wholly enqueued yet?
@@ -197,8 +200,9 @@ impl RequestTable {
         self.vacant.push(entry);
     }
 
-    pub fn has_slot(&self) -> bool {
-        !self.slots.is_empty()
+    /// Slots that nobody has.
+    pub fn vacant_slots(&self) -> usize {
+        self.slots.len()
     }
 
     /// Gives a waiting request a slot (there is one), to run its known tokens; it holds `depth` pages of the path to

@@ -1,12 +1,20 @@
 //! Random request streams over tiny pools: whatever runs beside a request, it gives what it gives alone.
+//!
+//! A million of them, in some minutes:
+//!
+//! ```sh
+//! PROPTEST_CASES=1000000 cargo test --release -p minisgl-core --test random every_request
+//! ```
 
 mod support;
 
 use minisgl_core::config::Limits;
+use minisgl_core::costs::{Line, StepCosts};
 use minisgl_core::engine::{Engine, EngineOptions};
+use minisgl_core::policy::Policy;
 use minisgl_core::request::{FinishReason, Request, SubmitError, Ticket};
 use minisgl_core::sampling::SamplingParams;
-use minisgl_core::scheduler::{Order, Policy};
+use minisgl_core::scheduler::{Order, Settings};
 use proptest::prelude::*;
 
 use support::expected::{self, EOS, FAILING, VOCAB};
@@ -25,12 +33,16 @@ enum Action {
     /// Aborts one of those submitted so far.
     Abort(prop::sample::Index),
     ClearPrefixCache,
+    /// Says that so many requests wait elsewhere.
+    Backlog(u32),
 }
 
 #[derive(Clone, Debug)]
 struct Stream {
     options: EngineOptions,
     pace: Pace,
+    /// What steps take on the device.
+    costs: StepCosts,
     /// Positions that a token sees.
     window: Option<u32>,
     actions: Vec<Action>,
@@ -52,14 +64,26 @@ fn limits() -> impl Strategy<Value = Limits> {
 
 fn options() -> impl Strategy<Value = EngineOptions> {
     let order = prop_oneof![Just(Order::Given), Just(Order::LongestOutputFirst)];
-    (limits(), any::<bool>(), order, any::<bool>()).prop_map(|(limits, prefix_cache, order, overlap)| {
-        EngineOptions {
-            limits,
-            policy: Policy { prefix_cache, order, vocab: VOCAB },
-            eos: vec![EOS],
-            overlap,
-        }
+    let policy = prop_oneof![Just(Policy::Throughput), Just(Policy::Latency)];
+    let settings = (policy, any::<bool>(), order).prop_map(|(policy, prefix_cache, order)| Settings {
+        policy,
+        prefix_cache,
+        order,
+        vocab: VOCAB,
+    });
+    (limits(), settings, any::<bool>()).prop_map(|(limits, scheduler, overlap)| EngineOptions {
+        limits,
+        scheduler,
+        eos: vec![EOS],
+        overlap,
     })
+}
+
+fn costs() -> impl Strategy<Value = StepCosts> {
+    let line = || {
+        (0..40u8, 0..8u8).prop_map(|(fixed, token)| Line { fixed_ms: fixed.into(), token_ms: token.into() })
+    };
+    (line(), line()).prop_map(|(decode, mixed)| StepCosts { decode, mixed })
 }
 
 /// Prompts that share beginnings: one of three texts cut somewhere, and a tail of its own.
@@ -85,14 +109,15 @@ fn action() -> impl Strategy<Value = Action> {
         6 => Just(Action::Step),
         1 => any::<prop::sample::Index>().prop_map(Action::Abort),
         1 => Just(Action::ClearPrefixCache),
+        1 => (0..3u32).prop_map(Action::Backlog),
     ]
 }
 
 fn stream() -> impl Strategy<Value = Stream> {
     let pace = prop::sample::select(&[Pace::AtOnce, Pace::Late, Pace::CopiesFirst, Pace::CopiesLast]);
     let window = prop::option::of(2..24u32);
-    (options(), pace, window, prop::collection::vec(action(), 1..60))
-        .prop_map(|(options, pace, window, actions)| Stream { options, pace, window, actions })
+    (options(), pace, costs(), window, prop::collection::vec(action(), 1..60))
+        .prop_map(|(options, pace, costs, window, actions)| Stream { options, pace, costs, window, actions })
 }
 
 struct Submitted {
@@ -107,7 +132,8 @@ struct Submitted {
 fn play(stream: &Stream) -> (Vec<Submitted>, Outcomes, Engine<Lazy, Hashing>) {
     let options = stream.options.clone();
     let mut engine =
-        Engine::new(Lazy::new(stream.pace), Hashing::windowed(stream.window), options).expect("valid limits");
+        Engine::new(Lazy::priced(stream.pace, stream.costs), Hashing::windowed(stream.window), options)
+            .expect("valid limits");
     let (mut taken, mut outcomes) = (Vec::<Submitted>::new(), Outcomes::default());
     for action in &stream.actions {
         match action {
@@ -127,6 +153,7 @@ fn play(stream: &Stream) -> (Vec<Submitted>, Outcomes, Engine<Lazy, Hashing>) {
                 request.aborted |= aborted;
             }
             Action::ClearPrefixCache => engine.clear_prefix_cache(),
+            Action::Backlog(requests) => engine.set_backlog(*requests),
         }
         engine.check();
     }
@@ -192,8 +219,13 @@ fn check_outcome(request: &Submitted, outcome: &Outcome, limits: &Limits, window
     }
 }
 
+/// As many as the variable says that proptest knows.
+fn cases() -> u32 {
+    std::env::var("PROPTEST_CASES").ok().and_then(|cases| cases.parse().ok()).unwrap_or(6000)
+}
+
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 6000, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: cases(), failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
     fn every_request_gives_what_it_gives_alone(stream in stream()) {

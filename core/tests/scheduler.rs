@@ -3,15 +3,21 @@
 mod support;
 
 use minisgl_core::batch::Batch;
+use minisgl_core::config::Limits;
+use minisgl_core::costs::StepCosts;
 use minisgl_core::request::{Event, FinishReason, Request, Ticket};
 use minisgl_core::sampling::{NO_TOKEN, SamplingParams};
-use minisgl_core::scheduler::{Order, Policy, Scheduler};
+use minisgl_core::scheduler::{Scheduler, Settings};
 
-use support::expected::VOCAB;
-use support::{SMALL, exactly};
+use support::{SETTINGS, SMALL, exactly};
+
+/// Steps cost nothing, so no prompt is held back, and running requests decode beside prompts.
+fn scheduler_within(limits: Limits) -> Scheduler {
+    Scheduler::new(limits, SETTINGS, StepCosts::default(), &[], None)
+}
 
 fn scheduler() -> Scheduler {
-    Scheduler::new(SMALL, Policy { prefix_cache: true, order: Order::Given, vocab: VOCAB }, &[], None)
+    scheduler_within(SMALL)
 }
 
 fn submit(scheduler: &mut Scheduler, prompt: &[u32], max_tokens: u32) -> Ticket {
@@ -54,8 +60,8 @@ fn a_request_may_be_aborted_between_the_scheduling_of_a_step_and_its_completion(
 }
 
 #[test]
-fn prompts_go_first_and_a_long_one_goes_in_chunks() {
-    // At most 16 tokens a prefill step: 10 and 6 of 20, then the other 14 and 2 of 3, then the last one.
+fn prompts_join_those_that_decode_and_a_long_one_goes_in_chunks() {
+    // At most 16 tokens of prompts a step: 10 and 6 of 20, then the other 14 and 2 of 3, then the last one.
     let mut scheduler = scheduler();
     for (text, len) in [(1, 10), (2, 20), (3, 3)] {
         submit(&mut scheduler, &vec![text; len], 5);
@@ -69,9 +75,9 @@ fn prompts_go_first_and_a_long_one_goes_in_chunks() {
         (batch.shape().decode_rows, rows)
     };
     assert_eq!(next(&mut scheduler), (0, vec![(0, 10, 1), (0, 6, 0)]));
-    assert_eq!(next(&mut scheduler), (0, vec![(6, 14, 1), (0, 2, 0)]));
-    assert_eq!(next(&mut scheduler), (0, vec![(2, 1, 1)]));
-    assert_eq!(next(&mut scheduler), (3, vec![(10, 1, 1), (20, 1, 1), (3, 1, 1)]));
+    assert_eq!(next(&mut scheduler), (1, vec![(10, 1, 1), (6, 14, 1), (0, 2, 0)]));
+    assert_eq!(next(&mut scheduler), (2, vec![(11, 1, 1), (20, 1, 1), (2, 1, 1)]));
+    assert_eq!(next(&mut scheduler), (3, vec![(12, 1, 1), (21, 1, 1), (3, 1, 1)]));
 }
 
 #[test]
@@ -133,8 +139,8 @@ fn all_requests_may_end_in_one_step() {
 #[test]
 fn pages_behind_the_window_go_back_while_a_request_runs() {
     for prefix_cache in [false, true] {
-        let policy = Policy { prefix_cache, order: Order::Given, vocab: VOCAB };
-        let mut scheduler = Scheduler::new(SMALL, policy, &[], Some(8));
+        let settings = Settings { prefix_cache, ..SETTINGS };
+        let mut scheduler = Scheduler::new(SMALL, settings, StepCosts::default(), &[], Some(8));
         submit(&mut scheduler, &[1; 20], 40);
         let mut batch = Batch::new(&SMALL);
         while !scheduler.is_idle() {
@@ -149,4 +155,97 @@ fn pages_behind_the_window_go_back_while_a_request_runs() {
             scheduler.check();
         }
     }
+}
+
+/// A step, as those see it who wait and run.
+#[derive(Debug, PartialEq)]
+struct Seen {
+    decoding: Vec<Ticket>,
+    prefilling: Vec<Ticket>,
+    retractions: u64,
+}
+
+/// Runs to the end, each step completed before the next; every request draws the same token.
+fn run_dry(scheduler: &mut Scheduler, limits: &Limits) -> Vec<Seen> {
+    let (mut batch, mut seen) = (Batch::new(limits), Vec::new());
+    while !scheduler.is_idle() {
+        assert!(scheduler.schedule(&mut batch), "requests wait, and nothing moves");
+        let (decoding, prefilling) = batch.owners().split_at(batch.shape().decode_rows as usize);
+        let retractions = scheduler.stats().retractions;
+        seen.push(Seen { decoding: decoding.to_vec(), prefilling: prefilling.to_vec(), retractions });
+        let tokens = vec![5; batch.samples() as usize];
+        scheduler.complete(&batch, &tokens, &[], &mut |_| ());
+        scheduler.check();
+    }
+    seen
+}
+
+/// In which order requests entered, retracted ones again.
+fn admissions(seen: &[Seen]) -> Vec<Ticket> {
+    let mut entered: Vec<Ticket> = seen.iter().flat_map(|step| step.prefilling.clone()).collect();
+    entered.dedup();
+    entered
+}
+
+#[test]
+fn requests_are_admitted_as_submitted_and_retracted_ones_before_them_the_oldest_first() {
+    // Twelve pages: the fourth page of four sequences is one too many, and so is the fifth of three.
+    let limits = Limits { pages: 12, prefill_tokens: 64, ..SMALL };
+    let mut scheduler = scheduler_within(limits);
+    let [a, b, c, d, e] = [1, 2, 3, 4, 6].map(|text| submit(&mut scheduler, &[text; 8], 20));
+    let seen = run_dry(&mut scheduler, &limits);
+    let entered = admissions(&seen);
+    assert_eq!(entered, [a, b, c, d, b, c, d, e], "d was retracted first, then c and b");
+}
+
+#[test]
+fn the_oldest_request_is_never_retracted_and_decodes_in_every_step() {
+    let limits = Limits { pages: 12, prefill_tokens: 64, ..SMALL };
+    let mut scheduler = scheduler_within(limits);
+    let [oldest, ..] = [1, 2, 3, 4].map(|text| submit(&mut scheduler, &[text; 8], 20));
+    let seen = run_dry(&mut scheduler, &limits);
+    assert!(seen.last().unwrap().retractions >= 2);
+    let first = seen.iter().position(|step| step.decoding.contains(&oldest)).unwrap();
+    assert!(seen[first..first + 19].iter().all(|step| step.decoding[0] == oldest), "{seen:#?}");
+}
+
+#[test]
+fn nobody_is_admitted_in_a_step_that_retracts() {
+    // The retracted one's pages stay in the prefix cache, so that it could come back at once.
+    for running in [2, 3, 4] {
+        let limits = Limits { pages: 10, running, ..SMALL };
+        let mut scheduler = scheduler_within(limits);
+        for text in 1..5 {
+            submit(&mut scheduler, &[text; 8], 24);
+        }
+        let seen = run_dry(&mut scheduler, &limits);
+        let retracting = seen.windows(2).filter(|pair| pair[1].retractions > pair[0].retractions);
+        assert!(retracting.clone().count() > 0);
+        assert!(retracting.clone().all(|pair| pair[1].prefilling.is_empty()), "{seen:#?}");
+    }
+}
+
+#[test]
+fn an_admission_leaves_a_page_for_each_running_request() {
+    // Of five pages the first request has two, so three are left: one is the running request's, and two don't do for a
+    // prompt of three. The last request would fit, but it does not pass.
+    let limits = Limits { pages: 5, ..SMALL };
+    let mut scheduler = scheduler_within(limits);
+    let [first, second] = [(1, 8), (2, 12)].map(|(text, len)| submit(&mut scheduler, &vec![text; len], 4));
+    let third = submit(&mut scheduler, &[3], 4);
+    let seen = run_dry(&mut scheduler, &limits);
+    assert_eq!(admissions(&seen), [first, second, third]);
+    let enters = |ticket| seen.iter().position(|step| step.prefilling.contains(&ticket)).unwrap();
+    let first_ends = seen.iter().rposition(|step| step.decoding.contains(&first)).unwrap();
+    assert!(enters(second) > first_ends && enters(third) >= enters(second), "{seen:#?}");
+    assert_eq!(seen.last().unwrap().retractions, 0);
+}
+
+#[test]
+fn a_prompt_that_is_cut_is_run_to_its_end_before_another_one_begins() {
+    let mut scheduler = scheduler();
+    let [long, short] = [50, 3].map(|len| submit(&mut scheduler, &vec![1; len], 4));
+    let seen = run_dry(&mut scheduler, &SMALL);
+    let prefilling: Vec<_> = seen.iter().map(|step| step.prefilling.clone()).take(4).collect();
+    assert_eq!(prefilling, [vec![long], vec![long], vec![long], vec![long, short]]);
 }

@@ -6,9 +6,10 @@ use std::collections::BTreeMap;
 
 use minisgl_core::config::Limits;
 use minisgl_core::engine::{Engine, EngineOptions};
+use minisgl_core::policy::Policy;
 use minisgl_core::request::{Event, FinishReason, Request, Ticket};
 use minisgl_core::sampling::SamplingParams;
-use minisgl_core::scheduler::{Order, Policy};
+use minisgl_core::scheduler::{Order, Settings};
 use minisgl_cpu::Cpu;
 use minisgl_decoder::{Checkpoint, Decoder};
 use support::FAMILIES;
@@ -23,10 +24,18 @@ struct Way {
     prefix_cache: bool,
     overlap: bool,
     graph_rows: u32,
+    policy: Policy,
 }
 
-const PLAIN: Way =
-    Way { page_size: 16, pages: 64, prefill_tokens: 512, prefix_cache: false, overlap: false, graph_rows: 0 };
+const PLAIN: Way = Way {
+    page_size: 16,
+    pages: 64,
+    prefill_tokens: 512,
+    prefix_cache: false,
+    overlap: false,
+    graph_rows: 0,
+    policy: Policy::Throughput,
+};
 
 type CpuEngine = Engine<Cpu, Decoder<Cpu>>;
 
@@ -43,9 +52,10 @@ fn engine(checkpoint: &Checkpoint, way: Way) -> CpuEngine {
         graph_rows: way.graph_rows,
     };
     let vocab = checkpoint.config().spec.dims.vocab;
-    let policy = Policy { prefix_cache: way.prefix_cache, order: Order::Given, vocab };
+    let scheduler =
+        Settings { policy: way.policy, prefix_cache: way.prefix_cache, order: Order::Given, vocab };
     let eos = checkpoint.config().eos.clone();
-    Engine::new(cpu, model, EngineOptions { limits, policy, eos, overlap: way.overlap }).unwrap()
+    Engine::new(cpu, model, EngineOptions { limits, scheduler, eos, overlap: way.overlap }).unwrap()
 }
 
 /// Runs the examples at once to their end; gives how many prompt tokens each took from the prefix cache.
@@ -96,6 +106,7 @@ fn the_same_tokens_whole_or_in_chunks_of_any_page_size_cached_overlapped_or_reco
                 prefix_cache: c,
                 overlap: a == b,
                 graph_rows: if b == c { 4 } else { 0 },
+                policy: if a == c { Policy::Throughput } else { Policy::Latency },
                 ..PLAIN
             };
             let what = format!("{name}, {way:?}");

@@ -3,13 +3,14 @@
 //!
 //! ```text
 //!   decode   reads   context of every row x KV bytes a token      once a step and row, as far as the window reaches
-//!                    weights, head included                       once a step
+//!                    weights, head included                       once a step of decode rows alone
 //!   prefill  does    2 operations a weight and token              layers alone; the head sees one token a prompt
 //!                    4 x heads x head_dim x layers                a token and token attended to
 //! ```
 //!
-//! Decode is taken to be bound by bytes and prefill by operations, and the two not to overlap. What else a step does
-//! (activations, sampling, launching) counts as nothing, so no run reaches the floor.
+//! Decode is taken to be bound by bytes and prefill by operations, and the two not to overlap. In a step of both, decode rows
+//! count as the keys and values that they read: the weights are the prompts'. What else a step does (activations, sampling,
+//! launching) counts as nothing, so no run reaches the floor.
 
 use minisgl_core::backend::Dims;
 use minisgl_core::stats::Stats;

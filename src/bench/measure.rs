@@ -4,7 +4,8 @@
 //!   requests ──> session ── Token, Token, …, Finished, Step ──> Recorder ──> Measurement
 //! ```
 //!
-//! All requests enter together, so that the first step is a full one. A token's time is when the engine's thread had the
+//! All requests enter together, so that the first step is a full one; but for late ones, which enter when half of the others'
+//! output is there. A token's time is when the engine's thread had the
 //! tokens of its step: how late they are heard of here, on another thread, does not count.
 
 use std::time::Instant;
@@ -31,7 +32,7 @@ pub struct Measurement {
     pub completions: Vec<Completion>,
 }
 
-/// Runs all requests and measures, the device's state by `probe`. The prefix cache is emptied and the counters are reset
+/// Runs all requests, the last `late` of them late, and measures, the device's state by `probe`. The prefix cache is emptied and the counters are reset
 /// before; `on_step` is told after each step how far the run has come.
 ///
 /// # Errors
@@ -39,13 +40,14 @@ pub struct Measurement {
 pub fn measure(
     llm: &mut Llm,
     requests: &[GenerateRequest],
+    late: usize,
     probe: Option<&mut Probe>,
     on_step: &mut dyn FnMut(Progress),
 ) -> Result<Measurement, BenchError> {
     llm.clear_prefix_cache();
     llm.reset_stats();
     let requests: Vec<_> = (0..).zip(requests.iter().cloned()).collect();
-    let (run, device_state) = sample_while(probe, || drive(llm, requests, on_step));
+    let (run, device_state) = sample_while(probe, || drive(llm, requests, late, on_step));
     let run = run?;
     if let Some(rejected) = run.rejected() {
         return Err(rejected);
@@ -68,21 +70,24 @@ struct Run {
 
 fn drive(
     llm: &Llm,
-    requests: Vec<(u64, GenerateRequest)>,
+    mut requests: Vec<(u64, GenerateRequest)>,
+    late: usize,
     on_step: &mut dyn FnMut(Progress),
 ) -> Result<Run, BenchError> {
     let count = requests.len();
     let options = SessionOptions { tokens: true, steps: true, capacity: Some(count), ..Default::default() };
-    let total = requests.iter().map(|(_, request)| u64::from(request.sampling.max_tokens)).sum();
+    let total: u64 = requests.iter().map(|(_, request)| u64::from(request.sampling.max_tokens)).sum();
     let pages = llm.info().limits.pages;
     let mut progress = Progress { total: Some(total), unit: Unit::Tokens, pages, ..Progress::default() };
     let (mut steps, mut completions) = (Vec::new(), vec![None; count]);
     let (mut submitter, mut events) = llm.handle().session(options);
+    let late = requests.split_off(count - late);
     let started = Instant::now();
     let mut recorder = Recorder::new();
-    (0..count as u64).for_each(|tag| recorder.submitted(tag, started));
+    requests.iter().for_each(|(tag, _)| recorder.submitted(*tag, started));
     submitter.submit_all(requests)?;
-    drop(submitter);
+    // The session goes on until nobody can submit any more.
+    let mut late = (!late.is_empty()).then_some((submitter, late));
     while let Some(event) = events.next() {
         let event = event?;
         recorder.hear(&event);
@@ -108,6 +113,11 @@ fn drive(
                 };
                 on_step(progress.clone());
                 steps.push(timing);
+                if let Some((mut submitter, requests)) = late.take_if(|_| tokens >= total / 2) {
+                    let now = Instant::now();
+                    requests.iter().for_each(|(tag, _)| recorder.submitted(*tag, now));
+                    submitter.submit_all(requests)?;
+                }
             }
         }
     }

@@ -33,7 +33,7 @@ pub use floor::{Costs, Floor, Work};
 pub use list::{ListedModel, list_models};
 pub use report::{BenchReport, WorkloadReport};
 pub use requests::{Requests, RequestsError};
-pub use run_report::{FloorReport, HostReport, Idle, RunReport, StepsReport};
+pub use run_report::{FloorReport, HostReport, Idle, MixedReport, RunReport, StepsReport};
 pub use summary::{Percentiles, Spread};
 pub use verify::Verification;
 
@@ -52,6 +52,8 @@ use measure::{Measurement, measure};
 pub struct Plan {
     /// The requests.
     pub requests: Requests,
+    /// A further prompt of so many tokens, which comes when the others have half of their output.
+    pub late_prompt: Option<u32>,
     /// How tokens are drawn; length and seed are each request's own, and what else a file's requests say.
     pub sampling: SamplingParams,
     /// Timed runs of an engine.
@@ -153,7 +155,8 @@ fn run_engine(
     on_step: &mut dyn FnMut(Progress),
 ) -> Result<(Vec<GenerateRequest>, Option<Measurement>), BenchError> {
     let info = llm.info().clone();
-    let requests = plan.requests.take(llm, &plan.sampling)?;
+    let mut requests = plan.requests.take(llm, &plan.sampling)?;
+    requests.extend(plan.late_prompt.map(|tokens| late_request(tokens, info.vocab)));
     match engine {
         1 => print(out, format_args!("{info}\n{}\n", plan.requests.describe(&requests, &plan.sampling)))?,
         _ => print(out, format_args!("Engine {engine} of {}\n", plan.repeat))?,
@@ -166,13 +169,25 @@ fn run_engine(
     for run in 1..=plan.runs {
         let label = format!("run {run} of {}", plan.runs);
         let mut labelled = |progress| on_step(Progress { label: label.clone(), ..progress });
-        let measurement = measure(llm, &requests, probe.as_mut(), &mut labelled)?;
+        let measurement = measure(llm, &requests, late(plan), probe.as_mut(), &mut labelled)?;
         let report = RunReport::new(engine, &measurement, &costs);
         print(out, format_args!("{report}"))?;
         runs.push(report);
         last = Some(measurement);
     }
     Ok((requests, last))
+}
+
+/// How many of the requests come late: the last ones.
+fn late(plan: &Plan) -> usize {
+    usize::from(plan.late_prompt.is_some())
+}
+
+/// One that others may have to wait for: a prompt of these tokens, and a token of output.
+fn late_request(tokens: u32, vocab: u32) -> GenerateRequest {
+    let prompt: Vec<u32> = (0..tokens).map(|i| i.wrapping_mul(7919) % vocab).collect();
+    let sampling = SamplingParams { max_tokens: 1, ignore_eos: true, ..SamplingParams::default() };
+    GenerateRequest::tokens(prompt).sampling(sampling)
 }
 
 fn costs(info: &Info) -> Costs {
@@ -218,9 +233,9 @@ fn warm_up(llm: &mut Llm, plan: &Plan, requests: &[GenerateRequest]) -> Result<(
     let seed = plan.requests.seed();
     let workload = Workload { source: Source::Pcg, seed, requests: 8, input: short.clone(), output: short };
     let short = requests::drawn(&workload, llm.info().vocab, &plan.sampling);
-    measure(llm, &short, None, &mut |_| {})?;
+    measure(llm, &short, 0, None, &mut |_| {})?;
     if plan.warm_up {
-        measure(llm, requests, None, &mut |_| {})?;
+        measure(llm, requests, late(plan), None, &mut |_| {})?;
     }
     Ok(())
 }

@@ -32,6 +32,19 @@ pub struct StepsReport {
     pub seconds: f64,
 }
 
+/// Steps in which running requests decode beside prompts.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
+pub struct MixedReport {
+    /// Decode rows, each one token.
+    pub decode_tokens: u64,
+    /// Tokens of prompts.
+    pub prefill_tokens: u64,
+    /// Steps.
+    pub steps: u64,
+    /// Seconds on the device.
+    pub seconds: f64,
+}
+
 /// Where the device waited for the host.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
 pub struct Idle {
@@ -75,13 +88,15 @@ pub struct RunReport {
     /// What was seen of it.
     #[serde(flatten)]
     pub record: RunRecord,
-    /// Prompts, and what retracted requests ran again.
+    /// Steps of prompts alone, and of what retracted requests ran again.
     pub prefill: StepsReport,
-    /// One token a row.
+    /// Steps of both.
+    pub mixed: MixedReport,
+    /// Steps of decode rows alone, one token a row.
     pub decode: StepsReport,
-    /// Rows of decode steps that were padding, as a share of all.
+    /// Rows of these that were padding, as a share of all.
     pub padding_share: f64,
-    /// Most rows of a decode step.
+    /// Most decode rows of a step.
     pub rows_peak: u32,
     /// Between steps.
     pub device_idle: Idle,
@@ -106,13 +121,14 @@ pub struct RunReport {
 impl RunReport {
     /// Sums up a run of the engine with this number; its floor is not known yet.
     pub fn new(engine: usize, run: &Measurement, costs: &Costs) -> Self {
-        let Stats { padding_rows, decode_tokens, .. } = run.stats;
+        let (padding_rows, decode) = (run.stats.padding_rows, decode(run));
         RunReport {
             engine,
             record: run.record.clone(),
             prefill: prefill(run),
-            decode: decode(run),
-            padding_share: ratio(padding_rows as f64, (padding_rows + decode_tokens) as f64),
+            mixed: mixed(run),
+            decode,
+            padding_share: ratio(padding_rows as f64, (padding_rows + decode.tokens) as f64),
             rows_peak: run.stats.rows_peak,
             device_idle: idle(&run.steps),
             host: host(&run.steps),
@@ -134,23 +150,35 @@ impl RunReport {
 }
 
 fn prefill(run: &Measurement) -> StepsReport {
-    let steps = || run.steps.iter().filter(|step| !step.shape.is_decode());
+    let steps = || run.steps.iter().filter(|step| step.shape.decode_rows == 0);
     let rows: u64 = steps().map(|step| u64::from(step.shape.prefill_rows)).sum();
-    let Stats { prefill_tokens, prefill_steps, .. } = run.stats;
+    let Stats { prefill_tokens, mixed_prefill_tokens, prefill_steps, .. } = run.stats;
     StepsReport {
-        tokens: prefill_tokens,
+        tokens: prefill_tokens - mixed_prefill_tokens,
         steps: prefill_steps,
         mean_rows: ratio(rows as f64, prefill_steps as f64),
         seconds: device_seconds(steps()),
     }
 }
 
+fn mixed(run: &Measurement) -> MixedReport {
+    let steps = run.steps.iter().filter(|step| step.shape.decode_rows > 0 && step.shape.prefill_rows > 0);
+    let Stats { mixed_decode_tokens, mixed_prefill_tokens, mixed_steps, .. } = run.stats;
+    MixedReport {
+        decode_tokens: mixed_decode_tokens,
+        prefill_tokens: mixed_prefill_tokens,
+        steps: mixed_steps,
+        seconds: device_seconds(steps),
+    }
+}
+
 fn decode(run: &Measurement) -> StepsReport {
-    let Stats { decode_tokens, decode_steps, .. } = run.stats;
+    let Stats { decode_tokens, mixed_decode_tokens, decode_steps, .. } = run.stats;
+    let tokens = decode_tokens - mixed_decode_tokens;
     StepsReport {
-        tokens: decode_tokens,
+        tokens,
         steps: decode_steps,
-        mean_rows: ratio(decode_tokens as f64, decode_steps as f64),
+        mean_rows: ratio(tokens as f64, decode_steps as f64),
         seconds: device_seconds(steps_of_decode(&run.steps)),
     }
 }
@@ -192,18 +220,33 @@ fn ratio(part: f64, whole: f64) -> f64 {
     if whole == 0.0 { 0.0 } else { part / whole }
 }
 
+impl fmt::Display for StepsReport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let StepsReport { tokens, steps, mean_rows, seconds } = self;
+        write!(f, "{tokens} tokens in {steps} steps of {mean_rows:.1} rows on average, {seconds:.3} s")
+    }
+}
+
+impl fmt::Display for MixedReport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let MixedReport { decode_tokens, prefill_tokens, steps, seconds } = self;
+        write!(
+            f,
+            "{decode_tokens} decode rows beside {prefill_tokens} tokens of prompts in {steps} steps, {seconds:.3} s"
+        )
+    }
+}
+
 impl fmt::Display for RunReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let RunReport { record, prefill, decode, .. } = self;
+        let RunReport { record, prefill, mixed, decode, .. } = self;
         let RunRecord { total_tokens, seconds, tokens_per_s, .. } = record;
         writeln!(f, "Total: {total_tokens}tok, Time: {seconds:.2}s, Throughput: {tokens_per_s:.2}tok/s")?;
-        for (name, steps) in [("prefill", prefill), ("decode", decode)] {
-            let StepsReport { tokens, steps, mean_rows, seconds } = steps;
-            writeln!(
-                f,
-                "  {name:<13} {tokens} tokens in {steps} steps of {mean_rows:.1} rows on average, {seconds:.3} s"
-            )?;
+        writeln!(f, "  prefill       {prefill}")?;
+        if mixed.steps > 0 {
+            writeln!(f, "  mixed         {mixed}")?;
         }
+        writeln!(f, "  decode        {decode}")?;
         let (padding, peak) = (100.0 * self.padding_share, self.rows_peak);
         writeln!(f, "  decode rows   {peak} at the peak, {padding:.1}% of all rows padding")?;
         let Idle { seconds: idle_s, longest_ms } = self.device_idle;
@@ -277,6 +320,7 @@ mod tests {
     use crate::request::{Load, StepShape};
 
     const PREFILL: StepShape = StepShape { decode_rows: 0, prefill_rows: 4, tokens: 8, samples: 4 };
+    const MIXED: StepShape = StepShape { decode_rows: 1, prefill_rows: 1, tokens: 3, samples: 2 };
 
     fn step(shape: StepShape, start_ms: f32, gpu_ms: f32) -> StepTiming {
         let (host_start, host_time) = (Duration::ZERO, Duration::from_micros(u64::from(shape.rows()) + 90));
@@ -307,9 +351,12 @@ mod tests {
             stats: Stats {
                 prefill_steps: 1,
                 decode_steps: 2,
-                prefill_tokens: 8,
+                mixed_steps: 1,
+                prefill_tokens: 10,
+                mixed_prefill_tokens: 2,
                 prefill_context: 20,
-                decode_tokens: 6,
+                decode_tokens: 7,
+                mixed_decode_tokens: 1,
                 padding_rows: 2,
                 output_tokens: 8,
                 decode_context: 40,
@@ -321,6 +368,7 @@ mod tests {
                 step(PREFILL, 100.0, 50.0),
                 step(StepShape::decode(4), 150.0, 10.0),
                 step(StepShape::decode(2), 165.0, 20.0),
+                step(MIXED, 185.0, 7.0),
             ],
             completions: Vec::new(),
         }
@@ -339,6 +387,8 @@ mod tests {
         let report = RunReport::new(1, &measurement(), &COSTS);
         assert!((report.prefill.seconds - 0.05).abs() < 1e-9);
         assert!((report.decode.seconds - 0.03).abs() < 1e-9);
+        assert!((report.mixed.seconds - 0.007).abs() < 1e-9);
+        assert_eq!((report.prefill.tokens, report.decode.tokens), (8, 6));
         assert_eq!(report.prefill.mean_rows, 4.0);
         assert_eq!(report.decode.mean_rows, 3.0);
         assert_eq!(report.padding_share, 0.25);
@@ -363,11 +413,11 @@ mod tests {
 
     #[test]
     fn the_share_of_the_floor_is_its_time_over_the_time_taken() {
-        let ceilings = Ceilings { bytes_per_s: 600.0, flop_per_s: Some(80_200.0) };
+        let ceilings = Ceilings { bytes_per_s: 600.0, flop_per_s: Some(100_200.0) };
         let mut report = RunReport::new(1, &measurement(), &COSTS);
         assert_eq!(report.floor, None, "no ceilings, no floor");
         report.set_ceilings(ceilings);
-        assert_eq!(report.work, Work { kv_bytes: 400, weight_bytes: 200, prefill_flop: 8020 });
+        assert_eq!(report.work, Work { kv_bytes: 400, weight_bytes: 200, prefill_flop: 10_020 });
         let reached = report.floor.unwrap();
         assert!((reached.floor.seconds - 1.1).abs() < 1e-9, "1 s of bytes and 0.1 s of operations");
         assert!((reached.share - 0.55).abs() < 1e-9);

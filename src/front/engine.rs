@@ -7,7 +7,8 @@
 //!
 //! It waits for the device and, when idle, for a message; never for a reader, a tokenizer or a lock that somebody holds
 //! for long. A request waits here rather than in the engine's own queue, and is handed on when a slot is free for it, so
-//! that turns are taken as late as can be; only an engine that sorts its queue gets it filled.
+//! that turns are taken as late as can be; only an engine that sorts its queue gets it filled. How many wait here the engine
+//! is told, for its policy asks whether more prompts are to come.
 //!
 //! A step that fails, or panics, ends all work: what is open gets lost, what comes later is refused, and the thread goes
 //! on answering questions about the engine.
@@ -154,6 +155,7 @@ impl EngineThread {
     pub fn run(mut self) {
         while self.take_messages() {
             self.admit();
+            self.runner.set_backlog(self.intake.len() as u32);
             if !self.stopped && !self.runner.is_idle() {
                 self.step();
             }

@@ -90,6 +90,8 @@ impl Runner for Simulated {
         Ok(Submitted { ticket, max_tokens })
     }
 
+    fn set_backlog(&mut self, _: u32) {}
+
     fn abort(&mut self, ticket: Ticket, sink: Sink<'_>) -> bool {
         let entry = ticket.entry as usize;
         let live = self.requests[entry].as_ref().is_some_and(|request| request.ticket == ticket);

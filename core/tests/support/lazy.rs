@@ -4,6 +4,8 @@
 //! Operations lie in two queues. Waiting on the host for a copy runs its queue up to that copy; an operation that
 //! waits for an event runs the other queue up to the event first. Fresh memory is poisoned.
 //!
+//! Its clock counts operations; a step may take longer, as [`Lazy::priced`] says.
+//!
 //! Nothing is allocated once queues, memory and graphs are there.
 
 use std::cell::{RefCell, UnsafeCell};
@@ -12,6 +14,7 @@ use std::ops::Range;
 use std::rc::Rc;
 
 use minisgl_core::backend::{Device, DeviceInfo, Element, Memory, Purpose, Queue, Step};
+use minisgl_core::costs::StepCosts;
 use thiserror::Error;
 
 use super::hashing;
@@ -87,8 +90,9 @@ struct Pending {
 struct State {
     memory: Vec<u32>,
     queues: [Pending; 2],
-    /// Operations run so far, of both queues: the device's clock, in milliseconds.
+    /// Operations run so far, of both queues, and what steps took beside: the device's clock, in milliseconds.
     clock: u64,
+    costs: StepCosts,
 }
 
 /// See the module.
@@ -104,8 +108,13 @@ pub struct Lazy {
 
 impl Lazy {
     pub fn new(pace: Pace) -> Lazy {
+        Lazy::priced(pace, StepCosts::default())
+    }
+
+    /// A device whose steps take so many milliseconds.
+    pub fn priced(pace: Pace, costs: StepCosts) -> Lazy {
         let pending = || Pending { ops: VecDeque::with_capacity(QUEUE_CAPACITY), done: 0 };
-        let state = State { memory: Vec::new(), queues: [pending(), pending()], clock: 0 };
+        let state = State { memory: Vec::new(), queues: [pending(), pending()], clock: 0, costs };
         Lazy { pace, state: RefCell::new(state), recording: None, replays: 0, memory_limit: usize::MAX }
     }
 
@@ -162,6 +171,8 @@ impl State {
     fn perform(&mut self, op: Op) {
         match op {
             Op::Forward { step, kv, tokens, window } => {
+                let costs = if step.shape.is_decode() { self.costs.decode } else { self.costs.mixed };
+                self.clock += costs.at(step.shape.tokens) as u64;
                 hashing::forward(&mut self.memory, &step, kv, tokens, window);
             }
             Op::Logprobs { step, tokens, out } => hashing::logprobs(&mut self.memory, &step, tokens, out),

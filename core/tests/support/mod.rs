@@ -13,9 +13,10 @@ pub mod trace;
 
 use minisgl_core::config::Limits;
 use minisgl_core::engine::{Engine, EngineOptions};
+use minisgl_core::policy::Policy;
 use minisgl_core::request::{Event, FinishReason, Request, Ticket};
 use minisgl_core::sampling::SamplingParams;
-use minisgl_core::scheduler::{Order, Policy};
+use minisgl_core::scheduler::{Order, Settings};
 
 use expected::VOCAB;
 use hashing::{Hashing, Runs};
@@ -32,10 +33,13 @@ pub const SMALL: Limits = Limits {
     graph_rows: 4,
 };
 
+/// Most tokens a second, the prefix cache on.
+pub const SETTINGS: Settings =
+    Settings { policy: Policy::Throughput, prefix_cache: true, order: Order::Given, vocab: VOCAB };
+
 /// Everything by default, the prefix cache and overlap on.
 pub fn options(limits: Limits) -> EngineOptions {
-    let policy = Policy { prefix_cache: true, order: Order::Given, vocab: VOCAB };
-    EngineOptions { limits, policy, eos: vec![expected::EOS], overlap: true }
+    EngineOptions { limits, scheduler: SETTINGS, eos: vec![expected::EOS], overlap: true }
 }
 
 /// An engine on the lazy device.

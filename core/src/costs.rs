@@ -1,0 +1,164 @@
+//! What a step costs on this device: two straight lines, measured when an engine is built.
+//!
+//! ```text
+//!   ms │             ╱         mixed: a step with prefill rows, launched kernel by kernel
+//!      │          ╱
+//!      │───────╱     __──      decode: a step of decode rows alone, recorded
+//!      │____──────
+//!      └──────────────────
+//!        tokens of all rows
+//! ```
+//!
+//! Attention is left out, as near as can be: the steps that are timed hold dummy rows, which attend to nothing or to a few
+//! tokens. A decode row's attention takes as long beside prompts as without them, so a choice between the two needs no more.
+//!
+//! What is measured decides when a request runs, never what comes out.
+
+use crate::backend::{Device, Model, Queue};
+use crate::batch::{Batch, Dummy, Row, StepShape, Token};
+use crate::config::Limits;
+use crate::graphs::DecodeGraphs;
+use crate::request::Ticket;
+use crate::resident::Resident;
+
+/// Rows of the decode steps that are timed.
+const ROWS: [u32; 3] = [1, 4, 256];
+/// Tokens of the steps with prefill rows.
+const TOKENS: [u32; 3] = [64, 256, 2048];
+/// Tokens of their prompts.
+const PROMPT: u32 = 64;
+/// No step is timed that would take longer, by those before it.
+const LONGEST_MS: f32 = 100.0;
+
+/// Milliseconds by number of tokens.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Line {
+    /// Of a step, beside its tokens.
+    pub fixed_ms: f32,
+    /// Of each token.
+    pub token_ms: f32,
+}
+
+impl Line {
+    /// Of a step of so many tokens.
+    pub fn at(self, tokens: u32) -> f32 {
+        self.fixed_ms + self.token_ms * tokens as f32
+    }
+
+    /// Through `(tokens, ms)` of a small and a large step; through one alone and the origin where they are the same.
+    fn through(small: (u32, f32), large: (u32, f32)) -> Line {
+        let token_ms = match large.0 > small.0 {
+            true => ((large.1 - small.1) / (large.0 - small.0) as f32).max(0.0),
+            false => small.1 / small.0 as f32,
+        };
+        Line { fixed_ms: (small.1 - token_ms * small.0 as f32).max(0.0), token_ms }
+    }
+}
+
+/// See the module.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct StepCosts {
+    /// Of decode rows alone.
+    pub decode: Line,
+    /// With prefill rows; of all tokens, those of decode rows too.
+    pub mixed: Line,
+}
+
+/// What steps are timed on.
+pub(crate) struct Bench<'a, B: Device, M> {
+    pub backend: &'a mut B,
+    pub model: &'a mut M,
+    pub resident: &'a Resident<B::Buffer>,
+    pub graphs: &'a DecodeGraphs<B::Graph>,
+    /// Pinned memory for a packed batch.
+    pub staging: &'a mut B::Pinned,
+    pub started: &'a mut B::Event,
+    pub ended: &'a mut B::Event,
+}
+
+impl<B: Device, M: Model<B>> Bench<'_, B, M> {
+    /// Times a few steps of each kind, small ones first.
+    pub fn measure(mut self, limits: &Limits) -> Result<StepCosts, B::Error> {
+        let (dummy, mut batch) = (self.resident.dummy(), Batch::new(limits));
+        let decode = self.line(Line::default(), ROWS, &mut batch, |size, batch| {
+            batch.clear();
+            StepShape::decode(size.min(limits.running))
+        })?;
+        let mixed = self.line(decode, TOKENS, &mut batch, |size, batch| {
+            fill_with_prompts(batch, size, dummy, limits);
+            batch.shape()
+        })?;
+        Ok(StepCosts { decode, mixed })
+    }
+
+    /// The line through the first and the last of the steps that `prepare` makes of these sizes; `expected`, where the first
+    /// would take too long. Where there is a first one alone, each of its tokens is as dear as any other.
+    fn line(
+        &mut self,
+        expected: Line,
+        sizes: [u32; 3],
+        batch: &mut Batch,
+        prepare: impl Fn(u32, &mut Batch) -> StepShape,
+    ) -> Result<Line, B::Error> {
+        let (mut line, mut first, mut expected_ms) = (expected, None, expected.at(sizes[0]));
+        for (i, size) in sizes.into_iter().enumerate() {
+            if expected_ms > LONGEST_MS {
+                break;
+            }
+            let shape = prepare(size, batch);
+            let (tokens, ms) = (shape.tokens, self.time(batch, shape)?);
+            line = Line::through(*first.get_or_insert((tokens, ms)), (tokens, ms));
+            // The second size is not much larger than the first, from which nothing can be told.
+            expected_ms = if i == 0 { ms } else { sizes.get(i + 1).map_or(0.0, |next| line.at(*next)) };
+        }
+        Ok(line)
+    }
+
+    /// Runs a step twice, the second time behind the first, so that it does not wait for its launches; how long that takes.
+    fn time(&mut self, batch: &Batch, shape: StepShape) -> Result<f32, B::Error> {
+        let graph = match shape.is_decode() {
+            true => self.graphs.fitting(shape.decode_rows),
+            false => None,
+        };
+        let shape = graph.map_or(shape, |(rows, _)| StepShape::decode(rows));
+        for _ in 0..2 {
+            self.backend.record(Queue::Compute, self.started)?;
+            let step = self.resident.send(self.backend, self.model, batch, shape, 0, self.staging)?;
+            match graph {
+                Some((_, graph)) => self.backend.replay(graph)?,
+                None => self.model.forward(self.backend, &step, self.resident.tokens)?,
+            }
+        }
+        self.backend.record(Queue::Compute, self.ended)?;
+        self.backend.elapsed_ms(self.started, self.ended)
+    }
+}
+
+/// Fills a batch with prompts of dummy tokens, about so many in all.
+fn fill_with_prompts(batch: &mut Batch, tokens: u32, dummy: Dummy, limits: &Limits) {
+    batch.clear();
+    let nobody = Ticket { entry: 0, generation: 0 };
+    let of_all = tokens.min(limits.prefill_tokens);
+    let of_each = PROMPT.max(of_all.div_ceil(limits.running)).min(of_all).min(limits.sequence);
+    for i in 0..(of_all / of_each).min(limits.running) {
+        let row = Row { tokens: of_each, kv_len: of_each, ..dummy.row(i * of_each) };
+        batch.push_prefill_row(nobody, row);
+        for position in 0..of_each {
+            let location = dummy.location + position % limits.page_size;
+            batch.push_token(Token { position, location, ..dummy.token() });
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_line_goes_through_what_was_measured_and_never_down() {
+        let line = Line::through((64, 1.5), (2048, 5.468));
+        assert!((line.at(64) - 1.5).abs() < 1e-4 && (line.at(2048) - 5.468).abs() < 1e-4, "{line:?}");
+        assert_eq!(Line::through((1, 2.0), (1, 2.0)), Line { fixed_ms: 0.0, token_ms: 2.0 });
+        assert_eq!(Line::through((1, 2.0), (9, 1.0)), Line { fixed_ms: 2.0, token_ms: 0.0 });
+    }
+}

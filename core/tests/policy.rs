@@ -1,0 +1,230 @@
+//! What policies promise, by themselves and with an engine around them.
+
+mod support;
+
+use minisgl_core::batch::StepShape;
+use minisgl_core::config::Limits;
+use minisgl_core::costs::{Line, StepCosts};
+use minisgl_core::engine::Engine;
+use minisgl_core::policy::{Demand, Mix, Policy, StepPolicy};
+use minisgl_core::request::Request;
+use proptest::prelude::*;
+
+use support::hashing::Hashing;
+use support::lazy::{Lazy, Pace};
+use support::{Outcomes, SMALL, exactly, options, run_dry};
+
+/// About those of a small model on a large GPU.
+const GPU: StepCosts = StepCosts {
+    decode: Line { fixed_ms: 0.5, token_ms: 0.0025 },
+    mixed: Line { fixed_ms: 1.5, token_ms: 0.002 },
+};
+
+/// 250 requests decode, a prompt waits for which there is a place, others for places.
+const DEMAND: Demand =
+    Demand { decode_rows: 250, prompts: 1, prompt_tokens: 100, prompt_tokens_max: 8000, more_to_come: true };
+
+fn throughput(costs: StepCosts) -> Box<dyn StepPolicy> {
+    Policy::Throughput.build(costs, 256)
+}
+
+/// Decode steps before the prompts run.
+fn held(policy: &mut dyn StepPolicy, demand: &Demand) -> usize {
+    (0..1000).take_while(|_| policy.next(demand).prompt_tokens == 0).count()
+}
+
+#[test]
+fn prompts_are_held_back_until_that_has_cost_as_much_as_running_them() {
+    // Running them costs 1.5 + 250 x 0.002 - (0.5 + 250 x 0.0025) ms; a row that stays empty, 0.5 / 256 ms a step.
+    let steps = (0.875_f64 / (0.5 / 256.0)).ceil() as usize;
+    for prompts in [8, 16, 100] {
+        let demand = Demand { prompts, ..DEMAND };
+        let mut policy = throughput(GPU);
+        for _ in 0..2 {
+            assert_eq!(held(&mut *policy, &demand), steps.div_ceil(prompts as usize));
+        }
+    }
+}
+
+#[test]
+fn nobody_is_held_back_where_that_brings_nothing() {
+    let full = Demand { prompt_tokens: 8000, ..DEMAND };
+    let nothing_decodes = Demand { decode_rows: 0, ..DEMAND };
+    let no_more_to_come = Demand { more_to_come: false, ..DEMAND };
+    for demand in [full, nothing_decodes, no_more_to_come] {
+        assert_eq!(held(&mut *throughput(GPU), &demand), 0, "{demand:?}");
+    }
+}
+
+#[test]
+fn running_requests_decode_beside_prompts_where_that_costs_less_than_a_step_of_their_own() {
+    let decodes = |costs| throughput(costs).next(&Demand { more_to_come: false, ..DEMAND }).decodes;
+    assert!(decodes(GPU));
+    let dear_beside_prompts = Line { fixed_ms: 1.5, token_ms: 0.01 };
+    assert!(!decodes(StepCosts { mixed: dear_beside_prompts, ..GPU }));
+}
+
+#[test]
+fn with_latency_a_mixed_step_takes_at_most_twice_as_long_as_the_last_decode_step() {
+    let mut policy = Policy::Latency.build(GPU, 256);
+    for (decode_ms, rows) in [(2.0, 64), (3.5, 64), (8.0, 200), (1.4, 1)] {
+        policy.has_run(StepShape::decode(rows), decode_ms);
+        // A step with prompts in it says nothing of how long one without takes.
+        policy.has_run(StepShape { prefill_rows: 1, tokens: rows + 100, ..StepShape::decode(rows) }, 50.0);
+        let mix = policy.next(&Demand { decode_rows: rows, ..DEMAND });
+        let attention_ms = decode_ms - GPU.decode.at(rows);
+        let taken = |tokens| GPU.mixed.at(rows + tokens) + attention_ms;
+        assert!(mix.decodes && taken(mix.prompt_tokens) <= 2.0 * decode_ms + 1e-3, "{mix:?}");
+        assert!(taken(mix.prompt_tokens + 2) > 2.0 * decode_ms, "and no less than that: {mix:?}");
+    }
+}
+
+fn costs() -> impl Strategy<Value = StepCosts> {
+    let value = || prop_oneof![Just(0.0f32), Just(f32::INFINITY), Just(f32::NAN), 0.0..100.0f32];
+    let line = move || (value(), value()).prop_map(|(fixed_ms, token_ms)| Line { fixed_ms, token_ms });
+    (line(), line()).prop_map(|(decode, mixed)| StepCosts { decode, mixed })
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn whoever_waits_is_let_in_within_64_steps_whatever_steps_seem_to_cost(
+        costs in costs(),
+        decode_rows in 0..300u32,
+        prompt_tokens in 1..200u32,
+        more_to_come in any::<bool>(),
+    ) {
+        let demand = Demand { decode_rows, prompt_tokens, more_to_come, ..DEMAND };
+        for policy in [Policy::Throughput, Policy::Latency] {
+            let mut policy = policy.build(costs, 256);
+            policy.has_run(StepShape::decode(decode_rows), costs.decode.fixed_ms);
+            prop_assert!(held(&mut *policy, &demand) <= 64);
+        }
+    }
+
+    #[test]
+    fn with_latency_all_decode_in_every_step_and_prompts_go_on(costs in costs(), decode_rows in 0..300u32) {
+        let mut policy = Policy::Latency.build(costs, 256);
+        for prompt_tokens in [1, 5000] {
+            let mix = policy.next(&Demand { decode_rows, prompt_tokens, ..DEMAND });
+            prop_assert!(mix.decodes && mix.prompt_tokens >= 64, "{:?}", mix);
+        }
+    }
+}
+
+/// Requests that come one by one, one in each step, as texts do from a tokenizer that is slower than the device.
+fn one_by_one(policy: Policy, requests: u32) -> Engine<Lazy, Hashing> {
+    let limits = Limits { running: 64, queued: 64, pages: 4000, prefill_tokens: 500, ..SMALL };
+    let costs = StepCosts {
+        decode: Line { fixed_ms: 4.0, token_ms: 0.1 },
+        mixed: Line { fixed_ms: 12.0, token_ms: 0.1 },
+    };
+    let mut options = options(limits);
+    options.scheduler.policy = policy;
+    let mut engine =
+        Engine::new(Lazy::priced(Pace::Late, costs), Hashing::default(), options).expect("valid limits");
+    let mut outcomes = Outcomes::default();
+    for text in 0..requests {
+        let prompt: Vec<u32> = (0..20).map(|i| (text >> i) % 13).collect();
+        engine.submit(Request { prompt: &prompt, params: exactly(40) }).expect("it can run");
+        engine.step(&mut |event| outcomes.take_in(event)).expect("the device does not fail");
+    }
+    run_dry(&mut engine, &mut outcomes);
+    engine
+}
+
+#[test]
+fn prompts_that_come_one_by_one_run_together() {
+    let stats = one_by_one(Policy::Throughput, 200).stats();
+    let steps = stats.prefill_steps + stats.mixed_steps;
+    assert!((10..40).contains(&steps), "{stats:?}");
+    let stats = one_by_one(Policy::Latency, 200).stats();
+    assert!(stats.prefill_steps + stats.mixed_steps > 100, "{stats:?}");
+}
+
+#[test]
+fn with_latency_no_running_request_waits_for_a_prompt() {
+    let limits = Limits { running: 8, sequence: 1024, pages: 1000, prefill_tokens: 512, ..SMALL };
+    for (policy, portions) in [(Policy::Latency, 700_u32.div_ceil(64)), (Policy::Throughput, 2)] {
+        let mut options = options(limits);
+        options.scheduler.policy = policy;
+        let costs = StepCosts {
+            decode: Line { fixed_ms: 10.0, token_ms: 1.0 },
+            mixed: Line { fixed_ms: 20.0, token_ms: 0.3 },
+        };
+        let mut engine =
+            Engine::new(Lazy::priced(Pace::Late, costs), Hashing::default(), options).expect("valid limits");
+        let mut outcomes = Outcomes::default();
+        let submit = |engine: &mut Engine<_, _>, prompt: &[u32]| {
+            engine.submit(Request { prompt, params: exactly(60) }).expect("it can run");
+        };
+        [1, 2, 3].iter().for_each(|text| submit(&mut engine, &[*text; 5]));
+        for _ in 0..4 {
+            engine.step(&mut |event| outcomes.take_in(event)).expect("the device does not fail");
+        }
+        submit(&mut engine, &[4; 700]);
+        let mut shapes = Vec::new();
+        for _ in 0..20 {
+            let report = engine.step(&mut |event| outcomes.take_in(event)).expect("the device does not fail");
+            shapes.extend(report.launched);
+        }
+        assert!(shapes.iter().all(|shape| shape.decode_rows >= 3), "{policy:?}: {shapes:?}");
+        let mixed = shapes.iter().filter(|shape| shape.prefill_rows > 0).count();
+        assert_eq!(mixed, portions as usize, "{policy:?}: {shapes:?}");
+        run_dry(&mut engine, &mut outcomes);
+    }
+}
+
+#[test]
+fn requests_that_share_a_prefix_count_as_what_is_left_of_them() {
+    // Two of 72 tokens would fill a step of 128, and run at once; but 68 of each are in the cache.
+    let limits = Limits { running: 5, prefill_tokens: 128, sequence: 100, pages: 200, ..SMALL };
+    let costs = StepCosts {
+        decode: Line { fixed_ms: 10.0, token_ms: 0.0 },
+        mixed: Line { fixed_ms: 80.0, token_ms: 0.1 },
+    };
+    let mut engine = Engine::new(Lazy::priced(Pace::Late, costs), Hashing::default(), options(limits))
+        .expect("valid limits");
+    let mut outcomes = Outcomes::default();
+    let prompt = |tail: u32| -> Vec<u32> { (0..68).map(|i| i % 13).chain([tail; 4]).collect() };
+    let mut prefilled = Vec::new();
+    for tails in [0..1, 1..3, 3..5] {
+        for tail in tails {
+            engine.submit(Request { prompt: &prompt(tail), params: exactly(20) }).expect("it can run");
+        }
+        prefilled.extend(engine.step(&mut |event| outcomes.take_in(event)).expect("a step").launched);
+    }
+    run_dry(&mut engine, &mut outcomes);
+    assert!(prefilled[1..].iter().all(|shape| shape.is_decode()), "{prefilled:?}");
+    assert_eq!(engine.stats().prefill_tokens, 72 + 4 * 4);
+}
+
+#[test]
+fn a_prompt_is_held_back_only_while_others_wait_for_a_place() {
+    for (backlog, runs_at_once) in [(0, true), (9, false)] {
+        let limits = Limits { running: 4, prefill_tokens: 128, sequence: 100, pages: 200, ..SMALL };
+        let costs = StepCosts {
+            decode: Line { fixed_ms: 10.0, token_ms: 0.0 },
+            mixed: Line { fixed_ms: 80.0, token_ms: 0.1 },
+        };
+        let mut engine = Engine::new(Lazy::priced(Pace::Late, costs), Hashing::default(), options(limits))
+            .expect("valid limits");
+        let mut outcomes = Outcomes::default();
+        let mut step = |engine: &mut Engine<_, _>| {
+            let report = engine.step(&mut |event| outcomes.take_in(event)).expect("the device does not fail");
+            report.launched.expect("there is something to run")
+        };
+        engine.submit(Request { prompt: &[1; 20], params: exactly(60) }).expect("it can run");
+        step(&mut engine);
+        engine.submit(Request { prompt: &[2; 20], params: exactly(60) }).expect("it can run");
+        engine.set_backlog(backlog);
+        assert!(step(&mut engine).is_decode(), "it has just come, and others may follow");
+        assert_eq!(step(&mut engine).prefill_rows == 1, runs_at_once, "a backlog of {backlog}");
+    }
+}
+
+#[test]
+fn a_mix_of_decode_rows_alone_has_no_prompts() {
+    assert_eq!(throughput(GPU).next(&Demand { prompts: 0, prompt_tokens: 0, ..DEMAND }), Mix::DECODE);
+}
