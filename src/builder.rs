@@ -128,6 +128,12 @@ impl LlmBuilder {
         self
     }
 
+    /// Apply fp8 matrices to activations as they are, whatever the checkpoint says of rounding them.
+    pub fn plain_inputs(mut self, on: bool) -> Self {
+        self.options.plain_inputs = on;
+        self
+    }
+
     /// Loads the model and makes the engine ready to run.
     ///
     /// # Errors

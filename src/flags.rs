@@ -120,6 +120,9 @@ macro_rules! with_shared_flags {
             /// what a step is made of: throughput (default: most tokens a second) or latency (no long wait for the next token)
             #[argh(option, from_str_fn($crate::parse_policy), default = "::std::default::Default::default()")]
             policy: $crate::Policy,
+            /// apply fp8 matrices to activations as they are, whatever the checkpoint says of rounding them
+            #[argh(switch)]
+            plain_inputs: bool,
             /// how freely tokens are drawn; 0 takes the most probable one
             #[argh(option)]
             temperature: Option<f32>,
@@ -159,6 +162,7 @@ macro_rules! with_shared_flags {
                     prefix_cache: !self.no_prefix_cache,
                     order: self.order,
                     policy: self.policy,
+                    plain_inputs: self.plain_inputs,
                     ..default
                 }
             }

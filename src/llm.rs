@@ -54,7 +54,7 @@ impl Llm {
     }
 
     pub(crate) fn open(source: ModelSource, options: Options, choice: Choice) -> Result<Llm, Error> {
-        let (checkpoint, text) = open_model(&source)?;
+        let (checkpoint, text) = open_model(&source, &options)?;
         let (text, order) = (Arc::new(text), options.order);
         // On the thread that it stays on.
         let of_engine = text.clone();
@@ -317,11 +317,15 @@ fn cut(completion: &mut Completion, given: Given) {
 }
 
 /// The model's files, and its text side where it has one.
-fn open_model(source: &ModelSource) -> Result<(Checkpoint, Text), Error> {
+fn open_model(source: &ModelSource, options: &Options) -> Result<(Checkpoint, Text), Error> {
     let model = |cause: CheckpointError| Error::Model(cause.into());
     match source.folder() {
         None => Ok((Checkpoint::preset(source.name(), FAMILIES).map_err(model)?, Text::default())),
-        Some(folder) => Ok((Checkpoint::open(folder, FAMILIES).map_err(model)?, Text::open(folder)?)),
+        Some(folder) => {
+            let checkpoint = Checkpoint::open(folder, FAMILIES).map_err(model)?;
+            let checkpoint = if options.plain_inputs { checkpoint.with_plain_inputs() } else { checkpoint };
+            Ok((checkpoint, Text::open(folder)?))
+        }
     }
 }
 

@@ -68,6 +68,8 @@ pub struct Options {
     pub order: Order,
     /// What a step is made of: most tokens a second, or no long wait for a running request's next token. Tokens are the same.
     pub policy: Policy,
+    /// Apply fp8 matrices to activations as they are, whatever the checkpoint says of rounding them: more exact.
+    pub plain_inputs: bool,
 }
 
 impl Default for Options {
@@ -88,6 +90,7 @@ impl Default for Options {
             prefix_cache: true,
             order: Order::Given,
             policy: Policy::Throughput,
+            plain_inputs: false,
         }
     }
 }

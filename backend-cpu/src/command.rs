@@ -7,14 +7,15 @@
 use minisgl_core::backend::{KvLayer, Purpose, Step};
 use minisgl_core::batch::{self, HEADER_WORDS, Header};
 use minisgl_core::config::Limits;
+use minisgl_core::fp8;
 use minisgl_core::sampling::{LOGPROB_WORDS, NO_TOKEN, RowLogprobs};
-use minisgl_core::spec::{Activation, Dims};
+use minisgl_core::spec::{Activation, DecoderSpec, Dims, Inputs, WeightFormat};
 use rayon::prelude::*;
 
 use crate::error::CpuError;
 use crate::memory::{Buffer, Memory, floats};
 use crate::ops::{self, Context, PageShape};
-use crate::weights::{Matrix, Weight};
+use crate::weights::{Matrix, Rounding, Weight};
 use crate::{matmul, sampling};
 
 /// One operation; see [`minisgl_core::backend::Ops`] and `layer.rs` for what each means.
@@ -78,21 +79,30 @@ struct Sizes {
     dims: Dims,
     /// `[threads, vocab]`: candidates of a row being sampled.
     candidates: Buffer,
+    /// `[tokens, widest input]`: what an e4m3 matrix is applied to; empty where nothing is rounded.
+    rounded: Buffer,
 }
 
 impl Machine {
     /// Plans the scratch memory for a model.
-    pub fn reserve(&mut self, dims: &Dims, limits: &Limits, threads: usize) -> Result<(), CpuError> {
-        let rows = threads.min(limits.running as usize);
+    pub fn reserve(&mut self, spec: &DecoderSpec, limits: &Limits, threads: usize) -> Result<(), CpuError> {
+        let (dims, rows) = (&spec.dims, threads.min(limits.running as usize));
         let candidates = self.memory.alloc(Purpose::Scratch, rows * dims.vocab as usize)?;
-        self.model = Some(Sizes { dims: *dims, candidates });
+        let width = match spec.weights {
+            WeightFormat::Fp8(fp8) if fp8.inputs != Inputs::Plain => {
+                dims.q_width().max(dims.hidden.max(dims.intermediate) as usize)
+            }
+            WeightFormat::Fp8(_) | WeightFormat::Bf16 => 0,
+        };
+        let rounded = self.memory.alloc(Purpose::Scratch, limits.step_tokens() * width)?;
+        self.model = Some(Sizes { dims: *dims, candidates, rounded });
         Ok(())
     }
 
     /// Runs a command to its end.
     pub fn run(&mut self, command: &Command) -> Result<(), CpuError> {
         let Machine { memory, weights, model } = self;
-        let Sizes { dims, candidates } = model.ok_or(CpuError::NotReserved)?;
+        let Sizes { dims, candidates, rounded } = model.ok_or(CpuError::NotReserved)?;
         let (hidden, eps) = (dims.hidden as usize, dims.norm_eps);
         match *command {
             Command::BeginStep { step } => {
@@ -117,9 +127,10 @@ impl Machine {
                 ops::add_rms_norm(&mut residual[..len], &delta[..len], scale, eps, &mut out[..len]);
             }
             Command::Linear { tokens, x, weight, out } => {
-                let [x, out] = memory.borrow([x, out])?.map(floats);
+                let [x, out, rounded] = memory.borrow([x, out, rounded])?.map(floats);
                 let (weight, tokens) = (&weights[weight.0], tokens as usize);
-                matmul::linear(weight, &x[..tokens * weight.cols], &mut out[..tokens * weight.rows]);
+                let x = round_inputs(weight, &x[..tokens * weight.cols], rounded);
+                matmul::linear(weight, x, &mut out[..tokens * weight.rows]);
             }
             Command::Add { tokens, residual, delta } => {
                 let [residual, delta] = memory.borrow([residual, delta])?.map(floats);
@@ -132,9 +143,10 @@ impl Machine {
                 ops::add_bias(&mut x[..tokens as usize * bias.len()], bias);
             }
             Command::GateUp { tokens, activation, x, weight, out } => {
-                let [x, out] = memory.borrow([x, out])?.map(floats);
+                let [x, out, rounded] = memory.borrow([x, out, rounded])?.map(floats);
                 let (weight, tokens) = (&weights[weight.0], tokens as usize);
-                let (x, out) = (&x[..tokens * weight.cols], &mut out[..tokens * weight.rows / 2]);
+                let x = round_inputs(weight, &x[..tokens * weight.cols], rounded);
+                let out = &mut out[..tokens * weight.rows / 2];
                 match activation {
                     Activation::Silu => matmul::gate_up(weight, x, out, ops::silu),
                     Activation::GeluTanh => matmul::gate_up(weight, x, out, ops::gelu_tanh),
@@ -175,6 +187,23 @@ impl Machine {
         }
         Ok(())
     }
+}
+
+/// What a matrix is applied to: `x` itself, or `x` rounded as the matrix asks for, in `rounded`.
+fn round_inputs<'a>(weight: &Matrix, x: &'a [f32], rounded: &'a mut [f32]) -> &'a [f32] {
+    if weight.rounding == Rounding::None {
+        return x;
+    }
+    let rounded = &mut rounded[..x.len()];
+    rounded.par_chunks_mut(weight.cols).zip(x.par_chunks(weight.cols)).for_each(|(out, x)| {
+        out.copy_from_slice(x);
+        match weight.rounding {
+            Rounding::None => {}
+            Rounding::Groups(width) => out.chunks_mut(width).for_each(fp8::quantize_group),
+            Rounding::Static(scale) => fp8::quantize(out, scale),
+        }
+    });
+    rounded
 }
 
 impl Heads {

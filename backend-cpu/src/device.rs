@@ -223,7 +223,7 @@ impl Ops for Cpu {
         let activations = {
             let crew = self.crew()?;
             let machine = &mut crew.desk().machine;
-            machine.reserve(&spec.dims, limits, crew.threads())?;
+            machine.reserve(spec, limits, crew.threads())?;
             Activations::new(&mut machine.memory, &spec.dims, limits)?
         };
         let (layers, embedding_scale) = (spec.layers.clone(), spec.embedding_scale);

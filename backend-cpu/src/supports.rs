@@ -14,9 +14,7 @@ pub fn check(spec: &DecoderSpec) -> Result<(), Unsupported> {
     if logit_cap.is_some() {
         return Err(Unsupported::new(BACKEND, "its logits have a soft cap"));
     }
-    if *weights != WeightFormat::Bf16 {
-        return Err(Unsupported::new(BACKEND, "its weights are fp8; take a checkpoint in bf16"));
-    }
+    let (WeightFormat::Bf16 | WeightFormat::Fp8(_)) = weights;
     for (i, layer) in layers.iter().enumerate() {
         check_layer(layer).map_err(|what| Unsupported::in_layer(BACKEND, i, what))?;
     }

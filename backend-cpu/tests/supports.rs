@@ -6,7 +6,6 @@ use common::{dims, spec};
 use minisgl_core::backend::Ops;
 use minisgl_core::spec::{
     Activation, Attention, Bias, DecoderSpec, LayerSpec, Mixer, Mlp, Norms, QkNorm, Rope, RopePairs,
-    WeightFormat,
 };
 use minisgl_cpu::Cpu;
 
@@ -45,7 +44,6 @@ fn what_is_not_computed_is_refused_by_name_and_layer() {
         let text = refused(&spec);
         assert!(text.contains(name) && text.contains("layer 1") && text.contains("CPU"), "{text}");
     }
-    assert!(refused(&DecoderSpec { weights: WeightFormat::Fp8, ..plain.clone() }).contains("fp8"));
     assert!(refused(&DecoderSpec { logit_cap: Some(30.0), ..plain }).contains("soft cap"));
 }
 

@@ -149,6 +149,9 @@ impl Cuda {
         }
         for piece in pieces {
             match &piece.tensor.data {
+                TensorData::Fp8 { .. } => {
+                    return Err(CudaError::Unsupported(format!("{:?} is fp8", piece.tensor)));
+                }
                 TensorData::Uniform { seed, low, high } => {
                     self.make_uniform(&piece, *seed, *low, *high, address)?;
                 }

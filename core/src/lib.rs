@@ -9,6 +9,7 @@ pub mod batch;
 pub mod config;
 pub mod costs;
 pub mod engine;
+pub mod fp8;
 mod graphs;
 pub mod pages;
 pub mod policy;

@@ -89,8 +89,46 @@ pub enum NormForm {
 pub enum WeightFormat {
     /// bf16, or f16 and f32, which a backend may round to bf16.
     Bf16,
-    /// e4m3, with scales beside it.
-    Fp8,
+    /// e4m3 with scales, but for matrices that the checkpoint has in another type.
+    Fp8(Fp8),
+}
+
+/// Linear layers in e4m3: see [`crate::fp8`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Fp8 {
+    /// The elements that share a scale.
+    pub block: ScaleBlock,
+    /// What the matrices are applied to.
+    pub inputs: Inputs,
+}
+
+/// Elements of an e4m3 matrix that share a scale.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ScaleBlock {
+    /// All of a matrix; parts of a stacked one (q, k, v; gate, up) have their own.
+    Matrix,
+    /// Those of a row: of an output channel.
+    Row,
+    /// Those of a tile; the last ones of a matrix may be smaller.
+    Tile {
+        /// Rows of a tile.
+        rows: u32,
+        /// Its columns.
+        cols: u32,
+    },
+}
+
+/// What an e4m3 matrix is applied to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Inputs {
+    /// Activations as they are.
+    Plain,
+    /// Activations rounded to e4m3, with a scale for each token.
+    PerToken,
+    /// With a scale for each token's so many columns; the last group of a row may be smaller.
+    PerGroup(u32),
+    /// With a scale that the checkpoint gives for each matrix.
+    Static,
 }
 
 /// One decoder layer.

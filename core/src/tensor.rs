@@ -5,9 +5,12 @@
 
 use alloc::string::String;
 use alloc::sync::Arc;
+use alloc::vec::Vec;
 use core::ops::Range;
 
 use half::bf16;
+
+use crate::spec::Inputs;
 
 /// Element type of a host tensor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -55,6 +58,15 @@ pub enum TensorData {
         /// Type of the elements.
         dtype: Dtype,
     },
+    /// e4m3 elements, likewise, and what they are multiplied by.
+    Fp8 {
+        /// The memory, usually a mapped file.
+        owner: Arc<dyn AsRef<[u8]> + Send + Sync>,
+        /// The tensor's bytes in it: `rows * cols` of them.
+        range: Range<usize>,
+        /// The scales.
+        scales: Arc<Scales>,
+    },
     /// Uniform in `[low, high)`, bf16: see [`uniform_element`].
     Uniform {
         /// Tells tensors apart.
@@ -66,10 +78,36 @@ pub enum TensorData {
     },
 }
 
+/// Scales of an e4m3 matrix.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Scales {
+    /// `[rows / block rows, cols / block cols]`, rounded up: what the elements of each block are multiplied by.
+    pub values: Vec<f32>,
+    /// Rows and columns of a block.
+    pub block: [usize; 2],
+    /// What the matrix is applied to.
+    pub inputs: Inputs,
+    /// The scale of [`Inputs::Static`].
+    pub input_scale: Option<f32>,
+}
+
+impl HostTensor {
+    /// Bytes of its elements on the host, scales included.
+    pub fn bytes(&self) -> usize {
+        let elements = self.rows * self.cols;
+        match &self.data {
+            TensorData::Bytes { dtype, .. } => elements * dtype.bytes(),
+            TensorData::Fp8 { scales, .. } => elements + size_of_val(scales.values.as_slice()),
+            TensorData::Uniform { .. } => elements * Dtype::Bf16.bytes(),
+        }
+    }
+}
+
 impl core::fmt::Debug for HostTensor {
     fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
         let kind = match &self.data {
             TensorData::Bytes { dtype, .. } => alloc::format!("{dtype:?}"),
+            TensorData::Fp8 { scales, .. } => alloc::format!("e4m3, blocks of {:?}", scales.block),
             TensorData::Uniform { seed, .. } => alloc::format!("uniform, seed {seed}"),
         };
         write!(f, "{} [{}, {}] {kind}", self.name, self.rows, self.cols)

@@ -17,15 +17,18 @@ use std::collections::{BTreeMap, HashSet};
 use std::fs;
 use std::io;
 use std::path::{Component, Path, PathBuf};
+use std::sync::Arc;
 
-use minisgl_core::tensor::HostTensor;
+use minisgl_core::spec::{Inputs, ScaleBlock, WeightFormat};
+use minisgl_core::tensor::{HostTensor, Scales, TensorData};
 use serde_json::Value;
 use thiserror::Error;
 
 use crate::config::{Config, ConfigError};
 use crate::family::Family;
 use crate::presets;
-use crate::safetensors::Shard;
+use crate::quantization::{INPUT_SCALE, Quantization};
+use crate::safetensors::{Numbers, Shard};
 use crate::tensors::{Shape, Tensors};
 
 const CONFIG: &str = "config.json";
@@ -157,7 +160,8 @@ pub enum CheckpointError {
         expected: Vec<usize>,
     },
     /// Elements that no backend reads.
-    #[error("tensor `{name}` in {} has elements of type {dtype}; BF16, F16 and F32 are supported", path.display())]
+    #[error("tensor `{name}` in {} has elements of type {dtype}; BF16, F16 and F32 are supported, and F8_E4M3 for \
+         matrices where {CONFIG} has a `quantization_config`", path.display())]
     WrongDtype {
         /// Its name.
         name: String,
@@ -165,6 +169,16 @@ pub enum CheckpointError {
         path: PathBuf,
         /// Its elements.
         dtype: String,
+    },
+    /// A scale that no element can be multiplied by.
+    #[error("tensor `{name}` in {} has a scale of {scale}; scales are finite and not below 0: the file is damaged", path.display())]
+    WrongScale {
+        /// Its name.
+        name: String,
+        /// Its file.
+        path: PathBuf,
+        /// The first such.
+        scale: f32,
     },
     /// No preset is called so.
     #[error("there is no preset `{name}`; there are {presets}")]
@@ -203,9 +217,11 @@ impl Checkpoint {
         check_links(dir)?;
         let (config, family) = read_config(dir, families)?;
         let weights = Weights::open(dir)?;
-        let tensors =
-            Tensors::collect(&config.spec, &family.names, |name, shape| weights.tensor(name, shape))?;
-        weights.log_extra(&tensors);
+        let quantization = config.quantization.as_ref();
+        let tensors = Tensors::collect(&config.spec, &family.names, |name, shape| {
+            weights.tensor(name, shape, quantization)
+        })?;
+        weights.log_extra(&tensors, quantization);
         Ok(Checkpoint { config, tensors })
     }
 
@@ -222,6 +238,20 @@ impl Checkpoint {
         let (config, family) = found.map_err(|reason| CheckpointError::Preset { name: name(), reason })?;
         let tensors = presets::dummy_tensors(&config.spec, family);
         Ok(Checkpoint { config, tensors })
+    }
+
+    /// Leaves what e4m3 matrices are applied to as it is, whatever the checkpoint says: more exact, and slower where
+    /// operations count.
+    pub fn with_plain_inputs(mut self) -> Checkpoint {
+        if let WeightFormat::Fp8(format) = &mut self.config.spec.weights {
+            format.inputs = Inputs::Plain;
+            self.tensors.matrices_mut().for_each(|tensor| {
+                if let TensorData::Fp8 { scales, .. } = &mut tensor.data {
+                    Arc::make_mut(scales).inputs = Inputs::Plain;
+                }
+            });
+        }
+        self
     }
 
     /// What the configuration files say.
@@ -349,24 +379,84 @@ impl Weights {
         Ok(weights)
     }
 
-    fn tensor(&self, name: &str, shape: Shape) -> Result<HostTensor, CheckpointError> {
-        let missing_from =
-            |path: &Path| CheckpointError::MissingTensor { name: name.to_owned(), path: path.to_owned() };
+    fn tensor(
+        &self,
+        name: &str,
+        shape: Shape,
+        quantization: Option<&Quantization>,
+    ) -> Result<HostTensor, CheckpointError> {
+        let shard = self.shard(name)?;
+        let scales = || match (quantization, shape) {
+            (Some(quantization), Shape::Matrix(rows, cols)) => {
+                self.scales(name, [rows, cols], quantization).map(Some)
+            }
+            _ => Ok(None),
+        };
+        shard.tensor(name, shape, scales)?.ok_or_else(|| missing(name, shard.path()))
+    }
+
+    /// The file that has a tensor.
+    fn shard(&self, name: &str) -> Result<&Shard, CheckpointError> {
         let shard = self.files.get(name).and_then(|file| self.shards.get(file));
-        let shard = shard.ok_or_else(|| missing_from(&self.place))?;
-        shard.tensor(name, shape)?.ok_or_else(|| missing_from(shard.path()))
+        shard.ok_or_else(|| missing(name, &self.place))
+    }
+
+    /// The scales of an e4m3 matrix.
+    fn scales(
+        &self,
+        matrix: &str,
+        [rows, cols]: [usize; 2],
+        quantization: &Quantization,
+    ) -> Result<Scales, CheckpointError> {
+        let beside = |name: &str| format!("{}{name}", matrix.strip_suffix("weight").unwrap_or(matrix));
+        let format = quantization.format;
+        let block = match format.block {
+            ScaleBlock::Matrix => [rows, cols],
+            ScaleBlock::Row => [1, cols],
+            ScaleBlock::Tile { rows, cols } => [rows as usize, cols as usize],
+        };
+        let shape = [rows.div_ceil(block[0]), cols.div_ceil(block[1])];
+        let values = self.numbers(&beside(quantization.scales), &shape)?;
+        let input_scale = match format.inputs {
+            Inputs::Static => self.numbers(&beside(INPUT_SCALE), &[1, 1])?.first().copied(),
+            Inputs::Plain | Inputs::PerToken | Inputs::PerGroup(_) => None,
+        };
+        Ok(Scales { values, block, inputs: format.inputs, input_scale })
+    }
+
+    /// Scales by name, of this shape but for dimensions of 1, which files have or leave out.
+    fn numbers(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>, CheckpointError> {
+        let shard = self.shard(name)?;
+        let Numbers { shape: stored, values } =
+            shard.numbers(name)?.ok_or_else(|| missing(name, shard.path()))?;
+        let long = |shape: &[usize]| shape.iter().copied().filter(|n| *n != 1).collect::<Vec<_>>();
+        let (name, path) = (name.to_owned(), shard.path().to_owned());
+        if long(&stored) != long(shape) {
+            return Err(CheckpointError::WrongShape { name, path, shape: stored, expected: shape.to_vec() });
+        }
+        match values.iter().find(|scale| !(scale.is_finite() && **scale >= 0.0)) {
+            Some(&scale) => Err(CheckpointError::WrongScale { name, path, scale }),
+            None => Ok(values),
+        }
     }
 
     /// Tensors that the model does not have are no error (a tied checkpoint may store its head), but worth a line.
-    fn log_extra(&self, used: &Tensors) {
+    fn log_extra(&self, used: &Tensors, quantization: Option<&Quantization>) {
         let used: HashSet<&str> = used.iter().map(|tensor| tensor.name.as_str()).collect();
+        let is_scale = |name: &str| {
+            quantization.is_some_and(|it| name.ends_with(it.scales) || name.ends_with(INPUT_SCALE))
+        };
         for shard in self.shards.values() {
-            for name in shard.names().iter().filter(|name| !used.contains(name.as_str())) {
+            for name in shard.names().iter().filter(|name| !used.contains(name.as_str()) && !is_scale(name)) {
                 let file = shard.path().display();
                 tracing::debug!("ignoring tensor {name} of {file}: the model has none of that name");
             }
         }
     }
+}
+
+fn missing(name: &str, path: &Path) -> CheckpointError {
+    CheckpointError::MissingTensor { name: name.to_owned(), path: path.to_owned() }
 }
 
 /// Are all of `NAME-00001-of-0000N.safetensors` there, where files are called so?

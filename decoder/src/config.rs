@@ -7,12 +7,13 @@
 //!
 //! Invariant: a [`Config`] holds sizes whose products (of a weight, a layer, a row) fit `usize` and whose heads divide.
 
-use minisgl_core::spec::{DecoderSpec, LayerSpec, Mixer, RopeScaling};
+use minisgl_core::spec::{DecoderSpec, LayerSpec, Mixer, RopeScaling, WeightFormat};
 use serde_json::{Value, json};
 use thiserror::Error;
 
 use crate::family::Family;
 use crate::fields::{Fields, excerpt};
+use crate::quantization::Quantization;
 
 /// What a checkpoint's configuration says.
 #[derive(Clone, Debug, PartialEq)]
@@ -23,6 +24,7 @@ pub struct Config {
     pub max_positions: u32,
     /// End-of-sequence tokens; none where the checkpoint names none.
     pub eos: Vec<u32>,
+    pub(crate) quantization: Option<Quantization>,
 }
 
 /// A configuration that makes no model.
@@ -62,8 +64,8 @@ pub enum ConfigError {
     },
     /// Weights in a format that no backend reads.
     #[error(
-        "quantized checkpoints are not supported (`{field}` is {value}); take the model's checkpoint in bfloat16, \
-         float16 or float32"
+        "checkpoints quantized in this way are not supported (`{field}` is {value}); take the model's checkpoint in \
+         bfloat16, float16 or float32, or in fp8 (`fp8` or `compressed-tensors`)"
     )]
     Quantized {
         /// The field that says so.
@@ -97,10 +99,16 @@ impl Config {
 
     pub(crate) fn read(fields: &Fields<'_>, family: &Family) -> Result<Config, ConfigError> {
         fields.only("model_type", &[json!(family.model_type)])?;
-        check_format(fields)?;
-        let spec = (family.read)(fields)?;
+        for name in ["dtype", "torch_dtype"] {
+            fields.only(name, &[json!("bfloat16"), json!("float16"), json!("float32")])?;
+        }
+        let quantization = Quantization::read(fields)?;
+        let mut spec = (family.read)(fields)?;
+        if let Some(quantization) = quantization {
+            spec.weights = WeightFormat::Fp8(quantization.format);
+        }
         let max_positions = positions(&spec, fields.size("max_position_embeddings", 1 << 24)?);
-        Ok(Config { spec, max_positions, eos: eos(fields)?.unwrap_or_default() })
+        Ok(Config { spec, max_positions, eos: eos(fields)?.unwrap_or_default(), quantization })
     }
 
     /// Takes the end-of-sequence tokens of the text of a `generation_config.json`, if it has any.
@@ -129,19 +137,6 @@ pub(crate) fn family_of<'a>(fields: &Fields<'_>, families: &[&'a Family]) -> Res
         value: excerpt(&Value::from(names)),
         supported: families.iter().map(|family| family.architecture).collect::<Vec<_>>().join(" or "),
     })
-}
-
-/// Refuses weights in a format that no backend reads.
-fn check_format(fields: &Fields<'_>) -> Result<(), ConfigError> {
-    for name in ["quantization_config", "compression_config"] {
-        if let Some(value) = fields.get(name) {
-            return Err(ConfigError::Quantized { field: fields.path(name), value: excerpt(value) });
-        }
-    }
-    for name in ["dtype", "torch_dtype"] {
-        fields.only(name, &[json!("bfloat16"), json!("float16"), json!("float32")])?;
-    }
-    Ok(())
 }
 
 /// The positions that a model reaches: as many as its configuration says, or as many as YaRN stretches them to. Model cards

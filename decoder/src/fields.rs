@@ -31,6 +31,11 @@ impl<'a> Fields<'a> {
         self.object.get(name).filter(|value| !value.is_null())
     }
 
+    /// Names of all fields that are there.
+    pub(crate) fn names(&self) -> impl Iterator<Item = &'a String> {
+        self.object.iter().filter(|(_, value)| !value.is_null()).map(|(name, _)| name)
+    }
+
     /// The field's full name, as messages give it.
     pub fn path(&self, name: &str) -> String {
         if self.parent.is_empty() { name.to_owned() } else { format!("{}.{name}", self.parent) }
@@ -102,7 +107,10 @@ impl<'a> Fields<'a> {
             Some(value) if !supported.contains(value) => Err(ConfigError::Unsupported {
                 field: self.path(name),
                 value: excerpt(value),
-                supported: supported.iter().map(Value::to_string).collect::<Vec<_>>().join(" or "),
+                supported: match supported {
+                    [] => "a configuration without it".to_owned(),
+                    _ => supported.iter().map(Value::to_string).collect::<Vec<_>>().join(" or "),
+                },
             }),
             _ => Ok(()),
         }

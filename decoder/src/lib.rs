@@ -16,6 +16,7 @@ mod decoder;
 mod family;
 mod fields;
 mod presets;
+mod quantization;
 mod read;
 mod rope;
 mod safetensors;

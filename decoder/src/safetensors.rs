@@ -11,12 +11,14 @@
 //! byte count is its shape's times its element's.
 
 use std::fs::File;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use half::{bf16, f16};
 use memmap2::Mmap;
-use minisgl_core::tensor::{Dtype, HostTensor, TensorData};
-use safetensors::tensor::Metadata;
+use minisgl_core::tensor::{Dtype, HostTensor, Scales, TensorData};
+use safetensors::tensor::{Metadata, TensorInfo};
 
 use crate::checkpoint::CheckpointError;
 use crate::tensors::Shape;
@@ -25,6 +27,14 @@ use crate::tensors::Shape;
 const LENGTH_BYTES: usize = 8;
 /// Headers are far smaller (a 14B model's has 50 KB); a longer one is no header.
 const HEADER_BYTES_MAX: u64 = 100_000_000;
+
+/// A tensor's elements, widened.
+pub(crate) struct Numbers {
+    /// As the file gives it.
+    pub shape: Vec<usize>,
+    /// Row-major.
+    pub values: Vec<f32>,
+}
 
 /// A mapped file whose header has been checked.
 pub(crate) struct Shard {
@@ -59,21 +69,15 @@ impl Shard {
         self.header.offset_keys()
     }
 
-    /// The tensor, after checking its type and shape; `None` where the file does not have it.
-    pub(crate) fn tensor(&self, name: &str, shape: Shape) -> Result<Option<HostTensor>, CheckpointError> {
+    /// The tensor, after checking its type and shape; `None` where the file does not have it. If its elements are e4m3,
+    /// `scales` finds what belongs to them, or says that there may be none.
+    pub(crate) fn tensor(
+        &self,
+        name: &str,
+        shape: Shape,
+        scales: impl FnOnce() -> Result<Option<Scales>, CheckpointError>,
+    ) -> Result<Option<HostTensor>, CheckpointError> {
         let Some(info) = self.header.info(name) else { return Ok(None) };
-        let dtype = match info.dtype {
-            safetensors::Dtype::BF16 => Dtype::Bf16,
-            safetensors::Dtype::F16 => Dtype::F16,
-            safetensors::Dtype::F32 => Dtype::F32,
-            other => {
-                return Err(CheckpointError::WrongDtype {
-                    name: name.to_owned(),
-                    path: self.path.clone(),
-                    dtype: format!("{other:?}"),
-                });
-            }
-        };
         if info.shape != shape.dims() {
             return Err(CheckpointError::WrongShape {
                 name: name.to_owned(),
@@ -82,10 +86,45 @@ impl Shard {
                 expected: shape.dims(),
             });
         }
-        let range = self.data_start + info.data_offsets.0..self.data_start + info.data_offsets.1;
+        let (owner, range) = (self.owner.clone(), self.range(info));
+        let fp8 = if info.dtype == safetensors::Dtype::F8_E4M3 { scales()? } else { None };
+        let data = match fp8 {
+            Some(scales) => TensorData::Fp8 { owner, range, scales: Arc::new(scales) },
+            None => TensorData::Bytes { owner, range, dtype: self.dtype(name, info)? },
+        };
         let (rows, cols) = shape.rows_cols();
-        let data = TensorData::Bytes { owner: self.owner.clone(), range, dtype };
         Ok(Some(HostTensor { name: name.to_owned(), rows, cols, data }))
+    }
+
+    /// A small tensor's elements, widened to f32; `None` where the file does not have it.
+    pub(crate) fn numbers(&self, name: &str) -> Result<Option<Numbers>, CheckpointError> {
+        let Some(info) = self.header.info(name) else { return Ok(None) };
+        let bytes = &(*self.owner).as_ref()[self.range(info)];
+        let pairs = || bytes.as_chunks::<2>().0.iter();
+        let values = match self.dtype(name, info)? {
+            Dtype::Bf16 => pairs().map(|pair| bf16::from_le_bytes(*pair).to_f32()).collect(),
+            Dtype::F16 => pairs().map(|pair| f16::from_le_bytes(*pair).to_f32()).collect(),
+            Dtype::F32 => bytes.as_chunks::<4>().0.iter().map(|four| f32::from_le_bytes(*four)).collect(),
+        };
+        Ok(Some(Numbers { shape: info.shape.clone(), values }))
+    }
+
+    /// Where a tensor's bytes are in the file.
+    fn range(&self, info: &TensorInfo) -> Range<usize> {
+        self.data_start + info.data_offsets.0..self.data_start + info.data_offsets.1
+    }
+
+    fn dtype(&self, name: &str, info: &TensorInfo) -> Result<Dtype, CheckpointError> {
+        match info.dtype {
+            safetensors::Dtype::BF16 => Ok(Dtype::Bf16),
+            safetensors::Dtype::F16 => Ok(Dtype::F16),
+            safetensors::Dtype::F32 => Ok(Dtype::F32),
+            other => Err(CheckpointError::WrongDtype {
+                name: name.to_owned(),
+                path: self.path.clone(),
+                dtype: format!("{other:?}"),
+            }),
+        }
     }
 }
 

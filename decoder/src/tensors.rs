@@ -14,7 +14,7 @@
 //! ```
 
 use minisgl_core::spec::{Bias, DecoderSpec, Dims, LayerSpec, Mixer, QkNorm};
-use minisgl_core::tensor::{Dtype, HostTensor, TensorData};
+use minisgl_core::tensor::HostTensor;
 
 use crate::family::LayerNames;
 
@@ -91,14 +91,14 @@ impl Tensors {
 
     /// Bytes of all of them, as they are stored on the host.
     pub fn bytes(&self) -> u64 {
-        self.iter().map(bytes).sum()
+        self.iter().map(|tensor| tensor.bytes() as u64).sum()
     }
 
     /// Bytes that one decode step reads: every layer and the head, as they are stored on the host.
     pub fn step_bytes(&self) -> u64 {
         let layers = self.layers.iter().flat_map(LayerTensors::iter);
         let head = self.head.as_ref().unwrap_or(&self.embed);
-        layers.chain([&self.norm, head]).map(bytes).sum()
+        layers.chain([&self.norm, head]).map(|tensor| tensor.bytes() as u64).sum()
     }
 
     /// All of them, in no order that means anything.
@@ -108,7 +108,19 @@ impl Tensors {
     }
 }
 
+impl Tensors {
+    /// Those of linear layers, the embedding's and the head's.
+    pub(crate) fn matrices_mut(&mut self) -> impl Iterator<Item = &mut HostTensor> {
+        let layers = self.layers.iter_mut().flat_map(LayerTensors::matrices_mut);
+        layers.chain([&mut self.embed]).chain(&mut self.head)
+    }
+}
+
 impl LayerTensors {
+    fn matrices_mut(&mut self) -> impl Iterator<Item = &mut HostTensor> {
+        self.qkv.iter_mut().chain(&mut self.gate_up).chain([&mut self.o, &mut self.down])
+    }
+
     fn collect<E>(
         dims: &Dims,
         layer: &LayerSpec,
@@ -173,15 +185,6 @@ impl LayerTensors {
         let matrices = self.qkv.iter().chain(&self.gate_up).chain([&self.o, &self.down]);
         norms.chain(matrices).chain(self.qkv_bias.iter().flatten())
     }
-}
-
-/// Bytes of a tensor as the host has it.
-fn bytes(tensor: &HostTensor) -> u64 {
-    let element = match &tensor.data {
-        TensorData::Bytes { dtype, .. } => dtype.bytes(),
-        TensorData::Uniform { .. } => Dtype::Bf16.bytes(),
-    };
-    (tensor.rows * tensor.cols * element) as u64
 }
 
 impl Shape {

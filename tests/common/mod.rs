@@ -27,6 +27,9 @@ pub const FAMILIES: [&str; 8] = [
     "gemma3",
 ];
 
+/// Golden checkpoints with fp8 weights.
+pub const FP8: [&str; 2] = ["qwen3-fp8", "llama-fp8ct"];
+
 /// One of them on the CPU.
 pub fn family(name: &str) -> LlmBuilder {
     builder(name).max_seq_len(Some(256))
@@ -115,13 +118,22 @@ pub struct Example {
 
 impl Golden {
     pub fn open(name: &str) -> Self {
+        Golden::of(name, "expected")
+    }
+
+    /// What is computed where activations are rounded to fp8 too.
+    pub fn with_rounded_inputs(name: &str) -> Self {
+        Golden::of(name, "expected_actq")
+    }
+
+    fn of(name: &str, files: &str) -> Self {
         #[derive(Deserialize)]
         struct File {
             examples: Vec<Example>,
         }
         let read = |file: &str| fs::read(fixture(name).join(file)).unwrap();
-        let file: File = serde_json::from_slice(&read("expected.json")).unwrap();
-        Golden { examples: file.examples, tensors: read("expected.safetensors") }
+        let file: File = serde_json::from_slice(&read(&format!("{files}.json"))).unwrap();
+        Golden { examples: file.examples, tensors: read(&format!("{files}.safetensors")) }
     }
 
     /// Logits at the last positions of example `i`'s prompt.
@@ -142,6 +154,13 @@ impl Golden {
             view.data().chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect();
         values.chunks_exact(width).map(<[f32]>::to_vec).collect()
     }
+}
+
+/// `|a - b| / |b|`.
+pub fn relative_error(a: &[f32], b: &[f32]) -> f32 {
+    assert_eq!(a.len(), b.len());
+    let norm = |squares: f32| squares.sqrt();
+    norm(a.iter().zip(b).map(|(a, b)| (a - b) * (a - b)).sum()) / norm(b.iter().map(|x| x * x).sum())
 }
 
 /// A directory that is removed when dropped.

@@ -32,7 +32,7 @@ fn check_model(spec: &DecoderSpec) -> Result<(), String> {
         (*norm != NormForm::Scale, "its norms scale by 1 + w"),
         (*embedding_scale != 1.0, "its embeddings are scaled"),
         (logit_cap.is_some(), "its logits have a soft cap"),
-        (*weights != WeightFormat::Bf16, "its weights are fp8; take a checkpoint in bf16"),
+        (*weights != WeightFormat::Bf16, "its weights are fp8"),
         (layers.iter().any(|layer| layer.window() != window), "not all of its layers have the same window"),
     ];
     first(&refused).map_or(Ok(()), |what| Err(what.to_owned()))
@@ -92,7 +92,7 @@ fn first(things: &[(bool, &'static str)]) -> Option<&'static str> {
 
 #[cfg(test)]
 mod tests {
-    use minisgl_core::spec::Rope;
+    use minisgl_core::spec::{Fp8, Inputs, Rope, ScaleBlock};
 
     use super::*;
 
@@ -159,9 +159,10 @@ mod tests {
             );
         }
         let spec = || with(|it| it);
+        let fp8 = Fp8 { block: ScaleBlock::Row, inputs: Inputs::PerToken };
         let models = [
             (DecoderSpec { norm: NormForm::OnePlusScale, ..spec() }, "1 + w"),
-            (DecoderSpec { weights: WeightFormat::Fp8, ..spec() }, "fp8"),
+            (DecoderSpec { weights: WeightFormat::Fp8(fp8), ..spec() }, "fp8"),
             (DecoderSpec { dims: Dims { head_dim: 256, ..DIMS }, ..spec() }, "head_dim is 256"),
             (DecoderSpec { dims: Dims { hidden: 570, ..DIMS }, ..spec() }, "hidden_size is 570"),
             (with(|it| Attention { window: Some(32), ..it }), "same window"),

@@ -1,0 +1,139 @@
+//! e4m3: eight bits, one of sign, four of exponent with bias 7, three of mantissa, without infinities (Micikevicius et al.,
+//! 2022, FP8 Formats for Deep Learning). 0x7f and 0xff are NaN, the largest number is 448, the least above zero 2^-9.
+//!
+//! A block of numbers in e4m3 has a scale beside it, by which its elements are multiplied. Activations are quantized while a
+//! step runs, each group of them by its own largest magnitude ([`quantize_group`]): never by another token's, so that a
+//! token's bits depend on its own sequence alone.
+
+/// The largest number.
+pub const MAX: f32 = 448.0;
+
+/// What each code means.
+pub static VALUES: [f32; 256] = values();
+
+const fn values() -> [f32; 256] {
+    let mut values = [0.0; 256];
+    let mut code = 0;
+    while code < 256 {
+        values[code] = value(code as u8);
+        code += 1;
+    }
+    values
+}
+
+const fn value(code: u8) -> f32 {
+    let (exponent, mantissa) = ((code >> 3 & 15) as u32, (code & 7) as u32);
+    let magnitude = match (exponent, mantissa) {
+        (15, 7) => f32::NAN,
+        (0, _) => mantissa as f32 / 512.0,
+        // f32's exponent has bias 127, and 20 mantissa bits more.
+        _ => f32::from_bits((exponent + 120) << 23 | mantissa << 20),
+    };
+    if code & 0x80 == 0 { magnitude } else { -magnitude }
+}
+
+/// The nearest number's code, of two equally near ones that with an even mantissa; ±448 for what lies beyond.
+pub fn encode(x: f32) -> u8 {
+    /// 2^14: its neighbour in f32 is 2^-9 away, so adding it rounds to whole multiples of that.
+    const SHIFT: f32 = 16_384.0;
+    let sign = (x.to_bits() >> 24 & 0x80) as u8;
+    let magnitude = x.abs();
+    if magnitude.is_nan() {
+        return sign | 0x7f;
+    }
+    let code = if magnitude < 1.0 / 64.0 {
+        (magnitude + SHIFT).to_bits() - SHIFT.to_bits()
+    } else {
+        let bits = magnitude.min(MAX).to_bits();
+        let rounded = bits + 0x7_ffff + (bits >> 20 & 1);
+        (rounded >> 20) - (120 << 3)
+    };
+    sign | code as u8
+}
+
+/// Rounds a group of activations to e4m3 times a scale, the largest magnitude / 448: each element becomes the product that a
+/// matrix is multiplied by. A group of zeros stays so; one with a NaN or an infinity becomes NaN throughout.
+pub fn quantize_group(x: &mut [f32]) {
+    let largest = x.iter().fold(0.0f32, |largest, x| largest.max(x.abs()));
+    if x.iter().any(|x| !x.is_finite()) {
+        x.fill(f32::NAN);
+    } else if largest > 0.0 {
+        quantize(x, largest / MAX);
+    }
+}
+
+/// Rounds activations to e4m3 times this scale; what lies beyond its 448 is cut.
+pub fn quantize(x: &mut [f32], scale: f32) {
+    for x in x {
+        *x = VALUES[usize::from(encode(*x / scale))] * scale;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Every number that a code means, in order.
+    fn numbers() -> impl Iterator<Item = (u8, f32)> {
+        (0..0x7f).map(|code| (code, VALUES[usize::from(code)]))
+    }
+
+    #[test]
+    fn codes_mean_what_the_format_says() {
+        assert_eq!(
+            [0x00, 0x01, 0x07, 0x08, 0x38, 0x7e].map(|code: usize| VALUES[code]),
+            [0.0, 1.0 / 512.0, 7.0 / 512.0, 1.0 / 64.0, 1.0, 448.0]
+        );
+        assert!(VALUES[0x7f].is_nan() && VALUES[0xff].is_nan());
+        assert!((0..0x7f).all(|code| VALUES[code + 0x80] == -VALUES[code]));
+        assert!(numbers().zip(numbers().skip(1)).all(|((_, low), (_, high))| low < high));
+    }
+
+    #[test]
+    fn a_number_keeps_its_code() {
+        for (code, value) in numbers() {
+            assert_eq!((encode(value), encode(-value)), (code, code | 0x80), "{value}");
+        }
+    }
+
+    #[test]
+    fn what_lies_between_goes_to_the_nearer_and_at_the_middle_to_the_even_one() {
+        for ((low, below), (high, above)) in numbers().zip(numbers().skip(1)) {
+            let middle = (below + above) / 2.0;
+            let even = if low % 2 == 0 { low } else { high };
+            let codes = [middle.next_down(), middle, middle.next_up()].map(encode);
+            assert_eq!(codes, [low, even, high], "between {below} and {above}");
+        }
+    }
+
+    #[test]
+    fn what_lies_beyond_is_cut_and_nan_stays() {
+        assert_eq!([449.0, 1e30, f32::INFINITY, -1e30].map(encode), [0x7e, 0x7e, 0x7e, 0xfe]);
+        assert_eq!([1e-30, -1e-30, 0.0].map(encode), [0, 0x80, 0]);
+        assert!(VALUES[usize::from(encode(f32::NAN))].is_nan());
+    }
+
+    #[test]
+    fn a_group_is_rounded_by_its_own_largest_magnitude() {
+        let mut x = [0.5, -2.0, 0.0, 1.0e-4];
+        quantize_group(&mut x);
+        let scale: f32 = 2.0 / 448.0;
+        assert_eq!(x[..3], [112.0 * scale, -448.0 * scale, 0.0]);
+        assert!((x[3] - 1.0e-4).abs() <= scale / 1024.0);
+        let mut zeros = [0.0; 3];
+        quantize_group(&mut zeros);
+        assert_eq!(zeros, [0.0; 3]);
+    }
+
+    #[test]
+    fn one_number_that_is_none_spoils_its_group() {
+        for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+            for place in 0..3 {
+                let mut x = [1.0, 2.0, 3.0];
+                x[place] = bad;
+                quantize_group(&mut x);
+                assert!(x.iter().all(|x| x.is_nan()), "{bad} at {place}");
+            }
+        }
+    }
+}
