@@ -294,21 +294,16 @@ impl Scheduler {
 
     fn schedule_prefill(&mut self, tokens: u32, batch: &mut Batch) {
         let left = |batch: &Batch| tokens.saturating_sub(batch.shape().prefill_tokens());
-        // At most one request, the youngest, is between two chunks.
+        // At most one request, the youngest, is between two chunks: a prompt that is cut leaves no room behind it.
         if let Some(&entry) = self.running.last()
             && self.table.get(entry).is_prefilling()
-            && (left(batch) == 0
-                || !self.push_chunk(entry, left(batch), batch)
-                || self.table.get(entry).is_prefilling())
+            && (left(batch) == 0 || !self.push_chunk(entry, left(batch), batch))
         {
             return;
         }
         while left(batch) > 0 && batch.has_room_for_row() {
             let Some(entry) = self.next_waiting() else { return };
-            if !self.admit(entry, batch) {
-                return;
-            }
-            if !self.push_chunk(entry, left(batch), batch) || self.table.get(entry).is_prefilling() {
+            if !self.admit(entry, batch) || !self.push_chunk(entry, left(batch), batch) {
                 return;
             }
         }
