@@ -442,7 +442,7 @@ impl Opening<'_> {
             load_seconds,
             capture_seconds: self.started.elapsed().as_secs_f64() - load_seconds,
         };
-        tracing::info!(seconds = info.capture_seconds, pages = limits.pages, "ready");
+        tracing::info!(seconds = info.capture_seconds, pages = limits.pages, costs = ?engine.costs(), "ready");
         Ok((Box::new(engine), info))
     }
 

@@ -1,12 +1,12 @@
 //! A step's batch: plain words, laid out once, sent to the device as one copy.
 //!
 //! ```text
-//!   word 0        16            16 + plan        + 16 rows            + 2 updates          + 4 tokens
-//!   | Header      | plan words  | Row, Row, …    | PageUpdate, …      | Token, Token, …    |
+//!   word 0        16            16 + plan        + 16 rows            + 4 tokens           + 2 updates
+//!   | Header      | plan words  | Row, Row, …    | Token, Token, …    | PageUpdate, …      |
 //! ```
 //!
-//! Every part begins at a fixed offset ([`Layout`]), so a recorded step finds it where it was; parts are sized for the
-//! largest step, and the tokens come last, so that a decode step copies only a few KiB.
+//! Where a part begins ([`Layout`]) depends on the step's shape alone, so a recorded step finds it where it was. What is not
+//! used lies behind the updates, and is not copied.
 //!
 //! Decode rows come first and have one token each, so row i of them owns token i. Prefill rows follow, their tokens packed
 //! back to back; the last one may be a chunk whose prompt is not finished, and then that row is not sampled.
@@ -151,29 +151,35 @@ impl StepShape {
     }
 }
 
-/// Word offsets of the packed batch's parts.
+/// Word offsets of a packed batch's parts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Layout {
     /// First plan word.
     pub plan: usize,
     /// First row.
     pub rows: usize,
-    /// First page update.
-    pub updates: usize,
     /// First token.
     pub tokens: usize,
-    /// Words of the whole.
+    /// First page update.
+    pub updates: usize,
+    /// Words of the whole, for the largest step.
     pub words: usize,
 }
 
 impl Layout {
-    /// The layout for these capacities and a backend's plan words.
+    /// The layout of the largest step within these capacities, with a backend's plan words.
     pub fn new(limits: &Limits, plan_words: usize) -> Self {
         let plan = HEADER_WORDS;
         let rows = plan + plan_words.next_multiple_of(ROW_WORDS);
-        let updates = rows + limits.running as usize * ROW_WORDS;
-        let tokens = updates + (limits.page_updates() * UPDATE_WORDS).next_multiple_of(TOKEN_WORDS);
-        Layout { plan, rows, updates, tokens, words: tokens + limits.step_tokens() * TOKEN_WORDS }
+        let tokens = rows + limits.running as usize * ROW_WORDS;
+        let updates = tokens + limits.step_tokens() * TOKEN_WORDS;
+        Layout { plan, rows, tokens, updates, words: updates + limits.page_updates() * UPDATE_WORDS }
+    }
+
+    /// The layout of a step of this shape.
+    pub fn of(self, shape: StepShape) -> Self {
+        let tokens = self.rows + shape.rows() as usize * ROW_WORDS;
+        Layout { tokens, updates: tokens + shape.tokens as usize * TOKEN_WORDS, ..self }
     }
 }
 
@@ -345,7 +351,7 @@ impl Batch {
             bytemuck::cast_slice_mut(&mut words[layout.tokens..][..shape.tokens as usize * TOKEN_WORDS]);
         tokens[..self.tokens.len()].copy_from_slice(&self.tokens);
         tokens[self.tokens.len()..].fill(dummy.token());
-        layout.tokens + shape.tokens as usize * TOKEN_WORDS
+        layout.updates + updates.len()
     }
 }
 

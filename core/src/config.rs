@@ -95,8 +95,12 @@ impl Limits {
         self.prefill_tokens as usize + self.running as usize
     }
 
-    /// Page-table entries that one step may change: the new pages of a full step, and one request's whole prefix.
+    /// Page-table entries that one step may change: the new pages of a full step and one request's whole prefix at least,
+    /// 64 Ki of them where there are so many, so that requests which share a prefix enter together.
     pub fn page_updates(&self) -> usize {
-        self.step_tokens().div_ceil(self.page_size as usize) + (self.running + self.table_width()) as usize
+        let pages = self.step_tokens().div_ceil(self.page_size as usize);
+        let least = pages + (self.running + self.table_width()) as usize;
+        let all = self.running as usize * self.table_width() as usize;
+        all.min(least.max(1 << 16))
     }
 }

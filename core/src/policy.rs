@@ -34,8 +34,10 @@ pub struct Demand {
     pub prompt_tokens: u32,
     /// Tokens of prompts that a step takes at most.
     pub prompt_tokens_max: u32,
-    /// Can more prompts be expected soon? Some wait until a slot is free, or have come since the step before.
-    pub more_to_come: bool,
+    /// Do more wait than there are places for?
+    pub places_are_short: bool,
+    /// Has a request come since the step before?
+    pub has_arrivals: bool,
 }
 
 /// What the next step is to be made of. If none of it can run, the scheduler runs what can.

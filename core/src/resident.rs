@@ -22,6 +22,7 @@ use crate::sampling::LOGPROB_WORDS;
 
 /// See the module.
 pub(crate) struct Resident<Buf> {
+    /// Of the largest step.
     layout: Layout,
     plan_words: usize,
     dummy: Dummy,
@@ -96,7 +97,7 @@ impl<Buf: Copy> Resident<Buf> {
         half: usize,
         staging: &mut B::Pinned,
     ) -> Result<Step<Buf>, B::Error> {
-        let layout = self.layout;
+        let layout = self.layout.of(shape);
         let words = backend.words_mut(staging)?;
         let used = batch.pack(&layout, shape, self.dummy, (half * self.slots) as u32, words);
         let (front, back) = words.split_at_mut(layout.rows);

@@ -260,24 +260,27 @@ impl Scheduler {
                 None => self.retracted[i],
                 Some(i) => self.waiting[i],
             };
+            if tokens >= self.limits.prefill_tokens {
+                break;
+            }
             let cached = self.expect_cached_pages(entry);
             let known = self.table.get(entry).known;
             room -= i64::from(known.div_ceil(self.limits.page_size) - cached);
-            if room < 0 || tokens >= self.limits.prefill_tokens {
+            if room < 0 {
                 break;
             }
             room -= 1;
             prompts += 1;
             tokens += known - cached * self.limits.page_size;
         }
-        let waiting = self.waiting() as u32 + self.backlog;
-        let has_arrivals = core::mem::take(&mut self.has_arrivals);
+        let all_fit = room >= 0 && self.waiting() as u32 + self.backlog <= self.table.vacant_slots() as u32;
         Demand {
             decode_rows: self.running.len() as u32 - has_chunk,
             prompts: has_chunk + prompts,
             prompt_tokens: tokens,
             prompt_tokens_max: self.limits.prefill_tokens,
-            more_to_come: waiting > prompts || has_arrivals,
+            places_are_short: !all_fit,
+            has_arrivals: core::mem::take(&mut self.has_arrivals),
         }
     }
 

@@ -21,8 +21,14 @@ const GPU: StepCosts = StepCosts {
 };
 
 /// 250 requests decode, a prompt waits for which there is a place, others for places.
-const DEMAND: Demand =
-    Demand { decode_rows: 250, prompts: 1, prompt_tokens: 100, prompt_tokens_max: 8000, more_to_come: true };
+const DEMAND: Demand = Demand {
+    decode_rows: 250,
+    prompts: 1,
+    prompt_tokens: 100,
+    prompt_tokens_max: 8000,
+    places_are_short: true,
+    has_arrivals: false,
+};
 
 fn throughput(costs: StepCosts) -> Box<dyn StepPolicy> {
     Policy::Throughput.build(costs, 256)
@@ -35,9 +41,9 @@ fn held(policy: &mut dyn StepPolicy, demand: &Demand) -> usize {
 
 #[test]
 fn prompts_are_held_back_until_that_has_cost_as_much_as_running_them() {
-    // Running them costs 1.5 + 250 x 0.002 - (0.5 + 250 x 0.0025) ms; a row that stays empty, 0.5 / 256 ms a step.
-    let steps = (0.875_f64 / (0.5 / 256.0)).ceil() as usize;
-    for prompts in [8, 16, 100] {
+    // Running them costs 1.5 ms beside their tokens; a row that stays empty, 0.5 / 256 ms a step.
+    let steps = (1.5_f64 / (0.5 / 256.0)).ceil() as usize;
+    for prompts in [16, 40, 100] {
         let demand = Demand { prompts, ..DEMAND };
         let mut policy = throughput(GPU);
         for _ in 0..2 {
@@ -50,18 +56,24 @@ fn prompts_are_held_back_until_that_has_cost_as_much_as_running_them() {
 fn nobody_is_held_back_where_that_brings_nothing() {
     let full = Demand { prompt_tokens: 8000, ..DEMAND };
     let nothing_decodes = Demand { decode_rows: 0, ..DEMAND };
-    let no_more_to_come = Demand { more_to_come: false, ..DEMAND };
-    for demand in [full, nothing_decodes, no_more_to_come] {
+    let all_have_places = Demand { places_are_short: false, ..DEMAND };
+    for demand in [full, nothing_decodes, all_have_places] {
         assert_eq!(held(&mut *throughput(GPU), &demand), 0, "{demand:?}");
     }
+    assert!(held(&mut *throughput(GPU), &Demand { has_arrivals: true, ..all_have_places }) > 0);
 }
 
 #[test]
-fn running_requests_decode_beside_prompts_where_that_costs_less_than_a_step_of_their_own() {
-    let decodes = |costs| throughput(costs).next(&Demand { more_to_come: false, ..DEMAND }).decodes;
-    assert!(decodes(GPU));
+fn running_requests_decode_beside_prompts_where_that_costs_less_than_it_spares() {
+    let full = Demand { prompt_tokens: 8000, ..DEMAND };
+    let decodes = |costs, demand: &Demand| throughput(costs).next(demand).decodes;
+    assert!(decodes(GPU, &full));
     let dear_beside_prompts = Line { fixed_ms: 1.5, token_ms: 0.01 };
-    assert!(!decodes(StepCosts { mixed: dear_beside_prompts, ..GPU }));
+    assert!(!decodes(StepCosts { mixed: dear_beside_prompts, ..GPU }, &full));
+    // Where all have places, no step is spared: few rows wait, until all prompts have run.
+    let all_have_places = Demand { places_are_short: false, ..full };
+    assert!(!decodes(GPU, &all_have_places));
+    assert!(decodes(GPU, &Demand { decode_rows: 2000, ..all_have_places }));
 }
 
 #[test]
@@ -93,9 +105,10 @@ proptest! {
         costs in costs(),
         decode_rows in 0..300u32,
         prompt_tokens in 1..200u32,
-        more_to_come in any::<bool>(),
+        places_are_short in any::<bool>(),
+        has_arrivals in any::<bool>(),
     ) {
-        let demand = Demand { decode_rows, prompt_tokens, more_to_come, ..DEMAND };
+        let demand = Demand { decode_rows, prompt_tokens, places_are_short, has_arrivals, ..DEMAND };
         for policy in [Policy::Throughput, Policy::Latency] {
             let mut policy = policy.build(costs, 256);
             policy.has_run(StepShape::decode(decode_rows), costs.decode.fixed_ms);
@@ -169,7 +182,8 @@ fn with_latency_no_running_request_waits_for_a_prompt() {
             let report = engine.step(&mut |event| outcomes.take_in(event)).expect("the device does not fail");
             shapes.extend(report.launched);
         }
-        assert!(shapes.iter().all(|shape| shape.decode_rows >= 3), "{policy:?}: {shapes:?}");
+        let waited = shapes.iter().any(|shape| shape.decode_rows < 3);
+        assert_eq!(waited, policy == Policy::Throughput, "{policy:?}: {shapes:?}");
         let mixed = shapes.iter().filter(|shape| shape.prefill_rows > 0).count();
         assert_eq!(mixed, portions as usize, "{policy:?}: {shapes:?}");
         run_dry(&mut engine, &mut outcomes);

@@ -1,6 +1,6 @@
-// The packed batch as core lays it out: 32-bit words, parts at fixed offsets, the same structs on both sides.
+// The packed batch as core lays it out: 32-bit words, parts at offsets that a step's shape fixes, the same structs on both sides.
 //
-//   | Header | plan words | Row, Row, … | PageUpdate, … | Token, Token, … |
+//   | Header | plan words | Row, Row, … | Token, Token, … | PageUpdate, … |
 #pragma once
 
 struct Header {

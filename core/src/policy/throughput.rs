@@ -7,14 +7,17 @@
 //! ```text
 //!   prompts that wait   1  1  2  2  2  3  │           each, in each decode step, its share of what a step costs by itself
 //!   held_ms             ▁  ▂  ▃  ▄  ▆  █  │ ──> run
-//!                                      setup: what a step with prompts costs beside their tokens
+//!                                      what a step with prompts costs by itself
 //! ```
 //!
-//! This is the economic order quantity (Harris, 1913): where requests end, and so rows become free, at a steady pace, the sum
-//! of both costs is least when they are equal; where not, at most twice the least.
+//! This is the economic order quantity (Harris, 1913): where requests end, and so places become free, at a steady pace, the
+//! sum of both costs is least when they are equal; where not, at most twice the least.
 //!
-//! Nobody is held back where that brings nothing: when a step is full, when nothing decodes, when no more is to come.
-//! Running requests decode in the same step if that costs less than a step of their own.
+//! Nobody is held back where that brings nothing: when a step is full, when nothing decodes, when all who wait have places and
+//! nobody comes.
+//!
+//! Running requests decode beside prompts if that costs less than it spares: a decode step where places are short, as one less
+//! is needed then; else only what rows cost in it, while the longest request needs as many steps as before.
 
 use super::{Demand, Mix, StepPolicy};
 use crate::costs::StepCosts;
@@ -39,18 +42,25 @@ impl Throughput {
         Throughput { costs, running_max, held_ms: 0.0, held_steps: 0 }
     }
 
-    /// What running prompts costs beside their tokens, in a step of their own and with decode rows beside them.
-    fn setup_ms(&self, decode_rows: u32) -> [f32; 2] {
-        let StepCosts { decode, mixed } = self.costs;
-        [mixed.fixed_ms, mixed.at(decode_rows) - decode.at(decode_rows)]
-    }
-
-    fn is_due(&self, demand: &Demand, setup_ms: f32) -> bool {
+    fn is_due(&self, demand: &Demand) -> bool {
         demand.decode_rows == 0
             || demand.prompt_tokens >= demand.prompt_tokens_max
-            || !demand.more_to_come
-            || self.held_ms >= setup_ms
+            || !(demand.places_are_short || demand.has_arrivals)
+            || self.held_ms >= self.costs.mixed.fixed_ms
             || self.held_steps >= HELD_STEPS_MAX
+    }
+
+    /// Should running requests decode beside prompts?
+    fn decodes_beside(&self, demand: &Demand) -> bool {
+        let StepCosts { decode, mixed } = self.costs;
+        let rows = demand.decode_rows as f32;
+        let spared_ms = match demand.places_are_short {
+            true => decode.at(demand.decode_rows),
+            // A step of decode rows alone is the better one for its rows (recorded, and divided where that pays): what that
+            // is worth is not measured, and taken to be what it costs by itself.
+            false => decode.token_ms * rows - decode.fixed_ms,
+        };
+        mixed.token_ms * rows <= spared_ms
     }
 }
 
@@ -59,10 +69,9 @@ impl StepPolicy for Throughput {
         if demand.prompts == 0 {
             return Mix::DECODE;
         }
-        let [alone_ms, mixed_ms] = self.setup_ms(demand.decode_rows);
-        if self.is_due(demand, alone_ms.min(mixed_ms)) {
+        if self.is_due(demand) {
             (self.held_ms, self.held_steps) = (0.0, 0);
-            return Mix { decodes: mixed_ms <= alone_ms, prompt_tokens: demand.prompt_tokens_max };
+            return Mix { decodes: self.decodes_beside(demand), prompt_tokens: demand.prompt_tokens_max };
         }
         let share_ms = self.costs.decode.fixed_ms / self.running_max as f32;
         self.held_ms += share_ms * demand.prompts as f32;
