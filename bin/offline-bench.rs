@@ -205,11 +205,18 @@ impl Flags {
 
     /// Sequences need be no longer than the longest random request, or the late one.
     fn options(&self) -> Options {
-        let drawn = lengths(&self.input_len).longest().saturating_add(lengths(&self.output_len).longest());
-        let longest = drawn.max(self.late_prompt.map_or(0, |tokens| tokens.saturating_add(1)));
         let options = self.engine_options();
-        let drawn = self.requests.is_none();
-        Options { max_seq_len: options.max_seq_len.or(drawn.then_some(longest)), ..options }
+        if self.requests.is_some() {
+            return options;
+        }
+        let [input, output] = [lengths(&self.input_len), lengths(&self.output_len)];
+        let late = self.late_prompt.map_or(0, |tokens| tokens.saturating_add(1));
+        let longest = input.longest().saturating_add(output.longest()).max(late);
+        Options {
+            max_seq_len: options.max_seq_len.or(Some(longest)),
+            usual_tokens: Some(input.mean().saturating_add(output.mean())),
+            ..options
+        }
     }
 
     fn on_gpu(&self) -> Result<bool, Cause> {

@@ -58,7 +58,7 @@ impl LlmBuilder {
 
     /// Requests that run at once.
     pub fn max_running(mut self, requests: u32) -> Self {
-        self.options.max_running = requests;
+        self.options.max_running = Some(requests);
         self
     }
 
@@ -100,7 +100,7 @@ impl LlmBuilder {
 
     /// Rows of the largest recorded decode step; 0 records none.
     pub fn max_graph_batch(mut self, rows: u32) -> Self {
-        self.options.max_graph_batch = rows;
+        self.options.max_graph_batch = Some(rows);
         self
     }
 

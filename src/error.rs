@@ -93,20 +93,6 @@ pub enum Error {
     /// Memory for the KV pages is not a share of what is free.
     #[error("the memory ratio is {0}; it must be above 0 and at most 1")]
     MemoryRatio(f64),
-    /// No KV page fits.
-    #[error(
-        "no memory is left for the KV cache: {free} bytes are free beside the weights, {scratch} of them are for \
-         activations and recorded steps, and a page takes {page}; lower --max-prefill-tokens, --max-running or \
-         --max-graph-batch, or choose a smaller model"
-    )]
-    NoRoomForPages {
-        /// Free bytes after loading.
-        free: u64,
-        /// Bytes set aside.
-        scratch: u64,
-        /// Bytes of one page.
-        page: u64,
-    },
     /// A tokenizer or chat template that cannot be read.
     #[error("{path} cannot be used: {reason}; take the file that came with the checkpoint")]
     TokenizerFile {

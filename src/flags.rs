@@ -87,9 +87,9 @@ macro_rules! with_shared_flags {
             /// which GPU kernels: auto (default), portable or hopper
             #[argh(option, default = "::std::default::Default::default()")]
             kernels: $crate::KernelChoice,
-            /// requests that run at once (default 256)
-            #[argh(option)]
-            max_running: Option<u32>,
+            /// requests that run at once: a number, or auto (default: as many as decoding gains from and memory holds)
+            #[argh(option, from_str_fn($crate::parse_max_running), default = "::std::default::Default::default()")]
+            max_running: $crate::MaxRunning,
             /// tokens of prompts in a step (default 16384 on a GPU, 1024 on the CPU)
             #[argh(option)]
             max_prefill_tokens: Option<u32>,
@@ -105,7 +105,7 @@ macro_rules! with_shared_flags {
             /// tokens of a sequence, prompt and output (default: all that the model takes)
             #[argh(option)]
             max_seq_len: Option<u32>,
-            /// rows of the largest recorded decode step (default 256; 0 records none)
+            /// rows of the largest recorded decode step (default: as many as run; 0 records none)
             #[argh(option)]
             max_graph_batch: Option<u32>,
             /// wait for each step before the next is scheduled
@@ -114,7 +114,7 @@ macro_rules! with_shared_flags {
             /// compute equal prefixes anew for each request
             #[argh(switch)]
             no_prefix_cache: bool,
-            /// order of admission: given (default) or longest-output-first
+            /// order of admission: given (default), longest-output-first, or prefix (prompts that begin alike together)
             #[argh(option, from_str_fn($crate::parse_order), default = "::std::default::Default::default()")]
             order: $crate::Order,
             /// what a step is made of: throughput (default: most tokens a second) or latency (no long wait for the next token)
@@ -151,13 +151,13 @@ macro_rules! with_shared_flags {
                     backend: self.backend,
                     device: self.device,
                     kernels: self.kernels,
-                    max_running: self.max_running.unwrap_or(default.max_running),
+                    max_running: self.max_running.0,
                     max_prefill_tokens: self.max_prefill_tokens,
                     page_size: self.page_size,
                     num_pages: self.num_pages,
                     memory_ratio: self.memory_ratio.unwrap_or(default.memory_ratio),
                     max_seq_len: self.max_seq_len,
-                    max_graph_batch: self.max_graph_batch.unwrap_or(default.max_graph_batch),
+                    max_graph_batch: self.max_graph_batch,
                     overlap: default.overlap && !self.no_overlap,
                     prefix_cache: !self.no_prefix_cache,
                     order: self.order,

@@ -64,6 +64,7 @@ impl fmt::Display for Info {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let gib = |bytes: u64| bytes as f64 / f64::from(1 << 30);
         let Limits { pages, page_size, running, sequence, prefill_tokens, graph_rows, .. } = self.limits;
+        let sequence = u64::from(sequence).min(u64::from(pages) * u64::from(page_size));
         let commit = self.commit.as_ref().map_or_else(String::new, |commit| format!(" at {commit}"));
         let choice = self.choice.map_or_else(String::new, |reason| format!(", since {reason}"));
         writeln!(f, "{}{commit} on {} ({}{choice})", self.model, self.device, self.backend)?;

@@ -50,6 +50,7 @@ pub mod progress;
 pub mod report;
 mod request;
 mod runner;
+mod running;
 mod source;
 pub mod telemetry;
 mod tokenizer;
@@ -70,7 +71,9 @@ pub use minisgl_core::config::{Limits, LimitsError};
 pub use minisgl_core::policy::Policy;
 pub use minisgl_core::scheduler::Order;
 pub use minisgl_core::stats::Stats;
-pub use options::{BackendChoice, KernelChoice, Options, parse_order, parse_policy};
+pub use options::{
+    BackendChoice, KernelChoice, MaxRunning, Options, parse_max_running, parse_order, parse_policy,
+};
 pub use request::{
     BesideWork, ChatPrompt, Completion, FinishReason, Flow, GenerateRequest, JsonObject, Message, NoRole,
     Prompt, RequestError, SamplingError, SamplingParams, StepShape, StepTiming, StreamEvent, SubmitError,

@@ -10,7 +10,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Instant;
 
-use minisgl_core::backend::{DeviceInfo, Model};
+use minisgl_core::backend::{DeviceInfo, Memory, Model};
 use minisgl_core::config::{Limits, LimitsError};
 use minisgl_core::engine::{Engine, EngineOptions};
 use minisgl_core::scheduler::Settings;
@@ -25,13 +25,14 @@ use crate::diagnostics::{Ceilings, Diagnostics};
 use crate::error::Error;
 use crate::front::{EngineHandle, Events, Front, SessionEvent, SessionOptions};
 use crate::info::Info;
-use crate::memory::{Room, check_host};
+use crate::memory::{PagePlan, Sequence, check_host, warning};
 use crate::models::FAMILIES;
 use crate::options::{KernelChoice, Options};
 use crate::request::{
     ChatPrompt, Completion, FinishReason, Flow, GenerateRequest, Prompt, RequestError, StreamEvent,
 };
 use crate::runner::{LogitsError, Runner};
+use crate::running::{self, Costs};
 use crate::source::ModelSource;
 use crate::telemetry::Probe;
 use crate::tokenizer::Text;
@@ -383,7 +384,8 @@ struct Opening<'a> {
 impl Opening<'_> {
     fn on<B: Diagnostics + 'static>(self, mut backend: B) -> Result<(Box<dyn Runner>, Info), Error> {
         let device = |error: B::Error| Error::Device(Box::new(error));
-        let mut limits = self.limits(&backend.info())?;
+        let before = backend.memory().map_err(device)?;
+        let (mut limits, asked) = self.limits(&backend.info(), before)?;
         tracing::info!(
             model = self.source.name(),
             backend = self.name,
@@ -396,17 +398,13 @@ impl Opening<'_> {
         let load_seconds = self.started.elapsed().as_secs_f64();
         tracing::info!(seconds = load_seconds, bytes = model.weight_bytes(), "weights loaded");
 
-        if self.options.num_pages.is_none() {
-            let page_bytes = model.page_bytes(limits.page_size);
-            let (info, dims) = (backend.info(), model.dims());
-            let activation_width = backend.activation_width(dims);
-            let room = Room { device: &info, memory: loaded, dims, activation_width, page_bytes };
-            limits.pages = match self.choice.on_gpu {
-                true => room.pages_by_ratio(&limits, self.options.memory_ratio)?,
-                false => room.pages_by_need(&limits)?,
-            };
-        }
-        tracing::debug!(?limits, "capacities planned");
+        let plan = match (self.options.num_pages, self.choice.on_gpu) {
+            (Some(_), _) => None,
+            (None, true) => Some(PagePlan::on_gpu(&limits, asked, self.options.memory_ratio)),
+            (None, false) => Some(PagePlan::on_cpu(&limits, asked)),
+        };
+        limits.pages = plan.map_or(limits.pages, |plan| plan.most);
+        tracing::debug!(?limits, ?plan, "capacities planned");
         let scheduler = Settings {
             policy: self.options.policy,
             prefix_cache: self.options.prefix_cache,
@@ -415,12 +413,19 @@ impl Opening<'_> {
         };
         let eos = self.end_tokens(scheduler.vocab);
         let page_bytes = model.page_bytes(limits.page_size);
-        let engine_options =
-            EngineOptions { limits, scheduler, eos: eos.clone(), overlap: self.options.overlap };
+        let engine_options = EngineOptions {
+            limits,
+            fit: plan.map(|plan| plan.fit),
+            scheduler,
+            eos: eos.clone(),
+            overlap: self.options.overlap,
+        };
         let engine =
             Engine::new(backend, model, engine_options).map_err(|cause| Error::Device(cause.into()))?;
 
         let ready = engine.backend().memory().map_err(device)?;
+        let limits = *engine.limits();
+        let warnings = self.text.warnings().iter().cloned().chain(warning(&limits, asked)).collect();
         let info = Info {
             model: self.source.name().to_owned(),
             commit: self.source.commit().map(str::to_owned),
@@ -432,7 +437,7 @@ impl Opening<'_> {
             window: engine.model().spec().window(),
             vocab: scheduler.vocab,
             eos,
-            warnings: self.text.warnings().to_vec(),
+            warnings,
             weight_bytes: engine.model().weight_bytes(),
             page_bytes,
             memory_total: loaded.total,
@@ -455,22 +460,27 @@ impl Opening<'_> {
 
     /// The capacities: as asked for, else by the device and the model; pages that are not asked for are counted when the
     /// weights are there. So what can't hold is found before they are loaded.
-    fn limits(&self, device: &DeviceInfo) -> Result<Limits, Error> {
-        let Options { max_running, max_queued, max_seq_len, .. } = *self.options;
+    fn limits(&self, device: &DeviceInfo, memory: Memory) -> Result<(Limits, Sequence), Error> {
+        let Options { max_queued, max_seq_len, .. } = *self.options;
         let max = self.checkpoint.config().max_positions;
         let sequence = max_seq_len.unwrap_or(max);
         if sequence > max {
             return Err(Error::SequenceTooLong { asked: sequence, max });
         }
+        let running = match self.options.max_running {
+            Some(running) => running,
+            None if self.choice.on_gpu => self.costs(device, memory, sequence).running(),
+            None => running::ON_CPU,
+        };
         let prefill_tokens = if self.choice.on_gpu { 16384 } else { 1024 };
         let limits = Limits {
-            running: max_running,
+            running,
             queued: max_queued,
             sequence,
             prefill_tokens: self.options.max_prefill_tokens.unwrap_or(prefill_tokens),
             page_size: self.options.page_size.unwrap_or(device.page_size_min.max(16)),
             pages: self.options.num_pages.unwrap_or(1),
-            graph_rows: self.options.max_graph_batch.min(max_running),
+            graph_rows: self.options.max_graph_batch.unwrap_or(running).min(running),
         };
         limits.check()?;
         let (page_size, min) = (limits.page_size, device.page_size_min);
@@ -478,7 +488,24 @@ impl Opening<'_> {
             return Err(LimitsError::PageSizeBelowMin { page_size, min }.into());
         }
         check_host(&limits)?;
-        Ok(limits)
+        let asked = if max_seq_len.is_some() { Sequence::Asked } else { Sequence::OfModel };
+        Ok((limits, asked))
+    }
+
+    /// What the number of requests at once depends on, the weights not being loaded yet.
+    fn costs(&self, device: &DeviceInfo, memory: Memory, sequence: u32) -> Costs {
+        /// Where nobody says.
+        const USUAL_TOKENS: u32 = 1024;
+        let Options { usual_tokens, memory_ratio, .. } = *self.options;
+        let dims = &self.checkpoint.config().spec.dims;
+        let weight_bytes = self.checkpoint.tensors().step_bytes();
+        let left = memory.free.saturating_sub(weight_bytes);
+        Costs {
+            weight_bytes,
+            kv_bytes_per_token: 2 * u64::from(dims.layers) * (dims.kv_width() * device.kv_bytes) as u64,
+            tokens: u64::from(usual_tokens.unwrap_or(USUAL_TOKENS).min(sequence)),
+            cache_bytes: (left as f64 * memory_ratio) as u64,
+        }
     }
 }
 

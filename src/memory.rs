@@ -1,16 +1,15 @@
-//! How many KV pages there are: what memory is left when everything else has its share.
+//! What memory an engine may take: of the host, and of the device for its KV pages.
 //!
 //! ```text
-//!   GPU   free after the weights ── scratch ── graphs ──┬── memory_ratio ──> pages
-//!                                                       └── the rest stays free for the driver and others
+//!   GPU   weights ── buffers ── free ──┬── memory_ratio ──> pages (and recorded steps behind them: `core::fit`)
+//!                                      └── the rest stays free for the driver and others
 //!   CPU   what max_running sequences of full length need, but at most a quarter of the free memory
 //! ```
 //!
-//! Activations and recorded steps are allocated after the pages are counted, so they are estimated here: the model's
-//! buffers exactly, 128 MiB for a backend's own scratch, and 2 MiB for each recorded step.
+//! Pages are counted by the engine, when all else is there. Here is what it is told: the most, the least, and the share.
 
-use minisgl_core::backend::{DeviceInfo, Dims, Memory};
 use minisgl_core::config::Limits;
+use minisgl_core::fit::Fit;
 
 use crate::error::Error;
 
@@ -44,79 +43,78 @@ fn address_space_left() -> Option<u64> {
     Some(limit.saturating_sub(used * PAGE))
 }
 
-/// A backend's own scratch (split attention alone takes up to 64 MiB), and what allocations are rounded up by.
-const BACKEND_BYTES: u64 = 128 << 20;
-/// A recorded step, in driver memory.
-const GRAPH_BYTES: u64 = 2 << 20;
+/// Share of the free memory that the pages may take on the CPU, whose memory is everybody's.
+const CPU_SHARE: f64 = 0.25;
+/// Tokens that the pages hold at least where nobody says how long sequences are.
+const TOKENS_LEAST: u32 = 1024;
 
-/// What the KV cache is fitted into.
-pub struct Room<'a> {
-    /// The device.
-    pub device: &'a DeviceInfo,
-    /// Its memory, the weights being loaded.
-    pub memory: Memory,
-    /// Sizes of the model.
-    pub dims: &'a Dims,
-    /// Activations that a token takes in the backend's buffers.
-    pub activation_width: usize,
-    /// Bytes of a page.
-    pub page_bytes: u64,
+/// How pages are counted, and how many there are at most.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct PagePlan {
+    pub most: u32,
+    pub fit: Fit,
 }
 
-impl Room<'_> {
-    /// Pages for a GPU: `ratio` of what is left.
-    ///
-    /// # Errors
-    /// Not a page fits.
-    pub fn pages_by_ratio(&self, limits: &Limits, ratio: f64) -> Result<u32, Error> {
-        let scratch = self.scratch(limits);
-        let bytes = (self.memory.free.saturating_sub(scratch) as f64 * ratio) as u64;
-        self.pages_in(bytes, scratch, limits)
+impl PagePlan {
+    /// For a GPU, as many pages as memory holds: what no request has keeps prefixes.
+    pub fn on_gpu(limits: &Limits, asked: Sequence, ratio: f64) -> PagePlan {
+        PagePlan { most: addressable(limits), fit: Fit { share: ratio, least: least(limits, asked) } }
     }
 
-    /// Pages for the CPU: enough for every running request, within a quarter of the memory.
-    ///
-    /// # Errors
-    /// Not a page fits.
-    pub fn pages_by_need(&self, limits: &Limits) -> Result<u32, Error> {
+    /// For the CPU, as many as running requests can need.
+    pub fn on_cpu(limits: &Limits, asked: Sequence) -> PagePlan {
         let need = u64::from(limits.running) * u64::from(limits.table_width());
-        let pages = self.pages_in(self.memory.free / 4, 0, limits)?;
-        Ok(need.min(u64::from(pages)) as u32)
-    }
-
-    /// One page is the dummy page; token locations must fit 32 bits.
-    fn pages_in(&self, bytes: u64, scratch: u64, limits: &Limits) -> Result<u32, Error> {
-        let addressable = u64::from(u32::MAX / limits.page_size) - 1;
-        match (bytes / self.page_bytes.max(1)).min(addressable + 1) {
-            0 | 1 => Err(Error::NoRoomForPages { free: self.memory.free, scratch, page: self.page_bytes }),
-            pages => Ok((pages - 1) as u32),
-        }
-    }
-
-    /// Bytes allocated behind the pages.
-    fn scratch(&self, limits: &Limits) -> u64 {
-        let dims = self.dims;
-        let gathered = limits.running as usize * dims.hidden as usize;
-        let activations =
-            (limits.step_tokens() * self.activation_width + gathered) * self.device.activation_bytes;
-        let logits = limits.running as usize * dims.vocab as usize * self.device.logit_bytes;
-        let rope = limits.sequence as usize * dims.head_dim as usize * size_of::<f32>();
-        let graphs = recorded_sizes(limits.graph_rows.min(limits.running));
-        (activations + logits + rope) as u64 + BACKEND_BYTES + graphs * GRAPH_BYTES
+        let most = need.min(u64::from(addressable(limits))) as u32;
+        PagePlan { most, fit: Fit { share: CPU_SHARE, least: least(limits, asked) } }
     }
 }
 
-/// How many decode steps are recorded for up to `rows` rows: of 1, 2, 4, 8, 16, then every 8, and of `rows` itself.
-fn recorded_sizes(rows: u32) -> u64 {
-    let small = [1, 2, 4, 8].into_iter().filter(|size| *size < rows).count();
-    (small + (16..rows).step_by(8).count()) as u64 + u64::from(rows > 0)
+/// Who says how long a sequence may be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Sequence {
+    /// Somebody wants sequences of that length to run.
+    Asked,
+    /// It is what the model's positions reach.
+    OfModel,
+}
+
+/// Token locations must fit 32 bits; one page is the dummy page.
+fn addressable(limits: &Limits) -> u32 {
+    u32::MAX / limits.page_size - 1
+}
+
+/// Pages of a sequence.
+fn least(limits: &Limits, asked: Sequence) -> u32 {
+    match asked {
+        Sequence::Asked => limits.table_width(),
+        Sequence::OfModel => limits.table_width().min(TOKENS_LEAST.div_ceil(limits.page_size)),
+    }
+}
+
+/// What the user should hear of pages that are few for what is asked of them.
+pub fn warning(limits: &Limits, asked: Sequence) -> Option<String> {
+    let Limits { pages, page_size, running, sequence, .. } = *limits;
+    let held = u64::from(pages) * u64::from(page_size);
+    let say = |what: String, flags: &str| {
+        Some(format!("the KV cache holds {held} tokens, fewer than {what}; {flags}"))
+    };
+    match asked {
+        _ if held < u64::from(sequence) => say(
+            format!("a sequence may have ({sequence}): longer ones are refused"),
+            "raise --num-pages or --memory-ratio, or lower --max-running or --max-prefill-tokens",
+        ),
+        Sequence::Asked if held < u64::from(running) * u64::from(sequence) => say(
+            format!("{running} sequences of {sequence} tokens at once: requests may be preempted"),
+            "lower --max-running if they are that long",
+        ),
+        _ => None,
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    const GIB: u64 = 1 << 30;
     const LIMITS: Limits = Limits {
         running: 256,
         queued: 1024,
@@ -126,52 +124,31 @@ mod tests {
         pages: 1,
         graph_rows: 256,
     };
-    /// Qwen3-0.6B.
-    const DIMS: Dims = Dims {
-        layers: 28,
-        hidden: 1024,
-        heads: 16,
-        kv_heads: 8,
-        head_dim: 128,
-        intermediate: 3072,
-        vocab: 151_936,
-        norm_eps: 1e-6,
-    };
 
-    fn pages(free: u64, ratio: f64) -> Result<u32, Error> {
-        let device = DeviceInfo {
-            name: String::new(),
-            activation_bytes: 2,
-            kv_bytes: 2,
-            logit_bytes: 2,
-            page_size_min: 16,
-        };
-        let memory = Memory { free, total: 80 * GIB };
-        let page_bytes = 16 * 28 * 2 * 8 * 128 * 2;
-        Room { device: &device, memory, dims: &DIMS, activation_width: 8192, page_bytes }
-            .pages_by_ratio(&LIMITS, ratio)
+    #[test]
+    fn pages_hold_a_sequence_that_is_asked_for_and_part_of_one_that_the_model_could_have() {
+        for (sequence, asked, least) in [
+            (4096, Sequence::Asked, 256),
+            (4096, Sequence::OfModel, 64),
+            (100, Sequence::OfModel, 7),
+            (262_144, Sequence::Asked, 16_384),
+        ] {
+            let limits = Limits { sequence, ..LIMITS };
+            assert_eq!(PagePlan::on_gpu(&limits, asked, 0.9).fit, Fit { share: 0.9, least });
+            assert_eq!(PagePlan::on_cpu(&limits, asked).fit.least, least);
+        }
+        assert_eq!(PagePlan::on_cpu(&LIMITS, Sequence::Asked).most, 256 * 256);
+        let most = PagePlan::on_gpu(&LIMITS, Sequence::Asked, 0.9).most;
+        assert!(Limits { pages: most, ..LIMITS }.check().is_ok());
+        assert!(Limits { pages: most + 1, ..LIMITS }.check().is_err());
     }
 
     #[test]
-    fn pages_take_their_share_and_leave_room_for_what_is_allocated_behind_them() {
-        let page_bytes = 16 * 28 * 2 * 8 * 128 * 2;
-        let bytes = |ratio| (u64::from(pages(70 * GIB, ratio).unwrap()) + 1) * page_bytes;
-        // Activations of 8192 tokens, 256 rows of logits, and 35 recorded steps are less than a GiB.
-        assert!((69 * GIB..70 * GIB).contains(&bytes(1.0)));
-        assert!((bytes(0.5) as f64 / bytes(1.0) as f64 - 0.5).abs() < 1e-3);
-    }
-
-    #[test]
-    fn no_room_for_a_page_is_an_error_that_says_what_took_it() {
-        let error = pages(GIB / 4, 0.9).unwrap_err().to_string();
-        assert!(
-            error.contains("268435456 bytes are free") && error.contains("--max-prefill-tokens"),
-            "{error}"
-        );
-    }
-
-    #[test]
-    fn the_steps_that_core_records_are_counted() {
-        assert_eq!([0, 1, 3, 4, 8, 16, 24, 30, 256].map(recorded_sizes), [0, 1, 3, 3, 4, 5, 6, 7, 35]);
+    fn few_pages_are_told_of_with_the_flags_to_turn() {
+        let of = |pages, asked| warning(&Limits { pages, ..LIMITS }, asked);
+        assert!(of(255, Sequence::OfModel).is_some_and(|text| text.contains("--num-pages")));
+        assert_eq!(of(256, Sequence::OfModel), None);
+        assert!(of(256, Sequence::Asked).is_some_and(|text| text.contains("--max-running")));
+        assert_eq!(of(256 * 256, Sequence::Asked), None);
     }
 }

@@ -43,8 +43,10 @@ pub struct Options {
     pub device: Option<usize>,
     /// Which GPU kernels run.
     pub kernels: KernelChoice,
-    /// Requests that run at once.
-    pub max_running: u32,
+    /// Requests that run at once; `None`: as many as decoding gains from, if memory holds them.
+    pub max_running: Option<u32>,
+    /// Tokens of a usual sequence, prompt and output, where that is known: [`Options::max_running`] is chosen by it.
+    pub usual_tokens: Option<u32>,
     /// Requests that wait inside the engine; more are pulled from the caller as these are admitted.
     pub max_queued: u32,
     /// Tokens of prompts in a step; `None`: 16384 on a GPU, 1024 on the CPU.
@@ -53,12 +55,12 @@ pub struct Options {
     pub page_size: Option<u32>,
     /// KV pages; `None`: as many as memory holds, see [`Options::memory_ratio`].
     pub num_pages: Option<u32>,
-    /// Share, in (0, 1], of the memory left beside weights and scratch that the KV pages take.
+    /// Share, in (0, 1], of the memory left beside weights and buffers that the KV pages take.
     pub memory_ratio: f64,
     /// Tokens of a sequence, prompt and output together; `None`: all that the model's positions reach.
     pub max_seq_len: Option<u32>,
-    /// Rows of the largest recorded decode step; 0 records none.
-    pub max_graph_batch: u32,
+    /// Rows of the largest recorded decode step; 0 records none, `None` as many as run.
+    pub max_graph_batch: Option<u32>,
     /// Schedule a step while the one before runs; off, every step is waited for. Both give the same tokens. On, unless
     /// the variable MINISGL_DISABLE_OVERLAP_SCHEDULING is 1.
     pub overlap: bool,
@@ -78,14 +80,15 @@ impl Default for Options {
             backend: BackendChoice::Auto,
             device: None,
             kernels: KernelChoice::Auto,
-            max_running: 256,
+            max_running: None,
+            usual_tokens: None,
             max_queued: 1024,
             max_prefill_tokens: None,
             page_size: None,
             num_pages: None,
             memory_ratio: 0.9,
             max_seq_len: None,
-            max_graph_batch: 256,
+            max_graph_batch: None,
             overlap: !is_set(std::env::var_os(DISABLE_OVERLAP)),
             prefix_cache: true,
             order: Order::Given,
@@ -107,13 +110,13 @@ impl Options {
         }
         // What is left open fits: the least of each.
         let limits = Limits {
-            running: self.max_running,
+            running: self.max_running.unwrap_or(1),
             queued: self.max_queued,
             sequence: self.max_seq_len.unwrap_or(1),
             prefill_tokens: self.max_prefill_tokens.unwrap_or(1),
             page_size: self.page_size.unwrap_or(1),
             pages: self.num_pages.unwrap_or(1),
-            graph_rows: self.max_graph_batch,
+            graph_rows: self.max_graph_batch.unwrap_or(0),
         };
         Ok(limits.check()?)
     }
@@ -152,15 +155,32 @@ impl FromStr for KernelChoice {
     }
 }
 
+/// Reads how many requests run at once: a number, or `auto` for none.
+///
+/// # Errors
+/// Anything else.
+pub fn parse_max_running(text: &str) -> Result<MaxRunning, String> {
+    match (text, text.parse()) {
+        ("auto", _) => Ok(MaxRunning(None)),
+        (_, Ok(requests)) => Ok(MaxRunning(Some(requests))),
+        _ => Err(format!("{text} is no number of requests; use auto, or a number")),
+    }
+}
+
+/// A flag's value: [`Options::max_running`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct MaxRunning(pub Option<u32>);
+
 /// Reads an order of admission.
 ///
 /// # Errors
-/// Another word than `given` or `longest-output-first`.
+/// Another word than `given`, `longest-output-first` or `prefix`.
 pub fn parse_order(text: &str) -> Result<Order, String> {
     match text {
         "given" => Ok(Order::Given),
         "longest-output-first" => Ok(Order::LongestOutputFirst),
-        _ => Err(format!("{text} is no order; use given or longest-output-first")),
+        "prefix" => Ok(Order::Prefix),
+        _ => Err(format!("{text} is no order; use given, longest-output-first or prefix")),
     }
 }
 

@@ -352,7 +352,7 @@ pub struct StepTiming {
     /// What the engine had on its hands when it was over.
     pub load: Load,
     /// Milliseconds from the engine's first step to this one's start, by the device's clock.
-    pub start_ms: f32,
+    pub start_ms: f64,
     /// Milliseconds it took on the device.
     pub gpu_ms: f32,
     /// From the start of the session to when the host turned to the call that completed it.

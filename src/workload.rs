@@ -79,6 +79,11 @@ impl Lengths {
         Lengths(1..=last.max(1))
     }
 
+    /// The mean of all.
+    pub fn mean(&self) -> u32 {
+        self.0.start() + (self.0.end() - self.0.start()) / 2
+    }
+
     /// The longest one.
     pub fn longest(&self) -> u32 {
         *self.0.end()

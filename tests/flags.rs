@@ -131,7 +131,7 @@ fn more_than_memory_holds_is_an_error_with_the_bytes_and_the_flag() {
     let (input, output) = (folder.write("in.jsonl", LINE), folder.join("out.jsonl"));
     let flags = format!("--backend cpu --input {} --output {}", input.display(), output.display());
     let generate = |more: &str| limited(env!("CARGO_BIN_EXE_generate"), &format!("{flags} {more}"));
-    let said = complaint(&generate("--model qwen3-0.6b --max-running 65536"));
+    let said = complaint(&generate("--model qwen3-0.6b --max-running 500000"));
     assert!(said.contains("--max-running") && said.contains("bytes"), "{said}");
 
     let bench = limited(env!("CARGO_BIN_EXE_offline-bench"), "--backend cpu --n 1000000000");

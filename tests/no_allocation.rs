@@ -72,7 +72,8 @@ fn engine(name: &Path, overlap: bool) -> Engine<Cpu, Decoder<Cpu>> {
         order: Order::LongestOutputFirst,
         vocab: checkpoint.config().spec.dims.vocab,
     };
-    let options = EngineOptions { limits, scheduler, eos: checkpoint.config().eos.clone(), overlap };
+    let options =
+        EngineOptions { limits, fit: None, scheduler, eos: checkpoint.config().eos.clone(), overlap };
     Engine::new(backend, model, options).unwrap()
 }
 

@@ -12,7 +12,7 @@ use minisgl_core::backend::{
 };
 use minisgl_core::batch::{Row, StepShape};
 use minisgl_core::config::Limits;
-use minisgl_core::spec::{DecoderSpec, Dims, LayerSpec, Unsupported};
+use minisgl_core::spec::{DecoderSpec, LayerSpec, Unsupported};
 use minisgl_core::tensor::HostTensor;
 
 use crate::command::Command;
@@ -122,6 +122,15 @@ impl Device for Cpu {
         self.crew()?.desk().machine.memory.alloc(purpose, elements)
     }
 
+    fn free(&mut self, buffer: Buffer) -> Result<(), CpuError> {
+        self.crew()?.desk().machine.memory.free(buffer);
+        Ok(())
+    }
+
+    fn is_out_of_memory(error: &CpuError) -> bool {
+        matches!(error, CpuError::OutOfMemory { .. })
+    }
+
     fn slice(&self, buffer: Buffer, range: Range<usize>) -> Buffer {
         buffer.slice(range)
     }
@@ -213,10 +222,6 @@ impl Ops for Cpu {
 
     fn supports(&self, spec: &DecoderSpec) -> Result<(), Unsupported> {
         supports::check(spec)
-    }
-
-    fn activation_width(&self, dims: &Dims) -> usize {
-        Activations::width(dims)
     }
 
     fn reserve(&mut self, spec: &DecoderSpec, limits: &Limits) -> Result<usize, CpuError> {

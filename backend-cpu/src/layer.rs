@@ -36,11 +36,6 @@ pub struct Activations {
 }
 
 impl Activations {
-    /// Elements of all of them for a token.
-    pub(crate) fn width(dims: &Dims) -> usize {
-        3 * dims.hidden as usize + dims.qkv_width() + dims.q_width() + dims.intermediate as usize
-    }
-
     pub(crate) fn new(memory: &mut Memory, dims: &Dims, limits: &Limits) -> Result<Activations, CpuError> {
         let mut alloc = |width: usize| memory.alloc(Purpose::Scratch, limits.step_tokens() * width);
         Ok(Activations {

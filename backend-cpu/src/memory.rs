@@ -53,6 +53,11 @@ impl Memory {
         Ok(Buffer { segment: self.segments.len() - 1, start: 0, len: words })
     }
 
+    /// Gives a segment back, by a buffer that is all of it.
+    pub fn free(&mut self, buffer: Buffer) {
+        self.segments[buffer.segment] = Box::default();
+    }
+
     /// The words of several buffers at once.
     pub fn borrow<const N: usize>(&mut self, buffers: [Buffer; N]) -> Result<[&mut [u32]; N], CpuError> {
         let mut order: [usize; N] = std::array::from_fn(|i| i);

@@ -12,11 +12,11 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use cudarc::driver::result::{self, DriverError};
-use cudarc::driver::sys::{self, CUresult};
+use cudarc::driver::sys;
 use minisgl_core::backend::{Device, DeviceInfo, Element, Memory, Purpose, Queue};
 
 use crate::context::{Context, KernelSet, Properties};
-use crate::error::{CudaError, Named};
+use crate::error::{CudaError, Named, is_out_of_memory};
 use crate::launch::Launcher;
 use crate::memory::{Address, Buffer, Event, Graph, Pinned, element_bytes};
 use crate::module::Modules;
@@ -114,7 +114,7 @@ impl Cuda {
                 self.allocations.addresses.push(address);
                 Ok(Address(address))
             }
-            Err(DriverError(CUresult::CUDA_ERROR_OUT_OF_MEMORY)) => {
+            Err(error) if is_out_of_memory(error) => {
                 Err(CudaError::OutOfMemory { purpose, needed: bytes as u64, free: self.memory()?.free })
             }
             Err(error) => Err(self.launcher.failed("allocating GPU memory", error)),
@@ -243,6 +243,22 @@ impl Device for Cuda {
             self.zero(address, bytes)?;
         }
         Ok(Buffer::new(address, element, elements))
+    }
+
+    fn free(&mut self, buffer: Buffer) -> Result<(), CudaError> {
+        self.synchronize()?;
+        let _turn = turns::synchronize();
+        let Address(address) = buffer.address();
+        let Some(at) = self.allocations.addresses.iter().position(|it| *it == address) else {
+            return Err(CudaError::NotAllocated);
+        };
+        self.allocations.addresses.remove(at);
+        // SAFETY: allocated once, freed once; the device is idle.
+        self.check("freeing GPU memory", unsafe { result::memory_free(address) })
+    }
+
+    fn is_out_of_memory(error: &CudaError) -> bool {
+        matches!(error, CudaError::OutOfMemory { .. } | CudaError::DriverMemory { .. })
     }
 
     fn slice(&self, buffer: Buffer, range: Range<usize>) -> Buffer {

@@ -74,12 +74,17 @@ pub enum CudaError {
         /// Bytes free.
         free: u64,
     },
-    /// A recorded step did not fit; the driver does not say how much it needs.
-    #[error("out of GPU memory for recorded decode steps: {} MiB free; {}", free >> 20, advice(Purpose::Graphs))]
-    GraphMemory {
+    /// The driver found no memory for something of its own, a recorded step above all; it does not say how much it needs.
+    #[error("out of GPU memory while {operation}: {} MiB free; {}", free >> 20, advice(Purpose::Graphs))]
+    DriverMemory {
+        /// What was being done.
+        operation: &'static str,
         /// Bytes free.
         free: u64,
     },
+    /// What is to be freed was not allocated, or is a part of what was.
+    #[error("memory is to be freed that was not allocated as such")]
+    NotAllocated,
     /// Pinned host memory ran out.
     #[error(
         "{bytes} bytes of host memory can't be pinned ({cause}); raise `ulimit -l`, or free memory on the host"
@@ -227,6 +232,11 @@ pub(crate) fn is_kernel_failure(error: DriverError) -> bool {
             | CUDA_ERROR_INVALID_PC
             | CUDA_ERROR_LAUNCH_FAILED
     )
+}
+
+/// Does this status say that the device's memory was too little?
+pub(crate) fn is_out_of_memory(error: DriverError) -> bool {
+    error.0 == CUresult::CUDA_ERROR_OUT_OF_MEMORY
 }
 
 /// Does this status say that the device is gone?

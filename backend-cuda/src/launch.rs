@@ -25,7 +25,7 @@ use cudarc::driver::sys;
 use minisgl_core::backend::Queue;
 
 use crate::context::Context;
-use crate::error::{CudaError, cause, is_device_lost, is_kernel_failure};
+use crate::error::{CudaError, cause, is_device_lost, is_kernel_failure, is_out_of_memory};
 use crate::memory::{Event, Graph};
 use crate::turns::{self, Recording};
 
@@ -260,10 +260,6 @@ impl Launcher {
             let flags = sys::CUgraphInstantiate_flags(0);
             (result::graph::instantiate(recorded, flags), result::graph::destroy(recorded))
         };
-        if let Err(DriverError(sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY)) = instantiated {
-            let (free, _) = self.check("reading the free GPU memory", result::mem_get_info())?;
-            return Err(CudaError::GraphMemory { free: free as u64 });
-        }
         let graph = Graph::new(&self.context, self.check("instantiating a recorded step", instantiated)?);
         self.check("freeing a recording", destroyed)?;
         // SAFETY: graph and stream are alive.
@@ -406,7 +402,7 @@ impl Launcher {
 
     /// The error of a launch that the driver refused; an earlier kernel's failure shows here too.
     fn refused(&self, kernel: &'static str, error: DriverError) -> CudaError {
-        if is_kernel_failure(error) || is_device_lost(error) {
+        if is_kernel_failure(error) || is_device_lost(error) || is_out_of_memory(error) {
             return self.failed("launching a kernel", error);
         }
         CudaError::Launch { kernel, step: self.trace.step.get(), cause: cause(error) }
@@ -426,6 +422,10 @@ impl Launcher {
         let step = self.trace.step.get();
         if is_device_lost(error) {
             return CudaError::DeviceLost { step, cause: cause(error) };
+        }
+        if is_out_of_memory(error) {
+            let free = result::mem_get_info().map_or(0, |(free, _)| free as u64);
+            return CudaError::DriverMemory { operation, free };
         }
         if !is_kernel_failure(error) {
             return CudaError::Driver { operation, cause: cause(error) };

@@ -46,7 +46,8 @@ impl Decoding {
         };
         let policy = Policy::Throughput;
         let settings = Settings { policy, prefix_cache: true, order: Order::Given, vocab: VOCAB };
-        let mut scheduler = Scheduler::new(limits, settings, StepCosts::default(), &[VOCAB - 1], None);
+        let mut scheduler =
+            Scheduler::new(limits, settings, StepCosts::default(), &[VOCAB - 1], None).expect("host memory");
         for row in 0..rows {
             let prompt: Vec<u32> = (0..100 + row % 16).map(|i| (row * 7919 + i) % 10_000).collect();
             let params = SamplingParams { max_tokens: SEQUENCE, ..SamplingParams::default() };

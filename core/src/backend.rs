@@ -88,7 +88,7 @@ pub struct Memory {
 /// Memory, order and recorded work of a device.
 ///
 /// Buffers are handles, like device addresses: copying one copies no data, and the device frees them all when it is
-/// dropped. Nothing but [`Device::alloc`], [`Device::alloc_pinned`] and [`Device::event`] allocates.
+/// dropped, if not before. Nothing but [`Device::alloc`], [`Device::alloc_pinned`] and [`Device::event`] allocates.
 pub trait Device {
     /// Why an operation failed; its text tells the user what to do.
     type Error: core::error::Error + Send + Sync + 'static;
@@ -114,6 +114,12 @@ pub trait Device {
         element: Element,
         elements: usize,
     ) -> Result<Self::Buffer, Self::Error>;
+
+    /// Frees what [`Device::alloc`] gave, after waiting for everything enqueued. Neither it nor a part of it is used any more.
+    fn free(&mut self, buffer: Self::Buffer) -> Result<(), Self::Error>;
+
+    /// Does the error say that the device's memory was too little? What failed so left nothing behind.
+    fn is_out_of_memory(error: &Self::Error) -> bool;
 
     /// The part `range` (in elements) of a buffer.
     fn slice(&self, buffer: Self::Buffer, range: Range<usize>) -> Self::Buffer;
@@ -159,8 +165,8 @@ pub trait Device {
     /// Waits on the host for everything enqueued.
     fn synchronize(&mut self) -> Result<(), Self::Error>;
 
-    /// Must a step have run once before its like is recorded, because the first run of a kernel does more than enqueue
-    /// it? A device whose recording runs nothing and needs nothing beforehand says no.
+    /// Must a step have run once before any is recorded, because a first run takes memory of its own? A device whose recording
+    /// runs nothing and needs nothing beforehand says no.
     fn warm_up_before_capture(&self) -> bool {
         true
     }
@@ -262,9 +268,6 @@ pub trait Ops: Device {
     /// # Errors
     /// Names the first thing that can't.
     fn supports(&self, spec: &DecoderSpec) -> Result<(), Unsupported>;
-
-    /// Activations that a token takes in the buffers that [`Ops::reserve`] is going to plan.
-    fn activation_width(&self, dims: &Dims) -> usize;
 
     /// Plans the buffers and the scratch memory of all operations for a model and capacities, once, before the first step.
     /// Returns the words that [`Ops::plan`] may fill in each step.
@@ -368,9 +371,15 @@ pub trait Model<B: Device> {
         None
     }
 
-    /// Plans the model's buffers for these capacities, with `limits.pages + 1` KV pages, once, before the first step.
-    /// Returns the words that [`Model::plan`] may fill in each step.
+    /// Plans the model's buffers for these capacities, all but the KV pages, once, before the first step. Returns the words
+    /// that [`Model::plan`] may fill in each step.
     fn reserve(&mut self, backend: &mut B, limits: &Limits) -> Result<usize, B::Error>;
+
+    /// Allocates the KV cache, `pages` pages of `page_size` tokens, after [`Model::reserve`] and before the first step.
+    fn alloc_pages(&mut self, backend: &mut B, pages: u32, page_size: u32) -> Result<(), B::Error>;
+
+    /// Frees the KV cache, if there is one, to be allocated anew.
+    fn free_pages(&mut self, backend: &mut B) -> Result<(), B::Error>;
 
     /// See [`Ops::plan`].
     fn plan(&self, backend: &B, shape: StepShape, rows: &[Row], words: &mut [u32]);

@@ -43,7 +43,21 @@ pub enum LimitsError {
     /// Numbers no longer fit 32 bits.
     #[error("{0} is too large: token locations and page-table indices must fit 32 bits")]
     TooLarge(&'static str),
+    /// The host does not give the memory for an engine's tables.
+    #[error("the host has no {bytes} bytes for an engine's tables; lower --max-running or --max-seq-len")]
+    HostMemory {
+        /// Bytes of the table that it was refused for.
+        bytes: u64,
+    },
 }
+
+/// Tokens that the host keeps in a block, of sequences that are longer.
+const BLOCK_TOKENS: u32 = 1024;
+/// Blocks for each request, beside those that go by the pages.
+const BLOCKS_A_REQUEST: u64 = 4;
+/// How many times the pages' tokens the host keeps: requests that share a page have its tokens each, and one that was
+/// preempted keeps its tokens while others have its pages.
+const TOKENS_OF_PAGES: u64 = 4;
 
 impl Limits {
     /// Checks that an engine can be built with these.
@@ -68,21 +82,47 @@ impl Limits {
         if !fits((u64::from(self.running) + 1) * u64::from(self.table_width())) {
             return Err(LimitsError::TooLarge("max sequence length"));
         }
-        if !fits((u64::from(self.running) + u64::from(self.queued)) * u64::from(self.sequence)) {
+        if !fits(u64::from(self.token_blocks()) * u64::from(self.block_tokens()))
+            || !fits(self.requests() * u64::from(self.sequence.div_ceil(self.block_tokens())))
+        {
             return Err(LimitsError::TooLarge("queue capacity"));
         }
         Ok(())
     }
 
-    /// Bytes, about, that an engine keeps on the host: tokens of all requests, page tables, the batches of two steps with
-    /// what comes back of them, and the pages' tree.
+    /// Bytes, about, that an engine keeps on the host: tokens of all requests, the batches of two steps with what comes back of
+    /// them, and the pages' tree.
     pub fn host_bytes(&self) -> u64 {
-        let (running, queued, pages) =
-            (u64::from(self.running), u64::from(self.queued), u64::from(self.pages));
-        let tables = 2 * running * u64::from(self.table_width()) * 4;
-        let tokens = (running + queued) * u64::from(self.sequence) * 4;
-        let of_step = self.step_tokens() as u64 * 32 + running * (160 + 4 * LOGPROB_WORDS as u64);
-        tokens + tables + 2 * of_step + pages * (u64::from(self.page_size) * 4 + 64)
+        let (block, page) = (u64::from(self.block_tokens()), u64::from(self.page_size));
+        let blocks = u64::from(self.token_blocks()) * 4 * (block + block / page);
+        let requests = self.requests() * (160 + 4 * u64::from(self.sequence).div_ceil(block));
+        let of_step =
+            self.step_tokens() as u64 * 32 + u64::from(self.running) * (160 + 4 * LOGPROB_WORDS as u64);
+        blocks + requests + 2 * of_step + u64::from(self.pages) * (page * 4 + 64)
+    }
+
+    fn requests(&self) -> u64 {
+        u64::from(self.running) + u64::from(self.queued)
+    }
+
+    /// Tokens of a block in the host's memory, a power of two: whole pages, and of short sequences all.
+    pub fn block_tokens(&self) -> u32 {
+        self.sequence
+            .checked_next_power_of_two()
+            .map_or(BLOCK_TOKENS, |len| len.min(BLOCK_TOKENS))
+            .max(self.page_size)
+    }
+
+    /// Blocks that the host has for the tokens of all requests, waiting and running: for full sequences of all where that is
+    /// little, else for what they come to, and one full sequence. Where they run short, the queue takes no request in, and all
+    /// requests but the oldest pause when they need another.
+    pub fn token_blocks(&self) -> u32 {
+        let block = u64::from(self.block_tokens());
+        let sequence = u64::from(self.sequence).div_ceil(block);
+        let pages = u64::from(self.pages) * u64::from(self.page_size);
+        let all = (self.requests() + 1) * sequence;
+        let usual = BLOCKS_A_REQUEST * self.requests() + TOKENS_OF_PAGES * pages / block + sequence;
+        all.min(usual).min(u64::from(u32::MAX)) as u32
     }
 
     /// Pages of the longest sequence: the width of the page table.

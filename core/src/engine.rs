@@ -31,6 +31,7 @@ use crate::backend::{Device, DeviceInfo, Memory, Model, Queue};
 use crate::batch::{Batch, StepShape};
 use crate::config::{Limits, LimitsError};
 use crate::costs::{Bench, StepCosts};
+use crate::fit::{Fit, Fitted, fitted};
 use crate::graphs::DecodeGraphs;
 use crate::request::{Event, Request, SubmitError, Submitted, Ticket};
 use crate::resident::Resident;
@@ -41,8 +42,10 @@ use crate::stats::{Load, Stats};
 /// What an engine is built with, beside device and model.
 #[derive(Clone, Debug)]
 pub struct EngineOptions {
-    /// Capacities; the caller sized them to the memory there is.
+    /// Capacities.
     pub limits: Limits,
+    /// How the pages are counted by the memory that there is; `None`: there are [`Limits::pages`].
+    pub fit: Option<Fit>,
     /// How requests are scheduled.
     pub scheduler: Settings,
     /// Tokens that end a sequence.
@@ -66,7 +69,7 @@ pub struct CompletedStep {
     /// Its counts, padding included.
     pub shape: StepShape,
     /// When it began, in milliseconds since the engine's first step, by the device's clock.
-    pub start_ms: f32,
+    pub start_ms: f64,
     /// How long it took on the device, in milliseconds.
     pub gpu_ms: f32,
 }
@@ -99,6 +102,27 @@ pub enum EngineError<E: core::error::Error + 'static> {
     /// The device could not give what the engine needs.
     #[error("the engine's buffers can't be set up: {0}")]
     Setup(#[source] E),
+    /// Too little memory is left for the KV cache.
+    #[error(
+        "the KV cache can have {fit} pages of {page_size} tokens, and one request needs {least}: a page takes {page_bytes} \
+         bytes, and beside weights and buffers {free} bytes are free, {recording} of them for recorded steps; lower \
+         --max-seq-len, --max-prefill-tokens, --max-running or --max-graph-batch, raise --memory-ratio, or free the device's \
+         memory"
+    )]
+    Pages {
+        /// Pages that fit.
+        fit: u32,
+        /// Pages that are of use.
+        least: u32,
+        /// Tokens of a page.
+        page_size: u32,
+        /// Bytes of a page, over all layers.
+        page_bytes: u64,
+        /// Bytes free beside weights and buffers.
+        free: u64,
+        /// Bytes that recorded steps were found to need, where they did not fit behind the pages.
+        recording: u64,
+    },
     /// A decode step could not be recorded.
     #[error(
         "recording the decode step of {rows} rows failed: {source}; \
@@ -182,9 +206,10 @@ pub struct Engine<B: Device, M: Model<B>> {
     turn: usize,
     /// The other one has been launched and not completed.
     in_flight: bool,
-    /// The beginning of the first step.
-    epoch: B::Event,
-    epoch_recorded: bool,
+    /// The beginning of the step completed last, and its time since the first step's. Counted from there, times are exact
+    /// however long the engine runs.
+    before: B::Event,
+    before_ms: Option<f64>,
     stopped: bool,
     costs: StepCosts,
     /// All but the recorded steps allocated.
@@ -195,26 +220,30 @@ pub struct Engine<B: Device, M: Model<B>> {
 }
 
 impl<B: Device, M: Model<B>> Engine<B, M> {
-    /// Reserves the model's buffers and the engine's own, records the decode steps, and measures what steps cost.
+    /// Reserves the model's buffers and the engine's own, then the pages, records the decode steps, and measures what steps
+    /// cost.
     ///
     /// # Errors
-    /// Capacities that don't fit together, the model or the device; memory that the device does not have.
+    /// Capacities that don't fit together, the model or the device; memory that the device or the host does not have.
     pub fn new(mut backend: B, mut model: M, options: EngineOptions) -> Result<Self, EngineError<B::Error>> {
-        let EngineOptions { limits, scheduler: settings, eos, overlap } = options;
-        check(&backend, &model, &limits, &settings)?;
+        let EngineOptions { limits, fit, scheduler: settings, eos, overlap } = options;
+        // Before pages are counted, there may be the fewest that do.
+        let fewest = Limits { pages: fit.map_or(limits.pages, |fit| fit.least.max(1)), ..limits };
+        check(&backend, &model, &fewest, &settings)?;
         let plan_words = model.reserve(&mut backend, &limits).map_err(EngineError::Setup)?;
-        let resident = Resident::new(&mut backend, &limits, plan_words).map_err(EngineError::Setup)?;
+        let mut resident = Resident::new(&mut backend, &limits, plan_words).map_err(EngineError::Setup)?;
         let mut flight =
             || Flight::new(&mut backend, &limits, resident.batch_words()).map_err(EngineError::Setup);
         let mut flights = [flight()?, flight()?];
-        let before_recording = backend.memory().map_err(EngineError::Setup)?;
+        let before = backend.event().map_err(EngineError::Setup)?;
         let staging = &mut flights[0].packed;
-        let graphs = DecodeGraphs::capture(&mut backend, &mut model, &resident, &limits, staging)
-            .map_err(|error| EngineError::Capture { rows: error.rows, source: error.source })?;
+        let Fitted { limits, graphs, memory } =
+            fitted(&mut backend, &mut model, &mut resident, limits, fit, staging)?;
+        limits.check()?;
         let costs = measure(&mut backend, &mut model, &resident, &graphs, &mut flights[0], &limits)
             .map_err(EngineError::Setup)?;
         Ok(Engine {
-            scheduler: Scheduler::new(limits, settings, costs, &eos, model.window()),
+            scheduler: Scheduler::new(limits, settings, costs, &eos, model.window())?,
             costs,
             limits,
             overlap,
@@ -223,10 +252,10 @@ impl<B: Device, M: Model<B>> Engine<B, M> {
             flights,
             turn: 0,
             in_flight: false,
-            epoch: backend.event().map_err(EngineError::Setup)?,
-            epoch_recorded: false,
+            before,
+            before_ms: None,
             stopped: false,
-            before_recording,
+            before_recording: memory,
             model,
             backend,
         })
@@ -295,9 +324,6 @@ impl<B: Device, M: Model<B>> Engine<B, M> {
         };
         flight.shape = graph.map_or(counts, |(rows, _)| StepShape::decode(rows));
         self.scheduler.count_padding(flight.shape.decode_rows - counts.decode_rows);
-        if !core::mem::replace(&mut self.epoch_recorded, true) {
-            backend.record(Queue::Compute, &mut self.epoch)?;
-        }
         backend.record(Queue::Compute, &mut flight.started)?;
         let step = resident.send(backend, model, &flight.batch, flight.shape, at, &mut flight.packed)?;
         match graph {
@@ -333,18 +359,21 @@ impl<B: Device, M: Model<B>> Engine<B, M> {
 
     /// Waits for a step's results and takes them in.
     fn complete(&mut self, at: usize, sink: &mut impl FnMut(Event<'_>)) -> Result<CompletedStep, B::Error> {
-        let (backend, flight) = (&self.backend, &self.flights[at]);
+        let (backend, flight) = (&self.backend, &mut self.flights[at]);
         let samples = flight.batch.samples() as usize;
         let tokens = &backend.words(&flight.tokens)?[..samples];
         let logprobs = match flight.logprobs_wanted {
             true => &backend.words(&flight.logprobs)?[..samples * LOGPROB_WORDS],
             false => &[],
         };
-        let completed = CompletedStep {
-            shape: flight.shape,
-            start_ms: backend.elapsed_ms(&self.epoch, &flight.started)?,
-            gpu_ms: backend.elapsed_ms(&flight.started, &flight.ended)?,
+        let gpu_ms = backend.elapsed_ms(&flight.started, &flight.ended)?;
+        let start_ms = match self.before_ms {
+            Some(before) => before + f64::from(backend.elapsed_ms(&self.before, &flight.started)?),
+            None => 0.0,
         };
+        self.before_ms = Some(start_ms);
+        core::mem::swap(&mut self.before, &mut flight.started);
+        let completed = CompletedStep { shape: flight.shape, start_ms, gpu_ms };
         self.scheduler.complete(&flight.batch, tokens, bytemuck::cast_slice(logprobs), sink);
         self.scheduler.has_run(completed.shape, completed.gpu_ms);
         Ok(completed)

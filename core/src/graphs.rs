@@ -5,10 +5,14 @@
 //! replayed. A recorded step reads everything that varies from fixed buffers on the device: header, rows, plan, pages.
 //!
 //! ```text
-//!   sizes   1  2  4  8  16  24  32 … limit         5 rows ──> the step of 8, rows 5, 6 and 7 dummies
+//!   sizes   1  2  4  8  16  24 … 256  264 … 512  528 … 1024  1056 … 2048  2112 … limit
+//!   apart         double   8          8          16          32           64
+//!
+//!   5 rows ──> the step of 8, rows 5, 6 and 7 dummies
 //! ```
 //!
-//! Invariant: sizes ascend and end with the limit, so every decode step of at most that many rows has one.
+//! Invariants: sizes ascend and end with the limit, so every decode step of at most that many rows has one. From 200 rows on
+//! less than 4% of a step is padding; below, kernels work on tiles of 16 rows and more anyway.
 
 use alloc::vec::Vec;
 
@@ -23,10 +27,14 @@ pub(crate) struct DecodeGraphs<G> {
     steps: Vec<(u32, G)>,
 }
 
-/// The row counts to record: 1, 2, 4, 8, 16, then every 8 up to the limit, and the limit itself.
+/// The row counts to record: 1, 2, 4, 8, then ever wider apart, at most by a 32nd of their power of two, and the limit.
 fn sizes(limit: u32) -> impl Iterator<Item = u32> {
-    let small = [1, 2, 4, 8].into_iter();
-    small.chain((16..limit).step_by(8)).filter(move |size| *size < limit).chain((limit > 0).then_some(limit))
+    let next = |size: &u32| match *size {
+        size @ ..8 => Some(2 * size),
+        size => size.checked_add(8.max((1 << size.ilog2()) / 32)),
+    };
+    let below = core::iter::successors(Some(1), next).take_while(move |size| *size < limit);
+    below.chain((limit > 0).then_some(limit))
 }
 
 impl<G> DecodeGraphs<G> {
@@ -39,11 +47,21 @@ impl<G> DecodeGraphs<G> {
         staging: &mut B::Pinned,
     ) -> Result<Self, CaptureError<B::Error>> {
         let limit = limits.graph_rows.min(limits.running);
-        let mut steps = Vec::with_capacity(sizes(limit).count());
+        let count = sizes(limit).count();
         let batch = Batch::new(limits);
+        if limit > 0 && backend.warm_up_before_capture() {
+            run(backend, model, resident, &batch, limit, staging).map_err(|source| CaptureError {
+                rows: limit,
+                recorded: 0,
+                count,
+                source,
+            })?;
+        }
+        let mut steps = Vec::with_capacity(count);
         for rows in sizes(limit) {
             let graph = record(backend, model, resident, &batch, rows, staging);
-            steps.push((rows, graph.map_err(|source| CaptureError { rows, source })?));
+            let recorded = steps.len();
+            steps.push((rows, graph.map_err(|source| CaptureError { rows, recorded, count, source })?));
         }
         Ok(DecodeGraphs { steps })
     }
@@ -57,11 +75,29 @@ impl<G> DecodeGraphs<G> {
 
 /// Recording failed.
 pub(crate) struct CaptureError<E> {
+    /// At the step of so many rows.
     pub rows: u32,
+    /// Steps that were recorded by then, of how many.
+    pub recorded: usize,
+    pub count: usize,
     pub source: E,
 }
 
-/// Records a step that holds dummy rows alone; before that it is run, where the device asks for it.
+/// Runs a step that holds dummy rows alone.
+fn run<B: Device, M: Model<B>>(
+    backend: &mut B,
+    model: &mut M,
+    resident: &Resident<B::Buffer>,
+    batch: &Batch,
+    rows: u32,
+    staging: &mut B::Pinned,
+) -> Result<(), B::Error> {
+    let step = resident.send(backend, model, batch, StepShape::decode(rows), 0, staging)?;
+    model.forward(backend, &step, resident.tokens)?;
+    backend.synchronize()
+}
+
+/// Records such a step. A recording that fails is ended all the same.
 fn record<B: Device, M: Model<B>>(
     backend: &mut B,
     model: &mut M,
@@ -71,13 +107,11 @@ fn record<B: Device, M: Model<B>>(
     staging: &mut B::Pinned,
 ) -> Result<B::Graph, B::Error> {
     let step = resident.send(backend, model, batch, StepShape::decode(rows), 0, staging)?;
-    if backend.warm_up_before_capture() {
-        model.forward(backend, &step, resident.tokens)?;
-    }
     backend.synchronize()?;
     backend.begin_capture()?;
-    model.forward(backend, &step, resident.tokens)?;
-    backend.end_capture()
+    let enqueued = model.forward(backend, &step, resident.tokens);
+    let graph = backend.end_capture();
+    enqueued.and(graph)
 }
 
 #[cfg(test)]
@@ -85,7 +119,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn sizes_double_up_to_16_then_go_by_8_and_end_with_the_limit() {
+    fn sizes_double_up_to_8_then_go_by_8_and_more_and_end_with_the_limit() {
         let up_to = |limit| sizes(limit).collect::<Vec<_>>();
         assert_eq!(up_to(0), []);
         assert_eq!(up_to(1), [1]);
@@ -94,6 +128,18 @@ mod tests {
         assert_eq!(up_to(16), [1, 2, 4, 8, 16]);
         assert_eq!(up_to(37), [1, 2, 4, 8, 16, 24, 32, 37]);
         assert_eq!(up_to(40), [1, 2, 4, 8, 16, 24, 32, 40]);
+        assert!(up_to(2200).ends_with(&[2016, 2048, 2112, 2176, 2200]));
+    }
+
+    #[test]
+    fn less_than_a_25th_of_a_step_is_padding_and_few_sizes_do() {
+        let steps: Vec<_> = sizes(4096).map(|size| (size, ())).collect();
+        assert!(steps.len() <= 170, "{} sizes", steps.len());
+        let graphs = DecodeGraphs { steps };
+        for rows in 200..=4096 {
+            let (size, ()) = graphs.fitting(rows).unwrap();
+            assert!((size - rows) * 25 < size, "{} of {size} rows", size - rows);
+        }
     }
 
     #[test]

@@ -22,6 +22,8 @@
 use alloc::vec;
 use alloc::vec::Vec;
 
+use crate::config::LimitsError;
+use crate::host::{filled, listed};
 use crate::tensor::splitmix64;
 
 /// No page: the parent of a prefix's first page, the end of a list, an empty bucket.
@@ -64,19 +66,22 @@ pub struct PagePool {
 
 impl PagePool {
     /// A pool of free pages.
-    pub fn new(pages: u32, page_size: u32) -> Self {
+    ///
+    /// # Errors
+    /// Too little host memory.
+    pub fn new(pages: u32, page_size: u32) -> Result<Self, LimitsError> {
         let page =
             Page { state: State::Free, holders: 0, parent: NO_PAGE, hash: 0, older: NO_PAGE, newer: NO_PAGE };
-        PagePool {
+        Ok(PagePool {
             page_size: page_size as usize,
-            pages: vec![page; pages as usize],
-            tokens: vec![0; pages as usize * page_size as usize],
-            free: (0..pages).rev().collect(),
-            buckets: vec![NO_PAGE; (2 * pages as usize).next_power_of_two()],
+            pages: filled(pages as usize, page)?,
+            tokens: filled(pages as usize * page_size as usize, 0)?,
+            free: listed((0..pages).rev())?,
+            buckets: filled((2 * pages as usize).next_power_of_two(), NO_PAGE)?,
             oldest: NO_PAGE,
             newest: NO_PAGE,
             cached: 0,
-        }
+        })
     }
 
     /// Pages of the pool.
@@ -106,7 +111,7 @@ impl PagePool {
 
     /// Gives a private page back.
     pub fn give(&mut self, page: u32) {
-        debug_assert_eq!(self.pages[page as usize].state, State::Private);
+        assert_eq!(self.pages[page as usize].state, State::Private);
         self.pages[page as usize].state = State::Free;
         self.free.push(page);
     }
@@ -138,7 +143,7 @@ impl PagePool {
 
     /// Adds a holder to a node whose parent the caller holds.
     pub fn hold(&mut self, node: u32) {
-        debug_assert_eq!(self.pages[node as usize].state, State::Node);
+        assert_eq!(self.pages[node as usize].state, State::Node);
         if self.pages[node as usize].holders == 0 {
             self.unlink(node);
         }
@@ -147,7 +152,8 @@ impl PagePool {
 
     /// Makes a private page a node, held once, behind a node that the caller holds. No such node may be there yet.
     pub fn insert(&mut self, parent: u32, page: u32, tokens: &[u32]) {
-        debug_assert!(self.is_private(page) && self.find(parent, tokens).is_none());
+        assert!(self.is_private(page));
+        debug_assert!(self.find(parent, tokens).is_none());
         let hash = hash(parent, tokens);
         let first = page as usize * self.page_size;
         self.tokens[first..first + self.page_size].copy_from_slice(tokens);
@@ -165,7 +171,7 @@ impl PagePool {
         let mut node = deepest;
         while node != NO_PAGE {
             let entry = &mut self.pages[node as usize];
-            debug_assert!(entry.holders > 0);
+            assert!(entry.holders > 0);
             entry.holders -= 1;
             let (holders, parent) = (entry.holders, entry.parent);
             if holders == 0 {

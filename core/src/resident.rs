@@ -14,6 +14,9 @@
 //!
 //! Invariant: the page table's last row, the dummy slot's, names the dummy page from the start and is never updated.
 //! Other entries name it too until they are set, so no table entry ever leads out of the KV memory.
+//!
+//! The page table has an entry for each page of as many sequences of full length as there are slots: 4 bytes each, a MiB for
+//! 256 slots of 16,384 tokens, 256 MiB for 4,096 slots of 262,144.
 
 use crate::backend::{Device, Element, Model, Purpose, Step};
 use crate::batch::{Batch, Dummy, Layout, ROW_WORDS, StepShape};
@@ -38,7 +41,7 @@ pub(crate) struct Resident<Buf> {
 }
 
 impl<Buf: Copy> Resident<Buf> {
-    /// Allocates and initialises all of it.
+    /// Allocates all of it; see [`Resident::clear`].
     pub fn new<B: Device<Buffer = Buf>>(
         backend: &mut B,
         limits: &Limits,
@@ -46,24 +49,31 @@ impl<Buf: Copy> Resident<Buf> {
     ) -> Result<Self, B::Error> {
         let slots = limits.running as usize;
         let layout = Layout::new(limits, plan_words);
-        let table_words = (slots + 1) * limits.table_width() as usize;
         let mut words = |count| backend.alloc(Purpose::Scratch, Element::Word, count);
-        let resident = Resident {
+        Ok(Resident {
             layout,
             plan_words,
-            dummy: Dummy { slot: limits.running, location: limits.pages * limits.page_size },
+            dummy: Dummy { slot: limits.running, location: 0 },
             slots,
             table_width: limits.table_width(),
             page_size: limits.page_size,
             batch: words(layout.words)?,
-            page_table: words(table_words)?,
+            page_table: words(table_words(limits))?,
             token_pool: words(slots + 1)?,
             tokens: words(2 * slots)?,
             logprobs: words(2 * slots * LOGPROB_WORDS)?,
-        };
-        fill(backend, resident.page_table, table_words, limits.pages)?;
-        fill(backend, resident.token_pool, slots + 1, 0)?;
-        Ok(resident)
+        })
+    }
+
+    /// Lets every slot's pages be the dummy page, which lies behind the last one, and every slot's token be 0.
+    pub fn clear<B: Device<Buffer = Buf>>(
+        &mut self,
+        backend: &mut B,
+        limits: &Limits,
+    ) -> Result<(), B::Error> {
+        self.dummy.location = limits.pages * limits.page_size;
+        fill(backend, self.page_table, table_words(limits), limits.pages)?;
+        fill(backend, self.token_pool, self.slots + 1, 0)
     }
 
     /// Where padding rows point.
@@ -116,10 +126,20 @@ impl<Buf: Copy> Resident<Buf> {
     }
 }
 
+/// A row of the page table for each slot, and the dummy slot's.
+fn table_words(limits: &Limits) -> usize {
+    (limits.running as usize + 1) * limits.table_width() as usize
+}
+
 /// Sets every word of a buffer, and waits until that is done.
 fn fill<B: Device>(backend: &mut B, buffer: B::Buffer, words: usize, value: u32) -> Result<(), B::Error> {
-    let mut staging = backend.alloc_pinned(words)?;
+    const AT_ONCE: usize = 64 << 10;
+    let mut staging = backend.alloc_pinned(words.min(AT_ONCE))?;
     backend.words_mut(&mut staging)?.fill(value);
-    backend.upload(&mut staging, 0..words, buffer)?;
+    for first in (0..words).step_by(AT_ONCE) {
+        let count = AT_ONCE.min(words - first);
+        let part = backend.slice(buffer, first..first + count);
+        backend.upload(&mut staging, 0..count, part)?;
+    }
     backend.synchronize()
 }

@@ -29,24 +29,18 @@ use alloc::collections::VecDeque;
 use alloc::vec::Vec;
 
 use crate::batch::{Batch, LAST_TOKEN, PageUpdate, Row, StepShape, Token};
-use crate::config::Limits;
+use crate::config::{Limits, LimitsError};
 use crate::costs::StepCosts;
+use crate::host::{listed, reserved};
 use crate::pages::{NO_PAGE, PagePool};
 use crate::policy::{Demand, Mix, Policy, StepPolicy};
+use crate::queue::Queue;
 use crate::request::{Event, FinishReason, Request, SubmitError, Submitted, Ticket};
 use crate::sampling::{NO_TOKEN, RowLogprobs, SamplingParams};
 use crate::stats::{Load, Stats};
 use crate::table::{RequestTable, State};
 
-/// In which order waiting requests are admitted.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Order {
-    /// As submitted.
-    #[default]
-    Given,
-    /// Most output tokens first, so that the last steps are not left to one long request.
-    LongestOutputFirst,
-}
+pub use crate::queue::Order;
 
 /// How the scheduler behaves, beside its capacities.
 #[derive(Clone, Copy, Debug)]
@@ -69,7 +63,7 @@ pub struct Scheduler {
     eos: Vec<u32>,
     table: RequestTable,
     pool: PagePool,
-    waiting: VecDeque<u32>,
+    waiting: Queue,
     /// Retracted requests, oldest first; they go before those waiting.
     retracted: VecDeque<u32>,
     /// Requests with a slot, in the order of their admission: the youngest is the last.
@@ -89,30 +83,33 @@ pub struct Scheduler {
 impl Scheduler {
     /// An idle scheduler. `limits` have been checked; `costs` are those of the device's steps; `window` is the model's
     /// ([`crate::backend::Model::window`]).
+    ///
+    /// # Errors
+    /// Too little host memory for its tables.
     pub fn new(
         limits: Limits,
         settings: Settings,
         costs: StepCosts,
         eos: &[u32],
         window: Option<u32>,
-    ) -> Self {
-        Scheduler {
+    ) -> Result<Self, LimitsError> {
+        Ok(Scheduler {
             limits,
             settings,
             policy: settings.policy.build(costs, limits.running),
-            eos: eos.to_vec(),
-            table: RequestTable::new(&limits, window),
-            pool: PagePool::new(limits.pages, limits.page_size),
-            waiting: VecDeque::with_capacity(limits.queued as usize),
-            retracted: VecDeque::with_capacity(limits.running as usize),
-            running: Vec::with_capacity(limits.running as usize),
+            eos: listed(eos.iter().copied())?,
+            table: RequestTable::new(&limits, window)?,
+            pool: PagePool::new(limits.pages, limits.page_size)?,
+            waiting: Queue::new(settings.order, &limits)?,
+            retracted: reserved(limits.running as usize)?.into(),
+            running: reserved(limits.running as usize)?,
             refused: None,
             backlog: 0,
             has_arrivals: false,
             ended_running: false,
             ended_waiting: false,
             stats: Stats::default(),
-        }
+        })
     }
 
     /// Counters so far.
@@ -182,15 +179,9 @@ impl Scheduler {
         if self.waiting.len() == self.limits.queued as usize {
             return Err(full);
         }
-        let entry =
-            self.table.occupy(request.prompt, request.params, tokens as u32 + max_tokens).ok_or(full)?;
-        let place = match self.settings.order {
-            Order::Given => self.waiting.len(),
-            Order::LongestOutputFirst => {
-                self.waiting.partition_point(|other| self.output_max(*other) >= max_tokens)
-            }
-        };
-        self.waiting.insert(place, entry);
+        let (oldest, len_max) = (self.oldest(), tokens as u32 + max_tokens);
+        let entry = self.table.occupy(request.prompt, request.params, len_max, oldest).ok_or(full)?;
+        self.waiting.insert(entry, &self.table);
         self.has_arrivals = true;
         Ok(Submitted { ticket: self.table.ticket(entry), max_tokens })
     }
@@ -201,9 +192,9 @@ impl Scheduler {
         pool.min(u64::from(self.limits.sequence)) as u32
     }
 
-    fn output_max(&self, entry: u32) -> u32 {
-        let request = self.table.get(entry);
-        request.len_max - request.prompt_len
+    /// The request that has run longest.
+    fn oldest(&self) -> Option<u32> {
+        self.running.first().copied()
     }
 
     /// Says how many requests are going to be submitted as soon as they may.
@@ -258,7 +249,7 @@ impl Scheduler {
         for i in 0..places {
             let entry = match i.checked_sub(self.retracted.len()) {
                 None => self.retracted[i],
-                Some(i) => self.waiting[i],
+                Some(i) => self.waiting.at(i),
             };
             if tokens >= self.limits.prefill_tokens {
                 break;
@@ -315,9 +306,9 @@ impl Scheduler {
     /// The request to be admitted next. If it was retracted, its last token has come in by now: the step that was in
     /// flight then has completed since.
     fn next_waiting(&self) -> Option<u32> {
-        let entry = *self.retracted.front().or(self.waiting.front())?;
+        let entry = self.retracted.front().copied().or(self.waiting.next())?;
         let request = self.table.get(entry);
-        debug_assert_eq!(request.known, request.planned, "too many steps in flight");
+        assert_eq!(request.known, request.planned, "too many steps in flight");
         Some(entry)
     }
 
@@ -328,7 +319,10 @@ impl Scheduler {
     /// every decode step. With nobody running there is more room than ever before, so nobody is refused for good.
     fn admit(&mut self, entry: u32, batch: &mut Batch) -> bool {
         let (ticket, room) = (self.table.ticket(entry), self.room());
-        if self.table.vacant_slots() == 0 || self.refused.is_some_and(|it| it.0 == ticket && room <= it.1) {
+        if self.table.vacant_slots() == 0
+            || self.refused.is_some_and(|it| it.0 == ticket && room <= it.1)
+            || !self.table.make_room(entry, self.oldest().unwrap_or(entry))
+        {
             return false;
         }
         let (node, depth) = self.hold_cached_prefix(entry);
@@ -342,14 +336,14 @@ impl Scheduler {
             return false;
         }
         self.stats.cached_tokens += self.table.start(entry, node, depth);
-        let slot = self.table.get(entry).slot;
         let mut page = node;
         for i in (0..depth).rev() {
-            self.set_page(slot, i, page, batch);
+            self.set_page(entry, i, page, batch);
             page = self.pool.parent(page);
         }
-        let queue = if self.retracted.is_empty() { &mut self.waiting } else { &mut self.retracted };
-        queue.pop_front();
+        if self.retracted.pop_front().is_none() {
+            self.waiting.pop(&self.table);
+        }
         self.running.push(entry);
         true
     }
@@ -369,10 +363,10 @@ impl Scheduler {
     fn cached_prefix(&mut self, entry: u32, visit: impl Fn(&mut PagePool, u32)) -> (u32, u32) {
         let (mut node, mut depth) = (NO_PAGE, 0);
         if self.settings.prefix_cache {
-            let tokens = self.table.tokens(entry);
-            let size = self.limits.page_size as usize;
-            for page_tokens in tokens[..tokens.len() - 1].chunks_exact(size) {
-                let Some(next) = self.pool.find(node, page_tokens) else { break };
+            let full_pages = (self.table.get(entry).known - 1) / self.limits.page_size;
+            while depth < full_pages
+                && let Some(next) = self.pool.find(node, self.table.page_tokens(entry, depth))
+            {
                 visit(&mut self.pool, next);
                 (node, depth) = (next, depth + 1);
             }
@@ -399,8 +393,7 @@ impl Scheduler {
             row(&request.params, request.slot, batch.tokens().len() as u32, request.computed..end, last),
         );
         for position in request.computed..end {
-            let id = self.table.tokens(entry)[position as usize];
-            let location = self.table.location(request.slot, position);
+            let (id, location) = (self.table.token(entry, position), self.table.location(entry, position));
             batch.push_token(Token { id, slot: request.slot, position, location });
         }
         let request = self.table.get_mut(entry);
@@ -417,7 +410,7 @@ impl Scheduler {
         while i < self.running.len() {
             let entry = self.running[i];
             i += 1;
-            if !self.table.get(entry).can_decode() {
+            if !self.table.get(entry).can_decode() || !self.table.make_room(entry, self.running[0]) {
                 continue;
             }
             self.table.drop_behind_window(entry, &mut self.pool);
@@ -438,10 +431,10 @@ impl Scheduler {
         let request = *self.table.get(entry);
         let position = request.computed;
         let id = match request.known > position {
-            true => self.table.tokens(entry)[position as usize],
+            true => self.table.token(entry, position),
             false => LAST_TOKEN,
         };
-        let location = self.table.location(request.slot, position);
+        let location = self.table.location(entry, position);
         batch.push_decode_row(
             self.table.ticket(entry),
             row(&request.params, request.slot, batch.tokens().len() as u32, position..position + 1, true),
@@ -460,16 +453,16 @@ impl Scheduler {
 
     /// Gives a running request another page; the caller knows that one is available.
     fn grow(&mut self, entry: u32, batch: &mut Batch) {
-        let Some(page) = self.pool.take() else { return debug_assert!(false, "no page is available") };
+        let page = self.pool.take().expect("a page is available");
         let request = self.table.get_mut(entry);
-        let (slot, i) = (request.slot, request.pages);
+        let i = request.pages;
         request.pages += 1;
-        self.set_page(slot, i, page, batch);
+        self.set_page(entry, i, page, batch);
     }
 
-    fn set_page(&mut self, slot: u32, i: u32, page: u32, batch: &mut Batch) {
-        self.table.set_page(slot, i, page);
-        batch.push_update(PageUpdate { index: self.table.page_index(slot, i), page });
+    fn set_page(&mut self, entry: u32, i: u32, page: u32, batch: &mut Batch) {
+        self.table.set_page(entry, i, page);
+        batch.push_update(PageUpdate { index: self.table.page_index(self.table.get(entry).slot, i), page });
     }
 
     fn retract_youngest(&mut self) {
@@ -533,7 +526,7 @@ impl Scheduler {
         }
         if core::mem::take(&mut self.ended_waiting) {
             self.retracted.retain(|entry| in_state(&self.table, entry, State::Waiting));
-            self.waiting.retain(|entry| in_state(&self.table, entry, State::Waiting));
+            self.waiting.retain(|entry| in_state(&self.table, &entry, State::Waiting));
         }
     }
 
@@ -589,7 +582,7 @@ impl Scheduler {
                 node = self.pool.parent(node);
             }
             let mapped = (0..request.pages).filter(|i| !request.hole().contains(i));
-            for page in mapped.map(|i| self.table.page(request.slot, i) as usize) {
+            for page in mapped.map(|i| self.table.page(entry, i) as usize) {
                 if self.pool.is_private(page as u32) {
                     assert!(!owned[page], "page {page} is private to two requests");
                     owned[page] = true;
@@ -600,6 +593,7 @@ impl Scheduler {
             }
         }
         self.pool.check(private, |page| holders[page as usize]);
+        self.table.check(self.oldest());
     }
 }
 

@@ -1,4 +1,4 @@
-//! The request table: what is known of each request, and the pages of those that run.
+//! The request table: what is known of each request, its tokens, and the pages of those that run.
 //!
 //! An entry lasts as long as its request; a slot (a row of the page table, here and on the device) only while the
 //! request runs. Three numbers say how far a request is:
@@ -19,12 +19,23 @@
 //!   pages   0 ....... node_depth ....... dropped ............ pages
 //!           |<- held ->|<---- the hole ---->|<- its own, seen ->|
 //! ```
+//!
+//! Tokens lie in blocks, taken as a sequence grows, so that the host's memory is for the tokens that there are, not for as
+//! many sequences of full length as there can be. A block has its tokens' pages beside them.
+//!
+//! ```text
+//!   entry 7   blocks 12, 3        block 3   tokens 1024 1025 1026 …   pages 88 17 …
+//! ```
+//!
+//! Invariant: the request that has run longest can always go on. Nobody else takes one of the blocks that it may still need
+//! for a sequence of full length; when it ends, it leaves the next one as many.
 
-use alloc::vec;
 use alloc::vec::Vec;
+use core::cmp::Ordering;
 use core::ops::Range;
 
-use crate::config::Limits;
+use crate::config::{Limits, LimitsError};
+use crate::host::{filled, listed};
 use crate::pages::{NO_PAGE, PagePool};
 use crate::request::Ticket;
 use crate::sampling::SamplingParams;
@@ -51,6 +62,8 @@ pub(crate) struct Entry {
     pub known: u32,
     pub planned: u32,
     pub computed: u32,
+    /// Blocks that it has.
+    pub blocks: u32,
     /// Tokens to run before the next is sampled, set at admission: all that were known.
     pub prefill_len: u32,
     pub slot: u32,
@@ -87,6 +100,7 @@ impl Entry {
         known: 0,
         planned: 0,
         computed: 0,
+        blocks: 0,
         prefill_len: 0,
         slot: 0,
         pages: 0,
@@ -117,34 +131,52 @@ impl Entry {
 /// See the module. All arrays have their final size from the start.
 pub(crate) struct RequestTable {
     entries: Vec<Entry>,
-    /// `[entries, sequence]` token ids.
+    /// `[entries, sequence_blocks]`: each request's blocks.
+    blocks: Vec<u32>,
+    /// `[blocks, block_tokens]` token ids.
     tokens: Vec<u32>,
-    /// `[slots, table_width]` pages.
-    page_table: Vec<u32>,
+    /// `[blocks, block_pages]` pages.
+    pages: Vec<u32>,
+    free_blocks: Vec<u32>,
     vacant: Vec<u32>,
     slots: Vec<u32>,
-    sequence: usize,
-    width: usize,
+    /// An output in one piece, for whoever hears of its end.
+    output: Vec<u32>,
+    /// Powers of two.
+    block_tokens: u32,
+    block_pages: u32,
+    /// Of the longest sequence.
+    sequence_blocks: u32,
+    /// Entries of a slot in the device's page table.
+    width: u32,
     page_size: u32,
-    /// Positions that a token sees at most.
     window: Option<u32>,
 }
 
 impl RequestTable {
-    pub fn new(limits: &Limits, window: Option<u32>) -> Self {
+    /// # Errors
+    /// Too little host memory.
+    pub fn new(limits: &Limits, window: Option<u32>) -> Result<Self, LimitsError> {
         let entries = limits.running + limits.queued;
-        let (sequence, width) = (limits.sequence as usize, limits.table_width() as usize);
-        RequestTable {
-            entries: vec![Entry::VACANT; entries as usize],
-            tokens: vec![0; entries as usize * sequence],
-            page_table: vec![0; limits.running as usize * width],
-            vacant: (0..entries).rev().collect(),
-            slots: (0..limits.running).rev().collect(),
-            sequence,
-            width,
+        let (blocks, block_tokens) = (limits.token_blocks(), limits.block_tokens());
+        let sequence_blocks = limits.sequence.div_ceil(block_tokens);
+        let block_pages = block_tokens / limits.page_size;
+        Ok(RequestTable {
+            entries: filled(entries as usize, Entry::VACANT)?,
+            blocks: filled(entries as usize * sequence_blocks as usize, 0)?,
+            tokens: filled(blocks as usize * block_tokens as usize, 0)?,
+            pages: filled(blocks as usize * block_pages as usize, 0)?,
+            free_blocks: listed((0..blocks).rev())?,
+            vacant: listed((0..entries).rev())?,
+            slots: listed((0..limits.running).rev())?,
+            output: filled(limits.sequence as usize, 0)?,
+            block_tokens,
+            block_pages,
+            sequence_blocks,
+            width: limits.table_width(),
             page_size: limits.page_size,
             window,
-        }
+        })
     }
 
     /// Positions that a token sees at most.
@@ -174,11 +206,20 @@ impl RequestTable {
         (entry.generation == ticket.generation && entry.state != State::Vacant).then_some(ticket.entry)
     }
 
-    /// Moves a request in; there is a vacant entry, since a queue that is full refuses first.
-    pub fn occupy(&mut self, prompt: &[u32], params: SamplingParams, len_max: u32) -> Option<u32> {
-        let entry = self.vacant.pop()?;
-        self.tokens[entry as usize * self.sequence..][..prompt.len()].copy_from_slice(prompt);
+    /// Moves a request in, if there are blocks for its prompt beside what `oldest`, who has run longest, may need.
+    pub fn occupy(
+        &mut self,
+        prompt: &[u32],
+        params: SamplingParams,
+        len_max: u32,
+        oldest: Option<u32>,
+    ) -> Option<u32> {
         let len = prompt.len() as u32;
+        let spare = (self.free_blocks.len() as u32).saturating_sub(self.promised(oldest));
+        if len.div_ceil(self.block_tokens) > spare {
+            return None;
+        }
+        let entry = self.vacant.pop()?;
         let generation = self.get(entry).generation;
         *self.get_mut(entry) = Entry {
             state: State::Waiting,
@@ -190,12 +231,44 @@ impl RequestTable {
             planned: len,
             ..Entry::VACANT
         };
+        for tokens in prompt.chunks(self.block_tokens as usize) {
+            let block = self.take_block(entry)?;
+            let first = block as usize * self.block_tokens as usize;
+            self.tokens[first..first + tokens.len()].copy_from_slice(tokens);
+        }
         Some(entry)
+    }
+
+    /// Sees to a place for the token that a request draws next; false if it has to wait for others to end, which `oldest`, who
+    /// has run longest, never does.
+    pub fn make_room(&mut self, entry: u32, oldest: u32) -> bool {
+        let request = self.get(entry);
+        if request.planned < request.blocks * self.block_tokens {
+            return true;
+        }
+        let promised = if oldest == entry { 0 } else { self.promised(Some(oldest)) };
+        self.free_blocks.len() as u32 > promised && self.take_block(entry).is_some()
+    }
+
+    /// Blocks that the request which has run longest may still need.
+    fn promised(&self, oldest: Option<u32>) -> u32 {
+        self.sequence_blocks - oldest.map_or(0, |entry| self.get(entry).blocks)
+    }
+
+    fn take_block(&mut self, entry: u32) -> Option<u32> {
+        let block = self.free_blocks.pop()?;
+        let i = self.get(entry).blocks;
+        self.blocks[(entry * self.sequence_blocks + i) as usize] = block;
+        self.get_mut(entry).blocks += 1;
+        Some(block)
     }
 
     /// Moves a request out; its tickets open nothing from here on.
     pub fn vacate(&mut self, entry: u32) {
-        let generation = self.get(entry).generation.wrapping_add(1);
+        let Entry { generation, blocks, .. } = *self.get(entry);
+        let first = (entry * self.sequence_blocks) as usize;
+        self.free_blocks.extend_from_slice(&self.blocks[first..first + blocks as usize]);
+        let generation = generation.wrapping_add(1);
         *self.get_mut(entry) = Entry { generation, ..Entry::VACANT };
         self.vacant.push(entry);
     }
@@ -229,7 +302,7 @@ impl RequestTable {
         }
         let request = *self.get(entry);
         for i in (0..request.pages).rev().filter(|i| !request.hole().contains(i)) {
-            let page = self.page(request.slot, i);
+            let page = self.page(entry, i);
             if pool.is_private(page) {
                 pool.give(page);
             }
@@ -251,9 +324,8 @@ impl RequestTable {
         let full_pages = request.computed.min(request.known) / self.page_size;
         let kept = self.window.map_or(u32::MAX, |window| window.div_ceil(self.page_size));
         while request.node_depth < full_pages.min(kept) && request.hole().is_empty() {
-            let first = (request.node_depth * self.page_size) as usize;
-            let tokens = &self.tokens(entry)[first..first + self.page_size as usize];
-            let page = self.page(request.slot, request.node_depth);
+            let tokens = self.page_tokens(entry, request.node_depth);
+            let page = self.page(entry, request.node_depth);
             request.node = match pool.find(request.node, tokens) {
                 Some(_) if !ending => break,
                 Some(same) => {
@@ -277,44 +349,113 @@ impl RequestTable {
         let request = *self.get(entry);
         let behind = (request.computed + 1).saturating_sub(window) / self.page_size;
         for i in request.hole().end..behind {
-            pool.give(self.page(request.slot, i));
+            pool.give(self.page(entry, i));
         }
         self.get_mut(entry).dropped = behind;
     }
 
-    /// The request's known tokens.
-    pub fn tokens(&self, entry: u32) -> &[u32] {
-        &self.tokens[entry as usize * self.sequence..][..self.get(entry).known as usize]
+    /// The block of a request's `i`-th run of `block_tokens` tokens.
+    fn block(&self, entry: u32, i: u32) -> u32 {
+        self.blocks[(entry * self.sequence_blocks + i) as usize]
     }
 
-    /// Those that were drawn.
-    pub fn output(&self, entry: u32) -> &[u32] {
-        &self.tokens(entry)[self.get(entry).prompt_len as usize..]
+    /// Where a position's token lies.
+    fn place(&self, entry: u32, position: u32) -> usize {
+        let block = self.block(entry, position >> self.block_tokens.trailing_zeros()) as usize;
+        block * self.block_tokens as usize + (position & (self.block_tokens - 1)) as usize
     }
 
-    /// Appends a token that came back from the device.
+    /// The token at a position; it is known.
+    pub fn token(&self, entry: u32, position: u32) -> u32 {
+        self.tokens[self.place(entry, position)]
+    }
+
+    /// The tokens of its i-th page; all are known.
+    pub fn page_tokens(&self, entry: u32, i: u32) -> &[u32] {
+        &self.tokens[self.place(entry, i * self.page_size)..][..self.page_size as usize]
+    }
+
+    /// The known tokens from a position on, in runs.
+    fn runs(&self, entry: u32, mut position: u32) -> impl Iterator<Item = &[u32]> {
+        let known = self.get(entry).known;
+        core::iter::from_fn(move || {
+            let len = (self.block_tokens - position % self.block_tokens).min(known - position);
+            let run = (len > 0).then(|| &self.tokens[self.place(entry, position)..][..len as usize]);
+            position += len;
+            run
+        })
+    }
+
+    /// The tokens of a prompt.
+    pub fn prompt(&self, entry: u32) -> impl Iterator<Item = u32> {
+        self.runs(entry, 0).flatten().copied().take(self.get(entry).prompt_len as usize)
+    }
+
+    /// Which of two prompts comes first, token by token. Neither request has drawn any.
+    pub fn compare_prompts(&self, one: u32, other: u32) -> Ordering {
+        let runs = self.runs(one, 0).zip(self.runs(other, 0));
+        let differ = runs.map(|(one, other)| one.cmp(other)).find(|order| order.is_ne());
+        differ.unwrap_or_else(|| self.get(one).known.cmp(&self.get(other).known))
+    }
+
+    /// The tokens that were drawn.
+    pub fn output(&mut self, entry: u32) -> &[u32] {
+        let mut output = core::mem::take(&mut self.output);
+        let mut len = 0;
+        for run in self.runs(entry, self.get(entry).prompt_len) {
+            output[len..len + run.len()].copy_from_slice(run);
+            len += run.len();
+        }
+        self.output = output;
+        &self.output[..len]
+    }
+
+    /// Appends a token that came back from the device; there is room for it since its step was scheduled.
     pub fn push_token(&mut self, entry: u32, token: u32) {
-        let at = entry as usize * self.sequence + self.get(entry).known as usize;
-        self.tokens[at] = token;
+        let place = self.place(entry, self.get(entry).known);
+        self.tokens[place] = token;
         self.get_mut(entry).known += 1;
     }
 
-    pub fn page(&self, slot: u32, i: u32) -> u32 {
-        self.page_table[self.page_index(slot, i) as usize]
+    fn page_place(&self, entry: u32, i: u32) -> usize {
+        let block = self.block(entry, i >> self.block_pages.trailing_zeros()) as usize;
+        block * self.block_pages as usize + (i & (self.block_pages - 1)) as usize
     }
 
-    /// Index of a slot's i-th page in the page table, here and on the device.
+    /// A running request's i-th page.
+    pub fn page(&self, entry: u32, i: u32) -> u32 {
+        self.pages[self.page_place(entry, i)]
+    }
+
+    /// Sets it.
+    pub fn set_page(&mut self, entry: u32, i: u32, page: u32) {
+        let place = self.page_place(entry, i);
+        self.pages[place] = page;
+    }
+
+    /// Index of a slot's i-th page in the device's page table.
     pub fn page_index(&self, slot: u32, i: u32) -> u32 {
-        slot * self.width as u32 + i
+        slot * self.width + i
     }
 
-    pub fn set_page(&mut self, slot: u32, i: u32, page: u32) {
-        let index = self.page_index(slot, i) as usize;
-        self.page_table[index] = page;
+    /// Where the keys and values of a running request's position go.
+    pub fn location(&self, entry: u32, position: u32) -> u32 {
+        let i = position >> self.page_size.trailing_zeros();
+        self.page(entry, i) * self.page_size + (position & (self.page_size - 1))
     }
 
-    /// Where the keys and values of a position go.
-    pub fn location(&self, slot: u32, position: u32) -> u32 {
-        self.page(slot, position / self.page_size) * self.page_size + position % self.page_size
+    /// Asserts that each block is one request's or free, and that the oldest request can have those it may need.
+    ///
+    /// # Panics
+    /// When it isn't so.
+    pub fn check(&self, oldest: Option<u32>) {
+        let mut seen = filled(self.tokens.len() / self.block_tokens as usize, false).expect("host memory");
+        let held = self.iter().flat_map(|(entry, it)| (0..it.blocks).map(move |i| (entry, i)));
+        let held = held.map(|(entry, i)| self.block(entry, i));
+        for block in held.chain(self.free_blocks.iter().copied()) {
+            assert!(!core::mem::replace(&mut seen[block as usize], true), "block {block} has two owners");
+        }
+        assert!(seen.into_iter().all(|seen| seen), "a block is lost");
+        assert!(self.free_blocks.len() as u32 >= self.promised(oldest), "the oldest request may get stuck");
     }
 }

@@ -2,16 +2,18 @@
 
 mod support;
 
+use minisgl_core::backend::Device;
 use minisgl_core::batch::StepShape;
 use minisgl_core::config::{Limits, LimitsError};
-use minisgl_core::engine::{Engine, EngineError};
+use minisgl_core::engine::{Engine, EngineError, EngineOptions};
+use minisgl_core::fit::Fit;
 use minisgl_core::request::{FinishReason, Request, SubmitError};
 use minisgl_core::sampling::{SamplingError, SamplingParams};
 use minisgl_core::scheduler::Order;
 
 use support::expected::{self, VOCAB, alone};
 use support::hashing::Hashing;
-use support::lazy::{Lazy, Pace};
+use support::lazy::{Lazy, LazyError, Pace};
 use support::trace::Trace;
 use support::{Outcomes, SMALL, engine, exactly, options, run_all, run_dry};
 
@@ -84,6 +86,22 @@ fn without_a_prefix_cache_nothing_is_cached() {
     let outcomes = run_all(&mut engine, &requests);
     assert!(outcomes.iter().all(|outcome| outcome.finished == Some((FinishReason::Length, 0))));
     assert_eq!(engine.stats().cached_tokens, 0);
+}
+
+#[test]
+fn by_prefix_more_of_the_prompts_is_found_and_every_request_has_its_own_tokens() {
+    // Three beginnings of three pages each in turn, in a pool that keeps one besides what a request needs.
+    let limits = Limits { running: 1, pages: 8, ..SMALL };
+    let request = |i: u32| ([prompt(i % 3, 12), vec![i % VOCAB]].concat(), exactly(4));
+    let requests: Vec<_> = (0..15).map(request).collect();
+    let cached = [Order::Given, Order::Prefix].map(|order| {
+        let mut options = options(limits);
+        options.scheduler.order = order;
+        let mut engine = engine(options);
+        assert_eq!(tokens(run_all(&mut engine, &requests)), expected_tokens(&requests, &limits));
+        engine.stats().cached_tokens
+    });
+    assert_eq!(cached, [0, 12 * 12], "all but the first of each");
 }
 
 #[test]
@@ -240,8 +258,8 @@ fn with_overlap_a_step_is_enqueued_before_the_tokens_of_the_one_before_are_waite
         let mut token_count = 0;
         let mut count = |_: minisgl_core::request::Event<'_>| token_count += 1;
         engine.step(&mut count).expect("the device does not fail");
-        let first = if overlap { format!("record {step}") } else { format!("record {step} read") };
-        assert_eq!(engine.backend().take(), first, "the first step records when time began");
+        let first = if overlap { step.to_owned() } else { format!("{step} read") };
+        assert_eq!(engine.backend().take(), first);
         engine.step(&mut count).expect("the device does not fail");
         assert_eq!(engine.backend().take(), format!("{step} read"), "whose tokens, only their number tells");
         engine.step(&mut count).expect("the device does not fail");
@@ -280,11 +298,44 @@ fn steps_are_timed_by_the_devices_clock() {
             launched.extend(report.launched);
             if let Some(step) = report.completed {
                 assert!(step.start_ms >= end_ms && step.gpu_ms > 0.0, "{step:?} after {end_ms}");
-                end_ms = step.start_ms + step.gpu_ms;
+                end_ms = step.start_ms + f64::from(step.gpu_ms);
                 completed.push(step.shape);
             }
         }
         assert_eq!(launched, completed);
+    }
+}
+
+/// A device of so many words whose recorded steps take 7 words each, and pages as many as it holds, 6 at least.
+fn fitted(words: usize) -> Result<Engine<Lazy, Hashing>, EngineError<LazyError>> {
+    let mut device = Lazy::new(Pace::AtOnce);
+    (device.memory_limit, device.graph_words) = (words, 7);
+    let fit = Some(Fit { share: 0.95, least: 6 });
+    Engine::new(device, Hashing::default(), EngineOptions { fit, ..options(SMALL) })
+}
+
+#[test]
+fn pages_are_as_many_as_memory_holds_beside_everything_else_however_little_there_is() {
+    let enough = (0..).find(|words| fitted(*words).is_ok()).expect("some number suffices");
+    let roomy = fitted(enough + 10_000).expect("that is more");
+    assert_eq!(roomy.limits().pages, SMALL.pages, "no more than are asked for");
+    let mut most = 0;
+    for words in enough..enough + 300 {
+        let mut engine =
+            fitted(words).unwrap_or_else(|error| panic!("of {words} words, {enough} do: {error}"));
+        let (pages, free) = (engine.limits().pages, engine.backend().memory().expect("it has").free / 4);
+        assert!(
+            pages >= 6 && free < 4 * 7 * 3 + u64::from(pages) / 2,
+            "{pages} pages, {free} words to spare"
+        );
+        most = most.max(pages);
+        let requests: Vec<_> = (0..3).map(|text| (prompt(text, 8), exactly(10))).collect();
+        assert_eq!(tokens(run_all(&mut engine, &requests)), expected_tokens(&requests, &SMALL));
+    }
+    assert!(most > 50, "{most} pages");
+    match fitted(enough - 1).map(|_| ()) {
+        Err(EngineError::Pages { least: 6, .. }) => {}
+        other => panic!("{other:?}"),
     }
 }
 

@@ -130,7 +130,7 @@ proptest! {
         capacity in 1..12u32,
         actions in prop::collection::vec(action(), 1..60),
     ) {
-        let mut pool = PagePool::new(capacity, PAGE_SIZE as u32);
+        let mut pool = PagePool::new(capacity, PAGE_SIZE as u32).expect("host memory");
         let (mut naive, mut requests) = (Naive::default(), Vec::<Holder>::new());
         for action in actions {
             match action {

@@ -63,7 +63,7 @@ fn limits() -> impl Strategy<Value = Limits> {
 }
 
 fn options() -> impl Strategy<Value = EngineOptions> {
-    let order = prop_oneof![Just(Order::Given), Just(Order::LongestOutputFirst)];
+    let order = prop::sample::select(&[Order::Given, Order::LongestOutputFirst, Order::Prefix]);
     let policy = prop_oneof![Just(Policy::Throughput), Just(Policy::Latency)];
     let settings = (policy, any::<bool>(), order).prop_map(|(policy, prefix_cache, order)| Settings {
         policy,
@@ -73,6 +73,7 @@ fn options() -> impl Strategy<Value = EngineOptions> {
     });
     (limits(), settings, any::<bool>()).prop_map(|(limits, scheduler, overlap)| EngineOptions {
         limits,
+        fit: None,
         scheduler,
         eos: vec![EOS],
         overlap,

@@ -7,13 +7,13 @@ use minisgl_core::config::Limits;
 use minisgl_core::costs::StepCosts;
 use minisgl_core::request::{Event, FinishReason, Request, Ticket};
 use minisgl_core::sampling::{NO_TOKEN, SamplingParams};
-use minisgl_core::scheduler::{Scheduler, Settings};
+use minisgl_core::scheduler::{Order, Scheduler, Settings};
 
 use support::{SETTINGS, SMALL, exactly};
 
 /// Steps cost nothing, so no prompt is held back, and running requests decode beside prompts.
 fn scheduler_within(limits: Limits) -> Scheduler {
-    Scheduler::new(limits, SETTINGS, StepCosts::default(), &[], None)
+    Scheduler::new(limits, SETTINGS, StepCosts::default(), &[], None).expect("host memory")
 }
 
 fn scheduler() -> Scheduler {
@@ -140,7 +140,8 @@ fn all_requests_may_end_in_one_step() {
 fn pages_behind_the_window_go_back_while_a_request_runs() {
     for prefix_cache in [false, true] {
         let settings = Settings { prefix_cache, ..SETTINGS };
-        let mut scheduler = Scheduler::new(SMALL, settings, StepCosts::default(), &[], Some(8));
+        let mut scheduler =
+            Scheduler::new(SMALL, settings, StepCosts::default(), &[], Some(8)).expect("host memory");
         submit(&mut scheduler, &[1; 20], 40);
         let mut batch = Batch::new(&SMALL);
         while !scheduler.is_idle() {
@@ -248,4 +249,90 @@ fn a_prompt_that_is_cut_is_run_to_its_end_before_another_one_begins() {
     let seen = run_dry(&mut scheduler, &SMALL);
     let prefilling: Vec<_> = seen.iter().map(|step| step.prefilling.clone()).take(4).collect();
     assert_eq!(prefilling, [vec![long], vec![long], vec![long], vec![long, short]]);
+}
+
+/// Prompts in the order of their admission, one running at a time: `first` wait together, `later` come when one is running.
+fn admitted_one_by_one(order: Order, first: &[&[u32]], later: &[&[u32]]) -> Vec<Vec<u32>> {
+    let limits = Limits { running: 1, ..SMALL };
+    let settings = Settings { order, ..SETTINGS };
+    let mut scheduler =
+        Scheduler::new(limits, settings, StepCosts::default(), &[], None).expect("host memory");
+    let mut prompts: Vec<_> =
+        first.iter().map(|prompt| (submit(&mut scheduler, prompt, 1), *prompt)).collect();
+    let mut batch = Batch::new(&limits);
+    let mut admitted = Vec::new();
+    while scheduler.schedule(&mut batch) {
+        let ticket = batch.owners()[0];
+        admitted.extend(prompts.iter().find(|it| it.0 == ticket).map(|it| it.1.to_vec()));
+        if admitted.len() == 1 {
+            prompts.extend(later.iter().map(|prompt| (submit(&mut scheduler, prompt, 1), *prompt)));
+        }
+        scheduler.complete(&batch, &[5], &[], &mut |_| ());
+        scheduler.check();
+    }
+    admitted
+}
+
+#[test]
+fn by_prefix_prompts_ascend_and_what_comes_too_late_for_this_sweep_is_in_the_next() {
+    let first: [&[u32]; 4] = [&[4, 4], &[9], &[4], &[6, 1, 2]];
+    let later: [&[u32]; 5] = [&[3, 1], &[6, 1], &[9, 1], &[3], &[4, 9]];
+    let expected: [&[u32]; 9] = [&[4], &[4, 4], &[4, 9], &[6, 1], &[6, 1, 2], &[9], &[9, 1], &[3], &[3, 1]];
+    assert_eq!(admitted_one_by_one(Order::Prefix, &first, &later), expected);
+    let given: Vec<_> = first.iter().chain(&later).map(|prompt| prompt.to_vec()).collect();
+    assert_eq!(admitted_one_by_one(Order::Given, &first, &later), given);
+}
+
+/// Capacities under which the host keeps far fewer tokens than all requests may have: a window lets them run in few pages.
+const LONG: Limits = Limits {
+    running: 40,
+    queued: 8,
+    sequence: 16_384,
+    prefill_tokens: 16_384,
+    page_size: 16,
+    pages: 1200,
+    graph_rows: 0,
+};
+
+#[test]
+fn long_requests_take_turns_where_the_host_keeps_few_tokens_and_all_end() {
+    let kept = LONG.token_blocks() * LONG.block_tokens();
+    for (prompt, output) in [(16, 16_000), (9000, 2000)] {
+        let settings = Settings { prefix_cache: false, ..SETTINGS };
+        let mut scheduler =
+            Scheduler::new(LONG, settings, StepCosts::default(), &[], Some(64)).expect("host memory");
+        let (prompt, requests) = (vec![1; prompt], 40);
+        assert!((prompt.len() + output as usize) * requests > kept as usize);
+        let mut batch = Batch::new(&LONG);
+        let (mut submitted, mut ended, mut steps) = (0, 0, 0);
+        while ended < requests {
+            while submitted < requests
+                && scheduler.submit(Request { prompt: &prompt, params: exactly(output) }).is_ok()
+            {
+                submitted += 1;
+            }
+            assert!(scheduler.schedule(&mut batch), "somebody can go on");
+            let tokens = [3; 40];
+            scheduler.complete(&batch, &tokens[..batch.samples() as usize], &[], &mut |event| {
+                if let Event::Finished { reason, tokens, .. } = event {
+                    assert_eq!((reason, tokens.len()), (FinishReason::Length, output as usize));
+                    assert!(tokens.iter().all(|token| *token == 3));
+                    ended += 1;
+                }
+            });
+            if steps % 500 == 0 {
+                scheduler.check();
+            }
+            steps += 1;
+        }
+        assert!(scheduler.is_idle());
+        scheduler.check();
+    }
+}
+
+#[test]
+fn the_hosts_tables_of_many_long_sequences_are_megabytes() {
+    let limits = Limits { running: 4096, queued: 1024, sequence: 262_144, pages: 65_536, ..LONG };
+    assert!(limits.host_bytes() < 200 << 20, "{} bytes", limits.host_bytes());
+    assert!(limits.check().is_ok());
 }

@@ -44,13 +44,21 @@ pub struct Decoder<B: Ops> {
     norm: B::Weight,
     head: B::Weight,
     planned: Option<Planned<B::Buffer>>,
+    pages: Option<Pages<B::Buffer>>,
+}
+
+/// What [`Model::alloc_pages`] allocates.
+struct Pages<Buf> {
+    /// `[layers, 2, pages + 1, kv_heads, page_size, head_dim]`: in one piece, so that little is lost to rounding.
+    all: Buf,
+    /// The layers' parts of it.
+    layers: KvCache<Buf>,
 }
 
 /// What [`Model::reserve`] allocates.
 struct Planned<Buf> {
     /// Each layer's table, `[positions, rotated / 2]` pairs of cosine and sine (floats); equal ones are one.
     ropes: Vec<Option<Buf>>,
-    kv: KvCache<Buf>,
     /// `[samples, hidden]`: the last token of each sampled row, normed.
     gathered: Buf,
     /// `[samples, vocab]`.
@@ -89,6 +97,7 @@ impl<B: Ops> Decoder<B> {
             norm,
             head,
             planned: None,
+            pages: None,
         })
     }
 
@@ -137,11 +146,25 @@ impl<B: Ops> Model<B> for Decoder<B> {
         let samples = limits.running as usize;
         self.planned = Some(Planned {
             ropes: upload_ropes(backend, &self.spec.layers, limits.sequence)?,
-            kv: alloc_kv(backend, dims, limits)?,
             gathered: backend.alloc(Purpose::Scratch, Element::Activation, samples * dims.hidden as usize)?,
             logits: backend.alloc(Purpose::Scratch, Element::Logit, samples * dims.vocab as usize)?,
         });
         Ok(plan_words)
+    }
+
+    fn alloc_pages(&mut self, backend: &mut B, pages: u32, page_size: u32) -> Result<(), B::Error> {
+        let dims = &self.spec.dims;
+        let half = (pages as usize + 1) * page_size as usize * dims.kv_width();
+        let halves = 2 * dims.layers as usize;
+        let all = backend.alloc(Purpose::KvCache, Element::Kv, halves * half)?;
+        let part = |i: usize| backend.slice(all, i * half..(i + 1) * half);
+        let layers = (0..halves).step_by(2).map(|i| KvLayer { k: part(i), v: part(i + 1) }).collect();
+        self.pages = Some(Pages { all, layers });
+        Ok(())
+    }
+
+    fn free_pages(&mut self, backend: &mut B) -> Result<(), B::Error> {
+        self.pages.take().map_or(Ok(()), |pages| backend.free(pages.all))
     }
 
     fn plan(&self, backend: &B, shape: StepShape, rows: &[Row], words: &mut [u32]) {
@@ -155,10 +178,10 @@ impl<B: Ops> Model<B> for Decoder<B> {
         tokens: B::Buffer,
     ) -> Result<(), B::Error> {
         let planned = self.planned();
+        let kv = &self.pages.as_ref().expect("the engine allocates pages before the first step").layers;
         backend.begin_step(step)?;
         backend.embed(step, self.embed)?;
-        for (i, ((weights, kv), rope)) in self.layers.iter().zip(&planned.kv).zip(&planned.ropes).enumerate()
-        {
+        for (i, ((weights, kv), rope)) in self.layers.iter().zip(kv).zip(&planned.ropes).enumerate() {
             backend.decoder_layer(step, i, weights, *rope, *kv)?;
         }
         // A step that is one unfinished chunk of a prompt leaves keys and values, and no token.
@@ -222,14 +245,6 @@ fn load_layer<B: Ops>(
         }
     }
     Ok(weights)
-}
-
-/// `[pages + 1, kv_heads, page_size, head_dim]` keys and as many values for each layer.
-fn alloc_kv<B: Ops>(backend: &mut B, dims: &Dims, limits: &Limits) -> Result<KvCache<B::Buffer>, B::Error> {
-    let rows = (limits.pages as usize + 1) * dims.kv_heads as usize * limits.page_size as usize;
-    let elements = rows * dims.head_dim as usize;
-    let mut alloc = || backend.alloc(Purpose::KvCache, Element::Kv, elements);
-    (0..dims.layers).map(|_| Ok(KvLayer { k: alloc()?, v: alloc()? })).collect()
 }
 
 /// Each layer's table; layers with the same rope have the same.

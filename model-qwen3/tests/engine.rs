@@ -55,7 +55,8 @@ fn engine(checkpoint: &Checkpoint, way: Way) -> CpuEngine {
     let scheduler =
         Settings { policy: way.policy, prefix_cache: way.prefix_cache, order: Order::Given, vocab };
     let eos = checkpoint.config().eos.clone();
-    Engine::new(cpu, model, EngineOptions { limits, scheduler, eos, overlap: way.overlap }).unwrap()
+    Engine::new(cpu, model, EngineOptions { limits, fit: None, scheduler, eos, overlap: way.overlap })
+        .unwrap()
 }
 
 /// Runs the examples at once to their end; gives how many prompt tokens each took from the prefix cache.

@@ -58,6 +58,7 @@ impl Driver {
         let mut cpu = Cpu::new();
         let mut model = Decoder::load(&mut cpu, checkpoint).unwrap();
         let plan_words = model.reserve(&mut cpu, &limits).unwrap();
+        model.alloc_pages(&mut cpu, limits.pages, page_size).unwrap();
         let layout = Layout::new(&limits, plan_words);
         let table_width = limits.table_width();
         let mut words = |n: usize| cpu.alloc(Purpose::Scratch, Element::Word, n).unwrap();

@@ -193,8 +193,8 @@ fn device_seconds<'a>(steps: impl Iterator<Item = &'a StepTiming>) -> f64 {
 
 fn idle(steps: &[StepTiming]) -> Idle {
     let gap_ms = |pair: &[StepTiming]| {
-        let end_ms = f64::from(pair[0].start_ms) + f64::from(pair[0].gpu_ms);
-        (f64::from(pair[1].start_ms) - end_ms).max(0.0)
+        let end_ms = pair[0].start_ms + f64::from(pair[0].gpu_ms);
+        (pair[1].start_ms - end_ms).max(0.0)
     };
     let gaps_ms = steps.windows(2).map(gap_ms);
     Idle { seconds: gaps_ms.clone().sum::<f64>() / 1e3, longest_ms: gaps_ms.fold(0.0, f64::max) }
@@ -322,7 +322,7 @@ mod tests {
     const PREFILL: StepShape = StepShape { decode_rows: 0, prefill_rows: 4, tokens: 8, samples: 4 };
     const MIXED: StepShape = StepShape { decode_rows: 1, prefill_rows: 1, tokens: 3, samples: 2 };
 
-    fn step(shape: StepShape, start_ms: f32, gpu_ms: f32) -> StepTiming {
+    fn step(shape: StepShape, start_ms: f64, gpu_ms: f32) -> StepTiming {
         let (host_start, host_time) = (Duration::ZERO, Duration::from_micros(u64::from(shape.rows()) + 90));
         let (waiting, driver) = (Duration::from_micros(80), Duration::from_micros(5));
         let beside_work = Some(BesideWork { waiting, driver });

@@ -68,7 +68,7 @@ pub fn write(steps: &[StepTiming], out: impl io::Write) -> io::Result<()> {
             (0, _) => "prefill",
             _ => "mixed",
         };
-        let start_us = f64::from(step.start_ms) * 1e3 + offset_us;
+        let start_us = step.start_ms * 1e3 + offset_us;
         trace_events.push(span(name, DEVICE_TRACK, start_us, f64::from(step.gpu_ms) * 1e3));
         let host_us = (step.host_start.as_secs_f64() * 1e6, step.host_time.as_secs_f64() * 1e6);
         trace_events.push(span("launch next, complete", HOST_TRACK, host_us.0, host_us.1));
@@ -80,7 +80,7 @@ pub fn write(steps: &[StepTiming], out: impl io::Write) -> io::Result<()> {
 fn device_clock_offset_us(steps: &[StepTiming]) -> f64 {
     let offset = |step: &StepTiming| {
         let host_end_us = (step.host_start + step.host_time).as_secs_f64() * 1e6;
-        host_end_us - (f64::from(step.start_ms) + f64::from(step.gpu_ms)) * 1e3
+        host_end_us - (step.start_ms + f64::from(step.gpu_ms)) * 1e3
     };
     steps.iter().map(offset).min_by(f64::total_cmp).unwrap_or(0.0)
 }
@@ -94,7 +94,7 @@ mod tests {
     use super::*;
     use crate::request::Load;
 
-    fn step(shape: StepShape, start_ms: f32, gpu_ms: f32, host_start_us: u64, host_us: u64) -> StepTiming {
+    fn step(shape: StepShape, start_ms: f64, gpu_ms: f32, host_start_us: u64, host_us: u64) -> StepTiming {
         let host_start = Duration::from_micros(host_start_us);
         let host_time = Duration::from_micros(host_us);
         StepTiming {

@@ -79,10 +79,7 @@ impl Front {
             Ok((runner, rest)) => {
                 let Limits { running, queued, .. } = *runner.limits();
                 let capacity = running as usize + queued as usize;
-                let depth = match order {
-                    Order::Given => running as usize,
-                    Order::LongestOutputFirst => capacity,
-                };
+                let depth = if order.sorts() { capacity } else { running as usize };
                 let (messages, inbox) = channel();
                 let shared = Arc::new(Shared::new(text, messages, runner.limits()));
                 if built.send(Ok((shared.clone(), rest))).is_ok() {

@@ -193,7 +193,7 @@ impl Recorder {
     /// When a step began and ended, in seconds from the session's start: never before the step before it had ended.
     fn place(&mut self, timing: &StepTiming) -> (f64, f64) {
         let device_s = f64::from(timing.gpu_ms) / 1e3;
-        let device_end_s = f64::from(timing.start_ms) / 1e3 + device_s;
+        let device_end_s = timing.start_ms / 1e3 + device_s;
         let seen_s = (timing.host_start + timing.host_time).as_secs_f64();
         self.clock_offset_s = self.clock_offset_s.min(seen_s - device_end_s);
         let before_s = self.step_end_s;
@@ -265,7 +265,7 @@ mod tests {
             shape,
             output_tokens,
             load: Load { running: 3, waiting: 5, pages_used: 7 },
-            start_ms: 5000.0 + end_ms as f32 - device_ms,
+            start_ms: 5000.0 + end_ms as f64 - f64::from(device_ms),
             gpu_ms: device_ms,
             host_start: Duration::from_millis(end_ms - 1),
             host_time: Duration::from_millis(1),

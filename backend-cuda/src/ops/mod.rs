@@ -59,11 +59,6 @@ pub(crate) struct Buffers {
 }
 
 impl Buffers {
-    /// Elements of all of them for a token.
-    fn width(dims: &Dims) -> usize {
-        dims.hidden as usize + 2 * dims.q_width() + dims.intermediate as usize
-    }
-
     fn new(cuda: &mut Cuda, dims: &Dims, tokens: usize) -> Result<Buffers, CudaError> {
         let mut alloc = |width: usize| cuda.alloc(Purpose::Scratch, Element::Activation, tokens * width);
         Ok(Buffers {
@@ -241,10 +236,6 @@ impl Ops for Cuda {
 
     fn supports(&self, spec: &DecoderSpec) -> Result<(), Unsupported> {
         supports::check(spec)
-    }
-
-    fn activation_width(&self, dims: &Dims) -> usize {
-        Buffers::width(dims)
     }
 
     fn reserve(&mut self, spec: &DecoderSpec, limits: &Limits) -> Result<usize, CudaError> {

@@ -77,6 +77,15 @@ impl<B: Device> Device for Fault<B> {
         Ok(self.device.alloc(purpose, element, elements)?)
     }
 
+    fn free(&mut self, buffer: B::Buffer) -> Result<(), Self::Error> {
+        self.pass("free")?;
+        Ok(self.device.free(buffer)?)
+    }
+
+    fn is_out_of_memory(error: &Self::Error) -> bool {
+        matches!(error, FaultError::Device(error) if B::is_out_of_memory(error))
+    }
+
     fn slice(&self, buffer: B::Buffer, range: Range<usize>) -> B::Buffer {
         self.device.slice(buffer, range)
     }
@@ -151,8 +160,11 @@ impl<B: Device> Device for Fault<B> {
         Ok(self.device.begin_capture()?)
     }
 
+    /// One that failed is ended too.
     fn end_capture(&mut self) -> Result<B::Graph, Self::Error> {
-        self.pass("end_capture")?;
+        if self.failed.get().is_none() {
+            self.pass("end_capture")?;
+        }
         Ok(self.device.end_capture()?)
     }
 

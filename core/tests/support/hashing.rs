@@ -58,10 +58,18 @@ impl<B: Runs> Model<B> for Hashing {
         self.window
     }
 
-    fn reserve(&mut self, backend: &mut B, limits: &Limits) -> Result<usize, B::Error> {
-        let words = (limits.pages as usize + 1) * limits.page_size as usize;
-        self.kv = Some(backend.alloc(Purpose::KvCache, Element::Kv, words)?);
+    fn reserve(&mut self, _: &mut B, _: &Limits) -> Result<usize, B::Error> {
         Ok(PLAN_WORDS)
+    }
+
+    fn alloc_pages(&mut self, backend: &mut B, pages: u32, page_size: u32) -> Result<(), B::Error> {
+        let words = (pages as usize + 1) * page_size as usize;
+        self.kv = Some(backend.alloc(Purpose::KvCache, Element::Kv, words)?);
+        Ok(())
+    }
+
+    fn free_pages(&mut self, backend: &mut B) -> Result<(), B::Error> {
+        self.kv.take().map_or(Ok(()), |kv| backend.free(kv))
     }
 
     fn plan(&self, _: &B, shape: StepShape, rows: &[Row], words: &mut [u32]) {
@@ -70,7 +78,7 @@ impl<B: Runs> Model<B> for Hashing {
     }
 
     fn forward(&mut self, backend: &mut B, step: &Step<Words>, tokens: Words) -> Result<(), B::Error> {
-        let kv = self.kv.expect("the engine reserves first");
+        let kv = self.kv.expect("the engine allocates pages first");
         backend.enqueue(Op::Forward { step: *step, kv, tokens, window: self.window.unwrap_or(u32::MAX) })
     }
 

@@ -8,7 +8,7 @@
 //!
 //! Nothing is allocated once queues, memory and graphs are there.
 
-use std::cell::{RefCell, UnsafeCell};
+use std::cell::{Cell, RefCell, UnsafeCell};
 use std::collections::VecDeque;
 use std::ops::Range;
 use std::rc::Rc;
@@ -36,9 +36,11 @@ pub enum Pace {
 }
 
 /// What the lazy device itself can't do.
-#[derive(Debug, Error)]
+#[derive(Debug, PartialEq, Error)]
 #[error("the device can't {0}")]
 pub struct LazyError(pub &'static str);
+
+const OUT_OF_MEMORY: LazyError = LazyError("allocate so much");
 
 /// Words of device memory.
 #[derive(Clone, Copy, Debug)]
@@ -104,6 +106,22 @@ pub struct Lazy {
     pub replays: u64,
     /// Words that the device has at most.
     pub memory_limit: usize,
+    /// Words that a graph takes of them, and that all do.
+    pub graph_words: usize,
+    recorded: Rc<Cell<usize>>,
+}
+
+/// Recorded operations.
+pub struct Graph {
+    ops: Vec<Op>,
+    words: usize,
+    recorded: Rc<Cell<usize>>,
+}
+
+impl Drop for Graph {
+    fn drop(&mut self) {
+        self.recorded.update(|words| words - self.words);
+    }
 }
 
 impl Lazy {
@@ -115,7 +133,15 @@ impl Lazy {
     pub fn priced(pace: Pace, costs: StepCosts) -> Lazy {
         let pending = || Pending { ops: VecDeque::with_capacity(QUEUE_CAPACITY), done: 0 };
         let state = State { memory: Vec::new(), queues: [pending(), pending()], clock: 0, costs };
-        Lazy { pace, state: RefCell::new(state), recording: None, replays: 0, memory_limit: usize::MAX }
+        Lazy {
+            pace,
+            state: RefCell::new(state),
+            recording: None,
+            replays: 0,
+            memory_limit: usize::MAX,
+            graph_words: 0,
+            recorded: Rc::default(),
+        }
     }
 
     /// Enqueues an operation, or records it.
@@ -200,26 +226,40 @@ impl Device for Lazy {
     type Buffer = Words;
     type Pinned = Pinned;
     type Event = Event;
-    type Graph = Vec<Op>;
+    type Graph = Graph;
 
     fn info(&self) -> DeviceInfo {
         DeviceInfo { name: "lazy".into(), activation_bytes: 4, kv_bytes: 4, logit_bytes: 4, page_size_min: 1 }
     }
 
     fn memory(&self) -> Result<Memory, LazyError> {
-        let used = self.state.borrow().memory.len();
+        let used = self.state.borrow().memory.len() + self.recorded.get();
         let bytes = |words: usize| (words as u64).saturating_mul(4);
         Ok(Memory { free: bytes(self.memory_limit - used), total: bytes(self.memory_limit) })
     }
 
     fn alloc(&mut self, _: Purpose, _: Element, elements: usize) -> Result<Words, LazyError> {
         let memory = &mut self.state.borrow_mut().memory;
-        if self.memory_limit - memory.len() < elements {
-            return Err(LazyError("allocate so much"));
+        if self.memory_limit - memory.len() - self.recorded.get() < elements {
+            return Err(OUT_OF_MEMORY);
         }
         let start = memory.len();
         memory.resize(start + elements, POISON);
         Ok(Words { start, len: elements })
+    }
+
+    /// The memory goes if it is the newest.
+    fn free(&mut self, buffer: Words) -> Result<(), LazyError> {
+        self.synchronize()?;
+        let memory = &mut self.state.borrow_mut().memory;
+        if memory.len() == buffer.start + buffer.len {
+            memory.truncate(buffer.start);
+        }
+        Ok(())
+    }
+
+    fn is_out_of_memory(error: &LazyError) -> bool {
+        *error == OUT_OF_MEMORY
     }
 
     fn slice(&self, buffer: Words, range: Range<usize>) -> Words {
@@ -304,12 +344,18 @@ impl Device for Lazy {
         }
     }
 
-    fn end_capture(&mut self) -> Result<Vec<Op>, LazyError> {
-        self.recording.take().ok_or(LazyError("end a recording that was not begun"))
+    fn end_capture(&mut self) -> Result<Graph, LazyError> {
+        let ops = self.recording.take().ok_or(LazyError("end a recording that was not begun"))?;
+        let words = self.graph_words;
+        if self.memory_limit - self.state.borrow().memory.len() - self.recorded.get() < words {
+            return Err(OUT_OF_MEMORY);
+        }
+        self.recorded.update(|all| all + words);
+        Ok(Graph { ops, words, recorded: self.recorded.clone() })
     }
 
-    fn replay(&mut self, graph: &Vec<Op>) -> Result<(), LazyError> {
+    fn replay(&mut self, graph: &Graph) -> Result<(), LazyError> {
         self.replays += 1;
-        graph.iter().try_for_each(|op| self.enqueue(Queue::Compute, op.clone()))
+        graph.ops.iter().try_for_each(|op| self.enqueue(Queue::Compute, op.clone()))
     }
 }

@@ -39,7 +39,7 @@ pub const SETTINGS: Settings =
 
 /// Everything by default, the prefix cache and overlap on.
 pub fn options(limits: Limits) -> EngineOptions {
-    EngineOptions { limits, scheduler: SETTINGS, eos: vec![expected::EOS], overlap: true }
+    EngineOptions { limits, fit: None, scheduler: SETTINGS, eos: vec![expected::EOS], overlap: true }
 }
 
 /// An engine on the lazy device.

@@ -49,6 +49,15 @@ impl<B: Device> Device for Trace<B> {
         self.device.alloc(purpose, element, elements)
     }
 
+    fn free(&mut self, buffer: B::Buffer) -> Result<(), B::Error> {
+        self.note("free");
+        self.device.free(buffer)
+    }
+
+    fn is_out_of_memory(error: &B::Error) -> bool {
+        B::is_out_of_memory(error)
+    }
+
     fn slice(&self, buffer: B::Buffer, range: Range<usize>) -> B::Buffer {
         self.device.slice(buffer, range)
     }
