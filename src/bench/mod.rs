@@ -18,6 +18,7 @@ mod measure;
 mod report;
 mod requests;
 mod run_report;
+pub mod sharegpt;
 mod summary;
 mod trace;
 mod verify;

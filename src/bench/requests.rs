@@ -9,16 +9,14 @@
 //!
 //! A file's prompts are token ids before a clock runs: text is the model's tokenizer's.
 
-use std::fmt;
 use std::fs::File;
 use std::io::{self, BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
 
-use serde::Deserialize;
-use serde::de::{DeserializeSeed, Deserializer, IgnoredAny, SeqAccess, Visitor};
 use thiserror::Error;
 
 use super::report::WorkloadReport;
+use super::sharegpt::{self, Exchange};
 use crate::lines::{self, Defaults, ModelName};
 use crate::llm::Llm;
 use crate::memory::host_free;
@@ -180,7 +178,7 @@ struct FileReader<'a> {
 impl FileReader<'_> {
     fn requests(&self) -> Result<Vec<GenerateRequest>, RequestsError> {
         let mut file = BufReader::new(File::open(self.path).map_err(|cause| self.unreadable(cause))?);
-        let requests = match is_array(&mut file).map_err(|cause| self.unreadable(cause))? {
+        let requests = match sharegpt::is_array(&mut file).map_err(|cause| self.unreadable(cause))? {
             true => self.conversations(file),
             false => self.lines(file),
         }?;
@@ -219,11 +217,8 @@ impl FileReader<'_> {
     }
 
     fn conversations(&self, file: impl Read) -> Result<Vec<GenerateRequest>, RequestsError> {
-        let mut json = serde_json::Deserializer::from_reader(file);
-        let read = Conversations { most: self.most }.deserialize(&mut json);
-        let read = read.and_then(|exchanges| json.end().map(|()| exchanges));
-        let exchanges =
-            read.map_err(|cause| RequestsError::Conversations { path: self.path.to_owned(), cause })?;
+        let exchanges = sharegpt::read(file, self.most)
+            .map_err(|cause| RequestsError::Conversations { path: self.path.to_owned(), cause })?;
         exchanges.into_iter().enumerate().map(|(i, exchange)| self.exchange(i, exchange)).collect()
     }
 
@@ -242,67 +237,5 @@ impl FileReader<'_> {
             ignore_eos: true,
             ..self.sampling
         }))
-    }
-}
-
-/// Does the file begin with a JSON array? Nothing is taken from it but white space and a byte order mark.
-fn is_array(file: &mut impl BufRead) -> io::Result<bool> {
-    loop {
-        let Some(byte) = file.fill_buf()?.first() else { return Ok(false) };
-        match byte {
-            b' ' | b'\t' | b'\r' | b'\n' | 0xEF | 0xBB | 0xBF => file.consume(1),
-            byte => return Ok(*byte == b'['),
-        }
-    }
-}
-
-/// A prompt and the answer to it.
-struct Exchange {
-    prompt: String,
-    answer: String,
-}
-
-/// The first `most` conversations of a JSON array that have an answer, the others skipped: the files are large, and none of
-/// it is held but these.
-struct Conversations {
-    most: usize,
-}
-
-impl<'de> DeserializeSeed<'de> for Conversations {
-    type Value = Vec<Exchange>;
-
-    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Vec<Exchange>, D::Error> {
-        deserializer.deserialize_seq(self)
-    }
-}
-
-impl<'de> Visitor<'de> for Conversations {
-    type Value = Vec<Exchange>;
-
-    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("a list of conversations")
-    }
-
-    fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Vec<Exchange>, A::Error> {
-        #[derive(Deserialize)]
-        struct Conversation {
-            conversations: Vec<Turn>,
-        }
-        #[derive(Deserialize)]
-        struct Turn {
-            value: String,
-        }
-        let mut exchanges = Vec::new();
-        while exchanges.len() < self.most {
-            let Some(Conversation { conversations }) = list.next_element()? else { return Ok(exchanges) };
-            let mut turns = conversations.into_iter().map(|turn| turn.value);
-            if let (Some(prompt), Some(answer)) = (turns.next(), turns.next())
-                && !(prompt.is_empty() || answer.is_empty())
-            {
-                exchanges.push(Exchange { prompt, answer });
-            }
-        }
-        while list.next_element::<IgnoredAny>()?.is_some() {}
-        Ok(exchanges)
     }
 }
