@@ -1,0 +1,15 @@
+//! Clients of services with OpenAI's API: a conversation in the terminal, and load with its latencies.
+//!
+//! ```text
+//!   endpoint ── service (ureq: one thing at a time, http and https) ──> chat
+//!            └─ bench   (mio: many streams on one thread, http)     ──> serve-bench
+//!   http ──> sse ──> chunk      bytes ──> an answer's body ──> events ──> what they say
+//! ```
+
+pub mod bench;
+pub mod chat;
+pub mod chunk;
+pub mod endpoint;
+pub mod http;
+pub mod service;
+pub mod sse;
