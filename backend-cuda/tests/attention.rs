@@ -362,7 +362,7 @@ fn head_shapes() -> Vec<Heads> {
     let mut shapes = Vec::new();
     for head_dim in [64, 128] {
         shapes.extend(
-            taken([(8, 1), (8, 2), (4, 4), (3, 5), (2, 8), (2, 12)]).map(|(kv_heads, group)| Heads {
+            taken([(4, 4), (8, 2), (8, 1), (3, 5), (2, 8), (2, 12)]).map(|(kv_heads, group)| Heads {
                 kv_heads,
                 group,
                 head_dim,
@@ -424,6 +424,7 @@ fn a_row_decodes_to_the_same_bits_alone_and_among_255_others() {
             QWEN3,
             Heads { kv_heads: 2, group: 5, head_dim: 128 },
             Heads { kv_heads: 4, group: 1, head_dim: 64 },
+            Heads { kv_heads: 4, group: 4, head_dim: 64 },
         ]) {
             let mut lengths = random_lengths(256, 600);
             lengths[..LENGTHS.len()].copy_from_slice(&LENGTHS);
@@ -566,6 +567,9 @@ fn rows_give_the_same_bits_in_a_mixed_step_and_in_steps_of_their_own() {
 
 /// Windows within a tile, across tiles, a leaf and pages; and wider than most sequences.
 const WINDOWS: [u32; 7] = [1, 31, 32, 128, 200, 700, 4096];
+/// One of each decode kernel that knows windows.
+const WINDOWED: [Heads; 3] =
+    [QWEN3, Heads { kv_heads: 3, group: 3, head_dim: 64 }, Heads { kv_heads: 4, group: 4, head_dim: 64 }];
 
 /// What lies before the window is NaN, as it may be once its page is somebody else's.
 #[test]
@@ -573,7 +577,7 @@ const WINDOWS: [u32; 7] = [1, 31, 32, 128, 200, 700, 4096];
 fn decode_sees_its_window_alone() {
     for kernels in [KernelSet::Auto, KernelSet::Portable] {
         for (i, window) in taken(WINDOWS).enumerate() {
-            let heads = [QWEN3, Heads { kv_heads: 3, group: 3, head_dim: 64 }][i % 2];
+            let heads = WINDOWED[i % WINDOWED.len()];
             for lengths in [LENGTHS.to_vec(), random_lengths(70, 1500), vec![2047]] {
                 let begins: Vec<u32> = lengths.iter().map(|length| length.saturating_sub(window)).collect();
                 let mut world = World::windowed(kernels, heads, [16, 64][i % 2], &lengths, window, &begins);
@@ -593,7 +597,7 @@ fn prefill_sees_its_windows_alone() {
     let spans = [(0, 300), (1, 1), (300, 512), (1000, 1), (511, 77), (900, 300), (128, 128), (40, 1)];
     for kernels in [KernelSet::Auto, KernelSet::Portable] {
         for (i, window) in taken(WINDOWS).enumerate() {
-            let heads = [QWEN3, Heads { kv_heads: 3, group: 3, head_dim: 64 }][i % 2];
+            let heads = WINDOWED[i % WINDOWED.len()];
             let lengths: Vec<u32> = spans.iter().map(|(position, tokens)| position + tokens).collect();
             let begins: Vec<u32> =
                 spans.iter().map(|(position, _)| (position + 1_u32).saturating_sub(window)).collect();

@@ -19,17 +19,20 @@
 #include "attention_merge.cuh"
 
 // A warp that reads, and the leaf at hand. Without a WINDOW rows see all positions up to their own, and nothing asks.
-template <int HD, int STAGES, bool WINDOW> struct Decoder {
+// Of HEADS kv heads side by side keys are rows of HEADS * HD dims: a query is zero in those of heads that are not its own, which
+// changes no bit of a sum. Its output in their dims is nobody's.
+template <int HD, int HEADS, int STAGES, bool WINDOW> struct Decoder {
+    static constexpr unsigned PARTS = HD / 16, M_TILES = HEADS * PARTS; // of 16 dims, of a head and of all
     const DecodeArgs &args;
-    Ring<HD, STAGES> ring;
+    Ring<HD, HEADS, STAGES> ring;
     unsigned probabilities, maxima, flag; // shared memory: [tiles][lane] 8 bytes, [tiles][8] floats, a word
     unsigned warp, lane;
-    unsigned q[HD / 16][2];
+    unsigned q[M_TILES][2];
     State state;
 
     static constexpr unsigned SCRATCH = LEAF_TILES * (256 + 32) + 16;
 
-    __device__ __forceinline__ Decoder(const DecodeArgs &args, Stages<HD, STAGES> stages, unsigned warp, unsigned lane)
+    __device__ __forceinline__ Decoder(const DecodeArgs &args, Stages<HD, HEADS, STAGES> stages, unsigned warp, unsigned lane)
         : args(args), ring(args, stages), probabilities(stages.end()), maxima(probabilities + LEAF_TILES * 256),
           flag(maxima + LEAF_TILES * 32), warp(warp), lane(lane) {
         state.clear();
@@ -40,11 +43,12 @@ template <int HD, int STAGES, bool WINDOW> struct Decoder {
         const unsigned row = ring.stages.queries(ring.place.at) + lane / 4 * (HD * 2) + lane % 4 * 4;
         const bool exists = lane / 4 < args.queries(unit.item);
 #pragma unroll
-        for (int k = 0; k < HD / 16; k++)
+        for (int k = 0; k < M_TILES; k++)
 #pragma unroll
             for (int half = 0; half < 2; half++) {
-                asm volatile("ld.shared.u32 %0, [%1];" : "=r"(q[k][half]) : "r"(row + k * 32 + half * 16) : "memory");
-                q[k][half] = exists ? q[k][half] : 0;
+                const bool own = HEADS == 1 || args.head_of<HEADS>(lane / 4) == k / PARTS;
+                asm volatile("ld.shared.u32 %0, [%1];" : "=r"(q[k][half]) : "r"(row + k % PARTS * 32 + half * 16) : "memory");
+                q[k][half] = exists && own ? q[k][half] : 0;
             }
     }
     // The first position that a row of so many sees.
@@ -58,9 +62,9 @@ template <int HD, int STAGES, bool WINDOW> struct Decoder {
         if (warp < unit.tiles()) {
             const unsigned tile = ring.stages.tokens(ring.place.at) + warp * (TILE * HD * 2);
 #pragma unroll
-            for (int k = 0; k < HD / 16; k++) {
+            for (int k = 0; k < M_TILES; k++) {
                 unsigned a[4];
-                load_keys<HD>(a, tile, k, lane);
+                load_keys<HD>(a, tile + k / PARTS * ring.stages.HEAD_BYTES, k % PARTS, lane);
                 mma(s, a, q[k]);
             }
         }
@@ -111,7 +115,8 @@ template <int HD, int STAGES, bool WINDOW> struct Decoder {
     // The warp's m-tile of the leaf's output, and the sums of its probabilities.
     __device__ __forceinline__ void add_values(State &leaf, const Unit &unit) const {
         const unsigned ones[4] = {0x3f803f80, 0x3f803f80, 0x3f803f80, 0x3f803f80};
-        const unsigned values = ring.stages.tokens(ring.place.at), here = unit.tiles();
+        const unsigned head = warp % M_TILES / PARTS, here = unit.tiles();
+        const unsigned values = ring.stages.tokens(ring.place.at) + head * ring.stages.HEAD_BYTES;
         const unsigned valid = unit.segment.kv_len - unit.leaf * LEAF; // tokens
         const unsigned seen = first_seen(unit), begin = unit.leaf * LEAF;
         const unsigned hidden = seen > begin ? seen - begin : 0; // of them, the first ones
@@ -126,7 +131,7 @@ template <int HD, int STAGES, bool WINDOW> struct Decoder {
                              : "r"(probabilities + j * 256 + lane * 8)
                              : "memory");
                 mma(l, ones, p);
-                load_values<HD>(a, values + j * (TILE * HD * 2), warp % (HD / 16), lane);
+                load_values<HD>(a, values + j * (TILE * HD * 2), warp % PARTS, lane);
                 if ((j + 1) * TILE > valid)
                     zero_behind(a, valid - j * TILE);
                 if (j * TILE < hidden)
@@ -164,13 +169,13 @@ template <int HD, int STAGES, bool WINDOW> struct Decoder {
         const unsigned index = segment.at + (folds ? 0 : unit.leaf - segment.first);
         bool merges = others_arrived;
         if (is_last && segment.is_whole_row()) {
-            write_out<HD>(args, unit, state, warp, lane);
+            write_out<HD, HEADS>(args, unit, state, warp, lane);
         } else if (!others_arrived && (is_last || !folds)) {
-            store_partial<HD>(args, index, unit.item, partial, warp, lane);
+            store_partial<HD, HEADS>(args, index, unit.item, partial, warp, lane);
             merges = is_last && arrives_last(args, unit, flag);
         }
         if (merges)
-            merge<HD>(args, unit, others_arrived ? index - segment.base : segment.total, partial, lane);
+            merge<HD, HEADS>(args, unit, others_arrived ? index - segment.base : segment.total, partial, lane);
         if (is_last)
             state.clear();
     }
@@ -198,19 +203,20 @@ template <int HD, int STAGES, bool WINDOW> struct Decoder {
     }
 };
 
-template <int HD, int STAGES, bool WINDOW> __device__ __forceinline__ void decode(DecodeArgs args, unsigned char *shared) {
-    const Stages<HD, STAGES> stages = {(unsigned)__cvta_generic_to_shared(shared)};
+template <int HD, int HEADS, int STAGES, bool WINDOW>
+__device__ __forceinline__ void decode(DecodeArgs args, unsigned char *shared) {
+    const Stages<HD, HEADS, STAGES> stages = {(unsigned)__cvta_generic_to_shared(shared)};
     const unsigned warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    args.derive();
+    args.derive<HEADS>();
     if (blockIdx.x >= args.turns)
         return;
     prepare(stages);
 #if BULK_COPIES
     if (warp == DECODE_WARPS) {
-        Filler<HD, STAGES>(args, stages, lane).run();
+        Filler<HD, HEADS, STAGES>(args, stages, lane).run();
         return;
     }
     dependent_wait();
 #endif
-    Decoder<HD, STAGES, WINDOW>(args, stages, warp, lane).run();
+    Decoder<HD, HEADS, STAGES, WINDOW>(args, stages, warp, lane).run();
 }

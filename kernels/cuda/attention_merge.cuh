@@ -1,6 +1,7 @@
 // attention_merge: rows that several blocks share; the last of them to arrive folds what all left in memory.
 //
-//   partial   [pairs of queries][HD / 2] float4 of o, in the order (m-tile, lane / 4), then [pairs] float4 (m, m, l, l)
+//   partial   [pairs of queries][HD / 2] float4 of o, in the order (m-tile, lane / 4), then [pairs] float4 (m, m, l, l);
+//             queries of a pair have the same kv head
 //   partials  (a row's base + 0: the state behind its first segment; 1, 2, ...: each later leaf) * items + item
 //
 // 1. A block's partials are written before its readers' barrier, and thread 0's count releases them and acquires those that
@@ -30,31 +31,31 @@ struct State {
     }
 };
 
-template <int HD>
+template <int HD, int HEADS>
 __device__ __forceinline__ void store_partial(const DecodeArgs &args, unsigned index, unsigned item, const State &state,
                                               unsigned warp, unsigned lane) {
     const unsigned pairs = args.pairs(), pair = lane % 4;
     float4 *partial = args.partials + ((size_t)index * args.items + item) * (pairs * (HD / 2 + 1));
     if (pair >= pairs)
         return;
-    if (warp < HD / 16)
-        partial[pair * (HD / 2) + warp * 8 + lane / 4] = make_float4(state.o[0], state.o[1], state.o[2], state.o[3]);
+    if (warp < HEADS * (HD / 16) && args.head_of<HEADS>(2 * pair) == warp / (HD / 16))
+        partial[pair * (HD / 2) + warp % (HD / 16) * 8 + lane / 4] = make_float4(state.o[0], state.o[1], state.o[2], state.o[3]);
     if (warp == 0 && lane < 4)
         partial[pairs * (HD / 2) + pair] = make_float4(state.m[0], state.m[1], state.l[0], state.l[1]);
 }
 
 // out = o * (1 / l) of a warp's dims.
-template <int HD>
+template <int HD, int HEADS>
 __device__ __forceinline__ void write_out(const DecodeArgs &args, const Unit &unit, const State &state, unsigned warp,
                                           unsigned lane) {
-    bf16 *out = args.out + args.query_offset(unit.segment.row, unit.item, HD) + warp * 16 + lane / 4;
-    if (warp >= HD / 16)
+    bf16 *out = args.out + args.query_offset(unit.segment.row, unit.item, HD) + warp % (HD / 16) * 16 + lane / 4;
+    if (warp >= HEADS * (HD / 16))
         return;
 #pragma unroll
     for (int i = 0; i < 2; i++) {
         const unsigned query = lane % 4 * 2 + i;
         const float inverse = __frcp_rn(state.l[i]);
-        if (query >= args.queries(unit.item))
+        if (query >= args.queries(unit.item) || args.head_of<HEADS>(query) != warp / (HD / 16))
             continue;
         out[query * HD] = __float2bfloat16_rn(__fmul_rn(state.o[i], inverse));
         out[query * HD + 8] = __float2bfloat16_rn(__fmul_rn(state.o[i + 2], inverse));
@@ -86,14 +87,18 @@ struct Element {
 
 // Folds a row's partials of an item, and writes its output: each thread an element at a time, many partials in flight. Partial
 // `own` is `state`, not in memory; or none is. Counts none for the next launch.
-template <int HD>
+template <int HD, int HEADS>
 __device__ __forceinline__ void merge(const DecodeArgs &args, const Unit &unit, unsigned own, const State &state,
                                       unsigned lane) {
     const unsigned pairs = args.pairs(), size = pairs * (HD / 2 + 1) * 4, total = unit.segment.total;
     const float *partials = reinterpret_cast<const float *>(args.partials) +
                             ((size_t)unit.segment.base * args.items + unit.item) * size;
 #pragma unroll 1
-    for (unsigned e = threadIdx.x; e < pairs * (HD * 2); e += DECODE_READERS) {
+    for (unsigned n = threadIdx.x; n < pairs * (HD * 2); n += DECODE_READERS) {
+        // Of several heads each has warps of its own, which hold its dims.
+        constexpr unsigned OWN = DECODE_READERS / HEADS;
+        const unsigned here = n % DECODE_READERS / OWN * (pairs / HEADS * (HD * 2)) + n / DECODE_READERS * OWN + n % OWN;
+        const unsigned e = HEADS == 1 ? n : here;
         const unsigned pair = e / (HD * 2), second = e % 2, quad = e % (HD * 2) / 4;
         const unsigned m_at = (pairs * (HD / 2) + pair) * 4 + second, l_at = m_at + 2;
         const Element mine = Element::of(state, pair, second, lane);

@@ -18,8 +18,8 @@
 //    the other's takes, and who has taken one does not wait: so one of both goes on, whichever blocks of theirs found room.
 //    The kernel behind a half may start when its blocks have filled their last stage, not sooner: it would sit on the place of
 //    the other's products.
-// 4. A multiprocessor has two thirds of a ring on the way, one for each of two blocks or both for a half's only one: that keeps
-//    memory busy, and more would wait in line before it, with everything that others ask for behind.
+// 4. Two thirds of a ring are on the way: more would wait in line before memory, with everything that others ask for behind.
+// 5. Two neighbouring heads of 64 dims lie side by side in a stage, all tokens of the one before those of the other.
 #pragma once
 #include "attention_work.cuh"
 #include "place.cuh"
@@ -39,9 +39,9 @@
 // A barrier of the warps that read.
 __device__ __forceinline__ void readers_barrier() { asm volatile("bar.sync 1, %0;" ::"n"(DECODE_READERS) : "memory"); }
 
-// Where things lie in shared memory.
-template <int HD, int STAGES> struct Stages {
-    static constexpr unsigned BYTES = LEAF * HD * 2, QUERY_BYTES = 8 * HD * 2;
+// Where things lie in shared memory. HEADS kv heads share a stage.
+template <int HD, int HEADS, int STAGES> struct Stages {
+    static constexpr unsigned HEAD_BYTES = LEAF * HD * 2, BYTES = HEADS * HEAD_BYTES, QUERY_BYTES = 8 * HD * 2;
     unsigned base;
 
     __device__ __forceinline__ unsigned tokens(unsigned stage) const { return base + stage * BYTES; }
@@ -82,26 +82,28 @@ __device__ __forceinline__ void bulk_copy(unsigned to, const bf16 *from, unsigne
 }
 
 // The filling warp.
-template <int HD, int STAGES> struct Filler {
+template <int HD, int HEADS, int STAGES> struct Filler {
+    static constexpr unsigned FLIGHT = STAGES / 3 * 2; // stages that may be on their way at once
     const DecodeArgs &args;
-    Stages<HD, STAGES> stages;
+    Stages<HD, HEADS, STAGES> stages;
     Place<STAGES> place;
     unsigned lane;
     unsigned long long policy;
-    unsigned page;   // of the lane's copy
-    unsigned flight; // stages that may be on their way at once
+    unsigned page; // of the lane's copy
 
-    __device__ __forceinline__ Filler(const DecodeArgs &args, Stages<HD, STAGES> stages, unsigned lane)
-        : args(args), stages(stages), lane(lane), page(0), flight(STAGES / 3 * (args.other_taken == nullptr ? 1 : 2)) {
+    __device__ __forceinline__ Filler(const DecodeArgs &args, Stages<HD, HEADS, STAGES> stages, unsigned lane)
+        : args(args), stages(stages), lane(lane), page(0) {
         asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
     }
-    // Tokens of a lane's copy, and the leaf's token that it begins with.
-    __device__ __forceinline__ unsigned step() const { return min(1u << args.page_shift, LEAF); }
-    __device__ __forceinline__ unsigned first() const { return lane * step(); }
+    // A leaf of a head is 1 << shares() copies. A lane's: of which head, of how many tokens, and the leaf's that it begins with.
+    __device__ __forceinline__ unsigned shares() const { return 7 - min(args.page_shift, 7u); }
+    __device__ __forceinline__ unsigned head() const { return lane >> shares(); }
+    __device__ __forceinline__ unsigned step() const { return LEAF >> shares(); }
+    __device__ __forceinline__ unsigned first() const { return (lane & ((1u << shares()) - 1)) * step(); }
 
     __device__ __forceinline__ void look_up(const Unit &unit) {
         const unsigned token = unit.leaf * LEAF + first();
-        if (first() < LEAF && token < unit.segment.kv_len)
+        if (head() < HEADS && token < unit.segment.kv_len)
             page = args.page_table[(size_t)unit.segment.slot * args.table_width + (token >> args.page_shift)];
     }
     // Have all others that share the row left their partials in memory? A look that need not be the last.
@@ -117,7 +119,7 @@ template <int HD, int STAGES> struct Filler {
     }
     // Says what the stage there will hold.
     __device__ __forceinline__ void announce(const Unit &unit, bool values, Place<STAGES> there, bool others = false) const {
-        unsigned bytes = unit.tiles() * TILE * HD * 2;
+        unsigned bytes = unit.tiles() * TILE * HD * 2 * HEADS;
         if (!values && unit.is_first())
             bytes += args.queries(unit.item) * HD * 2;
         if (lane == 0) {
@@ -133,12 +135,12 @@ template <int HD, int STAGES> struct Filler {
     // Starts the copies of a stage: those that the kernel before does not write to, or those that it does.
     __device__ __forceinline__ void copy(const Unit &unit, bool values, Place<STAGES> there, bool older, bool newer) const {
         const unsigned begin = unit.leaf * LEAF + first(), end = unit.leaf * LEAF + unit.tiles() * TILE;
-        if (first() < LEAF && begin < end) {
+        if (head() < HEADS && begin < end) {
             const bool newest = begin + step() >= unit.segment.kv_len;
             const unsigned in_page = begin & ((1u << args.page_shift) - 1);
-            const size_t block = (size_t)page * args.kv_heads + args.head(unit.item);
+            const size_t block = (size_t)page * args.kv_heads + args.group_of(unit.item) * HEADS + head();
             if (newest ? newer : older)
-                bulk_copy(stages.tokens(there.at) + first() * HD * 2,
+                bulk_copy(stages.tokens(there.at) + head() * stages.HEAD_BYTES + first() * HD * 2,
                           (values ? args.v : args.k) + ((block << args.page_shift) + in_page) * HD,
                           min(step(), end - begin) * HD * 2, stages.full(there.at), policy);
         }
@@ -149,7 +151,7 @@ template <int HD, int STAGES> struct Filler {
     }
     __device__ __forceinline__ void fill(const Unit &unit, bool values) {
         wait_for(stages.empty(place.at), place.parity ^ 1);
-        const unsigned before = (place.at + STAGES - flight) % STAGES;
+        const unsigned before = (place.at + STAGES - FLIGHT) % STAGES;
         wait_for(stages.full(before), place.parity ^ (before > place.at));
         copy(unit, values, place, true, true); // on their way while the look at others is
         announce(unit, values, place, values && lane == 0 && others_arrived(unit));
@@ -241,11 +243,11 @@ template <int HD, int STAGES> struct Filler {
 };
 
 // The ring as a thread that reads sees it.
-template <int HD, int STAGES> struct Ring {
-    const Stages<HD, STAGES> stages;
+template <int HD, int HEADS, int STAGES> struct Ring {
+    const Stages<HD, HEADS, STAGES> stages;
     Place<STAGES> place;
 
-    __device__ __forceinline__ Ring(const DecodeArgs &, Stages<HD, STAGES> stages) : stages(stages) {}
+    __device__ __forceinline__ Ring(const DecodeArgs &, Stages<HD, HEADS, STAGES> stages) : stages(stages) {}
     // Waits for the next stage.
     __device__ __forceinline__ void take() { wait_for(stages.full(place.at), place.parity); }
     // Have all others that share the row been counted, as far as is known? At a turn's last values.
@@ -261,7 +263,8 @@ template <int HD, int STAGES> struct Ring {
     }
 };
 
-template <int HD, int STAGES> __device__ __forceinline__ void prepare(const Stages<HD, STAGES> &stages) {
+template <int HD, int HEADS, int STAGES>
+__device__ __forceinline__ void prepare(const Stages<HD, HEADS, STAGES> &stages) {
     if (threadIdx.x == 0) {
         for (unsigned i = 0; i < STAGES; i++) {
             asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(stages.full(i)) : "memory");
@@ -275,16 +278,16 @@ template <int HD, int STAGES> __device__ __forceinline__ void prepare(const Stag
 
 #else
 
-template <int HD, int STAGES> struct Ring {
-    static_assert(STAGES == 2, "one is read, one is filled");
+template <int HD, int HEADS, int STAGES> struct Ring {
+    static_assert(HEADS == 1 && STAGES == 2, "one is read, one is filled");
     const DecodeArgs &args;
-    const Stages<HD, STAGES> stages;
+    const Stages<HD, HEADS, STAGES> stages;
     Place<STAGES> place;
     Unit ahead; // whose keys or values are copied next
     unsigned turn;
     bool values;
 
-    __device__ __forceinline__ Ring(const DecodeArgs &args, Stages<HD, STAGES> stages)
+    __device__ __forceinline__ Ring(const DecodeArgs &args, Stages<HD, HEADS, STAGES> stages)
         : args(args), stages(stages), turn(blockIdx.x), values(false) {
         ahead.begin(args, turn);
         copy_next(0);
@@ -300,7 +303,7 @@ template <int HD, int STAGES> struct Ring {
             const unsigned token = ahead.leaf * LEAF + t, in_page = token & ((1u << args.page_shift) - 1);
             const bool exists = token < ahead.segment.kv_len;
             const unsigned page = exists ? pages[token >> args.page_shift] : 0;
-            const size_t row = (((size_t)page * args.kv_heads + args.head(ahead.item)) << args.page_shift) + in_page;
+            const size_t row = (((size_t)page * args.kv_heads + args.group_of(ahead.item)) << args.page_shift) + in_page;
             copy(stages.tokens(stage) + (t * CHUNKS + chunk) * 16, (values ? args.v : args.k) + row * HD + chunk * 8, exists);
         }
     }
@@ -344,6 +347,6 @@ template <int HD, int STAGES> struct Ring {
     __device__ __forceinline__ void release() { place.advance(); }
 };
 
-template <int HD, int STAGES> __device__ __forceinline__ void prepare(const Stages<HD, STAGES> &) {}
+template <int HD, int HEADS, int STAGES> __device__ __forceinline__ void prepare(const Stages<HD, HEADS, STAGES> &) {}
 
 #endif

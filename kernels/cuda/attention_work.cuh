@@ -2,7 +2,8 @@
 //
 //   plan      count, 7 words unused, then `count` segments of 8 words (Segment)
 //   segment   some leaves of a row's window, one after the other; a row is one segment, or several where the work is short
-//   turn      a (segment, item), items fastest; an item is a kv head with up to eight of its queries
+//   turn      a (segment, item), items fastest; an item is a kv head with up to eight of its queries, or HEADS neighbouring kv
+//             heads with all of theirs, eight at most
 //   unit      a leaf of a turn
 //
 // A row that is one segment needs nobody else. Of a row that was cut, the first segment leaves its folded state in memory
@@ -32,14 +33,18 @@ struct DecodeArgs {
     unsigned *arrived; // a word for each (row, item), then the number of turns taken
     const unsigned *other_plan, *other_taken; // of a divided step's other half: its plan, its number of turns taken; or null
     unsigned arrived_count, table_width, page_shift, kv_heads, group, window;
-    unsigned splits, items, turns;
+    unsigned groups, splits, items, turns;
 
-    __device__ __forceinline__ void derive() {
+    // From here on a group is the queries of HEADS kv heads, and there are `groups` of them.
+    template <int HEADS> __device__ __forceinline__ void derive() {
+        groups = kv_heads / HEADS;
+        group *= HEADS;
         splits = (group + 7) / 8;
-        items = kv_heads * splits;
+        items = groups * splits;
         turns = plan[0] * items;
     }
-    __device__ __forceinline__ unsigned head(unsigned item) const { return splits == 1 ? item : item / splits; }
+    // The item's group.
+    __device__ __forceinline__ unsigned group_of(unsigned item) const { return splits == 1 ? item : item / splits; }
     // How many partials of a row and item have been counted.
     __device__ __forceinline__ unsigned *arrived_of(unsigned row, unsigned item) const { return arrived + row * items + item; }
     // Index of the item's first query among all heads, and how many it has.
@@ -49,8 +54,13 @@ struct DecodeArgs {
     __device__ __forceinline__ unsigned queries(unsigned item) const {
         return splits == 1 ? group : min(8u, group - item % splits * 8);
     }
+    // Of a group's HEADS kv heads, the query's own.
+    template <int HEADS> __device__ __forceinline__ unsigned head_of(unsigned query) const {
+        static_assert(HEADS <= 2, "a query is one of the first half or of the second");
+        return HEADS == 2 && 2 * query >= group ? 1 : 0;
+    }
     __device__ __forceinline__ size_t query_offset(unsigned row, unsigned item, unsigned head_dim) const {
-        return ((size_t)row * kv_heads * group + first_query(item)) * head_dim;
+        return ((size_t)row * groups * group + first_query(item)) * head_dim;
     }
     // float4s of a partial: for each pair of queries HD / 2 of o and one of (m, m, l, l).
     __device__ __forceinline__ unsigned pairs() const { return (min(group, 8u) + 1) / 2; }

@@ -13,7 +13,7 @@ const DECODE_READERS: u32 = 256;
 /// Bytes of dynamic shared memory of a decode block's warps together (`Decoder::SCRATCH`).
 const DECODE_SCRATCH: u32 = LEAF / TILE * (256 + 32) + 16;
 
-/// The constants in which the two sets differ, for one head_dim.
+/// The constants in which the two sets differ, for one head_dim, and for so many kv heads at once.
 #[derive(Clone, Copy, Debug)]
 pub struct Set {
     /// Decode blocks that a multiprocessor holds (`DECODE_BLOCKS`).
@@ -67,10 +67,10 @@ impl Prefill {
 }
 
 impl Set {
-    /// The Hopper set's or the portable set's.
-    pub const fn new(hopper: bool, head_dim: u32) -> Set {
-        let (blocks, stages) = if hopper { (2, 3 * 128 / head_dim) } else { (1, 2) };
-        let leaf_bytes = LEAF * head_dim * 2;
+    /// The Hopper set's or the portable set's, whose decode blocks take so many kv heads at once (`HEADS`).
+    pub const fn new(hopper: bool, head_dim: u32, heads: u32) -> Set {
+        let (blocks, stages) = if hopper { (2, 3 * 128 / (head_dim * heads)) } else { (1, 2) };
+        let leaf_bytes = LEAF * head_dim * 2 * heads;
         let stage_bytes = leaf_bytes + 8 * head_dim * 2 + 48 + 16;
         Set {
             decode_blocks: blocks,

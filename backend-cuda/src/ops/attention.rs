@@ -103,18 +103,23 @@ struct Heads {
     kv_heads: u32,
     /// Query heads of a key and value head.
     group: u32,
+    /// Key and value heads that a decode block takes at once.
+    at_once: u32,
 }
 
 impl Heads {
-    /// Of a model that `supports.rs` lets through.
-    fn new(dims: &Dims) -> Heads {
+    /// Of a model that `supports.rs` lets through, for Hopper's kernels or the portable ones.
+    fn new(dims: &Dims, hopper: bool) -> Heads {
         let Dims { head_dim, heads, kv_heads, .. } = *dims;
-        Heads { head_dim, kv_heads, group: heads / kv_heads }
+        let group = heads / kv_heads;
+        // Two heads of 64 dims keep a block's warps as busy as one of 128, where a product's eight columns hold their queries.
+        let two = hopper && head_dim == 64 && kv_heads.is_multiple_of(2) && [2, 4].contains(&group);
+        Heads { head_dim, kv_heads, group, at_once: if two { 2 } else { 1 } }
     }
 
-    /// Items of a row in a decode step: a key and value head with up to eight of its query heads.
+    /// Items of a row in a decode step: a key and value head with up to eight of its query heads, or two with all of theirs.
     fn items(self) -> u32 {
-        self.kv_heads * self.group.div_ceil(8)
+        self.kv_heads / self.at_once * self.group.div_ceil(8)
     }
 
     /// Items that `tokens` tokens in `rows` rows make at most in a prefill step.
@@ -129,7 +134,7 @@ impl Heads {
 
     /// Bytes of a partial result: o, m and l of the queries of an item, in pairs.
     fn partial_bytes(self) -> usize {
-        let pairs = self.group.min(8).div_ceil(2) as usize;
+        let pairs = (self.at_once * self.group.min(8)).div_ceil(2) as usize;
         pairs * (self.head_dim as usize / 2 + 1) * 16
     }
 }
@@ -142,7 +147,9 @@ impl Attention {
         window: Option<u32>,
         limits: &Limits,
     ) -> Result<Attention, CudaError> {
-        let (heads, window) = (Heads::new(dims), window.map_or(NO_WINDOW, |window| window.min(NO_WINDOW)));
+        let (hopper, multiprocessors) = (cuda.properties().hopper, cuda.properties().multiprocessors);
+        let heads = Heads::new(dims, hopper);
+        let window = window.map_or(NO_WINDOW, |window| window.min(NO_WINDOW));
         let tiles = u64::from(limits.running) * u64::from(limits.sequence.div_ceil(TILE));
         if tiles * u64::from(heads.items()) > u64::from(u32::MAX) {
             return Err(CudaError::Unsupported(
@@ -150,13 +157,14 @@ impl Attention {
                     .into(),
             ));
         }
-        let (hopper, multiprocessors) = (cuda.properties().hopper, cuda.properties().multiprocessors);
-        let set = Set::new(hopper, heads.head_dim);
-        let decode = match (heads.head_dim, window == NO_WINDOW) {
-            (64, true) => "attention_decode_64",
-            (64, false) => "attention_decode_window_64",
-            (_, true) => "attention_decode_128",
-            (_, false) => "attention_decode_window_128",
+        let set = Set::new(hopper, heads.head_dim, heads.at_once);
+        let decode = match (heads.head_dim, heads.at_once, window == NO_WINDOW) {
+            (64, 1, true) => "attention_decode_64",
+            (64, 1, false) => "attention_decode_window_64",
+            (64, _, true) => "attention_decode_64x2",
+            (64, _, false) => "attention_decode_window_64x2",
+            (_, _, true) => "attention_decode_128",
+            (_, _, false) => "attention_decode_window_128",
         };
         let prefill = if heads.head_dim == 64 { "attention_prefill_64" } else { "attention_prefill_128" };
         let half_rows = limits.running.div_ceil(2);
@@ -297,7 +305,7 @@ impl Attention {
         let Operands { step, q, kv, out } = operands;
         let Prefill { part_queries, threads, shared, .. } = self.set.prefill;
         let blocks = self.turns_max(step.shape).min(self.multiprocessors);
-        let Heads { head_dim, kv_heads, group } = self.heads;
+        let Heads { head_dim, kv_heads, group, .. } = self.heads;
         let head_dim = head_dim as usize;
         let queries = [step.shape.tokens as usize, (kv_heads * group) as usize, head_dim];
         let pages = |pages: Buffer| {

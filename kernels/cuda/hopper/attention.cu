@@ -1,9 +1,9 @@
-// Attention for Hopper: decode keeps 64 KiB of keys and values in flight a multiprocessor, by bulk copies; prefill
-// multiplies by wgmma.
+// Attention for Hopper: decode keeps two thirds of a multiprocessor's rings in flight, by bulk copies, and takes two heads of 64
+// dims as one of 128, where their queries are eight at most; prefill multiplies by wgmma.
 //
 // attention_decode.cuh and attention_prefill.cuh say what is computed and how.
 #define DECODE_BLOCKS 2
-#define DECODE_STAGES(HD) (3 * 128 / (HD))
+#define DECODE_STAGES(DIMS) (3 * 128 / (DIMS))
 #include "attention_kernels.cuh"
 #include "attention_prefill.cuh"
 
@@ -19,9 +19,11 @@
         prefill<HD>(args, shared_memory);                                                                               \
     }
 
-ATTENTION_DECODE(attention_decode_64, 64, false)
-ATTENTION_DECODE(attention_decode_128, 128, false)
-ATTENTION_DECODE(attention_decode_window_64, 64, true)
-ATTENTION_DECODE(attention_decode_window_128, 128, true)
+ATTENTION_DECODE(attention_decode_64, 64, 1, false)
+ATTENTION_DECODE(attention_decode_64x2, 64, 2, false)
+ATTENTION_DECODE(attention_decode_128, 128, 1, false)
+ATTENTION_DECODE(attention_decode_window_64, 64, 1, true)
+ATTENTION_DECODE(attention_decode_window_64x2, 64, 2, true)
+ATTENTION_DECODE(attention_decode_window_128, 128, 1, true)
 ATTENTION_PREFILL(64)
 ATTENTION_PREFILL(128)

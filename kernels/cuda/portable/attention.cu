@@ -2,7 +2,7 @@
 //
 // attention_decode.cuh and attention_prefill.cuh say what is computed and how.
 #define DECODE_BLOCKS 1
-#define DECODE_STAGES(HD) 2
+#define DECODE_STAGES(DIMS) 2
 #include "attention_kernels.cuh"
 #include "attention_prefill.cuh"
 
@@ -16,9 +16,9 @@
         prefill<HD>(args, shared_memory);                                                                               \
     }
 
-ATTENTION_DECODE(attention_decode_64, 64, false)
-ATTENTION_DECODE(attention_decode_128, 128, false)
-ATTENTION_DECODE(attention_decode_window_64, 64, true)
-ATTENTION_DECODE(attention_decode_window_128, 128, true)
+ATTENTION_DECODE(attention_decode_64, 64, 1, false)
+ATTENTION_DECODE(attention_decode_128, 128, 1, false)
+ATTENTION_DECODE(attention_decode_window_64, 64, 1, true)
+ATTENTION_DECODE(attention_decode_window_128, 128, 1, true)
 ATTENTION_PREFILL(64)
 ATTENTION_PREFILL(128)

@@ -286,7 +286,7 @@ mod tests {
 
     #[test]
     fn few_rows_are_cut_however_few_an_engine_runs() {
-        let heads = Heads { head_dim: 128, kv_heads: 8, group: 2 };
+        let heads = Heads { head_dim: 128, kv_heads: 8, group: 2, at_once: 1 };
         let row = Row { slot: 0, kv_len: 64 * LEAF, ..Row::default() };
         let limits = Limits {
             running: 2,

@@ -314,8 +314,8 @@ mod tests {
     fn half_a_multiprocessor_is_left_beside_attention() {
         // The driver takes 1 KiB a block.
         const MULTIPROCESSOR: u32 = 228 << 10;
-        for head_dim in [64, 128] {
-            let attention = Set::new(true, head_dim).decode_shared;
+        for (head_dim, heads) in [(64, 1), (64, 2), (128, 1)] {
+            let attention = Set::new(true, head_dim, heads).decode_shared;
             assert!(attention + Tiling::HALF + (2 << 10) <= MULTIPROCESSOR);
         }
         for kind in [Kind::Qkv, Kind::Residual, Kind::GateUp] {
