@@ -24,6 +24,8 @@ const TOKENS: [u32; 23] =
 /// Rows and columns of a matrix that L2 does not hold beside x, for which there are other tilings. It has neither whole
 /// tiles of rows nor whole bands of them.
 const LARGE: (usize, usize) = (2600, 5120);
+/// Rows and columns of a third, so few and so many that clusters share out the slices of every kind of tile.
+const DEEP: (usize, usize) = (2600, 12_288);
 /// Gates and columns of another, with so many rows that the widest tiles are the quickest for the most tokens.
 const WIDE: (usize, usize) = (4024, 1600);
 /// What an output holds before; a NaN in bf16, f16 and f32.
@@ -41,8 +43,8 @@ struct Gpu {
 
 impl Gpu {
     fn new(set: KernelSet) -> Gpu {
-        let cuda = Cuda::new(&Options { kernels: set, ..Options::default() }).expect("a GPU");
-        let gemm = Gemm::new(cuda.modules(), cuda.properties(), cuda.launcher()).unwrap();
+        let mut cuda = Cuda::new(&Options { kernels: set, ..Options::default() }).expect("a GPU");
+        let gemm = Gemm::new(&mut cuda).unwrap();
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
         Gpu { cuda, gemm, set, room: Room::Whole, seed: splitmix64(now.as_nanos() as u64) }
     }
@@ -480,7 +482,7 @@ fn logits_are_the_definitions_and_independent_of_the_batch() {
 fn the_residual_stream_grows_by_the_product_and_its_squares_are_summed() {
     on_every_set(|gpu| {
         for (rows, cols) in
-            taken([(192, 320), (64, 64), (192, 192), (1024, 2048), (1280, 1024), (1024, 3072), LARGE])
+            taken([(192, 320), (64, 64), (192, 192), (1280, 1024), (1024, 2048), (1024, 3072), LARGE, DEEP])
         {
             residual(gpu, rows, cols);
         }

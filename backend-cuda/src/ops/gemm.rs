@@ -18,7 +18,7 @@ mod prefill;
 use decode::Decode;
 use prefill::Prefill;
 
-use crate::context::Properties;
+use crate::device::Cuda;
 use crate::error::CudaError;
 use crate::launch::{Grid, Kernel, Launcher, Param, plain_params};
 use crate::memory::Address;
@@ -328,20 +328,10 @@ struct Hopper {
 }
 
 impl Hopper {
-    /// Is the kernel for many tokens the quicker one? It takes whole multiprocessors. A product with few rows keeps its
-    /// cluster until its tiles are a quarter of what the device takes at once. A plain product has no other.
-    fn is_for_many(&self, kind: Kind, shape: &Shape, room: Room) -> bool {
-        room == Room::Whole
-            && shape.tokens > self.decode.tokens_max(kind, shape)
-            && (kind != Kind::Residual || self.prefill.fills_a_quarter(kind, shape))
-    }
-
     fn launch<E: Epilogue>(&self, launcher: &Launcher, product: &Product<'_, E>) -> Result<(), CudaError> {
         match self.decode.tiling(E::KIND, &product.shape, product.room) {
-            Some(tiling) if !self.is_for_many(E::KIND, &product.shape, product.room) => {
-                Decode::launch(tiling, launcher, product)
-            }
-            _ => self.prefill.launch(launcher, product),
+            Some(tiling) => Decode::launch(tiling, launcher, product),
+            None => self.prefill.launch(launcher, product),
         }
     }
 }
@@ -360,13 +350,13 @@ pub struct Gemm {
 }
 
 impl Gemm {
-    /// Looks up the kernels that the device runs.
-    pub fn new(modules: &Modules, properties: &Properties, launcher: &Launcher) -> Result<Gemm, CudaError> {
-        let set = if properties.hopper {
-            let prefill = Prefill::new(modules, launcher)?;
-            Set::Hopper(Box::new(Hopper { decode: Decode::new(modules)?, prefill }))
+    /// Looks up the kernels that the device runs, and takes memory for sums that are split.
+    pub fn new(cuda: &mut Cuda) -> Result<Gemm, CudaError> {
+        let set = if cuda.properties().hopper {
+            let prefill = Prefill::new(cuda)?;
+            Set::Hopper(Box::new(Hopper { decode: Decode::new(cuda.modules())?, prefill }))
         } else {
-            Set::Portable(Box::new(Portable::new(modules)?))
+            Set::Portable(Box::new(Portable::new(cuda.modules())?))
         };
         Ok(Gemm { set })
     }

@@ -93,7 +93,7 @@ impl Operations {
             buffers: Buffers::new(cuda, dims, limits.step_tokens())?,
             halves: Halves::new(dims, cuda.properties().hopper),
             ends: Ends::new(cuda.modules())?,
-            gemm: Gemm::new(cuda.modules(), cuda.properties(), cuda.launcher())?,
+            gemm: Gemm::new(cuda)?,
             attention: Attention::new(cuda, dims, spec.window(), limits)?,
             sampling: Sampling::new(cuda, limits.running)?,
             sumsq: cuda.allocate(Purpose::Scratch, limits.step_tokens() * segments * 4)?,

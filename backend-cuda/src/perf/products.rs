@@ -102,7 +102,7 @@ impl Sizes {
     }
 
     fn setup(self, cuda: &mut Cuda, copies: usize) -> Result<Run, CudaError> {
-        let gemm = Gemm::new(cuda.modules(), cuda.properties(), cuda.launcher())?;
+        let gemm = Gemm::new(cuda)?;
         let weights = (0..copies).map(|_| self.weights(cuda)).collect::<Result<Vec<_>, _>>()?;
         let x = random(cuda, self.tokens, self.inputs, ROWS)?.address();
         let baseline = self.baseline(cuda, weights.clone(), x)?;

@@ -7,6 +7,7 @@
 //            that have the same ones, and a part of its rows of w
 //   grid     a block a multiprocessor; a cluster takes tiles c, c + clusters, …, in bands of rows of w, all of a band's for
 //            some tokens before the next tokens: the tiles in flight share w in L2, and both leave memory seldom
+//   split_*  the same, but a cluster takes a slice of a tile's columns at a time (split.cuh)
 //   block    128 GROUPS + 128 threads
 //
 //   warpgroups 0 … GROUPS - 1   multiply 64 tokens each, and take their sums through the epilogue
@@ -31,9 +32,12 @@
 #include "hopper.cuh"
 #include "place.cuh"
 #include "prefill_epilogue.cuh"
+#include "split.cuh"
 
 // A block's tile, 64 GROUPS tokens by M rows of w, and a cluster's: so many blocks along the rows, so many along the tokens.
-template <int GROUPS, int M_, int ALONG_ROWS_, int ALONG_TOKENS_> struct Plan {
+// SPLIT: a cluster takes one of so many slices of a tile at a time; with 1, a whole tile, however many slices it has.
+template <int GROUPS, int M_, int ALONG_ROWS_, int ALONG_TOKENS_, int SPLIT_> struct Plan {
+    static constexpr unsigned SPLIT = SPLIT_;
     static constexpr unsigned M = M_, TOKENS = 64 * GROUPS, X_BYTES = TOKENS * 128, STAGE_BYTES = X_BYTES + M * 128;
     static constexpr unsigned ALONG_ROWS = ALONG_ROWS_, ALONG_TOKENS = ALONG_TOKENS_, BLOCKS = ALONG_ROWS * ALONG_TOKENS;
     // Blocks that need the same tokens or rows as a block does, itself among them.
@@ -41,7 +45,11 @@ template <int GROUPS, int M_, int ALONG_ROWS_, int ALONG_TOKENS_> struct Plan {
     static constexpr unsigned STAGES = GROUPS == 2 && M == 128 ? 5 : 4;
     static constexpr unsigned MULTIPLIERS = 128 * GROUPS, WARPS = 4 * GROUPS;
     // Of 256 rows of gate and up come 128 outputs, which take their turns.
-    static constexpr unsigned WARP_TILE_BYTES = M == 128 ? WarpTile::BYTES : WarpTile::HALF;
+    static constexpr unsigned WARP_TILE_BYTES = M == 128 || SPLIT > 1 ? WarpTile::BYTES : WarpTile::HALF;
+    // Tokens that something is known of: of two tiles; where slices are split, none.
+    static constexpr unsigned KNOWN = SPLIT > 1 ? 0 : 2 * TOKENS;
+    // Float4s of each slice on their way when a thread adds them.
+    static constexpr unsigned ADDED = GROUPS == 2 && M == 128 ? 8 : 4;
     // Registers of a thread: 65536 in all.
     static constexpr unsigned MULTIPLIER = GROUPS == 2 ? 232 : 152, OTHER = GROUPS == 2 ? 40 : 56;
 };
@@ -56,12 +64,12 @@ template <class P> struct Shared {
         ring = (shared_address(start) + 1023) & ~1023u;
         start += ring - shared_address(start);
         known = reinterpret_cast<Known *>(start + P::STAGES * P::STAGE_BYTES + P::WARPS * P::WARP_TILE_BYTES);
-        full = shared_address(known + 2 * P::TOKENS);
+        full = shared_address(known + P::KNOWN);
         empty = full + 8 * P::STAGES;
         known_full = empty + 8 * P::STAGES;
         known_empty = known_full + 16;
         old = known_empty + 16;
-        slice_ends = reinterpret_cast<unsigned *>(known + 2 * P::TOKENS) + (2 * P::STAGES + 4 + P::WARPS) * 2;
+        slice_ends = reinterpret_cast<unsigned *>(known + P::KNOWN) + (2 * P::STAGES + 4 + P::WARPS) * 2;
     }
     __device__ __forceinline__ unsigned stage(unsigned i) const { return ring + i * P::STAGE_BYTES; }
     __device__ __forceinline__ unsigned warp_tile(unsigned warp) const { return stage(P::STAGES) + warp * P::WARP_TILE_BYTES; }
@@ -81,16 +89,17 @@ template <class P> struct Shared {
     }
 };
 
-// The tiles of this block in their order.
+// The tiles of this block in their order. Of split ones each slice is a tile to itself, beside the other slices of its rows.
 template <class P> struct Tiles {
     static constexpr unsigned ROWS = P::ALONG_ROWS * P::M, TOKENS = P::ALONG_TOKENS * P::TOKENS;
-    unsigned tile, m, n; // which, of which 256 rows of w, of which tokens
+    unsigned tile, m, n; // which, of which rows of w (and slice), of which tokens
     unsigned across, down, band;
 
     // A band is all of w where L2 holds that beside x (24 MiB of 50; the host's choice of kernels draws the same line), else
     // about as many rows as tokens are in flight beside them.
     __device__ __forceinline__ explicit Tiles(const Shape &shape)
-        : tile(blockIdx.x / P::BLOCKS), across((shape.rows + ROWS - 1) / ROWS), down((shape.tokens + TOKENS - 1) / TOKENS),
+        : tile(blockIdx.x / P::BLOCKS), across((shape.rows + ROWS - 1) / ROWS * P::SPLIT),
+          down((shape.tokens + TOKENS - 1) / TOKENS),
           band((size_t)shape.rows * shape.cols * 2 <= 24u << 20 ? across : 8) {
         find();
     }
@@ -104,8 +113,16 @@ template <class P> struct Tiles {
         if (remain())
             find();
     }
-    __device__ __forceinline__ unsigned row() const { return m * ROWS + cluster_rank() % P::ALONG_ROWS * P::M; }
+    __device__ __forceinline__ unsigned row() const { return m / P::SPLIT * ROWS + cluster_rank() % P::ALONG_ROWS * P::M; }
     __device__ __forceinline__ unsigned token() const { return n * TOKENS + cluster_rank() / P::ALONG_ROWS * P::TOKENS; }
+    __device__ __forceinline__ unsigned slice() const { return m % P::SPLIT; }
+    // Which of all tiles of rows and tokens.
+    __device__ __forceinline__ unsigned whole() const { return n * (across / P::SPLIT) + m / P::SPLIT; }
+    // The blocks of columns.
+    __device__ __forceinline__ unsigned begin(const Shape &shape) const { return P::SPLIT > 1 ? shape.slice_begin(slice()) : 0; }
+    __device__ __forceinline__ unsigned end(const Shape &shape) const {
+        return P::SPLIT > 1 ? shape.slice_begin(slice() + 1) : shape.blocks();
+    }
 };
 
 // Fetches a box for the SHARERS blocks of these ranks.
@@ -135,17 +152,18 @@ __device__ __forceinline__ void fetch(const Shared<P> &shared, const TensorMap *
         fetch_part<P::ALONG_ROWS>(shared.stage(at) + x_part * 128, x, i * 64, tiles.token() + x_part, shared.full + 8 * at,
                                   same_tokens);
     };
-    unsigned begin = min(P::STAGES, shape.blocks());
-    for (unsigned i = 0; i < begin; i++)
-        fetch_w(i, i);
+    const unsigned first = tiles.begin(shape);
+    unsigned ahead = min(P::STAGES, tiles.end(shape) - first);
+    for (unsigned i = 0; i < ahead; i++)
+        fetch_w(i, first + i);
     dependent_wait();
     Place<P::STAGES> position;
-    for (unsigned i = 0; i < begin; i++) {
-        fetch_x(i, i);
+    for (unsigned i = 0; i < ahead; i++) {
+        fetch_x(i, first + i);
         position.advance();
     }
-    for (; tiles.remain(); tiles.advance(), begin = 0)
-        for (unsigned i = begin; i < shape.blocks(); i++) {
+    for (; tiles.remain(); tiles.advance(), ahead = 0)
+        for (unsigned i = tiles.begin(shape) + ahead; i < tiles.end(shape); i++) {
             barrier_wait(shared.empty + 8 * position.at, position.parity ^ 1); // passes in the first round
             fetch_w(position.at, i);
             fetch_x(position.at, i);
@@ -256,9 +274,46 @@ __device__ __forceinline__ void multiply(const Shared<P> &shared, const TensorMa
     warp_tile.free();
 }
 
+// The same for slices of tiles, whose epilogue takes no row scale.
+template <class P, class Epilogue>
+__device__ __forceinline__ void multiply_slices(const Shared<P> &shared, const TensorMap *out, const Shape &shape,
+                                                const Epilogue &epilogue, const Partials &partials) {
+    static_assert(!Epilogue::SCALED && is_added(Epilogue{}), "of the products with a split sum");
+    const unsigned warp = threadIdx.x / 32, lane = threadIdx.x % 32, old = shared.old + 8 * warp;
+    const WarpTile warp_tile = {shared.warp_tile(warp), lane};
+    dependent_wait();
+    Place<P::STAGES> position;
+    Place<1> fetched;
+    for (Tiles<P> tiles(shape); tiles.remain(); tiles.advance()) {
+        const unsigned token = tiles.token() + 16 * warp, count = shape.tokens > token ? shape.tokens - token : 0;
+        const Slices<P::SPLIT, P::M / 2, P::BLOCKS * P::WARPS> slices(partials, tiles.whole(), cluster_rank() * P::WARPS + warp);
+        Outputs outputs = {warp_tile, out, token, count, tiles.row(), shape.rows};
+        float sum[P::M / 2];
+#pragma unroll
+        for (int i = 0; i < P::M / 2; i++)
+            sum[i] = 0.0f;
+        multiply_slice(shared, position, tiles.begin(shape), tiles.end(shape), sum);
+        if (count == 0 || outputs.m0 >= shape.rows)
+            continue;
+        slices.store(tiles.slice(), sum);
+        if (!slices.arrives_last())
+            continue;
+#pragma unroll 1
+        for (unsigned i = 0; i < P::M / 128; i++, outputs.m0 += 128) {
+            float y[64];
+            prepare(epilogue, outputs, old);
+            slices.template add<P::ADDED>(y, 64 * i);
+            barrier_wait(old, fetched.parity);
+            fetched.advance();
+            finish(epilogue, y, outputs, shared.known);
+        }
+    }
+    warp_tile.free();
+}
+
 template <class P, class Epilogue>
 __device__ __forceinline__ void prefill(const TensorMap *w, const TensorMap *x, const TensorMap *out, const Shape &shape,
-                                        const Epilogue &epilogue) {
+                                        const Epilogue &epilogue, const Partials &partials) {
     extern __shared__ __align__(1024) unsigned char start[];
     dependent_launch();
     const Shared<P> shared(start);
@@ -269,7 +324,10 @@ __device__ __forceinline__ void prefill(const TensorMap *w, const TensorMap *x, 
     cluster_sync();
     if (threadIdx.x < P::MULTIPLIERS) {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(P::MULTIPLIER));
-        multiply(shared, out, shape, epilogue);
+        if constexpr (P::SPLIT > 1)
+            multiply_slices(shared, out, shape, epilogue, partials);
+        else
+            multiply(shared, out, shape, epilogue);
     } else {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(P::OTHER));
         if (threadIdx.x == P::MULTIPLIERS)
@@ -285,7 +343,14 @@ __device__ __forceinline__ void prefill(const TensorMap *w, const TensorMap *x, 
     extern "C" __global__ void __launch_bounds__(128 * GROUPS + 128, 1)                                                      \
     NAME(const __grid_constant__ TensorMap w, const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap out,    \
          Shape shape, EPILOGUE epilogue) {                                                                                   \
-        prefill<Plan<GROUPS, M, ALONG_ROWS, ALONG_TOKENS>>(&w, &x, &out, shape, epilogue);                                   \
+        prefill<Plan<GROUPS, M, ALONG_ROWS, ALONG_TOKENS, 1>>(&w, &x, &out, shape, epilogue, {});                            \
+    }
+
+#define SPLIT(NAME, GROUPS, M, ALONG_ROWS, ALONG_TOKENS, EPILOGUE)                                                           \
+    extern "C" __global__ void __launch_bounds__(128 * GROUPS + 128, 1)                                                      \
+    NAME(const __grid_constant__ TensorMap w, const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap out,    \
+         Shape shape, EPILOGUE epilogue, Partials partials) {                                                                \
+        prefill<Plan<GROUPS, M, ALONG_ROWS, ALONG_TOKENS, EPILOGUE::SLICES>>(&w, &x, &out, shape, epilogue, partials);      \
     }
 
 PREFILL(prefill_qkv_narrow, 2, 128, 2, 1, Qkv)
@@ -294,6 +359,9 @@ PREFILL(prefill_qkv_square, 2, 128, 2, 2, Qkv)
 PREFILL(prefill_residual_narrow, 2, 128, 2, 1, Residual)
 PREFILL(prefill_residual_middle, 3, 128, 2, 1, Residual)
 PREFILL(prefill_residual_square, 2, 128, 2, 2, Residual)
+SPLIT(split_residual_narrow, 2, 128, 2, 1, Residual)
+SPLIT(split_residual_middle, 3, 128, 2, 1, Residual)
+SPLIT(split_residual_wide, 2, 256, 1, 2, Residual)
 PREFILL(prefill_gate_up_narrow, 2, 128, 2, 1, GateUp)
 PREFILL(prefill_gate_up_middle, 3, 128, 2, 1, GateUp)
 PREFILL(prefill_gate_up_square, 2, 128, 2, 2, GateUp)

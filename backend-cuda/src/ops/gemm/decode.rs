@@ -50,8 +50,10 @@ pub(super) struct Tiling {
     normed: Option<&'static str>,
     block: Block,
     team: Team,
-    /// Quickest up to this many tokens.
+    /// Quickest up to this many tokens,
     tokens_max: u32,
+    /// and up to so many blocks: where more are needed, larger ones are quicker.
+    blocks_max: u32,
     /// Bytes of shared memory that a block may take.
     shared: u32,
 }
@@ -63,6 +65,10 @@ impl Tiling {
     const MOST: u32 = 162 << 10;
     /// The head's blocks are many and short: more of them side by side hide their ends.
     const QUARTER: u32 = 56 << 10;
+    /// Blocks that an H100 takes at once: one a multiprocessor, one and a half, two.
+    const ONE_EACH: u32 = 132;
+    const SOME_TWO: u32 = 198;
+    const TWO_EACH: u32 = 264;
 
     const fn slices(kernel: &'static str, rows: u32, tokens: u32, tokens_max: u32, shared: u32) -> Tiling {
         Tiling {
@@ -71,20 +77,27 @@ impl Tiling {
             block: Block::new(rows, tokens),
             team: Team::Slices { tiles: 1 },
             tokens_max,
+            blocks_max: u32::MAX,
             shared,
         }
+    }
+
+    /// The same for launches of few blocks.
+    const fn up_to(self, blocks_max: u32) -> Tiling {
+        Tiling { blocks_max, ..self }
     }
 
     /// A head's 128 rows meet in one cluster.
     const fn heads(kernel: [&'static str; 2], tokens: u32, tokens_max: u32) -> Tiling {
         let (team, shared) = (Team::Slices { tiles: 2 }, Self::HALF);
         let [kernel, normed] = kernel;
-        Tiling { kernel, normed: Some(normed), block: Block::new(64, tokens), team, tokens_max, shared }
+        let (block, blocks_max) = (Block::new(64, tokens), u32::MAX);
+        Tiling { kernel, normed: Some(normed), block, team, tokens_max, blocks_max, shared }
     }
 
     const fn pair(kernel: &'static str, rows: u32, tokens: u32, tokens_max: u32) -> Tiling {
         let (block, team) = (Block::new(rows, tokens), Team::Pair);
-        Tiling { kernel, normed: None, block, team, tokens_max, shared: Self::MOST }
+        Tiling { kernel, normed: None, block, team, tokens_max, blocks_max: u32::MAX, shared: Self::MOST }
     }
 
     /// A pair of blocks of two whole heads.
@@ -104,9 +117,10 @@ impl Tiling {
         ];
         const RESIDUAL: &[Tiling] = &[
             Tiling::slices("decode_residual_64x16", 64, 16, 16, Tiling::HALF),
-            Tiling::slices("decode_residual_64x32", 64, 32, 64, Tiling::HALF),
-            Tiling::slices("decode_residual_64x64", 64, 64, 192, Tiling::HALF),
-            Tiling::slices("decode_residual_128x88", 128, 88, 256, Tiling::MOST),
+            Tiling::slices("decode_residual_64x32", 64, 32, 64, Tiling::HALF).up_to(Tiling::SOME_TWO),
+            Tiling::slices("decode_residual_64x64", 64, 64, 192, Tiling::HALF).up_to(Tiling::SOME_TWO),
+            Tiling::slices("decode_residual_64x128", 64, 128, 128, Tiling::HALF).up_to(Tiling::SOME_TWO),
+            Tiling::slices("decode_residual_128x88", 128, 88, 256, Tiling::MOST).up_to(Tiling::ONE_EACH),
         ];
         const GATE_UP: &[Tiling] = &[
             Tiling::slices("decode_gate_up_64x16", 64, 16, 16, Tiling::HALF),
@@ -137,16 +151,19 @@ impl Tiling {
             Tiling::heads(["decode_qkv_64x16", "decode_qkv_normed_64x16"], 16, 16),
             Tiling::heads(["decode_qkv_64x32", "decode_qkv_normed_64x32"], 32, 32),
             Tiling::head_pair(["pair_qkv_128x32", "pair_qkv_normed_128x32"], 32, 64),
+            Tiling::head_pair(["pair_qkv_128x64", "pair_qkv_normed_128x64"], 64, 128).up_to(Tiling::ONE_EACH),
         ];
         const RESIDUAL: &[Tiling] = &[
             Tiling::slices("decode_residual_64x16", 64, 16, 16, Tiling::HALF),
             Tiling::slices("decode_residual_64x32", 64, 32, 32, Tiling::HALF),
             Tiling::slices("decode_residual_64x64", 64, 64, 64, Tiling::HALF),
+            Tiling::slices("decode_residual_64x128", 64, 128, 128, Tiling::HALF).up_to(Tiling::TWO_EACH),
             Tiling::slices("decode_residual_192x128", 192, 128, 128, Tiling::MOST),
         ];
         const GATE_UP: &[Tiling] = &[
             Tiling::slices("decode_gate_up_64x16", 64, 16, 16, Tiling::HALF),
             Tiling::slices("decode_gate_up_64x32", 64, 32, 32, Tiling::HALF),
+            Tiling::slices("decode_gate_up_64x64", 64, 64, 64, Tiling::HALF).up_to(Tiling::TWO_EACH),
             Tiling::pair("pair_gate_up_192x32", 192, 32, 64),
         ];
         match kind {
@@ -193,18 +210,28 @@ impl Tiling {
         wanted.min(fit).max(3)
     }
 
-    fn grid(&self, shape: &Shape, stages: u32) -> Grid {
+    /// Blocks of a cluster, clusters along the tokens, clusters along the rows.
+    fn clusters(&self, shape: &Shape) -> [u32; 3] {
         let (row_tiles, token_tiles) =
             (shape.rows.div_ceil(self.block.rows), shape.tokens.div_ceil(self.block.tokens));
-        let (cluster, clusters, rows) = match self.team {
-            Team::Slices { tiles } => (tiles * shape.slices, token_tiles, row_tiles.div_ceil(tiles)),
-            Team::Pair => (2, token_tiles.div_ceil(2), row_tiles),
-        };
+        match self.team {
+            Team::Slices { tiles } => [tiles * shape.slices, token_tiles, row_tiles.div_ceil(tiles)],
+            Team::Pair => [2, token_tiles.div_ceil(2), row_tiles],
+        }
+    }
+
+    fn grid(&self, shape: &Shape, stages: u32) -> Grid {
+        let [cluster, clusters, rows] = self.clusters(shape);
         // Clusters with the same rows of w are neighbours, so that w comes from memory once.
         Grid::new(clusters * cluster, self.block.threads())
             .rows(rows)
             .cluster(cluster)
             .shared(self.block.shared(stages))
+    }
+
+    /// Is it the quickest for the shape, but for those before it in a list?
+    fn suits(&self, shape: &Shape) -> bool {
+        shape.tokens <= self.tokens_max && self.clusters(shape).iter().product::<u32>() <= self.blocks_max
     }
 
     /// Rows of w that one block fetches at once.
@@ -274,15 +301,12 @@ impl Decode {
         loaded.get(kind as usize).map_or(&[], Vec::as_slice)
     }
 
-    /// Tokens up to which these kernels are the quicker ones, if they have the whole device.
-    pub(super) fn tokens_max(&self, kind: Kind, shape: &Shape) -> u32 {
-        self.tilings(kind, shape, Room::Whole).last().map_or(0, |last| last.tiling.tokens_max)
-    }
-
-    /// The tiling for the shape's tokens; the last one where there are more than any is for.
+    /// The tiling for the shape; none where another kernel is the quicker one. In half of each multiprocessor there is no other:
+    /// the last one then takes all that are too many for those before it.
     pub(super) fn tiling(&self, kind: Kind, shape: &Shape, room: Room) -> Option<&Loaded> {
         let tilings = self.tilings(kind, shape, room);
-        tilings.iter().find(|loaded| shape.tokens <= loaded.tiling.tokens_max).or(tilings.last())
+        let last = tilings.last().filter(|_| room == Room::Half);
+        tilings.iter().find(|loaded| loaded.tiling.suits(shape)).or(last)
     }
 
     pub(super) fn launch<E: Epilogue>(
@@ -321,6 +345,45 @@ mod tests {
         for kind in [Kind::Qkv, Kind::Residual, Kind::GateUp] {
             assert!(Tiling::of_half(kind).iter().all(|tiling| tiling.shared <= Tiling::HALF), "{kind:?}");
         }
+    }
+
+    /// Of a product with so many rows, columns and tokens, the kernel that the list has for it.
+    fn picked(of: fn(Kind) -> &'static [Tiling], kind: Kind, sizes: [u32; 3]) -> Option<&'static str> {
+        let [rows, cols, tokens] = sizes;
+        let shape = Shape { rows, cols, tokens, slices: kind.slices(rows, cols) };
+        of(kind).iter().find(|tiling| tiling.suits(&shape)).map(|tiling| tiling.kernel)
+    }
+
+    #[test]
+    fn blocks_are_as_large_as_leaves_the_device_full() {
+        // Qwen3-0.6B's o, and that of Llama's 1B, which has twice the rows.
+        let o = |rows, tokens| picked(Tiling::of, Kind::Residual, [rows, 2048, tokens]);
+        assert_eq!(
+            [64, 128, 192, 256].map(|tokens| o(1024, tokens)),
+            [
+                Some("decode_residual_64x32"),
+                Some("decode_residual_64x64"),
+                Some("decode_residual_64x64"),
+                Some("decode_residual_128x88"),
+            ]
+        );
+        assert_eq!(
+            [32, 64, 128, 192, 256].map(|tokens| o(2048, tokens)),
+            [
+                Some("decode_residual_64x32"),
+                Some("decode_residual_64x64"),
+                Some("decode_residual_64x128"),
+                None,
+                None,
+            ]
+        );
+        // Of matrices that L2 does not hold: Qwen2.5's 7B and Qwen3-14B.
+        let down = |rows, cols| picked(Tiling::of_large, Kind::Residual, [rows, cols, 128]);
+        assert_eq!(down(3584, 18_944), Some("decode_residual_64x128"));
+        assert_eq!(down(5120, 17_408), Some("decode_residual_192x128"));
+        let gate_up = |rows, cols| picked(Tiling::of_large, Kind::GateUp, [rows, cols, 64]);
+        assert_eq!(gate_up(16_384, 2048), Some("decode_gate_up_64x64"));
+        assert_eq!(gate_up(37_888, 3584), Some("pair_gate_up_192x32"));
     }
 
     #[test]

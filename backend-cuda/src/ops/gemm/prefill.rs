@@ -5,16 +5,20 @@
 //!   narrow   128 rows x 128 tokens     2 along the rows       every product
 //!   middle   128      x 192            2 along the rows       the model's
 //!   square   128      x 128            2 x 2                  the model's
-//!   wide     256      x 128            2 along the tokens     gate and up, where the whole sum is one slice
+//!   wide     256      x 128            2 along the tokens     gate and up, where the whole sum is one slice; split sums
 //! ```
 //!
-//! A cluster takes tile after tile. Invariant: a block's shared memory fits a multiprocessor, and the kernel lays it out as
-//! [`Tile::shared`] counts it.
+//! A cluster takes tile after tile. Where few rows and tokens make few tiles, it takes slice after slice of o's and down's tiles
+//! instead: the sum is split among clusters, who leave their slices in memory, and the last adds them (`split.cuh`).
+//! Invariant: a block's shared memory fits a multiprocessor, and the kernel lays it out as [`Tile::shared`] counts it.
+
+use minisgl_core::backend::Purpose;
 
 use super::{BLOCK_COLS, Block, Epilogue, Kind, Product, Shape};
+use crate::device::Cuda;
 use crate::error::CudaError;
-use crate::launch::{Grid, Kernel, Launcher};
-use crate::module::Modules;
+use crate::launch::{Grid, Kernel, Launcher, plain_params};
+use crate::memory::Address;
 use crate::tensor_map::TensorMap;
 
 /// A tile's kernel, and how many clusters of it the device takes at once.
@@ -30,6 +34,34 @@ struct Loaded {
 pub(super) struct Prefill {
     /// By [`Kind`].
     kernels: [Vec<Loaded>; 5],
+    partials: Partials,
+}
+
+/// Where clusters that split sums leave their slices, as `split.cuh` declares it.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+struct Partials {
+    /// Sums of all tiles' slices, f32.
+    sums: Address,
+    /// Words: how many slices of a warp's share of a tile are there. Zero between launches.
+    arrived: Address,
+}
+
+plain_params!(Partials);
+
+impl Partials {
+    /// Bytes of sums. A tile of 256 rows and tokens takes a megabyte in four slices.
+    const BYTES: usize = 24 << 20;
+    /// Bytes of a warp's sums: 16 tokens by 128 rows.
+    const WARP_BYTES: usize = 16 * 128 * 4;
+
+    fn new(cuda: &mut Cuda) -> Result<Partials, CudaError> {
+        let sums = cuda.allocate(Purpose::Scratch, Self::BYTES)?;
+        let arrived_bytes = Self::BYTES / Self::WARP_BYTES * 4;
+        let arrived = cuda.allocate(Purpose::Scratch, arrived_bytes)?;
+        cuda.zero(arrived, arrived_bytes)?;
+        Ok(Partials { sums, arrived })
+    }
 }
 
 /// What a cluster works on at a time.
@@ -42,16 +74,30 @@ struct Tile {
     /// Warpgroups of a block that multiply, 64 tokens each.
     groups: u32,
     stages: u32,
-    /// Its time, in any unit.
+    /// The time of a block of columns, in units of some 50 ns.
     cost: u32,
+    /// A cluster takes one of so many slices of a tile at a time; with 1, a whole tile, however many slices it has.
+    split: u32,
+    /// The time of leaving a slice in memory and adding the last.
+    adding: u32,
 }
 
 impl Tile {
-    const NARROW: Tile = Tile { blocks: [2, 1], rows: 128, groups: 2, stages: 5, cost: 6 };
-    const MIDDLE: Tile = Tile { blocks: [2, 1], rows: 128, groups: 3, stages: 4, cost: 8 };
-    const SQUARE: Tile = Tile { blocks: [2, 2], rows: 128, groups: 2, stages: 5, cost: 5 };
+    const NARROW: Tile =
+        Tile { blocks: [2, 1], rows: 128, groups: 2, stages: 5, cost: 6, split: 1, adding: 0 };
+    const MIDDLE: Tile =
+        Tile { blocks: [2, 1], rows: 128, groups: 3, stages: 4, cost: 8, split: 1, adding: 0 };
+    const SQUARE: Tile =
+        Tile { blocks: [2, 2], rows: 128, groups: 2, stages: 5, cost: 5, split: 1, adding: 0 };
     /// Its sums leave no registers for those of another slice.
-    const WIDE: Tile = Tile { blocks: [1, 2], rows: 256, groups: 2, stages: 4, cost: 10 };
+    const WIDE: Tile =
+        Tile { blocks: [1, 2], rows: 256, groups: 2, stages: 4, cost: 10, split: 1, adding: 0 };
+    /// In four slices, which is how o's and down's sums are cut. There w comes from memory, not from L2, which takes longer.
+    const SPLIT: [Tile; 3] = [
+        Tile { split: 4, cost: 9, adding: 90, ..Tile::NARROW },
+        Tile { split: 4, cost: 12, adding: 130, ..Tile::MIDDLE },
+        Tile { split: 4, cost: 13, adding: 200, ..Tile::WIDE },
+    ];
 
     fn cluster(self) -> u32 {
         self.blocks[0] * self.blocks[1]
@@ -67,14 +113,30 @@ impl Tile {
         shape.rows.div_ceil(rows) * shape.tokens.div_ceil(tokens)
     }
 
-    /// The time of a launch that `clusters` share: each takes as many tiles as the last one to end.
-    fn time(self, shape: &Shape, clusters: u32) -> u32 {
-        self.count(shape).div_ceil(clusters) * self.cost
+    /// What clusters take in turn: tiles, or their slices.
+    fn turns(self, shape: &Shape) -> u32 {
+        self.count(shape) * self.split
     }
 
-    /// Does it hold the product's slices, and would no block of a cluster lie behind the last token?
+    /// The time of a launch that `clusters` share: each takes as many turns as the last one to end.
+    fn time(self, shape: &Shape, clusters: u32) -> u32 {
+        let blocks = shape.cols.div_ceil(BLOCK_COLS).div_ceil(self.split);
+        self.turns(shape).div_ceil(clusters) * (blocks * self.cost + self.adding)
+    }
+
+    /// Does it hold the product's slices, one after the other or in memory, and would no block of a cluster lie behind the last
+    /// token?
     fn suits(self, shape: &Shape) -> bool {
-        (self.rows == 128 || shape.slices == 1) && shape.tokens > (self.blocks[1] - 1) * self.tokens()
+        let holds = match self.split {
+            1 => self.rows == 128 || shape.slices == 1,
+            split => split == shape.slices && self.partial_bytes(shape) <= Partials::BYTES,
+        };
+        holds && shape.tokens > (self.blocks[1] - 1) * self.tokens()
+    }
+
+    /// Bytes of all tiles' slices.
+    fn partial_bytes(self, shape: &Shape) -> usize {
+        (self.turns(shape) * self.cluster() * self.rows * self.tokens()) as usize * 4
     }
 
     /// The warpgroups that multiply, and the one that fetches.
@@ -83,12 +145,13 @@ impl Tile {
     }
 
     /// Shared memory: the ring, 4 KiB of outputs a warp (2 of wide ones), 16 bytes a token twice, barriers, the ends of 8
-    /// slices, and what aligns the ring to 1024 bytes.
+    /// slices, and what aligns the ring to 1024 bytes. Where slices are taken, wide ones have 4 KiB too, and tokens nothing.
     fn shared(self) -> u32 {
         let stage = (self.tokens() + self.rows) * BLOCK_COLS * 2;
-        let outputs = if self.rows == 128 { 4 << 10 } else { 2 << 10 };
+        let outputs = if self.rows == 128 || self.split > 1 { 4 << 10 } else { 2 << 10 };
+        let known = if self.split > 1 { 0 } else { self.tokens() * 32 };
         let barriers = 2 * self.stages + 4 + 4 * self.groups;
-        self.stages * stage + 4 * self.groups * outputs + self.tokens() * 32 + barriers * 8 + 8 * 4 + 1024
+        self.stages * stage + 4 * self.groups * outputs + known + barriers * 8 + 8 * 4 + 1024
     }
 
     fn grid(self, clusters: u32) -> Grid {
@@ -102,12 +165,13 @@ impl Prefill {
     const WARP_TOKENS: u32 = 16;
 
     /// Looks up the kernels, and how many clusters of each the device takes.
-    pub(super) fn new(modules: &Modules, launcher: &Launcher) -> Result<Prefill, CudaError> {
+    pub(super) fn new(cuda: &mut Cuda) -> Result<Prefill, CudaError> {
+        let partials = Partials::new(cuda)?;
         let load = |tile: Tile, name| {
-            let kernel = modules.kernel("gemm_prefill", name, tile.shared())?;
+            let kernel = cuda.modules().kernel("gemm_prefill", name, tile.shared())?;
             // Where none has room the launch will say so.
-            let clusters = launcher.clusters_at_once(&kernel, tile.grid(1))?.max(1);
-            Ok(Loaded { tile, kernel, clusters })
+            let clusters = cuda.launcher().clusters_at_once(&kernel, tile.grid(1))?.max(1);
+            Ok::<_, CudaError>(Loaded { tile, kernel, clusters })
         };
         let three = |narrow, middle, square| {
             Ok::<_, CudaError>(vec![
@@ -124,13 +188,13 @@ impl Prefill {
             vec![load(Tile::NARROW, "prefill_linear_narrow")?],
         ];
         kernels[Kind::GateUp as usize].push(load(Tile::WIDE, "prefill_gate_up_wide")?);
-        Ok(Prefill { kernels })
-    }
-
-    /// Do the product's tiles fill a quarter of the device?
-    pub(super) fn fills_a_quarter(&self, kind: Kind, shape: &Shape) -> bool {
-        let fills = |loaded: &Loaded| loaded.tile.count(shape) >= loaded.clusters / 4;
-        self.kernels[kind as usize].first().is_some_and(fills)
+        let [narrow, middle, wide] = Tile::SPLIT;
+        kernels[Kind::Residual as usize].extend([
+            load(narrow, "split_residual_narrow")?,
+            load(middle, "split_residual_middle")?,
+            load(wide, "split_residual_wide")?,
+        ]);
+        Ok(Prefill { kernels, partials })
     }
 
     /// The quickest tile that there is for the product. Wider tiles move fewer bytes for each operation, but leave more of the
@@ -149,7 +213,7 @@ impl Prefill {
         let &Shape { rows, cols, tokens, .. } = shape;
         let quickest = self.quickest(E::KIND, shape).ok_or(CudaError::NoTile { rows, cols, tokens })?;
         let Loaded { tile, kernel, clusters } = quickest;
-        let grid = tile.grid(tile.count(shape).min(*clusters));
+        let grid = tile.grid(tile.turns(shape).min(*clusters));
         let [along_rows, along_tokens] = tile.blocks;
         let [w, x] = product.maps(Block::new(tile.rows / along_tokens, tile.tokens() / along_rows))?;
         // The copy engine takes rows that are a multiple of 16 bytes; a kernel stores others without it.
@@ -158,7 +222,10 @@ impl Prefill {
             0 => TensorMap::rows_of_bf16(out, shape.tokens as usize, width as usize, Self::WARP_TOKENS)?,
             _ => x,
         };
-        launcher.launch(kernel, grid, [&w, &x, &out, shape, *epilogue])
+        match tile.split {
+            1 => launcher.launch(kernel, grid, [&w, &x, &out, shape, *epilogue]),
+            _ => launcher.launch(kernel, grid, [&w, &x, &out, shape, *epilogue, &self.partials]),
+        }
     }
 }
 
@@ -168,7 +235,8 @@ mod tests {
 
     #[test]
     fn every_tile_fits_a_multiprocessor() {
-        for tile in [Tile::NARROW, Tile::MIDDLE, Tile::SQUARE, Tile::WIDE] {
+        let tiles = [Tile::NARROW, Tile::MIDDLE, Tile::SQUARE, Tile::WIDE];
+        for tile in tiles.into_iter().chain(Tile::SPLIT) {
             assert!(tile.shared() <= 227 << 10, "{tile:?} takes {} bytes", tile.shared());
             assert!(tile.threads() <= 1024, "{tile:?}");
         }
@@ -177,18 +245,27 @@ mod tests {
     /// On a device of 132 multiprocessors, 30 clusters of four find room.
     #[test]
     fn each_tile_is_the_quickest_of_some_shape() {
+        let is = |tile: Tile| (tile.blocks, tile.rows, tile.groups, tile.split);
         let quickest = |rows, cols, tokens, slices| {
             let shape = Shape { rows, cols, tokens, slices };
             let tiles = [(Tile::NARROW, 66), (Tile::MIDDLE, 66), (Tile::SQUARE, 30), (Tile::WIDE, 66)];
-            let there = tiles.into_iter().filter(|(tile, _)| tile.suits(&shape));
+            let split = Tile::SPLIT.map(|tile| (tile, 66));
+            let there = tiles.into_iter().chain(split).filter(|(tile, _)| tile.suits(&shape));
             let (tile, _) = there.min_by_key(|(tile, clusters)| tile.time(&shape, *clusters)).unwrap();
-            (tile.blocks, tile.rows, tile.groups)
+            is(tile)
         };
-        let is = |tile: Tile| (tile.blocks, tile.rows, tile.groups);
         assert_eq!(quickest(7168, 5120, 128, 2), is(Tile::NARROW));
         assert_eq!(quickest(4096, 1024, 16_384, 2), is(Tile::MIDDLE));
         assert_eq!(quickest(34_816, 5120, 256, 1), is(Tile::SQUARE));
         assert_eq!(quickest(34_816, 5120, 16_384, 1), is(Tile::WIDE));
+        // Of Llama's 1B and 8B, and Qwen2.5's 7B.
+        let [narrow, middle, wide] = Tile::SPLIT;
+        assert_eq!(quickest(2048, 8192, 256, 4), is(narrow));
+        assert_eq!(quickest(3584, 18_944, 192, 4), is(middle));
+        assert_eq!(quickest(4096, 14_336, 256, 4), is(wide));
+        // Many tokens, and Qwen3-14B's rows, give enough clusters whole tiles.
+        assert_eq!(quickest(3584, 18_944, 16_384, 4), is(Tile::SQUARE));
+        assert_eq!(quickest(5120, 17_408, 256, 4), is(Tile::SQUARE));
         // Of the kernels' tests.
         assert_eq!(quickest(8064, 1600, 1000, 1), is(Tile::WIDE));
     }
