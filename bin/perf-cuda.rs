@@ -31,7 +31,7 @@ struct Flags {
     #[argh(option, default = "Numbers::default()")]
     tokens: Numbers,
     /// sizes where the model differs from Qwen3-0.6B, instead of its and 14B's: heads=32,head_dim=64 (layers, hidden,
-    /// vocab, heads, kv_heads, head_dim, intermediate)
+    /// vocab, heads, kv_heads, head_dim, intermediate, window; bias=1: q, k and v have biases, heads no norms)
     #[argh(option)]
     model: Option<ModelShape>,
     /// measurements of a case (default 10)

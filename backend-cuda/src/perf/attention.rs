@@ -1,4 +1,5 @@
-//! Cases of paged attention: decode over contexts of one length and over a mix, prefill of whole prompts.
+//! Cases of paged attention: decode over contexts of one length and over a mix, prefill of whole prompts; all of it with a
+//! window too.
 //!
 //! Queries lie in [-8, 8), so that scores differ and the softmax has something to do; keys and values in [-1, 1).
 
@@ -28,9 +29,15 @@ const ERROR_MAX: f64 = 0.02;
 
 pub(super) fn cases(filter: &Filter) -> Vec<Case> {
     let mut cases = Vec::new();
-    for model in filter.models() {
+    for model in filter.models().into_iter().flat_map(ModelShape::and_windowed) {
+        // A window that holds all of a context is none.
+        let contexts: Vec<u32> = filter
+            .contexts()
+            .into_iter()
+            .filter(|context| model.window.is_none_or(|n| n < *context))
+            .collect();
         for rows in filter.rows() {
-            for context in filter.contexts() {
+            for &context in &contexts {
                 let step = StepOf::decode(&vec![context; rows as usize], model.vocab);
                 cases.push(case("attention_decode", format!("rows={rows} context={context}"), model, step));
             }
@@ -41,8 +48,10 @@ pub(super) fn cases(filter: &Filter) -> Vec<Case> {
             cases.push(case("attention_decode", shape, model, StepOf::decode(&contexts, model.vocab)));
         }
         for tokens in filter.tokens() {
-            let prompts = tokens.div_ceil(PROMPT);
-            let rows = (0..prompts).map(|i| (0, PROMPT.min(tokens - i * PROMPT))).collect();
+            // So long that a window matters.
+            let prompt = model.window.map_or(PROMPT, |window| (2 * window).max(PROMPT)).min(tokens);
+            let prompts = tokens.div_ceil(prompt);
+            let rows = (0..prompts).map(|i| (0, prompt.min(tokens - i * prompt))).collect();
             let step = StepOf { rows, ..StepOf::decode(&[], model.vocab) };
             cases.push(case("attention_prefill", format!("tokens={tokens} prompts={prompts}"), model, step));
         }
@@ -61,20 +70,21 @@ fn mix(step: u32) -> Vec<u32> {
 fn case(family: &'static str, shape: String, model: ModelShape, step: StepOf) -> Case {
     let dims = model.dims();
     let (q_row, kv_row) = (dims.q_width() as f64 * 2.0, f64::from(dims.kv_heads * dims.head_dim) * 4.0);
-    let context: f64 = step.rows.iter().map(|(position, tokens)| f64::from(position + tokens)).sum();
-    // Each token sees the positions up to its own.
-    let seen: f64 = step
-        .rows
-        .iter()
-        .map(|(position, tokens)| {
-            f64::from(*tokens) * (f64::from(*position) + (f64::from(*tokens) + 1.0) / 2.0)
-        })
-        .sum();
+    let window = model.window.unwrap_or(u32::MAX);
+    // Positions that any of a row's tokens sees, and those that each sees, all in all: up to its own, within the window.
+    let context =
+        |(position, tokens): &(u32, u32)| (position + tokens).min(tokens.saturating_add(window - 1));
+    let seen = |(position, tokens): &(u32, u32)| {
+        (*position..position + tokens).map(|at| f64::from((at + 1).min(window))).sum::<f64>()
+    };
+    let all_context: f64 = step.rows.iter().map(|row| f64::from(context(row))).sum();
+    let all_seen: f64 = step.rows.iter().map(seen).sum();
+    let window = model.window.map(|window| format!(" window={window}")).unwrap_or_default();
     Case {
         family,
-        shape: format!("model={} {shape}", model.name),
-        bytes: context * kv_row + f64::from(step.tokens()) * q_row * 2.0,
-        flops: 4.0 * dims.q_width() as f64 * seen,
+        shape: format!("model={} {shape}{window}", model.name),
+        bytes: all_context * kv_row + f64::from(step.tokens()) * q_row * 2.0,
+        flops: 4.0 * dims.q_width() as f64 * all_seen,
         setup: Box::new(move |cuda, copies| setup(cuda, model, &step, copies)),
     }
 }
@@ -82,7 +92,7 @@ fn case(family: &'static str, shape: String, model: ModelShape, step: StepOf) ->
 fn setup(cuda: &mut Cuda, model: ModelShape, step_of: &StepOf, copies: usize) -> Result<Run, CudaError> {
     let dims = model.dims();
     let (limits, tokens) = (step_of.limits(), step_of.tokens() as usize);
-    let attention = Attention::new(cuda, &dims, None, &limits)?;
+    let attention = Attention::new(cuda, &dims, model.window, &limits)?;
     let step = step_of.upload(cuda, attention.plan_words(&limits), |shape, rows, words| {
         attention.plan(shape, false, rows, words)
     })?;
@@ -151,8 +161,10 @@ impl Sampled {
             random_element(head_dim, seed, kv_row, ((d / 8) ^ (t % 8)) * 8 + d % 8)
         };
         let queries: Vec<f64> = (0..head_dim).map(query).collect();
-        let positions = self.rows[row].0 as usize + within + 1;
-        let scores: Vec<f64> = (0..positions)
+        let end = self.rows[row].0 as usize + within + 1;
+        let seen = end.saturating_sub(self.model.window.unwrap_or(u32::MAX) as usize)..end;
+        let scores: Vec<f64> = seen
+            .clone()
             .map(|p| {
                 (0..head_dim).map(|d| queries[d] * stored(KEYS, p, d)).sum::<f64>() / (head_dim as f64).sqrt()
             })
@@ -162,7 +174,7 @@ impl Sampled {
         let total: f64 = weights.iter().sum();
         (0..head_dim)
             .map(|d| {
-                weights.iter().enumerate().map(|(p, weight)| weight * stored(VALUES, p, d)).sum::<f64>()
+                weights.iter().zip(seen.clone()).map(|(weight, p)| weight * stored(VALUES, p, d)).sum::<f64>()
                     / total
             })
             .collect()

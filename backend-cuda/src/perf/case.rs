@@ -130,7 +130,14 @@ pub struct ModelShape {
     kv_heads: u32,
     head_dim: u32,
     intermediate: u32,
+    /// Positions that a token sees, where not all.
+    pub(super) window: Option<u32>,
+    /// Have q, k and v biases, and heads no norms?
+    pub(super) bias: bool,
 }
+
+/// Positions that a token sees in cases of models that have no window of their own.
+const USUAL_WINDOW: u32 = 1024;
 
 const SMALL: ModelShape = ModelShape {
     name: "0.6b",
@@ -141,6 +148,8 @@ const SMALL: ModelShape = ModelShape {
     kv_heads: 8,
     head_dim: 128,
     intermediate: 3072,
+    window: None,
+    bias: false,
 };
 
 /// Qwen3-0.6B and Qwen3-14B.
@@ -152,9 +161,22 @@ impl ModelShape {
         let ModelShape { layers, hidden, vocab, heads, kv_heads, head_dim, intermediate, .. } = *self;
         Dims { layers, hidden, heads, kv_heads, head_dim, intermediate, vocab, norm_eps: 1e-6 }
     }
+
+    /// The model, and where it has no window the same with one.
+    pub(super) fn and_windowed(self) -> Vec<ModelShape> {
+        let windows = self.window.map_or(vec![None, Some(USUAL_WINDOW)], |window| vec![Some(window)]);
+        windows.into_iter().map(|window| ModelShape { window, ..self }).collect()
+    }
+
+    /// The model, and where it has no biases the same with them.
+    pub(super) fn and_biased(self) -> Vec<ModelShape> {
+        let biases: &[bool] = if self.bias { &[true] } else { &[false, true] };
+        biases.iter().map(|bias| ModelShape { bias: *bias, ..self }).collect()
+    }
 }
 
-/// Sizes that differ from those of Qwen3-0.6B: `heads=32,head_dim=64`.
+/// Sizes that differ from those of Qwen3-0.6B, a window, and whether there are biases: `heads=32,head_dim=64`,
+/// `window=4096,bias=1`.
 impl FromStr for ModelShape {
     type Err = String;
 
@@ -162,7 +184,7 @@ impl FromStr for ModelShape {
         let mut shape = ModelShape { name: "given", ..SMALL };
         for word in text.split(',') {
             let (name, value) = word.split_once('=').ok_or_else(|| format!("`{word}` is no NAME=NUMBER"))?;
-            let value = value.parse().map_err(|_| format!("`{value}` in `{word}` is no number"))?;
+            let value: u32 = value.parse().map_err(|_| format!("`{value}` in `{word}` is no number"))?;
             let size = match name {
                 "layers" => &mut shape.layers,
                 "hidden" => &mut shape.hidden,
@@ -171,6 +193,14 @@ impl FromStr for ModelShape {
                 "kv_heads" => &mut shape.kv_heads,
                 "head_dim" => &mut shape.head_dim,
                 "intermediate" => &mut shape.intermediate,
+                "window" => {
+                    shape.window = Some(value).filter(|window| *window > 0);
+                    continue;
+                }
+                "bias" => {
+                    shape.bias = value > 0;
+                    continue;
+                }
                 _ => return Err(format!("a model has no size `{name}`")),
             };
             *size = value;
@@ -248,6 +278,8 @@ mod tests {
     fn a_models_sizes_are_those_given_and_else_the_small_models() {
         let dims = "heads=32,head_dim=64".parse::<ModelShape>().unwrap().dims();
         assert_eq!((dims.heads, dims.head_dim, dims.kv_heads, dims.hidden), (32, 64, 8, 1024));
+        let shape: ModelShape = "window=4096,bias=1".parse().unwrap();
+        assert_eq!((shape.window, shape.bias), (Some(4096), true));
         for wrong in ["heads", "heads=x", "eyes=2", "heads=12"] {
             assert!(wrong.parse::<ModelShape>().is_err(), "{wrong}");
         }
@@ -263,5 +295,20 @@ mod tests {
             cases.iter().all(|case| case.family.starts_with("gemm_") && case.shape.contains("model=14b"))
         );
         assert!(cases.iter().any(|case| case.shape.contains("tokens=3 ")));
+    }
+
+    #[test]
+    fn windows_and_biases_have_cases_of_their_own_and_a_window_bounds_what_is_read() {
+        let of = |words: &[&str], model: &str| {
+            let words = words.iter().map(|word| (*word).to_owned()).collect();
+            cases(&Filter { words, model: Some(model.parse().unwrap()), ..Filter::default() })
+        };
+        let plain = "heads=16";
+        assert!(!of(&["attention_decode", "window=1024"], plain).is_empty());
+        assert!(!of(&["attention_prefill", "window=1024"], plain).is_empty());
+        assert!(!of(&["gemm_qkv", "bias"], plain).is_empty());
+        let bytes = |model: &str| of(&["attention_decode", "rows=8 context=4096"], model)[0].bytes;
+        assert!((0.24..0.26).contains(&(bytes("window=1024") / bytes(plain))));
+        assert!(of(&["attention_"], "window=100").iter().all(|case| case.shape.contains("window=100")));
     }
 }

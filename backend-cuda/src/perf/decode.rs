@@ -10,7 +10,7 @@
 
 use minisgl_core::backend::{Device, Element, KvLayer, LayerWeights, Ops, Purpose, Step, WeightRole};
 use minisgl_core::batch::Row;
-use minisgl_core::spec::{DecoderSpec, Dims, LayerSpec};
+use minisgl_core::spec::{Attention, DecoderSpec, Dims, LayerSpec, Mixer};
 use minisgl_core::tensor::{HostTensor, TensorData};
 
 use super::case::{Case, Check, Filter, ModelShape, Run, random_in};
@@ -51,8 +51,8 @@ fn case(model: ModelShape, rows: u32, context: Option<u32>) -> Case {
     let (hidden, mlp) = (dims.hidden as usize, dims.intermediate as usize);
     let layer = hidden * (dims.qkv_width() + dims.q_width() + 3 * mlp);
     let weights = dims.layers as usize * layer + hidden * dims.vocab as usize;
-    let kv =
-        (rows * context.unwrap_or(0)) as usize * (2 * dims.layers * dims.kv_heads * dims.head_dim) as usize;
+    let seen = context.map_or(0, |context| context.min(model.window.unwrap_or(u32::MAX)));
+    let kv = (rows * seen) as usize * (2 * dims.layers * dims.kv_heads * dims.head_dim) as usize;
     let family = if context.is_some() { "decode_step" } else { "decode_rest" };
     let context_text = context.map_or("no attention".to_owned(), |context| format!("context={context}"));
     Case {
@@ -60,7 +60,7 @@ fn case(model: ModelShape, rows: u32, context: Option<u32>) -> Case {
         shape: format!("model={} rows={rows} {context_text}", model.name),
         bytes: 2.0 * (weights + kv) as f64,
         flops: 0.0,
-        setup: Box::new(move |cuda, _| setup(cuda, dims, rows, context)),
+        setup: Box::new(move |cuda, _| setup(cuda, model, rows, context)),
     }
 }
 
@@ -79,11 +79,14 @@ struct Decode {
     tokens: Buffer,
 }
 
-fn setup(cuda: &mut Cuda, dims: Dims, rows: u32, context: Option<u32>) -> Result<Run, CudaError> {
+fn setup(cuda: &mut Cuda, model: ModelShape, rows: u32, context: Option<u32>) -> Result<Run, CudaError> {
+    let dims = model.dims();
     let mut step_of = StepOf::decode(&vec![context.unwrap_or(1); rows as usize], dims.vocab);
     step_of.sampling = Row { temperature: 0.6, seed_low: 5, ..step_of.sampling };
     let limits = step_of.limits();
-    let spec = DecoderSpec::uniform(dims, LayerSpec::plain());
+    let attention = Attention { window: model.window, ..Attention::plain() };
+    let layer = LayerSpec { mixer: Mixer::Attention(attention), ..LayerSpec::plain() };
+    let spec = DecoderSpec::uniform(dims, layer);
     let mut operations = Operations::new(cuda, &spec, &limits)?;
     // What o multiplies where there is no attention.
     operations.buffers.attended = random_in(cuda, limits.step_tokens(), dims.q_width(), 4, 1.0)?.into();
@@ -97,7 +100,7 @@ fn setup(cuda: &mut Cuda, dims: Dims, rows: u32, context: Option<u32>) -> Result
             let seed = u64::from(i + 1) << 40;
             let mut kv = || random_in(cuda, kv_rows, dims.head_dim as usize, seed, 1.0).map(Buffer::from);
             let kv = KvLayer { k: kv()?, v: kv()? };
-            Ok((layer_weights(cuda, &dims, seed)?, kv))
+            Ok((layer_weights(cuda, model, seed)?, kv))
         })
         .collect::<Result<_, CudaError>>()?;
     let (hidden, vocab, samples) = (dims.hidden as usize, dims.vocab as usize, rows as usize);
@@ -118,14 +121,18 @@ fn setup(cuda: &mut Cuda, dims: Dims, rows: u32, context: Option<u32>) -> Result
     Ok(Run { call: Box::new(move |launcher, _| decode.launch(launcher)), check, baseline: None })
 }
 
-fn layer_weights(cuda: &mut Cuda, dims: &Dims, seed: u64) -> Result<LayerWeights<Weight>, CudaError> {
+fn layer_weights(cuda: &mut Cuda, model: ModelShape, seed: u64) -> Result<LayerWeights<Weight>, CudaError> {
+    let dims = model.dims();
     let (hidden, mlp, head_dim) = (dims.hidden as usize, dims.intermediate as usize, dims.head_dim as usize);
     let mut linear = |rows, cols, part: u64| random_in(cuda, rows, cols, seed + (part << 32), WEIGHT_MAX);
     let qkv = linear(dims.qkv_width(), hidden, 2)?;
     let o = linear(hidden, dims.q_width(), 3)?;
     let down = linear(hidden, mlp, 4)?;
-    let mut norm = |width, part: u64| random_in(cuda, 1, width, seed + (part << 32), 1.0);
-    let (q_norm, k_norm) = (norm(head_dim, 5)?, norm(head_dim, 6)?);
+    let mut row = |there: bool, width, part: u64| {
+        there.then(|| random_in(cuda, 1, width, seed + (part << 32), 1.0)).transpose()
+    };
+    let (q_norm, k_norm) = (row(!model.bias, head_dim, 5)?, row(!model.bias, head_dim, 6)?);
+    let qkv_bias = row(model.bias, dims.qkv_width(), 7)?;
     let part = |part: u64| HostTensor {
         name: "random".into(),
         rows: mlp,
@@ -137,9 +144,9 @@ fn layer_weights(cuda: &mut Cuda, dims: &Dims, seed: u64) -> Result<LayerWeights
         // Folded into the matrices.
         attention_norm: None,
         qkv,
-        qkv_bias: None,
-        q_norm: Some(q_norm),
-        k_norm: Some(k_norm),
+        qkv_bias,
+        q_norm,
+        k_norm,
         o,
         attention_out_norm: None,
         mlp_norm: None,

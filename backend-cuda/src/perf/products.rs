@@ -18,11 +18,12 @@ use crate::memory::{Address, Buffer};
 use crate::ops::gemm::{Epilogue, GateUp, Gemm, Head, Qkv, Residual, Room, RowNorm};
 use crate::weight::Weight;
 
-/// Seeds of the weights (gate's; up's is the next), the rows, the residual stream and the head norms.
+/// Seeds of the weights (gate's; up's is the next), the rows, the residual stream, the head norms and the biases.
 const WEIGHTS: u64 = 1 << 40;
 const ROWS: u64 = 2 << 40;
 const STREAM: u64 = 3 << 40;
 const NORMS: u64 = 4 << 40;
+const BIASES: u64 = 8 << 40;
 /// What the made-up sums of squares scale rows by.
 const SCALE: f64 = 0.1;
 /// Outputs that are checked.
@@ -54,8 +55,10 @@ pub(super) fn cases(filter: &Filter) -> Vec<Case> {
     for model in filter.models() {
         for product in [Product::Qkv, Product::O, Product::GateUp, Product::Down, Product::Head] {
             let prefill = if product == Product::Head { Vec::new() } else { filter.tokens() };
-            for tokens in filter.rows().into_iter().chain(prefill) {
-                cases.push(Sizes::new(product, model, tokens as usize).case());
+            let models = if product == Product::Qkv { model.and_biased() } else { vec![model] };
+            let tokens: Vec<u32> = filter.rows().into_iter().chain(prefill).collect();
+            for model in models {
+                cases.extend(tokens.iter().map(|tokens| Sizes::new(product, model, *tokens as usize).case()));
             }
         }
     }
@@ -92,9 +95,10 @@ impl Sizes {
             Product::Qkv | Product::Head => tokens * outputs * 2,
         };
         let bytes = outputs * inputs * 2 + tokens * inputs * 2 + out_bytes;
+        let bias = if self.model.bias { " bias" } else { "" };
         Case {
             family,
-            shape: format!("model={} tokens={tokens} out={outputs} in={inputs}", self.model.name),
+            shape: format!("model={} tokens={tokens} out={outputs} in={inputs}{bias}", self.model.name),
             bytes: bytes as f64,
             flops: Shape { rows: tokens, outputs, inputs }.flops(),
             setup: Box::new(move |cuda, copies| self.setup(cuda, copies)),
@@ -241,7 +245,11 @@ impl Sizes {
         let dims = self.model.dims();
         let (width, head_dim) = (dims.q_width(), dims.head_dim as usize);
         let step = StepOf::decode(&vec![1; self.tokens], dims.vocab).upload(cuda, 0, |_, _, _| {})?;
-        let norms = random(cuda, 1, head_dim, NORMS)?.address();
+        // A model has biases or head norms.
+        let (bias, norms) = match self.model.bias {
+            true => (random(cuda, 1, self.outputs, BIASES)?.address(), Address::NULL),
+            false => (Address::NULL, random(cuda, 1, head_dim, NORMS)?.address()),
+        };
         // Angle 0: the rotation leaves every pair as it is.
         let rope: Vec<u32> = [1.0f32, 0.0].iter().cycle().take(head_dim).map(|part| part.to_bits()).collect();
         let rope = upload_words(cuda, &rope)?;
@@ -252,7 +260,7 @@ impl Sizes {
             norm: self.norm(cuda)?,
             head_eps: 1e-6,
             batch: step.batch.address(),
-            bias: Address::NULL,
+            bias,
             q_norm: norms,
             k_norm: norms,
             rope: rope.address(),
@@ -269,7 +277,7 @@ impl Sizes {
         Ok((call(gemm, weights, x, self.tokens, epilogue), self.check_queries(q, head_dim, width)))
     }
 
-    /// Some heads' queries: normed rows times weights, normed again by head.
+    /// Some heads' queries: normed rows times weights, then biases added or normed again by head.
     fn check_queries(self, q: Buffer, head_dim: usize, width: usize) -> Check {
         Box::new(move |cuda| {
             let values = activations(cuda, q, self.tokens * width)?;
@@ -281,8 +289,10 @@ impl Sizes {
                 let squares: f64 = sums.iter().map(|sum| sum * sum).sum();
                 let scale = 1.0 / (squares / head_dim as f64 + 1e-6).sqrt();
                 let got = values[token * width + first..][..head_dim].to_vec();
-                let normed = sums.into_iter().enumerate();
-                let wanted = normed.map(move |(i, sum)| sum * scale * random_element(head_dim, NORMS, 0, i));
+                let wanted = sums.into_iter().enumerate().map(move |(i, sum)| match self.model.bias {
+                    true => sum + random_element(self.outputs, BIASES, 0, first + i),
+                    false => sum * scale * random_element(head_dim, NORMS, 0, i),
+                });
                 got.into_iter().map(bf16::to_f64).zip(wanted)
             });
             Ok(relative_error(pairs, ERROR_MAX))
