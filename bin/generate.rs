@@ -9,7 +9,8 @@ use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
 use minisgl::bulk::{Bulk, BulkError, BulkReport, Existing, Job, JobHandle, Place};
-use minisgl::lines::{Defaults, ModelName};
+use minisgl::lines::Defaults;
+use minisgl::openai::ModelName;
 use minisgl::progress::{Progress, Stderr};
 use minisgl::report::{Output, write_json, write_page};
 use minisgl::telemetry::sample_while;

@@ -117,9 +117,10 @@ macro_rules! with_shared_flags {
             /// order of admission: given (default), longest-output-first, or prefix (prompts that begin alike together)
             #[argh(option, from_str_fn($crate::parse_order), default = "::std::default::Default::default()")]
             order: $crate::Order,
-            /// what a step is made of: throughput (default: most tokens a second) or latency (no long wait for the next token)
-            #[argh(option, from_str_fn($crate::parse_policy), default = "::std::default::Default::default()")]
-            policy: $crate::Policy,
+            /// what a step is made of: throughput (most tokens a second; the default, but in a service) or latency (no long
+            /// wait for the next token)
+            #[argh(option, from_str_fn($crate::parse_policy))]
+            policy: Option<$crate::Policy>,
             /// apply fp8 matrices to activations as they are, whatever the checkpoint says of rounding them
             #[argh(switch)]
             plain_inputs: bool,
@@ -161,7 +162,7 @@ macro_rules! with_shared_flags {
                     overlap: default.overlap && !self.no_overlap,
                     prefix_cache: !self.no_prefix_cache,
                     order: self.order,
-                    policy: self.policy,
+                    policy: self.policy.unwrap_or_default(),
                     plain_inputs: self.plain_inputs,
                     ..default
                 }

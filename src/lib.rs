@@ -45,12 +45,14 @@ pub mod lines;
 mod llm;
 mod memory;
 pub mod models;
+pub mod openai;
 mod options;
 pub mod progress;
 pub mod report;
 mod request;
 mod runner;
 mod running;
+pub mod simulated;
 mod source;
 pub mod telemetry;
 mod tokenizer;
@@ -70,7 +72,7 @@ pub use llm::{Llm, gpu_present};
 pub use minisgl_core::config::{Limits, LimitsError};
 pub use minisgl_core::policy::Policy;
 pub use minisgl_core::scheduler::Order;
-pub use minisgl_core::stats::Stats;
+pub use minisgl_core::stats::{Load, Stats};
 pub use options::{
     BackendChoice, KernelChoice, MaxRunning, Options, parse_max_running, parse_order, parse_policy,
 };

@@ -13,7 +13,7 @@ use std::time::Instant;
 use minisgl_core::backend::{DeviceInfo, Memory, Model};
 use minisgl_core::config::{Limits, LimitsError};
 use minisgl_core::engine::{Engine, EngineOptions};
-use minisgl_core::scheduler::Settings;
+use minisgl_core::scheduler::{Order, Settings};
 use minisgl_core::stats::Stats;
 use minisgl_cpu::Cpu;
 use minisgl_cuda::{Cuda, CudaError, KernelSet};
@@ -33,6 +33,7 @@ use crate::request::{
 };
 use crate::runner::{LogitsError, Runner};
 use crate::running::{self, Costs};
+use crate::simulated::{self, Control};
 use crate::source::ModelSource;
 use crate::telemetry::Probe;
 use crate::tokenizer::Text;
@@ -62,6 +63,16 @@ impl Llm {
         let build = move || open_engine(source, &checkpoint, &of_engine, &options, choice);
         let (front, info) = Front::start(text.clone(), order, build)?;
         Ok(Llm { front, text, info })
+    }
+
+    /// A model without weights, and what is seen of its engine; see [`crate::simulated`].
+    ///
+    /// # Errors
+    /// A thread that the system does not give.
+    pub fn simulated(control: Control, text: Text) -> Result<(Llm, Arc<Control>), Error> {
+        let (text, info) = (Arc::new(text), simulated::info(control.limits));
+        let (front, control) = simulated::start_with(control, text.clone(), Order::Given)?;
+        Ok((Llm { front, text, info }, control))
     }
 
     /// The engine from any thread: requests of their own, sessions of many.
@@ -202,7 +213,7 @@ impl Llm {
 
     /// What the engine did since it was built, or since [`Llm::reset_stats`]; zeros if its thread has ended.
     pub fn stats(&self) -> Stats {
-        self.front.handle().call(false, |runner| runner.stats()).unwrap_or_default()
+        self.front.handle().stats().unwrap_or_default()
     }
 
     /// Sets the counters to zero.
@@ -512,45 +523,12 @@ impl Opening<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::front::simulated::{Control, LIMITS, request, start};
-    use minisgl_core::backend::Dims;
-
-    const DIMS: Dims = Dims {
-        layers: 1,
-        hidden: 8,
-        heads: 1,
-        kv_heads: 1,
-        head_dim: 8,
-        intermediate: 8,
-        vocab: 100,
-        norm_eps: 1e-6,
-    };
+    use crate::simulated::{Control, request};
 
     /// A model whose engine fails at a step.
     fn failing(fails_at: u64) -> Llm {
-        let info = Info {
-            model: String::new(),
-            commit: None,
-            backend: "cpu",
-            choice: None,
-            device: String::new(),
-            limits: LIMITS,
-            vocab: 100,
-            eos: Vec::new(),
-            warnings: Vec::new(),
-            dims: DIMS,
-            window: None,
-            weight_bytes: 0,
-            page_bytes: 0,
-            memory_total: 0,
-            memory_free_loaded: 0,
-            memory_free_before_recording: 0,
-            memory_free_ready: 0,
-            load_seconds: 0.0,
-            capture_seconds: 0.0,
-        };
-        let (front, _) = start(Control { fails_at: Some(fails_at), ..Control::default() });
-        Llm { front, text: Arc::default(), info }
+        let control = Control { fails_at: Some(fails_at), ..Control::default() };
+        Llm::simulated(control, Text::default()).unwrap().0
     }
 
     /// The request that ends with step i is the i-th.

@@ -176,11 +176,21 @@ impl Stderr {
     /// Writes log events from now on, those that the variable RUST_LOG names (warnings and errors without it). Only the
     /// first call of a process has an effect.
     pub fn log(&self) {
+        self.log_or("warn");
+    }
+
+    /// As [`Stderr::log`]; without RUST_LOG those that `unset` names, in its form.
+    pub fn log_or(&self, unset: &str) {
         let filter = || EnvFilter::builder().with_default_directive(LevelFilter::WARN.into());
-        let filter = filter().from_env().unwrap_or_else(|error| {
-            self.say(format!("RUST_LOG is not obeyed: {error}; write for example RUST_LOG=minisgl=debug"));
-            filter().parse_lossy("")
-        });
+        let filter = match std::env::var_os(EnvFilter::DEFAULT_ENV) {
+            None => filter().parse_lossy(unset),
+            Some(_) => filter().from_env().unwrap_or_else(|error| {
+                self.say(format!(
+                    "RUST_LOG is not obeyed: {error}; write for example RUST_LOG=minisgl=debug"
+                ));
+                filter().parse_lossy(unset)
+            }),
+        };
         let queue = self.0.queue.clone();
         let events = tracing_subscriber::fmt().with_env_filter(filter).with_ansi(false);
         let _ = events.with_writer(move || Event(queue.clone())).try_init();

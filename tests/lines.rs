@@ -1,6 +1,7 @@
 //! Request and result lines: what is taken, what is refused and how, what comes back.
 
-use minisgl::lines::{self, BadLine, Defaults, LineError, ModelName, Origin, RequestLine};
+use minisgl::lines::{self, BadLine, Defaults, LineError, Origin, RequestLine};
+use minisgl::openai::ModelName;
 use minisgl::{Completion, FinishReason, Prompt, RequestError, SamplingParams, TokenLogprobs};
 use proptest::prelude::*;
 use serde_json::{Value, json};

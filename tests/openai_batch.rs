@@ -1,9 +1,11 @@
 //! Batch lines in, Batch lines out: run as a user runs them, read as a user of the `openai` Python package reads them.
 
 mod common;
+#[path = "openai/mod.rs"]
+mod openai;
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Command, Output};
 
 use common::Scratch;
@@ -89,7 +91,7 @@ fn batch_lines_are_answered_as_the_openai_package_expects() {
     assert_eq!(output.status.code(), Some(1), "{stderr}");
     assert!(stderr.contains(&format!("{REFUSED} failed")), "{stderr}");
 
-    let Some(python) = python_with_openai() else { return };
+    let Some(python) = openai::python(Path::new(".")) else { return };
     let check = Command::new(python)
         .arg("tests/openai/check.py")
         .args([input, scratch.join("out.jsonl")])
@@ -100,42 +102,6 @@ fn batch_lines_are_answered_as_the_openai_package_expects() {
     let (answers, stderr) = (requests().len() - REFUSED, String::from_utf8_lossy(&check.stderr));
     assert!(check.status.success(), "{said}{stderr}");
     assert!(said.starts_with(&format!("{answers} answers and {REFUSED} refusals")), "{said}");
-}
-
-/// A Python that has the package, installed for this checkout alone. `None` where PyPI can't be reached: a developer's
-/// machine may be without a network, CI may not.
-fn python_with_openai() -> Option<PathBuf> {
-    let requirements = "tests/openai/requirements.txt";
-    let pinned = fs::read_to_string(requirements).unwrap();
-    let folder = Path::new("target/openai");
-    let (python, installed) = (folder.join("bin/python"), folder.join("installed.txt"));
-    if fs::read_to_string(&installed).is_ok_and(|installed| installed == pinned) {
-        return Some(python);
-    }
-    let mut venv = Command::new("python3");
-    venv.args(["-m", "venv", "--clear"]).arg(folder);
-    let mut pip = Command::new(&python);
-    pip.args([
-        "-m",
-        "pip",
-        "install",
-        "--quiet",
-        "--disable-pip-version-check",
-        "--requirement",
-        requirements,
-    ]);
-    for mut command in [venv, pip] {
-        let why = match command.output() {
-            Ok(output) if output.status.success() => continue,
-            Ok(output) => String::from_utf8_lossy(&output.stderr).into_owned(),
-            Err(error) => error.to_string(),
-        };
-        assert!(std::env::var_os("CI").is_none(), "the openai package can't be installed: {why}");
-        common::skipped(&format!("the openai package can't be installed: {why}"));
-        return None;
-    }
-    fs::write(installed, pinned).unwrap();
-    Some(python)
 }
 
 #[test]

@@ -17,9 +17,10 @@ use thiserror::Error;
 
 use super::report::WorkloadReport;
 use super::sharegpt::{self, Exchange};
-use crate::lines::{self, Defaults, ModelName};
+use crate::lines::{self, Defaults};
 use crate::llm::Llm;
 use crate::memory::host_free;
+use crate::openai::ModelName;
 use crate::request::{GenerateRequest, Prompt, RequestError, SamplingParams};
 use crate::workload::Workload;
 

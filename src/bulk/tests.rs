@@ -8,8 +8,9 @@ use std::time::Duration;
 
 use super::*;
 use crate::SamplingParams;
-use crate::front::simulated::{Control, start};
-use crate::lines::{self, ModelName};
+use crate::lines;
+use crate::openai::ModelName;
+use crate::simulated::{Control, start};
 
 /// A directory with an input of `lines` requests, removed when dropped.
 struct Folder(PathBuf);

@@ -2,20 +2,22 @@
 
 use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, OnceLock};
+use std::time::Instant;
 
 use minisgl_core::config::Limits;
+use minisgl_core::stats::{Load, Stats};
 use thiserror::Error;
 
 use super::encode::{Encoders, Job};
-use super::engine::{Call, Message, Ready};
+use super::engine::{Call, Message, Ready, StepTimes};
 use super::output::Output;
 use super::permits::{Permit, Permits};
 use super::session::{Events, RequestStream, Session, SessionOptions, Submitter};
 use crate::error::{Cause, Error};
-use crate::request::{GenerateRequest, Prompt, RequestError};
+use crate::request::{GenerateRequest, Prompt, RequestError, StepTiming};
 use crate::runner::Runner;
 use crate::tokenizer::Text;
 
@@ -31,8 +33,15 @@ pub struct Shared {
     /// Of requests that have no session of several.
     permits: Arc<Permits>,
     sessions: AtomicU64,
+    /// Requests that have not ended.
+    open: Arc<AtomicUsize>,
+    started: Instant,
+    step_observer: OnceLock<StepObserver>,
     stopped: OnceLock<Stopped>,
 }
+
+/// Hears of every step.
+type StepObserver = Box<dyn Fn(&StepTiming) + Send + Sync>;
 
 enum Stopped {
     Failed(Failure),
@@ -50,6 +59,9 @@ impl Shared {
             longest_prompt: limits.sequence.saturating_sub(1) as usize,
             permits: Permits::new(capacity),
             sessions: AtomicU64::new(0),
+            open: Arc::default(),
+            started: Instant::now(),
+            step_observer: OnceLock::new(),
             stopped: OnceLock::new(),
         }
     }
@@ -81,6 +93,28 @@ impl Shared {
     /// Has it failed, or been closed?
     pub fn has_stopped(&self) -> bool {
         self.stopped.get().is_some()
+    }
+
+    /// Counts a request as open until what it gives is dropped.
+    pub fn count_open(&self) -> OpenRequest {
+        self.open.fetch_add(1, Ordering::Relaxed);
+        OpenRequest(self.open.clone())
+    }
+
+    /// Tells the observer of a step that completed.
+    pub fn observe_step(&self, step: &StepTimes) {
+        if let Some(observer) = self.step_observer.get() {
+            observer(&step.timing(self.started));
+        }
+    }
+}
+
+/// A request that has not ended.
+pub struct OpenRequest(Arc<AtomicUsize>);
+
+impl Drop for OpenRequest {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
@@ -179,7 +213,7 @@ impl EngineHandle {
     ) -> Option<Ready> {
         let text = &*self.0.text;
         let unfit = unfit_stop(&request, text);
-        let mut output = Box::new(Output::new(session, tag, &mut request, text, permit));
+        let mut output = Box::new(Output::new(session, tag, &mut request, &self.0, permit));
         let params = request.sampling;
         match (unfit, request.prompt) {
             (Some(error), _) => {
@@ -208,8 +242,40 @@ impl EngineHandle {
         Ok(())
     }
 
+    /// The model's tokenizer and chat template.
+    pub fn text(&self) -> &Text {
+        &self.0.text
+    }
+
+    /// Requests submitted by anybody that have not ended, whether their readers have taken their ends or not.
+    pub fn open_requests(&self) -> usize {
+        self.0.open.load(Ordering::Relaxed)
+    }
+
+    /// What the engine did so far; waits for the step that runs.
+    ///
+    /// # Errors
+    /// The engine's thread has ended.
+    pub fn stats(&self) -> Result<Stats, Error> {
+        self.call(false, |runner| runner.stats())
+    }
+
+    /// What the engine has on its hands; waits for the step that runs. Requests on their way to it are not counted.
+    ///
+    /// # Errors
+    /// The engine's thread has ended.
+    pub fn load(&self) -> Result<Load, Error> {
+        self.call(false, |runner| runner.load())
+    }
+
+    /// From now on `observer` hears of every step that completes, on the thread that hands events out: it must not wait.
+    /// An engine has one observer, the first.
+    pub fn observe_steps(&self, observer: impl Fn(&StepTiming) + Send + Sync + 'static) {
+        let _ = self.0.step_observer.set(Box::new(observer));
+    }
+
     /// The bytes that a token stands for; `None` without a tokenizer, or where it has none.
-    pub(crate) fn token_bytes(&self, id: u32) -> Option<Vec<u8>> {
+    pub fn token_bytes(&self, id: u32) -> Option<Vec<u8>> {
         self.0.text.token_bytes(id)
     }
 

@@ -30,8 +30,6 @@ mod output;
 mod permits;
 mod session;
 #[cfg(test)]
-pub(crate) mod simulated;
-#[cfg(test)]
 mod tests;
 
 use std::sync::mpsc::{channel, sync_channel};

@@ -23,7 +23,7 @@ use minisgl_core::request as core;
 use minisgl_core::sampling::RowLogprobs;
 
 use super::engine::{Message, StepTimes};
-use super::handle::Shared;
+use super::handle::{OpenRequest, Shared};
 use super::permits::Permit;
 use super::session::{Queued, Session, SessionEvent};
 use crate::detokenize::Detokenizer;
@@ -88,6 +88,7 @@ pub struct Output {
     drawn: usize,
     /// A stop text came up.
     stopped: bool,
+    _open: OpenRequest,
 }
 
 impl Output {
@@ -95,12 +96,13 @@ impl Output {
         session: &Arc<Session>,
         tag: u64,
         request: &mut GenerateRequest,
-        text: &Text,
+        shared: &Shared,
         permit: Permit,
     ) -> Self {
         let stop = std::mem::take(&mut request.stop);
         let options = &session.options;
-        let as_it_comes = text.has_tokenizer() && ((options.tokens && options.text) || !stop.is_empty());
+        let as_it_comes =
+            shared.text.has_tokenizer() && ((options.tokens && options.text) || !stop.is_empty());
         Output {
             session: session.clone(),
             tag,
@@ -113,6 +115,7 @@ impl Output {
             detokenizer: as_it_comes.then(|| Detokenizer::new(stop)),
             drawn: 0,
             stopped: false,
+            _open: shared.count_open(),
         }
     }
 
@@ -328,6 +331,7 @@ impl OutputThread {
         }
         if let Some(step) = &batch.step {
             self.tell_step(step);
+            self.shared.observe_step(step);
         }
         self.wakes.wake();
     }

@@ -14,6 +14,7 @@
 use std::collections::{HashMap, VecDeque};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
 
 use super::engine::Message;
@@ -99,6 +100,8 @@ struct Queue {
     submitter: bool,
     /// The reader waits, and nobody has undertaken to wake it.
     asleep: bool,
+    /// How to wake a reader that is a task.
+    waker: Option<Waker>,
 }
 
 /// An event on its way to the reader. An end brings the request's permit back.
@@ -117,6 +120,7 @@ impl Session {
             open_count: 0,
             submitter: true,
             asleep: false,
+            waker: None,
         };
         Arc::new(Session {
             id,
@@ -150,6 +154,10 @@ impl Session {
     /// Wakes the reader.
     pub fn wake(&self) {
         self.arrived.notify_one();
+        let waker = locked(&self.queue).waker.take();
+        if let Some(waker) = waker {
+            waker.wake();
+        }
     }
 
     /// Will nobody read any more?
@@ -161,13 +169,15 @@ impl Session {
     pub fn no_more(&self) {
         let mut queue = locked(&self.queue);
         queue.submitter = false;
-        if std::mem::take(&mut queue.asleep) {
+        let asleep = std::mem::take(&mut queue.asleep);
+        drop(queue);
+        if asleep {
             self.wake();
         }
     }
 
-    /// Exchanges the reader's empty queue for what has come, waiting for it until `deadline`.
-    fn refill(&self, taken: &mut VecDeque<Queued>, deadline: Option<Instant>) -> Refill {
+    /// Exchanges the reader's empty queue for what has come, waiting for it as `wait` says.
+    fn refill(&self, taken: &mut VecDeque<Queued>, wait: &Wait<'_>) -> Refill {
         let mut queue = locked(&self.queue);
         loop {
             if !queue.events.is_empty() {
@@ -178,13 +188,17 @@ impl Session {
                 return Refill::Over;
             }
             queue.asleep = true;
-            queue = match deadline {
-                None => self.arrived.wait(queue).unwrap_or_else(PoisonError::into_inner),
-                Some(deadline) => {
+            queue = match wait {
+                Wait::Forever => self.arrived.wait(queue).unwrap_or_else(PoisonError::into_inner),
+                Wait::Wake(waker) => {
+                    queue.waker = Some((*waker).clone());
+                    return Refill::NotYet;
+                }
+                Wait::Until(deadline) => {
                     let left = deadline.saturating_duration_since(Instant::now());
                     if left.is_zero() {
                         queue.asleep = false;
-                        return Refill::TimedOut;
+                        return Refill::NotYet;
                     }
                     self.arrived.wait_timeout(queue, left).unwrap_or_else(PoisonError::into_inner).0
                 }
@@ -205,9 +219,17 @@ impl Session {
     }
 }
 
+/// How a reader waits.
+enum Wait<'a> {
+    Forever,
+    Until(Instant),
+    /// Not on its thread: it is woken.
+    Wake(&'a Waker),
+}
+
 enum Refill {
     Some,
-    TimedOut,
+    NotYet,
     Over,
 }
 
@@ -297,7 +319,19 @@ impl Events {
     /// # Errors
     /// The engine stopped, and requests got lost.
     pub fn next_timeout(&mut self, timeout: Duration) -> Result<Next, Error> {
-        self.next_until(Instant::now().checked_add(timeout))
+        let deadline = Instant::now().checked_add(timeout);
+        self.next_by(&deadline.map_or(Wait::Forever, Wait::Until))
+    }
+
+    /// The next event for a task, which is woken when there may be one; `None` when there will be no more. What comes of a
+    /// session is read either so or by waiting, not both.
+    pub fn poll_next(&mut self, task: &mut Context<'_>) -> Poll<Option<Result<SessionEvent, Error>>> {
+        match self.next_by(&Wait::Wake(task.waker())) {
+            Ok(Next::Event(event)) => Poll::Ready(Some(Ok(event))),
+            Ok(Next::TimedOut) => Poll::Pending,
+            Ok(Next::Over) => Poll::Ready(None),
+            Err(error) => Poll::Ready(Some(Err(error))),
+        }
     }
 
     /// Aborts the open requests of a tag: each ends with what it has so far. False if there is none.
@@ -319,7 +353,7 @@ impl Events {
         self.handle.shared().send(Message::Abort { session: self.session.id, tag: None });
     }
 
-    fn next_until(&mut self, deadline: Option<Instant>) -> Result<Next, Error> {
+    fn next_by(&mut self, wait: &Wait<'_>) -> Result<Next, Error> {
         while !self.over {
             match self.taken.pop_front() {
                 Some(Queued::Event(event)) => return Ok(Next::Event(event)),
@@ -335,9 +369,9 @@ impl Events {
                     self.close(tag);
                     drop(permit);
                 }
-                None => match self.session.refill(&mut self.taken, deadline) {
+                None => match self.session.refill(&mut self.taken, wait) {
                     Refill::Some => {}
-                    Refill::TimedOut => return Ok(Next::TimedOut),
+                    Refill::NotYet => return Ok(Next::TimedOut),
                     Refill::Over => self.over = true,
                 },
             }
@@ -359,7 +393,7 @@ impl Iterator for Events {
     type Item = Result<SessionEvent, Error>;
 
     fn next(&mut self) -> Option<Self::Item> {
-        match self.next_until(None) {
+        match self.next_by(&Wait::Forever) {
             Ok(Next::Event(event)) => Some(Ok(event)),
             Ok(_) => None,
             Err(error) => Some(Err(error)),

@@ -9,9 +9,9 @@ use std::time::Duration;
 use minisgl_core::request::SubmitError;
 
 use super::engine::{Call, Message};
-use super::simulated::{Control, request, start as front, start_with};
 use super::*;
 use crate::request::{Completion, FinishReason, GenerateRequest, Prompt, RequestError, SamplingParams};
+use crate::simulated::{Control, request, start as front, start_with};
 
 fn drawn(first: u32, count: u32) -> Vec<u32> {
     (first..first + count).collect()
@@ -283,7 +283,7 @@ fn saying(codec: &Text, said: &str, max_tokens: u32) -> GenerateRequest {
 fn a_stop_text_ends_the_output_at_the_token_that_completes_it_however_far_the_engine_is() {
     let (codec, said) = (text(), "One day, a fox. Then");
     let until = codec.encode(Prompt::Text("One day, a fox.".to_owned())).unwrap();
-    let (front, _) = start_with(Control::default(), text(), Order::Given);
+    let (front, _) = start_with(Control::default(), Arc::new(text()), Order::Given).unwrap();
     for streams in [false, true] {
         let options = SessionOptions { tokens: streams, text: streams, steps: false, capacity: Some(40) };
         let (mut submitter, events) = front.handle().session(options);
@@ -317,7 +317,7 @@ fn a_stop_text_ends_the_output_at_the_token_that_completes_it_however_far_the_en
 fn a_stop_text_that_only_the_end_makes_certain_is_the_reason() {
     let codec = text();
     let crab = codec.encode(Prompt::Text("🦀".to_owned())).unwrap();
-    let (front, _) = start_with(Control::default(), text(), Order::Given);
+    let (front, _) = start_with(Control::default(), Arc::new(text()), Order::Given).unwrap();
     let prompt: Vec<u32> = [5].into_iter().chain(crab[..crab.len() - 1].iter().copied()).collect();
     let tokens = prompt.len() as u32 - 1;
     // Bytes that never become a character are one that says so, and only the end says never.
@@ -334,7 +334,7 @@ fn a_stop_text_that_only_the_end_makes_certain_is_the_reason() {
 #[test]
 fn pieces_of_text_make_each_requests_text_among_many() {
     let codec = text();
-    let (front, _) = start_with(Control::default(), text(), Order::Given);
+    let (front, _) = start_with(Control::default(), Arc::new(text()), Order::Given).unwrap();
     let options = SessionOptions { tokens: true, text: true, ..SessionOptions::default() };
     let (mut submitter, events) = front.handle().session(options);
     let texts: Vec<String> = (0..60).map(|i| format!("{i}: Größe 🦀 ist {i}, naïve 🙂🚀 漢字!")).collect();
@@ -473,7 +473,8 @@ fn random_clients_get_every_end_once_and_leave_nothing_behind() {
         let mut numbers = Numbers(seed);
         let order = if numbers.one_in(2) { Order::Given } else { Order::LongestOutputFirst };
         let fails_at = numbers.one_in(3).then(|| numbers.below(60));
-        let (front, control) = start_with(Control { fails_at, ..Control::default() }, Text::default(), order);
+        let (front, control) =
+            start_with(Control { fails_at, ..Control::default() }, Arc::default(), order).unwrap();
         thread::scope(|scope| {
             for client in 0..4 {
                 let handle = front.handle().clone();
@@ -494,4 +495,62 @@ fn random_clients_get_every_end_once_and_leave_nothing_behind() {
         let streams: Vec<_> = (0..8).map(|i| front.handle().try_submit(request(i, 2)).unwrap()).collect();
         assert!(streams.into_iter().all(|stream| stream.last().is_some_and(|end| end.is_ok())));
     }
+}
+
+/// A task that counts how often it was woken.
+struct Task(std::sync::atomic::AtomicU64);
+
+impl std::task::Wake for Task {
+    fn wake(self: Arc<Self>) {
+        self.0.fetch_add(1, Ordering::SeqCst);
+    }
+}
+
+#[test]
+fn a_task_that_reads_is_woken_for_every_event_and_for_the_end() {
+    use std::task::{Context, Poll};
+
+    let (front, _) = front(Control { step_time: Duration::from_millis(1), ..Control::default() });
+    let (mut submitter, mut events) =
+        front.handle().session(SessionOptions { tokens: true, ..SessionOptions::default() });
+    submitter.submit_all([(0, request(7, 20)), (1, request(70, 5))]).unwrap();
+    drop(submitter);
+    let task = Arc::new(Task(std::sync::atomic::AtomicU64::new(1)));
+    let waker = task.clone().into();
+    let (mut tokens, mut ended) = (Vec::new(), Vec::new());
+    loop {
+        match events.poll_next(&mut Context::from_waker(&waker)) {
+            Poll::Ready(Some(Ok(SessionEvent::Token { tag: 0, token, .. }))) => tokens.push(token),
+            Poll::Ready(Some(Ok(SessionEvent::Finished { tag, .. }))) => ended.push(tag),
+            Poll::Ready(Some(event)) => drop(event.unwrap()),
+            Poll::Ready(None) => break,
+            Poll::Pending => {
+                let before = task.0.swap(0, Ordering::SeqCst);
+                assert!(before > 0, "nobody asked for this poll");
+                while task.0.load(Ordering::SeqCst) == 0 {
+                    thread::yield_now();
+                }
+            }
+        }
+    }
+    assert_eq!((tokens, ended), (drawn(7, 20), vec![1, 0]));
+    assert_eq!(front.handle().open_requests(), 0);
+}
+
+#[test]
+fn a_request_is_open_until_its_end_whether_anybody_reads_it_or_not() {
+    let (front, control) = front(Control::default());
+    let handle = front.handle();
+    let unread = handle.submit(request(0, 3)).unwrap();
+    let waits = handle.submit(request(0, 99_000)).unwrap();
+    assert_eq!(handle.open_requests(), 2);
+    while handle.open_requests() > 1 {
+        thread::sleep(Duration::from_millis(1));
+    }
+    drop(waits);
+    while handle.open_requests() > 0 {
+        thread::sleep(Duration::from_millis(1));
+    }
+    assert!(control.steps.load(Ordering::Relaxed) >= 3);
+    assert!(matches!(unread.last(), Some(Ok(RequestEvent::Finished { .. }))));
 }

@@ -7,17 +7,17 @@
 //! | `response` with status 500 | the request ran and failed by itself |
 //! | `error` | something else stopped it |
 
-use std::time::{SystemTime, UNIX_EPOCH};
-
 use serde::Serialize;
 use serde_json::value::RawValue;
 
-use super::body::{self, Prompts};
-use super::error::{LineError, shown};
-use super::fields::{Fields, read};
-use super::logprobs::{ChatLogprobs, TextLogprobs};
-use super::{BadLine, Format, Header, ModelName, Origin, RequestLine, append};
+use super::error::LineError;
+use super::{BadLine, Format, Header, Origin, RequestLine, append, one_request};
 use crate::SamplingParams;
+use crate::openai::{
+    Answer, ChatChoice, ChatLogprobs, ChatMessage, ErrorBody, ErrorObject, FieldError, Fields,
+    INVALID_REQUEST, ModelName, Prompts, TextChoice, TextLogprobs, Usage, created_now, finish_reason, read,
+    shown,
+};
 use crate::request::{Completion, FinishReason, GenerateRequest};
 
 /// Is it an envelope, whole or not?
@@ -56,37 +56,37 @@ fn request(
     method(&mut fields)?;
     let prompts = url(&mut fields)?;
     header.format = if prompts == Prompts::Text { Format::Text } else { Format::Chat };
-    let missing = LineError::Missing { field: "body", fix: "give the request there, as an object" };
+    let missing = FieldError::Missing { field: "body", fix: "give the request there, as an object" };
     let body = fields.raw("body").ok_or(missing)?;
     fields.finish()?;
     let body: Fields<'_> = read("body", body, "the fields of a request, as an object")?;
-    let (request, asked) = body::request(body, prompts, sampling, model)?;
+    let (request, asked) = one_request(body, prompts, sampling, model)?;
     if let Some(name) = asked {
         header.model = name;
     }
     Ok(request)
 }
 
-fn method(fields: &mut Fields<'_>) -> Result<(), LineError> {
+fn method(fields: &mut Fields<'_>) -> Result<(), FieldError> {
     match fields.text("method")? {
         Some(method) if method != "POST" => {
             let value = shown(&format!("{method:?}"));
-            Err(LineError::Unsupported { field: "method", value, fix: "it must be \"POST\"".to_owned() })
+            Err(FieldError::Unsupported { field: "method", value, fix: "it must be \"POST\"".to_owned() })
         }
         _ => Ok(()),
     }
 }
 
-fn url(fields: &mut Fields<'_>) -> Result<Prompts, LineError> {
+fn url(fields: &mut Fields<'_>) -> Result<Prompts, FieldError> {
     const FIX: &str = "it must be \"/v1/chat/completions\" or \"/v1/completions\"";
     match fields.text("url")?.as_deref() {
         Some("/v1/chat/completions") => Ok(Prompts::Chat),
         Some("/v1/completions") => Ok(Prompts::Text),
         Some(url) => {
             let value = shown(&format!("{url:?}"));
-            Err(LineError::Unsupported { field: "url", value, fix: FIX.to_owned() })
+            Err(FieldError::Unsupported { field: "url", value, fix: FIX.to_owned() })
         }
-        None => Err(LineError::Missing { field: "url", fix: FIX }),
+        None => Err(FieldError::Missing { field: "url", fix: FIX }),
     }
 }
 
@@ -112,66 +112,6 @@ struct Stopped<'a> {
     message: &'a str,
 }
 
-/// A `chat.completion` or a `text_completion`.
-#[derive(Serialize)]
-struct Answer<'a, C> {
-    id: String,
-    object: &'static str,
-    created: u64,
-    model: &'a str,
-    choices: [C; 1],
-    usage: Usage,
-}
-
-#[derive(Serialize)]
-struct ChatChoice<'a> {
-    index: u32,
-    message: Message<'a>,
-    logprobs: Option<ChatLogprobs>,
-    finish_reason: &'static str,
-}
-
-#[derive(Serialize)]
-struct Message<'a> {
-    role: &'static str,
-    content: &'a str,
-    refusal: (),
-}
-
-#[derive(Serialize)]
-struct TextChoice<'a> {
-    index: u32,
-    text: &'a str,
-    logprobs: Option<TextLogprobs>,
-    finish_reason: &'static str,
-}
-
-#[derive(Serialize)]
-struct Usage {
-    prompt_tokens: u32,
-    completion_tokens: u32,
-    total_tokens: u32,
-    prompt_tokens_details: PromptTokens,
-}
-
-#[derive(Serialize)]
-struct PromptTokens {
-    cached_tokens: u32,
-}
-
-#[derive(Serialize)]
-struct ErrorBody<'a> {
-    error: Error<'a>,
-}
-
-#[derive(Serialize)]
-struct Error<'a> {
-    message: String,
-    r#type: &'static str,
-    param: Option<&'a str>,
-    code: Option<&'a str>,
-}
-
 /// Appends what came of a request.
 pub fn write_result(
     out: &mut Vec<u8>,
@@ -183,17 +123,13 @@ pub fn write_result(
     if let Some(error) = &completion.error {
         let (status, r#type) = match completion.finish_reason {
             FinishReason::Failed => (500, "server_error"),
-            _ => (400, INVALID),
+            _ => (400, INVALID_REQUEST),
         };
-        let error = Error { message: error.to_string(), r#type, param: None, code: None };
+        let error = ErrorObject { message: &error.to_string(), r#type, param: None, code: None };
         return write_response(out, header, origin, status, ErrorBody { error });
     }
-    let finish_reason = match completion.finish_reason {
-        FinishReason::Eos | FinishReason::Stop => "stop",
-        FinishReason::Length => "length",
-        FinishReason::Abort | FinishReason::Rejected | FinishReason::Failed => {
-            return write_failure(out, header, origin, "the request was aborted");
-        }
+    let Some(finish_reason) = finish_reason(completion.finish_reason) else {
+        return write_failure(out, header, origin, "the request was aborted");
     };
     let text = completion.text.as_deref().unwrap_or_default();
     match header.format {
@@ -204,7 +140,7 @@ pub fn write_result(
             write_response(out, header, origin, 200, answer);
         }
         Format::Chat | Format::Native => {
-            let message = Message { role: "assistant", content: text, refusal: () };
+            let message = ChatMessage::text(text);
             let logprobs = ChatLogprobs::new(completion, token_bytes);
             let choice = ChatChoice { index: 0, message, logprobs, finish_reason };
             let answer = answer(header, origin, ("chatcmpl", "chat.completion"), completion, choice);
@@ -213,13 +149,15 @@ pub fn write_result(
     }
 }
 
-const INVALID: &str = "invalid_request_error";
-
 /// Appends why a line is no request.
 pub fn write_bad(out: &mut Vec<u8>, bad: &BadLine, origin: Origin) {
     let BadLine { header, error } = bad;
-    let error =
-        Error { message: error.to_string(), r#type: INVALID, param: error.field(), code: error.code() };
+    let error = ErrorObject {
+        message: &error.to_string(),
+        r#type: INVALID_REQUEST,
+        param: error.field(),
+        code: error.code(),
+    };
     write_response(out, header, origin, 400, ErrorBody { error });
 }
 
@@ -254,18 +192,12 @@ fn answer<'a, C>(
     completion: &Completion,
     choice: C,
 ) -> Answer<'a, C> {
-    let completion_tokens = completion.token_ids.len() as u32;
     Answer {
         id: format!("{prefix}-{}", origin.name()),
         object,
-        created: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs()),
+        created: created_now(),
         model: &header.model,
-        choices: [choice],
-        usage: Usage {
-            prompt_tokens: completion.prompt_tokens,
-            completion_tokens,
-            total_tokens: completion.prompt_tokens + completion_tokens,
-            prompt_tokens_details: PromptTokens { cached_tokens: completion.cached_tokens },
-        },
+        choices: vec![choice],
+        usage: Usage::of(completion),
     }
 }

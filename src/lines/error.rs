@@ -1,9 +1,8 @@
-//! What is wrong with a request line: which field, what it holds, what to do.
+//! What is wrong with a request line, and what to do.
 
 use thiserror::Error;
 
-/// How much of a line an error repeats, in characters.
-const SHOWN_MAX: usize = 60;
+use crate::openai::{FieldError, ObjectError};
 
 /// Why a line is no request that can run.
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
@@ -37,142 +36,36 @@ pub enum LineError {
         /// `id`, or `custom_id` in a Batch line.
         field: &'static str,
     },
-    /// A field that must be there.
-    #[error("the request has no {field}; {fix}")]
-    Missing {
-        /// Its name.
-        field: &'static str,
-        /// What to give.
-        fix: &'static str,
-    },
-    /// A key that occurs twice in an object.
-    #[error("{field} is given twice; keep one")]
-    Twice {
-        /// Its name.
-        field: String,
-    },
-    /// A field that means nothing here: most likely misspelt.
-    #[error("there is no field {field:?}; {fix}")]
-    Unknown {
-        /// Its name.
-        field: String,
-        /// What to do.
-        fix: String,
-    },
-    /// A field that only conversations have.
-    #[error("{field} goes with messages; give the prompt as messages, or leave {field} out")]
-    NeedsMessages {
-        /// Its name.
-        field: &'static str,
-    },
-    /// A value of another type, or out of range.
-    #[error("{field} is {value}; it must be {expected}")]
-    Wrong {
-        /// Its name.
-        field: &'static str,
-        /// The beginning of what it holds, as JSON.
-        value: String,
-        /// What it may hold.
-        expected: &'static str,
-    },
-    /// A value that can't be read though the line is JSON: nested too deep, a number too large, half a character.
-    #[error("{field} can't be read: {cause}")]
-    Unreadable {
-        /// Its name.
-        field: &'static str,
-        /// What the parser says.
-        cause: String,
-    },
-    /// A value that asks for what is not done here.
-    #[error("{field} is {value}; {fix}")]
-    Unsupported {
-        /// Its name.
-        field: &'static str,
-        /// The beginning of what it holds, as JSON.
-        value: String,
-        /// What to do.
-        fix: String,
-    },
-    /// Two fields that contradict each other.
-    #[error("{field} is {value} and {other} says otherwise; {fix}")]
-    Contradiction {
-        /// One.
-        field: &'static str,
-        /// The beginning of what it holds, as JSON.
-        value: String,
-        /// The other.
-        other: &'static str,
-        /// What to do.
-        fix: &'static str,
-    },
-    /// No prompt, or several.
-    #[error("give exactly one of {0}")]
-    Prompt(&'static str),
-    /// Another model than the one that runs.
-    #[error("model is {asked:?}, but {loaded:?} is loaded; correct it or leave it out")]
-    Model {
-        /// As the line says.
-        asked: String,
-        /// What runs.
-        loaded: String,
-    },
+    /// A field of the request.
+    #[error(transparent)]
+    Field(#[from] FieldError),
+}
+
+impl From<ObjectError> for LineError {
+    fn from(error: ObjectError) -> Self {
+        match error {
+            ObjectError::NotJson { cause, column, .. } => LineError::NotJson { cause, column },
+            ObjectError::NotObject => LineError::NotObject,
+        }
+    }
 }
 
 impl LineError {
-    /// A field that means nothing, and the known one that it may have been meant to be.
-    pub(super) fn unknown(field: &str, near: Option<&str>) -> Self {
-        let fix = match near {
-            Some(near) => format!("did you mean {near}?"),
-            None => "remove or correct it".to_owned(),
-        };
-        LineError::Unknown { field: shown(field), fix }
-    }
-
     /// The field that it is about, where it is about one.
     pub fn field(&self) -> Option<&str> {
         match self {
-            LineError::TooLong { .. }
-            | LineError::NotUtf8 { .. }
-            | LineError::NotJson { .. }
-            | LineError::NotObject
-            | LineError::Prompt(_) => None,
-            LineError::Model { .. } => Some("model"),
-            LineError::NoId { field }
-            | LineError::Missing { field, .. }
-            | LineError::Wrong { field, .. }
-            | LineError::Unreadable { field, .. }
-            | LineError::Unsupported { field, .. }
-            | LineError::NeedsMessages { field }
-            | LineError::Contradiction { field, .. } => Some(field),
-            LineError::Twice { field } | LineError::Unknown { field, .. } => Some(field),
+            LineError::NoId { field } => Some(field),
+            LineError::Field(error) => error.field(),
+            _ => None,
         }
     }
 
     /// OpenAI's word for this kind of error, where it has one.
     pub fn code(&self) -> Option<&'static str> {
         match self {
-            LineError::Missing { .. } | LineError::Prompt(_) | LineError::NoId { .. } => {
-                Some("missing_required_parameter")
-            }
-            LineError::Unknown { .. } | LineError::NeedsMessages { .. } => Some("unknown_parameter"),
-            LineError::Wrong { .. } | LineError::Unreadable { .. } | LineError::Contradiction { .. } => {
-                Some("invalid_value")
-            }
-            LineError::Unsupported { .. } => Some("unsupported_value"),
-            LineError::Model { .. } => Some("model_not_found"),
-            LineError::TooLong { .. }
-            | LineError::NotUtf8 { .. }
-            | LineError::NotJson { .. }
-            | LineError::NotObject
-            | LineError::Twice { .. } => None,
+            LineError::NoId { .. } => Some("missing_required_parameter"),
+            LineError::Field(error) => error.code(),
+            _ => None,
         }
-    }
-}
-
-/// A part of a line, cut where it is long.
-pub fn shown(part: &str) -> String {
-    match part.char_indices().nth(SHOWN_MAX) {
-        None => part.to_owned(),
-        Some((end, _)) => format!("{}…", &part[..end]),
     }
 }

@@ -17,26 +17,20 @@
 //! with `{"id":`, by which a line that was cut off is told from something else.
 
 mod batch;
-mod body;
 mod error;
-mod fields;
-mod logprobs;
-mod model_name;
 mod native;
 mod outcome;
-mod rest;
 
 use std::sync::Arc;
 
 use serde_json::value::RawValue;
 
 pub use error::LineError;
-pub use model_name::ModelName;
 pub use outcome::{Outcome, read_result};
 
 use crate::SamplingParams;
+use crate::openai::{Body, FieldError, Fields, ModelName, Prompts};
 use crate::request::{Completion, GenerateRequest};
-use fields::Fields;
 
 /// What lines leave out.
 #[derive(Clone, Debug)]
@@ -121,7 +115,7 @@ pub fn is_blank(line: &[u8]) -> bool {
 /// What is wrong with the line.
 pub fn parse(line: &[u8], number: u64, defaults: &Defaults) -> Result<RequestLine, BadLine> {
     let header = Header::unknown(defaults);
-    let fields = match text(line).and_then(Fields::read) {
+    let fields = match text(line).and_then(|text| Ok(Fields::read(text)?)) {
         Ok(fields) => fields,
         Err(error) => return Err(BadLine { header, error }),
     };
@@ -130,6 +124,24 @@ pub fn parse(line: &[u8], number: u64, defaults: &Defaults) -> Result<RequestLin
     match batch::is_batch(&fields) {
         true => batch::parse(fields, header, &sampling, &defaults.model),
         false => native::parse(fields, header, &sampling, &defaults.model),
+    }
+}
+
+/// The one request that a body makes, and the name by which it calls the model.
+fn one_request(
+    fields: Fields<'_>,
+    prompts: Prompts,
+    sampling: &SamplingParams,
+    model: &ModelName,
+) -> Result<(GenerateRequest, Option<Arc<str>>), FieldError> {
+    let Body { mut prompts, sampling, stop, model } = Body::read(fields, prompts, sampling, model)?;
+    match prompts.pop() {
+        Some(prompt) if prompts.is_empty() => Ok((GenerateRequest { prompt, sampling, stop }, model)),
+        _ => Err(FieldError::Unsupported {
+            field: "prompt",
+            value: format!("a list of {} prompts", prompts.len() + 1),
+            fix: "give each a line of its own".to_owned(),
+        }),
     }
 }
 

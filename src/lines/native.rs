@@ -3,11 +3,10 @@
 use serde::Serialize;
 use serde_json::value::RawValue;
 
-use super::body::{self, Prompts};
 use super::error::LineError;
-use super::fields::Fields;
-use super::{BadLine, Header, ModelName, Origin, RequestLine, append};
+use super::{BadLine, Header, Origin, RequestLine, append, one_request};
 use crate::SamplingParams;
+use crate::openai::{Fields, ModelName, Prompts};
 use crate::request::{Completion, FinishReason, TokenLogprobs};
 
 /// Reads a request; what it leaves out is as in `sampling`.
@@ -23,7 +22,7 @@ pub fn parse(
     header.id = fields.raw("id").map(RawValue::to_owned);
     let request = match &header.id {
         None => Err(LineError::NoId { field: "id" }),
-        Some(_) => body::request(fields, Prompts::Any, sampling, model),
+        Some(_) => one_request(fields, Prompts::Any, sampling, model).map_err(LineError::from),
     };
     match request {
         Ok((request, asked)) => {

@@ -13,6 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import openai
 from openai.types import Completion
 from openai.types.chat import ChatCompletion
+from strict import all_fields_are_known, check_token
 
 requests_path, results_path = sys.argv[1:]
 requests = {}
@@ -41,17 +42,6 @@ class Api(BaseHTTPRequestHandler):
         pass
 
 
-def all_fields_are_known(value, where):
-    """No model of the package, however deep, holds a field that it does not declare."""
-    if isinstance(value, openai.BaseModel):
-        assert not value.model_extra, f"{where} has the fields {sorted(value.model_extra)} beside its own"
-        for name, field in value:
-            all_fields_are_known(field, f"{where}.{name}")
-    elif isinstance(value, list):
-        for i, item in enumerate(value):
-            all_fields_are_known(item, f"{where}[{i}]")
-
-
 def check_answer(request, answer, body):
     kind = ChatCompletion if request["url"] == "/v1/chat/completions" else Completion
     assert type(answer) is kind, type(answer)
@@ -69,17 +59,6 @@ def check_answer(request, answer, body):
     if kind is Completion and choice.logprobs:
         lengths = {len(part) for part in (choice.logprobs.tokens, choice.logprobs.token_logprobs)}
         assert lengths == {answer.usage.completion_tokens}, lengths
-
-
-def check_token(entry):
-    """Its text is its bytes, unless they are no text, or it has none."""
-    if entry.bytes is None:
-        assert entry.token.startswith("token_id:"), entry
-        return
-    try:
-        assert bytes(entry.bytes).decode() == entry.token, entry
-    except UnicodeDecodeError:
-        assert "\\x" in entry.token, entry
 
 
 def check_refusal(request, error, body):

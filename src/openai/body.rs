@@ -1,26 +1,27 @@
-//! What a request asks for: the fields that native lines and the bodies of Batch lines share.
+//! What a request asks for: the fields that native lines, Batch lines and the service's requests share.
 //!
 //! ```text
-//!   prompt | prompt_token_ids | messages, tools, …      ──> Prompt
+//!   prompt | prompt_token_ids | messages, tools, …      ──> Prompts
 //!   max_tokens, temperature, top_k, …, seed, logprobs   ──> SamplingParams     else as Defaults say
 //!   stop                                                ──> stop texts
 //!   model                                               ──> must be the one that runs
 //!   the rest                                            ──> taken where it changes nothing, else an error
 //! ```
 //!
-//! A field that is not known is an error, not ignored: a misspelt `max_token` should not cost a night's run.
+//! A field that is not known is an error, not ignored: a misspelt `max_token` should not cost a night's run. Who can serve
+//! more than a line can (`n`, `stream`, …) takes those fields before.
 
 use std::sync::Arc;
 
 use serde::Deserialize;
 use serde_json::value::RawValue;
 
-use super::ModelName;
-use super::error::{LineError, shown};
+use super::error::{FieldError, shown};
 use super::fields::{Fields, Whole, cause, read, wrong};
+use super::model_name::ModelName;
 use super::rest::check_rest;
 use crate::SamplingParams;
-use crate::request::{ChatPrompt, GenerateRequest, JsonObject, Message, Prompt, TOP_LOGPROBS_MAX};
+use crate::request::{ChatPrompt, JsonObject, Message, Prompt, TOP_LOGPROBS_MAX};
 
 /// Which prompts a body may have.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -33,35 +34,51 @@ pub enum Prompts {
     Text,
 }
 
-/// Reads a request out of a body, and the name by which it calls `model`; sampling that it leaves out is as in `default`.
-///
-/// # Errors
-/// The first field that is wrong.
-pub fn request(
-    mut fields: Fields<'_>,
-    prompts: Prompts,
-    default: &SamplingParams,
-    model: &ModelName,
-) -> Result<(GenerateRequest, Option<Arc<str>>), LineError> {
-    fields.check_once()?;
-    let name = name_of(model, &mut fields)?;
-    let sampling = sampling(&mut fields, default)?;
-    let stop = stop(&mut fields)?;
-    let prompt = prompt(&mut fields, prompts)?;
-    check_rest(fields, &prompt)?;
-    Ok((GenerateRequest { prompt, sampling, stop }, name))
+/// What a body asks for.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Body {
+    /// What to go on from: one prompt, or several in a body of `/v1/completions`.
+    pub prompts: Vec<Prompt>,
+    /// How tokens are drawn.
+    pub sampling: SamplingParams,
+    /// Texts that end the output.
+    pub stop: Vec<String>,
+    /// The name by which it calls the model.
+    pub model: Option<Arc<str>>,
 }
 
-/// `model` must be the one that runs.
-fn name_of(model: &ModelName, fields: &mut Fields<'_>) -> Result<Option<Arc<str>>, LineError> {
-    let Some(asked) = fields.text("model")? else { return Ok(None) };
-    match model.find(&asked) {
-        Some(name) => Ok(Some(name.clone())),
-        None => Err(LineError::Model { asked: shown(&asked), loaded: model.first().to_string() }),
+impl Body {
+    /// Reads what a request asks for; sampling that it leaves out is as in `default`. Fields that the caller knows how to
+    /// serve and has taken are not looked at.
+    ///
+    /// # Errors
+    /// The first field that is wrong.
+    pub fn read(
+        mut fields: Fields<'_>,
+        prompts: Prompts,
+        default: &SamplingParams,
+        model: &ModelName,
+    ) -> Result<Body, FieldError> {
+        fields.check_once()?;
+        let model = name_of(model, &mut fields)?;
+        let sampling = sampling(&mut fields, default)?;
+        let stop = stop(&mut fields)?;
+        let prompts = prompt(&mut fields, prompts)?;
+        check_rest(fields, &prompts)?;
+        Ok(Body { prompts, sampling, stop, model })
     }
 }
 
-fn sampling(fields: &mut Fields<'_>, default: &SamplingParams) -> Result<SamplingParams, LineError> {
+/// `model` must be the one that runs.
+fn name_of(model: &ModelName, fields: &mut Fields<'_>) -> Result<Option<Arc<str>>, FieldError> {
+    let Some(asked) = fields.text("model")? else { return Ok(None) };
+    match model.find(&asked) {
+        Some(name) => Ok(Some(name.clone())),
+        None => Err(FieldError::Model { asked: shown(&asked), loaded: model.first().to_string() }),
+    }
+}
+
+fn sampling(fields: &mut Fields<'_>, default: &SamplingParams) -> Result<SamplingParams, FieldError> {
     Ok(SamplingParams {
         temperature: fields.number("temperature")?.unwrap_or(default.temperature),
         top_k: top_k(fields)?.unwrap_or(default.top_k),
@@ -75,13 +92,13 @@ fn sampling(fields: &mut Fields<'_>, default: &SamplingParams) -> Result<Samplin
 }
 
 /// -1 is vLLM's word for all tokens.
-fn top_k(fields: &mut Fields<'_>) -> Result<Option<u32>, LineError> {
+fn top_k(fields: &mut Fields<'_>) -> Result<Option<u32>, FieldError> {
     let top_k = fields.whole("top_k", -1, "a whole number from 1 on, or 0 or -1 for all tokens")?;
     Ok(top_k.map(|k| k.max(0) as u32))
 }
 
 /// -1 is vLLM's word for no seed; other negative ones are as good as any, each a seed of its own.
-fn seed(fields: &mut Fields<'_>) -> Result<Option<u64>, LineError> {
+fn seed(fields: &mut Fields<'_>) -> Result<Option<u64>, FieldError> {
     const EXPECTED: &str = "a whole number of 64 bits";
     let Some(value) = fields.raw("seed") else { return Ok(None) };
     match read("seed", value, EXPECTED)? {
@@ -92,12 +109,12 @@ fn seed(fields: &mut Fields<'_>) -> Result<Option<u64>, LineError> {
 }
 
 /// By OpenAI's older or newer name. More than any sequence holds is as many as it holds.
-fn max_tokens(fields: &mut Fields<'_>) -> Result<Option<u32>, LineError> {
+fn max_tokens(fields: &mut Fields<'_>) -> Result<Option<u32>, FieldError> {
     const EXPECTED: &str = "a whole number from 1 on";
     let older = fields.whole("max_tokens", 1, EXPECTED)?;
     let newer = fields.whole("max_completion_tokens", 1, EXPECTED)?;
     match (older, newer) {
-        (Some(older), Some(newer)) if older != newer => Err(LineError::Contradiction {
+        (Some(older), Some(newer)) if older != newer => Err(FieldError::Contradiction {
             field: "max_tokens",
             value: older.to_string(),
             other: "max_completion_tokens",
@@ -108,7 +125,7 @@ fn max_tokens(fields: &mut Fields<'_>) -> Result<Option<u32>, LineError> {
 }
 
 /// A count of alternatives, or OpenAI's pair: `logprobs` says whether, `top_logprobs` how many.
-fn logprobs(fields: &mut Fields<'_>) -> Result<Option<Option<u32>>, LineError> {
+fn logprobs(fields: &mut Fields<'_>) -> Result<Option<Option<u32>>, FieldError> {
     #[derive(Deserialize)]
     #[serde(untagged)]
     enum Asked {
@@ -119,7 +136,9 @@ fn logprobs(fields: &mut Fields<'_>) -> Result<Option<Option<u32>>, LineError> {
     let Some(value) = fields.raw("logprobs") else {
         return match top_logprobs(fields)? {
             None | Some(0) => Ok(None),
-            Some(_) => Err(LineError::Missing { field: "logprobs", fix: "top_logprobs needs it to be true" }),
+            Some(_) => {
+                Err(FieldError::Missing { field: "logprobs", fix: "top_logprobs needs it to be true" })
+            }
         };
     };
     let asked = match read("logprobs", value, EXPECTED)? {
@@ -129,7 +148,7 @@ fn logprobs(fields: &mut Fields<'_>) -> Result<Option<Option<u32>>, LineError> {
         Asked::Count(_) => return Err(wrong("logprobs", value, EXPECTED)),
     };
     match top_logprobs(fields)? {
-        Some(top) if top != asked.unwrap_or(0) => Err(LineError::Contradiction {
+        Some(top) if top != asked.unwrap_or(0) => Err(FieldError::Contradiction {
             field: "logprobs",
             value: shown(value.get()),
             other: "top_logprobs",
@@ -139,7 +158,7 @@ fn logprobs(fields: &mut Fields<'_>) -> Result<Option<Option<u32>>, LineError> {
     }
 }
 
-fn top_logprobs(fields: &mut Fields<'_>) -> Result<Option<u32>, LineError> {
+fn top_logprobs(fields: &mut Fields<'_>) -> Result<Option<u32>, FieldError> {
     const EXPECTED: &str = "a whole number up to 20";
     let Some(value) = fields.raw("top_logprobs") else { return Ok(None) };
     match read("top_logprobs", value, EXPECTED)? {
@@ -148,7 +167,7 @@ fn top_logprobs(fields: &mut Fields<'_>) -> Result<Option<u32>, LineError> {
     }
 }
 
-fn stop(fields: &mut Fields<'_>) -> Result<Vec<String>, LineError> {
+fn stop(fields: &mut Fields<'_>) -> Result<Vec<String>, FieldError> {
     #[derive(Deserialize)]
     #[serde(untagged)]
     enum Stop {
@@ -162,27 +181,28 @@ fn stop(fields: &mut Fields<'_>) -> Result<Vec<String>, LineError> {
     })
 }
 
-fn prompt(fields: &mut Fields<'_>, prompts: Prompts) -> Result<Prompt, LineError> {
+fn prompt(fields: &mut Fields<'_>, prompts: Prompts) -> Result<Vec<Prompt>, FieldError> {
     let text = fields.raw("prompt");
     let ids = fields.raw("prompt_token_ids");
     let messages = fields.raw("messages");
     match (text, ids, messages, prompts) {
-        (Some(value), None, None, Prompts::Any | Prompts::Text) => text_prompt(value),
+        (Some(value), None, None, Prompts::Any | Prompts::Text) => text_prompts(value),
         (None, Some(value), None, Prompts::Any | Prompts::Text) => {
             let ids: Vec<Whole> = read("prompt_token_ids", value, TOKEN_IDS)?;
-            token_ids(&ids).ok_or_else(|| wrong("prompt_token_ids", value, TOKEN_IDS))
+            let prompt = token_ids(&ids).ok_or_else(|| wrong("prompt_token_ids", value, TOKEN_IDS))?;
+            Ok(vec![prompt])
         }
-        (None, None, Some(value), Prompts::Any | Prompts::Chat) => chat_prompt(value, fields),
-        (.., Prompts::Any) => Err(LineError::Prompt("prompt, prompt_token_ids and messages")),
-        (.., Prompts::Text) => Err(LineError::Prompt("prompt and prompt_token_ids, and no messages")),
-        (.., Prompts::Chat) => Err(LineError::Prompt("messages, and no prompt")),
+        (None, None, Some(value), Prompts::Any | Prompts::Chat) => Ok(vec![chat_prompt(value, fields)?]),
+        (.., Prompts::Any) => Err(FieldError::Prompt("prompt, prompt_token_ids and messages")),
+        (.., Prompts::Text) => Err(FieldError::Prompt("prompt and prompt_token_ids, and no messages")),
+        (.., Prompts::Chat) => Err(FieldError::Prompt("messages, and no prompt")),
     }
 }
 
 const TOKEN_IDS: &str = "a list of token ids";
 
-/// A text, its token ids, or a list of one of them.
-fn text_prompt(value: &RawValue) -> Result<Prompt, LineError> {
+/// A text, its token ids, or a list of such.
+fn text_prompts(value: &RawValue) -> Result<Vec<Prompt>, FieldError> {
     #[derive(Deserialize)]
     #[serde(untagged)]
     enum Text {
@@ -192,22 +212,14 @@ fn text_prompt(value: &RawValue) -> Result<Prompt, LineError> {
         IdLists(Vec<Vec<Whole>>),
     }
     const EXPECTED: &str = "a text or a list of token ids";
-    let several = |count: usize| LineError::Unsupported {
-        field: "prompt",
-        value: format!("a list of {count} prompts"),
-        fix: "give each a line of its own".to_owned(),
-    };
+    let unfit = || wrong("prompt", value, EXPECTED);
     match read("prompt", value, EXPECTED)? {
-        Text::One(text) => Ok(Prompt::Text(text)),
-        Text::Ids(ids) => token_ids(&ids).ok_or_else(|| wrong("prompt", value, EXPECTED)),
-        Text::Texts(mut texts) => match texts.len() {
-            1 => Ok(Prompt::Text(texts.swap_remove(0))),
-            count => Err(several(count)),
-        },
-        Text::IdLists(lists) => match lists.as_slice() {
-            [ids] => token_ids(ids).ok_or_else(|| wrong("prompt", value, EXPECTED)),
-            _ => Err(several(lists.len())),
-        },
+        Text::One(text) => Ok(vec![Prompt::Text(text)]),
+        Text::Ids(ids) => Ok(vec![token_ids(&ids).ok_or_else(unfit)?]),
+        Text::Texts(texts) => Ok(texts.into_iter().map(Prompt::Text).collect()),
+        Text::IdLists(lists) => {
+            lists.iter().map(|ids| token_ids(ids)).collect::<Option<_>>().ok_or_else(unfit)
+        }
     }
 }
 
@@ -219,13 +231,13 @@ fn token_ids(ids: &[Whole]) -> Option<Prompt> {
 pub const CHAT_FIELDS: [&str; 5] =
     ["tools", "documents", "chat_template_kwargs", "add_generation_prompt", "continue_final_message"];
 
-fn chat_prompt(value: &RawValue, fields: &mut Fields<'_>) -> Result<Prompt, LineError> {
+fn chat_prompt(value: &RawValue, fields: &mut Fields<'_>) -> Result<Prompt, FieldError> {
     let messages = messages(value)?;
     let [tools, documents, kwargs, add, continue_final] = CHAT_FIELDS;
     let continue_final_message = fields.flag(continue_final)?.unwrap_or(false);
     let add_generation_prompt = fields.flag(add)?;
     if continue_final_message && add_generation_prompt == Some(true) {
-        return Err(LineError::Contradiction {
+        return Err(FieldError::Contradiction {
             field: continue_final,
             value: "true".to_owned(),
             other: add,
@@ -242,14 +254,14 @@ fn chat_prompt(value: &RawValue, fields: &mut Fields<'_>) -> Result<Prompt, Line
     }))
 }
 
-fn messages(value: &RawValue) -> Result<Vec<Message>, LineError> {
+fn messages(value: &RawValue) -> Result<Vec<Message>, FieldError> {
     const EXPECTED: &str = "a list of messages, at least one";
     let list: Vec<&RawValue> = read("messages", value, EXPECTED)?;
     if list.is_empty() {
         return Err(wrong("messages", value, EXPECTED));
     }
     let message = |(at, value): (usize, &&RawValue)| {
-        serde_json::from_str(value.get()).map_err(|error| LineError::Unreadable {
+        serde_json::from_str(value.get()).map_err(|error| FieldError::Unreadable {
             field: "messages",
             cause: format!("messages[{at}]: {}", cause(&error)),
         })

@@ -1,11 +1,25 @@
 //! A simulated engine, for tests of what is around one: which request draws which token is known, and steps take no time,
 //! or as long as a test says.
+//!
+//! A request of prompt `[p, a, b, c]` draws `a, b, c, p + 3, p + 4, …`, and of `[p]` hence `p, p + 1, …`; where there is a
+//! script, each draws that and ends. An empty prompt is refused.
+//!
+//! ```
+//! use minisgl::simulated::{Control, request};
+//! use minisgl::{Llm, Text};
+//!
+//! let (mut llm, control) = Llm::simulated(Control::default(), Text::default())?;
+//! assert_eq!(llm.generate(&[request(7, 3)])?[0].token_ids, [7, 8, 9]);
+//! assert_eq!(control.steps.load(std::sync::atomic::Ordering::Relaxed), 3);
+//! # Ok::<(), minisgl::Error>(())
+//! ```
 
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::Duration;
 
+use minisgl_core::backend::Dims;
 use minisgl_core::batch::StepShape;
 use minisgl_core::config::Limits;
 use minisgl_core::engine::{CompletedStep, StepReport};
@@ -14,15 +28,16 @@ use minisgl_core::scheduler::Order;
 use minisgl_core::stats::{Load, Stats};
 use minisgl_cuda::HostTimes;
 
-use super::Front;
 use crate::diagnostics::Ceilings;
-use crate::error::Cause;
+use crate::error::{Cause, Error};
+use crate::front::Front;
+use crate::info::Info;
 use crate::request::{GenerateRequest, SamplingParams};
 use crate::runner::{LogitsError, Runner, Sink};
 use crate::telemetry::Probe;
 use crate::tokenizer::Text;
 
-/// Its capacities.
+/// The capacities that one has if nothing else is said.
 pub const LIMITS: Limits = Limits {
     running: 4,
     queued: 4,
@@ -33,21 +48,42 @@ pub const LIMITS: Limits = Limits {
     graph_rows: 0,
 };
 
-/// What a simulated engine shares with its test.
-#[derive(Default)]
+/// What a simulated engine does, and what is seen of it.
 pub struct Control {
-    pub steps: AtomicU64,
-    /// The step that fails, or panics.
-    pub fails_at: Option<u64>,
-    pub panics_at: Option<u64>,
+    /// Capacities.
+    pub limits: Limits,
     /// How long a step takes.
     pub step_time: Duration,
+    /// What every request draws, if anything is in it: then it ends as by an end-of-sequence token.
+    pub script: Vec<u32>,
+    /// The step that fails.
+    pub fails_at: Option<u64>,
+    /// The step that panics.
+    pub panics_at: Option<u64>,
+    /// Steps so far.
+    pub steps: AtomicU64,
     /// First prompt tokens in the order of admission.
     pub admitted: Mutex<Vec<u32>>,
     /// Requests in the engine now.
     pub running: AtomicU64,
     /// How often it was asked whether it is idle.
     pub polls: AtomicU64,
+}
+
+impl Default for Control {
+    fn default() -> Self {
+        Control {
+            limits: LIMITS,
+            step_time: Duration::ZERO,
+            script: Vec::new(),
+            fails_at: None,
+            panics_at: None,
+            steps: AtomicU64::new(0),
+            admitted: Mutex::default(),
+            running: AtomicU64::new(0),
+            polls: AtomicU64::new(0),
+        }
+    }
 }
 
 /// A request in the engine.
@@ -58,8 +94,7 @@ struct Running {
     tokens: Vec<u32>,
 }
 
-/// An engine whose request of prompt `[p, a, b, c]` draws `a, b, c, p + 3, p + 4, …`, and of `[p]` hence `p, p + 1, …`. An
-/// empty prompt is refused.
+/// See the module.
 struct Simulated {
     control: Arc<Control>,
     requests: Vec<Option<Running>>,
@@ -79,13 +114,17 @@ impl Runner for Simulated {
         request.params.check()?;
         let first = *request.prompt.first().ok_or(SubmitError::EmptyPrompt)?;
         let entry = self.requests.iter().position(Option::is_none);
-        let entry = entry.ok_or(SubmitError::QueueFull { capacity: LIMITS.queued })?;
+        let entry = entry.ok_or(SubmitError::QueueFull { capacity: self.control.limits.queued })?;
         self.generation += 1;
         let ticket = Ticket { entry: entry as u32, generation: self.generation };
-        let max_tokens = request.params.max_tokens.min(LIMITS.sequence - request.prompt.len() as u32);
+        let limit = self.control.limits.sequence - 1;
+        if request.prompt.len() as u32 > limit {
+            return Err(SubmitError::PromptTooLong { tokens: request.prompt.len(), limit });
+        }
+        let max_tokens = request.params.max_tokens.min(limit + 1 - request.prompt.len() as u32);
         self.requests[entry] =
             Some(Running { ticket, prompt: request.prompt.to_vec(), max_tokens, tokens: Vec::new() });
-        self.control.admitted.lock().unwrap().push(first);
+        self.control.admitted.lock().unwrap_or_else(PoisonError::into_inner).push(first);
         self.control.running.fetch_add(1, Ordering::Relaxed);
         Ok(Submitted { ticket, max_tokens })
     }
@@ -114,12 +153,20 @@ impl Runner for Simulated {
                 continue;
             };
             let at = tokens.len();
-            let token = prompt.get(1 + at).copied().unwrap_or(prompt[0] + at as u32);
+            let script = &self.control.script;
+            let token = match script.get(at) {
+                Some(token) => *token,
+                None => prompt.get(1 + at).copied().unwrap_or(prompt[0].wrapping_add(at as u32)),
+            };
             tokens.push(token);
-            let over = tokens.len() as u32 == *max_tokens;
+            let end = match tokens.len() {
+                count if count == script.len() => Some(core::FinishReason::Eos),
+                count if count as u32 == *max_tokens => Some(core::FinishReason::Length),
+                _ => None,
+            };
             sink(core::Event::Token { ticket: *ticket, token, logprobs: None });
-            if over {
-                self.end(entry, core::FinishReason::Length, sink);
+            if let Some(reason) = end {
+                self.end(entry, reason, sink);
             }
         }
         let shape = StepShape::decode(rows);
@@ -139,7 +186,7 @@ impl Runner for Simulated {
     }
 
     fn load(&self) -> Load {
-        Load::default()
+        Load { running: self.control.running.load(Ordering::Relaxed) as u32, ..Load::default() }
     }
 
     fn reset_stats(&mut self) {}
@@ -151,7 +198,7 @@ impl Runner for Simulated {
     }
 
     fn limits(&self) -> &Limits {
-        &LIMITS
+        &self.control.limits
     }
 
     fn logits_after(&mut self, _: &[u32]) -> Result<Vec<f32>, LogitsError> {
@@ -172,26 +219,63 @@ impl Runner for Simulated {
     }
 }
 
-/// A front before it, and what the test sees of it.
-pub fn start_with(control: Control, text: Text, order: Order) -> (Front, Arc<Control>) {
-    let control = Arc::new(control);
-    let runner = Simulated { control: control.clone(), requests: Vec::new(), generation: 0 };
-    let entries = LIMITS.running + if order == Order::Given { 0 } else { LIMITS.queued };
-    let build = move || {
-        let mut runner = runner;
-        runner.requests.resize_with(entries as usize, || None);
-        Ok((Box::new(runner) as Box<dyn Runner>, ()))
+/// What such an engine says of itself.
+pub(crate) fn info(limits: Limits) -> Info {
+    let dims = Dims {
+        layers: 1,
+        hidden: 8,
+        heads: 1,
+        kv_heads: 1,
+        head_dim: 8,
+        intermediate: 8,
+        vocab: 100,
+        norm_eps: 1e-6,
     };
-    let (front, ()) = Front::start(Arc::new(text), order, build).unwrap();
-    (front, control)
+    Info {
+        model: "simulated".to_owned(),
+        commit: None,
+        backend: "simulated",
+        choice: None,
+        device: "no device".to_owned(),
+        limits,
+        vocab: dims.vocab,
+        eos: Vec::new(),
+        warnings: Vec::new(),
+        dims,
+        window: None,
+        weight_bytes: 0,
+        page_bytes: 0,
+        memory_total: 0,
+        memory_free_loaded: 0,
+        memory_free_before_recording: 0,
+        memory_free_ready: 0,
+        load_seconds: 0.0,
+        capture_seconds: 0.0,
+    }
 }
 
-/// Without a tokenizer.
-pub fn start(control: Control) -> (Front, Arc<Control>) {
-    start_with(control, Text::default(), Order::Given)
+/// A front before such an engine, and what is seen of the engine.
+pub(crate) fn start_with(
+    control: Control,
+    text: Arc<Text>,
+    order: Order,
+) -> Result<(Front, Arc<Control>), Error> {
+    let control = Arc::new(control);
+    let queued = if order == Order::Given { 0 } else { control.limits.queued };
+    let entries = (control.limits.running + queued) as usize;
+    let mut runner = Simulated { control: control.clone(), requests: Vec::new(), generation: 0 };
+    runner.requests.resize_with(entries, || None);
+    let (front, ()) = Front::start(text, order, move || Ok((Box::new(runner) as Box<dyn Runner>, ())))?;
+    Ok((front, control))
 }
 
 /// A request that draws `first` and the tokens behind it.
 pub fn request(first: u32, max_tokens: u32) -> GenerateRequest {
     GenerateRequest::tokens([first]).sampling(SamplingParams { max_tokens, ..SamplingParams::default() })
+}
+
+/// A front without a tokenizer.
+#[cfg(test)]
+pub(crate) fn start(control: Control) -> (Front, Arc<Control>) {
+    start_with(control, Arc::default(), Order::Given).unwrap()
 }

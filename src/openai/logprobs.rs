@@ -21,20 +21,20 @@ const LEAST: f32 = -9999.0;
 type TokenBytes<'a> = &'a dyn Fn(u32) -> Option<Vec<u8>>;
 
 /// In answers to conversations.
-#[derive(Serialize)]
+#[derive(Debug, Serialize)]
 pub struct ChatLogprobs {
     content: Vec<ChatToken>,
     refusal: (),
 }
 
-#[derive(Serialize)]
+#[derive(Debug, Serialize)]
 struct ChatToken {
     #[serde(flatten)]
     token: Token,
     top_logprobs: Vec<Token>,
 }
 
-#[derive(Serialize)]
+#[derive(Debug, Serialize)]
 struct Token {
     token: String,
     bytes: Option<Vec<u8>>,
@@ -44,6 +44,11 @@ struct Token {
 impl ChatLogprobs {
     /// Of an output; `None` where they were not asked for.
     pub fn new(completion: &Completion, token_bytes: TokenBytes<'_>) -> Option<Self> {
+        Some(Self::of(&completion.token_ids, completion.logprobs.as_ref()?, token_bytes))
+    }
+
+    /// Of tokens.
+    pub fn of(ids: &[u32], logprobs: &[TokenLogprobs], token_bytes: TokenBytes<'_>) -> Self {
         let token = |id, logprob: f32| {
             let bytes = token_bytes(id);
             Token { token: spelled(id, bytes.as_deref(), ""), bytes, logprob: logprob.max(LEAST) }
@@ -52,16 +57,12 @@ impl ChatLogprobs {
             token: token(*id, entry.logprob),
             top_logprobs: entry.top.iter().map(|(id, logprob)| token(*id, *logprob)).collect(),
         };
-        let logprobs = completion.logprobs.as_ref()?;
-        Some(ChatLogprobs {
-            content: completion.token_ids.iter().zip(logprobs).map(entry).collect(),
-            refusal: (),
-        })
+        ChatLogprobs { content: ids.iter().zip(logprobs).map(entry).collect(), refusal: () }
     }
 }
 
 /// In continuations of a text.
-#[derive(Default, Serialize)]
+#[derive(Debug, Default, Serialize)]
 pub struct TextLogprobs {
     tokens: Vec<String>,
     token_logprobs: Vec<f32>,
@@ -75,14 +76,25 @@ impl TextLogprobs {
     /// Of an output; `None` where they were not asked for.
     pub fn new(completion: &Completion, token_bytes: TokenBytes<'_>) -> Option<Self> {
         let logprobs = completion.logprobs.as_ref()?;
+        let end = completion.text.as_deref().unwrap_or_default().chars().count();
+        let mut all = Self::of(&completion.token_ids, logprobs, &mut 0, token_bytes);
+        all.text_offset.iter_mut().for_each(|offset| *offset = end.min(*offset));
+        Some(all)
+    }
+
+    /// Of tokens that begin `offset` characters behind the output's beginning, which becomes where they end.
+    pub fn of(
+        ids: &[u32],
+        logprobs: &[TokenLogprobs],
+        offset: &mut usize,
+        token_bytes: TokenBytes<'_>,
+    ) -> Self {
         let mut all = TextLogprobs::default();
-        let text = completion.text.as_deref().unwrap_or_default();
-        let (mut offset, end) = (0, text.chars().count());
-        for (id, entry) in completion.token_ids.iter().zip(logprobs) {
+        for (id, entry) in ids.iter().zip(logprobs) {
             let bytes = token_bytes(*id);
             let token = spelled(*id, bytes.as_deref(), "bytes:");
-            all.text_offset.push(offset.min(end));
-            offset += bytes.iter().flatten().filter(|byte| **byte & 0xC0 != 0x80).count();
+            all.text_offset.push(*offset);
+            *offset += bytes.iter().flatten().filter(|byte| **byte & 0xC0 != 0x80).count();
             if !entry.top.is_empty() {
                 let mut top = BTreeMap::from([(token.clone(), entry.logprob.max(LEAST))]);
                 for (id, logprob) in &entry.top {
@@ -94,7 +106,7 @@ impl TextLogprobs {
             all.tokens.push(token);
             all.token_logprobs.push(entry.logprob.max(LEAST));
         }
-        Some(all)
+        all
     }
 }
 

@@ -6,7 +6,7 @@
 use serde_json::Value;
 
 use super::body::CHAT_FIELDS;
-use super::error::{LineError, shown};
+use super::error::{FieldError, shown};
 use super::fields::Fields;
 use crate::request::{ChatPrompt, Prompt};
 
@@ -86,32 +86,32 @@ const ONLY: &[Only] = &[
 ///
 /// # Errors
 /// A field that does, or that is not known.
-pub fn check_rest(mut fields: Fields<'_>, prompt: &Prompt) -> Result<(), LineError> {
+pub fn check_rest(mut fields: Fields<'_>, prompts: &[Prompt]) -> Result<(), FieldError> {
     for name in WITHOUT_EFFECT {
         fields.raw(name);
     }
     for only in ONLY {
         check(&mut fields, *only)?;
     }
-    let with_tools = matches!(prompt, Prompt::Chat(ChatPrompt { tools: Some(_), .. }));
+    let with_tools = matches!(prompts, [Prompt::Chat(ChatPrompt { tools: Some(_), .. })]);
     let choices: &[_] = if with_tools { &["\"auto\""] } else { &["\"auto\"", "\"none\""] };
     check(&mut fields, ("tool_choice", choices, NO_TOOL_CHOICE))?;
-    match prompt {
-        Prompt::Tokens(_) => drop(fields.raw("add_special_tokens")),
-        Prompt::Text(_) => {
+    match prompts.first() {
+        None | Some(Prompt::Tokens(_)) => drop(fields.raw("add_special_tokens")),
+        Some(Prompt::Text(_)) => {
             check(&mut fields, ("add_special_tokens", &["true"], "the tokenizer's are added"))?
         }
-        Prompt::Chat(_) => {
+        Some(Prompt::Chat(_)) => {
             check(&mut fields, ("add_special_tokens", &["false"], "the template writes them"))?
         }
     }
     match CHAT_FIELDS.iter().find(|name| fields.has(name)) {
-        Some(field) => Err(LineError::NeedsMessages { field }),
+        Some(field) => Err(FieldError::NeedsMessages { field }),
         None => fields.finish(),
     }
 }
 
-fn check(fields: &mut Fields<'_>, (field, accepted, why): Only) -> Result<(), LineError> {
+fn check(fields: &mut Fields<'_>, (field, accepted, why): Only) -> Result<(), FieldError> {
     let Some(value) = fields.raw(field) else { return Ok(()) };
     let found: Option<Value> = serde_json::from_str(value.get()).ok();
     let is = |accepted: &&str| match (serde_json::from_str(accepted), &found) {
@@ -125,7 +125,7 @@ fn check(fields: &mut Fields<'_>, (field, accepted, why): Only) -> Result<(), Li
         [] => format!("{why}; leave it out"),
         _ => format!("it may only be {}: {why}", accepted.join(" or ")),
     };
-    Err(LineError::Unsupported { field, value: shown(value.get()), fix })
+    Err(FieldError::Unsupported { field, value: shown(value.get()), fix })
 }
 
 /// Equal as JSON, 1 and 1.0 being one number.

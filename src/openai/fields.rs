@@ -21,7 +21,7 @@ use serde::{Deserialize, Deserializer};
 use serde_json::error::Category;
 use serde_json::value::RawValue;
 
-use super::error::{LineError, shown};
+use super::error::{FieldError, ObjectError, shown};
 
 /// How alike a misspelt name and the one that was meant are, of 1.
 const ALIKE: f64 = 0.9;
@@ -40,10 +40,10 @@ impl<'a> Fields<'a> {
     ///
     /// # Errors
     /// Text that is no JSON, or no object.
-    pub fn read(json: &'a str) -> Result<Self, LineError> {
+    pub fn read(json: &'a str) -> Result<Self, ObjectError> {
         serde_json::from_str(json).map_err(|error: serde_json::Error| match error.classify() {
-            Category::Data => LineError::NotObject,
-            _ => LineError::NotJson { cause: cause(&error), column: error.column() },
+            Category::Data => ObjectError::NotObject,
+            _ => ObjectError::NotJson { cause: cause(&error), line: error.line(), column: error.column() },
         })
     }
 
@@ -66,7 +66,7 @@ impl<'a> Fields<'a> {
         &mut self,
         name: &'static str,
         expected: &'static str,
-    ) -> Result<Option<T>, LineError> {
+    ) -> Result<Option<T>, FieldError> {
         self.raw(name).map(|value| read(name, value, expected)).transpose()
     }
 
@@ -74,7 +74,7 @@ impl<'a> Fields<'a> {
     ///
     /// # Errors
     /// Something else.
-    pub fn text(&mut self, name: &'static str) -> Result<Option<String>, LineError> {
+    pub fn text(&mut self, name: &'static str) -> Result<Option<String>, FieldError> {
         self.take(name, "a text")
     }
 
@@ -82,7 +82,7 @@ impl<'a> Fields<'a> {
     ///
     /// # Errors
     /// Something else.
-    pub fn flag(&mut self, name: &'static str) -> Result<Option<bool>, LineError> {
+    pub fn flag(&mut self, name: &'static str) -> Result<Option<bool>, FieldError> {
         self.take(name, "true or false")
     }
 
@@ -90,7 +90,7 @@ impl<'a> Fields<'a> {
     ///
     /// # Errors
     /// Something else.
-    pub fn number(&mut self, name: &'static str) -> Result<Option<f32>, LineError> {
+    pub fn number(&mut self, name: &'static str) -> Result<Option<f32>, FieldError> {
         self.take(name, "a number")
     }
 
@@ -104,7 +104,7 @@ impl<'a> Fields<'a> {
         name: &'static str,
         least: i128,
         expected: &'static str,
-    ) -> Result<Option<i64>, LineError> {
+    ) -> Result<Option<i64>, FieldError> {
         let Some(value) = self.raw(name) else { return Ok(None) };
         let Whole(number) = read(name, value, expected)?;
         match number >= least {
@@ -117,21 +117,21 @@ impl<'a> Fields<'a> {
     ///
     /// # Errors
     /// The first that was not.
-    pub fn finish(mut self) -> Result<(), LineError> {
+    pub fn finish(mut self) -> Result<(), FieldError> {
         let Some((name, _)) = self.values.pop_first() else { return Ok(()) };
         let alike = |known: &&'static str| (strsim::jaro_winkler(&name, known), *known);
         let near = self.names.iter().map(alike).filter(|(alike, _)| *alike >= ALIKE);
         let near = near.max_by(|a, b| a.0.total_cmp(&b.0)).map(|(_, known)| known);
-        Err(LineError::unknown(&name, near))
+        Err(FieldError::unknown(&name, near))
     }
 
     /// Checks that no key stood there twice.
     ///
     /// # Errors
     /// One that did.
-    pub fn check_once(&self) -> Result<(), LineError> {
+    pub fn check_once(&self) -> Result<(), FieldError> {
         match &self.twice {
-            Some(field) => Err(LineError::Twice { field: shown(field) }),
+            Some(field) => Err(FieldError::Twice { field: shown(field) }),
             None => Ok(()),
         }
     }
@@ -145,16 +145,16 @@ pub fn read<'a, T: Deserialize<'a>>(
     name: &'static str,
     value: &'a RawValue,
     expected: &'static str,
-) -> Result<T, LineError> {
+) -> Result<T, FieldError> {
     serde_json::from_str(value.get()).map_err(|error| match error.classify() {
         Category::Data => wrong(name, value, expected),
-        _ => LineError::Unreadable { field: name, cause: cause(&error) },
+        _ => FieldError::Unreadable { field: name, cause: cause(&error) },
     })
 }
 
 /// A value of the field `name` that is not `expected`.
-pub fn wrong(name: &'static str, value: &RawValue, expected: &'static str) -> LineError {
-    LineError::Wrong { field: name, value: shown(value.get()), expected }
+pub fn wrong(name: &'static str, value: &RawValue, expected: &'static str) -> FieldError {
+    FieldError::Wrong { field: name, value: shown(value.get()), expected }
 }
 
 /// What the parser says, without where: its place counts from the beginning of a value.

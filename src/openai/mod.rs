@@ -1,0 +1,29 @@
+//! OpenAI's API as data: what its requests ask for and what its answers hold, for Batch files and the service alike.
+//!
+//! ```text
+//!   JSON object ── Fields ──> Body (prompts, sampling, stop texts) ── … ──> Completion ──> Answer, ErrorBody
+//!                     └── what is left, misspelt or can't be served ──> FieldError, which names the field
+//! ```
+//!
+//! Names of vLLM's are taken where OpenAI has none (`top_k`, `min_p`, `ignore_eos`, `chat_template_kwargs`, …).
+
+mod answer;
+mod body;
+mod error;
+mod fields;
+mod logprobs;
+mod model_name;
+mod rest;
+
+pub use answer::{
+    Answer, ChatChoice, ChatMessage, ErrorBody, ErrorObject, FunctionCall, INVALID_REQUEST, TextChoice,
+    ToolCall, Usage, created_now, finish_reason,
+};
+pub use body::{Body, Prompts};
+pub use error::{FieldError, ObjectError};
+pub use fields::{Fields, Whole};
+pub use logprobs::{ChatLogprobs, TextLogprobs};
+pub use model_name::ModelName;
+
+pub(crate) use error::shown;
+pub(crate) use fields::read;
