@@ -261,7 +261,7 @@ pub(crate) fn start_with(
     order: Order,
 ) -> Result<(Front, Arc<Control>), Error> {
     let control = Arc::new(control);
-    let queued = if order == Order::Given { 0 } else { control.limits.queued };
+    let queued = if order.sorts() { control.limits.queued } else { 0 };
     let entries = (control.limits.running + queued) as usize;
     let mut runner = Simulated { control: control.clone(), requests: Vec::new(), generation: 0 };
     runner.requests.resize_with(entries, || None);

@@ -1,0 +1,94 @@
+//! The access log: a line a request, when its answer is over, and the name by which both sides know it.
+//!
+//! A client's `x-request-id` is kept where it is short and plain; other requests get one. It stands in the answer's header
+//! and in the log.
+
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::Instant;
+
+use axum::body::Body;
+use axum::extract::{MatchedPath, Request, State};
+use axum::http::{HeaderValue, Method};
+use axum::middleware::Next;
+use axum::response::Response;
+use bytes::Bytes;
+use http_body::{Frame, SizeHint};
+
+use crate::app::{App, REQUEST_ID};
+use crate::random::random_id;
+
+/// Characters of a client's own name for a request at most.
+const ID_MAX: usize = 128;
+
+/// Names a request, passes it on and logs it.
+pub async fn log(State(app): State<Arc<App>>, mut request: Request, next: Next) -> Response {
+    let started = Instant::now();
+    let given = request.headers().get(REQUEST_ID).filter(|id| is_plain(id)).cloned();
+    let id = given.or_else(|| random_id("req").parse().ok()).unwrap_or(HeaderValue::from_static("req"));
+    request.headers_mut().insert(REQUEST_ID, id.clone());
+    let method = request.method().clone();
+    // A path that nobody serves may be anything, and is not kept.
+    let path = request.extensions().get::<MatchedPath>().map_or("other", MatchedPath::as_str).to_owned();
+    let mut response = next.run(request).await;
+    response.headers_mut().insert(REQUEST_ID, id.clone());
+    let status = response.status().as_u16();
+    app.metrics.answered(&path, status);
+    let line = Line { method, path, status, id, started, over: false };
+    response.map(|body| Body::new(Logged { body, line }))
+}
+
+fn is_plain(id: &HeaderValue) -> bool {
+    let id = id.as_bytes();
+    !id.is_empty() && id.len() <= ID_MAX && id.iter().all(u8::is_ascii_graphic)
+}
+
+/// What will be logged.
+struct Line {
+    method: Method,
+    path: String,
+    status: u16,
+    id: HeaderValue,
+    started: Instant,
+    /// All of the answer went out.
+    over: bool,
+}
+
+impl Drop for Line {
+    fn drop(&mut self) {
+        let Line { method, path, status, id, started, over } = self;
+        let ms = started.elapsed().as_millis();
+        let id = id.to_str().unwrap_or_default();
+        let cut = if *over { "" } else { ", the client went away" };
+        tracing::info!(target: "access", "{method} {path} {status} {ms} ms {id}{cut}");
+    }
+}
+
+/// A body that is logged when it is over.
+struct Logged {
+    body: Body,
+    line: Line,
+}
+
+impl http_body::Body for Logged {
+    type Data = Bytes;
+    type Error = axum::Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        task: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Self::Error>>> {
+        let frame = Pin::new(&mut self.body).poll_frame(task);
+        self.line.over |= matches!(frame, Poll::Ready(None)) || self.body.is_end_stream();
+        frame
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
+    }
+}

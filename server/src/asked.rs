@@ -1,0 +1,143 @@
+//! What a request of the API asks for: the fields that only a service can serve, and those that lines have too.
+//!
+//! ```text
+//!   body ── JSON ──> n, stream, echo, tool_choice, …  taken here
+//!                └─> all others                       minisgl::openai::Body
+//! ```
+
+use minisgl::openai::{Body, FieldError, Fields, ModelName, Prompts};
+use minisgl::{ChatPrompt, GenerateRequest, Prompt, SamplingParams};
+
+use crate::error::ApiError;
+
+/// Outputs of a prompt at most, as in OpenAI's API.
+const OUTPUTS_MAX: i64 = 128;
+
+/// A request that has been read.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Asked {
+    /// Prompts, sampling, stop texts, the model's name.
+    pub body: Body,
+    /// Outputs of each prompt.
+    pub outputs: u32,
+    /// Send tokens as they come; `None`: one answer at the end.
+    pub stream: Option<StreamOptions>,
+    /// Let each output begin with its prompt.
+    pub echo: bool,
+    /// Give token ids beside texts, as vLLM does.
+    pub return_token_ids: bool,
+}
+
+/// How a stream is given.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct StreamOptions {
+    /// End with a chunk that counts tokens.
+    pub include_usage: bool,
+}
+
+impl Asked {
+    /// Reads a request. Sampling that it leaves out is as in `sampling`, which has a seed of its own for each request.
+    ///
+    /// # Errors
+    /// What is wrong with it.
+    pub fn read(
+        json: &str,
+        prompts: Prompts,
+        sampling: &SamplingParams,
+        model: &ModelName,
+    ) -> Result<Self, ApiError> {
+        let mut fields = Fields::read(json).map_err(|error| ApiError::invalid(error.to_string()))?;
+        fields.check_once()?;
+        let outputs = outputs(&mut fields, prompts)?;
+        let stream = stream(&mut fields)?;
+        let echo = match prompts {
+            Prompts::Text => fields.flag("echo")?.unwrap_or(false),
+            _ => false,
+        };
+        let return_token_ids = fields.flag("return_token_ids")?.unwrap_or(false);
+        let without_tools = prompts == Prompts::Chat && without_tools(&mut fields)?;
+        let mut body = Body::read(fields, prompts, sampling, model)?;
+        if body.prompts.is_empty() {
+            return Err(FieldError::Missing { field: "prompt", fix: "give at least one" }.into());
+        }
+        if echo && body.sampling.logprobs.is_some() {
+            return Err(unsupported("echo", "true", "prompts have no log-probabilities; leave logprobs out"));
+        }
+        if without_tools && let [Prompt::Chat(ChatPrompt { tools, .. })] = body.prompts.as_mut_slice() {
+            *tools = None;
+        }
+        Ok(Asked { body, outputs, stream, echo, return_token_ids })
+    }
+
+    /// Does the request give the model tools?
+    pub fn has_tools(&self) -> bool {
+        matches!(self.body.prompts.as_slice(), [Prompt::Chat(ChatPrompt { tools: Some(_), .. })])
+    }
+
+    /// How many outputs it has in all.
+    pub fn choices(&self) -> usize {
+        self.body.prompts.len() * self.outputs as usize
+    }
+
+    /// The requests that it makes, in the order of its choices: all of the first prompt, then those of the second. Each
+    /// draws with a seed of its own, the first with the one that was asked for.
+    pub fn requests(&self) -> impl Iterator<Item = GenerateRequest> + '_ {
+        let Body { prompts, sampling, stop, .. } = &self.body;
+        let outputs = self.outputs as usize;
+        (0..self.choices()).map(move |index| GenerateRequest {
+            prompt: prompts[index / outputs].clone(),
+            sampling: SamplingParams { seed: sampling.seed.wrapping_add(index as u64), ..*sampling },
+            stop: stop.clone(),
+        })
+    }
+}
+
+fn unsupported(field: &'static str, value: impl Into<String>, fix: impl Into<String>) -> ApiError {
+    FieldError::Unsupported { field, value: value.into(), fix: fix.into() }.into()
+}
+
+/// `n`, and `best_of` where it asks for no more.
+fn outputs(fields: &mut Fields<'_>, prompts: Prompts) -> Result<u32, ApiError> {
+    let outputs = fields.whole("n", 1, "a whole number from 1 to 128")?.unwrap_or(1);
+    if outputs > OUTPUTS_MAX {
+        return Err(unsupported("n", outputs.to_string(), "at most 128 outputs of a prompt are given"));
+    }
+    if prompts == Prompts::Text
+        && let Some(best_of) = fields.whole("best_of", 1, "a whole number from 1 on")?
+        && best_of != outputs
+    {
+        let fix = "all outputs are given, so it must be as n";
+        return Err(unsupported("best_of", best_of.to_string(), fix));
+    }
+    Ok(outputs as u32)
+}
+
+fn stream(fields: &mut Fields<'_>) -> Result<Option<StreamOptions>, ApiError> {
+    let stream = fields.flag("stream")?.unwrap_or(false);
+    let options: Option<Fields<'_>> = fields.take("stream_options", "an object")?;
+    let Some(mut options) = options else { return Ok(stream.then(StreamOptions::default)) };
+    if !stream {
+        let fix = "it goes with \"stream\": true; leave it out";
+        return Err(unsupported("stream_options", "an object", fix));
+    }
+    let include_usage = options.flag("include_usage")?.unwrap_or(false);
+    // It asks for padding against listeners, which changes nothing of what is said.
+    options.flag("include_obfuscation")?;
+    if options.flag("continuous_usage_stats")? == Some(true) {
+        let fix = "tokens are counted at the end, with include_usage";
+        return Err(unsupported("stream_options.continuous_usage_stats", "true", fix));
+    }
+    options.finish()?;
+    Ok(Some(StreamOptions { include_usage }))
+}
+
+/// Takes `tool_choice`: is the model to be given no tools?
+fn without_tools(fields: &mut Fields<'_>) -> Result<bool, ApiError> {
+    const FIX: &str = "it may only be \"auto\" or \"none\": what the model calls can't be prescribed";
+    let Some(choice) = fields.raw("tool_choice") else { return Ok(false) };
+    match choice.get() {
+        r#""auto""# => Ok(false),
+        r#""none""# => Ok(true),
+        other => Err(unsupported("tool_choice", other.chars().take(60).collect::<String>(), FIX)),
+    }
+}

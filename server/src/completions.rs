@@ -1,0 +1,250 @@
+//! `/v1/chat/completions` and `/v1/completions`.
+
+use std::sync::Arc;
+
+use axum::body::Body;
+use axum::extract::State;
+use axum::http::Request;
+use axum::response::Response;
+use minisgl::openai::{
+    Answer, ChatChoice, ChatLogprobs, ChatMessage, FunctionCall, Prompts, TextChoice, TextLogprobs, ToolCall,
+    Usage, created_now, finish_reason,
+};
+use minisgl::{ChatPrompt, Completion, Prompt, SamplingParams};
+use serde::Serialize;
+
+use crate::app::App;
+use crate::asked::Asked;
+use crate::body::{json, json_text};
+use crate::engine::Engine;
+use crate::error::ApiError;
+use crate::output::Outputs;
+use crate::parts::{Format, Part, Parts};
+use crate::random::{random, random_id};
+use crate::stream::{Chunks, stream};
+
+/// What an answer says of itself, whole or in chunks.
+#[derive(Clone, Debug)]
+pub struct Heading {
+    /// Of the answer.
+    pub id: String,
+    /// Seconds since 1970.
+    pub created: u64,
+    /// As the request calls it.
+    pub model: Arc<str>,
+}
+
+/// `POST /v1/chat/completions`
+pub async fn chat(State(app): State<Arc<App>>, request: Request<Body>) -> Result<Response, ApiError> {
+    let text = json_text(&app, request).await?;
+    let sampling = SamplingParams { max_tokens: u32::MAX, ..default_sampling(&app) };
+    let asked = Asked::read(&text, Prompts::Chat, &sampling, &app.settings.model)?;
+    let engine = app.engines.get()?;
+    let format = format_of(&app, &engine, &asked).await?;
+    let heading = heading(&app, &asked, "chatcmpl");
+    let mut outputs = Outputs::submit(&app, engine, &asked)?;
+    if let Some(options) = asked.stream {
+        outputs.begun().await?;
+        let chunks = Chunks::chat(heading, &asked, options, format);
+        return Ok(stream(outputs, chunks));
+    }
+    let engine = outputs.engine().clone();
+    let completions = outputs.whole().await?;
+    Ok(chat_answer(&heading, &asked, &engine, &completions, format))
+}
+
+/// `POST /v1/completions`
+pub async fn text(State(app): State<Arc<App>>, request: Request<Body>) -> Result<Response, ApiError> {
+    let text = json_text(&app, request).await?;
+    let sampling = SamplingParams { max_tokens: app.settings.text_tokens, ..default_sampling(&app) };
+    let asked = Asked::read(&text, Prompts::Text, &sampling, &app.settings.model)?;
+    let engine = app.engines.get()?;
+    let echoes = echoes(&asked, &engine)?;
+    let heading = heading(&app, &asked, "cmpl");
+    let mut outputs = Outputs::submit(&app, engine, &asked)?;
+    if let Some(options) = asked.stream {
+        outputs.begun().await?;
+        return Ok(stream(outputs, Chunks::text(heading, &asked, options, &echoes)));
+    }
+    let engine = outputs.engine().clone();
+    let completions = outputs.whole().await?;
+    Ok(text_answer(&heading, &asked, &engine, &completions, &echoes))
+}
+
+/// A seed of its own for each request that has none.
+fn default_sampling(app: &App) -> SamplingParams {
+    SamplingParams { seed: random(), ..app.settings.sampling }
+}
+
+fn heading(app: &App, asked: &Asked, prefix: &str) -> Heading {
+    let model = asked.body.model.as_ref().unwrap_or(app.settings.model.first()).clone();
+    Heading { id: random_id(prefix), created: created_now(), model }
+}
+
+/// What the model is known to write in answer to a conversation.
+async fn format_of(app: &App, engine: &Engine, asked: &Asked) -> Result<Format, ApiError> {
+    let tools = match asked.has_tools() {
+        false => None,
+        true => Some(engine.tool_format.ok_or_else(|| {
+            ApiError::invalid(
+                "tools: the model's chat template shows no format of calls that is known (qwen3, llama3); leave tools out, or \
+                 say how it calls them (--tool-format)",
+            )
+        })?),
+    };
+    let reasoning = match asked.body.prompts.as_slice() {
+        [Prompt::Chat(prompt)] if app.settings.separate_reasoning => {
+            Some(ends_in_thought(engine, prompt.clone()).await?)
+        }
+        _ => None,
+    };
+    Ok(Format { tools, reasoning })
+}
+
+/// Some templates write `<think>` themselves.
+async fn ends_in_thought(engine: &Engine, prompt: ChatPrompt) -> Result<bool, ApiError> {
+    let handle = engine.handle.clone();
+    let rendered = tokio::task::spawn_blocking(move || handle.text().render(&prompt)).await;
+    let rendered = rendered.map_err(|error| ApiError::internal(error.to_string()))?;
+    Ok(rendered.map_err(|error| ApiError::of_request(&error))?.trim_end().ends_with("<think>"))
+}
+
+/// What each prompt's outputs begin with.
+fn echoes(asked: &Asked, engine: &Engine) -> Result<Vec<String>, ApiError> {
+    let echo = |prompt: &Prompt| match prompt {
+        _ if !asked.echo => Ok(String::new()),
+        Prompt::Text(text) => Ok(text.clone()),
+        Prompt::Tokens(ids) => engine.handle.text().decode(ids).ok_or_else(|| {
+            ApiError::invalid(
+                "echo: the model has no tokenizer, so the prompt's tokens have no text; leave it out",
+            )
+        }),
+        Prompt::Chat(_) => Ok(String::new()),
+    };
+    asked.body.prompts.iter().map(echo).collect()
+}
+
+/// Tokens in and out, over all outputs.
+fn usage(asked: &Asked, completions: &[Completion]) -> Usage {
+    let outputs = asked.outputs as usize;
+    let count =
+        |usage: Usage, (at, completion): (usize, &Completion)| usage.with(completion, at % outputs == 0);
+    completions.iter().enumerate().fold(Usage::default(), count)
+}
+
+fn answer<'a, C>(heading: &'a Heading, object: &'static str, choices: Vec<C>, usage: Usage) -> Answer<'a, C> {
+    let Heading { id, created, model } = heading;
+    Answer { id: id.clone(), object, created: *created, model, choices, usage }
+}
+
+/// An output of a conversation in its parts.
+#[derive(Default)]
+struct Said {
+    text: String,
+    reasoning: String,
+    calls: Vec<ToolCall>,
+}
+
+impl Said {
+    fn of(completion: &Completion, format: Format) -> Self {
+        let (mut parts, mut out) = (Parts::new(format), Vec::new());
+        parts.push(completion.text.as_deref().unwrap_or_default(), &mut out);
+        parts.finish(&mut out);
+        let mut said = Said::default();
+        for part in out {
+            match part {
+                Part::Text(text) => said.text.push_str(&text),
+                Part::Reasoning(text) => said.reasoning.push_str(&text),
+                Part::Call(function) => said.calls.push(tool_call(function)),
+            }
+        }
+        said
+    }
+
+    fn message(&self) -> ChatMessage<'_> {
+        let silent = self.text.is_empty() && !self.calls.is_empty();
+        ChatMessage {
+            content: (!silent).then_some(self.text.as_str()),
+            tool_calls: &self.calls,
+            reasoning_content: (!self.reasoning.is_empty()).then_some(self.reasoning.as_str()),
+            ..ChatMessage::text("")
+        }
+    }
+}
+
+/// A call gets a name by which its result is told.
+pub fn tool_call(function: FunctionCall) -> ToolCall {
+    ToolCall { id: random_id("call"), r#type: "function", function }
+}
+
+fn chat_answer(
+    heading: &Heading,
+    asked: &Asked,
+    engine: &Engine,
+    completions: &[Completion],
+    format: Format,
+) -> Response {
+    let token_bytes = |id| engine.handle.token_bytes(id);
+    let said: Vec<Said> = completions.iter().map(|completion| Said::of(completion, format)).collect();
+    let choices = (0..).zip(completions).zip(&said).map(|((index, completion), said)| ChatChoice {
+        index,
+        message: said.message(),
+        logprobs: ChatLogprobs::new(completion, &token_bytes),
+        finish_reason: end_of(completion, !said.calls.is_empty()),
+    });
+    let choices = with_token_ids(asked, completions, choices);
+    json(&answer(heading, "chat.completion", choices, usage(asked, completions)))
+}
+
+/// Why an output ended, in the API's words.
+pub fn end_of(completion: &Completion, called: bool) -> &'static str {
+    match finish_reason(completion.finish_reason) {
+        Some("stop") | None if called => "tool_calls",
+        Some(reason) => reason,
+        None => "stop",
+    }
+}
+
+fn text_answer(
+    heading: &Heading,
+    asked: &Asked,
+    engine: &Engine,
+    completions: &[Completion],
+    echoes: &[String],
+) -> Response {
+    let token_bytes = |id| engine.handle.token_bytes(id);
+    let outputs = asked.outputs as usize;
+    let text = |(at, completion): (usize, &Completion)| {
+        echoes[at / outputs].clone() + completion.text.as_deref().unwrap_or_default()
+    };
+    let texts: Vec<String> = completions.iter().enumerate().map(text).collect();
+    let choices = (0..).zip(completions).zip(&texts).map(|((index, completion), text)| TextChoice {
+        index,
+        text,
+        logprobs: TextLogprobs::new(completion, &token_bytes),
+        finish_reason: end_of(completion, false),
+    });
+    let choices = with_token_ids(asked, completions, choices);
+    json(&answer(heading, "text_completion", choices, usage(asked, completions)))
+}
+
+/// A choice with what vLLM adds to it.
+#[derive(Serialize)]
+struct WithTokenIds<'a, C> {
+    #[serde(flatten)]
+    choice: C,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    token_ids: Option<&'a [u32]>,
+}
+
+fn with_token_ids<'a, C>(
+    asked: &Asked,
+    completions: &'a [Completion],
+    choices: impl Iterator<Item = C>,
+) -> Vec<WithTokenIds<'a, C>> {
+    let with = |(choice, completion): (C, &'a Completion)| WithTokenIds {
+        choice,
+        token_ids: asked.return_token_ids.then_some(completion.token_ids.as_slice()),
+    };
+    choices.zip(completions).map(with).collect()
+}

@@ -1,0 +1,216 @@
+//! What is counted and timed, for Prometheus. What means the same as in vLLM has its name, so that dashboards and
+//! autoscalers made for it work; what only we have begins with `minisgl:`.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Instant;
+
+use minisgl::{Completion, FinishReason, Load, Stats, StepTiming};
+use prometheus_client::encoding::EncodeLabelSet;
+use prometheus_client::encoding::text::encode;
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::metrics::histogram::Histogram;
+use prometheus_client::registry::Registry;
+
+/// Content type of what [`Metrics::encode`] gives.
+pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+
+/// Seconds; from a step of a small model to a long prompt.
+const TOKEN_BUCKETS: [f64; 14] =
+    [0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.025, 0.05, 0.1, 0.2, 0.5, 1.0, 5.0];
+/// Seconds that a caller waits for the first token.
+const FIRST_TOKEN_BUCKETS: [f64; 16] =
+    [0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.15, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 40.0, 160.0];
+/// Seconds that a request takes.
+const REQUEST_BUCKETS: [f64; 15] =
+    [0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 15.0, 30.0, 60.0, 120.0, 480.0, 1920.0];
+
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct Outcome {
+    finished_reason: &'static str,
+}
+
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct StepKind {
+    kind: &'static str,
+}
+
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct Answered {
+    path: String,
+    status: u16,
+}
+
+/// All of them.
+pub struct Metrics {
+    registry: Registry,
+    running: Gauge,
+    waiting: Gauge,
+    kv_usage: Gauge<f64, AtomicU64>,
+    preemptions: Counter,
+    prompt_tokens: Counter,
+    prefix_queries: Counter,
+    prefix_hits: Counter,
+    generation_tokens: Counter,
+    outcomes: Family<Outcome, Counter>,
+    first_token: Histogram,
+    between_tokens: Histogram,
+    end_to_end: Histogram,
+    steps: Family<StepKind, Histogram>,
+    answers: Family<Answered, Counter>,
+}
+
+impl Metrics {
+    /// All at zero, labelled with the model's name.
+    pub fn new(model: &str) -> Self {
+        let mut registry = Registry::default();
+        let metrics = registry.sub_registry_with_label(("model_name".into(), model.to_owned().into()));
+        let histogram = |buckets: &'static [f64]| Histogram::new(buckets.iter().copied());
+        let running = Gauge::default();
+        metrics.register("vllm:num_requests_running", "Requests in the batch", running.clone());
+        let waiting = Gauge::default();
+        metrics.register(
+            "vllm:num_requests_waiting",
+            "Requests that wait for a place in it",
+            waiting.clone(),
+        );
+        let kv_usage = Gauge::default();
+        metrics.register(
+            "vllm:kv_cache_usage_perc",
+            "Share of the KV pages in use, 1 being all",
+            kv_usage.clone(),
+        );
+        let preemptions = Counter::default();
+        let help = "Requests that gave their KV pages back and ran again later";
+        metrics.register("vllm:num_preemptions", help, preemptions.clone());
+        let prompt_tokens = Counter::default();
+        metrics.register("vllm:prompt_tokens", "Tokens of prompts", prompt_tokens.clone());
+        let prefix_queries = Counter::default();
+        let help = "Tokens of prompts that were looked up in the prefix cache";
+        metrics.register("vllm:prefix_cache_queries", help, prefix_queries.clone());
+        let prefix_hits = Counter::default();
+        let help = "Tokens of prompts that the prefix cache held";
+        metrics.register("vllm:prefix_cache_hits", help, prefix_hits.clone());
+        let generation_tokens = Counter::default();
+        metrics.register("vllm:generation_tokens", "Tokens drawn", generation_tokens.clone());
+        let outcomes = Family::default();
+        let help = "Requests that ended, by why: stop, length, abort, rejected, failed or lost";
+        metrics.register("vllm:request_success", help, outcomes.clone());
+        let first_token = histogram(&FIRST_TOKEN_BUCKETS);
+        let help = "Seconds from a request to its first token";
+        metrics.register("vllm:time_to_first_token_seconds", help, first_token.clone());
+        let between_tokens = histogram(&TOKEN_BUCKETS);
+        let help = "Seconds from one token of a request to the next";
+        metrics.register("vllm:inter_token_latency_seconds", help, between_tokens.clone());
+        let end_to_end = histogram(&REQUEST_BUCKETS);
+        let help = "Seconds from a request to its end";
+        metrics.register("vllm:e2e_request_latency_seconds", help, end_to_end.clone());
+        let steps = Family::new_with_constructor((|| Histogram::new(TOKEN_BUCKETS)) as fn() -> Histogram);
+        metrics.register("minisgl:step_seconds", "Device time of a step, by kind", steps.clone());
+        let answers = Family::default();
+        let help = "HTTP requests answered, by path and status";
+        metrics.register("minisgl:http_requests", help, answers.clone());
+        Metrics {
+            registry,
+            running,
+            waiting,
+            kv_usage,
+            preemptions,
+            prompt_tokens,
+            prefix_queries,
+            prefix_hits,
+            generation_tokens,
+            outcomes,
+            first_token,
+            between_tokens,
+            end_to_end,
+            steps,
+            answers,
+        }
+    }
+
+    /// A step completed.
+    pub fn step(&self, step: &StepTiming) {
+        let kind = match (step.shape.decode_rows, step.shape.prefill_rows) {
+            (_, 0) => "decode",
+            (0, _) => "prefill",
+            _ => "mixed",
+        };
+        self.steps.get_or_create(&StepKind { kind }).observe(f64::from(step.gpu_ms) / 1e3);
+    }
+
+    /// A request was answered, at least in part.
+    pub fn answered(&self, path: &str, status: u16) {
+        self.answers.get_or_create(&Answered { path: path.to_owned(), status }).inc();
+    }
+
+    /// What the engine is at; `open` counts requests that have not ended.
+    pub fn engine(&self, stats: &Stats, load: &Load, open: usize, pages: u32) {
+        self.running.set(load.running.into());
+        self.waiting.set((open as i64 - i64::from(load.running)).max(0));
+        self.kv_usage.set(f64::from(load.pages_used) / f64::from(pages.max(1)));
+        // What an engine counts begins anew with the next one, as counters may.
+        self.preemptions.inner().store(stats.retractions, Ordering::Relaxed);
+    }
+
+    /// All of them as Prometheus reads them.
+    pub fn encode(&self) -> String {
+        let mut text = String::new();
+        // Writing to memory can't fail.
+        let written = encode(&mut text, &self.registry);
+        debug_assert!(written.is_ok());
+        text
+    }
+
+    fn ended(&self, outcome: &'static str) {
+        self.outcomes.get_or_create(&Outcome { finished_reason: outcome }).inc();
+    }
+}
+
+/// Times one output, from when it was asked for.
+pub struct Clock {
+    asked: Instant,
+    last: Option<Instant>,
+    ended: bool,
+}
+
+impl Clock {
+    /// It is asked for now.
+    pub fn start() -> Self {
+        Clock { asked: Instant::now(), last: None, ended: false }
+    }
+
+    /// Its next token came at `at`.
+    pub fn token(&mut self, at: Instant, metrics: &Metrics) {
+        let seconds = |since: Instant| at.saturating_duration_since(since).as_secs_f64();
+        match self.last.replace(at) {
+            None => metrics.first_token.observe(seconds(self.asked)),
+            Some(last) => metrics.between_tokens.observe(seconds(last)),
+        }
+        metrics.generation_tokens.inc();
+    }
+
+    /// It ended.
+    pub fn finished(&mut self, completion: &Completion, metrics: &Metrics) {
+        self.ended = true;
+        metrics.prompt_tokens.inc_by(completion.prompt_tokens.into());
+        metrics.prefix_queries.inc_by(completion.prompt_tokens.into());
+        metrics.prefix_hits.inc_by(completion.cached_tokens.into());
+        metrics.end_to_end.observe(self.asked.elapsed().as_secs_f64());
+        metrics.ended(match completion.finish_reason {
+            FinishReason::Eos | FinishReason::Stop => "stop",
+            FinishReason::Length => "length",
+            FinishReason::Abort => "abort",
+            FinishReason::Rejected => "rejected",
+            FinishReason::Failed => "failed",
+        });
+    }
+
+    /// Nothing more will be heard of it: it got lost with the engine, or else its client went away.
+    pub fn abandoned(&mut self, lost: bool, metrics: &Metrics) {
+        if !std::mem::replace(&mut self.ended, true) {
+            metrics.ended(if lost { "lost" } else { "abort" });
+        }
+    }
+}

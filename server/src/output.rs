@@ -1,0 +1,143 @@
+//! A request's outputs on their way to the client: the engine's events as answers, whole or as a stream.
+//!
+//! ```text
+//!   Events ── poll ──> Outputs: times, parts ──> whole: completions, at the end
+//!                                          └──> stream: chunks, as they come        (stream.rs)
+//! ```
+//!
+//! A session of the engine's is opened for each request, with a place for each of its outputs, so that submitting never
+//! waits. Dropping [`Outputs`] aborts what has not ended: a client that goes away drops its answer, and the engine hears of
+//! it before its next step.
+
+use std::future::poll_fn;
+use std::sync::Arc;
+use std::task::{Context, Poll, ready};
+
+use minisgl::{Completion, Events, FinishReason, SessionEvent, SessionOptions};
+
+use crate::app::App;
+use crate::asked::Asked;
+use crate::engine::Engine;
+use crate::error::ApiError;
+use crate::metrics::Clock;
+
+/// The outputs of a request that was submitted.
+pub struct Outputs {
+    app: Arc<App>,
+    engine: Engine,
+    events: Events,
+    clocks: Vec<Clock>,
+    /// An event that was looked at and is to be taken.
+    next: Option<SessionEvent>,
+    lost: bool,
+}
+
+impl Outputs {
+    /// Submits a request.
+    ///
+    /// # Errors
+    /// There is no engine, or as many requests wait as may.
+    pub fn submit(app: &Arc<App>, engine: Engine, asked: &Asked) -> Result<Self, ApiError> {
+        let choices = asked.choices();
+        let capacity = engine.info.limits.running as usize + app.settings.queued_max;
+        let open = engine.handle.open_requests();
+        if choices > capacity {
+            return Err(ApiError::invalid(format!(
+                "the request has {choices} outputs, and {capacity} may run and wait at once; ask for fewer"
+            )));
+        }
+        if open + choices > capacity {
+            return Err(ApiError::queue_full(open));
+        }
+        let options = SessionOptions {
+            tokens: true,
+            text: asked.stream.is_some(),
+            steps: false,
+            capacity: Some(choices),
+        };
+        let (mut submitter, events) = engine.handle.session(options);
+        let clocks = (0..choices).map(|_| Clock::start()).collect();
+        let outputs = Outputs { app: app.clone(), engine, events, clocks, next: None, lost: false };
+        submitter.submit_all((0..).zip(asked.requests())).map_err(|error| outputs.lose(&error))?;
+        Ok(outputs)
+    }
+
+    /// The engine that makes them.
+    pub fn engine(&self) -> &Engine {
+        &self.engine
+    }
+
+    /// Waits for the first event, so that what can't run is refused before anything is answered.
+    ///
+    /// # Errors
+    /// The first output to end can't run; or the engine failed.
+    pub async fn begun(&mut self) -> Result<(), ApiError> {
+        if let Some(event) = poll_fn(|task| self.poll_next(task)).await {
+            self.next = Some(event?);
+        }
+        Ok(())
+    }
+
+    /// The next event; an output that could not run or go on is an error.
+    pub fn poll_next(&mut self, task: &mut Context<'_>) -> Poll<Option<Result<SessionEvent, ApiError>>> {
+        if let Some(event) = self.next.take() {
+            return Poll::Ready(Some(Ok(event)));
+        }
+        let event = match ready!(self.events.poll_next(task)) {
+            None => return Poll::Ready(None),
+            Some(Ok(event)) => event,
+            Some(Err(error)) => {
+                self.lost = true;
+                return Poll::Ready(Some(Err(self.lose(&error))));
+            }
+        };
+        match &event {
+            SessionEvent::Token { tag, at, .. } => self.clocks[*tag as usize].token(*at, &self.app.metrics),
+            SessionEvent::Finished { tag, completion, .. } => {
+                self.clocks[*tag as usize].finished(completion, &self.app.metrics);
+                if let Some(error) = failure(completion) {
+                    return Poll::Ready(Some(Err(error)));
+                }
+            }
+            SessionEvent::Step(_) => {}
+        }
+        Poll::Ready(Some(Ok(event)))
+    }
+
+    /// All of them, when they have ended.
+    ///
+    /// # Errors
+    /// One could not run or go on.
+    pub async fn whole(mut self) -> Result<Vec<Completion>, ApiError> {
+        let mut completions = vec![None; self.clocks.len()];
+        while let Some(event) = poll_fn(|task| self.poll_next(task)).await {
+            if let SessionEvent::Finished { tag, completion, .. } = event? {
+                completions[tag as usize] = Some(*completion);
+            }
+        }
+        Ok(completions.into_iter().flatten().collect())
+    }
+
+    /// The supervisor hears of a failure.
+    fn lose(&self, error: &minisgl::Error) -> ApiError {
+        self.app.engines.lost(&self.engine, error);
+        ApiError::lost(error)
+    }
+}
+
+/// Why there is no answer to be made of an output.
+fn failure(completion: &Completion) -> Option<ApiError> {
+    match (&completion.error, completion.finish_reason) {
+        (Some(error), _) => Some(ApiError::of_request(error)),
+        (None, FinishReason::Abort) => Some(ApiError::unavailable("the request was aborted")),
+        (None, _) => None,
+    }
+}
+
+impl Drop for Outputs {
+    fn drop(&mut self) {
+        for clock in &mut self.clocks {
+            clock.abandoned(self.lost, &self.app.metrics);
+        }
+    }
+}
