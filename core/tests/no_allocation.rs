@@ -10,6 +10,7 @@ use std::cell::Cell;
 use minisgl_core::config::Limits;
 use minisgl_core::request::{Event, Request, SubmitError, Ticket};
 use minisgl_core::sampling::SamplingParams;
+use minisgl_core::scheduler::Order;
 
 use support::expected::VOCAB;
 use support::{engine, exactly, options};
@@ -68,9 +69,9 @@ fn a_whole_run_allocates_nothing_after_construction() {
             (prompt, SamplingParams { logprobs, ignore_eos, seed: i.into(), ..exactly(5 + i % 30) })
         })
         .collect();
-    for overlap in [true, false] {
+    for (overlap, order) in [(true, Order::Given), (false, Order::Given), (true, Order::Prefix)] {
         let mut options = options(limits);
-        options.overlap = overlap;
+        (options.overlap, options.scheduler.order) = (overlap, order);
         let mut engine = engine(options);
         let (mut tokens, mut ended, mut next, mut last) = (0u64, 0, 0, None::<Ticket>);
         let before = ALLOCATIONS.get();
