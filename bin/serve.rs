@@ -41,7 +41,7 @@ with_shared_flags! {
         /// a file of such keys, one a line
         #[argh(option)]
         api_key_file: Option<PathBuf>,
-        /// let web pages of this origin use the service (https://example.org, or * for all; may be repeated)
+        /// let web pages of this origin use the service: scheme and host, or * for all; may be repeated
         #[argh(option)]
         cors_origin: Vec<String>,
         /// requests that may wait beside those that run; more get status 429 (default 1024)

@@ -247,7 +247,7 @@ impl Llm {
     /// When the engine's books are wrong.
     pub fn check(&self) {
         // A thread that has ended has no books.
-        let _ = self.front.handle().call(false, |runner| runner.check());
+        let _ = self.front.handle().check();
     }
 }
 

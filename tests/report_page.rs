@@ -1,11 +1,12 @@
 //! The page that `--report` writes: the numbers of `--json`, in one file, and drawn by a real browser where there is one.
 
+#[path = "browser/mod.rs"]
+mod browser;
 mod common;
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
-use std::time::{Duration, Instant};
+use std::process::{Command, Output};
 
 use common::Scratch;
 use serde_json::{Value, json};
@@ -152,45 +153,10 @@ const OBSERVER: &str = r#"<script>{
   addEventListener("load", () => setTimeout(note, 100, 100));
 }</script>"#;
 
-fn browser() -> Option<PathBuf> {
-    let path = std::env::var_os("PATH")?;
-    let names = ["chromium", "chromium-browser", "google-chrome", "google-chrome-stable"];
-    let folders: Vec<_> = std::env::split_paths(&path).collect();
-    names
-        .iter()
-        .flat_map(|name| folders.iter().map(move |folder| folder.join(name)))
-        .find(|file| file.is_file())
-}
-
 /// Opens a page in a browser and gives what it saw.
 fn look(browser: &Path, page: &Path, profile: &Path, dark: bool, width: u32) -> Value {
-    let scheme = if dark { 0 } else { 1 };
-    let mut child = Command::new(browser)
-        .args([
-            "--headless",
-            "--no-sandbox",
-            "--disable-gpu",
-            "--hide-scrollbars",
-            "--virtual-time-budget=5000",
-        ])
-        .arg(format!("--user-data-dir={}", profile.display()))
-        .arg(format!("--blink-settings=preferredColorScheme={scheme}"))
-        .arg(format!("--window-size={width},900"))
-        .arg("--dump-dom")
-        .arg(format!("file://{}", page.display()))
-        .stdout(Stdio::from(fs::File::create(profile.with_extension("dom")).unwrap()))
-        .stderr(Stdio::null())
-        .spawn()
-        .unwrap();
-    let started = Instant::now();
-    while child.try_wait().unwrap().is_none() {
-        if started.elapsed() > Duration::from_secs(120) {
-            child.kill().unwrap();
-            panic!("the browser hangs");
-        }
-        std::thread::sleep(Duration::from_millis(50));
-    }
-    let dom = fs::read_to_string(profile.with_extension("dom")).unwrap();
+    let url = format!("file://{}", page.display());
+    let dom = browser::document(browser, &url, profile, dark, width);
     let (_, seen) = dom.split_once(r#"<pre id="seen">"#).unwrap_or_else(|| panic!("nothing was seen: {dom}"));
     let seen = seen.split_once("</pre>").unwrap().0;
     let seen = seen.replace("&lt;", "<").replace("&gt;", ">").replace("&nbsp;", " ").replace("&amp;", "&");
@@ -199,7 +165,7 @@ fn look(browser: &Path, page: &Path, profile: &Path, dark: bool, width: u32) -> 
 
 #[test]
 fn a_browser_draws_every_chart_light_and_dark_narrow_and_wide() {
-    let Some(browser) = browser() else {
+    let Some(browser) = browser::find() else {
         common::skipped("there is no Chromium here");
         return;
     };

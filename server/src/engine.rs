@@ -63,7 +63,7 @@ pub struct Engines {
 }
 
 impl Engines {
-    /// Nothing is built yet; the other half is for [`supervise`].
+    /// Nothing is built yet; the other half is for the supervisor.
     pub fn new() -> (Self, Receiver<News>) {
         let (news, inbox) = std::sync::mpsc::channel();
         (Engines { state: Arc::new(watch::Sender::new(EngineState::Loading)), news }, inbox)

@@ -268,6 +268,17 @@ impl EngineHandle {
         self.call(false, |runner| runner.load())
     }
 
+    /// Asserts that no KV page is lost or shared wrongly. Takes time linear in the pool.
+    ///
+    /// # Errors
+    /// The engine's thread has ended.
+    ///
+    /// # Panics
+    /// When the engine's books are wrong.
+    pub fn check(&self) -> Result<(), Error> {
+        self.call(false, |runner| runner.check())
+    }
+
     /// From now on `observer` hears of every step that completes, on the thread that hands events out: it must not wait.
     /// An engine has one observer, the first.
     pub fn observe_steps(&self, observer: impl Fn(&StepTiming) + Send + Sync + 'static) {

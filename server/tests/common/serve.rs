@@ -17,7 +17,7 @@ pub struct Served {
 impl Served {
     /// Serves the checkpoint in a folder at a free port; returns when it is ready.
     pub fn start(folder: &Path, flags: &[&str]) -> Self {
-        let mut child = command(folder).args(flags).stderr(Stdio::piped()).spawn().unwrap();
+        let mut child = command(folder, flags).stderr(Stdio::piped()).spawn().unwrap();
         let mut stderr = BufReader::new(child.stderr.take().unwrap());
         let mut said = String::new();
         while !said.contains("ready at http://") {
@@ -33,12 +33,16 @@ impl Served {
     }
 }
 
-/// The program on the CPU, with small capacities.
-pub fn command(folder: &Path) -> Command {
+/// The program on the CPU, with small capacities where the flags name no others.
+pub fn command(folder: &Path, flags: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_serve"));
-    command.arg("--model").arg(folder).env_remove("MINISGL_API_KEY").env_remove("RUST_LOG");
-    command.args(["--backend", "cpu", "--port", "0", "--max-running", "8", "--max-seq-len", "256"]);
-    command.args(["--num-pages", "128"]);
+    command.arg("--model").arg(folder).env_remove("MINISGL_API_KEY").env_remove("RUST_LOG").args(flags);
+    let defaults =
+        [("--port", "0"), ("--max-running", "8"), ("--max-seq-len", "256"), ("--num-pages", "128")];
+    for (flag, value) in defaults.iter().filter(|(flag, _)| !flags.contains(flag)) {
+        command.args([flag, value]);
+    }
+    command.args(["--backend", "cpu"]);
     command
 }
 

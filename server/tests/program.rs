@@ -1,0 +1,85 @@
+//! The program as a user starts it and ends it.
+
+mod common;
+
+use std::io::Read;
+use std::process::{Command, Stdio};
+
+use common::serve::{Served, command};
+use common::{Scratch, Stream, checkpoint, request, send};
+use serde_json::{Value, json};
+
+fn signal(served: &Served, name: &str) {
+    let status = Command::new("kill").args(["-s", name, &served.child.id().to_string()]).status().unwrap();
+    assert!(status.success());
+}
+
+#[test]
+fn it_says_where_it_is_with_a_command_that_works() {
+    let scratch = Scratch::new();
+    checkpoint(scratch.path());
+    let served = Served::start(scratch.path(), &[]);
+    let line = served.said.lines().last().unwrap();
+    let (_, body) = line.split_once(" -d '").unwrap();
+    let body = body.strip_suffix('\'').unwrap();
+    assert!(
+        line.contains(&format!(
+            "curl {}/v1/chat/completions -H 'Content-Type: application/json'",
+            served.url()
+        ))
+    );
+    let reply = send(served.address, &request("/v1/chat/completions", "", body.as_bytes()));
+    assert_eq!(reply.status, 200);
+    assert!(reply.json()["choices"][0]["message"]["content"].is_string());
+    // A model without a tokenizer is tried with token ids.
+    let bare = Served::start("tiny".as_ref(), &[]);
+    let (_, body) = bare.said.lines().last().unwrap().split_once(" -d '").unwrap();
+    let reply = send(bare.address, &request("/v1/completions", "", body.trim_end_matches('\'').as_bytes()));
+    assert!(reply.json()["choices"][0]["token_ids"].is_array());
+}
+
+#[test]
+fn a_signal_lets_open_requests_end_and_then_the_program_with_status_0() {
+    for name in ["TERM", "INT"] {
+        let scratch = Scratch::new();
+        checkpoint(scratch.path());
+        let mut served = Served::start(scratch.path(), &[]);
+        let body = json!({"prompt": "Once", "max_tokens": 200, "ignore_eos": true, "stream": true, "return_token_ids": true});
+        let mut stream = Stream::open(served.address, "/v1/completions", &body);
+        assert!(stream.next().is_some());
+        signal(&served, name);
+        let events: Vec<Value> = stream.collect();
+        assert_eq!(events.last(), Some(&Value::Null), "it had its time");
+        let mut said = String::new();
+        served.stderr.read_to_string(&mut said).unwrap();
+        assert_eq!(served.child.wait().unwrap().code(), Some(0), "{said}");
+        assert!(
+            said.contains("no more requests are taken") && said.contains("all requests have ended"),
+            "{said}"
+        );
+        assert!(said.contains("POST /v1/completions 200"), "the access log has it: {said}");
+    }
+}
+
+#[test]
+fn what_can_not_be_served_is_said_at_once() {
+    let scratch = Scratch::new();
+    checkpoint(scratch.path());
+    let served = Served::start(scratch.path(), &[]);
+    let port = served.address.port().to_string();
+    let missing = scratch.path().join("nothing").display().to_string();
+    for (flags, expected) in [
+        (vec!["--port", &port], "choose another --port"),
+        (vec!["--api-key-file", &missing], "--api-key-file"),
+        (vec!["--api-key", ""], "an API key is empty"),
+        (vec!["--cors-origin", "a\nb"], "--cors-origin"),
+        (vec!["--tool-format", "xml"], "use qwen3 or llama3"),
+        (vec!["--top-p", "2"], "top_p is 2"),
+        (vec!["--max-seq-len", "99999999"], "--max-seq-len"),
+    ] {
+        let output = command(scratch.path(), &flags).stdin(Stdio::null()).output().unwrap();
+        let said = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(1), "{flags:?}: {said}");
+        assert!(said.contains(expected), "{flags:?}: {said}");
+    }
+}
