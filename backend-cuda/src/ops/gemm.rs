@@ -190,6 +190,17 @@ impl Shape {
 
 plain_params!(Qkv, Residual, GateUp, Head, Linear, Shape);
 
+/// Rows of activations in memory, `[there, columns of w]` bf16, whose first ones a product takes. Of those behind them it reads
+/// what its last tile has places for, and nothing comes of that: the copy engine is quicker to fetch a row that is there than to
+/// make up zeros for one that is not.
+#[derive(Clone, Copy, Debug)]
+pub struct Rows {
+    /// Where the first begins.
+    pub address: Address,
+    /// How many there are.
+    pub there: u32,
+}
+
 /// What a product may take of the device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Room {
@@ -203,7 +214,7 @@ pub enum Room {
 #[derive(Debug)]
 struct Product<'a, E> {
     w: Address,
-    x: Address,
+    x: Rows,
     shape: Shape,
     room: Room,
     epilogue: &'a E,
@@ -212,10 +223,10 @@ struct Product<'a, E> {
 impl<E: Epilogue> Product<'_, E> {
     /// How the copy engine fetches both operands' share of a block.
     fn maps(&self, block: Block) -> Result<[TensorMap; 2], CudaError> {
-        let Shape { rows, cols, tokens, .. } = self.shape;
+        let (Shape { rows, cols, .. }, Rows { address, there }) = (self.shape, self.x);
         Ok([
             TensorMap::rows_of_bf16(self.w, rows as usize, cols as usize, block.rows)?,
-            TensorMap::rows_of_bf16(self.x, tokens as usize, cols as usize, block.tokens)?,
+            TensorMap::rows_of_bf16(address, there as usize, cols as usize, block.tokens)?,
         ])
     }
 }
@@ -303,7 +314,7 @@ impl Portable {
             .rows(shape.tokens.div_ceil(tile_tokens))
             .shared(Self::shared(tile_tokens));
         let kernel = &self.kernels[E::KIND as usize][size];
-        launcher.launch(kernel, grid, [w, x, shape, *epilogue])
+        launcher.launch(kernel, grid, [w, &x.address, shape, *epilogue])
     }
 }
 
@@ -361,13 +372,13 @@ impl Gemm {
         Ok(Gemm { set })
     }
 
-    /// Multiplies `tokens` rows `x` `[tokens, columns of w]` bf16 by `w`, whose columns are a multiple of 8. The portable
-    /// kernels take whatever room there is.
+    /// Multiplies the first `tokens` rows of `x` by `w`, whose columns are a multiple of 8. The portable kernels take whatever
+    /// room there is.
     pub fn launch<E: Epilogue>(
         &self,
         launcher: &Launcher,
         w: Weight,
-        x: Address,
+        x: Rows,
         tokens: u32,
         room: Room,
         epilogue: &E,

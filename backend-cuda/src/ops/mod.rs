@@ -33,7 +33,7 @@ use minisgl_core::tensor::HostTensor;
 
 use self::attention::Attention;
 use self::embed::Ends;
-use self::gemm::{GateUp, Gemm, Head, Qkv, Residual, Room, RowNorm};
+use self::gemm::{GateUp, Gemm, Head, Qkv, Residual, Room, RowNorm, Rows};
 use self::halves::{Halves, Part};
 use self::sampling::Sampling;
 use crate::device::Cuda;
@@ -122,7 +122,7 @@ impl Operations {
             q_norm: address(weights.q_norm),
             k_norm: address(weights.k_norm),
             rope: rope.map_or(Address::NULL, |table| table.address()),
-            q: row_of(self.buffers.q, self.dims.q_width(), first_token),
+            q: rows_from(self.buffers.q, self.dims.q_width(), first_token).address,
             k: kv.k.address(),
             v: kv.v.address(),
             tokens_offset: step.layout.tokens as u32 + first_token * TOKEN_WORDS as u32,
@@ -177,7 +177,7 @@ impl Operations {
         part: Part,
     ) -> Result<(), CudaError> {
         let tokens = part.tokens(layer.step.shape);
-        let residual = row_of(self.buffers.residual, self.dims.hidden as usize, tokens.start);
+        let residual = rows_from(self.buffers.residual, self.dims.hidden as usize, tokens.start);
         let epilogue = self.qkv(layer, tokens.start);
         let (count, room) = (tokens.len() as u32, Self::room(part));
         self.gemm.launch(launcher, layer.weights.qkv, residual, count, room, &epilogue)
@@ -200,11 +200,12 @@ impl Operations {
         let tokens = part.tokens(step.shape);
         let (first, count, gemm) = (tokens.start, tokens.len() as u32, &self.gemm);
         let (hidden, mlp) = (self.dims.hidden as usize, self.dims.intermediate as usize);
-        let residual = row_of(buffers.residual, hidden, first);
-        let attended = row_of(buffers.attended, self.dims.q_width(), first);
-        let activated = row_of(buffers.activated, mlp, first);
-        let added = Residual { residual, sumsq: self.sumsq_of(first) };
-        let gated = GateUp { norm: self.norm(first), out: activated, intermediate: mlp as u32, reserved: 0 };
+        let residual = rows_from(buffers.residual, hidden, first);
+        let attended = rows_from(buffers.attended, self.dims.q_width(), first);
+        let activated = rows_from(buffers.activated, mlp, first);
+        let added = Residual { residual: residual.address, sumsq: self.sumsq_of(first) };
+        let out = activated.address;
+        let gated = GateUp { norm: self.norm(first), out, intermediate: mlp as u32, reserved: 0 };
         let room = Self::room(part);
         gemm.launch(launcher, weights.o, attended, count, room, &added)?;
         gemm.launch(launcher, weights.gate_up, residual, count, room, &gated)?;
@@ -212,9 +213,10 @@ impl Operations {
     }
 }
 
-/// Where row `index` of activations `width` wide begins.
-fn row_of(rows: Buffer, width: usize, index: u32) -> Address {
-    rows.address().offset(index as usize * width * 2)
+/// A buffer's rows of activations `width` wide from row `index` on.
+pub(crate) fn rows_from(buffer: Buffer, width: usize, index: u32) -> Rows {
+    let address = buffer.address().offset(index as usize * width * 2);
+    Rows { address, there: (buffer.elements() / width) as u32 - index }
 }
 
 /// A decoder layer in a step: what its kernels work on.
@@ -292,7 +294,7 @@ impl Ops for Cuda {
     fn logits(&mut self, step: &Step<Buffer>, x: Buffer, head: Weight, out: Buffer) -> Result<(), CudaError> {
         let epilogue = Head { out: out.address() };
         let (gemm, samples) = (&self.operations()?.gemm, step.shape.samples);
-        gemm.launch(&self.launcher, head, x.address(), samples, Room::Whole, &epilogue)
+        gemm.launch(&self.launcher, head, rows_from(x, head.cols(), 0), samples, Room::Whole, &epilogue)
     }
 
     fn sample(&mut self, step: &Step<Buffer>, logits: Buffer, tokens: Buffer) -> Result<(), CudaError> {

@@ -22,7 +22,7 @@ use crate::launch::Launcher;
 use crate::memory::Buffer;
 use crate::ops::gemm::{Head, Room};
 use crate::ops::halves::Part;
-use crate::ops::{Layer, Operations};
+use crate::ops::{Layer, Operations, rows_from};
 use crate::weight::Weight;
 
 /// Weights lie within this, about as in a trained model.
@@ -188,7 +188,8 @@ impl Decode {
         let (norm, gathered) = (self.norm.address(), self.gathered);
         ends.final_norm(launcher, step, buffers.residual, norm, dims.hidden, dims.norm_eps, gathered)?;
         let out = Head { out: self.logits.address() };
-        gemm.launch(launcher, self.head, gathered.address(), step.shape.samples, Room::Whole, &out)?;
+        let rows = rows_from(gathered, dims.hidden as usize, 0);
+        gemm.launch(launcher, self.head, rows, step.shape.samples, Room::Whole, &out)?;
         sampling.sample(launcher, step, self.logits, dims.vocab, self.tokens)
     }
 }

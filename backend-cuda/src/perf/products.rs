@@ -15,7 +15,7 @@ use super::step::{PAGE_SIZE, StepOf, activations, download_words, upload_words};
 use crate::device::Cuda;
 use crate::error::CudaError;
 use crate::memory::{Address, Buffer};
-use crate::ops::gemm::{Epilogue, GateUp, Gemm, Head, Qkv, Residual, Room, RowNorm};
+use crate::ops::gemm::{Epilogue, GateUp, Gemm, Head, Qkv, Residual, Room, RowNorm, Rows};
 use crate::weight::Weight;
 
 /// Seeds of the weights (gate's; up's is the next), the rows, the residual stream, the head norms and the biases.
@@ -26,6 +26,8 @@ const NORMS: u64 = 4 << 40;
 const BIASES: u64 = 8 << 40;
 /// What the made-up sums of squares scale rows by.
 const SCALE: f64 = 0.1;
+/// Rows behind the tokens', as many as any tile has.
+const ROWS_BEHIND: usize = 256;
 /// Outputs that are checked.
 const SAMPLES: usize = 64;
 /// What bf16 weights, rows and results allow, relative to the norm of the sampled outputs.
@@ -108,8 +110,10 @@ impl Sizes {
     fn setup(self, cuda: &mut Cuda, copies: usize) -> Result<Run, CudaError> {
         let gemm = Gemm::new(cuda)?;
         let weights = (0..copies).map(|_| self.weights(cuda)).collect::<Result<Vec<_>, _>>()?;
-        let x = random(cuda, self.tokens, self.inputs, ROWS)?.address();
-        let baseline = self.baseline(cuda, weights.clone(), x)?;
+        // As in a step, there are more rows than tokens.
+        let there = self.tokens + ROWS_BEHIND;
+        let x = Rows { address: random(cuda, there, self.inputs, ROWS)?.address(), there: there as u32 };
+        let baseline = self.baseline(cuda, weights.clone(), x.address)?;
         let (call, check) = match self.product {
             Product::Qkv => self.qkv(cuda, gemm, weights, x)?,
             Product::O | Product::Down => self.residual(cuda, gemm, weights, x)?,
@@ -170,7 +174,7 @@ impl Sizes {
         cuda: &mut Cuda,
         gemm: Gemm,
         weights: Vec<Weight>,
-        x: Address,
+        x: Rows,
     ) -> Result<(Call, Check), CudaError> {
         let elements = self.tokens * self.outputs;
         let out = cuda.alloc(Purpose::Scratch, Element::Logit, elements)?;
@@ -191,7 +195,7 @@ impl Sizes {
         cuda: &mut Cuda,
         gemm: Gemm,
         weights: Vec<Weight>,
-        x: Address,
+        x: Rows,
     ) -> Result<(Call, Check), CudaError> {
         let residual = random(cuda, self.tokens, self.outputs, STREAM)?;
         let segments = self.outputs.div_ceil(64);
@@ -213,7 +217,7 @@ impl Sizes {
         cuda: &mut Cuda,
         gemm: Gemm,
         weights: Vec<Weight>,
-        x: Address,
+        x: Rows,
     ) -> Result<(Call, Check), CudaError> {
         let intermediate = self.outputs / 2;
         let out = cuda.alloc(Purpose::Scratch, Element::Activation, self.tokens * intermediate)?;
@@ -240,7 +244,7 @@ impl Sizes {
         cuda: &mut Cuda,
         gemm: Gemm,
         weights: Vec<Weight>,
-        x: Address,
+        x: Rows,
     ) -> Result<(Call, Check), CudaError> {
         let dims = self.model.dims();
         let (width, head_dim) = (dims.q_width(), dims.head_dim as usize);
@@ -304,7 +308,7 @@ impl Sizes {
 fn call<E: Epilogue + Copy + 'static>(
     gemm: Gemm,
     weights: Vec<Weight>,
-    x: Address,
+    x: Rows,
     tokens: usize,
     epilogue: E,
 ) -> Call {

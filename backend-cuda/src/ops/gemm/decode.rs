@@ -65,8 +65,8 @@ impl Tiling {
     const MOST: u32 = 162 << 10;
     /// The head's blocks are many and short: more of them side by side hide their ends.
     const QUARTER: u32 = 56 << 10;
-    /// Blocks that an H100 takes at once: one a multiprocessor, one and a half, two.
-    const ONE_EACH: u32 = 132;
+    /// Blocks that an H100 takes at once: one a multiprocessor, of which clusters of four leave some; one and a half; two.
+    const ONE_EACH: u32 = 120;
     const SOME_TWO: u32 = 198;
     const TWO_EACH: u32 = 264;
 

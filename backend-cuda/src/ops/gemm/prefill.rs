@@ -94,7 +94,7 @@ impl Tile {
         Tile { blocks: [1, 2], rows: 256, groups: 2, stages: 4, cost: 10, split: 1, adding: 0 };
     /// In four slices, which is how o's and down's sums are cut. There w comes from memory, not from L2, which takes longer.
     const SPLIT: [Tile; 3] = [
-        Tile { split: 4, cost: 9, adding: 90, ..Tile::NARROW },
+        Tile { split: 4, cost: 9, adding: 80, ..Tile::NARROW },
         Tile { split: 4, cost: 12, adding: 130, ..Tile::MIDDLE },
         Tile { split: 4, cost: 13, adding: 200, ..Tile::WIDE },
     ];
