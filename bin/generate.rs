@@ -14,7 +14,7 @@ use minisgl::openai::ModelName;
 use minisgl::progress::{Progress, Stderr};
 use minisgl::report::{Output, write_json, write_page};
 use minisgl::telemetry::sample_while;
-use minisgl::{Cause, GenerationConfigChoice, SamplingParams, from_command_line, with_shared_flags};
+use minisgl::{Cause, GenerationConfigChoice, Options, SamplingParams, from_command_line, with_shared_flags};
 
 with_shared_flags! {
     /// runs every request of a JSONL file through a model and writes a JSONL line for each as it ends; the exit status is
@@ -110,7 +110,8 @@ fn generate(flags: &Flags, stderr: &Stderr) -> Result<ExitCode, Cause> {
     flags.check_reports()?;
     let create = |path: &Option<PathBuf>| path.as_deref().map(Output::create).transpose();
     let (json, page) = (create(&flags.json)?, create(&flags.report)?);
-    let llm = source.builder().options(flags.engine_options()).build()?;
+    let options = Options { usual_tokens: bulk.usual_tokens(), ..flags.engine_options() };
+    let llm = source.builder().options(options).build()?;
     stderr.say(llm.info().to_string());
 
     let started = Instant::now();

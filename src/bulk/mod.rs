@@ -44,7 +44,7 @@ use crate::telemetry::{DeviceReport, RunRecord};
 use crate::{EngineHandle, Llm};
 use drive::Feed;
 use earlier::{Earlier, Unreadable};
-use input::Source;
+use input::{Line, Source};
 use output::Output;
 use place::Identity;
 use settings::Settings;
@@ -140,6 +140,22 @@ impl Bulk {
         };
         let shared = Arc::new(Shared::new(job.output.clone(), output));
         Ok(Bulk { length: source.length, job, source, earlier, settings, shared })
+    }
+
+    /// Tokens of a usual request, prompt and output, as far as the first lines tell: a token is about four bytes, and what a
+    /// line does not say otherwise is drawn in full. `None` of an input that can be read but once, or has no lines.
+    pub fn usual_tokens(&self) -> Option<u32> {
+        const LINES: u64 = 64;
+        const BYTES_A_TOKEN: u64 = 4;
+        let mut lines = self.source.reread(self.job.max_line_bytes).ok()??;
+        let (mut count, mut bytes) = (0, 0);
+        while count < LINES
+            && let Ok(Some(Line { text: Some(text), .. })) = lines.next()
+        {
+            (count, bytes) = (count + 1, bytes + text.len() as u64);
+        }
+        let prompt = u32::try_from(bytes.checked_div(count)? / BYTES_A_TOKEN).unwrap_or(u32::MAX);
+        Some(prompt.saturating_add(self.job.defaults.sampling.max_tokens))
     }
 
     /// A view of the job for other threads.

@@ -72,6 +72,16 @@ fn decompressed(path: &Path) -> String {
 }
 
 #[test]
+fn how_long_requests_are_is_told_by_the_first_lines() {
+    let folder = Folder::new(100);
+    let bytes: usize =
+        fs::read_to_string(folder.0.join("in.jsonl")).unwrap().lines().take(64).map(str::len).sum();
+    let drawn = SamplingParams::default().max_tokens;
+    assert_eq!(folder.open("out.jsonl").usual_tokens(), Some((bytes / 64 / 4) as u32 + drawn));
+    assert_eq!(Folder::new(0).open("out.jsonl").usual_tokens(), None);
+}
+
+#[test]
 fn what_ended_before_an_engine_failed_or_panicked_is_kept_and_another_engine_does_the_rest() {
     for output in ["out.jsonl", "out.jsonl.gz"] {
         for step in [0, 3, 10] {
