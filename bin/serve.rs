@@ -17,6 +17,8 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 
 /// Threads that serve connections at most; the engine has its own.
 const WORKERS_MAX: usize = 8;
+/// Texts that are tokenized at once for `/tokenize`, and the like; the engine has threads of its own for prompts.
+const TOKENIZERS_MAX: usize = 16;
 /// Without RUST_LOG: what went wrong, and a line a request.
 const LOGGED: &str = "warn,access=info";
 
@@ -94,7 +96,11 @@ fn main() -> ExitCode {
 
 fn start(flags: &Flags, stderr: &Stderr) -> Result<ExitCode, Cause> {
     let workers = std::thread::available_parallelism().map_or(1, usize::from).min(WORKERS_MAX);
-    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(workers).enable_all().build()?;
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(workers)
+        .max_blocking_threads(TOKENIZERS_MAX)
+        .enable_all()
+        .build()?;
     let own = SamplingParams { temperature: 1.0, ..SamplingParams::default() };
     flags.sampling(own).check()?;
     let settings = flags.settings()?;

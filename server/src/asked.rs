@@ -141,3 +141,37 @@ fn without_tools(fields: &mut Fields<'_>) -> Result<bool, ApiError> {
         other => Err(unsupported("tool_choice", other.chars().take(60).collect::<String>(), FIX)),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(json: &str, prompts: Prompts) -> Result<Asked, ApiError> {
+        Asked::read(
+            json,
+            prompts,
+            &SamplingParams { seed: 40, ..SamplingParams::default() },
+            &ModelName::new("m"),
+        )
+    }
+
+    #[test]
+    fn each_output_is_a_request_and_their_order_is_that_of_the_choices() {
+        let asked = read(r#"{"prompt": [[1], [2]], "n": 2, "seed": 7}"#, Prompts::Text).unwrap();
+        let requests: Vec<_> = asked.requests().map(|one| (one.prompt, one.sampling.seed)).collect();
+        let (a, b) = (Prompt::Tokens(vec![1]), Prompt::Tokens(vec![2]));
+        assert_eq!(requests, [(a.clone(), 7), (a, 8), (b.clone(), 9), (b, 10)]);
+        assert_eq!(read(r#"{"prompt": "a"}"#, Prompts::Text).unwrap().body.sampling.seed, 40);
+    }
+
+    #[test]
+    fn tools_that_are_not_to_be_used_are_kept_from_the_model() {
+        let with = |choice: &str| {
+            let messages = r#""messages": [{"role": "user", "content": "a"}], "tools": [{"a": 1}]"#;
+            read(&format!("{{{messages}, \"tool_choice\": {choice}}}"), Prompts::Chat)
+        };
+        assert!(with(r#""auto""#).unwrap().has_tools() && with("null").unwrap().has_tools());
+        assert!(!with(r#""none""#).unwrap().has_tools());
+        assert!(with(r#""required""#).is_err() && with(r#"{"type": "function"}"#).is_err());
+    }
+}

@@ -76,7 +76,9 @@ impl http_body::Body for StreamBody {
                 }
             }
         }
-        let out = std::mem::take(&mut chunks.out);
+        // The next ones are as long, most likely.
+        let next = Vec::with_capacity(chunks.out.len());
+        let out = std::mem::replace(&mut chunks.out, next);
         Poll::Ready((!out.is_empty()).then(|| Ok(Frame::data(Bytes::from(out)))))
     }
 }

@@ -135,3 +135,17 @@ fn same(a: &Value, b: &Value) -> bool {
         _ => a == b,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_field_stands_in_the_table_of_the_services_docs() {
+        let docs = include_str!("../../docs/serving.md");
+        let only = ONLY.iter().map(|(name, ..)| name);
+        for name in WITHOUT_EFFECT.iter().chain(only).chain(&CHAT_FIELDS) {
+            assert!(docs.contains(&format!("`{name}`")), "{name} is missing");
+        }
+    }
+}
