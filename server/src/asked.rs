@@ -61,7 +61,11 @@ impl Asked {
             return Err(FieldError::Missing { field: "prompt", fix: "give at least one" }.into());
         }
         if echo && body.sampling.logprobs.is_some() {
-            return Err(unsupported("echo", "true", "prompts have no log-probabilities; leave logprobs out"));
+            return Err(ApiError::unsupported(
+                "echo",
+                "true",
+                "prompts have no log-probabilities; leave logprobs out",
+            ));
         }
         if without_tools && let [Prompt::Chat(ChatPrompt { tools, .. })] = body.prompts.as_mut_slice() {
             *tools = None;
@@ -92,22 +96,22 @@ impl Asked {
     }
 }
 
-fn unsupported(field: &'static str, value: impl Into<String>, fix: impl Into<String>) -> ApiError {
-    FieldError::Unsupported { field, value: value.into(), fix: fix.into() }.into()
-}
-
 /// `n`, and `best_of` where it asks for no more.
 fn outputs(fields: &mut Fields<'_>, prompts: Prompts) -> Result<u32, ApiError> {
     let outputs = fields.whole("n", 1, "a whole number from 1 to 128")?.unwrap_or(1);
     if outputs > OUTPUTS_MAX {
-        return Err(unsupported("n", outputs.to_string(), "at most 128 outputs of a prompt are given"));
+        return Err(ApiError::unsupported(
+            "n",
+            outputs.to_string(),
+            "at most 128 outputs of a prompt are given",
+        ));
     }
     if prompts == Prompts::Text
         && let Some(best_of) = fields.whole("best_of", 1, "a whole number from 1 on")?
         && best_of != outputs
     {
         let fix = "all outputs are given, so it must be as n";
-        return Err(unsupported("best_of", best_of.to_string(), fix));
+        return Err(ApiError::unsupported("best_of", best_of.to_string(), fix));
     }
     Ok(outputs as u32)
 }
@@ -118,14 +122,14 @@ fn stream(fields: &mut Fields<'_>) -> Result<Option<StreamOptions>, ApiError> {
     let Some(mut options) = options else { return Ok(stream.then(StreamOptions::default)) };
     if !stream {
         let fix = "it goes with \"stream\": true; leave it out";
-        return Err(unsupported("stream_options", "an object", fix));
+        return Err(ApiError::unsupported("stream_options", "an object", fix));
     }
     let include_usage = options.flag("include_usage")?.unwrap_or(false);
     // It asks for padding against listeners, which changes nothing of what is said.
     options.flag("include_obfuscation")?;
     if options.flag("continuous_usage_stats")? == Some(true) {
         let fix = "tokens are counted at the end, with include_usage";
-        return Err(unsupported("stream_options.continuous_usage_stats", "true", fix));
+        return Err(ApiError::unsupported("stream_options.continuous_usage_stats", "true", fix));
     }
     options.finish()?;
     Ok(Some(StreamOptions { include_usage }))
@@ -138,7 +142,7 @@ fn without_tools(fields: &mut Fields<'_>) -> Result<bool, ApiError> {
     match choice.get() {
         r#""auto""# => Ok(false),
         r#""none""# => Ok(true),
-        other => Err(unsupported("tool_choice", other.chars().take(60).collect::<String>(), FIX)),
+        other => Err(ApiError::unsupported("tool_choice", other.chars().take(60).collect::<String>(), FIX)),
     }
 }
 

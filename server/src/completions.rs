@@ -86,10 +86,9 @@ async fn format_of(app: &App, engine: &Engine, asked: &Asked) -> Result<Format, 
     let tools = match asked.has_tools() {
         false => None,
         true => Some(engine.tool_format.ok_or_else(|| {
-            ApiError::invalid(
-                "tools: the model's chat template shows no format of calls that is known (qwen3, llama3); leave tools out, or \
-                 say how it calls them (--tool-format)",
-            )
+            let fix = "the model's chat template shows no format of calls that is known (qwen3, llama3); leave it out, or say \
+                       how the model calls tools (--tool-format)";
+            ApiError::unsupported("tools", "a list of tools", fix)
         })?),
     };
     let reasoning = match asked.body.prompts.as_slice() {
@@ -115,9 +114,8 @@ fn echoes(asked: &Asked, engine: &Engine) -> Result<Vec<String>, ApiError> {
         _ if !asked.echo => Ok(String::new()),
         Prompt::Text(text) => Ok(text.clone()),
         Prompt::Tokens(ids) => engine.handle.text().decode(ids).ok_or_else(|| {
-            ApiError::invalid(
-                "echo: the model has no tokenizer, so the prompt's tokens have no text; leave it out",
-            )
+            let fix = "the model has no tokenizer, so the prompt's tokens have no text; leave it out";
+            ApiError::unsupported("echo", "true", fix)
         }),
         Prompt::Chat(_) => Ok(String::new()),
     };

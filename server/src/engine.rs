@@ -117,6 +117,21 @@ impl Engines {
     pub fn end(&self) {
         let _ = self.news.send(News::End);
     }
+
+    fn gone(&self, cause: &str) {
+        self.advance(EngineState::Gone(cause.into()));
+    }
+
+    /// A new state, unless the service ends.
+    fn advance(&self, next: EngineState) {
+        self.state.send_if_modified(|state| {
+            let goes_on = !matches!(state, EngineState::Ending);
+            if goes_on {
+                *state = next;
+            }
+            goes_on
+        });
+    }
 }
 
 /// Builds engines by `build` until told to end, or until one has failed more than `rebuilds_max` times. `observe` hears of
@@ -148,27 +163,13 @@ pub fn supervise(
         tracing::error!(%cause, last, "the engine failed");
         if last {
             engines.gone(&cause);
-            return Err(Error::Failed);
+            let times = generation + 1;
+            return Err(Error::Device(
+                format!("the engine failed {times} times, the last time so: {cause}").into(),
+            ));
         }
         engines.advance(EngineState::Failed(cause.into()));
         drop(llm);
     }
     Ok(())
-}
-
-impl Engines {
-    fn gone(&self, cause: &str) {
-        self.advance(EngineState::Gone(cause.into()));
-    }
-
-    /// A new state, unless the service ends.
-    fn advance(&self, next: EngineState) {
-        self.state.send_if_modified(|state| {
-            let goes_on = !matches!(state, EngineState::Ending);
-            if goes_on {
-                *state = next;
-            }
-            goes_on
-        });
-    }
 }

@@ -44,6 +44,11 @@ impl ApiError {
         Self::new(StatusCode::BAD_REQUEST, INVALID_REQUEST, message)
     }
 
+    /// A field asks for what is not done.
+    pub fn unsupported(field: &'static str, value: impl Into<String>, fix: impl Into<String>) -> Self {
+        FieldError::Unsupported { field, value: value.into(), fix: fix.into() }.into()
+    }
+
     /// The same under another status.
     pub fn with_status(self, status: StatusCode) -> Self {
         ApiError { status, ..self }
