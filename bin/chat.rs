@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use minisgl::progress::Stderr;
 use minisgl::{
-    Cause, GenerationConfigChoice, JsonObject, SamplingParams, from_command_line, with_shared_flags,
+    Cause, GenerationConfigChoice, JsonObject, Options, SamplingParams, from_command_line, with_shared_flags,
 };
 use minisgl_client::chat::settings::Settings;
 use minisgl_client::chat::speaker::{Local, Remote, Speaker};
@@ -147,7 +147,10 @@ impl Flags {
         let own = SamplingParams { temperature: 0.6, ..SamplingParams::default() };
         let source = self.source(name, stderr)?;
         let sampling = self.generation_config.sampling(&source, own, stderr)?;
-        let llm = source.builder().options(self.engine_options()).build()?;
+        let options = self.engine_options();
+        // One answer at a time.
+        let options = Options { max_running: options.max_running.or(Some(1)), ..options };
+        let llm = source.builder().options(options).build()?;
         stderr.say(format!("{}\n/help shows what can be done", llm.info()));
         Ok(Box::new(Local::new(llm, sampling, kwargs)?))
     }

@@ -3,6 +3,7 @@
 use std::io;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -11,7 +12,7 @@ use minisgl::report::{Output, write_json};
 use minisgl::workload::{self, Lengths, Workload};
 use minisgl::{Cause, JsonObject, ModelSource, Prompt, Text, from_command_line};
 use minisgl_client::bench::arrivals::Arrivals;
-use minisgl_client::bench::load::Target;
+use minisgl_client::bench::load::{Flow, Target};
 use minisgl_client::bench::prompt::{Api, Manner};
 use minisgl_client::bench::report::{Goals, Report};
 use minisgl_client::bench::source::Source;
@@ -19,9 +20,14 @@ use minisgl_client::bench::sweep::Highest;
 use minisgl_client::bench::{Pace, Plan};
 use minisgl_client::endpoint::Endpoint;
 use minisgl_client::service::Service;
+use signal_hook::consts::SIGINT;
+use signal_hook::flag;
+
+/// The exit status of a program that Ctrl-C ends.
+const INTERRUPTED: u8 = 128 + SIGINT as u8;
 
 /// puts load on a service with OpenAI's API and reports the latencies that its clients see (docs/clients.md defines them);
-/// the exit status is 1 if a request failed
+/// the exit status is 1 if a request failed; Ctrl-C ends it with what was seen so far
 #[derive(argh::FromArgs)]
 struct Flags {
     /// the service's address (default http://127.0.0.1:1919)
@@ -145,6 +151,10 @@ fn serve_bench(flags: &Flags, stderr: &Stderr) -> Result<ExitCode, Cause> {
         extra,
     };
     let target = Target::new(endpoint.clone(), key.as_deref(), manner, Duration::from_secs(flags.timeout))?;
+    // A second one ends the program at once.
+    let stopped = Arc::new(AtomicBool::new(false));
+    flag::register_conditional_shutdown(SIGINT, INTERRUPTED.into(), Arc::clone(&stopped))?;
+    flag::register(SIGINT, Arc::clone(&stopped))?;
     let progress = Arc::new(Mutex::new(Progress { unit: Unit::Tokens, ..Progress::default() }));
     let seen = Arc::clone(&progress);
     let shown = stderr.show(move || seen.lock().unwrap_or_else(PoisonError::into_inner).clone());
@@ -154,6 +164,7 @@ fn serve_bench(flags: &Flags, stderr: &Stderr) -> Result<ExitCode, Cause> {
         now.output_tokens = now.done;
         (now.finished, now.failed) = recorder.ended();
         now.running = recorder.open() as u32;
+        if stopped.load(Ordering::Relaxed) { Flow::Stop } else { Flow::GoOn }
     });
     drop(shown);
     let (runs, found) = ran?;
@@ -176,7 +187,11 @@ fn serve_bench(flags: &Flags, stderr: &Stderr) -> Result<ExitCode, Cause> {
         };
         json.write(|file| write_json(&report, file))?;
     }
-    Ok(if failed { ExitCode::FAILURE } else { ExitCode::SUCCESS })
+    Ok(match (stopped.load(Ordering::Relaxed), failed) {
+        (true, _) => ExitCode::from(INTERRUPTED),
+        (false, true) => ExitCode::FAILURE,
+        (false, false) => ExitCode::SUCCESS,
+    })
 }
 
 impl Flags {

@@ -50,8 +50,26 @@ pub struct Chunk {
 
 impl Chunk {
     /// Does it bring output? A role alone, an end or the usage is none.
-    pub fn has_output(&self) -> bool {
+    fn has_output(&self) -> bool {
         !self.text.is_empty() || !self.reasoning.is_empty() || self.tokens.is_some_and(|tokens| tokens > 0)
+    }
+}
+
+/// Counts the tokens that a stream's chunks bring: one where it has output, unless the service says which tokens come. Text
+/// that such a service sends without tokens (held back until it was certain) brings none.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct TokenCount {
+    tells: bool,
+}
+
+impl TokenCount {
+    /// Those of the stream's next chunk.
+    pub fn next(&mut self, chunk: &Chunk) -> u64 {
+        self.tells |= chunk.tokens.is_some();
+        match self.tells {
+            true => chunk.tokens.unwrap_or(0),
+            false => u64::from(chunk.has_output()),
+        }
     }
 }
 
@@ -174,6 +192,18 @@ mod tests {
         let end = chunk(r#"{"choices": [{"delta": {}, "finish_reason": "length"}]}"#);
         assert_eq!((end.has_output(), end.finish_reason.as_deref()), (false, Some("length")));
         assert_eq!(read(b" [DONE]\n").unwrap(), Event::Done);
+    }
+
+    #[test]
+    fn tokens_are_those_that_are_told_or_else_one_where_there_is_output() {
+        let text = |tokens| Chunk { text: "a".to_owned(), tokens, ..Chunk::default() };
+        let mut silent = TokenCount::default();
+        let counts = [text(None), Chunk::default(), text(None)].map(|chunk| silent.next(&chunk));
+        assert_eq!(counts, [1, 0, 1]);
+        let mut telling = TokenCount::default();
+        let counts =
+            [Chunk::default(), text(Some(2)), text(None), text(Some(1))].map(|chunk| telling.next(&chunk));
+        assert_eq!(counts, [0, 2, 0, 1]);
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! A service as its clients see it: asked one thing at a time, its answers read or refused by name.
 //!
 //! `chat` streams through here. `serve-bench` asks here what it must know before its clock starts; its load goes another
-//! way ([`crate::load`]).
+//! way ([`crate::bench::load`]).
 
 use std::io::Read;
 use std::time::Duration;

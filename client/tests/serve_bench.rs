@@ -4,8 +4,9 @@
 mod support;
 
 use std::collections::BTreeSet;
-use std::process::{Command, Output};
+use std::process::{Command, Output, Stdio};
 use std::sync::{Arc, Condvar, Mutex};
+use std::time::Duration;
 
 use serde_json::{Value, json};
 use support::{Fake, Reply, Scratch};
@@ -232,6 +233,42 @@ fn a_sweep_tells_whether_any_rate_keeps_the_goals_and_asks_anew_in_each_run() {
     let prompts: BTreeSet<String> =
         fake.asked()[5..].iter().map(|asked| asked.body["prompt"].to_string()).collect();
     assert_eq!(prompts.len(), 3 + 5 + 5, "no prompt twice");
+}
+
+#[test]
+fn ctrl_c_ends_a_run_with_what_was_seen_so_far() {
+    let fake = Fake::start(|asked| match asked.number {
+        0..3 => Reply::in_full(asked),
+        _ => Reply::Hang(vec!["a".to_owned(), "b".to_owned()]),
+    });
+    let scratch = Scratch::new();
+    let mut command = Command::new(env!("CARGO_BIN_EXE_serve-bench"));
+    command.args([
+        "--url",
+        &fake.url(),
+        "--concurrency",
+        "2",
+        "--input-len",
+        "2",
+        "--output-len",
+        "4",
+        "--json",
+    ]);
+    let bench = command
+        .arg(scratch.join("report.json"))
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    while fake.asked().len() < 5 {
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    assert!(Command::new("kill").args(["-INT", &bench.id().to_string()]).status().unwrap().success());
+    let output = bench.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(130), "{}", stderr(&output));
+    assert!(String::from_utf8_lossy(&output.stdout).contains("unfinished    2 when the run was stopped"));
+    let run = &scratch.json("report.json")["runs"][0];
+    assert_eq!((&run["finished"], &run["failed"], &run["unfinished"]), (&json!(3), &json!(0), &json!(2)));
 }
 
 #[test]

@@ -57,6 +57,15 @@ pub enum LoadError {
     Poll(#[from] io::Error),
 }
 
+/// What is to become of a run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Flow {
+    /// It goes on.
+    GoOn,
+    /// It ends, with what has been seen so far.
+    Stop,
+}
+
 /// Whom load is put on, and how.
 #[derive(Clone, Debug)]
 pub struct Target {
@@ -120,7 +129,8 @@ impl Target {
         out
     }
 
-    /// Sends all requests, each when it is due, and waits for their ends. `on_wait` is told how far the run has come.
+    /// Sends all requests, each when it is due, and waits for their ends. `on_wait` is told how far the run has come, and
+    /// says whether it is to go on.
     ///
     /// # Errors
     /// The system gives no way to wait. What fails of a request is counted, and is no error here.
@@ -128,7 +138,7 @@ impl Target {
         &self,
         requests: &[Request],
         schedule: &Schedule,
-        on_wait: &mut dyn FnMut(&Recorder),
+        on_wait: &mut dyn FnMut(&Recorder) -> Flow,
     ) -> Result<Loaded, LoadError> {
         let mut load = Load {
             target: self,
@@ -170,7 +180,7 @@ struct Load<'a> {
 }
 
 impl Load<'_> {
-    fn run(&mut self, on_wait: &mut dyn FnMut(&Recorder)) -> Result<(), LoadError> {
+    fn run(&mut self, on_wait: &mut dyn FnMut(&Recorder) -> Flow) -> Result<(), LoadError> {
         let mut events = Events::with_capacity(EVENTS);
         let mut looked = Duration::ZERO;
         loop {
@@ -178,7 +188,10 @@ impl Load<'_> {
             if self.next == self.requests.len() && self.recorder.open() == 0 {
                 return Ok(());
             }
-            on_wait(&self.recorder);
+            if on_wait(&self.recorder) == Flow::Stop {
+                self.recorder.stopped(self.start.elapsed());
+                return Ok(());
+            }
             match self.poll.poll(&mut events, Some(self.wait())) {
                 Err(error) if error.kind() != io::ErrorKind::Interrupted => return Err(error.into()),
                 _ => {}

@@ -24,7 +24,7 @@ use thiserror::Error;
 
 use arrivals::{Arrivals, Schedule};
 use cost::process_time;
-use load::{LoadError, Target};
+use load::{Flow, LoadError, Target};
 use recorder::Recorder;
 use report::{Goals, RunReport};
 use source::Source;
@@ -69,8 +69,21 @@ pub enum BenchError {
     Print(#[from] io::Error),
 }
 
+/// Why no further run comes.
+enum Early {
+    Stopped,
+    Error(BenchError),
+}
+
+impl From<BenchError> for Early {
+    fn from(error: BenchError) -> Self {
+        Early::Error(error)
+    }
+}
+
 impl Plan {
-    /// Runs it all: tables go to `out`, and `on_wait` is told how far a run has come.
+    /// Runs it all: tables go to `out`, and `on_wait` is told how far a run has come, and says whether it is to go on. The
+    /// run that it stops is the last one.
     ///
     /// # Errors
     /// No load can be put on the service, or a table can't be printed.
@@ -78,28 +91,34 @@ impl Plan {
         &self,
         target: &Target,
         out: &mut dyn Write,
-        on_wait: &mut dyn FnMut(&Recorder),
+        on_wait: &mut dyn FnMut(&Recorder) -> Flow,
     ) -> Result<(Vec<RunReport>, Option<Highest>), BenchError> {
-        self.warm_up(target)?;
+        self.warm_up(target, on_wait)?;
         let mut runs = Vec::new();
         let mut run = |arrivals| {
             let report = self.once(target, arrivals, runs.len() as u64, on_wait)?;
-            write!(out, "{report}")?;
-            let keeps = self.goals.keeps(&report.loaded.record);
+            write!(out, "{report}").map_err(BenchError::Print)?;
+            let record = &report.loaded.record;
+            let (keeps, stopped) =
+                (self.goals.keeps(record), record.finished + record.failed < report.requests as u64);
             runs.push(report);
-            Ok::<bool, BenchError>(keeps)
+            if stopped { Err(Early::Stopped) } else { Ok(keeps) }
         };
         let found = match self.pace {
             Pace::Once(arrivals) => run(arrivals).map(|_| None),
             Pace::Sweep(low, high) => highest((low, high), |rate| run(Arrivals::Poisson(rate))).map(Some),
-        }?;
-        if let Some(found) = found {
-            writeln!(out, "{found}")?;
+        };
+        match found {
+            Ok(None) | Err(Early::Stopped) => Ok((runs, None)),
+            Ok(Some(found)) => {
+                writeln!(out, "{found}")?;
+                Ok((runs, Some(found)))
+            }
+            Err(Early::Error(error)) => Err(error),
         }
-        Ok((runs, found))
     }
 
-    fn warm_up(&self, target: &Target) -> Result<(), BenchError> {
+    fn warm_up(&self, target: &Target, on_wait: &mut dyn FnMut(&Recorder) -> Flow) -> Result<(), BenchError> {
         if self.warm_up > 0 {
             let mut requests = self.source.requests(WARM_UP);
             requests.truncate(self.warm_up);
@@ -107,7 +126,7 @@ impl Plan {
                 Pace::Once(Arrivals::Closed(open)) => open,
                 _ => requests.len(),
             };
-            target.load(&requests, &Schedule::Closed(open), &mut |_| {})?;
+            target.load(&requests, &Schedule::Closed(open), on_wait)?;
         }
         Ok(())
     }
@@ -117,7 +136,7 @@ impl Plan {
         target: &Target,
         arrivals: Arrivals,
         run: u64,
-        on_wait: &mut dyn FnMut(&Recorder),
+        on_wait: &mut dyn FnMut(&Recorder) -> Flow,
     ) -> Result<RunReport, BenchError> {
         let requests = self.source.requests(run);
         let schedule = arrivals.schedule(&requests, self.seed.wrapping_add(run));

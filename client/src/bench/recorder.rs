@@ -31,6 +31,7 @@ pub struct Recorder {
     started: Option<Duration>,
     last_end: Duration,
     finished: u64,
+    unfinished: u64,
     short: u64,
     prompt_tokens: u64,
     cached_tokens: u64,
@@ -66,7 +67,9 @@ pub struct Record {
     pub finished: u64,
     /// Requests that did not.
     pub failed: u64,
-    /// Those, by what was wrong.
+    /// Requests that were on their way when the run was stopped.
+    pub unfinished: u64,
+    /// Requests that failed, by what was wrong.
     pub failures: BTreeMap<String, Failures>,
     /// From when the first request was due until the last one ended.
     pub seconds: f64,
@@ -154,6 +157,14 @@ impl Recorder {
         failures.count += 1;
     }
 
+    /// The run ends here, whatever is on its way.
+    pub fn stopped(&mut self, now: Duration) {
+        self.last_end = self.last_end.max(now);
+        self.output_tokens += self.open.values().map(|open| open.tokens).sum::<u64>();
+        self.unfinished += self.open.len() as u64;
+        self.open.clear();
+    }
+
     /// How many are on their way.
     pub fn open(&self) -> usize {
         self.open.len()
@@ -176,6 +187,7 @@ impl Recorder {
         Record {
             finished: self.finished,
             failed: self.ended().1,
+            unfinished: self.unfinished,
             failures: self.failures.clone(),
             seconds,
             requests_per_s: rate(self.finished),
@@ -294,5 +306,20 @@ mod tests {
         assert_eq!(record.failures["status 429"], expected);
         assert_eq!((record.e2e_ms.count, record.output_tokens), (0, 3));
         assert_eq!(Recorder::default().record(), Record::default());
+    }
+
+    #[test]
+    fn a_run_that_is_stopped_counts_what_came_until_then() {
+        let mut recorder = Recorder::default();
+        for request in 0..3 {
+            recorder.sent(request, ms(0), ms(0), 5);
+            recorder.output(request, 2, ms(4));
+        }
+        recorder.finished(0, None, ms(5));
+        recorder.stopped(ms(10));
+        let record = recorder.record();
+        assert_eq!((record.finished, record.failed, record.unfinished), (1, 0, 2));
+        assert_eq!((record.output_tokens, record.e2e_ms.count), (6, 1));
+        assert!(close(record.tokens_per_s, 600.0));
     }
 }

@@ -27,10 +27,10 @@ impl Goals {
         *self == Goals::default()
     }
 
-    /// Does a run keep them all? One in which a request failed does not.
+    /// Does a run keep them all? One in which a request failed, or that was stopped, does not.
     pub fn keeps(&self, record: &Record) -> bool {
         let within = |goal: Option<f64>, found: &LatencyReport| goal.is_none_or(|goal| found.p99 <= goal);
-        record.failed == 0
+        record.failed + record.unfinished == 0
             && within(self.ttft_ms, &record.ttft_ms)
             && within(self.itl_ms, &record.itl_ms)
             && within(self.e2e_ms, &record.e2e_ms)
@@ -87,6 +87,9 @@ impl fmt::Display for RunReport {
             f,
             "  requests      {finished} of {requests} finished, {failed} failed; {requests_per_s:.2} a second"
         )?;
+        if record.unfinished > 0 {
+            writeln!(f, "  unfinished    {} when the run was stopped", record.unfinished)?;
+        }
         writeln!(f, "  arrivals      {arrivals}; {} on their way at the peak", record.open_peak)?;
         for (name, latencies) in [
             ("TTFT", &record.ttft_ms),
@@ -183,6 +186,7 @@ mod tests {
             assert!(!tighter.keeps(&record()), "{tighter:?}");
         }
         assert!(!all.keeps(&Record { failed: 1, ..record() }));
+        assert!(!all.keeps(&Record { unfinished: 1, ..record() }));
         assert!(Goals::default().is_empty() && !all.is_empty());
     }
 

@@ -14,7 +14,7 @@ use std::time::Duration;
 use mio::net::TcpStream;
 use thiserror::Error;
 
-use crate::chunk::{self, BadEvent, Event, Usage, error_message};
+use crate::chunk::{self, BadEvent, Event, TokenCount, Usage, error_message};
 use crate::http::{AnswerReader, BadAnswer};
 use crate::sse::{EventReader, EventTooLong};
 
@@ -93,6 +93,7 @@ pub struct Stream {
     answer: AnswerReader,
     events: EventReader,
     refusal: Vec<u8>,
+    count: TokenCount,
     usage: Option<Usage>,
     done: bool,
     /// Requests that it has carried to their ends.
@@ -115,6 +116,7 @@ impl Stream {
             answer: AnswerReader::default(),
             events: EventReader::default(),
             refusal: Vec::new(),
+            count: TokenCount::default(),
             usage: None,
             done: false,
             carried: 0,
@@ -128,7 +130,7 @@ impl Stream {
         (self.out, self.gone) = (out, 0);
         (self.answer, self.events) = (AnswerReader::default(), EventReader::default());
         self.refusal.clear();
-        (self.usage, self.done) = (None, false);
+        (self.count, self.usage, self.done) = (TokenCount::default(), None, false);
     }
 
     /// Sends what the socket takes.
@@ -188,14 +190,14 @@ impl Stream {
 
     /// Takes bytes of the answer in; gives how many tokens they bring.
     fn take(&mut self, bytes: &[u8]) -> Result<u64, Failure> {
-        let Stream { answer, events, refusal, usage, done, .. } = self;
+        let Stream { answer, events, refusal, count, usage, done, .. } = self;
         let mut tokens = 0;
         let mut event = |data: &[u8]| {
             match chunk::read(data)? {
                 Event::Done => *done = true,
                 Event::Chunk(chunk) => {
                     *usage = chunk.usage.or(*usage);
-                    tokens += chunk.tokens.unwrap_or(u64::from(chunk.has_output()));
+                    tokens += count.next(&chunk);
                 }
             }
             Ok::<(), Failure>(())
