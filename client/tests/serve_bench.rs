@@ -6,7 +6,7 @@ mod support;
 use std::collections::BTreeSet;
 use std::process::{Command, Output, Stdio};
 use std::sync::{Arc, Condvar, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 use support::{Fake, Reply, Scratch};
@@ -260,7 +260,9 @@ fn ctrl_c_ends_a_run_with_what_was_seen_so_far() {
         .stderr(Stdio::piped())
         .spawn()
         .unwrap();
+    let started = Instant::now();
     while fake.asked().len() < 5 {
+        assert!(started.elapsed() < Duration::from_secs(60), "{} requests have come", fake.asked().len());
         std::thread::sleep(Duration::from_millis(5));
     }
     assert!(Command::new("kill").args(["-INT", &bench.id().to_string()]).status().unwrap().success());
