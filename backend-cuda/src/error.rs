@@ -6,7 +6,7 @@
 
 use std::ops::Range;
 
-use cudarc::driver::result::DriverError;
+use cudarc::driver::result::{self, DriverError};
 use cudarc::driver::sys::CUresult;
 use minisgl_core::backend::Purpose;
 use thiserror::Error;
@@ -75,7 +75,7 @@ pub enum CudaError {
         free: u64,
     },
     /// The driver found no memory for something of its own, a recorded step above all; it does not say how much it needs.
-    #[error("out of GPU memory while {operation}: {} MiB free; {}", free >> 20, advice(Purpose::Graphs))]
+    #[error("out of GPU memory while {operation}: {} MiB free; free some, or {}", free >> 20, advice(Purpose::Graphs))]
     DriverMemory {
         /// What was being done.
         operation: &'static str,
@@ -253,6 +253,17 @@ pub(crate) fn is_device_lost(error: DriverError) -> bool {
     )
 }
 
+impl CudaError {
+    /// Of a call that failed itself.
+    pub(crate) fn named(operation: &'static str, error: DriverError) -> CudaError {
+        if error.0 != CUresult::CUDA_ERROR_OUT_OF_MEMORY {
+            return CudaError::Driver { operation, cause: cause(error) };
+        }
+        let free = result::mem_get_info().map_or(0, |(free, _)| free as u64);
+        CudaError::DriverMemory { operation, free }
+    }
+}
+
 /// Names the operation that a status belongs to.
 pub(crate) trait Named<T> {
     fn named(self, operation: &'static str) -> Result<T, CudaError>;
@@ -260,6 +271,6 @@ pub(crate) trait Named<T> {
 
 impl<T> Named<T> for Result<T, DriverError> {
     fn named(self, operation: &'static str) -> Result<T, CudaError> {
-        self.map_err(|error| CudaError::Driver { operation, cause: cause(error) })
+        self.map_err(|error| CudaError::named(operation, error))
     }
 }

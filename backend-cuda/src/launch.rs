@@ -423,12 +423,8 @@ impl Launcher {
         if is_device_lost(error) {
             return CudaError::DeviceLost { step, cause: cause(error) };
         }
-        if is_out_of_memory(error) {
-            let free = result::mem_get_info().map_or(0, |(free, _)| free as u64);
-            return CudaError::DriverMemory { operation, free };
-        }
         if !is_kernel_failure(error) {
-            return CudaError::Driver { operation, cause: cause(error) };
+            return CudaError::named(operation, error);
         }
         let launched = if self.synchronous {
             format!("it was the newest of: {}", self.trace.last())

@@ -14,12 +14,15 @@ use cudarc::driver::sys::{self, CUfunction_attribute_enum as Attribute, CUjit_op
 use minisgl_kernels::{HOPPER, Module, PORTABLE};
 
 use crate::context::Context;
-use crate::error::{CudaError, Named, cause};
+use crate::error::{CudaError, Named, cause, is_out_of_memory};
 use crate::launch::{Kernel, PARAMS_MAX};
 use crate::turns;
 
 /// Dynamic shared memory that any kernel may use without asking.
 const SHARED_BYTES_FREE: u32 = 48 << 10;
+
+/// What is under way while modules are loaded.
+const LOADING: &str = "loading the kernels";
 
 /// Bytes for what the driver's compiler says about PTX that it refuses.
 const LOG_BYTES: usize = 8 << 10;
@@ -122,17 +125,18 @@ impl Loaded {
     /// longer once, and the kernels are the same.
     fn load(context: &Context, module: &Module) -> Result<Loaded, CudaError> {
         context.make_current()?;
-        let from_code = module.cubin.and_then(|code| {
+        let from_code = module.cubin.map(|code| {
             let mut handle = std::ptr::null_mut();
             // SAFETY: the code is a whole ELF image, which says how long it is.
             let status = unsafe { sys::cuModuleLoadData(&mut handle, code.as_ptr().cast()) };
-            status.result().ok().map(|()| handle)
+            status.result().map(|()| handle)
         });
-        let handle = match from_code {
-            Some(handle) => handle,
-            None => compile(module)?,
+        let (handle, from_ptx) = match from_code {
+            Some(Ok(handle)) => (handle, false),
+            Some(Err(error)) if is_out_of_memory(error) => return Err(CudaError::named(LOADING, error)),
+            _ => (compile(module)?, true),
         };
-        Ok(Loaded { name: module.name, from_ptx: from_code.is_none(), handle })
+        Ok(Loaded { name: module.name, from_ptx, handle })
     }
 }
 
@@ -152,12 +156,15 @@ fn compile(module: &Module) -> Result<sys::CUmodule, CudaError> {
         let (options, values) = (options.as_mut_ptr(), values.as_mut_ptr());
         sys::cuModuleLoadDataEx(&mut handle, ptx.as_ptr().cast(), 2, options, values)
     };
-    status.result().map_err(|error| CudaError::Module {
-        module: module.name,
-        cause: cause(error),
-        log: String::from_utf8_lossy(&log).trim_end_matches('\0').trim().to_owned(),
-    })?;
-    Ok(handle)
+    match status.result() {
+        Ok(()) => Ok(handle),
+        Err(error) if is_out_of_memory(error) => Err(CudaError::named(LOADING, error)),
+        Err(error) => Err(CudaError::Module {
+            module: module.name,
+            cause: cause(error),
+            log: String::from_utf8_lossy(&log).trim_end_matches('\0').trim().to_owned(),
+        }),
+    }
 }
 
 impl Drop for Modules {
