@@ -8,6 +8,7 @@
 //! Invariant: every leaf of every row's window lies in one segment, every token of every row in one item.
 
 use std::cmp::Reverse;
+use std::ops::Range;
 
 use minisgl_core::batch::Row;
 use minisgl_core::config::Limits;
@@ -24,6 +25,8 @@ const LEAST: u64 = 8;
 const MANY_TURNS: u32 = 2;
 /// Segments for each block and item beside those of whole rows.
 const PIECES_OF_BLOCK: u32 = 4;
+/// Positions that rows are told apart by when they are sorted.
+const COUNTS: usize = 8192;
 /// Words in front of a decode plan's segments.
 const PLAN_HEAD: usize = 8;
 /// Words of a segment.
@@ -89,48 +92,76 @@ impl Cutter {
     pub(super) fn plan(&self, rows: &[Row], words: &mut [u32]) {
         let (head, segments) = words.split_at_mut(PLAN_HEAD);
         let segments = &mut segments[..self.segments * SEGMENT_WORDS];
-        let segments: &mut [[u32; SEGMENT_WORDS]] = bytemuck::cast_slice_mut(segments);
         let rows = &rows[..rows.iter().take_while(|row| row.slot != self.dummy).count()];
-        // Rows wait in the last places, which the pieces of those before them leave alone.
-        let waiting = self.segments - rows.len();
-        for ((index, row), place) in (0..).zip(rows).zip(&mut segments[waiting..]) {
-            let first = (row.kv_len - self.seen(row.kv_len)) / LEAF;
-            *place = [index, row.slot, row.kv_len, first, row.kv_len.div_ceil(LEAF) - first, 0, 0, 0];
-        }
-        segments[waiting..]
-            .sort_unstable_by_key(|&[index, _, kv_len, ..]| (Reverse(self.seen(kv_len)), index));
+        // The rows' order lies in the last places, a word each, which segments reach only when it has been read.
+        let order = segments.len() - rows.len().div_ceil(SEGMENT_WORDS) * SEGMENT_WORDS;
+        self.sort(rows, &mut segments[order..][..rows.len()]);
         let mut rest: u64 = rows.iter().map(|row| u64::from(self.seen(row.kv_len))).sum();
         let few = rows.len() < self.many as usize;
-        let piece = few.then(|| self.piece(&segments[waiting..]));
+        let longest = rows.iter().map(|row| self.leaves(row).len() as u32).max().unwrap_or(0);
+        let piece = few.then(|| self.piece(rows, longest));
         let (mut filled, mut base) = (0, 0);
-        for place in waiting..self.segments {
-            let [index, slot, kv_len, first, leaves, ..] = segments[place];
-            let largest = piece.unwrap_or_else(|| self.share(rest).max(LEAST));
-            let cuts = Cuts::new(leaves, largest, place - filled, self.partials - base);
+        for i in 0..rows.len() {
+            let index = segments[order + i];
+            let row = &rows[index as usize];
+            let leaves = self.leaves(row);
+            // Most rows of a step of thousands are short: nobody asks what share of the rest is a block's.
+            let cuts = if piece.is_none() && leaves.len() as u64 <= LEAST {
+                Cuts::whole(leaves.len() as u32)
+            } else {
+                let largest = piece.unwrap_or_else(|| self.share(rest).max(LEAST));
+                let room = self.segments - rows.len() + i - filled;
+                Cuts::new(leaves.len() as u32, largest, room, self.partials - base)
+            };
             let total = if cuts.count == 1 { 0 } else { 1 + cuts.leaves - cuts.first };
             for i in 0..cuts.count {
                 let (begin, end) = (cuts.at(i), cuts.at(i + 1));
                 let at = if i == 0 { base } else { base + 1 + begin - cuts.first };
-                segments[filled] = [index, slot, kv_len, first + begin, end - begin, base, at, total];
+                let first = leaves.start + begin;
+                let segment = [index, row.slot, row.kv_len, first, end - begin, base, at, total];
+                segments[filled * SEGMENT_WORDS..][..SEGMENT_WORDS].copy_from_slice(&segment);
                 filled += 1;
             }
             base += total;
-            rest -= u64::from(self.seen(kv_len));
+            rest -= u64::from(self.seen(row.kv_len));
         }
         head[0] = filled as u32;
     }
 
-    /// The best number of leaves for pieces of all rows, the longest first, by what it costs in turns: each one's own part,
-    /// and those for which blocks have nothing left in the last round, while the others work on a piece with more of the
-    /// memory's bandwidth.
-    fn piece(&self, rows: &[[u32; SEGMENT_WORDS]]) -> u64 {
-        let leaves = |row: &[u32; SEGMENT_WORDS]| row[4];
+    /// Writes the rows' numbers, those that see most first, by counting them: a step may have thousands. Rows that see more than
+    /// there are counts are told apart no further than that.
+    fn sort(&self, rows: &[Row], order: &mut [u32]) {
+        let most = rows.iter().map(|row| self.seen(row.kv_len)).max().unwrap_or(0);
+        let shift = (most / COUNTS as u32).checked_ilog2().map_or(0, |bits| bits + 1);
+        let count_of = |row: &Row| (self.seen(row.kv_len) >> shift) as usize;
+        let mut places = [0; COUNTS];
+        rows.iter().for_each(|row| places[count_of(row)] += 1);
+        let mut next = 0;
+        for place in places[..=(most >> shift) as usize].iter_mut().rev() {
+            next += core::mem::replace(place, next);
+        }
+        for (index, row) in (0..).zip(rows) {
+            let place = &mut places[count_of(row)];
+            order[*place] = index;
+            *place += 1;
+        }
+    }
+
+    /// The leaves that a row sees.
+    fn leaves(&self, row: &Row) -> Range<u32> {
+        (row.kv_len - self.seen(row.kv_len)) / LEAF..row.kv_len.div_ceil(LEAF)
+    }
+
+    /// The best number of leaves for pieces of all rows, of which the longest has so many, by what it costs in turns: each
+    /// one's own part, and those for which blocks have nothing left in the last round, while the others work on a piece with
+    /// more of the memory's bandwidth.
+    fn piece(&self, rows: &[Row], longest: u32) -> u64 {
+        let leaves = |row: &Row| self.leaves(row).len() as u32;
         let pieces = |largest: u32| rows.iter().map(|row| leaves(row).div_ceil(largest)).sum::<u32>();
         let cost = |largest: &u32| {
             let turns = pieces(*largest) * self.items;
             turns + largest * (turns.next_multiple_of(self.blocks) - turns)
         };
-        let longest = rows.first().map_or(1, leaves);
         let there = (1..=longest).map(|cuts| longest.div_ceil(cuts));
         let fit = there.take_while(|&largest| pieces(largest) as usize <= self.segments);
         u64::from(fit.min_by_key(cost).unwrap_or(longest))
@@ -155,6 +186,11 @@ struct Cuts {
 }
 
 impl Cuts {
+    /// In one piece.
+    fn whole(leaves: u32) -> Cuts {
+        Cuts { leaves, first: leaves, count: 1 }
+    }
+
     /// Into pieces of about `largest` leaves at most, as far as there is room for that many segments besides the row's own,
     /// and for `partials` partials.
     fn new(leaves: u32, largest: u64, room: usize, partials: u32) -> Cuts {
@@ -315,6 +351,29 @@ mod tests {
             planned,
             expected.into_iter().flat_map(|(row, tokens)| of_row(row, tokens)).collect::<Vec<_>>()
         );
+    }
+
+    #[test]
+    fn rows_beyond_what_is_told_apart_come_longest_first_as_near_as_they_are() {
+        let row =
+            |slot| Row { slot, kv_len: 1 + (splitmix64(slot.into()) % 100_000) as u32, ..Row::default() };
+        let rows: Vec<_> = (0..500).map(row).collect();
+        let cutter = Cutter {
+            blocks: 264,
+            items: 8,
+            segments: 632,
+            partials: 4096,
+            window: u32::MAX,
+            dummy: 1000,
+            many: 66,
+        };
+        let mut order: Vec<u32> = planned(&cutter, &rows).iter().map(|segment| segment[0]).collect();
+        order.dedup();
+        let apart = 100_000_u32.div_ceil(COUNTS as u32).next_power_of_two();
+        let kv_len = |index: u32| rows[index as usize].kv_len;
+        assert!(order.windows(2).all(|pair| kv_len(pair[0]) + apart > kv_len(pair[1])));
+        order.sort_unstable();
+        assert!(order.into_iter().eq(0..500), "every row is there, and its segments follow each other");
     }
 
     #[test]
