@@ -7,7 +7,7 @@ use std::net::TcpStream;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use common::{Running, builds, limits, messages, request, send, settings, text};
+use common::{Running, builds, limits, messages, repository, request, send, settings, text};
 use minisgl::simulated::Control;
 use minisgl::{Error, Text};
 use minisgl_server::{Ended, Settings, ToolFormat};
@@ -483,4 +483,14 @@ fn what_happens_is_counted_and_timed() {
     assert!(running.metric("minisgl:step_seconds_count", "kind=\"decode\"") >= 4.0);
     let text = String::from_utf8(running.get("/metrics").body).unwrap();
     assert!(text.ends_with("# EOF\n") && text.contains("model_name=\"model\""));
+    // What the docs and the dashboard speak of is there.
+    for file in ["docs/serving.md", "docs/grafana.json"] {
+        let file = std::fs::read_to_string(repository(file)).unwrap();
+        let words = file.split(|one: char| !(one.is_ascii_lowercase() || one == '_' || one == ':'));
+        let names = words.filter(|word| {
+            ["vllm:", "minisgl:"].iter().any(|prefix| word.len() > prefix.len() && word.starts_with(prefix))
+        });
+        let missing: Vec<_> = names.filter(|name| !text.contains(*name)).collect();
+        assert!(missing.is_empty(), "{missing:?}");
+    }
 }
