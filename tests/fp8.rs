@@ -10,7 +10,7 @@ mod common;
 
 use std::fs;
 
-use common::{FP8, Golden, family, fixture, greedy_request, relative_error};
+use common::{FP8, Golden, Scratch, family, fixture, greedy_request, relative_error};
 use minisgl::Llm;
 use minisgl_core::backend::{Device, Element, Ops, Purpose, WeightRole};
 use minisgl_core::config::Limits;
@@ -95,6 +95,39 @@ fn tokens_are_the_same_however_they_are_computed() {
             llm.check();
         }
     }
+}
+
+/// A golden checkpoint with one matrix's first scale replaced.
+fn with_scale(name: &str, scale: f32) -> Scratch {
+    let scratch = Scratch::new();
+    scratch.copy("qwen3-fp8");
+    let path = scratch.join("model.safetensors");
+    let mut bytes = fs::read(&path).unwrap();
+    let (header, metadata) = SafeTensors::read_metadata(&bytes).unwrap();
+    let begin = 8 + header + metadata.info(name).unwrap().data_offsets.0;
+    bytes[begin..][..4].copy_from_slice(&scale.to_le_bytes());
+    fs::write(path, bytes).unwrap();
+    scratch
+}
+
+#[test]
+fn damaged_and_missing_scales_are_named() {
+    let name = "model.layers.0.self_attn.q_proj.weight_scale_inv";
+    for scale in [f32::NAN, f32::INFINITY, -1.0] {
+        let scratch = with_scale(name, scale);
+        let error = Checkpoint::open(scratch.path(), &[&QWEN3]).unwrap_err().to_string();
+        assert!(error.contains(name) && error.contains(&scale.to_string()), "{error}");
+    }
+    // By tiles there are no scales of inputs; as one matrix each, static, the file lacks both kinds.
+    let scratch = Scratch::new();
+    scratch.copy("qwen3-fp8");
+    let config = fs::read_to_string(scratch.join("config.json")).unwrap();
+    let mut config: serde_json::Value = serde_json::from_str(&config).unwrap();
+    config["quantization_config"] =
+        serde_json::json!({ "quant_method": "fp8", "activation_scheme": "static" });
+    scratch.write("config.json", config.to_string());
+    let error = Checkpoint::open(scratch.path(), &[&QWEN3]).unwrap_err().to_string();
+    assert!(error.contains("model.layers.0.self_attn.q_proj.weight_scale`"), "{error}");
 }
 
 /// The layers that the golden file has on their own: the first layer's q and down.

@@ -171,7 +171,8 @@ pub enum CheckpointError {
         dtype: String,
     },
     /// A scale that no element can be multiplied by.
-    #[error("tensor `{name}` in {} has a scale of {scale}; scales are finite and not below 0: the file is damaged", path.display())]
+    #[error("tensor `{name}` in {} has a scale of {scale}; scales are finite and not below 0, \
+         those of inputs above: the file is damaged", path.display())]
     WrongScale {
         /// Its name.
         name: String,
@@ -418,10 +419,22 @@ impl Weights {
         let shape = [rows.div_ceil(block[0]), cols.div_ceil(block[1])];
         let values = self.numbers(&beside(quantization.scales), &shape)?;
         let input_scale = match format.inputs {
-            Inputs::Static => self.numbers(&beside(INPUT_SCALE), &[1, 1])?.first().copied(),
+            Inputs::Static => Some(self.input_scale(&beside(INPUT_SCALE))?),
             Inputs::Plain | Inputs::PerToken | Inputs::PerGroup(_) => None,
         };
         Ok(Scales { values, block, inputs: format.inputs, input_scale })
+    }
+
+    /// The scale of static inputs: they are divided by it.
+    fn input_scale(&self, name: &str) -> Result<f32, CheckpointError> {
+        match self.numbers(name, &[1, 1])?[..] {
+            [scale] if scale > 0.0 => Ok(scale),
+            _ => Err(CheckpointError::WrongScale {
+                name: name.to_owned(),
+                path: self.shard(name)?.path().to_owned(),
+                scale: 0.0,
+            }),
+        }
     }
 
     /// Scales by name, of this shape but for dimensions of 1, which files have or leave out.
