@@ -494,3 +494,39 @@ fn what_happens_is_counted_and_timed() {
         assert!(missing.is_empty(), "{missing:?}");
     }
 }
+
+#[test]
+fn text_becomes_tokens_and_tokens_become_text() {
+    let running = Running::tiny(settings());
+    let text = "Once upon a time, in Zürich";
+    let tokens = running.post("/tokenize", &json!({"prompt": text, "return_token_strs": true})).json();
+    let ids = tokens["tokens"].as_array().unwrap();
+    assert_eq!(
+        (&tokens["count"], tokens["token_strs"].as_array().unwrap().len()),
+        (&json!(ids.len()), ids.len())
+    );
+    assert!(tokens["max_model_len"].as_u64().unwrap() > 0 && ids.len() > 4, "{tokens}");
+    assert_eq!(running.post("/detokenize", &json!({"tokens": ids})).json()["prompt"], text);
+    // A conversation's tokens are those that an answer counts as its prompt.
+    let conversation = running.post("/tokenize", &json!({"messages": messages()})).json();
+    let answer = running.post(CHAT, &json!({"messages": messages(), "max_tokens": 1})).json();
+    assert_eq!(conversation["count"], answer["usage"]["prompt_tokens"]);
+}
+
+#[test]
+fn what_is_no_text_and_what_are_no_tokens_is_refused_by_name() {
+    let running = Running::tiny(settings());
+    for (path, body, name) in [
+        ("/tokenize", json!({}), "prompt"),
+        ("/tokenize", json!({"prompt": ["Once", "upon"]}), "prompt"),
+        ("/tokenize", json!({"prompt": "Once", "add_everything": true}), "add_everything"),
+        ("/detokenize", json!({}), "tokens"),
+        ("/detokenize", json!({"tokens": [-1]}), "tokens"),
+        ("/detokenize", json!({"tokens": "Once"}), "tokens"),
+    ] {
+        let answer = running.post(path, &body);
+        let (status, error) = (answer.status, answer.json());
+        let message = error["error"]["message"].as_str().unwrap_or_default();
+        assert!(status == 400 && message.contains(name), "{path} {body}: {status} {error}");
+    }
+}
