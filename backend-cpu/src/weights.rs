@@ -184,6 +184,9 @@ impl Part {
                     return Err(invalid("its scales are of blocks of no elements"));
                 }
                 let blocks = tensor.rows.div_ceil(block_rows) * tensor.cols.div_ceil(block_cols);
+                if scales.inputs == Inputs::Static && scales.input_scale.is_none() {
+                    return Err(invalid("its inputs are rounded by a scale that it does not have"));
+                }
                 if scales.values.len() != blocks {
                     return Err(invalid("it has not one scale for each block of its elements"));
                 }

@@ -2,11 +2,16 @@
 
 mod common;
 
-use common::{Machine, Random, Sequence, assert_close, dims, greedy, limits, tensor};
+use std::sync::Arc;
+
+use common::{Machine, Random, Sequence, assert_close, dims, greedy, limits, spec, tensor};
 use minisgl_core::backend::{Device, Ops, WeightRole};
 use minisgl_core::batch::{LAST_TOKEN, TOKEN_WORDS};
-use minisgl_core::spec::{Activation, Attention, NormForm};
-use minisgl_core::tensor::Dtype;
+use minisgl_core::fp8;
+use minisgl_core::spec::{
+    Activation, Attention, DecoderSpec, Fp8, Inputs, NormForm, ScaleBlock, WeightFormat,
+};
+use minisgl_core::tensor::{Dtype, HostTensor, Scales, TensorData};
 use minisgl_cpu::Heads;
 
 const DTYPES: [Dtype; 3] = [Dtype::Bf16, Dtype::F16, Dtype::F32];
@@ -49,6 +54,90 @@ fn a_linear_layer_is_a_matrix_product() {
         let what = format!("[{tokens}, {cols}] by [{rows}, {cols}]");
         assert_close(&what, &machine.read(out, tokens * rows), &expected, 1e-5);
     }
+}
+
+/// A random e4m3 matrix with a scale for each block, and the values that it holds.
+fn fp8_matrix(
+    random: &mut Random,
+    [rows, cols]: [usize; 2],
+    block: [usize; 2],
+    inputs: Inputs,
+) -> (HostTensor, Vec<f32>) {
+    let across = cols.div_ceil(block[1]);
+    let scales = random.floats(rows.div_ceil(block[0]) * across);
+    let values: Vec<f32> = scales.iter().map(|scale| scale.abs() + 0.01).collect();
+    let codes: Vec<u8> = random.floats(rows * cols).iter().map(|x| fp8::encode(100.0 * x)).collect();
+    let scale = |i: usize| values[i / cols / block[0] * across + i % cols / block[1]];
+    let weights =
+        codes.iter().enumerate().map(|(i, code)| fp8::VALUES[usize::from(*code)] * scale(i)).collect();
+    let scales = Arc::new(Scales { values, block, inputs, input_scale: Some(0.004) });
+    let data = TensorData::Fp8 { owner: Arc::new(codes), range: 0..rows * cols, scales };
+    (HostTensor { name: "fp8".into(), rows, cols, data }, weights)
+}
+
+/// The nearest of all numbers of e4m3, by trying them; `x` lies near no middle of two.
+fn nearest(x: f64) -> f64 {
+    let numbers =
+        (0..=255u8).filter(|code| code & 0x7f != 0x7f).map(|code| f64::from(fp8::VALUES[usize::from(code)]));
+    numbers.min_by(|a, b| (a - x).abs().total_cmp(&(b - x).abs())).unwrap()
+}
+
+#[test]
+fn an_fp8_matrix_is_multiplied_by_its_scales_and_its_inputs_are_rounded() {
+    let mut random = Random(11);
+    // Blocks and groups that end within the matrix, and columns beyond a panel of the product.
+    for [rows, cols] in [[5, 7], [70, 200], [33, 700]] {
+        for (block, inputs) in [
+            ([rows, cols], Inputs::Static),
+            ([1, cols], Inputs::PerToken),
+            ([32, 48], Inputs::PerGroup(48)),
+            ([32, 48], Inputs::Plain),
+        ] {
+            let format = Fp8 { block: ScaleBlock::Row, inputs };
+            let dims = dims(8, 2, 1, 4, 700, 16);
+            let spec = DecoderSpec { weights: WeightFormat::Fp8(format), ..spec(dims) };
+            let mut machine = Machine::of(&spec, limits(2, 16, 4), &mut random);
+            let (tensor, weights) = fp8_matrix(&mut random, [rows, cols], block, inputs);
+            let weight = machine.cpu.load(WeightRole::Linear, &[tensor]).unwrap();
+            let x = random.floats(3 * cols);
+            let group = |width: usize| {
+                x.chunks(cols).flat_map(move |row| row.chunks(width)).flat_map(|group| {
+                    let largest = group.iter().fold(0.0f32, |largest, x| largest.max(x.abs()));
+                    let scale = f64::from(largest / fp8::MAX);
+                    group.iter().map(move |x| (nearest(f64::from(*x) / scale) * scale) as f32)
+                })
+            };
+            let rounded: Vec<f32> = match inputs {
+                Inputs::Plain => x.clone(),
+                Inputs::PerToken => group(cols).collect(),
+                Inputs::PerGroup(width) => group(width as usize).collect(),
+                Inputs::Static => x
+                    .iter()
+                    .map(|x| (nearest(f64::from(*x) / f64::from(0.004f32)) * f64::from(0.004f32)) as f32)
+                    .collect(),
+            };
+            let (x, out) = (machine.floats(&x), machine.poisoned(3 * rows));
+            machine.cpu.linear(3, x, weight, out).unwrap();
+            let what = format!("[{rows}, {cols}] in blocks of {block:?}, {inputs:?}");
+            assert_close(&what, &machine.read(out, 3 * rows), &product(&rounded, &weights, cols), 1e-5);
+        }
+    }
+}
+
+#[test]
+fn an_fp8_matrix_without_its_scales_is_refused() {
+    let mut random = Random(12);
+    let mut machine = machine(&mut random);
+    let mut load = |change: &dyn Fn(&mut Scales)| {
+        let (mut tensor, _) = fp8_matrix(&mut random, [8, 8], [4, 4], Inputs::Static);
+        let TensorData::Fp8 { scales, .. } = &mut tensor.data else { unreachable!() };
+        change(Arc::make_mut(scales));
+        machine.cpu.load(WeightRole::Linear, &[tensor]).map_err(|error| error.to_string())
+    };
+    assert!(load(&|_| {}).is_ok());
+    assert!(load(&|scales| scales.input_scale = None).unwrap_err().contains("does not have"));
+    assert!(load(&|scales| scales.values.truncate(3)).unwrap_err().contains("one scale for each block"));
+    assert!(load(&|scales| scales.block[1] = 0).unwrap_err().contains("no elements"));
 }
 
 #[test]
