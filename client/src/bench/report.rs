@@ -98,7 +98,11 @@ impl fmt::Display for RunReport {
             ("E2E", &record.e2e_ms),
             ("sent late", &record.lateness_ms),
         ] {
-            let LatencyReport { mean, p50, p90, p99, max, .. } = latencies;
+            let LatencyReport { count, mean, p50, p90, p99, max, .. } = latencies;
+            if *count == 0 {
+                writeln!(f, "  {name:<13} none")?;
+                continue;
+            }
             writeln!(
                 f,
                 "  {name:<13} p50 {p50:.2} ms, p90 {p90:.2}, p99 {p99:.2}, at most {max:.2}, {mean:.2} on average"
@@ -116,7 +120,7 @@ impl fmt::Display for RunReport {
                 "  outputs short {short} with fewer tokens than asked for; does the service know ignore_eos?"
             )?;
         }
-        if let Some(cost) = client {
+        if let Some(cost) = client.filter(|_| *output_tokens > 0) {
             let busy = 100.0 * cost.busy;
             write!(
                 f,
@@ -188,6 +192,27 @@ mod tests {
         assert!(!all.keeps(&Record { failed: 1, ..record() }));
         assert!(!all.keeps(&Record { unfinished: 1, ..record() }));
         assert!(Goals::default().is_empty() && !all.is_empty());
+    }
+
+    #[test]
+    fn what_was_not_measured_is_no_number() {
+        let report = RunReport {
+            arrivals: "8 at once".to_owned(),
+            requests: 2,
+            loaded: Loaded { record: Record { failed: 2, ..Record::default() }, client: None },
+            service_us_per_token: None,
+            keeps_goals: None,
+        };
+        let text = report.to_string();
+        assert!(text.contains("  TTFT          none\n") && !text.contains("p50"), "{text}");
+        let measured = LatencyReport { count: 1, ..latencies(7.0) };
+        let record = Record { ttft_ms: measured, ..Record::default() };
+        let text = RunReport { loaded: Loaded { record, client: None }, ..report }.to_string();
+        assert!(
+            text.contains("  TTFT          p50 0.00 ms, p90 0.00, p99 7.00")
+                && text.contains("  ITL           none"),
+            "{text}"
+        );
     }
 
     #[test]
