@@ -1,6 +1,10 @@
 //! perf-cuda as a user meets it without a GPU: it lists its cases, and says in a sentence why it can't run them.
 
+mod common;
+
 use std::process::{Command, Output};
+
+use common::skipped;
 
 fn perf_cuda(args: &[&str]) -> Output {
     Command::new(env!("CARGO_BIN_EXE_perf-cuda")).args(args).output().unwrap()
@@ -38,7 +42,7 @@ fn sizes_of_a_model_that_is_neither_are_taken() {
 #[test]
 fn without_a_gpu_it_says_so_in_one_sentence_and_fails() {
     if minisgl_cuda::device_count().is_ok_and(|count| count > 0) {
-        println!("not tried: there is a GPU");
+        skipped("there is a GPU");
         return;
     }
     let output = perf_cuda(&["empty"]);
