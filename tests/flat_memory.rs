@@ -111,7 +111,11 @@ fn a_million_requests_take_the_memory_of_those_on_their_way_be_they_good_or_refu
         growth(&llm, 500, request, reason);
         let (growth, at_first_end) = growth(&llm, count, request, reason);
         assert!(growth < GROWTH_MAX, "{what}: {growth} bytes more");
-        assert!(at_first_end <= 8 + 16, "{what}: the first end came when {at_first_end} had been submitted");
+        // Taking the first end gives its place to one more, which may be submitted before it is counted.
+        assert!(
+            at_first_end <= 8 + 16 + 1,
+            "{what}: the first end came when {at_first_end} had been submitted"
+        );
     }
     // Of a text that is much too long only the beginning is looked at: 20 MB of it, once, and nothing made of them.
     let (bytes, before) = (20 << 20, LIVE.load(Ordering::Relaxed));
