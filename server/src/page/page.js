@@ -78,8 +78,9 @@ const show = (choice) => {
     $("thought").hidden = false;
     $("thought").textContent += delta.reasoning_content;
   }
-  const ids = choice.token_ids && $("kind").value === "ids" ? `${choice.token_ids.join(" ")} ` : "";
-  $("answer").textContent += ids || (delta ? delta.content : choice.text) || "";
+  // The end of a text may come without a token: then there is no id to show.
+  const ids = $("kind").value === "ids" ? (choice.token_ids ?? []).map((id) => `${id} `).join("") : undefined;
+  $("answer").textContent += ids ?? (delta ? delta.content : choice.text) ?? "";
 };
 
 const send = async () => {
