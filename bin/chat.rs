@@ -7,7 +7,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use minisgl::progress::Stderr;
 use minisgl::{
-    Cause, GenerationConfigChoice, JsonObject, Options, SamplingParams, from_command_line, with_shared_flags,
+    Cause, DRAFTS_MAX, GenerationConfigChoice, JsonObject, Options, SamplingParams, Speculation,
+    from_command_line, with_shared_flags,
 };
 use minisgl_client::chat::settings::Settings;
 use minisgl_client::chat::speaker::{Local, Remote, Speaker};
@@ -148,8 +149,9 @@ impl Flags {
         let source = self.source(name, stderr)?;
         let sampling = self.generation_config.sampling(&source, own, stderr)?;
         let options = self.engine_options();
-        // One answer at a time.
-        let options = Options { max_running: options.max_running.or(Some(1)), ..options };
+        // One answer at a time; drafts take the places beside it.
+        let running = if options.speculation == Speculation::Never { 1 } else { 1 + DRAFTS_MAX };
+        let options = Options { max_running: options.max_running.or(Some(running)), ..options };
         let llm = source.builder().options(options).build()?;
         stderr.say(format!("{}\n/help shows what can be done", llm.info()));
         Ok(Box::new(Local::new(llm, sampling, kwargs)?))

@@ -2,6 +2,7 @@
 
 use minisgl_core::policy::Policy;
 use minisgl_core::scheduler::Order;
+use minisgl_core::speculation::Speculation;
 
 use crate::device;
 use crate::error::Error;
@@ -125,6 +126,12 @@ impl LlmBuilder {
     /// What a step is made of.
     pub fn policy(mut self, policy: Policy) -> Self {
         self.options.policy = policy;
+        self
+    }
+
+    /// When tokens are drafted from what a text said before.
+    pub fn speculation(mut self, speculation: Speculation) -> Self {
+        self.options.speculation = speculation;
         self
     }
 

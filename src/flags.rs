@@ -121,6 +121,10 @@ macro_rules! with_shared_flags {
             /// wait for the next token)
             #[argh(option, from_str_fn($crate::parse_policy))]
             policy: Option<$crate::Policy>,
+            /// draft tokens from what a text said before, where few requests run: off (default), ngram (where it pays by what
+            /// steps cost and how many drafts were right) or ngram-always; tokens are the same
+            #[argh(option, from_str_fn($crate::parse_speculation), default = "::std::default::Default::default()")]
+            speculate: $crate::Speculation,
             /// apply fp8 matrices to activations as they are, whatever the checkpoint says of rounding them
             #[argh(switch)]
             plain_inputs: bool,
@@ -163,6 +167,7 @@ macro_rules! with_shared_flags {
                     prefix_cache: !self.no_prefix_cache,
                     order: self.order,
                     policy: self.policy.unwrap_or_default(),
+                    speculation: self.speculate,
                     plain_inputs: self.plain_inputs,
                     ..default
                 }

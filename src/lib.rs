@@ -72,9 +72,11 @@ pub use llm::{Llm, gpu_present};
 pub use minisgl_core::config::{Limits, LimitsError};
 pub use minisgl_core::policy::Policy;
 pub use minisgl_core::scheduler::Order;
+pub use minisgl_core::speculation::{DRAFTS_MAX, Speculation};
 pub use minisgl_core::stats::{Load, Stats};
 pub use options::{
     BackendChoice, KernelChoice, MaxRunning, Options, parse_max_running, parse_order, parse_policy,
+    parse_speculation,
 };
 pub use request::{
     BesideWork, ChatPrompt, Completion, FinishReason, Flow, GenerateRequest, JsonObject, Message, NoRole,

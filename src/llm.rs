@@ -420,6 +420,7 @@ impl Opening<'_> {
             policy: self.options.policy,
             prefix_cache: self.options.prefix_cache,
             order: self.options.order,
+            speculation: self.options.speculation,
             vocab: model.vocab(),
         };
         let eos = self.end_tokens(scheduler.vocab);

@@ -6,6 +6,7 @@ use std::str::FromStr;
 use minisgl_core::config::Limits;
 use minisgl_core::policy::Policy;
 use minisgl_core::scheduler::Order;
+use minisgl_core::speculation::Speculation;
 
 use crate::device;
 use crate::error::Error;
@@ -70,6 +71,8 @@ pub struct Options {
     pub order: Order,
     /// What a step is made of: most tokens a second, or no long wait for a running request's next token. Tokens are the same.
     pub policy: Policy,
+    /// Whether tokens are drafted from what a text said before, where few requests run. Tokens are the same.
+    pub speculation: Speculation,
     /// Apply fp8 matrices to activations as they are, whatever the checkpoint says of rounding them: more exact.
     pub plain_inputs: bool,
 }
@@ -93,6 +96,7 @@ impl Default for Options {
             prefix_cache: true,
             order: Order::Given,
             policy: Policy::Throughput,
+            speculation: Speculation::Never,
             plain_inputs: false,
         }
     }
@@ -193,6 +197,19 @@ pub fn parse_policy(text: &str) -> Result<Policy, String> {
         "throughput" => Ok(Policy::Throughput),
         "latency" => Ok(Policy::Latency),
         _ => Err(format!("{text} is no policy; use throughput or latency")),
+    }
+}
+
+/// Reads when tokens are drafted.
+///
+/// # Errors
+/// Another word than `off`, `ngram` or `ngram-always`.
+pub fn parse_speculation(text: &str) -> Result<Speculation, String> {
+    match text {
+        "off" => Ok(Speculation::Never),
+        "ngram" => Ok(Speculation::WhereItPays),
+        "ngram-always" => Ok(Speculation::Always),
+        _ => Err(format!("{text} is no way to speculate; use off, ngram or ngram-always")),
     }
 }
 

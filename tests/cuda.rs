@@ -8,7 +8,9 @@
 mod common;
 
 use common::{CHECKPOINTS, FAMILIES, Golden, family, greedy};
-use minisgl::{BackendChoice, GenerateRequest, KernelChoice, Llm, LlmBuilder, Policy, SamplingParams};
+use minisgl::{
+    BackendChoice, GenerateRequest, KernelChoice, Llm, LlmBuilder, Policy, SamplingParams, Speculation,
+};
 
 /// Relative error of a row of logits that bf16 activations through three layers justify.
 const LOGIT_ERROR_MAX: f32 = 0.03;
@@ -157,6 +159,52 @@ fn a_requests_tokens_do_not_depend_on_how_they_are_computed() {
             assert_eq!(alone[0], expected[i], "{name}, {kernels:?}: request {i} alone");
         }
     }
+}
+
+/// Prompts that repeat themselves, across pages and leaves, alone and beside others.
+#[test]
+#[ignore = "needs a GPU"]
+fn drafts_change_no_token() {
+    let names = with_each(CHECKPOINTS.into_iter().chain(["mistral-window", "qwen2-bias", "smollm3-nope"]));
+    let mut accepted = 0;
+    for (name, kernels) in names {
+        let base = || on_gpu(name, kernels).max_running(32).max_graph_batch(32).num_pages(Some(2048));
+        let request = |i: u32| {
+            let prompt: Vec<u32> = (0..12 + 9 * i).map(|j| (j % (3 + 2 * i)) * 7 + i).collect();
+            let temperature = if i.is_multiple_of(2) { 0.0 } else { 0.5 };
+            GenerateRequest::tokens(prompt).sampling(SamplingParams {
+                temperature,
+                top_k: 4,
+                seed: 5,
+                ..greedy(100)
+            })
+        };
+        let requests: Vec<_> = (0..6).map(request).collect();
+        for together in [1, 2, 6] {
+            let run = |builder: LlmBuilder| {
+                let mut llm = builder.build().unwrap();
+                let all: Vec<_> = requests.chunks(together).flat_map(|some| tokens(&mut llm, some)).collect();
+                (all, llm.stats())
+            };
+            let (expected, _) = run(base());
+            for (what, builder) in [
+                ("always", base().speculation(Speculation::Always)),
+                ("where it pays", base().speculation(Speculation::WhereItPays)),
+                ("no recorded steps", base().speculation(Speculation::Always).max_graph_batch(0)),
+                ("no overlap", base().speculation(Speculation::Always).overlap(false)),
+                ("few pages", base().speculation(Speculation::Always).num_pages(Some(24))),
+            ] {
+                let (ours, stats) = run(builder);
+                assert!(ours == expected, "{name}, {kernels:?}, {together} together, {what}");
+                println!(
+                    "{name}, {kernels:?}, {together}, {what}: {} of {} drafts",
+                    stats.accepted, stats.drafted
+                );
+                accepted += if what == "where it pays" { 0 } else { stats.accepted };
+            }
+        }
+    }
+    assert!(accepted > 0, "no draft was right");
 }
 
 /// Windows whose pages go back, biases, layers without rope.

@@ -14,6 +14,7 @@ use minisgl_core::policy::Policy;
 use minisgl_core::request::{Event, Request};
 use minisgl_core::sampling::SamplingParams;
 use minisgl_core::scheduler::{Order, Settings};
+use minisgl_core::speculation::Speculation;
 use minisgl_cpu::Cpu;
 use minisgl_decoder::{Checkpoint, Decoder};
 
@@ -70,6 +71,7 @@ fn engine(name: &Path, overlap: bool) -> Engine<Cpu, Decoder<Cpu>> {
         policy: Policy::Throughput,
         prefix_cache: true,
         order: Order::LongestOutputFirst,
+        speculation: Speculation::Always,
         vocab: checkpoint.config().spec.dims.vocab,
     };
     let options =

@@ -14,6 +14,7 @@ use minisgl_core::policy::Policy;
 use minisgl_core::request::{Event, Request};
 use minisgl_core::sampling::SamplingParams;
 use minisgl_core::scheduler::{Order, Scheduler, Settings};
+use minisgl_core::speculation::Speculation;
 
 const VOCAB: u32 = 151_936;
 const SEQUENCE: u32 = 2048;
@@ -45,7 +46,13 @@ impl Decoding {
             graph_rows: 0,
         };
         let policy = Policy::Throughput;
-        let settings = Settings { policy, prefix_cache: true, order: Order::Given, vocab: VOCAB };
+        let settings = Settings {
+            policy,
+            prefix_cache: true,
+            order: Order::Given,
+            speculation: Speculation::Never,
+            vocab: VOCAB,
+        };
         let mut scheduler =
             Scheduler::new(limits, settings, StepCosts::default(), &[VOCAB - 1], None).expect("host memory");
         for row in 0..rows {

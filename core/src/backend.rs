@@ -256,7 +256,8 @@ pub enum WeightRole {
 ///
 /// What the scheduler relies on:
 /// - Within a layer, all keys and values of a step are stored before any row of the step attends. Rows of one step may
-///   share a page that one of them fills: a prompt maps the pages of an equal prefix that is prefilled beside it.
+///   share a page that one of them fills: a prompt maps the pages of an equal prefix that is prefilled beside it, and decode rows
+///   of one slot are at consecutive positions (as many and in steps as large as [`crate::speculation`] says).
 /// - A token's bits depend on its own sequence alone: not on the rows beside it, on whether it is in a decode row or in a
 ///   prefill row, nor on where its sequence is cut into chunks.
 pub trait Ops: Device {

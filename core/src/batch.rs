@@ -8,7 +8,8 @@
 //! Where a part begins ([`Layout`]) depends on the step's shape alone, so a recorded step finds it where it was. What is not
 //! used lies behind the updates, and is not copied.
 //!
-//! Decode rows come first and have one token each, so row i of them owns token i. Prefill rows follow, their tokens packed
+//! Decode rows come first and have one token each, so row i of them owns token i; a request has one, and behind it one for each
+//! of its [drafts](crate::speculation). Prefill rows follow, their tokens packed
 //! back to back; the last one may be a chunk whose prompt is not finished, and then that row is not sampled.
 //!
 //! ```text
@@ -249,6 +250,17 @@ impl Batch {
     /// The request of each row.
     pub fn owners(&self) -> &[Ticket] {
         &self.owners
+    }
+
+    /// The token that row i takes to follow the row before it, of the same request and not drawn yet; `None` if it is no draft.
+    pub fn draft(&self, i: usize) -> Option<u32> {
+        let is_draft = 0 < i && i < self.decode_rows as usize && self.owners[i - 1] == self.owners[i];
+        is_draft.then(|| self.tokens[i].id)
+    }
+
+    /// Is any row a draft?
+    pub fn has_drafts(&self) -> bool {
+        self.owners[..self.decode_rows as usize].windows(2).any(|pair| pair[0] == pair[1])
     }
 
     /// Rows that are sampled.

@@ -8,7 +8,8 @@
 //!
 //! With overlap, [`Engine::step`] launches step N+1 and then takes in the tokens of step N: while the device computes
 //! one step, the host works on the next. A row of N+1 whose input is a token of N finds it in the token pool on the
-//! device. Without overlap each step is waited for. Both give the same tokens.
+//! device. Without overlap each step is waited for, and so is one whose tokens the next one's
+//! [drafts](crate::speculation) depend on. All give the same tokens.
 //!
 //! What may be reused, and when:
 //! - Pages. A page that an ended, aborted or retracted request gave back may be another's in the next batch, while a
@@ -165,6 +166,8 @@ struct Flight<B: Device> {
     batch: Batch,
     /// Counts as launched, padding included.
     shape: StepShape,
+    /// Was it scheduled when the step before it had been completed, for the sake of drafts?
+    has_waited: bool,
     /// Whether log-probabilities come back.
     logprobs_wanted: bool,
     /// `[layout.words]`: the packed batch on its way to the device.
@@ -183,6 +186,7 @@ impl<B: Device> Flight<B> {
         Ok(Flight {
             batch: Batch::new(limits),
             shape: StepShape::decode(0),
+            has_waited: false,
             logprobs_wanted: false,
             packed: backend.alloc_pinned(batch_words)?,
             tokens: backend.alloc_pinned(slots)?,
@@ -210,6 +214,8 @@ pub struct Engine<B: Device, M: Model<B>> {
     /// however long the engine runs.
     before: B::Event,
     before_ms: Option<f64>,
+    /// When that step ended.
+    ended_ms: f64,
     stopped: bool,
     costs: StepCosts,
     /// All but the recorded steps allocated.
@@ -254,6 +260,7 @@ impl<B: Device, M: Model<B>> Engine<B, M> {
             in_flight: false,
             before,
             before_ms: None,
+            ended_ms: 0.0,
             stopped: false,
             before_recording: memory,
             model,
@@ -293,8 +300,13 @@ impl<B: Device, M: Model<B>> Engine<B, M> {
             return Err(EngineError::Stopped);
         }
         let (this, other) = (self.turn, 1 - self.turn);
-        let before = core::mem::take(&mut self.in_flight).then_some(other);
-        let mut launched = None;
+        let mut before = core::mem::take(&mut self.in_flight).then_some(other);
+        let (mut launched, mut completed) = (None, None);
+        let waits = before.is_some() && self.scheduler.waits_for(&self.flights[other].batch);
+        if waits && let Some(at) = before.take() {
+            completed = Some(self.complete(at, sink).map_err(|cause| self.stop(at, cause))?);
+        }
+        self.flights[this].has_waited = waits;
         if self.scheduler.schedule(&mut self.flights[this].batch) {
             launched = Some(self.launch(this).map_err(|cause| self.stop(this, cause))?);
         }
@@ -305,10 +317,9 @@ impl<B: Device, M: Model<B>> Engine<B, M> {
         if self.overlap && launched.is_some() {
             (self.turn, self.in_flight) = (other, true);
         }
-        let completed = match due {
-            Some(at) => Some(self.complete(at, sink).map_err(|cause| self.stop(at, cause))?),
-            None => None,
-        };
+        if let Some(at) = due {
+            completed = Some(self.complete(at, sink).map_err(|cause| self.stop(at, cause))?);
+        }
         Ok(StepReport { launched, completed })
     }
 
@@ -371,7 +382,10 @@ impl<B: Device, M: Model<B>> Engine<B, M> {
             Some(before) => before + f64::from(backend.elapsed_ms(&self.before, &flight.started)?),
             None => 0.0,
         };
-        self.before_ms = Some(start_ms);
+        if flight.has_waited {
+            self.scheduler.has_waited((start_ms - self.ended_ms) as f32);
+        }
+        (self.before_ms, self.ended_ms) = (Some(start_ms), start_ms + f64::from(gpu_ms));
         core::mem::swap(&mut self.before, &mut flight.started);
         let completed = CompletedStep { shape: flight.shape, start_ms, gpu_ms };
         self.scheduler.complete(&flight.batch, tokens, bytemuck::cast_slice(logprobs), sink);

@@ -21,6 +21,7 @@ mod resident;
 pub mod sampling;
 pub mod scheduler;
 pub mod spec;
+pub mod speculation;
 pub mod stats;
 mod table;
 pub mod tensor;

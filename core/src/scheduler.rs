@@ -37,6 +37,7 @@ use crate::policy::{Demand, Mix, Policy, StepPolicy};
 use crate::queue::Queue;
 use crate::request::{Event, FinishReason, Request, SubmitError, Submitted, Ticket};
 use crate::sampling::{NO_TOKEN, RowLogprobs, SamplingParams};
+use crate::speculation::{Drafting, Speculation};
 use crate::stats::{Load, Stats};
 use crate::table::{RequestTable, State};
 
@@ -51,6 +52,8 @@ pub struct Settings {
     pub prefix_cache: bool,
     /// Order of admission.
     pub order: Order,
+    /// When tokens are drafted.
+    pub speculation: Speculation,
     /// Token ids lie below it.
     pub vocab: u32,
 }
@@ -60,6 +63,7 @@ pub struct Scheduler {
     limits: Limits,
     settings: Settings,
     policy: Box<dyn StepPolicy>,
+    drafting: Drafting,
     eos: Vec<u32>,
     table: RequestTable,
     pool: PagePool,
@@ -97,6 +101,7 @@ impl Scheduler {
             limits,
             settings,
             policy: settings.policy.build(costs, limits.running),
+            drafting: Drafting::new(settings.speculation, costs.decode, limits.running),
             eos: listed(eos.iter().copied())?,
             table: RequestTable::new(&limits, window)?,
             pool: PagePool::new(limits.pages, limits.page_size)?,
@@ -213,6 +218,31 @@ impl Scheduler {
         self.end(entry, FinishReason::Abort, sink);
         self.forget_ended();
         true
+    }
+
+    /// Is the step in flight, of this batch, to be completed before the next one is scheduled? Where it has drafts, nobody knows
+    /// yet which positions are next; where others could be made when its tokens are known, waiting may pay.
+    pub fn waits_for(&mut self, in_flight: &Batch) -> bool {
+        if in_flight.has_drafts() {
+            return true;
+        }
+        let requests = self.running.len() as u32;
+        if !self.drafting.is_possible(requests) {
+            return false;
+        }
+        let mut saved_ms = 0.0;
+        for i in 0..self.running.len() {
+            let entry = self.running[i];
+            if self.table.get(entry).can_decode() && self.predict(entry).is_some() {
+                saved_ms += self.drafting.drafts(requests, self.table.get(entry).hits).1;
+            }
+        }
+        self.drafting.pays_to_wait(saved_ms)
+    }
+
+    /// A step began so many milliseconds after the end of the one before it, because that was waited for.
+    pub fn has_waited(&mut self, ms: f32) {
+        self.drafting.has_waited(ms);
     }
 
     /// Fills a batch with the next step; false if there is nothing to run before a step in flight completes. At most
@@ -406,6 +436,7 @@ impl Scheduler {
     }
 
     fn schedule_decode(&mut self, batch: &mut Batch) {
+        let requests = self.running.len() as u32;
         let mut i = 0;
         while i < self.running.len() {
             let entry = self.running[i];
@@ -423,17 +454,54 @@ impl Scheduler {
             if self.needs_page(entry) {
                 self.grow(entry, batch);
             }
-            self.push_decode_row(entry, batch);
+            let request = self.table.get(entry);
+            let position = request.computed;
+            let id = match request.known > position {
+                true => self.table.token(entry, position),
+                false => LAST_TOKEN,
+            };
+            self.push_decode_row(entry, id, batch);
+            if self.drafting.is_possible(requests) {
+                self.push_drafts(entry, requests, batch);
+            }
         }
     }
 
-    fn push_decode_row(&mut self, entry: u32, batch: &mut Batch) {
+    /// Where the known tokens of a request have an earlier continuation; the next one is predicted to be its first.
+    fn predict(&mut self, entry: u32) -> Option<u32> {
+        let continuation = self.table.find_continuation(entry);
+        let predicted = continuation.map_or(NO_TOKEN, |at| self.table.token(entry, at));
+        self.table.get_mut(entry).predicted = predicted;
+        continuation
+    }
+
+    /// Adds rows for what the request, whose last token is known and has its row, is expected to draw. None of them makes others
+    /// give pages back.
+    fn push_drafts(&mut self, entry: u32, requests: u32, batch: &mut Batch) {
+        let request = self.table.get(entry);
+        if request.planned != request.known + 1 || request.computed != request.known {
+            return;
+        }
+        let (known, hits) = (request.known, request.hits);
+        let Some(continuation) = self.predict(entry) else { return };
+        let drafts = self.drafting.drafts(requests, hits).0.min(self.table.room_for_drafts(entry));
+        for draft in 0..drafts {
+            // A continuation that reaches the end goes on with what it says itself.
+            let at = continuation + draft % (known - continuation);
+            if self.needs_page(entry) {
+                if self.room() <= 0 || batch.room_for_updates() == 0 {
+                    return;
+                }
+                self.grow(entry, batch);
+            }
+            self.push_decode_row(entry, self.table.token(entry, at), batch);
+            self.stats.drafted += 1;
+        }
+    }
+
+    fn push_decode_row(&mut self, entry: u32, id: u32, batch: &mut Batch) {
         let request = *self.table.get(entry);
         let position = request.computed;
-        let id = match request.known > position {
-            true => self.table.token(entry, position),
-            false => LAST_TOKEN,
-        };
         let location = self.table.location(entry, position);
         batch.push_decode_row(
             self.table.ticket(entry),
@@ -472,7 +540,8 @@ impl Scheduler {
         self.stats.retractions += 1;
     }
 
-    /// Takes the tokens of a step: of its sampled rows, in order. Steps complete in the order they were scheduled.
+    /// Takes the tokens of a step: of its sampled rows, in order, but for those behind a wrong draft. Steps complete in the order
+    /// they were scheduled.
     pub fn complete(
         &mut self,
         batch: &Batch,
@@ -480,14 +549,27 @@ impl Scheduler {
         logprobs: &[RowLogprobs],
         sink: &mut impl FnMut(Event<'_>),
     ) {
+        let has_drafts = batch.has_drafts();
+        // Up to this row, drafts were right.
+        let mut is_right = true;
         let owners = batch.owners().iter().zip(tokens).enumerate();
         for (i, (&ticket, &token)) in owners.take(batch.samples() as usize) {
+            is_right = batch.draft(i).is_none_or(|draft| is_right && tokens[i - 1] == draft);
+            if !is_right {
+                continue;
+            }
             let Some(entry) = self.table.find(ticket) else { continue };
+            self.stats.accepted += u64::from(batch.draft(i).is_some());
             if token == NO_TOKEN {
                 self.end(entry, FinishReason::NotNumbers, sink);
                 continue;
             }
             self.table.push_token(entry, token);
+            let predicted = batch.draft(i + 1).unwrap_or(self.table.get(entry).predicted);
+            self.table.judge(entry, predicted, token);
+            if has_drafts {
+                self.table.settle(entry);
+            }
             self.stats.output_tokens += 1;
             // Without log-probabilities the rows are left alone: since they were packed they have gone cold.
             let logprobs = logprobs.get(i).filter(|_| batch.rows()[i].logprobs > 0);

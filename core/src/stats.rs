@@ -30,6 +30,10 @@ pub struct Stats {
     pub mixed_decode_tokens: u64,
     /// Padding rows of steps of decode rows alone.
     pub padding_rows: u64,
+    /// Of the decode rows, those whose token was a draft.
+    pub drafted: u64,
+    /// Drafts that were right, each of which gave a token more.
+    pub accepted: u64,
     /// Tokens given out.
     pub output_tokens: u64,
     /// Prompt tokens that the prefix cache held.

@@ -38,7 +38,8 @@ use crate::config::{Limits, LimitsError};
 use crate::host::{filled, listed};
 use crate::pages::{NO_PAGE, PagePool};
 use crate::request::Ticket;
-use crate::sampling::SamplingParams;
+use crate::sampling::{NO_TOKEN, SamplingParams};
+use crate::speculation::{HITS_BEFORE, MATCH_MAX, MATCH_MIN, SEARCHED_MAX, hits_after};
 
 /// Where a request is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -79,6 +80,9 @@ pub(crate) struct Entry {
     pub admitted_before: bool,
     /// Full pages of its prefix that the cache held when it was first looked at; `None` before.
     pub pages_expected: Option<u32>,
+    /// What the next token was predicted to be, or [`NO_TOKEN`]; and the share of predictions that were right.
+    pub predicted: u32,
+    pub hits: f32,
 }
 
 impl Entry {
@@ -110,6 +114,8 @@ impl Entry {
         cached_tokens: 0,
         admitted_before: false,
         pages_expected: None,
+        predicted: NO_TOKEN,
+        hits: HITS_BEFORE,
     };
 
     /// Is its prompt, or what it resumes from, not wholly enqueued yet?
@@ -408,6 +414,65 @@ impl RequestTable {
         }
         self.output = output;
         &self.output[..len]
+    }
+
+    /// The place behind the longest match of the known tokens' end with what stands before it; of equals the last. `None` where
+    /// less than a few tokens match.
+    pub fn find_continuation(&self, entry: u32) -> Option<u32> {
+        let known = self.get(entry).known;
+        let last = self.token(entry, known.checked_sub(1)?);
+        let (mut longest, mut continuation) = (MATCH_MIN - 1, None);
+        let searched = known.saturating_sub(SEARCHED_MAX);
+        let mut end = known - 1;
+        while end > searched {
+            let run = self.run_before(entry, end);
+            let begin = end - run.len() as u32;
+            for i in (0..run.len()).rev().filter(|i| run[*i] == last) {
+                let at = begin + i as u32;
+                let len = self.matching(entry, at, known - 1);
+                if len > longest {
+                    (longest, continuation) = (len, Some(at + 1));
+                }
+                if len == MATCH_MAX {
+                    return continuation;
+                }
+            }
+            end = begin;
+        }
+        continuation
+    }
+
+    /// How many tokens up to both positions are the same; no more than are of use.
+    fn matching(&self, entry: u32, one: u32, other: u32) -> u32 {
+        let same = |i: &u32| self.token(entry, one - i) == self.token(entry, other - i);
+        (0..MATCH_MAX.min(one + 1)).take_while(same).count() as u32
+    }
+
+    /// The tokens before a position that lie in one piece with the one before it.
+    fn run_before(&self, entry: u32, end: u32) -> &[u32] {
+        let begin = (end - 1) & !(self.block_tokens - 1);
+        &self.tokens[self.place(entry, begin)..][..(end - begin) as usize]
+    }
+
+    /// Tokens that a request may draw beyond those planned, without another block.
+    pub fn room_for_drafts(&self, entry: u32) -> u32 {
+        let request = self.get(entry);
+        (request.blocks * self.block_tokens).min(request.len_max).saturating_sub(request.planned)
+    }
+
+    /// Forgets what was planned beyond the known tokens. The last of them has not been run, or as another one.
+    pub fn settle(&mut self, entry: u32) {
+        let request = self.get_mut(entry);
+        (request.planned, request.computed) = (request.known, request.known - 1);
+    }
+
+    /// Takes note of whether a prediction was right.
+    pub fn judge(&mut self, entry: u32, predicted: u32, drawn: u32) {
+        let request = self.get_mut(entry);
+        request.predicted = NO_TOKEN;
+        if predicted != NO_TOKEN {
+            request.hits = hits_after(request.hits, predicted == drawn);
+        }
     }
 
     /// Appends a token that came back from the device; there is room for it since its step was scheduled.

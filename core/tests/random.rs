@@ -15,6 +15,7 @@ use minisgl_core::policy::Policy;
 use minisgl_core::request::{FinishReason, Request, SubmitError, Ticket};
 use minisgl_core::sampling::SamplingParams;
 use minisgl_core::scheduler::{Order, Settings};
+use minisgl_core::speculation::Speculation;
 use proptest::prelude::*;
 
 use support::expected::{self, EOS, FAILING, VOCAB};
@@ -65,12 +66,12 @@ fn limits() -> impl Strategy<Value = Limits> {
 fn options() -> impl Strategy<Value = EngineOptions> {
     let order = prop::sample::select(&[Order::Given, Order::LongestOutputFirst, Order::Prefix]);
     let policy = prop_oneof![Just(Policy::Throughput), Just(Policy::Latency)];
-    let settings = (policy, any::<bool>(), order).prop_map(|(policy, prefix_cache, order)| Settings {
-        policy,
-        prefix_cache,
-        order,
-        vocab: VOCAB,
-    });
+    let speculation =
+        prop::sample::select(&[Speculation::Never, Speculation::WhereItPays, Speculation::Always]);
+    let settings =
+        (policy, any::<bool>(), order, speculation).prop_map(|(policy, prefix_cache, order, speculation)| {
+            Settings { policy, prefix_cache, order, speculation, vocab: VOCAB }
+        });
     (limits(), settings, any::<bool>()).prop_map(|(limits, scheduler, overlap)| EngineOptions {
         limits,
         fit: None,

@@ -9,8 +9,8 @@
 // blocks that memory serves better do more. Elsewhere all threads copy 16 bytes each, one stage ahead, and turns are dealt
 // round.
 //
-// 1. Copies that do not hold the row's newest token start before the dependent-launch wait: only that token's key and
-//    value, and queries, come from the kernel before.
+// 1. Copies of older tokens start before the dependent-launch wait: only the keys and values of the row's newest token and of the
+//    drafts before it, which are rows of their own, and queries come from the kernel before.
 // 2. A turn is taken by counting `taken` up. A block stops at the first turn that does not exist, and so counts once in
 //    vain; the last such count sets `taken` to 0 for the next launch.
 // 3. A half of a divided step that begins while the other attends waits, its ring full, until the other's blocks work on their
@@ -32,6 +32,9 @@
 
 // How often a half looks for blocks of the other's that have not begun their last turn, each time about a microsecond.
 #define LOOKS 32
+
+// Rows of a step before a row, of the same sequence (core's speculation.rs).
+#define DRAFTS_MAX 15
 
 #define DECODE_WARPS 8
 #define DECODE_READERS (DECODE_WARPS * 32)
@@ -136,7 +139,7 @@ template <int HD, int HEADS, int STAGES> struct Filler {
     __device__ __forceinline__ void copy(const Unit &unit, bool values, Place<STAGES> there, bool older, bool newer) const {
         const unsigned begin = unit.leaf * LEAF + first(), end = unit.leaf * LEAF + unit.tiles() * TILE;
         if (head() < HEADS && begin < end) {
-            const bool newest = begin + step() >= unit.segment.kv_len;
+            const bool newest = begin + step() + DRAFTS_MAX >= unit.segment.kv_len;
             const unsigned in_page = begin & ((1u << args.page_shift) - 1);
             const size_t block = (size_t)page * args.kv_heads + args.group_of(unit.item) * HEADS + head();
             if (newest ? newer : older)

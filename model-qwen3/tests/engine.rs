@@ -52,8 +52,13 @@ fn engine(checkpoint: &Checkpoint, way: Way) -> CpuEngine {
         graph_rows: way.graph_rows,
     };
     let vocab = checkpoint.config().spec.dims.vocab;
-    let scheduler =
-        Settings { policy: way.policy, prefix_cache: way.prefix_cache, order: Order::Given, vocab };
+    let scheduler = Settings {
+        policy: way.policy,
+        prefix_cache: way.prefix_cache,
+        order: Order::Given,
+        speculation: minisgl_core::speculation::Speculation::Never,
+        vocab,
+    };
     let eos = checkpoint.config().eos.clone();
     Engine::new(cpu, model, EngineOptions { limits, fit: None, scheduler, eos, overlap: way.overlap })
         .unwrap()

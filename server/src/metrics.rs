@@ -49,6 +49,8 @@ pub struct Metrics {
     waiting: Gauge,
     kv_usage: Gauge<f64, AtomicU64>,
     preemptions: Counter,
+    drafted: Counter,
+    accepted: Counter,
     prompt_tokens: Counter,
     prefix_queries: Counter,
     prefix_hits: Counter,
@@ -84,6 +86,12 @@ impl Metrics {
         let preemptions = Counter::default();
         let help = "Requests that gave their KV pages back and ran again later";
         metrics.register("vllm:num_preemptions", help, preemptions.clone());
+        let drafted = Counter::default();
+        let help = "Tokens that were drafted (--speculate)";
+        metrics.register("vllm:spec_decode_num_draft_tokens", help, drafted.clone());
+        let accepted = Counter::default();
+        let help = "Drafts that were what was drawn";
+        metrics.register("vllm:spec_decode_num_accepted_tokens", help, accepted.clone());
         let prompt_tokens = Counter::default();
         metrics.register("vllm:prompt_tokens", "Tokens of prompts", prompt_tokens.clone());
         let prefix_queries = Counter::default();
@@ -117,6 +125,8 @@ impl Metrics {
             waiting,
             kv_usage,
             preemptions,
+            drafted,
+            accepted,
             prompt_tokens,
             prefix_queries,
             prefix_hits,
@@ -152,6 +162,8 @@ impl Metrics {
         self.kv_usage.set(f64::from(load.pages_used) / f64::from(pages.max(1)));
         // What an engine counts begins anew with the next one, as counters may.
         self.preemptions.inner().store(stats.retractions, Ordering::Relaxed);
+        self.drafted.inner().store(stats.drafted, Ordering::Relaxed);
+        self.accepted.inner().store(stats.accepted, Ordering::Relaxed);
     }
 
     /// All of them as Prometheus reads them.

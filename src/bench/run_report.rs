@@ -98,6 +98,10 @@ pub struct RunReport {
     pub padding_share: f64,
     /// Most decode rows of a step.
     pub rows_peak: u32,
+    /// Decode rows whose token was a draft.
+    pub drafted: u64,
+    /// Drafts that were what was drawn.
+    pub accepted: u64,
     /// Between steps.
     pub device_idle: Idle,
     /// Beside the device; `None` where the host is the device.
@@ -130,6 +134,8 @@ impl RunReport {
             decode,
             padding_share: ratio(padding_rows as f64, (padding_rows + decode.tokens) as f64),
             rows_peak: run.stats.rows_peak,
+            drafted: run.stats.drafted,
+            accepted: run.stats.accepted,
             device_idle: idle(&run.steps),
             host: host(&run.steps),
             pages_peak: run.stats.pages_peak,
@@ -267,6 +273,14 @@ impl fmt::Display for RunReport {
             writeln!(
                 f,
                 "  {name:<13} p50 {p50:.2} ms, p90 {p90:.2}, p99 {p99:.2}, at most {max:.2}, {mean:.2} on average"
+            )?;
+        }
+        if self.drafted > 0 {
+            let share = 100.0 * ratio(self.accepted as f64, self.drafted as f64);
+            writeln!(
+                f,
+                "  speculation   {} of {} drafts were right ({share:.1}%)",
+                self.accepted, self.drafted
             )?;
         }
         writeln!(f, "  KV pages      {} at the peak, {} retractions", self.pages_peak, self.retractions)?;

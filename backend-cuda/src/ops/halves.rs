@@ -13,12 +13,14 @@
 //! 3. o comes when attention ends, not when it begins, as kernels otherwise do: until then its place is the other half's.
 //! 4. Each half reads all weights. That costs less than waiting does where a layer has few weights and a step many rows.
 //!
-//! Invariant: rows do not depend on the rows beside them, so no bit depends on whether a step is divided.
+//! Invariant: rows do not depend on the rows beside them, so no bit depends on whether a step is divided. Drafts see the keys and
+//! values of the rows before them, which are in the same half: a step with drafts is not divided.
 
 use std::ops::Range;
 
 use minisgl_core::backend::Dims;
 use minisgl_core::batch::StepShape;
+use minisgl_core::speculation::DRAFTED_ROWS_MAX;
 
 /// The rows of a step that a chain of kernels works on. In a step of decode rows, which alone is divided, each is a token.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -49,8 +51,10 @@ pub struct Halves {
     pays: bool,
 }
 
+const _: () = assert!(Halves::ROWS_MIN > DRAFTED_ROWS_MAX, "rows of one sequence are in the same half");
+
 impl Halves {
-    /// Fewer rows have too little to attend to.
+    /// Fewer rows have too little to attend to. A step with drafts has fewer.
     const ROWS_MIN: u32 = 40;
     /// Products of more rows need whole multiprocessors.
     const ROWS_MAX: u32 = 256;

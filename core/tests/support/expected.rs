@@ -5,7 +5,8 @@
 //!   next     = fold of all kv[0..=p], and the seed, modulo the vocabulary
 //! ```
 //!
-//! With the seed [`FAILING`] some contexts have no next token, as if the logits were not numbers.
+//! With the seed [`FAILING`] some contexts have no next token, as if the logits were not numbers; with [`REPEATING`] tokens are
+//! few.
 
 use minisgl_core::request::FinishReason;
 use minisgl_core::sampling::{NO_TOKEN, SamplingParams};
@@ -19,6 +20,9 @@ pub const EOS: u32 = 7;
 
 /// The seed whose requests find no token in one of 16 contexts.
 pub const FAILING: u64 = 3;
+
+/// The seed whose requests draw two tokens alone, so that what they drew before comes again.
+pub const REPEATING: u64 = 2;
 
 /// What the cache holds for a token, given what it holds for the one before.
 pub fn kv(before: u32, token: u32, position: u32) -> u32 {
@@ -35,7 +39,8 @@ pub fn draw(state: u32, seed: u64) -> u32 {
     if seed == FAILING && state.is_multiple_of(16) {
         return NO_TOKEN;
     }
-    (splitmix64(u64::from(state) ^ seed.rotate_left(17)) % u64::from(VOCAB)) as u32
+    let tokens = if seed == REPEATING { 2 } else { VOCAB };
+    (splitmix64(u64::from(state) ^ seed.rotate_left(17)) % u64::from(tokens)) as u32
 }
 
 /// The log-probability that goes with a token drawn for a position.

@@ -17,6 +17,7 @@ use minisgl_core::policy::Policy;
 use minisgl_core::request::{Event, FinishReason, Request, Ticket};
 use minisgl_core::sampling::SamplingParams;
 use minisgl_core::scheduler::{Order, Settings};
+use minisgl_core::speculation::Speculation;
 
 use expected::VOCAB;
 use hashing::{Hashing, Runs};
@@ -34,8 +35,13 @@ pub const SMALL: Limits = Limits {
 };
 
 /// Most tokens a second, the prefix cache on.
-pub const SETTINGS: Settings =
-    Settings { policy: Policy::Throughput, prefix_cache: true, order: Order::Given, vocab: VOCAB };
+pub const SETTINGS: Settings = Settings {
+    policy: Policy::Throughput,
+    prefix_cache: true,
+    order: Order::Given,
+    speculation: Speculation::Never,
+    vocab: VOCAB,
+};
 
 /// Everything by default, the prefix cache and overlap on.
 pub fn options(limits: Limits) -> EngineOptions {
