@@ -8,8 +8,8 @@ mod common;
 use common::{Machine, Random, Sequence, dims, limits};
 use divan::counter::ItemsCount;
 use divan::{Bencher, black_box};
-use minisgl_core::backend::Ops;
-use minisgl_core::batch::Row;
+use minisgl_core::backend::{Ops, Sampler};
+use minisgl_core::sampling::SlotState;
 use minisgl_core::spec::Attention;
 use minisgl_core::tensor::Dtype;
 
@@ -61,17 +61,18 @@ fn sample(bencher: Bencher<'_, '_>, sampling: &Sampling) {
     let random = &mut Random(3);
     let mut machine = Machine::new(dims(8, 2, 1, 4, 8, vocab as u32), limits(rows, 16, 16), random);
     let sequences: Vec<_> = (0..rows).map(|slot| Sequence { slot, cached: 3, new: 1 }).collect();
-    let row = |i: usize| Row { temperature: 0.6, top_p: 1.0, seed_low: i as u32, ..Row::default() };
+    let drawn = |i: usize| SlotState { temperature: 0.6, seed_low: i as u32, ..SlotState::default() };
     let (step, _, _) = machine.step(
         random,
         &sequences,
         |i| match sampling {
             Sampling::Greedy => common::greedy(i),
-            Sampling::Temperature => row(i),
-            Sampling::TopKTopP => Row { top_k: 50, top_p: 0.9, ..row(i) },
+            Sampling::Temperature => drawn(i).into(),
+            Sampling::TopKTopP => SlotState { top_k: 50, top_p: 0.9, ..drawn(i) }.into(),
         },
         None,
     );
+    machine.cpu.begin_step(&step).unwrap();
     let logits = random.floats(rows as usize * vocab);
     let (logits, tokens) = (machine.floats(&logits), machine.words(&vec![0; rows as usize]));
     bencher

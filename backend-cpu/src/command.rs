@@ -8,7 +8,7 @@ use minisgl_core::backend::{KvLayer, Purpose, Step};
 use minisgl_core::batch::{self, HEADER_WORDS, Header};
 use minisgl_core::config::Limits;
 use minisgl_core::fp8;
-use minisgl_core::sampling::{LOGPROB_WORDS, NO_TOKEN, RowLogprobs};
+use minisgl_core::sampling::{LOGPROB_WORDS, NO_TOKEN, RowLogprobs, SlotState};
 use minisgl_core::spec::{Activation, DecoderSpec, Dims, Inputs, WeightFormat};
 use rayon::prelude::*;
 
@@ -106,8 +106,10 @@ impl Machine {
         let (hidden, eps) = (dims.hidden as usize, dims.norm_eps);
         match *command {
             Command::BeginStep { step } => {
-                let [words, page_table] = memory.borrow([step.batch, step.page_table])?;
+                let [words, page_table, slots] = memory.borrow([step.batch, step.page_table, step.slots])?;
                 ops::update_pages(batch::packed_updates(&step.layout, words), page_table);
+                let updates = batch::packed_slot_updates(&step.layout, words);
+                ops::update_slots(updates, bytemuck::cast_slice_mut(slots));
             }
             Command::Embed { step, table, scale, out } => {
                 let [words, pool, out] = memory.borrow([step.batch, step.token_pool, out])?;
@@ -162,12 +164,13 @@ impl Machine {
                 ops::final_norm(rows, floats(residual), floats(delta), scale, eps, out);
             }
             Command::Sample { step, logits, tokens } => {
-                let buffers = [step.batch, step.token_pool, logits, tokens, candidates];
-                let [words, pool, logits, tokens, candidates] = memory.borrow(buffers)?;
+                let buffers = [step.batch, step.token_pool, step.slots, logits, tokens, candidates];
+                let [words, pool, slots, logits, tokens, candidates] = memory.borrow(buffers)?;
                 let rows = sampled_rows(&step, words);
                 let tokens = &mut tokens[header(words).output as usize..][..rows.len()];
                 let vocab = dims.vocab as usize;
-                draw_rows(rows, floats(logits), vocab, floats(candidates), tokens);
+                let slots: &[SlotState] = bytemuck::cast_slice(slots);
+                draw_rows(rows, slots, floats(logits), vocab, floats(candidates), tokens);
                 for (row, token) in rows.iter().zip(tokens) {
                     pool[row.slot as usize] = if *token == NO_TOKEN { 0 } else { *token };
                 }
@@ -180,9 +183,9 @@ impl Machine {
                 let out: &mut [RowLogprobs] = bytemuck::cast_slice_mut(out);
                 let logits = floats(logits).par_chunks(dims.vocab as usize);
                 let asked = out.par_iter_mut().zip(rows).zip(&tokens[first..][..rows.len()]).zip(logits);
-                asked
-                    .filter(|(((_, row), token), _)| row.logprobs > 0 && **token != NO_TOKEN)
-                    .for_each(|(((out, row), token), logits)| *out = sampling::logprobs(logits, row, *token));
+                asked.filter(|(((_, row), token), _)| row.logprobs > 0 && **token != NO_TOKEN).for_each(
+                    |(((out, row), token), logits)| *out = sampling::logprobs(logits, row.logprobs, *token),
+                );
             }
         }
         Ok(())
@@ -248,13 +251,20 @@ impl Attend {
 }
 
 /// Draws each row's token; every thread takes a run of rows and one row of candidates.
-fn draw_rows(rows: &[batch::Row], logits: &[f32], vocab: usize, candidates: &mut [f32], out: &mut [u32]) {
+fn draw_rows(
+    rows: &[batch::Row],
+    slots: &[SlotState],
+    logits: &[f32],
+    vocab: usize,
+    candidates: &mut [f32],
+    out: &mut [u32],
+) {
     let run = out.len().div_ceil(candidates.len() / vocab).max(1);
     let runs = out.par_chunks_mut(run).zip(candidates.par_chunks_mut(vocab)).enumerate();
     runs.for_each(|(i, (out, candidates))| {
         let rows = rows[i * run..].iter().zip(logits[i * run * vocab..].chunks(vocab));
         for (out, (row, logits)) in out.iter_mut().zip(rows) {
-            *out = sampling::draw(logits, row, candidates);
+            *out = sampling::draw(logits, &slots[row.slot as usize], row.kv_len, candidates);
         }
     });
 }

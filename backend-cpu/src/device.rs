@@ -8,7 +8,8 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use minisgl_core::backend::{
-    Device, DeviceInfo, Element, KvLayer, LayerWeights, Memory, Ops, Purpose, Queue, Step, WeightRole,
+    Device, DeviceInfo, Element, KvLayer, LayerWeights, Memory, Ops, Purpose, Queue, Sampler, Step,
+    WeightRole,
 };
 use minisgl_core::batch::{Row, StepShape};
 use minisgl_core::config::Limits;
@@ -217,6 +218,22 @@ impl Device for Cpu {
     }
 }
 
+impl Sampler for Cpu {
+    fn sample(&mut self, step: &Step<Buffer>, logits: Buffer, tokens: Buffer) -> Result<(), CpuError> {
+        self.enqueue(Command::Sample { step: *step, logits, tokens })
+    }
+
+    fn logprobs(
+        &mut self,
+        step: &Step<Buffer>,
+        logits: Buffer,
+        tokens: Buffer,
+        out: Buffer,
+    ) -> Result<(), CpuError> {
+        self.enqueue(Command::Logprobs { step: *step, logits, tokens, out })
+    }
+}
+
 impl Ops for Cpu {
     type Weight = Weight;
 
@@ -269,20 +286,6 @@ impl Ops for Cpu {
 
     fn logits(&mut self, step: &Step<Buffer>, x: Buffer, head: Weight, out: Buffer) -> Result<(), CpuError> {
         self.linear(step.shape.samples, x, head, out)
-    }
-
-    fn sample(&mut self, step: &Step<Buffer>, logits: Buffer, tokens: Buffer) -> Result<(), CpuError> {
-        self.enqueue(Command::Sample { step: *step, logits, tokens })
-    }
-
-    fn logprobs(
-        &mut self,
-        step: &Step<Buffer>,
-        logits: Buffer,
-        tokens: Buffer,
-        out: Buffer,
-    ) -> Result<(), CpuError> {
-        self.enqueue(Command::Logprobs { step: *step, logits, tokens, out })
     }
 
     fn read_logits(&mut self, logits: Buffer, vocab: u32, rows: Range<usize>) -> Result<Vec<f32>, CpuError> {

@@ -3,7 +3,8 @@
 //! Shapes are in the comments; `tokens` is the step's, padding included. Matrix products are in [`crate::matmul`],
 //! drawing tokens in [`crate::sampling`].
 
-use minisgl_core::batch::{LAST_TOKEN, PageUpdate, Row, Token};
+use minisgl_core::batch::{LAST_TOKEN, PageUpdate, Row, SlotUpdate, Token};
+use minisgl_core::sampling::SlotState;
 use minisgl_core::spec::Dims;
 use rayon::prelude::*;
 
@@ -17,6 +18,13 @@ const ROWS_A_TASK: usize = 16;
 pub fn update_pages(updates: &[PageUpdate], page_table: &mut [u32]) {
     for update in updates {
         page_table[update.index as usize] = update.page;
+    }
+}
+
+/// `slots[slot] = state` for each update.
+pub fn update_slots(updates: &[SlotUpdate], slots: &mut [SlotState]) {
+    for update in updates {
+        slots[update.slot as usize] = update.state;
     }
 }
 

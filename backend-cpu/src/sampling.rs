@@ -4,26 +4,25 @@
 //! take the best score among the tokens not below it. Nothing is sorted: cuts are found by selection, which halves
 //! the candidates each time; and of the scores only those are computed whose upper bound beats the best one yet.
 
-use minisgl_core::batch::Row;
-use minisgl_core::sampling::{NO_TOKEN, RowLogprobs, TOP_LOGPROBS_MAX, philox, uniform};
+use minisgl_core::sampling::{NO_TOKEN, RowLogprobs, SlotState, TOP_LOGPROBS_MAX, philox, uniform};
 
 use crate::simd::largest;
 
 /// Ids whose bounds are computed together.
 const BLOCK: usize = 64;
 
-/// The row's token, [`NO_TOKEN`] where the logits are not numbers; `scratch` is as long as `logits`.
-pub fn draw(logits: &[f32], row: &Row, scratch: &mut [f32]) -> u32 {
+/// The token of a slot's row at `position`, [`NO_TOKEN`] where the logits are not numbers; `scratch` is as long as `logits`.
+pub fn draw(logits: &[f32], slot: &SlotState, position: u32, scratch: &mut [f32]) -> u32 {
     let top = argmax(logits);
     let any_nan = logits.iter().fold(false, |any, logit| any | logit.is_nan());
     if any_nan || !logits[top as usize].is_finite() {
         return NO_TOKEN;
     }
-    if row.temperature == 0.0 {
+    if slot.temperature == 0.0 {
         return top;
     }
-    let cut = cut(logits, row, logits[top as usize] / row.temperature, scratch);
-    gumbel_max(logits, row, cut, top)
+    let cut = cut(logits, slot, logits[top as usize] / slot.temperature, scratch);
+    gumbel_max(logits, slot, position, cut, top)
 }
 
 /// The lowest id of the largest logit.
@@ -32,13 +31,13 @@ fn argmax(logits: &[f32]) -> u32 {
     logits.iter().position(|&logit| logit == largest).unwrap_or(0) as u32
 }
 
-/// The least z that the row's filters keep.
-fn cut(logits: &[f32], row: &Row, top: f32, scratch: &mut [f32]) -> f32 {
+/// The least z that the slot's filters keep.
+fn cut(logits: &[f32], slot: &SlotState, top: f32, scratch: &mut [f32]) -> f32 {
     let mut cut = f32::NEG_INFINITY;
-    let top_k = row.top_k as usize;
-    if (0 < top_k && top_k < logits.len()) || row.top_p < 1.0 {
+    let top_k = slot.top_k as usize;
+    if (0 < top_k && top_k < logits.len()) || slot.top_p < 1.0 {
         for (z, logit) in scratch.iter_mut().zip(logits) {
-            *z = logit / row.temperature;
+            *z = logit / slot.temperature;
         }
         let mut kept = &mut scratch[..logits.len()];
         if 0 < top_k && top_k < kept.len() {
@@ -46,11 +45,11 @@ fn cut(logits: &[f32], row: &Row, top: f32, scratch: &mut [f32]) -> f32 {
             cut = *kth;
             kept = keep_equals(kept, top_k);
         }
-        if row.top_p < 1.0 {
-            cut = cut.max(mass_cut(kept, top, f64::from(row.top_p)));
+        if slot.top_p < 1.0 {
+            cut = cut.max(mass_cut(kept, top, f64::from(slot.top_p)));
         }
     }
-    if row.min_p > 0.0 { cut.max(top + row.min_p.ln()) } else { cut }
+    if slot.min_p > 0.0 { cut.max(top + slot.min_p.ln()) } else { cut }
 }
 
 /// The first `k` of a selection, and behind them the equals of the k-th.
@@ -88,23 +87,23 @@ fn mass_cut(z: &mut [f32], top: f32, top_p: f64) -> f32 {
 }
 
 /// The token with the largest `z + gumbel` among `z >= cut`.
-fn gumbel_max(logits: &[f32], row: &Row, cut: f32, top: u32) -> u32 {
+fn gumbel_max(logits: &[f32], slot: &SlotState, position: u32, cut: f32, top: u32) -> u32 {
     let score = |id: u32, word: u32| {
         let gumbel = -(-uniform(word).ln()).ln();
-        logits[id as usize] / row.temperature + gumbel
+        logits[id as usize] / slot.temperature + gumbel
     };
-    let mut best = (score(top, random_words(row, top / 4)[top as usize % 4]), top);
+    let mut best = (score(top, random_words(slot, position, top / 4)[top as usize % 4]), top);
     let mut words = [0u32; BLOCK];
     for (block, logits) in logits.chunks(BLOCK).enumerate() {
         let first = (block * BLOCK) as u32;
         for (i, words) in words.as_chunks_mut::<4>().0.iter_mut().enumerate() {
-            *words = random_words(row, first / 4 + i as u32);
+            *words = random_words(slot, position, first / 4 + i as u32);
         }
-        if !may_win(logits, &words, row.temperature, best.0) {
+        if !may_win(logits, &words, slot.temperature, best.0) {
             continue;
         }
         for ((id, word), logit) in (first..).zip(words).zip(logits) {
-            let z = logit / row.temperature;
+            let z = logit / slot.temperature;
             if z >= cut && z + gumbel_bound(word) >= best.0 {
                 let score = score(id, word);
                 if score > best.0 || (score == best.0 && id < best.1) {
@@ -116,8 +115,8 @@ fn gumbel_max(logits: &[f32], row: &Row, cut: f32, top: u32) -> u32 {
     best.1
 }
 
-fn random_words(row: &Row, group: u32) -> [u32; 4] {
-    philox([group, row.kv_len, 0, 0], [row.seed_low, row.seed_high])
+fn random_words(slot: &SlotState, position: u32, group: u32) -> [u32; 4] {
+    philox([group, position, 0, 0], [slot.seed_low, slot.seed_high])
 }
 
 fn may_win(logits: &[f32], words: &[u32; BLOCK], temperature: f32, best: f32) -> bool {
@@ -135,9 +134,9 @@ fn gumbel_bound(word: u32) -> f32 {
     1e-4 - std::f32::consts::LN_2 * log2_w
 }
 
-/// The log-probabilities of `token` and of the row's most probable tokens, as many as it asks for.
-pub fn logprobs(logits: &[f32], row: &Row, token: u32) -> RowLogprobs {
-    let alternatives = (row.logprobs.saturating_sub(1) as usize).min(TOP_LOGPROBS_MAX).min(logits.len());
+/// The log-probabilities of `token` and of the row's most probable tokens; `asked` is one more than how many of those.
+pub fn logprobs(logits: &[f32], asked: u32, token: u32) -> RowLogprobs {
+    let alternatives = (asked.saturating_sub(1) as usize).min(TOP_LOGPROBS_MAX).min(logits.len());
     let top = f64::from(logits[argmax(logits) as usize]);
     let mass: f64 = logits.iter().map(|&logit| (f64::from(logit) - top).exp()).sum();
     let logprob = |id: u32| (f64::from(logits[id as usize]) - top - mass.ln()) as f32;

@@ -5,10 +5,9 @@ mod common;
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
-use common::{Layer, Machine, Random, Sequence, dims, limits};
-use minisgl_core::backend::{Device, KvLayer, Ops, Queue};
-use minisgl_core::batch::Row;
-use minisgl_core::sampling::LOGPROB_WORDS;
+use common::{Draw, Layer, Machine, Random, Sequence, dims, limits};
+use minisgl_core::backend::{Device, KvLayer, Ops, Queue, Sampler};
+use minisgl_core::sampling::{LOGPROB_WORDS, SlotState};
 use minisgl_core::tensor::Dtype;
 
 struct Counting;
@@ -50,7 +49,8 @@ fn steps_allocate_nothing() {
     let sequences: Vec<_> = (0..24).map(|slot| Sequence { slot, cached: slot * 2, new: 1 }).collect();
     let sampling = |i: usize| {
         let (temperature, min_p) = (i as f32 * 0.1, 0.01);
-        Row { temperature, top_k: 400, top_p: 0.9, min_p, logprobs: 6, ..Row::default() }
+        let state = SlotState { temperature, top_k: 400, top_p: 0.9, min_p, ..SlotState::default() };
+        Draw { state, logprobs: 6 }
     };
     let (step, _, _) = machine.step(&mut random, &sequences, sampling, None);
     let mut pinned = machine.cpu.alloc_pinned(24).unwrap();

@@ -3,8 +3,9 @@
 mod common;
 
 use common::{Layer, Machine, Random, Sequence, bits, dims, limits};
-use minisgl_core::backend::{Device, KvLayer, Ops, Step};
-use minisgl_core::batch::{Row, StepShape};
+use minisgl_core::backend::{Device, KvLayer, Ops, Sampler, Step};
+use minisgl_core::batch::{ROW_WORDS, StepShape};
+use minisgl_core::sampling::SlotState;
 use minisgl_core::tensor::Dtype;
 use minisgl_cpu::{Buffer, CpuError, Weight};
 
@@ -78,7 +79,11 @@ impl Model {
     fn step(&mut self, seed: u64, sequences: &[(u32, u32, u32)], shape: Option<StepShape>) -> Step<Buffer> {
         let sequences: Vec<_> =
             sequences.iter().map(|&(slot, cached, new)| Sequence { slot, cached, new }).collect();
-        let sampling = |i| Row { temperature: i as f32 * 0.5, top_p: 0.9, seed_low: 5, ..Row::default() };
+        let sampling = |i| {
+            let state =
+                SlotState { temperature: i as f32 * 0.5, top_p: 0.9, seed_low: 5, ..SlotState::default() };
+            state.into()
+        };
         self.machine.step(&mut Random(seed), &sequences, sampling, shape).0
     }
 
@@ -87,7 +92,7 @@ impl Model {
         let step = self.step(seed, sequences, None);
         let mut words = self.machine.read_words(self.machine.batch, self.machine.layout.words);
         let layout = step.layout;
-        words.copy_within(layout.rows + i * 16..layout.rows + (i + 1) * 16, layout.rows);
+        words.copy_within(layout.rows + i * ROW_WORDS..layout.rows + (i + 1) * ROW_WORDS, layout.rows);
         words.copy_within(layout.tokens + i * 4..layout.tokens + (i + 1) * 4, layout.tokens);
         words[layout.rows + 1] = 0; // first_token
         let batch = self.machine.batch;

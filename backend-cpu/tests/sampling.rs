@@ -2,42 +2,43 @@
 
 mod common;
 
-use common::{Machine, Random, Sequence, dims, limits};
-use minisgl_core::backend::{Ops, Step};
+use common::{Draw, Machine, Random, Sequence, dims, limits};
+use minisgl_core::backend::{Ops, Sampler, Step};
 use minisgl_core::batch::Row;
-use minisgl_core::sampling::{LOGPROB_WORDS, NO_TOKEN, RowLogprobs, token_uniform};
+use minisgl_core::sampling::{LOGPROB_WORDS, NO_TOKEN, RowLogprobs, SlotState, token_uniform};
 use minisgl_cpu::Buffer;
 
-/// A machine with a decode step whose row i samples by `rows[i]`, and the rows as packed.
-fn sampling_step(random: &mut Random, vocab: usize, rows: &[Row]) -> (Machine, Step<Buffer>, Vec<Row>) {
-    let limits = limits(rows.len() as u32, 64, 16);
+/// A machine with a decode step that has begun, whose row i draws as `draws[i]` says, and the rows as packed.
+fn sampling_step(random: &mut Random, vocab: usize, draws: &[Draw]) -> (Machine, Step<Buffer>, Vec<Row>) {
+    let limits = limits(draws.len() as u32, 64, 16);
     let mut machine = Machine::new(dims(8, 2, 1, 4, 8, vocab as u32), limits, random);
-    let slots = random.permutation(rows.len());
+    let slots = random.permutation(draws.len());
     let sequences: Vec<_> =
         slots.iter().map(|slot| Sequence { slot: *slot, cached: random.below(60) as u32, new: 1 }).collect();
-    let (step, _, rows) = machine.step(random, &sequences, |i| rows[i], None);
+    let (step, _, rows) = machine.step(random, &sequences, |i| draws[i], None);
+    machine.cpu.begin_step(&step).unwrap();
     (machine, step, rows)
 }
 
-fn seeded(random: &mut Random, temperature: f32) -> Row {
+fn seeded(random: &mut Random, temperature: f32) -> SlotState {
     let (seed_low, seed_high) = (random.word() as u32, random.word() as u32);
-    Row { temperature, top_p: 1.0, seed_low, seed_high, ..Row::default() }
+    SlotState { temperature, seed_low, seed_high, ..SlotState::default() }
 }
 
 /// Any mix of parameters, filters off about half of the time.
-fn any_row(random: &mut Random, vocab: usize) -> Row {
+fn any_draw(random: &mut Random, vocab: usize) -> Draw {
     let temperature = [0.0, 0.2, 0.6, 1.0, 3.0][random.below(5)];
-    let mut row = seeded(random, temperature);
+    let mut state = seeded(random, temperature);
     if random.below(2) == 0 {
-        row.top_k = random.below(vocab + 3) as u32;
+        state.top_k = random.below(vocab + 3) as u32;
     }
     if random.below(2) == 0 {
-        row.top_p = (random.float() + 1.0) / 2.0 + 1e-6;
+        state.top_p = (random.float() + 1.0) / 2.0 + 1e-6;
     }
     if random.below(2) == 0 {
-        row.min_p = [0.001, 0.05, 0.5, 1.0][random.below(4)];
+        state.min_p = [0.001, 0.05, 0.5, 1.0][random.below(4)];
     }
-    row
+    state.into()
 }
 
 /// Logits of several shapes: spread, nearly flat, and of so few values that most tie.
@@ -48,28 +49,28 @@ fn any_logits(random: &mut Random, vocab: usize) -> Vec<f32> {
 }
 
 /// The definition, step by step.
-fn naive(logits: &[f32], row: &Row) -> u32 {
+fn naive(logits: &[f32], state: &SlotState, position: u32) -> u32 {
     let best = |scores: &[(u32, f32)]| {
         scores.iter().fold((u32::MAX, f32::NEG_INFINITY), |a, b| if b.1 > a.1 { *b } else { a }).0
     };
-    if row.temperature == 0.0 {
+    if state.temperature == 0.0 {
         return best(&(0..).zip(logits.iter().copied()).collect::<Vec<_>>());
     }
-    let mut kept: Vec<(u32, f32)> = (0..).zip(logits.iter().map(|logit| logit / row.temperature)).collect();
+    let mut kept: Vec<(u32, f32)> = (0..).zip(logits.iter().map(|logit| logit / state.temperature)).collect();
     let largest = kept.iter().map(|(_, z)| *z).fold(f32::NEG_INFINITY, f32::max);
     let descending = |kept: &[(u32, f32)]| {
         let mut z: Vec<f32> = kept.iter().map(|(_, z)| *z).collect();
         z.sort_by(|a, b| b.total_cmp(a));
         z
     };
-    if row.top_k > 0 && (row.top_k as usize) < kept.len() {
-        let kth = descending(&kept)[row.top_k as usize - 1];
+    if state.top_k > 0 && (state.top_k as usize) < kept.len() {
+        let kth = descending(&kept)[state.top_k as usize - 1];
         kept.retain(|(_, z)| *z >= kth);
     }
-    if row.top_p < 1.0 {
+    if state.top_p < 1.0 {
         let sorted = descending(&kept);
         let mass = |z: &f32| (f64::from(*z) - f64::from(largest)).exp();
-        let target = f64::from(row.top_p) * sorted.iter().map(mass).sum::<f64>();
+        let target = f64::from(state.top_p) * sorted.iter().map(mass).sum::<f64>();
         let mut sum = 0.0;
         let boundary = sorted.iter().find(|z| {
             sum += mass(z);
@@ -78,12 +79,11 @@ fn naive(logits: &[f32], row: &Row) -> u32 {
         let boundary = *boundary.unwrap_or(sorted.last().unwrap());
         kept.retain(|(_, z)| *z >= boundary);
     }
-    if row.min_p > 0.0 {
-        kept.retain(|(_, z)| *z >= largest + row.min_p.ln());
+    if state.min_p > 0.0 {
+        kept.retain(|(_, z)| *z >= largest + state.min_p.ln());
     }
-    let seed = u64::from(row.seed_high) << 32 | u64::from(row.seed_low);
     for (id, z) in &mut kept {
-        *z += -(-token_uniform(seed, row.kv_len, *id).ln()).ln();
+        *z += -(-token_uniform(state.seed(), position, *id).ln()).ln();
     }
     best(&kept)
 }
@@ -100,12 +100,13 @@ fn every_mix_of_parameters_draws_the_definitions_token() {
     let mut random = Random(1);
     for vocab in [1, 2, 3, 63, 64, 65, 500, 1001, 5000] {
         for _ in 0..6 {
-            let rows: Vec<Row> = (0..33).map(|_| any_row(&mut random, vocab)).collect();
-            let (mut machine, step, rows) = sampling_step(&mut random, vocab, &rows);
+            let draws: Vec<Draw> = (0..33).map(|_| any_draw(&mut random, vocab)).collect();
+            let (mut machine, step, rows) = sampling_step(&mut random, vocab, &draws);
             let logits: Vec<f32> = (0..33).flat_map(|_| any_logits(&mut random, vocab)).collect();
             let drawn = draw(&mut machine, &step, &logits);
-            for ((row, logits), token) in rows.iter().zip(logits.chunks(vocab)).zip(&drawn) {
-                assert_eq!(*token, naive(logits, row), "vocabulary of {vocab}, {row:?}");
+            for (i, (row, logits)) in rows.iter().zip(logits.chunks(vocab)).enumerate() {
+                let state = &draws[i].state;
+                assert_eq!(drawn[i], naive(logits, state, row.kv_len), "vocabulary of {vocab}, {state:?}");
             }
             let pool = machine.read_words(machine.token_pool, 33);
             for (row, token) in rows.iter().zip(drawn) {
@@ -119,21 +120,21 @@ fn every_mix_of_parameters_draws_the_definitions_token() {
 fn one_candidate_is_the_greedy_token() {
     let mut random = Random(2);
     let vocab = 777;
-    let rows: Vec<Row> = (0..60)
+    let draws: Vec<Draw> = (0..60)
         .map(|i| {
-            let row = seeded(&mut random, 2.0);
-            match i % 3 {
-                0 => Row { top_k: 1, ..row },
-                1 => Row { top_p: 1e-6, ..row },
-                _ => Row { min_p: 1.0, ..row },
-            }
+            let state = seeded(&mut random, 2.0);
+            let state = match i % 3 {
+                0 => SlotState { top_k: 1, ..state },
+                1 => SlotState { top_p: 1e-6, ..state },
+                _ => SlotState { min_p: 1.0, ..state },
+            };
+            state.into()
         })
         .collect();
     let logits = random.floats(60 * vocab);
-    let (mut machine, step, _) = sampling_step(&mut random, vocab, &rows);
+    let (mut machine, step, _) = sampling_step(&mut random, vocab, &draws);
     let filtered = draw(&mut machine, &step, &logits);
-    let greedy = [Row { top_p: 1.0, ..Row::default() }; 60];
-    let (mut machine, step, _) = sampling_step(&mut random, vocab, &greedy);
+    let (mut machine, step, _) = sampling_step(&mut random, vocab, &[Draw::default(); 60]);
     assert_eq!(filtered, draw(&mut machine, &step, &logits));
 }
 
@@ -141,8 +142,7 @@ fn one_candidate_is_the_greedy_token() {
 fn greedy_takes_the_lowest_id_among_equals() {
     let mut random = Random(3);
     for vocab in [5, 16, 40, 129] {
-        let rows = [Row { top_p: 1.0, ..Row::default() }; 8];
-        let (mut machine, step, _) = sampling_step(&mut random, vocab, &rows);
+        let (mut machine, step, _) = sampling_step(&mut random, vocab, &[Draw::default(); 8]);
         let first: Vec<usize> = (0..8).map(|_| random.below(vocab)).collect();
         let mut logits = vec![-1.0; 8 * vocab];
         for (logits, first) in logits.chunks_mut(vocab).zip(&first) {
@@ -162,8 +162,9 @@ const NOT_NUMBERS: [(f32, bool); 4] =
 fn a_row_whose_logits_are_no_numbers_draws_none_and_the_others_theirs() {
     let mut random = Random(6);
     for vocab in [1, 2, 17, 500, 1001] {
-        let rows: Vec<Row> = (0..32).map(|_| Row { logprobs: 2, ..any_row(&mut random, vocab) }).collect();
-        let (mut machine, step, rows) = sampling_step(&mut random, vocab, &rows);
+        let draws: Vec<Draw> =
+            (0..32).map(|_| Draw { logprobs: 2, ..any_draw(&mut random, vocab) }).collect();
+        let (mut machine, step, rows) = sampling_step(&mut random, vocab, &draws);
         let mut logits: Vec<f32> = (0..32).flat_map(|_| any_logits(&mut random, vocab)).collect();
         let good = draw(&mut machine, &step, &logits);
         for (i, logits) in logits.chunks_mut(vocab).enumerate().filter(|(i, _)| i % 2 == 1) {
@@ -194,8 +195,8 @@ fn a_row_whose_logits_are_no_numbers_draws_none_and_the_others_theirs() {
 fn a_masked_logit_is_never_drawn() {
     let mut random = Random(7);
     let vocab = 40;
-    let rows: Vec<Row> = (0..200).map(|_| any_row(&mut random, vocab)).collect();
-    let (mut machine, step, _) = sampling_step(&mut random, vocab, &rows);
+    let draws: Vec<Draw> = (0..200).map(|_| any_draw(&mut random, vocab)).collect();
+    let (mut machine, step, _) = sampling_step(&mut random, vocab, &draws);
     let mut logits = random.floats(200 * vocab);
     for (i, logit) in logits.iter_mut().enumerate() {
         if i % 3 != 0 {
@@ -215,8 +216,9 @@ fn tokens_are_drawn_as_often_as_they_are_probable() {
     let rows = 20_000;
     let logits: Vec<f32> = random.floats(vocab).iter().map(|x| x * 2.0).collect();
     let (temperature, top_k) = (0.8, 8);
-    let sampling: Vec<Row> = (0..rows).map(|_| Row { top_k, ..seeded(&mut random, temperature) }).collect();
-    let (mut machine, step, _) = sampling_step(&mut random, vocab, &sampling);
+    let draws: Vec<Draw> =
+        (0..rows).map(|_| SlotState { top_k, ..seeded(&mut random, temperature) }.into()).collect();
+    let (mut machine, step, _) = sampling_step(&mut random, vocab, &draws);
     let drawn = draw(&mut machine, &step, &logits.repeat(rows));
 
     let mut order: Vec<usize> = (0..vocab).collect();
@@ -242,13 +244,13 @@ fn tokens_are_drawn_as_often_as_they_are_probable() {
 fn a_row_draws_the_same_token_whatever_is_drawn_beside_it() {
     let mut random = Random(5);
     let vocab = 300;
-    let rows: Vec<Row> = (0..40).map(|_| any_row(&mut random, vocab)).collect();
-    let (mut machine, step, packed) = sampling_step(&mut random, vocab, &rows);
+    let draws: Vec<Draw> = (0..40).map(|_| any_draw(&mut random, vocab)).collect();
+    let (mut machine, step, packed) = sampling_step(&mut random, vocab, &draws);
     let logits = random.floats(40 * vocab);
     let together = draw(&mut machine, &step, &logits);
     for i in [0, 7, 39] {
         let sequence = Sequence { slot: packed[i].slot, cached: packed[i].position, new: 1 };
-        let (step, _, _) = machine.step(&mut random, &[sequence], |_| rows[i], None);
+        let (step, _, _) = machine.step(&mut random, &[sequence], |_| draws[i], None);
         assert_eq!(draw(&mut machine, &step, &logits[i * vocab..][..vocab]), [together[i]]);
     }
 }
@@ -257,9 +259,9 @@ fn a_row_draws_the_same_token_whatever_is_drawn_beside_it() {
 fn log_probabilities_are_of_the_unfiltered_softmax() {
     let mut random = Random(6);
     for vocab in [1, 3, 20, 21, 1000] {
-        let rows: Vec<Row> =
-            (0..24).map(|i| Row { logprobs: (i % 22) as u32, ..any_row(&mut random, vocab) }).collect();
-        let (mut machine, step, rows) = sampling_step(&mut random, vocab, &rows);
+        let draws: Vec<Draw> =
+            (0..24).map(|i| Draw { logprobs: (i % 22) as u32, ..any_draw(&mut random, vocab) }).collect();
+        let (mut machine, step, rows) = sampling_step(&mut random, vocab, &draws);
         let logits: Vec<f32> = (0..24).flat_map(|_| any_logits(&mut random, vocab)).collect();
         let tokens = draw(&mut machine, &step, &logits);
         let (tokens_buffer, logits_buffer) = (machine.words(&tokens), machine.floats(&logits));

@@ -213,6 +213,7 @@ impl World {
             table_width: self.limits.table_width(),
             page_size: self.limits.page_size,
             token_pool: self.table,
+            slots: self.table,
         };
         let whole: &[Part] = &[Part::Whole];
         let halves = if shape.is_decode() { &[Part::First, Part::Second] } else { whole };

@@ -3,10 +3,10 @@
 mod support;
 
 use half::f16;
-use minisgl_core::backend::{Device, Element, Ops, Purpose, Queue, Step};
-use minisgl_core::batch::{Header, Layout, PageUpdate, ROW_WORDS, Row, StepShape};
+use minisgl_core::backend::{Device, Element, Ops, Purpose, Queue, Sampler, Step};
+use minisgl_core::batch::{Header, Layout, ROW_WORDS, Row, StepShape};
 use minisgl_core::config::Limits;
-use minisgl_core::sampling::{LOGPROB_WORDS, NO_TOKEN, RowLogprobs};
+use minisgl_core::sampling::{LOGPROB_WORDS, NO_TOKEN, RowLogprobs, SlotState};
 use minisgl_core::spec::{DecoderSpec, Dims, LayerSpec};
 use minisgl_core::tensor::splitmix64;
 use minisgl_cuda::perf::drawn::complaint;
@@ -38,31 +38,45 @@ fn random_logits(random: &mut Random, rows: usize, vocab: usize) -> Vec<f16> {
     (0..rows * vocab).map(|_| f16::from_f64(3.0 * random.normal())).collect()
 }
 
-fn random_row(random: &mut Random, slot: u32, vocab: usize) -> Row {
-    let mut row = Row {
+/// A row of a step, and its slot's state.
+#[derive(Clone, Copy, Debug)]
+struct Draw {
+    row: Row,
+    state: SlotState,
+}
+
+fn random_draw(random: &mut Random, slot: u32, vocab: usize) -> Draw {
+    let row = Row {
         slot,
         first_token: slot,
         tokens: 1,
         position: 10 + slot,
         kv_len: 11 + slot,
         sampled: 1,
+        ..Row::default()
+    };
+    let mut state = SlotState {
         temperature: [0.0, 0.6, 1.0, 1.7][random.word() as usize % 4],
-        top_p: 1.0,
         seed_low: random.word() as u32,
         seed_high: random.word() as u32,
-        ..Row::default()
+        ..SlotState::default()
     };
     let filters = random.word();
     if filters & 1 != 0 {
-        row.top_k = [1, 2, 50, vocab as u32 / 2, vocab as u32 + 5][random.word() as usize % 5];
+        state.top_k = [1, 2, 50, vocab as u32 / 2, vocab as u32 + 5][random.word() as usize % 5];
     }
     if filters & 2 != 0 {
-        row.top_p = [0.05, 0.5, 0.9, 0.99][random.word() as usize % 4];
+        state.top_p = [0.05, 0.5, 0.9, 0.99][random.word() as usize % 4];
     }
     if filters & 4 != 0 {
-        row.min_p = [0.02, 0.3, 1.0][random.word() as usize % 3];
+        state.min_p = [0.02, 0.3, 1.0][random.word() as usize % 3];
     }
-    row
+    Draw { row, state }
+}
+
+/// The same, which asks for log-probabilities.
+fn with_logprobs(draw: Draw, logprobs: u32) -> Draw {
+    Draw { row: Row { logprobs, ..draw.row }, ..draw }
 }
 
 fn limits(rows: u32) -> Limits {
@@ -121,7 +135,8 @@ impl Bench {
         self.cuda.words(&pinned).expect("words").to_vec()
     }
 
-    fn step(&mut self, rows: &[Row]) -> Step<Buffer> {
+    fn step(&mut self, draws: &[Draw]) -> Step<Buffer> {
+        let rows: Vec<Row> = draws.iter().map(|draw| draw.row).collect();
         let layout = Layout::new(&self.limits, self.plan_words);
         let mut words = vec![0u32; layout.words];
         let header = Header {
@@ -131,10 +146,10 @@ impl Bench {
             ..Header::default()
         };
         words[..16].copy_from_slice(bytemuck::cast_slice(&[header]));
-        words[layout.rows..][..rows.len() * ROW_WORDS].copy_from_slice(bytemuck::cast_slice(rows));
-        let update: [PageUpdate; 0] = [];
-        words[layout.updates..][..0].copy_from_slice(bytemuck::cast_slice(&update));
+        words[layout.rows..][..rows.len() * ROW_WORDS].copy_from_slice(bytemuck::cast_slice(&rows));
         let slots = self.limits.running as usize + 1;
+        let mut states = vec![SlotState::default(); slots];
+        draws.iter().for_each(|draw| states[draw.row.slot as usize] = draw.state);
         let width = self.limits.table_width();
         Step {
             shape: StepShape::decode(rows.len() as u32),
@@ -144,12 +159,13 @@ impl Bench {
             table_width: width,
             page_size: self.limits.page_size,
             token_pool: self.words(&vec![POISON; slots]),
+            slots: self.words(bytemuck::cast_slice(&states)),
         }
     }
 
     /// Tokens and token pool after sampling these rows.
-    fn sample(&mut self, rows: &[Row], logits: &[f16]) -> (Vec<u32>, Vec<u32>, Vec<RowLogprobs>) {
-        let step = self.step(rows);
+    fn sample(&mut self, draws: &[Draw], logits: &[f16]) -> (Vec<u32>, Vec<u32>, Vec<RowLogprobs>) {
+        let step = self.step(draws);
         let mut packed: Vec<u16> = logits.iter().map(|l| l.to_bits()).collect();
         packed.resize(packed.len().next_multiple_of(2), 0);
         let words: Vec<u32> =
@@ -159,9 +175,9 @@ impl Bench {
         let logprobs = self.words(&vec![POISON; 2 * self.limits.running as usize * LOGPROB_WORDS]);
         self.cuda.sample(&step, logits, tokens).expect("a launch");
         self.cuda.logprobs(&step, logits, tokens, logprobs).expect("a launch");
-        let words = self.read(logprobs, rows.len() * LOGPROB_WORDS);
+        let words = self.read(logprobs, draws.len() * LOGPROB_WORDS);
         (
-            self.read(tokens, rows.len()),
+            self.read(tokens, draws.len()),
             self.read(step.token_pool, self.limits.running as usize + 1),
             bytemuck::cast_slice(&words).to_vec(),
         )
@@ -174,13 +190,14 @@ fn every_row_draws_the_token_of_the_definition() {
     let mut random = Random(7);
     for (rows, vocab) in taken([(5, 1001), (1, 768), (33, 1024), (256, 4099), (9, 151_936), (64, 151_936)]) {
         let mut bench = Bench::new(rows, vocab);
-        let drawn: Vec<Row> = (0..rows).map(|slot| random_row(&mut random, slot, vocab)).collect();
+        let drawn: Vec<Draw> = (0..rows).map(|slot| random_draw(&mut random, slot, vocab)).collect();
         let logits = random_logits(&mut random, rows as usize, vocab);
         let (tokens, pool, _) = bench.sample(&drawn, &logits);
-        for (i, row) in drawn.iter().enumerate() {
+        for (i, Draw { row, state }) in drawn.iter().enumerate() {
             let own = &logits[i * vocab..][..vocab];
             let own: Vec<f32> = own.iter().map(|logit| logit.to_f32()).collect();
-            assert_eq!(complaint(row, &own, tokens[i]), None, "{rows} x {vocab}: row {i}: {row:?}");
+            let complaint = complaint(state, row.kv_len, &own, tokens[i]);
+            assert_eq!(complaint, None, "{rows} x {vocab}: row {i}: {state:?}");
             assert_eq!(pool[row.slot as usize], tokens[i], "the pool's token of row {i}");
         }
         assert_eq!(pool[rows as usize], POISON, "a slot that nobody has was written");
@@ -194,7 +211,7 @@ fn a_row_draws_the_same_token_alone_and_among_others_and_again() {
     let (rows, vocab) = (200, 20_001);
     let mut random = Random(11);
     let mut bench = Bench::new(rows, vocab);
-    let drawn: Vec<Row> = (0..rows).map(|slot| random_row(&mut random, slot, vocab)).collect();
+    let drawn: Vec<Draw> = (0..rows).map(|slot| random_draw(&mut random, slot, vocab)).collect();
     let logits = random_logits(&mut random, rows as usize, vocab);
     let (together, ..) = bench.sample(&drawn, &logits);
     let (again, ..) = bench.sample(&drawn, &logits);
@@ -213,8 +230,8 @@ fn a_row_whose_logits_are_no_numbers_draws_none_and_the_others_theirs() {
     let mut random = Random(17);
     for (rows, vocab) in taken([(24, 1), (32, 1001), (33, 1024), (64, 151_936)]) {
         let mut bench = Bench::new(rows, vocab);
-        let drawn: Vec<Row> =
-            (0..rows).map(|slot| Row { logprobs: 3, ..random_row(&mut random, slot, vocab) }).collect();
+        let drawn: Vec<Draw> =
+            (0..rows).map(|slot| with_logprobs(random_draw(&mut random, slot, vocab), 3)).collect();
         let mut logits = random_logits(&mut random, rows as usize, vocab);
         let (good, ..) = bench.sample(&drawn, &logits);
         for (i, logits) in logits.chunks_mut(vocab).enumerate().filter(|(i, _)| i % 2 == 1) {
@@ -226,12 +243,12 @@ fn a_row_whose_logits_are_no_numbers_draws_none_and_the_others_theirs() {
         }
         for _ in 0..2 {
             let (tokens, pool, logprobs) = bench.sample(&drawn, &logits);
-            for (i, row) in drawn.iter().enumerate() {
+            for (i, Draw { row, state }) in drawn.iter().enumerate() {
                 let expected = if i % 2 == 1 { (NO_TOKEN, 0) } else { (good[i], good[i]) };
                 assert_eq!(
                     (tokens[i], pool[row.slot as usize]),
                     expected,
-                    "{rows} x {vocab}: row {i}: {row:?}"
+                    "{rows} x {vocab}: row {i}: {state:?}"
                 );
                 assert_eq!(logprobs[i].len == POISON, i % 2 == 1, "log-probabilities of row {i}");
             }
@@ -245,7 +262,7 @@ fn a_masked_logit_is_never_drawn() {
     let (rows, vocab) = (100, 1024);
     let mut random = Random(19);
     let mut bench = Bench::new(rows, vocab);
-    let drawn: Vec<Row> = (0..rows).map(|slot| random_row(&mut random, slot, vocab)).collect();
+    let drawn: Vec<Draw> = (0..rows).map(|slot| random_draw(&mut random, slot, vocab)).collect();
     let mut logits = random_logits(&mut random, rows as usize, vocab);
     for (_, logit) in logits.iter_mut().enumerate().filter(|(i, _)| i % 3 != 0) {
         *logit = f16::NEG_INFINITY;
@@ -265,12 +282,11 @@ fn logprobs_are_those_of_the_softmax_before_temperature() {
     let mut random = Random(13);
     for (rows, vocab) in taken([(7, 1001), (1, 768), (20, 151_936)]) {
         let mut bench = Bench::new(rows, vocab);
-        let drawn: Vec<Row> = (0..rows)
-            .map(|slot| Row { logprobs: slot % 22, ..random_row(&mut random, slot, vocab) })
-            .collect();
+        let drawn: Vec<Draw> =
+            (0..rows).map(|slot| with_logprobs(random_draw(&mut random, slot, vocab), slot % 22)).collect();
         let logits = random_logits(&mut random, rows as usize, vocab);
         let (tokens, _, logprobs) = bench.sample(&drawn, &logits);
-        for (i, row) in drawn.iter().enumerate() {
+        for (i, Draw { row, .. }) in drawn.iter().enumerate() {
             if row.logprobs == 0 {
                 assert_eq!(logprobs[i].len, POISON, "row {i} asked for none");
                 continue;

@@ -1,8 +1,8 @@
-//! What the engine asks of a device, in two traits, and what it asks of a model.
+//! What the engine asks of a device, in three traits, and what it asks of a model.
 //!
 //! [`Device`] is memory, order and recorded work: device buffers, pinned staging, two queues, events, capture and
-//! replay. [`Ops`] is the transformer's arithmetic at the grain at which the fastest backend fuses it. The engine knows
-//! the first, a model the second; neither knows which device it runs on.
+//! replay. [`Sampler`] draws tokens out of logits. [`Ops`] is the transformer's arithmetic at the grain at which the
+//! fastest backend fuses it. The engine knows the first two, a model the third; neither knows which device it runs on.
 //!
 //! Every operation is enqueued and returns at once. Operations of one queue run in the order they were enqueued;
 //! across queues an [`Device::Event`] orders them. Operations never allocate: they write into buffers planned before.
@@ -198,6 +198,8 @@ pub struct Step<Buf> {
     pub page_size: u32,
     /// `[slots + 1]` the token sampled last in each slot (words).
     pub token_pool: Buf,
+    /// `[slots + 1]` [`crate::sampling::SlotState`]: how each slot's tokens are drawn (words).
+    pub slots: Buf,
 }
 
 /// Keys and values of one layer, each `[pages + 1, kv_heads, page_size, head_dim]` of [`Element::Kv`].
@@ -251,6 +253,30 @@ pub enum WeightRole {
     GateUp,
 }
 
+/// The stage behind a model's forward pass: tokens out of logits, by what each row's slot says.
+pub trait Sampler: Device {
+    /// Draws a token for each sampled row by [`crate::sampling`]'s definition, into `tokens[header.output + row]` (words;
+    /// padding rows included) and the token pool. Where there is none, the former gets [`crate::sampling::NO_TOKEN`], the
+    /// latter 0.
+    fn sample(
+        &mut self,
+        step: &Step<Self::Buffer>,
+        logits: Self::Buffer,
+        tokens: Self::Buffer,
+    ) -> Result<(), Self::Error>;
+
+    /// For each sampled row that asks for them: the log-probabilities of its token and of the most probable ones, as
+    /// [`crate::sampling::RowLogprobs`] at `out[header.output + row]`; `tokens` is what [`Sampler::sample`] filled. Nothing is
+    /// written for a row without a token.
+    fn logprobs(
+        &mut self,
+        step: &Step<Self::Buffer>,
+        logits: Self::Buffer,
+        tokens: Self::Buffer,
+        out: Self::Buffer,
+    ) -> Result<(), Self::Error>;
+}
+
 /// The transformer's arithmetic. Sizes come from the step, the weights and [`Ops::reserve`]. What operations hand to each
 /// other (the residual stream, queries, what attention gives) lies in buffers of the backend's own.
 ///
@@ -260,7 +286,7 @@ pub enum WeightRole {
 ///   of one slot are at consecutive positions (as many and in steps as large as [`crate::speculation`] says).
 /// - A token's bits depend on its own sequence alone: not on the rows beside it, on whether it is in a decode row or in a
 ///   prefill row, nor on where its sequence is cut into chunks.
-pub trait Ops: Device {
+pub trait Ops: Sampler {
     /// A weight on the device; a handle like [`Device::Buffer`].
     type Weight: Copy;
 
@@ -324,27 +350,6 @@ pub trait Ops: Device {
         out: Self::Buffer,
     ) -> Result<(), Self::Error>;
 
-    /// Draws a token for each sampled row by [`crate::sampling`]'s definition, into `tokens[header.output + row]` (words;
-    /// padding rows included) and the token pool. Where there is none, the former gets [`crate::sampling::NO_TOKEN`], the
-    /// latter 0.
-    fn sample(
-        &mut self,
-        step: &Step<Self::Buffer>,
-        logits: Self::Buffer,
-        tokens: Self::Buffer,
-    ) -> Result<(), Self::Error>;
-
-    /// For each sampled row that asks for them: the log-probabilities of its token and of the most probable ones, as
-    /// [`crate::sampling::RowLogprobs`] at `out[header.output + row]`; `tokens` is what [`Ops::sample`] filled. Nothing is
-    /// written for a row without a token.
-    fn logprobs(
-        &mut self,
-        step: &Step<Self::Buffer>,
-        logits: Self::Buffer,
-        tokens: Self::Buffer,
-        out: Self::Buffer,
-    ) -> Result<(), Self::Error>;
-
     /// Logits `rows` of a buffer that [`Ops::logits`] filled, `[rows, vocab]` as f32, after waiting for everything
     /// enqueued. For tests and for scoring; allocates its result.
     fn read_logits(
@@ -355,7 +360,7 @@ pub trait Ops: Device {
     ) -> Result<Vec<f32>, Self::Error>;
 }
 
-/// A model over a backend: it turns the step's batch into sampled tokens.
+/// A model over a backend: it turns the step's batch into logits.
 pub trait Model<B: Device> {
     /// Bytes of KV that one page takes, over all layers.
     fn page_bytes(&self, page_size: u32) -> u64;
@@ -385,18 +390,11 @@ pub trait Model<B: Device> {
     /// See [`Ops::plan`].
     fn plan(&self, backend: &B, shape: StepShape, rows: &[Row], words: &mut [u32]);
 
-    /// Enqueues a step: from the packed batch to `tokens[header.output..]` (words) and the token pool.
-    fn forward(&mut self, backend: &mut B, step: &Step<B::Buffer>, tokens: B::Buffer)
-    -> Result<(), B::Error>;
+    /// Enqueues the forward pass of a step: from the packed batch to [`Model::logits`].
+    fn forward(&mut self, backend: &mut B, step: &Step<B::Buffer>) -> Result<(), B::Error>;
 
-    /// Enqueues the log-probabilities of the step just run, [`crate::sampling::RowLogprobs`] at `out[header.output..]`.
-    fn logprobs(
-        &mut self,
-        backend: &mut B,
-        step: &Step<B::Buffer>,
-        tokens: B::Buffer,
-        out: B::Buffer,
-    ) -> Result<(), B::Error>;
+    /// Where a step leaves the logits of its sampled rows, `[samples, vocab]`. Asked after [`Model::reserve`].
+    fn logits(&self) -> B::Buffer;
 
     /// Bytes of weights that a decode step reads, for the byte model of the reports.
     fn weight_bytes(&self) -> u64;

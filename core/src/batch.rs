@@ -1,12 +1,12 @@
 //! A step's batch: plain words, laid out once, sent to the device as one copy.
 //!
 //! ```text
-//!   word 0        16            16 + plan        + 16 rows            + 4 tokens           + 2 updates
-//!   | Header      | plan words  | Row, Row, …    | Token, Token, …    | PageUpdate, …      |
+//!   word 0        16            16 + plan        + 8 rows             + 4 tokens           + 2 updates
+//!   | Header      | plan words  | Row, Row, …    | Token, Token, …    | PageUpdate, …      | SlotUpdate, …
 //! ```
 //!
 //! Where a part begins ([`Layout`]) depends on the step's shape alone, so a recorded step finds it where it was. What is not
-//! used lies behind the updates, and is not copied.
+//! used lies behind the updates, and is not copied. Slot updates begin where the page updates of the step end.
 //!
 //! Decode rows come first and have one token each, so row i of them owns token i; a request has one, and behind it one for each
 //! of its [drafts](crate::speculation). Prefill rows follow, their tokens packed
@@ -28,6 +28,7 @@ use bytemuck::{Pod, Zeroable};
 
 use crate::config::Limits;
 use crate::request::Ticket;
+use crate::sampling::SlotState;
 
 /// In [`Token::id`]: the token that the slot sampled last, not yet known to the host.
 pub const LAST_TOKEN: u32 = u32::MAX;
@@ -38,6 +39,8 @@ pub const HEADER_WORDS: usize = size_of::<Header>() / 4;
 pub const ROW_WORDS: usize = size_of::<Row>() / 4;
 /// Words of a page update.
 pub const UPDATE_WORDS: usize = size_of::<PageUpdate>() / 4;
+/// Words of a slot update.
+pub const SLOT_UPDATE_WORDS: usize = size_of::<SlotUpdate>() / 4;
 /// Words of a token.
 pub const TOKEN_WORDS: usize = size_of::<Token>() / 4;
 
@@ -55,15 +58,17 @@ pub struct Header {
     pub updates: u32,
     /// Where in the output buffers this step's results begin, in rows: two steps can be in flight.
     pub output: u32,
+    /// Slots that somebody has taken.
+    pub slot_updates: u32,
     /// Zero; makes the header 64 bytes.
-    pub reserved: [u32; 11],
+    pub reserved: [u32; 10],
 }
 
 /// One request's share of a step.
 #[repr(C)]
-#[derive(Clone, Copy, Debug, Default, PartialEq, Pod, Zeroable)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
 pub struct Row {
-    /// Row of the page table and of the token pool.
+    /// Row of the page table, of the token pool and of the slots' states.
     pub slot: u32,
     /// Index of its first token among the step's tokens.
     pub first_token: u32,
@@ -75,22 +80,10 @@ pub struct Row {
     pub kv_len: u32,
     /// 1 if the row is sampled, else 0.
     pub sampled: u32,
-    /// 0 takes the most probable token; never between 0 and [`crate::sampling::TEMPERATURE_MIN`].
-    pub temperature: f32,
-    /// 0 keeps every token.
-    pub top_k: u32,
-    /// 1 keeps every token.
-    pub top_p: f32,
-    /// 0 keeps every token.
-    pub min_p: f32,
-    /// Low word of the request's seed.
-    pub seed_low: u32,
-    /// High word of the request's seed.
-    pub seed_high: u32,
     /// 0: no log-probabilities; 1 + k: those of the token drawn and of the k most probable.
     pub logprobs: u32,
-    /// Zero; makes the row 64 bytes.
-    pub reserved: [u32; 3],
+    /// Zero; makes the row 32 bytes.
+    pub reserved: u32,
 }
 
 /// A page-table entry that changed.
@@ -101,6 +94,18 @@ pub struct PageUpdate {
     pub index: u32,
     /// The page.
     pub page: u32,
+}
+
+/// A slot that a request has taken, and how its tokens are drawn.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Pod, Zeroable)]
+pub struct SlotUpdate {
+    /// The slot.
+    pub slot: u32,
+    /// Zero.
+    pub reserved: [u32; 3],
+    /// What it holds from this step on.
+    pub state: SlotState,
 }
 
 /// One token to run.
@@ -174,7 +179,9 @@ impl Layout {
         let rows = plan + plan_words.next_multiple_of(ROW_WORDS);
         let tokens = rows + limits.running as usize * ROW_WORDS;
         let updates = tokens + limits.step_tokens() * TOKEN_WORDS;
-        Layout { plan, rows, tokens, updates, words: updates + limits.page_updates() * UPDATE_WORDS }
+        let slot_updates = updates + limits.page_updates() * UPDATE_WORDS;
+        let words = slot_updates + limits.running as usize * SLOT_UPDATE_WORDS;
+        Layout { plan, rows, tokens, updates, words }
     }
 
     /// The layout of a step of this shape.
@@ -191,6 +198,7 @@ pub struct Batch {
     /// How many of them are decode rows.
     decode_rows: u32,
     updates: Vec<PageUpdate>,
+    slot_updates: Vec<SlotUpdate>,
     tokens: Vec<Token>,
     /// The request of each row.
     owners: Vec<Ticket>,
@@ -208,6 +216,7 @@ impl Batch {
             rows: Vec::with_capacity(rows),
             decode_rows: 0,
             updates: Vec::with_capacity(limits.page_updates()),
+            slot_updates: Vec::with_capacity(rows),
             tokens: Vec::with_capacity(limits.step_tokens()),
             owners: Vec::with_capacity(rows),
             samples: 0,
@@ -222,6 +231,7 @@ impl Batch {
         self.decode_rows = 0;
         self.rows.clear();
         self.updates.clear();
+        self.slot_updates.clear();
         self.tokens.clear();
         self.owners.clear();
         self.samples = 0;
@@ -245,6 +255,11 @@ impl Batch {
     /// The page-table entries that changed.
     pub fn updates(&self) -> &[PageUpdate] {
         &self.updates
+    }
+
+    /// The slots that were taken.
+    pub fn slot_updates(&self) -> &[SlotUpdate] {
+        &self.slot_updates
     }
 
     /// The request of each row.
@@ -299,6 +314,12 @@ impl Batch {
         self.updates.push(update);
     }
 
+    /// Says how a slot's tokens are drawn from this step on.
+    pub fn push_slot(&mut self, slot: u32, state: SlotState) {
+        debug_assert!(self.slot_updates.len() < self.capacity_rows, "a slot is taken once a step");
+        self.slot_updates.push(SlotUpdate { slot, reserved: [0; 3], state });
+    }
+
     /// Adds a token of the prefill row pushed last.
     pub fn push_token(&mut self, token: Token) {
         debug_assert!(self.tokens.len() < self.capacity_tokens);
@@ -348,7 +369,8 @@ impl Batch {
             samples: shape.samples,
             updates: self.updates.len() as u32,
             output,
-            reserved: [0; 11],
+            slot_updates: self.slot_updates.len() as u32,
+            reserved: [0; 10],
         };
         words[..HEADER_WORDS].copy_from_slice(bytemuck::cast_slice(&[header]));
         let rows = packed_rows_mut(layout, shape.rows() as usize, words);
@@ -358,12 +380,16 @@ impl Batch {
             *row = dummy.row(first_padding_token + i as u32);
         }
         let updates: &[u32] = bytemuck::cast_slice(&self.updates);
-        words[layout.updates..][..updates.len()].copy_from_slice(updates);
+        let slot_updates: &[u32] = bytemuck::cast_slice(&self.slot_updates);
+        let (pages, slots) = words[layout.updates..].split_at_mut(updates.len());
+        pages.copy_from_slice(updates);
+        slots[..slot_updates.len()].copy_from_slice(slot_updates);
+        let used = layout.updates + updates.len() + slot_updates.len();
         let tokens: &mut [Token] =
             bytemuck::cast_slice_mut(&mut words[layout.tokens..][..shape.tokens as usize * TOKEN_WORDS]);
         tokens[..self.tokens.len()].copy_from_slice(&self.tokens);
         tokens[self.tokens.len()..].fill(dummy.token());
-        layout.updates + updates.len()
+        used
     }
 }
 
@@ -378,16 +404,7 @@ pub struct Dummy {
 
 impl Dummy {
     pub(crate) fn row(self, first_token: u32) -> Row {
-        Row {
-            slot: self.slot,
-            first_token,
-            tokens: 1,
-            position: 0,
-            kv_len: 1,
-            sampled: 1,
-            top_p: 1.0,
-            ..Row::default()
-        }
+        Row { slot: self.slot, first_token, tokens: 1, position: 0, kv_len: 1, sampled: 1, ..Row::default() }
     }
 
     pub(crate) fn token(self) -> Token {
@@ -413,6 +430,13 @@ pub fn packed_tokens<'a>(layout: &Layout, tokens: usize, words: &'a [u32]) -> &'
 pub fn packed_updates<'a>(layout: &Layout, words: &'a [u32]) -> &'a [PageUpdate] {
     let updates = words[3] as usize;
     bytemuck::cast_slice(&words[layout.updates..][..updates * UPDATE_WORDS])
+}
+
+/// The slot updates of a packed batch.
+pub fn packed_slot_updates<'a>(layout: &Layout, words: &'a [u32]) -> &'a [SlotUpdate] {
+    let (updates, slots) = (words[3] as usize, words[5] as usize);
+    let first = layout.updates + updates * UPDATE_WORDS;
+    bytemuck::cast_slice(&words[first..][..slots * SLOT_UPDATE_WORDS])
 }
 
 /// A packed batch of zeros, for a backend's own tests.

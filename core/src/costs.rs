@@ -14,7 +14,7 @@
 //!
 //! What is measured decides when a request runs, never what comes out.
 
-use crate::backend::{Device, Model, Queue};
+use crate::backend::{Device, Model, Queue, Sampler};
 use crate::batch::{Batch, Dummy, Row, StepShape, Token};
 use crate::config::Limits;
 use crate::graphs::DecodeGraphs;
@@ -76,7 +76,7 @@ pub(crate) struct Bench<'a, B: Device, M> {
     pub ended: &'a mut B::Event,
 }
 
-impl<B: Device, M: Model<B>> Bench<'_, B, M> {
+impl<B: Sampler, M: Model<B>> Bench<'_, B, M> {
     /// Times a few steps of each kind, small ones first.
     pub fn measure(mut self, limits: &Limits) -> Result<StepCosts, B::Error> {
         let (dummy, mut batch) = (self.resident.dummy(), Batch::new(limits));
@@ -126,7 +126,7 @@ impl<B: Device, M: Model<B>> Bench<'_, B, M> {
             let step = self.resident.send(self.backend, self.model, batch, shape, 0, self.staging)?;
             match graph {
                 Some((_, graph)) => self.backend.replay(graph)?,
-                None => self.model.forward(self.backend, &step, self.resident.tokens)?,
+                None => self.resident.run(self.backend, self.model, &step)?,
             }
         }
         self.backend.record(Queue::Compute, self.ended)?;

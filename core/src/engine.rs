@@ -28,7 +28,7 @@ use alloc::vec::Vec;
 
 use thiserror::Error;
 
-use crate::backend::{Device, DeviceInfo, Memory, Model, Queue};
+use crate::backend::{Device, DeviceInfo, Memory, Model, Queue, Sampler};
 use crate::batch::{Batch, StepShape};
 use crate::config::{Limits, LimitsError};
 use crate::costs::{Bench, StepCosts};
@@ -198,7 +198,7 @@ impl<B: Device> Flight<B> {
 }
 
 /// See the module.
-pub struct Engine<B: Device, M: Model<B>> {
+pub struct Engine<B: Sampler, M: Model<B>> {
     scheduler: Scheduler,
     limits: Limits,
     overlap: bool,
@@ -225,7 +225,7 @@ pub struct Engine<B: Device, M: Model<B>> {
     backend: B,
 }
 
-impl<B: Device, M: Model<B>> Engine<B, M> {
+impl<B: Sampler, M: Model<B>> Engine<B, M> {
     /// Reserves the model's buffers and the engine's own, then the pages, records the decode steps, and measures what steps
     /// cost.
     ///
@@ -339,11 +339,11 @@ impl<B: Device, M: Model<B>> Engine<B, M> {
         let step = resident.send(backend, model, &flight.batch, flight.shape, at, &mut flight.packed)?;
         match graph {
             Some((_, graph)) => backend.replay(graph)?,
-            None => model.forward(backend, &step, resident.tokens)?,
+            None => resident.run(backend, model, &step)?,
         }
         flight.logprobs_wanted = counts.samples > 0 && flight.batch.wants_logprobs();
         if flight.logprobs_wanted {
-            model.logprobs(backend, &step, resident.tokens, resident.logprobs)?;
+            backend.logprobs(&step, model.logits(), resident.tokens, resident.logprobs)?;
         }
         backend.record(Queue::Compute, &mut flight.ended)?;
         self.enqueue_downloads(at)?;
@@ -469,7 +469,7 @@ impl<B: Device, M: Model<B>> Engine<B, M> {
 }
 
 /// Times steps, in the memory of a flight.
-fn measure<B: Device, M: Model<B>>(
+fn measure<B: Sampler, M: Model<B>>(
     backend: &mut B,
     model: &mut M,
     resident: &Resident<B::Buffer>,

@@ -10,7 +10,7 @@
 //!
 //! Invariant: each attempt is for fewer pages than the one before, and none for fewer than the least.
 
-use crate::backend::{Device, Memory, Model};
+use crate::backend::{Memory, Model, Sampler};
 use crate::config::Limits;
 use crate::engine::EngineError;
 use crate::graphs::{CaptureError, DecodeGraphs};
@@ -35,7 +35,7 @@ pub(crate) struct Fitted<G> {
 }
 
 /// Allocates the pages, `limits.pages` of them or as `fit` says, and records the decode steps.
-pub(crate) fn fitted<B: Device, M: Model<B>>(
+pub(crate) fn fitted<B: Sampler, M: Model<B>>(
     backend: &mut B,
     model: &mut M,
     resident: &mut Resident<B::Buffer>,
@@ -75,7 +75,7 @@ struct Failed<E: core::error::Error + 'static> {
     recording: u64,
 }
 
-fn attempt<B: Device, M: Model<B>>(
+fn attempt<B: Sampler, M: Model<B>>(
     backend: &mut B,
     model: &mut M,
     resident: &mut Resident<B::Buffer>,

@@ -16,7 +16,7 @@
 
 use alloc::vec::Vec;
 
-use crate::backend::{Device, Model};
+use crate::backend::{Model, Sampler};
 use crate::batch::{Batch, StepShape};
 use crate::config::Limits;
 use crate::resident::Resident;
@@ -39,7 +39,7 @@ fn sizes(limit: u32) -> impl Iterator<Item = u32> {
 
 impl<G> DecodeGraphs<G> {
     /// Records a step of every size. `staging` is pinned memory for a packed batch.
-    pub fn capture<B: Device<Graph = G>, M: Model<B>>(
+    pub fn capture<B: Sampler<Graph = G>, M: Model<B>>(
         backend: &mut B,
         model: &mut M,
         resident: &Resident<B::Buffer>,
@@ -84,7 +84,7 @@ pub(crate) struct CaptureError<E> {
 }
 
 /// Runs a step that holds dummy rows alone.
-fn run<B: Device, M: Model<B>>(
+fn run<B: Sampler, M: Model<B>>(
     backend: &mut B,
     model: &mut M,
     resident: &Resident<B::Buffer>,
@@ -93,12 +93,12 @@ fn run<B: Device, M: Model<B>>(
     staging: &mut B::Pinned,
 ) -> Result<(), B::Error> {
     let step = resident.send(backend, model, batch, StepShape::decode(rows), 0, staging)?;
-    model.forward(backend, &step, resident.tokens)?;
+    resident.run(backend, model, &step)?;
     backend.synchronize()
 }
 
 /// Records such a step. A recording that fails is ended all the same.
-fn record<B: Device, M: Model<B>>(
+fn record<B: Sampler, M: Model<B>>(
     backend: &mut B,
     model: &mut M,
     resident: &Resident<B::Buffer>,
@@ -109,7 +109,7 @@ fn record<B: Device, M: Model<B>>(
     let step = resident.send(backend, model, batch, StepShape::decode(rows), 0, staging)?;
     backend.synchronize()?;
     backend.begin_capture()?;
-    let enqueued = model.forward(backend, &step, resident.tokens);
+    let enqueued = resident.run(backend, model, &step);
     let graph = backend.end_capture();
     enqueued.and(graph)
 }

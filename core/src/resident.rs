@@ -4,6 +4,7 @@
 //!   batch       [layout.words]             the step's packed batch, overwritten by each step's upload
 //!   page table  [slots + 1, table_width]   kept up to date by the batches' updates
 //!   token pool  [slots + 1]                the token each slot sampled last
+//!   slots       [slots + 1] SlotState      how each slot's tokens are drawn, kept up to date likewise
 //!   tokens      [2, slots]                 what the steps draw; steps take turns at the two halves
 //!   logprobs    [2, slots] RowLogprobs     their log-probabilities
 //! ```
@@ -18,10 +19,10 @@
 //! The page table has an entry for each page of as many sequences of full length as there are slots: 4 bytes each, a MiB for
 //! 256 slots of 16,384 tokens, 256 MiB for 4,096 slots of 262,144.
 
-use crate::backend::{Device, Element, Model, Purpose, Step};
+use crate::backend::{Device, Element, Model, Purpose, Sampler, Step};
 use crate::batch::{Batch, Dummy, Layout, ROW_WORDS, StepShape};
 use crate::config::Limits;
-use crate::sampling::LOGPROB_WORDS;
+use crate::sampling::{LOGPROB_WORDS, SLOT_STATE_WORDS, SlotState};
 
 /// See the module.
 pub(crate) struct Resident<Buf> {
@@ -36,6 +37,7 @@ pub(crate) struct Resident<Buf> {
     batch: Buf,
     page_table: Buf,
     token_pool: Buf,
+    states: Buf,
     pub tokens: Buf,
     pub logprobs: Buf,
 }
@@ -60,20 +62,24 @@ impl<Buf: Copy> Resident<Buf> {
             batch: words(layout.words)?,
             page_table: words(table_words(limits))?,
             token_pool: words(slots + 1)?,
+            states: words((slots + 1) * SLOT_STATE_WORDS)?,
             tokens: words(2 * slots)?,
             logprobs: words(2 * slots * LOGPROB_WORDS)?,
         })
     }
 
-    /// Lets every slot's pages be the dummy page, which lies behind the last one, and every slot's token be 0.
+    /// Lets every slot's pages be the dummy page, which lies behind the last one, every slot's token be 0, and every slot draw
+    /// greedily.
     pub fn clear<B: Device<Buffer = Buf>>(
         &mut self,
         backend: &mut B,
         limits: &Limits,
     ) -> Result<(), B::Error> {
         self.dummy.location = limits.pages * limits.page_size;
-        fill(backend, self.page_table, table_words(limits), limits.pages)?;
-        fill(backend, self.token_pool, self.slots + 1, 0)
+        fill(backend, self.page_table, table_words(limits), &[limits.pages])?;
+        fill(backend, self.token_pool, self.slots + 1, &[0])?;
+        let greedy = [SlotState::default()];
+        fill(backend, self.states, (self.slots + 1) * SLOT_STATE_WORDS, bytemuck::cast_slice(&greedy))
     }
 
     /// Where padding rows point.
@@ -122,7 +128,23 @@ impl<Buf: Copy> Resident<Buf> {
             table_width: self.table_width,
             page_size: self.page_size,
             token_pool: self.token_pool,
+            slots: self.states,
         })
+    }
+
+    /// Enqueues a step that was sent: the model's forward pass, then the sampler, which fills `tokens`.
+    pub fn run<B: Sampler<Buffer = Buf>, M: Model<B>>(
+        &self,
+        backend: &mut B,
+        model: &mut M,
+        step: &Step<Buf>,
+    ) -> Result<(), B::Error> {
+        model.forward(backend, step)?;
+        // A step that is one unfinished chunk of a prompt leaves keys and values, and no token.
+        match step.shape.samples {
+            0 => Ok(()),
+            _ => backend.sample(step, model.logits(), self.tokens),
+        }
     }
 }
 
@@ -131,11 +153,18 @@ fn table_words(limits: &Limits) -> usize {
     (limits.running as usize + 1) * limits.table_width() as usize
 }
 
-/// Sets every word of a buffer, and waits until that is done.
-fn fill<B: Device>(backend: &mut B, buffer: B::Buffer, words: usize, value: u32) -> Result<(), B::Error> {
+/// Fills a buffer with a pattern, again and again, and waits until that is done.
+fn fill<B: Device>(
+    backend: &mut B,
+    buffer: B::Buffer,
+    words: usize,
+    pattern: &[u32],
+) -> Result<(), B::Error> {
     const AT_ONCE: usize = 64 << 10;
     let mut staging = backend.alloc_pinned(words.min(AT_ONCE))?;
-    backend.words_mut(&mut staging)?.fill(value);
+    for (word, value) in backend.words_mut(&mut staging)?.iter_mut().zip(pattern.iter().cycle()) {
+        *word = *value;
+    }
     for first in (0..words).step_by(AT_ONCE) {
         let count = AT_ONCE.min(words - first);
         let part = backend.slice(buffer, first..first + count);

@@ -71,6 +71,43 @@ impl Default for SamplingParams {
     }
 }
 
+/// How the tokens of a slot are drawn, as it lies on the device from when a request takes the slot.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Pod, Zeroable)]
+pub struct SlotState {
+    /// 0 takes the most probable token; never between 0 and [`TEMPERATURE_MIN`].
+    pub temperature: f32,
+    /// 0 keeps every token.
+    pub top_k: u32,
+    /// 1 keeps every token.
+    pub top_p: f32,
+    /// 0 keeps every token.
+    pub min_p: f32,
+    /// Low word of the request's seed.
+    pub seed_low: u32,
+    /// High word of the request's seed.
+    pub seed_high: u32,
+    /// Zero; makes the state 32 bytes.
+    pub reserved: [u32; 2],
+}
+
+/// Words of a [`SlotState`].
+pub const SLOT_STATE_WORDS: usize = size_of::<SlotState>() / 4;
+
+/// Greedy: what a slot has that nobody has taken.
+impl Default for SlotState {
+    fn default() -> Self {
+        SamplingParams::default().slot_state()
+    }
+}
+
+impl SlotState {
+    /// The request's seed.
+    pub fn seed(&self) -> u64 {
+        u64::from(self.seed_high) << 32 | u64::from(self.seed_low)
+    }
+}
+
 /// A sampling parameter out of its range.
 #[derive(Clone, Copy, Debug, Error, PartialEq)]
 pub enum SamplingError {
@@ -109,6 +146,19 @@ impl SamplingParams {
         match self.logprobs {
             Some(k) if k as usize > TOP_LOGPROBS_MAX => Err(SamplingError::Logprobs(k)),
             _ => Ok(()),
+        }
+    }
+
+    /// What the device keeps of them for a slot.
+    pub fn slot_state(&self) -> SlotState {
+        SlotState {
+            temperature: self.drawing_temperature(),
+            top_k: self.top_k,
+            top_p: self.top_p,
+            min_p: self.min_p,
+            seed_low: self.seed as u32,
+            seed_high: (self.seed >> 32) as u32,
+            reserved: [0; 2],
         }
     }
 

@@ -366,6 +366,8 @@ impl Scheduler {
             return false;
         }
         self.stats.cached_tokens += self.table.start(entry, node, depth);
+        let request = self.table.get(entry);
+        batch.push_slot(request.slot, request.params.slot_state());
         let mut page = node;
         for i in (0..depth).rev() {
             self.set_page(entry, i, page, batch);
@@ -693,13 +695,7 @@ fn row(
         position: positions.start,
         kv_len: positions.end,
         sampled: u32::from(sampled),
-        temperature: params.drawing_temperature(),
-        top_k: params.top_k,
-        top_p: params.top_p,
-        min_p: params.min_p,
-        seed_low: params.seed as u32,
-        seed_high: (params.seed >> 32) as u32,
         logprobs: params.logprobs.map_or(0, |k| 1 + k),
-        reserved: [0; 3],
+        reserved: 0,
     }
 }

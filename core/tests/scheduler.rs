@@ -116,7 +116,8 @@ fn a_tiny_temperature_reaches_the_device_as_greedy() {
     }
     let mut batch = Batch::new(&SMALL);
     assert!(scheduler.schedule(&mut batch));
-    assert_eq!(batch.rows().iter().map(|row| row.temperature).collect::<Vec<_>>(), [0.0, 0.5]);
+    let temperatures = batch.slot_updates().iter().map(|update| update.state.temperature);
+    assert_eq!(temperatures.collect::<Vec<_>>(), [0.0, 0.5]);
 }
 
 #[test]

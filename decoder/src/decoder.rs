@@ -1,7 +1,7 @@
 //! The forward pass of a decoder over a backend's operations.
 //!
 //! ```text
-//!   ids ─ embed ─> residual stream ─ [decoder layer] x L ─> final norm ─> gathered ─ head ─> logits ─ sample
+//!   ids ─ embed ─> residual stream ─ [decoder layer] x L ─> final norm ─> gathered ─ head ─> logits
 //!                                         │ ^               (last token of each sampled row)
 //!                                         v │
 //!                                    KV pages of the layer
@@ -176,12 +176,7 @@ impl<B: Ops> Model<B> for Decoder<B> {
         backend.plan(shape, rows, words);
     }
 
-    fn forward(
-        &mut self,
-        backend: &mut B,
-        step: &Step<B::Buffer>,
-        tokens: B::Buffer,
-    ) -> Result<(), B::Error> {
+    fn forward(&mut self, backend: &mut B, step: &Step<B::Buffer>) -> Result<(), B::Error> {
         let planned = self.planned();
         let kv = &self.pages.as_ref().expect("the engine allocates pages before the first step").layers;
         backend.begin_step(step)?;
@@ -189,23 +184,16 @@ impl<B: Ops> Model<B> for Decoder<B> {
         for (i, ((weights, kv), rope)) in self.layers.iter().zip(kv).zip(&planned.ropes).enumerate() {
             backend.decoder_layer(step, i, weights, *rope, *kv)?;
         }
-        // A step that is one unfinished chunk of a prompt leaves keys and values, and no token.
+        // A step that is one unfinished chunk of a prompt leaves keys and values, and no logits.
         if step.shape.samples == 0 {
             return Ok(());
         }
         backend.final_norm(step, self.norm, planned.gathered)?;
-        backend.logits(step, planned.gathered, self.head, planned.logits)?;
-        backend.sample(step, planned.logits, tokens)
+        backend.logits(step, planned.gathered, self.head, planned.logits)
     }
 
-    fn logprobs(
-        &mut self,
-        backend: &mut B,
-        step: &Step<B::Buffer>,
-        tokens: B::Buffer,
-        out: B::Buffer,
-    ) -> Result<(), B::Error> {
-        backend.logprobs(step, self.planned().logits, tokens, out)
+    fn logits(&self) -> B::Buffer {
+        self.planned().logits
     }
 
     fn weight_bytes(&self) -> u64 {

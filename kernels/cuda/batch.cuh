@@ -1,18 +1,27 @@
 // The packed batch as core lays it out: 32-bit words, parts at offsets that a step's shape fixes, the same structs on both sides.
 //
-//   | Header | plan words | Row, Row, … | Token, Token, … | PageUpdate, … |
+//   | Header | plan words | Row, Row, … | Token, Token, … | PageUpdate, … | SlotUpdate, …
 #pragma once
 
 struct Header {
-    unsigned rows, tokens, samples, updates, output, reserved[11];
+    unsigned rows, tokens, samples, updates, output, slot_updates, reserved[10];
 };
 
 struct Row {
-    unsigned slot, first_token, tokens, position, kv_len, sampled;
+    unsigned slot, first_token, tokens, position, kv_len, sampled, logprobs, reserved;
+};
+
+// How the tokens of a slot are drawn.
+struct SlotState {
     float temperature;
     unsigned top_k;
     float top_p, min_p;
-    unsigned seed_low, seed_high, logprobs, reserved[3];
+    unsigned seed_low, seed_high, reserved[2];
+};
+
+struct SlotUpdate {
+    unsigned slot, reserved[3];
+    SlotState state;
 };
 
 struct PageUpdate {
@@ -23,7 +32,8 @@ struct Token {
     unsigned id, slot, position, location;
 };
 
-static_assert(sizeof(Header) == 64 && sizeof(Row) == 64 && sizeof(PageUpdate) == 8 && sizeof(Token) == 16, "layout");
+static_assert(sizeof(Header) == 64 && sizeof(Row) == 32 && sizeof(PageUpdate) == 8 && sizeof(Token) == 16, "layout");
+static_assert(sizeof(SlotState) == 32 && sizeof(SlotUpdate) == 48, "layout");
 
 // Token::id of a token that the host does not know yet: the one the slot sampled last.
 #define LAST_TOKEN 0xffffffffu

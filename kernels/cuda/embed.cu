@@ -1,6 +1,7 @@
 // begin_step, embed, final_norm: the two ends of a step, where the batch's tokens enter and its sampled rows leave.
 //
 //   begin_step   page_table[update.index] = update.page          grid 8                       block 256
+//                slots[update.slot] = update.state
 //   embed        residual[t, :] = table[id(t), :]                grid tokens                  block 128
 //                sumsq[t, j] = sum of squares of residual[t, 64 j ..]
 //   final_norm   out[r, :] = rms_norm(residual[last(r), :]) * w   grid samples                 block 128
@@ -10,7 +11,7 @@
 //
 // 1. A step's launches begin behind everything that came before: begin_step is no dependent launch. embed lets the next
 //    kernel start only once begin_step has ended, so any kernel behind it may read what begin_step wrote (the page
-//    table, by attention) before its own dependent-launch wait, and embed may read the token pool before its own.
+//    table, by attention; the slots, by the sampler) before its own dependent-launch wait, and embed may read the token pool before its own.
 // 2. A warp owns whole segments of 64 elements, two a lane, so a segment's sum has one order.
 #include <cuda_bf16.h>
 
@@ -18,12 +19,16 @@
 #include "dependent.cuh"
 
 extern "C" __global__ void __launch_bounds__(256)
-begin_step(const unsigned *batch, unsigned updates_offset, unsigned *page_table) {
+begin_step(const unsigned *batch, unsigned updates_offset, unsigned *page_table, SlotState *slots) {
     dependent_launch();
-    const unsigned updates = reinterpret_cast<const Header *>(batch)->updates;
-    const PageUpdate *update = reinterpret_cast<const PageUpdate *>(batch + updates_offset);
-    for (unsigned i = blockIdx.x * 256 + threadIdx.x; i < updates; i += gridDim.x * 256)
-        page_table[update[i].index] = update[i].page;
+    const Header *header = reinterpret_cast<const Header *>(batch);
+    const unsigned pages = header->updates, taken = header->slot_updates;
+    const PageUpdate *page = reinterpret_cast<const PageUpdate *>(batch + updates_offset);
+    const SlotUpdate *slot = reinterpret_cast<const SlotUpdate *>(page + pages);
+    for (unsigned i = blockIdx.x * 256 + threadIdx.x; i < pages; i += gridDim.x * 256)
+        page_table[page[i].index] = page[i].page;
+    for (unsigned i = blockIdx.x * 256 + threadIdx.x; i < taken; i += gridDim.x * 256)
+        slots[slot[i].slot] = slot[i].state;
 }
 
 __device__ __forceinline__ float warp_sum(float value) {

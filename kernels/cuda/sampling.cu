@@ -189,14 +189,14 @@ __device__ __forceinline__ unsigned key_within(const Selection &s, unsigned long
 }
 
 extern "C" __global__ void __launch_bounds__(1024)
-sample_cut(const unsigned *batch, unsigned rows_offset, const __half *logits, unsigned vocab, unsigned stride,
-           float *cut) {
+sample_cut(const unsigned *batch, unsigned rows_offset, const SlotState *slots, const __half *logits, unsigned vocab,
+           unsigned stride, float *cut) {
     __shared__ Selection s;
     dependent_launch();
-    const Row row = reinterpret_cast<const Row *>(batch + rows_offset)[blockIdx.x];
+    const SlotState slot = slots[reinterpret_cast<const Row *>(batch + rows_offset)[blockIdx.x].slot];
     dependent_wait();
-    const bool by_count = row.top_k > 0 && row.top_k < vocab, by_mass = row.top_p < 1.0f;
-    if (row.temperature == 0.0f || !(by_count || by_mass || row.min_p > 0.0f)) {
+    const bool by_count = slot.top_k > 0 && slot.top_k < vocab, by_mass = slot.top_p < 1.0f;
+    if (slot.temperature == 0.0f || !(by_count || by_mass || slot.min_p > 0.0f)) {
         if (threadIdx.x == 0)
             cut[blockIdx.x] = NO_CUT;
         return;
@@ -213,8 +213,8 @@ sample_cut(const unsigned *batch, unsigned rows_offset, const __half *logits, un
     for_each_logit<1024>(l, aligned, 0, vocab, [&](unsigned, __half logit) { top = max(top, key_of(logit)); });
     atomicMax(&s.top, __reduce_max_sync(0xffffffffu, top));
     __syncthreads();
-    const float largest = logit_of(s.top), scale = LOG2E / row.temperature;
-    float least = row.min_p > 0.0f ? largest + row.temperature * logf(row.min_p) : NO_CUT;
+    const float largest = logit_of(s.top), scale = LOG2E / slot.temperature;
+    float least = slot.min_p > 0.0f ? largest + slot.temperature * logf(slot.min_p) : NO_CUT;
     unsigned floor_key = 0;
 
     for_each_logit<1024>(l, aligned, 0, vocab, [&](unsigned, __half logit) {
@@ -233,10 +233,10 @@ sample_cut(const unsigned *batch, unsigned rows_offset, const __half *logits, un
 
     if (by_count) {
         if (threadIdx.x < 32)
-            find_bucket(s, row.top_k, [&](int bucket) { return (unsigned long long)s.count[bucket]; });
+            find_bucket(s, slot.top_k, [&](int bucket) { return (unsigned long long)s.count[bucket]; });
         __syncthreads();
         count_within(s, l, aligned, vocab, 0);
-        floor_key = key_within(s, row.top_k, [](unsigned) { return 1ull; });
+        floor_key = key_within(s, slot.top_k, [](unsigned) { return 1ull; });
         __syncthreads();
         if (by_mass && threadIdx.x == 0) {  // what lies below the k-th largest has no mass from here on
             unsigned long long mass = 0;
@@ -259,7 +259,7 @@ sample_cut(const unsigned *batch, unsigned rows_offset, const __half *logits, un
             mass += mass_in(i);
         atomicAdd(&s.total, mass);
         __syncthreads();
-        const unsigned long long target = max(1ull, (unsigned long long)ceil((double)row.top_p * (double)s.total));
+        const unsigned long long target = max(1ull, (unsigned long long)ceil((double)slot.top_p * (double)s.total));
         if (threadIdx.x < 32)
             find_bucket(s, target, mass_in);
         __syncthreads();
@@ -294,9 +294,9 @@ struct Best {
 };
 
 // Takes the scores of the row's four logits from `id` on, a multiple of 4, unless none of them can be `found` or better.
-__device__ __forceinline__ void take_four(Best &best, const __half *logit, unsigned id, const Row &row, float inverse,
-                                          float least, float found) {
-    const uint4 words = philox(make_uint4(id / 4, row.kv_len, 0, 0), row.seed_low, row.seed_high);
+__device__ __forceinline__ void take_four(Best &best, const __half *logit, unsigned id, unsigned position,
+                                          const SlotState &slot, float inverse, float least, float found) {
+    const uint4 words = philox(make_uint4(id / 4, position, 0, 0), slot.seed_low, slot.seed_high);
     const float w[4] = {complement(words.x), complement(words.y), complement(words.z), complement(words.w)};
     float bound = NO_CUT;
 #pragma unroll
@@ -312,17 +312,18 @@ __device__ __forceinline__ void take_four(Best &best, const __half *logit, unsig
 }
 
 extern "C" __global__ void __launch_bounds__(256)
-sample_draw(const unsigned *batch, unsigned rows_offset, const __half *logits, unsigned vocab, unsigned stride,
-            unsigned chunk, const float *cut, unsigned long long *row_best, unsigned *arrived, unsigned *tokens,
+sample_draw(const unsigned *batch, unsigned rows_offset, const SlotState *slots, const __half *logits, unsigned vocab,
+            unsigned stride, unsigned chunk, const float *cut, unsigned long long *row_best, unsigned *arrived, unsigned *tokens,
             unsigned *token_pool) {
     __shared__ unsigned long long warps[8];
     dependent_launch();
     const Row row = reinterpret_cast<const Row *>(batch + rows_offset)[blockIdx.y];
+    const SlotState slot = slots[row.slot];
     dependent_wait();
     const __half *l = logits + (size_t)blockIdx.y * stride;
-    const bool aligned = stride % 8 == 0, greedy = row.temperature == 0.0f;
+    const bool aligned = stride % 8 == 0, greedy = slot.temperature == 0.0f;
     const unsigned begin = blockIdx.x * chunk, end = min(vocab, begin + chunk);
-    const float least = cut[blockIdx.y], inverse = greedy ? 1.0f : 1.0f / row.temperature;
+    const float least = cut[blockIdx.y], inverse = greedy ? 1.0f : 1.0f / slot.temperature;
     Best best = {NO_CUT, begin};
     __half2 largest = __half2half2(__ushort_as_half(0xfc00));
     for (unsigned first = begin; first < end; first += 256 * 8) {
@@ -338,8 +339,8 @@ sample_draw(const unsigned *batch, unsigned rows_offset, const __half *logits, u
                 best.take(__half2float(logit[j]), i + j);
         } else {
             const float found = value_of(__reduce_max_sync(0xffffffffu, ordered(best.score)));
-            take_four(best, logit, i, row, inverse, least, found);
-            take_four(best, logit + 4, i + 4, row, inverse, least, found);
+            take_four(best, logit, i, row.kv_len, slot, inverse, least, found);
+            take_four(best, logit + 4, i + 4, row.kv_len, slot, inverse, least, found);
         }
     }
     const __half own = __hmax_nan(__low2half(largest), __high2half(largest));

@@ -8,12 +8,13 @@ mod support;
 use std::fs;
 
 use half::{bf16, f16};
-use minisgl_core::backend::{Device, Element, Model, Ops, Purpose, Queue, Step};
+use minisgl_core::backend::{Device, Element, Model, Ops, Purpose, Queue, Sampler, Step};
 use minisgl_core::batch::{
     Batch, Dummy, LAST_TOKEN, Layout, PageUpdate, Row, StepShape, Token, packed_rows, zeroed_words,
 };
 use minisgl_core::config::Limits;
 use minisgl_core::request::Ticket;
+use minisgl_core::sampling::SLOT_STATE_WORDS;
 use minisgl_cpu::Cpu;
 use minisgl_decoder::{Checkpoint, Decoder};
 use safetensors::tensor::TensorView;
@@ -66,9 +67,11 @@ impl Driver {
         let batch = words(layout.words);
         let page_table = words(slots * table_width as usize);
         let token_pool = words(slots);
+        let states = words(slots * SLOT_STATE_WORDS);
         let tokens = words(running as usize);
         let shape = StepShape::decode(0);
-        let step = Step { shape, batch, layout, page_table, table_width, page_size, token_pool };
+        let step =
+            Step { shape, batch, layout, page_table, table_width, page_size, token_pool, slots: states };
         let staging = cpu.alloc_pinned(layout.words).unwrap();
         let results = cpu.alloc_pinned(running as usize).unwrap();
         Driver { cpu, model, limits, layout, step, tokens, staging, results, pages_shared: false }
@@ -86,7 +89,8 @@ impl Driver {
         self.cpu.words_mut(&mut self.staging).unwrap().copy_from_slice(&words);
         self.cpu.upload(&mut self.staging, 0..len, self.step.batch).unwrap();
         self.step.shape = shape;
-        self.model.forward(&mut self.cpu, &self.step, self.tokens).unwrap();
+        self.model.forward(&mut self.cpu, &self.step).unwrap();
+        self.cpu.sample(&self.step, Model::<Cpu>::logits(&self.model), self.tokens).unwrap();
         self.cpu.synchronize().unwrap();
         self.cpu.download(Queue::Compute, self.tokens, runs.len(), &mut self.results).unwrap();
         let tokens = self.cpu.words(&self.results).unwrap()[..runs.len()].to_vec();
@@ -109,7 +113,6 @@ impl Driver {
                 position: run.position,
                 kv_len,
                 sampled: 1,
-                top_p: 1.0,
                 ..Row::default()
             };
             let first_page = if self.pages_shared { 0 } else { run.position.div_ceil(page_size) };

@@ -9,6 +9,7 @@ use minisgl_core::backend::{Device, Element, KvLayer, LayerWeights, Ops, Purpose
 use minisgl_core::batch::{Batch, Dummy, Layout, PageUpdate, Row, StepShape, Token};
 use minisgl_core::config::Limits;
 use minisgl_core::request::Ticket;
+use minisgl_core::sampling::{SLOT_STATE_WORDS, SlotState};
 use minisgl_core::spec::{Attention, DecoderSpec, Dims, LayerSpec, Mixer, NormForm, QkNorm, Rope};
 use minisgl_core::tensor::{Dtype, HostTensor, TensorData, splitmix64};
 use minisgl_cpu::{Buffer, Cpu, Weight};
@@ -87,6 +88,7 @@ pub struct Machine {
     pub batch: Buffer,
     pub page_table: Buffer,
     pub token_pool: Buffer,
+    pub slots: Buffer,
     /// `[slot][i]`: the pages, as the tests dealt them out.
     pub pages: Vec<Vec<u32>>,
 }
@@ -153,9 +155,10 @@ impl Machine {
         let batch = words(layout.words);
         let page_table = words((limits.running + 1) as usize * limits.table_width() as usize);
         let token_pool = words(limits.running as usize + 1);
+        let slots = words((limits.running as usize + 1) * SLOT_STATE_WORDS);
         let order = random.permutation(limits.pages as usize);
         let pages = order.chunks(limits.table_width() as usize).map(<[u32]>::to_vec).collect();
-        Machine { cpu, dims, limits, layout, batch, page_table, token_pool, pages }
+        Machine { cpu, dims, limits, layout, batch, page_table, token_pool, slots, pages }
     }
 
     pub fn alloc(&mut self, len: usize) -> Buffer {
@@ -228,17 +231,19 @@ impl Machine {
     }
 
     /// Puts a step of these sequences on the device, with random token ids, padded to `shape`. Those at the beginning that
-    /// have one new token decode.
+    /// have one new token decode. Their slots' states take effect with the step's beginning.
     pub fn step(
         &mut self,
         random: &mut Random,
         sequences: &[Sequence],
-        sampling: impl Fn(usize) -> Row,
+        draw: impl Fn(usize) -> Draw,
         shape: Option<StepShape>,
     ) -> (Step<Buffer>, Vec<Token>, Vec<Row>) {
         let mut batch = Batch::new(&self.limits);
         for (i, sequence) in sequences.iter().enumerate() {
             let Sequence { slot, cached, new } = *sequence;
+            let Draw { state, logprobs } = draw(i);
+            batch.push_slot(slot, state);
             let row = Row {
                 slot,
                 first_token: batch.tokens().len() as u32,
@@ -246,7 +251,8 @@ impl Machine {
                 position: cached,
                 kv_len: cached + new,
                 sampled: 1,
-                ..sampling(i)
+                logprobs,
+                reserved: 0,
             };
             let mut token = |position| {
                 let id = random.below(self.dims.vocab as usize) as u32;
@@ -283,13 +289,29 @@ impl Machine {
             table_width: self.limits.table_width(),
             page_size: self.limits.page_size,
             token_pool: self.token_pool,
+            slots: self.slots,
         }
     }
 }
 
-/// Greedy, or whatever a test overrides.
-pub fn greedy(_: usize) -> Row {
-    Row { top_p: 1.0, ..Row::default() }
+/// How a row of a step draws.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Draw {
+    /// Its slot's state.
+    pub state: SlotState,
+    /// As [`Row::logprobs`].
+    pub logprobs: u32,
+}
+
+impl From<SlotState> for Draw {
+    fn from(state: SlotState) -> Draw {
+        Draw { state, logprobs: 0 }
+    }
+}
+
+/// Every row draws greedily.
+pub fn greedy(_: usize) -> Draw {
+    Draw::default()
 }
 
 /// Panics where two rows of numbers differ by more than `bound` of the largest.

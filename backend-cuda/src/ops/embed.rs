@@ -29,13 +29,13 @@ impl Ends {
         })
     }
 
-    /// Applies the batch's page-table updates, behind everything that was launched before.
+    /// Applies the batch's updates of the page table and the slots, behind everything that was launched before.
     pub fn begin_step(&self, launcher: &Launcher, step: &Step<Buffer>) -> Result<(), CudaError> {
         let updates_offset = step.layout.updates as u32;
         launcher.launch(
             &self.begin_step,
             Grid::new(UPDATE_BLOCKS, UPDATE_THREADS),
-            [&step.batch, &updates_offset, &step.page_table],
+            [&step.batch, &updates_offset, &step.page_table, &step.slots],
         )
     }
 

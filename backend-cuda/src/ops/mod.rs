@@ -25,7 +25,9 @@ mod supports;
 use std::ops::Range;
 
 use half::f16;
-use minisgl_core::backend::{Device, Element, KvLayer, LayerWeights, Ops, Purpose, Queue, Step, WeightRole};
+use minisgl_core::backend::{
+    Device, Element, KvLayer, LayerWeights, Ops, Purpose, Queue, Sampler, Step, WeightRole,
+};
 use minisgl_core::batch::{Row, StepShape, TOKEN_WORDS};
 use minisgl_core::config::Limits;
 use minisgl_core::spec::{DecoderSpec, Dims, Unsupported};
@@ -233,6 +235,24 @@ impl Cuda {
     }
 }
 
+impl Sampler for Cuda {
+    fn sample(&mut self, step: &Step<Buffer>, logits: Buffer, tokens: Buffer) -> Result<(), CudaError> {
+        let Operations { sampling, dims, .. } = self.operations()?;
+        sampling.sample(&self.launcher, step, logits, dims.vocab, tokens)
+    }
+
+    fn logprobs(
+        &mut self,
+        step: &Step<Buffer>,
+        logits: Buffer,
+        tokens: Buffer,
+        out: Buffer,
+    ) -> Result<(), CudaError> {
+        let Operations { sampling, dims, .. } = self.operations()?;
+        sampling.logprobs(&self.launcher, step, logits, dims.vocab, tokens, out)
+    }
+}
+
 impl Ops for Cuda {
     type Weight = Weight;
 
@@ -295,22 +315,6 @@ impl Ops for Cuda {
         let epilogue = Head { out: out.address() };
         let (gemm, samples) = (&self.operations()?.gemm, step.shape.samples);
         gemm.launch(&self.launcher, head, rows_from(x, head.cols(), 0), samples, Room::Whole, &epilogue)
-    }
-
-    fn sample(&mut self, step: &Step<Buffer>, logits: Buffer, tokens: Buffer) -> Result<(), CudaError> {
-        let Operations { sampling, dims, .. } = self.operations()?;
-        sampling.sample(&self.launcher, step, logits, dims.vocab, tokens)
-    }
-
-    fn logprobs(
-        &mut self,
-        step: &Step<Buffer>,
-        logits: Buffer,
-        tokens: Buffer,
-        out: Buffer,
-    ) -> Result<(), CudaError> {
-        let Operations { sampling, dims, .. } = self.operations()?;
-        sampling.logprobs(&self.launcher, step, logits, dims.vocab, tokens, out)
     }
 
     fn read_logits(&mut self, logits: Buffer, vocab: u32, rows: Range<usize>) -> Result<Vec<f32>, CudaError> {

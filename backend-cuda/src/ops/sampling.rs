@@ -64,7 +64,7 @@ impl Sampling {
         launcher.launch(
             &self.cut,
             Grid::new(samples, ROW_THREADS).dependent(),
-            [&step.batch, &rows_offset, &logits, &vocab, &vocab, &self.cuts],
+            [&step.batch, &rows_offset, &step.slots, &logits, &vocab, &vocab, &self.cuts],
         )?;
         let logits_of_all = u64::from(samples) * u64::from(vocab);
         let chunk = logits_of_all.div_ceil(DRAW_BLOCKS).next_multiple_of(DRAW_PASS) as u32;
@@ -74,6 +74,7 @@ impl Sampling {
             [
                 &step.batch,
                 &rows_offset,
+                &step.slots,
                 &logits,
                 &vocab,
                 &vocab,

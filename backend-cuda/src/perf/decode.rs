@@ -10,6 +10,7 @@
 
 use minisgl_core::backend::{Device, Element, KvLayer, LayerWeights, Ops, Purpose, Step, WeightRole};
 use minisgl_core::batch::Row;
+use minisgl_core::sampling::SlotState;
 use minisgl_core::spec::{Attention, DecoderSpec, Dims, LayerSpec, Mixer};
 use minisgl_core::tensor::{HostTensor, TensorData};
 
@@ -82,7 +83,7 @@ struct Decode {
 fn setup(cuda: &mut Cuda, model: ModelShape, rows: u32, context: Option<u32>) -> Result<Run, CudaError> {
     let dims = model.dims();
     let mut step_of = StepOf::decode(&vec![context.unwrap_or(1); rows as usize], dims.vocab);
-    step_of.sampling = Row { temperature: 0.6, seed_low: 5, ..step_of.sampling };
+    step_of.state = SlotState { temperature: 0.6, seed_low: 5, ..step_of.state };
     let limits = step_of.limits();
     let attention = Attention { window: model.window, ..Attention::plain() };
     let layer = LayerSpec { mixer: Mixer::Attention(attention), ..LayerSpec::plain() };
@@ -117,7 +118,7 @@ fn setup(cuda: &mut Cuda, model: ModelShape, rows: u32, context: Option<u32>) ->
         logits: cuda.alloc(Purpose::Scratch, Element::Logit, samples * vocab)?,
         tokens: cuda.alloc(Purpose::Scratch, Element::Word, samples)?,
     };
-    let check = check(step_of.packed_rows(), decode.logits, decode.tokens, dims.vocab);
+    let check = check(step_of.state, step_of.packed_rows(), decode.logits, decode.tokens, dims.vocab);
     Ok(Run { call: Box::new(move |launcher, _| decode.launch(launcher)), check, baseline: None })
 }
 
@@ -194,12 +195,14 @@ impl Decode {
     }
 }
 
-fn check(rows: Vec<Row>, logits: Buffer, tokens: Buffer, vocab: u32) -> Check {
+fn check(state: SlotState, rows: Vec<Row>, logits: Buffer, tokens: Buffer, vocab: u32) -> Check {
     Box::new(move |cuda| {
         let tokens = download_words(cuda, tokens, rows.len())?;
         let count = rows.len().min(CHECKED);
         let logits = cuda.read_logits(logits, vocab, 0..count)?;
         let rows = rows.iter().zip(tokens).zip(logits.chunks_exact(vocab as usize));
-        Ok(rows.map(|((row, token), logits)| drawn::complaint(row, logits, token)).find_map(|one| one))
+        Ok(rows
+            .map(|((row, token), logits)| drawn::complaint(&state, row.kv_len, logits, token))
+            .find_map(|one| one))
     })
 }

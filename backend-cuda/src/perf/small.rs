@@ -2,7 +2,7 @@
 
 use half::bf16;
 use minisgl_core::backend::{Device, Element, Purpose, Queue};
-use minisgl_core::batch::Row;
+use minisgl_core::sampling::SlotState;
 
 use super::case::{Call, Case, Filter, MODELS, ModelShape, Run, random, random_element};
 use super::drawn;
@@ -23,10 +23,10 @@ pub(super) fn cases(filter: &Filter) -> Vec<Case> {
         }
     }
     for rows in filter.rows() {
-        let plain = Row { temperature: 0.6, top_p: 1.0, ..Row::default() };
-        cases.push(sample("greedy", Row { temperature: 0.0, ..plain }, rows));
+        let plain = SlotState { temperature: 0.6, ..SlotState::default() };
+        cases.push(sample("greedy", SlotState::default(), rows));
         cases.push(sample("temperature", plain, rows));
-        cases.push(sample("top-k+top-p", Row { top_k: 50, top_p: 0.9, ..plain }, rows));
+        cases.push(sample("top-k+top-p", SlotState { top_k: 50, top_p: 0.9, ..plain }, rows));
     }
     cases
 }
@@ -194,15 +194,15 @@ fn final_norm(model: ModelShape, rows: u32) -> Case {
 
 /// Drawing a token for each of `rows` rows. Logits are uniform bits read as f16, made positive and finite: all values
 /// differ little in how often they occur, so filters have work to do.
-fn sample(kind: &'static str, params: Row, rows: u32) -> Case {
+fn sample(kind: &'static str, state: SlotState, rows: u32) -> Case {
     let vocab = MODELS[0].vocab as usize;
     let bytes = rows as usize * vocab * 2;
     let setup = move |cuda: &mut Cuda, copies: usize| {
         let sampling = Sampling::new(cuda, rows)?;
         let mut step_of = StepOf::decode(&vec![7; rows as usize], vocab as u32);
-        step_of.sampling = Row { seed_low: 5, ..params };
+        step_of.state = SlotState { seed_low: 5, ..state };
         let step = step_of.upload(cuda, 0, |_, _, _| {})?;
-        let packed = step_of.packed_rows();
+        let (state, packed) = (step_of.state, step_of.packed_rows());
         let logits = (0..copies)
             .map(|_| random(cuda, rows as usize, vocab, 4).map(Buffer::from))
             .collect::<Result<Vec<_>, _>>()?;
@@ -215,7 +215,9 @@ fn sample(kind: &'static str, params: Row, rows: u32) -> Case {
                 let tokens = download_words(cuda, tokens, rows as usize)?;
                 let checked = [0, rows as usize - 1].into_iter();
                 Ok(checked
-                    .filter_map(|row| drawn::complaint(&packed[row], &logits_of(vocab, row), tokens[row]))
+                    .filter_map(|row| {
+                        drawn::complaint(&state, packed[row].kv_len, &logits_of(vocab, row), tokens[row])
+                    })
                     .next())
             }),
             baseline: None,

@@ -6,6 +6,7 @@ use half::bf16;
 use minisgl_core::backend::{Device, Element, Purpose, Step};
 use minisgl_core::batch::{HEADER_WORDS, Header, Layout, ROW_WORDS, Row, StepShape, TOKEN_WORDS, Token};
 use minisgl_core::config::Limits;
+use minisgl_core::sampling::SlotState;
 use minisgl_core::tensor::splitmix64;
 
 use crate::device::Cuda;
@@ -23,8 +24,8 @@ pub(super) struct StepOf {
     pub(super) rows: Vec<(u32, u32)>,
     /// Ids are drawn below this.
     pub(super) vocab: u32,
-    /// The sampling parameters of every row.
-    pub(super) sampling: Row,
+    /// How every row draws.
+    pub(super) state: SlotState,
 }
 
 impl StepOf {
@@ -32,7 +33,7 @@ impl StepOf {
     pub(super) fn decode(contexts: &[u32], vocab: u32) -> StepOf {
         let rows = contexts.iter().map(|context| (context - 1, 1)).collect();
         let decode_rows = contexts.len() as u32;
-        StepOf { decode_rows, rows, vocab, sampling: Row { top_p: 1.0, ..Row::default() } }
+        StepOf { decode_rows, rows, vocab, state: SlotState::default() }
     }
 
     /// Capacities that just hold the step.
@@ -75,7 +76,7 @@ impl StepOf {
                 position: *position,
                 kv_len: position + tokens,
                 sampled: 1,
-                ..self.sampling
+                ..Row::default()
             };
             first_token += tokens;
             row
@@ -92,8 +93,8 @@ impl StepOf {
     ) -> Result<Step<Buffer>, CudaError> {
         let limits = self.limits();
         let (layout, shape, rows) = (Layout::new(&limits, plan_words), self.shape(), self.packed_rows());
-        let width = limits.table_width();
-        let mut table = vec![limits.pages; (limits.running as usize + 1) * width as usize];
+        let (width, slots) = (limits.table_width(), limits.running as usize + 1);
+        let mut table = vec![limits.pages; slots * width as usize];
         let pages = self.page_lists();
         let mut words = vec![0u32; layout.words];
         let header =
@@ -125,7 +126,8 @@ impl StepOf {
             page_table: upload_words(cuda, &table)?,
             table_width: width,
             page_size: PAGE_SIZE,
-            token_pool: upload_words(cuda, &vec![0; limits.running as usize + 1])?,
+            token_pool: upload_words(cuda, &vec![0; slots])?,
+            slots: upload_words(cuda, cast_slice(&vec![self.state; slots]))?,
         })
     }
 }

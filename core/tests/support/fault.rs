@@ -3,11 +3,11 @@
 use std::cell::Cell;
 use std::ops::Range;
 
-use minisgl_core::backend::{Device, DeviceInfo, Element, Memory, Purpose, Queue};
+use minisgl_core::backend::{Device, DeviceInfo, Element, Memory, Purpose, Queue, Sampler, Step};
 use thiserror::Error;
 
 use super::hashing::Runs;
-use super::lazy::Op;
+use super::lazy::{Op, Words};
 
 /// Why an operation failed.
 #[derive(Debug, Error)]
@@ -171,6 +171,22 @@ impl<B: Device> Device for Fault<B> {
     fn replay(&mut self, graph: &B::Graph) -> Result<(), Self::Error> {
         self.pass("replay")?;
         Ok(self.device.replay(graph)?)
+    }
+}
+
+impl<B: Runs> Sampler for Fault<B> {
+    fn sample(&mut self, step: &Step<Words>, logits: Words, tokens: Words) -> Result<(), Self::Error> {
+        Runs::enqueue(self, Op::Sample { step: *step, logits, tokens })
+    }
+
+    fn logprobs(
+        &mut self,
+        step: &Step<Words>,
+        _: Words,
+        tokens: Words,
+        out: Words,
+    ) -> Result<(), Self::Error> {
+        Runs::enqueue(self, Op::Logprobs { step: *step, tokens, out })
     }
 }
 

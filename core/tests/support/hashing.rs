@@ -1,14 +1,18 @@
 //! A model whose next token is a hash of the whole context, read where the batch and the page table say it lies.
 //!
-//! Its KV memory is one word a location: `kv[p]` of [`super::expected`]. So a page mixed up, freed too early or written
+//! Its KV memory is one word a location: `kv[p]` of [`super::expected`]; its logits are one word a row, which the sampler
+//! hashes with the slot's seed. So a page mixed up, freed too early or written
 //! twice, a location or a position off by one, changes the tokens.
 
-use minisgl_core::backend::{Device, Element, Model, Purpose, Queue, Step};
+use minisgl_core::backend::{Element, Model, Purpose, Queue, Sampler, Step};
 use minisgl_core::batch::{
-    HEADER_WORDS, Header, LAST_TOKEN, Row, StepShape, packed_rows, packed_tokens, packed_updates,
+    HEADER_WORDS, Header, LAST_TOKEN, Row, StepShape, packed_rows, packed_slot_updates, packed_tokens,
+    packed_updates,
 };
 use minisgl_core::config::Limits;
-use minisgl_core::sampling::{LOGPROB_WORDS, NO_TOKEN, RowLogprobs, TOP_LOGPROBS_MAX};
+use minisgl_core::sampling::{
+    LOGPROB_WORDS, NO_TOKEN, RowLogprobs, SLOT_STATE_WORDS, SlotState, TOP_LOGPROBS_MAX,
+};
 
 use super::expected;
 use super::lazy::{Lazy, LazyError, Op, Words};
@@ -17,7 +21,7 @@ use super::lazy::{Lazy, LazyError, Op, Words};
 const PLAN_WORDS: usize = 1;
 
 /// A device that takes the hashing model's operations.
-pub trait Runs: Device<Buffer = Words> {
+pub trait Runs: Sampler<Buffer = Words> {
     fn enqueue(&mut self, op: Op) -> Result<(), Self::Error>;
 }
 
@@ -31,13 +35,15 @@ impl Runs for Lazy {
 #[derive(Default)]
 pub struct Hashing {
     kv: Option<Words>,
+    /// `[samples]`: what attention gives.
+    logits: Option<Words>,
     window: Option<u32>,
 }
 
 impl Hashing {
     /// A model whose tokens see so many positions, at least 2: a token's word is made of the one before.
     pub fn windowed(window: Option<u32>) -> Hashing {
-        Hashing { kv: None, window }
+        Hashing { window, ..Hashing::default() }
     }
 }
 
@@ -58,7 +64,8 @@ impl<B: Runs> Model<B> for Hashing {
         self.window
     }
 
-    fn reserve(&mut self, _: &mut B, _: &Limits) -> Result<usize, B::Error> {
+    fn reserve(&mut self, backend: &mut B, limits: &Limits) -> Result<usize, B::Error> {
+        self.logits = Some(backend.alloc(Purpose::Scratch, Element::Logit, limits.running as usize)?);
         Ok(PLAN_WORDS)
     }
 
@@ -77,19 +84,14 @@ impl<B: Runs> Model<B> for Hashing {
         words[0] = rows.iter().map(|row| row.kv_len).sum();
     }
 
-    fn forward(&mut self, backend: &mut B, step: &Step<Words>, tokens: Words) -> Result<(), B::Error> {
+    fn forward(&mut self, backend: &mut B, step: &Step<Words>) -> Result<(), B::Error> {
         let kv = self.kv.expect("the engine allocates pages first");
-        backend.enqueue(Op::Forward { step: *step, kv, tokens, window: self.window.unwrap_or(u32::MAX) })
+        let (logits, window) = (Model::<B>::logits(self), self.window.unwrap_or(u32::MAX));
+        backend.enqueue(Op::Forward { step: *step, kv, logits, window })
     }
 
-    fn logprobs(
-        &mut self,
-        backend: &mut B,
-        step: &Step<Words>,
-        tokens: Words,
-        out: Words,
-    ) -> Result<(), B::Error> {
-        backend.enqueue(Op::Logprobs { step: *step, tokens, out })
+    fn logits(&self) -> Words {
+        self.logits.expect("the engine reserves first")
     }
 
     fn weight_bytes(&self) -> u64 {
@@ -97,15 +99,25 @@ impl<B: Runs> Model<B> for Hashing {
     }
 }
 
-/// A step, as the device runs it.
-pub fn forward(memory: &mut [u32], step: &Step<Words>, kv: Words, tokens: Words, window: u32) {
-    // The batch is read while other memory is written: one of them has to be split off.
+/// The batch and, to be written while it is read, the memory around it.
+fn split<'a>(memory: &'a mut [u32], step: &Step<Words>) -> (&'a [u32], Split<'a>) {
     let (before, rest) = memory.split_at_mut(step.batch.start);
     let (batch, after) = rest.split_at_mut(step.batch.len);
-    let mut device = Split { before, after, gap: step.batch };
+    (batch, Split { before, after, gap: step.batch })
+}
+
+/// A step's forward pass, as the device runs it.
+pub fn forward(memory: &mut [u32], step: &Step<Words>, kv: Words, logits: Words, window: u32) {
+    let (batch, mut device) = split(memory, step);
     let header = check_header(step, batch);
     for update in packed_updates(&step.layout, batch) {
         *device.word(step.page_table, update.index as usize) = update.page;
+    }
+    for update in packed_slot_updates(&step.layout, batch) {
+        let first = update.slot as usize * SLOT_STATE_WORDS;
+        for (i, word) in bytemuck::cast_slice::<SlotState, u32>(&[update.state]).iter().enumerate() {
+            *device.word(step.slots, first + i) = *word;
+        }
     }
     let rows = packed_rows(&step.layout, header.rows as usize, batch);
     let all = packed_tokens(&step.layout, header.tokens as usize, batch);
@@ -127,8 +139,20 @@ pub fn forward(memory: &mut [u32], step: &Step<Words>, kv: Words, tokens: Words,
     for (i, row) in rows.iter().take(header.samples as usize).enumerate() {
         let context = (row.kv_len.saturating_sub(window)..row.kv_len)
             .map(|position| device.kv(step, kv, row.slot, position));
-        let state = context.fold(0, expected::attend);
-        let token = expected::draw(state, u64::from(row.seed_high) << 32 | u64::from(row.seed_low));
+        *device.word(logits, i) = context.fold(0, expected::attend);
+    }
+}
+
+/// Draws the tokens of the step just run.
+pub fn sample(memory: &mut [u32], step: &Step<Words>, logits: Words, tokens: Words) {
+    let (batch, mut device) = split(memory, step);
+    let header = check_header(step, batch);
+    let rows = packed_rows(&step.layout, header.rows as usize, batch);
+    for (i, row) in rows.iter().take(header.samples as usize).enumerate() {
+        let first = row.slot as usize * SLOT_STATE_WORDS;
+        let state: [u32; SLOT_STATE_WORDS] = core::array::from_fn(|i| *device.word(step.slots, first + i));
+        let state: SlotState = bytemuck::cast(state);
+        let token = expected::draw(*device.word(logits, i), state.seed());
         *device.word(tokens, header.output as usize + i) = token;
         *device.word(step.token_pool, row.slot as usize) = if token == NO_TOKEN { 0 } else { token };
     }
@@ -136,9 +160,7 @@ pub fn forward(memory: &mut [u32], step: &Step<Words>, kv: Words, tokens: Words,
 
 /// Log-probabilities of the step just run.
 pub fn logprobs(memory: &mut [u32], step: &Step<Words>, tokens: Words, out: Words) {
-    let (before, rest) = memory.split_at_mut(step.batch.start);
-    let (batch, after) = rest.split_at_mut(step.batch.len);
-    let mut device = Split { before, after, gap: step.batch };
+    let (batch, mut device) = split(memory, step);
     let header = check_header(step, batch);
     let rows = packed_rows(&step.layout, header.rows as usize, batch);
     for (i, row) in rows.iter().take(header.samples as usize).enumerate().filter(|(_, row)| row.logprobs > 0)

@@ -13,7 +13,7 @@ use std::collections::VecDeque;
 use std::ops::Range;
 use std::rc::Rc;
 
-use minisgl_core::backend::{Device, DeviceInfo, Element, Memory, Purpose, Queue, Step};
+use minisgl_core::backend::{Device, DeviceInfo, Element, Memory, Purpose, Queue, Sampler, Step};
 use minisgl_core::costs::StepCosts;
 use thiserror::Error;
 
@@ -52,7 +52,8 @@ pub struct Words {
 /// One operation in a queue.
 #[derive(Clone)]
 pub enum Op {
-    Forward { step: Step<Words>, kv: Words, tokens: Words, window: u32 },
+    Forward { step: Step<Words>, kv: Words, logits: Words, window: u32 },
+    Sample { step: Step<Words>, logits: Words, tokens: Words },
     Logprobs { step: Step<Words>, tokens: Words, out: Words },
     Upload { from: Host, range: Range<usize>, to: Words },
     Download { from: Words, words: usize, to: Host },
@@ -196,11 +197,12 @@ impl State {
 
     fn perform(&mut self, op: Op) {
         match op {
-            Op::Forward { step, kv, tokens, window } => {
+            Op::Forward { step, kv, logits, window } => {
                 let costs = if step.shape.is_decode() { self.costs.decode } else { self.costs.mixed };
                 self.clock += costs.at(step.shape.tokens) as u64;
-                hashing::forward(&mut self.memory, &step, kv, tokens, window);
+                hashing::forward(&mut self.memory, &step, kv, logits, window);
             }
+            Op::Sample { step, logits, tokens } => hashing::sample(&mut self.memory, &step, logits, tokens),
             Op::Logprobs { step, tokens, out } => hashing::logprobs(&mut self.memory, &step, tokens, out),
             Op::Upload { from, range, to } => {
                 assert!(range.end <= to.len, "an upload fits its buffer");
@@ -357,5 +359,15 @@ impl Device for Lazy {
     fn replay(&mut self, graph: &Graph) -> Result<(), LazyError> {
         self.replays += 1;
         graph.ops.iter().try_for_each(|op| self.enqueue(Queue::Compute, op.clone()))
+    }
+}
+
+impl Sampler for Lazy {
+    fn sample(&mut self, step: &Step<Words>, logits: Words, tokens: Words) -> Result<(), LazyError> {
+        self.enqueue(Queue::Compute, Op::Sample { step: *step, logits, tokens })
+    }
+
+    fn logprobs(&mut self, step: &Step<Words>, _: Words, tokens: Words, out: Words) -> Result<(), LazyError> {
+        self.enqueue(Queue::Compute, Op::Logprobs { step: *step, tokens, out })
     }
 }

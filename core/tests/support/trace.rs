@@ -3,10 +3,10 @@
 use std::cell::RefCell;
 use std::ops::Range;
 
-use minisgl_core::backend::{Device, DeviceInfo, Element, Memory, Purpose, Queue};
+use minisgl_core::backend::{Device, DeviceInfo, Element, Memory, Purpose, Queue, Sampler, Step};
 
 use super::hashing::Runs;
-use super::lazy::Op;
+use super::lazy::{Op, Words};
 
 /// See the module.
 pub struct Trace<B> {
@@ -136,9 +136,26 @@ impl<B: Device> Device for Trace<B> {
     }
 }
 
+impl<B: Runs> Sampler for Trace<B> {
+    fn sample(&mut self, step: &Step<Words>, logits: Words, tokens: Words) -> Result<(), Self::Error> {
+        Runs::enqueue(self, Op::Sample { step: *step, logits, tokens })
+    }
+
+    fn logprobs(
+        &mut self,
+        step: &Step<Words>,
+        _: Words,
+        tokens: Words,
+        out: Words,
+    ) -> Result<(), Self::Error> {
+        Runs::enqueue(self, Op::Logprobs { step: *step, tokens, out })
+    }
+}
+
 impl<B: Runs> Runs for Trace<B> {
     fn enqueue(&mut self, op: Op) -> Result<(), B::Error> {
         self.note(match op {
+            Op::Sample { .. } => "sample",
             Op::Logprobs { .. } => "logprobs",
             _ => "forward",
         });
