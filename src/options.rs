@@ -218,6 +218,16 @@ mod tests {
     use super::*;
 
     #[test]
+    fn a_word_that_is_no_choice_is_refused_with_those_there_are() {
+        assert_eq!(parse_speculation("ngram"), Ok(Speculation::WhereItPays));
+        assert_eq!(parse_speculation("ngram-always"), Ok(Speculation::Always));
+        assert_eq!(parse_speculation("off"), Ok(Speculation::default()));
+        assert!(parse_speculation("on").is_err_and(|why| why.contains("off, ngram or ngram-always")));
+        assert!(parse_policy("fast").is_err_and(|why| why.contains("throughput") && why.contains("latency")));
+        assert!(parse_order("random").is_err_and(|why| why.contains("given") && why.contains("prefix")));
+    }
+
+    #[test]
     fn overlap_is_disabled_by_1_alone() {
         assert!(is_set(Some("1".into())));
         assert!(![Some("0"), Some(""), None].into_iter().any(|value| is_set(value.map(OsString::from))));

@@ -9,8 +9,8 @@
 //! used lies behind the updates, and is not copied. Slot updates begin where the page updates of the step end.
 //!
 //! Decode rows come first and have one token each, so row i of them owns token i; a request has one, and behind it one for each
-//! of its [drafts](crate::speculation). Prefill rows follow, their tokens packed
-//! back to back; the last one may be a chunk whose prompt is not finished, and then that row is not sampled.
+//! of its [drafts](crate::speculation). Prefill rows follow, their tokens packed back to back; the last one may be a chunk whose
+//! prompt is not finished, and then that row is not sampled.
 //!
 //! ```text
 //!   rows     decode, decode, …, decode │ prefill ········, prefill ·····, …, prefill, the last perhaps a chunk
@@ -197,6 +197,8 @@ pub struct Batch {
     rows: Vec<Row>,
     /// How many of them are decode rows.
     decode_rows: u32,
+    /// Is one of those a draft?
+    has_drafts: bool,
     updates: Vec<PageUpdate>,
     slot_updates: Vec<SlotUpdate>,
     tokens: Vec<Token>,
@@ -215,6 +217,7 @@ impl Batch {
         Batch {
             rows: Vec::with_capacity(rows),
             decode_rows: 0,
+            has_drafts: false,
             updates: Vec::with_capacity(limits.page_updates()),
             slot_updates: Vec::with_capacity(rows),
             tokens: Vec::with_capacity(limits.step_tokens()),
@@ -229,6 +232,7 @@ impl Batch {
     /// Empties the batch.
     pub fn clear(&mut self) {
         self.decode_rows = 0;
+        self.has_drafts = false;
         self.rows.clear();
         self.updates.clear();
         self.slot_updates.clear();
@@ -275,7 +279,7 @@ impl Batch {
 
     /// Is any row a draft?
     pub fn has_drafts(&self) -> bool {
-        self.owners[..self.decode_rows as usize].windows(2).any(|pair| pair[0] == pair[1])
+        self.has_drafts
     }
 
     /// Rows that are sampled.
@@ -310,43 +314,41 @@ impl Batch {
 
     /// Adds a page-table update.
     pub fn push_update(&mut self, update: PageUpdate) {
-        debug_assert!(self.updates.len() < self.capacity_updates);
+        assert!(self.updates.len() < self.capacity_updates, "page updates fit the batch");
         self.updates.push(update);
     }
 
     /// Says how a slot's tokens are drawn from this step on.
     pub fn push_slot(&mut self, slot: u32, state: SlotState) {
-        debug_assert!(self.slot_updates.len() < self.capacity_rows, "a slot is taken once a step");
+        assert!(self.slot_updates.len() < self.capacity_rows, "a slot is taken once a step");
         self.slot_updates.push(SlotUpdate { slot, reserved: [0; 3], state });
     }
 
     /// Adds a token of the prefill row pushed last.
     pub fn push_token(&mut self, token: Token) {
-        debug_assert!(self.tokens.len() < self.capacity_tokens);
+        assert!(self.tokens.len() < self.capacity_tokens, "tokens fit the batch");
         self.tokens.push(token);
     }
 
     /// Adds a decode row and its token. No prefill row has been added yet.
     pub fn push_decode_row(&mut self, owner: Ticket, row: Row, token: Token) {
-        debug_assert!(
-            row.tokens == 1 && row.sampled == 1,
-            "a decode row has one token, and samples the next"
-        );
-        debug_assert!(self.decode_rows as usize == self.rows.len(), "decode rows come first");
+        assert!(row.tokens == 1 && row.sampled == 1, "a decode row has one token, and samples the next");
+        assert!(self.decode_rows as usize == self.rows.len(), "decode rows come first");
         self.decode_rows += 1;
+        self.has_drafts |= self.owners.last() == Some(&owner);
         self.push_row(owner, row);
         self.push_token(token);
     }
 
     /// Adds a prefill row whose tokens are going to be pushed next.
     pub fn push_prefill_row(&mut self, owner: Ticket, row: Row) {
-        debug_assert!(self.samples as usize == self.rows.len(), "an unsampled row is the last one");
+        assert!(self.samples as usize == self.rows.len(), "an unsampled row is the last one");
         self.push_row(owner, row);
     }
 
     fn push_row(&mut self, owner: Ticket, row: Row) {
-        debug_assert!(self.rows.len() < self.capacity_rows);
-        debug_assert!(row.first_token as usize == self.tokens.len(), "tokens lie back to back");
+        assert!(self.rows.len() < self.capacity_rows, "rows fit the batch");
+        assert!(row.first_token as usize == self.tokens.len(), "tokens lie back to back");
         self.samples += row.sampled;
         self.rows.push(row);
         self.owners.push(owner);
@@ -362,7 +364,10 @@ impl Batch {
         output: u32,
         words: &mut [u32],
     ) -> usize {
-        debug_assert!(shape == self.shape() || (shape.is_decode() && self.shape().is_decode()));
+        assert!(
+            shape == self.shape() || (shape.is_decode() && self.shape().is_decode()),
+            "only steps of decode rows alone are padded"
+        );
         let header = Header {
             rows: shape.rows(),
             tokens: shape.tokens,

@@ -439,6 +439,7 @@ impl Scheduler {
 
     fn schedule_decode(&mut self, batch: &mut Batch) {
         let requests = self.running.len() as u32;
+        let may_draft = self.drafting.is_possible(requests);
         let mut i = 0;
         while i < self.running.len() {
             let entry = self.running[i];
@@ -463,7 +464,7 @@ impl Scheduler {
                 false => LAST_TOKEN,
             };
             self.push_decode_row(entry, id, batch);
-            if self.drafting.is_possible(requests) {
+            if may_draft {
                 self.push_drafts(entry, requests, batch);
             }
         }
@@ -486,7 +487,7 @@ impl Scheduler {
         }
         let (known, hits) = (request.known, request.hits);
         let Some(continuation) = self.predict(entry) else { return };
-        let drafts = self.drafting.drafts(requests, hits).0.min(self.table.room_for_drafts(entry));
+        let drafts = self.drafting.drafts(requests, hits).0.min(self.table.unplanned_tokens(entry));
         for draft in 0..drafts {
             // A continuation that reaches the end goes on with what it says itself.
             let at = continuation + draft % (known - continuation);
@@ -556,19 +557,22 @@ impl Scheduler {
         let mut is_right = true;
         let owners = batch.owners().iter().zip(tokens).enumerate();
         for (i, (&ticket, &token)) in owners.take(batch.samples() as usize) {
-            is_right = batch.draft(i).is_none_or(|draft| is_right && tokens[i - 1] == draft);
+            let draft = if has_drafts { batch.draft(i) } else { None };
+            is_right = draft.is_none_or(|draft| is_right && tokens[i - 1] == draft);
             if !is_right {
                 continue;
             }
             let Some(entry) = self.table.find(ticket) else { continue };
-            self.stats.accepted += u64::from(batch.draft(i).is_some());
+            self.stats.accepted += u64::from(draft.is_some());
             if token == NO_TOKEN {
                 self.end(entry, FinishReason::NotNumbers, sink);
                 continue;
             }
             self.table.push_token(entry, token);
-            let predicted = batch.draft(i + 1).unwrap_or(self.table.get(entry).predicted);
-            self.table.judge(entry, predicted, token);
+            if self.settings.speculation != Speculation::Never {
+                let predicted = batch.draft(i + 1).unwrap_or(self.table.get(entry).predicted);
+                self.table.judge(entry, predicted, token);
+            }
             if has_drafts {
                 self.table.settle(entry);
             }

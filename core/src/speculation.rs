@@ -73,11 +73,11 @@ impl Drafting {
 
     /// Is there room for drafts beside so many requests that decode?
     pub fn is_possible(&self, requests: u32) -> bool {
-        self.speculation != Speculation::Never && requests > 0 && self.room(requests) > 0
+        self.speculation != Speculation::Never && requests > 0 && self.drafts_max(requests) > 0
     }
 
-    /// Drafts that each of so many requests has room for.
-    fn room(&self, requests: u32) -> u32 {
+    /// Drafts that each of so many requests may have.
+    fn drafts_max(&self, requests: u32) -> u32 {
         (self.rows_max / requests.max(1)).saturating_sub(1).min(DRAFTS_MAX)
     }
 
@@ -87,13 +87,13 @@ impl Drafting {
     /// The j-th of them is taken with the probability `hits^j`, and then saves a token's share of a step without drafts; each
     /// costs a row.
     pub fn drafts(&self, requests: u32, hits: f32) -> (u32, f32) {
-        let room = self.room(requests);
+        let most = self.drafts_max(requests);
         if self.speculation == Speculation::Always {
-            return (room, f32::INFINITY);
+            return (most, f32::INFINITY);
         }
         let token_ms = self.costs.at(requests) / requests as f32;
         let (mut drafts, mut saved_ms, mut probability) = (0, 0.0, hits);
-        while drafts < room && probability * token_ms > self.costs.token_ms {
+        while drafts < most && probability * token_ms > self.costs.token_ms {
             saved_ms += probability * token_ms - self.costs.token_ms;
             probability *= hits;
             drafts += 1;

@@ -455,7 +455,7 @@ impl RequestTable {
     }
 
     /// Tokens that a request may draw beyond those planned, without another block.
-    pub fn room_for_drafts(&self, entry: u32) -> u32 {
+    pub fn unplanned_tokens(&self, entry: u32) -> u32 {
         let request = self.get(entry);
         (request.blocks * self.block_tokens).min(request.len_max).saturating_sub(request.planned)
     }

@@ -10,6 +10,7 @@ use minisgl_core::policy::Policy;
 use minisgl_core::request::{Event, FinishReason, Request, Ticket};
 use minisgl_core::sampling::SamplingParams;
 use minisgl_core::scheduler::{Order, Settings};
+use minisgl_core::speculation::Speculation;
 use minisgl_cpu::Cpu;
 use minisgl_decoder::{Checkpoint, Decoder};
 use support::FAMILIES;
@@ -56,7 +57,7 @@ fn engine(checkpoint: &Checkpoint, way: Way) -> CpuEngine {
         policy: way.policy,
         prefix_cache: way.prefix_cache,
         order: Order::Given,
-        speculation: minisgl_core::speculation::Speculation::Never,
+        speculation: Speculation::Never,
         vocab,
     };
     let eos = checkpoint.config().eos.clone();
