@@ -83,25 +83,20 @@ impl Metrics {
             "Share of the KV pages in use, 1 being all",
             kv_usage.clone(),
         );
-        let preemptions = Counter::default();
-        let help = "Requests that gave their KV pages back and ran again later";
-        metrics.register("vllm:num_preemptions", help, preemptions.clone());
-        let drafted = Counter::default();
-        let help = "Tokens that were drafted (--speculate)";
-        metrics.register("vllm:spec_decode_num_draft_tokens", help, drafted.clone());
-        let accepted = Counter::default();
-        let help = "Drafts that were what was drawn";
-        metrics.register("vllm:spec_decode_num_accepted_tokens", help, accepted.clone());
-        let prompt_tokens = Counter::default();
-        metrics.register("vllm:prompt_tokens", "Tokens of prompts", prompt_tokens.clone());
-        let prefix_queries = Counter::default();
-        let help = "Tokens of prompts that were looked up in the prefix cache";
-        metrics.register("vllm:prefix_cache_queries", help, prefix_queries.clone());
-        let prefix_hits = Counter::default();
-        let help = "Tokens of prompts that the prefix cache held";
-        metrics.register("vllm:prefix_cache_hits", help, prefix_hits.clone());
-        let generation_tokens = Counter::default();
-        metrics.register("vllm:generation_tokens", "Tokens drawn", generation_tokens.clone());
+        let mut counter = |name, help| {
+            let counter = Counter::default();
+            metrics.register(name, help, counter.clone());
+            counter
+        };
+        let preemptions =
+            counter("vllm:num_preemptions", "Requests that gave their KV pages back and ran again later");
+        let drafted = counter("vllm:spec_decode_num_draft_tokens", "Tokens that were drafted (--speculate)");
+        let accepted = counter("vllm:spec_decode_num_accepted_tokens", "Drafts that were what was drawn");
+        let prompt_tokens = counter("vllm:prompt_tokens", "Tokens of prompts");
+        let prefix_queries =
+            counter("vllm:prefix_cache_queries", "Tokens of prompts that were looked up in the prefix cache");
+        let prefix_hits = counter("vllm:prefix_cache_hits", "Tokens of prompts that the prefix cache held");
+        let generation_tokens = counter("vllm:generation_tokens", "Tokens drawn");
         let outcomes = Family::default();
         let help = "Requests that ended, by why: stop, length, abort, rejected, failed or lost";
         metrics.register("vllm:request_success", help, outcomes.clone());
