@@ -11,7 +11,8 @@
 //
 // 1. A step's launches begin behind everything that came before: begin_step is no dependent launch. embed lets the next
 //    kernel start only once begin_step has ended, so any kernel behind it may read what begin_step wrote (the page
-//    table, by attention; the slots, by the sampler) before its own dependent-launch wait, and embed may read the token pool before its own.
+//    table, by attention; the slots, by the sampler) before its own dependent-launch wait. embed may read the token pool
+//    before its own.
 // 2. A warp owns whole segments of 64 elements, two a lane, so a segment's sum has one order.
 #include <cuda_bf16.h>
 
