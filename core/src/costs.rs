@@ -1,4 +1,4 @@
-//! What a step costs on this device: two straight lines, measured when an engine is built.
+//! What a step costs on this device: straight lines, measured when an engine is built.
 //!
 //! ```text
 //!   ms │             ╱         mixed: a step with prefill rows, launched kernel by kernel
@@ -9,8 +9,10 @@
 //!        tokens of all rows
 //! ```
 //!
-//! Attention is left out, as near as can be: the steps that are timed hold dummy rows, which attend to nothing or to a few
-//! tokens. A decode row's attention takes as long beside prompts as without them, so a choice between the two needs no more.
+//! Attention is left out of these lines, as near as can be: the steps that are timed hold dummy rows, which attend to nothing or
+//! to a few tokens. A decode row's attention takes as long beside prompts as without them, so a choice between the two needs
+//! no more. A prompt's goes by what lies before its tokens, and is told by the same chunk at the end of short and long
+//! sequences.
 //!
 //! What is measured decides when a request runs, never what comes out.
 
@@ -27,6 +29,9 @@ const ROWS: [u32; 3] = [1, 4, 256];
 const TOKENS: [u32; 3] = [64, 256, 2048];
 /// Tokens of their prompts.
 const PROMPT: u32 = 64;
+/// Tokens of a chunk, and of the sequences at whose end it is timed.
+const CHUNK: u32 = 256;
+const CONTEXTS: [u32; 3] = [CHUNK, 1024, 8192];
 /// No step is timed that would take longer, by those before it.
 const LONGEST_MS: f32 = 100.0;
 
@@ -62,6 +67,8 @@ pub struct StepCosts {
     pub decode: Line,
     /// With prefill rows; of all tokens, those of decode rows too.
     pub mixed: Line,
+    /// What a prompt's attention takes besides: of a step, and of each of its tokens with each one before that.
+    pub attention: Line,
 }
 
 /// What steps are timed on.
@@ -88,7 +95,28 @@ impl<B: Sampler, M: Model<B>> Bench<'_, B, M> {
             fill_with_prompts(batch, size, dummy, limits);
             batch.shape()
         })?;
-        Ok(StepCosts { decode, mixed })
+        let attention = self.attention(mixed, &mut batch, limits)?;
+        Ok(StepCosts { decode, mixed, attention })
+    }
+
+    /// What a chunk takes beside what its tokens do, by what lies before it; nothing where that would take too long to find out.
+    fn attention(&mut self, mixed: Line, batch: &mut Batch, limits: &Limits) -> Result<Line, B::Error> {
+        let (dummy, chunk) = (self.resident.dummy(), CHUNK.min(limits.prefill_tokens).min(limits.sequence));
+        let (mut first, mut line) = (None, Line { fixed_ms: mixed.at(chunk), token_ms: 0.0 });
+        for context in CONTEXTS.map(|context| context.clamp(chunk, limits.sequence)) {
+            if line.at(context) > LONGEST_MS {
+                break;
+            }
+            fill_with_chunk(batch, chunk, context, dummy, limits);
+            let ms = self.time(batch, batch.shape())?;
+            let (least, least_ms) = *first.get_or_insert((context, ms));
+            line = match context > least {
+                true => Line::through((least, least_ms), (context, ms)),
+                false => Line { fixed_ms: ms, token_ms: 0.0 },
+            };
+        }
+        let fixed_ms = (line.fixed_ms - mixed.at(chunk)).max(0.0);
+        Ok(Line { fixed_ms, token_ms: line.token_ms / chunk as f32 })
     }
 
     /// The line through the first and the last of the steps that `prepare` makes of these sizes; `expected`, where the first
@@ -147,6 +175,18 @@ fn fill_with_prompts(batch: &mut Batch, tokens: u32, dummy: Dummy, limits: &Limi
             let location = dummy.location + position % limits.page_size;
             batch.push_token(Token { position, location, ..dummy.token() });
         }
+    }
+}
+
+/// Fills a batch with the last `tokens` of a sequence of `context` dummy tokens.
+fn fill_with_chunk(batch: &mut Batch, tokens: u32, context: u32, dummy: Dummy, limits: &Limits) {
+    batch.clear();
+    let nobody = Ticket { entry: 0, generation: 0 };
+    let position = context - tokens;
+    batch.push_prefill_row(nobody, Row { tokens, position, kv_len: context, ..dummy.row(0) });
+    for position in position..context {
+        let location = dummy.location + position % limits.page_size;
+        batch.push_token(Token { position, location, ..dummy.token() });
     }
 }
 

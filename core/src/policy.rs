@@ -32,6 +32,8 @@ pub struct Demand {
     pub prompts: u32,
     /// Tokens of them to be run, as far as is known now.
     pub prompt_tokens: u32,
+    /// Tokens that lie before the first of these, of the same prompt.
+    pub context: u32,
     /// Tokens of prompts that a step takes at most.
     pub prompt_tokens_max: u32,
     /// Do more wait than there are places for?

@@ -274,6 +274,7 @@ impl Scheduler {
         let rest =
             unfinished.map_or(0, |request| request.prefill_len - request.computed.min(request.prefill_len));
         let has_chunk = u32::from(rest > 0);
+        let mut context = unfinished.filter(|_| rest > 0).map(|request| request.computed);
         let (mut prompts, mut tokens, mut room) = (0, rest, self.room());
         let places = self.table.vacant_slots().min(self.waiting());
         for i in 0..places {
@@ -292,13 +293,16 @@ impl Scheduler {
             }
             room -= 1;
             prompts += 1;
-            tokens += known - cached * self.limits.page_size;
+            let cached_tokens = cached * self.limits.page_size;
+            tokens += known - cached_tokens;
+            context.get_or_insert(cached_tokens);
         }
         let all_fit = room >= 0 && self.waiting() as u32 + self.backlog <= self.table.vacant_slots() as u32;
         Demand {
             decode_rows: self.running.len() as u32 - has_chunk,
             prompts: has_chunk + prompts,
             prompt_tokens: tokens,
+            context: context.unwrap_or(0),
             prompt_tokens_max: self.limits.prefill_tokens,
             places_are_short: !all_fit,
             has_arrivals: core::mem::take(&mut self.has_arrivals),

@@ -18,13 +18,17 @@ use support::{Outcomes, SMALL, exactly, options, run_dry};
 const GPU: StepCosts = StepCosts {
     decode: Line { fixed_ms: 0.5, token_ms: 0.0025 },
     mixed: Line { fixed_ms: 1.5, token_ms: 0.002 },
+    attention: Line { fixed_ms: 0.1, token_ms: 1e-6 },
 };
+/// Of nothing.
+const NOTHING: Line = Line { fixed_ms: 0.0, token_ms: 0.0 };
 
 /// 250 requests decode, a prompt waits for which there is a place, others for places.
 const DEMAND: Demand = Demand {
     decode_rows: 250,
     prompts: 1,
     prompt_tokens: 100,
+    context: 0,
     prompt_tokens_max: 8000,
     places_are_short: true,
     has_arrivals: false,
@@ -76,25 +80,62 @@ fn running_requests_decode_beside_prompts_where_that_costs_less_than_it_spares()
     assert!(decodes(GPU, &Demand { decode_rows: 2000, ..all_have_places }));
 }
 
+/// How long a step of so many decode rows, which alone takes `decode_ms`, and tokens of a prompt behind a context takes.
+fn mixed_ms(decode_ms: f32, rows: u32, tokens: u32, context: u32) -> f32 {
+    let attention_ms = decode_ms - GPU.decode.at(rows);
+    let pairs = tokens as f32 * (context as f32 + tokens as f32 / 2.0);
+    GPU.mixed.at(rows + tokens) + attention_ms + GPU.attention.fixed_ms + GPU.attention.token_ms * pairs
+}
+
 #[test]
 fn with_latency_a_mixed_step_takes_at_most_twice_as_long_as_the_last_decode_step() {
     let mut policy = Policy::Latency.build(GPU, 256);
-    for (decode_ms, rows) in [(2.0, 64), (3.5, 64), (8.0, 200), (1.4, 1)] {
+    let mut portions = Vec::new();
+    for (decode_ms, rows, context) in
+        [(2.5, 64, 0), (4.0, 64, 0), (4.0, 64, 1000), (4.0, 64, 16000), (8.0, 200, 3000), (2.5, 1, 16000)]
+    {
         policy.has_run(StepShape::decode(rows), decode_ms);
         // A step with prompts in it says nothing of how long one without takes.
         policy.has_run(StepShape { prefill_rows: 1, tokens: rows + 100, ..StepShape::decode(rows) }, 50.0);
-        let mix = policy.next(&Demand { decode_rows: rows, ..DEMAND });
-        let attention_ms = decode_ms - GPU.decode.at(rows);
-        let taken = |tokens| GPU.mixed.at(rows + tokens) + attention_ms;
-        assert!(mix.decodes && taken(mix.prompt_tokens) <= 2.0 * decode_ms + 1e-3, "{mix:?}");
-        assert!(taken(mix.prompt_tokens + 2) > 2.0 * decode_ms, "and no less than that: {mix:?}");
+        let demand = Demand { decode_rows: rows, prompt_tokens: 8000, context, ..DEMAND };
+        let Mix { decodes, prompt_tokens } = policy.next(&demand);
+        let (taken_ms, allowed_ms) = (mixed_ms(decode_ms, rows, prompt_tokens, context), 2.0 * decode_ms);
+        assert!(decodes && taken_ms <= allowed_ms + 1e-3, "{taken_ms} of {allowed_ms}: {prompt_tokens}");
+        assert!(taken_ms > 0.9 * allowed_ms, "and not much less than that: {taken_ms} of {allowed_ms}");
+        portions.push(prompt_tokens);
+    }
+    assert!(
+        portions[1] > portions[2] && portions[2] > portions[3],
+        "behind more there are fewer: {portions:?}"
+    );
+}
+
+#[test]
+fn with_latency_a_prompt_ends_with_one_long_step_where_less_than_one_gap_in_a_hundred_is_long() {
+    for (rows, may_be_long) in [(1, true), (5, true), (15, true), (17, false), (200, false)] {
+        let mut policy = Policy::Latency.build(GPU, 256);
+        let decode_ms = 2.5;
+        policy.has_run(StepShape::decode(rows), decode_ms);
+        // A prompt too long for a usual step comes every few steps.
+        let (mut long, steps) = (0, 10_000);
+        for step in 0..steps {
+            let prompts = u32::from(step % 7 == 0);
+            let demand = Demand { decode_rows: rows, prompts, prompt_tokens: prompts * 1000, ..DEMAND };
+            let tokens = policy.next(&demand).prompt_tokens * prompts;
+            let ms = mixed_ms(decode_ms, rows, tokens.min(1000), 0);
+            assert!(tokens == 0 || ms <= 4.0 * decode_ms + 1e-3, "{ms}");
+            long += u32::from(tokens >= 1000);
+        }
+        // All rows of a step see the same gap.
+        assert!(f64::from(long) <= f64::from(steps) / 100.0, "{rows} rows: {long}");
+        assert_eq!(long > 0, may_be_long, "{rows} rows: {long}");
     }
 }
 
 fn costs() -> impl Strategy<Value = StepCosts> {
     let value = || prop_oneof![Just(0.0f32), Just(f32::INFINITY), Just(f32::NAN), 0.0..100.0f32];
     let line = move || (value(), value()).prop_map(|(fixed_ms, token_ms)| Line { fixed_ms, token_ms });
-    (line(), line()).prop_map(|(decode, mixed)| StepCosts { decode, mixed })
+    (line(), line(), line()).prop_map(|(decode, mixed, attention)| StepCosts { decode, mixed, attention })
 }
 
 proptest! {
@@ -132,6 +173,7 @@ fn one_by_one(policy: Policy, requests: u32) -> Engine<Lazy, Hashing> {
     let costs = StepCosts {
         decode: Line { fixed_ms: 4.0, token_ms: 0.1 },
         mixed: Line { fixed_ms: 12.0, token_ms: 0.1 },
+        attention: NOTHING,
     };
     let mut options = options(limits);
     options.scheduler.policy = policy;
@@ -165,6 +207,7 @@ fn with_latency_no_running_request_waits_for_a_prompt() {
         let costs = StepCosts {
             decode: Line { fixed_ms: 10.0, token_ms: 1.0 },
             mixed: Line { fixed_ms: 20.0, token_ms: 0.3 },
+            attention: NOTHING,
         };
         let mut engine =
             Engine::new(Lazy::priced(Pace::Late, costs), Hashing::default(), options).expect("valid limits");
@@ -197,6 +240,7 @@ fn requests_that_share_a_prefix_count_as_what_is_left_of_them() {
     let costs = StepCosts {
         decode: Line { fixed_ms: 10.0, token_ms: 0.0 },
         mixed: Line { fixed_ms: 80.0, token_ms: 0.1 },
+        attention: NOTHING,
     };
     let mut engine = Engine::new(Lazy::priced(Pace::Late, costs), Hashing::default(), options(limits))
         .expect("valid limits");
@@ -221,6 +265,7 @@ fn a_prompt_is_held_back_only_while_others_wait_for_a_place() {
         let costs = StepCosts {
             decode: Line { fixed_ms: 10.0, token_ms: 0.0 },
             mixed: Line { fixed_ms: 80.0, token_ms: 0.1 },
+            attention: NOTHING,
         };
         let mut engine = Engine::new(Lazy::priced(Pace::Late, costs), Hashing::default(), options(limits))
             .expect("valid limits");

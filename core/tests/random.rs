@@ -85,7 +85,7 @@ fn costs() -> impl Strategy<Value = StepCosts> {
     let line = || {
         (0..40u8, 0..8u8).prop_map(|(fixed, token)| Line { fixed_ms: fixed.into(), token_ms: token.into() })
     };
-    (line(), line()).prop_map(|(decode, mixed)| StepCosts { decode, mixed })
+    (line(), line(), line()).prop_map(|(decode, mixed, attention)| StepCosts { decode, mixed, attention })
 }
 
 /// Prompts that share beginnings: one of three texts cut somewhere, and a tail of its own.

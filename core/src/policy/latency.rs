@@ -1,12 +1,24 @@
-//! No running request waits long for its next token: all of them decode in every step, and prompts join in small portions.
+//! No running request waits long for its next token: all of them decode in every step, and prompts join in portions.
 //!
 //! ```text
-//!   decode step      ├── rows ──┤
-//!   mixed step       ├── rows ──┼─ prompts ─┤        at most twice as long as the last step of decode rows alone
+//!   decode step   ├── rows ──┤
+//!   mixed step    ├── rows ──┼─ prompts ─┤                      at most twice as long
+//!   long step     ├── rows ──┼──────────── prompts ────────┤    at most four times, and seldom
 //! ```
 //!
-//! How many tokens fit in there follows from what steps cost. What the prompts' attention takes is not counted: it grows with
-//! the context before a portion, and can't be cut by making the portion smaller.
+//! How many tokens make such a step follows from what steps cost; a portion behind a long context has fewer, for attention goes
+//! by that.
+//!
+//! Each portion costs a prompt what a step takes by itself, and what its decode rows take. So a prompt's first token comes sooner
+//! from one long step, if running requests can spare it. They can as far as a percentile goes: of a hundred gaps between
+//! tokens one may be longer. An account says how many more: each gap puts a part of one in, a long step takes out one for each
+//! row that decodes in it.
+//!
+//! ```text
+//!   account   ▁▂▂▃▃▄▄▅▅▆▁▁▂▂▃         a long step with as many rows as the account had
+//! ```
+//!
+//! It is spent where prompts end with the step alone: a portion of a longer one would be none the less.
 
 use super::{Demand, Mix, StepPolicy};
 use crate::batch::StepShape;
@@ -14,6 +26,14 @@ use crate::costs::StepCosts;
 
 /// Tokens of prompts that a step takes at least, so that every prompt comes to its end.
 const PORTION_MIN: u32 = 64;
+/// How many times as long as a decode step one with prompts takes.
+const USUAL: f32 = 2.0;
+/// A long one.
+const LONG: f32 = 4.0;
+/// Of how many gaps between tokens one may be long: somewhat less than one in a hundred.
+const GAPS: f32 = 112.0;
+/// Long gaps that are saved up at most: no more requests than that wait at once.
+const SAVED_MAX: f32 = 16.0;
 
 /// See the module.
 #[derive(Clone, Debug)]
@@ -21,21 +41,44 @@ pub struct Latency {
     costs: StepCosts,
     /// How long the last step of decode rows alone took; 0 before the first one.
     decode_ms: f32,
+    /// Gaps between tokens that may be long now.
+    account: f32,
 }
 
 impl Latency {
     /// For steps that cost so much.
     pub fn new(costs: StepCosts) -> Self {
-        Latency { costs, decode_ms: 0.0 }
+        Latency { costs, decode_ms: 0.0, account: 0.0 }
     }
 
-    /// Tokens that take as long as a step of these decode rows alone.
-    fn portion(&self, decode_rows: u32) -> u32 {
-        let StepCosts { decode, mixed } = self.costs;
-        let rows_ms = decode.at(decode_rows);
-        let left_ms = self.decode_ms.max(rows_ms) - (mixed.at(decode_rows) - rows_ms);
+    /// Tokens of prompts beside which a step takes so many times as long as one of its decode rows alone.
+    fn portion(&self, demand: &Demand, times: f32) -> u32 {
+        let StepCosts { decode, mixed, attention } = self.costs;
+        let rows_ms = decode.at(demand.decode_rows);
+        let beside_ms = mixed.at(demand.decode_rows) - rows_ms + attention.fixed_ms;
+        let left_ms = (times - 1.0) * self.decode_ms.max(rows_ms) - beside_ms;
+        let token_ms = mixed.token_ms + attention.token_ms * demand.context as f32;
+        // A token also attends to those of the portion before it: half of them, of as many as there could be at most.
+        let most = (left_ms / token_ms).min(demand.prompt_tokens_max as f32);
+        let tokens = left_ms / (token_ms + attention.token_ms * most / 2.0);
         // Saturates: where tokens cost nothing, all fit.
-        ((left_ms / mixed.token_ms) as u32).max(PORTION_MIN)
+        (tokens as u32).max(PORTION_MIN)
+    }
+
+    /// Takes long gaps of so many rows out of the account, if it has them.
+    fn spend(&mut self, rows: u32) -> bool {
+        let spent = self.account >= rows as f32;
+        if spent {
+            self.account -= rows as f32;
+        }
+        spent
+    }
+
+    /// Tokens of prompts that the next step takes beside decode rows.
+    fn prompt_tokens(&mut self, demand: &Demand) -> u32 {
+        let (usual, long) = (self.portion(demand, USUAL), self.portion(demand, LONG));
+        let ends_with_it = usual < demand.prompt_tokens && demand.prompt_tokens <= long;
+        if ends_with_it && self.spend(demand.decode_rows) { long } else { usual }
     }
 }
 
@@ -43,8 +86,9 @@ impl StepPolicy for Latency {
     fn next(&mut self, demand: &Demand) -> Mix {
         let prompt_tokens = match demand.decode_rows {
             0 => demand.prompt_tokens_max,
-            rows => self.portion(rows).min(demand.prompt_tokens_max),
+            _ => self.prompt_tokens(demand).min(demand.prompt_tokens_max),
         };
+        self.account = (self.account + demand.decode_rows as f32 / GAPS).min(SAVED_MAX);
         Mix { decodes: true, prompt_tokens }
     }
 

@@ -52,7 +52,7 @@ impl Throughput {
 
     /// Should running requests decode beside prompts?
     fn decodes_beside(&self, demand: &Demand) -> bool {
-        let StepCosts { decode, mixed } = self.costs;
+        let StepCosts { decode, mixed, .. } = self.costs;
         let rows = demand.decode_rows as f32;
         let spared_ms = match demand.places_are_short {
             true => decode.at(demand.decode_rows),
