@@ -31,18 +31,19 @@ pub struct Detokenizer {
     /// Bytes of it given out.
     given: usize,
     stop: Vec<String>,
-    stopped: bool,
+    /// Which of them came up.
+    stopped: Option<usize>,
 }
 
 impl Detokenizer {
     /// For an output that the texts `stop` end.
     pub fn new(stop: Vec<String>) -> Self {
-        Detokenizer { waiting: Waiting::default(), text: String::new(), given: 0, stop, stopped: false }
+        Detokenizer { waiting: Waiting::default(), text: String::new(), given: 0, stop, stopped: None }
     }
 
     /// Takes the next token; gives the text that became certain. Behind a stop text there is none.
     pub fn push(&mut self, token: u32, codec: &Text) -> &str {
-        if self.stopped {
+        if self.stopped() {
             return "";
         }
         let before = self.text.len();
@@ -54,7 +55,7 @@ impl Detokenizer {
 
     /// The output is over; gives the rest of the text.
     pub fn finish(&mut self, codec: &Text) -> &str {
-        if !self.stopped {
+        if !self.stopped() {
             let before = self.text.len();
             self.waiting.finish(codec, &mut self.text);
             self.stop_behind(before);
@@ -64,7 +65,12 @@ impl Detokenizer {
 
     /// Has a stop text come up?
     pub fn stopped(&self) -> bool {
-        self.stopped
+        self.stopped.is_some()
+    }
+
+    /// The stop text that came up.
+    pub fn stop_text(&self) -> Option<&str> {
+        self.stopped.map(|which| self.stop[which].as_str())
     }
 
     /// The whole text.
@@ -76,16 +82,17 @@ impl Detokenizer {
     fn stop_behind(&mut self, before: usize) {
         let longest = self.stop.iter().map(String::len).max().unwrap_or(0);
         let from = self.text.floor_char_boundary(before.saturating_sub(longest));
-        let first = self.stop.iter().filter_map(|stop| self.text[from..].find(stop.as_str())).min();
-        if let Some(at) = first {
+        let ends = self.stop.iter().enumerate();
+        let first = ends.filter_map(|(i, stop)| Some((self.text[from..].find(stop.as_str())?, i))).min();
+        if let Some((at, which)) = first {
             self.text.truncate(from + at);
-            self.stopped = true;
+            self.stopped = Some(which);
         }
     }
 
     /// Bytes at the end of the text that may be the beginning of a stop text.
     fn held_back(&self) -> usize {
-        if self.stopped {
+        if self.stopped() {
             return 0;
         }
         let beginning = |stop: &String| {
@@ -359,7 +366,7 @@ mod tests {
                 let mut detokenizer = Detokenizer::new(vec!["\u{0}never".to_owned(), stop.clone()]);
                 let mut pieces: String = drawn.iter().map(|id| detokenizer.push(*id, &codec).to_owned()).collect();
                 pieces += detokenizer.finish(&codec);
-                proptest::prop_assert!(detokenizer.stopped());
+                proptest::prop_assert_eq!(detokenizer.stop_text(), Some(stop.as_str()));
                 proptest::prop_assert_eq!(pieces, &whole[..whole.find(&stop).unwrap()]);
             }
         }

@@ -25,7 +25,7 @@ use crate::diagnostics::{Ceilings, Diagnostics};
 use crate::error::Error;
 use crate::front::{EngineHandle, Events, Front, SessionEvent, SessionOptions};
 use crate::info::Info;
-use crate::memory::{PagePlan, Sequence, check_host, warning};
+use crate::memory::{PagePlan, Sequence, check_host, share_within, warning};
 use crate::models::FAMILIES;
 use crate::options::{KernelChoice, Options};
 use crate::request::{
@@ -113,7 +113,7 @@ impl Llm {
         requests: impl IntoIterator<Item = GenerateRequest>,
         on_event: impl FnMut(StreamEvent<'_>) -> Flow,
     ) -> Result<(), Error> {
-        let options = SessionOptions { tokens: true, text: true, steps: true, capacity: None };
+        let options = SessionOptions { tokens: true, text: true, steps: true, ..SessionOptions::default() };
         let mut stream = Streaming::new(on_event);
         self.drive(options, requests, |event, events| stream.hear(event, events))
     }
@@ -411,7 +411,7 @@ impl Opening<'_> {
 
         let plan = match (self.options.num_pages, self.choice.on_gpu) {
             (Some(_), _) => None,
-            (None, true) => Some(PagePlan::on_gpu(&limits, asked, self.options.memory_ratio)),
+            (None, true) => Some(PagePlan::on_gpu(&limits, asked, self.page_share(before, loaded))),
             (None, false) => Some(PagePlan::on_cpu(&limits, asked)),
         };
         limits.pages = plan.map_or(limits.pages, |plan| plan.most);
@@ -461,6 +461,14 @@ impl Opening<'_> {
         };
         tracing::info!(seconds = info.capture_seconds, pages = limits.pages, costs = ?engine.costs(), "ready");
         Ok((Box::new(engine), info))
+    }
+
+    /// The share of the free memory that pages take.
+    fn page_share(&self, before: Memory, loaded: Memory) -> f64 {
+        match self.options.memory_utilization {
+            Some(utilization) => share_within(utilization, before, loaded),
+            None => self.options.memory_ratio,
+        }
     }
 
     /// What ends an output: the tokens that the model's configuration names, and the tokenizer's.

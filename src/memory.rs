@@ -8,6 +8,7 @@
 //!
 //! Pages are counted by the engine, when all else is there. Here is what it is told: the most, the least, and the share.
 
+use minisgl_core::backend::Memory;
 use minisgl_core::config::Limits;
 use minisgl_core::fit::Fit;
 
@@ -67,6 +68,15 @@ impl PagePlan {
         let most = need.min(u64::from(addressable(limits))) as u32;
         PagePlan { most, fit: Fit { share: CPU_SHARE, least: least(limits, asked) } }
     }
+}
+
+/// The share of the memory left by weights that makes an engine's weights and pages `utilization` of the whole device, the
+/// weights being what became of `before` when they were `loaded`.
+pub fn share_within(utilization: f64, before: Memory, loaded: Memory) -> f64 {
+    let weights = before.free.saturating_sub(loaded.free) as f64;
+    let left = utilization * loaded.total as f64 - weights;
+    // Nothing left is found, and said with the flags to turn, when pages are counted.
+    (left / loaded.free.max(1) as f64).clamp(f64::MIN_POSITIVE, 1.0)
 }
 
 /// Who says how long a sequence may be.
@@ -141,6 +151,16 @@ mod tests {
         let most = PagePlan::on_gpu(&LIMITS, Sequence::Asked, 0.9).most;
         assert!(Limits { pages: most, ..LIMITS }.check().is_ok());
         assert!(Limits { pages: most + 1, ..LIMITS }.check().is_err());
+    }
+
+    #[test]
+    fn a_share_of_the_whole_device_is_what_weights_and_pages_make_together() {
+        let before = Memory { free: 80, total: 100 };
+        let loaded = Memory { free: 50, total: 100 };
+        // 30 of weights and 20 of pages are half of 100.
+        assert_eq!(share_within(0.5, before, loaded) * 50.0, 20.0);
+        assert_eq!(share_within(0.9, before, loaded), 1.0, "what others have is not there to be taken");
+        assert!(share_within(0.2, before, loaded) < 1e-9);
     }
 
     #[test]

@@ -58,6 +58,9 @@ pub struct Options {
     pub num_pages: Option<u32>,
     /// Share, in (0, 1], of the memory left beside weights and buffers that the KV pages take.
     pub memory_ratio: f64,
+    /// Instead of it: the share, in (0, 1], of all of the GPU's memory that weights, buffers and pages take together, as
+    /// vLLM's `gpu_memory_utilization` counts.
+    pub memory_utilization: Option<f64>,
     /// Tokens of a sequence, prompt and output together; `None`: all that the model's positions reach.
     pub max_seq_len: Option<u32>,
     /// Rows of the largest recorded decode step; 0 records none, `None` as many as run.
@@ -90,6 +93,7 @@ impl Default for Options {
             page_size: None,
             num_pages: None,
             memory_ratio: 0.9,
+            memory_utilization: None,
             max_seq_len: None,
             max_graph_batch: None,
             overlap: !is_set(std::env::var_os(DISABLE_OVERLAP)),
@@ -109,8 +113,10 @@ impl Options {
     /// Names the capacity, the memory ratio or the GPU.
     pub fn check(&self) -> Result<(), Error> {
         device::choose(self)?;
-        if !(self.memory_ratio > 0.0 && self.memory_ratio <= 1.0) {
-            return Err(Error::MemoryRatio(self.memory_ratio));
+        for ratio in [Some(self.memory_ratio), self.memory_utilization].into_iter().flatten() {
+            if !(ratio > 0.0 && ratio <= 1.0) {
+                return Err(Error::MemoryRatio(ratio));
+            }
         }
         // What is left open fits: the least of each.
         let limits = Limits {

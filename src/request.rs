@@ -200,8 +200,12 @@ pub struct Completion {
     pub text: Option<String>,
     /// Why it ended.
     pub finish_reason: FinishReason,
+    /// The stop text that ended it, if one did.
+    pub stop_text: Option<String>,
     /// Tokens of the prompt.
     pub prompt_tokens: u32,
+    /// Their ids, where a session asks for them.
+    pub prompt_token_ids: Option<Vec<u32>>,
     /// How many of them the prefix cache held.
     pub cached_tokens: u32,
     /// Output tokens it was allowed: `max_tokens`, or fewer where the sequence limit or the pool is reached first.
@@ -220,7 +224,9 @@ impl Completion {
             token_ids: Vec::new(),
             text: None,
             finish_reason: FinishReason::Rejected,
+            stop_text: None,
             prompt_tokens: 0,
+            prompt_token_ids: None,
             cached_tokens: 0,
             max_tokens: 0,
             logprobs: None,

@@ -477,7 +477,9 @@ fn completion() -> Completion {
         token_ids: vec![10, 11, 12],
         text: Some("né \u{fffd}".to_owned()),
         finish_reason: FinishReason::Eos,
+        stop_text: None,
         prompt_tokens: 5,
+        prompt_token_ids: None,
         cached_tokens: 4,
         max_tokens: 16,
         logprobs: Some(vec![

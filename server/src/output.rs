@@ -52,8 +52,8 @@ impl Outputs {
         let options = SessionOptions {
             tokens: true,
             text: asked.stream.is_some(),
-            steps: false,
             capacity: Some(choices),
+            ..SessionOptions::default()
         };
         let (mut submitter, events) = engine.handle.session(options);
         let clocks = (0..choices).map(|_| Clock::start()).collect();

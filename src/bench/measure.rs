@@ -160,6 +160,8 @@ mod tests {
             text: None,
             finish_reason: FinishReason::Length,
             prompt_tokens: 1,
+            prompt_token_ids: None,
+            stop_text: None,
             cached_tokens: 0,
             max_tokens: 2,
             logprobs: None,

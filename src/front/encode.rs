@@ -44,7 +44,7 @@ impl Job {
         let encoded = encoded.unwrap_or_else(|_| Err(RequestError::Encode("it panicked".to_owned())));
         match encoded {
             Ok(prompt) => {
-                self.output.set_prompt_tokens(prompt.len());
+                self.output.set_prompt(&prompt);
                 Some(Ready { prompt, params: self.params, output: self.output })
             }
             Err(error) => {

@@ -221,7 +221,7 @@ impl EngineHandle {
                 None
             }
             (None, Prompt::Tokens(prompt)) => {
-                output.set_prompt_tokens(prompt.len());
+                output.set_prompt(&prompt);
                 Some(Ready { prompt, params, output })
             }
             // Without a tokenizer there are no threads for it, and nothing that takes time.

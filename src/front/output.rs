@@ -79,6 +79,8 @@ pub struct Output {
     /// Until the end.
     permit: Option<Permit>,
     prompt_tokens: u32,
+    /// Where the session wants them.
+    prompt_token_ids: Option<Vec<u32>>,
     max_tokens: u32,
     asked_tokens: u32,
     logprobs: Option<Vec<TokenLogprobs>>,
@@ -109,6 +111,7 @@ impl Output {
             aborted: session.open(tag),
             permit: Some(permit),
             prompt_tokens: 0,
+            prompt_token_ids: None,
             max_tokens: request.sampling.max_tokens,
             asked_tokens: request.sampling.max_tokens,
             logprobs: request.sampling.logprobs.map(|_| Vec::new()),
@@ -137,8 +140,9 @@ impl Output {
         self.session.options.tokens || self.detokenizer.is_some() || self.logprobs.is_some()
     }
 
-    pub fn set_prompt_tokens(&mut self, tokens: usize) {
-        self.prompt_tokens = tokens as u32;
+    pub fn set_prompt(&mut self, prompt: &[u32]) {
+        self.prompt_tokens = prompt.len() as u32;
+        self.prompt_token_ids = self.session.options.prompt_ids.then(|| prompt.to_vec());
     }
 
     /// Ends the request, which never ran, and wakes the reader.
@@ -185,11 +189,12 @@ impl Output {
     /// Ends the request with the tokens that the engine drew.
     fn finish(mut self, tokens: &[u32], cached: u32, reason: core::FinishReason, text: &Text) -> bool {
         let tokens = if self.stopped { &tokens[..self.drawn.min(tokens.len())] } else { tokens };
-        let mut rest = String::new();
+        let (mut rest, mut stop_text) = (String::new(), None);
         let whole = match self.detokenizer.take() {
             Some(mut detokenizer) => {
                 rest.push_str(detokenizer.finish(text));
                 self.stopped |= detokenizer.stopped();
+                stop_text = detokenizer.stop_text().map(str::to_owned);
                 Some(detokenizer.into_text())
             }
             None => text.decode(tokens),
@@ -208,7 +213,9 @@ impl Output {
             token_ids: tokens.to_vec(),
             text: whole,
             finish_reason,
+            stop_text,
             prompt_tokens: self.prompt_tokens,
+            prompt_token_ids: self.prompt_token_ids.take(),
             cached_tokens: cached,
             max_tokens: self.max_tokens,
             logprobs: self.logprobs.take(),

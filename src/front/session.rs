@@ -33,6 +33,8 @@ pub struct SessionOptions {
     pub text: bool,
     /// Every step that completes while a request of the session is in the engine.
     pub steps: bool,
+    /// The prompt's token ids with each end, whatever the prompt was given as.
+    pub prompt_ids: bool,
     /// How many requests may be submitted whose ends have not been taken; `None`: as many as the engine runs and queues.
     pub capacity: Option<usize>,
 }

@@ -285,7 +285,8 @@ fn a_stop_text_ends_the_output_at_the_token_that_completes_it_however_far_the_en
     let until = codec.encode(Prompt::Text("One day, a fox.".to_owned())).unwrap();
     let (front, _) = start_with(Control::default(), Arc::new(text()), Order::Given).unwrap();
     for streams in [false, true] {
-        let options = SessionOptions { tokens: streams, text: streams, steps: false, capacity: Some(40) };
+        let options =
+            SessionOptions { tokens: streams, text: streams, capacity: Some(40), ..Default::default() };
         let (mut submitter, events) = front.handle().session(options);
         let request = |i: u64| (i, saying(&codec, said, 50_000).stop("nothing").stop("fox."));
         submitter.submit_all((0..40).map(request)).unwrap();
