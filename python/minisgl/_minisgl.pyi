@@ -1,0 +1,90 @@
+"""The Rust half: an engine, and runs of requests on it. `minisgl.LLM` is what to use."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+class EngineError(RuntimeError):
+    """The model could not be opened, or the engine failed; `outputs` has what had ended by then."""
+
+    outputs: list[Any]
+
+class RequestError(ValueError):
+    """A request can't run: `index` says which, and `outputs` has what had ended by then."""
+
+    index: int
+    outputs: list[Any]
+
+class Chat:
+    """A conversation for the chat template; lists and dicts come as JSON."""
+
+    def __new__(
+        cls,
+        messages: str,
+        *,
+        tools: str | None,
+        kwargs: str | None,
+        add_generation_prompt: bool,
+        continue_final_message: bool,
+    ) -> Chat: ...
+
+class Token:
+    """Another token of a request."""
+
+    index: int
+    token_id: int
+    text: str
+    logprobs: tuple[float, list[tuple[int, float]]] | None
+
+class Completion:
+    """What came of a request."""
+
+    index: int
+    last_text: str
+    text: str | None
+    token_ids: list[int]
+    finish_reason: str
+    stop_text: str | None
+    prompt_token_ids: list[int] | None
+    cached_tokens: int
+    logprobs: list[tuple[float, list[tuple[int, float]]]] | None
+    warning: str | None
+    error: str | None
+
+class Run:
+    """Requests on their way through an engine."""
+
+    def take(self) -> list[Token | Completion] | None:
+        """What has happened: waits for something, for a moment at most. None when all requests have ended."""
+
+    def take_into(self, into: list[Any]) -> list[int] | None:
+        """As `take`, for completions alone, which go to their places in `into`; gives the places."""
+
+    def poll(self) -> list[Token | Completion] | None:
+        """What has happened so far, without waiting: when there may be more, `descriptor` becomes readable."""
+
+    def descriptor(self) -> int:
+        """A file descriptor that is readable when `poll` may have something to give."""
+
+    def abort(self, index: int) -> bool:
+        """Ends a request where it is; its completion comes as others do."""
+
+    def close(self) -> None:
+        """Ends everything: nothing more is heard of what has not ended."""
+
+class Engine:
+    """A model on a device."""
+
+    def __new__(cls, model: str, *, revision: str | None, options: dict[str, Any], quiet: bool) -> Engine: ...
+    def start(self, requests: Iterator[tuple[Any, Any]], *, seed: int, tokens: bool) -> Run: ...
+    def encode(self, given: Any) -> list[int]: ...
+    def render(self, given: Chat) -> str: ...
+    def decode(self, given: Sequence[int]) -> str | None: ...
+    def token_bytes(self, id: int) -> bytes | None: ...
+    def reset_prefix_cache(self) -> None: ...
+    def recommended_sampling(self) -> dict[str, Any] | None: ...
+    def info(self) -> dict[str, Any]: ...
+    def stats(self) -> dict[str, int]: ...
+    def close(self) -> None: ...
+
+def check_sampling(given: Any) -> None:
+    """Checks the ranges of a `minisgl.SamplingParams`."""

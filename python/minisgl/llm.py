@@ -1,0 +1,539 @@
+"""A model, and what can be asked of it.
+
+    prompts, sampling ── pulled as there is room ──> _minisgl.Run ──> completions, as they end ──> RequestOutputs
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from itertools import repeat
+from typing import Any, Union
+
+from minisgl import _minisgl
+from minisgl.arguments import to_options
+from minisgl.outputs import CompletionOutput, Logprob, RequestOutput
+from minisgl.sampling_params import SamplingParams
+
+#: A text, token ids (a list or a numpy array of integers), or a dict with one of them as `prompt` or `prompt_token_ids`.
+Prompt = Union[str, Sequence[int], "dict[str, Any]"]
+Message = dict[str, Any]
+
+_FINISH_REASONS = {"eos": "stop"}
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C came while `generate` ran. `outputs` has what had ended, in the places of the prompts; None elsewhere."""
+
+    def __init__(self, outputs: list[RequestOutput | None]) -> None:
+        self.outputs = outputs
+        ended = sum(output is not None for output in outputs)
+        super().__init__(f"interrupted: {ended} of {len(outputs)} requests had ended, and are in the exception's `outputs`")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.outputs,)
+
+
+class LLM:
+    """A model on a device, ready to generate.
+
+    Several may live in a process. One that is pickled is built anew from its arguments where it is unpickled. Used by a
+    forked process it is refused: its threads and its GPU are its maker's.
+
+    Args:
+        model: a checkpoint's directory, a name on the Hugging Face hub (OWNER/NAME), or a preset with dummy weights.
+        revision: branch, tag or commit of a model by name.
+        seed: of requests that have none: the i-th of the LLM draws with seed + i.
+        max_model_len: tokens of a sequence, prompt and output; None: all that the model takes.
+        max_num_seqs: requests that run at once; None: as many as decoding gains from and memory holds.
+        max_num_batched_tokens: tokens of prompts in a step; None: 16384 on a GPU, 1024 on the CPU.
+        gpu_memory_utilization: share, in (0, 1], of the GPU's memory that weights, buffers and KV pages take together;
+            None: 0.9 of what is free beside weights and buffers.
+        enable_prefix_caching: reuse the KV pages of equal prefixes.
+        enforce_eager: record no decode steps as CUDA graphs.
+        generation_config: "auto": requests without sampling draw as the checkpoint's `generation_config.json` asks for;
+            "none" or "vllm": as `SamplingParams()` does.
+        backend: "auto" (a GPU where there is one), "cpu" or "cuda".
+        device: which GPU, from 0; naming one asks for a GPU.
+        order: of admission: "given", "longest-output-first" or "prefix" (prompts that begin alike together).
+        policy: "throughput", or "latency" (no long wait for a running request's next token).
+        speculate: "off", "ngram" or "ngram-always": draft tokens from what texts said before; tokens are the same.
+        quiet: say nothing on stderr.
+        others: vLLM's and mini-sglang's other arguments. Those that ask for nothing are taken, and those that we have
+            under another name; any other is refused by its name.
+
+    Raises:
+        ValueError, TypeError: an argument that can't hold.
+        EngineError: the model can't be opened, or the device fails.
+    """
+
+    def __init__(
+        self,
+        model: str | None = None,
+        *,
+        revision: str | None = None,
+        seed: int | None = 0,
+        max_model_len: int | None = None,
+        max_num_seqs: int | None = None,
+        max_num_batched_tokens: int | None = None,
+        gpu_memory_utilization: float | None = None,
+        enable_prefix_caching: bool | None = None,
+        enforce_eager: bool = False,
+        generation_config: str = "auto",
+        backend: str | None = None,
+        device: int | str | None = None,
+        order: str | None = None,
+        policy: str | None = None,
+        speculate: str | None = None,
+        quiet: bool = False,
+        **others: Any,
+    ) -> None:
+        model = model if model is not None else others.pop("model_path", None)
+        if model is None:
+            raise TypeError("LLM needs a model: a directory, a name on the Hugging Face hub, or a preset")
+        if generation_config not in ("auto", "none", "vllm"):
+            raise ValueError(f'generation_config={generation_config!r} is neither "auto" nor "none"')
+        named = {
+            "max_model_len": max_model_len,
+            "max_num_seqs": max_num_seqs,
+            "max_num_batched_tokens": max_num_batched_tokens,
+            "gpu_memory_utilization": gpu_memory_utilization,
+            "enable_prefix_caching": enable_prefix_caching,
+            "enforce_eager": enforce_eager,
+            "backend": backend,
+            "device": device,
+            "order": order,
+            "policy": policy,
+            "speculate": speculate,
+            **others,
+        }
+        model = str(model)
+        options = to_options(model, named)
+        #: What it was built with; `LLM(**llm.arguments)` builds another one like it.
+        self.arguments: dict[str, Any] = {
+            "model": model,
+            "revision": revision,
+            "seed": seed,
+            "generation_config": generation_config,
+            "quiet": quiet,
+            **{name: value for name, value in named.items() if value is not None},
+        }
+        self._seed = seed or 0
+        self._submitted = 0
+        self._token_texts: dict[int, str | None] = {}
+        self._engine = _minisgl.Engine(model, revision=revision, options=options, quiet=quiet)
+        self._recommended = self._engine.recommended_sampling() if generation_config == "auto" else None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, (type(self), self.arguments)
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"LLM({', '.join(f'{name}={value!r}' for name, value in self.arguments.items())})"
+
+    def close(self) -> None:
+        """Ends the engine and gives the device's memory back. Runs that are open end with an error."""
+        self._engine.close()
+
+    def info(self) -> dict[str, Any]:
+        """The device, capacities and what ends an output, as they were chosen when it was built."""
+        return self._engine.info()
+
+    def stats(self) -> dict[str, int]:
+        """What the engine did since it was built."""
+        return self._engine.stats()
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """The token ids of a prompt."""
+        return self._engine.encode(prompt)
+
+    def decode(self, token_ids: Sequence[int]) -> str | None:
+        """The text of tokens, special ones left out; None without a tokenizer."""
+        return self._engine.decode(token_ids)
+
+    def reset_prefix_cache(self) -> bool:
+        """Forgets all cached prefixes."""
+        self._engine.reset_prefix_cache()
+        return True
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """How requests without sampling are drawn: as the checkpoint asks for, where it does."""
+        return SamplingParams(**(self._recommended or {}))
+
+    def generate(
+        self,
+        prompts: Prompt | Iterable[Prompt] | None = None,
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool | Callable[..., Any] = True,
+        *,
+        prompt_token_ids: Sequence[int] | Sequence[Sequence[int]] | None = None,
+        on_output: Callable[[RequestOutput], Any] | None = None,
+        errors: str = "raise",
+        lora_request: None = None,
+    ) -> list[RequestOutput]:
+        """Runs all prompts; outputs come in their order.
+
+        Args:
+            prompts: one prompt or many; see `Prompt`.
+            sampling_params: for all of them, or for each its own; None: see `get_default_sampling_params`.
+            use_tqdm: show a progress bar; or what makes one.
+            prompt_token_ids: instead of `prompts`.
+            on_output: hears of each output as soon as it is there.
+            errors: "raise": the first request that can't run ends the call; "keep": its output has `error`, and the others
+                go on.
+
+        Raises:
+            RequestError: a request can't run. `index` says which, `outputs` has what had ended.
+            EngineError: the engine failed. `outputs` has what had ended.
+            Interrupted: Ctrl-C. `outputs` has what had ended.
+        """
+        if lora_request is not None:
+            raise ValueError("lora_request is not served by minisgl: merge the adapter into the checkpoint")
+        if prompts is None:
+            if prompt_token_ids is None:
+                raise TypeError("generate needs prompts")
+            prompts = prompt_token_ids
+        return self._run_all(_listed(prompts), sampling_params, use_tqdm, on_output, errors)
+
+    def chat(
+        self,
+        messages: list[Message] | Sequence[list[Message]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool | Callable[..., Any] = True,
+        *,
+        tools: list[dict[str, Any]] | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        on_output: Callable[[RequestOutput], Any] | None = None,
+        errors: str = "raise",
+        lora_request: None = None,
+        chat_template: None = None,
+    ) -> list[RequestOutput]:
+        """Answers a conversation, or many, by the checkpoint's chat template.
+
+        Args:
+            messages: dicts with `role`, `content` and what else the template knows; or lists of them.
+            tools: tools that the model may call, as the template wants them.
+            chat_template_kwargs: further variables of the template, like `enable_thinking`.
+            add_generation_prompt: let the assistant answer.
+            continue_final_message: go on with the last message instead; needs `add_generation_prompt=False`.
+
+        The others, and what is raised, are those of `generate`.
+        """
+        if lora_request is not None:
+            raise ValueError("lora_request is not served by minisgl: merge the adapter into the checkpoint")
+        if chat_template is not None:
+            raise ValueError("chat_template is not served by minisgl: put chat_template.jinja into the checkpoint's folder")
+        conversations = [messages] if messages and isinstance(messages[0], dict) else messages
+        fixed = {
+            "tools": None if tools is None else json.dumps(tools),
+            "kwargs": None if chat_template_kwargs is None else json.dumps(chat_template_kwargs),
+            "add_generation_prompt": add_generation_prompt,
+            "continue_final_message": continue_final_message,
+        }
+        prompts = [_minisgl.Chat(json.dumps(conversation), **fixed) for conversation in conversations]
+        return self._run_all(prompts, sampling_params, use_tqdm, on_output, errors)
+
+    def stream(
+        self,
+        prompts: Prompt | Iterable[Prompt],
+        sampling_params: SamplingParams | Iterable[SamplingParams] | None = None,
+        *,
+        tokens: bool = True,
+        errors: str = "raise",
+    ) -> Stream:
+        """Runs prompts and gives outputs as they come, to `for` or to `async for`.
+
+        Prompts are pulled out of an iterator as there is room for them, so that there may be any number. Closing the
+        stream, or dropping it, aborts what has not ended.
+
+        Args:
+            prompts: one prompt, or any iterable of them.
+            sampling_params: for all of them, or for each its own.
+            tokens: give the tokens of each request as they are drawn, one RequestOutput with `finished=False` each,
+                whose output has the token and the text that became certain with it alone; without, each request gives
+                one RequestOutput, when it has ended.
+            errors: as in `generate`.
+        """
+        if _is_one(prompts):
+            prompts = [prompts]
+        return Stream(self, prompts, self._sampling(sampling_params), tokens, _raises(errors))
+
+    def _sampling(self, given: Any) -> Iterable[SamplingParams]:
+        """Sampling for each of any number of prompts."""
+        if given is None:
+            given = self.get_default_sampling_params()
+        return repeat(given) if isinstance(given, SamplingParams) else given
+
+    def _run_all(
+        self,
+        prompts: list[Any],
+        sampling_params: Any,
+        use_tqdm: bool | Callable[..., Any],
+        on_output: Callable[[RequestOutput], Any] | None,
+        errors: str,
+    ) -> list[RequestOutput]:
+        raises = _raises(errors)
+        if isinstance(sampling_params, Sequence) and len(sampling_params) != len(prompts):
+            raise ValueError(f"there are {len(prompts)} prompts and {len(sampling_params)} sampling_params")
+        first = self._submitted
+        requests = zip(prompts, self._sampling(sampling_params))
+        self._submitted += len(prompts)
+        run = self._engine.start(requests, seed=self._seed + first, tokens=False)
+        ended: list[Any] = [None] * len(prompts)
+        try:
+            with _Progress(use_tqdm, len(prompts)) as progress:
+                while (places := run.take_into(ended)) is not None:
+                    for place in places:
+                        done = ended[place]
+                        output = ended[place] = self._output(done, prompts[place], first)
+                        progress.add(output)
+                        if output.error is not None and raises:
+                            raise _refused(output)
+                        if on_output is not None:
+                            on_output(output)
+        except KeyboardInterrupt:
+            raise Interrupted(self._kept(ended, prompts, first)) from None
+        except (_minisgl.EngineError, _minisgl.RequestError) as error:
+            error.outputs = self._kept(ended, prompts, first)
+            raise
+        finally:
+            run.close()
+        return ended
+
+    def _kept(self, ended: list[Any], prompts: list[Any], first: int) -> list[RequestOutput | None]:
+        """What had ended, those that came last included."""
+        return [
+            self._output(done, prompts[place], first) if isinstance(done, _minisgl.Completion) else done
+            for place, done in enumerate(ended)
+        ]
+
+    def _output(self, done: _minisgl.Completion, prompt: Any, first: int) -> RequestOutput:
+        """A request's output out of what the engine gives."""
+        logprobs = done.logprobs
+        token_ids = done.token_ids
+        reason = done.finish_reason
+        output = CompletionOutput(
+            index=0,
+            text=done.text or "",
+            token_ids=token_ids,
+            cumulative_logprob=None if logprobs is None else sum(logprob for logprob, _ in logprobs),
+            logprobs=None if logprobs is None else self._logprobs(token_ids, logprobs),
+            finish_reason=_FINISH_REASONS.get(reason, reason),
+            stop_reason=done.stop_text,
+        )
+        return RequestOutput(
+            request_id=str(first + done.index),
+            prompt=_text_of(prompt),
+            prompt_token_ids=done.prompt_token_ids,
+            prompt_logprobs=None,
+            outputs=[output],
+            finished=True,
+            num_cached_tokens=done.cached_tokens,
+            index=done.index,
+            error=done.error,
+            warning=done.warning,
+        )
+
+    def _part(self, token: _minisgl.Token, prompt: Any, first: int) -> RequestOutput:
+        """A token of a request as an output of its own."""
+        ids, logprobs = [token.token_id], token.logprobs
+        output = CompletionOutput(
+            index=0,
+            text=token.text,
+            token_ids=ids,
+            cumulative_logprob=None if logprobs is None else logprobs[0],
+            logprobs=None if logprobs is None else self._logprobs(ids, [logprobs]),
+        )
+        return RequestOutput(
+            request_id=str(first + token.index),
+            prompt=_text_of(prompt),
+            prompt_token_ids=None,
+            prompt_logprobs=None,
+            outputs=[output],
+            finished=False,
+            index=token.index,
+        )
+
+    def _logprobs(
+        self, token_ids: list[int], given: list[tuple[float, list[tuple[int, float]]]]
+    ) -> list[dict[int, Logprob]]:
+        """Of each token, its own and the most probable ones' by id."""
+        rows = []
+        for token_id, (logprob, top) in zip(token_ids, given):
+            row = {token_id: Logprob(logprob, None, self._token_text(token_id))}
+            for rank, (other, logprob) in enumerate(top, 1):
+                row[other] = Logprob(logprob, rank, self._token_text(other))
+            rows.append(row)
+        return rows
+
+    def _token_text(self, token_id: int) -> str | None:
+        known = self._token_texts
+        if token_id not in known:
+            text = self._engine.token_bytes(token_id)
+            known[token_id] = None if text is None else text.decode("utf-8", "replace")
+        return known[token_id]
+
+
+class Stream(Iterator[RequestOutput], AsyncIterator[RequestOutput]):
+    """Outputs as they come; see `LLM.stream`. Read it by `for` or by `async for`, not both."""
+
+    def __init__(self, llm: LLM, prompts: Iterable[Any], sampling: Iterable[SamplingParams], tokens: bool, raises: bool):
+        self._llm = llm
+        self._raises = raises
+        self._first = llm._submitted
+        self._open: dict[int, Any] = {}
+        self._ready: deque[RequestOutput] = deque()
+        requests = self._requests(prompts, sampling)
+        self._run = llm._engine.start(requests, seed=llm._seed + self._first, tokens=tokens)
+        self._tokens = tokens
+
+    def _requests(self, prompts: Iterable[Any], sampling: Iterable[SamplingParams]) -> Iterator[tuple[Any, Any]]:
+        for index, (prompt, params) in enumerate(zip(prompts, sampling)):
+            self._open[index] = prompt
+            self._llm._submitted = max(self._llm._submitted, self._first + index + 1)
+            yield prompt, params
+
+    def __iter__(self) -> Stream:
+        return self
+
+    def __aiter__(self) -> Stream:
+        return self
+
+    def __next__(self) -> RequestOutput:
+        while not self._ready:
+            events = self._run.take()
+            if events is None:
+                raise StopIteration
+            self._hear(events)
+        return self._give()
+
+    async def __anext__(self) -> RequestOutput:
+        while not self._ready:
+            events = self._run.poll()
+            if events is None:
+                raise StopAsyncIteration
+            if events:
+                self._hear(events)
+            else:
+                await _readable(self._run.descriptor())
+        return self._give()
+
+    def abort(self, index: int) -> bool:
+        """Ends a request where it is; its output comes as others do. False if it has ended."""
+        return self._run.abort(index)
+
+    def close(self) -> None:
+        """Aborts what has not ended; nothing more comes."""
+        self._run.close()
+        self._ready.clear()
+        self._open.clear()
+
+    def _hear(self, events: list[Any]) -> None:
+        llm, first, ready = self._llm, self._first, self._ready
+        for event in events:
+            if isinstance(event, _minisgl.Token):
+                ready.append(llm._part(event, self._open[event.index], first))
+                continue
+            output = llm._output(event, self._open.pop(event.index), first)
+            if self._tokens:
+                # Its tokens were given one by one.
+                last = output.outputs[0]
+                last.text, last.token_ids, last.logprobs = event.last_text, [], None
+            ready.append(output)
+
+    def _give(self) -> RequestOutput:
+        output = self._ready.popleft()
+        if output.error is not None and self._raises:
+            self.close()
+            raise _refused(output)
+        return output
+
+
+class _Progress:
+    """A bar like vLLM's: requests, and tokens a second in and out."""
+
+    def __init__(self, wanted: bool | Callable[..., Any], requests: int) -> None:
+        self._bar = None
+        if wanted:
+            if not callable(wanted):
+                from tqdm.auto import tqdm as wanted
+            speed = "est. speed input: 0.00 toks/s, output: 0.00 toks/s"
+            self._bar = wanted(total=requests, desc="Processed prompts", dynamic_ncols=True, postfix=speed)
+        self._tokens = [0, 0]
+
+    def __enter__(self) -> _Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def add(self, output: RequestOutput) -> None:
+        """Counts a request that has ended."""
+        if self._bar is None:
+            return
+        self._tokens[0] += len(output.prompt_token_ids or ())
+        self._tokens[1] += len(output.outputs[0].token_ids)
+        seconds = self._bar.format_dict["elapsed"] or 1e-9
+        speeds = [count / seconds for count in self._tokens]
+        self._bar.postfix = f"est. speed input: {speeds[0]:.2f} toks/s, output: {speeds[1]:.2f} toks/s"
+        self._bar.update()
+
+
+async def _readable(descriptor: int) -> None:
+    """Waits for a file descriptor without holding up the event loop."""
+    loop = asyncio.get_running_loop()
+    readable = loop.create_future()
+    loop.add_reader(descriptor, lambda: readable.done() or readable.set_result(None))
+    try:
+        await readable
+    finally:
+        loop.remove_reader(descriptor)
+
+
+def _is_one(prompts: Any) -> bool:
+    """Is it one prompt, not several?"""
+    if isinstance(prompts, (str, dict, _minisgl.Chat)):
+        return True
+    if getattr(prompts, "ndim", None) == 1:
+        return prompts.dtype.kind in "iu"
+    return isinstance(prompts, (list, tuple)) and len(prompts) > 0 and isinstance(prompts[0], int)
+
+
+def _listed(prompts: Any) -> list[Any]:
+    if _is_one(prompts):
+        return [prompts]
+    return prompts if isinstance(prompts, list) else list(prompts)
+
+
+def _text_of(prompt: Any) -> str | None:
+    """The prompt's text, where it was given as one."""
+    if isinstance(prompt, dict):
+        prompt = prompt.get("prompt")
+    return prompt if isinstance(prompt, str) else None
+
+
+def _raises(errors: str) -> bool:
+    if errors not in ("raise", "keep"):
+        raise ValueError(f'errors={errors!r} is neither "raise" nor "keep"')
+    return errors == "raise"
+
+
+def _refused(output: RequestOutput) -> _minisgl.RequestError:
+    error = _minisgl.RequestError(f"prompt {output.index}: {output.error}")
+    error.index = output.index
+    error.outputs = []
+    return error
+
+
+def _rebuild(kind: type[LLM], arguments: dict[str, Any]) -> LLM:
+    return kind(**arguments)

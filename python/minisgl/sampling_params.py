@@ -1,0 +1,122 @@
+"""How a request's tokens are drawn."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+from minisgl._minisgl import check_sampling
+
+#: Fields of vLLM's that change no output of ours, whatever they hold.
+_IGNORED = frozenset({"detokenize", "output_kind", "skip_clone", "spaces_between_special_tokens", "stream_interval"})
+
+#: Fields of vLLM's that are not served, and the values at which they ask for nothing.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "n": (None, 1),
+    "best_of": (None, 1),
+    "presence_penalty": (None, 0),
+    "frequency_penalty": (None, 0),
+    "repetition_penalty": (None, 1),
+    "length_penalty": (None, 1),
+    "early_stopping": (None, False),
+    "use_beam_search": (None, False),
+    "stop_token_ids": (None, []),
+    "bad_words": (None, []),
+    "min_tokens": (None, 0),
+    "prompt_logprobs": (None,),
+    "skip_special_tokens": (None, True),
+    "include_stop_str_in_output": (None, False),
+    "logit_bias": (None, {}),
+    "allowed_token_ids": (None,),
+    "logits_processors": (None, []),
+    "structured_outputs": (None,),
+    "guided_decoding": (None,),
+    "truncate_prompt_tokens": (None,),
+    "extra_args": (None, {}),
+    "logprob_token_ids": (None,),
+    "flat_logprobs": (None, False),
+    "thinking_token_budget": (None,),
+    "repetition_detection": (None,),
+}
+
+
+class SamplingParams:
+    """How a request's tokens are drawn, with vLLM's names and defaults.
+
+    A field of vLLM's that is not served may stand at the value that asks for nothing; at another it is refused by name.
+
+    Args:
+        temperature: 0, or anything below 0.00001, takes the most probable token; higher is flatter.
+        top_p: draw among the most probable tokens that hold this mass, in (0, 1].
+        top_k: draw among the k most probable tokens; 0 and -1: all.
+        min_p: draw among tokens at least this many times as probable as the most probable one, in [0, 1].
+        seed: the same seed draws the same tokens, whatever runs beside the request; None: the LLM's own seed plus the
+            number of requests that it had before.
+        max_tokens: output tokens at most; None: as many as a sequence holds.
+        stop: a text or texts that end the output, which is cut before the first one found.
+        ignore_eos: go on past end-of-sequence tokens.
+        logprobs: give the log-probabilities of each token drawn and of the k most probable ones, k <= 20.
+    """
+
+    __slots__ = ("temperature", "top_p", "top_k", "min_p", "seed", "max_tokens", "stop", "ignore_eos", "logprobs")
+
+    def __init__(
+        self,
+        *,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        min_p: float = 0.0,
+        seed: int | None = None,
+        max_tokens: int | None = 16,
+        stop: str | list[str] | None = None,
+        ignore_eos: bool = False,
+        logprobs: int | None = None,
+        **others: Any,
+    ) -> None:
+        self.temperature = temperature
+        self.top_p = top_p
+        self.top_k = top_k
+        self.min_p = min_p
+        self.seed = None if seed == -1 else seed
+        self.max_tokens = max_tokens
+        self.stop = [stop] if isinstance(stop, str) else list(stop or ())
+        self.ignore_eos = ignore_eos
+        self.logprobs = logprobs
+        for name, value in others.items():
+            self._refuse(name, value)
+        check_sampling(self)
+
+    def _refuse(self, name: str, value: Any) -> None:
+        """Refuses a field that is not served, unless it asks for nothing."""
+        if name in _IGNORED:
+            return
+        if name not in _NEUTRAL:
+            near = difflib.get_close_matches(name, [*self.__slots__, *_NEUTRAL], n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise TypeError(f"SamplingParams has no field {name}{hint}")
+        if not any(value == neutral and type(value) is not str for neutral in _NEUTRAL[name]):
+            neutral = _NEUTRAL[name][-1]
+            raise ValueError(f"{name}={value!r} is not served by minisgl: leave it out, or at {neutral!r}")
+
+    def clone(self) -> SamplingParams:
+        """A copy."""
+        return type(self)(**{name: getattr(self, name) for name in self.__slots__})
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, (type(self), {name: getattr(self, name) for name in self.__slots__})
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, SamplingParams):
+            return NotImplemented
+        return all(getattr(self, name) == getattr(other, name) for name in self.__slots__)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        fields = ", ".join(f"{name}={getattr(self, name)!r}" for name in self.__slots__)
+        return f"SamplingParams({fields})"
+
+
+def _rebuild(kind: type[SamplingParams], fields: dict[str, Any]) -> SamplingParams:
+    return kind(**fields)

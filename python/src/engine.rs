@@ -1,0 +1,227 @@
+//! An engine as Python holds it.
+
+use std::mem::forget;
+use std::process;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use minisgl::progress::Stderr;
+use minisgl::{
+    BackendChoice, EngineHandle, GenerationConfig, KernelChoice, Llm, ModelSource, Options, Prompt,
+    SamplingParams, parse_order, parse_policy, parse_speculation,
+};
+use pyo3::exceptions::{PyRuntimeError, PyTypeError, PyValueError};
+use pyo3::prelude::*;
+use pyo3::types::{PyBytes, PyDict, PyIterator};
+
+use crate::error::{RequestError, raised};
+use crate::prompt;
+use crate::run::Run;
+
+/// A model on a device.
+#[pyclass(module = "minisgl._minisgl", frozen)]
+pub struct Engine {
+    /// `None` once it is closed.
+    llm: Mutex<Option<Llm>>,
+    sampling: Option<GenerationConfig>,
+    owner: Owner,
+}
+
+#[pymethods]
+impl Engine {
+    /// Opens a model. `options` are fields of the library's `Options`, by their names.
+    #[new]
+    #[pyo3(signature = (model, *, revision, options, quiet))]
+    fn new(
+        py: Python<'_>,
+        model: &str,
+        revision: Option<&str>,
+        options: &Bound<'_, PyDict>,
+        quiet: bool,
+    ) -> PyResult<Self> {
+        let options = read_options(options)?;
+        let open = || {
+            let stderr = (!quiet).then(Stderr::open);
+            options.check()?;
+            let source = ModelSource::find(model, revision, stderr.as_ref())?;
+            let sampling = source.generation_config()?;
+            let llm = source.builder().options(options).build()?;
+            if let Some(stderr) = stderr {
+                stderr.say(llm.info().to_string());
+                stderr.finish();
+            }
+            Ok((llm, sampling))
+        };
+        let (llm, sampling) = py.detach(open).map_err(|error: minisgl::Error| raised(&error))?;
+        Ok(Engine { llm: Mutex::new(Some(llm)), sampling, owner: Owner::this() })
+    }
+
+    /// Begins to run requests, pairs of prompt and sampling out of an iterator, pulled as there is room for them. Each
+    /// without a seed gets `seed` plus its index.
+    #[pyo3(signature = (requests, *, seed, tokens))]
+    fn start(&self, requests: Bound<'_, PyIterator>, seed: u64, tokens: bool) -> PyResult<Run> {
+        Ok(Run::new(&self.handle()?, self.owner, requests.unbind(), seed, tokens))
+    }
+
+    /// The token ids of a prompt.
+    fn encode(&self, py: Python<'_>, given: &Bound<'_, PyAny>) -> PyResult<Vec<u32>> {
+        let (handle, prompt) = (self.handle()?, prompt::prompt(given)?);
+        py.detach(|| handle.text().encode(prompt)).map_err(|error| RequestError::new_err(error.to_string()))
+    }
+
+    /// The text that a conversation becomes.
+    fn render(&self, py: Python<'_>, given: &Bound<'_, PyAny>) -> PyResult<String> {
+        let (handle, prompt) = (self.handle()?, prompt::prompt(given)?);
+        let Prompt::Chat(chat) = prompt else { return Err(PyTypeError::new_err("a conversation is wanted")) };
+        py.detach(|| handle.text().render(&chat)).map_err(|error| RequestError::new_err(error.to_string()))
+    }
+
+    /// The text of tokens, special ones left out; `None` without a tokenizer.
+    fn decode(&self, py: Python<'_>, given: &Bound<'_, PyAny>) -> PyResult<Option<String>> {
+        let (handle, prompt) = (self.handle()?, prompt::prompt(given)?);
+        let Prompt::Tokens(ids) = prompt else { return Err(PyTypeError::new_err("token ids are wanted")) };
+        Ok(py.detach(|| handle.text().decode(&ids)))
+    }
+
+    /// The bytes that a token stands for; `None` where it stands for none.
+    fn token_bytes<'py>(&self, py: Python<'py>, id: u32) -> PyResult<Option<Bound<'py, PyBytes>>> {
+        Ok(self.handle()?.token_bytes(id).map(|bytes| PyBytes::new(py, &bytes)))
+    }
+
+    /// Forgets all cached prefixes.
+    fn reset_prefix_cache(&self, py: Python<'_>) -> PyResult<()> {
+        self.owner.check()?;
+        py.detach(|| self.locked().as_mut().map(Llm::clear_prefix_cache)).ok_or_else(closed)
+    }
+
+    /// Sampling that the checkpoint's `generation_config.json` recommends, if it does.
+    fn recommended_sampling<'py>(&self, py: Python<'py>) -> PyResult<Option<Bound<'py, PyDict>>> {
+        let Some(config) = &self.sampling else { return Ok(None) };
+        let SamplingParams { temperature, top_k, top_p, min_p, .. } = config.apply(SamplingParams::default());
+        let fields = PyDict::new(py);
+        fields.set_item("temperature", temperature)?;
+        fields.set_item("top_k", top_k)?;
+        fields.set_item("top_p", top_p)?;
+        fields.set_item("min_p", min_p)?;
+        Ok(Some(fields))
+    }
+
+    /// What it is made of.
+    fn info<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        self.owner.check()?;
+        let locked = self.locked();
+        let info = locked.as_ref().ok_or_else(closed)?.info();
+        let fields = PyDict::new(py);
+        fields.set_item("model", &info.model)?;
+        fields.set_item("commit", &info.commit)?;
+        fields.set_item("backend", info.backend)?;
+        fields.set_item("device", &info.device)?;
+        fields.set_item("vocab_size", info.vocab)?;
+        fields.set_item("eos_token_ids", &info.eos)?;
+        fields.set_item("max_model_len", info.limits.sequence)?;
+        fields.set_item("max_num_seqs", info.limits.running)?;
+        fields.set_item("page_size", info.limits.page_size)?;
+        fields.set_item("num_pages", info.limits.pages)?;
+        fields.set_item("warnings", &info.warnings)?;
+        Ok(fields)
+    }
+
+    /// What the engine did so far.
+    fn stats<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        let handle = self.handle()?;
+        let stats = py.detach(|| handle.stats()).map_err(|error| raised(&error))?;
+        let fields = PyDict::new(py);
+        fields.set_item("decode_steps", stats.decode_steps)?;
+        fields.set_item("prefill_tokens", stats.prefill_tokens)?;
+        fields.set_item("cached_tokens", stats.cached_tokens)?;
+        Ok(fields)
+    }
+
+    /// Ends its threads and gives the device's memory back; open runs end with an error.
+    fn close(&self, py: Python<'_>) -> PyResult<()> {
+        self.owner.check()?;
+        py.detach(|| drop(self.locked().take()));
+        Ok(())
+    }
+}
+
+impl Engine {
+    fn handle(&self) -> PyResult<EngineHandle> {
+        self.owner.check()?;
+        Ok(self.locked().as_ref().ok_or_else(closed)?.handle())
+    }
+
+    fn locked(&self) -> MutexGuard<'_, Option<Llm>> {
+        self.llm.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for Engine {
+    fn drop(&mut self) {
+        let llm = self.llm.get_mut().unwrap_or_else(PoisonError::into_inner).take();
+        if !self.owner.is_here() {
+            forget(llm);
+        }
+    }
+}
+
+fn closed() -> PyErr {
+    PyRuntimeError::new_err("this LLM is closed; build another one")
+}
+
+/// The process that an engine belongs to.
+#[derive(Clone, Copy)]
+pub struct Owner(u32);
+
+impl Owner {
+    fn this() -> Self {
+        Owner(process::id())
+    }
+
+    /// Is it this process?
+    pub fn is_here(self) -> bool {
+        self.0 == process::id()
+    }
+
+    /// # Errors
+    /// It is another one.
+    pub fn check(self) -> PyResult<()> {
+        if self.is_here() {
+            return Ok(());
+        }
+        Err(PyRuntimeError::new_err(format!(
+            "this LLM was built in process {}, and a forked process has none of its threads nor its GPU: build an LLM in \
+             the child instead, or start processes with multiprocessing's \"spawn\"",
+            self.0
+        )))
+    }
+}
+
+fn read_options(given: &Bound<'_, PyDict>) -> PyResult<Options> {
+    let mut options = Options::default();
+    for (name, value) in given {
+        let name: String = name.extract()?;
+        let word = || value.extract::<String>();
+        let refused = |reason: String| PyValueError::new_err(format!("{name}: {reason}"));
+        match name.as_str() {
+            "backend" => options.backend = word()?.parse::<BackendChoice>().map_err(refused)?,
+            "device" => options.device = value.extract()?,
+            "kernels" => options.kernels = word()?.parse::<KernelChoice>().map_err(refused)?,
+            "max_running" => options.max_running = value.extract()?,
+            "max_prefill_tokens" => options.max_prefill_tokens = value.extract()?,
+            "page_size" => options.page_size = value.extract()?,
+            "num_pages" => options.num_pages = value.extract()?,
+            "memory_ratio" => options.memory_ratio = value.extract()?,
+            "memory_utilization" => options.memory_utilization = value.extract()?,
+            "max_seq_len" => options.max_seq_len = value.extract()?,
+            "max_graph_batch" => options.max_graph_batch = value.extract()?,
+            "overlap" => options.overlap &= value.extract::<bool>()?,
+            "prefix_cache" => options.prefix_cache = value.extract()?,
+            "order" => options.order = parse_order(&word()?).map_err(refused)?,
+            "policy" => options.policy = parse_policy(&word()?).map_err(refused)?,
+            "speculate" => options.speculation = parse_speculation(&word()?).map_err(refused)?,
+            "plain_inputs" => options.plain_inputs = value.extract()?,
+            _ => return Err(PyTypeError::new_err(format!("{name} is no option of an engine"))),
+        }
+    }
+    Ok(options)
+}

@@ -1,0 +1,56 @@
+//! Errors as Python has them.
+
+use minisgl::Error;
+use pyo3::create_exception;
+use pyo3::exceptions::{PyRuntimeError, PyValueError};
+use pyo3::prelude::*;
+
+create_exception!(
+    minisgl,
+    EngineError,
+    PyRuntimeError,
+    "The model could not be opened, or the engine failed; `outputs` has what had ended by then."
+);
+create_exception!(
+    minisgl,
+    RequestError,
+    PyValueError,
+    "A request can't run: `index` says which, and `outputs` has what had ended by then."
+);
+
+/// What stops an engine. A setting that can't hold is a `ValueError`, as a wrong argument is in Python.
+pub fn raised(error: &Error) -> PyErr {
+    let text = in_arguments(&error.to_string());
+    match error {
+        Error::NoModel { .. }
+        | Error::Revision { .. }
+        | Error::Limits(_)
+        | Error::MemoryRatio(_)
+        | Error::SequenceTooLong { .. }
+        | Error::HostMemory { .. }
+        | Error::NoGpu { .. } => PyValueError::new_err(text),
+        Error::Request(_) => RequestError::new_err(text),
+        _ => EngineError::new_err(text),
+    }
+}
+
+/// A text of the library's, which names the flags of its commands, with the arguments that are meant here.
+pub fn in_arguments(text: &str) -> String {
+    const ARGUMENTS: [(&str, &str); 14] = [
+        ("--backend cpu", "backend=\"cpu\""),
+        ("--generation-config none", "generation_config=\"none\""),
+        ("--max-seq-len", "max_model_len"),
+        ("--max-running", "max_num_seqs"),
+        ("--max-prefill-tokens", "max_num_batched_tokens"),
+        ("--max-graph-batch", "max_graph_batch"),
+        ("--num-pages", "num_gpu_blocks_override"),
+        ("--page-size", "block_size"),
+        ("--memory-ratio", "memory_ratio"),
+        ("--backend", "backend"),
+        ("--device", "device"),
+        ("--kernels", "kernels"),
+        ("--revision", "revision"),
+        ("--model", "model"),
+    ];
+    ARGUMENTS.iter().fold(text.to_owned(), |text, (flag, argument)| text.replace(flag, argument))
+}

@@ -1,0 +1,113 @@
+"""Arguments of vLLM's and mini-sglang's: taken with their meaning, or refused by name."""
+
+import pytest
+from conftest import open_llm
+
+import minisgl.core
+from minisgl import LLM, SamplingParams
+from minisgl.arguments import to_options
+
+
+@pytest.mark.parametrize(
+    "given, options",
+    [
+        ({"max_model_len": 99, "max_num_seqs": 3}, {"max_seq_len": 99, "max_running": 3}),
+        ({"max_seq_len_override": 99, "max_running_req": 3}, {"max_seq_len": 99, "max_running": 3}),
+        ({"max_extend_tokens": 64, "cuda_graph_max_bs": 8}, {"max_prefill_tokens": 64, "max_graph_batch": 8}),
+        ({"gpu_memory_utilization": 0.5}, {"memory_utilization": 0.5}),
+        ({"enforce_eager": True}, {"max_graph_batch": 0}),
+        ({"enforce_eager": False, "block_size": None}, {}),
+        ({"cache_type": "naive"}, {"prefix_cache": False}),
+        ({"device": "cuda:1"}, {"backend": "cuda", "device": 1}),
+        ({"device": 1}, {"device": 1}),
+        ({"tensor_parallel_size": 1, "dtype": "auto", "trust_remote_code": True, "swap_space": 4}, {}),
+        ({"tokenizer": "M", "quantization": None, "kv_cache_dtype": "auto"}, {}),
+    ],
+)
+def test_arguments_become_options(given, options):
+    assert to_options("M", given) == options
+
+
+@pytest.mark.parametrize(
+    "given, error, complaint",
+    [
+        ({"tensor_parallel_size": 2}, ValueError, "tensor_parallel_size=2 is not served"),
+        ({"quantization": "awq"}, ValueError, "quantization_config"),
+        ({"kv_cache_dtype": "fp8"}, ValueError, "bfloat16"),
+        ({"dtype": "float16"}, ValueError, "dtype"),
+        ({"tokenizer": "other"}, ValueError, "the checkpoint's own"),
+        ({"enable_lora": True}, ValueError, "adapter"),
+        ({"cache_type": "hiradix"}, ValueError, "radix"),
+        ({"device": "tpu"}, ValueError, "cuda:1"),
+        ({"max_model_len": 5, "max_seq_len_override": 6}, ValueError, "contradicts"),
+        ({"max_modle_len": 5}, TypeError, "did you mean max_model_len"),
+        ({"colour": "red"}, TypeError, "no argument colour"),
+    ],
+)
+def test_what_is_not_served_is_refused_by_name(given, error, complaint):
+    with pytest.raises(error, match=complaint):
+        to_options("M", given)
+
+
+def test_a_model_that_is_not_there_and_settings_that_can_not_hold_are_value_errors(checkpoint):
+    with pytest.raises(ValueError, match="no/such/model"):
+        LLM("no/such/model", backend="cpu", quiet=True)
+    with pytest.raises(ValueError, match="max_model_len"):
+        LLM(checkpoint, backend="cpu", max_model_len=10**8, quiet=True)
+    with pytest.raises(ValueError, match="memory ratio is 2"):
+        LLM(checkpoint, backend="cpu", gpu_memory_utilization=2.0, quiet=True)
+    with pytest.raises(ValueError, match="backend: "):
+        LLM(checkpoint, backend="tpu", quiet=True)
+    with pytest.raises(TypeError, match="needs a model"):
+        LLM()
+
+
+def test_mini_sglangs_names_build_the_same_engine(checkpoint):
+    from minisgl.llm import LLM as TheirLLM
+
+    llm = TheirLLM(model_path=checkpoint, backend="cpu", max_seq_len_override=128, max_running_req=2, quiet=True)
+    assert (llm.info()["max_model_len"], llm.info()["max_num_seqs"]) == (128, 2)
+    output = llm.generate(["Once"], minisgl.core.SamplingParams(max_tokens=4, ignore_eos=True), use_tqdm=False)[0]
+    assert len(output["token_ids"]) == 4 and isinstance(output["text"], str)
+
+
+def test_defaults_are_those_of_whose_name_it_is():
+    ours, theirs = SamplingParams(), minisgl.core.SamplingParams()
+    assert (ours.temperature, ours.max_tokens) == (1.0, 16)
+    assert (theirs.temperature, theirs.max_tokens, theirs.is_greedy) == (0.0, 1024, True)
+
+
+@pytest.mark.parametrize(
+    "fields, error, complaint",
+    [
+        ({"temperature": -1}, ValueError, "temperature is -1"),
+        ({"top_p": 0}, ValueError, "top_p is 0"),
+        ({"max_tokens": 0}, ValueError, "max_tokens is 0"),
+        ({"logprobs": 21}, ValueError, "logprobs is 21"),
+        ({"temperature": "hot"}, TypeError, "float|number"),
+        ({"use_beam_search": True}, ValueError, "use_beam_search=True is not served"),
+        ({"skip_special_tokens": False}, ValueError, "skip_special_tokens"),
+        ({"max_token": 5}, TypeError, "did you mean max_tokens"),
+    ],
+)
+def test_sampling_that_can_not_hold_is_refused_when_it_is_made(fields, error, complaint):
+    with pytest.raises(error, match=complaint):
+        SamplingParams(**fields)
+
+
+def test_sampling_that_asks_for_nothing_is_taken():
+    params = SamplingParams(n=1, best_of=1, presence_penalty=0.0, repetition_penalty=1.0, min_tokens=0, top_k=-1)
+    assert params.top_k == -1 and params == SamplingParams(top_k=-1)
+
+
+def test_without_sampling_the_checkpoints_own_counts(checkpoint, tmp_path):
+    import json
+    import shutil
+
+    folder = shutil.copytree(checkpoint, tmp_path / "model")
+    wishes = {"do_sample": True, "temperature": 0.5, "top_k": 7, "eos_token_id": 0}
+    (folder / "generation_config.json").write_text(json.dumps(wishes))
+    params = open_llm(str(folder)).get_default_sampling_params()
+    assert (params.temperature, params.top_k, params.max_tokens) == (0.5, 7, 16)
+    params = open_llm(str(folder), generation_config="vllm").get_default_sampling_params()
+    assert params == SamplingParams()

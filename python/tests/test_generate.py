@@ -1,0 +1,376 @@
+"""What `generate`, `chat` and `stream` promise."""
+
+import asyncio
+import copy
+import json
+import pickle
+import time
+
+import numpy as np
+import pytest
+from conftest import FIXTURES, open_llm
+
+from minisgl import LLM, EngineError, Interrupted, Logprob, RequestError, SamplingParams
+
+GREEDY = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
+QUIET = {"use_tqdm": False}
+
+
+def tokens(outputs):
+    return [output.outputs[0].token_ids for output in outputs]
+
+
+def test_greedy_tokens_are_those_of_transformers(llm):
+    expected = json.loads((FIXTURES / "tiny-tied" / "expected.json").read_text())["examples"]
+    outputs = llm.generate([example["prompt"] for example in expected], GREEDY, **QUIET)
+    compared = 0
+    for example, output in zip(expected, outputs):
+        for token, greedy, margin in zip(output.outputs[0].token_ids, example["greedy"], example["top2_margin"]):
+            if margin < 1e-3:
+                break
+            assert token == greedy
+            compared += 1
+    assert compared > 20
+
+
+def test_a_prompt_may_be_a_text_ids_an_array_or_a_dict(llm):
+    text = "Once upon a time"
+    ids = llm.encode(text)
+    strided = np.zeros(2 * len(ids), dtype=np.int32)
+    strided[::2] = ids
+    frozen = np.array(ids, dtype=np.int64)
+    frozen.flags.writeable = False
+    forms = [
+        text,
+        ids,
+        tuple(ids),
+        np.array(ids, dtype=np.uint16),
+        strided[::2],
+        np.array(ids[::-1])[::-1],
+        frozen,
+        {"prompt": text},
+        {"prompt_token_ids": ids},
+        {"prompt_token_ids": frozen, "prompt": "what the ids are of"},
+    ]
+    outputs = llm.generate(forms, GREEDY, **QUIET)
+    assert all(output.prompt_token_ids == ids for output in outputs)
+    assert len({tuple(ids) for ids in tokens(outputs)}) == 1
+    assert outputs[0].prompt == text and outputs[1].prompt is None
+    for one in (text, ids, frozen, {"prompt": text}):
+        assert tokens(llm.generate(one, GREEDY, **QUIET)) == tokens(outputs[:1])
+    table = np.array([ids, ids])
+    assert tokens(llm.generate(table, GREEDY, **QUIET)) == tokens(outputs[:2])
+    assert tokens(llm.generate(prompt_token_ids=[ids], sampling_params=GREEDY, **QUIET)) == tokens(outputs[:1])
+
+
+@pytest.mark.parametrize(
+    "prompt, complaint",
+    [
+        (np.array([0.5]), "integers"),
+        (np.array([-1, 2]), "-1 is no token id"),
+        (np.array([1 << 33]), "is no token id"),
+        (np.array([[[1]]]), "one dimension"),
+        ([1.5], "a prompt is a text"),
+        ([-1], "a prompt is a text"),
+        ({"prompt_ids": [1]}, "neither `prompt` nor"),
+        ({"prompt": "a", "multi_modal_data": {"image": 1}}, "images"),
+        (None, "a prompt is a text"),
+    ],
+)
+def test_what_is_no_prompt_is_refused_with_what_is(llm, prompt, complaint):
+    with pytest.raises((TypeError, ValueError), match=complaint):
+        llm.generate([[1, 2], prompt], GREEDY, **QUIET)
+
+
+def test_outputs_have_vllms_shape(llm):
+    params = SamplingParams(temperature=0, max_tokens=3, logprobs=2, ignore_eos=True)
+    output = llm.generate(["Once"], params, **QUIET)[0]
+    assert output.finished and output.request_id.isdecimal() and output.prompt == "Once"
+    assert output.prompt_token_ids == llm.encode("Once") and output.prompt_logprobs is None
+    one = output.outputs[0]
+    assert (one.index, len(one.token_ids), one.finish_reason, one.stop_reason) == (0, 3, "length", None)
+    assert one.finished() and one.text == llm.decode(one.token_ids)
+    assert len(one.logprobs) == 3
+    for token, row in zip(one.token_ids, one.logprobs):
+        assert isinstance(row[token], Logprob) and row[token].rank == 1, "greedy takes the most probable"
+        assert len(row) == 2 and row[token].logprob == max(other.logprob for other in row.values())
+    assert one.cumulative_logprob == pytest.approx(sum(row[t].logprob for t, row in zip(one.token_ids, one.logprobs)))
+    assert output["text"] == one.text and output["token_ids"] == one.token_ids
+    assert pickle.loads(pickle.dumps(output)) == output
+
+
+def test_each_prompt_may_have_its_own_sampling(llm):
+    lengths = [1, 5, 2]
+    params = [SamplingParams(temperature=0, max_tokens=length, ignore_eos=True) for length in lengths]
+    outputs = llm.generate([[1, 2]] * 3, params, **QUIET)
+    assert [len(ids) for ids in tokens(outputs)] == lengths
+    with pytest.raises(ValueError, match="3 prompts and 2 sampling_params"):
+        llm.generate([[1, 2]] * 3, params[:2], **QUIET)
+
+
+def test_a_stop_text_ends_an_output_and_is_named(llm):
+    whole = llm.generate(["Once"], GREEDY, **QUIET)[0].outputs[0].text
+    stop = whole[3:5]
+    params = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True, stop=["no such text", stop])
+    one = llm.generate(["Once"], params, **QUIET)[0].outputs[0]
+    assert (one.text, one.finish_reason, one.stop_reason) == (whole[: whole.index(stop)], "stop", stop)
+
+
+def test_the_same_script_draws_the_same_and_a_second_call_something_else(checkpoint):
+    params = SamplingParams(temperature=1, max_tokens=12, ignore_eos=True)
+    prompts = [[5, 6, 7]] * 4
+
+    def script(seed):
+        llm = open_llm(checkpoint, seed=seed)
+        return tokens(llm.generate(prompts, params, **QUIET)), tokens(llm.generate(prompts, params, **QUIET))
+
+    first, second = script(3)
+    assert script(3) == (first, second)
+    assert script(4) != (first, second)
+    assert len({tuple(ids) for ids in first + second}) == 8, "equal prompts draw apart, in one call and the next"
+    seeded = SamplingParams(temperature=1, max_tokens=12, ignore_eos=True, seed=3)
+    assert len({tuple(ids) for ids in tokens(open_llm(checkpoint).generate(prompts, seeded, **QUIET))}) == 1
+
+
+def test_a_conversation_is_rendered_by_the_checkpoints_template(llm):
+    messages = [{"role": "user", "content": "Hi"}]
+    output = llm.chat(messages, GREEDY, **QUIET)[0]
+    template = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    plain = llm.generate([llm.encode(template)], GREEDY, **QUIET)[0]
+    assert output.prompt_token_ids == plain.prompt_token_ids
+    assert tokens([output]) == tokens([plain])
+    many = llm.chat([messages, [*messages, {"role": "assistant", "content": "Ho"}]], GREEDY, **QUIET)
+    assert len(many) == 2 and tokens(many[:1]) == tokens([output])
+    going_on = llm.chat(
+        [*messages, {"role": "assistant", "content": "Ho"}],
+        GREEDY,
+        add_generation_prompt=False,
+        continue_final_message=True,
+        **QUIET,
+    )
+    assert llm.decode(going_on[0].prompt_token_ids).endswith("Ho")
+    with pytest.raises(ValueError, match="a message has no role"):
+        llm.chat([{"content": "Hi"}], GREEDY, **QUIET)
+
+
+def test_a_request_that_can_not_run_raises_or_is_kept_and_the_others_go_on(llm):
+    prompts = [[1, 2], [], [10**6], list(range(3, 300)), [3]]
+    outputs = llm.generate(prompts, GREEDY, errors="keep", **QUIET)
+    assert [output.error is not None for output in outputs] == [False, True, True, True, False]
+    assert [output.outputs[0].finish_reason for output in outputs] == ["length", "error", "error", "error", "length"]
+    assert "max_model_len" in outputs[3].error and "--" not in outputs[3].error, "it names what Python has"
+    with pytest.raises(RequestError, match="prompt 1: ") as raised:
+        llm.generate([[1, 2], []], GREEDY, **QUIET)
+    assert raised.value.index == 1
+    assert len(raised.value.outputs) == 2
+
+
+def test_tokens_stream_and_add_up_to_the_whole(llm):
+    params = SamplingParams(temperature=0.8, seed=1, max_tokens=9, ignore_eos=True, logprobs=1)
+    prompts = ["Once", "upon a time"]
+    whole = llm.generate(prompts, params, **QUIET)
+    texts, ids, ends = ["", ""], [[], []], []
+    for part in llm.stream(prompts, params):
+        one = part.outputs[0]
+        texts[part.index] += one.text
+        ids[part.index] += one.token_ids
+        assert len(one.logprobs or ()) == len(one.token_ids)
+        if part.finished:
+            ends.append((part.index, one.finish_reason))
+    assert ids == tokens(whole) and texts == [output.outputs[0].text for output in whole]
+    assert sorted(ends) == [(0, "length"), (1, "length")]
+
+
+def test_a_stream_pulls_prompts_as_there_is_room_and_closing_it_aborts(llm):
+    pulled = 0
+
+    def endless():
+        nonlocal pulled
+        while True:
+            pulled += 1
+            yield [1, 2]
+
+    stream = llm.stream(endless(), GREEDY, tokens=False)
+    assert [next(stream).outputs[0].finish_reason for _ in range(20)] == ["length"] * 20
+    assert pulled < 5000, "it was not pulled to its end"
+    stream.close()
+    assert list(stream) == []
+    assert tokens(llm.generate([[1, 2]], GREEDY, **QUIET))[0], "the engine goes on"
+
+
+def test_one_request_of_a_stream_can_be_aborted(llm):
+    long = SamplingParams(temperature=0, max_tokens=200, ignore_eos=True)
+    stream = llm.stream([[1, 2], [3, 4]], long)
+    reasons = {}
+    for part in stream:
+        if part.index == 0 and not part.finished:
+            stream.abort(0)
+        if part.finished:
+            reasons[part.index] = part.outputs[0].finish_reason
+    assert reasons == {0: "abort", 1: "length"}
+
+
+def test_streams_are_awaited_side_by_side_and_the_loop_goes_on(llm):
+    params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
+    expected = tokens(llm.generate([[i, i + 1] for i in range(1, 21)], params, **QUIET))
+
+    async def one(i):
+        ids = []
+        async for part in llm.stream([i, i + 1], params):
+            ids += part.outputs[0].token_ids
+        return ids
+
+    async def main():
+        ticks = 0
+
+        async def tick():
+            nonlocal ticks
+            while True:
+                ticks += 1
+                await asyncio.sleep(0.001)
+
+        ticking = asyncio.create_task(tick())
+        got = await asyncio.gather(*(one(i) for i in range(1, 21)))
+        ticking.cancel()
+        return got, ticks
+
+    got, ticks = asyncio.run(main())
+    assert got == expected
+    assert ticks > 5
+
+
+def test_a_callback_hears_of_each_output_as_it_ends(llm):
+    params = [SamplingParams(temperature=0, max_tokens=n, ignore_eos=True) for n in (60, 1)]
+    heard = []
+    outputs = llm.generate([[1, 2], [3, 4]], params, on_output=heard.append, **QUIET)
+    assert [output.index for output in heard] == [1, 0]
+    assert sorted(heard, key=lambda output: output.index) == outputs
+
+
+def test_the_interpreter_is_free_while_the_engine_works(llm):
+    import threading
+
+    counted = []
+
+    def count():
+        end = time.monotonic() + 30
+        while not done.is_set() and time.monotonic() < end:
+            counted.append(None)
+            time.sleep(0.001)
+
+    done = threading.Event()
+    thread = threading.Thread(target=count)
+    thread.start()
+    llm.generate([[1, 2]] * 4, SamplingParams(temperature=0, max_tokens=100, ignore_eos=True), **QUIET)
+    done.set()
+    thread.join()
+    assert len(counted) > 5
+
+
+def test_a_bar_counts_the_requests(llm):
+    class Bar:
+        def __init__(self, total, **_):
+            self.total, self.count, self.closed = total, 0, False
+            self.format_dict = {"elapsed": 1.0}
+            bars.append(self)
+
+        def update(self):
+            self.count += 1
+
+        def close(self):
+            self.closed = True
+
+    bars = []
+    llm.generate([[1, 2]] * 3, GREEDY, use_tqdm=Bar)
+    assert [(bar.total, bar.count, bar.closed) for bar in bars] == [(3, 3, True)]
+    assert "output: 72.00 toks/s" in bars[0].postfix
+
+
+def test_two_models_live_in_one_process(checkpoint, llm):
+    other = open_llm(str(FIXTURES / "qwen2-bias"))
+    ours, theirs = llm.stream([[1, 2]], GREEDY), other.stream([[1, 2]], GREEDY)
+    a, b = [part.outputs[0].token_ids for part in ours], [part.outputs[0].token_ids for part in theirs]
+    assert sum(a, []) == tokens(llm.generate([[1, 2]], GREEDY, **QUIET))[0]
+    assert sum(b, []) == tokens(other.generate([[1, 2]], GREEDY, **QUIET))[0] != sum(a, [])
+
+
+def test_a_closed_model_says_so(checkpoint):
+    with open_llm(checkpoint) as llm:
+        stream = llm.stream([[1, 2]], SamplingParams(max_tokens=200, ignore_eos=True))
+        next(stream)
+    with pytest.raises(EngineError, match="closed"):
+        list(stream)
+    with pytest.raises(RuntimeError, match="closed"):
+        llm.generate([[1, 2]], GREEDY, **QUIET)
+
+
+def test_a_model_is_pickled_as_what_it_was_built_with(checkpoint):
+    llm = open_llm(checkpoint, seed=9)
+    copied = pickle.loads(pickle.dumps(llm))
+    assert copied.arguments == llm.arguments and copied.arguments["seed"] == 9
+    params = SamplingParams(max_tokens=5, ignore_eos=True)
+    assert tokens(copied.generate([[1]], params, **QUIET)) == tokens(llm.generate([[1]], params, **QUIET))
+    assert isinstance(LLM(**llm.arguments), LLM)
+
+
+def test_cached_prefixes_are_counted_and_can_be_forgotten(checkpoint):
+    llm = open_llm(checkpoint)
+    prompt = [list(range(3, 103))]
+    cached = lambda: llm.generate(prompt, GREEDY, **QUIET)[0].num_cached_tokens  # noqa: E731
+    assert cached() == 0
+    assert cached() >= 64
+    assert llm.reset_prefix_cache()
+    assert cached() == 0
+
+
+def test_an_interrupt_keeps_what_has_ended(checkpoint):
+    import os
+    import signal
+    import threading
+
+    llm = open_llm(checkpoint)
+    long = SamplingParams(temperature=0, max_tokens=250, ignore_eos=True)
+    params = [SamplingParams(temperature=0, max_tokens=1), *[long] * 2000]
+    # A moment after the first has ended, when all wait for the engine.
+    timer = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT))
+    with pytest.raises(Interrupted) as raised:
+        llm.generate([[1, 2]] * len(params), params, on_output=lambda output: output.index or timer.start(), **QUIET)
+    outputs = raised.value.outputs
+    assert len(outputs) == len(params) and outputs[-1] is None
+    assert outputs[0].finished and "requests had ended" in str(raised.value)
+    assert isinstance(raised.value, KeyboardInterrupt)
+    assert len(tokens(llm.generate([[1, 2]], GREEDY, **QUIET))[0]) == 24, "it can be used again"
+
+
+def test_a_forked_process_is_refused_and_ends(llm):
+    import os
+
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            llm.generate([[1, 2]], GREEDY, **QUIET)
+        except RuntimeError as error:
+            os.write(write, str(error).encode())
+        # What belongs to the parent is dropped here, and nothing waits for threads that are not there.
+        fork_globals = globals()
+        fork_globals.clear()
+        del llm
+        import gc
+
+        gc.collect()
+        os.write(write, b" END")
+        os._exit(0)
+    os.close(write)
+    said = b""
+    while part := os.read(read, 4096):
+        said += part
+    assert os.waitpid(child, 0)[1] == 0
+    assert b"spawn" in said and said.endswith(b" END")
+
+
+def test_sampling_is_copied_compared_and_shown():
+    params = SamplingParams(temperature=0.5, stop=["a"], seed=4)
+    assert params == copy.deepcopy(params) == pickle.loads(pickle.dumps(params)) == params.clone()
+    assert params != SamplingParams(temperature=0.5)
+    assert "temperature=0.5" in repr(params)
