@@ -1,5 +1,7 @@
 //! One engine behind one door: the facade drives every backend through [`Runner`], so no device type shows outside.
 
+use std::time::Duration;
+
 use minisgl_core::config::Limits;
 use minisgl_core::engine::{Engine, StepReport};
 use minisgl_core::request::{Event, Request, SubmitError, Submitted, Ticket};
@@ -25,6 +27,8 @@ pub trait Runner {
     fn abort(&mut self, ticket: Ticket, sink: Sink<'_>) -> bool;
     /// Launches a step, completes one.
     fn step(&mut self, sink: Sink<'_>) -> Result<StepReport, Cause>;
+    /// How long after the beginning of the step in flight a step is best launched; see [`Engine::launch_after_ms`].
+    fn launch_after(&self) -> Duration;
     /// Does nobody wait, run or fly?
     fn is_idle(&self) -> bool;
     /// Counters so far.
@@ -75,6 +79,11 @@ impl<B: Diagnostics> Runner for Engine<B, Decoder<B>> {
 
     fn step(&mut self, sink: Sink<'_>) -> Result<StepReport, Cause> {
         Ok(Engine::step(self, &mut |event| sink(event))?)
+    }
+
+    fn launch_after(&self) -> Duration {
+        // Not a number, or beyond any time: at once.
+        Duration::try_from_secs_f32(Engine::launch_after_ms(self) / 1e3).unwrap_or_default()
     }
 
     fn is_idle(&self) -> bool {

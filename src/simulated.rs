@@ -54,6 +54,8 @@ pub struct Control {
     pub limits: Limits,
     /// How long a step takes.
     pub step_time: Duration,
+    /// How long the engine lets requests come in before each step but the first.
+    pub launch_after: Duration,
     /// What every request draws, if anything is in it: then it ends as by an end-of-sequence token.
     pub script: Vec<u32>,
     /// The step that fails.
@@ -75,6 +77,7 @@ impl Default for Control {
         Control {
             limits: LIMITS,
             step_time: Duration::ZERO,
+            launch_after: Duration::ZERO,
             script: Vec::new(),
             fails_at: None,
             panics_at: None,
@@ -174,6 +177,10 @@ impl Runner for Simulated {
             launched: Some(shape),
             completed: Some(CompletedStep { shape, start_ms: 0.0, gpu_ms: 0.0 }),
         })
+    }
+
+    fn launch_after(&self) -> Duration {
+        self.control.launch_after
     }
 
     fn is_idle(&self) -> bool {

@@ -191,6 +191,10 @@ impl Device for Cpu {
         Ok(to.saturating_duration_since(from).as_secs_f32() * 1e3)
     }
 
+    fn has_passed(&self, _: &Event) -> bool {
+        true
+    }
+
     fn synchronize(&mut self) -> Result<(), CpuError> {
         Ok(())
     }

@@ -319,6 +319,10 @@ impl Device for Cuda {
         from.ms_until(to, &self.launcher)
     }
 
+    fn has_passed(&self, event: &Event) -> bool {
+        event.has_passed()
+    }
+
     fn synchronize(&mut self) -> Result<(), CudaError> {
         self.launcher.synchronize()
     }

@@ -122,6 +122,13 @@ impl Event {
         unsafe { result::event::synchronize(self.handle) }
     }
 
+    /// Has the device come by, or failed?
+    pub(crate) fn has_passed(&self) -> bool {
+        // SAFETY: the event lives as long as `self`.
+        let passed = unsafe { result::event::query(self.handle) };
+        passed != Err(DriverError(sys::CUresult::CUDA_ERROR_NOT_READY))
+    }
+
     /// Milliseconds from here to `later`; both have happened.
     pub(crate) fn ms_until(&self, later: &Event, launcher: &Launcher) -> Result<f32, CudaError> {
         let mut ms = 0.0;

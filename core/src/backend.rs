@@ -162,6 +162,9 @@ pub trait Device {
     /// Milliseconds between two recorded events, after waiting for both.
     fn elapsed_ms(&self, from: &Self::Event, to: &Self::Event) -> Result<f32, Self::Error>;
 
+    /// Has the device come past a recorded event? Does not wait. Where something failed it has: whoever waits hears of it.
+    fn has_passed(&self, event: &Self::Event) -> bool;
+
     /// Waits on the host for everything enqueued.
     fn synchronize(&mut self) -> Result<(), Self::Error>;
 

@@ -9,7 +9,8 @@
 //! With overlap, [`Engine::step`] launches step N+1 and then takes in the tokens of step N: while the device computes
 //! one step, the host works on the next. A row of N+1 whose input is a token of N finds it in the token pool on the
 //! device. Without overlap each step is waited for, and so is one whose tokens the next one's
-//! [drafts](crate::speculation) depend on. All give the same tokens.
+//! [drafts](crate::speculation) depend on. All give the same tokens. Where latency counts, [`Engine::launch_after_ms`] tells the
+//! caller to let requests come in until the step in flight is about to end ([`crate::late_launch`]).
 //!
 //! What may be reused, and when:
 //! - Pages. A page that an ended, aborted or retracted request gave back may be another's in the next batch, while a
@@ -34,6 +35,8 @@ use crate::config::{Limits, LimitsError};
 use crate::costs::{Bench, StepCosts};
 use crate::fit::{Fit, Fitted, fitted};
 use crate::graphs::DecodeGraphs;
+use crate::late_launch::LateLaunch;
+use crate::policy::Policy;
 use crate::request::{Event, Request, SubmitError, Submitted, Ticket};
 use crate::resident::Resident;
 use crate::sampling::LOGPROB_WORDS;
@@ -168,6 +171,8 @@ struct Flight<B: Device> {
     shape: StepShape,
     /// Was it scheduled when the step before it had been completed, for the sake of drafts?
     has_waited: bool,
+    /// Was it launched while the step before it was in flight?
+    follows: bool,
     /// Whether log-probabilities come back.
     logprobs_wanted: bool,
     /// `[layout.words]`: the packed batch on its way to the device.
@@ -187,6 +192,7 @@ impl<B: Device> Flight<B> {
             batch: Batch::new(limits),
             shape: StepShape::decode(0),
             has_waited: false,
+            follows: false,
             logprobs_wanted: false,
             packed: backend.alloc_pinned(batch_words)?,
             tokens: backend.alloc_pinned(slots)?,
@@ -216,6 +222,8 @@ pub struct Engine<B: Sampler, M: Model<B>> {
     before_ms: Option<f64>,
     /// When that step ended.
     ended_ms: f64,
+    /// When the next step is launched, if not as soon as can be.
+    late: Option<LateLaunch>,
     stopped: bool,
     costs: StepCosts,
     /// All but the recorded steps allocated.
@@ -261,6 +269,7 @@ impl<B: Sampler, M: Model<B>> Engine<B, M> {
             before,
             before_ms: None,
             ended_ms: 0.0,
+            late: (overlap && settings.policy == Policy::Latency).then(|| LateLaunch::new(costs)),
             stopped: false,
             before_recording: memory,
             model,
@@ -307,6 +316,7 @@ impl<B: Sampler, M: Model<B>> Engine<B, M> {
             completed = Some(self.complete(at, sink).map_err(|cause| self.stop(at, cause))?);
         }
         self.flights[this].has_waited = waits;
+        self.flights[this].follows = before.is_some();
         if self.scheduler.schedule(&mut self.flights[this].batch) {
             launched = Some(self.launch(this).map_err(|cause| self.stop(this, cause))?);
         }
@@ -321,6 +331,18 @@ impl<B: Sampler, M: Model<B>> Engine<B, M> {
             completed = Some(self.complete(at, sink).map_err(|cause| self.stop(at, cause))?);
         }
         Ok(StepReport { launched, completed })
+    }
+
+    /// How many milliseconds after the beginning of the step in flight [`Engine::step`] is best called: so late that requests
+    /// which come meanwhile are in the next one, so early that the device need not wait for it. 0: now.
+    pub fn launch_after_ms(&self) -> f32 {
+        let in_flight = &self.flights[1 - self.turn];
+        match &self.late {
+            Some(late) if self.in_flight && !self.backend.has_passed(&in_flight.ended) => {
+                late.after_ms(in_flight.shape)
+            }
+            _ => 0.0,
+        }
     }
 
     /// Enqueues a step from its upload to the download of its tokens. Does not wait for the device, unless the upload
@@ -382,8 +404,15 @@ impl<B: Sampler, M: Model<B>> Engine<B, M> {
             Some(before) => before + f64::from(backend.elapsed_ms(&self.before, &flight.started)?),
             None => 0.0,
         };
+        let idle_ms = (start_ms - self.ended_ms) as f32;
         if flight.has_waited {
-            self.scheduler.has_waited((start_ms - self.ended_ms) as f32);
+            self.scheduler.has_waited(idle_ms);
+        }
+        if let Some(late) = &mut self.late {
+            if flight.follows {
+                late.has_idled(idle_ms);
+            }
+            late.has_run(flight.shape, gpu_ms);
         }
         (self.before_ms, self.ended_ms) = (Some(start_ms), start_ms + f64::from(gpu_ms));
         core::mem::swap(&mut self.before, &mut flight.started);

@@ -13,6 +13,7 @@ pub mod fit;
 pub mod fp8;
 mod graphs;
 mod host;
+pub mod late_launch;
 pub mod pages;
 pub mod policy;
 pub mod queue;

@@ -234,6 +234,33 @@ fn with_latency_no_running_request_waits_for_a_prompt() {
 }
 
 #[test]
+fn with_latency_a_step_is_launched_when_the_one_in_flight_is_about_to_end_and_else_at_once() {
+    let costs = StepCosts { decode: Line { fixed_ms: 500.0, token_ms: 1.0 }, ..StepCosts::default() };
+    for (policy, overlap, pace, is_late) in [
+        (Policy::Latency, true, Pace::Late, true),
+        (Policy::Latency, true, Pace::AtOnce, false), // The step has run when its launch returns.
+        (Policy::Latency, false, Pace::Late, false),
+        (Policy::Throughput, true, Pace::Late, false),
+    ] {
+        let mut options = options(Limits { running: 8, pages: 200, ..SMALL });
+        (options.scheduler.policy, options.overlap) = (policy, overlap);
+        let mut engine =
+            Engine::new(Lazy::priced(pace, costs), Hashing::default(), options).expect("valid limits");
+        let mut outcomes = Outcomes::default();
+        assert_eq!(engine.launch_after_ms(), 0.0, "nothing is in flight");
+        engine.submit(Request { prompt: &[1, 2, 3], params: exactly(20) }).expect("it can run");
+        for _ in 0..5 {
+            engine.step(&mut |event| outcomes.take_in(event)).expect("the device does not fail");
+        }
+        let after_ms = engine.launch_after_ms();
+        assert_eq!((400.0..510.0).contains(&after_ms), is_late, "{policy:?} {overlap} {pace:?}: {after_ms}");
+        assert!(is_late || after_ms == 0.0, "{after_ms}");
+        run_dry(&mut engine, &mut outcomes);
+        assert_eq!(engine.launch_after_ms(), 0.0, "nothing is in flight");
+    }
+}
+
+#[test]
 fn requests_that_share_a_prefix_count_as_what_is_left_of_them() {
     // Two of 72 tokens would fill a step of 128, and run at once; but 68 of each are in the cache.
     let limits = Limits { running: 5, prefill_tokens: 128, sequence: 100, pages: 200, ..SMALL };

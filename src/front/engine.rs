@@ -10,6 +10,8 @@
 //! that turns are taken as late as can be; only an engine that sorts its queue gets it filled. How many wait here the engine
 //! is told, for its policy asks whether more prompts are to come.
 //!
+//! Where the engine says so, a step is launched only when the one in flight is about to end: who comes until then is in it.
+//!
 //! A step that fails, or panics, ends all work: what is open gets lost, what comes later is refused, and the thread goes
 //! on answering questions about the engine.
 //!
@@ -19,7 +21,7 @@ use std::any::Any;
 use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, Sender};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, TryRecvError};
 use std::time::{Duration, Instant};
 
 use minisgl_core::engine::{CompletedStep, StepReport};
@@ -48,6 +50,9 @@ pub enum Message {
     /// End the thread.
     Close,
 }
+
+/// The system wakes a sleeper so late, at most and usually: for so long the thread does not sleep before a step.
+const WAKE_UP: Duration = Duration::from_micros(100);
 
 /// What is to be done with the engine.
 pub type Work = Box<dyn FnOnce(&mut dyn Runner) + Send>;
@@ -117,6 +122,8 @@ pub struct EngineThread {
     /// By entry of the engine's table.
     live: Vec<Option<Live>>,
     running: usize,
+    /// The next step is not launched before.
+    launch_at: Instant,
     /// How many the engine is given at once.
     depth: usize,
     /// Calls that wait for the engine to be idle.
@@ -142,6 +149,7 @@ impl EngineThread {
             intake: FairQueue::new(),
             live: Vec::new(),
             running: 0,
+            launch_at: Instant::now(),
             depth,
             idle_calls: VecDeque::new(),
             batch: Batch::default(),
@@ -158,13 +166,14 @@ impl EngineThread {
             self.runner.set_backlog(self.intake.len() as u32);
             if !self.stopped && !self.runner.is_idle() {
                 self.step();
+                self.launch_at = Instant::now() + self.runner.launch_after();
             }
             self.hand_out();
             self.call_when_idle();
         }
     }
 
-    /// Takes in all that has come, and waits for something if there is nothing to run. False when told to end.
+    /// Takes in all that has come, and waits for something if there is nothing to run, or not yet. False when told to end.
     fn take_messages(&mut self) -> bool {
         if self.is_idle() {
             match self.messages.recv() {
@@ -172,13 +181,33 @@ impl EngineThread {
                 Ok(message) => self.take(message),
             }
         }
-        while let Ok(message) = self.messages.try_recv() {
-            match message {
-                Message::Close => return false,
-                message => self.take(message),
+        loop {
+            match self.next_message() {
+                Some(Message::Close) => return false,
+                Some(message) => self.take(message),
+                None => return true,
             }
         }
-        true
+    }
+
+    /// The next message, if there is one before the next step is to be launched.
+    fn next_message(&self) -> Option<Message> {
+        loop {
+            let left = self.launch_at.saturating_duration_since(Instant::now());
+            let message = match left.checked_sub(WAKE_UP) {
+                Some(asleep) => self.messages.recv_timeout(asleep),
+                None => self.messages.try_recv().map_err(|error| match error {
+                    TryRecvError::Empty => RecvTimeoutError::Timeout,
+                    TryRecvError::Disconnected => RecvTimeoutError::Disconnected,
+                }),
+            };
+            match message {
+                Ok(message) => return Some(message),
+                Err(RecvTimeoutError::Disconnected) => return Some(Message::Close),
+                Err(RecvTimeoutError::Timeout) if left.is_zero() => return None,
+                Err(RecvTimeoutError::Timeout) => std::hint::spin_loop(),
+            }
+        }
     }
 
     fn is_idle(&self) -> bool {

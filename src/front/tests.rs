@@ -60,6 +60,28 @@ fn requests_submitted_together_are_in_the_first_step_together() {
 }
 
 #[test]
+fn a_request_that_comes_while_a_step_is_in_flight_is_in_the_next_one() {
+    let launch_after = Duration::from_secs(2);
+    let (front, control) = front(Control { launch_after, ..Control::default() });
+    let mut first = front.handle().submit(request(100, 2)).unwrap();
+    assert!(matches!(first.next(), Some(Ok(RequestEvent::Token { token: 100, .. }))));
+    let second = front.handle().submit(request(200, 1)).unwrap();
+    assert!(second.last().unwrap().is_ok() && first.last().unwrap().is_ok());
+    assert_eq!(control.steps.load(Ordering::Relaxed), 2);
+}
+
+#[test]
+fn whoever_asks_is_answered_before_a_step_that_is_launched_late_and_closing_does_not_wait_for_it() {
+    let launch_after = Duration::from_secs(3600);
+    let (front, _) = front(Control { launch_after, ..Control::default() });
+    let mut stream = front.handle().submit(request(100, 2)).unwrap();
+    assert!(stream.next().is_some());
+    assert_eq!(front.handle().stats().unwrap().decode_steps, 1);
+    drop(front);
+    assert!(matches!(stream.last(), Some(Err(Error::Closed))));
+}
+
+#[test]
 fn a_session_takes_no_more_than_its_capacity_and_others_go_on() {
     let (front, control) = front(Control::default());
     let handle = front.handle();

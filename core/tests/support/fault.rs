@@ -146,6 +146,10 @@ impl<B: Device> Device for Fault<B> {
         Ok(self.device.elapsed_ms(from, to)?)
     }
 
+    fn has_passed(&self, event: &B::Event) -> bool {
+        self.device.has_passed(event)
+    }
+
     fn synchronize(&mut self) -> Result<(), Self::Error> {
         self.pass("synchronize")?;
         Ok(self.device.synchronize()?)

@@ -328,6 +328,10 @@ impl Device for Lazy {
         Ok(passed(to)? as f32 - passed(from)? as f32)
     }
 
+    fn has_passed(&self, event: &Event) -> bool {
+        event.0.borrow().passed_at.is_some()
+    }
+
     fn synchronize(&mut self) -> Result<(), LazyError> {
         for queue in [Queue::Compute, Queue::Copy] {
             self.run(queue, self.end(queue));

@@ -3,7 +3,7 @@
 //! ```text
 //!   device    │ step n ──────────│ step n + 1 ─────────────│ step n + 2 ──
 //!   host                      ^ step n + 1 is scheduled
-//!             └─── as early as can be, or so long before step n ends ───┘
+//!             └─── as early as can be, or late (policy `latency`) ───┘
 //! ```
 //!
 //! A step takes what [`StepCosts`] say, and decode rows the time in which memory brings their keys and values. Steps run back to
@@ -14,6 +14,8 @@ use std::collections::HashMap;
 use minisgl_core::batch::Batch;
 use minisgl_core::config::Limits;
 use minisgl_core::costs::StepCosts;
+use minisgl_core::late_launch::LateLaunch;
+use minisgl_core::policy::Policy;
 use minisgl_core::request::{Event, Request, Ticket};
 use minisgl_core::sampling::SamplingParams;
 use minisgl_core::scheduler::{Scheduler, Settings};
@@ -29,8 +31,8 @@ pub struct Device {
     pub sample_ms: f64,
     /// Of decode attention at least.
     pub attention_least_ms: f64,
-    /// How long before a step ends the next one is scheduled; `None`: when it begins.
-    pub lead_ms: Option<f64>,
+    /// What the host takes to launch a step.
+    pub launch_ms: f64,
 }
 
 /// A request.
@@ -115,9 +117,12 @@ impl Device {
         let mut spare = vec![Batch::new(limits), Batch::new(limits)];
         let (mut steps, mut next, mut open, mut free_ms) = (Vec::new(), 0, 0, 0.0f64);
         let tokens = vec![1; limits.running as usize];
+        let mut late = (settings.policy == Policy::Latency).then(|| LateLaunch::new(self.costs));
         loop {
             let now = match (&in_flight, asked.get(next)) {
-                (Some((_, start, end)), _) => self.lead_ms.map_or(*start, |lead| start.max(end - lead)),
+                (Some((batch, start, _)), _) => {
+                    *start + late.as_ref().map_or(0.0, |late| f64::from(late.after_ms(batch.shape())))
+                }
                 (None, Some(first)) if scheduler.is_idle() => first.at_ms.max(free_ms),
                 (None, _) => free_ms,
             };
@@ -139,7 +144,10 @@ impl Device {
             let waiting = asked[next..].iter().take_while(|request| request.at_ms <= now).count();
             scheduler.set_backlog(waiting as u32);
             let launched = scheduler.schedule(&mut batch).then(|| {
-                let (start, ms) = (now.max(free_ms), self.step_ms(&batch));
+                let (start, ms) = (free_ms.max(now + self.launch_ms), self.step_ms(&batch));
+                if let Some(late) = late.as_mut().filter(|_| in_flight.is_some()) {
+                    late.has_idled((start - free_ms) as f32);
+                }
                 steps.push((ms, batch.shape().decode_rows, batch.shape().prefill_tokens()));
                 free_ms = start + ms;
                 let next = spare.pop().expect("two steps are on their way at most");
@@ -164,6 +172,9 @@ impl Device {
                 Event::Finished { .. } => open -= 1,
             });
             scheduler.has_run(of_step.shape(), (end - start) as f32);
+            if let Some(late) = &mut late {
+                late.has_run(of_step.shape(), (end - start) as f32);
+            }
             spare.push(of_step);
         }
     }

@@ -111,6 +111,10 @@ impl<B: Device> Device for Trace<B> {
         self.device.elapsed_ms(from, to)
     }
 
+    fn has_passed(&self, event: &B::Event) -> bool {
+        self.device.has_passed(event)
+    }
+
     fn synchronize(&mut self) -> Result<(), B::Error> {
         self.note("synchronize");
         self.device.synchronize()
