@@ -37,7 +37,12 @@ pub fn from_command_line<T: TopLevelCommand>() -> T {
     });
     let program = words.first().map_or("", String::as_str);
     let program = Path::new(program).file_name().and_then(|name| name.to_str()).unwrap_or(program);
-    let words = apart(words.get(1..).unwrap_or_default());
+    from_words(program, words.get(1..).unwrap_or_default())
+}
+
+/// As [`from_command_line`], of words that stand behind the name `program`.
+pub fn from_words<T: TopLevelCommand>(program: &str, words: &[String]) -> T {
+    let words = apart(words);
     let words: Vec<&str> = words.iter().map(String::as_str).collect();
     T::from_args(&[program], &words).unwrap_or_else(|early| match early.status {
         Ok(()) => {

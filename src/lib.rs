@@ -61,7 +61,7 @@ pub mod workload;
 pub use builder::LlmBuilder;
 pub use diagnostics::Ceilings;
 pub use error::{Cause, Error};
-pub use flags::from_command_line;
+pub use flags::{from_command_line, from_words};
 pub use front::{
     EngineHandle, Events, Next, RequestEvent, RequestStream, SessionEvent, SessionOptions, Submitter,
     TrySubmitError,

@@ -29,6 +29,7 @@ mod models;
 mod output;
 mod page;
 mod parts;
+pub mod program;
 mod random;
 mod settings;
 mod state;

@@ -15,6 +15,7 @@ mod compare;
 mod floor;
 mod list;
 mod measure;
+pub mod program;
 mod report;
 mod requests;
 mod run_report;

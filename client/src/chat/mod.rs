@@ -8,6 +8,7 @@
 //! What is stopped stays in the conversation as far as it came; what fails is taken back, so that it can be said again.
 
 pub mod command;
+pub mod program;
 pub mod settings;
 pub mod speaker;
 
