@@ -86,5 +86,14 @@ class Engine:
     def stats(self) -> dict[str, int]: ...
     def close(self) -> None: ...
 
+def serve(program: str, words: list[str]) -> bool:
+    """A service with OpenAI's API, until a signal ends it; `words` are the flags behind the name `program`."""
+
+def chat(program: str, words: list[str]) -> bool:
+    """A conversation in the terminal."""
+
+def offline_bench(program: str, words: list[str]) -> bool:
+    """The offline benchmark."""
+
 def check_sampling(given: Any) -> None:
     """Checks the ranges of a `minisgl.SamplingParams`."""

@@ -19,6 +19,7 @@
 mod array;
 mod engine;
 mod error;
+mod program;
 mod prompt;
 mod run;
 mod sampling;
@@ -32,6 +33,8 @@ mod _minisgl {
     use crate::engine::Engine;
     #[pymodule_export]
     use crate::error::{EngineError, RequestError};
+    #[pymodule_export]
+    use crate::program::{chat, offline_bench, serve};
     #[pymodule_export]
     use crate::prompt::Chat;
     #[pymodule_export]
