@@ -532,6 +532,56 @@ fn a_token_gives_the_same_bits_in_prefill_and_in_decode() {
     }
 }
 
+/// Lengths around the ends of spans, and of many of them: decode cuts few rows into pieces and leaves many whole, prefill of few
+/// tokens is split, and that of a whole prompt is not.
+#[test]
+#[ignore = "needs a GPU"]
+fn tokens_of_long_sequences_give_the_same_bits_in_every_way() {
+    for kernels in [KernelSet::Auto, KernelSet::Portable] {
+        for (heads, window) in taken([
+            (QWEN3, ALL),
+            (Heads { kv_heads: 2, group: 5, head_dim: 128 }, 5000),
+            (Heads { kv_heads: 4, group: 4, head_dim: 64 }, ALL),
+        ]) {
+            let slots = [&[9_000, 9_000, 4_200][..], &[1; 297]].concat(); // places for many rows
+            let mut world = World::windowed(kernels, heads, 16, &slots, window, &vec![0; slots.len()]);
+            let width = world.width();
+            let whole = world.prefill(&[Span { slot: 0, position: 0, tokens: 9_000 }]);
+            let expected = |position: u32, tokens: u32| {
+                bits(&whole[position as usize * width..][..tokens as usize * width])
+            };
+            world.check(&[Span { slot: 0, position: 0, tokens: 9_000 }], &whole, 16);
+            for (position, tokens) in
+                [(2_000, 100), (2_047, 1), (4_000, 300), (8_190, 64), (8_191, 300), (6_144, 1)]
+            {
+                let span = Span { slot: 0, position, tokens };
+                for _ in 0..2 {
+                    let alone = world.prefill(&[span]);
+                    assert!(bits(&alone) == expected(position, tokens), "{heads:?}: {span:?} alone");
+                }
+                let other = Span { slot: 2, position: 4_000, tokens: 200 };
+                let mixed = world
+                    .run(2, &[Span { tokens: 1, ..span }, Span { slot: 1, tokens: 1, ..span }, other, span]);
+                assert!(bits(&mixed[..width]) == expected(position, 1), "{heads:?}: {span:?} decodes");
+                assert!(
+                    bits(&mixed[202 * width..]) == expected(position, tokens),
+                    "{heads:?}: {span:?} beside others"
+                );
+            }
+            let lengths = [2_048, 2_049, 4_096, 6_143, 8_192, 8_193, 9_000];
+            for length in lengths {
+                let decoded = world.decode([(0, length)].into_iter());
+                assert!(bits(&decoded) == expected(length - 1, 1), "{heads:?}: {length} tokens");
+            }
+            let many = world.decode((0..slots.len()).map(|row| (0, lengths[row % lengths.len()])));
+            for (row, decoded) in many.chunks(width).enumerate() {
+                let length = lengths[row % lengths.len()];
+                assert!(bits(decoded) == expected(length - 1, 1), "{heads:?}: {length} tokens in row {row}");
+            }
+        }
+    }
+}
+
 /// Both kinds of rows share the step's plan words and queries, and each kernel counts turns of its own; the steps come twice,
 /// so that a count that is not back at zero shows.
 #[test]

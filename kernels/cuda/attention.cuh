@@ -1,21 +1,22 @@
 // attention: the arithmetic that decode and prefill share, so that a token's bits do not depend on which of them ran,
 // nor on how the work was split.
 //
-// A sequence's positions are cut into leaves of 128, a leaf into tiles of 16. Tokens are the rows of every product and
-// queries its columns, in n-tiles of 8:
+// A sequence's positions are cut into spans of 2048, a span into 16 leaves of 128, a leaf into tiles of 16. Tokens are the
+// rows of every product and queries its columns, in n-tiles of 8:
 //
 //   scores   S^T [16 tokens, 8] += K [16 tokens, 16 dims] * Q^T [16 dims, 8]          over the dims in order
 //   m        max over the leaf        p = bf16(exp2(s * c - m * c)),  c = log2(e) / sqrt(head_dim)
 //   output   O^T [16 dims, 8] += V^T [16 dims, 16 tokens] * P [16 tokens, 8]          over the tiles in order
 //   l        the same product with ones in V's place
-//   fold     m' = max(m, m_leaf), o = o * exp2((m - m') c) + o_leaf * exp2((m_leaf - m') c), l likewise; leaf by leaf
+//   fold     m' = max(m, m_leaf), o = o * exp2((m - m') c) + o_leaf * exp2((m_leaf - m') c), l likewise; leaf by leaf of
+//            a span, then spans in the same way, one by one
 //   result   bf16(o * (1 / l))
 //
 // Which operand is which does not matter to a sum, nor whether mma or wgmma adds it up: Hopper's prefill has queries as rows.
 //
-// A leaf starts from zero, and only folding joins leaves: a fixed order whatever the split. A tile or leaf that is
-// masked altogether may be skipped: adding it changes no bit (p is +0, and an empty leaf is folded with weight -0, the state
-// with weight 1).
+// A leaf starts from zero, a span from nothing, and only folding joins them: a fixed order whatever the split. A tile, leaf
+// or span that is masked altogether may be skipped: adding it changes no bit (p is +0, and what is empty is folded with weight
+// -0, the state with weight 1); nor does folding into nothing.
 //
 // A query at position p sees the positions from p + 1 - window up to its own. What lies before is masked as what lies behind
 // is; its pages may be somebody else's by now, so neither its keys nor its values may reach a sum.
@@ -31,6 +32,8 @@
 #define LEAF 128
 #define TILE 16
 #define LEAF_TILES 8
+#define SPAN_LEAVES 16
+#define SPAN (SPAN_LEAVES * LEAF)
 #define FULL_WARP 0xffffffffu
 
 typedef __nv_bfloat16 bf16;

@@ -28,9 +28,9 @@ template <int HD, int HEADS, int STAGES, bool WINDOW> struct Decoder {
     unsigned probabilities, maxima, flag; // shared memory: [tiles][lane] 8 bytes, [tiles][8] floats, a word
     unsigned warp, lane;
     unsigned q[M_TILES][2];
-    State state;
+    State state; // of the span at hand; that of the spans before it lies in shared memory
 
-    static constexpr unsigned SCRATCH = LEAF_TILES * (256 + 32) + 16;
+    static constexpr unsigned STATE_BYTES = DECODE_READERS * sizeof(State), SCRATCH = LEAF_TILES * (256 + 32) + 16 + STATE_BYTES;
 
     __device__ __forceinline__ Decoder(const DecodeArgs &args, Stages<HD, HEADS, STAGES> stages, unsigned warp, unsigned lane)
         : args(args), ring(args, stages), probabilities(stages.end()), maxima(probabilities + LEAF_TILES * 256),
@@ -157,26 +157,47 @@ template <int HD, int HEADS, int STAGES, bool WINDOW> struct Decoder {
             a[i] &= token >= hidden ? 0xffffffffu : token + 1 >= hidden ? 0xffff0000u : 0;
         }
     }
+    // Where the thread keeps its state of spans that have ended.
+    __device__ __forceinline__ unsigned kept() const { return flag + 16 + threadIdx.x * 16; }
+    __device__ __forceinline__ void keep_spans() const {
+        store_words(kept(), {__float_as_uint(state.o[0]), __float_as_uint(state.o[1]), __float_as_uint(state.o[2]),
+                             __float_as_uint(state.o[3])});
+        store_words(kept() + STATE_BYTES / 2, {__float_as_uint(state.m[0]), __float_as_uint(state.m[1]),
+                                               __float_as_uint(state.l[0]), __float_as_uint(state.l[1])});
+    }
+    // Folds the span at hand into those before it.
+    __device__ __forceinline__ void fold_spans() {
+        const uint4 o = load_words(kept()), ml = load_words(kept() + STATE_BYTES / 2);
+        State before = {{__uint_as_float(ml.x), __uint_as_float(ml.y)},
+                        {__uint_as_float(ml.z), __uint_as_float(ml.w)},
+                        {__uint_as_float(o.x), __uint_as_float(o.y), __uint_as_float(o.z), __uint_as_float(o.w)}};
+        before.fold<HD>(state);
+        state = before;
+    }
     // What becomes of a leaf. `others_arrived`: all that share the row, at its segment's last leaf.
     __device__ __forceinline__ void finish(const State &leaf, const Unit &unit, bool others_arrived) {
         const Segment &segment = unit.segment;
         const bool is_last = unit.is_last(), folds = segment.begins_row();
-        State partial = leaf;
-        if (folds) {
+        if (!folds) {
+            state = leaf;
+        } else {
             state.fold<HD>(leaf);
-            partial = state;
+            if ((is_last || unit.ends_span()) && !unit.is_of_first_span())
+                fold_spans();
         }
         const unsigned index = segment.at + (folds ? 0 : unit.leaf - segment.first);
         bool merges = others_arrived;
         if (is_last && segment.is_whole_row()) {
             write_out<HD, HEADS>(args, unit, state, warp, lane);
         } else if (!others_arrived && (is_last || !folds)) {
-            store_partial<HD, HEADS>(args, index, unit.item, partial, warp, lane);
+            store_partial<HD, HEADS>(args, index, unit.item, state, warp, lane);
             merges = is_last && arrives_last(args, unit, flag);
         }
         if (merges)
-            merge<HD, HEADS>(args, unit, others_arrived ? index - segment.base : segment.total, partial, lane);
-        if (is_last)
+            merge<HD, HEADS>(args, unit, others_arrived ? index - segment.base : segment.total, state, lane);
+        if (folds && !is_last && unit.ends_span())
+            keep_spans();
+        if (is_last || !folds || unit.ends_span())
             state.clear();
     }
     __device__ __forceinline__ void run() {

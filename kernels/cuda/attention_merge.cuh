@@ -6,7 +6,7 @@
 //
 // 1. A block's partials are written before its readers' barrier, and thread 0's count releases them and acquires those that
 //    were counted before; so the block that counts last sees all. It sets the count to 0 for the next launch.
-// 2. Partials are folded in the order of their leaves, whoever wrote them and whenever.
+// 2. Partials are folded in the order of their leaves, span by span, whoever wrote them and whenever.
 // 3. A block that finds all others counted when it fetches its last values is the last: it keeps its own last partial, and
 //    neither counts nor waits for memory but for the others' partials.
 #pragma once
@@ -66,6 +66,7 @@ __device__ __forceinline__ void write_out(const DecodeArgs &args, const Unit &un
 struct Element {
     float m, l, o;
 
+    __device__ __forceinline__ static Element nothing() { return {minus_infinity(), 0.0f, 0.0f}; }
     // Of a state, whose element `second` of a pair of queries the four lanes of a quad hold among them: lane q takes o[q].
     __device__ __forceinline__ static Element of(const State &state, unsigned pair, unsigned second, unsigned lane) {
         const unsigned from = (lane & ~3u) + pair;
@@ -82,8 +83,9 @@ struct Element {
     }
 };
 
-// Partials on their way at once.
+// Partials on their way at once: leaves of one span.
 #define MERGED_AT_ONCE 8
+static_assert(SPAN_LEAVES % MERGED_AT_ONCE == 0, "a span begins with the first of them");
 
 // Folds a row's partials of an item, and writes its output: each thread an element at a time, many partials in flight. Partial
 // `own` is `state`, not in memory; or none is. Counts none for the next launch.
@@ -91,6 +93,7 @@ template <int HD, int HEADS>
 __device__ __forceinline__ void merge(const DecodeArgs &args, const Unit &unit, unsigned own, const State &state,
                                       unsigned lane) {
     const unsigned pairs = args.pairs(), size = pairs * (HD / 2 + 1) * 4, total = unit.segment.total;
+    const unsigned leaf_of_0 = unit.segment.second_partial() - 1; // the last one of the row's first partial
     const float *partials = reinterpret_cast<const float *>(args.partials) +
                             ((size_t)unit.segment.base * args.items + unit.item) * size;
 #pragma unroll 1
@@ -102,25 +105,28 @@ __device__ __forceinline__ void merge(const DecodeArgs &args, const Unit &unit, 
         const unsigned pair = e / (HD * 2), second = e % 2, quad = e % (HD * 2) / 4;
         const unsigned m_at = (pairs * (HD / 2) + pair) * 4 + second, l_at = m_at + 2;
         const Element mine = Element::of(state, pair, second, lane);
-        Element merged = {};
+        Element merged = Element::nothing(), span = merged;
 #pragma unroll 1
-        for (unsigned first = 0; first < total; first += MERGED_AT_ONCE) {
+        for (int first = -(int)(leaf_of_0 % MERGED_AT_ONCE); first < (int)total; first += MERGED_AT_ONCE) {
             Element leaf[MERGED_AT_ONCE];
 #pragma unroll
             for (int i = 0; i < MERGED_AT_ONCE; i++)
-                if (first + i < total && first + i != own) {
+                if ((unsigned)(first + i) < total && first + i != own) {
                     const float *partial = partials + (size_t)(first + i) * args.items * size;
                     leaf[i] = {__ldcg(partial + m_at), __ldcg(partial + l_at), __ldcg(partial + e)};
                 } else {
                     leaf[i] = mine;
                 }
+            if ((leaf_of_0 + first) % SPAN_LEAVES == 0) {
+                merged.fold<HD>(span);
+                span = Element::nothing();
+            }
 #pragma unroll
             for (int i = 0; i < MERGED_AT_ONCE; i++)
-                if (first + i == 0)
-                    merged = leaf[i];
-                else if (first + i < total)
-                    merged.fold<HD>(leaf[i]);
+                if ((unsigned)(first + i) < total)
+                    span.fold<HD>(leaf[i]);
         }
+        merged.fold<HD>(span);
         const unsigned query = 2 * pair + second, dim = quad / 8 * 16 + quad % 8 + e / 2 % 2 * 8;
         if (query < args.queries(unit.item))
             args.out[args.query_offset(unit.segment.row, unit.item, HD) + query * HD + dim] =

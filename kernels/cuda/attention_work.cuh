@@ -7,7 +7,8 @@
 //   unit      a leaf of a turn
 //
 // A row that is one segment needs nobody else. Of a row that was cut, the first segment leaves its folded state in memory
-// and the later ones each leaf as a partial, `total` of them from `base` on; who arrives last folds them in order.
+// and the later ones each leaf as a partial, `total` of them from `base` on; who arrives last folds them in order. So that one
+// state is enough, that first segment lies in one span or ends with one.
 #pragma once
 #include "attention.cuh"
 
@@ -21,6 +22,8 @@ struct Segment {
     __device__ __forceinline__ bool begins_row() const { return at == base; }
     // How many of the row's partials are the segment's.
     __device__ __forceinline__ unsigned partials() const { return begins_row() ? 1 : leaves; }
+    // The leaf that is the row's second partial.
+    __device__ __forceinline__ unsigned second_partial() const { return begins_row() ? first + leaves : first + 1 - (at - base); }
 };
 static_assert(sizeof(Segment) == 32, "the host's layout");
 
@@ -92,6 +95,9 @@ struct Unit {
     }
     __device__ __forceinline__ bool is_first() const { return leaf == segment.first; }
     __device__ __forceinline__ bool is_last() const { return leaf + 1 == segment.first + segment.leaves; }
+    __device__ __forceinline__ bool ends_span() const { return (leaf + 1) % SPAN_LEAVES == 0; }
+    // Is it of the span that the segment begins in?
+    __device__ __forceinline__ bool is_of_first_span() const { return (leaf ^ segment.first) < SPAN_LEAVES; }
     // Behind the last of the turn?
     __device__ __forceinline__ bool is_past() const { return leaf == segment.first + segment.leaves; }
     __device__ __forceinline__ bool is_end() const { return segment.leaves == 0; }

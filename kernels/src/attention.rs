@@ -2,6 +2,10 @@
 
 /// Positions that are attended to from zero and then folded into what came before (`LEAF`).
 pub const LEAF: u32 = 128;
+/// Positions whose leaves are folded before they are folded into what came before (`SPAN`).
+pub const SPAN: u32 = 16 * LEAF;
+/// The span of a piece of a prefill step that has all of what its item sees (`ALL`).
+pub const ALL: u32 = u32::MAX;
 /// Tokens of a tile (`TILE`); pages hold whole tiles.
 pub const TILE: u32 = 16;
 
@@ -11,7 +15,7 @@ pub const GROUP_MAX: u32 = 64;
 /// Threads of a decode block that read keys and values (`DECODE_READERS`).
 const DECODE_READERS: u32 = 256;
 /// Bytes of dynamic shared memory of a decode block's warps together (`Decoder::SCRATCH`).
-const DECODE_SCRATCH: u32 = LEAF / TILE * (256 + 32) + 16;
+const DECODE_SCRATCH: u32 = LEAF / TILE * (256 + 32) + 16 + DECODE_READERS * 32;
 
 /// The constants in which the two sets differ, for one head_dim, and for so many kv heads at once.
 #[derive(Clone, Copy, Debug)]
@@ -38,6 +42,8 @@ pub struct Prefill {
     pub threads: u32,
     /// Bytes of dynamic shared memory of a block.
     pub shared: u32,
+    /// Bytes of a block's states at a place in memory; 0 where items are not split.
+    pub kept: usize,
 }
 
 impl Prefill {
@@ -52,12 +58,13 @@ impl Prefill {
             part_queries,
             threads: 128 * parts + 128,
             shared: rows * head_dim * 2 + known + 1024,
+            kept: (parts * (head_dim / 8 + 1) * 128 * 16) as usize,
         }
     }
 
     /// Keys and values of a leaf.
     const fn portable(head_dim: u32) -> Prefill {
-        Prefill { parts: 1, part_queries: 128, threads: 256, shared: 2 * LEAF * head_dim * 2 }
+        Prefill { parts: 1, part_queries: 128, threads: 256, shared: 2 * LEAF * head_dim * 2, kept: 0 }
     }
 
     /// Tokens of an item whose key and value heads have `group` query heads each.

@@ -3,26 +3,29 @@
 //! ```text
 //!   decode    plan: count, then segments (some leaves of a row)            a block takes a segment and a kv head, again and again
 //!             a divided step has a plan for each half, one behind the other
-//!   prefill   plan: count, then (row, first token) an item                 a block takes an item and a kv head, again and again
+//!   prefill   plan: count, then pieces (an item of a row's tokens, and     a block takes a piece and a kv head, again and again
+//!             all that it sees, or what it sees of a span)
 //! ```
 //!
 //! A step's decode rows and its prefill rows are launched one after the other, each with its own plan and scratch, and only
 //! where there are any.
 //!
 //! Grids depend on the step's shape and on fixed capacities only, so that a recorded step fits any lengths: a step fills
-//! the device once (each half of a divided one, half of it), where a prefill step may need as many blocks. Portable prefill
-//! blocks take one item and head each, and as many are launched as the step's tokens may need at most.
+//! the device once (each half of a divided one, half of it). Portable prefill blocks take one item and head each, and as many
+//! are launched as the step's tokens may need at most; none is split.
 //!
 //! Invariant: the same query over the same keys and values gives the same bits, in whichever kind of row and batch.
 
 mod plan;
+mod split;
 
 use minisgl_core::backend::{Dims, KvLayer, Purpose, Step};
 use minisgl_core::batch::{Row, StepShape};
 use minisgl_core::config::Limits;
 use minisgl_kernels::attention::{LEAF, Prefill, Set, TILE};
 
-use plan::{Cutter, plan_prefill};
+use plan::Cutter;
+use split::Splitter;
 
 use crate::device::Cuda;
 use crate::error::CudaError;
@@ -40,7 +43,6 @@ pub struct Attention {
     set: Set,
     /// Which set the kernels are of.
     hopper: bool,
-    multiprocessors: u32,
     heads: Heads,
     /// Positions that a token sees, [`NO_WINDOW`] of them where all.
     window: u32,
@@ -49,8 +51,34 @@ pub struct Attention {
     half: Cutter,
     /// For decode rows: of the whole step or its first half, and of the second.
     scratch: [Scratch; 2],
-    /// Where blocks of a prefill launch count the turns that they have taken. Zero between launches.
-    prefill_turns: Address,
+    splitter: Splitter,
+    kept: Kept,
+}
+
+/// Where prefill blocks keep the states of spans.
+#[derive(Clone, Copy, Debug)]
+struct Kept {
+    /// As `attention_prefill.cuh` lays them out.
+    states: Address,
+    /// Words: how many of a warp's spans are kept at a place; and how many turns blocks have taken. Zero between launches.
+    arrived: Address,
+    /// Where blocks count the turns.
+    turns: Address,
+}
+
+impl Kept {
+    /// Bytes for pieces of split items. A portion of 512 tokens behind 16 thousand takes 38 MiB of Qwen3-0.6B's heads.
+    const BYTES: usize = 64 << 20;
+    /// Words of `arrived` of a place: one a warp that attends.
+    const WARPS: usize = 12;
+
+    fn new(cuda: &mut Cuda, splitter: &Splitter, prefill: &Prefill) -> Result<Kept, CudaError> {
+        let words = splitter.places() * Kept::WARPS;
+        let states = cuda.allocate(Purpose::Scratch, (splitter.places() * prefill.kept).max(1))?;
+        let arrived = cuda.allocate(Purpose::Scratch, (words + 1) * 4)?;
+        cuda.zero(arrived, (words + 1) * 4)?;
+        Ok(Kept { states, arrived, turns: arrived.offset(words * 4) })
+    }
 }
 
 /// Wider than any sequence; the kernels add it to positions.
@@ -177,14 +205,20 @@ impl Attention {
             Room::Whole,
         );
         let half = Cutter::new(multiprocessors, heads, window, limits, half_rows, Room::Half);
-        let prefill_turns = cuda.allocate(Purpose::Scratch, 4)?;
-        cuda.zero(prefill_turns, 4)?;
+        let of_piece = set.prefill.kept * heads.kv_heads as usize;
+        let splitter = Splitter {
+            blocks: multiprocessors,
+            kv_heads: heads.kv_heads,
+            item_tokens: set.prefill.item_tokens(heads.group),
+            window,
+            pieces: Kept::BYTES.checked_div(of_piece).unwrap_or(0) as u32,
+        };
+        let kept = Kept::new(cuda, &splitter, &set.prefill)?;
         Ok(Attention {
             decode: cuda.modules().kernel("attention", decode, set.decode_shared)?,
             prefill: cuda.modules().kernel("attention", prefill, set.prefill.shared)?,
             set,
             hopper,
-            multiprocessors,
             heads,
             window,
             whole,
@@ -193,14 +227,15 @@ impl Attention {
                 Scratch::new(cuda, heads, &whole, limits.running)?,
                 Scratch::new(cuda, heads, &half, half_rows)?,
             ],
-            prefill_turns,
+            splitter,
+            kept,
         })
     }
 
     /// Words of the plan of the largest step within `limits`.
     pub fn plan_words(&self, limits: &Limits) -> usize {
         let items = self.heads.items_max(&self.set.prefill, limits.step_tokens() as u32, limits.running);
-        self.decode_plan_words() + 1 + 2 * items as usize
+        self.decode_plan_words() + self.splitter.words(items)
     }
 
     /// Words of the plan of the largest step of decode rows; that of prefill rows lies behind them.
@@ -221,8 +256,7 @@ impl Attention {
             self.whole.plan(decode_rows, decode_words);
         }
         if shape.prefill_rows > 0 {
-            let item_tokens = self.set.prefill.item_tokens(self.heads.group);
-            plan_prefill(item_tokens, rows, shape.decode_rows, prefill_words);
+            self.splitter.plan(rows, shape.decode_rows, prefill_words);
         }
     }
 
@@ -304,7 +338,6 @@ impl Attention {
     fn attend_hopper(&self, launcher: &Launcher, operands: Operands) -> Result<(), CudaError> {
         let Operands { step, q, kv, out } = operands;
         let Prefill { part_queries, threads, shared, .. } = self.set.prefill;
-        let blocks = self.turns_max(step.shape).min(self.multiprocessors);
         let Heads { head_dim, kv_heads, group, .. } = self.heads;
         let head_dim = head_dim as usize;
         let queries = [step.shape.tokens as usize, (kv_heads * group) as usize, head_dim];
@@ -314,7 +347,7 @@ impl Attention {
         };
         launcher.launch(
             &self.prefill,
-            Grid::new(blocks, threads).shared(shared).dependent(),
+            Grid::new(self.splitter.blocks, threads).shared(shared).dependent(),
             [
                 &step.batch,
                 &self.prefill_plan(step),
@@ -328,7 +361,9 @@ impl Attention {
                 &pages(kv.k)?,
                 &pages(kv.v)?,
                 &out,
-                &self.prefill_turns,
+                &self.kept.states,
+                &self.kept.arrived,
+                &self.kept.turns,
                 &self.window,
             ],
         )

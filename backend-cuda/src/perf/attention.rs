@@ -1,5 +1,5 @@
-//! Cases of paged attention: decode over contexts of one length and over a mix, prefill of whole prompts; all of it with a
-//! window too.
+//! Cases of paged attention: decode over contexts of one length and over a mix, prefill of whole prompts and of
+//! portions behind a context; all of it with a window too.
 //!
 //! Queries lie in [-8, 8), so that scores differ and the softmax has something to do; keys and values in [-1, 1).
 
@@ -54,6 +54,15 @@ pub(super) fn cases(filter: &Filter) -> Vec<Case> {
             let rows = (0..prompts).map(|i| (0, prompt.min(tokens - i * prompt))).collect();
             let step = StepOf { rows, ..StepOf::decode(&[], model.vocab) };
             cases.push(case("attention_prefill", format!("tokens={tokens} prompts={prompts}"), model, step));
+            for &context in contexts.iter().filter(|context| **context >= tokens) {
+                let step = StepOf { rows: vec![(context, tokens)], ..StepOf::decode(&[], model.vocab) };
+                cases.push(case(
+                    "attention_prefill",
+                    format!("tokens={tokens} behind={context}"),
+                    model,
+                    step,
+                ));
+            }
         }
     }
     cases

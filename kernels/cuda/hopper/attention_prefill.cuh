@@ -1,16 +1,26 @@
 // attention_prefill: many tokens a row, each over its row's positions up to its own.
 //
 //   q, out  [tokens, kv_heads * group, head_dim] bf16      k, v  pages (attention.cuh)      q, k, v as the copy engine's maps
-//   plan    count, then (row, first token) for each item
-//   turn    an item and a kv head, heads fastest
+//   plan    count, tokens of an item, then (row, first token, span, place) for each piece
+//   piece   an item, and all that it sees or what it sees of a span of positions
+//   turn    a piece and a kv head, heads fastest
 //   grid    at most a block a multiprocessor, which takes whichever turn is next
 //   block   PARTS warpgroups that attend, and one whose warps take turns, fetch keys, fetch values, and answer
 //   shared  64 queries a warpgroup; a ring of STAGES keys or values of a leaf; ones; parts, turns and barriers
+//   kept    [place][PARTS][HD / 8 + 1][128] float4: a thread's state of a part, o and then (m, m, l, l); a place for each block,
+//           and one for each piece of a span and kv head
+//   arrived [place][PARTS][4] words: how many spans of a warp's queries are kept; at that of the first; zero between launches
 //   moves   each turn reads the keys and values up to its last token, mostly from L2; 4 * head_dim operations a (query, key)
 //
 // A query is a row of the products here; tokens and dims are columns. A part, which is a warpgroup's share of an item, is as
 // many tokens as have up to 64 queries in the group of one kv head: token by token, so that queries beside each other end
-// at about the same position. An item is PARTS parts beside each other, which share every key and value.
+// at about the same position. An item is up to PARTS parts beside each other, which share every key and value. Where items
+// are too few for the device, the host splits keys and values, span by span:
+//
+//   split    span ──┬─ kept ─ count ──┬── not the last: the next turn
+//            span ──┤                 └── all spans of the queries, folded in their order ──> out
+//            span ──┘
+//   whole    leaf, leaf, ... folded ── at a span's end into what is kept ── ... ──> out
 //
 //   scores   S [64 queries, 128 tokens] = Q K^T        wgmma, both from shared memory
 //   P        in the registers that are wgmma's left operand: those of S, two columns a word
@@ -32,6 +42,9 @@
 // 6. Rows that are no query's give garbage, which stays in its row and is not stored.
 // 7. A turn is taken by counting `taken` up. A block stops at the first turn that does not exist, and so counts once in
 //    vain; the last such count sets `taken` to 0 for the next launch.
+// 8. A warp's queries are its own business: it keeps them before its lane 0 counts, which releases them and acquires those of
+//    the spans counted before; who counts last folds all. No block waits for another.
+// 9. Two states would not fit the registers: of a whole piece that sees several spans, the folded ones are in memory, too.
 #pragma once
 #include "attention.cuh"
 #include "hopper.cuh"
@@ -47,37 +60,54 @@ struct PrefillArgs {
     const Row *rows;
     const unsigned *page_table;
     bf16 *out;
-    unsigned *taken; // how many turns blocks have taken
+    float4 *kept;
+    unsigned *arrived, *taken; // taken: how many turns blocks have taken
     unsigned table_width, page_shift, kv_heads, group, window;
 
     __device__ __forceinline__ unsigned turns() const { return plan[0] * kv_heads; }
+    __device__ __forceinline__ unsigned item_tokens() const { return plan[1]; }
     __device__ __forceinline__ unsigned part_tokens() const { return PART_QUERIES / group; }
 };
 
-// A turn's item.
-struct Item {
-    Row row;
-    unsigned first, head;
+// The first position that the token at `position` sees.
+__device__ __forceinline__ unsigned first_seen(unsigned position, unsigned window) {
+    return position + 1 > window ? position + 1 - window : 0;
+}
 
-    __device__ __forceinline__ Item(const PrefillArgs &args, unsigned turn)
-        : row(args.rows[args.plan[1 + turn / args.kv_heads * 2]]), first(args.plan[2 + turn / args.kv_heads * 2]),
-          head(turn % args.kv_heads) {}
-    __device__ __forceinline__ unsigned kv_end(unsigned part_tokens) const {
-        return row.position + min(first + PARTS * part_tokens, row.tokens);
+// A piece's span, where it has all.
+constexpr unsigned ALL = 0xffffffff;
+
+// A turn's piece.
+struct Piece {
+    Row row;
+    unsigned first, end, span, head, place; // of the row's tokens; place: where it may keep states
+
+    __device__ __forceinline__ Piece(const PrefillArgs &args, unsigned turn) {
+        const unsigned *words = args.plan + 2 + turn / args.kv_heads * 4;
+        head = turn % args.kv_heads;
+        row = args.rows[words[0]];
+        first = words[1];
+        end = min(first + args.item_tokens(), row.tokens);
+        span = words[2];
+        place = span == ALL ? blockIdx.x : words[3] + head;
     }
-    // The first position that any of its tokens sees.
+    // Where what it has begins and ends.
     __device__ __forceinline__ unsigned kv_begin(unsigned window) const {
-        const unsigned end = row.position + first + 1;
-        return end > window ? end - window : 0;
+        return max(first_seen(row.position + first, window), span == ALL ? 0 : span * SPAN);
+    }
+    __device__ __forceinline__ unsigned kv_end() const {
+        return min(row.position + end, span == ALL ? ALL : (span + 1) * SPAN);
     }
 };
 
 // What a warpgroup has to know of its part: its first token's index in the step and position, how many tokens it has, and
-// where the item begins to see and ends; an end of 0: there is no more.
+// what the piece has; an end of 0: there is no more.
 struct __align__(16) Part {
-    unsigned token = 0, count = 0, position = 0, head = 0, kv_end = 0, kv_begin = 0, unused[2];
+    unsigned token = 0, count = 0, position = 0, head = 0, kv_end = 0, kv_begin = 0, span = 0, place = 0;
 
     __device__ __forceinline__ unsigned end() const { return count ? position + count : 0; }
+    // Where what it has to do ends.
+    __device__ __forceinline__ unsigned stop() const { return min(end(), kv_end); }
 };
 
 // Turns that are taken ahead, and warps that each of them is for.
@@ -158,14 +188,14 @@ __device__ __forceinline__ void fetch(const PrefillArgs &args, const Shared<HD> 
     if (values)
         place.advance();
     for (unsigned turn; (turn = next_turn(shared, turns)) < args.turns();) {
-        const Item item(args, turn);
-        const unsigned kv_end = item.kv_end(args.part_tokens());
-        const unsigned *pages = args.page_table + (size_t)item.row.slot * args.table_width;
-        for (unsigned begin = item.kv_begin(args.window) / LEAF * LEAF; begin < kv_end; begin += LEAF) {
+        const Piece piece(args, turn);
+        const unsigned kv_end = piece.kv_end();
+        const unsigned *pages = args.page_table + (size_t)piece.row.slot * args.table_width;
+        for (unsigned begin = piece.kv_begin(args.window) / LEAF * LEAF; begin < kv_end; begin += LEAF) {
             const bool copies = token < LEAF && begin + token < kv_end;
             const unsigned page = copies ? pages[(begin + token) >> args.page_shift] : 0;
             const unsigned in_page = (begin + token) & ((1u << args.page_shift) - 1);
-            const unsigned line = ((page * args.kv_heads + item.head) << args.page_shift) + in_page;
+            const unsigned line = ((page * args.kv_heads + piece.head) << args.page_shift) + in_page;
             const unsigned full = shared.full(place.at);
             barrier_wait(shared.empty(place.at), place.parity ^ 1); // passes in the first round
             if (lane == 0)
@@ -180,16 +210,17 @@ __device__ __forceinline__ void fetch(const PrefillArgs &args, const Shared<HD> 
 }
 
 __device__ __forceinline__ void store_part(unsigned at, const Part &part) {
-    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};\nst.shared.v2.u32 [%0 + 16], {%5, %6};" ::"r"(at), "r"(part.token),
-                 "r"(part.count), "r"(part.position), "r"(part.head), "r"(part.kv_end), "r"(part.kv_begin)
+    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};\nst.shared.v4.u32 [%0 + 16], {%5, %6, %7, %8};" ::"r"(at),
+                 "r"(part.token), "r"(part.count), "r"(part.position), "r"(part.head), "r"(part.kv_end), "r"(part.kv_begin),
+                 "r"(part.span), "r"(part.place)
                  : "memory");
 }
 
 __device__ __forceinline__ Part load_part(unsigned at) {
     Part part;
-    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%6];\nld.shared.v2.u32 {%4, %5}, [%6 + 16];"
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%8];\nld.shared.v4.u32 {%4, %5, %6, %7}, [%8 + 16];"
                  : "=r"(part.token), "=r"(part.count), "=r"(part.position), "=r"(part.head), "=r"(part.kv_end),
-                   "=r"(part.kv_begin)
+                   "=r"(part.kv_begin), "=r"(part.span), "=r"(part.place)
                  : "r"(at)
                  : "memory");
     return part;
@@ -202,12 +233,12 @@ template <int HD> __device__ __forceinline__ void answer(const PrefillArgs &args
     Place<TURNS> turns;
     unsigned parity = 1; // passes in the first round
     for (unsigned turn; (turn = next_turn(shared, turns)) < args.turns(); parity ^= 1) {
-        const Item item(args, turn);
+        const Piece piece(args, turn);
 #pragma unroll 1
         for (unsigned i = 0; i < PARTS && lane == 0; i++) {
-            const unsigned first = item.first + i * part_tokens, rest = item.row.tokens > first ? item.row.tokens - first : 0;
-            const Part part = {item.row.first_token + first, min(rest, part_tokens), item.row.position + first, item.head,
-                               item.kv_end(part_tokens), item.kv_begin(args.window)};
+            const unsigned first = piece.first + i * part_tokens, rest = piece.end > first ? piece.end - first : 0;
+            const Part part = {piece.row.first_token + first, min(rest, part_tokens), piece.row.position + first, piece.head,
+                               piece.kv_end(), piece.kv_begin(args.window), piece.span, piece.place};
             barrier_wait(shared.asked(i), parity);
             store_part(shared.part(i), part);
             if (part.count == 0) {
@@ -217,7 +248,7 @@ template <int HD> __device__ __forceinline__ void answer(const PrefillArgs &args
             barrier_expect(shared.answered(i), bytes);
 #pragma unroll
             for (int half = 0; half < HD / 64; half++)
-                bulk_fetch(shared.queries(i) + half * S::QUERY_HALF, args.q, half * 64, item.head * args.group, part.token,
+                bulk_fetch(shared.queries(i) + half * S::QUERY_HALF, args.q, half * 64, piece.head * args.group, part.token,
                            shared.answered(i), EVICT_FIRST);
         }
     }
@@ -238,6 +269,36 @@ template <int HD> struct PrefillState {
 #pragma unroll
         for (int i = 0; i < HD / 2; i++)
             o[i] = 0.0f;
+    }
+    // In memory a thread's words lie 128 threads apart.
+    __device__ __forceinline__ void keep(float4 *at) const {
+#pragma unroll
+        for (int i = 0; i < HD / 8; i++)
+            __stcg(at + i * 128, make_float4(o[4 * i], o[4 * i + 1], o[4 * i + 2], o[4 * i + 3]));
+        __stcg(at + HD / 8 * 128, make_float4(m[0], m[1], l[0], l[1]));
+    }
+    // Folds the state and a kept one, which comes before it or behind it.
+    template <bool BEFORE> __device__ __forceinline__ void fold_kept(const float4 *at) {
+        const float4 known = __ldcg(at + HD / 8 * 128);
+        const float kept_m[2] = {known.x, known.y}, kept_l[2] = {known.z, known.w};
+        Weights weights[2];
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            float both = BEFORE ? kept_m[i] : m[i];
+            weights[i] = fold_maximum<HD>(both, BEFORE ? m[i] : kept_m[i]);
+            m[i] = both;
+            l[i] = BEFORE ? folded(kept_l[i], l[i], weights[i]) : folded(l[i], kept_l[i], weights[i]);
+        }
+#pragma unroll
+        for (int i = 0; i < HD / 8; i++) {
+            const float4 four = __ldcg(at + i * 128);
+            const float kept[4] = {four.x, four.y, four.z, four.w};
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                float &own = o[4 * i + j];
+                own = BEFORE ? folded(kept[j], own, weights[j / 2]) : folded(own, kept[j], weights[j / 2]);
+            }
+        }
     }
 };
 
@@ -342,14 +403,22 @@ template <int HD> struct Attender {
         return part.kv_end > 0;
     }
 
-    __device__ __forceinline__ void attend(PrefillState<HD> &state) {
-        if (part.count == 0)
-            barrier_arrive(shared.asked(group));
+    // Says whether the state is that of all that the part sees.
+    __device__ __forceinline__ bool attend(const PrefillArgs &args, PrefillState<HD> &state) {
+        const unsigned stop = part.stop();
+        bool keeps = false;
         unsigned begin = part.kv_begin / LEAF * LEAF;
-        for (; part.count > 0 && begin + LEAF + window <= part.position + 1; begin += LEAF)
+        for (; begin < stop && begin + LEAF + window <= part.position + 1; begin += LEAF)
             skip();
-        for (; begin < part.end(); begin += LEAF) {
-            const unsigned rest = part.end() - begin;
+        const bool sees = begin < stop;
+        if (!sees)
+            barrier_arrive(shared.asked(group));
+        for (; begin < stop; begin += LEAF) {
+            if (begin % SPAN == 0 && begin > part.kv_begin) {
+                keep_span(args, state, keeps);
+                keeps = true;
+            }
+            const unsigned rest = stop - begin;
             if (rest > 96)
                 attend_leaf<8>(state, begin);
             else if (rest > 64)
@@ -361,6 +430,45 @@ template <int HD> struct Attender {
         }
         for (; begin < part.kv_end; begin += LEAF)
             skip();
+        if (keeps)
+            state.template fold_kept<true>(kept(args, part.place));
+        return part.span == ALL || (sees && merge(args, state));
+    }
+
+    // Where the thread's state is kept.
+    __device__ __forceinline__ float4 *kept(const PrefillArgs &args, unsigned place) const {
+        return args.kept + ((size_t)place * PARTS + group) * ((HD / 8 + 1) * 128) + threadIdx.x % 128;
+    }
+
+    // Folds a span's state into what is kept, if something is; the next span starts from nothing.
+    __device__ __forceinline__ void keep_span(const PrefillArgs &args, PrefillState<HD> &state, bool keeps) const {
+        float4 *at = kept(args, part.place);
+        if (keeps)
+            state.template fold_kept<true>(at);
+        state.keep(at);
+        state = PrefillState<HD>();
+    }
+
+    // Keeps the state of one of the spans that the part sees. Who is the last folds all.
+    __device__ __forceinline__ bool merge(const PrefillArgs &args, PrefillState<HD> &state) const {
+        const unsigned first = first_seen(part.position, window) / SPAN, last = (part.end() - 1) / SPAN;
+        const unsigned place = part.place - (part.span - first) * args.kv_heads; // of the first
+        unsigned *arrived = args.arrived + (place * PARTS + group) * 4 + threadIdx.x % 128 / 32, before = 0;
+        state.keep(kept(args, part.place));
+        __syncwarp();
+        if (lane == 0)
+            asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(arrived) : "memory");
+        before = __shfl_sync(FULL_WARP, before, 0);
+        __syncwarp(); // what lane 0 acquired the others may read
+        if (before < last - first)
+            return false;
+        if (lane == 0)
+            *arrived = 0;
+        state = PrefillState<HD>();
+#pragma unroll 1
+        for (unsigned span = first; span <= last; span++)
+            state.template fold_kept<false>(kept(args, place + (span - first) * args.kv_heads));
+        return true;
     }
 
     // Attends to the first tiles of the leaf at `begin` and folds the result.
@@ -369,7 +477,7 @@ template <int HD> struct Attender {
         barrier_wait(shared.full(place.at), place.parity);
         score_part<HD, TILES>(s, shared.queries(group), shared.stage(place.at));
         pass();
-        if (begin + LEAF >= part.end())
+        if (begin + LEAF >= part.stop())
             barrier_arrive(shared.asked(group));
         if (begin + LEAF > part.position + 1)
             mask_behind(s, begin);
@@ -477,8 +585,8 @@ template <int HD> __device__ __forceinline__ void attend(const PrefillArgs &args
     Attender<HD> attender(args, shared);
     for (unsigned parity = 0; attender.take(parity); parity ^= 1) {
         PrefillState<HD> state;
-        attender.attend(state);
-        attender.store(args, state);
+        if (attender.attend(args, state))
+            attender.store(args, state);
     }
 }
 

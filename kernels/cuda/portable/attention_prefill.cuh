@@ -1,22 +1,24 @@
 // attention_prefill: many tokens a row, each over its row's positions up to its own.
 //
 //   q, out  [tokens, kv_heads * group, head_dim] bf16      k, v  pages (attention.cuh)
-//   plan    count, then (row, first token) for each item
+//   plan    count, tokens of an item, then (row, first token, 2 words for a set that splits items) for each item
 //   grid    kv_heads * the most items that the step can have; those beyond count return at once
 //   block   256      shared 2 * 128 * head_dim * 2 bytes
 //   moves   each item reads the keys and values up to its last token, mostly from L2; 4 * head_dim operations a (query, key)
 //
-// An item is as many tokens of a row as have up to 128 queries in the group of one kv head. A query is a column, token by
+// An item is as many tokens of a row as have up to 128 queries in the group of one kv head, and all that they see. A query is a column, token by
 // token, so that a group's queries share every key and value and columns beside each other end at about the same
 // position. Each warp holds 16 columns against all keys of a leaf, which the block copies to shared memory.
 //
 //   columns      [ t0 h0 | t0 h1 | t1 h0 | t1 h1 | ... ]      128 of them, 16 a warp
 //   leaves       0 .. 127 | 128 .. 255 | ...                  folded in order (attention.cuh: decode gives the same bits)
+//   spans        0 ..                 2047 | 2048 .. | ...    folded in order, each when its last leaf is
 //
 // 1. Tokens behind the item's last or before its window are copied as zeros: their probability is 0, and 0 times what a page held before may
 //    be NaN.
 // 2. A warp skips leaves and tiles that lie behind all of its columns, and leaves before all of their windows.
-// 3. A leaf's output is made for 32 dims at a time: 128 would not fit the registers beside the state.
+// 3. A leaf's output is made for 32 dims at a time: 128 would not fit the registers beside the state. What is folded of whole
+//    spans does not fit either: the compiler keeps it in memory, and touches it once in 16 leaves.
 #pragma once
 #include "attention.cuh"
 
@@ -163,6 +165,22 @@ template <int HD> struct PrefillState {
                 o[d][n][0] = o[d][n][1] = o[d][n][2] = o[d][n][3] = 0.0f;
         }
     }
+    __device__ __forceinline__ void fold(const PrefillState &later) {
+#pragma unroll
+        for (int n = 0; n < NQ; n++) {
+            Weights weights[2];
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                weights[i] = fold_maximum<HD>(m[n][i], later.m[n][i]);
+                l[n][i] = folded(l[n][i], later.l[n][i], weights[i]);
+            }
+#pragma unroll
+            for (int d = 0; d < HD / 16; d++)
+#pragma unroll
+                for (int i = 0; i < 4; i++)
+                    o[d][n][i] = folded(o[d][n][i], later.o[d][n][i], weights[i % 2]);
+        }
+    }
 };
 
 // Attends to `tiles` tiles of a leaf, the first of whose tokens has position `first`, and folds the result. ALL: the leaf
@@ -246,8 +264,8 @@ template <int HD> __device__ __forceinline__ void prefill(const PrefillArgs &arg
     const unsigned item = blockIdx.x / args.kv_heads, head = blockIdx.x % args.kv_heads;
     if (item >= args.plan[0])
         return;
-    const Row row = args.rows[args.plan[1 + 2 * item]];
-    const unsigned first = args.plan[2 + 2 * item], lane = threadIdx.x % 32, column = threadIdx.x / 32 * (NQ * 8);
+    const Row row = args.rows[args.plan[2 + 4 * item]];
+    const unsigned first = args.plan[3 + 4 * item], lane = threadIdx.x % 32, column = threadIdx.x / 32 * (NQ * 8);
     const unsigned kv_end = row.position + min(first + COLUMNS / args.group, row.tokens);
     const unsigned limit_min = row.position + first + 1, window = args.window;
     const unsigned kv_begin = limit_min > window ? limit_min - window : 0;
@@ -267,19 +285,24 @@ template <int HD> __device__ __forceinline__ void prefill(const PrefillArgs &arg
         limit[n][1] = Column(args, row, first, head, column + n * 8 + lane % 4 * 2 + 1).limit;
     }
 
-    PrefillState<HD> state;
+    PrefillState<HD> state, span;
     for (unsigned begin = kv_begin / LEAF * LEAF; begin < kv_end; begin += LEAF) {
         __syncthreads(); // every warp is done with the leaf before
         copy_leaf<HD>(args, pages, head, begin / LEAF, kv_begin, kv_end, keys, values);
         asm volatile("cp.async.wait_group 0;" ::: "memory");
         __syncthreads(); // the leaf is here
+        if (begin % SPAN == 0 && begin > kv_begin) {
+            state.fold(span);
+            span = PrefillState<HD>();
+        }
         if (begin >= longest || begin + LEAF + window <= shortest)
             continue;
         if (begin + LEAF <= shortest && begin + window >= longest)
-            attend_leaf<HD, true>(state, q, limit, window, begin, LEAF_TILES, keys, values, lane);
+            attend_leaf<HD, true>(span, q, limit, window, begin, LEAF_TILES, keys, values, lane);
         else
-            attend_leaf<HD, false>(state, q, limit, window, begin, min((longest - begin + TILE - 1) / TILE, LEAF_TILES), keys, values,
+            attend_leaf<HD, false>(span, q, limit, window, begin, min((longest - begin + TILE - 1) / TILE, LEAF_TILES), keys, values,
                                    lane);
     }
+    state.fold(span);
     write_columns<HD>(args, row, first, head, state, column, lane);
 }

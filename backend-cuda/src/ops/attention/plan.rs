@@ -1,18 +1,17 @@
-//! How a step's attention is divided into work that blocks take.
+//! How the decode rows of a step are divided into work that blocks take.
 //!
 //! ```text
-//!   decode    count, 7 words unused, segments    some leaves of a row each, and where their partials go (`attention_work.cuh`)
-//!   prefill   count, items                       (row, first token) each: as many tokens as a block takes at once
+//!   plan      count, 7 words unused, segments    some leaves of a row each, and where their partials go (`attention_work.cuh`)
 //! ```
 //!
-//! Invariant: every leaf of every row's window lies in one segment, every token of every row in one item.
+//! Invariant: every leaf of every row's window lies in one segment. A row's first segment lies in one span, or ends with one, if
+//! there are others.
 
-use std::cmp::Reverse;
 use std::ops::Range;
 
 use minisgl_core::batch::Row;
 use minisgl_core::config::Limits;
-use minisgl_kernels::attention::LEAF;
+use minisgl_kernels::attention::{LEAF, SPAN};
 
 use super::Heads;
 use crate::ops::gemm::Room;
@@ -27,6 +26,8 @@ const MANY_TURNS: u32 = 2;
 const PIECES_OF_BLOCK: u32 = 4;
 /// Positions that rows are told apart by when they are sorted.
 const COUNTS: usize = 8192;
+/// Leaves of a span.
+const SPAN_LEAVES: u32 = SPAN / LEAF;
 /// Words in front of a decode plan's segments.
 const PLAN_HEAD: usize = 8;
 /// Words of a segment.
@@ -107,11 +108,11 @@ impl Cutter {
             let leaves = self.leaves(row);
             // Most rows of a step of thousands are short: nobody asks what share of the rest is a block's.
             let cuts = if piece.is_none() && leaves.len() as u64 <= LEAST {
-                Cuts::whole(leaves.len() as u32)
+                Cuts::whole(&leaves)
             } else {
                 let largest = piece.unwrap_or_else(|| self.share(rest).max(LEAST));
                 let room = self.segments - rows.len() + i - filled;
-                Cuts::new(leaves.len() as u32, largest, room, self.partials - base)
+                Cuts::new(&leaves, largest, room, self.partials - base)
             };
             let total = if cuts.count == 1 { 0 } else { 1 + cuts.leaves - cuts.first };
             for i in 0..cuts.count {
@@ -187,15 +188,21 @@ struct Cuts {
 
 impl Cuts {
     /// In one piece.
-    fn whole(leaves: u32) -> Cuts {
+    fn whole(row: &Range<u32>) -> Cuts {
+        let leaves = row.len() as u32;
         Cuts { leaves, first: leaves, count: 1 }
     }
 
     /// Into pieces of about `largest` leaves at most, as far as there is room for that many segments besides the row's own,
     /// and for `partials` partials.
-    fn new(leaves: u32, largest: u64, room: usize, partials: u32) -> Cuts {
+    fn new(row: &Range<u32>, largest: u64, room: usize, partials: u32) -> Cuts {
+        let leaves = row.len() as u32;
         let count = u64::from(leaves).div_ceil(largest).min(1 + room as u64) as u32;
-        let first = (leaves / count).max((leaves + 1).saturating_sub(partials)).min(leaves);
+        if count == 1 {
+            return Cuts::whole(row);
+        }
+        let least = (leaves + 1).saturating_sub(partials).max(1);
+        let first = first_piece(row, (leaves / count).max(least), least);
         Cuts { leaves, first, count: count.min(1 + leaves - first) }
     }
 
@@ -209,32 +216,22 @@ impl Cuts {
     }
 }
 
-/// The rows from `first_row` on cut into items of `tokens` tokens. A row's items follow each other, so that blocks that work at the same time find
-/// the same keys and values in L2; rows and items that see most positions are first: short ones fill the gaps at the end.
-pub(super) fn plan_prefill(tokens: u32, rows: &[Row], first_row: u32, words: &mut [u32]) {
-    let (count, items) = words.split_at_mut(1);
-    let items: &mut [[u32; 2]] = bytemuck::cast_slice_mut(items_of_two(items));
-    let mut filled = 0;
-    for (index, row) in (first_row..).zip(&rows[first_row as usize..]) {
-        for first in (0..row.tokens).step_by(tokens as usize) {
-            items[filled] = [index, first];
-            filled += 1;
-        }
-    }
-    count[0] = filled as u32;
-    items[..filled].sort_unstable_by_key(|&[index, first]| {
-        (Reverse(rows[index as usize].kv_len), index, Reverse(first))
-    });
-}
-
-/// The words that make whole pairs.
-fn items_of_two(words: &mut [u32]) -> &mut [u32] {
-    let whole = words.len() / 2 * 2;
-    &mut words[..whole]
+/// Leaves of a row's first piece: about `wanted`, `least` at least, so that it lies in one span, ends with one or is the row.
+fn first_piece(row: &Range<u32>, wanted: u32, least: u32) -> u32 {
+    let end = row.start + wanted;
+    let before = end - end % SPAN_LEAVES;
+    let fitting = match before.checked_sub(row.start) {
+        None | Some(0) => wanted,
+        Some(shorter) if shorter >= least => shorter,
+        Some(_) => end.next_multiple_of(SPAN_LEAVES) - row.start,
+    };
+    fitting.min(row.len() as u32)
 }
 
 #[cfg(test)]
 mod tests {
+    use std::cmp::Reverse;
+
     use minisgl_core::tensor::splitmix64;
 
     use super::*;
@@ -262,6 +259,9 @@ mod tests {
             leaves.extend((first..first + count).map(|leaf| (row, leaf)));
             let begins_row = first == first_leaf(cutter, kv_len);
             assert_eq!(begins_row, at == base, "the kernel tells a row's first segment by its place");
+            let end = first + count;
+            let one_state = first / SPAN_LEAVES == (end - 1) / SPAN_LEAVES || end.is_multiple_of(SPAN_LEAVES);
+            assert!(!begins_row || total == 0 || one_state, "a first piece of several spans and a part");
             let own = if begins_row { 1.min(total) } else { count };
             assert!((base..base + total.max(1)).contains(&at) && at + own <= base + total.max(own));
             for place in at..at + own {
@@ -335,22 +335,6 @@ mod tests {
         };
         let cutter = Cutter::new(264, heads, u32::MAX, &limits, limits.running, Room::Whole);
         assert!(planned(&cutter, &[row, row]).iter().all(|[.., leaves, _, _, _]| *leaves <= 4));
-    }
-
-    #[test]
-    fn a_prefill_plan_has_every_token_once_long_rows_and_late_items_first() {
-        let row = |position, tokens| Row { position, tokens, kv_len: position + tokens, ..Row::default() };
-        let decoding = row(70, 1);
-        let rows = [decoding, decoding, row(0, 100), row(500, 1), row(64, 200), row(0, 96), row(0, 501)];
-        let mut words = [0; 40];
-        plan_prefill(96, &rows, 2, &mut words);
-        let planned: Vec<[u32; 2]> = bytemuck::cast_slice(&words[1..1 + 2 * words[0] as usize]).to_vec();
-        let of_row = |row, tokens: u32| (0..tokens.div_ceil(96)).rev().map(move |item| [row, 96 * item]);
-        let expected = [(3, 1), (6, 501), (4, 200), (2, 100), (5, 96)];
-        assert_eq!(
-            planned,
-            expected.into_iter().flat_map(|(row, tokens)| of_row(row, tokens)).collect::<Vec<_>>()
-        );
     }
 
     #[test]
