@@ -90,6 +90,19 @@ pub enum Error {
         /// What the model takes.
         max: u32,
     },
+    /// Fewer pages than a sequence takes.
+    #[error(
+        "{asked} KV pages of {page_size} tokens are fewer than a request may need; give --num-pages {least} at least, or lower \
+         --max-seq-len"
+    )]
+    TooFewPages {
+        /// As asked for.
+        asked: u32,
+        /// That one request needs.
+        least: u32,
+        /// Tokens of a page.
+        page_size: u32,
+    },
     /// Memory for the KV pages is not a share of what is free.
     #[error("the memory ratio is {0}; it must be above 0 and at most 1")]
     MemoryRatio(f64),

@@ -25,7 +25,7 @@ use crate::diagnostics::{Ceilings, Diagnostics};
 use crate::error::Error;
 use crate::front::{EngineHandle, Events, Front, SessionEvent, SessionOptions};
 use crate::info::Info;
-use crate::memory::{PagePlan, Sequence, check_host, share_within, warning};
+use crate::memory::{PagePlan, Sequence, check_asked, check_host, share_within, warning};
 use crate::models::FAMILIES;
 use crate::options::{KernelChoice, Options};
 use crate::request::{
@@ -509,6 +509,7 @@ impl Opening<'_> {
         }
         check_host(&limits)?;
         let asked = if max_seq_len.is_some() { Sequence::Asked } else { Sequence::OfModel };
+        self.options.num_pages.map_or(Ok(()), |pages| check_asked(pages, &limits, asked))?;
         Ok((limits, asked))
     }
 

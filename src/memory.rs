@@ -101,6 +101,18 @@ fn least(limits: &Limits, asked: Sequence) -> u32 {
     }
 }
 
+/// Sees to it that so many pages, which somebody asked for, hold a sequence.
+///
+/// # Errors
+/// They don't.
+pub fn check_asked(pages: u32, limits: &Limits, asked: Sequence) -> Result<(), Error> {
+    let (least, page_size) = (least(limits, asked), limits.page_size);
+    match pages >= least {
+        true => Ok(()),
+        false => Err(Error::TooFewPages { asked: pages, least, page_size }),
+    }
+}
+
 /// What the user should hear of pages that are few for what is asked of them.
 pub fn warning(limits: &Limits, asked: Sequence) -> Option<String> {
     let Limits { pages, page_size, running, sequence, .. } = *limits;
@@ -161,6 +173,15 @@ mod tests {
         assert_eq!(share_within(0.5, before, loaded) * 50.0, 20.0);
         assert_eq!(share_within(0.9, before, loaded), 1.0, "what others have is not there to be taken");
         assert!(share_within(0.2, before, loaded) < 1e-9);
+    }
+
+    #[test]
+    fn fewer_pages_than_a_sequence_takes_are_refused() {
+        let of = |pages, asked| check_asked(pages, &LIMITS, asked);
+        assert!(of(256, Sequence::Asked).is_ok() && of(64, Sequence::OfModel).is_ok());
+        let error = of(255, Sequence::Asked).unwrap_err().to_string();
+        assert!(error.contains("255") && error.contains("--num-pages 256"), "{error}");
+        assert!(of(63, Sequence::OfModel).is_err());
     }
 
     #[test]

@@ -6,8 +6,8 @@ use std::fs;
 use std::os::unix::fs::{PermissionsExt, symlink};
 
 use common::generate::{
-    by_line, command, command_on, command_with_pages, generate, is_good, lines, read, request, requests,
-    stderr, succeed, write,
+    by_line, command, command_on, command_within, generate, is_good, lines, read, request, requests, stderr,
+    succeed, write,
 };
 use common::{Scratch, fixture};
 use serde_json::json;
@@ -40,8 +40,8 @@ fn lines_that_failed_run_again_and_their_new_results_take_the_place_of_the_error
     };
     scratch.write("in.jsonl", (0..20).map(request).collect::<String>());
     let out = scratch.join("out.jsonl");
-    let with_pages = |pages: u32, flags: &[&str]| {
-        let mut command = command_with_pages(&scratch, pages);
+    let within = |sequence: u32, flags: &[&str]| {
+        let mut command = command_within(&scratch, sequence);
         command
             .arg("--input")
             .arg(scratch.join("in.jsonl"))
@@ -51,14 +51,14 @@ fn lines_that_failed_run_again_and_their_new_results_take_the_place_of_the_error
             .output()
             .unwrap()
     };
-    let few = with_pages(3, &[]);
-    assert_eq!(few.status.code(), Some(1), "{}", stderr(&few));
+    let short = within(48, &[]);
+    assert_eq!(short.status.code(), Some(1), "{}", stderr(&short));
     let failed = by_line(&out).values().filter(|result| !is_good(result)).count();
     assert!(failed > 10, "{failed}");
 
     // As long as a line fails, the status says so.
-    let still_few = with_pages(4, &["--resume"]);
-    assert_eq!(still_few.status.code(), Some(1));
+    let still_short = within(64, &["--resume"]);
+    assert_eq!(still_short.status.code(), Some(1));
     assert_eq!(by_line(&out).len(), 20);
 
     let more = succeed(&scratch, &["--resume"]);

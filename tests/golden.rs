@@ -123,7 +123,8 @@ fn greedy_tokens_survive_retraction_by_a_tiny_pool() {
         let golden = Golden::open(name);
         let longest = golden.examples.iter().map(|example| example.prompt.len() + example.greedy.len());
         let pages = longest.max().unwrap().div_ceil(16) as u32;
-        let mut llm = family(name).page_size(16).num_pages(Some(pages)).build().unwrap();
+        let mut llm =
+            family(name).page_size(16).max_seq_len(Some(16 * pages)).num_pages(Some(pages)).build().unwrap();
         assert_greedy(&mut llm, &golden, true, "the smallest pool that holds the longest example");
     }
 }

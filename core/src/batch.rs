@@ -199,6 +199,7 @@ pub struct Batch {
     decode_rows: u32,
     /// Is one of those a draft?
     has_drafts: bool,
+    wants_logprobs: bool,
     updates: Vec<PageUpdate>,
     slot_updates: Vec<SlotUpdate>,
     tokens: Vec<Token>,
@@ -218,6 +219,7 @@ impl Batch {
             rows: Vec::with_capacity(rows),
             decode_rows: 0,
             has_drafts: false,
+            wants_logprobs: false,
             updates: Vec::with_capacity(limits.page_updates()),
             slot_updates: Vec::with_capacity(rows),
             tokens: Vec::with_capacity(limits.step_tokens()),
@@ -233,6 +235,7 @@ impl Batch {
     pub fn clear(&mut self) {
         self.decode_rows = 0;
         self.has_drafts = false;
+        self.wants_logprobs = false;
         self.rows.clear();
         self.updates.clear();
         self.slot_updates.clear();
@@ -289,7 +292,7 @@ impl Batch {
 
     /// Does any row ask for log-probabilities?
     pub fn wants_logprobs(&self) -> bool {
-        self.rows.iter().any(|row| row.logprobs > 0)
+        self.wants_logprobs
     }
 
     /// The step's counts without padding.
@@ -331,6 +334,7 @@ impl Batch {
     }
 
     /// Adds a decode row and its token. No prefill row has been added yet.
+    #[inline]
     pub fn push_decode_row(&mut self, owner: Ticket, row: Row, token: Token) {
         assert!(row.tokens == 1 && row.sampled == 1, "a decode row has one token, and samples the next");
         assert!(self.decode_rows as usize == self.rows.len(), "decode rows come first");
@@ -346,10 +350,13 @@ impl Batch {
         self.push_row(owner, row);
     }
 
+    // In its caller a row is written where it goes; else first to the stack, and read back in other pieces than it was written in.
+    #[inline(always)]
     fn push_row(&mut self, owner: Ticket, row: Row) {
         assert!(self.rows.len() < self.capacity_rows, "rows fit the batch");
         assert!(row.first_token as usize == self.tokens.len(), "tokens lie back to back");
         self.samples += row.sampled;
+        self.wants_logprobs |= row.logprobs > 0;
         self.rows.push(row);
         self.owners.push(owner);
     }

@@ -94,7 +94,7 @@ impl Limits {
     /// them, and the pages' tree.
     pub fn host_bytes(&self) -> u64 {
         let (block, page) = (u64::from(self.block_tokens()), u64::from(self.page_size));
-        let blocks = u64::from(self.token_blocks()) * 4 * (block + block / page);
+        let blocks = u64::from(self.token_blocks()) * 4 * (block + block / page + 32);
         let requests = self.requests() * (160 + 4 * u64::from(self.sequence).div_ceil(block));
         let of_step =
             self.step_tokens() as u64 * 32 + u64::from(self.running) * (160 + 4 * LOGPROB_WORDS as u64);

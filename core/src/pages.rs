@@ -134,11 +134,16 @@ impl PagePool {
             if page == NO_PAGE {
                 return None;
             }
-            if self.pages[page as usize].parent == parent && self.tokens_of(page) == tokens {
+            if self.spells(page, parent, tokens) {
                 return Some(page);
             }
             bucket = self.next(bucket);
         }
+    }
+
+    /// Is it the node with these tokens behind `parent`?
+    fn spells(&self, node: u32, parent: u32, tokens: &[u32]) -> bool {
+        self.pages[node as usize].parent == parent && self.tokens_of(node) == tokens
     }
 
     /// Adds a holder to a node whose parent the caller holds.
@@ -153,7 +158,6 @@ impl PagePool {
     /// Makes a private page a node, held once, behind a node that the caller holds. No such node may be there yet.
     pub fn insert(&mut self, parent: u32, page: u32, tokens: &[u32]) {
         assert!(self.is_private(page));
-        debug_assert!(self.find(parent, tokens).is_none());
         let hash = hash(parent, tokens);
         let first = page as usize * self.page_size;
         self.tokens[first..first + self.page_size].copy_from_slice(tokens);
@@ -161,6 +165,9 @@ impl PagePool {
         (entry.state, entry.holders, entry.parent, entry.hash) = (State::Node, 1, parent, hash);
         let mut bucket = self.home(hash);
         while self.buckets[bucket] != NO_PAGE {
+            let other = self.buckets[bucket];
+            let same = self.pages[other as usize].hash == hash && self.spells(other, parent, tokens);
+            assert!(!same, "a prefix is inserted twice");
             bucket = self.next(bucket);
         }
         self.buckets[bucket] = page;

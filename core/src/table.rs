@@ -41,6 +41,10 @@ use crate::request::Ticket;
 use crate::sampling::{NO_TOKEN, SamplingParams};
 use crate::speculation::{HITS_BEFORE, MATCH_MAX, MATCH_MIN, SEARCHED_MAX, hits_after};
 
+/// Words between two blocks that are not used. Else the same position of all requests lay in the same sets of a processor's caches,
+/// which have room for some of them alone.
+const GAP: u32 = 16;
+
 /// Where a request is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum State {
@@ -139,9 +143,9 @@ pub(crate) struct RequestTable {
     entries: Vec<Entry>,
     /// `[entries, sequence_blocks]`: each request's blocks.
     blocks: Vec<u32>,
-    /// `[blocks, block_tokens]` token ids.
+    /// `[blocks, block_tokens + GAP]` token ids.
     tokens: Vec<u32>,
-    /// `[blocks, block_pages]` pages.
+    /// `[blocks, block_pages + GAP]` pages.
     pages: Vec<u32>,
     free_blocks: Vec<u32>,
     vacant: Vec<u32>,
@@ -170,8 +174,8 @@ impl RequestTable {
         Ok(RequestTable {
             entries: filled(entries as usize, Entry::VACANT)?,
             blocks: filled(entries as usize * sequence_blocks as usize, 0)?,
-            tokens: filled(blocks as usize * block_tokens as usize, 0)?,
-            pages: filled(blocks as usize * block_pages as usize, 0)?,
+            tokens: filled(blocks as usize * (block_tokens + GAP) as usize, 0)?,
+            pages: filled(blocks as usize * (block_pages + GAP) as usize, 0)?,
             free_blocks: listed((0..blocks).rev())?,
             vacant: listed((0..entries).rev())?,
             slots: listed((0..limits.running).rev())?,
@@ -239,7 +243,7 @@ impl RequestTable {
         };
         for tokens in prompt.chunks(self.block_tokens as usize) {
             let block = self.take_block(entry)?;
-            let first = block as usize * self.block_tokens as usize;
+            let first = block as usize * (self.block_tokens + GAP) as usize;
             self.tokens[first..first + tokens.len()].copy_from_slice(tokens);
         }
         Some(entry)
@@ -368,7 +372,7 @@ impl RequestTable {
     /// Where a position's token lies.
     fn place(&self, entry: u32, position: u32) -> usize {
         let block = self.block(entry, position >> self.block_tokens.trailing_zeros()) as usize;
-        block * self.block_tokens as usize + (position & (self.block_tokens - 1)) as usize
+        block * (self.block_tokens + GAP) as usize + (position & (self.block_tokens - 1)) as usize
     }
 
     /// The token at a position; it is known.
@@ -484,7 +488,7 @@ impl RequestTable {
 
     fn page_place(&self, entry: u32, i: u32) -> usize {
         let block = self.block(entry, i >> self.block_pages.trailing_zeros()) as usize;
-        block * self.block_pages as usize + (i & (self.block_pages - 1)) as usize
+        block * (self.block_pages + GAP) as usize + (i & (self.block_pages - 1)) as usize
     }
 
     /// A running request's i-th page.
@@ -514,7 +518,8 @@ impl RequestTable {
     /// # Panics
     /// When it isn't so.
     pub fn check(&self, oldest: Option<u32>) {
-        let mut seen = filled(self.tokens.len() / self.block_tokens as usize, false).expect("host memory");
+        let mut seen =
+            filled(self.tokens.len() / (self.block_tokens + GAP) as usize, false).expect("host memory");
         let held = self.iter().flat_map(|(entry, it)| (0..it.blocks).map(move |i| (entry, i)));
         let held = held.map(|(entry, i)| self.block(entry, i));
         for block in held.chain(self.free_blocks.iter().copied()) {

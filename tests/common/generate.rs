@@ -12,19 +12,19 @@ use super::{Scratch, fixture};
 
 /// The command with a model and nothing else: a checkpoint in the scratch directory if there is one, else the golden one.
 pub fn command(scratch: &Scratch) -> Command {
-    command_with_pages(scratch, 64)
+    command_within(scratch, 256)
 }
 
-/// Likewise, with so many KV pages of 16 tokens.
-pub fn command_with_pages(scratch: &Scratch, pages: u32) -> Command {
+/// Likewise, with sequences of so many tokens.
+pub fn command_within(scratch: &Scratch, sequence: u32) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_generate"));
     let model = match scratch.join("config.json").exists() {
         true => scratch.path().to_owned(),
         false => fixture("tiny-tied"),
     };
     command.arg("--model").arg(model);
-    command.args(["--backend", "cpu", "--max-running", "8", "--max-seq-len", "256"]);
-    command.arg("--num-pages").arg(pages.to_string());
+    command.args(["--backend", "cpu", "--max-running", "8", "--num-pages", "64"]);
+    command.arg("--max-seq-len").arg(sequence.to_string());
     command.stdin(Stdio::null());
     command
 }
