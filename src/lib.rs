@@ -52,6 +52,7 @@ pub mod report;
 mod request;
 mod runner;
 mod running;
+mod score;
 pub mod simulated;
 mod source;
 pub mod telemetry;
@@ -79,9 +80,10 @@ pub use options::{
     parse_speculation,
 };
 pub use request::{
-    BesideWork, ChatPrompt, Completion, FinishReason, Flow, GenerateRequest, JsonObject, Message, NoRole,
-    Prompt, RequestError, SamplingError, SamplingParams, StepShape, StepTiming, StreamEvent, SubmitError,
-    TOP_LOGPROBS_MAX, TokenLogprobs,
+    BesideWork, ChatPrompt, Completion, FinishReason, Flow, GenerateRequest, Given, JsonObject, Message,
+    NoRole, Prompt, PromptLogprobs, RequestError, SamplingError, SamplingParams, StepShape, StepTiming,
+    StreamEvent, SubmitError, TOP_LOGPROBS_MAX, TokenLogprobs,
 };
+pub use score::{Score, ScoreRequest};
 pub use source::ModelSource;
 pub use tokenizer::Text;

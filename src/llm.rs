@@ -31,8 +31,9 @@ use crate::options::{KernelChoice, Options};
 use crate::request::{
     ChatPrompt, Completion, FinishReason, Flow, GenerateRequest, Prompt, RequestError, StreamEvent,
 };
-use crate::runner::{LogitsError, Runner};
+use crate::runner::Runner;
 use crate::running::{self, Costs};
+use crate::score::{Score, ScoreRequest};
 use crate::simulated::{self, Control};
 use crate::source::ModelSource;
 use crate::telemetry::Probe;
@@ -151,24 +152,13 @@ impl Llm {
         }
     }
 
-    /// The logits `[vocab]` at every position of a prompt: what the model gives for the token after it. For scoring;
-    /// one prefill a position, each on an otherwise idle engine.
+    /// Scores completions behind prompts, one prefill each; scores come in the order of the requests.
     ///
     /// # Errors
-    /// A prompt that can't run, or a failed step.
-    pub fn prompt_logits(&mut self, prompt: &[u32]) -> Result<Vec<Vec<f32>>, Error> {
-        (1..=prompt.len().max(1)).map(|len| self.logits_after(&prompt[..len.min(prompt.len())])).collect()
-    }
-
-    fn logits_after(&mut self, prompt: &[u32]) -> Result<Vec<f32>, Error> {
-        let (handle, prompt) = (self.handle(), prompt.to_vec());
-        handle.check_running()?;
-        self.front.handle().call(true, move |runner| {
-            runner.logits_after(&prompt).map_err(|error| match error {
-                LogitsError::Refused(error) => RequestError::from(error).into(),
-                LogitsError::Step(cause) => handle.fail(cause),
-            })
-        })?
+    /// As for [`Llm::generate`], but for what had finished. A request that can't run is no error: its score says so.
+    pub fn score(&mut self, requests: &[ScoreRequest]) -> Result<Vec<Score>, Error> {
+        let requests: Vec<GenerateRequest> = requests.iter().cloned().map(Into::into).collect();
+        Ok(self.generate(&requests)?.into_iter().map(Score::from).collect())
     }
 
     /// The token ids of a text, by the checkpoint's tokenizer.
@@ -556,7 +546,7 @@ mod tests {
         let finished: Vec<_> = finished.into_iter().map(|(index, one)| (index, one.finish_reason)).collect();
         assert_eq!(finished, [(0, FinishReason::Length), (1, FinishReason::Length)]);
         assert!(matches!(llm.generate(&requests()), Err(Error::Failed)));
-        assert!(matches!(llm.prompt_logits(&[1]), Err(Error::Failed)));
+        assert!(matches!(llm.score(&[ScoreRequest::tokens([1], [2])]), Err(Error::Failed)));
     }
 
     #[test]

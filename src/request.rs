@@ -9,12 +9,13 @@
 
 use std::time::Duration;
 
+use minisgl_core::sampling::RowLogprobs;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 pub use minisgl_core::batch::StepShape;
 pub use minisgl_core::request::SubmitError;
-pub use minisgl_core::sampling::{SamplingError, SamplingParams, TOP_LOGPROBS_MAX};
+pub use minisgl_core::sampling::{PromptLogprobs, SamplingError, SamplingParams, TOP_LOGPROBS_MAX};
 pub use minisgl_core::stats::Load;
 
 /// One message of a conversation: a JSON object, handed to the checkpoint's chat template as it is. Beside `role` and
@@ -128,12 +129,23 @@ pub struct GenerateRequest {
     pub sampling: SamplingParams,
     /// Texts that end the output; it is cut before the first one found. They need the checkpoint's tokenizer.
     pub stop: Vec<String>,
+    /// What the output begins with, given rather than drawn. Where the prompt is to be scored, this alone is.
+    pub given: Option<Given>,
+}
+
+/// Tokens behind a prompt that nobody draws.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Given {
+    /// Token ids, taken as they are.
+    Tokens(Vec<u32>),
+    /// Text, encoded on its own and without special tokens.
+    Text(String),
 }
 
 impl GenerateRequest {
     /// A request with default sampling: greedy, at most 128 tokens.
     pub fn new(prompt: Prompt) -> Self {
-        GenerateRequest { prompt, sampling: SamplingParams::default(), stop: Vec::new() }
+        GenerateRequest { prompt, sampling: SamplingParams::default(), stop: Vec::new(), given: None }
     }
 
     /// Continues token ids.
@@ -182,13 +194,19 @@ pub enum FinishReason {
     Failed,
 }
 
-/// Log-probabilities at one output token, before temperature and filters.
+/// Log-probabilities at one token, before temperature and filters.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct TokenLogprobs {
-    /// Of the token drawn.
+    /// Of the token drawn, or given.
     pub logprob: f32,
     /// The most probable tokens and their log-probabilities, most probable first.
     pub top: Vec<(u32, f32)>,
+}
+
+impl TokenLogprobs {
+    pub(crate) fn of(row: &RowLogprobs) -> Self {
+        TokenLogprobs { logprob: row.token, top: row.top().collect() }
+    }
 }
 
 /// What came of a request.
@@ -202,9 +220,9 @@ pub struct Completion {
     pub finish_reason: FinishReason,
     /// The stop text that ended it, if one did.
     pub stop_text: Option<String>,
-    /// Tokens of the prompt.
+    /// Tokens of the prompt, and given ones behind it.
     pub prompt_tokens: u32,
-    /// Their ids, where a session asks for them.
+    /// Their ids, where a session asks for them, or their log-probabilities are asked for.
     pub prompt_token_ids: Option<Vec<u32>>,
     /// How many of them the prefix cache held.
     pub cached_tokens: u32,
@@ -212,6 +230,8 @@ pub struct Completion {
     pub max_tokens: u32,
     /// One entry a token, where asked for.
     pub logprobs: Option<Vec<TokenLogprobs>>,
+    /// Of the prompt's last tokens, as many as there are entries, where asked for: of all but the first, or from a position on.
+    pub prompt_logprobs: Option<Vec<TokenLogprobs>>,
     /// What the caller should know though the request ran: that `max_tokens` was clamped.
     pub warning: Option<String>,
     /// Why it was rejected, or failed.
@@ -230,6 +250,7 @@ impl Completion {
             cached_tokens: 0,
             max_tokens: 0,
             logprobs: None,
+            prompt_logprobs: None,
             warning: None,
             error: Some(error),
         }

@@ -5,7 +5,6 @@ use std::time::Duration;
 use minisgl_core::config::Limits;
 use minisgl_core::engine::{Engine, StepReport};
 use minisgl_core::request::{Event, Request, SubmitError, Submitted, Ticket};
-use minisgl_core::sampling::SamplingParams;
 use minisgl_core::stats::{Load, Stats};
 use minisgl_cuda::HostTimes;
 use minisgl_decoder::Decoder;
@@ -43,25 +42,12 @@ pub trait Runner {
     fn check(&self);
     /// Capacities.
     fn limits(&self) -> &Limits;
-    /// Logits `[vocab]` for the token after a prompt. The engine must be idle.
-    ///
-    /// # Errors
-    /// A prompt that can't run, or a failed step.
-    fn logits_after(&mut self, prompt: &[u32]) -> Result<Vec<f32>, LogitsError>;
     /// Measures what the device reaches at best.
     fn ceilings(&mut self) -> Result<Option<Ceilings>, Cause>;
     /// Where the device's state can be asked for; `None` where it can't.
     fn probe(&self) -> Option<Probe>;
     /// What the host's time went to so far, beside work of its own; `None` where the host is the device.
     fn host_times(&self) -> Option<HostTimes>;
-}
-
-/// Why there are no logits.
-pub enum LogitsError {
-    /// The prompt can't run.
-    Refused(SubmitError),
-    /// A step failed.
-    Step(Cause),
 }
 
 impl<B: Diagnostics> Runner for Engine<B, Decoder<B>> {
@@ -114,19 +100,6 @@ impl<B: Diagnostics> Runner for Engine<B, Decoder<B>> {
         Engine::limits(self)
     }
 
-    fn logits_after(&mut self, prompt: &[u32]) -> Result<Vec<f32>, LogitsError> {
-        let params = SamplingParams { max_tokens: 1, ..SamplingParams::default() };
-        Engine::submit(self, Request { prompt, params }).map_err(LogitsError::Refused)?;
-        let mut logits = Vec::new();
-        while !Engine::is_idle(self) {
-            let report = Engine::step(self, &mut |_| {}).map_err(|cause| LogitsError::Step(cause.into()))?;
-            if report.launched.is_some_and(|shape| shape.samples > 0) {
-                logits = first_logits(self).map_err(LogitsError::Step)?;
-            }
-        }
-        Ok(logits)
-    }
-
     fn ceilings(&mut self) -> Result<Option<Ceilings>, Cause> {
         Ok(self.backend_mut().ceilings()?)
     }
@@ -138,11 +111,4 @@ impl<B: Diagnostics> Runner for Engine<B, Decoder<B>> {
     fn host_times(&self) -> Option<HostTimes> {
         self.backend().host_times()
     }
-}
-
-/// Logits `[vocab]` of the first sampled row of the step launched last, waiting for it.
-fn first_logits<B: Diagnostics>(engine: &mut Engine<B, Decoder<B>>) -> Result<Vec<f32>, Cause> {
-    let vocab = engine.model().dims().vocab;
-    let Some(logits) = engine.model().logits_buffer() else { return Ok(Vec::new()) };
-    Ok(engine.backend_mut().read_logits(logits, vocab, 0..1)?)
 }

@@ -33,7 +33,7 @@ use crate::error::{Cause, Error};
 use crate::front::Front;
 use crate::info::Info;
 use crate::request::{GenerateRequest, SamplingParams};
-use crate::runner::{LogitsError, Runner, Sink};
+use crate::runner::{Runner, Sink};
 use crate::telemetry::Probe;
 use crate::tokenizer::Text;
 
@@ -155,6 +155,10 @@ impl Runner for Simulated {
             let Some(Running { ticket, prompt, max_tokens, tokens }) = &mut self.requests[entry] else {
                 continue;
             };
+            if *max_tokens == 0 {
+                self.end(entry, core::FinishReason::Length, sink);
+                continue;
+            }
             let at = tokens.len();
             let script = &self.control.script;
             let token = match script.get(at) {
@@ -206,11 +210,6 @@ impl Runner for Simulated {
 
     fn limits(&self) -> &Limits {
         &self.control.limits
-    }
-
-    fn logits_after(&mut self, _: &[u32]) -> Result<Vec<f32>, LogitsError> {
-        assert!(self.is_idle(), "logits are asked of an idle engine");
-        Ok(Vec::new())
     }
 
     fn ceilings(&mut self) -> Result<Option<Ceilings>, Cause> {

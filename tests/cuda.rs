@@ -7,10 +7,12 @@
 
 mod common;
 
-use common::{CHECKPOINTS, FAMILIES, Golden, family, greedy};
+use common::logits::{Logits, checkpoint};
+use common::{CHECKPOINTS, FAMILIES, Golden, family, fixture, greedy};
 use minisgl::{
     BackendChoice, GenerateRequest, KernelChoice, Llm, LlmBuilder, Policy, SamplingParams, Speculation,
 };
+use minisgl_cuda::{Cuda, KernelSet, Options};
 
 /// Relative error of a row of logits that bf16 activations through three layers justify.
 const LOGIT_ERROR_MAX: f32 = 0.03;
@@ -65,12 +67,18 @@ fn logits_are_those_of_transformers_within_bf16() {
 
 fn assert_logits(name: &str, kernels: KernelChoice, error_max: f32, margin_min: f32) {
     let golden = Golden::open(name);
-    let mut llm = on_gpu(name, kernels).build().unwrap();
+    let kernel_set = match kernels {
+        KernelChoice::Auto => KernelSet::Auto,
+        KernelChoice::Portable => KernelSet::Portable,
+        KernelChoice::Hopper => KernelSet::Hopper,
+    };
+    let cuda = Cuda::new(&Options { device: 0, kernels: kernel_set }).unwrap();
+    let mut model = Logits::new(cuda, &checkpoint(&fixture(name)), 512, true);
     let mut worst: f32 = 0.0;
     for (i, example) in golden.examples.iter().enumerate() {
         let mut sequence = example.prompt.clone();
         sequence.extend(&example.greedy[..example.greedy.len() - 1]);
-        let logits = llm.prompt_logits(&sequence).unwrap();
+        let logits = model.of(&sequence);
         let (prompt, greedy) = logits.split_at(example.prompt.len() - 1);
         let expected = golden.logits(i);
         let first = example.prompt.len() - expected.len();

@@ -10,6 +10,7 @@ mod common;
 
 use std::fs;
 
+use common::logits::{Logits, checkpoint};
 use common::{FP8, Golden, Scratch, family, fixture, greedy_request, relative_error};
 use minisgl::Llm;
 use minisgl_core::backend::{Device, Element, Ops, Purpose, WeightRole};
@@ -34,10 +35,10 @@ fn greedy_tokens(llm: &mut Llm, golden: &Golden, together: bool) -> Vec<Vec<u32>
 }
 
 /// The largest relative error of example `i`'s logits: at the end of the prompt, and where the last greedy token was chosen.
-fn error(llm: &mut Llm, golden: &Golden, i: usize) -> f32 {
+fn error(model: &mut Logits<Cpu>, golden: &Golden, i: usize) -> f32 {
     let example = &golden.examples[i];
     let sequence = [&example.prompt[..], &example.greedy[..example.greedy.len() - 1]].concat();
-    let logits = llm.prompt_logits(&sequence).unwrap();
+    let logits = model.of(&sequence);
     let (prompt, expected) = (&logits[..example.prompt.len()], golden.logits(i));
     let rows = prompt[prompt.len() - expected.len()..].iter().zip(&expected);
     let last = golden.last_logits(i);
@@ -52,8 +53,10 @@ fn weights_times_activations_as_they_are_give_the_logits_of_transformers() {
         let golden = Golden::open(name);
         for prefill_tokens in [512, 50] {
             let mut llm = family(name).plain_inputs(true).max_prefill_tokens(prefill_tokens).build().unwrap();
+            let plain = checkpoint(&fixture(name)).with_plain_inputs();
+            let mut model = Logits::new(Cpu::new(), &plain, prefill_tokens, true);
             for (i, example) in golden.examples.iter().enumerate() {
-                let error = error(&mut llm, &golden, i);
+                let error = error(&mut model, &golden, i);
                 assert!(error < 1e-5, "{name}, example {i}: logits are off by {error} of their norm");
                 assert_eq!(greedy_tokens(&mut llm, &golden, true)[i], example.greedy, "{name}, example {i}");
             }
@@ -66,8 +69,9 @@ fn weights_times_rounded_activations_give_the_logits_of_transformers() {
     for name in FP8 {
         let (golden, plain) = (Golden::with_rounded_inputs(name), Golden::open(name));
         let mut llm = family(name).build().unwrap();
+        let mut model = Logits::new(Cpu::new(), &checkpoint(&fixture(name)), 512, true);
         for i in 0..golden.examples.len() {
-            let error = error(&mut llm, &golden, i);
+            let error = error(&mut model, &golden, i);
             let bound = if i < SHORT { 1e-5 } else { 0.2 };
             assert!(error < bound, "{name}, example {i}: logits are off by {error} of their norm");
             let rounding = relative_error(&plain.logits(i)[0], &golden.logits(i)[0]);

@@ -2,8 +2,10 @@
 
 mod common;
 
-use common::{CHECKPOINTS, FAMILIES, Golden, builder, family, greedy_request};
+use common::logits::{Logits, checkpoint};
+use common::{CHECKPOINTS, FAMILIES, Golden, builder, family, fixture, greedy_request};
 use minisgl::{GenerateRequest, Llm, Policy};
+use minisgl_cpu::Cpu;
 
 /// Largest difference between two rows of logits.
 fn distance(a: &[f32], b: &[f32]) -> f32 {
@@ -14,12 +16,14 @@ fn distance(a: &[f32], b: &[f32]) -> f32 {
         .fold(0.0, f32::max)
 }
 
-fn assert_logits(name: &str, llm: &mut Llm, golden: &Golden) {
+fn assert_logits(name: &str, prefill_tokens: u32, prefix_cache: bool) {
+    let golden = Golden::open(name);
+    let mut model = Logits::new(Cpu::new(), &checkpoint(&fixture(name)), prefill_tokens, prefix_cache);
     for (i, example) in golden.examples.iter().enumerate() {
         let expected = golden.logits(i);
         let mut sequence = example.prompt.clone();
         sequence.extend(&example.greedy[..example.greedy.len() - 1]);
-        let logits = llm.prompt_logits(&sequence).unwrap();
+        let logits = model.of(&sequence);
         assert_eq!(logits.len(), sequence.len());
         let prompt = &logits[..example.prompt.len()];
         for (row, expected) in prompt[prompt.len() - expected.len()..].iter().zip(&expected) {
@@ -34,10 +38,8 @@ fn assert_logits(name: &str, llm: &mut Llm, golden: &Golden) {
 #[test]
 fn logits_at_every_position_are_those_of_transformers() {
     for name in CHECKPOINTS {
-        let golden = Golden::open(name);
         for (prefill_tokens, prefix_cache) in [(512, true), (7, true), (512, false)] {
-            let builder = builder(name).max_prefill_tokens(prefill_tokens).prefix_cache(prefix_cache);
-            assert_logits(name, &mut builder.build().unwrap(), &golden);
+            assert_logits(name, prefill_tokens, prefix_cache);
         }
     }
 }
@@ -45,10 +47,8 @@ fn logits_at_every_position_are_those_of_transformers() {
 #[test]
 fn logits_of_every_family_are_those_of_transformers() {
     for name in FAMILIES {
-        let golden = Golden::open(name);
         for prefill_tokens in [512, 50] {
-            let mut llm = family(name).max_prefill_tokens(prefill_tokens).build().unwrap();
-            assert_logits(name, &mut llm, &golden);
+            assert_logits(name, prefill_tokens, true);
         }
     }
 }

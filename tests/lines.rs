@@ -487,6 +487,7 @@ fn completion() -> Completion {
             logprobs(-2.0, &[(10, -0.25), (13, f32::NEG_INFINITY)]),
             logprobs(0.0, &[(12, 0.0), (11, -9.0)]),
         ]),
+        prompt_logprobs: None,
         warning: None,
         error: None,
     }

@@ -12,7 +12,7 @@ use minisgl_core::config::Limits;
 use minisgl_core::engine::{Engine, EngineOptions};
 use minisgl_core::policy::Policy;
 use minisgl_core::request::{Event, Request};
-use minisgl_core::sampling::SamplingParams;
+use minisgl_core::sampling::{PromptLogprobs, SamplingParams};
 use minisgl_core::scheduler::{Order, Settings};
 use minisgl_core::speculation::Speculation;
 use minisgl_cpu::Cpu;
@@ -100,6 +100,7 @@ fn a_whole_run_allocates_nothing_after_construction() {
                     max_tokens: 10 + 3 * i,
                     ignore_eos: i % 2 == 0,
                     logprobs: (i % 5 == 0).then_some(4),
+                    prompt_logprobs: (i % 3 == 0).then_some(PromptLogprobs { from: i, top: 3 }),
                 };
                 let prompt = &golden.examples[i as usize % golden.examples.len()].prompt;
                 engine.submit(Request { prompt, params: sampling }).unwrap();

@@ -4,11 +4,13 @@ mod common;
 
 use std::collections::HashMap;
 
+use common::logits::{Logits, checkpoint};
 use common::{Golden, Scratch, builder, fixture, greedy, greedy_request, small};
 use minisgl::{
     Completion, Error, FinishReason, Flow, GenerateRequest, Llm, Order, RequestError, RequestEvent,
     SamplingError, SamplingParams, SessionEvent, SessionOptions, StreamEvent, SubmitError,
 };
+use minisgl_cpu::Cpu;
 
 fn llm() -> Llm {
     builder("tiny-tied").build().unwrap()
@@ -198,11 +200,11 @@ fn logprobs_come_with_each_token_and_the_greedy_one_is_the_most_probable() {
 
 #[test]
 fn logprobs_are_the_log_softmax_of_the_logits() {
-    let mut llm = llm();
     let prompt = [40, 50, 60];
     let sampling = SamplingParams { logprobs: Some(0), ..greedy(1) };
-    let completion = llm.generate(&[GenerateRequest::tokens(prompt).sampling(sampling)]).unwrap().remove(0);
-    let logits = llm.prompt_logits(&prompt).unwrap().pop().unwrap();
+    let completion = llm().generate(&[GenerateRequest::tokens(prompt).sampling(sampling)]).unwrap().remove(0);
+    let mut model = Logits::new(Cpu::new(), &checkpoint(&fixture("tiny-tied")), 512, true);
+    let logits = model.of(&prompt).pop().unwrap();
     let sum: f64 = logits.iter().map(|logit| f64::from(*logit).exp()).sum();
     let expected = f64::from(logits[completion.token_ids[0] as usize]) - sum.ln();
     let entry = &completion.logprobs.unwrap()[0];
@@ -320,14 +322,6 @@ fn a_second_request_finds_the_first_ones_prefix_until_the_cache_is_cleared() {
     let mut llm = builder("tiny-tied").prefix_cache(false).build().unwrap();
     let mut cached = || llm.generate(&request).unwrap()[0].cached_tokens;
     assert_eq!([cached(), cached()], [0, 0]);
-}
-
-#[test]
-fn prompts_that_cannot_be_scored_are_errors() {
-    let mut llm = llm();
-    assert!(matches!(llm.prompt_logits(&[]), Err(Error::Request(_))));
-    assert!(matches!(llm.prompt_logits(&[1, 5000]), Err(Error::Request(_))));
-    assert_eq!(llm.prompt_logits(&[1]).unwrap().len(), 1);
 }
 
 #[test]

@@ -2,9 +2,12 @@
 //!
 //! `scripts/transformers-reference DIR` makes the checkpoint and the values; MINISGL_REFERENCE names DIR.
 
+mod common;
+
 use std::path::{Path, PathBuf};
 
-use minisgl::{BackendChoice, Llm};
+use common::logits::{Logits, checkpoint};
+use minisgl_cuda::{Cuda, KernelSet, Options};
 use safetensors::SafeTensors;
 
 /// The values are rounded once more on their way out (f16 logits), and both errors are samples: some slack.
@@ -36,21 +39,15 @@ fn relative_error(out: &[f32], exact: &[f32]) -> f64 {
 }
 
 fn check(dir: &Path, tensors: &SafeTensors<'_>) {
-    let mut llm = Llm::builder(dir.to_string_lossy())
-        .backend(BackendChoice::Cuda)
-        .max_running(16)
-        .max_prefill_tokens(1024)
-        .max_seq_len(Some(512))
-        .num_pages(Some(512))
-        .build()
-        .expect("the engine starts");
+    let cuda = Cuda::new(&Options { device: 0, kernels: KernelSet::Auto }).expect("a GPU");
+    let mut model = Logits::new(cuda, &checkpoint(dir), 1024, true);
     let prompts = tensors.names().iter().filter(|name| name.starts_with("prompt.")).count();
     assert!(prompts > 0, "no prompts in the reference");
     println!("{:>7} {:>7} {:>14} {:>14}", "prompt", "tokens", "ours", "transformers");
     for i in 0..prompts {
         let prompt = prompt(tensors, i);
         let exact = floats(tensors, &format!("float32.{i}"));
-        let ours = llm.prompt_logits(&prompt).expect("logits").concat();
+        let ours = model.of(&prompt).concat();
         let (ours, theirs) = (
             relative_error(&ours, &exact),
             relative_error(&floats(tensors, &format!("bfloat16.{i}")), &exact),

@@ -268,9 +268,9 @@ pub trait Sampler: Device {
         tokens: Self::Buffer,
     ) -> Result<(), Self::Error>;
 
-    /// For each sampled row that asks for them: the log-probabilities of its token and of the most probable ones, as
-    /// [`crate::sampling::RowLogprobs`] at `out[header.output + row]`; `tokens` is what [`Sampler::sample`] filled. Nothing is
-    /// written for a row without a token.
+    /// For each sampled row that asks for them: the log-probabilities of its token `tokens[header.output + row]` and of the most
+    /// probable ones, as [`crate::sampling::RowLogprobs`] at `out[header.output + row]`. The tokens are what [`Sampler::sample`]
+    /// drew, or given ones. Nothing is written for a row without a token.
     fn logprobs(
         &mut self,
         step: &Step<Self::Buffer>,
@@ -395,6 +395,10 @@ pub trait Model<B: Device> {
 
     /// Enqueues the forward pass of a step: from the packed batch to [`Model::logits`].
     fn forward(&mut self, backend: &mut B, step: &Step<B::Buffer>) -> Result<(), B::Error>;
+
+    /// Enqueues the last part of a forward pass again, for other rows: `step` is the step just run but for its sampled rows, whose
+    /// last tokens' logits go to [`Model::logits`]. There are at most [`Limits::logit_rows`].
+    fn head(&mut self, backend: &mut B, step: &Step<B::Buffer>) -> Result<(), B::Error>;
 
     /// Where a step leaves the logits of its sampled rows, `[samples, vocab]`. Asked after [`Model::reserve`].
     fn logits(&self) -> B::Buffer;

@@ -8,6 +8,14 @@
 //! Where a part begins ([`Layout`]) depends on the step's shape alone, so a recorded step finds it where it was. What is not
 //! used lies behind the updates, and is not copied. Slot updates begin where the page updates of the step end.
 //!
+//! A step that scores prompts has a second part behind the room of the largest first one, copied on its own: what the head and
+//! the sampler need to give the log-probabilities of given tokens. It looks to them like a step of rows of one token each.
+//!
+//! ```text
+//!   word scored     + 16           + 8 scored tokens
+//!   | Header      | Row, Row, …    | id, id, …
+//! ```
+//!
 //! Decode rows come first and have one token each, so row i of them owns token i; a request has one, and behind it one for each
 //! of its [drafts](crate::speculation). Prefill rows follow, their tokens packed back to back; the last one may be a chunk whose
 //! prompt is not finished, and then that row is not sampled.
@@ -23,6 +31,7 @@
 
 use alloc::vec;
 use alloc::vec::Vec;
+use core::ops::Range;
 
 use bytemuck::{Pod, Zeroable};
 
@@ -168,6 +177,8 @@ pub struct Layout {
     pub tokens: usize,
     /// First page update.
     pub updates: usize,
+    /// First word of the part for scored tokens.
+    pub scored: usize,
     /// Words of the whole, for the largest step.
     pub words: usize,
 }
@@ -180,8 +191,10 @@ impl Layout {
         let tokens = rows + limits.running as usize * ROW_WORDS;
         let updates = tokens + limits.step_tokens() * TOKEN_WORDS;
         let slot_updates = updates + limits.page_updates() * UPDATE_WORDS;
-        let words = slot_updates + limits.running as usize * SLOT_UPDATE_WORDS;
-        Layout { plan, rows, tokens, updates, words }
+        let end = slot_updates + limits.running as usize * SLOT_UPDATE_WORDS;
+        let scored = end.next_multiple_of(ROW_WORDS);
+        let words = scored + HEADER_WORDS + limits.prefill_tokens as usize * (ROW_WORDS + 1);
+        Layout { plan, rows, tokens, updates, scored, words }
     }
 
     /// The layout of a step of this shape.
@@ -189,6 +202,19 @@ impl Layout {
         let tokens = self.rows + shape.rows() as usize * ROW_WORDS;
         Layout { tokens, updates: tokens + shape.tokens as usize * TOKEN_WORDS, ..self }
     }
+}
+
+/// A token of the step whose successor in its prompt is scored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Scored {
+    /// Its request.
+    pub owner: Ticket,
+    /// Its index among the step's tokens.
+    pub token: u32,
+    /// The successor's id.
+    pub next: u32,
+    /// As in [`Row::logprobs`].
+    pub logprobs: u32,
 }
 
 /// A batch being built on the host, with what only the host needs: whose row is whose.
@@ -203,12 +229,15 @@ pub struct Batch {
     updates: Vec<PageUpdate>,
     slot_updates: Vec<SlotUpdate>,
     tokens: Vec<Token>,
+    /// Requests' tokens lie together, in the order of their positions.
+    scored: Vec<Scored>,
     /// The request of each row.
     owners: Vec<Ticket>,
     samples: u32,
     capacity_updates: usize,
     capacity_tokens: usize,
     capacity_rows: usize,
+    capacity_scored: usize,
 }
 
 impl Batch {
@@ -223,11 +252,13 @@ impl Batch {
             updates: Vec::with_capacity(limits.page_updates()),
             slot_updates: Vec::with_capacity(rows),
             tokens: Vec::with_capacity(limits.step_tokens()),
+            scored: Vec::with_capacity(limits.prefill_tokens as usize),
             owners: Vec::with_capacity(rows),
             samples: 0,
             capacity_updates: limits.page_updates(),
             capacity_tokens: limits.step_tokens(),
             capacity_rows: rows,
+            capacity_scored: limits.prefill_tokens as usize,
         }
     }
 
@@ -240,6 +271,7 @@ impl Batch {
         self.updates.clear();
         self.slot_updates.clear();
         self.tokens.clear();
+        self.scored.clear();
         self.owners.clear();
         self.samples = 0;
     }
@@ -267,6 +299,11 @@ impl Batch {
     /// The slots that were taken.
     pub fn slot_updates(&self) -> &[SlotUpdate] {
         &self.slot_updates
+    }
+
+    /// The tokens whose successors are scored.
+    pub fn scored(&self) -> &[Scored] {
+        &self.scored
     }
 
     /// The request of each row.
@@ -331,6 +368,13 @@ impl Batch {
     pub fn push_token(&mut self, token: Token) {
         assert!(self.tokens.len() < self.capacity_tokens, "tokens fit the batch");
         self.tokens.push(token);
+    }
+
+    /// Has the successor of the token pushed last scored, which is `next`.
+    pub fn push_scored(&mut self, owner: Ticket, next: u32, top: u32) {
+        assert!(self.scored.len() < self.capacity_scored, "scored tokens fit the batch");
+        let token = self.tokens.len() as u32 - 1;
+        self.scored.push(Scored { owner, token, next, logprobs: 1 + top });
     }
 
     /// Adds a decode row and its token. No prefill row has been added yet.
@@ -402,6 +446,35 @@ impl Batch {
         tokens[..self.tokens.len()].copy_from_slice(&self.tokens);
         tokens[self.tokens.len()..].fill(dummy.token());
         used
+    }
+
+    /// Writes the part for scored tokens into `words`, and returns which words it is; `None` where no token is scored.
+    pub fn pack_scored(&self, layout: &Layout, words: &mut [u32]) -> Option<Range<usize>> {
+        let count = self.scored.len();
+        if count == 0 {
+            return None;
+        }
+        let rows_at = layout.scored + HEADER_WORDS;
+        let ids_at = rows_at + count * ROW_WORDS;
+        let header = Header { rows: count as u32, samples: count as u32, ..Header::default() };
+        words[layout.scored..rows_at].copy_from_slice(bytemuck::cast_slice(&[header]));
+        let (rows, ids) = words[rows_at..ids_at + count].split_at_mut(count * ROW_WORDS);
+        let rows: &mut [Row] = bytemuck::cast_slice_mut(rows);
+        for ((row, id), scored) in rows.iter_mut().zip(ids).zip(&self.scored) {
+            let token = self.tokens[scored.token as usize];
+            *row = Row {
+                slot: token.slot,
+                first_token: scored.token,
+                tokens: 1,
+                position: token.position,
+                kv_len: token.position + 1,
+                sampled: 1,
+                logprobs: scored.logprobs,
+                reserved: 0,
+            };
+            *id = scored.next;
+        }
+        Some(layout.scored..ids_at + count)
     }
 }
 

@@ -59,6 +59,9 @@ const BLOCKS_A_REQUEST: u64 = 4;
 /// preempted keeps its tokens while others have its pages.
 const TOKENS_OF_PAGES: u64 = 4;
 
+/// Tokens that are scored at once where fewer requests run: fewer would read the head's matrix too often.
+const SCORED_AT_ONCE: usize = 64;
+
 impl Limits {
     /// Checks that an engine can be built with these.
     pub fn check(&self) -> Result<(), LimitsError> {
@@ -96,8 +99,9 @@ impl Limits {
         let (block, page) = (u64::from(self.block_tokens()), u64::from(self.page_size));
         let blocks = u64::from(self.token_blocks()) * 4 * (block + block / page + 32);
         let requests = self.requests() * (160 + 4 * u64::from(self.sequence).div_ceil(block));
-        let of_step =
-            self.step_tokens() as u64 * 32 + u64::from(self.running) * (160 + 4 * LOGPROB_WORDS as u64);
+        let logprobs = 4 * LOGPROB_WORDS as u64;
+        let scored = u64::from(self.prefill_tokens) * (60 + logprobs);
+        let of_step = self.step_tokens() as u64 * 32 + u64::from(self.running) * (160 + logprobs) + scored;
         blocks + requests + 2 * of_step + u64::from(self.pages) * (page * 4 + 64)
     }
 
@@ -128,6 +132,12 @@ impl Limits {
     /// Pages of the longest sequence: the width of the page table.
     pub fn table_width(&self) -> u32 {
         self.sequence.div_ceil(self.page_size)
+    }
+
+    /// Rows that the head gives logits for at once: of a step's sampled rows all, of its scored tokens some after others, by the
+    /// same buffer.
+    pub fn logit_rows(&self) -> usize {
+        (self.running as usize).max(SCORED_AT_ONCE.min(self.prefill_tokens as usize))
     }
 
     /// Tokens of the largest step: prompts, and a token of each request that decodes beside them.

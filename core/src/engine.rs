@@ -181,6 +181,8 @@ struct Flight<B: Device> {
     tokens: B::Pinned,
     /// `[slots, LOGPROB_WORDS]`.
     logprobs: B::Pinned,
+    /// `[prefill tokens, LOGPROB_WORDS]`.
+    scores: B::Pinned,
     started: B::Event,
     ended: B::Event,
 }
@@ -197,6 +199,7 @@ impl<B: Device> Flight<B> {
             packed: backend.alloc_pinned(batch_words)?,
             tokens: backend.alloc_pinned(slots)?,
             logprobs: backend.alloc_pinned(slots * LOGPROB_WORDS)?,
+            scores: backend.alloc_pinned(limits.prefill_tokens as usize * LOGPROB_WORDS)?,
             started: backend.event()?,
             ended: backend.event()?,
         })
@@ -367,6 +370,8 @@ impl<B: Sampler, M: Model<B>> Engine<B, M> {
         if flight.logprobs_wanted {
             backend.logprobs(&step, model.logits(), resident.tokens, resident.logprobs)?;
         }
+        // Last, for its logits take the place of the sampled rows'.
+        resident.score(backend, model, &step, flight.batch.scored().len(), at)?;
         backend.record(Queue::Compute, &mut flight.ended)?;
         self.enqueue_downloads(at)?;
         Ok(self.flights[at].shape)
@@ -376,16 +381,22 @@ impl<B: Sampler, M: Model<B>> Engine<B, M> {
     fn enqueue_downloads(&mut self, at: usize) -> Result<(), B::Error> {
         let Engine { backend, resident, .. } = self;
         let flight = &mut self.flights[at];
-        let samples = flight.batch.samples() as usize;
-        if samples == 0 {
+        let (samples, scored) = (flight.batch.samples() as usize, flight.batch.scored().len());
+        if samples + scored == 0 {
             return Ok(());
         }
         backend.wait(Queue::Copy, &flight.ended)?;
-        let tokens = resident.tokens_of(backend, at);
-        backend.download(Queue::Copy, tokens, samples, &mut flight.tokens)?;
+        if samples > 0 {
+            let tokens = resident.tokens_of(backend, at);
+            backend.download(Queue::Copy, tokens, samples, &mut flight.tokens)?;
+        }
         if flight.logprobs_wanted {
             let logprobs = resident.logprobs_of(backend, at);
             backend.download(Queue::Copy, logprobs, samples * LOGPROB_WORDS, &mut flight.logprobs)?;
+        }
+        if scored > 0 {
+            let scores = resident.scores_of(backend, at);
+            backend.download(Queue::Copy, scores, scored * LOGPROB_WORDS, &mut flight.scores)?;
         }
         Ok(())
     }
@@ -398,6 +409,10 @@ impl<B: Sampler, M: Model<B>> Engine<B, M> {
         let logprobs = match flight.logprobs_wanted {
             true => &backend.words(&flight.logprobs)?[..samples * LOGPROB_WORDS],
             false => &[],
+        };
+        let scores = match flight.batch.scored().len() {
+            0 => &[],
+            scored => &backend.words(&flight.scores)?[..scored * LOGPROB_WORDS],
         };
         let gpu_ms = backend.elapsed_ms(&flight.started, &flight.ended)?;
         let start_ms = match self.before_ms {
@@ -417,6 +432,7 @@ impl<B: Sampler, M: Model<B>> Engine<B, M> {
         (self.before_ms, self.ended_ms) = (Some(start_ms), start_ms + f64::from(gpu_ms));
         core::mem::swap(&mut self.before, &mut flight.started);
         let completed = CompletedStep { shape: flight.shape, start_ms, gpu_ms };
+        self.scheduler.take_scores(&flight.batch, bytemuck::cast_slice(scores), sink);
         self.scheduler.complete(&flight.batch, tokens, bytemuck::cast_slice(logprobs), sink);
         self.scheduler.has_run(completed.shape, completed.gpu_ms);
         Ok(completed)

@@ -45,9 +45,9 @@ pub enum SubmitError {
     /// Nothing to go on from.
     #[error("the prompt is empty; give at least one token")]
     EmptyPrompt,
-    /// No room for a single output token.
+    /// No room for it, or for a single output token.
     #[error(
-        "the prompt has {tokens} tokens, but at most {limit} leave room for an output token; \
+        "the prompt has {tokens} tokens, but at most {limit} can run and leave room for the output; \
          shorten it or raise the sequence limit (--max-seq-len) and the pool (--num-pages)"
     )]
     PromptTooLong {
@@ -90,6 +90,13 @@ pub enum FinishReason {
 /// What a step brought about.
 #[derive(Clone, Copy, Debug)]
 pub enum Event<'a> {
+    /// More of a prompt's tokens are scored: those behind the ones told of before, each once.
+    PromptLogprobs {
+        /// Whose.
+        ticket: Ticket,
+        /// Of each, in order.
+        logprobs: &'a [RowLogprobs],
+    },
     /// A request has another token.
     Token {
         /// Whose.

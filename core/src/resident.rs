@@ -7,6 +7,7 @@
 //!   slots       [slots + 1] SlotState      how each slot's tokens are drawn, kept up to date likewise
 //!   tokens      [2, slots]                 what the steps draw; steps take turns at the two halves
 //!   logprobs    [2, slots] RowLogprobs     their log-probabilities
+//!   scores      [2, prefill tokens] RowLogprobs     those of the prompts' tokens that the steps score
 //! ```
 //!
 //! One batch buffer serves both steps in flight, since uploads and arithmetic share the compute queue: a batch is
@@ -20,7 +21,7 @@
 //! 256 slots of 16,384 tokens, 256 MiB for 4,096 slots of 262,144.
 
 use crate::backend::{Device, Element, Model, Purpose, Sampler, Step};
-use crate::batch::{Batch, Dummy, Layout, ROW_WORDS, StepShape};
+use crate::batch::{Batch, Dummy, HEADER_WORDS, Layout, ROW_WORDS, StepShape};
 use crate::config::Limits;
 use crate::sampling::{LOGPROB_WORDS, SLOT_STATE_WORDS, SlotState};
 
@@ -40,6 +41,11 @@ pub(crate) struct Resident<Buf> {
     states: Buf,
     pub tokens: Buf,
     pub logprobs: Buf,
+    scores: Buf,
+    /// Rows of a half of the scores.
+    scored_max: usize,
+    /// Rows that the model gives logits for at once.
+    logit_rows: usize,
 }
 
 impl<Buf: Copy> Resident<Buf> {
@@ -65,6 +71,9 @@ impl<Buf: Copy> Resident<Buf> {
             states: words((slots + 1) * SLOT_STATE_WORDS)?,
             tokens: words(2 * slots)?,
             logprobs: words(2 * slots * LOGPROB_WORDS)?,
+            scores: words(2 * limits.prefill_tokens as usize * LOGPROB_WORDS)?,
+            scored_max: limits.prefill_tokens as usize,
+            logit_rows: limits.logit_rows(),
         })
     }
 
@@ -103,6 +112,12 @@ impl<Buf: Copy> Resident<Buf> {
         backend.slice(self.logprobs, half * words..(half + 1) * words)
     }
 
+    /// Where a half of `scores` lies.
+    pub fn scores_of<B: Device<Buffer = Buf>>(&self, backend: &B, half: usize) -> Buf {
+        let words = self.scored_max * LOGPROB_WORDS;
+        backend.slice(self.scores, half * words..(half + 1) * words)
+    }
+
     /// Packs a batch, padded up to `shape`, with the model's plan for it, and enqueues its upload.
     pub fn send<B: Device<Buffer = Buf>, M: Model<B>>(
         &self,
@@ -119,7 +134,11 @@ impl<Buf: Copy> Resident<Buf> {
         let (front, back) = words.split_at_mut(layout.rows);
         let rows = bytemuck::cast_slice(&back[..shape.rows() as usize * ROW_WORDS]);
         model.plan(backend, shape, rows, &mut front[layout.plan..][..self.plan_words]);
+        let scored = batch.pack_scored(&layout, words);
         backend.upload(staging, 0..used, self.batch)?;
+        if let Some(scored) = scored {
+            backend.upload(staging, scored, self.batch)?;
+        }
         Ok(Step {
             shape,
             batch: self.batch,
@@ -145,6 +164,37 @@ impl<Buf: Copy> Resident<Buf> {
             0 => Ok(()),
             _ => backend.sample(step, model.logits(), self.tokens),
         }
+    }
+
+    /// Enqueues, behind a step that was run, the scoring of `count` tokens of its prompts, as many at once as the model's logits
+    /// have room for. The scores go to the half of the step.
+    pub fn score<B: Sampler<Buffer = Buf>, M: Model<B>>(
+        &self,
+        backend: &mut B,
+        model: &mut M,
+        step: &Step<Buf>,
+        count: usize,
+        half: usize,
+    ) -> Result<(), B::Error> {
+        let ids_at = step.layout.scored + HEADER_WORDS + count * ROW_WORDS;
+        let part = backend.slice(step.batch, step.layout.scored..ids_at);
+        let ids = backend.slice(step.batch, ids_at..ids_at + count);
+        let scores = self.scores_of(backend, half);
+        for first in (0..count).step_by(self.logit_rows) {
+            let range = first..count.min(first + self.logit_rows);
+            let rows = HEADER_WORDS + first * ROW_WORDS;
+            let of_range = Step {
+                batch: part,
+                layout: Layout { rows, ..step.layout },
+                shape: StepShape { samples: range.len() as u32, ..step.shape },
+                ..*step
+            };
+            model.head(backend, &of_range)?;
+            let out = backend.slice(scores, range.start * LOGPROB_WORDS..range.end * LOGPROB_WORDS);
+            let ids = backend.slice(ids, range);
+            backend.logprobs(&of_range, model.logits(), ids, out)?;
+        }
+        Ok(())
     }
 }
 

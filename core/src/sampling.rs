@@ -48,12 +48,23 @@ pub struct SamplingParams {
     pub min_p: f32,
     /// The same seed draws the same tokens.
     pub seed: u64,
-    /// Output tokens at most.
+    /// Output tokens at most; 0 where the prompt's log-probabilities are all that is wanted.
     pub max_tokens: u32,
     /// Go on past end-of-sequence tokens.
     pub ignore_eos: bool,
     /// `Some(k)`: give the log-probability of each token drawn and of the k most probable ones, k <= 20.
     pub logprobs: Option<u32>,
+    /// Give log-probabilities of the prompt's own tokens.
+    pub prompt_logprobs: Option<PromptLogprobs>,
+}
+
+/// Which tokens of a prompt are scored, and what is told of each.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PromptLogprobs {
+    /// Position of the first one. A prompt's first token follows nothing and has no log-probability: 0 is taken as 1.
+    pub from: u32,
+    /// Give those of the k most probable tokens too, k <= 20.
+    pub top: u32,
 }
 
 impl Default for SamplingParams {
@@ -67,6 +78,7 @@ impl Default for SamplingParams {
             max_tokens: 128,
             ignore_eos: false,
             logprobs: None,
+            prompt_logprobs: None,
         }
     }
 }
@@ -121,11 +133,16 @@ pub enum SamplingError {
     #[error("min_p is {0}; it must lie between 0 (keeps every token) and 1")]
     MinP(f32),
     /// No token would come out.
-    #[error("max_tokens is 0; ask for at least 1 token")]
+    #[error(
+        "max_tokens is 0; ask for at least 1 token, or for the prompt's log-probabilities (prompt_logprobs)"
+    )]
     MaxTokens,
     /// Too many alternatives.
     #[error("logprobs is {0}; at most {TOP_LOGPROBS_MAX} alternatives can be given")]
     Logprobs(u32),
+    /// Too many alternatives for the prompt's tokens.
+    #[error("prompt_logprobs is {0}; at most {TOP_LOGPROBS_MAX} alternatives can be given")]
+    PromptLogprobs(u32),
 }
 
 impl SamplingParams {
@@ -140,12 +157,16 @@ impl SamplingParams {
         if !(0.0..=1.0).contains(&self.min_p) {
             return Err(SamplingError::MinP(self.min_p));
         }
-        if self.max_tokens == 0 {
+        if self.max_tokens == 0 && self.prompt_logprobs.is_none() {
             return Err(SamplingError::MaxTokens);
         }
-        match self.logprobs {
-            Some(k) if k as usize > TOP_LOGPROBS_MAX => Err(SamplingError::Logprobs(k)),
-            _ => Ok(()),
+        let too_many = |k: &u32| *k as usize > TOP_LOGPROBS_MAX;
+        if let Some(k) = self.logprobs.filter(too_many) {
+            return Err(SamplingError::Logprobs(k));
+        }
+        match self.prompt_logprobs.map(|asked| asked.top).filter(too_many) {
+            Some(k) => Err(SamplingError::PromptLogprobs(k)),
+            None => Ok(()),
         }
     }
 
@@ -198,7 +219,7 @@ pub fn token_uniform(seed: u64, position: u32, id: u32) -> f32 {
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Pod, Zeroable)]
 pub struct RowLogprobs {
-    /// Of the token drawn.
+    /// Of the token drawn, or given.
     pub token: f32,
     /// How many of the arrays' entries are filled.
     pub len: u32,

@@ -21,6 +21,8 @@
 //! - When a decode row finds no page, the youngest request is retracted: its pages go back, its tokens stay. Nobody is admitted
 //!   in that step. The oldest one always goes on, and alone it fits (`submit` saw to that), so every request ends.
 //! - Where every layer has a window, a running request's own pages behind it go back before its next step is scheduled.
+//! - Of a prompt that is scored, no token before one whose score is still to come is taken from the prefix cache: its logits are
+//!   needed. What a step was asked to score is not asked for again, whatever becomes of its pages.
 //! - A request that ends by length is known to end when its last step is scheduled; one that ends by an
 //!   end-of-sequence token may run one step too far, and that token is dropped.
 
@@ -36,7 +38,7 @@ use crate::pages::{NO_PAGE, PagePool};
 use crate::policy::{Demand, Mix, Policy, StepPolicy};
 use crate::queue::Queue;
 use crate::request::{Event, FinishReason, Request, SubmitError, Submitted, Ticket};
-use crate::sampling::{NO_TOKEN, RowLogprobs, SamplingParams};
+use crate::sampling::{NO_TOKEN, PromptLogprobs, RowLogprobs, SamplingParams};
 use crate::speculation::{Drafting, Speculation};
 use crate::stats::{Load, Stats};
 use crate::table::{RequestTable, State};
@@ -168,8 +170,9 @@ impl Scheduler {
         if tokens == 0 {
             return Err(SubmitError::EmptyPrompt);
         }
-        if tokens as u64 >= u64::from(len_max) {
-            return Err(SubmitError::PromptTooLong { tokens, limit: len_max - 1 });
+        let limit = len_max - request.params.max_tokens.min(1);
+        if tokens as u64 > u64::from(limit) {
+            return Err(SubmitError::PromptTooLong { tokens, limit });
         }
         let vocab = self.settings.vocab;
         if let Some(position) = request.prompt.iter().position(|id| *id >= vocab) {
@@ -394,12 +397,12 @@ impl Scheduler {
         self.cached_prefix(entry, PagePool::hold)
     }
 
-    /// The longest cached path that the request's tokens spell, but for its last token: one must be run to have something to
-    /// sample from. Each node of it is passed to `visit`. Returns the path's end and length.
+    /// The longest cached path that the request's tokens spell, but for those that must be run. Each node of it is passed to
+    /// `visit`. Returns the path's end and length.
     fn cached_prefix(&mut self, entry: u32, visit: impl Fn(&mut PagePool, u32)) -> (u32, u32) {
         let (mut node, mut depth) = (NO_PAGE, 0);
         if self.settings.prefix_cache {
-            let full_pages = (self.table.get(entry).known - 1) / self.limits.page_size;
+            let full_pages = self.table.get(entry).cacheable() / self.limits.page_size;
             while depth < full_pages
                 && let Some(next) = self.pool.find(node, self.table.page_tokens(entry, depth))
             {
@@ -431,14 +434,28 @@ impl Scheduler {
         for position in request.computed..end {
             let (id, location) = (self.table.token(entry, position), self.table.location(entry, position));
             batch.push_token(Token { id, slot: request.slot, position, location });
+            self.push_scored(entry, position, batch);
         }
         let request = self.table.get_mut(entry);
         request.computed = end;
-        request.planned += u32::from(last);
+        // Where no token is wanted, the row is sampled for nothing, and has told that its logits are numbers.
+        request.planned += u32::from(last && request.planned < request.len_max);
         if self.settings.prefix_cache {
             self.table.keep_prefix(entry, &mut self.pool, false);
         }
         true
+    }
+
+    /// Has the token behind `position`, whose own token was pushed last, scored, if its turn has come.
+    fn push_scored(&mut self, entry: u32, position: u32, batch: &mut Batch) {
+        let next = position + 1;
+        let request = self.table.get(entry);
+        if let Some(PromptLogprobs { top, .. }) = request.params.prompt_logprobs
+            && request.unscored == next
+        {
+            batch.push_scored(self.table.ticket(entry), self.table.token(entry, next), top);
+            self.table.get_mut(entry).score_from(next + 1);
+        }
     }
 
     fn schedule_decode(&mut self, batch: &mut Batch) {
@@ -547,6 +564,23 @@ impl Scheduler {
         self.stats.retractions += 1;
     }
 
+    /// Takes what has come of a step's scored tokens, before the step is completed.
+    pub fn take_scores(&mut self, batch: &Batch, scores: &[RowLogprobs], sink: &mut impl FnMut(Event<'_>)) {
+        let mut scores = scores;
+        for tokens in batch.scored().chunk_by(|one, other| one.owner == other.owner) {
+            let logprobs;
+            (logprobs, scores) = scores.split_at(tokens.len());
+            let ticket = tokens[0].owner;
+            let Some(entry) = self.table.find(ticket) else { continue };
+            if logprobs.iter().any(|row| row.token.is_nan()) {
+                self.end(entry, FinishReason::NotNumbers, sink);
+            } else {
+                sink(Event::PromptLogprobs { ticket, logprobs });
+            }
+        }
+        self.forget_ended();
+    }
+
     /// Takes the tokens of a step: of its sampled rows, in order, but for those behind a wrong draft. Steps complete in the order
     /// they were scheduled.
     pub fn complete(
@@ -570,6 +604,11 @@ impl Scheduler {
             self.stats.accepted += u64::from(draft.is_some());
             if token == NO_TOKEN {
                 self.end(entry, FinishReason::NotNumbers, sink);
+                continue;
+            }
+            let request = self.table.get(entry);
+            if request.known == request.len_max {
+                self.end(entry, FinishReason::Length, sink);
                 continue;
             }
             self.table.push_token(entry, token);
@@ -668,6 +707,7 @@ impl Scheduler {
             assert!(self.running.contains(&entry));
             assert!(request.computed <= request.pages * self.limits.page_size, "positions without a page");
             assert!(request.known <= request.planned && request.planned <= request.len_max);
+            assert!(request.computed < request.unscored, "a token to be scored was passed over");
             let mut node = request.node;
             while node != NO_PAGE {
                 holders[node as usize] += 1;

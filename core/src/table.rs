@@ -38,7 +38,7 @@ use crate::config::{Limits, LimitsError};
 use crate::host::{filled, listed};
 use crate::pages::{NO_PAGE, PagePool};
 use crate::request::Ticket;
-use crate::sampling::{NO_TOKEN, SamplingParams};
+use crate::sampling::{NO_TOKEN, PromptLogprobs, SamplingParams};
 use crate::speculation::{HITS_BEFORE, MATCH_MAX, MATCH_MIN, SEARCHED_MAX, hits_after};
 
 /// Words between two blocks that are not used. Else the same position of all requests lay in the same sets of a processor's caches,
@@ -69,6 +69,8 @@ pub(crate) struct Entry {
     pub computed: u32,
     /// Blocks that it has.
     pub blocks: u32,
+    /// The first prompt token whose score no step has been asked for; `u32::MAX`: there is none.
+    pub unscored: u32,
     /// Tokens to run before the next is sampled, set at admission: all that were known.
     pub prefill_len: u32,
     pub slot: u32,
@@ -102,6 +104,7 @@ impl Entry {
             max_tokens: 0,
             ignore_eos: false,
             logprobs: None,
+            prompt_logprobs: None,
         },
         prompt_len: 0,
         len_max: 0,
@@ -109,6 +112,7 @@ impl Entry {
         planned: 0,
         computed: 0,
         blocks: 0,
+        unscored: u32::MAX,
         prefill_len: 0,
         slot: 0,
         pages: 0,
@@ -125,6 +129,17 @@ impl Entry {
     /// Is its prompt, or what it resumes from, not wholly enqueued yet?
     pub fn is_prefilling(&self) -> bool {
         self.computed < self.prefill_len
+    }
+
+    /// Says that its prompt is scored from this position on, or from here on no more.
+    pub fn score_from(&mut self, position: u32) {
+        self.unscored = if position < self.prompt_len { position } else { u32::MAX };
+    }
+
+    /// How many of its first tokens need not be run where the cache has them: one must be, to have something to sample from, and
+    /// so must whatever comes before a token that is to be scored.
+    pub fn cacheable(&self) -> u32 {
+        self.known.min(self.unscored) - 1
     }
 
     /// The pages that have gone back.
@@ -241,6 +256,9 @@ impl RequestTable {
             planned: len,
             ..Entry::VACANT
         };
+        if let Some(PromptLogprobs { from, .. }) = params.prompt_logprobs {
+            self.get_mut(entry).score_from(from.max(1));
+        }
         for tokens in prompt.chunks(self.block_tokens as usize) {
             let block = self.take_block(entry)?;
             let first = block as usize * (self.block_tokens + GAP) as usize;
@@ -253,7 +271,7 @@ impl RequestTable {
     /// has run longest, never does.
     pub fn make_room(&mut self, entry: u32, oldest: u32) -> bool {
         let request = self.get(entry);
-        if request.planned < request.blocks * self.block_tokens {
+        if request.planned < request.blocks * self.block_tokens || request.planned == request.len_max {
             return true;
         }
         let promised = if oldest == entry { 0 } else { self.promised(Some(oldest)) };

@@ -9,7 +9,7 @@ use std::cell::Cell;
 
 use minisgl_core::config::Limits;
 use minisgl_core::request::{Event, Request, SubmitError, Ticket};
-use minisgl_core::sampling::SamplingParams;
+use minisgl_core::sampling::{PromptLogprobs, SamplingParams};
 use minisgl_core::scheduler::Order;
 
 use support::expected::VOCAB;
@@ -66,7 +66,15 @@ fn a_whole_run_allocates_nothing_after_construction() {
             let prompt = (0..10 + i * 7 % 50).map(|at| (at * (1 + i % 4) + i / 20) % VOCAB).collect();
             let logprobs = i.is_multiple_of(5).then_some(3);
             let ignore_eos = !i.is_multiple_of(3);
-            (prompt, SamplingParams { logprobs, ignore_eos, seed: i.into(), ..exactly(5 + i % 30) })
+            let prompt_logprobs = i.is_multiple_of(7).then_some(PromptLogprobs { from: i % 40, top: 2 });
+            let params = SamplingParams {
+                logprobs,
+                prompt_logprobs,
+                ignore_eos,
+                seed: i.into(),
+                ..exactly(5 + i % 30)
+            };
+            (prompt, params)
         })
         .collect();
     for (overlap, order) in [(true, Order::Given), (false, Order::Given), (true, Order::Prefix)] {
@@ -85,6 +93,7 @@ fn a_whole_run_allocates_nothing_after_construction() {
                 next += 1;
             }
             let mut sink = |event: Event<'_>| match event {
+                Event::PromptLogprobs { .. } => {}
                 Event::Token { .. } => tokens += 1,
                 Event::Finished { .. } => ended += 1,
             };

@@ -13,7 +13,7 @@ use minisgl_core::costs::{Line, StepCosts};
 use minisgl_core::engine::{Engine, EngineOptions};
 use minisgl_core::policy::Policy;
 use minisgl_core::request::{FinishReason, Request, SubmitError, Ticket};
-use minisgl_core::sampling::SamplingParams;
+use minisgl_core::sampling::{PromptLogprobs, SamplingParams};
 use minisgl_core::scheduler::{Order, Settings};
 use minisgl_core::speculation::Speculation;
 use proptest::prelude::*;
@@ -97,12 +97,15 @@ fn prompt() -> impl Strategy<Value = Vec<u32>> {
 }
 
 fn action() -> impl Strategy<Value = Action> {
-    let params = (1..20u32, 0..=FAILING, any::<bool>(), prop::option::of(0..3u32)).prop_map(
-        |(max_tokens, seed, ignore_eos, logprobs)| SamplingParams {
-            max_tokens,
+    let scored = (0..24u32, 0..3u32).prop_map(|(from, top)| PromptLogprobs { from, top });
+    let scored = prop::option::weighted(0.3, scored);
+    let params = (0..20u32, 0..=FAILING, any::<bool>(), prop::option::of(0..3u32), scored).prop_map(
+        |(max_tokens, seed, ignore_eos, logprobs, prompt_logprobs)| SamplingParams {
+            max_tokens: max_tokens.max(u32::from(prompt_logprobs.is_none())),
             seed,
             ignore_eos,
             logprobs,
+            prompt_logprobs,
             ..SamplingParams::default()
         },
     );
@@ -201,9 +204,18 @@ fn submit(
 
 fn check_outcome(request: &Submitted, outcome: &Outcome, limits: &Limits, window: Option<u32>) {
     let len_max = limits.sequence.min(limits.pages * limits.page_size);
-    let (tokens, reason) =
-        expected::alone_within(&request.prompt, &request.params, len_max, window.unwrap_or(u32::MAX));
+    let window = window.unwrap_or(u32::MAX);
+    let (prompt, seed) = (&request.prompt[..], request.params.seed);
+    let scores = expected_scores(request, window);
+    let numbers = scores.iter().position(|score| score.is_nan());
+    let (tokens, reason) = match numbers {
+        None => expected::alone_within(prompt, &request.params, len_max, window),
+        Some(_) => (Vec::new(), FinishReason::NotNumbers),
+    };
     let (finished, cached) = outcome.finished.expect("every request ends");
+    let all = numbers.is_none() && !request.aborted;
+    assert!(scores[..numbers.unwrap_or(scores.len())].starts_with(&outcome.scores), "{scores:?}");
+    assert!(!all || outcome.scores.len() == scores.len(), "{scores:?} are told as {:?}", outcome.scores);
     match request.aborted {
         true => {
             assert_eq!(finished, FinishReason::Abort);
@@ -213,12 +225,22 @@ fn check_outcome(request: &Submitted, outcome: &Outcome, limits: &Limits, window
     }
     assert!(tokens.len() as u32 <= request.max_tokens);
     assert!(cached < request.prompt.len() as u32 && cached.is_multiple_of(limits.page_size));
-    let position = |i: usize| (request.prompt.len() + i) as u32;
-    let logprobs = outcome.tokens.iter().enumerate().map(|(i, token)| expected::logprob(*token, position(i)));
+    if let Some(PromptLogprobs { from, .. }) = request.params.prompt_logprobs {
+        assert!(cached < from.max(1), "what comes before a scored token is run");
+    }
+    let logprobs = expected::logprobs(&[prompt, &outcome.tokens].concat(), seed, window);
     match request.params.logprobs {
-        Some(_) => assert_eq!(outcome.logprobs, logprobs.collect::<Vec<_>>()),
+        Some(_) => assert_eq!(outcome.logprobs, logprobs[prompt.len() - 1..]),
         None => assert_eq!(outcome.logprobs, []),
     }
+}
+
+/// The scores of a request's prompt, where they are wanted.
+fn expected_scores(request: &Submitted, window: u32) -> Vec<f32> {
+    let Some(PromptLogprobs { from, .. }) = request.params.prompt_logprobs else { return Vec::new() };
+    let all = expected::logprobs(&request.prompt, request.params.seed, window);
+    let unwanted = (from.max(1) as usize - 1).min(all.len());
+    all[unwanted..].to_vec()
 }
 
 /// As many as the variable says that proptest knows.

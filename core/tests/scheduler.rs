@@ -94,6 +94,7 @@ fn a_request_whose_logits_are_no_numbers_ends_alone() {
     let mut sink = |event: Event<'_>| match event {
         Event::Token { ticket, token, .. } => events.push((ticket, Ok(token))),
         Event::Finished { ticket, reason, .. } => events.push((ticket, Err(reason))),
+        Event::PromptLogprobs { .. } => {}
     };
     scheduler.complete(&batches[0], &[5, NO_TOKEN, 5], &[], &mut sink);
     scheduler.check();

@@ -62,9 +62,9 @@ struct Pages<Buf> {
 struct Planned<Buf> {
     /// Each layer's table, `[positions, rotated / 2]` pairs of cosine and sine (floats); equal ones are one.
     ropes: Vec<Option<Buf>>,
-    /// `[samples, hidden]`: the last token of each sampled row, normed.
+    /// `[logit rows, hidden]`: the last token of each sampled row, normed.
     gathered: Buf,
-    /// `[samples, vocab]`.
+    /// `[logit rows, vocab]`.
     logits: Buf,
 }
 
@@ -146,7 +146,7 @@ impl<B: Ops> Model<B> for Decoder<B> {
     fn reserve(&mut self, backend: &mut B, limits: &Limits) -> Result<usize, B::Error> {
         let plan_words = backend.reserve(&self.spec, limits)?;
         let dims = &self.spec.dims;
-        let samples = limits.running as usize;
+        let samples = limits.logit_rows();
         self.planned = Some(Planned {
             ropes: upload_ropes(backend, &self.spec.layers, limits.sequence)?,
             gathered: backend.alloc(Purpose::Scratch, Element::Activation, samples * dims.hidden as usize)?,
@@ -185,9 +185,11 @@ impl<B: Ops> Model<B> for Decoder<B> {
             backend.decoder_layer(step, i, weights, *rope, *kv)?;
         }
         // A step that is one unfinished chunk of a prompt leaves keys and values, and no logits.
-        if step.shape.samples == 0 {
-            return Ok(());
-        }
+        if step.shape.samples == 0 { Ok(()) } else { self.head(backend, step) }
+    }
+
+    fn head(&mut self, backend: &mut B, step: &Step<B::Buffer>) -> Result<(), B::Error> {
+        let planned = self.planned();
         backend.final_norm(step, self.norm, planned.gathered)?;
         backend.logits(step, planned.gathered, self.head, planned.logits)
     }

@@ -30,6 +30,7 @@ impl Sampling {
             max_tokens: max_tokens.unwrap_or(u32::MAX),
             ignore_eos: given.getattr("ignore_eos")?.extract()?,
             logprobs: given.getattr("logprobs")?.extract()?,
+            ..SamplingParams::default()
         };
         Ok(Sampling { params, seeded: seed.is_some(), stop: given.getattr("stop")?.extract()? })
     }

@@ -89,9 +89,9 @@ impl Asked {
         let Body { prompts, sampling, stop, .. } = &self.body;
         let outputs = self.outputs as usize;
         (0..self.choices()).map(move |index| GenerateRequest {
-            prompt: prompts[index / outputs].clone(),
             sampling: SamplingParams { seed: sampling.seed.wrapping_add(index as u64), ..*sampling },
             stop: stop.clone(),
+            ..GenerateRequest::new(prompts[index / outputs].clone())
         })
     }
 }

@@ -99,6 +99,7 @@ impl ApiError {
             SamplingError::MinP(_) => "min_p",
             SamplingError::MaxTokens => "max_tokens",
             SamplingError::Logprobs(_) => "logprobs",
+            SamplingError::PromptLogprobs(_) => "prompt_logprobs",
         };
         let (param, code) = match error {
             RequestError::NotNumbers => return Self::internal(message),

@@ -165,6 +165,7 @@ mod tests {
             cached_tokens: 0,
             max_tokens: 2,
             logprobs: None,
+            prompt_logprobs: None,
             warning: None,
             error,
         }

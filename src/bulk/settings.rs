@@ -48,8 +48,9 @@ pub(super) struct Sampling {
 
 impl From<&SamplingParams> for Sampling {
     fn from(sampling: &SamplingParams) -> Self {
-        let SamplingParams { temperature, top_k, top_p, min_p, seed, max_tokens, ignore_eos, logprobs } =
-            *sampling;
+        let SamplingParams {
+            temperature, top_k, top_p, min_p, seed, max_tokens, ignore_eos, logprobs, ..
+        } = *sampling;
         Sampling { temperature, top_k, top_p, min_p, seed, max_tokens, ignore_eos, logprobs }
     }
 }

@@ -18,11 +18,12 @@ use super::fair::{FairQueue, Waiting};
 use super::handle::Shared;
 use super::locked;
 use super::output::Output;
-use crate::request::{Prompt, RequestError};
+use crate::request::{Given, Prompt, RequestError};
 
 /// A request that is to be encoded.
 pub struct Job {
     pub prompt: Prompt,
+    pub given: Option<Given>,
     pub params: SamplingParams,
     pub output: Box<Output>,
 }
@@ -35,18 +36,21 @@ impl Waiting for Job {
 
 impl Job {
     /// The request, ready for the engine; `None` if it has ended here.
-    pub fn encode(mut self, shared: &Shared) -> Option<Ready> {
+    pub fn encode(self, shared: &Shared) -> Option<Ready> {
         if self.output.is_unwanted() {
             return Some(Ready { prompt: Vec::new(), params: self.params, output: self.output });
         }
         // A tokenizer is a program of others', and a file of the user's makes it.
-        let encoded = catch_unwind(AssertUnwindSafe(|| shared.encode(self.prompt)));
+        let room = self.params.max_tokens.min(1);
+        let encode = || -> Result<_, RequestError> {
+            let prompt = shared.encode(self.prompt, room)?;
+            let given = self.given.map(|given| shared.encode_given(given, room)).transpose()?;
+            Ok((prompt, given))
+        };
+        let encoded = catch_unwind(AssertUnwindSafe(encode));
         let encoded = encoded.unwrap_or_else(|_| Err(RequestError::Encode("it panicked".to_owned())));
         match encoded {
-            Ok(prompt) => {
-                self.output.set_prompt(&prompt);
-                Some(Ready { prompt, params: self.params, output: self.output })
-            }
+            Ok((prompt, given)) => Some(Ready::new(prompt, given, self.params, self.output)),
             Err(error) => {
                 self.output.reject(error);
                 None

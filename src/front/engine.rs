@@ -71,6 +71,25 @@ pub struct Ready {
     pub output: Box<Output>,
 }
 
+impl Ready {
+    /// A prompt and what is given behind it. Of both, the latter alone is scored.
+    pub fn new(
+        mut prompt: Vec<u32>,
+        given: Option<Vec<u32>>,
+        mut params: SamplingParams,
+        mut output: Box<Output>,
+    ) -> Self {
+        if let Some(given) = given {
+            if let Some(asked) = &mut params.prompt_logprobs {
+                asked.from = prompt.len() as u32;
+            }
+            prompt.extend(given);
+        }
+        output.set_prompt(&prompt);
+        Ready { prompt, params, output }
+    }
+}
+
 impl Waiting for Ready {
     fn session(&self) -> u64 {
         self.output.session()
@@ -360,6 +379,11 @@ struct Listener<'a> {
 impl Listener<'_> {
     fn hear(&mut self, event: core::Event<'_>) {
         match event {
+            core::Event::PromptLogprobs { ticket, logprobs } => {
+                self.batch.logprobs.extend_from_slice(logprobs);
+                let (entry, count) = (ticket.entry, logprobs.len() as u32);
+                self.batch.events.push(Event::PromptLogprobs { entry, count });
+            }
             core::Event::Token { ticket, token, logprobs } => {
                 self.output_tokens += 1;
                 let Some(Some(live)) = self.live.get(ticket.entry as usize) else { return };

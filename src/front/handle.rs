@@ -17,7 +17,7 @@ use super::output::Output;
 use super::permits::{Permit, Permits};
 use super::session::{Events, RequestStream, Session, SessionOptions, Submitter};
 use crate::error::{Cause, Error};
-use crate::request::{GenerateRequest, Prompt, RequestError, StepTiming};
+use crate::request::{GenerateRequest, Given, Prompt, RequestError, StepTiming};
 use crate::runner::Runner;
 use crate::tokenizer::Text;
 
@@ -28,8 +28,8 @@ pub struct Shared {
     messages: Sender<Message>,
     /// As many requests as the engine runs and queues.
     capacity: usize,
-    /// Tokens of the longest prompt that can run.
-    longest_prompt: usize,
+    /// Tokens of the longest sequence.
+    longest: usize,
     /// Of requests that have no session of several.
     permits: Arc<Permits>,
     sessions: AtomicU64,
@@ -56,7 +56,7 @@ impl Shared {
             encoders: Encoders::new(),
             messages,
             capacity,
-            longest_prompt: limits.sequence.saturating_sub(1) as usize,
+            longest: limits.sequence as usize,
             permits: Permits::new(capacity),
             sessions: AtomicU64::new(0),
             open: Arc::default(),
@@ -85,9 +85,14 @@ impl Shared {
         let _ = self.messages.send(message);
     }
 
-    /// The tokens of a prompt. One that is much too long is refused without.
-    pub fn encode(&self, prompt: Prompt) -> Result<Vec<u32>, RequestError> {
-        self.text.encode_within(prompt, self.longest_prompt)
+    /// The tokens of a prompt. One that is much too long to leave room for `room` tokens is refused without.
+    pub fn encode(&self, prompt: Prompt, room: u32) -> Result<Vec<u32>, RequestError> {
+        self.text.encode_within(prompt, self.longest.saturating_sub(room as usize))
+    }
+
+    /// Likewise of what is given behind a prompt.
+    pub fn encode_given(&self, given: Given, room: u32) -> Result<Vec<u32>, RequestError> {
+        self.text.encode_given(given, self.longest.saturating_sub(room as usize))
     }
 
     /// Has it failed, or been closed?
@@ -213,21 +218,23 @@ impl EngineHandle {
     ) -> Option<Ready> {
         let text = &*self.0.text;
         let unfit = unfit_stop(&request, text);
-        let mut output = Box::new(Output::new(session, tag, &mut request, &self.0, permit));
+        let output = Box::new(Output::new(session, tag, &mut request, &self.0, permit));
         let params = request.sampling;
-        match (unfit, request.prompt) {
-            (Some(error), _) => {
+        match (unfit, request.prompt, request.given) {
+            (Some(error), ..) => {
                 output.reject(error);
                 None
             }
-            (None, Prompt::Tokens(prompt)) => {
-                output.set_prompt(&prompt);
-                Some(Ready { prompt, params, output })
+            (None, Prompt::Tokens(prompt), None) => Some(Ready::new(prompt, None, params, output)),
+            (None, Prompt::Tokens(prompt), Some(Given::Tokens(given))) => {
+                Some(Ready::new(prompt, Some(given), params, output))
             }
             // Without a tokenizer there are no threads for it, and nothing that takes time.
-            (None, prompt) if !text.has_tokenizer() => Job { prompt, params, output }.encode(&self.0),
-            (None, prompt) => {
-                self.0.encoders.post(Job { prompt, params, output });
+            (None, prompt, given) if !text.has_tokenizer() => {
+                Job { prompt, given, params, output }.encode(&self.0)
+            }
+            (None, prompt, given) => {
+                self.0.encoders.post(Job { prompt, given, params, output });
                 None
             }
         }
@@ -296,12 +303,6 @@ impl EngineHandle {
     /// It has failed or was closed.
     pub(crate) fn check_running(&self) -> Result<(), Error> {
         if self.0.has_stopped() { Err(self.refusal()) } else { Ok(()) }
-    }
-
-    /// Notes that the engine has failed; gives the error for whoever found it out.
-    pub(crate) fn fail(&self, cause: Cause) -> Error {
-        self.0.fail(cause);
-        self.loss()
     }
 
     /// Why no request is taken any more.

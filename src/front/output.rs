@@ -34,7 +34,7 @@ use crate::tokenizer::Text;
 #[derive(Default)]
 pub struct Batch {
     pub events: Vec<Event>,
-    /// Of the tokens that have any, in order.
+    /// Of the tokens that have any, drawn or given, in order.
     pub logprobs: Vec<RowLogprobs>,
     /// Outputs of the requests that ended, one behind the other.
     pub tokens: Vec<u32>,
@@ -50,6 +50,8 @@ pub enum Event {
     Refused { output: Box<Output>, error: Box<core::SubmitError> },
     /// One was aborted before it reached the engine.
     Dropped { output: Box<Output> },
+    /// More of a request's prompt is scored: the next `count` of the batch's log-probabilities.
+    PromptLogprobs { entry: u32, count: u32 },
     /// A request has another token.
     Token { entry: u32, token: u32, logprobs: bool },
     /// A request ended with the next `count` of the batch's tokens.
@@ -79,11 +81,12 @@ pub struct Output {
     /// Until the end.
     permit: Option<Permit>,
     prompt_tokens: u32,
-    /// Where the session wants them.
+    /// Where they are wanted.
     prompt_token_ids: Option<Vec<u32>>,
     max_tokens: u32,
     asked_tokens: u32,
     logprobs: Option<Vec<TokenLogprobs>>,
+    prompt_logprobs: Option<Vec<TokenLogprobs>>,
     /// Where text is wanted token by token.
     detokenizer: Option<Detokenizer>,
     /// Tokens heard of.
@@ -115,6 +118,7 @@ impl Output {
             max_tokens: request.sampling.max_tokens,
             asked_tokens: request.sampling.max_tokens,
             logprobs: request.sampling.logprobs.map(|_| Vec::new()),
+            prompt_logprobs: request.sampling.prompt_logprobs.map(|_| Vec::new()),
             detokenizer: as_it_comes.then(|| Detokenizer::new(stop)),
             drawn: 0,
             stopped: false,
@@ -142,7 +146,8 @@ impl Output {
 
     pub fn set_prompt(&mut self, prompt: &[u32]) {
         self.prompt_tokens = prompt.len() as u32;
-        self.prompt_token_ids = self.session.options.prompt_ids.then(|| prompt.to_vec());
+        let wanted = self.session.options.prompt_ids || self.prompt_logprobs.is_some();
+        self.prompt_token_ids = wanted.then(|| prompt.to_vec());
     }
 
     /// Ends the request, which never ran, and wakes the reader.
@@ -152,6 +157,13 @@ impl Output {
         let session = self.session.clone();
         if self.end(completion, String::new()) {
             session.wake();
+        }
+    }
+
+    /// Takes what is known of the prompt's next tokens.
+    fn score(&mut self, rows: &[RowLogprobs]) {
+        if let Some(logprobs) = &mut self.prompt_logprobs {
+            logprobs.extend(rows.iter().map(TokenLogprobs::of));
         }
     }
 
@@ -169,7 +181,7 @@ impl Output {
         }
         self.drawn += 1;
         if let (Some(logprobs), Some(row)) = (&mut self.logprobs, row) {
-            logprobs.push(TokenLogprobs { logprob: row.token, top: row.top().collect() });
+            logprobs.push(TokenLogprobs::of(row));
         }
         let piece = match &mut self.detokenizer {
             Some(detokenizer) => detokenizer.push(token, text),
@@ -219,6 +231,7 @@ impl Output {
             cached_tokens: cached,
             max_tokens: self.max_tokens,
             logprobs: self.logprobs.take(),
+            prompt_logprobs: self.prompt_logprobs.take(),
             warning: self.warning(),
             error: (finish_reason == FinishReason::Failed).then_some(RequestError::NotNumbers),
         };
@@ -312,7 +325,7 @@ impl OutputThread {
 
     fn deliver(&mut self, batch: &mut Batch) {
         let at = batch.step.as_ref().map_or_else(Instant::now, |step| step.ended);
-        let (mut logprobs, mut tokens) = (batch.logprobs.iter(), batch.tokens.as_slice());
+        let (mut logprobs, mut tokens) = (batch.logprobs.as_slice(), batch.tokens.as_slice());
         for event in batch.events.drain(..) {
             match event {
                 Event::Started { ticket, max_tokens, mut output } => {
@@ -321,8 +334,15 @@ impl OutputThread {
                 }
                 Event::Refused { output, error } => output.reject((*error).into()),
                 Event::Dropped { output } => self.finish(*output, &[], 0, core::FinishReason::Abort),
+                Event::PromptLogprobs { entry, count } => {
+                    let rows;
+                    (rows, logprobs) = logprobs.split_at(count as usize);
+                    if let Some((_, output)) = self.running.get_mut(entry as usize).and_then(Option::as_mut) {
+                        output.score(rows);
+                    }
+                }
                 Event::Token { entry, token, logprobs: has } => {
-                    let row = if has { logprobs.next() } else { None };
+                    let row = if has { logprobs.split_off_first() } else { None };
                     self.token(entry as usize, token, row, at);
                 }
                 Event::Finished { entry, count, cached_tokens, reason } => {

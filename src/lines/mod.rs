@@ -136,7 +136,9 @@ fn one_request(
 ) -> Result<(GenerateRequest, Option<Arc<str>>), FieldError> {
     let Body { mut prompts, sampling, stop, model } = Body::read(fields, prompts, sampling, model)?;
     match prompts.pop() {
-        Some(prompt) if prompts.is_empty() => Ok((GenerateRequest { prompt, sampling, stop }, model)),
+        Some(prompt) if prompts.is_empty() => {
+            Ok((GenerateRequest { sampling, stop, ..GenerateRequest::new(prompt) }, model))
+        }
         _ => Err(FieldError::Unsupported {
             field: "prompt",
             value: format!("a list of {} prompts", prompts.len() + 1),

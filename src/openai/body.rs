@@ -88,6 +88,7 @@ fn sampling(fields: &mut Fields<'_>, default: &SamplingParams) -> Result<Samplin
         max_tokens: max_tokens(fields)?.unwrap_or(default.max_tokens),
         ignore_eos: fields.flag("ignore_eos")?.unwrap_or(default.ignore_eos),
         logprobs: logprobs(fields)?.unwrap_or(default.logprobs),
+        prompt_logprobs: default.prompt_logprobs,
     })
 }
 

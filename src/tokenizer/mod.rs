@@ -21,7 +21,7 @@ use self::pieces::Pieces;
 use crate::chat::ChatTemplates;
 use crate::detokenize::Detokenizer;
 use crate::error::Error;
-use crate::request::{ChatPrompt, Prompt, RequestError};
+use crate::request::{ChatPrompt, Given, Prompt, RequestError};
 
 /// The text side of a checkpoint: its tokenizer and its chat templates, each where it has one.
 #[derive(Default)]
@@ -103,6 +103,17 @@ impl Text {
             Prompt::Text(text) => self.encode_text(&text, true, most, "a text prompt"),
             // The template writes every special token itself.
             Prompt::Chat(chat) => self.encode_text(&self.render(&chat)?, false, most, "a conversation"),
+        }
+    }
+
+    /// The tokens of what is given behind a prompt.
+    ///
+    /// # Errors
+    /// As for [`Text::encode_within`].
+    pub fn encode_given(&self, given: Given, most: usize) -> Result<Vec<u32>, RequestError> {
+        match given {
+            Given::Tokens(ids) => Ok(ids),
+            Given::Text(text) => self.encode_text(&text, false, most, "a text to be scored"),
         }
     }
 

@@ -2,6 +2,7 @@
 #![allow(dead_code)]
 
 pub mod generate;
+pub mod logits;
 
 use std::fs;
 use std::io::{self, Write};

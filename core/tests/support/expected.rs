@@ -43,9 +43,21 @@ pub fn draw(state: u32, seed: u64) -> u32 {
     (splitmix64(u64::from(state) ^ seed.rotate_left(17)) % u64::from(tokens)) as u32
 }
 
-/// The log-probability that goes with a token drawn for a position.
-pub fn logprob(token: u32, position: u32) -> f32 {
-    -((token * 64 + position % 64) as f32)
+/// The log-probability of a token, drawn or given.
+pub fn logprob(state: u32, seed: u64, token: u32) -> f32 {
+    if draw(state, seed) == NO_TOKEN { f32::NAN } else { -((state % 4096 * VOCAB + token) as f32) }
+}
+
+/// That of each token but the first.
+pub fn logprobs(tokens: &[u32], seed: u64, window: u32) -> Vec<f32> {
+    let mut cache = Vec::new();
+    let pairs = (0..).zip(tokens.windows(2));
+    let mut score = |(position, pair): (u32, &[u32])| {
+        cache.push(kv(cache.last().copied().unwrap_or(0), pair[0], position));
+        let first = cache.len().saturating_sub(window as usize);
+        logprob(cache[first..].iter().copied().fold(0, attend), seed, pair[1])
+    };
+    pairs.map(&mut score).collect()
 }
 
 /// A request's tokens when nothing runs beside it, and why it ends. `len_max` bounds prompt and output together.
@@ -75,6 +87,9 @@ pub fn alone_within(
     loop {
         if next == NO_TOKEN {
             return (output, FinishReason::NotNumbers);
+        }
+        if params.max_tokens == 0 {
+            return (output, FinishReason::Length);
         }
         output.push(next);
         if next == EOS && !params.ignore_eos {

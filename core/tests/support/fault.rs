@@ -186,11 +186,11 @@ impl<B: Runs> Sampler for Fault<B> {
     fn logprobs(
         &mut self,
         step: &Step<Words>,
-        _: Words,
+        logits: Words,
         tokens: Words,
         out: Words,
     ) -> Result<(), Self::Error> {
-        Runs::enqueue(self, Op::Logprobs { step: *step, tokens, out })
+        Runs::enqueue(self, Op::Logprobs { step: *step, logits, tokens, out })
     }
 }
 

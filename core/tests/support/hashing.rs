@@ -35,7 +35,7 @@ impl Runs for Lazy {
 #[derive(Default)]
 pub struct Hashing {
     kv: Option<Words>,
-    /// `[samples]`: what attention gives.
+    /// `[logit rows]`: what attention gives.
     logits: Option<Words>,
     window: Option<u32>,
 }
@@ -65,7 +65,7 @@ impl<B: Runs> Model<B> for Hashing {
     }
 
     fn reserve(&mut self, backend: &mut B, limits: &Limits) -> Result<usize, B::Error> {
-        self.logits = Some(backend.alloc(Purpose::Scratch, Element::Logit, limits.running as usize)?);
+        self.logits = Some(backend.alloc(Purpose::Scratch, Element::Logit, limits.logit_rows())?);
         Ok(PLAN_WORDS)
     }
 
@@ -88,6 +88,12 @@ impl<B: Runs> Model<B> for Hashing {
         let kv = self.kv.expect("the engine allocates pages first");
         let (logits, window) = (Model::<B>::logits(self), self.window.unwrap_or(u32::MAX));
         backend.enqueue(Op::Forward { step: *step, kv, logits, window })
+    }
+
+    fn head(&mut self, backend: &mut B, step: &Step<Words>) -> Result<(), B::Error> {
+        let kv = self.kv.expect("the engine allocates pages first");
+        let (logits, window) = (Model::<B>::logits(self), self.window.unwrap_or(u32::MAX));
+        backend.enqueue(Op::Head { step: *step, kv, logits, window })
     }
 
     fn logits(&self) -> Words {
@@ -136,7 +142,13 @@ pub fn forward(memory: &mut [u32], step: &Step<Words>, kv: Words, logits: Words,
             *device.word(kv, token.location as usize) = expected::kv(before, id, token.position);
         }
     }
-    for (i, row) in rows.iter().take(header.samples as usize).enumerate() {
+    head(memory, step, kv, logits, window);
+}
+
+/// The logits of the step's sampled rows, or of others whose keys and values are there.
+pub fn head(memory: &mut [u32], step: &Step<Words>, kv: Words, logits: Words, window: u32) {
+    let (batch, mut device) = split(memory, step);
+    for (i, row) in packed_rows(&step.layout, step.shape.samples as usize, batch).iter().enumerate() {
         let context = (row.kv_len.saturating_sub(window)..row.kv_len)
             .map(|position| device.kv(step, kv, row.slot, position));
         *device.word(logits, i) = context.fold(0, expected::attend);
@@ -149,29 +161,26 @@ pub fn sample(memory: &mut [u32], step: &Step<Words>, logits: Words, tokens: Wor
     let header = check_header(step, batch);
     let rows = packed_rows(&step.layout, header.rows as usize, batch);
     for (i, row) in rows.iter().take(header.samples as usize).enumerate() {
-        let first = row.slot as usize * SLOT_STATE_WORDS;
-        let state: [u32; SLOT_STATE_WORDS] = core::array::from_fn(|i| *device.word(step.slots, first + i));
-        let state: SlotState = bytemuck::cast(state);
-        let token = expected::draw(*device.word(logits, i), state.seed());
+        let seed = slot(&mut device, step, row).seed();
+        let token = expected::draw(*device.word(logits, i), seed);
         *device.word(tokens, header.output as usize + i) = token;
         *device.word(step.token_pool, row.slot as usize) = if token == NO_TOKEN { 0 } else { token };
     }
 }
 
-/// Log-probabilities of the step just run.
-pub fn logprobs(memory: &mut [u32], step: &Step<Words>, tokens: Words, out: Words) {
+/// Log-probabilities of the tokens of rows whose logits have just been computed.
+pub fn logprobs(memory: &mut [u32], step: &Step<Words>, logits: Words, tokens: Words, out: Words) {
     let (batch, mut device) = split(memory, step);
-    let header = check_header(step, batch);
-    let rows = packed_rows(&step.layout, header.rows as usize, batch);
-    for (i, row) in rows.iter().take(header.samples as usize).enumerate().filter(|(_, row)| row.logprobs > 0)
-    {
-        let at = header.output as usize + i;
+    let output = bytemuck::cast_slice::<u32, Header>(&batch[..HEADER_WORDS])[0].output as usize;
+    let rows = packed_rows(&step.layout, step.shape.samples as usize, batch);
+    for (i, row) in rows.iter().enumerate().filter(|(_, row)| row.logprobs > 0) {
+        let at = output + i;
         let token = *device.word(tokens, at);
         if token == NO_TOKEN {
             continue;
         }
         let row = RowLogprobs {
-            token: expected::logprob(token, row.kv_len),
+            token: expected::logprob(*device.word(logits, i), slot(&mut device, step, row).seed(), token),
             len: row.logprobs - 1,
             ids: [token; TOP_LOGPROBS_MAX],
             logprobs: [0.0; TOP_LOGPROBS_MAX],
@@ -180,6 +189,13 @@ pub fn logprobs(memory: &mut [u32], step: &Step<Words>, tokens: Words, out: Word
             *device.word(out, at * LOGPROB_WORDS + j) = *word;
         }
     }
+}
+
+/// How the tokens of a row's slot are drawn.
+fn slot(device: &mut Split<'_>, step: &Step<Words>, row: &Row) -> SlotState {
+    let first = row.slot as usize * SLOT_STATE_WORDS;
+    let state: [u32; SLOT_STATE_WORDS] = core::array::from_fn(|i| *device.word(step.slots, first + i));
+    bytemuck::cast(state)
 }
 
 /// The header of the batch that lies on the device must be of the step that was launched.

@@ -54,7 +54,8 @@ pub struct Words {
 pub enum Op {
     Forward { step: Step<Words>, kv: Words, logits: Words, window: u32 },
     Sample { step: Step<Words>, logits: Words, tokens: Words },
-    Logprobs { step: Step<Words>, tokens: Words, out: Words },
+    Head { step: Step<Words>, kv: Words, logits: Words, window: u32 },
+    Logprobs { step: Step<Words>, logits: Words, tokens: Words, out: Words },
     Upload { from: Host, range: Range<usize>, to: Words },
     Download { from: Words, words: usize, to: Host },
     Record { event: Rc<RefCell<Recorded>> },
@@ -203,7 +204,12 @@ impl State {
                 hashing::forward(&mut self.memory, &step, kv, logits, window);
             }
             Op::Sample { step, logits, tokens } => hashing::sample(&mut self.memory, &step, logits, tokens),
-            Op::Logprobs { step, tokens, out } => hashing::logprobs(&mut self.memory, &step, tokens, out),
+            Op::Head { step, kv, logits, window } => {
+                hashing::head(&mut self.memory, &step, kv, logits, window);
+            }
+            Op::Logprobs { step, logits, tokens, out } => {
+                hashing::logprobs(&mut self.memory, &step, logits, tokens, out);
+            }
             Op::Upload { from, range, to } => {
                 assert!(range.end <= to.len, "an upload fits its buffer");
                 // SAFETY: no reference to the words lives: see `words_mut`, which waits for this upload first.
@@ -371,7 +377,13 @@ impl Sampler for Lazy {
         self.enqueue(Queue::Compute, Op::Sample { step: *step, logits, tokens })
     }
 
-    fn logprobs(&mut self, step: &Step<Words>, _: Words, tokens: Words, out: Words) -> Result<(), LazyError> {
-        self.enqueue(Queue::Compute, Op::Logprobs { step: *step, tokens, out })
+    fn logprobs(
+        &mut self,
+        step: &Step<Words>,
+        logits: Words,
+        tokens: Words,
+        out: Words,
+    ) -> Result<(), LazyError> {
+        self.enqueue(Queue::Compute, Op::Logprobs { step: *step, logits, tokens, out })
     }
 }

@@ -63,6 +63,8 @@ pub fn exactly(max_tokens: u32) -> SamplingParams {
 pub struct Outcome {
     pub tokens: Vec<u32>,
     pub logprobs: Vec<f32>,
+    /// Of the prompt's tokens.
+    pub scores: Vec<f32>,
     pub finished: Option<(FinishReason, u32)>,
 }
 
@@ -75,6 +77,11 @@ pub struct Outcomes {
 impl Outcomes {
     pub fn take_in(&mut self, event: Event<'_>) {
         match event {
+            Event::PromptLogprobs { ticket, logprobs } => {
+                let outcome = self.of_mut(ticket);
+                assert!(outcome.finished.is_none(), "{ticket:?} has a score after its end");
+                outcome.scores.extend(logprobs.iter().map(|row| row.token));
+            }
             Event::Token { ticket, token, logprobs } => {
                 let outcome = self.of_mut(ticket);
                 assert!(outcome.finished.is_none(), "{ticket:?} has a token after its end");

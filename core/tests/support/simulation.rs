@@ -161,6 +161,7 @@ impl Device {
                 }
             };
             scheduler.complete(&of_step, &tokens, &[], &mut |event| match event {
+                Event::PromptLogprobs { .. } => {}
                 Event::Token { ticket, .. } => {
                     let i = of_ticket[&ticket];
                     match last_ms[i] {

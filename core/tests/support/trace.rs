@@ -148,11 +148,11 @@ impl<B: Runs> Sampler for Trace<B> {
     fn logprobs(
         &mut self,
         step: &Step<Words>,
-        _: Words,
+        logits: Words,
         tokens: Words,
         out: Words,
     ) -> Result<(), Self::Error> {
-        Runs::enqueue(self, Op::Logprobs { step: *step, tokens, out })
+        Runs::enqueue(self, Op::Logprobs { step: *step, logits, tokens, out })
     }
 }
 
@@ -160,6 +160,7 @@ impl<B: Runs> Runs for Trace<B> {
     fn enqueue(&mut self, op: Op) -> Result<(), B::Error> {
         self.note(match op {
             Op::Sample { .. } => "sample",
+            Op::Head { .. } => "head",
             Op::Logprobs { .. } => "logprobs",
             _ => "forward",
         });
