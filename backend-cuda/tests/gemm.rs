@@ -28,6 +28,8 @@ const LARGE: (usize, usize) = (2600, 5120);
 const DEEP: (usize, usize) = (2600, 12_288);
 /// Gates and columns of another, with so many rows that the widest tiles are the quickest for the most tokens.
 const WIDE: (usize, usize) = (4024, 1600);
+/// The same of matrices whose rows give each multiprocessor one tile of 192, 224 or 288 rows.
+const TALL: [(usize, usize); 3] = [(10_000, 640), (13_000, 512), (17_000, 384)];
 /// What an output holds before; a NaN in bf16, f16 and f32.
 const POISON: u16 = 0x7fff;
 const EPS: f32 = 1e-6;
@@ -498,7 +500,10 @@ fn the_residual_stream_grows_by_the_product_and_its_squares_are_summed() {
 fn gate_and_up_meet_in_the_right_pairs() {
     on_every_set(|gpu| {
         let large = (LARGE.0, LARGE.1 / 2);
-        for (intermediate, cols) in taken([(320, 192), (32, 64), (3072, 1024), large, WIDE]) {
+        let [small, medium, tall] = TALL;
+        for (intermediate, cols) in
+            taken([(320, 192), (32, 64), (3072, 1024), large, WIDE, small, medium, tall])
+        {
             gate_up(gpu, intermediate, cols);
         }
     });

@@ -2,9 +2,9 @@
 // time is its weights' way from memory.
 //
 //   w [rows, cols] bf16   x [tokens, cols] bf16   cols a multiple of 8   accumulates in fp32
-//   block    64 GROUPS rows of w by N tokens, one slice of the columns: GROUPS warpgroups that multiply, a warp that fetches,
-//            a warp that computes the tokens' scales
-//   cluster  TILES neighbouring row tiles times all slices: rank = tile * slices + slice
+//   block    64 GROUPS rows of w by N tokens, OWN slices of the columns, one after the other: GROUPS warpgroups that
+//            multiply, a warp that fetches, a warp that computes the tokens' scales
+//   cluster  TILES neighbouring row tiles times all slices: rank = (tile * slices + slice) / OWN
 //   grid     (ceil(tokens / N) * cluster, clusters for all rows)   block 128 GROUPS + 64 threads
 //   shared   stages * (64 GROUPS + N) * 128 bytes; 2 barriers a stage; N floats
 //   moves    rows * cols * 2 bytes of w, for each N tokens, from memory once: neighbouring clusters have the same rows of w;
@@ -26,16 +26,18 @@
 #include "ring.cuh"
 #include "share_out.cuh"
 
-// T tokens' outputs: the slices' sums, all on their way at once, added in their order, from ranks first, first + 1, …
-template <int SLICES, int T>
-__device__ __forceinline__ void add_slices(float2 (&sum)[T], const unsigned (&at)[T], unsigned first, unsigned slices) {
+// T tokens' outputs: the slices' sums, all on their way at once, added in their order. Ranks first, first + 1, … have OWN of them
+// each, `bytes` apart.
+template <int SLICES, int OWN, int T>
+__device__ __forceinline__ void add_slices(float2 (&sum)[T], const unsigned (&at)[T], unsigned first, unsigned slices,
+                                           unsigned bytes) {
     float2 part[SLICES][T];
 #pragma unroll
     for (int s = 0; s < SLICES; s++)
         if (s < slices)
 #pragma unroll
             for (int i = 0; i < T; i++)
-                part[s][i] = load_remote(at[i], first + s);
+                part[s][i] = load_remote(at[i] + s % OWN * bytes, first + s / OWN);
 #pragma unroll
     for (int i = 0; i < T; i++)
         sum[i] = part[0][i];
@@ -47,25 +49,27 @@ __device__ __forceinline__ void add_slices(float2 (&sum)[T], const unsigned (&at
                 sum[i] = {sum[i].x + part[s][i].x, sum[i].y + part[s][i].y};
 }
 
-// How many tokens a warp takes side by side: as many as it gets, as far as their slices' sums fit the registers.
-template <int N, class Epilogue> struct SideBySide {
-    static constexpr int T = N < 32 ? 1 : N < 64 ? 2 : N < 88 ? (Epilogue::SLICES > 2 ? 2 : 4) : 3;
+// How many tokens a warp takes side by side, of N that WARPS share: as many as it gets up to four. All of eight at once are
+// slower than three.
+template <int N, int WARPS, class Epilogue> struct SideBySide {
+    static constexpr int ALL = (N + WARPS - 1) / WARPS;
+    static constexpr int T = N < 32 ? 1 : N < 64 ? 2 : N < 88 ? (Epilogue::SLICES > 2 ? 2 : 4) : ALL <= 4 ? ALL : 3;
 };
 
-template <int GROUPS, int TILES, int N, class Epilogue>
+template <int GROUPS, int TILES, int N, int OWN, class Epilogue>
 __device__ __forceinline__ void decode(const TensorMap *w, const TensorMap *x, const Shape &shape, unsigned stages,
                                        const Epilogue &epilogue) {
     using R = Ring<GROUPS, N, 1>;
     using S = Sums<GROUPS, N>;
     extern __shared__ __align__(1024) unsigned char shared[];
     dependent_launch();
-    const unsigned ranks = cluster_size(), rank = cluster_rank(), slice = rank % shape.slices;
-    const unsigned tile0 = blockIdx.y * TILES, m0 = (tile0 + rank / shape.slices) * R::ROWS, n0 = blockIdx.x / ranks * N;
+    const unsigned ranks = cluster_size(), rank = cluster_rank(), sharers = shape.slices / OWN, slice = rank % sharers * OWN;
+    const unsigned tile0 = blockIdx.y * TILES, m0 = (tile0 + rank / sharers) * R::ROWS, n0 = blockIdx.x / ranks * N;
     const unsigned base = (shared_address(shared) + 1023) & ~1023u;
     float *staged = reinterpret_cast<float *>(shared + (base - shared_address(shared)));
     const R ring(base, stages, 0);
     float *scales = staged + (stages * R::STAGE_BYTES + 16 * stages) / 4;
-    const unsigned first = shape.slice_begin(slice), blocks = shape.slice_begin(slice + 1) - first, warp = threadIdx.x / 32;
+    const unsigned first = shape.slice_begin(slice), blocks = shape.slice_begin(slice + OWN) - first, warp = threadIdx.x / 32;
     if (threadIdx.x == R::MULTIPLIERS) {
         prefetch_map(x);
         ring.init_barriers();
@@ -79,18 +83,22 @@ __device__ __forceinline__ void decode(const TensorMap *w, const TensorMap *x, c
         __syncwarp();
         cluster_sync();
     } else {
-        constexpr int BLOCKS = GROUPS * TILES, T = SideBySide<N, Epilogue>::T;
+        constexpr int BLOCKS = GROUPS * TILES, T = SideBySide<N, 4 * BLOCKS * Epilogue::SLICES / OWN, Epilogue>::T;
         ShareOut<N, BLOCKS, T, Epilogue> out(shape, rank + ranks * warp, ranks * 4 * GROUPS, tile0 * R::ROWS, n0);
         if (Epilogue::EARLY)
             out.fetch(epilogue, shape.rows);
         dependent_wait();
         if (!Epilogue::EARLY)
             out.fetch(epilogue, shape.rows);
-        float sum[N / 2] = {};
+        float sum[OWN][N / 2] = {};
         typename R::Position position(blocks, stages);
-        ring.multiply(position, blocks, sum);
+#pragma unroll
+        for (int i = 0; i < OWN; i++)
+            ring.multiply(position, shape.slice_begin(slice + i + 1) - shape.slice_begin(slice + i), sum[i]);
         sync_threads(1, R::MULTIPLIERS);
-        S::write(staged, sum);
+#pragma unroll
+        for (int i = 0; i < OWN; i++)
+            S::write(staged + i * S::FLOATS, sum[i]);
         __syncwarp();
         cluster_sync();
         while (out.n < out.count)
@@ -99,16 +107,19 @@ __device__ __forceinline__ void decode(const TensorMap *w, const TensorMap *x, c
 #pragma unroll
                 for (int i = 0; i < T; i++)
                     at[i] = base + S::offset(token[i], b % GROUPS);
-                add_slices<Epilogue::SLICES>(sum, at, b / GROUPS * shape.slices, shape.slices);
+                add_slices<Epilogue::SLICES, OWN>(sum, at, b / GROUPS * sharers, shape.slices, 4 * S::FLOATS);
             });
         __syncwarp();
     }
     cluster_sync_relaxed();
 }
 
-#define DECODE(NAME, GROUPS, TILES, N, EPILOGUE)                                                                             \
-    extern "C" __global__ void __launch_bounds__(128 * GROUPS + 64, GROUPS < 3 ? 2 : 1)                                      \
+// BESIDE: how many blocks the registers of a multiprocessor hold.
+#define DECODE_OF(NAME, GROUPS, TILES, N, OWN, BESIDE, EPILOGUE)                                                             \
+    extern "C" __global__ void __launch_bounds__(128 * GROUPS + 64, BESIDE)                                                  \
     NAME(const __grid_constant__ TensorMap w, const __grid_constant__ TensorMap x, Shape shape, unsigned stages,             \
          EPILOGUE epilogue) {                                                                                                \
-        decode<GROUPS, TILES, N>(&w, &x, shape, stages, epilogue);                                                           \
+        decode<GROUPS, TILES, N, OWN>(&w, &x, shape, stages, epilogue);                                                      \
     }
+#define DECODE(NAME, GROUPS, TILES, N, EPILOGUE) DECODE_OF(NAME, GROUPS, TILES, N, 1, 2, EPILOGUE)
+#define DECODE_ALONE(NAME, GROUPS, N, OWN, EPILOGUE) DECODE_OF(NAME, GROUPS, 1, N, OWN, 1, EPILOGUE)

@@ -28,26 +28,41 @@
 // 5. Tensor cores read both operands from shared memory, 128 bytes a cycle. 64 tokens by 128 rows a warpgroup ask for more, 149
 //    to 160 with what the copy engine writes; 64 by 256 ask for 128, but their sums leave no registers for a second slice's.
 // 6. What comes through L2 bounds products of 129 to 256 tokens with large matrices: four blocks fetch the least.
+// 7. A ring has all the stages that a multiprocessor's shared memory holds: two are always being read, and a block gets its
+//    bytes at what is on their way in the others over a latency of 1.4 us.
+// 8. Tiles of 144 to 288 rows of gate and up, no multiple of 128, are there for the number of blocks that they make: a round of
+//    one a multiprocessor, or two. They leave no room to stage outputs, which go from registers to memory.
 #include "dependent.cuh"
 #include "hopper.cuh"
 #include "place.cuh"
 #include "prefill_epilogue.cuh"
 #include "split.cuh"
 
+// Bytes in which a warp stages its tokens' outputs of 128 rows of w.
+template <class Epilogue> constexpr unsigned STAGED_BYTES = WarpTile::BYTES;
+template <> constexpr unsigned STAGED_BYTES<GateUp> = WarpTile::HALF;
+
 // A block's tile, 64 GROUPS tokens by M rows of w, and a cluster's: so many blocks along the rows, so many along the tokens.
 // SPLIT: a cluster takes one of so many slices of a tile at a time; with 1, a whole tile, however many slices it has.
-template <int GROUPS, int M_, int ALONG_ROWS_, int ALONG_TOKENS_, int SPLIT_> struct Plan {
+template <int GROUPS, int M_, int ALONG_ROWS_, int ALONG_TOKENS_, int SPLIT_, class Epilogue> struct Plan {
     static constexpr unsigned SPLIT = SPLIT_;
     static constexpr unsigned M = M_, TOKENS = 64 * GROUPS, X_BYTES = TOKENS * 128, STAGE_BYTES = X_BYTES + M * 128;
     static constexpr unsigned ALONG_ROWS = ALONG_ROWS_, ALONG_TOKENS = ALONG_TOKENS_, BLOCKS = ALONG_ROWS * ALONG_TOKENS;
     // Blocks that need the same tokens or rows as a block does, itself among them.
     static constexpr unsigned SHARERS = ALONG_ROWS + ALONG_TOKENS - 1;
-    static constexpr unsigned STAGES = GROUPS == 2 && M == 128 ? 5 : 4;
     static constexpr unsigned MULTIPLIERS = 128 * GROUPS, WARPS = 4 * GROUPS;
-    // Of 256 rows of gate and up come 128 outputs, which take their turns.
-    static constexpr unsigned WARP_TILE_BYTES = M == 128 || SPLIT > 1 ? WarpTile::BYTES : WarpTile::HALF;
-    // Tokens that something is known of: of two tiles; where slices are split, none.
-    static constexpr unsigned KNOWN = SPLIT > 1 ? 0 : 2 * TOKENS;
+    // Rows of w that are fetched at once: the copy engine takes 256 at most.
+    static constexpr unsigned FETCHED = M / ALONG_TOKENS <= 256 ? M / ALONG_TOKENS : M / ALONG_TOKENS / 2;
+    // Outputs of 128 rows of w are staged at a time, in turn.
+    static constexpr bool STAGED = M % 128 == 0;
+    static constexpr unsigned WARP_TILE_BYTES = STAGED ? STAGED_BYTES<Epilogue> : 0;
+    // Tokens that something is known of: of two tiles.
+    static constexpr unsigned KNOWN = Epilogue::SCALED ? 2 * TOKENS : 0;
+    // Shared memory of a multiprocessor, and what lies beside the ring: what aligns it to 1024 bytes, outputs and a barrier a warp,
+    // known tokens and their four barriers, the ends of 8 slices.
+    static constexpr unsigned SHARED = 227 << 10;
+    static constexpr unsigned BESIDE = 1024 + WARPS * (WARP_TILE_BYTES + 8) + KNOWN * sizeof(Known) + 4 * 8 + 8 * 4;
+    static constexpr unsigned STAGES = (SHARED - BESIDE) / (STAGE_BYTES + 2 * 8);
     // Float4s of each slice on their way when a thread adds them.
     static constexpr unsigned ADDED = GROUPS == 2 && M == 128 ? 8 : 4;
     // Registers of a thread: 65536 in all.
@@ -145,8 +160,10 @@ __device__ __forceinline__ void fetch(const Shared<P> &shared, const TensorMap *
     Tiles<P> tiles(shape);
     const auto fetch_w = [&](unsigned at, unsigned i) {
         barrier_expect(shared.full + 8 * at, P::STAGE_BYTES);
-        fetch_part<P::ALONG_TOKENS>(shared.stage(at) + P::X_BYTES + w_part * 128, w, i * 64, tiles.row() + w_part,
-                                    shared.full + 8 * at, same_rows);
+#pragma unroll
+        for (unsigned row = w_part; row < w_part + P::M / P::ALONG_TOKENS; row += P::FETCHED)
+            fetch_part<P::ALONG_TOKENS>(shared.stage(at) + P::X_BYTES + row * 128, w, i * 64, tiles.row() + row,
+                                        shared.full + 8 * at, same_rows);
     };
     const auto fetch_x = [&](unsigned at, unsigned i) {
         fetch_part<P::ALONG_ROWS>(shared.stage(at) + x_part * 128, x, i * 64, tiles.token() + x_part, shared.full + 8 * at,
@@ -251,20 +268,25 @@ __device__ __forceinline__ void multiply(const Shared<P> &shared, const TensorMa
         const unsigned token = tiles.token() + 16 * warp, count = shape.tokens > token ? shape.tokens - token : 0;
         Outputs outputs = {warp_tile, out, token, count, tiles.row(), shape.rows};
         float total[P::M / 2];
-        multiply_tile<Epilogue::SLICES == 1 || P::M == 256>(shared, position, shape, total,
+        multiply_tile<Epilogue::SLICES == 1 || P::M != 128>(shared, position, shape, total,
                                                             [&] { prepare(epilogue, outputs, old); });
         if (Epilogue::SCALED)
             barrier_wait(shared.known_full + 8 * looked.at, looked.parity);
         if (is_added(epilogue))
             barrier_wait(old, fetched.parity);
+        const Known *known = shared.known + looked.at * P::TOKENS + 16 * warp;
+        if constexpr (P::STAGED) {
 #pragma unroll
-        for (unsigned i = 0; i < P::M / 128; i++) {
-            float y[64];
+            for (unsigned i = 0; i < P::M / 128; i++) {
+                float y[64];
 #pragma unroll
-            for (int j = 0; j < 64; j++)
-                y[j] = total[64 * i + j];
-            finish(epilogue, y, outputs, shared.known + looked.at * P::TOKENS + 16 * warp);
-            outputs.m0 += 128;
+                for (int j = 0; j < 64; j++)
+                    y[j] = total[64 * i + j];
+                finish(epilogue, y, outputs, known);
+                outputs.m0 += 128;
+            }
+        } else {
+            finish_unstaged(epilogue, total, outputs, known);
         }
         if (Epilogue::SCALED)
             barrier_arrive(shared.known_empty + 8 * looked.at);
@@ -343,14 +365,15 @@ __device__ __forceinline__ void prefill(const TensorMap *w, const TensorMap *x, 
     extern "C" __global__ void __launch_bounds__(128 * GROUPS + 128, 1)                                                      \
     NAME(const __grid_constant__ TensorMap w, const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap out,    \
          Shape shape, EPILOGUE epilogue) {                                                                                   \
-        prefill<Plan<GROUPS, M, ALONG_ROWS, ALONG_TOKENS, 1>>(&w, &x, &out, shape, epilogue, {});                            \
+        prefill<Plan<GROUPS, M, ALONG_ROWS, ALONG_TOKENS, 1, EPILOGUE>>(&w, &x, &out, shape, epilogue, {});                  \
     }
 
 #define SPLIT(NAME, GROUPS, M, ALONG_ROWS, ALONG_TOKENS, EPILOGUE)                                                           \
     extern "C" __global__ void __launch_bounds__(128 * GROUPS + 128, 1)                                                      \
     NAME(const __grid_constant__ TensorMap w, const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap out,    \
          Shape shape, EPILOGUE epilogue, Partials partials) {                                                                \
-        prefill<Plan<GROUPS, M, ALONG_ROWS, ALONG_TOKENS, EPILOGUE::SLICES>>(&w, &x, &out, shape, epilogue, partials);      \
+        prefill<Plan<GROUPS, M, ALONG_ROWS, ALONG_TOKENS, EPILOGUE::SLICES, EPILOGUE>>(&w, &x, &out, shape, epilogue,        \
+                                                                                         partials);                      \
     }
 
 PREFILL(prefill_qkv_narrow, 2, 128, 2, 1, Qkv)
@@ -366,6 +389,11 @@ PREFILL(prefill_gate_up_narrow, 2, 128, 2, 1, GateUp)
 PREFILL(prefill_gate_up_middle, 3, 128, 2, 1, GateUp)
 PREFILL(prefill_gate_up_square, 2, 128, 2, 2, GateUp)
 PREFILL(prefill_gate_up_wide, 2, 256, 1, 2, GateUp)
+PREFILL(prefill_gate_up_288x128, 2, 288, 2, 1, GateUp)
+PREFILL(prefill_gate_up_224x128, 2, 224, 2, 1, GateUp)
+PREFILL(prefill_gate_up_192x128, 2, 192, 2, 1, GateUp)
+PREFILL(prefill_gate_up_144x192, 3, 144, 2, 1, GateUp)
+PREFILL(prefill_gate_up_192x192, 3, 192, 2, 1, GateUp)
 PREFILL(prefill_head_narrow, 2, 128, 2, 1, Head)
 PREFILL(prefill_head_middle, 3, 128, 2, 1, Head)
 PREFILL(prefill_head_square, 2, 128, 2, 2, Head)

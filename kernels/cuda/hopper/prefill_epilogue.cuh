@@ -232,6 +232,26 @@ __device__ __forceinline__ void finish(const GateUp &e, float (&y)[64], const Ou
     out.send(1, out.m0 / 2);
 }
 
+// The same for COUNT / 4 outputs of any number, stored from registers.
+template <int COUNT>
+__device__ __forceinline__ void finish_unstaged(const GateUp &e, const float (&y)[COUNT], const Outputs &out,
+                                                const Known *known) {
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+        const unsigned row = out.lane() / 4 + 8 * h;
+        const float scale = known[row].scale;
+        __nv_bfloat16 *to = e.out + (size_t)(out.token + row) * e.intermediate;
+#pragma unroll
+        for (int p = 0; p < COUNT / 8; p++) {
+            const float *gate = y + 8 * p + 2 * h, *up = gate + 4;
+            const unsigned m = out.m0 / 2 + 8 * p + out.lane() % 4 * 2;
+            if (row < out.count && m < e.intermediate)
+                store_pair(to + m, GateUp::silu(__fmul_rn(gate[0], scale)) * __fmul_rn(up[0], scale),
+                           GateUp::silu(__fmul_rn(gate[1], scale)) * __fmul_rn(up[1], scale));
+        }
+    }
+}
+
 // Stores rows of any width.
 __device__ __forceinline__ void store_rows(unsigned short *to, const Outputs &out) {
     if (out.rows % 8 == 0)

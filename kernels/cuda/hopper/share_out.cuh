@@ -11,6 +11,7 @@
 // The sums of a block's 64 GROUPS rows for N tokens.
 template <int GROUPS, int N> struct Sums {
     static constexpr int STAGED = 64 * GROUPS + 4; // no bank conflicts when they are written
+    static constexpr int FLOATS = N * STAGED;
 
     // Bytes from the first sum to the token's for this lane, in block b of 64 rows.
     __device__ __forceinline__ static unsigned offset(unsigned token, unsigned b) {

@@ -4,7 +4,7 @@
 //!   tokens         a block's work                        blocks that work together
 //!   up to 64       64 rows of w, a slice of the columns  a cluster has all slices
 //!   65 to 256      qkv, gate and up: all columns         two with neighbouring tokens fetch w for each other
-//!                  o, down: a slice of the columns       a cluster has all slices
+//!                  o, down: a slice of the columns, two  a cluster has all slices
 //! ```
 //!
 //! Matrices that L2 does not hold have tilings of their own, and so have products that leave half of each multiprocessor to
@@ -20,6 +20,11 @@ use crate::module::Modules;
 impl Block {
     fn stage_bytes(self) -> u32 {
         (self.rows + self.tokens) * BLOCK_COLS * 2
+    }
+
+    /// Bytes of the sums of a slice: rows padded by 4 floats.
+    fn sum_bytes(self) -> u32 {
+        self.tokens * (self.rows + 4) * 4
     }
 
     /// Warpgroups that multiply, the warp that fetches and the one that computes scales.
@@ -52,8 +57,15 @@ pub(super) struct Tiling {
     team: Team,
     /// Quickest up to this many tokens,
     tokens_max: u32,
-    /// and up to so many blocks: where more are needed, larger ones are quicker.
+    /// up to so many blocks: where more are needed, larger ones are quicker;
     blocks_max: u32,
+    /// from so many columns on: of fewer, the way to the first ones and the sums' exchange are most of a block's time, and two
+    /// blocks a multiprocessor hide each other's;
+    cols_min: u32,
+    /// and up to so many: of more, clusters that split the sum in memory are quicker.
+    cols_max: u32,
+    /// Slices that a block sums, one after the other.
+    own: u32,
     /// Bytes of shared memory that a block may take.
     shared: u32,
 }
@@ -61,14 +73,21 @@ pub(super) struct Tiling {
 impl Tiling {
     /// Two blocks fit a multiprocessor's shared memory.
     const HALF: u32 = 112 << 10;
-    /// One block does; beyond this, more bytes on their way are no gain.
+    /// One block does. Of a matrix that L2 holds, more bytes on their way are a loss.
     const MOST: u32 = 162 << 10;
+    /// All that a block can have.
+    const ALL: u32 = 227 << 10;
     /// The head's blocks are many and short: more of them side by side hide their ends.
     const QUARTER: u32 = 56 << 10;
-    /// Blocks that an H100 takes at once: one a multiprocessor, of which clusters of four leave some; one and a half; two.
+    /// Blocks that an H100 takes at once in clusters of four, which leave some multiprocessors free: one each; one and a half;
+    /// two.
     const ONE_EACH: u32 = 120;
     const SOME_TWO: u32 = 198;
-    const TWO_EACH: u32 = 264;
+    const TWO_EACH: u32 = 240;
+    /// The same, of other blocks.
+    const SINGLE: u32 = 132;
+    const TWO_SINGLE: u32 = 264;
+    const MANY_COLUMNS: u32 = 8192;
 
     const fn slices(kernel: &'static str, rows: u32, tokens: u32, tokens_max: u32, shared: u32) -> Tiling {
         Tiling {
@@ -78,6 +97,9 @@ impl Tiling {
             team: Team::Slices { tiles: 1 },
             tokens_max,
             blocks_max: u32::MAX,
+            cols_min: 0,
+            cols_max: u32::MAX,
+            own: 1,
             shared,
         }
     }
@@ -87,23 +109,32 @@ impl Tiling {
         Tiling { blocks_max, ..self }
     }
 
+    /// The same for matrices of many columns, as down's are.
+    const fn of_many_columns(self) -> Tiling {
+        Tiling { cols_min: Self::MANY_COLUMNS, ..self }
+    }
+
+    /// The same for matrices of fewer, as o's are, by blocks that sum two slices each.
+    const fn of_two_slices(self) -> Tiling {
+        Tiling { own: 2, cols_max: Self::MANY_COLUMNS - 1, ..self }
+    }
+
     /// A head's 128 rows meet in one cluster.
     const fn heads(kernel: [&'static str; 2], tokens: u32, tokens_max: u32) -> Tiling {
         let (team, shared) = (Team::Slices { tiles: 2 }, Self::HALF);
         let [kernel, normed] = kernel;
-        let (block, blocks_max) = (Block::new(64, tokens), u32::MAX);
-        Tiling { kernel, normed: Some(normed), block, team, tokens_max, blocks_max, shared }
+        let tiling = Tiling::slices(kernel, 64, tokens, tokens_max, shared);
+        Tiling { normed: Some(normed), team, ..tiling }
     }
 
-    const fn pair(kernel: &'static str, rows: u32, tokens: u32, tokens_max: u32) -> Tiling {
-        let (block, team) = (Block::new(rows, tokens), Team::Pair);
-        Tiling { kernel, normed: None, block, team, tokens_max, blocks_max: u32::MAX, shared: Self::MOST }
+    const fn pair(kernel: &'static str, rows: u32, tokens: u32, tokens_max: u32, shared: u32) -> Tiling {
+        Tiling { team: Team::Pair, ..Tiling::slices(kernel, rows, tokens, tokens_max, shared) }
     }
 
     /// A pair of blocks of two whole heads.
-    const fn head_pair(kernel: [&'static str; 2], tokens: u32, tokens_max: u32) -> Tiling {
+    const fn head_pair(kernel: [&'static str; 2], tokens: u32, tokens_max: u32, shared: u32) -> Tiling {
         let [kernel, normed] = kernel;
-        Tiling { normed: Some(normed), ..Self::pair(kernel, 128, tokens, tokens_max) }
+        Tiling { normed: Some(normed), ..Self::pair(kernel, 128, tokens, tokens_max, shared) }
     }
 
     /// Tilings of a kind, for ever more tokens, where w fits L2.
@@ -112,8 +143,8 @@ impl Tiling {
             Tiling::heads(["decode_qkv_64x16", "decode_qkv_normed_64x16"], 16, 16),
             Tiling::heads(["decode_qkv_64x32", "decode_qkv_normed_64x32"], 32, 32),
             Tiling::heads(["decode_qkv_64x64", "decode_qkv_normed_64x64"], 64, 64),
-            Tiling::head_pair(["pair_qkv_128x32", "pair_qkv_normed_128x32"], 32, 128),
-            Tiling::head_pair(["pair_qkv_128x64", "pair_qkv_normed_128x64"], 64, 256),
+            Tiling::head_pair(["pair_qkv_128x32", "pair_qkv_normed_128x32"], 32, 128, Tiling::MOST),
+            Tiling::head_pair(["pair_qkv_128x64", "pair_qkv_normed_128x64"], 64, 256, Tiling::MOST),
         ];
         const RESIDUAL: &[Tiling] = &[
             Tiling::slices("decode_residual_64x16", 64, 16, 16, Tiling::HALF),
@@ -126,8 +157,8 @@ impl Tiling {
             Tiling::slices("decode_gate_up_64x16", 64, 16, 16, Tiling::HALF),
             Tiling::slices("decode_gate_up_64x32", 64, 32, 32, Tiling::HALF),
             Tiling::slices("decode_gate_up_64x64", 64, 64, 64, Tiling::HALF),
-            Tiling::pair("pair_gate_up_192x32", 192, 32, 128),
-            Tiling::pair("pair_gate_up_192x64", 192, 64, 256),
+            Tiling::pair("pair_gate_up_192x32", 192, 32, 128, Tiling::MOST),
+            Tiling::pair("pair_gate_up_192x64", 192, 64, 256, Tiling::MOST),
         ];
         // More tokens than that, and tiles that take all columns in turn are quicker: its many rows of w fill the device.
         const HEAD: &[Tiling] = &[
@@ -150,21 +181,30 @@ impl Tiling {
         const QKV: &[Tiling] = &[
             Tiling::heads(["decode_qkv_64x16", "decode_qkv_normed_64x16"], 16, 16),
             Tiling::heads(["decode_qkv_64x32", "decode_qkv_normed_64x32"], 32, 32),
-            Tiling::head_pair(["pair_qkv_128x32", "pair_qkv_normed_128x32"], 32, 64),
-            Tiling::head_pair(["pair_qkv_128x64", "pair_qkv_normed_128x64"], 64, 128).up_to(Tiling::ONE_EACH),
+            Tiling::head_pair(["pair_qkv_128x32", "pair_qkv_normed_128x32"], 32, 64, Tiling::ALL),
+            Tiling::head_pair(["pair_qkv_128x64", "pair_qkv_normed_128x64"], 64, 128, Tiling::ALL)
+                .up_to(Tiling::ONE_EACH),
         ];
         const RESIDUAL: &[Tiling] = &[
             Tiling::slices("decode_residual_64x16", 64, 16, 16, Tiling::HALF),
             Tiling::slices("decode_residual_64x32", 64, 32, 32, Tiling::HALF),
             Tiling::slices("decode_residual_64x64", 64, 64, 64, Tiling::HALF),
+            Tiling::slices("decode_residual_128x128", 128, 128, 128, Tiling::ALL)
+                .up_to(Tiling::ONE_EACH)
+                .of_many_columns(),
             Tiling::slices("decode_residual_64x128", 64, 128, 128, Tiling::HALF).up_to(Tiling::TWO_EACH),
-            Tiling::slices("decode_residual_192x128", 192, 128, 128, Tiling::MOST),
+            Tiling::slices("decode_residual_192x128", 192, 128, 128, Tiling::ALL),
+            Tiling::slices("decode_residual_128x96_2", 128, 96, 192, Tiling::ALL)
+                .of_two_slices()
+                .up_to(Tiling::SINGLE),
+            Tiling::slices("decode_residual_128x128_2", 128, 128, 256, Tiling::ALL)
+                .of_two_slices()
+                .up_to(Tiling::SINGLE),
         ];
         const GATE_UP: &[Tiling] = &[
             Tiling::slices("decode_gate_up_64x16", 64, 16, 16, Tiling::HALF),
             Tiling::slices("decode_gate_up_64x32", 64, 32, 32, Tiling::HALF),
-            Tiling::slices("decode_gate_up_64x64", 64, 64, 64, Tiling::HALF).up_to(Tiling::TWO_EACH),
-            Tiling::pair("pair_gate_up_192x32", 192, 32, 64),
+            Tiling::slices("decode_gate_up_64x64", 64, 64, 64, Tiling::HALF).up_to(Tiling::TWO_SINGLE),
         ];
         match kind {
             Kind::Qkv => QKV,
@@ -203,11 +243,11 @@ impl Tiling {
         let fit = (self.shared - self.block.shared(0)) / (self.block.shared(1) - self.block.shared(0));
         let cols = shape.cols.div_ceil(BLOCK_COLS);
         let wanted = match self.team {
-            Team::Slices { .. } => cols.div_ceil(shape.slices),
+            Team::Slices { .. } => cols.div_ceil(shape.slices) * self.own,
             Team::Pair => cols,
         };
-        // The sums lie over the ring afterwards, and need three stages.
-        wanted.min(fit).max(3)
+        // The sums lie over the ring afterwards.
+        wanted.min(fit).max((self.own * self.block.sum_bytes()).div_ceil(self.block.stage_bytes()))
     }
 
     /// Blocks of a cluster, clusters along the tokens, clusters along the rows.
@@ -215,7 +255,9 @@ impl Tiling {
         let (row_tiles, token_tiles) =
             (shape.rows.div_ceil(self.block.rows), shape.tokens.div_ceil(self.block.tokens));
         match self.team {
-            Team::Slices { tiles } => [tiles * shape.slices, token_tiles, row_tiles.div_ceil(tiles)],
+            Team::Slices { tiles } => {
+                [tiles * shape.slices / self.own, token_tiles, row_tiles.div_ceil(tiles)]
+            }
             Team::Pair => [2, token_tiles.div_ceil(2), row_tiles],
         }
     }
@@ -231,7 +273,10 @@ impl Tiling {
 
     /// Is it the quickest for the shape, but for those before it in a list?
     fn suits(&self, shape: &Shape) -> bool {
-        shape.tokens <= self.tokens_max && self.clusters(shape).iter().product::<u32>() <= self.blocks_max
+        let blocks = self.clusters(shape).iter().product::<u32>();
+        let holds = shape.slices.is_multiple_of(self.own);
+        let cols = self.cols_min..=self.cols_max;
+        holds && shape.tokens <= self.tokens_max && blocks <= self.blocks_max && cols.contains(&shape.cols)
     }
 
     /// Rows of w that one block fetches at once.
@@ -329,11 +374,6 @@ mod tests {
 
     use super::*;
 
-    /// Bytes of a block's sums in shared memory: rows padded by 4 floats.
-    fn sum_bytes(block: Block) -> u32 {
-        block.tokens * (block.rows + 4) * 4
-    }
-
     #[test]
     fn half_a_multiprocessor_is_left_beside_attention() {
         // The driver takes 1 KiB a block.
@@ -379,11 +419,23 @@ mod tests {
         );
         // Of matrices that L2 does not hold: Qwen2.5's 7B and Qwen3-14B.
         let down = |rows, cols| picked(Tiling::of_large, Kind::Residual, [rows, cols, 128]);
-        assert_eq!(down(3584, 18_944), Some("decode_residual_64x128"));
+        assert_eq!(down(3584, 18_944), Some("decode_residual_128x128"));
+        assert_eq!(down(3584, 3584), Some("decode_residual_64x128"));
+        assert_eq!(down(4096, 14_336), Some("decode_residual_192x128"));
+        let o = |rows, tokens| picked(Tiling::of_large, Kind::Residual, [rows, rows, tokens]);
+        assert_eq!(
+            [160, 192, 256].map(|tokens| o(3584, tokens)),
+            [
+                Some("decode_residual_128x96_2"),
+                Some("decode_residual_128x96_2"),
+                Some("decode_residual_128x128_2"),
+            ]
+        );
+        assert_eq!(o(5120, 256), None);
         assert_eq!(down(5120, 17_408), Some("decode_residual_192x128"));
         let gate_up = |rows, cols| picked(Tiling::of_large, Kind::GateUp, [rows, cols, 64]);
         assert_eq!(gate_up(16_384, 2048), Some("decode_gate_up_64x64"));
-        assert_eq!(gate_up(37_888, 3584), Some("pair_gate_up_192x32"));
+        assert_eq!(gate_up(37_888, 3584), None);
     }
 
     #[test]
@@ -397,7 +449,7 @@ mod tests {
                 let stages = tiling.stages(&shape);
                 assert!(tiling.block.shared(stages) <= tiling.shared, "{cols} columns, {tiling:?}");
                 assert!(
-                    sum_bytes(tiling.block) <= stages * tiling.block.stage_bytes(),
+                    tiling.own * tiling.block.sum_bytes() <= stages * tiling.block.stage_bytes(),
                     "{cols} columns, {tiling:?}"
                 );
             }

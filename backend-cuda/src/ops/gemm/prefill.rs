@@ -6,11 +6,13 @@
 //!   middle   128      x 192            2 along the rows       the model's
 //!   square   128      x 128            2 x 2                  the model's
 //!   wide     256      x 128            2 along the tokens     gate and up, where the whole sum is one slice; split sums
+//!   tall     192, 224, 288 x 128       2 along the rows       gate and up, where the whole sum is one slice
+//!            144, 192      x 192       2 along the rows       the same
 //! ```
 //!
 //! A cluster takes tile after tile. Where few rows and tokens make few tiles, it takes slice after slice of o's and down's tiles
 //! instead: the sum is split among clusters, who leave their slices in memory, and the last adds them (`split.cuh`).
-//! Invariant: a block's shared memory fits a multiprocessor, and the kernel lays it out as [`Tile::shared`] counts it.
+//! Invariant: a block has a multiprocessor to itself, and a box of the copy engine at most 256 rows.
 
 use minisgl_core::backend::Purpose;
 
@@ -73,7 +75,6 @@ struct Tile {
     rows: u32,
     /// Warpgroups of a block that multiply, 64 tokens each.
     groups: u32,
-    stages: u32,
     /// The time of a block of columns, in units of some 50 ns.
     cost: u32,
     /// A cluster takes one of so many slices of a tile at a time; with 1, a whole tile, however many slices it has.
@@ -83,15 +84,23 @@ struct Tile {
 }
 
 impl Tile {
-    const NARROW: Tile =
-        Tile { blocks: [2, 1], rows: 128, groups: 2, stages: 5, cost: 6, split: 1, adding: 0 };
-    const MIDDLE: Tile =
-        Tile { blocks: [2, 1], rows: 128, groups: 3, stages: 4, cost: 8, split: 1, adding: 0 };
-    const SQUARE: Tile =
-        Tile { blocks: [2, 2], rows: 128, groups: 2, stages: 5, cost: 5, split: 1, adding: 0 };
+    const NARROW: Tile = Tile { blocks: [2, 1], rows: 128, groups: 2, cost: 6, split: 1, adding: 0 };
+    const MIDDLE: Tile = Tile { groups: 3, cost: 8, ..Tile::NARROW };
+    const SQUARE: Tile = Tile { blocks: [2, 2], cost: 5, ..Tile::NARROW };
     /// Its sums leave no registers for those of another slice.
-    const WIDE: Tile =
-        Tile { blocks: [1, 2], rows: 256, groups: 2, stages: 4, cost: 10, split: 1, adding: 0 };
+    const WIDE: Tile = Tile { blocks: [1, 2], rows: 256, cost: 10, ..Tile::NARROW };
+    /// Nor do those of these, whose rows are what makes one round of 132 blocks, or two, of a large model's gate and up.
+    const TALL: [Tile; 5] = [
+        Tile { rows: 288, cost: 12, ..Tile::NARROW },
+        Tile { rows: 224, cost: 9, ..Tile::NARROW },
+        Tile { rows: 192, cost: 8, ..Tile::NARROW },
+        Tile { rows: 144, cost: 9, ..Tile::MIDDLE },
+        Tile { rows: 192, cost: 12, ..Tile::MIDDLE },
+    ];
+    /// Shared memory that a block takes: all that one can have. The kernel makes as many stages of it as fit.
+    const SHARED: u32 = 227 << 10;
+    /// What the copy engine takes.
+    const BOX_ROWS: u32 = 256;
     /// In four slices, which is how o's and down's sums are cut. There w comes from memory, not from L2, which takes longer.
     const SPLIT: [Tile; 3] = [
         Tile { split: 4, cost: 9, adding: 80, ..Tile::NARROW },
@@ -144,19 +153,17 @@ impl Tile {
         128 * self.groups + 128
     }
 
-    /// Shared memory: the ring, 4 KiB of outputs a warp (2 of wide ones), 16 bytes a token twice, barriers, the ends of 8
-    /// slices, and what aligns the ring to 1024 bytes. Where slices are taken, wide ones have 4 KiB too, and tokens nothing.
-    fn shared(self) -> u32 {
-        let stage = (self.tokens() + self.rows) * BLOCK_COLS * 2;
-        let outputs = if self.rows == 128 || self.split > 1 { 4 << 10 } else { 2 << 10 };
-        let known = if self.split > 1 { 0 } else { self.tokens() * 32 };
-        let barriers = 2 * self.stages + 4 + 4 * self.groups;
-        self.stages * stage + 4 * self.groups * outputs + known + barriers * 8 + 8 * 4 + 1024
-    }
-
     fn grid(self, clusters: u32) -> Grid {
         let grid = Grid::new(clusters * self.cluster(), self.threads()).cluster(self.cluster());
-        grid.shared(self.shared()).dependent()
+        grid.shared(Self::SHARED).dependent()
+    }
+
+    /// The rows of w and the tokens that a block fetches at once. It has its part of what the cluster shares, and takes that in
+    /// two where a box would be too large.
+    fn fetched(self) -> Block {
+        let [along_rows, along_tokens] = self.blocks;
+        let part = self.rows / along_tokens;
+        Block::new(if part > Self::BOX_ROWS { part / 2 } else { part }, self.tokens() / along_rows)
     }
 }
 
@@ -168,7 +175,7 @@ impl Prefill {
     pub(super) fn new(cuda: &mut Cuda) -> Result<Prefill, CudaError> {
         let partials = Partials::new(cuda)?;
         let load = |tile: Tile, name| {
-            let kernel = cuda.modules().kernel("gemm_prefill", name, tile.shared())?;
+            let kernel = cuda.modules().kernel("gemm_prefill", name, Tile::SHARED)?;
             // Where none has room the launch will say so.
             let clusters = cuda.launcher().clusters_at_once(&kernel, tile.grid(1))?.max(1);
             Ok::<_, CudaError>(Loaded { tile, kernel, clusters })
@@ -187,7 +194,16 @@ impl Prefill {
             three("prefill_head_narrow", "prefill_head_middle", "prefill_head_square")?,
             vec![load(Tile::NARROW, "prefill_linear_narrow")?],
         ];
-        kernels[Kind::GateUp as usize].push(load(Tile::WIDE, "prefill_gate_up_wide")?);
+        let tall = Tile::TALL.into_iter().zip([
+            "prefill_gate_up_288x128",
+            "prefill_gate_up_224x128",
+            "prefill_gate_up_192x128",
+            "prefill_gate_up_144x192",
+            "prefill_gate_up_192x192",
+        ]);
+        for (tile, name) in [(Tile::WIDE, "prefill_gate_up_wide")].into_iter().chain(tall) {
+            kernels[Kind::GateUp as usize].push(load(tile, name)?);
+        }
         let [narrow, middle, wide] = Tile::SPLIT;
         kernels[Kind::Residual as usize].extend([
             load(narrow, "split_residual_narrow")?,
@@ -214,8 +230,7 @@ impl Prefill {
         let quickest = self.quickest(E::KIND, shape).ok_or(CudaError::NoTile { rows, cols, tokens })?;
         let Loaded { tile, kernel, clusters } = quickest;
         let grid = tile.grid(tile.turns(shape).min(*clusters));
-        let [along_rows, along_tokens] = tile.blocks;
-        let [w, x] = product.maps(Block::new(tile.rows / along_tokens, tile.tokens() / along_rows))?;
+        let [w, x] = product.maps(tile.fetched())?;
         // The copy engine takes rows that are a multiple of 16 bytes; a kernel stores others without it.
         let (out, width) = epilogue.outputs(shape.rows);
         let out = match width % 8 {
@@ -234,11 +249,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_tile_fits_a_multiprocessor() {
+    fn every_tile_is_fetched_in_boxes_of_whole_swizzles() {
         let tiles = [Tile::NARROW, Tile::MIDDLE, Tile::SQUARE, Tile::WIDE];
-        for tile in tiles.into_iter().chain(Tile::SPLIT) {
-            assert!(tile.shared() <= 227 << 10, "{tile:?} takes {} bytes", tile.shared());
-            assert!(tile.threads() <= 1024, "{tile:?}");
+        for tile in tiles.into_iter().chain(Tile::TALL).chain(Tile::SPLIT) {
+            let Block { rows, tokens } = tile.fetched();
+            for (box_rows, all) in [(rows, tile.rows), (tokens, tile.tokens())] {
+                assert!(box_rows <= Tile::BOX_ROWS && box_rows % 8 == 0 && all % box_rows == 0, "{tile:?}");
+            }
         }
     }
 
@@ -249,15 +266,22 @@ mod tests {
         let quickest = |rows, cols, tokens, slices| {
             let shape = Shape { rows, cols, tokens, slices };
             let tiles = [(Tile::NARROW, 66), (Tile::MIDDLE, 66), (Tile::SQUARE, 30), (Tile::WIDE, 66)];
-            let split = Tile::SPLIT.map(|tile| (tile, 66));
-            let there = tiles.into_iter().chain(split).filter(|(tile, _)| tile.suits(&shape));
+            let others = Tile::TALL.into_iter().chain(Tile::SPLIT).map(|tile| (tile, 66));
+            let there = tiles.into_iter().chain(others).filter(|(tile, _)| tile.suits(&shape));
             let (tile, _) = there.min_by_key(|(tile, clusters)| tile.time(&shape, *clusters)).unwrap();
             is(tile)
         };
         assert_eq!(quickest(7168, 5120, 128, 2), is(Tile::NARROW));
         assert_eq!(quickest(4096, 1024, 16_384, 2), is(Tile::MIDDLE));
-        assert_eq!(quickest(34_816, 5120, 256, 1), is(Tile::SQUARE));
+        assert_eq!(quickest(7168, 5120, 256, 2), is(Tile::SQUARE));
         assert_eq!(quickest(34_816, 5120, 16_384, 1), is(Tile::WIDE));
+        // gate_up of Qwen3's 8B, Llama's 8B, and Qwen2.5's 7B.
+        let [large, medium, small, long, longer] = Tile::TALL;
+        assert_eq!(quickest(24_576, 4096, 128, 1), is(small));
+        assert_eq!(quickest(28_672, 4096, 128, 1), is(medium));
+        assert_eq!(quickest(37_888, 3584, 128, 1), is(large));
+        assert_eq!(quickest(37_888, 3584, 192, 1), is(long));
+        assert_eq!(quickest(24_576, 4096, 192, 1), is(longer));
         // Of Llama's 1B and 8B, and Qwen2.5's 7B.
         let [narrow, middle, wide] = Tile::SPLIT;
         assert_eq!(quickest(2048, 8192, 256, 4), is(narrow));
@@ -268,5 +292,8 @@ mod tests {
         assert_eq!(quickest(5120, 17_408, 256, 4), is(Tile::SQUARE));
         // Of the kernels' tests.
         assert_eq!(quickest(8064, 1600, 1000, 1), is(Tile::WIDE));
+        assert_eq!([128, 192].map(|tokens| quickest(20_096, 640, tokens, 1)), [is(small), is(longer)]);
+        assert_eq!(quickest(26_112, 512, 128, 1), is(medium));
+        assert_eq!([128, 192].map(|tokens| quickest(34_048, 384, tokens, 1)), [is(large), is(long)]);
     }
 }
