@@ -3,6 +3,7 @@
 //! A benchmark's figure means little without either. The CPU says nothing.
 
 use minisgl_core::backend::Ops;
+use minisgl_core::stats::ExpertsRead;
 use minisgl_cpu::Cpu;
 use minisgl_cuda::{Cuda, CudaError, GpuState, HostTimes, perf};
 use serde::Serialize;
@@ -27,6 +28,8 @@ pub trait Diagnostics: Ops {
     fn probe(&self) -> Option<Probe>;
     /// What the host's time went to so far, beside work of its own; `None` where the host is the device.
     fn host_times(&self) -> Option<HostTimes>;
+    /// What decode steps read of layers with experts so far, after waiting for what is enqueued.
+    fn experts_read(&mut self) -> Result<ExpertsRead, Self::Error>;
 }
 
 impl Diagnostics for Cpu {
@@ -40,6 +43,10 @@ impl Diagnostics for Cpu {
 
     fn host_times(&self) -> Option<HostTimes> {
         None
+    }
+
+    fn experts_read(&mut self) -> Result<ExpertsRead, Self::Error> {
+        Cpu::experts_read(self)
     }
 }
 
@@ -62,5 +69,9 @@ impl Diagnostics for Cuda {
 
     fn host_times(&self) -> Option<HostTimes> {
         Some(self.launcher().host_times())
+    }
+
+    fn experts_read(&mut self) -> Result<ExpertsRead, CudaError> {
+        Ok(ExpertsRead::default()) // it runs no model with experts
     }
 }

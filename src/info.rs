@@ -4,6 +4,9 @@ use std::fmt;
 
 use minisgl_core::backend::Dims;
 use minisgl_core::config::Limits;
+use minisgl_core::spec::LayerSpec;
+use minisgl_decoder::Checkpoint;
+use serde::Serialize;
 
 /// See [`Llm::info`](crate::Llm::info); displayed as a few lines for people.
 #[derive(Clone, Debug)]
@@ -30,8 +33,12 @@ pub struct Info {
     pub eos: Vec<u32>,
     /// What the user should hear: files of the model that are of no use, though it runs.
     pub warnings: Vec<String>,
-    /// Bytes of weights that a decode step reads.
+    /// Bytes of weights that a decode step reads; of experts all are counted.
     pub weight_bytes: u64,
+    /// Elements of all layers' matrices that a token is multiplied with.
+    pub active_weights: u64,
+    /// The model's experts, if it has any.
+    pub experts: Option<ExpertsInfo>,
     /// Bytes of a KV page, over all layers.
     pub page_bytes: u64,
     /// Bytes of device memory in all.
@@ -46,6 +53,46 @@ pub struct Info {
     pub load_seconds: f64,
     /// Seconds to allocate everything else and record the decode steps.
     pub capture_seconds: f64,
+}
+
+/// A model's experts, the same in all layers that have some.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct ExpertsInfo {
+    /// Layers that have them.
+    pub layers: u32,
+    /// Of a layer.
+    pub count: u32,
+    /// Of a token, in each of these layers.
+    pub per_token: u32,
+    /// Bytes of one.
+    pub bytes: u64,
+}
+
+impl ExpertsInfo {
+    /// A checkpoint's.
+    pub fn of(checkpoint: &Checkpoint) -> Option<ExpertsInfo> {
+        let experts = || checkpoint.config().spec.layers.iter().filter_map(LayerSpec::experts);
+        let (first, layers) = (experts().next()?, experts().count() as u32);
+        let all = u64::from(layers) * u64::from(first.count);
+        let bytes = checkpoint.tensors().expert_bytes() / all;
+        Some(ExpertsInfo { layers, count: first.count, per_token: first.per_token, bytes })
+    }
+
+    /// Bytes of all of them.
+    pub fn all_bytes(&self) -> u64 {
+        u64::from(self.layers) * u64::from(self.count) * self.bytes
+    }
+
+    /// Bytes of those that a token does not get.
+    pub fn idle_bytes(&self) -> u64 {
+        u64::from(self.layers) * u64::from(self.count - self.per_token) * self.bytes
+    }
+
+    /// How many of a layer's a step of so many rows reads if each row gets any of them as likely as any other.
+    pub fn read_by(&self, rows: u64) -> f64 {
+        let missed = 1.0 - f64::from(self.per_token) / f64::from(self.count);
+        f64::from(self.count) * (1.0 - missed.powf(rows as f64))
+    }
 }
 
 impl Info {
@@ -76,6 +123,17 @@ impl fmt::Display for Info {
         )?;
         if let Some(window) = self.window {
             writeln!(f, "a token sees {window} positions: pages behind them go back while a request runs")?;
+        }
+        if let Some(experts) = self.experts {
+            let ExpertsInfo { layers, count, per_token, .. } = experts;
+            let active = gib(self.weight_bytes.saturating_sub(experts.idle_bytes()));
+            writeln!(
+                f,
+                "a token gets {per_token} of {count} experts in {layers} of {} layers: {active:.2} of {:.2} GiB of weights \
+                 that many tokens read",
+                self.dims.layers,
+                gib(self.weight_bytes)
+            )?;
         }
         let eos: Vec<String> = self.eos.iter().map(u32::to_string).collect();
         match eos.as_slice() {

@@ -14,7 +14,7 @@ use minisgl_core::backend::{DeviceInfo, Memory, Model};
 use minisgl_core::config::{Limits, LimitsError};
 use minisgl_core::engine::{Engine, EngineOptions};
 use minisgl_core::scheduler::{Order, Settings};
-use minisgl_core::stats::Stats;
+use minisgl_core::stats::{ExpertsRead, Stats};
 use minisgl_cpu::Cpu;
 use minisgl_cuda::{Cuda, CudaError, KernelSet};
 use minisgl_decoder::{Checkpoint, CheckpointError, Decoder};
@@ -24,7 +24,7 @@ use crate::device::Choice;
 use crate::diagnostics::{Ceilings, Diagnostics};
 use crate::error::Error;
 use crate::front::{EngineHandle, Events, Front, SessionEvent, SessionOptions};
-use crate::info::Info;
+use crate::info::{ExpertsInfo, Info};
 use crate::memory::{PagePlan, Sequence, check_asked, check_host, share_within, warning};
 use crate::models::FAMILIES;
 use crate::options::{KernelChoice, Options};
@@ -210,6 +210,14 @@ impl Llm {
     pub fn reset_stats(&mut self) {
         // A thread that has ended counts no more.
         let _ = self.front.handle().call(false, |runner| runner.reset_stats());
+    }
+
+    /// What steps of decode rows alone have read of layers with experts since the engine was built.
+    ///
+    /// # Errors
+    /// Those of the device.
+    pub fn experts_read(&self) -> Result<ExpertsRead, Error> {
+        self.front.handle().call(false, |runner| runner.experts_read())?.map_err(Error::Device)
     }
 
     /// Forgets all cached prefixes, so that the next run computes every prompt anew.
@@ -441,6 +449,8 @@ impl Opening<'_> {
             eos,
             warnings,
             weight_bytes: engine.model().weight_bytes(),
+            active_weights: engine.model().spec().active_weights(),
+            experts: ExpertsInfo::of(self.checkpoint),
             page_bytes,
             memory_total: loaded.total,
             memory_free_loaded: loaded.free,
@@ -510,9 +520,11 @@ impl Opening<'_> {
         let Options { usual_tokens, memory_ratio, .. } = *self.options;
         let dims = &self.checkpoint.config().spec.dims;
         let weight_bytes = self.checkpoint.tensors().step_bytes();
+        let idle_bytes = ExpertsInfo::of(self.checkpoint).map_or(0, |experts| experts.idle_bytes());
         let left = memory.free.saturating_sub(weight_bytes);
         Costs {
             weight_bytes,
+            active_weight_bytes: weight_bytes - idle_bytes,
             kv_bytes_per_token: 2 * u64::from(dims.layers) * (dims.kv_width() * device.kv_bytes) as u64,
             tokens: u64::from(usual_tokens.unwrap_or(USUAL_TOKENS).min(sequence)),
             cache_bytes: (left as f64 * memory_ratio) as u64,

@@ -5,7 +5,7 @@ use std::time::Duration;
 use minisgl_core::config::Limits;
 use minisgl_core::engine::{Engine, StepReport};
 use minisgl_core::request::{Event, Request, SubmitError, Submitted, Ticket};
-use minisgl_core::stats::{Load, Stats};
+use minisgl_core::stats::{ExpertsRead, Load, Stats};
 use minisgl_cuda::HostTimes;
 use minisgl_decoder::Decoder;
 
@@ -48,6 +48,8 @@ pub trait Runner {
     fn probe(&self) -> Option<Probe>;
     /// What the host's time went to so far, beside work of its own; `None` where the host is the device.
     fn host_times(&self) -> Option<HostTimes>;
+    /// What decode steps read of layers with experts so far; waits for those in flight.
+    fn experts_read(&mut self) -> Result<ExpertsRead, Cause>;
 }
 
 impl<B: Diagnostics> Runner for Engine<B, Decoder<B>> {
@@ -110,5 +112,9 @@ impl<B: Diagnostics> Runner for Engine<B, Decoder<B>> {
 
     fn host_times(&self) -> Option<HostTimes> {
         self.backend().host_times()
+    }
+
+    fn experts_read(&mut self) -> Result<ExpertsRead, Cause> {
+        Ok(self.backend_mut().experts_read()?)
     }
 }

@@ -24,8 +24,10 @@ const LITTLE: u64 = 8;
 /// What the number of requests depends on.
 #[derive(Clone, Copy, Debug)]
 pub struct Costs {
-    /// Of all weights that a step reads.
+    /// Of all weights that a step of many rows reads.
     pub weight_bytes: u64,
+    /// Of these, those that a row is multiplied with: all but the experts that it does not get.
+    pub active_weight_bytes: u64,
     /// Of a token's keys and values, over all layers.
     pub kv_bytes_per_token: u64,
     /// Tokens of a usual sequence.
@@ -37,7 +39,8 @@ pub struct Costs {
 impl Costs {
     /// Requests to run at once on a GPU.
     pub fn running(&self) -> u32 {
-        let row_bytes = self.kv_bytes_per_token * self.tokens.max(1) + self.weight_bytes / BALANCED_ROWS;
+        let row_bytes =
+            self.kv_bytes_per_token * self.tokens.max(1) + self.active_weight_bytes / BALANCED_ROWS;
         let gained = LITTLE * (self.weight_bytes + OVERHEAD_BYTES) / row_bytes.max(1);
         let held = self.cache_bytes / (self.kv_bytes_per_token * self.tokens).max(1);
         gained.min(held).clamp(LEAST, MOST).next_multiple_of(64) as u32
@@ -54,6 +57,7 @@ mod tests {
     /// Qwen3-0.6B on 130 GB.
     const SMALL: Costs = Costs {
         weight_bytes: 1_192_000_000,
+        active_weight_bytes: 1_192_000_000,
         kv_bytes_per_token: 114_688,
         tokens: 1124,
         cache_bytes: 117_000_000_000,

@@ -25,7 +25,7 @@ use minisgl_core::config::Limits;
 use minisgl_core::engine::{CompletedStep, StepReport};
 use minisgl_core::request::{self as core, Request, SubmitError, Submitted, Ticket};
 use minisgl_core::scheduler::Order;
-use minisgl_core::stats::{Load, Stats};
+use minisgl_core::stats::{ExpertsRead, Load, Stats};
 use minisgl_cuda::HostTimes;
 
 use crate::diagnostics::Ceilings;
@@ -223,6 +223,10 @@ impl Runner for Simulated {
     fn host_times(&self) -> Option<HostTimes> {
         None
     }
+
+    fn experts_read(&mut self) -> Result<ExpertsRead, Cause> {
+        Ok(ExpertsRead::default())
+    }
 }
 
 /// What such an engine says of itself.
@@ -250,6 +254,8 @@ pub(crate) fn info(limits: Limits) -> Info {
         dims,
         window: None,
         weight_bytes: 0,
+        active_weights: 0,
+        experts: None,
         page_bytes: 0,
         memory_total: 0,
         memory_free_loaded: 0,

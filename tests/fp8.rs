@@ -18,7 +18,7 @@ use minisgl_core::config::Limits;
 use minisgl_core::spec::{Inputs, WeightFormat};
 use minisgl_core::tensor::HostTensor;
 use minisgl_cpu::Cpu;
-use minisgl_decoder::{Checkpoint, LayerTensors};
+use minisgl_decoder::{Checkpoint, LayerTensors, MlpTensors};
 use minisgl_llama::LLAMA;
 use minisgl_qwen3::QWEN3;
 use safetensors::{Dtype, SafeTensors};
@@ -136,7 +136,8 @@ fn damaged_and_missing_scales_are_named() {
 
 /// The layers that the golden file has on their own: the first layer's q and down.
 fn alone(layer: &LayerTensors) -> [(&'static str, &HostTensor); 2] {
-    [("self_attn.q_proj", &layer.qkv[0]), ("mlp.down_proj", &layer.down)]
+    let MlpTensors::Dense { down, .. } = &layer.mlp else { panic!("it has one MLP") };
+    [("self_attn.q_proj", &layer.qkv[0]), ("mlp.down_proj", down)]
 }
 
 #[test]

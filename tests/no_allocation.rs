@@ -81,13 +81,12 @@ fn engine(name: &Path, overlap: bool) -> Engine<Cpu, Decoder<Cpu>> {
 
 #[test]
 fn a_whole_run_allocates_nothing_after_construction() {
-    let golden = Golden::open("tiny-tied");
     COUNTING.store(true, Ordering::Relaxed);
     drop(std::hint::black_box(vec![0u8; 100]));
     COUNTING.store(false, Ordering::Relaxed);
     assert_eq!(ALLOCATIONS.swap(0, Ordering::Relaxed), 1, "the counter counts");
-    for overlap in [true, false] {
-        let mut engine = engine(&fixture("tiny-tied"), overlap);
+    for (name, overlap) in [("tiny-tied", true), ("tiny-tied", false), ("qwen3-moe", true)] {
+        let (golden, mut engine) = (Golden::open(name), engine(&fixture(name), overlap));
         let mut tokens = 0;
         let mut run = |engine: &mut Engine<Cpu, Decoder<Cpu>>| {
             for i in 0..40u32 {
@@ -117,7 +116,7 @@ fn a_whole_run_allocates_nothing_after_construction() {
         run(&mut engine);
         COUNTING.store(false, Ordering::Relaxed);
 
-        assert_eq!(ALLOCATIONS.swap(0, Ordering::Relaxed), 0, "overlap {overlap}");
+        assert_eq!(ALLOCATIONS.swap(0, Ordering::Relaxed), 0, "{name}, overlap {overlap}");
         let stats = engine.stats();
         assert_eq!(stats.finished, 40);
         assert!(stats.retractions > 0 && stats.padding_rows > 0, "{stats:?}");

@@ -10,12 +10,14 @@ use minisgl_core::config::Limits;
 use minisgl_core::fp8;
 use minisgl_core::sampling::{LOGPROB_WORDS, NO_TOKEN, RowLogprobs, SlotState};
 use minisgl_core::spec::{Activation, DecoderSpec, Dims, Inputs, WeightFormat};
+use minisgl_core::stats::ExpertsRead;
 use rayon::prelude::*;
 
 use crate::error::CpuError;
+use crate::experts::{self, RunExperts};
 use crate::memory::{Buffer, Memory, floats};
 use crate::ops::{self, Context, PageShape};
-use crate::weights::{Matrix, Rounding, Weight};
+use crate::weights::{Matrix, Rounding, Rows, Weight};
 use crate::{matmul, sampling};
 
 /// One operation; see [`minisgl_core::backend::Ops`] and `layer.rs` for what each means.
@@ -31,6 +33,7 @@ pub enum Command {
     GateUp { tokens: u32, activation: Activation, x: Buffer, weight: Weight, out: Buffer },
     Heads(Heads),
     Attend(Attend),
+    Experts(RunExperts),
     FinalNorm { step: Step<Buffer>, residual: Buffer, delta: Buffer, weight: Weight, out: Buffer },
     Sample { step: Step<Buffer>, logits: Buffer, tokens: Buffer },
     Logprobs { step: Step<Buffer>, logits: Buffer, tokens: Buffer, out: Buffer },
@@ -71,12 +74,15 @@ pub struct Attend {
 pub struct Machine {
     pub memory: Memory,
     pub weights: Vec<Matrix>,
+    pub experts_read: ExpertsRead,
     model: Option<Sizes>,
 }
 
 #[derive(Clone, Copy)]
 struct Sizes {
     dims: Dims,
+    /// The slot of padding tokens.
+    nobody: u32,
     /// `[threads, vocab]`: candidates of a row being sampled.
     candidates: Buffer,
     /// `[tokens, widest input]`: what an e4m3 matrix is applied to; empty where nothing is rounded.
@@ -90,19 +96,19 @@ impl Machine {
         let candidates = self.memory.alloc(Purpose::Scratch, rows * dims.vocab as usize)?;
         let width = match spec.weights {
             WeightFormat::Fp8(fp8) if fp8.inputs != Inputs::Plain => {
-                dims.q_width().max(dims.hidden.max(dims.intermediate) as usize)
+                dims.q_width().max(dims.hidden.max(spec.activated_width()) as usize)
             }
             WeightFormat::Fp8(_) | WeightFormat::Bf16 => 0,
         };
         let rounded = self.memory.alloc(Purpose::Scratch, limits.step_tokens() * width)?;
-        self.model = Some(Sizes { dims: *dims, candidates, rounded });
+        self.model = Some(Sizes { dims: *dims, nobody: limits.running, candidates, rounded });
         Ok(())
     }
 
     /// Runs a command to its end.
     pub fn run(&mut self, command: &Command) -> Result<(), CpuError> {
-        let Machine { memory, weights, model } = self;
-        let Sizes { dims, candidates, rounded } = model.ok_or(CpuError::NotReserved)?;
+        let Machine { memory, weights, experts_read, model } = self;
+        let Sizes { dims, nobody, candidates, rounded } = model.ok_or(CpuError::NotReserved)?;
         let (hidden, eps) = (dims.hidden as usize, dims.norm_eps);
         match *command {
             Command::BeginStep { step } => {
@@ -132,7 +138,7 @@ impl Machine {
                 let [x, out, rounded] = memory.borrow([x, out, rounded])?.map(floats);
                 let (weight, tokens) = (&weights[weight.0], tokens as usize);
                 let x = round_inputs(weight, &x[..tokens * weight.cols], rounded);
-                matmul::linear(weight, x, &mut out[..tokens * weight.rows]);
+                matmul::linear(weight.all(), x, &mut out[..tokens * weight.rows]);
             }
             Command::Add { tokens, residual, delta } => {
                 let [residual, delta] = memory.borrow([residual, delta])?.map(floats);
@@ -148,14 +154,14 @@ impl Machine {
                 let [x, out, rounded] = memory.borrow([x, out, rounded])?.map(floats);
                 let (weight, tokens) = (&weights[weight.0], tokens as usize);
                 let x = round_inputs(weight, &x[..tokens * weight.cols], rounded);
-                let out = &mut out[..tokens * weight.rows / 2];
-                match activation {
-                    Activation::Silu => matmul::gate_up(weight, x, out, ops::silu),
-                    Activation::GeluTanh => matmul::gate_up(weight, x, out, ops::gelu_tanh),
-                }
+                gate_up(weight.all(), activation, x, &mut out[..tokens * weight.rows / 2]);
             }
             Command::Heads(command) => command.run(memory, weights, &dims)?,
             Command::Attend(command) => command.run(memory, &dims)?,
+            Command::Experts(command) => {
+                let read = command.run(memory, weights, &dims, nobody, rounded)?;
+                experts::count(&command.step, read, experts_read);
+            }
             Command::FinalNorm { step, residual, delta, weight, out } => {
                 let [words, residual, delta, out] = memory.borrow([step.batch, residual, delta, out])?;
                 let rows = sampled_rows(&step, words);
@@ -192,8 +198,16 @@ impl Machine {
     }
 }
 
+/// `out = activation(gate) * up` with `gate, up = weight @ x`, row by row.
+pub fn gate_up(weight: Rows<'_>, activation: Activation, x: &[f32], out: &mut [f32]) {
+    match activation {
+        Activation::Silu => matmul::gate_up(weight, x, out, ops::silu),
+        Activation::GeluTanh => matmul::gate_up(weight, x, out, ops::gelu_tanh),
+    }
+}
+
 /// What a matrix is applied to: `x` itself, or `x` rounded as the matrix asks for, in `rounded`.
-fn round_inputs<'a>(weight: &Matrix, x: &'a [f32], rounded: &'a mut [f32]) -> &'a [f32] {
+pub fn round_inputs<'a>(weight: &Matrix, x: &'a [f32], rounded: &'a mut [f32]) -> &'a [f32] {
     if weight.rounding == Rounding::None {
         return x;
     }

@@ -14,6 +14,7 @@ use minisgl_core::backend::{
 use minisgl_core::batch::{Row, StepShape};
 use minisgl_core::config::Limits;
 use minisgl_core::spec::{DecoderSpec, LayerSpec, Unsupported};
+use minisgl_core::stats::ExpertsRead;
 use minisgl_core::tensor::HostTensor;
 
 use crate::command::Command;
@@ -78,6 +79,14 @@ impl Cpu {
     /// No model's sizes are known yet.
     pub fn activations(&self) -> Result<Activations, CpuError> {
         Ok(self.planned()?.activations)
+    }
+
+    /// What decode steps read of layers with experts, so far.
+    ///
+    /// # Errors
+    /// There are no threads.
+    pub fn experts_read(&self) -> Result<ExpertsRead, CpuError> {
+        Ok(self.crew()?.desk().machine.experts_read)
     }
 
     pub(crate) fn layer_spec(&self, layer: usize) -> Result<LayerSpec, CpuError> {
@@ -250,7 +259,7 @@ impl Ops for Cpu {
             let crew = self.crew()?;
             let machine = &mut crew.desk().machine;
             machine.reserve(spec, limits, crew.threads())?;
-            Activations::new(&mut machine.memory, &spec.dims, limits)?
+            Activations::new(&mut machine.memory, spec, limits)?
         };
         let (layers, embedding_scale) = (spec.layers.clone(), spec.embedding_scale);
         self.planned = Some(Planned { layers, embedding_scale, activations });

@@ -8,13 +8,14 @@
 //! What a layer adds last waits in `delta` until the next one, or the final norm, adds it. Which of the norms there are is
 //! the layer's affair; of those behind, both or neither.
 
-use minisgl_core::backend::{KvLayer, LayerWeights, Purpose, Step};
+use minisgl_core::backend::{ExpertWeights, KvLayer, LayerWeights, MlpWeights, Purpose, Step};
 use minisgl_core::config::Limits;
-use minisgl_core::spec::{Activation, Attention, Dims, LayerSpec, Mixer, Mlp};
+use minisgl_core::spec::{Activation, Attention, DecoderSpec, Experts, LayerSpec, Mixer, Mlp};
 
 use crate::command::{Attend, Command, Heads};
 use crate::device::Cpu;
 use crate::error::CpuError;
+use crate::experts::{ExpertBuffers, RunExperts};
 use crate::memory::{Buffer, Memory};
 use crate::weights::Weight;
 
@@ -31,12 +32,19 @@ pub struct Activations {
     pub qkv: Buffer,
     /// `[tokens, q_width]`: what attention gives.
     pub attended: Buffer,
-    /// `[tokens, intermediate]`: what `down` gets.
+    /// `[tokens, intermediate]`: what `down` gets; of several experts, of one after the other.
     pub activated: Buffer,
+    /// What experts need besides.
+    pub experts: Option<ExpertBuffers>,
 }
 
 impl Activations {
-    pub(crate) fn new(memory: &mut Memory, dims: &Dims, limits: &Limits) -> Result<Activations, CpuError> {
+    pub(crate) fn new(
+        memory: &mut Memory,
+        spec: &DecoderSpec,
+        limits: &Limits,
+    ) -> Result<Activations, CpuError> {
+        let (dims, experts) = (&spec.dims, ExpertBuffers::new(memory, spec, limits)?);
         let mut alloc = |width: usize| memory.alloc(Purpose::Scratch, limits.step_tokens() * width);
         Ok(Activations {
             residual: alloc(dims.hidden as usize)?,
@@ -44,7 +52,8 @@ impl Activations {
             normed: alloc(dims.hidden as usize)?,
             qkv: alloc(dims.qkv_width())?,
             attended: alloc(dims.q_width())?,
-            activated: alloc(dims.intermediate as usize)?,
+            activated: alloc(spec.activated_width() as usize)?,
+            experts,
         })
     }
 }
@@ -60,8 +69,7 @@ impl Cpu {
         kv: KvLayer<Buffer>,
     ) -> Result<(), CpuError> {
         let (spec, b) = (self.layer_spec(layer)?, self.activations()?);
-        let (LayerSpec { mixer: Mixer::Attention(attention), .. }, Mlp::Dense(activation)) = (spec, spec.mlp)
-        else {
+        let LayerSpec { mixer: Mixer::Attention(attention), .. } = spec else {
             return Err(CpuError::NotReserved); // `supports` lets no other layer through
         };
         let tokens = step.shape.tokens;
@@ -84,11 +92,32 @@ impl Cpu {
             }
         };
         let x = self.add_and_norm(tokens, b.residual, Some(added), weights.mlp_norm, free)?;
-        self.gate_up(tokens, activation, x, weights.gate_up, b.activated)?;
-        self.linear(tokens, b.activated, weights.down, added)?;
+        self.mlp(step, &spec.mlp, &weights.mlp, x, added)?;
         match weights.mlp_out_norm {
             None => Ok(()),
             Some(norm) => self.rms_norm(tokens, added, norm, free),
+        }
+    }
+
+    /// What follows attention: `out = mlp(x)`.
+    fn mlp(
+        &mut self,
+        step: &Step<Buffer>,
+        spec: &Mlp,
+        weights: &MlpWeights<Weight>,
+        x: Buffer,
+        out: Buffer,
+    ) -> Result<(), CpuError> {
+        let (tokens, activated) = (step.shape.tokens, self.activations()?.activated);
+        match (spec, weights) {
+            (Mlp::Dense(activation), MlpWeights::Dense { gate_up, down }) => {
+                self.gate_up(tokens, *activation, x, *gate_up, activated)?;
+                self.linear(tokens, activated, *down, out)
+            }
+            (Mlp::Experts(experts), MlpWeights::Experts(weights)) => {
+                self.experts(step, experts, weights, x, out)
+            }
+            _ => Err(CpuError::NotReserved), // the weights are those of the spec that was reserved
         }
     }
 
@@ -151,6 +180,21 @@ impl Cpu {
     ) -> Result<(), CpuError> {
         let (window, scale) = (spec.window, spec.scale);
         self.enqueue(Command::Attend(Attend { step: *step, window, scale, qkv, kv, out }))
+    }
+
+    /// What a layer's experts give each token; see [`Experts`].
+    pub fn experts(
+        &mut self,
+        step: &Step<Buffer>,
+        experts: &Experts,
+        weights: &ExpertWeights<Weight>,
+        x: Buffer,
+        out: Buffer,
+    ) -> Result<(), CpuError> {
+        let Activations { activated, experts: buffers, .. } = self.activations()?;
+        let (step, experts, weights) = (*step, *experts, *weights);
+        let buffers = buffers.ok_or(CpuError::NotReserved)?;
+        self.enqueue(Command::Experts(RunExperts { step, experts, weights, x, activated, out, buffers }))
     }
 
     /// `out = activation(gate) * up` with `gate, up = weight @ x` (Shazeer, 2020).

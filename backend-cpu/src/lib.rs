@@ -10,6 +10,7 @@
 //!   layer.rs    a decoder layer out of single operations, and the buffers between them
 //!   supports.rs what of a spec is not computed here
 //!   ops.rs      what a transformer is: embedding, norm, rope, attention
+//!   experts.rs  MLPs of which each token gets some
 //!   matmul.rs   rows times a matrix, in blocks
 //!   sampling.rs tokens and log-probabilities out of logits
 //!   simd.rs     the inner loops, compiled for the vector units that the machine has
@@ -22,6 +23,7 @@ mod command;
 mod crew;
 mod device;
 mod error;
+mod experts;
 mod layer;
 mod matmul;
 mod memory;
@@ -34,6 +36,7 @@ mod weights;
 pub use command::Heads;
 pub use device::{Cpu, Event, Graph, Pinned};
 pub use error::CpuError;
+pub use experts::ExpertBuffers;
 pub use layer::Activations;
 pub use memory::{Buffer, available};
 pub use weights::Weight;

@@ -19,7 +19,7 @@ use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 use rayon::prelude::*;
 
 use crate::simd::{Kernel, dots, fastest};
-use crate::weights::Matrix;
+use crate::weights::Rows;
 
 /// Weight rows of a block.
 const ROWS: usize = 8;
@@ -33,8 +33,8 @@ const BLOCKS: usize = 4;
 const GRAIN: usize = 1 << 16;
 
 /// `out[t] = weight @ x[t]`; `x` is `[tokens, cols]`, `out` `[tokens, rows]`.
-pub fn linear(weight: &Matrix, x: &[f32], out: &mut [f32]) {
-    let width = weight.rows;
+pub fn linear(weight: Rows<'_>, x: &[f32], out: &mut [f32]) {
+    let width = weight.count;
     let out = shared(out);
     let rows = |block: usize| std::array::from_fn(|i| (block * ROWS + i).min(width - 1));
     product(weight, x, width.div_ceil(ROWS), rows, |block, token, tile| {
@@ -47,13 +47,13 @@ pub fn linear(weight: &Matrix, x: &[f32], out: &mut [f32]) {
 
 /// `out = activation(gate) * up` where `weight` holds the rows of gate, then those of up; `out` is `[tokens, rows / 2]`.
 pub fn gate_up(
-    weight: &Matrix,
+    weight: Rows<'_>,
     x: &[f32],
     out: &mut [f32],
     activation: impl Fn(f32) -> f32 + Copy + Send + Sync,
 ) {
     const PAIRS: usize = ROWS / 2;
-    let width = weight.rows / 2;
+    let width = weight.count / 2;
     let out = shared(out);
     let rows = |block: usize| {
         std::array::from_fn(|i| (block * PAIRS + i % PAIRS).min(width - 1) + i / PAIRS * width)
@@ -79,16 +79,17 @@ fn shared(out: &mut [f32]) -> &[AtomicU32] {
 
 /// Calls `write(block, token, values)` with the products of every token and each block's rows.
 fn product(
-    weight: &Matrix,
+    weight: Rows<'_>,
     x: &[f32],
     blocks: usize,
     rows: impl Fn(usize) -> [usize; ROWS] + Copy + Send + Sync,
     write: impl Fn(usize, usize, &[f32; ROWS]) + Copy + Send + Sync,
 ) {
-    let tokens = x.len() / weight.cols;
+    let cols = weight.matrix.cols;
+    let tokens = x.len() / cols;
     let runs = tokens.div_ceil(TOKENS);
     let groups = blocks.div_ceil(BLOCKS);
-    let work = weight.cols * ROWS * BLOCKS * tokens.min(TOKENS);
+    let work = cols * ROWS * BLOCKS * tokens.min(TOKENS);
     let tasks = (0..runs * groups).into_par_iter().with_min_len(1 + GRAIN / work.max(1));
     tasks.for_each(|task| {
         let (run, group) = (task / groups, task % groups);
@@ -104,7 +105,7 @@ fn product(
 }
 
 struct Task<'a, R, W> {
-    weight: &'a Matrix,
+    weight: Rows<'a>,
     x: &'a [f32],
     tokens: Range<usize>,
     blocks: Range<usize>,
@@ -119,7 +120,7 @@ where
 {
     #[inline(always)]
     fn run<const FMA: bool>(self) {
-        let cols = self.weight.cols;
+        let cols = self.weight.matrix.cols;
         let x = &self.x[self.tokens.start * cols..self.tokens.end * cols];
         let mut panel = [[0.0; PANEL]; ROWS];
         let mut tile = [[0.0; ROWS]; TOKENS];

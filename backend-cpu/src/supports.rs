@@ -3,7 +3,7 @@
 //! Every field of a spec is taken apart, so that one that is added to it does not pass unseen.
 
 use minisgl_core::spec::{
-    Attention, Bias, DecoderSpec, LayerSpec, Mixer, Mlp, RopePairs, Unsupported, WeightFormat,
+    Attention, Bias, DecoderSpec, Experts, LayerSpec, Mixer, Mlp, RopePairs, Unsupported, WeightFormat,
 };
 
 const BACKEND: &str = "CPU";
@@ -29,7 +29,13 @@ fn check_layer(layer: &LayerSpec) -> Result<(), &'static str> {
     }
     match mlp {
         Mlp::Dense(_) => Ok(()),
-        Mlp::Experts { .. } => Err("experts"),
+        Mlp::Experts(Experts { activation: _, count, per_token, intermediate: _, normalized: _ }) => {
+            if (1..=*count).contains(per_token) {
+                Ok(())
+            } else {
+                Err("fewer experts than a token gets, or none")
+            }
+        }
     }
 }
 

@@ -35,6 +35,22 @@ pub struct Matrix {
     parts: Vec<Part>,
 }
 
+/// Some rows of a matrix.
+#[derive(Clone, Copy)]
+pub struct Rows<'a> {
+    pub matrix: &'a Matrix,
+    pub first: usize,
+    pub count: usize,
+}
+
+impl Rows<'_> {
+    /// See [`Matrix::widen`].
+    #[inline(always)]
+    pub fn widen(&self, row: usize, from: usize, out: &mut [f32]) {
+        self.matrix.widen(self.first + row, from, out);
+    }
+}
+
 /// How activations are rounded to e4m3, all of a row's groups alike.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Rounding {
@@ -98,11 +114,21 @@ impl Matrix {
         Ok(matrix)
     }
 
+    /// All of its rows.
+    pub fn all(&self) -> Rows<'_> {
+        Rows { matrix: self, first: 0, count: self.rows }
+    }
+
+    /// The rows of one of `count` equal matrices that are stacked.
+    pub fn one_of(&self, count: usize, index: usize) -> Rows<'_> {
+        let rows = self.rows / count;
+        Rows { matrix: self, first: index * rows, count: rows }
+    }
+
     /// Columns `from..` of a row, as many as `out` is long, widened to f32.
     #[inline(always)]
     pub fn widen(&self, row: usize, from: usize, out: &mut [f32]) {
-        let part = self.parts.iter().find(|part| part.rows.contains(&row));
-        let part = part.expect("a row below `rows` lies in a part");
+        let part = &self.parts[self.parts.partition_point(|part| part.rows.end <= row)];
         let first = (row - part.rows.start) * self.cols + from;
         let size = part.elements.bytes();
         let bytes = &(*part.owner).as_ref()[part.bytes.clone()][first * size..][..out.len() * size];

@@ -5,7 +5,7 @@ mod common;
 use common::{dims, spec};
 use minisgl_core::backend::Ops;
 use minisgl_core::spec::{
-    Activation, Attention, Bias, DecoderSpec, LayerSpec, Mixer, Mlp, Norms, QkNorm, Rope, RopePairs,
+    Activation, Attention, Bias, DecoderSpec, Experts, LayerSpec, Mixer, Mlp, Norms, QkNorm, Rope, RopePairs,
 };
 use minisgl_cpu::Cpu;
 
@@ -34,10 +34,10 @@ fn what_is_not_computed_is_refused_by_name_and_layer() {
     let plain = spec(dims(8, 2, 1, 4, 8, 16));
     let layer = |layer| DecoderSpec { layers: vec![plain.layers[0], layer], ..plain.clone() };
     let activation = Activation::Silu;
-    let experts = Mlp::Experts { activation, count: 8, per_token: 2, intermediate: 8, normalized: true };
+    let experts = Experts { activation, count: 8, per_token: 9, intermediate: 8, normalized: true };
     let delta = Mixer::GatedDelta { key_heads: 2, value_heads: 4, head_dim: 8, convolution: 4 };
     let layers = [
-        (layer(LayerSpec { mlp: experts, ..plain.layers[0] }), "experts"),
+        (layer(LayerSpec { mlp: Mlp::Experts(experts), ..plain.layers[0] }), "fewer experts"),
         (layer(LayerSpec { mixer: delta, ..plain.layers[0] }), "gated delta"),
     ];
     for (spec, name) in attentions.into_iter().chain(layers) {

@@ -233,12 +233,44 @@ pub struct LayerWeights<W> {
     pub attention_out_norm: Option<W>,
     /// `[hidden]`, of what the MLP gets.
     pub mlp_norm: Option<W>,
-    /// `[2 * intermediate, hidden]`: rows of gate, then up.
-    pub gate_up: W,
-    /// `[hidden, intermediate]`.
-    pub down: W,
+    /// What follows attention.
+    pub mlp: MlpWeights<W>,
     /// `[hidden]`, of what the MLP gives.
     pub mlp_out_norm: Option<W>,
+}
+
+/// Weights of what follows attention; see [`crate::spec::Mlp`].
+#[derive(Clone, Copy, Debug)]
+pub enum MlpWeights<W> {
+    /// One MLP.
+    Dense {
+        /// `[2 * intermediate, hidden]`: rows of gate, then up.
+        gate_up: W,
+        /// `[hidden, intermediate]`.
+        down: W,
+    },
+    /// Many, of which each token gets some.
+    Experts(ExpertWeights<W>),
+}
+
+/// Weights of a layer's experts.
+#[derive(Clone, Copy, Debug)]
+pub struct ExpertWeights<W> {
+    /// `[experts, hidden]`.
+    pub router: W,
+    /// `[experts * 2 * intermediate, hidden]`: of each expert, rows of gate, then up.
+    pub gate_up: W,
+    /// `[experts * hidden, intermediate]`.
+    pub down: W,
+}
+
+impl<W: Copy> MlpWeights<W> {
+    /// What its norm's rows are multiplied with, and nothing else is, but for a router.
+    pub fn gate_up(&self) -> W {
+        match *self {
+            MlpWeights::Dense { gate_up, .. } | MlpWeights::Experts(ExpertWeights { gate_up, .. }) => gate_up,
+        }
+    }
 }
 
 /// How a matrix is going to be used, so that a backend may store it as its kernels like it.
@@ -254,6 +286,8 @@ pub enum WeightRole {
     Linear,
     /// `[2 * intermediate, hidden]`: gate rows, then up rows.
     GateUp,
+    /// As many such matrices, stacked, as there are experts.
+    ExpertsGateUp(u32),
 }
 
 /// The stage behind a model's forward pass: tokens out of logits, by what each row's slot says.

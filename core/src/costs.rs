@@ -10,7 +10,8 @@
 //! ```
 //!
 //! Attention is left out of these lines, as near as can be: the steps that are timed hold dummy rows, which attend to nothing or
-//! to a few tokens. A decode row's attention takes as long beside prompts as without them, so a choice between the two needs
+//! to a few tokens (of many different ids and in slots of their own, because experts are read by what tokens there are, and not
+//! at all by padding). A decode row's attention takes as long beside prompts as without them, so a choice between the two needs
 //! no more. A prompt's goes by what lies before its tokens, and is told by the same chunk at the end of short and long
 //! sequences.
 //!
@@ -86,28 +87,32 @@ pub(crate) struct Bench<'a, B: Device, M> {
 impl<B: Sampler, M: Model<B>> Bench<'_, B, M> {
     /// Times a few steps of each kind, small ones first.
     pub fn measure(mut self, limits: &Limits) -> Result<StepCosts, B::Error> {
-        let (dummy, mut batch) = (self.resident.dummy(), Batch::new(limits));
+        let (tokens, mut batch) = (self.tokens(), Batch::new(limits));
         let decode = self.line(Line::default(), ROWS, &mut batch, |size, batch| {
-            batch.clear();
-            StepShape::decode(size.min(limits.running))
+            fill_with_decode_rows(batch, size.min(limits.running), tokens);
+            batch.shape()
         })?;
         let mixed = self.line(decode, TOKENS, &mut batch, |size, batch| {
-            fill_with_prompts(batch, size, dummy, limits);
+            fill_with_prompts(batch, size, tokens, limits);
             batch.shape()
         })?;
         let attention = self.attention(mixed, &mut batch, limits)?;
         Ok(StepCosts { decode, mixed, attention })
     }
 
+    fn tokens(&self) -> Tokens {
+        Tokens { dummy: self.resident.dummy(), vocab: self.model.vocab() }
+    }
+
     /// What a chunk takes beside what its tokens do, by what lies before it; nothing where that would take too long to find out.
     fn attention(&mut self, mixed: Line, batch: &mut Batch, limits: &Limits) -> Result<Line, B::Error> {
-        let (dummy, chunk) = (self.resident.dummy(), CHUNK.min(limits.prefill_tokens).min(limits.sequence));
+        let (tokens, chunk) = (self.tokens(), CHUNK.min(limits.prefill_tokens).min(limits.sequence));
         let (mut first, mut line) = (None, Line { fixed_ms: mixed.at(chunk), token_ms: 0.0 });
         for context in CONTEXTS.map(|context| context.clamp(chunk, limits.sequence)) {
             if line.at(context) > LONGEST_MS {
                 break;
             }
-            fill_with_chunk(batch, chunk, context, dummy, limits);
+            fill_with_chunk(batch, chunk, context, tokens, limits);
             let ms = self.time(batch, batch.shape())?;
             let (least, least_ms) = *first.get_or_insert((context, ms));
             line = match context > least {
@@ -162,32 +167,54 @@ impl<B: Sampler, M: Model<B>> Bench<'_, B, M> {
     }
 }
 
-/// Fills a batch with prompts of dummy tokens, about so many in all.
-fn fill_with_prompts(batch: &mut Batch, tokens: u32, dummy: Dummy, limits: &Limits) {
-    batch.clear();
-    let nobody = Ticket { entry: 0, generation: 0 };
-    let of_all = tokens.min(limits.prefill_tokens);
-    let of_each = PROMPT.max(of_all.div_ceil(limits.running)).min(of_all).min(limits.sequence);
-    for i in 0..(of_all / of_each).min(limits.running) {
-        let row = Row { tokens: of_each, kv_len: of_each, ..dummy.row(i * of_each) };
-        batch.push_prefill_row(nobody, row);
-        for position in 0..of_each {
-            let location = dummy.location + position % limits.page_size;
-            batch.push_token(Token { position, location, ..dummy.token() });
-        }
+/// What the timed steps are made of: rows of slots of their own, all on the dummy page.
+#[derive(Clone, Copy)]
+struct Tokens {
+    dummy: Dummy,
+    vocab: u32,
+}
+
+impl Tokens {
+    /// One token of a slot's, sampled or decoded.
+    fn row(self, slot: u32, first_token: u32) -> Row {
+        Row { slot, ..self.dummy.row(first_token) }
+    }
+
+    fn token(self, slot: u32, position: u32, page_size: u32) -> Token {
+        let id = (slot.wrapping_mul(31) + position).wrapping_mul(7919) % self.vocab;
+        Token { id, slot, position, location: self.dummy.location + position % page_size }
     }
 }
 
-/// Fills a batch with the last `tokens` of a sequence of `context` dummy tokens.
-fn fill_with_chunk(batch: &mut Batch, tokens: u32, context: u32, dummy: Dummy, limits: &Limits) {
+/// Fills a batch with decode rows, each its sequence's first token.
+fn fill_with_decode_rows(batch: &mut Batch, rows: u32, tokens: Tokens) {
+    batch.clear();
+    for slot in 0..rows {
+        let owner = Ticket { entry: slot, generation: 0 };
+        batch.push_decode_row(owner, tokens.row(slot, slot), tokens.token(slot, 0, 1));
+    }
+}
+
+/// Fills a batch with prompts, about so many tokens in all.
+fn fill_with_prompts(batch: &mut Batch, count: u32, tokens: Tokens, limits: &Limits) {
     batch.clear();
     let nobody = Ticket { entry: 0, generation: 0 };
-    let position = context - tokens;
-    batch.push_prefill_row(nobody, Row { tokens, position, kv_len: context, ..dummy.row(0) });
-    for position in position..context {
-        let location = dummy.location + position % limits.page_size;
-        batch.push_token(Token { position, location, ..dummy.token() });
+    let of_all = count.min(limits.prefill_tokens);
+    let of_each = PROMPT.max(of_all.div_ceil(limits.running)).min(of_all).min(limits.sequence);
+    for i in 0..(of_all / of_each).min(limits.running) {
+        let row = Row { tokens: of_each, kv_len: of_each, ..tokens.row(i, i * of_each) };
+        batch.push_prefill_row(nobody, row);
+        (0..of_each).for_each(|position| batch.push_token(tokens.token(i, position, limits.page_size)));
     }
+}
+
+/// Fills a batch with the last `count` of a sequence of `context` tokens.
+fn fill_with_chunk(batch: &mut Batch, count: u32, context: u32, tokens: Tokens, limits: &Limits) {
+    batch.clear();
+    let nobody = Ticket { entry: 0, generation: 0 };
+    let position = context - count;
+    batch.push_prefill_row(nobody, Row { tokens: count, position, kv_len: context, ..tokens.row(0, 0) });
+    (position..context).for_each(|position| batch.push_token(tokens.token(0, position, limits.page_size)));
 }
 
 #[cfg(test)]

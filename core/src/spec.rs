@@ -289,19 +289,28 @@ pub enum RopeScaling {
 pub enum Mlp {
     /// `down(activation(gate x) * up x)` (Shazeer, 2020).
     Dense(Activation),
-    /// A router chooses for each token some of many such MLPs, and adds up what they give.
-    Experts {
-        /// Activation of each.
-        activation: Activation,
-        /// How many there are.
-        count: u32,
-        /// How many a token gets.
-        per_token: u32,
-        /// Width of each.
-        intermediate: u32,
-        /// Are the chosen ones' weights divided by their sum?
-        normalized: bool,
-    },
+    /// A router chooses some of many such MLPs for each token.
+    Experts(Experts),
+}
+
+/// MLPs of which each token gets some (Shazeer et al., 2017).
+///
+/// A token's logits are `router x`, one an expert, in f32. It gets the experts of the `per_token` largest ones; of equal logits
+/// that of the lower expert comes first. An expert's share is `exp(logit)` divided by the sum over all experts or, if
+/// `normalized`, over the chosen ones. The layer gives `sum of share * expert(x)`, added in ascending order of the experts'
+/// numbers, in f32, whatever tokens are beside it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Experts {
+    /// Activation of each.
+    pub activation: Activation,
+    /// How many there are.
+    pub count: u32,
+    /// How many a token gets, at most all.
+    pub per_token: u32,
+    /// Width of each.
+    pub intermediate: u32,
+    /// Do a token's shares add up to 1?
+    pub normalized: bool,
 }
 
 /// The activation of an MLP's gate.
@@ -329,6 +338,25 @@ impl LayerSpec {
         match self.mixer {
             Mixer::Attention(attention) => attention.window,
             Mixer::GatedDelta { .. } => None,
+        }
+    }
+
+    /// Its experts, if it has any.
+    pub fn experts(&self) -> Option<Experts> {
+        match self.mlp {
+            Mlp::Dense(_) => None,
+            Mlp::Experts(experts) => Some(experts),
+        }
+    }
+
+    /// Elements of its MLP's matrices that a token is multiplied with.
+    fn active_mlp(&self, dims: &Dims) -> u64 {
+        let hidden = u64::from(dims.hidden);
+        match self.mlp {
+            Mlp::Dense(_) => 3 * hidden * u64::from(dims.intermediate),
+            Mlp::Experts(Experts { count, per_token, intermediate, .. }) => {
+                hidden * (u64::from(count) + 3 * u64::from(per_token) * u64::from(intermediate))
+            }
         }
     }
 }
@@ -367,6 +395,18 @@ impl DecoderSpec {
             weights: WeightFormat::Bf16,
             layers: vec![layer; dims.layers as usize],
         }
+    }
+
+    /// Elements of all layers' matrices that a token is multiplied with: of experts, those that it gets.
+    pub fn active_weights(&self) -> u64 {
+        let attention = u64::from(self.dims.hidden) * (self.dims.qkv_width() + self.dims.q_width()) as u64;
+        self.layers.iter().map(|layer| attention + layer.active_mlp(&self.dims)).sum()
+    }
+
+    /// The widest of the rows that an MLP's or an expert's `down` gets.
+    pub fn activated_width(&self) -> u32 {
+        let width = |layer: &LayerSpec| layer.experts().map_or(self.dims.intermediate, |it| it.intermediate);
+        self.layers.iter().map(width).max().unwrap_or(0)
     }
 
     /// The widest window, if every layer has one: keys and values further behind are never read again.

@@ -11,6 +11,15 @@ pub struct Load {
     pub pages_used: u32,
 }
 
+/// What steps of decode rows alone read of layers with experts; a layer counts once a step.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ExpertsRead {
+    /// Layers with experts that ran.
+    pub layers: u64,
+    /// Experts that a row chose, each counted once a layer and step.
+    pub experts: u64,
+}
+
 /// Counters since construction or [`Stats::default`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Stats {

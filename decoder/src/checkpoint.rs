@@ -219,7 +219,8 @@ impl Checkpoint {
         let (config, family) = read_config(dir, families)?;
         let weights = Weights::open(dir)?;
         let quantization = config.quantization.as_ref();
-        let tensors = Tensors::collect(&config.spec, &family.names, |name, shape| {
+        let has = |name: &str| weights.files.contains_key(name);
+        let tensors = Tensors::collect(&config.spec, &family.names, has, |name, shape| {
             weights.tensor(name, shape, quantization)
         })?;
         weights.log_extra(&tensors, quantization);

@@ -10,7 +10,8 @@
 //! Weights are loaded once, by [`Decoder::load`]; buffers are planned once, by [`Model::reserve`]. A step only enqueues.
 
 use minisgl_core::backend::{
-    Device, Element, KvCache, KvLayer, LayerWeights, Model, Ops, Purpose, Step, WeightRole,
+    Device, Element, ExpertWeights, KvCache, KvLayer, LayerWeights, MlpWeights, Model, Ops, Purpose, Step,
+    WeightRole,
 };
 use minisgl_core::batch::{Row, StepShape};
 use minisgl_core::config::Limits;
@@ -20,7 +21,7 @@ use thiserror::Error;
 
 use crate::checkpoint::Checkpoint;
 use crate::rope;
-use crate::tensors::LayerTensors;
+use crate::tensors::{LayerTensors, MlpTensors};
 
 /// Why a checkpoint could not be put on a device.
 #[derive(Debug, Error)]
@@ -82,8 +83,8 @@ impl<B: Ops> Decoder<B> {
         let (config, tensors) = (checkpoint.config(), checkpoint.tensors());
         let embed = load_one(backend, WeightRole::Embedding, &tensors.embed)?;
         let mut layers = Vec::with_capacity(tensors.layers.len());
-        for layer in &tensors.layers {
-            layers.push(load_layer(backend, config.spec.norm, layer)?);
+        for (spec, layer) in config.spec.layers.iter().zip(&tensors.layers) {
+            layers.push(load_layer(backend, config.spec.norm, spec, layer)?);
         }
         let norm = load_one(backend, WeightRole::Norm(config.spec.norm), &tensors.norm)?;
         let head = match &tensors.head {
@@ -210,6 +211,7 @@ fn load_one<B: Ops>(backend: &mut B, role: WeightRole, tensor: &HostTensor) -> R
 fn load_layer<B: Ops>(
     backend: &mut B,
     form: NormForm,
+    spec: &LayerSpec,
     tensors: &LayerTensors,
 ) -> Result<LayerWeights<B::Weight>, B::Error> {
     let mut norm = |tensor: &Option<HostTensor>| {
@@ -230,16 +232,36 @@ fn load_layer<B: Ops>(
         o: load_one(backend, WeightRole::Linear, &tensors.o)?,
         attention_out_norm,
         mlp_norm,
-        gate_up: backend.load(WeightRole::GateUp, &tensors.gate_up)?,
-        down: load_one(backend, WeightRole::Linear, &tensors.down)?,
+        mlp: load_mlp(backend, spec, &tensors.mlp)?,
         mlp_out_norm,
     };
-    for (norm, linear) in [(attention_norm, weights.qkv), (mlp_norm, weights.gate_up)] {
+    for (norm, linear) in [(attention_norm, weights.qkv), (mlp_norm, weights.mlp.gate_up())] {
         if let Some(norm) = norm {
             backend.fold_norm(norm, linear)?;
         }
     }
     Ok(weights)
+}
+
+fn load_mlp<B: Ops>(
+    backend: &mut B,
+    spec: &LayerSpec,
+    tensors: &MlpTensors,
+) -> Result<MlpWeights<B::Weight>, B::Error> {
+    Ok(match tensors {
+        MlpTensors::Dense { gate_up, down } => MlpWeights::Dense {
+            gate_up: backend.load(WeightRole::GateUp, gate_up)?,
+            down: load_one(backend, WeightRole::Linear, down)?,
+        },
+        MlpTensors::Experts { router, gate_up, down } => {
+            let count = spec.experts().map_or(0, |experts| experts.count);
+            MlpWeights::Experts(ExpertWeights {
+                router: backend.load(WeightRole::Linear, router)?,
+                gate_up: backend.load(WeightRole::ExpertsGateUp(count), gate_up)?,
+                down: backend.load(WeightRole::Linear, down)?,
+            })
+        }
+    })
 }
 
 /// Each layer's table; layers with the same rope have the same.

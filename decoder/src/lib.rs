@@ -28,4 +28,4 @@ pub use decoder::{Decoder, LoadError};
 pub use family::{Family, LayerNames, Preset};
 pub use fields::Fields;
 pub use presets::names as preset_names;
-pub use tensors::{LayerTensors, Tensors};
+pub use tensors::{LayerTensors, MlpTensors, Tensors};

@@ -3,16 +3,20 @@
 //! Dummy weights are uniform. A matrix's have the standard deviation 1/sqrt(inputs), so that a row of ones' size stays
 //! of that size; a norm's scales lie around 1, biases around 0. A tensor's seed is a hash of its name: the same on every
 //! backend and in every run.
+//!
+//! Such a router would choose all experts equally often, which trained ones don't. So its rows differ in size, by up to 1.3 times
+//! the usual one and down to 0.7 of it, evenly: of 128 experts with 8 a token the first are chosen by 12% of the tokens, the last by
+//! 1.5%, where an even router has 6%. Which are which is drawn anew for each layer.
 
 use std::convert::Infallible;
 
 use minisgl_core::spec::{DecoderSpec, NormForm};
-use minisgl_core::tensor::{HostTensor, TensorData, splitmix64};
+use minisgl_core::tensor::{HostTensor, TensorData, splitmix64, uniform_element};
 
 use crate::config::{Config, ConfigError, parse};
 use crate::family::{Family, Preset};
 use crate::fields::Fields;
-use crate::tensors::{Shape, Tensors};
+use crate::tensors::{MlpTensors, Shape, Tensors};
 
 /// The presets' names, each family's smallest first.
 pub fn names<'a>(families: &'a [&Family]) -> impl Iterator<Item = &'static str> + 'a {
@@ -39,11 +43,27 @@ fn read(preset: &Preset, family: &Family) -> Result<Config, ConfigError> {
 
 /// Dummy weights for any configuration.
 pub(crate) fn dummy_tensors(spec: &DecoderSpec, family: &Family) -> Tensors {
+    let stacked = |_: &str| true;
     let made: Result<Tensors, Infallible> =
-        Tensors::collect(spec, &family.names, |name, shape| Ok(dummy(name, shape, spec.norm)));
-    match made {
-        Ok(tensors) => tensors,
+        Tensors::collect(spec, &family.names, stacked, |name, shape| Ok(dummy(name, shape, spec.norm)));
+    let Ok(mut tensors) = made;
+    for layer in &mut tensors.layers {
+        if let MlpTensors::Experts { router, .. } = &mut layer.mlp {
+            *router = router.iter().flat_map(router_rows).collect();
+        }
     }
+    tensors
+}
+
+/// A router's rows, one by one, of different sizes.
+fn router_rows(router: &HostTensor) -> impl Iterator<Item = HostTensor> {
+    let bound = (3.0 / router.cols as f32).sqrt();
+    (0..router.rows).map(move |expert| {
+        let name = format!("{}[{expert}]", router.name);
+        let size = uniform_element(seed(&router.name), expert as u64, 0.7, 1.3).to_f32();
+        let data = TensorData::Uniform { seed: seed(&name), low: -bound * size, high: bound * size };
+        HostTensor { name, rows: 1, cols: router.cols, data }
+    })
 }
 
 fn dummy(name: &str, shape: Shape, norm: NormForm) -> HostTensor {
@@ -51,7 +71,7 @@ fn dummy(name: &str, shape: Shape, norm: NormForm) -> HostTensor {
         Shape::Vector(_) if norm == NormForm::Scale => (0.9, 1.1),
         Shape::Vector(_) | Shape::Column(_) => (-0.1, 0.1),
         // A uniform variate on [-a, a) has the standard deviation a / sqrt(3).
-        Shape::Matrix(_, inputs) => {
+        Shape::Matrix(_, inputs) | Shape::Stack(_, _, inputs) => {
             let bound = (3.0 / inputs as f32).sqrt();
             (-bound, bound)
         }

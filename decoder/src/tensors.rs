@@ -8,12 +8,16 @@
 //!                    self_attn.o_proj.weight           [hidden, heads * head_dim]
 //!                    mlp.{gate,up}_proj.weight         [intermediate, hidden]                   fused: gate_up
 //!                    mlp.down_proj.weight              [hidden, intermediate]
+//!                    mlp.gate.weight                   [experts, hidden]                        a router, and either
+//!                    mlp.experts.{e}.{gate,up,down}_proj.weight     as above, or
+//!                    mlp.experts.gate_up_proj          [experts, 2 * intermediate, hidden]
+//!                    mlp.experts.down_proj             [experts, hidden, intermediate]
 //!                    norms before and after            [hidden]    under the family's names, where the spec has them
 //!   model.norm.weight                                  [hidden]
 //!   lm_head.weight                                     [vocab, hidden]    where it is not tied to the embedding
 //! ```
 
-use minisgl_core::spec::{Bias, DecoderSpec, Dims, LayerSpec, Mixer, QkNorm};
+use minisgl_core::spec::{Bias, DecoderSpec, Dims, Experts, LayerSpec, Mixer, Mlp, QkNorm};
 use minisgl_core::tensor::HostTensor;
 
 use crate::family::LayerNames;
@@ -50,12 +54,31 @@ pub struct LayerTensors {
     pub attention_out_norm: Option<HostTensor>,
     /// `[hidden]`, of what the MLP gets.
     pub mlp_norm: Option<HostTensor>,
-    /// gate, up, whose rows are stacked on the device.
-    pub gate_up: [HostTensor; 2],
-    /// `[hidden, intermediate]`.
-    pub down: HostTensor,
+    /// What follows attention.
+    pub mlp: MlpTensors,
     /// `[hidden]`, of what the MLP gives.
     pub mlp_out_norm: Option<HostTensor>,
+}
+
+/// The tensors of what follows attention.
+#[derive(Clone, Debug)]
+pub enum MlpTensors {
+    /// One MLP.
+    Dense {
+        /// gate, up, whose rows are stacked on the device.
+        gate_up: [HostTensor; 2],
+        /// `[hidden, intermediate]`.
+        down: HostTensor,
+    },
+    /// Many, of which each token gets some. Tensors are stacked on the device, whether the checkpoint has them so or not.
+    Experts {
+        /// `[experts, hidden]` in all.
+        router: Vec<HostTensor>,
+        /// `[experts * 2 * intermediate, hidden]` in all: gate, then up, of each expert.
+        gate_up: Vec<HostTensor>,
+        /// `[experts * hidden, intermediate]` in all.
+        down: Vec<HostTensor>,
+    },
 }
 
 /// A tensor's shape.
@@ -67,21 +90,27 @@ pub(crate) enum Shape {
     Column(usize),
     /// `[rows, cols]`.
     Matrix(usize, usize),
+    /// `[n, rows, cols]`: as many matrices.
+    Stack(usize, usize, usize),
 }
 
 impl Tensors {
-    /// Asks `find` for each tensor of a model by name and shape; the first error ends it.
+    /// Asks `find` for each tensor of a model by name and shape; the first error ends it. Where there are two ways to write
+    /// something, `has` says whether there is a tensor of a name.
     pub(crate) fn collect<E>(
         spec: &DecoderSpec,
         names: &LayerNames,
+        has: impl Fn(&str) -> bool,
         mut find: impl FnMut(&str, Shape) -> Result<HostTensor, E>,
     ) -> Result<Tensors, E> {
         let (vocab, hidden) = (spec.dims.vocab as usize, spec.dims.hidden as usize);
         let embed = find("model.embed_tokens.weight", Shape::Matrix(vocab, hidden))?;
         let mut layers = Vec::with_capacity(spec.layers.len());
         for (i, layer) in spec.layers.iter().enumerate() {
-            layers.push(LayerTensors::collect(&spec.dims, layer, names, |name, shape| {
-                find(&format!("model.layers.{i}.{name}"), shape)
+            let full = |name: &str| format!("model.layers.{i}.{name}");
+            let has = |name: &str| has(&full(name));
+            layers.push(LayerTensors::collect(&spec.dims, layer, names, has, |name, shape| {
+                find(&full(name), shape)
             })?);
         }
         let norm = find("model.norm.weight", Shape::Vector(hidden))?;
@@ -94,11 +123,23 @@ impl Tensors {
         self.iter().map(|tensor| tensor.bytes() as u64).sum()
     }
 
-    /// Bytes that one decode step reads: every layer and the head, as they are stored on the host.
+    /// Bytes that one decode step reads: every layer and the head, as they are stored on the host. Of experts all are counted,
+    /// as many rows read them.
     pub fn step_bytes(&self) -> u64 {
         let layers = self.layers.iter().flat_map(LayerTensors::iter);
         let head = self.head.as_ref().unwrap_or(&self.embed);
         layers.chain([&self.norm, head]).map(|tensor| tensor.bytes() as u64).sum()
+    }
+
+    /// Bytes of all layers' experts, routers not included, as they are stored on the host.
+    pub fn expert_bytes(&self) -> u64 {
+        let experts = self.layers.iter().map(|layer| match &layer.mlp {
+            MlpTensors::Dense { .. } => 0,
+            MlpTensors::Experts { gate_up, down, .. } => {
+                gate_up.iter().chain(down).map(|tensor| tensor.bytes() as u64).sum()
+            }
+        });
+        experts.sum()
     }
 
     /// All of them, in no order that means anything.
@@ -118,16 +159,17 @@ impl Tensors {
 
 impl LayerTensors {
     fn matrices_mut(&mut self) -> impl Iterator<Item = &mut HostTensor> {
-        self.qkv.iter_mut().chain(&mut self.gate_up).chain([&mut self.o, &mut self.down])
+        self.qkv.iter_mut().chain([&mut self.o]).chain(self.mlp.iter_mut())
     }
 
     fn collect<E>(
         dims: &Dims,
         layer: &LayerSpec,
         names: &LayerNames,
+        has: impl Fn(&str) -> bool,
         mut find: impl FnMut(&str, Shape) -> Result<HostTensor, E>,
     ) -> Result<LayerTensors, E> {
-        let (hidden, mlp) = (dims.hidden as usize, dims.intermediate as usize);
+        let hidden = dims.hidden as usize;
         let (q, kv) = (dims.q_width(), dims.kv_width());
         let (bias, qk_norm) = match layer.mixer {
             Mixer::Attention(attention) => (attention.bias, attention.qk_norm),
@@ -162,11 +204,10 @@ impl LayerTensors {
             o: weight("self_attn.o_proj", Shape::Matrix(hidden, q))?,
             attention_out_norm,
             mlp_norm,
-            gate_up: [
-                weight("mlp.gate_proj", Shape::Matrix(mlp, hidden))?,
-                weight("mlp.up_proj", Shape::Matrix(mlp, hidden))?,
-            ],
-            down: weight("mlp.down_proj", Shape::Matrix(hidden, mlp))?,
+            mlp: match layer.mlp {
+                Mlp::Dense(_) => MlpTensors::dense(dims, &mut find)?,
+                Mlp::Experts(experts) => MlpTensors::experts(hidden, &experts, has, &mut find)?,
+            },
             mlp_out_norm,
             qkv_bias: match bias {
                 Bias::None => None,
@@ -182,8 +223,74 @@ impl LayerTensors {
     fn iter(&self) -> impl Iterator<Item = &HostTensor> {
         let norms = [&self.attention_norm, &self.q_norm, &self.k_norm, &self.attention_out_norm];
         let norms = norms.into_iter().chain([&self.mlp_norm, &self.mlp_out_norm]).flatten();
-        let matrices = self.qkv.iter().chain(&self.gate_up).chain([&self.o, &self.down]);
+        let matrices = self.qkv.iter().chain([&self.o]).chain(self.mlp.iter());
         norms.chain(matrices).chain(self.qkv_bias.iter().flatten())
+    }
+}
+
+impl MlpTensors {
+    fn dense<E>(
+        dims: &Dims,
+        mut find: impl FnMut(&str, Shape) -> Result<HostTensor, E>,
+    ) -> Result<MlpTensors, E> {
+        let (hidden, mlp) = (dims.hidden as usize, dims.intermediate as usize);
+        Ok(MlpTensors::Dense {
+            gate_up: [
+                find("mlp.gate_proj.weight", Shape::Matrix(mlp, hidden))?,
+                find("mlp.up_proj.weight", Shape::Matrix(mlp, hidden))?,
+            ],
+            down: find("mlp.down_proj.weight", Shape::Matrix(hidden, mlp))?,
+        })
+    }
+
+    /// Stacked, if there is a tensor of such a name, else one by one.
+    fn experts<E>(
+        hidden: usize,
+        experts: &Experts,
+        has: impl Fn(&str) -> bool,
+        mut find: impl FnMut(&str, Shape) -> Result<HostTensor, E>,
+    ) -> Result<MlpTensors, E> {
+        const STACKED: [&str; 2] = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"];
+        let (count, mlp) = (experts.count as usize, experts.intermediate as usize);
+        let router = vec![find("mlp.gate.weight", Shape::Matrix(count, hidden))?];
+        let [gate_up, down] = if STACKED.into_iter().any(has) {
+            [
+                vec![find(STACKED[0], Shape::Stack(count, 2 * mlp, hidden))?],
+                vec![find(STACKED[1], Shape::Stack(count, hidden, mlp))?],
+            ]
+        } else {
+            let mut all = [Vec::with_capacity(2 * count), Vec::with_capacity(count)];
+            for expert in 0..count {
+                let mut find = |part: &str, rows, cols| {
+                    find(&format!("mlp.experts.{expert}.{part}_proj.weight"), Shape::Matrix(rows, cols))
+                };
+                all[0].push(find("gate", mlp, hidden)?);
+                all[0].push(find("up", mlp, hidden)?);
+                all[1].push(find("down", hidden, mlp)?);
+            }
+            all
+        };
+        Ok(MlpTensors::Experts { router, gate_up, down })
+    }
+
+    fn iter(&self) -> impl Iterator<Item = &HostTensor> {
+        let (router, gate_up, down) = match self {
+            MlpTensors::Dense { gate_up, down } => (&[][..], &gate_up[..], std::slice::from_ref(down)),
+            MlpTensors::Experts { router, gate_up, down } => (&router[..], &gate_up[..], &down[..]),
+        };
+        router.iter().chain(gate_up).chain(down)
+    }
+
+    fn iter_mut(&mut self) -> impl Iterator<Item = &mut HostTensor> {
+        let (router, gate_up, down) = match self {
+            MlpTensors::Dense { gate_up, down } => {
+                (&mut [][..], &mut gate_up[..], std::slice::from_mut(down))
+            }
+            MlpTensors::Experts { router, gate_up, down } => {
+                (&mut router[..], &mut gate_up[..], &mut down[..])
+            }
+        };
+        router.iter_mut().chain(gate_up).chain(down)
     }
 }
 
@@ -193,6 +300,7 @@ impl Shape {
         match self {
             Shape::Vector(n) | Shape::Column(n) => vec![n],
             Shape::Matrix(rows, cols) => vec![rows, cols],
+            Shape::Stack(n, rows, cols) => vec![n, rows, cols],
         }
     }
 
@@ -202,6 +310,7 @@ impl Shape {
             Shape::Vector(n) => (1, n),
             Shape::Column(n) => (n, 1),
             Shape::Matrix(rows, cols) => (rows, cols),
+            Shape::Stack(n, rows, cols) => (n * rows, cols),
         }
     }
 }

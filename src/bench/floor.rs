@@ -4,6 +4,7 @@
 //! ```text
 //!   decode   reads   context of every row x KV bytes a token      once a step and row, as far as the window reaches
 //!                    weights, head included                       once a step of decode rows alone
+//!                    experts that a row chose                     likewise, each once, as they were counted
 //!   prefill  does    2 operations a weight and token              layers alone; the head sees one token a prompt
 //!                    4 x heads x head_dim x layers                a token and token attended to
 //! ```
@@ -13,17 +14,20 @@
 //! launching) counts as nothing, so no run reaches the floor.
 
 use minisgl_core::backend::Dims;
-use minisgl_core::stats::Stats;
+use minisgl_core::stats::{ExpertsRead, Stats};
 use serde::Serialize;
 
 use crate::diagnostics::Ceilings;
+use crate::info::ExpertsInfo;
 use crate::workload::Item;
 
 /// What a model costs, by unit of work.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub struct Costs {
-    /// Bytes of weights that a decode step reads.
+    /// Bytes of weights that every decode step reads: all but experts.
     pub weight_bytes_per_step: u64,
+    /// Bytes of an expert; 0 where there are none.
+    pub expert_bytes: u64,
     /// Bytes of keys and values of a token, over all layers.
     pub kv_bytes_per_token: u64,
     /// Operations of all layers' matrices for a token.
@@ -33,24 +37,30 @@ pub struct Costs {
 }
 
 impl Costs {
-    /// The costs of a decoder; bytes are as the device stores them.
-    pub fn new(dims: &Dims, weight_bytes_per_step: u64, kv_bytes_per_token: u64) -> Self {
-        let layers = u64::from(dims.layers);
-        let (hidden, mlp) = (u64::from(dims.hidden), u64::from(dims.intermediate));
-        let (q, qkv) = (dims.q_width() as u64, dims.qkv_width() as u64);
+    /// The costs of a decoder with `weight_bytes` of weights that a step reads, all experts included, and whose tokens are
+    /// multiplied with `active_weights` elements of its layers; bytes are as the device stores them.
+    pub fn new(
+        dims: &Dims,
+        active_weights: u64,
+        weight_bytes: u64,
+        experts: Option<ExpertsInfo>,
+        kv_bytes_per_token: u64,
+    ) -> Self {
         Costs {
-            weight_bytes_per_step,
+            weight_bytes_per_step: weight_bytes - experts.map_or(0, |experts| experts.all_bytes()),
+            expert_bytes: experts.map_or(0, |experts| experts.bytes),
             kv_bytes_per_token,
-            flop_per_token: 2 * layers * hidden * (qkv + q + 3 * mlp),
-            flop_per_context: 4 * layers * q,
+            flop_per_token: 2 * active_weights,
+            flop_per_context: 4 * u64::from(dims.layers) * dims.q_width() as u64,
         }
     }
 
-    /// What a run that is counted in `stats` had to read and do.
-    pub fn work(&self, stats: &Stats) -> Work {
+    /// What a run that is counted in `stats` and `experts` had to read and do.
+    pub fn work(&self, stats: &Stats, experts: &ExpertsRead) -> Work {
         Work {
             kv_bytes: stats.decode_context * self.kv_bytes_per_token,
-            weight_bytes: stats.decode_steps * self.weight_bytes_per_step,
+            weight_bytes: stats.decode_steps * self.weight_bytes_per_step
+                + experts.experts * self.expert_bytes,
             prefill_flop: stats.prefill_tokens * self.flop_per_token
                 + stats.prefill_context * self.flop_per_context,
         }
@@ -74,6 +84,20 @@ pub fn together(items: &[Item], window: Option<u32>) -> Stats {
         stats.decode_steps = stats.decode_steps.max(decoded);
     }
     stats
+}
+
+/// The experts that these decode steps read, if every choice is as likely as any other.
+pub fn experts_read_together(items: &[Item], experts: &ExpertsInfo) -> ExpertsRead {
+    let mut lengths: Vec<u64> =
+        items.iter().map(|item| u64::from(item.output_tokens.saturating_sub(1))).collect();
+    lengths.sort_unstable();
+    let (mut read, mut begin) = (0.0, 0);
+    for (ended, length) in lengths.iter().enumerate() {
+        read += (length - begin) as f64 * experts.read_by((lengths.len() - ended) as u64);
+        begin = *length;
+    }
+    let layers = u64::from(experts.layers);
+    ExpertsRead { layers: begin * layers, experts: (read * layers as f64) as u64 }
 }
 
 /// What a run must read and do, whatever the kernels.
@@ -149,11 +173,28 @@ mod tests {
     }
 
     #[test]
+    fn experts_are_read_once_a_step_and_layer_by_all_rows_that_chose_them() {
+        let experts = ExpertsInfo { layers: 3, count: 8, per_token: 2, bytes: 100 };
+        let item = |output_tokens| Item { prompt: vec![1], output_tokens };
+        let read = |items: &[Item]| experts_read_together(items, &experts);
+        assert_eq!(read(&[item(5)]), ExpertsRead { layers: 12, experts: 4 * 3 * 2 });
+        // Two rows for 4 steps, then one for 2: 8 (1 - (3/4)^2) is 3.5.
+        assert_eq!(
+            read(&[item(5), item(7), item(1)]),
+            ExpertsRead { layers: 18, experts: 3 * (4 * 7 / 2 + 2 * 2) }
+        );
+        let costs = Costs::new(&DIMS, 1000, 7 + 2400, Some(experts), 1);
+        assert_eq!((costs.weight_bytes_per_step, costs.flop_per_token), (7, 2000));
+        let stats = Stats { decode_steps: 6, ..Stats::default() };
+        assert_eq!(costs.work(&stats, &ExpertsRead { layers: 18, experts: 54 }).weight_bytes, 6 * 7 + 5400);
+    }
+
+    #[test]
     fn the_floor_of_the_published_workload_on_an_h100_is_five_seconds() {
         let weights = 880_803_840 + 311_164_928; // layers, head
-        let costs = Costs::new(&DIMS, weights, 114_688);
+        let costs = Costs::new(&DIMS, 440_401_920, weights, None, 114_688);
         assert_eq!(costs.flop_per_token, 880_803_840);
-        let work = costs.work(&stats_of_published_workload());
+        let work = costs.work(&stats_of_published_workload(), &ExpertsRead::default());
         assert!((13.8e12..13.9e12).contains(&(work.kv_bytes as f64)), "{work:?}");
         assert_eq!(work.weight_bytes, 1023 * weights);
         assert!((0.13e15..0.14e15).contains(&(work.prefill_flop as f64)), "{work:?}");

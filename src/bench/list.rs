@@ -2,11 +2,13 @@
 
 use std::fmt;
 
+use minisgl_core::stats::ExpertsRead;
 use minisgl_decoder::Checkpoint;
 
-use crate::bench::floor::{Costs, together};
+use crate::bench::floor::{Costs, experts_read_together, together};
 use crate::diagnostics::Ceilings;
 use crate::error::Error;
+use crate::info::ExpertsInfo;
 use crate::models::{FAMILIES, preset_names};
 use crate::workload::Workload;
 
@@ -24,6 +26,8 @@ pub struct ListedModel {
     pub kv_bytes_per_token: u64,
     /// Positions that a token sees, if every layer has a window.
     pub window: Option<u32>,
+    /// Its experts, if it has any.
+    pub experts: Option<ExpertsInfo>,
     /// Output tokens a second that the device allows at most, if its ceilings are known.
     pub tokens_per_s: Option<f64>,
 }
@@ -41,15 +45,18 @@ fn listed(name: &'static str, workload: &Workload, ceilings: Option<Ceilings>) -
     let (spec, tensors) = (&checkpoint.config().spec, checkpoint.tensors());
     let (dims, window) = (&spec.dims, spec.window());
     let kv_bytes_per_token = 2 * u64::from(dims.layers) * dims.kv_width() as u64 * ELEMENT_BYTES;
-    let costs = Costs::new(dims, tensors.step_bytes(), kv_bytes_per_token);
+    let experts = ExpertsInfo::of(&checkpoint);
+    let costs = Costs::new(dims, spec.active_weights(), tensors.step_bytes(), experts, kv_bytes_per_token);
     let items = workload.draw(dims.vocab);
     let tokens: u64 = items.iter().map(|item| u64::from(item.output_tokens)).sum();
-    let floor = |ceilings| costs.work(&together(&items, window)).floor(&ceilings).seconds;
+    let read = experts.map_or(ExpertsRead::default(), |experts| experts_read_together(&items, &experts));
+    let floor = |ceilings| costs.work(&together(&items, window), &read).floor(&ceilings).seconds;
     Ok(ListedModel {
         name,
         weight_bytes: tensors.bytes(),
         kv_bytes_per_token,
         window,
+        experts,
         tokens_per_s: ceilings.map(|ceilings| tokens as f64 / floor(ceilings)),
     })
 }
@@ -61,6 +68,9 @@ impl fmt::Display for ListedModel {
         write!(f, "{:<14} {gib:>7.2} GiB of weights {kib:>6.0} KiB of KV a token", self.name)?;
         if let Some(rate) = self.tokens_per_s {
             write!(f, " {rate:>7.0} tok/s at most")?;
+        }
+        if let Some(ExpertsInfo { count, per_token, .. }) = self.experts {
+            write!(f, "  ({per_token} of {count} experts a token)")?;
         }
         self.window.map_or(Ok(()), |window| write!(f, "  (window of {window} tokens)"))
     }
@@ -95,6 +105,7 @@ mod tests {
             ("smollm3-3b", 3_075_098_624),
             ("seed-oss-36b", 36_151_104_512),
             ("qwen3-32b", 32_762_123_264),
+            ("qwen3-30b-a3b", 30_532_122_624),
         ];
         let lines = lines(None);
         for (name, parameters) in published {
@@ -109,6 +120,14 @@ mod tests {
         assert!((133_966.0 / 5.05..133_966.0 / 4.95).contains(&rate), "{rate}");
         assert_eq!(of(&lines, "mistral-7b").window, Some(4096));
         assert_eq!(of(&lines, "smollm3-3b").window, None);
+        let experts = of(&lines, "qwen3-30b-a3b");
+        assert_eq!(
+            experts.experts,
+            Some(ExpertsInfo { layers: 48, count: 128, per_token: 8, bytes: 9_437_184 })
+        );
+        assert!(experts.to_string().contains("8 of 128 experts"), "{experts}");
+        let (most, dense) = (experts.tokens_per_s.unwrap(), of(&lines, "qwen3-32b").tokens_per_s.unwrap());
+        assert!(most > dense, "as many weights are read, and fewer multiplied with: {most}, {dense}");
         let text = of(&lines, "mistral-7b").to_string();
         assert!(text.contains("13.49 GiB") && text.contains("128 KiB") && text.contains("4096"), "{text}");
     }

@@ -10,7 +10,7 @@
 
 use std::time::Instant;
 
-use minisgl_core::stats::Stats;
+use minisgl_core::stats::{ExpertsRead, Stats};
 
 use super::BenchError;
 use crate::front::{SessionEvent, SessionOptions};
@@ -26,6 +26,8 @@ pub struct Measurement {
     pub record: RunRecord,
     /// What the scheduler did.
     pub stats: Stats,
+    /// What its decode steps read of layers with experts.
+    pub experts: ExpertsRead,
     /// Every step, in order.
     pub steps: Vec<StepTiming>,
     /// In the order of the requests.
@@ -46,15 +48,21 @@ pub fn measure(
 ) -> Result<Measurement, BenchError> {
     llm.clear_prefix_cache();
     llm.reset_stats();
+    let before = llm.experts_read()?;
     let requests: Vec<_> = (0..).zip(requests.iter().cloned()).collect();
     let (run, device_state) = sample_while(probe, || drive(llm, requests, late, on_step));
     let run = run?;
     if let Some(rejected) = run.rejected() {
         return Err(rejected);
     }
+    let after = llm.experts_read()?;
     Ok(Measurement {
         record: run.recorder.record(run.seconds, device_state),
         stats: llm.stats(),
+        experts: ExpertsRead {
+            layers: after.layers - before.layers,
+            experts: after.experts - before.experts,
+        },
         steps: run.steps,
         completions: run.completions.into_iter().flatten().collect(),
     })

@@ -193,7 +193,7 @@ fn late_request(tokens: u32, vocab: u32) -> GenerateRequest {
 }
 
 fn costs(info: &Info) -> Costs {
-    Costs::new(&info.dims, info.weight_bytes, info.kv_bytes_per_token())
+    Costs::new(&info.dims, info.active_weights, info.weight_bytes, info.experts, info.kv_bytes_per_token())
 }
 
 fn summarize(

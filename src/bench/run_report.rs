@@ -9,7 +9,7 @@
 use std::fmt;
 use std::time::Duration;
 
-use minisgl_core::stats::Stats;
+use minisgl_core::stats::{ExpertsRead, Stats};
 use serde::Serialize;
 
 use super::floor::{Costs, Floor, Work};
@@ -98,6 +98,8 @@ pub struct RunReport {
     pub padding_share: f64,
     /// Most decode rows of a step.
     pub rows_peak: u32,
+    /// Different experts that a layer of such a step read on average; `None` where there are none.
+    pub experts_read_mean: Option<f64>,
     /// Decode rows whose token was a draft.
     pub drafted: u64,
     /// Drafts that were what was drawn.
@@ -134,6 +136,7 @@ impl RunReport {
             decode,
             padding_share: ratio(padding_rows as f64, (padding_rows + decode.tokens) as f64),
             rows_peak: run.stats.rows_peak,
+            experts_read_mean: experts_read(&run.experts),
             drafted: run.stats.drafted,
             accepted: run.stats.accepted,
             device_idle: idle(&run.steps),
@@ -143,7 +146,7 @@ impl RunReport {
             cached_tokens: run.completions.iter().map(|one| u64::from(one.cached_tokens)).sum(),
             outputs_cut: run.completions.iter().filter(|one| one.warning.is_some()).count(),
             output_hash: format!("{:016x}", output_hash(&run.completions)),
-            work: costs.work(&run.stats),
+            work: costs.work(&run.stats, &run.experts),
             floor: None,
         }
     }
@@ -187,6 +190,10 @@ fn decode(run: &Measurement) -> StepsReport {
         mean_rows: ratio(tokens as f64, decode_steps as f64),
         seconds: device_seconds(steps_of_decode(&run.steps)),
     }
+}
+
+fn experts_read(&ExpertsRead { layers, experts }: &ExpertsRead) -> Option<f64> {
+    (layers > 0).then(|| experts as f64 / layers as f64)
 }
 
 fn steps_of_decode(steps: &[StepTiming]) -> impl Iterator<Item = &StepTiming> + Clone {
@@ -255,6 +262,9 @@ impl fmt::Display for RunReport {
         writeln!(f, "  decode        {decode}")?;
         let (padding, peak) = (100.0 * self.padding_share, self.rows_peak);
         writeln!(f, "  decode rows   {peak} at the peak, {padding:.1}% of all rows padding")?;
+        if let Some(read) = self.experts_read_mean {
+            writeln!(f, "  experts       {read:.1} read by a layer of a decode step on average")?;
+        }
         let Idle { seconds: idle_s, longest_ms } = self.device_idle;
         let idle_share = 100.0 * ratio(idle_s, *seconds);
         writeln!(
@@ -354,6 +364,7 @@ mod tests {
 
     const COSTS: Costs = Costs {
         weight_bytes_per_step: 100,
+        expert_bytes: 7,
         kv_bytes_per_token: 10,
         flop_per_token: 1000,
         flop_per_context: 1,
@@ -378,6 +389,7 @@ mod tests {
                 pages_peak: 3,
                 ..Stats::default()
             },
+            experts: ExpertsRead::default(),
             steps: vec![
                 step(PREFILL, 100.0, 50.0),
                 step(StepShape::decode(4), 150.0, 10.0),
@@ -436,6 +448,16 @@ mod tests {
         assert!((reached.floor.seconds - 1.1).abs() < 1e-9, "1 s of bytes and 0.1 s of operations");
         assert!((reached.share - 0.55).abs() < 1e-9);
         assert!(reached.to_string().ends_with("55.0% reached"));
+    }
+
+    #[test]
+    fn experts_are_counted_by_layer_and_their_bytes_are_work() {
+        let report = RunReport::new(1, &measurement(), &COSTS);
+        assert!(report.experts_read_mean.is_none() && !report.to_string().contains("experts"));
+        let experts = ExpertsRead { layers: 4, experts: 10 };
+        let report = RunReport::new(1, &Measurement { experts, ..measurement() }, &COSTS);
+        assert!(report.to_string().contains("experts       2.5 read"), "{report}");
+        assert_eq!(report.work.weight_bytes, 200 + 70);
     }
 
     #[test]

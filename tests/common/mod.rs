@@ -17,7 +17,7 @@ use serde::Deserialize;
 pub const CHECKPOINTS: [&str; 2] = ["tiny-tied", "tiny-untied"];
 
 /// Golden checkpoints of other families, each about a thing of its own.
-pub const FAMILIES: [&str; 8] = [
+pub const FAMILIES: [&str; 10] = [
     "llama-rope3",
     "qwen2-bias",
     "qwen2-yarn",
@@ -26,6 +26,8 @@ pub const FAMILIES: [&str; 8] = [
     "seed-oss",
     "qwen3-yarn",
     "gemma3",
+    "qwen3-moe",
+    "qwen3-moe-nonorm",
 ];
 
 /// Golden checkpoints with fp8 weights.

@@ -5,7 +5,9 @@
 use std::sync::Arc;
 
 use half::{bf16, f16};
-use minisgl_core::backend::{Device, Element, KvLayer, LayerWeights, Ops, Purpose, Step, WeightRole};
+use minisgl_core::backend::{
+    Device, Element, KvLayer, LayerWeights, MlpWeights, Ops, Purpose, Step, WeightRole,
+};
 use minisgl_core::batch::{Batch, Dummy, Layout, PageUpdate, Row, StepShape, Token};
 use minisgl_core::config::Limits;
 use minisgl_core::request::Ticket;
@@ -128,8 +130,7 @@ impl Layer {
             o: self.o,
             attention_out_norm: None,
             mlp_norm: mlp,
-            gate_up: self.gate_up,
-            down: self.down,
+            mlp: MlpWeights::Dense { gate_up: self.gate_up, down: self.down },
             mlp_out_norm: None,
         }
     }

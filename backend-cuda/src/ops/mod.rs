@@ -26,7 +26,7 @@ use std::ops::Range;
 
 use half::f16;
 use minisgl_core::backend::{
-    Device, Element, KvLayer, LayerWeights, Ops, Purpose, Queue, Sampler, Step, WeightRole,
+    Device, Element, KvLayer, LayerWeights, MlpWeights, Ops, Purpose, Queue, Sampler, Step, WeightRole,
 };
 use minisgl_core::batch::{Row, StepShape, TOKEN_WORDS};
 use minisgl_core::config::Limits;
@@ -210,8 +210,11 @@ impl Operations {
         let gated = GateUp { norm: self.norm(first), out, intermediate: mlp as u32, reserved: 0 };
         let room = Self::room(part);
         gemm.launch(launcher, weights.o, attended, count, room, &added)?;
-        gemm.launch(launcher, weights.gate_up, residual, count, room, &gated)?;
-        gemm.launch(launcher, weights.down, activated, count, room, &added)
+        let MlpWeights::Dense { gate_up, down } = weights.mlp else {
+            return Err(CudaError::NotReserved); // `supports` lets no other layer through
+        };
+        gemm.launch(launcher, gate_up, residual, count, room, &gated)?;
+        gemm.launch(launcher, down, activated, count, room, &added)
     }
 }
 

@@ -67,7 +67,7 @@ fn check_layer(dims: &Dims, layer: &LayerSpec) -> Result<(), &'static str> {
     match mlp {
         Mlp::Dense(Activation::Silu) => Ok(()),
         Mlp::Dense(Activation::GeluTanh) => Err("GELU in its MLP"),
-        Mlp::Experts { .. } => Err("experts"),
+        Mlp::Experts(_) => Err("experts"),
     }
 }
 
@@ -92,7 +92,7 @@ fn first(things: &[(bool, &'static str)]) -> Option<&'static str> {
 
 #[cfg(test)]
 mod tests {
-    use minisgl_core::spec::{Fp8, Inputs, Rope, ScaleBlock};
+    use minisgl_core::spec::{Experts, Fp8, Inputs, Rope, ScaleBlock};
 
     use super::*;
 
@@ -145,7 +145,8 @@ mod tests {
         };
         let plain = LayerSpec::plain();
         let activation = Activation::Silu;
-        let experts = Mlp::Experts { activation, count: 8, per_token: 2, intermediate: 8, normalized: true };
+        let experts =
+            Mlp::Experts(Experts { activation, count: 8, per_token: 2, intermediate: 8, normalized: true });
         let others = [
             (changed(LayerSpec { norms: Norms::Around, ..plain }), "norms behind"),
             (changed(LayerSpec { mlp: Mlp::Dense(Activation::GeluTanh), ..plain }), "GELU"),

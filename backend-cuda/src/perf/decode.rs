@@ -8,7 +8,9 @@
 //! Products and attention are checked by cases of their own; here, that the logits are finite and that the tokens are
 //! those which the definition of sampling draws from them.
 
-use minisgl_core::backend::{Device, Element, KvLayer, LayerWeights, Ops, Purpose, Step, WeightRole};
+use minisgl_core::backend::{
+    Device, Element, KvLayer, LayerWeights, MlpWeights, Ops, Purpose, Step, WeightRole,
+};
 use minisgl_core::batch::Row;
 use minisgl_core::sampling::SlotState;
 use minisgl_core::spec::{Attention, DecoderSpec, Dims, LayerSpec, Mixer};
@@ -151,8 +153,7 @@ fn layer_weights(cuda: &mut Cuda, model: ModelShape, seed: u64) -> Result<LayerW
         o,
         attention_out_norm: None,
         mlp_norm: None,
-        gate_up,
-        down,
+        mlp: MlpWeights::Dense { gate_up, down },
         mlp_out_norm: None,
     })
 }
