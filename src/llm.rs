@@ -299,6 +299,7 @@ impl<F: FnMut(StreamEvent<'_>) -> Flow> Streaming<F> {
                 let flow = (self.on_event)(StreamEvent::Finished { index, text: &text, completion });
                 self.follow(flow, events);
             }
+            SessionEvent::Started { .. } => {}
             SessionEvent::Step(timing) => {
                 let flow = (self.on_event)(StreamEvent::Step(timing));
                 self.follow(flow, events);

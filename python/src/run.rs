@@ -287,7 +287,7 @@ impl Run {
                 SessionEvent::Finished { tag, text, completion } => {
                     given.append(Py::new(py, Completion::new(tag, text, *completion))?)?;
                 }
-                SessionEvent::Step(_) => {}
+                SessionEvent::Started { .. } | SessionEvent::Step(_) => {}
             }
         }
         self.fail_later(taken.error);

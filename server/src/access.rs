@@ -4,7 +4,7 @@
 //! and in the log.
 
 use std::pin::Pin;
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 use std::task::{Context, Poll};
 use std::time::Instant;
 
@@ -18,6 +18,7 @@ use http_body::{Frame, SizeHint};
 
 use crate::app::{App, REQUEST_ID};
 use crate::random::random_id;
+use crate::stages::{SharedStages, Stages};
 
 /// Characters of a client's own name for a request at most.
 const ID_MAX: usize = 128;
@@ -35,7 +36,8 @@ pub async fn log(State(app): State<Arc<App>>, mut request: Request, next: Next) 
     response.headers_mut().insert(REQUEST_ID, id.clone());
     let status = response.status().as_u16();
     app.metrics.answered(&path, status);
-    let line = Line { method, path, status, id, started, over: false };
+    let stages = response.extensions_mut().remove::<SharedStages>();
+    let line = Line { method, path, status, id, started, stages, over: false };
     response.map(|body| Body::new(Logged { body, line }))
 }
 
@@ -51,17 +53,23 @@ struct Line {
     status: u16,
     id: HeaderValue,
     started: Instant,
+    /// Of an answer that was generated.
+    stages: Option<SharedStages>,
     /// All of the answer went out.
     over: bool,
 }
 
 impl Drop for Line {
     fn drop(&mut self) {
-        let Line { method, path, status, id, started, over } = self;
+        let Line { method, path, status, id, started, stages, over } = self;
         let ms = started.elapsed().as_millis();
         let id = id.to_str().unwrap_or_default();
         let cut = if *over { "" } else { ", the client went away" };
-        tracing::info!(target: "access", "{method} {path} {status} {ms} ms {id}{cut}");
+        let stages = stages.as_ref().map(|stages| *stages.lock().unwrap_or_else(PoisonError::into_inner));
+        // Where there was no token, there are none.
+        let stages = stages.filter(|stages| *stages != Stages::default());
+        let stages = stages.map_or(String::new(), |stages| format!(", {stages}"));
+        tracing::info!(target: "access", "{method} {path} {status} {ms} ms {id}{stages}{cut}");
     }
 }
 

@@ -21,6 +21,7 @@ use crate::error::ApiError;
 use crate::output::Outputs;
 use crate::parts::{Format, Part, Parts};
 use crate::random::{random, random_id};
+use crate::stages::SharedStages;
 use crate::stream::{Chunks, stream};
 
 /// What an answer says of itself, whole or in chunks.
@@ -48,9 +49,9 @@ pub async fn chat(State(app): State<Arc<App>>, request: Request<Body>) -> Result
         let chunks = Chunks::chat(heading, &asked, options, format);
         return Ok(stream(outputs, chunks));
     }
-    let engine = outputs.engine().clone();
+    let (engine, stages) = (outputs.engine().clone(), outputs.stages());
     let completions = outputs.whole().await?;
-    Ok(chat_answer(&heading, &asked, &engine, &completions, format))
+    Ok(with_stages(chat_answer(&heading, &asked, &engine, &completions, format), stages))
 }
 
 /// `POST /v1/completions`
@@ -66,9 +67,15 @@ pub async fn text(State(app): State<Arc<App>>, request: Request<Body>) -> Result
         outputs.begun().await?;
         return Ok(stream(outputs, Chunks::text(heading, &asked, options, &echoes)));
     }
-    let engine = outputs.engine().clone();
+    let (engine, stages) = (outputs.engine().clone(), outputs.stages());
     let completions = outputs.whole().await?;
-    Ok(text_answer(&heading, &asked, &engine, &completions, &echoes))
+    Ok(with_stages(text_answer(&heading, &asked, &engine, &completions, &echoes), stages))
+}
+
+/// For the log.
+pub fn with_stages(mut response: Response, stages: SharedStages) -> Response {
+    response.extensions_mut().insert(stages);
+    response
 }
 
 /// A seed of its own for each request that has none.

@@ -32,6 +32,7 @@ mod parts;
 pub mod program;
 mod random;
 mod settings;
+mod stages;
 mod state;
 mod stream;
 mod tokenize;

@@ -2,7 +2,7 @@
 //! autoscalers made for it work; what only we have begins with `minisgl:`.
 
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use minisgl::{Completion, FinishReason, Load, Stats, StepTiming};
 use prometheus_client::encoding::EncodeLabelSet;
@@ -12,6 +12,8 @@ use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::Registry;
+
+use crate::stages::Stages;
 
 /// Content type of what [`Metrics::encode`] gives.
 pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
@@ -56,6 +58,10 @@ pub struct Metrics {
     prefix_hits: Counter,
     generation_tokens: Counter,
     outcomes: Family<Outcome, Counter>,
+    encoding: Histogram,
+    queueing: Histogram,
+    prefilling: Histogram,
+    sending: Histogram,
     first_token: Histogram,
     between_tokens: Histogram,
     end_to_end: Histogram,
@@ -100,6 +106,20 @@ impl Metrics {
         let outcomes = Family::default();
         let help = "Requests that ended, by why: stop, length, abort, rejected, failed or lost";
         metrics.register("vllm:request_success", help, outcomes.clone());
+        let mut stage = |name, help| {
+            let stage = histogram(&FIRST_TOKEN_BUCKETS);
+            metrics.register(name, help, stage.clone());
+            stage
+        };
+        let encoding = stage("minisgl:request_encode_time_seconds", "Seconds until a prompt was token ids");
+        let queueing =
+            stage("vllm:request_queue_time_seconds", "Seconds from there until the engine had a place");
+        let prefilling =
+            stage("vllm:request_prefill_time_seconds", "Seconds from there until there was a first token");
+        let sending = stage(
+            "minisgl:first_token_send_time_seconds",
+            "Seconds from there until the connection took it, of streams",
+        );
         let first_token = histogram(&FIRST_TOKEN_BUCKETS);
         let help = "Seconds from a request to its first token";
         metrics.register("vllm:time_to_first_token_seconds", help, first_token.clone());
@@ -127,6 +147,10 @@ impl Metrics {
             prefix_hits,
             generation_tokens,
             outcomes,
+            encoding,
+            queueing,
+            prefilling,
+            sending,
             first_token,
             between_tokens,
             end_to_end,
@@ -178,6 +202,9 @@ impl Metrics {
 /// Times one output, from when it was asked for.
 pub struct Clock {
     asked: Instant,
+    stages: Stages,
+    /// When the engine took it in.
+    started: Option<Instant>,
     last: Option<Instant>,
     ended: bool,
 }
@@ -185,17 +212,33 @@ pub struct Clock {
 impl Clock {
     /// It is asked for now.
     pub fn start() -> Self {
-        Clock { asked: Instant::now(), last: None, ended: false }
+        Clock { asked: Instant::now(), stages: Stages::default(), started: None, last: None, ended: false }
     }
 
-    /// Its next token came at `at`.
-    pub fn token(&mut self, at: Instant, metrics: &Metrics) {
+    /// The engine took it in.
+    pub fn started(&mut self, encoding: Duration, queueing: Duration, at: Instant, metrics: &Metrics) {
+        self.stages = Stages { encoding, queueing, ..self.stages };
+        self.started = Some(at);
+        metrics.encoding.observe(encoding.as_secs_f64());
+        metrics.queueing.observe(queueing.as_secs_f64());
+    }
+
+    /// Its next token came at `at`, and is taken now by whoever sends it, or keeps it. Gives the stages with the first.
+    pub fn token(&mut self, at: Instant, is_sent: bool, metrics: &Metrics) -> Option<Stages> {
+        let is_first = self.last.is_none();
+        if is_first && let Some(started) = self.started {
+            self.stages.prefilling = at.saturating_duration_since(started);
+            metrics.prefilling.observe(self.stages.prefilling.as_secs_f64());
+            self.stages.sending = is_sent.then(|| at.elapsed());
+            self.stages.sending.iter().for_each(|time| metrics.sending.observe(time.as_secs_f64()));
+        }
         let seconds = |since: Instant| at.saturating_duration_since(since).as_secs_f64();
         match self.last.replace(at) {
             None => metrics.first_token.observe(seconds(self.asked)),
             Some(last) => metrics.between_tokens.observe(seconds(last)),
         }
         metrics.generation_tokens.inc();
+        is_first.then_some(self.stages)
     }
 
     /// It ended.

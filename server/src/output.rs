@@ -10,7 +10,7 @@
 //! it before its next step.
 
 use std::future::poll_fn;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll, ready};
 
 use minisgl::{Completion, Events, FinishReason, SessionEvent, SessionOptions};
@@ -20,6 +20,7 @@ use crate::asked::Asked;
 use crate::engine::Engine;
 use crate::error::ApiError;
 use crate::metrics::Clock;
+use crate::stages::{SharedStages, Stages};
 
 /// The outputs of a request that was submitted.
 pub struct Outputs {
@@ -27,6 +28,9 @@ pub struct Outputs {
     engine: Engine,
     events: Events,
     clocks: Vec<Clock>,
+    /// Of the first output.
+    stages: SharedStages,
+    streams: bool,
     /// An event that was looked at and is to be taken.
     next: Option<SessionEvent>,
     lost: bool,
@@ -52,12 +56,22 @@ impl Outputs {
         let options = SessionOptions {
             tokens: true,
             text: asked.stream.is_some(),
+            starts: true,
             capacity: Some(choices),
             ..SessionOptions::default()
         };
         let (mut submitter, events) = engine.handle.session(options);
         let clocks = (0..choices).map(|_| Clock::start()).collect();
-        let outputs = Outputs { app: app.clone(), engine, events, clocks, next: None, lost: false };
+        let outputs = Outputs {
+            app: app.clone(),
+            engine,
+            events,
+            clocks,
+            stages: Arc::new(Mutex::new(Stages::default())),
+            streams: asked.stream.is_some(),
+            next: None,
+            lost: false,
+        };
         submitter.submit_all((0..).zip(asked.requests())).map_err(|error| outputs.lose(&error))?;
         Ok(outputs)
     }
@@ -65,6 +79,11 @@ impl Outputs {
     /// The engine that makes them.
     pub fn engine(&self) -> &Engine {
         &self.engine
+    }
+
+    /// Where the time of the first output goes.
+    pub fn stages(&self) -> SharedStages {
+        self.stages.clone()
     }
 
     /// Waits for the first event, so that what can't run is refused before anything is answered.
@@ -83,23 +102,33 @@ impl Outputs {
         if let Some(event) = self.next.take() {
             return Poll::Ready(Some(Ok(event)));
         }
-        let event = match ready!(self.events.poll_next(task)) {
-            None => return Poll::Ready(None),
-            Some(Ok(event)) => event,
-            Some(Err(error)) => {
-                self.lost = true;
-                return Poll::Ready(Some(Err(self.lose(&error))));
+        let event = loop {
+            match ready!(self.events.poll_next(task)) {
+                None => return Poll::Ready(None),
+                Some(Ok(SessionEvent::Started { tag, encoding, queueing, at })) => {
+                    self.clocks[tag as usize].started(encoding, queueing, at, &self.app.metrics);
+                }
+                Some(Ok(event)) => break event,
+                Some(Err(error)) => {
+                    self.lost = true;
+                    return Poll::Ready(Some(Err(self.lose(&error))));
+                }
             }
         };
         match &event {
-            SessionEvent::Token { tag, at, .. } => self.clocks[*tag as usize].token(*at, &self.app.metrics),
+            SessionEvent::Token { tag, at, .. } => {
+                let stages = self.clocks[*tag as usize].token(*at, self.streams, &self.app.metrics);
+                if let Some(stages) = stages.filter(|_| *tag == 0) {
+                    *self.stages.lock().unwrap_or_else(PoisonError::into_inner) = stages;
+                }
+            }
             SessionEvent::Finished { tag, completion, .. } => {
                 self.clocks[*tag as usize].finished(completion, &self.app.metrics);
                 if let Some(error) = failure(completion) {
                     return Poll::Ready(Some(Err(error)));
                 }
             }
-            SessionEvent::Step(_) => {}
+            SessionEvent::Started { .. } | SessionEvent::Step(_) => {}
         }
         Poll::Ready(Some(Ok(event)))
     }

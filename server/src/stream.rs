@@ -25,7 +25,7 @@ use minisgl::{Completion, SessionEvent, TokenLogprobs};
 use serde::Serialize;
 
 use crate::asked::{Asked, StreamOptions};
-use crate::completions::{Heading, end_of, tool_call};
+use crate::completions::{Heading, end_of, tool_call, with_stages};
 use crate::engine::Engine;
 use crate::error::ApiError;
 use crate::output::Outputs;
@@ -36,8 +36,9 @@ const FRAME_BYTES: usize = 16 << 10;
 
 /// The answer that streams a request's outputs.
 pub fn stream(outputs: Outputs, chunks: Chunks) -> Response {
+    let stages = outputs.stages();
     let body = StreamBody { outputs: Some(outputs), chunks };
-    let mut response = Response::new(Body::new(body));
+    let mut response = with_stages(Response::new(Body::new(body)), stages);
     let headers = response.headers_mut();
     headers.insert(CONTENT_TYPE, HeaderValue::from_static("text/event-stream; charset=utf-8"));
     headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-cache"));
@@ -209,7 +210,7 @@ impl Chunks {
             SessionEvent::Finished { tag, text, completion } => {
                 self.finished(tag as u32, &text, &completion);
             }
-            SessionEvent::Step(_) => {}
+            SessionEvent::Started { .. } | SessionEvent::Step(_) => {}
         }
     }
 

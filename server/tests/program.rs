@@ -57,7 +57,11 @@ fn a_signal_lets_open_requests_end_and_then_the_program_with_status_0() {
             said.contains("no more requests are taken") && said.contains("all requests have ended"),
             "{said}"
         );
-        assert!(said.contains("POST /v1/completions 200"), "the access log has it: {said}");
+        let logged = said.lines().find(|line| line.contains("POST /v1/completions 200"));
+        let logged = logged.unwrap_or_else(|| panic!("the access log has it: {said}"));
+        for stage in ["encoding ", "queueing ", "prefilling ", "sending "] {
+            assert!(logged.contains(stage), "{logged}");
+        }
     }
 }
 

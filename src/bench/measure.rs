@@ -100,7 +100,7 @@ fn drive(
         let event = event?;
         recorder.hear(&event);
         match event {
-            SessionEvent::Token { .. } => {}
+            SessionEvent::Started { .. } | SessionEvent::Token { .. } => {}
             SessionEvent::Finished { tag, completion, .. } => {
                 if completion.error.is_some() {
                     events.abort_all();

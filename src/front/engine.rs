@@ -294,7 +294,8 @@ impl EngineThread {
         }
         self.live[entry] = Some(live);
         self.running += 1;
-        self.batch.events.push(Event::Started { ticket, max_tokens, output });
+        let at = Instant::now();
+        self.batch.events.push(Event::Started { ticket, max_tokens, output, at });
     }
 
     fn abort(&mut self, session: u64, tag: Option<u64>) {

@@ -45,7 +45,7 @@ pub struct Batch {
 /// One thing that the engine's thread has to tell. `entry` is the request's in the engine's table; one at a time has it.
 pub enum Event {
     /// The engine took a request in.
-    Started { ticket: core::Ticket, max_tokens: u32, output: Box<Output> },
+    Started { ticket: core::Ticket, max_tokens: u32, output: Box<Output>, at: Instant },
     /// It refuses one.
     Refused { output: Box<Output>, error: Box<core::SubmitError> },
     /// One was aborted before it reached the engine.
@@ -80,6 +80,9 @@ pub struct Output {
     aborted: Arc<AtomicBool>,
     /// Until the end.
     permit: Option<Permit>,
+    /// When it was submitted, and when its prompt was token ids.
+    asked: Instant,
+    encoded: Instant,
     prompt_tokens: u32,
     /// Where they are wanted.
     prompt_token_ids: Option<Vec<u32>>,
@@ -105,7 +108,7 @@ impl Output {
         permit: Permit,
     ) -> Self {
         let stop = std::mem::take(&mut request.stop);
-        let options = &session.options;
+        let (options, now) = (&session.options, Instant::now());
         let as_it_comes =
             shared.text.has_tokenizer() && ((options.tokens && options.text) || !stop.is_empty());
         Output {
@@ -113,6 +116,8 @@ impl Output {
             tag,
             aborted: session.open(tag),
             permit: Some(permit),
+            asked: now,
+            encoded: now,
             prompt_tokens: 0,
             prompt_token_ids: None,
             max_tokens: request.sampling.max_tokens,
@@ -145,6 +150,7 @@ impl Output {
     }
 
     pub fn set_prompt(&mut self, prompt: &[u32]) {
+        self.encoded = Instant::now();
         self.prompt_tokens = prompt.len() as u32;
         let wanted = self.session.options.prompt_ids || self.prompt_logprobs.is_some();
         self.prompt_token_ids = wanted.then(|| prompt.to_vec());
@@ -164,6 +170,16 @@ impl Output {
     fn score(&mut self, rows: &[RowLogprobs]) {
         if let Some(logprobs) = &mut self.prompt_logprobs {
             logprobs.extend(rows.iter().map(TokenLogprobs::of));
+        }
+    }
+
+    /// The engine took the request in.
+    fn start(&self, at: Instant, wakes: &mut Wakes) {
+        if self.session.options.starts {
+            let encoding = self.encoded.saturating_duration_since(self.asked);
+            let queueing = at.saturating_duration_since(self.encoded);
+            let event = SessionEvent::Started { tag: self.tag, encoding, queueing, at };
+            wakes.push(&self.session, Queued::Event(event));
         }
     }
 
@@ -328,8 +344,9 @@ impl OutputThread {
         let (mut logprobs, mut tokens) = (batch.logprobs.as_slice(), batch.tokens.as_slice());
         for event in batch.events.drain(..) {
             match event {
-                Event::Started { ticket, max_tokens, mut output } => {
+                Event::Started { ticket, max_tokens, mut output, at } => {
                     output.max_tokens = max_tokens;
+                    output.start(at, &mut self.wakes);
                     self.start(ticket, output);
                 }
                 Event::Refused { output, error } => output.reject((*error).into()),

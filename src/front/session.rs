@@ -31,6 +31,8 @@ pub struct SessionOptions {
     pub tokens: bool,
     /// With tokens: the text that became certain with each. Without, text is made once, at the end, which is cheaper.
     pub text: bool,
+    /// When the engine takes a request in, and how long what was before took.
+    pub starts: bool,
     /// Every step that completes while a request of the session is in the engine.
     pub steps: bool,
     /// The prompt's token ids with each end, whatever the prompt was given as.
@@ -42,6 +44,17 @@ pub struct SessionOptions {
 /// What happens in a session.
 #[derive(Clone, Debug)]
 pub enum SessionEvent {
+    /// The engine has taken a request in.
+    Started {
+        /// Whose: as given to `submit`.
+        tag: u64,
+        /// From its submission until its prompt was token ids.
+        encoding: Duration,
+        /// From there until the engine had a place for it.
+        queueing: Duration,
+        /// When that was.
+        at: Instant,
+    },
     /// A request has another token.
     Token {
         /// Whose: as given to `submit`.
@@ -463,7 +476,7 @@ impl Iterator for RequestStream {
                 Ok(SessionEvent::Finished { text, completion, .. }) => {
                     RequestEvent::Finished { text, completion }
                 }
-                Ok(SessionEvent::Step(_)) => continue,
+                Ok(SessionEvent::Started { .. } | SessionEvent::Step(_)) => continue,
                 Err(error) => return Some(Err(error)),
             }));
         }

@@ -328,7 +328,7 @@ fn a_stop_text_ends_the_output_at_the_token_that_completes_it_however_far_the_en
                     assert_eq!(completion.text.as_deref(), Some("One day, a "));
                     assert_eq!(completion.cached_tokens, 7);
                 }
-                SessionEvent::Step(_) => {}
+                SessionEvent::Started { .. } | SessionEvent::Step(_) => {}
             }
         }
         let told = if streams { ("One day, a ", until.len()) } else { ("", 0) };
@@ -377,7 +377,7 @@ fn pieces_of_text_make_each_requests_text_among_many() {
                 pieces[tag as usize] += &text;
                 assert_eq!(completion.text.as_deref(), Some(pieces[tag as usize].as_str()));
             }
-            SessionEvent::Step(_) => {}
+            SessionEvent::Started { .. } | SessionEvent::Step(_) => {}
         }
     }
     feeding.join().unwrap();
@@ -422,6 +422,7 @@ fn random_client(handle: &EngineHandle, mut numbers: Numbers) -> bool {
     let options = SessionOptions {
         tokens: numbers.one_in(2),
         steps: numbers.one_in(2),
+        starts: numbers.one_in(2),
         capacity: Some(1 + numbers.below(12) as usize),
         ..SessionOptions::default()
     };
@@ -446,6 +447,7 @@ fn random_client(handle: &EngineHandle, mut numbers: Numbers) -> bool {
     });
     let mut tokens: Vec<Vec<u32>> = vec![Vec::new(); count as usize];
     let mut ends = vec![0; count as usize];
+    let mut started = vec![false; count as usize];
     let mut failed = false;
     while let Some(event) = events.next() {
         if numbers.one_in(50) {
@@ -455,7 +457,10 @@ fn random_client(handle: &EngineHandle, mut numbers: Numbers) -> bool {
             events.abort(numbers.below(count));
         }
         match event {
-            Ok(SessionEvent::Token { tag, token, .. }) => tokens[tag as usize].push(token),
+            Ok(SessionEvent::Token { tag, token, .. }) => {
+                assert_eq!(started[tag as usize], options.starts, "a token comes behind the start");
+                tokens[tag as usize].push(token);
+            }
             Ok(SessionEvent::Finished { tag, completion, .. }) => {
                 let (i, length) = (tag as usize, lengths[tag as usize]);
                 ends[i] += 1;
@@ -468,6 +473,10 @@ fn random_client(handle: &EngineHandle, mut numbers: Numbers) -> bool {
                     FinishReason::Rejected => assert_eq!(tag % 9, 8),
                     other => panic!("{other:?}"),
                 }
+            }
+            Ok(SessionEvent::Started { tag, .. }) => {
+                assert!(options.starts && !started[tag as usize] && ends[tag as usize] == 0);
+                started[tag as usize] = true;
             }
             Ok(SessionEvent::Step(_)) => assert!(options.steps),
             Err(Error::Step { .. }) => {

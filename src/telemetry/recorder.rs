@@ -150,6 +150,7 @@ impl Recorder {
             SessionEvent::Token { tag, at, .. } => self.token(*tag, *at),
             SessionEvent::Finished { tag, completion, .. } => self.finished(*tag, completion),
             SessionEvent::Step(timing) => self.step(timing),
+            SessionEvent::Started { .. } => {}
         }
     }
 

@@ -61,7 +61,7 @@ impl Speaker for Local {
                         (None, _) => Ok(Ending::Whole),
                     };
                 }
-                Next::Event(SessionEvent::Step(_)) | Next::TimedOut => {}
+                Next::Event(SessionEvent::Started { .. } | SessionEvent::Step(_)) | Next::TimedOut => {}
                 Next::Over => return Err("the engine ended the answer without an end".into()),
             }
         }
