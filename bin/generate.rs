@@ -116,7 +116,7 @@ fn generate(flags: &Flags, stderr: &Stderr) -> Result<ExitCode, Cause> {
 
     let started = Instant::now();
     let handle = job.get_or_init(|| bulk.handle()).clone();
-    let pages = llm.info().limits.pages;
+    let pages = llm.info().pages();
     let seen = handle.clone();
     let shown = stderr.show(move || Progress { pages, ..seen.progress() });
     let mut probe = if task.tokens { llm.probe() } else { None };

@@ -45,9 +45,15 @@ impl LlmBuilder {
         self
     }
 
-    /// Which GPU; naming one asks for a GPU.
-    pub fn device(mut self, device: usize) -> Self {
-        self.options.device = Some(device);
+    /// Which GPUs, an engine on each; naming one asks for GPUs.
+    pub fn devices(mut self, devices: impl IntoIterator<Item = usize>) -> Self {
+        self.options.devices = devices.into_iter().collect();
+        self
+    }
+
+    /// How many engines take requests out of one queue.
+    pub fn data_parallel(mut self, engines: usize) -> Self {
+        self.options.data_parallel = Some(engines);
         self
     }
 

@@ -1,6 +1,6 @@
 //! Which device computes: what was asked for, else a GPU where there is one.
 //!
-//! Naming a GPU, by `--device` or by CUDA_VISIBLE_DEVICES, asks for one: where there is none, computing on the CPU would
+//! Naming a GPU, by `--devices` or by CUDA_VISIBLE_DEVICES, asks for one: where there is none, computing on the CPU would
 //! take hours longer than anybody meant.
 
 use std::env;
@@ -22,16 +22,16 @@ pub struct Choice {
 /// # Errors
 /// A GPU is named that can't be had, or the driver can't be asked.
 pub fn choose(options: &Options) -> Result<Choice, Error> {
-    match (options.backend, options.device) {
+    match (options.backend, options.devices.first()) {
         (BackendChoice::Cuda, _) => Ok(Choice { on_gpu: true, reason: None }),
         (BackendChoice::Cpu, None) => Ok(Choice { on_gpu: false, reason: None }),
         (BackendChoice::Cpu, Some(device)) => Err(Error::NoGpu {
-            asked: format!("--device {device}"),
+            asked: format!("--devices {device}"),
             reason: "--backend cpu computes without one",
         }),
         (BackendChoice::Auto, device) => {
             let visible = env::var("CUDA_VISIBLE_DEVICES").ok();
-            decide(device, visible.as_deref(), minisgl_cuda::device_count())
+            decide(device.copied(), visible.as_deref(), minisgl_cuda::device_count())
         }
     }
 }
@@ -51,7 +51,7 @@ fn decide(
     // Empty, or a negative number, hides all GPUs: that asks for none.
     let names_one = |visible: &&str| !visible.is_empty() && !visible.starts_with('-');
     match (device, visible.filter(names_one)) {
-        (Some(device), _) => Err(Error::NoGpu { asked: format!("--device {device}"), reason }),
+        (Some(device), _) => Err(Error::NoGpu { asked: format!("--devices {device}"), reason }),
         (None, Some(visible)) => {
             Err(Error::NoGpu { asked: format!("CUDA_VISIBLE_DEVICES={visible}"), reason })
         }
@@ -70,12 +70,12 @@ mod tests {
     #[test]
     fn a_gpu_that_is_named_and_not_there_is_an_error() {
         for count in [Ok(0), Err(CudaError::NoDriver)] {
-            assert!(refusal(Some(5), None, count).contains("--device 5"));
+            assert!(refusal(Some(5), None, count).contains("--devices 5"));
         }
         for count in [Ok(0), Err(CudaError::NoDriver)] {
             assert!(refusal(None, Some("9"), count).contains("CUDA_VISIBLE_DEVICES=9"));
         }
-        let cpu = Options { backend: BackendChoice::Cpu, device: Some(0), ..Options::default() };
+        let cpu = Options { backend: BackendChoice::Cpu, devices: vec![0], ..Options::default() };
         assert!(choose(&cpu).unwrap_err().to_string().contains("--backend cpu"));
     }
 

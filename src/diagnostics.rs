@@ -20,6 +20,14 @@ pub struct Ceilings {
     pub flop_per_s: Option<f64>,
 }
 
+impl Ceilings {
+    /// Of two devices together.
+    pub fn joined(self, other: Ceilings) -> Ceilings {
+        let flop_per_s = self.flop_per_s.zip(other.flop_per_s).map(|(one, two)| one + two);
+        Ceilings { bytes_per_s: self.bytes_per_s + other.bytes_per_s, flop_per_s }
+    }
+}
+
 /// A backend that can be asked.
 pub trait Diagnostics: Ops {
     /// Measures the ceilings, which takes a second; `None` if the device has no way to.

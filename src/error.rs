@@ -103,6 +103,20 @@ pub enum Error {
         /// Tokens of a page.
         page_size: u32,
     },
+    /// Nobody would run anything.
+    #[error("--data-parallel 0 asks for no engine; at least one is needed")]
+    NoEngine,
+    /// An engine has one device.
+    #[error(
+        "--data-parallel {engines} and --devices, which names {devices}, differ: each engine runs on one GPU; leave one of the \
+         flags out, or name as many GPUs as engines"
+    )]
+    DevicesDiffer {
+        /// Engines asked for.
+        engines: usize,
+        /// GPUs named.
+        devices: usize,
+    },
     /// Memory for the KV pages is not a share of what is free.
     #[error("the memory ratio is {0}; it must be above 0 and at most 1")]
     MemoryRatio(f64),

@@ -86,9 +86,12 @@ macro_rules! with_shared_flags {
             /// where to compute: auto (default: a GPU where there is one), cpu or cuda
             #[argh(option, default = "::std::default::Default::default()")]
             backend: $crate::BackendChoice,
-            /// which GPU; naming one asks for a GPU (default: the first)
+            /// which GPUs, an engine on each: numbers and commas; naming one asks for GPUs (default: the first)
+            #[argh(option, from_str_fn($crate::parse_devices), default = "::std::default::Default::default()")]
+            devices: $crate::Devices,
+            /// how many engines take requests out of one queue, each on a GPU of its own (default: one for each of --devices)
             #[argh(option)]
-            device: Option<usize>,
+            data_parallel: Option<usize>,
             /// which GPU kernels: auto (default), portable or hopper
             #[argh(option, default = "::std::default::Default::default()")]
             kernels: $crate::KernelChoice,
@@ -159,7 +162,8 @@ macro_rules! with_shared_flags {
                 let default = $crate::Options::default();
                 $crate::Options {
                     backend: self.backend,
-                    device: self.device,
+                    devices: self.devices.0.clone(),
+                    data_parallel: self.data_parallel,
                     kernels: self.kernels,
                     max_running: self.max_running.0,
                     max_prefill_tokens: self.max_prefill_tokens,

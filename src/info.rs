@@ -21,6 +21,8 @@ pub struct Info {
     pub choice: Option<&'static str>,
     /// The device's name.
     pub device: String,
+    /// How many engines take requests out of one queue. What else stands here is the first one's.
+    pub engines: usize,
     /// Capacities.
     pub limits: Limits,
     /// Sizes of the model.
@@ -101,6 +103,16 @@ impl Info {
         self.page_bytes / u64::from(self.limits.page_size)
     }
 
+    /// KV pages of all engines.
+    pub fn pages(&self) -> u32 {
+        self.limits.pages * self.engines as u32
+    }
+
+    /// Requests that all engines run at once.
+    pub fn running(&self) -> usize {
+        self.limits.running as usize * self.engines
+    }
+
     /// Bytes of the KV cache, its dummy page included.
     pub fn kv_bytes(&self) -> u64 {
         self.page_bytes * (u64::from(self.limits.pages) + 1)
@@ -115,6 +127,13 @@ impl fmt::Display for Info {
         let commit = self.commit.as_ref().map_or_else(String::new, |commit| format!(" at {commit}"));
         let choice = self.choice.map_or_else(String::new, |reason| format!(", since {reason}"));
         writeln!(f, "{}{commit} on {} ({}{choice})", self.model, self.device, self.backend)?;
+        if self.engines > 1 {
+            writeln!(
+                f,
+                "{} engines take requests out of one queue; each is as the first one, which is:",
+                self.engines
+            )?;
+        }
         writeln!(
             f,
             "KV cache: {pages} pages of {page_size} tokens, {:.2} GiB; {running} requests at once, {sequence} tokens \

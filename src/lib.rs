@@ -76,8 +76,8 @@ pub use minisgl_core::scheduler::Order;
 pub use minisgl_core::speculation::{DRAFTS_MAX, Speculation};
 pub use minisgl_core::stats::{Load, Stats};
 pub use options::{
-    BackendChoice, KernelChoice, MaxRunning, Options, parse_max_running, parse_order, parse_policy,
-    parse_speculation,
+    BackendChoice, Devices, KernelChoice, MaxRunning, Options, parse_devices, parse_max_running, parse_order,
+    parse_policy, parse_speculation,
 };
 pub use request::{
     BesideWork, ChatPrompt, Completion, FinishReason, Flow, GenerateRequest, Given, JsonObject, Message,

@@ -7,7 +7,9 @@
 //! The engine is built on the thread that it stays on; every method asks it through its handle.
 
 use std::collections::HashMap;
+use std::num::NonZero;
 use std::sync::Arc;
+use std::thread;
 use std::time::Instant;
 
 use minisgl_core::backend::{DeviceInfo, Memory, Model};
@@ -23,7 +25,7 @@ use crate::builder::LlmBuilder;
 use crate::device::Choice;
 use crate::diagnostics::{Ceilings, Diagnostics};
 use crate::error::Error;
-use crate::front::{EngineHandle, Events, Front, SessionEvent, SessionOptions};
+use crate::front::{Built, EngineHandle, Events, Front, SessionEvent, SessionOptions};
 use crate::info::{ExpertsInfo, Info};
 use crate::memory::{PagePlan, Sequence, check_asked, check_host, share_within, warning};
 use crate::models::FAMILIES;
@@ -31,7 +33,6 @@ use crate::options::{KernelChoice, Options};
 use crate::request::{
     ChatPrompt, Completion, FinishReason, Flow, GenerateRequest, Prompt, RequestError, StreamEvent,
 };
-use crate::runner::Runner;
 use crate::running::{self, Costs};
 use crate::score::{Score, ScoreRequest};
 use crate::simulated::{self, Control};
@@ -41,7 +42,8 @@ use crate::tokenizer::Text;
 
 /// A model on a device, ready to generate. See the [crate's page](crate) for an example.
 ///
-/// It owns the engine: dropping it ends the engine's threads and gives the device's memory back.
+/// It owns its engines, one or, by [`LlmBuilder::data_parallel`], several behind one queue: dropping it ends their threads and gives
+/// the devices' memory back.
 pub struct Llm {
     front: Front,
     text: Arc<Text>,
@@ -58,11 +60,16 @@ impl Llm {
 
     pub(crate) fn open(source: ModelSource, options: Options, choice: Choice) -> Result<Llm, Error> {
         let (checkpoint, text) = open_model(&source, &options)?;
-        let (text, order) = (Arc::new(text), options.order);
-        // On the thread that it stays on.
-        let of_engine = text.clone();
-        let build = move || open_engine(source, &checkpoint, &of_engine, &options, choice);
-        let (front, info) = Front::start(text.clone(), order, build)?;
+        let (text, order, engines) = (Arc::new(text), options.order, options.engines()?);
+        let opening = Opening { source, choice, checkpoint, text: text.clone(), options, engines };
+        let opening = Arc::new(opening);
+        let build = |engine| {
+            let opening = opening.clone();
+            move || opening.engine(engine)
+        };
+        let (front, infos) = Front::start(text.clone(), order, (0..engines).map(build).collect())?;
+        // Engines differ in their devices and memory alone; the first speaks for all.
+        let info = infos.into_iter().next().ok_or(Error::NoEngine)?;
         Ok(Llm { front, text, info })
     }
 
@@ -209,7 +216,7 @@ impl Llm {
     /// Sets the counters to zero.
     pub fn reset_stats(&mut self) {
         // A thread that has ended counts no more.
-        let _ = self.front.handle().call(false, |runner| runner.reset_stats());
+        let _ = self.front.handle().call_each(false, |runner| runner.reset_stats());
     }
 
     /// What steps of decode rows alone have read of layers with experts since the engine was built.
@@ -217,24 +224,30 @@ impl Llm {
     /// # Errors
     /// Those of the device.
     pub fn experts_read(&self) -> Result<ExpertsRead, Error> {
-        self.front.handle().call(false, |runner| runner.experts_read())?.map_err(Error::Device)
+        let each = self.front.handle().call_each(false, |runner| runner.experts_read())?;
+        let each: Result<Vec<ExpertsRead>, _> = each.into_iter().collect();
+        Ok(each.map_err(Error::Device)?.into_iter().fold(ExpertsRead::default(), |sum, read| sum + read))
     }
 
     /// Forgets all cached prefixes, so that the next run computes every prompt anew.
     pub fn clear_prefix_cache(&mut self) {
         // A thread that has ended has no cache.
-        let _ = self.front.handle().call(false, |runner| runner.clear_prefix_cache());
+        let _ = self.front.handle().call_each(false, |runner| runner.clear_prefix_cache());
     }
 
-    /// Measures what the device reaches at best: a second of its time, when it is idle. `None` on the CPU.
+    /// Measures what the devices of all engines reach at best, together: a second of their time, once nothing runs. `None` on
+    /// the CPU.
     ///
     /// # Errors
-    /// Those of the device.
+    /// Those of the devices.
     pub fn ceilings(&mut self) -> Result<Option<Ceilings>, Error> {
-        self.front.handle().call(true, |runner| runner.ceilings())?.map_err(Error::Device)
+        let each = self.front.handle().call_each(true, |runner| runner.ceilings())?;
+        let each: Result<Vec<Option<Ceilings>>, _> = each.into_iter().collect();
+        Ok(each.map_err(Error::Device)?.into_iter().flatten().reduce(Ceilings::joined))
     }
 
-    /// Where to ask for the device's clocks and what holds them down, at any time and from any thread; `None` on the CPU.
+    /// Where to ask for the first engine's device's clocks and what holds them down, at any time and from any thread; `None` on
+    /// the CPU.
     pub fn probe(&self) -> Option<Probe> {
         self.front.handle().call(false, |runner| runner.probe()).ok()?
     }
@@ -340,30 +353,6 @@ fn open_model(source: &ModelSource, options: &Options) -> Result<(Checkpoint, Te
     }
 }
 
-fn open_engine(
-    source: ModelSource,
-    checkpoint: &Checkpoint,
-    text: &Text,
-    options: &Options,
-    choice: Choice,
-) -> Result<(Box<dyn Runner>, Info), Error> {
-    let started = Instant::now();
-    let name = if choice.on_gpu { "cuda" } else { "cpu" };
-    let on_gpu = choice.on_gpu;
-    let opening = Opening { source, name, choice, checkpoint, text, options, started };
-    if !on_gpu {
-        return opening.on(Cpu::new());
-    }
-    let kernels = match options.kernels {
-        KernelChoice::Auto => KernelSet::Auto,
-        KernelChoice::Portable => KernelSet::Portable,
-        KernelChoice::Hopper => KernelSet::Hopper,
-    };
-    let cuda = Cuda::new(&minisgl_cuda::Options { device: options.device.unwrap_or(0), kernels })
-        .map_err(gpu_error)?;
-    opening.on(cuda)
-}
-
 /// Is there a GPU? No driver means no; one that does not work is an error, for somebody meant it to.
 ///
 /// # Errors
@@ -380,32 +369,48 @@ fn gpu_error(error: CudaError) -> Error {
     Error::Gpu(Box::new(error))
 }
 
-/// An engine being built.
-struct Opening<'a> {
+/// What engines are built from.
+struct Opening {
     source: ModelSource,
-    name: &'static str,
     choice: Choice,
-    checkpoint: &'a Checkpoint,
-    text: &'a Text,
-    options: &'a Options,
-    started: Instant,
+    checkpoint: Checkpoint,
+    text: Arc<Text>,
+    options: Options,
+    engines: usize,
 }
 
-impl Opening<'_> {
-    fn on<B: Diagnostics + 'static>(self, mut backend: B) -> Result<(Box<dyn Runner>, Info), Error> {
+impl Opening {
+    /// Builds an engine on its device, on the thread that it stays on.
+    fn engine(&self, engine: usize) -> Built<Info> {
+        let started = Instant::now();
+        if !self.choice.on_gpu {
+            let processors = thread::available_parallelism().map_or(1, NonZero::get);
+            return self.on(Cpu::with_threads(processors / self.engines), started);
+        }
+        let kernels = match self.options.kernels {
+            KernelChoice::Auto => KernelSet::Auto,
+            KernelChoice::Portable => KernelSet::Portable,
+            KernelChoice::Hopper => KernelSet::Hopper,
+        };
+        let device = self.options.devices.get(engine).copied().unwrap_or(engine);
+        self.on(Cuda::new(&minisgl_cuda::Options { device, kernels }).map_err(gpu_error)?, started)
+    }
+
+    fn on<B: Diagnostics + 'static>(&self, mut backend: B, started: Instant) -> Built<Info> {
+        let backend_name = if self.choice.on_gpu { "cuda" } else { "cpu" };
         let device = |error: B::Error| Error::Device(Box::new(error));
         let before = backend.memory().map_err(device)?;
         let (mut limits, asked) = self.limits(&backend.info(), before)?;
         tracing::info!(
             model = self.source.name(),
-            backend = self.name,
+            backend = backend_name,
             device = backend.info().name,
             "loading"
         );
         let model =
-            Decoder::load(&mut backend, self.checkpoint).map_err(|error| Error::Device(Box::new(error)))?;
+            Decoder::load(&mut backend, &self.checkpoint).map_err(|error| Error::Device(Box::new(error)))?;
         let loaded = backend.memory().map_err(device)?;
-        let load_seconds = self.started.elapsed().as_secs_f64();
+        let load_seconds = started.elapsed().as_secs_f64();
         tracing::info!(seconds = load_seconds, bytes = model.weight_bytes(), "weights loaded");
 
         let plan = match (self.options.num_pages, self.choice.on_gpu) {
@@ -440,9 +445,10 @@ impl Opening<'_> {
         let info = Info {
             model: self.source.name().to_owned(),
             commit: self.source.commit().map(str::to_owned),
-            backend: self.name,
+            backend: backend_name,
             choice: self.choice.reason,
             device: engine.info().name,
+            engines: self.engines,
             limits,
             dims: *engine.model().dims(),
             window: engine.model().spec().window(),
@@ -451,14 +457,14 @@ impl Opening<'_> {
             warnings,
             weight_bytes: engine.model().weight_bytes(),
             active_weights: engine.model().spec().active_weights(),
-            experts: ExpertsInfo::of(self.checkpoint),
+            experts: ExpertsInfo::of(&self.checkpoint),
             page_bytes,
             memory_total: loaded.total,
             memory_free_loaded: loaded.free,
             memory_free_before_recording: engine.memory_before_recording().free,
             memory_free_ready: ready.free,
             load_seconds,
-            capture_seconds: self.started.elapsed().as_secs_f64() - load_seconds,
+            capture_seconds: started.elapsed().as_secs_f64() - load_seconds,
         };
         tracing::info!(seconds = info.capture_seconds, pages = limits.pages, costs = ?engine.costs(), "ready");
         Ok((Box::new(engine), info))
@@ -482,7 +488,7 @@ impl Opening<'_> {
     /// The capacities: as asked for, else by the device and the model; pages that are not asked for are counted when the
     /// weights are there. So what can't hold is found before they are loaded.
     fn limits(&self, device: &DeviceInfo, memory: Memory) -> Result<(Limits, Sequence), Error> {
-        let Options { max_queued, max_seq_len, .. } = *self.options;
+        let Options { max_queued, max_seq_len, .. } = self.options;
         let max = self.checkpoint.config().max_positions;
         let sequence = max_seq_len.unwrap_or(max);
         if sequence > max {
@@ -518,10 +524,10 @@ impl Opening<'_> {
     fn costs(&self, device: &DeviceInfo, memory: Memory, sequence: u32) -> Costs {
         /// Where nobody says.
         const USUAL_TOKENS: u32 = 1024;
-        let Options { usual_tokens, memory_ratio, .. } = *self.options;
+        let Options { usual_tokens, memory_ratio, .. } = self.options;
         let dims = &self.checkpoint.config().spec.dims;
         let weight_bytes = self.checkpoint.tensors().step_bytes();
-        let idle_bytes = ExpertsInfo::of(self.checkpoint).map_or(0, |experts| experts.idle_bytes());
+        let idle_bytes = ExpertsInfo::of(&self.checkpoint).map_or(0, |experts| experts.idle_bytes());
         let left = memory.free.saturating_sub(weight_bytes);
         Costs {
             weight_bytes,

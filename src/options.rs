@@ -40,8 +40,11 @@ pub enum KernelChoice {
 pub struct Options {
     /// Which device computes.
     pub backend: BackendChoice,
-    /// Which GPU; naming one asks for a GPU. `None`: the first one.
-    pub device: Option<usize>,
+    /// Which GPUs, an engine on each; naming one asks for GPUs. Empty: the first ones, as many as there are engines.
+    pub devices: Vec<usize>,
+    /// How many engines take requests out of one queue; `None`: one for each of [`Options::devices`], else a single one.
+    /// Tokens are the same. Capacities are those of each engine.
+    pub data_parallel: Option<usize>,
     /// Which GPU kernels run.
     pub kernels: KernelChoice,
     /// Requests that run at once; `None`: as many as decoding gains from, if memory holds them.
@@ -84,7 +87,8 @@ impl Default for Options {
     fn default() -> Self {
         Options {
             backend: BackendChoice::Auto,
-            device: None,
+            devices: Vec::new(),
+            data_parallel: None,
             kernels: KernelChoice::Auto,
             max_running: None,
             usual_tokens: None,
@@ -113,6 +117,7 @@ impl Options {
     /// Names the capacity, the memory ratio or the GPU.
     pub fn check(&self) -> Result<(), Error> {
         device::choose(self)?;
+        self.engines()?;
         for ratio in [Some(self.memory_ratio), self.memory_utilization].into_iter().flatten() {
             if !(ratio > 0.0 && ratio <= 1.0) {
                 return Err(Error::MemoryRatio(ratio));
@@ -129,6 +134,21 @@ impl Options {
             graph_rows: self.max_graph_batch.unwrap_or(0),
         };
         Ok(limits.check()?)
+    }
+
+    /// How many engines there are to be.
+    ///
+    /// # Errors
+    /// None, or another number than that of the devices.
+    pub fn engines(&self) -> Result<usize, Error> {
+        match (self.data_parallel, self.devices.len()) {
+            (None, devices) => Ok(devices.max(1)),
+            (Some(0), _) => Err(Error::NoEngine),
+            (Some(engines), devices) if devices > 0 && devices != engines => {
+                Err(Error::DevicesDiffer { engines, devices })
+            }
+            (Some(engines), _) => Ok(engines),
+        }
     }
 }
 
@@ -176,6 +196,24 @@ pub fn parse_max_running(text: &str) -> Result<MaxRunning, String> {
         _ => Err(format!("{text} is no number of requests; use auto, or a number")),
     }
 }
+
+/// Reads which GPUs: numbers and commas.
+///
+/// # Errors
+/// Anything else, or a GPU named twice.
+pub fn parse_devices(text: &str) -> Result<Devices, String> {
+    let devices: Result<Vec<usize>, _> = text.split(',').map(|number| number.trim().parse()).collect();
+    let devices =
+        devices.map_err(|_| format!("{text} names no GPUs; use their numbers, such as 0 or 0,2"))?;
+    match devices.iter().enumerate().find(|(i, device)| devices[..*i].contains(device)) {
+        Some((_, twice)) => Err(format!("{text} names GPU {twice} twice; an engine needs one of its own")),
+        None => Ok(Devices(devices)),
+    }
+}
+
+/// A flag's value: [`Options::devices`].
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Devices(pub Vec<usize>);
 
 /// A flag's value: [`Options::max_running`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -231,6 +269,22 @@ mod tests {
         assert!(parse_speculation("on").is_err_and(|why| why.contains("off, ngram or ngram-always")));
         assert!(parse_policy("fast").is_err_and(|why| why.contains("throughput") && why.contains("latency")));
         assert!(parse_order("random").is_err_and(|why| why.contains("given") && why.contains("prefix")));
+    }
+
+    #[test]
+    fn gpus_are_named_once_each_and_there_are_as_many_engines() {
+        assert_eq!(parse_devices("0, 2"), Ok(Devices(vec![0, 2])));
+        assert!(parse_devices("0,x").is_err_and(|why| why.contains("0,2")));
+        assert!(parse_devices("1,0,1").is_err_and(|why| why.contains("GPU 1 twice")));
+        let engines = |devices: &[usize], data_parallel| {
+            Options { devices: devices.to_vec(), data_parallel, ..Options::default() }.engines()
+        };
+        let number = |devices, data_parallel| engines(devices, data_parallel).unwrap();
+        assert_eq!([number(&[], None), number(&[2], None), number(&[2, 0], None)], [1, 1, 2]);
+        assert_eq!([number(&[], Some(3)), number(&[2, 0], Some(2))], [3, 2]);
+        assert!(matches!(engines(&[], Some(0)), Err(Error::NoEngine)));
+        let differ = engines(&[0], Some(2)).unwrap_err().to_string();
+        assert!(differ.contains("--data-parallel 2") && differ.contains("--devices"), "{differ}");
     }
 
     #[test]

@@ -304,6 +304,15 @@ pub enum RequestError {
          activations overflow; download the checkpoint again, or try --backend cpu, which computes in f32"
     )]
     NotNumbers,
+    /// The engine that ran it failed; others go on.
+    #[error(
+        "the engine that ran the request failed: {cause}; the other engines go on, so submit it again, and restart the program \
+         to have all engines back"
+    )]
+    EngineFailed {
+        /// What failed.
+        cause: String,
+    },
     /// It would end every output at once.
     #[error("a stop text is empty; leave it out, or give at least one character")]
     EmptyStop,
@@ -328,6 +337,7 @@ impl RequestError {
             RequestError::Encode(_) => "not encodable",
             RequestError::TextTooLong { .. } => "prompt too long",
             RequestError::NotNumbers => "logits that are no numbers",
+            RequestError::EngineFailed { .. } => "engine failed",
             RequestError::EmptyStop => "empty stop text",
         }
     }
@@ -372,11 +382,13 @@ pub struct BesideWork {
 /// A completed step: what ran, and when.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct StepTiming {
+    /// Which engine ran it, of those behind one queue, counted from 0.
+    pub engine: u32,
     /// Its rows and tokens, padding included.
     pub shape: StepShape,
     /// Tokens that it drew and that came to the host with it.
     pub output_tokens: u32,
-    /// What the engine had on its hands when it was over.
+    /// What all engines together had on their hands when it was over, as far as they had told.
     pub load: Load,
     /// Milliseconds from the engine's first step to this one's start, by the device's clock.
     pub start_ms: f64,

@@ -247,6 +247,7 @@ pub(crate) fn info(limits: Limits) -> Info {
         backend: "simulated",
         choice: None,
         device: "no device".to_owned(),
+        engines: 1,
         limits,
         vocab: dims.vocab,
         eos: Vec::new(),
@@ -273,12 +274,24 @@ pub(crate) fn start_with(
     order: Order,
 ) -> Result<(Front, Arc<Control>), Error> {
     let control = Arc::new(control);
-    let queued = if order.sorts() { control.limits.queued } else { 0 };
-    let entries = (control.limits.running + queued) as usize;
-    let mut runner = Simulated { control: control.clone(), requests: Vec::new(), generation: 0 };
-    runner.requests.resize_with(entries, || None);
-    let (front, ()) = Front::start(text, order, move || Ok((Box::new(runner) as Box<dyn Runner>, ())))?;
-    Ok((front, control))
+    Ok((start_engines(vec![control.clone()], text, order)?, control))
+}
+
+/// A front before several such engines.
+pub(crate) fn start_engines(
+    controls: Vec<Arc<Control>>,
+    text: Arc<Text>,
+    order: Order,
+) -> Result<Front, Error> {
+    let build = |control: Arc<Control>| {
+        let queued = if order.sorts() { control.limits.queued } else { 0 };
+        let entries = (control.limits.running + queued) as usize;
+        let mut runner = Simulated { control, requests: Vec::new(), generation: 0 };
+        runner.requests.resize_with(entries, || None);
+        move || Ok((Box::new(runner) as Box<dyn Runner>, ()))
+    };
+    let (front, _) = Front::start(text, order, controls.into_iter().map(build).collect())?;
+    Ok(front)
 }
 
 /// A request that draws `first` and the tokens behind it.

@@ -268,6 +268,6 @@ fn memory_is_counted_and_reported() {
 #[test]
 #[ignore = "needs a GPU"]
 fn a_gpu_that_is_not_there_is_an_error_that_names_the_flag() {
-    let error = on_gpu("tiny-tied", KernelChoice::Auto).device(99).build().err().unwrap().to_string();
-    assert!(error.contains("99") && error.contains("--device"), "{error}");
+    let error = on_gpu("tiny-tied", KernelChoice::Auto).devices([99]).build().err().unwrap().to_string();
+    assert!(error.contains("99") && error.contains("--devices"), "{error}");
 }

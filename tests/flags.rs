@@ -80,8 +80,8 @@ fn a_gpu_that_is_named_and_not_there_is_an_error_and_auto_says_what_it_chose() {
         return common::skipped("there is a GPU");
     }
     let folder = Scratch::with_text();
-    let said = complaint(&generate(&folder, &["--device=5"]));
-    assert!(said.contains("--device 5") && said.contains("GPU"), "{said}");
+    let said = complaint(&generate(&folder, &["--devices=5"]));
+    assert!(said.contains("--devices 5") && said.contains("GPU"), "{said}");
     let hidden = |value: &str| command(&folder, &[]).env("CUDA_VISIBLE_DEVICES", value).output().unwrap();
     let said = complaint(&hidden("9"));
     assert!(said.contains("CUDA_VISIBLE_DEVICES=9"), "{said}");
@@ -90,8 +90,8 @@ fn a_gpu_that_is_named_and_not_there_is_an_error_and_auto_says_what_it_chose() {
     }
     let (_, said) = tokens(&folder, &[]);
     assert!(said.contains("(cpu, since there is no NVIDIA driver)"), "{said}");
-    let said = complaint(&generate(&folder, &["--backend=cpu", "--device=0"]));
-    assert!(said.contains("--device 0") && said.contains("--backend cpu"), "{said}");
+    let said = complaint(&generate(&folder, &["--backend=cpu", "--devices=0"]));
+    assert!(said.contains("--devices 0") && said.contains("--backend cpu"), "{said}");
 }
 
 #[test]

@@ -83,6 +83,7 @@ fn settings_that_only_concern_speed_do_not_change_a_token() {
         &["--order", "longest-output-first"],
         &["--policy", "latency"],
         &["--policy", "latency", "--max-running", "2", "--num-pages", "5"],
+        &["--data-parallel", "2"],
         &["--warmup"],
     ] {
         assert_eq!(hash(flags), base, "{flags:?}");

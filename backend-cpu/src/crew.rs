@@ -57,10 +57,11 @@ pub struct Desk {
 }
 
 impl Crew {
-    /// Starts as many threads as the machine runs at once.
-    pub fn new() -> Result<Crew, CpuError> {
+    /// Starts as many threads as the machine runs at once, or so many.
+    pub fn new(threads: Option<usize>) -> Result<Crew, CpuError> {
         let name = |i| format!("minisgl-cpu-{i}");
-        let pool = ThreadPoolBuilder::new().thread_name(name).build();
+        // Rayon takes 0 for as many as the machine runs.
+        let pool = ThreadPoolBuilder::new().num_threads(threads.unwrap_or(0)).thread_name(name).build();
         let pool = pool.map_err(|error| CpuError::Threads(error.to_string()))?;
         let shared = Arc::new(Shared::default());
         let resident = shared.clone();

@@ -61,7 +61,16 @@ impl Cpu {
     /// Starts the worker threads, as many as the machine runs at once. Where it cannot, the first call that allocates
     /// or runs something says so.
     pub fn new() -> Cpu {
-        let crew = Crew::new().map_err(|error| error.to_string());
+        Cpu::of(None)
+    }
+
+    /// Starts so many worker threads, at least one: for several engines that share the machine.
+    pub fn with_threads(threads: usize) -> Cpu {
+        Cpu::of(Some(threads.max(1)))
+    }
+
+    fn of(threads: Option<usize>) -> Cpu {
+        let crew = Crew::new(threads).map_err(|error| error.to_string());
         Cpu { crew, recording: None, planned: None }
     }
 

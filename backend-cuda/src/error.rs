@@ -35,7 +35,7 @@ pub enum CudaError {
     )]
     NoDevice,
     /// No device of this number.
-    #[error("there is no GPU {index}: this machine has {count}, numbered from 0 (--device)")]
+    #[error("there is no GPU {index}: this machine has {count}, numbered from 0 (--devices)")]
     DeviceIndex {
         /// As asked for.
         index: usize,
@@ -198,7 +198,7 @@ fn noun(purpose: Purpose) -> &'static str {
 
 fn advice(purpose: Purpose) -> &'static str {
     match purpose {
-        Purpose::Weights => "use a smaller model, or a GPU with more free memory (--device)",
+        Purpose::Weights => "use a smaller model, or a GPU with more free memory (--devices)",
         Purpose::KvCache => "lower --memory-ratio or --num-pages",
         Purpose::Scratch => "lower --max-prefill-tokens or --max-running",
         Purpose::Graphs => {

@@ -20,6 +20,28 @@ pub struct ExpertsRead {
     pub experts: u64,
 }
 
+impl core::ops::Add for ExpertsRead {
+    type Output = ExpertsRead;
+
+    /// Of two models together.
+    fn add(self, other: ExpertsRead) -> ExpertsRead {
+        ExpertsRead { layers: self.layers + other.layers, experts: self.experts + other.experts }
+    }
+}
+
+impl core::ops::Add for Load {
+    type Output = Load;
+
+    /// Of two schedulers together.
+    fn add(self, other: Load) -> Load {
+        Load {
+            running: self.running + other.running,
+            waiting: self.waiting + other.waiting,
+            pages_used: self.pages_used + other.pages_used,
+        }
+    }
+}
+
 /// Counters since construction or [`Stats::default`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Stats {
@@ -62,6 +84,51 @@ pub struct Stats {
 }
 
 impl Stats {
+    /// Of two schedulers: the sums of their counts, the greater of their peaks.
+    pub fn joined(self, other: Stats) -> Stats {
+        // Each field by name, so that a new one is not forgotten.
+        let Stats {
+            prefill_steps,
+            decode_steps,
+            mixed_steps,
+            prefill_tokens,
+            mixed_prefill_tokens,
+            decode_tokens,
+            mixed_decode_tokens,
+            padding_rows,
+            drafted,
+            accepted,
+            output_tokens,
+            cached_tokens,
+            decode_context,
+            prefill_context,
+            rows_peak,
+            pages_peak,
+            retractions,
+            finished,
+        } = other;
+        Stats {
+            prefill_steps: self.prefill_steps + prefill_steps,
+            decode_steps: self.decode_steps + decode_steps,
+            mixed_steps: self.mixed_steps + mixed_steps,
+            prefill_tokens: self.prefill_tokens + prefill_tokens,
+            mixed_prefill_tokens: self.mixed_prefill_tokens + mixed_prefill_tokens,
+            decode_tokens: self.decode_tokens + decode_tokens,
+            mixed_decode_tokens: self.mixed_decode_tokens + mixed_decode_tokens,
+            padding_rows: self.padding_rows + padding_rows,
+            drafted: self.drafted + drafted,
+            accepted: self.accepted + accepted,
+            output_tokens: self.output_tokens + output_tokens,
+            cached_tokens: self.cached_tokens + cached_tokens,
+            decode_context: self.decode_context + decode_context,
+            prefill_context: self.prefill_context + prefill_context,
+            rows_peak: self.rows_peak.max(rows_peak),
+            pages_peak: self.pages_peak.max(pages_peak),
+            retractions: self.retractions + retractions,
+            finished: self.finished + finished,
+        }
+    }
+
     /// All steps scheduled.
     pub fn steps(&self) -> u64 {
         self.prefill_steps + self.decode_steps + self.mixed_steps

@@ -204,7 +204,7 @@ fn read_options(given: &Bound<'_, PyDict>) -> PyResult<Options> {
         let refused = |reason: String| PyValueError::new_err(format!("{name}: {reason}"));
         match name.as_str() {
             "backend" => options.backend = word()?.parse::<BackendChoice>().map_err(refused)?,
-            "device" => options.device = value.extract()?,
+            "device" => options.devices = value.extract::<Option<usize>>()?.into_iter().collect(),
             "kernels" => options.kernels = word()?.parse::<KernelChoice>().map_err(refused)?,
             "max_running" => options.max_running = value.extract()?,
             "max_prefill_tokens" => options.max_prefill_tokens = value.extract()?,

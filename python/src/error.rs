@@ -47,7 +47,7 @@ pub fn in_arguments(text: &str) -> String {
         ("--page-size", "block_size"),
         ("--memory-ratio", "memory_ratio"),
         ("--backend", "backend"),
-        ("--device", "device"),
+        ("--devices", "device"),
         ("--kernels", "kernels"),
         ("--revision", "revision"),
         ("--model", "model"),

@@ -102,7 +102,7 @@ impl ApiError {
             SamplingError::PromptLogprobs(_) => "prompt_logprobs",
         };
         let (param, code) = match error {
-            RequestError::NotNumbers => return Self::internal(message),
+            RequestError::NotNumbers | RequestError::EngineFailed { .. } => return Self::internal(message),
             RequestError::Refused(SubmitError::QueueFull { .. } | SubmitError::Stopped) => {
                 return Self::unavailable(message);
             }

@@ -43,7 +43,7 @@ impl Outputs {
     /// There is no engine, or as many requests wait as may.
     pub fn submit(app: &Arc<App>, engine: Engine, asked: &Asked) -> Result<Self, ApiError> {
         let choices = asked.choices();
-        let capacity = engine.info.limits.running as usize + app.settings.queued_max;
+        let capacity = engine.info.running() + app.settings.queued_max;
         let open = engine.handle.open_requests();
         if choices > capacity {
             return Err(ApiError::invalid(format!(

@@ -49,7 +49,7 @@ pub async fn metrics(State(app): State<Arc<App>>) -> Result<Response, ApiError> 
         let ask = move || {
             let handle = &engine.handle;
             if let (Ok(stats), Ok(load)) = (handle.stats(), handle.load()) {
-                app.metrics.engine(&stats, &load, handle.open_requests(), engine.info.limits.pages);
+                app.metrics.engine(&stats, &load, handle.open_requests(), engine.info.pages());
             }
         };
         tokio::task::spawn_blocking(ask).await.map_err(|error| ApiError::internal(error.to_string()))?;

@@ -85,7 +85,7 @@ fn drive(
     let count = requests.len();
     let options = SessionOptions { tokens: true, steps: true, capacity: Some(count), ..Default::default() };
     let total: u64 = requests.iter().map(|(_, request)| u64::from(request.sampling.max_tokens)).sum();
-    let pages = llm.info().limits.pages;
+    let pages = llm.info().pages();
     let mut progress = Progress { total: Some(total), unit: Unit::Tokens, pages, ..Progress::default() };
     let (mut steps, mut completions) = (Vec::new(), vec![None; count]);
     let (mut submitter, mut events) = llm.handle().session(options);

@@ -41,14 +41,15 @@ pub struct MixedReport {
     pub prefill_tokens: u64,
     /// Steps.
     pub steps: u64,
-    /// Seconds on the device.
+    /// Seconds on the devices, all engines together.
     pub seconds: f64,
 }
 
 /// Where the device waited for the host.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
 pub struct Idle {
-    /// Seconds between the end of a step and the start of the next, over the run.
+    /// Seconds between the end of a step and the start of the next, over the run; of several engines, what each has on
+    /// average.
     pub seconds: f64,
     /// The longest such gap, in milliseconds.
     pub longest_ms: f64,
@@ -205,12 +206,17 @@ fn device_seconds<'a>(steps: impl Iterator<Item = &'a StepTiming>) -> f64 {
 }
 
 fn idle(steps: &[StepTiming]) -> Idle {
-    let gap_ms = |pair: &[StepTiming]| {
-        let end_ms = pair[0].start_ms + f64::from(pair[0].gpu_ms);
-        (pair[1].start_ms - end_ms).max(0.0)
+    let gap_ms = |(before, after): (&StepTiming, &StepTiming)| {
+        let end_ms = before.start_ms + f64::from(before.gpu_ms);
+        (after.start_ms - end_ms).max(0.0)
     };
-    let gaps_ms = steps.windows(2).map(gap_ms);
-    Idle { seconds: gaps_ms.clone().sum::<f64>() / 1e3, longest_ms: gaps_ms.fold(0.0, f64::max) }
+    let engines = steps.iter().map(|step| step.engine + 1).max().unwrap_or(1);
+    let gaps_ms = (0..engines).flat_map(|engine| {
+        let its = || steps.iter().filter(move |step| step.engine == engine);
+        its().zip(its().skip(1)).map(gap_ms)
+    });
+    let seconds = gaps_ms.clone().sum::<f64>() / 1e3 / f64::from(engines);
+    Idle { seconds, longest_ms: gaps_ms.fold(0.0, f64::max) }
 }
 
 /// Of the largest decode steps.
@@ -351,6 +357,7 @@ mod tests {
         let (waiting, driver) = (Duration::from_micros(80), Duration::from_micros(5));
         let beside_work = Some(BesideWork { waiting, driver });
         StepTiming {
+            engine: 0,
             shape,
             start_ms,
             gpu_ms,
@@ -420,6 +427,13 @@ mod tests {
         assert_eq!(report.padding_share, 0.25);
         assert!((report.device_idle.seconds - 0.005).abs() < 1e-9);
         assert!((report.device_idle.longest_ms - 5.0).abs() < 1e-4);
+    }
+
+    #[test]
+    fn an_engine_is_not_idle_while_another_one_works() {
+        let of = |engine, start_ms| StepTiming { engine, ..step(PREFILL, start_ms, 10.0) };
+        let Idle { seconds, longest_ms } = idle(&[of(0, 0.0), of(1, 2.0), of(0, 14.0), of(1, 12.0)]);
+        assert_eq!((seconds, longest_ms), (0.002, 4.0));
     }
 
     #[test]

@@ -7,6 +7,7 @@
 //!
 //! The two tracks come from two clocks. The device's is moved so that no step ends after the call that saw it end,
 //! and one step ends just then: the offset can only be too small by the shortest time a result took to the host.
+//! Every engine has a pair of tracks, as a process of its own.
 
 use std::io;
 
@@ -49,8 +50,19 @@ struct Counts {
 /// # Errors
 /// The writer's.
 pub fn write(steps: &[StepTiming], out: impl io::Write) -> io::Result<()> {
-    let name = |name, tid, label| Entry::Name { name, ph: 'M', pid: 1, tid, args: Named { name: label } };
-    let mut trace_events = vec![
+    let engines = steps.iter().map(|step| step.engine + 1).max().unwrap_or(1);
+    let mut trace_events = Vec::new();
+    for engine in 0..engines {
+        let its: Vec<&StepTiming> = steps.iter().filter(|step| step.engine == engine).collect();
+        trace_events.extend(tracks(1 + engine, &its));
+    }
+    serde_json::to_writer(out, &Trace { display_time_unit: "ms", trace_events }).map_err(io::Error::from)
+}
+
+/// The tracks of an engine.
+fn tracks(pid: u32, steps: &[&StepTiming]) -> Vec<Entry> {
+    let name = |name, tid, label| Entry::Name { name, ph: 'M', pid, tid, args: Named { name: label } };
+    let mut entries = vec![
         name("process_name", 0, "minisgl"),
         name("thread_name", DEVICE_TRACK, "device"),
         name("thread_name", HOST_TRACK, "host"),
@@ -61,7 +73,7 @@ pub fn write(steps: &[StepTiming], out: impl io::Write) -> io::Result<()> {
             let StepShape { decode_rows, prefill_rows, .. } = step.shape;
             let prefill_tokens = step.shape.prefill_tokens();
             let args = Counts { step: i, decode_rows, prefill_rows, prefill_tokens };
-            Entry::Span { name, ph: 'X', pid: 1, tid, ts, dur, args }
+            Entry::Span { name, ph: 'X', pid, tid, ts, dur, args }
         };
         let name = match (step.shape.decode_rows, step.shape.prefill_rows) {
             (_, 0) => "decode",
@@ -69,16 +81,16 @@ pub fn write(steps: &[StepTiming], out: impl io::Write) -> io::Result<()> {
             _ => "mixed",
         };
         let start_us = step.start_ms * 1e3 + offset_us;
-        trace_events.push(span(name, DEVICE_TRACK, start_us, f64::from(step.gpu_ms) * 1e3));
+        entries.push(span(name, DEVICE_TRACK, start_us, f64::from(step.gpu_ms) * 1e3));
         let host_us = (step.host_start.as_secs_f64() * 1e6, step.host_time.as_secs_f64() * 1e6);
-        trace_events.push(span("launch next, complete", HOST_TRACK, host_us.0, host_us.1));
+        entries.push(span("launch next, complete", HOST_TRACK, host_us.0, host_us.1));
     }
-    serde_json::to_writer(out, &Trace { display_time_unit: "ms", trace_events }).map_err(io::Error::from)
+    entries
 }
 
 /// What the device's microseconds need to become the host's.
-fn device_clock_offset_us(steps: &[StepTiming]) -> f64 {
-    let offset = |step: &StepTiming| {
+fn device_clock_offset_us(steps: &[&StepTiming]) -> f64 {
+    let offset = |step: &&StepTiming| {
         let host_end_us = (step.host_start + step.host_time).as_secs_f64() * 1e6;
         host_end_us - (step.start_ms + f64::from(step.gpu_ms)) * 1e3
     };
@@ -98,6 +110,7 @@ mod tests {
         let host_start = Duration::from_micros(host_start_us);
         let host_time = Duration::from_micros(host_us);
         StepTiming {
+            engine: 0,
             shape,
             start_ms,
             gpu_ms,

@@ -1,19 +1,19 @@
-//! The engine's thread: it takes requests in, launches steps and hands events out, and nothing else.
+//! An engine's thread: it takes requests in, launches steps and hands events out, and nothing else.
 //!
 //! ```text
-//!   loop { take the messages in ──> admit requests, by turns ──> step ──> one batch of events to the output thread }
+//!   loop { take the messages in ──> admit requests ──> step ──> one batch of events to the output thread }
 //!            ^ sleeps here while there is nothing to run
 //! ```
 //!
 //! It waits for the device and, when idle, for a message; never for a reader, a tokenizer or a lock that somebody holds
-//! for long. A request waits here rather than in the engine's own queue, and is handed on when a slot is free for it, so
-//! that turns are taken as late as can be; only an engine that sorts its queue gets it filled. How many wait here the engine
-//! is told, for its policy asks whether more prompts are to come.
+//! for long. A request waits in the intake rather than in the engine's own queue, and is handed on when a slot is free for
+//! it, so that turns are taken as late as can be; only an engine that sorts its queue gets it filled. How many wait there
+//! the engine is told, for its policy asks whether more prompts are to come.
 //!
 //! Where the engine says so, a step is launched only when the one in flight is about to end: who comes until then is in it.
 //!
-//! A step that fails, or panics, ends all work: what is open gets lost, what comes later is refused, and the thread goes
-//! on answering questions about the engine.
+//! A step that fails, or panics, ends the engine's work: what is open gets lost, and the thread goes on answering questions
+//! about the engine. What comes later goes to the other engines; where there is none, it is refused.
 //!
 //! Invariant: `live[entry]` is the request that has the engine's ticket of that entry, and `running` counts them.
 
@@ -30,7 +30,7 @@ use minisgl_core::request::{Request, SubmitError, Ticket};
 use minisgl_core::sampling::SamplingParams;
 use minisgl_core::stats::Load;
 
-use super::fair::{FairQueue, Waiting};
+use super::fair::Waiting;
 use super::handle::Shared;
 use super::output::{Batch, Event, Output};
 use crate::error::Cause;
@@ -39,8 +39,8 @@ use crate::runner::Runner;
 
 /// What the engine's thread is told.
 pub enum Message {
-    /// Requests that are ready to run, to be taken in together.
-    Submit(Vec<Ready>),
+    /// The intake has requests that it would take.
+    Work,
     /// Abort a session's requests of a tag, or all of them.
     Abort { session: u64, tag: Option<u64> },
     /// A request is over, for a stop text came up.
@@ -98,6 +98,7 @@ impl Waiting for Ready {
 
 /// When a step ran.
 pub struct StepTimes {
+    engine: u32,
     step: CompletedStep,
     load: Load,
     output_tokens: u32,
@@ -111,6 +112,7 @@ impl StepTimes {
     /// As seen by a session that began at `session`.
     pub fn timing(&self, session: Instant) -> StepTiming {
         StepTiming {
+            engine: self.engine,
             shape: self.step.shape,
             load: self.load,
             output_tokens: self.output_tokens,
@@ -133,18 +135,16 @@ struct Live {
 
 /// See the module.
 pub struct EngineThread {
+    /// Among the engines of the front.
+    index: usize,
     runner: Box<dyn Runner>,
     shared: Arc<Shared>,
     messages: Receiver<Message>,
-    /// Ready, and not in the engine yet.
-    intake: FairQueue<Ready>,
     /// By entry of the engine's table.
     live: Vec<Option<Live>>,
     running: usize,
     /// The next step is not launched before.
     launch_at: Instant,
-    /// How many the engine is given at once.
-    depth: usize,
     /// Calls that wait for the engine to be idle.
     idle_calls: VecDeque<Call>,
     batch: Batch,
@@ -155,21 +155,20 @@ pub struct EngineThread {
 
 impl EngineThread {
     pub fn new(
+        index: usize,
         runner: Box<dyn Runner>,
-        depth: usize,
         shared: Arc<Shared>,
         messages: Receiver<Message>,
         (batches, spare): (Sender<Batch>, Receiver<Batch>),
     ) -> Self {
         EngineThread {
+            index,
             runner,
             shared,
             messages,
-            intake: FairQueue::new(),
             live: Vec::new(),
             running: 0,
             launch_at: Instant::now(),
-            depth,
             idle_calls: VecDeque::new(),
             batch: Batch::default(),
             batches,
@@ -182,7 +181,8 @@ impl EngineThread {
     pub fn run(mut self) {
         while self.take_messages() {
             self.admit();
-            self.runner.set_backlog(self.intake.len() as u32);
+            self.shared.wake(self.shared.intake.left_by());
+            self.runner.set_backlog(self.shared.intake.backlog());
             if !self.stopped && !self.runner.is_idle() {
                 self.step();
                 self.launch_at = Instant::now() + self.runner.launch_after();
@@ -230,26 +230,23 @@ impl EngineThread {
     }
 
     fn is_idle(&self) -> bool {
-        self.stopped || (self.intake.is_empty() && self.runner.is_idle())
+        self.stopped || (self.runner.is_idle() && self.shared.intake.may_sleep(self.index))
     }
 
     fn take(&mut self, message: Message) {
         match message {
-            // A request that is dropped tells its reader.
-            Message::Submit(requests) if self.stopped => drop(requests),
-            Message::Submit(requests) => requests.into_iter().for_each(|ready| self.intake.push(ready)),
             Message::Abort { session, tag } => self.abort(session, tag),
             Message::StopTextFound(ticket) => self.abort_ticket(ticket),
             Message::Call(call) if call.when_idle => self.idle_calls.push_back(call),
             Message::Call(call) => self.call(call),
-            Message::Close => {}
+            Message::Work | Message::Close => {}
         }
     }
 
     fn call(&mut self, call: Call) {
         (call.work)(&mut *self.runner);
         if !self.stopped && self.shared.has_stopped() {
-            self.stop();
+            self.stop(None);
         }
     }
 
@@ -260,11 +257,11 @@ impl EngineThread {
         }
     }
 
-    /// Hands the engine as many requests as it can run.
+    /// Hands the engine as many requests as it may run.
     fn admit(&mut self) {
         while self.idle_calls.is_empty()
-            && self.running < self.depth
-            && let Some(ready) = self.intake.pop()
+            && !self.stopped
+            && let Some(ready) = self.shared.intake.take(self.index, self.running)
         {
             if ready.output.is_unwanted() {
                 self.batch.events.push(Event::Dropped { output: ready.output });
@@ -272,7 +269,7 @@ impl EngineThread {
             }
             match self.runner.submit(Request { prompt: &ready.prompt, params: ready.params }) {
                 Ok(submitted) => self.start(ready.output, submitted),
-                Err(SubmitError::QueueFull { .. }) => return self.intake.give_back(ready),
+                Err(SubmitError::QueueFull { .. }) => return self.shared.intake.give_back(self.index, ready),
                 Err(error) => {
                     self.batch.events.push(Event::Refused { output: ready.output, error: Box::new(error) });
                 }
@@ -300,7 +297,7 @@ impl EngineThread {
 
     fn abort(&mut self, session: u64, tag: Option<u64>) {
         let is_meant = |other: u64| tag.is_none_or(|tag| tag == other);
-        for ready in self.intake.remove(session, |ready| is_meant(ready.output.tag())) {
+        for ready in self.shared.intake.remove(session, |ready| is_meant(ready.output.tag())) {
             self.batch.events.push(Event::Dropped { output: ready.output });
         }
         let meant = |live: &&Live| live.session == session && is_meant(live.tag);
@@ -334,9 +331,10 @@ impl EngineThread {
                 waiting: since(after.waited, before.waited),
                 driver: since(after.driver, before.driver),
             });
-            let mut load = self.runner.load();
-            load.waiting += self.intake.len() as u32;
-            self.batch.step = Some(StepTimes { step, load, output_tokens, started, ended, beside_work });
+            let engine = self.index as u32;
+            let load = self.shared.intake.load(self.index, self.runner.load());
+            self.batch.step =
+                Some(StepTimes { engine, step, load, output_tokens, started, ended, beside_work });
         }
     }
 
@@ -352,18 +350,18 @@ impl EngineThread {
     }
 
     fn fail(&mut self, cause: Cause) {
-        tracing::error!(%cause, "the engine stops");
-        self.shared.fail(cause);
-        self.stop();
+        tracing::error!(engine = self.index, %cause, "the engine stops");
+        let said = cause.to_string();
+        let others_go_on = self.shared.fail(self.index, cause).then_some(said);
+        self.stop(others_go_on);
     }
 
     /// Loses all requests, after what has happened to them so far has been told.
-    fn stop(&mut self) {
+    fn stop(&mut self, others_go_on: Option<String>) {
         self.stopped = true;
         self.live.clear();
         self.running = 0;
-        self.intake.clear();
-        self.batch.events.push(Event::Stopped);
+        self.batch.events.push(Event::Stopped { others_go_on });
         // If nobody takes the batch, its requests get lost by being dropped with it.
         let _ = self.batches.send(std::mem::take(&mut self.batch));
     }

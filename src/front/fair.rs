@@ -67,6 +67,30 @@ impl<T: Waiting> FairQueue<T> {
         item
     }
 
+    /// Takes out what comes next of all that is `fit`, among the first `window` of each session.
+    pub fn pop_where(&mut self, window: usize, fit: impl Fn(&T) -> bool) -> Option<T> {
+        if let Some(item) = self.returned.take_if(|item| fit(item)) {
+            return Some(item);
+        }
+        let found = |session: &u64| self.waiting.get(session)?.iter().take(window).position(&fit);
+        let (turn, place) =
+            self.turns.iter().enumerate().find_map(|(turn, session)| Some((turn, found(session)?)))?;
+        let session = self.turns.remove(turn)?;
+        let queue = self.waiting.get_mut(&session)?;
+        let item = queue.remove(place);
+        match queue.is_empty() {
+            true => drop(self.waiting.remove(&session)),
+            false => self.turns.push_back(session),
+        }
+        item
+    }
+
+    /// Is any `fit`, among the first `window` of each session?
+    pub fn any(&self, window: usize, fit: impl Fn(&T) -> bool) -> bool {
+        let waiting = self.waiting.values().flat_map(|queue| queue.iter().take(window));
+        self.returned.iter().chain(waiting).any(fit)
+    }
+
     /// Gives back what was taken out last; it comes next.
     pub fn give_back(&mut self, item: T) {
         self.returned = Some(item);
@@ -90,11 +114,6 @@ impl<T: Waiting> FairQueue<T> {
         }
         removed
     }
-
-    /// Takes out everything.
-    pub fn clear(&mut self) {
-        *self = FairQueue::new();
-    }
 }
 
 #[cfg(test)]
@@ -116,6 +135,20 @@ mod tests {
         let order: Vec<_> = std::iter::from_fn(|| queue.pop()).collect();
         assert_eq!(order, [(1, 0), (2, 0), (3, 0), (1, 1), (2, 1), (1, 2), (1, 3)]);
         assert!(queue.is_empty());
+    }
+
+    #[test]
+    fn what_is_fit_comes_out_of_turn_and_the_others_keep_theirs() {
+        let mut queue = FairQueue::new();
+        for item in [(1, 0), (1, 1), (1, 2), (2, 0), (2, 7)] {
+            queue.push(item);
+        }
+        assert_eq!(queue.pop_where(1, |item| item.1 == 7), None, "it lies behind the window");
+        assert!(queue.any(2, |item| item.1 == 7) && !queue.any(1, |item| item.1 == 7));
+        assert_eq!(queue.pop_where(2, |item| item.1 == 7), Some((2, 7)));
+        assert_eq!(queue.pop_where(9, |item| item.1 == 2), Some((1, 2)));
+        let order: Vec<_> = std::iter::from_fn(|| queue.pop_where(9, |_| true)).collect();
+        assert_eq!(order, [(2, 0), (1, 0), (1, 1)]);
     }
 
     #[test]

@@ -1,18 +1,21 @@
-//! The engine's handle: cheap to clone, usable from any thread. Everything that generates is its client.
+//! The engines' handle: cheap to clone, usable from any thread. Everything that generates is its client.
 
 use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::sync::mpsc::{Sender, channel};
+use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, OnceLock};
+use std::thread;
 use std::time::Instant;
 
 use minisgl_core::config::Limits;
+use minisgl_core::scheduler::Order;
 use minisgl_core::stats::{Load, Stats};
 use thiserror::Error;
 
 use super::encode::{Encoders, Job};
 use super::engine::{Call, Message, Ready, StepTimes};
+use super::intake::{Intake, Sleepers};
 use super::output::Output;
 use super::permits::{Permit, Permits};
 use super::session::{Events, RequestStream, Session, SessionOptions, Submitter};
@@ -25,8 +28,10 @@ use crate::tokenizer::Text;
 pub struct Shared {
     pub text: Arc<Text>,
     pub encoders: Encoders,
-    messages: Sender<Message>,
-    /// As many requests as the engine runs and queues.
+    pub intake: Intake,
+    /// Each engine's inbox.
+    messages: Vec<Sender<Message>>,
+    /// As many requests as the engines run and queue.
     capacity: usize,
     /// Tokens of the longest sequence.
     longest: usize,
@@ -49,15 +54,20 @@ enum Stopped {
 }
 
 impl Shared {
-    pub fn new(text: Arc<Text>, messages: Sender<Message>, limits: &Limits) -> Self {
-        let capacity = limits.running as usize + limits.queued as usize;
+    /// For engines of these capacities; `order` is that of their queues.
+    pub fn new(text: Arc<Text>, order: Order, messages: Vec<Sender<Message>>, limits: &[Limits]) -> Self {
+        let capacity = |limits: &Limits| limits.running as usize + limits.queued as usize;
+        let depth = |limits: &Limits| if order.sorts() { capacity(limits) } else { limits.running as usize };
+        let shortest = limits.iter().map(|limits| limits.sequence).min();
+        let capacity_of_all = limits.iter().map(capacity).sum();
         Shared {
             text,
             encoders: Encoders::new(),
+            intake: Intake::new(limits.iter().map(depth)),
             messages,
-            capacity,
-            longest: limits.sequence as usize,
-            permits: Permits::new(capacity),
+            capacity: capacity_of_all,
+            longest: shortest.unwrap_or(0) as usize,
+            permits: Permits::new(capacity_of_all),
             sessions: AtomicU64::new(0),
             open: Arc::default(),
             started: Instant::now(),
@@ -66,23 +76,53 @@ impl Shared {
         }
     }
 
-    /// Nothing runs from now on, because of a failure.
-    pub fn fail(&self, cause: Cause) {
-        let _ = self.stopped.set(Stopped::Failed(Failure(Arc::new(cause))));
-        self.permits.close();
+    /// Nothing runs on an engine from now on, because of a failure. Do others go on?
+    pub fn fail(&self, engine: usize, cause: Cause) -> bool {
+        match self.intake.stop(engine) {
+            Ok(sleepers) => {
+                self.wake(sleepers);
+                true
+            }
+            Err(waiting) => {
+                let _ = self.stopped.set(Stopped::Failed(Failure(Arc::new(cause))));
+                self.permits.close();
+                drop(waiting); // Which tells their readers.
+                false
+            }
+        }
     }
 
-    /// Nothing runs from now on, because the engine is not wanted any more.
+    /// Nothing runs from now on, because the engines are not wanted any more.
     pub fn close(&self) {
         let _ = self.stopped.set(Stopped::Closed);
         self.permits.close();
         self.encoders.close();
-        self.send(Message::Close);
+        drop(self.intake.close());
+        (0..self.messages.len()).for_each(|engine| self.send(engine, Message::Close));
     }
 
-    /// Tells the engine's thread something. If that has ended, requests in the message are dropped, and so get lost.
-    pub fn send(&self, message: Message) {
-        let _ = self.messages.send(message);
+    /// Tells an engine's thread something.
+    pub fn send(&self, engine: usize, message: Message) {
+        // One that has ended has nothing to do with it.
+        let _ = self.messages[engine].send(message);
+    }
+
+    /// Has the requests of a tag, or all, of a session aborted, wherever they are.
+    pub fn abort(&self, session: u64, tag: Option<u64>) {
+        (0..self.messages.len()).for_each(|engine| self.send(engine, Message::Abort { session, tag }));
+    }
+
+    /// Has engines look at the intake.
+    pub fn wake(&self, sleepers: Sleepers) {
+        sleepers.into_iter().for_each(|engine| self.send(engine, Message::Work));
+    }
+
+    /// Hands requests to the engines. If those have stopped they are dropped, and so get lost.
+    fn submit(&self, ready: Vec<Ready>) {
+        match self.intake.push(ready) {
+            Ok(sleepers) => self.wake(sleepers),
+            Err(ready) => drop(ready),
+        }
     }
 
     /// The tokens of a prompt. One that is much too long to leave room for `room` tokens is refused without.
@@ -148,7 +188,7 @@ impl std::error::Error for Failure {
 /// Why [`EngineHandle::try_submit`] did not take a request.
 #[derive(Debug, Error)]
 pub enum TrySubmitError {
-    /// As many are on their way as the engine runs and queues; here it is back.
+    /// As many are on their way as the engines run and queue; here it is back.
     #[error("the engine has as many requests as it runs and queues; try again when one has ended")]
     Full(Box<GenerateRequest>),
     /// No request will be taken any more.
@@ -156,7 +196,7 @@ pub enum TrySubmitError {
     Stopped(Error),
 }
 
-/// An engine from any thread: clones ask the same one. It refuses requests once its [`Llm`](crate::Llm) is gone.
+/// An engine, or several behind one queue, from any thread: clones ask the same. It refuses requests once its [`Llm`](crate::Llm) is gone.
 #[derive(Clone)]
 pub struct EngineHandle(Arc<Shared>);
 
@@ -240,11 +280,11 @@ impl EngineHandle {
         }
     }
 
-    /// Sends requests to the engine's thread.
+    /// Hands requests to the engines.
     pub(super) fn post(&self, ready: Vec<Ready>) -> Result<(), Error> {
         self.check_running()?;
         if !ready.is_empty() {
-            self.0.send(Message::Submit(ready));
+            self.0.submit(ready);
         }
         Ok(())
     }
@@ -259,35 +299,38 @@ impl EngineHandle {
         self.0.open.load(Ordering::Relaxed)
     }
 
-    /// What the engine did so far; waits for the step that runs.
+    /// What the engines did so far, together; waits for the steps that run.
     ///
     /// # Errors
-    /// The engine's thread has ended.
+    /// An engine's thread has ended.
     pub fn stats(&self) -> Result<Stats, Error> {
-        self.call(false, |runner| runner.stats())
+        let each = self.call_each(false, |runner| runner.stats())?;
+        Ok(each.into_iter().reduce(Stats::joined).unwrap_or_default())
     }
 
-    /// What the engine has on its hands; waits for the step that runs. Requests on their way to it are not counted.
+    /// What the engines have on their hands, together; waits for the steps that run. Requests on their way to them are not
+    /// counted.
     ///
     /// # Errors
-    /// The engine's thread has ended.
+    /// An engine's thread has ended.
     pub fn load(&self) -> Result<Load, Error> {
-        self.call(false, |runner| runner.load())
+        let each = self.call_each(false, |runner| runner.load())?;
+        Ok(each.into_iter().fold(Load::default(), |sum, load| sum + load))
     }
 
     /// Asserts that no KV page is lost or shared wrongly. Takes time linear in the pool.
     ///
     /// # Errors
-    /// The engine's thread has ended.
+    /// An engine's thread has ended.
     ///
     /// # Panics
-    /// When the engine's books are wrong.
+    /// When an engine's books are wrong.
     pub fn check(&self) -> Result<(), Error> {
-        self.call(false, |runner| runner.check())
+        self.call_each(false, |runner| runner.check()).map(drop)
     }
 
-    /// From now on `observer` hears of every step that completes, on the thread that hands events out: it must not wait.
-    /// An engine has one observer, the first.
+    /// From now on `observer` hears of every step that completes, on the threads that hand events out, one for each engine:
+    /// it must not wait. There is one observer, the first.
     pub fn observe_steps(&self, observer: impl Fn(&StepTiming) + Send + Sync + 'static) {
         let _ = self.0.step_observer.set(Box::new(observer));
     }
@@ -324,7 +367,7 @@ impl EngineHandle {
         Error::Step { cause, finished: Vec::new() }
     }
 
-    /// Does something with the engine on its thread, between two steps or once it is idle, and waits for it.
+    /// Does something with the first engine on its thread, between two steps or once it is idle, and waits for it.
     ///
     /// # Errors
     /// The thread has ended.
@@ -336,21 +379,56 @@ impl EngineHandle {
         when_idle: bool,
         work: impl FnOnce(&mut dyn Runner) -> R + Send + 'static,
     ) -> Result<R, Error> {
+        self.ask(0, when_idle, work).wait(self)
+    }
+
+    /// Does something with every engine, between two steps of each or once it is idle, and waits for it.
+    ///
+    /// # Errors
+    /// A thread has ended.
+    ///
+    /// # Panics
+    /// When `work` does, with its panic.
+    pub(crate) fn call_each<R: Send + 'static>(
+        &self,
+        when_idle: bool,
+        work: impl Fn(&mut dyn Runner) -> R + Clone + Send + 'static,
+    ) -> Result<Vec<R>, Error> {
+        let engines = 0..self.0.messages.len();
+        let asked: Vec<Answer<R>> = engines.map(|engine| self.ask(engine, when_idle, work.clone())).collect();
+        asked.into_iter().map(|answer| answer.wait(self)).collect()
+    }
+
+    fn ask<R: Send + 'static>(
+        &self,
+        engine: usize,
+        when_idle: bool,
+        work: impl FnOnce(&mut dyn Runner) -> R + Send + 'static,
+    ) -> Answer<R> {
         let (reply, answer) = channel();
         let work = Box::new(move |runner: &mut dyn Runner| {
             // Who asked may have gone.
             let _ = reply.send(catch_unwind(AssertUnwindSafe(|| work(runner))));
         });
-        self.0.send(Message::Call(Call { when_idle, work }));
-        match answer.recv() {
-            Ok(Ok(result)) => Ok(result),
-            Ok(Err(panic)) => resume_unwind(panic),
-            Err(_) => Err(self.refusal()),
-        }
+        self.0.send(engine, Message::Call(Call { when_idle, work }));
+        Answer(answer)
     }
 
     pub(super) fn shared(&self) -> &Arc<Shared> {
         &self.0
+    }
+}
+
+/// What an engine's thread is to say, or the panic that it met.
+struct Answer<R>(Receiver<thread::Result<R>>);
+
+impl<R> Answer<R> {
+    fn wait(self, handle: &EngineHandle) -> Result<R, Error> {
+        match self.0.recv() {
+            Ok(Ok(result)) => Ok(result),
+            Ok(Err(panic)) => resume_unwind(panic),
+            Err(_) => Err(handle.refusal()),
+        }
     }
 }
 

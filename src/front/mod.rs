@@ -1,16 +1,20 @@
-//! The front: an engine on a thread of its own, and all that stands between it and its callers.
+//! The front: engines, each on a thread of its own, and all that stands between them and their callers.
 //!
 //! ```text
-//!  callers              encoders (n)        engine thread             output thread               callers
-//!  Submitter ─ permit ─> render, encode ──> by turns, submit, step ─> detokenize, stop texts ──> Events
-//!      ^     └── token prompts ───────────^      ^       │  a batch a step                        │
-//!      │                                         └ abort ┘                                       │
-//!      └────────────────────────────── the permit, with the request's end ───────────────────────┘
+//!  callers              encoders (n)        intake      engine thread     output thread               callers
+//!  Submitter ─ permit ─> render, encode ──> by turns ─┬> submit, step ──> detokenize, stop texts ─┬─> Events
+//!      ^     └── token prompts ───────────^           │    ^       │  a batch a step              │     │
+//!      │                                              │    └ abort ┘                              │     │
+//!      │                                              └> the next engine ──> its output thread ───┘     │
+//!      └────────────────────────────── the permit, with the request's end ──────────────────────────────┘
 //! ```
+//!
+//! Engines know nothing of each other. Each takes its share out of the intake, so what they give is what one would give,
+//! and when one fails, its requests end with an error each and the others go on.
 //!
 //! Who waits for whom:
 //! - A submitter waits for a permit: for a reader to take an end, or for the engine to stop.
-//! - An encoder waits for a job, the output thread for a batch, the engine's thread for the device and, when idle, for a
+//! - An encoder waits for a job, an output thread for a batch, an engine's thread for the device and, when idle, for a
 //!   message. None of them waits to hand something on: queues have no bound but the permits, since all that lies in
 //!   them belongs to a request that has one. So memory is permits times prompt and output.
 //! - A reader waits for an event. All of its requests are somewhere in the picture, and each part of it moves on by
@@ -26,13 +30,16 @@ mod encode;
 mod engine;
 mod fair;
 mod handle;
+mod intake;
 mod output;
 mod permits;
 mod session;
 #[cfg(test)]
+mod several;
+#[cfg(test)]
 mod tests;
 
-use std::sync::mpsc::{channel, sync_channel};
+use std::sync::mpsc::{Receiver, Sender, channel, sync_channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 
@@ -45,52 +52,63 @@ pub use session::{Events, Next, RequestEvent, RequestStream, SessionEvent, Sessi
 use crate::error::Error;
 use crate::runner::Runner;
 use crate::tokenizer::Text;
-use engine::{EngineThread, panicked};
+use engine::{EngineThread, Message, panicked};
 use handle::Shared;
-use output::OutputThread;
+use output::{Batch, OutputThread};
 
 /// A thread encodes 200 to 500 thousand tokens a second, and the fastest engine so far prefills half a million.
 const ENCODERS_MAX: usize = 8;
 
-/// An engine's threads. Dropping it ends them.
+/// The threads of engines behind one queue. Dropping it ends them.
 pub struct Front {
     handle: EngineHandle,
     threads: Vec<JoinHandle<()>>,
 }
 
 impl Front {
-    /// Builds an engine on its thread, by `build`, and starts the others; gives what else `build` gives. `order` is that
-    /// of the engine's queue.
+    /// Builds engines, each on its thread by one of `builds` and all at the same time, and starts the other threads; gives
+    /// what else `builds` give. `order` is that of the engines' queues.
     ///
     /// # Errors
-    /// Those of `build`, and a thread that the system does not give.
+    /// The first of those of `builds`, and a thread that the system does not give.
     pub fn start<T: Send + 'static>(
         text: Arc<Text>,
         order: Order,
-        build: impl FnOnce() -> Result<(Box<dyn Runner>, T), Error> + Send + 'static,
-    ) -> Result<(Self, T), Error> {
-        let (batches, outbox) = channel();
-        let (used, spare) = channel();
-        let (built, news) = sync_channel(1);
-        let engine = spawn("engine", move || match build() {
-            Err(error) => drop(built.send(Err(error))),
-            Ok((runner, rest)) => {
-                let Limits { running, queued, .. } = *runner.limits();
-                let capacity = running as usize + queued as usize;
-                let depth = if order.sorts() { capacity } else { running as usize };
-                let (messages, inbox) = channel();
-                let shared = Arc::new(Shared::new(text, messages, runner.limits()));
-                if built.send(Ok((shared.clone(), rest))).is_ok() {
-                    EngineThread::new(runner, depth, shared, inbox, (batches, spare)).run();
+        builds: Vec<impl FnOnce() -> Built<T> + Send + 'static>,
+    ) -> Result<(Self, Vec<T>), Error> {
+        let starting = builds.into_iter().enumerate().map(|(index, build)| Starting::spawn(index, build));
+        let starting: Vec<Starting<T>> = starting.collect::<Result<_, _>>()?;
+        // All are waited for, so that none is at work on a device any more when an error is told.
+        let built: Vec<_> = starting.into_iter().map(Starting::built).collect();
+        let (mut engines, mut limits, mut rest, mut errors) =
+            (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+        for one in built {
+            match one {
+                Ok((engine, its_limits, its_rest)) => {
+                    engines.push(engine);
+                    limits.push(its_limits);
+                    rest.push(its_rest);
                 }
+                Err(error) => errors.push(error),
             }
-        })?;
-        let Ok(news) = news.recv() else { return Err(died(engine)) };
-        let (shared, rest) = news?;
+        }
+        if let Some(error) = errors.into_iter().next() {
+            engines.into_iter().for_each(BuiltEngine::end);
+            return Err(error);
+        }
+        let messages = engines.iter().map(|engine| engine.messages.clone()).collect();
+        let shared = Arc::new(Shared::new(text, order, messages, &limits));
         // From here on an error closes what has been started.
-        let mut front = Front { handle: EngineHandle::new(shared.clone()), threads: vec![engine] };
-        let output = OutputThread::new(shared.clone());
-        front.threads.push(spawn("output", move || output.run(&outbox, &used))?);
+        let mut front = Front { handle: EngineHandle::new(shared.clone()), threads: Vec::new() };
+        for (index, engine) in engines.into_iter().enumerate() {
+            let (batches, outbox) = channel();
+            let (used, spare) = channel();
+            // An engine's thread that has ended is found out when it is asked.
+            let _ = engine.go.send((shared.clone(), (batches, spare)));
+            front.threads.push(engine.thread);
+            let output = OutputThread::new(index, shared.clone());
+            front.threads.push(spawn("output", move || output.run(&outbox, &used))?);
+        }
         for _ in 0..encoders(&shared.text) {
             let shared = shared.clone();
             front.threads.push(spawn("encode", move || encode_all(&shared))?);
@@ -110,6 +128,66 @@ impl Drop for Front {
         for thread in self.threads.drain(..) {
             // One that panicked has said so.
             let _ = thread.join();
+        }
+    }
+}
+
+/// An engine, and what else there is to know of it.
+pub type Built<T> = Result<(Box<dyn Runner>, T), Error>;
+
+/// The way to the output thread, and used batches back.
+type Outbox = (Sender<Batch>, Receiver<Batch>);
+
+/// A thread that builds an engine.
+struct Starting<T> {
+    engine: BuiltEngine,
+    built: Receiver<Result<(Limits, T), Error>>,
+}
+
+/// A thread that has built an engine and waits for the word to begin.
+struct BuiltEngine {
+    thread: JoinHandle<()>,
+    messages: Sender<Message>,
+    go: Sender<(Arc<Shared>, Outbox)>,
+}
+
+impl BuiltEngine {
+    /// Ends it without a word.
+    fn end(self) {
+        drop(self.go);
+        // One that panicked has said so.
+        let _ = self.thread.join();
+    }
+}
+
+impl<T: Send + 'static> Starting<T> {
+    fn spawn(index: usize, build: impl FnOnce() -> Built<T> + Send + 'static) -> Result<Self, Error> {
+        let (news, built) = sync_channel(1);
+        let (messages, inbox) = channel();
+        let (go, begin) = channel();
+        let thread = spawn("engine", move || match build() {
+            Err(error) => drop(news.send(Err(error))),
+            Ok((runner, rest)) => {
+                let told = news.send(Ok((*runner.limits(), rest)));
+                // Without a word another engine could not be built.
+                if let (Ok(()), Ok((shared, outbox))) = (told, begin.recv()) {
+                    EngineThread::new(index, runner, shared, inbox, outbox).run();
+                }
+            }
+        })?;
+        Ok(Starting { engine: BuiltEngine { thread, messages, go }, built })
+    }
+
+    /// Waits for the engine; if it can't be built, for the thread's end.
+    fn built(self) -> Result<(BuiltEngine, Limits, T), Error> {
+        match self.built.recv() {
+            Ok(Ok((limits, rest))) => Ok((self.engine, limits, rest)),
+            Ok(Err(error)) => {
+                // It has nothing more to do, and a panic of its drops is no news.
+                let _ = self.engine.thread.join();
+                Err(error)
+            }
+            Err(_) => Err(died(self.engine.thread)),
         }
     }
 }

@@ -56,8 +56,8 @@ pub enum Event {
     Token { entry: u32, token: u32, logprobs: bool },
     /// A request ended with the next `count` of the batch's tokens.
     Finished { entry: u32, count: u32, cached_tokens: u32, reason: core::FinishReason },
-    /// The engine has stopped, and all its requests are lost.
-    Stopped,
+    /// The engine has stopped, and all its requests are lost; the cause is there if other engines go on.
+    Stopped { others_go_on: Option<String> },
 }
 
 impl Batch {
@@ -315,8 +315,10 @@ struct Watcher {
     requests: usize,
 }
 
-/// What the output thread knows.
+/// What the output thread of an engine knows.
 pub struct OutputThread {
+    /// The engine.
+    index: usize,
     shared: Arc<Shared>,
     /// By entry of the engine's table.
     running: Vec<Option<(core::Ticket, Box<Output>)>>,
@@ -325,8 +327,8 @@ pub struct OutputThread {
 }
 
 impl OutputThread {
-    pub fn new(shared: Arc<Shared>) -> Self {
-        OutputThread { shared, running: Vec::new(), watchers: Vec::new(), wakes: Wakes::default() }
+    pub fn new(index: usize, shared: Arc<Shared>) -> Self {
+        OutputThread { index, shared, running: Vec::new(), watchers: Vec::new(), wakes: Wakes::default() }
     }
 
     /// Delivers batches until the engine's thread ends.
@@ -370,7 +372,7 @@ impl OutputThread {
                         self.finish(*request, output, cached_tokens, reason);
                     }
                 }
-                Event::Stopped => self.running.clear(),
+                Event::Stopped { others_go_on } => self.lose(others_go_on),
             }
         }
         if let Some(step) = &batch.step {
@@ -392,7 +394,21 @@ impl OutputThread {
     fn token(&mut self, entry: usize, token: u32, row: Option<&RowLogprobs>, at: Instant) {
         let Some((ticket, output)) = self.running.get_mut(entry).and_then(Option::as_mut) else { return };
         if output.token(token, row, at, &self.shared.text, &mut self.wakes) {
-            self.shared.send(Message::StopTextFound(*ticket));
+            self.shared.send(self.index, Message::StopTextFound(*ticket));
+        }
+    }
+
+    /// Ends all requests: with the engine's failure as their own, if other engines go on, and else by the loss of all.
+    fn lose(&mut self, others_go_on: Option<String>) {
+        let lost = self.running.drain(..).flatten();
+        match others_go_on {
+            Some(cause) => {
+                lost.for_each(|(_, output)| {
+                    output.reject(RequestError::EngineFailed { cause: cause.clone() })
+                });
+                self.watchers.clear();
+            }
+            None => drop(lost),
         }
     }
 

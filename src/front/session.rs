@@ -17,7 +17,6 @@ use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
 
-use super::engine::Message;
 use super::handle::EngineHandle;
 use super::locked;
 use super::permits::{Permit, Permits};
@@ -356,7 +355,7 @@ impl Events {
         // The flag first: whoever has the request on its way to the engine looks at it when the message has been read.
         aborted.store(true, Ordering::Release);
         drop(queue);
-        self.handle.shared().send(Message::Abort { session: self.session.id, tag: Some(tag) });
+        self.handle.shared().abort(self.session.id, Some(tag));
         true
     }
 
@@ -365,7 +364,7 @@ impl Events {
         for aborted in locked(&self.session.queue).open.values() {
             aborted.store(true, Ordering::Release);
         }
-        self.handle.shared().send(Message::Abort { session: self.session.id, tag: None });
+        self.handle.shared().abort(self.session.id, None);
     }
 
     fn next_by(&mut self, wait: &Wait<'_>) -> Result<Next, Error> {
@@ -428,7 +427,7 @@ impl Drop for Events {
             permits.close();
         }
         if open > 0 {
-            self.handle.shared().send(Message::Abort { session: self.session.id, tag: None });
+            self.handle.shared().abort(self.session.id, None);
         }
     }
 }

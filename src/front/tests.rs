@@ -253,7 +253,7 @@ fn a_call_that_needs_an_idle_engine_waits_for_what_runs_and_goes_before_what_wai
         reply.send(control.admitted.lock().unwrap().len()).unwrap();
     };
     let call = Call { when_idle: true, work: Box::new(work) };
-    front.handle().shared().send(Message::Call(call));
+    front.handle().shared().send(0, Message::Call(call));
     assert!((0..4).all(|tag| events.abort(tag)));
     assert_eq!(answer.recv().unwrap(), 4);
     drop(submitter);

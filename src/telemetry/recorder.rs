@@ -263,6 +263,7 @@ mod tests {
 
     fn step(shape: StepShape, end_ms: u64, device_ms: f32, output_tokens: u32) -> SessionEvent {
         SessionEvent::Step(StepTiming {
+            engine: 0,
             shape,
             output_tokens,
             load: Load { running: 3, waiting: 5, pages_used: 7 },

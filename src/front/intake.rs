@@ -1,0 +1,230 @@
+//! What is ready to run and in no engine yet: one queue, of which every engine takes its share.
+//!
+//! ```text
+//!   encoders, submitters ──> the sessions' turns ──┬── take ──> engine 0
+//!                                                  ├── take ──> engine 1
+//!                                                  └── …
+//! ```
+//!
+//! An engine takes the next request while it runs less than its share: all that run and wait, over all engines. So who
+//! has come to an end takes the next one, and a few requests are spread rather than heaped on who came first. Of what waits
+//! it takes first what begins like a prompt that it took before, for its prefix cache has the pages; what begins like a prompt
+//! of another engine's it leaves to that one, unless that has its share.
+//!
+//! Invariant: no engine sleeps while a request waits that it would take: who pushes wakes those that sleep, and so does an
+//! engine that leaves requests because it has its share.
+
+use std::collections::HashMap;
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::sync::Mutex;
+
+use minisgl_core::stats::Load;
+
+use super::engine::Ready;
+use super::fair::{FairQueue, Waiting};
+use super::locked;
+
+/// Prompts that begin with the same so many tokens go to one engine if they can.
+const COMMON_TOKENS: usize = 64;
+/// Prompts that are remembered by their beginnings; then all are forgotten.
+const HOMES_MAX: usize = 1 << 16;
+/// How many of a session's requests are looked at for one that an engine may take.
+const WINDOW: usize = 32;
+
+/// See the module.
+pub struct Intake(Mutex<State>);
+
+struct State {
+    waiting: FairQueue<Prompt>,
+    engines: Vec<Engine>,
+    /// The engine that took a prompt, by how that begins.
+    homes: HashMap<u64, usize>,
+}
+
+/// A request that waits.
+struct Prompt {
+    ready: Ready,
+    /// The hash of how it begins, if there are several engines and it is long enough for that to be worth anything.
+    beginning: Option<u64>,
+}
+
+impl Waiting for Prompt {
+    fn session(&self) -> u64 {
+        self.ready.session()
+    }
+}
+
+/// An engine as the intake knows it.
+struct Engine {
+    /// Requests that it takes at once.
+    depth: usize,
+    running: usize,
+    load: Load,
+    asleep: bool,
+    /// It takes none any more.
+    stopped: bool,
+}
+
+/// Requests that no engine will run. Dropping them tells their readers, which takes other locks.
+pub struct Unrun(#[expect(dead_code, reason = "it is there to be dropped")] Box<FairQueue<Prompt>>);
+
+/// Engines that sleep, and are to be woken now that the intake is not locked.
+pub type Sleepers = Vec<usize>;
+
+impl Intake {
+    /// For engines that take so many requests at once.
+    pub fn new(depths: impl IntoIterator<Item = usize>) -> Self {
+        let engine =
+            |depth| Engine { depth, running: 0, load: Load::default(), asleep: false, stopped: false };
+        let engines = depths.into_iter().map(engine).collect();
+        Intake(Mutex::new(State { waiting: FairQueue::new(), engines, homes: HashMap::new() }))
+    }
+
+    /// Appends requests, together; gives them back if no engine takes any more.
+    pub fn push(&self, ready: Vec<Ready>) -> Result<Sleepers, Vec<Ready>> {
+        let mut state = locked(&self.0);
+        if state.working() == 0 {
+            return Err(ready);
+        }
+        for ready in ready {
+            let prompt = state.prompt(ready);
+            state.waiting.push(prompt);
+        }
+        Ok(state.sleepers())
+    }
+
+    /// The next request of an engine that runs so many.
+    pub fn take(&self, engine: usize, running: usize) -> Option<Ready> {
+        let mut state = locked(&self.0);
+        state.engines[engine].running = running;
+        let State { waiting, engines, homes } = &mut *state;
+        let room = Room::of(waiting.len(), engines);
+        if !room.is_for(&engines[engine]) {
+            return None;
+        }
+        let home = |prompt: &Prompt| homes.get(prompt.beginning.as_ref()?).copied();
+        let Prompt { ready, beginning } = match engines.len() {
+            1 => waiting.pop(),
+            _ => waiting
+                .pop_where(WINDOW, |prompt| home(prompt) == Some(engine))
+                .or_else(|| waiting.pop_where(WINDOW, |prompt| !room.is_kept(home(prompt), engines))),
+        }?;
+        engines[engine].running += 1;
+        if let Some(beginning) = beginning {
+            if homes.len() >= HOMES_MAX {
+                homes.clear();
+            }
+            homes.insert(beginning, engine);
+        }
+        Some(ready)
+    }
+
+    /// Takes back what was given out last; it comes next.
+    pub fn give_back(&self, engine: usize, ready: Ready) {
+        let mut state = locked(&self.0);
+        state.engines[engine].running -= 1;
+        let prompt = state.prompt(ready);
+        state.waiting.give_back(prompt);
+    }
+
+    /// Who sleeps although requests wait, for an engine has taken all that it may.
+    pub fn left_by(&self) -> Sleepers {
+        let mut state = locked(&self.0);
+        if state.waiting.is_empty() { Sleepers::new() } else { state.sleepers() }
+    }
+
+    /// May an engine that runs nothing sleep? If so it counts as asleep until it is woken.
+    pub fn may_sleep(&self, engine: usize) -> bool {
+        let mut state = locked(&self.0);
+        state.engines[engine].running = 0;
+        let State { waiting, engines, homes } = &*state;
+        let room = Room::of(waiting.len(), engines);
+        let home =
+            |prompt: &Prompt| homes.get(prompt.beginning.as_ref()?).copied().filter(|home| *home != engine);
+        let takes = waiting.any(WINDOW, |prompt| !room.is_kept(home(prompt), engines));
+        state.engines[engine].asleep = !takes;
+        !takes
+    }
+
+    /// Takes out those of a session that `unwanted` picks.
+    pub fn remove(&self, session: u64, mut unwanted: impl FnMut(&Ready) -> bool) -> Vec<Ready> {
+        let removed = locked(&self.0).waiting.remove(session, |prompt| unwanted(&prompt.ready));
+        removed.into_iter().map(|prompt| prompt.ready).collect()
+    }
+
+    /// How many wait for each engine.
+    pub fn backlog(&self) -> u32 {
+        let state = locked(&self.0);
+        state.waiting.len().div_ceil(state.working().max(1)) as u32
+    }
+
+    /// What all engines together have on their hands, as far as they have told, once one has this.
+    pub fn load(&self, engine: usize, load: Load) -> Load {
+        let mut state = locked(&self.0);
+        state.engines[engine].load = load;
+        let waiting = Load { waiting: state.waiting.len() as u32, ..Load::default() };
+        state.engines.iter().fold(waiting, |sum, engine| sum + engine.load)
+    }
+
+    /// An engine takes no request any more. Gives who is to be woken, or what waits if it was the last one.
+    pub fn stop(&self, engine: usize) -> Result<Sleepers, Unrun> {
+        let mut state = locked(&self.0);
+        let stopped = &mut state.engines[engine];
+        (stopped.stopped, stopped.running, stopped.load) = (true, 0, Load::default());
+        state.homes.retain(|_, home| *home != engine);
+        match state.working() {
+            0 => Err(Unrun(Box::new(std::mem::replace(&mut state.waiting, FairQueue::new())))),
+            _ => Ok(state.sleepers()),
+        }
+    }
+
+    /// No engine takes any request any more; gives what waits.
+    pub fn close(&self) -> Unrun {
+        let mut state = locked(&self.0);
+        state.engines.iter_mut().for_each(|engine| engine.stopped = true);
+        Unrun(Box::new(std::mem::replace(&mut state.waiting, FairQueue::new())))
+    }
+}
+
+impl State {
+    fn prompt(&self, ready: Ready) -> Prompt {
+        let beginning = ready.prompt.get(..COMMON_TOKENS).filter(|_| self.engines.len() > 1);
+        let hash = |tokens: &[u32]| {
+            let mut hasher = DefaultHasher::new();
+            tokens.hash(&mut hasher);
+            hasher.finish()
+        };
+        Prompt { beginning: beginning.map(hash), ready }
+    }
+
+    fn working(&self) -> usize {
+        self.engines.iter().filter(|engine| !engine.stopped).count()
+    }
+
+    fn sleepers(&mut self) -> Sleepers {
+        let asleep = |engine: &mut Engine| std::mem::take(&mut engine.asleep) && !engine.stopped;
+        (0..self.engines.len()).filter(|index| asleep(&mut self.engines[*index])).collect()
+    }
+}
+
+/// How many requests an engine may run.
+struct Room {
+    share: usize,
+}
+
+impl Room {
+    fn of(waiting: usize, engines: &[Engine]) -> Self {
+        let working = || engines.iter().filter(|engine| !engine.stopped);
+        let running: usize = working().map(|engine| engine.running).sum();
+        Room { share: (waiting + running).div_ceil(working().count().max(1)) }
+    }
+
+    fn is_for(&self, engine: &Engine) -> bool {
+        !engine.stopped && engine.running < self.share.min(engine.depth)
+    }
+
+    /// Is a request left to this engine?
+    fn is_kept(&self, home: Option<usize>, engines: &[Engine]) -> bool {
+        home.is_some_and(|home| self.is_for(&engines[home]))
+    }
+}

@@ -1,0 +1,177 @@
+//! Promises of several engines behind one queue, simulated.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use minisgl_core::scheduler::Order;
+
+use super::{Front, Next, SessionEvent, SessionOptions};
+use crate::error::Error;
+use crate::request::{Completion, FinishReason, GenerateRequest, RequestError, SamplingParams};
+use crate::simulated::{Control, request, start_engines};
+
+fn engines(controls: impl IntoIterator<Item = Control>) -> (Front, Vec<Arc<Control>>) {
+    let controls: Vec<_> = controls.into_iter().map(Arc::new).collect();
+    (start_engines(controls.clone(), Arc::default(), Order::Given).unwrap(), controls)
+}
+
+fn admitted(control: &Control) -> Vec<u32> {
+    control.admitted.lock().unwrap().clone()
+}
+
+/// Completions by tag, and how the session ended.
+fn run(front: &Front, requests: Vec<GenerateRequest>) -> (Vec<Option<Completion>>, Result<(), Error>) {
+    let mut completions = vec![None; requests.len()];
+    let options = SessionOptions { capacity: Some(requests.len()), ..SessionOptions::default() };
+    let (mut submitter, mut events) = front.handle().session(options);
+    submitter.submit_all((0..).zip(requests)).unwrap();
+    drop(submitter);
+    loop {
+        match events.next_timeout(Duration::from_secs(60)) {
+            Ok(Next::Event(SessionEvent::Finished { tag, completion, .. })) => {
+                completions[tag as usize] = Some(*completion);
+            }
+            Ok(Next::Event(_)) => {}
+            Ok(Next::Over) => return (completions, Ok(())),
+            Ok(Next::TimedOut) => panic!("a request waits for ever"),
+            Err(error) => return (completions, Err(error)),
+        }
+    }
+}
+
+/// What each engine has admitted when all of these requests run, which go on until they are aborted.
+fn spread(front: &Front, controls: &[Arc<Control>], requests: Vec<GenerateRequest>) -> Vec<Vec<u32>> {
+    let count = requests.len() as u64;
+    let options = SessionOptions { capacity: Some(requests.len()), ..SessionOptions::default() };
+    let (mut submitter, mut events) = front.handle().session(options);
+    submitter.submit_all((0..).zip(requests)).unwrap();
+    drop(submitter);
+    let running = || controls.iter().map(|control| control.running.load(Ordering::Relaxed)).sum::<u64>();
+    while running() < count {
+        std::thread::yield_now();
+    }
+    assert_eq!(u64::from(front.handle().load().unwrap().running), count, "all engines are counted");
+    let spread = controls.iter().map(|control| std::mem::take(&mut *control.admitted.lock().unwrap()));
+    let spread = spread.collect();
+    events.abort_all();
+    assert_eq!(
+        events.filter(|event| matches!(event, Ok(SessionEvent::Finished { .. }))).count() as u64,
+        count
+    );
+    spread
+}
+
+#[test]
+fn requests_are_spread_over_idle_engines() {
+    let (front, controls) = engines((0..3).map(|_| Control::default()));
+    let admitted = spread(&front, &controls, (0..9).map(|i| request(i, 90_000)).collect());
+    assert_eq!(admitted.iter().map(Vec::len).collect::<Vec<_>>(), [3, 3, 3]);
+}
+
+#[test]
+fn who_is_free_takes_the_next() {
+    let slow = Control { step_time: Duration::from_millis(20), ..Control::default() };
+    let (front, controls) = engines([slow, Control::default()]);
+    let (completions, outcome) = run(&front, (0..100).map(|i| request(10 * i, 3)).collect());
+    outcome.unwrap();
+    for (i, completion) in (0..).zip(completions) {
+        assert_eq!(completion.unwrap().token_ids, [10 * i, 10 * i + 1, 10 * i + 2]);
+    }
+    let steps: u64 = controls.iter().map(|control| control.steps.load(Ordering::Relaxed)).sum();
+    assert_eq!(front.handle().stats().unwrap().decode_steps, steps, "all engines are counted");
+    let [slow, fast] = [&controls[0], &controls[1]].map(|control| admitted(control).len());
+    assert!(slow + fast == 100 && fast > 3 * slow, "{slow} and {fast}");
+}
+
+#[test]
+fn prompts_that_begin_alike_go_to_one_engine_as_far_as_that_has_its_share() {
+    let prompt = |group: u32, i: u32| {
+        let tokens = std::iter::repeat_n(group, 80).chain([i]);
+        let sampling = SamplingParams { max_tokens: 90_000, ..SamplingParams::default() };
+        GenerateRequest::tokens(tokens.collect::<Vec<_>>()).sampling(sampling)
+    };
+    let (front, controls) = engines((0..2).map(|_| Control::default()));
+    let groups = spread(&front, &controls, (0..8).map(|i| prompt(1 + i % 2, i)).collect());
+    for group in &groups {
+        assert!(group.len() == 4 && group.iter().all(|one| one == &group[0]), "{groups:?}");
+    }
+    // They are known again.
+    let again = spread(&front, &controls, (0..8).map(|i| prompt(2 - i % 2, i)).collect());
+    assert_eq!(again, groups);
+    // One group alone is everybody's.
+    assert_eq!(spread(&front, &controls, (0..8).map(|i| prompt(9, i)).collect()), [[9; 4]; 2]);
+}
+
+#[test]
+fn a_failed_engine_ends_its_own_requests_and_the_others_go_on() {
+    let step_time = Duration::from_millis(2);
+    let failing = Control { fails_at: Some(1), step_time, ..Control::default() };
+    let (front, controls) = engines([failing, Control { step_time, ..Control::default() }]);
+    let (completions, outcome) = run(&front, (0..40).map(|i| request(i, 4)).collect());
+    outcome.unwrap();
+    let mut failed = Vec::new();
+    for (i, completion) in (0..).zip(completions) {
+        match completion.unwrap() {
+            Completion { error: Some(RequestError::EngineFailed { cause }), .. } => {
+                assert!(cause.contains("`down` failed"), "{cause}");
+                failed.push(i);
+            }
+            completion => assert_eq!(completion.token_ids, (i..i + 4).collect::<Vec<_>>()),
+        }
+    }
+    let mut of_failed = admitted(&controls[0]);
+    of_failed.sort_unstable();
+    assert_eq!(failed, of_failed, "its requests and no others");
+    assert!(!failed.is_empty() && failed.len() <= 4);
+    // What comes later runs on the other.
+    let (completions, outcome) = run(&front, vec![request(7, 2)]);
+    outcome.unwrap();
+    assert_eq!(completions[0].as_ref().unwrap().token_ids, [7, 8]);
+}
+
+#[test]
+fn when_the_last_engine_fails_all_is_lost_and_later_requests_are_refused() {
+    let failing = |step| Control { fails_at: Some(step), ..Control::default() };
+    let (front, controls) = engines([failing(2), failing(5)]);
+    let (completions, outcome) = run(&front, (0..60).map(|i| request(i, 50)).collect());
+    let Err(Error::Step { cause, .. }) = outcome else { panic!("the engines fail") };
+    assert!(cause.to_string().contains("`down` failed"));
+    assert!(completions.iter().flatten().all(|completion| completion.error.is_some()));
+    assert!(matches!(front.handle().submit(request(1, 1)), Err(Error::Failed)));
+    assert!(controls.iter().all(|control| control.steps.load(Ordering::Relaxed) > 2));
+}
+
+#[test]
+fn an_abort_reaches_every_engine_and_what_waits() {
+    let (front, controls) = engines((0..2).map(|_| Control::default()));
+    let options = SessionOptions { capacity: Some(100), ..SessionOptions::default() };
+    let (mut submitter, mut events) = front.handle().session(options);
+    submitter.submit_all((0..20).map(|i| (i, request(i as u32, 90_000)))).unwrap();
+    drop(submitter);
+    while controls.iter().any(|control| control.running.load(Ordering::Relaxed) < 4) {
+        std::thread::yield_now();
+    }
+    events.abort_all();
+    let mut aborted = 0;
+    for event in events {
+        if let SessionEvent::Finished { completion, .. } = event.unwrap() {
+            assert_eq!(completion.finish_reason, FinishReason::Abort);
+            aborted += 1;
+        }
+    }
+    assert_eq!(aborted, 20);
+}
+
+#[test]
+fn an_engine_that_cannot_be_built_ends_the_others_and_says_why() {
+    let build = |engine: usize| {
+        move || match engine {
+            1 => Err(Error::NoEngine),
+            _ => panic!("the device is on fire"),
+        }
+    };
+    let builds: Vec<_> = (0..2).map(build).collect();
+    let started = Front::start::<()>(Arc::default(), Order::Given, builds);
+    assert!(matches!(started, Err(Error::Device(cause)) if cause.to_string().contains("on fire")));
+}
