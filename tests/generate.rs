@@ -6,7 +6,7 @@ use std::fs;
 use std::path::Path;
 use std::process::Command;
 
-use common::generate::{generate, lines, stderr};
+use common::generate::{generate, lines, stderr, succeed};
 use common::{Golden, Scratch, fixture};
 use serde_json::{Value, json};
 
@@ -78,6 +78,37 @@ fn text_and_conversations_come_back_as_text() {
         assert_eq!(result["token_ids"].as_array().unwrap().len(), 6);
         assert_eq!(result.get("logprobs"), None);
     }
+}
+
+#[test]
+fn what_was_drawn_is_scored_as_it_was_drawn() {
+    let scratch = Scratch::with_text();
+    let prompts = ["Once upon", "Once upon a time", "A page"];
+    let draw = |(id, prompt): (usize, &str)| json!({"id": id, "prompt": prompt, "max_tokens": 9, "temperature": 0.8, "logprobs": 2, "ignore_eos": true});
+    let input = prompts.into_iter().enumerate().map(|line| draw(line).to_string());
+    scratch.write("in.jsonl", input.collect::<Vec<_>>().join("\n"));
+    succeed(&scratch, &[]);
+    let drawn = lines(&scratch.join("out.jsonl"));
+    let score = |(id, prompt): (usize, &str)| {
+        let completion = &result(&drawn, id)["token_ids"];
+        json!({"id": id, "prompt": prompt, "completion": completion, "logprobs": 2})
+    };
+    let input = prompts.into_iter().enumerate().map(|line| score(line).to_string());
+    let by_text = json!({"id": "text", "prompt": "Once upon", "completion": " a time"}).to_string();
+    let bad = json!({"id": "bad", "prompt": "Once", "completion": [90_000]}).to_string();
+    scratch.write("in.jsonl", input.chain([by_text, bad]).collect::<Vec<_>>().join("\n"));
+    let output = generate(&scratch, &["--overwrite"]);
+    assert_eq!(output.status.code(), Some(1), "{}", stderr(&output));
+    let scores = lines(&scratch.join("out.jsonl"));
+    for id in 0..prompts.len() {
+        let (score, drawn) = (result(&scores, id), result(&drawn, id));
+        assert_eq!((&score["token_ids"], &score["logprobs"]), (&drawn["token_ids"], &drawn["logprobs"]));
+        let sum: f64 =
+            drawn["logprobs"].as_array().unwrap().iter().map(|one| one["logprob"].as_f64().unwrap()).sum();
+        assert!((score["logprob"].as_f64().unwrap() - sum).abs() < 1e-4, "{score}");
+    }
+    assert!(result(&scores, "text")["logprob"].as_f64().unwrap() < 0.0);
+    assert!(result(&scores, "bad")["error"].as_str().unwrap().contains("token id 90000"));
 }
 
 #[test]

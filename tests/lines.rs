@@ -2,7 +2,9 @@
 
 use minisgl::lines::{self, BadLine, Defaults, LineError, Origin, RequestLine};
 use minisgl::openai::ModelName;
-use minisgl::{Completion, FinishReason, Prompt, RequestError, SamplingParams, TokenLogprobs};
+use minisgl::{
+    Completion, FinishReason, Given, Prompt, PromptLogprobs, RequestError, SamplingParams, TokenLogprobs,
+};
 use proptest::prelude::*;
 use serde_json::{Value, json};
 
@@ -504,12 +506,18 @@ fn token_bytes(id: u32) -> Option<Vec<u8>> {
 }
 
 fn result(line: &str, completion: &Completion) -> Value {
+    serde_json::from_str(&written(line, completion)).unwrap()
+}
+
+fn written(line: &str, completion: &Completion) -> String {
     let mut out = Vec::new();
     lines::write_result(&mut out, &parse(line).unwrap().header, ORIGIN, completion, &token_bytes);
     assert_eq!(out.iter().position(|byte| *byte == b'\n'), Some(out.len() - 1), "one whole line");
     assert!(out.starts_with(b"{\"id\":"));
-    serde_json::from_slice(&out).unwrap()
+    String::from_utf8(out).unwrap()
 }
+
+const NATIVE: &str = r#"{"id": 7, "prompt": "hi"}"#;
 
 const CHAT: &str = r#"{"custom_id": "a", "method": "POST", "url": "/v1/chat/completions",
     "body": {"model": "Qwen3-0.6B", "messages": [{"role": "user", "content": "hi"}]}}"#;
@@ -732,4 +740,96 @@ proptest! {
     ) {
         is_taken_or_refused(parts.concat().as_bytes());
     }
+}
+
+#[test]
+fn a_prompts_log_probabilities_may_be_asked_for_alone() {
+    let asked = |top| Some(PromptLogprobs { from: 0, top });
+    assert_eq!(sampling(r#""prompt_logprobs": 5"#).prompt_logprobs, asked(5));
+    let alone = sampling(r#""prompt_logprobs": 0, "max_tokens": 0"#);
+    assert_eq!((alone.prompt_logprobs, alone.max_tokens), (asked(0), 0));
+    assert_eq!(sampling(r#""prompt_logprobs": null"#).prompt_logprobs, None);
+    for wrong in ["21", "-1", "true", "1.5"] {
+        let error = error(&format!(r#""prompt_logprobs": {wrong}"#)).to_string();
+        assert_eq!(error, format!("prompt_logprobs is {wrong}; it must be a whole number up to 20"));
+    }
+}
+
+#[test]
+fn a_line_with_a_completion_is_to_be_scored() {
+    let scored = |line: &str| parse(line).expect(line).request;
+    let request = scored(r#"{"id": 1, "prompt": "a", "completion": " b"}"#);
+    assert_eq!((request.prompt, request.given), (Prompt::Text("a".into()), Some(Given::Text(" b".into()))));
+    let SamplingParams { max_tokens, logprobs, prompt_logprobs, .. } = request.sampling;
+    assert_eq!((max_tokens, logprobs), (0, None));
+    assert_eq!(prompt_logprobs, Some(PromptLogprobs { from: 0, top: 0 }));
+    for completion in [r#""completion": [3, 4]"#, r#""completion_token_ids": [3, 4]"#] {
+        let line = format!(r#"{{"id": 1, "prompt_token_ids": [1, 2], {completion}, "logprobs": 4}}"#);
+        let request = scored(&line);
+        assert_eq!(request.given, Some(Given::Tokens(vec![3, 4])));
+        assert_eq!(request.sampling.prompt_logprobs, Some(PromptLogprobs { from: 0, top: 4 }));
+    }
+    for (fields, error) in [
+        (r#""completion": 3"#, "completion is 3; it must be a text or a list of token ids"),
+        (
+            r#""completion": ["a", "b"]"#,
+            r#"completion is ["a", "b"]; it must be a text or a list of token ids"#,
+        ),
+        (
+            r#""completion": "a", "completion_token_ids": [1]"#,
+            "completion is \"a\" and completion_token_ids says otherwise",
+        ),
+        (r#""completion": "a", "max_tokens": 3"#, "max_tokens is 3 and completion says otherwise"),
+        (r#""completion": "a", "complete": 1"#, "there is no field \"complete\""),
+    ] {
+        let told = native_error(&format!(r#"{{"id": 1, "prompt": "p", {fields}}}"#));
+        assert!(told.starts_with(error), "{told} instead of {error}");
+    }
+}
+
+/// A completion whose prompt of three tokens was scored.
+fn scored() -> Completion {
+    let logprobs = |logprob: f32, top: &[(u32, f32)]| TokenLogprobs { logprob, top: top.to_vec() };
+    Completion {
+        prompt_tokens: 3,
+        prompt_token_ids: Some(vec![12, 10, 11]),
+        prompt_logprobs: Some(vec![
+            logprobs(-3.0, &[(11, -0.5), (13, f32::NEG_INFINITY)]),
+            logprobs(-0.25, &[(11, -0.25), (10, -2.0)]),
+        ]),
+        ..completion()
+    }
+}
+
+#[test]
+fn a_prompts_log_probabilities_are_vllms() {
+    let entry = |logprob: f32, rank: Option<u32>, token: Option<&str>| json!({"logprob": logprob, "rank": rank, "decoded_token": token});
+    let half = Some(" \u{fffd}");
+    let expected = json!([
+        null,
+        {"10": entry(-3.0, None, Some("né")), "11": entry(-0.5, Some(1), half), "13": entry(-9999.0, Some(2), None)},
+        {"11": entry(-0.25, Some(1), half), "10": entry(-2.0, Some(2), Some("né"))},
+    ]);
+    let chat = &result(CHAT, &scored())["response"]["body"]["prompt_logprobs"];
+    let text = &result(TEXT, &scored())["response"]["body"]["choices"][0]["prompt_logprobs"];
+    assert_eq!([chat, text, &result(NATIVE, &scored())["prompt_logprobs"]], [&expected; 3]);
+    assert_eq!(result(NATIVE, &completion()).get("prompt_logprobs"), None);
+    // The token that stands there comes first.
+    let line = written(NATIVE, &scored());
+    assert!(line.contains(r#"{"10":{"logprob":-3.0,"rank":null,"decoded_token":"né"},"11":"#), "{line}");
+}
+
+#[test]
+fn a_score_has_the_completions_tokens_and_their_sum() {
+    let line = r#"{"id": 7, "prompt": "a", "completion": "b"}"#;
+    let scored = Completion { token_ids: Vec::new(), logprobs: None, ..scored() };
+    let result = result(line, &scored);
+    assert_eq!((&result["id"], &result["line"], &result["logprob"]), (&json!(7), &json!(3), &json!(-3.25)));
+    assert_eq!(result["token_ids"], json!([10, 11]));
+    assert_eq!(result["logprobs"][1], json!({"logprob": -0.25, "top": [[11, -0.25], [10, -2.0]]}));
+    assert_eq!(result["usage"], json!({"prompt_tokens": 1, "completion_tokens": 2, "cached_tokens": 4}));
+    let outcome = lines::read_result(written(line, &scored).as_bytes()).unwrap();
+    assert!(outcome.good);
+    let failed = Completion { error: Some(RequestError::NotNumbers), ..scored };
+    assert!(!lines::read_result(written(line, &failed).as_bytes()).unwrap().good);
 }

@@ -6,7 +6,7 @@
 //! ```
 
 use minisgl::openai::{Body, FieldError, Fields, ModelName, Prompts};
-use minisgl::{ChatPrompt, GenerateRequest, Prompt, SamplingParams};
+use minisgl::{ChatPrompt, GenerateRequest, Prompt, PromptLogprobs, SamplingParams};
 
 use crate::error::ApiError;
 
@@ -24,6 +24,8 @@ pub struct Asked {
     pub stream: Option<StreamOptions>,
     /// Let each output begin with its prompt.
     pub echo: bool,
+    /// Give the prompts' log-probabilities in vLLM's form.
+    pub prompt_logprobs: bool,
     /// Give token ids beside texts, as vLLM does.
     pub return_token_ids: bool,
 }
@@ -56,21 +58,20 @@ impl Asked {
         };
         let return_token_ids = fields.flag("return_token_ids")?.unwrap_or(false);
         let without_tools = prompts == Prompts::Chat && without_tools(&mut fields)?;
-        let mut body = Body::read(fields, prompts, sampling, model)?;
+        let explicit = fields.has("prompt_logprobs");
+        let scored = PromptLogprobs { from: 0, top: 0 };
+        // With an echo no token need be drawn.
+        let prompt_logprobs = echo.then_some(scored);
+        let default = SamplingParams { prompt_logprobs, ..*sampling };
+        let mut body = Body::read(fields, prompts, &default, model)?;
+        let prompt_logprobs = score_prompt(&mut body.sampling, explicit, echo, stream.is_some())?;
         if body.prompts.is_empty() {
             return Err(FieldError::Missing { field: "prompt", fix: "give at least one" }.into());
-        }
-        if echo && body.sampling.logprobs.is_some() {
-            return Err(ApiError::unsupported(
-                "echo",
-                "true",
-                "prompts have no log-probabilities; leave logprobs out",
-            ));
         }
         if without_tools && let [Prompt::Chat(ChatPrompt { tools, .. })] = body.prompts.as_mut_slice() {
             *tools = None;
         }
-        Ok(Asked { body, outputs, stream, echo, return_token_ids })
+        Ok(Asked { body, outputs, stream, echo, prompt_logprobs, return_token_ids })
     }
 
     /// Does the request give the model tools?
@@ -93,6 +94,38 @@ impl Asked {
             stop: stop.clone(),
             ..GenerateRequest::new(prompts[index / outputs].clone())
         })
+    }
+}
+
+/// Whether the prompts' log-probabilities are wanted for themselves; they are computed for an echo with `logprobs` too, and
+/// where there is nothing else to do.
+fn score_prompt(
+    sampling: &mut SamplingParams,
+    explicit: bool,
+    echo: bool,
+    stream: bool,
+) -> Result<bool, ApiError> {
+    let explicit = explicit && sampling.prompt_logprobs.is_some();
+    let refused = |field, fix| Err(ApiError::unsupported(field, "true", fix));
+    match (sampling.logprobs.filter(|_| echo), explicit) {
+        (_, true) if stream => {
+            refused("stream", "prompt_logprobs come with whole answers; leave one of them out")
+        }
+        (Some(_), _) if stream => refused(
+            "stream",
+            "an echo's log-probabilities come with whole answers; leave logprobs or echo out",
+        ),
+        (Some(_), true) => refused("echo", "with logprobs it has the prompt's; leave prompt_logprobs out"),
+        (Some(top), false) => {
+            sampling.prompt_logprobs = Some(PromptLogprobs { from: 0, top });
+            Ok(false)
+        }
+        (None, explicit) => {
+            if !explicit && sampling.max_tokens > 0 {
+                sampling.prompt_logprobs = None;
+            }
+            Ok(explicit)
+        }
     }
 }
 

@@ -7,8 +7,8 @@ use axum::extract::State;
 use axum::http::Request;
 use axum::response::Response;
 use minisgl::openai::{
-    Answer, ChatChoice, ChatLogprobs, ChatMessage, FunctionCall, Prompts, TextChoice, TextLogprobs, ToolCall,
-    Usage, created_now, finish_reason,
+    Answer, ChatChoice, ChatLogprobs, ChatMessage, FunctionCall, PromptLogprobs, Prompts, TextChoice,
+    TextLogprobs, ToolCall, Usage, created_now, finish_reason,
 };
 use minisgl::{ChatPrompt, Completion, Prompt, SamplingParams};
 use serde::Serialize;
@@ -139,7 +139,7 @@ fn usage(asked: &Asked, completions: &[Completion]) -> Usage {
 
 fn answer<'a, C>(heading: &'a Heading, object: &'static str, choices: Vec<C>, usage: Usage) -> Answer<'a, C> {
     let Heading { id, created, model } = heading;
-    Answer { id: id.clone(), object, created: *created, model, choices, usage }
+    Answer { id: id.clone(), object, created: *created, model, choices, usage, prompt_logprobs: None }
 }
 
 /// An output of a conversation in its parts.
@@ -198,7 +198,9 @@ fn chat_answer(
         finish_reason: end_of(completion, !said.calls.is_empty()),
     });
     let choices = with_token_ids(asked, completions, choices);
-    json(&answer(heading, "chat.completion", choices, usage(asked, completions)))
+    let mut answer = answer(heading, "chat.completion", choices, usage(asked, completions));
+    answer.prompt_logprobs = completions.first().and_then(|one| PromptLogprobs::new(one, &token_bytes));
+    json(&answer)
 }
 
 /// Why an output ended, in the API's words.
@@ -223,10 +225,19 @@ fn text_answer(
         echoes[at / outputs].clone() + completion.text.as_deref().unwrap_or_default()
     };
     let texts: Vec<String> = completions.iter().enumerate().map(text).collect();
+    let logprobs = |index: u32, completion| match asked.echo {
+        true => TextLogprobs::echoed(completion, &echoes[index as usize / outputs], &token_bytes),
+        false => TextLogprobs::new(completion, &token_bytes),
+    };
+    let of_prompt = |completion| match asked.prompt_logprobs {
+        true => PromptLogprobs::new(completion, &token_bytes),
+        false => None,
+    };
     let choices = (0..).zip(completions).zip(&texts).map(|((index, completion), text)| TextChoice {
         index,
         text,
-        logprobs: TextLogprobs::new(completion, &token_bytes),
+        logprobs: logprobs(index, completion),
+        prompt_logprobs: of_prompt(completion),
         finish_reason: end_of(completion, false),
     });
     let choices = with_token_ids(asked, completions, choices);

@@ -85,6 +85,60 @@ fn each_output_of_a_prompt_has_a_seed_of_its_own_and_the_first_has_the_requests(
 }
 
 #[test]
+fn an_echo_with_log_probabilities_has_those_of_its_prompt() {
+    let running = Running::tiny(settings());
+    let sampling = json!({"max_tokens": 5, "temperature": 0, "ignore_eos": true, "return_token_ids": true});
+    let ask = |more: Value| {
+        let mut body = sampling.clone();
+        body.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        running.post(TEXT, &body).json()["choices"][0].clone()
+    };
+    let count = |list: &Value| list.as_array().unwrap().len();
+    let drawn = ask(json!({"prompt": "Once upon a time", "logprobs": 2}));
+    let echoed = ask(json!({"prompt": "Once upon a time", "logprobs": 2, "echo": true}));
+    let text = drawn["text"].as_str().unwrap();
+    assert_eq!(echoed["text"], format!("Once upon a time{text}"));
+    let (all, output) = (&echoed["logprobs"], &drawn["logprobs"]);
+    let prompt = count(&all["tokens"]) - 5;
+    assert!(prompt > 1, "{all}");
+    for list in ["tokens", "token_logprobs", "top_logprobs"] {
+        let own = &all[list].as_array().unwrap()[prompt..];
+        assert_eq!(own, output[list].as_array().unwrap(), "{list}");
+    }
+    assert!(all["token_logprobs"][0].is_null() && all["top_logprobs"][0].is_null());
+    assert!(all["token_logprobs"].as_array().unwrap()[1..].iter().all(Value::is_number));
+    let offsets: Vec<u64> =
+        all["text_offset"].as_array().unwrap().iter().map(|at| at.as_u64().unwrap()).collect();
+    assert!(offsets.is_sorted() && offsets[0] == 0 && offsets[prompt] == 16, "{offsets:?}");
+    // The whole text given and nothing drawn: the same numbers.
+    let ids = running.post("/tokenize", &json!({"prompt": "Once upon a time"})).json()["tokens"].clone();
+    let whole: Vec<Value> =
+        [ids, drawn["token_ids"].clone()].iter().flat_map(|ids| ids.as_array().unwrap().clone()).collect();
+    let given = ask(json!({"prompt": whole, "logprobs": 2, "echo": true, "max_tokens": 0}));
+    assert_eq!(given["logprobs"]["token_logprobs"], all["token_logprobs"]);
+    assert_eq!(given["finish_reason"], "length");
+    // In vLLM's form.
+    let scored = ask(json!({"prompt": whole, "prompt_logprobs": 0, "max_tokens": 0}));
+    let listed = scored["prompt_logprobs"].as_array().unwrap();
+    for (at, id) in whole.iter().enumerate().skip(1) {
+        assert_eq!(listed[at][id.to_string()]["logprob"], all["token_logprobs"][at], "token {at}");
+    }
+    let chat = json!({"messages": messages(), "prompt_logprobs": 1, "max_tokens": 1});
+    let answer = running.post(CHAT, &chat).json();
+    assert_eq!(count(&answer["prompt_logprobs"]) as u64, answer["usage"]["prompt_tokens"].as_u64().unwrap());
+    for more in [json!({"echo": true, "logprobs": 1}), json!({"prompt_logprobs": 1})] {
+        let mut body = json!({"prompt": "Once", "stream": true});
+        body.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        assert_eq!(running.post(TEXT, &body).refused(400)["param"], "stream");
+    }
+    let both = json!({"prompt": "Once", "echo": true, "logprobs": 1, "prompt_logprobs": 1});
+    assert_eq!(running.post(TEXT, &both).refused(400)["param"], "echo");
+    let nothing = json!({"prompt": "Once", "max_tokens": 0});
+    assert_eq!(running.post(TEXT, &nothing).refused(400)["param"], "max_tokens");
+    assert_eq!(ask(json!({"prompt": "Once", "max_tokens": 0, "echo": true}))["text"], "Once");
+}
+
+#[test]
 fn a_field_that_can_not_be_served_is_refused_by_its_name() {
     let running = Running::tiny(settings());
     let both = [

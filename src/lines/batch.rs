@@ -15,8 +15,8 @@ use super::{BadLine, Format, Header, Origin, RequestLine, append, one_request};
 use crate::SamplingParams;
 use crate::openai::{
     Answer, ChatChoice, ChatLogprobs, ChatMessage, ErrorBody, ErrorObject, FieldError, Fields,
-    INVALID_REQUEST, ModelName, Prompts, TextChoice, TextLogprobs, Usage, created_now, finish_reason, read,
-    shown,
+    INVALID_REQUEST, ModelName, PromptLogprobs, Prompts, TextChoice, TextLogprobs, Usage, created_now,
+    finish_reason, read, shown,
 };
 use crate::request::{Completion, FinishReason, GenerateRequest};
 
@@ -135,15 +135,17 @@ pub fn write_result(
     match header.format {
         Format::Text => {
             let logprobs = TextLogprobs::new(completion, token_bytes);
-            let choice = TextChoice { index: 0, text, logprobs, finish_reason };
+            let prompt_logprobs = PromptLogprobs::new(completion, token_bytes);
+            let choice = TextChoice { index: 0, text, logprobs, prompt_logprobs, finish_reason };
             let answer = answer(header, origin, ("cmpl", "text_completion"), completion, choice);
             write_response(out, header, origin, 200, answer);
         }
-        Format::Chat | Format::Native => {
+        Format::Chat | Format::Native | Format::Score => {
             let message = ChatMessage::text(text);
             let logprobs = ChatLogprobs::new(completion, token_bytes);
             let choice = ChatChoice { index: 0, message, logprobs, finish_reason };
-            let answer = answer(header, origin, ("chatcmpl", "chat.completion"), completion, choice);
+            let mut answer = answer(header, origin, ("chatcmpl", "chat.completion"), completion, choice);
+            answer.prompt_logprobs = PromptLogprobs::new(completion, token_bytes);
             write_response(out, header, origin, 200, answer);
         }
     }
@@ -199,5 +201,6 @@ fn answer<'a, C>(
         model: &header.model,
         choices: vec![choice],
         usage: Usage::of(completion),
+        prompt_logprobs: None,
     }
 }

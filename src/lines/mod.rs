@@ -5,6 +5,9 @@
 //!        -> {"id":7,"line":1,"fingerprint":"…","token_ids":[…],"text":"…","finish_reason":"length","usage":{…},"logprobs":[…]}
 //!        or {"id":7,"line":1,"fingerprint":"…","error":"line 1: top_p is 2; …"}
 //!
+//!           {"id": 8, "prompt": "Once", "completion": " upon"}
+//!        -> {"id":8,"line":2,"fingerprint":"…","token_ids":[…],"logprob":-1.5,"logprobs":[…],"usage":{…}}
+//!
 //!   Batch   {"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": {"messages": [{…}]}}
 //!        -> {"id":"batch_req_1-…","custom_id":"a","response":{"status_code":200,"request_id":"…","body":{…}},"error":null}
 //!        or {"id":"batch_req_1-…","custom_id":"a","response":{"status_code":400,…,"body":{"error":{…}}},"error":null}
@@ -91,6 +94,8 @@ impl Header {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Format {
     Native,
+    /// Of a native line with a completion.
+    Score,
     Chat,
     Text,
 }
@@ -166,7 +171,8 @@ pub fn write_result(
     token_bytes: &dyn Fn(u32) -> Option<Vec<u8>>,
 ) {
     match header.format {
-        Format::Native => native::write_result(out, header, origin, completion),
+        Format::Native => native::write_result(out, header, origin, completion, token_bytes),
+        Format::Score => native::write_score(out, header, origin, completion),
         Format::Chat | Format::Text => batch::write_result(out, header, origin, completion, token_bytes),
     }
 }
@@ -174,7 +180,7 @@ pub fn write_result(
 /// Appends the result line of a line that is no request.
 pub fn write_bad(out: &mut Vec<u8>, bad: &BadLine, origin: Origin) {
     match bad.header.format {
-        Format::Native => native::write_error(out, &bad.header, origin, &bad.error),
+        Format::Native | Format::Score => native::write_error(out, &bad.header, origin, &bad.error),
         Format::Chat | Format::Text => batch::write_bad(out, bad, origin),
     }
 }
@@ -182,7 +188,7 @@ pub fn write_bad(out: &mut Vec<u8>, bad: &BadLine, origin: Origin) {
 /// Appends the result line of a request that something else stopped, as `reason` says.
 pub fn write_failure(out: &mut Vec<u8>, header: &Header, origin: Origin, reason: &str) {
     match header.format {
-        Format::Native => native::write_error(out, header, origin, &reason),
+        Format::Native | Format::Score => native::write_error(out, header, origin, &reason),
         Format::Chat | Format::Text => batch::write_failure(out, header, origin, reason),
     }
 }

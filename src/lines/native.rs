@@ -1,13 +1,16 @@
 //! Lines of our own format.
 
+use std::sync::Arc;
+
 use serde::Serialize;
 use serde_json::value::RawValue;
 
 use super::error::LineError;
-use super::{BadLine, Header, Origin, RequestLine, append, one_request};
-use crate::SamplingParams;
-use crate::openai::{Fields, ModelName, Prompts};
-use crate::request::{Completion, FinishReason, TokenLogprobs};
+use super::{BadLine, Format, Header, Origin, RequestLine, append, one_request};
+use crate::openai::{FieldError, Fields, ModelName, PromptLogprobs, Prompts, given};
+use crate::request::{Completion, FinishReason, GenerateRequest, Given, TokenLogprobs};
+use crate::score::{Score, ScoreRequest};
+use crate::{SamplingParams, request};
 
 /// Reads a request; what it leaves out is as in `sampling`.
 ///
@@ -20,9 +23,14 @@ pub fn parse(
     model: &ModelName,
 ) -> Result<RequestLine, BadLine> {
     header.id = fields.raw("id").map(RawValue::to_owned);
-    let request = match &header.id {
-        None => Err(LineError::NoId { field: "id" }),
-        Some(_) => one_request(fields, Prompts::Any, sampling, model).map_err(LineError::from),
+    let request = match (&header.id, given(&mut fields)) {
+        (None, _) => Err(LineError::NoId { field: "id" }),
+        (Some(_), Err(error)) => Err(error.into()),
+        (Some(_), Ok(None)) => one_request(fields, Prompts::Any, sampling, model).map_err(LineError::from),
+        (Some(_), Ok(Some(completion))) => {
+            header.format = Format::Score;
+            score(fields, completion, sampling, model).map_err(LineError::from)
+        }
     };
     match request {
         Ok((request, asked)) => {
@@ -31,6 +39,29 @@ pub fn parse(
         }
         Err(error) => Err(BadLine { header, error }),
     }
+}
+
+/// The request of a line with a completion: nothing is drawn, and `logprobs` counts the alternatives.
+fn score(
+    fields: Fields<'_>,
+    completion: Given,
+    sampling: &SamplingParams,
+    model: &ModelName,
+) -> Result<(GenerateRequest, Option<Arc<str>>), FieldError> {
+    let scored = request::PromptLogprobs { from: 0, top: 0 };
+    let own = SamplingParams { max_tokens: 0, logprobs: None, prompt_logprobs: Some(scored), ..*sampling };
+    let (request, model) = one_request(fields, Prompts::Any, &own, model)?;
+    let SamplingParams { max_tokens, logprobs, .. } = request.sampling;
+    if max_tokens > 0 {
+        return Err(FieldError::Contradiction {
+            field: "max_tokens",
+            value: max_tokens.to_string(),
+            other: "completion",
+            fix: "a completion is scored and nothing drawn behind it; leave max_tokens out",
+        });
+    }
+    let score = ScoreRequest { top: logprobs.unwrap_or(0), ..ScoreRequest::new(request.prompt, completion) };
+    Ok((score.into(), model))
 }
 
 #[derive(Serialize)]
@@ -46,6 +77,9 @@ struct Done<'a> {
     /// One entry a token, where asked for: `{"logprob": …, "top": [[token_id, logprob], …]}`.
     #[serde(skip_serializing_if = "Option::is_none")]
     logprobs: Option<&'a [TokenLogprobs]>,
+    /// Of the prompt's tokens, where asked for, in vLLM's form.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    prompt_logprobs: Option<PromptLogprobs>,
     #[serde(skip_serializing_if = "Option::is_none")]
     warning: Option<&'a str>,
 }
@@ -66,7 +100,13 @@ struct Failed<'a> {
 }
 
 /// Appends what came of a request.
-pub fn write_result(out: &mut Vec<u8>, header: &Header, origin: Origin, completion: &Completion) {
+pub fn write_result(
+    out: &mut Vec<u8>,
+    header: &Header,
+    origin: Origin,
+    completion: &Completion,
+    token_bytes: &dyn Fn(u32) -> Option<Vec<u8>>,
+) {
     if let Some(error) = &completion.error {
         return write_error(out, header, origin, error);
     }
@@ -83,9 +123,45 @@ pub fn write_result(out: &mut Vec<u8>, header: &Header, origin: Origin, completi
             cached_tokens: completion.cached_tokens,
         },
         logprobs: completion.logprobs.as_deref(),
+        prompt_logprobs: PromptLogprobs::new(completion, token_bytes),
         warning: completion.warning.as_deref(),
     };
     append(out, &done);
+}
+
+#[derive(Serialize)]
+struct Scored<'a> {
+    id: &'a Option<Box<RawValue>>,
+    line: u64,
+    fingerprint: String,
+    /// Of the completion.
+    token_ids: &'a [u32],
+    /// The sum over its tokens.
+    logprob: f64,
+    logprobs: &'a [TokenLogprobs],
+    usage: Usage,
+}
+
+/// Appends the score of a completion.
+pub fn write_score(out: &mut Vec<u8>, header: &Header, origin: Origin, completion: &Completion) {
+    if let Some(error) = &completion.error {
+        return write_error(out, header, origin, error);
+    }
+    let score = Score::from(completion.clone());
+    let scored = Scored {
+        id: &header.id,
+        line: origin.line,
+        fingerprint: origin.fingerprint_text(),
+        token_ids: &score.token_ids,
+        logprob: score.logprob(),
+        logprobs: &score.logprobs,
+        usage: Usage {
+            prompt_tokens: score.prompt_tokens,
+            completion_tokens: score.token_ids.len() as u32,
+            cached_tokens: score.cached_tokens,
+        },
+    };
+    append(out, &scored);
 }
 
 /// Appends why a line has no result.

@@ -1,13 +1,13 @@
 //! What the API answers: a `chat.completion`, a `text_completion`, or an error.
 //!
-//! Invariant: without tool calls and reasoning, which are left out where there are none, every field is one that the API
-//! declares, and every field that it requires is there.
+//! Invariant: without tool calls, reasoning and the prompt's log-probabilities, which are left out where there are none, every
+//! field is one that the API declares, and every field that it requires is there.
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde::Serialize;
 
-use super::logprobs::{ChatLogprobs, TextLogprobs};
+use super::logprobs::{ChatLogprobs, PromptLogprobs, TextLogprobs};
 use crate::request::{Completion, FinishReason};
 
 /// A `chat.completion` or a `text_completion`.
@@ -25,6 +25,9 @@ pub struct Answer<'a, C> {
     pub choices: Vec<C>,
     /// Tokens in and out, over all choices.
     pub usage: Usage,
+    /// Of a conversation's tokens, where they were asked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub prompt_logprobs: Option<PromptLogprobs>,
 }
 
 /// An output of a conversation.
@@ -99,6 +102,9 @@ pub struct TextChoice<'a> {
     pub text: &'a str,
     /// Where they were asked for.
     pub logprobs: Option<TextLogprobs>,
+    /// Of the prompt's tokens, where they were asked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub prompt_logprobs: Option<PromptLogprobs>,
     /// Why it ended.
     pub finish_reason: &'static str,
 }

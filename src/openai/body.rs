@@ -4,6 +4,7 @@
 //!   prompt | prompt_token_ids | messages, tools, …      ──> Prompts
 //!   max_tokens, temperature, top_k, …, seed, logprobs   ──> SamplingParams     else as Defaults say
 //!   stop                                                ──> stop texts
+//!   completion | completion_token_ids                   ──> Given              in native lines
 //!   model                                               ──> must be the one that runs
 //!   the rest                                            ──> taken where it changes nothing, else an error
 //! ```
@@ -21,7 +22,7 @@ use super::fields::{Fields, Whole, cause, read, wrong};
 use super::model_name::ModelName;
 use super::rest::check_rest;
 use crate::SamplingParams;
-use crate::request::{ChatPrompt, JsonObject, Message, Prompt, TOP_LOGPROBS_MAX};
+use crate::request::{ChatPrompt, Given, JsonObject, Message, Prompt, PromptLogprobs, TOP_LOGPROBS_MAX};
 
 /// Which prompts a body may have.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -79,16 +80,17 @@ fn name_of(model: &ModelName, fields: &mut Fields<'_>) -> Result<Option<Arc<str>
 }
 
 fn sampling(fields: &mut Fields<'_>, default: &SamplingParams) -> Result<SamplingParams, FieldError> {
+    let prompt_logprobs = prompt_logprobs(fields)?.or(default.prompt_logprobs);
     Ok(SamplingParams {
         temperature: fields.number("temperature")?.unwrap_or(default.temperature),
         top_k: top_k(fields)?.unwrap_or(default.top_k),
         top_p: fields.number("top_p")?.unwrap_or(default.top_p),
         min_p: fields.number("min_p")?.unwrap_or(default.min_p),
         seed: seed(fields)?.unwrap_or(default.seed),
-        max_tokens: max_tokens(fields)?.unwrap_or(default.max_tokens),
+        max_tokens: max_tokens(fields, prompt_logprobs.is_some())?.unwrap_or(default.max_tokens),
         ignore_eos: fields.flag("ignore_eos")?.unwrap_or(default.ignore_eos),
         logprobs: logprobs(fields)?.unwrap_or(default.logprobs),
-        prompt_logprobs: default.prompt_logprobs,
+        prompt_logprobs,
     })
 }
 
@@ -109,11 +111,15 @@ fn seed(fields: &mut Fields<'_>) -> Result<Option<u64>, FieldError> {
     }
 }
 
-/// By OpenAI's older or newer name. More than any sequence holds is as many as it holds.
-fn max_tokens(fields: &mut Fields<'_>) -> Result<Option<u32>, FieldError> {
-    const EXPECTED: &str = "a whole number from 1 on";
-    let older = fields.whole("max_tokens", 1, EXPECTED)?;
-    let newer = fields.whole("max_completion_tokens", 1, EXPECTED)?;
+/// By OpenAI's older or newer name. More than any sequence holds is as many as it holds; none will do where the prompt is
+/// scored.
+fn max_tokens(fields: &mut Fields<'_>, scored: bool) -> Result<Option<u32>, FieldError> {
+    let (least, expected) = match scored {
+        true => (0, "a whole number"),
+        false => (1, "a whole number from 1 on"),
+    };
+    let older = fields.whole("max_tokens", least, expected)?;
+    let newer = fields.whole("max_completion_tokens", least, expected)?;
     match (older, newer) {
         (Some(older), Some(newer)) if older != newer => Err(FieldError::Contradiction {
             field: "max_tokens",
@@ -159,6 +165,18 @@ fn logprobs(fields: &mut Fields<'_>) -> Result<Option<Option<u32>>, FieldError> 
     }
 }
 
+/// Of the prompt's own tokens: a count of alternatives.
+fn prompt_logprobs(fields: &mut Fields<'_>) -> Result<Option<PromptLogprobs>, FieldError> {
+    const EXPECTED: &str = "a whole number up to 20";
+    let Some(value) = fields.raw("prompt_logprobs") else { return Ok(None) };
+    match read("prompt_logprobs", value, EXPECTED)? {
+        Whole(k) if (0..=TOP_LOGPROBS_MAX as i128).contains(&k) => {
+            Ok(Some(PromptLogprobs { from: 0, top: k as u32 }))
+        }
+        Whole(_) => Err(wrong("prompt_logprobs", value, EXPECTED)),
+    }
+}
+
 fn top_logprobs(fields: &mut Fields<'_>) -> Result<Option<u32>, FieldError> {
     const EXPECTED: &str = "a whole number up to 20";
     let Some(value) = fields.raw("top_logprobs") else { return Ok(None) };
@@ -201,6 +219,33 @@ fn prompt(fields: &mut Fields<'_>, prompts: Prompts) -> Result<Vec<Prompt>, Fiel
 }
 
 const TOKEN_IDS: &str = "a list of token ids";
+
+/// What is to be scored behind a prompt: a text, or its token ids.
+pub fn given(fields: &mut Fields<'_>) -> Result<Option<Given>, FieldError> {
+    const EXPECTED: &str = "a text or a list of token ids";
+    let (name, value) = match (fields.raw("completion"), fields.raw("completion_token_ids")) {
+        (None, None) => return Ok(None),
+        (Some(value), None) => ("completion", value),
+        (None, Some(value)) => ("completion_token_ids", value),
+        (Some(value), Some(_)) => {
+            return Err(FieldError::Contradiction {
+                field: "completion",
+                value: shown(value.get()),
+                other: "completion_token_ids",
+                fix: "give one of them",
+            });
+        }
+    };
+    let prompt = match text_prompts(value) {
+        Ok(mut prompts) if prompts.len() == 1 => prompts.pop(),
+        _ => None,
+    };
+    match prompt {
+        Some(Prompt::Text(text)) => Ok(Some(Given::Text(text))),
+        Some(Prompt::Tokens(ids)) => Ok(Some(Given::Tokens(ids))),
+        _ => Err(wrong(name, value, EXPECTED)),
+    }
+}
 
 /// A text, its token ids, or a list of such.
 fn text_prompts(value: &RawValue) -> Result<Vec<Prompt>, FieldError> {

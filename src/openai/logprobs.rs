@@ -5,12 +5,19 @@
 //!   text  {"tokens": [" the", …], "token_logprobs": [-0.5, …], "top_logprobs": [{" the": -0.5, …}, …], "text_offset": [0, …]}
 //! ```
 //!
+//! Those of a prompt are in vLLM's form, which names tokens by their ids; the first token has none:
+//!
+//! ```text
+//!   [null, {"262": {"logprob": -0.5, "rank": 1, "decoded_token": " the"}, "11": {…}, …}, …]
+//! ```
+//!
 //! There is an entry for every output token, the one that ended the output included. Bytes that are no text stand as
 //! `\xf0\x9f`, in the second form behind `bytes:`, as the API writes them; a model without a tokenizer has `token_id:7`.
 
 use std::collections::BTreeMap;
 
-use serde::Serialize;
+use serde::ser::SerializeMap;
+use serde::{Serialize, Serializer};
 
 use crate::request::{Completion, TokenLogprobs};
 
@@ -65,10 +72,11 @@ impl ChatLogprobs {
 #[derive(Debug, Default, Serialize)]
 pub struct TextLogprobs {
     tokens: Vec<String>,
-    token_logprobs: Vec<f32>,
+    /// Null at a prompt's first token, which follows nothing.
+    token_logprobs: Vec<Option<f32>>,
     /// Null where alternatives were not asked for. The token drawn is always among them.
-    top_logprobs: Option<Vec<BTreeMap<String, f32>>>,
-    /// Where each token begins in the output's text, in characters; the text's length for a token that is not in it.
+    top_logprobs: Option<Vec<Option<BTreeMap<String, f32>>>>,
+    /// Where each token begins in the text, in characters; the text's length for a token that is not in it.
     text_offset: Vec<usize>,
 }
 
@@ -79,6 +87,36 @@ impl TextLogprobs {
         let end = completion.text.as_deref().unwrap_or_default().chars().count();
         let mut all = Self::of(&completion.token_ids, logprobs, &mut 0, token_bytes);
         all.text_offset.iter_mut().for_each(|offset| *offset = end.min(*offset));
+        Some(all)
+    }
+
+    /// Of an output behind its prompt, which is repeated as `echo`; `None` where they were not asked for.
+    pub fn echoed(completion: &Completion, echo: &str, token_bytes: TokenBytes<'_>) -> Option<Self> {
+        let output = Self::new(completion, token_bytes)?;
+        let ids = completion.prompt_token_ids.as_deref().unwrap_or_default();
+        let scores = completion.prompt_logprobs.as_deref().unwrap_or_default();
+        let Some((first, scored)) = ids.split_first().filter(|(_, scored)| scored.len() == scores.len())
+        else {
+            return Some(output);
+        };
+        let end = echo.chars().count();
+        let mut characters = 0;
+        let mut all = TextLogprobs::default();
+        let bytes = token_bytes(*first);
+        all.tokens.push(spelled(*first, bytes.as_deref(), "bytes:"));
+        all.token_logprobs.push(None);
+        all.text_offset.push(0);
+        characters += characters_of(bytes.as_deref());
+        let rest = Self::of(scored, scores, &mut characters, token_bytes);
+        // What stands before the text, as special tokens do, is not in it.
+        let before = characters.saturating_sub(end);
+        all.text_offset.extend(rest.text_offset.iter().map(|offset| offset.saturating_sub(before)));
+        all.text_offset.extend(output.text_offset.iter().map(|offset| end + offset));
+        all.tokens.extend(rest.tokens.into_iter().chain(output.tokens));
+        all.token_logprobs.extend(rest.token_logprobs.into_iter().chain(output.token_logprobs));
+        let tops = [rest.top_logprobs, output.top_logprobs].into_iter().flatten().flatten();
+        let tops: Vec<_> = [None].into_iter().chain(tops).collect();
+        all.top_logprobs = (tops.len() == all.tokens.len()).then_some(tops);
         Some(all)
     }
 
@@ -94,19 +132,72 @@ impl TextLogprobs {
             let bytes = token_bytes(*id);
             let token = spelled(*id, bytes.as_deref(), "bytes:");
             all.text_offset.push(*offset);
-            *offset += bytes.iter().flatten().filter(|byte| **byte & 0xC0 != 0x80).count();
+            *offset += characters_of(bytes.as_deref());
             if !entry.top.is_empty() {
                 let mut top = BTreeMap::from([(token.clone(), entry.logprob.max(LEAST))]);
                 for (id, logprob) in &entry.top {
                     let token = spelled(*id, token_bytes(*id).as_deref(), "bytes:");
                     top.entry(token).or_insert(logprob.max(LEAST));
                 }
-                all.top_logprobs.get_or_insert_default().push(top);
+                all.top_logprobs.get_or_insert_default().push(Some(top));
             }
             all.tokens.push(token);
-            all.token_logprobs.push(entry.logprob.max(LEAST));
+            all.token_logprobs.push(Some(entry.logprob.max(LEAST)));
         }
         all
+    }
+}
+
+/// Characters that begin in a token.
+fn characters_of(bytes: Option<&[u8]>) -> usize {
+    bytes.unwrap_or_default().iter().filter(|byte| **byte & 0xC0 != 0x80).count()
+}
+
+/// Of a prompt's tokens.
+#[derive(Debug, Serialize)]
+#[serde(transparent)]
+pub struct PromptLogprobs(Vec<Option<Candidates>>);
+
+/// The token that stands there and the most probable ones, each once, in this order.
+#[derive(Debug)]
+struct Candidates(Vec<(u32, Candidate)>);
+
+#[derive(Debug, Serialize)]
+struct Candidate {
+    logprob: f32,
+    /// From 1; null where the token is not among the most probable that were asked for.
+    rank: Option<usize>,
+    /// Null where the model has no tokenizer.
+    decoded_token: Option<String>,
+}
+
+impl Serialize for Candidates {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let mut map = serializer.serialize_map(Some(self.0.len()))?;
+        for (id, candidate) in &self.0 {
+            map.serialize_entry(&id.to_string(), candidate)?;
+        }
+        map.end()
+    }
+}
+
+impl PromptLogprobs {
+    /// Of a completion's prompt; `None` where they were not asked for.
+    pub fn new(completion: &Completion, token_bytes: TokenBytes<'_>) -> Option<Self> {
+        let (ids, scores) = (completion.prompt_token_ids.as_ref()?, completion.prompt_logprobs.as_ref()?);
+        let unscored = ids.len().saturating_sub(scores.len());
+        let candidate = |id: u32, logprob: f32, rank| {
+            let text = token_bytes(id).map(|bytes| String::from_utf8_lossy(&bytes).into_owned());
+            (id, Candidate { logprob: logprob.max(LEAST), rank, decoded_token: text })
+        };
+        let candidates = |(id, score): (&u32, &TokenLogprobs)| {
+            let rank = score.top.iter().position(|(top, _)| top == id).map(|at| at + 1);
+            let others = (1..).zip(&score.top).filter(|(_, (top, _))| top != id);
+            let others = others.map(|(rank, (id, logprob))| candidate(*id, *logprob, Some(rank)));
+            Candidates([candidate(*id, score.logprob, rank)].into_iter().chain(others).collect())
+        };
+        let scored = ids[unscored..].iter().zip(scores).map(|pair| Some(candidates(pair)));
+        Some(PromptLogprobs((0..unscored).map(|_| None).chain(scored).collect()))
     }
 }
 

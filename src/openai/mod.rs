@@ -22,8 +22,9 @@ pub use answer::{
 pub use body::{Body, Prompts};
 pub use error::{FieldError, ObjectError};
 pub use fields::{Fields, Whole};
-pub use logprobs::{ChatLogprobs, TextLogprobs};
+pub use logprobs::{ChatLogprobs, PromptLogprobs, TextLogprobs};
 pub use model_name::ModelName;
 
+pub(crate) use body::given;
 pub(crate) use error::shown;
 pub(crate) use fields::read;

@@ -63,7 +63,6 @@ const ONLY: &[Only] = &[
     ("n", &["1"], ONE_LINE_ONE_OUTPUT),
     ("parallel_tool_calls", &["true"], NO_TOOL_CHOICE),
     ("presence_penalty", &["0"], NO_PENALTY),
-    ("prompt_logprobs", &[], "only output tokens have log-probabilities"),
     ("reasoning_effort", &[], "give it in chat_template_kwargs if the template knows it"),
     ("repetition_penalty", &["1"], NO_PENALTY),
     ("response_format", &["{\"type\":\"text\"}"], NO_CONSTRAINT),
