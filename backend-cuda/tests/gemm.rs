@@ -487,9 +487,17 @@ fn logits_are_the_definitions_and_independent_of_the_batch() {
 #[ignore = "needs a GPU"]
 fn the_residual_stream_grows_by_the_product_and_its_squares_are_summed() {
     on_every_set(|gpu| {
-        for (rows, cols) in
-            taken([(192, 320), (64, 64), (192, 192), (1280, 1024), (1024, 2048), (1024, 3072), LARGE, DEEP])
-        {
+        for (rows, cols) in taken([
+            (192, 320),
+            (64, 64),
+            (192, 192),
+            (1280, 1024),
+            (2048, 512),
+            (1024, 3072),
+            LARGE,
+            DEEP,
+            (1024, 2048),
+        ]) {
             residual(gpu, rows, cols);
         }
     });
@@ -502,7 +510,7 @@ fn gate_and_up_meet_in_the_right_pairs() {
         let large = (LARGE.0, LARGE.1 / 2);
         let [small, medium, tall] = TALL;
         for (intermediate, cols) in
-            taken([(320, 192), (32, 64), (3072, 1024), large, WIDE, small, medium, tall])
+            taken([(320, 192), (32, 64), (3072, 1024), large, small, medium, tall, WIDE])
         {
             gate_up(gpu, intermediate, cols);
         }

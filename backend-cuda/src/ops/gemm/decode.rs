@@ -88,6 +88,7 @@ impl Tiling {
     const SINGLE: u32 = 132;
     const TWO_SINGLE: u32 = 264;
     const MANY_COLUMNS: u32 = 8192;
+    const FEW_COLUMNS: u32 = 4096;
 
     const fn slices(kernel: &'static str, rows: u32, tokens: u32, tokens_max: u32, shared: u32) -> Tiling {
         Tiling {
@@ -114,9 +115,9 @@ impl Tiling {
         Tiling { cols_min: Self::MANY_COLUMNS, ..self }
     }
 
-    /// The same for matrices of fewer, as o's are, by blocks that sum two slices each.
+    /// The same for matrices of few columns, as o's are, by blocks that sum two slices each.
     const fn of_two_slices(self) -> Tiling {
-        Tiling { own: 2, cols_max: Self::MANY_COLUMNS - 1, ..self }
+        Tiling { own: 2, cols_max: Self::FEW_COLUMNS, ..self }
     }
 
     /// A head's 128 rows meet in one cluster.
@@ -152,6 +153,9 @@ impl Tiling {
             Tiling::slices("decode_residual_64x64", 64, 64, 192, Tiling::HALF).up_to(Tiling::SOME_TWO),
             Tiling::slices("decode_residual_64x128", 64, 128, 128, Tiling::HALF).up_to(Tiling::SOME_TWO),
             Tiling::slices("decode_residual_128x88", 128, 88, 256, Tiling::MOST).up_to(Tiling::ONE_EACH),
+            Tiling::slices("decode_residual_64x64_2", 64, 64, 256, Tiling::HALF)
+                .of_two_slices()
+                .up_to(Tiling::TWO_SINGLE),
         ];
         const GATE_UP: &[Tiling] = &[
             Tiling::slices("decode_gate_up_64x16", 64, 16, 16, Tiling::HALF),
@@ -413,8 +417,8 @@ mod tests {
                 Some("decode_residual_64x32"),
                 Some("decode_residual_64x64"),
                 Some("decode_residual_64x128"),
-                None,
-                None,
+                Some("decode_residual_64x64_2"),
+                Some("decode_residual_64x64_2"),
             ]
         );
         // Of matrices that L2 does not hold: Qwen2.5's 7B and Qwen3-14B.
