@@ -80,6 +80,6 @@ impl Diagnostics for Cuda {
     }
 
     fn experts_read(&mut self) -> Result<ExpertsRead, CudaError> {
-        Ok(ExpertsRead::default()) // it runs no model with experts
+        Cuda::experts_read(self)
     }
 }

@@ -37,10 +37,18 @@ fn cases() -> impl Iterator<Item = (&'static str, KernelChoice)> {
     with_each(CHECKPOINTS)
 }
 
-/// Those of other families that the GPU computes.
+/// Those of other families that the GPU computes, but for the ones with experts.
 fn families() -> impl Iterator<Item = &'static str> {
-    FAMILIES.into_iter().filter(|name| *name != "gemma3" && !name.starts_with("qwen3-moe"))
+    FAMILIES.into_iter().filter(|name| *name != "gemma3" && !EXPERTS.contains(name))
 }
+
+/// Those with experts. Rounding to bf16 may flip a router's choice where two logits are nearer than it reaches (0.003 to 0.03 apart
+/// somewhere in each sequence), and the row is then another sum: transformers in bf16 errs by 0.1 to 0.25 there. So a row may err by
+/// that much, and a greedy token is only held to a wide margin; but half of all rows, whose choices are clear, must be as near as
+/// without experts. `backend-cuda/tests/experts.rs` compares the arithmetic where no choice is near.
+const EXPERTS: [&str; 2] = ["qwen3-moe", "qwen3-moe-nonorm"];
+const FLIPPED_ERROR_MAX: f32 = 0.25;
+const FLIPPED_MARGIN_MIN: f32 = 3.0;
 
 fn norm(values: impl Iterator<Item = f32>) -> f32 {
     values.map(|value| value * value).sum::<f32>().sqrt()
@@ -63,9 +71,17 @@ fn logits_are_those_of_transformers_within_bf16() {
     for (name, kernels) in with_each(families()) {
         assert_logits(name, kernels, FAMILY_ERROR_MAX, FAMILY_MARGIN_MIN);
     }
+    for (name, kernels) in with_each(EXPERTS) {
+        let mut errors = assert_logits(name, kernels, FLIPPED_ERROR_MAX, FLIPPED_MARGIN_MIN);
+        errors.sort_by(f32::total_cmp);
+        let median = errors[errors.len() / 2];
+        println!("{name}, {kernels:?}: median relative error {median:.5}");
+        assert!(median < LOGIT_ERROR_MAX, "{name}, {kernels:?}: half of the rows err by {median} or more");
+    }
 }
 
-fn assert_logits(name: &str, kernels: KernelChoice, error_max: f32, margin_min: f32) {
+/// Gives the relative error of each row of logits that there is a golden one of.
+fn assert_logits(name: &str, kernels: KernelChoice, error_max: f32, margin_min: f32) -> Vec<f32> {
     let golden = Golden::open(name);
     let kernel_set = match kernels {
         KernelChoice::Auto => KernelSet::Auto,
@@ -74,7 +90,7 @@ fn assert_logits(name: &str, kernels: KernelChoice, error_max: f32, margin_min: 
     };
     let cuda = Cuda::new(&Options { device: 0, kernels: kernel_set }).unwrap();
     let mut model = Logits::new(cuda, &checkpoint(&fixture(name)), 512, true);
-    let mut worst: f32 = 0.0;
+    let mut errors = Vec::new();
     for (i, example) in golden.examples.iter().enumerate() {
         let mut sequence = example.prompt.clone();
         sequence.extend(&example.greedy[..example.greedy.len() - 1]);
@@ -85,7 +101,7 @@ fn assert_logits(name: &str, kernels: KernelChoice, error_max: f32, margin_min: 
         let ours = prompt.iter().chain(&greedy[..1]).skip(first);
         let last = (&greedy[greedy.len() - 1], &golden.last_logits(i));
         for (ours, theirs) in ours.zip(&expected).chain([last]) {
-            worst = worst.max(relative_error(ours, theirs));
+            errors.push(relative_error(ours, theirs));
         }
         for ((row, token), margin) in greedy.iter().zip(&example.greedy).zip(&example.top2_margin) {
             let best = argmax(row);
@@ -95,8 +111,10 @@ fn assert_logits(name: &str, kernels: KernelChoice, error_max: f32, margin_min: 
             );
         }
     }
+    let worst = errors.iter().copied().fold(0.0, f32::max);
     println!("{name}, {kernels:?}: largest relative error of a row of logits {worst:.5}");
     assert!(worst < error_max, "{name}, {kernels:?}: relative error {worst}");
+    errors
 }
 
 /// Requests of many lengths and kinds of sampling.
@@ -124,7 +142,7 @@ fn tokens(llm: &mut Llm, requests: &[GenerateRequest]) -> Vec<Vec<u32>> {
 #[test]
 #[ignore = "needs a GPU"]
 fn a_requests_tokens_do_not_depend_on_how_they_are_computed() {
-    for (name, kernels) in cases() {
+    for (name, kernels) in with_each(CHECKPOINTS.into_iter().chain(["qwen3-moe-nonorm"])) {
         let wide = |builder: LlmBuilder| builder.max_running(256).max_graph_batch(256).num_pages(Some(4096));
         let base = || wide(on_gpu(name, kernels));
         let mut llm = base().build().unwrap();
@@ -173,7 +191,12 @@ fn a_requests_tokens_do_not_depend_on_how_they_are_computed() {
 #[test]
 #[ignore = "needs a GPU"]
 fn drafts_change_no_token() {
-    let names = with_each(CHECKPOINTS.into_iter().chain(["mistral-window", "qwen2-bias", "smollm3-nope"]));
+    let names = with_each(CHECKPOINTS.into_iter().chain([
+        "mistral-window",
+        "qwen2-bias",
+        "smollm3-nope",
+        "qwen3-moe",
+    ]));
     let mut accepted = 0;
     for (name, kernels) in names {
         let base = || on_gpu(name, kernels).max_running(32).max_graph_batch(32).num_pages(Some(2048));

@@ -7,7 +7,7 @@
 //!
 //! Gate and up rows are stored in turns, eight and eight, so that one multiplication's tile holds both halves of the
 //! same outputs: row `s` of gate goes to `s / 8 * 16 + s % 8`, of up 8 further on. The rows are padded with zeros to a
-//! multiple of 128. All other matrices lie as they are.
+//! multiple of 128. Experts lie one behind the other, each so. All other matrices lie as they are.
 //!
 //! Dummy weights have no bytes: a kernel makes them in place.
 
@@ -90,6 +90,10 @@ impl Target {
 /// The pieces of a matrix that `parts` are stacked to, and the rows that it is stored in.
 fn pieces(role: WeightRole, parts: &[HostTensor]) -> (Vec<Piece<'_>>, usize) {
     let total: usize = parts.iter().map(|part| part.rows).sum();
+    // Matrices of gate and up, rows of gate or up in each, and how many rows each is stored in.
+    let matrices = gate_ups(role);
+    let half_rows = (total / 2).checked_div(matrices).unwrap_or(0);
+    let stored_rows = (half_rows.div_ceil(GROUP) * 2 * GROUP).next_multiple_of(GATE_UP_PADDING);
     let mut pieces = Vec::with_capacity(parts.len() + 1);
     let mut first = 0;
     for tensor in parts {
@@ -98,23 +102,32 @@ fn pieces(role: WeightRole, parts: &[HostTensor]) -> (Vec<Piece<'_>>, usize) {
                 pieces.push(Piece { tensor, rows, target });
             }
         };
-        if role == WeightRole::GateUp {
-            // The part's rows of gate, then those of up; either may be none.
-            let gates = (total / 2).saturating_sub(first).min(tensor.rows);
-            let start_of = |s: usize| s / GROUP * 2 * GROUP + s % GROUP;
-            push(0..gates, Target { first: start_of(first), group: GROUP, stride: 2 * GROUP });
-            let up = (first + gates).saturating_sub(total / 2);
-            push(gates..tensor.rows, Target { first: GROUP + start_of(up), group: GROUP, stride: 2 * GROUP });
-        } else {
+        if matrices == 0 {
             push(0..tensor.rows, Target { first, group: tensor.rows, stride: tensor.rows });
+        }
+        // The part's rows, cut where gates end and where ups do.
+        let mut begin = first;
+        while half_rows > 0 && begin < first + tensor.rows {
+            let (half, row) = (begin / half_rows, begin % half_rows);
+            let count = (half_rows - row).min(first + tensor.rows - begin);
+            let (matrix, is_up) = (half / 2 * stored_rows, half % 2);
+            let to = matrix + is_up * GROUP + row / GROUP * 2 * GROUP + row % GROUP;
+            let target = Target { first: to, group: GROUP, stride: 2 * GROUP };
+            push(begin - first..begin - first + count, target);
+            begin += count;
         }
         first += tensor.rows;
     }
-    let stored = match role {
-        WeightRole::GateUp => ((total / 2).div_ceil(GROUP) * 2 * GROUP).next_multiple_of(GATE_UP_PADDING),
-        _ => total,
-    };
-    (pieces, stored)
+    (pieces, if matrices > 0 { matrices * stored_rows } else { total })
+}
+
+/// How many matrices of gate and up are stacked.
+fn gate_ups(role: WeightRole) -> usize {
+    match role {
+        WeightRole::GateUp => 1,
+        WeightRole::ExpertsGateUp(count) => count as usize,
+        WeightRole::Norm(_) | WeightRole::Bias | WeightRole::Embedding | WeightRole::Linear => 0,
+    }
 }
 
 /// The staging memory, alive while weights are loaded.
@@ -144,7 +157,7 @@ impl Cuda {
             )));
         }
         let address = self.allocate(Purpose::Weights, rows * cols * 2)?;
-        if role == WeightRole::GateUp {
+        if gate_ups(role) > 0 {
             self.zero(address, rows * cols * 2)?;
         }
         for piece in pieces {
@@ -332,6 +345,21 @@ mod tests {
                 assert_eq!(stored[s / 8 * 16 + 8 + s % 8], Some(up));
             }
             assert!(stored[48..].iter().all(Option::is_none));
+        }
+    }
+
+    #[test]
+    fn experts_lie_one_behind_the_other_whether_they_come_stacked_or_one_by_one() {
+        let role = WeightRole::ExpertsGateUp(3);
+        let (stacked, one_by_one) = (stored(role, &[6 * 24]), stored(role, &[24; 6]));
+        assert_eq!((stacked.len(), one_by_one.len()), (3 * 128, 3 * 128));
+        for (row, (whole, part)) in stacked.iter().zip(&one_by_one).enumerate() {
+            let place = (row % 128 < 48).then(|| {
+                let (expert, row) = (row / 128, row % 128);
+                (2 * expert + row / 8 % 2, row / 16 * 8 + row % 8)
+            });
+            assert_eq!(*part, place);
+            assert_eq!(*whole, place.map(|(part, row)| (0, 24 * part + row)));
         }
     }
 

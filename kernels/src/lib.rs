@@ -54,10 +54,10 @@ macro_rules! modules {
 
 /// Modules for compute capability 8.0 and later, in alphabetic order.
 pub const PORTABLE: &[Module] =
-    modules![portable: "attention", "embed", "gemm", "perf", "sampling", "weights"];
+    modules![portable: "attention", "embed", "experts", "gemm", "perf", "sampling", "weights"];
 
 /// Modules for compute capability 9.0, in alphabetic order. Their kernels are written for dependent launch.
 pub const HOPPER: &[Module] = modules![hopper:
-    "attention", "embed", "gemm_decode_gate_up", "gemm_decode_head", "gemm_decode_qkv", "gemm_decode_residual",
+    "attention", "embed", "experts", "gemm_decode_gate_up", "gemm_decode_head", "gemm_decode_qkv", "gemm_decode_residual",
     "gemm_prefill", "perf", "sampling", "weights",
 ];

@@ -18,8 +18,8 @@
 
 use std::ops::Range;
 
-use minisgl_core::backend::Dims;
 use minisgl_core::batch::StepShape;
+use minisgl_core::spec::{DecoderSpec, LayerSpec};
 use minisgl_core::speculation::DRAFTED_ROWS_MAX;
 
 /// The rows of a step that a chain of kernels works on. In a step of decode rows, which alone is divided, each is a token.
@@ -62,10 +62,13 @@ impl Halves {
     const LAYER_BYTES_MAX: usize = 48 << 20;
 
     /// For a model, on a device that runs Hopper's kernels or the portable ones, which take whole multiprocessors.
-    pub fn new(dims: &Dims, hopper: bool) -> Halves {
+    ///
+    /// Both halves of a step would read most of the experts that either reads, so models that have some run undivided.
+    pub fn new(spec: &DecoderSpec, hopper: bool) -> Halves {
+        let (dims, is_dense) = (&spec.dims, |layer: &LayerSpec| layer.experts().is_none());
         let (hidden, mlp) = (dims.hidden as usize, dims.intermediate as usize);
         let layer_bytes = 2 * hidden * (dims.qkv_width() + dims.q_width() + 3 * mlp);
-        Halves { pays: hopper && layer_bytes <= Self::LAYER_BYTES_MAX }
+        Halves { pays: hopper && spec.layers.iter().all(is_dense) && layer_bytes <= Self::LAYER_BYTES_MAX }
     }
 
     /// Is a step of this shape divided?
@@ -91,13 +94,13 @@ mod tests {
 
     #[test]
     fn a_step_is_divided_where_its_model_is_small_and_its_rows_are_many() {
-        let [small, large] = MODELS.map(|model| model.dims());
+        let [small, large] = MODELS.map(|model| DecoderSpec::uniform(model.dims(), LayerSpec::plain()));
         let mixed = StepShape { decode_rows: 63, prefill_rows: 1, ..StepShape::decode(64) };
-        let divided = |dims, hopper, shape| Halves::new(&dims, hopper).divide(shape);
-        assert!([40, 48, 256].into_iter().all(|rows| divided(small, true, StepShape::decode(rows))));
-        assert!(![1, 32, 264].into_iter().any(|rows| divided(small, true, StepShape::decode(rows))));
-        assert!(!divided(small, true, mixed));
-        assert!(!divided(small, false, StepShape::decode(64)));
-        assert!(!divided(large, true, StepShape::decode(64)));
+        let divided = |spec: &DecoderSpec, hopper, shape| Halves::new(spec, hopper).divide(shape);
+        assert!([40, 48, 256].into_iter().all(|rows| divided(&small, true, StepShape::decode(rows))));
+        assert!(![1, 32, 264].into_iter().any(|rows| divided(&small, true, StepShape::decode(rows))));
+        assert!(!divided(&small, true, mixed));
+        assert!(!divided(&small, false, StepShape::decode(64)));
+        assert!(!divided(&large, true, StepShape::decode(64)));
     }
 }

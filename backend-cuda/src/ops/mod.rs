@@ -11,12 +11,15 @@
 //! segments of 64 elements, from which the next product takes its rows' norms. The norms' scales were multiplied into
 //! the matrices when they were loaded.
 //!
+//! A layer with experts has `experts.rs` in place of gate_up and down.
+//!
 //! A decode step whose halves do better side by side is divided (`halves.rs`).
 //!
 //! Invariant: one token's bits depend on that token's sequence alone; see each family.
 
 pub mod attention;
 pub mod embed;
+pub mod experts;
 pub mod gemm;
 pub mod halves;
 pub mod sampling;
@@ -30,11 +33,12 @@ use minisgl_core::backend::{
 };
 use minisgl_core::batch::{Row, StepShape, TOKEN_WORDS};
 use minisgl_core::config::Limits;
-use minisgl_core::spec::{DecoderSpec, Dims, Unsupported};
+use minisgl_core::spec::{DecoderSpec, Dims, LayerSpec, Mlp, Unsupported};
 use minisgl_core::tensor::HostTensor;
 
 use self::attention::Attention;
 use self::embed::Ends;
+use self::experts::{ExpertLayer, Experts};
 use self::gemm::{GateUp, Gemm, Head, Qkv, Residual, Room, RowNorm, Rows};
 use self::halves::{Halves, Part};
 use self::sampling::Sampling;
@@ -56,18 +60,21 @@ pub(crate) struct Buffers {
     pub(crate) q: Buffer,
     /// `[tokens, q_width]`: what attention gives.
     pub(crate) attended: Buffer,
-    /// `[tokens, intermediate]`: silu(gate) * up.
+    /// `[tokens, intermediate]`: silu(gate) * up, where a layer has no experts.
     pub(crate) activated: Buffer,
 }
 
 impl Buffers {
-    fn new(cuda: &mut Cuda, dims: &Dims, tokens: usize) -> Result<Buffers, CudaError> {
+    fn new(cuda: &mut Cuda, spec: &DecoderSpec, tokens: usize) -> Result<Buffers, CudaError> {
+        let dims = &spec.dims;
+        let is_dense = |layer: &LayerSpec| layer.experts().is_none();
+        let mlp = if spec.layers.iter().any(is_dense) { dims.intermediate } else { 0 };
         let mut alloc = |width: usize| cuda.alloc(Purpose::Scratch, Element::Activation, tokens * width);
         Ok(Buffers {
             residual: alloc(dims.hidden as usize)?,
             q: alloc(dims.q_width())?,
             attended: alloc(dims.q_width())?,
-            activated: alloc(dims.intermediate as usize)?,
+            activated: alloc(mlp as usize)?,
         })
     }
 }
@@ -76,10 +83,12 @@ impl Buffers {
 #[derive(Debug)]
 pub(crate) struct Operations {
     pub(crate) dims: Dims,
+    layers: Vec<LayerSpec>,
     pub(crate) buffers: Buffers,
     pub(crate) halves: Halves,
     pub(crate) ends: Ends,
     pub(crate) gemm: Gemm,
+    pub(crate) experts: Option<Experts>,
     pub(crate) attention: Attention,
     pub(crate) sampling: Sampling,
     /// `[tokens, ceil(hidden / 64)]` f32: partial sums of squares of the residual stream.
@@ -92,10 +101,12 @@ impl Operations {
         let segments = dims.hidden.div_ceil(SEGMENT) as usize;
         Ok(Operations {
             dims: *dims,
-            buffers: Buffers::new(cuda, dims, limits.step_tokens())?,
-            halves: Halves::new(dims, cuda.properties().hopper),
+            layers: spec.layers.clone(),
+            buffers: Buffers::new(cuda, spec, limits.step_tokens())?,
+            halves: Halves::new(spec, cuda.properties().hopper),
             ends: Ends::new(cuda.modules())?,
             gemm: Gemm::new(cuda)?,
+            experts: Experts::new(cuda, spec, limits)?,
             attention: Attention::new(cuda, dims, spec.window(), limits)?,
             sampling: Sampling::new(cuda, limits.running)?,
             sumsq: cuda.allocate(Purpose::Scratch, limits.step_tokens() * segments * 4)?,
@@ -113,7 +124,7 @@ impl Operations {
     }
 
     fn qkv(&self, layer: &Layer, first_token: u32) -> Qkv {
-        let Layer { step, weights, rope, kv } = layer;
+        let Layer { step, weights, rope, kv, .. } = layer;
         let address = |weight: Option<Weight>| weight.map_or(Address::NULL, |weight| weight.address());
         let Dims { heads, kv_heads, head_dim, norm_eps, .. } = self.dims;
         Qkv {
@@ -141,13 +152,13 @@ impl Operations {
         self.attention.plan(shape, self.halves.divide(shape), rows, words);
     }
 
-    /// A layer's five kernels, for each half of a divided step. `first` says that it is the model's first.
-    pub(crate) fn layer(&self, launcher: &Launcher, layer: &Layer, first: bool) -> Result<(), CudaError> {
+    /// A layer's kernels, for each half of a divided step.
+    pub(crate) fn layer(&self, launcher: &Launcher, layer: &Layer) -> Result<(), CudaError> {
         if !self.halves.divide(layer.step.shape) {
             return self.chain(launcher, layer, Part::Whole);
         }
         self.before_attention(launcher, layer, Part::First)?;
-        if first {
+        if layer.index == 0 {
             launcher.fork()?;
         }
         self.attend(launcher, layer, Part::First)?;
@@ -191,7 +202,7 @@ impl Operations {
         self.attention.attend(launcher, layer.step, part, q, layer.kv, attended)
     }
 
-    /// The other three.
+    /// The others.
     pub(crate) fn after_attention(
         &self,
         launcher: &Launcher,
@@ -201,20 +212,33 @@ impl Operations {
         let (Layer { step, weights, .. }, buffers) = (layer, &self.buffers);
         let tokens = part.tokens(step.shape);
         let (first, count, gemm) = (tokens.start, tokens.len() as u32, &self.gemm);
-        let (hidden, mlp) = (self.dims.hidden as usize, self.dims.intermediate as usize);
-        let residual = rows_from(buffers.residual, hidden, first);
+        let residual = rows_from(buffers.residual, self.dims.hidden as usize, first);
         let attended = rows_from(buffers.attended, self.dims.q_width(), first);
-        let activated = rows_from(buffers.activated, mlp, first);
         let added = Residual { residual: residual.address, sumsq: self.sumsq_of(first) };
-        let out = activated.address;
-        let gated = GateUp { norm: self.norm(first), out, intermediate: mlp as u32, reserved: 0 };
         let room = Self::room(part);
         gemm.launch(launcher, weights.o, attended, count, room, &added)?;
-        let MlpWeights::Dense { gate_up, down } = weights.mlp else {
-            return Err(CudaError::NotReserved); // `supports` lets no other layer through
+        let (gate_up, down) = match weights.mlp {
+            MlpWeights::Dense { gate_up, down } => (gate_up, down),
+            MlpWeights::Experts(_) => return self.experts(launcher, layer),
         };
+        let mlp = self.dims.intermediate;
+        let activated = rows_from(buffers.activated, mlp as usize, first);
+        let gated = GateUp { norm: self.norm(first), out: activated.address, intermediate: mlp, reserved: 0 };
         gemm.launch(launcher, gate_up, residual, count, room, &gated)?;
         gemm.launch(launcher, down, activated, count, room, &added)
+    }
+
+    /// What a layer's experts add; steps of models with experts are not divided.
+    fn experts(&self, launcher: &Launcher, layer: &Layer) -> Result<(), CudaError> {
+        let spec = self.layers.get(layer.index).map(|layer| layer.mlp);
+        let (Some(Mlp::Experts(spec)), MlpWeights::Experts(weights), Some(experts), Some(norm)) =
+            (spec, &layer.weights.mlp, &self.experts, layer.weights.mlp_norm)
+        else {
+            return Err(CudaError::NotReserved); // the weights are those of the spec that was reserved
+        };
+        let (residual, sumsq) = (self.buffers.residual.address(), self.sumsq);
+        let (norm, row_norm) = (norm.address(), self.norm(0));
+        experts.launch(launcher, layer.step, &ExpertLayer { spec, weights, norm, row_norm, residual, sumsq })
     }
 }
 
@@ -226,6 +250,8 @@ pub(crate) fn rows_from(buffer: Buffer, width: usize, index: u32) -> Rows {
 
 /// A decoder layer in a step: what its kernels work on.
 pub(crate) struct Layer<'a> {
+    /// Which one of the model's.
+    pub(crate) index: usize,
     pub(crate) step: &'a Step<Buffer>,
     pub(crate) weights: &'a LayerWeights<Weight>,
     pub(crate) rope: Option<Buffer>,
@@ -303,7 +329,7 @@ impl Ops for Cuda {
         rope: Option<Buffer>,
         kv: KvLayer<Buffer>,
     ) -> Result<(), CudaError> {
-        self.operations()?.layer(&self.launcher, &Layer { step, weights, rope, kv }, layer == 0)
+        self.operations()?.layer(&self.launcher, &Layer { index: layer, step, weights, rope, kv })
     }
 
     fn final_norm(&mut self, step: &Step<Buffer>, weight: Weight, out: Buffer) -> Result<(), CudaError> {

@@ -3,10 +3,12 @@
 //! Every field of a spec is taken apart, so that one that is added to it does not pass unseen.
 
 use minisgl_core::spec::{
-    Activation, Attention, Bias, DecoderSpec, Dims, LayerSpec, Mixer, Mlp, NormForm, Norms, QkNorm,
+    Activation, Attention, Bias, DecoderSpec, Dims, Experts, LayerSpec, Mixer, Mlp, NormForm, Norms, QkNorm,
     RopePairs, Unsupported, WeightFormat,
 };
 use minisgl_kernels::attention::GROUP_MAX;
+
+use super::experts::{COUNT_MAX, PER_TOKEN_MAX};
 
 const BACKEND: &str = "CUDA";
 /// Widths are multiples of this: 16 bytes, what the copy engines move at least.
@@ -67,8 +69,19 @@ fn check_layer(dims: &Dims, layer: &LayerSpec) -> Result<(), &'static str> {
     match mlp {
         Mlp::Dense(Activation::Silu) => Ok(()),
         Mlp::Dense(Activation::GeluTanh) => Err("GELU in its MLP"),
-        Mlp::Experts(_) => Err("experts"),
+        Mlp::Experts(experts) => check_experts(experts),
     }
+}
+
+fn check_experts(experts: &Experts) -> Result<(), &'static str> {
+    let Experts { activation, count, per_token, intermediate, normalized: _ } = *experts;
+    let refused = [
+        (activation != Activation::Silu, "GELU in its experts"),
+        (count > COUNT_MAX, "more than 256 experts"),
+        (per_token > PER_TOKEN_MAX.min(count) || per_token == 0, "more than 16 experts for a token, or none"),
+        (intermediate % WIDTH_MULTIPLE != 0, "experts whose width is no multiple of 8"),
+    ];
+    first(&refused).map_or(Ok(()), Err)
 }
 
 fn check_attention(dims: &Dims, attention: &Attention) -> Result<(), &'static str> {
@@ -92,7 +105,7 @@ fn first(things: &[(bool, &'static str)]) -> Option<&'static str> {
 
 #[cfg(test)]
 mod tests {
-    use minisgl_core::spec::{Experts, Fp8, Inputs, Rope, ScaleBlock};
+    use minisgl_core::spec::{Fp8, Inputs, Rope, ScaleBlock};
 
     use super::*;
 
@@ -145,12 +158,17 @@ mod tests {
         };
         let plain = LayerSpec::plain();
         let activation = Activation::Silu;
-        let experts =
-            Mlp::Experts(Experts { activation, count: 8, per_token: 2, intermediate: 8, normalized: true });
+        let experts = Experts { activation, count: 8, per_token: 2, intermediate: 8, normalized: true };
+        let with_experts = |experts| changed(LayerSpec { mlp: Mlp::Experts(experts), ..plain });
+        check(&with_experts(experts)).unwrap();
         let others = [
             (changed(LayerSpec { norms: Norms::Around, ..plain }), "norms behind"),
             (changed(LayerSpec { mlp: Mlp::Dense(Activation::GeluTanh), ..plain }), "GELU"),
-            (changed(LayerSpec { mlp: experts, ..plain }), "experts"),
+            (with_experts(Experts { count: 257, ..experts }), "more than 256 experts"),
+            (with_experts(Experts { count: 32, per_token: 17, ..experts }), "more than 16 experts"),
+            (with_experts(Experts { per_token: 9, ..experts }), "experts for a token"),
+            (with_experts(Experts { intermediate: 12, ..experts }), "no multiple of 8"),
+            (with_experts(Experts { activation: Activation::GeluTanh, ..experts }), "GELU"),
         ];
         for (spec, name) in layers.into_iter().chain(others) {
             let text = check(&spec).unwrap_err().to_string();

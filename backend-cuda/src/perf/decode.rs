@@ -175,10 +175,10 @@ impl Decode {
         let Operations { dims, buffers, ends, gemm, sampling, sumsq, .. } = operations;
         ends.begin_step(launcher, step)?;
         ends.embed(launcher, step, self.embedding.address(), dims.hidden, buffers.residual, *sumsq)?;
-        for (i, (weights, kv)) in self.layers.iter().enumerate() {
-            let layer = Layer { step, weights, rope: Some(*rope), kv: *kv };
+        for (index, (weights, kv)) in self.layers.iter().enumerate() {
+            let layer = Layer { index, step, weights, rope: Some(*rope), kv: *kv };
             if self.attends {
-                operations.layer(launcher, &layer, i == 0)?;
+                operations.layer(launcher, &layer)?;
             } else {
                 operations.before_attention(launcher, &layer, Part::Whole)?;
                 operations.after_attention(launcher, &layer, Part::Whole)?;

@@ -1,0 +1,312 @@
+//! A layer's experts on the device: what they add is the definition's value within rounding, and a token's bits do not depend on
+//! how many tokens are beside it, nor on what those chose.
+
+mod support;
+
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use bytemuck::{Pod, cast_slice};
+use half::bf16;
+use minisgl_core::backend::{Device, Element, ExpertWeights, Ops, Purpose, Queue, Step, WeightRole};
+use minisgl_core::batch::{Layout, StepShape, Token, zeroed_words};
+use minisgl_core::config::Limits;
+use minisgl_core::spec::{Activation, DecoderSpec, Dims, Experts as Spec, LayerSpec, Mlp};
+use minisgl_core::tensor::{HostTensor, TensorData, splitmix64, uniform_element};
+use minisgl_cuda::ops::experts::{ExpertLayer, Experts};
+use minisgl_cuda::ops::gemm::RowNorm;
+use minisgl_cuda::{Buffer, Cuda, KernelSet, Options, Weight};
+use support::taken;
+
+/// Both sides of every tile, by how many pairs an expert gets.
+const TOKENS: [u32; 10] = [1, 2, 3, 8, 16, 17, 40, 100, 150, 300];
+const EPS: f32 = 1e-6;
+/// Three roundings to bf16: of what `down` gets, of what it gives, and of the residual stream.
+const BOUND: f64 = 2.0 / 256.0;
+/// Logits nearer than this may change places by rounding.
+const GAP: f64 = 1e-4;
+/// The slot of padding.
+const NOBODY: u32 = 300;
+
+struct Case {
+    hidden: u32,
+    spec: Spec,
+}
+
+fn case(hidden: u32, count: u32, per_token: u32, intermediate: u32, normalized: bool) -> Case {
+    let activation = Activation::Silu;
+    Case { hidden, spec: Spec { activation, count, per_token, intermediate, normalized } }
+}
+
+fn cases() -> [Case; 6] {
+    [
+        case(96, 8, 2, 64, true),
+        case(96, 8, 2, 48, false),
+        case(2048, 128, 8, 768, true),
+        case(200, 256, 16, 72, true),
+        case(64, 5, 1, 24, false),
+        case(320, 16, 16, 136, true),
+    ]
+}
+
+/// Random weights `[rows, cols]` of which no one lies on the host.
+struct Random {
+    tensor: HostTensor,
+}
+
+impl Random {
+    fn new(seed: u64, rows: u32, cols: u32, size: f32) -> Random {
+        let data = TensorData::Uniform { seed, low: -size, high: size };
+        Random {
+            tensor: HostTensor { name: "random".into(), rows: rows as usize, cols: cols as usize, data },
+        }
+    }
+
+    /// Of the standard deviation `gain / sqrt(cols)`.
+    fn matrix(seed: u64, rows: u32, cols: u32, gain: f32) -> Random {
+        Random::new(seed, rows, cols, gain * (3.0 / cols as f32).sqrt())
+    }
+
+    fn row(&self, row: usize) -> Vec<f64> {
+        let TensorData::Uniform { seed, low, high } = self.tensor.data else { unreachable!("it is") };
+        let element = |i| f64::from(uniform_element(seed, i as u64, low, high).to_f32());
+        (row * self.tensor.cols..(row + 1) * self.tensor.cols).map(element).collect()
+    }
+}
+
+fn dot(a: &[f64], b: &[f64]) -> f64 {
+    a.iter().zip(b).map(|(a, b)| a * b).sum()
+}
+
+/// A case on the device, and its weights.
+struct Layer {
+    cuda: Cuda,
+    experts: Experts,
+    case: Case,
+    weights: ExpertWeights<Weight>,
+    norm: Weight,
+    layout: Layout,
+    router: Random,
+    gate_up: Random,
+    down: Random,
+    columns: Random,
+    /// `[tokens, hidden]`
+    x: Vec<bf16>,
+    label: String,
+}
+
+impl Layer {
+    fn new(set: KernelSet, case: Case) -> Layer {
+        let mut cuda = Cuda::new(&Options { kernels: set, ..Options::default() }).expect("a GPU");
+        let (hidden, Spec { count, intermediate, .. }) = (case.hidden, case.spec);
+        let seed = splitmix64(SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_nanos() as u64);
+        let dims = Dims {
+            layers: 1,
+            hidden,
+            heads: 1,
+            kv_heads: 1,
+            head_dim: 64,
+            intermediate,
+            vocab: 8,
+            norm_eps: EPS,
+        };
+        let layer = LayerSpec { mlp: Mlp::Experts(case.spec), ..LayerSpec::plain() };
+        let limits = Limits {
+            running: NOBODY,
+            queued: 1,
+            sequence: 512,
+            prefill_tokens: 512,
+            page_size: 32,
+            pages: 512,
+            graph_rows: 1,
+        };
+        let router = Random::matrix(seed ^ 1, count, hidden, 1.5);
+        let gate_up = Random::matrix(seed ^ 2, count * 2 * intermediate, hidden, 1.0);
+        let down = Random::matrix(seed ^ 3, count * hidden, intermediate, 3.0);
+        let columns = Random::new(seed ^ 4, 1, hidden, 1.0);
+        let mut load = |role, random: &Random| cuda.load(role, std::slice::from_ref(&random.tensor)).unwrap();
+        let weights = ExpertWeights {
+            router: load(WeightRole::Linear, &router),
+            gate_up: load(WeightRole::ExpertsGateUp(count), &gate_up),
+            down: load(WeightRole::Linear, &down),
+        };
+        let norm = load(WeightRole::Linear, &columns);
+        let experts = Experts::new(&mut cuda, &DecoderSpec::uniform(dims, layer), &limits).unwrap().unwrap();
+        let most = TOKENS[TOKENS.len() - 1] as u64;
+        let x = (0..most * u64::from(hidden)).map(|i| uniform_element(seed ^ 5, i, -2.0, 2.0)).collect();
+        let label = format!("{set:?}, {hidden} wide, {:?}", case.spec);
+        let layout = Layout::new(&limits, 0);
+        Layer { cuda, experts, case, weights, norm, layout, router, gate_up, down, columns, x, label }
+    }
+
+    fn upload<T: Pod>(&mut self, element: Element, values: &[T]) -> Buffer {
+        let bytes: &[u8] = cast_slice(values);
+        let words = bytes.len().div_ceil(4);
+        let mut pinned = self.cuda.alloc_pinned(words).unwrap();
+        let staging: &mut [u8] = bytemuck::cast_slice_mut(self.cuda.words_mut(&mut pinned).unwrap());
+        staging[..bytes.len()].copy_from_slice(bytes);
+        let elements = words * 4 / minisgl_cuda::element_bytes(element);
+        let buffer = self.cuda.alloc(Purpose::Scratch, element, elements).unwrap();
+        self.cuda.upload(&mut pinned, 0..words, buffer).unwrap();
+        self.cuda.synchronize().unwrap();
+        buffer
+    }
+
+    fn download<T: Pod>(&mut self, buffer: Buffer) -> Vec<T> {
+        let words = buffer.bytes() / 4;
+        let mut pinned = self.cuda.alloc_pinned(words).unwrap();
+        self.cuda.download(Queue::Compute, buffer, words, &mut pinned).unwrap();
+        cast_slice(self.cuda.words(&pinned).unwrap()).to_vec()
+    }
+
+    /// Sums of squares of 64 elements each, as whoever wrote `x` leaves them.
+    fn sums(&self, x: &[bf16]) -> Vec<f32> {
+        let square_sum = |part: &[bf16]| part.iter().map(|x| x.to_f32() * x.to_f32()).sum();
+        x.chunks(self.case.hidden as usize).flat_map(|row| row.chunks(64).map(square_sum)).collect()
+    }
+
+    /// The residual stream behind the layer, `[tokens, hidden]`, of these tokens; `slot` says whose each is.
+    fn run(&mut self, x: &[bf16], shape: fn(u32) -> StepShape, slot: impl Fn(u32) -> u32) -> Vec<Vec<bf16>> {
+        let (hidden, segments) = (self.case.hidden as usize, self.case.hidden.div_ceil(64));
+        let tokens = (x.len() / hidden) as u32;
+        let mut words = zeroed_words(&self.layout);
+        for t in 0..tokens {
+            let token = Token { id: 0, slot: slot(t), position: 0, location: 0 };
+            words[self.layout.tokens + 4 * t as usize..][..4].copy_from_slice(cast_slice(&[token]));
+        }
+        let batch = self.upload(Element::Word, &words);
+        let margin = vec![bf16::from_bits(0x7fff); 64];
+        let residual = self.upload(Element::Activation, &[x, &margin].concat());
+        let sums = self.sums(x);
+        let sumsq = self.upload(Element::Float, &sums);
+        let step = step_of(shape(tokens), batch, self.layout);
+        let row_norm = RowNorm { sumsq: sumsq.address(), segments, hidden: hidden as u32, eps: EPS };
+        let layer = ExpertLayer {
+            spec: self.case.spec,
+            weights: &self.weights,
+            norm: self.norm.address(),
+            row_norm,
+            residual: residual.address(),
+            sumsq: sumsq.address(),
+        };
+        self.experts.launch(self.cuda.launcher(), &step, &layer).unwrap();
+        self.cuda.synchronize().unwrap();
+        let out: Vec<bf16> = self.download(residual);
+        assert!(out[x.len()..].iter().all(|x| x.to_bits() == 0x7fff), "{}: written too far", self.label);
+        let out = &out[..x.len()];
+        let got: Vec<f32> = self.download(sumsq);
+        for (got, want) in got.iter().zip(self.sums(out)) {
+            assert!((got - want).abs() <= 1e-4 * want.max(1.0), "{}: a sum is {got} for {want}", self.label);
+        }
+        out.chunks(hidden).map(<[bf16]>::to_vec).collect()
+    }
+
+    /// The residual stream of a token by the definition; `None` where rounding may choose another expert.
+    fn expected(&self, x: &[bf16]) -> Option<Vec<f64>> {
+        let Spec { count, per_token, intermediate, normalized, .. } = self.case.spec;
+        let (count, per_token, mlp) = (count as usize, per_token as usize, intermediate as usize);
+        let hidden = x.len();
+        let x: Vec<f64> = x.iter().map(|x| f64::from(x.to_f32())).collect();
+        let scale = (dot(&x, &x) / hidden as f64 + f64::from(EPS)).sqrt().recip();
+        let normed: Vec<f64> = x.iter().map(|x| x * scale).collect();
+        let columns = self.columns.row(0);
+        let routed: Vec<f64> = normed.iter().zip(&columns).map(|(x, c)| x * c).collect();
+        let logits: Vec<f64> = (0..count).map(|e| dot(&self.router.row(e), &routed)).collect();
+        let mut order: Vec<usize> = (0..count).collect();
+        order.sort_by(|a, b| logits[*b].total_cmp(&logits[*a]));
+        if count > per_token && logits[order[per_token - 1]] - logits[order[per_token]] < GAP {
+            return None;
+        }
+        let chosen = &order[..per_token];
+        let sum: f64 = if normalized { chosen } else { &order[..] }.iter().map(|e| logits[*e].exp()).sum();
+        let mut out = x;
+        for e in chosen {
+            let gate = |row: usize| dot(&self.gate_up.row(e * 2 * mlp + row), &normed);
+            let activated: Vec<f64> = (0..mlp)
+                .map(|i| {
+                    let gate_value = gate(i);
+                    gate_value / (1.0 + (-gate_value).exp()) * gate(mlp + i)
+                })
+                .collect();
+            let share = logits[*e].exp() / sum;
+            for (i, out) in out.iter_mut().enumerate() {
+                *out += share * dot(&self.down.row(e * hidden + i), &activated);
+            }
+        }
+        Some(out)
+    }
+
+    fn check(&mut self) {
+        let hidden = self.case.hidden as usize;
+        let x = self.x.clone();
+        let padding = |t: u32| t % 50 == 4;
+        let slot = |t: u32| if padding(t) { NOBODY } else { 0 };
+        let all = self.run(&x, prefill, slot);
+        let mut compared = 0;
+        for t in [0, 1, 2, 3, 17, 64, 149, 255, 299] {
+            let Some(want) = self.expected(&x[t * hidden..][..hidden]) else { continue };
+            compared += 1;
+            let size = (dot(&want, &want) / hidden as f64).sqrt();
+            let error = |i: usize| (f64::from(all[t][i].to_f32()) - want[i]).abs();
+            let worst = (0..hidden).map(error).fold(0.0, f64::max);
+            let is_close = (0..hidden).all(|i| error(i) <= 4.0 * BOUND * (size + want[i].abs()));
+            assert!(is_close, "{}, token {t}: off by {worst}, of values of size {size}", self.label);
+            let squares: f64 = (0..hidden).map(|i| error(i).powi(2)).sum();
+            let relative = (squares / hidden as f64).sqrt() / size;
+            assert!(relative <= BOUND, "{}, token {t}: relative error {relative}", self.label);
+            let moved: f64 =
+                (0..hidden).map(|i| (want[i] - f64::from(x[t * hidden + i].to_f32())).powi(2)).sum();
+            assert!(
+                (moved / hidden as f64).sqrt() > 0.1 * size,
+                "{}: it adds too little to tell",
+                self.label
+            );
+        }
+        assert!(compared > 4, "{}: most choices are too near to tell", self.label);
+        for t in (0..all.len()).filter(|t| padding(*t as u32)) {
+            assert_eq!(all[t], x[t * hidden..][..hidden], "{}: padding chose", self.label);
+        }
+        for tokens in taken(TOKENS) {
+            let out = self.run(&x[..tokens as usize * hidden], StepShape::decode, slot);
+            let differs = (0..out.len()).find(|t| out[*t] != all[*t]);
+            assert_eq!(differs, None, "{}: {tokens} tokens differ from {}", self.label, all.len());
+        }
+        // All tokens choose the same experts; the rest are read by nobody.
+        let before = self.experts_read();
+        let same: Vec<bf16> = (0..200).flat_map(|_| x[..hidden].to_vec()).collect();
+        let out = self.run(&same, StepShape::decode, |_| 1);
+        assert!(out.iter().all(|row| *row == all[0]), "{}: tokens that choose the same differ", self.label);
+        let after = self.experts_read();
+        let read = [after[0] - before[0], after[1] - before[1]];
+        assert_eq!(read, [1, u64::from(self.case.spec.per_token)], "{}", self.label);
+    }
+
+    fn experts_read(&mut self) -> [u64; 2] {
+        let read = self.experts.read(&mut self.cuda).unwrap();
+        [read.layers, read.experts]
+    }
+}
+
+fn prefill(tokens: u32) -> StepShape {
+    StepShape { decode_rows: 0, prefill_rows: 1, tokens, samples: 1 }
+}
+
+fn step_of(shape: StepShape, batch: Buffer, layout: Layout) -> Step<Buffer> {
+    Step {
+        shape,
+        batch,
+        layout,
+        page_table: batch,
+        table_width: 1,
+        page_size: 32,
+        token_pool: batch,
+        slots: batch,
+    }
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn experts_add_what_their_definition_says_whatever_is_beside_a_token() {
+    for set in [KernelSet::Portable, KernelSet::Auto] {
+        cases().into_iter().for_each(|case| Layer::new(set, case).check());
+    }
+}
