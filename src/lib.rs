@@ -22,6 +22,8 @@
 //! | [`EngineHandle::submit`] | one, from any thread | a stream of its events, which aborts it when dropped |
 //! | [`EngineHandle::session`] | many, from any thread | one queue of events, which another thread may read |
 //!
+//! [`Llm::score`] gives log-probabilities of given completions instead, and [`Llm::rerank`] a Qwen3-Reranker's judgement of documents.
+//!
 //! Prompts are token ids, text ([`GenerateRequest::text`]) or conversations ([`GenerateRequest::chat`]); the latter two
 //! need the checkpoint's `tokenizer.json` and chat template. A request that can't run does not disturb the others: its
 //! completion is [`FinishReason::Rejected`] and says why. [`Error`] is for what stops everything. [`Text`] is a checkpoint's
@@ -50,6 +52,7 @@ mod options;
 pub mod progress;
 pub mod report;
 mod request;
+mod rerank;
 mod runner;
 mod running;
 mod score;
@@ -84,6 +87,7 @@ pub use request::{
     NoRole, Prompt, PromptLogprobs, RequestError, SamplingError, SamplingParams, StepShape, StepTiming,
     StreamEvent, SubmitError, TOP_LOGPROBS_MAX, TokenLogprobs,
 };
+pub use rerank::{Relevance, RerankRequest};
 pub use score::{Score, ScoreRequest};
 pub use source::ModelSource;
 pub use tokenizer::Text;

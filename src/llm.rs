@@ -33,6 +33,7 @@ use crate::options::{KernelChoice, Options};
 use crate::request::{
     ChatPrompt, Completion, FinishReason, Flow, GenerateRequest, Prompt, RequestError, StreamEvent,
 };
+use crate::rerank::{Relevance, RerankRequest};
 use crate::running::{self, Costs};
 use crate::score::{Score, ScoreRequest};
 use crate::simulated::{self, Control};
@@ -166,6 +167,27 @@ impl Llm {
     pub fn score(&mut self, requests: &[ScoreRequest]) -> Result<Vec<Score>, Error> {
         let requests: Vec<GenerateRequest> = requests.iter().cloned().map(Into::into).collect();
         Ok(self.generate(&requests)?.into_iter().map(Score::from).collect())
+    }
+
+    /// Judges how relevant documents are to queries, with a Qwen3-Reranker; in the order of the requests.
+    ///
+    /// # Errors
+    /// As for [`Llm::score`]. A document that can't be judged has an error of its own.
+    pub fn rerank(
+        &mut self,
+        requests: &[RerankRequest],
+    ) -> Result<Vec<Result<Relevance, RequestError>>, Error> {
+        let asked: Vec<_> = requests.iter().map(|request| request.answers(&self.text)).collect();
+        let answers: Vec<ScoreRequest> = asked.iter().flatten().flatten().cloned().collect();
+        let mut scores = self.score(&answers)?.into_iter();
+        let mut judge = |asked: Result<[ScoreRequest; 2], RequestError>| {
+            asked?;
+            match (scores.next(), scores.next()) {
+                (Some(yes), Some(no)) => Relevance::of(&yes, &no),
+                _ => unreachable!("each request has its score"),
+            }
+        };
+        Ok(asked.into_iter().map(&mut judge).collect())
     }
 
     /// The token ids of a text, by the checkpoint's tokenizer.

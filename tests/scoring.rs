@@ -2,11 +2,13 @@
 
 mod common;
 
-use common::{CHECKPOINTS, FAMILIES, FP8, Golden, builder, family, greedy};
+use common::logits::{Logits, checkpoint};
+use common::{CHECKPOINTS, FAMILIES, FP8, Golden, Scratch, builder, family, greedy, small};
 use minisgl::{
     BackendChoice, Completion, FinishReason, GenerateRequest, KernelChoice, Llm, LlmBuilder, PromptLogprobs,
-    RequestError, SamplingParams, Score, ScoreRequest, TokenLogprobs,
+    RequestError, RerankRequest, SamplingParams, Score, ScoreRequest, TokenLogprobs,
 };
+use minisgl_cpu::Cpu;
 
 /// A request for the log-probabilities of a prompt's tokens.
 fn scored(prompt: &[u32], top: u32, max_tokens: u32) -> GenerateRequest {
@@ -79,8 +81,7 @@ fn log_probabilities_on_the_gpu_are_those_of_transformers_within_bf16() {
     }
 }
 
-/// Logits of these models go up to 10; rounded to bf16 on their way through the layers and to f16 at their end they are off by a
-/// hundredth of that, more where sums are deep.
+/// Rows of logits, which reach 10 here, are off by 3 to 12% of their norm where activations are bf16 (`tests/cuda.rs`).
 const GPU_ERROR_MAX: f32 = 0.5;
 
 /// Prompts that share beginnings, some longer than a chunk.
@@ -219,4 +220,55 @@ fn what_cannot_be_scored_says_why_and_the_others_are_scored() {
     );
     let nothing = GenerateRequest::tokens([1]).sampling(greedy(0));
     assert!(llm.generate(&[nothing]).unwrap()[0].error.is_some(), "no token and no score");
+}
+
+/// A checkpoint whose tokenizer knows both answers as words.
+fn reranker() -> (Scratch, [u32; 2]) {
+    let scratch = Scratch::with_text();
+    let path = scratch.join("tokenizer.json");
+    let mut tokenizer: serde_json::Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+    let ids = [634, 635];
+    for (id, word) in ids.into_iter().zip(["yes", "no"]) {
+        let token = serde_json::json!({"id": id, "content": word, "single_word": true, "lstrip": false,
+            "rstrip": false, "normalized": false, "special": false});
+        tokenizer["added_tokens"].as_array_mut().unwrap().push(token);
+    }
+    std::fs::write(path, tokenizer.to_string()).unwrap();
+    (scratch, ids)
+}
+
+#[test]
+fn a_documents_relevance_is_the_share_of_yes_in_yes_and_no() {
+    let (scratch, ids) = reranker();
+    let mut llm = small(scratch.path()).build().unwrap();
+    let mut judged = RerankRequest::new("Which moon?", "Phobos is one.");
+    let other = RerankRequest::new("Which moon?", "Soup, mostly.");
+    judged.instruction = "Find moons".to_owned();
+    let relevances = llm.rerank(&[judged, other]).unwrap();
+    let [first, second] = [0, 1].map(|i| relevances[i].clone().unwrap());
+    assert_ne!(first.relevance, second.relevance);
+    // The published prompt, whose parts are encoded one by one.
+    let parts = [
+        "<|im_start|>system\nJudge whether the Document meets the requirements based on the Query and the Instruct provided. \
+         Note that the answer can only be \"yes\" or \"no\".<|im_end|>\n<|im_start|>user\n",
+        "<Instruct>: Find moons\n<Query>: Which moon?\n<Document>: Phobos is one.",
+        "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n",
+    ];
+    let prompt: Vec<u32> = parts.iter().flat_map(|part| llm.encode(part).unwrap()).collect();
+    assert_eq!(first.prompt_tokens as usize, prompt.len());
+    let mut model = Logits::new(Cpu::new(), &checkpoint(scratch.path()), 512, true);
+    let logits = model.of(&prompt).pop().unwrap();
+    let [yes, no] = ids.map(|id| f64::from(logits[id as usize]).exp());
+    assert!((first.relevance - yes / (yes + no)).abs() < 1e-5, "{first:?}, {yes}, {no}");
+}
+
+#[test]
+fn a_model_that_does_not_know_the_answers_is_no_reranker() {
+    let scratch = Scratch::with_text();
+    let mut llm = small(scratch.path()).build().unwrap();
+    let error = llm.rerank(&[RerankRequest::new("a", "b")]).unwrap().remove(0).unwrap_err().to_string();
+    assert!(error.contains("\"yes\" is 2 of its tokens and must be one"), "{error}");
+    let mut llm = builder("tiny-tied").build().unwrap();
+    let error = llm.rerank(&[RerankRequest::new("a", "b")]).unwrap().remove(0).unwrap_err();
+    assert_eq!(error.kind(), "no tokenizer");
 }
