@@ -1,13 +1,13 @@
 //! An engine as Python holds it.
 
-use std::mem::forget;
+use std::mem::{forget, replace};
 use std::process;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use minisgl::progress::Stderr;
 use minisgl::{
-    BackendChoice, EngineHandle, GenerationConfig, KernelChoice, Llm, ModelSource, Options, Prompt,
-    SamplingParams, parse_order, parse_policy, parse_speculation,
+    BackendChoice, EngineHandle, GenerationConfig, KernelChoice, Llm, LlmBuilder, ModelSource, Options,
+    Prompt, SamplingParams, parse_order, parse_policy, parse_speculation,
 };
 use pyo3::exceptions::{PyRuntimeError, PyTypeError, PyValueError};
 use pyo3::prelude::*;
@@ -20,10 +20,28 @@ use crate::run::Run;
 /// A model on a device.
 #[pyclass(module = "minisgl._minisgl", frozen)]
 pub struct Engine {
-    /// `None` once it is closed.
-    llm: Mutex<Option<Llm>>,
+    state: Mutex<State>,
+    /// Builds it anew.
+    builder: LlmBuilder,
     sampling: Option<GenerationConfig>,
     owner: Owner,
+}
+
+enum State {
+    Awake(Box<Llm>),
+    /// Its memory is given back for the time being.
+    Asleep,
+    Closed,
+}
+
+impl State {
+    fn llm(&mut self) -> PyResult<&mut Llm> {
+        match self {
+            State::Awake(llm) => Ok(llm),
+            State::Asleep => Err(PyRuntimeError::new_err("this LLM sleeps; call wake_up() first")),
+            State::Closed => Err(PyRuntimeError::new_err("this LLM is closed; build another one")),
+        }
+    }
 }
 
 #[pymethods]
@@ -44,15 +62,16 @@ impl Engine {
             options.check()?;
             let source = ModelSource::find(model, revision, stderr.as_ref())?;
             let sampling = source.generation_config()?;
-            let llm = source.builder().options(options).build()?;
+            let builder = source.builder().options(options);
+            let llm = builder.clone().build()?;
             if let Some(stderr) = stderr {
                 stderr.say(llm.info().to_string());
                 stderr.finish();
             }
-            Ok((llm, sampling))
+            Ok((llm, builder, sampling))
         };
-        let (llm, sampling) = py.detach(open).map_err(|error: minisgl::Error| raised(&error))?;
-        Ok(Engine { llm: Mutex::new(Some(llm)), sampling, owner: Owner::this() })
+        let (llm, builder, sampling) = py.detach(open).map_err(|error: minisgl::Error| raised(&error))?;
+        Ok(Engine { state: Mutex::new(State::Awake(Box::new(llm))), builder, sampling, owner: Owner::this() })
     }
 
     /// Begins to run requests, pairs of prompt and sampling out of an iterator, pulled as there is room for them. Each
@@ -90,7 +109,10 @@ impl Engine {
     /// Forgets all cached prefixes.
     fn reset_prefix_cache(&self, py: Python<'_>) -> PyResult<()> {
         self.owner.check()?;
-        py.detach(|| self.locked().as_mut().map(Llm::clear_prefix_cache)).ok_or_else(closed)
+        py.detach(|| {
+            self.locked().llm()?.clear_prefix_cache();
+            Ok(())
+        })
     }
 
     /// Sampling that the checkpoint's `generation_config.json` recommends, if it does.
@@ -108,8 +130,8 @@ impl Engine {
     /// What it is made of.
     fn info<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
         self.owner.check()?;
-        let locked = self.locked();
-        let info = locked.as_ref().ok_or_else(closed)?.info();
+        let mut locked = self.locked();
+        let info = locked.llm()?.info();
         let fields = PyDict::new(py);
         fields.set_item("model", &info.model)?;
         fields.set_item("commit", &info.commit)?;
@@ -139,33 +161,59 @@ impl Engine {
     /// Ends its threads and gives the device's memory back; open runs end with an error.
     fn close(&self, py: Python<'_>) -> PyResult<()> {
         self.owner.check()?;
-        py.detach(|| drop(self.locked().take()));
+        py.detach(|| drop(replace(&mut *self.locked(), State::Closed)));
         Ok(())
+    }
+
+    /// As `close`, until `wake_up`.
+    fn sleep(&self, py: Python<'_>) -> PyResult<()> {
+        self.owner.check()?;
+        py.detach(|| {
+            let mut state = self.locked();
+            if !matches!(*state, State::Asleep) {
+                state.llm()?;
+                *state = State::Asleep;
+            }
+            Ok(())
+        })
+    }
+
+    /// Builds the engine anew after `sleep`.
+    fn wake_up(&self, py: Python<'_>) -> PyResult<()> {
+        self.owner.check()?;
+        py.detach(|| {
+            let mut state = self.locked();
+            if matches!(*state, State::Asleep) {
+                let llm = self.builder.clone().build().map_err(|error| raised(&error))?;
+                *state = State::Awake(Box::new(llm));
+            }
+            state.llm().map(drop)
+        })
+    }
+
+    fn is_sleeping(&self) -> bool {
+        matches!(*self.locked(), State::Asleep)
     }
 }
 
 impl Engine {
     fn handle(&self) -> PyResult<EngineHandle> {
         self.owner.check()?;
-        Ok(self.locked().as_ref().ok_or_else(closed)?.handle())
+        Ok(self.locked().llm()?.handle())
     }
 
-    fn locked(&self) -> MutexGuard<'_, Option<Llm>> {
-        self.llm.lock().unwrap_or_else(PoisonError::into_inner)
+    fn locked(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl Drop for Engine {
     fn drop(&mut self) {
-        let llm = self.llm.get_mut().unwrap_or_else(PoisonError::into_inner).take();
+        let state = self.state.get_mut().unwrap_or_else(PoisonError::into_inner);
         if !self.owner.is_here() {
-            forget(llm);
+            forget(replace(state, State::Closed));
         }
     }
-}
-
-fn closed() -> PyErr {
-    PyRuntimeError::new_err("this LLM is closed; build another one")
 }
 
 /// The process that an engine belongs to.

@@ -1,7 +1,7 @@
 //! The Rust half of the Python package `minisgl`: an engine, and runs of requests on it.
 //!
 //! ```text
-//!   minisgl.LLM (Python)     arguments checked, outputs shaped as vLLM's          minisgl/*.py
+//!   minisgl.LLM (Python)     arguments checked, outputs shaped as vLLM's          package/minisgl/
 //!        │  model, options        ▲  completions as they end
 //!        ▼                        │
 //!   Engine ── start ──> Run ── take: the interpreter's lock is released, the thread waits    engine.rs, run.rs
@@ -26,7 +26,7 @@ mod sampling;
 
 use pyo3::prelude::*;
 
-/// The module as Python imports it; `minisgl/_minisgl.pyi` describes it to people and type checkers.
+/// The module as Python imports it; `package/minisgl/_minisgl.pyi` describes it to people and type checkers.
 #[pymodule]
 mod _minisgl {
     #[pymodule_export]
@@ -36,9 +36,9 @@ mod _minisgl {
     #[pymodule_export]
     use crate::program::{chat, offline_bench, serve};
     #[pymodule_export]
-    use crate::prompt::Chat;
+    use crate::prompt::{Chat, check_prompt};
     #[pymodule_export]
     use crate::run::{Completion, Run, Token};
     #[pymodule_export]
-    use crate::sampling::check_sampling;
+    use crate::sampling::{Scored, check_sampling};
 }

@@ -17,8 +17,8 @@ use std::task::{Context, Poll, Wake, Waker};
 use std::time::Duration;
 
 use minisgl::{
-    EngineHandle, Error, Events, FinishReason, GenerateRequest, Next, SessionEvent, SessionOptions,
-    Submitter, TokenLogprobs,
+    EngineHandle, Error, Events, FinishReason, GenerateRequest, Next, ScoreRequest, SessionEvent,
+    SessionOptions, Submitter, TokenLogprobs,
 };
 use pyo3::exceptions::PyRuntimeError;
 use pyo3::prelude::*;
@@ -27,7 +27,7 @@ use pyo3::types::{PyIterator, PyList, PyTuple};
 use crate::engine::Owner;
 use crate::error::{in_arguments, raised};
 use crate::prompt::prompt;
-use crate::sampling::Sampling;
+use crate::sampling::{Sampling, Scored};
 
 /// How long Ctrl-C may take to be seen.
 const LOOK: Duration = Duration::from_millis(50);
@@ -59,6 +59,8 @@ pub struct Completion {
     cached_tokens: u32,
     /// Of each token, where asked for.
     logprobs: Option<Vec<Logprobs>>,
+    /// Of each token of the prompt but the first, or of a completion that was given, where asked for.
+    prompt_logprobs: Option<Vec<Logprobs>>,
     warning: Option<String>,
     error: Option<String>,
 }
@@ -207,6 +209,11 @@ impl Run {
         let Some(pair) = requests.bind(py).clone().next() else { return Ok(None) };
         let pair = pair?.cast_into::<PyTuple>()?;
         let (given, sampling) = (pair.get_borrowed_item(0)?, pair.get_borrowed_item(1)?);
+        if let Ok(scored) = sampling.cast::<Scored>() {
+            let Scored { completion, top } = scored.get();
+            let request = ScoreRequest { prompt: prompt(&given)?, completion: completion.clone(), top: *top };
+            return Ok(Some(request.into()));
+        }
         let known = self.sampling.as_ref().filter(|(known, _)| known.is(&*sampling));
         let Sampling { params, seeded, stop } = match known {
             Some((_, sampling)) => sampling.clone(),
@@ -358,11 +365,16 @@ impl Completion {
             stop_text: of.stop_text,
             prompt_token_ids: of.prompt_token_ids,
             cached_tokens: of.cached_tokens,
-            logprobs: of.logprobs.map(|all| all.into_iter().map(of_token).collect()),
+            logprobs: of.logprobs.map(of_tokens),
+            prompt_logprobs: of.prompt_logprobs.map(of_tokens),
             warning: of.warning.map(|warning| in_arguments(&warning)),
             error: of.error.map(|error| in_arguments(&error.to_string())),
         }
     }
+}
+
+fn of_tokens(of: Vec<TokenLogprobs>) -> Vec<Logprobs> {
+    of.into_iter().map(of_token).collect()
 }
 
 fn of_token(of: TokenLogprobs) -> Logprobs {

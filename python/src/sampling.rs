@@ -1,8 +1,11 @@
 //! `minisgl.SamplingParams`, which Python defines, as the library has it.
 
-use minisgl::SamplingParams;
+use minisgl::{Given, Prompt, PromptLogprobs, SamplingParams};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
+use pyo3::types::PyString;
+
+use crate::prompt::prompt;
 
 /// How a request's tokens are drawn.
 #[derive(Clone)]
@@ -19,6 +22,7 @@ impl Sampling {
         let seed: Option<u64> = given.getattr("seed")?.extract()?;
         // More than a sequence holds is as many as it holds.
         let max_tokens: Option<u32> = given.getattr("max_tokens")?.extract()?;
+        let prompt_logprobs: Option<u32> = given.getattr("prompt_logprobs")?.extract()?;
         let top_k: i64 = given.getattr("top_k")?.extract()?;
         let params = SamplingParams {
             temperature: given.getattr("temperature")?.extract()?,
@@ -30,9 +34,32 @@ impl Sampling {
             max_tokens: max_tokens.unwrap_or(u32::MAX),
             ignore_eos: given.getattr("ignore_eos")?.extract()?,
             logprobs: given.getattr("logprobs")?.extract()?,
-            ..SamplingParams::default()
+            prompt_logprobs: prompt_logprobs.map(|top| PromptLogprobs { from: 1, top }),
         };
         Ok(Sampling { params, seeded: seed.is_some(), stop: given.getattr("stop")?.extract()? })
+    }
+}
+
+/// In the place of sampling: a completion that is given, and scored.
+#[pyclass(module = "minisgl._minisgl", frozen)]
+pub struct Scored {
+    pub completion: Given,
+    /// The most probable tokens to be given beside each.
+    pub top: u32,
+}
+
+#[pymethods]
+impl Scored {
+    #[new]
+    fn new(completion: &Bound<'_, PyAny>, top: u32) -> PyResult<Self> {
+        let completion = match completion.cast::<PyString>() {
+            Ok(text) => Given::Text(text.to_str()?.to_owned()),
+            Err(_) => match prompt(completion)? {
+                Prompt::Tokens(ids) => Given::Tokens(ids),
+                _ => return Err(PyValueError::new_err("a completion is a text or token ids")),
+            },
+        };
+        Ok(Scored { completion, top })
     }
 }
 

@@ -313,6 +313,48 @@ def test_a_model_is_pickled_as_what_it_was_built_with(checkpoint):
     assert isinstance(LLM(**llm.arguments), LLM)
 
 
+def test_tokens_that_are_given_get_the_bits_of_those_that_were_drawn(llm):
+    params = SamplingParams(temperature=0.9, seed=5, max_tokens=12, ignore_eos=True, logprobs=2)
+    prompts = ["Once upon a time", [5, 6, 7]]
+    drawn = llm.generate(prompts, params, **QUIET)
+    scores = llm.score(prompts, tokens(drawn), logprobs=2, **QUIET)
+    for output, score in zip(drawn, scores):
+        one = output.outputs[0]
+        assert score.token_ids == one.token_ids and score.prompt_token_ids == output.prompt_token_ids
+        assert score.token_logprobs == [row[token].logprob for token, row in zip(one.token_ids, one.logprobs)]
+        assert score.logprobs == one.logprobs and score.cumulative_logprob == one.cumulative_logprob
+    with pytest.raises(ValueError, match="2 prompts and 1 completions"):
+        llm.score(prompts, ["a"], **QUIET)
+    with pytest.raises(RequestError):
+        llm.score([[1]], [[10**6]], **QUIET)
+
+
+def test_a_prompts_own_log_probabilities_come_with_it(llm):
+    params = SamplingParams(temperature=0, max_tokens=2, prompt_logprobs=1, ignore_eos=True)
+    output = llm.generate([[5, 6, 7, 8]], params, **QUIET)[0]
+    assert output.prompt_logprobs[0] is None and len(output.prompt_logprobs) == 4
+    score = llm.score([[5]], [[6, 7, 8]], **QUIET)[0]
+    found = [row[token].logprob for token, row in zip([6, 7, 8], output.prompt_logprobs[1:])]
+    assert found == score.token_logprobs
+
+
+def test_a_model_sleeps_and_wakes_up_as_it_was(checkpoint):
+    llm = open_llm(checkpoint)
+    params = SamplingParams(temperature=1, seed=2, max_tokens=12, ignore_eos=True)
+    before = tokens(llm.generate([[1, 2]], params, **QUIET))
+    llm.sleep()
+    assert llm.is_sleeping()
+    with pytest.raises(RuntimeError, match="wake_up"):
+        llm.generate([[1, 2]], params, **QUIET)
+    llm.sleep(level=2)
+    llm.wake_up()
+    assert not llm.is_sleeping()
+    assert tokens(llm.generate([[1, 2]], params, **QUIET)) == before
+    llm.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        llm.wake_up()
+
+
 def test_cached_prefixes_are_counted_and_can_be_forgotten(checkpoint):
     llm = open_llm(checkpoint)
     prompt = [list(range(3, 103))]

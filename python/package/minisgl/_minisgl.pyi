@@ -27,6 +27,11 @@ class Chat:
         continue_final_message: bool,
     ) -> Chat: ...
 
+class Scored:
+    """In the place of sampling: a completion that is given, and scored."""
+
+    def __new__(cls, completion: Any, top: int) -> Scored: ...
+
 class Token:
     """Another token of a request."""
 
@@ -47,6 +52,7 @@ class Completion:
     prompt_token_ids: list[int] | None
     cached_tokens: int
     logprobs: list[tuple[float, list[tuple[int, float]]]] | None
+    prompt_logprobs: list[tuple[float, list[tuple[int, float]]]] | None
     warning: str | None
     error: str | None
 
@@ -85,6 +91,9 @@ class Engine:
     def info(self) -> dict[str, Any]: ...
     def stats(self) -> dict[str, int]: ...
     def close(self) -> None: ...
+    def sleep(self) -> None: ...
+    def wake_up(self) -> None: ...
+    def is_sleeping(self) -> bool: ...
 
 def serve(program: str, words: list[str]) -> bool:
     """A service with OpenAI's API, until a signal ends it; `words` are the flags behind the name `program`."""
@@ -94,6 +103,9 @@ def chat(program: str, words: list[str]) -> bool:
 
 def offline_bench(program: str, words: list[str]) -> bool:
     """The offline benchmark."""
+
+def check_prompt(given: Any) -> None:
+    """Checks that something is a prompt."""
 
 def check_sampling(given: Any) -> None:
     """Checks the ranges of a `minisgl.SamplingParams`."""

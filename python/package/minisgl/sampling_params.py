@@ -23,7 +23,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "stop_token_ids": (None, []),
     "bad_words": (None, []),
     "min_tokens": (None, 0),
-    "prompt_logprobs": (None,),
     "skip_special_tokens": (None, True),
     "include_stop_str_in_output": (None, False),
     "logit_bias": (None, {}),
@@ -56,9 +55,21 @@ class SamplingParams:
         stop: a text or texts that end the output, which is cut before the first one found.
         ignore_eos: go on past end-of-sequence tokens.
         logprobs: give the log-probabilities of each token drawn and of the k most probable ones, k <= 20.
+        prompt_logprobs: likewise of the prompt's tokens.
     """
 
-    __slots__ = ("temperature", "top_p", "top_k", "min_p", "seed", "max_tokens", "stop", "ignore_eos", "logprobs")
+    __slots__ = (
+        "temperature",
+        "top_p",
+        "top_k",
+        "min_p",
+        "seed",
+        "max_tokens",
+        "stop",
+        "ignore_eos",
+        "logprobs",
+        "prompt_logprobs",
+    )
 
     def __init__(
         self,
@@ -72,6 +83,7 @@ class SamplingParams:
         stop: str | list[str] | None = None,
         ignore_eos: bool = False,
         logprobs: int | None = None,
+        prompt_logprobs: int | None = None,
         **others: Any,
     ) -> None:
         self.temperature = temperature
@@ -83,6 +95,7 @@ class SamplingParams:
         self.stop = [stop] if isinstance(stop, str) else list(stop or ())
         self.ignore_eos = ignore_eos
         self.logprobs = logprobs
+        self.prompt_logprobs = prompt_logprobs
         for name, value in others.items():
             self._refuse(name, value)
         check_sampling(self)

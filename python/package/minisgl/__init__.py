@@ -12,7 +12,7 @@ from importlib.metadata import version as _version
 
 from minisgl._minisgl import EngineError, RequestError
 from minisgl.llm import LLM, Interrupted, Stream
-from minisgl.outputs import CompletionOutput, Logprob, RequestOutput
+from minisgl.outputs import CompletionOutput, Logprob, RequestOutput, ScoreOutput
 from minisgl.sampling_params import SamplingParams
 
 __version__ = _version("minisgl")
@@ -23,6 +23,7 @@ __all__ = [
     "RequestOutput",
     "CompletionOutput",
     "Logprob",
+    "ScoreOutput",
     "Stream",
     "EngineError",
     "RequestError",

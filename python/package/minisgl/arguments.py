@@ -66,9 +66,9 @@ IGNORED = frozenset(
 
 #: Arguments that are not served, the values at which they ask for nothing, and what to do instead.
 NEUTRAL: dict[str, tuple[tuple[Any, ...], str]] = {
-    "tensor_parallel_size": ((1,), "a model runs on one GPU; start an LLM a GPU, as minisgl.ray does"),
+    "tensor_parallel_size": ((1,), "a model runs on one GPU; start an LLM a GPU"),
     "pipeline_parallel_size": ((1,), "a model runs on one GPU"),
-    "data_parallel_size": ((1,), "start an LLM a GPU, as minisgl.ray does"),
+    "data_parallel_size": ((1,), "start an LLM a GPU"),
     "enable_expert_parallel": ((False,), "a model runs on one GPU"),
     "dtype": (
         (None, "auto", "bfloat16", "torch.bfloat16"),

@@ -44,6 +44,27 @@ class CompletionOutput:
 
 
 @dataclass(slots=True)
+class ScoreOutput:
+    """How probable a given completion is."""
+
+    #: The completion's.
+    token_ids: list[int]
+    #: Of each of its tokens: natural logarithms, before temperature and filters.
+    token_logprobs: list[float]
+    #: Their sum.
+    cumulative_logprob: float
+    #: Of each of its tokens the most probable ones' by id, its own among them, where asked for.
+    logprobs: list[dict[int, Logprob]] | None
+    prompt_token_ids: Sequence[int]
+    #: How many of the prompt's tokens the prefix cache held.
+    num_cached_tokens: int
+    #: Its place among the prompts.
+    index: int
+    #: Why there is no score, where errors are kept.
+    error: str | None = None
+
+
+@dataclass(slots=True)
 class RequestOutput:
     """What came of a request."""
 
@@ -53,6 +74,7 @@ class RequestOutput:
     prompt: str | None
     #: The prompt's token ids.
     prompt_token_ids: Sequence[int] | None
+    #: Of each of its tokens, where asked for: as `CompletionOutput.logprobs`, and None for the first.
     prompt_logprobs: list[dict[int, Logprob] | None] | None
     outputs: list[CompletionOutput]
     #: False for a part of an output, as a stream gives it.

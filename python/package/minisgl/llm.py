@@ -14,7 +14,7 @@ from typing import Any, Union
 
 from minisgl import _minisgl
 from minisgl.arguments import to_options
-from minisgl.outputs import CompletionOutput, Logprob, RequestOutput
+from minisgl.outputs import CompletionOutput, Logprob, RequestOutput, ScoreOutput
 from minisgl.sampling_params import SamplingParams
 
 #: A text, token ids (a list or a numpy array of integers), or a dict with one of them as `prompt` or `prompt_token_ids`.
@@ -142,6 +142,24 @@ class LLM:
         """Ends the engine and gives the device's memory back. Runs that are open end with an error."""
         self._engine.close()
 
+    def sleep(self, level: int = 1) -> None:
+        """Gives the device's memory back until `wake_up`: weights, KV pages, recorded steps. Open runs end with an error.
+
+        Args:
+            level: vLLM's 1 and 2 are the same here: weights come back from the checkpoint's files.
+        """
+        if level not in (1, 2):
+            raise ValueError(f"level={level!r} is neither 1 nor 2")
+        self._engine.sleep()
+
+    def wake_up(self) -> None:
+        """Loads the model again after `sleep`; what it draws is what it would have drawn."""
+        self._engine.wake_up()
+
+    def is_sleeping(self) -> bool:
+        """Was it put to sleep?"""
+        return self._engine.is_sleeping()
+
     def info(self) -> dict[str, Any]:
         """The device, capacities and what ends an output, as they were chosen when it was built."""
         return self._engine.info()
@@ -242,6 +260,48 @@ class LLM:
         prompts = [_minisgl.Chat(json.dumps(conversation), **fixed) for conversation in conversations]
         return self._run_all(prompts, sampling_params, use_tqdm, on_output, errors)
 
+    def score(
+        self,
+        prompts: Iterable[Prompt],
+        completions: Iterable[Prompt],
+        *,
+        logprobs: int = 0,
+        use_tqdm: bool | Callable[..., Any] = True,
+        errors: str = "raise",
+    ) -> list[ScoreOutput]:
+        """How probable each completion is behind its prompt: the log-probabilities of its tokens, one prefill each.
+
+        Tokens that were drawn get the same bits as when they were drawn with `logprobs`.
+
+        Args:
+            prompts: what comes before; see `Prompt`.
+            completions: what is scored: texts or token ids, as many as prompts.
+            logprobs: give the k most probable tokens at each place too, k <= 20.
+
+        The others, and what is raised, are those of `generate`.
+        """
+        prompts = _listed(prompts)
+        completions = [completions] if _is_one(completions) else list(completions)
+        if len(prompts) != len(completions):
+            raise ValueError(f"there are {len(prompts)} prompts and {len(completions)} completions")
+        scored = [_minisgl.Scored(completion, logprobs) for completion in completions]
+
+        def score(done: _minisgl.Completion, prompt: Any, first: int) -> ScoreOutput:
+            ids, given = done.prompt_token_ids or [], done.prompt_logprobs or []
+            begin = len(ids) - len(given)
+            return ScoreOutput(
+                token_ids=ids[begin:],
+                token_logprobs=[logprob for logprob, _ in given],
+                cumulative_logprob=sum(logprob for logprob, _ in given),
+                logprobs=self._logprobs(ids[begin:], given) if logprobs else None,
+                prompt_token_ids=ids[:begin],
+                num_cached_tokens=done.cached_tokens,
+                index=done.index,
+                error=done.error,
+            )
+
+        return self._run_all(prompts, scored, use_tqdm, None, errors, score)
+
     def stream(
         self,
         prompts: Prompt | Iterable[Prompt],
@@ -280,7 +340,9 @@ class LLM:
         use_tqdm: bool | Callable[..., Any],
         on_output: Callable[[RequestOutput], Any] | None,
         errors: str,
-    ) -> list[RequestOutput]:
+        make: Callable[[_minisgl.Completion, Any, int], Any] | None = None,
+    ) -> list[Any]:
+        make = make or self._output
         raises = _raises(errors)
         if isinstance(sampling_params, Sequence) and len(sampling_params) != len(prompts):
             raise ValueError(f"there are {len(prompts)} prompts and {len(sampling_params)} sampling_params")
@@ -294,33 +356,27 @@ class LLM:
                 while (places := run.take_into(ended)) is not None:
                     for place in places:
                         done = ended[place]
-                        output = ended[place] = self._output(done, prompts[place], first)
-                        progress.add(output)
+                        output = ended[place] = make(done, prompts[place], first)
+                        progress.add(len(output.prompt_token_ids or ()), len(done.token_ids))
                         if output.error is not None and raises:
                             raise _refused(output)
                         if on_output is not None:
                             on_output(output)
         except KeyboardInterrupt:
-            raise Interrupted(self._kept(ended, prompts, first)) from None
+            raise Interrupted(_kept(ended, prompts, first, make)) from None
         except (_minisgl.EngineError, _minisgl.RequestError) as error:
-            error.outputs = self._kept(ended, prompts, first)
+            error.outputs = _kept(ended, prompts, first, make)
             raise
         finally:
             run.close()
         return ended
-
-    def _kept(self, ended: list[Any], prompts: list[Any], first: int) -> list[RequestOutput | None]:
-        """What had ended, those that came last included."""
-        return [
-            self._output(done, prompts[place], first) if isinstance(done, _minisgl.Completion) else done
-            for place, done in enumerate(ended)
-        ]
 
     def _output(self, done: _minisgl.Completion, prompt: Any, first: int) -> RequestOutput:
         """A request's output out of what the engine gives."""
         logprobs = done.logprobs
         token_ids = done.token_ids
         reason = done.finish_reason
+        prompt_ids, prompt_logprobs = done.prompt_token_ids, done.prompt_logprobs
         output = CompletionOutput(
             index=0,
             text=done.text or "",
@@ -333,8 +389,10 @@ class LLM:
         return RequestOutput(
             request_id=str(first + done.index),
             prompt=_text_of(prompt),
-            prompt_token_ids=done.prompt_token_ids,
-            prompt_logprobs=None,
+            prompt_token_ids=prompt_ids,
+            prompt_logprobs=None
+            if prompt_logprobs is None or not prompt_ids
+            else [None, *self._logprobs(prompt_ids[1:], prompt_logprobs)],
             outputs=[output],
             finished=True,
             num_cached_tokens=done.cached_tokens,
@@ -364,7 +422,7 @@ class LLM:
         )
 
     def _logprobs(
-        self, token_ids: list[int], given: list[tuple[float, list[tuple[int, float]]]]
+        self, token_ids: Sequence[int], given: list[tuple[float, list[tuple[int, float]]]]
     ) -> list[dict[int, Logprob]]:
         """Of each token, its own and the most probable ones' by id."""
         rows = []
@@ -477,16 +535,24 @@ class _Progress:
         if self._bar is not None:
             self._bar.close()
 
-    def add(self, output: RequestOutput) -> None:
+    def add(self, tokens_in: int, tokens_out: int) -> None:
         """Counts a request that has ended."""
         if self._bar is None:
             return
-        self._tokens[0] += len(output.prompt_token_ids or ())
-        self._tokens[1] += len(output.outputs[0].token_ids)
+        self._tokens[0] += tokens_in
+        self._tokens[1] += tokens_out
         seconds = self._bar.format_dict["elapsed"] or 1e-9
         speeds = [count / seconds for count in self._tokens]
         self._bar.postfix = f"est. speed input: {speeds[0]:.2f} toks/s, output: {speeds[1]:.2f} toks/s"
         self._bar.update()
+
+
+def _kept(ended: list[Any], prompts: list[Any], first: int, make: Callable[[Any, Any, int], Any]) -> list[Any]:
+    """What had ended, those that came last included."""
+    return [
+        make(done, prompts[place], first) if isinstance(done, _minisgl.Completion) else done
+        for place, done in enumerate(ended)
+    ]
 
 
 async def _readable(descriptor: int) -> None:
@@ -528,7 +594,7 @@ def _raises(errors: str) -> bool:
     return errors == "raise"
 
 
-def _refused(output: RequestOutput) -> _minisgl.RequestError:
+def _refused(output: RequestOutput | ScoreOutput) -> _minisgl.RequestError:
     error = _minisgl.RequestError(f"prompt {output.index}: {output.error}")
     error.index = output.index
     error.outputs = []
