@@ -177,7 +177,7 @@ template <int HD, int HEADS, int STAGES, bool WINDOW> struct Decoder {
     // What becomes of a leaf. `others_arrived`: all that share the row, at its segment's last leaf.
     __device__ __forceinline__ void finish(const State &leaf, const Unit &unit, bool others_arrived) {
         const Segment &segment = unit.segment;
-        const bool is_last = unit.is_last(), folds = segment.folds();
+        const bool is_last = unit.is_last(), folds = segment.begins_row();
         if (!folds) {
             state = leaf;
         } else {
@@ -194,7 +194,7 @@ template <int HD, int HEADS, int STAGES, bool WINDOW> struct Decoder {
             merges = is_last && arrives_last(args, unit, flag);
         }
         if (merges)
-            merge<HD, HEADS>(args, unit, others_arrived ? index - segment.base : segment.row_partials(), state, lane);
+            merge<HD, HEADS>(args, unit, others_arrived ? index - segment.base : segment.total, state, lane);
         if (folds && !is_last && unit.ends_span())
             keep_spans();
         if (is_last || !folds || unit.ends_span())

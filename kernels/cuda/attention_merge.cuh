@@ -92,9 +92,8 @@ static_assert(SPAN_LEAVES % MERGED_AT_ONCE == 0, "a span begins with the first o
 template <int HD, int HEADS>
 __device__ __forceinline__ void merge(const DecodeArgs &args, const Unit &unit, unsigned own, const State &state,
                                       unsigned lane) {
-    const unsigned pairs = args.pairs(), size = pairs * (HD / 2 + 1) * 4, total = unit.segment.row_partials();
-    // The last one of the row's first partial. States of spans are folded like leaves of one.
-    const unsigned leaf_of_0 = unit.segment.is_span() ? 0 : unit.segment.second_partial() - 1;
+    const unsigned pairs = args.pairs(), size = pairs * (HD / 2 + 1) * 4, total = unit.segment.total;
+    const unsigned leaf_of_0 = unit.segment.second_partial() - 1; // the last one of the row's first partial
     const float *partials = reinterpret_cast<const float *>(args.partials) +
                             ((size_t)unit.segment.base * args.items + unit.item) * size;
 #pragma unroll 1
@@ -118,7 +117,7 @@ __device__ __forceinline__ void merge(const DecodeArgs &args, const Unit &unit, 
                 } else {
                     leaf[i] = mine;
                 }
-            if ((leaf_of_0 + first) % SPAN_LEAVES == 0 && !unit.segment.is_span()) {
+            if ((leaf_of_0 + first) % SPAN_LEAVES == 0) {
                 merged.fold<HD>(span);
                 span = Element::nothing();
             }
@@ -147,7 +146,7 @@ __device__ __forceinline__ bool arrives_last(const DecodeArgs &args, const Unit 
                      : "=r"(before)
                      : "l"(args.arrived_of(unit.segment.row, unit.item)), "r"(count)
                      : "memory");
-        const bool is_last = before + count == unit.segment.row_partials();
+        const bool is_last = before + count == unit.segment.total;
         asm volatile("st.shared.u32 [%0], %1;" ::"r"(flag), "r"(is_last ? 1 : 0) : "memory");
     }
     readers_barrier();

@@ -118,7 +118,7 @@ template <int HD, int HEADS, int STAGES> struct Filler {
                      : "=r"(arrived)
                      : "l"(args.arrived_of(unit.segment.row, unit.item))
                      : "memory");
-        return arrived + unit.segment.partials() == unit.segment.row_partials();
+        return arrived + unit.segment.partials() == unit.segment.total;
     }
     // Says what the stage there will hold.
     __device__ __forceinline__ void announce(const Unit &unit, bool values, Place<STAGES> there, bool others = false) const {

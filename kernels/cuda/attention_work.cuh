@@ -7,26 +7,23 @@
 //   unit      a leaf of a turn
 //
 // A row that is one segment needs nobody else. Of a row that was cut, the first segment leaves its folded state in memory
-// and the later ones each leaf as a partial, from `base` on; who arrives last folds them in order. So that one state is enough,
-// that first segment lies in one span or ends with one. A long row is cut into its spans, and each leaves its folded state.
+// and the later ones each leaf as a partial, `total` of them from `base` on; who arrives last folds them in order. So that one
+// state is enough, that first segment lies in one span or ends with one.
 #pragma once
 #include "attention.cuh"
 
 struct Segment {
     unsigned row, slot, kv_len;
     unsigned first, leaves;   // leaves of the row
-    unsigned base, at, total; // the row's first partial, the segment's first one, and how many the row has (and BY_SPAN)
-    static constexpr unsigned BY_SPAN = 1u << 31;
+    unsigned base, at, total; // the row's first partial, the segment's first one, and how many the row has
 
     __device__ __forceinline__ bool is_whole_row() const { return total == 0; }
-    __device__ __forceinline__ bool is_span() const { return total & BY_SPAN; }
-    // Does it leave its folded state? A row's first does, and spans.
-    __device__ __forceinline__ bool folds() const { return at == base || is_span(); }
-    // How many partials the row has, and how many of them are the segment's.
-    __device__ __forceinline__ unsigned row_partials() const { return total & ~BY_SPAN; }
-    __device__ __forceinline__ unsigned partials() const { return folds() ? 1 : leaves; }
-    // The leaf that is the row's second partial, if that is one.
-    __device__ __forceinline__ unsigned second_partial() const { return at == base ? first + leaves : first + 1 - (at - base); }
+    // Is it the row's first, which leaves its folded state?
+    __device__ __forceinline__ bool begins_row() const { return at == base; }
+    // How many of the row's partials are the segment's.
+    __device__ __forceinline__ unsigned partials() const { return begins_row() ? 1 : leaves; }
+    // The leaf that is the row's second partial.
+    __device__ __forceinline__ unsigned second_partial() const { return begins_row() ? first + leaves : first + 1 - (at - base); }
 };
 static_assert(sizeof(Segment) == 32, "the host's layout");
 

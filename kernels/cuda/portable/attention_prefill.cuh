@@ -18,7 +18,7 @@
 //    be NaN.
 // 2. A warp skips leaves and tiles that lie behind all of its columns, and leaves before all of their windows.
 // 3. A leaf's output is made for 32 dims at a time: 128 would not fit the registers beside the state. What is folded of whole
-//    spans does not fit either: it is in memory, and touched once in 16 leaves.
+//    spans does not fit either: the compiler keeps it in memory, and touches it once in 16 leaves.
 #pragma once
 #include "attention.cuh"
 
@@ -165,37 +165,21 @@ template <int HD> struct PrefillState {
                 o[d][n][0] = o[d][n][1] = o[d][n][2] = o[d][n][3] = 0.0f;
         }
     }
-    static constexpr unsigned WORDS = NQ * (4 + HD / 16 * 4);
-    __device__ __forceinline__ void keep(float *at) const {
+    __device__ __forceinline__ void fold(const PrefillState &later) {
 #pragma unroll
-        for (int n = 0; n < NQ; n++)
-#pragma unroll
-            for (int i = 0; i < 2; i++) {
-                *at++ = m[n][i];
-                *at++ = l[n][i];
-#pragma unroll
-                for (int d = 0; d < HD / 16; d++) {
-                    *at++ = o[d][n][i];
-                    *at++ = o[d][n][i + 2];
-                }
-            }
-    }
-    // Folds the state into a kept one, which comes before it.
-    __device__ __forceinline__ void fold_kept(const float *at) {
-#pragma unroll
-        for (int n = 0; n < NQ; n++)
+        for (int n = 0; n < NQ; n++) {
+            Weights weights[2];
 #pragma unroll
             for (int i = 0; i < 2; i++) {
-                float both = *at++;
-                const Weights weights = fold_maximum<HD>(both, m[n][i]);
-                m[n][i] = both;
-                l[n][i] = folded(*at++, l[n][i], weights);
-#pragma unroll
-                for (int d = 0; d < HD / 16; d++) {
-                    o[d][n][i] = folded(*at++, o[d][n][i], weights);
-                    o[d][n][i + 2] = folded(*at++, o[d][n][i + 2], weights);
-                }
+                weights[i] = fold_maximum<HD>(m[n][i], later.m[n][i]);
+                l[n][i] = folded(l[n][i], later.l[n][i], weights[i]);
             }
+#pragma unroll
+            for (int d = 0; d < HD / 16; d++)
+#pragma unroll
+                for (int i = 0; i < 4; i++)
+                    o[d][n][i] = folded(o[d][n][i], later.o[d][n][i], weights[i % 2]);
+        }
     }
 };
 
@@ -301,31 +285,24 @@ template <int HD> __device__ __forceinline__ void prefill(const PrefillArgs &arg
         limit[n][1] = Column(args, row, first, head, column + n * 8 + lane % 4 * 2 + 1).limit;
     }
 
-    PrefillState<HD> state;
-    float words[PrefillState<HD>::WORDS], *kept = words;
-    asm volatile("" : "+l"(kept)); // in memory: nobody knows what may be written there
-    bool keeps = false;
+    PrefillState<HD> state, span;
     for (unsigned begin = kv_begin / LEAF * LEAF; begin < kv_end; begin += LEAF) {
         __syncthreads(); // every warp is done with the leaf before
         copy_leaf<HD>(args, pages, head, begin / LEAF, kv_begin, kv_end, keys, values);
         asm volatile("cp.async.wait_group 0;" ::: "memory");
         __syncthreads(); // the leaf is here
         if (begin % SPAN == 0 && begin > kv_begin) {
-            if (keeps)
-                state.fold_kept(kept);
-            state.keep(kept);
-            state = PrefillState<HD>();
-            keeps = true;
+            state.fold(span);
+            span = PrefillState<HD>();
         }
         if (begin >= longest || begin + LEAF + window <= shortest)
             continue;
         if (begin + LEAF <= shortest && begin + window >= longest)
-            attend_leaf<HD, true>(state, q, limit, window, begin, LEAF_TILES, keys, values, lane);
+            attend_leaf<HD, true>(span, q, limit, window, begin, LEAF_TILES, keys, values, lane);
         else
-            attend_leaf<HD, false>(state, q, limit, window, begin, min((longest - begin + TILE - 1) / TILE, LEAF_TILES), keys, values,
+            attend_leaf<HD, false>(span, q, limit, window, begin, min((longest - begin + TILE - 1) / TILE, LEAF_TILES), keys, values,
                                    lane);
     }
-    if (keeps)
-        state.fold_kept(kept);
+    state.fold(span);
     write_columns<HD>(args, row, first, head, state, column, lane);
 }

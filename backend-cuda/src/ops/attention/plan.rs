@@ -4,8 +4,8 @@
 //!   plan      count, 7 words unused, segments    some leaves of a row each, and where their partials go (`attention_work.cuh`)
 //! ```
 //!
-//! Invariant: every leaf of every row's window lies in one segment. Of a row that is cut, the segments are its spans, or the first
-//! lies in one span or ends with one.
+//! Invariant: every leaf of every row's window lies in one segment. A row's first segment lies in one span, or ends with one, if
+//! there are others.
 
 use std::ops::Range;
 
@@ -28,10 +28,6 @@ const PIECES_OF_BLOCK: u32 = 4;
 const COUNTS: usize = 8192;
 /// Leaves of a span.
 const SPAN_LEAVES: u32 = SPAN / LEAF;
-/// Leaves of a piece of few rows from which on they are cut into spans instead.
-const LONG_PIECE: u64 = 9;
-/// In a segment's number of partials: the row's segments are its spans (`BY_SPAN`).
-const BY_SPAN: u32 = 1 << 31;
 /// Words in front of a decode plan's segments.
 const PLAN_HEAD: usize = 8;
 /// Words of a segment.
@@ -42,8 +38,7 @@ const SEGMENT_WORDS: usize = 8;
 ///
 /// Many rows stay whole, but for those that are longer than what is left for each block. Even they are not cut into pieces of
 /// a few leaves: a piece's partials, and who waits for them, cost more than blocks that end apart. Few rows are cut into
-/// pieces of one length, so that the blocks' last turns fill the device; long ones into their spans, which leave a partial each,
-/// where a piece leaves one for each leaf.
+/// pieces of one length, so that the blocks' last turns fill the device.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Cutter {
     /// Blocks of a launch.
@@ -113,21 +108,22 @@ impl Cutter {
             let leaves = self.leaves(row);
             // Most rows of a step of thousands are short: nobody asks what share of the rest is a block's.
             let cuts = if piece.is_none() && leaves.len() as u64 <= LEAST {
-                Cuts::whole(leaves)
+                Cuts::whole(&leaves)
             } else {
                 let largest = piece.unwrap_or_else(|| self.share(rest).max(LEAST));
                 let room = self.segments - rows.len() + i - filled;
-                Cuts::new(leaves, largest, few, room, self.partials - base)
+                Cuts::new(&leaves, largest, room, self.partials - base)
             };
+            let total = if cuts.count == 1 { 0 } else { 1 + cuts.leaves - cuts.first };
             for i in 0..cuts.count {
                 let (begin, end) = (cuts.at(i), cuts.at(i + 1));
-                let (first, at) = (cuts.row.start + begin, base + cuts.partials_before(i));
-                let total = cuts.partials() | if cuts.by_span { BY_SPAN } else { 0 };
+                let at = if i == 0 { base } else { base + 1 + begin - cuts.first };
+                let first = leaves.start + begin;
                 let segment = [index, row.slot, row.kv_len, first, end - begin, base, at, total];
                 segments[filled * SEGMENT_WORDS..][..SEGMENT_WORDS].copy_from_slice(&segment);
                 filled += 1;
             }
-            base += cuts.partials();
+            base += total;
             rest -= u64::from(self.seen(row.kv_len));
         }
         head[0] = filled as u32;
@@ -183,62 +179,40 @@ impl Cutter {
     }
 }
 
-/// A row of some leaves in `count` pieces, the first of `first` leaves, or in its spans.
+/// A row of `leaves` leaves in `count` pieces, the first of `first` leaves.
 struct Cuts {
-    row: Range<u32>,
+    leaves: u32,
     first: u32,
     count: u32,
-    by_span: bool,
 }
 
 impl Cuts {
     /// In one piece.
-    fn whole(row: Range<u32>) -> Cuts {
-        Cuts { first: row.len() as u32, count: 1, by_span: false, row }
+    fn whole(row: &Range<u32>) -> Cuts {
+        let leaves = row.len() as u32;
+        Cuts { leaves, first: leaves, count: 1 }
     }
 
     /// Into pieces of about `largest` leaves at most, as far as there is room for that many segments besides the row's own,
-    /// and for `partials` partials; one of few rows into its spans, if pieces would be long.
-    fn new(row: Range<u32>, largest: u64, few: bool, room: usize, partials: u32) -> Cuts {
+    /// and for `partials` partials.
+    fn new(row: &Range<u32>, largest: u64, room: usize, partials: u32) -> Cuts {
         let leaves = row.len() as u32;
         let count = u64::from(leaves).div_ceil(largest).min(1 + room as u64) as u32;
         if count == 1 {
             return Cuts::whole(row);
         }
-        let spans = row.end.div_ceil(SPAN_LEAVES) - row.start / SPAN_LEAVES;
-        if few && largest >= LONG_PIECE && spans > 1 && spans as usize <= 1 + room && spans <= partials {
-            return Cuts { row, first: 0, count: spans, by_span: true };
-        }
         let least = (leaves + 1).saturating_sub(partials).max(1);
-        let first = first_piece(&row, (leaves / count).max(least), least);
-        Cuts { row, first, count: count.min(1 + leaves - first), by_span: false }
+        let first = first_piece(row, (leaves / count).max(least), least);
+        Cuts { leaves, first, count: count.min(1 + leaves - first) }
     }
 
-    /// The leaf that piece `i` begins with, of the row's.
+    /// The leaf that piece `i` begins with.
     fn at(&self, i: u32) -> u32 {
-        let leaves = self.row.len() as u32;
         match i {
             0 => 0,
-            _ if self.by_span => {
-                ((self.row.start / SPAN_LEAVES + i) * SPAN_LEAVES).min(self.row.end) - self.row.start
-            }
             1 => self.first,
-            _ => self.first + (leaves - self.first) * (i - 1) / (self.count - 1),
+            _ => self.first + (self.leaves - self.first) * (i - 1) / (self.count - 1),
         }
-    }
-
-    /// Partials of pieces before piece `i`.
-    fn partials_before(&self, i: u32) -> u32 {
-        match i {
-            0 => 0,
-            _ if self.by_span => i,
-            _ => 1 + self.at(i) - self.first,
-        }
-    }
-
-    /// Partials that its pieces leave: none, if it is whole.
-    fn partials(&self) -> u32 {
-        if self.count == 1 { 0 } else { self.partials_before(self.count) }
     }
 }
 
@@ -285,15 +259,10 @@ mod tests {
             leaves.extend((first..first + count).map(|leaf| (row, leaf)));
             let begins_row = first == first_leaf(cutter, kv_len);
             assert_eq!(begins_row, at == base, "the kernel tells a row's first segment by its place");
-            let (by_span, total) = (total & BY_SPAN != 0, total & !BY_SPAN);
             let end = first + count;
-            let one_span = first / SPAN_LEAVES == (end - 1) / SPAN_LEAVES;
-            let one_state = one_span || end.is_multiple_of(SPAN_LEAVES);
+            let one_state = first / SPAN_LEAVES == (end - 1) / SPAN_LEAVES || end.is_multiple_of(SPAN_LEAVES);
             assert!(!begins_row || total == 0 || one_state, "a first piece of several spans and a part");
-            let begins_span = begins_row || first.is_multiple_of(SPAN_LEAVES);
-            let ends_span = end == kv_len.div_ceil(LEAF) || end.is_multiple_of(SPAN_LEAVES);
-            assert!(!by_span || one_span && begins_span && ends_span, "a piece that is not a span");
-            let own = if begins_row || by_span { 1.min(total) } else { count };
+            let own = if begins_row { 1.min(total) } else { count };
             assert!((base..base + total.max(1)).contains(&at) && at + own <= base + total.max(own));
             for place in at..at + own {
                 assert!(!std::mem::replace(&mut partials[place as usize], true), "two partials at {place}");
@@ -349,14 +318,6 @@ mod tests {
         assert!(pieces(&rows(1, 8)).eq([1; 8]));
         assert!(pieces(&rows(8, 32)).eq([8; 32]), "264 blocks take 256 turns");
         assert!(pieces(&rows(32, 8)).eq([8; 32]));
-        assert!(pieces(&rows(8, 64)).eq([16; 32]));
-        assert!(pieces(&rows(1, 313)).eq([[16; 19].as_slice(), &[9]].concat()), "into its spans");
-        assert_eq!(
-            planned(&cutter, &rows(1, 313))[1][5..],
-            [0, 1, 20 | BY_SPAN],
-            "which leave a partial each"
-        );
-        assert!(pieces(&rows(64, 32)).eq([32; 64]), "rows that fill the blocks' turns stay whole");
     }
 
     #[test]
