@@ -12,7 +12,7 @@
 //! Where tokens are no rows of bytes (see `pieces`), a token is decoded together with the tokens before it back to the
 //! last point where the text was complete, and what is new is the difference.
 //!
-//! A stop text ends the output before its first occurrence, and nothing that may still become one is given out.
+//! A stop text ends the output before its first occurrence, or with it, and nothing that may still become one is given out.
 //!
 //! Invariant: what was given out is `text[..given]`, and it is never taken back. A token costs time in proportion to its
 //! own bytes and to the stop texts, however long the output is.
@@ -30,15 +30,29 @@ pub struct Detokenizer {
     text: String,
     /// Bytes of it given out.
     given: usize,
-    stop: Vec<String>,
-    /// Which of them came up.
+    ending: Ending,
+    /// Tokens taken.
+    taken: u32,
+    /// Which stop text came up.
     stopped: Option<usize>,
 }
 
+/// What ends an output's text.
+#[derive(Clone, Debug, Default)]
+pub struct Ending {
+    /// Texts that do.
+    pub stop: Vec<String>,
+    /// Let the text end with the stop text, not before it.
+    pub include: bool,
+    /// Tokens at least: a stop text may not end within them.
+    pub min_tokens: u32,
+}
+
 impl Detokenizer {
-    /// For an output that the texts `stop` end.
-    pub fn new(stop: Vec<String>) -> Self {
-        Detokenizer { waiting: Waiting::default(), text: String::new(), given: 0, stop, stopped: None }
+    /// For an output that ends so.
+    pub fn new(ending: Ending) -> Self {
+        let (waiting, text) = (Waiting::default(), String::new());
+        Detokenizer { waiting, text, given: 0, ending, taken: 0, stopped: None }
     }
 
     /// Takes the next token; gives the text that became certain. Behind a stop text there is none.
@@ -48,6 +62,7 @@ impl Detokenizer {
         }
         let before = self.text.len();
         self.waiting.push(token, codec, &mut self.text);
+        self.taken += 1;
         self.stop_behind(before);
         let end = self.text.len() - self.held_back();
         self.give(end)
@@ -70,7 +85,7 @@ impl Detokenizer {
 
     /// The stop text that came up.
     pub fn stop_text(&self) -> Option<&str> {
-        self.stopped.map(|which| self.stop[which].as_str())
+        self.stopped.map(|which| self.ending.stop[which].as_str())
     }
 
     /// The whole text.
@@ -78,14 +93,20 @@ impl Detokenizer {
         self.text
     }
 
-    /// Cuts the text before the first stop text that ends behind `before`.
+    /// Cuts the text at the first stop text that ends behind `before`.
     fn stop_behind(&mut self, before: usize) {
-        let longest = self.stop.iter().map(String::len).max().unwrap_or(0);
-        let from = self.text.floor_char_boundary(before.saturating_sub(longest));
-        let ends = self.stop.iter().enumerate();
-        let first = ends.filter_map(|(i, stop)| Some((self.text[from..].find(stop.as_str())?, i))).min();
-        if let Some((at, which)) = first {
-            self.text.truncate(from + at);
+        let Ending { stop, include, min_tokens } = &self.ending;
+        if self.taken <= *min_tokens {
+            return;
+        }
+        let found = |(which, stop): (usize, &String)| {
+            // The first byte of one that ends just behind `before`.
+            let from = self.text.ceil_char_boundary((before + 1).saturating_sub(stop.len()));
+            let at = from + self.text.get(from..)?.find(stop.as_str())?;
+            Some((at, if *include { at + stop.len() } else { at }, which))
+        };
+        if let Some((_, end, which)) = stop.iter().enumerate().filter_map(found).min() {
+            self.text.truncate(end);
             self.stopped = Some(which);
         }
     }
@@ -99,7 +120,7 @@ impl Detokenizer {
             let lengths = stop.char_indices().map(|(at, _)| at).rev();
             lengths.filter(|len| *len > 0).find(|len| self.text.ends_with(&stop[..*len]))
         };
-        self.stop.iter().filter_map(beginning).max().unwrap_or(0)
+        self.ending.stop.iter().filter_map(beginning).max().unwrap_or(0)
     }
 
     fn give(&mut self, end: usize) -> &str {
@@ -215,6 +236,10 @@ mod tests {
         Text::open(Path::new("tests/fixtures/text")).unwrap()
     }
 
+    fn stop(texts: &[&str]) -> Ending {
+        Ending { stop: texts.iter().map(|text| (*text).to_owned()).collect(), ..Ending::default() }
+    }
+
     fn ids(codec: &Text, text: &str) -> Vec<u32> {
         codec.encode(crate::Prompt::Text(text.to_owned())).unwrap()
     }
@@ -224,7 +249,7 @@ mod tests {
         let codec = codec();
         let crab = ids(&codec, "🦀");
         assert!(crab.len() > 1, "the character must be spread over tokens for this test to mean anything");
-        let mut detokenizer = Detokenizer::new(Vec::new());
+        let mut detokenizer = Detokenizer::new(Ending::default());
         for id in &crab[..crab.len() - 1] {
             assert_eq!(detokenizer.push(*id, &codec), "");
         }
@@ -238,7 +263,7 @@ mod tests {
     fn pieces_make_the_text_and_no_piece_is_broken() {
         let codec = codec();
         let text = "Größe: 🦀 ist 3 щука, naïve 🙂🚀 漢字!\n  fn main() {}";
-        let mut detokenizer = Detokenizer::new(Vec::new());
+        let mut detokenizer = Detokenizer::new(Ending::default());
         let mut pieces = String::new();
         for id in ids(&codec, text) {
             let piece = detokenizer.push(id, &codec);
@@ -252,7 +277,7 @@ mod tests {
     #[test]
     fn text_that_may_become_a_stop_text_is_held_back_until_it_does_not() {
         let codec = codec();
-        let mut detokenizer = Detokenizer::new(vec!["##end".to_owned(), "#!".to_owned()]);
+        let mut detokenizer = Detokenizer::new(stop(&["##end", "#!"]));
         let mut push = |text: &str| {
             let pieces: Vec<String> =
                 ids(&codec, text).into_iter().map(|id| detokenizer.push(id, &codec).to_owned()).collect();
@@ -320,7 +345,7 @@ mod tests {
 
     /// Pushes all tokens, and asserts that the pieces make the text; gives it.
     fn in_pieces(codec: &Text, ids: &[u32]) -> String {
-        let mut detokenizer = Detokenizer::new(Vec::new());
+        let mut detokenizer = Detokenizer::new(Ending::default());
         let mut pieces = String::new();
         for id in ids {
             pieces += detokenizer.push(*id, codec);
@@ -363,7 +388,7 @@ mod tests {
             let whole = codec.decode(&drawn).unwrap();
             let stop: String = whole.chars().skip(from).take(len).collect();
             if !stop.is_empty() {
-                let mut detokenizer = Detokenizer::new(vec!["\u{0}never".to_owned(), stop.clone()]);
+                let mut detokenizer = Detokenizer::new(super::tests::stop(&["\u{0}never", &stop]));
                 let mut pieces: String = drawn.iter().map(|id| detokenizer.push(*id, &codec).to_owned()).collect();
                 pieces += detokenizer.finish(&codec);
                 proptest::prop_assert_eq!(detokenizer.stop_text(), Some(stop.as_str()));
@@ -422,7 +447,7 @@ mod tests {
     fn a_token_costs_the_same_however_long_the_output_is() {
         let codec = codec();
         for drawn in [vec![0_u32], vec![639], ids(&codec, "🦀")[..1].to_vec(), vec![42]] {
-            let mut detokenizer = Detokenizer::new(vec!["never".to_owned()]);
+            let mut detokenizer = Detokenizer::new(stop(&["never"]));
             for _ in 0..100_000 {
                 drawn.iter().for_each(|id| {
                     detokenizer.push(*id, &codec);

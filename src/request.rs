@@ -129,6 +129,10 @@ pub struct GenerateRequest {
     pub sampling: SamplingParams,
     /// Texts that end the output; it is cut before the first one found. They need the checkpoint's tokenizer.
     pub stop: Vec<String>,
+    /// Let the text end with what ended it: the stop text, or the stop token's text.
+    pub include_stop: bool,
+    /// Biases, stop tokens, bad words.
+    pub rules: TokenRules,
     /// What the output begins with, given rather than drawn. Where the prompt is to be scored, this alone is.
     pub given: Option<Given>,
 }
@@ -142,10 +146,29 @@ pub enum Given {
     Text(String),
 }
 
+/// What a request says of single tokens.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct TokenRules {
+    /// What is added to the logits of tokens, in [-100, 100]; 1024 tokens at most.
+    pub logit_bias: Vec<(u32, f32)>,
+    /// Tokens that end the output, as the last of its tokens. Their text is not part of it.
+    pub stop_token_ids: Vec<u32>,
+    /// Texts that the output may not have, at its beginning or behind a space: where all but the last of such a text's tokens
+    /// have come up, the last one can't be drawn. They need the checkpoint's tokenizer.
+    pub bad_words: Vec<String>,
+}
+
 impl GenerateRequest {
     /// A request with default sampling: greedy, at most 128 tokens.
     pub fn new(prompt: Prompt) -> Self {
-        GenerateRequest { prompt, sampling: SamplingParams::default(), stop: Vec::new(), given: None }
+        GenerateRequest {
+            prompt,
+            sampling: SamplingParams::default(),
+            stop: Vec::new(),
+            include_stop: false,
+            rules: TokenRules::default(),
+            given: None,
+        }
     }
 
     /// Continues token ids.
@@ -174,6 +197,12 @@ impl GenerateRequest {
         self.stop.push(text.into());
         self
     }
+
+    /// Sets what it says of single tokens.
+    pub fn rules(mut self, rules: TokenRules) -> Self {
+        self.rules = rules;
+        self
+    }
 }
 
 /// Why a request ended.
@@ -184,7 +213,7 @@ pub enum FinishReason {
     Length,
     /// It drew an end-of-sequence token, which is its last token.
     Eos,
-    /// One of its stop texts came up.
+    /// One of its stop texts came up, or it drew one of its stop tokens, which is its last token.
     Stop,
     /// The caller aborted it.
     Abort,
@@ -194,7 +223,7 @@ pub enum FinishReason {
     Failed,
 }
 
-/// Log-probabilities at one token, before temperature and filters.
+/// Log-probabilities at one token, behind penalties and biases where it was drawn, before temperature and filters.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct TokenLogprobs {
     /// Of the token drawn, or given.

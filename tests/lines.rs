@@ -4,6 +4,7 @@ use minisgl::lines::{self, BadLine, Defaults, LineError, Origin, RequestLine};
 use minisgl::openai::ModelName;
 use minisgl::{
     Completion, FinishReason, Given, Prompt, PromptLogprobs, RequestError, SamplingParams, TokenLogprobs,
+    TokenRules,
 };
 use proptest::prelude::*;
 use serde_json::{Value, json};
@@ -104,10 +105,51 @@ fn numbers_that_mean_nothing_are_refused_by_name() {
         (r#""ignore_eos": "yes""#, "ignore_eos is \"yes\"; it must be true or false"),
         (r#""stop": 5"#, "stop is 5; it must be a text or a list of texts"),
         (r#""stop": ["a", null]"#, "stop is [\"a\", null];"),
+        (r#""include_stop_str_in_output": 1"#, "include_stop_str_in_output is 1; it must be true or false"),
+        (r#""stop_token_ids": [-1]"#, "stop_token_ids is [-1]; it must be a list of token ids"),
+        (r#""bad_words": "a""#, "bad_words is \"a\"; it must be a list of texts"),
+        (
+            r#""logit_bias": {"a": 1}"#,
+            "logit_bias is {\"a\": 1}; it must be an object with a number for each",
+        ),
+        (r#""logit_bias": {"5": null}"#, "logit_bias is {\"5\": null};"),
+        (r#""logit_bias": [1]"#, "logit_bias is [1];"),
+        (r#""min_tokens": -1"#, "min_tokens is -1; it must be a whole number from 0 on"),
+        (r#""presence_penalty": "high""#, "presence_penalty is \"high\"; it must be a number"),
     ] {
         let error = error(fields);
         assert!(error.to_string().starts_with(says), "{fields}: {error}");
         assert!(error.field().is_some_and(|field| fields.starts_with(&format!("\"{field}\""))), "{fields}");
+    }
+}
+
+#[test]
+fn penalties_biases_and_what_ends_an_output_are_read_in_every_format() {
+    let penalized = sampling(
+        r#""repetition_penalty": 1.1, "presence_penalty": 0.5, "frequency_penalty": -1, "min_tokens": 3"#,
+    );
+    let expected = SamplingParams {
+        repetition_penalty: 1.1,
+        presence_penalty: 0.5,
+        frequency_penalty: -1.0,
+        min_tokens: 3,
+        ..sampling(r#""user": "me""#)
+    };
+    assert_eq!(penalized, expected);
+    let fields = r#""logit_bias": {"50256": -100, "7": 2.5}, "stop_token_ids": [5, 6.0], "bad_words": ["a", " b"],
+        "stop": "x", "include_stop_str_in_output": true"#;
+    for line in in_all_formats(&fields.replace('\n', "")) {
+        let request = parse(&line).expect(&line).request;
+        let rules = TokenRules {
+            logit_bias: vec![(50256, -100.0), (7, 2.5)],
+            stop_token_ids: vec![5, 6],
+            bad_words: vec!["a".to_owned(), " b".to_owned()],
+        };
+        assert_eq!((request.rules, request.include_stop), (rules, true), "{line}");
+    }
+    for nothing in ["null", "{}"] {
+        let line = format!(r#"{{"id": 1, "prompt": "a", "logit_bias": {nothing}, "bad_words": null}}"#);
+        assert_eq!(parse(line).unwrap().request.rules, TokenRules::default());
     }
 }
 
@@ -187,15 +229,11 @@ fn fields_that_ask_for_what_is_not_done_are_refused_by_name_with_what_to_do() {
         (r#""n": 2"#, "n is 2; it may only be 1: one line gives one output; repeat the line"),
         (r#""n": "1""#, "n is \"1\"; it may only be 1"),
         (r#""best_of": 3"#, "best_of is 3; it may only be 1"),
-        (r#""presence_penalty": 0.5"#, "presence_penalty is 0.5; it may only be 0"),
-        (r#""repetition_penalty": 1.1"#, "repetition_penalty is 1.1; it may only be 1"),
-        (r#""logit_bias": {"50256": -100}"#, "logit_bias is {\"50256\": -100}; it may only be {}"),
+        (r#""length_penalty": 0.5"#, "length_penalty is 0.5; it may only be 1"),
         (
             r#""response_format": {"type": "json_object"}"#,
             "response_format is {\"type\": \"json_object\"}; it may only",
         ),
-        (r#""stop_token_ids": [5]"#, "stop_token_ids is [5]; it may only be []: give stop texts, in stop"),
-        (r#""min_tokens": 5"#, "min_tokens is 5; it may only be 0"),
         (r#""stream": true"#, "stream is true; it may only be false"),
         (r#""echo": true"#, "echo is true;"),
         (

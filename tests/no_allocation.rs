@@ -4,6 +4,7 @@ mod common;
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::path::Path;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use common::{Golden, fixture};
@@ -12,6 +13,7 @@ use minisgl_core::config::Limits;
 use minisgl_core::engine::{Engine, EngineOptions};
 use minisgl_core::policy::Policy;
 use minisgl_core::request::{Event, Request};
+use minisgl_core::rules::Rules;
 use minisgl_core::sampling::{PromptLogprobs, SamplingParams};
 use minisgl_core::scheduler::{Order, Settings};
 use minisgl_core::speculation::Speculation;
@@ -88,6 +90,8 @@ fn a_whole_run_allocates_nothing_after_construction() {
     for (name, overlap) in [("tiny-tied", true), ("tiny-tied", false), ("qwen3-moe", true)] {
         let (golden, mut engine) = (Golden::open(name), engine(&fixture(name), overlap));
         let mut tokens = 0;
+        let rules = Rules::new(vec![(5, 2.0)], vec![9], &[vec![1, 2], vec![3]]).unwrap();
+        let rules = Arc::new(rules);
         let mut run = |engine: &mut Engine<Cpu, Decoder<Cpu>>| {
             for i in 0..40u32 {
                 let sampling = SamplingParams {
@@ -95,14 +99,19 @@ fn a_whole_run_allocates_nothing_after_construction() {
                     top_k: [0, 40, 0][i as usize % 3],
                     top_p: [1.0, 0.9][i as usize / 2 % 2],
                     min_p: [0.0, 0.0, 0.05][i as usize % 3],
+                    repetition_penalty: [1.0, 1.0, 1.1][i as usize % 3],
+                    frequency_penalty: [0.0, 0.5][i as usize / 2 % 2],
+                    min_tokens: i % 4,
                     seed: u64::from(i),
                     max_tokens: 10 + 3 * i,
                     ignore_eos: i % 2 == 0,
                     logprobs: (i % 5 == 0).then_some(4),
                     prompt_logprobs: (i % 3 == 0).then_some(PromptLogprobs { from: i, top: 3 }),
+                    ..SamplingParams::default()
                 };
                 let prompt = &golden.examples[i as usize % golden.examples.len()].prompt;
-                engine.submit(Request { prompt, params: sampling }).unwrap();
+                let rules = (i % 2 == 0).then_some(&rules);
+                engine.submit(Request { rules, ..Request::new(prompt, sampling) }).unwrap();
             }
             while !engine.is_idle() {
                 engine.step(&mut |event| tokens += u64::from(matches!(event, Event::Token { .. }))).unwrap();

@@ -8,11 +8,12 @@ use minisgl_core::backend::{KvLayer, Purpose, Step};
 use minisgl_core::batch::{self, HEADER_WORDS, Header};
 use minisgl_core::config::Limits;
 use minisgl_core::fp8;
-use minisgl_core::sampling::{LOGPROB_WORDS, NO_TOKEN, RowLogprobs, SlotState};
+use minisgl_core::sampling::{LOGPROB_WORDS, NO_TOKEN, RowLogprobs};
 use minisgl_core::spec::{Activation, DecoderSpec, Dims, Inputs, WeightFormat};
 use minisgl_core::stats::ExpertsRead;
 use rayon::prelude::*;
 
+use crate::edits::Slots;
 use crate::error::CpuError;
 use crate::experts::{self, RunExperts};
 use crate::memory::{Buffer, Memory, floats};
@@ -112,14 +113,18 @@ impl Machine {
         let (hidden, eps) = (dims.hidden as usize, dims.norm_eps);
         match *command {
             Command::BeginStep { step } => {
-                let [words, page_table, slots] = memory.borrow([step.batch, step.page_table, step.slots])?;
+                let buffers = [step.batch, step.page_table, step.slots, step.rules];
+                let [words, page_table, slots, rules] = memory.borrow(buffers)?;
                 ops::update_pages(batch::packed_updates(&step.layout, words), page_table);
                 let updates = batch::packed_slot_updates(&step.layout, words);
                 ops::update_slots(updates, bytemuck::cast_slice_mut(slots));
+                ops::update_rules(updates, batch::packed_rules(&step.layout, words), rules);
             }
             Command::Embed { step, table, scale, out } => {
-                let [words, pool, out] = memory.borrow([step.batch, step.token_pool, out])?;
+                let buffers = [step.batch, step.token_pool, step.history, out];
+                let [words, pool, history, out] = memory.borrow(buffers)?;
                 let tokens = tokens(&step, words);
+                ops::remember(tokens, pool, history);
                 ops::embed(tokens, pool, &weights[table.0], scale, &mut floats(out)[..tokens.len() * hidden]);
             }
             Command::RmsNorm { tokens, x, weight, out } => {
@@ -170,13 +175,22 @@ impl Machine {
                 ops::final_norm(rows, floats(residual), floats(delta), scale, eps, out);
             }
             Command::Sample { step, logits, tokens } => {
-                let buffers = [step.batch, step.token_pool, step.slots, logits, tokens, candidates];
-                let [words, pool, slots, logits, tokens, candidates] = memory.borrow(buffers)?;
+                let Step { batch, token_pool, slots, rules, page_table, history, .. } = step;
+                let [words, pool, slots, rules, page_table, history, logits, tokens, candidates] = memory
+                    .borrow([
+                        batch, token_pool, slots, rules, page_table, history, logits, tokens, candidates,
+                    ])?;
                 let rows = sampled_rows(&step, words);
                 let tokens = &mut tokens[header(words).output as usize..][..rows.len()];
-                let vocab = dims.vocab as usize;
-                let slots: &[SlotState] = bytemuck::cast_slice(slots);
-                draw_rows(rows, slots, floats(logits), vocab, floats(candidates), tokens);
+                let slots = Slots {
+                    states: bytemuck::cast_slice(slots),
+                    rules,
+                    page_table,
+                    table_width: step.table_width as usize,
+                    page_size: step.page_size,
+                    history,
+                };
+                draw_rows(rows, &slots, floats(logits), dims.vocab as usize, candidates, tokens);
                 for (row, token) in rows.iter().zip(tokens) {
                     pool[row.slot as usize] = if *token == NO_TOKEN { 0 } else { *token };
                 }
@@ -264,21 +278,23 @@ impl Attend {
     }
 }
 
-/// Draws each row's token; every thread takes a run of rows and one row of candidates.
+/// Edits each row's logits and draws its token; every thread takes a run of rows and one row of scratch.
 fn draw_rows(
     rows: &[batch::Row],
-    slots: &[SlotState],
-    logits: &[f32],
+    slots: &Slots<'_>,
+    logits: &mut [f32],
     vocab: usize,
-    candidates: &mut [f32],
+    scratch: &mut [u32],
     out: &mut [u32],
 ) {
-    let run = out.len().div_ceil(candidates.len() / vocab).max(1);
-    let runs = out.par_chunks_mut(run).zip(candidates.par_chunks_mut(vocab)).enumerate();
-    runs.for_each(|(i, (out, candidates))| {
-        let rows = rows[i * run..].iter().zip(logits[i * run * vocab..].chunks(vocab));
+    let run = out.len().div_ceil(scratch.len() / vocab).max(1);
+    let runs = out.par_chunks_mut(run).zip(scratch.par_chunks_mut(vocab)).enumerate();
+    runs.zip(logits.par_chunks_mut(run * vocab)).for_each(|((i, (out, scratch)), logits)| {
+        let rows = rows[i * run..].iter().zip(logits.chunks_mut(vocab));
         for (out, (row, logits)) in out.iter_mut().zip(rows) {
-            *out = sampling::draw(logits, &slots[row.slot as usize], row.kv_len, candidates);
+            let state = &slots.states[row.slot as usize];
+            slots.edit(row, logits, scratch);
+            *out = sampling::draw(logits, state, row.kv_len, floats(scratch));
         }
     });
 }

@@ -12,6 +12,7 @@
 //!   ops.rs      what a transformer is: embedding, norm, rope, attention
 //!   experts.rs  MLPs of which each token gets some
 //!   matmul.rs   rows times a matrix, in blocks
+//!   edits.rs    penalties, biases and what may not be drawn, in logits
 //!   sampling.rs tokens and log-probabilities out of logits
 //!   simd.rs     the inner loops, compiled for the vector units that the machine has
 //! ```
@@ -22,6 +23,7 @@
 mod command;
 mod crew;
 mod device;
+mod edits;
 mod error;
 mod experts;
 mod layer;

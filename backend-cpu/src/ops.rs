@@ -4,6 +4,7 @@
 //! drawing tokens in [`crate::sampling`].
 
 use minisgl_core::batch::{LAST_TOKEN, PageUpdate, Row, SlotUpdate, Token};
+use minisgl_core::rules::RULE_WORDS;
 use minisgl_core::sampling::SlotState;
 use minisgl_core::spec::Dims;
 use rayon::prelude::*;
@@ -28,12 +29,31 @@ pub fn update_slots(updates: &[SlotUpdate], slots: &mut [SlotState]) {
     }
 }
 
+/// The slots' words of rules, to their regions.
+pub fn update_rules(updates: &[SlotUpdate], words: &[u32], rules: &mut [u32]) {
+    for SlotUpdate { slot, rules: first, rule_words, .. } in updates {
+        let own = &words[*first as usize..][..*rule_words as usize];
+        rules[*slot as usize * RULE_WORDS..][..own.len()].copy_from_slice(own);
+    }
+}
+
+/// A token's id: the batch's, or the one that its slot sampled last.
+fn id_of(token: &Token, token_pool: &[u32]) -> u32 {
+    if token.id == LAST_TOKEN { token_pool[token.slot as usize] } else { token.id }
+}
+
+/// `history[location of t] = id of t`.
+pub fn remember(tokens: &[Token], token_pool: &[u32], history: &mut [u32]) {
+    for token in tokens {
+        history[token.location as usize] = id_of(token, token_pool);
+    }
+}
+
 /// `out[t] = table[id of t] * scale`: `[tokens, hidden]`.
 pub fn embed(tokens: &[Token], token_pool: &[u32], table: &Matrix, scale: f32, out: &mut [f32]) {
     let rows = out.par_chunks_mut(table.cols).zip(tokens).with_min_len(ROWS_A_TASK);
     rows.for_each(|(out, token)| {
-        let id = if token.id == LAST_TOKEN { token_pool[token.slot as usize] } else { token.id };
-        table.widen(id as usize, 0, out);
+        table.widen(id_of(token, token_pool) as usize, 0, out);
         out.iter_mut().for_each(|x| *x *= scale);
     });
 }

@@ -50,7 +50,7 @@ fn steps_allocate_nothing() {
     let sampling = |i: usize| {
         let (temperature, min_p) = (i as f32 * 0.1, 0.01);
         let state = SlotState { temperature, top_k: 400, top_p: 0.9, min_p, ..SlotState::default() };
-        Draw { state, logprobs: 6 }
+        Draw { logprobs: 6, ..state.into() }
     };
     let (step, _, _) = machine.step(&mut random, &sequences, sampling, None);
     let mut pinned = machine.cpu.alloc_pinned(24).unwrap();

@@ -15,7 +15,7 @@ fn sampling_step(random: &mut Random, vocab: usize, draws: &[Draw]) -> (Machine,
     let slots = random.permutation(draws.len());
     let sequences: Vec<_> =
         slots.iter().map(|slot| Sequence { slot: *slot, cached: random.below(60) as u32, new: 1 }).collect();
-    let (step, _, rows) = machine.step(random, &sequences, |i| draws[i], None);
+    let (step, _, rows) = machine.step(random, &sequences, |i| draws[i].clone(), None);
     machine.cpu.begin_step(&step).unwrap();
     (machine, step, rows)
 }
@@ -134,7 +134,7 @@ fn one_candidate_is_the_greedy_token() {
     let logits = random.floats(60 * vocab);
     let (mut machine, step, _) = sampling_step(&mut random, vocab, &draws);
     let filtered = draw(&mut machine, &step, &logits);
-    let (mut machine, step, _) = sampling_step(&mut random, vocab, &[Draw::default(); 60]);
+    let (mut machine, step, _) = sampling_step(&mut random, vocab, &vec![Draw::default(); 60]);
     assert_eq!(filtered, draw(&mut machine, &step, &logits));
 }
 
@@ -142,7 +142,7 @@ fn one_candidate_is_the_greedy_token() {
 fn greedy_takes_the_lowest_id_among_equals() {
     let mut random = Random(3);
     for vocab in [5, 16, 40, 129] {
-        let (mut machine, step, _) = sampling_step(&mut random, vocab, &[Draw::default(); 8]);
+        let (mut machine, step, _) = sampling_step(&mut random, vocab, &vec![Draw::default(); 8]);
         let first: Vec<usize> = (0..8).map(|_| random.below(vocab)).collect();
         let mut logits = vec![-1.0; 8 * vocab];
         for (logits, first) in logits.chunks_mut(vocab).zip(&first) {
@@ -250,7 +250,7 @@ fn a_row_draws_the_same_token_whatever_is_drawn_beside_it() {
     let together = draw(&mut machine, &step, &logits);
     for i in [0, 7, 39] {
         let sequence = Sequence { slot: packed[i].slot, cached: packed[i].position, new: 1 };
-        let (step, _, _) = machine.step(&mut random, &[sequence], |_| draws[i], None);
+        let (step, _, _) = machine.step(&mut random, &[sequence], |_| draws[i].clone(), None);
         assert_eq!(draw(&mut machine, &step, &logits[i * vocab..][..vocab]), [together[i]]);
     }
 }

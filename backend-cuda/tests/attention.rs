@@ -214,6 +214,8 @@ impl World {
             page_size: self.limits.page_size,
             token_pool: self.table,
             slots: self.table,
+            rules: self.table,
+            history: self.table,
         };
         let whole: &[Part] = &[Part::Whole];
         let halves = if shape.is_decode() { &[Part::First, Part::Second] } else { whole };

@@ -300,6 +300,8 @@ fn step_of(shape: StepShape, batch: Buffer, layout: Layout) -> Step<Buffer> {
         page_size: 32,
         token_pool: batch,
         slots: batch,
+        rules: batch,
+        history: batch,
     }
 }
 

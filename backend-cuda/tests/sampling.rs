@@ -6,7 +6,8 @@ use half::f16;
 use minisgl_core::backend::{Device, Element, Ops, Purpose, Queue, Sampler, Step};
 use minisgl_core::batch::{Header, Layout, ROW_WORDS, Row, StepShape};
 use minisgl_core::config::Limits;
-use minisgl_core::sampling::{LOGPROB_WORDS, NO_TOKEN, RowLogprobs, SlotState};
+use minisgl_core::rules::{RULE_WORDS, Rules, biased, penalized};
+use minisgl_core::sampling::{LOGPROB_WORDS, NO_TOKEN, RowLogprobs, SamplingParams, SlotState};
 use minisgl_core::spec::{DecoderSpec, Dims, LayerSpec};
 use minisgl_core::tensor::splitmix64;
 use minisgl_cuda::perf::drawn::complaint;
@@ -114,8 +115,11 @@ struct Bench {
 
 impl Bench {
     fn new(rows: u32, vocab: usize) -> Bench {
+        Bench::with(limits(rows), vocab)
+    }
+
+    fn with(limits: Limits, vocab: usize) -> Bench {
         let mut cuda = Cuda::new(&Options::default()).expect("a GPU");
-        let limits = limits(rows);
         let plan_words = cuda.reserve(&spec(vocab as u32), &limits).expect("scratch");
         Bench { cuda, limits, plan_words, vocab }
     }
@@ -151,6 +155,7 @@ impl Bench {
         let mut states = vec![SlotState::default(); slots];
         draws.iter().for_each(|draw| states[draw.row.slot as usize] = draw.state);
         let width = self.limits.table_width();
+        let locations = (self.limits.pages as usize + 1) * self.limits.page_size as usize;
         Step {
             shape: StepShape::decode(rows.len() as u32),
             batch: self.words(&words),
@@ -160,17 +165,24 @@ impl Bench {
             page_size: self.limits.page_size,
             token_pool: self.words(&vec![POISON; slots]),
             slots: self.words(bytemuck::cast_slice(&states)),
+            rules: self.words(&vec![0; slots * RULE_WORDS]),
+            history: self.words(&vec![0; locations]),
         }
+    }
+
+    /// A buffer of logits.
+    fn logits(&mut self, logits: &[f16]) -> Buffer {
+        let mut packed: Vec<u16> = logits.iter().map(|l| l.to_bits()).collect();
+        packed.resize(packed.len().next_multiple_of(2), 0);
+        let words: Vec<u32> =
+            packed.chunks(2).map(|pair| u32::from(pair[0]) | u32::from(pair[1]) << 16).collect();
+        self.words(&words)
     }
 
     /// Tokens and token pool after sampling these rows.
     fn sample(&mut self, draws: &[Draw], logits: &[f16]) -> (Vec<u32>, Vec<u32>, Vec<RowLogprobs>) {
         let step = self.step(draws);
-        let mut packed: Vec<u16> = logits.iter().map(|l| l.to_bits()).collect();
-        packed.resize(packed.len().next_multiple_of(2), 0);
-        let words: Vec<u32> =
-            packed.chunks(2).map(|pair| u32::from(pair[0]) | u32::from(pair[1]) << 16).collect();
-        let logits = self.words(&words);
+        let logits = self.logits(logits);
         let tokens = self.words(&vec![POISON; 2 * self.limits.running as usize]);
         let logprobs = self.words(&vec![POISON; 2 * self.limits.running as usize * LOGPROB_WORDS]);
         self.cuda.sample(&step, logits, tokens).expect("a launch");
@@ -302,6 +314,161 @@ fn logprobs_are_those_of_the_softmax_before_temperature() {
                 assert_eq!(id as usize, order[rank], "row {i}, rank {rank}");
                 assert!((f64::from(logprob) - (own[id as usize].to_f64() - total)).abs() < 1e-4);
             }
+        }
+    }
+}
+
+/// What a row asks for, and the tokens of its sequence.
+struct Edits {
+    params: SamplingParams,
+    biases: Vec<(u32, f32)>,
+    endings: Vec<u32>,
+    bad_words: Vec<Vec<u32>>,
+    prompt_len: u32,
+    tokens: Vec<u32>,
+}
+
+impl Edits {
+    fn random(random: &mut Random, vocab: usize, len: usize) -> Edits {
+        let mut below = |bound: usize| random.word() as usize % bound.max(1);
+        let ids = [20.min(vocab), vocab][below(2)];
+        let tokens: Vec<u32> = (0..len).map(|_| below(ids) as u32).collect();
+        let params = SamplingParams {
+            temperature: [0.0, 0.8][below(2)],
+            top_k: [0, 5][below(2)],
+            repetition_penalty: [1.0, 1.2, 0.5, 1e30, 1e-30][below(5)],
+            presence_penalty: [0.0, 0.7, -2.0, 2.0][below(4)],
+            frequency_penalty: [0.0, 0.3, -2.0, 2.0][below(4)],
+            min_tokens: [0, 5, len as u32][below(3)],
+            ..SamplingParams::default()
+        };
+        let mut biases: Vec<(u32, f32)> =
+            (0..below(1025)).map(|_| (below(vocab) as u32, below(200) as f32 - 100.0 + 0.3)).collect();
+        biases.sort_by_key(|(id, _)| *id);
+        biases.dedup_by_key(|(id, _)| *id);
+        let bad_words = (0..below(40)).map(|_| {
+            let mut word = tokens[len - below(len.min(5))..].to_vec();
+            word.push(below(vocab) as u32);
+            word
+        });
+        let bad_words = bad_words.collect();
+        let endings = (0..below(9)).map(|_| below(vocab) as u32).collect();
+        Edits { params, biases, endings, bad_words, prompt_len: below(len + 1) as u32, tokens }
+    }
+
+    fn state(&self) -> (SlotState, Vec<u32>) {
+        let rules = Rules::new(self.biases.clone(), vec![], &self.bad_words).expect("few rules");
+        let mut state = self.params.slot_state(self.prompt_len);
+        rules.apply(self.endings.len(), &mut state);
+        (state, rules.words(self.endings.iter().copied()).collect())
+    }
+
+    /// Core's definition, rounded to f16 behind each step.
+    fn edited(&self, logits: &[f16]) -> Vec<f16> {
+        let (state, _) = self.state();
+        let mut logits = logits.to_vec();
+        let output = &self.tokens[self.prompt_len as usize..];
+        let mut edit = |id: u32, edit: &dyn Fn(f32) -> f32| {
+            let logit = &mut logits[id as usize];
+            if logit.is_finite() {
+                *logit = f16::from_f32(edit(logit.to_f32()));
+            }
+        };
+        if (output.len() as u32) < self.params.min_tokens {
+            self.endings.iter().for_each(|id| edit(*id, &|_| f32::NEG_INFINITY));
+        }
+        for (last, before) in self.bad_words.iter().filter_map(|word| word.split_last()) {
+            if output.ends_with(before) {
+                edit(*last, &|_| f32::NEG_INFINITY);
+            }
+        }
+        self.biases.iter().for_each(|(id, bias)| edit(*id, &|logit| biased(logit, *bias)));
+        let mut seen = std::collections::BTreeMap::new();
+        for (position, id) in (0..).zip(&self.tokens) {
+            *seen.entry(*id).or_insert(0) += u32::from(position >= self.prompt_len);
+        }
+        if state.penalizes() {
+            seen.iter().for_each(|(id, count)| edit(*id, &|logit| penalized(logit, *count, &state)));
+        }
+        logits
+    }
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn logits_are_edited_as_the_definition_says_and_the_token_is_theirs() {
+    let mut random = Random(23);
+    for (rows, vocab, len) in
+        taken([(9, 17, 30), (33, 1024, 200), (7, 6145, 3000), (5, 20_001, 20_000), (40, 151_936, 2000)])
+    {
+        let page_size = 16;
+        let sequence = len as u32 + page_size;
+        let pages = rows * sequence.div_ceil(page_size);
+        let limits = Limits { sequence, page_size, pages, ..limits(rows) };
+        let mut bench = Bench::with(limits, vocab);
+        let all: Vec<Edits> = (0..rows)
+            .map(|_| {
+                let len = 1 + random.word() as usize % len;
+                Edits::random(&mut random, vocab, len)
+            })
+            .collect();
+        let slots = rows as usize + 1;
+        let width = limits.table_width();
+        let mut rules = vec![0; slots * RULE_WORDS];
+        let mut table = vec![pages; slots * width as usize];
+        let mut history = vec![POISON; ((pages + 1) * page_size) as usize];
+        let mut draws = vec![];
+        for (slot, edits) in (0..).zip(&all) {
+            let (state, words) = edits.state();
+            rules[slot as usize * RULE_WORDS..][..words.len()].copy_from_slice(&words);
+            for (position, id) in (0..).zip(&edits.tokens) {
+                // Pages from the last to the first.
+                let page = pages - 1 - (slot * width + position / page_size);
+                table[(slot * width + position / page_size) as usize] = page;
+                history[(page * page_size + position % page_size) as usize] = *id;
+            }
+            let kv_len = edits.tokens.len() as u32;
+            let row = Row {
+                slot,
+                first_token: slot,
+                tokens: 1,
+                position: kv_len - 1,
+                kv_len,
+                sampled: 1,
+                ..Row::default()
+            };
+            draws.push(Draw { row, state });
+        }
+        let step = Step {
+            rules: bench.words(&rules),
+            page_table: bench.words(&table),
+            history: bench.words(&history),
+            ..bench.step(&draws)
+        };
+        let mut logits = random_logits(&mut random, rows as usize, vocab);
+        for (i, value) in [f16::NEG_INFINITY, f16::NAN, f16::MAX].into_iter().enumerate() {
+            logits[i * vocab + random.word() as usize % vocab] = value;
+        }
+        let (buffer, tokens) = (bench.logits(&logits), bench.words(&vec![POISON; 2 * rows as usize]));
+        bench.cuda.sample(&step, buffer, tokens).expect("a launch");
+        let tokens = bench.read(tokens, rows as usize);
+        let words = bench.read(buffer, (rows as usize * vocab).div_ceil(2));
+        let edited: &[u16] = bytemuck::cast_slice(&words);
+        for (i, edits) in all.iter().enumerate() {
+            let expected = edits.edited(&logits[i * vocab..][..vocab]);
+            let got = &edited[i * vocab..][..vocab];
+            let wrong = (0..vocab).find(|id| expected[*id].to_bits() != got[*id]);
+            assert_eq!(wrong, None, "{rows} x {vocab}: row {i}: {:?}", edits.params);
+            let numbers: Vec<f32> = expected.iter().map(|logit| logit.to_f32()).collect();
+            let none = numbers.iter().any(|x| x.is_nan()) || numbers.iter().all(|x| *x == f32::NEG_INFINITY);
+            if none {
+                assert_eq!(tokens[i], NO_TOKEN);
+                continue;
+            }
+            // What is never drawn is far below what may be.
+            let finite: Vec<f32> = numbers.iter().map(|x| x.max(-1e9)).collect();
+            let complaint = complaint(&draws[i].state, draws[i].row.kv_len, &finite, tokens[i]);
+            assert_eq!(complaint, None, "{rows} x {vocab}: row {i}: {:?}", edits.params);
         }
     }
 }

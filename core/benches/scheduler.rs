@@ -58,7 +58,7 @@ impl Decoding {
         for row in 0..rows {
             let prompt: Vec<u32> = (0..100 + row % 16).map(|i| (row * 7919 + i) % 10_000).collect();
             let params = SamplingParams { max_tokens: SEQUENCE, ..SamplingParams::default() };
-            scheduler.submit(Request { prompt: &prompt, params }).expect("the queue has room for all");
+            scheduler.submit(Request::new(&prompt, params)).expect("the queue has room for all");
         }
         let tokens = (0..rows).map(|row| row * 31 % 10_000).collect();
         let (in_flight, next) = (Batch::new(&limits), Batch::new(&limits));

@@ -203,6 +203,10 @@ pub struct Step<Buf> {
     pub token_pool: Buf,
     /// `[slots + 1]` [`crate::sampling::SlotState`]: how each slot's tokens are drawn (words).
     pub slots: Buf,
+    /// `[slots + 1, RULE_WORDS]`: what each slot's request says of single tokens; see [`crate::rules`] (words).
+    pub rules: Buf,
+    /// `[pages + 1, page_size]`: the token whose key and value lie at a location (words).
+    pub history: Buf,
 }
 
 /// Keys and values of one layer, each `[pages + 1, kv_heads, page_size, head_dim]` of [`Element::Kv`].
@@ -292,7 +296,8 @@ pub enum WeightRole {
 
 /// The stage behind a model's forward pass: tokens out of logits, by what each row's slot says.
 pub trait Sampler: Device {
-    /// Draws a token for each sampled row by [`crate::sampling`]'s definition, into `tokens[header.output + row]` (words;
+    /// Edits the logits of rows whose slots ask for it, in place, and draws a token for each sampled row by
+    /// [`crate::sampling`]'s definition, into `tokens[header.output + row]` (words;
     /// padding rows included) and the token pool. Where there is none, the former gets [`crate::sampling::NO_TOKEN`], the
     /// latter 0.
     fn sample(
@@ -352,11 +357,11 @@ pub trait Ops: Sampler {
     /// on the host; the words travel with the batch. Must not allocate.
     fn plan(&self, shape: StepShape, rows: &[Row], words: &mut [u32]);
 
-    /// Applies the batch's page-table updates. The first operation of every step.
+    /// Applies the batch's updates of the page table, the slots and their rules. The first operation of every step.
     fn begin_step(&mut self, step: &Step<Self::Buffer>) -> Result<(), Self::Error>;
 
     /// The residual stream becomes `table[id of token t]`, where the id is the batch's or, for
-    /// [`crate::batch::LAST_TOKEN`], the pool's.
+    /// [`crate::batch::LAST_TOKEN`], the pool's. The id goes to the token's place in the history.
     fn embed(&mut self, step: &Step<Self::Buffer>, table: Self::Weight) -> Result<(), Self::Error>;
 
     /// Layer `layer` of the spec, over the residual stream: keys and values of all rows are stored, then all rows attend.

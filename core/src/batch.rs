@@ -1,12 +1,13 @@
 //! A step's batch: plain words, laid out once, sent to the device as one copy.
 //!
 //! ```text
-//!   word 0        16            16 + plan        + 8 rows             + 4 tokens           + 2 updates
-//!   | Header      | plan words  | Row, Row, …    | Token, Token, …    | PageUpdate, …      | SlotUpdate, …
+//!   word 0        16            16 + plan        + 8 rows             + 4 tokens           + 2 updates      + 20 slot updates
+//!   | Header      | plan words  | Row, Row, …    | Token, Token, …    | PageUpdate, …      | SlotUpdate, …  | rules …
 //! ```
 //!
 //! Where a part begins ([`Layout`]) depends on the step's shape alone, so a recorded step finds it where it was. What is not
-//! used lies behind the updates, and is not copied. Slot updates begin where the page updates of the step end.
+//! used lies behind the updates, and is not copied. Slot updates begin where the page updates of the step end, and the words
+//! of their [rules](crate::rules) where those end.
 //!
 //! A step that scores prompts has a second part behind the room of the largest first one, copied on its own: what the head and
 //! the sampler need to give the log-probabilities of given tokens. It looks to them like a step of rows of one token each.
@@ -37,6 +38,7 @@ use bytemuck::{Pod, Zeroable};
 
 use crate::config::Limits;
 use crate::request::Ticket;
+use crate::rules::RULE_WORDS;
 use crate::sampling::SlotState;
 
 /// In [`Token::id`]: the token that the slot sampled last, not yet known to the host.
@@ -111,8 +113,12 @@ pub struct PageUpdate {
 pub struct SlotUpdate {
     /// The slot.
     pub slot: u32,
+    /// Where its words begin among the step's words of rules.
+    pub rules: u32,
+    /// How many it has there; they go to the slot's region.
+    pub rule_words: u32,
     /// Zero.
-    pub reserved: [u32; 3],
+    pub reserved: u32,
     /// What it holds from this step on.
     pub state: SlotState,
 }
@@ -191,8 +197,8 @@ impl Layout {
         let tokens = rows + limits.running as usize * ROW_WORDS;
         let updates = tokens + limits.step_tokens() * TOKEN_WORDS;
         let slot_updates = updates + limits.page_updates() * UPDATE_WORDS;
-        let end = slot_updates + limits.running as usize * SLOT_UPDATE_WORDS;
-        let scored = end.next_multiple_of(ROW_WORDS);
+        let rules = slot_updates + limits.running as usize * SLOT_UPDATE_WORDS;
+        let scored = (rules + limits.rule_words()).next_multiple_of(ROW_WORDS);
         let words = scored + HEADER_WORDS + limits.prefill_tokens as usize * (ROW_WORDS + 1);
         Layout { plan, rows, tokens, updates, scored, words }
     }
@@ -228,6 +234,7 @@ pub struct Batch {
     wants_logprobs: bool,
     updates: Vec<PageUpdate>,
     slot_updates: Vec<SlotUpdate>,
+    rules: Vec<u32>,
     tokens: Vec<Token>,
     /// Requests' tokens lie together, in the order of their positions.
     scored: Vec<Scored>,
@@ -235,6 +242,7 @@ pub struct Batch {
     owners: Vec<Ticket>,
     samples: u32,
     capacity_updates: usize,
+    capacity_rules: usize,
     capacity_tokens: usize,
     capacity_rows: usize,
     capacity_scored: usize,
@@ -251,11 +259,13 @@ impl Batch {
             wants_logprobs: false,
             updates: Vec::with_capacity(limits.page_updates()),
             slot_updates: Vec::with_capacity(rows),
+            rules: Vec::with_capacity(limits.rule_words()),
             tokens: Vec::with_capacity(limits.step_tokens()),
             scored: Vec::with_capacity(limits.prefill_tokens as usize),
             owners: Vec::with_capacity(rows),
             samples: 0,
             capacity_updates: limits.page_updates(),
+            capacity_rules: limits.rule_words(),
             capacity_tokens: limits.step_tokens(),
             capacity_rows: rows,
             capacity_scored: limits.prefill_tokens as usize,
@@ -270,6 +280,7 @@ impl Batch {
         self.rows.clear();
         self.updates.clear();
         self.slot_updates.clear();
+        self.rules.clear();
         self.tokens.clear();
         self.scored.clear();
         self.owners.clear();
@@ -352,16 +363,27 @@ impl Batch {
         self.capacity_updates - self.updates.len()
     }
 
+    /// Is there room for the rules of another slot, whatever they are?
+    pub fn has_room_for_rules(&self) -> bool {
+        self.capacity_rules - self.rules.len() >= RULE_WORDS
+    }
+
     /// Adds a page-table update.
     pub fn push_update(&mut self, update: PageUpdate) {
         assert!(self.updates.len() < self.capacity_updates, "page updates fit the batch");
         self.updates.push(update);
     }
 
-    /// Says how a slot's tokens are drawn from this step on.
-    pub fn push_slot(&mut self, slot: u32, state: SlotState) {
+    /// Says how a slot's tokens are drawn from this step on, with the words of its region of rules.
+    pub fn push_slot(&mut self, slot: u32, state: SlotState, rules: impl Iterator<Item = u32>) {
         assert!(self.slot_updates.len() < self.capacity_rows, "a slot is taken once a step");
-        self.slot_updates.push(SlotUpdate { slot, reserved: [0; 3], state });
+        let first = self.rules.len();
+        for word in rules {
+            assert!(self.rules.len() < self.capacity_rules, "rules fit the batch");
+            self.rules.push(word);
+        }
+        let rule_words = (self.rules.len() - first) as u32;
+        self.slot_updates.push(SlotUpdate { slot, rules: first as u32, rule_words, reserved: 0, state });
     }
 
     /// Adds a token of the prefill row pushed last.
@@ -437,10 +459,12 @@ impl Batch {
         }
         let updates: &[u32] = bytemuck::cast_slice(&self.updates);
         let slot_updates: &[u32] = bytemuck::cast_slice(&self.slot_updates);
-        let (pages, slots) = words[layout.updates..].split_at_mut(updates.len());
+        let (pages, rest) = words[layout.updates..].split_at_mut(updates.len());
+        let (slots, rest) = rest.split_at_mut(slot_updates.len());
         pages.copy_from_slice(updates);
-        slots[..slot_updates.len()].copy_from_slice(slot_updates);
-        let used = layout.updates + updates.len() + slot_updates.len();
+        slots.copy_from_slice(slot_updates);
+        rest[..self.rules.len()].copy_from_slice(&self.rules);
+        let used = layout.updates + updates.len() + slot_updates.len() + self.rules.len();
         let tokens: &mut [Token] =
             bytemuck::cast_slice_mut(&mut words[layout.tokens..][..shape.tokens as usize * TOKEN_WORDS]);
         tokens[..self.tokens.len()].copy_from_slice(&self.tokens);
@@ -522,6 +546,12 @@ pub fn packed_slot_updates<'a>(layout: &Layout, words: &'a [u32]) -> &'a [SlotUp
     let (updates, slots) = (words[3] as usize, words[5] as usize);
     let first = layout.updates + updates * UPDATE_WORDS;
     bytemuck::cast_slice(&words[first..][..slots * SLOT_UPDATE_WORDS])
+}
+
+/// The words of a packed batch's rules, and what lies behind them.
+pub fn packed_rules<'a>(layout: &Layout, words: &'a [u32]) -> &'a [u32] {
+    let (updates, slots) = (words[3] as usize, words[5] as usize);
+    &words[layout.updates + updates * UPDATE_WORDS + slots * SLOT_UPDATE_WORDS..]
 }
 
 /// A packed batch of zeros, for a backend's own tests.

@@ -2,6 +2,7 @@
 
 use thiserror::Error;
 
+use crate::rules::RULE_WORDS;
 use crate::sampling::LOGPROB_WORDS;
 
 /// How many of each thing there can be.
@@ -101,7 +102,8 @@ impl Limits {
         let requests = self.requests() * (160 + 4 * u64::from(self.sequence).div_ceil(block));
         let logprobs = 4 * LOGPROB_WORDS as u64;
         let scored = u64::from(self.prefill_tokens) * (60 + logprobs);
-        let of_step = self.step_tokens() as u64 * 32 + u64::from(self.running) * (160 + logprobs) + scored;
+        let rows = u64::from(self.running) * (160 + logprobs);
+        let of_step = self.step_tokens() as u64 * 32 + rows + 8 * self.rule_words() as u64 + scored;
         blocks + requests + 2 * of_step + u64::from(self.pages) * (page * 4 + 64)
     }
 
@@ -143,6 +145,11 @@ impl Limits {
     /// Tokens of the largest step: prompts, and a token of each request that decodes beside them.
     pub fn step_tokens(&self) -> usize {
         self.prefill_tokens as usize + self.running as usize
+    }
+
+    /// Words of rules that one step may bring: a slot's region at least, and where many requests run, 64 for each.
+    pub fn rule_words(&self) -> usize {
+        RULE_WORDS.max(self.running as usize * 64)
     }
 
     /// Page-table entries that one step may change: the new pages of a full step and one request's whole prefix at least,

@@ -47,7 +47,7 @@ pub(crate) fn fitted<B: Sampler, M: Model<B>>(
         return attempt(backend, model, resident, limits, staging).map_err(|failed| failed.error);
     };
     let least = least.max(1);
-    let page_bytes = model.page_bytes(limits.page_size).max(1);
+    let page_bytes = page_bytes(model, &limits);
     let mut recording = 0;
     loop {
         let free = backend.memory().map_err(EngineError::Setup)?.free;
@@ -63,9 +63,15 @@ pub(crate) fn fitted<B: Sampler, M: Model<B>>(
             Err(failed) if failed.out_of_memory => recording = recording.max(failed.recording),
             done => return done.map_err(|failed| failed.error),
         }
+        resident.free_history(backend).map_err(EngineError::Setup)?;
         model.free_pages(backend).map_err(EngineError::Setup)?;
         limits.pages = limits.pages.saturating_sub(1);
     }
+}
+
+/// Keys and values of a page's tokens, and a word of history for each.
+fn page_bytes<B: Sampler, M: Model<B>>(model: &M, limits: &Limits) -> u64 {
+    model.page_bytes(limits.page_size) + 4 * u64::from(limits.page_size)
 }
 
 struct Failed<E: core::error::Error + 'static> {
@@ -87,6 +93,7 @@ fn attempt<B: Sampler, M: Model<B>>(
         Failed { error: EngineError::Setup(source), out_of_memory, recording: 0 }
     };
     model.alloc_pages(backend, limits.pages, limits.page_size).map_err(setup)?;
+    resident.alloc_history(backend, limits.pages).map_err(setup)?;
     resident.clear(backend, &limits).map_err(setup)?;
     let memory = backend.memory().map_err(setup)?;
     match DecodeGraphs::capture(backend, model, resident, &limits, staging) {
@@ -95,7 +102,7 @@ fn attempt<B: Sampler, M: Model<B>>(
             out_of_memory: B::is_out_of_memory(&source),
             error: EngineError::Capture { rows, source },
             recording: match recorded as u64 {
-                0 => memory.free.saturating_mul(2).saturating_add(model.page_bytes(limits.page_size)),
+                0 => memory.free.saturating_mul(2).saturating_add(page_bytes(model, &limits)),
                 recorded => memory.free.saturating_mul(count as u64) / recorded,
             },
         }),

@@ -19,6 +19,7 @@ pub mod policy;
 pub mod queue;
 pub mod request;
 mod resident;
+pub mod rules;
 pub mod sampling;
 pub mod scheduler;
 pub mod spec;

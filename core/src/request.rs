@@ -1,7 +1,10 @@
 //! What goes into the scheduler and what comes out: requests and events.
 
+use alloc::sync::Arc;
+
 use thiserror::Error;
 
+use crate::rules::Rules;
 use crate::sampling::{RowLogprobs, SamplingError, SamplingParams};
 
 /// A request's name inside the engine: an entry of the request table and which of its tenants is meant.
@@ -20,6 +23,15 @@ pub struct Request<'a> {
     pub prompt: &'a [u32],
     /// How its tokens are drawn.
     pub params: SamplingParams,
+    /// What it says of single tokens.
+    pub rules: Option<&'a Arc<Rules>>,
+}
+
+impl<'a> Request<'a> {
+    /// A request that says nothing of single tokens.
+    pub fn new(prompt: &'a [u32], params: SamplingParams) -> Self {
+        Request { prompt, params, rules: None }
+    }
 }
 
 /// A request taken in.
@@ -81,6 +93,8 @@ pub enum FinishReason {
     Length,
     /// It drew an end-of-sequence token, which is its last token.
     Eos,
+    /// It drew one of its stop tokens, which is its last token.
+    Stop,
     /// It was aborted.
     Abort,
     /// Its logits were not numbers, so that no further token could be drawn.

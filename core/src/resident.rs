@@ -5,6 +5,8 @@
 //!   page table  [slots + 1, table_width]   kept up to date by the batches' updates
 //!   token pool  [slots + 1]                the token each slot sampled last
 //!   slots       [slots + 1] SlotState      how each slot's tokens are drawn, kept up to date likewise
+//!   rules       [slots + 1, RULE_WORDS]    what each slot's request says of single tokens, likewise
+//!   history     [pages + 1, page_size]     the token whose key and value lie at a location, beside the KV pages
 //!   tokens      [2, slots]                 what the steps draw; steps take turns at the two halves
 //!   logprobs    [2, slots] RowLogprobs     their log-probabilities
 //!   scores      [2, prefill tokens] RowLogprobs     those of the prompts' tokens that the steps score
@@ -17,12 +19,16 @@
 //! Invariant: the page table's last row, the dummy slot's, names the dummy page from the start and is never updated.
 //! Other entries name it too until they are set, so no table entry ever leads out of the KV memory.
 //!
+//! The history lies beside the pages so that it is right whenever keys and values are: for a prefix that another request
+//! computed, after a preemption, and for drafts, of which those behind a wrong one are overwritten likewise.
+//!
 //! The page table has an entry for each page of as many sequences of full length as there are slots: 4 bytes each, a MiB for
 //! 256 slots of 16,384 tokens, 256 MiB for 4,096 slots of 262,144.
 
 use crate::backend::{Device, Element, Model, Purpose, Sampler, Step};
 use crate::batch::{Batch, Dummy, HEADER_WORDS, Layout, ROW_WORDS, StepShape};
 use crate::config::Limits;
+use crate::rules::RULE_WORDS;
 use crate::sampling::{LOGPROB_WORDS, SLOT_STATE_WORDS, SlotState};
 
 /// See the module.
@@ -39,6 +45,9 @@ pub(crate) struct Resident<Buf> {
     page_table: Buf,
     token_pool: Buf,
     states: Buf,
+    rules: Buf,
+    /// Comes and goes with the pages.
+    history: Option<Buf>,
     pub tokens: Buf,
     pub logprobs: Buf,
     scores: Buf,
@@ -69,12 +78,30 @@ impl<Buf: Copy> Resident<Buf> {
             page_table: words(table_words(limits))?,
             token_pool: words(slots + 1)?,
             states: words((slots + 1) * SLOT_STATE_WORDS)?,
+            rules: words((slots + 1) * RULE_WORDS)?,
+            history: None,
             tokens: words(2 * slots)?,
             logprobs: words(2 * slots * LOGPROB_WORDS)?,
             scores: words(2 * limits.prefill_tokens as usize * LOGPROB_WORDS)?,
             scored_max: limits.prefill_tokens as usize,
             logit_rows: limits.logit_rows(),
         })
+    }
+
+    /// Allocates the history of so many pages.
+    pub fn alloc_history<B: Device<Buffer = Buf>>(
+        &mut self,
+        backend: &mut B,
+        pages: u32,
+    ) -> Result<(), B::Error> {
+        let words = (pages as usize + 1) * self.page_size as usize;
+        self.history = Some(backend.alloc(Purpose::KvCache, Element::Word, words)?);
+        Ok(())
+    }
+
+    /// Frees it, to be allocated anew.
+    pub fn free_history<B: Device<Buffer = Buf>>(&mut self, backend: &mut B) -> Result<(), B::Error> {
+        self.history.take().map_or(Ok(()), |history| backend.free(history))
     }
 
     /// Lets every slot's pages be the dummy page, which lies behind the last one, every slot's token be 0, and every slot draw
@@ -148,6 +175,8 @@ impl<Buf: Copy> Resident<Buf> {
             page_size: self.page_size,
             token_pool: self.token_pool,
             slots: self.states,
+            rules: self.rules,
+            history: self.history.expect("pages, and their history, are allocated before the first step"),
         })
     }
 

@@ -19,10 +19,14 @@
 //! seed; `position` is that of the token drawn. So a token depends on its request's seed and position alone, never on
 //! the batch, the step or the device.
 //!
-//! Log-probabilities are those of `softmax(l)`: before temperature and filters.
+//! The logits of a request that asks for it are edited first, as [`crate::rules`] says; `l` are the edited ones.
+//!
+//! Log-probabilities are those of `softmax(l)`: behind the edits, before temperature and filters.
 
 use bytemuck::{Pod, Zeroable};
 use thiserror::Error;
+
+use crate::rules::{BAD_WORD_WORDS_MAX, BIAS_MAX, BIASES_MAX, ENDINGS_MAX, PENALTY_MAX};
 
 /// How many alternatives' log-probabilities a request may ask for.
 pub const TOP_LOGPROBS_MAX: usize = 20;
@@ -46,8 +50,17 @@ pub struct SamplingParams {
     pub top_p: f32,
     /// Keep tokens at least this many times as probable as the most probable, in [0, 1].
     pub min_p: f32,
+    /// Above 1, tokens that the prompt or the output has are less probable: positive logits are divided by it, negative ones
+    /// multiplied. Above 0.
+    pub repetition_penalty: f32,
+    /// Taken off the logits of tokens that the output has, in [-2, 2].
+    pub presence_penalty: f32,
+    /// Taken off for each time that the output has the token, in [-2, 2].
+    pub frequency_penalty: f32,
     /// The same seed draws the same tokens.
     pub seed: u64,
+    /// Output tokens at least: what would end it is not drawn before.
+    pub min_tokens: u32,
     /// Output tokens at most; 0 where the prompt's log-probabilities are all that is wanted.
     pub max_tokens: u32,
     /// Go on past end-of-sequence tokens.
@@ -69,17 +82,7 @@ pub struct PromptLogprobs {
 
 impl Default for SamplingParams {
     fn default() -> Self {
-        SamplingParams {
-            temperature: 0.0,
-            top_k: 0,
-            top_p: 1.0,
-            min_p: 0.0,
-            seed: 0,
-            max_tokens: 128,
-            ignore_eos: false,
-            logprobs: None,
-            prompt_logprobs: None,
-        }
+        SamplingParams::DEFAULT
     }
 }
 
@@ -99,8 +102,26 @@ pub struct SlotState {
     pub seed_low: u32,
     /// High word of the request's seed.
     pub seed_high: u32,
-    /// Zero; makes the state 32 bytes.
-    pub reserved: [u32; 2],
+    /// 1 where logits are edited ([`crate::rules`]), else 0: and then nothing below is looked at.
+    pub edits: u32,
+    /// 1 is none.
+    pub repetition: f32,
+    /// 0 is none.
+    pub presence: f32,
+    /// 0 is none.
+    pub frequency: f32,
+    /// Tokens of the prompt; what lies behind it is output.
+    pub prompt_len: u32,
+    /// Positions below it may not have a token that ends the output.
+    pub endings_from: u32,
+    /// Biases in the slot's region of rules.
+    pub biases: u32,
+    /// Tokens there that would end the output.
+    pub endings: u32,
+    /// Bad words there.
+    pub bad_words: u32,
+    /// Zero; makes the state 64 bytes.
+    pub reserved: u32,
 }
 
 /// Words of a [`SlotState`].
@@ -109,11 +130,16 @@ pub const SLOT_STATE_WORDS: usize = size_of::<SlotState>() / 4;
 /// Greedy: what a slot has that nobody has taken.
 impl Default for SlotState {
     fn default() -> Self {
-        SamplingParams::default().slot_state()
+        SamplingParams::default().slot_state(0)
     }
 }
 
 impl SlotState {
+    /// Is there a penalty?
+    pub fn penalizes(&self) -> bool {
+        self.repetition != 1.0 || self.presence != 0.0 || self.frequency != 0.0
+    }
+
     /// The request's seed.
     pub fn seed(&self) -> u64 {
         u64::from(self.seed_high) << 32 | u64::from(self.seed_low)
@@ -132,11 +158,72 @@ pub enum SamplingError {
     /// Outside [0, 1].
     #[error("min_p is {0}; it must lie between 0 (keeps every token) and 1")]
     MinP(f32),
+    /// Zero, negative or no number.
+    #[error("repetition_penalty is {0}; it must be a finite number above 0 (1 is none)")]
+    RepetitionPenalty(f32),
+    /// Outside [-2, 2].
+    #[error("presence_penalty is {0}; it must lie between -{PENALTY_MAX} and {PENALTY_MAX} (0 is none)")]
+    PresencePenalty(f32),
+    /// Outside [-2, 2].
+    #[error("frequency_penalty is {0}; it must lie between -{PENALTY_MAX} and {PENALTY_MAX} (0 is none)")]
+    FrequencyPenalty(f32),
     /// No token would come out.
     #[error(
         "max_tokens is 0; ask for at least 1 token, or for the prompt's log-probabilities (prompt_logprobs)"
     )]
     MaxTokens,
+    /// More at least than at most.
+    #[error("min_tokens is {min}, above max_tokens, which is {max}; lower it or raise max_tokens")]
+    MinTokens {
+        /// At least.
+        min: u32,
+        /// At most.
+        max: u32,
+    },
+    /// A bias out of its range.
+    #[error("logit_bias of token {id} is {bias}; it must lie between -{BIAS_MAX} and {BIAS_MAX}")]
+    Bias {
+        /// The token.
+        id: u32,
+        /// Its bias.
+        bias: f32,
+    },
+    /// Two biases of one token.
+    #[error("logit_bias names token {0} twice; name it once")]
+    BiasTwice(u32),
+    /// More biases than a slot has memory for.
+    #[error("logit_bias has {0} tokens; at most {BIASES_MAX} can be biased")]
+    Biases(usize),
+    /// More stop tokens than a slot has memory for.
+    #[error(
+        "{0} tokens would end the output (stop_token_ids, and those of the model); there can be {ENDINGS_MAX} at most"
+    )]
+    StopTokens(usize),
+    /// A bad word of no tokens.
+    #[error("a bad word is empty; leave it out, or give at least one character")]
+    EmptyBadWord,
+    /// More bad words than a slot has memory for.
+    #[error(
+        "bad_words are {words} sequences of {tokens} tokens in all (each word counts with and without a space before it); \
+         sequences and tokens together may be {} at most",
+        BAD_WORD_WORDS_MAX - 1
+    )]
+    BadWords {
+        /// Sequences of tokens.
+        words: usize,
+        /// Tokens of all.
+        tokens: usize,
+    },
+    /// A token that the model does not have.
+    #[error("token id {id} in {field} is outside the vocabulary of {vocab} tokens")]
+    RuleOutsideVocabulary {
+        /// What names it.
+        field: &'static str,
+        /// The id.
+        id: u32,
+        /// Ids lie below it.
+        vocab: u32,
+    },
     /// Too many alternatives.
     #[error("logprobs is {0}; at most {TOP_LOGPROBS_MAX} alternatives can be given")]
     Logprobs(u32),
@@ -146,6 +233,23 @@ pub enum SamplingError {
 }
 
 impl SamplingParams {
+    /// Greedy, 128 tokens at most.
+    pub const DEFAULT: SamplingParams = SamplingParams {
+        temperature: 0.0,
+        top_k: 0,
+        top_p: 1.0,
+        min_p: 0.0,
+        repetition_penalty: 1.0,
+        presence_penalty: 0.0,
+        frequency_penalty: 0.0,
+        seed: 0,
+        min_tokens: 0,
+        max_tokens: 128,
+        ignore_eos: false,
+        logprobs: None,
+        prompt_logprobs: None,
+    };
+
     /// Checks every parameter's range.
     pub fn check(&self) -> Result<(), SamplingError> {
         if !(self.temperature.is_finite() && self.temperature >= 0.0) {
@@ -157,8 +261,21 @@ impl SamplingParams {
         if !(0.0..=1.0).contains(&self.min_p) {
             return Err(SamplingError::MinP(self.min_p));
         }
+        if !(self.repetition_penalty > 0.0 && self.repetition_penalty.is_finite()) {
+            return Err(SamplingError::RepetitionPenalty(self.repetition_penalty));
+        }
+        let penalties = -PENALTY_MAX..=PENALTY_MAX;
+        if !penalties.contains(&self.presence_penalty) {
+            return Err(SamplingError::PresencePenalty(self.presence_penalty));
+        }
+        if !penalties.contains(&self.frequency_penalty) {
+            return Err(SamplingError::FrequencyPenalty(self.frequency_penalty));
+        }
         if self.max_tokens == 0 && self.prompt_logprobs.is_none() {
             return Err(SamplingError::MaxTokens);
+        }
+        if self.min_tokens > self.max_tokens {
+            return Err(SamplingError::MinTokens { min: self.min_tokens, max: self.max_tokens });
         }
         let too_many = |k: &u32| *k as usize > TOP_LOGPROBS_MAX;
         if let Some(k) = self.logprobs.filter(too_many) {
@@ -170,8 +287,8 @@ impl SamplingParams {
         }
     }
 
-    /// What the device keeps of them for a slot.
-    pub fn slot_state(&self) -> SlotState {
+    /// What the device keeps of them for a slot whose prompt has so many tokens; [`crate::rules::Rules::apply`] adds to it.
+    pub fn slot_state(&self, prompt_len: u32) -> SlotState {
         SlotState {
             temperature: self.drawing_temperature(),
             top_k: self.top_k,
@@ -179,8 +296,22 @@ impl SamplingParams {
             min_p: self.min_p,
             seed_low: self.seed as u32,
             seed_high: (self.seed >> 32) as u32,
-            reserved: [0; 2],
+            edits: u32::from(self.penalizes()),
+            repetition: self.repetition_penalty,
+            presence: self.presence_penalty,
+            frequency: self.frequency_penalty,
+            prompt_len,
+            endings_from: prompt_len.saturating_add(self.min_tokens),
+            biases: 0,
+            endings: 0,
+            bad_words: 0,
+            reserved: 0,
         }
+    }
+
+    /// Is there a penalty?
+    pub fn penalizes(&self) -> bool {
+        self.repetition_penalty != 1.0 || self.presence_penalty != 0.0 || self.frequency_penalty != 0.0
     }
 
     /// The temperature as backends see it: 0 where it is too small to divide by.

@@ -20,15 +20,17 @@
 //!   besides, so that an admission is not undone at once.
 //! - When a decode row finds no page, the youngest request is retracted: its pages go back, its tokens stay. Nobody is admitted
 //!   in that step. The oldest one always goes on, and alone it fits (`submit` saw to that), so every request ends.
-//! - Where every layer has a window, a running request's own pages behind it go back before its next step is scheduled.
+//! - Where every layer has a window, a running request's own pages behind it go back before its next step is scheduled; not
+//!   those of one whose tokens the device reads there, for penalties or bad words.
 //! - Of a prompt that is scored, no token before one whose score is still to come is taken from the prefix cache: its logits are
 //!   needed. What a step was asked to score is not asked for again, whatever becomes of its pages.
 //! - A request that ends by length is known to end when its last step is scheduled; one that ends by an
-//!   end-of-sequence token may run one step too far, and that token is dropped.
+//!   end-of-sequence or stop token may run one step too far, and that token is dropped.
 
 use alloc::boxed::Box;
 use alloc::collections::VecDeque;
 use alloc::vec::Vec;
+use core::iter;
 
 use crate::batch::{Batch, LAST_TOKEN, PageUpdate, Row, StepShape, Token};
 use crate::config::{Limits, LimitsError};
@@ -38,7 +40,8 @@ use crate::pages::{NO_PAGE, PagePool};
 use crate::policy::{Demand, Mix, Policy, StepPolicy};
 use crate::queue::Queue;
 use crate::request::{Event, FinishReason, Request, SubmitError, Submitted, Ticket};
-use crate::sampling::{NO_TOKEN, PromptLogprobs, RowLogprobs, SamplingParams};
+use crate::rules::{ENDINGS_MAX, NO_RULES, Rules};
+use crate::sampling::{NO_TOKEN, PromptLogprobs, RowLogprobs, SamplingError, SamplingParams};
 use crate::speculation::{Drafting, Speculation};
 use crate::stats::{Load, Stats};
 use crate::table::{RequestTable, State};
@@ -182,16 +185,35 @@ impl Scheduler {
                 vocab,
             });
         }
+        request.rules.map_or(Ok(()), |rules| rules.check(vocab))?;
+        let endings = self.endings(&request.params, request.rules.map(|rules| &**rules)).count();
+        if endings > ENDINGS_MAX {
+            return Err(SamplingError::StopTokens(endings).into());
+        }
         let max_tokens = request.params.max_tokens.min(len_max - tokens as u32);
         let full = SubmitError::QueueFull { capacity: self.limits.queued };
         if self.waiting.len() == self.limits.queued as usize {
             return Err(full);
         }
         let (oldest, len_max) = (self.oldest(), tokens as u32 + max_tokens);
-        let entry = self.table.occupy(request.prompt, request.params, len_max, oldest).ok_or(full)?;
+        let entry = self.table.occupy(request, len_max, oldest).ok_or(full)?;
         self.waiting.insert(entry, &self.table);
         self.has_arrivals = true;
         Ok(Submitted { ticket: self.table.ticket(entry), max_tokens })
+    }
+
+    /// The tokens that must not be drawn while the output has fewer than `min_tokens`.
+    fn endings<'a>(
+        &'a self,
+        params: &SamplingParams,
+        rules: Option<&'a Rules>,
+    ) -> impl Iterator<Item = u32> + use<'a> {
+        let (eos, stop) = match params.min_tokens {
+            0 => (&[][..], &[][..]),
+            _ if params.ignore_eos => (&[][..], rules.map_or(&[][..], Rules::stop)),
+            _ => (&self.eos[..], rules.map_or(&[][..], Rules::stop)),
+        };
+        eos.iter().chain(stop).copied()
     }
 
     /// The longest sequence that can run alone; at least 1.
@@ -357,6 +379,7 @@ impl Scheduler {
     fn admit(&mut self, entry: u32, batch: &mut Batch) -> bool {
         let (ticket, room) = (self.table.ticket(entry), self.room());
         if self.table.vacant_slots() == 0
+            || !batch.has_room_for_rules()
             || self.refused.is_some_and(|it| it.0 == ticket && room <= it.1)
             || !self.table.make_room(entry, self.oldest().unwrap_or(entry))
         {
@@ -373,8 +396,7 @@ impl Scheduler {
             return false;
         }
         self.stats.cached_tokens += self.table.start(entry, node, depth);
-        let request = self.table.get(entry);
-        batch.push_slot(request.slot, request.params.slot_state());
+        self.push_slot(entry, batch);
         let mut page = node;
         for i in (0..depth).rev() {
             self.set_page(entry, i, page, batch);
@@ -385,6 +407,22 @@ impl Scheduler {
         }
         self.running.push(entry);
         true
+    }
+
+    /// Says how the tokens of a request that has just got its slot are drawn.
+    fn push_slot(&self, entry: u32, batch: &mut Batch) {
+        let request = self.table.get(entry);
+        let rules = self.table.rules(entry);
+        let mut state = request.params.slot_state(request.prompt_len);
+        let endings = self.endings(&request.params, rules);
+        match rules {
+            None if request.params.min_tokens == 0 => batch.push_slot(request.slot, state, iter::empty()),
+            rules => {
+                let rules = rules.unwrap_or(&NO_RULES);
+                rules.apply(self.endings(&request.params, Some(rules)).count(), &mut state);
+                batch.push_slot(request.slot, state, rules.words(endings));
+            }
+        }
     }
 
     /// Pages that a new request may have: those available, but for one for each running request.
@@ -626,6 +664,8 @@ impl Scheduler {
             let request = self.table.get(entry);
             if !request.params.ignore_eos && self.eos.contains(&token) {
                 self.end(entry, FinishReason::Eos, sink);
+            } else if self.table.rules(entry).is_some_and(|rules| rules.stop().contains(&token)) {
+                self.end(entry, FinishReason::Stop, sink);
             } else if request.known == request.len_max {
                 self.end(entry, FinishReason::Length, sink);
             }

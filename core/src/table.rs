@@ -12,7 +12,7 @@
 //! - `known` tokens have been received by the host; `planned` counts those still in flight as well.
 //! - `computed` positions have their keys and values in pages, or will have when the steps now enqueued have run.
 //!
-//! Where every layer has a window, pages behind it go back while the request runs: those of its own, for what the prefix tree
+//! Where every layer has a window, pages behind it go back while the request runs, unless its tokens are read there: those of its own, for what the prefix tree
 //! has of a sequence's beginning, a window's worth at most, the request holds to its end.
 //!
 //! ```text
@@ -30,6 +30,7 @@
 //! Invariant: the request that has run longest can always go on. Nobody else takes one of the blocks that it may still need
 //! for a sequence of full length; when it ends, it leaves the next one as many.
 
+use alloc::sync::Arc;
 use alloc::vec::Vec;
 use core::cmp::Ordering;
 use core::ops::Range;
@@ -37,7 +38,8 @@ use core::ops::Range;
 use crate::config::{Limits, LimitsError};
 use crate::host::{filled, listed};
 use crate::pages::{NO_PAGE, PagePool};
-use crate::request::Ticket;
+use crate::request::{Request, Ticket};
+use crate::rules::Rules;
 use crate::sampling::{NO_TOKEN, PromptLogprobs, SamplingParams};
 use crate::speculation::{HITS_BEFORE, MATCH_MAX, MATCH_MIN, SEARCHED_MAX, hits_after};
 
@@ -81,6 +83,8 @@ pub(crate) struct Entry {
     pub node_depth: u32,
     /// Pages below it that are the request's own have gone back: they lie behind the window.
     pub dropped: u32,
+    /// Its pages stay though they lie behind the window: the device reads all its tokens there.
+    pub reads_history: bool,
     /// Prompt tokens found in the prefix cache at the first admission.
     pub cached_tokens: u32,
     pub admitted_before: bool,
@@ -95,17 +99,7 @@ impl Entry {
     const VACANT: Entry = Entry {
         state: State::Vacant,
         generation: 0,
-        params: SamplingParams {
-            temperature: 0.0,
-            top_k: 0,
-            top_p: 1.0,
-            min_p: 0.0,
-            seed: 0,
-            max_tokens: 0,
-            ignore_eos: false,
-            logprobs: None,
-            prompt_logprobs: None,
-        },
+        params: SamplingParams { max_tokens: 0, ..SamplingParams::DEFAULT },
         prompt_len: 0,
         len_max: 0,
         known: 0,
@@ -119,6 +113,7 @@ impl Entry {
         node: NO_PAGE,
         node_depth: 0,
         dropped: 0,
+        reads_history: false,
         cached_tokens: 0,
         admitted_before: false,
         pages_expected: None,
@@ -156,6 +151,8 @@ impl Entry {
 /// See the module. All arrays have their final size from the start.
 pub(crate) struct RequestTable {
     entries: Vec<Entry>,
+    /// `[entries]`: what each request says of single tokens.
+    rules: Vec<Option<Arc<Rules>>>,
     /// `[entries, sequence_blocks]`: each request's blocks.
     blocks: Vec<u32>,
     /// `[blocks, block_tokens + GAP]` token ids.
@@ -188,6 +185,7 @@ impl RequestTable {
         let block_pages = block_tokens / limits.page_size;
         Ok(RequestTable {
             entries: filled(entries as usize, Entry::VACANT)?,
+            rules: filled(entries as usize, None)?,
             blocks: filled(entries as usize * sequence_blocks as usize, 0)?,
             tokens: filled(blocks as usize * (block_tokens + GAP) as usize, 0)?,
             pages: filled(blocks as usize * (block_pages + GAP) as usize, 0)?,
@@ -217,6 +215,11 @@ impl RequestTable {
         &mut self.entries[entry as usize]
     }
 
+    /// What a request says of single tokens.
+    pub fn rules(&self, entry: u32) -> Option<&Rules> {
+        self.rules[entry as usize].as_deref()
+    }
+
     pub fn iter(&self) -> impl Iterator<Item = (u32, &Entry)> {
         self.entries.iter().enumerate().map(|(i, entry)| (i as u32, entry))
     }
@@ -232,13 +235,8 @@ impl RequestTable {
     }
 
     /// Moves a request in, if there are blocks for its prompt beside what `oldest`, who has run longest, may need.
-    pub fn occupy(
-        &mut self,
-        prompt: &[u32],
-        params: SamplingParams,
-        len_max: u32,
-        oldest: Option<u32>,
-    ) -> Option<u32> {
+    pub fn occupy(&mut self, request: Request<'_>, len_max: u32, oldest: Option<u32>) -> Option<u32> {
+        let Request { prompt, params, rules } = request;
         let len = prompt.len() as u32;
         let spare = (self.free_blocks.len() as u32).saturating_sub(self.promised(oldest));
         if len.div_ceil(self.block_tokens) > spare {
@@ -254,8 +252,10 @@ impl RequestTable {
             len_max,
             known: len,
             planned: len,
+            reads_history: params.penalizes() || rules.is_some_and(|rules| rules.reads_history()),
             ..Entry::VACANT
         };
+        self.rules[entry as usize] = rules.cloned();
         if let Some(PromptLogprobs { from, .. }) = params.prompt_logprobs {
             self.get_mut(entry).score_from(from.max(1));
         }
@@ -298,6 +298,7 @@ impl RequestTable {
         self.free_blocks.extend_from_slice(&self.blocks[first..first + blocks as usize]);
         let generation = generation.wrapping_add(1);
         *self.get_mut(entry) = Entry { generation, ..Entry::VACANT };
+        self.rules[entry as usize] = None;
         self.vacant.push(entry);
     }
 
@@ -375,6 +376,9 @@ impl RequestTable {
     pub fn drop_behind_window(&mut self, entry: u32, pool: &mut PagePool) {
         let Some(window) = self.window else { return };
         let request = *self.get(entry);
+        if request.reads_history {
+            return;
+        }
         let behind = (request.computed + 1).saturating_sub(window) / self.page_size;
         for i in request.hole().end..behind {
             pool.give(self.page(entry, i));

@@ -40,7 +40,7 @@ fn run(healthy: u64, overlap: bool) -> bool {
     let requests = requests();
     let mut tickets = Vec::new();
     for (prompt, params) in &requests {
-        let submitted = engine.submit(Request { prompt, params: *params });
+        let submitted = engine.submit(Request::new(prompt, *params));
         tickets.push(submitted.expect("it can run").ticket);
     }
     let mut outcomes = Outcomes::default();
@@ -65,7 +65,7 @@ fn run(healthy: u64, overlap: bool) -> bool {
     }
     engine.check();
     assert!(matches!(engine.step(&mut |_| ()), Err(EngineError::Stopped)));
-    assert_eq!(engine.submit(Request { prompt: &[1], params: exactly(1) }), Err(SubmitError::Stopped));
+    assert_eq!(engine.submit(Request::new(&[1], exactly(1))), Err(SubmitError::Stopped));
     true
 }
 
@@ -85,7 +85,7 @@ fn a_request_can_be_aborted_after_the_engine_has_stopped() {
     };
     let healthy = (0..).find(|healthy| build(*healthy).is_ok()).expect("some number suffices");
     let mut engine = build(healthy).expect("as just tried");
-    let request = Request { prompt: &[1, 2], params: exactly(4) };
+    let request = Request::new(&[1, 2], exactly(4));
     let ticket = engine.submit(request).expect("it can run").ticket;
     assert!(engine.step(&mut |_| ()).is_err());
     let mut reasons = Vec::new();

@@ -85,7 +85,7 @@ fn a_whole_run_allocates_nothing_after_construction() {
         let before = ALLOCATIONS.get();
         while next < requests.len() || !engine.is_idle() {
             while let Some((prompt, params)) = requests.get(next) {
-                match engine.submit(Request { prompt, params: *params }) {
+                match engine.submit(Request::new(prompt, *params)) {
                     Ok(submitted) => last = Some(submitted.ticket),
                     Err(SubmitError::QueueFull { .. }) => break,
                     Err(error) => panic!("{error}"),

@@ -182,7 +182,7 @@ fn one_by_one(policy: Policy, requests: u32) -> Engine<Lazy, Hashing> {
     let mut outcomes = Outcomes::default();
     for text in 0..requests {
         let prompt: Vec<u32> = (0..20).map(|i| (text >> i) % 13).collect();
-        engine.submit(Request { prompt: &prompt, params: exactly(40) }).expect("it can run");
+        engine.submit(Request::new(&prompt, exactly(40))).expect("it can run");
         engine.step(&mut |event| outcomes.take_in(event)).expect("the device does not fail");
     }
     run_dry(&mut engine, &mut outcomes);
@@ -213,7 +213,7 @@ fn with_latency_no_running_request_waits_for_a_prompt() {
             Engine::new(Lazy::priced(Pace::Late, costs), Hashing::default(), options).expect("valid limits");
         let mut outcomes = Outcomes::default();
         let submit = |engine: &mut Engine<_, _>, prompt: &[u32]| {
-            engine.submit(Request { prompt, params: exactly(60) }).expect("it can run");
+            engine.submit(Request::new(prompt, exactly(60))).expect("it can run");
         };
         [1, 2, 3].iter().for_each(|text| submit(&mut engine, &[*text; 5]));
         for _ in 0..4 {
@@ -248,7 +248,7 @@ fn with_latency_a_step_is_launched_when_the_one_in_flight_is_about_to_end_and_el
             Engine::new(Lazy::priced(pace, costs), Hashing::default(), options).expect("valid limits");
         let mut outcomes = Outcomes::default();
         assert_eq!(engine.launch_after_ms(), 0.0, "nothing is in flight");
-        engine.submit(Request { prompt: &[1, 2, 3], params: exactly(20) }).expect("it can run");
+        engine.submit(Request::new(&[1, 2, 3], exactly(20))).expect("it can run");
         for _ in 0..5 {
             engine.step(&mut |event| outcomes.take_in(event)).expect("the device does not fail");
         }
@@ -276,7 +276,7 @@ fn requests_that_share_a_prefix_count_as_what_is_left_of_them() {
     let mut prefilled = Vec::new();
     for tails in [0..1, 1..3, 3..5] {
         for tail in tails {
-            engine.submit(Request { prompt: &prompt(tail), params: exactly(20) }).expect("it can run");
+            engine.submit(Request::new(&prompt(tail), exactly(20))).expect("it can run");
         }
         prefilled.extend(engine.step(&mut |event| outcomes.take_in(event)).expect("a step").launched);
     }
@@ -301,9 +301,9 @@ fn a_prompt_is_held_back_only_while_others_wait_for_a_place() {
             let report = engine.step(&mut |event| outcomes.take_in(event)).expect("the device does not fail");
             report.launched.expect("there is something to run")
         };
-        engine.submit(Request { prompt: &[1; 20], params: exactly(60) }).expect("it can run");
+        engine.submit(Request::new(&[1; 20], exactly(60))).expect("it can run");
         step(&mut engine);
-        engine.submit(Request { prompt: &[2; 20], params: exactly(60) }).expect("it can run");
+        engine.submit(Request::new(&[2; 20], exactly(60))).expect("it can run");
         engine.set_backlog(backlog);
         assert!(step(&mut engine).is_decode(), "it has just come, and others may follow");
         assert_eq!(step(&mut engine).prefill_rows == 1, runs_at_once, "a backlog of {backlog}");

@@ -8,11 +8,14 @@
 
 mod support;
 
+use std::sync::Arc;
+
 use minisgl_core::config::Limits;
 use minisgl_core::costs::{Line, StepCosts};
 use minisgl_core::engine::{Engine, EngineOptions};
 use minisgl_core::policy::Policy;
 use minisgl_core::request::{FinishReason, Request, SubmitError, Ticket};
+use minisgl_core::rules::Rules;
 use minisgl_core::sampling::{PromptLogprobs, SamplingParams};
 use minisgl_core::scheduler::{Order, Settings};
 use minisgl_core::speculation::Speculation;
@@ -29,6 +32,8 @@ enum Action {
     Submit {
         prompt: Vec<u32>,
         params: SamplingParams,
+        /// Tokens that end its output.
+        stop: Vec<u32>,
     },
     Step,
     /// Aborts one of those submitted so far.
@@ -99,18 +104,23 @@ fn prompt() -> impl Strategy<Value = Vec<u32>> {
 fn action() -> impl Strategy<Value = Action> {
     let scored = (0..24u32, 0..3u32).prop_map(|(from, top)| PromptLogprobs { from, top });
     let scored = prop::option::weighted(0.3, scored);
-    let params = (0..20u32, 0..=FAILING, any::<bool>(), prop::option::of(0..3u32), scored).prop_map(
-        |(max_tokens, seed, ignore_eos, logprobs, prompt_logprobs)| SamplingParams {
+    // The model's next token is what it is, penalties or not; but who has one reads the history, which the device then checks.
+    let penalty = prop::sample::select(&[1.0, 1.0, 1.5]);
+    let params = (0..20u32, 0..=FAILING, any::<bool>(), prop::option::of(0..3u32), scored, penalty).prop_map(
+        |(max_tokens, seed, ignore_eos, logprobs, prompt_logprobs, repetition_penalty)| SamplingParams {
             max_tokens: max_tokens.max(u32::from(prompt_logprobs.is_none())),
             seed,
             ignore_eos,
             logprobs,
             prompt_logprobs,
+            repetition_penalty,
             ..SamplingParams::default()
         },
     );
+    let stop = prop_oneof![2 => Just(vec![]), 1 => prop::collection::vec(0..VOCAB, 1..3)];
     prop_oneof![
-        5 => (prompt(), params).prop_map(|(prompt, params)| Action::Submit { prompt, params }),
+        5 => (prompt(), params, stop)
+            .prop_map(|(prompt, params, stop)| Action::Submit { prompt, params, stop }),
         6 => Just(Action::Step),
         1 => any::<prop::sample::Index>().prop_map(Action::Abort),
         1 => Just(Action::ClearPrefixCache),
@@ -129,6 +139,7 @@ struct Submitted {
     ticket: Ticket,
     prompt: Vec<u32>,
     params: SamplingParams,
+    stop: Vec<u32>,
     max_tokens: u32,
     aborted: bool,
 }
@@ -142,8 +153,8 @@ fn play(stream: &Stream) -> (Vec<Submitted>, Outcomes, Engine<Lazy, Hashing>) {
     let (mut taken, mut outcomes) = (Vec::<Submitted>::new(), Outcomes::default());
     for action in &stream.actions {
         match action {
-            Action::Submit { prompt, params } => {
-                let submitted = submit(&mut engine, prompt, *params, &mut outcomes);
+            Action::Submit { prompt, params, stop } => {
+                let submitted = submit(&mut engine, prompt, *params, stop, &mut outcomes);
                 taken.extend(submitted);
             }
             Action::Step => {
@@ -171,16 +182,20 @@ fn submit(
     engine: &mut Engine<Lazy, Hashing>,
     prompt: &[u32],
     params: SamplingParams,
+    stop: &[u32],
     outcomes: &mut Outcomes,
 ) -> Option<Submitted> {
+    let rules = Rules::new(vec![], stop.to_vec(), &[]).expect("few stop tokens");
+    let rules = Some(&Arc::new(rules));
     loop {
-        match engine.submit(Request { prompt, params }) {
+        match engine.submit(Request { rules, ..Request::new(prompt, params) }) {
             Ok(submitted) => {
                 let (ticket, max_tokens) = (submitted.ticket, submitted.max_tokens);
                 return Some(Submitted {
                     ticket,
                     prompt: prompt.to_vec(),
                     params,
+                    stop: stop.to_vec(),
                     max_tokens,
                     aborted: false,
                 });
@@ -209,7 +224,7 @@ fn check_outcome(request: &Submitted, outcome: &Outcome, limits: &Limits, window
     let scores = expected_scores(request, window);
     let numbers = scores.iter().position(|score| score.is_nan());
     let (tokens, reason) = match numbers {
-        None => expected::alone_within(prompt, &request.params, len_max, window),
+        None => expected::alone_within(prompt, &request.params, &request.stop, len_max, window),
         Some(_) => (Vec::new(), FinishReason::NotNumbers),
     };
     let (finished, cached) = outcome.finished.expect("every request ends");

@@ -21,7 +21,7 @@ fn scheduler() -> Scheduler {
 }
 
 fn submit(scheduler: &mut Scheduler, prompt: &[u32], max_tokens: u32) -> Ticket {
-    let request = Request { prompt, params: exactly(max_tokens) };
+    let request = Request::new(prompt, exactly(max_tokens));
     scheduler.submit(request).expect("it can run").ticket
 }
 
@@ -113,7 +113,7 @@ fn a_tiny_temperature_reaches_the_device_as_greedy() {
     let mut scheduler = scheduler();
     for temperature in [1e-39, 0.5] {
         let params = SamplingParams { temperature, ..exactly(2) };
-        scheduler.submit(Request { prompt: &[1], params }).expect("it can run");
+        scheduler.submit(Request::new(&[1], params)).expect("it can run");
     }
     let mut batch = Batch::new(&SMALL);
     assert!(scheduler.schedule(&mut batch));
@@ -308,9 +308,7 @@ fn long_requests_take_turns_where_the_host_keeps_few_tokens_and_all_end() {
         let mut batch = Batch::new(&LONG);
         let (mut submitted, mut ended, mut steps) = (0, 0, 0);
         while ended < requests {
-            while submitted < requests
-                && scheduler.submit(Request { prompt: &prompt, params: exactly(output) }).is_ok()
-            {
+            while submitted < requests && scheduler.submit(Request::new(&prompt, exactly(output))).is_ok() {
                 submitted += 1;
             }
             assert!(scheduler.schedule(&mut batch), "somebody can go on");

@@ -116,7 +116,7 @@ fn a_prompt_as_long_as_a_sequence_may_be_is_scored() {
     let outcome = run_all(&mut engine, &[(text.clone(), scored(1)), (prompt(2, 64), scored(60))]).remove(0);
     assert_scored(&outcome, &expected_scores(&text, 1));
     let one_more = SamplingParams { max_tokens: 1, ..scored(1) };
-    let refused = engine.submit(Request { prompt: &text, params: one_more });
+    let refused = engine.submit(Request::new(&text, one_more));
     assert_eq!(refused, Err(SubmitError::PromptTooLong { tokens: 64, limit: 63 }));
 }
 

@@ -1,6 +1,6 @@
 // The packed batch as core lays it out: 32-bit words, parts at offsets that a step's shape fixes, the same structs on both sides.
 //
-//   | Header | plan words | Row, Row, … | Token, Token, … | PageUpdate, … | SlotUpdate, …
+//   | Header | plan words | Row, Row, … | Token, Token, … | PageUpdate, … | SlotUpdate, … | rules …
 #pragma once
 
 struct Header {
@@ -16,11 +16,14 @@ struct SlotState {
     float temperature;
     unsigned top_k;
     float top_p, min_p;
-    unsigned seed_low, seed_high, reserved[2];
+    unsigned seed_low, seed_high;
+    unsigned edits;  // 0: nothing below is looked at
+    float repetition, presence, frequency;
+    unsigned prompt_len, endings_from, biases, endings, bad_words, reserved;
 };
 
 struct SlotUpdate {
-    unsigned slot, reserved[3];
+    unsigned slot, rules, rule_words, reserved;
     SlotState state;
 };
 
@@ -33,7 +36,10 @@ struct Token {
 };
 
 static_assert(sizeof(Header) == 64 && sizeof(Row) == 32 && sizeof(PageUpdate) == 8 && sizeof(Token) == 16, "layout");
-static_assert(sizeof(SlotState) == 32 && sizeof(SlotUpdate) == 48, "layout");
+static_assert(sizeof(SlotState) == 64 && sizeof(SlotUpdate) == 80, "layout");
+
+// Words of a slot's region of rules.
+#define RULE_WORDS 3328u
 
 // Token::id of a token that the host does not know yet: the one the slot sampled last.
 #define LAST_TOKEN 0xffffffffu

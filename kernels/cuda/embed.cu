@@ -1,8 +1,9 @@
 // begin_step, embed, final_norm: the two ends of a step, where the batch's tokens enter and its sampled rows leave.
 //
 //   begin_step   page_table[update.index] = update.page          grid 8                       block 256
-//                slots[update.slot] = update.state
+//                slots[update.slot] = update.state, rules[update.slot, :] = its words
 //   embed        residual[t, :] = table[id(t), :]                grid tokens                  block 128
+//                history[location(t)] = id(t)
 //                sumsq[t, j] = sum of squares of residual[t, 64 j ..]
 //   final_norm   out[r, :] = rms_norm(residual[last(r), :]) * w   grid samples                 block 128
 //
@@ -20,7 +21,7 @@
 #include "dependent.cuh"
 
 extern "C" __global__ void __launch_bounds__(256)
-begin_step(const unsigned *batch, unsigned updates_offset, unsigned *page_table, SlotState *slots) {
+begin_step(const unsigned *batch, unsigned updates_offset, unsigned *page_table, SlotState *slots, unsigned *rules) {
     dependent_launch();
     const Header *header = reinterpret_cast<const Header *>(batch);
     const unsigned pages = header->updates, taken = header->slot_updates;
@@ -30,6 +31,10 @@ begin_step(const unsigned *batch, unsigned updates_offset, unsigned *page_table,
         page_table[page[i].index] = page[i].page;
     for (unsigned i = blockIdx.x * 256 + threadIdx.x; i < taken; i += gridDim.x * 256)
         slots[slot[i].slot] = slot[i].state;
+    const unsigned *words = reinterpret_cast<const unsigned *>(slot + taken);
+    for (unsigned i = blockIdx.x; i < taken; i += gridDim.x)
+        for (unsigned j = threadIdx.x; j < slot[i].rule_words; j += 256)
+            rules[(size_t)slot[i].slot * RULE_WORDS + j] = words[slot[i].rules + j];
 }
 
 __device__ __forceinline__ float warp_sum(float value) {
@@ -49,12 +54,14 @@ __device__ __forceinline__ float block_sum(float value, float *shared /* [4] */)
 
 extern "C" __global__ void __launch_bounds__(128)
 embed(const unsigned *batch, unsigned tokens_offset, const unsigned *token_pool, const __nv_bfloat162 *table,
-      unsigned hidden, __nv_bfloat162 *residual, float *sumsq) {
+      unsigned hidden, __nv_bfloat162 *residual, float *sumsq, unsigned *history) {
     const unsigned t = blockIdx.x, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const Token token = reinterpret_cast<const Token *>(batch + tokens_offset)[t];
     const unsigned id = token.id == LAST_TOKEN ? token_pool[token.slot] : token.id;
     dependent_wait();
     dependent_launch();
+    if (threadIdx.x == 0)
+        history[token.location] = id;
     const unsigned pairs = hidden / 2, segments = (hidden + 63) / 64;
     for (unsigned segment = warp; segment < segments; segment += 4) {
         const unsigned i = segment * 32 + lane;

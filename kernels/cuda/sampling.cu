@@ -1,16 +1,18 @@
 // Sampling without sorting: each row's token by core's definition (temperature, top-k, top-p, min-p, Gumbel-max).
 //
-//   sample_cut   cut[r] = the least logit that row r's top-k, top-p and min-p keep        grid samples          block 1024
+//   sample_cut   edits row r's logits in place where its slot asks for it (edit.cuh)      grid samples          block 1024
+//                cut[r] = the least logit that row r's top-k, top-p and min-p keep
 //   sample_draw  token[r] = argmax over kept i of l_i / temperature + gumbel(seed, position, i)
 //                                                                                 grid (chunks, samples)  block 256
 //   logprobs     log-probability of the token drawn and of the k most probable   grid samples          block 1024
 //
 //   logits [samples, stride] f16 of which `vocab` count; moves samples * vocab * 2 bytes a pass: sample_draw one pass,
-//   sample_cut none for a row without filters, else two or three
+//   sample_cut none for a row without filters, two for one with a top-k of up to 1,024, else two or three
 //
 // 1. A logit is 16 bits, so an order-preserving 16-bit key names its value exactly. A histogram of the keys' upper 11
 //    bits finds the bucket that holds the k-th largest (or the mass's) boundary, one of the bucket's 32 keys finds the
-//    value: exact selection, no sort.
+//    value: exact selection, no sort. The k-th largest of the threads' own maxima is not above the k-th largest of all, so
+//    what lies below it is left out: the few that stay are listed in one pass, and selection is among them.
 // 2. Masses are added as integers (2^-28 of the most probable token's), so their sum does not depend on the order of
 //    the atomics: the same row is always cut at the same value. They are split in two 14-bit halves, because a sum of
 //    2^18 of them must fit the 32 bits of a shared-memory atomic.
@@ -18,6 +20,7 @@
 //    row's last chunk writes the token and leaves the scratch as it found it.
 // 4. -ln(u) near u = 1 is a series in 1 - u, which is exact there: the winners' variates come from that end, where the
 //    hardware's logarithm has only absolute accuracy.
+//    Of a row that is cut, eight logits per thread that are all below the cut cost a warp nothing more.
 // 5. A score's bound is never below the score: the noise's bound is above the noise by more than its logarithms are off, and
 //    what is added to both rounds the same way. So a logit whose bound is below what the warp has found has lost, and its
 //    logarithms are not computed: after a few hundred logits, most have.
@@ -30,6 +33,7 @@
 
 #include "batch.cuh"
 #include "dependent.cuh"
+#include "edit.cuh"
 
 #define LN2 0.6931471805599453f
 #define LOG2E 1.4426950408889634f
@@ -103,7 +107,7 @@ __device__ __forceinline__ void for_each_logit(const __half *row, bool aligned, 
     for (unsigned i = begin + threadIdx.x * 8; i < end; i += THREADS * 8) {
         if (aligned && i + 8 <= end) {
             __half logit[8];
-            *reinterpret_cast<uint4 *>(logit) = __ldg(reinterpret_cast<const uint4 *>(row + i));
+            *reinterpret_cast<uint4 *>(logit) = *reinterpret_cast<const uint4 *>(row + i);
 #pragma unroll
             for (int j = 0; j < 8; j++)
                 f(i + j, logit[j]);
@@ -120,20 +124,26 @@ __device__ __forceinline__ unsigned mass_of(float logit, float top, float scale)
     return __float2uint_rn(exp2f((logit - top) * scale) * 268435456.0f);
 }
 
+#define LISTED 4096
+
 struct Selection {
-    unsigned count[2048], low[2048], high[2048];  // by the key's upper 11 bits: keys, and their mass in two halves
+    unsigned count[2048], low[2048], high[2048];  // by the key's upper 11 bits: keys, and their mass in two halves;
+                                                  // before, all three are the tile of the edits
     unsigned within[32];                          // by the lower 5 bits, in one bucket
-    unsigned top, bucket;
+    unsigned short list[LISTED];                  // keys that may be kept
+    unsigned top, bucket, listed;
     unsigned long long before, total;
 };
+
+#define TILE (3 * 2048)
 
 // Finds, walking down from the largest key, the bucket in which `weight(bucket)` summed passes `target`; one warp.
 template <typename W>
 __device__ __forceinline__ void find_bucket(Selection &s, unsigned long long target, W weight) {
     unsigned long long before = 0;
-    for (int first = 2047; first >= 0; first -= 32) {
+    for (int first = s.top / 32; first >= 0; first -= 32) {
         const int bucket = first - (int)(threadIdx.x % 32);
-        const unsigned long long own = weight(bucket);
+        const unsigned long long own = bucket < 0 ? 0 : weight(bucket);
         unsigned long long upto = own;
         for (int step = 1; step < 32; step *= 2) {
             const unsigned long long left = __shfl_up_sync(0xffffffffu, upto, step);
@@ -156,15 +166,30 @@ __device__ __forceinline__ void find_bucket(Selection &s, unsigned long long tar
     }
 }
 
+// The keys among which is selected: those listed, or all of the row's.
+struct Keys {
+    const __half *row;
+    bool aligned, listed;
+    unsigned vocab;
+
+    // Calls f(key) for those that fall to this thread.
+    template <typename F>
+    __device__ __forceinline__ void each(const Selection &s, F f) const {
+        if (listed)
+            for (unsigned i = threadIdx.x; i < s.listed; i += 1024)
+                f(s.list[i]);
+        else
+            for_each_logit<1024>(row, aligned, 0, vocab, [&](unsigned, __half logit) { f(key_of(logit)); });
+    }
+};
+
 // Counts the bucket's 32 keys among those not below `floor_key`; the whole block.
-__device__ __forceinline__ void count_within(Selection &s, const __half *row, bool aligned, unsigned vocab,
-                                             unsigned floor_key) {
+__device__ __forceinline__ void count_within(Selection &s, unsigned floor_key, const Keys &keys) {
     if (threadIdx.x < 32)
         s.within[threadIdx.x] = 0;
     __syncthreads();
     const unsigned bucket = s.bucket;
-    for_each_logit<1024>(row, aligned, 0, vocab, [&](unsigned, __half logit) {
-        const unsigned key = key_of(logit);
+    keys.each(s, [&](unsigned key) {
         if (key / 32 == bucket && key >= floor_key)
             atomicAdd(&s.within[key % 32], 1);
     });
@@ -188,20 +213,49 @@ __device__ __forceinline__ unsigned key_within(const Selection &s, unsigned long
     return least;
 }
 
-extern "C" __global__ void __launch_bounds__(1024)
-sample_cut(const unsigned *batch, unsigned rows_offset, const SlotState *slots, const __half *logits, unsigned vocab,
-           unsigned stride, float *cut) {
+// Lists the keys that may be among the `top_k` largest, given the threads' own maxima in `count`, which is zero afterwards.
+// False if they are too many. The whole block.
+__device__ __forceinline__ bool list_keys(Selection &s, const __half *row, bool aligned, unsigned vocab, unsigned top_k) {
+    if (threadIdx.x < 32)
+        find_bucket(s, top_k, [&](int bucket) { return (unsigned long long)s.count[bucket]; });
+    if (threadIdx.x == 0)
+        s.listed = 0;
+    __syncthreads();
+    for (unsigned i = threadIdx.x; i < 2048; i += 1024)
+        s.count[i] = 0;
+    const unsigned floor_key = s.bucket * 32;
+    for_each_logit<1024>(row, aligned, 0, vocab, [&](unsigned, __half logit) {
+        const unsigned key = key_of(logit);
+        if (key >= floor_key) {
+            const unsigned at = atomicAdd(&s.listed, 1);
+            if (at < LISTED)
+                s.list[at] = key;
+        }
+    });
+    __syncthreads();
+    return s.listed <= LISTED;
+}
+
+extern "C" __global__ void __launch_bounds__(1024, 2)
+sample_cut(const unsigned *batch, unsigned rows_offset, const SlotState *slots, __half *logits, unsigned vocab,
+           unsigned stride, float *cut, const unsigned *rules, const unsigned *page_table, unsigned table_width,
+           unsigned page_bits, const unsigned *history) {
     __shared__ Selection s;
     dependent_launch();
-    const SlotState slot = slots[reinterpret_cast<const Row *>(batch + rows_offset)[blockIdx.x].slot];
+    const Row row = reinterpret_cast<const Row *>(batch + rows_offset)[blockIdx.x];
+    const SlotState slot = slots[row.slot];
     dependent_wait();
+    __half *l = logits + (size_t)blockIdx.x * stride;
+    if (slot.edits != 0) {
+        const History own = {page_table + (size_t)row.slot * table_width, history, page_bits};
+        edit_row<TILE>(l, vocab, row, slot, rules, own, reinterpret_cast<unsigned *>(&s));
+    }
     const bool by_count = slot.top_k > 0 && slot.top_k < vocab, by_mass = slot.top_p < 1.0f;
     if (slot.temperature == 0.0f || !(by_count || by_mass || slot.min_p > 0.0f)) {
         if (threadIdx.x == 0)
             cut[blockIdx.x] = NO_CUT;
         return;
     }
-    const __half *l = logits + (size_t)blockIdx.x * stride;
     const bool aligned = stride % 8 == 0;
     for (unsigned i = threadIdx.x; i < 2048; i += 1024)
         s.count[i] = s.low[i] = s.high[i] = 0;
@@ -212,36 +266,41 @@ sample_cut(const unsigned *batch, unsigned rows_offset, const SlotState *slots, 
     unsigned top = 0;
     for_each_logit<1024>(l, aligned, 0, vocab, [&](unsigned, __half logit) { top = max(top, key_of(logit)); });
     atomicMax(&s.top, __reduce_max_sync(0xffffffffu, top));
+    bool is_listed = by_count && slot.top_k <= 1024;
+    if (is_listed && top > 0)
+        atomicAdd(&s.count[top / 32], 1);
     __syncthreads();
+    if (is_listed)
+        is_listed = list_keys(s, l, aligned, vocab, slot.top_k);
+    const Keys keys = {l, aligned, is_listed, vocab};
     const float largest = logit_of(s.top), scale = LOG2E / slot.temperature;
     float least = slot.min_p > 0.0f ? largest + slot.temperature * logf(slot.min_p) : NO_CUT;
     unsigned floor_key = 0;
+    const auto mass_in = [&](int bucket) { return ((unsigned long long)s.high[bucket] << 14) + s.low[bucket]; };
+    const auto mass_at = [&](unsigned key) { return mass_of(logit_of(key), largest, scale); };
 
-    for_each_logit<1024>(l, aligned, 0, vocab, [&](unsigned, __half logit) {
-        const unsigned bucket = key_of(logit) / 32;
+    keys.each(s, [&](unsigned key) {
         if (by_count)
-            atomicAdd(&s.count[bucket], 1);
-        if (by_mass) {
-            const unsigned mass = mass_of(__half2float(logit), largest, scale);
-            atomicAdd(&s.low[bucket], mass & 0x3fff);
-            atomicAdd(&s.high[bucket], mass >> 14);
+            atomicAdd(&s.count[key / 32], 1);
+        const unsigned mass = by_mass ? mass_at(key) : 0;
+        if (mass > 0) {
+            atomicAdd(&s.low[key / 32], mass & 0x3fff);
+            atomicAdd(&s.high[key / 32], mass >> 14);
         }
     });
     __syncthreads();
-    const auto mass_in = [&](int bucket) { return ((unsigned long long)s.high[bucket] << 14) + s.low[bucket]; };
-    const auto mass_at = [&](unsigned key) { return (unsigned long long)mass_of(logit_of(key), largest, scale); };
 
     if (by_count) {
         if (threadIdx.x < 32)
             find_bucket(s, slot.top_k, [&](int bucket) { return (unsigned long long)s.count[bucket]; });
         __syncthreads();
-        count_within(s, l, aligned, vocab, 0);
+        count_within(s, 0, keys);
         floor_key = key_within(s, slot.top_k, [](unsigned) { return 1ull; });
         __syncthreads();
         if (by_mass && threadIdx.x == 0) {  // what lies below the k-th largest has no mass from here on
             unsigned long long mass = 0;
             for (unsigned key = floor_key; key < s.bucket * 32 + 32; key++)
-                mass += mass_at(key) * s.within[key % 32];
+                mass += (unsigned long long)mass_at(key) * s.within[key % 32];
             s.low[s.bucket] = (unsigned)(mass & 0x3fff);
             s.high[s.bucket] = (unsigned)(mass >> 14);
         }
@@ -263,8 +322,9 @@ sample_cut(const unsigned *batch, unsigned rows_offset, const SlotState *slots, 
         if (threadIdx.x < 32)
             find_bucket(s, target, mass_in);
         __syncthreads();
-        count_within(s, l, aligned, vocab, floor_key);
-        floor_key = max(floor_key, key_within(s, target, mass_at));
+        count_within(s, floor_key, keys);
+        floor_key =
+            max(floor_key, key_within(s, target, [&](unsigned key) { return (unsigned long long)mass_at(key); }));
     }
     if (threadIdx.x == 0) {
         const float selected = by_count || by_mass ? logit_of(floor_key) : NO_CUT;
@@ -280,6 +340,15 @@ __device__ __forceinline__ void load_eight(__half (&logit)[8], const __half *row
 #pragma unroll
         for (int j = 0; j < 8; j++)
             logit[j] = i + j < end ? row[i + j] : __ushort_as_half(0xfc00);
+}
+
+// Is one of the eight not below `least`?
+__device__ __forceinline__ bool reaches(const __half (&logit)[8], float least) {
+    bool any = false;
+#pragma unroll
+    for (int j = 0; j < 8; j++)
+        any |= __half2float(logit[j]) >= least;
+    return any;
 }
 
 // The best score that a thread has found. Ids are given in ascending order: the lowest among equals stays.
@@ -338,6 +407,8 @@ sample_draw(const unsigned *batch, unsigned rows_offset, const SlotState *slots,
             for (int j = 0; j < 8; j++)
                 best.take(__half2float(logit[j]), i + j);
         } else {
+            if (least > NO_CUT && !__any_sync(0xffffffffu, reaches(logit, least)))
+                continue;
             const float found = value_of(__reduce_max_sync(0xffffffffu, ordered(best.score)));
             take_four(best, logit, i, row.kv_len, slot, inverse, least, found);
             take_four(best, logit + 4, i + 4, row.kv_len, slot, inverse, least, found);

@@ -71,7 +71,7 @@ fn check(engine: &mut CpuEngine, examples: &[Example], what: &str) -> Vec<u32> {
     let params = SamplingParams { ignore_eos: true, logprobs: Some(1), ..SamplingParams::default() };
     let submit = |example: &Example| {
         let params = SamplingParams { max_tokens: example.greedy.len() as u32, ..params };
-        engine.submit(Request { prompt: &example.prompt, params }).unwrap().ticket
+        engine.submit(Request::new(&example.prompt, params)).unwrap().ticket
     };
     let tickets: Vec<Ticket> = examples.iter().map(submit).collect();
     let mut greedy: BTreeMap<Ticket, Vec<u32>> = BTreeMap::new();

@@ -14,6 +14,7 @@ use minisgl_core::batch::{
 };
 use minisgl_core::config::Limits;
 use minisgl_core::request::Ticket;
+use minisgl_core::rules::RULE_WORDS;
 use minisgl_core::sampling::SLOT_STATE_WORDS;
 use minisgl_cpu::Cpu;
 use minisgl_decoder::{Checkpoint, Decoder};
@@ -68,10 +69,22 @@ impl Driver {
         let page_table = words(slots * table_width as usize);
         let token_pool = words(slots);
         let states = words(slots * SLOT_STATE_WORDS);
+        let rules = words(slots * RULE_WORDS);
+        let history = words((limits.pages as usize + 1) * page_size as usize);
         let tokens = words(running as usize);
         let shape = StepShape::decode(0);
-        let step =
-            Step { shape, batch, layout, page_table, table_width, page_size, token_pool, slots: states };
+        let step = Step {
+            shape,
+            batch,
+            layout,
+            page_table,
+            table_width,
+            page_size,
+            token_pool,
+            slots: states,
+            rules,
+            history,
+        };
         let staging = cpu.alloc_pinned(layout.words).unwrap();
         let results = cpu.alloc_pinned(running as usize).unwrap();
         Driver { cpu, model, limits, layout, step, tokens, staging, results, pages_shared: false }

@@ -35,6 +35,7 @@ impl Sampling {
             ignore_eos: given.getattr("ignore_eos")?.extract()?,
             logprobs: given.getattr("logprobs")?.extract()?,
             prompt_logprobs: prompt_logprobs.map(|top| PromptLogprobs { from: 1, top }),
+            ..SamplingParams::default()
         };
         Ok(Sampling { params, seeded: seed.is_some(), stop: given.getattr("stop")?.extract()? })
     }

@@ -97,7 +97,17 @@ impl ApiError {
             SamplingError::Temperature(_) => "temperature",
             SamplingError::TopP(_) => "top_p",
             SamplingError::MinP(_) => "min_p",
+            SamplingError::RepetitionPenalty(_) => "repetition_penalty",
+            SamplingError::PresencePenalty(_) => "presence_penalty",
+            SamplingError::FrequencyPenalty(_) => "frequency_penalty",
+            SamplingError::MinTokens { .. } => "min_tokens",
             SamplingError::MaxTokens => "max_tokens",
+            SamplingError::Bias { .. } | SamplingError::BiasTwice(_) | SamplingError::Biases(_) => {
+                "logit_bias"
+            }
+            SamplingError::StopTokens(_) => "stop_token_ids",
+            SamplingError::EmptyBadWord | SamplingError::BadWords { .. } => "bad_words",
+            SamplingError::RuleOutsideVocabulary { field, .. } => field,
             SamplingError::Logprobs(_) => "logprobs",
             SamplingError::PromptLogprobs(_) => "prompt_logprobs",
         };

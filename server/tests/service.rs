@@ -142,10 +142,13 @@ fn an_echo_with_log_probabilities_has_those_of_its_prompt() {
 fn a_field_that_can_not_be_served_is_refused_by_its_name() {
     let running = Running::tiny(settings());
     let both = [
-        ("presence_penalty", json!(0.5)),
-        ("frequency_penalty", json!(0.5)),
-        ("repetition_penalty", json!(1.1)),
-        ("logit_bias", json!({"5": 1})),
+        ("presence_penalty", json!(2.5)),
+        ("frequency_penalty", json!(-2.5)),
+        ("repetition_penalty", json!(0)),
+        ("logit_bias", json!({"5": 101})),
+        ("logit_bias", json!({"4000000": 1})),
+        ("stop_token_ids", json!([4_000_000])),
+        ("bad_words", json!([" "])),
         ("max_token", json!(5)),
         ("temperature", json!(-1)),
         ("top_p", json!(0)),
@@ -154,7 +157,7 @@ fn a_field_that_can_not_be_served_is_refused_by_its_name() {
         ("n", json!(0)),
         ("n", json!(129)),
         ("stream_options", json!({"include_usage": true})),
-        ("min_tokens", json!(2)),
+        ("min_tokens", json!(-1)),
         ("use_beam_search", json!(true)),
     ];
     let chat = [

@@ -48,6 +48,7 @@ pub(super) struct Sampling {
 
 impl From<&SamplingParams> for Sampling {
     fn from(sampling: &SamplingParams) -> Self {
+        // The rest has no flags.
         let SamplingParams {
             temperature, top_k, top_p, min_p, seed, max_tokens, ignore_eos, logprobs, ..
         } = *sampling;

@@ -18,13 +18,14 @@ use super::fair::{FairQueue, Waiting};
 use super::handle::Shared;
 use super::locked;
 use super::output::Output;
-use crate::request::{Given, Prompt, RequestError};
+use crate::request::{Given, Prompt, RequestError, TokenRules};
 
 /// A request that is to be encoded.
 pub struct Job {
     pub prompt: Prompt,
     pub given: Option<Given>,
     pub params: SamplingParams,
+    pub rules: TokenRules,
     pub output: Box<Output>,
 }
 
@@ -38,19 +39,22 @@ impl Job {
     /// The request, ready for the engine; `None` if it has ended here.
     pub fn encode(self, shared: &Shared) -> Option<Ready> {
         if self.output.is_unwanted() {
-            return Some(Ready { prompt: Vec::new(), params: self.params, output: self.output });
+            return Some(Ready { prompt: Vec::new(), params: self.params, rules: None, output: self.output });
         }
         // A tokenizer is a program of others', and a file of the user's makes it.
         let room = self.params.max_tokens.min(1);
         let encode = || -> Result<_, RequestError> {
+            let rules = shared.text.rules(self.rules)?;
             let prompt = shared.encode(self.prompt, room)?;
             let given = self.given.map(|given| shared.encode_given(given, room)).transpose()?;
-            Ok((prompt, given))
+            Ok((prompt, given, rules))
         };
         let encoded = catch_unwind(AssertUnwindSafe(encode));
         let encoded = encoded.unwrap_or_else(|_| Err(RequestError::Encode("it panicked".to_owned())));
         match encoded {
-            Ok((prompt, given)) => Some(Ready::new(prompt, given, self.params, self.output)),
+            Ok((prompt, given, rules)) => {
+                Some(Ready { rules, ..Ready::new(prompt, given, self.params, self.output) })
+            }
             Err(error) => {
                 self.output.reject(error);
                 None

@@ -27,6 +27,7 @@ use std::time::{Duration, Instant};
 use minisgl_core::engine::{CompletedStep, StepReport};
 use minisgl_core::request as core;
 use minisgl_core::request::{Request, SubmitError, Ticket};
+use minisgl_core::rules::Rules;
 use minisgl_core::sampling::SamplingParams;
 use minisgl_core::stats::Load;
 
@@ -68,6 +69,7 @@ pub struct Call {
 pub struct Ready {
     pub prompt: Vec<u32>,
     pub params: SamplingParams,
+    pub rules: Option<Arc<Rules>>,
     pub output: Box<Output>,
 }
 
@@ -86,7 +88,7 @@ impl Ready {
             prompt.extend(given);
         }
         output.set_prompt(&prompt);
-        Ready { prompt, params, output }
+        Ready { prompt, params, rules: None, output }
     }
 }
 
@@ -267,7 +269,8 @@ impl EngineThread {
                 self.batch.events.push(Event::Dropped { output: ready.output });
                 continue;
             }
-            match self.runner.submit(Request { prompt: &ready.prompt, params: ready.params }) {
+            let rules = ready.rules.as_ref();
+            match self.runner.submit(Request { rules, ..Request::new(&ready.prompt, ready.params) }) {
                 Ok(submitted) => self.start(ready.output, submitted),
                 Err(SubmitError::QueueFull { .. }) => return self.shared.intake.give_back(self.index, ready),
                 Err(error) => {

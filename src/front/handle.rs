@@ -20,7 +20,7 @@ use super::output::Output;
 use super::permits::{Permit, Permits};
 use super::session::{Events, RequestStream, Session, SessionOptions, Submitter};
 use crate::error::{Cause, Error};
-use crate::request::{GenerateRequest, Given, Prompt, RequestError, StepTiming};
+use crate::request::{GenerateRequest, Given, Prompt, RequestError, StepTiming, TokenRules};
 use crate::runner::Runner;
 use crate::tokenizer::Text;
 
@@ -259,22 +259,25 @@ impl EngineHandle {
         let text = &*self.0.text;
         let unfit = unfit_stop(&request, text);
         let output = Box::new(Output::new(session, tag, &mut request, &self.0, permit));
-        let params = request.sampling;
-        match (unfit, request.prompt, request.given) {
+        let GenerateRequest { prompt, given, sampling: params, rules, .. } = request;
+        let is_encoded = rules == TokenRules::default();
+        match (unfit, prompt, given) {
             (Some(error), ..) => {
                 output.reject(error);
                 None
             }
-            (None, Prompt::Tokens(prompt), None) => Some(Ready::new(prompt, None, params, output)),
-            (None, Prompt::Tokens(prompt), Some(Given::Tokens(given))) => {
+            (None, Prompt::Tokens(prompt), None) if is_encoded => {
+                Some(Ready::new(prompt, None, params, output))
+            }
+            (None, Prompt::Tokens(prompt), Some(Given::Tokens(given))) if is_encoded => {
                 Some(Ready::new(prompt, Some(given), params, output))
             }
             // Without a tokenizer there are no threads for it, and nothing that takes time.
             (None, prompt, given) if !text.has_tokenizer() => {
-                Job { prompt, given, params, output }.encode(&self.0)
+                Job { prompt, given, params, rules, output }.encode(&self.0)
             }
             (None, prompt, given) => {
-                self.0.encoders.post(Job { prompt, given, params, output });
+                self.0.encoders.post(Job { prompt, given, params, rules, output });
                 None
             }
         }

@@ -26,7 +26,7 @@ use super::engine::{Message, StepTimes};
 use super::handle::{OpenRequest, Shared};
 use super::permits::Permit;
 use super::session::{Queued, Session, SessionEvent};
-use crate::detokenize::Detokenizer;
+use crate::detokenize::{Detokenizer, Ending};
 use crate::request::{Completion, FinishReason, GenerateRequest, RequestError, TokenLogprobs};
 use crate::tokenizer::Text;
 
@@ -92,6 +92,8 @@ pub struct Output {
     prompt_logprobs: Option<Vec<TokenLogprobs>>,
     /// Where text is wanted token by token.
     detokenizer: Option<Detokenizer>,
+    /// Stop tokens whose text is no part of the output's.
+    hides: Vec<u32>,
     /// Tokens heard of.
     drawn: usize,
     /// A stop text came up.
@@ -108,6 +110,7 @@ impl Output {
         permit: Permit,
     ) -> Self {
         let stop = std::mem::take(&mut request.stop);
+        let (include_stop, min_tokens) = (request.include_stop, request.sampling.min_tokens);
         let (options, now) = (&session.options, Instant::now());
         let as_it_comes =
             shared.text.has_tokenizer() && ((options.tokens && options.text) || !stop.is_empty());
@@ -124,7 +127,9 @@ impl Output {
             asked_tokens: request.sampling.max_tokens,
             logprobs: request.sampling.logprobs.map(|_| Vec::new()),
             prompt_logprobs: request.sampling.prompt_logprobs.map(|_| Vec::new()),
-            detokenizer: as_it_comes.then(|| Detokenizer::new(stop)),
+            detokenizer: as_it_comes
+                .then(|| Detokenizer::new(Ending { stop, include: include_stop, min_tokens })),
+            hides: if include_stop { Vec::new() } else { request.rules.stop_token_ids.clone() },
             drawn: 0,
             stopped: false,
             _open: shared.count_open(),
@@ -200,8 +205,8 @@ impl Output {
             logprobs.push(TokenLogprobs::of(row));
         }
         let piece = match &mut self.detokenizer {
-            Some(detokenizer) => detokenizer.push(token, text),
-            None => "",
+            Some(detokenizer) if !self.hides.contains(&token) => detokenizer.push(token, text),
+            _ => "",
         };
         let options = &self.session.options;
         if options.tokens {
@@ -225,7 +230,10 @@ impl Output {
                 stop_text = detokenizer.stop_text().map(str::to_owned);
                 Some(detokenizer.into_text())
             }
-            None => text.decode(tokens),
+            None => text.decode(match tokens.split_last() {
+                Some((last, before)) if self.hides.contains(last) => before,
+                _ => tokens,
+            }),
         };
         if !(self.session.options.tokens && self.session.options.text) {
             rest.clear();
@@ -234,6 +242,7 @@ impl Output {
             _ if self.stopped => FinishReason::Stop,
             core::FinishReason::Length => FinishReason::Length,
             core::FinishReason::Eos => FinishReason::Eos,
+            core::FinishReason::Stop => FinishReason::Stop,
             core::FinishReason::Abort => FinishReason::Abort,
             core::FinishReason::NotNumbers => FinishReason::Failed,
         };

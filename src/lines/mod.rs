@@ -139,10 +139,13 @@ fn one_request(
     sampling: &SamplingParams,
     model: &ModelName,
 ) -> Result<(GenerateRequest, Option<Arc<str>>), FieldError> {
-    let Body { mut prompts, sampling, stop, model } = Body::read(fields, prompts, sampling, model)?;
+    let Body { mut prompts, sampling, stop, include_stop, rules, model } =
+        Body::read(fields, prompts, sampling, model)?;
     match prompts.pop() {
         Some(prompt) if prompts.is_empty() => {
-            Ok((GenerateRequest { sampling, stop, ..GenerateRequest::new(prompt) }, model))
+            let request =
+                GenerateRequest { sampling, stop, include_stop, rules, ..GenerateRequest::new(prompt) };
+            Ok((request, model))
         }
         _ => Err(FieldError::Unsupported {
             field: "prompt",

@@ -3,7 +3,8 @@
 //! ```text
 //!   prompt | prompt_token_ids | messages, tools, …      ──> Prompts
 //!   max_tokens, temperature, top_k, …, seed, logprobs   ──> SamplingParams     else as Defaults say
-//!   stop                                                ──> stop texts
+//!   stop, include_stop_str_in_output                    ──> stop texts
+//!   logit_bias, stop_token_ids, bad_words               ──> TokenRules
 //!   completion | completion_token_ids                   ──> Given              in native lines
 //!   model                                               ──> must be the one that runs
 //!   the rest                                            ──> taken where it changes nothing, else an error
@@ -12,6 +13,7 @@
 //! A field that is not known is an error, not ignored: a misspelt `max_token` should not cost a night's run. Who can serve
 //! more than a line can (`n`, `stream`, …) takes those fields before.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use serde::Deserialize;
@@ -22,7 +24,9 @@ use super::fields::{Fields, Whole, cause, read, wrong};
 use super::model_name::ModelName;
 use super::rest::check_rest;
 use crate::SamplingParams;
-use crate::request::{ChatPrompt, Given, JsonObject, Message, Prompt, PromptLogprobs, TOP_LOGPROBS_MAX};
+use crate::request::{
+    ChatPrompt, Given, JsonObject, Message, Prompt, PromptLogprobs, TOP_LOGPROBS_MAX, TokenRules,
+};
 
 /// Which prompts a body may have.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -44,6 +48,10 @@ pub struct Body {
     pub sampling: SamplingParams,
     /// Texts that end the output.
     pub stop: Vec<String>,
+    /// Let the output's text end with what ended it.
+    pub include_stop: bool,
+    /// What it says of single tokens.
+    pub rules: TokenRules,
     /// The name by which it calls the model.
     pub model: Option<Arc<str>>,
 }
@@ -64,9 +72,11 @@ impl Body {
         let model = name_of(model, &mut fields)?;
         let sampling = sampling(&mut fields, default)?;
         let stop = stop(&mut fields)?;
+        let include_stop = fields.flag("include_stop_str_in_output")?.unwrap_or(false);
+        let rules = rules(&mut fields)?;
         let prompts = prompt(&mut fields, prompts)?;
         check_rest(fields, &prompts)?;
-        Ok(Body { prompts, sampling, stop, model })
+        Ok(Body { prompts, sampling, stop, include_stop, rules, model })
     }
 }
 
@@ -86,7 +96,11 @@ fn sampling(fields: &mut Fields<'_>, default: &SamplingParams) -> Result<Samplin
         top_k: top_k(fields)?.unwrap_or(default.top_k),
         top_p: fields.number("top_p")?.unwrap_or(default.top_p),
         min_p: fields.number("min_p")?.unwrap_or(default.min_p),
+        repetition_penalty: fields.number("repetition_penalty")?.unwrap_or(default.repetition_penalty),
+        presence_penalty: fields.number("presence_penalty")?.unwrap_or(default.presence_penalty),
+        frequency_penalty: fields.number("frequency_penalty")?.unwrap_or(default.frequency_penalty),
         seed: seed(fields)?.unwrap_or(default.seed),
+        min_tokens: min_tokens(fields)?.unwrap_or(default.min_tokens),
         max_tokens: max_tokens(fields, prompt_logprobs.is_some())?.unwrap_or(default.max_tokens),
         ignore_eos: fields.flag("ignore_eos")?.unwrap_or(default.ignore_eos),
         logprobs: logprobs(fields)?.unwrap_or(default.logprobs),
@@ -109,6 +123,11 @@ fn seed(fields: &mut Fields<'_>) -> Result<Option<u64>, FieldError> {
         Whole(seed) if (i128::from(i64::MIN)..=u64::MAX.into()).contains(&seed) => Ok(Some(seed as u64)),
         Whole(_) => Err(wrong("seed", value, EXPECTED)),
     }
+}
+
+fn min_tokens(fields: &mut Fields<'_>) -> Result<Option<u32>, FieldError> {
+    let tokens = fields.whole("min_tokens", 0, "a whole number from 0 on")?;
+    Ok(tokens.map(|tokens| tokens as u32))
 }
 
 /// By OpenAI's older or newer name. More than any sequence holds is as many as it holds; none will do where the prompt is
@@ -198,6 +217,30 @@ fn stop(fields: &mut Fields<'_>) -> Result<Vec<String>, FieldError> {
         Some(Stop::One(text)) => vec![text],
         Some(Stop::Many(texts)) => texts,
     })
+}
+
+fn rules(fields: &mut Fields<'_>) -> Result<TokenRules, FieldError> {
+    Ok(TokenRules {
+        logit_bias: logit_bias(fields)?,
+        stop_token_ids: stop_token_ids(fields)?,
+        bad_words: fields.take("bad_words", "a list of texts")?.unwrap_or_default(),
+    })
+}
+
+/// Biases by token id, which JSON writes as text.
+fn logit_bias(fields: &mut Fields<'_>) -> Result<Vec<(u32, f32)>, FieldError> {
+    const EXPECTED: &str = "an object with a number for each token id";
+    let Some(value) = fields.raw("logit_bias") else { return Ok(Vec::new()) };
+    let biases: BTreeMap<String, f32> = read("logit_bias", value, EXPECTED)?;
+    let bias = |(id, bias): (String, f32)| Some((id.parse().ok()?, bias));
+    biases.into_iter().map(bias).collect::<Option<_>>().ok_or_else(|| wrong("logit_bias", value, EXPECTED))
+}
+
+fn stop_token_ids(fields: &mut Fields<'_>) -> Result<Vec<u32>, FieldError> {
+    let Some(value) = fields.raw("stop_token_ids") else { return Ok(Vec::new()) };
+    let ids: Vec<Whole> = read("stop_token_ids", value, TOKEN_IDS)?;
+    let ids = ids.iter().map(|Whole(id)| u32::try_from(*id).ok());
+    ids.collect::<Option<_>>().ok_or_else(|| wrong("stop_token_ids", value, TOKEN_IDS))
 }
 
 fn prompt(fields: &mut Fields<'_>, prompts: Prompts) -> Result<Vec<Prompt>, FieldError> {

@@ -31,20 +31,17 @@ const WITHOUT_EFFECT: &[&str] = &[
 type Only = (&'static str, &'static [&'static str], &'static str);
 
 const ONE_LINE_ONE_OUTPUT: &str = "one line gives one output; repeat the line with other seeds for more";
-const NO_PENALTY: &str = "penalties are not supported";
 const NO_CONSTRAINT: &str = "constrained output is not supported";
 const NO_TOOL_CHOICE: &str = "the model chooses; leave it out";
 
 const ONLY: &[Only] = &[
     ("allowed_token_ids", &[], NO_CONSTRAINT),
     ("audio", &[], "only text comes out"),
-    ("bad_words", &["[]"], NO_CONSTRAINT),
     ("best_of", &["1"], ONE_LINE_ONE_OUTPUT),
     ("chat_template", &[], "the checkpoint's chat template is used"),
     ("detokenize", &["true"], "text comes out wherever the model has a tokenizer"),
     ("echo", &["false"], "the prompt is not repeated"),
     ("enable_thinking", &[], "give it in chat_template_kwargs"),
-    ("frequency_penalty", &["0"], NO_PENALTY),
     ("function_call", &["\"auto\""], NO_TOOL_CHOICE),
     ("functions", &["[]"], "give them as tools"),
     ("guided_choice", &[], NO_CONSTRAINT),
@@ -52,25 +49,19 @@ const ONLY: &[Only] = &[
     ("guided_json", &[], NO_CONSTRAINT),
     ("guided_regex", &[], NO_CONSTRAINT),
     ("include_reasoning", &["true"], "reasoning stays in the text"),
-    ("include_stop_str_in_output", &["false"], "the text ends before a stop text"),
-    ("length_penalty", &["1"], NO_PENALTY),
-    ("logit_bias", &["{}"], "biases are not supported"),
+    ("length_penalty", &["1"], "beam search is not supported"),
     ("logits_processors", &["[]"], NO_CONSTRAINT),
-    ("min_tokens", &["0"], "a least length is not supported"),
     ("mm_processor_kwargs", &["{}"], "only text goes in"),
     ("modalities", &["[\"text\"]"], "only text comes out"),
     ("moderation", &[], "nothing is moderated"),
     ("n", &["1"], ONE_LINE_ONE_OUTPUT),
     ("parallel_tool_calls", &["true"], NO_TOOL_CHOICE),
-    ("presence_penalty", &["0"], NO_PENALTY),
     ("reasoning_effort", &[], "give it in chat_template_kwargs if the template knows it"),
-    ("repetition_penalty", &["1"], NO_PENALTY),
     ("response_format", &["{\"type\":\"text\"}"], NO_CONSTRAINT),
     ("return_token_ids", &["false"], "native lines give token ids"),
     ("return_tokens_as_token_ids", &["false"], "native lines give token ids"),
     ("skip_special_tokens", &["true"], "special tokens are no text"),
     ("spaces_between_special_tokens", &["true"], "special tokens are no text"),
-    ("stop_token_ids", &["[]"], "give stop texts, in stop"),
     ("stream", &["false"], "a line gives one result"),
     ("structural_tag", &[], NO_CONSTRAINT),
     ("structured_outputs", &[], NO_CONSTRAINT),

@@ -11,6 +11,7 @@ mod bound;
 pub mod config;
 mod file;
 pub mod pieces;
+mod rules;
 
 use std::path::Path;
 
@@ -19,7 +20,7 @@ use tokenizers::Tokenizer;
 use self::config::TokenizerConfig;
 use self::pieces::Pieces;
 use crate::chat::ChatTemplates;
-use crate::detokenize::Detokenizer;
+use crate::detokenize::{Detokenizer, Ending};
 use crate::error::Error;
 use crate::request::{ChatPrompt, Given, Prompt, RequestError};
 
@@ -153,7 +154,7 @@ impl Text {
         if self.pieces()?.row.is_none() {
             return Some(self.decode_whole(ids));
         }
-        let mut detokenizer = Detokenizer::new(Vec::new());
+        let mut detokenizer = Detokenizer::new(Ending::default());
         for id in ids {
             detokenizer.push(*id, self);
         }

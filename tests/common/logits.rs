@@ -44,7 +44,7 @@ impl<B: Ops> Logits<B> {
     fn after(&mut self, prompt: &[u32]) -> Vec<f32> {
         let Logits(engine) = self;
         let params = SamplingParams { max_tokens: 1, ..SamplingParams::default() };
-        engine.submit(Request { prompt, params }).unwrap();
+        engine.submit(Request::new(prompt, params)).unwrap();
         let mut row = Vec::new();
         while !engine.is_idle() {
             let report = engine.step(&mut |_| {}).unwrap();

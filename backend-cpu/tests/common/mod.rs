@@ -11,6 +11,7 @@ use minisgl_core::backend::{
 use minisgl_core::batch::{Batch, Dummy, Layout, PageUpdate, Row, StepShape, Token};
 use minisgl_core::config::Limits;
 use minisgl_core::request::Ticket;
+use minisgl_core::rules::RULE_WORDS;
 use minisgl_core::sampling::{SLOT_STATE_WORDS, SlotState};
 use minisgl_core::spec::{Attention, DecoderSpec, Dims, LayerSpec, Mixer, NormForm, QkNorm, Rope};
 use minisgl_core::tensor::{Dtype, HostTensor, TensorData, splitmix64};
@@ -91,6 +92,8 @@ pub struct Machine {
     pub page_table: Buffer,
     pub token_pool: Buffer,
     pub slots: Buffer,
+    pub rules: Buffer,
+    pub history: Buffer,
     /// `[slot][i]`: the pages, as the tests dealt them out.
     pub pages: Vec<Vec<u32>>,
 }
@@ -157,9 +160,11 @@ impl Machine {
         let page_table = words((limits.running + 1) as usize * limits.table_width() as usize);
         let token_pool = words(limits.running as usize + 1);
         let slots = words((limits.running as usize + 1) * SLOT_STATE_WORDS);
+        let rules = words((limits.running as usize + 1) * RULE_WORDS);
+        let history = words((limits.pages as usize + 1) * limits.page_size as usize);
         let order = random.permutation(limits.pages as usize);
         let pages = order.chunks(limits.table_width() as usize).map(<[u32]>::to_vec).collect();
-        Machine { cpu, dims, limits, layout, batch, page_table, token_pool, slots, pages }
+        Machine { cpu, dims, limits, layout, batch, page_table, token_pool, slots, rules, history, pages }
     }
 
     pub fn alloc(&mut self, len: usize) -> Buffer {
@@ -240,11 +245,25 @@ impl Machine {
         draw: impl Fn(usize) -> Draw,
         shape: Option<StepShape>,
     ) -> (Step<Buffer>, Vec<Token>, Vec<Row>) {
+        let tokens = sequences.iter().map(|sequence| sequence.new).sum();
+        let ids: Vec<u32> = (0..tokens).map(|_| random.below(self.dims.vocab as usize) as u32).collect();
+        self.step_with(&ids, sequences, draw, shape)
+    }
+
+    /// The same with these token ids, those of the first sequence first.
+    pub fn step_with(
+        &mut self,
+        ids: &[u32],
+        sequences: &[Sequence],
+        draw: impl Fn(usize) -> Draw,
+        shape: Option<StepShape>,
+    ) -> (Step<Buffer>, Vec<Token>, Vec<Row>) {
+        let mut ids = ids.iter();
         let mut batch = Batch::new(&self.limits);
         for (i, sequence) in sequences.iter().enumerate() {
             let Sequence { slot, cached, new } = *sequence;
-            let Draw { state, logprobs } = draw(i);
-            batch.push_slot(slot, state);
+            let Draw { state, rules, logprobs } = draw(i);
+            batch.push_slot(slot, state, rules.into_iter());
             let row = Row {
                 slot,
                 first_token: batch.tokens().len() as u32,
@@ -256,7 +275,7 @@ impl Machine {
                 reserved: 0,
             };
             let mut token = |position| {
-                let id = random.below(self.dims.vocab as usize) as u32;
+                let id = *ids.next().expect("an id for each token");
                 Token { id, slot, position, location: self.location(slot, position) }
             };
             let owner = Ticket { entry: slot, generation: 0 };
@@ -291,22 +310,26 @@ impl Machine {
             page_size: self.limits.page_size,
             token_pool: self.token_pool,
             slots: self.slots,
+            rules: self.rules,
+            history: self.history,
         }
     }
 }
 
 /// How a row of a step draws.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct Draw {
     /// Its slot's state.
     pub state: SlotState,
+    /// The words of its slot's rules.
+    pub rules: Vec<u32>,
     /// As [`Row::logprobs`].
     pub logprobs: u32,
 }
 
 impl From<SlotState> for Draw {
     fn from(state: SlotState) -> Draw {
-        Draw { state, logprobs: 0 }
+        Draw { state, rules: vec![], logprobs: 0 }
     }
 }
 

@@ -29,17 +29,17 @@ impl Ends {
         })
     }
 
-    /// Applies the batch's updates of the page table and the slots, behind everything that was launched before.
+    /// Applies the batch's updates of the page table, the slots and their rules, behind everything that was launched before.
     pub fn begin_step(&self, launcher: &Launcher, step: &Step<Buffer>) -> Result<(), CudaError> {
         let updates_offset = step.layout.updates as u32;
         launcher.launch(
             &self.begin_step,
             Grid::new(UPDATE_BLOCKS, UPDATE_THREADS),
-            [&step.batch, &updates_offset, &step.page_table, &step.slots],
+            [&step.batch, &updates_offset, &step.page_table, &step.slots, &step.rules],
         )
     }
 
-    /// `residual[t] = table[id of t]`, and the partial sums of its squares, `[tokens, ceil(hidden / 64)]` f32.
+    /// `residual[t] = table[id of t]`, `history[location of t] = id of t`, and the partial sums of its squares, `[tokens, ceil(hidden / 64)]` f32.
     pub fn embed(
         &self,
         launcher: &Launcher,
@@ -53,7 +53,16 @@ impl Ends {
         launcher.launch(
             &self.embed,
             Grid::new(step.shape.tokens, ROW_THREADS).dependent(),
-            [&step.batch, &tokens_offset, &step.token_pool, &table, &hidden, &residual, &sumsq],
+            [
+                &step.batch,
+                &tokens_offset,
+                &step.token_pool,
+                &table,
+                &hidden,
+                &residual,
+                &sumsq,
+                &step.history,
+            ],
         )
     }
 

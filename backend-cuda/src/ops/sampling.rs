@@ -1,7 +1,7 @@
 //! Drawing tokens and their log-probabilities on the device: launches of `sampling.cu`.
 //!
-//! `sample` is two kernels: the first finds where each row's filters cut (and returns at once for a row without any),
-//! the second draws. Neither sorts, and nothing comes back to the host but the tokens.
+//! `sample` is two kernels: the first edits logits and finds where each row's filters cut (and returns at once for a row
+//! without any of it), the second draws. Neither sorts, and nothing comes back to the host but the tokens.
 
 use minisgl_core::backend::{Purpose, Step};
 
@@ -50,7 +50,7 @@ impl Sampling {
         })
     }
 
-    /// Draws a token for each sampled row of `logits` `[samples, vocab]` f16, into `tokens[header.output + row]` and
+    /// Edits `logits` `[samples, vocab]` f16 and draws a token for each sampled row, into `tokens[header.output + row]` and
     /// the token pool.
     pub fn sample(
         &self,
@@ -61,10 +61,24 @@ impl Sampling {
         tokens: Buffer,
     ) -> Result<(), CudaError> {
         let (samples, rows_offset) = (step.shape.samples, step.layout.rows as u32);
+        let page_bits = step.page_size.trailing_zeros();
         launcher.launch(
             &self.cut,
             Grid::new(samples, ROW_THREADS).dependent(),
-            [&step.batch, &rows_offset, &step.slots, &logits, &vocab, &vocab, &self.cuts],
+            [
+                &step.batch,
+                &rows_offset,
+                &step.slots,
+                &logits,
+                &vocab,
+                &vocab,
+                &self.cuts,
+                &step.rules,
+                &step.page_table,
+                &step.table_width,
+                &page_bits,
+                &step.history,
+            ],
         )?;
         let logits_of_all = u64::from(samples) * u64::from(vocab);
         let chunk = logits_of_all.div_ceil(DRAW_BLOCKS).next_multiple_of(DRAW_PASS) as u32;

@@ -24,9 +24,19 @@ pub(super) fn cases(filter: &Filter) -> Vec<Case> {
     }
     for rows in filter.rows() {
         let plain = SlotState { temperature: 0.6, ..SlotState::default() };
+        let filtered = SlotState { top_k: 50, top_p: 0.9, ..plain };
+        let penalties = SlotState {
+            edits: 1,
+            repetition: 1.1,
+            presence: 0.5,
+            frequency: 0.5,
+            prompt_len: CONTEXT / 2,
+            ..filtered
+        };
         cases.push(sample("greedy", SlotState::default(), rows));
         cases.push(sample("temperature", plain, rows));
-        cases.push(sample("top-k+top-p", SlotState { top_k: 50, top_p: 0.9, ..plain }, rows));
+        cases.push(sample("top-k+top-p", filtered, rows));
+        cases.push(sample("top-k+top-p+penalties", penalties, rows));
     }
     cases
 }
@@ -192,14 +202,17 @@ fn final_norm(model: ModelShape, rows: u32) -> Case {
     }
 }
 
+/// Tokens of a row's sequence, which penalties read.
+const CONTEXT: u32 = 1024;
+
 /// Drawing a token for each of `rows` rows. Logits are uniform bits read as f16, made positive and finite: all values
-/// differ little in how often they occur, so filters have work to do.
+/// differ little in how often they occur, so filters have work to do. Edits add up from call to call.
 fn sample(kind: &'static str, state: SlotState, rows: u32) -> Case {
     let vocab = MODELS[0].vocab as usize;
     let bytes = rows as usize * vocab * 2;
     let setup = move |cuda: &mut Cuda, copies: usize| {
         let sampling = Sampling::new(cuda, rows)?;
-        let mut step_of = StepOf::decode(&vec![7; rows as usize], vocab as u32);
+        let mut step_of = StepOf::decode(&vec![CONTEXT; rows as usize], vocab as u32);
         step_of.state = SlotState { seed_low: 5, ..state };
         let step = step_of.upload(cuda, 0, |_, _, _| {})?;
         let (state, packed) = (step_of.state, step_of.packed_rows());
@@ -207,18 +220,25 @@ fn sample(kind: &'static str, state: SlotState, rows: u32) -> Case {
             .map(|_| random(cuda, rows as usize, vocab, 4).map(Buffer::from))
             .collect::<Result<Vec<_>, _>>()?;
         let tokens = cuda.alloc(Purpose::Scratch, Element::Word, rows as usize)?;
+        let checked = logits.clone();
         Ok(Run {
             call: Box::new(move |launcher, call| {
                 sampling.sample(launcher, &step, logits[call % copies], vocab as u32, tokens)
             }),
             check: Box::new(move |cuda| {
                 let tokens = download_words(cuda, tokens, rows as usize)?;
-                let checked = [0, rows as usize - 1].into_iter();
-                Ok(checked
-                    .filter_map(|row| {
-                        drawn::complaint(&state, packed[row].kv_len, &logits_of(vocab, row), tokens[row])
-                    })
-                    .next())
+                for row in [0, rows as usize - 1] {
+                    // Of whichever copy the last call had, as the call left it.
+                    let mut complaints = vec![];
+                    for copy in &checked {
+                        let logits = logits_of(cuda, *copy, vocab, row)?;
+                        complaints.push(drawn::complaint(&state, packed[row].kv_len, &logits, tokens[row]));
+                    }
+                    if complaints.iter().all(Option::is_some) {
+                        return Ok(complaints.remove(0));
+                    }
+                }
+                Ok(None)
             }),
             baseline: None,
         })
@@ -232,10 +252,12 @@ fn sample(kind: &'static str, state: SlotState, rows: u32) -> Case {
     }
 }
 
-/// Row `row` of the logits that [`sample`] makes: bf16 bits in [-1, 1), read as f16.
-fn logits_of(vocab: usize, row: usize) -> Vec<f32> {
-    let element = |id| minisgl_core::tensor::uniform_element(4, (row * vocab + id) as u64, -1.0, 1.0);
-    (0..vocab).map(|id| half::f16::from_bits(element(id).to_bits()).to_f32()).collect()
+/// Row `row` of f16 logits.
+fn logits_of(cuda: &mut Cuda, logits: Buffer, vocab: usize, row: usize) -> Result<Vec<f32>, CudaError> {
+    let row = cuda.slice(logits, row * vocab..(row + 1) * vocab);
+    let words = download_words(cuda, row, vocab / 2)?;
+    let halves: &[u16] = bytemuck::cast_slice(&words);
+    Ok(halves.iter().map(|bits| half::f16::from_bits(*bits).to_f32()).collect())
 }
 
 fn token_ids(cuda: &mut Cuda, step: &minisgl_core::backend::Step<Buffer>) -> Result<Vec<usize>, CudaError> {

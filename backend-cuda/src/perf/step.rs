@@ -6,6 +6,7 @@ use half::bf16;
 use minisgl_core::backend::{Device, Element, Purpose, Step};
 use minisgl_core::batch::{HEADER_WORDS, Header, Layout, ROW_WORDS, Row, StepShape, TOKEN_WORDS, Token};
 use minisgl_core::config::Limits;
+use minisgl_core::rules::RULE_WORDS;
 use minisgl_core::sampling::SlotState;
 use minisgl_core::tensor::splitmix64;
 
@@ -59,6 +60,12 @@ impl StepOf {
         let mut pages = shuffled(self.limits().pages).into_iter();
         let count = |(position, tokens): &(u32, u32)| (position + tokens).div_ceil(PAGE_SIZE) as usize;
         self.rows.iter().map(|row| pages.by_ref().take(count(row)).collect()).collect()
+    }
+
+    /// A token for each location of the pages.
+    fn history(&self, pages: u32) -> Vec<u32> {
+        let id = |location| (splitmix64(u64::from(location)) % u64::from(self.vocab)) as u32;
+        (0..(pages + 1) * PAGE_SIZE).map(id).collect()
     }
 
     fn shape(&self) -> StepShape {
@@ -128,6 +135,8 @@ impl StepOf {
             page_size: PAGE_SIZE,
             token_pool: upload_words(cuda, &vec![0; slots])?,
             slots: upload_words(cuda, cast_slice(&vec![self.state; slots]))?,
+            rules: cuda.alloc(Purpose::Scratch, Element::Word, slots * RULE_WORDS)?,
+            history: upload_words(cuda, &self.history(limits.pages))?,
         })
     }
 }

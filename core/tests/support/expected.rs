@@ -62,13 +62,14 @@ pub fn logprobs(tokens: &[u32], seed: u64, window: u32) -> Vec<f32> {
 
 /// A request's tokens when nothing runs beside it, and why it ends. `len_max` bounds prompt and output together.
 pub fn alone(prompt: &[u32], params: &SamplingParams, len_max: u32) -> (Vec<u32>, FinishReason) {
-    alone_within(prompt, params, len_max, u32::MAX)
+    alone_within(prompt, params, &[], len_max, u32::MAX)
 }
 
-/// The same where a token sees so many positions.
+/// The same with stop tokens, where a token sees so many positions.
 pub fn alone_within(
     prompt: &[u32],
     params: &SamplingParams,
+    stop: &[u32],
     len_max: u32,
     window: u32,
 ) -> (Vec<u32>, FinishReason) {
@@ -94,6 +95,9 @@ pub fn alone_within(
         output.push(next);
         if next == EOS && !params.ignore_eos {
             return (output, FinishReason::Eos);
+        }
+        if stop.contains(&next) {
+            return (output, FinishReason::Stop);
         }
         if output.len() as u32 == params.max_tokens || (prompt.len() + output.len()) as u32 == len_max {
             return (output, FinishReason::Length);

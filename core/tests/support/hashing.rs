@@ -140,6 +140,12 @@ pub fn forward(memory: &mut [u32], step: &Step<Words>, kv: Words, logits: Words,
             let mapped = device.location(step, token.slot, token.position);
             assert_eq!(token.location, mapped, "a token goes where the page table says, a dummy row's too");
             *device.word(kv, token.location as usize) = expected::kv(before, id, token.position);
+            *device.word(step.history, token.location as usize) = id;
+        }
+    }
+    for row in rows.iter().take(header.samples as usize) {
+        if slot(&mut device, step, row).edits != 0 {
+            device.check_history(step, kv, row);
         }
     }
     head(memory, step, kv, logits, window);
@@ -231,6 +237,17 @@ impl Split<'_> {
     fn location(&mut self, step: &Step<Words>, slot: u32, position: u32) -> u32 {
         let entry = slot * step.table_width + position / step.page_size;
         *self.word(step.page_table, entry as usize) * step.page_size + position % step.page_size
+    }
+
+    /// All keys and values that a row attends to are those of the tokens in the history.
+    fn check_history(&mut self, step: &Step<Words>, kv: Words, row: &Row) {
+        let mut before = 0;
+        for position in 0..row.kv_len {
+            let location = self.location(step, row.slot, position);
+            let id = *self.word(step.history, location as usize);
+            before = expected::kv(before, id, position);
+            assert_eq!(before, *self.word(kv, location as usize), "history of {row:?} at {position}");
+        }
     }
 
     /// What the cache holds for a slot's position.

@@ -128,7 +128,7 @@ pub fn run_all<B: Runs>(
     requests: &[(Vec<u32>, SamplingParams)],
 ) -> Vec<Outcome> {
     let mut submit = |(prompt, params): &(Vec<u32>, SamplingParams)| {
-        engine.submit(Request { prompt, params: *params }).expect("the request can run").ticket
+        engine.submit(Request::new(prompt, *params)).expect("the request can run").ticket
     };
     let tickets: Vec<Ticket> = requests.iter().map(&mut submit).collect();
     let mut outcomes = Outcomes::default();

@@ -136,8 +136,7 @@ impl Device {
                     ignore_eos: true,
                     ..SamplingParams::default()
                 };
-                let submitted =
-                    scheduler.submit(Request { prompt: &request.prompt, params }).expect("it can run");
+                let submitted = scheduler.submit(Request::new(&request.prompt, params)).expect("it can run");
                 of_ticket.insert(submitted.ticket, next);
                 (next, open) = (next + 1, open + 1);
             }

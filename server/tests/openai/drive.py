@@ -132,6 +132,18 @@ def a_small_model():
     both.chat(messages=user, seed=3, max_tokens=9, extra_body={"chat_template_kwargs": {"enable_thinking": False}})
     both.chat(messages=user, seed=4, presence_penalty=0, frequency_penalty=0, logit_bias={}, max_tokens=3)
 
+    both.chat(messages=user, **drawn, presence_penalty=1.5, frequency_penalty=-0.5)
+    forced = both.chat(messages=user, max_tokens=4, temperature=0, logit_bias={"70": 100}, logprobs=True)
+    assert len({entry.token for entry in forced.choices[0].logprobs.content}) == 1, forced
+    extra = {"repetition_penalty": 1.2, "min_tokens": 6, "bad_words": ["the"], "stop_token_ids": [70]}
+    both.chat(messages=user, **drawn, extra_body=extra)
+    stopped = both.chat(messages=user, max_tokens=4, logit_bias={"70": 100}, extra_body={"stop_token_ids": [70]})
+    assert stopped.choices[0].finish_reason == "stop" and stopped.usage.completion_tokens == 1, stopped
+    assert stopped.choices[0].message.content == "", stopped
+    with_stop = {"stop_token_ids": [70], "include_stop_str_in_output": True}
+    stopped = both.chat(messages=user, max_tokens=4, logit_bias={"70": 100}, extra_body=with_stop)
+    assert stopped.choices[0].message.content != "", stopped
+
     both.text(prompt="Once upon", **drawn)
     both.text(prompt=["Once", "upon", "a time"], **drawn, n=2)
     both.text(prompt=[5, 6, 7], **drawn, logprobs=0)
@@ -144,8 +156,8 @@ def a_small_model():
     chat, text = both.sync.chat.completions.create, both.sync.completions.create
     bad = openai.BadRequestError
     for field, value in [
-        ("presence_penalty", 1.0),
-        ("logit_bias", {"5": 1}),
+        ("presence_penalty", 2.5),
+        ("logit_bias", {"5": 101}),
         ("response_format", {"type": "json_object"}),
         ("n", 0),
         ("temperature", -1.0),
