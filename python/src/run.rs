@@ -215,19 +215,14 @@ impl Run {
             return Ok(Some(request.into()));
         }
         let known = self.sampling.as_ref().filter(|(known, _)| known.is(&*sampling));
-        let Sampling { params, seeded, stop } = match known {
-            Some((_, sampling)) => sampling.clone(),
+        let sampling = match known {
+            Some((_, sampling)) => sampling,
             None => {
                 let read = Sampling::of(&sampling)?;
-                self.sampling.insert((sampling.to_owned().unbind(), read)).1.clone()
+                &self.sampling.insert((sampling.to_owned().unbind(), read)).1
             }
         };
-        let mut request = GenerateRequest::new(prompt(&given)?).sampling(params);
-        if !seeded {
-            request.sampling.seed = self.seed.wrapping_add(self.submitted);
-        }
-        request.stop = stop;
-        Ok(Some(request))
+        Ok(Some(sampling.request(prompt(&given)?, self.seed.wrapping_add(self.submitted))))
     }
 
     /// Waits a moment for an event, and takes with it what else is there.

@@ -1,6 +1,8 @@
 //! `minisgl.SamplingParams`, which Python defines, as the library has it.
 
-use minisgl::{Given, Prompt, PromptLogprobs, SamplingParams};
+use std::collections::BTreeMap;
+
+use minisgl::{GenerateRequest, Given, Prompt, PromptLogprobs, SamplingParams, TokenRules};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::types::PyString;
@@ -12,8 +14,10 @@ use crate::prompt::prompt;
 pub struct Sampling {
     pub params: SamplingParams,
     /// Whether `seed` was given.
-    pub seeded: bool,
-    pub stop: Vec<String>,
+    seeded: bool,
+    stop: Vec<String>,
+    include_stop: bool,
+    rules: TokenRules,
 }
 
 impl Sampling {
@@ -35,9 +39,35 @@ impl Sampling {
             ignore_eos: given.getattr("ignore_eos")?.extract()?,
             logprobs: given.getattr("logprobs")?.extract()?,
             prompt_logprobs: prompt_logprobs.map(|top| PromptLogprobs { from: 1, top }),
-            ..SamplingParams::default()
+            repetition_penalty: given.getattr("repetition_penalty")?.extract()?,
+            presence_penalty: given.getattr("presence_penalty")?.extract()?,
+            frequency_penalty: given.getattr("frequency_penalty")?.extract()?,
+            min_tokens: given.getattr("min_tokens")?.extract()?,
         };
-        Ok(Sampling { params, seeded: seed.is_some(), stop: given.getattr("stop")?.extract()? })
+        let logit_bias: BTreeMap<u32, f32> = given.getattr("logit_bias")?.extract()?;
+        let rules = TokenRules {
+            logit_bias: logit_bias.into_iter().collect(),
+            stop_token_ids: given.getattr("stop_token_ids")?.extract()?,
+            bad_words: given.getattr("bad_words")?.extract()?,
+        };
+        Ok(Sampling {
+            params,
+            seeded: seed.is_some(),
+            stop: given.getattr("stop")?.extract()?,
+            include_stop: given.getattr("include_stop_str_in_output")?.extract()?,
+            rules,
+        })
+    }
+
+    /// A request for what comes behind a prompt; `seed` is for one that has none of its own.
+    pub fn request(&self, prompt: Prompt, seed: u64) -> GenerateRequest {
+        let seed = if self.seeded { self.params.seed } else { seed };
+        GenerateRequest {
+            stop: self.stop.clone(),
+            include_stop: self.include_stop,
+            rules: self.rules.clone(),
+            ..GenerateRequest::new(prompt).sampling(SamplingParams { seed, ..self.params })
+        }
     }
 }
 

@@ -84,6 +84,10 @@ def test_defaults_are_those_of_whose_name_it_is():
         ({"top_p": 0}, ValueError, "top_p is 0"),
         ({"max_tokens": 0}, ValueError, "max_tokens is 0"),
         ({"logprobs": 21}, ValueError, "logprobs is 21"),
+        ({"repetition_penalty": 0}, ValueError, "repetition_penalty is 0"),
+        ({"presence_penalty": 2.5}, ValueError, "presence_penalty is 2.5"),
+        ({"min_tokens": 17}, ValueError, "min_tokens is 17"),
+        ({"logit_bias": {"five": 1.0}}, ValueError, "five"),
         ({"temperature": "hot"}, TypeError, "float|number"),
         ({"use_beam_search": True}, ValueError, "use_beam_search=True is not served"),
         ({"skip_special_tokens": False}, ValueError, "skip_special_tokens"),
@@ -96,7 +100,7 @@ def test_sampling_that_can_not_hold_is_refused_when_it_is_made(fields, error, co
 
 
 def test_sampling_that_asks_for_nothing_is_taken():
-    params = SamplingParams(n=1, best_of=1, presence_penalty=0.0, repetition_penalty=1.0, min_tokens=0, top_k=-1)
+    params = SamplingParams(n=1, best_of=1, presence_penalty=None, repetition_penalty=1.0, bad_words=[], top_k=-1)
     assert params.top_k == -1 and params == SamplingParams(top_k=-1)
 
 

@@ -116,6 +116,30 @@ def test_a_stop_text_ends_an_output_and_is_named(llm):
     assert (one.text, one.finish_reason, one.stop_reason) == (whole[: whole.index(stop)], "stop", stop)
 
 
+def test_stop_tokens_end_an_output_and_least_lengths_and_biases_hold(llm):
+    whole = llm.generate([[1, 2]], GREEDY, **QUIET)[0].outputs[0].token_ids
+    last = whole[4]
+    first = whole.index(last)
+    params = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True, stop_token_ids=[last])
+    one = llm.generate([[1, 2]], params, **QUIET)[0].outputs[0]
+    assert (one.token_ids, one.finish_reason, one.stop_reason) == (whole[: first + 1], "stop", last)
+    params = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True, stop_token_ids=[last], min_tokens=first + 2)
+    longer = llm.generate([[1, 2]], params, **QUIET)[0].outputs[0].token_ids
+    assert len(longer) >= first + 2 and longer[first] != last
+    params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True, logit_bias={"7": 100.0})
+    assert llm.generate([[1, 2]], params, **QUIET)[0].outputs[0].token_ids == [7] * 6
+    params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True, logit_bias={7: 100.0}, frequency_penalty=2.0)
+    assert llm.generate([[1, 2]], params, **QUIET)[0].outputs[0].token_ids == [7] * 6, "100 outweighs 12"
+    with pytest.raises(RequestError, match="logit_bias"):
+        llm.generate([[1, 2]], SamplingParams(logit_bias={10**6: 1.0}), **QUIET)
+
+
+def test_repetition_is_penalized(llm):
+    params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True, repetition_penalty=1e6)
+    ids = llm.generate([[1, 2]], params, **QUIET)[0].outputs[0].token_ids
+    assert len(set(ids)) == 40, "no token comes up twice"
+
+
 def test_the_same_script_draws_the_same_and_a_second_call_something_else(checkpoint):
     params = SamplingParams(temperature=1, max_tokens=12, ignore_eos=True)
     prompts = [[5, 6, 7]] * 4

@@ -384,7 +384,7 @@ class LLM:
             cumulative_logprob=None if logprobs is None else sum(logprob for logprob, _ in logprobs),
             logprobs=None if logprobs is None else self._logprobs(token_ids, logprobs),
             finish_reason=_FINISH_REASONS.get(reason, reason),
-            stop_reason=done.stop_text,
+            stop_reason=token_ids[-1] if reason == "stop" and done.stop_text is None else done.stop_text,
         )
         return RequestOutput(
             request_id=str(first + done.index),

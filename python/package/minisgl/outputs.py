@@ -35,7 +35,7 @@ class CompletionOutput:
     #: "stop" (an end-of-sequence token, or a stop text), "length" (`max_tokens`, or all that a sequence holds), "abort",
     #: "error" (see `RequestOutput.error`); None while it goes on.
     finish_reason: str | None = None
-    #: The stop text that ended it; None behind an end-of-sequence token.
+    #: The stop text or the stop token's id that ended it; None behind an end-of-sequence token.
     stop_reason: int | str | None = None
 
     def finished(self) -> bool:

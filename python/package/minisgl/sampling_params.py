@@ -14,18 +14,10 @@ _IGNORED = frozenset({"detokenize", "output_kind", "skip_clone", "spaces_between
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "n": (None, 1),
     "best_of": (None, 1),
-    "presence_penalty": (None, 0),
-    "frequency_penalty": (None, 0),
-    "repetition_penalty": (None, 1),
     "length_penalty": (None, 1),
     "early_stopping": (None, False),
     "use_beam_search": (None, False),
-    "stop_token_ids": (None, []),
-    "bad_words": (None, []),
-    "min_tokens": (None, 0),
     "skip_special_tokens": (None, True),
-    "include_stop_str_in_output": (None, False),
-    "logit_bias": (None, {}),
     "allowed_token_ids": (None,),
     "logits_processors": (None, []),
     "structured_outputs": (None,),
@@ -56,6 +48,14 @@ class SamplingParams:
         ignore_eos: go on past end-of-sequence tokens.
         logprobs: give the log-probabilities of each token drawn and of the k most probable ones, k <= 20.
         prompt_logprobs: likewise of the prompt's tokens.
+        repetition_penalty: above 1, tokens that the prompt or the output has are less probable; above 0.
+        presence_penalty: taken off the logits of tokens that the output has, in [-2, 2].
+        frequency_penalty: taken off for each time that the output has the token, in [-2, 2].
+        min_tokens: output tokens at least; what would end it is not drawn before.
+        stop_token_ids: tokens that end the output, as its last one; their text is not part of it.
+        include_stop_str_in_output: let the text end with the stop text or the stop token's text.
+        logit_bias: what is added to the logits of tokens, by id, in [-100, 100]; 1024 tokens at most.
+        bad_words: texts that the output may not have.
     """
 
     __slots__ = (
@@ -69,6 +69,14 @@ class SamplingParams:
         "ignore_eos",
         "logprobs",
         "prompt_logprobs",
+        "repetition_penalty",
+        "presence_penalty",
+        "frequency_penalty",
+        "min_tokens",
+        "stop_token_ids",
+        "include_stop_str_in_output",
+        "logit_bias",
+        "bad_words",
     )
 
     def __init__(
@@ -84,6 +92,14 @@ class SamplingParams:
         ignore_eos: bool = False,
         logprobs: int | None = None,
         prompt_logprobs: int | None = None,
+        repetition_penalty: float | None = 1.0,
+        presence_penalty: float | None = 0.0,
+        frequency_penalty: float | None = 0.0,
+        min_tokens: int | None = 0,
+        stop_token_ids: list[int] | None = None,
+        include_stop_str_in_output: bool | None = False,
+        logit_bias: dict[int, float] | dict[str, float] | None = None,
+        bad_words: list[str] | None = None,
         **others: Any,
     ) -> None:
         self.temperature = temperature
@@ -96,6 +112,14 @@ class SamplingParams:
         self.ignore_eos = ignore_eos
         self.logprobs = logprobs
         self.prompt_logprobs = prompt_logprobs
+        self.repetition_penalty = 1.0 if repetition_penalty is None else repetition_penalty
+        self.presence_penalty = presence_penalty or 0.0
+        self.frequency_penalty = frequency_penalty or 0.0
+        self.min_tokens = min_tokens or 0
+        self.stop_token_ids = list(stop_token_ids or ())
+        self.include_stop_str_in_output = bool(include_stop_str_in_output)
+        self.logit_bias = {int(token): bias for token, bias in (logit_bias or {}).items()}
+        self.bad_words = list(bad_words or ())
         for name, value in others.items():
             self._refuse(name, value)
         check_sampling(self)
