@@ -145,7 +145,7 @@ const FEW_PAGES: u32 = 16;
 #[test]
 fn scores_are_to_the_bit_what_sampling_reports_however_they_are_computed() {
     let way = |(prefill, pages, cache, running): (u32, u32, bool, u32)| {
-        let builder = builder("tiny-untied").max_prefill_tokens(prefill).num_pages(Some(pages));
+        let builder = family("tiny-untied").max_prefill_tokens(prefill).num_pages(Some(pages));
         let builder = builder.prefix_cache(cache).max_running(running);
         (format!("{prefill} prefill tokens, {pages} pages, prefix cache {cache}, {running} at once"), builder)
     };
