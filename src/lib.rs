@@ -42,6 +42,7 @@ mod error;
 mod flags;
 mod front;
 mod generation_config;
+mod grammar;
 mod info;
 pub mod lines;
 mod llm;
@@ -71,6 +72,7 @@ pub use front::{
     TrySubmitError,
 };
 pub use generation_config::{GenerationConfig, GenerationConfigChoice};
+pub use grammar::Grammar;
 pub use info::Info;
 pub use llm::{Llm, gpu_present};
 pub use minisgl_core::config::{Limits, LimitsError};

@@ -13,6 +13,8 @@ use minisgl_core::sampling::RowLogprobs;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
+use crate::grammar::Grammar;
+
 pub use minisgl_core::batch::StepShape;
 pub use minisgl_core::request::SubmitError;
 pub use minisgl_core::sampling::{PromptLogprobs, SamplingError, SamplingParams, TOP_LOGPROBS_MAX};
@@ -133,6 +135,8 @@ pub struct GenerateRequest {
     pub include_stop: bool,
     /// Biases, stop tokens, bad words.
     pub rules: TokenRules,
+    /// What the output is to be. It needs the checkpoint's tokenizer.
+    pub grammar: Option<Grammar>,
     /// What the output begins with, given rather than drawn. Where the prompt is to be scored, this alone is.
     pub given: Option<Given>,
 }
@@ -167,6 +171,7 @@ impl GenerateRequest {
             stop: Vec::new(),
             include_stop: false,
             rules: TokenRules::default(),
+            grammar: None,
             given: None,
         }
     }
@@ -192,6 +197,12 @@ impl GenerateRequest {
         self
     }
 
+    /// Sets what the output is to be.
+    pub fn grammar(mut self, grammar: Grammar) -> Self {
+        self.grammar = Some(grammar);
+        self
+    }
+
     /// Adds a text that ends the output.
     pub fn stop(mut self, text: impl Into<String>) -> Self {
         self.stop.push(text.into());
@@ -213,7 +224,7 @@ pub enum FinishReason {
     Length,
     /// It drew an end-of-sequence token, which is its last token.
     Eos,
-    /// One of its stop texts came up, or it drew one of its stop tokens, which is its last token.
+    /// One of its stop texts came up, it drew one of its stop tokens, which is its last token, or its grammar allows nothing more.
     Stop,
     /// The caller aborted it.
     Abort,
@@ -295,7 +306,7 @@ pub enum RequestError {
     /// Text without a tokenizer.
     #[error(
         "{what} needs a tokenizer, and the model has none: put its tokenizer.json beside config.json, \
-         or give the prompt as token ids (prompt_token_ids) without stop texts"
+         or give the prompt as token ids (prompt_token_ids) without stop texts and grammars"
     )]
     NoTokenizer {
         /// What was given: `a text prompt`, `a stop text`, …
@@ -342,6 +353,15 @@ pub enum RequestError {
         /// What failed.
         cause: String,
     },
+    /// A grammar that can't be used.
+    #[error("{0}")]
+    Grammar(String),
+    /// A grammar for which no mask could be found on the way.
+    #[error(
+        "its grammar takes more work to follow than is spent on a token, or leaves no token to go on with; make it simpler: fewer \
+         alternatives, shorter repetitions"
+    )]
+    GrammarFailed,
     /// It would end every output at once.
     #[error("a stop text is empty; leave it out, or give at least one character")]
     EmptyStop,
@@ -367,6 +387,8 @@ impl RequestError {
             RequestError::TextTooLong { .. } => "prompt too long",
             RequestError::NotNumbers => "logits that are no numbers",
             RequestError::EngineFailed { .. } => "engine failed",
+            RequestError::Grammar(_) => "unusable grammar",
+            RequestError::GrammarFailed => "grammar too complex",
             RequestError::EmptyStop => "empty stop text",
         }
     }

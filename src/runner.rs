@@ -40,6 +40,10 @@ pub trait Runner {
     fn clear_prefix_cache(&mut self);
     /// Asserts the engine's invariants.
     fn check(&self);
+    /// Tokens that the model tells apart.
+    fn vocab(&self) -> u32;
+    /// Tokens that end a sequence.
+    fn eos(&self) -> &[u32];
     /// Capacities.
     fn limits(&self) -> &Limits;
     /// Measures what the device reaches at best.
@@ -96,6 +100,14 @@ impl<B: Diagnostics> Runner for Engine<B, Decoder<B>> {
 
     fn check(&self) {
         Engine::check(self);
+    }
+
+    fn vocab(&self) -> u32 {
+        self.model().dims().vocab
+    }
+
+    fn eos(&self) -> &[u32] {
+        Engine::eos(self)
     }
 
     fn limits(&self) -> &Limits {

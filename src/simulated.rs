@@ -89,6 +89,9 @@ impl Default for Control {
     }
 }
 
+/// Tokens that it tells apart.
+const VOCAB: u32 = 100;
+
 /// A request in the engine.
 struct Running {
     ticket: Ticket,
@@ -208,6 +211,14 @@ impl Runner for Simulated {
         assert!(self.control.panics_at.is_none(), "the books are wrong");
     }
 
+    fn vocab(&self) -> u32 {
+        VOCAB
+    }
+
+    fn eos(&self) -> &[u32] {
+        &[]
+    }
+
     fn limits(&self) -> &Limits {
         &self.control.limits
     }
@@ -238,7 +249,7 @@ pub(crate) fn info(limits: Limits) -> Info {
         kv_heads: 1,
         head_dim: 8,
         intermediate: 8,
-        vocab: 100,
+        vocab: VOCAB,
         norm_eps: 1e-6,
     };
     Info {

@@ -230,16 +230,9 @@ fn fields_that_ask_for_what_is_not_done_are_refused_by_name_with_what_to_do() {
         (r#""n": "1""#, "n is \"1\"; it may only be 1"),
         (r#""best_of": 3"#, "best_of is 3; it may only be 1"),
         (r#""length_penalty": 0.5"#, "length_penalty is 0.5; it may only be 1"),
-        (
-            r#""response_format": {"type": "json_object"}"#,
-            "response_format is {\"type\": \"json_object\"}; it may only",
-        ),
         (r#""stream": true"#, "stream is true; it may only be false"),
         (r#""echo": true"#, "echo is true;"),
-        (
-            r#""guided_regex": "a+""#,
-            "guided_regex is \"a+\"; constrained output is not supported; leave it out",
-        ),
+        (r#""guided_regex": "a+""#, "guided_regex is \"a+\"; give it in structured_outputs; leave it out"),
         (r#""enable_thinking": false"#, "enable_thinking is false; give it in chat_template_kwargs"),
         (r#""tool_choice": "required""#, "tool_choice is \"required\";"),
         (r#""max_token": 5"#, "there is no field \"max_token\"; did you mean max_tokens?"),

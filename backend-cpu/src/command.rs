@@ -7,6 +7,7 @@
 use minisgl_core::backend::{KvLayer, Purpose, Step};
 use minisgl_core::batch::{self, HEADER_WORDS, Header};
 use minisgl_core::config::Limits;
+use minisgl_core::constraint::mask_words;
 use minisgl_core::fp8;
 use minisgl_core::sampling::{LOGPROB_WORDS, NO_TOKEN, RowLogprobs};
 use minisgl_core::spec::{Activation, DecoderSpec, Dims, Inputs, WeightFormat};
@@ -175,13 +176,15 @@ impl Machine {
                 ops::final_norm(rows, floats(residual), floats(delta), scale, eps, out);
             }
             Command::Sample { step, logits, tokens } => {
-                let Step { batch, token_pool, slots, rules, page_table, history, .. } = step;
-                let [words, pool, slots, rules, page_table, history, logits, tokens, candidates] = memory
-                    .borrow([
-                        batch, token_pool, slots, rules, page_table, history, logits, tokens, candidates,
+                let Step { batch, token_pool, slots, rules, page_table, history, masks, .. } = step;
+                let [words, pool, slots, rules, page_table, history, masks, logits, tokens, candidates] =
+                    memory.borrow([
+                        batch, token_pool, slots, rules, page_table, history, masks, logits, tokens,
+                        candidates,
                     ])?;
                 let rows = sampled_rows(&step, words);
                 let tokens = &mut tokens[header(words).output as usize..][..rows.len()];
+                forbid_masked(rows, masks, dims.vocab as usize, floats(logits));
                 let slots = Slots {
                     states: bytemuck::cast_slice(slots),
                     rules,
@@ -276,6 +279,14 @@ impl Attend {
         ops::attention(dims, tokens, floats(qkv), context, &mut floats(out)[..len]);
         Ok(())
     }
+}
+
+/// Leaves rows with a mask no other tokens than it allows.
+fn forbid_masked(rows: &[batch::Row], masks: &[u32], vocab: usize, logits: &mut [f32]) {
+    let words = mask_words(vocab as u32);
+    logits.par_chunks_mut(vocab).zip(rows).filter(|(_, row)| row.mask > 0).for_each(|(logits, row)| {
+        sampling::forbid(logits, &masks[(row.mask as usize - 1) * words..][..words]);
+    });
 }
 
 /// Edits each row's logits and draws its token; every thread takes a run of rows and one row of scratch.

@@ -11,6 +11,14 @@ use crate::simd::largest;
 /// Ids whose bounds are computed together.
 const BLOCK: usize = 64;
 
+/// Takes the logits of all tokens that a mask does not allow as minus infinity.
+pub fn forbid(logits: &mut [f32], mask: &[u32]) {
+    for (logits, bits) in logits.chunks_mut(32).zip(mask) {
+        let forbidden = logits.iter_mut().enumerate().filter(|(i, _)| bits >> i & 1 == 0);
+        forbidden.for_each(|(_, logit)| *logit = f32::NEG_INFINITY);
+    }
+}
+
 /// The token of a slot's row at `position`, [`NO_TOKEN`] where the logits are not numbers; `scratch` is as long as `logits`.
 pub fn draw(logits: &[f32], slot: &SlotState, position: u32, scratch: &mut [f32]) -> u32 {
     let top = argmax(logits);
@@ -136,7 +144,8 @@ fn gumbel_bound(word: u32) -> f32 {
 
 /// The log-probabilities of `token` and of the row's most probable tokens; `asked` is one more than how many of those.
 pub fn logprobs(logits: &[f32], asked: u32, token: u32) -> RowLogprobs {
-    let alternatives = (asked.saturating_sub(1) as usize).min(TOP_LOGPROBS_MAX).min(logits.len());
+    let possible = logits.iter().filter(|logit| **logit > f32::NEG_INFINITY).count();
+    let alternatives = (asked.saturating_sub(1) as usize).min(TOP_LOGPROBS_MAX).min(possible);
     let top = f64::from(logits[argmax(logits) as usize]);
     let mass: f64 = logits.iter().map(|&logit| (f64::from(logit) - top).exp()).sum();
     let logprob = |id: u32| (f64::from(logits[id as usize]) - top - mass.ln()) as f32;

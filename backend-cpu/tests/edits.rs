@@ -54,7 +54,7 @@ impl Case {
         let rules = Rules::new(self.biases.clone(), vec![], &self.bad_words).unwrap();
         let mut state: SlotState = self.params.slot_state(self.prompt_len);
         rules.apply(self.endings.len(), &mut state);
-        Draw { state, rules: rules.words(self.endings.iter().copied()).collect(), logprobs: 0 }
+        Draw { state, rules: rules.words(self.endings.iter().copied()).collect(), logprobs: 0, masked: false }
     }
 
     fn edited(&self, logits: &[f32]) -> Vec<f32> {

@@ -5,6 +5,7 @@ mod common;
 use common::{Draw, Machine, Random, Sequence, dims, limits};
 use minisgl_core::backend::{Ops, Sampler, Step};
 use minisgl_core::batch::Row;
+use minisgl_core::constraint::mask_words;
 use minisgl_core::sampling::{LOGPROB_WORDS, NO_TOKEN, RowLogprobs, SlotState, token_uniform};
 use minisgl_cpu::Buffer;
 
@@ -111,6 +112,40 @@ fn every_mix_of_parameters_draws_the_definitions_token() {
             let pool = machine.read_words(machine.token_pool, 33);
             for (row, token) in rows.iter().zip(drawn) {
                 assert_eq!(pool[row.slot as usize], token, "the token pool holds it too");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_masked_row_draws_what_it_would_draw_from_the_allowed_logits_and_others_what_they_did() {
+    let mut random = Random(5);
+    for vocab in [1, 31, 32, 33, 500, 4099] {
+        for _ in 0..6 {
+            let draw_of = |random: &mut Random| Draw {
+                masked: random.below(2) == 0,
+                logprobs: 1 + random.below(21) as u32,
+                ..any_draw(random, vocab)
+            };
+            let draws: Vec<Draw> = (0..33).map(|_| draw_of(&mut random)).collect();
+            let (mut machine, step, rows) = sampling_step(&mut random, vocab, &draws);
+            let words = mask_words(vocab as u32);
+            let mut masks = vec![0u32; 33 * words];
+            let mut edited: Vec<f32> = (0..33).flat_map(|_| any_logits(&mut random, vocab)).collect();
+            let logits = edited.clone();
+            let masked = rows.iter().enumerate().filter(|(_, row)| row.mask > 0);
+            for (mask, (i, _)) in masks.chunks_mut(words).zip(masked) {
+                let allowed = [1, 2, 30, vocab][random.below(4)];
+                (0..allowed).map(|_| random.below(vocab)).for_each(|id| mask[id / 32] |= 1 << (id % 32));
+                let forbidden = (0..vocab).filter(|id| mask[id / 32] >> (id % 32) & 1 == 0);
+                forbidden.for_each(|id| edited[i * vocab + id] = f32::NEG_INFINITY);
+            }
+            let buffer = machine.masks;
+            machine.write(buffer, &masks);
+            let drawn = draw(&mut machine, &step, &logits);
+            for (i, (row, logits)) in rows.iter().zip(edited.chunks(vocab)).enumerate() {
+                let state = &draws[i].state;
+                assert_eq!(drawn[i], naive(logits, state, row.kv_len), "vocabulary of {vocab}, {state:?}");
             }
         }
     }

@@ -216,6 +216,7 @@ impl World {
             slots: self.table,
             rules: self.table,
             history: self.table,
+            masks: self.table,
         };
         let whole: &[Part] = &[Part::Whole];
         let halves = if shape.is_decode() { &[Part::First, Part::Second] } else { whole };

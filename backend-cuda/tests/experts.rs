@@ -302,6 +302,7 @@ fn step_of(shape: StepShape, batch: Buffer, layout: Layout) -> Step<Buffer> {
         slots: batch,
         rules: batch,
         history: batch,
+        masks: batch,
     }
 }
 

@@ -6,6 +6,7 @@ use half::f16;
 use minisgl_core::backend::{Device, Element, Ops, Purpose, Queue, Sampler, Step};
 use minisgl_core::batch::{Header, Layout, ROW_WORDS, Row, StepShape};
 use minisgl_core::config::Limits;
+use minisgl_core::constraint::mask_words;
 use minisgl_core::rules::{RULE_WORDS, Rules, biased, penalized};
 use minisgl_core::sampling::{LOGPROB_WORDS, NO_TOKEN, RowLogprobs, SamplingParams, SlotState};
 use minisgl_core::spec::{DecoderSpec, Dims, LayerSpec};
@@ -111,6 +112,8 @@ struct Bench {
     limits: Limits,
     plan_words: usize,
     vocab: usize,
+    /// `[rows, mask_words]`.
+    masks: Vec<u32>,
 }
 
 impl Bench {
@@ -121,7 +124,7 @@ impl Bench {
     fn with(limits: Limits, vocab: usize) -> Bench {
         let mut cuda = Cuda::new(&Options::default()).expect("a GPU");
         let plan_words = cuda.reserve(&spec(vocab as u32), &limits).expect("scratch");
-        Bench { cuda, limits, plan_words, vocab }
+        Bench { cuda, limits, plan_words, vocab, masks: vec![u32::MAX] }
     }
 
     fn words(&mut self, words: &[u32]) -> Buffer {
@@ -167,6 +170,7 @@ impl Bench {
             slots: self.words(bytemuck::cast_slice(&states)),
             rules: self.words(&vec![0; slots * RULE_WORDS]),
             history: self.words(&vec![0; locations]),
+            masks: self.words(&self.masks.clone()),
         }
     }
 
@@ -469,6 +473,41 @@ fn logits_are_edited_as_the_definition_says_and_the_token_is_theirs() {
             let finite: Vec<f32> = numbers.iter().map(|x| x.max(-1e9)).collect();
             let complaint = complaint(&draws[i].state, draws[i].row.kv_len, &finite, tokens[i]);
             assert_eq!(complaint, None, "{rows} x {vocab}: row {i}: {:?}", edits.params);
+        }
+    }
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn a_masked_row_draws_what_it_would_draw_from_the_allowed_logits_and_others_what_they_did() {
+    let mut random = Random(11);
+    for (rows, vocab) in taken([(5, 1001), (33, 1024), (64, 4099), (16, 151_936)]) {
+        let mut bench = Bench::new(rows, vocab);
+        let mut drawn: Vec<Draw> = (0..rows).map(|slot| random_draw(&mut random, slot, vocab)).collect();
+        let logits = random_logits(&mut random, rows as usize, vocab);
+        let words = mask_words(vocab as u32);
+        let mut edited = logits.clone();
+        bench.masks.clear();
+        for (i, draw) in drawn.iter_mut().enumerate().filter(|(i, _)| i % 3 != 1) {
+            let mut mask = vec![0; words];
+            let allowed = [1, 3, 200, 4 * vocab][random.word() as usize % 4];
+            (0..allowed)
+                .map(|_| random.word() as usize % vocab)
+                .for_each(|id| mask[id / 32] |= 1 << (id % 32));
+            let forbidden = (0..vocab).filter(|id| mask[id / 32] >> (id % 32) & 1 == 0);
+            forbidden.for_each(|id| edited[i * vocab + id] = f16::NEG_INFINITY);
+            bench.masks.extend(mask);
+            draw.row.logprobs = 1 + i as u32 % 6;
+            draw.row.mask = (bench.masks.len() / words) as u32;
+        }
+        let (tokens, _, logprobs) = bench.sample(&drawn, &logits);
+        for (i, Draw { row, state }) in drawn.iter().enumerate() {
+            let own: Vec<f32> = edited[i * vocab..][..vocab].iter().map(|logit| logit.to_f32()).collect();
+            let complaint = complaint(state, row.kv_len, &own, tokens[i]);
+            assert_eq!(complaint, None, "{rows} x {vocab}: row {i}: {state:?}");
+            let possible = own.iter().filter(|logit| **logit > f32::NEG_INFINITY).count();
+            let asked = row.logprobs.saturating_sub(1) as usize;
+            assert!(row.logprobs == 0 || logprobs[i].len as usize == asked.min(possible), "row {i}");
         }
     }
 }

@@ -93,8 +93,8 @@ pub struct Row {
     pub sampled: u32,
     /// 0: no log-probabilities; 1 + k: those of the token drawn and of the k most probable.
     pub logprobs: u32,
-    /// Zero; makes the row 32 bytes.
-    pub reserved: u32,
+    /// 0: any token may be drawn; 1 + i: those of the step's i-th mask.
+    pub mask: u32,
 }
 
 /// A page-table entry that changed.
@@ -240,12 +240,15 @@ pub struct Batch {
     scored: Vec<Scored>,
     /// The request of each row.
     owners: Vec<Ticket>,
+    /// The request of each mask.
+    masks: Vec<Ticket>,
     samples: u32,
     capacity_updates: usize,
     capacity_rules: usize,
     capacity_tokens: usize,
     capacity_rows: usize,
     capacity_scored: usize,
+    capacity_masks: usize,
 }
 
 impl Batch {
@@ -263,12 +266,14 @@ impl Batch {
             tokens: Vec::with_capacity(limits.step_tokens()),
             scored: Vec::with_capacity(limits.prefill_tokens as usize),
             owners: Vec::with_capacity(rows),
+            masks: Vec::with_capacity(limits.masked_rows()),
             samples: 0,
             capacity_updates: limits.page_updates(),
             capacity_rules: limits.rule_words(),
             capacity_tokens: limits.step_tokens(),
             capacity_rows: rows,
             capacity_scored: limits.prefill_tokens as usize,
+            capacity_masks: limits.masked_rows(),
         }
     }
 
@@ -284,6 +289,7 @@ impl Batch {
         self.tokens.clear();
         self.scored.clear();
         self.owners.clear();
+        self.masks.clear();
         self.samples = 0;
     }
 
@@ -322,6 +328,11 @@ impl Batch {
         &self.owners
     }
 
+    /// The request of each mask, in their order.
+    pub fn masks(&self) -> &[Ticket] {
+        &self.masks
+    }
+
     /// The token that row i takes to follow the row before it, of the same request and not drawn yet; `None` if it is no draft.
     pub fn draft(&self, i: usize) -> Option<u32> {
         let is_draft = 0 < i && i < self.decode_rows as usize && self.owners[i - 1] == self.owners[i];
@@ -358,6 +369,11 @@ impl Batch {
         self.rows.len() < self.capacity_rows && self.tokens.len() < self.capacity_tokens
     }
 
+    /// Is there room for a mask?
+    pub fn has_room_for_mask(&self) -> bool {
+        self.masks.len() < self.capacity_masks
+    }
+
     /// Page-table updates that still fit.
     pub fn room_for_updates(&self) -> usize {
         self.capacity_updates - self.updates.len()
@@ -384,6 +400,13 @@ impl Batch {
         }
         let rule_words = (self.rules.len() - first) as u32;
         self.slot_updates.push(SlotUpdate { slot, rules: first as u32, rule_words, reserved: 0, state });
+    }
+
+    /// Adds a mask, which a request's row is going to have; gives what [`Row::mask`] says then.
+    pub fn push_mask(&mut self, owner: Ticket) -> u32 {
+        assert!(self.has_room_for_mask(), "masks fit the batch");
+        self.masks.push(owner);
+        self.masks.len() as u32
     }
 
     /// Adds a token of the prefill row pushed last.
@@ -494,7 +517,7 @@ impl Batch {
                 kv_len: token.position + 1,
                 sampled: 1,
                 logprobs: scored.logprobs,
-                reserved: 0,
+                mask: 0,
             };
             *id = scored.next;
         }

@@ -2,6 +2,7 @@
 
 use thiserror::Error;
 
+use crate::constraint::MASKED_ROWS_MAX;
 use crate::rules::RULE_WORDS;
 use crate::sampling::LOGPROB_WORDS;
 
@@ -150,6 +151,11 @@ impl Limits {
     /// Words of rules that one step may bring: a slot's region at least, and where many requests run, 64 for each.
     pub fn rule_words(&self) -> usize {
         RULE_WORDS.max(self.running as usize * 64)
+    }
+
+    /// Masks of a step at most.
+    pub fn masked_rows(&self) -> usize {
+        self.running.min(MASKED_ROWS_MAX) as usize
     }
 
     /// Page-table entries that one step may change: the new pages of a full step and one request's whole prefix at least,

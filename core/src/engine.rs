@@ -17,6 +17,7 @@
 //!   step in flight still writes to it for its old owner (the row behind an end-of-sequence token, say). That is safe,
 //!   since all steps run on one queue in the order of their launch: the old owner's write comes before everything that
 //!   the new owner writes or reads there. The old owner has no row in a step scheduled after it gave the page back.
+//! - Masks. They are uploaded in the compute queue, behind the step that read those before them.
 //! - Staging. [`Device::words_mut`] waits for the copy from it, two steps ago.
 //! - Output halves. Step N+2 is launched after step N was completed, hence after its half was read.
 //!
@@ -32,6 +33,7 @@ use thiserror::Error;
 use crate::backend::{Device, DeviceInfo, Memory, Model, Queue, Sampler};
 use crate::batch::{Batch, StepShape};
 use crate::config::{Limits, LimitsError};
+use crate::constraint::mask_words;
 use crate::costs::{Bench, StepCosts};
 use crate::fit::{Fit, Fitted, fitted};
 use crate::graphs::DecodeGraphs;
@@ -177,6 +179,8 @@ struct Flight<B: Device> {
     logprobs_wanted: bool,
     /// `[layout.words]`: the packed batch on its way to the device.
     packed: B::Pinned,
+    /// `[masked rows, mask_words]`: masks on their way to the device.
+    masks: B::Pinned,
     /// `[slots]`: tokens on their way back.
     tokens: B::Pinned,
     /// `[slots, LOGPROB_WORDS]`.
@@ -188,7 +192,7 @@ struct Flight<B: Device> {
 }
 
 impl<B: Device> Flight<B> {
-    fn new(backend: &mut B, limits: &Limits, batch_words: usize) -> Result<Self, B::Error> {
+    fn new(backend: &mut B, limits: &Limits, batch_words: usize, vocab: u32) -> Result<Self, B::Error> {
         let slots = limits.running as usize;
         Ok(Flight {
             batch: Batch::new(limits),
@@ -197,6 +201,7 @@ impl<B: Device> Flight<B> {
             follows: false,
             logprobs_wanted: false,
             packed: backend.alloc_pinned(batch_words)?,
+            masks: backend.alloc_pinned(limits.masked_rows() * mask_words(vocab))?,
             tokens: backend.alloc_pinned(slots)?,
             logprobs: backend.alloc_pinned(slots * LOGPROB_WORDS)?,
             scores: backend.alloc_pinned(limits.prefill_tokens as usize * LOGPROB_WORDS)?,
@@ -248,9 +253,11 @@ impl<B: Sampler, M: Model<B>> Engine<B, M> {
         let fewest = Limits { pages: fit.map_or(limits.pages, |fit| fit.least.max(1)), ..limits };
         check(&backend, &model, &fewest, &settings)?;
         let plan_words = model.reserve(&mut backend, &limits).map_err(EngineError::Setup)?;
-        let mut resident = Resident::new(&mut backend, &limits, plan_words).map_err(EngineError::Setup)?;
+        let vocab = model.vocab();
+        let mut resident =
+            Resident::new(&mut backend, &limits, plan_words, vocab).map_err(EngineError::Setup)?;
         let mut flight =
-            || Flight::new(&mut backend, &limits, resident.batch_words()).map_err(EngineError::Setup);
+            || Flight::new(&mut backend, &limits, resident.batch_words(), vocab).map_err(EngineError::Setup);
         let mut flights = [flight()?, flight()?];
         let before = backend.event().map_err(EngineError::Setup)?;
         let staging = &mut flights[0].packed;
@@ -320,7 +327,7 @@ impl<B: Sampler, M: Model<B>> Engine<B, M> {
         }
         self.flights[this].has_waited = waits;
         self.flights[this].follows = before.is_some();
-        if self.scheduler.schedule(&mut self.flights[this].batch) {
+        if self.schedule(this, before.is_none(), sink) {
             launched = Some(self.launch(this).map_err(|cause| self.stop(this, cause))?);
         }
         let due = match self.overlap {
@@ -348,6 +355,21 @@ impl<B: Sampler, M: Model<B>> Engine<B, M> {
         }
     }
 
+    /// Fills a flight's batch with the next step; false if there is nothing to run. If no step is in flight, that is not so for
+    /// want of a mask: then it is waited for.
+    fn schedule(&mut self, at: usize, nothing_in_flight: bool, sink: &mut impl FnMut(Event<'_>)) -> bool {
+        let Engine { scheduler, flights, .. } = self;
+        loop {
+            scheduler.end_constrained(sink);
+            if scheduler.schedule(&mut flights[at].batch) {
+                return true;
+            }
+            if !nothing_in_flight || !scheduler.wait_for_mask() {
+                return false;
+            }
+        }
+    }
+
     /// Enqueues a step from its upload to the download of its tokens. Does not wait for the device, unless the upload
     /// two steps ago has not run yet.
     fn launch(&mut self, at: usize) -> Result<StepShape, B::Error> {
@@ -361,6 +383,7 @@ impl<B: Sampler, M: Model<B>> Engine<B, M> {
         flight.shape = graph.map_or(counts, |(rows, _)| StepShape::decode(rows));
         self.scheduler.count_padding(flight.shape.decode_rows - counts.decode_rows);
         backend.record(Queue::Compute, &mut flight.started)?;
+        send_masks(backend, &self.scheduler, model.vocab(), flight, resident.masks)?;
         let step = resident.send(backend, model, &flight.batch, flight.shape, at, &mut flight.packed)?;
         match graph {
             Some((_, graph)) => backend.replay(graph)?,
@@ -492,6 +515,11 @@ impl<B: Sampler, M: Model<B>> Engine<B, M> {
         self.costs
     }
 
+    /// Tokens that end a sequence.
+    pub fn eos(&self) -> &[u32] {
+        self.scheduler.eos()
+    }
+
     /// The capacities it was built with.
     pub fn limits(&self) -> &Limits {
         &self.limits
@@ -511,6 +539,23 @@ impl<B: Sampler, M: Model<B>> Engine<B, M> {
     pub fn model(&self) -> &M {
         &self.model
     }
+}
+
+/// Enqueues the upload of a step's masks, if it has any.
+fn send_masks<B: Device>(
+    backend: &mut B,
+    scheduler: &Scheduler,
+    vocab: u32,
+    flight: &mut Flight<B>,
+    to: B::Buffer,
+) -> Result<(), B::Error> {
+    let (owners, words) = (flight.batch.masks(), mask_words(vocab));
+    if owners.is_empty() {
+        return Ok(());
+    }
+    let masks = backend.words_mut(&mut flight.masks)?.chunks_exact_mut(words);
+    owners.iter().zip(masks).for_each(|(owner, mask)| scheduler.write_mask(*owner, mask));
+    backend.upload(&mut flight.masks, 0..owners.len() * words, to)
 }
 
 /// Times steps, in the memory of a flight.

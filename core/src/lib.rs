@@ -7,6 +7,7 @@ extern crate alloc;
 pub mod backend;
 pub mod batch;
 pub mod config;
+pub mod constraint;
 pub mod costs;
 pub mod engine;
 pub mod fit;

@@ -4,6 +4,7 @@ use alloc::sync::Arc;
 
 use thiserror::Error;
 
+use crate::constraint::Constraint;
 use crate::rules::Rules;
 use crate::sampling::{RowLogprobs, SamplingError, SamplingParams};
 
@@ -25,12 +26,19 @@ pub struct Request<'a> {
     pub params: SamplingParams,
     /// What it says of single tokens.
     pub rules: Option<&'a Arc<Rules>>,
+    /// What its output must obey; it has accepted no token yet.
+    pub constraint: Option<&'a Arc<dyn Constraint>>,
 }
 
 impl<'a> Request<'a> {
-    /// A request that says nothing of single tokens.
+    /// A request that says nothing of single tokens, and has no constraint.
     pub fn new(prompt: &'a [u32], params: SamplingParams) -> Self {
-        Request { prompt, params, rules: None }
+        Request { prompt, params, rules: None, constraint: None }
+    }
+
+    /// Sets what the output must obey.
+    pub fn with_constraint(self, constraint: Option<&'a Arc<dyn Constraint>>) -> Self {
+        Request { constraint, ..self }
     }
 }
 
@@ -99,6 +107,10 @@ pub enum FinishReason {
     Abort,
     /// Its logits were not numbers, so that no further token could be drawn.
     NotNumbers,
+    /// Its constraint allows nothing more: the output is complete.
+    Complete,
+    /// Its constraint could not tell what may come next.
+    ConstraintFailed,
 }
 
 /// What a step brought about.

@@ -7,6 +7,7 @@
 //!   slots       [slots + 1] SlotState      how each slot's tokens are drawn, kept up to date likewise
 //!   rules       [slots + 1, RULE_WORDS]    what each slot's request says of single tokens, likewise
 //!   history     [pages + 1, page_size]     the token whose key and value lie at a location, beside the KV pages
+//!   masks       [masked rows, mask words]  the tokens that constrained rows may draw, overwritten by each step's that has any
 //!   tokens      [2, slots]                 what the steps draw; steps take turns at the two halves
 //!   logprobs    [2, slots] RowLogprobs     their log-probabilities
 //!   scores      [2, prefill tokens] RowLogprobs     those of the prompts' tokens that the steps score
@@ -28,6 +29,7 @@
 use crate::backend::{Device, Element, Model, Purpose, Sampler, Step};
 use crate::batch::{Batch, Dummy, HEADER_WORDS, Layout, ROW_WORDS, StepShape};
 use crate::config::Limits;
+use crate::constraint::mask_words;
 use crate::rules::RULE_WORDS;
 use crate::sampling::{LOGPROB_WORDS, SLOT_STATE_WORDS, SlotState};
 
@@ -48,6 +50,7 @@ pub(crate) struct Resident<Buf> {
     rules: Buf,
     /// Comes and goes with the pages.
     history: Option<Buf>,
+    pub masks: Buf,
     pub tokens: Buf,
     pub logprobs: Buf,
     scores: Buf,
@@ -63,6 +66,7 @@ impl<Buf: Copy> Resident<Buf> {
         backend: &mut B,
         limits: &Limits,
         plan_words: usize,
+        vocab: u32,
     ) -> Result<Self, B::Error> {
         let slots = limits.running as usize;
         let layout = Layout::new(limits, plan_words);
@@ -80,6 +84,7 @@ impl<Buf: Copy> Resident<Buf> {
             states: words((slots + 1) * SLOT_STATE_WORDS)?,
             rules: words((slots + 1) * RULE_WORDS)?,
             history: None,
+            masks: words(limits.masked_rows() * mask_words(vocab))?,
             tokens: words(2 * slots)?,
             logprobs: words(2 * slots * LOGPROB_WORDS)?,
             scores: words(2 * limits.prefill_tokens as usize * LOGPROB_WORDS)?,
@@ -177,6 +182,7 @@ impl<Buf: Copy> Resident<Buf> {
             slots: self.states,
             rules: self.rules,
             history: self.history.expect("pages, and their history, are allocated before the first step"),
+            masks: self.masks,
         })
     }
 

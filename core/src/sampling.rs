@@ -2,6 +2,9 @@
 //!
 //! Given the logits `l` of a row (f32, or widened to f32) and its parameters:
 //!
+//! - If the row has a [mask](crate::constraint), `l_i` is minus infinity for each token i that the mask does not allow, here and
+//!   in log-probabilities.
+//!
 //! 0. If an `l_i` is NaN, or the largest is not finite, there is no token: [`NO_TOKEN`], and the request fails. Single
 //!    logits of minus infinity are as good as any: they are never drawn.
 //! 1. Temperature 0 is greedy: the token is `argmax l`, the lowest id among equals; no random numbers, no filters. So is

@@ -12,7 +12,8 @@
 //!
 //! A [policy](crate::policy) says whether the next step has decode rows, and how many tokens of prompts. What is promised
 //! whatever it says:
-//! - Either all running requests decode, or none. Of several prompts in a step the last one may be cut (a chunk) and goes on
+//! - Either all running requests decode, or none; but one with a [constraint](crate::constraint) has no row before its last token
+//!   and the mask for its next one are known. Of several prompts in a step the last one may be cut (a chunk) and goes on
 //!   in a later step; until it is through, no other one begins.
 //! - Requests are admitted in their order: retracted ones first, the oldest of them first; then those waiting, as submitted or
 //!   as [`Order`] says. One for which there is no room lets none behind it pass.
@@ -34,6 +35,7 @@ use core::iter;
 
 use crate::batch::{Batch, LAST_TOKEN, PageUpdate, Row, StepShape, Token};
 use crate::config::{Limits, LimitsError};
+use crate::constraint::ConstraintState;
 use crate::costs::StepCosts;
 use crate::host::{listed, reserved};
 use crate::pages::{NO_PAGE, PagePool};
@@ -79,6 +81,8 @@ pub struct Scheduler {
     running: Vec<u32>,
     /// The request that was refused admission last, and the room there was; see [`Scheduler::admit`].
     refused: Option<(Ticket, i64)>,
+    /// A request that has no row in the step scheduled last for want of its mask.
+    unmasked: Option<u32>,
     /// Requests that wait elsewhere; see [`Scheduler::set_backlog`].
     backlog: u32,
     /// A request has come since the last step was scheduled.
@@ -114,6 +118,7 @@ impl Scheduler {
             retracted: reserved(limits.running as usize)?.into(),
             running: reserved(limits.running as usize)?,
             refused: None,
+            unmasked: None,
             backlog: 0,
             has_arrivals: false,
             ended_running: false,
@@ -125,6 +130,11 @@ impl Scheduler {
     /// Counters so far.
     pub fn stats(&self) -> &Stats {
         &self.stats
+    }
+
+    /// Tokens that end a sequence.
+    pub fn eos(&self) -> &[u32] {
+        &self.eos
     }
 
     /// Sets the counters to zero.
@@ -197,6 +207,9 @@ impl Scheduler {
         }
         let (oldest, len_max) = (self.oldest(), tokens as u32 + max_tokens);
         let entry = self.table.occupy(request, len_max, oldest).ok_or(full)?;
+        if let Some(constraint) = request.constraint {
+            self.table.constrain(entry, constraint.clone());
+        }
         self.waiting.insert(entry, &self.table);
         self.has_arrivals = true;
         Ok(Submitted { ticket: self.table.ticket(entry), max_tokens })
@@ -258,7 +271,8 @@ impl Scheduler {
         let mut saved_ms = 0.0;
         for i in 0..self.running.len() {
             let entry = self.running[i];
-            if self.table.get(entry).can_decode() && self.predict(entry).is_some() {
+            let request = self.table.get(entry);
+            if request.can_decode() && !request.is_constrained && self.predict(entry).is_some() {
                 saved_ms += self.drafting.drafts(requests, self.table.get(entry).hits).1;
             }
         }
@@ -274,6 +288,7 @@ impl Scheduler {
     /// one is: the step scheduled last.
     pub fn schedule(&mut self, batch: &mut Batch) -> bool {
         batch.clear();
+        self.unmasked = None;
         let retractions = self.stats.retractions;
         let demand = self.demand();
         let all = Mix { decodes: true, prompt_tokens: self.limits.prefill_tokens };
@@ -345,6 +360,72 @@ impl Scheduler {
         path.1
     }
 
+    /// Ends the requests whose constraint allows nothing more, or can't tell what it allows.
+    pub fn end_constrained(&mut self, sink: &mut impl FnMut(Event<'_>)) {
+        if self.table.constrained() == 0 {
+            return;
+        }
+        let reason = |table: &RequestTable, entry| match table.constraint(entry)?.state() {
+            ConstraintState::Complete => Some(FinishReason::Complete),
+            ConstraintState::Failed => Some(FinishReason::ConstraintFailed),
+            ConstraintState::Computing | ConstraintState::Ready => None,
+        };
+        for i in 0..self.candidates() {
+            let entry = self.candidate(i);
+            if let Some(reason) = reason(&self.table, entry) {
+                self.end(entry, reason, sink);
+            }
+        }
+        self.forget_ended();
+    }
+
+    /// Waits for a mask for want of which a request had no row in the step scheduled last; false if there is none.
+    pub fn wait_for_mask(&mut self) -> bool {
+        let constraint = self.unmasked.take().and_then(|entry| self.table.constraint(entry));
+        constraint.map(|constraint| constraint.wait()).is_some()
+    }
+
+    /// Writes the mask of a request's next token; of one that has ended meanwhile, one that allows everything.
+    pub fn write_mask(&self, ticket: Ticket, mask: &mut [u32]) {
+        match self.table.find(ticket).and_then(|entry| self.table.constraint(entry)) {
+            Some(constraint) => constraint.write_mask(mask),
+            None => mask.fill(u32::MAX),
+        }
+    }
+
+    /// Requests that may have a row in the next step: those running, and who is to be admitted next.
+    fn candidates(&self) -> usize {
+        self.running.len() + self.retracted.len() + usize::from(self.waiting.next().is_some())
+    }
+
+    fn candidate(&self, i: usize) -> u32 {
+        let retracted = i.wrapping_sub(self.running.len());
+        let entry = self.running.get(i).or(self.retracted.get(retracted)).copied();
+        entry.or(self.waiting.next()).unwrap_or_else(|| unreachable!("there are fewer candidates"))
+    }
+
+    /// Can the request's next token be drawn in this step? Without a constraint always.
+    fn can_draw(&mut self, entry: u32, batch: &Batch) -> bool {
+        let Some(constraint) = self.table.constraint(entry) else { return true };
+        let request = self.table.get(entry);
+        if request.planned > request.known || !batch.has_room_for_mask() {
+            return false;
+        }
+        let is_ready = constraint.state() == ConstraintState::Ready;
+        if !is_ready {
+            self.unmasked = Some(entry);
+        }
+        is_ready
+    }
+
+    /// The mask of a row that draws the request's next token.
+    fn push_mask(&self, entry: u32, batch: &mut Batch) -> u32 {
+        match self.table.get(entry).is_constrained {
+            true => batch.push_mask(self.table.ticket(entry)),
+            false => 0,
+        }
+    }
+
     fn schedule_prefill(&mut self, tokens: u32, batch: &mut Batch) {
         let left = |batch: &Batch| tokens.saturating_sub(batch.shape().prefill_tokens());
         // At most one request, the youngest, is between two chunks: a prompt that is cut leaves no room behind it.
@@ -381,6 +462,7 @@ impl Scheduler {
         if self.table.vacant_slots() == 0
             || !batch.has_room_for_rules()
             || self.refused.is_some_and(|it| it.0 == ticket && room <= it.1)
+            || !self.can_draw(entry, batch)
             || !self.table.make_room(entry, self.oldest().unwrap_or(entry))
         {
             return false;
@@ -461,14 +543,17 @@ impl Scheduler {
         if missing > self.pool.available() || missing as usize > batch.room_for_updates() {
             return false;
         }
+        let last = end == request.prefill_len;
+        if last && !self.can_draw(entry, batch) {
+            return false;
+        }
         for _ in 0..missing {
             self.grow(entry, batch);
         }
-        let last = end == request.prefill_len;
-        batch.push_prefill_row(
-            self.table.ticket(entry),
-            row(&request.params, request.slot, batch.tokens().len() as u32, request.computed..end, last),
-        );
+        let mask = if last { self.push_mask(entry, batch) } else { 0 };
+        let tokens = batch.tokens().len() as u32;
+        let row = row(&request.params, request.slot, tokens, request.computed..end, last);
+        batch.push_prefill_row(self.table.ticket(entry), Row { mask, ..row });
         for position in request.computed..end {
             let (id, location) = (self.table.token(entry, position), self.table.location(entry, position));
             batch.push_token(Token { id, slot: request.slot, position, location });
@@ -503,7 +588,10 @@ impl Scheduler {
         while i < self.running.len() {
             let entry = self.running[i];
             i += 1;
-            if !self.table.get(entry).can_decode() || !self.table.make_room(entry, self.running[0]) {
+            if !self.table.get(entry).can_decode()
+                || !self.can_draw(entry, batch)
+                || !self.table.make_room(entry, self.running[0])
+            {
                 continue;
             }
             self.table.drop_behind_window(entry, &mut self.pool);
@@ -541,7 +629,8 @@ impl Scheduler {
     /// give pages back.
     fn push_drafts(&mut self, entry: u32, requests: u32, batch: &mut Batch) {
         let request = self.table.get(entry);
-        if request.planned != request.known + 1 || request.computed != request.known {
+        if request.is_constrained || request.planned != request.known + 1 || request.computed != request.known
+        {
             return;
         }
         let (known, hits) = (request.known, request.hits);
@@ -565,11 +654,10 @@ impl Scheduler {
         let request = *self.table.get(entry);
         let position = request.computed;
         let location = self.table.location(entry, position);
-        batch.push_decode_row(
-            self.table.ticket(entry),
-            row(&request.params, request.slot, batch.tokens().len() as u32, position..position + 1, true),
-            Token { id, slot: request.slot, position, location },
-        );
+        let (mask, tokens) = (self.push_mask(entry, batch), batch.tokens().len() as u32);
+        let row = row(&request.params, request.slot, tokens, position..position + 1, true);
+        let token = Token { id, slot: request.slot, position, location };
+        batch.push_decode_row(self.table.ticket(entry), Row { mask, ..row }, token);
         let request = self.table.get_mut(entry);
         request.computed += 1;
         request.planned += 1;
@@ -668,6 +756,8 @@ impl Scheduler {
                 self.end(entry, FinishReason::Stop, sink);
             } else if request.known == request.len_max {
                 self.end(entry, FinishReason::Length, sink);
+            } else if let Some(constraint) = self.table.constraint(entry) {
+                constraint.accept(token);
             }
         }
         self.forget_ended();
@@ -784,6 +874,6 @@ fn row(
         kv_len: positions.end,
         sampled: u32::from(sampled),
         logprobs: params.logprobs.map_or(0, |k| 1 + k),
-        reserved: 0,
+        mask: 0,
     }
 }

@@ -36,6 +36,7 @@ use core::cmp::Ordering;
 use core::ops::Range;
 
 use crate::config::{Limits, LimitsError};
+use crate::constraint::Constraint;
 use crate::host::{filled, listed};
 use crate::pages::{NO_PAGE, PagePool};
 use crate::request::{Request, Ticket};
@@ -63,6 +64,8 @@ pub(crate) struct Entry {
     pub state: State,
     pub generation: u32,
     pub params: SamplingParams,
+    /// Does it have a constraint?
+    pub is_constrained: bool,
     pub prompt_len: u32,
     /// Prompt and output tokens at most.
     pub len_max: u32,
@@ -100,6 +103,7 @@ impl Entry {
         state: State::Vacant,
         generation: 0,
         params: SamplingParams { max_tokens: 0, ..SamplingParams::DEFAULT },
+        is_constrained: false,
         prompt_len: 0,
         len_max: 0,
         known: 0,
@@ -153,6 +157,10 @@ pub(crate) struct RequestTable {
     entries: Vec<Entry>,
     /// `[entries]`: what each request says of single tokens.
     rules: Vec<Option<Arc<Rules>>>,
+    /// `[entries]`: what each request's output must obey.
+    constraints: Vec<Option<Arc<dyn Constraint>>>,
+    /// How many of them there are.
+    constrained: u32,
     /// `[entries, sequence_blocks]`: each request's blocks.
     blocks: Vec<u32>,
     /// `[blocks, block_tokens + GAP]` token ids.
@@ -186,6 +194,8 @@ impl RequestTable {
         Ok(RequestTable {
             entries: filled(entries as usize, Entry::VACANT)?,
             rules: filled(entries as usize, None)?,
+            constraints: filled(entries as usize, None)?,
+            constrained: 0,
             blocks: filled(entries as usize * sequence_blocks as usize, 0)?,
             tokens: filled(blocks as usize * (block_tokens + GAP) as usize, 0)?,
             pages: filled(blocks as usize * (block_pages + GAP) as usize, 0)?,
@@ -236,7 +246,7 @@ impl RequestTable {
 
     /// Moves a request in, if there are blocks for its prompt beside what `oldest`, who has run longest, may need.
     pub fn occupy(&mut self, request: Request<'_>, len_max: u32, oldest: Option<u32>) -> Option<u32> {
-        let Request { prompt, params, rules } = request;
+        let Request { prompt, params, rules, .. } = request;
         let len = prompt.len() as u32;
         let spare = (self.free_blocks.len() as u32).saturating_sub(self.promised(oldest));
         if len.div_ceil(self.block_tokens) > spare {
@@ -291,8 +301,28 @@ impl RequestTable {
         Some(block)
     }
 
+    /// Gives a request its constraint.
+    pub fn constrain(&mut self, entry: u32, constraint: Arc<dyn Constraint>) {
+        self.get_mut(entry).is_constrained = true;
+        self.constraints[entry as usize] = Some(constraint);
+        self.constrained += 1;
+    }
+
+    /// What a request's output must obey.
+    pub fn constraint(&self, entry: u32) -> Option<&dyn Constraint> {
+        self.constraints[entry as usize].as_deref()
+    }
+
+    /// Requests that have a constraint.
+    pub fn constrained(&self) -> u32 {
+        self.constrained
+    }
+
     /// Moves a request out; its tickets open nothing from here on.
     pub fn vacate(&mut self, entry: u32) {
+        if self.constraints[entry as usize].take().is_some() {
+            self.constrained -= 1;
+        }
         let Entry { generation, blocks, .. } = *self.get(entry);
         let first = (entry * self.sequence_blocks) as usize;
         self.free_blocks.extend_from_slice(&self.blocks[first..first + blocks as usize]);

@@ -2,19 +2,23 @@
 
 mod support;
 
+use std::sync::Arc;
+
 use minisgl_core::backend::Device;
 use minisgl_core::batch::StepShape;
 use minisgl_core::config::{Limits, LimitsError};
+use minisgl_core::constraint::{Constraint, MASKED_ROWS_MAX};
 use minisgl_core::engine::{Engine, EngineError, EngineOptions};
 use minisgl_core::fit::Fit;
-use minisgl_core::request::{FinishReason, Request, SubmitError};
+use minisgl_core::request::{FinishReason, Request, SubmitError, Ticket};
 use minisgl_core::sampling::{SamplingError, SamplingParams};
 use minisgl_core::scheduler::{Order, Settings};
 use minisgl_core::speculation::Speculation;
 
-use support::expected::{self, VOCAB, alone};
+use support::expected::{self, VOCAB, alone, alone_within};
 use support::hashing::Hashing;
 use support::lazy::{Lazy, LazyError, Pace};
+use support::rule::Rule;
 use support::trace::Trace;
 use support::{Outcomes, SETTINGS, SMALL, engine, exactly, options, run_all, run_dry};
 
@@ -410,4 +414,64 @@ fn a_wrong_drafts_keys_do_not_reach_the_prefix_cache() {
         assert!(outcome.finished.is_some_and(|(_, cached)| cached > 0));
     }
     assert!(engine.stats().accepted > 0 && engine.stats().drafted > engine.stats().accepted);
+}
+
+/// A constraint as a request takes it.
+fn rule(seed: u32, late: u32) -> Arc<dyn Constraint> {
+    Arc::new(Rule::new(seed, late))
+}
+
+/// A rule's seed whose output goes on for so many tokens at least.
+fn seed_of_long_rule(request: &(Vec<u32>, SamplingParams), least: usize) -> u32 {
+    let len =
+        |seed: u32| alone_within(&request.0, &request.1, &[], SMALL.sequence, u32::MAX, Some(seed)).0.len();
+    (0..).find(|seed| len(*seed) >= least).expect("some rule allows much")
+}
+
+#[test]
+fn rows_without_a_constraint_wait_for_nobodys_mask_and_masks_are_waited_for_when_nothing_else_runs() {
+    let (free, bound) = ((prompt(1, 5), exactly(20)), (prompt(2, 5), exactly(12)));
+    let seed = seed_of_long_rule(&bound, 12);
+    for overlap in [true, false] {
+        let mut options = options(SMALL);
+        options.overlap = overlap;
+        let mut engine = engine(options);
+        let constraint = rule(seed, u32::MAX);
+        let free_ticket = engine.submit(Request::new(&free.0, free.1)).expect("it can run").ticket;
+        let request = Request::new(&bound.0, bound.1).with_constraint(Some(&constraint));
+        let bound_ticket = engine.submit(request).expect("it can run").ticket;
+        let (mut outcomes, mut steps) = (Outcomes::default(), 0);
+        while outcomes.of(free_ticket).finished.is_none() {
+            engine.step(&mut |event| outcomes.take_in(event)).expect("the device does not fail");
+            steps += 1;
+        }
+        assert_eq!(steps, 20 + u32::from(overlap), "a token in every step");
+        assert_eq!(outcomes.of(bound_ticket).tokens, [], "its mask comes only when it is waited for");
+        run_dry(&mut engine, &mut outcomes);
+        let expected = alone_within(&bound.0, &bound.1, &[], SMALL.sequence, u32::MAX, Some(seed));
+        assert_eq!(outcomes.of(bound_ticket).tokens, expected.0);
+    }
+}
+
+#[test]
+fn more_constrained_requests_than_a_step_has_masks_take_turns() {
+    let running = MASKED_ROWS_MAX + 40;
+    let limits = Limits { running, queued: running, pages: 8 * running, graph_rows: 0, ..SMALL };
+    let mut options = options(limits);
+    options.scheduler.prefix_cache = false;
+    let mut engine = engine(options);
+    let constraints: Vec<_> = (0..running).map(|seed| rule(seed, seed % 3)).collect();
+    let (prompt, params) = (prompt(4, 5), exactly(9));
+    let mut submit = |constraint| {
+        let request = Request::new(&prompt, params).with_constraint(Some(constraint));
+        engine.submit(request).expect("it can run").ticket
+    };
+    let tickets: Vec<Ticket> = constraints.iter().map(&mut submit).collect();
+    let mut outcomes = Outcomes::default();
+    run_dry(&mut engine, &mut outcomes);
+    for (seed, ticket) in (0..).zip(tickets) {
+        let (tokens, reason) = alone_within(&prompt, &params, &[], limits.sequence, u32::MAX, Some(seed));
+        let outcome = outcomes.of(ticket);
+        assert_eq!((outcome.tokens, outcome.finished), (tokens, Some((reason, 0))), "rule {seed}");
+    }
 }

@@ -11,6 +11,7 @@ mod support;
 use std::sync::Arc;
 
 use minisgl_core::config::Limits;
+use minisgl_core::constraint::Constraint;
 use minisgl_core::costs::{Line, StepCosts};
 use minisgl_core::engine::{Engine, EngineOptions};
 use minisgl_core::policy::Policy;
@@ -24,6 +25,7 @@ use proptest::prelude::*;
 use support::expected::{self, EOS, FAILING, VOCAB};
 use support::hashing::Hashing;
 use support::lazy::{Lazy, Pace};
+use support::rule::Rule;
 use support::{Outcome, Outcomes, run_dry};
 
 /// What the caller does next.
@@ -34,6 +36,8 @@ enum Action {
         params: SamplingParams,
         /// Tokens that end its output.
         stop: Vec<u32>,
+        /// The seed of a constraint, and how late its masks are.
+        rule: Option<(u32, u32)>,
     },
     Step,
     /// Aborts one of those submitted so far.
@@ -119,8 +123,8 @@ fn action() -> impl Strategy<Value = Action> {
     );
     let stop = prop_oneof![2 => Just(vec![]), 1 => prop::collection::vec(0..VOCAB, 1..3)];
     prop_oneof![
-        5 => (prompt(), params, stop)
-            .prop_map(|(prompt, params, stop)| Action::Submit { prompt, params, stop }),
+        5 => (prompt(), params, stop, prop::option::weighted(0.4, (0..1000u32, 0..4u32)))
+            .prop_map(|(prompt, params, stop, rule)| Action::Submit { prompt, params, stop, rule }),
         6 => Just(Action::Step),
         1 => any::<prop::sample::Index>().prop_map(Action::Abort),
         1 => Just(Action::ClearPrefixCache),
@@ -140,6 +144,7 @@ struct Submitted {
     prompt: Vec<u32>,
     params: SamplingParams,
     stop: Vec<u32>,
+    rule: Option<(u32, u32)>,
     max_tokens: u32,
     aborted: bool,
 }
@@ -153,8 +158,8 @@ fn play(stream: &Stream) -> (Vec<Submitted>, Outcomes, Engine<Lazy, Hashing>) {
     let (mut taken, mut outcomes) = (Vec::<Submitted>::new(), Outcomes::default());
     for action in &stream.actions {
         match action {
-            Action::Submit { prompt, params, stop } => {
-                let submitted = submit(&mut engine, prompt, *params, stop, &mut outcomes);
+            Action::Submit { prompt, params, stop, rule } => {
+                let submitted = submit(&mut engine, prompt, *params, stop, *rule, &mut outcomes);
                 taken.extend(submitted);
             }
             Action::Step => {
@@ -183,12 +188,15 @@ fn submit(
     prompt: &[u32],
     params: SamplingParams,
     stop: &[u32],
+    rule: Option<(u32, u32)>,
     outcomes: &mut Outcomes,
 ) -> Option<Submitted> {
     let rules = Rules::new(vec![], stop.to_vec(), &[]).expect("few stop tokens");
     let rules = Some(&Arc::new(rules));
+    let constraint = rule.map(|(seed, late)| Arc::new(Rule::new(seed, late)) as Arc<dyn Constraint>);
     loop {
-        match engine.submit(Request { rules, ..Request::new(prompt, params) }) {
+        let request = Request { rules, constraint: constraint.as_ref(), ..Request::new(prompt, params) };
+        match engine.submit(request) {
             Ok(submitted) => {
                 let (ticket, max_tokens) = (submitted.ticket, submitted.max_tokens);
                 return Some(Submitted {
@@ -196,6 +204,7 @@ fn submit(
                     prompt: prompt.to_vec(),
                     params,
                     stop: stop.to_vec(),
+                    rule,
                     max_tokens,
                     aborted: false,
                 });
@@ -219,12 +228,12 @@ fn submit(
 
 fn check_outcome(request: &Submitted, outcome: &Outcome, limits: &Limits, window: Option<u32>) {
     let len_max = limits.sequence.min(limits.pages * limits.page_size);
-    let window = window.unwrap_or(u32::MAX);
+    let (window, rule) = (window.unwrap_or(u32::MAX), request.rule.map(|(seed, _)| seed));
     let (prompt, seed) = (&request.prompt[..], request.params.seed);
     let scores = expected_scores(request, window);
     let numbers = scores.iter().position(|score| score.is_nan());
     let (tokens, reason) = match numbers {
-        None => expected::alone_within(prompt, &request.params, &request.stop, len_max, window),
+        None => expected::alone_within(prompt, &request.params, &request.stop, len_max, window, rule),
         Some(_) => (Vec::new(), FinishReason::NotNumbers),
     };
     let (finished, cached) = outcome.finished.expect("every request ends");

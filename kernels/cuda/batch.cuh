@@ -8,7 +8,7 @@ struct Header {
 };
 
 struct Row {
-    unsigned slot, first_token, tokens, position, kv_len, sampled, logprobs, reserved;
+    unsigned slot, first_token, tokens, position, kv_len, sampled, logprobs, mask;
 };
 
 // How the tokens of a slot are drawn.

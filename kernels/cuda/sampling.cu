@@ -1,6 +1,6 @@
 // Sampling without sorting: each row's token by core's definition (temperature, top-k, top-p, min-p, Gumbel-max).
 //
-//   sample_cut   edits row r's logits in place where its slot asks for it (edit.cuh)      grid samples          block 1024
+//   sample_cut   applies row r's mask (mask.cuh), then edits its logits in place (edit.cuh)      grid samples          block 1024
 //                cut[r] = the least logit that row r's top-k, top-p and min-p keep
 //   sample_draw  token[r] = argmax over kept i of l_i / temperature + gumbel(seed, position, i)
 //                                                                                 grid (chunks, samples)  block 256
@@ -34,6 +34,7 @@
 #include "batch.cuh"
 #include "dependent.cuh"
 #include "edit.cuh"
+#include "mask.cuh"
 
 #define LN2 0.6931471805599453f
 #define LOG2E 1.4426950408889634f
@@ -239,13 +240,16 @@ __device__ __forceinline__ bool list_keys(Selection &s, const __half *row, bool 
 extern "C" __global__ void __launch_bounds__(1024, 2)
 sample_cut(const unsigned *batch, unsigned rows_offset, const SlotState *slots, __half *logits, unsigned vocab,
            unsigned stride, float *cut, const unsigned *rules, const unsigned *page_table, unsigned table_width,
-           unsigned page_bits, const unsigned *history) {
+           unsigned page_bits, const unsigned *history, const unsigned *masks) {
     __shared__ Selection s;
     dependent_launch();
     const Row row = reinterpret_cast<const Row *>(batch + rows_offset)[blockIdx.x];
     const SlotState slot = slots[row.slot];
     dependent_wait();
     __half *l = logits + (size_t)blockIdx.x * stride;
+    const bool aligned = stride % 8 == 0;
+    if (row.mask > 0)
+        apply_mask<1024>(l, aligned, vocab, masks + (size_t)(row.mask - 1) * ((vocab + 31) / 32));
     if (slot.edits != 0) {
         const History own = {page_table + (size_t)row.slot * table_width, history, page_bits};
         edit_row<TILE>(l, vocab, row, slot, rules, own, reinterpret_cast<unsigned *>(&s));
@@ -256,7 +260,6 @@ sample_cut(const unsigned *batch, unsigned rows_offset, const SlotState *slots, 
             cut[blockIdx.x] = NO_CUT;
         return;
     }
-    const bool aligned = stride % 8 == 0;
     for (unsigned i = threadIdx.x; i < 2048; i += 1024)
         s.count[i] = s.low[i] = s.high[i] = 0;
     if (threadIdx.x == 0)
@@ -480,6 +483,7 @@ logprobs(const unsigned *batch, unsigned rows_offset, const __half *logits, unsi
     // (key, lowest id) of the most probable token, then of the most probable one below it, and so on.
     unsigned long long bound = ~0ull;
     float log_total = 0.0f;
+    unsigned len = 0;
     for (unsigned rank = 0; rank == 0 || rank < wanted; rank++) {
         unsigned long long own = 0;
         for_each_logit<1024>(l, aligned, 0, vocab, [&](unsigned id, __half logit) {
@@ -502,6 +506,9 @@ logprobs(const unsigned *batch, unsigned rows_offset, const __half *logits, unsi
                 total += sums[i];
             log_total = value + logf(total);
         }
+        if (!(value > NO_CUT))  // the others can't be drawn
+            break;
+        len = min(rank + 1, wanted);
         if (threadIdx.x == 0 && rank < wanted) {
             out[output].ids[rank] = 0xffffffffu - (unsigned)bound;
             out[output].logprobs[rank] = value - log_total;
@@ -509,6 +516,6 @@ logprobs(const unsigned *batch, unsigned rows_offset, const __half *logits, unsi
     }
     if (threadIdx.x == 0) {
         out[output].token = __half2float(l[tokens[output]]) - log_total;
-        out[output].len = wanted;
+        out[output].len = len;
     }
 }

@@ -71,6 +71,7 @@ impl Driver {
         let states = words(slots * SLOT_STATE_WORDS);
         let rules = words(slots * RULE_WORDS);
         let history = words((limits.pages as usize + 1) * page_size as usize);
+        let masks = words(0);
         let tokens = words(running as usize);
         let shape = StepShape::decode(0);
         let step = Step {
@@ -84,6 +85,7 @@ impl Driver {
             slots: states,
             rules,
             history,
+            masks,
         };
         let staging = cpu.alloc_pinned(layout.words).unwrap();
         let results = cpu.alloc_pinned(running as usize).unwrap();

@@ -87,13 +87,14 @@ impl Asked {
     /// The requests that it makes, in the order of its choices: all of the first prompt, then those of the second. Each
     /// draws with a seed of its own, the first with the one that was asked for.
     pub fn requests(&self) -> impl Iterator<Item = GenerateRequest> + '_ {
-        let Body { prompts, sampling, stop, include_stop, rules, .. } = &self.body;
+        let Body { prompts, sampling, stop, include_stop, rules, grammar, .. } = &self.body;
         let outputs = self.outputs as usize;
         (0..self.choices()).map(move |index| GenerateRequest {
             sampling: SamplingParams { seed: sampling.seed.wrapping_add(index as u64), ..*sampling },
             stop: stop.clone(),
             include_stop: *include_stop,
             rules: rules.clone(),
+            grammar: grammar.clone(),
             ..GenerateRequest::new(prompts[index / outputs].clone())
         })
     }

@@ -122,6 +122,7 @@ impl ApiError {
             RequestError::Refused(SubmitError::Sampling(error)) => {
                 (Some(sampling(error)), Some("invalid_value"))
             }
+            RequestError::Grammar(_) | RequestError::GrammarFailed => (None, Some("invalid_value")),
             RequestError::EmptyStop => (Some("stop"), Some("invalid_value")),
             RequestError::NoChatTemplate
             | RequestError::BrokenChatTemplate(_)

@@ -161,7 +161,7 @@ fn a_field_that_can_not_be_served_is_refused_by_its_name() {
         ("use_beam_search", json!(true)),
     ];
     let chat = [
-        ("response_format", json!({"type": "json_object"})),
+        ("response_format", json!({"type": "xml"})),
         ("tool_choice", json!("required")),
         ("top_logprobs", json!(3)),
         ("reasoning_effort", json!("high")),

@@ -24,6 +24,7 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, TryRecvError};
 use std::time::{Duration, Instant};
 
+use minisgl_core::constraint::Constraint;
 use minisgl_core::engine::{CompletedStep, StepReport};
 use minisgl_core::request as core;
 use minisgl_core::request::{Request, SubmitError, Ticket};
@@ -70,6 +71,7 @@ pub struct Ready {
     pub prompt: Vec<u32>,
     pub params: SamplingParams,
     pub rules: Option<Arc<Rules>>,
+    pub constraint: Option<Arc<dyn Constraint>>,
     pub output: Box<Output>,
 }
 
@@ -88,7 +90,7 @@ impl Ready {
             prompt.extend(given);
         }
         output.set_prompt(&prompt);
-        Ready { prompt, params, rules: None, output }
+        Ready { prompt, params, rules: None, constraint: None, output }
     }
 }
 
@@ -269,8 +271,9 @@ impl EngineThread {
                 self.batch.events.push(Event::Dropped { output: ready.output });
                 continue;
             }
-            let rules = ready.rules.as_ref();
-            match self.runner.submit(Request { rules, ..Request::new(&ready.prompt, ready.params) }) {
+            let (rules, constraint) = (ready.rules.as_ref(), ready.constraint.as_ref());
+            let request = Request { rules, constraint, ..Request::new(&ready.prompt, ready.params) };
+            match self.runner.submit(request) {
                 Ok(submitted) => self.start(ready.output, submitted),
                 Err(SubmitError::QueueFull { .. }) => return self.shared.intake.give_back(self.index, ready),
                 Err(error) => {

@@ -13,13 +13,16 @@ use minisgl_core::scheduler::Order;
 use minisgl_core::stats::{Load, Stats};
 use thiserror::Error;
 
-use super::encode::{Encoders, Job};
+use super::compile::Uncompiled;
+use super::encode::Job;
 use super::engine::{Call, Message, Ready, StepTimes};
 use super::intake::{Intake, Sleepers};
 use super::output::Output;
 use super::permits::{Permit, Permits};
 use super::session::{Events, RequestStream, Session, SessionOptions, Submitter};
+use super::stage::Stage;
 use crate::error::{Cause, Error};
+use crate::grammar::{Compiler, Grammar, Tokens};
 use crate::request::{GenerateRequest, Given, Prompt, RequestError, StepTiming, TokenRules};
 use crate::runner::Runner;
 use crate::tokenizer::Text;
@@ -27,7 +30,9 @@ use crate::tokenizer::Text;
 /// What all handles and threads of an engine share.
 pub struct Shared {
     pub text: Arc<Text>,
-    pub encoders: Encoders,
+    pub encoders: Stage<Job>,
+    pub compilers: Stage<Uncompiled>,
+    pub compiler: Compiler,
     pub intake: Intake,
     /// Each engine's inbox.
     messages: Vec<Sender<Message>>,
@@ -54,15 +59,23 @@ enum Stopped {
 }
 
 impl Shared {
-    /// For engines of these capacities; `order` is that of their queues.
-    pub fn new(text: Arc<Text>, order: Order, messages: Vec<Sender<Message>>, limits: &[Limits]) -> Self {
+    /// For engines of these capacities and one model's tokens; `order` is that of their queues.
+    pub fn new(
+        text: Arc<Text>,
+        order: Order,
+        messages: Vec<Sender<Message>>,
+        limits: &[Limits],
+        tokens: Tokens,
+    ) -> Self {
         let capacity = |limits: &Limits| limits.running as usize + limits.queued as usize;
         let depth = |limits: &Limits| if order.sorts() { capacity(limits) } else { limits.running as usize };
         let shortest = limits.iter().map(|limits| limits.sequence).min();
         let capacity_of_all = limits.iter().map(capacity).sum();
         Shared {
+            compiler: Compiler::new(text.clone(), tokens),
             text,
-            encoders: Encoders::new(),
+            encoders: Stage::new(),
+            compilers: Stage::new(),
             intake: Intake::new(limits.iter().map(depth)),
             messages,
             capacity: capacity_of_all,
@@ -97,6 +110,7 @@ impl Shared {
         let _ = self.stopped.set(Stopped::Closed);
         self.permits.close();
         self.encoders.close();
+        self.compilers.close();
         drop(self.intake.close());
         (0..self.messages.len()).for_each(|engine| self.send(engine, Message::Close));
     }
@@ -133,6 +147,13 @@ impl Shared {
     /// Likewise of what is given behind a prompt.
     pub fn encode_given(&self, given: Given, room: u32) -> Result<Vec<u32>, RequestError> {
         self.text.encode_given(given, self.longest.saturating_sub(room as usize))
+    }
+
+    /// A request, ready for the engine; `None` if it has a grammar, and goes on to be compiled.
+    pub fn constrained(&self, grammar: Option<Grammar>, ready: Ready) -> Option<Ready> {
+        let Some(grammar) = grammar else { return Some(ready) };
+        self.compilers.post(Uncompiled { grammar, ready });
+        None
     }
 
     /// Has it failed, or been closed?
@@ -257,7 +278,8 @@ impl EngineHandle {
         permit: Permit,
     ) -> Option<Ready> {
         let text = &*self.0.text;
-        let unfit = unfit_stop(&request, text);
+        let unfit = unfit(&request, text);
+        let grammar = request.grammar.take();
         let output = Box::new(Output::new(session, tag, &mut request, &self.0, permit));
         let GenerateRequest { prompt, given, sampling: params, rules, .. } = request;
         let is_encoded = rules == TokenRules::default();
@@ -267,17 +289,17 @@ impl EngineHandle {
                 None
             }
             (None, Prompt::Tokens(prompt), None) if is_encoded => {
-                Some(Ready::new(prompt, None, params, output))
+                self.0.constrained(grammar, Ready::new(prompt, None, params, output))
             }
             (None, Prompt::Tokens(prompt), Some(Given::Tokens(given))) if is_encoded => {
-                Some(Ready::new(prompt, Some(given), params, output))
+                self.0.constrained(grammar, Ready::new(prompt, Some(given), params, output))
             }
             // Without a tokenizer there are no threads for it, and nothing that takes time.
             (None, prompt, given) if !text.has_tokenizer() => {
-                Job { prompt, given, params, rules, output }.encode(&self.0)
+                Job { prompt, given, params, rules, grammar, output }.encode(&self.0)
             }
             (None, prompt, given) => {
-                self.0.encoders.post(Job { prompt, given, params, rules, output });
+                self.0.encoders.post(Job { prompt, given, params, rules, grammar, output });
                 None
             }
         }
@@ -435,11 +457,16 @@ impl<R> Answer<R> {
     }
 }
 
-/// What is wrong with a request's stop texts.
-fn unfit_stop(request: &GenerateRequest, text: &Text) -> Option<RequestError> {
+/// What is wrong with a request's stop texts or grammar, without looking into it.
+fn unfit(request: &GenerateRequest, text: &Text) -> Option<RequestError> {
     if request.stop.iter().any(String::is_empty) {
         return Some(RequestError::EmptyStop);
     }
-    let unreadable = !request.stop.is_empty() && !text.has_tokenizer();
-    unreadable.then_some(RequestError::NoTokenizer { what: "a stop text" })
+    let what = match request {
+        _ if text.has_tokenizer() => return None,
+        GenerateRequest { grammar: Some(_), .. } => "constrained output",
+        GenerateRequest { stop, .. } if !stop.is_empty() => "a stop text",
+        _ => return None,
+    };
+    Some(RequestError::NoTokenizer { what })
 }

@@ -12,9 +12,11 @@
 //! Engines know nothing of each other. Each takes its share out of the intake, so what they give is what one would give,
 //! and when one fails, its requests end with an error each and the others go on.
 //!
+//! A request with a grammar goes from the encoders to two threads that compile it, and then to the intake.
+//!
 //! Who waits for whom:
 //! - A submitter waits for a permit: for a reader to take an end, or for the engine to stop.
-//! - An encoder waits for a job, an output thread for a batch, an engine's thread for the device and, when idle, for a
+//! - An encoder or compiler waits for a job, an output thread for a batch, an engine's thread for the device and, when idle, for a
 //!   message. None of them waits to hand something on: queues have no bound but the permits, since all that lies in
 //!   them belongs to a request that has one. So memory is permits times prompt and output.
 //! - A reader waits for an event. All of its requests are somewhere in the picture, and each part of it moves on by
@@ -26,6 +28,7 @@
 //!
 //! Invariant: every request submitted gets exactly one end, or its session an error.
 
+mod compile;
 mod encode;
 mod engine;
 mod fair;
@@ -36,6 +39,7 @@ mod permits;
 mod session;
 #[cfg(test)]
 mod several;
+mod stage;
 #[cfg(test)]
 mod tests;
 
@@ -50,6 +54,7 @@ pub use handle::{EngineHandle, TrySubmitError};
 pub use session::{Events, Next, RequestEvent, RequestStream, SessionEvent, SessionOptions, Submitter};
 
 use crate::error::Error;
+use crate::grammar::Tokens;
 use crate::runner::Runner;
 use crate::tokenizer::Text;
 use engine::{EngineThread, Message, panicked};
@@ -82,11 +87,13 @@ impl Front {
         let built: Vec<_> = starting.into_iter().map(Starting::built).collect();
         let (mut engines, mut limits, mut rest, mut errors) =
             (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+        let mut tokens = Tokens::default();
         for one in built {
             match one {
-                Ok((engine, its_limits, its_rest)) => {
+                Ok((engine, its_limits, its_tokens, its_rest)) => {
                     engines.push(engine);
                     limits.push(its_limits);
+                    tokens = its_tokens;
                     rest.push(its_rest);
                 }
                 Err(error) => errors.push(error),
@@ -97,7 +104,7 @@ impl Front {
             return Err(error);
         }
         let messages = engines.iter().map(|engine| engine.messages.clone()).collect();
-        let shared = Arc::new(Shared::new(text, order, messages, &limits));
+        let shared = Arc::new(Shared::new(text, order, messages, &limits, tokens));
         // From here on an error closes what has been started.
         let mut front = Front { handle: EngineHandle::new(shared.clone()), threads: Vec::new() };
         for (index, engine) in engines.into_iter().enumerate() {
@@ -112,6 +119,10 @@ impl Front {
         for _ in 0..encoders(&shared.text) {
             let shared = shared.clone();
             front.threads.push(spawn("encode", move || encode_all(&shared))?);
+        }
+        for _ in 0..compilers(&shared.text) {
+            let shared = shared.clone();
+            front.threads.push(spawn("compile", move || compile_all(&shared))?);
         }
         Ok((front, rest))
     }
@@ -141,7 +152,7 @@ type Outbox = (Sender<Batch>, Receiver<Batch>);
 /// A thread that builds an engine.
 struct Starting<T> {
     engine: BuiltEngine,
-    built: Receiver<Result<(Limits, T), Error>>,
+    built: Receiver<Result<(Limits, Tokens, T), Error>>,
 }
 
 /// A thread that has built an engine and waits for the word to begin.
@@ -168,7 +179,8 @@ impl<T: Send + 'static> Starting<T> {
         let thread = spawn("engine", move || match build() {
             Err(error) => drop(news.send(Err(error))),
             Ok((runner, rest)) => {
-                let told = news.send(Ok((*runner.limits(), rest)));
+                let tokens = Tokens { vocab: runner.vocab(), eos: runner.eos().to_vec() };
+                let told = news.send(Ok((*runner.limits(), tokens, rest)));
                 // Without a word another engine could not be built.
                 if let (Ok(()), Ok((shared, outbox))) = (told, begin.recv()) {
                     EngineThread::new(index, runner, shared, inbox, outbox).run();
@@ -179,9 +191,9 @@ impl<T: Send + 'static> Starting<T> {
     }
 
     /// Waits for the engine; if it can't be built, for the thread's end.
-    fn built(self) -> Result<(BuiltEngine, Limits, T), Error> {
+    fn built(self) -> Result<(BuiltEngine, Limits, Tokens, T), Error> {
         match self.built.recv() {
-            Ok(Ok((limits, rest))) => Ok((self.engine, limits, rest)),
+            Ok(Ok((limits, tokens, rest))) => Ok((self.engine, limits, tokens, rest)),
             Ok(Err(error)) => {
                 // It has nothing more to do, and a panic of its drops is no news.
                 let _ = self.engine.thread.join();
@@ -197,6 +209,21 @@ fn encoders(text: &Text) -> usize {
     match text.has_tokenizer() {
         true => thread::available_parallelism().map_or(1, |cores| (cores.get() - 1).clamp(1, ENCODERS_MAX)),
         false => 0,
+    }
+}
+
+/// How many threads compile grammars: one that takes long does not hold up all others.
+fn compilers(text: &Text) -> usize {
+    if text.has_tokenizer() { 2 } else { 0 }
+}
+
+fn compile_all(shared: &Arc<Shared>) {
+    let handle = EngineHandle::new(shared.clone());
+    while let Some(uncompiled) = shared.compilers.next() {
+        if let Some(ready) = uncompiled.compile(shared) {
+            // A request that is refused now is dropped, which tells its reader.
+            let _ = handle.post(vec![ready]);
+        }
     }
 }
 

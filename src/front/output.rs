@@ -244,7 +244,13 @@ impl Output {
             core::FinishReason::Eos => FinishReason::Eos,
             core::FinishReason::Stop => FinishReason::Stop,
             core::FinishReason::Abort => FinishReason::Abort,
-            core::FinishReason::NotNumbers => FinishReason::Failed,
+            core::FinishReason::Complete => FinishReason::Stop,
+            core::FinishReason::NotNumbers | core::FinishReason::ConstraintFailed => FinishReason::Failed,
+        };
+        let error = match reason {
+            core::FinishReason::NotNumbers => Some(RequestError::NotNumbers),
+            core::FinishReason::ConstraintFailed => Some(RequestError::GrammarFailed),
+            _ => None,
         };
         let completion = Completion {
             token_ids: tokens.to_vec(),
@@ -258,7 +264,7 @@ impl Output {
             logprobs: self.logprobs.take(),
             prompt_logprobs: self.prompt_logprobs.take(),
             warning: self.warning(),
-            error: (finish_reason == FinishReason::Failed).then_some(RequestError::NotNumbers),
+            error: error.filter(|_| finish_reason == FinishReason::Failed),
         };
         self.end(completion, rest)
     }

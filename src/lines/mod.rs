@@ -139,12 +139,12 @@ fn one_request(
     sampling: &SamplingParams,
     model: &ModelName,
 ) -> Result<(GenerateRequest, Option<Arc<str>>), FieldError> {
-    let Body { mut prompts, sampling, stop, include_stop, rules, model } =
+    let Body { mut prompts, sampling, stop, include_stop, rules, grammar, model } =
         Body::read(fields, prompts, sampling, model)?;
     match prompts.pop() {
         Some(prompt) if prompts.is_empty() => {
-            let request =
-                GenerateRequest { sampling, stop, include_stop, rules, ..GenerateRequest::new(prompt) };
+            let plain = GenerateRequest::new(prompt);
+            let request = GenerateRequest { sampling, stop, include_stop, rules, grammar, ..plain };
             Ok((request, model))
         }
         _ => Err(FieldError::Unsupported {

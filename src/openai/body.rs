@@ -6,6 +6,7 @@
 //!   stop, include_stop_str_in_output                    ──> stop texts
 //!   logit_bias, stop_token_ids, bad_words               ──> TokenRules
 //!   completion | completion_token_ids                   ──> Given              in native lines
+//!   response_format | structured_outputs                ──> Grammar
 //!   model                                               ──> must be the one that runs
 //!   the rest                                            ──> taken where it changes nothing, else an error
 //! ```
@@ -23,7 +24,9 @@ use super::error::{FieldError, shown};
 use super::fields::{Fields, Whole, cause, read, wrong};
 use super::model_name::ModelName;
 use super::rest::check_rest;
+use super::structured::grammar;
 use crate::SamplingParams;
+use crate::grammar::Grammar;
 use crate::request::{
     ChatPrompt, Given, JsonObject, Message, Prompt, PromptLogprobs, TOP_LOGPROBS_MAX, TokenRules,
 };
@@ -52,6 +55,8 @@ pub struct Body {
     pub include_stop: bool,
     /// What it says of single tokens.
     pub rules: TokenRules,
+    /// What the output is to be.
+    pub grammar: Option<Grammar>,
     /// The name by which it calls the model.
     pub model: Option<Arc<str>>,
 }
@@ -74,9 +79,10 @@ impl Body {
         let stop = stop(&mut fields)?;
         let include_stop = fields.flag("include_stop_str_in_output")?.unwrap_or(false);
         let rules = rules(&mut fields)?;
+        let grammar = grammar(&mut fields)?;
         let prompts = prompt(&mut fields, prompts)?;
         check_rest(fields, &prompts)?;
-        Ok(Body { prompts, sampling, stop, include_stop, rules, model })
+        Ok(Body { prompts, sampling, stop, include_stop, rules, grammar, model })
     }
 }
 

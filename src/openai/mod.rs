@@ -14,6 +14,7 @@ mod fields;
 mod logprobs;
 mod model_name;
 mod rest;
+mod structured;
 
 pub use answer::{
     Answer, ChatChoice, ChatMessage, ErrorBody, ErrorObject, FunctionCall, INVALID_REQUEST, TextChoice,

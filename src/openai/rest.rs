@@ -32,6 +32,7 @@ type Only = (&'static str, &'static [&'static str], &'static str);
 
 const ONE_LINE_ONE_OUTPUT: &str = "one line gives one output; repeat the line with other seeds for more";
 const NO_CONSTRAINT: &str = "constrained output is not supported";
+const STRUCTURED: &str = "give it in structured_outputs";
 const NO_TOOL_CHOICE: &str = "the model chooses; leave it out";
 
 const ONLY: &[Only] = &[
@@ -44,10 +45,10 @@ const ONLY: &[Only] = &[
     ("enable_thinking", &[], "give it in chat_template_kwargs"),
     ("function_call", &["\"auto\""], NO_TOOL_CHOICE),
     ("functions", &["[]"], "give them as tools"),
-    ("guided_choice", &[], NO_CONSTRAINT),
-    ("guided_grammar", &[], NO_CONSTRAINT),
-    ("guided_json", &[], NO_CONSTRAINT),
-    ("guided_regex", &[], NO_CONSTRAINT),
+    ("guided_choice", &[], STRUCTURED),
+    ("guided_grammar", &[], STRUCTURED),
+    ("guided_json", &[], STRUCTURED),
+    ("guided_regex", &[], STRUCTURED),
     ("include_reasoning", &["true"], "reasoning stays in the text"),
     ("length_penalty", &["1"], "beam search is not supported"),
     ("logits_processors", &["[]"], NO_CONSTRAINT),
@@ -57,14 +58,12 @@ const ONLY: &[Only] = &[
     ("n", &["1"], ONE_LINE_ONE_OUTPUT),
     ("parallel_tool_calls", &["true"], NO_TOOL_CHOICE),
     ("reasoning_effort", &[], "give it in chat_template_kwargs if the template knows it"),
-    ("response_format", &["{\"type\":\"text\"}"], NO_CONSTRAINT),
     ("return_token_ids", &["false"], "native lines give token ids"),
     ("return_tokens_as_token_ids", &["false"], "native lines give token ids"),
     ("skip_special_tokens", &["true"], "special tokens are no text"),
     ("spaces_between_special_tokens", &["true"], "special tokens are no text"),
     ("stream", &["false"], "a line gives one result"),
-    ("structural_tag", &[], NO_CONSTRAINT),
-    ("structured_outputs", &[], NO_CONSTRAINT),
+    ("structural_tag", &[], "give a Lark grammar, in structured_outputs"),
     ("suffix", &["\"\""], "text is not inserted before another"),
     ("truncate_prompt_tokens", &[], "prompts are not cut"),
     ("use_beam_search", &["false"], "beam search is not supported"),

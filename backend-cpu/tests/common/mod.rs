@@ -10,6 +10,7 @@ use minisgl_core::backend::{
 };
 use minisgl_core::batch::{Batch, Dummy, Layout, PageUpdate, Row, StepShape, Token};
 use minisgl_core::config::Limits;
+use minisgl_core::constraint::mask_words;
 use minisgl_core::request::Ticket;
 use minisgl_core::rules::RULE_WORDS;
 use minisgl_core::sampling::{SLOT_STATE_WORDS, SlotState};
@@ -94,6 +95,8 @@ pub struct Machine {
     pub slots: Buffer,
     pub rules: Buffer,
     pub history: Buffer,
+    /// Of every row.
+    pub masks: Buffer,
     /// `[slot][i]`: the pages, as the tests dealt them out.
     pub pages: Vec<Vec<u32>>,
 }
@@ -162,9 +165,23 @@ impl Machine {
         let slots = words((limits.running as usize + 1) * SLOT_STATE_WORDS);
         let rules = words((limits.running as usize + 1) * RULE_WORDS);
         let history = words((limits.pages as usize + 1) * limits.page_size as usize);
+        let masks = words(limits.running as usize * mask_words(dims.vocab));
         let order = random.permutation(limits.pages as usize);
         let pages = order.chunks(limits.table_width() as usize).map(<[u32]>::to_vec).collect();
-        Machine { cpu, dims, limits, layout, batch, page_table, token_pool, slots, rules, history, pages }
+        Machine {
+            cpu,
+            dims,
+            limits,
+            layout,
+            batch,
+            page_table,
+            token_pool,
+            slots,
+            rules,
+            history,
+            masks,
+            pages,
+        }
     }
 
     pub fn alloc(&mut self, len: usize) -> Buffer {
@@ -262,7 +279,8 @@ impl Machine {
         let mut batch = Batch::new(&self.limits);
         for (i, sequence) in sequences.iter().enumerate() {
             let Sequence { slot, cached, new } = *sequence;
-            let Draw { state, rules, logprobs } = draw(i);
+            let Draw { state, rules, logprobs, masked } = draw(i);
+            let owner = Ticket { entry: slot, generation: 0 };
             batch.push_slot(slot, state, rules.into_iter());
             let row = Row {
                 slot,
@@ -272,13 +290,12 @@ impl Machine {
                 kv_len: cached + new,
                 sampled: 1,
                 logprobs,
-                reserved: 0,
+                mask: if masked { batch.push_mask(owner) } else { 0 },
             };
             let mut token = |position| {
                 let id = *ids.next().expect("an id for each token");
                 Token { id, slot, position, location: self.location(slot, position) }
             };
-            let owner = Ticket { entry: slot, generation: 0 };
             if new == 1 && batch.shape().is_decode() {
                 batch.push_decode_row(owner, row, token(cached));
             } else {
@@ -312,6 +329,7 @@ impl Machine {
             slots: self.slots,
             rules: self.rules,
             history: self.history,
+            masks: self.masks,
         }
     }
 }
@@ -325,11 +343,13 @@ pub struct Draw {
     pub rules: Vec<u32>,
     /// As [`Row::logprobs`].
     pub logprobs: u32,
+    /// Has it a mask? Masks lie in the order of the rows that have one.
+    pub masked: bool,
 }
 
 impl From<SlotState> for Draw {
     fn from(state: SlotState) -> Draw {
-        Draw { state, rules: vec![], logprobs: 0 }
+        Draw { state, ..Draw::default() }
     }
 }
 

@@ -78,6 +78,7 @@ impl Sampling {
                 &step.table_width,
                 &page_bits,
                 &step.history,
+                &step.masks,
             ],
         )?;
         let logits_of_all = u64::from(samples) * u64::from(vocab);

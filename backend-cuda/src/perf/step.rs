@@ -6,6 +6,7 @@ use half::bf16;
 use minisgl_core::backend::{Device, Element, Purpose, Step};
 use minisgl_core::batch::{HEADER_WORDS, Header, Layout, ROW_WORDS, Row, StepShape, TOKEN_WORDS, Token};
 use minisgl_core::config::Limits;
+use minisgl_core::constraint::mask_words;
 use minisgl_core::rules::RULE_WORDS;
 use minisgl_core::sampling::SlotState;
 use minisgl_core::tensor::splitmix64;
@@ -137,6 +138,7 @@ impl StepOf {
             slots: upload_words(cuda, cast_slice(&vec![self.state; slots]))?,
             rules: cuda.alloc(Purpose::Scratch, Element::Word, slots * RULE_WORDS)?,
             history: upload_words(cuda, &self.history(limits.pages))?,
+            masks: upload_words(cuda, &vec![u32::MAX; rows.len() * mask_words(self.vocab)])?,
         })
     }
 }

@@ -60,31 +60,65 @@ pub fn logprobs(tokens: &[u32], seed: u64, window: u32) -> Vec<f32> {
     pairs.map(&mut score).collect()
 }
 
-/// A request's tokens when nothing runs beside it, and why it ends. `len_max` bounds prompt and output together.
-pub fn alone(prompt: &[u32], params: &SamplingParams, len_max: u32) -> (Vec<u32>, FinishReason) {
-    alone_within(prompt, params, &[], len_max, u32::MAX)
+/// The token drawn where not all are allowed: the next one that is.
+pub fn draw_allowed(state: u32, seed: u64, mask: u32) -> u32 {
+    match draw(state, seed) {
+        NO_TOKEN => NO_TOKEN,
+        first => {
+            let next = (first..VOCAB).chain(0..first).find(|token| mask >> token & 1 == 1);
+            next.unwrap_or(NO_TOKEN)
+        }
+    }
 }
 
-/// The same with stop tokens, where a token sees so many positions.
+/// What a constraint says of the next token.
+#[derive(Clone, Copy, Debug)]
+pub enum Allowed {
+    /// Bit i: token i.
+    Mask(u32),
+    Nothing,
+    Unknown,
+}
+
+/// What the constraint of a seed says after an output: at the beginning it allows something.
+pub fn allowed(seed: u32, output: &[u32]) -> Allowed {
+    let hash = output.iter().fold(seed, |hash, token| attend(hash, kv(hash, *token, 0)));
+    match splitmix64(u64::from(hash)) {
+        _ if output.is_empty() => Allowed::Mask(1 << (hash % VOCAB) | hash & ((1 << VOCAB) - 1)),
+        end if end % 24 == 0 => Allowed::Nothing,
+        end if end % 24 == 1 => Allowed::Unknown,
+        bits => Allowed::Mask(1 << (hash % VOCAB) | (bits >> 40) as u32 & ((1 << VOCAB) - 1)),
+    }
+}
+
+/// A request's tokens when nothing runs beside it, and why it ends. `len_max` bounds prompt and output together.
+pub fn alone(prompt: &[u32], params: &SamplingParams, len_max: u32) -> (Vec<u32>, FinishReason) {
+    alone_within(prompt, params, &[], len_max, u32::MAX, None)
+}
+
+/// The same with stop tokens, where a token sees so many positions, and a constraint of some seed allows what it allows.
 pub fn alone_within(
     prompt: &[u32],
     params: &SamplingParams,
     stop: &[u32],
     len_max: u32,
     window: u32,
+    rule: Option<u32>,
 ) -> (Vec<u32>, FinishReason) {
     let mut cache = Vec::new();
-    let mut push = |token: u32| {
+    let mut push = |token: u32, mask: u32| {
         let position = cache.len() as u32;
         cache.push(kv(cache.last().copied().unwrap_or(0), token, position));
         let first = cache.len().saturating_sub(window as usize);
-        draw(cache[first..].iter().copied().fold(0, attend), params.seed)
+        draw_allowed(cache[first..].iter().copied().fold(0, attend), params.seed, mask)
     };
+    let allowed = |output: &[u32]| rule.map_or(Allowed::Mask(u32::MAX), |seed| allowed(seed, output));
+    let mut output = Vec::new();
+    let Allowed::Mask(mask) = allowed(&output) else { unreachable!("something may come first") };
     let mut next = 0;
     for &token in prompt {
-        next = push(token);
+        next = push(token, mask);
     }
-    let mut output = Vec::new();
     loop {
         if next == NO_TOKEN {
             return (output, FinishReason::NotNumbers);
@@ -102,6 +136,10 @@ pub fn alone_within(
         if output.len() as u32 == params.max_tokens || (prompt.len() + output.len()) as u32 == len_max {
             return (output, FinishReason::Length);
         }
-        next = push(next);
+        match allowed(&output) {
+            Allowed::Mask(mask) => next = push(next, mask),
+            Allowed::Nothing => return (output, FinishReason::Complete),
+            Allowed::Unknown => return (output, FinishReason::ConstraintFailed),
+        }
     }
 }

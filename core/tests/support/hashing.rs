@@ -168,7 +168,11 @@ pub fn sample(memory: &mut [u32], step: &Step<Words>, logits: Words, tokens: Wor
     let rows = packed_rows(&step.layout, header.rows as usize, batch);
     for (i, row) in rows.iter().take(header.samples as usize).enumerate() {
         let seed = slot(&mut device, step, row).seed();
-        let token = expected::draw(*device.word(logits, i), seed);
+        let mask = match row.mask {
+            0 => u32::MAX,
+            mask => *device.word(step.masks, mask as usize - 1),
+        };
+        let token = expected::draw_allowed(*device.word(logits, i), seed, mask);
         *device.word(tokens, header.output as usize + i) = token;
         *device.word(step.token_pool, row.slot as usize) = if token == NO_TOKEN { 0 } else { token };
     }

@@ -9,6 +9,7 @@ pub mod expected;
 pub mod fault;
 pub mod hashing;
 pub mod lazy;
+pub mod rule;
 pub mod trace;
 
 use minisgl_core::config::Limits;
@@ -114,8 +115,14 @@ impl Outcomes {
 pub fn run_dry<B: Runs>(engine: &mut Engine<B, Hashing>, outcomes: &mut Outcomes) {
     let mut steps = 0;
     while !engine.is_idle() {
-        let report = engine.step(&mut |event| outcomes.take_in(event)).expect("the device does not fail");
-        assert!(report.launched.is_some() || report.completed.is_some(), "requests wait, and nothing moves");
+        let mut moved = false;
+        let mut hear = |event: Event<'_>| {
+            moved = true;
+            outcomes.take_in(event);
+        };
+        let report = engine.step(&mut hear).expect("the device does not fail");
+        moved |= report.launched.is_some() || report.completed.is_some();
+        assert!(moved, "requests wait, and nothing moves");
         engine.check();
         steps += 1;
         assert!(steps < 100_000, "requests run for ever");

@@ -158,7 +158,7 @@ def a_small_model():
     for field, value in [
         ("presence_penalty", 2.5),
         ("logit_bias", {"5": 101}),
-        ("response_format", {"type": "json_object"}),
+        ("response_format", {"type": "xml"}),
         ("n", 0),
         ("temperature", -1.0),
         ("stream_options", {"include_usage": True}),

@@ -1,0 +1,320 @@
+//! Outputs drawn at random from what masks allow: each is what its grammar describes, whatever the grammar and the vocabulary.
+
+use std::sync::{Arc, LazyLock};
+
+use minisgl_core::constraint::{Constraint, ConstraintState, mask_words};
+use minisgl_grammar::{GrammarError, Grammars, TokenText, Vocabulary};
+use proptest::prelude::*;
+use serde_json::{Value, json};
+
+/// Each byte is a token, then some pieces of texts, a special token and the end of a sequence.
+const PIECES: [&str; 14] =
+    ["{\"", "\":", "\",", "true", "null", "ab", "the ", " the", "\": \"", "\"}", "00", "é", "<tool>", "]}"];
+const SPECIAL: u32 = 256 + PIECES.len() as u32;
+const EOS: u32 = SPECIAL + 1;
+const VOCAB: u32 = EOS + 8;
+
+fn token(id: u32) -> Vec<u8> {
+    match id {
+        0..256 => vec![id as u8],
+        SPECIAL.. => Vec::new(),
+        id => PIECES[id as usize - 256].as_bytes().to_vec(),
+    }
+}
+
+fn vocabulary() -> Vocabulary {
+    let tokens: Vec<Vec<u8>> = (0..VOCAB).map(token).collect();
+    Vocabulary::new(VOCAB, &[EOS], |id| match id {
+        SPECIAL => TokenText::Special(b"<|call|>"),
+        EOS => TokenText::Special(b"<|end|>"),
+        _ if id > EOS => TokenText::Nothing,
+        id => TokenText::Bytes(&tokens[id as usize]),
+    })
+}
+
+fn grammars() -> &'static Grammars {
+    static GRAMMARS: LazyLock<Grammars> = LazyLock::new(|| Grammars::new(&vocabulary(), 2).unwrap());
+    &GRAMMARS
+}
+
+/// What came of drawing tokens.
+struct Drawn {
+    bytes: Vec<u8>,
+    ids: Vec<u32>,
+    /// It came to an end.
+    is_whole: bool,
+}
+
+impl Drawn {
+    fn text(&self) -> &str {
+        std::str::from_utf8(&self.bytes).unwrap()
+    }
+}
+
+/// Draws what the mask allows: at random at first, later what comes to an end.
+fn draw(constraint: &dyn Constraint, mut random: impl FnMut(usize) -> usize) -> Drawn {
+    let mut drawn = Drawn { bytes: Vec::new(), ids: Vec::new(), is_whole: false };
+    for step in 0..600 {
+        constraint.wait();
+        match constraint.state() {
+            ConstraintState::Ready => {}
+            ConstraintState::Complete => {
+                drawn.is_whole = true;
+                break;
+            }
+            state => panic!("{state:?} after {:?}", String::from_utf8_lossy(&drawn.bytes)),
+        }
+        let mut mask = vec![0; mask_words(VOCAB)];
+        constraint.write_mask(&mut mask);
+        let allowed: Vec<u32> =
+            (0..32 * mask.len() as u32).filter(|id| mask[*id as usize / 32] >> (id % 32) & 1 == 1).collect();
+        assert!(!allowed.is_empty() && allowed.iter().all(|id| *id <= EOS), "{allowed:?}");
+        let ending = [EOS, u32::from(b'"'), u32::from(b'}'), u32::from(b']')];
+        let ending = ending.into_iter().find(|id| step >= 40 && allowed.contains(id));
+        let id = ending.unwrap_or(allowed[random(allowed.len())]);
+        if id == EOS {
+            drawn.is_whole = true;
+            break;
+        }
+        drawn.bytes.extend(token(id));
+        drawn.ids.push(id);
+        constraint.accept(id);
+    }
+    drawn
+}
+
+fn seeded(seed: u64) -> impl FnMut(usize) -> usize {
+    let mut state = seed;
+    move |below| {
+        state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+        (state >> 33) as usize % below
+    }
+}
+
+fn schema() -> impl Strategy<Value = Value> {
+    let leaf = prop_oneof![
+        Just(json!({"type": "integer"})),
+        (-50..50i64, 0..100i64).prop_map(|(least, more)| {
+            json!({"type": "integer", "minimum": least, "maximum": least + more})
+        }),
+        (-50..50i64).prop_map(|least| json!({"type": "number", "minimum": least, "maximum": least + 9})),
+        Just(json!({"type": "boolean"})),
+        Just(json!({"type": "null"})),
+        Just(json!({"type": "string"})),
+        (0..4u32, 0..9u32).prop_map(|(least, more)| {
+            json!({"type": "string", "minLength": least, "maxLength": least + more})
+        }),
+        Just(json!({"type": "string", "pattern": "^[a-c]{2,5}x?$"})),
+        Just(json!({"enum": ["red", 7, null, "grün"]})),
+        Just(json!({"const": {"a": [1, "b"]}})),
+        Just(json!({"type": "string", "format": "date"})),
+    ];
+    leaf.prop_recursive(3, 12, 4, |inner| {
+        prop_oneof![
+            (inner.clone(), 0..3u32, 0..3u32).prop_map(|(items, least, more)| {
+                json!({"type": "array", "items": items, "minItems": least, "maxItems": least + more})
+            }),
+            (prop::collection::vec(inner.clone(), 1..4), any::<u8>()).prop_map(|(fields, required)| {
+                let names = || (0..fields.len()).map(|i| format!("f{i}"));
+                let properties: serde_json::Map<_, _> = names().zip(fields.clone()).collect();
+                let required: Vec<_> = names().enumerate().filter(|(i, _)| required >> i & 1 == 1).collect();
+                let required: Vec<_> = required.into_iter().map(|(_, name)| name).collect();
+                json!({"type": "object", "properties": properties, "required": required,
+                       "additionalProperties": false})
+            }),
+            prop::collection::vec(inner, 1..3).prop_map(|any| json!({"anyOf": any})),
+        ]
+    })
+}
+
+fn regex() -> impl Strategy<Value = String> {
+    let leaf = prop_oneof![
+        "[a-e]{1,3}",
+        Just("\\d".to_owned()),
+        Just("[^a-z]".to_owned()),
+        Just("\\w+".to_owned()),
+        Just("é?".to_owned()),
+        Just("\\.".to_owned()),
+        Just("/".to_owned()),
+    ];
+    leaf.prop_recursive(4, 16, 3, |inner| {
+        prop_oneof![
+            prop::collection::vec(inner.clone(), 1..4).prop_map(|parts| parts.concat()),
+            prop::collection::vec(inner.clone(), 1..4).prop_map(|parts| format!("(?:{})", parts.join("|"))),
+            (inner.clone(), 0..3u32, 0..3u32)
+                .prop_map(|(part, least, more)| format!("(?:{part}){{{least},{}}}", least + more)),
+            inner.prop_map(|part| format!("(?:{part})*")),
+        ]
+    })
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 300, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn an_output_of_a_schema_is_valid(schema in schema(), seed: u64) {
+        let constraint = grammars().json_schema(&schema).unwrap();
+        let drawn = draw(&*constraint, seeded(seed));
+        if drawn.is_whole {
+            let value: Value = serde_json::from_str(drawn.text()).unwrap();
+            prop_assert!(jsonschema::is_valid(&schema, &value), "{} of {schema}", drawn.text());
+        }
+    }
+
+    #[test]
+    fn an_output_of_a_regular_expression_matches_it(expression in regex(), seed: u64) {
+        let whole = regex::Regex::new(&format!("^(?:{expression})$")).unwrap();
+        match grammars().regex(&expression) {
+            Err(GrammarError::Unusable { .. }) => prop_assert!(whole.is_match("")),
+            Err(error) => panic!("{error}"),
+            Ok(constraint) => {
+                let drawn = draw(&*constraint, seeded(seed));
+                prop_assert!(!drawn.is_whole || whole.is_match(drawn.text()), "{:?} of {expression}", drawn.text());
+            }
+        }
+    }
+
+    #[test]
+    fn an_output_of_a_choice_is_one_of_its_texts(texts in prop::collection::vec("\\PC{1,6}", 1..6), seed: u64) {
+        let drawn = draw(&*grammars().choice(&texts).unwrap(), seeded(seed));
+        prop_assert!(drawn.is_whole && texts.iter().any(|text| text == drawn.text()), "{:?}", drawn.text());
+    }
+}
+
+#[test]
+fn requests_of_one_grammar_go_their_own_ways() {
+    let grammars = grammars();
+    let schema = json!({"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]});
+    let constraints: Vec<Arc<dyn Constraint>> =
+        (0..6).map(|_| grammars.json_schema(&schema).unwrap()).collect();
+    let alone = |seed| draw(&*grammars.json_schema(&schema).unwrap(), seeded(seed)).ids;
+    std::thread::scope(|scope| {
+        for (seed, constraint) in (0..).zip(&constraints) {
+            scope.spawn(move || assert_eq!(draw(&**constraint, seeded(seed)).ids, alone(seed)));
+        }
+    });
+}
+
+#[test]
+fn a_lark_grammar_names_special_tokens_and_holds_json() {
+    let grammar = r#"start: <|call|> "f" %json {"type": "object", "properties": {"a": {"const": 1}}, "required": ["a"], "additionalProperties": false} <|call|>"#;
+    let constraint = grammars().lark(grammar).unwrap();
+    let drawn = draw(&*constraint, seeded(3));
+    assert_eq!((drawn.ids.first(), drawn.ids.last()), (Some(&SPECIAL), Some(&SPECIAL)));
+    let text = drawn.text();
+    assert_eq!(serde_json::from_str::<Value>(text.strip_prefix('f').unwrap()).unwrap(), json!({"a": 1}));
+}
+
+#[test]
+fn a_space_that_the_tokenizer_drops_is_not_drawn_first() {
+    let mut vocabulary = vocabulary();
+    vocabulary.strips_first_space = true;
+    let grammars = Grammars::new(&vocabulary, 1).unwrap();
+    for seed in 0..20 {
+        let drawn = draw(&*grammars.regex(" ?the cat").unwrap(), seeded(seed));
+        assert_eq!((drawn.text(), drawn.is_whole), ("the cat", true));
+    }
+    assert!(matches!(grammars.regex(" the"), Err(GrammarError::Unusable { .. })));
+}
+
+#[test]
+fn a_hostile_grammar_is_an_error_and_the_next_one_works() {
+    let grammars = grammars();
+    let nested = |open: &str, close: &str, depth: usize| open.repeat(depth) + "a" + &close.repeat(depth);
+    let regexes = [
+        "a".repeat(1 << 20),
+        "(a|b)".repeat(200_000),
+        nested("(", ")", 30_000),
+        nested("(", ")*", 99),
+        "(".repeat(99),
+        "(?:(?:(?:(?:a{1,100}){1,100}){1,100}){1,100}){1,100}".to_owned(),
+        "a{1000000000}".to_owned(),
+        "(a|aa)*b(a|b){500}(a|b)*c".to_owned(),
+        (0..400).map(|i| format!("(?:.*{i}.*)")).collect::<Vec<_>>().join("|"),
+        "[".to_owned(),
+        "a**".to_owned(),
+        "\\p{Nothing}".to_owned(),
+        String::new(),
+        "(?=a)b".to_owned(),
+        "\\1".to_owned(),
+        "\u{0}\u{7f}".to_owned(),
+    ];
+    for regex in &regexes {
+        if let Ok(constraint) = grammars.regex(regex) {
+            follow(&*constraint);
+        }
+    }
+    let deep = (0..200).fold(json!({"type": "null"}), |inner, _| json!({"type": "array", "items": inner}));
+    let wide: serde_json::Map<_, _> =
+        (0..3000).map(|i| (format!("field{i}"), json!({"type": "string"}))).collect();
+    let all_of: Vec<_> = (0..60).map(|i| json!({"anyOf": [{"type": "string", "minLength": i}, {"type": "integer", "multipleOf": i + 2}]})).collect();
+    let chain: serde_json::Map<_, _> = (0..2000)
+        .map(|i| (format!("d{i}"), json!({"allOf": [{"$ref": format!("#/$defs/d{}", i + 1)}]})))
+        .collect();
+    let schemas = [
+        deep,
+        json!({"type": "object", "properties": wide}),
+        json!({"allOf": all_of}),
+        json!({"$ref": "#/$defs/d0", "$defs": chain}),
+        json!({"$ref": "#"}),
+        json!({"$ref": "http://example.com/schema"}),
+        json!({"$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}, "$ref": "#/$defs/a"}),
+        json!({"type": "array", "minItems": 100_000_000, "items": {"type": "integer"}}),
+        json!({"type": "array", "maxItems": 1_000_000, "items": {"type": "array", "maxItems": 1_000_000}}),
+        json!({"type": "string", "maxLength": 1_000_000_000}),
+        json!({"type": "string", "pattern": "(a{1,1000}){1,1000}"}),
+        json!({"type": "integer", "multipleOf": 982_451_653, "minimum": 1}),
+        json!({"type": "nonsense"}),
+        json!({"enum": []}),
+        json!({"not": {}}),
+        json!(7),
+        json!(false),
+        json!([]),
+    ];
+    for schema in &schemas {
+        if let Ok(constraint) = grammars.json_schema(schema) {
+            follow(&*constraint);
+        }
+    }
+    let larks = [
+        "start: start start | \"a\"".to_owned(),
+        "start: a\na: b\nb: a".to_owned(),
+        nested("start: ((", "))", 10_000),
+        "start: \"a\" ".to_owned() + &"\"b\"? ".repeat(5000),
+        "start: /(/".to_owned(),
+        "stop: \"a\"".to_owned(),
+        "start: \"\"".to_owned(),
+        String::new(),
+        "start: @other".to_owned(),
+        "start: %json {".to_owned(),
+        "start: x{1,1000000}\nx: \"a\"".to_owned(),
+    ];
+    for lark in &larks {
+        if let Ok(constraint) = grammars.lark(lark) {
+            follow(&*constraint);
+        }
+    }
+    let many: Vec<String> = (0..20_000).map(|i| format!("choice {i}")).collect();
+    for choice in [vec![], vec![String::new()], many] {
+        assert!(grammars.choice(&choice).is_err());
+    }
+    assert_eq!(draw(&*grammars.regex("so").unwrap(), seeded(1)).text(), "so");
+}
+
+/// Draws some tokens; a mask that takes too much work fails the constraint, and nothing else.
+fn follow(constraint: &dyn Constraint) {
+    let mut random = seeded(5);
+    for _ in 0..8 {
+        constraint.wait();
+        if constraint.state() != ConstraintState::Ready {
+            return;
+        }
+        let mut mask = vec![0; mask_words(VOCAB)];
+        constraint.write_mask(&mut mask);
+        let allowed: Vec<u32> = (0..EOS).filter(|id| mask[*id as usize / 32] >> (id % 32) & 1 == 1).collect();
+        if allowed.is_empty() {
+            return;
+        }
+        constraint.accept(allowed[random(allowed.len())]);
+    }
+}

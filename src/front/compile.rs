@@ -1,0 +1,48 @@
+//! Grammars to constraints, on threads of their own: a hostile one takes a second, and keeps nobody waiting but those who have
+//! grammars too.
+//!
+//! ```text
+//!   a request with a grammar, encoded ──> by turns of the sessions ──> thread 1, 2: compile ──> the engine's thread
+//!                                                                             └── refused ──> the request's end
+//! ```
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+use super::engine::Ready;
+use super::fair::Waiting;
+use super::handle::Shared;
+use crate::grammar::Grammar;
+use crate::request::RequestError;
+
+/// A request whose grammar is to be compiled.
+pub struct Uncompiled {
+    pub grammar: Grammar,
+    pub ready: Ready,
+}
+
+impl Waiting for Uncompiled {
+    fn session(&self) -> u64 {
+        self.ready.session()
+    }
+}
+
+impl Uncompiled {
+    /// The request with its constraint; `None` if it has ended here.
+    pub fn compile(self, shared: &Shared) -> Option<Ready> {
+        let Uncompiled { grammar, mut ready } = self;
+        if ready.output.is_unwanted() {
+            return Some(ready);
+        }
+        let compiled = catch_unwind(AssertUnwindSafe(|| shared.compiler.compile(&grammar)));
+        match compiled.unwrap_or_else(|_| Err(RequestError::Grammar("its compiler panicked".to_owned()))) {
+            Ok(constraint) => {
+                ready.constraint = Some(constraint);
+                Some(ready)
+            }
+            Err(error) => {
+                ready.output.reject(error);
+                None
+            }
+        }
+    }
+}
