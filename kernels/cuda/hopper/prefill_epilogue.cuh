@@ -232,7 +232,7 @@ __device__ __forceinline__ void finish(const GateUp &e, float (&y)[64], const Ou
     out.send(1, out.m0 / 2);
 }
 
-// The same for COUNT / 4 outputs of any number, stored from registers.
+// The same for any number of outputs, COUNT / 4 of each of the lane's two tokens, stored from registers.
 template <int COUNT>
 __device__ __forceinline__ void finish_unstaged(const GateUp &e, const float (&y)[COUNT], const Outputs &out,
                                                 const Known *known) {

@@ -49,7 +49,7 @@ impl Splitter {
     ///
     /// A row's items follow each other, so that blocks that work at the same time find the same keys and values in L2; rows and
     /// items that see most positions are first: short ones fill the gaps at the end. Of that order whole rounds of blocks
-    /// stay whole, unless an item is more than a block's share of all. The rest is split, which costs a twelfth of its time,
+    /// stay whole, unless an item is more than a block's share of all. The rest is split, which costs time,
     /// and comes behind those whole items that are longer than a span.
     pub(super) fn plan(&self, rows: &[Row], first_row: u32, words: &mut [u32]) {
         let (head, pieces) = words.split_at_mut(HEAD);

@@ -1,10 +1,10 @@
 //! Launches of `gemm_decode.cuh`'s and `gemm_pair.cuh`'s kernels: products of few tokens.
 //!
 //! ```text
-//!   tokens         a block's work                        blocks that work together
-//!   up to 64       64 rows of w, a slice of the columns  a cluster has all slices
-//!   65 to 256      qkv, gate and up: all columns         two with neighbouring tokens fetch w for each other
-//!                  o, down: a slice of the columns, two  a cluster has all slices
+//!   tokens         a block's work                          blocks that work together
+//!   up to 64       64 rows of w, a slice of the columns    a cluster has all slices
+//!   65 to 256      qkv, gate and up: all columns           two with neighbouring tokens fetch w for each other
+//!                  o, down: a slice of the columns or two  a cluster has all slices
 //! ```
 //!
 //! Matrices that L2 does not hold have tilings of their own, and so have products that leave half of each multiprocessor to
