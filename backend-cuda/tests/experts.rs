@@ -99,6 +99,7 @@ impl Layer {
         let mut cuda = Cuda::new(&Options { kernels: set, ..Options::default() }).expect("a GPU");
         let (hidden, Spec { count, intermediate, .. }) = (case.hidden, case.spec);
         let seed = splitmix64(SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_nanos() as u64);
+        println!("seed {seed}"); // Shown if the test fails.
         let dims = Dims {
             layers: 1,
             hidden,

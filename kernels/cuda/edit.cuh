@@ -2,7 +2,7 @@
 //
 //   history [pages + 1, page_size]     the token at each location of the KV pages; a row reads its sequence by its page table
 //   rules [slots + 1, RULE_WORDS]      | id, bias, … | endings … | offsets of bad words … | their tokens … |
-//   moves: a row's history, 8 bytes a token, and some logits; the history once for up to 8,192 tokens, else once a tile
+//   moves: a row's history, 8 bytes a token, and some logits; the history once for up to 8,192 tokens, else twice a tile
 //
 //   history   ··a··b··a··|··a··c··         prompt │ output
 //   tile      the vocabulary's tokens [0, 6144), [6144, 12288), …, one after the other, a word each:
@@ -20,6 +20,8 @@
 
 #define IN_PROMPT 0x80000000u
 #define LOGIT_MAX 65504.0f
+// Minus infinity's bits: a token that is never drawn.
+#define FORBIDDEN 0xfc00u
 
 // A row's tokens, by position.
 struct History {
@@ -39,7 +41,7 @@ __device__ __forceinline__ __half saturated(float x) {
 
 __device__ __forceinline__ void forbid(__half &logit) {
     if (is_finite(__half2float(logit)))
-        logit = __ushort_as_half(0xfc00);
+        logit = __ushort_as_half(FORBIDDEN);
 }
 
 __device__ __forceinline__ void add_bias(__half &logit, float bias) {

@@ -7,7 +7,7 @@
 
 #include <cuda_fp16.h>
 
-#define FORBIDDEN 0xfc00u
+#include "edit.cuh"
 
 // The whole block, of THREADS threads; every thread sees the row as it is afterwards.
 template <int THREADS>

@@ -7,7 +7,8 @@
 //   logprobs     log-probability of the token drawn and of the k most probable   grid samples          block 1024
 //
 //   logits [samples, stride] f16 of which `vocab` count; moves samples * vocab * 2 bytes a pass: sample_draw one pass,
-//   sample_cut none for a row without filters, two for one with a top-k of up to 1,024, else two or three
+//   sample_cut none for a row without filters, two for one whose top-k is up to 1,024 and whose candidates fit the list (not
+//   those of a mask that allows fewer than its top-k: minus infinity is among them), else up to five
 //
 // 1. A logit is 16 bits, so an order-preserving 16-bit key names its value exactly. A histogram of the keys' upper 11
 //    bits finds the bucket that holds the k-th largest (or the mass's) boundary, one of the bucket's 32 keys finds the
@@ -20,10 +21,10 @@
 //    row's last chunk writes the token and leaves the scratch as it found it.
 // 4. -ln(u) near u = 1 is a series in 1 - u, which is exact there: the winners' variates come from that end, where the
 //    hardware's logarithm has only absolute accuracy.
-//    Of a row that is cut, eight logits per thread that are all below the cut cost a warp nothing more.
 // 5. A score's bound is never below the score: the noise's bound is above the noise by more than its logarithms are off, and
 //    what is added to both rounds the same way. So a logit whose bound is below what the warp has found has lost, and its
-//    logarithms are not computed: after a few hundred logits, most have.
+//    logarithms are not computed: after a few hundred logits, most have. Of a row that is cut, eight logits per thread that are
+//    all below the cut cost a warp nothing more.
 // 6. A row whose largest logit is not finite, or that has a NaN, gets NO_TOKEN. A maximum that keeps NaN goes along with the
 //    draw, four instructions for eight logits; what it finds takes part as a score of infinity, which no number has. The
 //    token pool gets 0: the next step, launched already, reads it.
@@ -136,7 +137,7 @@ struct Selection {
     unsigned long long before, total;
 };
 
-#define TILE (3 * 2048)
+constexpr unsigned EDIT_TILE = 3 * 2048;
 
 // Finds, walking down from the largest key, the bucket in which `weight(bucket)` summed passes `target`; one warp.
 template <typename W>
@@ -252,7 +253,7 @@ sample_cut(const unsigned *batch, unsigned rows_offset, const SlotState *slots, 
         apply_mask<1024>(l, aligned, vocab, masks + (size_t)(row.mask - 1) * ((vocab + 31) / 32));
     if (slot.edits != 0) {
         const History own = {page_table + (size_t)row.slot * table_width, history, page_bits};
-        edit_row<TILE>(l, vocab, row, slot, rules, own, reinterpret_cast<unsigned *>(&s));
+        edit_row<EDIT_TILE>(l, vocab, row, slot, rules, own, reinterpret_cast<unsigned *>(&s));
     }
     const bool by_count = slot.top_k > 0 && slot.top_k < vocab, by_mass = slot.top_p < 1.0f;
     if (slot.temperature == 0.0f || !(by_count || by_mass || slot.min_p > 0.0f)) {
@@ -338,11 +339,11 @@ sample_cut(const unsigned *batch, unsigned rows_offset, const SlotState *slots, 
 // The eight logits from i on, minus infinity from `end` on.
 __device__ __forceinline__ void load_eight(__half (&logit)[8], const __half *row, bool aligned, unsigned i, unsigned end) {
     if (aligned && i + 8 <= end)
-        *reinterpret_cast<uint4 *>(logit) = __ldg(reinterpret_cast<const uint4 *>(row + i));
+        *reinterpret_cast<uint4 *>(logit) = *reinterpret_cast<const uint4 *>(row + i);
     else
 #pragma unroll
         for (int j = 0; j < 8; j++)
-            logit[j] = i + j < end ? row[i + j] : __ushort_as_half(0xfc00);
+            logit[j] = i + j < end ? row[i + j] : __ushort_as_half(FORBIDDEN);
 }
 
 // Is one of the eight not below `least`?
@@ -397,7 +398,7 @@ sample_draw(const unsigned *batch, unsigned rows_offset, const SlotState *slots,
     const unsigned begin = blockIdx.x * chunk, end = min(vocab, begin + chunk);
     const float least = cut[blockIdx.y], inverse = greedy ? 1.0f : 1.0f / slot.temperature;
     Best best = {NO_CUT, begin};
-    __half2 largest = __half2half2(__ushort_as_half(0xfc00));
+    __half2 largest = __half2half2(__ushort_as_half(FORBIDDEN));
     for (unsigned first = begin; first < end; first += 256 * 8) {
         const unsigned i = first + threadIdx.x * 8;
         __half logit[8];
