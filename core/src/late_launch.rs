@@ -14,9 +14,10 @@
 use crate::batch::StepShape;
 use crate::costs::StepCosts;
 
-/// The lead at first, and at least.
+/// The lead at first, at least, and at most: one that a slow host had made endless would never be short again.
 const LEAD_MS: f32 = 0.3;
 const LEAD_MIN_MS: f32 = 0.02;
+const LEAD_MAX_MS: f32 = 10.0;
 /// Between two steps that were launched in time the device idles for less.
 const IDLE_MS: f32 = 0.008;
 /// What the lead grows by, and shrinks by: as much in a hundred steps as it grows in one.
@@ -67,7 +68,7 @@ impl LateLaunch {
     /// So long the device idled between two steps, the second of which was launched while the first was in flight.
     pub fn has_idled(&mut self, ms: f32) {
         let change = if ms > IDLE_MS { GROWTH } else { SHRINKAGE };
-        self.lead_ms = (self.lead_ms * change).max(LEAD_MIN_MS);
+        self.lead_ms = (self.lead_ms * change).clamp(LEAD_MIN_MS, LEAD_MAX_MS);
     }
 }
 

@@ -454,7 +454,7 @@ fn rows_without_a_constraint_wait_for_nobodys_mask_and_masks_are_waited_for_when
 }
 
 #[test]
-fn more_constrained_requests_than_a_step_has_masks_take_turns() {
+fn more_constrained_requests_than_a_step_has_masks_all_come_to_their_end() {
     let running = MASKED_ROWS_MAX + 40;
     let limits = Limits { running, queued: running, pages: 8 * running, graph_rows: 0, ..SMALL };
     let mut options = options(limits);

@@ -92,7 +92,7 @@ fn a_request_that_loses_its_pages_half_way_is_scored_once() {
 }
 
 #[test]
-fn a_step_asks_for_as_many_logits_at_once_as_there_is_room_for() {
+fn a_step_scores_no_more_tokens_at_once_than_logits_has_rows() {
     let limits = Limits { prefill_tokens: 200, sequence: 256, pages: 128, ..SMALL };
     let device = Trace::new(Lazy::new(Pace::Late));
     let mut engine = Engine::new(device, Hashing::default(), options(limits)).expect("valid limits");

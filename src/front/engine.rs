@@ -373,6 +373,13 @@ impl EngineThread {
     }
 }
 
+impl Drop for EngineThread {
+    fn drop(&mut self) {
+        // Where it ends by a panic, what waits must not wait for it. One that has failed or was closed has said so.
+        self.shared.fail(self.index, "the engine's thread has ended".into());
+    }
+}
+
 /// Turns the engine's events into those of a batch.
 struct Listener<'a> {
     live: &'a mut Vec<Option<Live>>,

@@ -98,8 +98,8 @@ impl Intake {
         let mut state = locked(&self.0);
         state.engines[engine].running = running;
         let State { waiting, engines, homes } = &mut *state;
-        let room = Room::of(waiting.len(), engines);
-        if !room.is_for(&engines[engine]) {
+        let share = Share::of(waiting.len(), engines);
+        if !share.allows(&engines[engine]) {
             return None;
         }
         let home = |prompt: &Prompt| homes.get(prompt.beginning.as_ref()?).copied();
@@ -107,7 +107,7 @@ impl Intake {
             1 => waiting.pop(),
             _ => waiting
                 .pop_where(WINDOW, |prompt| home(prompt) == Some(engine))
-                .or_else(|| waiting.pop_where(WINDOW, |prompt| !room.is_kept(home(prompt), engines))),
+                .or_else(|| waiting.pop_where(WINDOW, |prompt| !share.is_kept(home(prompt), engines))),
         }?;
         engines[engine].running += 1;
         if let Some(beginning) = beginning {
@@ -136,12 +136,12 @@ impl Intake {
     /// May an engine that runs nothing sleep? If so it counts as asleep until it is woken.
     pub fn may_sleep(&self, engine: usize) -> bool {
         let mut state = locked(&self.0);
-        state.engines[engine].running = 0;
+        (state.engines[engine].running, state.engines[engine].load) = (0, Load::default());
         let State { waiting, engines, homes } = &*state;
-        let room = Room::of(waiting.len(), engines);
+        let share = Share::of(waiting.len(), engines);
         let home =
             |prompt: &Prompt| homes.get(prompt.beginning.as_ref()?).copied().filter(|home| *home != engine);
-        let takes = waiting.any(WINDOW, |prompt| !room.is_kept(home(prompt), engines));
+        let takes = waiting.any(WINDOW, |prompt| !share.is_kept(home(prompt), engines));
         state.engines[engine].asleep = !takes;
         !takes
     }
@@ -207,24 +207,23 @@ impl State {
     }
 }
 
-/// How many requests an engine may run.
-struct Room {
-    share: usize,
-}
+/// How many requests each engine may run now.
+struct Share(usize);
 
-impl Room {
+impl Share {
     fn of(waiting: usize, engines: &[Engine]) -> Self {
         let working = || engines.iter().filter(|engine| !engine.stopped);
         let running: usize = working().map(|engine| engine.running).sum();
-        Room { share: (waiting + running).div_ceil(working().count().max(1)) }
+        Share((waiting + running).div_ceil(working().count().max(1)))
     }
 
-    fn is_for(&self, engine: &Engine) -> bool {
-        !engine.stopped && engine.running < self.share.min(engine.depth)
+    /// May an engine take one more?
+    fn allows(&self, engine: &Engine) -> bool {
+        !engine.stopped && engine.running < self.0.min(engine.depth)
     }
 
     /// Is a request left to this engine?
     fn is_kept(&self, home: Option<usize>, engines: &[Engine]) -> bool {
-        home.is_some_and(|home| self.is_for(&engines[home]))
+        home.is_some_and(|home| self.allows(&engines[home]))
     }
 }

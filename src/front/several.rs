@@ -6,9 +6,11 @@ use std::time::Duration;
 
 use minisgl_core::scheduler::Order;
 
+use super::engine::{Call, Message};
 use super::{Front, Next, SessionEvent, SessionOptions};
 use crate::error::Error;
 use crate::request::{Completion, FinishReason, GenerateRequest, RequestError, SamplingParams};
+use crate::runner::Runner;
 use crate::simulated::{Control, request, start_engines};
 
 fn engines(controls: impl IntoIterator<Item = Control>) -> (Front, Vec<Arc<Control>>) {
@@ -128,6 +130,26 @@ fn a_failed_engine_ends_its_own_requests_and_the_others_go_on() {
     let (completions, outcome) = run(&front, vec![request(7, 2)]);
     outcome.unwrap();
     assert_eq!(completions[0].as_ref().unwrap().token_ids, [7, 8]);
+}
+
+#[test]
+fn nothing_waits_for_an_engine_whose_thread_has_ended() {
+    for others in [0, 1] {
+        let (front, controls) = engines((0..1 + others).map(|_| Control::default()));
+        let work = Box::new(|_: &mut dyn Runner| panic!("a bug between two steps"));
+        front.handle().shared().send(0, Message::Call(Call { when_idle: false, work }));
+        while Arc::strong_count(&controls[0]) > 1 {
+            std::thread::yield_now();
+        }
+        match others {
+            0 => assert!(matches!(front.handle().submit(request(1, 2)), Err(Error::Failed))),
+            _ => {
+                let (completions, outcome) = run(&front, (0..20).map(|i| request(10 * i, 2)).collect());
+                outcome.unwrap();
+                assert!(completions.iter().flatten().all(|completion| completion.token_ids.len() == 2));
+            }
+        }
+    }
 }
 
 #[test]
