@@ -38,7 +38,6 @@ use bytemuck::{Pod, Zeroable};
 
 use crate::config::Limits;
 use crate::request::Ticket;
-use crate::rules::RULE_WORDS;
 use crate::sampling::SlotState;
 
 /// In [`Token::id`]: the token that the slot sampled last, not yet known to the host.
@@ -379,9 +378,9 @@ impl Batch {
         self.capacity_updates - self.updates.len()
     }
 
-    /// Is there room for the rules of another slot, whatever they are?
-    pub fn has_room_for_rules(&self) -> bool {
-        self.capacity_rules - self.rules.len() >= RULE_WORDS
+    /// Words of rules that still fit: all of a slot's region, where there are none yet.
+    pub fn room_for_rules(&self) -> usize {
+        self.capacity_rules - self.rules.len()
     }
 
     /// Adds a page-table update.

@@ -23,7 +23,7 @@
 //!   | id, bias, …  | id, id, …  | offset, …   | tokens of the bad words, one behind the other … |
 //! ```
 //!
-//! Bad word i is the tokens from offset i up to offset i + 1.
+//! Bad word i is the tokens from offset i up to offset i + 1; where there are none, there are no offsets.
 
 use alloc::vec::Vec;
 use core::iter::once;
@@ -141,7 +141,7 @@ impl Rules {
     /// The words of a slot's region.
     pub fn words<'a>(&'a self, endings: impl Iterator<Item = u32> + 'a) -> impl Iterator<Item = u32> + 'a {
         let biases = self.biases.iter().flat_map(|(id, bias)| [*id, bias.to_bits()]);
-        let offsets = once(0).chain(self.bad_ends.iter().copied());
+        let offsets = once(0).filter(|_| !self.bad_ends.is_empty()).chain(self.bad_ends.iter().copied());
         biases.chain(endings).chain(offsets).chain(self.bad_tokens.iter().copied())
     }
 }
@@ -209,6 +209,8 @@ mod tests {
         let field = "bad_words";
         assert_eq!(rules.check(12), Err(SamplingError::RuleOutsideVocabulary { field, id: 12, vocab: 12 }));
         assert_eq!(state.edits, 1);
+        let rules = Rules::new(vec![(5, 1.0)], vec![], &[]).unwrap();
+        assert_eq!(rules.words([1].into_iter()).count(), 3, "a bias, an ending, and no offset");
     }
 
     #[test]

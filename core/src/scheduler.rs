@@ -31,7 +31,6 @@
 use alloc::boxed::Box;
 use alloc::collections::VecDeque;
 use alloc::vec::Vec;
-use core::iter;
 
 use crate::batch::{Batch, LAST_TOKEN, PageUpdate, Row, StepShape, Token};
 use crate::config::{Limits, LimitsError};
@@ -195,8 +194,9 @@ impl Scheduler {
                 vocab,
             });
         }
-        request.rules.map_or(Ok(()), |rules| rules.check(vocab))?;
-        let endings = self.endings(&request.params, request.rules.map(|rules| &**rules)).count();
+        let rules = request.rules.map_or(&NO_RULES, |rules| &**rules);
+        rules.check(vocab)?;
+        let endings = self.endings(&request.params, rules).count();
         if endings > ENDINGS_MAX {
             return Err(SamplingError::StopTokens(endings).into());
         }
@@ -219,12 +219,12 @@ impl Scheduler {
     fn endings<'a>(
         &'a self,
         params: &SamplingParams,
-        rules: Option<&'a Rules>,
+        rules: &'a Rules,
     ) -> impl Iterator<Item = u32> + use<'a> {
         let (eos, stop) = match params.min_tokens {
             0 => (&[][..], &[][..]),
-            _ if params.ignore_eos => (&[][..], rules.map_or(&[][..], Rules::stop)),
-            _ => (&self.eos[..], rules.map_or(&[][..], Rules::stop)),
+            _ if params.ignore_eos => (&[][..], rules.stop()),
+            _ => (&self.eos[..], rules.stop()),
         };
         eos.iter().chain(stop).copied()
     }
@@ -460,8 +460,8 @@ impl Scheduler {
     fn admit(&mut self, entry: u32, batch: &mut Batch) -> bool {
         let (ticket, room) = (self.table.ticket(entry), self.room());
         if self.table.vacant_slots() == 0
-            || !batch.has_room_for_rules()
             || self.refused.is_some_and(|it| it.0 == ticket && room <= it.1)
+            || self.rule_words(entry).count() > batch.room_for_rules()
             || !self.can_draw(entry, batch)
             || !self.table.make_room(entry, self.oldest().unwrap_or(entry))
         {
@@ -493,18 +493,16 @@ impl Scheduler {
 
     /// Says how the tokens of a request that has just got its slot are drawn.
     fn push_slot(&self, entry: u32, batch: &mut Batch) {
-        let request = self.table.get(entry);
-        let rules = self.table.rules(entry);
+        let (request, rules) = (self.table.get(entry), self.table.rules(entry));
         let mut state = request.params.slot_state(request.prompt_len);
-        let endings = self.endings(&request.params, rules);
-        match rules {
-            None if request.params.min_tokens == 0 => batch.push_slot(request.slot, state, iter::empty()),
-            rules => {
-                let rules = rules.unwrap_or(&NO_RULES);
-                rules.apply(self.endings(&request.params, Some(rules)).count(), &mut state);
-                batch.push_slot(request.slot, state, rules.words(endings));
-            }
-        }
+        rules.apply(self.endings(&request.params, rules).count(), &mut state);
+        batch.push_slot(request.slot, state, self.rule_words(entry));
+    }
+
+    /// The words of its slot's region of rules.
+    fn rule_words(&self, entry: u32) -> impl Iterator<Item = u32> {
+        let rules = self.table.rules(entry);
+        rules.words(self.endings(&self.table.get(entry).params, rules))
     }
 
     /// Pages that a new request may have: those available, but for one for each running request.
@@ -752,7 +750,7 @@ impl Scheduler {
             let request = self.table.get(entry);
             if !request.params.ignore_eos && self.eos.contains(&token) {
                 self.end(entry, FinishReason::Eos, sink);
-            } else if self.table.rules(entry).is_some_and(|rules| rules.stop().contains(&token)) {
+            } else if self.table.rules(entry).stop().contains(&token) {
                 self.end(entry, FinishReason::Stop, sink);
             } else if request.known == request.len_max {
                 self.end(entry, FinishReason::Length, sink);

@@ -40,7 +40,7 @@ use crate::constraint::Constraint;
 use crate::host::{filled, listed};
 use crate::pages::{NO_PAGE, PagePool};
 use crate::request::{Request, Ticket};
-use crate::rules::Rules;
+use crate::rules::{NO_RULES, Rules};
 use crate::sampling::{NO_TOKEN, PromptLogprobs, SamplingParams};
 use crate::speculation::{HITS_BEFORE, MATCH_MAX, MATCH_MIN, SEARCHED_MAX, hits_after};
 
@@ -226,8 +226,8 @@ impl RequestTable {
     }
 
     /// What a request says of single tokens.
-    pub fn rules(&self, entry: u32) -> Option<&Rules> {
-        self.rules[entry as usize].as_deref()
+    pub fn rules(&self, entry: u32) -> &Rules {
+        self.rules[entry as usize].as_deref().unwrap_or(&NO_RULES)
     }
 
     pub fn iter(&self) -> impl Iterator<Item = (u32, &Entry)> {

@@ -192,10 +192,11 @@ fn submit(
     outcomes: &mut Outcomes,
 ) -> Option<Submitted> {
     let rules = Rules::new(vec![], stop.to_vec(), &[]).expect("few stop tokens");
-    let rules = Some(&Arc::new(rules));
+    let rules = (!stop.is_empty()).then(|| Arc::new(rules));
     let constraint = rule.map(|(seed, late)| Arc::new(Rule::new(seed, late)) as Arc<dyn Constraint>);
     loop {
-        let request = Request { rules, constraint: constraint.as_ref(), ..Request::new(prompt, params) };
+        let (rules, constraint) = (rules.as_ref(), constraint.as_ref());
+        let request = Request { rules, constraint, ..Request::new(prompt, params) };
         match engine.submit(request) {
             Ok(submitted) => {
                 let (ticket, max_tokens) = (submitted.ticket, submitted.max_tokens);

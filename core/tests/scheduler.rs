@@ -2,10 +2,13 @@
 
 mod support;
 
+use std::sync::Arc;
+
 use minisgl_core::batch::Batch;
 use minisgl_core::config::Limits;
 use minisgl_core::costs::StepCosts;
 use minisgl_core::request::{Event, FinishReason, Request, Ticket};
+use minisgl_core::rules::Rules;
 use minisgl_core::sampling::{NO_TOKEN, SamplingParams};
 use minisgl_core::scheduler::{Order, Scheduler, Settings};
 
@@ -251,6 +254,32 @@ fn a_prompt_that_is_cut_is_run_to_its_end_before_another_one_begins() {
     let seen = run_dry(&mut scheduler, &SMALL);
     let prefilling: Vec<_> = seen.iter().map(|step| step.prefilling.clone()).take(4).collect();
     assert_eq!(prefilling, [vec![long], vec![long], vec![long], vec![long, short]]);
+}
+
+/// Prompts of the first steps, where requests have these rules and nobody's tokens come in.
+fn prompts_by_step<const STEPS: usize>(rules: &[Rules]) -> [u32; STEPS] {
+    let mut scheduler = scheduler();
+    for (text, rules) in (0..).zip(rules) {
+        let (prompt, rules) = ([text], Arc::new(rules.clone()));
+        let request = Request { rules: Some(&rules), ..Request::new(&prompt, exactly(4)) };
+        scheduler.submit(request).expect("it can run");
+    }
+    let mut batch = Batch::new(&SMALL);
+    std::array::from_fn(|_| {
+        scheduler.schedule(&mut batch);
+        batch.shape().prefill_rows
+    })
+}
+
+#[test]
+fn a_step_admits_as_many_requests_as_it_has_words_for_their_rules() {
+    let small = Rules::new(vec![(1, 0.5)], vec![2, 3], &[]).unwrap();
+    assert_eq!(prompts_by_step(&vec![small.clone(); 3]), [3, 0]);
+    // Bad words of 1,000 words, and a step has RULE_WORDS = 3,328.
+    let large = Rules::new(vec![], vec![2, 3], &vec![vec![1]; 499]).unwrap();
+    assert_eq!(prompts_by_step(&[large.clone(), large.clone(), large.clone(), small]), [4, 0]);
+    let biased = Rules::new((0..13).map(|id| (id, 0.5)).collect(), vec![], &vec![vec![1]; 511]).unwrap();
+    assert_eq!(prompts_by_step(&vec![biased; 4]), [3, 1]);
 }
 
 /// Prompts in the order of their admission, one running at a time: `first` wait together, `later` come when one is running.
