@@ -511,7 +511,10 @@ fn a_masked_row_draws_what_it_would_draw_from_the_allowed_logits_and_others_what
                 let possible = own.iter().filter(|logit| **logit > f32::NEG_INFINITY).count();
                 let told: Vec<_> = logprobs[i].top().collect();
                 assert_eq!(told.len(), possible.min(row.logprobs as usize - 1), "row {i}");
-                assert!(told.iter().all(|(id, x)| own[*id as usize].is_finite() && x.is_finite()), "row {i}: {told:?}");
+                assert!(
+                    told.iter().all(|(id, x)| own[*id as usize].is_finite() && x.is_finite()),
+                    "row {i}: {told:?}"
+                );
             }
         }
     }
