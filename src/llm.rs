@@ -536,7 +536,7 @@ impl Opening {
         if page_size < min {
             return Err(LimitsError::PageSizeBelowMin { page_size, min }.into());
         }
-        check_host(&limits)?;
+        check_host(&limits, self.checkpoint.config().spec.dims.vocab)?;
         let asked = if max_seq_len.is_some() { Sequence::Asked } else { Sequence::OfModel };
         self.options.num_pages.map_or(Ok(()), |pages| check_asked(pages, &limits, asked))?;
         Ok((limits, asked))

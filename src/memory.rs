@@ -14,13 +14,13 @@ use minisgl_core::fit::Fit;
 
 use crate::error::Error;
 
-/// Sees to it that the host can hold what an engine of these capacities keeps there.
+/// Sees to it that the host can hold what an engine of these capacities, for a model of so many tokens, keeps there.
 ///
 /// # Errors
 /// It can't.
-pub fn check_host(limits: &Limits) -> Result<(), Error> {
+pub fn check_host(limits: &Limits, vocab: u32) -> Result<(), Error> {
     let Limits { running, queued, sequence, .. } = *limits;
-    let (needed, free) = (limits.host_bytes(), host_free());
+    let (needed, free) = (limits.host_bytes(vocab), host_free());
     match needed <= free {
         true => Ok(()),
         false => Err(Error::HostMemory { running, queued, sequence, needed, free }),

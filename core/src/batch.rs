@@ -247,7 +247,6 @@ pub struct Batch {
     capacity_tokens: usize,
     capacity_rows: usize,
     capacity_scored: usize,
-    capacity_masks: usize,
 }
 
 impl Batch {
@@ -265,14 +264,13 @@ impl Batch {
             tokens: Vec::with_capacity(limits.step_tokens()),
             scored: Vec::with_capacity(limits.prefill_tokens as usize),
             owners: Vec::with_capacity(rows),
-            masks: Vec::with_capacity(limits.masked_rows()),
+            masks: Vec::with_capacity(rows),
             samples: 0,
             capacity_updates: limits.page_updates(),
             capacity_rules: limits.rule_words(),
             capacity_tokens: limits.step_tokens(),
             capacity_rows: rows,
             capacity_scored: limits.prefill_tokens as usize,
-            capacity_masks: limits.masked_rows(),
         }
     }
 
@@ -368,11 +366,6 @@ impl Batch {
         self.rows.len() < self.capacity_rows && self.tokens.len() < self.capacity_tokens
     }
 
-    /// Is there room for a mask?
-    pub fn has_room_for_mask(&self) -> bool {
-        self.masks.len() < self.capacity_masks
-    }
-
     /// Page-table updates that still fit.
     pub fn room_for_updates(&self) -> usize {
         self.capacity_updates - self.updates.len()
@@ -403,7 +396,7 @@ impl Batch {
 
     /// Adds a mask, which a request's row is going to have; gives what [`Row::mask`] says then.
     pub fn push_mask(&mut self, owner: Ticket) -> u32 {
-        assert!(self.has_room_for_mask(), "masks fit the batch");
+        assert!(self.masks.len() < self.capacity_rows, "a row has one mask");
         self.masks.push(owner);
         self.masks.len() as u32
     }

@@ -2,7 +2,7 @@
 
 use thiserror::Error;
 
-use crate::constraint::MASKED_ROWS_MAX;
+use crate::constraint::mask_words;
 use crate::rules::RULE_WORDS;
 use crate::sampling::LOGPROB_WORDS;
 
@@ -95,15 +95,15 @@ impl Limits {
         Ok(())
     }
 
-    /// Bytes, about, that an engine keeps on the host: tokens of all requests, the batches of two steps with what comes back of
-    /// them, and the pages' tree.
-    pub fn host_bytes(&self) -> u64 {
+    /// Bytes, about, that an engine keeps on the host for a model of so many tokens: tokens of all requests, the batches and masks
+    /// of two steps with what comes back of them, and the pages' tree.
+    pub fn host_bytes(&self, vocab: u32) -> u64 {
         let (block, page) = (u64::from(self.block_tokens()), u64::from(self.page_size));
         let blocks = u64::from(self.token_blocks()) * 4 * (block + block / page + 32);
         let requests = self.requests() * (160 + 4 * u64::from(self.sequence).div_ceil(block));
         let logprobs = 4 * LOGPROB_WORDS as u64;
         let scored = u64::from(self.prefill_tokens) * (60 + logprobs);
-        let rows = u64::from(self.running) * (160 + logprobs);
+        let rows = u64::from(self.running) * (160 + logprobs + 4 * mask_words(vocab) as u64);
         let of_step = self.step_tokens() as u64 * 32 + rows + 8 * self.rule_words() as u64 + scored;
         blocks + requests + 2 * of_step + u64::from(self.pages) * (page * 4 + 64)
     }
@@ -151,11 +151,6 @@ impl Limits {
     /// Words of rules that one step may bring: a slot's region at least, and where many requests run, 64 for each.
     pub fn rule_words(&self) -> usize {
         RULE_WORDS.max(self.running as usize * 64)
-    }
-
-    /// Masks of a step at most.
-    pub fn masked_rows(&self) -> usize {
-        self.running.min(MASKED_ROWS_MAX) as usize
     }
 
     /// Page-table entries that one step may change: the new pages of a full step and one request's whole prefix at least,

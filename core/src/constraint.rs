@@ -7,19 +7,14 @@
 //! ```
 //!
 //! The next mask depends on the last token, so a request with a constraint has no row while a token of its own is in flight,
-//! and none before its mask is known. Who finds masks, and on which threads, is the constraint's affair; other rows never wait
-//! for it. Only where nothing else is to be done does the engine.
+//! and none before its mask is known. Who finds masks, and on which threads, is the constraint's affair. Rows without a constraint
+//! never wait for it. Where nothing else can run, the engine waits for the mask that it asked for last, and takes nothing in
+//! meanwhile: neither other masks, which may be there earlier, nor requests.
 //!
 //! A mask has a bit for each token of the model's vocabulary: bit `i % 32` of word `i / 32`, set where token i may be next. The
 //! sampler takes the logits of all others as minus infinity, before temperature and filters.
-//!
-//! Invariant: a step has [`MASKED_ROWS_MAX`] masks at most; who finds no place goes on in the next step, where those who had one
-//! have their token in flight.
 
 use core::fmt::Debug;
-
-/// Masks of a step at most: at 19 KB each (of a vocabulary of 151,936) they are a buffer of 5 MB.
-pub const MASKED_ROWS_MAX: u32 = 256;
 
 /// Words of a mask.
 pub fn mask_words(vocab: u32) -> usize {

@@ -179,7 +179,7 @@ struct Flight<B: Device> {
     logprobs_wanted: bool,
     /// `[layout.words]`: the packed batch on its way to the device.
     packed: B::Pinned,
-    /// `[masked rows, mask_words]`: masks on their way to the device.
+    /// `[slots, mask_words]`: masks on their way to the device.
     masks: B::Pinned,
     /// `[slots]`: tokens on their way back.
     tokens: B::Pinned,
@@ -201,7 +201,7 @@ impl<B: Device> Flight<B> {
             follows: false,
             logprobs_wanted: false,
             packed: backend.alloc_pinned(batch_words)?,
-            masks: backend.alloc_pinned(limits.masked_rows() * mask_words(vocab))?,
+            masks: backend.alloc_pinned(slots * mask_words(vocab))?,
             tokens: backend.alloc_pinned(slots)?,
             logprobs: backend.alloc_pinned(slots * LOGPROB_WORDS)?,
             scores: backend.alloc_pinned(limits.prefill_tokens as usize * LOGPROB_WORDS)?,

@@ -405,10 +405,10 @@ impl Scheduler {
     }
 
     /// Can the request's next token be drawn in this step? Without a constraint always.
-    fn can_draw(&mut self, entry: u32, batch: &Batch) -> bool {
+    fn can_draw(&mut self, entry: u32) -> bool {
         let Some(constraint) = self.table.constraint(entry) else { return true };
         let request = self.table.get(entry);
-        if request.planned > request.known || !batch.has_room_for_mask() {
+        if request.planned > request.known {
             return false;
         }
         let is_ready = constraint.state() == ConstraintState::Ready;
@@ -462,7 +462,7 @@ impl Scheduler {
         if self.table.vacant_slots() == 0
             || self.refused.is_some_and(|it| it.0 == ticket && room <= it.1)
             || self.rule_words(entry).count() > batch.room_for_rules()
-            || !self.can_draw(entry, batch)
+            || !self.can_draw(entry)
             || !self.table.make_room(entry, self.oldest().unwrap_or(entry))
         {
             return false;
@@ -542,7 +542,7 @@ impl Scheduler {
             return false;
         }
         let last = end == request.prefill_len;
-        if last && !self.can_draw(entry, batch) {
+        if last && !self.can_draw(entry) {
             return false;
         }
         for _ in 0..missing {
@@ -587,7 +587,7 @@ impl Scheduler {
             let entry = self.running[i];
             i += 1;
             if !self.table.get(entry).can_decode()
-                || !self.can_draw(entry, batch)
+                || !self.can_draw(entry)
                 || !self.table.make_room(entry, self.running[0])
             {
                 continue;

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use minisgl_core::backend::Device;
 use minisgl_core::batch::StepShape;
 use minisgl_core::config::{Limits, LimitsError};
-use minisgl_core::constraint::{Constraint, MASKED_ROWS_MAX};
+use minisgl_core::constraint::Constraint;
 use minisgl_core::engine::{Engine, EngineError, EngineOptions};
 use minisgl_core::fit::Fit;
 use minisgl_core::request::{FinishReason, Request, SubmitError, Ticket};
@@ -454,24 +454,39 @@ fn rows_without_a_constraint_wait_for_nobodys_mask_and_masks_are_waited_for_when
 }
 
 #[test]
-fn more_constrained_requests_than_a_step_has_masks_all_come_to_their_end() {
-    let running = MASKED_ROWS_MAX + 40;
-    let limits = Limits { running, queued: running, pages: 8 * running, graph_rows: 0, ..SMALL };
-    let mut options = options(limits);
-    options.scheduler.prefix_cache = false;
-    let mut engine = engine(options);
-    let constraints: Vec<_> = (0..running).map(|seed| rule(seed, seed % 3)).collect();
+fn constrained_requests_advance_together_however_many_they_are() {
+    let running = 300;
     let (prompt, params) = (prompt(4, 5), exactly(9));
-    let mut submit = |constraint| {
-        let request = Request::new(&prompt, params).with_constraint(Some(constraint));
-        engine.submit(request).expect("it can run").ticket
+    let limits = Limits {
+        running,
+        queued: running,
+        prefill_tokens: 5 * running,
+        pages: 8 * running,
+        graph_rows: 0,
+        ..SMALL
     };
-    let tickets: Vec<Ticket> = constraints.iter().map(&mut submit).collect();
-    let mut outcomes = Outcomes::default();
-    run_dry(&mut engine, &mut outcomes);
-    for (seed, ticket) in (0..).zip(tickets) {
-        let (tokens, reason) = alone_within(&prompt, &params, &[], limits.sequence, u32::MAX, Some(seed));
-        let outcome = outcomes.of(ticket);
-        assert_eq!((outcome.tokens, outcome.finished), (tokens, Some((reason, 0))), "rule {seed}");
+    for overlap in [true, false] {
+        let mut options = options(limits);
+        (options.overlap, options.scheduler.prefix_cache) = (overlap, false);
+        let mut engine = engine(options);
+        let mut submit = |seed| {
+            let constraint = Some(&rule(seed, 0));
+            let request = Request { constraint, ..Request::new(&prompt, params) };
+            engine.submit(request).expect("it can run").ticket
+        };
+        let tickets: Vec<Ticket> = (0..running).map(&mut submit).collect();
+        let mut outcomes = Outcomes::default();
+        while !engine.is_idle() {
+            engine.step(&mut |event| outcomes.take_in(event)).expect("the device does not fail");
+            let going_on = outcomes.list.iter().filter(|(_, outcome)| outcome.finished.is_none());
+            let mut tokens = going_on.map(|(_, outcome)| outcome.tokens.len());
+            let first = tokens.next();
+            assert!(tokens.all(|other| Some(other) == first), "somebody is behind");
+        }
+        for (seed, ticket) in (0..).zip(tickets) {
+            let (tokens, reason) = alone_within(&prompt, &params, &[], limits.sequence, u32::MAX, Some(seed));
+            let outcome = outcomes.of(ticket);
+            assert_eq!((outcome.tokens, outcome.finished), (tokens, Some((reason, 0))), "rule {seed}");
+        }
     }
 }
