@@ -356,10 +356,10 @@ pub enum RequestError {
     /// A grammar that can't be used.
     #[error("{0}")]
     Grammar(String),
-    /// A grammar for which no mask could be found on the way.
+    /// A grammar for which no mask could be found on the way, or whose tokens were forbidden otherwise.
     #[error(
-        "its grammar takes more work to follow than is spent on a token, or leaves no token to go on with; make it simpler: fewer \
-         alternatives, shorter repetitions"
+        "its grammar takes more work to follow than is spent on a token, or leaves no token to go on with beside bad_words and \
+         min_tokens; make it simpler (fewer alternatives, shorter repetitions), or drop bad_words and min_tokens"
     )]
     GrammarFailed,
     /// It would end every output at once.

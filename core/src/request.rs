@@ -109,7 +109,7 @@ pub enum FinishReason {
     NotNumbers,
     /// Its constraint allows nothing more: the output is complete.
     Complete,
-    /// Its constraint could not tell what may come next.
+    /// Its constraint could not tell what may come next, or allows only what bad words and the least length forbid.
     ConstraintFailed,
 }
 

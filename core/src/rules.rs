@@ -103,12 +103,17 @@ impl Rules {
 
     /// Do they ask for nothing?
     pub fn is_empty(&self) -> bool {
-        self.biases.is_empty() && self.stop.is_empty() && self.bad_ends.is_empty()
+        self.biases.is_empty() && self.stop.is_empty() && !self.has_bad_words()
     }
 
     /// Tokens that end the output.
     pub fn stop(&self) -> &[u32] {
         &self.stop
+    }
+
+    /// May some tokens never be drawn, or not behind others?
+    pub fn has_bad_words(&self) -> bool {
+        !self.bad_ends.is_empty()
     }
 
     /// Must the device know which tokens the output has?
@@ -141,7 +146,7 @@ impl Rules {
     /// The words of a slot's region.
     pub fn words<'a>(&'a self, endings: impl Iterator<Item = u32> + 'a) -> impl Iterator<Item = u32> + 'a {
         let biases = self.biases.iter().flat_map(|(id, bias)| [*id, bias.to_bits()]);
-        let offsets = once(0).filter(|_| !self.bad_ends.is_empty()).chain(self.bad_ends.iter().copied());
+        let offsets = once(0).filter(|_| self.has_bad_words()).chain(self.bad_ends.iter().copied());
         biases.chain(endings).chain(offsets).chain(self.bad_tokens.iter().copied())
     }
 }

@@ -727,7 +727,7 @@ impl Scheduler {
             let Some(entry) = self.table.find(ticket) else { continue };
             self.stats.accepted += u64::from(draft.is_some());
             if token == NO_TOKEN {
-                self.end(entry, FinishReason::NotNumbers, sink);
+                self.end(entry, self.reason_of_no_token(entry), sink);
                 continue;
             }
             let request = self.table.get(entry);
@@ -759,6 +759,16 @@ impl Scheduler {
             }
         }
         self.forget_ended();
+    }
+
+    /// Why no token could be drawn: its logits are no numbers, or what its constraint allows is all forbidden otherwise.
+    fn reason_of_no_token(&self, entry: u32) -> FinishReason {
+        let (request, rules) = (self.table.get(entry), self.table.rules(entry));
+        let least = request.prompt_len.saturating_add(request.params.min_tokens);
+        match request.is_constrained && (request.known < least || rules.has_bad_words()) {
+            true => FinishReason::ConstraintFailed,
+            false => FinishReason::NotNumbers,
+        }
     }
 
     /// Ends a request; it stays in its queue, or among the running, until [`Scheduler::forget_ended`].

@@ -6,12 +6,14 @@ use std::sync::Arc;
 
 use minisgl_core::batch::Batch;
 use minisgl_core::config::Limits;
+use minisgl_core::constraint::Constraint;
 use minisgl_core::costs::StepCosts;
 use minisgl_core::request::{Event, FinishReason, Request, Ticket};
 use minisgl_core::rules::Rules;
 use minisgl_core::sampling::{NO_TOKEN, SamplingParams};
 use minisgl_core::scheduler::{Order, Scheduler, Settings};
 
+use support::rule::Rule;
 use support::{SETTINGS, SMALL, exactly};
 
 /// Steps cost nothing, so no prompt is held back, and running requests decode beside prompts.
@@ -109,6 +111,33 @@ fn a_request_whose_logits_are_no_numbers_ends_alone() {
         assert_eq!(of(other), [Ok(5), Ok(6), Err(FinishReason::Length)]);
     }
     assert!(scheduler.is_idle());
+}
+
+/// How a request ends for which no token was drawn.
+fn end_without_a_token(min_tokens: u32, bad_word: &[u32], constrained: bool) -> FinishReason {
+    let bad_words = if bad_word.is_empty() { vec![] } else { vec![bad_word.to_vec()] };
+    let rules = Arc::new(Rules::new(vec![], vec![], &bad_words).unwrap());
+    let constraint: Arc<dyn Constraint> = Arc::new(Rule::new(1, 0));
+    let params = SamplingParams { min_tokens, ..exactly(4) };
+    let mut scheduler = scheduler();
+    let request = Request {
+        rules: Some(&rules),
+        constraint: Some(&constraint).filter(|_| constrained),
+        ..Request::new(&[1, 2], params)
+    };
+    scheduler.submit(request).expect("it can run");
+    let (mut batch, mut reasons) = (Batch::new(&SMALL), Vec::new());
+    assert!(scheduler.schedule(&mut batch));
+    scheduler.complete(&batch, &[NO_TOKEN], &[], &mut ends(&mut reasons));
+    reasons[0]
+}
+
+#[test]
+fn where_bad_words_or_a_least_length_forbid_all_that_a_constraint_allows_that_is_the_reason() {
+    assert_eq!(end_without_a_token(0, &[3], true), FinishReason::ConstraintFailed);
+    assert_eq!(end_without_a_token(1, &[], true), FinishReason::ConstraintFailed);
+    assert_eq!(end_without_a_token(0, &[], true), FinishReason::NotNumbers);
+    assert_eq!(end_without_a_token(1, &[3], false), FinishReason::NotNumbers);
 }
 
 #[test]
