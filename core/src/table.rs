@@ -12,8 +12,9 @@
 //! - `known` tokens have been received by the host; `planned` counts those still in flight as well.
 //! - `computed` positions have their keys and values in pages, or will have when the steps now enqueued have run.
 //!
-//! Where every layer has a window, pages behind it go back while the request runs, unless its tokens are read there: those of its own, for what the prefix tree
-//! has of a sequence's beginning, a window's worth at most, the request holds to its end.
+//! Where every layer has a window, a request's own pages behind it go back while it runs; what the prefix tree has of its
+//! beginning, a window's worth at most, it holds to its end. Where the device reads its tokens there, for penalties or bad words,
+//! all its pages stay.
 //!
 //! ```text
 //!   pages   0 ....... node_depth ....... dropped ............ pages
