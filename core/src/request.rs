@@ -35,11 +35,6 @@ impl<'a> Request<'a> {
     pub fn new(prompt: &'a [u32], params: SamplingParams) -> Self {
         Request { prompt, params, rules: None, constraint: None }
     }
-
-    /// Sets what the output must obey.
-    pub fn with_constraint(self, constraint: Option<&'a Arc<dyn Constraint>>) -> Self {
-        Request { constraint, ..self }
-    }
 }
 
 /// A request taken in.

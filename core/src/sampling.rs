@@ -292,14 +292,14 @@ impl SamplingParams {
 
     /// What the device keeps of them for a slot whose prompt has so many tokens; [`crate::rules::Rules::apply`] adds to it.
     pub fn slot_state(&self, prompt_len: u32) -> SlotState {
-        SlotState {
+        let mut state = SlotState {
             temperature: self.drawing_temperature(),
             top_k: self.top_k,
             top_p: self.top_p,
             min_p: self.min_p,
             seed_low: self.seed as u32,
             seed_high: (self.seed >> 32) as u32,
-            edits: u32::from(self.penalizes()),
+            edits: 0,
             repetition: self.repetition_penalty,
             presence: self.presence_penalty,
             frequency: self.frequency_penalty,
@@ -309,12 +309,9 @@ impl SamplingParams {
             endings: 0,
             bad_words: 0,
             reserved: 0,
-        }
-    }
-
-    /// Is there a penalty?
-    pub fn penalizes(&self) -> bool {
-        self.repetition_penalty != 1.0 || self.presence_penalty != 0.0 || self.frequency_penalty != 0.0
+        };
+        state.edits = u32::from(state.penalizes());
+        state
     }
 
     /// The temperature as backends see it: 0 where it is too small to divide by.

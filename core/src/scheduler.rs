@@ -207,9 +207,6 @@ impl Scheduler {
         }
         let (oldest, len_max) = (self.oldest(), tokens as u32 + max_tokens);
         let entry = self.table.occupy(request, len_max, oldest).ok_or(full)?;
-        if let Some(constraint) = request.constraint {
-            self.table.constrain(entry, constraint.clone());
-        }
         self.waiting.insert(entry, &self.table);
         self.has_arrivals = true;
         Ok(Submitted { ticket: self.table.ticket(entry), max_tokens })
@@ -272,7 +269,7 @@ impl Scheduler {
         for i in 0..self.running.len() {
             let entry = self.running[i];
             let request = self.table.get(entry);
-            if request.can_decode() && !request.is_constrained && self.predict(entry).is_some() {
+            if request.can_decode() && !self.table.is_constrained(entry) && self.predict(entry).is_some() {
                 saved_ms += self.drafting.drafts(requests, self.table.get(entry).hits).1;
             }
         }
@@ -420,7 +417,7 @@ impl Scheduler {
 
     /// The mask of a row that draws the request's next token.
     fn push_mask(&self, entry: u32, batch: &mut Batch) -> u32 {
-        match self.table.get(entry).is_constrained {
+        match self.table.is_constrained(entry) {
             true => batch.push_mask(self.table.ticket(entry)),
             false => 0,
         }
@@ -627,7 +624,9 @@ impl Scheduler {
     /// give pages back.
     fn push_drafts(&mut self, entry: u32, requests: u32, batch: &mut Batch) {
         let request = self.table.get(entry);
-        if request.is_constrained || request.planned != request.known + 1 || request.computed != request.known
+        if self.table.is_constrained(entry)
+            || request.planned != request.known + 1
+            || request.computed != request.known
         {
             return;
         }
@@ -765,7 +764,7 @@ impl Scheduler {
     fn reason_of_no_token(&self, entry: u32) -> FinishReason {
         let (request, rules) = (self.table.get(entry), self.table.rules(entry));
         let least = request.prompt_len.saturating_add(request.params.min_tokens);
-        match request.is_constrained && (request.known < least || rules.has_bad_words()) {
+        match self.table.is_constrained(entry) && (request.known < least || rules.has_bad_words()) {
             true => FinishReason::ConstraintFailed,
             false => FinishReason::NotNumbers,
         }

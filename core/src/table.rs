@@ -65,8 +65,6 @@ pub(crate) struct Entry {
     pub state: State,
     pub generation: u32,
     pub params: SamplingParams,
-    /// Does it have a constraint?
-    pub is_constrained: bool,
     pub prompt_len: u32,
     /// Prompt and output tokens at most.
     pub len_max: u32,
@@ -104,7 +102,6 @@ impl Entry {
         state: State::Vacant,
         generation: 0,
         params: SamplingParams { max_tokens: 0, ..SamplingParams::DEFAULT },
-        is_constrained: false,
         prompt_len: 0,
         len_max: 0,
         known: 0,
@@ -247,7 +244,7 @@ impl RequestTable {
 
     /// Moves a request in, if there are blocks for its prompt beside what `oldest`, who has run longest, may need.
     pub fn occupy(&mut self, request: Request<'_>, len_max: u32, oldest: Option<u32>) -> Option<u32> {
-        let Request { prompt, params, rules, .. } = request;
+        let Request { prompt, params, rules, constraint } = request;
         let len = prompt.len() as u32;
         let spare = (self.free_blocks.len() as u32).saturating_sub(self.promised(oldest));
         if len.div_ceil(self.block_tokens) > spare {
@@ -263,10 +260,13 @@ impl RequestTable {
             len_max,
             known: len,
             planned: len,
-            reads_history: params.penalizes() || rules.is_some_and(|rules| rules.reads_history()),
+            reads_history: params.slot_state(len).penalizes()
+                || rules.is_some_and(|rules| rules.reads_history()),
             ..Entry::VACANT
         };
         self.rules[entry as usize] = rules.cloned();
+        self.constraints[entry as usize] = constraint.cloned();
+        self.constrained += u32::from(constraint.is_some());
         if let Some(PromptLogprobs { from, .. }) = params.prompt_logprobs {
             self.get_mut(entry).score_from(from.max(1));
         }
@@ -302,16 +302,13 @@ impl RequestTable {
         Some(block)
     }
 
-    /// Gives a request its constraint.
-    pub fn constrain(&mut self, entry: u32, constraint: Arc<dyn Constraint>) {
-        self.get_mut(entry).is_constrained = true;
-        self.constraints[entry as usize] = Some(constraint);
-        self.constrained += 1;
-    }
-
     /// What a request's output must obey.
     pub fn constraint(&self, entry: u32) -> Option<&dyn Constraint> {
         self.constraints[entry as usize].as_deref()
+    }
+
+    pub fn is_constrained(&self, entry: u32) -> bool {
+        self.constraints[entry as usize].is_some()
     }
 
     /// Requests that have a constraint.
@@ -571,8 +568,7 @@ impl RequestTable {
     /// # Panics
     /// When it isn't so.
     pub fn check(&self, oldest: Option<u32>) {
-        let mut seen =
-            filled(self.tokens.len() / (self.block_tokens + GAP) as usize, false).expect("host memory");
+        let mut seen = alloc::vec![false; self.tokens.len() / (self.block_tokens + GAP) as usize];
         let held = self.iter().flat_map(|(entry, it)| (0..it.blocks).map(move |i| (entry, i)));
         let held = held.map(|(entry, i)| self.block(entry, i));
         for block in held.chain(self.free_blocks.iter().copied()) {

@@ -438,7 +438,7 @@ fn rows_without_a_constraint_wait_for_nobodys_mask_and_masks_are_waited_for_when
         let mut engine = engine(options);
         let constraint = rule(seed, u32::MAX);
         let free_ticket = engine.submit(Request::new(&free.0, free.1)).expect("it can run").ticket;
-        let request = Request::new(&bound.0, bound.1).with_constraint(Some(&constraint));
+        let request = Request { constraint: Some(&constraint), ..Request::new(&bound.0, bound.1) };
         let bound_ticket = engine.submit(request).expect("it can run").ticket;
         let (mut outcomes, mut steps) = (Outcomes::default(), 0);
         while outcomes.of(free_ticket).finished.is_none() {
