@@ -100,6 +100,17 @@ mod tests {
     }
 
     #[test]
+    fn after_a_time_in_which_every_step_was_late_requests_are_let_come_in_again() {
+        let mut late = LateLaunch::new(COSTS);
+        let shape = StepShape::decode(100);
+        late.has_run(shape, 4.0);
+        (0..1000).for_each(|_| late.has_idled(1.0));
+        assert_eq!(late.after_ms(shape), 0.0, "no lead is long enough");
+        (0..4000).for_each(|_| late.has_idled(0.0));
+        assert!(late.after_ms(shape) > 0.0);
+    }
+
+    #[test]
     fn the_lead_becomes_what_launching_takes() {
         let mut late = LateLaunch::new(COSTS);
         let shape = StepShape::decode(100);
