@@ -6,13 +6,17 @@ mod support;
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
+use std::sync::Arc;
 
 use minisgl_core::config::Limits;
-use minisgl_core::request::{Event, Request, SubmitError, Ticket};
+use minisgl_core::constraint::Constraint;
+use minisgl_core::request::{Event, FinishReason, Request, SubmitError, Ticket};
+use minisgl_core::rules::Rules;
 use minisgl_core::sampling::{PromptLogprobs, SamplingParams};
 use minisgl_core::scheduler::Order;
 
 use support::expected::VOCAB;
+use support::rule::Rule;
 use support::{engine, exactly, options};
 
 struct Counting;
@@ -48,8 +52,8 @@ unsafe impl GlobalAlloc for Counting {
 #[global_allocator]
 static ALLOCATOR: Counting = Counting;
 
-/// 200 requests through a queue of 10: shared prefixes, chunks, retractions, log-probabilities, ends by both reasons,
-/// and one abort.
+/// 200 requests through a queue of 10: shared prefixes, chunks, retractions, log-probabilities, rules, constraints, ends by all
+/// reasons, and one abort.
 #[test]
 fn a_whole_run_allocates_nothing_after_construction() {
     let limits = Limits {
@@ -71,21 +75,31 @@ fn a_whole_run_allocates_nothing_after_construction() {
                 logprobs,
                 prompt_logprobs,
                 ignore_eos,
+                min_tokens: i % 4,
                 seed: i.into(),
                 ..exactly(5 + i % 30)
             };
             (prompt, params)
         })
         .collect();
+    let rules = Arc::new(Rules::new(vec![(1, 0.5)], vec![2], &[vec![3], vec![4, 5]]).expect("few rules"));
     for (overlap, order) in [(true, Order::Given), (false, Order::Given), (true, Order::Prefix)] {
         let mut options = options(limits);
         (options.overlap, options.scheduler.order) = (overlap, order);
         let mut engine = engine(options);
+        let constraints: Vec<Arc<dyn Constraint>> =
+            (0..200).map(|seed| Arc::new(Rule::new(seed, seed % 3)) as _).collect();
         let (mut tokens, mut ended, mut next, mut last) = (0u64, 0, 0, None::<Ticket>);
+        let (mut stopped, mut held) = (0, 0);
         let before = ALLOCATIONS.get();
         while next < requests.len() || !engine.is_idle() {
             while let Some((prompt, params)) = requests.get(next) {
-                match engine.submit(Request::new(prompt, *params)) {
+                let request = Request {
+                    rules: Some(&rules).filter(|_| next.is_multiple_of(3)),
+                    constraint: constraints.get(next).filter(|_| next.is_multiple_of(4)),
+                    ..Request::new(prompt, *params)
+                };
+                match engine.submit(request) {
                     Ok(submitted) => last = Some(submitted.ticket),
                     Err(SubmitError::QueueFull { .. }) => break,
                     Err(error) => panic!("{error}"),
@@ -95,7 +109,12 @@ fn a_whole_run_allocates_nothing_after_construction() {
             let mut sink = |event: Event<'_>| match event {
                 Event::PromptLogprobs { .. } => {}
                 Event::Token { .. } => tokens += 1,
-                Event::Finished { .. } => ended += 1,
+                Event::Finished { reason, .. } => {
+                    ended += 1;
+                    stopped += u32::from(reason == FinishReason::Stop);
+                    held +=
+                        u32::from(matches!(reason, FinishReason::Complete | FinishReason::ConstraintFailed));
+                }
             };
             if let Some(ticket) = last.take().filter(|_| next == requests.len()) {
                 engine.abort(ticket, &mut sink);
@@ -106,6 +125,7 @@ fn a_whole_run_allocates_nothing_after_construction() {
         assert_eq!(allocations, 0, "allocations in a run of {tokens} tokens");
         let stats = engine.stats();
         assert_eq!((ended, stats.finished, stats.output_tokens), (200, 200, tokens));
+        assert!(stopped > 0 && held > 0, "{stopped} by a stop token, {held} by a constraint");
         assert!(stats.retractions > 0 && stats.cached_tokens > 0 && stats.padding_rows > 0, "{stats:?}");
     }
 }

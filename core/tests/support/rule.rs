@@ -22,8 +22,9 @@ struct Heard {
 }
 
 impl Rule {
+    /// It allocates now, and no more for an output of up to 64 tokens.
     pub fn new(seed: u32, late: u32) -> Rule {
-        Rule { seed, late, heard: Mutex::new(Heard { output: Vec::new(), left: late }) }
+        Rule { seed, late, heard: Mutex::new(Heard { output: Vec::with_capacity(64), left: late }) }
     }
 }
 
