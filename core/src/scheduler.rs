@@ -78,7 +78,7 @@ pub struct Scheduler {
     retracted: VecDeque<u32>,
     /// Requests with a slot, in the order of their admission: the youngest is the last.
     running: Vec<u32>,
-    /// The request that was refused admission last, and the room there was; see [`Scheduler::admit`].
+    /// The request that was refused admission last, and the pages there were above the watermark; see [`Scheduler::admit`].
     refused: Option<(Ticket, i64)>,
     /// A request that has no row in the step scheduled last for want of its mask.
     unmasked: Option<u32>,
@@ -301,7 +301,8 @@ impl Scheduler {
                 break;
             }
         }
-        self.count(batch);
+        let window = self.table.window().unwrap_or(u32::MAX);
+        self.stats.count(batch, window, self.pages_used());
         !batch.is_empty()
     }
 
@@ -312,7 +313,7 @@ impl Scheduler {
             unfinished.map_or(0, |request| request.prefill_len - request.computed.min(request.prefill_len));
         let has_chunk = u32::from(rest > 0);
         let mut context = unfinished.filter(|_| rest > 0).map(|request| request.computed);
-        let (mut prompts, mut tokens, mut room) = (0, rest, self.room());
+        let (mut prompts, mut tokens, mut pages) = (0, rest, self.pages_above_watermark());
         let places = self.table.vacant_slots().min(self.waiting());
         for i in 0..places {
             let entry = match i.checked_sub(self.retracted.len()) {
@@ -324,17 +325,17 @@ impl Scheduler {
             }
             let cached = self.expect_cached_pages(entry);
             let known = self.table.get(entry).known;
-            room -= i64::from(known.div_ceil(self.limits.page_size) - cached);
-            if room < 0 {
+            pages -= i64::from(known.div_ceil(self.limits.page_size) - cached);
+            if pages < 0 {
                 break;
             }
-            room -= 1;
+            pages -= 1;
             prompts += 1;
             let cached_tokens = cached * self.limits.page_size;
             tokens += known - cached_tokens;
             context.get_or_insert(cached_tokens);
         }
-        let all_fit = room >= 0 && self.waiting() as u32 + self.backlog <= self.table.vacant_slots() as u32;
+        let all_fit = pages >= 0 && self.waiting() as u32 + self.backlog <= self.table.vacant_slots() as u32;
         Demand {
             decode_rows: self.running.len() as u32 - has_chunk,
             prompts: has_chunk + prompts,
@@ -452,12 +453,12 @@ impl Scheduler {
     /// Gives a waiting request a slot and the cached pages of its prefix, if the pool can hold the rest and a page for
     /// each running request.
     ///
-    /// One that was refused is not looked at again before there is more room: walking a long prefix in vain would cost
-    /// every decode step. With nobody running there is more room than ever before, so nobody is refused for good.
+    /// One that was refused is not looked at again before there are more pages: walking a long prefix in vain would cost
+    /// every decode step. With nobody running there are more than ever before, so nobody is refused for good.
     fn admit(&mut self, entry: u32, batch: &mut Batch) -> bool {
-        let (ticket, room) = (self.table.ticket(entry), self.room());
+        let (ticket, available) = (self.table.ticket(entry), self.pages_above_watermark());
         if self.table.vacant_slots() == 0
-            || self.refused.is_some_and(|it| it.0 == ticket && room <= it.1)
+            || self.refused.is_some_and(|it| it.0 == ticket && available <= it.1)
             || self.rule_words(entry).count() > batch.room_for_rules()
             || !self.can_draw(entry)
             || !self.table.make_room(entry, self.oldest().unwrap_or(entry))
@@ -466,11 +467,11 @@ impl Scheduler {
         }
         let (node, depth) = self.hold_cached_prefix(entry);
         let pages = self.table.get(entry).known.div_ceil(self.limits.page_size);
-        let fits = i64::from(pages - depth) <= self.room();
+        let fits = i64::from(pages - depth) <= self.pages_above_watermark();
         if !fits || pages as usize > batch.room_for_updates() {
             self.pool.release_path(node);
             if !fits {
-                self.refused = Some((ticket, room));
+                self.refused = Some((ticket, available));
             }
             return false;
         }
@@ -502,8 +503,9 @@ impl Scheduler {
         rules.words(self.endings(&self.table.get(entry).params, rules))
     }
 
-    /// Pages that a new request may have: those available, but for one for each running request.
-    fn room(&self) -> i64 {
+    /// Pages that a new request may have: those available, but for the watermark, a page for each running request, so that an
+    /// admission is not undone at once.
+    fn pages_above_watermark(&self) -> i64 {
         i64::from(self.pool.available()) - self.running.len() as i64
     }
 
@@ -637,7 +639,7 @@ impl Scheduler {
             // A continuation that reaches the end goes on with what it says itself.
             let at = continuation + draft % (known - continuation);
             if self.needs_page(entry) {
-                if self.room() <= 0 || batch.room_for_updates() == 0 {
+                if self.pages_above_watermark() <= 0 || batch.room_for_updates() == 0 {
                     return;
                 }
                 self.grow(entry, batch);
@@ -746,18 +748,25 @@ impl Scheduler {
             // Without log-probabilities the rows are left alone: since they were packed they have gone cold.
             let logprobs = logprobs.get(i).filter(|_| batch.rows()[i].logprobs > 0);
             sink(Event::Token { ticket, token, logprobs });
-            let request = self.table.get(entry);
-            if !request.params.ignore_eos && self.eos.contains(&token) {
-                self.end(entry, FinishReason::Eos, sink);
-            } else if self.table.rules(entry).stop().contains(&token) {
-                self.end(entry, FinishReason::Stop, sink);
-            } else if request.known == request.len_max {
-                self.end(entry, FinishReason::Length, sink);
+            if let Some(reason) = self.end_of(entry, token) {
+                self.end(entry, reason, sink);
             } else if let Some(constraint) = self.table.constraint(entry) {
                 constraint.accept(token);
             }
         }
         self.forget_ended();
+    }
+
+    /// Why a request ends with the token that it has just drawn, if it does.
+    fn end_of(&self, entry: u32, token: u32) -> Option<FinishReason> {
+        let request = self.table.get(entry);
+        if !request.params.ignore_eos && self.eos.contains(&token) {
+            Some(FinishReason::Eos)
+        } else if self.table.rules(entry).stop().contains(&token) {
+            Some(FinishReason::Stop)
+        } else {
+            (request.known == request.len_max).then_some(FinishReason::Length)
+        }
     }
 
     /// Why no token could be drawn: its logits are no numbers, or what its constraint allows is all forbidden otherwise.
@@ -798,32 +807,7 @@ impl Scheduler {
         }
     }
 
-    fn count(&mut self, batch: &Batch) {
-        let shape = batch.shape();
-        let in_use = self.pages_used();
-        let stats = &mut self.stats;
-        let window = self.table.window().unwrap_or(u32::MAX);
-        let context = |token: &Token| u64::from((token.position + 1).min(window));
-        let (decoded, prefilled) = batch.tokens().split_at(shape.decode_rows as usize);
-        let (decode_tokens, prefill_tokens) = (decoded.len() as u64, prefilled.len() as u64);
-        stats.decode_tokens += decode_tokens;
-        stats.prefill_tokens += prefill_tokens;
-        stats.decode_context += decoded.iter().map(context).sum::<u64>();
-        stats.prefill_context += prefilled.iter().map(context).sum::<u64>();
-        match (shape.decode_rows, shape.prefill_rows) {
-            (0, 0) => {}
-            (0, _) => stats.prefill_steps += 1,
-            (_, 0) => stats.decode_steps += 1,
-            _ => {
-                stats.mixed_steps += 1;
-                stats.mixed_decode_tokens += decode_tokens;
-                stats.mixed_prefill_tokens += prefill_tokens;
-            }
-        }
-        stats.rows_peak = stats.rows_peak.max(shape.decode_rows);
-        stats.pages_peak = stats.pages_peak.max(in_use);
-    }
-
+    /// A step of decode rows alone has been padded with so many.
     pub(crate) fn count_padding(&mut self, rows: u32) {
         self.stats.padding_rows += u64::from(rows);
     }

@@ -1,5 +1,7 @@
 //! What the scheduler did, as numbers. Times come from whoever drives the engine: it has a clock, core has none.
 
+use crate::batch::{Batch, Token};
+
 /// What a scheduler has on its hands at one moment.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Load {
@@ -127,6 +129,30 @@ impl Stats {
             retractions: self.retractions + retractions,
             finished: self.finished + finished,
         }
+    }
+
+    /// A step has been scheduled, whose tokens attend to `window` positions at most, and requests hold so many pages.
+    pub(crate) fn count(&mut self, batch: &Batch, window: u32, pages_used: u32) {
+        let shape = batch.shape();
+        let context = |token: &Token| u64::from((token.position + 1).min(window));
+        let (decoded, prefilled) = batch.tokens().split_at(shape.decode_rows as usize);
+        let (decode_tokens, prefill_tokens) = (decoded.len() as u64, prefilled.len() as u64);
+        self.decode_tokens += decode_tokens;
+        self.prefill_tokens += prefill_tokens;
+        self.decode_context += decoded.iter().map(context).sum::<u64>();
+        self.prefill_context += prefilled.iter().map(context).sum::<u64>();
+        match (shape.decode_rows, shape.prefill_rows) {
+            (0, 0) => {}
+            (0, _) => self.prefill_steps += 1,
+            (_, 0) => self.decode_steps += 1,
+            _ => {
+                self.mixed_steps += 1;
+                self.mixed_decode_tokens += decode_tokens;
+                self.mixed_prefill_tokens += prefill_tokens;
+            }
+        }
+        self.rows_peak = self.rows_peak.max(shape.decode_rows);
+        self.pages_peak = self.pages_peak.max(pages_used);
     }
 
     /// All steps scheduled.
