@@ -1,0 +1,76 @@
+//! Requests with a [constraint](crate::constraint): whose mask is known, whose output is complete, and which row has which mask.
+
+use crate::batch::Batch;
+use crate::constraint::ConstraintState;
+use crate::request::{Event, FinishReason, Ticket};
+use crate::table::RequestTable;
+
+use super::Scheduler;
+
+impl Scheduler {
+    /// Ends the requests whose constraint allows nothing more, or can't tell what it allows.
+    pub fn end_constrained(&mut self, sink: &mut impl FnMut(Event<'_>)) {
+        if self.table.constrained() == 0 {
+            return;
+        }
+        let reason = |table: &RequestTable, entry| match table.constraint(entry)?.state() {
+            ConstraintState::Complete => Some(FinishReason::Complete),
+            ConstraintState::Failed => Some(FinishReason::ConstraintFailed),
+            ConstraintState::Computing | ConstraintState::Ready => None,
+        };
+        for i in 0..self.candidates() {
+            let entry = self.candidate(i);
+            if let Some(reason) = reason(&self.table, entry) {
+                self.end(entry, reason, sink);
+            }
+        }
+        self.forget_ended();
+    }
+
+    /// Waits for a mask for want of which a request had no row in the step scheduled last; false if there is none.
+    pub fn wait_for_mask(&mut self) -> bool {
+        let constraint = self.unmasked.take().and_then(|entry| self.table.constraint(entry));
+        constraint.map(|constraint| constraint.wait()).is_some()
+    }
+
+    /// Writes the mask of a request's next token; of one that has ended meanwhile, one that allows everything.
+    pub fn write_mask(&self, ticket: Ticket, mask: &mut [u32]) {
+        match self.table.find(ticket).and_then(|entry| self.table.constraint(entry)) {
+            Some(constraint) => constraint.write_mask(mask),
+            None => mask.fill(u32::MAX),
+        }
+    }
+
+    /// Requests that may have a row in the next step: those running, and who is to be admitted next.
+    fn candidates(&self) -> usize {
+        self.running.len() + self.retracted.len() + usize::from(self.waiting.next().is_some())
+    }
+
+    fn candidate(&self, i: usize) -> u32 {
+        let retracted = i.wrapping_sub(self.running.len());
+        let entry = self.running.get(i).or(self.retracted.get(retracted)).copied();
+        entry.or(self.waiting.next()).unwrap_or_else(|| unreachable!("there are fewer candidates"))
+    }
+
+    /// Can the request's next token be drawn in this step? Without a constraint always.
+    pub(super) fn can_draw(&mut self, entry: u32) -> bool {
+        let Some(constraint) = self.table.constraint(entry) else { return true };
+        let request = self.table.get(entry);
+        if request.planned > request.known {
+            return false;
+        }
+        let is_ready = constraint.state() == ConstraintState::Ready;
+        if !is_ready {
+            self.unmasked = Some(entry);
+        }
+        is_ready
+    }
+
+    /// The mask of a row that draws the request's next token.
+    pub(super) fn push_mask(&self, entry: u32, batch: &mut Batch) -> u32 {
+        match self.table.is_constrained(entry) {
+            true => batch.push_mask(self.table.ticket(entry)),
+            false => 0,
+        }
+    }
+}
