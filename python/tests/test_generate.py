@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from conftest import FIXTURES, open_llm
 
+import minisgl.core
 from minisgl import LLM, EngineError, Interrupted, Logprob, RequestError, SamplingParams
 
 GREEDY = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
@@ -435,8 +436,11 @@ def test_a_forked_process_is_refused_and_ends(llm):
     assert b"spawn" in said and said.endswith(b" END")
 
 
-def test_sampling_is_copied_compared_and_shown():
-    params = SamplingParams(temperature=0.5, stop=["a"], seed=4)
-    assert params == copy.deepcopy(params) == pickle.loads(pickle.dumps(params)) == params.clone()
-    assert params != SamplingParams(temperature=0.5)
-    assert "temperature=0.5" in repr(params)
+@pytest.mark.parametrize("kind", [SamplingParams, minisgl.core.SamplingParams])
+def test_sampling_is_copied_compared_and_shown(kind):
+    params = kind(temperature=0.5, max_tokens=7, stop=["a"], seed=4)
+    for copied in (copy.deepcopy(params), pickle.loads(pickle.dumps(params)), params.clone()):
+        assert type(copied) is kind and copied == params
+        assert (copied.temperature, copied.max_tokens, copied.stop, copied.seed) == (0.5, 7, ["a"], 4)
+    assert params != kind(temperature=0.5, max_tokens=8, stop=["a"], seed=4)
+    assert "temperature=0.5" in repr(params) and "max_tokens=7" in repr(params)

@@ -29,7 +29,7 @@ import ray.data
 
 from minisgl import _minisgl
 from minisgl.llm import LLM
-from minisgl.sampling_params import SamplingParams
+from minisgl.sampling_params import FIELDS, SamplingParams
 
 #: The columns that are added to a row.
 RESULT_COLUMNS = pa.schema(
@@ -199,7 +199,7 @@ class _Actor:
 
     def _sampling(self, columns: dict[str, Any]) -> SamplingParams:
         own = {name: value for name, value in (columns.get("sampling_params") or {}).items() if value is not None}
-        fields = {name: getattr(self.sampling, name) for name in self.sampling.__slots__}
+        fields = {name: getattr(self.sampling, name) for name in FIELDS}
         params = SamplingParams(**{**fields, **own})
         if params.seed is None:
             params.seed = seed_of(self.seed, columns.get(self.id_column))

@@ -30,6 +30,28 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "repetition_detection": (None,),
 }
 
+#: What there is to be set.
+FIELDS = (
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "seed",
+    "max_tokens",
+    "stop",
+    "ignore_eos",
+    "logprobs",
+    "prompt_logprobs",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "min_tokens",
+    "stop_token_ids",
+    "include_stop_str_in_output",
+    "logit_bias",
+    "bad_words",
+)
+
 
 class SamplingParams:
     """How a request's tokens are drawn, with vLLM's names and defaults.
@@ -58,26 +80,7 @@ class SamplingParams:
         bad_words: texts that the output may not have.
     """
 
-    __slots__ = (
-        "temperature",
-        "top_p",
-        "top_k",
-        "min_p",
-        "seed",
-        "max_tokens",
-        "stop",
-        "ignore_eos",
-        "logprobs",
-        "prompt_logprobs",
-        "repetition_penalty",
-        "presence_penalty",
-        "frequency_penalty",
-        "min_tokens",
-        "stop_token_ids",
-        "include_stop_str_in_output",
-        "logit_bias",
-        "bad_words",
-    )
+    __slots__ = FIELDS
 
     def __init__(
         self,
@@ -129,7 +132,7 @@ class SamplingParams:
         if name in _IGNORED:
             return
         if name not in _NEUTRAL:
-            near = difflib.get_close_matches(name, [*self.__slots__, *_NEUTRAL], n=1)
+            near = difflib.get_close_matches(name, [*FIELDS, *_NEUTRAL], n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
             raise TypeError(f"SamplingParams has no field {name}{hint}")
         if not any(value == neutral and type(value) is not str for neutral in _NEUTRAL[name]):
@@ -138,20 +141,20 @@ class SamplingParams:
 
     def clone(self) -> SamplingParams:
         """A copy."""
-        return type(self)(**{name: getattr(self, name) for name in self.__slots__})
+        return type(self)(**{name: getattr(self, name) for name in FIELDS})
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuild, (type(self), {name: getattr(self, name) for name in self.__slots__})
+        return _rebuild, (type(self), {name: getattr(self, name) for name in FIELDS})
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, SamplingParams):
             return NotImplemented
-        return all(getattr(self, name) == getattr(other, name) for name in self.__slots__)
+        return all(getattr(self, name) == getattr(other, name) for name in FIELDS)
 
     __hash__ = None  # type: ignore[assignment]
 
     def __repr__(self) -> str:
-        fields = ", ".join(f"{name}={getattr(self, name)!r}" for name in self.__slots__)
+        fields = ", ".join(f"{name}={getattr(self, name)!r}" for name in FIELDS)
         return f"SamplingParams({fields})"
 
 
