@@ -7,7 +7,7 @@
 A row is `prompt` (a text), `prompt_token_ids` or `messages`; what it has beside them comes through. What is drawn depends on the
 row, its id and the seed alone, not on the actor or the batch: a row that runs again comes to the same tokens.
 
-Needs `pip install "minisgl[ray]"`.
+Needs Ray and pyarrow, which the extra `ray` of the package brings.
 """
 
 from __future__ import annotations
@@ -16,13 +16,12 @@ import hashlib
 import json
 import os
 import uuid
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.json
 import pyarrow.parquet
 import ray
 import ray.data
@@ -105,6 +104,9 @@ def generate_into(
 
     The others are those of `generate`.
     """
+    columns = dataset.columns()
+    if columns is not None and id_column not in columns:
+        raise ValueError(f"rows have no {id_column!r}, by which results are told apart: name another column as id_column, of {columns}")
     folder = Path(folder).absolute()
     parts = _Parts(folder, file_format)
     parts.prepare()
@@ -271,7 +273,7 @@ class _Parts:
         if next(self.folder.glob(f"part-*.{other}"), None) is not None:
             raise ValueError(f"{self.folder} has parts in {other}: go on with file_format={other!r}, or take another folder")
 
-    def write(self, table: pa.Table, id_column: str) -> None:
+    def write(self, table: pa.Table, id_column: str) -> Path:
         """Writes a part, which appears whole."""
         ids = "\n".join(map(repr, table[id_column].to_pylist()))
         name = f"part-{hashlib.blake2b(ids.encode(), digest_size=16).hexdigest()}.{self.file_format}"
@@ -281,27 +283,38 @@ class _Parts:
         else:
             with open(unfinished, "w", encoding="utf-8") as file:
                 file.writelines(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in table.to_pylist())
-        os.replace(unfinished, self.folder / name)
+        return unfinished.replace(self.folder / name)
 
     def tidy(self, id_column: str, *, drop_errors: bool = False) -> pa.Array:
         """Sees to it that each id is in one part; gives them all. With `drop_errors`, results that are errors go."""
         seen: set[Any] = set()
-        columns = []
+        columns: list[pa.Array] = []
+        # A writer that was killed before it took the old part away has left the new one, which then is met again.
+        rewritten: set[Path] = set()
         for path in self._paths():
-            ids, errors = self._column(path, id_column), self._column(path, "error") if drop_errors else None
-            keep = [
-                row
-                for row, value in enumerate(ids.to_pylist())
-                if value not in seen and not seen.add(value) and (errors is None or not errors[row].is_valid)
-            ]
+            if path in rewritten:
+                continue
+            ids = self._column(path, id_column)
+            keep = self._rows_to_keep(ids, self._column(path, "error") if drop_errors else None, seen)
             if len(keep) < len(ids):
                 table = self._table(path).take(keep)
-                if keep:
-                    self.write(table, id_column)
+                if len(keep):
+                    rewritten.add(self.write(table, id_column))
                 path.unlink()
                 ids = table[id_column]
             columns.extend(ids.chunks)
         return pa.concat_arrays(columns) if columns else pa.array([])
+
+    @staticmethod
+    def _rows_to_keep(ids: pa.ChunkedArray, errors: pa.ChunkedArray | None, seen: set[Any]) -> pa.Array:
+        """Rows whose id is not among `seen`, which it joins, and which are no errors."""
+        rows = []
+        for row, value in enumerate(ids.to_pylist()):
+            is_error = errors is not None and errors[row].is_valid
+            if value not in seen and not is_error:
+                seen.add(value)
+                rows.append(row)
+        return pa.array(rows, pa.int64())
 
     def _paths(self) -> list[Path]:
         return sorted(self.folder.glob(f"part-*.{self.file_format}"))
@@ -314,9 +327,26 @@ class _Parts:
     def _table(self, path: Path) -> pa.Table:
         if self.file_format == "parquet":
             return pyarrow.parquet.read_table(path, partitioning=None)
-        return pyarrow.json.read_json(path)
+        return _read_lines(path)
 
     def read(self) -> ray.data.Dataset:
         """All results."""
-        read = ray.data.read_parquet if self.file_format == "parquet" else ray.data.read_json
-        return read([str(path) for path in self._paths()])
+        paths = [str(path) for path in self._paths()]
+        if self.file_format == "parquet":
+            return ray.data.read_parquet(paths)
+        return ray.data.from_items([{"path": path} for path in paths]).map_batches(_read_parts, batch_format="pyarrow")
+
+
+def _read_parts(paths: pa.Table) -> Iterator[pa.Table]:
+    """Parts in JSON, table by table."""
+    for path in paths["path"].to_pylist():
+        yield _read_lines(path)
+
+
+def _read_lines(path: str | os.PathLike[str]) -> pa.Table:
+    """A part in JSON. pyarrow's own reader would take ids and texts that look like times for times."""
+    with open(path, encoding="utf-8") as file:
+        table = pa.Table.from_pylist([json.loads(line) for line in file])
+    for field in RESULT_COLUMNS:
+        table = table.set_column(table.schema.get_field_index(field.name), field, table[field.name].cast(field.type))
+    return table
