@@ -6,6 +6,7 @@ A row has an `id` and a `prompt`, `prompt_token_ids` or `messages`. The same com
 """
 
 import argparse
+from pathlib import Path
 
 import ray.data
 
@@ -15,7 +16,7 @@ from minisgl.ray import generate_into
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("input", help="a file or folder of *.jsonl or *.parquet")
+    parser.add_argument("input", help="a *.jsonl or *.parquet, or a folder of them")
     parser.add_argument("output", help="a folder for the results, which all machines see")
     parser.add_argument("--model", required=True)
     parser.add_argument("--concurrency", type=int, default=1, help="engines, one a GPU")
@@ -26,7 +27,8 @@ def main() -> None:
     parser.add_argument("--format", default="parquet", choices=["parquet", "jsonl"], help="of the results")
     flags = parser.parse_args()
 
-    read = ray.data.read_parquet if flags.input.rstrip("/").endswith(".parquet") else ray.data.read_json
+    is_parquet = flags.input.endswith(".parquet") or any(Path(flags.input).glob("*.parquet"))
+    read = ray.data.read_parquet if is_parquet else ray.data.read_json
     llm = {"model": flags.model, "backend": flags.backend, "max_model_len": flags.max_model_len}
     results = generate_into(
         flags.output,

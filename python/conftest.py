@@ -7,7 +7,7 @@ import pytest
 
 from minisgl import LLM
 
-FIXTURES = Path(__file__).parents[2] / "tests" / "fixtures"
+FIXTURES = Path(__file__).parents[1] / "tests" / "fixtures"
 
 
 @pytest.fixture(scope="session")
