@@ -68,7 +68,7 @@ pub use diagnostics::Ceilings;
 pub use error::{Cause, Error};
 pub use flags::{from_command_line, from_words};
 pub use front::{
-    EngineHandle, Events, Next, RequestEvent, RequestStream, SessionEvent, SessionOptions, Submitter,
+    Aborter, EngineHandle, Events, Next, RequestEvent, RequestStream, SessionEvent, SessionOptions, Submitter,
     TrySubmitError,
 };
 pub use generation_config::{GenerationConfig, GenerationConfigChoice};

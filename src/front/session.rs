@@ -350,21 +350,17 @@ impl Events {
 
     /// Aborts the open requests of a tag: each ends with what it has so far. False if there is none.
     pub fn abort(&mut self, tag: u64) -> bool {
-        let queue = locked(&self.session.queue);
-        let Some(aborted) = queue.open.get(&tag) else { return false };
-        // The flag first: whoever has the request on its way to the engine looks at it when the message has been read.
-        aborted.store(true, Ordering::Release);
-        drop(queue);
-        self.handle.shared().abort(self.session.id, Some(tag));
-        true
+        self.aborter().abort(tag)
     }
 
     /// Aborts all open requests.
     pub fn abort_all(&mut self) {
-        for aborted in locked(&self.session.queue).open.values() {
-            aborted.store(true, Ordering::Release);
-        }
-        self.handle.shared().abort(self.session.id, None);
+        self.aborter().abort_all();
+    }
+
+    /// What aborts requests while another thread waits for the next event.
+    pub fn aborter(&self) -> Aborter {
+        Aborter { session: self.session.clone(), handle: self.handle.clone() }
     }
 
     fn next_by(&mut self, wait: &Wait<'_>) -> Result<Next, Error> {
@@ -429,6 +425,34 @@ impl Drop for Events {
         if open > 0 {
             self.handle.shared().abort(self.session.id, None);
         }
+    }
+}
+
+/// Aborts requests of a session, from any thread; see [`Events::aborter`].
+#[derive(Clone)]
+pub struct Aborter {
+    session: Arc<Session>,
+    handle: EngineHandle,
+}
+
+impl Aborter {
+    /// As [`Events::abort`].
+    pub fn abort(&self, tag: u64) -> bool {
+        let queue = locked(&self.session.queue);
+        let Some(aborted) = queue.open.get(&tag) else { return false };
+        // The flag first: whoever has the request on its way to the engine looks at it when the message has been read.
+        aborted.store(true, Ordering::Release);
+        drop(queue);
+        self.handle.shared().abort(self.session.id, Some(tag));
+        true
+    }
+
+    /// As [`Events::abort_all`].
+    pub fn abort_all(&self) {
+        for aborted in locked(&self.session.queue).open.values() {
+            aborted.store(true, Ordering::Release);
+        }
+        self.handle.shared().abort(self.session.id, None);
     }
 }
 
