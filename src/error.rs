@@ -117,9 +117,14 @@ pub enum Error {
         /// GPUs named.
         devices: usize,
     },
-    /// Memory for the KV pages is not a share of what is free.
-    #[error("the memory ratio is {0}; it must be above 0 and at most 1")]
-    MemoryRatio(f64),
+    /// What is no share of memory.
+    #[error("{option} is {share}; it must be above 0 and at most 1")]
+    MemoryShare {
+        /// Which option it is.
+        option: &'static str,
+        /// As asked for.
+        share: f64,
+    },
     /// A tokenizer or chat template that cannot be read.
     #[error("{path} cannot be used: {reason}; take the file that came with the checkpoint")]
     TokenizerFile {

@@ -118,9 +118,11 @@ impl Options {
     pub fn check(&self) -> Result<(), Error> {
         device::choose(self)?;
         self.engines()?;
-        for ratio in [Some(self.memory_ratio), self.memory_utilization].into_iter().flatten() {
-            if !(ratio > 0.0 && ratio <= 1.0) {
-                return Err(Error::MemoryRatio(ratio));
+        let shares =
+            [("--memory-ratio", Some(self.memory_ratio)), ("memory_utilization", self.memory_utilization)];
+        for (option, share) in shares {
+            if let Some(share) = share.filter(|share| !(*share > 0.0 && *share <= 1.0)) {
+                return Err(Error::MemoryShare { option, share });
             }
         }
         // What is left open fits: the least of each.

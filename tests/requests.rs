@@ -343,8 +343,8 @@ fn settings_that_make_no_engine_are_errors_that_name_them() {
     assert!(error(base().num_pages(Some(0))).contains("number of pages is 0"));
     assert!(error(base().max_seq_len(Some(256)).num_pages(Some(15))).contains("--num-pages 16"));
     assert!(error(base().max_seq_len(Some(5000))).contains("--max-seq-len"));
-    assert!(error(base().memory_ratio(0.0)).contains("memory ratio is 0"));
-    assert!(error(base().memory_ratio(f64::NAN)).contains("memory ratio is NaN"));
+    assert!(error(base().memory_ratio(0.0)).contains("--memory-ratio is 0"));
+    assert!(error(base().memory_ratio(f64::NAN)).contains("--memory-ratio is NaN"));
 }
 
 #[test]

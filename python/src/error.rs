@@ -9,13 +9,13 @@ create_exception!(
     minisgl,
     EngineError,
     PyRuntimeError,
-    "The model could not be opened, or the engine failed; `outputs` has what had ended by then."
+    "The model could not be opened, or the engine failed; out of `generate`, `outputs` has what had ended by then."
 );
 create_exception!(
     minisgl,
     RequestError,
     PyValueError,
-    "A request can't run: `index` says which, and `outputs` has what had ended by then."
+    "A request can't run: out of `generate`, `index` says which, and `outputs` has what had ended by then."
 );
 
 /// What stops an engine. A setting that can't hold is a `ValueError`, as a wrong argument is in Python.
@@ -25,7 +25,10 @@ pub fn raised(error: &Error) -> PyErr {
         Error::NoModel { .. }
         | Error::Revision { .. }
         | Error::Limits(_)
-        | Error::MemoryRatio(_)
+        | Error::MemoryShare { .. }
+        | Error::TooFewPages { .. }
+        | Error::NoEngine
+        | Error::DevicesDiffer { .. }
         | Error::SequenceTooLong { .. }
         | Error::HostMemory { .. }
         | Error::NoGpu { .. } => PyValueError::new_err(text),
@@ -36,7 +39,7 @@ pub fn raised(error: &Error) -> PyErr {
 
 /// A text of the library's, which names the flags of its commands, with the arguments that are meant here.
 pub fn in_arguments(text: &str) -> String {
-    const ARGUMENTS: [(&str, &str); 14] = [
+    const ARGUMENTS: [(&str, &str); 16] = [
         ("--backend cpu", "backend=\"cpu\""),
         ("--generation-config none", "generation_config=\"none\""),
         ("--max-seq-len", "max_model_len"),
@@ -46,7 +49,9 @@ pub fn in_arguments(text: &str) -> String {
         ("--num-pages", "num_gpu_blocks_override"),
         ("--page-size", "block_size"),
         ("--memory-ratio", "memory_ratio"),
+        ("memory_utilization", "gpu_memory_utilization"),
         ("--backend", "backend"),
+        ("--data-parallel", "data_parallel_size"),
         ("--devices", "device"),
         ("--kernels", "kernels"),
         ("--revision", "revision"),
