@@ -74,8 +74,8 @@ impl Engine {
         Ok(Engine { state: Mutex::new(State::Awake(Box::new(llm))), builder, sampling, owner: Owner::this() })
     }
 
-    /// Begins to run requests, pairs of prompt and sampling out of an iterator, pulled as there is room for them. Each
-    /// without a seed gets `seed` plus its index.
+    /// Begins to run requests out of an iterator, pulled as there is room for them: a prompt, its sampling and its number
+    /// each. One without a seed of its own gets `seed` plus its number.
     #[pyo3(signature = (requests, *, seed, tokens))]
     fn start(&self, requests: Bound<'_, PyIterator>, seed: u64, tokens: bool) -> PyResult<Run> {
         Ok(Run::new(&self.handle()?, self.owner, requests.unbind(), seed, tokens))
@@ -85,13 +85,6 @@ impl Engine {
     fn encode(&self, py: Python<'_>, given: &Bound<'_, PyAny>) -> PyResult<Vec<u32>> {
         let (handle, prompt) = (self.handle()?, prompt::prompt(given)?);
         py.detach(|| handle.text().encode(prompt)).map_err(|error| RequestError::new_err(error.to_string()))
-    }
-
-    /// The text that a conversation becomes.
-    fn render(&self, py: Python<'_>, given: &Bound<'_, PyAny>) -> PyResult<String> {
-        let (handle, prompt) = (self.handle()?, prompt::prompt(given)?);
-        let Prompt::Chat(chat) = prompt else { return Err(PyTypeError::new_err("a conversation is wanted")) };
-        py.detach(|| handle.text().render(&chat)).map_err(|error| RequestError::new_err(error.to_string()))
     }
 
     /// The text of tokens, special ones left out; `None` without a tokenizer.
@@ -252,6 +245,7 @@ fn read_options(given: &Bound<'_, PyDict>) -> PyResult<Options> {
         let refused = |reason: String| PyValueError::new_err(format!("{name}: {reason}"));
         match name.as_str() {
             "backend" => options.backend = word()?.parse::<BackendChoice>().map_err(refused)?,
+            "data_parallel" => options.data_parallel = value.extract()?,
             "device" => options.devices = value.extract::<Option<usize>>()?.into_iter().collect(),
             "kernels" => options.kernels = word()?.parse::<KernelChoice>().map_err(refused)?,
             "max_running" => options.max_running = value.extract()?,

@@ -4,7 +4,7 @@
 //!   minisgl.LLM (Python)     arguments checked, outputs shaped as vLLM's          package/minisgl/
 //!        │  model, options        ▲  completions as they end
 //!        ▼                        │
-//!   Engine ── start ──> Run ── take: the interpreter's lock is released, the thread waits    engine.rs, run.rs
+//!   Engine ── start ──> Run ── take: the interpreter's lock is released, the thread waits    engine.rs, run.rs, reader.rs
 //!        │                │
 //!        ▼                ▼
 //!   minisgl::Llm     its session: Submitter, Events                               the library
@@ -17,10 +17,13 @@
 //! and none of its threads; there it is refused and never freed.
 
 mod array;
+mod bell;
 mod engine;
 mod error;
+mod event;
 mod program;
 mod prompt;
+mod reader;
 mod run;
 mod sampling;
 
@@ -34,11 +37,13 @@ mod _minisgl {
     #[pymodule_export]
     use crate::error::{EngineError, RequestError};
     #[pymodule_export]
+    use crate::event::{Completion, Token};
+    #[pymodule_export]
     use crate::program::{chat, offline_bench, serve};
     #[pymodule_export]
-    use crate::prompt::{Chat, check_prompt};
+    use crate::prompt::Chat;
     #[pymodule_export]
-    use crate::run::{Completion, Run, Token};
+    use crate::run::Run;
     #[pymodule_export]
     use crate::sampling::{Scored, check_sampling};
 }

@@ -70,12 +70,6 @@ pub fn prompt(given: &Bound<'_, PyAny>) -> PyResult<Prompt> {
     })
 }
 
-/// Checks that something is a prompt.
-#[pyfunction]
-pub fn check_prompt(given: &Bound<'_, PyAny>) -> PyResult<()> {
-    prompt(given).map(drop)
-}
-
 fn of_fields(fields: &Bound<'_, PyDict>) -> PyResult<Prompt> {
     let set = |name: &str| Ok::<_, PyErr>(fields.get_item(name)?.filter(|value| !value.is_none()));
     if let Some(other) = set("multi_modal_data")?.or(set("prompt_embeds")?) {

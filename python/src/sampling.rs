@@ -3,9 +3,8 @@
 use std::collections::BTreeMap;
 
 use minisgl::{GenerateRequest, Given, Prompt, PromptLogprobs, SamplingParams, TokenRules};
-use pyo3::exceptions::PyValueError;
+use pyo3::exceptions::{PyOverflowError, PyTypeError, PyValueError};
 use pyo3::prelude::*;
-use pyo3::types::PyString;
 
 use crate::prompt::prompt;
 
@@ -23,38 +22,37 @@ pub struct Sampling {
 impl Sampling {
     /// Reads the attributes of a `minisgl.SamplingParams`.
     pub fn of(given: &Bound<'_, PyAny>) -> PyResult<Self> {
-        let seed: Option<u64> = given.getattr("seed")?.extract()?;
-        // More than a sequence holds is as many as it holds.
-        let max_tokens: Option<u32> = given.getattr("max_tokens")?.extract()?;
-        let prompt_logprobs: Option<u32> = given.getattr("prompt_logprobs")?.extract()?;
-        let top_k: i64 = given.getattr("top_k")?.extract()?;
+        let seed: Option<u64> = field(given, "seed")?;
+        let max_tokens: Option<u32> = field(given, "max_tokens")?;
+        let prompt_logprobs: Option<u32> = field(given, "prompt_logprobs")?;
+        let top_k: i64 = field(given, "top_k")?;
         let params = SamplingParams {
-            temperature: given.getattr("temperature")?.extract()?,
+            temperature: field(given, "temperature")?,
             // 0 and -1 keep all.
             top_k: top_k.clamp(0, u32::MAX.into()) as u32,
-            top_p: given.getattr("top_p")?.extract()?,
-            min_p: given.getattr("min_p")?.extract()?,
+            top_p: field(given, "top_p")?,
+            min_p: field(given, "min_p")?,
             seed: seed.unwrap_or_default(),
             max_tokens: max_tokens.unwrap_or(u32::MAX),
-            ignore_eos: given.getattr("ignore_eos")?.extract()?,
-            logprobs: given.getattr("logprobs")?.extract()?,
+            ignore_eos: field(given, "ignore_eos")?,
+            logprobs: field(given, "logprobs")?,
             prompt_logprobs: prompt_logprobs.map(|top| PromptLogprobs { from: 1, top }),
-            repetition_penalty: given.getattr("repetition_penalty")?.extract()?,
-            presence_penalty: given.getattr("presence_penalty")?.extract()?,
-            frequency_penalty: given.getattr("frequency_penalty")?.extract()?,
-            min_tokens: given.getattr("min_tokens")?.extract()?,
+            repetition_penalty: field(given, "repetition_penalty")?,
+            presence_penalty: field(given, "presence_penalty")?,
+            frequency_penalty: field(given, "frequency_penalty")?,
+            min_tokens: field(given, "min_tokens")?,
         };
-        let logit_bias: BTreeMap<u32, f32> = given.getattr("logit_bias")?.extract()?;
+        let logit_bias: BTreeMap<u32, f32> = field(given, "logit_bias")?;
         let rules = TokenRules {
             logit_bias: logit_bias.into_iter().collect(),
-            stop_token_ids: given.getattr("stop_token_ids")?.extract()?,
-            bad_words: given.getattr("bad_words")?.extract()?,
+            stop_token_ids: field(given, "stop_token_ids")?,
+            bad_words: field(given, "bad_words")?,
         };
         Ok(Sampling {
             params,
             seeded: seed.is_some(),
-            stop: given.getattr("stop")?.extract()?,
-            include_stop: given.getattr("include_stop_str_in_output")?.extract()?,
+            stop: field(given, "stop")?,
+            include_stop: field(given, "include_stop_str_in_output")?,
             rules,
         })
     }
@@ -71,6 +69,24 @@ impl Sampling {
     }
 }
 
+/// A field of a `minisgl.SamplingParams`.
+fn field<'py, T: FromPyObjectOwned<'py>>(given: &Bound<'py, PyAny>, name: &str) -> PyResult<T> {
+    let value = given.getattr(name).map_err(|_| {
+        PyTypeError::new_err(format!(
+            "sampling is a minisgl.SamplingParams, and this one is a {}",
+            given.get_type()
+        ))
+    })?;
+    value.extract::<T>().map_err(Into::into).map_err(|error: PyErr| {
+        match error.is_instance_of::<PyOverflowError>(given.py()) {
+            true => PyValueError::new_err(format!(
+                "{name} is {value}, which is out of range: whole numbers are 0 or above, below 2^32 (a seed 2^64)"
+            )),
+            false => PyTypeError::new_err(format!("{name} is {value:?}: {}", error.value(given.py()))),
+        }
+    })
+}
+
 /// In the place of sampling: a completion that is given, and scored.
 #[pyclass(module = "minisgl._minisgl", frozen)]
 pub struct Scored {
@@ -83,12 +99,10 @@ pub struct Scored {
 impl Scored {
     #[new]
     fn new(completion: &Bound<'_, PyAny>, top: u32) -> PyResult<Self> {
-        let completion = match completion.cast::<PyString>() {
-            Ok(text) => Given::Text(text.to_str()?.to_owned()),
-            Err(_) => match prompt(completion)? {
-                Prompt::Tokens(ids) => Given::Tokens(ids),
-                _ => return Err(PyValueError::new_err("a completion is a text or token ids")),
-            },
+        let completion = match prompt(completion)? {
+            Prompt::Text(text) => Given::Text(text),
+            Prompt::Tokens(ids) => Given::Tokens(ids),
+            Prompt::Chat(_) => return Err(PyValueError::new_err("a completion is a text or token ids")),
         };
         Ok(Scored { completion, top })
     }

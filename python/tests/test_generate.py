@@ -2,9 +2,16 @@
 
 import asyncio
 import copy
+import gc
+import itertools
 import json
+import os
 import pickle
+import re
+import signal
+import threading
 import time
+import weakref
 
 import numpy as np
 import pytest
@@ -57,7 +64,7 @@ def test_a_prompt_may_be_a_text_ids_an_array_or_a_dict(llm):
     assert all(output.prompt_token_ids == ids for output in outputs)
     assert len({tuple(ids) for ids in tokens(outputs)}) == 1
     assert outputs[0].prompt == text and outputs[1].prompt is None
-    for one in (text, ids, frozen, {"prompt": text}):
+    for one in (text, ids, list(np.array(ids)), frozen, {"prompt": text}):
         assert tokens(llm.generate(one, GREEDY, **QUIET)) == tokens(outputs[:1])
     table = np.array([ids, ids])
     assert tokens(llm.generate(table, GREEDY, **QUIET)) == tokens(outputs[:2])
@@ -79,8 +86,12 @@ def test_a_prompt_may_be_a_text_ids_an_array_or_a_dict(llm):
     ],
 )
 def test_what_is_no_prompt_is_refused_with_what_is(llm, prompt, complaint):
-    with pytest.raises((TypeError, ValueError), match=complaint):
+    with pytest.raises(RequestError, match=complaint) as raised:
         llm.generate([[1, 2], prompt], GREEDY, **QUIET)
+    assert raised.value.index == 1
+    runs, refused = llm.generate([[1, 2], prompt], GREEDY, errors="keep", **QUIET)
+    assert runs.error is None and len(runs.outputs[0].token_ids) == 24
+    assert re.search(complaint, refused.error) and refused.outputs[0].finish_reason == "error"
 
 
 def test_outputs_have_vllms_shape(llm):
@@ -105,8 +116,9 @@ def test_each_prompt_may_have_its_own_sampling(llm):
     params = [SamplingParams(temperature=0, max_tokens=length, ignore_eos=True) for length in lengths]
     outputs = llm.generate([[1, 2]] * 3, params, **QUIET)
     assert [len(ids) for ids in tokens(outputs)] == lengths
-    with pytest.raises(ValueError, match="3 prompts and 2 sampling_params"):
-        llm.generate([[1, 2]] * 3, params[:2], **QUIET)
+    for fewer in (params[:2], iter(params[:2])):
+        with pytest.raises(ValueError, match="3 prompts and 2 sampling_params"):
+            llm.generate([[1, 2]] * 3, fewer, **QUIET)
 
 
 def test_a_stop_text_ends_an_output_and_is_named(llm):
@@ -157,6 +169,16 @@ def test_the_same_script_draws_the_same_and_a_second_call_something_else(checkpo
     assert len({tuple(ids) for ids in tokens(open_llm(checkpoint).generate(prompts, seeded, **QUIET))}) == 1
 
 
+def test_calls_that_overlap_share_no_request_id_and_no_seed(checkpoint):
+    llm = open_llm(checkpoint)
+    params = SamplingParams(temperature=1, max_tokens=12, ignore_eos=True)
+    prompts = [[5, 6, 7]] * 3
+    first, second = llm.stream(prompts, params, tokens=False), llm.stream(prompts, params, tokens=False)
+    outputs = [next(first), next(second), *llm.generate(prompts, params, **QUIET), *first, *second]
+    assert len({output.request_id for output in outputs}) == 9
+    assert len({tuple(ids) for ids in tokens(outputs)}) == 9
+
+
 def test_a_conversation_is_rendered_by_the_checkpoints_template(llm):
     messages = [{"role": "user", "content": "Hi"}]
     output = llm.chat(messages, GREEDY, **QUIET)[0]
@@ -176,6 +198,9 @@ def test_a_conversation_is_rendered_by_the_checkpoints_template(llm):
     assert llm.decode(going_on[0].prompt_token_ids).endswith("Ho")
     with pytest.raises(ValueError, match="a message has no role"):
         llm.chat([{"content": "Hi"}], GREEDY, **QUIET)
+    for given in (messages[0], iter([messages])):
+        with pytest.raises(TypeError, match="a list of messages"):
+            llm.chat(given, GREEDY, **QUIET)
 
 
 def test_a_request_that_can_not_run_raises_or_is_kept_and_the_others_go_on(llm):
@@ -223,6 +248,60 @@ def test_a_stream_pulls_prompts_as_there_is_room_and_closing_it_aborts(llm):
     assert tokens(llm.generate([[1, 2]], GREEDY, **QUIET))[0], "the engine goes on"
 
 
+def test_a_stream_that_is_dropped_goes_at_once(llm):
+    stream = llm.stream(itertools.repeat([1, 2]), GREEDY)
+    next(stream)
+    dropped = weakref.ref(stream)
+    del stream
+    assert dropped() is None, "and with it what has not ended"
+
+
+def test_an_iterator_that_fails_takes_nothing_with_it_that_it_gave(llm):
+    def failing():
+        yield [1, 2]
+        yield [3, 4]
+        raise KeyError("the file ends here")
+
+    stream = llm.stream(failing(), GREEDY, tokens=False)
+    assert sorted([next(stream).index, next(stream).index]) == [0, 1]
+    with pytest.raises(KeyError, match="the file ends here"):
+        next(stream)
+    assert list(stream) == []
+
+
+def test_other_threads_may_abort_and_close_what_one_reads(llm):
+    stream = llm.stream(itertools.repeat([1, 2]), GREEDY, tokens=False)
+    failures = []
+
+    def meddle():
+        try:
+            for index in range(500):
+                stream.abort(index)
+            stream.close()
+        except RuntimeError as error:
+            failures.append(error)
+
+    assert next(stream).finished
+    thread = threading.Thread(target=meddle)
+    thread.start()
+    for _ in stream:
+        if failures:
+            break
+    thread.join()
+    assert failures == []
+    assert not stream.abort(0)
+
+
+def test_reading_inside_of_the_iterator_is_refused(llm):
+    def reading():
+        yield [1, 2]
+        yield next(stream).outputs[0].token_ids
+
+    stream = llm.stream(reading(), GREEDY, tokens=False)
+    with pytest.raises(RuntimeError, match="being read already"):
+        list(stream)
+
+
 def test_one_request_of_a_stream_can_be_aborted(llm):
     long = SamplingParams(temperature=0, max_tokens=200, ignore_eos=True)
     stream = llm.stream([[1, 2], [3, 4]], long)
@@ -264,6 +343,21 @@ def test_streams_are_awaited_side_by_side_and_the_loop_goes_on(llm):
     assert ticks > 5
 
 
+def test_who_waits_for_a_stream_is_told_when_another_task_closes_it(llm):
+    async def main():
+        stream = llm.stream([[1, 2]], SamplingParams(temperature=0, max_tokens=200, ignore_eos=True))
+
+        async def read():
+            return [part async for part in stream]
+
+        reading = asyncio.create_task(read())
+        await asyncio.sleep(0)  # It waits now.
+        stream.close()
+        return await asyncio.wait_for(reading, 60)
+
+    assert asyncio.run(main()) == []
+
+
 def test_a_callback_hears_of_each_output_as_it_ends(llm):
     params = [SamplingParams(temperature=0, max_tokens=n, ignore_eos=True) for n in (60, 1)]
     heard = []
@@ -273,8 +367,6 @@ def test_a_callback_hears_of_each_output_as_it_ends(llm):
 
 
 def test_the_interpreter_is_free_while_the_engine_works(llm):
-    import threading
-
     counted = []
 
     def count():
@@ -348,6 +440,8 @@ def test_tokens_that_are_given_get_the_bits_of_those_that_were_drawn(llm):
         assert score.token_ids == one.token_ids and score.prompt_token_ids == output.prompt_token_ids
         assert score.token_logprobs == [row[token].logprob for token, row in zip(one.token_ids, one.logprobs)]
         assert score.logprobs == one.logprobs and score.cumulative_logprob == one.cumulative_logprob
+    pair = [{"prompt": "Once"}], [{"prompt": " upon"}]
+    assert llm.score(*pair, **QUIET)[0].token_logprobs == llm.score(["Once"], [" upon"], **QUIET)[0].token_logprobs
     with pytest.raises(ValueError, match="2 prompts and 1 completions"):
         llm.score(prompts, ["a"], **QUIET)
     with pytest.raises(RequestError):
@@ -391,10 +485,6 @@ def test_cached_prefixes_are_counted_and_can_be_forgotten(checkpoint):
 
 
 def test_an_interrupt_keeps_what_has_ended(checkpoint):
-    import os
-    import signal
-    import threading
-
     llm = open_llm(checkpoint)
     long = SamplingParams(temperature=0, max_tokens=250, ignore_eos=True)
     params = [SamplingParams(temperature=0, max_tokens=1), *[long] * 2000]
@@ -409,31 +499,29 @@ def test_an_interrupt_keeps_what_has_ended(checkpoint):
     assert len(tokens(llm.generate([[1, 2]], GREEDY, **QUIET))[0]) == 24, "it can be used again"
 
 
-def test_a_forked_process_is_refused_and_ends(llm):
-    import os
-
+def test_a_forked_process_is_refused_and_ends(checkpoint):
+    llm = open_llm(checkpoint)
     read, write = os.pipe()
     child = os.fork()
     if child == 0:
         try:
-            llm.generate([[1, 2]], GREEDY, **QUIET)
-        except RuntimeError as error:
-            os.write(write, str(error).encode())
-        # What belongs to the parent is dropped here, and nothing waits for threads that are not there.
-        fork_globals = globals()
-        fork_globals.clear()
-        del llm
-        import gc
-
-        gc.collect()
-        os.write(write, b" END")
-        os._exit(0)
+            dropped = weakref.ref(llm)
+            try:
+                llm.generate([[1, 2]], GREEDY, **QUIET)
+            except RuntimeError as error:
+                os.write(write, str(error).encode())
+            # What belongs to the parent is dropped here, and nothing waits for threads that are not there.
+            del llm
+            gc.collect()
+            os.write(write, b" DROPPED" if dropped() is None else b" KEPT")
+        finally:
+            os._exit(0)
     os.close(write)
     said = b""
     while part := os.read(read, 4096):
         said += part
     assert os.waitpid(child, 0)[1] == 0
-    assert b"spawn" in said and said.endswith(b" END")
+    assert b"spawn" in said and said.endswith(b" DROPPED")
 
 
 @pytest.mark.parametrize("kind", [SamplingParams, minisgl.core.SamplingParams])

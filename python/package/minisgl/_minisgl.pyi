@@ -4,12 +4,12 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 class EngineError(RuntimeError):
-    """The model could not be opened, or the engine failed; `outputs` has what had ended by then."""
+    """The model could not be opened, or the engine failed; out of `generate`, `outputs` has what had ended by then."""
 
     outputs: list[Any]
 
 class RequestError(ValueError):
-    """A request can't run: `index` says which, and `outputs` has what had ended by then."""
+    """A request can't run: out of `generate`, `index` says which, and `outputs` has what had ended by then."""
 
     index: int
     outputs: list[Any]
@@ -57,7 +57,7 @@ class Completion:
     error: str | None
 
 class Run:
-    """Requests on their way through an engine."""
+    """Requests on their way through an engine, read on one thread; `abort` and `close` may come from any."""
 
     def take(self) -> list[Token | Completion] | None:
         """What has happened: waits for something, for a moment at most. None when all requests have ended."""
@@ -72,7 +72,7 @@ class Run:
         """A file descriptor that is readable when `poll` may have something to give."""
 
     def abort(self, index: int) -> bool:
-        """Ends a request where it is; its completion comes as others do."""
+        """Ends a request where it is; its completion comes as others do. False if it has ended."""
 
     def close(self) -> None:
         """Ends everything: nothing more is heard of what has not ended."""
@@ -81,9 +81,8 @@ class Engine:
     """A model on a device."""
 
     def __new__(cls, model: str, *, revision: str | None, options: dict[str, Any], quiet: bool) -> Engine: ...
-    def start(self, requests: Iterator[tuple[Any, Any]], *, seed: int, tokens: bool) -> Run: ...
+    def start(self, requests: Iterator[tuple[Any, Any, int]], *, seed: int, tokens: bool) -> Run: ...
     def encode(self, given: Any) -> list[int]: ...
-    def render(self, given: Chat) -> str: ...
     def decode(self, given: Sequence[int]) -> str | None: ...
     def token_bytes(self, id: int) -> bytes | None: ...
     def reset_prefix_cache(self) -> None: ...
@@ -103,9 +102,6 @@ def chat(program: str, words: list[str]) -> bool:
 
 def offline_bench(program: str, words: list[str]) -> bool:
     """The offline benchmark."""
-
-def check_prompt(given: Any) -> None:
-    """Checks that something is a prompt."""
 
 def check_sampling(given: Any) -> None:
     """Checks the ranges of a `minisgl.SamplingParams`."""

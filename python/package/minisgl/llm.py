@@ -9,7 +9,8 @@ import asyncio
 import json
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
-from itertools import repeat
+from itertools import count, islice, repeat
+from numbers import Integral
 from typing import Any, Union
 
 from minisgl import _minisgl
@@ -121,7 +122,8 @@ class LLM:
             **{name: value for name, value in named.items() if value is not None},
         }
         self._seed = seed or 0
-        self._submitted = 0
+        #: Requests of all calls are numbered, so that no two have a seed or a request_id in common.
+        self._numbers = count()
         self._token_texts: dict[int, str | None] = {}
         self._engine = _minisgl.Engine(model, revision=revision, options=options, quiet=quiet)
         self._recommended = self._engine.recommended_sampling() if generation_config == "auto" else None
@@ -208,7 +210,7 @@ class LLM:
                 go on.
 
         Raises:
-            RequestError: a request can't run. `index` says which, `outputs` has what had ended.
+            RequestError: a request can't run, or its prompt is none. `index` says which, `outputs` has what had ended.
             EngineError: the engine failed. `outputs` has what had ended.
             Interrupted: Ctrl-C. `outputs` has what had ended.
         """
@@ -244,12 +246,16 @@ class LLM:
             add_generation_prompt: let the assistant answer.
             continue_final_message: go on with the last message instead; needs `add_generation_prompt=False`.
 
-        The others, and what is raised, are those of `generate`.
+        The others, and what is raised, are those of `generate`. A conversation that can't be read is a ValueError before
+        anything runs, whatever `errors` says.
         """
         if lora_request is not None:
             raise ValueError("lora_request is not served by minisgl: merge the adapter into the checkpoint")
         if chat_template is not None:
             raise ValueError("chat_template is not served by minisgl: put chat_template.jinja into the checkpoint's folder")
+        if not isinstance(messages, (list, tuple)):
+            kind = type(messages).__name__
+            raise TypeError(f"chat takes a conversation, which is a list of messages (dicts), or a list of those, not a {kind}")
         conversations = [messages] if messages and isinstance(messages[0], dict) else messages
         fixed = {
             "tools": None if tools is None else json.dumps(tools),
@@ -278,7 +284,8 @@ class LLM:
             completions: what is scored: texts or token ids, as many as prompts.
             logprobs: give the k most probable tokens at each place too, k <= 20.
 
-        The others, and what is raised, are those of `generate`.
+        The others, and what is raised, are those of `generate`. A completion that can't be read is an error before anything
+        runs, whatever `errors` says.
         """
         prompts = _listed(prompts)
         completions = [completions] if _is_one(completions) else list(completions)
@@ -286,7 +293,7 @@ class LLM:
             raise ValueError(f"there are {len(prompts)} prompts and {len(completions)} completions")
         scored = [_minisgl.Scored(completion, logprobs) for completion in completions]
 
-        def score(done: _minisgl.Completion, prompt: Any, first: int) -> ScoreOutput:
+        def score(done: _minisgl.Completion, prompt: Any, number: int) -> ScoreOutput:
             ids, given = done.prompt_token_ids or [], done.prompt_logprobs or []
             begin = len(ids) - len(given)
             return ScoreOutput(
@@ -312,8 +319,9 @@ class LLM:
     ) -> Stream:
         """Runs prompts and gives outputs as they come, to `for` or to `async for`.
 
-        Prompts are pulled out of an iterator as there is room for them, so that there may be any number. Closing the
-        stream, or dropping it, aborts what has not ended.
+        Prompts are pulled out of an iterator as there is room for them, so that there may be any number. When the iterator
+        fails, what it gave before runs on, and its error is raised behind that. Closing the stream, or dropping it, aborts
+        what has not ended.
 
         Args:
             prompts: one prompt, or any iterable of them.
@@ -344,34 +352,35 @@ class LLM:
     ) -> list[Any]:
         make = make or self._output
         raises = _raises(errors)
-        if isinstance(sampling_params, Sequence) and len(sampling_params) != len(prompts):
-            raise ValueError(f"there are {len(prompts)} prompts and {len(sampling_params)} sampling_params")
-        first = self._submitted
-        requests = zip(prompts, self._sampling(sampling_params))
-        self._submitted += len(prompts)
-        run = self._engine.start(requests, seed=self._seed + first, tokens=False)
+        if sampling_params is not None and not isinstance(sampling_params, SamplingParams):
+            sampling_params = list(sampling_params)
+            if len(sampling_params) != len(prompts):
+                raise ValueError(f"there are {len(prompts)} prompts and {len(sampling_params)} sampling_params")
+        numbers = list(islice(self._numbers, len(prompts)))
+        requests = zip(prompts, self._sampling(sampling_params), numbers)
+        run = self._engine.start(requests, seed=self._seed, tokens=False)
         ended: list[Any] = [None] * len(prompts)
         try:
             with _Progress(use_tqdm, len(prompts)) as progress:
                 while (places := run.take_into(ended)) is not None:
                     for place in places:
                         done = ended[place]
-                        output = ended[place] = make(done, prompts[place], first)
+                        output = ended[place] = make(done, prompts[place], numbers[place])
                         progress.add(len(output.prompt_token_ids or ()), len(done.token_ids))
                         if output.error is not None and raises:
                             raise _refused(output)
                         if on_output is not None:
                             on_output(output)
         except KeyboardInterrupt:
-            raise Interrupted(_kept(ended, prompts, first, make)) from None
+            raise Interrupted(_kept(ended, prompts, numbers, make)) from None
         except (_minisgl.EngineError, _minisgl.RequestError) as error:
-            error.outputs = _kept(ended, prompts, first, make)
+            error.outputs = _kept(ended, prompts, numbers, make)
             raise
         finally:
             run.close()
         return ended
 
-    def _output(self, done: _minisgl.Completion, prompt: Any, first: int) -> RequestOutput:
+    def _output(self, done: _minisgl.Completion, prompt: Any, number: int) -> RequestOutput:
         """A request's output out of what the engine gives."""
         logprobs = done.logprobs
         token_ids = done.token_ids
@@ -387,7 +396,7 @@ class LLM:
             stop_reason=token_ids[-1] if reason == "stop" and done.stop_text is None else done.stop_text,
         )
         return RequestOutput(
-            request_id=str(first + done.index),
+            request_id=str(number),
             prompt=_text_of(prompt),
             prompt_token_ids=prompt_ids,
             prompt_logprobs=None
@@ -401,7 +410,7 @@ class LLM:
             warning=done.warning,
         )
 
-    def _part(self, token: _minisgl.Token, prompt: Any, first: int) -> RequestOutput:
+    def _part(self, token: _minisgl.Token, prompt: Any, number: int) -> RequestOutput:
         """A token of a request as an output of its own."""
         ids, logprobs = [token.token_id], token.logprobs
         output = CompletionOutput(
@@ -412,7 +421,7 @@ class LLM:
             logprobs=None if logprobs is None else self._logprobs(ids, [logprobs]),
         )
         return RequestOutput(
-            request_id=str(first + token.index),
+            request_id=str(number),
             prompt=_text_of(prompt),
             prompt_token_ids=None,
             prompt_logprobs=None,
@@ -442,23 +451,18 @@ class LLM:
 
 
 class Stream(Iterator[RequestOutput], AsyncIterator[RequestOutput]):
-    """Outputs as they come; see `LLM.stream`. Read it by `for` or by `async for`, not both."""
+    """Outputs as they come; see `LLM.stream`. Read it by `for` or by `async for`, not both, and on one thread."""
 
     def __init__(self, llm: LLM, prompts: Iterable[Any], sampling: Iterable[SamplingParams], tokens: bool, raises: bool):
         self._llm = llm
         self._raises = raises
-        self._first = llm._submitted
-        self._open: dict[int, Any] = {}
-        self._ready: deque[RequestOutput] = deque()
-        requests = self._requests(prompts, sampling)
-        self._run = llm._engine.start(requests, seed=llm._seed + self._first, tokens=tokens)
         self._tokens = tokens
-
-    def _requests(self, prompts: Iterable[Any], sampling: Iterable[SamplingParams]) -> Iterator[tuple[Any, Any]]:
-        for index, (prompt, params) in enumerate(zip(prompts, sampling)):
-            self._open[index] = prompt
-            self._llm._submitted = max(self._llm._submitted, self._first + index + 1)
-            yield prompt, params
+        self._closed = False
+        #: Prompt and number of each request that has not ended, by its index.
+        self._open: dict[int, tuple[Any, int]] = {}
+        self._ready: deque[RequestOutput] = deque()
+        requests = _noted(zip(prompts, sampling, llm._numbers), self._open)
+        self._run = llm._engine.start(requests, seed=llm._seed, tokens=tokens)
 
     def __iter__(self) -> Stream:
         return self
@@ -467,15 +471,17 @@ class Stream(Iterator[RequestOutput], AsyncIterator[RequestOutput]):
         return self
 
     def __next__(self) -> RequestOutput:
-        while not self._ready:
+        while not self._closed and not self._ready:
             events = self._run.take()
             if events is None:
                 raise StopIteration
             self._hear(events)
+        if self._closed:
+            raise StopIteration
         return self._give()
 
     async def __anext__(self) -> RequestOutput:
-        while not self._ready:
+        while not self._closed and not self._ready:
             events = self._run.poll()
             if events is None:
                 raise StopAsyncIteration
@@ -483,25 +489,26 @@ class Stream(Iterator[RequestOutput], AsyncIterator[RequestOutput]):
                 self._hear(events)
             else:
                 await _readable(self._run.descriptor())
+        if self._closed:
+            raise StopAsyncIteration
         return self._give()
 
     def abort(self, index: int) -> bool:
-        """Ends a request where it is; its output comes as others do. False if it has ended."""
+        """Ends a request where it is; its output comes as others do. False if it has ended. From any thread."""
         return self._run.abort(index)
 
     def close(self) -> None:
-        """Aborts what has not ended; nothing more comes."""
+        """Aborts what has not ended; nothing more comes, and who waits for it is told the end. From any thread."""
+        self._closed = True
         self._run.close()
-        self._ready.clear()
-        self._open.clear()
 
     def _hear(self, events: list[Any]) -> None:
-        llm, first, ready = self._llm, self._first, self._ready
+        llm, ready = self._llm, self._ready
         for event in events:
             if isinstance(event, _minisgl.Token):
-                ready.append(llm._part(event, self._open[event.index], first))
+                ready.append(llm._part(event, *self._open[event.index]))
                 continue
-            output = llm._output(event, self._open.pop(event.index), first)
+            output = llm._output(event, *self._open.pop(event.index))
             if self._tokens:
                 # Its tokens were given one by one.
                 last = output.outputs[0]
@@ -547,12 +554,20 @@ class _Progress:
         self._bar.update()
 
 
-def _kept(ended: list[Any], prompts: list[Any], first: int, make: Callable[[Any, Any, int], Any]) -> list[Any]:
+def _kept(ended: list[Any], prompts: list[Any], numbers: list[int], make: Callable[[Any, Any, int], Any]) -> list[Any]:
     """What had ended, those that came last included."""
     return [
-        make(done, prompts[place], first) if isinstance(done, _minisgl.Completion) else done
+        make(done, prompts[place], numbers[place]) if isinstance(done, _minisgl.Completion) else done
         for place, done in enumerate(ended)
     ]
+
+
+def _noted(requests: Iterable[tuple[Any, Any, int]], into: dict[int, tuple[Any, int]]) -> Iterator[tuple[Any, Any, int]]:
+    """Requests, noted by their index as they are pulled. Holds no Stream, so that one which is dropped goes at once."""
+    for index, request in enumerate(requests):
+        prompt, _, number = request
+        into[index] = prompt, number
+        yield request
 
 
 async def _readable(descriptor: int) -> None:
@@ -572,7 +587,7 @@ def _is_one(prompts: Any) -> bool:
         return True
     if getattr(prompts, "ndim", None) == 1:
         return prompts.dtype.kind in "iu"
-    return isinstance(prompts, (list, tuple)) and len(prompts) > 0 and isinstance(prompts[0], int)
+    return isinstance(prompts, (list, tuple)) and len(prompts) > 0 and isinstance(prompts[0], Integral)
 
 
 def _listed(prompts: Any) -> list[Any]:

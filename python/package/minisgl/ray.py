@@ -234,7 +234,6 @@ def _prompt(columns: dict[str, Any]) -> Any:
         if given is None:
             continue
         if name != "messages":
-            _minisgl.check_prompt(given)
             return given
         # A column of messages has every field that one of them has.
         messages = [{key: value for key, value in message.items() if value is not None} for message in given]

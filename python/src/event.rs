@@ -1,0 +1,105 @@
+//! What happens to requests, as Python sees it.
+
+use minisgl::{FinishReason, SessionEvent, TokenLogprobs};
+use pyo3::prelude::*;
+
+use crate::error::in_arguments;
+
+/// What a run tells.
+pub enum Event {
+    Token(Token),
+    Completion(Completion),
+}
+
+impl Event {
+    /// `None` for what nobody asked for.
+    pub fn of(event: SessionEvent) -> Option<Event> {
+        match event {
+            SessionEvent::Token { tag, token, text, logprobs, .. } => Some(Event::Token(Token {
+                index: tag,
+                token_id: token,
+                text,
+                logprobs: logprobs.map(of_token),
+            })),
+            SessionEvent::Finished { tag, text, completion } => {
+                Some(Event::Completion(Completion::new(tag, text, *completion)))
+            }
+            SessionEvent::Started { .. } | SessionEvent::Step(_) => None,
+        }
+    }
+
+    /// The end of a request that could not be read.
+    pub fn unreadable(index: u64, reason: String) -> Event {
+        let error = Some(reason);
+        Event::Completion(Completion { index, finish_reason: "error", error, ..Completion::default() })
+    }
+}
+
+/// Another token of a request.
+#[pyclass(module = "minisgl._minisgl", frozen, get_all)]
+pub struct Token {
+    index: u64,
+    token_id: u32,
+    /// Text that became certain with it.
+    text: String,
+    logprobs: Option<Logprobs>,
+}
+
+/// What came of a request.
+#[pyclass(module = "minisgl._minisgl", frozen, get_all)]
+#[derive(Default)]
+pub struct Completion {
+    pub index: u64,
+    /// Text that became certain with the end, where tokens are told as they come.
+    last_text: String,
+    text: Option<String>,
+    token_ids: Vec<u32>,
+    finish_reason: &'static str,
+    /// The stop text that ended it, if one did.
+    stop_text: Option<String>,
+    prompt_token_ids: Option<Vec<u32>>,
+    cached_tokens: u32,
+    /// Of each token, where asked for.
+    logprobs: Option<Vec<Logprobs>>,
+    /// Of each token of the prompt but the first, or of a completion that was given, where asked for.
+    prompt_logprobs: Option<Vec<Logprobs>>,
+    warning: Option<String>,
+    error: Option<String>,
+}
+
+/// A token's log-probability, and the most probable tokens with theirs.
+type Logprobs = (f32, Vec<(u32, f32)>);
+
+impl Completion {
+    fn new(index: u64, last_text: String, of: minisgl::Completion) -> Self {
+        let finish_reason = match of.finish_reason {
+            FinishReason::Length => "length",
+            FinishReason::Eos => "eos",
+            FinishReason::Stop => "stop",
+            FinishReason::Abort => "abort",
+            FinishReason::Rejected | FinishReason::Failed => "error",
+        };
+        Completion {
+            index,
+            last_text,
+            text: of.text,
+            token_ids: of.token_ids,
+            finish_reason,
+            stop_text: of.stop_text,
+            prompt_token_ids: of.prompt_token_ids,
+            cached_tokens: of.cached_tokens,
+            logprobs: of.logprobs.map(of_tokens),
+            prompt_logprobs: of.prompt_logprobs.map(of_tokens),
+            warning: of.warning.map(|warning| in_arguments(&warning)),
+            error: of.error.map(|error| in_arguments(&error.to_string())),
+        }
+    }
+}
+
+fn of_tokens(of: Vec<TokenLogprobs>) -> Vec<Logprobs> {
+    of.into_iter().map(of_token).collect()
+}
+
+fn of_token(of: TokenLogprobs) -> Logprobs {
+    (of.logprob, of.top)
+}
