@@ -20,6 +20,8 @@ from minisgl.arguments import to_options
         ({"cache_type": "naive"}, {"prefix_cache": False}),
         ({"device": "cuda:1"}, {"backend": "cuda", "device": 1}),
         ({"device": 1}, {"device": 1}),
+        ({"device": "auto", "backend": "cpu"}, {"backend": "cpu"}),
+        ({"data_parallel_size": 2}, {"data_parallel": 2}),
         ({"tensor_parallel_size": 1, "dtype": "auto", "trust_remote_code": True, "swap_space": 4}, {}),
         ({"tokenizer": "M", "quantization": None, "kv_cache_dtype": "auto"}, {}),
     ],
@@ -31,7 +33,7 @@ def test_arguments_become_options(given, options):
 @pytest.mark.parametrize(
     "given, error, complaint",
     [
-        ({"tensor_parallel_size": 2}, ValueError, "tensor_parallel_size=2 is not served"),
+        ({"tensor_parallel_size": 2}, ValueError, "tensor_parallel_size=2 is not served by minisgl.*data_parallel_size"),
         ({"quantization": "awq"}, ValueError, "quantization_config"),
         ({"kv_cache_dtype": "fp8"}, ValueError, "bfloat16"),
         ({"dtype": "float16"}, ValueError, "dtype"),
@@ -54,12 +56,26 @@ def test_a_model_that_is_not_there_and_settings_that_can_not_hold_are_value_erro
         LLM("no/such/model", backend="cpu", quiet=True)
     with pytest.raises(ValueError, match="max_model_len"):
         LLM(checkpoint, backend="cpu", max_model_len=10**8, quiet=True)
-    with pytest.raises(ValueError, match="memory ratio is 2"):
+    with pytest.raises(ValueError, match="^gpu_memory_utilization is 2"):
         LLM(checkpoint, backend="cpu", gpu_memory_utilization=2.0, quiet=True)
+    with pytest.raises(ValueError, match="^memory_ratio is 2"):
+        LLM(checkpoint, backend="cpu", memory_ratio=2.0, quiet=True)
+    with pytest.raises(ValueError, match="give num_gpu_blocks_override"):
+        LLM(checkpoint, backend="cpu", max_model_len=256, num_gpu_blocks_override=1, quiet=True)
+    with pytest.raises(ValueError, match="data_parallel_size 0"):
+        LLM(checkpoint, backend="cpu", data_parallel_size=0, quiet=True)
     with pytest.raises(ValueError, match="backend: "):
         LLM(checkpoint, backend="tpu", quiet=True)
     with pytest.raises(TypeError, match="needs a model"):
         LLM()
+
+
+def test_several_engines_draw_what_one_draws(checkpoint):
+    prompts = [[1, 2, i] for i in range(12)]
+    params = SamplingParams(temperature=1, max_tokens=8, ignore_eos=True)
+    one, two = (open_llm(checkpoint, data_parallel_size=engines) for engines in (1, 2))
+    outputs = [llm.generate(prompts, params, use_tqdm=False) for llm in (one, two)]
+    assert outputs[0] == outputs[1]
 
 
 def test_mini_sglangs_names_build_the_same_engine(checkpoint):
@@ -88,7 +104,10 @@ def test_defaults_are_those_of_whose_name_it_is():
         ({"presence_penalty": 2.5}, ValueError, "presence_penalty is 2.5"),
         ({"min_tokens": 17}, ValueError, "min_tokens is 17"),
         ({"logit_bias": {"five": 1.0}}, ValueError, "five"),
-        ({"temperature": "hot"}, TypeError, "float|number"),
+        ({"seed": -2}, ValueError, "seed is -2"),
+        ({"max_tokens": 2**40}, ValueError, "max_tokens is 1099511627776"),
+        ({"logprobs": -1}, ValueError, "logprobs is -1"),
+        ({"temperature": "hot"}, TypeError, "temperature is 'hot': .*number"),
         ({"use_beam_search": True}, ValueError, "use_beam_search=True is not served"),
         ({"skip_special_tokens": False}, ValueError, "skip_special_tokens"),
         ({"max_token": 5}, TypeError, "did you mean max_tokens"),

@@ -41,7 +41,7 @@ def test_a_flag_that_asks_for_what_is_not_served_is_refused_by_name():
         with pytest.raises(ValueError, match=given):
             translate(["--model", "M", *given.split()])
     refused = run("-m", "minisgl", "--model", "M", "--tp-size", "2")
-    assert refused.returncode == 1 and "one GPU" in refused.stderr
+    assert refused.returncode == 1 and "--data-parallel N" in refused.stderr
     unknown = run("-m", "minisgl", "--model", "M", "--no-such-flag")
     assert unknown.returncode == 1 and "--no-such-flag" in unknown.stderr
     assert "--max-running" in run("-m", "minisgl", "--help").stdout

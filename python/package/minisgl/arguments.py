@@ -24,6 +24,7 @@ OPTIONS = {
     "max_graph_batch": "max_graph_batch",
     "backend": "backend",
     "device": "device",
+    "data_parallel_size": "data_parallel",
     "kernels": "kernels",
     "overlap": "overlap",
     "order": "order",
@@ -66,9 +67,8 @@ IGNORED = frozenset(
 
 #: Arguments that are not served, the values at which they ask for nothing, and what to do instead.
 NEUTRAL: dict[str, tuple[tuple[Any, ...], str]] = {
-    "tensor_parallel_size": ((1,), "a model runs on one GPU; start an LLM a GPU"),
+    "tensor_parallel_size": ((1,), "a model runs on one GPU; data_parallel_size=N runs an engine on each of N"),
     "pipeline_parallel_size": ((1,), "a model runs on one GPU"),
-    "data_parallel_size": ((1,), "start an LLM a GPU"),
     "enable_expert_parallel": ((False,), "a model runs on one GPU"),
     "dtype": (
         (None, "auto", "bfloat16", "torch.bfloat16"),
@@ -156,4 +156,4 @@ def _device(value: str) -> list[tuple[str, Any]]:
     kind, _, number = value.partition(":")
     if kind not in ("auto", "cpu", "cuda") or (number and not (kind == "cuda" and number.isdecimal())):
         raise ValueError(f"device={value!r} is no device; give a GPU's number, or auto, cpu, cuda or cuda:1")
-    return [("backend", kind), ("device", int(number) if number else None)]
+    return [("backend", None if kind == "auto" else kind), ("device", int(number) if number else None)]
