@@ -50,8 +50,8 @@ class LLM:
         max_model_len: tokens of a sequence, prompt and output; None: all that the model takes.
         max_num_seqs: requests that run at once; None: as many as decoding gains from and memory holds.
         max_num_batched_tokens: tokens of prompts in a step; None: 16384 on a GPU, 1024 on the CPU.
-        gpu_memory_utilization: share, in (0, 1], of the GPU's memory that weights, buffers and KV pages take together;
-            None: 0.9 of what is free beside weights and buffers.
+        gpu_memory_utilization: share, in (0, 1], of the GPU's memory that weights and KV pages take at most; buffers and
+            recorded steps come on top. None: KV pages take 0.9 of what is free beside weights and buffers.
         enable_prefix_caching: reuse the KV pages of equal prefixes.
         enforce_eager: record no decode steps as CUDA graphs.
         generation_config: "auto": requests without sampling draw as the checkpoint's `generation_config.json` asks for;
