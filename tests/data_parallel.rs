@@ -2,7 +2,7 @@
 
 mod common;
 
-use common::{family, mixed_requests};
+use common::{family, greedy_request, mixed_requests};
 use minisgl::{Completion, GenerateRequest, Order, Stats};
 
 fn run(engines: usize, order: Order, requests: &[GenerateRequest]) -> (Vec<Completion>, Stats) {
@@ -32,6 +32,17 @@ fn several_engines_give_what_one_gives() {
             assert_eq!((all.finished, all.output_tokens), (one.finished, one.output_tokens));
         }
     }
+}
+
+#[test]
+fn requests_beyond_what_the_engines_queues_hold_wait_for_them() {
+    let requests: Vec<_> = (0..80).map(|i| greedy_request(&[i % 7, i], 1 + i % 5)).collect();
+    // An engine that sorts its queue takes all that this holds, and gives back what is beyond.
+    let (completions, stats) = run(2, Order::Prefix, &requests);
+    for (i, completion) in (0..).zip(&completions) {
+        assert_eq!((completion.token_ids.len() as u32, &completion.error), (1 + i % 5, &None));
+    }
+    assert_eq!((completions.len(), stats.finished), (80, 80));
 }
 
 #[test]

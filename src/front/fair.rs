@@ -22,24 +22,23 @@ pub trait Waiting {
 pub struct FairQueue<T> {
     waiting: HashMap<u64, VecDeque<T>>,
     turns: VecDeque<u64>,
-    /// Taken out and given back: it comes before all others.
-    returned: Option<T>,
+    len: usize,
 }
 
 impl<T: Waiting> FairQueue<T> {
     /// An empty queue.
     pub fn new() -> Self {
-        FairQueue { waiting: HashMap::new(), turns: VecDeque::new(), returned: None }
+        FairQueue { waiting: HashMap::new(), turns: VecDeque::new(), len: 0 }
     }
 
     /// How many wait.
     pub fn len(&self) -> usize {
-        self.waiting.values().map(VecDeque::len).sum::<usize>() + usize::from(self.returned.is_some())
+        self.len
     }
 
     /// Does nothing wait?
     pub fn is_empty(&self) -> bool {
-        self.turns.is_empty() && self.returned.is_none()
+        self.len == 0
     }
 
     /// Appends to the item's session.
@@ -50,31 +49,37 @@ impl<T: Waiting> FairQueue<T> {
             VecDeque::new()
         });
         queue.push_back(item);
+        self.len += 1;
     }
 
     /// Takes out what comes next.
     pub fn pop(&mut self) -> Option<T> {
-        if let Some(item) = self.returned.take() {
-            return Some(item);
-        }
-        let session = self.turns.pop_front()?;
-        let queue = self.waiting.get_mut(&session)?;
-        let item = queue.pop_front();
-        match queue.is_empty() {
-            true => drop(self.waiting.remove(&session)),
-            false => self.turns.push_back(session),
-        }
-        item
+        self.take(0, 0)
     }
 
-    /// Takes out what comes next of all that is `fit`, among the first `window` of each session.
+    /// Takes out what comes next of all that is `fit`, among `window` of those that wait.
     pub fn pop_where(&mut self, window: usize, fit: impl Fn(&T) -> bool) -> Option<T> {
-        if let Some(item) = self.returned.take_if(|item| fit(item)) {
-            return Some(item);
-        }
-        let found = |session: &u64| self.waiting.get(session)?.iter().take(window).position(&fit);
-        let (turn, place) =
-            self.turns.iter().enumerate().find_map(|(turn, session)| Some((turn, found(session)?)))?;
+        let (turn, place, _) = self.first(window).find(|(.., item)| fit(item))?;
+        self.take(turn, place)
+    }
+
+    /// Is any `fit`, among the same `window`?
+    pub fn any(&self, window: usize, fit: impl Fn(&T) -> bool) -> bool {
+        self.first(window).any(|(.., item)| fit(item))
+    }
+
+    /// The first `window` at most, as many of each session, with the session's turn and their places in it.
+    fn first(&self, window: usize) -> impl Iterator<Item = (usize, usize, &T)> {
+        let of_each = window / self.turns.len().min(window).max(1);
+        let sessions = self.turns.iter().take(window).enumerate();
+        sessions.flat_map(move |(turn, session)| {
+            let queue = self.waiting.get(session).into_iter().flatten();
+            queue.take(of_each).enumerate().map(move |(place, item)| (turn, place, item))
+        })
+    }
+
+    /// Takes out the item at a place of the session whose turn it is.
+    fn take(&mut self, turn: usize, place: usize) -> Option<T> {
         let session = self.turns.remove(turn)?;
         let queue = self.waiting.get_mut(&session)?;
         let item = queue.remove(place);
@@ -82,24 +87,22 @@ impl<T: Waiting> FairQueue<T> {
             true => drop(self.waiting.remove(&session)),
             false => self.turns.push_back(session),
         }
+        self.len -= usize::from(item.is_some());
         item
     }
 
-    /// Is any `fit`, among the first `window` of each session?
-    pub fn any(&self, window: usize, fit: impl Fn(&T) -> bool) -> bool {
-        let waiting = self.waiting.values().flat_map(|queue| queue.iter().take(window));
-        self.returned.iter().chain(waiting).any(fit)
-    }
-
-    /// Gives back what was taken out last; it comes next.
+    /// Gives back what was taken out; it comes next.
     pub fn give_back(&mut self, item: T) {
-        self.returned = Some(item);
+        let session = item.session();
+        self.turns.retain(|other| *other != session);
+        self.turns.push_front(session);
+        self.waiting.entry(session).or_default().push_front(item);
+        self.len += 1;
     }
 
     /// Takes out those of a session that `unwanted` picks.
     pub fn remove(&mut self, session: u64, mut unwanted: impl FnMut(&T) -> bool) -> Vec<T> {
         let mut removed = Vec::new();
-        removed.extend(self.returned.take_if(|item| item.session() == session && unwanted(item)));
         if let Some(queue) = self.waiting.get_mut(&session) {
             for item in std::mem::take(queue) {
                 match unwanted(&item) {
@@ -112,6 +115,7 @@ impl<T: Waiting> FairQueue<T> {
                 self.turns.retain(|other| *other != session);
             }
         }
+        self.len -= removed.len();
         removed
     }
 }
@@ -143,12 +147,47 @@ mod tests {
         for item in [(1, 0), (1, 1), (1, 2), (2, 0), (2, 7)] {
             queue.push(item);
         }
-        assert_eq!(queue.pop_where(1, |item| item.1 == 7), None, "it lies behind the window");
-        assert!(queue.any(2, |item| item.1 == 7) && !queue.any(1, |item| item.1 == 7));
-        assert_eq!(queue.pop_where(2, |item| item.1 == 7), Some((2, 7)));
+        for window in 1..4 {
+            assert_eq!(queue.pop_where(window, |item| item.1 == 7), None, "it lies behind the window");
+            assert!(!queue.any(window, |item| item.1 == 7));
+        }
+        assert!(queue.any(4, |item| item.1 == 7));
+        assert_eq!(queue.pop_where(4, |item| item.1 == 7), Some((2, 7)));
         assert_eq!(queue.pop_where(9, |item| item.1 == 2), Some((1, 2)));
         let order: Vec<_> = std::iter::from_fn(|| queue.pop_where(9, |_| true)).collect();
         assert_eq!(order, [(2, 0), (1, 0), (1, 1)]);
+    }
+
+    #[test]
+    fn a_window_bounds_what_is_looked_at_over_all_sessions() {
+        let mut queue = FairQueue::new();
+        for session in 0..100 {
+            (0..10).for_each(|item| queue.push((session, item)));
+        }
+        for (window, looked_at) in [(1, 1), (64, 64), (100, 100), (250, 200), (5000, 1000)] {
+            let count = std::cell::Cell::new(0);
+            assert!(!queue.any(window, |_| {
+                count.set(count.get() + 1);
+                false
+            }));
+            assert_eq!(count.get(), looked_at, "{window}");
+        }
+    }
+
+    #[test]
+    fn all_that_is_given_back_comes_next() {
+        let mut queue = FairQueue::new();
+        for item in [(1, 0), (2, 0), (1, 1), (3, 0)] {
+            queue.push(item);
+        }
+        let [first, second] = [queue.pop(), queue.pop()].map(Option::unwrap);
+        assert_eq!(queue.len(), 2);
+        queue.give_back(first);
+        queue.give_back(second);
+        assert_eq!(queue.len(), 4);
+        let order: Vec<_> = std::iter::from_fn(|| queue.pop()).collect();
+        assert_eq!(order, [(2, 0), (1, 0), (3, 0), (1, 1)]);
+        assert!(queue.is_empty());
     }
 
     #[test]

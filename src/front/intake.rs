@@ -28,8 +28,8 @@ use super::locked;
 const COMMON_TOKENS: usize = 64;
 /// Prompts that are remembered by their beginnings; then all are forgotten.
 const HOMES_MAX: usize = 1 << 16;
-/// How many of a session's requests are looked at for one that an engine may take.
-const WINDOW: usize = 32;
+/// How many of those that wait are looked at for one that an engine may take: it is done under the lock of all engines.
+const WINDOW: usize = 64;
 
 /// See the module.
 pub struct Intake(Mutex<State>);
@@ -119,9 +119,13 @@ impl Intake {
         Some(ready)
     }
 
-    /// Takes back what was given out last; it comes next.
+    /// Takes back what an engine has no room for; it comes next, or is dropped if no engine takes any more.
     pub fn give_back(&self, engine: usize, ready: Ready) {
         let mut state = locked(&self.0);
+        if state.working() == 0 {
+            drop(state);
+            return drop(ready); // Which tells its reader.
+        }
         state.engines[engine].running -= 1;
         let prompt = state.prompt(ready);
         state.waiting.give_back(prompt);
