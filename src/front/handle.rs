@@ -340,7 +340,9 @@ impl EngineHandle {
     /// An engine's thread has ended.
     pub fn load(&self) -> Result<Load, Error> {
         let each = self.call_each(false, |runner| runner.load())?;
-        Ok(each.into_iter().fold(Load::default(), |sum, load| sum + load))
+        // What a failed engine was about it will never do.
+        let working = (0..).zip(each).filter(|(engine, _)| self.0.intake.is_working(*engine));
+        Ok(working.fold(Load::default(), |sum, (_, load)| sum + load))
     }
 
     /// Asserts that no KV page is lost or shared wrongly. Takes time linear in the pool.

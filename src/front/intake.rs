@@ -170,6 +170,11 @@ impl Intake {
         state.engines.iter().fold(waiting, |sum, engine| sum + engine.load)
     }
 
+    /// Does an engine still take requests?
+    pub fn is_working(&self, engine: usize) -> bool {
+        !locked(&self.0).engines[engine].stopped
+    }
+
     /// An engine takes no request any more. Gives who is to be woken, or what waits if it was the last one.
     pub fn stop(&self, engine: usize) -> Result<Sleepers, Unrun> {
         let mut state = locked(&self.0);

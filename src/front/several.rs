@@ -5,6 +5,7 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use minisgl_core::scheduler::Order;
+use minisgl_core::stats::Load;
 
 use super::engine::{Call, Message};
 use super::{Front, Next, SessionEvent, SessionOptions};
@@ -130,6 +131,7 @@ fn a_failed_engine_ends_its_own_requests_and_the_others_go_on() {
     let (completions, outcome) = run(&front, vec![request(7, 2)]);
     outcome.unwrap();
     assert_eq!(completions[0].as_ref().unwrap().token_ids, [7, 8]);
+    assert_eq!(front.handle().load().unwrap(), Load::default(), "what it left undone is no load");
 }
 
 #[test]
