@@ -672,17 +672,23 @@ fn a_request_that_the_engine_refuses_is_answered_with_status_400() {
 }
 
 #[test]
-fn a_request_that_the_model_fails_is_answered_with_status_500() {
-    let completion = Completion {
-        finish_reason: FinishReason::Failed,
-        error: Some(RequestError::NotNumbers),
-        ..completion()
-    };
-    for line in [CHAT, TEXT] {
-        let failed = result(line, &completion);
-        assert_eq!((&failed["response"]["status_code"], &failed["error"]), (&json!(500), &Value::Null));
-        assert_eq!(failed["response"]["body"]["error"]["type"], "server_error");
-        assert!(!lines::read_result(failed.to_string().as_bytes()).unwrap().good);
+fn a_request_that_fails_on_its_way_is_answered_with_the_status_of_whose_fault_it_is() {
+    for (error, status, kind) in [
+        (RequestError::NotNumbers, 500, "server_error"),
+        (RequestError::EngineFailed { cause: "x".to_owned() }, 503, "service_unavailable"),
+        (RequestError::GrammarFailed, 400, "invalid_request_error"),
+    ] {
+        let completion =
+            Completion { finish_reason: FinishReason::Failed, error: Some(error), ..completion() };
+        for line in [CHAT, TEXT] {
+            let failed = result(line, &completion);
+            assert_eq!(
+                (&failed["response"]["status_code"], &failed["error"]),
+                (&json!(status), &Value::Null)
+            );
+            assert_eq!(failed["response"]["body"]["error"]["type"], kind);
+            assert!(!lines::read_result(failed.to_string().as_bytes()).unwrap().good);
+        }
     }
 }
 

@@ -7,14 +7,14 @@
 //! | 404, 405 | no such path, model or method |
 //! | 408, 413, 415 | a body that comes too slowly, is too long, or is not said to be JSON |
 //! | 429 | as many requests wait as may; `Retry-After` says when to try again |
-//! | 500 | the request ran and failed by itself |
-//! | 503 | the model is being loaded, has failed or ends; with `Retry-After` |
+//! | 500 | the request ran and the model's logits were not numbers |
+//! | 503 | the model is being loaded, its engine has failed or it ends; with `Retry-After` |
 
 use axum::body::Body;
 use axum::response::{IntoResponse, Response};
 use hyper::StatusCode;
 use hyper::header::{CONTENT_TYPE, HeaderValue, RETRY_AFTER, WWW_AUTHENTICATE};
-use minisgl::openai::{ErrorBody, ErrorObject, FieldError, INVALID_REQUEST};
+use minisgl::openai::{ErrorBody, ErrorObject, FieldError, INVALID_REQUEST, status};
 use minisgl::{RequestError, SamplingError, SubmitError};
 
 /// Why a request is not served.
@@ -111,11 +111,12 @@ impl ApiError {
             SamplingError::Logprobs(_) => "logprobs",
             SamplingError::PromptLogprobs(_) => "prompt_logprobs",
         };
+        match status(error) {
+            (500, _) => return Self::internal(message),
+            (503, _) => return Self::unavailable(message),
+            _ => {}
+        }
         let (param, code) = match error {
-            RequestError::NotNumbers | RequestError::EngineFailed { .. } => return Self::internal(message),
-            RequestError::Refused(SubmitError::QueueFull { .. } | SubmitError::Stopped) => {
-                return Self::unavailable(message);
-            }
             RequestError::Refused(SubmitError::PromptTooLong { .. }) | RequestError::TextTooLong { .. } => {
                 (None, Some("context_length_exceeded"))
             }
@@ -165,5 +166,19 @@ impl IntoResponse for ApiError {
             headers.insert(WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
         }
         response
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_request_whose_engine_failed_may_be_sent_again_and_one_whose_grammar_failed_may_not() {
+        let of = |error| ApiError::of_request(&error).into_response();
+        let lost = of(RequestError::EngineFailed { cause: "x".to_owned() });
+        assert_eq!((lost.status().as_u16(), lost.headers().contains_key(RETRY_AFTER)), (503, true));
+        let wrong = of(RequestError::GrammarFailed);
+        assert_eq!((wrong.status().as_u16(), wrong.headers().contains_key(RETRY_AFTER)), (400, false));
     }
 }

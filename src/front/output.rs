@@ -163,8 +163,13 @@ impl Output {
 
     /// Ends the request, which never ran, and wakes the reader.
     pub fn reject(self, error: RequestError) {
-        tracing::debug!(tag = self.tag, %error, "a request is rejected");
-        let completion = Completion { prompt_tokens: self.prompt_tokens, ..Completion::rejected(error) };
+        self.end_without_output(FinishReason::Rejected, error);
+    }
+
+    fn end_without_output(self, finish_reason: FinishReason, error: RequestError) {
+        tracing::debug!(tag = self.tag, ?finish_reason, %error, "a request has no output");
+        let rejected = Completion::rejected(error);
+        let completion = Completion { finish_reason, prompt_tokens: self.prompt_tokens, ..rejected };
         let session = self.session.clone();
         if self.end(completion, String::new()) {
             session.wake();
@@ -419,7 +424,8 @@ impl OutputThread {
         match others_go_on {
             Some(cause) => {
                 lost.for_each(|(_, output)| {
-                    output.reject(RequestError::EngineFailed { cause: cause.clone() })
+                    let error = RequestError::EngineFailed { cause: cause.clone() };
+                    output.end_without_output(FinishReason::Failed, error);
                 });
                 self.watchers.clear();
             }

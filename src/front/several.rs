@@ -116,7 +116,8 @@ fn a_failed_engine_ends_its_own_requests_and_the_others_go_on() {
     let mut failed = Vec::new();
     for (i, completion) in (0..).zip(completions) {
         match completion.unwrap() {
-            Completion { error: Some(RequestError::EngineFailed { cause }), .. } => {
+            Completion { error: Some(RequestError::EngineFailed { cause }), finish_reason, .. } => {
+                assert_eq!(finish_reason, FinishReason::Failed);
                 assert!(cause.contains("`down` failed"), "{cause}");
                 failed.push(i);
             }

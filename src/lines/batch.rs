@@ -3,8 +3,7 @@
 //! | | what it is |
 //! |---|---|
 //! | `response` with status 200 | a `chat.completion` or a `text_completion` |
-//! | `response` with status 400 | the request is wrong, `body.error` says how |
-//! | `response` with status 500 | the request ran and failed by itself |
+//! | `response` with another status | there is none, `body.error` says why; the status is the service's ([`status`]) |
 //! | `error` | something else stopped it |
 
 use serde::Serialize;
@@ -16,9 +15,9 @@ use crate::SamplingParams;
 use crate::openai::{
     Answer, ChatChoice, ChatLogprobs, ChatMessage, ErrorBody, ErrorObject, FieldError, Fields,
     INVALID_REQUEST, ModelName, PromptLogprobs, Prompts, TextChoice, TextLogprobs, Usage, created_now,
-    finish_reason, read, shown,
+    finish_reason, read, shown, status,
 };
-use crate::request::{Completion, FinishReason, GenerateRequest};
+use crate::request::{Completion, GenerateRequest};
 
 /// Is it an envelope, whole or not?
 pub fn is_batch(fields: &Fields<'_>) -> bool {
@@ -121,10 +120,7 @@ pub fn write_result(
     token_bytes: &dyn Fn(u32) -> Option<Vec<u8>>,
 ) {
     if let Some(error) = &completion.error {
-        let (status, r#type) = match completion.finish_reason {
-            FinishReason::Failed => (500, "server_error"),
-            _ => (400, INVALID_REQUEST),
-        };
+        let (status, r#type) = status(error);
         let error = ErrorObject { message: &error.to_string(), r#type, param: None, code: None };
         return write_response(out, header, origin, status, ErrorBody { error });
     }

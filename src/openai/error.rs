@@ -1,6 +1,22 @@
 //! What is wrong with a request's fields: which one, what it holds, what to do.
 
+use minisgl_core::request::SubmitError;
 use thiserror::Error;
+
+use super::INVALID_REQUEST;
+use crate::request::RequestError;
+
+/// The status of a request that ran or was to run and has no output, and OpenAI's type of its error.
+pub fn status(error: &RequestError) -> (u16, &'static str) {
+    match error {
+        RequestError::NotNumbers => (500, "server_error"),
+        RequestError::EngineFailed { .. }
+        | RequestError::Refused(SubmitError::QueueFull { .. } | SubmitError::Stopped) => {
+            (503, "service_unavailable")
+        }
+        _ => (400, INVALID_REQUEST),
+    }
+}
 
 /// How much of a request an error repeats, in characters.
 const SHOWN_MAX: usize = 60;

@@ -21,7 +21,7 @@ pub use answer::{
     ToolCall, Usage, created_now, finish_reason,
 };
 pub use body::{Body, Prompts};
-pub use error::{FieldError, ObjectError};
+pub use error::{FieldError, ObjectError, status};
 pub use fields::{Fields, Whole};
 pub use logprobs::{ChatLogprobs, PromptLogprobs, TextLogprobs};
 pub use model_name::ModelName;
