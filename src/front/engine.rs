@@ -242,22 +242,15 @@ impl EngineThread {
             Message::Abort { session, tag } => self.abort(session, tag),
             Message::StopTextFound(ticket) => self.abort_ticket(ticket),
             Message::Call(call) if call.when_idle => self.idle_calls.push_back(call),
-            Message::Call(call) => self.call(call),
+            Message::Call(call) => (call.work)(&mut *self.runner),
             Message::Work | Message::Close => {}
-        }
-    }
-
-    fn call(&mut self, call: Call) {
-        (call.work)(&mut *self.runner);
-        if !self.stopped && self.shared.has_stopped() {
-            self.stop(None);
         }
     }
 
     fn call_when_idle(&mut self) {
         while self.stopped || self.runner.is_idle() {
             let Some(call) = self.idle_calls.pop_front() else { return };
-            self.call(call);
+            (call.work)(&mut *self.runner);
         }
     }
 
@@ -355,15 +348,11 @@ impl EngineThread {
         }
     }
 
+    /// Takes no request any more and loses those that it has, after what has happened to them so far has been told.
     fn fail(&mut self, cause: Cause) {
         tracing::error!(engine = self.index, %cause, "the engine stops");
         let said = cause.to_string();
         let others_go_on = self.shared.fail(self.index, cause).then_some(said);
-        self.stop(others_go_on);
-    }
-
-    /// Loses all requests, after what has happened to them so far has been told.
-    fn stop(&mut self, others_go_on: Option<String>) {
         self.stopped = true;
         self.live.clear();
         self.running = 0;
@@ -375,8 +364,10 @@ impl EngineThread {
 
 impl Drop for EngineThread {
     fn drop(&mut self) {
-        // Where it ends by a panic, what waits must not wait for it. One that has failed or was closed has said so.
-        self.shared.fail(self.index, "the engine's thread has ended".into());
+        // Where it ends by a panic, what it has and what waits must not wait for it. One that has failed or was closed has said so.
+        if !self.stopped && !self.shared.has_stopped() {
+            self.fail("the engine's thread has ended".into());
+        }
     }
 }
 

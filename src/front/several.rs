@@ -135,12 +135,47 @@ fn a_failed_engine_ends_its_own_requests_and_the_others_go_on() {
     assert_eq!(front.handle().load().unwrap(), Load::default(), "what it left undone is no load");
 }
 
+/// Ends an engine's thread.
+fn end_thread(front: &Front, engine: usize) {
+    let work = Box::new(|_: &mut dyn Runner| panic!("a bug between two steps"));
+    front.handle().shared().send(engine, Message::Call(Call { when_idle: false, work }));
+}
+
+#[test]
+fn requests_of_an_engine_whose_thread_ends_fail_and_the_others_go_on() {
+    let (front, controls) = engines((0..2).map(|_| Control::default()));
+    let options = SessionOptions { capacity: Some(6), ..SessionOptions::default() };
+    let (mut submitter, mut events) = front.handle().session(options);
+    submitter.submit_all((0..6).map(|i| (i, request(i as u32, 90_000)))).unwrap();
+    while controls.iter().any(|control| control.running.load(Ordering::Relaxed) < 3) {
+        std::thread::yield_now();
+    }
+    end_thread(&front, 0);
+    let mut failed = Vec::new();
+    while failed.len() < 3 {
+        let Some(Ok(SessionEvent::Finished { tag, completion, .. })) = events.next() else {
+            panic!("the session goes on")
+        };
+        assert!(matches!(completion.error, Some(RequestError::EngineFailed { .. })), "{completion:?}");
+        assert_eq!(completion.finish_reason, FinishReason::Failed);
+        failed.push(tag as u32);
+    }
+    let mut of_ended = admitted(&controls[0]);
+    (of_ended.sort_unstable(), failed.sort_unstable());
+    assert_eq!(failed, of_ended);
+    submitter.submit(7, request(7, 2)).unwrap();
+    let completion = match events.next() {
+        Some(Ok(SessionEvent::Finished { tag: 7, completion, .. })) => completion,
+        other => panic!("{other:?}"),
+    };
+    assert_eq!(completion.token_ids, [7, 8]);
+}
+
 #[test]
 fn nothing_waits_for_an_engine_whose_thread_has_ended() {
     for others in [0, 1] {
         let (front, controls) = engines((0..1 + others).map(|_| Control::default()));
-        let work = Box::new(|_: &mut dyn Runner| panic!("a bug between two steps"));
-        front.handle().shared().send(0, Message::Call(Call { when_idle: false, work }));
+        end_thread(&front, 0);
         while Arc::strong_count(&controls[0]) > 1 {
             std::thread::yield_now();
         }
