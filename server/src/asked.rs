@@ -58,7 +58,7 @@ impl Asked {
         };
         let return_token_ids = fields.flag("return_token_ids")?.unwrap_or(false);
         let without_tools = prompts == Prompts::Chat && without_tools(&mut fields)?;
-        let explicit = fields.has("prompt_logprobs");
+        let explicit = fields.gives("prompt_logprobs");
         let scored = PromptLogprobs { from: 0, top: 0 };
         // With an echo no token need be drawn.
         let prompt_logprobs = echo.then_some(scored);

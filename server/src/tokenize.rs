@@ -41,7 +41,7 @@ pub async fn tokenize(State(app): State<Arc<App>>, request: Request<Body>) -> Re
 fn asked(text: &str, model: &ModelName) -> Result<(Prompt, bool), ApiError> {
     let mut fields = Fields::read(text).map_err(|error| ApiError::invalid(error.to_string()))?;
     let with_texts = fields.flag("return_token_strs")?.unwrap_or(false);
-    let prompts = if fields.has("messages") { Prompts::Chat } else { Prompts::Text };
+    let prompts = if fields.gives("messages") { Prompts::Chat } else { Prompts::Text };
     let Asked { mut prompts, .. } = Asked::read(fields, prompts, &SamplingParams::default(), model)?;
     match (prompts.pop(), prompts.is_empty()) {
         (Some(prompt), true) => Ok((prompt, with_texts)),

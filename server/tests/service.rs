@@ -126,6 +126,13 @@ fn an_echo_with_log_probabilities_has_those_of_its_prompt() {
     let chat = json!({"messages": messages(), "prompt_logprobs": 1, "max_tokens": 1});
     let answer = running.post(CHAT, &chat).json();
     assert_eq!(count(&answer["prompt_logprobs"]) as u64, answer["usage"]["prompt_tokens"].as_u64().unwrap());
+    let plain = ask(json!({"prompt": "Once", "echo": true}));
+    assert_eq!(ask(json!({"prompt": "Once", "echo": true, "prompt_logprobs": null, "tools": null})), plain);
+    let nothing_else =
+        ask(json!({"prompt": "Once upon a time", "logprobs": 2, "echo": true, "prompt_logprobs": null}));
+    assert_eq!(nothing_else, echoed, "a field that is null is as good as absent");
+    let null = running.post("/tokenize", &json!({"prompt": "Once", "messages": null})).json();
+    assert_eq!(null, running.post("/tokenize", &json!({"prompt": "Once"})).json());
     for more in [json!({"echo": true, "logprobs": 1}), json!({"prompt_logprobs": 1})] {
         let mut body = json!({"prompt": "Once", "stream": true});
         body.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());

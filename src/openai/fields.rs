@@ -52,6 +52,11 @@ impl<'a> Fields<'a> {
         self.values.contains_key(name)
     }
 
+    /// Does it give a field that nobody has taken?
+    pub fn gives(&self, name: &str) -> bool {
+        self.values.get(name).is_some_and(|value| value.get() != "null")
+    }
+
     /// A field's JSON text.
     pub fn raw(&mut self, name: &'static str) -> Option<&'a RawValue> {
         self.names.push(name);

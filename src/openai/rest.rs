@@ -94,7 +94,7 @@ pub fn check_rest(mut fields: Fields<'_>, prompts: &[Prompt]) -> Result<(), Fiel
             check(&mut fields, ("add_special_tokens", &["false"], "the template writes them"))?
         }
     }
-    match CHAT_FIELDS.iter().find(|name| fields.has(name)) {
+    match CHAT_FIELDS.into_iter().find(|name| fields.raw(name).is_some()) {
         Some(field) => Err(FieldError::NeedsMessages { field }),
         None => fields.finish(),
     }
