@@ -5,12 +5,13 @@ use std::path::PathBuf;
 use minisgl_core::config::LimitsError;
 use thiserror::Error;
 
-use crate::request::{Completion, RequestError};
+use crate::request::Completion;
 
 /// An error of a crate below, kept whole as the cause.
 pub type Cause = Box<dyn std::error::Error + Send + Sync>;
 
-/// Why a model could not be opened or a run not be finished. What concerns one request alone is a [`RequestError`].
+/// Why a model could not be opened or a run not be finished. What concerns one request alone is a
+/// [`RequestError`](crate::RequestError).
 #[derive(Debug, Error)]
 pub enum Error {
     /// Neither a directory nor a preset nor a name.
@@ -133,9 +134,6 @@ pub enum Error {
         /// What is wrong with it.
         reason: String,
     },
-    /// A prompt to be scored that cannot run.
-    #[error(transparent)]
-    Request(#[from] RequestError),
     /// A step failed: the engine is not used any more, what had finished by then is here.
     #[error(
         "a step failed: {cause}; results of requests that had ended are kept, the others are lost: build the engine anew"

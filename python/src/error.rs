@@ -32,7 +32,6 @@ pub fn raised(error: &Error) -> PyErr {
         | Error::SequenceTooLong { .. }
         | Error::HostMemory { .. }
         | Error::NoGpu { .. } => PyValueError::new_err(text),
-        Error::Request(_) => RequestError::new_err(text),
         _ => EngineError::new_err(text),
     }
 }
