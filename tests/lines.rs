@@ -233,6 +233,14 @@ fn fields_that_ask_for_what_is_not_done_are_refused_by_name_with_what_to_do() {
         (r#""stream": true"#, "stream is true; it may only be false"),
         (r#""echo": true"#, "echo is true;"),
         (r#""guided_regex": "a+""#, "guided_regex is \"a+\"; give it in structured_outputs; leave it out"),
+        (
+            r#""allowed_token_ids": [1]"#,
+            "allowed_token_ids is [1]; say what the text may be in structured_outputs",
+        ),
+        (
+            r#""logits_processors": ["f"]"#,
+            "logits_processors is [\"f\"]; it may only be []: requests bring no code",
+        ),
         (r#""enable_thinking": false"#, "enable_thinking is false; give it in chat_template_kwargs"),
         (r#""tool_choice": "required""#, "tool_choice is \"required\";"),
         (r#""max_token": 5"#, "there is no field \"max_token\"; did you mean max_tokens?"),

@@ -31,12 +31,11 @@ const WITHOUT_EFFECT: &[&str] = &[
 type Only = (&'static str, &'static [&'static str], &'static str);
 
 const ONE_LINE_ONE_OUTPUT: &str = "one line gives one output; repeat the line with other seeds for more";
-const NO_CONSTRAINT: &str = "constrained output is not supported";
 const STRUCTURED: &str = "give it in structured_outputs";
 const NO_TOOL_CHOICE: &str = "the model chooses; leave it out";
 
 const ONLY: &[Only] = &[
-    ("allowed_token_ids", &[], NO_CONSTRAINT),
+    ("allowed_token_ids", &[], "say what the text may be in structured_outputs"),
     ("audio", &[], "only text comes out"),
     ("best_of", &["1"], ONE_LINE_ONE_OUTPUT),
     ("chat_template", &[], "the checkpoint's chat template is used"),
@@ -51,7 +50,7 @@ const ONLY: &[Only] = &[
     ("guided_regex", &[], STRUCTURED),
     ("include_reasoning", &["true"], "reasoning stays in the text"),
     ("length_penalty", &["1"], "beam search is not supported"),
-    ("logits_processors", &["[]"], NO_CONSTRAINT),
+    ("logits_processors", &["[]"], "requests bring no code; say what the text may be in structured_outputs"),
     ("mm_processor_kwargs", &["{}"], "only text goes in"),
     ("modalities", &["[\"text\"]"], "only text comes out"),
     ("moderation", &[], "nothing is moderated"),
