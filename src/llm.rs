@@ -179,15 +179,14 @@ impl Llm {
     ) -> Result<Vec<Result<Relevance, RequestError>>, Error> {
         let asked: Vec<_> = requests.iter().map(|request| request.answers(&self.text)).collect();
         let answers: Vec<ScoreRequest> = asked.iter().flatten().flatten().cloned().collect();
-        let mut scores = self.score(&answers)?.into_iter();
-        let mut judge = |asked: Result<[ScoreRequest; 2], RequestError>| {
-            asked?;
-            match (scores.next(), scores.next()) {
-                (Some(yes), Some(no)) => Relevance::of(&yes, &no),
-                _ => unreachable!("each request has its score"),
-            }
+        let scores = self.score(&answers)?;
+        let (answered, _) = scores.as_chunks();
+        let mut judged = answered.iter().map(|[yes, no]| Relevance::of(yes, no));
+        let judge = |asked: Result<_, RequestError>| match asked {
+            Ok(_) => judged.next(),
+            Err(error) => Some(Err(error)),
         };
-        Ok(asked.into_iter().map(&mut judge).collect())
+        Ok(asked.into_iter().filter_map(judge).collect())
     }
 
     /// The token ids of a text, by the checkpoint's tokenizer.
