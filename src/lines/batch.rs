@@ -10,12 +10,11 @@ use serde::Serialize;
 use serde_json::value::RawValue;
 
 use super::error::LineError;
-use super::{BadLine, Format, Header, Origin, RequestLine, append, one_request};
-use crate::SamplingParams;
+use super::{BadLine, Format, Header, LineDefaults, Origin, RequestLine, append, one_request};
 use crate::openai::{
     Answer, ChatChoice, ChatLogprobs, ChatMessage, ErrorBody, ErrorObject, FieldError, Fields,
-    INVALID_REQUEST, ModelName, PromptLogprobs, Prompts, TextChoice, TextLogprobs, Usage, created_now,
-    finish_reason, read, shown, status,
+    INVALID_REQUEST, PromptLogprobs, Prompts, TextChoice, TextLogprobs, Usage, created_now, finish_reason,
+    read, shown, status,
 };
 use crate::request::{Completion, GenerateRequest};
 
@@ -24,19 +23,18 @@ pub fn is_batch(fields: &Fields<'_>) -> bool {
     fields.has("custom_id") || fields.has("url") && fields.has("body")
 }
 
-/// Reads a request; what it leaves out is as in `sampling`.
+/// Reads a request.
 ///
 /// # Errors
 /// What is wrong with it.
 pub fn parse(
     mut fields: Fields<'_>,
     mut header: Header,
-    sampling: &SamplingParams,
-    model: &ModelName,
+    defaults: LineDefaults<'_>,
 ) -> Result<RequestLine, BadLine> {
     header.format = Format::Chat;
     header.id = fields.raw("custom_id").map(RawValue::to_owned);
-    match request(fields, &mut header, sampling, model) {
+    match request(fields, &mut header, defaults) {
         Ok(request) => Ok(RequestLine { header, request }),
         Err(error) => Err(BadLine { header, error }),
     }
@@ -45,8 +43,7 @@ pub fn parse(
 fn request(
     mut fields: Fields<'_>,
     header: &mut Header,
-    sampling: &SamplingParams,
-    model: &ModelName,
+    defaults: LineDefaults<'_>,
 ) -> Result<GenerateRequest, LineError> {
     fields.check_once()?;
     if header.id.is_none() {
@@ -59,7 +56,7 @@ fn request(
     let body = fields.raw("body").ok_or(missing)?;
     fields.finish()?;
     let body: Fields<'_> = read("body", body, "the fields of a request, as an object")?;
-    let (request, asked) = one_request(body, prompts, sampling, model)?;
+    let (request, asked) = one_request(body, prompts, defaults)?;
     if let Some(name) = asked {
         header.model = name;
     }

@@ -44,6 +44,13 @@ pub struct Defaults {
     pub model: ModelName,
 }
 
+/// What one line leaves out.
+#[derive(Clone, Copy)]
+struct LineDefaults<'a> {
+    sampling: SamplingParams,
+    model: &'a ModelName,
+}
+
 /// A request line.
 #[derive(Clone, Debug)]
 pub struct RequestLine {
@@ -126,21 +133,20 @@ pub fn parse(line: &[u8], number: u64, defaults: &Defaults) -> Result<RequestLin
     };
     let seed = defaults.sampling.seed.wrapping_add(number);
     let sampling = SamplingParams { seed, ..defaults.sampling };
+    let defaults = LineDefaults { sampling, model: &defaults.model };
     match batch::is_batch(&fields) {
-        true => batch::parse(fields, header, &sampling, &defaults.model),
-        false => native::parse(fields, header, &sampling, &defaults.model),
+        true => batch::parse(fields, header, defaults),
+        false => native::parse(fields, header, defaults),
     }
 }
 
-/// The one request that a body makes, and the name by which it calls the model.
-fn one_request(
-    fields: Fields<'_>,
-    prompts: Prompts,
-    sampling: &SamplingParams,
-    model: &ModelName,
-) -> Result<(GenerateRequest, Option<Arc<str>>), FieldError> {
+/// A request, and the name by which it calls the model.
+type Asked = Result<(GenerateRequest, Option<Arc<str>>), FieldError>;
+
+/// The one request that a body makes.
+fn one_request(fields: Fields<'_>, prompts: Prompts, defaults: LineDefaults<'_>) -> Asked {
     let Body { mut prompts, sampling, stop, include_stop, rules, grammar, model } =
-        Body::read(fields, prompts, sampling, model)?;
+        Body::read(fields, prompts, &defaults.sampling, defaults.model)?;
     match prompts.pop() {
         Some(prompt) if prompts.is_empty() => {
             let plain = GenerateRequest::new(prompt);

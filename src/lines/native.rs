@@ -1,35 +1,32 @@
 //! Lines of our own format.
 
-use std::sync::Arc;
-
 use serde::Serialize;
 use serde_json::value::RawValue;
 
 use super::error::LineError;
-use super::{BadLine, Format, Header, Origin, RequestLine, append, one_request};
-use crate::openai::{FieldError, Fields, ModelName, PromptLogprobs, Prompts, given};
-use crate::request::{Completion, FinishReason, GenerateRequest, Given, TokenLogprobs};
+use super::{Asked, BadLine, Format, Header, LineDefaults, Origin, RequestLine, append, one_request};
+use crate::openai::{FieldError, Fields, PromptLogprobs, Prompts, given};
+use crate::request::{Completion, FinishReason, Given, TokenLogprobs};
 use crate::score::{Score, ScoreRequest};
 use crate::{SamplingParams, request};
 
-/// Reads a request; what it leaves out is as in `sampling`.
+/// Reads a request.
 ///
 /// # Errors
 /// What is wrong with it.
 pub fn parse(
     mut fields: Fields<'_>,
     mut header: Header,
-    sampling: &SamplingParams,
-    model: &ModelName,
+    defaults: LineDefaults<'_>,
 ) -> Result<RequestLine, BadLine> {
     header.id = fields.raw("id").map(RawValue::to_owned);
     let request = match (&header.id, given(&mut fields)) {
         (None, _) => Err(LineError::NoId { field: "id" }),
         (Some(_), Err(error)) => Err(error.into()),
-        (Some(_), Ok(None)) => one_request(fields, Prompts::Any, sampling, model).map_err(LineError::from),
+        (Some(_), Ok(None)) => one_request(fields, Prompts::Any, defaults).map_err(LineError::from),
         (Some(_), Ok(Some(completion))) => {
             header.format = Format::Score;
-            score(fields, completion, sampling, model).map_err(LineError::from)
+            score(fields, completion, defaults).map_err(LineError::from)
         }
     };
     match request {
@@ -42,15 +39,11 @@ pub fn parse(
 }
 
 /// The request of a line with a completion: nothing is drawn, and `logprobs` counts the alternatives.
-fn score(
-    fields: Fields<'_>,
-    completion: Given,
-    sampling: &SamplingParams,
-    model: &ModelName,
-) -> Result<(GenerateRequest, Option<Arc<str>>), FieldError> {
+fn score(fields: Fields<'_>, completion: Given, defaults: LineDefaults<'_>) -> Asked {
     let scored = request::PromptLogprobs { from: 0, top: 0 };
-    let own = SamplingParams { max_tokens: 0, logprobs: None, prompt_logprobs: Some(scored), ..*sampling };
-    let (request, model) = one_request(fields, Prompts::Any, &own, model)?;
+    let own =
+        SamplingParams { max_tokens: 0, logprobs: None, prompt_logprobs: Some(scored), ..defaults.sampling };
+    let (request, model) = one_request(fields, Prompts::Any, LineDefaults { sampling: own, ..defaults })?;
     let SamplingParams { max_tokens, logprobs, .. } = request.sampling;
     if max_tokens > 0 {
         return Err(FieldError::Contradiction {
