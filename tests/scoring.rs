@@ -196,13 +196,14 @@ fn what_cannot_be_scored_says_why_and_the_others_are_scored() {
         ScoreRequest::text("a", "b"),
         ScoreRequest { top: 21, ..ScoreRequest::tokens([1], [2]) },
         ScoreRequest::tokens([], [4, 5]),
+        ScoreRequest::tokens([], [1]),
         ScoreRequest::tokens([4, 5], []),
         ScoreRequest::tokens([1], vec![2; 511]),
     ];
     let scores = llm.score(&requests).unwrap();
     let errors: Vec<_> = scores.iter().map(|score| score.error.as_ref().map(RequestError::kind)).collect();
     assert_eq!(
-        errors[..6],
+        errors[..8],
         [
             None,
             Some("empty prompt"),
@@ -210,14 +211,13 @@ fn what_cannot_be_scored_says_why_and_the_others_are_scored() {
             Some("prompt too long"),
             Some("no tokenizer"),
             Some("sampling parameter out of range"),
+            // The first token would follow nothing.
+            Some("empty prompt"),
+            Some("empty prompt"),
         ]
     );
-    assert_eq!(errors[6..], [None; 3]);
-    // Without a prompt the first token follows nothing.
-    assert_eq!(
-        (scores[6].token_ids.len(), scores[7].token_ids.len(), scores[8].token_ids.len()),
-        (1, 0, 511)
-    );
+    assert_eq!(errors[8..], [None; 2]);
+    assert_eq!((scores[8].token_ids.len(), scores[9].token_ids.len()), (0, 511));
     let nothing = GenerateRequest::tokens([1]).sampling(greedy(0));
     assert!(llm.generate(&[nothing]).unwrap()[0].error.is_some(), "no token and no score");
 }

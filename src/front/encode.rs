@@ -10,6 +10,7 @@
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
+use minisgl_core::request::SubmitError;
 use minisgl_core::sampling::SamplingParams;
 
 use super::engine::Ready;
@@ -46,6 +47,10 @@ impl Job {
         let encode = || -> Result<_, RequestError> {
             let rules = shared.text.rules(self.rules)?;
             let prompt = shared.encode(self.prompt, room)?;
+            if self.given.is_some() && prompt.is_empty() {
+                // What is scored follows something: the first token would have no probability.
+                return Err(SubmitError::EmptyPrompt.into());
+            }
             let given = self.given.map(|given| shared.encode_given(given, room)).transpose()?;
             Ok((prompt, given, rules))
         };

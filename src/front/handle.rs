@@ -291,7 +291,9 @@ impl EngineHandle {
             (None, Prompt::Tokens(prompt), None) if is_encoded => {
                 self.0.constrained(grammar, Ready::new(prompt, None, params, output))
             }
-            (None, Prompt::Tokens(prompt), Some(Given::Tokens(given))) if is_encoded => {
+            (None, Prompt::Tokens(prompt), Some(Given::Tokens(given)))
+                if is_encoded && !prompt.is_empty() =>
+            {
                 self.0.constrained(grammar, Ready::new(prompt, Some(given), params, output))
             }
             // Without a tokenizer there are no threads for it, and nothing that takes time.
