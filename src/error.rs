@@ -57,10 +57,12 @@ pub enum Error {
     },
     /// More than the host's memory.
     #[error(
-        "{running} running and {queued} queued requests of up to {sequence} tokens take {needed} bytes of host memory, and \
-         {free} are free; lower --max-running or --max-seq-len"
+        "{running} running and {queued} queued requests of up to {sequence} tokens, in each of {engines} engines, take {needed} \
+         bytes of host memory, and {free} are free; lower --max-running or --max-seq-len, or run fewer engines"
     )]
     HostMemory {
+        /// Engines behind the queue.
+        engines: usize,
         /// Requests that run at once.
         running: u32,
         /// Requests that wait.

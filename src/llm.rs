@@ -437,7 +437,7 @@ impl Opening {
         let plan = match (self.options.num_pages, self.choice.on_gpu) {
             (Some(_), _) => None,
             (None, true) => Some(PagePlan::on_gpu(&limits, asked, self.page_share(before, loaded))),
-            (None, false) => Some(PagePlan::on_cpu(&limits, asked)),
+            (None, false) => Some(PagePlan::on_cpu(&limits, asked, self.engines)),
         };
         limits.pages = plan.map_or(limits.pages, |plan| plan.most);
         tracing::debug!(?limits, ?plan, "capacities planned");
@@ -535,7 +535,7 @@ impl Opening {
         if page_size < min {
             return Err(LimitsError::PageSizeBelowMin { page_size, min }.into());
         }
-        check_host(&limits, self.checkpoint.config().spec.dims.vocab)?;
+        check_host(&limits, self.checkpoint.config().spec.dims.vocab, self.engines)?;
         let asked = if max_seq_len.is_some() { Sequence::Asked } else { Sequence::OfModel };
         self.options.num_pages.map_or(Ok(()), |pages| check_asked(pages, &limits, asked))?;
         Ok((limits, asked))

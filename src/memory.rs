@@ -3,7 +3,7 @@
 //! ```text
 //!   GPU   weights ── buffers ── free ──┬── memory_ratio ──> pages (and recorded steps behind them: `core::fit`)
 //!                                      └── the rest stays free for the driver and others
-//!   CPU   what max_running sequences of full length need, but at most a quarter of the free memory
+//!   CPU   what max_running sequences of full length need, but at most a quarter of the free memory for all engines
 //! ```
 //!
 //! Pages are counted by the engine, when all else is there. Here is what it is told: the most, the least, and the share.
@@ -14,16 +14,17 @@ use minisgl_core::fit::Fit;
 
 use crate::error::Error;
 
-/// Sees to it that the host can hold what an engine of these capacities, for a model of so many tokens, keeps there.
+/// Sees to it that the host can hold what so many engines of these capacities, for a model of so many tokens, keep there.
 ///
 /// # Errors
 /// It can't.
-pub fn check_host(limits: &Limits, vocab: u32) -> Result<(), Error> {
+pub fn check_host(limits: &Limits, vocab: u32, engines: usize) -> Result<(), Error> {
     let Limits { running, queued, sequence, .. } = *limits;
-    let (needed, free) = (limits.host_bytes(vocab), host_free());
+    let needed = limits.host_bytes(vocab).saturating_mul(engines as u64);
+    let free = host_free();
     match needed <= free {
         true => Ok(()),
-        false => Err(Error::HostMemory { running, queued, sequence, needed, free }),
+        false => Err(Error::HostMemory { engines, running, queued, sequence, needed, free }),
     }
 }
 
@@ -44,7 +45,7 @@ fn address_space_left() -> Option<u64> {
     Some(limit.saturating_sub(used * PAGE))
 }
 
-/// Share of the free memory that the pages may take on the CPU, whose memory is everybody's.
+/// Share of the free memory that the pages of all engines may take on the CPU, whose memory is everybody's.
 const CPU_SHARE: f64 = 0.25;
 /// Tokens that the pages hold at least where nobody says how long sequences are.
 const TOKENS_LEAST: u32 = 1024;
@@ -62,11 +63,11 @@ impl PagePlan {
         PagePlan { most: addressable(limits), fit: Fit { share: ratio, least: least(limits, asked) } }
     }
 
-    /// For the CPU, as many as running requests can need.
-    pub fn on_cpu(limits: &Limits, asked: Sequence) -> PagePlan {
+    /// For one of so many engines on the CPU, as many as running requests can need.
+    pub fn on_cpu(limits: &Limits, asked: Sequence, engines: usize) -> PagePlan {
         let need = u64::from(limits.running) * u64::from(limits.table_width());
         let most = need.min(u64::from(addressable(limits))) as u32;
-        PagePlan { most, fit: Fit { share: CPU_SHARE, least: least(limits, asked) } }
+        PagePlan { most, fit: Fit { share: CPU_SHARE / engines as f64, least: least(limits, asked) } }
     }
 }
 
@@ -157,9 +158,11 @@ mod tests {
         ] {
             let limits = Limits { sequence, ..LIMITS };
             assert_eq!(PagePlan::on_gpu(&limits, asked, 0.9).fit, Fit { share: 0.9, least });
-            assert_eq!(PagePlan::on_cpu(&limits, asked).fit.least, least);
+            assert_eq!(PagePlan::on_cpu(&limits, asked, 1).fit.least, least);
         }
-        assert_eq!(PagePlan::on_cpu(&LIMITS, Sequence::Asked).most, 256 * 256);
+        assert_eq!(PagePlan::on_cpu(&LIMITS, Sequence::Asked, 1).most, 256 * 256);
+        let shares = [1, 4].map(|engines| PagePlan::on_cpu(&LIMITS, Sequence::Asked, engines).fit.share);
+        assert_eq!(shares[0], 4.0 * shares[1], "all engines' pages lie in one memory");
         let most = PagePlan::on_gpu(&LIMITS, Sequence::Asked, 0.9).most;
         assert!(Limits { pages: most, ..LIMITS }.check().is_ok());
         assert!(Limits { pages: most + 1, ..LIMITS }.check().is_err());
@@ -173,6 +176,14 @@ mod tests {
         assert_eq!(share_within(0.5, before, loaded) * 50.0, 20.0);
         assert_eq!(share_within(0.9, before, loaded), 1.0, "what others have is not there to be taken");
         assert!(share_within(0.2, before, loaded) < 1e-9);
+    }
+
+    #[test]
+    fn the_host_holds_what_all_engines_keep() {
+        assert!(check_host(&LIMITS, 1).is_ok());
+        let engines = (host_free() / LIMITS.host_bytes()) as usize * 2 + 1;
+        let error = check_host(&LIMITS, engines).unwrap_err().to_string();
+        assert!(error.contains("fewer engines") && error.contains(&engines.to_string()), "{error}");
     }
 
     #[test]

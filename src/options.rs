@@ -61,8 +61,8 @@ pub struct Options {
     pub num_pages: Option<u32>,
     /// Share, in (0, 1], of the memory left beside weights and buffers that the KV pages take.
     pub memory_ratio: f64,
-    /// Instead of it: the share, in (0, 1], of all of the GPU's memory that weights, buffers and pages take together, as
-    /// vLLM's `gpu_memory_utilization` counts.
+    /// Instead of it: the share, in (0, 1], of all of the GPU's memory that weights and pages take together at most. Buffers and
+    /// recorded steps come on top, unlike in what vLLM's `gpu_memory_utilization` counts.
     pub memory_utilization: Option<f64>,
     /// Tokens of a sequence, prompt and output together; `None`: all that the model's positions reach.
     pub max_seq_len: Option<u32>,
