@@ -814,6 +814,9 @@ fn a_line_with_a_completion_is_to_be_scored() {
         assert_eq!(request.given, Some(Given::Tokens(vec![3, 4])));
         assert_eq!(request.sampling.prompt_logprobs, Some(PromptLogprobs { from: 0, top: 4 }));
     }
+    let idle = r#""max_tokens": 0, "stop": [], "repetition_penalty": 1.0, "logit_bias": {}, "response_format": {"type": "text"}"#;
+    let line = format!(r#"{{"id": 1, "prompt": "a", "completion": " b", "temperature": 0.5, {idle}}}"#);
+    assert_eq!(scored(&line).rules, TokenRules::default());
     for (fields, error) in [
         (r#""completion": 3"#, "completion is 3; it must be a text or a list of token ids"),
         (
@@ -824,7 +827,19 @@ fn a_line_with_a_completion_is_to_be_scored() {
             r#""completion": "a", "completion_token_ids": [1]"#,
             "completion is \"a\" and completion_token_ids says otherwise",
         ),
-        (r#""completion": "a", "max_tokens": 3"#, "max_tokens is 3 and completion says otherwise"),
+        (
+            r#""completion": "a", "max_tokens": 3"#,
+            "max_tokens is 3; it may only be 0: a completion is scored and nothing drawn behind it",
+        ),
+        (
+            r#""completion": "a", "prompt_logprobs": 0"#,
+            "prompt_logprobs is 0; the completion alone is scored",
+        ),
+        (r#""completion": "a", "stop": "x""#, "stop is \"x\"; it may only be []: "),
+        (r#""completion": "a", "logit_bias": {"5": 1}"#, "logit_bias is {\"5\": 1}; it may only be {}: "),
+        (r#""completion": "a", "repetition_penalty": 1.1"#, "repetition_penalty is 1.1; it may only be 1: "),
+        (r#""completion": "a", "structured_outputs": {"regex": "b"}"#, "structured_outputs is {\"regex\""),
+        (r#""completion": "a", "response_format": {"type": "json_object"}"#, "response_format is {\"type\""),
         (r#""completion": "a", "complete": 1"#, "there is no field \"complete\""),
     ] {
         let told = native_error(&format!(r#"{{"id": 1, "prompt": "p", {fields}}}"#));

@@ -5,10 +5,10 @@ use serde_json::value::RawValue;
 
 use super::error::LineError;
 use super::{Asked, BadLine, Format, Header, LineDefaults, Origin, RequestLine, append, one_request};
-use crate::openai::{FieldError, Fields, PromptLogprobs, Prompts, given};
+use crate::SamplingParams;
+use crate::openai::{Fields, Only, PromptLogprobs, Prompts, check_only, given};
 use crate::request::{Completion, FinishReason, Given, TokenLogprobs};
 use crate::score::{Score, ScoreRequest};
-use crate::{SamplingParams, request};
 
 /// Reads a request.
 ///
@@ -39,23 +39,35 @@ pub fn parse(
 }
 
 /// The request of a line with a completion: nothing is drawn, and `logprobs` counts the alternatives.
-fn score(fields: Fields<'_>, completion: Given, defaults: LineDefaults<'_>) -> Asked {
-    let scored = request::PromptLogprobs { from: 0, top: 0 };
-    let own =
-        SamplingParams { max_tokens: 0, logprobs: None, prompt_logprobs: Some(scored), ..defaults.sampling };
+fn score(mut fields: Fields<'_>, completion: Given, defaults: LineDefaults<'_>) -> Asked {
+    check_only(&mut fields, &OF_DRAWN)?;
+    let own = SamplingParams { logprobs: None, ..defaults.sampling };
     let (request, model) = one_request(fields, Prompts::Any, LineDefaults { sampling: own, ..defaults })?;
-    let SamplingParams { max_tokens, logprobs, .. } = request.sampling;
-    if max_tokens > 0 {
-        return Err(FieldError::Contradiction {
-            field: "max_tokens",
-            value: max_tokens.to_string(),
-            other: "completion",
-            fix: "a completion is scored and nothing drawn behind it; leave max_tokens out",
-        });
-    }
-    let score = ScoreRequest { top: logprobs.unwrap_or(0), ..ScoreRequest::new(request.prompt, completion) };
+    let top = request.sampling.logprobs.unwrap_or(0);
+    let score = ScoreRequest { top, ..ScoreRequest::new(request.prompt, completion) };
     Ok((score.into(), model))
 }
+
+const NOTHING_DRAWN: &str = "a completion is scored and nothing drawn behind it";
+
+/// Fields that say what is drawn, when that ends, or what is told of the prompt. Those that say how it is drawn from its
+/// probabilities (`temperature`, `seed`, …) don't change these.
+const OF_DRAWN: [Only; 14] = [
+    ("bad_words", &["[]"], NOTHING_DRAWN),
+    ("frequency_penalty", &["0"], NOTHING_DRAWN),
+    ("include_stop_str_in_output", &["false"], NOTHING_DRAWN),
+    ("logit_bias", &["{}"], NOTHING_DRAWN),
+    ("max_completion_tokens", &["0"], NOTHING_DRAWN),
+    ("max_tokens", &["0"], NOTHING_DRAWN),
+    ("min_tokens", &["0"], NOTHING_DRAWN),
+    ("presence_penalty", &["0"], NOTHING_DRAWN),
+    ("prompt_logprobs", &[], "the completion alone is scored, and logprobs counts the alternatives"),
+    ("repetition_penalty", &["1"], NOTHING_DRAWN),
+    ("response_format", &[r#"{"type": "text"}"#], NOTHING_DRAWN),
+    ("stop", &["[]"], NOTHING_DRAWN),
+    ("stop_token_ids", &["[]"], NOTHING_DRAWN),
+    ("structured_outputs", &[], NOTHING_DRAWN),
+];
 
 #[derive(Serialize)]
 struct Done<'a> {

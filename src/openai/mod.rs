@@ -29,3 +29,4 @@ pub use model_name::ModelName;
 pub(crate) use body::given;
 pub(crate) use error::shown;
 pub(crate) use fields::read;
+pub(crate) use rest::{Only, check_only};

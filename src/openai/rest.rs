@@ -27,8 +27,8 @@ const WITHOUT_EFFECT: &[&str] = &[
     "user",
 ];
 
-/// A field that is taken at these values alone, given as JSON, or as null.
-type Only = (&'static str, &'static [&'static str], &'static str);
+/// A field that is taken at these values alone, given as JSON, or as null, and why.
+pub type Only = (&'static str, &'static [&'static str], &'static str);
 
 const ONE_LINE_ONE_OUTPUT: &str = "one line gives one output; repeat the line with other seeds for more";
 const STRUCTURED: &str = "give it in structured_outputs";
@@ -78,9 +78,7 @@ pub fn check_rest(mut fields: Fields<'_>, prompts: &[Prompt]) -> Result<(), Fiel
     for name in WITHOUT_EFFECT {
         fields.raw(name);
     }
-    for only in ONLY {
-        check(&mut fields, *only)?;
-    }
+    check_only(&mut fields, ONLY)?;
     let with_tools = matches!(prompts, [Prompt::Chat(ChatPrompt { tools: Some(_), .. })]);
     let choices: &[_] = if with_tools { &["\"auto\""] } else { &["\"auto\"", "\"none\""] };
     check(&mut fields, ("tool_choice", choices, NO_TOOL_CHOICE))?;
@@ -97,6 +95,14 @@ pub fn check_rest(mut fields: Fields<'_>, prompts: &[Prompt]) -> Result<(), Fiel
         Some(field) => Err(FieldError::NeedsMessages { field }),
         None => fields.finish(),
     }
+}
+
+/// Takes such fields.
+///
+/// # Errors
+/// One that has another value.
+pub fn check_only(fields: &mut Fields<'_>, only: &[Only]) -> Result<(), FieldError> {
+    only.iter().try_for_each(|only| check(fields, *only))
 }
 
 fn check(fields: &mut Fields<'_>, (field, accepted, why): Only) -> Result<(), FieldError> {
