@@ -180,9 +180,10 @@ mod tests {
 
     #[test]
     fn the_host_holds_what_all_engines_keep() {
-        assert!(check_host(&LIMITS, 1).is_ok());
-        let engines = (host_free() / LIMITS.host_bytes()) as usize * 2 + 1;
-        let error = check_host(&LIMITS, engines).unwrap_err().to_string();
+        const VOCAB: u32 = 151_936;
+        assert!(check_host(&LIMITS, VOCAB, 1).is_ok());
+        let engines = (host_free() / LIMITS.host_bytes(VOCAB)) as usize * 2 + 1;
+        let error = check_host(&LIMITS, VOCAB, engines).unwrap_err().to_string();
         assert!(error.contains("fewer engines") && error.contains(&engines.to_string()), "{error}");
     }
 
