@@ -68,8 +68,8 @@ pub use diagnostics::Ceilings;
 pub use error::{Cause, Error};
 pub use flags::{from_command_line, from_words};
 pub use front::{
-    Aborter, EngineHandle, Events, Next, RequestEvent, RequestStream, SessionEvent, SessionOptions, Submitter,
-    TrySubmitError,
+    Aborter, EngineHandle, Events, Next, RequestEvent, RequestStream, SessionEvent, SessionOptions,
+    Submitter, TrySubmitError,
 };
 pub use generation_config::{GenerationConfig, GenerationConfigChoice};
 pub use grammar::Grammar;

@@ -51,7 +51,9 @@ use minisgl_core::config::Limits;
 use minisgl_core::scheduler::Order;
 
 pub use handle::{EngineHandle, TrySubmitError};
-pub use session::{Aborter, Events, Next, RequestEvent, RequestStream, SessionEvent, SessionOptions, Submitter};
+pub use session::{
+    Aborter, Events, Next, RequestEvent, RequestStream, SessionEvent, SessionOptions, Submitter,
+};
 
 use crate::error::Error;
 use crate::grammar::Tokens;

@@ -172,7 +172,8 @@ fn requests_of_an_engine_whose_thread_ends_fail_and_the_others_go_on() {
         failed.push(tag as u32);
     }
     let mut of_ended = admitted(&controls[0]);
-    (of_ended.sort_unstable(), failed.sort_unstable());
+    of_ended.sort_unstable();
+    failed.sort_unstable();
     assert_eq!(failed, of_ended);
     submitter.submit(7, request(7, 2)).unwrap();
     let completion = match events.next() {
