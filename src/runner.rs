@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use minisgl_core::config::Limits;
 use minisgl_core::engine::{Engine, StepReport};
+use minisgl_core::local::Local;
 use minisgl_core::request::{Event, Request, SubmitError, Submitted, Ticket};
 use minisgl_core::stats::{ExpertsRead, Load, Stats};
 use minisgl_cuda::HostTimes;
@@ -56,7 +57,7 @@ pub trait Runner {
     fn experts_read(&mut self) -> Result<ExpertsRead, Cause>;
 }
 
-impl<B: Diagnostics> Runner for Engine<B, Decoder<B>> {
+impl<B: Diagnostics> Runner for Engine<Local<B, Decoder<B>>> {
     fn submit(&mut self, request: Request<'_>) -> Result<Submitted, SubmitError> {
         Engine::submit(self, request)
     }

@@ -11,6 +11,7 @@ use common::{Golden, fixture};
 use minisgl::models::FAMILIES;
 use minisgl_core::config::Limits;
 use minisgl_core::engine::{Engine, EngineOptions};
+use minisgl_core::local::Local;
 use minisgl_core::policy::Policy;
 use minisgl_core::request::{Event, Request};
 use minisgl_core::rules::Rules;
@@ -55,7 +56,7 @@ unsafe impl GlobalAlloc for Counting {
 #[global_allocator]
 static ALLOCATOR: Counting = Counting;
 
-fn engine(name: &Path, overlap: bool) -> Engine<Cpu, Decoder<Cpu>> {
+fn engine(name: &Path, overlap: bool) -> Engine<Local<Cpu, Decoder<Cpu>>> {
     let checkpoint = Checkpoint::open(name, FAMILIES).unwrap();
     let mut backend = Cpu::new();
     let model = Decoder::load(&mut backend, &checkpoint).unwrap();
@@ -92,7 +93,7 @@ fn a_whole_run_allocates_nothing_after_construction() {
         let mut tokens = 0;
         let rules = Rules::new(vec![(5, 2.0)], vec![9], &[vec![1, 2], vec![3]]).unwrap();
         let rules = Arc::new(rules);
-        let mut run = |engine: &mut Engine<Cpu, Decoder<Cpu>>| {
+        let mut run = |engine: &mut Engine<Local<Cpu, Decoder<Cpu>>>| {
             for i in 0..40u32 {
                 let sampling = SamplingParams {
                     temperature: [0.0, 0.8][i as usize % 2],

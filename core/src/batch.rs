@@ -527,6 +527,11 @@ pub struct Dummy {
 }
 
 impl Dummy {
+    /// Of an engine of these capacities.
+    pub fn of(limits: &Limits) -> Dummy {
+        Dummy { slot: limits.running, location: limits.pages * limits.page_size }
+    }
+
     pub(crate) fn row(self, first_token: u32) -> Row {
         Row { slot: self.slot, first_token, tokens: 1, position: 0, kv_len: 1, sampled: 1, ..Row::default() }
     }

@@ -17,12 +17,10 @@
 //!
 //! What is measured decides when a request runs, never what comes out.
 
-use crate::backend::{Device, Model, Queue, Sampler};
 use crate::batch::{Batch, Dummy, Row, StepShape, Token};
 use crate::config::Limits;
-use crate::graphs::DecodeGraphs;
+use crate::executor::Executor;
 use crate::request::Ticket;
-use crate::resident::Resident;
 
 /// Rows of the decode steps that are timed.
 const ROWS: [u32; 3] = [1, 4, 256];
@@ -73,21 +71,14 @@ pub struct StepCosts {
 }
 
 /// What steps are timed on.
-pub(crate) struct Bench<'a, B: Device, M> {
-    pub backend: &'a mut B,
-    pub model: &'a mut M,
-    pub resident: &'a Resident<B::Buffer>,
-    pub graphs: &'a DecodeGraphs<B::Graph>,
-    /// Pinned memory for a packed batch.
-    pub staging: &'a mut B::Pinned,
-    pub started: &'a mut B::Event,
-    pub ended: &'a mut B::Event,
+pub(crate) struct Bench<'a, X> {
+    pub executor: &'a mut X,
 }
 
-impl<B: Sampler, M: Model<B>> Bench<'_, B, M> {
+impl<X: Executor> Bench<'_, X> {
     /// Times a few steps of each kind, small ones first.
-    pub fn measure(mut self, limits: &Limits) -> Result<StepCosts, B::Error> {
-        let (tokens, mut batch) = (self.tokens(), Batch::new(limits));
+    pub fn measure(mut self, limits: &Limits) -> Result<StepCosts, X::Error> {
+        let (tokens, mut batch) = (self.tokens(limits), Batch::new(limits));
         let decode = self.line(Line::default(), ROWS, &mut batch, |size, batch| {
             fill_with_decode_rows(batch, size.min(limits.running), tokens);
             batch.shape()
@@ -100,20 +91,20 @@ impl<B: Sampler, M: Model<B>> Bench<'_, B, M> {
         Ok(StepCosts { decode, mixed, attention })
     }
 
-    fn tokens(&self) -> Tokens {
-        Tokens { dummy: self.resident.dummy(), vocab: self.model.vocab() }
+    fn tokens(&self, limits: &Limits) -> Tokens {
+        Tokens { dummy: Dummy::of(limits), vocab: self.executor.model().vocab }
     }
 
     /// What a chunk takes beside what its tokens do, by what lies before it; nothing where that would take too long to find out.
-    fn attention(&mut self, mixed: Line, batch: &mut Batch, limits: &Limits) -> Result<Line, B::Error> {
-        let (tokens, chunk) = (self.tokens(), CHUNK.min(limits.prefill_tokens).min(limits.sequence));
+    fn attention(&mut self, mixed: Line, batch: &mut Batch, limits: &Limits) -> Result<Line, X::Error> {
+        let (tokens, chunk) = (self.tokens(limits), CHUNK.min(limits.prefill_tokens).min(limits.sequence));
         let (mut first, mut line) = (None, Line { fixed_ms: mixed.at(chunk), token_ms: 0.0 });
         for context in CONTEXTS.map(|context| context.clamp(chunk, limits.sequence)) {
             if line.at(context) > LONGEST_MS {
                 break;
             }
             fill_with_chunk(batch, chunk, context, tokens, limits);
-            let ms = self.time(batch, batch.shape())?;
+            let ms = self.time(batch)?;
             let (least, least_ms) = *first.get_or_insert((context, ms));
             line = match context > least {
                 true => Line::through((least, least_ms), (context, ms)),
@@ -132,14 +123,14 @@ impl<B: Sampler, M: Model<B>> Bench<'_, B, M> {
         sizes: [u32; 3],
         batch: &mut Batch,
         prepare: impl Fn(u32, &mut Batch) -> StepShape,
-    ) -> Result<Line, B::Error> {
+    ) -> Result<Line, X::Error> {
         let (mut line, mut first, mut expected_ms) = (expected, None, expected.at(sizes[0]));
         for (i, size) in sizes.into_iter().enumerate() {
             if expected_ms > LONGEST_MS {
                 break;
             }
             let shape = prepare(size, batch);
-            let (tokens, ms) = (shape.tokens, self.time(batch, shape)?);
+            let (tokens, ms) = (shape.tokens, self.time(batch)?);
             line = Line::through(*first.get_or_insert((tokens, ms)), (tokens, ms));
             // The second size is not much larger than the first, from which nothing can be told.
             expected_ms = if i == 0 { ms } else { sizes.get(i + 1).map_or(0.0, |next| line.at(*next)) };
@@ -148,22 +139,12 @@ impl<B: Sampler, M: Model<B>> Bench<'_, B, M> {
     }
 
     /// Runs a step twice, the second time behind the first, so that it does not wait for its launches; how long that takes.
-    fn time(&mut self, batch: &Batch, shape: StepShape) -> Result<f32, B::Error> {
-        let graph = match shape.is_decode() {
-            true => self.graphs.fitting(shape.decode_rows),
-            false => None,
-        };
-        let shape = graph.map_or(shape, |(rows, _)| StepShape::decode(rows));
-        for _ in 0..2 {
-            self.backend.record(Queue::Compute, self.started)?;
-            let step = self.resident.send(self.backend, self.model, batch, shape, 0, self.staging)?;
-            match graph {
-                Some((_, graph)) => self.backend.replay(graph)?,
-                None => self.resident.run(self.backend, self.model, &step)?,
-            }
+    fn time(&mut self, batch: &Batch) -> Result<f32, X::Error> {
+        for at in 0..2 {
+            self.executor.launch(at, batch, &mut |_, _| ())?;
         }
-        self.backend.record(Queue::Compute, self.ended)?;
-        self.backend.elapsed_ms(self.started, self.ended)
+        self.executor.complete(0)?;
+        Ok(self.executor.complete(1)?.took_ms)
     }
 }
 

@@ -1,4 +1,4 @@
-//! The engine: a scheduler's batches, run by a model on a device, two steps in flight.
+//! The engine: a scheduler's batches, run by an [`Executor`], two steps in flight.
 //!
 //! ```text
 //!   host           |pack N+1| wait for N … |complete N|pack N+2| wait for N+1 … |complete N+1|
@@ -17,9 +17,7 @@
 //!   step in flight still writes to it for its old owner (the row behind an end-of-sequence token, say). That is safe,
 //!   since all steps run on one queue in the order of their launch: the old owner's write comes before everything that
 //!   the new owner writes or reads there. The old owner has no row in a step scheduled after it gave the page back.
-//! - Masks. They are uploaded in the compute queue, behind the step that read those before them.
-//! - Staging. [`Device::words_mut`] waits for the copy from it, two steps ago.
-//! - Output halves. Step N+2 is launched after step N was completed, hence after its half was read.
+//! - An executor's two places. Step N+2 is launched after step N was completed ([`crate::local`] says what that frees).
 //!
 //! Invariant: at most one step is in flight between two calls of [`Engine::step`], and `flights[turn]` is not its own.
 //! After construction nothing is allocated.
@@ -30,22 +28,20 @@ use alloc::vec::Vec;
 
 use thiserror::Error;
 
-use crate::backend::{Device, DeviceInfo, Memory, Model, Queue, Sampler};
+use crate::backend::{DeviceInfo, Memory, Model, Sampler};
 use crate::batch::{Batch, StepShape};
 use crate::config::{Limits, LimitsError};
-use crate::constraint::mask_words;
 use crate::costs::{Bench, StepCosts};
-use crate::fit::{Fit, Fitted, fitted};
-use crate::graphs::DecodeGraphs;
+use crate::executor::{Executor, ModelInfo, Results};
+use crate::fit::{Fit, fitted};
 use crate::late_launch::LateLaunch;
+use crate::local::Local;
 use crate::policy::Policy;
 use crate::request::{Event, Request, SubmitError, Submitted, Ticket};
-use crate::resident::Resident;
-use crate::sampling::LOGPROB_WORDS;
 use crate::scheduler::{Scheduler, Settings};
 use crate::stats::{Load, Stats};
 
-/// What an engine is built with, beside device and model.
+/// What an engine is built with, beside its executor.
 #[derive(Clone, Debug)]
 pub struct EngineOptions {
     /// Capacities.
@@ -166,8 +162,8 @@ fn described(shape: StepShape) -> String {
     }
 }
 
-/// A step from its launch to its completion, and the memory it takes on the host. There are two.
-struct Flight<B: Device> {
+/// A step from its launch to its completion. There are two.
+struct Flight {
     batch: Batch,
     /// Counts as launched, padding included.
     shape: StepShape,
@@ -175,58 +171,26 @@ struct Flight<B: Device> {
     has_waited: bool,
     /// Was it launched while the step before it was in flight?
     follows: bool,
-    /// Whether log-probabilities come back.
-    logprobs_wanted: bool,
-    /// `[layout.words]`: the packed batch on its way to the device.
-    packed: B::Pinned,
-    /// `[slots, mask_words]`: masks on their way to the device.
-    masks: B::Pinned,
-    /// `[slots]`: tokens on their way back.
-    tokens: B::Pinned,
-    /// `[slots, LOGPROB_WORDS]`.
-    logprobs: B::Pinned,
-    /// `[prefill tokens, LOGPROB_WORDS]`.
-    scores: B::Pinned,
-    started: B::Event,
-    ended: B::Event,
 }
 
-impl<B: Device> Flight<B> {
-    fn new(backend: &mut B, limits: &Limits, batch_words: usize, vocab: u32) -> Result<Self, B::Error> {
-        let slots = limits.running as usize;
-        Ok(Flight {
-            batch: Batch::new(limits),
-            shape: StepShape::decode(0),
-            has_waited: false,
-            follows: false,
-            logprobs_wanted: false,
-            packed: backend.alloc_pinned(batch_words)?,
-            masks: backend.alloc_pinned(slots * mask_words(vocab))?,
-            tokens: backend.alloc_pinned(slots)?,
-            logprobs: backend.alloc_pinned(slots * LOGPROB_WORDS)?,
-            scores: backend.alloc_pinned(limits.prefill_tokens as usize * LOGPROB_WORDS)?,
-            started: backend.event()?,
-            ended: backend.event()?,
-        })
+impl Flight {
+    fn new(limits: &Limits) -> Self {
+        let batch = Batch::new(limits);
+        Flight { batch, shape: StepShape::decode(0), has_waited: false, follows: false }
     }
 }
 
 /// See the module.
-pub struct Engine<B: Sampler, M: Model<B>> {
+pub struct Engine<X: Executor> {
     scheduler: Scheduler,
     limits: Limits,
     overlap: bool,
-    resident: Resident<B::Buffer>,
-    // Dropped in this order: pinned memory waits for its copies, and those lie behind the last replay.
-    flights: [Flight<B>; 2],
-    graphs: DecodeGraphs<B::Graph>,
+    flights: [Flight; 2],
     /// Which of the two the next step takes.
     turn: usize,
     /// The other one has been launched and not completed.
     in_flight: bool,
-    /// The beginning of the step completed last, and its time since the first step's. Counted from there, times are exact
-    /// however long the engine runs.
-    before: B::Event,
+    /// When the step completed last began, since the first step's beginning.
     before_ms: Option<f64>,
     /// When that step ended.
     ended_ms: f64,
@@ -236,54 +200,64 @@ pub struct Engine<B: Sampler, M: Model<B>> {
     costs: StepCosts,
     /// All but the recorded steps allocated.
     before_recording: Memory,
-    // The device goes last: what lies above may belong to it.
-    model: M,
-    backend: B,
+    executor: X,
 }
 
-impl<B: Sampler, M: Model<B>> Engine<B, M> {
+impl<B: Sampler, M: Model<B>> Engine<Local<B, M>> {
+    /// An engine of a model on one device; see [`Engine::of`].
+    ///
+    /// # Errors
+    /// Those of [`Engine::of`].
+    pub fn new(backend: B, model: M, options: EngineOptions) -> Result<Self, EngineError<B::Error>> {
+        Engine::of(Local::new(backend, model), options)
+    }
+
+    /// The device.
+    pub fn backend(&self) -> &B {
+        self.executor.backend()
+    }
+
+    /// The device, to be used between two steps.
+    pub fn backend_mut(&mut self) -> &mut B {
+        self.executor.backend_mut()
+    }
+
+    /// The model.
+    pub fn model(&self) -> &M {
+        self.executor.loaded()
+    }
+}
+
+impl<X: Executor> Engine<X> {
     /// Reserves the model's buffers and the engine's own, then the pages, records the decode steps, and measures what steps
     /// cost.
     ///
     /// # Errors
     /// Capacities that don't fit together, the model or the device; memory that the device or the host does not have.
-    pub fn new(mut backend: B, mut model: M, options: EngineOptions) -> Result<Self, EngineError<B::Error>> {
+    pub fn of(mut executor: X, options: EngineOptions) -> Result<Self, EngineError<X::Error>> {
         let EngineOptions { limits, fit, scheduler: settings, eos, overlap } = options;
+        let model = executor.model();
         // Before pages are counted, there may be the fewest that do.
         let fewest = Limits { pages: fit.map_or(limits.pages, |fit| fit.least.max(1)), ..limits };
-        check(&backend, &model, &fewest, &settings)?;
-        let plan_words = model.reserve(&mut backend, &limits).map_err(EngineError::Setup)?;
-        let vocab = model.vocab();
-        let mut resident =
-            Resident::new(&mut backend, &limits, plan_words, vocab).map_err(EngineError::Setup)?;
-        let mut flight =
-            || Flight::new(&mut backend, &limits, resident.batch_words(), vocab).map_err(EngineError::Setup);
-        let mut flights = [flight()?, flight()?];
-        let before = backend.event().map_err(EngineError::Setup)?;
-        let staging = &mut flights[0].packed;
-        let Fitted { limits, graphs, memory } =
-            fitted(&mut backend, &mut model, &mut resident, limits, fit, staging)?;
+        check(&executor, &model, &fewest, &settings)?;
+        executor.reserve(&limits).map_err(EngineError::Setup)?;
+        let (limits, memory) = fitted(&mut executor, limits, fit)?;
         limits.check()?;
-        let costs = measure(&mut backend, &mut model, &resident, &graphs, &mut flights[0], &limits)
-            .map_err(EngineError::Setup)?;
+        let costs = Bench { executor: &mut executor }.measure(&limits).map_err(EngineError::Setup)?;
         Ok(Engine {
-            scheduler: Scheduler::new(limits, settings, costs, &eos, model.window())?,
+            scheduler: Scheduler::new(limits, settings, costs, &eos, model.window)?,
             costs,
             limits,
             overlap,
-            resident,
-            graphs,
-            flights,
+            flights: [Flight::new(&limits), Flight::new(&limits)],
             turn: 0,
             in_flight: false,
-            before,
             before_ms: None,
             ended_ms: 0.0,
             late: (overlap && settings.policy == Policy::Latency).then(|| LateLaunch::new(costs)),
             stopped: false,
             before_recording: memory,
-            model,
-            backend,
+            executor,
         })
     }
 
@@ -314,7 +288,7 @@ impl<B: Sampler, M: Model<B>> Engine<B, M> {
     ///
     /// # Errors
     /// A step that failed; from then on every call fails.
-    pub fn step(&mut self, sink: &mut impl FnMut(Event<'_>)) -> Result<StepReport, EngineError<B::Error>> {
+    pub fn step(&mut self, sink: &mut impl FnMut(Event<'_>)) -> Result<StepReport, EngineError<X::Error>> {
         if self.stopped {
             return Err(EngineError::Stopped);
         }
@@ -348,7 +322,7 @@ impl<B: Sampler, M: Model<B>> Engine<B, M> {
     pub fn launch_after_ms(&self) -> f32 {
         let in_flight = &self.flights[1 - self.turn];
         match &self.late {
-            Some(late) if self.in_flight && !self.backend.has_passed(&in_flight.ended) => {
+            Some(late) if self.in_flight && !self.executor.has_ended(1 - self.turn) => {
                 late.after_ms(in_flight.shape)
             }
             _ => 0.0,
@@ -370,99 +344,41 @@ impl<B: Sampler, M: Model<B>> Engine<B, M> {
         }
     }
 
-    /// Enqueues a step from its upload to the download of its tokens. Does not wait for the device, unless the upload
-    /// two steps ago has not run yet.
-    fn launch(&mut self, at: usize) -> Result<StepShape, B::Error> {
-        let Engine { backend, model, resident, .. } = self;
-        let flight = &mut self.flights[at];
-        let counts = flight.batch.shape();
-        let graph = match counts.is_decode() {
-            true => self.graphs.fitting(counts.decode_rows),
-            false => None,
-        };
-        flight.shape = graph.map_or(counts, |(rows, _)| StepShape::decode(rows));
-        self.scheduler.count_padding(flight.shape.decode_rows - counts.decode_rows);
-        backend.record(Queue::Compute, &mut flight.started)?;
-        send_masks(backend, &self.scheduler, model.vocab(), flight, resident.masks)?;
-        let step = resident.send(backend, model, &flight.batch, flight.shape, at, &mut flight.packed)?;
-        match graph {
-            Some((_, graph)) => backend.replay(graph)?,
-            None => resident.run(backend, model, &step)?,
-        }
-        flight.logprobs_wanted = counts.samples > 0 && flight.batch.wants_logprobs();
-        if flight.logprobs_wanted {
-            backend.logprobs(&step, model.logits(), resident.tokens, resident.logprobs)?;
-        }
-        // Last, for its logits take the place of the sampled rows'.
-        resident.score(backend, model, &step, flight.batch.scored().len(), at)?;
-        backend.record(Queue::Compute, &mut flight.ended)?;
-        self.enqueue_downloads(at)?;
-        Ok(self.flights[at].shape)
-    }
-
-    /// Behind the step, on the copy queue, so that the next step need not wait for its results to leave.
-    fn enqueue_downloads(&mut self, at: usize) -> Result<(), B::Error> {
-        let Engine { backend, resident, .. } = self;
-        let flight = &mut self.flights[at];
-        let (samples, scored) = (flight.batch.samples() as usize, flight.batch.scored().len());
-        if samples + scored == 0 {
-            return Ok(());
-        }
-        backend.wait(Queue::Copy, &flight.ended)?;
-        if samples > 0 {
-            let tokens = resident.tokens_of(backend, at);
-            backend.download(Queue::Copy, tokens, samples, &mut flight.tokens)?;
-        }
-        if flight.logprobs_wanted {
-            let logprobs = resident.logprobs_of(backend, at);
-            backend.download(Queue::Copy, logprobs, samples * LOGPROB_WORDS, &mut flight.logprobs)?;
-        }
-        if scored > 0 {
-            let scores = resident.scores_of(backend, at);
-            backend.download(Queue::Copy, scores, scored * LOGPROB_WORDS, &mut flight.scores)?;
-        }
-        Ok(())
+    /// Has a step enqueued.
+    fn launch(&mut self, at: usize) -> Result<StepShape, X::Error> {
+        let Engine { executor, scheduler, flights, .. } = self;
+        let Flight { batch, shape, .. } = &mut flights[at];
+        *shape = executor.launch(at, batch, &mut |owner, mask| scheduler.write_mask(owner, mask))?;
+        scheduler.count_padding(shape.decode_rows - batch.shape().decode_rows);
+        Ok(*shape)
     }
 
     /// Waits for a step's results and takes them in.
-    fn complete(&mut self, at: usize, sink: &mut impl FnMut(Event<'_>)) -> Result<CompletedStep, B::Error> {
-        let (backend, flight) = (&self.backend, &mut self.flights[at]);
-        let samples = flight.batch.samples() as usize;
-        let tokens = &backend.words(&flight.tokens)?[..samples];
-        let logprobs = match flight.logprobs_wanted {
-            true => &backend.words(&flight.logprobs)?[..samples * LOGPROB_WORDS],
-            false => &[],
-        };
-        let scores = match flight.batch.scored().len() {
-            0 => &[],
-            scored => &backend.words(&flight.scores)?[..scored * LOGPROB_WORDS],
-        };
-        let gpu_ms = backend.elapsed_ms(&flight.started, &flight.ended)?;
-        let start_ms = match self.before_ms {
-            Some(before) => before + f64::from(backend.elapsed_ms(&self.before, &flight.started)?),
-            None => 0.0,
-        };
+    fn complete(&mut self, at: usize, sink: &mut impl FnMut(Event<'_>)) -> Result<CompletedStep, X::Error> {
+        let Engine { executor, scheduler, flights, late, .. } = self;
+        let flight = &flights[at];
+        let Results { tokens, logprobs, scores, since_ms, took_ms: gpu_ms } = executor.complete(at)?;
+        let start_ms = self.before_ms.map_or(0.0, |before| before + f64::from(since_ms));
         let idle_ms = (start_ms - self.ended_ms) as f32;
         if flight.has_waited {
-            self.scheduler.has_waited(idle_ms);
+            scheduler.has_waited(idle_ms);
         }
-        if let Some(late) = &mut self.late {
+        if let Some(late) = late {
             if flight.follows {
                 late.has_idled(idle_ms);
             }
             late.has_run(flight.shape, gpu_ms);
         }
         (self.before_ms, self.ended_ms) = (Some(start_ms), start_ms + f64::from(gpu_ms));
-        core::mem::swap(&mut self.before, &mut flight.started);
         let completed = CompletedStep { shape: flight.shape, start_ms, gpu_ms };
-        self.scheduler.take_scores(&flight.batch, bytemuck::cast_slice(scores), sink);
-        self.scheduler.complete(&flight.batch, tokens, bytemuck::cast_slice(logprobs), sink);
-        self.scheduler.has_run(completed.shape, completed.gpu_ms);
+        scheduler.take_scores(&flight.batch, scores, sink);
+        scheduler.complete(&flight.batch, tokens, logprobs, sink);
+        scheduler.has_run(completed.shape, completed.gpu_ms);
         Ok(completed)
     }
 
     /// Refuses all further work, because of the step in flight at `at`.
-    fn stop(&mut self, at: usize, source: B::Error) -> EngineError<B::Error> {
+    fn stop(&mut self, at: usize, source: X::Error) -> EngineError<X::Error> {
         self.stopped = true;
         EngineError::Step { shape: self.flights[at].batch.shape(), source }
     }
@@ -502,7 +418,7 @@ impl<B: Sampler, M: Model<B>> Engine<B, M> {
 
     /// The device's name and sizes.
     pub fn info(&self) -> DeviceInfo {
-        self.backend.info()
+        self.executor.info()
     }
 
     /// The device's memory just before the decode steps were recorded, which takes memory of its own.
@@ -525,68 +441,33 @@ impl<B: Sampler, M: Model<B>> Engine<B, M> {
         &self.limits
     }
 
-    /// The device.
-    pub fn backend(&self) -> &B {
-        &self.backend
+    /// What runs its steps.
+    pub fn executor(&self) -> &X {
+        &self.executor
     }
 
-    /// The device, to be used between two steps.
-    pub fn backend_mut(&mut self) -> &mut B {
-        &mut self.backend
-    }
-
-    /// The model.
-    pub fn model(&self) -> &M {
-        &self.model
+    /// What runs its steps, to be used between two of them.
+    pub fn executor_mut(&mut self) -> &mut X {
+        &mut self.executor
     }
 }
 
-/// Enqueues the upload of a step's masks, if it has any.
-fn send_masks<B: Device>(
-    backend: &mut B,
-    scheduler: &Scheduler,
-    vocab: u32,
-    flight: &mut Flight<B>,
-    to: B::Buffer,
-) -> Result<(), B::Error> {
-    let (owners, words) = (flight.batch.masks(), mask_words(vocab));
-    if owners.is_empty() {
-        return Ok(());
-    }
-    let masks = backend.words_mut(&mut flight.masks)?.chunks_exact_mut(words);
-    owners.iter().zip(masks).for_each(|(owner, mask)| scheduler.write_mask(*owner, mask));
-    backend.upload(&mut flight.masks, 0..owners.len() * words, to)
-}
-
-/// Times steps, in the memory of a flight.
-fn measure<B: Sampler, M: Model<B>>(
-    backend: &mut B,
-    model: &mut M,
-    resident: &Resident<B::Buffer>,
-    graphs: &DecodeGraphs<B::Graph>,
-    flight: &mut Flight<B>,
-    limits: &Limits,
-) -> Result<StepCosts, B::Error> {
-    let Flight { packed: staging, started, ended, .. } = flight;
-    Bench { backend, model, resident, graphs, staging, started, ended }.measure(limits)
-}
-
-fn check<B: Device, M: Model<B>>(
-    backend: &B,
-    model: &M,
+fn check<X: Executor>(
+    executor: &X,
+    model: &ModelInfo,
     limits: &Limits,
     settings: &Settings,
-) -> Result<(), EngineError<B::Error>> {
+) -> Result<(), EngineError<X::Error>> {
     limits.check()?;
-    let (page_size, min) = (limits.page_size, backend.info().page_size_min);
+    let (page_size, min) = (limits.page_size, executor.info().page_size_min);
     if page_size < min {
         return Err(LimitsError::PageSizeBelowMin { page_size, min }.into());
     }
-    let (sequence, max_positions) = (limits.sequence, model.max_positions());
+    let (sequence, max_positions) = (limits.sequence, model.max_positions);
     if sequence > max_positions {
         return Err(EngineError::Sequence { sequence, max_positions });
     }
-    let (prompts, model) = (settings.vocab, model.vocab());
+    let (prompts, model) = (settings.vocab, model.vocab);
     if prompts > model {
         return Err(EngineError::Vocabulary { prompts, model });
     }

@@ -10,11 +10,10 @@
 //!
 //! Invariant: each attempt is for fewer pages than the one before, and none for fewer than the least.
 
-use crate::backend::{Memory, Model, Sampler};
+use crate::backend::Memory;
 use crate::config::Limits;
 use crate::engine::EngineError;
-use crate::graphs::{CaptureError, DecodeGraphs};
-use crate::resident::Resident;
+use crate::executor::{Executor, RecordError};
 
 /// Counts pages by the memory that there is, up to [`Limits::pages`] of them.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -25,32 +24,21 @@ pub struct Fit {
     pub least: u32,
 }
 
-/// What lies behind everything else on the device.
-pub(crate) struct Fitted<G> {
-    /// Those asked for, with the pages that there are.
-    pub limits: Limits,
-    pub graphs: DecodeGraphs<G>,
-    /// Before the steps were recorded.
-    pub memory: Memory,
-}
-
-/// Allocates the pages, `limits.pages` of them or as `fit` says, and records the decode steps.
-pub(crate) fn fitted<B: Sampler, M: Model<B>>(
-    backend: &mut B,
-    model: &mut M,
-    resident: &mut Resident<B::Buffer>,
+/// Allocates the pages, `limits.pages` of them or as `fit` says, and records the decode steps. Gives the capacities with the
+/// pages that there are, and the memory before the steps were recorded.
+pub(crate) fn fitted<X: Executor>(
+    executor: &mut X,
     mut limits: Limits,
     fit: Option<Fit>,
-    staging: &mut B::Pinned,
-) -> Result<Fitted<B::Graph>, EngineError<B::Error>> {
+) -> Result<(Limits, Memory), EngineError<X::Error>> {
     let Some(Fit { share, least }) = fit else {
-        return attempt(backend, model, resident, limits, staging).map_err(|failed| failed.error);
+        return attempt(executor, limits).map_err(|failed| failed.error);
     };
     let least = least.max(1);
-    let page_bytes = page_bytes(model, &limits);
+    let page_bytes = executor.page_bytes(limits.page_size);
     let mut recording = 0;
     loop {
-        let free = backend.memory().map_err(EngineError::Setup)?.free;
+        let free = executor.memory().map_err(EngineError::Setup)?.free;
         // One is the dummy page.
         let held = |bytes: u64| (bytes / page_bytes).saturating_sub(1).min(u64::from(limits.pages)) as u32;
         let (share, rest) = (held((free as f64 * share) as u64), held(free.saturating_sub(recording)));
@@ -59,19 +47,13 @@ pub(crate) fn fitted<B: Sampler, M: Model<B>>(
             return Err(EngineError::Pages { fit, least, page_size, page_bytes, free, recording });
         }
         limits.pages = rest.clamp(least, share);
-        match attempt(backend, model, resident, limits, staging) {
+        match attempt(executor, limits) {
             Err(failed) if failed.out_of_memory => recording = recording.max(failed.recording),
             done => return done.map_err(|failed| failed.error),
         }
-        resident.free_history(backend).map_err(EngineError::Setup)?;
-        model.free_pages(backend).map_err(EngineError::Setup)?;
+        executor.free_pages().map_err(EngineError::Setup)?;
         limits.pages = limits.pages.saturating_sub(1);
     }
-}
-
-/// Keys and values of a page's tokens, and a word of history for each.
-fn page_bytes<B: Sampler, M: Model<B>>(model: &M, limits: &Limits) -> u64 {
-    model.page_bytes(limits.page_size) + 4 * u64::from(limits.page_size)
 }
 
 struct Failed<E: core::error::Error + 'static> {
@@ -81,28 +63,20 @@ struct Failed<E: core::error::Error + 'static> {
     recording: u64,
 }
 
-fn attempt<B: Sampler, M: Model<B>>(
-    backend: &mut B,
-    model: &mut M,
-    resident: &mut Resident<B::Buffer>,
-    limits: Limits,
-    staging: &mut B::Pinned,
-) -> Result<Fitted<B::Graph>, Failed<B::Error>> {
-    let setup = |source: B::Error| {
-        let out_of_memory = B::is_out_of_memory(&source);
+fn attempt<X: Executor>(executor: &mut X, limits: Limits) -> Result<(Limits, Memory), Failed<X::Error>> {
+    let setup = |source: X::Error| {
+        let out_of_memory = X::is_out_of_memory(&source);
         Failed { error: EngineError::Setup(source), out_of_memory, recording: 0 }
     };
-    model.alloc_pages(backend, limits.pages, limits.page_size).map_err(setup)?;
-    resident.alloc_history(backend, limits.pages).map_err(setup)?;
-    resident.clear(backend, &limits).map_err(setup)?;
-    let memory = backend.memory().map_err(setup)?;
-    match DecodeGraphs::capture(backend, model, resident, &limits, staging) {
-        Ok(graphs) => Ok(Fitted { limits, graphs, memory }),
-        Err(CaptureError { rows, recorded, count, source }) => Err(Failed {
-            out_of_memory: B::is_out_of_memory(&source),
+    executor.alloc_pages(&limits).map_err(setup)?;
+    let memory = executor.memory().map_err(setup)?;
+    match executor.record(&limits) {
+        Ok(()) => Ok((limits, memory)),
+        Err(RecordError { rows, recorded, count, source }) => Err(Failed {
+            out_of_memory: X::is_out_of_memory(&source),
             error: EngineError::Capture { rows, source },
             recording: match recorded as u64 {
-                0 => memory.free.saturating_mul(2).saturating_add(page_bytes(model, &limits)),
+                0 => memory.free.saturating_mul(2).saturating_add(executor.page_bytes(limits.page_size)),
                 recorded => memory.free.saturating_mul(count as u64) / recorded,
             },
         }),

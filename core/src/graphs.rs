@@ -19,6 +19,7 @@ use alloc::vec::Vec;
 use crate::backend::{Model, Sampler};
 use crate::batch::{Batch, StepShape};
 use crate::config::Limits;
+use crate::executor::RecordError;
 use crate::resident::Resident;
 
 /// See the module.
@@ -38,6 +39,11 @@ fn sizes(limit: u32) -> impl Iterator<Item = u32> {
 }
 
 impl<G> DecodeGraphs<G> {
+    /// None yet.
+    pub fn none() -> Self {
+        DecodeGraphs { steps: Vec::new() }
+    }
+
     /// Records a step of every size. `staging` is pinned memory for a packed batch.
     pub fn capture<B: Sampler<Graph = G>, M: Model<B>>(
         backend: &mut B,
@@ -45,12 +51,12 @@ impl<G> DecodeGraphs<G> {
         resident: &Resident<B::Buffer>,
         limits: &Limits,
         staging: &mut B::Pinned,
-    ) -> Result<Self, CaptureError<B::Error>> {
+    ) -> Result<Self, RecordError<B::Error>> {
         let limit = limits.graph_rows.min(limits.running);
         let count = sizes(limit).count();
         let batch = Batch::new(limits);
         if limit > 0 && backend.warm_up_before_capture() {
-            run(backend, model, resident, &batch, limit, staging).map_err(|source| CaptureError {
+            run(backend, model, resident, &batch, limit, staging).map_err(|source| RecordError {
                 rows: limit,
                 recorded: 0,
                 count,
@@ -61,7 +67,7 @@ impl<G> DecodeGraphs<G> {
         for rows in sizes(limit) {
             let graph = record(backend, model, resident, &batch, rows, staging);
             let recorded = steps.len();
-            steps.push((rows, graph.map_err(|source| CaptureError { rows, recorded, count, source })?));
+            steps.push((rows, graph.map_err(|source| RecordError { rows, recorded, count, source })?));
         }
         Ok(DecodeGraphs { steps })
     }
@@ -71,16 +77,6 @@ impl<G> DecodeGraphs<G> {
         let at = self.steps.partition_point(|(size, _)| *size < rows);
         self.steps.get(at).map(|(size, graph)| (*size, graph))
     }
-}
-
-/// Recording failed.
-pub(crate) struct CaptureError<E> {
-    /// At the step of so many rows.
-    pub rows: u32,
-    /// Steps that were recorded by then, of how many.
-    pub recorded: usize,
-    pub count: usize,
-    pub source: E,
 }
 
 /// Runs a step that holds dummy rows alone.

@@ -38,6 +38,7 @@ pub(crate) struct Resident<Buf> {
     /// Of the largest step.
     layout: Layout,
     plan_words: usize,
+    /// Where padding rows point.
     dummy: Dummy,
     /// Rows of a half of the outputs: slots.
     slots: usize,
@@ -74,7 +75,7 @@ impl<Buf: Copy> Resident<Buf> {
         Ok(Resident {
             layout,
             plan_words,
-            dummy: Dummy { slot: limits.running, location: 0 },
+            dummy: Dummy::of(limits),
             slots,
             table_width: limits.table_width(),
             page_size: limits.page_size,
@@ -116,16 +117,11 @@ impl<Buf: Copy> Resident<Buf> {
         backend: &mut B,
         limits: &Limits,
     ) -> Result<(), B::Error> {
-        self.dummy.location = limits.pages * limits.page_size;
+        self.dummy = Dummy::of(limits);
         fill(backend, self.page_table, table_words(limits), &[limits.pages])?;
         fill(backend, self.token_pool, self.slots + 1, &[0])?;
         let greedy = [SlotState::default()];
         fill(backend, self.states, (self.slots + 1) * SLOT_STATE_WORDS, bytemuck::cast_slice(&greedy))
-    }
-
-    /// Where padding rows point.
-    pub fn dummy(&self) -> Dummy {
-        self.dummy
     }
 
     /// Words of a packed batch at most.

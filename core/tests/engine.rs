@@ -10,6 +10,7 @@ use minisgl_core::config::{Limits, LimitsError};
 use minisgl_core::constraint::Constraint;
 use minisgl_core::engine::{Engine, EngineError, EngineOptions};
 use minisgl_core::fit::Fit;
+use minisgl_core::local::Local;
 use minisgl_core::request::{FinishReason, Request, SubmitError, Ticket};
 use minisgl_core::sampling::{SamplingError, SamplingParams};
 use minisgl_core::scheduler::{Order, Settings};
@@ -58,7 +59,7 @@ fn a_prefix_that_ran_before_is_not_run_again() {
     let shared = prompt(1, 12);
     let first = (shared.clone(), exactly(2));
     let second = ([shared, vec![1, 2, 3]].concat(), exactly(2));
-    let run = |engine: &mut Engine<_, _>, request| run_all(engine, std::slice::from_ref(request)).remove(0);
+    let run = |engine: &mut Engine<_>, request| run_all(engine, std::slice::from_ref(request)).remove(0);
     assert_eq!(run(&mut engine, &first).finished, Some((FinishReason::Length, 0)));
     let before = engine.stats();
     let outcome = run(&mut engine, &second);
@@ -115,7 +116,7 @@ fn an_aborted_request_ends_at_once_at_any_stage_and_its_neighbours_go_on() {
     let limits = Limits { running: 2, pages: 20, ..SMALL };
     for steps_before in 0..12 {
         let mut engine = engine(options(limits));
-        let submit = |engine: &mut Engine<Lazy, Hashing>, text, len| {
+        let submit = |engine: &mut Engine<Local<Lazy, Hashing>>, text, len| {
             engine.submit(Request::new(&prompt(text, len), exactly(6))).expect("it can run").ticket
         };
         let victim = submit(&mut engine, 1, 30);
@@ -309,7 +310,7 @@ fn steps_are_timed_by_the_devices_clock() {
 }
 
 /// A device of so many words whose recorded steps take 7 words each, and pages as many as it holds, 6 at least.
-fn fitted(words: usize) -> Result<Engine<Lazy, Hashing>, EngineError<LazyError>> {
+fn fitted(words: usize) -> Result<Engine<Local<Lazy, Hashing>>, EngineError<LazyError>> {
     let mut device = Lazy::new(Pace::AtOnce);
     (device.memory_limit, device.graph_words) = (words, 7);
     let fit = Some(Fit { share: 0.95, least: 6 });

@@ -6,6 +6,7 @@ use minisgl_core::batch::StepShape;
 use minisgl_core::config::Limits;
 use minisgl_core::costs::{Line, StepCosts};
 use minisgl_core::engine::Engine;
+use minisgl_core::local::Local;
 use minisgl_core::policy::{Demand, Mix, Policy, StepPolicy};
 use minisgl_core::request::Request;
 use proptest::prelude::*;
@@ -168,7 +169,7 @@ proptest! {
 }
 
 /// Requests that come one by one, one in each step, as texts do from a tokenizer that is slower than the device.
-fn one_by_one(policy: Policy, requests: u32) -> Engine<Lazy, Hashing> {
+fn one_by_one(policy: Policy, requests: u32) -> Engine<Local<Lazy, Hashing>> {
     let limits = Limits { running: 64, queued: 64, pages: 4000, prefill_tokens: 500, ..SMALL };
     let costs = StepCosts {
         decode: Line { fixed_ms: 4.0, token_ms: 0.1 },
@@ -212,7 +213,7 @@ fn with_latency_no_running_request_waits_for_a_prompt() {
         let mut engine =
             Engine::new(Lazy::priced(Pace::Late, costs), Hashing::default(), options).expect("valid limits");
         let mut outcomes = Outcomes::default();
-        let submit = |engine: &mut Engine<_, _>, prompt: &[u32]| {
+        let submit = |engine: &mut Engine<_>, prompt: &[u32]| {
             engine.submit(Request::new(prompt, exactly(60))).expect("it can run");
         };
         [1, 2, 3].iter().for_each(|text| submit(&mut engine, &[*text; 5]));
@@ -297,7 +298,7 @@ fn a_prompt_is_held_back_only_while_others_wait_for_a_place() {
         let mut engine = Engine::new(Lazy::priced(Pace::Late, costs), Hashing::default(), options(limits))
             .expect("valid limits");
         let mut outcomes = Outcomes::default();
-        let mut step = |engine: &mut Engine<_, _>| {
+        let mut step = |engine: &mut Engine<_>| {
             let report = engine.step(&mut |event| outcomes.take_in(event)).expect("the device does not fail");
             report.launched.expect("there is something to run")
         };

@@ -14,6 +14,7 @@ use minisgl_core::config::Limits;
 use minisgl_core::constraint::Constraint;
 use minisgl_core::costs::{Line, StepCosts};
 use minisgl_core::engine::{Engine, EngineOptions};
+use minisgl_core::local::Local;
 use minisgl_core::policy::Policy;
 use minisgl_core::request::{FinishReason, Request, SubmitError, Ticket};
 use minisgl_core::rules::Rules;
@@ -150,7 +151,7 @@ struct Submitted {
 }
 
 /// Plays a stream to its end and returns what was taken in and what came out.
-fn play(stream: &Stream) -> (Vec<Submitted>, Outcomes, Engine<Lazy, Hashing>) {
+fn play(stream: &Stream) -> (Vec<Submitted>, Outcomes, Engine<Local<Lazy, Hashing>>) {
     let options = stream.options.clone();
     let mut engine =
         Engine::new(Lazy::priced(stream.pace, stream.costs), Hashing::windowed(stream.window), options)
@@ -184,7 +185,7 @@ fn play(stream: &Stream) -> (Vec<Submitted>, Outcomes, Engine<Lazy, Hashing>) {
 
 /// Submits a request, with steps in between while the queue is full.
 fn submit(
-    engine: &mut Engine<Lazy, Hashing>,
+    engine: &mut Engine<Local<Lazy, Hashing>>,
     prompt: &[u32],
     params: SamplingParams,
     stop: &[u32],

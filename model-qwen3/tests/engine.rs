@@ -6,6 +6,7 @@ use std::collections::BTreeMap;
 
 use minisgl_core::config::Limits;
 use minisgl_core::engine::{Engine, EngineOptions};
+use minisgl_core::local::Local;
 use minisgl_core::policy::Policy;
 use minisgl_core::request::{Event, FinishReason, Request, Ticket};
 use minisgl_core::sampling::SamplingParams;
@@ -38,7 +39,7 @@ const PLAIN: Way = Way {
     policy: Policy::Throughput,
 };
 
-type CpuEngine = Engine<Cpu, Decoder<Cpu>>;
+type CpuEngine = Engine<Local<Cpu, Decoder<Cpu>>>;
 
 fn engine(checkpoint: &Checkpoint, way: Way) -> CpuEngine {
     let mut cpu = Cpu::new();

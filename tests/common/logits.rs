@@ -6,12 +6,13 @@ use std::path::Path;
 use minisgl::{Limits, Policy, SamplingParams, Speculation};
 use minisgl_core::backend::{Model, Ops};
 use minisgl_core::engine::{Engine, EngineOptions};
+use minisgl_core::local::Local;
 use minisgl_core::request::Request;
 use minisgl_core::scheduler::{Order, Settings};
 use minisgl_decoder::{Checkpoint, Decoder};
 
 /// See the module.
-pub struct Logits<B: Ops>(Engine<B, Decoder<B>>);
+pub struct Logits<B: Ops>(Engine<Local<B, Decoder<B>>>);
 
 /// A checkpoint of any family.
 pub fn checkpoint(folder: &Path) -> Checkpoint {

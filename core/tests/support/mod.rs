@@ -1,7 +1,7 @@
 //! What core's tests run the engine on: a device that is as late as it may be, a model that hashes, and middleware.
 //!
 //! ```text
-//!   Engine<B, Hashing>      B = Lazy, Trace<Lazy> or Fault<Lazy>
+//!   Engine<Local<B, Hashing>>      B = Lazy, Trace<Lazy> or Fault<Lazy>
 //! ```
 #![allow(dead_code, reason = "each test binary uses a part of this")]
 
@@ -14,6 +14,7 @@ pub mod trace;
 
 use minisgl_core::config::Limits;
 use minisgl_core::engine::{Engine, EngineOptions};
+use minisgl_core::local::Local;
 use minisgl_core::policy::Policy;
 use minisgl_core::request::{Event, FinishReason, Request, Ticket};
 use minisgl_core::sampling::SamplingParams;
@@ -50,7 +51,7 @@ pub fn options(limits: Limits) -> EngineOptions {
 }
 
 /// An engine on the lazy device.
-pub fn engine(options: EngineOptions) -> Engine<Lazy, Hashing> {
+pub fn engine(options: EngineOptions) -> Engine<Local<Lazy, Hashing>> {
     Engine::new(Lazy::new(Pace::Late), Hashing::default(), options).expect("the capacities make an engine")
 }
 
@@ -112,7 +113,7 @@ impl Outcomes {
 }
 
 /// Steps until nothing is left, checking the invariants after each.
-pub fn run_dry<B: Runs>(engine: &mut Engine<B, Hashing>, outcomes: &mut Outcomes) {
+pub fn run_dry<B: Runs>(engine: &mut Engine<Local<B, Hashing>>, outcomes: &mut Outcomes) {
     let mut steps = 0;
     while !engine.is_idle() {
         let mut moved = false;
@@ -131,7 +132,7 @@ pub fn run_dry<B: Runs>(engine: &mut Engine<B, Hashing>, outcomes: &mut Outcomes
 
 /// Submits all, steps until they have ended, and returns what came out, in their order.
 pub fn run_all<B: Runs>(
-    engine: &mut Engine<B, Hashing>,
+    engine: &mut Engine<Local<B, Hashing>>,
     requests: &[(Vec<u32>, SamplingParams)],
 ) -> Vec<Outcome> {
     let mut submit = |(prompt, params): &(Vec<u32>, SamplingParams)| {

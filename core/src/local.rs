@@ -1,0 +1,269 @@
+//! A model on one device as an [`Executor`].
+//!
+//! ```text
+//!   compute queue   record │ upload masks, batch │ forward, sample (recorded, or not) │ logprobs, scores │ record
+//!   copy queue                                                                        wait │ download tokens, logprobs, scores
+//! ```
+//!
+//! What may be used again, and when:
+//! - Masks. They are uploaded in the compute queue, behind the step that read those before them.
+//! - Staging. [`Device::words_mut`] waits for the copy from it, two steps ago.
+//! - Output halves. A step is launched at a place after the one before it there was completed, hence after its half was read.
+
+use crate::backend::{Device, DeviceInfo, Memory, Model, Queue, Sampler};
+use crate::batch::{Batch, StepShape};
+use crate::config::Limits;
+use crate::constraint::mask_words;
+use crate::executor::{Executor, ModelInfo, RecordError, Results};
+use crate::graphs::DecodeGraphs;
+use crate::request::Ticket;
+use crate::resident::Resident;
+use crate::sampling::LOGPROB_WORDS;
+
+/// See the module.
+pub struct Local<B: Sampler, M: Model<B>> {
+    // Dropped in this order: pinned memory waits for its copies, and those lie behind the last replay.
+    reserved: Option<Reserved<B>>,
+    graphs: DecodeGraphs<B::Graph>,
+    // The device goes last: what lies above may belong to it.
+    model: M,
+    backend: B,
+}
+
+/// What [`Executor::reserve`] plans.
+struct Reserved<B: Device> {
+    resident: Resident<B::Buffer>,
+    flights: [Flight<B>; 2],
+    /// The beginning of the step completed last.
+    before: B::Event,
+    /// Has one been?
+    has_completed: bool,
+}
+
+/// A step from its launch to its completion: the memory it takes on the host, and what comes back of it.
+struct Flight<B: Device> {
+    /// Sampled rows.
+    samples: usize,
+    /// Scored tokens.
+    scored: usize,
+    /// Whether log-probabilities come back.
+    logprobs_wanted: bool,
+    /// `[layout.words]`: the packed batch on its way to the device.
+    packed: B::Pinned,
+    /// `[slots, mask_words]`: masks on their way to the device.
+    masks: B::Pinned,
+    /// `[slots]`: tokens on their way back.
+    tokens: B::Pinned,
+    /// `[slots, LOGPROB_WORDS]`.
+    logprobs: B::Pinned,
+    /// `[prefill tokens, LOGPROB_WORDS]`.
+    scores: B::Pinned,
+    started: B::Event,
+    ended: B::Event,
+}
+
+impl<B: Device> Flight<B> {
+    fn new(backend: &mut B, limits: &Limits, batch_words: usize, vocab: u32) -> Result<Self, B::Error> {
+        let slots = limits.running as usize;
+        Ok(Flight {
+            samples: 0,
+            scored: 0,
+            logprobs_wanted: false,
+            packed: backend.alloc_pinned(batch_words)?,
+            masks: backend.alloc_pinned(slots * mask_words(vocab))?,
+            tokens: backend.alloc_pinned(slots)?,
+            logprobs: backend.alloc_pinned(slots * LOGPROB_WORDS)?,
+            scores: backend.alloc_pinned(limits.prefill_tokens as usize * LOGPROB_WORDS)?,
+            started: backend.event()?,
+            ended: backend.event()?,
+        })
+    }
+
+    /// Enqueues the upload of a step's masks, if it has any.
+    fn send_masks(
+        &mut self,
+        backend: &mut B,
+        owners: &[Ticket],
+        vocab: u32,
+        write_mask: &mut dyn FnMut(Ticket, &mut [u32]),
+        to: B::Buffer,
+    ) -> Result<(), B::Error> {
+        if owners.is_empty() {
+            return Ok(());
+        }
+        let words = mask_words(vocab);
+        let masks = backend.words_mut(&mut self.masks)?.chunks_exact_mut(words);
+        owners.iter().zip(masks).for_each(|(owner, mask)| write_mask(*owner, mask));
+        backend.upload(&mut self.masks, 0..owners.len() * words, to)
+    }
+
+    /// Behind the step, on the copy queue, so that the next step need not wait for its results to leave.
+    fn enqueue_downloads(
+        &mut self,
+        backend: &mut B,
+        resident: &Resident<B::Buffer>,
+        at: usize,
+    ) -> Result<(), B::Error> {
+        if self.samples + self.scored == 0 {
+            return Ok(());
+        }
+        backend.wait(Queue::Copy, &self.ended)?;
+        if self.samples > 0 {
+            let tokens = resident.tokens_of(backend, at);
+            backend.download(Queue::Copy, tokens, self.samples, &mut self.tokens)?;
+        }
+        if self.logprobs_wanted {
+            let logprobs = resident.logprobs_of(backend, at);
+            backend.download(Queue::Copy, logprobs, self.samples * LOGPROB_WORDS, &mut self.logprobs)?;
+        }
+        if self.scored > 0 {
+            let scores = resident.scores_of(backend, at);
+            backend.download(Queue::Copy, scores, self.scored * LOGPROB_WORDS, &mut self.scores)?;
+        }
+        Ok(())
+    }
+}
+
+impl<B: Sampler, M: Model<B>> Local<B, M> {
+    /// Of a model that has been loaded.
+    pub fn new(backend: B, model: M) -> Self {
+        Local { reserved: None, graphs: DecodeGraphs::none(), model, backend }
+    }
+
+    /// The device.
+    pub fn backend(&self) -> &B {
+        &self.backend
+    }
+
+    /// The device, to be used between two steps.
+    pub fn backend_mut(&mut self) -> &mut B {
+        &mut self.backend
+    }
+
+    /// The model.
+    pub fn loaded(&self) -> &M {
+        &self.model
+    }
+
+    /// What was planned, with the device and the model.
+    fn parts(&mut self) -> (&mut B, &mut M, &mut Reserved<B>) {
+        let reserved = self.reserved.as_mut().expect("the engine reserves before it allocates pages");
+        (&mut self.backend, &mut self.model, reserved)
+    }
+}
+
+impl<B: Sampler, M: Model<B>> Executor for Local<B, M> {
+    type Error = B::Error;
+
+    fn info(&self) -> DeviceInfo {
+        self.backend.info()
+    }
+
+    fn model(&self) -> ModelInfo {
+        let Local { model, .. } = self;
+        ModelInfo { vocab: model.vocab(), max_positions: model.max_positions(), window: model.window() }
+    }
+
+    fn memory(&self) -> Result<Memory, B::Error> {
+        self.backend.memory()
+    }
+
+    /// Keys and values of its tokens, and a word of history for each.
+    fn page_bytes(&self, page_size: u32) -> u64 {
+        self.model.page_bytes(page_size) + 4 * u64::from(page_size)
+    }
+
+    fn is_out_of_memory(error: &B::Error) -> bool {
+        B::is_out_of_memory(error)
+    }
+
+    fn reserve(&mut self, limits: &Limits) -> Result<(), B::Error> {
+        let Local { backend, model, .. } = self;
+        let plan_words = model.reserve(backend, limits)?;
+        let resident = Resident::new(backend, limits, plan_words, model.vocab())?;
+        let mut flight = || Flight::new(backend, limits, resident.batch_words(), model.vocab());
+        let flights = [flight()?, flight()?];
+        let before = backend.event()?;
+        self.reserved = Some(Reserved { resident, flights, before, has_completed: false });
+        Ok(())
+    }
+
+    fn alloc_pages(&mut self, limits: &Limits) -> Result<(), B::Error> {
+        let (backend, model, Reserved { resident, .. }) = self.parts();
+        model.alloc_pages(backend, limits.pages, limits.page_size)?;
+        resident.alloc_history(backend, limits.pages)?;
+        resident.clear(backend, limits)
+    }
+
+    fn free_pages(&mut self) -> Result<(), B::Error> {
+        let (backend, model, Reserved { resident, .. }) = self.parts();
+        resident.free_history(backend)?;
+        model.free_pages(backend)
+    }
+
+    fn record(&mut self, limits: &Limits) -> Result<(), RecordError<B::Error>> {
+        let (backend, model, Reserved { resident, flights, .. }) = self.parts();
+        self.graphs = DecodeGraphs::capture(backend, model, resident, limits, &mut flights[0].packed)?;
+        Ok(())
+    }
+
+    fn launch(
+        &mut self,
+        at: usize,
+        batch: &Batch,
+        write_mask: &mut dyn FnMut(Ticket, &mut [u32]),
+    ) -> Result<StepShape, B::Error> {
+        let Local { reserved, graphs, model, backend } = self;
+        let Reserved { resident, flights, .. } =
+            reserved.as_mut().expect("the engine reserves before it launches");
+        let (flight, counts) = (&mut flights[at], batch.shape());
+        let graph = match counts.is_decode() {
+            true => graphs.fitting(counts.decode_rows),
+            false => None,
+        };
+        let shape = graph.map_or(counts, |(rows, _)| StepShape::decode(rows));
+        backend.record(Queue::Compute, &mut flight.started)?;
+        flight.send_masks(backend, batch.masks(), model.vocab(), write_mask, resident.masks)?;
+        let step = resident.send(backend, model, batch, shape, at, &mut flight.packed)?;
+        match graph {
+            Some((_, graph)) => backend.replay(graph)?,
+            None => resident.run(backend, model, &step)?,
+        }
+        (flight.samples, flight.scored) = (counts.samples as usize, batch.scored().len());
+        flight.logprobs_wanted = flight.samples > 0 && batch.wants_logprobs();
+        if flight.logprobs_wanted {
+            backend.logprobs(&step, model.logits(), resident.tokens, resident.logprobs)?;
+        }
+        // Last, for its logits take the place of the sampled rows'.
+        resident.score(backend, model, &step, flight.scored, at)?;
+        backend.record(Queue::Compute, &mut flight.ended)?;
+        flight.enqueue_downloads(backend, resident, at)?;
+        Ok(shape)
+    }
+
+    fn has_ended(&self, at: usize) -> bool {
+        self.reserved.as_ref().is_some_and(|reserved| self.backend.has_passed(&reserved.flights[at].ended))
+    }
+
+    fn complete(&mut self, at: usize) -> Result<Results<'_>, B::Error> {
+        let (backend, _, Reserved { flights, before, has_completed, .. }) = self.parts();
+        let flight = &mut flights[at];
+        let tokens = &backend.words(&flight.tokens)?[..flight.samples];
+        let logprobs = match flight.logprobs_wanted {
+            true => &backend.words(&flight.logprobs)?[..flight.samples * LOGPROB_WORDS],
+            false => &[],
+        };
+        let scores = match flight.scored {
+            0 => &[],
+            scored => &backend.words(&flight.scores)?[..scored * LOGPROB_WORDS],
+        };
+        let took_ms = backend.elapsed_ms(&flight.started, &flight.ended)?;
+        let since_ms = match core::mem::replace(has_completed, true) {
+            true => backend.elapsed_ms(before, &flight.started)?,
+            false => 0.0,
+        };
+        core::mem::swap(before, &mut flight.started);
+        let (logprobs, scores) = (bytemuck::cast_slice(logprobs), bytemuck::cast_slice(scores));
+        Ok(Results { tokens, logprobs, scores, since_ms, took_ms })
+    }
+}
