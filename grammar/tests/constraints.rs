@@ -1,10 +1,12 @@
 //! Outputs drawn at random from what masks allow: each is what its grammar describes, whatever the grammar and the vocabulary.
 
+use std::cell::Cell;
 use std::sync::{Arc, LazyLock};
 
 use minisgl_core::constraint::{Constraint, ConstraintState, mask_words};
 use minisgl_grammar::{GrammarError, Grammars, TokenText, Vocabulary};
 use proptest::prelude::*;
+use proptest::test_runner::TestRunner;
 use serde_json::{Value, json};
 
 /// Each byte is a token, then some pieces of texts, a special token and the end of a sequence.
@@ -148,18 +150,29 @@ fn regex() -> impl Strategy<Value = String> {
     })
 }
 
-proptest! {
-    #![proptest_config(ProptestConfig { cases: 300, failure_persistence: None, ..ProptestConfig::default() })]
+fn cases() -> ProptestConfig {
+    ProptestConfig { cases: 300, failure_persistence: None, ..ProptestConfig::default() }
+}
 
-    #[test]
-    fn an_output_of_a_schema_is_valid(schema in schema(), seed: u64) {
+#[test]
+fn an_output_of_a_schema_is_valid() {
+    let whole = Cell::new(0);
+    let check = |(schema, seed): (Value, u64)| {
         let constraint = grammars().json_schema(&schema).unwrap();
         let drawn = draw(&*constraint, seeded(seed));
         if drawn.is_whole {
+            whole.set(whole.get() + 1);
             let value: Value = serde_json::from_str(drawn.text()).unwrap();
             prop_assert!(jsonschema::is_valid(&schema, &value), "{} of {schema}", drawn.text());
         }
-    }
+        Ok(())
+    };
+    TestRunner::new(cases()).run(&(schema(), any::<u64>()), check).unwrap();
+    assert!(whole.get() >= 100, "{} of 300 outputs came to an end", whole.get());
+}
+
+proptest! {
+    #![proptest_config(cases())]
 
     #[test]
     fn an_output_of_a_regular_expression_matches_it(expression in regex(), seed: u64) {
@@ -217,82 +230,123 @@ fn a_space_that_the_tokenizer_drops_is_not_drawn_first() {
     assert!(matches!(grammars.regex(" the"), Err(GrammarError::Unusable { .. })));
 }
 
-#[test]
-fn a_hostile_grammar_is_an_error_and_the_next_one_works() {
-    let grammars = grammars();
-    let nested = |open: &str, close: &str, depth: usize| open.repeat(depth) + "a" + &close.repeat(depth);
-    let regexes = [
-        "a".repeat(1 << 20),
-        "(a|b)".repeat(200_000),
-        nested("(", ")", 30_000),
-        nested("(", ")*", 99),
-        "(".repeat(99),
-        "(?:(?:(?:(?:a{1,100}){1,100}){1,100}){1,100}){1,100}".to_owned(),
-        "a{1000000000}".to_owned(),
-        "(a|aa)*b(a|b){500}(a|b)*c".to_owned(),
-        (0..400).map(|i| format!("(?:.*{i}.*)")).collect::<Vec<_>>().join("|"),
-        "[".to_owned(),
-        "a**".to_owned(),
-        "\\p{Nothing}".to_owned(),
-        String::new(),
-        "(?=a)b".to_owned(),
-        "\\1".to_owned(),
-        "\u{0}\u{7f}".to_owned(),
-    ];
-    for regex in &regexes {
-        if let Ok(constraint) = grammars.regex(regex) {
+/// What comes of a grammar that means harm.
+#[derive(Debug, PartialEq, Clone, Copy)]
+enum Fate {
+    TooLong,
+    TooDeep,
+    Unusable,
+    /// It is taken, and its masks may be too much work.
+    Taken,
+}
+
+fn fate(result: Result<Arc<dyn Constraint>, GrammarError>) -> Fate {
+    match result {
+        Ok(constraint) => {
             follow(&*constraint);
+            Fate::Taken
         }
+        Err(GrammarError::TooLong { .. }) => Fate::TooLong,
+        Err(GrammarError::TooDeep { .. }) => Fate::TooDeep,
+        Err(GrammarError::Unusable { .. }) => Fate::Unusable,
+        Err(error) => panic!("{error}"),
     }
+}
+
+fn beginning(text: &str) -> String {
+    text.chars().take(60).collect()
+}
+
+fn nested(open: &str, close: &str, depth: usize) -> String {
+    open.repeat(depth) + "a" + &close.repeat(depth)
+}
+
+#[test]
+fn a_hostile_expression_is_an_error_and_the_next_one_works() {
+    let grammars = grammars();
+    let alternatives: Vec<_> = (0..400).map(|i| format!("(?:.*{i}.*)")).collect();
+    for (expression, expected) in [
+        ("a".repeat(1 << 20), Fate::TooLong),
+        ("(a|b)".repeat(200_000), Fate::TooLong),
+        (nested("(", ")", 30_000), Fate::TooDeep),
+        (nested("(", ")*", 99), Fate::Taken),
+        ("(".repeat(99), Fate::Unusable),
+        ("(?:(?:(?:(?:a{1,100}){1,100}){1,100}){1,100}){1,100}".to_owned(), Fate::Taken),
+        ("a{1000000000}".to_owned(), Fate::Taken),
+        ("(a|aa)*b(a|b){500}(a|b)*c".to_owned(), Fate::Taken),
+        (alternatives.join("|"), Fate::Taken),
+        ("[".to_owned(), Fate::Unusable),
+        ("a**".to_owned(), Fate::Taken),
+        ("\\p{Nothing}".to_owned(), Fate::Unusable),
+        (String::new(), Fate::Taken),
+        ("(?=a)b".to_owned(), Fate::Unusable),
+        ("\\1".to_owned(), Fate::Unusable),
+        ("\u{0}\u{7f}".to_owned(), Fate::Taken),
+    ] {
+        assert_eq!(fate(grammars.regex(&expression)), expected, "{}", beginning(&expression));
+    }
+    assert_eq!(draw(&*grammars.regex("so").unwrap(), seeded(1)).text(), "so");
+}
+
+#[test]
+fn a_hostile_schema_is_an_error_and_the_next_one_works() {
+    let grammars = grammars();
     let deep = (0..200).fold(json!({"type": "null"}), |inner, _| json!({"type": "array", "items": inner}));
     let wide: serde_json::Map<_, _> =
         (0..3000).map(|i| (format!("field{i}"), json!({"type": "string"}))).collect();
-    let all_of: Vec<_> = (0..60).map(|i| json!({"anyOf": [{"type": "string", "minLength": i}, {"type": "integer", "multipleOf": i + 2}]})).collect();
+    let all_of: Vec<_> = (0..60)
+        .map(|i| {
+            let number = json!({"type": "integer", "multipleOf": i + 2});
+            json!({"anyOf": [{"type": "string", "minLength": i}, number]})
+        })
+        .collect();
     let chain: serde_json::Map<_, _> = (0..2000)
         .map(|i| (format!("d{i}"), json!({"allOf": [{"$ref": format!("#/$defs/d{}", i + 1)}]})))
         .collect();
-    let schemas = [
-        deep,
-        json!({"type": "object", "properties": wide}),
-        json!({"allOf": all_of}),
-        json!({"$ref": "#/$defs/d0", "$defs": chain}),
-        json!({"$ref": "#"}),
-        json!({"$ref": "http://example.com/schema"}),
-        json!({"$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}, "$ref": "#/$defs/a"}),
-        json!({"type": "array", "minItems": 100_000_000, "items": {"type": "integer"}}),
-        json!({"type": "array", "maxItems": 1_000_000, "items": {"type": "array", "maxItems": 1_000_000}}),
-        json!({"type": "string", "maxLength": 1_000_000_000}),
-        json!({"type": "string", "pattern": "(a{1,1000}){1,1000}"}),
-        json!({"type": "integer", "multipleOf": 982_451_653, "minimum": 1}),
-        json!({"type": "nonsense"}),
-        json!({"enum": []}),
-        json!({"not": {}}),
-        json!(7),
-        json!(false),
-        json!([]),
-    ];
-    for schema in &schemas {
-        if let Ok(constraint) = grammars.json_schema(schema) {
-            follow(&*constraint);
-        }
+    let circle = json!({"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}});
+    let lists = json!({"type": "array", "maxItems": 1_000_000});
+    for (schema, expected) in [
+        (deep, Fate::TooDeep),
+        (json!({"type": "object", "properties": wide}), Fate::TooLong),
+        (json!({"allOf": all_of}), Fate::Unusable),
+        (json!({"$ref": "#/$defs/d0", "$defs": chain}), Fate::TooLong),
+        (json!({"$ref": "#"}), Fate::Unusable),
+        (json!({"$ref": "http://example.com/schema"}), Fate::Unusable),
+        (json!({"$defs": circle, "$ref": "#/$defs/a"}), Fate::Unusable),
+        (json!({"type": "array", "minItems": 100_000_000, "items": {"type": "integer"}}), Fate::Taken),
+        (json!({"type": "array", "maxItems": 1_000_000, "items": lists}), Fate::Taken),
+        (json!({"type": "string", "maxLength": 1_000_000_000}), Fate::Taken),
+        (json!({"type": "string", "pattern": "(a{1,1000}){1,1000}"}), Fate::Taken),
+        (json!({"type": "integer", "multipleOf": 982_451_653, "minimum": 1}), Fate::Unusable),
+        (json!({"type": "nonsense"}), Fate::Unusable),
+        (json!({"enum": []}), Fate::Unusable),
+        (json!({"not": {}}), Fate::Unusable),
+        (json!(7), Fate::Unusable),
+        (json!(false), Fate::Unusable),
+        (json!([]), Fate::Unusable),
+    ] {
+        assert_eq!(fate(grammars.json_schema(&schema)), expected, "{}", beginning(&schema.to_string()));
     }
-    let larks = [
-        "start: start start | \"a\"".to_owned(),
-        "start: a\na: b\nb: a".to_owned(),
-        nested("start: ((", "))", 10_000),
-        "start: \"a\" ".to_owned() + &"\"b\"? ".repeat(5000),
-        "start: /(/".to_owned(),
-        "stop: \"a\"".to_owned(),
-        "start: \"\"".to_owned(),
-        String::new(),
-        "start: @other".to_owned(),
-        "start: %json {".to_owned(),
-        "start: x{1,1000000}\nx: \"a\"".to_owned(),
-    ];
-    for lark in &larks {
-        if let Ok(constraint) = grammars.lark(lark) {
-            follow(&*constraint);
-        }
+    assert_eq!(draw(&*grammars.regex("so").unwrap(), seeded(1)).text(), "so");
+}
+
+#[test]
+fn a_hostile_grammar_is_an_error_and_the_next_one_works() {
+    let grammars = grammars();
+    for (grammar, expected) in [
+        ("start: start start | \"a\"".to_owned(), Fate::Taken),
+        ("start: a\na: b\nb: a".to_owned(), Fate::Unusable),
+        ("start: ".to_owned() + &nested("((", "))", 10_000), Fate::TooDeep),
+        ("start: \"a\" ".to_owned() + &"\"b\"? ".repeat(5000), Fate::Taken),
+        ("start: /(/".to_owned(), Fate::Unusable),
+        ("stop: \"a\"".to_owned(), Fate::Unusable),
+        ("start: \"\"".to_owned(), Fate::Taken),
+        (String::new(), Fate::Unusable),
+        ("start: @other".to_owned(), Fate::Unusable),
+        ("start: %json {".to_owned(), Fate::Unusable),
+        ("start: x{1,1000000}\nx: \"a\"".to_owned(), Fate::Taken),
+    ] {
+        assert_eq!(fate(grammars.lark(&grammar)), expected, "{}", beginning(&grammar));
     }
     let many: Vec<String> = (0..20_000).map(|i| format!("choice {i}")).collect();
     for choice in [vec![], vec![String::new()], many] {
