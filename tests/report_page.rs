@@ -139,7 +139,7 @@ const OBSERVER: &str = r#"<script>{
   const drawn = () => charts().filter((svg) => svg.querySelector("polyline, circle, rect")).length;
   const note = (tries) => {
     // Charts are drawn when their size is known, which takes a frame.
-    if (drawn() < charts().length && tries > 0) return requestAnimationFrame(() => setTimeout(note, 20, tries - 1));
+    if (drawn() < charts().length && tries > 0) return requestAnimationFrame(() => setTimeout(note, 50, tries - 1));
     const seen = document.createElement("pre");
     seen.id = "seen";
     seen.textContent = JSON.stringify({
@@ -150,13 +150,13 @@ const OBSERVER: &str = r#"<script>{
     });
     document.body.append(seen);
   };
-  addEventListener("load", () => setTimeout(note, 100, 100));
+  addEventListener("load", () => setTimeout(note, 100, 1000));
 }</script>"#;
 
 /// Opens a page in a browser and gives what it saw.
 fn look(browser: &Path, page: &Path, profile: &Path, dark: bool, width: u32) -> Value {
     let url = format!("file://{}", page.display());
-    let dom = browser::document(browser, &url, profile, dark, width);
+    let dom = browser::document(browser, &url, profile, dark, width, 60);
     let (_, seen) = dom.split_once(r#"<pre id="seen">"#).unwrap_or_else(|| panic!("nothing was seen: {dom}"));
     let seen = seen.split_once("</pre>").unwrap().0;
     let seen = seen.replace("&lt;", "<").replace("&gt;", ">").replace("&nbsp;", " ").replace("&amp;", "&");

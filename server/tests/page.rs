@@ -46,7 +46,7 @@ fn a_prompt_is_tried_and_the_metrics_are_drawn_in_a_browser() {
         let url =
             format!("http://{}/#prompt={prompt}&kind={kind}&temperature=1&tokens=12&run", running.address);
         let profile = scratch.path().join(kind);
-        let document = browser::document(&browser, &url, &profile, dark, width);
+        let document = browser::document(&browser, &url, &profile, dark, width, 5);
         assert_eq!(text_of(&document, "fault"), "", "{document}");
         assert_eq!(text_of(&document, "model"), "model, up to 256 tokens");
         assert!(text_of(&document, "said-of").contains(" tokens, the first after "), "{document}");
@@ -61,6 +61,6 @@ fn a_prompt_is_tried_and_the_metrics_are_drawn_in_a_browser() {
     }
     // What can't be run is said where the answer would be.
     let url = format!("http://{}/#kind=ids&prompt=999999&run", running.address);
-    let document = browser::document(&browser, &url, &scratch.path().join("fault"), false, 800);
+    let document = browser::document(&browser, &url, &scratch.path().join("fault"), false, 800, 5);
     assert!(text_of(&document, "fault").contains("outside the vocabulary"), "{document}");
 }

@@ -16,18 +16,14 @@ pub fn find() -> Option<PathBuf> {
         .find(|file| file.is_file())
 }
 
-/// Opens a page and gives its document as it is five seconds later, by the page's own clock, which stands while something
-/// is being fetched.
-pub fn document(browser: &Path, url: &str, profile: &Path, dark: bool, width: u32) -> String {
+/// Opens a page and gives its document as it is `seconds` later, by the page's own clock, which stands while something is being
+/// fetched and runs ahead where there is nothing to do. It does not wait for a frame to be drawn, which takes the browser as long
+/// as others leave it.
+pub fn document(browser: &Path, url: &str, profile: &Path, dark: bool, width: u32, seconds: u32) -> String {
     let scheme = if dark { 0 } else { 1 };
     let mut child = Command::new(browser)
-        .args([
-            "--headless",
-            "--no-sandbox",
-            "--disable-gpu",
-            "--hide-scrollbars",
-            "--virtual-time-budget=5000",
-        ])
+        .args(["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"])
+        .arg(format!("--virtual-time-budget={}", seconds * 1000))
         .arg(format!("--user-data-dir={}", profile.display()))
         .arg(format!("--blink-settings=preferredColorScheme={scheme}"))
         .arg(format!("--window-size={width},900"))
