@@ -1,5 +1,5 @@
 //! Matrix products on the device: what each epilogue writes is the definition's value within rounding, and a token's
-//! bits do not depend on how many tokens are multiplied with it, nor on the room that the product has.
+//! bits do not depend on how many tokens are multiplied with it, nor on the share of an SM that the product has.
 //!
 //! Every case multiplies the first `tokens` rows of one random matrix for a list of token counts. The largest run is
 //! compared with the definition in f64, every other run with the largest, bit by bit. Outputs are poisoned before, and
@@ -14,7 +14,7 @@ use half::{bf16, f16};
 use minisgl_core::backend::{Device, Element, Purpose, Queue};
 use minisgl_core::batch::Token;
 use minisgl_core::tensor::{splitmix64, uniform_element};
-use minisgl_cuda::ops::gemm::{Epilogue, GateUp, Gemm, Head, Linear, Qkv, Residual, Room, RowNorm, Rows};
+use minisgl_cuda::ops::gemm::{Epilogue, GateUp, Gemm, Head, Linear, Qkv, Residual, RowNorm, Rows, SmShare};
 use minisgl_cuda::{Address, Buffer, Cuda, KernelSet, Options, Weight};
 use support::taken;
 
@@ -39,7 +39,7 @@ struct Gpu {
     cuda: Cuda,
     gemm: Gemm,
     set: KernelSet,
-    room: Room,
+    share: SmShare,
     seed: u64,
 }
 
@@ -48,7 +48,7 @@ impl Gpu {
         let mut cuda = Cuda::new(&Options { kernels: set, ..Options::default() }).expect("a GPU");
         let gemm = Gemm::new(&mut cuda).unwrap();
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
-        Gpu { cuda, gemm, set, room: Room::Whole, seed: splitmix64(now.as_nanos() as u64) }
+        Gpu { cuda, gemm, set, share: SmShare::Whole, seed: splitmix64(now.as_nanos() as u64) }
     }
 
     /// `count` numbers in `[-size, size)`.
@@ -88,7 +88,7 @@ impl Gpu {
     fn launch<E: Epilogue>(&mut self, w: Weight, x: Buffer, tokens: u32, epilogue: &E) {
         let launcher = self.cuda.launcher();
         let x = Rows { address: x.address(), there: (x.elements() / w.cols()) as u32 };
-        self.gemm.launch(launcher, w, x, tokens, self.room, epilogue).unwrap();
+        self.gemm.launch(launcher, w, x, tokens, self.share, epilogue).unwrap();
         self.cuda.synchronize().unwrap();
     }
 }
@@ -148,7 +148,7 @@ impl Operands {
     }
 }
 
-/// Runs every token count in every room that the kernels tell apart; compares the largest with `expected` and the others with the largest.
+/// Runs every token count with every share of an SM that the kernels tell apart; compares the largest with `expected` and the others with the largest.
 fn check(
     gpu: &mut Gpu,
     label: &str,
@@ -161,17 +161,17 @@ fn check(
     for t in [0, 1, 7, 8, 63, 64, 127, 128, 191, 255, 256, 640, 999] {
         check_values(&format!("{label}, token {t}"), &largest[t], &expected(t), bound);
     }
-    let rooms: &[Room] =
-        if gpu.set == KernelSet::Portable { &[Room::Whole] } else { &[Room::Whole, Room::Half] };
-    for (tokens, room) in taken(TOKENS).flat_map(|tokens| rooms.iter().map(move |room| (tokens, *room))) {
-        gpu.room = room;
+    let shares: &[SmShare] =
+        if gpu.set == KernelSet::Portable { &[SmShare::Whole] } else { &[SmShare::Whole, SmShare::Half] };
+    for (tokens, share) in taken(TOKENS).flat_map(|tokens| shares.iter().map(move |share| (tokens, *share))) {
+        gpu.share = share;
         let out = run(gpu, tokens);
-        gpu.room = Room::Whole;
+        gpu.share = SmShare::Whole;
         let places = || (0..out.len()).flat_map(|t| (0..out[t].len()).map(move |i| (t, i)));
         let differs = |(t, i): &(usize, usize)| out[*t][*i].to_bits() != largest[*t][*i].to_bits();
         if let Some((t, i)) = places().find(differs) {
             panic!(
-                "{label}: {} of {} values differ between {tokens} ({room:?}) and {} tokens; the first is token {t}, output {i}: {}, {}",
+                "{label}: {} of {} values differ between {tokens} ({share:?}) and {} tokens; the first is token {t}, output {i}: {}, {}",
                 places().filter(differs).count(),
                 places().count(),
                 largest.len(),

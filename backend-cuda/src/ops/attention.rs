@@ -24,14 +24,14 @@ use minisgl_core::batch::{Row, StepShape};
 use minisgl_core::config::Limits;
 use minisgl_kernels::attention::{LEAF, Prefill, Set, TILE};
 
-use plan::Cutter;
+use plan::DecodePlanner;
 use split::Splitter;
 
 use crate::device::Cuda;
 use crate::error::CudaError;
 use crate::launch::{Grid, Kernel, Launcher};
 use crate::memory::{Address, Buffer};
-use crate::ops::gemm::Room;
+use crate::ops::gemm::SmShare;
 use crate::ops::halves::Part;
 use crate::tensor_map::TensorMap;
 
@@ -47,8 +47,8 @@ pub struct Attention {
     /// Positions that a token sees, [`NO_WINDOW`] of them where all.
     window: u32,
     /// For a step that is not divided, and for each half of one that is.
-    whole: Cutter,
-    half: Cutter,
+    whole: DecodePlanner,
+    half: DecodePlanner,
     /// For decode rows: of the whole step or its first half, and of the second.
     scratch: [Scratch; 2],
     splitter: Splitter,
@@ -97,9 +97,9 @@ struct Scratch {
 }
 
 impl Scratch {
-    /// For `rows` rows cut by `cutter`.
-    fn new(cuda: &mut Cuda, heads: Heads, cutter: &Cutter, rows: u32) -> Result<Scratch, CudaError> {
-        let partial_bytes = cutter.partials as usize * heads.items() as usize * heads.partial_bytes();
+    /// For `rows` rows cut by `planner`.
+    fn new(cuda: &mut Cuda, heads: Heads, planner: &DecodePlanner, rows: u32) -> Result<Scratch, CudaError> {
+        let partial_bytes = planner.partials as usize * heads.items() as usize * heads.partial_bytes();
         let arrived_count = rows * heads.items();
         let arrived_bytes = (arrived_count as usize + 1) * 4;
         let arrived = cuda.allocate(Purpose::Scratch, arrived_bytes)?;
@@ -196,15 +196,15 @@ impl Attention {
         };
         let prefill = if heads.head_dim == 64 { "attention_prefill_64" } else { "attention_prefill_128" };
         let half_rows = limits.running.div_ceil(2);
-        let whole = Cutter::new(
+        let whole = DecodePlanner::new(
             multiprocessors * set.decode_blocks,
             heads,
             window,
             limits,
             limits.running,
-            Room::Whole,
+            SmShare::Whole,
         );
-        let half = Cutter::new(multiprocessors, heads, window, limits, half_rows, Room::Half);
+        let half = DecodePlanner::new(multiprocessors, heads, window, limits, half_rows, SmShare::Half);
         let of_piece = set.prefill.kept * heads.kv_heads as usize;
         let splitter = Splitter {
             blocks: multiprocessors,
@@ -284,7 +284,7 @@ impl Attention {
 
     fn attend_decode(&self, launcher: &Launcher, part: Part, operands: Operands) -> Result<(), CudaError> {
         let Operands { step, q, kv, out } = operands;
-        let (cutter, index, other) = match part {
+        let (planner, index, other) = match part {
             Part::Whole => (&self.whole, 0, None),
             Part::First => (&self.half, 0, Some(1)),
             Part::Second => (&self.half, 1, Some(0)),
@@ -296,7 +296,7 @@ impl Attention {
         let row_bytes = self.heads.q_row_bytes() * part.tokens(step.shape).start as usize;
         let [q, out] = [q, out].map(|rows| rows.address().offset(row_bytes));
         let grid =
-            Grid::new(cutter.blocks, self.set.decode_threads).shared(self.set.decode_shared).dependent();
+            Grid::new(planner.blocks, self.set.decode_threads).shared(self.set.decode_shared).dependent();
         let Heads { kv_heads, group, .. } = self.heads;
         let Scratch { partials, arrived, arrived_count } = &self.scratch[index];
         launcher.launch(

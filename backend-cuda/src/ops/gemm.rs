@@ -201,12 +201,12 @@ pub struct Rows {
     pub there: u32,
 }
 
-/// What a product may take of the device.
+/// What a kernel may take of each SM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Room {
+pub enum SmShare {
     /// All of it.
     Whole,
-    /// Half of each multiprocessor, because something runs beside the product.
+    /// Half of it, because something runs beside the kernel.
     Half,
 }
 
@@ -216,7 +216,7 @@ struct Product<'a, E> {
     w: Address,
     x: Rows,
     shape: Shape,
-    room: Room,
+    share: SmShare,
     epilogue: &'a E,
 }
 
@@ -340,7 +340,7 @@ struct Hopper {
 
 impl Hopper {
     fn launch<E: Epilogue>(&self, launcher: &Launcher, product: &Product<'_, E>) -> Result<(), CudaError> {
-        match self.decode.tiling(E::KIND, &product.shape, product.room) {
+        match self.decode.tiling(E::KIND, &product.shape, product.share) {
             Some(tiling) => Decode::launch(tiling, launcher, product),
             None => self.prefill.launch(launcher, product),
         }
@@ -373,14 +373,14 @@ impl Gemm {
     }
 
     /// Multiplies the first `tokens` rows of `x` by `w`, whose columns are a multiple of 8. The portable kernels take whatever
-    /// room there is.
+    /// share there is.
     pub fn launch<E: Epilogue>(
         &self,
         launcher: &Launcher,
         w: Weight,
         x: Rows,
         tokens: u32,
-        room: Room,
+        share: SmShare,
         epilogue: &E,
     ) -> Result<(), CudaError> {
         let (rows, cols) = (w.rows() as u32, w.cols() as u32);
@@ -388,7 +388,7 @@ impl Gemm {
         if tokens == 0 {
             return Ok(());
         }
-        let product = Product { w: w.address(), x, shape, room, epilogue };
+        let product = Product { w: w.address(), x, shape, share, epilogue };
         match &self.set {
             Set::Portable(portable) => portable.launch(launcher, &product),
             Set::Hopper(hopper) => hopper.launch(launcher, &product),

@@ -39,7 +39,7 @@ use minisgl_core::tensor::HostTensor;
 use self::attention::Attention;
 use self::embed::Ends;
 use self::experts::{ExpertLayer, Experts};
-use self::gemm::{GateUp, Gemm, Head, Qkv, Residual, Room, RowNorm, Rows};
+use self::gemm::{GateUp, Gemm, Head, Qkv, Residual, RowNorm, Rows, SmShare};
 use self::halves::{Halves, Part};
 use self::sampling::Sampling;
 use crate::device::Cuda;
@@ -172,8 +172,8 @@ impl Operations {
     }
 
     /// What a part's products may take.
-    fn room(part: Part) -> Room {
-        if part == Part::Whole { Room::Whole } else { Room::Half }
+    fn sm_share(part: Part) -> SmShare {
+        if part == Part::Whole { SmShare::Whole } else { SmShare::Half }
     }
 
     fn chain(&self, launcher: &Launcher, layer: &Layer, part: Part) -> Result<(), CudaError> {
@@ -192,8 +192,8 @@ impl Operations {
         let tokens = part.tokens(layer.step.shape);
         let residual = rows_from(self.buffers.residual, self.dims.hidden as usize, tokens.start);
         let epilogue = self.qkv(layer, tokens.start);
-        let (count, room) = (tokens.len() as u32, Self::room(part));
-        self.gemm.launch(launcher, layer.weights.qkv, residual, count, room, &epilogue)
+        let (count, share) = (tokens.len() as u32, Self::sm_share(part));
+        self.gemm.launch(launcher, layer.weights.qkv, residual, count, share, &epilogue)
     }
 
     /// The second.
@@ -215,8 +215,8 @@ impl Operations {
         let residual = rows_from(buffers.residual, self.dims.hidden as usize, first);
         let attended = rows_from(buffers.attended, self.dims.q_width(), first);
         let added = Residual { residual: residual.address, sumsq: self.sumsq_of(first) };
-        let room = Self::room(part);
-        gemm.launch(launcher, weights.o, attended, count, room, &added)?;
+        let share = Self::sm_share(part);
+        gemm.launch(launcher, weights.o, attended, count, share, &added)?;
         let (gate_up, down) = match weights.mlp {
             MlpWeights::Dense { gate_up, down } => (gate_up, down),
             MlpWeights::Experts(_) => return self.experts(launcher, layer),
@@ -224,8 +224,8 @@ impl Operations {
         let mlp = self.dims.intermediate;
         let activated = rows_from(buffers.activated, mlp as usize, first);
         let gated = GateUp { norm: self.norm(first), out: activated.address, intermediate: mlp, reserved: 0 };
-        gemm.launch(launcher, gate_up, residual, count, room, &gated)?;
-        gemm.launch(launcher, down, activated, count, room, &added)
+        gemm.launch(launcher, gate_up, residual, count, share, &gated)?;
+        gemm.launch(launcher, down, activated, count, share, &added)
     }
 
     /// What a layer's experts add; steps of models with experts are not divided.
@@ -343,7 +343,7 @@ impl Ops for Cuda {
     fn logits(&mut self, step: &Step<Buffer>, x: Buffer, head: Weight, out: Buffer) -> Result<(), CudaError> {
         let epilogue = Head { out: out.address() };
         let (gemm, samples) = (&self.operations()?.gemm, step.shape.samples);
-        gemm.launch(&self.launcher, head, rows_from(x, head.cols(), 0), samples, Room::Whole, &epilogue)
+        gemm.launch(&self.launcher, head, rows_from(x, head.cols(), 0), samples, SmShare::Whole, &epilogue)
     }
 
     fn read_logits(&mut self, logits: Buffer, vocab: u32, rows: Range<usize>) -> Result<Vec<f32>, CudaError> {

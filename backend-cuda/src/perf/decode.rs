@@ -23,7 +23,7 @@ use crate::device::Cuda;
 use crate::error::CudaError;
 use crate::launch::Launcher;
 use crate::memory::Buffer;
-use crate::ops::gemm::{Head, Room};
+use crate::ops::gemm::{Head, SmShare};
 use crate::ops::halves::Part;
 use crate::ops::{Layer, Operations, rows_from};
 use crate::weight::Weight;
@@ -191,7 +191,7 @@ impl Decode {
         ends.final_norm(launcher, step, buffers.residual, norm, dims.hidden, dims.norm_eps, gathered)?;
         let out = Head { out: self.logits.address() };
         let rows = rows_from(gathered, dims.hidden as usize, 0);
-        gemm.launch(launcher, self.head, rows, step.shape.samples, Room::Whole, &out)?;
+        gemm.launch(launcher, self.head, rows, step.shape.samples, SmShare::Whole, &out)?;
         sampling.sample(launcher, step, self.logits, dims.vocab, self.tokens)
     }
 }

@@ -15,7 +15,7 @@ use super::step::{PAGE_SIZE, StepOf, activations, download_words, upload_words};
 use crate::device::Cuda;
 use crate::error::CudaError;
 use crate::memory::{Address, Buffer};
-use crate::ops::gemm::{Epilogue, GateUp, Gemm, Head, Qkv, Residual, Room, RowNorm, Rows};
+use crate::ops::gemm::{Epilogue, GateUp, Gemm, Head, Qkv, Residual, RowNorm, Rows, SmShare};
 use crate::weight::Weight;
 
 /// Seeds of the weights (gate's; up's is the next), the rows, the residual stream, the head norms and the biases.
@@ -313,6 +313,6 @@ fn call<E: Epilogue + Copy + 'static>(
     epilogue: E,
 ) -> Call {
     Box::new(move |launcher, call| {
-        gemm.launch(launcher, weights[call % weights.len()], x, tokens as u32, Room::Whole, &epilogue)
+        gemm.launch(launcher, weights[call % weights.len()], x, tokens as u32, SmShare::Whole, &epilogue)
     })
 }

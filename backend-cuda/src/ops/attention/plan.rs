@@ -1,4 +1,4 @@
-//! How the decode rows of a step are divided into work that blocks take.
+//! How the decode rows of a step are divided into work that blocks take (split-KV).
 //!
 //! ```text
 //!   plan      count, 7 words unused, segments    some leaves of a row each, and where their partials go (`attention_work.cuh`)
@@ -14,7 +14,7 @@ use minisgl_core::config::Limits;
 use minisgl_kernels::attention::{LEAF, SPAN};
 
 use super::Heads;
-use crate::ops::gemm::Room;
+use crate::ops::gemm::SmShare;
 
 /// Memory for the parts of sequences that several blocks share; where it is short, first parts are longer.
 const PARTIAL_BYTES_MAX: usize = 64 << 20;
@@ -40,7 +40,7 @@ const SEGMENT_WORDS: usize = 8;
 /// a few leaves: a piece's partials, and who waits for them, cost more than blocks that end apart. Few rows are cut into
 /// pieces of one length, so that the blocks' last turns fill the device.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Cutter {
+pub(super) struct DecodePlanner {
     /// Blocks of a launch.
     pub(super) blocks: u32,
     /// Items of a row; a segment is a turn for each.
@@ -57,29 +57,29 @@ pub(super) struct Cutter {
     many: u32,
 }
 
-impl Cutter {
-    /// For launches of up to `rows` rows that have so much room.
+impl DecodePlanner {
+    /// For launches of up to `rows` rows that have such a share of an SM.
     pub(super) fn new(
         blocks: u32,
         heads: Heads,
         window: u32,
         limits: &Limits,
         rows: u32,
-        room: Room,
-    ) -> Cutter {
+        share: SmShare,
+    ) -> DecodePlanner {
         let items = heads.items();
         let partials = (PARTIAL_BYTES_MAX / (items as usize * heads.partial_bytes())).max(2) as u32;
         let longest = u64::from(rows) * u64::from(limits.sequence.div_ceil(LEAF) + 1);
-        Cutter {
+        DecodePlanner {
             blocks,
             items,
             segments: (rows + PIECES_OF_BLOCK * blocks.div_ceil(items)) as usize,
             partials: longest.min(u64::from(partials)) as u32,
             window,
             dummy: limits.running,
-            many: match room {
-                Room::Whole => (MANY_TURNS * blocks).div_ceil(items),
-                Room::Half => 0,
+            many: match share {
+                SmShare::Whole => (MANY_TURNS * blocks).div_ceil(items),
+                SmShare::Half => 0,
             },
         }
     }
@@ -237,27 +237,27 @@ mod tests {
     use super::*;
 
     /// A plan's segments.
-    fn planned(cutter: &Cutter, rows: &[Row]) -> Vec<[u32; SEGMENT_WORDS]> {
-        let mut words = vec![0; cutter.words()];
-        cutter.plan(rows, &mut words);
+    fn planned(planner: &DecodePlanner, rows: &[Row]) -> Vec<[u32; SEGMENT_WORDS]> {
+        let mut words = vec![0; planner.words()];
+        planner.plan(rows, &mut words);
         let segments = bytemuck::cast_slice::<u32, [u32; SEGMENT_WORDS]>(&words[PLAN_HEAD..]);
         segments[..words[0] as usize].to_vec()
     }
 
     /// The first leaf that a row of so many tokens sees.
-    fn first_leaf(cutter: &Cutter, kv_len: u32) -> u32 {
-        kv_len.saturating_sub(cutter.window) / LEAF
+    fn first_leaf(planner: &DecodePlanner, kv_len: u32) -> u32 {
+        kv_len.saturating_sub(planner.window) / LEAF
     }
 
     /// Every leaf of every row's window lies in one segment, long rows first, and every partial has one place in memory.
-    fn plans_are_whole(cutter: &Cutter, rows: &[Row]) {
-        let mut partials = vec![false; cutter.partials as usize];
+    fn plans_are_whole(planner: &DecodePlanner, rows: &[Row]) {
+        let mut partials = vec![false; planner.partials as usize];
         let mut leaves = Vec::new();
-        for [row, slot, kv_len, first, count, base, at, total] in planned(cutter, rows) {
+        for [row, slot, kv_len, first, count, base, at, total] in planned(planner, rows) {
             assert_eq!((slot, kv_len), (rows[row as usize].slot, rows[row as usize].kv_len));
             assert!(count > 0);
             leaves.extend((first..first + count).map(|leaf| (row, leaf)));
-            let begins_row = first == first_leaf(cutter, kv_len);
+            let begins_row = first == first_leaf(planner, kv_len);
             assert_eq!(begins_row, at == base, "the kernel tells a row's first segment by its place");
             let end = first + count;
             let one_state = first / SPAN_LEAVES == (end - 1) / SPAN_LEAVES || end.is_multiple_of(SPAN_LEAVES);
@@ -270,10 +270,10 @@ mod tests {
         }
         let of_row = |row: u32| {
             let kv_len = rows[row as usize].kv_len;
-            (first_leaf(cutter, kv_len)..kv_len.div_ceil(LEAF)).map(move |leaf| (row, leaf))
+            (first_leaf(planner, kv_len)..kv_len.div_ceil(LEAF)).map(move |leaf| (row, leaf))
         };
         let mut longest_first: Vec<u32> = (0..rows.len() as u32).collect();
-        longest_first.sort_by_key(|&row| Reverse(cutter.seen(rows[row as usize].kv_len)));
+        longest_first.sort_by_key(|&row| Reverse(planner.seen(rows[row as usize].kv_len)));
         assert!(leaves.into_iter().eq(longest_first.into_iter().flat_map(of_row)));
     }
 
@@ -284,7 +284,7 @@ mod tests {
             let rows: Vec<_> = (0..1 + random(0, 40))
                 .map(|i| Row { slot: i as u32, kv_len: 1 + random(i + 4, 6000) as u32, ..Row::default() })
                 .collect();
-            let cutter = Cutter {
+            let planner = DecodePlanner {
                 blocks: 1 + random(1, 300) as u32,
                 items: 1 + random(2, 16) as u32,
                 segments: rows.len() + random(3, 200) as usize,
@@ -293,7 +293,7 @@ mod tests {
                 dummy: 1000,
                 many: random(5, 40) as u32,
             };
-            plans_are_whole(&cutter, &rows);
+            plans_are_whole(&planner, &rows);
         }
     }
 
@@ -302,7 +302,7 @@ mod tests {
         let rows = |count: u32, leaves: u32| -> Vec<_> {
             (0..count).map(|slot| Row { slot, kv_len: leaves * LEAF, ..Row::default() }).collect()
         };
-        let cutter = Cutter {
+        let planner = DecodePlanner {
             blocks: 264,
             items: 8,
             segments: 388,
@@ -311,7 +311,7 @@ mod tests {
             dummy: 1000,
             many: 66,
         };
-        let pieces = |rows: &[Row]| planned(&cutter, rows).into_iter().map(|[.., leaves, _, _, _]| leaves);
+        let pieces = |rows: &[Row]| planned(&planner, rows).into_iter().map(|[.., leaves, _, _, _]| leaves);
         let long = rows(256, 16);
         assert!(pieces(&long).count() > long.len(), "the last rows are longer than what is left for a block");
         assert!(pieces(&long).all(|leaves| u64::from(leaves) >= LEAST));
@@ -333,8 +333,8 @@ mod tests {
             pages: 2 * 64 * LEAF / 16,
             graph_rows: 0,
         };
-        let cutter = Cutter::new(264, heads, u32::MAX, &limits, limits.running, Room::Whole);
-        assert!(planned(&cutter, &[row, row]).iter().all(|[.., leaves, _, _, _]| *leaves <= 4));
+        let planner = DecodePlanner::new(264, heads, u32::MAX, &limits, limits.running, SmShare::Whole);
+        assert!(planned(&planner, &[row, row]).iter().all(|[.., leaves, _, _, _]| *leaves <= 4));
     }
 
     #[test]
@@ -342,7 +342,7 @@ mod tests {
         let row =
             |slot| Row { slot, kv_len: 1 + (splitmix64(slot.into()) % 100_000) as u32, ..Row::default() };
         let rows: Vec<_> = (0..500).map(row).collect();
-        let cutter = Cutter {
+        let planner = DecodePlanner {
             blocks: 264,
             items: 8,
             segments: 632,
@@ -351,7 +351,7 @@ mod tests {
             dummy: 1000,
             many: 66,
         };
-        let mut order: Vec<u32> = planned(&cutter, &rows).iter().map(|segment| segment[0]).collect();
+        let mut order: Vec<u32> = planned(&planner, &rows).iter().map(|segment| segment[0]).collect();
         order.dedup();
         let apart = 100_000_u32.div_ceil(COUNTS as u32).next_power_of_two();
         let kv_len = |index: u32| rows[index as usize].kv_len;
@@ -363,8 +363,15 @@ mod tests {
     #[test]
     fn padding_rows_get_no_segment() {
         let row = Row { kv_len: 100, ..Row::default() };
-        let cutter =
-            Cutter { blocks: 4, items: 2, segments: 8, partials: 8, window: u32::MAX, dummy: 1, many: 2 };
-        assert_eq!(planned(&cutter, &[row, Row { slot: 1, ..row }, Row { slot: 1, ..row }]).len(), 1);
+        let planner = DecodePlanner {
+            blocks: 4,
+            items: 2,
+            segments: 8,
+            partials: 8,
+            window: u32::MAX,
+            dummy: 1,
+            many: 2,
+        };
+        assert_eq!(planned(&planner, &[row, Row { slot: 1, ..row }, Row { slot: 1, ..row }]).len(), 1);
     }
 }

@@ -12,7 +12,7 @@
 //!
 //! Invariant: a block's shared memory is what its tiling allows, and its sums fit the ring that they lie over.
 
-use super::{BLOCK_COLS, Block, Epilogue, Kind, Product, Room, Shape};
+use super::{BLOCK_COLS, Block, Epilogue, Kind, Product, Shape, SmShare};
 use crate::error::CudaError;
 use crate::launch::{Grid, Kernel, Launcher};
 use crate::module::Modules;
@@ -341,20 +341,20 @@ impl Decode {
     }
 
     /// A kind's tilings for a matrix of this size; none where a kind has none.
-    fn tilings(&self, kind: Kind, shape: &Shape, room: Room) -> &[Loaded] {
-        let loaded = match room {
-            Room::Whole if shape.fits_l2() => &self.fitting,
-            Room::Whole => &self.large,
-            Room::Half => &self.half,
+    fn tilings(&self, kind: Kind, shape: &Shape, share: SmShare) -> &[Loaded] {
+        let loaded = match share {
+            SmShare::Whole if shape.fits_l2() => &self.fitting,
+            SmShare::Whole => &self.large,
+            SmShare::Half => &self.half,
         };
         loaded.get(kind as usize).map_or(&[], Vec::as_slice)
     }
 
     /// The tiling for the shape; none where another kernel is the quicker one. In half of each multiprocessor there is no other:
     /// the last one then takes all that are too many for those before it.
-    pub(super) fn tiling(&self, kind: Kind, shape: &Shape, room: Room) -> Option<&Loaded> {
-        let tilings = self.tilings(kind, shape, room);
-        let last = tilings.last().filter(|_| room == Room::Half);
+    pub(super) fn tiling(&self, kind: Kind, shape: &Shape, share: SmShare) -> Option<&Loaded> {
+        let tilings = self.tilings(kind, shape, share);
+        let last = tilings.last().filter(|_| share == SmShare::Half);
         tilings.iter().find(|loaded| loaded.tiling.suits(shape)).or(last)
     }
 
