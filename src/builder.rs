@@ -9,11 +9,13 @@ use crate::error::Error;
 use crate::llm::Llm;
 use crate::options::{BackendChoice, KernelChoice, Options};
 use crate::source::ModelSource;
+use crate::weights::Weights;
 
 /// Settings of an engine to be built; see [`Options`] for what each means and its default.
 #[derive(Clone, Debug)]
 pub struct LlmBuilder {
     model: Model,
+    weights: Option<Weights>,
     options: Options,
 }
 
@@ -26,16 +28,22 @@ enum Model {
 
 impl LlmBuilder {
     pub(crate) fn new(model: String) -> Self {
-        LlmBuilder { model: Model::Name(model), options: Options::default() }
+        LlmBuilder { model: Model::Name(model), weights: None, options: Options::default() }
     }
 
     pub(crate) fn of(source: ModelSource) -> Self {
-        LlmBuilder { model: Model::Found(source), options: Options::default() }
+        LlmBuilder { model: Model::Found(source), weights: None, options: Options::default() }
     }
 
     /// All settings at once.
     pub fn options(mut self, options: Options) -> Self {
         self.options = options;
+        self
+    }
+
+    /// Begins with these weights in the place of those in the model's files: with what an [`Llm`] of the same model has.
+    pub fn weights(mut self, weights: Weights) -> Self {
+        self.weights = Some(weights);
         self
     }
 
@@ -158,6 +166,6 @@ impl LlmBuilder {
             Model::Name(name) => ModelSource::find(&name, None, None)?,
             Model::Found(source) => source,
         };
-        Llm::open(source, self.options, choice)
+        Llm::open(source, self.weights, self.options, choice)
     }
 }

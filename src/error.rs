@@ -147,6 +147,14 @@ pub enum Error {
         /// Index and completion of each request that had ended; empty in a streaming run, which delivered them.
         finished: Vec<(usize, Completion)>,
     },
+    /// Weights that were right, but could not be written to the device. An engine that has failed so is not used any more.
+    #[error(
+        "the weights could not be updated: {0}; build the engine anew, for it may have some of the old and some of the new ones"
+    )]
+    Update(#[source] Cause),
+    /// Weights where there are none.
+    #[error("a simulated model has no weights; open a checkpoint")]
+    NoWeights,
     /// The engine's `Llm` was dropped.
     #[error("the engine was closed and takes no more requests; keep its Llm while requests run")]
     Closed,

@@ -61,6 +61,7 @@ pub mod simulated;
 mod source;
 pub mod telemetry;
 mod tokenizer;
+mod weights;
 pub mod workload;
 
 pub use builder::LlmBuilder;
@@ -80,6 +81,7 @@ pub use minisgl_core::policy::Policy;
 pub use minisgl_core::scheduler::Order;
 pub use minisgl_core::speculation::{DRAFTS_MAX, Speculation};
 pub use minisgl_core::stats::{Load, Stats};
+pub use minisgl_decoder::{Dtype, NamedTensor};
 pub use options::{
     BackendChoice, Devices, KernelChoice, MaxRunning, Options, parse_devices, parse_max_running, parse_order,
     parse_policy, parse_speculation,
@@ -93,3 +95,4 @@ pub use rerank::{Relevance, RerankRequest};
 pub use score::{Score, ScoreRequest};
 pub use source::ModelSource;
 pub use tokenizer::Text;
+pub use weights::Weights;

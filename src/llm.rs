@@ -8,6 +8,7 @@
 
 use std::collections::HashMap;
 use std::num::NonZero;
+use std::path::Path;
 use std::sync::Arc;
 use std::thread;
 use std::time::Instant;
@@ -19,7 +20,7 @@ use minisgl_core::scheduler::{Order, Settings};
 use minisgl_core::stats::{ExpertsRead, Stats};
 use minisgl_cpu::Cpu;
 use minisgl_cuda::{Cuda, CudaError, KernelSet};
-use minisgl_decoder::{Checkpoint, CheckpointError, Decoder};
+use minisgl_decoder::{Checkpoint, Decoder, NamedTensor, WeightUpdate};
 
 use crate::builder::LlmBuilder;
 use crate::device::Choice;
@@ -40,6 +41,7 @@ use crate::simulated::{self, Control};
 use crate::source::ModelSource;
 use crate::telemetry::Probe;
 use crate::tokenizer::Text;
+use crate::weights::{self, Weights};
 
 /// A model on a device, ready to generate. See the [crate's page](crate) for an example.
 ///
@@ -49,6 +51,10 @@ pub struct Llm {
     front: Front,
     text: Arc<Text>,
     info: Info,
+    /// A simulated model has none.
+    weights: Option<Weights>,
+    /// Are they others than those in the model's files?
+    updated: bool,
 }
 
 impl Llm {
@@ -59,9 +65,20 @@ impl Llm {
         LlmBuilder::new(model.into())
     }
 
-    pub(crate) fn open(source: ModelSource, options: Options, choice: Choice) -> Result<Llm, Error> {
-        let (checkpoint, text) = open_model(&source, &options)?;
-        let (text, order, engines) = (Arc::new(text), options.order, options.engines()?);
+    pub(crate) fn open(
+        source: ModelSource,
+        weights: Option<Weights>,
+        options: Options,
+        choice: Choice,
+    ) -> Result<Llm, Error> {
+        let updated = weights.is_some();
+        let weights = match weights {
+            Some(weights) => weights,
+            None => Weights(Arc::new(open_checkpoint(&source, &options)?)),
+        };
+        let text = Arc::new(source.folder().map_or(Ok(Text::default()), Text::open)?);
+        let (order, engines) = (options.order, options.engines()?);
+        let Weights(checkpoint) = weights.clone();
         let opening = Opening { source, choice, checkpoint, text: text.clone(), options, engines };
         let opening = Arc::new(opening);
         let build = |engine| {
@@ -71,7 +88,7 @@ impl Llm {
         let (front, infos) = Front::start(text.clone(), order, (0..engines).map(build).collect())?;
         // Engines differ in their devices and memory alone; the first speaks for all.
         let info = infos.into_iter().next().ok_or(Error::NoEngine)?;
-        Ok(Llm { front, text, info })
+        Ok(Llm { front, text, info, weights: Some(weights), updated })
     }
 
     /// A model without weights, and what is seen of its engine; see [`crate::simulated`].
@@ -81,7 +98,7 @@ impl Llm {
     pub fn simulated(control: Control, text: Text) -> Result<(Llm, Arc<Control>), Error> {
         let (text, info) = (Arc::new(text), simulated::info(control.limits));
         let (front, control) = simulated::start_with(control, text.clone(), Order::Given)?;
-        Ok((Llm { front, text, info }, control))
+        Ok((Llm { front, text, info, weights: None, updated: false }, control))
     }
 
     /// The engine from any thread: requests of their own, sessions of many.
@@ -256,6 +273,50 @@ impl Llm {
         let _ = self.front.handle().call_each(false, |runner| runner.clear_prefix_cache());
     }
 
+    /// Puts tensors in the place of the model's own, under the names of its checkpoint, all of them or some: from then on the model
+    /// is, bit for bit, what is loaded from a checkpoint with these tensors. Requests that run end with the old weights before;
+    /// those that wait begin with the new ones. Cached prefixes are forgotten.
+    ///
+    /// The tensors stay on the host, where a later update of others, and [`Llm::updated_weights`], find them.
+    ///
+    /// # Errors
+    /// A name that the model does not have, a shape or a type that is not the model's: then everything is as before. A device that
+    /// fails while they are written, [`Error::Update`]: its engine takes no requests any more.
+    pub fn update_weights(&mut self, tensors: impl IntoIterator<Item = NamedTensor>) -> Result<(), Error> {
+        self.update(weights::given(tensors)?)
+    }
+
+    /// As [`Llm::update_weights`], with all tensors of a `*.safetensors` file or of a checkpoint's folder. The files are read as a
+    /// whole, and may be written again afterwards.
+    ///
+    /// # Errors
+    /// As there; and files that can't be read.
+    pub fn update_weights_from(&mut self, path: impl AsRef<Path>) -> Result<(), Error> {
+        self.update(weights::read(path.as_ref())?)
+    }
+
+    fn update(&mut self, update: WeightUpdate) -> Result<(), Error> {
+        let handle = self.front.handle();
+        handle.check_running()?;
+        let (weights, changed) = self.weights.as_ref().ok_or(Error::NoWeights)?.with(update)?;
+        tracing::info!(tensors = changed.len(), "updating weights");
+        let (Weights(checkpoint), changed) = (weights.clone(), Arc::new(changed));
+        self.info.weight_bytes = checkpoint.tensors().step_bytes();
+        // Engines that go on have the new ones, whatever becomes of others.
+        (self.weights, self.updated) = (Some(weights), true);
+        let each = handle.call_working(true, move |runner| match runner.has_stopped() {
+            true => Ok(()), // It has failed meanwhile, and runs nothing any more.
+            false => runner.update_weights(&checkpoint, &changed),
+        });
+        each?.into_iter().collect::<Result<_, _>>().map_err(Error::Update)
+    }
+
+    /// What [`Llm::update_weights`] has made of the weights, to build another engine of this model with
+    /// ([`LlmBuilder::weights`]); `None` where they are those in the model's files.
+    pub fn updated_weights(&self) -> Option<Weights> {
+        self.weights.clone().filter(|_| self.updated)
+    }
+
     /// Measures what the devices of all engines reach at best, together: a second of their time, once nothing runs. `None` on
     /// the CPU.
     ///
@@ -361,17 +422,14 @@ fn cut(completion: &mut Completion, given: Given) {
     completion.finish_reason = FinishReason::Abort;
 }
 
-/// The model's files, and its text side where it has one.
-fn open_model(source: &ModelSource, options: &Options) -> Result<(Checkpoint, Text), Error> {
-    let model = |cause: CheckpointError| Error::Model(cause.into());
-    match source.folder() {
-        None => Ok((Checkpoint::preset(source.name(), FAMILIES).map_err(model)?, Text::default())),
-        Some(folder) => {
-            let checkpoint = Checkpoint::open(folder, FAMILIES).map_err(model)?;
-            let checkpoint = if options.plain_inputs { checkpoint.with_plain_inputs() } else { checkpoint };
-            Ok((checkpoint, Text::open(folder)?))
-        }
-    }
+/// The model's files.
+fn open_checkpoint(source: &ModelSource, options: &Options) -> Result<Checkpoint, Error> {
+    let checkpoint = match source.folder() {
+        None => Checkpoint::preset(source.name(), FAMILIES),
+        Some(folder) => Checkpoint::open(folder, FAMILIES),
+    };
+    let checkpoint = checkpoint.map_err(|cause| Error::Model(cause.into()))?;
+    Ok(if options.plain_inputs { checkpoint.with_plain_inputs() } else { checkpoint })
 }
 
 /// Is there a GPU? No driver means no; one that does not work is an error, for somebody meant it to.
@@ -394,7 +452,7 @@ fn gpu_error(error: CudaError) -> Error {
 struct Opening {
     source: ModelSource,
     choice: Choice,
-    checkpoint: Checkpoint,
+    checkpoint: Arc<Checkpoint>,
     text: Arc<Text>,
     options: Options,
     engines: usize,

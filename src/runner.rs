@@ -1,5 +1,6 @@
 //! One engine behind one door: the facade drives every backend through [`Runner`], so no device type shows outside.
 
+use std::collections::HashSet;
 use std::time::Duration;
 
 use minisgl_core::config::Limits;
@@ -8,7 +9,7 @@ use minisgl_core::local::Local;
 use minisgl_core::request::{Event, Request, SubmitError, Submitted, Ticket};
 use minisgl_core::stats::{ExpertsRead, Load, Stats};
 use minisgl_cuda::HostTimes;
-use minisgl_decoder::Decoder;
+use minisgl_decoder::{Checkpoint, Decoder};
 
 use crate::diagnostics::{Ceilings, Diagnostics};
 use crate::error::Cause;
@@ -39,6 +40,10 @@ pub trait Runner {
     fn reset_stats(&mut self);
     /// Forgets cached prefixes.
     fn clear_prefix_cache(&mut self);
+    /// Makes the weights those of a checkpoint, of which the named tensors are new; see [`Engine::update_model`].
+    fn update_weights(&mut self, checkpoint: &Checkpoint, changed: &HashSet<String>) -> Result<(), Cause>;
+    /// Has it failed, so that it takes no step any more?
+    fn has_stopped(&self) -> bool;
     /// Asserts the engine's invariants.
     fn check(&self);
     /// Tokens that the model tells apart.
@@ -97,6 +102,18 @@ impl<B: Diagnostics> Runner for Engine<Local<B, Decoder<B>>> {
 
     fn clear_prefix_cache(&mut self) {
         Engine::clear_prefix_cache(self);
+    }
+
+    fn update_weights(&mut self, checkpoint: &Checkpoint, changed: &HashSet<String>) -> Result<(), Cause> {
+        let tensors = checkpoint.tensors();
+        Ok(self.update_model(|local| {
+            let (model, backend) = local.parts_mut();
+            model.update(backend, tensors, changed)
+        })?)
+    }
+
+    fn has_stopped(&self) -> bool {
+        Engine::has_stopped(self)
     }
 
     fn check(&self) {

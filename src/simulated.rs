@@ -14,6 +14,7 @@
 //! # Ok::<(), minisgl::Error>(())
 //! ```
 
+use std::collections::HashSet;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
@@ -27,6 +28,7 @@ use minisgl_core::request::{self as core, Request, SubmitError, Submitted, Ticke
 use minisgl_core::scheduler::Order;
 use minisgl_core::stats::{ExpertsRead, Load, Stats};
 use minisgl_cuda::HostTimes;
+use minisgl_decoder::Checkpoint;
 
 use crate::diagnostics::Ceilings;
 use crate::error::{Cause, Error};
@@ -60,6 +62,8 @@ pub struct Control {
     pub script: Vec<u32>,
     /// The step that fails.
     pub fails_at: Option<u64>,
+    /// Does an update of its weights fail?
+    pub update_fails: bool,
     /// The step that panics.
     pub panics_at: Option<u64>,
     /// Steps so far.
@@ -80,6 +84,7 @@ impl Default for Control {
             launch_after: Duration::ZERO,
             script: Vec::new(),
             fails_at: None,
+            update_fails: false,
             panics_at: None,
             steps: AtomicU64::new(0),
             admitted: Mutex::default(),
@@ -105,6 +110,7 @@ struct Simulated {
     control: Arc<Control>,
     requests: Vec<Option<Running>>,
     generation: u32,
+    stopped: bool,
 }
 
 impl Simulated {
@@ -207,6 +213,16 @@ impl Runner for Simulated {
 
     fn clear_prefix_cache(&mut self) {}
 
+    fn update_weights(&mut self, _: &Checkpoint, _: &HashSet<String>) -> Result<(), Cause> {
+        assert!(self.requests.iter().all(Option::is_none), "an update while requests run");
+        self.stopped = self.control.update_fails;
+        if self.stopped { Err("the memory is gone".into()) } else { Ok(()) }
+    }
+
+    fn has_stopped(&self) -> bool {
+        self.stopped
+    }
+
     fn check(&self) {
         assert!(self.control.panics_at.is_none(), "the books are wrong");
     }
@@ -297,7 +313,7 @@ pub(crate) fn start_engines(
     let build = |control: Arc<Control>| {
         let queued = if order.sorts() { control.limits.queued } else { 0 };
         let entries = (control.limits.running + queued) as usize;
-        let mut runner = Simulated { control, requests: Vec::new(), generation: 0 };
+        let mut runner = Simulated { control, requests: Vec::new(), generation: 0, stopped: false };
         runner.requests.resize_with(entries, || None);
         move || Ok((Box::new(runner) as Box<dyn Runner>, ()))
     };

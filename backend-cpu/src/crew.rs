@@ -31,6 +31,8 @@ pub enum Job {
     Replay(Arc<[Command]>),
     /// Add a weight.
     Load(WeightRole, Vec<HostTensor>),
+    /// Put another in the place of a weight.
+    Reload(Weight, WeightRole, Vec<HostTensor>),
     /// End the thread.
     Stop,
 }
@@ -97,6 +99,11 @@ impl Crew {
         self.run(Job::Load(role, parts.to_vec()))?;
         Ok(Weight(self.desk().machine.weights.len() - 1))
     }
+
+    /// Puts another in the place of a weight.
+    pub fn reload(&self, weight: Weight, role: WeightRole, parts: &[HostTensor]) -> Result<(), CpuError> {
+        self.run(Job::Reload(weight, role, parts.to_vec()))
+    }
 }
 
 impl Shared {
@@ -112,6 +119,7 @@ impl Shared {
                 Some(Job::Load(role, parts)) => {
                     Matrix::new(role, &parts).map(|matrix| machine.weights.push(matrix))
                 }
+                Some(Job::Reload(weight, role, parts)) => machine.weights[weight.0].replace(role, &parts),
                 None => {
                     desk = self.asked.wait(desk).unwrap_or_else(PoisonError::into_inner);
                     continue;

@@ -279,6 +279,14 @@ impl Ops for Cpu {
         self.crew()?.load(role, parts)
     }
 
+    fn reload(&mut self, weight: Weight, role: WeightRole, parts: &[HostTensor]) -> Result<(), CpuError> {
+        self.crew()?.reload(weight, role, parts)
+    }
+
+    fn end_loading(&mut self) -> Result<(), CpuError> {
+        Ok(())
+    }
+
     fn plan(&self, _: StepShape, _: &[Row], _: &mut [u32]) {}
 
     fn begin_step(&mut self, step: &Step<Buffer>) -> Result<(), CpuError> {

@@ -114,6 +114,17 @@ impl Matrix {
         Ok(matrix)
     }
 
+    /// Becomes the stack of `tensors`, which has the same shape.
+    pub fn replace(&mut self, role: WeightRole, tensors: &[HostTensor]) -> Result<(), CpuError> {
+        let new = Matrix::new(role, tensors)?;
+        if (self.rows, self.cols) != (new.rows, new.cols) {
+            let name = tensors.first().map_or_else(String::new, |tensor| tensor.name.clone());
+            return Err(CpuError::Tensor { name, reason: "it has not the shape of what it replaces" });
+        }
+        *self = new;
+        Ok(())
+    }
+
     /// All of its rows.
     pub fn all(&self) -> Rows<'_> {
         Rows { matrix: self, first: 0, count: self.rows }

@@ -140,8 +140,32 @@ pub(crate) struct Staging {
 impl Cuda {
     /// Puts a matrix on the device; see [`minisgl_core::backend::Ops::load`].
     pub fn load_weight(&mut self, role: WeightRole, parts: &[HostTensor]) -> Result<Weight, CudaError> {
-        let (pieces, rows) = pieces(role, parts);
+        let (_, rows) = pieces(role, parts);
         let cols = parts.first().map_or(0, |part| part.cols);
+        let address = self.allocate(Purpose::Weights, rows * cols * 2)?;
+        if gate_ups(role) > 0 {
+            self.zero(address, rows * cols * 2)?;
+        }
+        let weight = Weight { address, rows, cols };
+        self.reload_weight(weight, role, parts)?;
+        Ok(weight)
+    }
+
+    /// Enqueues the copies of a matrix's elements to where it is; see [`minisgl_core::backend::Ops::reload`]. Padding stays.
+    pub fn reload_weight(
+        &mut self,
+        weight: Weight,
+        role: WeightRole,
+        parts: &[HostTensor],
+    ) -> Result<(), CudaError> {
+        let (pieces, rows) = pieces(role, parts);
+        let Weight { address, cols, .. } = weight;
+        if rows != weight.rows {
+            return Err(CudaError::Unsupported(format!(
+                "{parts:?} is put into a matrix of {} rows",
+                weight.rows
+            )));
+        }
         if let Some(odd) = parts.iter().find(|part| part.cols != cols) {
             return Err(CudaError::Unsupported(format!(
                 "{odd:?} is stacked below a matrix of {cols} columns"
@@ -155,10 +179,6 @@ impl Cuda {
                 "{:?} is split within a block of {GROUP} rows",
                 parts[0]
             )));
-        }
-        let address = self.allocate(Purpose::Weights, rows * cols * 2)?;
-        if gate_ups(role) > 0 {
-            self.zero(address, rows * cols * 2)?;
         }
         for piece in pieces {
             match &piece.tensor.data {
@@ -176,11 +196,11 @@ impl Cuda {
                 }
             }
         }
-        Ok(Weight { address, rows, cols })
+        Ok(())
     }
 
     /// Frees the staging memory: no more weights come.
-    pub fn end_loading(&mut self) {
+    pub fn free_staging(&mut self) {
         self.staging = None;
     }
 

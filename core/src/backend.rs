@@ -245,6 +245,52 @@ pub struct LayerWeights<W> {
     pub mlp_out_norm: Option<W>,
 }
 
+impl<W> LayerWeights<W> {
+    /// One for each of these, first to last; the first error ends it.
+    ///
+    /// # Errors
+    /// That of `each`.
+    pub fn try_map<'a, V, E>(
+        &'a self,
+        mut each: impl FnMut(&'a W) -> Result<V, E>,
+    ) -> Result<LayerWeights<V>, E> {
+        let mut maybe = |weight: &'a Option<W>| weight.as_ref().map(&mut each).transpose();
+        let (attention_norm, attention_out_norm) =
+            (maybe(&self.attention_norm)?, maybe(&self.attention_out_norm)?);
+        let (mlp_norm, mlp_out_norm) = (maybe(&self.mlp_norm)?, maybe(&self.mlp_out_norm)?);
+        let (q_norm, k_norm) = (maybe(&self.q_norm)?, maybe(&self.k_norm)?);
+        let qkv_bias = maybe(&self.qkv_bias)?;
+        Ok(LayerWeights {
+            attention_norm,
+            qkv: each(&self.qkv)?,
+            qkv_bias,
+            q_norm,
+            k_norm,
+            o: each(&self.o)?,
+            attention_out_norm,
+            mlp_norm,
+            mlp: match &self.mlp {
+                MlpWeights::Dense { gate_up, down } => {
+                    MlpWeights::Dense { gate_up: each(gate_up)?, down: each(down)? }
+                }
+                MlpWeights::Experts(ExpertWeights { router, gate_up, down }) => {
+                    let (router, gate_up, down) = (each(router)?, each(gate_up)?, each(down)?);
+                    MlpWeights::Experts(ExpertWeights { router, gate_up, down })
+                }
+            },
+            mlp_out_norm,
+        })
+    }
+}
+
+impl<W: Copy> LayerWeights<W> {
+    /// The norms of which a backend may multiply the scale into a matrix, each with that matrix; see [`Ops::fold_norm`].
+    pub fn folds(&self) -> impl Iterator<Item = (W, W)> {
+        let folds = [(self.attention_norm, self.qkv), (self.mlp_norm, self.mlp.gate_up())];
+        folds.into_iter().filter_map(|(norm, linear)| Some((norm?, linear)))
+    }
+}
+
 /// Weights of what follows attention; see [`crate::spec::Mlp`].
 #[derive(Clone, Copy, Debug)]
 pub enum MlpWeights<W> {
@@ -347,9 +393,21 @@ pub trait Ops: Sampler {
     /// Puts a weight on the device. The parts are stacked along the first dimension.
     fn load(&mut self, role: WeightRole, parts: &[HostTensor]) -> Result<Self::Weight, Self::Error>;
 
+    /// Puts other elements in the place of those of a weight that [`Ops::load`] gave, in the same role and of the same shape. Its
+    /// handle stays what it is, in recorded steps too. No step may be enqueued.
+    fn reload(
+        &mut self,
+        weight: Self::Weight,
+        role: WeightRole,
+        parts: &[HostTensor],
+    ) -> Result<(), Self::Error>;
+
+    /// Waits until all weights are there; what only loading them needs goes.
+    fn end_loading(&mut self) -> Result<(), Self::Error>;
+
     /// Says that `linear` is only ever applied to rows that were normed with the scale `norm`, both loaded before: a
-    /// backend whose [`Ops::decoder_layer`] is fused may multiply the scale into the matrix's columns here, once, and
-    /// leave it out of the step. This body leaves both as they are.
+    /// backend whose [`Ops::decoder_layer`] is fused may multiply the scale into the matrix's columns here, once (and
+    /// again after [`Ops::reload`]), and leave it out of the step. This body leaves both as they are.
     fn fold_norm(&mut self, norm: Self::Weight, linear: Self::Weight) -> Result<(), Self::Error> {
         let _ = (norm, linear);
         Ok(())

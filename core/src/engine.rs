@@ -145,8 +145,14 @@ pub enum EngineError<E: core::error::Error + 'static> {
         /// What the device said.
         source: E,
     },
+    /// The model can't be changed while requests depend on what it is.
+    #[error("the model can't be changed while requests wait or run; let them end, or abort them")]
+    Busy,
+    /// The model could not be changed as a whole.
+    #[error("the model could not be changed: {0}")]
+    Update(#[source] E),
     /// A step failed before.
-    #[error("the engine stopped when a step failed; build a new one to go on")]
+    #[error("the engine stopped when a step or an update of its model failed; build a new one to go on")]
     Stopped,
 }
 
@@ -375,6 +381,31 @@ impl<X: Executor> Engine<X> {
         scheduler.complete(&flight.batch, tokens, logprobs, sink);
         scheduler.has_run(completed.shape, completed.gpu_ms);
         Ok(completed)
+    }
+
+    /// Changes what the executor's model computes, though not its sizes, and forgets what it computed before: cached prefixes.
+    ///
+    /// # Errors
+    /// Requests that wait or run, before anything is changed; a failed change, after which every call fails.
+    pub fn update_model(
+        &mut self,
+        change: impl FnOnce(&mut X) -> Result<(), X::Error>,
+    ) -> Result<(), EngineError<X::Error>> {
+        match () {
+            () if self.stopped => return Err(EngineError::Stopped),
+            () if !self.is_idle() => return Err(EngineError::Busy),
+            () => {}
+        }
+        self.scheduler.clear_prefix_cache();
+        change(&mut self.executor).map_err(|source| {
+            self.stopped = true;
+            EngineError::Update(source)
+        })
+    }
+
+    /// Has a step or an update failed, so that it takes no further step?
+    pub fn has_stopped(&self) -> bool {
+        self.stopped
     }
 
     /// Refuses all further work, because of the step in flight at `at`.

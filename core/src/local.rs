@@ -135,6 +135,11 @@ impl<B: Sampler, M: Model<B>> Local<B, M> {
         &self.backend
     }
 
+    /// The model, to be changed between two steps, and the device that it is on.
+    pub fn parts_mut(&mut self) -> (&mut M, &mut B) {
+        (&mut self.model, &mut self.backend)
+    }
+
     /// The device, to be used between two steps.
     pub fn backend_mut(&mut self) -> &mut B {
         &mut self.backend

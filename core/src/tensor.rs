@@ -103,6 +103,33 @@ impl HostTensor {
     }
 }
 
+impl HostTensor {
+    /// Has it the same elements as `other` in the same memory, or made in the same way? Equal elements elsewhere are not the same.
+    pub fn is_same(&self, other: &HostTensor) -> bool {
+        (self.rows, self.cols) == (other.rows, other.cols) && self.data.is_same(&other.data)
+    }
+}
+
+impl TensorData {
+    fn is_same(&self, other: &TensorData) -> bool {
+        use TensorData::{Bytes, Fp8, Uniform};
+        match (self, other) {
+            (
+                Bytes { owner, range, dtype },
+                Bytes { owner: other, range: other_range, dtype: other_dtype },
+            ) => Arc::ptr_eq(owner, other) && (range, dtype) == (other_range, other_dtype),
+            (
+                Fp8 { owner, range, scales },
+                Fp8 { owner: other, range: other_range, scales: other_scales },
+            ) => Arc::ptr_eq(owner, other) && (range, scales) == (other_range, other_scales),
+            (Uniform { seed, low, high }, Uniform { seed: other, low: other_low, high: other_high }) => {
+                (seed, low, high) == (other, other_low, other_high)
+            }
+            _ => false,
+        }
+    }
+}
+
 impl core::fmt::Debug for HostTensor {
     fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
         let kind = match &self.data {

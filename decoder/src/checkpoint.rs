@@ -13,7 +13,8 @@
 //! Invariant: a [`Checkpoint`] has every tensor of its configuration, in shape, type and bytes; so loading one can
 //! fail only on the device.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::fmt;
 use std::fs;
 use std::io;
 use std::path::{Component, Path, PathBuf};
@@ -25,22 +26,36 @@ use serde_json::Value;
 use thiserror::Error;
 
 use crate::config::{Config, ConfigError};
-use crate::family::Family;
+use crate::family::{Family, LayerNames};
 use crate::presets;
 use crate::quantization::{INPUT_SCALE, Quantization};
 use crate::safetensors::{Numbers, Shard};
-use crate::tensors::{Shape, Tensors};
+use crate::tensors::{HEAD, Shape, Tensors};
+use crate::update::WeightUpdate;
 
 const CONFIG: &str = "config.json";
 const GENERATION_CONFIG: &str = "generation_config.json";
 const SINGLE: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
 
-/// A model's configuration and its weights: in mapped files, or made from seeds.
+/// A model's configuration and its weights: in mapped files, in memory, or made from seeds.
 #[derive(Clone, Debug)]
 pub struct Checkpoint {
     config: Config,
     tensors: Tensors,
+    origin: Arc<Origin>,
+    plain_inputs: bool,
+}
+
+/// What a checkpoint is made from.
+#[derive(Clone, Debug)]
+struct Origin {
+    /// As it is written.
+    config: Config,
+    names: LayerNames,
+    weights: Weights,
+    /// Tensors that `weights` lacks are dummies.
+    is_preset: bool,
 }
 
 /// Why a directory is no checkpoint of this model.
@@ -170,6 +185,34 @@ pub enum CheckpointError {
         /// Its elements.
         dtype: String,
     },
+    /// Two of one matrix, or of one matrix's experts, want the same inputs rounded in different ways.
+    #[error(
+        "the inputs of tensor `{name}` are quantized in another way than those of `{other}`, which it is stacked on; \
+         both must be of one format"
+    )]
+    MixedStack {
+        /// Its name.
+        name: String,
+        /// That of the first of the stack.
+        other: String,
+    },
+    /// A tensor that is given in an update, and nobody knows.
+    #[error("tensor `{name}` in {} is none of the model's; give tensors by the names that its checkpoint has, like \
+         `{example}`", path.display())]
+    UnknownTensor {
+        /// Its name.
+        name: String,
+        /// Where it is given.
+        path: PathBuf,
+        /// A name that is known.
+        example: String,
+    },
+    /// A tensor that is given twice in an update.
+    #[error("tensor `{0}` is given twice; give each once")]
+    GivenTwice(String),
+    /// Weights of a folder whose configuration is another.
+    #[error("{} is of another model than the one whose weights are to be updated; build another engine for it", .0.display())]
+    OtherModel(PathBuf),
     /// A scale that no element can be multiplied by.
     #[error("tensor `{name}` in {} has a scale of {scale}; scales are finite and not below 0, \
          those of inputs above: the file is damaged", path.display())]
@@ -217,14 +260,10 @@ impl Checkpoint {
         }
         check_links(dir)?;
         let (config, family) = read_config(dir, families)?;
-        let weights = Weights::open(dir)?;
-        let quantization = config.quantization.as_ref();
-        let has = |name: &str| weights.files.contains_key(name);
-        let tensors = Tensors::collect(&config.spec, &family.names, has, |name, shape| {
-            weights.tensor(name, shape, quantization)
-        })?;
-        weights.log_extra(&tensors, quantization);
-        Ok(Checkpoint { config, tensors })
+        let weights = Weights::open(dir, Shard::map)?;
+        let checkpoint = Checkpoint::of(Origin { config, names: family.names, weights, is_preset: false })?;
+        checkpoint.log_extra();
+        Ok(checkpoint)
     }
 
     /// A preset's configuration with dummy weights, which are the same each time.
@@ -238,13 +277,95 @@ impl Checkpoint {
             return Err(CheckpointError::NoPreset { name: name(), presets });
         };
         let (config, family) = found.map_err(|reason| CheckpointError::Preset { name: name(), reason })?;
-        let tensors = presets::dummy_tensors(&config.spec, family);
-        Ok(Checkpoint { config, tensors })
+        let weights = Weights::default();
+        Checkpoint::of(Origin { config, names: family.names, weights, is_preset: true })
+    }
+
+    /// Finds each tensor of the configuration, and checks it.
+    fn of(origin: Origin) -> Result<Checkpoint, CheckpointError> {
+        let Origin { config, names, weights, is_preset } = &origin;
+        let has = |name: &str| weights.shards.contains_key(name);
+        let find = |name: &str, shape| match *is_preset && !has(name) {
+            true => Ok(presets::dummy(name, shape, config.spec.norm)),
+            false => weights.tensor(name, shape, config.quantization.as_ref()),
+        };
+        // Dummies are stacked.
+        let mut tensors = Tensors::collect(&config.spec, names, |name| *is_preset || has(name), find)?;
+        presets::divide_routers(&mut tensors);
+        check_stacks(&tensors)?;
+        let config = config.clone();
+        Ok(Checkpoint { config, tensors, origin: Arc::new(origin), plain_inputs: false })
+    }
+
+    /// The checkpoint that it is with these tensors in the place of its own, checked as one that is opened: tensors that are
+    /// given count together with those that are not.
+    ///
+    /// # Errors
+    /// Names the tensor that is not as it must be, or that the model does not have. What it leaves aside when it is opened
+    /// (the head of a model whose head is tied to the embedding) may be given.
+    pub fn updated(&self, update: WeightUpdate) -> Result<Checkpoint, CheckpointError> {
+        let WeightUpdate { weights: given, model } = update;
+        if let Some((path, config)) = model
+            && config.spec != self.origin.config.spec
+        {
+            return Err(CheckpointError::OtherModel(path));
+        }
+        let mut origin = Origin::clone(&self.origin);
+        origin.weights.shards.extend(given.shards.clone());
+        let updated = Checkpoint::of(origin)?;
+        let used = updated.used();
+        let unknown = |name: &&String| !used.contains(name.as_str()) && !updated.leaves_aside(name);
+        if let Some(name) = given.shards.keys().find(unknown) {
+            let path = given.shards[name].path().to_owned();
+            let example = updated.tensors.norm.name.clone();
+            return Err(CheckpointError::UnknownTensor { name: name.clone(), path, example });
+        }
+        Ok(if self.plain_inputs { updated.with_plain_inputs() } else { updated })
+    }
+
+    /// Names of the tensors whose elements, or how they are read, are others than in `before`.
+    pub fn changed_since(&self, before: &Checkpoint) -> HashSet<String> {
+        let before: HashMap<&str, &HostTensor> =
+            before.tensors.iter().map(|tensor| (tensor.name.as_str(), tensor)).collect();
+        let is_same = |tensor: &&HostTensor| {
+            before.get(tensor.name.as_str()).is_some_and(|other| tensor.is_same(other))
+        };
+        self.tensors.iter().filter(|tensor| !is_same(tensor)).map(|tensor| tensor.name.clone()).collect()
+    }
+
+    /// Names of all stored tensors that it is made from, scales included.
+    fn used(&self) -> HashSet<String> {
+        let quantization = self.origin.config.quantization.as_ref();
+        let names = self.tensors.iter().flat_map(|tensor| {
+            let scales = match (&tensor.data, quantization) {
+                (TensorData::Fp8 { .. }, Some(quantization)) => {
+                    [quantization.scales, INPUT_SCALE].map(|scales| Some(beside(&tensor.name, scales)))
+                }
+                _ => [None, None],
+            };
+            [Some(tensor.name.clone())].into_iter().chain(scales).flatten()
+        });
+        names.collect()
+    }
+
+    /// Is it nothing that the model misses, though checkpoints have it?
+    fn leaves_aside(&self, name: &str) -> bool {
+        self.config.spec.tied && name == HEAD || name.ends_with(".rotary_emb.inv_freq")
+    }
+
+    /// Tensors that the model does not have are no error (a tied checkpoint may store its head), but worth a line.
+    fn log_extra(&self) {
+        let used = self.used();
+        for (name, shard) in self.origin.weights.shards.iter().filter(|(name, _)| !used.contains(*name)) {
+            let file = shard.path().display();
+            tracing::debug!("ignoring tensor {name} of {file}: the model has none of that name");
+        }
     }
 
     /// Leaves what e4m3 matrices are applied to as it is, whatever the checkpoint says: more exact, and slower where
     /// operations count.
     pub fn with_plain_inputs(mut self) -> Checkpoint {
+        self.plain_inputs = true;
         if let WeightFormat::Fp8(format) = &mut self.config.spec.weights {
             format.inputs = Inputs::Plain;
             self.tensors.matrices_mut().for_each(|tensor| {
@@ -267,7 +388,28 @@ impl Checkpoint {
     }
 }
 
-fn read_config<'a>(dir: &Path, families: &[&'a Family]) -> Result<(Config, &'a Family), CheckpointError> {
+/// Are the inputs of what is stacked rounded alike?
+fn check_stacks(tensors: &Tensors) -> Result<(), CheckpointError> {
+    let rounding = |tensor: &HostTensor| match &tensor.data {
+        TensorData::Fp8 { scales, .. } if scales.inputs != Inputs::Plain => {
+            Some((scales.inputs, scales.input_scale))
+        }
+        _ => None,
+    };
+    for stack in tensors.stacks() {
+        let Some((first, rest)) = stack.split_first() else { continue };
+        if let Some(odd) = rest.iter().find(|tensor| rounding(tensor) != rounding(first)) {
+            return Err(CheckpointError::MixedStack { name: odd.name.clone(), other: first.name.clone() });
+        }
+    }
+    Ok(())
+}
+
+/// Reads the configuration of a checkpoint's directory, and says of which family it is.
+pub(crate) fn read_config<'a>(
+    dir: &Path,
+    families: &[&'a Family],
+) -> Result<(Config, &'a Family), CheckpointError> {
     let read = |file: &'static str| match fs::read(dir.join(file)) {
         Ok(text) => Ok(Some(text)),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
@@ -313,23 +455,33 @@ fn file_names(dir: &Path) -> Result<Vec<String>, CheckpointError> {
     Ok(names)
 }
 
-/// The weight files of a directory.
-struct Weights {
+/// Stored tensors by their names.
+#[derive(Clone, Default)]
+pub(crate) struct Weights {
     /// What says where tensors are: the only file, the index, or the directory.
-    place: PathBuf,
-    /// The file of each tensor.
-    files: BTreeMap<String, String>,
-    shards: BTreeMap<String, Shard>,
+    pub place: PathBuf,
+    /// What has each tensor.
+    pub shards: BTreeMap<String, Arc<Shard>>,
 }
 
+impl fmt::Debug for Weights {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} tensors of {}", self.shards.len(), self.place.display())
+    }
+}
+
+/// How a file is opened.
+pub(crate) type OpenShard = fn(&Path) -> Result<Shard, CheckpointError>;
+
 impl Weights {
-    fn open(dir: &Path) -> Result<Weights, CheckpointError> {
+    /// Those of a directory.
+    pub fn open(dir: &Path, open: OpenShard) -> Result<Weights, CheckpointError> {
         if dir.join(SINGLE).exists() {
-            let weights = Weights::listed(dir, [SINGLE.to_owned()])?;
+            let weights = Weights::listed(dir, [SINGLE.to_owned()], open)?;
             return Ok(Weights { place: dir.join(SINGLE), ..weights });
         }
         if dir.join(INDEX).exists() {
-            return Weights::indexed(dir);
+            return Weights::indexed(dir, open);
         }
         let (shards, others): (Vec<_>, Vec<_>) =
             file_names(dir)?.into_iter().partition(|name| name.ends_with(".safetensors"));
@@ -345,38 +497,47 @@ impl Weights {
             });
         }
         check_count(dir, &shards)?;
-        Weights::listed(dir, shards)
+        Weights::listed(dir, shards, open)
     }
 
     /// The shards that the index names, each tensor in the one that it says.
-    fn indexed(dir: &Path) -> Result<Weights, CheckpointError> {
+    fn indexed(dir: &Path, open: OpenShard) -> Result<Weights, CheckpointError> {
         let index = dir.join(INDEX);
-        let files = read_index(&index)?;
+        let mut opened: HashMap<String, Arc<Shard>> = HashMap::new();
         let mut shards = BTreeMap::new();
-        for (name, file) in &files {
-            if !shards.contains_key(file) {
-                if !dir.join(file).exists() {
-                    let (name, shard) = (name.clone(), file.clone());
-                    return Err(CheckpointError::MissingShard { index, name, shard });
+        for (name, file) in read_index(&index)? {
+            let shard = match opened.get(&file) {
+                Some(shard) => shard.clone(),
+                None if !dir.join(&file).exists() => {
+                    return Err(CheckpointError::MissingShard { index, name, shard: file });
                 }
-                shards.insert(file.clone(), Shard::open(&dir.join(file))?);
-            }
+                None => {
+                    let shard = Arc::new(open(&dir.join(&file))?);
+                    opened.insert(file, shard.clone());
+                    shard
+                }
+            };
+            shards.insert(name, shard);
         }
-        Ok(Weights { place: index, files, shards })
+        Ok(Weights { place: index, shards })
     }
 
     /// These files, each tensor in the one that has it.
-    fn listed(dir: &Path, names: impl IntoIterator<Item = String>) -> Result<Weights, CheckpointError> {
-        let mut weights = Weights { place: dir.to_owned(), files: BTreeMap::new(), shards: BTreeMap::new() };
+    fn listed(
+        dir: &Path,
+        names: impl IntoIterator<Item = String>,
+        open: OpenShard,
+    ) -> Result<Weights, CheckpointError> {
+        let mut weights = Weights { place: dir.to_owned(), shards: BTreeMap::new() };
         for file in names {
-            let shard = Shard::open(&dir.join(&file))?;
+            let shard = Arc::new(open(&dir.join(&file))?);
             for name in shard.names() {
-                if let Some(first) = weights.files.insert(name.clone(), file.clone()) {
+                if let Some(first) = weights.shards.insert(name.clone(), shard.clone()) {
+                    let first = first.path().file_name().unwrap_or_default().to_string_lossy().into_owned();
                     let (dir, second) = (dir.to_owned(), file);
                     return Err(CheckpointError::TensorTwice { name, dir, first, second });
                 }
             }
-            weights.shards.insert(file, shard);
         }
         Ok(weights)
     }
@@ -399,8 +560,7 @@ impl Weights {
 
     /// The file that has a tensor.
     fn shard(&self, name: &str) -> Result<&Shard, CheckpointError> {
-        let shard = self.files.get(name).and_then(|file| self.shards.get(file));
-        shard.ok_or_else(|| missing(name, &self.place))
+        self.shards.get(name).map(|shard| &**shard).ok_or_else(|| missing(name, &self.place))
     }
 
     /// The scales of an e4m3 matrix.
@@ -410,7 +570,6 @@ impl Weights {
         [rows, cols]: [usize; 2],
         quantization: &Quantization,
     ) -> Result<Scales, CheckpointError> {
-        let beside = |name: &str| format!("{}{name}", matrix.strip_suffix("weight").unwrap_or(matrix));
         let format = quantization.format;
         let block = match format.block {
             ScaleBlock::Matrix => [rows, cols],
@@ -418,9 +577,9 @@ impl Weights {
             ScaleBlock::Tile { rows, cols } => [rows as usize, cols as usize],
         };
         let shape = [rows.div_ceil(block[0]), cols.div_ceil(block[1])];
-        let values = self.numbers(&beside(quantization.scales), &shape)?;
+        let values = self.numbers(&beside(matrix, quantization.scales), &shape)?;
         let input_scale = match format.inputs {
-            Inputs::Static => Some(self.input_scale(&beside(INPUT_SCALE))?),
+            Inputs::Static => Some(self.input_scale(&beside(matrix, INPUT_SCALE))?),
             Inputs::Plain | Inputs::PerToken | Inputs::PerGroup(_) => None,
         };
         Ok(Scales { values, block, inputs: format.inputs, input_scale })
@@ -453,20 +612,11 @@ impl Weights {
             None => Ok(values),
         }
     }
+}
 
-    /// Tensors that the model does not have are no error (a tied checkpoint may store its head), but worth a line.
-    fn log_extra(&self, used: &Tensors, quantization: Option<&Quantization>) {
-        let used: HashSet<&str> = used.iter().map(|tensor| tensor.name.as_str()).collect();
-        let is_scale = |name: &str| {
-            quantization.is_some_and(|it| name.ends_with(it.scales) || name.ends_with(INPUT_SCALE))
-        };
-        for shard in self.shards.values() {
-            for name in shard.names().iter().filter(|name| !used.contains(name.as_str()) && !is_scale(name)) {
-                let file = shard.path().display();
-                tracing::debug!("ignoring tensor {name} of {file}: the model has none of that name");
-            }
-        }
-    }
+/// What belongs to a matrix, by its name.
+fn beside(matrix: &str, name: &str) -> String {
+    format!("{}{name}", matrix.strip_suffix("weight").unwrap_or(matrix))
 }
 
 fn missing(name: &str, path: &Path) -> CheckpointError {

@@ -7,21 +7,21 @@
 //!                                    KV pages of the layer
 //! ```
 //!
-//! Weights are loaded once, by [`Decoder::load`]; buffers are planned once, by [`Model::reserve`]. A step only enqueues.
+//! Weights are loaded once, by [`Decoder::load`], and may be exchanged in place, by [`Decoder::update`]; buffers are planned once, by
+//! [`Model::reserve`]. A step only enqueues.
 
-use minisgl_core::backend::{
-    Device, Element, ExpertWeights, KvCache, KvLayer, LayerWeights, MlpWeights, Model, Ops, Purpose, Step,
-    WeightRole,
-};
+use std::collections::HashSet;
+
+use minisgl_core::backend::{Device, Element, KvCache, KvLayer, Model, Ops, Purpose, Step};
 use minisgl_core::batch::{Row, StepShape};
 use minisgl_core::config::Limits;
-use minisgl_core::spec::{DecoderSpec, Dims, LayerSpec, Mixer, NormForm, Rope, Unsupported};
-use minisgl_core::tensor::HostTensor;
+use minisgl_core::spec::{DecoderSpec, Dims, LayerSpec, Mixer, Rope, Unsupported};
 use thiserror::Error;
 
 use crate::checkpoint::Checkpoint;
 use crate::rope;
-use crate::tensors::{LayerTensors, MlpTensors};
+use crate::tensors::Tensors;
+use crate::weights::ModelWeights;
 
 /// Why a checkpoint could not be put on a device.
 #[derive(Debug, Error)]
@@ -40,10 +40,7 @@ pub struct Decoder<B: Ops> {
     max_positions: u32,
     kv_bytes: u64,
     weight_bytes: u64,
-    embed: B::Weight,
-    layers: Vec<LayerWeights<B::Weight>>,
-    norm: B::Weight,
-    head: B::Weight,
+    weights: ModelWeights<B::Weight>,
     planned: Option<Planned<B::Buffer>>,
     pages: Option<Pages<B::Buffer>>,
 }
@@ -70,7 +67,7 @@ struct Planned<Buf> {
 }
 
 impl<B: Ops> Decoder<B> {
-    /// Puts a checkpoint's weights on the device: q, k, v stacked, and gate, up; a tied head is the embedding itself.
+    /// Puts a checkpoint's weights on the device; a tied head is the embedding itself.
     ///
     /// # Errors
     /// See [`LoadError`].
@@ -81,28 +78,30 @@ impl<B: Ops> Decoder<B> {
 
     fn load_weights(backend: &mut B, checkpoint: &Checkpoint) -> Result<Self, B::Error> {
         let (config, tensors) = (checkpoint.config(), checkpoint.tensors());
-        let embed = load_one(backend, WeightRole::Embedding, &tensors.embed)?;
-        let mut layers = Vec::with_capacity(tensors.layers.len());
-        for (spec, layer) in config.spec.layers.iter().zip(&tensors.layers) {
-            layers.push(load_layer(backend, config.spec.norm, spec, layer)?);
-        }
-        let norm = load_one(backend, WeightRole::Norm(config.spec.norm), &tensors.norm)?;
-        let head = match &tensors.head {
-            Some(head) => load_one(backend, WeightRole::Linear, head)?,
-            None => embed,
-        };
         Ok(Decoder {
             spec: config.spec.clone(),
             max_positions: config.max_positions,
             kv_bytes: backend.info().kv_bytes as u64,
             weight_bytes: tensors.step_bytes(),
-            embed,
-            layers,
-            norm,
-            head,
+            weights: ModelWeights::of(&config.spec, tensors).load(backend)?,
             planned: None,
             pages: None,
         })
+    }
+
+    /// Makes the weights what [`Decoder::load`] of these tensors makes them, of which those named in `changed` are others than
+    /// what they were made from.
+    ///
+    /// # Errors
+    /// Those of the device; some weights may be changed then, and others not.
+    pub fn update(
+        &mut self,
+        backend: &mut B,
+        tensors: &Tensors,
+        changed: &HashSet<String>,
+    ) -> Result<(), B::Error> {
+        self.weight_bytes = tensors.step_bytes();
+        ModelWeights::of(&self.spec, tensors).reload(backend, &self.weights, changed)
     }
 
     /// What is computed.
@@ -181,8 +180,8 @@ impl<B: Ops> Model<B> for Decoder<B> {
         let planned = self.planned();
         let kv = &self.pages.as_ref().expect("the engine allocates pages before the first step").layers;
         backend.begin_step(step)?;
-        backend.embed(step, self.embed)?;
-        for (i, ((weights, kv), rope)) in self.layers.iter().zip(kv).zip(&planned.ropes).enumerate() {
+        backend.embed(step, self.weights.embed)?;
+        for (i, ((weights, kv), rope)) in self.weights.layers.iter().zip(kv).zip(&planned.ropes).enumerate() {
             backend.decoder_layer(step, i, weights, *rope, *kv)?;
         }
         // A step that is one unfinished chunk of a prompt leaves keys and values, and no logits.
@@ -191,8 +190,9 @@ impl<B: Ops> Model<B> for Decoder<B> {
 
     fn head(&mut self, backend: &mut B, step: &Step<B::Buffer>) -> Result<(), B::Error> {
         let planned = self.planned();
-        backend.final_norm(step, self.norm, planned.gathered)?;
-        backend.logits(step, planned.gathered, self.head, planned.logits)
+        let ModelWeights { embed, norm, head, .. } = self.weights;
+        backend.final_norm(step, norm, planned.gathered)?;
+        backend.logits(step, planned.gathered, head.unwrap_or(embed), planned.logits)
     }
 
     fn logits(&self) -> B::Buffer {
@@ -202,66 +202,6 @@ impl<B: Ops> Model<B> for Decoder<B> {
     fn weight_bytes(&self) -> u64 {
         self.weight_bytes
     }
-}
-
-fn load_one<B: Ops>(backend: &mut B, role: WeightRole, tensor: &HostTensor) -> Result<B::Weight, B::Error> {
-    backend.load(role, std::slice::from_ref(tensor))
-}
-
-fn load_layer<B: Ops>(
-    backend: &mut B,
-    form: NormForm,
-    spec: &LayerSpec,
-    tensors: &LayerTensors,
-) -> Result<LayerWeights<B::Weight>, B::Error> {
-    let mut norm = |tensor: &Option<HostTensor>| {
-        tensor.as_ref().map(|tensor| load_one(backend, WeightRole::Norm(form), tensor)).transpose()
-    };
-    let (attention_norm, attention_out_norm) =
-        (norm(&tensors.attention_norm)?, norm(&tensors.attention_out_norm)?);
-    let (mlp_norm, mlp_out_norm) = (norm(&tensors.mlp_norm)?, norm(&tensors.mlp_out_norm)?);
-    let (q_norm, k_norm) = (norm(&tensors.q_norm)?, norm(&tensors.k_norm)?);
-    let qkv_bias =
-        tensors.qkv_bias.as_ref().map(|parts| backend.load(WeightRole::Bias, parts)).transpose()?;
-    let weights = LayerWeights {
-        attention_norm,
-        qkv: backend.load(WeightRole::Linear, &tensors.qkv)?,
-        qkv_bias,
-        q_norm,
-        k_norm,
-        o: load_one(backend, WeightRole::Linear, &tensors.o)?,
-        attention_out_norm,
-        mlp_norm,
-        mlp: load_mlp(backend, spec, &tensors.mlp)?,
-        mlp_out_norm,
-    };
-    for (norm, linear) in [(attention_norm, weights.qkv), (mlp_norm, weights.mlp.gate_up())] {
-        if let Some(norm) = norm {
-            backend.fold_norm(norm, linear)?;
-        }
-    }
-    Ok(weights)
-}
-
-fn load_mlp<B: Ops>(
-    backend: &mut B,
-    spec: &LayerSpec,
-    tensors: &MlpTensors,
-) -> Result<MlpWeights<B::Weight>, B::Error> {
-    Ok(match tensors {
-        MlpTensors::Dense { gate_up, down } => MlpWeights::Dense {
-            gate_up: backend.load(WeightRole::GateUp, gate_up)?,
-            down: load_one(backend, WeightRole::Linear, down)?,
-        },
-        MlpTensors::Experts { router, gate_up, down } => {
-            let count = spec.experts().map_or(0, |experts| experts.count);
-            MlpWeights::Experts(ExpertWeights {
-                router: backend.load(WeightRole::Linear, router)?,
-                gate_up: backend.load(WeightRole::ExpertsGateUp(count), gate_up)?,
-                down: backend.load(WeightRole::Linear, down)?,
-            })
-        }
-    })
 }
 
 /// Each layer's table; layers with the same rope have the same.

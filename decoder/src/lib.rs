@@ -21,7 +21,10 @@ mod read;
 mod rope;
 mod safetensors;
 mod tensors;
+mod update;
+mod weights;
 
+pub use ::safetensors::Dtype;
 pub use checkpoint::{Checkpoint, CheckpointError};
 pub use config::{Config, ConfigError};
 pub use decoder::{Decoder, LoadError};
@@ -29,3 +32,4 @@ pub use family::{Family, LayerNames, Preset};
 pub use fields::Fields;
 pub use presets::names as preset_names;
 pub use tensors::{LayerTensors, MlpTensors, Tensors};
+pub use update::{NamedTensor, WeightUpdate};

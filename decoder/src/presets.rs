@@ -8,9 +8,7 @@
 //! the usual one and down to 0.7 of it, evenly: of 128 experts with 8 a token the first are chosen by 12% of the tokens, the last by
 //! 1.5%, where an even router has 6%. Which are which is drawn anew for each layer.
 
-use std::convert::Infallible;
-
-use minisgl_core::spec::{DecoderSpec, NormForm};
+use minisgl_core::spec::NormForm;
 use minisgl_core::tensor::{HostTensor, TensorData, splitmix64, uniform_element};
 
 use crate::config::{Config, ConfigError, parse};
@@ -41,18 +39,15 @@ fn read(preset: &Preset, family: &Family) -> Result<Config, ConfigError> {
     Config::read(&Fields::of(&value)?, family)
 }
 
-/// Dummy weights for any configuration.
-pub(crate) fn dummy_tensors(spec: &DecoderSpec, family: &Family) -> Tensors {
-    let stacked = |_: &str| true;
-    let made: Result<Tensors, Infallible> =
-        Tensors::collect(spec, &family.names, stacked, |name, shape| Ok(dummy(name, shape, spec.norm)));
-    let Ok(mut tensors) = made;
+/// Divides routers that are dummies into rows of different sizes.
+pub(crate) fn divide_routers(tensors: &mut Tensors) {
     for layer in &mut tensors.layers {
-        if let MlpTensors::Experts { router, .. } = &mut layer.mlp {
+        if let MlpTensors::Experts { router, .. } = &mut layer.mlp
+            && router.iter().all(|router| matches!(router.data, TensorData::Uniform { .. }))
+        {
             *router = router.iter().flat_map(router_rows).collect();
         }
     }
-    tensors
 }
 
 /// A router's rows, one by one, of different sizes.
@@ -66,7 +61,8 @@ fn router_rows(router: &HostTensor) -> impl Iterator<Item = HostTensor> {
     })
 }
 
-fn dummy(name: &str, shape: Shape, norm: NormForm) -> HostTensor {
+/// A dummy of this shape.
+pub(crate) fn dummy(name: &str, shape: Shape, norm: NormForm) -> HostTensor {
     let (low, high) = match shape {
         Shape::Vector(_) if norm == NormForm::Scale => (0.9, 1.1),
         Shape::Vector(_) | Shape::Column(_) => (-0.1, 0.1),

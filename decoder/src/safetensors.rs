@@ -1,16 +1,18 @@
-//! One `*.safetensors` file, mapped into memory: a length, a JSON header, then the tensors' bytes back to back.
+//! One `*.safetensors` file, mapped or read into memory: a length, a JSON header, then the tensors' bytes back to back.
 //!
 //! ```text
 //!   | n: u64 | header: n bytes of JSON | data: name -> [begin, end) of it |
 //! ```
 //!
-//! Nothing is copied: tensors are ranges of the mapping, which lives as long as the last of them. The format aligns
+//! Nothing is copied: tensors are ranges of the memory, which lives as long as the last of them. The format aligns
 //! nothing: a header of odd length puts every element at an odd address.
 //!
-//! Invariant: once [`Shard::open`] has succeeded, every tensor that the header lists lies within the file, and its
+//! A tensor that comes from elsewhere is a shard of its own.
+//!
+//! Invariant: once a [`Shard`] is there, every tensor that the header lists lies within the file, and its
 //! byte count is its shape's times its element's.
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -36,8 +38,9 @@ pub(crate) struct Numbers {
     pub values: Vec<f32>,
 }
 
-/// A mapped file whose header has been checked.
+/// A file whose header has been checked.
 pub(crate) struct Shard {
+    /// The file's, or words that say where it comes from.
     path: PathBuf,
     owner: Arc<dyn AsRef<[u8]> + Send + Sync>,
     header: Metadata,
@@ -47,7 +50,7 @@ pub(crate) struct Shard {
 
 impl Shard {
     /// Maps the file and checks its header against its length.
-    pub(crate) fn open(path: &Path) -> Result<Shard, CheckpointError> {
+    pub(crate) fn map(path: &Path) -> Result<Shard, CheckpointError> {
         let unreadable = |error| CheckpointError::Unreadable { path: path.to_owned(), reason: error };
         let file = File::open(path).map_err(unreadable)?;
         if !file.metadata().map_err(unreadable)?.is_file() {
@@ -56,8 +59,35 @@ impl Shard {
         // SAFETY: the mapping is read-only and nothing here writes to the file. What remains is what every mapped file
         // has: another process that shortens or rewrites the checkpoint while it is in use breaks the reading.
         let map = unsafe { Mmap::map(&file) }.map_err(unreadable)?;
-        let (header, data_start) = read_header(path, &map)?;
-        Ok(Shard { path: path.to_owned(), owner: Arc::new(map), header, data_start })
+        Shard::of(path, map)
+    }
+
+    /// Reads the file, which may be changed afterwards, and checks its header against its length.
+    pub(crate) fn read(path: &Path) -> Result<Shard, CheckpointError> {
+        let unreadable = |error| CheckpointError::Unreadable { path: path.to_owned(), reason: error };
+        Shard::of(path, fs::read(path).map_err(unreadable)?)
+    }
+
+    fn of(path: &Path, file: impl AsRef<[u8]> + Send + Sync + 'static) -> Result<Shard, CheckpointError> {
+        let (header, data_start) = read_header(path, file.as_ref())?;
+        Ok(Shard { path: path.to_owned(), owner: Arc::new(file), header, data_start })
+    }
+
+    /// One tensor, of little-endian elements.
+    pub(crate) fn given(
+        path: &Path,
+        name: &str,
+        dtype: safetensors::Dtype,
+        shape: Vec<usize>,
+        owner: Arc<dyn AsRef<[u8]> + Send + Sync>,
+    ) -> Result<Shard, CheckpointError> {
+        let bytes = (*owner).as_ref().len();
+        let reason =
+            format!("tensor `{name}` has {bytes} bytes, which is not what {dtype} of {shape:?} take");
+        let info = TensorInfo { dtype, shape, data_offsets: (0, bytes) };
+        let header = Metadata::new(None, vec![(name.to_owned(), info)]);
+        let header = header.map_err(|_| malformed(path, reason))?;
+        Ok(Shard { path: path.to_owned(), owner, header, data_start: 0 })
     }
 
     pub(crate) fn path(&self) -> &Path {

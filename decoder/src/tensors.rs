@@ -22,6 +22,9 @@ use minisgl_core::tensor::HostTensor;
 
 use crate::family::LayerNames;
 
+/// What an untied head is called.
+pub(crate) const HEAD: &str = "lm_head.weight";
+
 /// Every tensor of a model, on the host.
 #[derive(Clone, Debug)]
 pub struct Tensors {
@@ -114,7 +117,7 @@ impl Tensors {
             })?);
         }
         let norm = find("model.norm.weight", Shape::Vector(hidden))?;
-        let head = if spec.tied { None } else { Some(find("lm_head.weight", Shape::Matrix(vocab, hidden))?) };
+        let head = if spec.tied { None } else { Some(find(HEAD, Shape::Matrix(vocab, hidden))?) };
         Ok(Tensors { embed, layers, norm, head })
     }
 
@@ -150,6 +153,17 @@ impl Tensors {
 }
 
 impl Tensors {
+    /// Those whose rows are stacked to one matrix, or to matrices of the same inputs.
+    pub(crate) fn stacks(&self) -> impl Iterator<Item = &[HostTensor]> {
+        self.layers.iter().flat_map(|layer| {
+            let [one, other] = match &layer.mlp {
+                MlpTensors::Dense { gate_up, .. } => [&gate_up[..], &[]],
+                MlpTensors::Experts { gate_up, down, .. } => [&gate_up[..], &down[..]],
+            };
+            [&layer.qkv[..], one, other]
+        })
+    }
+
     /// Those of linear layers, the embedding's and the head's.
     pub(crate) fn matrices_mut(&mut self) -> impl Iterator<Item = &mut HostTensor> {
         let layers = self.layers.iter_mut().flat_map(LayerTensors::matrices_mut);

@@ -12,7 +12,7 @@
 //!
 //! Where the engine says so, a step is launched only when the one in flight is about to end: who comes until then is in it.
 //!
-//! A step that fails, or panics, ends the engine's work: what is open gets lost, and the thread goes on answering questions
+//! A step that fails, or panics, ends the engine's work, and so does an update of its weights: what is open gets lost, and the thread goes on answering questions
 //! about the engine. What comes later goes to the other engines; where there is none, it is refused.
 //!
 //! Invariant: `live[entry]` is the request that has the engine's ticket of that entry, and `running` counts them.
@@ -251,6 +251,9 @@ impl EngineThread {
         while self.stopped || self.runner.is_idle() {
             let Some(call) = self.idle_calls.pop_front() else { return };
             (call.work)(&mut *self.runner);
+            if !self.stopped && self.runner.has_stopped() {
+                self.fail("an update of the weights failed".into());
+            }
         }
     }
 

@@ -423,7 +423,25 @@ impl EngineHandle {
         when_idle: bool,
         work: impl Fn(&mut dyn Runner) -> R + Clone + Send + 'static,
     ) -> Result<Vec<R>, Error> {
-        let engines = 0..self.0.messages.len();
+        self.call_those(0..self.0.messages.len(), when_idle, work)
+    }
+
+    /// As [`EngineHandle::call_each`], but for engines that have failed.
+    pub(crate) fn call_working<R: Send + 'static>(
+        &self,
+        when_idle: bool,
+        work: impl Fn(&mut dyn Runner) -> R + Clone + Send + 'static,
+    ) -> Result<Vec<R>, Error> {
+        let engines = (0..self.0.messages.len()).filter(|engine| self.0.intake.is_working(*engine));
+        self.call_those(engines, when_idle, work)
+    }
+
+    fn call_those<R: Send + 'static>(
+        &self,
+        engines: impl Iterator<Item = usize>,
+        when_idle: bool,
+        work: impl Fn(&mut dyn Runner) -> R + Clone + Send + 'static,
+    ) -> Result<Vec<R>, Error> {
         let asked: Vec<Answer<R>> = engines.map(|engine| self.ask(engine, when_idle, work.clone())).collect();
         asked.into_iter().map(|answer| answer.wait(self)).collect()
     }
@@ -456,6 +474,8 @@ impl<R> Answer<R> {
         match self.0.recv() {
             Ok(Ok(result)) => Ok(result),
             Ok(Err(panic)) => resume_unwind(panic),
+            // Others may go on.
+            Err(_) if !handle.0.has_stopped() => Err(Error::Failed),
             Err(_) => Err(handle.refusal()),
         }
     }

@@ -1,5 +1,6 @@
 //! Promises of several engines behind one queue, simulated.
 
+use std::collections::HashSet;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::channel;
@@ -7,10 +8,12 @@ use std::time::Duration;
 
 use minisgl_core::scheduler::Order;
 use minisgl_core::stats::Load;
+use minisgl_decoder::Checkpoint;
 
 use super::engine::{Call, Message};
 use super::{Front, Next, SessionEvent, SessionOptions};
 use crate::error::Error;
+use crate::models::FAMILIES;
 use crate::request::{Completion, FinishReason, GenerateRequest, RequestError, SamplingParams};
 use crate::runner::Runner;
 use crate::simulated::{Control, request, start_engines};
@@ -246,4 +249,21 @@ fn an_engine_that_cannot_be_built_ends_the_others_and_says_why() {
     let builds: Vec<_> = (0..2).map(build).collect();
     let started = Front::start::<()>(Arc::default(), Order::Given, builds);
     assert!(matches!(started, Err(Error::Device(cause)) if cause.to_string().contains("on fire")));
+}
+
+#[test]
+fn an_engine_whose_weights_cannot_be_written_takes_no_requests_any_more_and_the_others_go_on() {
+    let failing = Control { update_fails: true, ..Control::default() };
+    let (front, controls) = engines([failing, Control::default()]);
+    let checkpoint = Checkpoint::preset("tiny", FAMILIES).unwrap();
+    let update = move || {
+        let checkpoint = checkpoint.clone();
+        move |runner: &mut dyn Runner| runner.update_weights(&checkpoint, &HashSet::new()).is_ok()
+    };
+    assert_eq!(front.handle().call_working(true, update()).unwrap(), [false, true]);
+    let (completions, outcome) = run(&front, (0..20).map(|i| request(i, 3)).collect());
+    outcome.unwrap();
+    assert!(completions.iter().flatten().all(|completion| completion.error.is_none()));
+    assert_eq!([&controls[0], &controls[1]].map(|control| admitted(control).len()), [0, 20]);
+    assert_eq!(front.handle().call_working(true, update()).unwrap(), [true], "it is not asked again");
 }

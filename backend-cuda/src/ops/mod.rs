@@ -290,7 +290,6 @@ impl Ops for Cuda {
     }
 
     fn reserve(&mut self, spec: &DecoderSpec, limits: &Limits) -> Result<usize, CudaError> {
-        self.end_loading();
         let operations = Operations::new(self, spec, limits)?;
         let plan_words = operations.attention.plan_words(limits);
         self.operations = Some(operations);
@@ -299,6 +298,15 @@ impl Ops for Cuda {
 
     fn load(&mut self, role: WeightRole, parts: &[HostTensor]) -> Result<Weight, CudaError> {
         self.load_weight(role, parts)
+    }
+
+    fn reload(&mut self, weight: Weight, role: WeightRole, parts: &[HostTensor]) -> Result<(), CudaError> {
+        self.reload_weight(weight, role, parts)
+    }
+
+    fn end_loading(&mut self) -> Result<(), CudaError> {
+        self.free_staging();
+        self.synchronize()
     }
 
     fn fold_norm(&mut self, norm: Weight, linear: Weight) -> Result<(), CudaError> {

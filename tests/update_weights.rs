@@ -1,0 +1,431 @@
+//! Weights that are updated in a running engine, on the CPU: the same bits as of an engine that was loaded with them.
+
+mod common;
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::Path;
+use std::sync::Arc;
+
+use common::{Numbers, Scratch, family, fixture, greedy, small};
+use minisgl::{
+    Completion, Dtype, Error, GenerateRequest, Llm, LlmBuilder, NamedTensor, PromptLogprobs, SamplingParams,
+    ScoreRequest, SessionEvent, SessionOptions,
+};
+use safetensors::SafeTensors;
+use safetensors::tensor::TensorView;
+
+/// Of each kind that is loaded in a way of its own: tied and untied heads, biases, norms around, experts one by one and stacked,
+/// two forms of fp8.
+const MODELS: [&str; 8] = [
+    "tiny-tied",
+    "tiny-untied",
+    "qwen2-bias",
+    "gemma3",
+    "qwen3-moe",
+    "qwen3-moe-nonorm",
+    "qwen3-fp8",
+    "llama-fp8ct",
+];
+
+/// Tensors by name.
+type Tensors = BTreeMap<String, Stored>;
+
+#[derive(Clone, Debug, PartialEq)]
+struct Stored {
+    dtype: Dtype,
+    shape: Vec<usize>,
+    bytes: Vec<u8>,
+}
+
+fn is_weights(file: &str) -> bool {
+    file.starts_with("model") && file.ends_with(".safetensors")
+}
+
+/// All tensors of a golden checkpoint.
+fn stored(name: &str) -> Tensors {
+    let mut tensors = Tensors::new();
+    for entry in fs::read_dir(fixture(name)).unwrap() {
+        let path = entry.unwrap().path();
+        if is_weights(path.file_name().unwrap().to_str().unwrap()) {
+            let bytes = fs::read(path).unwrap();
+            for (name, view) in SafeTensors::deserialize(&bytes).unwrap().tensors() {
+                let (shape, bytes) = (view.shape().to_vec(), view.data().to_vec());
+                tensors.insert(name, Stored { dtype: view.dtype(), shape, bytes });
+            }
+        }
+    }
+    tensors
+}
+
+/// What training might make of a tensor: about one element in three is another, by up to an eighth.
+fn trained(tensor: &Stored, numbers: &mut Numbers) -> Stored {
+    let mut new = tensor.clone();
+    let (size, low_bits) = match tensor.dtype {
+        Dtype::F8_E4M3 => (1, 0x01),
+        Dtype::BF16 => (2, 0x0f),
+        Dtype::F32 => (4, 0x000f_ffff),
+        other => panic!("no fixture has {other}"),
+    };
+    for element in new.bytes.chunks_exact_mut(size) {
+        if numbers.below(3) > 0 {
+            continue;
+        }
+        let mut word = [0; 4];
+        word[..size].copy_from_slice(element);
+        let bits = u32::from_le_bytes(word);
+        let is_largest = size == 1 && bits & 0x7e == 0x7e; // The next one is no number.
+        let changed = if is_largest { bits } else { bits ^ (1 + numbers.below(low_bits) as u32) };
+        element.copy_from_slice(&changed.to_le_bytes()[..size]);
+    }
+    new
+}
+
+fn all_trained(tensors: &Tensors, seed: u64) -> Tensors {
+    let mut numbers = Numbers(seed);
+    tensors.iter().map(|(name, tensor)| (name.clone(), trained(tensor, &mut numbers))).collect()
+}
+
+fn given(tensors: &Tensors) -> Vec<NamedTensor> {
+    let given = tensors.iter().map(|(name, Stored { dtype, shape, bytes })| {
+        let (name, shape, bytes) = (name.clone(), shape.clone(), Arc::new(bytes.clone()));
+        NamedTensor { name, dtype: *dtype, shape, bytes }
+    });
+    given.collect()
+}
+
+fn write(tensors: &Tensors, path: &Path) {
+    let views = tensors.iter().map(|(name, Stored { dtype, shape, bytes })| {
+        (name, TensorView::new(*dtype, shape.clone(), bytes).unwrap())
+    });
+    fs::write(path, safetensors::serialize(views, None).unwrap()).unwrap();
+}
+
+/// A golden checkpoint with other tensors.
+fn checkpoint(name: &str, tensors: &Tensors) -> Scratch {
+    let folder = Scratch::new();
+    for file in ["config.json", "generation_config.json"] {
+        fs::copy(fixture(name).join(file), folder.join(file)).unwrap();
+    }
+    write(tensors, &folder.join("model.safetensors"));
+    folder
+}
+
+fn of(folder: &Scratch) -> LlmBuilder {
+    small(folder.path()).max_seq_len(Some(256))
+}
+
+/// Greedy and drawn tokens with their log-probabilities, and given ones; prompts that begin alike.
+fn requests() -> Vec<GenerateRequest> {
+    let mut numbers = Numbers(5);
+    let mut ids = |count: u64| (0..count).map(|_| numbers.below(250) as u32).collect::<Vec<_>>();
+    let shared = ids(50);
+    let prompts = [ids(1), [shared.clone(), ids(3)].concat(), ids(90), [shared, ids(20)].concat()];
+    let sampled = |(i, prompt): (usize, Vec<u32>)| {
+        let logprobs = SamplingParams { logprobs: Some(2), ..greedy(12) };
+        let temperature = if i % 2 == 0 { 0.0 } else { 0.9 };
+        let sampling = SamplingParams { temperature, seed: i as u64, ..logprobs };
+        GenerateRequest::tokens(prompt).sampling(sampling)
+    };
+    let scored = SamplingParams { prompt_logprobs: Some(PromptLogprobs { from: 1, top: 1 }), ..greedy(0) };
+    let scored = GenerateRequest::tokens(ids(30)).sampling(scored);
+    prompts.into_iter().enumerate().map(sampled).chain([scored]).collect()
+}
+
+/// What comes of them, cached tokens included: of an engine that has just been built, or whose cache is empty.
+fn outputs(llm: &mut Llm) -> Vec<Completion> {
+    let completions = llm.generate(&requests()).unwrap();
+    assert!(completions.iter().all(|completion| completion.error.is_none()), "{completions:?}");
+    llm.check();
+    completions
+}
+
+fn fresh(name: &str, tensors: &Tensors) -> Vec<Completion> {
+    outputs(&mut of(&checkpoint(name, tensors)).build().unwrap())
+}
+
+#[test]
+fn an_updated_model_is_bit_for_bit_one_that_is_loaded_so_and_forgets_its_prefixes() {
+    for name in MODELS {
+        let (old, new) = (stored(name), all_trained(&stored(name), 1));
+        let mut llm = family(name).build().unwrap();
+        let before = outputs(&mut llm);
+        llm.update_weights(given(&new)).unwrap();
+        let after = outputs(&mut llm);
+        assert_eq!(after, fresh(name, &new), "{name}");
+        assert!(before.iter().zip(&after).all(|(before, after)| before != after), "{name} is another model");
+        // And back.
+        llm.update_weights(given(&old)).unwrap();
+        assert_eq!(outputs(&mut llm), before, "{name}");
+    }
+}
+
+#[test]
+fn some_tensors_count_together_with_those_that_stay() {
+    let mut numbers = Numbers(11);
+    for name in ["tiny-tied", "tiny-untied", "gemma3", "qwen3-moe", "qwen3-fp8"] {
+        let mut tensors = stored(name);
+        let mut llm = family(name).build().unwrap();
+        for round in 0..4 {
+            // One alone, some, most.
+            let share = [0, 2, 12, 1][round % 4];
+            let lone = numbers.below(tensors.len() as u64) as usize;
+            let chosen = |i: usize, numbers: &mut Numbers| i == lone || numbers.below(16) < share;
+            let names: Vec<String> = tensors.keys().cloned().collect();
+            let names = names.into_iter().enumerate().filter(|(i, _)| chosen(*i, &mut numbers));
+            let names: Vec<String> = names.map(|(_, name)| name).collect();
+            let new = |name: &String| (name.clone(), trained(&tensors[name], &mut Numbers(round as u64)));
+            let new: Tensors = names.iter().map(new).collect();
+            tensors.extend(new.clone());
+            llm.update_weights(given(&new)).unwrap();
+            assert_eq!(outputs(&mut llm), fresh(name, &tensors), "{name}: {names:?}");
+        }
+    }
+}
+
+/// An update that is refused, by words that its error has.
+fn refused(llm: &mut Llm, tensors: Vec<NamedTensor>, words: &[&str]) {
+    let error = llm.update_weights(tensors).unwrap_err();
+    assert!(matches!(error, Error::Model(_)), "{error}");
+    let error = error.to_string();
+    assert!(words.iter().all(|word| error.contains(word)), "{error} has not {words:?}");
+}
+
+#[test]
+fn an_update_that_cannot_hold_is_refused_by_name_and_changes_nothing() {
+    const NORM: &str = "model.norm.weight";
+    const Q: &str = "model.layers.1.self_attn.q_proj.weight";
+    let (old, new) = (stored("tiny-tied"), all_trained(&stored("tiny-tied"), 2));
+    let mut llm = family("tiny-tied").build().unwrap();
+    let before = outputs(&mut llm);
+    // What is right with it must not be written either.
+    let with = |name: &str, tensor: Stored| {
+        let mut new = new.clone();
+        new.insert(name.to_owned(), tensor);
+        given(&new)
+    };
+    let q = &old[Q];
+    let transposed = Stored { shape: q.shape.iter().rev().copied().collect(), ..q.clone() };
+    refused(&mut llm, with(Q, transposed), &[Q, "shape"]);
+    let half = Stored { bytes: q.bytes[..q.bytes.len() / 2].to_vec(), ..q.clone() };
+    refused(&mut llm, with(Q, half), &[Q, "bytes"]);
+    let integers = Stored { dtype: Dtype::I16, ..q.clone() };
+    refused(&mut llm, with(Q, integers), &[Q, "I16"]);
+    let unscaled = Stored { dtype: Dtype::F8_E4M3, bytes: vec![0; q.bytes.len() / 2], ..q.clone() };
+    refused(&mut llm, with(Q, unscaled), &[Q, "F8_E4M3"]);
+    refused(&mut llm, with("model.layers.2.self_attn.q_proj.weight", q.clone()), &["model.layers.2"]);
+    refused(&mut llm, with("norm.weight", old[NORM].clone()), &["`norm.weight`", NORM]);
+    refused(&mut llm, [given(&new), given(&new)].concat(), &["twice"]);
+    // Folders and files.
+    let from = |path: &Path, llm: &mut Llm| llm.update_weights_from(path).unwrap_err().to_string();
+    let other = checkpoint("tiny-tied", &new);
+    let config = fs::read_to_string(other.join("config.json")).unwrap();
+    other.write("config.json", config.replace("\"rms_norm_eps\": ", "\"rms_norm_eps\": 1"));
+    assert!(from(other.path(), &mut llm).contains("another model"));
+    assert!(from(&fixture("tiny-untied"), &mut llm).contains("another model"));
+    assert!(
+        from(&fixture("tiny-untied").join("model-00001-of-00002.safetensors"), &mut llm).contains("shape")
+    );
+    assert!(from(&fixture("tiny-tied").join("config.json"), &mut llm).contains("safetensors"));
+    assert!(from(Path::new("nowhere.safetensors"), &mut llm).contains("nowhere.safetensors"));
+
+    llm.clear_prefix_cache();
+    assert_eq!(outputs(&mut llm), before);
+    llm.update_weights([]).unwrap();
+    assert_eq!(outputs(&mut llm), before, "an update of nothing");
+}
+
+#[test]
+fn one_of_several_stacked_matrices_does_not_leave_their_quantization() {
+    let name = "qwen3-fp8";
+    let mut llm = family(name).build().unwrap();
+    let before = outputs(&mut llm);
+    let plain = |tensor: &str| {
+        let Stored { shape, .. } = stored(name)[tensor].clone();
+        let bytes = vec![0; 2 * shape.iter().product::<usize>()];
+        (tensor.to_owned(), Stored { dtype: Dtype::BF16, shape, bytes })
+    };
+    let [q, k] = ["q", "k"].map(|part| format!("model.layers.0.self_attn.{part}_proj.weight"));
+    refused(&mut llm, given(&Tensors::from([plain(&q)])), &[&q, &k, "stacked"]);
+    llm.clear_prefix_cache();
+    assert_eq!(outputs(&mut llm), before);
+    // All of them may.
+    let o = "model.layers.0.self_attn.o_proj.weight";
+    llm.update_weights(given(&Tensors::from([plain(o)]))).unwrap();
+    let mut tensors = stored(name);
+    tensors.extend([plain(o)]);
+    assert_eq!(outputs(&mut llm), fresh(name, &tensors));
+}
+
+#[test]
+fn files_and_folders_are_read_whole_and_may_be_written_again() {
+    let name = "tiny-untied";
+    let new = all_trained(&stored(name), 3);
+    let expected = fresh(name, &new);
+    let folder = checkpoint(name, &new);
+    for file in [true, false] {
+        let mut llm = family(name).build().unwrap();
+        let path = folder.join("model.safetensors");
+        llm.update_weights_from(if file { &path } else { folder.path() }).unwrap();
+        fs::write(&path, []).unwrap();
+        assert_eq!(outputs(&mut llm), expected);
+        write(&new, &path);
+    }
+    // A folder without a configuration, of two files.
+    let folder = Scratch::new();
+    let (first, second): (Tensors, Tensors) =
+        new.clone().into_iter().partition(|(name, _)| name.contains("mlp"));
+    write(&first, &folder.join("a.safetensors"));
+    write(&second, &folder.join("b.safetensors"));
+    let mut llm = family(name).build().unwrap();
+    llm.update_weights_from(folder.path()).unwrap();
+    assert_eq!(outputs(&mut llm), expected);
+}
+
+#[test]
+fn what_is_left_aside_when_a_model_is_loaded_may_be_given() {
+    let mut new = all_trained(&stored("tiny-tied"), 4);
+    let expected = fresh("tiny-tied", &new);
+    let head = new["model.embed_tokens.weight"].clone();
+    new.insert("lm_head.weight".to_owned(), head);
+    let angles = Stored { dtype: Dtype::F32, shape: vec![2], bytes: vec![0; 8] };
+    new.insert("model.layers.0.self_attn.rotary_emb.inv_freq".to_owned(), angles);
+    let mut llm = family("tiny-tied").build().unwrap();
+    llm.update_weights(given(&new)).unwrap();
+    assert_eq!(outputs(&mut llm), expected);
+}
+
+#[test]
+fn inputs_that_are_left_as_they_are_stay_so() {
+    let name = "llama-fp8ct";
+    let new = all_trained(&stored(name), 5);
+    let expected = outputs(&mut of(&checkpoint(name, &new)).plain_inputs(true).build().unwrap());
+    let mut llm = family(name).plain_inputs(true).build().unwrap();
+    llm.update_weights(given(&new)).unwrap();
+    assert_eq!(outputs(&mut llm), expected);
+    assert_ne!(expected, fresh(name, &new));
+}
+
+#[test]
+fn requests_that_run_end_with_the_old_weights_and_those_that_wait_begin_with_the_new() {
+    let name = "tiny-tied";
+    let new = all_trained(&stored(name), 6);
+    let requests: Vec<_> = (0..30).map(|i| common::greedy_request(&[7 + i, 9, 200 - i], 20 + i)).collect();
+    let builder = || family(name).max_running(3).prefix_cache(false);
+    let mut llm = builder().build().unwrap();
+    let old = llm.generate(&requests).unwrap();
+    let folder = checkpoint(name, &new);
+    let expected = of(&folder).prefix_cache(false).build().unwrap().generate(&requests).unwrap();
+
+    let options = SessionOptions { capacity: Some(requests.len()), ..SessionOptions::default() };
+    let (mut submitter, events) = llm.handle().session(options);
+    submitter.submit_all((0..).zip(requests)).unwrap();
+    drop(submitter);
+    let mut ended: Vec<Option<Completion>> = vec![None; old.len()];
+    let mut has_updated = false;
+    for event in events {
+        if let SessionEvent::Finished { tag, completion, .. } = event.unwrap() {
+            ended[tag as usize] = Some(*completion);
+            if !std::mem::replace(&mut has_updated, true) {
+                llm.update_weights(given(&new)).unwrap();
+            }
+        }
+    }
+    let ended: Vec<Completion> = ended.into_iter().map(Option::unwrap).collect();
+    let first_new = ended.iter().zip(&old).position(|(ended, old)| ended != old).unwrap();
+    assert!(first_new > 0, "the first to end had begun before");
+    assert_eq!((&ended[..first_new], &ended[first_new..]), (&old[..first_new], &expected[first_new..]));
+}
+
+#[test]
+fn all_engines_are_updated() {
+    let name = "qwen3-moe";
+    let new = all_trained(&stored(name), 7);
+    let expected = fresh(name, &new);
+    let mut llm = family(name).data_parallel(2).max_running(1).build().unwrap();
+    outputs(&mut llm);
+    llm.update_weights(given(&new)).unwrap();
+    for _ in 0..3 {
+        for (completion, expected) in outputs(&mut llm).into_iter().zip(&expected) {
+            // Which engine has which prefix is chance.
+            let cached_tokens = expected.cached_tokens;
+            assert_eq!(Completion { cached_tokens, ..completion }, *expected);
+        }
+    }
+}
+
+#[test]
+fn another_engine_is_built_with_the_weights_of_now() {
+    let name = "tiny-tied";
+    let new = all_trained(&stored(name), 8);
+    let mut llm = family(name).build().unwrap();
+    assert!(llm.updated_weights().is_none());
+    llm.update_weights(given(&new)).unwrap();
+    let weights = llm.updated_weights().unwrap();
+    drop(llm);
+    let mut again = family(name).weights(weights).build().unwrap();
+    assert_eq!(outputs(&mut again), fresh(name, &new));
+    // It goes on from there.
+    let old = stored(name);
+    again.update_weights(given(&old)).unwrap();
+    assert_eq!(outputs(&mut again), outputs(&mut family(name).build().unwrap()));
+}
+
+#[test]
+fn dummy_weights_give_way_to_real_ones() {
+    // The preset's dummies, one by one, and a checkpoint of the same sizes.
+    let preset = minisgl_qwen3::QWEN3.presets.iter().find(|preset| preset.name == "tiny").unwrap();
+    let config = preset.config.replacen('{', "{\"architectures\": [\"Qwen3ForCausalLM\"], ", 1);
+    let dummies = minisgl_decoder::Checkpoint::preset("tiny", &[&minisgl_qwen3::QWEN3]).unwrap();
+    let mut numbers = Numbers(9);
+    let tensors = dummies.tensors().iter().map(|tensor| {
+        let is_vector = tensor.name.ends_with("norm.weight");
+        let shape = if is_vector { vec![tensor.cols] } else { vec![tensor.rows, tensor.cols] };
+        let small = |numbers: &mut Numbers| (numbers.below(1000) as f32 / 500.0 - 1.0) * 0.1;
+        let elements = (0..tensor.rows * tensor.cols).flat_map(|_| small(&mut numbers).to_le_bytes());
+        (tensor.name.clone(), Stored { dtype: Dtype::F32, shape, bytes: elements.collect() })
+    });
+    let tensors: Tensors = tensors.collect();
+    let folder = Scratch::new();
+    folder.write("config.json", config);
+    write(&tensors, &folder.join("model.safetensors"));
+
+    let mut llm = small("tiny").max_seq_len(Some(256)).build().unwrap();
+    let dummy = outputs(&mut llm);
+    let (first, second): (Tensors, Tensors) =
+        tensors.clone().into_iter().partition(|(name, _)| name.contains("layers.0"));
+    llm.update_weights(given(&first)).unwrap();
+    assert_ne!(outputs(&mut llm), dummy);
+    llm.update_weights(given(&second)).unwrap();
+    assert_eq!(outputs(&mut llm), outputs(&mut of(&folder).build().unwrap()));
+}
+
+#[test]
+fn what_was_drawn_gets_the_same_bits_when_it_is_scored_before_and_after_an_update() {
+    let name = "tiny-tied";
+    let mut llm = family(name).build().unwrap();
+    let prompts: Vec<Vec<u32>> = (1..6).map(|i| (0..20 * i).map(|j| (i * j + 7) % 250).collect()).collect();
+    for seed in 0..3 {
+        let sampling = SamplingParams { temperature: 1.0, seed, logprobs: Some(0), ..greedy(30) };
+        let drawn = prompts.iter().map(|prompt| GenerateRequest::tokens(prompt.clone()).sampling(sampling));
+        let drawn = llm.generate(&drawn.collect::<Vec<_>>()).unwrap();
+        let given_again = prompts.iter().zip(&drawn);
+        let scored =
+            given_again.map(|(prompt, drawn)| ScoreRequest::tokens(prompt.clone(), drawn.token_ids.clone()));
+        let scored = llm.score(&scored.collect::<Vec<_>>()).unwrap();
+        for (drawn, scored) in drawn.iter().zip(&scored) {
+            let bits = |logprobs: &[minisgl::TokenLogprobs]| -> Vec<u32> {
+                logprobs.iter().map(|one| one.logprob.to_bits()).collect()
+            };
+            assert_eq!(bits(drawn.logprobs.as_ref().unwrap()), bits(&scored.logprobs));
+        }
+        llm.update_weights(given(&all_trained(&stored(name), 20 + seed))).unwrap();
+    }
+}
+
+#[test]
+fn a_simulated_model_has_no_weights() {
+    let (mut llm, _) =
+        Llm::simulated(minisgl::simulated::Control::default(), minisgl::Text::default()).unwrap();
+    assert!(matches!(llm.update_weights([]), Err(Error::NoWeights)));
+}
