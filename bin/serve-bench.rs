@@ -130,7 +130,7 @@ fn serve_bench(flags: &Flags, stderr: &Stderr) -> Result<ExitCode, Cause> {
     let goals = flags.goals()?;
     flags.check()?;
     let json = flags.json.as_deref().map(Output::create).transpose()?;
-    let service = Service::new(endpoint.clone(), key.clone());
+    let service = Service::new(endpoint.clone(), key.clone())?;
     let model = flags.model.clone().map_or_else(|| service.first_model(), Ok)?;
     let source = flags.source(&service, &model, stderr)?;
     let plan = Plan {

@@ -1,8 +1,8 @@
 //! Clients of services with OpenAI's API: a conversation in the terminal, and load with its latencies.
 //!
 //! ```text
-//!   endpoint ── service (ureq: one thing at a time, http and https) ──> chat
-//!            └─ bench   (mio: many streams on one thread, http)     ──> serve-bench
+//!   endpoint ── service (ureq: one thing at a time)             ──> chat
+//!            └─ bench   (mio: many streams on one thread)           ──> serve-bench
 //!   http ──> sse ──> chunk      bytes ──> an answer's body ──> events ──> what they say
 //! ```
 
@@ -13,3 +13,4 @@ pub mod endpoint;
 pub mod http;
 pub mod service;
 pub mod sse;
+mod tls;

@@ -10,10 +10,12 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 use thiserror::Error;
 use ureq::http::{Response, StatusCode};
+use ureq::tls::TlsConfig;
 use ureq::{Agent, Body};
 
 use crate::chunk::error_message;
 use crate::endpoint::Endpoint;
+use crate::tls::{self, BadAuthorities};
 
 /// How long connecting may take.
 const CONNECT: Duration = Duration::from_secs(30);
@@ -72,13 +74,18 @@ pub struct Service {
 
 impl Service {
     /// A service at an address, with the key that it asks for, if it does.
-    pub fn new(endpoint: Endpoint, key: Option<String>) -> Self {
+    ///
+    /// # Errors
+    /// It is reached through TLS, and the environment names whom to trust in a way that is of no use.
+    pub fn new(endpoint: Endpoint, key: Option<String>) -> Result<Self, BadAuthorities> {
+        let tls = if endpoint.is_tls() { tls::of_agent()? } else { TlsConfig::default() };
         let config = Agent::config_builder()
+            .tls_config(tls)
             .user_agent(concat!("minisgl/", env!("CARGO_PKG_VERSION")))
             .http_status_as_error(false)
             .timeout_connect(Some(CONNECT))
             .build();
-        Service { endpoint, key, agent: config.new_agent() }
+        Ok(Service { endpoint, key, agent: config.new_agent() })
     }
 
     /// Where it is.

@@ -9,7 +9,7 @@ use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
-use support::{Fake, Reply, Scratch};
+use support::{AUTHORITY, Fake, Reply, Scratch};
 
 fn serve_bench(url: &str, flags: &[&str]) -> Output {
     let mut command = Command::new(env!("CARGO_BIN_EXE_serve-bench"));
@@ -59,6 +59,37 @@ fn every_request_is_asked_once_as_the_workload_says_and_every_token_is_counted()
     assert_eq!((&run["open_peak"], &run["arrivals"]), (&json!(4), &json!("4 at once")));
     assert!(run["client"]["us_per_token"].as_f64().unwrap() > 0.0);
     assert_eq!((&report["model"], &report["api"]), (&json!("fake"), &json!("completions")));
+}
+
+#[test]
+fn a_service_behind_tls_is_measured_like_any_other_once_it_is_trusted() {
+    let fake = Fake::start_tls(Reply::in_full);
+    let scratch = Scratch::new();
+    let (url, json) = (fake.url(), scratch.join("report.json"));
+    let run = |authority: &str| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_serve-bench"));
+        command.args(["--n", "60", "--concurrency", "6", "--input-len", "900", "--output-len", "1..40"]);
+        command.args(["--url", &url, "--json"]).arg(&json);
+        command.env_remove("OPENAI_API_KEY").env("SSL_CERT_FILE", authority).output().unwrap()
+    };
+    let output = run(AUTHORITY);
+    assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+    let report = scratch.json("report.json");
+    let tokens: u64 = fake.asked().iter().map(|asked| asked.body["max_tokens"].as_u64().unwrap()).sum();
+    let measured = &report["runs"][0];
+    assert_eq!((&measured["finished"], measured["output_tokens"].as_u64()), (&json!(60), Some(tokens)));
+    assert!(fake.connections() <= 6, "{} connections for 6 requests at once", fake.connections());
+    // The service's own certificate does not make it trusted, nor does a file that has none.
+    for (authority, complaint) in [
+        ("", "certificate"),
+        ("/nowhere", "SSL_CERT_FILE is /nowhere"),
+        ("tests/support/mod.rs", "no certificate is in it"),
+    ] {
+        let output = run(authority);
+        assert_eq!(output.status.code(), Some(1), "{authority}");
+        assert!(stderr(&output).contains(complaint), "{authority}: {}", stderr(&output));
+    }
+    assert_eq!(fake.asked().len(), 60, "who is not trusted is not asked");
 }
 
 #[test]
@@ -289,7 +320,7 @@ fn bad_flags_and_files_are_refused_with_what_to_do() {
         (vec!["--sweep", "2..1", "--goal-itl", "5"], "write 1..64"),
         (vec!["--extra-body", "[]"], "no JSON object"),
         (vec!["--url", "localhost"], "give one like"),
-        (vec!["--url", "https://127.0.0.1:1", "--model", "m"], "TLS"),
+        (vec!["--url", "https://127.0.0.1:1", "--model", "m"], "check --url, and that the service runs"),
         (vec!["--url", "http://127.0.0.1:1"], "check --url, and that the service runs"),
         (vec!["--url", "http://127.0.0.1:1", "--model", "m"], "check --url, and that the service runs"),
         (vec!["--requests", "/nowhere"], "check --requests"),

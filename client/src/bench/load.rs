@@ -19,6 +19,7 @@ use std::net::{SocketAddr, TcpStream};
 use std::time::{Duration, Instant};
 
 use mio::{Events, Interest, Poll, Token};
+use rustls::pki_types::ServerName;
 use serde::Serialize;
 use thiserror::Error;
 
@@ -27,7 +28,9 @@ use super::cost::{ClientCost, thread_time};
 use super::prompt::{Manner, Request};
 use super::recorder::{Record, Recorder};
 use super::stream::{Failure, Stream};
+use super::wire::Tls;
 use crate::endpoint::Endpoint;
+use crate::tls::{self, BadAuthorities};
 
 /// Bytes read at once.
 const READ_BYTES: usize = 64 << 10;
@@ -39,11 +42,12 @@ const WAIT_MAX: Duration = Duration::from_secs(1);
 /// Why no load can be put on a service.
 #[derive(Debug, Error)]
 pub enum LoadError {
-    /// An address that this client can't speak with.
-    #[error(
-        "{0} is reached through TLS, which would cost this client more than the service; give the http address behind it"
-    )]
-    Tls(Endpoint),
+    /// TLS is of no use.
+    #[error(transparent)]
+    Tls(#[from] BadAuthorities),
+    /// A host that no certificate can name.
+    #[error("{0} has a host that is no name of TLS's; give it as a certificate has it")]
+    Host(Endpoint),
     /// Nobody there.
     #[error("{endpoint} can't be reached: {cause}; check --url, and that the service runs")]
     Unreachable {
@@ -71,6 +75,7 @@ pub enum Flow {
 pub struct Target {
     endpoint: Endpoint,
     address: SocketAddr,
+    tls: Option<Tls>,
     /// All of a request but its length and its body.
     head: String,
     manner: Manner,
@@ -92,16 +97,21 @@ impl Target {
     /// it for as long as `silence`.
     ///
     /// # Errors
-    /// It can't be reached.
+    /// It can't be reached, or TLS can't be had with it.
     pub fn new(
         endpoint: Endpoint,
         key: Option<&str>,
         manner: Manner,
         silence: Duration,
     ) -> Result<Self, LoadError> {
-        if endpoint.is_tls() {
-            return Err(LoadError::Tls(endpoint));
-        }
+        let tls = match endpoint.is_tls() {
+            false => None,
+            true => {
+                let name = ServerName::try_from(endpoint.host_and_port().0.to_owned());
+                let name = name.map_err(|_| LoadError::Host(endpoint.clone()))?;
+                Some(Tls { config: tls::of_connections()?, name })
+            }
+        };
         let found = TcpStream::connect(endpoint.host_and_port()).and_then(|socket| socket.peer_addr());
         let address = found.map_err(|cause| LoadError::Unreachable { endpoint: endpoint.clone(), cause })?;
         let path = endpoint.path(manner.api.name());
@@ -113,7 +123,7 @@ impl Target {
         if let Some(key) = key {
             head.push_str(&format!("Authorization: Bearer {key}\r\n"));
         }
-        Ok(Target { endpoint, address, head, manner, silence })
+        Ok(Target { endpoint, address, tls, head, manner, silence })
     }
 
     /// Where it is.
@@ -260,13 +270,16 @@ impl Load<'_> {
 
     /// Opens a connection in a slot of its own.
     fn connect(&mut self) -> Result<usize, Failure> {
-        let mut stream = Stream::connect(self.target.address)?;
+        let mut stream = Stream::connect(self.target.address, self.target.tls.as_ref())?;
         let free = self.streams.iter().position(Option::is_none);
         let slot = free.unwrap_or(self.streams.len());
         let both = Interest::READABLE | Interest::WRITABLE;
-        self.poll.registry().register(&mut stream.socket, Token(slot), both).map_err(Failure::Connect)?;
+        self.poll
+            .registry()
+            .register(&mut stream.wire.socket, Token(slot), both)
+            .map_err(Failure::Connect)?;
         // Requests are written whole, so there is nothing to wait for.
-        let _ = stream.socket.set_nodelay(true);
+        let _ = stream.wire.socket.set_nodelay(true);
         match free {
             Some(slot) => self.streams[slot] = Some(stream),
             None => self.streams.push(Some(stream)),

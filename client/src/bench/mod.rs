@@ -17,6 +17,7 @@ pub mod source;
 mod stream;
 pub mod sweep;
 pub mod trace;
+mod wire;
 
 use std::io::{self, Write};
 

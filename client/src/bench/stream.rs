@@ -11,9 +11,9 @@ use std::io::{self, Read, Write};
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use mio::net::TcpStream;
 use thiserror::Error;
 
+use super::wire::{Tls, Wire};
 use crate::chunk::{self, BadEvent, Event, TokenCount, Usage, error_message};
 use crate::http::{AnswerReader, BadAnswer};
 use crate::sse::{EventReader, EventTooLong};
@@ -82,7 +82,7 @@ pub struct News {
 
 /// A connection.
 pub struct Stream {
-    pub socket: TcpStream,
+    pub wire: Wire,
     /// The request that it carries.
     pub request: Option<usize>,
     /// When the last byte came or went.
@@ -105,10 +105,10 @@ impl Stream {
     ///
     /// # Errors
     /// The system refuses.
-    pub fn connect(address: SocketAddr) -> Result<Self, Failure> {
-        let socket = TcpStream::connect(address).map_err(Failure::Connect)?;
+    pub fn connect(address: SocketAddr, tls: Option<&Tls>) -> Result<Self, Failure> {
+        let wire = Wire::connect(address, tls).map_err(Failure::Connect)?;
         Ok(Stream {
-            socket,
+            wire,
             request: None,
             heard: Duration::ZERO,
             out: Vec::new(),
@@ -139,21 +139,22 @@ impl Stream {
     /// The connection is of no use.
     pub fn write(&mut self, now: Duration) -> Result<(), Failure> {
         while self.gone < self.out.len() {
-            match self.socket.write(&self.out[self.gone..]) {
+            match self.wire.write(&self.out[self.gone..]) {
                 Ok(0) => return Err(Failure::Broken(io::ErrorKind::WriteZero.into())),
                 Ok(sent) => {
                     self.gone += sent;
                     self.heard = now;
                 }
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
                 // Not connected yet.
-                Err(error) if self.gone == 0 && error.kind() == io::ErrorKind::NotConnected => return Ok(()),
+                Err(error) if self.gone == 0 && error.kind() == io::ErrorKind::NotConnected => break,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) if self.gone == 0 && self.carried == 0 => return Err(Failure::Connect(error)),
                 Err(error) => return Err(Failure::Broken(error)),
             }
         }
-        Ok(())
+        let is_new = self.carried == 0 && self.answer.is_untouched();
+        self.wire.flush().map_err(if is_new { Failure::Connect } else { Failure::Broken })
     }
 
     /// Reads what has come into `buffer` and takes it in, until the socket has no more. `closing` says that the other end
@@ -164,7 +165,7 @@ impl Stream {
     pub fn read(&mut self, buffer: &mut [u8], closing: bool, now: Duration) -> Result<News, Failure> {
         let mut news = News::default();
         loop {
-            let read = match self.socket.read(buffer) {
+            let read = match self.wire.read(buffer) {
                 Ok(0) => {
                     self.answer.close()?;
                     break;
@@ -176,7 +177,8 @@ impl Stream {
             };
             self.heard = now;
             news.tokens += self.take(&buffer[..read])?;
-            if self.answer.is_over() || (read < buffer.len() && !closing) {
+            let all = read < buffer.len() && !closing && !self.wire.reads_in_pieces();
+            if self.answer.is_over() || all {
                 break;
             }
         }

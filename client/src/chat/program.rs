@@ -139,7 +139,7 @@ impl Flags {
         let kwargs = self.kwargs()?;
         if let Some(url) = &self.url {
             let key = self.api_key.clone().or_else(|| std::env::var("OPENAI_API_KEY").ok());
-            let service = Service::new(url.parse()?, key);
+            let service = Service::new(url.parse()?, key)?;
             let model = self.model.clone().map_or_else(|| service.first_model(), Ok)?;
             stderr.say(format!("{model} at {}; /help shows what can be done", service.endpoint()));
             return Ok(Box::new(Remote::new(service, model, kwargs)));

@@ -2,7 +2,7 @@
 #![allow(dead_code, reason = "each test binary uses a part")]
 
 use std::fs;
-use std::io::{self, BufRead, BufReader, Write};
+use std::io::{self, BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -10,7 +10,13 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::Duration;
 
+use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use rustls::{ServerConfig, ServerConnection, StreamOwned};
 use serde_json::{Value, json};
+
+/// Whom clients of [`Fake::start_tls`] must trust.
+pub const AUTHORITY: &str = "tests/fixtures/tls/authority.pem";
 
 /// What a request asked for.
 #[derive(Clone, Debug)]
@@ -77,6 +83,8 @@ struct State {
 #[derive(Clone)]
 pub struct Fake {
     port: u16,
+    /// Of a service that is reached through TLS.
+    tls: Option<Arc<ServerConfig>>,
     state: Arc<Mutex<State>>,
     answer: Arc<dyn Fn(&Asked) -> Reply + Send + Sync>,
 }
@@ -84,23 +92,45 @@ pub struct Fake {
 impl Fake {
     /// Serves the model `fake`, and completions as `answer` says.
     pub fn start(answer: impl Fn(&Asked) -> Reply + Send + Sync + 'static) -> Fake {
+        Self::start_with(None, answer)
+    }
+
+    /// Likewise through TLS, with a certificate of the authority in [`AUTHORITY`].
+    pub fn start_tls(answer: impl Fn(&Asked) -> Reply + Send + Sync + 'static) -> Fake {
+        let pem = |name: &str| Path::new("tests/fixtures/tls").join(name);
+        let certificates = CertificateDer::pem_file_iter(pem("service.pem")).unwrap();
+        let key = PrivateKeyDer::from_pem_file(pem("service.key")).unwrap();
+        let provider = Arc::new(rustls::crypto::ring::default_provider());
+        let config = ServerConfig::builder_with_provider(provider).with_safe_default_protocol_versions();
+        let config = config.unwrap().with_no_client_auth();
+        let config = config.with_single_cert(certificates.map(Result::unwrap).collect(), key).unwrap();
+        Self::start_with(Some(Arc::new(config)), answer)
+    }
+
+    fn start_with(
+        tls: Option<Arc<ServerConfig>>,
+        answer: impl Fn(&Asked) -> Reply + Send + Sync + 'static,
+    ) -> Fake {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let port = listener.local_addr().unwrap().port();
         let state = Arc::new(Mutex::new(State { asked: Vec::new(), connections: 0, left: 0 }));
-        let fake = Fake { port, state, answer: Arc::new(answer) };
+        let fake = Fake { port, tls, state, answer: Arc::new(answer) };
         let serving = fake.clone();
         thread::spawn(move || {
             for socket in listener.incoming().flatten() {
                 let fake = serving.clone();
                 // A client that hangs up early is its own business.
-                thread::spawn(move || drop(fake.serve(socket)));
+                thread::spawn(move || drop(fake.greet(socket)));
             }
         });
         fake
     }
 
     pub fn url(&self) -> String {
-        format!("http://127.0.0.1:{}", self.port)
+        match self.tls {
+            None => format!("http://127.0.0.1:{}", self.port),
+            Some(_) => format!("https://localhost:{}", self.port),
+        }
     }
 
     /// The completions that were asked for, in the order in which they came.
@@ -118,12 +148,23 @@ impl Fake {
         self.state.lock().unwrap().left
     }
 
-    fn serve(&self, mut socket: TcpStream) -> io::Result<()> {
+    fn greet(&self, socket: TcpStream) -> io::Result<()> {
         socket.set_nodelay(true)?;
-        let mut reader = BufReader::new(socket.try_clone()?);
+        match &self.tls {
+            None => self.serve(socket),
+            Some(config) => {
+                let connection = ServerConnection::new(config.clone()).map_err(io::Error::other)?;
+                self.serve(StreamOwned::new(connection, socket))
+            }
+        }
+    }
+
+    fn serve(&self, socket: impl Read + Write) -> io::Result<()> {
+        let mut connection = BufReader::new(socket);
         let mut asked_before = false;
         loop {
-            let Some(mut asked) = read_request(&mut reader)? else { return Ok(()) };
+            let Some(mut asked) = read_request(&mut connection)? else { return Ok(()) };
+            let mut socket = connection.get_mut();
             let reply = match asked.path.as_str() {
                 "/v1/models" => Reply::Json(200, json!({"object": "list", "data": [{"id": "fake"}]})),
                 // A token a word.
@@ -145,8 +186,12 @@ impl Fake {
                         "HTTP/1.1 {status} Answer\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n{body}",
                         body.len()
                     )?;
+                    socket.flush()?;
                 }
-                Reply::Bytes(bytes) => return socket.write_all(&bytes),
+                Reply::Bytes(bytes) => {
+                    socket.write_all(&bytes)?;
+                    return socket.flush();
+                }
                 Reply::Stream(texts) => send(&mut socket, &asked, &texts, true)?,
                 Reply::StreamThenClose(texts) => return send(&mut socket, &asked, &texts, true),
                 Reply::Hang(texts) => {
@@ -187,7 +232,7 @@ fn read_request(reader: &mut impl BufRead) -> io::Result<Option<Asked>> {
     Ok(Some(Asked { number: 0, method, path, key, body }))
 }
 
-fn send(socket: &mut TcpStream, asked: &Asked, texts: &[String], to_the_end: bool) -> io::Result<()> {
+fn send(socket: &mut impl Write, asked: &Asked, texts: &[String], to_the_end: bool) -> io::Result<()> {
     let head = "HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n";
     socket.write_all(head.as_bytes())?;
     for text in texts {
@@ -211,7 +256,7 @@ fn send(socket: &mut TcpStream, asked: &Asked, texts: &[String], to_the_end: boo
     socket.flush()
 }
 
-fn chunk(socket: &mut TcpStream, data: &str) -> io::Result<()> {
+fn chunk(socket: &mut impl Write, data: &str) -> io::Result<()> {
     socket.write_all(format!("{:x}\r\n{data}\r\n", data.len()).as_bytes())
 }
 
