@@ -52,6 +52,14 @@ fn serve(scratch: &Scratch, flags: &[&str]) -> (Served, u64, Value) {
     (served, memory, answer)
 }
 
+/// Ends the program; nothing in it may have panicked.
+fn end(mut served: Served) {
+    served.child.kill().unwrap();
+    let mut said = String::new();
+    served.stderr.read_to_string(&mut said).unwrap();
+    assert!(!said.contains("panicked"), "{said}");
+}
+
 /// Beyond what it had, for what is open and for what the allocator keeps.
 const MEMORY_SLACK: u64 = 96 << 20;
 
@@ -112,6 +120,7 @@ fn silence_and_floods(connections: usize, body_bytes: usize) {
         assert!(closed.is_ok() || closed.unwrap_err().kind() == std::io::ErrorKind::ConnectionReset);
     }
     assert_eq!(good(address), answer);
+    end(served);
 }
 
 #[test]
@@ -123,6 +132,54 @@ fn connections_that_say_nothing_and_floods_cost_little_and_hold_up_nobody() {
 #[ignore = "a minute: 2,000 connections and a body of a gigabyte"]
 fn two_thousand_connections_that_say_nothing_and_a_gigabyte_cost_little_and_hold_up_nobody() {
     silence_and_floods(2_000, 1 << 30);
+}
+
+/// Streams whose readers take a few bytes now and then, and everything in the end.
+fn slow_readers(readers: usize) {
+    let scratch = Scratch::new();
+    let (served, before, answer) = serve(&scratch, &["--write-seconds", "5"]);
+    let address = served.address;
+    let body = json!({
+        "prompt": "Once", "max_tokens": 200, "ignore_eos": true, "stream": true, "return_token_ids": true, "n": 2,
+        "logprobs": 20,
+    });
+    let mut slow: Vec<(TcpStream, Vec<u8>)> = Vec::new();
+    for _ in 0..readers {
+        let mut socket = TcpStream::connect(address).unwrap();
+        socket.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
+        socket.write_all(&request(TEXT, "", body.to_string().as_bytes())).unwrap();
+        slow.push((socket, Vec::new()));
+    }
+    for _ in 0..20 {
+        for (socket, taken) in &mut slow {
+            let mut some = [0; 7];
+            let read = socket.read(&mut some).unwrap();
+            taken.extend_from_slice(&some[..read]);
+        }
+        assert_eq!(good(address), answer, "beside {readers} that read slowly");
+    }
+    let after = resident(served.child.id());
+    assert!(after < before + MEMORY_SLACK, "memory grew from {before} to {after} bytes");
+    for (mut socket, mut taken) in slow {
+        socket.read_to_end(&mut taken).unwrap();
+        let reply = parse(&taken).unwrap();
+        let text = String::from_utf8(reply.body).unwrap();
+        assert!(text.ends_with("data: [DONE]\n\n"), "a slow reader gets all of it");
+        assert_eq!(text.matches("token_ids").count(), 2 * 200);
+    }
+    assert_eq!(good(address), answer);
+    end(served);
+}
+
+#[test]
+fn clients_that_read_slowly_hold_up_nobody_and_get_all_of_it() {
+    slow_readers(24);
+}
+
+#[test]
+#[ignore = "minutes: 400 slow readers of two outputs each"]
+fn hundreds_of_clients_that_read_slowly_hold_up_nobody_and_get_all_of_it() {
+    slow_readers(400);
 }
 
 fn bodies_of_all_kinds(count: u64) {

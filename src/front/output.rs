@@ -364,6 +364,7 @@ impl OutputThread {
     fn deliver(&mut self, batch: &mut Batch) {
         let at = batch.step.as_ref().map_or_else(Instant::now, |step| step.ended);
         let (mut logprobs, mut tokens) = (batch.logprobs.as_slice(), batch.tokens.as_slice());
+        let mut ended = Vec::new();
         for event in batch.events.drain(..) {
             match event {
                 Event::Started { ticket, max_tokens, mut output, at } => {
@@ -389,7 +390,7 @@ impl OutputThread {
                     tokens = rest;
                     if let Some((_, request)) = self.running.get_mut(entry as usize).and_then(Option::take) {
                         self.unwatch(&request.session);
-                        self.finish(*request, output, cached_tokens, reason);
+                        ended.push((request, output, cached_tokens, reason));
                     }
                 }
                 Event::Stopped { others_go_on } => self.lose(others_go_on),
@@ -398,6 +399,9 @@ impl OutputThread {
         if let Some(step) = &batch.step {
             self.tell_step(step);
             self.shared.observe_step(step);
+        }
+        for (request, output, cached_tokens, reason) in ended {
+            self.finish(*request, output, cached_tokens, reason);
         }
         self.wakes.wake();
     }
@@ -456,7 +460,8 @@ impl OutputThread {
         }
     }
 
-    /// Behind a step's tokens and ends. A session whose last request ended with the step hears of it too.
+    /// Behind a step's tokens and before its ends: a reader who has taken the last end looks for nothing more. A session whose last
+    /// request ends with the step hears of it too.
     fn tell_step(&mut self, step: &StepTimes) {
         for watcher in &self.watchers {
             let timing = step.timing(watcher.session.started);
