@@ -9,11 +9,14 @@ use std::sync::OnceLock;
 
 use minisgl_core::constraint::Constraint;
 #[cfg(feature = "grammar")]
-use minisgl_grammar::{GrammarError, Grammars, TokenText, Vocabulary};
+use minisgl_grammar::{CallOf, Calls, GrammarError, Grammars, Thought, TokenText, Vocabulary};
 use serde_json::Value;
 
 use crate::request::RequestError;
 use crate::tokenizer::Text;
+use crate::tools::ToolCalls;
+#[cfg(feature = "grammar")]
+use crate::tools::{Function, THINK, THINK_END};
 
 /// What an output is to be. It holds from the first token on; an end-of-sequence token is drawn only where the text is whole, and
 /// where nothing may follow, the output ends by itself ([`FinishReason::Stop`](crate::FinishReason::Stop)). An output that
@@ -30,6 +33,9 @@ pub enum Grammar {
     Lark(String),
     /// One of these texts.
     Choice(Vec<String>),
+    /// Calls of tools, as the model writes them. What it thinks may come first: where the prompt ends within a thought, and where
+    /// `<think>` is a token of the model's and the prompt has not thought for it.
+    Calls(ToolCalls),
 }
 
 /// The tokens of a model.
@@ -60,30 +66,69 @@ impl Compiler {
         }
     }
 
-    /// A constraint of its own for a request. Takes as long as the grammar takes, some seconds at most, and longer the first time.
+    /// A constraint of its own for a request of these prompt tokens. Takes as long as the grammar takes, some seconds at most, and
+    /// longer the first time.
     ///
     /// # Errors
     /// A grammar, or a tokenizer, that can't be used.
     #[cfg(feature = "grammar")]
-    pub fn compile(&self, grammar: &Grammar) -> Result<Arc<dyn Constraint>, RequestError> {
-        let grammars = self.grammars.get_or_init(|| self.open());
-        let compiled = grammars.as_ref().map_err(Clone::clone).and_then(|grammars| match grammar {
+    pub fn compile(&self, grammar: &Grammar, prompt: &[u32]) -> Result<Arc<dyn Constraint>, RequestError> {
+        let unusable = |error: GrammarError| RequestError::Grammar(error.to_string());
+        let grammars =
+            self.grammars.get_or_init(|| self.open()).as_ref().map_err(|error| unusable(error.clone()))?;
+        let compiled = match grammar {
             Grammar::JsonObject => grammars.json_schema(&serde_json::json!({"type": "object"})),
             Grammar::JsonSchema(schema) => grammars.json_schema(schema),
             Grammar::Regex(expression) => grammars.regex(expression),
             Grammar::Lark(grammar) => grammars.lark(grammar),
             Grammar::Choice(texts) => grammars.choice(texts),
-        });
-        compiled.map_err(|error| RequestError::Grammar(error.to_string()))
+            Grammar::Calls(calls) => grammars.calls(&self.calls(calls, prompt)?),
+        };
+        compiled.map_err(unusable)
     }
 
     /// There are none.
     #[cfg(not(feature = "grammar"))]
-    pub fn compile(&self, _: &Grammar) -> Result<Arc<dyn Constraint>, RequestError> {
+    pub fn compile(&self, _: &Grammar, _: &[u32]) -> Result<Arc<dyn Constraint>, RequestError> {
         let Compiler { text: _, tokens: _ } = self;
         Err(RequestError::Grammar(
             "this build has no constrained output; build it with the feature `grammar`".to_owned(),
         ))
+    }
+
+    /// Calls in the model's own form.
+    #[cfg(feature = "grammar")]
+    fn calls<'a>(&self, calls: &'a ToolCalls, prompt: &[u32]) -> Result<Calls<'a>, RequestError> {
+        let ToolCalls { functions, format, required, parallel } = calls;
+        let format = format.or_else(|| self.text.tool_format()).ok_or(RequestError::NoToolFormat)?;
+        let of = |function: &'a Function| CallOf {
+            name: &function.name,
+            before: format.before_arguments(&function.name),
+            arguments: &function.parameters,
+        };
+        Ok(Calls {
+            functions: functions.iter().map(of).collect(),
+            behind: format.behind_arguments(),
+            between: format.between_calls(),
+            opening: format.opening(),
+            required: *required,
+            parallel: *parallel,
+            thought: self.thought(prompt),
+        })
+    }
+
+    /// What the model thinks behind a prompt.
+    #[cfg(feature = "grammar")]
+    fn thought(&self, prompt: &[u32]) -> Option<Thought<'static>> {
+        /// Tokens of a prompt's end that a tag and white space behind it take, at most.
+        const END_TOKENS: usize = 16;
+        let end = self.text.decode(&prompt[prompt.len().saturating_sub(END_TOKENS)..])?;
+        let end = end.trim_end();
+        match () {
+            () if end.ends_with(THINK) => Some(Thought { begin: None, end: THINK_END }),
+            () if end.ends_with(THINK_END) || !self.text.is_text_token(THINK) => None,
+            () => Some(Thought { begin: Some(THINK), end: THINK_END }),
+        }
     }
 
     #[cfg(feature = "grammar")]

@@ -61,6 +61,7 @@ pub mod simulated;
 mod source;
 pub mod telemetry;
 mod tokenizer;
+mod tools;
 mod weights;
 pub mod workload;
 
@@ -95,4 +96,5 @@ pub use rerank::{Relevance, RerankRequest};
 pub use score::{Score, ScoreRequest};
 pub use source::ModelSource;
 pub use tokenizer::Text;
+pub use tools::{Function, ToolCalls, ToolFormat};
 pub use weights::Weights;

@@ -353,6 +353,12 @@ pub enum RequestError {
         /// What failed.
         cause: String,
     },
+    /// Calls of tools in a form that is not known.
+    #[error(
+        "the model's chat template shows no format of tool calls that is known (qwen3, llama3), so its output can't be held to \
+         one; leave tools out, or let it choose (tool_choice \"auto\", no strict tools)"
+    )]
+    NoToolFormat,
     /// A grammar that can't be used.
     #[error("{0}")]
     Grammar(String),
@@ -387,6 +393,7 @@ impl RequestError {
             RequestError::TextTooLong { .. } => "prompt too long",
             RequestError::NotNumbers => "logits that are no numbers",
             RequestError::EngineFailed { .. } => "engine failed",
+            RequestError::NoToolFormat => "no format of tool calls",
             RequestError::Grammar(_) => "unusable grammar",
             RequestError::GrammarFailed => "grammar too complex",
             RequestError::EmptyStop => "empty stop text",

@@ -4,9 +4,10 @@ mod common;
 
 use common::{Scratch, greedy, small};
 use minisgl::lines::{self, Defaults};
-use minisgl::openai::ModelName;
+use minisgl::openai::{ModelName, OutputFormat, Part, Parts};
 use minisgl::{
-    Completion, FinishReason, GenerateRequest, Grammar, LlmBuilder, RequestError, SamplingParams, Speculation,
+    Completion, FinishReason, Function, GenerateRequest, Grammar, LlmBuilder, Prompt, RequestError,
+    SamplingParams, Speculation, ToolCalls, ToolFormat,
 };
 use serde_json::{Value, json};
 
@@ -23,6 +24,42 @@ fn schemas() -> [Value; 5] {
     ]
 }
 
+/// Two tools of short arguments, of which one is called at least.
+fn calls(format: ToolFormat) -> ToolCalls {
+    let function = |name: &str, parameters| Function { name: name.to_owned(), parameters };
+    let functions = vec![
+        function(
+            "count",
+            json!({"type": "object", "properties": {"to": {"type": "integer", "minimum": 1, "maximum": 99}},
+                                 "required": ["to"], "additionalProperties": false}),
+        ),
+        function(
+            "pa\"int",
+            json!({"type": "object", "properties": {"in": {"enum": ["red", "grün"]}}, "required": ["in"],
+                                  "additionalProperties": false}),
+        ),
+    ];
+    ToolCalls { functions, format: Some(format), required: true, parallel: true }
+}
+
+/// Is an output calls, one or more and nothing else, each of a tool and with arguments that are valid?
+fn is_calls(text: &str, calls: &ToolCalls) -> bool {
+    let (mut parts, mut out) =
+        (Parts::new(OutputFormat { tools: calls.format, reasoning: None }), Vec::new());
+    parts.push(text, &mut out);
+    parts.finish(&mut out);
+    let is_valid = |function: &Function, arguments: &str| {
+        serde_json::from_str(arguments).is_ok_and(|value| jsonschema::is_valid(&function.parameters, &value))
+    };
+    let is_call = |part: &Part| match part {
+        Part::Call(call) => {
+            calls.functions.iter().any(|one| one.name == call.name && is_valid(one, &call.arguments))
+        }
+        Part::Text(_) | Part::Reasoning(_) => false,
+    };
+    !out.is_empty() && out.iter().all(is_call)
+}
+
 /// Grammars of all kinds, greedy and drawn, short and long, and every third request without any.
 fn requests() -> Vec<GenerateRequest> {
     let grammars: Vec<Grammar> = schemas()
@@ -33,6 +70,8 @@ fn requests() -> Vec<GenerateRequest> {
             Grammar::Regex(r"\d{3}-\d{4}( ext \d+)?".to_owned()),
             Grammar::Lark("start: (\"yes\" | \"no\") (\", \" /[a-z]+/)*".to_owned()),
             Grammar::Choice(["north", "north-east", "größer"].map(str::to_owned).to_vec()),
+            Grammar::Calls(calls(ToolFormat::Qwen3)),
+            Grammar::Calls(calls(ToolFormat::Llama3)),
         ])
         .collect();
     (0..36)
@@ -70,6 +109,7 @@ fn check(request: &GenerateRequest, completion: &Completion) {
         Grammar::Regex(expression) => matches(expression),
         Grammar::Lark(_) => matches("(yes|no)(, [a-z]+)*"),
         Grammar::Choice(texts) => texts.iter().any(|one| one == text),
+        Grammar::Calls(calls) => is_calls(text, calls),
     };
     assert!(is_right, "{text:?} of {:?}", request.grammar);
 }
@@ -186,4 +226,132 @@ fn lines_say_what_they_want_as_openai_and_vllm_do() {
     ] {
         assert!(parse(fields).is_err_and(|error| error.contains(named)), "{fields}: {:?}", parse(fields));
     }
+}
+
+/// The fixtures' model, whose template tells it to write calls as Qwen3 does.
+fn with_tools() -> Scratch {
+    let folder = Scratch::with_text();
+    let template = "{% for tool in tools %}{{ tool | tojson }} <tool_call>\n{% endfor %}\
+                    {% for message in messages %}{{ message.content }}{% endfor %}";
+    folder.write("chat_template.jinja", template);
+    folder
+}
+
+/// Tools as requests give them, the second one with the schema that is asked for.
+fn tools(parameters: &Value) -> Value {
+    let count = json!({"type": "object", "properties": {"to": {"type": "integer"}}, "required": ["to"]});
+    let tool = |name, parameters: &Value| json!({"type": "function", "function": {"name": name, "parameters": parameters}});
+    json!([tool("count", &count), tool("paint", parameters)])
+}
+
+fn batch_line(fields: &Value) -> String {
+    let mut body = json!({"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 120});
+    body.as_object_mut().unwrap().extend(fields.as_object().unwrap().clone());
+    json!({"custom_id": "1", "url": "/v1/chat/completions", "body": body}).to_string()
+}
+
+#[test]
+fn a_batch_line_that_asks_for_a_call_is_answered_with_one() {
+    let paint = json!({"properties": {"in": {"enum": ["red", "grün"]}}, "required": ["in"], "additionalProperties": false});
+    let named = json!({"type": "function", "function": {"name": "paint"}});
+    let drawn =
+        |seed: u64| json!({"tools": tools(&paint), "tool_choice": named, "temperature": 2.0, "seed": seed});
+    let defaults = Defaults { sampling: SamplingParams::default(), model: ModelName::new("m") };
+    let lines: Vec<_> =
+        (0..6).map(|seed| lines::parse(batch_line(&drawn(seed)).as_bytes(), 1, &defaults).unwrap()).collect();
+    let mut llm = small(with_tools().path()).build().unwrap();
+    let requests: Vec<_> = lines.iter().map(|line| line.request.clone()).collect();
+    let completions = llm.generate(&requests).unwrap();
+    for (line, completion) in lines.iter().zip(&completions) {
+        let origin = lines::Origin { line: 1, fingerprint: 7 };
+        let mut out = Vec::new();
+        let format = llm.handle().text().tool_format();
+        lines::write_result(&mut out, &line.header, origin, completion, format, &|_| None);
+        let answer: Value = serde_json::from_slice(&out).unwrap();
+        let choice = &answer["response"]["body"]["choices"][0];
+        assert_eq!(
+            (&choice["finish_reason"], &choice["message"]["content"]),
+            (&json!("tool_calls"), &Value::Null)
+        );
+        let calls = choice["message"]["tool_calls"].as_array().unwrap();
+        assert_eq!((calls.len(), &calls[0]["function"]["name"]), (1, &json!("paint")), "{answer}");
+        let arguments = serde_json::from_str(calls[0]["function"]["arguments"].as_str().unwrap()).unwrap();
+        assert!(jsonschema::is_valid(&paint, &arguments), "{arguments}");
+    }
+}
+
+#[test]
+fn what_a_request_says_of_calls_is_what_its_output_is_held_to() {
+    let defaults = Defaults { sampling: SamplingParams::default(), model: ModelName::new("m") };
+    let parse = |fields: &Value| lines::parse(batch_line(fields).as_bytes(), 1, &defaults);
+    let any = json!({});
+    let asked = |fields: Value| {
+        let mut all = json!({"tools": tools(&any)});
+        all.as_object_mut().unwrap().extend(fields.as_object().unwrap().clone());
+        let request = parse(&all).unwrap().request;
+        let Prompt::Chat(chat) = request.prompt else { panic!("no conversation") };
+        let held = request.grammar.map(|grammar| {
+            let Grammar::Calls(calls) = grammar else { panic!("{grammar:?}") };
+            let names: Vec<String> = calls.functions.into_iter().map(|function| function.name).collect();
+            (names.join(" "), calls.required, calls.parallel)
+        });
+        (chat.tools.is_some(), held)
+    };
+    let both = || "count paint".to_owned();
+    let named = json!({"type": "function", "function": {"name": "paint"}});
+    let mut strict = tools(&any);
+    strict[1]["function"]["strict"] = true.into();
+    for (fields, expected) in [
+        (json!({}), (true, None)),
+        (json!({"tool_choice": "auto", "parallel_tool_calls": true}), (true, None)),
+        (json!({"tool_choice": "none"}), (false, None)),
+        (json!({"tool_choice": "required"}), (true, Some((both(), true, true)))),
+        (
+            json!({"tool_choice": "required", "parallel_tool_calls": false}),
+            (true, Some((both(), true, false))),
+        ),
+        (json!({"parallel_tool_calls": false}), (true, Some((both(), false, false)))),
+        (json!({"tool_choice": named}), (true, Some(("paint".to_owned(), true, false)))),
+        (json!({"tools": strict}), (true, Some((both(), false, true)))),
+    ] {
+        assert_eq!(asked(fields.clone()), expected, "{fields}");
+    }
+    let nameless = json!([{"type": "function", "function": {}}]);
+    let other = json!({"type": "function", "function": {"name": "sing"}});
+    for (fields, named) in [
+        (json!({"tool_choice": "required"}), "the request has no tools"),
+        (json!({"tool_choice": "sometimes", "tools": tools(&any)}), "tool_choice is \"sometimes\""),
+        (json!({"tool_choice": other, "tools": tools(&any)}), "tool_choice is sing"),
+        (json!({"tool_choice": "required", "tools": nameless}), "tools[0].function has no name"),
+        (
+            json!({"tool_choice": "required", "tools": tools(&json!({"type": "string"}))}),
+            "tools[1].function.parameters",
+        ),
+        (json!({"tool_choice": "required", "tools": tools(&json!(7))}), "tools[1].function.parameters"),
+        (
+            json!({"tool_choice": "required", "tools": tools(&any), "response_format": {"type": "json_object"}}),
+            "response_format is a format and tool_choice",
+        ),
+        (json!({"parallel_tool_calls": 1, "tools": tools(&any)}), "parallel_tool_calls is 1"),
+    ] {
+        let error = parse(&fields).unwrap_err().error.to_string();
+        assert!(error.contains(named), "{fields}: {error}");
+    }
+}
+
+#[test]
+fn a_tool_that_can_not_be_held_to_its_schema_is_named() {
+    let unusable = json!({"type": "object", "properties": {"a": {"type": "string", "pattern": "("}}});
+    let calls = |format, parameters: &Value| {
+        let good = Function { name: "good".to_owned(), parameters: json!({"type": "object"}) };
+        let other = Function { name: "paint".to_owned(), parameters: parameters.clone() };
+        let calls = ToolCalls { functions: vec![good, other], format, required: true, parallel: false };
+        GenerateRequest::tokens([1, 2]).sampling(greedy(20)).grammar(Grammar::Calls(calls))
+    };
+    let mut llm = small(Scratch::with_text().path()).build().unwrap();
+    let requests = [calls(Some(ToolFormat::Qwen3), &unusable), calls(None, &json!({"type": "object"}))];
+    let errors: Vec<_> =
+        llm.generate(&requests).unwrap().into_iter().map(|completion| completion.error.unwrap()).collect();
+    assert!(errors[0].to_string().contains("the parameters of the tool \"paint\""), "{}", errors[0]);
+    assert_eq!(errors[1], RequestError::NoToolFormat, "the template shows none");
 }

@@ -11,6 +11,7 @@ use llguidance::{JsonCompileOptions, Matcher, ParserFactory};
 use minisgl_core::constraint::Constraint;
 use serde_json::Value;
 
+use crate::calls::Calls;
 use crate::error::GrammarError;
 use crate::follower::{Follower, Parser};
 use crate::vocabulary::Vocabulary;
@@ -79,15 +80,33 @@ impl Grammars {
     /// A schema that can't be used.
     pub fn json_schema(&self, schema: &Value) -> Result<Arc<dyn Constraint>, GrammarError> {
         self.constraint("JSON schema", schema.to_string(), |_| {
-            let mut schema = schema.clone();
-            if let Some(fields) = schema.as_object_mut()
-                && !fields.contains_key("x-guidance")
-            {
-                let white_space = Some(WHITE_SPACE.to_owned());
-                JsonCompileOptions { whitespace_pattern: white_space, ..JsonCompileOptions::default() }
-                    .apply_to(&mut schema);
-            }
-            TopLevelGrammar::from_json_schema(schema)
+            let whitespace_pattern = Some(WHITE_SPACE.to_owned());
+            let options = JsonCompileOptions { whitespace_pattern, ..JsonCompileOptions::default() };
+            TopLevelGrammar::from_json_schema(written(schema, options))
+        })
+    }
+
+    /// Calls of functions, as a model writes them: their arguments with the white space of Python's `json.dumps`, by which models are
+    /// trained.
+    ///
+    /// # Errors
+    /// No functions, or one whose arguments' schema can't be used.
+    pub fn calls(&self, calls: &Calls<'_>) -> Result<Arc<dyn Constraint>, GrammarError> {
+        let options = || JsonCompileOptions {
+            item_separator: ", ".to_owned(),
+            key_separator: ": ".to_owned(),
+            whitespace_flexible: false,
+            ..JsonCompileOptions::default()
+        };
+        let lark = calls.lark(|schema| written(schema, options()));
+        let whole = self.constraint("tools", lark, |text| TopLevelGrammar::from_lark(text.to_owned()));
+        whole.map_err(|error| {
+            // Whose fault it is.
+            let at_fault = calls.functions.iter().find_map(|function| {
+                let cause = self.json_schema(function.arguments).err()?;
+                Some(GrammarError::Function { name: shortened(function.name), cause: Box::new(cause) })
+            });
+            at_fault.unwrap_or(error)
         })
     }
 
@@ -162,6 +181,17 @@ impl Grammars {
         kept.push_back((source, parser.fork()));
         Ok(parser)
     }
+}
+
+/// A schema whose texts are written so, unless it says itself how they are.
+fn written(schema: &Value, options: JsonCompileOptions) -> Value {
+    let mut schema = schema.clone();
+    if let Some(fields) = schema.as_object_mut()
+        && !fields.contains_key("x-guidance")
+    {
+        options.apply_to(&mut schema);
+    }
+    schema
 }
 
 /// Does what recurses as deep as a grammar goes.

@@ -34,6 +34,14 @@ pub enum GrammarError {
         /// What llguidance says.
         cause: String,
     },
+    /// A function whose calls can't be constrained.
+    #[error("the parameters of the tool {name:?}: {cause}")]
+    Function {
+        /// Of the function.
+        name: String,
+        /// What is wrong with the schema of its arguments.
+        cause: Box<GrammarError>,
+    },
     /// The model's tokenizer is of no use for it.
     #[error("the model's tokenizer can't be constrained: {0}")]
     Vocabulary(String),

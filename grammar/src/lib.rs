@@ -1,4 +1,4 @@
-//! Constrained output: JSON schemas, regular expressions, grammars and choices, as the masks that the engine asks for.
+//! Constrained output: JSON schemas, regular expressions, grammars, choices and calls of tools, as the masks that the engine asks for.
 //!
 //! ```text
 //!   tokenizer ── Vocabulary ──> Grammars ── compile ──> Follower, a request's Constraint
@@ -13,12 +13,14 @@
 //! Nothing that a grammar says may cost others much: its text is bounded in bytes and nesting, and llguidance counts the work of
 //! compiling and of each mask. A grammar that exceeds a bound is an error of its own request.
 
+mod calls;
 mod compile;
 mod error;
 mod follower;
 mod vocabulary;
 mod workers;
 
+pub use calls::{CallOf, Calls, Thought};
 pub use compile::Grammars;
 pub use error::GrammarError;
 pub use vocabulary::{TokenText, Vocabulary};

@@ -4,7 +4,7 @@ use std::cell::Cell;
 use std::sync::{Arc, LazyLock};
 
 use minisgl_core::constraint::{Constraint, ConstraintState, mask_words};
-use minisgl_grammar::{GrammarError, Grammars, TokenText, Vocabulary};
+use minisgl_grammar::{CallOf, Calls, GrammarError, Grammars, Thought, TokenText, Vocabulary};
 use proptest::prelude::*;
 use proptest::test_runner::TestRunner;
 use serde_json::{Value, json};
@@ -154,6 +154,140 @@ fn cases() -> ProptestConfig {
     ProptestConfig { cases: 300, failure_persistence: None, ..ProptestConfig::default() }
 }
 
+/// How calls are written.
+struct Style {
+    before: &'static str,
+    behind: &'static str,
+    between: &'static str,
+    opening: Option<&'static str>,
+}
+
+const STYLES: [Style; 2] = [
+    Style { before: "<tool>\n{\"f", behind: "}\n</tool>", between: "\n", opening: Some("<tool>") },
+    Style { before: "{\"f", behind: "}", between: "; ", opening: None },
+];
+
+impl Style {
+    /// In front of the arguments of function `i`.
+    fn before(&self, i: usize) -> String {
+        format!("{}{i}\": ", self.before)
+    }
+
+    fn calls<'a>(
+        &'a self,
+        schemas: &'a [Value],
+        required: bool,
+        parallel: bool,
+        thought: Option<Thought<'a>>,
+    ) -> Calls<'a> {
+        let of = |(i, arguments)| CallOf { name: "f", before: self.before(i), arguments };
+        let Style { behind, between, opening, .. } = *self;
+        let functions = schemas.iter().enumerate().map(of).collect();
+        Calls { functions, behind, between, opening, required, parallel, thought }
+    }
+
+    /// Checks that a whole output is what it may be; gives how many calls are in it.
+    fn check(&self, text: &str, schemas: &[Value], calls: &Calls<'_>) -> usize {
+        let answer = match calls.thought {
+            Some(Thought { begin: None, end }) => {
+                text.split_once(end).unwrap_or_else(|| panic!("no thought in {text:?}")).1
+            }
+            Some(Thought { begin: Some(begin), end }) if calls.required && text.starts_with(begin) => {
+                text.split_once(end).unwrap().1
+            }
+            _ => text,
+        };
+        let mut rest = if answer.len() < text.len() { answer.trim_start_matches('\n') } else { answer };
+        let mut found = 0;
+        loop {
+            let at = match (calls.required, self.opening) {
+                (false, Some(opening)) => rest.find(opening),
+                (_, None) if !calls.required && !rest.starts_with('{') => None,
+                _ => (!rest.is_empty()).then_some(0),
+            };
+            let Some(at) = at else { break };
+            let call = &rest[at..];
+            let function = (0..schemas.len()).find(|i| call.starts_with(&self.before(*i)));
+            let function = function.unwrap_or_else(|| panic!("no call: {call:?} in {text:?}"));
+            let json = &call[self.before(function).len()..];
+            let mut values = serde_json::Deserializer::from_str(json).into_iter::<Value>();
+            let arguments = values.next().unwrap().unwrap();
+            assert!(
+                jsonschema::is_valid(&schemas[function], &arguments),
+                "{arguments} of {}",
+                schemas[function]
+            );
+            rest = json[values.byte_offset()..].strip_prefix(self.behind).unwrap();
+            if calls.required || self.opening.is_none() {
+                rest = rest.strip_prefix(self.between).unwrap_or(rest);
+            }
+            found += 1;
+        }
+        assert!(found >= usize::from(calls.required), "no call in {text:?}");
+        assert!(calls.parallel || found <= 1, "{found} calls in {text:?}");
+        found
+    }
+}
+
+#[test]
+fn texts_and_calls_in_them_are_told_apart_as_they_come() {
+    let schemas = [
+        json!({"type": "object", "properties": {"a": {"const": 1}}, "required": ["a"], "additionalProperties": false}),
+    ];
+    let follows = |style: &Style, required: bool, parallel: bool, text: &str| {
+        let constraint = grammars().calls(&style.calls(&schemas, required, parallel, None)).unwrap();
+        for byte in text.bytes() {
+            constraint.wait();
+            let mut mask = vec![0; mask_words(VOCAB)];
+            if constraint.state() != ConstraintState::Ready {
+                return false;
+            }
+            constraint.write_mask(&mut mask);
+            if mask[byte as usize / 32] >> (byte % 32) & 1 == 0 {
+                return false;
+            }
+            constraint.accept(u32::from(byte));
+        }
+        constraint.wait();
+        let mut mask = vec![0; mask_words(VOCAB)];
+        match constraint.state() {
+            ConstraintState::Complete => true,
+            ConstraintState::Ready => {
+                constraint.write_mask(&mut mask);
+                mask[EOS as usize / 32] >> (EOS % 32) & 1 == 1
+            }
+            state => panic!("{state:?}"),
+        }
+    };
+    let [tags, bare] = &STYLES;
+    let call = "<tool>\n{\"f0\": {\"a\": 1}}\n</tool>";
+    let two = format!("{call}\n{call}");
+    for (style, text, required, parallel, is) in [
+        (tags, call, true, false, true),
+        (tags, two.as_str(), true, true, true),
+        (tags, two.as_str(), true, false, false),
+        (tags, "Let me see.", true, true, false),
+        (tags, "Let me see. <to", false, true, true),
+        (tags, &format!("Let me see. {call}"), false, false, true),
+        (tags, &format!("Let me see. {two} So."), false, true, true),
+        (tags, &format!("Let me see. {two}"), false, false, false),
+        (tags, "Let me see. <tool>{}", false, true, false),
+        (tags, "<tool>\n{\"f1\": {", false, true, false),
+        (bare, "{\"f0\": {\"a\": 1}}; {\"f0\": {\"a\": 1}}", true, true, true),
+        (bare, "{\"f0\": {\"a\": 1}}; ", true, false, false),
+        (bare, "Hello {", false, true, true),
+        (bare, "{\"f0\": {\"a\": 1}}", false, true, true),
+        (bare, "{}", false, true, false),
+        (bare, "Hello", true, true, false),
+    ] {
+        assert_eq!(
+            follows(style, required, parallel, text),
+            is,
+            "{text:?}, required: {required}, parallel: {parallel}"
+        );
+    }
+}
+
 #[test]
 fn an_output_of_a_schema_is_valid() {
     let whole = Cell::new(0);
@@ -169,6 +303,34 @@ fn an_output_of_a_schema_is_valid() {
     };
     TestRunner::new(cases()).run(&(schema(), any::<u64>()), check).unwrap();
     assert!(whole.get() >= 100, "{} of 300 outputs came to an end", whole.get());
+}
+
+#[test]
+fn every_call_is_of_a_function_and_its_arguments_are_valid() {
+    const WITHIN: Thought<'_> = Thought { begin: None, end: "</t>" };
+    let thoughts = [None, Some(WITHIN), Some(Thought { begin: Some("<t>"), ..WITHIN })];
+    let found = Cell::new(0);
+    let check = |(schemas, style, thought, required, parallel, seed): (
+        Vec<Value>,
+        usize,
+        usize,
+        bool,
+        bool,
+        u64,
+    )| {
+        let of_object = |schema| json!({"type": "object", "properties": {"a": schema}, "required": ["a"], "additionalProperties": false});
+        let schemas: Vec<Value> = schemas.into_iter().map(of_object).collect();
+        let calls = STYLES[style].calls(&schemas, required, parallel, thoughts[thought]);
+        let drawn = draw(&*grammars().calls(&calls).unwrap(), seeded(seed));
+        if drawn.is_whole {
+            found.set(found.get() + STYLES[style].check(drawn.text(), &schemas, &calls));
+        }
+        Ok(())
+    };
+    let schemas = prop::collection::vec(schema(), 1..4);
+    let asked = (schemas, 0..2usize, 0..3usize, any::<bool>(), any::<bool>(), any::<u64>());
+    TestRunner::new(cases()).run(&asked, check).unwrap();
+    assert!(found.get() >= 100, "{} calls of 300 outputs", found.get());
 }
 
 proptest! {

@@ -1,8 +1,8 @@
 //! What a request of the API asks for: the fields that only a service can serve, and those that lines have too.
 //!
 //! ```text
-//!   body ── JSON ──> n, stream, echo, tool_choice, …  taken here
-//!                └─> all others                       minisgl::openai::Body
+//!   body ── JSON ──> n, stream, echo, …              taken here
+//!                └─> all others                     minisgl::openai::Body
 //! ```
 
 use minisgl::openai::{Body, FieldError, Fields, ModelName, Prompts};
@@ -57,7 +57,6 @@ impl Asked {
             _ => false,
         };
         let return_token_ids = fields.flag("return_token_ids")?.unwrap_or(false);
-        let without_tools = prompts == Prompts::Chat && without_tools(&mut fields)?;
         let explicit = fields.gives("prompt_logprobs");
         let scored = PromptLogprobs { from: 0, top: 0 };
         // With an echo no token need be drawn.
@@ -67,9 +66,6 @@ impl Asked {
         let prompt_logprobs = score_prompt(&mut body.sampling, explicit, echo, stream.is_some())?;
         if body.prompts.is_empty() {
             return Err(FieldError::Missing { field: "prompt", fix: "give at least one" }.into());
-        }
-        if without_tools && let [Prompt::Chat(ChatPrompt { tools, .. })] = body.prompts.as_mut_slice() {
-            *tools = None;
         }
         Ok(Asked { body, outputs, stream, echo, prompt_logprobs, return_token_ids })
     }
@@ -171,17 +167,6 @@ fn stream(fields: &mut Fields<'_>) -> Result<Option<StreamOptions>, ApiError> {
     Ok(Some(StreamOptions { include_usage }))
 }
 
-/// Takes `tool_choice`: is the model to be given no tools?
-fn without_tools(fields: &mut Fields<'_>) -> Result<bool, ApiError> {
-    const FIX: &str = "it may only be \"auto\" or \"none\": what the model calls can't be prescribed";
-    let Some(choice) = fields.raw("tool_choice") else { return Ok(false) };
-    match choice.get() {
-        r#""auto""# => Ok(false),
-        r#""none""# => Ok(true),
-        other => Err(ApiError::unsupported("tool_choice", other.chars().take(60).collect::<String>(), FIX)),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -212,6 +197,5 @@ mod tests {
         };
         assert!(with(r#""auto""#).unwrap().has_tools() && with("null").unwrap().has_tools());
         assert!(!with(r#""none""#).unwrap().has_tools());
-        assert!(with(r#""required""#).is_err() && with(r#"{"type": "function"}"#).is_err());
     }
 }

@@ -7,10 +7,10 @@ use axum::extract::State;
 use axum::http::Request;
 use axum::response::Response;
 use minisgl::openai::{
-    Answer, ChatChoice, ChatLogprobs, ChatMessage, FunctionCall, PromptLogprobs, Prompts, TextChoice,
-    TextLogprobs, ToolCall, Usage, created_now, finish_reason,
+    Answer, ChatChoice, ChatLogprobs, OutputFormat, PromptLogprobs, Prompts, Said, TextChoice, TextLogprobs,
+    ToolCall, Usage, created_now, finish_reason,
 };
-use minisgl::{ChatPrompt, Completion, Prompt, SamplingParams};
+use minisgl::{ChatPrompt, Completion, Grammar, Prompt, SamplingParams};
 use serde::Serialize;
 
 use crate::app::App;
@@ -19,7 +19,6 @@ use crate::body::{json, json_text};
 use crate::engine::Engine;
 use crate::error::ApiError;
 use crate::output::Outputs;
-use crate::parts::{Format, Part, Parts};
 use crate::random::{random, random_id};
 use crate::stages::SharedStages;
 use crate::stream::{Chunks, stream};
@@ -39,9 +38,12 @@ pub struct Heading {
 pub async fn chat(State(app): State<Arc<App>>, request: Request<Body>) -> Result<Response, ApiError> {
     let text = json_text(&app, request).await?;
     let sampling = SamplingParams { max_tokens: u32::MAX, ..default_sampling(&app) };
-    let asked = Asked::read(&text, Prompts::Chat, &sampling, &app.settings.model)?;
+    let mut asked = Asked::read(&text, Prompts::Chat, &sampling, &app.settings.model)?;
     let engine = app.engines.get()?;
     let format = format_of(&app, &engine, &asked).await?;
+    if let Some(Grammar::Calls(calls)) = &mut asked.body.grammar {
+        calls.format = format.tools;
+    }
     let heading = heading(&app, &asked, "chatcmpl");
     let mut outputs = Outputs::submit(&app, engine, &asked)?;
     if let Some(options) = asked.stream {
@@ -89,7 +91,7 @@ fn heading(app: &App, asked: &Asked, prefix: &str) -> Heading {
 }
 
 /// What the model is known to write in answer to a conversation.
-async fn format_of(app: &App, engine: &Engine, asked: &Asked) -> Result<Format, ApiError> {
+async fn format_of(app: &App, engine: &Engine, asked: &Asked) -> Result<OutputFormat, ApiError> {
     let tools = match asked.has_tools() {
         false => None,
         true => Some(engine.tool_format.ok_or_else(|| {
@@ -104,7 +106,7 @@ async fn format_of(app: &App, engine: &Engine, asked: &Asked) -> Result<Format, 
         }
         _ => None,
     };
-    Ok(Format { tools, reasoning })
+    Ok(OutputFormat { tools, reasoning })
 }
 
 /// Some templates write `<think>` themselves.
@@ -142,44 +144,9 @@ fn answer<'a, C>(heading: &'a Heading, object: &'static str, choices: Vec<C>, us
     Answer { id: id.clone(), object, created: *created, model, choices, usage, prompt_logprobs: None }
 }
 
-/// An output of a conversation in its parts.
-#[derive(Default)]
-struct Said {
-    text: String,
-    reasoning: String,
-    calls: Vec<ToolCall>,
-}
-
-impl Said {
-    fn of(completion: &Completion, format: Format) -> Self {
-        let (mut parts, mut out) = (Parts::new(format), Vec::new());
-        parts.push(completion.text.as_deref().unwrap_or_default(), &mut out);
-        parts.finish(&mut out);
-        let mut said = Said::default();
-        for part in out {
-            match part {
-                Part::Text(text) => said.text.push_str(&text),
-                Part::Reasoning(text) => said.reasoning.push_str(&text),
-                Part::Call(function) => said.calls.push(tool_call(function)),
-            }
-        }
-        said
-    }
-
-    fn message(&self) -> ChatMessage<'_> {
-        let silent = self.text.is_empty() && !self.calls.is_empty();
-        ChatMessage {
-            content: (!silent).then_some(self.text.as_str()),
-            tool_calls: &self.calls,
-            reasoning_content: (!self.reasoning.is_empty()).then_some(self.reasoning.as_str()),
-            ..ChatMessage::text("")
-        }
-    }
-}
-
 /// A call gets a name by which its result is told.
-pub fn tool_call(function: FunctionCall) -> ToolCall {
-    ToolCall { id: random_id("call"), r#type: "function", function }
+pub fn call_name() -> String {
+    random_id("call")
 }
 
 fn chat_answer(
@@ -187,15 +154,17 @@ fn chat_answer(
     asked: &Asked,
     engine: &Engine,
     completions: &[Completion],
-    format: Format,
+    format: OutputFormat,
 ) -> Response {
     let token_bytes = |id| engine.handle.token_bytes(id);
     let said: Vec<Said> = completions.iter().map(|completion| Said::of(completion, format)).collect();
-    let choices = (0..).zip(completions).zip(&said).map(|((index, completion), said)| ChatChoice {
+    let calls: Vec<Vec<ToolCall>> = said.iter().map(|said| said.named_calls(|_| call_name())).collect();
+    let outputs = (0..).zip(completions).zip(said.iter().zip(&calls));
+    let choices = outputs.map(|((index, completion), (said, calls))| ChatChoice {
         index,
-        message: said.message(),
+        message: said.message(calls),
         logprobs: ChatLogprobs::new(completion, &token_bytes),
-        finish_reason: end_of(completion, !said.calls.is_empty()),
+        finish_reason: end_of(completion, !calls.is_empty()),
     });
     let choices = with_token_ids(asked, completions, choices);
     let mut answer = answer(heading, "chat.completion", choices, usage(asked, completions));

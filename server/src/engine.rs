@@ -13,11 +13,10 @@
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender};
 
-use minisgl::{EngineHandle, Error, Info, Llm, StepTiming};
+use minisgl::{EngineHandle, Error, Info, Llm, StepTiming, ToolFormat};
 use tokio::sync::watch;
 
 use crate::error::ApiError;
-use crate::parts::ToolFormat;
 
 /// An engine that is at work.
 #[derive(Clone)]

@@ -123,6 +123,7 @@ impl ApiError {
             RequestError::Refused(SubmitError::Sampling(error)) => {
                 (Some(sampling(error)), Some("invalid_value"))
             }
+            RequestError::NoToolFormat => (Some("tools"), Some("unsupported_value")),
             RequestError::Grammar(_) | RequestError::GrammarFailed => (None, Some("invalid_value")),
             RequestError::EmptyStop => (Some("stop"), Some("invalid_value")),
             RequestError::NoChatTemplate

@@ -28,7 +28,6 @@ mod metrics;
 mod models;
 mod output;
 mod page;
-mod parts;
 pub mod program;
 mod random;
 mod settings;
@@ -46,7 +45,6 @@ use tokio::sync::oneshot;
 
 pub use app::{App, router};
 pub use engine::{Engine, EngineState, Engines};
-pub use parts::ToolFormat;
 pub use settings::Settings;
 
 /// How a service came to its end.
@@ -83,7 +81,7 @@ impl Service {
             let Settings { rebuilds_max, tool_format, .. } = app.settings;
             let build = || {
                 let llm = build()?;
-                let tool_format = tool_format.or_else(|| ToolFormat::of(llm.handle().text()));
+                let tool_format = tool_format.or_else(|| llm.handle().text().tool_format());
                 Ok((llm, tool_format))
             };
             let observe = move |step: &_| observer.metrics.step(step);

@@ -7,11 +7,13 @@ use std::time::Duration;
 use hyper::header::HeaderValue;
 use minisgl::openai::ModelName;
 use minisgl::progress::Stderr;
-use minisgl::{Cause, GenerationConfigChoice, Options, Policy, SamplingParams, with_shared_flags};
+use minisgl::{
+    Cause, GenerationConfigChoice, Options, Policy, SamplingParams, ToolFormat, with_shared_flags,
+};
 use tokio::net::TcpListener;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
-use crate::{Ended, Service, Settings, ToolFormat};
+use crate::{Ended, Service, Settings};
 
 /// Threads that serve connections at most; the engine has its own.
 const WORKERS_MAX: usize = 8;

@@ -2,10 +2,8 @@
 
 use std::time::Duration;
 
-use minisgl::SamplingParams;
 use minisgl::openai::ModelName;
-
-use crate::parts::ToolFormat;
+use minisgl::{SamplingParams, ToolFormat};
 
 /// All settings of the service.
 #[derive(Clone, Debug)]

@@ -20,16 +20,15 @@ use axum::response::Response;
 use bytes::Bytes;
 use http_body::Frame;
 use hyper::header::{CACHE_CONTROL, CONTENT_TYPE, HeaderValue};
-use minisgl::openai::{ChatLogprobs, TextLogprobs, ToolCall, Usage};
+use minisgl::openai::{ChatLogprobs, OutputFormat, Part, Parts, TextLogprobs, ToolCall, Usage};
 use minisgl::{Completion, SessionEvent, TokenLogprobs};
 use serde::Serialize;
 
 use crate::asked::{Asked, StreamOptions};
-use crate::completions::{Heading, end_of, tool_call, with_stages};
+use crate::completions::{Heading, call_name, end_of, with_stages};
 use crate::engine::Engine;
 use crate::error::ApiError;
 use crate::output::Outputs;
-use crate::parts::{Format, Part, Parts};
 
 /// Bytes that go out at once, about.
 const FRAME_BYTES: usize = 16 << 10;
@@ -114,7 +113,7 @@ struct Choice {
 }
 
 impl Choice {
-    fn new(format: Format) -> Self {
+    fn new(format: OutputFormat) -> Self {
         Choice { begun: false, parts: Parts::new(format), calls: 0, offset: 0 }
     }
 }
@@ -173,13 +172,13 @@ struct TextChunk<'a> {
 
 impl Chunks {
     /// Of the answers to a conversation.
-    pub fn chat(heading: Heading, asked: &Asked, options: StreamOptions, format: Format) -> Self {
+    pub fn chat(heading: Heading, asked: &Asked, options: StreamOptions, format: OutputFormat) -> Self {
         Self::new(heading, asked, options, Kind::Chat, format)
     }
 
     /// Of continuations; each begins with what its prompt's are to begin with.
     pub fn text(heading: Heading, asked: &Asked, options: StreamOptions, echoes: &[String]) -> Self {
-        let mut chunks = Self::new(heading, asked, options, Kind::Text, Format::default());
+        let mut chunks = Self::new(heading, asked, options, Kind::Text, OutputFormat::default());
         for index in 0..asked.choices() {
             let echo = &echoes[index / chunks.outputs];
             if !echo.is_empty() {
@@ -189,7 +188,13 @@ impl Chunks {
         chunks
     }
 
-    fn new(heading: Heading, asked: &Asked, options: StreamOptions, kind: Kind, format: Format) -> Self {
+    fn new(
+        heading: Heading,
+        asked: &Asked,
+        options: StreamOptions,
+        kind: Kind,
+        format: OutputFormat,
+    ) -> Self {
         Chunks {
             heading,
             kind,
@@ -279,7 +284,10 @@ impl Chunks {
                 Part::Reasoning(text) => delta.reasoning_content = Some(text),
                 Part::Call(function) => {
                     let calls = &mut self.choices[index as usize].calls;
-                    delta.tool_calls = Some([CallDelta { index: *calls, call: tool_call(function.clone()) }]);
+                    delta.tool_calls = Some([CallDelta {
+                        index: *calls,
+                        call: ToolCall::new(call_name(), function.clone()),
+                    }]);
                     *calls += 1;
                 }
             }

@@ -7,10 +7,10 @@ mod openai;
 use std::process::Command;
 
 use common::serve::Served;
-use common::{Running, Scratch, checkpoint, repository, settings, text};
-use minisgl::Prompt;
+use common::{Running, Scratch, checkpoint, checkpoint_with_calls, repository, settings, text};
 use minisgl::simulated::Control;
-use minisgl_server::{Settings, ToolFormat};
+use minisgl::{Prompt, ToolFormat};
+use minisgl_server::Settings;
 
 const CALL: &str = "<tool_call>\n{\"name\": \"weather\", \"arguments\": {\"city\": \"Bonn\"}}\n</tool_call>";
 
@@ -25,13 +25,16 @@ fn the_openai_package_is_content_with_every_endpoint_and_field() {
         scratch.path(),
         &["--served-model-name", "model", "--api-key-file", key_file.to_str().unwrap()],
     );
+    let scratch = Scratch::new();
+    checkpoint_with_calls(scratch.path());
+    let told = Served::start(scratch.path(), &["--served-model-name", "model"]);
     let script = text().encode(Prompt::Text(CALL.to_owned())).unwrap();
     let calls = Settings { tool_format: Some(ToolFormat::Qwen3), ..settings() };
     let (tools, _) = Running::simulated(calls, Control { script, ..Control::default() }, text());
 
     let drive = Command::new(python)
         .arg(repository("server/tests/openai/drive.py"))
-        .args([keyed.url(), format!("http://{}", tools.address)])
+        .args([keyed.url(), format!("http://{}", tools.address), told.url()])
         .env_remove("PYTHONPATH")
         .output()
         .unwrap();

@@ -7,10 +7,13 @@ use std::net::TcpStream;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use common::{Running, builds, limits, messages, repository, request, send, settings, text};
+use common::{
+    Running, Scratch, builds, checkpoint_with_calls, limits, messages, repository, request, send, settings,
+    text,
+};
 use minisgl::simulated::Control;
-use minisgl::{Error, Text};
-use minisgl_server::{Ended, Settings, ToolFormat};
+use minisgl::{Error, Text, ToolFormat};
+use minisgl_server::{Ended, Settings};
 use serde_json::{Value, json};
 
 const CHAT: &str = "/v1/chat/completions";
@@ -169,7 +172,7 @@ fn a_field_that_can_not_be_served_is_refused_by_its_name() {
     ];
     let chat = [
         ("response_format", json!({"type": "xml"})),
-        ("tool_choice", json!("required")),
+        ("tool_choice", json!("sometimes")),
         ("top_logprobs", json!(3)),
         ("reasoning_effort", json!("high")),
         ("echo", json!(true)),
@@ -502,6 +505,64 @@ fn calls_of_tools_are_told_apart_whole_and_streamed() {
     ] {
         let choice = running.post(CHAT, &body).json()["choices"][0].clone();
         assert_eq!((&choice["message"]["content"], &choice["finish_reason"]), (&json!(said), &json!("stop")));
+    }
+}
+
+/// What each choice of a whole answer or of a stream calls, and its end.
+fn called(choices: &[Value]) -> (Vec<Value>, Value) {
+    let part = |choice: &Value| match choice.get("delta") {
+        Some(delta) => delta["tool_calls"].clone(),
+        None => choice["message"]["tool_calls"].clone(),
+    };
+    let calls = choices.iter().flat_map(|choice| part(choice).as_array().cloned().unwrap_or_default());
+    let functions = calls.map(|call| call["function"].clone()).collect();
+    (functions, choices.last().unwrap()["finish_reason"].clone())
+}
+
+#[test]
+fn a_call_that_is_asked_for_comes_whatever_the_model_would_say() {
+    let count = json!({"type": "object", "additionalProperties": false, "required": ["to"],
+                       "properties": {"to": {"type": "integer", "minimum": 1, "maximum": 9}}});
+    let paint = json!({"type": "object", "additionalProperties": false, "required": ["in"],
+                       "properties": {"in": {"enum": ["red", "grün"]}}});
+    let tool = |name: &str, parameters: &Value| json!({"type": "function", "function": {"name": name, "parameters": parameters}});
+    let tools = json!([tool("count", &count), tool("paint", &paint)]);
+    let named = json!({"type": "function", "function": {"name": "paint"}});
+    for tool_format in [None, Some(ToolFormat::Llama3)] {
+        let scratch = Scratch::new();
+        checkpoint_with_calls(scratch.path());
+        let running = Running::of_checkpoint(Settings { tool_format, ..settings() }, scratch);
+        for (choice, seed) in
+            [json!("required"), named.clone()].iter().flat_map(|choice| (0..4).map(move |i| (choice, i)))
+        {
+            let body = json!({
+                "messages": messages(), "tools": tools, "tool_choice": choice, "parallel_tool_calls": false,
+                "temperature": 2, "seed": seed, "max_tokens": 150,
+            });
+            let whole = running.post(CHAT, &body).json()["choices"].as_array().unwrap().clone();
+            let (functions, reason) = called(&whole);
+            assert_eq!((functions.len(), &reason), (1, &json!("tool_calls")), "{whole:?}");
+            assert!(whole[0]["message"]["content"].is_null(), "{whole:?}");
+            let schema = match functions[0]["name"].as_str() {
+                Some("paint") => &paint,
+                Some("count") if *choice == "required" => &count,
+                other => panic!("{other:?} is called"),
+            };
+            let arguments = functions[0]["arguments"].as_str().unwrap();
+            assert!(jsonschema::is_valid(schema, &serde_json::from_str(arguments).unwrap()), "{arguments}");
+            let chunks: Vec<Value> = running.stream(CHAT, body).filter(|chunk| !chunk.is_null()).collect();
+            let choices: Vec<Value> = chunks.iter().map(|chunk| chunk["choices"][0].clone()).collect();
+            assert_eq!(called(&choices), (functions, reason), "streamed");
+        }
+        let pattern = json!({"type": "object", "properties": {"a": {"type": "string", "pattern": "("}}});
+        let unusable = json!([tool("paint", &pattern)]);
+        let body = json!({"messages": messages(), "tools": unusable, "tool_choice": "required"});
+        for stream in [false, true] {
+            let mut body = body.clone();
+            body["stream"] = stream.into();
+            let refused = running.post(CHAT, &body).refused(400);
+            assert!(refused["message"].as_str().unwrap().contains("the tool \"paint\""), "{refused}");
+        }
     }
 }
 

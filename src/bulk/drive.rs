@@ -87,7 +87,8 @@ fn write_completion(
 ) -> Result<(), Closed> {
     let Some((header, origin)) = shared.ended(tag) else { return Ok(()) };
     line.clear();
-    lines::write_result(line, &header, origin, completion, &|token| engine.token_bytes(token));
+    let tools = engine.text().tool_format();
+    lines::write_result(line, &header, origin, completion, tools, &|token| engine.token_bytes(token));
     let good = completion.error.is_none();
     let output_tokens = completion.token_ids.len() as u64;
     shared

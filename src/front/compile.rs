@@ -33,7 +33,7 @@ impl Uncompiled {
         if ready.output.is_unwanted() {
             return Some(ready);
         }
-        let compiled = catch_unwind(AssertUnwindSafe(|| shared.compiler.compile(&grammar)));
+        let compiled = catch_unwind(AssertUnwindSafe(|| shared.compiler.compile(&grammar, &ready.prompt)));
         match compiled.unwrap_or_else(|_| Err(RequestError::Grammar("its compiler panicked".to_owned()))) {
             Ok(constraint) => {
                 ready.constraint = Some(constraint);

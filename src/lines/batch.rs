@@ -12,11 +12,12 @@ use serde_json::value::RawValue;
 use super::error::LineError;
 use super::{BadLine, Format, Header, LineDefaults, Origin, RequestLine, append, one_request};
 use crate::openai::{
-    Answer, ChatChoice, ChatLogprobs, ChatMessage, ErrorBody, ErrorObject, FieldError, Fields,
-    INVALID_REQUEST, PromptLogprobs, Prompts, TextChoice, TextLogprobs, Usage, created_now, finish_reason,
+    Answer, ChatChoice, ChatLogprobs, ErrorBody, ErrorObject, FieldError, Fields, INVALID_REQUEST,
+    OutputFormat, PromptLogprobs, Prompts, Said, TextChoice, TextLogprobs, Usage, created_now, finish_reason,
     read, shown, status,
 };
-use crate::request::{Completion, GenerateRequest};
+use crate::request::{ChatPrompt, Completion, GenerateRequest, Prompt};
+use crate::tools::ToolFormat;
 
 /// Is it an envelope, whole or not?
 pub fn is_batch(fields: &Fields<'_>) -> bool {
@@ -60,6 +61,7 @@ fn request(
     if let Some(name) = asked {
         header.model = name;
     }
+    header.has_tools = matches!(&request.prompt, Prompt::Chat(ChatPrompt { tools: Some(_), .. }));
     Ok(request)
 }
 
@@ -114,6 +116,7 @@ pub fn write_result(
     header: &Header,
     origin: Origin,
     completion: &Completion,
+    tools: Option<ToolFormat>,
     token_bytes: &dyn Fn(u32) -> Option<Vec<u8>>,
 ) {
     if let Some(error) = &completion.error {
@@ -134,9 +137,13 @@ pub fn write_result(
             write_response(out, header, origin, 200, answer);
         }
         Format::Chat | Format::Native | Format::Score => {
-            let message = ChatMessage::text(text);
+            let tools = tools.filter(|_| header.has_tools);
+            let said = Said::of(completion, OutputFormat { tools, reasoning: None });
+            let name = |number: usize| format!("call-{}-{number}", origin.name());
+            let calls = said.named_calls(name);
+            let finish_reason = said.finish_reason(finish_reason);
             let logprobs = ChatLogprobs::new(completion, token_bytes);
-            let choice = ChatChoice { index: 0, message, logprobs, finish_reason };
+            let choice = ChatChoice { index: 0, message: said.message(&calls), logprobs, finish_reason };
             let mut answer = answer(header, origin, ("chatcmpl", "chat.completion"), completion, choice);
             answer.prompt_logprobs = PromptLogprobs::new(completion, token_bytes);
             write_response(out, header, origin, 200, answer);

@@ -31,9 +31,9 @@ use serde_json::value::RawValue;
 pub use error::LineError;
 pub use outcome::{Outcome, read_result};
 
-use crate::SamplingParams;
 use crate::openai::{Body, FieldError, Fields, ModelName, Prompts};
 use crate::request::{Completion, GenerateRequest};
+use crate::{SamplingParams, ToolFormat};
 
 /// What lines leave out.
 #[derive(Clone, Debug)]
@@ -83,12 +83,15 @@ pub struct Header {
     id: Option<Box<RawValue>>,
     /// As the request names it.
     model: Arc<str>,
+    /// The model may call tools.
+    has_tools: bool,
 }
 
 impl Header {
     /// Of a line that nothing is known of.
     fn unknown(defaults: &Defaults) -> Self {
-        Header { format: Format::Native, id: None, model: defaults.model.first().clone() }
+        let model = defaults.model.first().clone();
+        Header { format: Format::Native, id: None, model, has_tools: false }
     }
 
     /// The id, as the JSON text that stood in the line; `null` where it could not be read.
@@ -171,18 +174,22 @@ fn without_bom(line: &[u8]) -> &[u8] {
     line.strip_prefix(b"\xEF\xBB\xBF").unwrap_or(line)
 }
 
-/// Appends the result line of a request that came to its end. `token_bytes` gives the bytes that a token stands for.
+/// Appends the result line of a request that came to its end. `tools` is how the model writes calls of tools, where that is
+/// known, and `token_bytes` gives the bytes that a token stands for.
 pub fn write_result(
     out: &mut Vec<u8>,
     header: &Header,
     origin: Origin,
     completion: &Completion,
+    tools: Option<ToolFormat>,
     token_bytes: &dyn Fn(u32) -> Option<Vec<u8>>,
 ) {
     match header.format {
         Format::Native => native::write_result(out, header, origin, completion, token_bytes),
         Format::Score => native::write_score(out, header, origin, completion),
-        Format::Chat | Format::Text => batch::write_result(out, header, origin, completion, token_bytes),
+        Format::Chat | Format::Text => {
+            batch::write_result(out, header, origin, completion, tools, token_bytes)
+        }
     }
 }
 

@@ -5,10 +5,11 @@ use serde_json::value::RawValue;
 
 use super::error::LineError;
 use super::{Asked, BadLine, Format, Header, LineDefaults, Origin, RequestLine, append, one_request};
-use crate::SamplingParams;
-use crate::openai::{Fields, Only, PromptLogprobs, Prompts, check_only, given};
+use crate::grammar::Grammar;
+use crate::openai::{FieldError, Fields, Only, PromptLogprobs, Prompts, check_only, given};
 use crate::request::{Completion, FinishReason, Given, TokenLogprobs};
 use crate::score::{Score, ScoreRequest};
+use crate::{SamplingParams, ToolCalls};
 
 /// Reads a request.
 ///
@@ -43,6 +44,13 @@ fn score(mut fields: Fields<'_>, completion: Given, defaults: LineDefaults<'_>) 
     check_only(&mut fields, &OF_DRAWN)?;
     let own = SamplingParams { logprobs: None, ..defaults.sampling };
     let (request, model) = one_request(fields, Prompts::Any, LineDefaults { sampling: own, ..defaults })?;
+    if matches!(request.grammar, Some(Grammar::Calls(ToolCalls { required: true, .. }))) {
+        return Err(FieldError::Unsupported {
+            field: "tool_choice",
+            value: "a call".to_owned(),
+            fix: format!("{NOTHING_DRAWN}; leave it out"),
+        });
+    }
     let top = request.sampling.logprobs.unwrap_or(0);
     let score = ScoreRequest { top, ..ScoreRequest::new(request.prompt, completion) };
     Ok((score.into(), model))

@@ -84,6 +84,13 @@ pub struct ToolCall {
     pub function: FunctionCall,
 }
 
+impl ToolCall {
+    /// A call by this name.
+    pub fn new(id: String, function: FunctionCall) -> Self {
+        ToolCall { id, r#type: "function", function }
+    }
+}
+
 /// What is called, and with what.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct FunctionCall {

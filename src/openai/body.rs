@@ -6,7 +6,7 @@
 //!   stop, include_stop_str_in_output                    ──> stop texts
 //!   logit_bias, stop_token_ids, bad_words               ──> TokenRules
 //!   completion | completion_token_ids                   ──> Given              in native lines
-//!   response_format | structured_outputs                ──> Grammar
+//!   response_format | structured_outputs | tool_choice  ──> Grammar
 //!   model                                               ──> must be the one that runs
 //!   the rest                                            ──> taken where it changes nothing, else an error
 //! ```
@@ -25,11 +25,13 @@ use super::fields::{Fields, Whole, cause, read, wrong};
 use super::model_name::ModelName;
 use super::rest::check_rest;
 use super::structured::grammar;
+use super::tools::tool_calls;
 use crate::SamplingParams;
 use crate::grammar::Grammar;
 use crate::request::{
     ChatPrompt, Given, JsonObject, Message, Prompt, PromptLogprobs, TOP_LOGPROBS_MAX, TokenRules,
 };
+use crate::tools::ToolCalls;
 
 /// Which prompts a body may have.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -80,9 +82,24 @@ impl Body {
         let include_stop = fields.flag("include_stop_str_in_output")?.unwrap_or(false);
         let rules = rules(&mut fields)?;
         let grammar = grammar(&mut fields)?;
-        let prompts = prompt(&mut fields, prompts)?;
+        let mut prompts = prompt(&mut fields, prompts)?;
+        let calls = tool_calls(&mut fields, &mut prompts)?;
+        let grammar = one_of(grammar, calls)?;
         check_rest(fields, &prompts)?;
         Ok(Body { prompts, sampling, stop, include_stop, rules, grammar, model })
+    }
+}
+
+/// An output is held to one thing.
+fn one_of(grammar: Option<Grammar>, calls: Option<ToolCalls>) -> Result<Option<Grammar>, FieldError> {
+    match (grammar, calls) {
+        (Some(_), Some(calls)) => Err(FieldError::Contradiction {
+            field: "response_format",
+            value: "a format".to_owned(),
+            other: if calls.required { "tool_choice" } else { "tools" },
+            fix: "leave one of them out (structured_outputs is a format, too), or let no tool be strict",
+        }),
+        (grammar, calls) => Ok(grammar.or(calls.map(Grammar::Calls))),
     }
 }
 

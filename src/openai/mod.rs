@@ -13,8 +13,10 @@ mod error;
 mod fields;
 mod logprobs;
 mod model_name;
+mod parts;
 mod rest;
 mod structured;
+mod tools;
 
 pub use answer::{
     Answer, ChatChoice, ChatMessage, ErrorBody, ErrorObject, FunctionCall, INVALID_REQUEST, TextChoice,
@@ -25,6 +27,7 @@ pub use error::{FieldError, ObjectError, status};
 pub use fields::{Fields, Whole};
 pub use logprobs::{ChatLogprobs, PromptLogprobs, TextLogprobs};
 pub use model_name::ModelName;
+pub use parts::{OutputFormat, Part, Parts, Said};
 
 pub(crate) use body::given;
 pub(crate) use error::shown;

@@ -8,7 +8,7 @@ use serde_json::Value;
 use super::body::CHAT_FIELDS;
 use super::error::{FieldError, shown};
 use super::fields::Fields;
-use crate::request::{ChatPrompt, Prompt};
+use crate::request::Prompt;
 
 /// They don't change the result, whatever they hold.
 const WITHOUT_EFFECT: &[&str] = &[
@@ -32,7 +32,6 @@ pub type Only = (&'static str, &'static [&'static str], &'static str);
 
 const ONE_LINE_ONE_OUTPUT: &str = "one line gives one output; repeat the line with other seeds for more";
 const STRUCTURED: &str = "give it in structured_outputs";
-const NO_TOOL_CHOICE: &str = "the model chooses; leave it out";
 
 const ONLY: &[Only] = &[
     ("allowed_token_ids", &[], "say what the text may be in structured_outputs"),
@@ -42,7 +41,7 @@ const ONLY: &[Only] = &[
     ("detokenize", &["true"], "text comes out wherever the model has a tokenizer"),
     ("echo", &["false"], "the prompt is not repeated"),
     ("enable_thinking", &[], "give it in chat_template_kwargs"),
-    ("function_call", &["\"auto\""], NO_TOOL_CHOICE),
+    ("function_call", &["\"auto\""], "give tool_choice"),
     ("functions", &["[]"], "give them as tools"),
     ("guided_choice", &[], STRUCTURED),
     ("guided_grammar", &[], STRUCTURED),
@@ -55,7 +54,6 @@ const ONLY: &[Only] = &[
     ("modalities", &["[\"text\"]"], "only text comes out"),
     ("moderation", &[], "nothing is moderated"),
     ("n", &["1"], ONE_LINE_ONE_OUTPUT),
-    ("parallel_tool_calls", &["true"], NO_TOOL_CHOICE),
     ("reasoning_effort", &[], "give it in chat_template_kwargs if the template knows it"),
     ("return_token_ids", &["false"], "native lines give token ids"),
     ("return_tokens_as_token_ids", &["false"], "native lines give token ids"),
@@ -79,9 +77,6 @@ pub fn check_rest(mut fields: Fields<'_>, prompts: &[Prompt]) -> Result<(), Fiel
         fields.raw(name);
     }
     check_only(&mut fields, ONLY)?;
-    let with_tools = matches!(prompts, [Prompt::Chat(ChatPrompt { tools: Some(_), .. })]);
-    let choices: &[_] = if with_tools { &["\"auto\""] } else { &["\"auto\"", "\"none\""] };
-    check(&mut fields, ("tool_choice", choices, NO_TOOL_CHOICE))?;
     match prompts.first() {
         None | Some(Prompt::Tokens(_)) => drop(fields.raw("add_special_tokens")),
         Some(Prompt::Text(_)) => {

@@ -14,6 +14,7 @@ pub mod pieces;
 mod rules;
 
 use std::path::Path;
+use std::sync::OnceLock;
 
 use tokenizers::Tokenizer;
 
@@ -23,6 +24,7 @@ use crate::chat::ChatTemplates;
 use crate::detokenize::{Detokenizer, Ending};
 use crate::error::Error;
 use crate::request::{ChatPrompt, Given, Prompt, RequestError};
+use crate::tools::ToolFormat;
 
 /// The text side of a checkpoint: its tokenizer and its chat templates, each where it has one.
 #[derive(Default)]
@@ -31,6 +33,8 @@ pub struct Text {
     templates: Option<ChatTemplates>,
     eos: Option<u32>,
     warnings: Vec<String>,
+    /// Known when it was asked for.
+    tool_format: OnceLock<Option<ToolFormat>>,
 }
 
 /// A tokenizer, and what its tokens stand for.
@@ -67,7 +71,7 @@ impl Text {
                 warnings.push(format!("{path}: eos_token is {token:?}, which is no token of tokenizer.json"));
             }
         }
-        Ok(Text { codec, templates: Some(templates), eos, warnings })
+        Ok(Text { codec, templates: Some(templates), eos, warnings, tool_format: OnceLock::new() })
     }
 
     /// Is there a tokenizer?
@@ -147,6 +151,18 @@ impl Text {
     /// No template, or one that refuses these messages.
     pub fn render(&self, prompt: &ChatPrompt) -> Result<String, RequestError> {
         self.templates.as_ref().ok_or(RequestError::NoChatTemplate)?.render(prompt)
+    }
+
+    /// How the model writes calls of tools, where its chat template shows that.
+    pub fn tool_format(&self) -> Option<ToolFormat> {
+        *self.tool_format.get_or_init(|| ToolFormat::of(self))
+    }
+
+    /// Is a text a token of its own, and no special one?
+    #[cfg(feature = "grammar")]
+    pub(crate) fn is_text_token(&self, text: &str) -> bool {
+        let Some(codec) = &self.codec else { return false };
+        codec.tokenizer.token_to_id(text).is_some_and(|id| !codec.pieces.is_special(id))
     }
 
     /// The text of tokens, special ones left out; what is no character becomes U+FFFD. `None` without a tokenizer.

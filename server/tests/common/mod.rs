@@ -46,6 +46,15 @@ pub fn checkpoint(folder: &Path) {
     }
 }
 
+/// The same model, whose template tells it to write calls as Qwen3 does, and shows it no tools: their text would fill its few
+/// positions.
+pub fn checkpoint_with_calls(folder: &Path) {
+    checkpoint(folder);
+    let template =
+        "{% if tools %}<tool_call>{% endif %}{% for one in messages %}{{ one.content }}{% endfor %}";
+    std::fs::write(folder.join("chat_template.jinja"), template).unwrap();
+}
+
 /// A folder that is removed when dropped.
 pub struct Scratch(PathBuf);
 
@@ -108,6 +117,11 @@ impl Running {
     pub fn tiny(settings: Settings) -> Self {
         let scratch = Scratch::new();
         checkpoint(scratch.path());
+        Self::of_checkpoint(settings, scratch)
+    }
+
+    /// Over the checkpoint in a folder.
+    pub fn of_checkpoint(settings: Settings, scratch: Scratch) -> Self {
         let running = Self::start(settings, move || {
             Llm::builder(scratch.path().display().to_string())
                 .backend(BackendChoice::Cpu)

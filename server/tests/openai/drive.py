@@ -1,22 +1,34 @@
-"""Drives a service as a user of the `openai` package does, with both of its clients: drive.py KEYED_URL TOOLS_URL
+"""Drives a service as a user of the `openai` package does, with both of its clients: drive.py KEYED_URL TOOLS_URL TOLD_URL
 
 At KEYED_URL a small model answers, which asks for the key "secret"; at TOOLS_URL a simulated one calls a tool whatever it
-is asked. Whatever comes back must be of the package's own types, strictly, with no field unknown to them.
+is asked; at TOLD_URL a small model calls the tools that it is told to. Whatever comes back must be of the package's own
+types, strictly, with no field unknown to them.
 """
 
 import asyncio
 import sys
 from pathlib import Path
+from typing import Annotated, Literal
 
 import openai
+import pydantic
 from openai.types import Completion, Model
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
 sys.path.insert(0, str(Path(__file__).parents[3] / "tests" / "openai"))
 from strict import all_fields_are_known, check_token  # noqa: E402
 
-keyed_url, tools_url = (url + "/v1" for url in sys.argv[1:])
+keyed_url, tools_url, told_url = (url + "/v1" for url in sys.argv[1:])
 MODEL = "model"
+
+
+class Weather(pydantic.BaseModel):
+    city: Literal["Bonn", "Köln"]
+    days: Annotated[int, pydantic.Field(ge=1, le=9)]
+
+
+class Clock(pydantic.BaseModel):
+    summer: bool
 
 
 class Both:
@@ -198,12 +210,29 @@ def a_model_that_calls_tools():
     assert whole.choices[0].message.tool_calls[0].function.arguments == '{"city": "Bonn"}', whole
     plain = both.chat(**asked, tools=tools, tool_choice="none").choices[0]
     assert plain.message.tool_calls is None and "<tool_call>" in plain.message.content
-    named = {"type": "function", "function": {"name": "weather"}}
-    for choice in ("required", named):
-        ask = lambda: both.sync.chat.completions.create(model=MODEL, **asked, tools=tools, tool_choice=choice)  # noqa: E731, B023
-        refused(openai.BadRequestError, ask, "tool_choice")
+    other = {"type": "function", "function": {"name": "climate"}}
+    ask = lambda: both.sync.chat.completions.create(model=MODEL, **asked, tools=tools, tool_choice=other)  # noqa: E731
+    refused(openai.BadRequestError, ask, "tool_choice")
+
+
+def a_model_that_is_told_to_call_tools():
+    both = Both(told_url, "none")
+    tools = [openai.pydantic_function_tool(Weather), openai.pydantic_function_tool(Clock)]
+    asked = {"messages": [{"role": "user", "content": "?"}], "temperature": 2, "max_tokens": 150, "tools": tools}
+    named = {"type": "function", "function": {"name": "Weather"}}
+    for seed in range(3):
+        for choice, names in (("required", {"Weather", "Clock"}), (named, {"Weather"})):
+            answer = both.chat(**asked, tool_choice=choice, seed=seed, parallel_tool_calls=False).choices[0]
+            assert answer.finish_reason == "tool_calls" and answer.message.content is None, answer
+            [call] = answer.message.tool_calls
+            assert call.function.name in names, call
+            {"Weather": Weather, "Clock": Clock}[call.function.name].model_validate_json(call.function.arguments, strict=True)
+    # The package's own way to arguments that are of a type.
+    parsed = both.sync.chat.completions.parse(model=MODEL, **asked, tool_choice=named, seed=7)
+    assert isinstance(parsed.choices[0].message.tool_calls[0].function.parsed_arguments, Weather), parsed
 
 
 a_small_model()
 a_model_that_calls_tools()
+a_model_that_is_told_to_call_tools()
 print("the openai package is content")

@@ -11,57 +11,15 @@
 //! Invariant: what is neither a tag, nor a call, nor white space beside one or at the beginning, comes out once and in order; a call that can't
 //! be read comes out as the text that it is.
 
-use std::str::FromStr;
-
-use minisgl::openai::FunctionCall;
-use minisgl::{ChatPrompt, Message, Text};
 use serde::Deserialize;
-use serde_json::json;
 use serde_json::value::RawValue;
 
-const THINK: &str = "<think>";
-const THINK_END: &str = "</think>";
-const CALL: &str = "<tool_call>";
-const CALL_END: &str = "</tool_call>";
+use super::answer::{ChatMessage, FunctionCall, ToolCall};
+use crate::request::Completion;
+use crate::tools::{CALL, CALL_END, THINK, THINK_END, ToolFormat};
+
 /// What Llama 3 may write before a call.
 const PYTHON_TAG: &str = "<|python_tag|>";
-
-/// How a model writes calls of tools.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum ToolFormat {
-    /// `<tool_call>{"name": …, "arguments": {…}}</tool_call>`, as Qwen3 (and Hermes) do, anywhere in the text.
-    Qwen3,
-    /// `{"name": …, "parameters": {…}}` and nothing else, several behind semicolons, as Llama 3 does.
-    Llama3,
-}
-
-impl FromStr for ToolFormat {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        match text {
-            "qwen3" => Ok(ToolFormat::Qwen3),
-            "llama3" => Ok(ToolFormat::Llama3),
-            _ => Err(format!("{text} is no format of tool calls; use qwen3 or llama3")),
-        }
-    }
-}
-
-impl ToolFormat {
-    /// The format that a model's chat template tells it to use.
-    pub fn of(text: &Text) -> Option<Self> {
-        let mut prompt = ChatPrompt::new([Message::new("user", "?")]);
-        let function =
-            json!({"name": "f", "description": "", "parameters": {"type": "object", "properties": {}}});
-        prompt.tools = Some(vec![json!({"type": "function", "function": function})]);
-        let rendered = text.render(&prompt).ok()?;
-        match () {
-            () if rendered.contains(CALL) => Some(ToolFormat::Qwen3),
-            () if rendered.contains(r#""parameters": dictionary"#) => Some(ToolFormat::Llama3),
-            () => None,
-        }
-    }
-}
 
 /// A part of an output.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -76,17 +34,17 @@ pub enum Part {
 
 /// What a model is known to write.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Format {
+pub struct OutputFormat {
     /// Calls, where the request has tools.
     pub tools: Option<ToolFormat>,
     /// Is what it thinks told apart, and does the prompt end within it?
     pub reasoning: Option<bool>,
 }
 
-impl Format {
+impl OutputFormat {
     /// Is all text what the model says?
     pub fn is_plain(&self) -> bool {
-        *self == Format::default()
+        *self == OutputFormat::default()
     }
 }
 
@@ -114,7 +72,7 @@ enum State {
 
 impl Parts {
     /// Of an output that begins now.
-    pub fn new(format: Format) -> Self {
+    pub fn new(format: OutputFormat) -> Self {
         let state = match format.reasoning {
             Some(true) => State::Reasoning,
             Some(false) => State::Start,
@@ -250,6 +208,58 @@ impl Parts {
     }
 }
 
+/// An output in its parts, each kind put together.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Said {
+    /// What the model says.
+    pub text: String,
+    /// What it thinks, where that is told apart.
+    pub reasoning: String,
+    /// What it calls.
+    pub calls: Vec<FunctionCall>,
+}
+
+impl Said {
+    /// A whole output.
+    pub fn of(completion: &Completion, format: OutputFormat) -> Self {
+        let (mut parts, mut out) = (Parts::new(format), Vec::new());
+        parts.push(completion.text.as_deref().unwrap_or_default(), &mut out);
+        parts.finish(&mut out);
+        let mut said = Said::default();
+        for part in out {
+            match part {
+                Part::Text(text) => said.text.push_str(&text),
+                Part::Reasoning(text) => said.reasoning.push_str(&text),
+                Part::Call(call) => said.calls.push(call),
+            }
+        }
+        said
+    }
+
+    /// The calls, each with a name by which a message with its result tells which it is of.
+    pub fn named_calls(&self, mut name: impl FnMut(usize) -> String) -> Vec<ToolCall> {
+        let named =
+            |(number, function): (usize, &FunctionCall)| ToolCall::new(name(number), function.clone());
+        self.calls.iter().enumerate().map(named).collect()
+    }
+
+    /// Why it ended, where the API's word for its end alone is `reason`.
+    pub fn finish_reason(&self, reason: &'static str) -> &'static str {
+        if reason == "stop" && !self.calls.is_empty() { "tool_calls" } else { reason }
+    }
+
+    /// The message; its calls have these names.
+    pub fn message<'a>(&'a self, calls: &'a [ToolCall]) -> ChatMessage<'a> {
+        let silent = self.text.is_empty() && !calls.is_empty();
+        ChatMessage {
+            content: (!silent).then_some(self.text.as_str()),
+            tool_calls: calls,
+            reasoning_content: (!self.reasoning.is_empty()).then_some(self.reasoning.as_str()),
+            ..ChatMessage::text("")
+        }
+    }
+}
+
 /// How many bytes of a text can't belong to `tag` or to white space before it.
 fn certain(text: &str, tag: &str) -> usize {
     let begun = (1..tag.len().min(text.len() + 1)).rev().find(|len| text.ends_with(&tag[..*len]));
@@ -295,12 +305,12 @@ fn bare_calls(text: &str) -> Option<Vec<FunctionCall>> {
 mod tests {
     use super::*;
 
-    const QWEN3: Format = Format { tools: Some(ToolFormat::Qwen3), reasoning: None };
-    const LLAMA3: Format = Format { tools: Some(ToolFormat::Llama3), reasoning: None };
-    const THINKS: Format = Format { tools: Some(ToolFormat::Qwen3), reasoning: Some(false) };
+    const QWEN3: OutputFormat = OutputFormat { tools: Some(ToolFormat::Qwen3), reasoning: None };
+    const LLAMA3: OutputFormat = OutputFormat { tools: Some(ToolFormat::Llama3), reasoning: None };
+    const THINKS: OutputFormat = OutputFormat { tools: Some(ToolFormat::Qwen3), reasoning: Some(false) };
 
     /// The parts of a text given in pieces of so many characters, neighbours of a kind put together.
-    fn in_pieces(text: &str, format: Format, size: usize) -> Vec<Part> {
+    fn in_pieces(text: &str, format: OutputFormat, size: usize) -> Vec<Part> {
         let (mut parts, mut out) = (Parts::new(format), Vec::new());
         let characters: Vec<char> = text.chars().collect();
         for piece in characters.chunks(size) {
@@ -319,7 +329,7 @@ mod tests {
     }
 
     #[track_caller]
-    fn check(text: &str, format: Format, expected: &[Part]) {
+    fn check(text: &str, format: OutputFormat, expected: &[Part]) {
         for size in [1, 2, 3, 7, 1000] {
             assert_eq!(in_pieces(text, format, size), expected, "in pieces of {size}: {text:?}");
         }
@@ -380,7 +390,7 @@ mod tests {
         check("<think>\n\n</think>\n\nYes.", THINKS, &[text("Yes.")]);
         check("No thought </think>", THINKS, &[text("No thought </think>")]);
         check("<think>cut off </thi", THINKS, &[thought("cut off </thi")]);
-        let within = Format { reasoning: Some(true), ..THINKS };
+        let within = OutputFormat { reasoning: Some(true), ..THINKS };
         check("Hm.</think>Yes", within, &[thought("Hm."), text("Yes")]);
         let call = r#"<think>Hm</think><tool_call>{"name": "f", "arguments": "{\"x\": 1}"}</tool_call>"#;
         check(call, THINKS, &[thought("Hm"), called("f", r#"{"x": 1}"#)]);
@@ -389,7 +399,7 @@ mod tests {
     #[test]
     fn plain_text_is_passed_on_at_once_and_whole() {
         let mut out = Vec::new();
-        let mut parts = Parts::new(Format::default());
+        let mut parts = Parts::new(OutputFormat::default());
         parts.push(" \n<tool_call>", &mut out);
         assert_eq!(out, [text(" \n<tool_call>")]);
         // With tools all but what may be the beginning of a tag.
