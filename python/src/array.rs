@@ -1,16 +1,32 @@
-//! Token ids out of numpy's arrays, read where they lie.
+//! Arrays, read where they lie: token ids, and tensors.
 //!
-//! Arrays tell where their elements are by `__array_interface__` (version 3): address, shape, strides and element type.
-//! numpy and all that is made like it has it, read-only arrays included, and no header of numpy's is needed for it.
+//! ```text
+//!   __array_interface__   numpy, and all that is made like it    address, shape, strides, type by name
+//!   __dlpack__            torch, jax, …                          a capsule with the same, which this module only looks into
+//! ```
+//!
+//! numpy's read-only arrays have the first too, and no header of numpy's is needed for it.
 
+use std::ffi::c_void;
 use std::ptr;
+use std::slice;
+use std::sync::Arc;
 
+use minisgl::{Dtype, NamedTensor};
 use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
-use pyo3::types::PyDict;
+use pyo3::types::{PyCapsule, PyDict};
 
-/// The ids in a one-dimensional array of integers; `None` for what is no array.
-pub fn token_ids(given: &Bound<'_, PyAny>) -> PyResult<Option<Vec<u32>>> {
+/// Where an array's elements are.
+struct Layout {
+    shape: Vec<usize>,
+    /// Bytes from an element to the next, in each dimension; `None`: row by row without gaps.
+    strides: Option<Vec<isize>>,
+    address: *const u8,
+}
+
+/// What `__array_interface__` (version 3) says: the layout, and the type as `<f4`, `|u1`, …; `None` for what has none.
+fn interface(given: &Bound<'_, PyAny>) -> PyResult<Option<(Layout, String)>> {
     let Some(interface) = given.getattr_opt("__array_interface__")? else { return Ok(None) };
     let interface = interface.cast_into::<PyDict>()?;
     let field = |name: &str| -> PyResult<Bound<'_, PyAny>> {
@@ -18,28 +34,33 @@ pub fn token_ids(given: &Bound<'_, PyAny>) -> PyResult<Option<Vec<u32>>> {
             .get_item(name)?
             .ok_or_else(|| PyTypeError::new_err(format!("an array does not tell its {name}")))
     };
-    let shape: Vec<usize> = field("shape")?.extract()?;
+    let (address, _): (usize, bool) = field("data")?.extract()?;
+    let strides = match interface.get_item("strides")? {
+        Some(strides) => strides.extract()?,
+        None => None,
+    };
+    let layout = Layout { shape: field("shape")?.extract()?, strides, address: address as *const u8 };
+    Ok(Some((layout, field("typestr")?.extract()?)))
+}
+
+/// The ids in a one-dimensional array of integers; `None` for what is no array.
+pub fn token_ids(given: &Bound<'_, PyAny>) -> PyResult<Option<Vec<u32>>> {
+    let Some((Layout { shape, strides, address }, kind)) = interface(given)? else { return Ok(None) };
     let &[len] = shape.as_slice() else {
         let reason =
             format!("token ids are an array of one dimension, not {}: give one array a prompt", shape.len());
         return Err(PyValueError::new_err(reason));
     };
-    let kind: String = field("typestr")?.extract()?;
     let Some(element) = Integer::of(&kind) else {
         return Err(PyTypeError::new_err(format!(
             "token ids are integers; an array has elements of type {kind}"
         )));
     };
-    let (address, _): (usize, bool) = field("data")?.extract()?;
-    let strides: Option<Vec<isize>> = match interface.get_item("strides")? {
-        Some(strides) => strides.extract()?,
-        None => None,
-    };
     let stride = strides.and_then(|strides| strides.first().copied()).unwrap_or(element.bytes as isize);
     let id = |i: usize| {
         // SAFETY: the array tells that its element i lies there, and `given` keeps it alive meanwhile; nobody else runs
         // Python code, which could resize it, while this thread has the interpreter's lock. Reads need no alignment.
-        let value = unsafe { element.read((address as isize + i as isize * stride) as *const u8) };
+        let value = unsafe { element.read(address.wrapping_offset(i as isize * stride)) };
         u32::try_from(value).map_err(|_| {
             PyValueError::new_err(format!("{value} is no token id; ids are 0 or above, below 2^32"))
         })
@@ -81,5 +102,134 @@ impl Integer {
             true => i128::from((value << unused) as i64 >> unused),
             false => i128::from(value),
         }
+    }
+}
+
+/// A copy of an array as a tensor of this name.
+pub fn tensor(name: String, given: &Bound<'_, PyAny>) -> PyResult<NamedTensor> {
+    if let Some((layout, kind)) = interface(given)? {
+        // Types that numpy does not know tell their names alone.
+        let known = given.getattr_opt("dtype")?.and_then(|dtype| dtype.getattr("name").ok());
+        let known: Option<String> = known.and_then(|name| name.extract().ok());
+        let dtype = match (kind.as_str(), known.as_deref()) {
+            ("<f2", _) => Dtype::F16,
+            ("<f4", _) => Dtype::F32,
+            (_, Some("bfloat16")) => Dtype::BF16,
+            (_, Some("float8_e4m3fn")) => Dtype::F8_E4M3,
+            _ => return Err(no_weights(&name, &kind)),
+        };
+        // SAFETY: the array tells so of itself, `given` keeps it alive meanwhile, and this thread has the interpreter's lock.
+        return Ok(unsafe { copied(name, dtype, &layout) });
+    }
+    if given.hasattr("__dlpack__")? {
+        return of_dlpack(name, given);
+    }
+    Err(PyTypeError::new_err(format!(
+        "tensor `{name}` is a {}; give a numpy array, or what has __dlpack__ (torch, jax)",
+        given.get_type()
+    )))
+}
+
+fn no_weights(name: &str, kind: &str) -> PyErr {
+    PyTypeError::new_err(format!(
+        "tensor `{name}` has elements of type {kind}; weights are float32, float16, bfloat16 or float8_e4m3fn (the latter two in \
+         numpy by ml_dtypes)"
+    ))
+}
+
+/// `DLTensor` of dlpack.h, ABI 0 and 1.
+#[repr(C)]
+struct DlTensor {
+    data: *const c_void,
+    device_type: i32,
+    device_id: i32,
+    ndim: i32,
+    code: u8,
+    bits: u8,
+    lanes: u16,
+    /// `[ndim]`.
+    shape: *const i64,
+    /// `[ndim]`, in elements; null: row by row without gaps.
+    strides: *const i64,
+    byte_offset: u64,
+}
+
+fn of_dlpack(name: String, given: &Bound<'_, PyAny>) -> PyResult<NamedTensor> {
+    // kDLCPU, kDLCUDAHost.
+    const HOST: [i64; 2] = [1, 3];
+    let (device, _): (i64, i64) = given.call_method0("__dlpack_device__")?.extract()?;
+    if !HOST.contains(&device) {
+        let reason = format!("tensor `{name}` is not in the host's memory; give a copy there (tensor.cpu())");
+        return Err(PyValueError::new_err(reason));
+    }
+    let capsule = given.call_method0("__dlpack__")?.cast_into::<PyCapsule>()?;
+    // Its maker frees it with the capsule, since nobody takes it over.
+    let managed = capsule.pointer_checked(Some(c"dltensor"))?.cast::<DlTensor>();
+    // SAFETY: a capsule of this name holds a DLManagedTensor, which begins with a DLTensor, and lives to this function's end.
+    let tensor = unsafe { managed.as_ref() };
+    let dtype = match (tensor.code, tensor.bits, tensor.lanes) {
+        // kDLFloat, kDLBfloat, kDLFloat8_e4m3fn.
+        (2, 16, 1) => Dtype::F16,
+        (2, 32, 1) => Dtype::F32,
+        (4, 16, 1) => Dtype::BF16,
+        (10, 8, 1) => Dtype::F8_E4M3,
+        (code, bits, lanes) => {
+            return Err(no_weights(&name, &format!("{code} of DLPack, {bits} bits x {lanes}")));
+        }
+    };
+    let sizes = |from: *const i64| -> Option<&[i64]> {
+        let len = usize::try_from(tensor.ndim).unwrap_or(0);
+        // SAFETY: the capsule says that as many sizes lie there, if any do.
+        (!from.is_null() && len > 0).then(|| unsafe { slice::from_raw_parts(from, len) })
+    };
+    let size = (tensor.bits / 8) as isize;
+    let strides = |strides: &[i64]| strides.iter().map(|stride| *stride as isize * size).collect();
+    let layout = Layout {
+        shape: sizes(tensor.shape).unwrap_or_default().iter().map(|size| *size as usize).collect(),
+        strides: sizes(tensor.strides).map(strides),
+        address: tensor.data.cast::<u8>().wrapping_add(tensor.byte_offset as usize),
+    };
+    // SAFETY: the capsule says so of its tensor, and this thread has the interpreter's lock.
+    Ok(unsafe { copied(name, dtype, &layout) })
+}
+
+/// # Safety
+/// The elements must lie where the layout says, and nobody may write to them.
+unsafe fn copied(name: String, dtype: Dtype, layout: &Layout) -> NamedTensor {
+    let size = dtype.bitsize() / 8;
+    let mut bytes = Vec::with_capacity(layout.shape.iter().product::<usize>() * size);
+    let strides: Vec<isize> = match &layout.strides {
+        Some(strides) => strides.clone(),
+        None => compact(&layout.shape, size),
+    };
+    // SAFETY: the caller's promise.
+    unsafe { gather(layout.address, &layout.shape, &strides, size, &mut bytes) };
+    NamedTensor { name, dtype, shape: layout.shape.clone(), bytes: Arc::new(bytes) }
+}
+
+/// The strides of elements that lie row by row without gaps.
+fn compact(shape: &[usize], size: usize) -> Vec<isize> {
+    (0..shape.len()).map(|i| (shape[i + 1..].iter().product::<usize>() * size) as isize).collect()
+}
+
+/// Appends the elements from `at` on, of so many bytes each.
+///
+/// # Safety
+/// They must lie where shape and strides say.
+unsafe fn gather(at: *const u8, shape: &[usize], strides: &[isize], size: usize, out: &mut Vec<u8>) {
+    let bytes = shape.iter().product::<usize>() * size;
+    match (shape, strides) {
+        _ if bytes == 0 => {}
+        _ if strides == compact(shape, size) => {
+            // SAFETY: the caller's promise; so many bytes lie there without gaps.
+            out.extend_from_slice(unsafe { slice::from_raw_parts(at, bytes) });
+        }
+        ([count, shape @ ..], [stride, strides @ ..]) => {
+            for i in 0..*count as isize {
+                // SAFETY: the caller's promise, for each of the parts.
+                unsafe { gather(at.wrapping_offset(i * stride), shape, strides, size, out) };
+            }
+        }
+        _ => {} // Without dimensions it has no gaps.
     }
 }

@@ -1,18 +1,20 @@
 //! An engine as Python holds it.
 
 use std::mem::{forget, replace};
+use std::path::PathBuf;
 use std::process;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use minisgl::progress::Stderr;
 use minisgl::{
-    BackendChoice, EngineHandle, GenerationConfig, KernelChoice, Llm, LlmBuilder, ModelSource, Options,
-    Prompt, SamplingParams, parse_order, parse_policy, parse_speculation,
+    BackendChoice, EngineHandle, Error, GenerationConfig, KernelChoice, Llm, LlmBuilder, ModelSource,
+    Options, Prompt, SamplingParams, Weights, parse_order, parse_policy, parse_speculation,
 };
 use pyo3::exceptions::{PyRuntimeError, PyTypeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict, PyIterator};
 
+use crate::array;
 use crate::error::{RequestError, raised};
 use crate::prompt;
 use crate::run::Run;
@@ -29,8 +31,8 @@ pub struct Engine {
 
 enum State {
     Awake(Box<Llm>),
-    /// Its memory is given back for the time being.
-    Asleep,
+    /// Its memory is given back for the time being. It wakes up with these weights, or with those in the model's files.
+    Asleep(Option<Weights>),
     Closed,
 }
 
@@ -38,7 +40,7 @@ impl State {
     fn llm(&mut self) -> PyResult<&mut Llm> {
         match self {
             State::Awake(llm) => Ok(llm),
-            State::Asleep => Err(PyRuntimeError::new_err("this LLM sleeps; call wake_up() first")),
+            State::Asleep(_) => Err(PyRuntimeError::new_err("this LLM sleeps; call wake_up() first")),
             State::Closed => Err(PyRuntimeError::new_err("this LLM is closed; build another one")),
         }
     }
@@ -78,25 +80,25 @@ impl Engine {
     /// each. One without a seed of its own gets `seed` plus its number.
     #[pyo3(signature = (requests, *, seed, tokens))]
     fn start(&self, requests: Bound<'_, PyIterator>, seed: u64, tokens: bool) -> PyResult<Run> {
-        Ok(Run::new(&self.handle()?, self.owner, requests.unbind(), seed, tokens))
+        Ok(Run::new(&self.handle(requests.py())?, self.owner, requests.unbind(), seed, tokens))
     }
 
     /// The token ids of a prompt.
     fn encode(&self, py: Python<'_>, given: &Bound<'_, PyAny>) -> PyResult<Vec<u32>> {
-        let (handle, prompt) = (self.handle()?, prompt::prompt(given)?);
+        let (handle, prompt) = (self.handle(py)?, prompt::prompt(given)?);
         py.detach(|| handle.text().encode(prompt)).map_err(|error| RequestError::new_err(error.to_string()))
     }
 
     /// The text of tokens, special ones left out; `None` without a tokenizer.
     fn decode(&self, py: Python<'_>, given: &Bound<'_, PyAny>) -> PyResult<Option<String>> {
-        let (handle, prompt) = (self.handle()?, prompt::prompt(given)?);
+        let (handle, prompt) = (self.handle(py)?, prompt::prompt(given)?);
         let Prompt::Tokens(ids) = prompt else { return Err(PyTypeError::new_err("token ids are wanted")) };
         Ok(py.detach(|| handle.text().decode(&ids)))
     }
 
     /// The bytes that a token stands for; `None` where it stands for none.
     fn token_bytes<'py>(&self, py: Python<'py>, id: u32) -> PyResult<Option<Bound<'py, PyBytes>>> {
-        Ok(self.handle()?.token_bytes(id).map(|bytes| PyBytes::new(py, &bytes)))
+        Ok(self.handle(py)?.token_bytes(id).map(|bytes| PyBytes::new(py, &bytes)))
     }
 
     /// Forgets all cached prefixes.
@@ -106,6 +108,25 @@ impl Engine {
             self.locked().llm()?.clear_prefix_cache();
             Ok(())
         })
+    }
+
+    /// Puts tensors in the place of the model's own: out of pairs of a name and an array, which are copied.
+    fn update_weights(&self, py: Python<'_>, pairs: &Bound<'_, PyIterator>) -> PyResult<()> {
+        self.owner.check()?;
+        let mut tensors = Vec::new();
+        for pair in pairs {
+            let (name, array) = pair?.extract::<(String, Bound<'_, PyAny>)>().map_err(|_| {
+                PyTypeError::new_err("weights are pairs of a name and an array, or a dict of them")
+            })?;
+            tensors.push(array::tensor(name, &array)?);
+        }
+        self.update(py, |llm| llm.update_weights(tensors))
+    }
+
+    /// Likewise out of a safetensors file or a folder.
+    fn update_weights_from(&self, py: Python<'_>, path: PathBuf) -> PyResult<()> {
+        self.owner.check()?;
+        self.update(py, |llm| llm.update_weights_from(path))
     }
 
     /// Sampling that the checkpoint's `generation_config.json` recommends, if it does.
@@ -123,8 +144,7 @@ impl Engine {
     /// What it is made of.
     fn info<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
         self.owner.check()?;
-        let mut locked = self.locked();
-        let info = locked.llm()?.info();
+        let info = py.detach(|| self.locked().llm().map(|llm| llm.info().clone()))?;
         let fields = PyDict::new(py);
         fields.set_item("model", &info.model)?;
         fields.set_item("commit", &info.commit)?;
@@ -142,7 +162,7 @@ impl Engine {
 
     /// What the engine did so far.
     fn stats<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
-        let handle = self.handle()?;
+        let handle = self.handle(py)?;
         let stats = py.detach(|| handle.stats()).map_err(|error| raised(&error))?;
         let fields = PyDict::new(py);
         fields.set_item("decode_steps", stats.decode_steps)?;
@@ -158,15 +178,16 @@ impl Engine {
         Ok(())
     }
 
-    /// As `close`, until `wake_up`.
-    fn sleep(&self, py: Python<'_>) -> PyResult<()> {
+    /// As `close`, until `wake_up`, which finds updated weights if they are kept.
+    fn sleep(&self, py: Python<'_>, keep_updates: bool) -> PyResult<()> {
         self.owner.check()?;
         py.detach(|| {
             let mut state = self.locked();
-            if !matches!(*state, State::Asleep) {
-                state.llm()?;
-                *state = State::Asleep;
-            }
+            let kept = match &mut *state {
+                State::Asleep(weights) => weights.take(),
+                state => state.llm()?.updated_weights(),
+            };
+            *state = State::Asleep(kept.filter(|_| keep_updates));
             Ok(())
         })
     }
@@ -176,23 +197,43 @@ impl Engine {
         self.owner.check()?;
         py.detach(|| {
             let mut state = self.locked();
-            if matches!(*state, State::Asleep) {
-                let llm = self.builder.clone().build().map_err(|error| raised(&error))?;
+            if let State::Asleep(weights) = &*state {
+                let builder = self.builder.clone();
+                let builder = match weights {
+                    Some(weights) => builder.weights(weights.clone()),
+                    None => builder,
+                };
+                let llm = builder.build().map_err(|error| raised(&error))?;
                 *state = State::Awake(Box::new(llm));
             }
             state.llm().map(drop)
         })
     }
 
-    fn is_sleeping(&self) -> bool {
-        matches!(*self.locked(), State::Asleep)
+    fn is_sleeping(&self, py: Python<'_>) -> bool {
+        py.detach(|| matches!(*self.locked(), State::Asleep(_)))
     }
 }
 
 impl Engine {
-    fn handle(&self) -> PyResult<EngineHandle> {
+    /// The engine's handle; while weights are updated it is waited for.
+    fn handle(&self, py: Python<'_>) -> PyResult<EngineHandle> {
         self.owner.check()?;
-        Ok(self.locked().llm()?.handle())
+        py.detach(|| Ok(self.locked().llm()?.handle()))
+    }
+
+    /// Updates weights. Tensors that are not as they must be are wrong arguments.
+    fn update(
+        &self,
+        py: Python<'_>,
+        update: impl FnOnce(&mut Llm) -> Result<(), Error> + Send,
+    ) -> PyResult<()> {
+        py.detach(|| {
+            update(self.locked().llm()?).map_err(|error| match error {
+                Error::Model(_) => PyValueError::new_err(error.to_string()),
+                error => raised(&error),
+            })
+        })
     }
 
     fn locked(&self) -> MutexGuard<'_, State> {

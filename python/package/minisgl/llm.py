@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import count, islice, repeat
 from numbers import Integral
 from typing import Any, Union
@@ -148,11 +149,12 @@ class LLM:
         """Gives the device's memory back until `wake_up`: weights, KV pages, recorded steps. Open runs end with an error.
 
         Args:
-            level: vLLM's 1 and 2 are the same here: weights come back from the checkpoint's files.
+            level: 1: what `update_weights` gave stays on the host, and comes back; 2: it is forgotten, and weights come back from
+                the checkpoint's files, as those that were never updated do in any case.
         """
         if level not in (1, 2):
             raise ValueError(f"level={level!r} is neither 1 nor 2")
-        self._engine.sleep()
+        self._engine.sleep(level == 1)
 
     def wake_up(self) -> None:
         """Loads the model again after `sleep`; what it draws is what it would have drawn."""
@@ -182,6 +184,29 @@ class LLM:
         """Forgets all cached prefixes."""
         self._engine.reset_prefix_cache()
         return True
+
+    def update_weights(
+        self, weights: Mapping[str, Any] | Iterable[tuple[str, Any]] | str | os.PathLike[str]
+    ) -> None:
+        """Puts tensors in the place of the model's own; from then on it is, bit for bit, a model that was loaded with them.
+
+        Requests that run end with the old weights first, for which the call waits; those that come meanwhile begin with the new
+        ones. Cached prefixes are forgotten.
+
+        Args:
+            weights: tensors by the names of the checkpoint, all of them or some: a dict, or pairs of name and array; or a
+                safetensors file, or a checkpoint's folder. Arrays are numpy's (bfloat16 by ml_dtypes), or anything on the host
+                that has `__dlpack__`, as torch's tensors. They are copied, and the copies stay on the host.
+
+        Raises:
+            ValueError, TypeError: a name that the model does not have, or a tensor that is not as the checkpoint's; nothing has
+                changed then.
+            EngineError: the device failed; the LLM is to be built anew.
+        """
+        if isinstance(weights, (str, os.PathLike)):
+            self._engine.update_weights_from(os.fspath(weights))
+        else:
+            self._engine.update_weights(iter(weights.items() if isinstance(weights, Mapping) else weights))
 
     def get_default_sampling_params(self) -> SamplingParams:
         """How requests without sampling are drawn: as the checkpoint asks for, where it does."""
