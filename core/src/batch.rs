@@ -290,6 +290,22 @@ impl Batch {
         self.samples = 0;
     }
 
+    /// Becomes what `other` is, which has no more room.
+    pub fn copy_from(&mut self, other: &Batch) {
+        self.decode_rows = other.decode_rows;
+        self.has_drafts = other.has_drafts;
+        self.wants_logprobs = other.wants_logprobs;
+        self.samples = other.samples;
+        self.rows.clone_from(&other.rows);
+        self.updates.clone_from(&other.updates);
+        self.slot_updates.clone_from(&other.slot_updates);
+        self.rules.clone_from(&other.rules);
+        self.tokens.clone_from(&other.tokens);
+        self.scored.clone_from(&other.scored);
+        self.owners.clone_from(&other.owners);
+        self.masks.clone_from(&other.masks);
+    }
+
     /// Nothing to run?
     pub fn is_empty(&self) -> bool {
         self.rows.is_empty()

@@ -20,6 +20,7 @@
 use crate::batch::{Batch, Dummy, Row, StepShape, Token};
 use crate::config::Limits;
 use crate::executor::Executor;
+use crate::graphs::padded;
 use crate::request::Ticket;
 
 /// Rows of the decode steps that are timed.
@@ -79,11 +80,11 @@ impl<X: Executor> Bench<'_, X> {
     /// Times a few steps of each kind, small ones first.
     pub fn measure(mut self, limits: &Limits) -> Result<StepCosts, X::Error> {
         let (tokens, mut batch) = (self.tokens(limits), Batch::new(limits));
-        let decode = self.line(Line::default(), ROWS, &mut batch, |size, batch| {
+        let decode = self.line(Line::default(), ROWS, &mut batch, limits, |size, batch| {
             fill_with_decode_rows(batch, size.min(limits.running), tokens);
             batch.shape()
         })?;
-        let mixed = self.line(decode, TOKENS, &mut batch, |size, batch| {
+        let mixed = self.line(decode, TOKENS, &mut batch, limits, |size, batch| {
             fill_with_prompts(batch, size, tokens, limits);
             batch.shape()
         })?;
@@ -104,7 +105,7 @@ impl<X: Executor> Bench<'_, X> {
                 break;
             }
             fill_with_chunk(batch, chunk, context, tokens, limits);
-            let ms = self.time(batch)?;
+            let ms = self.time(batch, limits)?;
             let (least, least_ms) = *first.get_or_insert((context, ms));
             line = match context > least {
                 true => Line::through((least, least_ms), (context, ms)),
@@ -122,6 +123,7 @@ impl<X: Executor> Bench<'_, X> {
         expected: Line,
         sizes: [u32; 3],
         batch: &mut Batch,
+        limits: &Limits,
         prepare: impl Fn(u32, &mut Batch) -> StepShape,
     ) -> Result<Line, X::Error> {
         let (mut line, mut first, mut expected_ms) = (expected, None, expected.at(sizes[0]));
@@ -130,7 +132,7 @@ impl<X: Executor> Bench<'_, X> {
                 break;
             }
             let shape = prepare(size, batch);
-            let (tokens, ms) = (shape.tokens, self.time(batch)?);
+            let (tokens, ms) = (shape.tokens, self.time(batch, limits)?);
             line = Line::through(*first.get_or_insert((tokens, ms)), (tokens, ms));
             // The second size is not much larger than the first, from which nothing can be told.
             expected_ms = if i == 0 { ms } else { sizes.get(i + 1).map_or(0.0, |next| line.at(*next)) };
@@ -139,9 +141,10 @@ impl<X: Executor> Bench<'_, X> {
     }
 
     /// Runs a step twice, the second time behind the first, so that it does not wait for its launches; how long that takes.
-    fn time(&mut self, batch: &Batch) -> Result<f32, X::Error> {
+    fn time(&mut self, batch: &Batch, limits: &Limits) -> Result<f32, X::Error> {
+        let shape = padded(batch.shape(), limits);
         for at in 0..2 {
-            self.executor.launch(at, batch, &mut |_, _| ())?;
+            self.executor.launch(at, batch, shape, &mut |_, _| ())?;
         }
         self.executor.complete(0)?;
         Ok(self.executor.complete(1)?.took_ms)

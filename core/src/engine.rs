@@ -34,6 +34,7 @@ use crate::config::{Limits, LimitsError};
 use crate::costs::{Bench, StepCosts};
 use crate::executor::{Executor, ModelInfo, Results};
 use crate::fit::{Fit, fitted};
+use crate::graphs::padded;
 use crate::late_launch::LateLaunch;
 use crate::local::Local;
 use crate::policy::Policy;
@@ -352,10 +353,11 @@ impl<X: Executor> Engine<X> {
 
     /// Has a step enqueued.
     fn launch(&mut self, at: usize) -> Result<StepShape, X::Error> {
-        let Engine { executor, scheduler, flights, .. } = self;
+        let Engine { executor, scheduler, flights, limits, .. } = self;
         let Flight { batch, shape, .. } = &mut flights[at];
-        *shape = executor.launch(at, batch, &mut |owner, mask| scheduler.write_mask(owner, mask))?;
+        *shape = padded(batch.shape(), limits);
         scheduler.count_padding(shape.decode_rows - batch.shape().decode_rows);
+        executor.launch(at, batch, *shape, &mut |owner, mask| scheduler.write_mask(owner, mask))?;
         Ok(*shape)
     }
 

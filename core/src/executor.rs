@@ -75,7 +75,7 @@ pub trait Executor {
     fn memory(&self) -> Result<Memory, Self::Error>;
 
     /// Bytes of a device's memory that one KV page takes.
-    fn page_bytes(&self, page_size: u32) -> u64;
+    fn page_bytes(&self, page_size: u32) -> Result<u64, Self::Error>;
 
     /// Does the error say that a device's memory was too little?
     fn is_out_of_memory(error: &Self::Error) -> bool;
@@ -92,15 +92,16 @@ pub trait Executor {
     /// Records the decode steps.
     fn record(&mut self, limits: &Limits) -> Result<(), RecordError<Self::Error>>;
 
-    /// Enqueues a step at place `at`, from its upload to the download of its results, and gives its counts as launched, padding
-    /// included. `write_mask` writes the mask of a request that [`Batch::masks`] names. Does not wait for the step, nor for any
-    /// but the one that was at this place before.
+    /// Enqueues a step at place `at`, from its upload to the download of its results. Its counts are `shape`: those of the batch,
+    /// or of a recorded step that the batch is padded to. `write_mask` writes the masks of the requests that [`Batch::masks`] names,
+    /// in their order. Does not wait for the step, nor for any but the one that was at this place before.
     fn launch(
         &mut self,
         at: usize,
         batch: &Batch,
+        shape: StepShape,
         write_mask: &mut dyn FnMut(Ticket, &mut [u32]),
-    ) -> Result<StepShape, Self::Error>;
+    ) -> Result<(), Self::Error>;
 
     /// Is the step at this place known to have run? Does not wait. Where something failed it may be: whoever waits hears of it.
     fn has_ended(&self, at: usize) -> bool;

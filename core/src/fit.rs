@@ -35,7 +35,7 @@ pub(crate) fn fitted<X: Executor>(
         return attempt(executor, limits).map_err(|failed| failed.error);
     };
     let least = least.max(1);
-    let page_bytes = executor.page_bytes(limits.page_size);
+    let page_bytes = executor.page_bytes(limits.page_size).map_err(EngineError::Setup)?;
     let mut recording = 0;
     loop {
         let free = executor.memory().map_err(EngineError::Setup)?.free;
@@ -70,13 +70,14 @@ fn attempt<X: Executor>(executor: &mut X, limits: Limits) -> Result<(Limits, Mem
     };
     executor.alloc_pages(&limits).map_err(setup)?;
     let memory = executor.memory().map_err(setup)?;
+    let page_bytes = executor.page_bytes(limits.page_size).map_err(setup)?;
     match executor.record(&limits) {
         Ok(()) => Ok((limits, memory)),
         Err(RecordError { rows, recorded, count, source }) => Err(Failed {
             out_of_memory: X::is_out_of_memory(&source),
             error: EngineError::Capture { rows, source },
             recording: match recorded as u64 {
-                0 => memory.free.saturating_mul(2).saturating_add(executor.page_bytes(limits.page_size)),
+                0 => memory.free.saturating_mul(2).saturating_add(page_bytes),
                 recorded => memory.free.saturating_mul(count as u64) / recorded,
             },
         }),

@@ -38,6 +38,21 @@ fn sizes(limit: u32) -> impl Iterator<Item = u32> {
     below.chain((limit > 0).then_some(limit))
 }
 
+/// Row counts that are recorded at most.
+fn limit(limits: &Limits) -> u32 {
+    limits.graph_rows.min(limits.running)
+}
+
+/// The counts of the smallest recorded step that holds a batch of these counts; they themselves, if none does.
+pub(crate) fn padded(counts: StepShape, limits: &Limits) -> StepShape {
+    match counts.is_decode() && counts.decode_rows <= limit(limits) {
+        true => {
+            sizes(limit(limits)).find(|size| *size >= counts.decode_rows).map_or(counts, StepShape::decode)
+        }
+        false => counts,
+    }
+}
+
 impl<G> DecodeGraphs<G> {
     /// None yet.
     pub fn none() -> Self {
@@ -52,7 +67,7 @@ impl<G> DecodeGraphs<G> {
         limits: &Limits,
         staging: &mut B::Pinned,
     ) -> Result<Self, RecordError<B::Error>> {
-        let limit = limits.graph_rows.min(limits.running);
+        let limit = limit(limits);
         let count = sizes(limit).count();
         let batch = Batch::new(limits);
         if limit > 0 && backend.warm_up_before_capture() {
@@ -72,10 +87,11 @@ impl<G> DecodeGraphs<G> {
         Ok(DecodeGraphs { steps })
     }
 
-    /// The smallest recorded step that holds so many rows, and its size.
-    pub fn fitting(&self, rows: u32) -> Option<(u32, &G)> {
-        let at = self.steps.partition_point(|(size, _)| *size < rows);
-        self.steps.get(at).map(|(size, graph)| (*size, graph))
+    /// What was recorded for steps of these counts.
+    pub fn of(&self, shape: StepShape) -> Option<&G> {
+        let size = shape.is_decode().then_some(shape.decode_rows)?;
+        let at = self.steps.binary_search_by_key(&size, |(size, _)| *size).ok()?;
+        self.steps.get(at).map(|(_, graph)| graph)
     }
 }
 
@@ -127,22 +143,29 @@ mod tests {
         assert!(up_to(2200).ends_with(&[2016, 2048, 2112, 2176, 2200]));
     }
 
+    fn limits(graph_rows: u32) -> Limits {
+        let (running, queued, sequence, prefill_tokens) = (8192, 1, 64, 64);
+        Limits { running, queued, sequence, prefill_tokens, page_size: 16, pages: 8, graph_rows }
+    }
+
     #[test]
     fn less_than_a_25th_of_a_step_is_padding_and_few_sizes_do() {
-        let steps: Vec<_> = sizes(4096).map(|size| (size, ())).collect();
-        assert!(steps.len() <= 170, "{} sizes", steps.len());
-        let graphs = DecodeGraphs { steps };
+        let steps = sizes(4096).count();
+        assert!(steps <= 170, "{steps} sizes");
         for rows in 200..=4096 {
-            let (size, ()) = graphs.fitting(rows).unwrap();
+            let size = padded(StepShape::decode(rows), &limits(4096)).decode_rows;
             assert!((size - rows) * 25 < size, "{} of {size} rows", size - rows);
         }
     }
 
     #[test]
-    fn a_batch_takes_the_smallest_step_that_holds_it() {
+    fn a_batch_is_padded_to_the_smallest_step_that_holds_it_and_that_is_recorded() {
         let graphs = DecodeGraphs { steps: sizes(24).map(|size| (size, ())).collect() };
-        let size = |rows| graphs.fitting(rows).map(|(size, ())| size);
-        assert_eq!([size(1), size(3), size(9), size(24)], [Some(1), Some(4), Some(16), Some(24)]);
-        assert_eq!(size(25), None);
+        let size = |rows| padded(StepShape::decode(rows), &limits(24));
+        assert_eq!([1, 3, 9, 24, 25].map(|rows| size(rows).decode_rows), [1, 4, 16, 24, 25]);
+        assert!((1..=24).all(|rows| graphs.of(size(rows)).is_some()));
+        assert_eq!(graphs.of(size(25)), None);
+        let mixed = StepShape { prefill_rows: 1, tokens: 20, ..StepShape::decode(3) };
+        assert_eq!((padded(mixed, &limits(24)), graphs.of(mixed)), (mixed, None));
     }
 }

@@ -174,8 +174,8 @@ impl<B: Sampler, M: Model<B>> Executor for Local<B, M> {
     }
 
     /// Keys and values of its tokens, and a word of history for each.
-    fn page_bytes(&self, page_size: u32) -> u64 {
-        self.model.page_bytes(page_size) + 4 * u64::from(page_size)
+    fn page_bytes(&self, page_size: u32) -> Result<u64, B::Error> {
+        Ok(self.model.page_bytes(page_size) + 4 * u64::from(page_size))
     }
 
     fn is_out_of_memory(error: &B::Error) -> bool {
@@ -216,25 +216,21 @@ impl<B: Sampler, M: Model<B>> Executor for Local<B, M> {
         &mut self,
         at: usize,
         batch: &Batch,
+        shape: StepShape,
         write_mask: &mut dyn FnMut(Ticket, &mut [u32]),
-    ) -> Result<StepShape, B::Error> {
+    ) -> Result<(), B::Error> {
         let Local { reserved, graphs, model, backend } = self;
         let Reserved { resident, flights, .. } =
             reserved.as_mut().expect("the engine reserves before it launches");
-        let (flight, counts) = (&mut flights[at], batch.shape());
-        let graph = match counts.is_decode() {
-            true => graphs.fitting(counts.decode_rows),
-            false => None,
-        };
-        let shape = graph.map_or(counts, |(rows, _)| StepShape::decode(rows));
+        let flight = &mut flights[at];
         backend.record(Queue::Compute, &mut flight.started)?;
         flight.send_masks(backend, batch.masks(), model.vocab(), write_mask, resident.masks)?;
         let step = resident.send(backend, model, batch, shape, at, &mut flight.packed)?;
-        match graph {
-            Some((_, graph)) => backend.replay(graph)?,
+        match graphs.of(shape) {
+            Some(graph) => backend.replay(graph)?,
             None => resident.run(backend, model, &step)?,
         }
-        (flight.samples, flight.scored) = (counts.samples as usize, batch.scored().len());
+        (flight.samples, flight.scored) = (batch.samples() as usize, batch.scored().len());
         flight.logprobs_wanted = flight.samples > 0 && batch.wants_logprobs();
         if flight.logprobs_wanted {
             backend.logprobs(&step, model.logits(), resident.tokens, resident.logprobs)?;
@@ -242,8 +238,7 @@ impl<B: Sampler, M: Model<B>> Executor for Local<B, M> {
         // Last, for its logits take the place of the sampled rows'.
         resident.score(backend, model, &step, flight.scored, at)?;
         backend.record(Queue::Compute, &mut flight.ended)?;
-        flight.enqueue_downloads(backend, resident, at)?;
-        Ok(shape)
+        flight.enqueue_downloads(backend, resident, at)
     }
 
     fn has_ended(&self, at: usize) -> bool {
