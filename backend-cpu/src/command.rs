@@ -10,6 +10,7 @@ use minisgl_core::config::Limits;
 use minisgl_core::constraint::mask_words;
 use minisgl_core::fp8;
 use minisgl_core::sampling::{LOGPROB_WORDS, NO_TOKEN, RowLogprobs};
+use minisgl_core::shard::Rank;
 use minisgl_core::spec::{Activation, DecoderSpec, Dims, Inputs, WeightFormat};
 use minisgl_core::stats::ExpertsRead;
 use rayon::prelude::*;
@@ -17,6 +18,7 @@ use rayon::prelude::*;
 use crate::edits::Slots;
 use crate::error::CpuError;
 use crate::experts::{self, RunExperts};
+use crate::link::Link;
 use crate::memory::{Buffer, Memory, floats};
 use crate::ops::{self, Context, PageShape};
 use crate::weights::{Matrix, Rounding, Rows, Weight};
@@ -25,20 +27,83 @@ use crate::{matmul, sampling};
 /// One operation; see [`minisgl_core::backend::Ops`] and `layer.rs` for what each means.
 #[derive(Clone, Copy, Debug)]
 pub enum Command {
-    BeginStep { step: Step<Buffer> },
-    Embed { step: Step<Buffer>, table: Weight, scale: f32, out: Buffer },
-    RmsNorm { tokens: u32, x: Buffer, weight: Weight, out: Buffer },
-    AddRmsNorm { tokens: u32, residual: Buffer, delta: Buffer, weight: Weight, out: Buffer },
-    Add { tokens: u32, residual: Buffer, delta: Buffer },
-    AddBias { tokens: u32, x: Buffer, bias: Weight },
-    Linear { tokens: u32, x: Buffer, weight: Weight, out: Buffer },
-    GateUp { tokens: u32, activation: Activation, x: Buffer, weight: Weight, out: Buffer },
+    BeginStep {
+        step: Step<Buffer>,
+    },
+    Embed {
+        step: Step<Buffer>,
+        table: Weight,
+        scale: f32,
+        out: Buffer,
+    },
+    RmsNorm {
+        tokens: u32,
+        x: Buffer,
+        weight: Weight,
+        out: Buffer,
+    },
+    AddRmsNorm {
+        tokens: u32,
+        residual: Buffer,
+        delta: Buffer,
+        weight: Weight,
+        out: Buffer,
+    },
+    Add {
+        tokens: u32,
+        residual: Buffer,
+        delta: Buffer,
+    },
+    AddBias {
+        tokens: u32,
+        x: Buffer,
+        bias: Weight,
+    },
+    Linear {
+        tokens: u32,
+        x: Buffer,
+        weight: Weight,
+        out: Buffer,
+    },
+    GateUp {
+        tokens: u32,
+        activation: Activation,
+        x: Buffer,
+        weight: Weight,
+        out: Buffer,
+    },
+    /// `x` becomes the sum of what all ranks have there.
+    SumRanks {
+        tokens: u32,
+        x: Buffer,
+    },
+    /// `out` is `[samples, vocab]`, `share` this rank's columns of it.
+    JoinLogits {
+        samples: u32,
+        share: Buffer,
+        out: Buffer,
+    },
     Heads(Heads),
     Attend(Attend),
     Experts(RunExperts),
-    FinalNorm { step: Step<Buffer>, residual: Buffer, delta: Buffer, weight: Weight, out: Buffer },
-    Sample { step: Step<Buffer>, logits: Buffer, tokens: Buffer },
-    Logprobs { step: Step<Buffer>, logits: Buffer, tokens: Buffer, out: Buffer },
+    FinalNorm {
+        step: Step<Buffer>,
+        residual: Buffer,
+        delta: Buffer,
+        weight: Weight,
+        out: Buffer,
+    },
+    Sample {
+        step: Step<Buffer>,
+        logits: Buffer,
+        tokens: Buffer,
+    },
+    Logprobs {
+        step: Step<Buffer>,
+        logits: Buffer,
+        tokens: Buffer,
+        out: Buffer,
+    },
 }
 
 /// Norms and turns the heads of queries and keys, stores keys and values.
@@ -77,6 +142,10 @@ pub struct Machine {
     pub memory: Memory,
     pub weights: Vec<Matrix>,
     pub experts_read: ExpertsRead,
+    /// To the other ranks, if there are any.
+    pub link: Option<Link>,
+    /// `[tokens]`: the largest magnitudes of rows that are rounded whole.
+    magnitudes: Vec<f32>,
     model: Option<Sizes>,
 }
 
@@ -103,13 +172,19 @@ impl Machine {
             WeightFormat::Fp8(_) | WeightFormat::Bf16 => 0,
         };
         let rounded = self.memory.alloc(Purpose::Scratch, limits.step_tokens() * width)?;
+        self.magnitudes = vec![0.0; limits.step_tokens()];
+        if let Some(link) = &self.link {
+            let logits = limits.logit_rows() * dims.vocab.div_ceil(link.rank().count) as usize;
+            link.reserve(logits.max(limits.step_tokens() * dims.hidden as usize));
+        }
         self.model = Some(Sizes { dims: *dims, nobody: limits.running, candidates, rounded });
         Ok(())
     }
 
     /// Runs a command to its end.
     pub fn run(&mut self, command: &Command) -> Result<(), CpuError> {
-        let Machine { memory, weights, experts_read, model } = self;
+        let Machine { memory, weights, experts_read, link, magnitudes, model } = self;
+        let mut rounds = Rounds { link: link.as_mut(), magnitudes };
         let Sizes { dims, nobody, candidates, rounded } = model.ok_or(CpuError::NotReserved)?;
         let (hidden, eps) = (dims.hidden as usize, dims.norm_eps);
         match *command {
@@ -126,7 +201,27 @@ impl Machine {
                 let [words, pool, history, out] = memory.borrow(buffers)?;
                 let tokens = tokens(&step, words);
                 ops::remember(tokens, pool, history);
-                ops::embed(tokens, pool, &weights[table.0], scale, &mut floats(out)[..tokens.len() * hidden]);
+                let out = &mut floats(out)[..tokens.len() * hidden];
+                let rank = rounds.link.as_ref().map_or(Rank::ALONE, |link| link.rank());
+                let first = rank.share(dims.vocab as usize).start;
+                ops::embed(tokens, pool, &weights[table.0], first, scale, out);
+                if let Some(link) = rounds.link {
+                    let id = |token: usize| ops::id_of(&tokens[token], pool) as usize;
+                    link.take_rows(out, hidden, |token| rank.owner(id(token), dims.vocab as usize))?;
+                }
+            }
+            Command::SumRanks { tokens, x } => {
+                let [x] = memory.borrow([x])?.map(floats);
+                let len = tokens as usize * hidden;
+                rounds.link.map_or(Ok(()), |link| link.sum(&mut x[..len]))?;
+            }
+            Command::JoinLogits { samples, share, out } => {
+                let [share, out] = memory.borrow([share, out])?.map(floats);
+                if let Some(link) = rounds.link {
+                    let (rows, vocab) = (samples as usize, dims.vocab as usize);
+                    let width = link.rank().share(vocab).len();
+                    link.join_columns(&share[..rows * width], vocab, &mut out[..rows * vocab])?;
+                }
             }
             Command::RmsNorm { tokens, x, weight, out } => {
                 let [x, out] = memory.borrow([x, out])?;
@@ -143,7 +238,7 @@ impl Machine {
             Command::Linear { tokens, x, weight, out } => {
                 let [x, out, rounded] = memory.borrow([x, out, rounded])?.map(floats);
                 let (weight, tokens) = (&weights[weight.0], tokens as usize);
-                let x = round_inputs(weight, &x[..tokens * weight.cols], rounded);
+                let x = rounds.inputs(weight, &x[..tokens * weight.cols], rounded)?;
                 matmul::linear(weight.all(), x, &mut out[..tokens * weight.rows]);
             }
             Command::Add { tokens, residual, delta } => {
@@ -159,13 +254,13 @@ impl Machine {
             Command::GateUp { tokens, activation, x, weight, out } => {
                 let [x, out, rounded] = memory.borrow([x, out, rounded])?.map(floats);
                 let (weight, tokens) = (&weights[weight.0], tokens as usize);
-                let x = round_inputs(weight, &x[..tokens * weight.cols], rounded);
+                let x = rounds.inputs(weight, &x[..tokens * weight.cols], rounded)?;
                 gate_up(weight.all(), activation, x, &mut out[..tokens * weight.rows / 2]);
             }
             Command::Heads(command) => command.run(memory, weights, &dims)?,
             Command::Attend(command) => command.run(memory, &dims)?,
             Command::Experts(command) => {
-                let read = command.run(memory, weights, &dims, nobody, rounded)?;
+                let read = command.run(memory, weights, &dims, nobody, rounded, rounds)?;
                 experts::count(&command.step, read, experts_read);
             }
             Command::FinalNorm { step, residual, delta, weight, out } => {
@@ -223,21 +318,45 @@ pub fn gate_up(weight: Rows<'_>, activation: Activation, x: &[f32], out: &mut [f
     }
 }
 
-/// What a matrix is applied to: `x` itself, or `x` rounded as the matrix asks for, in `rounded`.
-pub fn round_inputs<'a>(weight: &Matrix, x: &'a [f32], rounded: &'a mut [f32]) -> &'a [f32] {
-    if weight.rounding == Rounding::None {
-        return x;
-    }
-    let rounded = &mut rounded[..x.len()];
-    rounded.par_chunks_mut(weight.cols).zip(x.par_chunks(weight.cols)).for_each(|(out, x)| {
-        out.copy_from_slice(x);
-        match weight.rounding {
-            Rounding::None => {}
-            Rounding::Groups(width) => out.chunks_mut(width).for_each(fp8::quantize_group),
-            Rounding::Static(scale) => fp8::quantize(out, scale),
+/// How what matrices are applied to is rounded: by magnitudes that other ranks may have.
+pub struct Rounds<'a> {
+    pub link: Option<&'a mut Link>,
+    /// `[tokens]`, for rows that are rounded whole.
+    magnitudes: &'a mut [f32],
+}
+
+impl Rounds<'_> {
+    /// What a matrix is applied to: `x` itself, or `x` rounded as the matrix asks for, in `rounded`.
+    pub fn inputs<'x>(
+        &mut self,
+        weight: &Matrix,
+        x: &'x [f32],
+        rounded: &'x mut [f32],
+    ) -> Result<&'x [f32], CpuError> {
+        if weight.rounding == Rounding::None {
+            return Ok(x);
         }
-    });
-    rounded
+        let rounded = &mut rounded[..x.len()];
+        let magnitudes = &mut self.magnitudes[..x.len() / weight.cols];
+        if weight.rounding == Rounding::Row {
+            let rows = x.par_chunks(weight.cols).zip(&mut *magnitudes);
+            rows.for_each(|(x, magnitude)| *magnitude = fp8::largest_magnitude(x));
+            if let Some(link) = self.link.as_mut().filter(|_| weight.shared) {
+                link.largest(magnitudes)?;
+            }
+        }
+        let rows = rounded.par_chunks_mut(weight.cols).zip(x.par_chunks(weight.cols)).zip(magnitudes);
+        rows.for_each(|((out, x), magnitude)| {
+            out.copy_from_slice(x);
+            match weight.rounding {
+                Rounding::None => {}
+                Rounding::Row => fp8::quantize_by(out, *magnitude),
+                Rounding::Groups(width) => out.chunks_mut(width).for_each(fp8::quantize_group),
+                Rounding::Static(scale) => fp8::quantize(out, scale),
+            }
+        });
+        Ok(rounded)
+    }
 }
 
 impl Heads {

@@ -13,6 +13,7 @@ use minisgl_core::backend::{
 };
 use minisgl_core::batch::{Row, StepShape};
 use minisgl_core::config::Limits;
+use minisgl_core::shard::Rank;
 use minisgl_core::spec::{DecoderSpec, LayerSpec, Unsupported};
 use minisgl_core::stats::ExpertsRead;
 use minisgl_core::tensor::HostTensor;
@@ -21,6 +22,7 @@ use crate::command::Command;
 use crate::crew::{Crew, Job};
 use crate::error::CpuError;
 use crate::layer::Activations;
+use crate::link::Link;
 use crate::memory::{Buffer, available, floats};
 use crate::supports;
 use crate::weights::Weight;
@@ -30,6 +32,7 @@ pub struct Cpu {
     crew: Result<Crew, String>,
     recording: Option<Vec<Command>>,
     planned: Option<Planned>,
+    rank: Rank,
 }
 
 /// What a model was promised by [`Ops::reserve`].
@@ -69,9 +72,24 @@ impl Cpu {
         Cpu::of(Some(threads.max(1)))
     }
 
+    /// One of several ranks that compute each step together, with so many worker threads, at least one. What it is given to load
+    /// and to reserve is that rank's part of a model ([`minisgl_core::shard`]).
+    pub fn of_rank(threads: usize, link: Link) -> Cpu {
+        let cpu = Cpu { rank: link.rank(), ..Cpu::with_threads(threads) };
+        if let Ok(crew) = &cpu.crew {
+            crew.desk().machine.link = Some(link);
+        }
+        cpu
+    }
+
     fn of(threads: Option<usize>) -> Cpu {
         let crew = Crew::new(threads).map_err(|error| error.to_string());
-        Cpu { crew, recording: None, planned: None }
+        Cpu { crew, recording: None, planned: None, rank: Rank::ALONE }
+    }
+
+    /// Which of the ranks that compute each step together it is.
+    pub(crate) fn rank(&self) -> Rank {
+        self.rank
     }
 
     fn crew(&self) -> Result<&Crew, CpuError> {
@@ -268,7 +286,7 @@ impl Ops for Cpu {
             let crew = self.crew()?;
             let machine = &mut crew.desk().machine;
             machine.reserve(spec, limits, crew.threads())?;
-            Activations::new(&mut machine.memory, spec, limits)?
+            Activations::new(&mut machine.memory, spec, limits, self.rank)?
         };
         let (layers, embedding_scale) = (spec.layers.clone(), spec.embedding_scale);
         self.planned = Some(Planned { layers, embedding_scale, activations });
@@ -315,7 +333,12 @@ impl Ops for Cpu {
     }
 
     fn logits(&mut self, step: &Step<Buffer>, x: Buffer, head: Weight, out: Buffer) -> Result<(), CpuError> {
-        self.linear(step.shape.samples, x, head, out)
+        let (samples, share) = (step.shape.samples, self.activations()?.logits);
+        if self.rank.count == 1 {
+            return self.linear(samples, x, head, out);
+        }
+        self.linear(samples, x, head, share)?;
+        self.enqueue(Command::JoinLogits { samples, share, out })
     }
 
     fn read_logits(&mut self, logits: Buffer, vocab: u32, rows: Range<usize>) -> Result<Vec<f32>, CpuError> {

@@ -39,6 +39,28 @@ pub enum CpuError {
     /// Something that cannot be part of a recording, or has to be.
     #[error("{0}")]
     Recording(&'static str),
+    /// A rank did not come to where the others are.
+    #[error(
+        "rank {ranks} of those that compute each step together did not come to an exchange within {seconds} s: it hangs, or it \
+         failed; build the engine anew"
+    )]
+    RankLate {
+        /// Their numbers.
+        ranks: String,
+        /// How long they were waited for.
+        seconds: f32,
+    },
+    /// Another rank failed.
+    #[error("another of the ranks that compute each step together has ended; its own error says why")]
+    RanksEnded,
+    /// More than there is room for.
+    #[error("{numbers} numbers do not fit an exchange of {room}; call reserve before the first step")]
+    Exchange {
+        /// Numbers to be exchanged.
+        numbers: usize,
+        /// Numbers that fit.
+        room: usize,
+    },
     /// A time was asked of an event that has none.
     #[error("an event's time was asked for before the event was recorded")]
     NoTime,

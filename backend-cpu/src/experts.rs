@@ -7,7 +7,8 @@
 //! ```
 //!
 //! Experts take their turns in ascending order of their numbers, and one that no token chose is passed over. So what a token gets
-//! is added in that order, whatever tokens are beside it. Padding tokens choose nobody.
+//! is added in that order, whatever tokens are beside it. Padding tokens choose nobody. Ranks choose alike, for they have the same
+//! logits, and add what their parts of an expert give before its share is taken.
 
 use minisgl_core::backend::{ExpertWeights, Purpose, Step};
 use minisgl_core::batch;
@@ -15,7 +16,7 @@ use minisgl_core::config::Limits;
 use minisgl_core::spec::{DecoderSpec, Dims, Experts, LayerSpec};
 use minisgl_core::stats::ExpertsRead;
 
-use crate::command::{gate_up, round_inputs};
+use crate::command::{Rounds, gate_up};
 use crate::error::CpuError;
 use crate::matmul;
 use crate::memory::{Buffer, Memory, floats};
@@ -92,6 +93,7 @@ impl RunExperts {
         dims: &Dims,
         nobody: u32,
         rounded: Buffer,
+        mut rounds: Rounds<'_>,
     ) -> Result<u64, CpuError> {
         let ExpertBuffers { logits, chosen, shares, tokens, gathered, given } = self.buffers;
         let RunExperts { step, x, activated, out, .. } = *self;
@@ -109,7 +111,7 @@ impl RunExperts {
         let [router, gate_ups, downs] =
             [self.weights.router, self.weights.gate_up, self.weights.down].map(|weight| &weights[weight.0]);
 
-        matmul::linear(router.all(), round_inputs(router, x, floats(rounded)), logits);
+        matmul::linear(router.all(), rounds.inputs(router, x, floats(rounded))?, logits);
         let choices = chosen.chunks_mut(per_token).zip(shares.chunks_mut(per_token));
         for ((token, logits), (chosen, shares)) in tokens.iter().zip(logits.chunks(count)).zip(choices) {
             match token.slot == nobody {
@@ -134,10 +136,13 @@ impl RunExperts {
             for (to, place) in gathered.chunks_mut(hidden).zip(rows()) {
                 to.copy_from_slice(&x[place / per_token * hidden..][..hidden]);
             }
-            let inputs = round_inputs(gate_ups, gathered, floats(rounded));
+            let inputs = rounds.inputs(gate_ups, gathered, floats(rounded))?;
             gate_up(gate_ups.one_of(count, expert), activation, inputs, activated);
-            let inputs = round_inputs(downs, activated, floats(rounded));
+            let inputs = rounds.inputs(downs, activated, floats(rounded))?;
             matmul::linear(downs.one_of(count, expert), inputs, given);
+            if let Some(link) = &mut rounds.link {
+                link.sum(given)?;
+            }
             for (given, place) in given.chunks(hidden).zip(rows()) {
                 let out = &mut out[place / per_token * hidden..][..hidden];
                 out.iter_mut().zip(given).for_each(|(out, given)| *out += shares[place] * given);

@@ -10,6 +10,7 @@
 
 use minisgl_core::backend::{ExpertWeights, KvLayer, LayerWeights, MlpWeights, Purpose, Step};
 use minisgl_core::config::Limits;
+use minisgl_core::shard::Rank;
 use minisgl_core::spec::{Activation, Attention, DecoderSpec, Experts, LayerSpec, Mixer, Mlp};
 
 use crate::command::{Attend, Command, Heads};
@@ -36,6 +37,8 @@ pub struct Activations {
     pub activated: Buffer,
     /// What experts need besides.
     pub experts: Option<ExpertBuffers>,
+    /// `[logit rows, share of the vocabulary]`: a rank's own logits; empty where there is one alone.
+    pub logits: Buffer,
 }
 
 impl Activations {
@@ -43,8 +46,14 @@ impl Activations {
         memory: &mut Memory,
         spec: &DecoderSpec,
         limits: &Limits,
+        rank: Rank,
     ) -> Result<Activations, CpuError> {
         let (dims, experts) = (&spec.dims, ExpertBuffers::new(memory, spec, limits)?);
+        let logits = match rank.count {
+            1 => 0,
+            _ => limits.logit_rows() * rank.share(dims.vocab as usize).len(),
+        };
+        let logits = memory.alloc(Purpose::Scratch, logits)?;
         let mut alloc = |width: usize| memory.alloc(Purpose::Scratch, limits.step_tokens() * width);
         Ok(Activations {
             residual: alloc(dims.hidden as usize)?,
@@ -54,6 +63,7 @@ impl Activations {
             attended: alloc(dims.q_width())?,
             activated: alloc(spec.activated_width() as usize)?,
             experts,
+            logits,
         })
     }
 }
@@ -84,6 +94,7 @@ impl Cpu {
         self.heads(Heads { step: *step, qkv: b.qkv, q_norm, k_norm, rope, rotated, kv })?;
         self.attention(step, &attention, b.qkv, kv, b.attended)?;
         self.linear(tokens, b.attended, weights.o, b.delta)?;
+        self.sum_ranks(tokens, b.delta)?;
         let (added, free) = match weights.attention_out_norm {
             None => (b.delta, b.normed),
             Some(norm) => {
@@ -112,12 +123,21 @@ impl Cpu {
         match (spec, weights) {
             (Mlp::Dense(activation), MlpWeights::Dense { gate_up, down }) => {
                 self.gate_up(tokens, *activation, x, *gate_up, activated)?;
-                self.linear(tokens, activated, *down, out)
+                self.linear(tokens, activated, *down, out)?;
+                self.sum_ranks(tokens, out)
             }
             (Mlp::Experts(experts), MlpWeights::Experts(weights)) => {
                 self.experts(step, experts, weights, x, out)
             }
             _ => Err(CpuError::NotReserved), // the weights are those of the spec that was reserved
+        }
+    }
+
+    /// `x`, `[tokens, hidden]`, becomes the sum of what all ranks have there.
+    fn sum_ranks(&mut self, tokens: u32, x: Buffer) -> Result<(), CpuError> {
+        match self.rank().count {
+            1 => Ok(()),
+            _ => self.enqueue(Command::SumRanks { tokens, x }),
         }
     }
 

@@ -6,6 +6,7 @@
 //!   crew.rs     the threads: one runs the commands, all share the loops
 //!   memory.rs   buffers, which are ranges, and how a command borrows several at once
 //!   weights.rs  matrices read in place from the checkpoint's mapping
+//!   link.rs     what devices that compute each step together pass to each other
 //!
 //!   layer.rs    a decoder layer out of single operations, and the buffers between them
 //!   supports.rs what of a spec is not computed here
@@ -18,7 +19,7 @@
 //! ```
 //!
 //! Invariant: a row's results depend on that row alone, bit for bit. Every sum has an order fixed by its own length,
-//! whatever the number of rows, of threads, or the page size.
+//! whatever the number of rows, of threads, of ranks, or the page size.
 
 mod command;
 mod crew;
@@ -27,6 +28,7 @@ mod edits;
 mod error;
 mod experts;
 mod layer;
+mod link;
 mod matmul;
 mod memory;
 mod ops;
@@ -40,5 +42,6 @@ pub use device::{Cpu, Event, Graph, Pinned};
 pub use error::CpuError;
 pub use experts::ExpertBuffers;
 pub use layer::Activations;
+pub use link::Link;
 pub use memory::{Buffer, available};
 pub use weights::Weight;

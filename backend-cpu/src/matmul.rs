@@ -10,8 +10,16 @@
 //! A task takes a few blocks of 8 weight rows and a run of tokens. It widens a panel of the rows to f32 on its stack,
 //! where all its tokens use it, and multiplies 4 rows with 3 tokens at a time, which keeps 12 sums in registers.
 //!
-//! Invariant: an output is the sum over panels, in order, of one dot product each ([`crate::simd::dots`]), whichever
-//! task, tile or token count it is computed in.
+//! The columns of some matrices are cut into slices, which are added in a binary tree ([`minisgl_core::shard`]): a slice's tile
+//! waits on a stack until its neighbour's is there.
+//!
+//! ```text
+//!   slices done   1      2         3         4               …     8
+//!   stack         s0     s0+s1     s01 s2    s01+(s2+s3)           (s0123)+(s4567)
+//! ```
+//!
+//! Invariant: a slice, and where there is one alone an output, is the sum over panels, in order, of one dot product each
+//! ([`crate::simd::dots`]), whichever task, tile or token count it is computed in.
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
@@ -29,6 +37,8 @@ const TOKENS: usize = 128;
 const PANEL: usize = 512;
 /// Blocks of a task.
 const BLOCKS: usize = 4;
+/// Tiles that wait for others to be added to, and the one at hand: of 8 slices.
+const WAITING: usize = 4;
 /// Multiplications worth waking another thread for.
 const GRAIN: usize = 1 << 16;
 
@@ -122,23 +132,41 @@ where
     fn run<const FMA: bool>(self) {
         let cols = self.weight.matrix.cols;
         let x = &self.x[self.tokens.start * cols..self.tokens.end * cols];
+        let width = cols / self.weight.matrix.slices;
         let mut panel = [[0.0; PANEL]; ROWS];
-        let mut tile = [[0.0; ROWS]; TOKENS];
-        let tile = &mut tile[..self.tokens.len()];
+        let mut tiles = [[[0.0; ROWS]; TOKENS]; WAITING];
         for block in self.blocks {
             let rows = (self.rows)(block);
-            tile.fill([0.0; ROWS]);
-            for from in (0..cols).step_by(PANEL) {
-                let len = PANEL.min(cols - from);
-                for (row, panel) in rows.iter().zip(&mut panel) {
-                    self.weight.widen(*row, from, &mut panel[..len]);
+            let mut waiting = 0;
+            for slice in 0..self.weight.matrix.slices {
+                let tile = &mut tiles[waiting][..self.tokens.len()];
+                tile.fill([0.0; ROWS]);
+                for from in (slice * width..(slice + 1) * width).step_by(PANEL) {
+                    let len = PANEL.min((slice + 1) * width - from);
+                    for (row, panel) in rows.iter().zip(&mut panel) {
+                        self.weight.widen(*row, from, &mut panel[..len]);
+                    }
+                    add_panel::<FMA>(&panel, &x[from..], cols, len, tile);
                 }
-                add_panel::<FMA>(&panel, &x[from..], cols, len, tile);
+                waiting += 1;
+                for _ in 0..(slice + 1).trailing_zeros() {
+                    waiting -= 1;
+                    join(&mut tiles[waiting - 1..=waiting], self.tokens.len());
+                }
             }
-            for (token, values) in self.tokens.clone().zip(tile.iter()) {
+            for (token, values) in self.tokens.clone().zip(&tiles[0]) {
                 (self.write)(block, token, values);
             }
         }
+    }
+}
+
+/// Adds the second of two tiles to the first.
+#[inline(always)]
+fn join(tiles: &mut [[[f32; ROWS]; TOKENS]], tokens: usize) {
+    let [left, right] = tiles else { return };
+    for (left, right) in left[..tokens].iter_mut().zip(right) {
+        left.iter_mut().zip(right).for_each(|(left, right)| *left += *right);
     }
 }
 

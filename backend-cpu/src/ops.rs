@@ -38,7 +38,7 @@ pub fn update_rules(updates: &[SlotUpdate], words: &[u32], rules: &mut [u32]) {
 }
 
 /// A token's id: the batch's, or the one that its slot sampled last.
-fn id_of(token: &Token, token_pool: &[u32]) -> u32 {
+pub fn id_of(token: &Token, token_pool: &[u32]) -> u32 {
     if token.id == LAST_TOKEN { token_pool[token.slot as usize] } else { token.id }
 }
 
@@ -49,12 +49,22 @@ pub fn remember(tokens: &[Token], token_pool: &[u32], history: &mut [u32]) {
     }
 }
 
-/// `out[t] = table[id of t] * scale`: `[tokens, hidden]`.
-pub fn embed(tokens: &[Token], token_pool: &[u32], table: &Matrix, scale: f32, out: &mut [f32]) {
+/// `out[t] = table[id of t - first] * scale`: `[tokens, hidden]`. Tokens that the table, one rank's, has not are left out.
+pub fn embed(
+    tokens: &[Token],
+    token_pool: &[u32],
+    table: &Matrix,
+    first: usize,
+    scale: f32,
+    out: &mut [f32],
+) {
     let rows = out.par_chunks_mut(table.cols).zip(tokens).with_min_len(ROWS_A_TASK);
     rows.for_each(|(out, token)| {
-        table.widen(id_of(token, token_pool) as usize, 0, out);
-        out.iter_mut().for_each(|x| *x *= scale);
+        let row = (id_of(token, token_pool) as usize).checked_sub(first);
+        if let Some(row) = row.filter(|row| *row < table.rows) {
+            table.widen(row, 0, out);
+            out.iter_mut().for_each(|x| *x *= scale);
+        }
     });
 }
 

@@ -3,6 +3,7 @@
 //! A matrix is a stack of parts (q over k over v, say), each in its own bytes, kept alive by their owner: usually the
 //! mapped file, so loading copies nothing. Dummy weights have no bytes yet; they are made here, once, as bf16. A part in
 //! e4m3 has scales beside it, and an element is the product of both in f32.
+//! A part may be a window of a larger tensor: then its rows lie apart.
 //! A norm's scale or a bias is a few numbers used by every row, so it is widened to f32 at load.
 
 use std::ops::Range;
@@ -28,6 +29,10 @@ pub struct Matrix {
     pub rows: usize,
     /// Inputs of a linear layer.
     pub cols: usize,
+    /// Into how many slices the columns are cut, each summed from zero: see [`WeightRole::Sliced`].
+    pub slices: usize,
+    /// Are the columns shared out where there are several ranks?
+    pub shared: bool,
     /// What a norm multiplies by, or a bias, widened; empty for other roles.
     pub scale: Vec<f32>,
     /// How what it is applied to is rounded before.
@@ -56,6 +61,8 @@ impl Rows<'_> {
 pub enum Rounding {
     /// Not at all.
     None,
+    /// A whole row by its largest magnitude, be it on this rank or on another.
+    Row,
     /// So many columns by their largest magnitude.
     Groups(usize),
     /// By this scale.
@@ -67,6 +74,16 @@ struct Part {
     owner: Arc<dyn AsRef<[u8]> + Send + Sync>,
     bytes: Range<usize>,
     elements: Elements,
+    /// Where in the tensor that the bytes are its first element lies.
+    first: Corner,
+    /// Columns of that tensor.
+    stored_cols: usize,
+}
+
+#[derive(Clone, Copy, Default)]
+struct Corner {
+    row: usize,
+    col: usize,
 }
 
 enum Elements {
@@ -80,18 +97,26 @@ impl Matrix {
     pub fn new(role: WeightRole, tensors: &[HostTensor]) -> Result<Matrix, CpuError> {
         let cols = tensors.first().map_or(0, |tensor| tensor.cols);
         let parts = Vec::with_capacity(tensors.len());
-        let mut matrix = Matrix { rows: 0, cols, scale: Vec::new(), rounding: Rounding::None, parts };
+        let slices = if let WeightRole::Sliced(slices) = role { slices as usize } else { 1 };
+        let mut matrix = Matrix {
+            rows: 0,
+            cols,
+            slices,
+            shared: matches!(role, WeightRole::Sliced(_)),
+            scale: Vec::new(),
+            rounding: Rounding::None,
+            parts,
+        };
         for tensor in tensors {
             let invalid = |reason| CpuError::Tensor { name: tensor.name.clone(), reason };
             if tensor.cols != cols {
                 return Err(invalid("its rows are not as long as those of the tensor it is stacked on"));
             }
-            let part = Part::new(tensor, matrix.rows)?;
-            let held = (*part.owner).as_ref().len();
-            if part.bytes.len() != tensor.rows * cols * part.elements.bytes() || part.bytes.end > held {
-                return Err(invalid("its bytes are not rows * columns elements; the file is damaged"));
+            if slices == 0 || !slices.is_power_of_two() || !cols.is_multiple_of(slices) {
+                return Err(invalid("its columns can't be cut into as many slices as are asked for"));
             }
-            let rounding = part.elements.rounding(cols);
+            let part = Part::new(tensor, matrix.rows)?;
+            let rounding = part.elements.rounding();
             if !matrix.parts.is_empty() && rounding != matrix.rounding {
                 return Err(invalid(
                     "its inputs are quantized in another way than those of the tensor it is stacked on",
@@ -140,12 +165,13 @@ impl Matrix {
     #[inline(always)]
     pub fn widen(&self, row: usize, from: usize, out: &mut [f32]) {
         let part = &self.parts[self.parts.partition_point(|part| part.rows.end <= row)];
-        let first = (row - part.rows.start) * self.cols + from;
+        let (row, from) = (part.first.row + row - part.rows.start, part.first.col + from);
+        let first = row * part.stored_cols + from;
         let size = part.elements.bytes();
         let bytes = &(*part.owner).as_ref()[part.bytes.clone()][first * size..][..out.len() * size];
         let dtype = match &part.elements {
             Elements::Fp8(scales) => {
-                return widen_fp8(bytes, scales, self.cols, row - part.rows.start, from, out);
+                return widen_fp8(bytes, scales, part.stored_cols, row, from, out);
             }
             Elements::Plain(dtype) => dtype,
         };
@@ -194,12 +220,12 @@ impl Elements {
         }
     }
 
-    /// How what a matrix of such elements and so many columns is applied to is rounded.
-    fn rounding(&self, cols: usize) -> Rounding {
+    /// How what a matrix of such elements is applied to is rounded.
+    fn rounding(&self) -> Rounding {
         let Elements::Fp8(scales) = self else { return Rounding::None };
         match scales.inputs {
             Inputs::Plain => Rounding::None,
-            Inputs::PerToken => Rounding::Groups(cols),
+            Inputs::PerToken => Rounding::Row,
             Inputs::PerGroup(width) => Rounding::Groups(width as usize),
             Inputs::Static => scales.input_scale.map_or(Rounding::None, Rounding::Static),
         }
@@ -208,41 +234,64 @@ impl Elements {
 
 impl Part {
     fn new(tensor: &HostTensor, first_row: usize) -> Result<Part, CpuError> {
+        let invalid = |reason| CpuError::Tensor { name: tensor.name.clone(), reason };
         let rows = first_row..first_row + tensor.rows;
-        Ok(match &tensor.data {
-            TensorData::Bytes { owner, range, dtype } => {
-                let elements = Elements::Plain(*dtype);
-                Part { rows, owner: owner.clone(), bytes: range.clone(), elements }
+        let (stored, first) = match &tensor.data {
+            TensorData::Window { whole, first_row, first_col } => {
+                (&**whole, Corner { row: *first_row, col: *first_col })
             }
+            _ => (tensor, Corner::default()),
+        };
+        if first.row + tensor.rows > stored.rows || first.col + tensor.cols > stored.cols {
+            return Err(invalid("it is a window that reaches beyond its tensor"));
+        }
+        let (owner, bytes, elements) = match &stored.data {
+            TensorData::Bytes { owner, range, dtype } => (owner, range, Elements::Plain(*dtype)),
             TensorData::Fp8 { owner, range, scales } => {
-                let [block_rows, block_cols] = scales.block;
-                let invalid = |reason| CpuError::Tensor { name: tensor.name.clone(), reason };
-                if block_rows * block_cols == 0 || scales.inputs == Inputs::PerGroup(0) {
-                    return Err(invalid("its scales are of blocks of no elements"));
-                }
-                let blocks = tensor.rows.div_ceil(block_rows) * tensor.cols.div_ceil(block_cols);
-                if scales.inputs == Inputs::Static && scales.input_scale.is_none() {
-                    return Err(invalid("its inputs are rounded by a scale that it does not have"));
-                }
-                if scales.values.len() != blocks {
-                    return Err(invalid("it has not one scale for each block of its elements"));
-                }
-                let elements = Elements::Fp8(scales.clone());
-                Part { rows, owner: owner.clone(), bytes: range.clone(), elements }
+                check_scales(stored, scales).map_err(invalid)?;
+                (owner, range, Elements::Fp8(scales.clone()))
             }
             TensorData::Uniform { seed, low, high } => {
-                let bytes = uniform_bytes(tensor.rows * tensor.cols, *seed, *low, *high)?;
-                let elements = Elements::Plain(Dtype::Bf16);
-                Part { rows, bytes: 0..bytes.len(), owner: Arc::new(bytes), elements }
+                let bytes = uniform_bytes(tensor, (stored.cols, first), *seed, *low, *high)?;
+                let (bytes, owner) = (0..bytes.len(), Arc::new(bytes));
+                let (elements, first) = (Elements::Plain(Dtype::Bf16), Corner::default());
+                return Ok(Part { rows, owner, bytes, elements, first, stored_cols: tensor.cols });
             }
-        })
+            TensorData::Window { .. } => return Err(invalid("it is a window of a window")),
+        };
+        let held = (**owner).as_ref().len();
+        if bytes.len() != stored.rows * stored.cols * elements.bytes() || bytes.end > held {
+            return Err(invalid("its bytes are not rows * columns elements; the file is damaged"));
+        }
+        let (owner, bytes) = (owner.clone(), bytes.clone());
+        Ok(Part { rows, owner, bytes, elements, first, stored_cols: stored.cols })
     }
 }
 
-/// The elements of a uniform tensor, little-endian bf16.
-fn uniform_bytes(elements: usize, seed: u64, low: f32, high: f32) -> Result<Vec<u8>, CpuError> {
+fn check_scales(tensor: &HostTensor, scales: &Scales) -> Result<(), &'static str> {
+    let [block_rows, block_cols] = scales.block;
+    if block_rows * block_cols == 0 || scales.inputs == Inputs::PerGroup(0) {
+        return Err("its scales are of blocks of no elements");
+    }
+    if scales.inputs == Inputs::Static && scales.input_scale.is_none() {
+        return Err("its inputs are rounded by a scale that it does not have");
+    }
+    match scales.values.len() == tensor.rows.div_ceil(block_rows) * tensor.cols.div_ceil(block_cols) {
+        true => Ok(()),
+        false => Err("it has not one scale for each block of its elements"),
+    }
+}
+
+/// The elements of a uniform tensor, little-endian bf16: of one that begins in a corner of a tensor of so many columns.
+fn uniform_bytes(
+    tensor: &HostTensor,
+    (stored_cols, first): (usize, Corner),
+    seed: u64,
+    low: f32,
+    high: f32,
+) -> Result<Vec<u8>, CpuError> {
     const ELEMENTS: usize = 1 << 14;
-    let bytes = elements * 2;
+    let bytes = tensor.rows * tensor.cols * 2;
     let error =
         || CpuError::OutOfMemory { purpose: Purpose::Weights, bytes: bytes as u64, free: available().0 };
     let mut out: Vec<u8> = Vec::new();
@@ -250,7 +299,9 @@ fn uniform_bytes(elements: usize, seed: u64, low: f32, high: f32) -> Result<Vec<
     out.resize(bytes, 0);
     out.par_chunks_mut(2 * ELEMENTS).enumerate().for_each(|(chunk, out)| {
         for (i, out) in out.as_chunks_mut::<2>().0.iter_mut().enumerate() {
-            let element: bf16 = uniform_element(seed, (chunk * ELEMENTS + i) as u64, low, high);
+            let i = chunk * ELEMENTS + i;
+            let (row, col) = (first.row + i / tensor.cols, first.col + i % tensor.cols);
+            let element: bf16 = uniform_element(seed, (row * stored_cols + col) as u64, low, high);
             *out = element.to_le_bytes();
         }
     });

@@ -75,6 +75,51 @@ fn fp8_matrix(
     (HostTensor { name: "fp8".into(), rows, cols, data }, weights)
 }
 
+#[test]
+fn slices_are_windows_whose_products_are_added_in_pairs() {
+    let mut random = Random(13);
+    let mut machine = Machine::new(dims(8, 2, 1, 4, 8, 16), limits(8, 32, 4), &mut random);
+    let data = TensorData::Uniform { seed: 9, low: -1.0, high: 1.0 };
+    let dummy = HostTensor { name: "dummy".into(), rows: 37, cols: 4800, data };
+    let stored = |dtype| {
+        let values = Random(14).floats(37 * 4800);
+        tensor(37, &values, dtype).0
+    };
+    let fp8 = fp8_matrix(&mut random, [37, 4800], [16, 70], Inputs::Plain).0;
+    for whole in [dummy, stored(Dtype::Bf16), stored(Dtype::F32), fp8] {
+        for (slices, tokens) in [(1, 5), (2, 1), (4, 3), (8, 131)] {
+            // Rows and columns in the middle; slices are longer than a panel of the product.
+            let part = whole.window(5..30, 100..4708);
+            let x = random.floats(tokens * part.cols);
+            let (buffer, out) = (machine.floats(&x), machine.poisoned(tokens * part.rows));
+            let weight = machine.cpu.load(WeightRole::Sliced(slices), std::slice::from_ref(&part)).unwrap();
+            machine.cpu.linear(tokens as u32, buffer, weight, out).unwrap();
+            let width = part.cols / slices as usize;
+            let mut sums: Vec<Vec<f32>> = (0..slices as usize)
+                .map(|slice| {
+                    let cols = slice * width..(slice + 1) * width;
+                    let x: Vec<f32> = x.chunks(part.cols).flat_map(|x| x[cols.clone()].to_vec()).collect();
+                    let (x, out) = (machine.floats(&x), machine.poisoned(tokens * part.rows));
+                    let weight =
+                        machine.cpu.load(WeightRole::Linear, &[part.window(0..part.rows, cols)]).unwrap();
+                    machine.cpu.linear(tokens as u32, x, weight, out).unwrap();
+                    machine.read(out, tokens * part.rows)
+                })
+                .collect();
+            while sums.len() > 1 {
+                let pairs =
+                    sums.chunks(2).map(|pair| pair[0].iter().zip(&pair[1]).map(|(a, b)| a + b).collect());
+                sums = pairs.collect();
+            }
+            let given = machine.read(out, tokens * part.rows);
+            assert!(given == sums[0], "{slices} slices of {whole:?}, {tokens} tokens");
+        }
+    }
+    let odd = stored(Dtype::F32);
+    let refused = machine.cpu.load(WeightRole::Sliced(8), &[odd.window(0..1, 0..12)]).unwrap_err();
+    assert!(refused.to_string().contains("slices"), "{refused}");
+}
+
 /// The nearest of all numbers of e4m3, by trying them; `x` lies near no middle of two.
 fn nearest(x: f64) -> f64 {
     let numbers =

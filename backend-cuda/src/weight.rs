@@ -126,7 +126,12 @@ fn gate_ups(role: WeightRole) -> usize {
     match role {
         WeightRole::GateUp => 1,
         WeightRole::ExpertsGateUp(count) => count as usize,
-        WeightRole::Norm(_) | WeightRole::Bias | WeightRole::Embedding | WeightRole::Linear => 0,
+        // Slices of o and down are this backend's own, by the matrix's size (`ops/gemm.rs`).
+        WeightRole::Norm(_)
+        | WeightRole::Bias
+        | WeightRole::Embedding
+        | WeightRole::Linear
+        | WeightRole::Sliced(_) => 0,
     }
 }
 
@@ -184,6 +189,9 @@ impl Cuda {
             match &piece.tensor.data {
                 TensorData::Fp8 { .. } => {
                     return Err(CudaError::Unsupported(format!("{:?} is fp8", piece.tensor)));
+                }
+                TensorData::Window { .. } => {
+                    return Err(CudaError::Unsupported(format!("{:?} is a rank's part", piece.tensor)));
                 }
                 TensorData::Uniform { seed, low, high } => {
                     self.make_uniform(&piece, *seed, *low, *high, address)?;

@@ -336,6 +336,9 @@ pub enum WeightRole {
     Embedding,
     /// `[out, in]`: a linear layer.
     Linear,
+    /// Such a layer whose columns, or those of each of the matrices stacked in it, are summed in so many slices, a power of two,
+    /// which are added in a binary tree: see [`crate::shard`].
+    Sliced(u32),
     /// `[2 * intermediate, hidden]`: gate rows, then up rows.
     GateUp,
     /// As many such matrices, stacked, as there are experts.

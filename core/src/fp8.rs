@@ -54,8 +54,20 @@ pub fn encode(x: f32) -> u8 {
 /// Rounds a group of activations to e4m3 times a scale, the largest magnitude / 448: each element becomes the product that a
 /// matrix is multiplied by. A group of zeros stays so; one with a NaN or an infinity becomes NaN throughout.
 pub fn quantize_group(x: &mut [f32]) {
-    let largest = x.iter().fold(0.0f32, |largest, x| largest.max(x.abs()));
-    if x.iter().any(|x| !x.is_finite()) {
+    quantize_by(x, largest_magnitude(x));
+}
+
+/// The largest magnitude of a group, NaN if there is a NaN or an infinity.
+pub fn largest_magnitude(x: &[f32]) -> f32 {
+    match x.iter().all(|x| x.is_finite()) {
+        true => x.iter().fold(0.0, |largest, x| largest.max(x.abs())),
+        false => f32::NAN,
+    }
+}
+
+/// Rounds a group, or a part of one, by the largest magnitude of the whole.
+pub fn quantize_by(x: &mut [f32], largest: f32) {
+    if largest.is_nan() {
         x.fill(f32::NAN);
     } else if largest > 0.0 {
         quantize(x, largest / MAX);

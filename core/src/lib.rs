@@ -25,6 +25,7 @@ mod resident;
 pub mod rules;
 pub mod sampling;
 pub mod scheduler;
+pub mod shard;
 pub mod spec;
 pub mod speculation;
 pub mod stats;

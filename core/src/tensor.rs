@@ -76,6 +76,15 @@ pub enum TensorData {
         /// Bound above.
         high: f32,
     },
+    /// Some rows and columns of a larger one.
+    Window {
+        /// The larger one; no window itself.
+        whole: Arc<HostTensor>,
+        /// Which of its rows is the first.
+        first_row: usize,
+        /// Which of its columns.
+        first_col: usize,
+    },
 }
 
 /// Scales of an e4m3 matrix.
@@ -99,7 +108,22 @@ impl HostTensor {
             TensorData::Bytes { dtype, .. } => elements * dtype.bytes(),
             TensorData::Fp8 { scales, .. } => elements + size_of_val(scales.values.as_slice()),
             TensorData::Uniform { .. } => elements * Dtype::Bf16.bytes(),
+            TensorData::Window { whole, .. } => whole.bytes() * elements / (whole.rows * whole.cols).max(1),
         }
+    }
+
+    /// These rows and columns of it, read where they lie.
+    ///
+    /// # Panics
+    /// If it has them not.
+    pub fn window(&self, rows: Range<usize>, cols: Range<usize>) -> HostTensor {
+        assert!(rows.end <= self.rows && cols.end <= self.cols, "{rows:?}, {cols:?} of {self:?}");
+        let (whole, row, col) = match &self.data {
+            TensorData::Window { whole, first_row, first_col } => (whole.clone(), *first_row, *first_col),
+            _ => (Arc::new(self.clone()), 0, 0),
+        };
+        let data = TensorData::Window { whole, first_row: row + rows.start, first_col: col + cols.start };
+        HostTensor { name: self.name.clone(), rows: rows.len(), cols: cols.len(), data }
     }
 }
 
@@ -136,6 +160,9 @@ impl core::fmt::Debug for HostTensor {
             TensorData::Bytes { dtype, .. } => alloc::format!("{dtype:?}"),
             TensorData::Fp8 { scales, .. } => alloc::format!("e4m3, blocks of {:?}", scales.block),
             TensorData::Uniform { seed, .. } => alloc::format!("uniform, seed {seed}"),
+            TensorData::Window { whole, first_row, first_col } => {
+                alloc::format!("from row {first_row}, column {first_col} of {whole:?}")
+            }
         };
         write!(f, "{} [{}, {}] {kind}", self.name, self.rows, self.cols)
     }

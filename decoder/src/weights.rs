@@ -12,6 +12,7 @@ use std::convert::Infallible;
 use std::slice;
 
 use minisgl_core::backend::{ExpertWeights, LayerWeights, MlpWeights, Ops, WeightRole};
+use minisgl_core::shard::column_slices;
 use minisgl_core::spec::{DecoderSpec, LayerSpec, NormForm};
 use minisgl_core::tensor::HostTensor;
 
@@ -132,6 +133,11 @@ fn all_of<W>(layer: &LayerWeights<W>) -> Vec<&W> {
     all
 }
 
+/// The role of a matrix whose columns ranks may share out.
+fn sliced(tensor: &HostTensor) -> WeightRole {
+    WeightRole::Sliced(column_slices(tensor.cols))
+}
+
 fn layer_sources<'a>(
     form: NormForm,
     spec: &LayerSpec,
@@ -146,7 +152,7 @@ fn layer_sources<'a>(
         qkv_bias: tensors.qkv_bias.as_ref().map(|parts| Source { role: WeightRole::Bias, parts }),
         q_norm: norm(&tensors.q_norm),
         k_norm: norm(&tensors.k_norm),
-        o: Source::one(WeightRole::Linear, &tensors.o),
+        o: Source::one(sliced(&tensors.o), &tensors.o),
         attention_out_norm: norm(&tensors.attention_out_norm),
         mlp_norm: norm(&tensors.mlp_norm),
         mlp: mlp_sources(spec, &tensors.mlp),
@@ -158,14 +164,14 @@ fn mlp_sources<'a>(spec: &LayerSpec, tensors: &'a MlpTensors) -> MlpWeights<Sour
     match tensors {
         MlpTensors::Dense { gate_up, down } => MlpWeights::Dense {
             gate_up: Source { role: WeightRole::GateUp, parts: gate_up },
-            down: Source::one(WeightRole::Linear, down),
+            down: Source::one(sliced(down), down),
         },
         MlpTensors::Experts { router, gate_up, down } => {
             let count = spec.experts().map_or(0, |experts| experts.count);
             MlpWeights::Experts(ExpertWeights {
                 router: Source { role: WeightRole::Linear, parts: router },
                 gate_up: Source { role: WeightRole::ExpertsGateUp(count), parts: gate_up },
-                down: Source { role: WeightRole::Linear, parts: down },
+                down: Source { role: down.first().map_or(WeightRole::Linear, sliced), parts: down },
             })
         }
     }

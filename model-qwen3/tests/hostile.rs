@@ -464,7 +464,9 @@ fn dummy_weights_are_the_same_each_time_and_differ_between_tensors() {
         let preset = Checkpoint::preset("tiny", FAMILIES).unwrap();
         let seed = |data: &TensorData| match data {
             TensorData::Uniform { seed, .. } => *seed,
-            TensorData::Bytes { .. } | TensorData::Fp8 { .. } => panic!("a preset has no bytes"),
+            TensorData::Bytes { .. } | TensorData::Fp8 { .. } | TensorData::Window { .. } => {
+                panic!("a preset is made of seeds")
+            }
         };
         preset.tensors().iter().map(|tensor| seed(&tensor.data)).collect()
     };

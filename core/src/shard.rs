@@ -1,0 +1,287 @@
+//! How ranks share out a model, and in which order sums that they share are added.
+//!
+//! A rank is one of several devices that compute each step together (tensor parallelism: Shoeybi et al., 2019, Megatron-LM). Each
+//! has the residual stream whole, and a part of every large matrix:
+//!
+//! ```text
+//!   embedding, head    rows       by tokens of the vocabulary
+//!   q; k, v            rows       by heads; a key head that several ranks' queries look at is copied
+//!   o                  columns    by heads
+//!   gate, up           rows       by the MLP's inner width, of every expert
+//!   down               columns    likewise
+//!   norms, router      whole
+//! ```
+//!
+//! What o and down give is a sum over columns that lie on several ranks. So that its bits do not depend on how many those are, it
+//! is always the sum of the same slices of columns, added in the same binary tree; a rank's columns are a whole subtree.
+//!
+//! ```text
+//!   columns   0 ─────────────────────────────────── cols
+//!   slices    s0    s1    s2    s3    s4    s5    s6    s7      each summed from zero
+//!               +           +           +           +
+//!                     +                       +                 of 2 ranks, each has one of these
+//!                                 +                             and both add them
+//! ```
+
+use alloc::format;
+use alloc::string::String;
+use core::ops::Range;
+
+use thiserror::Error;
+
+use crate::spec::{
+    Attention, DecoderSpec, Dims, Experts, Fp8, Inputs, LayerSpec, Mixer, Mlp, QkNorm, WeightFormat,
+};
+
+/// Ranks there can be: slices of a matrix.
+pub const RANKS_MAX: u32 = 8;
+
+/// Columns that a slice has a multiple of: what tensor cores multiply at once.
+const SLICE_UNIT: usize = 16;
+
+/// Into how many slices the columns of o or down are cut: 8, of a small matrix 4 or fewer.
+pub fn column_slices(cols: usize) -> u32 {
+    let fits = |slices: &u32| cols.is_multiple_of(*slices as usize * SLICE_UNIT);
+    [RANKS_MAX, 4, 2].into_iter().find(fits).unwrap_or(1)
+}
+
+/// One of several ranks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Rank {
+    /// Which one, from 0.
+    pub index: u32,
+    /// How many there are.
+    pub count: u32,
+}
+
+/// What of a tensor goes by what.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Cut {
+    /// Every rank has all of it.
+    Whole,
+    /// Rows, by what they are of.
+    Rows(By),
+    /// Columns, likewise.
+    Columns(By),
+}
+
+/// What the rows or columns of a tensor are of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum By {
+    /// Tokens of the vocabulary.
+    Vocabulary,
+    /// Query heads.
+    Heads,
+    /// Key and value heads.
+    KvHeads,
+    /// The inner width of an MLP.
+    Inner,
+}
+
+/// A model that can't be shared out.
+#[derive(Clone, Debug, Error, PartialEq, Eq)]
+#[error(
+    "the model can't be shared out among {ranks} ranks: {what}; give another --tensor-parallel, or leave it out"
+)]
+pub struct Indivisible {
+    /// As many as were asked for.
+    pub ranks: u32,
+    /// What is in the way, with its numbers.
+    pub what: String,
+}
+
+impl Rank {
+    /// The only one.
+    pub const ALONE: Rank = Rank { index: 0, count: 1 };
+
+    /// Its share of `all`; shares differ by one at most.
+    pub fn share(self, all: usize) -> Range<usize> {
+        let bound = |index: u32| index as usize * all / self.count as usize;
+        bound(self.index)..bound(self.index + 1)
+    }
+
+    /// Which of the ranks has `item` of `all` in its share.
+    pub fn owner(self, item: usize, all: usize) -> u32 {
+        let has = |index: &u32| Rank { index: *index, ..self }.share(all).contains(&item);
+        (0..self.count).find(has).unwrap_or(self.index)
+    }
+
+    /// Its key and value heads, of so many.
+    pub fn kv_heads(self, all: usize) -> Range<usize> {
+        let first = self.index as usize * all / self.count as usize;
+        first..first + all.div_ceil(self.count as usize)
+    }
+
+    /// Which part of `all` rows or columns it has, `dims` being those of the whole model.
+    pub fn part(self, by: By, all: usize, dims: &Dims) -> Range<usize> {
+        let head_dim = dims.head_dim as usize;
+        let heads = |heads: Range<usize>| heads.start * head_dim..heads.end * head_dim;
+        match by {
+            By::Vocabulary | By::Inner => self.share(all),
+            By::Heads => heads(self.share(dims.heads as usize)),
+            By::KvHeads => heads(self.kv_heads(dims.kv_heads as usize)),
+        }
+    }
+
+    /// Slices among its columns of a matrix of which it has so many.
+    pub fn slices(self, cols: usize) -> u32 {
+        column_slices(cols * self.count as usize) / self.count
+    }
+}
+
+impl DecoderSpec {
+    /// What one of so many ranks computes: a decoder of fewer heads and narrower MLPs, over the whole vocabulary.
+    ///
+    /// # Errors
+    /// Names what can't be divided, with its numbers.
+    pub fn shard(&self, ranks: u32) -> Result<DecoderSpec, Indivisible> {
+        if ranks == 1 {
+            return Ok(self.clone());
+        }
+        let refused = |what: String| Err(Indivisible { ranks, what });
+        if !ranks.is_power_of_two() || ranks > RANKS_MAX {
+            return refused(format!(
+                "ranks are 1, 2, 4 or {RANKS_MAX}, for sums over them are added in pairs"
+            ));
+        }
+        let Dims { heads, kv_heads, vocab, .. } = self.dims;
+        if !heads.is_multiple_of(ranks) {
+            return refused(format!("it has {heads} query heads"));
+        }
+        if !kv_heads.is_multiple_of(ranks) && !ranks.is_multiple_of(kv_heads) {
+            return refused(format!("it has {kv_heads} key heads"));
+        }
+        if vocab < ranks {
+            return refused(format!("its vocabulary has {vocab} tokens"));
+        }
+        check_columns("attention's output", self.dims.q_width(), ranks)?;
+        if let WeightFormat::Fp8(Fp8 { inputs: Inputs::PerGroup(group), .. }) = self.weights {
+            let inner = self
+                .layers
+                .iter()
+                .map(|layer| layer.experts().map_or(self.dims.intermediate, |it| it.intermediate));
+            let widths = inner.chain([self.dims.q_width() as u32]);
+            if let Some(width) = widths.map(|width| width / ranks).find(|width| !width.is_multiple_of(group))
+            {
+                return refused(format!(
+                    "inputs are rounded in groups of {group} columns, and a rank has {width}"
+                ));
+            }
+        }
+        let mut shard = self.clone();
+        for layer in &mut shard.layers {
+            *layer = layer.shard(&self.dims, ranks)?;
+        }
+        shard.dims = Dims {
+            heads: heads / ranks,
+            kv_heads: kv_heads.div_ceil(ranks),
+            intermediate: self.dims.intermediate / ranks,
+            ..self.dims
+        };
+        Ok(shard)
+    }
+}
+
+impl LayerSpec {
+    fn shard(&self, dims: &Dims, ranks: u32) -> Result<LayerSpec, Indivisible> {
+        let refused = |what: &str| Err(Indivisible { ranks, what: what.into() });
+        match self.mixer {
+            Mixer::Attention(Attention { qk_norm: QkNorm::FullWidth, .. }) => {
+                return refused("it norms the queries of all heads together");
+            }
+            Mixer::GatedDelta { .. } => return refused("it has layers that mix tokens without attention"),
+            Mixer::Attention(_) => {}
+        }
+        let mlp = match self.mlp {
+            Mlp::Dense(activation) => {
+                check_columns("an MLP's output", dims.intermediate as usize, ranks)?;
+                Mlp::Dense(activation)
+            }
+            Mlp::Experts(experts) => {
+                check_columns("an expert's output", experts.intermediate as usize, ranks)?;
+                Mlp::Experts(Experts { intermediate: experts.intermediate / ranks, ..experts })
+            }
+        };
+        Ok(LayerSpec { mlp, ..*self })
+    }
+}
+
+/// Has a product over so many columns a slice for every rank?
+fn check_columns(what: &str, cols: usize, ranks: u32) -> Result<(), Indivisible> {
+    let slices = column_slices(cols);
+    if slices >= ranks {
+        return Ok(());
+    }
+    let slices = if slices == 1 { "one slice".into() } else { format!("{slices} slices") };
+    Err(Indivisible { ranks, what: format!("{what} is a sum over {cols} columns, which are {slices}") })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use alloc::string::ToString;
+    use alloc::vec::Vec;
+
+    const DIMS: Dims = Dims {
+        layers: 1,
+        hidden: 64,
+        heads: 8,
+        kv_heads: 2,
+        head_dim: 32,
+        intermediate: 384,
+        vocab: 103,
+        norm_eps: 1e-6,
+    };
+
+    fn ranks(count: u32) -> impl Iterator<Item = Rank> {
+        (0..count).map(move |index| Rank { index, count })
+    }
+
+    #[test]
+    fn slices_depend_on_the_matrix_alone_and_ranks_have_them_all() {
+        assert_eq!([4096, 384, 192, 320, 224, 48, 100].map(column_slices), [8, 8, 4, 4, 2, 1, 1]);
+        for count in [1, 2, 4, 8] {
+            assert!(ranks(count).all(|rank| rank.slices(4096 / count as usize) == 8 / count));
+        }
+    }
+
+    #[test]
+    fn ranks_have_every_row_once_and_key_heads_that_their_queries_look_at() {
+        for count in [1, 2, 4, 8] {
+            for (by, all) in [(By::Vocabulary, 103), (By::Inner, 384), (By::Heads, 256)] {
+                let parts: Vec<_> = ranks(count).map(|rank| rank.part(by, all, &DIMS)).collect();
+                assert_eq!((parts[0].start, parts[parts.len() - 1].end), (0, all));
+                assert!(parts.windows(2).all(|pair| pair[0].end == pair[1].start));
+                if by == By::Vocabulary {
+                    let owner = |item| Rank::owner(Rank { index: 0, count }, item, all) as usize;
+                    assert!((0..all).all(|item| parts[owner(item)].contains(&item)));
+                }
+            }
+            for rank in ranks(count) {
+                let (heads, kv) = (rank.share(8), rank.kv_heads(2));
+                assert!(heads.clone().all(|head| kv.contains(&(head / 4))), "{rank:?}: {heads:?}, {kv:?}");
+                assert_eq!(kv.len() as u32, DIMS.kv_heads.div_ceil(count));
+            }
+        }
+    }
+
+    #[test]
+    fn what_cannot_be_shared_out_is_refused_with_its_numbers() {
+        let refusal = |dims, ranks| {
+            DecoderSpec::uniform(dims, LayerSpec::plain()).shard(ranks).unwrap_err().to_string()
+        };
+        let said = |dims, ranks, what: &str| {
+            let text = refusal(dims, ranks);
+            assert!(text.contains(what) && text.contains(&ranks.to_string()), "{text}");
+        };
+        said(DIMS, 3, "1, 2, 4 or 8");
+        said(DIMS, 16, "1, 2, 4 or 8");
+        said(Dims { heads: 10, kv_heads: 10, ..DIMS }, 4, "10 query heads");
+        said(Dims { heads: 12, kv_heads: 3, ..DIMS }, 4, "3 key heads");
+        said(Dims { intermediate: 192, ..DIMS }, 8, "192 columns, which are 4 slices");
+        said(Dims { intermediate: 100, ..DIMS }, 2, "100 columns, which are one slice");
+        let spec = DecoderSpec::uniform(DIMS, LayerSpec::plain()).shard(4).unwrap();
+        let Dims { heads, kv_heads, intermediate, vocab, hidden, .. } = spec.dims;
+        assert_eq!((heads, kv_heads, intermediate, vocab, hidden), (2, 1, 96, 103, 64));
+    }
+}
