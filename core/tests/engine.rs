@@ -73,6 +73,32 @@ fn a_prefix_that_ran_before_is_not_run_again() {
 }
 
 #[test]
+fn a_model_is_changed_while_nobody_waits_or_runs_and_what_it_computed_before_is_forgotten() {
+    let mut engine = engine(options(SMALL));
+    let request = (prompt(1, 12), exactly(6));
+    let busy = |outcome| matches!(outcome, Err(EngineError::Busy));
+    let changed = |engine: &mut Engine<_>| engine.update_model(|_| panic!("requests depend on it"));
+    engine.submit(Request::new(&request.0, request.1)).unwrap();
+    while !engine.is_idle() {
+        assert!(busy(changed(&mut engine)));
+        engine.step(&mut |_| {}).unwrap();
+    }
+    let cached = |engine: &mut Engine<_>| {
+        run_all(engine, std::slice::from_ref(&request)).remove(0).finished.map(|(_, cached)| cached)
+    };
+    assert_eq!(cached(&mut engine), Some(8));
+    engine.update_model(|_| Ok(())).unwrap();
+    assert_eq!(cached(&mut engine), Some(0));
+    // One that may be changed in part runs nothing any more.
+    assert!(!engine.has_stopped());
+    let failed = engine.update_model(|_| Err(LazyError("the memory is gone")));
+    assert!(matches!(failed, Err(EngineError::Update(_))) && engine.has_stopped());
+    let refused = engine.submit(Request::new(&request.0, request.1));
+    assert!(matches!(refused, Err(SubmitError::Stopped)));
+    assert!(matches!(engine.update_model(|_| Ok(())), Err(EngineError::Stopped)));
+}
+
+#[test]
 fn a_prompt_that_is_wholly_cached_still_runs_its_last_page() {
     let mut engine = engine(options(SMALL));
     let request = (prompt(2, 12), exactly(3));
