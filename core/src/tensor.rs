@@ -125,9 +125,7 @@ impl HostTensor {
         let data = TensorData::Window { whole, first_row: row + rows.start, first_col: col + cols.start };
         HostTensor { name: self.name.clone(), rows: rows.len(), cols: cols.len(), data }
     }
-}
 
-impl HostTensor {
     /// Has it the same elements as `other` in the same memory, or made in the same way? Equal elements elsewhere are not the same.
     pub fn is_same(&self, other: &HostTensor) -> bool {
         (self.rows, self.cols) == (other.rows, other.cols) && self.data.is_same(&other.data)
@@ -136,7 +134,7 @@ impl HostTensor {
 
 impl TensorData {
     fn is_same(&self, other: &TensorData) -> bool {
-        use TensorData::{Bytes, Fp8, Uniform};
+        use TensorData::{Bytes, Fp8, Uniform, Window};
         match (self, other) {
             (
                 Bytes { owner, range, dtype },
@@ -149,6 +147,10 @@ impl TensorData {
             (Uniform { seed, low, high }, Uniform { seed: other, low: other_low, high: other_high }) => {
                 (seed, low, high) == (other, other_low, other_high)
             }
+            (
+                Window { whole, first_row, first_col },
+                Window { whole: other, first_row: other_row, first_col: other_col },
+            ) => whole.is_same(other) && (first_row, first_col) == (other_row, other_col),
             _ => false,
         }
     }
