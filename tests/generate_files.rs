@@ -301,17 +301,11 @@ fn an_input_that_is_no_text_is_named_before_anything_is_written() {
     }
 }
 
-/// The most memory that a process had, in KiB, looked at until it ends.
-fn peak_memory(run: &mut Child) -> u64 {
-    let status = format!("/proc/{}/status", run.id());
-    let mut peak = 0;
-    while run.try_wait().unwrap().is_none() {
-        let status = fs::read_to_string(&status).unwrap_or_default();
-        let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
-        peak = line.and_then(|line| line.trim().trim_end_matches(" kB").parse().ok()).unwrap_or(peak);
-        thread::sleep(Duration::from_millis(5));
-    }
-    peak
+/// The most memory that a process has had, in KiB.
+fn peak_memory(run: &Child) -> u64 {
+    let status = fs::read_to_string(format!("/proc/{}/status", run.id())).unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap();
+    line.trim().trim_end_matches(" kB").parse().unwrap()
 }
 
 #[test]
@@ -326,11 +320,22 @@ fn memory_does_not_grow_with_the_number_of_lines_whatever_becomes_of_them() {
     ] {
         let scratch = Scratch::new();
         let peak = |lines: u32| {
-            scratch.write("in.jsonl", (0..lines).map(kind).collect::<String>());
-            let mut run = command_on(&scratch, "in.jsonl", "out.jsonl");
-            let mut run = run.arg("--overwrite").stderr(Stdio::null()).spawn().unwrap();
-            let peak = peak_memory(&mut run);
-            assert_eq!(by_line(&scratch.join("out.jsonl")).len(), lines as usize);
+            let (input, out) = ((0..lines).map(kind).collect::<String>(), scratch.join("out.jsonl"));
+            let mut run = command(&scratch);
+            run.args(["--overwrite", "--input", "-", "--output"]).arg(&out);
+            let mut run = run.stdin(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
+            let mut stdin = run.stdin.take().unwrap();
+            stdin.write_all(input.as_bytes()).unwrap();
+            // Until its input ends it lives, and can be looked at when all is done.
+            let written = || fs::read(&out).unwrap_or_default().iter().filter(|byte| **byte == b'\n').count();
+            while written() < lines as usize {
+                assert!(run.try_wait().unwrap().is_none(), "it ended before its input did");
+                thread::sleep(Duration::from_millis(20));
+            }
+            let peak = peak_memory(&run);
+            drop(stdin);
+            run.wait().unwrap();
+            assert_eq!(by_line(&out).len(), lines as usize);
             peak
         };
         let (few, many) = (peak(few), peak(many));
