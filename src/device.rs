@@ -22,6 +22,9 @@ pub struct Choice {
 /// # Errors
 /// A GPU is named that can't be had, or the driver can't be asked.
 pub fn choose(options: &Options) -> Result<Choice, Error> {
+    if options.simulate.is_some() {
+        return Ok(Choice { on_gpu: false, reason: None });
+    }
     match (options.backend, options.devices.first()) {
         (BackendChoice::Cuda, _) => Ok(Choice { on_gpu: true, reason: None }),
         (BackendChoice::Cpu, None) => Ok(Choice { on_gpu: false, reason: None }),

@@ -106,6 +106,14 @@ pub enum Error {
         /// Tokens of a page.
         page_size: u32,
     },
+    /// A simulated device of no use.
+    #[error("the simulated device {} can't be read: {reason}; docs/serving.md has an example", path.display())]
+    SimulatedDevice {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        reason: String,
+    },
     /// Nobody would run anything.
     #[error("--data-parallel 0 asks for no engine; at least one is needed")]
     NoEngine,

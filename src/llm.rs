@@ -16,6 +16,7 @@ use std::time::Instant;
 use minisgl_core::backend::{DeviceInfo, Memory, Model};
 use minisgl_core::config::{Limits, LimitsError};
 use minisgl_core::engine::{Engine, EngineOptions};
+use minisgl_core::executor::{Executor, ModelInfo};
 use minisgl_core::scheduler::{Order, Settings};
 use minisgl_core::stats::{ExpertsRead, Stats};
 use minisgl_cpu::Cpu;
@@ -37,7 +38,7 @@ use crate::request::{
 use crate::rerank::{Relevance, RerankRequest};
 use crate::running::{self, Costs};
 use crate::score::{Score, ScoreRequest};
-use crate::simulated::{self, Control};
+use crate::simulated::{self, Control, SimulatedDevice, SimulatedExecutor};
 use crate::source::ModelSource;
 use crate::telemetry::Probe;
 use crate::tokenizer::Text;
@@ -79,6 +80,7 @@ impl Llm {
         let text = Arc::new(source.folder().map_or(Ok(Text::default()), Text::open)?);
         let (order, engines) = (options.order, options.engines()?);
         let Weights(checkpoint) = weights.clone();
+        let has_weights = options.simulate.is_none();
         let opening = Opening { source, choice, checkpoint, text: text.clone(), options, engines };
         let opening = Arc::new(opening);
         let build = |engine| {
@@ -88,7 +90,7 @@ impl Llm {
         let (front, infos) = Front::start(text.clone(), order, (0..engines).map(build).collect())?;
         // Engines differ in their devices and memory alone; the first speaks for all.
         let info = infos.into_iter().next().ok_or(Error::NoEngine)?;
-        Ok(Llm { front, text, info, weights: Some(weights), updated })
+        Ok(Llm { front, text, info, weights: has_weights.then_some(weights), updated })
     }
 
     /// A model without weights, and what is seen of its engine; see [`crate::simulated`].
@@ -462,6 +464,9 @@ impl Opening {
     /// Builds an engine on its device, on the thread that it stays on.
     fn engine(&self, engine: usize) -> Built<Info> {
         let started = Instant::now();
+        if let Some(device) = &self.options.simulate {
+            return self.simulated(device, started);
+        }
         if !self.choice.on_gpu {
             let processors = thread::available_parallelism().map_or(1, NonZero::get);
             return self.on(Cpu::with_threads(processors / self.engines), started);
@@ -499,13 +504,7 @@ impl Opening {
         };
         limits.pages = plan.map_or(limits.pages, |plan| plan.most);
         tracing::debug!(?limits, ?plan, "capacities planned");
-        let scheduler = Settings {
-            policy: self.options.policy,
-            prefix_cache: self.options.prefix_cache,
-            order: self.options.order,
-            speculation: self.options.speculation,
-            vocab: model.vocab(),
-        };
+        let scheduler = self.scheduler(model.vocab());
         let eos = self.end_tokens(scheduler.vocab);
         let page_bytes = model.page_bytes(limits.page_size);
         let engine_options = EngineOptions {
@@ -549,6 +548,42 @@ impl Opening {
         Ok((Box::new(engine), info))
     }
 
+    /// An engine whose steps only take time.
+    fn simulated(&self, device: &SimulatedDevice, started: Instant) -> Built<Info> {
+        let config = self.checkpoint.config();
+        let (dims, window) = (config.spec.dims, config.spec.window());
+        let model = ModelInfo { vocab: dims.vocab, max_positions: config.max_positions, window };
+        let executor = SimulatedExecutor::new(device.clone(), model);
+        let (limits, asked) = self.limits(&executor.info(), Memory { free: 0, total: 0 })?;
+        let limits = Limits { pages: self.options.num_pages.unwrap_or(device.pages), ..limits };
+        check_asked(limits.pages, &limits, asked)?;
+        let (scheduler, eos) = (self.scheduler(dims.vocab), self.end_tokens(dims.vocab));
+        let overlap = self.options.overlap;
+        let engine_options = EngineOptions { limits, fit: None, scheduler, eos: eos.clone(), overlap };
+        let engine = Engine::of(executor, engine_options).map_err(|cause| Error::Device(cause.into()))?;
+        let info = Info {
+            model: self.source.name().to_owned(),
+            commit: self.source.commit().map(str::to_owned),
+            device: engine.info().name,
+            engines: self.engines,
+            limits,
+            vocab: dims.vocab,
+            eos,
+            warnings: self.text.warnings().to_vec(),
+            dims,
+            window,
+            capture_seconds: started.elapsed().as_secs_f64(),
+            ..simulated::info(limits)
+        };
+        Ok((Box::new(engine), info))
+    }
+
+    /// How steps are scheduled.
+    fn scheduler(&self, vocab: u32) -> Settings {
+        let Options { policy, prefix_cache, order, speculation, .. } = self.options;
+        Settings { policy, prefix_cache, order, speculation, vocab }
+    }
+
     /// The share of the free memory that pages take.
     fn page_share(&self, before: Memory, loaded: Memory) -> f64 {
         match self.options.memory_utilization {
@@ -578,7 +613,8 @@ impl Opening {
             None if self.choice.on_gpu => self.costs(device, memory, sequence).running(),
             None => running::ON_CPU,
         };
-        let prefill_tokens = if self.choice.on_gpu { 16384 } else { 1024 };
+        let on_cpu = !self.choice.on_gpu && self.options.simulate.is_none();
+        let prefill_tokens = if on_cpu { 1024 } else { 16384 };
         let limits = Limits {
             running,
             queued: max_queued,

@@ -10,6 +10,7 @@ use minisgl_core::speculation::Speculation;
 
 use crate::device;
 use crate::error::Error;
+use crate::simulated::SimulatedDevice;
 
 /// Which device computes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -40,6 +41,8 @@ pub enum KernelChoice {
 pub struct Options {
     /// Which device computes.
     pub backend: BackendChoice,
+    /// Instead of a device: one whose steps only take time.
+    pub simulate: Option<SimulatedDevice>,
     /// Which GPUs, an engine on each; naming one asks for GPUs. Empty: the first ones, as many as there are engines.
     pub devices: Vec<usize>,
     /// How many engines take requests out of one queue; `None`: one for each of [`Options::devices`], else a single one.
@@ -87,6 +90,7 @@ impl Default for Options {
     fn default() -> Self {
         Options {
             backend: BackendChoice::Auto,
+            simulate: None,
             devices: Vec::new(),
             data_parallel: None,
             kernels: KernelChoice::Auto,

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use minisgl_core::config::Limits;
 use minisgl_core::engine::{Engine, StepReport};
+use minisgl_core::executor::Executor;
 use minisgl_core::local::Local;
 use minisgl_core::request::{Event, Request, SubmitError, Submitted, Ticket};
 use minisgl_core::stats::{ExpertsRead, Load, Stats};
@@ -62,7 +63,44 @@ pub trait Runner {
     fn experts_read(&mut self) -> Result<ExpertsRead, Cause>;
 }
 
-impl<B: Diagnostics> Runner for Engine<Local<B, Decoder<B>>> {
+/// What the facade asks of an executor, beside what the engine does.
+pub trait RunnerExecutor: Executor {
+    /// See [`Runner::update_weights`].
+    fn update(&mut self, checkpoint: &Checkpoint, changed: &HashSet<String>) -> Result<(), Self::Error>;
+    /// See [`Runner::ceilings`].
+    fn ceilings(&mut self) -> Result<Option<Ceilings>, Self::Error>;
+    /// See [`Runner::probe`].
+    fn probe(&self) -> Option<Probe>;
+    /// See [`Runner::host_times`].
+    fn host_times(&self) -> Option<HostTimes>;
+    /// See [`Runner::experts_read`].
+    fn experts_read(&mut self) -> Result<ExpertsRead, Self::Error>;
+}
+
+impl<B: Diagnostics> RunnerExecutor for Local<B, Decoder<B>> {
+    fn update(&mut self, checkpoint: &Checkpoint, changed: &HashSet<String>) -> Result<(), B::Error> {
+        let (model, backend) = self.parts_mut();
+        model.update(backend, checkpoint.tensors(), changed)
+    }
+
+    fn ceilings(&mut self) -> Result<Option<Ceilings>, B::Error> {
+        self.backend_mut().ceilings()
+    }
+
+    fn probe(&self) -> Option<Probe> {
+        self.backend().probe()
+    }
+
+    fn host_times(&self) -> Option<HostTimes> {
+        self.backend().host_times()
+    }
+
+    fn experts_read(&mut self) -> Result<ExpertsRead, B::Error> {
+        self.backend_mut().experts_read()
+    }
+}
+
+impl<X: RunnerExecutor> Runner for Engine<X> {
     fn submit(&mut self, request: Request<'_>) -> Result<Submitted, SubmitError> {
         Engine::submit(self, request)
     }
@@ -105,11 +143,7 @@ impl<B: Diagnostics> Runner for Engine<Local<B, Decoder<B>>> {
     }
 
     fn update_weights(&mut self, checkpoint: &Checkpoint, changed: &HashSet<String>) -> Result<(), Cause> {
-        let tensors = checkpoint.tensors();
-        Ok(self.update_model(|local| {
-            let (model, backend) = local.parts_mut();
-            model.update(backend, tensors, changed)
-        })?)
+        Ok(self.update_model(|executor| executor.update(checkpoint, changed))?)
     }
 
     fn has_stopped(&self) -> bool {
@@ -121,7 +155,7 @@ impl<B: Diagnostics> Runner for Engine<Local<B, Decoder<B>>> {
     }
 
     fn vocab(&self) -> u32 {
-        self.model().dims().vocab
+        self.executor().model().vocab
     }
 
     fn eos(&self) -> &[u32] {
@@ -133,18 +167,18 @@ impl<B: Diagnostics> Runner for Engine<Local<B, Decoder<B>>> {
     }
 
     fn ceilings(&mut self) -> Result<Option<Ceilings>, Cause> {
-        Ok(self.backend_mut().ceilings()?)
+        Ok(self.executor_mut().ceilings()?)
     }
 
     fn probe(&self) -> Option<Probe> {
-        self.backend().probe()
+        self.executor().probe()
     }
 
     fn host_times(&self) -> Option<HostTimes> {
-        self.backend().host_times()
+        self.executor().host_times()
     }
 
     fn experts_read(&mut self) -> Result<ExpertsRead, Cause> {
-        Ok(self.backend_mut().experts_read()?)
+        Ok(self.executor_mut().experts_read()?)
     }
 }

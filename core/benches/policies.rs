@@ -9,13 +9,14 @@ mod simulation;
 
 use minisgl_core::config::Limits;
 use minisgl_core::costs::{Line, StepCosts};
+use minisgl_core::formula::Formula;
 use minisgl_core::policy::Policy;
 use minisgl_core::scheduler::{Order, Settings};
 use minisgl_core::speculation::Speculation;
-use simulation::{Asked, Device, Run};
+use simulation::{Asked, Run};
 
 /// Qwen3-0.6B on an H200, as measured when an engine is built there.
-const SMALL: Device = Device {
+const SMALL: Formula = Formula {
     costs: StepCosts {
         decode: Line { fixed_ms: 0.555, token_ms: 3.34e-3 },
         mixed: Line { fixed_ms: 0.897, token_ms: 1.40e-3 },
@@ -25,8 +26,10 @@ const SMALL: Device = Device {
     further_row_ms: 1.8e-3,
     sample_ms: 0.75e-3,
     attention_least_ms: 0.2,
-    launch_ms: 0.08,
 };
+
+/// What the host takes there to launch a step.
+const LAUNCH_MS: f64 = 0.08;
 
 /// Numbers between 0 and 1.
 struct Random(u64);
@@ -73,7 +76,7 @@ fn sharing(n: u32, shared: u32, own: u32, output: u32) -> Vec<Asked> {
     (0..n).map(|_| Asked { at_ms: 0.0, prompt: prompt(&mut random), output }).collect()
 }
 
-fn run(device: Device, policy: Policy, running: u32, asked: &[Asked]) -> Run {
+fn run(device: Formula, policy: Policy, running: u32, asked: &[Asked]) -> Run {
     let longest = asked.iter().map(|one| one.prompt.len() as u32 + one.output).max().unwrap_or(1);
     let limits = Limits {
         running,
@@ -91,7 +94,7 @@ fn run(device: Device, policy: Policy, running: u32, asked: &[Asked]) -> Run {
         vocab: 10_000,
         speculation: Speculation::Never,
     };
-    device.run(&limits, settings, asked)
+    simulation::run(&device, LAUNCH_MS, &limits, settings, asked)
 }
 
 fn main() {

@@ -12,6 +12,7 @@ pub mod costs;
 pub mod engine;
 pub mod executor;
 pub mod fit;
+pub mod formula;
 pub mod fp8;
 mod graphs;
 mod host;

@@ -7,6 +7,7 @@ use std::time::Duration;
 use hyper::header::HeaderValue;
 use minisgl::openai::ModelName;
 use minisgl::progress::Stderr;
+use minisgl::simulated::SimulatedDevice;
 use minisgl::{
     Cause, GenerationConfigChoice, Options, Policy, SamplingParams, ToolFormat, with_shared_flags,
 };
@@ -28,6 +29,10 @@ with_shared_flags! {
         /// checkpoint directory, a name on the Hugging Face hub (OWNER/NAME), or a preset with dummy weights (tiny, …)
         #[argh(option)]
         model: String,
+        /// a file with the times of a device's steps (docs/serving.md): no model is computed, and answers are nonsense that comes
+        /// when that device's would
+        #[argh(option)]
+        simulate: Option<PathBuf>,
         /// the address to listen at (default 127.0.0.1: this machine alone; 0.0.0.0: everybody)
         #[argh(option, default = "IpAddr::from([127, 0, 0, 1])")]
         host: IpAddr,
@@ -113,7 +118,8 @@ fn start(flags: &Flags, stderr: &Stderr) -> Result<(), Cause> {
     let source = flags.source(&flags.model, stderr)?;
     let sampling = flags.sampling(flags.generation_config.sampling(&source, own, stderr)?);
     let policy = flags.policy.unwrap_or(Policy::Latency);
-    let builder = source.builder().options(Options { policy, ..flags.engine_options() });
+    let simulate = flags.simulate.as_deref().map(SimulatedDevice::open).transpose()?;
+    let builder = source.builder().options(Options { policy, simulate, ..flags.engine_options() });
     let service = Service::start(Settings { sampling, ..settings }, move || builder.clone().build())?;
     match runtime.block_on(until_told(service, listener, stderr))? {
         Ended::Drained => stderr.say("serve: all requests have ended"),

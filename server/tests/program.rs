@@ -4,6 +4,7 @@ mod common;
 
 use std::io::Read;
 use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
 
 use common::serve::{Served, command};
 use common::{Scratch, Stream, checkpoint, request, send};
@@ -66,6 +67,27 @@ fn a_signal_lets_open_requests_end_and_then_the_program_with_status_0() {
 }
 
 #[test]
+fn a_device_that_is_not_there_takes_its_time() {
+    let scratch = Scratch::new();
+    checkpoint(scratch.path());
+    let line = |step: f64| json!({"step": step, "token": 0});
+    let device = json!({
+        "name": "slow", "pages": 100, "decode_ms": line(30.0), "mixed_ms": line(30.0), "attention_ms": line(0.0), "context_ms": 0,
+        "further_row_ms": 0, "sample_ms": 0, "attention_least_ms": 0,
+    });
+    let file = scratch.path().join("device.json");
+    std::fs::write(&file, device.to_string()).unwrap();
+    let served = Served::start(scratch.path(), &["--simulate", file.to_str().unwrap()]);
+    assert!(served.said.contains("no device, simulated: slow"), "{}", served.said);
+    let body = json!({"prompt": "Once", "max_tokens": 20, "ignore_eos": true, "stream": true, "return_token_ids": true});
+    let started = Instant::now();
+    let events: Vec<Value> = Stream::open(served.address, "/v1/completions", &body).collect();
+    let tokens = events.iter().filter(|event| event["choices"][0]["token_ids"].is_array()).count();
+    assert_eq!(tokens, 20);
+    assert!(started.elapsed() >= Duration::from_millis(20 * 30), "{:?}", started.elapsed());
+}
+
+#[test]
 fn what_can_not_be_served_is_said_at_once() {
     let scratch = Scratch::new();
     checkpoint(scratch.path());
@@ -76,6 +98,7 @@ fn what_can_not_be_served_is_said_at_once() {
         (vec!["--port", &port], "choose another --port"),
         (vec!["--api-key-file", &missing], "--api-key-file"),
         (vec!["--api-key", ""], "an API key is empty"),
+        (vec!["--simulate", &missing], "the simulated device"),
         (vec!["--cors-origin", "a\nb"], "--cors-origin"),
         (vec!["--tool-format", "xml"], "use qwen3 or llama3"),
         (vec!["--top-p", "2"], "top_p is 2"),

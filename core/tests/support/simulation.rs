@@ -1,4 +1,4 @@
-//! A device that is a formula, on a clock of its own: what a policy gives on real ones, without one.
+//! A device that is a [`Formula`], on a clock of its own: what a policy gives on real ones, without one.
 //!
 //! ```text
 //!   device    │ step n ──────────│ step n + 1 ─────────────│ step n + 2 ──
@@ -6,34 +6,18 @@
 //!             └─── as early as can be, or late (policy `latency`) ───┘
 //! ```
 //!
-//! A step takes what [`StepCosts`] say, and decode rows the time in which memory brings their keys and values. Steps run back to
-//! back; one is scheduled while the one before runs, with the requests that have come until then.
+//! Steps run back to back; one is scheduled while the one before runs, with the requests that have come until then.
 
 use std::collections::HashMap;
 
 use minisgl_core::batch::Batch;
 use minisgl_core::config::Limits;
-use minisgl_core::costs::StepCosts;
+use minisgl_core::formula::Formula;
 use minisgl_core::late_launch::LateLaunch;
 use minisgl_core::policy::Policy;
 use minisgl_core::request::{Event, Request, Ticket};
 use minisgl_core::sampling::SamplingParams;
 use minisgl_core::scheduler::{Scheduler, Settings};
-
-/// What steps take.
-#[derive(Clone, Copy, Debug)]
-pub struct Device {
-    pub costs: StepCosts,
-    /// Of a token that a decode row attends to.
-    pub context_ms: f64,
-    /// Of a row behind the first 256, and of the logits and the draw of each row beside prompts.
-    pub further_row_ms: f64,
-    pub sample_ms: f64,
-    /// Of decode attention at least.
-    pub attention_least_ms: f64,
-    /// What the host takes to launch a step.
-    pub launch_ms: f64,
-}
 
 /// A request.
 #[derive(Clone, Debug)]
@@ -79,103 +63,72 @@ fn percentile(values: impl Iterator<Item = f64>, percent: f64) -> f64 {
     values[rank.clamp(1, values.len()) - 1]
 }
 
-impl Device {
-    /// What a step takes.
-    pub fn step_ms(&self, batch: &Batch) -> f64 {
-        let shape = batch.shape();
-        let (decoded, prefilled) = batch.rows().split_at(shape.decode_rows as usize);
-        let context: u64 = decoded.iter().map(|row| u64::from(row.kv_len)).sum();
-        let attention = match decoded {
-            [] => 0.0,
-            _ => self.attention_least_ms.max(context as f64 * self.context_ms),
+/// Runs requests, which come in the order of their times, to their ends. As many as run at once and `queued` more are in the
+/// scheduler; the others wait before it. The host takes `launch_ms` to launch a step.
+pub fn run(device: &Formula, launch_ms: f64, limits: &Limits, settings: Settings, asked: &[Asked]) -> Run {
+    let mut scheduler =
+        Scheduler::new(*limits, settings, device.costs, &[], None).expect("the host has memory");
+    let mut seen = vec![Seen::default(); asked.len()];
+    let (mut last_ms, mut of_ticket) = (vec![0.0; asked.len()], HashMap::<Ticket, usize>::new());
+    let (mut batch, mut in_flight): (Batch, Option<(Batch, f64, f64)>) = (Batch::new(limits), None);
+    let mut spare = vec![Batch::new(limits), Batch::new(limits)];
+    let (mut steps, mut next, mut open, mut free_ms) = (Vec::new(), 0, 0, 0.0f64);
+    let tokens = vec![1; limits.running as usize];
+    let mut late = (settings.policy == Policy::Latency).then(|| LateLaunch::new(device.costs));
+    loop {
+        let now = match (&in_flight, asked.get(next)) {
+            (Some((batch, start, _)), _) => {
+                *start + late.as_ref().map_or(0.0, |late| f64::from(late.after_ms(batch.shape())))
+            }
+            (None, Some(first)) if scheduler.is_idle() => first.at_ms.max(free_ms),
+            (None, _) => free_ms,
         };
-        let pairs: f64 = prefilled
-            .iter()
-            .map(|row| f64::from(row.tokens) * (f64::from(row.position + row.kv_len) / 2.0))
-            .sum();
-        let StepCosts { decode, mixed, attention: of_prompts } = self.costs;
-        let (rows, samples) = (shape.tokens.min(256), f64::from(shape.samples));
-        match shape.is_decode() {
-            true => {
-                f64::from(decode.at(rows)) + f64::from(shape.tokens - rows) * self.further_row_ms + attention
-            }
-            false => {
-                let products = f64::from(mixed.at(shape.tokens) + of_prompts.fixed_ms);
-                products + samples * self.sample_ms + attention + pairs * f64::from(of_prompts.token_ms)
-            }
+        while let Some(request) = asked.get(next)
+            && request.at_ms <= now
+            && open < limits.running as usize
+            && scheduler.waiting() < limits.queued as usize
+        {
+            let params =
+                SamplingParams { max_tokens: request.output, ignore_eos: true, ..SamplingParams::default() };
+            let submitted = scheduler.submit(Request::new(&request.prompt, params)).expect("it can run");
+            of_ticket.insert(submitted.ticket, next);
+            (next, open) = (next + 1, open + 1);
         }
-    }
-
-    /// Runs requests, which come in the order of their times, to their ends. As many as run at once and `queued` more are in the
-    /// scheduler; the others wait before it.
-    pub fn run(&self, limits: &Limits, settings: Settings, asked: &[Asked]) -> Run {
-        let mut scheduler =
-            Scheduler::new(*limits, settings, self.costs, &[], None).expect("the host has memory");
-        let mut seen = vec![Seen::default(); asked.len()];
-        let (mut last_ms, mut of_ticket) = (vec![0.0; asked.len()], HashMap::<Ticket, usize>::new());
-        let (mut batch, mut in_flight): (Batch, Option<(Batch, f64, f64)>) = (Batch::new(limits), None);
-        let mut spare = vec![Batch::new(limits), Batch::new(limits)];
-        let (mut steps, mut next, mut open, mut free_ms) = (Vec::new(), 0, 0, 0.0f64);
-        let tokens = vec![1; limits.running as usize];
-        let mut late = (settings.policy == Policy::Latency).then(|| LateLaunch::new(self.costs));
-        loop {
-            let now = match (&in_flight, asked.get(next)) {
-                (Some((batch, start, _)), _) => {
-                    *start + late.as_ref().map_or(0.0, |late| f64::from(late.after_ms(batch.shape())))
-                }
-                (None, Some(first)) if scheduler.is_idle() => first.at_ms.max(free_ms),
-                (None, _) => free_ms,
-            };
-            while let Some(request) = asked.get(next)
-                && request.at_ms <= now
-                && open < limits.running as usize
-                && scheduler.waiting() < limits.queued as usize
-            {
-                let params = SamplingParams {
-                    max_tokens: request.output,
-                    ignore_eos: true,
-                    ..SamplingParams::default()
-                };
-                let submitted = scheduler.submit(Request::new(&request.prompt, params)).expect("it can run");
-                of_ticket.insert(submitted.ticket, next);
-                (next, open) = (next + 1, open + 1);
+        let waiting = asked[next..].iter().take_while(|request| request.at_ms <= now).count();
+        scheduler.set_backlog(waiting as u32);
+        let launched = scheduler.schedule(&mut batch).then(|| {
+            let (start, ms) = (free_ms.max(now + launch_ms), device.step_ms(&batch));
+            if let Some(late) = late.as_mut().filter(|_| in_flight.is_some()) {
+                late.has_idled((start - free_ms) as f32);
             }
-            let waiting = asked[next..].iter().take_while(|request| request.at_ms <= now).count();
-            scheduler.set_backlog(waiting as u32);
-            let launched = scheduler.schedule(&mut batch).then(|| {
-                let (start, ms) = (free_ms.max(now + self.launch_ms), self.step_ms(&batch));
-                if let Some(late) = late.as_mut().filter(|_| in_flight.is_some()) {
-                    late.has_idled((start - free_ms) as f32);
-                }
-                steps.push((ms, batch.shape().decode_rows, batch.shape().prefill_tokens()));
-                free_ms = start + ms;
-                let next = spare.pop().expect("two steps are on their way at most");
-                (std::mem::replace(&mut batch, next), start, start + ms)
-            });
-            let done = std::mem::replace(&mut in_flight, launched);
-            let Some((of_step, start, end)) = done else {
-                match in_flight.is_none() && next == asked.len() && scheduler.is_idle() {
-                    true => return Run { requests: seen, end_ms: free_ms, steps },
-                    false => continue,
-                }
-            };
-            scheduler.complete(&of_step, &tokens, &[], &mut |event| match event {
-                Event::PromptLogprobs { .. } => {}
-                Event::Token { ticket, .. } => {
-                    let i = of_ticket[&ticket];
-                    match last_ms[i] {
-                        0.0 => seen[i].first_ms = end - asked[i].at_ms,
-                        last => seen[i].gaps_ms.push(end - last),
-                    }
-                    last_ms[i] = end;
-                }
-                Event::Finished { .. } => open -= 1,
-            });
-            scheduler.has_run(of_step.shape(), (end - start) as f32);
-            if let Some(late) = &mut late {
-                late.has_run(of_step.shape(), (end - start) as f32);
+            steps.push((ms, batch.shape().decode_rows, batch.shape().prefill_tokens()));
+            free_ms = start + ms;
+            let next = spare.pop().expect("two steps are on their way at most");
+            (std::mem::replace(&mut batch, next), start, start + ms)
+        });
+        let done = std::mem::replace(&mut in_flight, launched);
+        let Some((of_step, start, end)) = done else {
+            match in_flight.is_none() && next == asked.len() && scheduler.is_idle() {
+                true => return Run { requests: seen, end_ms: free_ms, steps },
+                false => continue,
             }
-            spare.push(of_step);
+        };
+        scheduler.complete(&of_step, &tokens, &[], &mut |event| match event {
+            Event::PromptLogprobs { .. } => {}
+            Event::Token { ticket, .. } => {
+                let i = of_ticket[&ticket];
+                match last_ms[i] {
+                    0.0 => seen[i].first_ms = end - asked[i].at_ms,
+                    last => seen[i].gaps_ms.push(end - last),
+                }
+                last_ms[i] = end;
+            }
+            Event::Finished { .. } => open -= 1,
+        });
+        scheduler.has_run(of_step.shape(), (end - start) as f32);
+        if let Some(late) = &mut late {
+            late.has_run(of_step.shape(), (end - start) as f32);
         }
+        spare.push(of_step);
     }
 }

@@ -1,4 +1,6 @@
-//! A simulated engine, for tests of what is around one: which request draws which token is known, and steps take no time,
+//! Engines without a model: one whose tokens a test foretells, and one whose steps take a real device's time ([`SimulatedDevice`]).
+//!
+//! The first is for tests of what is around an engine: which request draws which token is known, and steps take no time,
 //! or as long as a test says.
 //!
 //! A request of prompt `[p, a, b, c]` draws `a, b, c, p + 3, p + 4, …`, and of `[p]` hence `p, p + 1, …`; where there is a
@@ -13,6 +15,9 @@
 //! assert_eq!(control.steps.load(std::sync::atomic::Ordering::Relaxed), 3);
 //! # Ok::<(), minisgl::Error>(())
 //! ```
+
+mod device;
+mod executor;
 
 use std::collections::HashSet;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -38,6 +43,9 @@ use crate::request::{GenerateRequest, SamplingParams};
 use crate::runner::{Runner, Sink};
 use crate::telemetry::Probe;
 use crate::tokenizer::Text;
+
+pub use device::SimulatedDevice;
+pub(crate) use executor::Simulated as SimulatedExecutor;
 
 /// The capacities that one has if nothing else is said.
 pub const LIMITS: Limits = Limits {
