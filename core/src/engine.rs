@@ -279,6 +279,21 @@ impl<X: Executor> Engine<X> {
         self.scheduler.submit(request)
     }
 
+    /// Takes in samples of one prompt as a group; see [`Scheduler::submit_group`].
+    ///
+    /// # Errors
+    /// As of [`Engine::submit`]; more samples than can wait together.
+    pub fn submit_group(
+        &mut self,
+        samples: &[Request<'_>],
+        taken: &mut impl FnMut(Submitted),
+    ) -> Result<(), SubmitError> {
+        if self.stopped {
+            return Err(SubmitError::Stopped);
+        }
+        self.scheduler.submit_group(samples, taken)
+    }
+
     /// Says how many requests are ready to be submitted and wait only for a place: whether more prompts are to come is for
     /// the policy to know.
     pub fn set_backlog(&mut self, requests: u32) {

@@ -57,6 +57,17 @@ pub enum SubmitError {
         /// Requests that may wait.
         capacity: u32,
     },
+    /// More samples of a prompt than can wait together.
+    #[error(
+        "{samples} samples of the prompt are asked for, and {limit} of its length can wait together; ask for fewer, or raise \
+         max_queued"
+    )]
+    TooManySamples {
+        /// As asked for.
+        samples: usize,
+        /// As many as can.
+        limit: usize,
+    },
     /// Nothing to go on from.
     #[error("the prompt is empty; give at least one token")]
     EmptyPrompt,

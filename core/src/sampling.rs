@@ -30,6 +30,7 @@ use bytemuck::{Pod, Zeroable};
 use thiserror::Error;
 
 use crate::rules::{BAD_WORD_WORDS_MAX, BIAS_MAX, BIASES_MAX, ENDINGS_MAX, PENALTY_MAX};
+use crate::tensor::splitmix64;
 
 /// How many alternatives' log-probabilities a request may ask for.
 pub const TOP_LOGPROBS_MAX: usize = 20;
@@ -77,7 +78,8 @@ pub struct SamplingParams {
 /// Which tokens of a prompt are scored, and what is told of each.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PromptLogprobs {
-    /// Position of the first one. A prompt's first token follows nothing and has no log-probability: 0 is taken as 1.
+    /// Position of the first one. A prompt's first token follows nothing and has no log-probability: 0 is taken as 1. Where it lies
+    /// behind the prompt, none is scored.
     pub from: u32,
     /// Give those of the k most probable tokens too, k <= 20.
     pub top: u32,
@@ -290,6 +292,17 @@ impl SamplingParams {
         }
     }
 
+    /// Those of a sample, from 0, where a prompt has several: they differ in their seeds, and the prompt is scored with the first
+    /// alone.
+    pub fn of_sample(&self, sample: u32) -> SamplingParams {
+        let unscored = |asked| PromptLogprobs { from: u32::MAX, ..asked };
+        let prompt_logprobs = match sample {
+            0 => self.prompt_logprobs,
+            _ => self.prompt_logprobs.map(unscored),
+        };
+        SamplingParams { seed: sample_seed(self.seed, sample), prompt_logprobs, ..*self }
+    }
+
     /// What the device keeps of them for a slot whose prompt has so many tokens; [`crate::rules::Rules::apply`] adds to it.
     pub fn slot_state(&self, prompt_len: u32) -> SlotState {
         let mut state = SlotState {
@@ -317,6 +330,15 @@ impl SamplingParams {
     /// The temperature as backends see it: 0 where it is too small to divide by.
     pub fn drawing_temperature(&self) -> f32 {
         if self.temperature < TEMPERATURE_MIN { 0.0 } else { self.temperature }
+    }
+}
+
+/// The seed of a prompt's sample, from 0: the first has the request's own. Neighbouring requests often have neighbouring seeds, so
+/// those of the others lie anywhere.
+pub fn sample_seed(seed: u64, sample: u32) -> u64 {
+    match sample {
+        0 => seed,
+        _ => splitmix64(seed ^ splitmix64(u64::from(sample))),
     }
 }
 
@@ -373,6 +395,16 @@ impl RowLogprobs {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn samples_of_neighbouring_requests_have_seeds_of_their_own() {
+        let mut seeds: alloc::vec::Vec<u64> =
+            (0..64).flat_map(|seed| (0..64).map(move |sample| sample_seed(seed, sample))).collect();
+        assert!((0..64).all(|seed| sample_seed(seed, 0) == seed));
+        seeds.sort_unstable();
+        seeds.dedup();
+        assert_eq!(seeds.len(), 64 * 64);
+    }
 
     #[test]
     fn a_temperature_too_small_to_divide_by_is_greedy() {

@@ -15,6 +15,9 @@
 //! - Either all running requests decode, or none; but one with a [constraint](crate::constraint) has no row before its last token
 //!   and the mask for its next one are known. Of several prompts in a step the last one may be cut (a chunk) and goes on
 //!   in a later step; until it is through, no other one begins.
+//! - Samples of one prompt are taken in as a group: all or none. They are admitted one behind the other, in one step if there is
+//!   room, and each holds the pages that those before it have of the prompt, with a prefix cache or without; its own is what lies
+//!   behind the last full page, a page at most of it, which each computes for itself.
 //! - Requests are admitted in their order: retracted ones first, the oldest of them first; then those waiting, as submitted or
 //!   as [`Order`] says. One for which there is no room lets none behind it pass.
 //! - A request is admitted when the pool can hold all that it must prefill and a page for each running request
@@ -51,7 +54,7 @@ use crate::rules::{ENDINGS_MAX, NO_RULES};
 use crate::sampling::{SamplingError, SamplingParams};
 use crate::speculation::{Drafting, Speculation};
 use crate::stats::{Load, Stats};
-use crate::table::{RequestTable, State};
+use crate::table::{Place, RequestTable, State};
 
 pub use crate::queue::Order;
 
@@ -182,13 +185,53 @@ impl Scheduler {
     /// # Errors
     /// A full queue, or a request that can never run.
     pub fn submit(&mut self, request: Request<'_>) -> Result<Submitted, SubmitError> {
+        self.check_request(&request)?;
+        match self.has_room(1, request.prompt.len()) {
+            true => Ok(self.take_in(request, Place::Alone)),
+            false => Err(SubmitError::QueueFull { capacity: self.limits.queued }),
+        }
+    }
+
+    /// Takes in samples of one prompt, requests that differ in how they are drawn, as a group: all of them, or none. Tells `taken`
+    /// of each, in their order.
+    ///
+    /// # Errors
+    /// As of [`Scheduler::submit`]; more samples than can wait together.
+    pub fn submit_group(
+        &mut self,
+        samples: &[Request<'_>],
+        taken: &mut impl FnMut(Submitted),
+    ) -> Result<(), SubmitError> {
+        let [first, others @ ..] = samples else { return Ok(()) };
+        debug_assert!(others.iter().all(|other| other.prompt == first.prompt), "samples of one prompt");
+        samples.iter().try_for_each(|sample| self.check_request(sample))?;
+        let (count, tokens) = (samples.len(), first.prompt.len());
+        let limit = self.table.samples_max(tokens as u32).min(self.limits.queued as usize);
+        if count > limit {
+            return Err(SubmitError::TooManySamples { samples: count, limit });
+        }
+        if !self.has_room(count, tokens) {
+            return Err(SubmitError::QueueFull { capacity: self.limits.queued });
+        }
+        for (i, sample) in samples.iter().enumerate() {
+            let place = match i {
+                0 if others.is_empty() => Place::Alone,
+                0 => Place::First,
+                _ => Place::Behind,
+            };
+            taken(self.take_in(*sample, place));
+        }
+        Ok(())
+    }
+
+    /// Can the request ever run?
+    fn check_request(&self, request: &Request<'_>) -> Result<(), SubmitError> {
         request.params.check()?;
-        let len_max = self.longest_sequence();
         let tokens = request.prompt.len();
         if tokens == 0 {
             return Err(SubmitError::EmptyPrompt);
         }
-        let limit = len_max - request.params.max_tokens.min(1);
+        let limit = self.longest_sequence() - request.params.max_tokens.min(1);
         if tokens as u64 > u64::from(limit) {
             return Err(SubmitError::PromptTooLong { tokens, limit });
         }
@@ -206,16 +249,23 @@ impl Scheduler {
         if endings > ENDINGS_MAX {
             return Err(SamplingError::StopTokens(endings).into());
         }
-        let max_tokens = request.params.max_tokens.min(len_max - tokens as u32);
-        let full = SubmitError::QueueFull { capacity: self.limits.queued };
-        if self.waiting.len() == self.limits.queued as usize {
-            return Err(full);
-        }
-        let (oldest, len_max) = (self.oldest(), tokens as u32 + max_tokens);
-        let entry = self.table.occupy(request, len_max, oldest).ok_or(full)?;
+        Ok(())
+    }
+
+    /// Can so many requests of so many prompt tokens each wait?
+    fn has_room(&self, requests: usize, tokens: usize) -> bool {
+        self.waiting.len() + requests <= self.limits.queued as usize
+            && self.table.has_room(requests, tokens as u32, self.oldest())
+    }
+
+    /// Has a request wait that can run, and for which there is room.
+    fn take_in(&mut self, request: Request<'_>, place: Place) -> Submitted {
+        let tokens = request.prompt.len() as u32;
+        let max_tokens = request.params.max_tokens.min(self.longest_sequence() - tokens);
+        let entry = self.table.occupy(request, tokens + max_tokens, place);
         self.waiting.insert(entry, &self.table);
         self.has_arrivals = true;
-        Ok(Submitted { ticket: self.table.ticket(entry), max_tokens })
+        Submitted { ticket: self.table.ticket(entry), max_tokens }
     }
 
     /// The longest sequence that can run alone; at least 1.
@@ -270,6 +320,18 @@ impl Scheduler {
         let window = self.table.window().unwrap_or(u32::MAX);
         self.stats.count(batch, window, self.pages_used());
         !batch.is_empty()
+    }
+
+    /// May the request hold prefixes that others have computed, and others its own?
+    fn shares_prefixes(&self, entry: u32) -> bool {
+        self.settings.prefix_cache || self.table.get(entry).is_grouped
+    }
+
+    /// Without a prefix cache, forgets what nobody holds any more, unless there are samples that are going to.
+    fn forget_unshared(&mut self) {
+        if !self.settings.prefix_cache && self.table.grouped_waiting() == 0 {
+            self.pool.evict_all();
+        }
     }
 
     /// Has the request no page for its next position?

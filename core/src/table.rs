@@ -60,6 +60,16 @@ pub(crate) enum State {
     Running,
 }
 
+/// Where a request stands among the samples of its prompt.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Place {
+    /// It is the only one.
+    Alone,
+    First,
+    /// Others come before it.
+    Behind,
+}
+
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Entry {
     pub state: State,
@@ -90,8 +100,11 @@ pub(crate) struct Entry {
     /// Prompt tokens found in the prefix cache at the first admission.
     pub cached_tokens: u32,
     pub admitted_before: bool,
-    /// Full pages of its prefix that the cache held when it was first looked at; `None` before.
+    /// Full pages of its prefix that the cache held when it was first looked at, or that samples before it are going to have;
+    /// `None` before.
     pub pages_expected: Option<u32>,
+    /// It is one of several samples of its prompt.
+    pub is_grouped: bool,
     /// What the next token was predicted to be, or [`NO_TOKEN`]; and the share of predictions that were right.
     pub predicted: u32,
     pub hits: f32,
@@ -119,6 +132,7 @@ impl Entry {
         cached_tokens: 0,
         admitted_before: false,
         pages_expected: None,
+        is_grouped: false,
         predicted: NO_TOKEN,
         hits: HITS_BEFORE,
     };
@@ -159,6 +173,8 @@ pub(crate) struct RequestTable {
     constraints: Vec<Option<Arc<dyn Constraint>>>,
     /// How many of them there are.
     constrained: u32,
+    /// Requests that wait and are one of several samples.
+    grouped_waiting: u32,
     /// `[entries, sequence_blocks]`: each request's blocks.
     blocks: Vec<u32>,
     /// `[blocks, block_tokens + GAP]` token ids.
@@ -194,6 +210,7 @@ impl RequestTable {
             rules: filled(entries as usize, None)?,
             constraints: filled(entries as usize, None)?,
             constrained: 0,
+            grouped_waiting: 0,
             blocks: filled(entries as usize * sequence_blocks as usize, 0)?,
             tokens: filled(blocks as usize * (block_tokens + GAP) as usize, 0)?,
             pages: filled(blocks as usize * (block_pages + GAP) as usize, 0)?,
@@ -223,6 +240,11 @@ impl RequestTable {
         &mut self.entries[entry as usize]
     }
 
+    /// Requests that wait and are one of several samples of their prompts.
+    pub fn grouped_waiting(&self) -> u32 {
+        self.grouped_waiting
+    }
+
     /// What a request says of single tokens.
     pub fn rules(&self, entry: u32) -> &Rules {
         self.rules[entry as usize].as_deref().unwrap_or(&NO_RULES)
@@ -242,15 +264,24 @@ impl RequestTable {
         (entry.generation == ticket.generation && entry.state != State::Vacant).then_some(ticket.entry)
     }
 
-    /// Moves a request in, if there are blocks for its prompt beside what `oldest`, who has run longest, may need.
-    pub fn occupy(&mut self, request: Request<'_>, len_max: u32, oldest: Option<u32>) -> Option<u32> {
+    /// Is there room for so many requests of so many prompt tokens each, beside what `oldest`, who has run longest, may need?
+    pub fn has_room(&self, requests: usize, tokens: u32, oldest: Option<u32>) -> bool {
+        let spare = (self.free_blocks.len() as u32).saturating_sub(self.promised(oldest)) as usize;
+        requests <= self.vacant.len() && requests * tokens.div_ceil(self.block_tokens) as usize <= spare
+    }
+
+    /// Samples of a prompt of so many tokens that there is room for where nobody else is.
+    pub fn samples_max(&self, tokens: u32) -> usize {
+        let blocks = self.tokens.len() / (self.block_tokens + GAP) as usize;
+        blocks.saturating_sub(self.sequence_blocks as usize)
+            / tokens.div_ceil(self.block_tokens).max(1) as usize
+    }
+
+    /// Moves a request in, for which there is room.
+    pub fn occupy(&mut self, request: Request<'_>, len_max: u32, place: Place) -> u32 {
         let Request { prompt, params, rules, constraint } = request;
         let len = prompt.len() as u32;
-        let spare = (self.free_blocks.len() as u32).saturating_sub(self.promised(oldest));
-        if len.div_ceil(self.block_tokens) > spare {
-            return None;
-        }
-        let entry = self.vacant.pop()?;
+        let Some(entry) = self.vacant.pop() else { unreachable!("the caller saw room") };
         let generation = self.get(entry).generation;
         *self.get_mut(entry) = Entry {
             state: State::Waiting,
@@ -262,8 +293,10 @@ impl RequestTable {
             planned: len,
             reads_history: params.slot_state(len).penalizes()
                 || rules.is_some_and(|rules| rules.reads_history()),
+            is_grouped: place != Place::Alone,
             ..Entry::VACANT
         };
+        self.grouped_waiting += u32::from(place != Place::Alone);
         self.rules[entry as usize] = rules.cloned();
         self.constraints[entry as usize] = constraint.cloned();
         self.constrained += u32::from(constraint.is_some());
@@ -271,11 +304,16 @@ impl RequestTable {
             self.get_mut(entry).score_from(from.max(1));
         }
         for tokens in prompt.chunks(self.block_tokens as usize) {
-            let block = self.take_block(entry)?;
+            let Some(block) = self.take_block(entry) else { unreachable!("the caller saw room") };
             let first = block as usize * (self.block_tokens + GAP) as usize;
             self.tokens[first..first + tokens.len()].copy_from_slice(tokens);
         }
-        Some(entry)
+        if place == Place::Behind {
+            let kept = self.pages_kept();
+            let expected = (self.get(entry).cacheable() / self.page_size).min(kept);
+            self.get_mut(entry).pages_expected = Some(expected);
+        }
+        entry
     }
 
     /// Sees to a place for the token that a request draws next; false if it has to wait for others to end, which `oldest`, who
@@ -321,7 +359,8 @@ impl RequestTable {
         if self.constraints[entry as usize].take().is_some() {
             self.constrained -= 1;
         }
-        let Entry { generation, blocks, .. } = *self.get(entry);
+        let Entry { generation, blocks, state, is_grouped, .. } = *self.get(entry);
+        self.grouped_waiting -= u32::from(is_grouped && state == State::Waiting);
         let first = (entry * self.sequence_blocks) as usize;
         self.free_blocks.extend_from_slice(&self.blocks[first..first + blocks as usize]);
         let generation = generation.wrapping_add(1);
@@ -340,6 +379,7 @@ impl RequestTable {
     pub fn start(&mut self, entry: u32, node: u32, depth: u32) -> u64 {
         let Some(slot) = self.slots.pop() else { unreachable!("the caller saw a slot") };
         let cached_tokens = depth * self.page_size;
+        self.grouped_waiting -= u32::from(self.get(entry).is_grouped);
         let request = self.get_mut(entry);
         request.state = State::Running;
         request.slot = slot;
@@ -366,6 +406,7 @@ impl RequestTable {
         }
         pool.release_path(request.node);
         self.slots.push(request.slot);
+        self.grouped_waiting += u32::from(request.is_grouped);
         let request = self.get_mut(entry);
         request.state = State::Waiting;
         (request.node, request.node_depth, request.pages, request.computed) = (NO_PAGE, 0, 0, 0);
@@ -379,8 +420,7 @@ impl RequestTable {
     pub fn keep_prefix(&mut self, entry: u32, pool: &mut PagePool, ending: bool) {
         let mut request = *self.get(entry);
         let full_pages = request.computed.min(request.known) / self.page_size;
-        let kept = self.window.map_or(u32::MAX, |window| window.div_ceil(self.page_size));
-        while request.node_depth < full_pages.min(kept) && request.hole().is_empty() {
+        while request.node_depth < full_pages.min(self.pages_kept()) && request.hole().is_empty() {
             let tokens = self.page_tokens(entry, request.node_depth);
             let page = self.page(entry, request.node_depth);
             request.node = match pool.find(request.node, tokens) {
@@ -397,6 +437,11 @@ impl RequestTable {
             request.node_depth += 1;
         }
         *self.get_mut(entry) = request;
+    }
+
+    /// Pages of a sequence that the prefix tree has at most.
+    fn pages_kept(&self) -> u32 {
+        self.window.map_or(u32::MAX, |window| window.div_ceil(self.page_size))
     }
 
     /// Gives back the request's own pages that none of its tokens to come sees. The step that is scheduled next may take them:

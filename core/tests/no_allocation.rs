@@ -52,7 +52,7 @@ unsafe impl GlobalAlloc for Counting {
 #[global_allocator]
 static ALLOCATOR: Counting = Counting;
 
-/// 200 requests through a queue of 10: shared prefixes, chunks, retractions, log-probabilities, rules, constraints, ends by all
+/// 200 requests through a queue of 10: samples of one prompt, shared prefixes, chunks, retractions, log-probabilities, rules, constraints, ends by all
 /// reasons, and one abort.
 #[test]
 fn a_whole_run_allocates_nothing_after_construction() {
@@ -94,17 +94,22 @@ fn a_whole_run_allocates_nothing_after_construction() {
         let before = ALLOCATIONS.get();
         while next < requests.len() || !engine.is_idle() {
             while let Some((prompt, params)) = requests.get(next) {
-                let request = Request {
-                    rules: Some(&rules).filter(|_| next.is_multiple_of(3)),
-                    constraint: constraints.get(next).filter(|_| next.is_multiple_of(4)),
-                    ..Request::new(prompt, *params)
+                // Of the prompts that come to it some have two samples, the others one.
+                let of_sample = |sample: u32| {
+                    let number = next + sample as usize;
+                    Request {
+                        rules: Some(&rules).filter(|_| next.is_multiple_of(3)),
+                        constraint: constraints.get(number).filter(|_| number.is_multiple_of(4)),
+                        ..Request::new(prompt, params.of_sample(sample))
+                    }
                 };
-                match engine.submit(request) {
-                    Ok(submitted) => last = Some(submitted.ticket),
+                let group = [of_sample(0), of_sample(1)];
+                let samples = if next.is_multiple_of(10) { &group[..] } else { &group[..1] };
+                match engine.submit_group(samples, &mut |submitted| last = Some(submitted.ticket)) {
+                    Ok(()) => next += samples.len(),
                     Err(SubmitError::QueueFull { .. }) => break,
                     Err(error) => panic!("{error}"),
                 }
-                next += 1;
             }
             let mut sink = |event: Event<'_>| match event {
                 Event::PromptLogprobs { .. } => {}

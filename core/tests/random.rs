@@ -35,6 +35,8 @@ enum Action {
     Submit {
         prompt: Vec<u32>,
         params: SamplingParams,
+        /// Samples of the prompt, as a group.
+        samples: u32,
         /// Tokens that end its output.
         stop: Vec<u32>,
         /// The seed of a constraint, and how late its masks are.
@@ -123,9 +125,10 @@ fn action() -> impl Strategy<Value = Action> {
         },
     );
     let stop = prop_oneof![2 => Just(vec![]), 1 => prop::collection::vec(0..VOCAB, 1..3)];
+    let samples = prop_oneof![2 => Just(1), 1 => 2..5u32];
     prop_oneof![
-        5 => (prompt(), params, stop, prop::option::weighted(0.4, (0..1000u32, 0..4u32)))
-            .prop_map(|(prompt, params, stop, rule)| Action::Submit { prompt, params, stop, rule }),
+        5 => (prompt(), params, samples, stop, prop::option::weighted(0.4, (0..1000u32, 0..4u32)))
+            .prop_map(|(prompt, params, samples, stop, rule)| Action::Submit { prompt, params, samples, stop, rule }),
         6 => Just(Action::Step),
         1 => any::<prop::sample::Index>().prop_map(Action::Abort),
         1 => Just(Action::ClearPrefixCache),
@@ -159,9 +162,9 @@ fn play(stream: &Stream) -> (Vec<Submitted>, Outcomes, Engine<Local<Lazy, Hashin
     let (mut taken, mut outcomes) = (Vec::<Submitted>::new(), Outcomes::default());
     for action in &stream.actions {
         match action {
-            Action::Submit { prompt, params, stop, rule } => {
-                let submitted = submit(&mut engine, prompt, *params, stop, *rule, &mut outcomes);
-                taken.extend(submitted);
+            Action::Submit { prompt, params, samples, stop, rule } => {
+                let samples: Vec<_> = (0..*samples).map(|sample| params.of_sample(sample)).collect();
+                taken.extend(submit(&mut engine, prompt, &samples, stop, *rule, &mut outcomes));
             }
             Action::Step => {
                 engine.step(&mut |event| outcomes.take_in(event)).expect("the device does not fail");
@@ -183,33 +186,40 @@ fn play(stream: &Stream) -> (Vec<Submitted>, Outcomes, Engine<Local<Lazy, Hashin
     (taken, outcomes, engine)
 }
 
-/// Submits a request, with steps in between while the queue is full.
+/// Submits samples of a prompt, with steps in between while the queue is full.
 fn submit(
     engine: &mut Engine<Local<Lazy, Hashing>>,
     prompt: &[u32],
-    params: SamplingParams,
+    samples: &[SamplingParams],
     stop: &[u32],
     rule: Option<(u32, u32)>,
     outcomes: &mut Outcomes,
-) -> Option<Submitted> {
+) -> Vec<Submitted> {
     let rules = Rules::new(vec![], stop.to_vec(), &[]).expect("few stop tokens");
     let rules = (!stop.is_empty()).then(|| Arc::new(rules));
-    let constraint = rule.map(|(seed, late)| Arc::new(Rule::new(seed, late)) as Arc<dyn Constraint>);
+    let constraint = |(seed, late)| Arc::new(Rule::new(seed, late)) as Arc<dyn Constraint>;
+    let constraints: Vec<_> = samples.iter().map(|_| rule.map(constraint)).collect();
+    let request = |(params, constraint): (&SamplingParams, _)| Request {
+        rules: rules.as_ref(),
+        constraint: Option::as_ref(constraint),
+        ..Request::new(prompt, *params)
+    };
+    let group: Vec<_> = samples.iter().zip(&constraints).map(request).collect();
     loop {
-        let (rules, constraint) = (rules.as_ref(), constraint.as_ref());
-        let request = Request { rules, constraint, ..Request::new(prompt, params) };
-        match engine.submit(request) {
-            Ok(submitted) => {
-                let (ticket, max_tokens) = (submitted.ticket, submitted.max_tokens);
-                return Some(Submitted {
-                    ticket,
+        let mut taken = Vec::new();
+        match engine.submit_group(&group, &mut |submitted| taken.push(submitted)) {
+            Ok(()) => {
+                assert_eq!(taken.len(), samples.len(), "a group is taken in wholly");
+                let submitted = taken.into_iter().zip(samples).map(|(taken, params)| Submitted {
+                    ticket: taken.ticket,
                     prompt: prompt.to_vec(),
-                    params,
+                    params: *params,
                     stop: stop.to_vec(),
                     rule,
-                    max_tokens,
+                    max_tokens: taken.max_tokens,
                     aborted: false,
                 });
+                return submitted.collect();
             }
             Err(SubmitError::QueueFull { .. }) => {
                 engine.step(&mut |event| outcomes.take_in(event)).expect("the device does not fail");
@@ -217,11 +227,15 @@ fn submit(
             }
             Err(SubmitError::EmptyPrompt) => {
                 assert!(prompt.is_empty());
-                return None;
+                return Vec::new();
             }
             Err(SubmitError::PromptTooLong { limit, .. }) => {
                 assert!(prompt.len() as u32 > limit);
-                return None;
+                return Vec::new();
+            }
+            Err(SubmitError::TooManySamples { limit, .. }) => {
+                assert!(samples.len() > limit && engine.limits().queued as usize >= limit);
+                return Vec::new();
             }
             Err(error) => panic!("{error}"),
         }

@@ -96,6 +96,7 @@ impl Scheduler {
             return false;
         }
         self.stats.cached_tokens += self.table.start(entry, node, depth);
+        self.forget_unshared();
         self.push_slot(entry, batch);
         let mut page = node;
         for i in (0..depth).rev() {
@@ -124,7 +125,7 @@ impl Scheduler {
     /// `visit`. Returns the path's end and length.
     fn cached_prefix(&mut self, entry: u32, visit: impl Fn(&mut PagePool, u32)) -> (u32, u32) {
         let (mut node, mut depth) = (NO_PAGE, 0);
-        if self.settings.prefix_cache {
+        if self.shares_prefixes(entry) {
             let full_pages = self.table.get(entry).cacheable() / self.limits.page_size;
             while depth < full_pages
                 && let Some(next) = self.pool.find(node, self.table.page_tokens(entry, depth))

@@ -18,6 +18,10 @@ impl Scheduler {
         let in_state = |state| self.table.iter().filter(move |(_, request)| request.state == state);
         assert_eq!(in_state(State::Running).count(), self.running.len(), "running requests");
         assert_eq!(in_state(State::Waiting).count(), self.waiting(), "waiting requests");
+        let grouped = in_state(State::Waiting).filter(|(_, request)| request.is_grouped).count();
+        assert_eq!(grouped, self.table.grouped_waiting() as usize, "waiting samples");
+        let may_cache = self.settings.prefix_cache || grouped > 0;
+        assert!(may_cache || self.pool.cached() == 0, "a prefix is kept for nobody");
         for (entry, request) in in_state(State::Running) {
             assert!(self.running.contains(&entry));
             assert!(request.computed <= request.pages * self.limits.page_size, "positions without a page");

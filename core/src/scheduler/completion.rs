@@ -113,6 +113,7 @@ impl Scheduler {
         self.stats.finished += 1;
         sink(Event::Finished { ticket, reason, cached_tokens, tokens: self.table.output(entry) });
         self.table.vacate(entry);
+        self.forget_unshared();
     }
 
     /// Removes the requests that have ended from their lists, all at once: many may end in one step.

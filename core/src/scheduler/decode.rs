@@ -60,6 +60,7 @@ impl Scheduler {
         let Some(entry) = self.running.pop() else { return };
         self.table.stop(entry, &mut self.pool, self.settings.prefix_cache);
         self.retracted.push_front(entry);
+        self.forget_unshared();
         self.stats.retractions += 1;
     }
 

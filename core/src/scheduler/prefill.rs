@@ -53,7 +53,7 @@ impl Scheduler {
         request.computed = end;
         // Where no token is wanted, the row is sampled for nothing, and has told that its logits are numbers.
         request.planned += u32::from(last && request.planned < request.len_max);
-        if self.settings.prefix_cache {
+        if self.shares_prefixes(entry) {
             self.table.keep_prefix(entry, &mut self.pool, false);
         }
         true
