@@ -90,7 +90,7 @@ pub use options::{
 pub use request::{
     BesideWork, ChatPrompt, Completion, FinishReason, Flow, GenerateRequest, Given, JsonObject, Message,
     NoRole, Prompt, PromptLogprobs, RequestError, SamplingError, SamplingParams, StepShape, StepTiming,
-    StreamEvent, SubmitError, TOP_LOGPROBS_MAX, TokenLogprobs, TokenRules,
+    StreamEvent, SubmitError, TOP_LOGPROBS_MAX, TokenLogprobs, TokenRules, sample_seed,
 };
 pub use rerank::{Relevance, RerankRequest};
 pub use score::{Score, ScoreRequest};

@@ -6,7 +6,7 @@
 //!
 //! The engine is built on the thread that it stays on; every method asks it through its handle.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::num::NonZero;
 use std::path::Path;
 use std::sync::Arc;
@@ -108,24 +108,26 @@ impl Llm {
         self.front.handle().clone()
     }
 
-    /// Runs all requests; completions come in the order of the requests.
+    /// Runs all requests; completions come in the order of the requests, those of a request's samples one behind the other.
     ///
     /// # Errors
     /// A step failed; the error holds what had finished. A request that can't run is no error: its completion says so.
     pub fn generate(&mut self, requests: &[GenerateRequest]) -> Result<Vec<Completion>, Error> {
-        let mut completions: Vec<Option<Completion>> = vec![None; requests.len()];
+        let mut completions: Vec<Vec<Completion>> = vec![Vec::new(); requests.len()];
         let outcome = self.drive(SessionOptions::default(), requests.iter().cloned(), |event, _| {
             if let SessionEvent::Finished { tag, completion, .. } = event {
-                completions[tag as usize] = Some(*completion);
+                completions[tag as usize].push(*completion);
             }
             true
         });
+        completions.iter_mut().for_each(|samples| samples.sort_by_key(|one| one.sample));
         match outcome {
             Ok(()) => Ok(completions.into_iter().flatten().collect()),
             Err(Error::Step { cause, .. }) => {
                 let finished = completions.into_iter().enumerate();
-                let finished = finished.filter_map(|(index, one)| Some((index, one?))).collect();
-                Err(Error::Step { cause, finished })
+                let finished =
+                    finished.flat_map(|(index, samples)| samples.into_iter().map(move |one| (index, one)));
+                Err(Error::Step { cause, finished: finished.collect() })
             }
             Err(error) => Err(error),
         }
@@ -349,8 +351,10 @@ impl Llm {
 /// A session's events as those of a callback.
 struct Streaming<F> {
     on_event: F,
-    /// Of each open request, how many tokens and bytes of text were handed over, and whether it is aborted.
-    open: HashMap<u64, Given>,
+    /// Of each open request's samples, how many tokens and bytes of text were handed over.
+    open: HashMap<(u64, u32), Given>,
+    /// Open requests that are aborted.
+    aborted: HashSet<u64>,
     /// No request is wanted any more.
     closed: bool,
 }
@@ -359,38 +363,41 @@ struct Streaming<F> {
 struct Given {
     tokens: usize,
     text: usize,
-    aborted: bool,
 }
 
 impl<F: FnMut(StreamEvent<'_>) -> Flow> Streaming<F> {
     fn new(on_event: F) -> Self {
-        Streaming { on_event, open: HashMap::new(), closed: false }
+        Streaming { on_event, open: HashMap::new(), aborted: HashSet::new(), closed: false }
     }
 
     /// Hands an event on; false once everything is to be aborted.
     fn hear(&mut self, event: SessionEvent, events: &mut Events) -> bool {
         match event {
-            SessionEvent::Token { tag, token, text, logprobs, .. } => {
-                let closed = self.closed;
-                let given = self.open.entry(tag).or_default();
-                if given.aborted || closed {
-                    return !closed; // Drawn before the engine heard of it.
+            SessionEvent::Token { tag, sample, token, text, logprobs, .. } => {
+                if self.closed || self.aborted.contains(&tag) {
+                    return !self.closed; // Drawn before the engine heard of it.
                 }
+                let given = self.open.entry((tag, sample)).or_default();
                 given.tokens += 1;
                 given.text += text.len();
                 let (index, logprobs) = (tag as usize, logprobs.as_ref());
-                let flow = (self.on_event)(StreamEvent::Token { index, token, text: &text, logprobs });
+                let flow =
+                    (self.on_event)(StreamEvent::Token { index, sample, token, text: &text, logprobs });
                 if flow == Flow::AbortRequest {
-                    given.aborted = true;
+                    self.aborted.insert(tag);
                     events.abort(tag);
                 }
                 self.follow(flow, events);
             }
             SessionEvent::Finished { tag, mut text, mut completion } => {
-                let given = self.open.remove(&tag).unwrap_or_default();
-                if (given.aborted || self.closed) && completion.error.is_none() {
+                let given = self.open.remove(&(tag, completion.sample)).unwrap_or_default();
+                let aborted = self.aborted.contains(&tag);
+                if (aborted || self.closed) && completion.error.is_none() {
                     cut(&mut completion, given);
                     text.clear();
+                }
+                if aborted && !events.is_open(tag) {
+                    self.aborted.remove(&tag);
                 }
                 let (index, completion) = (tag as usize, *completion);
                 let flow = (self.on_event)(StreamEvent::Finished { index, text: &text, completion });

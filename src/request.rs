@@ -17,7 +17,9 @@ use crate::grammar::Grammar;
 
 pub use minisgl_core::batch::StepShape;
 pub use minisgl_core::request::SubmitError;
-pub use minisgl_core::sampling::{PromptLogprobs, SamplingError, SamplingParams, TOP_LOGPROBS_MAX};
+pub use minisgl_core::sampling::{
+    PromptLogprobs, SamplingError, SamplingParams, TOP_LOGPROBS_MAX, sample_seed,
+};
 pub use minisgl_core::stats::Load;
 
 /// One message of a conversation: a JSON object, handed to the checkpoint's chat template as it is. Beside `role` and
@@ -129,6 +131,9 @@ pub struct GenerateRequest {
     pub prompt: Prompt,
     /// How tokens are drawn, and how many.
     pub sampling: SamplingParams,
+    /// Outputs, each a sample of its own, at least 1. Sample i draws with the seed [`sample_seed`] of the request's and i, so the
+    /// first draws what it would draw alone. They run as a group: the prompt is computed once, and its pages are held once.
+    pub samples: u32,
     /// Texts that end the output; it is cut before the first one found. They need the checkpoint's tokenizer.
     pub stop: Vec<String>,
     /// Let the text end with what ended it: the stop text, or the stop token's text.
@@ -168,6 +173,7 @@ impl GenerateRequest {
         GenerateRequest {
             prompt,
             sampling: SamplingParams::default(),
+            samples: 1,
             stop: Vec::new(),
             include_stop: false,
             rules: TokenRules::default(),
@@ -197,10 +203,21 @@ impl GenerateRequest {
         self
     }
 
+    /// Sets how many outputs there are to be.
+    pub fn samples(mut self, samples: u32) -> Self {
+        self.samples = samples;
+        self
+    }
+
     /// Sets what the output is to be.
     pub fn grammar(mut self, grammar: Grammar) -> Self {
         self.grammar = Some(grammar);
         self
+    }
+
+    /// Output tokens of all samples at most.
+    pub fn output_tokens_max(&self) -> u64 {
+        u64::from(self.samples) * u64::from(self.sampling.max_tokens)
     }
 
     /// Adds a text that ends the output.
@@ -249,9 +266,11 @@ impl TokenLogprobs {
     }
 }
 
-/// What came of a request.
+/// What came of a request, or of one of its samples.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Completion {
+    /// Which sample it is; 0 where there is one.
+    pub sample: u32,
     /// The tokens drawn; an end-of-sequence token included.
     pub token_ids: Vec<u32>,
     /// The output as text, special tokens left out; `None` where the checkpoint has no tokenizer.
@@ -281,6 +300,7 @@ pub struct Completion {
 impl Completion {
     pub(crate) fn rejected(error: RequestError) -> Self {
         Completion {
+            sample: 0,
             token_ids: Vec::new(),
             text: None,
             finish_reason: FinishReason::Rejected,
@@ -368,6 +388,9 @@ pub enum RequestError {
          min_tokens; make it simpler (fewer alternatives, shorter repetitions), or drop bad_words and min_tokens"
     )]
     GrammarFailed,
+    /// No output is asked for.
+    #[error("samples is 0; ask for at least one")]
+    NoSamples,
     /// It would end every output at once.
     #[error("a stop text is empty; leave it out, or give at least one character")]
     EmptyStop,
@@ -378,6 +401,7 @@ impl RequestError {
     pub fn kind(&self) -> &'static str {
         match self {
             RequestError::Refused(SubmitError::QueueFull { .. }) => "queue full",
+            RequestError::Refused(SubmitError::TooManySamples { .. }) => "too many samples",
             RequestError::Refused(SubmitError::EmptyPrompt) => "empty prompt",
             RequestError::Refused(SubmitError::PromptTooLong { .. }) => "prompt too long",
             RequestError::Refused(SubmitError::TokenOutsideVocabulary { .. }) => {
@@ -396,6 +420,7 @@ impl RequestError {
             RequestError::NoToolFormat => "no format of tool calls",
             RequestError::Grammar(_) => "unusable grammar",
             RequestError::GrammarFailed => "grammar too complex",
+            RequestError::NoSamples => "no samples",
             RequestError::EmptyStop => "empty stop text",
         }
     }
@@ -408,6 +433,8 @@ pub enum StreamEvent<'a> {
     Token {
         /// Whose: its place among the requests.
         index: usize,
+        /// Which of its samples.
+        sample: u32,
         /// Its id.
         token: u32,
         /// Text that became certain with it: empty while a character, or what may be a stop text, is incomplete.
@@ -415,7 +442,7 @@ pub enum StreamEvent<'a> {
         /// Where the request asks for them.
         logprobs: Option<&'a TokenLogprobs>,
     },
-    /// A request ended.
+    /// A request, or one of its samples, ended.
     Finished {
         /// Whose.
         index: usize,
@@ -466,7 +493,7 @@ pub enum Flow {
     /// Go on.
     #[default]
     Continue,
-    /// Abort the request that the event is about.
+    /// Abort the request that the event is about, all its samples.
     AbortRequest,
     /// Abort every request, those not pulled yet included, and return.
     AbortAll,

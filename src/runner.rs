@@ -21,8 +21,12 @@ pub type Sink<'a> = &'a mut dyn FnMut(Event<'_>);
 
 /// An engine of any backend.
 pub trait Runner {
-    /// Takes a request in.
-    fn submit(&mut self, request: Request<'_>) -> Result<Submitted, SubmitError>;
+    /// Takes samples of a prompt in: all, or none.
+    fn submit_group(
+        &mut self,
+        samples: &[Request<'_>],
+        taken: &mut dyn FnMut(Submitted),
+    ) -> Result<(), SubmitError>;
     /// See [`Engine::set_backlog`].
     fn set_backlog(&mut self, requests: u32);
     /// Ends a request; false if it has ended already.
@@ -101,8 +105,12 @@ impl<B: Diagnostics> RunnerExecutor for Local<B, Decoder<B>> {
 }
 
 impl<X: RunnerExecutor> Runner for Engine<X> {
-    fn submit(&mut self, request: Request<'_>) -> Result<Submitted, SubmitError> {
-        Engine::submit(self, request)
+    fn submit_group(
+        &mut self,
+        samples: &[Request<'_>],
+        taken: &mut dyn FnMut(Submitted),
+    ) -> Result<(), SubmitError> {
+        Engine::submit_group(self, samples, &mut |submitted| taken(submitted))
     }
 
     fn set_backlog(&mut self, requests: u32) {

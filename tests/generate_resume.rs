@@ -115,7 +115,7 @@ fn batch_lines_are_resumed_as_native_ones_are() {
         )
     };
     let good = r#"{"prompt": "a", "max_tokens": 2}"#;
-    scratch.write("in.jsonl", line(1, good) + &line(2, r#"{"prompt": "a", "n": 2}"#) + &line(1, good));
+    scratch.write("in.jsonl", line(1, good) + &line(2, r#"{"prompt": "a", "n": 0}"#) + &line(1, good));
     assert_eq!(generate(&scratch, &[]).status.code(), Some(1));
     let still = generate(&scratch, &["--resume"]);
     assert!(stderr(&still).contains("0 finished, 1 failed, 2 skipped"), "{}", stderr(&still));

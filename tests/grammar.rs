@@ -266,7 +266,14 @@ fn a_batch_line_that_asks_for_a_call_is_answered_with_one() {
         let origin = lines::Origin { line: 1, fingerprint: 7 };
         let mut out = Vec::new();
         let format = llm.handle().text().tool_format();
-        lines::write_result(&mut out, &line.header, origin, completion, format, &|_| None);
+        lines::write_result(
+            &mut out,
+            &line.header,
+            origin,
+            std::slice::from_ref(completion),
+            format,
+            &|_| None,
+        );
         let answer: Value = serde_json::from_slice(&out).unwrap();
         let choice = &answer["response"]["body"]["choices"][0];
         assert_eq!(

@@ -226,9 +226,10 @@ fn fields_at_the_value_that_asks_for_nothing_are_taken() {
 #[test]
 fn fields_that_ask_for_what_is_not_done_are_refused_by_name_with_what_to_do() {
     for (fields, says) in [
-        (r#""n": 2"#, "n is 2; it may only be 1: one line gives one output; repeat the line"),
-        (r#""n": "1""#, "n is \"1\"; it may only be 1"),
-        (r#""best_of": 3"#, "best_of is 3; it may only be 1"),
+        (r#""n": 129"#, "n is 129; at most 128 outputs of a prompt are given"),
+        (r#""n": 0"#, "n is 0; it must be a whole number from 1 to 128"),
+        (r#""n": "1""#, "n is \"1\"; it must be a whole number from 1 to 128"),
+        (r#""best_of": 3"#, "best_of is 3; all outputs are given, so it must be as n"),
         (r#""length_penalty": 0.5"#, "length_penalty is 0.5; it may only be 1"),
         (r#""stream": true"#, "stream is true; it may only be false"),
         (r#""echo": true"#, "echo is true;"),
@@ -289,7 +290,7 @@ fn an_id_is_kept_to_the_letter() {
             let header = parse(&line).expect(&line).header;
             assert_eq!(header.id(), id);
             let mut out = Vec::new();
-            lines::write_result(&mut out, &header, ORIGIN, &completion(), None, &|_| None);
+            lines::write_result(&mut out, &header, ORIGIN, &[completion()], None, &|_| None);
             let out = String::from_utf8(out).unwrap();
             assert!(out.contains(&format!("id\":{id},")), "{out}");
         }
@@ -517,6 +518,7 @@ fn an_envelope_that_is_not_whole_is_a_bad_batch_line() {
 fn completion() -> Completion {
     let logprobs = |logprob: f32, top: &[(u32, f32)]| TokenLogprobs { logprob, top: top.to_vec() };
     Completion {
+        sample: 0,
         token_ids: vec![10, 11, 12],
         text: Some("né \u{fffd}".to_owned()),
         finish_reason: FinishReason::Eos,
@@ -551,8 +553,13 @@ fn result(line: &str, completion: &Completion) -> Value {
 }
 
 fn written(line: &str, completion: &Completion) -> String {
+    written_all(line, std::slice::from_ref(completion))
+}
+
+/// Of a request's samples.
+fn written_all(line: &str, completions: &[Completion]) -> String {
     let mut out = Vec::new();
-    lines::write_result(&mut out, &parse(line).unwrap().header, ORIGIN, completion, None, &token_bytes);
+    lines::write_result(&mut out, &parse(line).unwrap().header, ORIGIN, completions, None, &token_bytes);
     assert_eq!(out.iter().position(|byte| *byte == b'\n'), Some(out.len() - 1), "one whole line");
     assert!(out.starts_with(b"{\"id\":"));
     String::from_utf8(out).unwrap()
@@ -633,6 +640,43 @@ fn a_text_completion_is_openais() {
         "finish_reason": "stop",
     });
     assert_eq!(body["choices"], json!([expected]));
+}
+
+#[test]
+fn the_samples_of_a_line_are_one_result() {
+    let other =
+        Completion { sample: 1, token_ids: vec![11], finish_reason: FinishReason::Length, ..completion() };
+    let samples = [completion(), other];
+    for line in in_all_formats(r#""n": 2, "best_of": 2"#) {
+        assert_eq!(parse(&line).unwrap().request.samples, 2);
+    }
+    let native = r#"{"id": 7, "prompt": "hi", "n": 2}"#;
+    let result: Value = serde_json::from_str(&written_all(native, &samples)).unwrap();
+    let outputs = result["outputs"].as_array().unwrap();
+    let of_output = |one: &Value| (one["token_ids"].clone(), one["finish_reason"].clone());
+    let expected = [(json!([10, 11, 12]), json!("eos")), (json!([11]), json!("length"))];
+    assert_eq!(outputs.iter().map(of_output).collect::<Vec<_>>(), expected);
+    assert_eq!(outputs[1]["logprobs"].as_array().unwrap().len(), 3);
+    assert_eq!(result.get("token_ids"), None);
+    assert_eq!(result["usage"], json!({"prompt_tokens": 5, "completion_tokens": 4, "cached_tokens": 4}));
+    for line in [CHAT, TEXT] {
+        let result: Value = serde_json::from_str(&written_all(line, &samples)).unwrap();
+        let body = &result["response"]["body"];
+        let choice = |one: &Value| (one["index"].clone(), one["finish_reason"].clone());
+        let choices = body["choices"].as_array().unwrap().iter().map(choice).collect::<Vec<_>>();
+        assert_eq!(choices, [(json!(0), json!("stop")), (json!(1), json!("length"))]);
+        assert_eq!(
+            (&body["usage"]["prompt_tokens"], &body["usage"]["completion_tokens"]),
+            (&json!(5), &json!(4))
+        );
+    }
+    // One that fails fails the line.
+    let failed = Completion { error: Some(RequestError::NotNumbers), ..samples[1].clone() };
+    for (line, is_good) in [(native, true), (CHAT, true), (TEXT, true), (native, false), (CHAT, false)] {
+        let second = if is_good { &samples[1] } else { &failed };
+        let line = written_all(line, &[completion(), second.clone()]);
+        assert_eq!(lines::read_result(line.as_bytes()).unwrap().good, is_good, "{line}");
+    }
 }
 
 #[test]
@@ -840,6 +884,7 @@ fn a_line_with_a_completion_is_to_be_scored() {
         (r#""completion": "a", "stop": "x""#, "stop is \"x\"; it may only be []: "),
         (r#""completion": "a", "logit_bias": {"5": 1}"#, "logit_bias is {\"5\": 1}; it may only be {}: "),
         (r#""completion": "a", "repetition_penalty": 1.1"#, "repetition_penalty is 1.1; it may only be 1: "),
+        (r#""completion": "a", "n": 2"#, "n is 2; it may only be 1: a completion is scored"),
         (r#""completion": "a", "structured_outputs": {"regex": "b"}"#, "structured_outputs is {\"regex\""),
         (r#""completion": "a", "response_format": {"type": "json_object"}"#, "response_format is {\"type\""),
         (r#""completion": "a", "complete": 1"#, "there is no field \"complete\""),

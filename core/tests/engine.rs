@@ -123,7 +123,7 @@ fn without_a_prefix_cache_nothing_is_cached() {
 
 /// Submits `samples` of a prompt as a group, runs them dry, and gives their outcomes in their order.
 fn run_group(
-    engine: &mut Engine<Lazy, Hashing>,
+    engine: &mut Engine<Local<Lazy, Hashing>>,
     prompt: &[u32],
     params: SamplingParams,
     samples: u32,

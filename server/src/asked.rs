@@ -1,7 +1,7 @@
 //! What a request of the API asks for: the fields that only a service can serve, and those that lines have too.
 //!
 //! ```text
-//!   body ── JSON ──> n, stream, echo, …              taken here
+//!   body ── JSON ──> stream, echo, …                 taken here
 //!                └─> all others                     minisgl::openai::Body
 //! ```
 
@@ -10,16 +10,11 @@ use minisgl::{ChatPrompt, GenerateRequest, Prompt, PromptLogprobs, SamplingParam
 
 use crate::error::ApiError;
 
-/// Outputs of a prompt at most, as in OpenAI's API.
-const OUTPUTS_MAX: i64 = 128;
-
 /// A request that has been read.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Asked {
-    /// Prompts, sampling, stop texts, the model's name.
+    /// Prompts, how many outputs of each, sampling, stop texts, the model's name.
     pub body: Body,
-    /// Outputs of each prompt.
-    pub outputs: u32,
     /// Send tokens as they come; `None`: one answer at the end.
     pub stream: Option<StreamOptions>,
     /// Let each output begin with its prompt.
@@ -50,7 +45,6 @@ impl Asked {
     ) -> Result<Self, ApiError> {
         let mut fields = Fields::read(json).map_err(|error| ApiError::invalid(error.to_string()))?;
         fields.check_once()?;
-        let outputs = outputs(&mut fields, prompts)?;
         let stream = stream(&mut fields)?;
         let echo = match prompts {
             Prompts::Text => fields.flag("echo")?.unwrap_or(false),
@@ -67,7 +61,7 @@ impl Asked {
         if body.prompts.is_empty() {
             return Err(FieldError::Missing { field: "prompt", fix: "give at least one" }.into());
         }
-        Ok(Asked { body, outputs, stream, echo, prompt_logprobs, return_token_ids })
+        Ok(Asked { body, stream, echo, prompt_logprobs, return_token_ids })
     }
 
     /// Does the request give the model tools?
@@ -77,21 +71,25 @@ impl Asked {
 
     /// How many outputs it has in all.
     pub fn choices(&self) -> usize {
-        self.body.prompts.len() * self.outputs as usize
+        self.body.prompts.len() * self.outputs()
     }
 
-    /// The requests that it makes, in the order of its choices: all of the first prompt, then those of the second. Each
-    /// draws with a seed of its own, the first with the one that was asked for.
+    /// How many of each prompt.
+    pub fn outputs(&self) -> usize {
+        self.body.samples as usize
+    }
+
+    /// The requests that it makes, one for each prompt, with seeds that follow each other.
     pub fn requests(&self) -> impl Iterator<Item = GenerateRequest> + '_ {
-        let Body { prompts, sampling, stop, include_stop, rules, grammar, .. } = &self.body;
-        let outputs = self.outputs as usize;
-        (0..self.choices()).map(move |index| GenerateRequest {
-            sampling: SamplingParams { seed: sampling.seed.wrapping_add(index as u64), ..*sampling },
+        let Body { prompts, sampling, samples, stop, include_stop, rules, grammar, .. } = &self.body;
+        (0..).zip(prompts).map(move |(number, prompt)| GenerateRequest {
+            sampling: SamplingParams { seed: sampling.seed.wrapping_add(number), ..*sampling },
+            samples: *samples,
             stop: stop.clone(),
             include_stop: *include_stop,
             rules: rules.clone(),
             grammar: grammar.clone(),
-            ..GenerateRequest::new(prompts[index / outputs].clone())
+            ..GenerateRequest::new(prompt.clone())
         })
     }
 }
@@ -128,26 +126,6 @@ fn score_prompt(
     }
 }
 
-/// `n`, and `best_of` where it asks for no more.
-fn outputs(fields: &mut Fields<'_>, prompts: Prompts) -> Result<u32, ApiError> {
-    let outputs = fields.whole("n", 1, "a whole number from 1 to 128")?.unwrap_or(1);
-    if outputs > OUTPUTS_MAX {
-        return Err(ApiError::unsupported(
-            "n",
-            outputs.to_string(),
-            "at most 128 outputs of a prompt are given",
-        ));
-    }
-    if prompts == Prompts::Text
-        && let Some(best_of) = fields.whole("best_of", 1, "a whole number from 1 on")?
-        && best_of != outputs
-    {
-        let fix = "all outputs are given, so it must be as n";
-        return Err(ApiError::unsupported("best_of", best_of.to_string(), fix));
-    }
-    Ok(outputs as u32)
-}
-
 fn stream(fields: &mut Fields<'_>) -> Result<Option<StreamOptions>, ApiError> {
     let stream = fields.flag("stream")?.unwrap_or(false);
     let options: Option<Fields<'_>> = fields.take("stream_options", "an object")?;
@@ -181,11 +159,13 @@ mod tests {
     }
 
     #[test]
-    fn each_output_is_a_request_and_their_order_is_that_of_the_choices() {
-        let asked = read(r#"{"prompt": [[1], [2]], "n": 2, "seed": 7}"#, Prompts::Text).unwrap();
-        let requests: Vec<_> = asked.requests().map(|one| (one.prompt, one.sampling.seed)).collect();
+    fn each_prompt_is_a_request_of_so_many_samples() {
+        let asked = read(r#"{"prompt": [[1], [2]], "n": 3, "seed": 7}"#, Prompts::Text).unwrap();
+        let requests: Vec<_> =
+            asked.requests().map(|one| (one.prompt, one.sampling.seed, one.samples)).collect();
         let (a, b) = (Prompt::Tokens(vec![1]), Prompt::Tokens(vec![2]));
-        assert_eq!(requests, [(a.clone(), 7), (a, 8), (b.clone(), 9), (b, 10)]);
+        assert_eq!(requests, [(a, 7, 3), (b, 8, 3)]);
+        assert_eq!(asked.choices(), 6);
         assert_eq!(read(r#"{"prompt": "a"}"#, Prompts::Text).unwrap().body.sampling.seed, 40);
     }
 

@@ -133,7 +133,7 @@ fn echoes(asked: &Asked, engine: &Engine) -> Result<Vec<String>, ApiError> {
 
 /// Tokens in and out, over all outputs.
 fn usage(asked: &Asked, completions: &[Completion]) -> Usage {
-    let outputs = asked.outputs as usize;
+    let outputs = asked.outputs();
     let count =
         |usage: Usage, (at, completion): (usize, &Completion)| usage.with(completion, at % outputs == 0);
     completions.iter().enumerate().fold(Usage::default(), count)
@@ -189,7 +189,7 @@ fn text_answer(
     echoes: &[String],
 ) -> Response {
     let token_bytes = |id| engine.handle.token_bytes(id);
-    let outputs = asked.outputs as usize;
+    let outputs = asked.outputs();
     let text = |(at, completion): (usize, &Completion)| {
         echoes[at / outputs].clone() + completion.text.as_deref().unwrap_or_default()
     };

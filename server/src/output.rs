@@ -27,6 +27,9 @@ pub struct Outputs {
     app: Arc<App>,
     engine: Engine,
     events: Events,
+    /// Outputs of each request.
+    outputs: usize,
+    /// One for each output.
     clocks: Vec<Clock>,
     /// Of the first output.
     stages: SharedStages,
@@ -66,6 +69,7 @@ impl Outputs {
             app: app.clone(),
             engine,
             events,
+            outputs: asked.outputs(),
             clocks,
             stages: Arc::new(Mutex::new(Stages::default())),
             streams: asked.stream.is_some(),
@@ -74,6 +78,11 @@ impl Outputs {
         };
         submitter.submit_all((0..).zip(asked.requests())).map_err(|error| outputs.lose(&error))?;
         Ok(outputs)
+    }
+
+    /// Which output a sample of a request is: all of the first prompt come first.
+    fn choice(&self, request: u64, sample: u32) -> usize {
+        request as usize * self.outputs + sample as usize
     }
 
     /// The engine that makes them.
@@ -105,8 +114,9 @@ impl Outputs {
         let event = loop {
             match ready!(self.events.poll_next(task)) {
                 None => return Poll::Ready(None),
-                Some(Ok(SessionEvent::Started { tag, encoding, queueing, at })) => {
-                    self.clocks[tag as usize].started(encoding, queueing, at, &self.app.metrics);
+                Some(Ok(SessionEvent::Started { tag, sample, encoding, queueing, at })) => {
+                    let choice = self.choice(tag, sample);
+                    self.clocks[choice].started(encoding, queueing, at, &self.app.metrics);
                 }
                 Some(Ok(event)) => break event,
                 Some(Err(error)) => {
@@ -116,14 +126,16 @@ impl Outputs {
             }
         };
         match &event {
-            SessionEvent::Token { tag, at, .. } => {
-                let stages = self.clocks[*tag as usize].token(*at, self.streams, &self.app.metrics);
-                if let Some(stages) = stages.filter(|_| *tag == 0) {
+            SessionEvent::Token { tag, sample, at, .. } => {
+                let choice = self.choice(*tag, *sample);
+                let stages = self.clocks[choice].token(*at, self.streams, &self.app.metrics);
+                if let Some(stages) = stages.filter(|_| choice == 0) {
                     *self.stages.lock().unwrap_or_else(PoisonError::into_inner) = stages;
                 }
             }
             SessionEvent::Finished { tag, completion, .. } => {
-                self.clocks[*tag as usize].finished(completion, &self.app.metrics);
+                let choice = self.choice(*tag, completion.sample);
+                self.clocks[choice].finished(completion, &self.app.metrics);
                 if let Some(error) = failure(completion) {
                     return Poll::Ready(Some(Err(error)));
                 }
@@ -141,7 +153,8 @@ impl Outputs {
         let mut completions = vec![None; self.clocks.len()];
         while let Some(event) = poll_fn(|task| self.poll_next(task)).await {
             if let SessionEvent::Finished { tag, completion, .. } = event? {
-                completions[tag as usize] = Some(*completion);
+                let choice = self.choice(tag, completion.sample);
+                completions[choice] = Some(*completion);
             }
         }
         Ok(completions.into_iter().flatten().collect())

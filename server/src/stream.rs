@@ -200,7 +200,7 @@ impl Chunks {
             kind,
             include_usage: options.include_usage,
             return_token_ids: asked.return_token_ids,
-            outputs: asked.outputs as usize,
+            outputs: asked.outputs(),
             choices: (0..asked.choices()).map(|_| Choice::new(format)).collect(),
             usage: Usage::default(),
             out: Vec::new(),
@@ -209,14 +209,19 @@ impl Chunks {
 
     fn event(&mut self, event: SessionEvent, engine: &Engine) {
         match event {
-            SessionEvent::Token { tag, token, text, logprobs, .. } => {
-                self.token(tag as u32, token, &text, logprobs.as_slice(), engine);
+            SessionEvent::Token { tag, sample, token, text, logprobs, .. } => {
+                self.token(self.choice(tag, sample), token, &text, logprobs.as_slice(), engine);
             }
             SessionEvent::Finished { tag, text, completion } => {
-                self.finished(tag as u32, &text, &completion);
+                self.finished(self.choice(tag, completion.sample), &text, &completion);
             }
             SessionEvent::Started { .. } | SessionEvent::Step(_) => {}
         }
+    }
+
+    /// Which choice a sample of a request is.
+    fn choice(&self, request: u64, sample: u32) -> u32 {
+        request as u32 * self.outputs as u32 + sample
     }
 
     fn token(&mut self, index: u32, token: u32, text: &str, logprobs: &[TokenLogprobs], engine: &Engine) {

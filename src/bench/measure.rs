@@ -30,7 +30,7 @@ pub struct Measurement {
     pub experts: ExpertsRead,
     /// Every step, in order.
     pub steps: Vec<StepTiming>,
-    /// In the order of the requests.
+    /// In the order of the requests, and of their samples.
     pub completions: Vec<Completion>,
 }
 
@@ -73,7 +73,8 @@ struct Run {
     seconds: f64,
     recorder: Recorder,
     steps: Vec<StepTiming>,
-    completions: Vec<Option<Completion>>,
+    /// Of each request.
+    completions: Vec<Vec<Completion>>,
 }
 
 fn drive(
@@ -84,15 +85,15 @@ fn drive(
 ) -> Result<Run, BenchError> {
     let count = requests.len();
     let options = SessionOptions { tokens: true, steps: true, capacity: Some(count), ..Default::default() };
-    let total: u64 = requests.iter().map(|(_, request)| u64::from(request.sampling.max_tokens)).sum();
+    let total: u64 = requests.iter().map(|(_, request)| request.output_tokens_max()).sum();
     let pages = llm.info().pages();
     let mut progress = Progress { total: Some(total), unit: Unit::Tokens, pages, ..Progress::default() };
-    let (mut steps, mut completions) = (Vec::new(), vec![None; count]);
+    let (mut steps, mut completions) = (Vec::new(), vec![Vec::new(); count]);
     let (mut submitter, mut events) = llm.handle().session(options);
     let late = requests.split_off(count - late);
     let started = Instant::now();
     let mut recorder = Recorder::new();
-    requests.iter().for_each(|(tag, _)| recorder.submitted(*tag, started));
+    requests.iter().for_each(|(tag, request)| recorder.submitted(*tag, request.samples, started));
     submitter.submit_all(requests)?;
     // The session goes on until nobody can submit any more.
     let mut late = (!late.is_empty()).then_some((submitter, late));
@@ -105,7 +106,7 @@ fn drive(
                 if completion.error.is_some() {
                     events.abort_all();
                 }
-                completions[tag as usize] = Some(*completion);
+                completions[tag as usize].push(*completion);
                 progress.finished += 1;
             }
             SessionEvent::Step(timing) => {
@@ -123,19 +124,20 @@ fn drive(
                 steps.push(timing);
                 if let Some((mut submitter, requests)) = late.take_if(|_| tokens >= total / 2) {
                     let now = Instant::now();
-                    requests.iter().for_each(|(tag, _)| recorder.submitted(*tag, now));
+                    requests.iter().for_each(|(tag, request)| recorder.submitted(*tag, request.samples, now));
                     submitter.submit_all(requests)?;
                 }
             }
         }
     }
+    completions.iter_mut().for_each(|samples| samples.sort_by_key(|one| one.sample));
     Ok(Run { seconds: started.elapsed().as_secs_f64(), recorder, steps, completions })
 }
 
 impl Run {
     /// The first request that could not run.
     fn rejected(&self) -> Option<BenchError> {
-        let error = |completion: &Option<Completion>| completion.as_ref()?.error.clone();
+        let error = |samples: &Vec<Completion>| samples.iter().find_map(|one| one.error.clone());
         let mut errors = self.completions.iter().map(error).enumerate();
         errors.find_map(|(index, error)| Some(BenchError::Rejected { index, error: error? }))
     }
@@ -164,6 +166,7 @@ mod tests {
 
     fn completion(token_ids: &[u32], error: Option<RequestError>) -> Completion {
         Completion {
+            sample: 0,
             token_ids: token_ids.to_vec(),
             text: None,
             finish_reason: FinishReason::Length,
@@ -181,7 +184,7 @@ mod tests {
 
     #[test]
     fn a_request_that_cannot_run_is_named() {
-        let ends = [None, Some(RequestError::EmptyStop), None].map(|error| Some(completion(&[1], error)));
+        let ends = [None, Some(RequestError::EmptyStop), None].map(|error| vec![completion(&[1], error)]);
         let recorder = Recorder::new();
         let run = Run { seconds: 1.0, recorder, steps: Vec::new(), completions: ends.to_vec() };
         let error = run.rejected().unwrap();

@@ -148,7 +148,7 @@ impl Requests {
             seed: self.seed(),
             requests: requests.len(),
             prompt_tokens: requests.iter().map(prompt_tokens).sum(),
-            output_tokens: requests.iter().map(|request| u64::from(request.sampling.max_tokens)).sum(),
+            output_tokens: requests.iter().map(GenerateRequest::output_tokens_max).sum(),
             temperature,
         }
     }

@@ -15,7 +15,8 @@ pub struct Verification {
     pub different: Vec<usize>,
 }
 
-/// Runs `count` of the requests alone, spread evenly over all, and compares their tokens with those of `together`.
+/// Runs `count` of the requests alone, spread evenly over all, and compares their tokens with those of `together`, which has all
+/// samples of each.
 ///
 /// # Errors
 /// A failed step.
@@ -31,7 +32,9 @@ pub fn verify(
         let index = i * requests.len() / count;
         llm.clear_prefix_cache();
         let alone = llm.generate(&requests[index..=index])?;
-        if alone.first().map(|one| &one.token_ids) != together.get(index).map(|one| &one.token_ids) {
+        let before: usize = requests[..index].iter().map(|request| request.samples as usize).sum();
+        let tokens = |one: &Completion| one.token_ids.clone();
+        if !alone.iter().map(tokens).eq(together.iter().skip(before).take(alone.len()).map(tokens)) {
             different.push(index);
         }
     }

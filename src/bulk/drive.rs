@@ -16,7 +16,7 @@ use std::thread;
 use super::earlier::{Earlier, Found};
 use super::input::Source;
 use super::output::CHUNK_AGE;
-use super::shared::{Closed, Shared};
+use super::shared::{Closed, Ended, Shared};
 use super::{BulkError, Place, Tally};
 use crate::lines::{self, BadLine, Defaults, Origin, RequestLine};
 use crate::request::Completion;
@@ -69,7 +69,7 @@ fn write_results(shared: &Shared, engine: &EngineHandle, mut events: Events) -> 
         }
         let written = match next {
             Next::Event(SessionEvent::Finished { tag, completion, .. }) => {
-                write_completion(shared, engine, tag, &completion, &mut line)
+                write_completion(shared, engine, tag, *completion, &mut line)
             }
             Next::Event(_) | Next::TimedOut => shared.flush_if_due(),
             Next::Over => return Ok(()),
@@ -82,15 +82,15 @@ fn write_completion(
     shared: &Shared,
     engine: &EngineHandle,
     tag: u64,
-    completion: &Completion,
+    completion: Completion,
     line: &mut Vec<u8>,
 ) -> Result<(), Closed> {
-    let Some((header, origin)) = shared.ended(tag) else { return Ok(()) };
+    let Some(Ended { header, origin, completions }) = shared.ended(tag, completion) else { return Ok(()) };
     line.clear();
     let tools = engine.text().tool_format();
-    lines::write_result(line, &header, origin, completion, tools, &|token| engine.token_bytes(token));
-    let good = completion.error.is_none();
-    let output_tokens = completion.token_ids.len() as u64;
+    lines::write_result(line, &header, origin, &completions, tools, &|token| engine.token_bytes(token));
+    let good = completions.iter().all(|one| one.error.is_none());
+    let output_tokens = completions.iter().map(|one| one.token_ids.len() as u64).sum();
     shared
         .write(line, Tally { finished: u64::from(good), failed: u64::from(!good), output_tokens, skipped: 0 })
 }
@@ -119,7 +119,7 @@ impl Feed {
             // An engine that has stopped or an output that is closed is the caller's to tell.
             let goes_on = match parsed {
                 Ok(RequestLine { header, request }) => {
-                    shared.starts(header, origin);
+                    shared.starts(header, origin, request.samples);
                     submitter.submit(origin.line, request).is_ok()
                 }
                 Err(bad) => write_bad(&shared, &bad, origin).is_ok(),

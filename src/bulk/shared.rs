@@ -18,13 +18,14 @@ use std::time::Instant;
 use super::output::Output;
 use super::{BulkError, Place, Tally};
 use crate::lines::{Header, Origin};
+use crate::request::Completion;
 use crate::telemetry::Recorder;
 
 pub(super) struct Shared {
     pub(super) output_place: Place,
     writer: Mutex<Writer>,
     /// Requests in the engine, by line.
-    running: Mutex<HashMap<u64, (Header, u64)>>,
+    running: Mutex<HashMap<u64, Running>>,
     finished: AtomicU64,
     failed: AtomicU64,
     skipped: AtomicU64,
@@ -35,6 +36,23 @@ pub(super) struct Shared {
     recorder: Mutex<Recorder>,
     /// Bytes of the input that were read.
     pub(super) position: Arc<AtomicU64>,
+}
+
+/// What is kept of a request in the engine.
+struct Running {
+    header: Header,
+    fingerprint: u64,
+    samples: u32,
+    /// Of the samples that have ended, if there are others.
+    completions: Vec<Completion>,
+}
+
+/// A request that has ended.
+pub(super) struct Ended {
+    pub(super) header: Header,
+    pub(super) origin: Origin,
+    /// Of its samples, in their order.
+    pub(super) completions: Vec<Completion>,
 }
 
 struct Writer {
@@ -92,10 +110,11 @@ impl Shared {
         self.skipped.fetch_add(1, Relaxed);
     }
 
-    /// Keeps what a request's result will need.
-    pub(super) fn starts(&self, header: Header, origin: Origin) {
-        locked(&self.running).insert(origin.line, (header, origin.fingerprint));
-        self.watch(|recorder| recorder.submitted(origin.line, Instant::now()));
+    /// Keeps what the result of a request with so many samples will need.
+    pub(super) fn starts(&self, header: Header, origin: Origin, samples: u32) {
+        let running = Running { header, fingerprint: origin.fingerprint, samples, completions: Vec::new() };
+        locked(&self.running).insert(origin.line, running);
+        self.watch(|recorder| recorder.submitted(origin.line, samples, Instant::now()));
     }
 
     /// Takes note of what happens in the session.
@@ -103,10 +122,17 @@ impl Shared {
         note(&mut locked(&self.recorder))
     }
 
-    /// Gives back what was kept of a request.
-    pub(super) fn ended(&self, line: u64) -> Option<(Header, Origin)> {
-        let (header, fingerprint) = locked(&self.running).remove(&line)?;
-        Some((header, Origin { line, fingerprint }))
+    /// A sample of a request has ended: gives back what was kept of it, if it is the last one.
+    pub(super) fn ended(&self, line: u64, completion: Completion) -> Option<Ended> {
+        let mut running = locked(&self.running);
+        let request = running.get_mut(&line)?;
+        request.completions.push(completion);
+        if request.completions.len() < request.samples as usize {
+            return None;
+        }
+        let Running { header, fingerprint, mut completions, .. } = running.remove(&line)?;
+        completions.sort_by_key(|one| one.sample);
+        Some(Ended { header, origin: Origin { line, fingerprint }, completions })
     }
 
     /// Lets `begin` change the output, and opens it for lines.

@@ -30,17 +30,20 @@ impl Uncompiled {
     /// The request with its constraint; `None` if it has ended here.
     pub fn compile(self, shared: &Shared) -> Option<Ready> {
         let Uncompiled { grammar, mut ready } = self;
-        if ready.output.is_unwanted() {
+        if ready.is_unwanted() {
             return Some(ready);
         }
-        let compiled = catch_unwind(AssertUnwindSafe(|| shared.compiler.compile(&grammar, &ready.prompt)));
+        // What is compiled once is copied for the other samples.
+        let constraint = |_| shared.compiler.compile(&grammar, &ready.prompt);
+        let compile = || ready.outputs.iter().map(constraint).collect();
+        let compiled: Result<Result<Vec<_>, _>, _> = catch_unwind(AssertUnwindSafe(compile));
         match compiled.unwrap_or_else(|_| Err(RequestError::Grammar("its compiler panicked".to_owned()))) {
-            Ok(constraint) => {
-                ready.constraint = Some(constraint);
+            Ok(constraints) => {
+                ready.constraints = constraints;
                 Some(ready)
             }
             Err(error) => {
-                ready.output.reject(error);
+                ready.reject(&error);
                 None
             }
         }

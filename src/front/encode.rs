@@ -27,20 +27,20 @@ pub struct Job {
     pub params: SamplingParams,
     pub rules: TokenRules,
     pub grammar: Option<Grammar>,
-    pub output: Box<Output>,
+    pub outputs: Vec<Output>,
 }
 
 impl Waiting for Job {
     fn session(&self) -> u64 {
-        self.output.session()
+        self.outputs.first().map_or(0, |output| output.session())
     }
 }
 
 impl Job {
     /// The request, ready for the engine; `None` if it has ended here, or goes on to be compiled.
     pub fn encode(self, shared: &Shared) -> Option<Ready> {
-        if self.output.is_unwanted() {
-            return Some(Ready::new(Vec::new(), None, self.params, self.output));
+        if self.outputs.iter().all(|output| output.is_unwanted()) {
+            return Some(Ready::new(Vec::new(), None, self.params, self.outputs));
         }
         // A tokenizer is a program of others', and a file of the user's makes it.
         let room = self.params.max_tokens.min(1);
@@ -58,11 +58,11 @@ impl Job {
         let encoded = encoded.unwrap_or_else(|_| Err(RequestError::Encode("it panicked".to_owned())));
         match encoded {
             Ok((prompt, given, rules)) => {
-                let ready = Ready { rules, ..Ready::new(prompt, given, self.params, self.output) };
+                let ready = Ready { rules, ..Ready::new(prompt, given, self.params, self.outputs) };
                 shared.constrained(self.grammar, ready)
             }
             Err(error) => {
-                self.output.reject(error);
+                self.outputs.into_iter().for_each(|output| output.reject(error.clone()));
                 None
             }
         }

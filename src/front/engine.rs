@@ -36,7 +36,7 @@ use super::fair::Waiting;
 use super::handle::Shared;
 use super::output::{Batch, Event, Output};
 use crate::error::Cause;
-use crate::request::{BesideWork, StepTiming};
+use crate::request::{BesideWork, RequestError, StepTiming};
 use crate::runner::Runner;
 
 /// What the engine's thread is told.
@@ -69,10 +69,13 @@ pub struct Call {
 /// A request ready for the engine.
 pub struct Ready {
     pub prompt: Vec<u32>,
+    /// Of the first sample.
     pub params: SamplingParams,
     pub rules: Option<Arc<Rules>>,
-    pub constraint: Option<Arc<dyn Constraint>>,
-    pub output: Box<Output>,
+    /// One for each sample, or none.
+    pub constraints: Vec<Arc<dyn Constraint>>,
+    /// One for each sample.
+    pub outputs: Vec<Output>,
 }
 
 impl Ready {
@@ -81,7 +84,7 @@ impl Ready {
         mut prompt: Vec<u32>,
         given: Option<Vec<u32>>,
         mut params: SamplingParams,
-        mut output: Box<Output>,
+        mut outputs: Vec<Output>,
     ) -> Self {
         if let Some(given) = given {
             if let Some(asked) = &mut params.prompt_logprobs {
@@ -89,14 +92,43 @@ impl Ready {
             }
             prompt.extend(given);
         }
-        output.set_prompt(&prompt);
-        Ready { prompt, params, rules: None, constraint: None, output }
+        outputs.iter_mut().for_each(|output| output.set_prompt(&prompt));
+        Ready { prompt, params, rules: None, constraints: Vec::new(), outputs }
+    }
+
+    /// The samples as the engine takes them.
+    fn samples(&self) -> Vec<Request<'_>> {
+        let of_sample = |sample| Request {
+            rules: self.rules.as_ref(),
+            constraint: self.constraints.get(sample as usize),
+            ..Request::new(&self.prompt, self.params.of_sample(sample))
+        };
+        (0..self.outputs.len() as u32).map(of_sample).collect()
+    }
+
+    /// Is it one of a session's requests of this tag, if there is one?
+    fn has_tag(&self, tag: Option<u64>) -> bool {
+        self.outputs.iter().all(|output| tag.is_none_or(|tag| tag == output.tag()))
+    }
+
+    /// Need the request not run any more?
+    pub fn is_unwanted(&self) -> bool {
+        self.outputs.iter().all(|output| output.is_unwanted())
+    }
+
+    /// Ends all samples, which can't run.
+    pub fn reject(self, error: &RequestError) {
+        self.outputs.into_iter().for_each(|output| output.reject(error.clone()));
     }
 }
 
 impl Waiting for Ready {
     fn session(&self) -> u64 {
-        self.output.session()
+        self.outputs.first().map_or(0, |output| output.session())
+    }
+
+    fn count(&self) -> usize {
+        self.outputs.len()
     }
 }
 
@@ -263,23 +295,32 @@ impl EngineThread {
             && !self.stopped
             && let Some(ready) = self.shared.intake.take(self.index, self.running)
         {
-            if ready.output.is_unwanted() {
-                self.batch.events.push(Event::Dropped { output: ready.output });
+            if ready.is_unwanted() {
+                self.drop_all(ready);
                 continue;
             }
-            let (rules, constraint) = (ready.rules.as_ref(), ready.constraint.as_ref());
-            let request = Request { rules, constraint, ..Request::new(&ready.prompt, ready.params) };
-            match self.runner.submit(request) {
-                Ok(submitted) => self.start(ready.output, submitted),
+            let mut taken = Vec::with_capacity(ready.outputs.len());
+            match self.runner.submit_group(&ready.samples(), &mut |submitted| taken.push(submitted)) {
+                Ok(()) => {
+                    ready.outputs.into_iter().zip(taken).for_each(|(output, it)| self.start(output, it))
+                }
                 Err(SubmitError::QueueFull { .. }) => return self.shared.intake.give_back(self.index, ready),
                 Err(error) => {
-                    self.batch.events.push(Event::Refused { output: ready.output, error: Box::new(error) });
+                    let refused =
+                        |output| Event::Refused { output: Box::new(output), error: Box::new(error) };
+                    self.batch.events.extend(ready.outputs.into_iter().map(refused));
                 }
             }
         }
     }
 
-    fn start(&mut self, output: Box<Output>, submitted: core::Submitted) {
+    fn drop_all(&mut self, ready: Ready) {
+        self.batch
+            .events
+            .extend(ready.outputs.into_iter().map(|output| Event::Dropped { output: Box::new(output) }));
+    }
+
+    fn start(&mut self, output: Output, submitted: core::Submitted) {
         let core::Submitted { ticket, max_tokens } = submitted;
         let live = Live {
             session: output.session(),
@@ -294,15 +335,14 @@ impl EngineThread {
         self.live[entry] = Some(live);
         self.running += 1;
         let at = Instant::now();
-        self.batch.events.push(Event::Started { ticket, max_tokens, output, at });
+        self.batch.events.push(Event::Started { ticket, max_tokens, output: Box::new(output), at });
     }
 
     fn abort(&mut self, session: u64, tag: Option<u64>) {
-        let is_meant = |other: u64| tag.is_none_or(|tag| tag == other);
-        for ready in self.shared.intake.remove(session, |ready| is_meant(ready.output.tag())) {
-            self.batch.events.push(Event::Dropped { output: ready.output });
+        for ready in self.shared.intake.remove(session, |ready| ready.has_tag(tag)) {
+            self.drop_all(ready);
         }
-        let meant = |live: &&Live| live.session == session && is_meant(live.tag);
+        let meant = |live: &&Live| live.session == session && tag.is_none_or(|tag| tag == live.tag);
         let tickets: Vec<Ticket> = self.live.iter().flatten().filter(meant).map(|live| live.ticket).collect();
         tickets.into_iter().for_each(|ticket| self.abort_ticket(ticket));
     }

@@ -16,6 +16,11 @@ use std::collections::{HashMap, VecDeque};
 pub trait Waiting {
     /// Which one.
     fn session(&self) -> u64;
+
+    /// For how many it counts.
+    fn count(&self) -> usize {
+        1
+    }
 }
 
 /// See the module.
@@ -31,7 +36,7 @@ impl<T: Waiting> FairQueue<T> {
         FairQueue { waiting: HashMap::new(), turns: VecDeque::new(), len: 0 }
     }
 
-    /// How many wait.
+    /// How many wait, each counted for as many as it says.
     pub fn len(&self) -> usize {
         self.len
     }
@@ -44,12 +49,12 @@ impl<T: Waiting> FairQueue<T> {
     /// Appends to the item's session.
     pub fn push(&mut self, item: T) {
         let session = item.session();
+        self.len += item.count();
         let queue = self.waiting.entry(session).or_insert_with(|| {
             self.turns.push_back(session);
             VecDeque::new()
         });
         queue.push_back(item);
-        self.len += 1;
     }
 
     /// Takes out what comes next.
@@ -87,7 +92,7 @@ impl<T: Waiting> FairQueue<T> {
             true => drop(self.waiting.remove(&session)),
             false => self.turns.push_back(session),
         }
-        self.len -= usize::from(item.is_some());
+        self.len -= item.as_ref().map_or(0, Waiting::count);
         item
     }
 
@@ -96,8 +101,8 @@ impl<T: Waiting> FairQueue<T> {
         let session = item.session();
         self.turns.retain(|other| *other != session);
         self.turns.push_front(session);
+        self.len += item.count();
         self.waiting.entry(session).or_default().push_front(item);
-        self.len += 1;
     }
 
     /// Takes out those of a session that `unwanted` picks.
@@ -115,7 +120,7 @@ impl<T: Waiting> FairQueue<T> {
                 self.turns.retain(|other| *other != session);
             }
         }
-        self.len -= removed.len();
+        self.len -= removed.iter().map(Waiting::count).sum::<usize>();
         removed
     }
 }

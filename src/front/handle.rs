@@ -280,28 +280,28 @@ impl EngineHandle {
         let text = &*self.0.text;
         let unfit = unfit(&request, text);
         let grammar = request.grammar.take();
-        let output = Box::new(Output::new(session, tag, &mut request, &self.0, permit));
+        let outputs = Output::of_samples(session, tag, &request, &self.0, &permit);
         let GenerateRequest { prompt, given, sampling: params, rules, .. } = request;
         let is_encoded = rules == TokenRules::default();
         match (unfit, prompt, given) {
             (Some(error), ..) => {
-                output.reject(error);
+                outputs.into_iter().for_each(|output| output.reject(error.clone()));
                 None
             }
             (None, Prompt::Tokens(prompt), None) if is_encoded => {
-                self.0.constrained(grammar, Ready::new(prompt, None, params, output))
+                self.0.constrained(grammar, Ready::new(prompt, None, params, outputs))
             }
             (None, Prompt::Tokens(prompt), Some(Given::Tokens(given)))
                 if is_encoded && !prompt.is_empty() =>
             {
-                self.0.constrained(grammar, Ready::new(prompt, Some(given), params, output))
+                self.0.constrained(grammar, Ready::new(prompt, Some(given), params, outputs))
             }
             // Without a tokenizer there are no threads for it, and nothing that takes time.
             (None, prompt, given) if !text.has_tokenizer() => {
-                Job { prompt, given, params, rules, grammar, output }.encode(&self.0)
+                Job { prompt, given, params, rules, grammar, outputs }.encode(&self.0)
             }
             (None, prompt, given) => {
-                self.0.encoders.post(Job { prompt, given, params, rules, grammar, output });
+                self.0.encoders.post(Job { prompt, given, params, rules, grammar, outputs });
                 None
             }
         }
@@ -481,8 +481,11 @@ impl<R> Answer<R> {
     }
 }
 
-/// What is wrong with a request's stop texts or grammar, without looking into it.
+/// What is wrong with a request's samples, stop texts or grammar, without looking into it.
 fn unfit(request: &GenerateRequest, text: &Text) -> Option<RequestError> {
+    if request.samples == 0 {
+        return Some(RequestError::NoSamples);
+    }
     if request.stop.iter().any(String::is_empty) {
         return Some(RequestError::EmptyStop);
     }

@@ -6,6 +6,8 @@
 //!                                                  └── …
 //! ```
 //!
+//! A request counts for as many as it has samples, which go to one engine together.
+//!
 //! An engine takes the next request while it runs less than its share: all that run and wait, over all engines. So who
 //! has come to an end takes the next one, and a few requests are spread rather than heaped on who came first. Of what waits
 //! it takes first what begins like a prompt that it took before, for its prefix cache has the pages; what begins like a prompt
@@ -51,6 +53,10 @@ struct Prompt {
 impl Waiting for Prompt {
     fn session(&self) -> u64 {
         self.ready.session()
+    }
+
+    fn count(&self) -> usize {
+        self.ready.count()
     }
 }
 
@@ -109,7 +115,7 @@ impl Intake {
                 .pop_where(WINDOW, |prompt| home(prompt) == Some(engine))
                 .or_else(|| waiting.pop_where(WINDOW, |prompt| !share.is_kept(home(prompt), engines))),
         }?;
-        engines[engine].running += 1;
+        engines[engine].running += ready.count();
         if let Some(beginning) = beginning {
             if homes.len() >= HOMES_MAX {
                 homes.clear();
@@ -126,7 +132,7 @@ impl Intake {
             drop(state);
             return drop(ready); // Which tells its reader.
         }
-        state.engines[engine].running -= 1;
+        state.engines[engine].running -= ready.count();
         let prompt = state.prompt(ready);
         state.waiting.give_back(prompt);
     }

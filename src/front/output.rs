@@ -14,9 +14,9 @@
 //! intake to the output thread; whoever has it may fulfil it, and where it is dropped unfulfilled, because a thread ended
 //! or a queue was thrown away, the reader is told that the request got lost.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender};
+use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use minisgl_core::request as core;
@@ -24,6 +24,7 @@ use minisgl_core::sampling::RowLogprobs;
 
 use super::engine::{Message, StepTimes};
 use super::handle::{OpenRequest, Shared};
+use super::locked;
 use super::permits::Permit;
 use super::session::{Queued, Session, SessionEvent};
 use crate::detokenize::{Detokenizer, Ending};
@@ -77,6 +78,8 @@ impl Batch {
 pub struct Output {
     session: Arc<Session>,
     tag: u64,
+    /// Which of the request's samples it is.
+    sample: u32,
     aborted: Arc<AtomicBool>,
     /// Until the end.
     permit: Option<Permit>,
@@ -89,7 +92,8 @@ pub struct Output {
     max_tokens: u32,
     asked_tokens: u32,
     logprobs: Option<Vec<TokenLogprobs>>,
-    prompt_logprobs: Option<Vec<TokenLogprobs>>,
+    /// What all samples have: the engine scores the prompt with the first, before any of them has a token.
+    prompt_logprobs: Option<Arc<Mutex<Vec<TokenLogprobs>>>>,
     /// Where text is wanted token by token.
     detokenizer: Option<Detokenizer>,
     /// Stop tokens whose text is no part of the output's.
@@ -102,14 +106,31 @@ pub struct Output {
 }
 
 impl Output {
-    pub fn new(
+    /// One for each sample of a request, at least one.
+    pub fn of_samples(
         session: &Arc<Session>,
         tag: u64,
-        request: &mut GenerateRequest,
+        request: &GenerateRequest,
+        shared: &Shared,
+        permit: &Permit,
+    ) -> Vec<Self> {
+        let prompt_logprobs = request.sampling.prompt_logprobs.map(|_| Arc::default());
+        let of_sample = |sample| {
+            let mut output = Output::new(session, tag, request, shared, permit.clone());
+            (output.sample, output.prompt_logprobs) = (sample, prompt_logprobs.clone());
+            output
+        };
+        (0..request.samples.max(1)).map(of_sample).collect()
+    }
+
+    fn new(
+        session: &Arc<Session>,
+        tag: u64,
+        request: &GenerateRequest,
         shared: &Shared,
         permit: Permit,
     ) -> Self {
-        let stop = std::mem::take(&mut request.stop);
+        let stop = request.stop.clone();
         let (include_stop, min_tokens) = (request.include_stop, request.sampling.min_tokens);
         let (options, now) = (&session.options, Instant::now());
         let as_it_comes =
@@ -117,6 +138,7 @@ impl Output {
         Output {
             session: session.clone(),
             tag,
+            sample: 0,
             aborted: session.open(tag),
             permit: Some(permit),
             asked: now,
@@ -126,7 +148,7 @@ impl Output {
             max_tokens: request.sampling.max_tokens,
             asked_tokens: request.sampling.max_tokens,
             logprobs: request.sampling.logprobs.map(|_| Vec::new()),
-            prompt_logprobs: request.sampling.prompt_logprobs.map(|_| Vec::new()),
+            prompt_logprobs: None,
             detokenizer: as_it_comes
                 .then(|| Detokenizer::new(Ending { stop, include: include_stop, min_tokens })),
             hides: if include_stop { Vec::new() } else { request.rules.stop_token_ids.clone() },
@@ -169,7 +191,8 @@ impl Output {
     fn end_without_output(self, finish_reason: FinishReason, error: RequestError) {
         tracing::debug!(tag = self.tag, ?finish_reason, %error, "a request has no output");
         let rejected = Completion::rejected(error);
-        let completion = Completion { finish_reason, prompt_tokens: self.prompt_tokens, ..rejected };
+        let (sample, prompt_tokens) = (self.sample, self.prompt_tokens);
+        let completion = Completion { sample, finish_reason, prompt_tokens, ..rejected };
         let session = self.session.clone();
         if self.end(completion, String::new()) {
             session.wake();
@@ -177,9 +200,9 @@ impl Output {
     }
 
     /// Takes what is known of the prompt's next tokens.
-    fn score(&mut self, rows: &[RowLogprobs]) {
-        if let Some(logprobs) = &mut self.prompt_logprobs {
-            logprobs.extend(rows.iter().map(TokenLogprobs::of));
+    fn score(&self, rows: &[RowLogprobs]) {
+        if let Some(logprobs) = &self.prompt_logprobs {
+            locked(logprobs).extend(rows.iter().map(TokenLogprobs::of));
         }
     }
 
@@ -188,7 +211,7 @@ impl Output {
         if self.session.options.starts {
             let encoding = self.encoded.saturating_duration_since(self.asked);
             let queueing = at.saturating_duration_since(self.encoded);
-            let event = SessionEvent::Started { tag: self.tag, encoding, queueing, at };
+            let event = SessionEvent::Started { tag: self.tag, sample: self.sample, encoding, queueing, at };
             wakes.push(&self.session, Queued::Event(event));
         }
     }
@@ -217,7 +240,8 @@ impl Output {
         if options.tokens {
             let logprobs = self.logprobs.as_ref().and_then(|all| all.last().cloned());
             let text = if options.text { piece.to_owned() } else { String::new() };
-            let event = SessionEvent::Token { tag: self.tag, token, text, logprobs, at };
+            let (tag, sample) = (self.tag, self.sample);
+            let event = SessionEvent::Token { tag, sample, token, text, logprobs, at };
             wakes.push(&self.session, Queued::Event(event));
         }
         self.stopped = self.detokenizer.as_ref().is_some_and(Detokenizer::stopped);
@@ -258,6 +282,7 @@ impl Output {
             _ => None,
         };
         let completion = Completion {
+            sample: self.sample,
             token_ids: tokens.to_vec(),
             text: whole,
             finish_reason,
@@ -267,7 +292,7 @@ impl Output {
             cached_tokens: cached,
             max_tokens: self.max_tokens,
             logprobs: self.logprobs.take(),
-            prompt_logprobs: self.prompt_logprobs.take(),
+            prompt_logprobs: self.prompt_logprobs.take().map(|logprobs| locked(&logprobs).clone()),
             warning: self.warning(),
             error: error.filter(|_| finish_reason == FinishReason::Failed),
         };
@@ -377,7 +402,7 @@ impl OutputThread {
                 Event::PromptLogprobs { entry, count } => {
                     let rows;
                     (rows, logprobs) = logprobs.split_at(count as usize);
-                    if let Some((_, output)) = self.running.get_mut(entry as usize).and_then(Option::as_mut) {
+                    if let Some((_, output)) = self.running.get(entry as usize).and_then(Option::as_ref) {
                         output.score(rows);
                     }
                 }

@@ -6,6 +6,8 @@
 //!     └──────────────── one more is free <──────────────┘
 //! ```
 //!
+//! The samples of a request have clones of one permit, which is free when the last of them has ended.
+//!
 //! Invariant: free permits and those that exist make the capacity.
 
 use std::sync::{Arc, Condvar, Mutex};
@@ -24,8 +26,12 @@ struct State {
     closed: bool,
 }
 
-/// The right to have one request on its way.
-pub struct Permit(Arc<Permits>);
+/// The right to have one request on its way. Clones are the same permit.
+#[derive(Clone)]
+pub struct Permit(Arc<Acquired>);
+
+/// A permit taken out of its pool, until it is dropped.
+struct Acquired(Arc<Permits>);
 
 impl Permits {
     /// A pool of `capacity` permits, at least one.
@@ -43,7 +49,7 @@ impl Permits {
     pub fn try_acquire(self: &Arc<Self>) -> Option<Permit> {
         let mut state = locked(&self.state);
         state.free = state.free.checked_sub(1)?;
-        Some(Permit(self.clone()))
+        Some(Permit(Arc::new(Acquired(self.clone()))))
     }
 
     /// One permit, waited for; `None` if the pool is closed while there is none.
@@ -58,7 +64,7 @@ impl Permits {
             state.waiting -= 1;
         }
         state.free -= 1;
-        Some(Permit(self.clone()))
+        Some(Permit(Arc::new(Acquired(self.clone()))))
     }
 
     /// From now on nobody waits for a permit.
@@ -71,11 +77,11 @@ impl Permits {
 impl Permit {
     /// Closes the pool that the permit came from.
     pub fn close_pool(&self) {
-        self.0.close();
+        self.0.0.close();
     }
 }
 
-impl Drop for Permit {
+impl Drop for Acquired {
     fn drop(&mut self) {
         let mut state = locked(&self.0.state);
         state.free += 1;

@@ -47,6 +47,8 @@ pub enum SessionEvent {
     Started {
         /// Whose: as given to `submit`.
         tag: u64,
+        /// Which of its samples.
+        sample: u32,
         /// From its submission until its prompt was token ids.
         encoding: Duration,
         /// From there until the engine had a place for it.
@@ -58,6 +60,8 @@ pub enum SessionEvent {
     Token {
         /// Whose: as given to `submit`.
         tag: u64,
+        /// Which of its samples.
+        sample: u32,
         /// Its id.
         token: u32,
         /// Text that became certain with it, where it is wanted: empty while a character, or what may be a stop text,
@@ -68,7 +72,7 @@ pub enum SessionEvent {
         /// When the step that drew it completed.
         at: Instant,
     },
-    /// A request ended.
+    /// A request, or one of its samples, ended.
     Finished {
         /// Whose.
         tag: u64,
@@ -348,6 +352,11 @@ impl Events {
         }
     }
 
+    /// Has the request of a tag, or one of its samples, not ended?
+    pub(crate) fn is_open(&self, tag: u64) -> bool {
+        locked(&self.session.queue).open.contains_key(&tag)
+    }
+
     /// Aborts the open requests of a tag: each ends with what it has so far. False if there is none.
     pub fn abort(&mut self, tag: u64) -> bool {
         self.aborter().abort(tag)
@@ -461,6 +470,8 @@ impl Aborter {
 pub enum RequestEvent {
     /// Another token.
     Token {
+        /// Which of the request's samples has it.
+        sample: u32,
         /// Its id.
         token: u32,
         /// Text that became certain with it: empty while a character, or what may be a stop text, is incomplete.
@@ -468,7 +479,7 @@ pub enum RequestEvent {
         /// Where the request asks for them.
         logprobs: Option<TokenLogprobs>,
     },
-    /// The end.
+    /// The end, or that of one of its samples.
     Finished {
         /// Text that became certain with it: with that of the tokens before, it makes the completion's text.
         text: String,
@@ -477,8 +488,8 @@ pub enum RequestEvent {
     },
 }
 
-/// The events of one request: an iterator that waits for the next one and ends behind `Finished`. Dropping it aborts the
-/// request.
+/// The events of one request: an iterator that waits for the next one and ends behind `Finished`, of its last sample if it has
+/// several. Dropping it aborts the request.
 pub struct RequestStream(Events);
 
 impl RequestStream {
@@ -493,8 +504,8 @@ impl Iterator for RequestStream {
     fn next(&mut self) -> Option<Self::Item> {
         loop {
             return Some(Ok(match self.0.next()? {
-                Ok(SessionEvent::Token { token, text, logprobs, .. }) => {
-                    RequestEvent::Token { token, text, logprobs }
+                Ok(SessionEvent::Token { sample, token, text, logprobs, .. }) => {
+                    RequestEvent::Token { sample, token, text, logprobs }
                 }
                 Ok(SessionEvent::Finished { text, completion, .. }) => {
                     RequestEvent::Finished { text, completion }

@@ -115,6 +115,51 @@ fn a_full_engine_gives_a_request_back_that_does_not_wait() {
 }
 
 #[test]
+fn samples_of_a_request_share_its_permit_and_each_has_an_end() {
+    let (front, control) = front(Control::default());
+    let options = SessionOptions { capacity: Some(1), starts: true, ..SessionOptions::default() };
+    let (mut submitter, events) = front.handle().session(options);
+    submitter.submit(5, request(100, 3).samples(4)).unwrap();
+    assert_eq!(submitter.room(), 0);
+    // More than the engine has places for, and none at all.
+    let waiting = thread::spawn(move || {
+        submitter.submit(6, request(200, 3).samples(9)).unwrap();
+        submitter.submit(7, request(300, 3).samples(0)).unwrap();
+        submitter.submit(8, request(400, 1)).unwrap();
+    });
+    let ended: Vec<_> = ends(events)
+        .into_iter()
+        .map(|(tag, end)| (tag, end.sample, end.token_ids.len(), end.error))
+        .collect();
+    waiting.join().unwrap();
+    let whole = |sample| (5, sample, 3, None);
+    assert_eq!(ended[..4], [whole(0), whole(1), whole(2), whole(3)]);
+    let too_many = SubmitError::TooManySamples { samples: 9, limit: 4 };
+    let refused = |sample| (6, sample, 0, Some(too_many.into()));
+    assert_eq!(ended[4..13], (0..9).map(refused).collect::<Vec<_>>());
+    assert_eq!(ended[13..], [(7, 0, 0, Some(RequestError::NoSamples)), (8, 0, 1, None)]);
+    assert_eq!(*control.admitted.lock().unwrap(), [100, 100, 100, 100, 400]);
+    assert_eq!(control.steps.load(Ordering::Relaxed), 3 + 1, "samples run in the same steps");
+}
+
+#[test]
+fn samples_are_aborted_together_wherever_they_are() {
+    let (front, _) = front(Control::default());
+    let (mut submitter, mut events) = front.handle().session(SessionOptions::default());
+    // The second group finds no place beside the first.
+    submitter.submit_all((0..2).map(|tag| (tag, request(10, 90_000).samples(3)))).unwrap();
+    submitter.submit(2, request(20, 3)).unwrap();
+    drop(submitter);
+    assert!(events.abort(1) && events.abort(0));
+    let mut ended: Vec<_> =
+        ends(events).into_iter().map(|(tag, end)| (tag, end.sample, end.finish_reason)).collect();
+    ended.sort_unstable();
+    let of_group = |tag| (0..3).map(move |sample| (tag, sample, FinishReason::Abort));
+    let expected: Vec<_> = of_group(0).chain(of_group(1)).chain([(2, 0, FinishReason::Length)]).collect();
+    assert_eq!(ended, expected);
+}
+
+#[test]
 fn sessions_take_turns() {
     let (front, control) = front(Control { step_time: Duration::from_micros(100), ..Control::default() });
     let options = SessionOptions { capacity: Some(1000), ..SessionOptions::default() };

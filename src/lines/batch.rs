@@ -110,42 +110,58 @@ struct Stopped<'a> {
     message: &'a str,
 }
 
-/// Appends what came of a request.
+/// Appends what came of a request's samples.
 pub fn write_result(
     out: &mut Vec<u8>,
     header: &Header,
     origin: Origin,
-    completion: &Completion,
+    completions: &[Completion],
     tools: Option<ToolFormat>,
     token_bytes: &dyn Fn(u32) -> Option<Vec<u8>>,
 ) {
-    if let Some(error) = &completion.error {
+    if let Some(error) = completions.iter().find_map(|completion| completion.error.as_ref()) {
         let (status, r#type) = status(error);
         let error = ErrorObject { message: &error.to_string(), r#type, param: None, code: None };
         return write_response(out, header, origin, status, ErrorBody { error });
     }
-    let Some(finish_reason) = finish_reason(completion.finish_reason) else {
+    let reasons = completions.iter().map(|completion| finish_reason(completion.finish_reason));
+    let Some(reasons) = reasons.collect::<Option<Vec<_>>>() else {
         return write_failure(out, header, origin, "the request was aborted");
     };
-    let text = completion.text.as_deref().unwrap_or_default();
+    let ended = (0..).zip(completions).zip(reasons);
     match header.format {
         Format::Text => {
-            let logprobs = TextLogprobs::new(completion, token_bytes);
-            let prompt_logprobs = PromptLogprobs::new(completion, token_bytes);
-            let choice = TextChoice { index: 0, text, logprobs, prompt_logprobs, finish_reason };
-            let answer = answer(header, origin, ("cmpl", "text_completion"), completion, choice);
+            let choices = ended.map(|((index, completion), finish_reason)| TextChoice {
+                index,
+                text: completion.text.as_deref().unwrap_or_default(),
+                logprobs: TextLogprobs::new(completion, token_bytes),
+                prompt_logprobs: PromptLogprobs::new(completion, token_bytes),
+                finish_reason,
+            });
+            let choices = choices.collect();
+            let answer = answer(header, origin, ("cmpl", "text_completion"), completions, choices);
             write_response(out, header, origin, 200, answer);
         }
         Format::Chat | Format::Native | Format::Score => {
             let tools = tools.filter(|_| header.has_tools);
-            let said = Said::of(completion, OutputFormat { tools, reasoning: None });
-            let name = |number: usize| format!("call-{}-{number}", origin.name());
-            let calls = said.named_calls(name);
-            let finish_reason = said.finish_reason(finish_reason);
-            let logprobs = ChatLogprobs::new(completion, token_bytes);
-            let choice = ChatChoice { index: 0, message: said.message(&calls), logprobs, finish_reason };
-            let mut answer = answer(header, origin, ("chatcmpl", "chat.completion"), completion, choice);
-            answer.prompt_logprobs = PromptLogprobs::new(completion, token_bytes);
+            let said = |completion| Said::of(completion, OutputFormat { tools, reasoning: None });
+            let mut count = 0;
+            let called = |said: Said| {
+                let calls = said.named_calls(|number| format!("call-{}-{}", origin.name(), count + number));
+                count += calls.len();
+                (said, calls)
+            };
+            let said: Vec<_> = completions.iter().map(said).map(called).collect();
+            let choices = ended.zip(&said).map(|(((index, completion), reason), (said, calls))| ChatChoice {
+                index,
+                message: said.message(calls),
+                logprobs: ChatLogprobs::new(completion, token_bytes),
+                finish_reason: said.finish_reason(reason),
+            });
+            let choices = choices.collect();
+            let mut answer = answer(header, origin, ("chatcmpl", "chat.completion"), completions, choices);
+            answer.prompt_logprobs =
+                completions.first().and_then(|first| PromptLogprobs::new(first, token_bytes));
             write_response(out, header, origin, 200, answer);
         }
     }
@@ -191,16 +207,16 @@ fn answer<'a, C>(
     header: &'a Header,
     origin: Origin,
     (prefix, object): (&str, &'static str),
-    completion: &Completion,
-    choice: C,
+    completions: &[Completion],
+    choices: Vec<C>,
 ) -> Answer<'a, C> {
     Answer {
         id: format!("{prefix}-{}", origin.name()),
         object,
         created: created_now(),
         model: &header.model,
-        choices: vec![choice],
-        usage: Usage::of(completion),
+        choices,
+        usage: Usage::of(completions),
         prompt_logprobs: None,
     }
 }

@@ -3,6 +3,7 @@
 //! ```text
 //!   native  {"id": 7, "prompt": "Once", "max_tokens": 20, "logprobs": 2}
 //!        -> {"id":7,"line":1,"fingerprint":"…","token_ids":[…],"text":"…","finish_reason":"length","usage":{…},"logprobs":[…]}
+//!        or {"id":7,"line":1,"fingerprint":"…","outputs":[{"token_ids":[…],"text":"…","finish_reason":"eos"},…],"usage":{…}}   with "n"
 //!        or {"id":7,"line":1,"fingerprint":"…","error":"line 1: top_p is 2; …"}
 //!
 //!           {"id": 8, "prompt": "Once", "completion": " upon"}
@@ -148,12 +149,12 @@ type Asked = Result<(GenerateRequest, Option<Arc<str>>), FieldError>;
 
 /// The one request that a body makes.
 fn one_request(fields: Fields<'_>, prompts: Prompts, defaults: LineDefaults<'_>) -> Asked {
-    let Body { mut prompts, sampling, stop, include_stop, rules, grammar, model } =
+    let Body { mut prompts, sampling, samples, stop, include_stop, rules, grammar, model } =
         Body::read(fields, prompts, &defaults.sampling, defaults.model)?;
     match prompts.pop() {
         Some(prompt) if prompts.is_empty() => {
             let plain = GenerateRequest::new(prompt);
-            let request = GenerateRequest { sampling, stop, include_stop, rules, grammar, ..plain };
+            let request = GenerateRequest { sampling, samples, stop, include_stop, rules, grammar, ..plain };
             Ok((request, model))
         }
         _ => Err(FieldError::Unsupported {
@@ -174,21 +175,21 @@ fn without_bom(line: &[u8]) -> &[u8] {
     line.strip_prefix(b"\xEF\xBB\xBF").unwrap_or(line)
 }
 
-/// Appends the result line of a request that came to its end. `tools` is how the model writes calls of tools, where that is
-/// known, and `token_bytes` gives the bytes that a token stands for.
+/// Appends the result line of a request all of whose samples came to their end. `tools` is how the model writes calls of tools,
+/// where that is known, and `token_bytes` gives the bytes that a token stands for.
 pub fn write_result(
     out: &mut Vec<u8>,
     header: &Header,
     origin: Origin,
-    completion: &Completion,
+    completions: &[Completion],
     tools: Option<ToolFormat>,
     token_bytes: &dyn Fn(u32) -> Option<Vec<u8>>,
 ) {
     match header.format {
-        Format::Native => native::write_result(out, header, origin, completion, token_bytes),
-        Format::Score => native::write_score(out, header, origin, completion),
+        Format::Native => native::write_result(out, header, origin, completions, token_bytes),
+        Format::Score => native::write_score(out, header, origin, completions),
         Format::Chat | Format::Text => {
-            batch::write_result(out, header, origin, completion, tools, token_bytes)
+            batch::write_result(out, header, origin, completions, tools, token_bytes)
         }
     }
 }

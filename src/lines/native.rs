@@ -60,14 +60,16 @@ const NOTHING_DRAWN: &str = "a completion is scored and nothing drawn behind it"
 
 /// Fields that say what is drawn, when that ends, or what is told of the prompt. Those that say how it is drawn from its
 /// probabilities (`temperature`, `seed`, …) don't change these.
-const OF_DRAWN: [Only; 14] = [
+const OF_DRAWN: [Only; 16] = [
     ("bad_words", &["[]"], NOTHING_DRAWN),
+    ("best_of", &["1"], NOTHING_DRAWN),
     ("frequency_penalty", &["0"], NOTHING_DRAWN),
     ("include_stop_str_in_output", &["false"], NOTHING_DRAWN),
     ("logit_bias", &["{}"], NOTHING_DRAWN),
     ("max_completion_tokens", &["0"], NOTHING_DRAWN),
     ("max_tokens", &["0"], NOTHING_DRAWN),
     ("min_tokens", &["0"], NOTHING_DRAWN),
+    ("n", &["1"], NOTHING_DRAWN),
     ("presence_penalty", &["0"], NOTHING_DRAWN),
     ("prompt_logprobs", &[], "the completion alone is scored, and logprobs counts the alternatives"),
     ("repetition_penalty", &["1"], NOTHING_DRAWN),
@@ -82,19 +84,39 @@ struct Done<'a> {
     id: &'a Option<Box<RawValue>>,
     line: u64,
     fingerprint: String,
-    token_ids: &'a [u32],
-    /// Null where the model has no tokenizer.
-    text: Option<&'a str>,
-    finish_reason: FinishReason,
-    usage: Usage,
-    /// One entry a token, where asked for: `{"logprob": …, "top": [[token_id, logprob], …]}`.
+    /// Of the one output that there is, or else of each.
+    #[serde(flatten)]
+    output: Option<Output<'a>>,
     #[serde(skip_serializing_if = "Option::is_none")]
-    logprobs: Option<&'a [TokenLogprobs]>,
+    outputs: Option<Vec<Output<'a>>>,
+    usage: Usage,
     /// Of the prompt's tokens, where asked for, in vLLM's form.
     #[serde(skip_serializing_if = "Option::is_none")]
     prompt_logprobs: Option<PromptLogprobs>,
     #[serde(skip_serializing_if = "Option::is_none")]
     warning: Option<&'a str>,
+}
+
+#[derive(Serialize)]
+struct Output<'a> {
+    token_ids: &'a [u32],
+    /// Null where the model has no tokenizer.
+    text: Option<&'a str>,
+    finish_reason: FinishReason,
+    /// One entry a token, where asked for: `{"logprob": …, "top": [[token_id, logprob], …]}`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    logprobs: Option<&'a [TokenLogprobs]>,
+}
+
+impl<'a> Output<'a> {
+    fn of(completion: &'a Completion) -> Self {
+        Output {
+            token_ids: &completion.token_ids,
+            text: completion.text.as_deref(),
+            finish_reason: completion.finish_reason,
+            logprobs: completion.logprobs.as_deref(),
+        }
+    }
 }
 
 #[derive(Serialize)]
@@ -112,32 +134,32 @@ struct Failed<'a> {
     error: String,
 }
 
-/// Appends what came of a request.
+/// Appends what came of a request's samples.
 pub fn write_result(
     out: &mut Vec<u8>,
     header: &Header,
     origin: Origin,
-    completion: &Completion,
+    completions: &[Completion],
     token_bytes: &dyn Fn(u32) -> Option<Vec<u8>>,
 ) {
-    if let Some(error) = &completion.error {
+    let [first, others @ ..] = completions else { return };
+    if let Some(error) = completions.iter().find_map(|completion| completion.error.as_ref()) {
         return write_error(out, header, origin, error);
     }
+    let is_alone = others.is_empty();
     let done = Done {
         id: &header.id,
         line: origin.line,
         fingerprint: origin.fingerprint_text(),
-        token_ids: &completion.token_ids,
-        text: completion.text.as_deref(),
-        finish_reason: completion.finish_reason,
+        output: is_alone.then(|| Output::of(first)),
+        outputs: (!is_alone).then(|| completions.iter().map(Output::of).collect()),
         usage: Usage {
-            prompt_tokens: completion.prompt_tokens,
-            completion_tokens: completion.token_ids.len() as u32,
-            cached_tokens: completion.cached_tokens,
+            prompt_tokens: first.prompt_tokens,
+            completion_tokens: completions.iter().map(|one| one.token_ids.len() as u32).sum(),
+            cached_tokens: first.cached_tokens,
         },
-        logprobs: completion.logprobs.as_deref(),
-        prompt_logprobs: PromptLogprobs::new(completion, token_bytes),
-        warning: completion.warning.as_deref(),
+        prompt_logprobs: PromptLogprobs::new(first, token_bytes),
+        warning: first.warning.as_deref(),
     };
     append(out, &done);
 }
@@ -156,7 +178,8 @@ struct Scored<'a> {
 }
 
 /// Appends the score of a completion.
-pub fn write_score(out: &mut Vec<u8>, header: &Header, origin: Origin, completion: &Completion) {
+pub fn write_score(out: &mut Vec<u8>, header: &Header, origin: Origin, completions: &[Completion]) {
+    let [completion, ..] = completions else { return };
     if let Some(error) = &completion.error {
         return write_error(out, header, origin, error);
     }

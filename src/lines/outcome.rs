@@ -47,6 +47,7 @@ pub fn read_result(line: &[u8]) -> Option<Outcome> {
         line: Option<u64>,
         fingerprint: Option<&'a str>,
         token_ids: Option<IgnoredAny>,
+        outputs: Option<IgnoredAny>,
         response: Option<Response>,
         error: Option<IgnoredAny>,
     }
@@ -54,14 +55,16 @@ pub fn read_result(line: &[u8]) -> Option<Outcome> {
     struct Response {
         status_code: u16,
     }
-    let Line { id, line, fingerprint, token_ids, response, error } = serde_json::from_slice(line).ok()?;
+    let Line { id, line, fingerprint, token_ids, outputs, response, error } =
+        serde_json::from_slice(line).ok()?;
+    let output = token_ids.or(outputs);
     let answered = response.as_ref().is_some_and(|response| response.status_code == 200);
-    if token_ids.is_none() && response.is_none() && error.is_none() {
+    if output.is_none() && response.is_none() && error.is_none() {
         return None;
     }
     let origin = match (line, fingerprint) {
         (Some(line), Some(fingerprint)) => Origin::from_parts(line, fingerprint),
         _ => id.get().trim_matches('"').strip_prefix(ID_PREFIX).and_then(Origin::from_name),
     };
-    Some(Outcome { origin, good: error.is_none() && (token_ids.is_some() || answered) })
+    Some(Outcome { origin, good: error.is_none() && (output.is_some() || answered) })
 }

@@ -137,9 +137,10 @@ pub struct PromptTokens {
 }
 
 impl Usage {
-    /// Of one output.
-    pub fn of(completion: &Completion) -> Self {
-        Usage::default().with(completion, true)
+    /// Of the outputs of one prompt.
+    pub fn of(completions: &[Completion]) -> Self {
+        let count = |usage: Usage, (i, completion)| usage.with(completion, i == 0);
+        completions.iter().enumerate().fold(Usage::default(), count)
     }
 
     /// One output more; its prompt counts where it is the prompt's first.

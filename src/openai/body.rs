@@ -3,6 +3,7 @@
 //! ```text
 //!   prompt | prompt_token_ids | messages, tools, …      ──> Prompts
 //!   max_tokens, temperature, top_k, …, seed, logprobs   ──> SamplingParams     else as Defaults say
+//!   n                                                   ──> samples of each prompt
 //!   stop, include_stop_str_in_output                    ──> stop texts
 //!   logit_bias, stop_token_ids, bad_words               ──> TokenRules
 //!   completion | completion_token_ids                   ──> Given              in native lines
@@ -12,7 +13,7 @@
 //! ```
 //!
 //! A field that is not known is an error, not ignored: a misspelt `max_token` should not cost a night's run. Who can serve
-//! more than a line can (`n`, `stream`, …) takes those fields before.
+//! more than a line can (`stream`, `echo`, …) takes those fields before.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -33,6 +34,9 @@ use crate::request::{
 };
 use crate::tools::ToolCalls;
 
+/// Outputs of a prompt at most, as in OpenAI's API.
+const SAMPLES_MAX: i64 = 128;
+
 /// Which prompts a body may have.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Prompts {
@@ -51,6 +55,8 @@ pub struct Body {
     pub prompts: Vec<Prompt>,
     /// How tokens are drawn.
     pub sampling: SamplingParams,
+    /// Outputs of each prompt.
+    pub samples: u32,
     /// Texts that end the output.
     pub stop: Vec<String>,
     /// Let the output's text end with what ended it.
@@ -78,6 +84,7 @@ impl Body {
         fields.check_once()?;
         let model = name_of(model, &mut fields)?;
         let sampling = sampling(&mut fields, default)?;
+        let samples = samples(&mut fields)?;
         let stop = stop(&mut fields)?;
         let include_stop = fields.flag("include_stop_str_in_output")?.unwrap_or(false);
         let rules = rules(&mut fields)?;
@@ -86,7 +93,7 @@ impl Body {
         let calls = tool_calls(&mut fields, &mut prompts)?;
         let grammar = one_of(grammar, calls)?;
         check_rest(fields, &prompts)?;
-        Ok(Body { prompts, sampling, stop, include_stop, rules, grammar, model })
+        Ok(Body { prompts, sampling, samples, stop, include_stop, rules, grammar, model })
     }
 }
 
@@ -129,6 +136,22 @@ fn sampling(fields: &mut Fields<'_>, default: &SamplingParams) -> Result<Samplin
         logprobs: logprobs(fields)?.unwrap_or(default.logprobs),
         prompt_logprobs,
     })
+}
+
+/// `n`, and `best_of` where it asks for no more.
+fn samples(fields: &mut Fields<'_>) -> Result<u32, FieldError> {
+    let samples = fields.whole("n", 1, "a whole number from 1 to 128")?.unwrap_or(1);
+    if samples > SAMPLES_MAX {
+        let fix = "at most 128 outputs of a prompt are given".to_owned();
+        return Err(FieldError::Unsupported { field: "n", value: samples.to_string(), fix });
+    }
+    match fields.whole("best_of", 1, "a whole number from 1 on")? {
+        Some(best_of) if best_of != samples => {
+            let fix = "all outputs are given, so it must be as n".to_owned();
+            Err(FieldError::Unsupported { field: "best_of", value: best_of.to_string(), fix })
+        }
+        _ => Ok(samples as u32),
+    }
 }
 
 /// -1 is vLLM's word for all tokens.

@@ -30,13 +30,11 @@ const WITHOUT_EFFECT: &[&str] = &[
 /// A field that is taken at these values alone, given as JSON, or as null, and why.
 pub type Only = (&'static str, &'static [&'static str], &'static str);
 
-const ONE_LINE_ONE_OUTPUT: &str = "one line gives one output; repeat the line with other seeds for more";
 const STRUCTURED: &str = "give it in structured_outputs";
 
 const ONLY: &[Only] = &[
     ("allowed_token_ids", &[], "say what the text may be in structured_outputs"),
     ("audio", &[], "only text comes out"),
-    ("best_of", &["1"], ONE_LINE_ONE_OUTPUT),
     ("chat_template", &[], "the checkpoint's chat template is used"),
     ("detokenize", &["true"], "text comes out wherever the model has a tokenizer"),
     ("echo", &["false"], "the prompt is not repeated"),
@@ -53,7 +51,6 @@ const ONLY: &[Only] = &[
     ("mm_processor_kwargs", &["{}"], "only text goes in"),
     ("modalities", &["[\"text\"]"], "only text comes out"),
     ("moderation", &[], "nothing is moderated"),
-    ("n", &["1"], ONE_LINE_ONE_OUTPUT),
     ("reasoning_effort", &[], "give it in chat_template_kwargs if the template knows it"),
     ("return_token_ids", &["false"], "native lines give token ids"),
     ("return_tokens_as_token_ids", &["false"], "native lines give token ids"),

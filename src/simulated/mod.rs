@@ -129,7 +129,7 @@ impl Simulated {
     }
 }
 
-impl Runner for Simulated {
+impl Simulated {
     fn submit(&mut self, request: Request<'_>) -> Result<Submitted, SubmitError> {
         request.params.check()?;
         let first = *request.prompt.first().ok_or(SubmitError::EmptyPrompt)?;
@@ -147,6 +147,23 @@ impl Runner for Simulated {
         self.control.admitted.lock().unwrap_or_else(PoisonError::into_inner).push(first);
         self.control.running.fetch_add(1, Ordering::Relaxed);
         Ok(Submitted { ticket, max_tokens })
+    }
+}
+
+impl Runner for Simulated {
+    fn submit_group(
+        &mut self,
+        samples: &[Request<'_>],
+        taken: &mut dyn FnMut(Submitted),
+    ) -> Result<(), SubmitError> {
+        let vacant = self.requests.iter().filter(|request| request.is_none()).count();
+        if samples.len() > self.requests.len() {
+            return Err(SubmitError::TooManySamples { samples: samples.len(), limit: self.requests.len() });
+        }
+        if samples.len() > vacant {
+            return Err(SubmitError::QueueFull { capacity: self.control.limits.queued });
+        }
+        samples.iter().try_for_each(|sample| self.submit(*sample).map(&mut *taken))
     }
 
     fn set_backlog(&mut self, _: u32) {}

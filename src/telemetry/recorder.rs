@@ -31,7 +31,8 @@ const SHORTEST_S: f64 = 1e-6;
 
 /// Hears a session from its start to its end.
 pub struct Recorder {
-    open: HashMap<u64, Open>,
+    /// By tag and sample.
+    open: HashMap<(u64, u32), Open>,
     first_token: Latencies,
     between_tokens: Latencies,
     total_tokens: u64,
@@ -134,9 +135,10 @@ impl Recorder {
         self.load
     }
 
-    /// A request was handed over.
-    pub fn submitted(&mut self, tag: u64, at: Instant) {
-        self.open.insert(tag, Open { since: at, has_token: false });
+    /// A request of so many samples was handed over.
+    pub fn submitted(&mut self, tag: u64, samples: u32, at: Instant) {
+        let open = |sample| ((tag, sample), Open { since: at, has_token: false });
+        self.open.extend((0..samples).map(open));
     }
 
     /// A line that makes no request.
@@ -147,22 +149,22 @@ impl Recorder {
     /// Something happened in the session.
     pub fn hear(&mut self, event: &SessionEvent) {
         match event {
-            SessionEvent::Token { tag, at, .. } => self.token(*tag, *at),
+            SessionEvent::Token { tag, sample, at, .. } => self.token((*tag, *sample), *at),
             SessionEvent::Finished { tag, completion, .. } => self.finished(*tag, completion),
             SessionEvent::Step(timing) => self.step(timing),
             SessionEvent::Started { .. } => {}
         }
     }
 
-    fn token(&mut self, tag: u64, at: Instant) {
-        let Some(open) = self.open.get_mut(&tag) else { return };
+    fn token(&mut self, of: (u64, u32), at: Instant) {
+        let Some(open) = self.open.get_mut(&of) else { return };
         let latencies = if open.has_token { &mut self.between_tokens } else { &mut self.first_token };
         latencies.record(at.saturating_duration_since(open.since));
         *open = Open { since: at, has_token: true };
     }
 
     fn finished(&mut self, tag: u64, completion: &Completion) {
-        self.open.remove(&tag);
+        self.open.remove(&(tag, completion.sample));
         *self.ended.entry(completion.finish_reason).or_default() += 1;
         if let Some(error) = &completion.error {
             self.failed(error.kind());
@@ -258,7 +260,7 @@ mod tests {
     const PREFILL: StepShape = StepShape { decode_rows: 0, prefill_rows: 4, tokens: 100, samples: 4 };
 
     fn token(tag: u64, at: Instant) -> SessionEvent {
-        SessionEvent::Token { tag, token: 1, text: String::new(), logprobs: None, at }
+        SessionEvent::Token { tag, sample: 0, token: 1, text: String::new(), logprobs: None, at }
     }
 
     fn step(shape: StepShape, end_ms: u64, device_ms: f32, output_tokens: u32) -> SessionEvent {
@@ -286,8 +288,8 @@ mod tests {
         let started = Instant::now();
         let at = |ms| started + Duration::from_millis(ms);
         let mut recorder = Recorder::new();
-        recorder.submitted(0, started);
-        recorder.submitted(1, at(5));
+        recorder.submitted(0, 1, started);
+        recorder.submitted(1, 1, at(5));
         let events = [token(0, at(10)), token(1, at(10)), token(1, at(13)), token(0, at(20))];
         events.iter().for_each(|event| recorder.hear(event));
         recorder.hear(&step(DECODE, 20, 10.0, 4));
@@ -362,7 +364,7 @@ mod tests {
         let started = Instant::now();
         let mut recorder = Recorder::new();
         for tag in 0..1000 {
-            recorder.submitted(tag, started);
+            recorder.submitted(tag, 1, started);
             let error = (tag % 10 == 0).then_some(RequestError::EmptyStop);
             let reason = if error.is_some() { FinishReason::Rejected } else { FinishReason::Eos };
             recorder.hear(&ended(tag, reason, error));

@@ -49,7 +49,15 @@ def check_answer(request, answer, body):
     all_fields_are_known(strict, kind.__name__)
     assert answer.to_dict() == strict.to_dict() == body, "something is lost or converted on the way"
     assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
-    choice = answer.choices[0]
+    assert [choice.index for choice in answer.choices] == list(range(request["body"].get("n", 1)))
+    for choice in answer.choices:
+        check_logprobs(request, kind, choice)
+    if kind is Completion and answer.choices[0].logprobs:
+        lengths = sum(len(choice.logprobs.tokens) for choice in answer.choices)
+        assert lengths == answer.usage.completion_tokens, lengths
+
+
+def check_logprobs(request, kind, choice):
     if kind is ChatCompletion and choice.logprobs:
         for entry in choice.logprobs.content:
             assert len(entry.top_logprobs) == request["body"].get("top_logprobs", 0)
@@ -58,7 +66,7 @@ def check_answer(request, answer, body):
                 check_token(alternative)
     if kind is Completion and choice.logprobs:
         lengths = {len(part) for part in (choice.logprobs.tokens, choice.logprobs.token_logprobs)}
-        assert lengths == {answer.usage.completion_tokens}, lengths
+        assert len(lengths) == 1, lengths
 
 
 def check_refusal(request, error, body):
