@@ -2,11 +2,9 @@
 
 mod common;
 
-use common::{Draw, Machine, Random, Sequence, dims, limits};
-use minisgl_core::backend::{Ops, Sampler, WeightRole};
+use common::{Draw, Drawn, Random, edit_and_draw};
 use minisgl_core::rules::{LOGIT_MAX, Rules};
 use minisgl_core::sampling::{NO_TOKEN, SamplingParams, SlotState};
-use minisgl_core::tensor::Dtype;
 
 /// What a row asks for, and the tokens of its sequence.
 struct Case {
@@ -90,41 +88,10 @@ impl Case {
     }
 }
 
-/// Edits a step's logits, and draws. The sequences' tokens reach the history in portions, cut at random.
+/// Edits the cases' logits, and draws.
 fn edit(random: &mut Random, cases: &[Case], vocab: usize, logits: &[f32]) -> (Vec<f32>, Vec<u32>) {
-    let limits = limits(cases.len() as u32, 64, 16);
-    let mut machine = Machine::new(dims(8, 2, 1, 4, 8, vocab as u32), limits, random);
-    let table = common::tensor(vocab, &random.floats(vocab * 8), Dtype::F32).0;
-    let table = machine.cpu.load(WeightRole::Embedding, &[table]).unwrap();
-    let slots = random.permutation(cases.len());
-    let mut cached = vec![0; cases.len()];
-    loop {
-        // The last token is for the step that draws.
-        let left: Vec<usize> =
-            cases.iter().zip(&cached).map(|(case, at)| case.tokens.len() - 1 - at).collect();
-        let is_last = left.iter().all(|left| *left == 0);
-        let going: Vec<usize> = (0..cases.len()).filter(|i| is_last || left[*i] > 0).collect();
-        let portion = |i: usize, random: &mut Random| match left[i] {
-            0 => 1,
-            left => 1 + random.below(left),
-        };
-        let sequences: Vec<Sequence> = going
-            .iter()
-            .map(|&i| Sequence { slot: slots[i], cached: cached[i] as u32, new: portion(i, random) as u32 })
-            .collect();
-        let ids = going.iter().zip(&sequences);
-        let ids = ids.flat_map(|(&i, it)| &cases[i].tokens[it.cached as usize..][..it.new as usize]);
-        let ids: Vec<u32> = ids.copied().collect();
-        let (step, ..) = machine.step_with(&ids, &sequences, |at| cases[going[at]].draw(), None);
-        machine.cpu.begin_step(&step).unwrap();
-        machine.cpu.embed(&step, table).unwrap();
-        if is_last {
-            let (buffer, tokens) = (machine.floats(logits), machine.words(&vec![u32::MAX; cases.len()]));
-            machine.cpu.sample(&step, buffer, tokens).unwrap();
-            return (machine.read(buffer, logits.len()), machine.read_words(tokens, cases.len()));
-        }
-        going.iter().zip(&sequences).for_each(|(&i, it)| cached[i] += it.new as usize);
-    }
+    let drawn = |case: &Case| Drawn { tokens: case.tokens.clone(), draw: case.draw() };
+    edit_and_draw(random, &cases.iter().map(drawn).collect::<Vec<_>>(), vocab, logits)
 }
 
 #[test]

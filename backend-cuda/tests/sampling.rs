@@ -1,5 +1,8 @@
 //! Sampling on the device against core's definition, as `perf::drawn` has it: in f64, by sorting.
 
+#[path = "../../backend-cpu/tests/common/processors.rs"]
+#[allow(dead_code, reason = "the CPU's tests use all of it")]
+mod processors;
 mod support;
 
 use half::f16;
@@ -14,6 +17,7 @@ use minisgl_core::tensor::splitmix64;
 use minisgl_cuda::perf::drawn::complaint;
 use minisgl_cuda::{Buffer, Cuda, Options};
 
+use processors::{Case, DRAWS};
 use support::taken;
 
 const POISON: u32 = 0xdead_beef;
@@ -416,39 +420,13 @@ fn logits_are_edited_as_the_definition_says_and_the_token_is_theirs() {
                 Edits::random(&mut random, vocab, len)
             })
             .collect();
-        let slots = rows as usize + 1;
-        let width = limits.table_width();
-        let mut rules = vec![0; slots * RULE_WORDS];
-        let mut table = vec![pages; slots * width as usize];
-        let mut history = vec![POISON; ((pages + 1) * page_size) as usize];
-        let mut draws = vec![];
-        for (slot, edits) in (0..).zip(&all) {
-            let (state, words) = edits.state();
-            rules[slot as usize * RULE_WORDS..][..words.len()].copy_from_slice(&words);
-            for (position, id) in (0..).zip(&edits.tokens) {
-                // Pages from the last to the first.
-                let page = pages - 1 - (slot * width + position / page_size);
-                table[(slot * width + position / page_size) as usize] = page;
-                history[(page * page_size + position % page_size) as usize] = *id;
-            }
-            let kv_len = edits.tokens.len() as u32;
-            let row = Row {
-                slot,
-                first_token: slot,
-                tokens: 1,
-                position: kv_len - 1,
-                kv_len,
-                sampled: 1,
-                ..Row::default()
-            };
-            draws.push(Draw { row, state });
-        }
-        let step = Step {
-            rules: bench.words(&rules),
-            page_table: bench.words(&table),
-            history: bench.words(&history),
-            ..bench.step(&draws)
-        };
+        let slots: Vec<_> = all.iter().map(Edits::state).collect();
+        let of_rows: Vec<_> = slots
+            .into_iter()
+            .zip(&all)
+            .map(|((state, rules), edits)| (state, rules, edits.tokens.as_slice()))
+            .collect();
+        let (step, draws) = step_behind(&mut bench, &of_rows);
         let mut logits = random_logits(&mut random, rows as usize, vocab);
         for (i, value) in [f16::NEG_INFINITY, f16::NAN, f16::MAX].into_iter().enumerate() {
             logits[i * vocab + random.word() as usize % vocab] = value;
@@ -474,6 +452,100 @@ fn logits_are_edited_as_the_definition_says_and_the_token_is_theirs() {
             let complaint = complaint(&draws[i].state, draws[i].row.kv_len, &finite, tokens[i]);
             assert_eq!(complaint, None, "{rows} x {vocab}: row {i}: {:?}", edits.params);
         }
+    }
+}
+
+/// A step whose rows have these sequences of tokens, beside what their slots say, and the rows as they draw.
+fn step_behind(bench: &mut Bench, rows: &[(SlotState, Vec<u32>, &[u32])]) -> (Step<Buffer>, Vec<Draw>) {
+    let Limits { pages, page_size, running, .. } = bench.limits;
+    let (slots, width) = (running as usize + 1, bench.limits.table_width());
+    let mut rules = vec![0; slots * RULE_WORDS];
+    let mut table = vec![pages; slots * width as usize];
+    let mut history = vec![POISON; ((pages + 1) * page_size) as usize];
+    let mut draws = vec![];
+    for (slot, (state, words, tokens)) in (0..).zip(rows) {
+        rules[slot as usize * RULE_WORDS..][..words.len()].copy_from_slice(words);
+        for (position, id) in (0..).zip(*tokens) {
+            // Pages from the last to the first.
+            let page = pages - 1 - (slot * width + position / page_size);
+            table[(slot * width + position / page_size) as usize] = page;
+            history[(page * page_size + position % page_size) as usize] = *id;
+        }
+        let kv_len = tokens.len() as u32;
+        let row = Row {
+            slot,
+            first_token: slot,
+            tokens: 1,
+            position: kv_len - 1,
+            kv_len,
+            sampled: 1,
+            ..Row::default()
+        };
+        draws.push(Draw { row, state: *state });
+    }
+    let step = Step {
+        rules: bench.words(&rules),
+        page_table: bench.words(&table),
+        history: bench.words(&history),
+        ..bench.step(&draws)
+    };
+    (step, draws)
+}
+
+/// The edited logits and the tokens of a case, drawn with each of the seeds.
+fn draw_case(case: &Case, seeds: std::ops::Range<u64>) -> (Vec<f16>, Vec<u32>) {
+    let (rows, vocab) = ((seeds.end - seeds.start) as u32, case.logits.len());
+    let sequence = 64;
+    let limits = Limits { sequence, pages: rows * sequence / 16, ..limits(rows) };
+    let mut bench = Bench::with(limits, vocab);
+    let slots: Vec<_> = seeds.map(|seed| case.slot(seed)).collect();
+    let of_rows: Vec<_> =
+        slots.into_iter().map(|(state, rules)| (state, rules, case.tokens.as_slice())).collect();
+    let (step, _) = step_behind(&mut bench, &of_rows);
+    let logits: Vec<f16> = case.logits.iter().copied().map(f16::from_f32).collect();
+    let (buffer, tokens) =
+        (bench.logits(&logits.repeat(rows as usize)), bench.words(&vec![POISON; 2 * rows as usize]));
+    bench.cuda.sample(&step, buffer, tokens).expect("a launch");
+    let words = bench.read(buffer, (rows as usize * vocab).div_ceil(2));
+    let edited = bytemuck::cast_slice::<u32, u16>(&words).iter().copied().map(f16::from_bits).collect();
+    (edited, bench.read(tokens, rows as usize))
+}
+
+/// An edited logit here is rounded to f16 twice at most: this much of itself, or of what a bias has lifted it to on the way.
+const ROUNDED: f32 = 0.05;
+
+#[test]
+#[ignore = "needs a GPU"]
+fn logits_are_edited_as_transformers_does_it_and_the_token_is_one_of_what_it_keeps() {
+    for case in Case::all() {
+        let (edited, tokens) = draw_case(&case, 0..128);
+        for (got, expected) in edited.iter().zip(case.edited.iter().cycle()) {
+            let got = got.to_f32();
+            assert!(
+                got == *expected || (got - expected).abs() <= ROUNDED,
+                "{}: {got}, {expected}",
+                case.name
+            );
+        }
+        for (seed, token) in (0..).zip(tokens) {
+            let scores = case.scores(seed);
+            let largest = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+            let got = scores[token as usize];
+            assert!(largest - got <= 2.0 * ROUNDED, "{}, seed {seed}: {got}, {largest}", case.name);
+        }
+    }
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn tokens_come_as_often_as_what_transformers_keeps_says() {
+    for case in Case::all() {
+        let mut counts = vec![0; case.logits.len()];
+        for seed in (0..DRAWS).step_by(256) {
+            draw_case(&case, seed..seed + 256).1.into_iter().for_each(|token| counts[token as usize] += 1);
+        }
+        let likelihood = case.likelihood(&counts);
+        assert!(likelihood > 0.001, "{}: {likelihood} for {counts:?}", case.name);
     }
 }
 

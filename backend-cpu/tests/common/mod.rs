@@ -2,11 +2,13 @@
 
 #![allow(dead_code)]
 
+pub mod processors;
+
 use std::sync::Arc;
 
 use half::{bf16, f16};
 use minisgl_core::backend::{
-    Device, Element, KvLayer, LayerWeights, MlpWeights, Ops, Purpose, Step, WeightRole,
+    Device, Element, KvLayer, LayerWeights, MlpWeights, Ops, Purpose, Sampler, Step, WeightRole,
 };
 use minisgl_core::batch::{Batch, Dummy, Layout, PageUpdate, Row, StepShape, Token};
 use minisgl_core::config::Limits;
@@ -350,6 +352,53 @@ pub struct Draw {
 impl From<SlotState> for Draw {
     fn from(state: SlotState) -> Draw {
         Draw { state, ..Draw::default() }
+    }
+}
+
+/// A row that draws, and the tokens of its sequence.
+pub struct Drawn {
+    pub tokens: Vec<u32>,
+    pub draw: Draw,
+}
+
+/// Edits the rows' logits, and draws. Their tokens, 60 each at most, reach the history in portions, cut at random.
+pub fn edit_and_draw(
+    random: &mut Random,
+    rows: &[Drawn],
+    vocab: usize,
+    logits: &[f32],
+) -> (Vec<f32>, Vec<u32>) {
+    let limits = limits(rows.len() as u32, 64, 16);
+    let mut machine = Machine::new(dims(8, 2, 1, 4, 8, vocab as u32), limits, random);
+    let table = tensor(vocab, &random.floats(vocab * 8), Dtype::F32).0;
+    let table = machine.cpu.load(WeightRole::Embedding, &[table]).unwrap();
+    let slots = random.permutation(rows.len());
+    let mut cached = vec![0; rows.len()];
+    loop {
+        // The last token is for the step that draws.
+        let left: Vec<usize> = rows.iter().zip(&cached).map(|(row, at)| row.tokens.len() - 1 - at).collect();
+        let is_last = left.iter().all(|left| *left == 0);
+        let going: Vec<usize> = (0..rows.len()).filter(|i| is_last || left[*i] > 0).collect();
+        let portion = |i: usize, random: &mut Random| match left[i] {
+            0 => 1,
+            left => 1 + random.below(left),
+        };
+        let sequences: Vec<Sequence> = going
+            .iter()
+            .map(|&i| Sequence { slot: slots[i], cached: cached[i] as u32, new: portion(i, random) as u32 })
+            .collect();
+        let ids = going.iter().zip(&sequences);
+        let ids = ids.flat_map(|(&i, it)| &rows[i].tokens[it.cached as usize..][..it.new as usize]);
+        let ids: Vec<u32> = ids.copied().collect();
+        let (step, ..) = machine.step_with(&ids, &sequences, |at| rows[going[at]].draw.clone(), None);
+        machine.cpu.begin_step(&step).unwrap();
+        machine.cpu.embed(&step, table).unwrap();
+        if is_last {
+            let (buffer, tokens) = (machine.floats(logits), machine.words(&vec![u32::MAX; rows.len()]));
+            machine.cpu.sample(&step, buffer, tokens).unwrap();
+            return (machine.read(buffer, logits.len()), machine.read_words(tokens, rows.len()));
+        }
+        going.iter().zip(&sequences).for_each(|(&i, it)| cached[i] += it.new as usize);
     }
 }
 
