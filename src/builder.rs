@@ -1,5 +1,6 @@
 //! Setting up an [`Llm`]: one method a setting, then [`LlmBuilder::build`].
 
+use minisgl_core::kv::KvFormat;
 use minisgl_core::policy::Policy;
 use minisgl_core::scheduler::Order;
 use minisgl_core::speculation::Speculation;
@@ -7,7 +8,7 @@ use minisgl_core::speculation::Speculation;
 use crate::device;
 use crate::error::Error;
 use crate::llm::Llm;
-use crate::options::{BackendChoice, KernelChoice, Options};
+use crate::options::{BackendChoice, KernelChoice, Options, Quantize};
 use crate::source::ModelSource;
 use crate::weights::Weights;
 
@@ -146,6 +147,18 @@ impl LlmBuilder {
     /// When tokens are drafted from what a text said before.
     pub fn speculation(mut self, speculation: Speculation) -> Self {
         self.options.speculation = speculation;
+        self
+    }
+
+    /// What keys and values are kept as; `None` leaves it to the device.
+    pub fn kv_dtype(mut self, format: Option<KvFormat>) -> Self {
+        self.options.kv_dtype = format;
+        self
+    }
+
+    /// Make weights in bf16, f16 or f32 something else when they are loaded.
+    pub fn quantize(mut self, quantize: Option<Quantize>) -> Self {
+        self.options.quantize = quantize;
         self
     }
 

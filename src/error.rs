@@ -55,6 +55,11 @@ pub enum Error {
         /// Why there is none.
         reason: &'static str,
     },
+    /// Weights that a GPU does not multiply with yet.
+    #[error(
+        "--quantize fp8 makes weights that GPUs are not programmed for yet; leave it out, or compute with --backend cpu"
+    )]
+    QuantizeOnGpu,
     /// More than the host's memory.
     #[error(
         "{running} running and {queued} queued requests of up to {sequence} tokens, in each of {engines} engines, take {needed} \

@@ -104,6 +104,9 @@ macro_rules! with_shared_flags {
             /// tokens of a KV page, a power of two (default 16, or the device's least)
             #[argh(option)]
             page_size: Option<u32>,
+            /// what keys and values are kept as: auto (default: bf16 on a GPU, f32 on the CPU), bf16 or fp8
+            #[argh(option, from_str_fn($crate::parse_kv_dtype), default = "::std::default::Default::default()")]
+            kv_dtype: $crate::KvDtype,
             /// pages of the KV cache (default: as many as memory holds)
             #[argh(option)]
             num_pages: Option<u32>,
@@ -133,6 +136,9 @@ macro_rules! with_shared_flags {
             /// steps cost and how many drafts were right) or ngram-always; tokens are the same
             #[argh(option, from_str_fn($crate::parse_speculation), default = "::std::default::Default::default()")]
             speculate: $crate::Speculation,
+            /// make weights fp8 when they are loaded, where the checkpoint's are not: fp8
+            #[argh(option)]
+            quantize: Option<$crate::Quantize>,
             /// apply fp8 matrices to activations as they are, whatever the checkpoint says of rounding them
             #[argh(switch)]
             plain_inputs: bool,
@@ -168,6 +174,7 @@ macro_rules! with_shared_flags {
                     max_running: self.max_running.0,
                     max_prefill_tokens: self.max_prefill_tokens,
                     page_size: self.page_size,
+                    kv_dtype: self.kv_dtype.0,
                     num_pages: self.num_pages,
                     memory_ratio: self.memory_ratio.unwrap_or(default.memory_ratio),
                     max_seq_len: self.max_seq_len,
@@ -177,6 +184,7 @@ macro_rules! with_shared_flags {
                     order: self.order,
                     policy: self.policy.unwrap_or_default(),
                     speculation: self.speculate,
+                    quantize: self.quantize,
                     plain_inputs: self.plain_inputs,
                     ..default
                 }

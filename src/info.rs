@@ -4,6 +4,7 @@ use std::fmt;
 
 use minisgl_core::backend::Dims;
 use minisgl_core::config::Limits;
+use minisgl_core::kv::KvFormat;
 use minisgl_core::spec::LayerSpec;
 use minisgl_decoder::Checkpoint;
 use serde::Serialize;
@@ -41,7 +42,9 @@ pub struct Info {
     pub active_weights: u64,
     /// The model's experts, if it has any.
     pub experts: Option<ExpertsInfo>,
-    /// Bytes of a KV page, over all layers.
+    /// What keys and values are kept as.
+    pub kv: KvFormat,
+    /// Bytes of a KV page, over all layers, scales included.
     pub page_bytes: u64,
     /// Bytes of device memory in all.
     pub memory_total: u64,
@@ -136,8 +139,9 @@ impl fmt::Display for Info {
         }
         writeln!(
             f,
-            "KV cache: {pages} pages of {page_size} tokens, {:.2} GiB; {running} requests at once, {sequence} tokens \
+            "KV cache: {pages} pages of {page_size} tokens in {}, {:.2} GiB; {running} requests at once, {sequence} tokens \
              each, {prefill_tokens} a prefill step",
+            self.kv,
             gib(self.kv_bytes())
         )?;
         if let Some(window) = self.window {

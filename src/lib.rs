@@ -78,14 +78,15 @@ pub use grammar::Grammar;
 pub use info::Info;
 pub use llm::{Llm, gpu_present};
 pub use minisgl_core::config::{Limits, LimitsError};
+pub use minisgl_core::kv::KvFormat;
 pub use minisgl_core::policy::Policy;
 pub use minisgl_core::scheduler::Order;
 pub use minisgl_core::speculation::{DRAFTS_MAX, Speculation};
 pub use minisgl_core::stats::{Load, Stats};
 pub use minisgl_decoder::{Dtype, NamedTensor};
 pub use options::{
-    BackendChoice, Devices, KernelChoice, MaxRunning, Options, parse_devices, parse_max_running, parse_order,
-    parse_policy, parse_speculation,
+    BackendChoice, Devices, KernelChoice, KvDtype, MaxRunning, Options, Quantize, parse_devices,
+    parse_kv_dtype, parse_max_running, parse_order, parse_policy, parse_speculation,
 };
 pub use request::{
     BesideWork, ChatPrompt, Completion, FinishReason, Flow, GenerateRequest, Given, JsonObject, Message,

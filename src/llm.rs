@@ -31,7 +31,7 @@ use crate::front::{Built, EngineHandle, Events, Front, SessionEvent, SessionOpti
 use crate::info::{ExpertsInfo, Info};
 use crate::memory::{PagePlan, Sequence, check_asked, check_host, share_within, warning};
 use crate::models::FAMILIES;
-use crate::options::{KernelChoice, Options};
+use crate::options::{KernelChoice, Options, Quantize};
 use crate::request::{
     ChatPrompt, Completion, FinishReason, Flow, GenerateRequest, Prompt, RequestError, StreamEvent,
 };
@@ -438,7 +438,12 @@ fn open_checkpoint(source: &ModelSource, options: &Options) -> Result<Checkpoint
         Some(folder) => Checkpoint::open(folder, FAMILIES),
     };
     let checkpoint = checkpoint.map_err(|cause| Error::Model(cause.into()))?;
-    Ok(if options.plain_inputs { checkpoint.with_plain_inputs() } else { checkpoint })
+    let checkpoint = match options.quantize {
+        Some(Quantize::Fp8) => checkpoint.quantized(),
+        None => checkpoint,
+    };
+    let checkpoint = if options.plain_inputs { checkpoint.with_plain_inputs() } else { checkpoint };
+    Ok(checkpoint.with_kv(options.kv_dtype))
 }
 
 /// Is there a GPU? No driver means no; one that does not work is an error, for somebody meant it to.
@@ -543,6 +548,7 @@ impl Opening {
             weight_bytes: engine.model().weight_bytes(),
             active_weights: engine.model().spec().active_weights(),
             experts: ExpertsInfo::of(&self.checkpoint),
+            kv: engine.model().kv_format(),
             page_bytes,
             memory_total: loaded.total,
             memory_free_loaded: loaded.free,
@@ -615,9 +621,10 @@ impl Opening {
         if sequence > max {
             return Err(Error::SequenceTooLong { asked: sequence, max });
         }
+        let page_size = self.options.page_size.unwrap_or(device.page_size_min.max(16));
         let running = match self.options.max_running {
             Some(running) => running,
-            None if self.choice.on_gpu => self.costs(device, memory, sequence).running(),
+            None if self.choice.on_gpu => self.costs(device, memory, sequence, page_size).running(),
             None => running::ON_CPU,
         };
         let on_cpu = !self.choice.on_gpu && self.options.simulate.is_none();
@@ -627,12 +634,12 @@ impl Opening {
             queued: max_queued,
             sequence,
             prefill_tokens: self.options.max_prefill_tokens.unwrap_or(prefill_tokens),
-            page_size: self.options.page_size.unwrap_or(device.page_size_min.max(16)),
+            page_size,
             pages: self.options.num_pages.unwrap_or(1),
             graph_rows: self.options.max_graph_batch.unwrap_or(running).min(running),
         };
         limits.check()?;
-        let (page_size, min) = (limits.page_size, device.page_size_min);
+        let min = device.page_size_min;
         if page_size < min {
             return Err(LimitsError::PageSizeBelowMin { page_size, min }.into());
         }
@@ -643,18 +650,18 @@ impl Opening {
     }
 
     /// What the number of requests at once depends on, the weights not being loaded yet.
-    fn costs(&self, device: &DeviceInfo, memory: Memory, sequence: u32) -> Costs {
+    fn costs(&self, device: &DeviceInfo, memory: Memory, sequence: u32, page_size: u32) -> Costs {
         /// Where nobody says.
         const USUAL_TOKENS: u32 = 1024;
         let Options { usual_tokens, memory_ratio, .. } = self.options;
-        let dims = &self.checkpoint.config().spec.dims;
+        let spec = &self.checkpoint.config().spec;
         let weight_bytes = self.checkpoint.tensors().step_bytes();
         let idle_bytes = ExpertsInfo::of(&self.checkpoint).map_or(0, |experts| experts.idle_bytes());
         let left = memory.free.saturating_sub(weight_bytes);
         Costs {
             weight_bytes,
             active_weight_bytes: weight_bytes - idle_bytes,
-            kv_bytes_per_token: 2 * u64::from(dims.layers) * (dims.kv_width() * device.kv_bytes) as u64,
+            kv_bytes_per_token: spec.page_bytes(device.kv, page_size) / u64::from(page_size),
             tokens: u64::from(usual_tokens.unwrap_or(USUAL_TOKENS).min(sequence)),
             cache_bytes: (left as f64 * memory_ratio) as u64,
         }

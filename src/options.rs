@@ -4,6 +4,7 @@ use std::ffi::OsString;
 use std::str::FromStr;
 
 use minisgl_core::config::Limits;
+use minisgl_core::kv::KvFormat;
 use minisgl_core::policy::Policy;
 use minisgl_core::scheduler::Order;
 use minisgl_core::speculation::Speculation;
@@ -36,6 +37,13 @@ pub enum KernelChoice {
     Hopper,
 }
 
+/// What weights are made when they are loaded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Quantize {
+    /// e4m3, with a scale for each row of a matrix.
+    Fp8,
+}
+
 /// All settings. `None` leaves the choice to the engine; [`Info`](crate::Info) reports what it chose.
 #[derive(Clone, Debug)]
 pub struct Options {
@@ -60,6 +68,8 @@ pub struct Options {
     pub max_prefill_tokens: Option<u32>,
     /// Tokens of a KV page; `None`: 16, or the least that the device takes.
     pub page_size: Option<u32>,
+    /// What keys and values are kept as; `None`: bf16 on a GPU, f32 on the CPU.
+    pub kv_dtype: Option<KvFormat>,
     /// KV pages; `None`: as many as memory holds, see [`Options::memory_ratio`].
     pub num_pages: Option<u32>,
     /// Share, in (0, 1], of the memory left beside weights and buffers that the KV pages take.
@@ -82,6 +92,8 @@ pub struct Options {
     pub policy: Policy,
     /// Whether tokens are drafted from what a text said before, where few requests run. Tokens are the same.
     pub speculation: Speculation,
+    /// What weights in bf16, f16 or f32 are made when they are loaded; `None` leaves them.
+    pub quantize: Option<Quantize>,
     /// Apply fp8 matrices to activations as they are, whatever the checkpoint says of rounding them: more exact.
     pub plain_inputs: bool,
 }
@@ -99,6 +111,7 @@ impl Default for Options {
             max_queued: 1024,
             max_prefill_tokens: None,
             page_size: None,
+            kv_dtype: None,
             num_pages: None,
             memory_ratio: 0.9,
             memory_utilization: None,
@@ -109,6 +122,7 @@ impl Default for Options {
             order: Order::Given,
             policy: Policy::Throughput,
             speculation: Speculation::Never,
+            quantize: None,
             plain_inputs: false,
         }
     }
@@ -120,7 +134,9 @@ impl Options {
     /// # Errors
     /// Names the capacity, the memory ratio or the GPU.
     pub fn check(&self) -> Result<(), Error> {
-        device::choose(self)?;
+        if device::choose(self)?.on_gpu && self.quantize.is_some() {
+            return Err(Error::QuantizeOnGpu);
+        }
         self.engines()?;
         let shares =
             [("--memory-ratio", Some(self.memory_ratio)), ("memory_utilization", self.memory_utilization)];
@@ -191,6 +207,17 @@ impl FromStr for KernelChoice {
     }
 }
 
+impl FromStr for Quantize {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "fp8" => Ok(Quantize::Fp8),
+            _ => Err(format!("weights can't be made {text}; use fp8")),
+        }
+    }
+}
+
 /// Reads how many requests run at once: a number, or `auto` for none.
 ///
 /// # Errors
@@ -224,6 +251,23 @@ pub struct Devices(pub Vec<usize>);
 /// A flag's value: [`Options::max_running`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct MaxRunning(pub Option<u32>);
+
+/// A flag's value: [`Options::kv_dtype`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct KvDtype(pub Option<KvFormat>);
+
+/// Reads what keys and values are kept as.
+///
+/// # Errors
+/// Another word than `auto`, `bf16` or `fp8`.
+pub fn parse_kv_dtype(text: &str) -> Result<KvDtype, String> {
+    match text {
+        "auto" => Ok(KvDtype(None)),
+        "bf16" => Ok(KvDtype(Some(KvFormat::Bf16))),
+        "fp8" => Ok(KvDtype(Some(KvFormat::Fp8))),
+        _ => Err(format!("{text} is nothing that keys and values are kept as; use auto, bf16 or fp8")),
+    }
+}
 
 /// Reads an order of admission.
 ///
@@ -273,6 +317,9 @@ mod tests {
         assert_eq!(parse_speculation("ngram-always"), Ok(Speculation::Always));
         assert_eq!(parse_speculation("off"), Ok(Speculation::default()));
         assert!(parse_speculation("on").is_err_and(|why| why.contains("off, ngram or ngram-always")));
+        assert_eq!(parse_kv_dtype("auto"), Ok(KvDtype::default()));
+        assert_eq!(parse_kv_dtype("fp8"), Ok(KvDtype(Some(KvFormat::Fp8))));
+        assert!(parse_kv_dtype("fp8_e5m2").is_err_and(|why| why.contains("auto, bf16 or fp8")));
         assert!(parse_policy("fast").is_err_and(|why| why.contains("throughput") && why.contains("latency")));
         assert!(parse_order("random").is_err_and(|why| why.contains("given") && why.contains("prefix")));
     }

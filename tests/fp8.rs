@@ -12,11 +12,11 @@ use std::fs;
 
 use common::logits::{Logits, checkpoint};
 use common::{FP8, Golden, Scratch, family, fixture, greedy_request, relative_error};
-use minisgl::Llm;
+use minisgl::{BackendChoice, Llm, Quantize};
 use minisgl_core::backend::{Device, Element, Ops, Purpose, WeightRole};
 use minisgl_core::config::Limits;
 use minisgl_core::spec::{Inputs, WeightFormat};
-use minisgl_core::tensor::HostTensor;
+use minisgl_core::tensor::{HostTensor, TensorData};
 use minisgl_cpu::Cpu;
 use minisgl_decoder::{Checkpoint, LayerTensors, MlpTensors};
 use minisgl_llama::LLAMA;
@@ -210,4 +210,81 @@ fn floats(file: &SafeTensors<'_>, name: &str) -> Vec<f32> {
         }
         other => panic!("{name} is {other:?}"),
     }
+}
+
+/// Checkpoints and what `scripts/fp8-checkpoint` made of them.
+const QUANTIZED: [&str; 2] = ["llama-rope3", "qwen3-moe"];
+
+fn bytes(tensor: &HostTensor) -> &[u8] {
+    match &tensor.data {
+        TensorData::Bytes { owner, range, .. } | TensorData::Fp8 { owner, range, .. } => {
+            &(**owner).as_ref()[range.clone()]
+        }
+        TensorData::Uniform { .. } | TensorData::Window { .. } => panic!("{} is in a file", tensor.name),
+    }
+}
+
+#[test]
+fn weights_quantized_at_load_are_those_that_were_quantized_before() {
+    for name in QUANTIZED {
+        let before = checkpoint(&fixture("quantized").join(name));
+        let at_load = checkpoint(&fixture(name)).quantized();
+        assert_eq!(at_load.config().spec, before.config().spec, "{name}");
+        let mut in_fp8 = 0;
+        for (a, b) in at_load.tensors().iter().zip(before.tensors().iter()) {
+            assert_eq!((&a.name, a.rows, a.cols), (&b.name, b.rows, b.cols));
+            assert!(bytes(a) == bytes(b), "{name}: {a:?}");
+            if let (TensorData::Fp8 { scales: a, .. }, TensorData::Fp8 { scales: b, .. }) = (&a.data, &b.data)
+            {
+                assert_eq!(a, b, "{name}");
+                in_fp8 += 1;
+            }
+        }
+        let layers = before.config().spec.layers.len();
+        assert_eq!(in_fp8, layers * if name == "qwen3-moe" { 4 + 8 * 3 } else { 7 }, "{name}");
+        assert!(at_load.tensors().step_bytes() < checkpoint(&fixture(name)).tensors().step_bytes());
+        let tensors = |checkpoint: Checkpoint| format!("{:?}", checkpoint.tensors());
+        assert_eq!(tensors(before.clone().quantized()), tensors(before), "what is fp8 stays");
+    }
+}
+
+#[test]
+fn tokens_of_weights_quantized_at_load_are_those_of_weights_quantized_before() {
+    for name in QUANTIZED {
+        let golden = Golden::open(name);
+        let run = |folder: &str, plain: bool, quantize| {
+            let builder = family(folder).plain_inputs(plain).quantize(quantize);
+            greedy_tokens(&mut builder.build().unwrap(), &golden, true)
+        };
+        for plain in [false, true] {
+            let before = run(&format!("quantized/{name}"), plain, None);
+            assert_eq!(run(name, plain, Some(Quantize::Fp8)), before, "{name}, plain inputs: {plain}");
+        }
+    }
+}
+
+#[test]
+fn dummy_weights_and_weights_that_are_fp8_are_quantized_too() {
+    for name in ["tiny", "tests/fixtures/llama-fp8ct"] {
+        let tokens = |quantize| {
+            let builder =
+                Llm::builder(name).backend(BackendChoice::Cpu).max_seq_len(Some(64)).quantize(quantize);
+            let mut llm = builder.build().unwrap();
+            let tokens = llm.generate(&[greedy_request(&[1, 2, 3], 8)]).unwrap().remove(0).token_ids;
+            (tokens, llm.info().weight_bytes)
+        };
+        let ((plain, plain_bytes), (fp8, fp8_bytes)) = (tokens(None), tokens(Some(Quantize::Fp8)));
+        assert_eq!(fp8.len(), plain.len());
+        match name {
+            "tiny" => assert!(fp8_bytes < plain_bytes),
+            _ => assert_eq!((fp8, fp8_bytes), (plain, plain_bytes)),
+        }
+    }
+}
+
+#[test]
+fn a_gpu_refuses_to_quantize_before_anything_is_loaded() {
+    let builder = Llm::builder("no/such/model").backend(BackendChoice::Cuda).quantize(Some(Quantize::Fp8));
+    let Err(error) = builder.build() else { panic!("it is refused") };
+    assert!(error.to_string().contains("--quantize fp8") && error.to_string().contains("--backend cpu"));
 }

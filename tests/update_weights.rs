@@ -9,8 +9,8 @@ use std::sync::Arc;
 
 use common::{Numbers, Scratch, family, fixture, greedy, small};
 use minisgl::{
-    Completion, Dtype, Error, GenerateRequest, Llm, LlmBuilder, NamedTensor, PromptLogprobs, SamplingParams,
-    ScoreRequest, SessionEvent, SessionOptions,
+    Completion, Dtype, Error, GenerateRequest, KvFormat, Llm, LlmBuilder, NamedTensor, PromptLogprobs,
+    Quantize, SamplingParams, ScoreRequest, SessionEvent, SessionOptions,
 };
 use safetensors::SafeTensors;
 use safetensors::tensor::TensorView;
@@ -304,6 +304,19 @@ fn inputs_that_are_left_as_they_are_stay_so() {
     llm.update_weights(given(&new)).unwrap();
     assert_eq!(outputs(&mut llm), expected);
     assert_ne!(expected, fresh(name, &new));
+}
+
+#[test]
+fn weights_that_are_made_fp8_at_load_are_made_so_again_and_keys_and_values_stay_in_fp8() {
+    for name in ["tiny-tied", "qwen3-moe"] {
+        let fp8 = |builder: LlmBuilder| builder.quantize(Some(Quantize::Fp8)).kv_dtype(Some(KvFormat::Fp8));
+        let new = all_trained(&stored(name), 5);
+        let expected = outputs(&mut fp8(of(&checkpoint(name, &new))).build().unwrap());
+        let mut llm = fp8(family(name)).build().unwrap();
+        llm.update_weights(given(&new)).unwrap();
+        assert_eq!(outputs(&mut llm), expected, "{name}");
+        assert_ne!(expected, fresh(name, &new), "{name}");
+    }
 }
 
 #[test]

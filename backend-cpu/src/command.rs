@@ -9,18 +9,20 @@ use minisgl_core::batch::{self, HEADER_WORDS, Header};
 use minisgl_core::config::Limits;
 use minisgl_core::constraint::mask_words;
 use minisgl_core::fp8;
+use minisgl_core::kv::{KvFormat, KvLayout};
 use minisgl_core::sampling::{LOGPROB_WORDS, NO_TOKEN, RowLogprobs};
 use minisgl_core::shard::Rank;
 use minisgl_core::spec::{Activation, DecoderSpec, Dims, Inputs, WeightFormat};
 use minisgl_core::stats::ExpertsRead;
 use rayon::prelude::*;
 
+use crate::attention::{self, Context, OWN_KV};
 use crate::edits::Slots;
 use crate::error::CpuError;
 use crate::experts::{self, RunExperts};
 use crate::link::Link;
 use crate::memory::{Buffer, Memory, floats};
-use crate::ops::{self, Context, PageShape};
+use crate::ops;
 use crate::weights::{Matrix, Rounding, Rows, Weight};
 use crate::{matmul, sampling};
 
@@ -152,6 +154,7 @@ pub struct Machine {
 #[derive(Clone, Copy)]
 struct Sizes {
     dims: Dims,
+    kv: KvFormat,
     /// The slot of padding tokens.
     nobody: u32,
     /// `[threads, vocab]`: candidates of a row being sampled.
@@ -177,7 +180,8 @@ impl Machine {
             let logits = limits.logit_rows() * dims.vocab.div_ceil(link.rank().count) as usize;
             link.reserve(logits.max(limits.step_tokens() * dims.hidden as usize));
         }
-        self.model = Some(Sizes { dims: *dims, nobody: limits.running, candidates, rounded });
+        let kv = spec.kv.unwrap_or(OWN_KV);
+        self.model = Some(Sizes { dims: *dims, kv, nobody: limits.running, candidates, rounded });
         Ok(())
     }
 
@@ -185,7 +189,7 @@ impl Machine {
     pub fn run(&mut self, command: &Command) -> Result<(), CpuError> {
         let Machine { memory, weights, experts_read, link, magnitudes, model } = self;
         let mut rounds = Rounds { link: link.as_mut(), magnitudes };
-        let Sizes { dims, nobody, candidates, rounded } = model.ok_or(CpuError::NotReserved)?;
+        let Sizes { dims, kv, nobody, candidates, rounded } = model.ok_or(CpuError::NotReserved)?;
         let (hidden, eps) = (dims.hidden as usize, dims.norm_eps);
         match *command {
             Command::BeginStep { step } => {
@@ -257,8 +261,8 @@ impl Machine {
                 let x = rounds.inputs(weight, &x[..tokens * weight.cols], rounded)?;
                 gate_up(weight.all(), activation, x, &mut out[..tokens * weight.rows / 2]);
             }
-            Command::Heads(command) => command.run(memory, weights, &dims)?,
-            Command::Attend(command) => command.run(memory, &dims)?,
+            Command::Heads(command) => command.run(memory, weights, &dims, kv)?,
+            Command::Attend(command) => command.run(memory, &dims, kv)?,
             Command::Experts(command) => {
                 let read = command.run(memory, weights, &dims, nobody, rounded, rounds)?;
                 experts::count(&command.step, read, experts_read);
@@ -360,7 +364,13 @@ impl Rounds<'_> {
 }
 
 impl Heads {
-    fn run(&self, memory: &mut Memory, weights: &[Matrix], dims: &Dims) -> Result<(), CpuError> {
+    fn run(
+        &self,
+        memory: &mut Memory,
+        weights: &[Matrix],
+        dims: &Dims,
+        kv: KvFormat,
+    ) -> Result<(), CpuError> {
         let rope = self.rope.unwrap_or(self.qkv.slice(0..0));
         let buffers = [self.step.batch, self.qkv, rope, self.kv.k, self.kv.v];
         let [words, qkv, rope, k, v] = memory.borrow(buffers)?;
@@ -374,20 +384,21 @@ impl Heads {
         };
         let qkv = &mut floats(qkv)[..tokens.len() * dims.qkv_width()];
         ops::norm_and_turn(dims, tokens, &heads, qkv);
-        ops::store(dims, PageShape::new(dims, self.step.page_size), tokens, qkv, floats(k), floats(v));
+        let layout = KvLayout::new(kv, dims, self.step.page_size);
+        attention::store(dims, &layout, tokens, qkv, bytes(k), bytes(v));
         Ok(())
     }
 }
 
 impl Attend {
-    fn run(&self, memory: &mut Memory, dims: &Dims) -> Result<(), CpuError> {
+    fn run(&self, memory: &mut Memory, dims: &Dims, format: KvFormat) -> Result<(), CpuError> {
         let Attend { step, window, scale, qkv, kv, out } = *self;
         let buffers = [step.batch, step.page_table, qkv, kv.k, kv.v, out];
         let [words, page_table, qkv, k, v, out] = memory.borrow(buffers)?;
         let context = Context {
-            shape: PageShape::new(dims, step.page_size),
-            k: floats(k),
-            v: floats(v),
+            layout: KvLayout::new(format, dims, step.page_size),
+            k: bytes(k),
+            v: bytes(v),
             page_table,
             table_width: step.table_width as usize,
             window: window.map_or(usize::MAX, |window| window as usize),
@@ -395,7 +406,7 @@ impl Attend {
         };
         let tokens = tokens(&step, words);
         let len = tokens.len() * dims.q_width();
-        ops::attention(dims, tokens, floats(qkv), context, &mut floats(out)[..len]);
+        attention::attention(dims, tokens, floats(qkv), context, &mut floats(out)[..len]);
         Ok(())
     }
 }
@@ -427,6 +438,10 @@ fn draw_rows(
             *out = sampling::draw(logits, state, row.kv_len, floats(scratch));
         }
     });
+}
+
+fn bytes(words: &mut [u32]) -> &mut [u8] {
+    bytemuck::cast_slice_mut(words)
 }
 
 fn header(words: &[u32]) -> Header {

@@ -18,6 +18,7 @@ use minisgl_core::spec::{DecoderSpec, LayerSpec, Unsupported};
 use minisgl_core::stats::ExpertsRead;
 use minisgl_core::tensor::HostTensor;
 
+use crate::attention::OWN_KV;
 use crate::command::Command;
 use crate::crew::{Crew, Job};
 use crate::error::CpuError;
@@ -146,7 +147,7 @@ impl Device for Cpu {
     fn info(&self) -> DeviceInfo {
         let threads = self.crew.as_ref().map_or(0, Crew::threads);
         let name = format!("CPU, {threads} thread{}", if threads == 1 { "" } else { "s" });
-        DeviceInfo { name, activation_bytes: 4, kv_bytes: 4, logit_bytes: 4, page_size_min: 1 }
+        DeviceInfo { name, activation_bytes: 4, kv: OWN_KV, logit_bytes: 4, page_size_min: 1 }
     }
 
     fn memory(&self) -> Result<Memory, CpuError> {
@@ -154,7 +155,7 @@ impl Device for Cpu {
         Ok(Memory { free, total })
     }
 
-    /// Every element is one 32-bit word.
+    /// Every element is one 32-bit word, those of the KV pages too, whatever is kept in them.
     fn alloc(&mut self, purpose: Purpose, _: Element, elements: usize) -> Result<Buffer, CpuError> {
         self.crew()?.desk().machine.memory.alloc(purpose, elements)
     }

@@ -10,7 +10,8 @@
 //!
 //!   layer.rs    a decoder layer out of single operations, and the buffers between them
 //!   supports.rs what of a spec is not computed here
-//!   ops.rs      what a transformer is: embedding, norm, rope, attention
+//!   ops.rs      what a transformer is: embedding, norm, rope
+//!   attention.rs  over keys and values in pages
 //!   experts.rs  MLPs of which each token gets some
 //!   matmul.rs   rows times a matrix, in blocks
 //!   edits.rs    penalties, biases and what may not be drawn, in logits
@@ -21,6 +22,7 @@
 //! Invariant: a row's results depend on that row alone, bit for bit. Every sum has an order fixed by its own length,
 //! whatever the number of rows, of threads, of ranks, or the page size.
 
+mod attention;
 mod command;
 mod crew;
 mod device;

@@ -6,15 +6,24 @@ use minisgl_core::spec::{
     Attention, Bias, DecoderSpec, Experts, LayerSpec, Mixer, Mlp, RopePairs, Unsupported, WeightFormat,
 };
 
+use crate::attention::{OWN_KV, WIDENED_MAX};
+
 const BACKEND: &str = "CPU";
 
 /// See [`minisgl_core::backend::Ops::supports`].
 pub fn check(spec: &DecoderSpec) -> Result<(), Unsupported> {
-    let DecoderSpec { dims: _, norm: _, embedding_scale: _, tied: _, logit_cap, weights, layers } = spec;
+    let DecoderSpec { dims, norm: _, embedding_scale: _, tied: _, logit_cap, weights, kv, layers } = spec;
     if logit_cap.is_some() {
         return Err(Unsupported::new(BACKEND, "its logits have a soft cap"));
     }
     let (WeightFormat::Bf16 | WeightFormat::Fp8(_)) = weights;
+    if kv.is_some_and(|format| format != OWN_KV) && dims.head_dim as usize > WIDENED_MAX {
+        let what = format!(
+            "its heads have {} elements; use --kv-dtype auto for more than {WIDENED_MAX}",
+            dims.head_dim
+        );
+        return Err(Unsupported::new(BACKEND, what));
+    }
     for (i, layer) in layers.iter().enumerate() {
         check_layer(layer).map_err(|what| Unsupported::in_layer(BACKEND, i, what))?;
     }

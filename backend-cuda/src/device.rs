@@ -14,6 +14,7 @@ use std::sync::Arc;
 use cudarc::driver::result::{self, DriverError};
 use cudarc::driver::sys;
 use minisgl_core::backend::{Device, DeviceInfo, Element, Memory, Purpose, Queue};
+use minisgl_core::kv::KvFormat;
 
 use crate::context::{Context, KernelSet, Properties};
 use crate::error::{CudaError, Named, is_out_of_memory};
@@ -224,7 +225,7 @@ impl Device for Cuda {
         DeviceInfo {
             name: self.properties().name.clone(),
             activation_bytes: element_bytes(Element::Activation),
-            kv_bytes: element_bytes(Element::Kv),
+            kv: KvFormat::Bf16,
             logit_bytes: element_bytes(Element::Logit),
             page_size_min: PAGE_SIZE_MIN,
         }

@@ -44,11 +44,11 @@ pub struct Buffer {
     elements: usize,
 }
 
-/// Bytes of an element: bf16 activations, keys and values, f16 logits, 32-bit words and floats.
+/// Bytes of an element: bf16 activations, f16 logits, 32-bit words and floats.
 pub fn element_bytes(element: Element) -> usize {
     match element {
-        Element::Activation | Element::Kv | Element::Logit => 2,
-        Element::Word | Element::Float => 4,
+        Element::Activation | Element::Logit => 2,
+        Element::Kv | Element::Word | Element::Float => 4,
     }
 }
 

@@ -159,8 +159,9 @@ impl World {
         upload(&mut cuda, &table, table_buffer);
         let [k, v] = [1, 2].map(|what| {
             let block = paged(seed, what, heads, &limits, &table, begins, lengths);
-            let buffer = cuda.alloc(Purpose::KvCache, Element::Kv, block.len()).unwrap();
-            upload(&mut cuda, bytemuck::cast_slice(&block), buffer);
+            let words: &[u32] = bytemuck::cast_slice(&block);
+            let buffer = cuda.alloc(Purpose::KvCache, Element::Kv, words.len()).unwrap();
+            upload(&mut cuda, words, buffer);
             buffer
         });
         World {

@@ -18,6 +18,7 @@ use core::ops::Range;
 
 use crate::batch::{Row, StepShape};
 use crate::config::Limits;
+use crate::kv::KvFormat;
 use crate::spec::{DecoderSpec, NormForm, Unsupported};
 use crate::tensor::HostTensor;
 
@@ -38,7 +39,7 @@ pub enum Queue {
 pub enum Element {
     /// A hidden state, in the backend's activation type.
     Activation,
-    /// A key or a value in a page, in a type of the backend's choice.
+    /// Four bytes of the KV pages; see [`crate::kv`].
     Kv,
     /// A logit, in the backend's logit type.
     Logit,
@@ -68,8 +69,8 @@ pub struct DeviceInfo {
     pub name: String,
     /// Bytes of one [`Element::Activation`].
     pub activation_bytes: usize,
-    /// Bytes of one [`Element::Kv`].
-    pub kv_bytes: usize,
+    /// What keys and values are kept as where a model's spec leaves it open.
+    pub kv: KvFormat,
     /// Bytes of one [`Element::Logit`].
     pub logit_bytes: usize,
     /// The smallest page size, in tokens, that the attention operations take.
@@ -211,7 +212,7 @@ pub struct Step<Buf> {
     pub masks: Buf,
 }
 
-/// Keys and values of one layer, each `[pages + 1, kv_heads, page_size, head_dim]` of [`Element::Kv`].
+/// Keys and values of one layer, each `[pages + 1, kv_heads, page_size, head_dim]` as [`crate::kv`] lays them out.
 #[derive(Clone, Copy, Debug)]
 pub struct KvLayer<Buf> {
     /// Keys, after q/k norm and rope.

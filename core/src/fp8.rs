@@ -8,6 +8,9 @@
 /// The largest number.
 pub const MAX: f32 = 448.0;
 
+/// What is no number.
+pub const NAN: u8 = 0x7f;
+
 /// What each code means.
 pub static VALUES: [f32; 256] = values();
 
@@ -32,6 +35,17 @@ const fn value(code: u8) -> f32 {
     if code & 0x80 == 0 { magnitude } else { -magnitude }
 }
 
+/// What a code means: its exponent and mantissa moved to f32's, and the difference of their biases multiplied in, which also
+/// makes normal numbers of subnormal ones.
+#[inline(always)]
+pub fn decode(code: u8) -> f32 {
+    const BIASES: f32 = f32::from_bits((127 + 120) << 23); // 2^120
+    let magnitude = code & 0x7f;
+    let value = f32::from_bits(u32::from(magnitude) << 20) * BIASES;
+    let value = if magnitude == NAN { f32::NAN } else { value };
+    f32::from_bits(value.to_bits() | u32::from(code & 0x80) << 24)
+}
+
 /// The nearest number's code, of two equally near ones that with an even mantissa; ±448 for what lies beyond.
 pub fn encode(x: f32) -> u8 {
     /// 2^14: its neighbour in f32 is 2^-9 away, so adding it rounds to whole multiples of that.
@@ -39,7 +53,7 @@ pub fn encode(x: f32) -> u8 {
     let sign = (x.to_bits() >> 24 & 0x80) as u8;
     let magnitude = x.abs();
     if magnitude.is_nan() {
-        return sign | 0x7f;
+        return sign | NAN;
     }
     let code = if magnitude < 1.0 / 64.0 {
         (magnitude + SHIFT).to_bits() - SHIFT.to_bits()
@@ -98,6 +112,10 @@ mod tests {
         );
         assert!(VALUES[0x7f].is_nan() && VALUES[0xff].is_nan());
         assert!((0..0x7f).all(|code| VALUES[code + 0x80] == -VALUES[code]));
+        assert!((0..=255).all(|code: u8| match VALUES[usize::from(code)] {
+            value if value.is_nan() => decode(code).is_nan(),
+            value => decode(code).to_bits() == value.to_bits(),
+        }));
         assert!(numbers().zip(numbers().skip(1)).all(|((_, low), (_, high))| low < high));
     }
 

@@ -16,6 +16,7 @@ pub mod formula;
 pub mod fp8;
 mod graphs;
 mod host;
+pub mod kv;
 pub mod late_launch;
 pub mod local;
 pub mod pages;

@@ -18,6 +18,8 @@ use alloc::vec::Vec;
 
 use thiserror::Error;
 
+use crate::kv::KvFormat;
+
 /// Sizes of a decoder.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Dims {
@@ -71,6 +73,8 @@ pub struct DecoderSpec {
     pub logit_cap: Option<f32>,
     /// How linear layers' weights are stored.
     pub weights: WeightFormat,
+    /// What keys and values are kept as; `None`: as the device has it, see [`crate::backend::DeviceInfo::kv`].
+    pub kv: Option<KvFormat>,
     /// First layer first.
     pub layers: Vec<LayerSpec>,
 }
@@ -393,6 +397,7 @@ impl DecoderSpec {
             tied: false,
             logit_cap: None,
             weights: WeightFormat::Bf16,
+            kv: None,
             layers: vec![layer; dims.layers as usize],
         }
     }

@@ -20,6 +20,7 @@ use std::io;
 use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
 
+use minisgl_core::kv::KvFormat;
 use minisgl_core::spec::{Inputs, ScaleBlock, WeightFormat};
 use minisgl_core::tensor::{HostTensor, Scales, TensorData};
 use serde_json::Value;
@@ -41,10 +42,11 @@ const INDEX: &str = "model.safetensors.index.json";
 /// A model's configuration and its weights: in mapped files, in memory, or made from seeds.
 #[derive(Clone, Debug)]
 pub struct Checkpoint {
-    config: Config,
-    tensors: Tensors,
+    pub(crate) config: Config,
+    pub(crate) tensors: Tensors,
     origin: Arc<Origin>,
     plain_inputs: bool,
+    pub(crate) quantized: bool,
 }
 
 /// What a checkpoint is made from.
@@ -294,7 +296,7 @@ impl Checkpoint {
         presets::divide_routers(&mut tensors);
         check_stacks(&tensors)?;
         let config = config.clone();
-        Ok(Checkpoint { config, tensors, origin: Arc::new(origin), plain_inputs: false })
+        Ok(Checkpoint { config, tensors, origin: Arc::new(origin), plain_inputs: false, quantized: false })
     }
 
     /// The checkpoint that it is with these tensors in the place of its own, checked as one that is opened: tensors that are
@@ -320,7 +322,14 @@ impl Checkpoint {
             let example = updated.tensors.norm.name.clone();
             return Err(CheckpointError::UnknownTensor { name: name.clone(), path, example });
         }
-        Ok(if self.plain_inputs { updated.with_plain_inputs() } else { updated })
+        let updated = if self.quantized { updated.quantized_like(self)? } else { updated };
+        let updated = if self.plain_inputs { updated.with_plain_inputs() } else { updated };
+        Ok(updated.with_kv(self.config.spec.kv))
+    }
+
+    /// The tensors as they are stored, whatever was made of them.
+    pub(crate) fn stored(&self) -> Result<Tensors, CheckpointError> {
+        Ok(Checkpoint::of(Origin::clone(&self.origin))?.tensors)
     }
 
     /// Names of the tensors whose elements, or how they are read, are others than in `before`.
@@ -374,6 +383,12 @@ impl Checkpoint {
                 }
             });
         }
+        self
+    }
+
+    /// Keeps keys and values in this format; `None`: in the device's own.
+    pub fn with_kv(mut self, format: Option<KvFormat>) -> Checkpoint {
+        self.config.spec.kv = format;
         self
     }
 

@@ -15,6 +15,7 @@ use std::collections::HashSet;
 use minisgl_core::backend::{Device, Element, KvCache, KvLayer, Model, Ops, Purpose, Step};
 use minisgl_core::batch::{Row, StepShape};
 use minisgl_core::config::Limits;
+use minisgl_core::kv::{KvFormat, KvLayout};
 use minisgl_core::spec::{DecoderSpec, Dims, LayerSpec, Mixer, Rope, Unsupported};
 use thiserror::Error;
 
@@ -38,19 +39,20 @@ pub enum LoadError<E: std::error::Error + 'static> {
 pub struct Decoder<B: Ops> {
     spec: DecoderSpec,
     max_positions: u32,
-    kv_bytes: u64,
+    /// What keys and values are kept as.
+    kv: KvFormat,
     weight_bytes: u64,
     weights: ModelWeights<B::Weight>,
     planned: Option<Planned<B::Buffer>>,
     pages: Option<Pages<B::Buffer>>,
 }
 
-/// Elements of which a layer's keys begin at a multiple, and its values: 2 MiB of two bytes each, a GPU's own large page.
-const ALIGNMENT: usize = 1 << 20;
+/// Words of which a layer's keys begin at a multiple, and its values: 2 MiB, a GPU's own large page.
+const ALIGNMENT: usize = 1 << 19;
 
 /// What [`Model::alloc_pages`] allocates.
 struct Pages<Buf> {
-    /// `[layers, 2, pages + 1, kv_heads, page_size, head_dim]`, all but rounding: in one piece, so that little is lost to it.
+    /// `[layers, 2]` times all pages of a layer's keys or values, all but rounding: in one piece, so that little is lost to it.
     all: Buf,
     /// The layers' parts of it.
     layers: KvCache<Buf>,
@@ -81,7 +83,7 @@ impl<B: Ops> Decoder<B> {
         Ok(Decoder {
             spec: config.spec.clone(),
             max_positions: config.max_positions,
-            kv_bytes: backend.info().kv_bytes as u64,
+            kv: config.spec.kv.unwrap_or(backend.info().kv),
             weight_bytes: tensors.step_bytes(),
             weights: ModelWeights::of(&config.spec, tensors).load(backend)?,
             planned: None,
@@ -109,6 +111,11 @@ impl<B: Ops> Decoder<B> {
         &self.spec
     }
 
+    /// What keys and values are kept as.
+    pub fn kv_format(&self) -> KvFormat {
+        self.kv
+    }
+
     /// The model's sizes.
     pub fn dims(&self) -> &Dims {
         &self.spec.dims
@@ -127,8 +134,7 @@ impl<B: Ops> Decoder<B> {
 
 impl<B: Ops> Model<B> for Decoder<B> {
     fn page_bytes(&self, page_size: u32) -> u64 {
-        let Dims { layers, .. } = self.spec.dims;
-        2 * u64::from(layers) * self.spec.dims.kv_width() as u64 * u64::from(page_size) * self.kv_bytes
+        self.spec.page_bytes(self.kv, page_size)
     }
 
     fn vocab(&self) -> u32 {
@@ -157,7 +163,7 @@ impl<B: Ops> Model<B> for Decoder<B> {
 
     fn alloc_pages(&mut self, backend: &mut B, pages: u32, page_size: u32) -> Result<(), B::Error> {
         let dims = &self.spec.dims;
-        let half = (pages as usize + 1) * page_size as usize * dims.kv_width();
+        let half = KvLayout::new(self.kv, dims, page_size).words(pages as usize + 1);
         let halves = 2 * dims.layers as usize;
         // Elsewhere, decode steps of many long rows take 1% longer on an H200; of small pools it would take too much.
         let apart = if half < 64 * ALIGNMENT { half } else { half.next_multiple_of(ALIGNMENT) };

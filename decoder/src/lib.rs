@@ -17,6 +17,7 @@ mod family;
 mod fields;
 mod presets;
 mod quantization;
+mod quantize;
 mod read;
 mod rope;
 mod safetensors;

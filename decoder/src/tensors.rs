@@ -169,6 +169,13 @@ impl Tensors {
         let layers = self.layers.iter_mut().flat_map(LayerTensors::matrices_mut);
         layers.chain([&mut self.embed]).chain(&mut self.head)
     }
+
+    /// Those of layers' linear layers, routers not included.
+    pub(crate) fn linear_mut(&mut self) -> impl Iterator<Item = &mut HostTensor> {
+        self.layers.iter_mut().flat_map(|layer| {
+            layer.qkv.iter_mut().chain([&mut layer.o]).chain(layer.mlp.without_router_mut())
+        })
+    }
 }
 
 impl LayerTensors {
@@ -295,16 +302,19 @@ impl MlpTensors {
         router.iter().chain(gate_up).chain(down)
     }
 
+    fn parts_mut(&mut self) -> [&mut [HostTensor]; 3] {
+        match self {
+            MlpTensors::Dense { gate_up, down } => [&mut [], gate_up, std::slice::from_mut(down)],
+            MlpTensors::Experts { router, gate_up, down } => [router, gate_up, down],
+        }
+    }
+
     fn iter_mut(&mut self) -> impl Iterator<Item = &mut HostTensor> {
-        let (router, gate_up, down) = match self {
-            MlpTensors::Dense { gate_up, down } => {
-                (&mut [][..], &mut gate_up[..], std::slice::from_mut(down))
-            }
-            MlpTensors::Experts { router, gate_up, down } => {
-                (&mut router[..], &mut gate_up[..], &mut down[..])
-            }
-        };
-        router.iter_mut().chain(gate_up).chain(down)
+        self.parts_mut().into_iter().flatten()
+    }
+
+    fn without_router_mut(&mut self) -> impl Iterator<Item = &mut HostTensor> {
+        self.parts_mut().into_iter().skip(1).flatten()
     }
 }
 

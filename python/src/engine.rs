@@ -8,7 +8,8 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use minisgl::progress::Stderr;
 use minisgl::{
     BackendChoice, EngineHandle, Error, GenerationConfig, KernelChoice, Llm, LlmBuilder, ModelSource,
-    Options, Prompt, SamplingParams, Weights, parse_order, parse_policy, parse_speculation,
+    Options, Prompt, Quantize, SamplingParams, Weights, parse_kv_dtype, parse_order, parse_policy,
+    parse_speculation,
 };
 use pyo3::exceptions::{PyRuntimeError, PyTypeError, PyValueError};
 use pyo3::prelude::*;
@@ -155,6 +156,7 @@ impl Engine {
         fields.set_item("max_model_len", info.limits.sequence)?;
         fields.set_item("max_num_seqs", info.limits.running)?;
         fields.set_item("page_size", info.limits.page_size)?;
+        fields.set_item("kv_cache_dtype", info.kv.to_string())?;
         fields.set_item("num_pages", info.limits.pages)?;
         fields.set_item("warnings", &info.warnings)?;
         Ok(fields)
@@ -292,6 +294,7 @@ fn read_options(given: &Bound<'_, PyDict>) -> PyResult<Options> {
             "max_running" => options.max_running = value.extract()?,
             "max_prefill_tokens" => options.max_prefill_tokens = value.extract()?,
             "page_size" => options.page_size = value.extract()?,
+            "kv_dtype" => options.kv_dtype = parse_kv_dtype(&word()?).map_err(refused)?.0,
             "num_pages" => options.num_pages = value.extract()?,
             "memory_ratio" => options.memory_ratio = value.extract()?,
             "memory_utilization" => options.memory_utilization = value.extract()?,
@@ -302,6 +305,7 @@ fn read_options(given: &Bound<'_, PyDict>) -> PyResult<Options> {
             "order" => options.order = parse_order(&word()?).map_err(refused)?,
             "policy" => options.policy = parse_policy(&word()?).map_err(refused)?,
             "speculate" => options.speculation = parse_speculation(&word()?).map_err(refused)?,
+            "quantize" => options.quantize = Some(word()?.parse::<Quantize>().map_err(refused)?),
             "plain_inputs" => options.plain_inputs = value.extract()?,
             _ => return Err(PyTypeError::new_err(format!("{name} is no option of an engine"))),
         }

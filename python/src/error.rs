@@ -28,6 +28,7 @@ pub fn raised(error: &Error) -> PyErr {
         | Error::MemoryShare { .. }
         | Error::TooFewPages { .. }
         | Error::NoEngine
+        | Error::QuantizeOnGpu
         | Error::DevicesDiffer { .. }
         | Error::SequenceTooLong { .. }
         | Error::HostMemory { .. }

@@ -23,7 +23,11 @@ from minisgl.arguments import to_options
         ({"device": "auto", "backend": "cpu"}, {"backend": "cpu"}),
         ({"data_parallel_size": 2}, {"data_parallel": 2}),
         ({"tensor_parallel_size": 1, "dtype": "auto", "trust_remote_code": True, "swap_space": 4}, {}),
-        ({"tokenizer": "M", "quantization": None, "kv_cache_dtype": "auto"}, {}),
+        ({"tokenizer": "M", "quantization": None, "kv_cache_dtype": None}, {}),
+        ({"quantization": "fp8"}, {"quantize": "fp8"}),
+        ({"kv_cache_dtype": "auto"}, {"kv_dtype": "auto"}),
+        ({"kv_cache_dtype": "bfloat16"}, {"kv_dtype": "bf16"}),
+        ({"kv_cache_dtype": "fp8_e4m3"}, {"kv_dtype": "fp8"}),
     ],
 )
 def test_arguments_become_options(given, options):
@@ -35,7 +39,7 @@ def test_arguments_become_options(given, options):
     [
         ({"tensor_parallel_size": 2}, ValueError, "tensor_parallel_size=2 is not served by minisgl.*data_parallel_size"),
         ({"quantization": "awq"}, ValueError, "quantization_config"),
-        ({"kv_cache_dtype": "fp8"}, ValueError, "bfloat16"),
+        ({"kv_cache_dtype": "fp8_e5m2"}, ValueError, "fp8_e5m2.*bfloat16, fp8"),
         ({"dtype": "float16"}, ValueError, "dtype"),
         ({"tokenizer": "other"}, ValueError, "the checkpoint's own"),
         ({"enable_lora": True}, ValueError, "adapter"),

@@ -2,6 +2,7 @@
 
 use std::fmt;
 
+use minisgl_core::kv::KvFormat;
 use minisgl_core::stats::ExpertsRead;
 use minisgl_decoder::Checkpoint;
 
@@ -12,8 +13,8 @@ use crate::info::ExpertsInfo;
 use crate::models::{FAMILIES, preset_names};
 use crate::workload::Workload;
 
-/// Bytes of an element on a GPU: bf16.
-const ELEMENT_BYTES: u64 = 2;
+/// Tokens of a page, where scales are shared out among some.
+const PAGE_SIZE: u32 = 16;
 
 /// A preset's line of the list.
 #[derive(Clone, Debug, PartialEq)]
@@ -32,19 +33,28 @@ pub struct ListedModel {
     pub tokens_per_s: Option<f64>,
 }
 
-/// All presets, with the floor of a workload whose requests all run together.
+/// All presets, with the floor of a workload whose requests all run together, keys and values being kept as `kv`.
 ///
 /// # Errors
 /// A preset that its own family does not read.
-pub fn list_models(workload: &Workload, ceilings: Option<Ceilings>) -> Result<Vec<ListedModel>, Error> {
-    preset_names().map(|name| listed(name, workload, ceilings)).collect()
+pub fn list_models(
+    workload: &Workload,
+    kv: KvFormat,
+    ceilings: Option<Ceilings>,
+) -> Result<Vec<ListedModel>, Error> {
+    preset_names().map(|name| listed(name, workload, kv, ceilings)).collect()
 }
 
-fn listed(name: &'static str, workload: &Workload, ceilings: Option<Ceilings>) -> Result<ListedModel, Error> {
+fn listed(
+    name: &'static str,
+    workload: &Workload,
+    kv: KvFormat,
+    ceilings: Option<Ceilings>,
+) -> Result<ListedModel, Error> {
     let checkpoint = Checkpoint::preset(name, FAMILIES).map_err(|cause| Error::Model(cause.into()))?;
     let (spec, tensors) = (&checkpoint.config().spec, checkpoint.tensors());
     let (dims, window) = (&spec.dims, spec.window());
-    let kv_bytes_per_token = 2 * u64::from(dims.layers) * dims.kv_width() as u64 * ELEMENT_BYTES;
+    let kv_bytes_per_token = spec.page_bytes(kv, PAGE_SIZE) / u64::from(PAGE_SIZE);
     let experts = ExpertsInfo::of(&checkpoint);
     let costs = Costs::new(dims, spec.active_weights(), tensors.step_bytes(), experts, kv_bytes_per_token);
     let items = workload.draw(dims.vocab);
@@ -85,7 +95,7 @@ mod tests {
         let lengths = Lengths::BENCHMARK;
         let (input, output) = (lengths.clone(), lengths);
         let workload = Workload { source: Source::Minisgl, seed: 0, requests: 256, input, output };
-        list_models(&workload, ceilings).unwrap()
+        list_models(&workload, KvFormat::Bf16, ceilings).unwrap()
     }
 
     fn of(lines: &[ListedModel], name: &str) -> ListedModel {
@@ -111,6 +121,19 @@ mod tests {
         for (name, parameters) in published {
             assert_eq!(of(&lines, name).weight_bytes, 2 * parameters, "{name}");
         }
+    }
+
+    #[test]
+    fn keys_and_values_in_fp8_are_half_the_bytes_and_a_scale_for_each_head() {
+        let lengths = Lengths::BENCHMARK;
+        let (input, output) = (lengths.clone(), lengths);
+        let workload = Workload { source: Source::Minisgl, seed: 0, requests: 2, input, output };
+        let bytes = |kv| {
+            let lines = list_models(&workload, kv, None).unwrap();
+            of(&lines, "qwen3-0.6b").kv_bytes_per_token
+        };
+        assert_eq!(bytes(KvFormat::Bf16), 114_688);
+        assert_eq!(bytes(KvFormat::Fp8), 114_688 / 2 + 2 * 28 * 8);
     }
 
     #[test]

@@ -4,6 +4,8 @@ use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
+use minisgl_core::kv::KvFormat;
+
 use super::{Comparison, Plan, Requests, list_models, run};
 use crate::diagnostics::Ceilings;
 use crate::error::Cause;
@@ -150,7 +152,8 @@ impl Flags {
             }
             None => None,
         };
-        for model in list_models(workload, ceilings)? {
+        let kv = self.kv_dtype.0.unwrap_or(KvFormat::Bf16);
+        for model in list_models(workload, kv, ceilings)? {
             writeln!(out, "{model}")?;
         }
         Ok(())

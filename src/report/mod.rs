@@ -55,6 +55,8 @@ pub struct EngineReport {
     pub max_prefill_tokens: u32,
     /// Tokens of a KV page.
     pub page_size: u32,
+    /// What keys and values are kept as.
+    pub kv_dtype: String,
     /// KV pages.
     pub num_pages: u32,
     /// Rows of the largest recorded decode step.
@@ -93,6 +95,7 @@ impl EngineReport {
             max_seq_len: info.limits.sequence,
             max_prefill_tokens: info.limits.prefill_tokens,
             page_size: info.limits.page_size,
+            kv_dtype: info.kv.to_string(),
             num_pages: info.limits.pages,
             max_graph_batch: info.limits.graph_rows,
             memory_free_before_recording: info.memory_free_before_recording,

@@ -16,6 +16,7 @@ use minisgl_core::batch::{Batch, StepShape};
 use minisgl_core::config::Limits;
 use minisgl_core::constraint::mask_words;
 use minisgl_core::executor::{Executor, ModelInfo, RecordError, Results};
+use minisgl_core::kv::KvFormat;
 use minisgl_core::request::Ticket;
 use minisgl_core::sampling::{RowLogprobs, TOP_LOGPROBS_MAX};
 use minisgl_core::stats::ExpertsRead;
@@ -88,7 +89,7 @@ impl Executor for Simulated {
 
     fn info(&self) -> DeviceInfo {
         let name = format!("no device, simulated: {}", self.device.name);
-        DeviceInfo { name, activation_bytes: 2, kv_bytes: 2, logit_bytes: 2, page_size_min: 1 }
+        DeviceInfo { name, activation_bytes: 2, kv: KvFormat::Bf16, logit_bytes: 2, page_size_min: 1 }
     }
 
     fn model(&self) -> ModelInfo {

@@ -29,6 +29,7 @@ use minisgl_core::backend::Dims;
 use minisgl_core::batch::StepShape;
 use minisgl_core::config::Limits;
 use minisgl_core::engine::{CompletedStep, StepReport};
+use minisgl_core::kv::KvFormat;
 use minisgl_core::request::{self as core, Request, SubmitError, Submitted, Ticket};
 use minisgl_core::scheduler::Order;
 use minisgl_core::stats::{ExpertsRead, Load, Stats};
@@ -309,6 +310,7 @@ pub(crate) fn info(limits: Limits) -> Info {
         weight_bytes: 0,
         active_weights: 0,
         experts: None,
+        kv: KvFormat::F32,
         page_bytes: 0,
         memory_total: 0,
         memory_free_loaded: 0,

@@ -22,6 +22,7 @@ mod split;
 use minisgl_core::backend::{Dims, KvLayer, Purpose, Step};
 use minisgl_core::batch::{Row, StepShape};
 use minisgl_core::config::Limits;
+use minisgl_core::kv::KvFormat;
 use minisgl_kernels::attention::{LEAF, Prefill, Set, TILE};
 
 use plan::DecodePlanner;
@@ -342,7 +343,7 @@ impl Attention {
         let head_dim = head_dim as usize;
         let queries = [step.shape.tokens as usize, (kv_heads * group) as usize, head_dim];
         let pages = |pages: Buffer| {
-            let rows = pages.elements() / head_dim;
+            let rows = pages.bytes() / (KvFormat::Bf16.element_bytes() * head_dim);
             TensorMap::pages(pages.address(), rows, head_dim, step.page_size.min(LEAF))
         };
         launcher.launch(

@@ -2,6 +2,7 @@
 //!
 //! Every field of a spec is taken apart, so that one that is added to it does not pass unseen.
 
+use minisgl_core::kv::KvFormat;
 use minisgl_core::spec::{
     Activation, Attention, Bias, DecoderSpec, Dims, Experts, LayerSpec, Mixer, Mlp, NormForm, Norms, QkNorm,
     RopePairs, Unsupported, WeightFormat,
@@ -27,7 +28,7 @@ pub fn check(spec: &DecoderSpec) -> Result<(), Unsupported> {
 const ADVICE: &str = " (--backend cpu has fewer limits)";
 
 fn check_model(spec: &DecoderSpec) -> Result<(), String> {
-    let DecoderSpec { dims, norm, embedding_scale, tied: _, logit_cap, weights, layers } = spec;
+    let DecoderSpec { dims, norm, embedding_scale, tied: _, logit_cap, weights, kv, layers } = spec;
     check_sizes(dims)?;
     let window = layers.first().and_then(LayerSpec::window);
     let refused = [
@@ -35,6 +36,8 @@ fn check_model(spec: &DecoderSpec) -> Result<(), String> {
         (*embedding_scale != 1.0, "its embeddings are scaled"),
         (logit_cap.is_some(), "its logits have a soft cap"),
         (*weights != WeightFormat::Bf16, "its weights are fp8"),
+        (*kv == Some(KvFormat::Fp8), "its keys and values are to be kept in fp8; use --kv-dtype auto"),
+        (*kv == Some(KvFormat::F32), "its keys and values are to be kept in f32; use --kv-dtype auto"),
         (layers.iter().any(|layer| layer.window() != window), "not all of its layers have the same window"),
     ];
     first(&refused).map_or(Ok(()), |what| Err(what.to_owned()))
@@ -133,6 +136,7 @@ mod tests {
     #[test]
     fn biases_and_layers_without_rope_or_with_head_norms_are_computed() {
         check(&with(|it| it)).unwrap();
+        check(&DecoderSpec { kv: Some(KvFormat::Bf16), ..with(|it| it) }).unwrap();
         check(&with(|it| Attention { bias: Bias::Qkv, rope: None, ..it })).unwrap();
         check(&with(|it| Attention { qk_norm: QkNorm::PerHead, ..it })).unwrap();
         let windowed = with(|it| it).layers.into_iter().map(|layer| {
@@ -181,7 +185,9 @@ mod tests {
         let fp8 = Fp8 { block: ScaleBlock::Row, inputs: Inputs::PerToken };
         let models = [
             (DecoderSpec { norm: NormForm::OnePlusScale, ..spec() }, "1 + w"),
-            (DecoderSpec { weights: WeightFormat::Fp8(fp8), ..spec() }, "fp8"),
+            (DecoderSpec { weights: WeightFormat::Fp8(fp8), ..spec() }, "weights are fp8"),
+            (DecoderSpec { kv: Some(KvFormat::Fp8), ..spec() }, "kept in fp8; use --kv-dtype auto"),
+            (DecoderSpec { kv: Some(KvFormat::F32), ..spec() }, "kept in f32"),
             (DecoderSpec { dims: Dims { head_dim: 256, ..DIMS }, ..spec() }, "head_dim is 256"),
             (DecoderSpec { dims: Dims { hidden: 570, ..DIMS }, ..spec() }, "hidden_size is 570"),
             (with(|it| Attention { window: Some(32), ..it }), "same window"),

@@ -15,6 +15,7 @@ use std::rc::Rc;
 
 use minisgl_core::backend::{Device, DeviceInfo, Element, Memory, Purpose, Queue, Sampler, Step};
 use minisgl_core::costs::StepCosts;
+use minisgl_core::kv::KvFormat;
 use thiserror::Error;
 
 use super::hashing;
@@ -237,7 +238,8 @@ impl Device for Lazy {
     type Graph = Graph;
 
     fn info(&self) -> DeviceInfo {
-        DeviceInfo { name: "lazy".into(), activation_bytes: 4, kv_bytes: 4, logit_bytes: 4, page_size_min: 1 }
+        let name = "lazy".into();
+        DeviceInfo { name, activation_bytes: 4, kv: KvFormat::F32, logit_bytes: 4, page_size_min: 1 }
     }
 
     fn memory(&self) -> Result<Memory, LazyError> {

@@ -74,8 +74,6 @@ NEUTRAL: dict[str, tuple[tuple[Any, ...], str]] = {
         (None, "auto", "bfloat16", "torch.bfloat16"),
         'activations are bfloat16 on a GPU and float32 with backend="cpu"',
     ),
-    "quantization": ((None,), "the checkpoint's own quantization_config says how its weights are stored"),
-    "kv_cache_dtype": ((None, "auto", "bfloat16"), "keys and values are stored as bfloat16"),
     "load_format": ((None, "auto", "safetensors"), "for dummy weights, name a preset, like model=\"qwen3-0.6b\""),
     "use_dummy_weight": ((False,), "for dummy weights, name a preset, like model=\"qwen3-0.6b\""),
     "skip_tokenizer_init": ((False,), "give prompts as token ids; a tokenizer that is there costs little"),
@@ -127,6 +125,10 @@ def _one(model: str, name: str, value: Any) -> list[tuple[str, Any]]:
         name = ALIASES[name]
     if name == "device" and isinstance(value, str):
         return _device(value)
+    if name == "quantization":
+        return _quantization(value)
+    if name == "kv_cache_dtype":
+        return _kv_dtype(value)
     if name in OPTIONS:
         return [(OPTIONS[name], value)]
     if name == "enforce_eager":
@@ -146,9 +148,30 @@ def _one(model: str, name: str, value: Any) -> list[tuple[str, Any]]:
         if value not in neutral and str(value) not in neutral:
             raise ValueError(f"{name}={value!r} is not served by minisgl: {instead}")
         return []
-    known = [*OPTIONS, *ALIASES, *NEUTRAL, *IGNORED, "seed", "revision", "generation_config"]
+    known = [*OPTIONS, *ALIASES, *NEUTRAL, *IGNORED, "quantization", "kv_cache_dtype", "seed", "revision", "generation_config"]
     near = difflib.get_close_matches(name, known, n=1)
     raise TypeError(f"LLM has no argument {name}" + (f"; did you mean {near[0]}?" if near else ""))
+
+
+def _quantization(value: Any) -> list[tuple[str, Any]]:
+    """Weights made "fp8" when they are loaded; `None` leaves them as the checkpoint has them."""
+    if value not in (None, "fp8"):
+        raise ValueError(
+            f'quantization={value!r} is not served by minisgl: "fp8" makes weights fp8 when they are loaded; otherwise the '
+            "checkpoint's own quantization_config says how they are stored"
+        )
+    return [("quantize", value)]
+
+
+#: vLLM's names of what keys and values are kept as, and the engine's.
+KV_DTYPES = {"auto": "auto", "bfloat16": "bf16", "fp8": "fp8", "fp8_e4m3": "fp8"}
+
+
+def _kv_dtype(value: Any) -> list[tuple[str, Any]]:
+    """`None` leaves it to the engine, as "auto" does."""
+    if value is not None and value not in KV_DTYPES:
+        raise ValueError(f"kv_cache_dtype={value!r} is not served by minisgl; give one of {', '.join(KV_DTYPES)}")
+    return [("kv_dtype", None if value is None else KV_DTYPES[value])]
 
 
 def _device(value: str) -> list[tuple[str, Any]]:

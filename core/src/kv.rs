@@ -1,0 +1,385 @@
+//! Keys and values in pages: the formats that they are kept in, and where each one lies. Every backend follows this.
+//!
+//! ```text
+//!   keys of a layer    | page 0 | page 1 | … | dummy page |            its values likewise
+//!   page               | head 0 | head 1 | … |                        so all that a head has in a page is one block
+//!   head, f32, bf16    | row 0 | row 1 | … |                          a row: a token's head_dim elements
+//!   head, fp8          | tile | tile | … |                            a tile: 16 rows, or all of a smaller page
+//!   tile               | codes of row 0 | codes of row 1 | … | a scale for each row | to a multiple of 16 bytes |
+//! ```
+//!
+//! In fp8 an element is e4m3 ([`crate::fp8`]) times its row's scale, a byte of five bits of exponent and three of mantissa:
+//! `(1 + mantissa / 8) * 2^(exponent - 24)`. Of the eight scales from the least on by which the row's largest magnitude is at most
+//! 448, it is the one with the least sum of squared errors, the lowest of equal ones. What lies beyond 448 of the largest scale,
+//! 107,520, is cut. A row's codes and scale are of that row alone, so a token's bits depend on its own sequence alone.
+//!
+//! Why such a scale: e4m3 is a floating-point format, whose error is relative, so a finer grain makes it no smaller. But the few
+//! largest elements have most of it, and among eight scales one has numbers near to them: a fifth to a third less error than by a
+//! power of two, more where few elements stand out, as in keys. And an element times its scale is a bf16 number, exactly: so
+//! backends may widen to bf16, or multiply what became of elements instead: the score of a key, the share of a value.
+//!
+//! Why tiles: a copy of whole tiles brings their scales with them, however large a page is, and begins and ends at multiples of
+//! 16 bytes, as bulk copies must. A backend may permute elements within a row.
+//!
+//! Invariant: [`KvLayout::place`]s of different rows share no byte, and all lie within the pages' [`KvLayout::page_bytes`].
+
+use core::fmt;
+
+use half::bf16;
+
+use crate::fp8;
+use crate::spec::{DecoderSpec, Dims};
+
+/// Rows of a tile.
+pub const TILE: usize = 16;
+/// Bytes that a tile's are a multiple of.
+const TILE_ALIGNMENT: usize = 16;
+
+/// What keys and values are kept as.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum KvFormat {
+    /// f32.
+    F32,
+    /// bf16.
+    Bf16,
+    /// e4m3, with a scale for each row.
+    Fp8,
+}
+
+/// How the pages of a layer's keys are laid out, and those of its values.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct KvLayout {
+    format: KvFormat,
+    kv_heads: usize,
+    head_dim: usize,
+    page_size: usize,
+    /// Logarithms of the rows of a tile, and of the tiles that a head has in a page. What is not in tiles is one of a page.
+    tile_rows_log2: u32,
+    tiles_log2: u32,
+    tile_bytes: usize,
+}
+
+/// Where a row lies, in bytes from the beginning of the pages.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Place {
+    /// Its first element.
+    pub row: usize,
+    /// Its scale, in a format that has some.
+    pub scale: usize,
+}
+
+impl KvLayout {
+    /// That of a model's pages, of a power of two of tokens.
+    pub fn new(format: KvFormat, dims: &Dims, page_size: u32) -> KvLayout {
+        let (head_dim, page_size) = (dims.head_dim as usize, page_size as usize);
+        let tile_rows = match format {
+            KvFormat::F32 | KvFormat::Bf16 => page_size,
+            KvFormat::Fp8 => page_size.min(TILE),
+        };
+        let tile_bytes = match format {
+            KvFormat::F32 | KvFormat::Bf16 => tile_rows * head_dim * format.element_bytes(),
+            KvFormat::Fp8 => (tile_rows * (head_dim + 1)).next_multiple_of(TILE_ALIGNMENT),
+        };
+        let tile_rows_log2 = tile_rows.trailing_zeros();
+        let tiles_log2 = page_size.trailing_zeros() - tile_rows_log2;
+        let kv_heads = dims.kv_heads as usize;
+        KvLayout { format, kv_heads, head_dim, page_size, tile_rows_log2, tiles_log2, tile_bytes }
+    }
+
+    /// What elements are kept as.
+    pub fn format(&self) -> KvFormat {
+        self.format
+    }
+
+    /// Elements of a row.
+    pub fn head_dim(&self) -> usize {
+        self.head_dim
+    }
+
+    /// Tokens of a page.
+    pub fn page_size(&self) -> usize {
+        self.page_size
+    }
+
+    /// Bytes of a page of one layer's keys, or of its values.
+    pub fn page_bytes(&self) -> usize {
+        (self.kv_heads << self.tiles_log2) * self.tile_bytes
+    }
+
+    /// 32-bit words of so many pages, as [`crate::backend::Element::Kv`] counts them.
+    pub fn words(&self, pages: usize) -> usize {
+        (pages * self.page_bytes()).div_ceil(4)
+    }
+
+    /// Where row `row` of a head lies in a page.
+    #[inline(always)]
+    pub fn place(&self, page: usize, head: usize, row: usize) -> Place {
+        let tile = ((page * self.kv_heads + head) << self.tiles_log2) + (row >> self.tile_rows_log2);
+        let (begin, row_bytes) = (tile * self.tile_bytes, self.head_dim * self.format.element_bytes());
+        let row = row & ((1 << self.tile_rows_log2) - 1);
+        Place { row: begin + row * row_bytes, scale: begin + (row_bytes << self.tile_rows_log2) + row }
+    }
+}
+
+impl KvFormat {
+    /// Bytes of an element, without its share of a scale.
+    pub fn element_bytes(self) -> usize {
+        match self {
+            KvFormat::F32 => 4,
+            KvFormat::Bf16 => 2,
+            KvFormat::Fp8 => 1,
+        }
+    }
+
+    /// Rounds a row to this format, to the nearest and of two equally near ones to the even one, and leaves it at its place
+    /// in the pages. A row with an element that is no number, or infinite, is kept as not-a-numbers in fp8.
+    pub fn store(self, row: &[f32], place: Place, pages: &mut [u8]) {
+        let bytes = &mut pages[place.row..][..row.len() * self.element_bytes()];
+        match self {
+            KvFormat::F32 => {
+                for (bytes, x) in bytes.as_chunks_mut::<4>().0.iter_mut().zip(row) {
+                    *bytes = x.to_le_bytes();
+                }
+            }
+            KvFormat::Bf16 => {
+                for (bytes, x) in bytes.as_chunks_mut::<2>().0.iter_mut().zip(row) {
+                    *bytes = bf16::from_f32(*x).to_le_bytes();
+                }
+            }
+            KvFormat::Fp8 => {
+                let byte = best_scale(row);
+                let scale = scale(byte);
+                for (code, x) in bytes.iter_mut().zip(row) {
+                    *code = fp8::encode(*x / scale);
+                }
+                if row.iter().any(|x| !x.is_finite()) {
+                    bytes.fill(fp8::NAN);
+                }
+                pages[place.scale] = byte;
+            }
+        }
+    }
+
+    /// The row at a place in the pages, as many elements as `out` is long.
+    #[inline(always)]
+    pub fn load(self, place: Place, pages: &[u8], out: &mut [f32]) {
+        let bytes = &pages[place.row..][..out.len() * self.element_bytes()];
+        match self {
+            KvFormat::F32 => {
+                for (x, bytes) in out.iter_mut().zip(bytes.as_chunks::<4>().0) {
+                    *x = f32::from_le_bytes(*bytes);
+                }
+            }
+            KvFormat::Bf16 => {
+                for (x, bytes) in out.iter_mut().zip(bytes.as_chunks::<2>().0) {
+                    *x = f32::from_bits(u32::from(u16::from_le_bytes(*bytes)) << 16);
+                }
+            }
+            KvFormat::Fp8 => {
+                let scale = scale(pages[place.scale]);
+                for (x, code) in out.iter_mut().zip(bytes) {
+                    *x = fp8::decode(*code) * scale;
+                }
+            }
+        }
+    }
+}
+
+impl fmt::Display for KvFormat {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            KvFormat::F32 => "f32",
+            KvFormat::Bf16 => "bf16",
+            KvFormat::Fp8 => "fp8",
+        })
+    }
+}
+
+impl DecoderSpec {
+    /// Bytes of a page over all layers, keys and values, on a device that keeps them as `own` where the spec leaves it open.
+    pub fn page_bytes(&self, own: KvFormat, page_size: u32) -> u64 {
+        let layout = KvLayout::new(self.kv.unwrap_or(own), &self.dims, page_size);
+        2 * u64::from(self.dims.layers) * layout.page_bytes() as u64
+    }
+}
+
+/// Exponent and mantissa of the byte 0, 2^-24, in a number's upper bits.
+const LEAST: u32 = (127 - 24) << 3;
+/// Bits of f32's mantissa that a scale does not have.
+const SHIFT: u32 = 20;
+/// Scales of an octave.
+const OCTAVE: u8 = 8;
+
+/// What a byte means.
+#[inline(always)]
+fn scale(byte: u8) -> f32 {
+    f32::from_bits((u32::from(byte) + LEAST) << SHIFT)
+}
+
+/// The least scale by which magnitudes up to `largest` are at most 448, or the largest one.
+fn least_scale(largest: f32) -> u8 {
+    let rounded_up = ((largest / fp8::MAX).to_bits() + ((1 << SHIFT) - 1)) >> SHIFT;
+    rounded_up.saturating_sub(LEAST).min(255) as u8
+}
+
+/// The scale of a row: of an octave's, the one with the least sum of squared errors.
+fn best_scale(row: &[f32]) -> u8 {
+    let largest = row.iter().fold(0.0f32, |largest, x| if x.abs() > largest { x.abs() } else { largest });
+    let first = least_scale(largest);
+    let mut best = (first, f32::INFINITY);
+    for byte in first..=first.saturating_add(OCTAVE - 1) {
+        let error = squared_error(row, scale(byte));
+        if error < best.1 {
+            best = (byte, error);
+        }
+    }
+    best.0
+}
+
+fn squared_error(row: &[f32], scale: f32) -> f32 {
+    row.iter().fold(0.0, |sum, x| {
+        let error = x - fp8::decode(fp8::encode(x / scale)) * scale;
+        sum + error * error
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use alloc::vec;
+    use alloc::vec::Vec;
+
+    use super::*;
+
+    const FORMATS: [KvFormat; 3] = [KvFormat::F32, KvFormat::Bf16, KvFormat::Fp8];
+
+    fn layout(format: KvFormat, kv_heads: usize, head_dim: usize, page_size: usize) -> KvLayout {
+        let dims = Dims {
+            layers: 1,
+            hidden: 8,
+            heads: kv_heads as u32,
+            kv_heads: kv_heads as u32,
+            head_dim: head_dim as u32,
+            intermediate: 8,
+            vocab: 8,
+            norm_eps: 1e-6,
+        };
+        KvLayout::new(format, &dims, page_size as u32)
+    }
+
+    /// What comes back of a row in fp8.
+    fn round_trip(row: &[f32]) -> Vec<f32> {
+        let layout = layout(KvFormat::Fp8, 1, row.len(), 1);
+        let (mut pages, mut out) = (vec![0; layout.page_bytes()], vec![0.0; row.len()]);
+        KvFormat::Fp8.store(row, layout.place(0, 0, 0), &mut pages);
+        KvFormat::Fp8.load(layout.place(0, 0, 0), &pages, &mut out);
+        out
+    }
+
+    #[test]
+    fn every_byte_of_a_page_belongs_to_one_row_or_to_none() {
+        for format in FORMATS {
+            for (kv_heads, head_dim, page_size) in
+                [(1, 2, 1), (2, 64, 16), (3, 10, 4), (8, 128, 64), (1, 72, 2), (2, 80, 256)]
+            {
+                let layout = layout(format, kv_heads, head_dim, page_size);
+                let mut owners = vec![0; 3 * layout.page_bytes()];
+                for row in 0..3 * kv_heads * page_size {
+                    let (block, row) = (row / page_size, row % page_size);
+                    let place = layout.place(block / kv_heads, block % kv_heads, row);
+                    let bytes = head_dim * format.element_bytes();
+                    owners[place.row..][..bytes].iter_mut().for_each(|owners| *owners += 1);
+                    if format == KvFormat::Fp8 {
+                        owners[place.scale] += 1;
+                    }
+                }
+                assert!(owners.iter().all(|owners| *owners <= 1), "{layout:?}");
+                let unused = owners.iter().filter(|owners| **owners == 0).count();
+                let tiles = 3 * kv_heads * page_size / page_size.min(TILE);
+                let most = if format == KvFormat::Fp8 { 15 * tiles } else { 0 };
+                assert!(unused <= most, "{layout:?} wastes {unused} bytes");
+            }
+        }
+    }
+
+    #[test]
+    fn tiles_of_16_rows_are_codes_and_scales_and_nothing_else() {
+        for (head_dim, page_size) in [(64, 16), (128, 16), (128, 64), (256, 256)] {
+            let layout = layout(KvFormat::Fp8, 4, head_dim, page_size);
+            assert_eq!(layout.page_bytes(), 4 * page_size * (head_dim + 1));
+            let tile = 16 * (head_dim + 1);
+            let block = (2 * 4 + 3) * page_size * (head_dim + 1);
+            for row in 0..page_size {
+                let begin = block + row / 16 * tile;
+                let expected =
+                    Place { row: begin + row % 16 * head_dim, scale: begin + 16 * head_dim + row % 16 };
+                assert_eq!(layout.place(2, 3, row), expected);
+                assert_eq!(begin % 16, 0);
+            }
+        }
+        let bf16 = layout(KvFormat::Bf16, 8, 128, 16);
+        assert_eq!(bf16.page_bytes(), 8 * 16 * 128 * 2);
+        assert_eq!(bf16.place(1, 2, 3).row, ((8 + 2) * 16 + 3) * 128 * 2);
+    }
+
+    #[test]
+    fn rows_come_back_as_they_are_where_the_format_has_them() {
+        let row = [0.0, -0.0, 1.0, -1.5, 448.0, 0.015625, -1.0 / 512.0, 20.0];
+        for format in FORMATS {
+            let layout = layout(format, 2, row.len(), 4);
+            let mut pages = vec![0xa5; 2 * layout.page_bytes()];
+            let mut out = [f32::NAN; 8];
+            format.store(&row, layout.place(1, 1, 2), &mut pages);
+            format.load(layout.place(1, 1, 2), &pages, &mut out);
+            assert_eq!(out.map(f32::to_bits), row.map(f32::to_bits), "{format}");
+        }
+    }
+
+    #[test]
+    fn scales_grow_by_eighths_of_an_octave_and_their_products_are_bf16() {
+        const LEAST: f32 = 1.0 / 16_777_216.0; // 2^-24
+        assert_eq!([0, 1, 8, 24 * 8, 255].map(scale), [LEAST, LEAST * 1.125, LEAST * 2.0, 1.0, 240.0]);
+        assert!((0..255).all(|byte| scale(byte) < scale(byte + 1)));
+        for product in (0..=255u8).flat_map(|byte| (0..0x7f).map(move |code| fp8::decode(code) * scale(byte)))
+        {
+            assert_eq!(bf16::from_f32(product).to_f32(), product);
+        }
+    }
+
+    #[test]
+    fn the_least_scale_cuts_nothing_and_the_one_below_would() {
+        for byte in 0..=255u8 {
+            let largest = fp8::MAX * scale(byte);
+            assert_eq!(least_scale(largest), byte);
+            assert_eq!(least_scale(largest * 1.001), byte.saturating_add(1));
+        }
+        assert_eq!([0.0, 1e-30, f32::MAX, f32::INFINITY].map(least_scale), [0, 0, 255, 255]);
+        assert_eq!(round_trip(&[1e9, -1e9]), [107_520.0, -107_520.0]);
+    }
+
+    #[test]
+    fn elements_are_off_by_a_sixteenth_of_themselves_at_most() {
+        let mut word = 1u32;
+        for _ in 0..20_000 {
+            let row: [f32; 5] = core::array::from_fn(|_| {
+                word = word.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+                let magnitude = f32::from_bits(0x3000_0000 + (word >> 5)); // 2^-31 up to 2
+                if word & 1 == 0 { magnitude } else { -magnitude }
+            });
+            let largest = row.iter().fold(0.0f32, |largest, x| largest.max(x.abs()));
+            for (x, kept) in row.iter().zip(round_trip(&row)) {
+                // Below the least normal code 2^-10 of the scale, which is 2.2 times the least that cuts nothing at most, or 2^-23.
+                let bound = (x.abs() / 16.0).max(largest / 200.0 / 1024.0).max(1.0 / 8_589_934_592.0);
+                assert!((x - kept).abs() <= bound, "{x} of {row:?} is kept as {kept}");
+            }
+        }
+    }
+
+    #[test]
+    fn zeros_stay_and_a_row_with_what_is_no_number_is_none_at_all() {
+        assert_eq!(round_trip(&[0.0, -0.0]).iter().map(|x| x.to_bits()).collect::<Vec<_>>(), [0, 1 << 31]);
+        assert_eq!(round_trip(&[1e-45, -1e-40]), [0.0, 0.0]);
+        for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+            assert!(round_trip(&[1.0, bad, 2.0]).iter().all(|x| x.is_nan()), "{bad}");
+        }
+    }
+}
