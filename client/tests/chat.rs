@@ -13,7 +13,7 @@ use minisgl_client::chat::settings::Settings;
 use minisgl_client::chat::speaker::{Ending, Local, Said, Speaker};
 use rexpect::session::{PtySession, spawn_command};
 use serde_json::json;
-use support::{Fake, Reply, Scratch};
+use support::{AUTHORITY, Fake, Reply, Scratch};
 
 /// Milliseconds that a terminal may take to show what it must.
 const PATIENCE: u64 = 60_000;
@@ -57,6 +57,24 @@ fn text(bytes: &[u8]) -> String {
 fn open(scratch: &Scratch) -> Llm {
     let llm = Llm::builder(scratch.path().display().to_string()).backend(BackendChoice::Cpu);
     llm.max_running(2).max_seq_len(Some(256)).num_pages(Some(64)).build().unwrap()
+}
+
+#[test]
+fn a_service_behind_tls_is_talked_with_once_it_is_trusted() {
+    let fake = Fake::start_tls(|_| Reply::texts(&["Hello", " there"]));
+    let talk_trusting = |authority: &str| {
+        let mut chat = with_service(&fake);
+        chat.env("SSL_CERT_FILE", authority);
+        talk(chat, "hi\n")
+    };
+    let output = talk_trusting(AUTHORITY);
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    assert_eq!(text(&output.stdout).trim(), "Hello there");
+    // Among Mozilla's authorities it is not.
+    let output = talk_trusting("");
+    assert_eq!(output.status.code(), Some(1));
+    assert!(text(&output.stderr).contains("certificate"), "{}", text(&output.stderr));
+    assert_eq!(fake.asked().len(), 1);
 }
 
 #[test]
