@@ -554,6 +554,15 @@ fn a_call_that_is_asked_for_comes_whatever_the_model_would_say() {
             let choices: Vec<Value> = chunks.iter().map(|chunk| chunk["choices"][0].clone()).collect();
             assert_eq!(called(&choices), (functions, reason), "streamed");
         }
+        let several = json!({
+            "messages": messages(), "tools": tools, "tool_choice": named, "temperature": 2, "seed": 1, "max_tokens": 150, "n": 3,
+        });
+        let several = running.post(CHAT, &several).json()["choices"].as_array().unwrap().clone();
+        assert_eq!(several.len(), 3);
+        for choice in several {
+            let (functions, reason) = called(&[choice]);
+            assert_eq!((functions.len(), &reason), (1, &json!("tool_calls")), "{functions:?}");
+        }
         let pattern = json!({"type": "object", "properties": {"a": {"type": "string", "pattern": "("}}});
         let unusable = json!([tool("paint", &pattern)]);
         let body = json!({"messages": messages(), "tools": unusable, "tool_choice": "required"});
