@@ -18,6 +18,7 @@ use pyo3::types::{PyBytes, PyDict, PyIterator};
 use crate::array;
 use crate::error::{RequestError, raised};
 use crate::prompt;
+use crate::reader::Source;
 use crate::run::Run;
 
 /// A model on a device.
@@ -27,6 +28,8 @@ pub struct Engine {
     /// Builds it anew.
     builder: LlmBuilder,
     sampling: Option<GenerationConfig>,
+    /// Of a request.
+    samples_max: u32,
     owner: Owner,
 }
 
@@ -74,14 +77,18 @@ impl Engine {
             Ok((llm, builder, sampling))
         };
         let (llm, builder, sampling) = py.detach(open).map_err(|error: minisgl::Error| raised(&error))?;
-        Ok(Engine { state: Mutex::new(State::Awake(Box::new(llm))), builder, sampling, owner: Owner::this() })
+        let samples_max = llm.info().limits.queued;
+        let state = Mutex::new(State::Awake(Box::new(llm)));
+        Ok(Engine { state, builder, sampling, samples_max, owner: Owner::this() })
     }
 
     /// Begins to run requests out of an iterator, pulled as there is room for them: a prompt, its sampling and its number
     /// each. One without a seed of its own gets `seed` plus its number.
     #[pyo3(signature = (requests, *, seed, tokens))]
     fn start(&self, requests: Bound<'_, PyIterator>, seed: u64, tokens: bool) -> PyResult<Run> {
-        Ok(Run::new(&self.handle(requests.py())?, self.owner, requests.unbind(), seed, tokens))
+        let handle = self.handle(requests.py())?;
+        let source = Source { requests: requests.unbind(), seed, samples_max: self.samples_max };
+        Ok(Run::new(&handle, self.owner, source, tokens))
     }
 
     /// The token ids of a prompt.

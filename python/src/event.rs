@@ -1,5 +1,7 @@
 //! What happens to requests, as Python sees it.
 
+use std::collections::HashMap;
+
 use minisgl::{FinishReason, SessionEvent, TokenLogprobs};
 use pyo3::prelude::*;
 
@@ -8,30 +10,62 @@ use crate::error::in_arguments;
 /// What a run tells.
 pub enum Event {
     Token(Token),
-    Completion(Completion),
+    /// What came of a request: one for each of its samples, in their order.
+    Ended(Vec<Completion>),
 }
 
-impl Event {
-    /// `None` for what nobody asked for.
-    pub fn of(event: SessionEvent) -> Option<Event> {
+/// Ends of samples, until all of a request's are there.
+#[derive(Default)]
+pub struct Groups(HashMap<u64, Group>);
+
+struct Group {
+    samples: usize,
+    ended: Vec<Completion>,
+}
+
+impl Groups {
+    /// A request is going to have so many samples.
+    pub fn expect(&mut self, index: u64, samples: u32) {
+        if samples > 1 {
+            self.0.insert(index, Group { samples: samples as usize, ended: Vec::new() });
+        }
+    }
+
+    /// What a session's event is to Python; `None` for what nobody asked for, and while other samples have not ended.
+    pub fn event(&mut self, event: SessionEvent) -> Option<Event> {
         match event {
-            SessionEvent::Token { tag, token, text, logprobs, .. } => Some(Event::Token(Token {
+            SessionEvent::Token { tag, sample, token, text, logprobs, .. } => Some(Event::Token(Token {
                 index: tag,
+                sample,
                 token_id: token,
                 text,
                 logprobs: logprobs.map(of_token),
             })),
             SessionEvent::Finished { tag, text, completion } => {
-                Some(Event::Completion(Completion::new(tag, text, *completion)))
+                self.end(Completion::new(tag, text, *completion)).map(Event::Ended)
             }
             SessionEvent::Started { .. } | SessionEvent::Step(_) => None,
         }
     }
 
+    fn end(&mut self, completion: Completion) -> Option<Vec<Completion>> {
+        let index = completion.index;
+        let Some(group) = self.0.get_mut(&index) else { return Some(vec![completion]) };
+        group.ended.push(completion);
+        if group.ended.len() < group.samples {
+            return None;
+        }
+        let mut ended = self.0.remove(&index)?.ended;
+        ended.sort_by_key(|completion| completion.sample);
+        Some(ended)
+    }
+}
+
+impl Event {
     /// The end of a request that could not be read.
     pub fn unreadable(index: u64, reason: String) -> Event {
         let error = Some(reason);
-        Event::Completion(Completion { index, finish_reason: "error", error, ..Completion::default() })
+        Event::Ended(vec![Completion { index, finish_reason: "error", error, ..Completion::default() }])
     }
 }
 
@@ -39,17 +73,21 @@ impl Event {
 #[pyclass(module = "minisgl._minisgl", frozen, get_all)]
 pub struct Token {
     index: u64,
+    /// Which of the request's samples has it.
+    sample: u32,
     token_id: u32,
     /// Text that became certain with it.
     text: String,
     logprobs: Option<Logprobs>,
 }
 
-/// What came of a request.
+/// What came of one of a request's samples.
 #[pyclass(module = "minisgl._minisgl", frozen, get_all)]
 #[derive(Default)]
 pub struct Completion {
     pub index: u64,
+    /// Which of the samples.
+    sample: u32,
     /// Text that became certain with the end, where tokens are told as they come.
     last_text: String,
     text: Option<String>,
@@ -81,6 +119,7 @@ impl Completion {
         };
         Completion {
             index,
+            sample: of.sample,
             last_text,
             text: of.text,
             token_ids: of.token_ids,

@@ -6,14 +6,14 @@ use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
 use minisgl::{EngineHandle, Error, Events, GenerateRequest, Next, ScoreRequest, SessionOptions, Submitter};
-use pyo3::exceptions::PyException;
+use pyo3::exceptions::{PyException, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::{PyIterator, PyTuple};
 
 use crate::bell::Bell;
 use crate::engine::Owner;
 use crate::error::raised;
-use crate::event::Event;
+use crate::event::{Event, Groups};
 use crate::prompt::prompt;
 use crate::sampling::{Sampling, Scored};
 
@@ -21,6 +21,15 @@ use crate::sampling::{Sampling, Scored};
 const LOOK: Duration = Duration::from_millis(50);
 /// Events handed over at once.
 const EVENTS_MAX: usize = 4096;
+
+/// Where requests come from.
+pub struct Source {
+    pub requests: Py<PyIterator>,
+    /// Of requests that have none: theirs is it plus their number.
+    pub seed: u64,
+    /// Of a request at most.
+    pub samples_max: u32,
+}
 
 /// See the module.
 pub struct Reader {
@@ -31,10 +40,12 @@ pub struct Reader {
     events: Option<Events>,
     /// Ends of requests that could not be read, and so were not submitted.
     unreadable: Vec<Event>,
+    groups: Groups,
     /// How the sampling before was read: most requests have the same object.
     sampling: Option<(Py<PyAny>, Sampling)>,
     pulled: u64,
     seed: u64,
+    samples_max: u32,
     /// What went wrong, told when all that ended before has been.
     failure: Option<PyErr>,
     owner: Owner,
@@ -44,8 +55,7 @@ impl Reader {
     pub fn new(
         handle: &EngineHandle,
         owner: Owner,
-        requests: Py<PyIterator>,
-        seed: u64,
+        Source { requests, seed, samples_max }: Source,
         tokens: bool,
     ) -> (Self, minisgl::Aborter) {
         let options = SessionOptions { tokens, text: tokens, prompt_ids: true, ..SessionOptions::default() };
@@ -56,9 +66,11 @@ impl Reader {
             submitter: Some(submitter),
             events: Some(events),
             unreadable: Vec::new(),
+            groups: Groups::default(),
             sampling: None,
             pulled: 0,
             seed,
+            samples_max,
             failure: None,
             owner,
         };
@@ -105,7 +117,10 @@ impl Reader {
             let index = self.pulled;
             self.pulled += 1;
             match self.read(&given) {
-                Ok(request) => ready.push((index, request)),
+                Ok(request) => {
+                    self.groups.expect(index, request.samples);
+                    ready.push((index, request));
+                }
                 Err(error) if error.is_instance_of::<PyException>(py) => {
                     self.unreadable.push(Event::unreadable(index, error.value(py).to_string()));
                 }
@@ -133,7 +148,15 @@ impl Reader {
                 &self.sampling.insert((sampling.to_owned().unbind(), read)).1
             }
         };
-        Ok(sampling.request(prompt(&from)?, self.seed.wrapping_add(number)))
+        let request = sampling.request(prompt(&from)?, self.seed.wrapping_add(number));
+        match request.samples {
+            // Each has an end of its own, which this bounds the number of.
+            samples if samples > self.samples_max => Err(PyValueError::new_err(format!(
+                "n is {samples}, and {} samples of a prompt at most can wait together; give the prompt several times",
+                self.samples_max
+            ))),
+            _ => Ok(request),
+        }
     }
 
     /// Waits a moment for an event, and takes with it what else is there.
@@ -143,7 +166,7 @@ impl Reader {
         let mut patience = if taken.is_empty() { LOOK } else { Duration::ZERO };
         while taken.len() < EVENTS_MAX {
             match events.next_timeout(patience) {
-                Ok(Next::Event(event)) => taken.extend(Event::of(event)),
+                Ok(Next::Event(event)) => taken.extend(self.groups.event(event)),
                 Ok(Next::TimedOut) => break,
                 Ok(Next::Over) => {
                     self.events = None;
@@ -166,7 +189,7 @@ impl Reader {
         let waker = Waker::from(bell.clone());
         while taken.len() < EVENTS_MAX {
             match events.poll_next(&mut Context::from_waker(&waker)) {
-                Poll::Ready(Some(Ok(event))) => taken.extend(Event::of(event)),
+                Poll::Ready(Some(Ok(event))) => taken.extend(self.groups.event(event)),
                 Poll::Ready(Some(Err(error))) => {
                     self.fail(&error);
                     break;

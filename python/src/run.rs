@@ -18,12 +18,12 @@ use minisgl::{Aborter, EngineHandle};
 use pyo3::exceptions::PyRuntimeError;
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
-use pyo3::types::{PyIterator, PyList};
+use pyo3::types::PyList;
 
 use crate::bell::Bell;
 use crate::engine::Owner;
 use crate::event::Event;
-use crate::reader::Reader;
+use crate::reader::{Reader, Source};
 
 /// See the module.
 #[pyclass(module = "minisgl._minisgl", frozen)]
@@ -36,14 +36,8 @@ pub struct Run {
 }
 
 impl Run {
-    pub fn new(
-        handle: &EngineHandle,
-        owner: Owner,
-        requests: Py<PyIterator>,
-        seed: u64,
-        tokens: bool,
-    ) -> Self {
-        let (reader, aborter) = Reader::new(handle, owner, requests, seed, tokens);
+    pub fn new(handle: &EngineHandle, owner: Owner, source: Source, tokens: bool) -> Self {
+        let (reader, aborter) = Reader::new(handle, owner, source, tokens);
         Run {
             reader: Mutex::new(reader),
             aborter,
@@ -61,7 +55,7 @@ impl Run {
         self.read(|reader| listed(py, waited(py, reader)?))
     }
 
-    /// As `take`, for completions alone, which go to their places in `into`; gives the places. What is there when the call
+    /// As `take`, for ends alone, which go to their places in `into`, a list of each request's samples; gives the places. What is there when the call
     /// is interrupted stays there.
     fn take_into<'py>(
         &self,
@@ -71,9 +65,10 @@ impl Run {
         self.read(|reader| {
             let places = PyList::empty(py);
             for event in waited(py, reader)? {
-                if let Event::Completion(completion) = event {
-                    let place = completion.index;
-                    into.set_item(place as usize, Py::new(py, completion)?)?;
+                if let Event::Ended(samples) = event
+                    && let Some(place) = samples.first().map(|sample| sample.index)
+                {
+                    into.set_item(place as usize, samples.into_pyobject(py)?)?;
                     places.append(place)?;
                 }
             }
@@ -171,7 +166,7 @@ fn listed(py: Python<'_>, events: Vec<Event>) -> PyResult<Bound<'_, PyList>> {
     for event in events {
         match event {
             Event::Token(token) => list.append(Py::new(py, token)?)?,
-            Event::Completion(completion) => list.append(Py::new(py, completion)?)?,
+            Event::Ended(samples) => list.append(samples.into_pyobject(py)?)?,
         }
     }
     Ok(list)

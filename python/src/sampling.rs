@@ -12,6 +12,8 @@ use crate::prompt::prompt;
 #[derive(Clone)]
 pub struct Sampling {
     pub params: SamplingParams,
+    /// Outputs of a request.
+    samples: u32,
     /// Whether `seed` was given.
     seeded: bool,
     stop: Vec<String>,
@@ -48,8 +50,13 @@ impl Sampling {
             stop_token_ids: field(given, "stop_token_ids")?,
             bad_words: field(given, "bad_words")?,
         };
+        let samples = field(given, "n")?;
+        if samples == 0 {
+            return Err(PyValueError::new_err("n is 0; ask for at least one output"));
+        }
         Ok(Sampling {
             params,
+            samples,
             seeded: seed.is_some(),
             stop: field(given, "stop")?,
             include_stop: field(given, "include_stop_str_in_output")?,
@@ -61,6 +68,7 @@ impl Sampling {
     pub fn request(&self, prompt: Prompt, seed: u64) -> GenerateRequest {
         let seed = if self.seeded { self.params.seed } else { seed };
         GenerateRequest {
+            samples: self.samples,
             stop: self.stop.clone(),
             include_stop: self.include_stop,
             rules: self.rules.clone(),

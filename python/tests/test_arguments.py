@@ -100,6 +100,8 @@ def test_defaults_are_those_of_whose_name_it_is():
 @pytest.mark.parametrize(
     "fields, error, complaint",
     [
+        ({"n": 0}, ValueError, "n is 0"),
+        ({"n": -1}, ValueError, "n is -1"),
         ({"temperature": -1}, ValueError, "temperature is -1"),
         ({"top_p": 0}, ValueError, "top_p is 0"),
         ({"max_tokens": 0}, ValueError, "max_tokens is 0"),

@@ -36,14 +36,16 @@ class Token:
     """Another token of a request."""
 
     index: int
+    sample: int
     token_id: int
     text: str
     logprobs: tuple[float, list[tuple[int, float]]] | None
 
 class Completion:
-    """What came of a request."""
+    """What came of one of a request's samples."""
 
     index: int
+    sample: int
     last_text: str
     text: str | None
     token_ids: list[int]
@@ -59,13 +61,16 @@ class Completion:
 class Run:
     """Requests on their way through an engine, read on one thread; `abort` and `close` may come from any."""
 
-    def take(self) -> list[Token | Completion] | None:
-        """What has happened: waits for something, for a moment at most. None when all requests have ended."""
+    def take(self) -> list[Token | list[Completion]] | None:
+        """What has happened: waits for something, for a moment at most. None when all requests have ended.
+
+        A request's end is a list of its samples.
+        """
 
     def take_into(self, into: list[Any]) -> list[int] | None:
-        """As `take`, for completions alone, which go to their places in `into`; gives the places."""
+        """As `take`, for ends alone, which go to their places in `into`; gives the places."""
 
-    def poll(self) -> list[Token | Completion] | None:
+    def poll(self) -> list[Token | list[Completion]] | None:
         """What has happened so far, without waiting: when there may be more, `descriptor` becomes readable."""
 
     def descriptor(self) -> int:

@@ -318,7 +318,8 @@ class LLM:
             raise ValueError(f"there are {len(prompts)} prompts and {len(completions)} completions")
         scored = [_minisgl.Scored(completion, logprobs) for completion in completions]
 
-        def score(done: _minisgl.Completion, prompt: Any, number: int) -> ScoreOutput:
+        def score(samples: list[_minisgl.Completion], prompt: Any, number: int) -> ScoreOutput:
+            (done,) = samples
             ids, given = done.prompt_token_ids or [], done.prompt_logprobs or []
             begin = len(ids) - len(given)
             return ScoreOutput(
@@ -352,8 +353,8 @@ class LLM:
             prompts: one prompt, or any iterable of them.
             sampling_params: for all of them, or for each its own.
             tokens: give the tokens of each request as they are drawn, one RequestOutput with `finished=False` each,
-                whose output has the token and the text that became certain with it alone; without, each request gives
-                one RequestOutput, when it has ended.
+                whose output has the token and the text that became certain with it alone, and says by its index which
+                sample it is of; without, each request gives one RequestOutput, when all of its samples have ended.
             errors: as in `generate`.
         """
         if _is_one(prompts):
@@ -373,7 +374,7 @@ class LLM:
         use_tqdm: bool | Callable[..., Any],
         on_output: Callable[[RequestOutput], Any] | None,
         errors: str,
-        make: Callable[[_minisgl.Completion, Any, int], Any] | None = None,
+        make: Callable[[list[_minisgl.Completion], Any, int], Any] | None = None,
     ) -> list[Any]:
         make = make or self._output
         raises = _raises(errors)
@@ -389,9 +390,9 @@ class LLM:
             with _Progress(use_tqdm, len(prompts)) as progress:
                 while (places := run.take_into(ended)) is not None:
                     for place in places:
-                        done = ended[place]
-                        output = ended[place] = make(done, prompts[place], numbers[place])
-                        progress.add(len(output.prompt_token_ids or ()), len(done.token_ids))
+                        samples = ended[place]
+                        output = ended[place] = make(samples, prompts[place], numbers[place])
+                        progress.add(len(output.prompt_token_ids or ()), sum(len(one.token_ids) for one in samples))
                         if output.error is not None and raises:
                             raise _refused(output)
                         if on_output is not None:
@@ -405,21 +406,10 @@ class LLM:
             run.close()
         return ended
 
-    def _output(self, done: _minisgl.Completion, prompt: Any, number: int) -> RequestOutput:
-        """A request's output out of what the engine gives."""
-        logprobs = done.logprobs
-        token_ids = done.token_ids
-        reason = done.finish_reason
-        prompt_ids, prompt_logprobs = done.prompt_token_ids, done.prompt_logprobs
-        output = CompletionOutput(
-            index=0,
-            text=done.text or "",
-            token_ids=token_ids,
-            cumulative_logprob=None if logprobs is None else sum(logprob for logprob, _ in logprobs),
-            logprobs=None if logprobs is None else self._logprobs(token_ids, logprobs),
-            finish_reason=_FINISH_REASONS.get(reason, reason),
-            stop_reason=token_ids[-1] if reason == "stop" and done.stop_text is None else done.stop_text,
-        )
+    def _output(self, samples: list[_minisgl.Completion], prompt: Any, number: int) -> RequestOutput:
+        """A request's output out of what the engine gives for each of its samples."""
+        first = samples[0]
+        prompt_ids, prompt_logprobs = first.prompt_token_ids, first.prompt_logprobs
         return RequestOutput(
             request_id=str(number),
             prompt=_text_of(prompt),
@@ -427,19 +417,33 @@ class LLM:
             prompt_logprobs=None
             if prompt_logprobs is None or not prompt_ids
             else [None, *self._logprobs(prompt_ids[1:], prompt_logprobs)],
-            outputs=[output],
+            outputs=[self._sample(done) for done in samples],
             finished=True,
-            num_cached_tokens=done.cached_tokens,
-            index=done.index,
-            error=done.error,
-            warning=done.warning,
+            num_cached_tokens=first.cached_tokens,
+            index=first.index,
+            error=next((done.error for done in samples if done.error is not None), None),
+            warning=first.warning,
+        )
+
+    def _sample(self, done: _minisgl.Completion) -> CompletionOutput:
+        logprobs = done.logprobs
+        token_ids = done.token_ids
+        reason = done.finish_reason
+        return CompletionOutput(
+            index=done.sample,
+            text=done.text or "",
+            token_ids=token_ids,
+            cumulative_logprob=None if logprobs is None else sum(logprob for logprob, _ in logprobs),
+            logprobs=None if logprobs is None else self._logprobs(token_ids, logprobs),
+            finish_reason=_FINISH_REASONS.get(reason, reason),
+            stop_reason=token_ids[-1] if reason == "stop" and done.stop_text is None else done.stop_text,
         )
 
     def _part(self, token: _minisgl.Token, prompt: Any, number: int) -> RequestOutput:
         """A token of a request as an output of its own."""
         ids, logprobs = [token.token_id], token.logprobs
         output = CompletionOutput(
-            index=0,
+            index=token.sample,
             text=token.text,
             token_ids=ids,
             cumulative_logprob=None if logprobs is None else logprobs[0],
@@ -533,11 +537,11 @@ class Stream(Iterator[RequestOutput], AsyncIterator[RequestOutput]):
             if isinstance(event, _minisgl.Token):
                 ready.append(llm._part(event, *self._open[event.index]))
                 continue
-            output = llm._output(event, *self._open.pop(event.index))
+            output = llm._output(event, *self._open.pop(event[0].index))
             if self._tokens:
-                # Its tokens were given one by one.
-                last = output.outputs[0]
-                last.text, last.token_ids, last.logprobs = event.last_text, [], None
+                # Their tokens were given one by one.
+                for last, done in zip(output.outputs, event):
+                    last.text, last.token_ids, last.logprobs = done.last_text, [], None
             ready.append(output)
 
     def _give(self) -> RequestOutput:
@@ -582,7 +586,7 @@ class _Progress:
 def _kept(ended: list[Any], prompts: list[Any], numbers: list[int], make: Callable[[Any, Any, int], Any]) -> list[Any]:
     """What had ended, those that came last included."""
     return [
-        make(done, prompts[place], numbers[place]) if isinstance(done, _minisgl.Completion) else done
+        make(done, prompts[place], numbers[place]) if isinstance(done, list) else done
         for place, done in enumerate(ended)
     ]
 

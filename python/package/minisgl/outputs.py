@@ -76,6 +76,7 @@ class RequestOutput:
     prompt_token_ids: Sequence[int] | None
     #: Of each of its tokens, where asked for: as `CompletionOutput.logprobs`, and None for the first.
     prompt_logprobs: list[dict[int, Logprob] | None] | None
+    #: One for each of the samples that `SamplingParams.n` asks for, in their order.
     outputs: list[CompletionOutput]
     #: False for a part of an output, as a stream gives it.
     finished: bool

@@ -203,6 +203,8 @@ class _Actor:
         own = {name: value for name, value in (columns.get("sampling_params") or {}).items() if value is not None}
         fields = {name: getattr(self.sampling, name) for name in FIELDS}
         params = SamplingParams(**{**fields, **own})
+        if params.n != 1:
+            raise ValueError(f"n={params.n}: a row has one output; give a row for each")
         if params.seed is None:
             params.seed = seed_of(self.seed, columns.get(self.id_column))
         return params

@@ -12,7 +12,6 @@ _IGNORED = frozenset({"detokenize", "output_kind", "skip_clone", "spaces_between
 
 #: Fields of vLLM's that are not served, and the values at which they ask for nothing.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "n": (None, 1),
     "best_of": (None, 1),
     "length_penalty": (None, 1),
     "early_stopping": (None, False),
@@ -32,6 +31,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 
 #: What there is to be set.
 FIELDS = (
+    "n",
     "temperature",
     "top_p",
     "top_k",
@@ -59,6 +59,8 @@ class SamplingParams:
     A field of vLLM's that is not served may stand at the value that asks for nothing; at another it is refused by name.
 
     Args:
+        n: outputs, each a sample of its own: the i-th draws with a seed made of the request's and i, the first with the
+            request's itself. The prompt is computed once, and its KV pages are held once.
         temperature: 0, or anything below 0.00001, takes the most probable token; higher is flatter.
         top_p: draw among the most probable tokens that hold this mass, in (0, 1].
         top_k: draw among the k most probable tokens; 0 and -1: all.
@@ -85,6 +87,7 @@ class SamplingParams:
     def __init__(
         self,
         *,
+        n: int | None = 1,
         temperature: float = 1.0,
         top_p: float = 1.0,
         top_k: int = 0,
@@ -105,6 +108,7 @@ class SamplingParams:
         bad_words: list[str] | None = None,
         **others: Any,
     ) -> None:
+        self.n = 1 if n is None else n
         self.temperature = temperature
         self.top_p = top_p
         self.top_k = top_k
