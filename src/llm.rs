@@ -35,7 +35,7 @@ use crate::options::{KernelChoice, Options, Quantize};
 use crate::request::{
     ChatPrompt, Completion, FinishReason, Flow, GenerateRequest, Prompt, RequestError, StreamEvent,
 };
-use crate::rerank::{Relevance, RerankRequest};
+use crate::rerank::{Relevance, RerankRequest, answers};
 use crate::running::{self, Costs};
 use crate::score::{Score, ScoreRequest};
 use crate::simulated::{self, Control, SimulatedDevice, SimulatedExecutor};
@@ -198,16 +198,10 @@ impl Llm {
         &mut self,
         requests: &[RerankRequest],
     ) -> Result<Vec<Result<Relevance, RequestError>>, Error> {
-        let asked: Vec<_> = requests.iter().map(|request| request.answers(&self.text)).collect();
-        let answers: Vec<ScoreRequest> = asked.iter().flatten().flatten().cloned().collect();
-        let scores = self.score(&answers)?;
+        let answers = requests.iter().flat_map(|request| answers(&Prompt::Rerank(request.clone())));
+        let scores = self.score(&answers.collect::<Vec<_>>())?;
         let (answered, _) = scores.as_chunks();
-        let mut judged = answered.iter().map(|[yes, no]| Relevance::of(yes, no));
-        let judge = |asked: Result<_, RequestError>| match asked {
-            Ok(_) => judged.next(),
-            Err(error) => Some(Err(error)),
-        };
-        Ok(asked.into_iter().filter_map(judge).collect())
+        Ok(answered.iter().map(|[yes, no]| Relevance::of(yes, no)).collect())
     }
 
     /// The token ids of a text, by the checkpoint's tokenizer.

@@ -14,6 +14,7 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use crate::grammar::Grammar;
+use crate::rerank::RerankRequest;
 
 pub use minisgl_core::batch::StepShape;
 pub use minisgl_core::request::SubmitError;
@@ -122,6 +123,8 @@ pub enum Prompt {
     Text(String),
     /// A conversation, rendered by the checkpoint's chat template.
     Chat(ChatPrompt),
+    /// A document to be judged, as a Qwen3-Reranker is asked: [`Llm::rerank`](crate::Llm::rerank) scores its answers behind it.
+    Rerank(RerankRequest),
 }
 
 /// A prompt and how to continue it.

@@ -3,8 +3,8 @@
 use minisgl::lines::{self, BadLine, Defaults, LineError, Origin, RequestLine};
 use minisgl::openai::ModelName;
 use minisgl::{
-    Completion, FinishReason, Given, Prompt, PromptLogprobs, RequestError, SamplingParams, TokenLogprobs,
-    TokenRules,
+    Completion, FinishReason, GenerateRequest, Given, Prompt, PromptLogprobs, RequestError, RerankRequest,
+    SamplingParams, TokenLogprobs, TokenRules,
 };
 use proptest::prelude::*;
 use serde_json::{Value, json};
@@ -875,7 +875,7 @@ fn a_line_with_a_completion_is_to_be_scored() {
         ),
         (
             r#""completion": "a", "max_tokens": 3"#,
-            "max_tokens is 3; it may only be 0: a completion is scored and nothing drawn behind it",
+            "max_tokens is 3; it may only be 0: what a line gives is scored, and nothing drawn behind it",
         ),
         (
             r#""completion": "a", "prompt_logprobs": 0"#,
@@ -884,7 +884,7 @@ fn a_line_with_a_completion_is_to_be_scored() {
         (r#""completion": "a", "stop": "x""#, "stop is \"x\"; it may only be []: "),
         (r#""completion": "a", "logit_bias": {"5": 1}"#, "logit_bias is {\"5\": 1}; it may only be {}: "),
         (r#""completion": "a", "repetition_penalty": 1.1"#, "repetition_penalty is 1.1; it may only be 1: "),
-        (r#""completion": "a", "n": 2"#, "n is 2; it may only be 1: a completion is scored"),
+        (r#""completion": "a", "n": 2"#, "n is 2; it may only be 1: what a line gives is scored"),
         (r#""completion": "a", "structured_outputs": {"regex": "b"}"#, "structured_outputs is {\"regex\""),
         (r#""completion": "a", "response_format": {"type": "json_object"}"#, "response_format is {\"type\""),
         (r#""completion": "a", "complete": 1"#, "there is no field \"complete\""),
@@ -924,6 +924,60 @@ fn a_prompts_log_probabilities_are_vllms() {
     // The token that stands there comes first.
     let line = written(NATIVE, &scored());
     assert!(line.contains(r#"{"10":{"logprob":-3.0,"rank":null,"decoded_token":"né"},"11":"#), "{line}");
+}
+
+#[test]
+fn a_line_with_a_document_is_judged_by_its_two_answers() {
+    let line = r#"{"id": 7, "query": "Which moon?", "document": "Phobos", "temperature": 0.5}"#;
+    let RequestLine { request, beside, .. } = parse(line).unwrap();
+    let mut asked = RerankRequest::new("Which moon?", "Phobos");
+    assert_eq!(request.prompt, Prompt::Rerank(asked.clone()));
+    let answer = |request: &GenerateRequest| match &request.given {
+        Some(Given::Text(text)) => (text.clone(), request.sampling.max_tokens),
+        given => panic!("{given:?}"),
+    };
+    let beside = beside.unwrap();
+    assert_eq!([answer(&request), answer(&beside)], [("yes".to_owned(), 0), ("no".to_owned(), 0)]);
+    assert_eq!(beside.prompt, request.prompt);
+    asked.instruction = "Find moons".to_owned();
+    let instructed =
+        r#"{"id": 7, "query": "Which moon?", "document": "Phobos", "instruction": "Find moons"}"#;
+    assert_eq!(parse(instructed).unwrap().request.prompt, Prompt::Rerank(asked));
+    // Scores of one token each, of tokens that spell the answers, in whichever order they end.
+    let scored = |id: u32, logprob: f32| Completion {
+        prompt_token_ids: Some(vec![5, 6, id]),
+        prompt_logprobs: Some(vec![TokenLogprobs { logprob, top: vec![] }]),
+        ..scored()
+    };
+    let bytes = |id: u32| Some(if id == 1 { b"yes".to_vec() } else { b"no".to_vec() });
+    for completions in [[scored(1, -0.25), scored(2, -2.25)], [scored(2, -2.25), scored(1, -0.25)]] {
+        let mut out = Vec::new();
+        lines::write_result(&mut out, &parse(line).unwrap().header, ORIGIN, &completions, None, &bytes);
+        let result: Value = serde_json::from_slice(&out).unwrap();
+        let relevance = 1.0 / (1.0 + (-2.0_f64).exp());
+        assert!((result["relevance"].as_f64().unwrap() - relevance).abs() < 1e-9, "{result}");
+        assert_eq!(result["usage"], json!({"prompt_tokens": 2, "completion_tokens": 0, "cached_tokens": 4}));
+        assert_eq!((&result["id"], &result["line"]), (&json!(7), &json!(3)));
+        assert!(lines::read_result(&out).unwrap().good);
+    }
+    for (fields, error) in [
+        (r#""document": "a""#, "the request has no query; a document is judged by one"),
+        (r#""document": 3, "query": "a""#, "document is 3; it must be a text"),
+        (
+            r#""document": "a", "query": "b", "prompt": "c""#,
+            "give exactly one of query with document, prompt",
+        ),
+        (r#""document": "a", "query": "b", "max_tokens": 5"#, "max_tokens is 5; it may only be 0"),
+        (
+            r#""document": "a", "query": "b", "logprobs": 2"#,
+            "logprobs is 2; it may only be false: a judgement",
+        ),
+        (r#""document": "a", "query": "b", "instructions": "c""#, "there is no field \"instructions\""),
+        (r#""query": "b""#, "give exactly one of prompt, prompt_token_ids and messages"),
+    ] {
+        let told = native_error(&format!(r#"{{"id": 1, {fields}}}"#));
+        assert!(told.starts_with(error), "{told} instead of {error}");
+    }
 }
 
 #[test]

@@ -263,6 +263,36 @@ fn a_documents_relevance_is_the_share_of_yes_in_yes_and_no() {
 }
 
 #[test]
+fn a_file_of_documents_is_judged_as_the_library_judges_them() {
+    let (scratch, _) = reranker();
+    let documents = ["Phobos is one.", "Soup, mostly.", "Deimos, the smaller one."];
+    let mut llm = small(scratch.path()).build().unwrap();
+    let asked = documents.map(|document| RerankRequest::new("Which moon?", document));
+    let expected: Vec<f64> =
+        llm.rerank(&asked).unwrap().into_iter().map(|one| one.unwrap().relevance).collect();
+    let line = |(id, document): (usize, &str)| {
+        format!("{}\n", serde_json::json!({"id": id, "query": "Which moon?", "document": document}))
+    };
+    let lines: String = documents.into_iter().enumerate().map(line).collect();
+    scratch.write("in.jsonl", lines + "{\"id\": 3, \"document\": \"a\"}\n");
+    let [input, output] = ["in.jsonl", "out.jsonl"].map(|name| scratch.join(name));
+    let mut command = common::generate::command_within(&scratch, 512);
+    let output = command.arg("--input").arg(input).arg("--output").arg(output).output().unwrap();
+    assert_eq!(output.status.code(), Some(1), "one line has no query");
+    let mut judged = 0;
+    for line in std::fs::read_to_string(scratch.join("out.jsonl")).unwrap().lines() {
+        let result: serde_json::Value = serde_json::from_str(line).unwrap();
+        let Some(relevance) = result["relevance"].as_f64() else {
+            assert!(result["error"].as_str().unwrap().starts_with("line 4: the request has no query"));
+            continue;
+        };
+        judged += 1;
+        assert_eq!(relevance, expected[result["id"].as_u64().unwrap() as usize]);
+    }
+    assert_eq!(judged, 3);
+}
+
+#[test]
 fn a_model_that_does_not_know_the_answers_is_no_reranker() {
     let scratch = Scratch::with_text();
     let mut llm = small(scratch.path()).build().unwrap();

@@ -110,7 +110,9 @@ impl Scored {
         let completion = match prompt(completion)? {
             Prompt::Text(text) => Given::Text(text),
             Prompt::Tokens(ids) => Given::Tokens(ids),
-            Prompt::Chat(_) => return Err(PyValueError::new_err("a completion is a text or token ids")),
+            Prompt::Chat(_) | Prompt::Rerank(_) => {
+                return Err(PyValueError::new_err("a completion is a text or token ids"));
+            }
         };
         Ok(Scored { completion, top })
     }

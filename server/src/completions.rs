@@ -126,7 +126,7 @@ fn echoes(asked: &Asked, engine: &Engine) -> Result<Vec<String>, ApiError> {
             let fix = "the model has no tokenizer, so the prompt's tokens have no text; leave it out";
             ApiError::unsupported("echo", "true", fix)
         }),
-        Prompt::Chat(_) => Ok(String::new()),
+        Prompt::Chat(_) | Prompt::Rerank(_) => Ok(String::new()),
     };
     asked.body.prompts.iter().map(echo).collect()
 }

@@ -137,7 +137,7 @@ impl Requests {
     pub fn describe(&self, requests: &[GenerateRequest], sampling: &SamplingParams) -> WorkloadReport {
         let prompt_tokens = |request: &GenerateRequest| match &request.prompt {
             Prompt::Tokens(ids) => ids.len(),
-            Prompt::Text(_) | Prompt::Chat(_) => 0,
+            Prompt::Text(_) | Prompt::Chat(_) | Prompt::Rerank(_) => 0,
         };
         let (source, temperature) = match self {
             Requests::Drawn(workload) => (workload.source.to_string(), Some(sampling.temperature)),
@@ -207,11 +207,11 @@ impl FileReader<'_> {
                     |error: String| RequestsError::Line { path: self.path.to_owned(), line: number, error };
                 let parsed =
                     lines::parse(&line, number, &defaults).map_err(|bad| error(bad.error.to_string()))?;
-                let prompt = self
-                    .llm
-                    .encode_prompt(parsed.request.prompt)
-                    .map_err(|cause| error(cause.to_string()))?;
-                requests.push(GenerateRequest { prompt: Prompt::Tokens(prompt), ..parsed.request });
+                for request in [parsed.request].into_iter().chain(parsed.beside) {
+                    let prompt = self.llm.encode_prompt(request.prompt);
+                    let prompt = prompt.map_err(|cause| error(cause.to_string()))?;
+                    requests.push(GenerateRequest { prompt: Prompt::Tokens(prompt), ..request });
+                }
             }
         }
         Ok(requests)

@@ -118,9 +118,10 @@ impl Feed {
             };
             // An engine that has stopped or an output that is closed is the caller's to tell.
             let goes_on = match parsed {
-                Ok(RequestLine { header, request }) => {
-                    shared.starts(header, origin, request.samples);
-                    submitter.submit(origin.line, request).is_ok()
+                Ok(RequestLine { header, request, beside }) => {
+                    shared.starts(header, origin, request.samples, beside.is_some());
+                    let asked = [request].into_iter().chain(beside);
+                    submitter.submit_all(asked.map(|request| (origin.line, request))).is_ok()
                 }
                 Err(bad) => write_bad(&shared, &bad, origin).is_ok(),
             };

@@ -42,8 +42,9 @@ pub(super) struct Shared {
 struct Running {
     header: Header,
     fingerprint: u64,
-    samples: u32,
-    /// Of the samples that have ended, if there are others.
+    /// How many completions there are going to be.
+    expected: usize,
+    /// Those that have come, if there are others.
     completions: Vec<Completion>,
 }
 
@@ -110,9 +111,10 @@ impl Shared {
         self.skipped.fetch_add(1, Relaxed);
     }
 
-    /// Keeps what the result of a request with so many samples will need.
-    pub(super) fn starts(&self, header: Header, origin: Origin, samples: u32) {
-        let running = Running { header, fingerprint: origin.fingerprint, samples, completions: Vec::new() };
+    /// Keeps what the result of a request with so many samples, and another beside it or not, will need.
+    pub(super) fn starts(&self, header: Header, origin: Origin, samples: u32, has_other: bool) {
+        let (fingerprint, expected) = (origin.fingerprint, samples as usize + usize::from(has_other));
+        let running = Running { header, fingerprint, expected, completions: Vec::new() };
         locked(&self.running).insert(origin.line, running);
         self.watch(|recorder| recorder.submitted(origin.line, samples, Instant::now()));
     }
@@ -127,7 +129,7 @@ impl Shared {
         let mut running = locked(&self.running);
         let request = running.get_mut(&line)?;
         request.completions.push(completion);
-        if request.completions.len() < request.samples as usize {
+        if request.completions.len() < request.expected {
             return None;
         }
         let Running { header, fingerprint, mut completions, .. } = running.remove(&line)?;

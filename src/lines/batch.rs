@@ -36,7 +36,7 @@ pub fn parse(
     header.format = Format::Chat;
     header.id = fields.raw("custom_id").map(RawValue::to_owned);
     match request(fields, &mut header, defaults) {
-        Ok(request) => Ok(RequestLine { header, request }),
+        Ok(request) => Ok(RequestLine { header, request, beside: None }),
         Err(error) => Err(BadLine { header, error }),
     }
 }
@@ -142,7 +142,7 @@ pub fn write_result(
             let answer = answer(header, origin, ("cmpl", "text_completion"), completions, choices);
             write_response(out, header, origin, 200, answer);
         }
-        Format::Chat | Format::Native | Format::Score => {
+        Format::Chat | Format::Native | Format::Score | Format::Rerank => {
             let tools = tools.filter(|_| header.has_tools);
             let said = |completion| Said::of(completion, OutputFormat { tools, reasoning: None });
             let mut count = 0;

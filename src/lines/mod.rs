@@ -9,6 +9,9 @@
 //!           {"id": 8, "prompt": "Once", "completion": " upon"}
 //!        -> {"id":8,"line":2,"fingerprint":"…","token_ids":[…],"logprob":-1.5,"logprobs":[…],"usage":{…}}
 //!
+//!           {"id": 9, "query": "Which moon?", "document": "Phobos is one."}
+//!        -> {"id":9,"line":3,"fingerprint":"…","relevance":0.98,"usage":{…}}
+//!
 //!   Batch   {"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": {"messages": [{…}]}}
 //!        -> {"id":"batch_req_1-…","custom_id":"a","response":{"status_code":200,"request_id":"…","body":{…}},"error":null}
 //!        or {"id":"batch_req_1-…","custom_id":"a","response":{"status_code":400,…,"body":{"error":{…}}},"error":null}
@@ -59,6 +62,8 @@ pub struct RequestLine {
     pub header: Header,
     /// What it asks for.
     pub request: GenerateRequest,
+    /// What is asked beside it for the same result: a judgement has two answers.
+    pub beside: Option<GenerateRequest>,
 }
 
 /// A line that is no request.
@@ -107,6 +112,8 @@ enum Format {
     Native,
     /// Of a native line with a completion.
     Score,
+    /// Of a native line with a document to be judged.
+    Rerank,
     Chat,
     Text,
 }
@@ -188,6 +195,7 @@ pub fn write_result(
     match header.format {
         Format::Native => native::write_result(out, header, origin, completions, token_bytes),
         Format::Score => native::write_score(out, header, origin, completions),
+        Format::Rerank => native::write_relevance(out, header, origin, completions, token_bytes),
         Format::Chat | Format::Text => {
             batch::write_result(out, header, origin, completions, tools, token_bytes)
         }
@@ -197,7 +205,9 @@ pub fn write_result(
 /// Appends the result line of a line that is no request.
 pub fn write_bad(out: &mut Vec<u8>, bad: &BadLine, origin: Origin) {
     match bad.header.format {
-        Format::Native | Format::Score => native::write_error(out, &bad.header, origin, &bad.error),
+        Format::Native | Format::Score | Format::Rerank => {
+            native::write_error(out, &bad.header, origin, &bad.error)
+        }
         Format::Chat | Format::Text => batch::write_bad(out, bad, origin),
     }
 }
@@ -205,7 +215,7 @@ pub fn write_bad(out: &mut Vec<u8>, bad: &BadLine, origin: Origin) {
 /// Appends the result line of a request that something else stopped, as `reason` says.
 pub fn write_failure(out: &mut Vec<u8>, header: &Header, origin: Origin, reason: &str) {
     match header.format {
-        Format::Native | Format::Score => native::write_error(out, header, origin, &reason),
+        Format::Native | Format::Score | Format::Rerank => native::write_error(out, header, origin, &reason),
         Format::Chat | Format::Text => batch::write_failure(out, header, origin, reason),
     }
 }

@@ -8,6 +8,7 @@ use super::{Asked, BadLine, Format, Header, LineDefaults, Origin, RequestLine, a
 use crate::grammar::Grammar;
 use crate::openai::{FieldError, Fields, Only, PromptLogprobs, Prompts, check_only, given};
 use crate::request::{Completion, FinishReason, Given, TokenLogprobs};
+use crate::rerank::{Relevance, answers};
 use crate::score::{Score, ScoreRequest};
 use crate::{SamplingParams, ToolCalls};
 
@@ -24,6 +25,10 @@ pub fn parse(
     let request = match (&header.id, given(&mut fields)) {
         (None, _) => Err(LineError::NoId { field: "id" }),
         (Some(_), Err(error)) => Err(error.into()),
+        (Some(_), Ok(None)) if fields.gives("document") => {
+            header.format = Format::Rerank;
+            judgement(fields, defaults).map_err(LineError::from)
+        }
         (Some(_), Ok(None)) => one_request(fields, Prompts::Any, defaults).map_err(LineError::from),
         (Some(_), Ok(Some(completion))) => {
             header.format = Format::Score;
@@ -33,7 +38,14 @@ pub fn parse(
     match request {
         Ok((request, asked)) => {
             header.model = asked.unwrap_or(header.model);
-            Ok(RequestLine { header, request })
+            let (request, beside) = match header.format {
+                Format::Rerank => {
+                    let [yes, no] = answers(&request.prompt);
+                    (yes.into(), Some(no.into()))
+                }
+                _ => (request, None),
+            };
+            Ok(RequestLine { header, request, beside })
         }
         Err(error) => Err(BadLine { header, error }),
     }
@@ -56,7 +68,18 @@ fn score(mut fields: Fields<'_>, completion: Given, defaults: LineDefaults<'_>) 
     Ok((score.into(), model))
 }
 
-const NOTHING_DRAWN: &str = "a completion is scored and nothing drawn behind it";
+/// The prompt of a line with a document.
+fn judgement(mut fields: Fields<'_>, defaults: LineDefaults<'_>) -> Asked {
+    const RELEVANCE_ALONE: &str = "a judgement has its relevance alone";
+    check_only(&mut fields, &OF_DRAWN)?;
+    check_only(
+        &mut fields,
+        &[("logprobs", &["false"], RELEVANCE_ALONE), ("top_logprobs", &["0"], RELEVANCE_ALONE)],
+    )?;
+    one_request(fields, Prompts::Judged, defaults)
+}
+
+const NOTHING_DRAWN: &str = "what a line gives is scored, and nothing drawn behind it";
 
 /// Fields that say what is drawn, when that ends, or what is told of the prompt. Those that say how it is drawn from its
 /// probabilities (`temperature`, `seed`, …) don't change these.
@@ -198,6 +221,34 @@ pub fn write_score(out: &mut Vec<u8>, header: &Header, origin: Origin, completio
         },
     };
     append(out, &scored);
+}
+
+#[derive(Serialize)]
+struct Judged<'a> {
+    id: &'a Option<Box<RawValue>>,
+    line: u64,
+    fingerprint: String,
+    /// From 0 to 1.
+    relevance: f64,
+    usage: Usage,
+}
+
+/// Appends the relevance of a document, by the scores of both answers.
+pub fn write_relevance(
+    out: &mut Vec<u8>,
+    header: &Header,
+    origin: Origin,
+    completions: &[Completion],
+    token_bytes: &dyn Fn(u32) -> Option<Vec<u8>>,
+) {
+    match Relevance::of_answers(completions, token_bytes) {
+        Ok(Relevance { relevance, prompt_tokens, cached_tokens }) => {
+            let usage = Usage { prompt_tokens, completion_tokens: 0, cached_tokens };
+            let fingerprint = origin.fingerprint_text();
+            append(out, &Judged { id: &header.id, line: origin.line, fingerprint, relevance, usage });
+        }
+        Err(error) => write_error(out, header, origin, &error),
+    }
 }
 
 /// Appends why a line has no result.

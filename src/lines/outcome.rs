@@ -48,6 +48,7 @@ pub fn read_result(line: &[u8]) -> Option<Outcome> {
         fingerprint: Option<&'a str>,
         token_ids: Option<IgnoredAny>,
         outputs: Option<IgnoredAny>,
+        relevance: Option<IgnoredAny>,
         response: Option<Response>,
         error: Option<IgnoredAny>,
     }
@@ -55,9 +56,9 @@ pub fn read_result(line: &[u8]) -> Option<Outcome> {
     struct Response {
         status_code: u16,
     }
-    let Line { id, line, fingerprint, token_ids, outputs, response, error } =
+    let Line { id, line, fingerprint, token_ids, outputs, relevance, response, error } =
         serde_json::from_slice(line).ok()?;
-    let output = token_ids.or(outputs);
+    let output = token_ids.or(outputs).or(relevance);
     let answered = response.as_ref().is_some_and(|response| response.status_code == 200);
     if output.is_none() && response.is_none() && error.is_none() {
         return None;

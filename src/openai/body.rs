@@ -32,6 +32,7 @@ use crate::grammar::Grammar;
 use crate::request::{
     ChatPrompt, Given, JsonObject, Message, Prompt, PromptLogprobs, TOP_LOGPROBS_MAX, TokenRules,
 };
+use crate::rerank::RerankRequest;
 use crate::tools::ToolCalls;
 
 /// Outputs of a prompt at most, as in OpenAI's API.
@@ -46,6 +47,8 @@ pub enum Prompts {
     Chat,
     /// `/v1/completions`.
     Text,
+    /// A native line with a document that is judged by a query.
+    Judged,
 }
 
 /// What a body asks for.
@@ -304,7 +307,20 @@ fn prompt(fields: &mut Fields<'_>, prompts: Prompts) -> Result<Vec<Prompt>, Fiel
         (.., Prompts::Any) => Err(FieldError::Prompt("prompt, prompt_token_ids and messages")),
         (.., Prompts::Text) => Err(FieldError::Prompt("prompt and prompt_token_ids, and no messages")),
         (.., Prompts::Chat) => Err(FieldError::Prompt("messages, and no prompt")),
+        (None, None, None, Prompts::Judged) => Ok(vec![Prompt::Rerank(judged(fields)?)]),
+        (.., Prompts::Judged) => {
+            Err(FieldError::Prompt("query with document, prompt, prompt_token_ids and messages"))
+        }
     }
+}
+
+/// A document, by what it is judged, and how.
+fn judged(fields: &mut Fields<'_>) -> Result<RerankRequest, FieldError> {
+    let mut text = |field, fix| fields.text(field)?.ok_or(FieldError::Missing { field, fix });
+    let query = text("query", "a document is judged by one")?;
+    let request = RerankRequest::new(query, text("document", "give what the query is to judge")?);
+    let instruction = fields.text("instruction")?.unwrap_or(request.instruction);
+    Ok(RerankRequest { instruction, ..request })
 }
 
 const TOKEN_IDS: &str = "a list of token ids";

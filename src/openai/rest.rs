@@ -75,7 +75,7 @@ pub fn check_rest(mut fields: Fields<'_>, prompts: &[Prompt]) -> Result<(), Fiel
     }
     check_only(&mut fields, ONLY)?;
     match prompts.first() {
-        None | Some(Prompt::Tokens(_)) => drop(fields.raw("add_special_tokens")),
+        None | Some(Prompt::Tokens(_) | Prompt::Rerank(_)) => drop(fields.raw("add_special_tokens")),
         Some(Prompt::Text(_)) => {
             check(&mut fields, ("add_special_tokens", &["true"], "the tokenizer's are added"))?
         }

@@ -108,6 +108,10 @@ impl Text {
             Prompt::Text(text) => self.encode_text(&text, true, most, "a text prompt"),
             // The template writes every special token itself.
             Prompt::Chat(chat) => self.encode_text(&self.render(&chat)?, false, most, "a conversation"),
+            Prompt::Rerank(request) => {
+                let encode = |part: String| self.encode_text(&part, false, most, "a document to be judged");
+                Ok(request.parts().map(encode).into_iter().collect::<Result<Vec<_>, _>>()?.concat())
+            }
         }
     }
 
