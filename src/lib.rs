@@ -90,8 +90,8 @@ pub use options::{
 };
 pub use request::{
     BesideWork, ChatPrompt, Completion, FinishReason, Flow, GenerateRequest, Given, JsonObject, Message,
-    NoRole, Prompt, PromptLogprobs, RequestError, SamplingError, SamplingParams, StepShape, StepTiming,
-    StreamEvent, SubmitError, TOP_LOGPROBS_MAX, TokenLogprobs, TokenRules, sample_seed,
+    NoRole, Prompt, PromptLogprobs, RequestError, STOP_BYTES_MAX, SamplingError, SamplingParams, StepShape,
+    StepTiming, StreamEvent, SubmitError, TOP_LOGPROBS_MAX, TokenLogprobs, TokenRules, sample_seed,
 };
 pub use rerank::{Relevance, RerankRequest};
 pub use score::{Score, ScoreRequest};

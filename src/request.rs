@@ -137,7 +137,8 @@ pub struct GenerateRequest {
     /// Outputs, each a sample of its own, at least 1. Sample i draws with the seed [`sample_seed`] of the request's and i, so the
     /// first draws what it would draw alone. They run as a group: the prompt is computed once, and its pages are held once.
     pub samples: u32,
-    /// Texts that end the output; it is cut before the first one found. They need the checkpoint's tokenizer.
+    /// Texts that end the output, of [`STOP_BYTES_MAX`] bytes together at most; it is cut before the first one found. They need the
+    /// checkpoint's tokenizer.
     pub stop: Vec<String>,
     /// Let the text end with what ended it: the stop text, or the stop token's text.
     pub include_stop: bool,
@@ -148,6 +149,9 @@ pub struct GenerateRequest {
     /// What the output begins with, given rather than drawn. Where the prompt is to be scored, this alone is.
     pub given: Option<Given>,
 }
+
+/// Bytes of a request's stop texts at most, together.
+pub const STOP_BYTES_MAX: usize = 4096;
 
 /// Tokens behind a prompt that nobody draws.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -394,6 +398,14 @@ pub enum RequestError {
     /// No output is asked for.
     #[error("samples is 0; ask for at least one")]
     NoSamples,
+    /// More stop texts than can be looked for at each token, which one thread does for all requests.
+    #[error(
+        "stop texts have {bytes} bytes together; at most {STOP_BYTES_MAX} can be looked for: shorten them, or give fewer"
+    )]
+    StopTexts {
+        /// Of all of them.
+        bytes: usize,
+    },
     /// It would end every output at once.
     #[error("a stop text is empty; leave it out, or give at least one character")]
     EmptyStop,
@@ -424,6 +436,7 @@ impl RequestError {
             RequestError::Grammar(_) => "unusable grammar",
             RequestError::GrammarFailed => "grammar too complex",
             RequestError::NoSamples => "no samples",
+            RequestError::StopTexts { .. } => "too long stop texts",
             RequestError::EmptyStop => "empty stop text",
         }
     }

@@ -5,8 +5,8 @@ mod common;
 
 use common::{CHECKPOINTS, Scratch, builder, family, greedy, mixed_requests, small};
 use minisgl::{
-    Completion, FinishReason, GenerateRequest, Llm, LlmBuilder, Policy, SamplingError, SamplingParams,
-    Speculation, SubmitError, TokenRules,
+    Completion, FinishReason, GenerateRequest, Llm, LlmBuilder, Policy, STOP_BYTES_MAX, SamplingError,
+    SamplingParams, Speculation, SubmitError, TokenRules,
 };
 
 fn generate(llm: &mut Llm, request: GenerateRequest) -> Completion {
@@ -221,6 +221,35 @@ fn an_output_may_end_with_its_stop_text_or_the_text_of_its_stop_token() {
     later.sampling.min_tokens = 5;
     let completion = generate(&mut llm, later);
     assert_eq!(completion.text, Some(letter.repeat(6)));
+}
+
+#[test]
+fn stop_texts_of_every_length_are_found_and_too_many_to_look_for_are_an_error_of_their_request_alone() {
+    let mut llm = small(Scratch::with_text().path()).build().unwrap();
+    let ids = llm.encode("ab").unwrap();
+    let letter = llm.decode(&ids[..1]).unwrap();
+    let request = |stop: Vec<String>| GenerateRequest {
+        stop,
+        ..GenerateRequest::text("Once").sampling(greedy(130)).rules(biased(&[(ids[0], 100.0)]))
+    };
+    for count in [1, 2, 7, 64, 129] {
+        let completion = generate(&mut llm, request(vec![letter.repeat(count)]));
+        assert_eq!((completion.token_ids.len(), completion.finish_reason), (count, FinishReason::Stop));
+    }
+    // The longest, which all but come up.
+    let near = letter.repeat(STOP_BYTES_MAX / letter.len() - 1) + "!";
+    let completion = generate(&mut llm, request(vec![near]));
+    assert_eq!((completion.finish_reason, completion.text), (FinishReason::Length, Some(letter.repeat(130))));
+    let too_many =
+        [vec!["x".repeat(STOP_BYTES_MAX + 1)], vec!["xy".to_owned(); 100_000], vec![letter.repeat(1 << 20)]];
+    for stop in too_many {
+        let other = GenerateRequest::tokens([5, 6]).sampling(greedy(3));
+        let completions = llm.generate(&[request(stop), other]).unwrap();
+        assert_eq!(completions[0].finish_reason, FinishReason::Rejected);
+        let error = completions[0].error.clone().unwrap().to_string();
+        assert!(error.starts_with("stop texts have ") && error.contains("at most 4096"), "{error}");
+        assert_eq!(completions[1].token_ids.len(), 3);
+    }
 }
 
 #[test]

@@ -23,7 +23,7 @@ use super::session::{Events, RequestStream, Session, SessionOptions, Submitter};
 use super::stage::Stage;
 use crate::error::{Cause, Error};
 use crate::grammar::{Compiler, Grammar, Tokens};
-use crate::request::{GenerateRequest, Given, Prompt, RequestError, StepTiming, TokenRules};
+use crate::request::{GenerateRequest, Given, Prompt, RequestError, STOP_BYTES_MAX, StepTiming, TokenRules};
 use crate::runner::Runner;
 use crate::tokenizer::Text;
 
@@ -488,6 +488,10 @@ fn unfit(request: &GenerateRequest, text: &Text) -> Option<RequestError> {
     }
     if request.stop.iter().any(String::is_empty) {
         return Some(RequestError::EmptyStop);
+    }
+    let bytes = request.stop.iter().map(String::len).sum();
+    if bytes > STOP_BYTES_MAX {
+        return Some(RequestError::StopTexts { bytes });
     }
     let what = match request {
         _ if text.has_tokenizer() => return None,
