@@ -66,6 +66,12 @@ impl LlmBuilder {
         self
     }
 
+    /// How many ranks compute each step of an engine together, on the CPU.
+    pub fn tensor_parallel(mut self, ranks: u32) -> Self {
+        self.options.tensor_parallel = ranks;
+        self
+    }
+
     /// Which GPU kernels run.
     pub fn kernels(mut self, kernels: KernelChoice) -> Self {
         self.options.kernels = kernels;

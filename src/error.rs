@@ -122,6 +122,17 @@ pub enum Error {
     /// Nobody would run anything.
     #[error("--data-parallel 0 asks for no engine; at least one is needed")]
     NoEngine,
+    /// A number of ranks whose sums can't be added in pairs.
+    #[error(
+        "--tensor-parallel {0} is no number of ranks; there are 1, 2, 4 or 8, for sums over them are added in pairs"
+    )]
+    Ranks(u32),
+    /// Ranks on GPUs.
+    #[error(
+        "--tensor-parallel {0} is served on the CPU alone (--backend cpu): exchange between GPUs is not there yet; \
+         --data-parallel runs an engine on each of several"
+    )]
+    RanksOnGpu(u32),
     /// An engine has one device.
     #[error(
         "--data-parallel {engines} and --devices, which names {devices}, differ: each engine runs on one GPU; leave one of the \

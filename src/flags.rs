@@ -92,6 +92,9 @@ macro_rules! with_shared_flags {
             /// how many engines take requests out of one queue, each on a GPU of its own (default: one for each of --devices)
             #[argh(option)]
             data_parallel: Option<usize>,
+            /// how many ranks compute each step together, each with a part of the weights: 1 (default), 2, 4 or 8; on the CPU
+            #[argh(option, default = "1")]
+            tensor_parallel: u32,
             /// which GPU kernels: auto (default), portable or hopper
             #[argh(option, default = "::std::default::Default::default()")]
             kernels: $crate::KernelChoice,
@@ -170,6 +173,7 @@ macro_rules! with_shared_flags {
                     backend: self.backend,
                     devices: self.devices.0.clone(),
                     data_parallel: self.data_parallel,
+                    tensor_parallel: self.tensor_parallel,
                     kernels: self.kernels,
                     max_running: self.max_running.0,
                     max_prefill_tokens: self.max_prefill_tokens,

@@ -11,17 +11,21 @@ use std::num::NonZero;
 use std::path::Path;
 use std::sync::Arc;
 use std::thread;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use minisgl_core::backend::{DeviceInfo, Memory, Model};
+use minisgl_core::backend::{Device, DeviceInfo, Memory};
 use minisgl_core::config::{Limits, LimitsError};
 use minisgl_core::engine::{Engine, EngineOptions};
 use minisgl_core::executor::{Executor, ModelInfo};
+use minisgl_core::local::Local;
 use minisgl_core::scheduler::{Order, Settings};
+use minisgl_core::shard::Rank;
+use minisgl_core::spec::DecoderSpec;
 use minisgl_core::stats::{ExpertsRead, Stats};
-use minisgl_cpu::Cpu;
+use minisgl_cpu::{Cpu, CpuError, Link};
 use minisgl_cuda::{Cuda, CudaError, KernelSet};
-use minisgl_decoder::{Checkpoint, Decoder, NamedTensor, WeightUpdate};
+use minisgl_decoder::{Checkpoint, Decoder, LoadError, NamedTensor, WeightUpdate};
+use minisgl_ranks::Ranks;
 
 use crate::builder::LlmBuilder;
 use crate::device::Choice;
@@ -36,6 +40,7 @@ use crate::request::{
     ChatPrompt, Completion, FinishReason, Flow, GenerateRequest, Prompt, RequestError, StreamEvent,
 };
 use crate::rerank::{Relevance, RerankRequest, answers};
+use crate::runner::RunnerExecutor;
 use crate::running::{self, Costs};
 use crate::score::{Score, ScoreRequest};
 use crate::simulated::{self, Control, SimulatedDevice, SimulatedExecutor};
@@ -456,6 +461,9 @@ fn gpu_error(error: CudaError) -> Error {
     Error::Gpu(Box::new(error))
 }
 
+/// How long a rank is waited for by the others, within a step and at its end: longer than any of them computes, were the machine short of memory.
+const RANK_PATIENCE: Duration = Duration::from_secs(120);
+
 /// What engines are built from.
 struct Opening {
     source: ModelSource,
@@ -475,7 +483,11 @@ impl Opening {
         }
         if !self.choice.on_gpu {
             let processors = thread::available_parallelism().map_or(1, NonZero::get);
-            return self.on(Cpu::with_threads(processors / self.engines), started);
+            let (ranks, engines) = (self.options.tensor_parallel, self.engines);
+            return match ranks {
+                1 => self.on(Cpu::with_threads(processors / engines), started),
+                _ => self.on_ranks(processors / (engines * ranks as usize), started),
+            };
         }
         let kernels = match self.options.kernels {
             KernelChoice::Auto => KernelSet::Auto,
@@ -486,33 +498,75 @@ impl Opening {
         self.on(Cuda::new(&minisgl_cuda::Options { device, kernels }).map_err(gpu_error)?, started)
     }
 
+    /// An engine of one device.
     fn on<B: Diagnostics + 'static>(&self, mut backend: B, started: Instant) -> Built<Info> {
+        let before = backend.memory().map_err(|error| Error::Device(Box::new(error)))?;
+        self.build(backend.info(), before, started, || {
+            let model = Decoder::load(&mut backend, &self.checkpoint);
+            model.map(|model| Local::new(backend, model)).map_err(|error| Error::Device(Box::new(error)))
+        })
+    }
+
+    /// An engine of several ranks on the CPU, of so many threads each.
+    fn on_ranks(&self, threads: usize, started: Instant) -> Built<Info> {
+        let ranks = self.options.tensor_parallel;
+        self.spec().shard(ranks).map_err(|error| Error::Model(Box::new(error)))?;
+        let links = Link::group(ranks, RANK_PATIENCE);
+        let abort = links.first().map(Link::aborter);
+        let cpus: Vec<Cpu> = links.into_iter().map(|link| Cpu::of_rank(threads, link)).collect();
+        let (first, abort) = cpus.first().zip(abort).ok_or(Error::NoEngine)?;
+        let before = first.memory().map_err(|error| Error::Device(Box::new(error)))?;
+        self.build(first.info(), before, started, || {
+            let builder = |(index, mut cpu): (u32, Cpu)| {
+                let checkpoint = self.checkpoint.clone();
+                move || {
+                    let model = Decoder::load_part(&mut cpu, &checkpoint, Rank { index, count: ranks })?;
+                    Ok::<_, LoadError<CpuError>>(Local::new(cpu, model))
+                }
+            };
+            let builders = (0..).zip(cpus).map(builder).collect();
+            Ranks::start(builders, RANK_PATIENCE, abort).map_err(|error| Error::Device(Box::new(error)))
+        })
+    }
+
+    fn spec(&self) -> &DecoderSpec {
+        &self.checkpoint.config().spec
+    }
+
+    fn build<X: RunnerExecutor + 'static>(
+        &self,
+        device_info: DeviceInfo,
+        before: Memory,
+        started: Instant,
+        load: impl FnOnce() -> Result<X, Error>,
+    ) -> Built<Info> {
         let backend_name = if self.choice.on_gpu { "cuda" } else { "cpu" };
-        let device = |error: B::Error| Error::Device(Box::new(error));
-        let before = backend.memory().map_err(device)?;
-        let (mut limits, asked) = self.limits(&backend.info(), before)?;
-        tracing::info!(
-            model = self.source.name(),
-            backend = backend_name,
-            device = backend.info().name,
-            "loading"
-        );
-        let model =
-            Decoder::load(&mut backend, &self.checkpoint).map_err(|error| Error::Device(Box::new(error)))?;
-        let loaded = backend.memory().map_err(device)?;
+        let device = |error: X::Error| Error::Device(Box::new(error));
+        let (mut limits, asked) = self.limits(&device_info, before)?;
+        let name = &device_info.name;
+        tracing::info!(model = self.source.name(), backend = backend_name, device = name, "loading");
+        let executor = load()?;
+        let (loaded, vocab) = (executor.memory().map_err(device)?, executor.model().vocab);
         let load_seconds = started.elapsed().as_secs_f64();
-        tracing::info!(seconds = load_seconds, bytes = model.weight_bytes(), "weights loaded");
+        let weight_bytes = self.checkpoint.tensors().step_bytes();
+        tracing::info!(seconds = load_seconds, bytes = weight_bytes, "weights loaded");
 
         let plan = match (self.options.num_pages, self.choice.on_gpu) {
             (Some(_), _) => None,
             (None, true) => Some(PagePlan::on_gpu(&limits, asked, self.page_share(before, loaded))),
-            (None, false) => Some(PagePlan::on_cpu(&limits, asked, self.engines)),
+            (None, false) => {
+                let pools = self.engines * self.options.tensor_parallel as usize;
+                Some(PagePlan::on_cpu(&limits, asked, pools))
+            }
         };
         limits.pages = plan.map_or(limits.pages, |plan| plan.most);
         tracing::debug!(?limits, ?plan, "capacities planned");
-        let scheduler = self.scheduler(model.vocab());
+        // Ranks may have copies of the same heads.
+        let ranks = self.options.tensor_parallel;
+        let of_rank = self.spec().shard(ranks).map_err(|error| Error::Model(Box::new(error)))?;
+        let page_bytes = of_rank.page_bytes(device_info.kv, limits.page_size) * u64::from(ranks);
+        let scheduler = self.scheduler(vocab);
         let eos = self.end_tokens(scheduler.vocab);
-        let page_bytes = model.page_bytes(limits.page_size);
         let engine_options = EngineOptions {
             limits,
             fit: plan.map(|plan| plan.fit),
@@ -520,10 +574,9 @@ impl Opening {
             eos: eos.clone(),
             overlap: self.options.overlap,
         };
-        let engine =
-            Engine::new(backend, model, engine_options).map_err(|cause| Error::Device(cause.into()))?;
+        let engine = Engine::of(executor, engine_options).map_err(|cause| Error::Device(cause.into()))?;
 
-        let ready = engine.backend().memory().map_err(device)?;
+        let ready = engine.executor().memory().map_err(device)?;
         let limits = *engine.limits();
         let warnings = self.text.warnings().iter().cloned().chain(warning(&limits, asked)).collect();
         let info = Info {
@@ -534,15 +587,15 @@ impl Opening {
             device: engine.info().name,
             engines: self.engines,
             limits,
-            dims: *engine.model().dims(),
-            window: engine.model().spec().window(),
+            dims: self.spec().dims,
+            window: self.spec().window(),
             vocab: scheduler.vocab,
             eos,
             warnings,
-            weight_bytes: engine.model().weight_bytes(),
-            active_weights: engine.model().spec().active_weights(),
+            weight_bytes,
+            active_weights: self.spec().active_weights(),
             experts: ExpertsInfo::of(&self.checkpoint),
-            kv: engine.model().kv_format(),
+            kv: self.spec().kv.unwrap_or(device_info.kv),
             page_bytes,
             memory_total: loaded.total,
             memory_free_loaded: loaded.free,

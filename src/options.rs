@@ -7,6 +7,7 @@ use minisgl_core::config::Limits;
 use minisgl_core::kv::KvFormat;
 use minisgl_core::policy::Policy;
 use minisgl_core::scheduler::Order;
+use minisgl_core::shard::RANKS_MAX;
 use minisgl_core::speculation::Speculation;
 
 use crate::device;
@@ -56,6 +57,9 @@ pub struct Options {
     /// How many engines take requests out of one queue; `None`: one for each of [`Options::devices`], else a single one.
     /// Tokens are the same. Capacities are those of each engine.
     pub data_parallel: Option<usize>,
+    /// How many ranks compute each step of an engine together, each with a part of the weights: 1, 2, 4 or 8. Tokens are the same.
+    /// On the CPU, where ranks are threads; GPUs refuse it.
+    pub tensor_parallel: u32,
     /// Which GPU kernels run.
     pub kernels: KernelChoice,
     /// Requests that run at once; `None`: as many as decoding gains from, if memory holds them.
@@ -105,6 +109,7 @@ impl Default for Options {
             simulate: None,
             devices: Vec::new(),
             data_parallel: None,
+            tensor_parallel: 1,
             kernels: KernelChoice::Auto,
             max_running: None,
             usual_tokens: None,
@@ -134,10 +139,17 @@ impl Options {
     /// # Errors
     /// Names the capacity, the memory ratio or the GPU.
     pub fn check(&self) -> Result<(), Error> {
-        if device::choose(self)?.on_gpu && self.quantize.is_some() {
+        let choice = device::choose(self)?;
+        if choice.on_gpu && self.quantize.is_some() {
             return Err(Error::QuantizeOnGpu);
         }
         self.engines()?;
+        match self.tensor_parallel {
+            1 => {}
+            ranks if !ranks.is_power_of_two() || ranks > RANKS_MAX => return Err(Error::Ranks(ranks)),
+            ranks if choice.on_gpu || self.simulate.is_some() => return Err(Error::RanksOnGpu(ranks)),
+            _ => {}
+        }
         let shares =
             [("--memory-ratio", Some(self.memory_ratio)), ("memory_utilization", self.memory_utilization)];
         for (option, share) in shares {
@@ -338,6 +350,26 @@ mod tests {
         assert!(matches!(engines(&[], Some(0)), Err(Error::NoEngine)));
         let differ = engines(&[0], Some(2)).unwrap_err().to_string();
         assert!(differ.contains("--data-parallel 2") && differ.contains("--devices"), "{differ}");
+    }
+
+    #[test]
+    fn ranks_are_a_power_of_two_and_no_gpus() {
+        let refusal = |backend, tensor_parallel| {
+            let error = Options { backend, tensor_parallel, ..Options::default() }.check().unwrap_err();
+            error.to_string()
+        };
+        for ranks in [0, 3, 16] {
+            let text = refusal(BackendChoice::Cpu, ranks);
+            assert!(
+                text.contains(&format!("--tensor-parallel {ranks}")) && text.contains("1, 2, 4 or 8"),
+                "{text}"
+            );
+        }
+        let text = refusal(BackendChoice::Cuda, 2);
+        assert!(text.contains("--tensor-parallel 2") && text.contains("--data-parallel"), "{text}");
+        let ranks =
+            |tensor_parallel| Options { backend: BackendChoice::Cpu, tensor_parallel, ..Options::default() };
+        assert!([1, 2, 4, 8].into_iter().all(|count| ranks(count).check().is_ok()));
     }
 
     #[test]

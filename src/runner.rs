@@ -1,6 +1,7 @@
 //! One engine behind one door: the facade drives every backend through [`Runner`], so no device type shows outside.
 
 use std::collections::HashSet;
+use std::sync::Arc;
 use std::time::Duration;
 
 use minisgl_core::config::Limits;
@@ -11,6 +12,7 @@ use minisgl_core::request::{Event, Request, SubmitError, Submitted, Ticket};
 use minisgl_core::stats::{ExpertsRead, Load, Stats};
 use minisgl_cuda::HostTimes;
 use minisgl_decoder::{Checkpoint, Decoder};
+use minisgl_ranks::Ranks;
 
 use crate::diagnostics::{Ceilings, Diagnostics};
 use crate::error::Cause;
@@ -101,6 +103,33 @@ impl<B: Diagnostics> RunnerExecutor for Local<B, Decoder<B>> {
 
     fn experts_read(&mut self) -> Result<ExpertsRead, B::Error> {
         self.backend_mut().experts_read()
+    }
+}
+
+impl<X: RunnerExecutor + 'static> RunnerExecutor for Ranks<X> {
+    fn update(&mut self, checkpoint: &Checkpoint, changed: &HashSet<String>) -> Result<(), Self::Error> {
+        let given = Arc::new((checkpoint.clone(), changed.clone()));
+        self.each(move |rank| rank.update(&given.0, &given.1)).map(|_| ())
+    }
+
+    /// Of all devices together.
+    fn ceilings(&mut self) -> Result<Option<Ceilings>, Self::Error> {
+        Ok(self.each(|rank| rank.ceilings())?.into_iter().flatten().reduce(Ceilings::joined))
+    }
+
+    /// Of the first device.
+    fn probe(&self) -> Option<Probe> {
+        self.each(|rank| Ok(rank.probe())).ok()?.into_iter().next()?
+    }
+
+    /// Several threads are the host.
+    fn host_times(&self) -> Option<HostTimes> {
+        None
+    }
+
+    /// The first rank's: all read parts of the same experts.
+    fn experts_read(&mut self) -> Result<ExpertsRead, Self::Error> {
+        Ok(self.each(|rank| rank.experts_read())?.into_iter().next().unwrap_or_default())
     }
 }
 

@@ -10,12 +10,14 @@
 //! Weights are loaded once, by [`Decoder::load`], and may be exchanged in place, by [`Decoder::update`]; buffers are planned once, by
 //! [`Model::reserve`]. A step only enqueues.
 
+use std::borrow::Cow;
 use std::collections::HashSet;
 
 use minisgl_core::backend::{Device, Element, KvCache, KvLayer, Model, Ops, Purpose, Step};
 use minisgl_core::batch::{Row, StepShape};
 use minisgl_core::config::Limits;
 use minisgl_core::kv::{KvFormat, KvLayout};
+use minisgl_core::shard::{Indivisible, Rank};
 use minisgl_core::spec::{DecoderSpec, Dims, LayerSpec, Mixer, Rope, Unsupported};
 use thiserror::Error;
 
@@ -30,14 +32,20 @@ pub enum LoadError<E: std::error::Error + 'static> {
     /// The device can't compute it.
     #[error(transparent)]
     Unsupported(#[from] Unsupported),
+    /// So many ranks can't share it out.
+    #[error(transparent)]
+    Indivisible(#[from] Indivisible),
     /// The device failed, for lack of memory above all.
     #[error(transparent)]
     Device(E),
 }
 
-/// A decoder on a device.
+/// A decoder on a device, or a rank's part of one.
 pub struct Decoder<B: Ops> {
     spec: DecoderSpec,
+    /// What it is a part of.
+    whole: DecoderSpec,
+    rank: Rank,
     max_positions: u32,
     /// What keys and values are kept as.
     kv: KvFormat,
@@ -74,24 +82,45 @@ impl<B: Ops> Decoder<B> {
     /// # Errors
     /// See [`LoadError`].
     pub fn load(backend: &mut B, checkpoint: &Checkpoint) -> Result<Self, LoadError<B::Error>> {
-        backend.supports(&checkpoint.config().spec)?;
-        Self::load_weights(backend, checkpoint).map_err(LoadError::Device)
+        Decoder::load_part(backend, checkpoint, Rank::ALONE)
     }
 
-    fn load_weights(backend: &mut B, checkpoint: &Checkpoint) -> Result<Self, B::Error> {
+    /// Puts a rank's part of them on its device; the rest is not read.
+    ///
+    /// # Errors
+    /// See [`LoadError`].
+    pub fn load_part(
+        backend: &mut B,
+        checkpoint: &Checkpoint,
+        rank: Rank,
+    ) -> Result<Self, LoadError<B::Error>> {
+        let spec = checkpoint.config().spec.shard(rank.count)?;
+        backend.supports(&spec)?;
+        Self::load_weights(backend, checkpoint, spec, rank).map_err(LoadError::Device)
+    }
+
+    fn load_weights(
+        backend: &mut B,
+        checkpoint: &Checkpoint,
+        spec: DecoderSpec,
+        rank: Rank,
+    ) -> Result<Self, B::Error> {
         let (config, tensors) = (checkpoint.config(), checkpoint.tensors());
+        let tensors = part(tensors, rank, &config.spec);
         Ok(Decoder {
-            spec: config.spec.clone(),
             max_positions: config.max_positions,
             kv: config.spec.kv.unwrap_or(backend.info().kv),
             weight_bytes: tensors.step_bytes(),
-            weights: ModelWeights::of(&config.spec, tensors).load(backend)?,
+            weights: ModelWeights::of(&spec, &tensors, rank).load(backend)?,
+            spec,
+            whole: config.spec.clone(),
+            rank,
             planned: None,
             pages: None,
         })
     }
 
-    /// Makes the weights what [`Decoder::load`] of these tensors makes them, of which those named in `changed` are others than
+    /// Makes the weights what [`Decoder::load`] of a model's tensors makes them, of which those named in `changed` are others than
     /// what they were made from.
     ///
     /// # Errors
@@ -102,8 +131,9 @@ impl<B: Ops> Decoder<B> {
         tensors: &Tensors,
         changed: &HashSet<String>,
     ) -> Result<(), B::Error> {
+        let tensors = part(tensors, self.rank, &self.whole);
         self.weight_bytes = tensors.step_bytes();
-        ModelWeights::of(&self.spec, tensors).reload(backend, &self.weights, changed)
+        ModelWeights::of(&self.spec, &tensors, self.rank).reload(backend, &self.weights, changed)
     }
 
     /// What is computed.
@@ -207,6 +237,14 @@ impl<B: Ops> Model<B> for Decoder<B> {
 
     fn weight_bytes(&self) -> u64 {
         self.weight_bytes
+    }
+}
+
+/// What a rank has of a model's tensors.
+fn part<'a>(tensors: &'a Tensors, rank: Rank, whole: &DecoderSpec) -> Cow<'a, Tensors> {
+    match rank.count {
+        1 => Cow::Borrowed(tensors),
+        _ => Cow::Owned(tensors.shard(rank, whole)),
     }
 }
 

@@ -21,6 +21,7 @@ mod quantize;
 mod read;
 mod rope;
 mod safetensors;
+mod shard;
 mod tensors;
 mod update;
 mod weights;

@@ -296,6 +296,7 @@ fn read_options(given: &Bound<'_, PyDict>) -> PyResult<Options> {
         match name.as_str() {
             "backend" => options.backend = word()?.parse::<BackendChoice>().map_err(refused)?,
             "data_parallel" => options.data_parallel = value.extract()?,
+            "tensor_parallel" => options.tensor_parallel = value.extract()?,
             "device" => options.devices = value.extract::<Option<usize>>()?.into_iter().collect(),
             "kernels" => options.kernels = word()?.parse::<KernelChoice>().map_err(refused)?,
             "max_running" => options.max_running = value.extract()?,

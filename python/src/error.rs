@@ -39,7 +39,7 @@ pub fn raised(error: &Error) -> PyErr {
 
 /// A text of the library's, which names the flags of its commands, with the arguments that are meant here.
 pub fn in_arguments(text: &str) -> String {
-    const ARGUMENTS: [(&str, &str); 16] = [
+    const ARGUMENTS: [(&str, &str); 17] = [
         ("--backend cpu", "backend=\"cpu\""),
         ("--generation-config none", "generation_config=\"none\""),
         ("--max-seq-len", "max_model_len"),
@@ -52,6 +52,7 @@ pub fn in_arguments(text: &str) -> String {
         ("memory_utilization", "gpu_memory_utilization"),
         ("--backend", "backend"),
         ("--data-parallel", "data_parallel_size"),
+        ("--tensor-parallel", "tensor_parallel_size"),
         ("--devices", "device"),
         ("--kernels", "kernels"),
         ("--revision", "revision"),

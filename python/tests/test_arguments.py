@@ -22,7 +22,8 @@ from minisgl.arguments import to_options
         ({"device": 1}, {"device": 1}),
         ({"device": "auto", "backend": "cpu"}, {"backend": "cpu"}),
         ({"data_parallel_size": 2}, {"data_parallel": 2}),
-        ({"tensor_parallel_size": 1, "dtype": "auto", "trust_remote_code": True, "swap_space": 4}, {}),
+        ({"tensor_parallel_size": 2}, {"tensor_parallel": 2}),
+        ({"pipeline_parallel_size": 1, "dtype": "auto", "trust_remote_code": True, "swap_space": 4}, {}),
         ({"tokenizer": "M", "quantization": None, "kv_cache_dtype": None}, {}),
         ({"quantization": "fp8"}, {"quantize": "fp8"}),
         ({"kv_cache_dtype": "auto"}, {"kv_dtype": "auto"}),
@@ -37,7 +38,7 @@ def test_arguments_become_options(given, options):
 @pytest.mark.parametrize(
     "given, error, complaint",
     [
-        ({"tensor_parallel_size": 2}, ValueError, "tensor_parallel_size=2 is not served by minisgl.*data_parallel_size"),
+        ({"pipeline_parallel_size": 2}, ValueError, "pipeline_parallel_size=2 is not served by minisgl"),
         ({"quantization": "awq"}, ValueError, "quantization_config"),
         ({"kv_cache_dtype": "fp8_e5m2"}, ValueError, "fp8_e5m2.*bfloat16, fp8"),
         ({"dtype": "float16"}, ValueError, "dtype"),

@@ -24,7 +24,7 @@ def run(*words, **options):
 @pytest.mark.parametrize(
     "given, ours",
     [
-        ("--model-path M --tp-size 1 --port 5", "--model M --port 5"),
+        ("--model-path M --tp-size 2 --port 5", "--model M --tensor-parallel 2 --port 5"),
         ("--model=M --max-running-requests=8 --graph 4", "--model M --max-running 8 --max-graph-batch 4"),
         ("--model M --max-seq-len-override 9 --max-prefill-length 8", "--model M --max-seq-len 9 --max-prefill-tokens 8"),
         ("--model M --cache-type naive --num-tokenizer 2 --disable-pynccl", "--model M --no-prefix-cache"),
@@ -37,11 +37,11 @@ def test_mini_sglangs_flags_are_ours(given, ours):
 
 
 def test_a_flag_that_asks_for_what_is_not_served_is_refused_by_name():
-    for given in ("--tp-size 2", "--dtype float16", "--attn fa", "--model-source modelscope", "--cache-type lru"):
+    for given in ("--ep-size 2", "--dtype float16", "--attn fa", "--model-source modelscope", "--cache-type lru"):
         with pytest.raises(ValueError, match=given):
             translate(["--model", "M", *given.split()])
-    refused = run("-m", "minisgl", "--model", "M", "--tp-size", "2")
-    assert refused.returncode == 1 and "--data-parallel N" in refused.stderr
+    refused = run("-m", "minisgl", "--model", "M", "--ep-size", "2")
+    assert refused.returncode == 1 and "one GPU" in refused.stderr
     unknown = run("-m", "minisgl", "--model", "M", "--no-such-flag")
     assert unknown.returncode == 1 and "--no-such-flag" in unknown.stderr
     assert "--max-running" in run("-m", "minisgl", "--help").stdout

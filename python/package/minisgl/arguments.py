@@ -25,6 +25,7 @@ OPTIONS = {
     "backend": "backend",
     "device": "device",
     "data_parallel_size": "data_parallel",
+    "tensor_parallel_size": "tensor_parallel",
     "kernels": "kernels",
     "overlap": "overlap",
     "order": "order",
@@ -67,7 +68,6 @@ IGNORED = frozenset(
 
 #: Arguments that are not served, the values at which they ask for nothing, and what to do instead.
 NEUTRAL: dict[str, tuple[tuple[Any, ...], str]] = {
-    "tensor_parallel_size": ((1,), "a model runs on one GPU; data_parallel_size=N runs an engine on each of N"),
     "pipeline_parallel_size": ((1,), "a model runs on one GPU"),
     "enable_expert_parallel": ((False,), "a model runs on one GPU"),
     "dtype": (

@@ -17,12 +17,12 @@ ALIASES = {
     "--max-extend-length": "--max-prefill-tokens",
     "--cuda-graph-max-bs": "--max-graph-batch",
     "--graph": "--max-graph-batch",
+    "--tensor-parallel-size": "--tensor-parallel",
+    "--tp-size": "--tensor-parallel",
 }
 
 #: Its flags that have one meaning here, and the values that ask for it.
 NEUTRAL: dict[str, tuple[tuple[str, ...], str]] = {
-    "--tensor-parallel-size": (("1",), "a model runs on one GPU; --data-parallel N runs an engine on each of N"),
-    "--tp-size": (("1",), "a model runs on one GPU; --data-parallel N runs an engine on each of N"),
     "--expert-parallel-size": (("1",), "a model runs on one GPU"),
     "--ep-size": (("1",), "a model runs on one GPU"),
     "--dtype": (("auto", "bfloat16"), "activations are bfloat16 on a GPU and float32 on the CPU"),

@@ -1,0 +1,302 @@
+//! Middleware over a device: one of its operations, the n-th of those that a step is made of, fails, panics, or takes long.
+
+use std::ops::Range;
+use std::thread::sleep;
+use std::time::Duration;
+
+use minisgl_core::backend::{
+    Device, DeviceInfo, Element, KvLayer, LayerWeights, Memory, Ops, Purpose, Queue, Sampler, Step,
+    WeightRole,
+};
+use minisgl_core::batch::{Row, StepShape};
+use minisgl_core::config::Limits;
+use minisgl_core::spec::{DecoderSpec, Unsupported};
+use minisgl_core::tensor::HostTensor;
+use thiserror::Error;
+
+/// What becomes of the operation.
+#[derive(Clone, Copy, Debug)]
+pub enum Fault {
+    Fails,
+    Panics,
+    /// It takes so long, and then is done.
+    Hangs(Duration),
+}
+
+/// Why an operation failed.
+#[derive(Debug, Error)]
+pub enum FaultyError<E> {
+    /// It was its turn to.
+    #[error("{0} failed on purpose")]
+    OnPurpose(&'static str),
+    /// The device's own reason.
+    #[error(transparent)]
+    Device(#[from] E),
+}
+
+/// See the module.
+pub struct Faulty<B> {
+    device: B,
+    /// Which of several it is.
+    id: u32,
+    /// What becomes of an operation, and how many are well before it.
+    fault: Option<(u64, Fault)>,
+}
+
+impl<B> Faulty<B> {
+    /// Over a device; until it is armed it is that device.
+    pub fn new(device: B, id: u32) -> Self {
+        Faulty { device, id, fault: None }
+    }
+
+    /// Lets the operation behind `well` others become what `fault` says, if it is the one of that number.
+    pub fn arm(&mut self, id: u32, well: u64, fault: Fault) {
+        self.fault = (self.id == id).then_some((well, fault));
+    }
+
+    fn pass<E>(&mut self, operation: &'static str) -> Result<(), FaultyError<E>> {
+        match &mut self.fault {
+            None => return Ok(()),
+            Some((left @ 1.., _)) => {
+                *left -= 1;
+                return Ok(());
+            }
+            Some((0, _)) => {}
+        }
+        match self.fault.take() {
+            Some((_, Fault::Fails)) => Err(FaultyError::OnPurpose(operation)),
+            Some((_, Fault::Panics)) => panic!("{operation} panicked on purpose"),
+            Some((_, Fault::Hangs(time))) => {
+                sleep(time);
+                Ok(())
+            }
+            None => Ok(()),
+        }
+    }
+}
+
+impl<B: Device> Device for Faulty<B> {
+    type Error = FaultyError<B::Error>;
+    type Buffer = B::Buffer;
+    type Pinned = B::Pinned;
+    type Event = B::Event;
+    type Graph = B::Graph;
+
+    fn info(&self) -> DeviceInfo {
+        self.device.info()
+    }
+
+    fn memory(&self) -> Result<Memory, Self::Error> {
+        Ok(self.device.memory()?)
+    }
+
+    fn alloc(
+        &mut self,
+        purpose: Purpose,
+        element: Element,
+        elements: usize,
+    ) -> Result<B::Buffer, Self::Error> {
+        Ok(self.device.alloc(purpose, element, elements)?)
+    }
+
+    fn free(&mut self, buffer: B::Buffer) -> Result<(), Self::Error> {
+        Ok(self.device.free(buffer)?)
+    }
+
+    fn is_out_of_memory(error: &Self::Error) -> bool {
+        matches!(error, FaultyError::Device(error) if B::is_out_of_memory(error))
+    }
+
+    fn slice(&self, buffer: B::Buffer, range: Range<usize>) -> B::Buffer {
+        self.device.slice(buffer, range)
+    }
+
+    fn alloc_pinned(&mut self, words: usize) -> Result<B::Pinned, Self::Error> {
+        Ok(self.device.alloc_pinned(words)?)
+    }
+
+    fn words<'a>(&self, pinned: &'a B::Pinned) -> Result<&'a [u32], Self::Error> {
+        Ok(self.device.words(pinned)?)
+    }
+
+    fn words_mut<'a>(&self, pinned: &'a mut B::Pinned) -> Result<&'a mut [u32], Self::Error> {
+        Ok(self.device.words_mut(pinned)?)
+    }
+
+    fn upload(
+        &mut self,
+        from: &mut B::Pinned,
+        range: Range<usize>,
+        to: B::Buffer,
+    ) -> Result<(), Self::Error> {
+        self.pass("upload")?;
+        Ok(self.device.upload(from, range, to)?)
+    }
+
+    fn download(
+        &mut self,
+        queue: Queue,
+        from: B::Buffer,
+        words: usize,
+        to: &mut B::Pinned,
+    ) -> Result<(), Self::Error> {
+        self.pass("download")?;
+        Ok(self.device.download(queue, from, words, to)?)
+    }
+
+    fn event(&mut self) -> Result<B::Event, Self::Error> {
+        Ok(self.device.event()?)
+    }
+
+    fn record(&mut self, queue: Queue, event: &mut B::Event) -> Result<(), Self::Error> {
+        self.pass("record")?;
+        Ok(self.device.record(queue, event)?)
+    }
+
+    fn wait(&mut self, queue: Queue, event: &B::Event) -> Result<(), Self::Error> {
+        self.pass("wait")?;
+        Ok(self.device.wait(queue, event)?)
+    }
+
+    fn elapsed_ms(&self, from: &B::Event, to: &B::Event) -> Result<f32, Self::Error> {
+        Ok(self.device.elapsed_ms(from, to)?)
+    }
+
+    fn has_passed(&self, event: &B::Event) -> bool {
+        self.device.has_passed(event)
+    }
+
+    fn synchronize(&mut self) -> Result<(), Self::Error> {
+        self.pass("synchronize")?;
+        Ok(self.device.synchronize()?)
+    }
+
+    fn warm_up_before_capture(&self) -> bool {
+        self.device.warm_up_before_capture()
+    }
+
+    fn begin_capture(&mut self) -> Result<(), Self::Error> {
+        Ok(self.device.begin_capture()?)
+    }
+
+    fn end_capture(&mut self) -> Result<B::Graph, Self::Error> {
+        Ok(self.device.end_capture()?)
+    }
+
+    fn replay(&mut self, graph: &B::Graph) -> Result<(), Self::Error> {
+        self.pass("replay")?;
+        Ok(self.device.replay(graph)?)
+    }
+}
+
+impl<B: Sampler> Sampler for Faulty<B> {
+    fn sample(
+        &mut self,
+        step: &Step<B::Buffer>,
+        logits: B::Buffer,
+        tokens: B::Buffer,
+    ) -> Result<(), Self::Error> {
+        self.pass("sample")?;
+        Ok(self.device.sample(step, logits, tokens)?)
+    }
+
+    fn logprobs(
+        &mut self,
+        step: &Step<B::Buffer>,
+        logits: B::Buffer,
+        tokens: B::Buffer,
+        out: B::Buffer,
+    ) -> Result<(), Self::Error> {
+        self.pass("logprobs")?;
+        Ok(self.device.logprobs(step, logits, tokens, out)?)
+    }
+}
+
+impl<B: Ops> Ops for Faulty<B> {
+    type Weight = B::Weight;
+
+    fn supports(&self, spec: &DecoderSpec) -> Result<(), Unsupported> {
+        self.device.supports(spec)
+    }
+
+    fn reserve(&mut self, spec: &DecoderSpec, limits: &Limits) -> Result<usize, Self::Error> {
+        Ok(self.device.reserve(spec, limits)?)
+    }
+
+    fn load(&mut self, role: WeightRole, parts: &[HostTensor]) -> Result<B::Weight, Self::Error> {
+        Ok(self.device.load(role, parts)?)
+    }
+
+    fn reload(
+        &mut self,
+        weight: B::Weight,
+        role: WeightRole,
+        parts: &[HostTensor],
+    ) -> Result<(), Self::Error> {
+        Ok(self.device.reload(weight, role, parts)?)
+    }
+
+    fn end_loading(&mut self) -> Result<(), Self::Error> {
+        Ok(self.device.end_loading()?)
+    }
+
+    fn fold_norm(&mut self, norm: B::Weight, linear: B::Weight) -> Result<(), Self::Error> {
+        Ok(self.device.fold_norm(norm, linear)?)
+    }
+
+    fn plan(&self, shape: StepShape, rows: &[Row], words: &mut [u32]) {
+        self.device.plan(shape, rows, words);
+    }
+
+    fn begin_step(&mut self, step: &Step<B::Buffer>) -> Result<(), Self::Error> {
+        self.pass("begin_step")?;
+        Ok(self.device.begin_step(step)?)
+    }
+
+    fn embed(&mut self, step: &Step<B::Buffer>, table: B::Weight) -> Result<(), Self::Error> {
+        self.pass("embed")?;
+        Ok(self.device.embed(step, table)?)
+    }
+
+    fn decoder_layer(
+        &mut self,
+        step: &Step<B::Buffer>,
+        layer: usize,
+        weights: &LayerWeights<B::Weight>,
+        rope: Option<B::Buffer>,
+        kv: KvLayer<B::Buffer>,
+    ) -> Result<(), Self::Error> {
+        self.pass("decoder_layer")?;
+        Ok(self.device.decoder_layer(step, layer, weights, rope, kv)?)
+    }
+
+    fn final_norm(
+        &mut self,
+        step: &Step<B::Buffer>,
+        weight: B::Weight,
+        out: B::Buffer,
+    ) -> Result<(), Self::Error> {
+        self.pass("final_norm")?;
+        Ok(self.device.final_norm(step, weight, out)?)
+    }
+
+    fn logits(
+        &mut self,
+        step: &Step<B::Buffer>,
+        x: B::Buffer,
+        head: B::Weight,
+        out: B::Buffer,
+    ) -> Result<(), Self::Error> {
+        self.pass("logits")?;
+        Ok(self.device.logits(step, x, head, out)?)
+    }
+
+    fn read_logits(
+        &mut self,
+        logits: B::Buffer,
+        vocab: u32,
+        rows: Range<usize>,
+    ) -> Result<Vec<f32>, Self::Error> {
+        Ok(self.device.read_logits(logits, vocab, rows)?)
+    }
+}

@@ -1,0 +1,239 @@
+//! Several ranks on the CPU, threads with a device each that compute every step together: the bits of one.
+
+mod common;
+
+use std::fs;
+
+use common::{CHECKPOINTS, FAMILIES, FP8, Numbers, Scratch, family, fixture, greedy, mixed_requests, small};
+use minisgl::{
+    Completion, GenerateRequest, Grammar, LlmBuilder, Policy, Prompt, PromptLogprobs, SamplingParams,
+    Speculation, TokenRules,
+};
+use safetensors::tensor::TensorView;
+use safetensors::{Dtype, serialize};
+
+/// As many ranks as a golden checkpoint can be shared out among: by its heads, and by the slices of its products.
+fn ranks_max(name: &str) -> u32 {
+    match name {
+        "qwen2-yarn" | "qwen3-moe-nonorm" => 1,
+        "qwen2-bias" | "smollm3-nope" | "seed-oss" | "gemma3" | "qwen3-fp8" => 2,
+        _ => 4,
+    }
+}
+
+/// Tokens and log-probabilities: what may not depend on how they are computed.
+type Bits = (Vec<u32>, Vec<Vec<(u32, u32)>>);
+
+fn bits(completion: &Completion) -> Bits {
+    assert_eq!(completion.error, None);
+    let all = completion.logprobs.iter().chain(&completion.prompt_logprobs).flatten();
+    let rows = all.map(|row| {
+        let top = row.top.iter().map(|(id, logprob)| (*id, logprob.to_bits()));
+        [(0, row.logprob.to_bits())].into_iter().chain(top).collect()
+    });
+    (completion.token_ids.clone(), rows.collect())
+}
+
+/// Requests of every kind of sampling, some scored, some with edits.
+fn requests(count: usize, vocab: u64) -> Vec<GenerateRequest> {
+    let mut requests = mixed_requests(count, vocab);
+    for (i, request) in requests.iter_mut().enumerate() {
+        if let Prompt::Tokens(prompt) = &mut request.prompt {
+            prompt.truncate(200);
+        }
+        let sampling = &mut request.sampling;
+        sampling.max_tokens = sampling.max_tokens.min(24);
+        if i % 3 == 0 {
+            sampling.logprobs = Some(3);
+        }
+        if i % 4 == 1 {
+            sampling.prompt_logprobs = Some(PromptLogprobs { from: 1, top: 2 });
+        }
+        if i % 4 == 2 {
+            (sampling.repetition_penalty, sampling.presence_penalty) = (1.3, 0.4);
+            request.rules = TokenRules { logit_bias: vec![(5, 2.0), (9, -100.0)], ..TokenRules::default() };
+        }
+        if i % 5 == 4 {
+            // A text that says the same again and again, which drafts are taken from.
+            request.prompt = Prompt::Tokens([3, 1, 4, 1, 5, 9].repeat(9));
+        }
+    }
+    requests
+}
+
+fn run(builder: LlmBuilder, requests: &[GenerateRequest]) -> Vec<Bits> {
+    let mut llm = builder.build().unwrap();
+    let completions = llm.generate(requests).unwrap();
+    llm.check();
+    completions.iter().map(bits).collect()
+}
+
+/// Ways to run that change no token: overlap, chunks, pages, recorded steps, a pool that preempts, drafts.
+fn way(builder: LlmBuilder, bits: u32) -> LlmBuilder {
+    let is = |bit: u32| bits >> bit & 1 == 1;
+    builder
+        .overlap(is(0))
+        .prefix_cache(!is(1))
+        .max_prefill_tokens(if is(2) { 13 } else { 400 })
+        .page_size(if is(0) { 16 } else { 32 })
+        .num_pages(Some(if is(3) { 40 } else { 200 }))
+        .max_graph_batch(if is(1) { 0 } else { 8 })
+        .speculation(if is(4) { Speculation::Always } else { Speculation::Never })
+        .policy(if is(2) { Policy::Latency } else { Policy::Throughput })
+}
+
+#[test]
+fn ranks_give_the_bits_of_one_for_every_checkpoint_however_they_are_computed() {
+    for (i, name) in (0..).zip(CHECKPOINTS.into_iter().chain(FAMILIES).chain(FP8)) {
+        let requests = requests(7, 250);
+        let builder = || family(name);
+        let expected = run(builder(), &requests);
+        for ranks in [2, 4].into_iter().filter(|ranks| *ranks <= ranks_max(name)) {
+            for bits in [i * 7 + ranks, i * 11 + 3 * ranks + 21] {
+                let given = run(way(builder(), bits % 32).tensor_parallel(ranks), &requests);
+                assert!(given == expected, "{name}: {ranks} ranks, way {}", bits % 32);
+            }
+        }
+    }
+}
+
+#[test]
+fn a_tiny_pool_preempts_and_ranks_go_on_with_the_same_tokens() {
+    let mut requests = requests(12, 700);
+    for request in &mut requests {
+        if let Prompt::Tokens(prompt) = &mut request.prompt {
+            prompt.truncate(40);
+        }
+        request.sampling.max_tokens = 80;
+    }
+    let builder = || small(fixture("tiny-untied")).max_seq_len(Some(256));
+    let expected = run(builder(), &requests);
+    for bits in [0b00000, 0b10101] {
+        let tiny = way(builder(), bits).page_size(16).num_pages(Some(18));
+        let mut llm = tiny.tensor_parallel(2).build().unwrap();
+        let given: Vec<_> = llm.generate(&requests).unwrap().iter().map(self::bits).collect();
+        assert!(given == expected, "way {bits}");
+        assert!(llm.stats().retractions > 0, "{:?}", llm.stats());
+        llm.check();
+    }
+}
+
+/// A checkpoint that 8 ranks can share: 8 heads, 2 key heads, products of 8 slices.
+fn wide() -> Scratch {
+    let scratch = Scratch::new();
+    let (hidden, inner, vocab) = (64, 256, 103);
+    let mut numbers = Numbers(5);
+    let mut tensors: Vec<(String, Vec<usize>, Vec<u8>)> = Vec::new();
+    let mut push = |name: &str, shape: &[usize]| {
+        let mut element = || half_bits((numbers.below(2001) as f32 - 1000.0) / 4000.0);
+        let bytes = (0..shape.iter().product()).flat_map(|_| element().to_le_bytes()).collect();
+        tensors.push((name.to_owned(), shape.to_vec(), bytes));
+    };
+    push("model.embed_tokens.weight", &[vocab, hidden]);
+    push("lm_head.weight", &[vocab, hidden]);
+    push("model.norm.weight", &[hidden]);
+    for layer in 0..2 {
+        let parts: [(&str, &[usize]); 9] = [
+            ("input_layernorm", &[hidden]),
+            ("post_attention_layernorm", &[hidden]),
+            ("self_attn.q_proj", &[256, hidden]),
+            ("self_attn.k_proj", &[64, hidden]),
+            ("self_attn.v_proj", &[64, hidden]),
+            ("self_attn.o_proj", &[hidden, 256]),
+            ("mlp.gate_proj", &[inner, hidden]),
+            ("mlp.up_proj", &[inner, hidden]),
+            ("mlp.down_proj", &[hidden, inner]),
+        ];
+        parts.iter().for_each(|(name, shape)| push(&format!("model.layers.{layer}.{name}.weight"), shape));
+    }
+    let views = tensors
+        .iter()
+        .map(|(name, shape, bytes)| (name, TensorView::new(Dtype::BF16, shape.clone(), bytes).unwrap()));
+    scratch.write("model.safetensors", serialize(views, None).unwrap());
+    let config = serde_json::json!({
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "vocab_size": vocab,
+        "hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": 2, "num_attention_heads": 8,
+        "num_key_value_heads": 2, "head_dim": 32, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
+        "max_position_embeddings": 512, "tie_word_embeddings": false
+    });
+    scratch.write("config.json", config.to_string());
+    scratch
+}
+
+/// bf16's bits of a number, cut.
+fn half_bits(x: f32) -> u16 {
+    (x.to_bits() >> 16) as u16
+}
+
+#[test]
+fn random_schedules_give_the_same_bits_on_1_2_4_and_8_ranks() {
+    let scratch = wide();
+    let mut numbers = Numbers(11);
+    for round in 0..4 {
+        let requests = requests(5 + numbers.below(8) as usize, 100);
+        let expected = run(small(scratch.path()), &requests);
+        for ranks in [2, 4, 8] {
+            let bits = numbers.below(32) as u32;
+            let given = run(way(small(scratch.path()), bits).tensor_parallel(ranks), &requests);
+            assert!(given == expected, "round {round}: {ranks} ranks, way {bits}");
+        }
+    }
+}
+
+#[test]
+fn a_grammars_masks_reach_every_rank() {
+    let scratch = Scratch::with_text();
+    let request = |i: u64| {
+        let drawn = SamplingParams { temperature: 0.9, seed: i, ignore_eos: false, ..greedy(20) };
+        let request = GenerateRequest::text("Once").sampling(drawn);
+        GenerateRequest { grammar: Some(Grammar::Regex("[a-f]{3,9}".into())), ..request }
+    };
+    let requests: Vec<_> = (0..5).map(request).chain(requests(3, 250)).collect();
+    let expected = run(small(scratch.path()), &requests);
+    assert!(run(small(scratch.path()).tensor_parallel(2), &requests) == expected);
+}
+
+#[test]
+fn engines_of_several_ranks_stand_behind_one_queue() {
+    let requests = requests(12, 300);
+    let expected = run(family("tiny-tied"), &requests);
+    let builder = family("tiny-tied").data_parallel(2).tensor_parallel(2);
+    assert!(run(builder, &requests) == expected);
+    let llm = family("tiny-tied").tensor_parallel(4).build().unwrap();
+    assert!(llm.info().device.starts_with("4 ranks"), "{}", llm.info().device);
+    let one = family("tiny-tied").build().unwrap();
+    assert_eq!(llm.info().weight_bytes, one.info().weight_bytes);
+    assert_eq!(llm.info().page_bytes, 2 * one.info().page_bytes, "two key heads, each on two ranks");
+}
+
+#[test]
+fn updated_weights_are_those_of_every_rank() {
+    let (before, after) = (Scratch::new(), wide());
+    before.write("config.json", fs::read(after.join("config.json")).unwrap());
+    let mut bytes = fs::read(after.join("model.safetensors")).unwrap();
+    // Other numbers: the sign of every third element.
+    let data = bytes.len() / 2;
+    bytes[data..].iter_mut().skip((data % 2) ^ 1).step_by(6).for_each(|byte| *byte ^= 0x80);
+    before.write("model.safetensors", bytes);
+    let requests = requests(6, 100);
+    let mut llm = small(before.path()).tensor_parallel(4).build().unwrap();
+    let old: Vec<_> = llm.generate(&requests).unwrap().iter().map(bits).collect();
+    llm.update_weights_from(after.path()).unwrap();
+    let new: Vec<_> = llm.generate(&requests).unwrap().iter().map(bits).collect();
+    assert!(new == run(small(after.path()), &requests) && new != old);
+}
+
+#[test]
+fn what_cannot_be_shared_out_is_refused_with_its_numbers() {
+    for (name, ranks, said) in [
+        ("qwen2-yarn", 2, "3 query heads"),
+        ("seed-oss", 4, "10 query heads"),
+        ("qwen3-moe-nonorm", 2, "48 columns, which are one slice"),
+        ("tiny-untied", 8, "320 columns, which are 4 slices"),
+        ("tiny-tied", 8, "4 query heads"),
+    ] {
+        let error = family(name).tensor_parallel(ranks).build().err().unwrap().to_string();
+        assert!(error.contains(said) && error.contains(&format!("{ranks} ranks")), "{name}: {error}");
+        assert!(ranks > ranks_max(name));
+    }
+}
