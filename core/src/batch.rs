@@ -290,20 +290,38 @@ impl Batch {
         self.samples = 0;
     }
 
-    /// Becomes what `other` is, which has no more room.
+    /// Becomes what `other` is, which has as much room.
     pub fn copy_from(&mut self, other: &Batch) {
-        self.decode_rows = other.decode_rows;
-        self.has_drafts = other.has_drafts;
-        self.wants_logprobs = other.wants_logprobs;
-        self.samples = other.samples;
-        self.rows.clone_from(&other.rows);
-        self.updates.clone_from(&other.updates);
-        self.slot_updates.clone_from(&other.slot_updates);
-        self.rules.clone_from(&other.rules);
-        self.tokens.clone_from(&other.tokens);
-        self.scored.clone_from(&other.scored);
-        self.owners.clone_from(&other.owners);
-        self.masks.clone_from(&other.masks);
+        // Every field is named, so that one that is added is not left out.
+        let Batch {
+            rows,
+            decode_rows,
+            has_drafts,
+            wants_logprobs,
+            updates,
+            slot_updates,
+            rules,
+            tokens,
+            scored,
+            owners,
+            masks,
+            samples,
+            capacity_updates: _,
+            capacity_rules: _,
+            capacity_tokens: _,
+            capacity_rows: _,
+            capacity_scored: _,
+        } = other;
+        (self.decode_rows, self.has_drafts) = (*decode_rows, *has_drafts);
+        (self.wants_logprobs, self.samples) = (*wants_logprobs, *samples);
+        self.rows.clone_from(rows);
+        self.updates.clone_from(updates);
+        self.slot_updates.clone_from(slot_updates);
+        self.rules.clone_from(rules);
+        self.tokens.clone_from(tokens);
+        self.scored.clone_from(scored);
+        self.owners.clone_from(owners);
+        self.masks.clone_from(masks);
     }
 
     /// Nothing to run?
