@@ -22,7 +22,8 @@
 //! | [`EngineHandle::submit`] | one, from any thread | a stream of its events, which aborts it when dropped |
 //! | [`EngineHandle::session`] | many, from any thread | one queue of events, which another thread may read |
 //!
-//! [`Llm::score`] gives log-probabilities of given completions instead, and [`Llm::rerank`] a Qwen3-Reranker's judgement of documents.
+//! [`Llm::score`] gives log-probabilities of given completions instead, [`Llm::rerank`] a Qwen3-Reranker's judgement of documents, and
+//! [`Llm::embed`] prompts' embeddings.
 //!
 //! Prompts are token ids, text ([`GenerateRequest::text`]) or conversations ([`GenerateRequest::chat`]); the latter two
 //! need the checkpoint's `tokenizer.json` and chat template. A request that can't run does not disturb the others: its
@@ -38,6 +39,7 @@ mod device;
 mod diagnostics;
 #[cfg(feature = "hub")]
 mod download;
+mod embed;
 mod error;
 mod flags;
 mod front;
@@ -50,6 +52,7 @@ mod memory;
 pub mod models;
 pub mod openai;
 mod options;
+mod pooling;
 pub mod progress;
 pub mod report;
 mod request;
@@ -67,6 +70,7 @@ pub mod workload;
 
 pub use builder::LlmBuilder;
 pub use diagnostics::Ceilings;
+pub use embed::{EmbedRequest, Embedding};
 pub use error::{Cause, Error};
 pub use flags::{from_command_line, from_words};
 pub use front::{
@@ -89,9 +93,10 @@ pub use options::{
     parse_kv_dtype, parse_max_running, parse_order, parse_policy, parse_speculation,
 };
 pub use request::{
-    BesideWork, ChatPrompt, Completion, FinishReason, Flow, GenerateRequest, Given, JsonObject, Message,
-    NoRole, Prompt, PromptLogprobs, RequestError, STOP_BYTES_MAX, SamplingError, SamplingParams, StepShape,
-    StepTiming, StreamEvent, SubmitError, TOP_LOGPROBS_MAX, TokenLogprobs, TokenRules, sample_seed,
+    BesideWork, ChatPrompt, Completion, Embed, FinishReason, Flow, GenerateRequest, Given, JsonObject,
+    Message, NoRole, Prompt, PromptLogprobs, RequestError, STOP_BYTES_MAX, SamplingError, SamplingParams,
+    StepShape, StepTiming, StreamEvent, SubmitError, TOP_LOGPROBS_MAX, TokenLogprobs, TokenRules,
+    sample_seed,
 };
 pub use rerank::{Relevance, RerankRequest};
 pub use score::{Score, ScoreRequest};

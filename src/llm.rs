@@ -30,12 +30,14 @@ use minisgl_ranks::Ranks;
 use crate::builder::LlmBuilder;
 use crate::device::Choice;
 use crate::diagnostics::{Ceilings, Diagnostics};
+use crate::embed::{EmbedRequest, Embedding};
 use crate::error::Error;
 use crate::front::{Built, EngineHandle, Events, Front, SessionEvent, SessionOptions};
 use crate::info::{ExpertsInfo, Info};
 use crate::memory::{PagePlan, Sequence, check_asked, check_host, share_within, warning};
 use crate::models::FAMILIES;
 use crate::options::{KernelChoice, Options, Quantize};
+use crate::pooling::Pooling;
 use crate::request::{
     ChatPrompt, Completion, FinishReason, Flow, GenerateRequest, Prompt, RequestError, StreamEvent,
 };
@@ -83,6 +85,7 @@ impl Llm {
             None => Weights(Arc::new(open_checkpoint(&source, &options)?)),
         };
         let text = Arc::new(source.folder().map_or(Ok(Text::default()), Text::open)?);
+        let pooling = source.folder().map_or_else(Pooling::default, Pooling::open);
         let (order, engines) = (options.order, options.engines()?);
         let Weights(checkpoint) = weights.clone();
         let has_weights = options.simulate.is_none();
@@ -92,7 +95,7 @@ impl Llm {
             let opening = opening.clone();
             move || opening.engine(engine)
         };
-        let (front, infos) = Front::start(text.clone(), order, (0..engines).map(build).collect())?;
+        let (front, infos) = Front::start(text.clone(), pooling, order, (0..engines).map(build).collect())?;
         // Engines differ in their devices and memory alone; the first speaks for all.
         let info = infos.into_iter().next().ok_or(Error::NoEngine)?;
         Ok(Llm { front, text, info, weights: has_weights.then_some(weights), updated })
@@ -193,6 +196,15 @@ impl Llm {
     pub fn score(&mut self, requests: &[ScoreRequest]) -> Result<Vec<Score>, Error> {
         let requests: Vec<GenerateRequest> = requests.iter().cloned().map(Into::into).collect();
         Ok(self.generate(&requests)?.into_iter().map(Score::from).collect())
+    }
+
+    /// Embeds prompts, one prefill each; embeddings come in the order of the requests.
+    ///
+    /// # Errors
+    /// As for [`Llm::score`]. A prompt that can't be embedded is no error: its embedding says so.
+    pub fn embed(&mut self, requests: &[EmbedRequest]) -> Result<Vec<Embedding>, Error> {
+        let requests: Vec<GenerateRequest> = requests.iter().cloned().map(Into::into).collect();
+        Ok(self.generate(&requests)?.into_iter().map(Embedding::from).collect())
     }
 
     /// Judges how relevant documents are to queries, with a Qwen3-Reranker; in the order of the requests.
@@ -612,7 +624,13 @@ impl Opening {
     fn simulated(&self, device: &SimulatedDevice, started: Instant) -> Built<Info> {
         let config = self.checkpoint.config();
         let (dims, window) = (config.spec.dims, config.spec.window());
-        let model = ModelInfo { vocab: dims.vocab, max_positions: config.max_positions, window };
+        let model = ModelInfo {
+            vocab: dims.vocab,
+            hidden: dims.hidden,
+            has_head: true,
+            max_positions: config.max_positions,
+            window,
+        };
         let executor = SimulatedExecutor::new(device.clone(), model);
         let (limits, asked) = self.limits(&executor.info(), Memory { free: 0, total: 0 })?;
         let limits = Limits { pages: self.options.num_pages.unwrap_or(device.pages), ..limits };
@@ -690,7 +708,7 @@ impl Opening {
         if page_size < min {
             return Err(LimitsError::PageSizeBelowMin { page_size, min }.into());
         }
-        check_host(&limits, self.checkpoint.config().spec.dims.vocab, self.engines)?;
+        check_host(&limits, &self.checkpoint.config().spec.dims, self.engines)?;
         let asked = if max_seq_len.is_some() { Sequence::Asked } else { Sequence::OfModel };
         self.options.num_pages.map_or(Ok(()), |pages| check_asked(pages, &limits, asked))?;
         Ok((limits, asked))

@@ -8,19 +8,19 @@
 //!
 //! Pages are counted by the engine, when all else is there. Here is what it is told: the most, the least, and the share.
 
-use minisgl_core::backend::Memory;
+use minisgl_core::backend::{Dims, Memory};
 use minisgl_core::config::Limits;
 use minisgl_core::fit::Fit;
 
 use crate::error::Error;
 
-/// Sees to it that the host can hold what so many engines of these capacities, for a model of so many tokens, keep there.
+/// Sees to it that the host can hold what so many engines of these capacities, for a model of these sizes, keep there.
 ///
 /// # Errors
 /// It can't.
-pub fn check_host(limits: &Limits, vocab: u32, engines: usize) -> Result<(), Error> {
+pub fn check_host(limits: &Limits, dims: &Dims, engines: usize) -> Result<(), Error> {
     let Limits { running, queued, sequence, .. } = *limits;
-    let needed = limits.host_bytes(vocab).saturating_mul(engines as u64);
+    let needed = limits.host_bytes(dims.vocab, dims.hidden).saturating_mul(engines as u64);
     let free = host_free();
     match needed <= free {
         true => Ok(()),
@@ -180,10 +180,19 @@ mod tests {
 
     #[test]
     fn the_host_holds_what_all_engines_keep() {
-        const VOCAB: u32 = 151_936;
-        assert!(check_host(&LIMITS, VOCAB, 1).is_ok());
-        let engines = (host_free() / LIMITS.host_bytes(VOCAB)) as usize * 2 + 1;
-        let error = check_host(&LIMITS, VOCAB, engines).unwrap_err().to_string();
+        const DIMS: Dims = Dims {
+            layers: 28,
+            hidden: 1024,
+            heads: 16,
+            kv_heads: 8,
+            head_dim: 128,
+            intermediate: 3072,
+            vocab: 151_936,
+            norm_eps: 1e-6,
+        };
+        assert!(check_host(&LIMITS, &DIMS, 1).is_ok());
+        let engines = (host_free() / LIMITS.host_bytes(DIMS.vocab, DIMS.hidden)) as usize * 2 + 1;
+        let error = check_host(&LIMITS, &DIMS, engines).unwrap_err().to_string();
         assert!(error.contains("fewer engines") && error.contains(&engines.to_string()), "{error}");
     }
 

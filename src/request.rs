@@ -17,6 +17,7 @@ use crate::grammar::Grammar;
 use crate::rerank::RerankRequest;
 
 pub use minisgl_core::batch::StepShape;
+pub use minisgl_core::embedding::Embed;
 pub use minisgl_core::request::SubmitError;
 pub use minisgl_core::sampling::{
     PromptLogprobs, SamplingError, SamplingParams, TOP_LOGPROBS_MAX, sample_seed,
@@ -298,6 +299,8 @@ pub struct Completion {
     pub logprobs: Option<Vec<TokenLogprobs>>,
     /// Of the prompt's last tokens, as many as there are entries, where asked for: of all but the first, or from a position on.
     pub prompt_logprobs: Option<Vec<TokenLogprobs>>,
+    /// Of the prompt, where asked for.
+    pub embedding: Option<Vec<f32>>,
     /// What the caller should know though the request ran: that `max_tokens` was clamped.
     pub warning: Option<String>,
     /// Why it was rejected, or failed.
@@ -318,6 +321,7 @@ impl Completion {
             max_tokens: 0,
             logprobs: None,
             prompt_logprobs: None,
+            embedding: None,
             warning: None,
             error: Some(error),
         }
@@ -367,7 +371,7 @@ pub enum RequestError {
     },
     /// The model gave NaN or infinity.
     #[error(
-        "the model's logits are not numbers (NaN or infinite), so no token could be drawn: its weights are damaged, or its \
+        "the model's logits, or hidden states, are not numbers (NaN or infinite), so nothing came of them: its weights are damaged, or its \
          activations overflow; download the checkpoint again, or try --backend cpu, which computes in f32"
     )]
     NotNumbers,
@@ -406,6 +410,9 @@ pub enum RequestError {
         /// Of all of them.
         bytes: usize,
     },
+    /// Embeddings that the checkpoint's files want made in another way.
+    #[error("the model's embeddings can't be made: {0}")]
+    Pooling(String),
     /// It would end every output at once.
     #[error("a stop text is empty; leave it out, or give at least one character")]
     EmptyStop,
@@ -423,6 +430,7 @@ impl RequestError {
                 "token outside the vocabulary"
             }
             RequestError::Refused(SubmitError::Stopped) => "engine stopped",
+            RequestError::Refused(SubmitError::NoHead) => "no output layer",
             RequestError::Refused(SubmitError::Sampling(_)) => "sampling parameter out of range",
             RequestError::NoTokenizer { .. } => "no tokenizer",
             RequestError::NoChatTemplate => "no chat template",
@@ -437,6 +445,7 @@ impl RequestError {
             RequestError::GrammarFailed => "grammar too complex",
             RequestError::NoSamples => "no samples",
             RequestError::StopTexts { .. } => "too long stop texts",
+            RequestError::Pooling(_) => "unsupported pooling",
             RequestError::EmptyStop => "empty stop text",
         }
     }

@@ -112,6 +112,31 @@ fn what_was_drawn_is_scored_as_it_was_drawn() {
 }
 
 #[test]
+fn what_is_to_be_embedded_is_beside_what_is_drawn() {
+    let scratch = Scratch::with_text();
+    let input = [
+        json!({"id": "a", "embed": "Once upon"}),
+        json!({"id": "drawn", "prompt": "Once upon", "max_tokens": 6}),
+        json!({"id": "again", "embed": "Once upon", "dimensions": 128}),
+        json!({"id": "cut", "embed": [5, 6, 7], "dimensions": 3}),
+        json!({"id": "bad", "embed": "Once upon", "dimensions": 129}),
+    ];
+    scratch.write("in.jsonl", input.map(|line| line.to_string()).join("\n"));
+    let output = generate(&scratch, &[]);
+    assert_eq!(output.status.code(), Some(1), "{}", stderr(&output));
+    let results = lines(&scratch.join("out.jsonl"));
+    let values = |id: &str| result(&results, id)["embedding"].as_array().unwrap().clone();
+    assert_eq!((values("a").len(), values("cut").len()), (128, 3));
+    assert_eq!(values("a"), values("again"));
+    assert_eq!(result(&results, "a")["usage"]["completion_tokens"], 0);
+    let error = result(&results, "bad")["error"].as_str().unwrap().to_owned();
+    assert!(error.starts_with("line 5: dimensions is 129; it must lie between 1 and 128"), "{error}");
+    // Good results are not computed again.
+    let output = generate(&scratch, &["--resume"]);
+    assert!(stderr(&output).contains("4 skipped"), "{}", stderr(&output));
+}
+
+#[test]
 fn a_bad_line_gets_an_error_line_with_its_number_and_the_rest_goes_on() {
     let scratch = Scratch::new();
     let bad = [

@@ -31,6 +31,12 @@ fn text(custom_id: &str, fields: Value) -> Value {
     json!({"custom_id": custom_id, "method": "POST", "url": "/v1/completions", "body": body})
 }
 
+fn embedding(custom_id: &str, fields: Value) -> Value {
+    let mut body = json!({"input": "Once upon"});
+    merge(&mut body, fields);
+    json!({"custom_id": custom_id, "method": "POST", "url": "/v1/embeddings", "body": body})
+}
+
 fn merge(body: &mut Value, fields: Value) {
     for (name, value) in fields.as_object().unwrap() {
         body[name] = value.clone();
@@ -64,6 +70,9 @@ fn requests() -> Vec<Value> {
         text("text logprobs", text_with_bytes),
         text("ids", json!({"prompt": [5, 6, 7], "logprobs": 0})),
         text("stop", json!({"stop": ["e", "a", "o"], "max_tokens": 30})),
+        embedding("embedding", json!({"encoding_format": "float"})),
+        embedding("embedding cut", json!({"input": [5, 6, 7], "dimensions": 9, "encoding_format": "base64"})),
+        embedding("too many dimensions", json!({"dimensions": 129})),
         chat("none", json!({"n": 0})),
         chat("misspelt", json!({"max_token": 2})),
         chat("model", json!({"model": "gpt-4o"})),
@@ -81,7 +90,7 @@ fn requests() -> Vec<Value> {
     ]
 }
 
-const REFUSED: usize = 8;
+const REFUSED: usize = 9;
 
 #[test]
 fn batch_lines_are_answered_as_the_openai_package_expects() {

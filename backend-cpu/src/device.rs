@@ -209,6 +209,10 @@ impl Device for Cpu {
         Ok(())
     }
 
+    fn widen(words: &[u32], out: &mut [f32]) {
+        out.iter_mut().zip(words).for_each(|(out, word)| *out = f32::from_bits(*word));
+    }
+
     fn event(&mut self) -> Result<Event, CpuError> {
         Ok(Event::default())
     }

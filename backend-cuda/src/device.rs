@@ -302,6 +302,14 @@ impl Device for Cuda {
         self.download_bytes(queue, from, to)
     }
 
+    /// Of bf16, two to a word, the first in its low half.
+    fn widen(words: &[u32], out: &mut [f32]) {
+        for (pair, word) in out.chunks_mut(2).zip(words) {
+            let halves = [word << 16, word & 0xFFFF_0000];
+            pair.iter_mut().zip(halves).for_each(|(out, bits)| *out = f32::from_bits(bits));
+        }
+    }
+
     fn event(&mut self) -> Result<Event, CudaError> {
         Event::timed(self.context())
     }
@@ -378,6 +386,16 @@ impl Drop for Allocations {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn activations_come_back_in_their_order() {
+        let values: [f32; 6] = [1.0, -2.5, 0.15625, -0.0, f32::INFINITY, 3.0e38];
+        let bits = |value: f32| u32::from(half::bf16::from_f32(value).to_bits());
+        let words: Vec<u32> = values.chunks(2).map(|pair| bits(pair[0]) | bits(pair[1]) << 16).collect();
+        let mut out = [0.0; 6];
+        Cuda::widen(&words, &mut out);
+        assert_eq!(out, values.map(|value| half::bf16::from_f32(value).to_f32()));
+    }
 
     #[test]
     fn a_copy_stays_within_what_is_there() {

@@ -151,6 +151,9 @@ pub trait Device {
         to: &mut Self::Pinned,
     ) -> Result<(), Self::Error>;
 
+    /// The activations that downloaded words hold, as many as `out` has room for.
+    fn widen(words: &[u32], out: &mut [f32]);
+
     /// Creates an event, not recorded yet.
     fn event(&mut self) -> Result<Self::Event, Self::Error>;
 
@@ -466,7 +469,7 @@ pub trait Ops: Sampler {
     ) -> Result<Vec<f32>, Self::Error>;
 }
 
-/// A model over a backend: it turns the step's batch into logits.
+/// A model over a backend: it turns the step's batch into hidden states, and those into logits.
 pub trait Model<B: Device> {
     /// Bytes of KV that one page takes, over all layers.
     fn page_bytes(&self, page_size: u32) -> u64;
@@ -496,12 +499,27 @@ pub trait Model<B: Device> {
     /// See [`Ops::plan`].
     fn plan(&self, backend: &B, shape: StepShape, rows: &[Row], words: &mut [u32]);
 
-    /// Enqueues the forward pass of a step: from the packed batch to [`Model::logits`].
+    /// Values of a token's hidden state.
+    fn hidden(&self) -> u32;
+
+    /// Can it make logits of hidden states? A checkpoint that was made for embeddings may have nothing for it.
+    fn has_head(&self) -> bool {
+        true
+    }
+
+    /// Enqueues the forward pass of a step up to the residual stream: from the packed batch through all layers.
     fn forward(&mut self, backend: &mut B, step: &Step<B::Buffer>) -> Result<(), B::Error>;
 
-    /// Enqueues the last part of a forward pass again, for other rows: `step` is the step just run but for its sampled rows, whose
-    /// last tokens' logits go to [`Model::logits`]. There are at most [`Limits::logit_rows`].
+    /// Enqueues the final norm of the last token of each sampled row, into [`Model::normed`]. `step` is the step just run, whose
+    /// sampled rows may be others, at most [`Limits::logit_rows`].
+    fn norm(&mut self, backend: &mut B, step: &Step<B::Buffer>) -> Result<(), B::Error>;
+
+    /// Enqueues logits of what [`Model::norm`] gave for the same step, into [`Model::logits`]. Asked of models that have a
+    /// [head](Model::has_head).
     fn head(&mut self, backend: &mut B, step: &Step<B::Buffer>) -> Result<(), B::Error>;
+
+    /// Where the final norm of sampled rows' last tokens lies, `[samples, hidden]` activations. Asked after [`Model::reserve`].
+    fn normed(&self) -> B::Buffer;
 
     /// Where a step leaves the logits of its sampled rows, `[samples, vocab]`. Asked after [`Model::reserve`].
     fn logits(&self) -> B::Buffer;

@@ -222,6 +222,15 @@ pub struct Scored {
     pub logprobs: u32,
 }
 
+/// A row whose prompt's embedding a step gives.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Embedded {
+    /// Its request.
+    pub owner: Ticket,
+    /// Its index among the step's rows.
+    pub row: u32,
+}
+
 /// A batch being built on the host, with what only the host needs: whose row is whose.
 #[derive(Debug)]
 pub struct Batch {
@@ -237,6 +246,8 @@ pub struct Batch {
     tokens: Vec<Token>,
     /// Requests' tokens lie together, in the order of their positions.
     scored: Vec<Scored>,
+    /// In the order of their rows.
+    embedded: Vec<Embedded>,
     /// The request of each row.
     owners: Vec<Ticket>,
     /// The request of each mask.
@@ -247,6 +258,7 @@ pub struct Batch {
     capacity_tokens: usize,
     capacity_rows: usize,
     capacity_scored: usize,
+    capacity_embedded: usize,
 }
 
 impl Batch {
@@ -263,6 +275,7 @@ impl Batch {
             rules: Vec::with_capacity(limits.rule_words()),
             tokens: Vec::with_capacity(limits.step_tokens()),
             scored: Vec::with_capacity(limits.prefill_tokens as usize),
+            embedded: Vec::with_capacity(limits.embedded_rows()),
             owners: Vec::with_capacity(rows),
             masks: Vec::with_capacity(rows),
             samples: 0,
@@ -271,6 +284,7 @@ impl Batch {
             capacity_tokens: limits.step_tokens(),
             capacity_rows: rows,
             capacity_scored: limits.prefill_tokens as usize,
+            capacity_embedded: limits.embedded_rows(),
         }
     }
 
@@ -285,6 +299,7 @@ impl Batch {
         self.rules.clear();
         self.tokens.clear();
         self.scored.clear();
+        self.embedded.clear();
         self.owners.clear();
         self.masks.clear();
         self.samples = 0;
@@ -303,6 +318,7 @@ impl Batch {
             rules,
             tokens,
             scored,
+            embedded,
             owners,
             masks,
             samples,
@@ -311,6 +327,7 @@ impl Batch {
             capacity_tokens: _,
             capacity_rows: _,
             capacity_scored: _,
+            capacity_embedded: _,
         } = other;
         (self.decode_rows, self.has_drafts) = (*decode_rows, *has_drafts);
         (self.wants_logprobs, self.samples) = (*wants_logprobs, *samples);
@@ -320,6 +337,7 @@ impl Batch {
         self.rules.clone_from(rules);
         self.tokens.clone_from(tokens);
         self.scored.clone_from(scored);
+        self.embedded.clone_from(embedded);
         self.owners.clone_from(owners);
         self.masks.clone_from(masks);
     }
@@ -352,6 +370,22 @@ impl Batch {
     /// The tokens whose successors are scored.
     pub fn scored(&self) -> &[Scored] {
         &self.scored
+    }
+
+    /// The rows whose prompts' embeddings it gives.
+    pub fn embedded(&self) -> &[Embedded] {
+        &self.embedded
+    }
+
+    /// Those rows and what lies between them; `None` where there is none.
+    pub fn embedded_rows(&self) -> Option<Range<usize>> {
+        let (first, last) = (self.embedded.first()?, self.embedded.last()?);
+        Some(first.row as usize..last.row as usize + 1)
+    }
+
+    /// Is there a sampled row whose logits are wanted?
+    pub fn wants_logits(&self) -> bool {
+        self.embedded.len() < self.samples as usize
     }
 
     /// The request of each row.
@@ -400,6 +434,12 @@ impl Batch {
         self.rows.len() < self.capacity_rows && self.tokens.len() < self.capacity_tokens
     }
 
+    /// May the next row give an embedding?
+    pub fn has_room_for_embedded(&self) -> bool {
+        let first = self.embedded.first().map_or(self.rows.len(), |first| first.row as usize);
+        self.rows.len() - first < self.capacity_embedded
+    }
+
     /// Page-table updates that still fit.
     pub fn room_for_updates(&self) -> usize {
         self.capacity_updates - self.updates.len()
@@ -446,6 +486,12 @@ impl Batch {
         assert!(self.scored.len() < self.capacity_scored, "scored tokens fit the batch");
         let token = self.tokens.len() as u32 - 1;
         self.scored.push(Scored { owner, token, next, logprobs: 1 + top });
+    }
+
+    /// Has the row pushed last, which is a prompt's last, give its embedding.
+    pub fn push_embedded(&mut self, owner: Ticket) {
+        assert!(self.embedded.len() < self.capacity_embedded, "embedded rows fit the batch");
+        self.embedded.push(Embedded { owner, row: self.rows.len() as u32 - 1 });
     }
 
     /// Adds a decode row and its token. No prefill row has been added yet.

@@ -64,6 +64,9 @@ const TOKENS_OF_PAGES: u64 = 4;
 /// Tokens that are scored at once where fewer requests run: fewer would read the head's matrix too often.
 const SCORED_AT_ONCE: usize = 64;
 
+/// Rows whose hidden states may come back at once: of prompts of 64 tokens, 16,384 tokens.
+const EMBEDDED_AT_ONCE: u32 = 256;
+
 impl Limits {
     /// Checks that an engine can be built with these.
     pub fn check(&self) -> Result<(), LimitsError> {
@@ -95,16 +98,18 @@ impl Limits {
         Ok(())
     }
 
-    /// Bytes, about, that an engine keeps on the host for a model of so many tokens: tokens of all requests, the batches and masks
-    /// of two steps with what comes back of them, and the pages' tree.
-    pub fn host_bytes(&self, vocab: u32) -> u64 {
+    /// Bytes, about, that an engine keeps on the host for a model of so many tokens and hidden states of so many values: tokens of all
+    /// requests, the batches and masks of two steps with what comes back of them, and the pages' tree.
+    pub fn host_bytes(&self, vocab: u32, hidden: u32) -> u64 {
         let (block, page) = (u64::from(self.block_tokens()), u64::from(self.page_size));
         let blocks = u64::from(self.token_blocks()) * 4 * (block + block / page + 32);
         let requests = self.requests() * (160 + 4 * u64::from(self.sequence).div_ceil(block));
         let logprobs = 4 * LOGPROB_WORDS as u64;
         let scored = u64::from(self.prefill_tokens) * (60 + logprobs);
         let rows = u64::from(self.running) * (160 + logprobs + 4 * mask_words(vocab) as u64);
-        let of_step = self.step_tokens() as u64 * 32 + rows + 8 * self.rule_words() as u64 + scored;
+        let embedded = self.embedded_rows() as u64 * 4 * u64::from(hidden);
+        let of_step =
+            self.step_tokens() as u64 * 32 + rows + 8 * self.rule_words() as u64 + scored + embedded;
         blocks + requests + 2 * of_step + u64::from(self.pages) * (page * 4 + 64)
     }
 
@@ -141,6 +146,11 @@ impl Limits {
     /// same buffer.
     pub fn logit_rows(&self) -> usize {
         (self.running as usize).max(SCORED_AT_ONCE.min(self.prefill_tokens as usize))
+    }
+
+    /// Rows of a step from the first to the last whose prompts are embedded, at most: their hidden states come back in one piece.
+    pub fn embedded_rows(&self) -> usize {
+        EMBEDDED_AT_ONCE.min(self.running).min(self.prefill_tokens) as usize
     }
 
     /// Tokens of the largest step: prompts, and a token of each request that decodes beside them.

@@ -39,6 +39,7 @@ use crate::late_launch::LateLaunch;
 use crate::local::Local;
 use crate::policy::Policy;
 use crate::request::{Event, Request, SubmitError, Submitted, Ticket};
+use crate::sampling::SamplingParams;
 use crate::scheduler::{Scheduler, Settings};
 use crate::stats::{Load, Stats};
 
@@ -276,6 +277,7 @@ impl<X: Executor> Engine<X> {
         if self.stopped {
             return Err(SubmitError::Stopped);
         }
+        self.check_model(&request.params)?;
         self.scheduler.submit(request)
     }
 
@@ -291,7 +293,18 @@ impl<X: Executor> Engine<X> {
         if self.stopped {
             return Err(SubmitError::Stopped);
         }
+        samples.iter().try_for_each(|sample| self.check_model(&sample.params))?;
         self.scheduler.submit_group(samples, taken)
+    }
+
+    /// Can the model give what is asked for?
+    fn check_model(&self, params: &SamplingParams) -> Result<(), SubmitError> {
+        let model = self.executor.model();
+        match params.embed {
+            Some(asked) => Ok(asked.check(model.hidden)?),
+            None if !model.has_head => Err(SubmitError::NoHead),
+            None => Ok(()),
+        }
     }
 
     /// Says how many requests are ready to be submitted and wait only for a place: whether more prompts are to come is for
@@ -396,6 +409,10 @@ impl<X: Executor> Engine<X> {
         let completed = CompletedStep { shape: flight.shape, start_ms, gpu_ms };
         scheduler.take_scores(&flight.batch, scores, sink);
         scheduler.complete(&flight.batch, tokens, logprobs, sink);
+        for embedded in flight.batch.embedded() {
+            scheduler.take_embedding(*embedded, executor.hidden(at, embedded.row)?, sink);
+        }
+        scheduler.forget_ended();
         scheduler.has_run(completed.shape, completed.gpu_ms);
         Ok(completed)
     }

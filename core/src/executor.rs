@@ -22,6 +22,10 @@ use crate::sampling::RowLogprobs;
 pub struct ModelInfo {
     /// Tokens that the output layer tells apart.
     pub vocab: u32,
+    /// Values of a token's hidden state.
+    pub hidden: u32,
+    /// Can it make logits of them?
+    pub has_head: bool,
     /// The longest sequence, in tokens, that the model's positions reach.
     pub max_positions: u32,
     /// Positions that any layer's tokens attend to at most, their own included; `None`: all.
@@ -31,7 +35,7 @@ pub struct ModelInfo {
 /// What a step brought back.
 #[derive(Clone, Copy, Debug)]
 pub struct Results<'a> {
-    /// Of each sampled row.
+    /// Of each sampled row; of none where no logits were wanted.
     pub tokens: &'a [u32],
     /// Likewise, if the batch wants them.
     pub logprobs: &'a [RowLogprobs],
@@ -108,4 +112,7 @@ pub trait Executor {
 
     /// Waits for the step at this place. Steps are completed in the order of their launch.
     fn complete(&mut self, at: usize) -> Result<Results<'_>, Self::Error>;
+
+    /// The hidden state of a row that [`Batch::embedded`] names, `[hidden]`, of the step at this place, which has been completed.
+    fn hidden(&mut self, at: usize, row: u32) -> Result<&[f32], Self::Error>;
 }

@@ -105,7 +105,7 @@ fn run<B: Sampler, M: Model<B>>(
     staging: &mut B::Pinned,
 ) -> Result<(), B::Error> {
     let step = resident.send(backend, model, batch, StepShape::decode(rows), 0, staging)?;
-    resident.run(backend, model, &step)?;
+    resident.run(backend, model, &step, true)?;
     backend.synchronize()
 }
 
@@ -121,7 +121,7 @@ fn record<B: Sampler, M: Model<B>>(
     let step = resident.send(backend, model, batch, StepShape::decode(rows), 0, staging)?;
     backend.synchronize()?;
     backend.begin_capture()?;
-    let enqueued = resident.run(backend, model, &step);
+    let enqueued = resident.run(backend, model, &step, true);
     let graph = backend.end_capture();
     enqueued.and(graph)
 }

@@ -9,6 +9,7 @@ pub mod batch;
 pub mod config;
 pub mod constraint;
 pub mod costs;
+pub mod embedding;
 pub mod engine;
 pub mod executor;
 pub mod fit;

@@ -1,14 +1,18 @@
 //! A model on one device as an [`Executor`].
 //!
 //! ```text
-//!   compute queue   record │ upload masks, batch │ forward, sample (recorded, or not) │ logprobs, scores │ record
-//!   copy queue                                                                        wait │ download tokens, logprobs, scores
+//!   compute queue   record │ upload masks, batch │ forward, sample (recorded, or not) │ logprobs, hidden states, scores │ record
+//!   copy queue                                                                   wait │ download tokens, logprobs, scores
 //! ```
 //!
 //! What may be used again, and when:
 //! - Masks. They are uploaded in the compute queue, behind the step that read those before them.
 //! - Staging. [`Device::words_mut`] waits for the copy from it, two steps ago.
+//! - Hidden states. They are copied in the compute queue, for the next step writes to the same place.
 //! - Output halves. A step is launched at a place after the one before it there was completed, hence after its half was read.
+
+use alloc::vec;
+use alloc::vec::Vec;
 
 use crate::backend::{Device, DeviceInfo, Memory, Model, Queue, Sampler};
 use crate::batch::{Batch, StepShape};
@@ -38,14 +42,20 @@ struct Reserved<B: Device> {
     before: B::Event,
     /// Has one been?
     has_completed: bool,
+    /// Words of a token's hidden state. Where two activations make a word, it has an even number of them.
+    hidden_words: usize,
+    /// `[hidden]`: one as numbers.
+    hidden: Vec<f32>,
 }
 
 /// A step from its launch to its completion: the memory it takes on the host, and what comes back of it.
 struct Flight<B: Device> {
-    /// Sampled rows.
+    /// Sampled rows whose tokens come back.
     samples: usize,
     /// Scored tokens.
     scored: usize,
+    /// The first of the rows whose hidden states come back.
+    first_embedded: usize,
     /// Whether log-probabilities come back.
     logprobs_wanted: bool,
     /// `[layout.words]`: the packed batch on its way to the device.
@@ -58,22 +68,32 @@ struct Flight<B: Device> {
     logprobs: B::Pinned,
     /// `[prefill tokens, LOGPROB_WORDS]`.
     scores: B::Pinned,
+    /// `[embedded rows, hidden]` activations.
+    hidden: B::Pinned,
     started: B::Event,
     ended: B::Event,
 }
 
 impl<B: Device> Flight<B> {
-    fn new(backend: &mut B, limits: &Limits, batch_words: usize, vocab: u32) -> Result<Self, B::Error> {
+    fn new(
+        backend: &mut B,
+        limits: &Limits,
+        batch_words: usize,
+        hidden_words: usize,
+        vocab: u32,
+    ) -> Result<Self, B::Error> {
         let slots = limits.running as usize;
         Ok(Flight {
             samples: 0,
             scored: 0,
+            first_embedded: 0,
             logprobs_wanted: false,
             packed: backend.alloc_pinned(batch_words)?,
             masks: backend.alloc_pinned(slots * mask_words(vocab))?,
             tokens: backend.alloc_pinned(slots)?,
             logprobs: backend.alloc_pinned(slots * LOGPROB_WORDS)?,
             scores: backend.alloc_pinned(limits.prefill_tokens as usize * LOGPROB_WORDS)?,
+            hidden: backend.alloc_pinned(limits.embedded_rows() * hidden_words)?,
             started: backend.event()?,
             ended: backend.event()?,
         })
@@ -166,7 +186,13 @@ impl<B: Sampler, M: Model<B>> Executor for Local<B, M> {
 
     fn model(&self) -> ModelInfo {
         let Local { model, .. } = self;
-        ModelInfo { vocab: model.vocab(), max_positions: model.max_positions(), window: model.window() }
+        ModelInfo {
+            vocab: model.vocab(),
+            hidden: model.hidden(),
+            has_head: model.has_head(),
+            max_positions: model.max_positions(),
+            window: model.window(),
+        }
     }
 
     fn memory(&self) -> Result<Memory, B::Error> {
@@ -186,10 +212,13 @@ impl<B: Sampler, M: Model<B>> Executor for Local<B, M> {
         let Local { backend, model, .. } = self;
         let plan_words = model.reserve(backend, limits)?;
         let resident = Resident::new(backend, limits, plan_words, model.vocab())?;
-        let mut flight = || Flight::new(backend, limits, resident.batch_words(), model.vocab());
+        let (batch_words, hidden) = (resident.batch_words(), vec![0.0; model.hidden() as usize]);
+        let hidden_words = (hidden.len() * backend.info().activation_bytes).div_ceil(4);
+        let mut flight = || Flight::new(backend, limits, batch_words, hidden_words, model.vocab());
         let flights = [flight()?, flight()?];
         let before = backend.event()?;
-        self.reserved = Some(Reserved { resident, flights, before, has_completed: false });
+        let has_completed = false;
+        self.reserved = Some(Reserved { resident, flights, before, has_completed, hidden_words, hidden });
         Ok(())
     }
 
@@ -220,7 +249,7 @@ impl<B: Sampler, M: Model<B>> Executor for Local<B, M> {
         write_mask: &mut dyn FnMut(Ticket, &mut [u32]),
     ) -> Result<(), B::Error> {
         let Local { reserved, graphs, model, backend } = self;
-        let Reserved { resident, flights, .. } =
+        let Reserved { resident, flights, hidden_words, hidden, .. } =
             reserved.as_mut().expect("the engine reserves before it launches");
         let flight = &mut flights[at];
         backend.record(Queue::Compute, &mut flight.started)?;
@@ -228,14 +257,20 @@ impl<B: Sampler, M: Model<B>> Executor for Local<B, M> {
         let step = resident.send(backend, model, batch, shape, at, &mut flight.packed)?;
         match graphs.of(shape) {
             Some(graph) => backend.replay(graph)?,
-            None => resident.run(backend, model, &step)?,
+            None => resident.run(backend, model, &step, batch.wants_logits())?,
         }
-        (flight.samples, flight.scored) = (batch.samples() as usize, batch.scored().len());
+        flight.samples = if batch.wants_logits() { batch.samples() as usize } else { 0 };
+        flight.scored = batch.scored().len();
         flight.logprobs_wanted = flight.samples > 0 && batch.wants_logprobs();
         if flight.logprobs_wanted {
             backend.logprobs(&step, model.logits(), resident.tokens, resident.logprobs)?;
         }
-        // Last, for its logits take the place of the sampled rows'.
+        if let Some(rows) = batch.embedded_rows() {
+            let from = backend.slice(model.normed(), rows.start * hidden.len()..rows.end * hidden.len());
+            backend.download(Queue::Compute, from, rows.len() * *hidden_words, &mut flight.hidden)?;
+            flight.first_embedded = rows.start;
+        }
+        // Last, for what it computes takes the place of the sampled rows'.
         resident.score(backend, model, &step, flight.scored, at)?;
         backend.record(Queue::Compute, &mut flight.ended)?;
         flight.enqueue_downloads(backend, resident, at)
@@ -265,5 +300,12 @@ impl<B: Sampler, M: Model<B>> Executor for Local<B, M> {
         core::mem::swap(before, &mut flight.started);
         let (logprobs, scores) = (bytemuck::cast_slice(logprobs), bytemuck::cast_slice(scores));
         Ok(Results { tokens, logprobs, scores, since_ms, took_ms })
+    }
+
+    fn hidden(&mut self, at: usize, row: u32) -> Result<&[f32], B::Error> {
+        let (backend, _, Reserved { flights, hidden_words, hidden, .. }) = self.parts();
+        let first = (row as usize - flights[at].first_embedded) * *hidden_words;
+        B::widen(&backend.words(&flights[at].hidden)?[first..first + *hidden_words], hidden);
+        Ok(hidden)
     }
 }

@@ -95,6 +95,12 @@ pub enum SubmitError {
     /// Nothing runs any more.
     #[error("the engine stopped when a step failed; build a new one to go on")]
     Stopped,
+    /// A token or a score of a model that makes no logits.
+    #[error(
+        "the checkpoint has no output layer (lm_head.weight): it gives embeddings, and can neither draw nor score tokens; ask for \
+         embeddings, or take the checkpoint that it was made of"
+    )]
+    NoHead,
     /// A parameter out of its range.
     #[error(transparent)]
     Sampling(#[from] SamplingError),
@@ -128,6 +134,13 @@ pub enum Event<'a> {
         ticket: Ticket,
         /// Of each, in order.
         logprobs: &'a [RowLogprobs],
+    },
+    /// A prompt's embedding; the request ends with it.
+    Embedding {
+        /// Whose.
+        ticket: Ticket,
+        /// What was asked for of it, see [`crate::embedding`]; not scaled.
+        values: &'a [f32],
     },
     /// A request has another token.
     Token {

@@ -182,19 +182,26 @@ impl<Buf: Copy> Resident<Buf> {
         })
     }
 
-    /// Enqueues a step that was sent: the model's forward pass, then the sampler, which fills `tokens`.
+    /// Enqueues a step that was sent: the model's forward pass, then, where logits are wanted and can be made, the sampler, which
+    /// fills `tokens`.
     pub fn run<B: Sampler<Buffer = Buf>, M: Model<B>>(
         &self,
         backend: &mut B,
         model: &mut M,
         step: &Step<Buf>,
+        wants_logits: bool,
     ) -> Result<(), B::Error> {
         model.forward(backend, step)?;
         // A step that is one unfinished chunk of a prompt leaves keys and values, and no token.
-        match step.shape.samples {
-            0 => Ok(()),
-            _ => backend.sample(step, model.logits(), self.tokens),
+        if step.shape.samples == 0 {
+            return Ok(());
         }
+        model.norm(backend, step)?;
+        if !(wants_logits && model.has_head()) {
+            return Ok(());
+        }
+        model.head(backend, step)?;
+        backend.sample(step, model.logits(), self.tokens)
     }
 
     /// Enqueues, behind a step that was run, the scoring of `count` tokens of its prompts, as many at once as the model's logits
@@ -220,6 +227,7 @@ impl<Buf: Copy> Resident<Buf> {
                 shape: StepShape { samples: range.len() as u32, ..step.shape },
                 ..*step
             };
+            model.norm(backend, &of_range)?;
             model.head(backend, &of_range)?;
             let out = backend.slice(scores, range.start * LOGPROB_WORDS..range.end * LOGPROB_WORDS);
             let ids = backend.slice(ids, range);

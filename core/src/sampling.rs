@@ -29,6 +29,7 @@
 use bytemuck::{Pod, Zeroable};
 use thiserror::Error;
 
+use crate::embedding::Embed;
 use crate::rules::{BAD_WORD_WORDS_MAX, BIAS_MAX, BIASES_MAX, ENDINGS_MAX, PENALTY_MAX};
 use crate::tensor::splitmix64;
 
@@ -65,7 +66,7 @@ pub struct SamplingParams {
     pub seed: u64,
     /// Output tokens at least: what would end it is not drawn before.
     pub min_tokens: u32,
-    /// Output tokens at most; 0 where the prompt's log-probabilities are all that is wanted.
+    /// Output tokens at most; 0 where the prompt's log-probabilities, or its embedding, are all that is wanted.
     pub max_tokens: u32,
     /// Go on past end-of-sequence tokens.
     pub ignore_eos: bool,
@@ -73,6 +74,8 @@ pub struct SamplingParams {
     pub logprobs: Option<u32>,
     /// Give log-probabilities of the prompt's own tokens.
     pub prompt_logprobs: Option<PromptLogprobs>,
+    /// Give the prompt's embedding, and nothing else.
+    pub embed: Option<Embed>,
 }
 
 /// Which tokens of a prompt are scored, and what is told of each.
@@ -177,6 +180,22 @@ pub enum SamplingError {
         "max_tokens is 0; ask for at least 1 token, or for the prompt's log-probabilities (prompt_logprobs)"
     )]
     MaxTokens,
+    /// An embedding and something drawn or scored.
+    #[error(
+        "a prompt's embedding comes alone; set max_tokens to 0 and leave logprobs and prompt_logprobs out, or ask in two \
+         requests"
+    )]
+    EmbedAlone,
+    /// More values of an embedding than there are, or none.
+    #[error(
+        "dimensions is {asked}; it must lie between 1 and {most}, the values of this model's hidden states"
+    )]
+    Dimensions {
+        /// As asked for.
+        asked: u32,
+        /// What there are.
+        most: u32,
+    },
     /// More at least than at most.
     #[error("min_tokens is {min}, above max_tokens, which is {max}; lower it or raise max_tokens")]
     MinTokens {
@@ -253,6 +272,7 @@ impl SamplingParams {
         ignore_eos: false,
         logprobs: None,
         prompt_logprobs: None,
+        embed: None,
     };
 
     /// Checks every parameter's range.
@@ -276,7 +296,11 @@ impl SamplingParams {
         if !penalties.contains(&self.frequency_penalty) {
             return Err(SamplingError::FrequencyPenalty(self.frequency_penalty));
         }
-        if self.max_tokens == 0 && self.prompt_logprobs.is_none() {
+        let wants_numbers = self.logprobs.is_some() || self.prompt_logprobs.is_some();
+        if self.embed.is_some() && (self.max_tokens > 0 || wants_numbers) {
+            return Err(SamplingError::EmbedAlone);
+        }
+        if self.max_tokens == 0 && self.prompt_logprobs.is_none() && self.embed.is_none() {
             return Err(SamplingError::MaxTokens);
         }
         if self.min_tokens > self.max_tokens {

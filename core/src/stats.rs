@@ -69,6 +69,8 @@ pub struct Stats {
     pub accepted: u64,
     /// Tokens given out.
     pub output_tokens: u64,
+    /// Embeddings given out.
+    pub embeddings: u64,
     /// Prompt tokens that the prefix cache held.
     pub cached_tokens: u64,
     /// Sum over decode rows of the tokens attended to: what decode attention reads.
@@ -101,6 +103,7 @@ impl Stats {
             drafted,
             accepted,
             output_tokens,
+            embeddings,
             cached_tokens,
             decode_context,
             prefill_context,
@@ -121,6 +124,7 @@ impl Stats {
             drafted: self.drafted + drafted,
             accepted: self.accepted + accepted,
             output_tokens: self.output_tokens + output_tokens,
+            embeddings: self.embeddings + embeddings,
             cached_tokens: self.cached_tokens + cached_tokens,
             decode_context: self.decode_context + decode_context,
             prefill_context: self.prefill_context + prefill_context,

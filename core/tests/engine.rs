@@ -389,7 +389,7 @@ fn decode_steps_are_padded_to_the_next_recorded_size_and_replayed() {
 fn with_overlap_a_step_is_enqueued_before_the_tokens_of_the_one_before_are_waited_for() {
     let limits = Limits { graph_rows: 0, ..SMALL };
     let request = Request::new(&[1, 2, 3], exactly(2));
-    let step = "record write upload forward sample record wait download";
+    let step = "record write upload forward norm head sample record wait download";
     for overlap in [true, false] {
         let mut options = options(limits);
         options.overlap = overlap;

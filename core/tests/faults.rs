@@ -3,11 +3,12 @@
 mod support;
 
 use minisgl_core::config::Limits;
+use minisgl_core::embedding::Embed;
 use minisgl_core::engine::{Engine, EngineError};
 use minisgl_core::request::{Event, FinishReason, Request, SubmitError};
 use minisgl_core::sampling::SamplingParams;
 
-use support::expected::alone;
+use support::expected::{alone, embedding};
 use support::fault::{Fault, FaultError};
 use support::hashing::Hashing;
 use support::lazy::{Lazy, Pace};
@@ -18,7 +19,13 @@ const LIMITS: Limits =
 
 fn requests() -> Vec<(Vec<u32>, SamplingParams)> {
     let wanting = SamplingParams { logprobs: Some(1), ..exactly(2) };
-    vec![(vec![1, 2, 3], wanting), (vec![2; 11], exactly(5)), (vec![3, 1], exactly(9))]
+    let embedded = SamplingParams { embed: Some(Embed::default()), ..exactly(0) };
+    vec![
+        (vec![1, 2, 3], wanting),
+        (vec![2; 11], exactly(5)),
+        (vec![3, 1], exactly(9)),
+        (vec![4; 6], embedded),
+    ]
 }
 
 /// Runs with the `healthy + 1`-th operation failing. False if there were not so many.
@@ -60,7 +67,9 @@ fn run(healthy: u64, overlap: bool) -> bool {
     for (ticket, (prompt, params)) in tickets.iter().zip(&requests) {
         let (outcome, (all, reason)) = (outcomes.of(*ticket), alone(prompt, params, LIMITS.sequence));
         assert!(all.starts_with(&outcome.tokens), "what came before the failure is right");
-        let finished = (outcome.tokens == all).then_some((reason, 0));
+        let embedding = params.embed.map(|_| embedding(prompt, 0, u32::MAX).to_vec());
+        let is_whole = outcome.tokens == all && outcome.embedding == embedding;
+        let finished = is_whole.then_some((reason, 0));
         assert_eq!(outcome.finished, finished, "what had ended has ended");
     }
     engine.check();

@@ -10,6 +10,7 @@ use std::sync::Arc;
 
 use minisgl_core::config::Limits;
 use minisgl_core::constraint::Constraint;
+use minisgl_core::embedding::Embed;
 use minisgl_core::request::{Event, FinishReason, Request, SubmitError, Ticket};
 use minisgl_core::rules::Rules;
 use minisgl_core::sampling::{PromptLogprobs, SamplingParams};
@@ -52,8 +53,8 @@ unsafe impl GlobalAlloc for Counting {
 #[global_allocator]
 static ALLOCATOR: Counting = Counting;
 
-/// 200 requests through a queue of 10: samples of one prompt, shared prefixes, chunks, retractions, log-probabilities, rules, constraints, ends by all
-/// reasons, and one abort.
+/// 200 requests through a queue of 10: samples of one prompt, shared prefixes, chunks, retractions, log-probabilities, embeddings, rules, constraints,
+/// ends by all reasons, and one abort.
 #[test]
 fn a_whole_run_allocates_nothing_after_construction() {
     let limits = Limits {
@@ -62,7 +63,7 @@ fn a_whole_run_allocates_nothing_after_construction() {
         sequence: 96,
         prefill_tokens: 40,
         page_size: 4,
-        pages: 90,
+        pages: 80,
         graph_rows: 8,
     };
     let requests: Vec<(Vec<u32>, SamplingParams)> = (0..200u32)
@@ -79,7 +80,8 @@ fn a_whole_run_allocates_nothing_after_construction() {
                 seed: i.into(),
                 ..exactly(5 + i % 30)
             };
-            (prompt, params)
+            let embedded = SamplingParams { embed: Some(Embed::default()), ..exactly(0) };
+            (prompt, if i % 11 == 3 { embedded } else { params })
         })
         .collect();
     let rules = Arc::new(Rules::new(vec![(1, 0.5)], vec![2], &[vec![3], vec![4, 5]]).expect("few rules"));
@@ -112,7 +114,7 @@ fn a_whole_run_allocates_nothing_after_construction() {
                 }
             }
             let mut sink = |event: Event<'_>| match event {
-                Event::PromptLogprobs { .. } => {}
+                Event::PromptLogprobs { .. } | Event::Embedding { .. } => {}
                 Event::Token { .. } => tokens += 1,
                 Event::Finished { reason, .. } => {
                     ended += 1;

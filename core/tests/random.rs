@@ -13,6 +13,7 @@ use std::sync::Arc;
 use minisgl_core::config::Limits;
 use minisgl_core::constraint::Constraint;
 use minisgl_core::costs::{Line, StepCosts};
+use minisgl_core::embedding::Embed;
 use minisgl_core::engine::{Engine, EngineOptions};
 use minisgl_core::local::Local;
 use minisgl_core::policy::Policy;
@@ -23,7 +24,7 @@ use minisgl_core::scheduler::{Order, Settings};
 use minisgl_core::speculation::Speculation;
 use proptest::prelude::*;
 
-use support::expected::{self, EOS, FAILING, VOCAB};
+use support::expected::{self, EOS, FAILING, HIDDEN, VOCAB};
 use support::hashing::Hashing;
 use support::lazy::{Lazy, Pace};
 use support::rule::Rule;
@@ -124,6 +125,14 @@ fn action() -> impl Strategy<Value = Action> {
             ..SamplingParams::default()
         },
     );
+    let embed = prop::option::weighted(0.2, prop::option::of(1..=HIDDEN as u32));
+    let params = (params, embed).prop_map(|(params, embed)| match embed {
+        None => params,
+        Some(dimensions) => {
+            let embed = Some(Embed { dimensions });
+            SamplingParams { max_tokens: 0, logprobs: None, prompt_logprobs: None, embed, ..params }
+        }
+    });
     let stop = prop_oneof![2 => Just(vec![]), 1 => prop::collection::vec(0..VOCAB, 1..3)];
     let samples = prop_oneof![2 => Just(1), 1 => 2..5u32];
     prop_oneof![
@@ -263,6 +272,9 @@ fn check_outcome(request: &Submitted, outcome: &Outcome, limits: &Limits, window
         }
         false => assert_eq!((&outcome.tokens, finished), (&tokens, reason)),
     }
+    let embedding = expected::embedding(prompt, seed, window);
+    let embedding = request.params.embed.map(|asked| asked.of(&embedding).to_vec());
+    assert_eq!(outcome.embedding, embedding.filter(|_| finished == FinishReason::Length));
     assert!(tokens.len() as u32 <= request.max_tokens);
     assert!(cached < request.prompt.len() as u32 && cached.is_multiple_of(limits.page_size));
     if let Some(PromptLogprobs { from, .. }) = request.params.prompt_logprobs {

@@ -99,7 +99,7 @@ fn a_request_whose_logits_are_no_numbers_ends_alone() {
     let mut sink = |event: Event<'_>| match event {
         Event::Token { ticket, token, .. } => events.push((ticket, Ok(token))),
         Event::Finished { ticket, reason, .. } => events.push((ticket, Err(reason))),
-        Event::PromptLogprobs { .. } => {}
+        Event::PromptLogprobs { .. } | Event::Embedding { .. } => {}
     };
     scheduler.complete(&batches[0], &[5, NO_TOKEN, 5], &[], &mut sink);
     scheduler.check();
@@ -391,7 +391,7 @@ fn long_requests_take_turns_where_the_host_keeps_few_tokens_and_all_end() {
 #[test]
 fn the_hosts_tables_of_many_long_sequences_are_megabytes() {
     let limits = Limits { running: 4096, queued: 1024, sequence: 262_144, pages: 65_536, ..LONG };
-    let bytes = limits.host_bytes(151_936);
+    let bytes = limits.host_bytes(151_936, 1024);
     assert!(bytes < 300 << 20, "{bytes} bytes, half of them masks of two steps");
     assert!(limits.check().is_ok());
 }

@@ -1,11 +1,13 @@
 //! The forward pass of a decoder over a backend's operations.
 //!
 //! ```text
-//!   ids ─ embed ─> residual stream ─ [decoder layer] x L ─> final norm ─> gathered ─ head ─> logits
+//!   ids ─ embed ─> residual stream ─ [decoder layer] x L ─> final norm ─> normed ─ head ─> logits
 //!                                         │ ^               (last token of each sampled row)
 //!                                         v │
 //!                                    KV pages of the layer
 //! ```
+//!
+//! What is normed is a prompt's embedding, too; a checkpoint made for embeddings may have no head.
 //!
 //! Weights are loaded once, by [`Decoder::load`], and may be exchanged in place, by [`Decoder::update`]; buffers are planned once, by
 //! [`Model::reserve`]. A step only enqueues.
@@ -71,7 +73,7 @@ struct Planned<Buf> {
     /// Each layer's table, `[positions, rotated / 2]` pairs of cosine and sine (floats); equal ones are one.
     ropes: Vec<Option<Buf>>,
     /// `[logit rows, hidden]`: the last token of each sampled row, normed.
-    gathered: Buf,
+    normed: Buf,
     /// `[logit rows, vocab]`.
     logits: Buf,
 }
@@ -157,6 +159,12 @@ impl<B: Ops> Decoder<B> {
         self.planned.as_ref().map(|planned| planned.logits)
     }
 
+    /// Its own, or the embedding; none where the checkpoint is for embeddings alone.
+    fn head_weight(&self) -> Option<B::Weight> {
+        let ModelWeights { embed, head, .. } = &self.weights;
+        head.or_else(|| self.spec.tied.then_some(*embed))
+    }
+
     fn planned(&self) -> &Planned<B::Buffer> {
         self.planned.as_ref().expect("the engine reserves before the first step")
     }
@@ -169,6 +177,14 @@ impl<B: Ops> Model<B> for Decoder<B> {
 
     fn vocab(&self) -> u32 {
         self.spec.dims.vocab
+    }
+
+    fn hidden(&self) -> u32 {
+        self.spec.dims.hidden
+    }
+
+    fn has_head(&self) -> bool {
+        self.head_weight().is_some()
     }
 
     fn max_positions(&self) -> u32 {
@@ -185,7 +201,7 @@ impl<B: Ops> Model<B> for Decoder<B> {
         let samples = limits.logit_rows();
         self.planned = Some(Planned {
             ropes: upload_ropes(backend, &self.spec.layers, limits.sequence)?,
-            gathered: backend.alloc(Purpose::Scratch, Element::Activation, samples * dims.hidden as usize)?,
+            normed: backend.alloc(Purpose::Scratch, Element::Activation, samples * dims.hidden as usize)?,
             logits: backend.alloc(Purpose::Scratch, Element::Logit, samples * dims.vocab as usize)?,
         });
         Ok(plan_words)
@@ -220,15 +236,23 @@ impl<B: Ops> Model<B> for Decoder<B> {
         for (i, ((weights, kv), rope)) in self.weights.layers.iter().zip(kv).zip(&planned.ropes).enumerate() {
             backend.decoder_layer(step, i, weights, *rope, *kv)?;
         }
-        // A step that is one unfinished chunk of a prompt leaves keys and values, and no logits.
-        if step.shape.samples == 0 { Ok(()) } else { self.head(backend, step) }
+        Ok(())
+    }
+
+    fn norm(&mut self, backend: &mut B, step: &Step<B::Buffer>) -> Result<(), B::Error> {
+        backend.final_norm(step, self.weights.norm, self.planned().normed)
     }
 
     fn head(&mut self, backend: &mut B, step: &Step<B::Buffer>) -> Result<(), B::Error> {
         let planned = self.planned();
-        let ModelWeights { embed, norm, head, .. } = self.weights;
-        backend.final_norm(step, norm, planned.gathered)?;
-        backend.logits(step, planned.gathered, head.unwrap_or(embed), planned.logits)
+        match self.head_weight() {
+            Some(head) => backend.logits(step, planned.normed, head, planned.logits),
+            None => Ok(()), // The engine asks for none.
+        }
+    }
+
+    fn normed(&self) -> B::Buffer {
+        self.planned().normed
     }
 
     fn logits(&self) -> B::Buffer {

@@ -16,6 +16,9 @@
 //!   model.norm.weight                                  [hidden]
 //!   lm_head.weight                                     [vocab, hidden]    where it is not tied to the embedding
 //! ```
+//!
+//! A checkpoint made for embeddings may be of the decoder's body alone: its names have no `model.` before them, and a head that is
+//! not tied it does not have.
 
 use minisgl_core::spec::{Bias, DecoderSpec, Dims, Experts, LayerSpec, Mixer, Mlp, QkNorm};
 use minisgl_core::tensor::HostTensor;
@@ -34,7 +37,7 @@ pub struct Tensors {
     pub layers: Vec<LayerTensors>,
     /// `[hidden]`, before the head.
     pub norm: HostTensor,
-    /// `[vocab, hidden]`, where it is not tied to the embedding.
+    /// `[vocab, hidden]`, where it is not tied to the embedding, nor left out.
     pub head: Option<HostTensor>,
 }
 
@@ -107,17 +110,20 @@ impl Tensors {
         mut find: impl FnMut(&str, Shape) -> Result<HostTensor, E>,
     ) -> Result<Tensors, E> {
         let (vocab, hidden) = (spec.dims.vocab as usize, spec.dims.hidden as usize);
-        let embed = find("model.embed_tokens.weight", Shape::Matrix(vocab, hidden))?;
+        let is_body = has("embed_tokens.weight") && !has("model.embed_tokens.weight");
+        let body = if is_body { "" } else { "model." };
+        let embed = find(&format!("{body}embed_tokens.weight"), Shape::Matrix(vocab, hidden))?;
         let mut layers = Vec::with_capacity(spec.layers.len());
         for (i, layer) in spec.layers.iter().enumerate() {
-            let full = |name: &str| format!("model.layers.{i}.{name}");
+            let full = |name: &str| format!("{body}layers.{i}.{name}");
             let has = |name: &str| has(&full(name));
             layers.push(LayerTensors::collect(&spec.dims, layer, names, has, |name, shape| {
                 find(&full(name), shape)
             })?);
         }
-        let norm = find("model.norm.weight", Shape::Vector(hidden))?;
-        let head = if spec.tied { None } else { Some(find(HEAD, Shape::Matrix(vocab, hidden))?) };
+        let norm = find(&format!("{body}norm.weight"), Shape::Vector(hidden))?;
+        let has_head = !spec.tied && (!is_body || has(HEAD));
+        let head = has_head.then(|| find(HEAD, Shape::Matrix(vocab, hidden))).transpose()?;
         Ok(Tensors { embed, layers, norm, head })
     }
 

@@ -13,7 +13,7 @@ const SINGLE: &str = "model.safetensors";
 pub(crate) const INDEX: &str = "model.safetensors.index.json";
 
 /// Files beside the weights, where there are any of them.
-const BESIDE: [&str; 8] = [
+const BESIDE: [&str; 9] = [
     "config.json",
     "generation_config.json",
     "tokenizer.json",
@@ -22,7 +22,10 @@ const BESIDE: [&str; 8] = [
     "added_tokens.json",
     "chat_template.jinja",
     "chat_template.json",
+    "modules.json",
 ];
+/// How the file ends that says how hidden states become an embedding; sentence-transformers numbers its folder.
+const POOLING: &str = "_Pooling/config.json";
 /// Folder of a model's further chat templates.
 const TEMPLATES: &str = "additional_chat_templates/";
 
@@ -41,7 +44,8 @@ pub(crate) fn needed(name: &RepoName, files: &[String]) -> Result<Needed, HubErr
     let is_template = |file: &&String| file.starts_with(TEMPLATES) && file.ends_with(".jinja");
     let mut beside: Vec<String> =
         BESIDE.iter().filter(|file| has(file)).map(|file| (*file).to_owned()).collect();
-    beside.extend(files.iter().filter(is_template).cloned());
+    let is_pooling = |file: &&String| file.ends_with(POOLING);
+    beside.extend(files.iter().filter(|file| is_template(file) || is_pooling(file)).cloned());
     if let Some(file) = beside.iter().find(|file| !is_inside(file)) {
         return Err(HubError::NoFile {
             name: name.to_string(),
@@ -131,11 +135,14 @@ mod tests {
             "chat_template.jinja",
             "additional_chat_templates/tool_use.jinja",
             "logo.jinja",
+            "modules.json",
+            "1_Pooling/config.json",
+            "2_Dense/config.json",
         ];
         let needed = choose(&all).unwrap();
         assert_eq!(needed.weights, ["model.safetensors"]);
         let beside = "config.json generation_config.json tokenizer.json tokenizer_config.json chat_template.jinja \
-                      additional_chat_templates/tool_use.jinja";
+                      modules.json additional_chat_templates/tool_use.jinja 1_Pooling/config.json";
         assert_eq!(needed.beside.join(" "), beside);
     }
 

@@ -84,7 +84,9 @@ fn check(engine: &mut CpuEngine, examples: &[Example], what: &str) -> Vec<u32> {
                 let logprobs = logprobs.expect("asked for");
                 assert_eq!(logprobs.top().collect::<Vec<_>>(), [(token, logprobs.token)], "{what}");
             }
-            Event::PromptLogprobs { .. } => panic!("nobody asks for those of the prompt"),
+            Event::PromptLogprobs { .. } | Event::Embedding { .. } => {
+                panic!("nobody asks for those of the prompt")
+            }
             Event::Finished { ticket, reason, cached_tokens, tokens } => {
                 assert_eq!(reason, FinishReason::Length, "{what}");
                 assert_eq!(greedy[&ticket], tokens, "{what}");

@@ -105,6 +105,8 @@ impl Driver {
         self.cpu.upload(&mut self.staging, 0..len, self.step.batch).unwrap();
         self.step.shape = shape;
         self.model.forward(&mut self.cpu, &self.step).unwrap();
+        self.model.norm(&mut self.cpu, &self.step).unwrap();
+        self.model.head(&mut self.cpu, &self.step).unwrap();
         self.cpu.sample(&self.step, Model::<Cpu>::logits(&self.model), self.tokens).unwrap();
         self.cpu.synchronize().unwrap();
         self.cpu.download(Queue::Compute, self.tokens, runs.len(), &mut self.results).unwrap();

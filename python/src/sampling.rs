@@ -43,6 +43,7 @@ impl Sampling {
             presence_penalty: field(given, "presence_penalty")?,
             frequency_penalty: field(given, "frequency_penalty")?,
             min_tokens: field(given, "min_tokens")?,
+            embed: None,
         };
         let logit_bias: BTreeMap<u32, f32> = field(given, "logit_bias")?;
         let rules = TokenRules {

@@ -46,6 +46,8 @@ pub struct Ranks<X: Executor> {
     model: ModelInfo,
     /// Of the step completed last.
     outcome: Outcome,
+    /// `[hidden]`: the hidden state that was asked for last.
+    hidden: Vec<f32>,
     /// How long a rank is waited for when another has ended a step.
     patience: Duration,
     abort: Arc<dyn Fn() + Send + Sync>,
@@ -99,7 +101,16 @@ impl<X: Executor + 'static> Ranks<X> {
         let infos: Vec<(DeviceInfo, ModelInfo)> = infos.collect::<Result<_, _>>()?;
         let Some((info, model)) = infos.into_iter().next() else { return Err(RankError::Ended) };
         let info = DeviceInfo { name: format!("{} ranks, each {}", threads.len(), info.name), ..info };
-        Ok(Ranks { threads, board, info, model, outcome: Outcome::default(), patience, abort })
+        Ok(Ranks {
+            threads,
+            board,
+            info,
+            model,
+            outcome: Outcome::default(),
+            hidden: Vec::new(),
+            patience,
+            abort,
+        })
     }
 
     /// Has every rank do something between two steps; what each gives, rank 0's first.
@@ -223,5 +234,12 @@ impl<X: Executor + 'static> Executor for Ranks<X> {
         self.board.wait(at, self.patience, &mut self.outcome)?;
         let Outcome { tokens, logprobs, scores, since_ms, took_ms } = &self.outcome;
         Ok(Results { tokens, logprobs, scores, since_ms: *since_ms, took_ms: *took_ms })
+    }
+
+    /// The first rank's: all have the same.
+    fn hidden(&mut self, at: usize, row: u32) -> Result<&[f32], Self::Error> {
+        let each = self.each(move |rank| rank.hidden(at, row).map(<[f32]>::to_vec))?;
+        self.hidden = each.into_iter().next().ok_or(RankError::Ended)?;
+        Ok(&self.hidden)
     }
 }

@@ -3,6 +3,7 @@
 //! | path | |
 //! |---|---|
 //! | `POST /v1/chat/completions`, `POST /v1/completions` | generate |
+//! | `POST /v1/embeddings` | embed |
 //! | `POST /tokenize`, `POST /detokenize` | text to token ids and back |
 //! | `GET /v1/models`, `GET /v1/models/NAME` | the model |
 //! | `GET /health`, `GET /ready`, `GET /version` | is it alive, does it take requests, which one is it |
@@ -26,7 +27,7 @@ use crate::engine::Engines;
 use crate::error::ApiError;
 use crate::metrics::Metrics;
 use crate::settings::Settings;
-use crate::{completions, models, page, state, tokenize};
+use crate::{completions, embeddings, models, page, state, tokenize};
 
 /// What all handlers share.
 pub struct App {
@@ -53,6 +54,7 @@ pub fn router(app: Arc<App>) -> Router {
     let guarded = Router::new()
         .route("/v1/chat/completions", post(completions::chat))
         .route("/v1/completions", post(completions::text))
+        .route("/v1/embeddings", post(embeddings::embeddings))
         .route("/v1/models", get(models::list))
         .route("/v1/models/{*name}", get(models::one))
         .route("/tokenize", post(tokenize::tokenize))

@@ -80,10 +80,10 @@ impl Asked {
     }
 
     /// The requests that it makes, one for each prompt, with seeds that follow each other.
-    pub fn requests(&self) -> impl Iterator<Item = GenerateRequest> + '_ {
+    pub fn requests(&self) -> impl ExactSizeIterator<Item = GenerateRequest> + '_ {
         let Body { prompts, sampling, samples, stop, include_stop, rules, grammar, .. } = &self.body;
-        (0..).zip(prompts).map(move |(number, prompt)| GenerateRequest {
-            sampling: SamplingParams { seed: sampling.seed.wrapping_add(number), ..*sampling },
+        prompts.iter().enumerate().map(move |(number, prompt)| GenerateRequest {
+            sampling: SamplingParams { seed: sampling.seed.wrapping_add(number as u64), ..*sampling },
             samples: *samples,
             stop: stop.clone(),
             include_stop: *include_stop,

@@ -110,6 +110,8 @@ impl ApiError {
             SamplingError::RuleOutsideVocabulary { field, .. } => field,
             SamplingError::Logprobs(_) => "logprobs",
             SamplingError::PromptLogprobs(_) => "prompt_logprobs",
+            SamplingError::Dimensions { .. } => "dimensions",
+            SamplingError::EmbedAlone => "max_tokens",
         };
         match status(error) {
             (500, _) => return Self::internal(message),

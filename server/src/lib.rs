@@ -21,6 +21,7 @@ mod asked;
 mod auth;
 mod body;
 mod completions;
+mod embeddings;
 mod engine;
 mod error;
 mod listen;

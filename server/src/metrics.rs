@@ -57,6 +57,7 @@ pub struct Metrics {
     prefix_queries: Counter,
     prefix_hits: Counter,
     generation_tokens: Counter,
+    embeddings: Counter,
     outcomes: Family<Outcome, Counter>,
     encoding: Histogram,
     queueing: Histogram,
@@ -103,6 +104,7 @@ impl Metrics {
             counter("vllm:prefix_cache_queries", "Tokens of prompts that were looked up in the prefix cache");
         let prefix_hits = counter("vllm:prefix_cache_hits", "Tokens of prompts that the prefix cache held");
         let generation_tokens = counter("vllm:generation_tokens", "Tokens drawn");
+        let embeddings = counter("minisgl:embeddings", "Embeddings of prompts");
         let outcomes = Family::default();
         let help = "Requests that ended, by why: stop, length, abort, rejected, failed or lost";
         metrics.register("vllm:request_success", help, outcomes.clone());
@@ -146,6 +148,7 @@ impl Metrics {
             prefix_queries,
             prefix_hits,
             generation_tokens,
+            embeddings,
             outcomes,
             encoding,
             queueing,
@@ -247,6 +250,7 @@ impl Clock {
         metrics.prompt_tokens.inc_by(completion.prompt_tokens.into());
         metrics.prefix_queries.inc_by(completion.prompt_tokens.into());
         metrics.prefix_hits.inc_by(completion.cached_tokens.into());
+        metrics.embeddings.inc_by(completion.embedding.is_some().into());
         metrics.end_to_end.observe(self.asked.elapsed().as_secs_f64());
         metrics.ended(match completion.finish_reason {
             FinishReason::Eos | FinishReason::Stop => "stop",

@@ -13,7 +13,7 @@ use std::future::poll_fn;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll, ready};
 
-use minisgl::{Completion, Events, FinishReason, SessionEvent, SessionOptions};
+use minisgl::{Completion, Events, FinishReason, GenerateRequest, SessionEvent, SessionOptions};
 
 use crate::app::App;
 use crate::asked::Asked;
@@ -45,7 +45,21 @@ impl Outputs {
     /// # Errors
     /// There is no engine, or as many requests wait as may.
     pub fn submit(app: &Arc<App>, engine: Engine, asked: &Asked) -> Result<Self, ApiError> {
-        let choices = asked.choices();
+        Self::of(app, engine, asked.requests(), asked.outputs(), asked.stream.is_some())
+    }
+
+    /// Submits the requests of one of the API's, of so many outputs each, which are told token by token where it is a stream.
+    ///
+    /// # Errors
+    /// As [`Outputs::submit`].
+    pub fn of(
+        app: &Arc<App>,
+        engine: Engine,
+        requests: impl ExactSizeIterator<Item = GenerateRequest>,
+        outputs: usize,
+        streams: bool,
+    ) -> Result<Self, ApiError> {
+        let choices = requests.len() * outputs;
         let capacity = engine.info.running() + app.settings.queued_max;
         let open = engine.handle.open_requests();
         if choices > capacity {
@@ -58,7 +72,7 @@ impl Outputs {
         }
         let options = SessionOptions {
             tokens: true,
-            text: asked.stream.is_some(),
+            text: streams,
             starts: true,
             capacity: Some(choices),
             ..SessionOptions::default()
@@ -69,14 +83,14 @@ impl Outputs {
             app: app.clone(),
             engine,
             events,
-            outputs: asked.outputs(),
+            outputs,
             clocks,
             stages: Arc::new(Mutex::new(Stages::default())),
-            streams: asked.stream.is_some(),
+            streams,
             next: None,
             lost: false,
         };
-        submitter.submit_all((0..).zip(asked.requests())).map_err(|error| outputs.lose(&error))?;
+        submitter.submit_all((0..).zip(requests)).map_err(|error| outputs.lose(&error))?;
         Ok(outputs)
     }
 

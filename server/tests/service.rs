@@ -18,6 +18,7 @@ use serde_json::{Value, json};
 
 const CHAT: &str = "/v1/chat/completions";
 const TEXT: &str = "/v1/completions";
+const EMBEDDINGS: &str = "/v1/embeddings";
 
 /// A request that runs for as long as nobody aborts it.
 fn endless() -> Value {
@@ -146,6 +147,60 @@ fn an_echo_with_log_probabilities_has_those_of_its_prompt() {
     let nothing = json!({"prompt": "Once", "max_tokens": 0});
     assert_eq!(running.post(TEXT, &nothing).refused(400)["param"], "max_tokens");
     assert_eq!(ask(json!({"prompt": "Once", "max_tokens": 0, "echo": true}))["text"], "Once");
+}
+
+#[test]
+fn embeddings_come_in_the_order_of_their_inputs_as_numbers_or_as_their_bytes() {
+    let running = Running::tiny(settings());
+    let ask = |body: Value| running.post(EMBEDDINGS, &body).json();
+    let values = |answer: &Value, at: usize| answer["data"][at]["embedding"].as_array().unwrap().clone();
+    let one = ask(json!({"input": "Once upon", "model": "model"}));
+    assert_eq!(
+        (&one["object"], &one["model"], values(&one, 0).len()),
+        (&json!("list"), &json!("model"), 128)
+    );
+    assert_eq!(one["data"][0]["object"], "embedding");
+    let ids = running.post("/tokenize", &json!({"prompt": "Once upon"})).json()["tokens"].clone();
+    assert_eq!(ask(json!({"input": ids})), one);
+    let tokens = ids.as_array().unwrap().len();
+    assert_eq!(one["usage"], json!({"prompt_tokens": tokens, "total_tokens": tokens}));
+
+    let several = ask(json!({"input": ["A page", "Once upon", "a time"], "encoding_format": "float"}));
+    assert_eq!(several["data"].as_array().unwrap().len(), 3);
+    for (at, item) in several["data"].as_array().unwrap().iter().enumerate() {
+        assert_eq!(item["index"], at);
+    }
+    assert_eq!(values(&several, 1), values(&one, 0));
+    assert_ne!(values(&several, 0), values(&one, 0));
+    assert_eq!(values(&ask(json!({"input": [[5, 6], [7]], "dimensions": 3})), 1).len(), 3);
+
+    let coded = ask(json!({"input": "Once upon", "encoding_format": "base64"}));
+    // 512 bytes.
+    assert_eq!(coded["data"][0]["embedding"].as_str().unwrap().len(), 684);
+
+    for (field, value) in [
+        ("dimensions", json!(129)),
+        ("dimensions", json!(0)),
+        ("encoding_format", json!("int8")),
+        ("input", json!(7)),
+        ("input", json!(null)),
+        ("max_tokens", json!(5)),
+        ("truncate_prompt_tokens", json!(5)),
+    ] {
+        let mut body = json!({"input": "a"});
+        body[field] = value;
+        assert_eq!(running.post(EMBEDDINGS, &body).refused(400)["param"], field, "{body}");
+    }
+    let empty = running.post(EMBEDDINGS, &json!({"input": []})).refused(400);
+    assert!(empty["message"].as_str().unwrap().contains("the prompt is empty"), "{empty}");
+    let long = running.post(EMBEDDINGS, &json!({"input": vec![5; 600]})).refused(400);
+    assert_eq!(long["code"], "context_length_exceeded");
+    assert_eq!(
+        running.post(EMBEDDINGS, &json!({"input": "a", "model": "gpt"})).refused(404)["param"],
+        "model"
+    );
+    let metrics = String::from_utf8(running.get("/metrics").body).unwrap();
+    assert!(metrics.contains("minisgl:embeddings_total{model_name=\"model\"} 8"), "{metrics}");
 }
 
 #[test]

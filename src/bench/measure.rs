@@ -177,6 +177,7 @@ mod tests {
             max_tokens: 2,
             logprobs: None,
             prompt_logprobs: None,
+            embedding: None,
             warning: None,
             error,
         }

@@ -430,6 +430,11 @@ impl Listener<'_> {
                 let (entry, count) = (ticket.entry, logprobs.len() as u32);
                 self.batch.events.push(Event::PromptLogprobs { entry, count });
             }
+            core::Event::Embedding { ticket, values } => {
+                self.batch.embeddings.extend_from_slice(values);
+                let (entry, count) = (ticket.entry, values.len() as u32);
+                self.batch.events.push(Event::Embedding { entry, count });
+            }
             core::Event::Token { ticket, token, logprobs } => {
                 self.output_tokens += 1;
                 let Some(Some(live)) = self.live.get(ticket.entry as usize) else { return };

@@ -23,6 +23,7 @@ use super::session::{Events, RequestStream, Session, SessionOptions, Submitter};
 use super::stage::Stage;
 use crate::error::{Cause, Error};
 use crate::grammar::{Compiler, Grammar, Tokens};
+use crate::pooling::Pooling;
 use crate::request::{GenerateRequest, Given, Prompt, RequestError, STOP_BYTES_MAX, StepTiming, TokenRules};
 use crate::runner::Runner;
 use crate::tokenizer::Text;
@@ -30,6 +31,7 @@ use crate::tokenizer::Text;
 /// What all handles and threads of an engine share.
 pub struct Shared {
     pub text: Arc<Text>,
+    pub pooling: Pooling,
     pub encoders: Stage<Job>,
     pub compilers: Stage<Uncompiled>,
     pub compiler: Compiler,
@@ -62,6 +64,7 @@ impl Shared {
     /// For engines of these capacities and one model's tokens; `order` is that of their queues.
     pub fn new(
         text: Arc<Text>,
+        pooling: Pooling,
         order: Order,
         messages: Vec<Sender<Message>>,
         limits: &[Limits],
@@ -74,6 +77,7 @@ impl Shared {
         Shared {
             compiler: Compiler::new(text.clone(), tokens),
             text,
+            pooling,
             encoders: Stage::new(),
             compilers: Stage::new(),
             intake: Intake::new(limits.iter().map(depth)),
@@ -278,7 +282,7 @@ impl EngineHandle {
         permit: Permit,
     ) -> Option<Ready> {
         let text = &*self.0.text;
-        let unfit = unfit(&request, text);
+        let unfit = unfit(&request, &self.0);
         let grammar = request.grammar.take();
         let outputs = Output::of_samples(session, tag, &request, &self.0, &permit);
         let GenerateRequest { prompt, given, sampling: params, rules, .. } = request;
@@ -481,10 +485,13 @@ impl<R> Answer<R> {
     }
 }
 
-/// What is wrong with a request's samples, stop texts or grammar, without looking into it.
-fn unfit(request: &GenerateRequest, text: &Text) -> Option<RequestError> {
+/// What is wrong with a request's samples, stop texts or grammar, or with asking for an embedding, without looking into it.
+fn unfit(request: &GenerateRequest, shared: &Shared) -> Option<RequestError> {
     if request.samples == 0 {
         return Some(RequestError::NoSamples);
+    }
+    if let (Some(_), Some(reason)) = (request.sampling.embed, shared.pooling.refusal()) {
+        return Some(RequestError::Pooling(reason.to_owned()));
     }
     if request.stop.iter().any(String::is_empty) {
         return Some(RequestError::EmptyStop);
@@ -494,7 +501,7 @@ fn unfit(request: &GenerateRequest, text: &Text) -> Option<RequestError> {
         return Some(RequestError::StopTexts { bytes });
     }
     let what = match request {
-        _ if text.has_tokenizer() => return None,
+        _ if shared.text.has_tokenizer() => return None,
         GenerateRequest { grammar: Some(_), .. } => "constrained output",
         GenerateRequest { stop, .. } if !stop.is_empty() => "a stop text",
         _ => return None,

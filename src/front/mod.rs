@@ -57,6 +57,7 @@ pub use session::{
 
 use crate::error::Error;
 use crate::grammar::Tokens;
+use crate::pooling::Pooling;
 use crate::runner::Runner;
 use crate::tokenizer::Text;
 use engine::{EngineThread, Message, panicked};
@@ -80,6 +81,7 @@ impl Front {
     /// The first of those of `builds`, and a thread that the system does not give.
     pub fn start<T: Send + 'static>(
         text: Arc<Text>,
+        pooling: Pooling,
         order: Order,
         builds: Vec<impl FnOnce() -> Built<T> + Send + 'static>,
     ) -> Result<(Self, Vec<T>), Error> {
@@ -106,7 +108,7 @@ impl Front {
             return Err(error);
         }
         let messages = engines.iter().map(|engine| engine.messages.clone()).collect();
-        let shared = Arc::new(Shared::new(text, order, messages, &limits, tokens));
+        let shared = Arc::new(Shared::new(text, pooling, order, messages, &limits, tokens));
         // From here on an error closes what has been started.
         let mut front = Front { handle: EngineHandle::new(shared.clone()), threads: Vec::new() };
         for (index, engine) in engines.into_iter().enumerate() {

@@ -37,6 +37,8 @@ pub struct Batch {
     pub events: Vec<Event>,
     /// Of the tokens that have any, drawn or given, in order.
     pub logprobs: Vec<RowLogprobs>,
+    /// Embeddings, one behind the other.
+    pub embeddings: Vec<f32>,
     /// Outputs of the requests that ended, one behind the other.
     pub tokens: Vec<u32>,
     /// The step that completed.
@@ -53,6 +55,8 @@ pub enum Event {
     Dropped { output: Box<Output> },
     /// More of a request's prompt is scored: the next `count` of the batch's log-probabilities.
     PromptLogprobs { entry: u32, count: u32 },
+    /// A request has its prompt's embedding: the next `count` of the batch's values.
+    Embedding { entry: u32, count: u32 },
     /// A request has another token.
     Token { entry: u32, token: u32, logprobs: bool },
     /// A request ended with the next `count` of the batch's tokens.
@@ -69,6 +73,7 @@ impl Batch {
     fn clear(&mut self) {
         self.events.clear();
         self.logprobs.clear();
+        self.embeddings.clear();
         self.tokens.clear();
         self.step = None;
     }
@@ -94,6 +99,7 @@ pub struct Output {
     logprobs: Option<Vec<TokenLogprobs>>,
     /// What all samples have: the engine scores the prompt with the first, before any of them has a token.
     prompt_logprobs: Option<Arc<Mutex<Vec<TokenLogprobs>>>>,
+    embedding: Option<Vec<f32>>,
     /// Where text is wanted token by token.
     detokenizer: Option<Detokenizer>,
     /// Stop tokens whose text is no part of the output's.
@@ -149,6 +155,7 @@ impl Output {
             asked_tokens: request.sampling.max_tokens,
             logprobs: request.sampling.logprobs.map(|_| Vec::new()),
             prompt_logprobs: None,
+            embedding: None,
             detokenizer: as_it_comes
                 .then(|| Detokenizer::new(Ending { stop, include: include_stop, min_tokens })),
             hides: if include_stop { Vec::new() } else { request.rules.stop_token_ids.clone() },
@@ -293,6 +300,7 @@ impl Output {
             max_tokens: self.max_tokens,
             logprobs: self.logprobs.take(),
             prompt_logprobs: self.prompt_logprobs.take().map(|logprobs| locked(&logprobs).clone()),
+            embedding: self.embedding.take(),
             warning: self.warning(),
             error: error.filter(|_| finish_reason == FinishReason::Failed),
         };
@@ -389,6 +397,7 @@ impl OutputThread {
     fn deliver(&mut self, batch: &mut Batch) {
         let at = batch.step.as_ref().map_or_else(Instant::now, |step| step.ended);
         let (mut logprobs, mut tokens) = (batch.logprobs.as_slice(), batch.tokens.as_slice());
+        let mut embeddings = batch.embeddings.as_slice();
         let mut ended = Vec::new();
         for event in batch.events.drain(..) {
             match event {
@@ -404,6 +413,13 @@ impl OutputThread {
                     (rows, logprobs) = logprobs.split_at(count as usize);
                     if let Some((_, output)) = self.running.get(entry as usize).and_then(Option::as_ref) {
                         output.score(rows);
+                    }
+                }
+                Event::Embedding { entry, count } => {
+                    let values;
+                    (values, embeddings) = embeddings.split_at(count as usize);
+                    if let Some((_, output)) = self.running.get_mut(entry as usize).and_then(Option::as_mut) {
+                        output.embedding = Some(self.shared.pooling.embedding(values));
                     }
                 }
                 Event::Token { entry, token, logprobs: has } => {

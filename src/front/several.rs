@@ -14,6 +14,7 @@ use super::engine::{Call, Message};
 use super::{Front, Next, SessionEvent, SessionOptions};
 use crate::error::Error;
 use crate::models::FAMILIES;
+use crate::pooling::Pooling;
 use crate::request::{Completion, FinishReason, GenerateRequest, RequestError, SamplingParams};
 use crate::runner::Runner;
 use crate::simulated::{Control, request, start_engines};
@@ -247,7 +248,7 @@ fn an_engine_that_cannot_be_built_ends_the_others_and_says_why() {
         }
     };
     let builds: Vec<_> = (0..2).map(build).collect();
-    let started = Front::start::<()>(Arc::default(), Order::Given, builds);
+    let started = Front::start::<()>(Arc::default(), Pooling::default(), Order::Given, builds);
     assert!(matches!(started, Err(Error::Device(cause)) if cause.to_string().contains("on fire")));
 }
 

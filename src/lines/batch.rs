@@ -2,7 +2,7 @@
 //!
 //! | | what it is |
 //! |---|---|
-//! | `response` with status 200 | a `chat.completion` or a `text_completion` |
+//! | `response` with status 200 | a `chat.completion`, a `text_completion`, or a list of one `embedding` |
 //! | `response` with another status | there is none, `body.error` says why; the status is the service's ([`status`]) |
 //! | `error` | something else stopped it |
 
@@ -10,11 +10,11 @@ use serde::Serialize;
 use serde_json::value::RawValue;
 
 use super::error::LineError;
-use super::{BadLine, Format, Header, LineDefaults, Origin, RequestLine, append, one_request};
+use super::{BadLine, Format, Header, LineDefaults, Origin, RequestLine, append, one_embedding, one_request};
 use crate::openai::{
-    Answer, ChatChoice, ChatLogprobs, ErrorBody, ErrorObject, FieldError, Fields, INVALID_REQUEST,
-    OutputFormat, PromptLogprobs, Prompts, Said, TextChoice, TextLogprobs, Usage, created_now, finish_reason,
-    read, shown, status,
+    Answer, ChatChoice, ChatLogprobs, Embeddings, Encoding, ErrorBody, ErrorObject, FieldError, Fields,
+    INVALID_REQUEST, OutputFormat, PromptLogprobs, Prompts, Said, TextChoice, TextLogprobs, Usage,
+    created_now, finish_reason, read, shown, status,
 };
 use crate::request::{ChatPrompt, Completion, GenerateRequest, Prompt};
 use crate::tools::ToolFormat;
@@ -51,13 +51,20 @@ fn request(
         return Err(LineError::NoId { field: "custom_id" });
     }
     method(&mut fields)?;
-    let prompts = url(&mut fields)?;
-    header.format = if prompts == Prompts::Text { Format::Text } else { Format::Chat };
+    header.format = url(&mut fields)?;
     let missing = FieldError::Missing { field: "body", fix: "give the request there, as an object" };
     let body = fields.raw("body").ok_or(missing)?;
     fields.finish()?;
     let body: Fields<'_> = read("body", body, "the fields of a request, as an object")?;
-    let (request, asked) = one_request(body, prompts, defaults)?;
+    let (request, asked) = match header.format {
+        Format::Text => one_request(body, Prompts::Text, defaults)?,
+        Format::Embeddings(_) => {
+            let (request, asked, encoding) = one_embedding(body, "input", defaults)?;
+            header.format = Format::Embeddings(encoding);
+            (request, asked)
+        }
+        _ => one_request(body, Prompts::Chat, defaults)?,
+    };
     if let Some(name) = asked {
         header.model = name;
     }
@@ -75,11 +82,12 @@ fn method(fields: &mut Fields<'_>) -> Result<(), FieldError> {
     }
 }
 
-fn url(fields: &mut Fields<'_>) -> Result<Prompts, FieldError> {
-    const FIX: &str = "it must be \"/v1/chat/completions\" or \"/v1/completions\"";
+fn url(fields: &mut Fields<'_>) -> Result<Format, FieldError> {
+    const FIX: &str = "it must be \"/v1/chat/completions\", \"/v1/completions\" or \"/v1/embeddings\"";
     match fields.text("url")?.as_deref() {
-        Some("/v1/chat/completions") => Ok(Prompts::Chat),
-        Some("/v1/completions") => Ok(Prompts::Text),
+        Some("/v1/chat/completions") => Ok(Format::Chat),
+        Some("/v1/completions") => Ok(Format::Text),
+        Some("/v1/embeddings") => Ok(Format::Embeddings(Encoding::default())),
         Some(url) => {
             let value = shown(&format!("{url:?}"));
             Err(FieldError::Unsupported { field: "url", value, fix: FIX.to_owned() })
@@ -142,7 +150,11 @@ pub fn write_result(
             let answer = answer(header, origin, ("cmpl", "text_completion"), completions, choices);
             write_response(out, header, origin, 200, answer);
         }
-        Format::Chat | Format::Native | Format::Score | Format::Rerank => {
+        Format::Embeddings(encoding) => {
+            let answer = Embeddings::new(&header.model, encoding, completions);
+            write_response(out, header, origin, 200, answer);
+        }
+        Format::Chat | Format::Native | Format::Score | Format::Rerank | Format::Embed(_) => {
             let tools = tools.filter(|_| header.has_tools);
             let said = |completion| Said::of(completion, OutputFormat { tools, reasoning: None });
             let mut count = 0;

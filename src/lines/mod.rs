@@ -12,6 +12,9 @@
 //!           {"id": 9, "query": "Which moon?", "document": "Phobos is one."}
 //!        -> {"id":9,"line":3,"fingerprint":"…","relevance":0.98,"usage":{…}}
 //!
+//!           {"id": 10, "embed": "Once upon"}
+//!        -> {"id":10,"line":4,"fingerprint":"…","embedding":[…],"usage":{…}}
+//!
 //!   Batch   {"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": {"messages": [{…}]}}
 //!        -> {"id":"batch_req_1-…","custom_id":"a","response":{"status_code":200,"request_id":"…","body":{…}},"error":null}
 //!        or {"id":"batch_req_1-…","custom_id":"a","response":{"status_code":400,…,"body":{"error":{…}}},"error":null}
@@ -35,7 +38,7 @@ use serde_json::value::RawValue;
 pub use error::LineError;
 pub use outcome::{Outcome, read_result};
 
-use crate::openai::{Body, FieldError, Fields, ModelName, Prompts};
+use crate::openai::{Body, EmbedBody, Encoding, FieldError, Fields, ModelName, Prompts};
 use crate::request::{Completion, GenerateRequest};
 use crate::{SamplingParams, ToolFormat};
 
@@ -114,8 +117,11 @@ enum Format {
     Score,
     /// Of a native line with a document to be judged.
     Rerank,
+    /// Of a native line with something to embed.
+    Embed(Encoding),
     Chat,
     Text,
+    Embeddings(Encoding),
 }
 
 /// Where a request came from; its result says so.
@@ -164,11 +170,30 @@ fn one_request(fields: Fields<'_>, prompts: Prompts, defaults: LineDefaults<'_>)
             let request = GenerateRequest { sampling, samples, stop, include_stop, rules, grammar, ..plain };
             Ok((request, model))
         }
-        _ => Err(FieldError::Unsupported {
-            field: "prompt",
-            value: format!("a list of {} prompts", prompts.len() + 1),
-            fix: "give each a line of its own".to_owned(),
-        }),
+        _ => Err(several("prompt", prompts.len() + 1)),
+    }
+}
+
+/// The one request that a body makes with what is to be embedded, in the field `input`; and how the embedding is written.
+fn one_embedding(
+    fields: Fields<'_>,
+    input: &'static str,
+    defaults: LineDefaults<'_>,
+) -> Result<(GenerateRequest, Option<Arc<str>>, Encoding), FieldError> {
+    let body = EmbedBody::read(fields, input, defaults.model)?;
+    let (model, encoding) = (body.model.clone(), body.encoding);
+    let mut requests = body.requests();
+    match (requests.next(), requests.len()) {
+        (Some(request), 0) => Ok((request, model, encoding)),
+        (_, others) => Err(several(input, others + 1)),
+    }
+}
+
+fn several(field: &'static str, count: usize) -> FieldError {
+    FieldError::Unsupported {
+        field,
+        value: format!("a list of {count} prompts"),
+        fix: "give each a line of its own".to_owned(),
     }
 }
 
@@ -196,7 +221,8 @@ pub fn write_result(
         Format::Native => native::write_result(out, header, origin, completions, token_bytes),
         Format::Score => native::write_score(out, header, origin, completions),
         Format::Rerank => native::write_relevance(out, header, origin, completions, token_bytes),
-        Format::Chat | Format::Text => {
+        Format::Embed(encoding) => native::write_embedding(out, header, origin, completions, encoding),
+        Format::Chat | Format::Text | Format::Embeddings(_) => {
             batch::write_result(out, header, origin, completions, tools, token_bytes)
         }
     }
@@ -205,18 +231,22 @@ pub fn write_result(
 /// Appends the result line of a line that is no request.
 pub fn write_bad(out: &mut Vec<u8>, bad: &BadLine, origin: Origin) {
     match bad.header.format {
-        Format::Native | Format::Score | Format::Rerank => {
+        Format::Native | Format::Score | Format::Rerank | Format::Embed(_) => {
             native::write_error(out, &bad.header, origin, &bad.error)
         }
-        Format::Chat | Format::Text => batch::write_bad(out, bad, origin),
+        Format::Chat | Format::Text | Format::Embeddings(_) => batch::write_bad(out, bad, origin),
     }
 }
 
 /// Appends the result line of a request that something else stopped, as `reason` says.
 pub fn write_failure(out: &mut Vec<u8>, header: &Header, origin: Origin, reason: &str) {
     match header.format {
-        Format::Native | Format::Score | Format::Rerank => native::write_error(out, header, origin, &reason),
-        Format::Chat | Format::Text => batch::write_failure(out, header, origin, reason),
+        Format::Native | Format::Score | Format::Rerank | Format::Embed(_) => {
+            native::write_error(out, header, origin, &reason)
+        }
+        Format::Chat | Format::Text | Format::Embeddings(_) => {
+            batch::write_failure(out, header, origin, reason)
+        }
     }
 }
 

@@ -4,9 +4,11 @@ use serde::Serialize;
 use serde_json::value::RawValue;
 
 use super::error::LineError;
-use super::{Asked, BadLine, Format, Header, LineDefaults, Origin, RequestLine, append, one_request};
+use super::{
+    Asked, BadLine, Format, Header, LineDefaults, Origin, RequestLine, append, one_embedding, one_request,
+};
 use crate::grammar::Grammar;
-use crate::openai::{FieldError, Fields, Only, PromptLogprobs, Prompts, check_only, given};
+use crate::openai::{Encoding, FieldError, Fields, Only, PromptLogprobs, Prompts, Vector, check_only, given};
 use crate::request::{Completion, FinishReason, Given, TokenLogprobs};
 use crate::rerank::{Relevance, answers};
 use crate::score::{Score, ScoreRequest};
@@ -22,6 +24,17 @@ pub fn parse(
     defaults: LineDefaults<'_>,
 ) -> Result<RequestLine, BadLine> {
     header.id = fields.raw("id").map(RawValue::to_owned);
+    if header.id.is_some() && fields.gives("embed") {
+        header.format = Format::Embed(Encoding::default());
+        return match one_embedding(fields, "embed", defaults) {
+            Ok((request, asked, encoding)) => {
+                header.format = Format::Embed(encoding);
+                header.model = asked.unwrap_or(header.model);
+                Ok(RequestLine { header, request, beside: None })
+            }
+            Err(error) => Err(BadLine { header, error: error.into() }),
+        };
+    }
     let request = match (&header.id, given(&mut fields)) {
         (None, _) => Err(LineError::NoId { field: "id" }),
         (Some(_), Err(error)) => Err(error.into()),
@@ -249,6 +262,41 @@ pub fn write_relevance(
         }
         Err(error) => write_error(out, header, origin, &error),
     }
+}
+
+#[derive(Serialize)]
+struct Embedded<'a> {
+    id: &'a Option<Box<RawValue>>,
+    line: u64,
+    fingerprint: String,
+    embedding: Vector<'a>,
+    usage: Usage,
+}
+
+/// Appends the embedding of a prompt.
+pub fn write_embedding(
+    out: &mut Vec<u8>,
+    header: &Header,
+    origin: Origin,
+    completions: &[Completion],
+    encoding: Encoding,
+) {
+    let [completion, ..] = completions else { return };
+    if let Some(error) = &completion.error {
+        return write_error(out, header, origin, error);
+    }
+    let embedded = Embedded {
+        id: &header.id,
+        line: origin.line,
+        fingerprint: origin.fingerprint_text(),
+        embedding: Vector::of(completion, encoding),
+        usage: Usage {
+            prompt_tokens: completion.prompt_tokens,
+            completion_tokens: 0,
+            cached_tokens: completion.cached_tokens,
+        },
+    };
+    append(out, &embedded);
 }
 
 /// Appends why a line has no result.

@@ -49,6 +49,7 @@ pub fn read_result(line: &[u8]) -> Option<Outcome> {
         token_ids: Option<IgnoredAny>,
         outputs: Option<IgnoredAny>,
         relevance: Option<IgnoredAny>,
+        embedding: Option<IgnoredAny>,
         response: Option<Response>,
         error: Option<IgnoredAny>,
     }
@@ -56,9 +57,9 @@ pub fn read_result(line: &[u8]) -> Option<Outcome> {
     struct Response {
         status_code: u16,
     }
-    let Line { id, line, fingerprint, token_ids, outputs, relevance, response, error } =
+    let Line { id, line, fingerprint, token_ids, outputs, relevance, embedding, response, error } =
         serde_json::from_slice(line).ok()?;
-    let output = token_ids.or(outputs).or(relevance);
+    let output = token_ids.or(outputs).or(relevance).or(embedding);
     let answered = response.as_ref().is_some_and(|response| response.status_code == 200);
     if output.is_none() && response.is_none() && error.is_none() {
         return None;

@@ -114,7 +114,7 @@ fn one_of(grammar: Option<Grammar>, calls: Option<ToolCalls>) -> Result<Option<G
 }
 
 /// `model` must be the one that runs.
-fn name_of(model: &ModelName, fields: &mut Fields<'_>) -> Result<Option<Arc<str>>, FieldError> {
+pub fn name_of(model: &ModelName, fields: &mut Fields<'_>) -> Result<Option<Arc<str>>, FieldError> {
     let Some(asked) = fields.text("model")? else { return Ok(None) };
     match model.find(&asked) {
         Some(name) => Ok(Some(name.clone())),
@@ -138,6 +138,7 @@ fn sampling(fields: &mut Fields<'_>, default: &SamplingParams) -> Result<Samplin
         ignore_eos: fields.flag("ignore_eos")?.unwrap_or(default.ignore_eos),
         logprobs: logprobs(fields)?.unwrap_or(default.logprobs),
         prompt_logprobs,
+        embed: default.embed,
     })
 }
 
@@ -297,7 +298,7 @@ fn prompt(fields: &mut Fields<'_>, prompts: Prompts) -> Result<Vec<Prompt>, Fiel
     let ids = fields.raw("prompt_token_ids");
     let messages = fields.raw("messages");
     match (text, ids, messages, prompts) {
-        (Some(value), None, None, Prompts::Any | Prompts::Text) => text_prompts(value),
+        (Some(value), None, None, Prompts::Any | Prompts::Text) => text_prompts("prompt", value),
         (None, Some(value), None, Prompts::Any | Prompts::Text) => {
             let ids: Vec<Whole> = read("prompt_token_ids", value, TOKEN_IDS)?;
             let prompt = token_ids(&ids).ok_or_else(|| wrong("prompt_token_ids", value, TOKEN_IDS))?;
@@ -341,7 +342,7 @@ pub fn given(fields: &mut Fields<'_>) -> Result<Option<Given>, FieldError> {
             });
         }
     };
-    let prompt = match text_prompts(value) {
+    let prompt = match text_prompts(name, value) {
         Ok(mut prompts) if prompts.len() == 1 => prompts.pop(),
         _ => None,
     };
@@ -352,8 +353,8 @@ pub fn given(fields: &mut Fields<'_>) -> Result<Option<Given>, FieldError> {
     }
 }
 
-/// A text, its token ids, or a list of such.
-fn text_prompts(value: &RawValue) -> Result<Vec<Prompt>, FieldError> {
+/// A text, its token ids, or a list of such, in the field `name`.
+pub fn text_prompts(name: &'static str, value: &RawValue) -> Result<Vec<Prompt>, FieldError> {
     #[derive(Deserialize)]
     #[serde(untagged)]
     enum Text {
@@ -363,8 +364,8 @@ fn text_prompts(value: &RawValue) -> Result<Vec<Prompt>, FieldError> {
         IdLists(Vec<Vec<Whole>>),
     }
     const EXPECTED: &str = "a text or a list of token ids";
-    let unfit = || wrong("prompt", value, EXPECTED);
-    match read("prompt", value, EXPECTED)? {
+    let unfit = || wrong(name, value, EXPECTED);
+    match read(name, value, EXPECTED)? {
         Text::One(text) => Ok(vec![Prompt::Text(text)]),
         Text::Ids(ids) => Ok(vec![token_ids(&ids).ok_or_else(unfit)?]),
         Text::Texts(texts) => Ok(texts.into_iter().map(Prompt::Text).collect()),

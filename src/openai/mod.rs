@@ -2,6 +2,7 @@
 //!
 //! ```text
 //!   JSON object ── Fields ──> Body (prompts, sampling, stop texts) ── … ──> Completion ──> Answer, ErrorBody
+//!                     ├──> EmbedBody (prompts, dimensions) ── … ──> Completion ──> Embeddings
 //!                     └── what is left, misspelt or can't be served ──> FieldError, which names the field
 //! ```
 //!
@@ -9,6 +10,7 @@
 
 mod answer;
 mod body;
+mod embeddings;
 mod error;
 mod fields;
 mod logprobs;
@@ -23,6 +25,7 @@ pub use answer::{
     ToolCall, Usage, created_now, finish_reason,
 };
 pub use body::{Body, Prompts};
+pub use embeddings::{EmbedBody, Embeddings, Encoding, Vector};
 pub use error::{FieldError, ObjectError, status};
 pub use fields::{Fields, Whole};
 pub use logprobs::{ChatLogprobs, PromptLogprobs, TextLogprobs};

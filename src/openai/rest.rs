@@ -65,14 +65,19 @@ const ONLY: &[Only] = &[
     ("web_search_options", &[], "nothing is searched"),
 ];
 
+/// Takes the fields that change no result.
+pub fn take_without_effect(fields: &mut Fields<'_>) {
+    for name in WITHOUT_EFFECT {
+        fields.raw(name);
+    }
+}
+
 /// Checks that what is left of a request asks for nothing.
 ///
 /// # Errors
 /// A field that does, or that is not known.
 pub fn check_rest(mut fields: Fields<'_>, prompts: &[Prompt]) -> Result<(), FieldError> {
-    for name in WITHOUT_EFFECT {
-        fields.raw(name);
-    }
+    take_without_effect(&mut fields);
     check_only(&mut fields, ONLY)?;
     match prompts.first() {
         None | Some(Prompt::Tokens(_) | Prompt::Rerank(_)) => drop(fields.raw("add_special_tokens")),

@@ -4,7 +4,8 @@
 //!   launch ── the device is free, or not yet ──> begins ── step_ms(batch) ──> ended ──> complete
 //! ```
 //!
-//! A row's token is a hash of its place in the sequence, or, where it has a mask, the next one that the mask allows.
+//! A row's token is a hash of its place in the sequence, or, where it has a mask, the next one that the mask allows. An embedding is a
+//! row of ones.
 
 use std::collections::HashSet;
 use std::convert::Infallible;
@@ -42,6 +43,8 @@ pub struct Simulated {
     steps: [Step; 2],
     /// Of the step launched last, one behind the other.
     masks: Vec<u32>,
+    /// What every row's hidden state is.
+    hidden: Vec<f32>,
 }
 
 struct Step {
@@ -72,6 +75,7 @@ impl Simulated {
             last_began: None,
             steps: [step(), step()],
             masks: Vec::new(),
+            hidden: vec![1.0; model.hidden as usize],
         }
     }
 
@@ -181,6 +185,10 @@ impl Executor for Simulated {
             since_ms: since.as_secs_f32() * 1e3,
             took_ms: step.took_ms as f32,
         })
+    }
+
+    fn hidden(&mut self, _: usize, _: u32) -> Result<&[f32], Infallible> {
+        Ok(&self.hidden)
     }
 }
 

@@ -4,7 +4,8 @@
 //! or as long as a test says.
 //!
 //! A request of prompt `[p, a, b, c]` draws `a, b, c, p + 3, p + 4, …`, and of `[p]` hence `p, p + 1, …`; where there is a
-//! script, each draws that and ends. An empty prompt is refused.
+//! script, each draws that and ends. An empty prompt is refused. The embedding of a prompt that begins with `p` has the direction of
+//! `p, p + 1, …, p + 7`.
 //!
 //! ```
 //! use minisgl::simulated::{Control, request};
@@ -28,6 +29,7 @@ use std::time::Duration;
 use minisgl_core::backend::Dims;
 use minisgl_core::batch::StepShape;
 use minisgl_core::config::Limits;
+use minisgl_core::embedding::Embed;
 use minisgl_core::engine::{CompletedStep, StepReport};
 use minisgl_core::kv::KvFormat;
 use minisgl_core::request::{self as core, Request, SubmitError, Submitted, Ticket};
@@ -40,6 +42,7 @@ use crate::diagnostics::Ceilings;
 use crate::error::{Cause, Error};
 use crate::front::Front;
 use crate::info::Info;
+use crate::pooling::Pooling;
 use crate::request::{GenerateRequest, SamplingParams};
 use crate::runner::{Runner, Sink};
 use crate::telemetry::Probe;
@@ -106,9 +109,13 @@ impl Default for Control {
 /// Tokens that it tells apart.
 const VOCAB: u32 = 100;
 
+/// Values of an embedding at most.
+const HIDDEN: u32 = 8;
+
 /// A request in the engine.
 struct Running {
     ticket: Ticket,
+    embed: Option<Embed>,
     prompt: Vec<u32>,
     max_tokens: u32,
     tokens: Vec<u32>,
@@ -133,6 +140,7 @@ impl Simulated {
 impl Simulated {
     fn submit(&mut self, request: Request<'_>) -> Result<Submitted, SubmitError> {
         request.params.check()?;
+        request.params.embed.map_or(Ok(()), |asked| asked.check(HIDDEN))?;
         let first = *request.prompt.first().ok_or(SubmitError::EmptyPrompt)?;
         let entry = self.requests.iter().position(Option::is_none);
         let entry = entry.ok_or(SubmitError::QueueFull { capacity: self.control.limits.queued })?;
@@ -143,8 +151,13 @@ impl Simulated {
             return Err(SubmitError::PromptTooLong { tokens: request.prompt.len(), limit });
         }
         let max_tokens = request.params.max_tokens.min(limit + 1 - request.prompt.len() as u32);
-        self.requests[entry] =
-            Some(Running { ticket, prompt: request.prompt.to_vec(), max_tokens, tokens: Vec::new() });
+        self.requests[entry] = Some(Running {
+            ticket,
+            embed: request.params.embed,
+            prompt: request.prompt.to_vec(),
+            max_tokens,
+            tokens: Vec::new(),
+        });
         self.control.admitted.lock().unwrap_or_else(PoisonError::into_inner).push(first);
         self.control.running.fetch_add(1, Ordering::Relaxed);
         Ok(Submitted { ticket, max_tokens })
@@ -187,9 +200,14 @@ impl Runner for Simulated {
         assert!(self.control.panics_at != Some(step), "a bug in step {step}");
         let rows = self.requests.iter().flatten().count() as u32;
         for entry in 0..self.requests.len() {
-            let Some(Running { ticket, prompt, max_tokens, tokens }) = &mut self.requests[entry] else {
+            let Some(Running { ticket, embed, prompt, max_tokens, tokens }) = &mut self.requests[entry]
+            else {
                 continue;
             };
+            if let Some(asked) = embed {
+                let values = [0, 1, 2, 3, 4, 5, 6, 7].map(|i| (prompt[0] + i) as f32);
+                sink(core::Event::Embedding { ticket: *ticket, values: asked.of(&values) });
+            }
             if *max_tokens == 0 {
                 self.end(entry, core::FinishReason::Length, sink);
                 continue;
@@ -286,7 +304,7 @@ impl Runner for Simulated {
 pub(crate) fn info(limits: Limits) -> Info {
     let dims = Dims {
         layers: 1,
-        hidden: 8,
+        hidden: HIDDEN,
         heads: 1,
         kv_heads: 1,
         head_dim: 8,
@@ -344,7 +362,8 @@ pub(crate) fn start_engines(
         runner.requests.resize_with(entries, || None);
         move || Ok((Box::new(runner) as Box<dyn Runner>, ()))
     };
-    let (front, _) = Front::start(text, order, controls.into_iter().map(build).collect())?;
+    let (front, _) =
+        Front::start(text, Pooling::default(), order, controls.into_iter().map(build).collect())?;
     Ok(front)
 }
 

@@ -144,6 +144,10 @@ impl<B: Device> Device for Faulty<B> {
         Ok(self.device.download(queue, from, words, to)?)
     }
 
+    fn widen(words: &[u32], out: &mut [f32]) {
+        B::widen(words, out);
+    }
+
     fn event(&mut self) -> Result<B::Event, Self::Error> {
         Ok(self.device.event()?)
     }

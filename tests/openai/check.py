@@ -5,13 +5,15 @@ request it belongs to. What the package makes of them must be of its own types, 
 converted.
 """
 
+import base64
 import json
+import struct
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import openai
-from openai.types import Completion
+from openai.types import Completion, CreateEmbeddingResponse
 from openai.types.chat import ChatCompletion
 from strict import all_fields_are_known, check_token
 
@@ -69,6 +71,21 @@ def check_logprobs(request, kind, choice):
         assert len(lengths) == 1, lengths
 
 
+def check_embedding(request, answer, body):
+    assert type(answer) is CreateEmbeddingResponse, type(answer)
+    [item] = body["data"]
+    if request["body"].get("encoding_format") == "base64":
+        bytes = base64.b64decode(item["embedding"], validate=True)
+        item["embedding"] = list(struct.unpack(f"<{len(bytes) // 4}f", bytes))
+    strict = CreateEmbeddingResponse.model_validate(body, strict=True)
+    all_fields_are_known(strict, "CreateEmbeddingResponse")
+    assert answer.to_dict() == strict.to_dict() == body, "something is lost or converted on the way"
+    values = answer.data[0].embedding
+    assert len(values) == request["body"].get("dimensions", 128), len(values)
+    assert abs(sum(value * value for value in values) - 1) < 1e-5, values
+    assert answer.usage.total_tokens == answer.usage.prompt_tokens > 0
+
+
 def check_refusal(request, error, body):
     assert isinstance(error, openai.BadRequestError), error
     assert error.status_code == 400 and error.type == "invalid_request_error"
@@ -91,16 +108,19 @@ assert results.keys() == requests.keys(), results.keys() ^ requests.keys()
 
 answers = refusals = 0
 for custom_id, request in requests.items():
-    chat = request["url"] == "/v1/chat/completions"
-    create = client.chat.completions.create if chat else client.completions.create
+    create, prompt, check = {
+        "/v1/chat/completions": (client.chat.completions.create, "messages", check_answer),
+        "/v1/completions": (client.completions.create, "prompt", check_answer),
+        "/v1/embeddings": (client.embeddings.create, "input", check_embedding),
+    }[request["url"]]
     body = results[custom_id]["response"]["body"]
     headers = {"x-custom-id": custom_id}
     # A request that leaves its model out has the one that answered.
     own = {"model": "any", **request["body"]}
-    known = {name: own.pop(name) for name in ("model", "messages", "prompt") if name in own}
-    known.setdefault("messages" if chat else "prompt", [])
+    known = {name: own.pop(name) for name in ("model", prompt) if name in own}
+    known.setdefault(prompt, [])
     try:
-        check_answer(request, create(**known, extra_body=own, extra_headers=headers), body)
+        check(request, create(**known, extra_body=own, extra_headers=headers), body)
         answers += 1
     except openai.APIStatusError as error:
         check_refusal(request, error, body)

@@ -1,6 +1,6 @@
-//! What comes of a step: scores and tokens are taken in, and requests end.
+//! What comes of a step: scores, embeddings and tokens are taken in, and requests end.
 
-use crate::batch::Batch;
+use crate::batch::{Batch, Embedded};
 use crate::request::{Event, FinishReason};
 use crate::sampling::{NO_TOKEN, RowLogprobs};
 use crate::speculation::Speculation;
@@ -26,8 +26,23 @@ impl Scheduler {
         self.forget_ended();
     }
 
-    /// Takes the tokens of a step: of its sampled rows, in order, but for those behind a wrong draft. Steps complete in the order
-    /// they were scheduled.
+    /// Takes what a completed step gives of a prompt's embedding, all its values. [`Scheduler::forget_ended`] is due then.
+    pub fn take_embedding(&mut self, embedded: Embedded, values: &[f32], sink: &mut impl FnMut(Event<'_>)) {
+        let ticket = embedded.owner;
+        let Some(entry) = self.table.find(ticket) else { return };
+        let reason = match values.iter().all(|value| value.is_finite()) {
+            true => FinishReason::Length,
+            false => FinishReason::NotNumbers,
+        };
+        if let (Some(asked), FinishReason::Length) = (self.table.get(entry).params.embed, reason) {
+            self.stats.embeddings += 1;
+            sink(Event::Embedding { ticket, values: asked.of(values) });
+        }
+        self.end(entry, reason, sink);
+    }
+
+    /// Takes the tokens of a step: of its sampled rows, in order, but for those behind a wrong draft; none where no logits were
+    /// wanted. Steps complete in the order they were scheduled.
     pub fn complete(
         &mut self,
         batch: &Batch,
@@ -45,7 +60,7 @@ impl Scheduler {
             if !is_right {
                 continue;
             }
-            let Some(entry) = self.table.find(ticket) else { continue };
+            let Some(entry) = self.table.find(ticket).filter(|entry| self.draws(*entry)) else { continue };
             self.stats.accepted += u64::from(draft.is_some());
             if token == NO_TOKEN {
                 self.end(entry, self.reason_of_no_token(entry), sink);
@@ -75,6 +90,11 @@ impl Scheduler {
             }
         }
         self.forget_ended();
+    }
+
+    /// Is a request's sampled row there for more than its hidden state?
+    fn draws(&self, entry: u32) -> bool {
+        self.table.get(entry).params.embed.is_none()
     }
 
     /// Why no token could be drawn: its logits are no numbers, or what its constraint allows is all forbidden otherwise.
@@ -117,7 +137,7 @@ impl Scheduler {
     }
 
     /// Removes the requests that have ended from their lists, all at once: many may end in one step.
-    pub(super) fn forget_ended(&mut self) {
+    pub(crate) fn forget_ended(&mut self) {
         let in_state = |table: &RequestTable, entry: &u32, state| table.get(*entry).state == state;
         if core::mem::take(&mut self.ended_running) {
             self.running.retain(|entry| in_state(&self.table, entry, State::Running));

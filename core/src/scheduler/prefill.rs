@@ -34,7 +34,8 @@ impl Scheduler {
             return false;
         }
         let last = end == request.prefill_len;
-        if last && !self.can_draw(entry) {
+        let embeds = last && request.params.embed.is_some();
+        if (last && !self.can_draw(entry)) || (embeds && !batch.has_room_for_embedded()) {
             return false;
         }
         for _ in 0..missing {
@@ -44,6 +45,9 @@ impl Scheduler {
         let tokens = batch.tokens().len() as u32;
         let row = row(&request.params, request.slot, tokens, request.computed..end, last);
         batch.push_prefill_row(self.table.ticket(entry), Row { mask, ..row });
+        if embeds {
+            batch.push_embedded(self.table.ticket(entry));
+        }
         for position in request.computed..end {
             let (id, location) = (self.table.token(entry, position), self.table.location(entry, position));
             batch.push_token(Token { id, slot: request.slot, position, location });

@@ -34,6 +34,30 @@ pub fn attend(state: u32, kv: u32) -> u32 {
     state.rotate_left(5).wrapping_mul(0x9E37_79B1) ^ kv
 }
 
+/// Values of a hidden state.
+pub const HIDDEN: usize = 3;
+
+/// What attention gives as values, exactly; the last one is no number where the seed's requests find no token.
+pub fn hidden(state: u32, seed: u64) -> [f32; HIDDEN] {
+    let number = if draw(state, seed) == NO_TOKEN { f32::NAN } else { 0.5 };
+    [(state >> 16) as f32, (state & 0xFFFF) as f32, number]
+}
+
+/// And back.
+pub fn state(hidden: [f32; HIDDEN]) -> u32 {
+    (hidden[0] as u32) << 16 | hidden[1] as u32
+}
+
+/// A prompt's embedding.
+pub fn embedding(prompt: &[u32], seed: u64, window: u32) -> [f32; HIDDEN] {
+    let mut cache: Vec<u32> = Vec::new();
+    for (position, token) in (0..).zip(prompt) {
+        cache.push(kv(cache.last().copied().unwrap_or(0), *token, position));
+    }
+    let first = cache.len().saturating_sub(window as usize);
+    hidden(cache[first..].iter().copied().fold(0, attend), seed)
+}
+
 /// The token drawn.
 pub fn draw(state: u32, seed: u64) -> u32 {
     if seed == FAILING && state.is_multiple_of(16) {

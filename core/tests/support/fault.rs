@@ -126,6 +126,10 @@ impl<B: Device> Device for Fault<B> {
         Ok(self.device.download(queue, from, words, to)?)
     }
 
+    fn widen(words: &[u32], out: &mut [f32]) {
+        B::widen(words, out);
+    }
+
     fn event(&mut self) -> Result<B::Event, Self::Error> {
         self.pass("event")?;
         Ok(self.device.event()?)

@@ -35,12 +35,20 @@ impl Runs for Lazy {
 #[derive(Default)]
 pub struct Hashing {
     kv: Option<Words>,
-    /// `[logit rows]`: what attention gives.
+    /// `[logit rows, HIDDEN]`: what attention gives.
+    normed: Option<Words>,
+    /// `[logit rows]`: the same, a word a row.
     logits: Option<Words>,
     window: Option<u32>,
+    headless: bool,
 }
 
 impl Hashing {
+    /// A model for embeddings alone.
+    pub fn headless() -> Hashing {
+        Hashing { headless: true, ..Hashing::default() }
+    }
+
     /// A model whose tokens see so many positions, at least 2: a token's word is made of the one before.
     pub fn windowed(window: Option<u32>) -> Hashing {
         Hashing { window, ..Hashing::default() }
@@ -56,6 +64,14 @@ impl<B: Runs> Model<B> for Hashing {
         expected::VOCAB
     }
 
+    fn hidden(&self) -> u32 {
+        expected::HIDDEN as u32
+    }
+
+    fn has_head(&self) -> bool {
+        !self.headless
+    }
+
     fn max_positions(&self) -> u32 {
         4096
     }
@@ -65,6 +81,8 @@ impl<B: Runs> Model<B> for Hashing {
     }
 
     fn reserve(&mut self, backend: &mut B, limits: &Limits) -> Result<usize, B::Error> {
+        let hidden = limits.logit_rows() * expected::HIDDEN;
+        self.normed = Some(backend.alloc(Purpose::Scratch, Element::Activation, hidden)?);
         self.logits = Some(backend.alloc(Purpose::Scratch, Element::Logit, limits.logit_rows())?);
         Ok(PLAN_WORDS)
     }
@@ -86,14 +104,23 @@ impl<B: Runs> Model<B> for Hashing {
 
     fn forward(&mut self, backend: &mut B, step: &Step<Words>) -> Result<(), B::Error> {
         let kv = self.kv.expect("the engine allocates pages first");
-        let (logits, window) = (Model::<B>::logits(self), self.window.unwrap_or(u32::MAX));
-        backend.enqueue(Op::Forward { step: *step, kv, logits, window })
+        backend.enqueue(Op::Forward { step: *step, kv })
+    }
+
+    fn norm(&mut self, backend: &mut B, step: &Step<Words>) -> Result<(), B::Error> {
+        let kv = self.kv.expect("the engine allocates pages first");
+        let (normed, window) = (Model::<B>::normed(self), self.window.unwrap_or(u32::MAX));
+        backend.enqueue(Op::Norm { step: *step, kv, normed, window })
     }
 
     fn head(&mut self, backend: &mut B, step: &Step<Words>) -> Result<(), B::Error> {
-        let kv = self.kv.expect("the engine allocates pages first");
-        let (logits, window) = (Model::<B>::logits(self), self.window.unwrap_or(u32::MAX));
-        backend.enqueue(Op::Head { step: *step, kv, logits, window })
+        assert!(!self.headless, "a model without a head has no logits");
+        let (normed, logits) = (Model::<B>::normed(self), Model::<B>::logits(self));
+        backend.enqueue(Op::Head { step: *step, normed, logits })
+    }
+
+    fn normed(&self) -> Words {
+        self.normed.expect("the engine reserves first")
     }
 
     fn logits(&self) -> Words {
@@ -113,7 +140,7 @@ fn split<'a>(memory: &'a mut [u32], step: &Step<Words>) -> (&'a [u32], Split<'a>
 }
 
 /// A step's forward pass, as the device runs it.
-pub fn forward(memory: &mut [u32], step: &Step<Words>, kv: Words, logits: Words, window: u32) {
+pub fn forward(memory: &mut [u32], step: &Step<Words>, kv: Words) {
     let (batch, mut device) = split(memory, step);
     let header = check_header(step, batch);
     for update in packed_updates(&step.layout, batch) {
@@ -148,16 +175,28 @@ pub fn forward(memory: &mut [u32], step: &Step<Words>, kv: Words, logits: Words,
             device.check_history(step, kv, row);
         }
     }
-    head(memory, step, kv, logits, window);
 }
 
-/// The logits of the step's sampled rows, or of others whose keys and values are there.
-pub fn head(memory: &mut [u32], step: &Step<Words>, kv: Words, logits: Words, window: u32) {
+/// The hidden states of the step's sampled rows, or of others whose keys and values are there.
+pub fn norm(memory: &mut [u32], step: &Step<Words>, kv: Words, normed: Words, window: u32) {
     let (batch, mut device) = split(memory, step);
     for (i, row) in packed_rows(&step.layout, step.shape.samples as usize, batch).iter().enumerate() {
         let context = (row.kv_len.saturating_sub(window)..row.kv_len)
             .map(|position| device.kv(step, kv, row.slot, position));
-        *device.word(logits, i) = context.fold(0, expected::attend);
+        let state = context.fold(0, expected::attend);
+        let hidden = expected::hidden(state, slot(&mut device, step, row).seed());
+        for (j, value) in hidden.into_iter().enumerate() {
+            *device.word(normed, i * expected::HIDDEN + j) = value.to_bits();
+        }
+    }
+}
+
+/// Their logits.
+pub fn head(memory: &mut [u32], step: &Step<Words>, normed: Words, logits: Words) {
+    for i in 0..step.shape.samples as usize {
+        let hidden = &memory[normed.start + i * expected::HIDDEN..][..expected::HIDDEN];
+        let hidden: [f32; expected::HIDDEN] = core::array::from_fn(|j| f32::from_bits(hidden[j]));
+        memory[logits.start + i] = expected::state(hidden);
     }
 }
 

@@ -53,9 +53,10 @@ pub struct Words {
 /// One operation in a queue.
 #[derive(Clone)]
 pub enum Op {
-    Forward { step: Step<Words>, kv: Words, logits: Words, window: u32 },
+    Forward { step: Step<Words>, kv: Words },
+    Norm { step: Step<Words>, kv: Words, normed: Words, window: u32 },
     Sample { step: Step<Words>, logits: Words, tokens: Words },
-    Head { step: Step<Words>, kv: Words, logits: Words, window: u32 },
+    Head { step: Step<Words>, normed: Words, logits: Words },
     Logprobs { step: Step<Words>, logits: Words, tokens: Words, out: Words },
     Upload { from: Host, range: Range<usize>, to: Words },
     Download { from: Words, words: usize, to: Host },
@@ -199,15 +200,16 @@ impl State {
 
     fn perform(&mut self, op: Op) {
         match op {
-            Op::Forward { step, kv, logits, window } => {
+            Op::Forward { step, kv } => {
                 let costs = if step.shape.is_decode() { self.costs.decode } else { self.costs.mixed };
                 self.clock += costs.at(step.shape.tokens) as u64;
-                hashing::forward(&mut self.memory, &step, kv, logits, window);
+                hashing::forward(&mut self.memory, &step, kv);
+            }
+            Op::Norm { step, kv, normed, window } => {
+                hashing::norm(&mut self.memory, &step, kv, normed, window);
             }
             Op::Sample { step, logits, tokens } => hashing::sample(&mut self.memory, &step, logits, tokens),
-            Op::Head { step, kv, logits, window } => {
-                hashing::head(&mut self.memory, &step, kv, logits, window);
-            }
+            Op::Head { step, normed, logits } => hashing::head(&mut self.memory, &step, normed, logits),
             Op::Logprobs { step, logits, tokens, out } => {
                 hashing::logprobs(&mut self.memory, &step, logits, tokens, out);
             }
@@ -311,6 +313,10 @@ impl Device for Lazy {
     ) -> Result<(), LazyError> {
         to.downloaded = Some((queue, self.end(queue) + 1));
         self.enqueue(queue, Op::Download { from, words, to: to.host.clone() })
+    }
+
+    fn widen(words: &[u32], out: &mut [f32]) {
+        out.iter_mut().zip(words).for_each(|(out, word)| *out = f32::from_bits(*word));
     }
 
     fn event(&mut self) -> Result<Event, LazyError> {

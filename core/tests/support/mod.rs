@@ -67,6 +67,7 @@ pub struct Outcome {
     pub logprobs: Vec<f32>,
     /// Of the prompt's tokens.
     pub scores: Vec<f32>,
+    pub embedding: Option<Vec<f32>>,
     pub finished: Option<(FinishReason, u32)>,
 }
 
@@ -83,6 +84,11 @@ impl Outcomes {
                 let outcome = self.of_mut(ticket);
                 assert!(outcome.finished.is_none(), "{ticket:?} has a score after its end");
                 outcome.scores.extend(logprobs.iter().map(|row| row.token));
+            }
+            Event::Embedding { ticket, values } => {
+                let outcome = self.of_mut(ticket);
+                assert!(outcome.finished.is_none(), "{ticket:?} has an embedding after its end");
+                assert_eq!(outcome.embedding.replace(values.to_vec()), None, "{ticket:?} has two embeddings");
             }
             Event::Token { ticket, token, logprobs } => {
                 let outcome = self.of_mut(ticket);

@@ -114,7 +114,7 @@ pub fn run(device: &Formula, launch_ms: f64, limits: &Limits, settings: Settings
             }
         };
         scheduler.complete(&of_step, &tokens, &[], &mut |event| match event {
-            Event::PromptLogprobs { .. } => {}
+            Event::PromptLogprobs { .. } | Event::Embedding { .. } => {}
             Event::Token { ticket, .. } => {
                 let i = of_ticket[&ticket];
                 match last_ms[i] {

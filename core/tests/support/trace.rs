@@ -93,6 +93,10 @@ impl<B: Device> Device for Trace<B> {
         self.device.download(queue, from, words, to)
     }
 
+    fn widen(words: &[u32], out: &mut [f32]) {
+        B::widen(words, out);
+    }
+
     fn event(&mut self) -> Result<B::Event, B::Error> {
         self.device.event()
     }
@@ -160,6 +164,7 @@ impl<B: Runs> Runs for Trace<B> {
     fn enqueue(&mut self, op: Op) -> Result<(), B::Error> {
         self.note(match op {
             Op::Sample { .. } => "sample",
+            Op::Norm { .. } => "norm",
             Op::Head { .. } => "head",
             Op::Logprobs { .. } => "logprobs",
             _ => "forward",

@@ -7,12 +7,13 @@ types, strictly, with no field unknown to them.
 
 import asyncio
 import sys
+from array import array
 from pathlib import Path
 from typing import Annotated, Literal
 
 import openai
 import pydantic
-from openai.types import Completion, Model
+from openai.types import Completion, CreateEmbeddingResponse, Model
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
 sys.path.insert(0, str(Path(__file__).parents[3] / "tests" / "openai"))
@@ -43,6 +44,29 @@ class Both:
 
     def text(self, **asked):
         return self._ask(lambda client: client.completions, Completion, Completion, asked)
+
+    def embeddings(self, **asked):
+        """By either client, as numbers and as the package's own way asks for them, which is base64."""
+
+        async def ask(**given):
+            async with openai.AsyncOpenAI(
+                api_key=self.asynchronous.api_key, base_url=self.asynchronous.base_url, max_retries=0
+            ) as client:
+                return await client.embeddings.create(model=MODEL, **given)
+
+        numbers = {**asked, "encoding_format": "float"}
+        answers = [self.sync.embeddings.create(model=MODEL, **given) for given in (asked, numbers)]
+        answers += [asyncio.run(ask(**given)) for given in (asked, numbers)]
+        # Numbers are written so that they are the same 32 bits.
+        vectors = [[array("f", item.embedding) for item in answer.data] for answer in answers]
+        assert all(vector == vectors[0] for vector in vectors), vectors
+        for answer in answers:
+            assert type(answer) is CreateEmbeddingResponse, type(answer)
+            all_fields_are_known(CreateEmbeddingResponse.model_validate(answer.to_dict(), strict=True), "embeddings")
+            for at, item in enumerate(answer.data):
+                assert item.index == at and len(item.embedding) == asked.get("dimensions", 128), item
+                assert abs(sum(value * value for value in item.embedding) - 1) < 1e-5, item
+        return answers[0]
 
     def _ask(self, endpoint, kind, chunk_kind, asked):
         answers = [endpoint(self.sync).create(model=MODEL, **asked)]
@@ -165,6 +189,11 @@ def a_small_model():
     assert answer.choices[0].text.startswith("Once upon")
     assert both.text(prompt="Once", seed=1).usage.completion_tokens <= 16
 
+    both.embeddings(input="Once upon")
+    both.embeddings(input=["Once upon", "a time"], dimensions=32)
+    both.embeddings(input=[5, 6, 7], encoding_format="float", user="u")
+    assert len(both.embeddings(input=[[5, 6, 7], [8]]).data) == 2
+
     chat, text = both.sync.chat.completions.create, both.sync.completions.create
     bad = openai.BadRequestError
     for field, value in [
@@ -177,6 +206,7 @@ def a_small_model():
     ]:
         refused(bad, lambda: chat(model=MODEL, messages=user, **{field: value}), field)
     refused(bad, lambda: text(model=MODEL, prompt="a", suffix="b"), "suffix")
+    refused(bad, lambda: both.sync.embeddings.create(model=MODEL, input="a", dimensions=129), "dimensions")
     refused(bad, lambda: text(model=MODEL, prompt="a", extra_body={"max_token": 3}), "max_token")
     refused(bad, lambda: chat(model=MODEL, messages=[{"role": "elf", "content": "x"}]), "messages")
     long = refused(bad, lambda: text(model=MODEL, prompt=[5] * 300))
