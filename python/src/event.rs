@@ -101,6 +101,8 @@ pub struct Completion {
     logprobs: Option<Vec<Logprobs>>,
     /// Of each token of the prompt but the first, or of a completion that was given, where asked for.
     prompt_logprobs: Option<Vec<Logprobs>>,
+    /// Of the prompt, where asked for.
+    embedding: Option<Vec<f32>>,
     warning: Option<String>,
     error: Option<String>,
 }
@@ -129,6 +131,7 @@ impl Completion {
             cached_tokens: of.cached_tokens,
             logprobs: of.logprobs.map(of_tokens),
             prompt_logprobs: of.prompt_logprobs.map(of_tokens),
+            embedding: of.embedding,
             warning: of.warning.map(|warning| in_arguments(&warning)),
             error: of.error.map(|error| in_arguments(&error.to_string())),
         }

@@ -45,5 +45,5 @@ mod _minisgl {
     #[pymodule_export]
     use crate::run::Run;
     #[pymodule_export]
-    use crate::sampling::{Scored, check_sampling};
+    use crate::sampling::{Embedded, Scored, check_sampling};
 }

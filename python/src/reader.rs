@@ -15,7 +15,7 @@ use crate::engine::Owner;
 use crate::error::raised;
 use crate::event::{Event, Groups};
 use crate::prompt::prompt;
-use crate::sampling::{Sampling, Scored};
+use crate::sampling::{Embedded, Sampling, Scored};
 
 /// How long Ctrl-C may take to be seen.
 const LOOK: Duration = Duration::from_millis(50);
@@ -138,6 +138,9 @@ impl Reader {
             return Ok(
                 ScoreRequest { prompt: prompt(&from)?, completion: completion.clone(), top: *top }.into()
             );
+        }
+        if let Ok(embedded) = sampling.cast::<Embedded>() {
+            return Ok(embedded.get().request(prompt(&from)?));
         }
         let number: u64 = given.get_borrowed_item(2)?.extract()?;
         let known = self.sampling.as_ref().filter(|(known, _)| known.is(&*sampling));

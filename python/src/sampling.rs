@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use minisgl::{GenerateRequest, Given, Prompt, PromptLogprobs, SamplingParams, TokenRules};
+use minisgl::{EmbedRequest, GenerateRequest, Given, Prompt, PromptLogprobs, SamplingParams, TokenRules};
 use pyo3::exceptions::{PyOverflowError, PyTypeError, PyValueError};
 use pyo3::prelude::*;
 
@@ -116,6 +116,27 @@ impl Scored {
             }
         };
         Ok(Scored { completion, top })
+    }
+}
+
+/// In the place of sampling: the prompt is embedded.
+#[pyclass(module = "minisgl._minisgl", frozen)]
+pub struct Embedded {
+    dimensions: Option<u32>,
+}
+
+#[pymethods]
+impl Embedded {
+    #[new]
+    fn new(dimensions: Option<u32>) -> Self {
+        Embedded { dimensions }
+    }
+}
+
+impl Embedded {
+    /// The request for a prompt's embedding.
+    pub fn request(&self, prompt: Prompt) -> GenerateRequest {
+        EmbedRequest { prompt, dimensions: self.dimensions }.into()
     }
 }
 

@@ -514,6 +514,25 @@ def test_a_prompts_own_log_probabilities_come_with_it(llm):
     assert found == score.token_logprobs
 
 
+def test_prompts_are_embedded_as_they_are_alone_and_the_beginning_of_an_embedding_is_one(llm):
+    prompts = ["Once upon a time", {"prompt_token_ids": [5, 6, 7]}, np.array([5, 6, 7], dtype=np.int64)]
+    outputs = llm.embed(prompts, **QUIET)
+    assert [output.index for output in outputs] == [0, 1, 2] and all(output.finished for output in outputs)
+    first, *same = [output.outputs.embedding for output in outputs]
+    assert same[0] == same[1] != first and len(first) == outputs[0].outputs.hidden_size == 128
+    assert sum(value * value for value in first) == pytest.approx(1, abs=1e-5)
+    assert outputs[0].prompt_token_ids == llm.encode("Once upon a time")
+    [alone] = llm.embed("Once upon a time", **QUIET)
+    assert alone.outputs.embedding == first
+    [cut] = llm.embed("Once upon a time", dimensions=3, **QUIET)
+    length = sum(value * value for value in first[:3]) ** 0.5
+    assert cut.outputs.embedding == pytest.approx([value / length for value in first[:3]], rel=1e-5)
+    with pytest.raises(RequestError, match="dimensions is 129"):
+        llm.embed(prompts, dimensions=129, **QUIET)
+    refused, kept = llm.embed([[10**6], [5]], errors="keep", **QUIET)
+    assert refused.error and refused.outputs.embedding == [] and kept.error is None
+
+
 def test_a_model_sleeps_and_wakes_up_as_it_was(checkpoint):
     llm = open_llm(checkpoint)
     params = SamplingParams(temperature=1, seed=2, max_tokens=12, ignore_eos=True)

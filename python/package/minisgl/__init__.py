@@ -12,7 +12,14 @@ from importlib.metadata import version as _version
 
 from minisgl._minisgl import EngineError, RequestError
 from minisgl.llm import LLM, Interrupted, Stream
-from minisgl.outputs import CompletionOutput, Logprob, RequestOutput, ScoreOutput
+from minisgl.outputs import (
+    CompletionOutput,
+    EmbeddingOutput,
+    EmbeddingRequestOutput,
+    Logprob,
+    RequestOutput,
+    ScoreOutput,
+)
 from minisgl.sampling_params import SamplingParams
 
 __version__ = _version("minisgl")
@@ -24,6 +31,8 @@ __all__ = [
     "CompletionOutput",
     "Logprob",
     "ScoreOutput",
+    "EmbeddingRequestOutput",
+    "EmbeddingOutput",
     "Stream",
     "EngineError",
     "RequestError",

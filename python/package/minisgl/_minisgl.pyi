@@ -32,6 +32,11 @@ class Scored:
 
     def __new__(cls, completion: Any, top: int) -> Scored: ...
 
+class Embedded:
+    """In the place of sampling: the prompt is embedded."""
+
+    def __new__(cls, dimensions: int | None) -> Embedded: ...
+
 class Token:
     """Another token of a request."""
 
@@ -55,6 +60,7 @@ class Completion:
     cached_tokens: int
     logprobs: list[tuple[float, list[tuple[int, float]]]] | None
     prompt_logprobs: list[tuple[float, list[tuple[int, float]]]] | None
+    embedding: list[float] | None
     warning: str | None
     error: str | None
 

@@ -16,7 +16,14 @@ from typing import Any, Union
 
 from minisgl import _minisgl
 from minisgl.arguments import to_options
-from minisgl.outputs import CompletionOutput, Logprob, RequestOutput, ScoreOutput
+from minisgl.outputs import (
+    CompletionOutput,
+    EmbeddingOutput,
+    EmbeddingRequestOutput,
+    Logprob,
+    RequestOutput,
+    ScoreOutput,
+)
 from minisgl.sampling_params import SamplingParams
 
 #: A text, token ids (a list or a numpy array of integers), or a dict with one of them as `prompt` or `prompt_token_ids`.
@@ -335,6 +342,37 @@ class LLM:
 
         return self._run_all(prompts, scored, use_tqdm, None, errors, score)
 
+    def embed(
+        self,
+        prompts: Prompt | Iterable[Prompt],
+        *,
+        dimensions: int | None = None,
+        use_tqdm: bool | Callable[..., Any] = True,
+        errors: str = "raise",
+    ) -> list[EmbeddingRequestOutput]:
+        """The embedding of each prompt: its last token's hidden state, scaled to length 1; one prefill each, nothing drawn.
+
+        Args:
+            prompts: see `Prompt`. Texts get the tokens that the tokenizer puts around them; token ids must bring them along.
+            dimensions: how many of the first values to take, for models that were trained for it; None: all.
+
+        The others, and what is raised, are those of `generate`.
+        """
+        prompts = _listed(prompts)
+        wanted = [_minisgl.Embedded(dimensions)] * len(prompts)
+
+        def embedding(done: _minisgl.Completion, prompt: Any, number: int) -> EmbeddingRequestOutput:
+            return EmbeddingRequestOutput(
+                request_id=str(number),
+                outputs=EmbeddingOutput(done.embedding or []),
+                prompt_token_ids=done.prompt_token_ids or [],
+                num_cached_tokens=done.cached_tokens,
+                index=done.index,
+                error=done.error,
+            )
+
+        return self._run_all(prompts, wanted, use_tqdm, None, errors, embedding)
+
     def stream(
         self,
         prompts: Prompt | Iterable[Prompt],
@@ -638,7 +676,7 @@ def _raises(errors: str) -> bool:
     return errors == "raise"
 
 
-def _refused(output: RequestOutput | ScoreOutput) -> _minisgl.RequestError:
+def _refused(output: RequestOutput | ScoreOutput | EmbeddingRequestOutput) -> _minisgl.RequestError:
     error = _minisgl.RequestError(f"prompt {output.index}: {output.error}")
     error.index = output.index
     error.outputs = []

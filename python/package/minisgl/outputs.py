@@ -65,6 +65,36 @@ class ScoreOutput:
 
 
 @dataclass(slots=True)
+class EmbeddingOutput:
+    """A prompt's embedding."""
+
+    #: Of length 1, unless the checkpoint's files leave that out.
+    embedding: list[float]
+
+    @property
+    def hidden_size(self) -> int:
+        """How many values it has."""
+        return len(self.embedding)
+
+
+@dataclass(slots=True)
+class EmbeddingRequestOutput:
+    """What came of a prompt that was to be embedded."""
+
+    #: A number that no other request of its LLM has.
+    request_id: str
+    outputs: EmbeddingOutput
+    prompt_token_ids: Sequence[int]
+    #: How many of the prompt's tokens the prefix cache held.
+    num_cached_tokens: int
+    #: Its place among the prompts.
+    index: int
+    finished: bool = True
+    #: Why there is no embedding, where errors are kept.
+    error: str | None = None
+
+
+@dataclass(slots=True)
 class RequestOutput:
     """What came of a request."""
 
