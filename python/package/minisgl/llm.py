@@ -361,7 +361,8 @@ class LLM:
         prompts = _listed(prompts)
         wanted = [_minisgl.Embedded(dimensions)] * len(prompts)
 
-        def embedding(done: _minisgl.Completion, prompt: Any, number: int) -> EmbeddingRequestOutput:
+        def embedding(samples: list[_minisgl.Completion], prompt: Any, number: int) -> EmbeddingRequestOutput:
+            (done,) = samples
             return EmbeddingRequestOutput(
                 request_id=str(number),
                 outputs=EmbeddingOutput(done.embedding or []),
