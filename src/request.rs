@@ -135,7 +135,7 @@ pub struct GenerateRequest {
     pub prompt: Prompt,
     /// How tokens are drawn, and how many.
     pub sampling: SamplingParams,
-    /// Outputs, each a sample of its own, at least 1. Sample i draws with the seed [`sample_seed`] of the request's and i, so the
+    /// Outputs, each a sample of its own, at least 1 and at most [`SAMPLES_MAX`]. Sample i draws with the seed [`sample_seed`] of the request's and i, so the
     /// first draws what it would draw alone. They run as a group: the prompt is computed once, and its pages are held once.
     pub samples: u32,
     /// Texts that end the output, of [`STOP_BYTES_MAX`] bytes together at most; it is cut before the first one found. They need the
@@ -153,6 +153,9 @@ pub struct GenerateRequest {
 
 /// Bytes of a request's stop texts at most, together.
 pub const STOP_BYTES_MAX: usize = 4096;
+
+/// Samples that may be asked for of a prompt; how many can run together is the engine's to say.
+pub const SAMPLES_MAX: u32 = 1 << 16;
 
 /// Tokens behind a prompt that nobody draws.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -400,8 +403,11 @@ pub enum RequestError {
     )]
     GrammarFailed,
     /// No output is asked for.
-    #[error("samples is 0; ask for at least one")]
-    NoSamples,
+    #[error("{samples} samples are asked for; it must be at least one, and at most {SAMPLES_MAX}")]
+    Samples {
+        /// As asked for.
+        samples: u32,
+    },
     /// More stop texts than can be looked for at each token, which one thread does for all requests.
     #[error(
         "stop texts have {bytes} bytes together; at most {STOP_BYTES_MAX} can be looked for: shorten them, or give fewer"
@@ -443,7 +449,7 @@ impl RequestError {
             RequestError::NoToolFormat => "no format of tool calls",
             RequestError::Grammar(_) => "unusable grammar",
             RequestError::GrammarFailed => "grammar too complex",
-            RequestError::NoSamples => "no samples",
+            RequestError::Samples { .. } => "number of samples",
             RequestError::StopTexts { .. } => "too long stop texts",
             RequestError::Pooling(_) => "unsupported pooling",
             RequestError::EmptyStop => "empty stop text",

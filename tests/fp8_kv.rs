@@ -47,12 +47,13 @@ fn run(builder: LlmBuilder, requests: &[GenerateRequest], together: usize) -> (V
 #[test]
 fn tokens_are_the_same_however_they_are_computed() {
     let mut differ = 0;
-    for name in all() {
+    for (i, name) in (0..).zip(all()) {
         let requests = requests(name);
         let (expected, _) = run(in_fp8(name), &requests, requests.len());
         assert!(expected.iter().all(|completion| completion.error.is_none()), "{name}");
-        // Eight of the 32 ways, chosen so that any two settings meet in all four combinations.
-        for bits in 0..8 {
+        // Eight of the 32 ways, chosen so that any two settings meet in all four combinations: four for one checkpoint, four for
+        // the next.
+        for bits in (0..8_u32).filter(|bits| bits.count_ones() % 2 == i % 2) {
             let [a, b, c] = [1, 2, 4].map(|bit| bits & bit != 0);
             let builder = in_fp8(name)
                 .page_size([32, 8][usize::from(a)])

@@ -6,8 +6,8 @@ use std::fs;
 
 use common::{CHECKPOINTS, FAMILIES, FP8, Numbers, Scratch, family, fixture, greedy, mixed_requests, small};
 use minisgl::{
-    Completion, GenerateRequest, Grammar, LlmBuilder, Policy, Prompt, PromptLogprobs, SamplingParams,
-    Speculation, TokenRules,
+    Completion, EmbedRequest, Embedding, GenerateRequest, Grammar, KvFormat, LlmBuilder, Policy, Prompt,
+    PromptLogprobs, Quantize, SamplingParams, Speculation, TokenRules,
 };
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, serialize};
@@ -93,6 +93,38 @@ fn ranks_give_the_bits_of_one_for_every_checkpoint_however_they_are_computed() {
                 let given = run(way(builder(), bits % 32).tensor_parallel(ranks), &requests);
                 assert!(given == expected, "{name}: {ranks} ranks, way {}", bits % 32);
             }
+        }
+    }
+}
+
+#[test]
+fn ranks_in_fp8_give_the_bits_of_one_in_fp8() {
+    for name in ["tiny-untied", "llama-rope3", "qwen3-moe"] {
+        let requests = requests(6, 250);
+        let builder = || family(name).kv_dtype(Some(KvFormat::Fp8)).quantize(Some(Quantize::Fp8));
+        let expected = run(builder(), &requests);
+        assert!(expected != run(family(name), &requests), "{name}: it is in fp8");
+        for bits in [6, 17] {
+            let given = run(way(builder(), bits).tensor_parallel(2), &requests);
+            assert!(given == expected, "{name}, way {bits}");
+        }
+    }
+}
+
+#[test]
+fn ranks_give_the_embeddings_of_one() {
+    let prompt = |i: u32| (0..9 * i).map(|at| at * i % 250).collect::<Vec<_>>();
+    let prompts: Vec<_> = (1..8).map(|i| EmbedRequest::tokens(prompt(i))).collect();
+    for name in ["tiny-untied", "mistral-window"] {
+        let embeddings = |builder: LlmBuilder| {
+            let mut llm = builder.build().unwrap();
+            let values = |one: &Embedding| one.values.iter().map(|value| value.to_bits()).collect::<Vec<_>>();
+            llm.embed(&prompts).unwrap().iter().map(values).collect::<Vec<_>>()
+        };
+        let expected = embeddings(family(name));
+        assert!(expected.iter().all(|values| !values.is_empty()));
+        for ranks in [2, 4] {
+            assert!(embeddings(family(name).tensor_parallel(ranks)) == expected, "{name}: {ranks} ranks");
         }
     }
 }

@@ -24,7 +24,9 @@ use super::stage::Stage;
 use crate::error::{Cause, Error};
 use crate::grammar::{Compiler, Grammar, Tokens};
 use crate::pooling::Pooling;
-use crate::request::{GenerateRequest, Given, Prompt, RequestError, STOP_BYTES_MAX, StepTiming, TokenRules};
+use crate::request::{
+    GenerateRequest, Given, Prompt, RequestError, SAMPLES_MAX, STOP_BYTES_MAX, StepTiming, TokenRules,
+};
 use crate::runner::Runner;
 use crate::tokenizer::Text;
 
@@ -487,8 +489,8 @@ impl<R> Answer<R> {
 
 /// What is wrong with a request's samples, stop texts or grammar, or with asking for an embedding, without looking into it.
 fn unfit(request: &GenerateRequest, shared: &Shared) -> Option<RequestError> {
-    if request.samples == 0 {
-        return Some(RequestError::NoSamples);
+    if !(1..=SAMPLES_MAX).contains(&request.samples) {
+        return Some(RequestError::Samples { samples: request.samples });
     }
     if let (Some(_), Some(reason)) = (request.sampling.embed, shared.pooling.refusal()) {
         return Some(RequestError::Pooling(reason.to_owned()));

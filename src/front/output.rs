@@ -28,7 +28,7 @@ use super::locked;
 use super::permits::Permit;
 use super::session::{Queued, Session, SessionEvent};
 use crate::detokenize::{Detokenizer, Ending};
-use crate::request::{Completion, FinishReason, GenerateRequest, RequestError, TokenLogprobs};
+use crate::request::{Completion, FinishReason, GenerateRequest, RequestError, SAMPLES_MAX, TokenLogprobs};
 use crate::tokenizer::Text;
 
 /// What the engine's thread has to tell, in order. Both threads use its memory again and again.
@@ -112,7 +112,7 @@ pub struct Output {
 }
 
 impl Output {
-    /// One for each sample of a request, at least one.
+    /// One for each sample of a request; one alone where so many can't be had ([`SAMPLES_MAX`]), which says so.
     pub fn of_samples(
         session: &Arc<Session>,
         tag: u64,
@@ -126,7 +126,8 @@ impl Output {
             (output.sample, output.prompt_logprobs) = (sample, prompt_logprobs.clone());
             output
         };
-        (0..request.samples.max(1)).map(of_sample).collect()
+        let count = if (1..=SAMPLES_MAX).contains(&request.samples) { request.samples } else { 1 };
+        (0..count).map(of_sample).collect()
     }
 
     fn new(

@@ -121,11 +121,12 @@ fn samples_of_a_request_share_its_permit_and_each_has_an_end() {
     let (mut submitter, events) = front.handle().session(options);
     submitter.submit(5, request(100, 3).samples(4)).unwrap();
     assert_eq!(submitter.room(), 0);
-    // More than the engine has places for, and none at all.
+    // More than the engine has places for, none at all, and more than anybody could count.
     let waiting = thread::spawn(move || {
         submitter.submit(6, request(200, 3).samples(9)).unwrap();
         submitter.submit(7, request(300, 3).samples(0)).unwrap();
-        submitter.submit(8, request(400, 1)).unwrap();
+        submitter.submit(8, request(400, 3).samples(u32::MAX)).unwrap();
+        submitter.submit(9, request(500, 1)).unwrap();
     });
     let ended: Vec<_> = ends(events)
         .into_iter()
@@ -137,8 +138,9 @@ fn samples_of_a_request_share_its_permit_and_each_has_an_end() {
     let too_many = SubmitError::TooManySamples { samples: 9, limit: 4 };
     let refused = |sample| (6, sample, 0, Some(too_many.into()));
     assert_eq!(ended[4..13], (0..9).map(refused).collect::<Vec<_>>());
-    assert_eq!(ended[13..], [(7, 0, 0, Some(RequestError::NoSamples)), (8, 0, 1, None)]);
-    assert_eq!(*control.admitted.lock().unwrap(), [100, 100, 100, 100, 400]);
+    let odd = |tag, samples| (tag, 0, 0, Some(RequestError::Samples { samples }));
+    assert_eq!(ended[13..], [odd(7, 0), odd(8, u32::MAX), (9, 0, 1, None)]);
+    assert_eq!(*control.admitted.lock().unwrap(), [100, 100, 100, 100, 500]);
     assert_eq!(control.steps.load(Ordering::Relaxed), 3 + 1, "samples run in the same steps");
 }
 
