@@ -40,6 +40,7 @@ pub enum Grammar {
 
 /// The tokens of a model.
 #[derive(Clone, Debug, Default)]
+#[cfg_attr(not(feature = "grammar"), expect(dead_code, reason = "constraints alone need them"))]
 pub struct Tokens {
     /// Ids lie below it.
     pub vocab: u32,
@@ -48,6 +49,7 @@ pub struct Tokens {
 }
 
 /// Makes constraints for an engine's model.
+#[cfg_attr(not(feature = "grammar"), expect(dead_code, reason = "without the feature it refuses"))]
 pub struct Compiler {
     text: Arc<Text>,
     tokens: Tokens,
@@ -90,7 +92,6 @@ impl Compiler {
     /// There are none.
     #[cfg(not(feature = "grammar"))]
     pub fn compile(&self, _: &Grammar, _: &[u32]) -> Result<Arc<dyn Constraint>, RequestError> {
-        let Compiler { text: _, tokens: _ } = self;
         Err(RequestError::Grammar(
             "this build has no constrained output; build it with the feature `grammar`".to_owned(),
         ))

@@ -560,7 +560,15 @@ def test_cached_prefixes_are_counted_and_can_be_forgotten(checkpoint):
     assert cached() == 0
 
 
-def test_an_interrupt_keeps_what_has_ended(checkpoint):
+@pytest.fixture
+def interruptible():
+    """Ctrl-C as a terminal's program has it: a shell's background jobs are started with it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_an_interrupt_keeps_what_has_ended(checkpoint, interruptible):
     llm = open_llm(checkpoint)
     long = SamplingParams(temperature=0, max_tokens=250, ignore_eos=True)
     params = [SamplingParams(temperature=0, max_tokens=1), *[long] * 2000]
