@@ -26,7 +26,7 @@ impl Scheduler {
         self.forget_ended();
     }
 
-    /// Takes what a completed step gives of a prompt's embedding, all its values. [`Scheduler::forget_ended`] is due then.
+    /// Takes what a completed step gives of a prompt's embedding, all its values. `forget_ended` is due then.
     pub fn take_embedding(&mut self, embedded: Embedded, values: &[f32], sink: &mut impl FnMut(Event<'_>)) {
         let ticket = embedded.owner;
         let Some(entry) = self.table.find(ticket) else { return };
