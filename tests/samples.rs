@@ -3,6 +3,9 @@
 
 mod common;
 
+use std::thread::sleep;
+use std::time::Duration;
+
 use common::{CHECKPOINTS, Scratch, builder, family, greedy, small};
 use minisgl::{
     Completion, FinishReason, Flow, GenerateRequest, Grammar, Policy, PromptLogprobs, SamplingParams,
@@ -93,10 +96,21 @@ fn eight_samples_compute_their_prompt_once_and_hold_its_pages_once_with_a_prefix
 fn an_abort_ends_all_samples_of_a_request_and_no_other() {
     let mut llm = builder("tiny-tied").build().unwrap();
     let request = |first: u32| GenerateRequest::tokens([first, 2, 3]).sampling(greedy(40)).samples(3);
-    let mut ends = Vec::new();
+    let (mut ends, mut handed_over) = (Vec::new(), [0; 3]);
     llm.generate_stream([request(1), request(4)], |event| match event {
-        StreamEvent::Token { index: 0, sample: 1, .. } => Flow::AbortRequest,
+        StreamEvent::Token { index: 0, sample, .. } => {
+            handed_over[sample as usize] += 1;
+            if sample == 1 {
+                // Meanwhile the engine goes on, and what it makes nobody is given.
+                sleep(Duration::from_millis(100));
+                return Flow::AbortRequest;
+            }
+            Flow::Continue
+        }
         StreamEvent::Finished { index, completion, .. } => {
+            if index == 0 {
+                assert_eq!(completion.token_ids.len(), handed_over[completion.sample as usize]);
+            }
             ends.push((index, completion.sample, completion.finish_reason));
             Flow::Continue
         }

@@ -16,7 +16,7 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use minisgl_core::request as core;
@@ -300,7 +300,7 @@ impl Output {
             cached_tokens: cached,
             max_tokens: self.max_tokens,
             logprobs: self.logprobs.take(),
-            prompt_logprobs: self.prompt_logprobs.take().map(|logprobs| locked(&logprobs).clone()),
+            prompt_logprobs: self.prompt_logprobs.take().map(taken),
             embedding: self.embedding.take(),
             warning: self.warning(),
             error: error.filter(|_| finish_reason == FinishReason::Failed),
@@ -324,8 +324,15 @@ impl Output {
     fn end(mut self, completion: Completion, text: String) -> bool {
         let Some(permit) = self.permit.take() else { return false };
         let event = SessionEvent::Finished { tag: self.tag, text, completion: Box::new(completion) };
-        self.aborted = Arc::default(); // The session tells by its holders whether a tag is open.
         self.session.push(Queued::End(event, permit))
+    }
+}
+
+/// What the samples of a request share; the last one has it without a copy.
+fn taken<T: Clone>(shared: Arc<Mutex<T>>) -> T {
+    match Arc::try_unwrap(shared) {
+        Ok(own) => own.into_inner().unwrap_or_else(PoisonError::into_inner),
+        Err(shared) => locked(&shared).clone(),
     }
 }
 
@@ -333,7 +340,6 @@ impl Drop for Output {
     fn drop(&mut self) {
         if let Some(permit) = self.permit.take() {
             permit.close_pool();
-            self.aborted = Arc::default();
             if self.session.push(Queued::Lost(self.tag, permit)) {
                 self.session.wake();
             }

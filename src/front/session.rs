@@ -110,8 +110,8 @@ pub struct Session {
 
 struct Queue {
     events: VecDeque<Queued>,
-    /// Requests whose end has not been taken, and whether they have been aborted. Requests of one tag share a flag.
-    open: HashMap<u64, Arc<AtomicBool>>,
+    /// Tags of which ends have not been taken.
+    open: HashMap<u64, Open>,
     /// How many they are.
     open_count: usize,
     /// More may be submitted.
@@ -120,6 +120,15 @@ struct Queue {
     asleep: bool,
     /// How to wake a reader that is a task.
     waker: Option<Waker>,
+}
+
+/// What is open of a tag: a request, its samples, or several requests.
+#[derive(Default)]
+struct Open {
+    /// They have been aborted, all of them.
+    aborted: Arc<AtomicBool>,
+    /// Ends that have not been taken.
+    ends: usize,
 }
 
 /// An event on its way to the reader. An end brings the request's permit back.
@@ -154,7 +163,9 @@ impl Session {
     pub fn open(&self, tag: u64) -> Arc<AtomicBool> {
         let mut queue = locked(&self.queue);
         queue.open_count += 1;
-        queue.open.entry(tag).or_default().clone()
+        let open = queue.open.entry(tag).or_default();
+        open.ends += 1;
+        open.aborted.clone()
     }
 
     /// Appends an event. True if the reader sleeps: the caller then wakes it, soon.
@@ -229,9 +240,11 @@ impl Session {
     fn close(&self, tag: u64) -> bool {
         let mut queue = locked(&self.queue);
         queue.open_count -= 1;
-        // The request's own hold on the flag ended before its end was queued.
-        if queue.open.get(&tag).is_some_and(|flag| Arc::strong_count(flag) == 1) {
-            queue.open.remove(&tag);
+        if let Some(open) = queue.open.get_mut(&tag) {
+            open.ends -= 1;
+            if open.ends == 0 {
+                queue.open.remove(&tag);
+            }
         }
         queue.open_count == 0
     }
@@ -448,7 +461,7 @@ impl Aborter {
     /// As [`Events::abort`].
     pub fn abort(&self, tag: u64) -> bool {
         let queue = locked(&self.session.queue);
-        let Some(aborted) = queue.open.get(&tag) else { return false };
+        let Some(Open { aborted, .. }) = queue.open.get(&tag) else { return false };
         // The flag first: whoever has the request on its way to the engine looks at it when the message has been read.
         aborted.store(true, Ordering::Release);
         drop(queue);
@@ -458,8 +471,8 @@ impl Aborter {
 
     /// As [`Events::abort_all`].
     pub fn abort_all(&self) {
-        for aborted in locked(&self.session.queue).open.values() {
-            aborted.store(true, Ordering::Release);
+        for open in locked(&self.session.queue).open.values() {
+            open.aborted.store(true, Ordering::Release);
         }
         self.handle.shared().abort(self.session.id, None);
     }
