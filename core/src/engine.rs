@@ -431,10 +431,11 @@ impl<X: Executor> Engine<X> {
             () => {}
         }
         self.scheduler.clear_prefix_cache();
-        change(&mut self.executor).map_err(|source| {
-            self.stopped = true;
-            EngineError::Update(source)
-        })
+        // Until it is whole: a change that panics on its way leaves some of the old and some of the new.
+        self.stopped = true;
+        change(&mut self.executor).map_err(EngineError::Update)?;
+        self.stopped = false;
+        Ok(())
     }
 
     /// Has a step or an update failed, so that it takes no further step?

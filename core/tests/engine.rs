@@ -2,6 +2,7 @@
 
 mod support;
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
 use minisgl_core::backend::Device;
@@ -90,8 +91,11 @@ fn a_model_is_changed_while_nobody_waits_or_runs_and_what_it_computed_before_is_
     assert_eq!(cached(&mut engine), Some(8));
     engine.update_model(|_| Ok(())).unwrap();
     assert_eq!(cached(&mut engine), Some(0));
-    // One that may be changed in part runs nothing any more.
+    // One that may be changed in part runs nothing any more, also where a panic was caught on the way.
     assert!(!engine.has_stopped());
+    let mut other = self::engine(options(SMALL));
+    let panicked = catch_unwind(AssertUnwindSafe(|| other.update_model(|_| panic!("on purpose"))));
+    assert!(panicked.is_err() && other.has_stopped());
     let failed = engine.update_model(|_| Err(LazyError("the memory is gone")));
     assert!(matches!(failed, Err(EngineError::Update(_))) && engine.has_stopped());
     let refused = engine.submit(Request::new(&request.0, request.1));
