@@ -184,7 +184,7 @@ impl<E: Error + 'static> Board<E> {
         state.done[at] = 0;
         let [first, others @ ..] = &mut state.outcomes[at][..] else { return Err(RankError::Ended) };
         if let Some(other) = others.iter().position(|other| other.tokens != first.tokens) {
-            return Err(RankError::Differ { rank: other + 1 });
+            return Err(RankError::Differ { rank: other as u32 + 1 });
         }
         std::mem::swap(outcome, first);
         Ok(())
@@ -204,9 +204,14 @@ impl<E: Error + 'static> Board<E> {
         self.changed.notify_all();
     }
 
-    /// What the first failure was, to whoever asks first.
+    /// What the first failure was, to whoever asks first. A rank that takes no orders, or has dropped one, has failed or is about
+    /// to say so.
     pub fn failure(&self) -> RankError<E> {
-        self.state().failure.take().unwrap_or(RankError::Ended)
+        let mut state = self.state();
+        while !state.has_failed {
+            state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+        state.failure.take().unwrap_or(RankError::Ended)
     }
 
     /// A rank's thread has ended.

@@ -39,7 +39,7 @@ pub enum RankError<E: Error + 'static> {
     )]
     Differ {
         /// The first that differs.
-        rank: usize,
+        rank: u32,
     },
     /// A rank failed before.
     #[error("the ranks have ended, for one failed before; build the engine anew")]

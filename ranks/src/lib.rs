@@ -10,7 +10,7 @@
 //! ```
 //!
 //! Ranks do what one executor would be asked for, in the same order: a call here is a call on each. The batch lies on a board that
-//! all read, so that a step costs each a copy to its device and nothing else; nothing is allocated between steps.
+//! all read, so that a step costs each a copy to its device and nothing else; nothing is allocated between steps, but for embeddings.
 //!
 //! A rank that fails ends all: its error is the first on the board, whoever waits for it in an exchange is called back (`abort`),
 //! and the engine's next call has that error. A rank that hangs is found by those who wait for it in an exchange, or at the end of
@@ -24,6 +24,7 @@ mod thread;
 
 use std::error::Error;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::mpsc::channel;
 use std::time::Duration;
 
@@ -124,19 +125,20 @@ impl<X: Executor + 'static> Ranks<X> {
     where
         X::Error: Sized,
     {
-        let answers = self.ask(work)?;
+        let answers = self.ask(&self.threads, work)?;
         let of_rank =
             |(rank, answer): (u32, Result<R, _>)| answer.map_err(|source| RankError::Failed { rank, source });
         (0..).zip(answers).map(of_rank).collect()
     }
 
-    /// The same, whatever they give.
+    /// The same of these ranks, the first of all, whatever they give.
     fn ask<R: Send + 'static>(
         &self,
+        threads: &[Thread<X>],
         work: impl Fn(&mut X) -> R + Send + Sync + 'static,
     ) -> Result<Vec<R>, RankError<X::Error>> {
         let (work, (answer, answers)) = (Arc::new(work), channel());
-        for (rank, thread) in self.threads.iter().enumerate() {
+        for (rank, thread) in threads.iter().enumerate() {
             let (work, answer) = (work.clone(), answer.clone());
             let call = move |executor: &mut X| {
                 // Whoever asked waits for all answers.
@@ -146,7 +148,7 @@ impl<X: Executor + 'static> Ranks<X> {
         }
         drop(answer);
         let mut given: Vec<(usize, R)> = answers.iter().collect();
-        if given.len() < self.threads.len() {
+        if given.len() < threads.len() {
             return Err(self.board.failure());
         }
         given.sort_unstable_by_key(|(rank, _)| *rank);
@@ -200,16 +202,24 @@ impl<X: Executor + 'static> Executor for Ranks<X> {
     }
 
     fn record(&mut self, limits: &Limits) -> Result<(), RecordError<Self::Error>> {
-        let limits = *limits;
-        let each = self.ask(move |rank| rank.record(&limits));
-        let each = each.map_err(|source| RecordError { rows: 0, recorded: 0, count: 0, source })?;
-        let of_rank = |(rank, recorded): (u32, Result<(), RecordError<X::Error>>)| {
-            recorded.map_err(|RecordError { rows, recorded, count, source }| {
-                let source = RankError::Failed { rank, source };
-                RecordError { rows, recorded, count, source }
+        let (limits, failures, abort) = (*limits, AtomicU32::new(0), self.abort.clone());
+        // Others wait in their exchanges for a rank that fails, and fail then: the first failure is the cause.
+        let each = self.ask(&self.threads, move |rank| {
+            rank.record(&limits).map_err(|error| {
+                let before = failures.fetch_add(1, Ordering::Relaxed);
+                abort();
+                (before, error)
             })
-        };
-        (0..).zip(each).try_for_each(of_rank)
+        });
+        let rows = limits.graph_rows.min(limits.running);
+        let each = each.map_err(|source| RecordError { rows, recorded: 0, count: 0, source })?;
+        let failed = (0..).zip(each).filter_map(|(rank, recorded)| Some((rank, recorded.err()?)));
+        match failed.min_by_key(|(_, (before, _))| *before) {
+            None => Ok(()),
+            Some((rank, (_, RecordError { rows, recorded, count, source }))) => {
+                Err(RecordError { rows, recorded, count, source: RankError::Failed { rank, source } })
+            }
+        }
     }
 
     fn launch(
@@ -238,8 +248,9 @@ impl<X: Executor + 'static> Executor for Ranks<X> {
 
     /// The first rank's: all have the same.
     fn hidden(&mut self, at: usize, row: u32) -> Result<&[f32], Self::Error> {
-        let each = self.each(move |rank| rank.hidden(at, row).map(<[f32]>::to_vec))?;
-        self.hidden = each.into_iter().next().ok_or(RankError::Ended)?;
+        let first = self.ask(&self.threads[..1], move |rank| rank.hidden(at, row).map(<[f32]>::to_vec))?;
+        let first = first.into_iter().next().ok_or(RankError::Ended)?;
+        self.hidden = first.map_err(|source| RankError::Failed { rank: 0, source })?;
         Ok(&self.hidden)
     }
 }
