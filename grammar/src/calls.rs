@@ -72,7 +72,7 @@ impl Calls<'_> {
                 if self.parallel { "(opened call)* ANYTHING" } else { "opened call | ANYTHING" }
             }
             (false, None) => {
-                rule("UNLIKE_A_CALL", r"/[^{ \n\r\t](.|\n)*/");
+                rule("UNLIKE_A_CALL", r"/[^{\s](.|\n)*/");
                 "calls | UNLIKE_A_CALL"
             }
         };

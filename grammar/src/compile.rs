@@ -103,7 +103,11 @@ impl Grammars {
         whole.map_err(|error| {
             // Whose fault it is.
             let at_fault = calls.functions.iter().find_map(|function| {
-                let cause = self.json_schema(function.arguments).err()?;
+                let cause = match error {
+                    GrammarError::Unusable { .. } => self.json_schema(function.arguments).err(),
+                    // Found before any work, and so is this: there may be thousands of functions.
+                    _ => check_size("JSON schema", &function.arguments.to_string()).err(),
+                }?;
                 Some(GrammarError::Function { name: shortened(function.name), cause: Box::new(cause) })
             });
             at_fault.unwrap_or(error)

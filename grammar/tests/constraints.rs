@@ -230,6 +230,17 @@ impl Style {
 }
 
 #[test]
+fn many_functions_are_too_long_together_and_one_that_is_too_long_is_told_so() {
+    let object = json!({"type": "object"});
+    let refused = |schemas: &[Value]| grammars().calls(&STYLES[0].calls(schemas, true, true, None)).map(drop);
+    assert!(matches!(refused(&vec![object.clone(); 5000]), Err(GrammarError::TooLong { .. })));
+    let long = json!({"type": "object", "description": "x".repeat(70_000)});
+    let named = refused(&[object, long]);
+    let Err(GrammarError::Function { cause, .. }) = named else { panic!("{named:?}") };
+    assert_eq!(fate(Err(*cause)), Fate::TooLong);
+}
+
+#[test]
 fn texts_and_calls_in_them_are_told_apart_as_they_come() {
     let schemas = [
         json!({"type": "object", "properties": {"a": {"const": 1}}, "required": ["a"], "additionalProperties": false}),
@@ -267,6 +278,7 @@ fn texts_and_calls_in_them_are_told_apart_as_they_come() {
         (tags, two.as_str(), true, true, true),
         (tags, two.as_str(), true, false, false),
         (tags, "Let me see.", true, true, false),
+        (bare, "\u{a0}{}", false, true, false),
         (tags, "Let me see. <to", false, true, true),
         (tags, &format!("Let me see. {call}"), false, false, true),
         (tags, &format!("Let me see. {two} So."), false, true, true),
@@ -302,7 +314,7 @@ fn an_output_of_a_schema_is_valid() {
         Ok(())
     };
     TestRunner::new(cases()).run(&(schema(), any::<u64>()), check).unwrap();
-    assert!(whole.get() >= 100, "{} of 300 outputs came to an end", whole.get());
+    assert!(whole.get() >= 250, "{} of 300 outputs came to an end", whole.get());
 }
 
 #[test]
@@ -330,7 +342,8 @@ fn every_call_is_of_a_function_and_its_arguments_are_valid() {
     let schemas = prop::collection::vec(schema(), 1..4);
     let asked = (schemas, 0..2usize, 0..3usize, any::<bool>(), any::<bool>(), any::<u64>());
     TestRunner::new(cases()).run(&asked, check).unwrap();
-    assert!(found.get() >= 100, "{} calls of 300 outputs", found.get());
+    // Drawn anew each time: 97 to 119 in nine runs.
+    assert!(found.get() >= 50, "{} calls of 300 outputs", found.get());
 }
 
 proptest! {
