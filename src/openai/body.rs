@@ -107,7 +107,8 @@ fn one_of(grammar: Option<Grammar>, calls: Option<ToolCalls>) -> Result<Option<G
             field: "response_format",
             value: "a format".to_owned(),
             other: if calls.required { "tool_choice" } else { "tools" },
-            fix: "leave one of them out (structured_outputs is a format, too), or let no tool be strict",
+            fix: "leave one of them out (structured_outputs is a format, too), or let no tool be strict and leave \
+                  parallel_tool_calls out",
         }),
         (grammar, calls) => Ok(grammar.or(calls.map(Grammar::Calls))),
     }
