@@ -29,6 +29,8 @@ pub fn raised(error: &Error) -> PyErr {
         | Error::TooFewPages { .. }
         | Error::NoEngine
         | Error::QuantizeOnGpu
+        | Error::Ranks(_)
+        | Error::RanksOnGpu(_)
         | Error::DevicesDiffer { .. }
         | Error::SequenceTooLong { .. }
         | Error::HostMemory { .. }
@@ -39,7 +41,9 @@ pub fn raised(error: &Error) -> PyErr {
 
 /// A text of the library's, which names the flags of its commands, with the arguments that are meant here.
 pub fn in_arguments(text: &str) -> String {
-    const ARGUMENTS: [(&str, &str); 17] = [
+    const ARGUMENTS: [(&str, &str); 19] = [
+        ("--quantize fp8", "quantization=\"fp8\""),
+        ("--kv-dtype auto", "kv_cache_dtype=\"auto\""),
         ("--backend cpu", "backend=\"cpu\""),
         ("--generation-config none", "generation_config=\"none\""),
         ("--max-seq-len", "max_model_len"),

@@ -78,6 +78,8 @@ impl Run {
 
     /// What has happened so far, without waiting: when there may be more, `descriptor` becomes readable.
     fn poll<'py>(&self, py: Python<'py>) -> PyResult<Option<Bound<'py, PyList>>> {
+        // The pipe is the maker's too: a fork must not take its byte.
+        self.owner.check()?;
         let bell = self.bell(py)?;
         bell.clear();
         self.read(|reader| {

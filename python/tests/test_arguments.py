@@ -38,6 +38,9 @@ def test_arguments_become_options(given, options):
 @pytest.mark.parametrize(
     "given, error, complaint",
     [
+        ({"max_model_len": -1}, ValueError, "max_model_len is -1"),
+        ({"max_num_batched_tokens": 2**40}, ValueError, "max_num_batched_tokens is 1099511627776"),
+        ({"max_num_seqs": "8"}, ValueError, "max_num_seqs is '8'"),
         ({"pipeline_parallel_size": 2}, ValueError, "pipeline_parallel_size=2 is not served by minisgl"),
         ({"quantization": "awq"}, ValueError, "quantization_config"),
         ({"kv_cache_dtype": "fp8_e5m2"}, ValueError, "fp8_e5m2.*bfloat16, fp8"),

@@ -9,6 +9,7 @@ An argument that asks for what we don't have is refused by its name; one that as
 from __future__ import annotations
 
 import difflib
+from numbers import Integral
 from typing import Any
 
 #: Arguments that are options of the engine, and the options' names.
@@ -33,6 +34,21 @@ OPTIONS = {
     "speculate": "speculate",
     "plain_inputs": "plain_inputs",
 }
+
+#: Those that are whole numbers.
+WHOLE = frozenset(
+    {
+        "max_model_len",
+        "max_num_seqs",
+        "max_num_batched_tokens",
+        "block_size",
+        "num_gpu_blocks_override",
+        "max_graph_batch",
+        "device",
+        "data_parallel_size",
+        "tensor_parallel_size",
+    }
+)
 
 #: mini-sglang's names, and vLLM's other ones.
 ALIASES = {
@@ -129,6 +145,8 @@ def _one(model: str, name: str, value: Any) -> list[tuple[str, Any]]:
         return _quantization(value)
     if name == "kv_cache_dtype":
         return _kv_dtype(value)
+    if name in WHOLE and value is not None and not (isinstance(value, Integral) and 0 <= value < 2**32):
+        raise ValueError(f"{name} is {value!r}; it must be a whole number from 0 up, below 2^32: leave it out for the engine's choice")
     if name in OPTIONS:
         return [(OPTIONS[name], value)]
     if name == "enforce_eager":

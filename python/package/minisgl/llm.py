@@ -519,13 +519,14 @@ class LLM:
 
 
 class Stream(Iterator[RequestOutput], AsyncIterator[RequestOutput]):
-    """Outputs as they come; see `LLM.stream`. Read it by `for` or by `async for`, not both, and on one thread."""
+    """Outputs as they come; see `LLM.stream`. Read it by `for` or by `async for`, not both, on one thread and in one task."""
 
     def __init__(self, llm: LLM, prompts: Iterable[Any], sampling: Iterable[SamplingParams], tokens: bool, raises: bool):
         self._llm = llm
         self._raises = raises
         self._tokens = tokens
         self._closed = False
+        self._waited_for = False
         #: Prompt and number of each request that has not ended, by its index.
         self._open: dict[int, tuple[Any, int]] = {}
         self._ready: deque[RequestOutput] = deque()
@@ -556,10 +557,19 @@ class Stream(Iterator[RequestOutput], AsyncIterator[RequestOutput]):
             if events:
                 self._hear(events)
             else:
-                await _readable(self._run.descriptor())
+                await self._wait()
         if self._closed:
             raise StopAsyncIteration
         return self._give()
+
+    async def _wait(self) -> None:
+        if self._waited_for:
+            raise RuntimeError("another task waits for this stream already; read it in one task")
+        self._waited_for = True
+        try:
+            await _readable(self._run.descriptor())
+        finally:
+            self._waited_for = False
 
     def abort(self, index: int) -> bool:
         """Ends a request where it is; its output comes as others do. False if it has ended. From any thread."""
