@@ -12,6 +12,7 @@ impl Folder {
         let memory = Path::new("/dev/shm");
         let parent = if memory.is_dir() { memory.to_owned() } else { std::env::temp_dir() };
         let folder = Folder(parent.join(format!("minisgl-fuzz-{}", std::process::id())));
+        let _ = fs::remove_dir_all(&folder.0); // Of an earlier process of this number.
         fs::create_dir_all(&folder.0).unwrap();
         files.iter().for_each(|(name, bytes)| folder.write(name, bytes));
         folder
