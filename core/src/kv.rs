@@ -14,8 +14,8 @@
 //! 107,520, is cut. A row's codes and scale are of that row alone, so a token's bits depend on its own sequence alone.
 //!
 //! Why such a scale: e4m3 is a floating-point format, whose error is relative, so a finer grain makes it no smaller. But the few
-//! largest elements have most of it, and among eight scales one has numbers near to them: a fifth to a third less error than by a
-//! power of two, more where few elements stand out, as in keys. And an element times its scale is a bf16 number, exactly: so
+//! largest elements have most of it, and among eight scales one has numbers near to them: less error than by a power of two, above
+//! all where few elements stand out, as in keys. And an element times its scale is a bf16 number, exactly: so
 //! backends may widen to bf16, or multiply what became of elements instead: the score of a key, the share of a value.
 //!
 //! Why tiles: a copy of whole tiles brings their scales with them, however large a page is, and begins and ends at multiples of
