@@ -7,8 +7,8 @@ use std::str::FromStr;
 
 use argh::FromArgs;
 use minisgl::progress::Stderr;
-use minisgl_cuda::perf::{Ceilings, Cold, Filter, ModelShape, PerfOptions, Row, Timing, cases, run};
 use minisgl_cuda::{Cuda, KernelSet, Options};
+use minisgl_perf::{Ceilings, Cold, Filter, ModelShape, PerfOptions, Row, Timing, cases, run};
 use serde_json::{Value, json};
 
 /// times GPU kernels at the shapes of Qwen3-0.6B and 14B, cold, in a graph and as plain launches, after checking their

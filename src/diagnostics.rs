@@ -5,7 +5,7 @@
 use minisgl_core::backend::Ops;
 use minisgl_core::stats::ExpertsRead;
 use minisgl_cpu::Cpu;
-use minisgl_cuda::{Cuda, CudaError, GpuState, HostTimes, perf};
+use minisgl_cuda::{Cuda, CudaError, GpuState, HostTimes};
 use serde::Serialize;
 
 use crate::telemetry::{DeviceState, Probe};
@@ -60,7 +60,7 @@ impl Diagnostics for Cpu {
 
 impl Diagnostics for Cuda {
     fn ceilings(&mut self) -> Result<Option<Ceilings>, CudaError> {
-        let perf::Ceilings { read_bytes_s, matmul_flop_s } = perf::Ceilings::measure(self)?;
+        let minisgl_perf::Ceilings { read_bytes_s, matmul_flop_s } = minisgl_perf::Ceilings::measure(self)?;
         Ok(Some(Ceilings { bytes_per_s: read_bytes_s, flop_per_s: matmul_flop_s }))
     }
 

@@ -84,6 +84,11 @@ impl Cuda {
         &self.launcher
     }
 
+    /// Streams of their own on the device, for whoever times kernels: nothing orders them beside the device's.
+    pub fn another_launcher(&self) -> Result<Launcher, CudaError> {
+        Launcher::new(self.context())
+    }
+
     pub(crate) fn context(&self) -> &Arc<Context> {
         self.launcher.context()
     }
@@ -123,12 +128,12 @@ impl Cuda {
     }
 
     /// The allocations so far; see [`Cuda::free_after`].
-    pub(crate) fn mark(&self) -> usize {
+    pub fn mark(&self) -> usize {
         self.allocations.addresses.len()
     }
 
     /// Frees everything allocated since `mark`, which nothing may use any more.
-    pub(crate) fn free_after(&mut self, mark: usize) -> Result<(), CudaError> {
+    pub fn free_after(&mut self, mark: usize) -> Result<(), CudaError> {
         self.synchronize()?;
         let _turn = turns::synchronize();
         for address in self.allocations.addresses.drain(mark..) {
@@ -137,6 +142,11 @@ impl Cuda {
             self.launcher.check("freeing GPU memory", freed)?;
         }
         Ok(())
+    }
+
+    /// Enqueues zeros for all of a buffer on the compute stream.
+    pub fn clear(&self, buffer: Buffer) -> Result<(), CudaError> {
+        self.zero(buffer.address(), buffer.bytes())
     }
 
     /// Enqueues zeros on the compute stream.

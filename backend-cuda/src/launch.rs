@@ -231,7 +231,8 @@ impl Launcher {
         &self.context
     }
 
-    pub(crate) fn stream(&self, queue: Queue) -> sys::CUstream {
+    /// A queue's stream, for calls of the driver's and of its libraries.
+    pub fn stream(&self, queue: Queue) -> sys::CUstream {
         match queue {
             Queue::Compute => self.compute,
             Queue::Copy => self.copy,
@@ -239,7 +240,7 @@ impl Launcher {
     }
 
     /// From here to [`Launcher::end_capture`] what is launched on the compute stream is recorded, not run.
-    pub(crate) fn begin_capture(&self) -> Result<(), CudaError> {
+    pub fn begin_capture(&self) -> Result<(), CudaError> {
         let recording = turns::record();
         let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
         // SAFETY: the stream is alive.
@@ -250,7 +251,7 @@ impl Launcher {
     }
 
     /// Ends the recording and instantiates it.
-    pub(crate) fn end_capture(&self) -> Result<Graph, CudaError> {
+    pub fn end_capture(&self) -> Result<Graph, CudaError> {
         let _recording = self.recording.take();
         // SAFETY: the stream is alive.
         let recorded = unsafe { result::stream::end_capture(self.compute) };
@@ -269,7 +270,7 @@ impl Launcher {
     }
 
     /// Enqueues recorded work.
-    pub(crate) fn replay(&self, graph: &Graph) -> Result<(), CudaError> {
+    pub fn replay(&self, graph: &Graph) -> Result<(), CudaError> {
         // SAFETY: graph and stream are alive.
         let launched = self.in_driver(|| unsafe { result::graph::launch(graph.handle, self.compute) });
         self.check("replaying a recorded step", launched)?;
@@ -302,7 +303,7 @@ impl Launcher {
     }
 
     /// Waits on the host for all streams.
-    pub(crate) fn synchronize(&self) -> Result<(), CudaError> {
+    pub fn synchronize(&self) -> Result<(), CudaError> {
         let _turn = turns::synchronize();
         for stream in [self.compute, self.copy, self.beside] {
             // SAFETY: the stream is alive.
@@ -310,6 +311,16 @@ impl Launcher {
             self.check("waiting for the GPU", waited)?;
         }
         Ok(())
+    }
+
+    /// A point in time, to be recorded.
+    pub fn event(&self) -> Result<Event, CudaError> {
+        Event::timed(&self.context)
+    }
+
+    /// Enqueues a point in time on the compute stream.
+    pub fn record(&self, event: &Event) -> Result<(), CudaError> {
+        self.check("recording an event", event.record(self.compute))
     }
 
     fn is_recording(&self) -> bool {
@@ -409,11 +420,7 @@ impl Launcher {
     }
 
     /// A call's result, with what is known about the kernels before it where it failed.
-    pub(crate) fn check<T>(
-        &self,
-        operation: &'static str,
-        result: Result<T, DriverError>,
-    ) -> Result<T, CudaError> {
+    pub fn check<T>(&self, operation: &'static str, result: Result<T, DriverError>) -> Result<T, CudaError> {
         result.map_err(|error| self.failed(operation, error))
     }
 

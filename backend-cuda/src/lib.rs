@@ -17,7 +17,6 @@ mod launch;
 mod memory;
 mod module;
 pub mod ops;
-pub mod perf;
 mod telemetry;
 mod tensor_map;
 mod turns;

@@ -24,6 +24,11 @@ impl Address {
     /// No memory: for a pointer parameter that a kernel does not use.
     pub const NULL: Address = Address(0);
 
+    /// What the driver and its libraries call it.
+    pub fn number(self) -> u64 {
+        self.0
+    }
+
     /// `bytes` further on.
     pub fn offset(self, bytes: usize) -> Address {
         Address(self.0 + bytes as u64)
@@ -130,7 +135,7 @@ impl Event {
     }
 
     /// Milliseconds from here to `later`; both have happened.
-    pub(crate) fn ms_until(&self, later: &Event, launcher: &Launcher) -> Result<f32, CudaError> {
+    pub fn ms_until(&self, later: &Event, launcher: &Launcher) -> Result<f32, CudaError> {
         let mut ms = 0.0;
         // SAFETY: both events are alive; one float is written.
         let status =

@@ -1,4 +1,4 @@
-//! Sampling on the device against core's definition, as `perf::drawn` has it: in f64, by sorting.
+//! Sampling on the device against core's definition, as `minisgl_perf::drawn` has it: in f64, by sorting.
 
 #[path = "../../backend-cpu/tests/common/processors.rs"]
 #[allow(dead_code, reason = "the CPU's tests use all of it")]
@@ -14,8 +14,8 @@ use minisgl_core::rules::{RULE_WORDS, Rules, biased, penalized};
 use minisgl_core::sampling::{LOGPROB_WORDS, NO_TOKEN, RowLogprobs, SamplingParams, SlotState};
 use minisgl_core::spec::{DecoderSpec, Dims, LayerSpec};
 use minisgl_core::tensor::splitmix64;
-use minisgl_cuda::perf::drawn::complaint;
 use minisgl_cuda::{Buffer, Cuda, Options};
+use minisgl_perf::drawn::complaint;
 
 use processors::{Case, DRAWS};
 use support::taken;

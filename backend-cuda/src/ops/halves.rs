@@ -79,8 +79,23 @@ impl Halves {
 
 #[cfg(test)]
 mod tests {
+    use minisgl_core::spec::Dims;
+
     use super::*;
-    use crate::perf::case::MODELS;
+
+    /// Qwen3-0.6B.
+    const SMALL: Dims = Dims {
+        layers: 28,
+        hidden: 1024,
+        heads: 16,
+        kv_heads: 8,
+        head_dim: 128,
+        intermediate: 3072,
+        vocab: 151_936,
+        norm_eps: 1e-6,
+    };
+    /// Qwen3-14B.
+    const LARGE: Dims = Dims { layers: 40, hidden: 5120, heads: 40, intermediate: 17_408, ..SMALL };
 
     #[test]
     fn two_parts_have_every_token_once() {
@@ -94,7 +109,7 @@ mod tests {
 
     #[test]
     fn a_step_is_divided_where_its_model_is_small_and_its_rows_are_many() {
-        let [small, large] = MODELS.map(|model| DecoderSpec::uniform(model.dims(), LayerSpec::plain()));
+        let [small, large] = [SMALL, LARGE].map(|dims| DecoderSpec::uniform(dims, LayerSpec::plain()));
         let mixed = StepShape { decode_rows: 63, prefill_rows: 1, ..StepShape::decode(64) };
         let divided = |spec: &DecoderSpec, hopper, shape| Halves::new(spec, hopper).divide(shape);
         assert!([40, 48, 256].into_iter().all(|rows| divided(&small, true, StepShape::decode(rows))));

@@ -53,15 +53,15 @@ const SEGMENT: u32 = 64;
 
 /// What a layer's kernels hand to each other, each for as many tokens as a step may have.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Buffers {
+pub struct Buffers {
     /// `[tokens, hidden]`: the residual stream.
-    pub(crate) residual: Buffer,
+    pub residual: Buffer,
     /// `[tokens, q_width]`: queries; keys and values go straight to their pages.
-    pub(crate) q: Buffer,
+    pub q: Buffer,
     /// `[tokens, q_width]`: what attention gives.
-    pub(crate) attended: Buffer,
+    pub attended: Buffer,
     /// `[tokens, intermediate]`: silu(gate) * up, where a layer has no experts.
-    pub(crate) activated: Buffer,
+    pub activated: Buffer,
 }
 
 impl Buffers {
@@ -81,22 +81,29 @@ impl Buffers {
 
 /// The families of kernels, set up for one model and its capacities.
 #[derive(Debug)]
-pub(crate) struct Operations {
-    pub(crate) dims: Dims,
+pub struct Operations {
+    /// The model's sizes.
+    pub dims: Dims,
     layers: Vec<LayerSpec>,
-    pub(crate) buffers: Buffers,
-    pub(crate) halves: Halves,
-    pub(crate) ends: Ends,
-    pub(crate) gemm: Gemm,
-    pub(crate) experts: Option<Experts>,
-    pub(crate) attention: Attention,
-    pub(crate) sampling: Sampling,
+    /// What a layer's kernels hand to each other.
+    pub buffers: Buffers,
+    halves: Halves,
+    /// The step's two ends.
+    pub ends: Ends,
+    /// Matrix products.
+    pub gemm: Gemm,
+    experts: Option<Experts>,
+    /// Paged attention.
+    pub attention: Attention,
+    /// Drawing tokens.
+    pub sampling: Sampling,
     /// `[tokens, ceil(hidden / 64)]` f32: partial sums of squares of the residual stream.
-    pub(crate) sumsq: Address,
+    pub sumsq: Address,
 }
 
 impl Operations {
-    pub(crate) fn new(cuda: &mut Cuda, spec: &DecoderSpec, limits: &Limits) -> Result<Operations, CudaError> {
+    /// Looks the kernels up and allocates what steps within `limits` need.
+    pub fn new(cuda: &mut Cuda, spec: &DecoderSpec, limits: &Limits) -> Result<Operations, CudaError> {
         let dims = &spec.dims;
         let segments = dims.hidden.div_ceil(SEGMENT) as usize;
         Ok(Operations {
@@ -148,12 +155,12 @@ impl Operations {
     }
 
     /// Derives a step's plan from its rows.
-    pub(crate) fn plan(&self, shape: StepShape, rows: &[Row], words: &mut [u32]) {
+    pub fn plan(&self, shape: StepShape, rows: &[Row], words: &mut [u32]) {
         self.attention.plan(shape, self.halves.divide(shape), rows, words);
     }
 
     /// A layer's kernels, for each half of a divided step.
-    pub(crate) fn layer(&self, launcher: &Launcher, layer: &Layer) -> Result<(), CudaError> {
+    pub fn layer(&self, launcher: &Launcher, layer: &Layer) -> Result<(), CudaError> {
         if !self.halves.divide(layer.step.shape) {
             return self.chain(launcher, layer, Part::Whole);
         }
@@ -167,7 +174,7 @@ impl Operations {
     }
 
     /// Ends the layers of a step: what follows is for all rows.
-    pub(crate) fn end_layers(&self, launcher: &Launcher, shape: StepShape) -> Result<(), CudaError> {
+    pub fn end_layers(&self, launcher: &Launcher, shape: StepShape) -> Result<(), CudaError> {
         if self.halves.divide(shape) { launcher.join() } else { Ok(()) }
     }
 
@@ -183,12 +190,7 @@ impl Operations {
     }
 
     /// The first kernel of a layer.
-    pub(crate) fn before_attention(
-        &self,
-        launcher: &Launcher,
-        layer: &Layer,
-        part: Part,
-    ) -> Result<(), CudaError> {
+    pub fn before_attention(&self, launcher: &Launcher, layer: &Layer, part: Part) -> Result<(), CudaError> {
         let tokens = part.tokens(layer.step.shape);
         let residual = rows_from(self.buffers.residual, self.dims.hidden as usize, tokens.start);
         let epilogue = self.qkv(layer, tokens.start);
@@ -203,12 +205,7 @@ impl Operations {
     }
 
     /// The others.
-    pub(crate) fn after_attention(
-        &self,
-        launcher: &Launcher,
-        layer: &Layer,
-        part: Part,
-    ) -> Result<(), CudaError> {
+    pub fn after_attention(&self, launcher: &Launcher, layer: &Layer, part: Part) -> Result<(), CudaError> {
         let (Layer { step, weights, .. }, buffers) = (layer, &self.buffers);
         let tokens = part.tokens(step.shape);
         let (first, count, gemm) = (tokens.start, tokens.len() as u32, &self.gemm);
@@ -243,19 +240,23 @@ impl Operations {
 }
 
 /// A buffer's rows of activations `width` wide from row `index` on.
-pub(crate) fn rows_from(buffer: Buffer, width: usize, index: u32) -> Rows {
+pub fn rows_from(buffer: Buffer, width: usize, index: u32) -> Rows {
     let address = buffer.address().offset(index as usize * width * 2);
     Rows { address, there: (buffer.elements() / width) as u32 - index }
 }
 
 /// A decoder layer in a step: what its kernels work on.
-pub(crate) struct Layer<'a> {
+pub struct Layer<'a> {
     /// Which one of the model's.
-    pub(crate) index: usize,
-    pub(crate) step: &'a Step<Buffer>,
-    pub(crate) weights: &'a LayerWeights<Weight>,
-    pub(crate) rope: Option<Buffer>,
-    pub(crate) kv: KvLayer<Buffer>,
+    pub index: usize,
+    /// The step.
+    pub step: &'a Step<Buffer>,
+    /// Its own.
+    pub weights: &'a LayerWeights<Weight>,
+    /// `[positions, head_dim / 2]` (cos, sin) f32; `None` where the layer rotates nothing.
+    pub rope: Option<Buffer>,
+    /// Its keys' and values' pages.
+    pub kv: KvLayer<Buffer>,
 }
 
 impl Cuda {

@@ -8,13 +8,10 @@ use std::ffi::c_void;
 
 use cudarc::cublaslt::result::{self, CublasError};
 use cudarc::cublaslt::sys;
-use minisgl_core::backend::{Purpose, Queue};
+use minisgl_core::backend::{Device, Element, Purpose, Queue};
+use minisgl_cuda::{Address, Cuda, CudaError, Launcher};
 
-use super::{PerfOptions, perf_cuda};
-use crate::device::Cuda;
-use crate::error::CudaError;
-use crate::launch::Launcher;
-use crate::memory::Address;
+use crate::timer::{PerfOptions, perf_cuda};
 
 const WORKSPACE_BYTES: usize = 64 << 20;
 /// Guesses that are asked for and timed.
@@ -22,26 +19,26 @@ const GUESSES: usize = 8;
 
 /// A multiplication's sizes.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Shape {
-    pub(super) rows: usize,
-    pub(super) outputs: usize,
-    pub(super) inputs: usize,
+pub(crate) struct Shape {
+    pub(crate) rows: usize,
+    pub(crate) outputs: usize,
+    pub(crate) inputs: usize,
 }
 
 impl Shape {
-    pub(super) fn flops(&self) -> f64 {
+    pub(crate) fn flops(&self) -> f64 {
         2.0 * self.rows as f64 * self.outputs as f64 * self.inputs as f64
     }
 }
 
 /// The library, opened.
-pub(super) struct Blas {
+pub(crate) struct Blas {
     handle: sys::cublasLtHandle_t,
     workspace: Address,
 }
 
 /// A multiplication that the library is ready to do.
-pub(super) struct Plan {
+pub(crate) struct Plan {
     description: sys::cublasLtMatmulDesc_t,
     /// Of the weights, x and out.
     layouts: [sys::cublasLtMatrixLayout_t; 3],
@@ -55,17 +52,17 @@ fn named(error: CublasError) -> CudaError {
 
 impl Blas {
     /// Opens the library; `None` where the machine lacks it.
-    pub(super) fn open(cuda: &mut Cuda) -> Result<Option<Blas>, CudaError> {
+    pub(crate) fn open(cuda: &mut Cuda) -> Result<Option<Blas>, CudaError> {
         // SAFETY: opens the library and closes it again.
         if !unsafe { sys::is_culib_present() } {
             return Ok(None);
         }
-        let workspace = cuda.allocate(Purpose::Scratch, WORKSPACE_BYTES)?;
+        let workspace = cuda.alloc(Purpose::Scratch, Element::Word, WORKSPACE_BYTES / 4)?.address();
         Ok(Some(Blas { handle: result::create_handle().map_err(named)?, workspace }))
     }
 
     /// The quickest of the library's guesses for a shape; `None` where it has none.
-    pub(super) fn best(
+    pub(crate) fn best(
         &self,
         cuda: &mut Cuda,
         shape: Shape,
@@ -92,7 +89,7 @@ impl Blas {
     }
 
     /// Enqueues the multiplication.
-    pub(super) fn multiply(
+    pub(crate) fn multiply(
         &self,
         launcher: &Launcher,
         plan: &Plan,
@@ -102,7 +99,7 @@ impl Blas {
     ) -> Result<(), CudaError> {
         let (one, zero) = (1.0f32, 0.0f32);
         let [weights_layout, x_layout, out_layout] = plan.layouts;
-        let pointer = |address: Address| address.0 as *mut c_void;
+        let pointer = |address: Address| address.number() as *mut c_void;
         // SAFETY: handle, description, layouts and algorithm are alive; the matrices have the sizes of the plan; the
         // workspace is as large as the heuristics were told.
         let status = unsafe {

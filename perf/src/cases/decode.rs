@@ -15,25 +15,23 @@ use minisgl_core::batch::Row;
 use minisgl_core::sampling::SlotState;
 use minisgl_core::spec::{Attention, DecoderSpec, Dims, LayerSpec, Mixer};
 use minisgl_core::tensor::{HostTensor, TensorData};
+use minisgl_cuda::ops::gemm::{Head, SmShare};
+use minisgl_cuda::ops::halves::Part;
+use minisgl_cuda::ops::{Layer, Operations, rows_from};
+use minisgl_cuda::{Buffer, Cuda, CudaError, Launcher, Weight};
 
-use super::case::{Case, Check, Filter, ModelShape, Run, random_in};
-use super::drawn;
-use super::step::{PAGE_SIZE, StepOf, download_words, upload_words};
-use crate::device::Cuda;
-use crate::error::CudaError;
-use crate::launch::Launcher;
-use crate::memory::Buffer;
-use crate::ops::gemm::{Head, SmShare};
-use crate::ops::halves::Part;
-use crate::ops::{Layer, Operations, rows_from};
-use crate::weight::Weight;
+use crate::case::{Case, Check, Filter, Run};
+use crate::drawn;
+use crate::model::ModelShape;
+use crate::random::random_in;
+use crate::step::{PAGE_SIZE, StepOf, download_words, upload_words};
 
 /// Weights lie within this, about as in a trained model.
 const WEIGHT_MAX: f32 = 0.05;
 /// Rows whose tokens are checked.
 const CHECKED: usize = 2;
 
-pub(super) fn cases(filter: &Filter) -> Vec<Case> {
+pub(crate) fn cases(filter: &Filter) -> Vec<Case> {
     let mut cases = Vec::new();
     for model in filter.models() {
         for rows in filter.rows_or(&[1, 64, 256]) {

@@ -6,17 +6,15 @@
 use half::bf16;
 use minisgl_core::backend::{Device, Element, Purpose, WeightRole};
 use minisgl_core::tensor::splitmix64;
+use minisgl_cuda::ops::gemm::{Epilogue, GateUp, Gemm, Head, Qkv, Residual, RowNorm, Rows, SmShare};
+use minisgl_cuda::{Address, Buffer, Cuda, CudaError, Weight};
 
-use super::case::{
-    Call, Case, Check, Filter, ModelShape, Run, random, random_element, random_part, relative_error,
-};
-use super::cublaslt::{Blas, Shape};
-use super::step::{PAGE_SIZE, StepOf, activations, download_words, upload_words};
-use crate::device::Cuda;
-use crate::error::CudaError;
-use crate::memory::{Address, Buffer};
-use crate::ops::gemm::{Epilogue, GateUp, Gemm, Head, Qkv, Residual, RowNorm, Rows, SmShare};
-use crate::weight::Weight;
+use crate::case::{Call, Case, Check, Filter, Run};
+use crate::check::relative_error;
+use crate::cublaslt::{Blas, Shape};
+use crate::model::ModelShape;
+use crate::random::{random, random_element, random_part};
+use crate::step::{PAGE_SIZE, StepOf, activations, download_words, upload_words};
 
 /// Seeds of the weights (gate's; up's is the next), the rows, the residual stream, the head norms and the biases.
 const WEIGHTS: u64 = 1 << 40;
@@ -52,7 +50,7 @@ struct Sizes {
     inputs: usize,
 }
 
-pub(super) fn cases(filter: &Filter) -> Vec<Case> {
+pub(crate) fn cases(filter: &Filter) -> Vec<Case> {
     let mut cases = Vec::new();
     for model in filter.models() {
         for product in [Product::Qkv, Product::O, Product::GateUp, Product::Down, Product::Head] {
@@ -140,7 +138,7 @@ impl Sizes {
     ) -> Result<Option<(&'static str, Call)>, CudaError> {
         let Some(blas) = Blas::open(cuda)? else { return Ok(None) };
         let shape = Shape { rows: self.tokens, outputs: self.outputs, inputs: self.inputs };
-        let out = cuda.allocate(Purpose::Scratch, self.tokens * self.outputs * 2)?;
+        let out = cuda.alloc(Purpose::Scratch, Element::Activation, self.tokens * self.outputs)?.address();
         let Some(best) = blas.best(cuda, shape, weights[0].address(), x, out)? else { return Ok(None) };
         let call: Call = Box::new(move |launcher, call| {
             blas.multiply(launcher, &best, weights[call % weights.len()].address(), x, out)
@@ -199,7 +197,7 @@ impl Sizes {
     ) -> Result<(Call, Check), CudaError> {
         let residual = random(cuda, self.tokens, self.outputs, STREAM)?;
         let segments = self.outputs.div_ceil(64);
-        let sumsq = cuda.allocate(Purpose::Scratch, self.tokens * segments * 4)?;
+        let sumsq = cuda.alloc(Purpose::Scratch, Element::Float, self.tokens * segments)?.address();
         let check: Check = Box::new(move |cuda| {
             let values = activations(cuda, residual.into(), self.tokens * self.outputs)?;
             let pairs = self.samples(self.outputs).into_iter().map(|(token, output)| {
@@ -258,8 +256,10 @@ impl Sizes {
         let rope: Vec<u32> = [1.0f32, 0.0].iter().cycle().take(head_dim).map(|part| part.to_bits()).collect();
         let rope = upload_words(cuda, &rope)?;
         let q = cuda.alloc(Purpose::Scratch, Element::Activation, self.tokens * width)?;
-        let page = (dims.kv_heads * PAGE_SIZE * dims.head_dim) as usize * 2;
-        let kv = |cuda: &mut Cuda| cuda.allocate(Purpose::Scratch, (self.tokens + 1) * page);
+        let elements = (self.tokens + 1) * (dims.kv_heads * PAGE_SIZE * dims.head_dim) as usize;
+        let kv = |cuda: &mut Cuda| {
+            Ok::<_, CudaError>(cuda.alloc(Purpose::Scratch, Element::Activation, elements)?.address())
+        };
         let epilogue = Qkv {
             norm: self.norm(cuda)?,
             head_eps: 1e-6,

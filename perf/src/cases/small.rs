@@ -1,20 +1,19 @@
 //! Cases of everything that is neither a multiplication nor attention: launches, the step's two ends, sampling.
 
-use half::bf16;
 use minisgl_core::backend::{Device, Element, Purpose, Queue};
 use minisgl_core::sampling::SlotState;
+use minisgl_cuda::ops::embed::Ends;
+use minisgl_cuda::ops::sampling::Sampling;
+use minisgl_cuda::{Buffer, Cuda, CudaError, Grid};
 
-use super::case::{Call, Case, Filter, MODELS, ModelShape, Run, random, random_element};
-use super::drawn;
-use super::step::{StepOf, activations, download_words};
-use crate::device::Cuda;
-use crate::error::CudaError;
-use crate::launch::Grid;
-use crate::memory::Buffer;
-use crate::ops::embed::Ends;
-use crate::ops::sampling::Sampling;
+use crate::case::{Call, Case, Filter, Run};
+use crate::check::first_wrong;
+use crate::drawn;
+use crate::model::{MODELS, ModelShape};
+use crate::random::{random, random_element};
+use crate::step::{StepOf, activations, download_words};
 
-pub(super) fn cases(filter: &Filter) -> Vec<Case> {
+pub(crate) fn cases(filter: &Filter) -> Vec<Case> {
     let mut cases = vec![empty(), edge(), read(256 << 20), read(2 << 30)];
     for model in filter.models() {
         for rows in filter.rows() {
@@ -51,7 +50,10 @@ fn empty() -> Case {
         setup: Box::new(|cuda, _| {
             let kernel = cuda.modules().kernel("perf", "empty", 0)?;
             Ok(Run {
-                call: Box::new(move |launcher, _| launcher.launch(&kernel, Grid::new(1, 32), [])),
+                // SAFETY: the kernel touches no memory.
+                call: Box::new(move |launcher, _| unsafe {
+                    launcher.launch_raw(&kernel, Grid::new(1, 32), [])
+                }),
                 check: Box::new(|_| Ok(None)),
                 baseline: None,
             })
@@ -70,7 +72,10 @@ fn edge() -> Case {
         setup: Box::new(|cuda, _| {
             let kernel = cuda.modules().kernel("perf", "edge", 0)?;
             Ok(Run {
-                call: Box::new(move |launcher, _| launcher.launch(&kernel, Grid::new(1, 32).dependent(), [])),
+                // SAFETY: as above.
+                call: Box::new(move |launcher, _| unsafe {
+                    launcher.launch_raw(&kernel, Grid::new(1, 32).dependent(), [])
+                }),
                 check: Box::new(|_| Ok(None)),
                 baseline: None,
             })
@@ -89,7 +94,8 @@ fn read(bytes: usize) -> Case {
         Ok(Run {
             call: Box::new(move |launcher, call| {
                 let count = (bytes / 16) as u64;
-                launcher.launch(&kernel, grid, [&sources[call % copies], &count, &sink])
+                // SAFETY: the kernel reads as many bytes as each source has, and writes the sink's word.
+                unsafe { launcher.launch_raw(&kernel, grid, [&sources[call % copies], &count, &sink]) }
             }),
             check: Box::new(|_| Ok(None)),
             baseline: Some(("memcpy", copy(buffers, bytes / 2))),
@@ -108,7 +114,7 @@ fn buffers(cuda: &mut Cuda, copies: usize, bytes: usize) -> Result<Vec<Buffer>, 
     (0..copies)
         .map(|_| {
             let buffer = cuda.alloc(Purpose::Scratch, Element::Word, bytes / 4)?;
-            cuda.zero(buffer.address(), bytes)?;
+            cuda.clear(buffer)?;
             Ok(buffer)
         })
         .collect()
@@ -121,7 +127,12 @@ fn copy(buffers: Vec<Buffer>, bytes: usize) -> Call {
         // SAFETY: each buffer holds at least twice `bytes`.
         let copied = unsafe {
             let stream = launcher.stream(Queue::Compute);
-            cudarc::driver::result::memcpy_dtod_async(from.offset(bytes).0, from.0, bytes, stream)
+            cudarc::driver::result::memcpy_dtod_async(
+                from.offset(bytes).number(),
+                from.number(),
+                bytes,
+                stream,
+            )
         };
         launcher.check("copying on the GPU", copied)
     })
@@ -264,13 +275,4 @@ fn token_ids(cuda: &mut Cuda, step: &minisgl_core::backend::Step<Buffer>) -> Res
     let words = download_words(cuda, step.batch, step.layout.words)?;
     let tokens = &words[step.layout.tokens..][..step.shape.tokens as usize * 4];
     Ok(tokens.chunks_exact(4).map(|token| token[0] as usize).collect())
-}
-
-/// The first value that is further from the expected one than `relative` of it (and a little more near zero).
-fn first_wrong(values: &[bf16], relative: f64, expected: impl Fn(usize) -> f64) -> Option<String> {
-    values.iter().enumerate().find_map(|(i, value)| {
-        let (value, expected) = (f64::from(value.to_f32()), expected(i));
-        let close = (value - expected).abs() <= relative * expected.abs();
-        (!close).then(|| format!("element {i} is {value}, not {expected}"))
-    })
 }

@@ -1,7 +1,10 @@
 //! A row of the report: a case's times beside what the device allows and what others need.
 
-use super::{Case, Ceilings, Cold, PerfError, PerfOptions, Timing, perf_cuda};
-use crate::device::Cuda;
+use minisgl_cuda::Cuda;
+
+use crate::case::{Case, Cold, PerfError};
+use crate::ceiling::Ceilings;
+use crate::timer::{PerfOptions, Timing, perf_cuda};
 
 /// Calls that a graph holds at most, where more are recorded so that their buffers outgrow the cache.
 const CALLS_MAX: usize = 200;

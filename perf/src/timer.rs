@@ -1,4 +1,4 @@
-//! Timing kernels on the device's own clock, cold, against what the device can do.
+//! The time of a call on the device's own clock.
 //!
 //! ```text
 //!   warm call | e0 [calls of repetition 0] e1 [calls of repetition 1] e2 …        time per call = (e(i+1) - e(i)) / calls
@@ -8,29 +8,9 @@
 //! ends, so that the host is never in the measurement. Each call is told its number, so that it can use other buffers
 //! than the calls before it: what it reads is then not in the L2 cache ("cold"), as in a model, where a step's weights
 //! and keys pass through the cache before they are read again.
-//!
-//! Invariant: a case's result is checked before its time is reported.
 
-mod attention;
-pub(crate) mod case;
-mod ceiling;
-mod cublaslt;
-mod decode;
-pub mod drawn;
-mod products;
-mod report;
-mod small;
-mod step;
-
-pub use case::{Case, Cold, Filter, ModelShape, PerfError, cases};
-pub use ceiling::Ceilings;
-pub use report::{Row, run};
-
-use crate::device::Cuda;
-use crate::error::CudaError;
-use crate::launch::Launcher;
-use crate::memory::Event;
-use minisgl_core::backend::{Device, Queue};
+use minisgl_core::backend::Device;
+use minisgl_cuda::{Cuda, CudaError, Launcher};
 
 /// How to time.
 #[derive(Clone, Copy, Debug)]
@@ -83,7 +63,7 @@ pub fn perf_cuda(
     cuda.synchronize()?;
     let own;
     let launcher = if options.init_stream {
-        own = Launcher::new(cuda.context())?;
+        own = cuda.another_launcher()?;
         &own
     } else {
         cuda.launcher()
@@ -114,14 +94,12 @@ fn measure(
     calls: u32,
     mut enqueue: impl FnMut() -> Result<(), CudaError>,
 ) -> Result<Timing, CudaError> {
-    let stream = launcher.stream(Queue::Compute);
-    let events =
-        (0..=repetitions).map(|_| Event::timed(launcher.context())).collect::<Result<Vec<_>, _>>()?;
+    let events = (0..=repetitions).map(|_| launcher.event()).collect::<Result<Vec<_>, _>>()?;
     for (i, event) in events.iter().enumerate() {
         if i > 0 {
             enqueue()?;
         }
-        launcher.check("recording an event", event.record(stream))?;
+        launcher.record(event)?;
     }
     launcher.synchronize()?;
     let samples = events

@@ -10,36 +10,33 @@ use minisgl_core::constraint::mask_words;
 use minisgl_core::rules::RULE_WORDS;
 use minisgl_core::sampling::SlotState;
 use minisgl_core::tensor::splitmix64;
-
-use crate::device::Cuda;
-use crate::error::CudaError;
-use crate::memory::Buffer;
+use minisgl_cuda::{Buffer, Cuda, CudaError};
 
 /// Tokens of a page.
-pub(super) const PAGE_SIZE: u32 = 16;
+pub(crate) const PAGE_SIZE: u32 = 16;
 
 /// A step being described.
-pub(super) struct StepOf {
+pub(crate) struct StepOf {
     /// Rows that decode: the first ones, with one token each.
-    pub(super) decode_rows: u32,
+    pub(crate) decode_rows: u32,
     /// `(position of the first token, tokens)` of each row.
-    pub(super) rows: Vec<(u32, u32)>,
+    pub(crate) rows: Vec<(u32, u32)>,
     /// Ids are drawn below this.
-    pub(super) vocab: u32,
+    pub(crate) vocab: u32,
     /// How every row draws.
-    pub(super) state: SlotState,
+    pub(crate) state: SlotState,
 }
 
 impl StepOf {
     /// A decode step of rows whose tokens attend to `contexts` tokens each.
-    pub(super) fn decode(contexts: &[u32], vocab: u32) -> StepOf {
+    pub(crate) fn decode(contexts: &[u32], vocab: u32) -> StepOf {
         let rows = contexts.iter().map(|context| (context - 1, 1)).collect();
         let decode_rows = contexts.len() as u32;
         StepOf { decode_rows, rows, vocab, state: SlotState::default() }
     }
 
     /// Capacities that just hold the step.
-    pub(super) fn limits(&self) -> Limits {
+    pub(crate) fn limits(&self) -> Limits {
         let ends = self.rows.iter().map(|(position, tokens)| position + tokens);
         Limits {
             running: self.rows.len() as u32,
@@ -52,12 +49,12 @@ impl StepOf {
         }
     }
 
-    pub(super) fn tokens(&self) -> u32 {
+    pub(crate) fn tokens(&self) -> u32 {
         self.rows.iter().map(|(_, tokens)| tokens).sum()
     }
 
     /// The pages of each row, in no order.
-    pub(super) fn page_lists(&self) -> Vec<Vec<u32>> {
+    pub(crate) fn page_lists(&self) -> Vec<Vec<u32>> {
         let mut pages = shuffled(self.limits().pages).into_iter();
         let count = |(position, tokens): &(u32, u32)| (position + tokens).div_ceil(PAGE_SIZE) as usize;
         self.rows.iter().map(|row| pages.by_ref().take(count(row)).collect()).collect()
@@ -74,7 +71,7 @@ impl StepOf {
         StepShape { decode_rows, prefill_rows: rows - decode_rows, tokens: self.tokens(), samples: rows }
     }
 
-    pub(super) fn packed_rows(&self) -> Vec<Row> {
+    pub(crate) fn packed_rows(&self) -> Vec<Row> {
         let mut first_token = 0;
         let pack = |(slot, (position, tokens)): (usize, &(u32, u32))| {
             let row = Row {
@@ -93,7 +90,7 @@ impl StepOf {
     }
 
     /// Packs the step and puts it on the device. `plan` fills the plan words.
-    pub(super) fn upload(
+    pub(crate) fn upload(
         &self,
         cuda: &mut Cuda,
         plan_words: usize,
@@ -151,7 +148,7 @@ fn shuffled(count: u32) -> Vec<u32> {
 }
 
 /// Puts words on the device.
-pub(super) fn upload_words(cuda: &mut Cuda, words: &[u32]) -> Result<Buffer, CudaError> {
+pub(crate) fn upload_words(cuda: &mut Cuda, words: &[u32]) -> Result<Buffer, CudaError> {
     let buffer = cuda.alloc(Purpose::Scratch, Element::Word, words.len())?;
     let mut staging = cuda.alloc_pinned(words.len())?;
     cuda.words_mut(&mut staging)?.copy_from_slice(words);
@@ -160,13 +157,13 @@ pub(super) fn upload_words(cuda: &mut Cuda, words: &[u32]) -> Result<Buffer, Cud
 }
 
 /// Fetches the first words of a buffer.
-pub(super) fn download_words(cuda: &mut Cuda, from: Buffer, words: usize) -> Result<Vec<u32>, CudaError> {
+pub(crate) fn download_words(cuda: &mut Cuda, from: Buffer, words: usize) -> Result<Vec<u32>, CudaError> {
     let mut staging = cuda.alloc_pinned(words)?;
     cuda.download(minisgl_core::backend::Queue::Compute, from, words, &mut staging)?;
     Ok(cuda.words(&staging)?.to_vec())
 }
 
 /// Fetches bf16 activations.
-pub(super) fn activations(cuda: &mut Cuda, from: Buffer, count: usize) -> Result<Vec<bf16>, CudaError> {
+pub(crate) fn activations(cuda: &mut Cuda, from: Buffer, count: usize) -> Result<Vec<bf16>, CudaError> {
     Ok(bytemuck::cast_slice(&download_words(cuda, from, count / 2)?).to_vec())
 }

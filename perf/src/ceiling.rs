@@ -1,12 +1,11 @@
 //! What the device can do at best, measured: the yardstick of every row.
 
 use minisgl_core::backend::{Device, Element, Purpose};
+use minisgl_cuda::{Cuda, CudaError, Grid};
 
-use super::cublaslt::{Blas, Shape};
-use super::{PerfOptions, perf_cuda};
-use crate::device::Cuda;
-use crate::error::CudaError;
-use crate::launch::Grid;
+use crate::cublaslt::{Blas, Shape};
+use crate::random::random;
+use crate::timer::{PerfOptions, perf_cuda};
 
 /// Bytes that the bandwidth is measured over, unless the memory is smaller: many times any L2 cache.
 const READ_BYTES: usize = 2 << 30;
@@ -39,12 +38,13 @@ fn read_rate(cuda: &mut Cuda) -> Result<f64, CudaError> {
     let bytes = READ_BYTES.min(cuda.memory()?.free as usize / 4) / 16 * 16;
     let words = cuda.alloc(Purpose::Scratch, Element::Word, bytes / 4)?;
     let sink = cuda.alloc(Purpose::Scratch, Element::Word, 1)?;
-    cuda.zero(words.address(), bytes)?;
+    cuda.clear(words)?;
     let kernel = cuda.modules().kernel("perf", "read_all", 0)?;
     let grid = Grid::new(cuda.properties().multiprocessors * 2, 1024);
     let count = (bytes / 16) as u64;
     let timing = perf_cuda(cuda, &PerfOptions::default(), |launcher, _| {
-        launcher.launch(&kernel, grid, [&words, &count, &sink])
+        // SAFETY: the kernel reads the words, and writes the sink's one.
+        unsafe { launcher.launch_raw(&kernel, grid, [&words, &count, &sink]) }
     })?;
     Ok(bytes as f64 / (timing.mean_ms * 1e-3))
 }
@@ -52,7 +52,7 @@ fn read_rate(cuda: &mut Cuda) -> Result<f64, CudaError> {
 fn matmul_rate(cuda: &mut Cuda) -> Result<Option<f64>, CudaError> {
     let shape = Shape { rows: MATMUL_SIDE, outputs: MATMUL_SIDE, inputs: MATMUL_SIDE };
     let Some(blas) = Blas::open(cuda)? else { return Ok(None) };
-    let matrix = |cuda: &mut Cuda, seed| super::case::random(cuda, MATMUL_SIDE, MATMUL_SIDE, seed);
+    let matrix = |cuda: &mut Cuda, seed| random(cuda, MATMUL_SIDE, MATMUL_SIDE, seed);
     let (weights, x) = (matrix(cuda, 1)?, matrix(cuda, 2)?);
     let out = cuda.alloc(Purpose::Scratch, Element::Activation, MATMUL_SIDE * MATMUL_SIDE)?;
     let Some(best) = blas.best(cuda, shape, weights.address(), x.address(), out.address())? else {

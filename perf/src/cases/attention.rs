@@ -6,14 +6,15 @@
 use half::bf16;
 use minisgl_core::backend::KvLayer;
 use minisgl_core::tensor::splitmix64;
+use minisgl_cuda::ops::attention::Attention;
+use minisgl_cuda::ops::halves::Part;
+use minisgl_cuda::{Buffer, Cuda, CudaError};
 
-use super::case::{Case, Check, Filter, ModelShape, Run, random, random_element, random_in, relative_error};
-use super::step::{PAGE_SIZE, StepOf, activations};
-use crate::device::Cuda;
-use crate::error::CudaError;
-use crate::memory::Buffer;
-use crate::ops::attention::Attention;
-use crate::ops::halves::Part;
+use crate::case::{Case, Check, Filter, Run};
+use crate::check::relative_error;
+use crate::model::ModelShape;
+use crate::random::{random, random_element, random_in};
+use crate::step::{PAGE_SIZE, StepOf, activations};
 
 const QUERIES: u64 = 5 << 40;
 const KEYS: u64 = 6 << 40;
@@ -27,7 +28,7 @@ const SAMPLES: usize = 8;
 /// What bf16 queries, probabilities and results allow, relative to the norm of the sampled outputs.
 const ERROR_MAX: f64 = 0.02;
 
-pub(super) fn cases(filter: &Filter) -> Vec<Case> {
+pub(crate) fn cases(filter: &Filter) -> Vec<Case> {
     let mut cases = Vec::new();
     for model in filter.models().into_iter().flat_map(ModelShape::and_windowed) {
         // A window that holds all of a context is none.

@@ -1,0 +1,114 @@
+//! The models whose shapes are timed: Qwen3-0.6B and 14B, or sizes that a caller gives.
+
+use std::str::FromStr;
+
+use minisgl_core::spec::Dims;
+
+/// Sizes of a model that cases are taken from.
+#[derive(Clone, Copy, Debug)]
+pub struct ModelShape {
+    pub(crate) name: &'static str,
+    pub(crate) layers: u32,
+    pub(crate) hidden: u32,
+    pub(crate) vocab: u32,
+    heads: u32,
+    kv_heads: u32,
+    head_dim: u32,
+    intermediate: u32,
+    /// Positions that a token sees, where not all.
+    pub(crate) window: Option<u32>,
+    /// Have q, k and v biases, and heads no norms?
+    pub(crate) bias: bool,
+}
+
+/// Positions that a token sees in cases of models that have no window of their own.
+const USUAL_WINDOW: u32 = 1024;
+
+const SMALL: ModelShape = ModelShape {
+    name: "0.6b",
+    layers: 28,
+    hidden: 1024,
+    vocab: 151_936,
+    heads: 16,
+    kv_heads: 8,
+    head_dim: 128,
+    intermediate: 3072,
+    window: None,
+    bias: false,
+};
+
+/// Qwen3-0.6B and Qwen3-14B.
+pub(crate) const MODELS: [ModelShape; 2] =
+    [SMALL, ModelShape { name: "14b", layers: 40, hidden: 5120, heads: 40, intermediate: 17_408, ..SMALL }];
+
+impl ModelShape {
+    pub(crate) fn dims(&self) -> Dims {
+        let ModelShape { layers, hidden, vocab, heads, kv_heads, head_dim, intermediate, .. } = *self;
+        Dims { layers, hidden, heads, kv_heads, head_dim, intermediate, vocab, norm_eps: 1e-6 }
+    }
+
+    /// The model, and where it has no window the same with one.
+    pub(crate) fn and_windowed(self) -> Vec<ModelShape> {
+        let windows = self.window.map_or(vec![None, Some(USUAL_WINDOW)], |window| vec![Some(window)]);
+        windows.into_iter().map(|window| ModelShape { window, ..self }).collect()
+    }
+
+    /// The model, and where it has no biases the same with them.
+    pub(crate) fn and_biased(self) -> Vec<ModelShape> {
+        let biases: &[bool] = if self.bias { &[true] } else { &[false, true] };
+        biases.iter().map(|bias| ModelShape { bias: *bias, ..self }).collect()
+    }
+}
+
+/// Sizes that differ from those of Qwen3-0.6B, a window, and whether there are biases: `heads=32,head_dim=64`,
+/// `window=4096,bias=1`.
+impl FromStr for ModelShape {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<ModelShape, String> {
+        let mut shape = ModelShape { name: "given", ..SMALL };
+        for word in text.split(',') {
+            let (name, value) = word.split_once('=').ok_or_else(|| format!("`{word}` is no NAME=NUMBER"))?;
+            let value: u32 = value.parse().map_err(|_| format!("`{value}` in `{word}` is no number"))?;
+            let size = match name {
+                "layers" => &mut shape.layers,
+                "hidden" => &mut shape.hidden,
+                "vocab" => &mut shape.vocab,
+                "heads" => &mut shape.heads,
+                "kv_heads" => &mut shape.kv_heads,
+                "head_dim" => &mut shape.head_dim,
+                "intermediate" => &mut shape.intermediate,
+                "window" => {
+                    shape.window = Some(value).filter(|window| *window > 0);
+                    continue;
+                }
+                "bias" => {
+                    shape.bias = value > 0;
+                    continue;
+                }
+                _ => return Err(format!("a model has no size `{name}`")),
+            };
+            *size = value;
+        }
+        if shape.kv_heads == 0 || !shape.heads.is_multiple_of(shape.kv_heads) {
+            return Err(format!("{} heads can't share {} kv_heads", shape.heads, shape.kv_heads));
+        }
+        Ok(shape)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_models_sizes_are_those_given_and_else_the_small_models() {
+        let dims = "heads=32,head_dim=64".parse::<ModelShape>().unwrap().dims();
+        assert_eq!((dims.heads, dims.head_dim, dims.kv_heads, dims.hidden), (32, 64, 8, 1024));
+        let shape: ModelShape = "window=4096,bias=1".parse().unwrap();
+        assert_eq!((shape.window, shape.bias), (Some(4096), true));
+        for wrong in ["heads", "heads=x", "eyes=2", "heads=12"] {
+            assert!(wrong.parse::<ModelShape>().is_err(), "{wrong}");
+        }
+    }
+}
