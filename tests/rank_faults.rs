@@ -1,14 +1,16 @@
 //! Ranks of which one fails, panics or hangs, anywhere in a step: all end, with the cause named, and no thread is left.
 
 mod common;
+#[path = "../core/tests/support/fault.rs"]
+mod fault;
 
 use std::fs;
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
-use common::fault::{Fault, Faulty};
 use common::logits::checkpoint;
 use common::{Numbers, fixture, greedy};
+use fault::{Fault, Faulty, FaultyError};
 use minisgl::{Policy, Speculation};
 use minisgl_core::config::Limits;
 use minisgl_core::engine::{Engine, EngineError, EngineOptions};
@@ -33,9 +35,9 @@ fn engine(ranks: u32, patience: Duration) -> Engine<Ranks<Local<Device, Decoder<
     let builder = |link: Link| {
         let (rank, checkpoint) = (link.rank(), checkpoint.clone());
         move || {
-            let mut device = Faulty::new(Cpu::of_rank(1, link), rank.index);
+            let mut device = Faulty::new(Cpu::of_rank(1, link));
             let model = Decoder::load_part(&mut device, &checkpoint, rank)?;
-            Ok::<_, LoadError<common::fault::FaultyError<CpuError>>>(Local::new(device, model))
+            Ok::<_, LoadError<FaultyError<CpuError>>>(Local::new(device, model))
         }
     };
     let executor = Ranks::start(links.into_iter().map(builder).collect(), patience, abort).unwrap();
@@ -58,7 +60,9 @@ fn engine(ranks: u32, patience: Duration) -> Engine<Ranks<Local<Device, Decoder<
 fn found(ranks: u32, faulty: u32, well: u64, fault: Fault, patience: Duration) -> String {
     let mut engine = engine(ranks, patience);
     let arm = move |rank: &mut Local<Device, Decoder<Device>>| {
-        rank.backend_mut().arm(faulty, well, fault);
+        if rank.backend().device.rank().index == faulty {
+            rank.backend().arm(well, fault);
+        }
         Ok(())
     };
     engine.executor().each(arm).unwrap();

@@ -236,21 +236,35 @@ fn a_request_is_aborted_by_its_event_and_the_others_go_on() {
 }
 
 #[test]
-fn aborting_all_ends_the_run_and_leaves_the_model_usable() {
+fn whatever_event_says_so_aborting_all_ends_the_run_and_leaves_the_model_usable() {
     let mut llm = builder("tiny-tied").max_running(2).max_queued(2).build().unwrap();
-    let mut reasons = Vec::new();
-    llm.generate_stream((0..).map(|i| greedy_request(&[i % 1000], 20)), |event| match event {
-        StreamEvent::Finished { completion, .. } => {
-            reasons.push(completion.finish_reason);
-            Flow::Continue
-        }
-        _ if reasons.is_empty() => Flow::AbortAll,
-        _ => Flow::Continue,
-    })
-    .unwrap();
-    assert!(!reasons.is_empty() && reasons.iter().all(|reason| *reason == FinishReason::Abort));
-    llm.check();
-    assert_eq!(llm.generate(&[greedy_request(&[1], 4)]).unwrap()[0].token_ids.len(), 4);
+    let says: [fn(&StreamEvent<'_>) -> bool; 3] = [
+        |event| matches!(event, StreamEvent::Token { .. }),
+        |event| matches!(event, StreamEvent::Step(_)),
+        |event| matches!(event, StreamEvent::Finished { .. }),
+    ];
+    for (kind, says) in says.into_iter().enumerate() {
+        let (mut said, mut ended, mut whole) = (false, 0, 0);
+        llm.generate_stream((0..200).map(|i| greedy_request(&[i], 20)), |event| {
+            if let StreamEvent::Finished { completion, .. } = &event {
+                ended += 1;
+                whole += u32::from(completion.finish_reason != FinishReason::Abort);
+            }
+            match !said && says(&event) {
+                true => {
+                    said = true;
+                    Flow::AbortAll
+                }
+                false => Flow::Continue,
+            }
+        })
+        .unwrap();
+        assert!(said && (1..100).contains(&ended), "{ended} ended");
+        // The one that said so had its end.
+        assert_eq!(whole, u32::from(kind == 2));
+        llm.check();
+        assert_eq!(llm.generate(&[greedy_request(&[1], 4)]).unwrap()[0].token_ids.len(), 4);
+    }
 }
 
 #[test]

@@ -89,7 +89,7 @@ impl Cpu {
     }
 
     /// Which of the ranks that compute each step together it is.
-    pub(crate) fn rank(&self) -> Rank {
+    pub fn rank(&self) -> Rank {
         self.rank
     }
 

@@ -9,7 +9,7 @@ use minisgl_core::request::{Event, FinishReason, Request, SubmitError};
 use minisgl_core::sampling::SamplingParams;
 
 use support::expected::{alone, embedding};
-use support::fault::{Fault, FaultError};
+use support::fault::{Fault, Faulty, FaultyError};
 use support::hashing::Hashing;
 use support::lazy::{Lazy, Pace};
 use support::{Outcomes, exactly, options};
@@ -28,18 +28,25 @@ fn requests() -> Vec<(Vec<u32>, SamplingParams)> {
     ]
 }
 
+/// A device of which the operation behind `healthy` others fails.
+fn faulty(healthy: u64) -> Faulty<Lazy> {
+    let device = Faulty::new(Lazy::new(Pace::Late));
+    device.arm(healthy, Fault::Fails);
+    device
+}
+
 /// Runs with the `healthy + 1`-th operation failing. False if there were not so many.
 fn run(healthy: u64, overlap: bool) -> bool {
     let mut options = options(LIMITS);
     options.overlap = overlap;
-    let device = Fault::after(healthy, Lazy::new(Pace::Late));
+    let device = faulty(healthy);
     let mut engine = match Engine::new(device, Hashing::default(), options) {
         Ok(engine) => engine,
         Err(error) => {
             assert!(matches!(
                 error,
-                EngineError::Setup(FaultError::Injected(_))
-                    | EngineError::Capture { source: FaultError::Injected(_), .. }
+                EngineError::Setup(FaultyError::OnPurpose(_))
+                    | EngineError::Capture { source: FaultyError::OnPurpose(_), .. }
             ));
             return true;
         }
@@ -89,9 +96,7 @@ fn a_failed_operation_stops_the_engine_and_leaves_what_came_before() {
 #[test]
 fn a_request_can_be_aborted_after_the_engine_has_stopped() {
     // The operations of construction are counted first: of an engine that is built and asked for nothing.
-    let build = |healthy| {
-        Engine::new(Fault::after(healthy, Lazy::new(Pace::Late)), Hashing::default(), options(LIMITS))
-    };
+    let build = |healthy| Engine::new(faulty(healthy), Hashing::default(), options(LIMITS));
     let healthy = (0..).find(|healthy| build(*healthy).is_ok()).expect("some number suffices");
     let mut engine = build(healthy).expect("as just tried");
     let request = Request::new(&[1, 2], exactly(4));

@@ -1,7 +1,6 @@
 //! What the tests share: the fixtures, found from the directory that cargo runs tests in, and temporary directories.
 #![allow(dead_code)]
 
-pub mod fault;
 pub mod generate;
 pub mod logits;
 

@@ -1,59 +1,91 @@
-//! Middleware that lets one operation of a device fail: the n-th that the engine asks for.
+//! Middleware over a device: one of its operations, the n-th that is asked for, fails, panics, or takes long. Behind a failure
+//! nothing may be asked for any more.
+//!
+//! Tests of other packages use it too: it knows nothing of this one's device.
 
 use std::cell::Cell;
 use std::ops::Range;
+use std::thread::sleep;
+use std::time::Duration;
 
-use minisgl_core::backend::{Device, DeviceInfo, Element, Memory, Purpose, Queue, Sampler, Step};
+use minisgl_core::backend::{
+    Device, DeviceInfo, Element, KvLayer, LayerWeights, Memory, Ops, Purpose, Queue, Sampler, Step,
+    WeightRole,
+};
+use minisgl_core::batch::{Row, StepShape};
+use minisgl_core::config::Limits;
+use minisgl_core::spec::{DecoderSpec, Unsupported};
+use minisgl_core::tensor::HostTensor;
 use thiserror::Error;
 
-use super::hashing::Runs;
-use super::lazy::{Op, Words};
+/// What becomes of the operation.
+#[derive(Clone, Copy, Debug)]
+pub enum Fault {
+    Fails,
+    Panics,
+    /// It takes so long, and then is done.
+    Hangs(Duration),
+}
 
 /// Why an operation failed.
 #[derive(Debug, Error)]
-pub enum FaultError<E> {
+pub enum FaultyError<E> {
     /// It was its turn to.
     #[error("{0} failed on purpose")]
-    Injected(&'static str),
+    OnPurpose(&'static str),
     /// The device's own reason.
     #[error(transparent)]
     Device(#[from] E),
 }
 
 /// See the module.
-pub struct Fault<B> {
-    device: B,
-    /// Operations to go until one fails.
-    left: Cell<u64>,
+pub struct Faulty<B> {
+    pub device: B,
+    /// What becomes of an operation, and how many are well before it.
+    fault: Cell<Option<(u64, Fault)>>,
     /// The operation that failed.
     pub failed: Cell<Option<&'static str>>,
 }
 
-impl<B> Fault<B> {
-    /// Lets the operation after `healthy` others fail.
-    pub fn after(healthy: u64, device: B) -> Self {
-        Fault { device, left: Cell::new(healthy), failed: Cell::new(None) }
+impl<B> Faulty<B> {
+    /// Over a device; until it is armed it is that device.
+    pub fn new(device: B) -> Self {
+        Faulty { device, fault: Cell::new(None), failed: Cell::new(None) }
     }
 
-    fn pass<E>(&self, operation: &'static str) -> Result<(), FaultError<E>> {
+    /// Lets the operation behind `well` others become what `fault` says.
+    pub fn arm(&self, well: u64, fault: Fault) {
+        self.fault.set(Some((well, fault)));
+    }
+
+    /// An operation is asked for: it is well, or the one that is not.
+    pub fn pass<E>(&self, operation: &'static str) -> Result<(), FaultyError<E>> {
         if self.failed.get().is_some() {
             panic!("{operation} is asked for after a failure");
         }
-        match self.left.get() {
-            0 => {
-                self.failed.set(Some(operation));
-                Err(FaultError::Injected(operation))
-            }
-            left => {
-                self.left.set(left - 1);
+        match self.fault.take() {
+            None => Ok(()),
+            Some((well @ 1.., fault)) => {
+                self.arm(well - 1, fault);
                 Ok(())
+            }
+            Some((0, Fault::Hangs(time))) => {
+                sleep(time);
+                Ok(())
+            }
+            Some((0, fault)) => {
+                self.failed.set(Some(operation));
+                match fault {
+                    Fault::Panics => panic!("{operation} panicked on purpose"),
+                    _ => Err(FaultyError::OnPurpose(operation)),
+                }
             }
         }
     }
 }
 
-impl<B: Device> Device for Fault<B> {
-    type Error = FaultError<B::Error>;
+impl<B: Device> Device for Faulty<B> {
+    type Error = FaultyError<B::Error>;
     type Buffer = B::Buffer;
     type Pinned = B::Pinned;
     type Event = B::Event;
@@ -83,7 +115,7 @@ impl<B: Device> Device for Fault<B> {
     }
 
     fn is_out_of_memory(error: &Self::Error) -> bool {
-        matches!(error, FaultError::Device(error) if B::is_out_of_memory(error))
+        matches!(error, FaultyError::Device(error) if B::is_out_of_memory(error))
     }
 
     fn slice(&self, buffer: B::Buffer, range: Range<usize>) -> B::Buffer {
@@ -182,25 +214,120 @@ impl<B: Device> Device for Fault<B> {
     }
 }
 
-impl<B: Runs> Sampler for Fault<B> {
-    fn sample(&mut self, step: &Step<Words>, logits: Words, tokens: Words) -> Result<(), Self::Error> {
-        Runs::enqueue(self, Op::Sample { step: *step, logits, tokens })
+impl<B: Sampler> Sampler for Faulty<B> {
+    fn sample(
+        &mut self,
+        step: &Step<B::Buffer>,
+        logits: B::Buffer,
+        tokens: B::Buffer,
+    ) -> Result<(), Self::Error> {
+        self.pass("sample")?;
+        Ok(self.device.sample(step, logits, tokens)?)
     }
 
     fn logprobs(
         &mut self,
-        step: &Step<Words>,
-        logits: Words,
-        tokens: Words,
-        out: Words,
+        step: &Step<B::Buffer>,
+        logits: B::Buffer,
+        tokens: B::Buffer,
+        out: B::Buffer,
     ) -> Result<(), Self::Error> {
-        Runs::enqueue(self, Op::Logprobs { step: *step, logits, tokens, out })
+        self.pass("logprobs")?;
+        Ok(self.device.logprobs(step, logits, tokens, out)?)
     }
 }
 
-impl<B: Runs> Runs for Fault<B> {
-    fn enqueue(&mut self, op: Op) -> Result<(), Self::Error> {
-        self.pass("forward")?;
-        Ok(self.device.enqueue(op)?)
+impl<B: Ops> Ops for Faulty<B> {
+    type Weight = B::Weight;
+
+    fn supports(&self, spec: &DecoderSpec) -> Result<(), Unsupported> {
+        self.device.supports(spec)
+    }
+
+    fn reserve(&mut self, spec: &DecoderSpec, limits: &Limits) -> Result<usize, Self::Error> {
+        self.pass("reserve")?;
+        Ok(self.device.reserve(spec, limits)?)
+    }
+
+    fn load(&mut self, role: WeightRole, parts: &[HostTensor]) -> Result<B::Weight, Self::Error> {
+        self.pass("load")?;
+        Ok(self.device.load(role, parts)?)
+    }
+
+    fn reload(
+        &mut self,
+        weight: B::Weight,
+        role: WeightRole,
+        parts: &[HostTensor],
+    ) -> Result<(), Self::Error> {
+        self.pass("reload")?;
+        Ok(self.device.reload(weight, role, parts)?)
+    }
+
+    fn end_loading(&mut self) -> Result<(), Self::Error> {
+        self.pass("end_loading")?;
+        Ok(self.device.end_loading()?)
+    }
+
+    fn fold_norm(&mut self, norm: B::Weight, linear: B::Weight) -> Result<(), Self::Error> {
+        self.pass("fold_norm")?;
+        Ok(self.device.fold_norm(norm, linear)?)
+    }
+
+    fn plan(&self, shape: StepShape, rows: &[Row], words: &mut [u32]) {
+        self.device.plan(shape, rows, words);
+    }
+
+    fn begin_step(&mut self, step: &Step<B::Buffer>) -> Result<(), Self::Error> {
+        self.pass("begin_step")?;
+        Ok(self.device.begin_step(step)?)
+    }
+
+    fn embed(&mut self, step: &Step<B::Buffer>, table: B::Weight) -> Result<(), Self::Error> {
+        self.pass("embed")?;
+        Ok(self.device.embed(step, table)?)
+    }
+
+    fn decoder_layer(
+        &mut self,
+        step: &Step<B::Buffer>,
+        layer: usize,
+        weights: &LayerWeights<B::Weight>,
+        rope: Option<B::Buffer>,
+        kv: KvLayer<B::Buffer>,
+    ) -> Result<(), Self::Error> {
+        self.pass("decoder_layer")?;
+        Ok(self.device.decoder_layer(step, layer, weights, rope, kv)?)
+    }
+
+    fn final_norm(
+        &mut self,
+        step: &Step<B::Buffer>,
+        weight: B::Weight,
+        out: B::Buffer,
+    ) -> Result<(), Self::Error> {
+        self.pass("final_norm")?;
+        Ok(self.device.final_norm(step, weight, out)?)
+    }
+
+    fn logits(
+        &mut self,
+        step: &Step<B::Buffer>,
+        x: B::Buffer,
+        head: B::Weight,
+        out: B::Buffer,
+    ) -> Result<(), Self::Error> {
+        self.pass("logits")?;
+        Ok(self.device.logits(step, x, head, out)?)
+    }
+
+    fn read_logits(
+        &mut self,
+        logits: B::Buffer,
+        vocab: u32,
+        rows: Range<usize>,
+    ) -> Result<Vec<f32>, Self::Error> {
+        self.pass("read_logits")?;
+        Ok(self.device.read_logits(logits, vocab, rows)?)
     }
 }

@@ -15,6 +15,7 @@ use minisgl_core::sampling::{
 };
 
 use super::expected;
+use super::fault::Faulty;
 use super::lazy::{Lazy, LazyError, Op, Words};
 
 /// Words of the plan: the sum of the rows' contexts, which the device checks.
@@ -28,6 +29,13 @@ pub trait Runs: Sampler<Buffer = Words> {
 impl Runs for Lazy {
     fn enqueue(&mut self, op: Op) -> Result<(), LazyError> {
         Lazy::enqueue(self, Queue::Compute, op)
+    }
+}
+
+impl<B: Runs> Runs for Faulty<B> {
+    fn enqueue(&mut self, op: Op) -> Result<(), Self::Error> {
+        self.pass("forward")?;
+        Ok(self.device.enqueue(op)?)
     }
 }
 

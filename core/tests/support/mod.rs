@@ -1,7 +1,7 @@
 //! What core's tests run the engine on: a device that is as late as it may be, a model that hashes, and middleware.
 //!
 //! ```text
-//!   Engine<Local<B, Hashing>>      B = Lazy, Trace<Lazy> or Fault<Lazy>
+//!   Engine<Local<B, Hashing>>      B = Lazy, Trace<Lazy> or Faulty<Lazy>
 //! ```
 #![allow(dead_code, reason = "each test binary uses a part of this")]
 
