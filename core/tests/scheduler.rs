@@ -311,21 +311,34 @@ fn a_step_admits_as_many_requests_as_it_has_words_for_their_rules() {
     assert_eq!(prompts_by_step(&vec![biased; 4]), [3, 1]);
 }
 
-/// Prompts in the order of their admission, one running at a time: `first` wait together, `later` come when one is running.
-fn admitted_one_by_one(order: Order, first: &[&[u32]], later: &[&[u32]]) -> Vec<Vec<u32>> {
+/// Prompts in the order of their admission, one running at a time: `first` wait together, and when one of them is running, those
+/// of `aborted` that wait are aborted once `later` has come, and `last` comes.
+fn admitted_one_by_one(
+    order: Order,
+    first: &[&[u32]],
+    later: &[&[u32]],
+    aborted: &[u32],
+    last: &[&[u32]],
+) -> Vec<Vec<u32>> {
     let limits = Limits { running: 1, ..SMALL };
     let settings = Settings { order, ..SETTINGS };
     let mut scheduler =
         Scheduler::new(limits, settings, StepCosts::default(), &[], None).expect("host memory");
-    let mut prompts: Vec<_> =
-        first.iter().map(|prompt| (submit(&mut scheduler, prompt, 1), *prompt)).collect();
+    let submit_all = |scheduler: &mut Scheduler, prompts: &[&[u32]]| -> Vec<(Ticket, Vec<u32>)> {
+        prompts.iter().map(|prompt| (submit(scheduler, prompt, 1), prompt.to_vec())).collect()
+    };
+    let mut prompts = submit_all(&mut scheduler, first);
     let mut batch = Batch::new(&limits);
     let mut admitted = Vec::new();
     while scheduler.schedule(&mut batch) {
         let ticket = batch.owners()[0];
-        admitted.extend(prompts.iter().find(|it| it.0 == ticket).map(|it| it.1.to_vec()));
+        admitted.extend(prompts.iter().find(|it| it.0 == ticket).map(|it| it.1.clone()));
         if admitted.len() == 1 {
-            prompts.extend(later.iter().map(|prompt| (submit(&mut scheduler, prompt, 1), *prompt)));
+            prompts.extend(submit_all(&mut scheduler, later));
+            for (ticket, _) in prompts.iter().filter(|(_, prompt)| *prompt == aborted) {
+                assert!(scheduler.abort(*ticket, &mut |_| ()));
+            }
+            prompts.extend(submit_all(&mut scheduler, last));
         }
         scheduler.complete(&batch, &[5], &[], &mut |_| ());
         scheduler.check();
@@ -338,9 +351,21 @@ fn by_prefix_prompts_ascend_and_what_comes_too_late_for_this_sweep_is_in_the_nex
     let first: [&[u32]; 4] = [&[4, 4], &[9], &[4], &[6, 1, 2]];
     let later: [&[u32]; 5] = [&[3, 1], &[6, 1], &[9, 1], &[3], &[4, 9]];
     let expected: [&[u32]; 9] = [&[4], &[4, 4], &[4, 9], &[6, 1], &[6, 1, 2], &[9], &[9, 1], &[3], &[3, 1]];
-    assert_eq!(admitted_one_by_one(Order::Prefix, &first, &later), expected);
+    assert_eq!(admitted_one_by_one(Order::Prefix, &first, &later, &[], &[]), expected);
     let given: Vec<_> = first.iter().chain(&later).map(|prompt| prompt.to_vec()).collect();
-    assert_eq!(admitted_one_by_one(Order::Given, &first, &later), given);
+    assert_eq!(admitted_one_by_one(Order::Given, &first, &later, &[], &[]), given);
+}
+
+#[test]
+fn by_prefix_an_abort_leaves_the_others_in_their_sweeps() {
+    // Admitted: 4; of this sweep: 6 and 8; of the next one: 2 and 3.
+    for (aborted, last, expected) in
+        [(6, 7, [4, 7, 8, 2, 3]), (2, 1, [4, 6, 8, 1, 3]), (8, 9, [4, 6, 9, 2, 3])]
+    {
+        let admitted =
+            admitted_one_by_one(Order::Prefix, &[&[4], &[6], &[8]], &[&[3], &[2]], &[aborted], &[&[last]]);
+        assert_eq!(admitted.concat(), expected, "{aborted} is aborted, {last} comes");
+    }
 }
 
 /// Capacities under which the host keeps far fewer tokens than all requests may have: a window lets them run in few pages.
