@@ -18,9 +18,9 @@ use minisgl_core::config::Limits;
 use minisgl_core::spec::{Inputs, WeightFormat};
 use minisgl_core::tensor::{HostTensor, TensorData};
 use minisgl_cpu::Cpu;
-use minisgl_decoder::{Checkpoint, LayerTensors, MlpTensors};
+use minisgl_decoder::Checkpoint;
 use minisgl_llama::LLAMA;
-use minisgl_qwen3::QWEN3;
+use minisgl_qwen3::{QWEN3, QWEN3_MOE};
 use safetensors::{Dtype, SafeTensors};
 
 /// Examples whose logits are exact with rounded activations too: of 1 and 15 tokens, and 24 greedy ones.
@@ -146,25 +146,25 @@ fn damaged_and_missing_scales_are_named() {
     assert!(error.contains("model.layers.0.self_attn.q_proj.weight_scale`"), "{error}");
 }
 
-/// The layers that the golden file has on their own: the first layer's q and down.
-fn alone(layer: &LayerTensors) -> [(&'static str, &HostTensor); 2] {
-    let MlpTensors::Dense { down, .. } = &layer.mlp else { panic!("it has one MLP") };
-    [("self_attn.q_proj", &layer.qkv[0]), ("mlp.down_proj", down)]
-}
-
 #[test]
 fn a_matrix_gives_the_products_of_rounded_and_of_plain_inputs() {
     for name in FP8 {
         let bytes = fs::read(fixture(name).join("linear_actq.safetensors")).unwrap();
         let golden = SafeTensors::deserialize(&bytes).unwrap();
-        let rounded = Checkpoint::open(fixture(name), &[&QWEN3, &LLAMA]).unwrap();
+        let rounded = Checkpoint::open(fixture(name), &[&QWEN3, &QWEN3_MOE, &LLAMA]).unwrap();
         assert!(
             matches!(rounded.config().spec.weights, WeightFormat::Fp8(format) if format.inputs != Inputs::Plain)
         );
         let plain = rounded.clone().with_plain_inputs();
         for (checkpoint, output) in [(&rounded, "output"), (&plain, "output_unquantized")] {
-            for (layer, tensor) in alone(&checkpoint.tensors().layers[0]) {
-                let read = |what: &str| floats(&golden, &format!("model.layers.0.{layer}.{what}"));
+            // A q and a down, of a model with experts one expert's.
+            let layers: Vec<_> =
+                golden.names().into_iter().filter_map(|it| it.strip_suffix(".input")).collect();
+            assert!(layers.len() == 2 && layers.iter().any(|layer| layer.contains("down_proj")), "{name}");
+            for layer in layers {
+                let tensor = format!("{layer}.weight");
+                let tensor = checkpoint.tensors().iter().find(|it| it.name == tensor).unwrap();
+                let read = |what: &str| floats(&golden, &format!("{layer}.{what}"));
                 let (input, expected) = (read("input"), read(output));
                 let got = product(checkpoint, tensor, &input);
                 let error = relative_error(&got, &expected);

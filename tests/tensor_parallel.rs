@@ -16,7 +16,7 @@ use safetensors::{Dtype, serialize};
 fn ranks_max(name: &str) -> u32 {
     match name {
         "qwen2-yarn" | "qwen3-moe-nonorm" => 1,
-        "qwen2-bias" | "smollm3-nope" | "seed-oss" | "gemma3" | "qwen3-fp8" => 2,
+        "qwen2-bias" | "smollm3-nope" | "seed-oss" | "gemma3" | "qwen3-fp8" | "qwen3-moe-fp8" => 2,
         _ => 4,
     }
 }

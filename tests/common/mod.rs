@@ -31,7 +31,7 @@ pub const FAMILIES: [&str; 10] = [
 ];
 
 /// Golden checkpoints with fp8 weights.
-pub const FP8: [&str; 2] = ["qwen3-fp8", "llama-fp8ct"];
+pub const FP8: [&str; 3] = ["qwen3-fp8", "llama-fp8ct", "qwen3-moe-fp8"];
 
 /// One of them on the CPU.
 pub fn family(name: &str) -> LlmBuilder {
