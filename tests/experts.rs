@@ -8,7 +8,7 @@ use std::path::Path;
 
 use common::logits::{Logits, checkpoint};
 use common::{Scratch, fixture, greedy, mixed_requests, small};
-use minisgl::{GenerateRequest, Llm};
+use minisgl::{GenerateRequest, Llm, Quantize};
 use minisgl_cpu::Cpu;
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors, serialize};
@@ -157,4 +157,76 @@ fn a_dummy_router_spreads_tokens_unevenly() {
         (0.6 * even..even).contains(&mean),
         "{mean} of 16 experts by 8 rows, {even} if all were as likely"
     );
+}
+
+/// All tensors of a checkpoint's only file: their types, shapes and bytes.
+fn stored(name: &str) -> BTreeMap<String, (Dtype, Vec<usize>, Vec<u8>)> {
+    let bytes = fs::read(fixture(name).join("model.safetensors")).unwrap();
+    let tensors = SafeTensors::deserialize(&bytes).unwrap().tensors().into_iter();
+    tensors.map(|(name, view)| (name, (view.dtype(), view.shape().to_vec(), view.data().to_vec()))).collect()
+}
+
+#[test]
+fn e4m3_experts_without_their_scales_or_stacked_are_refused_by_name() {
+    const FP8: &str = "qwen3-moe-fp8";
+    let whole = stored(FP8);
+    let refused = |tensors: &BTreeMap<String, (Dtype, Vec<usize>, Vec<u8>)>, parts: [&str; 2]| {
+        let scratch = Scratch::new();
+        fs::copy(fixture(FP8).join("config.json"), scratch.join("config.json")).unwrap();
+        let views = tensors.iter().map(|(name, (dtype, shape, bytes))| {
+            (name, TensorView::new(*dtype, shape.clone(), bytes).unwrap())
+        });
+        scratch.write("model.safetensors", serialize(views, None).unwrap());
+        let error = small(scratch.path()).build().err().unwrap().to_string();
+        assert!(parts.iter().all(|part| error.contains(part)), "{error}");
+    };
+    let scales = format!("{}.5.down_proj.weight_scale_inv", prefix(1));
+    let mut tensors = whole.clone();
+    let (dtype, shape, bytes) = tensors.remove(&scales).unwrap();
+    refused(&tensors, [&scales, "missing"]);
+    tensors.insert(scales.clone(), (dtype, vec![1, 1], bytes[..2].to_vec()));
+    refused(&tensors, [&scales, "[1, 2]"]);
+    let infinite = [0x80, 0x7f].into_iter().chain(bytes[2..].iter().copied()).collect();
+    tensors.insert(scales.clone(), (dtype, shape, infinite));
+    refused(&tensors, [&scales, "inf"]);
+
+    // No checkpoint of this family has experts both stacked and in e4m3: where their scales would be is not known.
+    let stack = format!("{}.gate_up_proj", prefix(1));
+    let mut tensors = whole;
+    tensors.insert(stack.clone(), (Dtype::F8_E4M3, vec![8, 512, 128], vec![0; 8 * 512 * 128]));
+    refused(&tensors, [&stack, "F8_E4M3"]);
+}
+
+#[test]
+fn stacked_experts_quantized_at_load_are_those_quantized_one_by_one() {
+    let (scratch, _) = stacked("qwen3-moe");
+    let requests = mixed_requests(6, 320);
+    let in_fp8 = |folder: &Path| {
+        let mut llm = small(folder).quantize(Some(Quantize::Fp8)).build().unwrap();
+        (tokens(&mut llm, &requests), llm.info().weight_bytes, llm.info().experts)
+    };
+    assert_eq!(in_fp8(scratch.path()), in_fp8(&fixture("qwen3-moe")));
+}
+
+/// Bytes of an expert in e4m3, whoever made it so, are those of its elements and its scales; and the floor counts them.
+#[test]
+fn what_is_said_of_experts_in_fp8_has_their_bytes() {
+    let info = |name: &str, quantize| small(fixture(name)).quantize(quantize).build().unwrap().info().clone();
+    let scales_of_rows = 4 * (2 * 48 + 96);
+    let at_load = info("qwen3-moe-nonorm", Some(Quantize::Fp8)).experts.unwrap();
+    assert_eq!(at_load.bytes, 3 * 48 * 96 + scales_of_rows);
+    let plain = info("qwen3-moe-nonorm", None);
+    assert_eq!((at_load.layers, at_load.count, at_load.per_token), (2, 8, 2));
+
+    // Gate, up and down of 256 by 128 have two tiles each.
+    let stored = info("qwen3-moe-fp8", None);
+    let experts = stored.experts.unwrap();
+    assert_eq!((experts.layers, experts.count, experts.per_token), (1, 8, 3));
+    assert_eq!(experts.bytes, 3 * 256 * 128 + 4 * 3 * 2);
+    assert!(stored.to_string().contains("3 of 8 experts in 1 of 2 layers"), "{stored}");
+    for info in [plain, stored] {
+        let others = info.weight_bytes - info.experts.unwrap().all_bytes();
+        let floor = minisgl::bench::costs(&info);
+        assert_eq!((floor.weight_bytes_per_step, floor.expert_bytes), (others, info.experts.unwrap().bytes));
+    }
 }

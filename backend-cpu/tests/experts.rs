@@ -2,6 +2,8 @@
 
 mod common;
 
+use std::collections::BTreeSet;
+
 use common::{Machine, Random, Sequence, assert_close, bits, dims, greedy, limits, spec, tensor};
 use minisgl_core::backend::{ExpertWeights, Ops, Step, WeightRole};
 use minisgl_core::batch::StepShape;
@@ -47,6 +49,13 @@ impl Layer {
         let down: Vec<_> = part(2).collect();
         layer.weights = layer.load(&[router], &gate_up, &down);
         layer
+    }
+
+    /// Another router.
+    fn route_by(&mut self, router: Vec<f32>) {
+        let (tensor, values) = tensor(self.experts.count as usize, &router, Dtype::Bf16);
+        self.weights.router = self.machine.cpu.load(WeightRole::Linear, &[tensor]).unwrap();
+        self.router = values;
     }
 
     fn load(
@@ -168,6 +177,79 @@ fn a_tokens_bits_do_not_depend_on_the_tokens_beside_it() {
             bits(&together[part]),
             "token {first}"
         );
+    }
+}
+
+/// A router whose logit for expert e is the token's element e, and the rest of a token is what experts tell tokens apart by.
+fn plain_router(count: usize) -> Vec<f32> {
+    (0..count * HIDDEN).map(|i| f32::from(u8::from(i / HIDDEN == i % HIDDEN))).collect()
+}
+
+/// A token that chooses these experts, the first by most.
+fn token_for(random: &mut Random, count: usize, chosen: &[usize]) -> Vec<f32> {
+    let mut token = random.floats(HIDDEN);
+    token[..count].iter_mut().for_each(|x| *x -= 2.0);
+    chosen.iter().enumerate().for_each(|(i, expert)| token[*expert] = 3.0 - 0.25 * i as f32);
+    token
+}
+
+/// Routers at their worst.
+#[test]
+fn however_a_router_deals_tokens_out_each_gets_its_experts_and_the_bits_that_it_has_alone() {
+    const COUNT: usize = 24;
+    const EACH: usize = 8;
+    type Deal = fn(usize) -> Vec<usize>;
+    let deals: [(&str, Deal); 5] = [
+        ("all the same eight", |_| (8..16).collect()),
+        ("evenly", |t| (0..EACH).map(|j| (t * EACH + j) % COUNT).collect()),
+        ("one chosen by nobody", |t| (0..EACH).map(|j| (t * EACH + j) % (COUNT - 1)).collect()),
+        ("the last one by everybody", |t| (0..EACH).map(|j| (COUNT - 1 + j * (2 * t + 1)) % COUNT).collect()),
+        ("in descending order", |t| (0..EACH).map(|j| (t + EACH - j) % COUNT).collect()),
+    ];
+    let mut random = Random(4);
+    let mut layer = Layer::new(&mut random, experts(COUNT as u32, EACH as u32, true));
+    layer.route_by(plain_router(COUNT));
+    let weights = layer.weights;
+    for (what, deal) in deals {
+        let x: Vec<f32> = (0..48).flat_map(|t| token_for(&mut random, COUNT, &deal(t))).collect();
+        let before = layer.machine.cpu.experts_read().unwrap();
+        let mut together = Vec::new();
+        for x in x.chunks(12 * HIDDEN) {
+            let step = layer.step(&mut random, &[1; 12], None);
+            together.extend(layer.run(&weights, &step, x));
+        }
+        let after = layer.machine.cpu.experts_read().unwrap();
+        let of_step = |step: usize| (0..12).flat_map(|t| deal(12 * step + t)).collect::<BTreeSet<_>>().len();
+        let read: usize = (0..4).map(of_step).sum();
+        assert_eq!(
+            (after.layers - before.layers, after.experts - before.experts),
+            (4, read as u64),
+            "{what}"
+        );
+        assert_close(what, &together, &layer.expected(&x), 1e-4);
+        let prompt = layer.step(&mut random, &[20, 28], None);
+        assert_eq!(bits(&layer.run(&weights, &prompt, &x)), bits(&together), "{what}, as prompts");
+        for (x, together) in x.chunks(HIDDEN).zip(together.chunks(HIDDEN)) {
+            let alone = layer.step(&mut random, &[1], None);
+            assert_eq!(bits(&layer.run(&weights, &alone, x)), bits(together), "{what}, alone");
+        }
+    }
+}
+
+#[test]
+fn of_equal_logits_the_lower_experts_are_chosen_whatever_is_beside_a_token() {
+    for (count, per_token) in [(8, 1), (16, 4), (256, 16)] {
+        let mut random = Random(5);
+        let mut layer = Layer::new(&mut random, experts(count, per_token, true));
+        layer.route_by(vec![0.0; count as usize * HIDDEN]);
+        let weights = layer.weights;
+        let x = random.floats(12 * HIDDEN);
+        let before = layer.machine.cpu.experts_read().unwrap();
+        let step = layer.step(&mut random, &[1; 12], None);
+        let got = layer.run(&weights, &step, &x);
+        let after = layer.machine.cpu.experts_read().unwrap();
+        assert_eq!(after.experts - before.experts, u64::from(per_token));
+        assert_close("ties", &got, &layer.expected(&x), 1e-4);
     }
 }
 
