@@ -7,6 +7,7 @@
 //!
 //! Every request gets exactly one `Finished`, unless a step of the device fails first.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use minisgl_core::sampling::RowLogprobs;
@@ -301,7 +302,8 @@ pub struct Completion {
     /// One entry a token, where asked for.
     pub logprobs: Option<Vec<TokenLogprobs>>,
     /// Of the prompt's last tokens, as many as there are entries, where asked for: of all but the first, or from a position on.
-    pub prompt_logprobs: Option<Vec<TokenLogprobs>>,
+    /// Samples of a prompt share them.
+    pub prompt_logprobs: Option<Arc<Vec<TokenLogprobs>>>,
     /// Of the prompt, where asked for.
     pub embedding: Option<Vec<f32>>,
     /// What the caller should know though the request ran: that `max_tokens` was clamped.

@@ -6,6 +6,8 @@
 //!
 //! They are to the bit what sampling reports for the same tokens, whatever runs beside them.
 
+use std::sync::Arc;
+
 use minisgl_core::sampling::{PromptLogprobs, SamplingParams};
 
 use crate::request::{Completion, GenerateRequest, Given, Prompt, RequestError, TokenLogprobs};
@@ -74,7 +76,7 @@ impl From<Completion> for Score {
     fn from(completion: Completion) -> Self {
         let mut ids = completion.prompt_token_ids.unwrap_or_default();
         let logprobs = match completion.error {
-            None => completion.prompt_logprobs.unwrap_or_default(),
+            None => completion.prompt_logprobs.map(Arc::unwrap_or_clone).unwrap_or_default(),
             Some(_) => Vec::new(),
         };
         let token_ids = ids.split_off(ids.len().saturating_sub(logprobs.len()));

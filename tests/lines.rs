@@ -1,5 +1,7 @@
 //! Request and result lines: what is taken, what is refused and how, what comes back.
 
+use std::sync::Arc;
+
 use minisgl::lines::{self, BadLine, Defaults, LineError, Origin, RequestLine};
 use minisgl::openai::ModelName;
 use minisgl::{
@@ -901,10 +903,10 @@ fn scored() -> Completion {
     Completion {
         prompt_tokens: 3,
         prompt_token_ids: Some(vec![12, 10, 11]),
-        prompt_logprobs: Some(vec![
+        prompt_logprobs: Some(Arc::new(vec![
             logprobs(-3.0, &[(11, -0.5), (13, f32::NEG_INFINITY)]),
             logprobs(-0.25, &[(11, -0.25), (10, -2.0)]),
-        ]),
+        ])),
         ..completion()
     }
 }
@@ -947,7 +949,7 @@ fn a_line_with_a_document_is_judged_by_its_two_answers() {
     // Scores of one token each, of tokens that spell the answers, in whichever order they end.
     let scored = |id: u32, logprob: f32| Completion {
         prompt_token_ids: Some(vec![5, 6, id]),
-        prompt_logprobs: Some(vec![TokenLogprobs { logprob, top: vec![] }]),
+        prompt_logprobs: Some(Arc::new(vec![TokenLogprobs { logprob, top: vec![] }])),
         ..scored()
     };
     let bytes = |id: u32| Some(if id == 1 { b"yes".to_vec() } else { b"no".to_vec() });

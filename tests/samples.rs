@@ -3,6 +3,7 @@
 
 mod common;
 
+use std::sync::Arc;
 use std::thread::sleep;
 use std::time::Duration;
 
@@ -90,6 +91,19 @@ fn eight_samples_compute_their_prompt_once_and_hold_its_pages_once_with_a_prefix
         // 20 full pages of 16, and behind them 10 tokens, which each sample runs.
         assert_eq!((stats.prefill_tokens, stats.pages_peak), (330 + 7 * 10, 20 + 8), "{prefix_cache}");
     }
+}
+
+#[test]
+fn samples_share_the_log_probabilities_of_their_prompt() {
+    let mut llm = builder("tiny-tied").build().unwrap();
+    let scored = SamplingParams { prompt_logprobs: Some(PromptLogprobs { from: 0, top: 2 }), ..greedy(3) };
+    let request = GenerateRequest::tokens((5..90).collect::<Vec<u32>>()).sampling(scored);
+    let samples = llm.generate(&[request.samples(6)]).unwrap();
+    let [first, others @ ..] = &samples[..] else { panic!("there are samples") };
+    let of_first = first.prompt_logprobs.as_ref().unwrap();
+    assert_eq!(of_first.len(), 84);
+    let shares = |one: &Completion| Arc::ptr_eq(one.prompt_logprobs.as_ref().unwrap(), of_first);
+    assert!(others.len() == 5 && others.iter().all(shares));
 }
 
 #[test]

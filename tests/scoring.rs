@@ -92,7 +92,7 @@ fn prompts(count: u32) -> Vec<Vec<u32>> {
 
 /// All log-probabilities of a text: of the prompt's tokens as given, of the output's as drawn.
 fn all(completion: &Completion) -> Vec<TokenLogprobs> {
-    [completion.prompt_logprobs.clone().unwrap(), completion.logprobs.clone().unwrap()].concat()
+    [&completion.prompt_logprobs.as_ref().unwrap()[..], completion.logprobs.as_ref().unwrap()].concat()
 }
 
 fn assert_the_same_however_computed(ways: impl IntoIterator<Item = (String, LlmBuilder)>) {
@@ -127,7 +127,7 @@ fn assert_the_same_however_computed(ways: impl IntoIterator<Item = (String, LlmB
             let scores: Vec<Score> = behind.chunks(size).flat_map(|some| llm.score(some).unwrap()).collect();
             for (i, (given, score)) in given.iter().zip(&scores).enumerate() {
                 let (all, what) = (&logprobs[i], format!("{way}, together: {together}, text {i}"));
-                assert_eq!(given.prompt_logprobs.as_ref(), Some(all), "{what}");
+                assert_eq!(given.prompt_logprobs.as_deref(), Some(all), "{what}");
                 assert_eq!(score.logprobs, all[prompts[i].len() - 1..], "{what}");
                 assert_eq!((&score.token_ids, score.prompt_tokens as usize), (&texts[i], prompts[i].len()));
             }

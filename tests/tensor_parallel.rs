@@ -26,7 +26,11 @@ type Bits = (Vec<u32>, Vec<Vec<(u32, u32)>>);
 
 fn bits(completion: &Completion) -> Bits {
     assert_eq!(completion.error, None);
-    let all = completion.logprobs.iter().chain(&completion.prompt_logprobs).flatten();
+    let all = completion
+        .logprobs
+        .iter()
+        .flatten()
+        .chain(completion.prompt_logprobs.as_deref().into_iter().flatten());
     let rows = all.map(|row| {
         let top = row.top.iter().map(|(id, logprob)| (*id, logprob.to_bits()));
         [(0, row.logprob.to_bits())].into_iter().chain(top).collect()

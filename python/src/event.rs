@@ -1,9 +1,11 @@
 //! What happens to requests, as Python sees it.
 
 use std::collections::HashMap;
+use std::sync::Arc;
 
 use minisgl::{FinishReason, SessionEvent, TokenLogprobs};
 use pyo3::prelude::*;
+use pyo3::types::PyList;
 
 use crate::error::in_arguments;
 
@@ -100,7 +102,7 @@ pub struct Completion {
     /// Of each token, where asked for.
     logprobs: Option<Vec<Logprobs>>,
     /// Of each token of the prompt but the first, or of a completion that was given, where asked for.
-    prompt_logprobs: Option<Vec<Logprobs>>,
+    prompt_logprobs: Option<PromptLogprobs>,
     /// Of the prompt, where asked for.
     embedding: Option<Vec<f32>>,
     warning: Option<String>,
@@ -109,6 +111,20 @@ pub struct Completion {
 
 /// A token's log-probability, and the most probable tokens with theirs.
 type Logprobs = (f32, Vec<(u32, f32)>);
+
+/// What the samples of a prompt share; Python objects are made of it when somebody asks.
+#[derive(Clone)]
+struct PromptLogprobs(Arc<Vec<TokenLogprobs>>);
+
+impl<'py> IntoPyObject<'py> for PromptLogprobs {
+    type Target = PyList;
+    type Output = Bound<'py, PyList>;
+    type Error = PyErr;
+
+    fn into_pyobject(self, py: Python<'py>) -> PyResult<Self::Output> {
+        PyList::new(py, self.0.iter().map(|token| (token.logprob, &token.top)))
+    }
+}
 
 impl Completion {
     fn new(index: u64, last_text: String, of: minisgl::Completion) -> Self {
@@ -130,7 +146,7 @@ impl Completion {
             prompt_token_ids: of.prompt_token_ids,
             cached_tokens: of.cached_tokens,
             logprobs: of.logprobs.map(of_tokens),
-            prompt_logprobs: of.prompt_logprobs.map(of_tokens),
+            prompt_logprobs: of.prompt_logprobs.map(PromptLogprobs),
             embedding: of.embedding,
             warning: of.warning.map(|warning| in_arguments(&warning)),
             error: of.error.map(|error| in_arguments(&error.to_string())),

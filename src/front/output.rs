@@ -16,7 +16,7 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use minisgl_core::request as core;
@@ -98,7 +98,7 @@ pub struct Output {
     asked_tokens: u32,
     logprobs: Option<Vec<TokenLogprobs>>,
     /// What all samples have: the engine scores the prompt with the first, before any of them has a token.
-    prompt_logprobs: Option<Arc<Mutex<Vec<TokenLogprobs>>>>,
+    prompt_logprobs: Option<Arc<Mutex<Arc<Vec<TokenLogprobs>>>>>,
     embedding: Option<Vec<f32>>,
     /// Where text is wanted token by token.
     detokenizer: Option<Detokenizer>,
@@ -210,7 +210,8 @@ impl Output {
     /// Takes what is known of the prompt's next tokens.
     fn score(&self, rows: &[RowLogprobs]) {
         if let Some(logprobs) = &self.prompt_logprobs {
-            locked(logprobs).extend(rows.iter().map(TokenLogprobs::of));
+            // A sample that was aborted may have what there was until now.
+            Arc::make_mut(&mut locked(logprobs)).extend(rows.iter().map(TokenLogprobs::of));
         }
     }
 
@@ -300,7 +301,7 @@ impl Output {
             cached_tokens: cached,
             max_tokens: self.max_tokens,
             logprobs: self.logprobs.take(),
-            prompt_logprobs: self.prompt_logprobs.take().map(taken),
+            prompt_logprobs: self.prompt_logprobs.take().map(|shared| locked(&shared).clone()),
             embedding: self.embedding.take(),
             warning: self.warning(),
             error: error.filter(|_| finish_reason == FinishReason::Failed),
@@ -325,14 +326,6 @@ impl Output {
         let Some(permit) = self.permit.take() else { return false };
         let event = SessionEvent::Finished { tag: self.tag, text, completion: Box::new(completion) };
         self.session.push(Queued::End(event, permit))
-    }
-}
-
-/// What the samples of a request share; the last one has it without a copy.
-fn taken<T: Clone>(shared: Arc<Mutex<T>>) -> T {
-    match Arc::try_unwrap(shared) {
-        Ok(own) => own.into_inner().unwrap_or_else(PoisonError::into_inner),
-        Err(shared) => locked(&shared).clone(),
     }
 }
 

@@ -94,7 +94,7 @@ impl TextLogprobs {
     pub fn echoed(completion: &Completion, echo: &str, token_bytes: TokenBytes<'_>) -> Option<Self> {
         let output = Self::new(completion, token_bytes)?;
         let ids = completion.prompt_token_ids.as_deref().unwrap_or_default();
-        let scores = completion.prompt_logprobs.as_deref().unwrap_or_default();
+        let scores = completion.prompt_logprobs.as_deref().map_or(&[][..], Vec::as_slice);
         let Some((first, scored)) = ids.split_first().filter(|(_, scored)| scored.len() == scores.len())
         else {
             return Some(output);
@@ -184,7 +184,7 @@ impl Serialize for Candidates {
 impl PromptLogprobs {
     /// Of a completion's prompt; `None` where they were not asked for.
     pub fn new(completion: &Completion, token_bytes: TokenBytes<'_>) -> Option<Self> {
-        let (ids, scores) = (completion.prompt_token_ids.as_ref()?, completion.prompt_logprobs.as_ref()?);
+        let (ids, scores) = (completion.prompt_token_ids.as_ref()?, completion.prompt_logprobs.as_deref()?);
         let unscored = ids.len().saturating_sub(scores.len());
         let candidate = |id: u32, logprob: f32, rank| {
             let text = token_bytes(id).map(|bytes| String::from_utf8_lossy(&bytes).into_owned());
