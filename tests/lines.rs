@@ -939,8 +939,8 @@ fn a_line_with_a_document_is_judged_by_its_two_answers() {
         Some(Given::Text(text)) => (text.clone(), request.sampling.max_tokens),
         given => panic!("{given:?}"),
     };
-    let beside = beside.unwrap();
-    assert_eq!([answer(&request), answer(&beside)], [("yes".to_owned(), 0), ("no".to_owned(), 0)]);
+    let [beside] = &beside[..] else { panic!("two answers") };
+    assert_eq!([answer(&request), answer(beside)], [("yes".to_owned(), 0), ("no".to_owned(), 0)]);
     assert_eq!(beside.prompt, request.prompt);
     asked.instruction = "Find moons".to_owned();
     let instructed =
@@ -1032,6 +1032,58 @@ fn a_line_with_something_to_embed_asks_for_that_alone() {
 }
 
 #[test]
+fn a_batch_line_may_have_several_prompts() {
+    let line = |prompt: &str| {
+        format!(
+            r#"{{"custom_id": "a", "url": "/v1/completions", "body": {{"prompt": {prompt}, "n": 2, "stop": "."}}}}"#
+        )
+    };
+    let RequestLine { request, beside, .. } = parse(line(r#"["a", "b", "c"]"#)).unwrap();
+    let asked: Vec<_> = [request].into_iter().chain(beside).collect();
+    let of = |one: &GenerateRequest| (one.prompt.clone(), one.sampling.seed, one.samples, one.stop.clone());
+    let expected = |(i, text): (u64, &str)| (Prompt::Text(text.to_owned()), 103 + i, 2, vec![".".to_owned()]);
+    assert_eq!(
+        asked.iter().map(of).collect::<Vec<_>>(),
+        (0..).zip(["a", "b", "c"]).map(expected).collect::<Vec<_>>()
+    );
+    let ids = parse(line("[[5, 6], [7]]")).unwrap();
+    assert_eq!(
+        (ids.request.prompt, ids.beside[0].prompt.clone()),
+        (Prompt::Tokens(vec![5, 6]), Prompt::Tokens(vec![7]))
+    );
+    let many = line(&json!(vec!["a"; 2049]).to_string());
+    assert_eq!(native_error(&many), "prompt is a list of 2049; give 1 to 2048 in a line");
+    // A prompt counts once, however many outputs it has.
+    let output = |sample| Completion { sample, ..completion() };
+    let outputs = [output(0), output(1), output(0), output(1)];
+    let result: Value = serde_json::from_str(&written_all(&line(r#"["a", "b"]"#), &outputs)).unwrap();
+    let body = &result["response"]["body"];
+    let indices: Vec<_> =
+        body["choices"].as_array().unwrap().iter().map(|choice| choice["index"].clone()).collect();
+    assert_eq!(indices, [0, 1, 2, 3]);
+    let (one, usage) = (completion(), &body["usage"]);
+    assert_eq!(usage["prompt_tokens"], 2 * one.prompt_tokens);
+    assert_eq!(usage["completion_tokens"], 4 * one.token_ids.len());
+}
+
+#[test]
+fn a_batch_line_may_have_several_inputs_to_embed() {
+    let ids = |prompts: &[&[u32]]| prompts.iter().map(|ids| Prompt::Tokens(ids.to_vec())).collect::<Vec<_>>();
+    let texts = ["a", "b", "c"].map(|text| Prompt::Text(text.to_owned()));
+    for (input, prompts) in [(r#"["a", "b", "c"]"#, texts.to_vec()), ("[[5, 6], [7]]", ids(&[&[5, 6], &[7]]))]
+    {
+        let [_, line] = to_embed(input, r#", "dimensions": 4"#);
+        let RequestLine { request, beside, .. } = parse(&line).expect(&line);
+        let asked: Vec<_> = [request].into_iter().chain(beside).collect();
+        assert!(
+            asked.iter().all(|one| one.sampling.embed == Some(Embed { dimensions: Some(4) })),
+            "{asked:?}"
+        );
+        assert_eq!(asked.into_iter().map(|one| one.prompt).collect::<Vec<_>>(), prompts);
+    }
+}
+
+#[test]
 fn what_can_t_be_embedded_or_told_is_refused_by_its_field() {
     for (fields, says) in [
         (r#", "dimensions": 0"#, "dimensions is 0; it must be a whole number from 1 on"),
@@ -1051,12 +1103,15 @@ fn what_can_t_be_embedded_or_told_is_refused_by_its_field() {
     for (input, says) in [
         ("3", "is 3; it must be a text or a list of token ids"),
         ("[-1]", "is [-1]; it must be a text or a list of token ids"),
-        (r#"["a", "b"]"#, "is a list of 2 prompts; give each a line of its own"),
     ] {
         for (line, field) in to_embed(input, "").iter().zip(["embed", "input"]) {
             assert_eq!(native_error(line), format!("{field} {says}"));
         }
     }
+    let [native, _] = to_embed(r#"["a", "b"]"#, "");
+    assert_eq!(native_error(&native), "embed is a list of 2 prompts; give each a line of its own");
+    let [_, batch] = to_embed(&json!(vec!["a"; 2049]).to_string(), "");
+    assert_eq!(native_error(&batch), "input is a list of 2049; give 1 to 2048 in a line");
     assert!(native_error(r#"{"custom_id": "a", "url": "/v1/embeddings", "body": {}}"#).contains("no input"));
     assert!(
         native_error(r#"{"id": 1, "embed": "a", "prompt": "b"}"#).starts_with("there is no field \"prompt\"")

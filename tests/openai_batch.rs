@@ -67,11 +67,19 @@ fn requests() -> Vec<Value> {
         text("text", json!({})),
         chat("two", json!({"n": 2, "temperature": 1, "logprobs": true, "top_logprobs": 1})),
         text("three", json!({"n": 3, "best_of": 3, "temperature": 1})),
+        text("prompts", json!({"prompt": ["Once upon", "a time", "Once"], "n": 2, "temperature": 1})),
+        text("prompts of ids", json!({"prompt": [[5, 6, 7], vec![8; 90]], "logprobs": 1})),
         text("text logprobs", text_with_bytes),
         text("ids", json!({"prompt": [5, 6, 7], "logprobs": 0})),
         text("stop", json!({"stop": ["e", "a", "o"], "max_tokens": 30})),
         embedding("embedding", json!({"encoding_format": "float"})),
         embedding("embedding cut", json!({"input": [5, 6, 7], "dimensions": 9, "encoding_format": "base64"})),
+        embedding("embeddings", json!({"input": ["Once upon", "a time", "Once", "upon a"], "dimensions": 9})),
+        embedding(
+            "embeddings of ids",
+            json!({"input": [[5, 6, 7], vec![8; 90], [9]], "encoding_format": "base64"}),
+        ),
+        embedding("one too long", json!({"input": [[5, 6, 7], vec![8; 300]]})),
         embedding("too many dimensions", json!({"dimensions": 129})),
         chat("none", json!({"n": 0})),
         chat("misspelt", json!({"max_token": 2})),
@@ -90,7 +98,7 @@ fn requests() -> Vec<Value> {
     ]
 }
 
-const REFUSED: usize = 9;
+const REFUSED: usize = 10;
 
 #[test]
 fn batch_lines_are_answered_as_the_openai_package_expects() {
@@ -135,6 +143,43 @@ fn a_file_may_hold_lines_of_both_formats_and_each_is_answered_in_its_own() {
     assert_eq!(batch["response"]["body"]["usage"]["completion_tokens"], 2);
     let bad = results.iter().find(|result| result["line"] == 3).unwrap();
     assert!(bad["error"].as_str().unwrap().starts_with("line 3: not valid JSON"), "{bad}");
+}
+
+#[test]
+fn a_line_of_several_prompts_has_each_ones_result_in_its_place() {
+    let scratch = Scratch::with_text();
+    // In the order of their first tokens the last one runs first.
+    let inputs: Vec<Vec<u32>> = (0..9).map(|i| (0..90 - 10 * i).map(|id| 20 + id - i).collect()).collect();
+    let each = inputs.iter().map(|input| embedding("one", json!({"input": input})));
+    let drawn = |prompts: Value, seed: usize| {
+        text("drawn", json!({"prompt": prompts, "n": 2, "max_tokens": 4, "temperature": 1, "seed": seed}))
+    };
+    let each = each.chain((0..9).map(|i| drawn(json!(inputs[i]), 7 + i)));
+    let all = [embedding("all", json!({"input": inputs})), drawn(json!(inputs), 7)];
+    let lines: Vec<_> = all.into_iter().chain(each).collect();
+    scratch.write("in.jsonl", lines.iter().map(|line| format!("{line}\n")).collect::<String>());
+    let output = generate(&scratch, &["--order", "prefix"]);
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let out = fs::read_to_string(scratch.join("out.jsonl")).unwrap();
+    let mut results: Vec<Value> = out.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let line = |result: &Value| -> u64 {
+        let id = result["id"].as_str().unwrap().trim_start_matches("batch_req_");
+        id.split_once('-').unwrap().0.parse().unwrap()
+    };
+    results.sort_by_key(line);
+    let body = |line: usize| &results[line]["response"]["body"];
+    let (all, choices) = (body(0)["data"].as_array().unwrap(), body(1)["choices"].as_array().unwrap());
+    assert_eq!((all.len(), choices.len(), results.len()), (9, 18, 20));
+    for (i, one) in all.iter().enumerate() {
+        assert_eq!((&one["index"], &one["embedding"]), (&json!(i), &body(2 + i)["data"][0]["embedding"]));
+    }
+    for (i, choice) in choices.iter().enumerate() {
+        let alone = &body(11 + i / 2)["choices"][i % 2]["text"];
+        assert_eq!((&choice["index"], &choice["text"]), (&json!(i), alone));
+    }
+    for all in [body(0), body(1)] {
+        assert_eq!(all["usage"]["prompt_tokens"], inputs.iter().map(Vec::len).sum::<usize>());
+    }
 }
 
 #[test]

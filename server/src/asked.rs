@@ -79,18 +79,9 @@ impl Asked {
         self.body.samples as usize
     }
 
-    /// The requests that it makes, one for each prompt, with seeds that follow each other.
-    pub fn requests(&self) -> impl ExactSizeIterator<Item = GenerateRequest> + '_ {
-        let Body { prompts, sampling, samples, stop, include_stop, rules, grammar, .. } = &self.body;
-        prompts.iter().enumerate().map(move |(number, prompt)| GenerateRequest {
-            sampling: SamplingParams { seed: sampling.seed.wrapping_add(number as u64), ..*sampling },
-            samples: *samples,
-            stop: stop.clone(),
-            include_stop: *include_stop,
-            rules: rules.clone(),
-            grammar: grammar.clone(),
-            ..GenerateRequest::new(prompt.clone())
-        })
+    /// See [`Body::requests`].
+    pub fn requests(&self) -> impl ExactSizeIterator<Item = GenerateRequest> {
+        self.body.clone().requests()
     }
 }
 

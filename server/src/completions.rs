@@ -131,14 +131,6 @@ fn echoes(asked: &Asked, engine: &Engine) -> Result<Vec<String>, ApiError> {
     asked.body.prompts.iter().map(echo).collect()
 }
 
-/// Tokens in and out, over all outputs.
-fn usage(asked: &Asked, completions: &[Completion]) -> Usage {
-    let outputs = asked.outputs();
-    let count =
-        |usage: Usage, (at, completion): (usize, &Completion)| usage.with(completion, at % outputs == 0);
-    completions.iter().enumerate().fold(Usage::default(), count)
-}
-
 fn answer<'a, C>(heading: &'a Heading, object: &'static str, choices: Vec<C>, usage: Usage) -> Answer<'a, C> {
     let Heading { id, created, model } = heading;
     Answer { id: id.clone(), object, created: *created, model, choices, usage, prompt_logprobs: None }
@@ -167,7 +159,7 @@ fn chat_answer(
         finish_reason: end_of(completion, !calls.is_empty()),
     });
     let choices = with_token_ids(asked, completions, choices);
-    let mut answer = answer(heading, "chat.completion", choices, usage(asked, completions));
+    let mut answer = answer(heading, "chat.completion", choices, Usage::of(completions));
     answer.prompt_logprobs = completions.first().and_then(|one| PromptLogprobs::new(one, &token_bytes));
     json(&answer)
 }
@@ -210,7 +202,7 @@ fn text_answer(
         finish_reason: end_of(completion, false),
     });
     let choices = with_token_ids(asked, completions, choices);
-    json(&answer(heading, "text_completion", choices, usage(asked, completions)))
+    json(&answer(heading, "text_completion", choices, Usage::of(completions)))
 }
 
 /// A choice with what vLLM adds to it.

@@ -251,8 +251,7 @@ impl Chunks {
     }
 
     fn finished(&mut self, index: u32, text: &str, completion: &Completion) {
-        let first_of_prompt = (index as usize).is_multiple_of(self.outputs);
-        self.usage = self.usage.with(completion, first_of_prompt);
+        self.usage = self.usage.with(completion);
         match self.kind {
             Kind::Chat => {
                 let mut out = Vec::new();

@@ -6,7 +6,7 @@
 //!   caller:         Events ── Finished ──> output
 //! ```
 //!
-//! A line's tag is its number. The input thread is not waited for when the job ends early: it may be waiting for a
+//! A request's tag is its line's number and its place in the line (`shared`). The input thread is not waited for when the job ends early: it may be waiting for a
 //! writer that never writes.
 
 use std::sync::Arc;
@@ -16,7 +16,7 @@ use std::thread;
 use super::earlier::{Earlier, Found};
 use super::input::Source;
 use super::output::CHUNK_AGE;
-use super::shared::{Closed, Ended, Shared};
+use super::shared::{self, Closed, Ended, Shared};
 use super::{BulkError, Place, Tally};
 use crate::lines::{self, BadLine, Defaults, Origin, RequestLine};
 use crate::request::Completion;
@@ -119,9 +119,10 @@ impl Feed {
             // An engine that has stopped or an output that is closed is the caller's to tell.
             let goes_on = match parsed {
                 Ok(RequestLine { header, request, beside }) => {
-                    shared.starts(header, origin, request.samples, beside.is_some());
                     let asked = [request].into_iter().chain(beside);
-                    submitter.submit_all(asked.map(|request| (origin.line, request))).is_ok()
+                    let asked: Vec<_> = shared::tags(origin.line).zip(asked).collect();
+                    shared.starts(header, origin, &asked);
+                    submitter.submit_all(asked).is_ok()
                 }
                 Err(bad) => write_bad(&shared, &bad, origin).is_ok(),
             };

@@ -17,14 +17,14 @@ use std::time::Instant;
 
 use super::output::Output;
 use super::{BulkError, Place, Tally};
-use crate::lines::{Header, Origin};
-use crate::request::Completion;
+use crate::lines::{Header, Origin, REQUESTS_MAX};
+use crate::request::{Completion, GenerateRequest};
 use crate::telemetry::Recorder;
 
 pub(super) struct Shared {
     pub(super) output_place: Place,
     writer: Mutex<Writer>,
-    /// Requests in the engine, by line.
+    /// Lines in the engine.
     running: Mutex<HashMap<u64, Running>>,
     finished: AtomicU64,
     failed: AtomicU64,
@@ -38,22 +38,33 @@ pub(super) struct Shared {
     pub(super) position: Arc<AtomicU64>,
 }
 
-/// What is kept of a request in the engine.
+/// What is kept of a line in the engine.
 struct Running {
     header: Header,
     fingerprint: u64,
     /// How many completions there are going to be.
     expected: usize,
-    /// Those that have come, if there are others.
-    completions: Vec<Completion>,
+    /// Those that have come, if there are others, with their requests' tags.
+    completions: Vec<(u64, Completion)>,
 }
 
-/// A request that has ended.
+/// A line all of whose requests have ended.
 pub(super) struct Ended {
     pub(super) header: Header,
     pub(super) origin: Origin,
-    /// Of its samples, in their order.
+    /// Of its requests in their order, and of each of its samples in theirs.
     pub(super) completions: Vec<Completion>,
+}
+
+/// The tags of a line's requests, the first one's first.
+pub(super) fn tags(line: u64) -> impl Iterator<Item = u64> {
+    let first = line.wrapping_mul(REQUESTS_MAX as u64);
+    first..=first.wrapping_add(REQUESTS_MAX as u64 - 1)
+}
+
+/// The line of a request with this tag.
+fn line_of(tag: u64) -> u64 {
+    tag / REQUESTS_MAX as u64
 }
 
 struct Writer {
@@ -111,12 +122,15 @@ impl Shared {
         self.skipped.fetch_add(1, Relaxed);
     }
 
-    /// Keeps what the result of a request with so many samples, and another beside it or not, will need.
-    pub(super) fn starts(&self, header: Header, origin: Origin, samples: u32, has_other: bool) {
-        let (fingerprint, expected) = (origin.fingerprint, samples as usize + usize::from(has_other));
-        let running = Running { header, fingerprint, expected, completions: Vec::new() };
+    /// Keeps what the result of a line with these requests will need.
+    pub(super) fn starts(&self, header: Header, origin: Origin, requests: &[(u64, GenerateRequest)]) {
+        let expected = requests.iter().map(|(_, request)| request.samples as usize).sum();
+        let running = Running { header, fingerprint: origin.fingerprint, expected, completions: Vec::new() };
         locked(&self.running).insert(origin.line, running);
-        self.watch(|recorder| recorder.submitted(origin.line, samples, Instant::now()));
+        let now = Instant::now();
+        self.watch(|recorder| {
+            requests.iter().for_each(|(tag, request)| recorder.submitted(*tag, request.samples, now));
+        });
     }
 
     /// Takes note of what happens in the session.
@@ -124,16 +138,19 @@ impl Shared {
         note(&mut locked(&self.recorder))
     }
 
-    /// A sample of a request has ended: gives back what was kept of it, if it is the last one.
-    pub(super) fn ended(&self, line: u64, completion: Completion) -> Option<Ended> {
+    /// A sample of a request has ended: gives back what was kept of its line, if it is the last one of that.
+    pub(super) fn ended(&self, tag: u64, completion: Completion) -> Option<Ended> {
+        let line = line_of(tag);
         let mut running = locked(&self.running);
-        let request = running.get_mut(&line)?;
-        request.completions.push(completion);
-        if request.completions.len() < request.expected {
+        let of_line = running.get_mut(&line)?;
+        of_line.completions.push((tag, completion));
+        if of_line.completions.len() < of_line.expected {
             return None;
         }
         let Running { header, fingerprint, mut completions, .. } = running.remove(&line)?;
-        completions.sort_by_key(|one| one.sample);
+        drop(running);
+        completions.sort_by_key(|(tag, one)| (*tag, one.sample));
+        let completions = completions.into_iter().map(|(_, one)| one).collect();
         Some(Ended { header, origin: Origin { line, fingerprint }, completions })
     }
 

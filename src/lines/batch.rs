@@ -2,7 +2,7 @@
 //!
 //! | | what it is |
 //! |---|---|
-//! | `response` with status 200 | a `chat.completion`, a `text_completion`, or a list of one `embedding` |
+//! | `response` with status 200 | a `chat.completion`, a `text_completion`, or a list of `embedding`s, one for each input |
 //! | `response` with another status | there is none, `body.error` says why; the status is the service's ([`status`]) |
 //! | `error` | something else stopped it |
 
@@ -10,7 +10,10 @@ use serde::Serialize;
 use serde_json::value::RawValue;
 
 use super::error::LineError;
-use super::{BadLine, Format, Header, LineDefaults, Origin, RequestLine, append, one_embedding, one_request};
+use super::{
+    BadLine, Format, Header, LineDefaults, Origin, REQUESTS_MAX, RequestLine, append, embeddings,
+    one_request, requests,
+};
 use crate::openai::{
     Answer, ChatChoice, ChatLogprobs, Embeddings, Encoding, ErrorBody, ErrorObject, FieldError, Fields,
     INVALID_REQUEST, OutputFormat, PromptLogprobs, Prompts, Said, TextChoice, TextLogprobs, Usage,
@@ -36,7 +39,7 @@ pub fn parse(
     header.format = Format::Chat;
     header.id = fields.raw("custom_id").map(RawValue::to_owned);
     match request(fields, &mut header, defaults) {
-        Ok(request) => Ok(RequestLine { header, request, beside: None }),
+        Ok((request, beside)) => Ok(RequestLine { header, request, beside }),
         Err(error) => Err(BadLine { header, error }),
     }
 }
@@ -45,7 +48,7 @@ fn request(
     mut fields: Fields<'_>,
     header: &mut Header,
     defaults: LineDefaults<'_>,
-) -> Result<GenerateRequest, LineError> {
+) -> Result<(GenerateRequest, Vec<GenerateRequest>), LineError> {
     fields.check_once()?;
     if header.id.is_none() {
         return Err(LineError::NoId { field: "custom_id" });
@@ -56,20 +59,45 @@ fn request(
     let body = fields.raw("body").ok_or(missing)?;
     fields.finish()?;
     let body: Fields<'_> = read("body", body, "the fields of a request, as an object")?;
-    let (request, asked) = match header.format {
-        Format::Text => one_request(body, Prompts::Text, defaults)?,
-        Format::Embeddings(_) => {
-            let (request, asked, encoding) = one_embedding(body, "input", defaults)?;
-            header.format = Format::Embeddings(encoding);
-            (request, asked)
+    let (request, beside, asked) = match header.format {
+        Format::Text => {
+            let (requests, asked) = requests(body, Prompts::Text, defaults)?;
+            let (first, others) = first_of(requests, "prompt")?;
+            (first, others, asked)
         }
-        _ => one_request(body, Prompts::Chat, defaults)?,
+        Format::Embeddings(_) => {
+            let ((requests, encoding), asked) = embeddings(body, "input", defaults)?;
+            header.format = Format::Embeddings(encoding);
+            let (first, others) = first_of(requests, "input")?;
+            (first, others, asked)
+        }
+        _ => {
+            let (request, asked) = one_request(body, Prompts::Chat, defaults)?;
+            (request, Vec::new(), asked)
+        }
     };
     if let Some(name) = asked {
         header.model = name;
     }
     header.has_tools = matches!(&request.prompt, Prompt::Chat(ChatPrompt { tools: Some(_), .. }));
-    Ok(request)
+    Ok((request, beside))
+}
+
+/// The first of what a body asks for in a field, and the others.
+fn first_of(
+    mut requests: Vec<GenerateRequest>,
+    field: &'static str,
+) -> Result<(GenerateRequest, Vec<GenerateRequest>), FieldError> {
+    let count = requests.len();
+    if count == 0 || count > REQUESTS_MAX {
+        return Err(FieldError::Unsupported {
+            field,
+            value: format!("a list of {count}"),
+            fix: format!("give 1 to {REQUESTS_MAX} in a line"),
+        });
+    }
+    let others = requests.split_off(1);
+    Ok((requests.remove(0), others))
 }
 
 fn method(fields: &mut Fields<'_>) -> Result<(), FieldError> {

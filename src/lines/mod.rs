@@ -58,6 +58,9 @@ struct LineDefaults<'a> {
     model: &'a ModelName,
 }
 
+/// Requests that one line makes at most: as many prompts as OpenAI's API takes at once.
+pub const REQUESTS_MAX: usize = 2048;
+
 /// A request line.
 #[derive(Clone, Debug)]
 pub struct RequestLine {
@@ -65,8 +68,9 @@ pub struct RequestLine {
     pub header: Header,
     /// What it asks for.
     pub request: GenerateRequest,
-    /// What is asked beside it for the same result: a judgement has two answers.
-    pub beside: Option<GenerateRequest>,
+    /// What is asked beside it for the same result: a judgement has two answers, a list of prompts choices or an embedding each.
+    /// There are fewer than [`REQUESTS_MAX`].
+    pub beside: Vec<GenerateRequest>,
 }
 
 /// A line that is no request.
@@ -157,36 +161,34 @@ pub fn parse(line: &[u8], number: u64, defaults: &Defaults) -> Result<RequestLin
     }
 }
 
-/// A request, and the name by which it calls the model.
-type Asked = Result<(GenerateRequest, Option<Arc<str>>), FieldError>;
+/// What is asked for, a request where nothing else is said, and the name by which it calls the model.
+type Asked<T = GenerateRequest> = Result<(T, Option<Arc<str>>), FieldError>;
+
+/// A request for each prompt of a body, and the name by which it calls the model.
+fn requests(fields: Fields<'_>, prompts: Prompts, defaults: LineDefaults<'_>) -> Asked<Vec<GenerateRequest>> {
+    let body = Body::read(fields, prompts, &defaults.sampling, defaults.model)?;
+    let model = body.model.clone();
+    Ok((body.requests().collect(), model))
+}
 
 /// The one request that a body makes.
 fn one_request(fields: Fields<'_>, prompts: Prompts, defaults: LineDefaults<'_>) -> Asked {
-    let Body { mut prompts, sampling, samples, stop, include_stop, rules, grammar, model } =
-        Body::read(fields, prompts, &defaults.sampling, defaults.model)?;
-    match prompts.pop() {
-        Some(prompt) if prompts.is_empty() => {
-            let plain = GenerateRequest::new(prompt);
-            let request = GenerateRequest { sampling, samples, stop, include_stop, rules, grammar, ..plain };
-            Ok((request, model))
-        }
-        _ => Err(several("prompt", prompts.len() + 1)),
+    let (mut requests, model) = requests(fields, prompts, defaults)?;
+    match requests.pop() {
+        Some(request) if requests.is_empty() => Ok((request, model)),
+        _ => Err(several("prompt", requests.len() + 1)),
     }
 }
 
-/// The one request that a body makes with what is to be embedded, in the field `input`; and how the embedding is written.
-fn one_embedding(
+/// A request for each input of a body in the field `input`, to be embedded; and how embeddings are written.
+fn embeddings(
     fields: Fields<'_>,
     input: &'static str,
     defaults: LineDefaults<'_>,
-) -> Result<(GenerateRequest, Option<Arc<str>>, Encoding), FieldError> {
+) -> Asked<(Vec<GenerateRequest>, Encoding)> {
     let body = EmbedBody::read(fields, input, defaults.model)?;
     let (model, encoding) = (body.model.clone(), body.encoding);
-    let mut requests = body.requests();
-    match (requests.next(), requests.len()) {
-        (Some(request), 0) => Ok((request, model, encoding)),
-        (_, others) => Err(several(input, others + 1)),
-    }
+    Ok(((body.requests().collect(), encoding), model))
 }
 
 fn several(field: &'static str, count: usize) -> FieldError {
@@ -207,7 +209,8 @@ fn without_bom(line: &[u8]) -> &[u8] {
     line.strip_prefix(b"\xEF\xBB\xBF").unwrap_or(line)
 }
 
-/// Appends the result line of a request all of whose samples came to their end. `tools` is how the model writes calls of tools,
+/// Appends the result line of a line all of whose requests came to their end: `completions` are theirs, in their order, and of each
+/// its samples in theirs. `tools` is how the model writes calls of tools,
 /// where that is known, and `token_bytes` gives the bytes that a token stands for.
 pub fn write_result(
     out: &mut Vec<u8>,

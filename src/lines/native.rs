@@ -5,11 +5,12 @@ use serde_json::value::RawValue;
 
 use super::error::LineError;
 use super::{
-    Asked, BadLine, Format, Header, LineDefaults, Origin, RequestLine, append, one_embedding, one_request,
+    Asked, BadLine, Format, Header, LineDefaults, Origin, RequestLine, append, embeddings, one_request,
+    several,
 };
 use crate::grammar::Grammar;
 use crate::openai::{Encoding, FieldError, Fields, Only, PromptLogprobs, Prompts, Vector, check_only, given};
-use crate::request::{Completion, FinishReason, Given, TokenLogprobs};
+use crate::request::{Completion, FinishReason, GenerateRequest, Given, TokenLogprobs};
 use crate::rerank::{Relevance, answers};
 use crate::score::{Score, ScoreRequest};
 use crate::{SamplingParams, ToolCalls};
@@ -26,11 +27,11 @@ pub fn parse(
     header.id = fields.raw("id").map(RawValue::to_owned);
     if header.id.is_some() && fields.gives("embed") {
         header.format = Format::Embed(Encoding::default());
-        return match one_embedding(fields, "embed", defaults) {
-            Ok((request, asked, encoding)) => {
+        return match one_embedding(fields, defaults) {
+            Ok(((request, encoding), asked)) => {
                 header.format = Format::Embed(encoding);
                 header.model = asked.unwrap_or(header.model);
-                Ok(RequestLine { header, request, beside: None })
+                Ok(RequestLine { header, request, beside: Vec::new() })
             }
             Err(error) => Err(BadLine { header, error: error.into() }),
         };
@@ -54,13 +55,22 @@ pub fn parse(
             let (request, beside) = match header.format {
                 Format::Rerank => {
                     let [yes, no] = answers(&request.prompt);
-                    (yes.into(), Some(no.into()))
+                    (yes.into(), vec![no.into()])
                 }
-                _ => (request, None),
+                _ => (request, Vec::new()),
             };
             Ok(RequestLine { header, request, beside })
         }
         Err(error) => Err(BadLine { header, error }),
+    }
+}
+
+/// The request of a line with something to embed, and how the embedding is written.
+fn one_embedding(fields: Fields<'_>, defaults: LineDefaults<'_>) -> Asked<(GenerateRequest, Encoding)> {
+    let ((mut requests, encoding), model) = embeddings(fields, "embed", defaults)?;
+    match requests.pop() {
+        Some(request) if requests.is_empty() => Ok(((request, encoding), model)),
+        _ => Err(several("embed", requests.len() + 1)),
     }
 }
 

@@ -137,15 +137,14 @@ pub struct PromptTokens {
 }
 
 impl Usage {
-    /// Of the outputs of one prompt.
+    /// Of outputs, those of each prompt together.
     pub fn of(completions: &[Completion]) -> Self {
-        let count = |usage: Usage, (i, completion)| usage.with(completion, i == 0);
-        completions.iter().enumerate().fold(Usage::default(), count)
+        completions.iter().fold(Usage::default(), Usage::with)
     }
 
     /// One output more; its prompt counts where it is the prompt's first.
-    pub fn with(mut self, completion: &Completion, first_of_prompt: bool) -> Self {
-        if first_of_prompt {
+    pub fn with(mut self, completion: &Completion) -> Self {
+        if completion.sample == 0 {
             self.prompt_tokens += completion.prompt_tokens;
             self.prompt_tokens_details.cached_tokens += completion.cached_tokens;
         }

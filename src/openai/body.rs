@@ -30,7 +30,8 @@ use super::tools::tool_calls;
 use crate::SamplingParams;
 use crate::grammar::Grammar;
 use crate::request::{
-    ChatPrompt, Given, JsonObject, Message, Prompt, PromptLogprobs, TOP_LOGPROBS_MAX, TokenRules,
+    ChatPrompt, GenerateRequest, Given, JsonObject, Message, Prompt, PromptLogprobs, TOP_LOGPROBS_MAX,
+    TokenRules,
 };
 use crate::rerank::RerankRequest;
 use crate::tools::ToolCalls;
@@ -97,6 +98,20 @@ impl Body {
         let grammar = one_of(grammar, calls)?;
         check_rest(fields, &prompts)?;
         Ok(Body { prompts, sampling, samples, stop, include_stop, rules, grammar, model })
+    }
+
+    /// The requests that it makes, one for each prompt, with seeds that follow each other.
+    pub fn requests(self) -> impl ExactSizeIterator<Item = GenerateRequest> {
+        let Body { prompts, sampling, samples, stop, include_stop, rules, grammar, .. } = self;
+        prompts.into_iter().enumerate().map(move |(number, prompt)| GenerateRequest {
+            sampling: SamplingParams { seed: sampling.seed.wrapping_add(number as u64), ..sampling },
+            samples,
+            stop: stop.clone(),
+            include_stop,
+            rules: rules.clone(),
+            grammar: grammar.clone(),
+            ..GenerateRequest::new(prompt)
+        })
     }
 }
 

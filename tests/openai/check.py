@@ -44,6 +44,12 @@ class Api(BaseHTTPRequestHandler):
         pass
 
 
+def prompts_of(asked):
+    """How many prompts a body has in a field."""
+    is_one = asked is None or isinstance(asked, str) or isinstance(asked[0], int)
+    return 1 if is_one else len(asked)
+
+
 def check_answer(request, answer, body):
     kind = ChatCompletion if request["url"] == "/v1/chat/completions" else Completion
     assert type(answer) is kind, type(answer)
@@ -51,7 +57,8 @@ def check_answer(request, answer, body):
     all_fields_are_known(strict, kind.__name__)
     assert answer.to_dict() == strict.to_dict() == body, "something is lost or converted on the way"
     assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
-    assert [choice.index for choice in answer.choices] == list(range(request["body"].get("n", 1)))
+    outputs = request["body"].get("n", 1) * prompts_of(request["body"].get("prompt"))
+    assert [choice.index for choice in answer.choices] == list(range(outputs))
     for choice in answer.choices:
         check_logprobs(request, kind, choice)
     if kind is Completion and answer.choices[0].logprobs:
@@ -73,16 +80,18 @@ def check_logprobs(request, kind, choice):
 
 def check_embedding(request, answer, body):
     assert type(answer) is CreateEmbeddingResponse, type(answer)
-    [item] = body["data"]
+    assert len(body["data"]) == prompts_of(request["body"]["input"]), body
     if request["body"].get("encoding_format") == "base64":
-        bytes = base64.b64decode(item["embedding"], validate=True)
-        item["embedding"] = list(struct.unpack(f"<{len(bytes) // 4}f", bytes))
+        for item in body["data"]:
+            bytes = base64.b64decode(item["embedding"], validate=True)
+            item["embedding"] = list(struct.unpack(f"<{len(bytes) // 4}f", bytes))
     strict = CreateEmbeddingResponse.model_validate(body, strict=True)
     all_fields_are_known(strict, "CreateEmbeddingResponse")
     assert answer.to_dict() == strict.to_dict() == body, "something is lost or converted on the way"
-    values = answer.data[0].embedding
-    assert len(values) == request["body"].get("dimensions", 128), len(values)
-    assert abs(sum(value * value for value in values) - 1) < 1e-5, values
+    for at, item in enumerate(answer.data):
+        values = item.embedding
+        assert item.index == at and len(values) == request["body"].get("dimensions", 128), item
+        assert abs(sum(value * value for value in values) - 1) < 1e-5, values
     assert answer.usage.total_tokens == answer.usage.prompt_tokens > 0
 
 
