@@ -3,6 +3,7 @@
 use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::error::HubError;
 use crate::files;
@@ -44,8 +45,10 @@ impl RepoFolder {
             return Ok(());
         }
         let path = self.root.join("refs").join(revision);
-        // Another process may write the same one: each its own file, and the last rename counts.
-        let fresh = path.with_file_name(format!(".{}.{commit}", std::process::id()));
+        // Others may write the same one: each its own file, and the last rename counts.
+        static WRITTEN: AtomicU64 = AtomicU64::new(0);
+        let number = WRITTEN.fetch_add(1, Ordering::Relaxed);
+        let fresh = path.with_file_name(format!(".{}-{number}.{commit}", std::process::id()));
         create_parent(&path)?;
         in_cache(&path, fs::write(&fresh, commit).and_then(|()| fs::rename(&fresh, &path)))
     }
@@ -104,4 +107,22 @@ pub(crate) fn create_parent(path: &Path) -> Result<(), HubError> {
 /// An outcome as one of the cache's.
 pub(crate) fn in_cache<T>(path: &Path, outcome: io::Result<T>) -> Result<T, HubError> {
     outcome.map_err(|reason| HubError::Cache { path: path.to_owned(), reason })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn threads_that_write_one_reference_do_not_take_each_others_file() {
+        let cache = std::env::temp_dir().join(format!("minisgl-hub-references-{}", std::process::id()));
+        let folder = RepoFolder::new(&cache, &"tiny/model".parse().unwrap());
+        std::thread::scope(|scope| {
+            let write = || (0..200).for_each(|_| folder.set_reference("main", "c0ffee").unwrap());
+            (0..8).for_each(|_| _ = scope.spawn(write));
+        });
+        let left: Vec<_> = fs::read_dir(folder.root.join("refs")).unwrap().collect();
+        assert_eq!(left.len(), 1, "{left:?}");
+        fs::remove_dir_all(cache).unwrap();
+    }
 }
