@@ -6,6 +6,7 @@
 use std::io::Read;
 use std::time::Duration;
 
+use minisgl_hub::{Authorities, BadAuthorities};
 use serde::Deserialize;
 use serde_json::{Value, json};
 use thiserror::Error;
@@ -15,7 +16,6 @@ use ureq::{Agent, Body};
 
 use crate::chunk::error_message;
 use crate::endpoint::Endpoint;
-use crate::tls::{self, BadAuthorities};
 
 /// How long connecting may take.
 const CONNECT: Duration = Duration::from_secs(30);
@@ -78,7 +78,7 @@ impl Service {
     /// # Errors
     /// It is reached through TLS, and the environment names whom to trust in a way that is of no use.
     pub fn new(endpoint: Endpoint, key: Option<String>) -> Result<Self, BadAuthorities> {
-        let tls = if endpoint.is_tls() { tls::of_agent()? } else { TlsConfig::default() };
+        let tls = if endpoint.is_tls() { Authorities::from_env()?.of_agent() } else { TlsConfig::default() };
         let config = Agent::config_builder()
             .tls_config(tls)
             .user_agent(concat!("minisgl/", env!("CARGO_PKG_VERSION")))

@@ -79,11 +79,14 @@ fn a_service_behind_tls_is_measured_like_any_other_once_it_is_trusted() {
     let measured = &report["runs"][0];
     assert_eq!((&measured["finished"], measured["output_tokens"].as_u64()), (&json!(60), Some(tokens)));
     assert!(fake.connections() <= 6, "{} connections for 6 requests at once", fake.connections());
+    let damaged = "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n";
+    let damaged = scratch.write("damaged.pem", damaged).display().to_string();
     // The service's own certificate does not make it trusted, nor does a file that has none.
     for (authority, complaint) in [
         ("", "certificate"),
         ("/nowhere", "SSL_CERT_FILE is /nowhere"),
         ("tests/support/mod.rs", "no certificate is in it"),
+        (&damaged, "the certificate in it can't be read"),
     ] {
         let output = run(authority);
         assert_eq!(output.status.code(), Some(1), "{authority}");

@@ -6,12 +6,14 @@
 //!     └───────────────────────────────────────────────────────────────────────────────────┘
 //! ```
 
+use std::sync::OnceLock;
 use std::thread;
 use std::time::Duration;
 
 use ureq::http::{HeaderMap, Response, StatusCode, header};
 use ureq::{Agent, Body};
 
+use crate::authorities::Authorities;
 use crate::error::HubError;
 use crate::name::RepoName;
 use crate::settings::Settings;
@@ -28,7 +30,8 @@ const LISTING_BYTES: u64 = 64 << 20;
 const RENAMES_MAX: usize = 5;
 
 pub(crate) struct Client {
-    agent: Agent,
+    /// From the first question on.
+    agent: OnceLock<Agent>,
     settings: Settings,
 }
 
@@ -42,7 +45,16 @@ pub(crate) struct Metadata {
 
 impl Client {
     pub fn new(settings: &Settings) -> Client {
+        Client { agent: OnceLock::new(), settings: settings.clone() }
+    }
+
+    fn agent(&self) -> Result<&Agent, HubError> {
+        if let Some(agent) = self.agent.get() {
+            return Ok(agent);
+        }
+        let authorities = Authorities::read(self.settings.authorities.as_deref())?;
         let config = Agent::config_builder()
+            .tls_config(authorities.of_agent())
             .user_agent(concat!("minisgl/", env!("CARGO_PKG_VERSION")))
             .http_status_as_error(false)
             .redirect_auth_headers(ureq::config::RedirectAuthHeaders::SameHost)
@@ -50,14 +62,14 @@ impl Client {
             .timeout_recv_response(Some(SILENCE))
             .timeout_per_read(Some(SILENCE))
             .build();
-        Client { agent: config.new_agent(), settings: settings.clone() }
+        Ok(self.agent.get_or_init(|| config.new_agent()))
     }
 
     /// The hub's listing of a repository, JSON.
     pub fn listing(&self, name: &RepoName, revision: &str) -> Result<Vec<u8>, HubError> {
         let endpoint = &self.settings.endpoint;
         let url = format!("{endpoint}/api/models/{name}/revision/{}", escape(revision));
-        let answer = self.answer(&url, || self.get(&url, None))?;
+        let answer = self.answer(&url, |agent| self.get(agent, &url, None))?;
         if answer.status() != StatusCode::OK {
             return Err(self.refusal(&url, name, revision, &answer));
         }
@@ -78,7 +90,7 @@ impl Client {
     pub fn metadata(&self, name: &RepoName, commit: &str, file: &str) -> Result<Metadata, HubError> {
         let mut url = self.url(name, commit, file);
         for _ in 0..RENAMES_MAX {
-            let answer = self.answer(&url, || self.head(&url))?;
+            let answer = self.answer(&url, |agent| self.head(agent, &url))?;
             let status = answer.status();
             if !status.is_success() && !status.is_redirection() {
                 return Err(self.refusal(&url, name, commit, &answer));
@@ -108,11 +120,11 @@ impl Client {
 
     /// Asks for what lies behind `url`, from byte `from` on; see [`Client::answer`].
     pub fn contents(&self, url: &str, from: u64) -> Result<Response<Body>, HubError> {
-        self.answer(url, || self.get(url, (from > 0).then_some(from)))
+        self.answer(url, |agent| self.get(agent, url, (from > 0).then_some(from)))
     }
 
-    fn get(&self, url: &str, from: Option<u64>) -> Result<Response<Body>, ureq::Error> {
-        let mut request = self.agent.get(url).header(header::ACCEPT_ENCODING, "identity");
+    fn get(&self, agent: &Agent, url: &str, from: Option<u64>) -> Result<Response<Body>, ureq::Error> {
+        let mut request = agent.get(url).header(header::ACCEPT_ENCODING, "identity");
         if let Some(token) = &self.settings.token {
             request = request.header(header::AUTHORIZATION, format!("Bearer {token}"));
         }
@@ -122,8 +134,8 @@ impl Client {
         request.call()
     }
 
-    fn head(&self, url: &str) -> Result<Response<Body>, ureq::Error> {
-        let mut request = self.agent.head(url).header(header::ACCEPT_ENCODING, "identity");
+    fn head(&self, agent: &Agent, url: &str) -> Result<Response<Body>, ureq::Error> {
+        let mut request = agent.head(url).header(header::ACCEPT_ENCODING, "identity");
         if let Some(token) = &self.settings.token {
             request = request.header(header::AUTHORIZATION, format!("Bearer {token}"));
         }
@@ -134,12 +146,13 @@ impl Client {
     fn answer(
         &self,
         url: &str,
-        ask: impl Fn() -> Result<Response<Body>, ureq::Error>,
+        ask: impl Fn(&Agent) -> Result<Response<Body>, ureq::Error>,
     ) -> Result<Response<Body>, HubError> {
+        let agent = self.agent()?;
         let mut attempt = 1;
         loop {
             let mut wait = None;
-            match ask() {
+            match ask(agent) {
                 Ok(answer) if !is_busy(answer.status()) => return Ok(answer),
                 Ok(answer) => {
                     let seconds = text(answer.headers(), "retry-after").and_then(|it| it.trim().parse().ok());

@@ -6,6 +6,8 @@ use std::time::Duration;
 
 use thiserror::Error;
 
+use crate::authorities::BadAuthorities;
+
 /// See the module.
 #[derive(Debug, Error)]
 pub enum HubError {
@@ -92,6 +94,9 @@ pub enum HubError {
         /// What the network says.
         reason: String,
     },
+    /// Nobody's certificate can be trusted.
+    #[error("the hub can't be asked: {0}")]
+    Authorities(#[from] BadAuthorities),
     /// It asks to be left alone for a while.
     #[error("{url} answers {status}, {attempts} times in a row{}; try again later", after(.wait))]
     Busy {

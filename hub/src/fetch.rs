@@ -126,7 +126,9 @@ impl Hub {
             Ok(listing) => {
                 Fetch { hub: self, name, folder: &folder, watch }.run(revision, &listing).map(whole)
             }
-            Err(reason @ (HubError::Unreachable { .. } | HubError::Busy { .. })) => {
+            Err(
+                reason @ (HubError::Unreachable { .. } | HubError::Busy { .. } | HubError::Authorities(_)),
+            ) => {
                 let Some(commit) = cached else { return Err(reason) };
                 watch(Event::Cached { reason: &reason, commit: &commit });
                 Ok(whole(commit))

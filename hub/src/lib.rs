@@ -16,6 +16,7 @@
 //! Invariant: a blob appears whole, by a rename; a link appears after its blob, and the weights' links after all others.
 //! So a snapshot that has its weights has everything, and a commit that is there whole is never asked for again.
 
+mod authorities;
 mod cache;
 mod client;
 mod error;
@@ -24,6 +25,7 @@ mod files;
 mod name;
 mod settings;
 
+pub use authorities::{Authorities, BadAuthorities};
 pub use error::HubError;
 pub use fetch::{Event, Hub, Snapshot};
 pub use name::RepoName;

@@ -6,6 +6,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use crate::authorities;
 use crate::error::HubError;
 
 /// How to reach the hub, and where to keep what it gives.
@@ -17,6 +18,8 @@ pub struct Settings {
     pub endpoint: String,
     /// Says who asks, for private and gated repositories.
     pub token: Option<String>,
+    /// A file of the authorities whose certificates are trusted; `None`: Mozilla's are.
+    pub authorities: Option<PathBuf>,
     /// Ask nobody; use what the cache has.
     pub offline: bool,
     /// Waited before the first retry; doubled for each further one.
@@ -32,6 +35,7 @@ impl Settings {
     /// | `HF_HUB_CACHE` | the cache | `$HF_HOME/hub` |
     /// | `HF_ENDPOINT` | the hub's address | `https://huggingface.co` |
     /// | `HF_TOKEN` | the token | the file `$HF_TOKEN_PATH`, else `$HF_HOME/token`, if there is one |
+    /// | `SSL_CERT_FILE` | whose certificates are trusted (PEM) | Mozilla's authorities |
     /// | `HF_HUB_OFFLINE` | 1 asks nobody | 0 |
     ///
     /// # Errors
@@ -62,6 +66,7 @@ impl Settings {
             cache,
             endpoint: endpoint.trim_end_matches('/').to_owned(),
             token: token.filter(|token| !token.is_empty()),
+            authorities: set(authorities::VARIABLE).map(PathBuf::from),
             offline: ["HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"].iter().any(|name| is_on(text(name))),
             pause: Duration::from_secs(1),
         })
@@ -103,6 +108,9 @@ mod tests {
             (plain.endpoint.as_str(), plain.token, plain.offline),
             ("https://huggingface.co", None, false)
         );
+        assert_eq!(plain.authorities, None);
+        let trusting = settings(&[("HOME", "/h"), ("SSL_CERT_FILE", "/etc/proxy.pem")]);
+        assert_eq!(trusting.authorities, Some(PathBuf::from("/etc/proxy.pem")));
         assert_eq!(settings(&[("HF_ENDPOINT", "http://127.0.0.1:80/")]).endpoint, "http://127.0.0.1:80");
         for (value, on) in [("1", true), ("true", true), ("Yes", true), ("0", false), ("", false)] {
             assert_eq!(settings(&[("HF_HUB_OFFLINE", value)]).offline, on, "{value}");

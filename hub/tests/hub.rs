@@ -3,12 +3,18 @@
 mod server;
 
 use std::fs;
+use std::io::{self, BufRead, BufReader, Read, Write};
+use std::net::{TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread;
 use std::time::Duration;
 
 use minisgl_hub::{Event, Hub, HubError, Settings, Snapshot};
+use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use rustls::{ServerConfig, ServerConnection, StreamOwned};
 use server::{COMMIT, Fault, NAME, Server, etag};
 
 /// Bytes of the weights: some pieces, so that a download can break between them.
@@ -75,6 +81,7 @@ fn settings(server: &Server, cache: &Cache) -> Settings {
         cache: cache.0.clone(),
         endpoint: server.endpoint(),
         token: None,
+        authorities: None,
         offline: false,
         pause: Duration::from_millis(1),
     }
@@ -317,7 +324,7 @@ fn offline_nobody_is_asked() {
 fn a_hub_that_is_not_there_leaves_what_the_cache_has() {
     let (server, cache) = (Server::start(files()), Cache::new());
     // A port that nobody listens on any more.
-    let gone = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let gone = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
     let away = || Settings { endpoint: format!("http://{gone}"), ..settings(&server, &cache) };
     assert_refused(fetch_with(away()), &["can't be reached", &gone.to_string(), "network"]);
     let nowhere = Settings { endpoint: "http://hub.invalid".to_owned(), ..settings(&server, &cache) };
@@ -330,6 +337,74 @@ fn a_hub_that_is_not_there_leaves_what_the_cache_has() {
         }
     });
     assert_eq!((again.unwrap(), said), (snapshot, vec![COMMIT.to_owned()]));
+}
+
+/// An authority, and a service that it vouches for.
+const TLS: &str = "../client/tests/fixtures/tls";
+
+/// The server's address behind TLS.
+fn behind_tls(server: &Server) -> String {
+    let pem = |name: &str| Path::new(TLS).join(name);
+    let certificates =
+        CertificateDer::pem_file_iter(pem("service.pem")).unwrap().map(Result::unwrap).collect();
+    let key = PrivateKeyDer::from_pem_file(pem("service.key")).unwrap();
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let config = ServerConfig::builder_with_provider(provider).with_safe_default_protocol_versions().unwrap();
+    let config = Arc::new(config.with_no_client_auth().with_single_cert(certificates, key).unwrap());
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let endpoint = format!("https://localhost:{}", listener.local_addr().unwrap().port());
+    let plain = server.endpoint().trim_start_matches("http://").to_owned();
+    let pass = move |socket: TcpStream| -> io::Result<()> {
+        let connection = ServerConnection::new(config.clone()).map_err(io::Error::other)?;
+        let mut client = BufReader::new(StreamOwned::new(connection, socket));
+        let mut request = String::new();
+        while !request.ends_with("\r\n\r\n") && client.read_line(&mut request)? > 0 {}
+        let (mut server, mut answer) = (TcpStream::connect(&plain)?, Vec::new());
+        server.write_all(request.as_bytes())?;
+        server.read_to_end(&mut answer)?;
+        client.get_mut().write_all(&answer)?;
+        client.get_mut().flush()
+    };
+    // A client that hangs up, for it does not trust the service, is its own business.
+    thread::spawn(move || listener.incoming().flatten().for_each(|socket| drop(pass(socket))));
+    endpoint
+}
+
+#[test]
+fn a_hub_behind_tls_is_asked_by_who_trusts_its_authority() {
+    let (server, cache) = (Server::start(files()), Cache::new());
+    let endpoint = behind_tls(&server);
+    let trusting = |authorities: Option<PathBuf>| Settings {
+        endpoint: endpoint.clone(),
+        authorities,
+        ..settings(&server, &cache)
+    };
+    let damaged = cache.0.join("damaged.pem");
+    fs::write(&damaged, "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n").unwrap();
+    let empty = cache.0.join("empty.pem");
+    fs::write(&empty, "").unwrap();
+    assert_refused(fetch_with(trusting(None)), &["can't be reached", "certificate"]);
+    for (file, complaint) in [
+        (PathBuf::from("/nowhere.pem"), "it can't be read"),
+        (empty, "no certificate is in it"),
+        (damaged.clone(), "the certificate in it can't be read"),
+    ] {
+        let named = format!("SSL_CERT_FILE is {}", file.display());
+        assert_refused(fetch_with(trusting(Some(file))), &[&named, complaint]);
+    }
+    assert_eq!(server.take_log(), [""; 0], "who is not trusted is not asked");
+    let snapshot = fetch_with(trusting(Some(Path::new(TLS).join("authority.pem")))).unwrap();
+    assert_holds(&snapshot.folder, &files()[5..]);
+    // What the cache has is there without the hub; why that was not asked is told.
+    let mut said = Vec::new();
+    let hub = Hub::new(trusting(Some(damaged)));
+    let again = hub.snapshot(&NAME.parse().unwrap(), "main", &mut |event| {
+        if let Event::Cached { reason, .. } = event {
+            said.push(reason.to_string());
+        }
+    });
+    assert_eq!(again.unwrap(), snapshot);
+    assert!(said.len() == 1 && said[0].contains("damaged.pem"), "{said:?}");
 }
 
 #[test]

@@ -18,6 +18,7 @@ use std::io;
 use std::net::{SocketAddr, TcpStream};
 use std::time::{Duration, Instant};
 
+use minisgl_hub::BadAuthorities;
 use mio::{Events, Interest, Poll, Token};
 use rustls::pki_types::ServerName;
 use serde::Serialize;
@@ -30,7 +31,7 @@ use super::recorder::{Record, Recorder};
 use super::stream::{Failure, Stream};
 use super::wire::Tls;
 use crate::endpoint::Endpoint;
-use crate::tls::{self, BadAuthorities};
+use crate::tls;
 
 /// Bytes read at once.
 const READ_BYTES: usize = 64 << 10;
