@@ -62,12 +62,14 @@ pub enum Error {
     QuantizeOnGpu,
     /// More than the host's memory.
     #[error(
-        "{running} running and {queued} queued requests of up to {sequence} tokens, in each of {engines} engines, take {needed} \
-         bytes of host memory, and {free} are free; lower --max-running or --max-seq-len, or run fewer engines"
+        "{running} running and {queued} queued requests of up to {sequence} tokens, in each of {engines} engines{}, take {needed} \
+         bytes of host memory, and {free} are free; lower --max-running or --max-seq-len, or run fewer engines", of_ranks(.ranks)
     )]
     HostMemory {
         /// Engines behind the queue.
         engines: usize,
+        /// Ranks of each.
+        ranks: u32,
         /// Requests that run at once.
         running: u32,
         /// Requests that wait.
@@ -198,4 +200,9 @@ impl Error {
     pub(crate) fn hub(error: minisgl_hub::HubError) -> Self {
         Error::Model(Box::new(error))
     }
+}
+
+/// Words of engines that are more than a rank each.
+fn of_ranks(ranks: &u32) -> String {
+    if *ranks > 1 { format!(" of {ranks} ranks") } else { String::new() }
 }

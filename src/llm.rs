@@ -524,9 +524,9 @@ impl Opening {
         let ranks = self.options.tensor_parallel;
         self.spec().shard(ranks).map_err(|error| Error::Model(Box::new(error)))?;
         let links = Link::group(ranks, RANK_PATIENCE);
-        let abort = links.first().map(Link::aborter);
+        let ends = links.first().map(|link| (link.aborter(), link.renewer()));
         let cpus: Vec<Cpu> = links.into_iter().map(|link| Cpu::of_rank(threads, link)).collect();
-        let (first, abort) = cpus.first().zip(abort).ok_or(Error::NoEngine)?;
+        let (first, (abort, renew)) = cpus.first().zip(ends).ok_or(Error::NoEngine)?;
         let before = first.memory().map_err(|error| Error::Device(Box::new(error)))?;
         self.build(first.info(), before, started, || {
             let builder = |(index, mut cpu): (u32, Cpu)| {
@@ -537,7 +537,8 @@ impl Opening {
                 }
             };
             let builders = (0..).zip(cpus).map(builder).collect();
-            Ranks::start(builders, RANK_PATIENCE, abort).map_err(|error| Error::Device(Box::new(error)))
+            Ranks::start(builders, RANK_PATIENCE, abort, renew)
+                .map_err(|error| Error::Device(Box::new(error)))
         })
     }
 
@@ -708,7 +709,7 @@ impl Opening {
         if page_size < min {
             return Err(LimitsError::PageSizeBelowMin { page_size, min }.into());
         }
-        check_host(&limits, &self.checkpoint.config().spec.dims, self.engines)?;
+        check_host(&limits, &self.checkpoint.config().spec.dims, self.engines, self.options.tensor_parallel)?;
         let asked = if max_seq_len.is_some() { Sequence::Asked } else { Sequence::OfModel };
         self.options.num_pages.map_or(Ok(()), |pages| check_asked(pages, &limits, asked))?;
         Ok((limits, asked))

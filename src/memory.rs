@@ -14,17 +14,18 @@ use minisgl_core::fit::Fit;
 
 use crate::error::Error;
 
-/// Sees to it that the host can hold what so many engines of these capacities, for a model of these sizes, keep there.
+/// Sees to it that the host can hold what so many engines of these capacities, each of so many ranks, for a model of these sizes,
+/// keep there.
 ///
 /// # Errors
 /// It can't.
-pub fn check_host(limits: &Limits, dims: &Dims, engines: usize) -> Result<(), Error> {
+pub fn check_host(limits: &Limits, dims: &Dims, engines: usize, ranks: u32) -> Result<(), Error> {
     let Limits { running, queued, sequence, .. } = *limits;
-    let needed = limits.host_bytes(dims.vocab, dims.hidden).saturating_mul(engines as u64);
+    let needed = limits.host_bytes(dims.vocab, dims.hidden, ranks).saturating_mul(engines as u64);
     let free = host_free();
     match needed <= free {
         true => Ok(()),
-        false => Err(Error::HostMemory { engines, running, queued, sequence, needed, free }),
+        false => Err(Error::HostMemory { engines, ranks, running, queued, sequence, needed, free }),
     }
 }
 
@@ -190,10 +191,15 @@ mod tests {
             vocab: 151_936,
             norm_eps: 1e-6,
         };
-        assert!(check_host(&LIMITS, &DIMS, 1).is_ok());
-        let engines = (host_free() / LIMITS.host_bytes(DIMS.vocab, DIMS.hidden)) as usize * 2 + 1;
-        let error = check_host(&LIMITS, &DIMS, engines).unwrap_err().to_string();
+        assert!(check_host(&LIMITS, &DIMS, 1, 1).is_ok());
+        let engines = (host_free() / LIMITS.host_bytes(DIMS.vocab, DIMS.hidden, 1)) as usize * 2 + 1;
+        let error = check_host(&LIMITS, &DIMS, engines, 1).unwrap_err().to_string();
         assert!(error.contains("fewer engines") && error.contains(&engines.to_string()), "{error}");
+        // What engines of one rank need is too much for as many of eight.
+        let engines = (host_free() / LIMITS.host_bytes(DIMS.vocab, DIMS.hidden, 1)) as usize / 2;
+        assert!(check_host(&LIMITS, &DIMS, engines, 1).is_ok());
+        let error = check_host(&LIMITS, &DIMS, engines, 8).unwrap_err().to_string();
+        assert!(error.contains("8 ranks"), "{error}");
     }
 
     #[test]

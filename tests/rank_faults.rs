@@ -15,8 +15,9 @@ use minisgl::{Policy, Speculation};
 use minisgl_core::config::Limits;
 use minisgl_core::engine::{Engine, EngineError, EngineOptions};
 use minisgl_core::executor::Executor;
+use minisgl_core::fit::Fit;
 use minisgl_core::local::Local;
-use minisgl_core::request::Request;
+use minisgl_core::request::{Event, Request};
 use minisgl_core::scheduler::{Order, Settings};
 use minisgl_cpu::{Cpu, CpuError, Link};
 use minisgl_decoder::{Decoder, LoadError};
@@ -24,14 +25,20 @@ use minisgl_ranks::Ranks;
 
 type Device = Faulty<Cpu>;
 
+/// Of the requests that run.
+const PROMPTS: [&[u32]; 3] = [&[1, 2, 3], &[5; 40], &[7, 8]];
+
 /// The tests look at this process's threads, so they take turns.
 static TURN: Mutex<()> = Mutex::new(());
 
-/// An engine of ranks over devices that may be told to fail; who waits for a rank gives up after `patience`.
-fn engine(ranks: u32, patience: Duration) -> Engine<Ranks<Local<Device, Decoder<Device>>>> {
+type Rank = Local<Device, Decoder<Device>>;
+type Failure = <Ranks<Rank> as Executor>::Error;
+
+/// Ranks over devices that may be told to fail; who waits for one gives up after `patience`.
+fn executor(ranks: u32, patience: Duration) -> Ranks<Rank> {
     let checkpoint = checkpoint(&fixture("tiny-tied"));
     let links = Link::group(ranks, patience);
-    let abort = links[0].aborter();
+    let (abort, renew) = (links[0].aborter(), links[0].renewer());
     let builder = |link: Link| {
         let (rank, checkpoint) = (link.rank(), checkpoint.clone());
         move || {
@@ -40,7 +47,22 @@ fn engine(ranks: u32, patience: Duration) -> Engine<Ranks<Local<Device, Decoder<
             Ok::<_, LoadError<FaultyError<CpuError>>>(Local::new(device, model))
         }
     };
-    let executor = Ranks::start(links.into_iter().map(builder).collect(), patience, abort).unwrap();
+    Ranks::start(links.into_iter().map(builder).collect(), patience, abort, renew).unwrap()
+}
+
+/// Lets a rank's operation behind `well` others become what `fault` says.
+fn arm(executor: &Ranks<Rank>, faulty: u32, well: u64, fault: Fault) {
+    let arm = move |rank: &mut Rank| {
+        if rank.backend().device.rank().index == faulty {
+            rank.backend().arm(well, fault);
+        }
+        Ok(())
+    };
+    executor.each(arm).unwrap();
+}
+
+/// An engine with the pages that are asked for, or as many as fit.
+fn engine(executor: Ranks<Rank>, fit: Option<Fit>) -> Result<Engine<Ranks<Rank>>, EngineError<Failure>> {
     let (running, sequence, pages) = (4, 128, 32);
     let limits =
         Limits { running, queued: 8, sequence, prefill_tokens: 32, page_size: 16, pages, graph_rows: 4 };
@@ -51,22 +73,15 @@ fn engine(ranks: u32, patience: Duration) -> Engine<Ranks<Local<Device, Decoder<
         speculation: Speculation::Never,
         vocab: executor.model().vocab,
     };
-    let options = EngineOptions { limits, fit: None, scheduler, eos: Vec::new(), overlap: true };
-    Engine::of(executor, options).unwrap()
+    let options = EngineOptions { limits, fit, scheduler, eos: Vec::new(), overlap: true };
+    Engine::of(executor, options)
 }
 
-/// Lets a rank's operation behind `well` others become what `fault` says, and runs requests until that is found; what is said of
-/// it.
+/// Lets a rank fail, and runs requests until that is found; what is said of it.
 fn found(ranks: u32, faulty: u32, well: u64, fault: Fault, patience: Duration) -> String {
-    let mut engine = engine(ranks, patience);
-    let arm = move |rank: &mut Local<Device, Decoder<Device>>| {
-        if rank.backend().device.rank().index == faulty {
-            rank.backend().arm(well, fault);
-        }
-        Ok(())
-    };
-    engine.executor().each(arm).unwrap();
-    for prompt in [&[1, 2, 3][..], &[5; 40], &[7, 8]] {
+    let mut engine = engine(executor(ranks, patience), None).unwrap();
+    arm(engine.executor(), faulty, well, fault);
+    for prompt in PROMPTS {
         engine.submit(Request::new(prompt, greedy(60))).unwrap();
     }
     let error = loop {
@@ -82,6 +97,22 @@ fn found(ranks: u32, faulty: u32, well: u64, fault: Fault, patience: Duration) -
     assert!(matches!(engine.step(&mut |_| ()), Err(EngineError::Stopped)));
     engine.check();
     error.to_string()
+}
+
+/// What requests draw, those of [`PROMPTS`] in their order.
+fn drawn(engine: &mut Engine<Ranks<Rank>>) -> Vec<Vec<u32>> {
+    let tickets = PROMPTS.map(|prompt| engine.submit(Request::new(prompt, greedy(60))).unwrap());
+    let mut drawn = vec![Vec::new(); PROMPTS.len()];
+    while !engine.is_idle() {
+        let mut take = |event: Event<'_>| {
+            if let Event::Finished { ticket, tokens, .. } = event {
+                let of = tickets.iter().position(|submitted| submitted.ticket == ticket).unwrap();
+                drawn[of] = tokens.to_vec();
+            }
+        };
+        engine.step(&mut take).unwrap();
+    }
+    drawn
 }
 
 /// Do all threads of ranks end? One that was joined is listed a moment longer.
@@ -120,6 +151,42 @@ fn a_rank_that_fails_or_panics_anywhere_in_a_step_ends_all_with_its_error() {
 }
 
 #[test]
+fn a_rank_whose_memory_runs_out_while_pages_and_steps_are_made_ready_gets_fewer_pages() {
+    let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+    let patience = Duration::from_secs(60);
+    let expected = drawn(&mut engine(executor(2, patience), None).unwrap());
+    let fit = Fit { share: 1.0, least: 8 };
+    let mut recovered = 0;
+    for well in (0..).step_by(5) {
+        let (executor, faulty) = (executor(2, patience), (well % 2) as u32);
+        arm(&executor, faulty, well, Fault::RunsOut);
+        match engine(executor, Some(fit)) {
+            Ok(engine) if engine.limits().pages == 32 => break, // Nothing comes so late.
+            Ok(mut engine) => {
+                recovered += 1;
+                let pages = engine.limits().pages;
+                assert!(pages >= fit.least && pages < 32, "{pages} pages");
+                assert_eq!(drawn(&mut engine), expected, "rank {faulty} ran out after {well} operations");
+                engine.check();
+            }
+            // What is planned before the pages is not planned anew, and what steps cost is not measured again.
+            Err(error) => {
+                let said = error.to_string();
+                assert!(matches!(error, EngineError::Setup(_)), "{well}: {said}");
+                assert!(said.contains(&format!("rank {faulty}: no memory is left")), "{well}: {said}");
+            }
+        }
+    }
+    assert!(recovered > 5, "{recovered} engines had fewer pages");
+    // A number of pages that is asked for is not lowered.
+    let executor = executor(2, patience);
+    arm(&executor, 1, 40, Fault::RunsOut);
+    let said = engine(executor, None).err().unwrap().to_string();
+    assert!(said.contains("rank 1") && said.contains("no memory is left"), "{said}");
+    assert!(rank_threads_end());
+}
+
+#[test]
 fn a_rank_that_hangs_is_named_by_those_who_wait_for_it() {
     let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
     // Within a step, and when nothing is left of it that is done together.
@@ -137,7 +204,7 @@ fn a_rank_that_cannot_be_built_is_named_and_the_others_end() {
     let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
     let checkpoint = checkpoint(&fixture("tiny-tied"));
     let links = Link::group(2, Duration::from_secs(60));
-    let abort = links[0].aborter();
+    let (abort, renew) = (links[0].aborter(), links[0].renewer());
     let builder = |link: Link| {
         let (rank, checkpoint) = (link.rank(), checkpoint.clone());
         move || {
@@ -149,7 +216,8 @@ fn a_rank_that_cannot_be_built_is_named_and_the_others_end() {
             }
         }
     };
-    let executor = Ranks::start(links.into_iter().map(builder).collect(), Duration::from_secs(60), abort);
+    let executor =
+        Ranks::start(links.into_iter().map(builder).collect(), Duration::from_secs(60), abort, renew);
     let said = executor.err().unwrap().to_string();
     assert!(said.contains("rank 1") && said.contains("call reserve"), "{said}");
     assert!(rank_threads_end(), "the other rank goes on");

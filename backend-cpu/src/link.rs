@@ -90,6 +90,16 @@ impl Link {
         }
     }
 
+    /// Lets ranks whose exchanges were ended meet again, when none of them is in one.
+    pub fn renewer(&self) -> impl Fn() + Send + Sync + 'static {
+        let group = self.group.clone();
+        // All have come past the same exchanges, so they are at the same side.
+        move || {
+            let mut meeting = group.meeting();
+            (meeting.here, meeting.ended) = (0, None);
+        }
+    }
+
     /// Makes room for exchanges of so many numbers.
     pub fn reserve(&self, numbers: usize) {
         for side in &self.group.sides {
@@ -305,6 +315,15 @@ mod tests {
             assert!(matches!(waits.join().unwrap(), Err(CpuError::RanksEnded)));
         });
         assert!(matches!(links[0].sum(&mut [1.0]), Err(CpuError::RanksEnded)));
+        // Until they may meet again.
+        (links[0].renewer())();
+        let (mut own, mut others) = ([1.0], [2.0]);
+        let [first, second] = &mut links[..] else { panic!("there are two") };
+        thread::scope(|scope| {
+            scope.spawn(|| second.sum(&mut others).unwrap());
+            first.sum(&mut own).unwrap();
+        });
+        assert_eq!([own, others], [[3.0]; 2]);
         assert!(matches!(links[0].sum(&mut [1.0; 2]), Err(CpuError::Exchange { numbers: 2, room: 1 })));
     }
 }

@@ -98,19 +98,29 @@ impl Limits {
         Ok(())
     }
 
-    /// Bytes, about, that an engine keeps on the host for a model of so many tokens and hidden states of so many values: tokens of all
-    /// requests, the batches and masks of two steps with what comes back of them, and the pages' tree.
-    pub fn host_bytes(&self, vocab: u32, hidden: u32) -> u64 {
+    /// Bytes, about, that an engine whose steps so many ranks compute together keeps on the host for a model of so many tokens and
+    /// hidden states of so many values: tokens of all requests, the batches and masks of two steps with what comes back of them, and
+    /// the pages' tree. Each of several ranks has two steps of its own, beside those that all read and what each of them brought back.
+    pub fn host_bytes(&self, vocab: u32, hidden: u32, ranks: u32) -> u64 {
         let (block, page) = (u64::from(self.block_tokens()), u64::from(self.page_size));
         let blocks = u64::from(self.token_blocks()) * 4 * (block + block / page + 32);
         let requests = self.requests() * (160 + 4 * u64::from(self.sequence).div_ceil(block));
         let logprobs = 4 * LOGPROB_WORDS as u64;
-        let scored = u64::from(self.prefill_tokens) * (60 + logprobs);
-        let rows = u64::from(self.running) * (160 + logprobs + 4 * mask_words(vocab) as u64);
+        let results = self.step_tokens() as u64 * (4 + logprobs);
+        let scored = u64::from(self.prefill_tokens) * 56;
+        let rows = u64::from(self.running) * (156 + 4 * mask_words(vocab) as u64);
         let embedded = self.embedded_rows() as u64 * 4 * u64::from(hidden);
-        let of_step =
-            self.step_tokens() as u64 * 32 + rows + 8 * self.rule_words() as u64 + scored + embedded;
-        blocks + requests + 2 * of_step + u64::from(self.pages) * (page * 4 + 64)
+        let of_step = self.step_tokens() as u64 * 32
+            + rows
+            + 8 * self.rule_words() as u64
+            + scored
+            + results
+            + embedded;
+        let steps = match u64::from(ranks) {
+            0 | 1 => 2 * of_step,
+            ranks => 2 * (ranks + 1) * of_step + (2 * ranks + 1) * results,
+        };
+        blocks + requests + steps + u64::from(self.pages) * (page * 4 + 64)
     }
 
     fn requests(&self) -> u64 {

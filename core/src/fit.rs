@@ -31,11 +31,11 @@ pub(crate) fn fitted<X: Executor>(
     mut limits: Limits,
     fit: Option<Fit>,
 ) -> Result<(Limits, Memory), EngineError<X::Error>> {
+    let page_bytes = executor.page_bytes(limits.page_size).map_err(EngineError::Setup)?;
     let Some(Fit { share, least }) = fit else {
-        return attempt(executor, limits).map_err(|failed| failed.error);
+        return attempt(executor, limits, page_bytes).map_err(|failed| failed.error);
     };
     let least = least.max(1);
-    let page_bytes = executor.page_bytes(limits.page_size).map_err(EngineError::Setup)?;
     let mut recording = 0;
     loop {
         let free = executor.memory().map_err(EngineError::Setup)?.free;
@@ -47,7 +47,7 @@ pub(crate) fn fitted<X: Executor>(
             return Err(EngineError::Pages { fit, least, page_size, page_bytes, free, recording });
         }
         limits.pages = rest.clamp(least, share);
-        match attempt(executor, limits) {
+        match attempt(executor, limits, page_bytes) {
             Err(failed) if failed.out_of_memory => recording = recording.max(failed.recording),
             done => return done.map_err(|failed| failed.error),
         }
@@ -63,14 +63,17 @@ struct Failed<E: core::error::Error + 'static> {
     recording: u64,
 }
 
-fn attempt<X: Executor>(executor: &mut X, limits: Limits) -> Result<(Limits, Memory), Failed<X::Error>> {
+fn attempt<X: Executor>(
+    executor: &mut X,
+    limits: Limits,
+    page_bytes: u64,
+) -> Result<(Limits, Memory), Failed<X::Error>> {
     let setup = |source: X::Error| {
         let out_of_memory = X::is_out_of_memory(&source);
         Failed { error: EngineError::Setup(source), out_of_memory, recording: 0 }
     };
     executor.alloc_pages(&limits).map_err(setup)?;
     let memory = executor.memory().map_err(setup)?;
-    let page_bytes = executor.page_bytes(limits.page_size).map_err(setup)?;
     match executor.record(&limits) {
         Ok(()) => Ok((limits, memory)),
         Err(RecordError { rows, recorded, count, source }) => Err(Failed {

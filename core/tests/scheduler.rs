@@ -416,7 +416,7 @@ fn long_requests_take_turns_where_the_host_keeps_few_tokens_and_all_end() {
 #[test]
 fn the_hosts_tables_of_many_long_sequences_are_megabytes() {
     let limits = Limits { running: 4096, queued: 1024, sequence: 262_144, pages: 65_536, ..LONG };
-    let bytes = limits.host_bytes(151_936, 1024);
+    let bytes = limits.host_bytes(151_936, 1024, 1);
     assert!(bytes < 300 << 20, "{bytes} bytes, half of them masks of two steps");
     assert!(limits.check().is_ok());
 }

@@ -52,6 +52,7 @@ pub struct Ranks<X: Executor> {
     /// How long a rank is waited for when another has ended a step.
     patience: Duration,
     abort: Arc<dyn Fn() + Send + Sync>,
+    renew: Box<dyn Fn() + Send + Sync>,
 }
 
 /// How long threads are waited for at the end.
@@ -73,7 +74,8 @@ impl<X: Executor> Drop for Ranks<X> {
 
 impl<X: Executor + 'static> Ranks<X> {
     /// Starts a thread for each of `builders`, which builds its rank's executor there. A rank whose step ends later than another's
-    /// is waited for as long as `patience`. `abort` ends what ranks wait for in each other, for good.
+    /// is waited for as long as `patience`. `abort` ends what ranks wait for in each other, until `renew` lets them meet again,
+    /// which is called when none of them waits.
     ///
     /// # Errors
     /// The first rank's that can't be built; a thread that the system does not give.
@@ -81,6 +83,7 @@ impl<X: Executor + 'static> Ranks<X> {
         builders: Vec<F>,
         patience: Duration,
         abort: impl Fn() + Send + Sync + 'static,
+        renew: impl Fn() + Send + Sync + 'static,
     ) -> Result<Self, RankError<L>>
     where
         L: Error + Send + 'static,
@@ -111,6 +114,7 @@ impl<X: Executor + 'static> Ranks<X> {
             hidden: Vec::new(),
             patience,
             abort,
+            renew: Box::new(renew),
         })
     }
 
@@ -217,6 +221,8 @@ impl<X: Executor + 'static> Executor for Ranks<X> {
         match failed.min_by_key(|(_, (before, _))| *before) {
             None => Ok(()),
             Some((rank, (_, RecordError { rows, recorded, count, source }))) => {
+                // All have answered, and may try again with fewer pages.
+                (self.renew)();
                 Err(RecordError { rows, recorded, count, source: RankError::Failed { rank, source } })
             }
         }

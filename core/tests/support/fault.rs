@@ -22,6 +22,8 @@ use thiserror::Error;
 #[derive(Clone, Copy, Debug)]
 pub enum Fault {
     Fails,
+    /// It needs more memory than there is; what comes behind it is well.
+    RunsOut,
     Panics,
     /// It takes so long, and then is done.
     Hangs(Duration),
@@ -33,6 +35,9 @@ pub enum FaultyError<E> {
     /// It was its turn to.
     #[error("{0} failed on purpose")]
     OnPurpose(&'static str),
+    /// As told.
+    #[error("no memory is left for {0}, on purpose")]
+    OutOfMemory(&'static str),
     /// The device's own reason.
     #[error(transparent)]
     Device(#[from] E),
@@ -73,6 +78,7 @@ impl<B> Faulty<B> {
                 sleep(time);
                 Ok(())
             }
+            Some((0, Fault::RunsOut)) => Err(FaultyError::OutOfMemory(operation)),
             Some((0, fault)) => {
                 self.failed.set(Some(operation));
                 match fault {
@@ -115,7 +121,11 @@ impl<B: Device> Device for Faulty<B> {
     }
 
     fn is_out_of_memory(error: &Self::Error) -> bool {
-        matches!(error, FaultyError::Device(error) if B::is_out_of_memory(error))
+        match error {
+            FaultyError::OnPurpose(_) => false,
+            FaultyError::OutOfMemory(_) => true,
+            FaultyError::Device(error) => B::is_out_of_memory(error),
+        }
     }
 
     fn slice(&self, buffer: B::Buffer, range: Range<usize>) -> B::Buffer {
