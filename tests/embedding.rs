@@ -3,13 +3,14 @@
 mod common;
 
 use std::fs;
+use std::sync::Arc;
 
 use common::{
     CHECKPOINTS, FAMILIES, Golden, Scratch, builder, family, fixture, greedy, relative_error, small,
 };
 use minisgl::{
-    BackendChoice, EmbedRequest, Embedding, FinishReason, GenerateRequest, KernelChoice, LlmBuilder, Prompt,
-    RequestError, SamplingError, SamplingParams, SubmitError,
+    BackendChoice, Dtype, EmbedRequest, Embedding, FinishReason, GenerateRequest, KernelChoice, LlmBuilder,
+    NamedTensor, Prompt, RequestError, SamplingError, SamplingParams, SubmitError,
 };
 use safetensors::SafeTensors;
 use safetensors::tensor::TensorView;
@@ -224,6 +225,29 @@ fn a_checkpoint_of_the_body_alone_gives_embeddings_and_says_that_it_draws_nothin
     let refused = llm.generate(&[GenerateRequest::tokens([1, 2])]).unwrap().remove(0).error.unwrap();
     assert!(refused.to_string().contains("lm_head.weight"), "{refused}");
     llm.check();
+}
+
+#[test]
+fn a_model_without_an_output_layer_is_given_none_by_an_update_and_the_refusal_says_what_to_do() {
+    let folder = Scratch::new();
+    body(&folder);
+    let mut llm = small(folder.path()).build().unwrap();
+    let before = llm.embed(&requests("tiny-untied")).unwrap();
+    let config: serde_json::Value =
+        serde_json::from_slice(&fs::read(folder.join("config.json")).unwrap()).unwrap();
+    let shape = ["vocab_size", "hidden_size"].map(|size| config[size].as_u64().unwrap() as usize);
+    let tensor = |name: &str, shape: &[usize]| {
+        let bytes = Arc::new(vec![0; 2 * shape.iter().product::<usize>()]);
+        NamedTensor { name: name.to_owned(), dtype: Dtype::BF16, shape: shape.to_vec(), bytes }
+    };
+    // What is right with the update is not written either.
+    let error = llm.update_weights([tensor("norm.weight", &shape[1..]), tensor("lm_head.weight", &shape)]);
+    let error = error.unwrap_err().to_string();
+    assert!(error.contains("lm_head.weight") && error.contains("load a checkpoint that has it"), "{error}");
+    llm.clear_prefix_cache();
+    assert_eq!(llm.embed(&requests("tiny-untied")).unwrap(), before);
+    llm.update_weights([tensor("norm.weight", &shape[1..])]).unwrap();
+    assert_ne!(llm.embed(&requests("tiny-untied")).unwrap(), before);
 }
 
 const LAST_TOKEN: &str =

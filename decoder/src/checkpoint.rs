@@ -209,6 +209,17 @@ pub enum CheckpointError {
         /// A name that is known.
         example: String,
     },
+    /// A head that is given to a model without one.
+    #[error(
+        "tensor `{name}` in {} is an output layer, and the model was loaded without one: no memory was planned for it. Leave it \
+         out, or load a checkpoint that has it", path.display()
+    )]
+    HeadGiven {
+        /// Its name.
+        name: String,
+        /// Where it is given.
+        path: PathBuf,
+    },
     /// A tensor that is given twice in an update.
     #[error("tensor `{0}` is given twice; give each once")]
     GivenTwice(String),
@@ -321,6 +332,15 @@ impl Checkpoint {
             let path = given.shards[name].path().to_owned();
             let example = updated.tensors.norm.name.clone();
             return Err(CheckpointError::UnknownTensor { name: name.clone(), path, example });
+        }
+        // A decoder's body, which had no head, may be given all else.
+        if let (None, Some(head), Some(given)) =
+            (&self.tensors.head, &updated.tensors.head, given.shards.get(HEAD))
+        {
+            return Err(CheckpointError::HeadGiven {
+                name: head.name.clone(),
+                path: given.path().to_owned(),
+            });
         }
         let updated = if self.quantized { updated.quantized_like(self)? } else { updated };
         let updated = if self.plain_inputs { updated.with_plain_inputs() } else { updated };
