@@ -16,7 +16,7 @@ use crate::request::RequestError;
 use crate::tokenizer::Text;
 use crate::tools::ToolCalls;
 #[cfg(feature = "grammar")]
-use crate::tools::{Function, THINK, THINK_END};
+use crate::tools::{Function, PYTHON_TAG, THINK, THINK_END};
 
 /// What an output is to be. It holds from the first token on; an end-of-sequence token is drawn only where the text is whole, and
 /// where nothing may follow, the output ends by itself ([`FinishReason::Stop`](crate::FinishReason::Stop)). An output that
@@ -112,6 +112,7 @@ impl Compiler {
             behind: format.behind_arguments(),
             between: format.between_calls(),
             opening: format.opening(),
+            tag: PYTHON_TAG,
             required: *required,
             parallel: *parallel,
             thought: self.thought(prompt),

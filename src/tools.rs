@@ -22,6 +22,8 @@ pub(crate) const THINK_END: &str = "</think>";
 /// Around a call of Qwen3's.
 pub(crate) const CALL: &str = "<tool_call>";
 pub(crate) const CALL_END: &str = "</tool_call>";
+/// What Llama 3 may write before calls.
+pub(crate) const PYTHON_TAG: &str = "<|python_tag|>";
 
 /// How a model writes calls of tools.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

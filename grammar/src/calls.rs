@@ -19,8 +19,10 @@ pub struct Calls<'a> {
     /// What stands between two calls.
     pub between: &'a str,
     /// What each call begins with, where calls may stand in a text; `None`: they are the whole output, which begins with neither
-    /// a brace nor white space where it is text.
+    /// a brace nor white space where it is text, nor with `tag` and a brace.
     pub opening: Option<&'a str>,
+    /// What may stand before calls that are the whole output: who reads them overlooks it.
+    pub tag: &'a str,
     /// The output is calls and nothing else.
     pub required: bool,
     /// There may be several.
@@ -72,7 +74,8 @@ impl Calls<'_> {
                 if self.parallel { "(opened call)* ANYTHING" } else { "opened call | ANYTHING" }
             }
             (false, None) => {
-                rule("UNLIKE_A_CALL", r"/[^{\s](.|\n)*/");
+                rule("LIKE_A_CALL", &format!(r"{} /\s*\{{(.|\n)*/", literal(self.tag)));
+                rule("UNLIKE_A_CALL", r"/[^{\s](.|\n)*/ & ~LIKE_A_CALL");
                 "calls | UNLIKE_A_CALL"
             }
         };

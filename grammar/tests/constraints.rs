@@ -167,6 +167,9 @@ const STYLES: [Style; 2] = [
     Style { before: "{\"f", behind: "}", between: "; ", opening: None },
 ];
 
+/// What calls of the second style may have before them.
+const TAG: &str = "<|tag|>";
+
 impl Style {
     /// In front of the arguments of function `i`.
     fn before(&self, i: usize) -> String {
@@ -183,7 +186,7 @@ impl Style {
         let of = |(i, arguments)| CallOf { name: "f", before: self.before(i), arguments };
         let Style { behind, between, opening, .. } = *self;
         let functions = schemas.iter().enumerate().map(of).collect();
-        Calls { functions, behind, between, opening, required, parallel, thought }
+        Calls { functions, behind, between, opening, tag: TAG, required, parallel, thought }
     }
 
     /// Checks that a whole output is what it may be; gives how many calls are in it.
@@ -290,6 +293,12 @@ fn texts_and_calls_in_them_are_told_apart_as_they_come() {
         (bare, "Hello {", false, true, true),
         (bare, "{\"f0\": {\"a\": 1}}", false, true, true),
         (bare, "{}", false, true, false),
+        // Read as calls, whose arguments nobody held to their schema.
+        (bare, "<|tag|>{}", false, true, false),
+        (bare, "<|tag|> \n{\"f0\": {\"a\": 2}}", false, true, false),
+        (bare, "<|tag|>", false, true, true),
+        (bare, "<|tag|> for {}", false, true, true),
+        (bare, "<|ta {}", false, true, true),
         (bare, "Hello", true, true, false),
     ] {
         assert_eq!(

@@ -16,10 +16,7 @@ use serde_json::value::RawValue;
 
 use super::answer::{ChatMessage, FunctionCall, ToolCall};
 use crate::request::Completion;
-use crate::tools::{CALL, CALL_END, THINK, THINK_END, ToolFormat};
-
-/// What Llama 3 may write before a call.
-const PYTHON_TAG: &str = "<|python_tag|>";
+use crate::tools::{CALL, CALL_END, PYTHON_TAG, THINK, THINK_END, ToolFormat};
 
 /// A part of an output.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -186,7 +183,11 @@ impl Parts {
                 if PYTHON_TAG.starts_with(&*self.held) {
                     return false;
                 }
-                match self.held.strip_prefix(PYTHON_TAG).unwrap_or(&self.held).starts_with('{') {
+                let behind = self.held.strip_prefix(PYTHON_TAG).map(str::trim_start);
+                if behind.is_some_and(str::is_empty) {
+                    return false;
+                }
+                match behind.unwrap_or(&self.held).starts_with('{') {
                     true => self.state = State::BareCall,
                     false => self.begun = true,
                 }
@@ -379,9 +380,12 @@ mod tests {
         let expected = [called("f", r#"{"x": [1, 2]}"#), called("g", "{}")];
         check(a, LLAMA3, &expected[..1]);
         check(&format!("<|python_tag|>{a}"), LLAMA3, &expected[..1]);
+        check(&format!("\n<|python_tag|> \n{a}; {b}\n"), LLAMA3, &expected);
         check(&format!(" {a}; {b}"), LLAMA3, &expected);
         check("Hello {\"name\"", LLAMA3, &[text("Hello {\"name\"")]);
-        check("<|python", LLAMA3, &[text("<|python")]);
+        for said in ["<|python", "<|python_tag|>", "<|python_tag|> \n", "<|python_tag|>search.call(\"{}\")"] {
+            check(said, LLAMA3, &[text(said)]);
+        }
     }
 
     #[test]
