@@ -275,6 +275,40 @@ fn bad_flags_are_refused_with_what_to_do() {
     }
 }
 
+#[test]
+fn a_device_that_is_not_there_takes_its_time_and_what_the_host_does_beside_it_is_told() {
+    let scratch = Scratch::new();
+    let line = |step: f64| json!({"step": step, "token": 0});
+    let device = json!({
+        "name": "slow", "pages": 100, "decode_ms": line(2.0), "mixed_ms": line(3.0), "attention_ms": line(0.0), "context_ms": 0,
+        "further_row_ms": 0, "sample_ms": 0, "attention_least_ms": 0,
+    });
+    let device = scratch.write("device.json", device.to_string()).display().to_string();
+    let path = scratch.join("report.json");
+    let flags =
+        ["--simulate", &device, "--max-running", "4", "--verify", "2", "--json", path.to_str().unwrap()];
+    let text = stdout(&bench(&flags));
+    assert!(text.contains("no device, simulated: slow"), "{text}");
+    assert_eq!(rows(&text, "Verified:"), ["2 requests alone give the same tokens"]);
+    let report = read_json(&path);
+    let run = &report["runs"][0];
+    for (kind, step_s) in [("decode", 0.002), ("prefill", 0.003), ("mixed", 0.003)] {
+        let (steps, seconds) = (run[kind]["steps"].as_f64().unwrap(), run[kind]["seconds"].as_f64().unwrap());
+        assert!((seconds - steps * step_s).abs() < 1e-6, "{kind}: {steps} steps in {seconds} s");
+    }
+    assert!(run["seconds"].as_f64().unwrap() >= run["decode"]["seconds"].as_f64().unwrap());
+    assert_eq!((&run["host"]["rows"], &run["floor"]), (&json!(4), &Value::Null));
+    // Waiting for the device is no work, nor is there a driver.
+    assert!(run["host"]["p50_us"].as_f64().unwrap() > 0.0 && run["host"]["driver_p50_us"] == 0.0, "{run}");
+    for (flags, expected) in [
+        (&["--simulate", "/nowhere.json"][..], "/nowhere.json"),
+        (&["--simulate", &device, "--list-models"], "--list-models runs nothing; leave --simulate out"),
+    ] {
+        let error = complaint(flags);
+        assert!(error.contains(expected), "{flags:?}: {error}");
+    }
+}
+
 /// Runs the binary on a file of requests, with a checkpoint that has a tokenizer.
 fn bench_file(scratch: &Scratch, flags: &[&str]) -> Output {
     let mut command = Command::new(env!("CARGO_BIN_EXE_offline-bench"));

@@ -13,6 +13,7 @@ use crate::llm::{Llm, gpu_present};
 use crate::options::{BackendChoice, Options};
 use crate::progress::{Progress, Stderr};
 use crate::request::SamplingParams;
+use crate::simulated::SimulatedDevice;
 use crate::with_shared_flags;
 use crate::workload::{Lengths, Source, Workload};
 
@@ -30,6 +31,10 @@ with_shared_flags! {
         /// --list-models names (default: qwen3-0.6b on a GPU, tiny on the CPU)
         #[argh(option)]
         model: Option<String>,
+        /// a file with the times of a device's steps (docs/serving.md): no model is computed, tokens are nonsense, and steps take that
+        /// device's time
+        #[argh(option)]
+        simulate: Option<PathBuf>,
         /// random numbers: pcg (default), or minisgl, those of mini-sglang's benchmark
         #[argh(option)]
         workload: Option<Source>,
@@ -106,7 +111,9 @@ fn measure(flags: &Flags, stderr: &Stderr) -> Result<bool, Cause> {
         return flags.list(&plan, &mut out).map(|()| true);
     }
     let model = flags.model(&mut out)?;
-    let open = || flags.source(&model, stderr)?.builder().options(flags.options()).build();
+    let simulate = flags.simulate.as_deref().map(SimulatedDevice::open).transpose()?;
+    let options = Options { simulate, ..flags.options() };
+    let open = || flags.source(&model, stderr)?.builder().options(options.clone()).build();
     let progress = Arc::new(Mutex::new(Progress::default()));
     let show = || {
         let seen = progress.clone();
@@ -141,6 +148,9 @@ impl Flags {
 
     /// The presets. Ceilings that no flag gives are measured where there is a GPU, on the smallest engine.
     fn list(&self, plan: &Plan, out: &mut dyn Write) -> Result<(), Cause> {
+        if self.simulate.is_some() {
+            return Err("--list-models runs nothing; leave --simulate out".into());
+        }
         let Requests::Drawn(workload) = &plan.requests else {
             return Err("--list-models takes random requests; leave --requests out".into());
         };
@@ -232,7 +242,7 @@ impl Flags {
         if let Some(model) = &self.model {
             return Ok(model.clone());
         }
-        if self.on_gpu()? {
+        if self.simulate.is_some() || self.on_gpu()? {
             return Ok("qwen3-0.6b".to_owned());
         }
         writeln!(out, "No --model, and no GPU to run on: the preset `tiny` on the CPU.")?;

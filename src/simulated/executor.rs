@@ -45,6 +45,8 @@ pub struct Simulated {
     masks: Vec<u32>,
     /// What every row's hidden state is.
     hidden: Vec<f32>,
+    /// How long steps were waited for.
+    waited: Duration,
 }
 
 struct Step {
@@ -76,6 +78,7 @@ impl Simulated {
             steps: [step(), step()],
             masks: Vec::new(),
             hidden: vec![1.0; model.hidden as usize],
+            waited: Duration::ZERO,
         }
     }
 
@@ -171,11 +174,12 @@ impl Executor for Simulated {
 
     fn complete(&mut self, at: usize) -> Result<Results<'_>, Infallible> {
         let step = &self.steps[at];
-        let left = step.ends.saturating_duration_since(Instant::now());
-        thread::sleep(left.saturating_sub(WAKE_UP));
+        let asked = Instant::now();
+        thread::sleep(step.ends.saturating_duration_since(asked).saturating_sub(WAKE_UP));
         while Instant::now() < step.ends {
             std::hint::spin_loop();
         }
+        self.waited += asked.elapsed();
         let last = self.last_began.replace(step.began);
         let since = last.map_or(Duration::ZERO, |last| step.began.saturating_duration_since(last));
         Ok(Results {
@@ -205,8 +209,9 @@ impl RunnerExecutor for Simulated {
         None
     }
 
+    /// There is no driver.
     fn host_times(&self) -> Option<HostTimes> {
-        None
+        Some(HostTimes { waited: self.waited, driver: Duration::ZERO })
     }
 
     fn experts_read(&mut self) -> Result<ExpertsRead, Infallible> {
