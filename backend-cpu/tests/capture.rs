@@ -175,6 +175,40 @@ fn bits_do_not_depend_on_page_size_or_chunks() {
     }
 }
 
+/// Runs steps of `(slot, cached, ids)`, and gives the bits of each row's logits in the last one. Slot 1 maps slot 0's first pages.
+fn last_of(steps: &[&[(u32, u32, &[u32])]]) -> Vec<Vec<u32>> {
+    let mut model = Model::new(5, 16);
+    let shared = model.machine.pages[0][..2].to_vec();
+    model.machine.pages[1][..2].copy_from_slice(&shared);
+    let mut last = Vec::new();
+    for rows in steps {
+        let ids: Vec<u32> = rows.iter().flat_map(|(.., ids)| ids.iter().copied()).collect();
+        let sequence =
+            |&(slot, cached, ids): &(u32, u32, &[u32])| Sequence { slot, cached, new: ids.len() as u32 };
+        let sequences: Vec<_> = rows.iter().map(sequence).collect();
+        let (step, ..) = model.machine.step_with(&ids, &sequences, common::greedy, None);
+        model.forward(&step);
+        last = model.results(rows.len()).0;
+    }
+    last
+}
+
+#[test]
+fn rows_of_a_step_see_what_other_rows_of_it_store() {
+    let prompt: Vec<u32> = (0..32).map(|i| i * 37 % 200).collect();
+    let (behind, others) = ([7, 150, 3, 99, 42], [11; 40]);
+    // A prompt whose beginning is computed beside it, by a row before or behind its own.
+    let apart = last_of(&[&[(0, 0, &prompt)], &[(1, 32, &behind)]]);
+    let reader_first = last_of(&[&[(1, 32, &behind), (2, 0, &others), (0, 0, &prompt)]]);
+    let reader_last = last_of(&[&[(0, 0, &prompt), (2, 0, &others), (1, 32, &behind)]]);
+    assert_eq!([&reader_first[0], &reader_last[2]], [&apart[0]; 2]);
+    assert_ne!(last_of(&[&[(1, 32, &behind)]])[0], apart[0], "without that row it would be another");
+    // Decode rows at consecutive positions of one sequence, as drafts are.
+    let one_by_one = last_of(&[&[(0, 0, &prompt)], &[(0, 32, &[5])], &[(0, 33, &[6])], &[(0, 34, &[8])]]);
+    let at_once = last_of(&[&[(0, 0, &prompt)], &[(0, 32, &[5]), (0, 33, &[6]), (0, 34, &[8])]]);
+    assert_eq!(at_once[2], one_by_one[0]);
+}
+
 #[test]
 fn what_cannot_be_recorded_says_so() {
     let mut model = Model::new(4, 16);

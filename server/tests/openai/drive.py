@@ -6,6 +6,7 @@ types, strictly, with no field unknown to them.
 """
 
 import asyncio
+import inspect
 import sys
 from array import array
 from pathlib import Path
@@ -217,6 +218,26 @@ def a_small_model():
     refused(openai.AuthenticationError, stranger.models.list)
 
 
+def fields_of_the_package():
+    """The service knows each field that the package can send, by its name, and so does the table in the docs."""
+    client = openai.OpenAI(api_key="secret", base_url=keyed_url, max_retries=0)
+    table = (Path(__file__).parents[3] / "docs" / "serving.md").read_text()
+    for create, given in (
+        (client.chat.completions.create, {"messages": [{"role": "user", "content": "Hi"}]}),
+        (client.completions.create, {"prompt": "Once"}),
+        (client.embeddings.create, {"input": "Once"}),
+    ):
+        own = {"model", "extra_headers", "extra_query", "extra_body", "timeout"}
+        fields = inspect.signature(create).parameters.keys() - own
+        assert len(fields) > 3, fields
+        missing = [field for field in fields if f"`{field}`" not in table]
+        assert not missing, missing
+        # A field that is null is as good as absent, but one that nobody knows is refused all the same.
+        create(model=MODEL, **given, extra_body=dict.fromkeys(fields - given.keys()))
+        unknown = lambda: create(model=MODEL, **given, extra_body={"max_token": None})  # noqa: E731, B023
+        refused(openai.BadRequestError, unknown, "max_token")
+
+
 def a_model_that_calls_tools():
     both = Both(tools_url, "none")
     function = {"name": "weather", "description": "…", "parameters": {"type": "object", "properties": {}}}
@@ -263,6 +284,7 @@ def a_model_that_is_told_to_call_tools():
 
 
 a_small_model()
+fields_of_the_package()
 a_model_that_calls_tools()
 a_model_that_is_told_to_call_tools()
 print("the openai package is content")
