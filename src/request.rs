@@ -144,7 +144,7 @@ pub struct GenerateRequest {
     pub stop: Vec<String>,
     /// Let the text end with what ended it: the stop text, or the stop token's text.
     pub include_stop: bool,
-    /// Biases, stop tokens, bad words.
+    /// Biases, stop tokens, bad words, allowed tokens.
     pub rules: TokenRules,
     /// What the output is to be. It needs the checkpoint's tokenizer.
     pub grammar: Option<Grammar>,
@@ -177,6 +177,8 @@ pub struct TokenRules {
     /// Texts that the output may not have, at its beginning or behind a space: where all but the last of such a text's tokens
     /// have come up, the last one can't be drawn. They need the checkpoint's tokenizer.
     pub bad_words: Vec<String>,
+    /// The only tokens that may be drawn, one at least; `None`: all. An end-of-sequence token that is not among them is not drawn.
+    pub allowed_token_ids: Option<Vec<u32>>,
 }
 
 impl GenerateRequest {
@@ -398,12 +400,17 @@ pub enum RequestError {
     /// A grammar that can't be used.
     #[error("{0}")]
     Grammar(String),
-    /// A grammar for which no mask could be found on the way, or whose tokens were forbidden otherwise.
+    /// A grammar for which no mask could be found on the way.
     #[error(
-        "its grammar takes more work to follow than is spent on a token, or leaves no token to go on with beside bad_words and \
-         min_tokens; make it simpler (fewer alternatives, shorter repetitions), or drop bad_words and min_tokens"
+        "its grammar takes more work to follow than is spent on a token; make it simpler (fewer alternatives, shorter repetitions)"
     )]
     GrammarFailed,
+    /// What it says of its tokens forbids all of them.
+    #[error(
+        "no token is left to go on with: its grammar or allowed_token_ids allow none beside the others' and those that bad_words and \
+         min_tokens forbid; drop one of them, or allow more tokens (the end-of-sequence token too, where the output may end)"
+    )]
+    NoTokenLeft,
     /// No output is asked for.
     #[error("{samples} samples are asked for; it must be at least one, and at most {SAMPLES_MAX}")]
     Samples {
@@ -451,6 +458,7 @@ impl RequestError {
             RequestError::NoToolFormat => "no format of tool calls",
             RequestError::Grammar(_) => "unusable grammar",
             RequestError::GrammarFailed => "grammar too complex",
+            RequestError::NoTokenLeft => "no token left",
             RequestError::Samples { .. } => "number of samples",
             RequestError::StopTexts { .. } => "too long stop texts",
             RequestError::Pooling(_) => "unsupported pooling",

@@ -11,6 +11,7 @@ use common::logits::{Logits, checkpoint};
 use common::{CHECKPOINTS, FAMILIES, Golden, family, fixture, greedy};
 use minisgl::{
     BackendChoice, GenerateRequest, KernelChoice, Llm, LlmBuilder, Policy, SamplingParams, Speculation,
+    TokenRules,
 };
 use minisgl_cuda::{Cuda, KernelSet, Options};
 
@@ -117,7 +118,7 @@ fn assert_logits(name: &str, kernels: KernelChoice, error_max: f32, margin_min: 
     errors
 }
 
-/// Requests of many lengths and kinds of sampling.
+/// Requests of many lengths and kinds of sampling; some have every third token alone to draw from.
 fn requests(n: u32, vocab: u32) -> Vec<GenerateRequest> {
     let request = |i: u32| {
         let prompt: Vec<u32> = (0..1 + i * 37 % 150).map(|j| (i * 131 + j * j * 17) % vocab).collect();
@@ -128,7 +129,9 @@ fn requests(n: u32, vocab: u32) -> Vec<GenerateRequest> {
             seed: u64::from(i),
             ..greedy(8 + i % 57)
         };
-        GenerateRequest::tokens(prompt).sampling(sampling)
+        let allowed_token_ids = (i % 5 == 2).then(|| (0..vocab).step_by(3).collect());
+        let rules = TokenRules { allowed_token_ids, ..TokenRules::default() };
+        GenerateRequest::tokens(prompt).sampling(sampling).rules(rules)
     };
     (0..n).map(request).collect()
 }
@@ -148,6 +151,11 @@ fn a_requests_tokens_do_not_depend_on_how_they_are_computed() {
         let mut llm = base().build().unwrap();
         let requests = requests(256, llm.info().vocab);
         let expected = tokens(&mut llm, &requests);
+        let narrowed = expected.iter().skip(2).step_by(5).flatten();
+        assert!(
+            narrowed.into_iter().all(|id| id % 3 == 0),
+            "{name}, {kernels:?}: tokens that are not allowed"
+        );
         let again = tokens(&mut llm, &requests);
         assert!(again == expected, "{name}, {kernels:?}: with prompts from the prefix cache");
 

@@ -7,7 +7,7 @@ use minisgl::lines::{self, Defaults};
 use minisgl::openai::{ModelName, OutputFormat, Part, Parts};
 use minisgl::{
     Completion, FinishReason, Function, GenerateRequest, Grammar, LlmBuilder, Prompt, RequestError,
-    SamplingParams, Speculation, ToolCalls, ToolFormat,
+    SamplingParams, Speculation, TokenRules, ToolCalls, ToolFormat,
 };
 use serde_json::{Value, json};
 
@@ -144,6 +144,43 @@ fn every_output_is_what_its_grammar_describes_and_the_same_whatever_runs_beside_
         for (i, (one, other)) in expected.iter().zip(run(builder)).enumerate() {
             let ends = (&other.token_ids, other.finish_reason);
             assert_eq!((&one.token_ids, one.finish_reason), ends, "request {i}, way {way}");
+        }
+    }
+}
+
+#[test]
+fn allowed_tokens_narrow_what_a_grammar_allows() {
+    let folder = Scratch::with_text();
+    let ids: Vec<u32> = {
+        let llm = small(folder.path()).build().unwrap();
+        ["a", "c", "e", "7"].into_iter().flat_map(|letter| llm.encode(letter).unwrap()).collect()
+    };
+    assert_eq!(ids.len(), 4, "each is a token");
+    let allowing =
+        |ids: &[u32]| TokenRules { allowed_token_ids: Some(ids.to_vec()), ..TokenRules::default() };
+    let held = |seed| {
+        let sampling = SamplingParams { temperature: 2.0, seed, max_tokens: 20, ..SamplingParams::default() };
+        let request = GenerateRequest::tokens([5, 6]).sampling(sampling);
+        request.grammar(Grammar::Regex("[a-z]{3,9}".to_owned()))
+    };
+    let mut all = requests();
+    all.extend((0..6).map(|seed| held(seed).rules(allowing(&ids))));
+    all.push(held(7).rules(allowing(&ids[3..])));
+    let run = |builder: LlmBuilder| builder.build().unwrap().generate(&all).unwrap();
+    let expected = run(small(folder.path()).max_running(1));
+    let [narrowed @ .., impossible] = &expected[requests().len()..] else { panic!("{expected:?}") };
+    for completion in narrowed {
+        let text = completion.text.as_deref().unwrap();
+        // No end-of-sequence token is among them, so the text ends where nothing may follow.
+        assert_eq!((text.len(), completion.finish_reason), (9, FinishReason::Stop), "{text:?}");
+        assert!(text.chars().all(|letter| "ace".contains(letter)), "{text:?}");
+    }
+    assert!(narrowed.iter().any(|one| one.text != narrowed[0].text));
+    assert_eq!(impossible.error, Some(RequestError::NoTokenLeft));
+    let few_pages = small(folder.path()).max_seq_len(Some(256)).num_pages(Some(24));
+    for builder in [small(folder.path()), few_pages.overlap(false), small(folder.path()).tensor_parallel(2)] {
+        for (one, other) in expected.iter().zip(run(builder)) {
+            assert_eq!((&one.token_ids, one.finish_reason), (&other.token_ids, other.finish_reason));
         }
     }
 }

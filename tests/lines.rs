@@ -109,6 +109,8 @@ fn numbers_that_mean_nothing_are_refused_by_name() {
         (r#""stop": ["a", null]"#, "stop is [\"a\", null];"),
         (r#""include_stop_str_in_output": 1"#, "include_stop_str_in_output is 1; it must be true or false"),
         (r#""stop_token_ids": [-1]"#, "stop_token_ids is [-1]; it must be a list of token ids"),
+        (r#""allowed_token_ids": [0.5]"#, "allowed_token_ids is [0.5]; it must be a list of token ids"),
+        (r#""allowed_token_ids": 7"#, "allowed_token_ids is 7; it must be a list of token ids"),
         (r#""bad_words": "a""#, "bad_words is \"a\"; it must be a list of texts"),
         (
             r#""logit_bias": {"a": 1}"#,
@@ -139,13 +141,14 @@ fn penalties_biases_and_what_ends_an_output_are_read_in_every_format() {
     };
     assert_eq!(penalized, expected);
     let fields = r#""logit_bias": {"50256": -100, "7": 2.5}, "stop_token_ids": [5, 6.0], "bad_words": ["a", " b"],
-        "stop": "x", "include_stop_str_in_output": true"#;
+        "allowed_token_ids": [9, 7.0], "stop": "x", "include_stop_str_in_output": true"#;
     for line in in_all_formats(&fields.replace('\n', "")) {
         let request = parse(&line).expect(&line).request;
         let rules = TokenRules {
             logit_bias: vec![(50256, -100.0), (7, 2.5)],
             stop_token_ids: vec![5, 6],
             bad_words: vec!["a".to_owned(), " b".to_owned()],
+            allowed_token_ids: Some(vec![9, 7]),
         };
         assert_eq!((request.rules, request.include_stop), (rules, true), "{line}");
     }
@@ -236,10 +239,6 @@ fn fields_that_ask_for_what_is_not_done_are_refused_by_name_with_what_to_do() {
         (r#""stream": true"#, "stream is true; it may only be false"),
         (r#""echo": true"#, "echo is true;"),
         (r#""guided_regex": "a+""#, "guided_regex is \"a+\"; give it in structured_outputs; leave it out"),
-        (
-            r#""allowed_token_ids": [1]"#,
-            "allowed_token_ids is [1]; say what the text may be in structured_outputs",
-        ),
         (
             r#""logits_processors": ["f"]"#,
             "logits_processors is [\"f\"]; it may only be []: requests bring no code",
@@ -734,6 +733,7 @@ fn a_request_that_fails_on_its_way_is_answered_with_the_status_of_whose_fault_it
         (RequestError::NotNumbers, 500, "server_error"),
         (RequestError::EngineFailed { cause: "x".to_owned() }, 503, "service_unavailable"),
         (RequestError::GrammarFailed, 400, "invalid_request_error"),
+        (RequestError::NoTokenLeft, 400, "invalid_request_error"),
     ] {
         let completion =
             Completion { finish_reason: FinishReason::Failed, error: Some(error), ..completion() };
@@ -885,6 +885,10 @@ fn a_line_with_a_completion_is_to_be_scored() {
             "prompt_logprobs is 0; the completion alone is scored",
         ),
         (r#""completion": "a", "stop": "x""#, "stop is \"x\"; it may only be []: "),
+        (
+            r#""completion": "a", "allowed_token_ids": [1]"#,
+            "allowed_token_ids is [1]; what a line gives is scored",
+        ),
         (r#""completion": "a", "logit_bias": {"5": 1}"#, "logit_bias is {\"5\": 1}; it may only be {}: "),
         (r#""completion": "a", "repetition_penalty": 1.1"#, "repetition_penalty is 1.1; it may only be 1: "),
         (r#""completion": "a", "n": 2"#, "n is 2; it may only be 1: what a line gives is scored"),

@@ -92,7 +92,8 @@ fn a_whole_run_allocates_nothing_after_construction() {
         let (golden, mut engine) = (Golden::open(name), engine(&fixture(name), overlap));
         let mut tokens = 0;
         let rules = Rules::new(vec![(5, 2.0)], vec![9], &[vec![1, 2], vec![3]]).unwrap();
-        let rules = Arc::new(rules);
+        let allowing = rules.clone().allowing((0..100).collect()).unwrap();
+        let rules = [rules, allowing].map(Arc::new);
         let mut run = |engine: &mut Engine<Local<Cpu, Decoder<Cpu>>>| {
             for i in 0..40u32 {
                 let sampling = SamplingParams {
@@ -111,7 +112,7 @@ fn a_whole_run_allocates_nothing_after_construction() {
                     ..SamplingParams::default()
                 };
                 let prompt = &golden.examples[i as usize % golden.examples.len()].prompt;
-                let rules = (i % 2 == 0).then_some(&rules);
+                let rules = (i % 2 == 0).then_some(&rules[i as usize / 2 % 2]);
                 engine.submit(Request { rules, ..Request::new(prompt, sampling) }).unwrap();
             }
             while !engine.is_idle() {

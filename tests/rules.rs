@@ -1,12 +1,12 @@
-//! Penalties, biases, least lengths, stop tokens and bad words through the library: what they do, and that nothing beside a
+//! Penalties, biases, least lengths, stop tokens, bad words and allowed tokens through the library: what they do, and that nothing beside a
 //! request changes what they do to it.
 
 mod common;
 
 use common::{CHECKPOINTS, Scratch, builder, family, greedy, mixed_requests, small};
 use minisgl::{
-    Completion, FinishReason, GenerateRequest, Llm, LlmBuilder, Policy, STOP_BYTES_MAX, SamplingError,
-    SamplingParams, Speculation, SubmitError, TokenRules,
+    Completion, FinishReason, GenerateRequest, Llm, LlmBuilder, Policy, RequestError, STOP_BYTES_MAX,
+    SamplingError, SamplingParams, Speculation, SubmitError, TokenRules,
 };
 
 fn generate(llm: &mut Llm, request: GenerateRequest) -> Completion {
@@ -15,6 +15,10 @@ fn generate(llm: &mut Llm, request: GenerateRequest) -> Completion {
 
 fn biased(ids: &[(u32, f32)]) -> TokenRules {
     TokenRules { logit_bias: ids.to_vec(), ..TokenRules::default() }
+}
+
+fn allowing(ids: impl IntoIterator<Item = u32>) -> TokenRules {
+    TokenRules { allowed_token_ids: Some(ids.into_iter().collect()), ..TokenRules::default() }
 }
 
 /// Requests that ask for every kind of edit, beside some that ask for none; many repeat themselves.
@@ -33,10 +37,15 @@ fn requests() -> Vec<GenerateRequest> {
             ..greedy(70 + i)
         };
         let rules = match i % 4 {
+            0 if i == 4 => allowing((0..90).rev()),
             0 => TokenRules::default(),
             1 => biased(&[(3, 4.0), (i, -100.0)]),
             2 => TokenRules { stop_token_ids: (0..200).collect(), ..TokenRules::default() },
-            _ => TokenRules { logit_bias: vec![(7, 3.0)], stop_token_ids: vec![7], ..TokenRules::default() },
+            _ => TokenRules {
+                logit_bias: vec![(7, 3.0)],
+                stop_token_ids: vec![7],
+                ..if i < 8 { allowing((1..200).step_by(3)) } else { TokenRules::default() }
+            },
         };
         GenerateRequest::tokens(prompt).sampling(sampling).rules(rules)
     });
@@ -116,6 +125,69 @@ fn a_bias_forces_a_token_or_forbids_it_and_a_penalty_ends_its_repetition() {
     let sampling = SamplingParams { frequency_penalty: 2.0, presence_penalty: 2.0, ..greedy(1) };
     let repeated = GenerateRequest::tokens([77; 40]).sampling(sampling).rules(rules);
     assert_eq!(generate(&mut llm, repeated).token_ids, [77]);
+}
+
+#[test]
+fn allowed_tokens_alone_are_drawn_as_if_there_were_no_others() {
+    let mut llm = builder("tiny-tied").build().unwrap();
+    let request = |sampling| GenerateRequest::tokens([1, 2, 3]).sampling(sampling);
+    let told = SamplingParams { logprobs: Some(3), ..greedy(6) };
+    let free = generate(&mut llm, request(told));
+    // Of the second and third most probable tokens, the second is the first to be drawn, and both share all probability.
+    let [_, second, third] = free.logprobs.as_ref().unwrap()[0].top[..] else { panic!("{free:?}") };
+    let two = generate(&mut llm, request(told).rules(allowing([third.0, second.0])));
+    assert!(two.token_ids.iter().all(|id| [second.0, third.0].contains(id)), "{two:?}");
+    assert_eq!(two.token_ids[0], second.0);
+    let share = second.1 - (second.1.exp() + third.1.exp()).ln();
+    assert!((two.logprobs.unwrap()[0].logprob - share).abs() < 1e-4, "{share}");
+    // Fewer than top_k, drawn as if all were as probable; one alone; all; and one that is nearly impossible, but for a bias.
+    let drawn = SamplingParams { temperature: 1.5, top_k: 20, top_p: 0.9, seed: 3, ..told };
+    let few = [5, 9, 200, 77];
+    let flat = |seed| SamplingParams { temperature: 50.0, top_p: 1.0, seed, max_tokens: 1, ..drawn };
+    let flat: Vec<_> = (0..60).map(|seed| request(flat(seed)).rules(allowing(few))).collect();
+    let tokens: Vec<u32> = llm.generate(&flat).unwrap().into_iter().flat_map(|one| one.token_ids).collect();
+    assert!(
+        few.iter().all(|id| tokens.contains(id)) && tokens.iter().all(|id| few.contains(id)),
+        "{tokens:?}"
+    );
+    assert_eq!(generate(&mut llm, request(drawn).rules(allowing([77]))).token_ids, [77; 6]);
+    let vocab = llm.info().vocab;
+    let plain = generate(&mut llm, request(drawn));
+    let all = generate(&mut llm, request(drawn).rules(allowing(0..vocab)));
+    assert_eq!((all.token_ids, all.logprobs), (plain.token_ids, plain.logprobs));
+    let rules = TokenRules { logit_bias: vec![(9, 100.0), (6, 100.0)], ..allowing([5, 9]) };
+    assert_eq!(generate(&mut llm, request(drawn).rules(rules)).token_ids, [9; 6]);
+}
+
+/// An end-of-sequence token that is forced.
+#[test]
+fn an_end_of_sequence_token_ends_an_output_only_where_it_is_allowed() {
+    let scratch = Scratch::new();
+    scratch.copy("tiny-tied");
+    scratch.write("generation_config.json", r#"{"eos_token_id": [77]}"#);
+    let mut llm = small(scratch.path()).build().unwrap();
+    for (allowed, tokens, end) in
+        [(vec![5], vec![5; 4], FinishReason::Length), (vec![5, 77], vec![77], FinishReason::Eos)]
+    {
+        let rules = TokenRules { logit_bias: vec![(77, 100.0)], ..allowing(allowed) };
+        let sampling = SamplingParams { ignore_eos: false, ..greedy(4) };
+        let completion = generate(&mut llm, GenerateRequest::tokens([1]).sampling(sampling).rules(rules));
+        assert_eq!((completion.token_ids, completion.finish_reason), (tokens, end));
+    }
+}
+
+#[test]
+fn a_request_whose_rules_leave_no_token_fails_by_that_name_alone() {
+    let mut llm = builder("tiny-tied").build().unwrap();
+    let rules = TokenRules { stop_token_ids: vec![9], ..allowing([9]) };
+    let sampling = SamplingParams { min_tokens: 1, ..greedy(4) };
+    let request = GenerateRequest::tokens([1, 2]).sampling(sampling).rules(rules);
+    let other = GenerateRequest::tokens([5, 6]).sampling(greedy(3));
+    let completions = llm.generate(&[request, other]).unwrap();
+    assert_eq!(completions[0].error, Some(RequestError::NoTokenLeft));
+    assert_eq!((completions[0].token_ids.len(), completions[0].finish_reason), (0, FinishReason::Failed));
+    assert_eq!(completions[1].token_ids.len(), 3);
+    llm.check();
 }
 
 #[test]
@@ -288,6 +360,9 @@ fn rules_that_can_not_be_kept_are_an_error_of_their_request_alone() {
     assert!(refused(bad(" ".to_owned(), 1)).starts_with("a bad word is empty"));
     assert!(refused(bad("a".to_owned(), 100_000)).starts_with("bad_words are 100000 sequences"));
     assert!(refused(bad("ab ".repeat(1 << 20), 1)).starts_with("bad_words are 1 sequences"));
+    assert!(refused(rules(allowing([]))).starts_with("allowed_token_ids is empty"));
+    let outside = refused(rules(allowing([4, 1 << 30])));
+    assert!(outside.contains("token id 1073741824 in allowed_token_ids is outside"), "{outside}");
     let stop = TokenRules { stop_token_ids: (0..300).collect(), ..TokenRules::default() };
     assert!(refused(rules(stop)).starts_with("300 tokens would end the output"));
 }

@@ -25,7 +25,8 @@ fn requests() -> Vec<GenerateRequest> {
             prompt_logprobs: (i % 4 == 3).then_some(PromptLogprobs { from: 0, top: 1 }),
             ..greedy(20 + 5 * i)
         };
-        let rules = TokenRules { logit_bias: vec![(i, 2.0)], ..TokenRules::default() };
+        let allowed_token_ids = (i % 3 == 1).then(|| (0..150).collect());
+        let rules = TokenRules { logit_bias: vec![(i, 2.0)], allowed_token_ids, ..TokenRules::default() };
         GenerateRequest::tokens(prompt).sampling(sampling).rules(rules).samples(1 + i % 6)
     };
     (0..7).map(request).collect()

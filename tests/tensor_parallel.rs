@@ -57,6 +57,9 @@ fn requests(count: usize, vocab: u64) -> Vec<GenerateRequest> {
             (sampling.repetition_penalty, sampling.presence_penalty) = (1.3, 0.4);
             request.rules = TokenRules { logit_bias: vec![(5, 2.0), (9, -100.0)], ..TokenRules::default() };
         }
+        if i % 4 == 3 {
+            request.rules.allowed_token_ids = Some((0..vocab as u32).step_by(3).collect());
+        }
         if i % 5 == 4 {
             // A text that says the same again and again, which drafts are taken from.
             request.prompt = Prompt::Tokens([3, 1, 4, 1, 5, 9].repeat(9));

@@ -211,7 +211,7 @@ pub struct Step<Buf> {
     pub rules: Buf,
     /// `[pages + 1, page_size]`: the token whose key and value lie at a location (words).
     pub history: Buf,
-    /// `[slots, mask_words]`: the tokens that rows with a [mask](crate::batch::Row::mask) may draw (words).
+    /// `[2, slots, mask_words]`: the tokens that rows with a [mask](crate::batch::Row::mask) may draw (words).
     pub masks: Buf,
 }
 

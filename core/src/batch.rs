@@ -92,7 +92,7 @@ pub struct Row {
     pub sampled: u32,
     /// 0: no log-probabilities; 1 + k: those of the token drawn and of the k most probable.
     pub logprobs: u32,
-    /// 0: any token may be drawn; 1 + i: those of the step's i-th mask.
+    /// 0: any token may be drawn; 1 + i: those of mask i on the device; see [`crate::constraint`].
     pub mask: u32,
 }
 
@@ -250,8 +250,10 @@ pub struct Batch {
     embedded: Vec<Embedded>,
     /// The request of each row.
     owners: Vec<Ticket>,
-    /// The request of each mask.
+    /// The request of each mask that is for this step alone.
     masks: Vec<Ticket>,
+    /// The request of each mask that stays with its slot, and its index on the device.
+    kept_masks: Vec<(Ticket, u32)>,
     samples: u32,
     capacity_updates: usize,
     capacity_rules: usize,
@@ -278,6 +280,7 @@ impl Batch {
             embedded: Vec::with_capacity(limits.embedded_rows()),
             owners: Vec::with_capacity(rows),
             masks: Vec::with_capacity(rows),
+            kept_masks: Vec::with_capacity(rows),
             samples: 0,
             capacity_updates: limits.page_updates(),
             capacity_rules: limits.rule_words(),
@@ -302,6 +305,7 @@ impl Batch {
         self.embedded.clear();
         self.owners.clear();
         self.masks.clear();
+        self.kept_masks.clear();
         self.samples = 0;
     }
 
@@ -321,6 +325,7 @@ impl Batch {
             embedded,
             owners,
             masks,
+            kept_masks,
             samples,
             capacity_updates: _,
             capacity_rules: _,
@@ -340,6 +345,7 @@ impl Batch {
         self.embedded.clone_from(embedded);
         self.owners.clone_from(owners);
         self.masks.clone_from(masks);
+        self.kept_masks.clone_from(kept_masks);
     }
 
     /// Nothing to run?
@@ -393,9 +399,15 @@ impl Batch {
         &self.owners
     }
 
-    /// The request of each mask, in their order.
-    pub fn masks(&self) -> &[Ticket] {
-        &self.masks
+    /// The masks that come with the step, as many as slots at most: each one's request, and its [index](crate::constraint) on the
+    /// device. Those for this step alone are first, as 0, 1, …
+    pub fn masks(&self) -> impl Iterator<Item = (Ticket, u32)> {
+        self.masks.iter().copied().zip(0..).chain(self.kept_masks.iter().copied())
+    }
+
+    /// How many of them are for this step alone.
+    pub fn step_masks(&self) -> usize {
+        self.masks.len()
     }
 
     /// The token that row i takes to follow the row before it, of the same request and not drawn yet; `None` if it is no draft.
@@ -470,9 +482,20 @@ impl Batch {
 
     /// Adds a mask, which a request's row is going to have; gives what [`Row::mask`] says then.
     pub fn push_mask(&mut self, owner: Ticket) -> u32 {
-        assert!(self.masks.len() < self.capacity_rows, "a row has one mask");
+        assert!(self.masks.len() + self.kept_masks.len() < self.capacity_rows, "a request has one mask");
         self.masks.push(owner);
         self.masks.len() as u32
+    }
+
+    /// Adds a mask that stays with a slot, which has just been taken.
+    pub fn push_kept_mask(&mut self, owner: Ticket, slot: u32) {
+        assert!(self.masks.len() + self.kept_masks.len() < self.capacity_rows, "a request has one mask");
+        self.kept_masks.push((owner, self.capacity_rows as u32 + slot));
+    }
+
+    /// What [`Row::mask`] says in rows of a slot that keeps its mask.
+    pub fn kept_mask(&self, slot: u32) -> u32 {
+        1 + self.capacity_rows as u32 + slot
     }
 
     /// Adds a token of the prefill row pushed last.

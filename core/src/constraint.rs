@@ -13,6 +13,15 @@
 //!
 //! A mask has a bit for each token of the model's vocabulary: bit `i % 32` of word `i / 32`, set where token i may be next. The
 //! sampler takes the logits of all others as minus infinity, before temperature and filters.
+//!
+//! A request may also name the only tokens that may be drawn ([`Rules::allowing`](crate::rules::Rules::allowing)). They narrow each
+//! mask of its constraint; without one, they are a mask that never changes: it goes to the device when the request takes a slot, and
+//! its rows, drafts among them, wait for nothing.
+//!
+//! ```text
+//!   masks on the device   0 …………………………………………………………………… slots ………………………………………………………… 2 slots
+//!                         | of this step's constrained rows, in order … | of the request that has slot 0, 1, … |
+//! ```
 
 use core::fmt::Debug;
 

@@ -97,8 +97,8 @@ pub trait Executor {
     fn record(&mut self, limits: &Limits) -> Result<(), RecordError<Self::Error>>;
 
     /// Enqueues a step at place `at`, from its upload to the download of its results. Its counts are `shape`: those of the batch,
-    /// or of a recorded step that the batch is padded to. `write_mask` writes the masks of the requests that [`Batch::masks`] names,
-    /// in their order. Does not wait for the step, nor for any but the one that was at this place before.
+    /// or of a recorded step that the batch is padded to. `write_mask` writes the masks of the requests that
+    /// [`Batch::masks`] names, in their order. Does not wait for the step, nor for any but the one that was at this place before.
     fn launch(
         &mut self,
         at: usize,

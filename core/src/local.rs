@@ -6,7 +6,7 @@
 //! ```
 //!
 //! What may be used again, and when:
-//! - Masks. They are uploaded in the compute queue, behind the step that read those before them.
+//! - Masks. They are uploaded in the compute queue, behind the steps that read those before them.
 //! - Staging. [`Device::words_mut`] waits for the copy from it, two steps ago.
 //! - Hidden states. They are copied in the compute queue, for the next step writes to the same place.
 //! - Output halves. A step is launched at a place after the one before it there was completed, hence after its half was read.
@@ -60,7 +60,7 @@ struct Flight<B: Device> {
     logprobs_wanted: bool,
     /// `[layout.words]`: the packed batch on its way to the device.
     packed: B::Pinned,
-    /// `[slots, mask_words]`: masks on their way to the device.
+    /// `[slots, mask_words]`: masks on their way to the device, those for the step alone before those that stay.
     masks: B::Pinned,
     /// `[slots]`: tokens on their way back.
     tokens: B::Pinned,
@@ -103,18 +103,27 @@ impl<B: Device> Flight<B> {
     fn send_masks(
         &mut self,
         backend: &mut B,
-        owners: &[Ticket],
+        batch: &Batch,
         vocab: u32,
         write_mask: &mut dyn FnMut(Ticket, &mut [u32]),
         to: B::Buffer,
     ) -> Result<(), B::Error> {
-        if owners.is_empty() {
+        if batch.masks().next().is_none() {
             return Ok(());
         }
         let words = mask_words(vocab);
         let masks = backend.words_mut(&mut self.masks)?.chunks_exact_mut(words);
-        owners.iter().zip(masks).for_each(|(owner, mask)| write_mask(*owner, mask));
-        backend.upload(&mut self.masks, 0..owners.len() * words, to)
+        batch.masks().zip(masks).for_each(|((owner, _), mask)| write_mask(owner, mask));
+        let of_step = batch.step_masks();
+        if of_step > 0 {
+            backend.upload(&mut self.masks, 0..of_step * words, to)?;
+        }
+        for (i, (_, index)) in batch.masks().enumerate().skip(of_step) {
+            // A copy keeps its range, so what it goes to begins i masks before the mask, whose index is no less: slots or more.
+            let to = backend.slice(to, (index as usize - i) * words..(index as usize + 1) * words);
+            backend.upload(&mut self.masks, i * words..(i + 1) * words, to)?;
+        }
+        Ok(())
     }
 
     /// Behind the step, on the copy queue, so that the next step need not wait for its results to leave.
@@ -253,7 +262,7 @@ impl<B: Sampler, M: Model<B>> Executor for Local<B, M> {
             reserved.as_mut().expect("the engine reserves before it launches");
         let flight = &mut flights[at];
         backend.record(Queue::Compute, &mut flight.started)?;
-        flight.send_masks(backend, batch.masks(), model.vocab(), write_mask, resident.masks)?;
+        flight.send_masks(backend, batch, model.vocab(), write_mask, resident.masks)?;
         let step = resident.send(backend, model, batch, shape, at, &mut flight.packed)?;
         match graphs.of(shape) {
             Some(graph) => backend.replay(graph)?,

@@ -121,8 +121,10 @@ pub enum FinishReason {
     NotNumbers,
     /// Its constraint allows nothing more: the output is complete.
     Complete,
-    /// Its constraint could not tell what may come next, or allows only what bad words and the least length forbid.
+    /// Its constraint could not tell what may come next.
     ConstraintFailed,
+    /// No token is left: its constraint, its allowed tokens, its bad words and its least length together forbid all.
+    NoTokenLeft,
 }
 
 /// What a step brought about.

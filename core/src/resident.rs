@@ -8,6 +8,7 @@
 //!   rules       [slots + 1, RULE_WORDS]    what each slot's request says of single tokens, likewise
 //!   history     [pages + 1, page_size]     the token whose key and value lie at a location, beside the KV pages
 //!   masks       [slots, mask words]        the tokens that constrained rows may draw, overwritten by each step's that has any
+//!               [slots, mask words]        behind them, those that each slot's request allows at all, kept up to date likewise
 //!   tokens      [2, slots]                 what the steps draw; steps take turns at the two halves
 //!   logprobs    [2, slots] RowLogprobs     their log-probabilities
 //!   scores      [2, prefill tokens] RowLogprobs     those of the prompts' tokens that the steps score
@@ -85,7 +86,7 @@ impl<Buf: Copy> Resident<Buf> {
             states: words((slots + 1) * SLOT_STATE_WORDS)?,
             rules: words((slots + 1) * RULE_WORDS)?,
             history: None,
-            masks: words(slots * mask_words(vocab))?,
+            masks: words(2 * slots * mask_words(vocab))?,
             tokens: words(2 * slots)?,
             logprobs: words(2 * slots * LOGPROB_WORDS)?,
             scores: words(2 * limits.prefill_tokens as usize * LOGPROB_WORDS)?,

@@ -24,6 +24,9 @@
 //! ```
 //!
 //! Bad word i is the tokens from offset i up to offset i + 1; where there are none, there are no offsets.
+//!
+//! The tokens that may be drawn at all, where a request names them, have no words there: they are a
+//! [mask](crate::constraint), which is applied before any edit.
 
 use alloc::vec::Vec;
 use core::iter::once;
@@ -55,11 +58,18 @@ pub struct Rules {
     /// Where each bad word ends in `bad_tokens`.
     bad_ends: Vec<u32>,
     bad_tokens: Vec<u32>,
+    /// The tokens that may be drawn, ascending, each once; `None`: all.
+    allowed: Option<Vec<u32>>,
 }
 
 /// Rules that ask for nothing.
-pub(crate) static NO_RULES: Rules =
-    Rules { biases: Vec::new(), stop: Vec::new(), bad_ends: Vec::new(), bad_tokens: Vec::new() };
+pub(crate) static NO_RULES: Rules = Rules {
+    biases: Vec::new(),
+    stop: Vec::new(),
+    bad_ends: Vec::new(),
+    bad_tokens: Vec::new(),
+    allowed: None,
+};
 
 impl Rules {
     /// Biases by token; tokens that end the output, as its last one; sequences of tokens that may not come up in it.
@@ -98,12 +108,25 @@ impl Rules {
             end += word.len() as u32;
             end
         });
-        Ok(Rules { biases, stop, bad_ends: bad_ends.collect(), bad_tokens })
+        Ok(Rules { biases, stop, bad_ends: bad_ends.collect(), bad_tokens, allowed: None })
+    }
+
+    /// The same, with the only tokens that may be drawn.
+    ///
+    /// # Errors
+    /// None of them.
+    pub fn allowing(self, mut ids: Vec<u32>) -> Result<Rules, SamplingError> {
+        ids.sort_unstable();
+        ids.dedup();
+        match ids.is_empty() {
+            true => Err(SamplingError::NothingAllowed),
+            false => Ok(Rules { allowed: Some(ids), ..self }),
+        }
     }
 
     /// Do they ask for nothing?
     pub fn is_empty(&self) -> bool {
-        self.biases.is_empty() && self.stop.is_empty() && !self.has_bad_words()
+        self.biases.is_empty() && self.stop.is_empty() && !self.has_bad_words() && !self.narrows()
     }
 
     /// Tokens that end the output.
@@ -114,6 +137,24 @@ impl Rules {
     /// May some tokens never be drawn, or not behind others?
     pub fn has_bad_words(&self) -> bool {
         !self.bad_ends.is_empty()
+    }
+
+    /// Do they name the only tokens that may be drawn?
+    pub fn narrows(&self) -> bool {
+        self.allowed.is_some()
+    }
+
+    /// Takes out of a [mask](crate::constraint) what they do not allow.
+    pub fn narrow(&self, mask: &mut [u32]) {
+        let Some(allowed) = &self.allowed else { return };
+        let mut ids = allowed.iter().peekable();
+        for (i, word) in mask.iter_mut().enumerate() {
+            let mut bits = 0;
+            while let Some(id) = ids.next_if(|id| **id as usize / 32 == i) {
+                bits |= 1 << (id % 32);
+            }
+            *word &= bits;
+        }
     }
 
     /// Must the device know which tokens the output has?
@@ -129,7 +170,8 @@ impl Rules {
         let biased = self.biases.iter().map(|(id, _)| ("logit_bias", *id));
         let stop = self.stop.iter().map(|id| ("stop_token_ids", *id));
         let bad = self.bad_tokens.iter().map(|id| ("bad_words", *id));
-        match biased.chain(stop).chain(bad).find(|(_, id)| *id >= vocab) {
+        let allowed = self.allowed.iter().flatten().map(|id| ("allowed_token_ids", *id));
+        match biased.chain(stop).chain(bad).chain(allowed).find(|(_, id)| *id >= vocab) {
             Some((field, id)) => Err(SamplingError::RuleOutsideVocabulary { field, id, vocab }),
             None => Ok(()),
         }
@@ -238,6 +280,25 @@ mod tests {
                 Err(SamplingError::Bias { id: 3, .. })
             ));
         }
+    }
+
+    #[test]
+    fn allowed_tokens_narrow_a_mask_to_themselves_and_need_no_word_of_the_region() {
+        let rules = Rules::default().allowing(vec![64, 3, 31, 3, 32]).unwrap();
+        assert!(rules.narrows() && !rules.is_empty() && !rules.reads_history());
+        let mut state = SamplingParams::default().slot_state(10);
+        rules.apply(0, &mut state);
+        assert_eq!((state.edits, rules.words([].into_iter()).count()), (0, 0));
+        let mut mask = [u32::MAX; 4];
+        rules.narrow(&mut mask);
+        assert_eq!(mask, [1 << 3 | 1 << 31, 1, 1, 0]);
+        let mut mask = [1 << 31 | 1 << 5, 0, u32::MAX];
+        rules.narrow(&mut mask);
+        assert_eq!(mask, [1 << 31, 0, 1]);
+        let field = "allowed_token_ids";
+        assert_eq!(rules.check(65), Ok(()));
+        assert_eq!(rules.check(64), Err(SamplingError::RuleOutsideVocabulary { field, id: 64, vocab: 64 }));
+        assert_eq!(Rules::default().allowing(vec![]), Err(SamplingError::NothingAllowed));
     }
 
     #[test]

@@ -238,6 +238,9 @@ pub enum SamplingError {
         /// Tokens of all.
         tokens: usize,
     },
+    /// No token that may be drawn.
+    #[error("allowed_token_ids is empty; name a token at least, or leave it out")]
+    NothingAllowed,
     /// A token that the model does not have.
     #[error("token id {id} in {field} is outside the vocabulary of {vocab} tokens")]
     RuleOutsideVocabulary {

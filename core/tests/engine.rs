@@ -14,6 +14,7 @@ use minisgl_core::fit::Fit;
 use minisgl_core::local::Local;
 use minisgl_core::policy::Policy;
 use minisgl_core::request::{FinishReason, Request, SubmitError, Ticket};
+use minisgl_core::rules::Rules;
 use minisgl_core::sampling::{PromptLogprobs, SamplingError, SamplingParams};
 use minisgl_core::scheduler::{Order, Settings};
 use minisgl_core::speculation::Speculation;
@@ -594,6 +595,35 @@ fn rows_without_a_constraint_wait_for_nobodys_mask_and_masks_are_waited_for_when
         run_dry(&mut engine, &mut outcomes);
         let expected = alone_within(&bound.0, &bound.1, &[], SMALL.sequence, u32::MAX, Some(seed));
         assert_eq!(outcomes.of(bound_ticket).tokens, expected.0);
+    }
+}
+
+#[test]
+fn a_request_with_allowed_tokens_has_a_token_in_every_step_drafts_among_them() {
+    let ids = [2, 5, 11];
+    let rules = Arc::new(Rules::default().allowing(ids.to_vec()).expect("a token at least"));
+    let params = SamplingParams { seed: expected::REPEATING, ..exactly(20) };
+    let repeating = vec![2, 5, 2, 5, 2, 5];
+    let expected = expected::alone_allowing(&repeating, &params, &[], SMALL.sequence, u32::MAX, None, &ids);
+    assert!(expected.0.iter().all(|token| ids.contains(token)));
+    for (overlap, speculation) in
+        [(true, Speculation::Never), (false, Speculation::Never), (true, Speculation::Always)]
+    {
+        let mut options = options(SMALL);
+        (options.overlap, options.scheduler.speculation) = (overlap, speculation);
+        let mut engine = engine(options);
+        let request = Request { rules: Some(&rules), ..Request::new(&repeating, params) };
+        let ticket = engine.submit(request).expect("it can run").ticket;
+        let (mut outcomes, mut steps) = (Outcomes::default(), 0);
+        while outcomes.of(ticket).finished.is_none() {
+            engine.step(&mut |event| outcomes.take_in(event)).expect("the device does not fail");
+            steps += 1;
+        }
+        assert_eq!(outcomes.of(ticket).tokens, expected.0);
+        match speculation {
+            Speculation::Never => assert_eq!(steps, 20 + u32::from(overlap), "a token in every step"),
+            _ => assert!(engine.stats().accepted > 0 && steps < 20, "{steps}, {:?}", engine.stats()),
+        }
     }
 }
 

@@ -84,7 +84,9 @@ fn a_whole_run_allocates_nothing_after_construction() {
             (prompt, if i % 11 == 3 { embedded } else { params })
         })
         .collect();
-    let rules = Arc::new(Rules::new(vec![(1, 0.5)], vec![2], &[vec![3], vec![4, 5]]).expect("few rules"));
+    let edits = Rules::new(vec![(1, 0.5)], vec![2], &[vec![3], vec![4, 5]]).expect("few rules");
+    let allowing = Rules::default().allowing((1..VOCAB).collect()).expect("a token at least");
+    let (edits, allowing) = (Arc::new(edits), Arc::new(allowing));
     for (overlap, order) in [(true, Order::Given), (false, Order::Given), (true, Order::Prefix)] {
         let mut options = options(limits);
         (options.overlap, options.scheduler.order) = (overlap, order);
@@ -100,7 +102,11 @@ fn a_whole_run_allocates_nothing_after_construction() {
                 let of_sample = |sample: u32| {
                     let number = next + sample as usize;
                     Request {
-                        rules: Some(&rules).filter(|_| next.is_multiple_of(3)),
+                        rules: match next % 6 {
+                            0 | 3 => Some(&edits),
+                            1 => Some(&allowing),
+                            _ => None,
+                        },
                         constraint: constraints.get(number).filter(|_| number.is_multiple_of(4)),
                         ..Request::new(prompt, params.of_sample(sample))
                     }

@@ -42,6 +42,8 @@ enum Action {
         stop: Vec<u32>,
         /// The seed of a constraint, and how late its masks are.
         rule: Option<(u32, u32)>,
+        /// The only tokens that may be drawn; where there are none, all.
+        allowed: Vec<u32>,
     },
     Step,
     /// Aborts one of those submitted so far.
@@ -135,9 +137,19 @@ fn action() -> impl Strategy<Value = Action> {
     });
     let stop = prop_oneof![2 => Just(vec![]), 1 => prop::collection::vec(0..VOCAB, 1..3)];
     let samples = prop_oneof![2 => Just(1), 1 => 2..5u32];
+    let rule = prop::option::weighted(0.4, (0..1000u32, 0..4u32));
+    let allowed = prop_oneof![2 => Just(vec![]), 1 => prop::collection::vec(0..VOCAB, 1..8)];
     prop_oneof![
-        5 => (prompt(), params, samples, stop, prop::option::weighted(0.4, (0..1000u32, 0..4u32)))
-            .prop_map(|(prompt, params, samples, stop, rule)| Action::Submit { prompt, params, samples, stop, rule }),
+        5 => (prompt(), params, samples, stop, rule, allowed).prop_map(
+            |(prompt, params, samples, stop, rule, allowed)| Action::Submit {
+                prompt,
+                params,
+                samples,
+                stop,
+                rule,
+                allowed,
+            },
+        ),
         6 => Just(Action::Step),
         1 => any::<prop::sample::Index>().prop_map(Action::Abort),
         1 => Just(Action::ClearPrefixCache),
@@ -158,6 +170,7 @@ struct Submitted {
     params: SamplingParams,
     stop: Vec<u32>,
     rule: Option<(u32, u32)>,
+    allowed: Vec<u32>,
     max_tokens: u32,
     aborted: bool,
 }
@@ -171,9 +184,10 @@ fn play(stream: &Stream) -> (Vec<Submitted>, Outcomes, Engine<Local<Lazy, Hashin
     let (mut taken, mut outcomes) = (Vec::<Submitted>::new(), Outcomes::default());
     for action in &stream.actions {
         match action {
-            Action::Submit { prompt, params, samples, stop, rule } => {
+            Action::Submit { prompt, params, samples, stop, rule, allowed } => {
                 let samples: Vec<_> = (0..*samples).map(|sample| params.of_sample(sample)).collect();
-                taken.extend(submit(&mut engine, prompt, &samples, stop, *rule, &mut outcomes));
+                let said = (&stop[..], *rule, &allowed[..]);
+                taken.extend(submit(&mut engine, prompt, &samples, said, &mut outcomes));
             }
             Action::Step => {
                 engine.step(&mut |event| outcomes.take_in(event)).expect("the device does not fail");
@@ -200,12 +214,14 @@ fn submit(
     engine: &mut Engine<Local<Lazy, Hashing>>,
     prompt: &[u32],
     samples: &[SamplingParams],
-    stop: &[u32],
-    rule: Option<(u32, u32)>,
+    (stop, rule, allowed): (&[u32], Option<(u32, u32)>, &[u32]),
     outcomes: &mut Outcomes,
 ) -> Vec<Submitted> {
-    let rules = Rules::new(vec![], stop.to_vec(), &[]).expect("few stop tokens");
-    let rules = (!stop.is_empty()).then(|| Arc::new(rules));
+    let mut rules = Rules::new(vec![], stop.to_vec(), &[]).expect("few stop tokens");
+    if !allowed.is_empty() {
+        rules = rules.allowing(allowed.to_vec()).expect("a token at least");
+    }
+    let rules = (!rules.is_empty()).then(|| Arc::new(rules));
     let constraint = |(seed, late)| Arc::new(Rule::new(seed, late)) as Arc<dyn Constraint>;
     let constraints: Vec<_> = samples.iter().map(|_| rule.map(constraint)).collect();
     let request = |(params, constraint): (&SamplingParams, _)| Request {
@@ -225,6 +241,7 @@ fn submit(
                     params: *params,
                     stop: stop.to_vec(),
                     rule,
+                    allowed: allowed.to_vec(),
                     max_tokens: taken.max_tokens,
                     aborted: false,
                 });
@@ -258,7 +275,10 @@ fn check_outcome(request: &Submitted, outcome: &Outcome, limits: &Limits, window
     let scores = expected_scores(request, window);
     let numbers = scores.iter().position(|score| score.is_nan());
     let (tokens, reason) = match numbers {
-        None => expected::alone_within(prompt, &request.params, &request.stop, len_max, window, rule),
+        None => {
+            let Submitted { params, stop, allowed, .. } = request;
+            expected::alone_allowing(prompt, params, stop, len_max, window, rule, allowed)
+        }
         Some(_) => (Vec::new(), FinishReason::NotNumbers),
     };
     let (finished, cached) = outcome.finished.expect("every request ends");

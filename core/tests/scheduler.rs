@@ -13,6 +13,7 @@ use minisgl_core::rules::Rules;
 use minisgl_core::sampling::{NO_TOKEN, SamplingParams};
 use minisgl_core::scheduler::{Order, Scheduler, Settings};
 
+use support::expected::{Allowed, allowed};
 use support::rule::Rule;
 use support::{SETTINGS, SMALL, exactly};
 
@@ -114,9 +115,18 @@ fn a_request_whose_logits_are_no_numbers_ends_alone() {
 }
 
 /// How a request ends for which no token was drawn.
-fn end_without_a_token(min_tokens: u32, bad_word: &[u32], constrained: bool) -> FinishReason {
+fn end_without_a_token(
+    min_tokens: u32,
+    bad_word: &[u32],
+    allowed: Option<u32>,
+    constrained: bool,
+) -> FinishReason {
     let bad_words = if bad_word.is_empty() { vec![] } else { vec![bad_word.to_vec()] };
-    let rules = Arc::new(Rules::new(vec![], vec![], &bad_words).unwrap());
+    let rules = Rules::new(vec![], vec![], &bad_words).unwrap();
+    let rules = Arc::new(match allowed {
+        Some(id) => rules.allowing(vec![id]).unwrap(),
+        None => rules,
+    });
     let constraint: Arc<dyn Constraint> = Arc::new(Rule::new(1, 0));
     let params = SamplingParams { min_tokens, ..exactly(4) };
     let mut scheduler = scheduler();
@@ -133,11 +143,55 @@ fn end_without_a_token(min_tokens: u32, bad_word: &[u32], constrained: bool) -> 
 }
 
 #[test]
-fn where_bad_words_or_a_least_length_forbid_all_that_a_constraint_allows_that_is_the_reason() {
-    assert_eq!(end_without_a_token(0, &[3], true), FinishReason::ConstraintFailed);
-    assert_eq!(end_without_a_token(1, &[], true), FinishReason::ConstraintFailed);
-    assert_eq!(end_without_a_token(0, &[], true), FinishReason::NotNumbers);
-    assert_eq!(end_without_a_token(1, &[3], false), FinishReason::NotNumbers);
+fn where_rules_forbid_all_that_others_allow_that_is_the_reason() {
+    for constrained in [true, false] {
+        // Either a constraint, or allowed tokens.
+        let allowed = Some(3).filter(|_| !constrained);
+        assert_eq!(end_without_a_token(0, &[3], allowed, constrained), FinishReason::NoTokenLeft);
+        assert_eq!(end_without_a_token(1, &[], allowed, constrained), FinishReason::NoTokenLeft);
+        assert_eq!(end_without_a_token(0, &[], allowed, constrained), FinishReason::NotNumbers);
+    }
+    assert_eq!(end_without_a_token(0, &[], Some(3), true), FinishReason::NoTokenLeft);
+    assert_eq!(end_without_a_token(1, &[3], None, false), FinishReason::NotNumbers);
+}
+
+#[test]
+fn a_mask_that_never_changes_comes_when_its_slot_is_taken_and_no_more() {
+    let allowing = Arc::new(Rules::default().allowing(vec![5, 9]).unwrap());
+    let allows_9 = |seed: &u32| {
+        let is_mask = matches!(allowed(*seed, &[9]), Allowed::Mask(_));
+        is_mask && matches!(allowed(*seed, &[]), Allowed::Mask(mask) if mask >> 9 & 1 == 1)
+    };
+    let constraint: Arc<dyn Constraint> = Arc::new(Rule::new((0..).find(allows_9).unwrap(), 0));
+    let mut scheduler = scheduler();
+    let slots = SMALL.running;
+    let mut submit = |rules, constraint| {
+        let request = Request { rules, constraint, ..Request::new(&[1, 2], exactly(3)) };
+        scheduler.submit(request).expect("it can run").ticket
+    };
+    let free = submit(None, None);
+    let kept = submit(Some(&allowing), None);
+    let both = submit(Some(&allowing), Some(&constraint));
+    let mut batch = Batch::new(&SMALL);
+    let mut of_step = || {
+        assert!(scheduler.schedule(&mut batch));
+        let masks: Vec<_> = batch.masks().collect();
+        let rows = batch.owners().iter().zip(batch.rows());
+        let rows: Vec<_> = rows.map(|(owner, row)| (*owner, row.mask)).collect();
+        let mut written = vec![[0]; masks.len()];
+        let owners = masks.iter().map(|(owner, _)| *owner);
+        owners.zip(&mut written).for_each(|(owner, mask)| scheduler.write_mask(owner, mask));
+        scheduler.complete(&batch, &vec![9; rows.len()], &[], &mut |_| ());
+        (masks, rows, written)
+    };
+    let (masks, rows, written) = of_step();
+    assert_eq!(masks, [(both, 0), (kept, slots + 1)]);
+    assert_eq!(rows, [(free, 0), (kept, 1 + slots + 1), (both, 1)]);
+    assert_eq!(written[1], [1 << 5 | 1 << 9]);
+    assert!(written[0] == [1 << 9] || written[0] == [1 << 5 | 1 << 9], "{written:?}");
+    let (masks, rows, _) = of_step();
+    assert_eq!(masks, [(both, 0)], "one that stays is there");
+    assert_eq!(rows, [(free, 0), (kept, 1 + slots + 1), (both, 1)]);
 }
 
 #[test]

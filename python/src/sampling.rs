@@ -50,6 +50,7 @@ impl Sampling {
             logit_bias: logit_bias.into_iter().collect(),
             stop_token_ids: field(given, "stop_token_ids")?,
             bad_words: field(given, "bad_words")?,
+            allowed_token_ids: field(given, "allowed_token_ids")?,
         };
         let samples = field(given, "n")?;
         if samples == 0 {

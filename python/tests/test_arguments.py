@@ -1,5 +1,7 @@
 """Arguments of vLLM's and mini-sglang's: taken with their meaning, or refused by name."""
 
+import pickle
+
 import pytest
 from conftest import open_llm
 
@@ -114,6 +116,8 @@ def test_defaults_are_those_of_whose_name_it_is():
         ({"presence_penalty": 2.5}, ValueError, "presence_penalty is 2.5"),
         ({"min_tokens": 17}, ValueError, "min_tokens is 17"),
         ({"logit_bias": {"five": 1.0}}, ValueError, "five"),
+        ({"allowed_token_ids": [-1]}, ValueError, r"allowed_token_ids is \[-1\]"),
+        ({"allowed_token_ids": "ab"}, TypeError, "allowed_token_ids is"),
         ({"seed": -2}, ValueError, "seed is -2"),
         ({"max_tokens": 2**40}, ValueError, "max_tokens is 1099511627776"),
         ({"logprobs": -1}, ValueError, "logprobs is -1"),
@@ -126,6 +130,17 @@ def test_defaults_are_those_of_whose_name_it_is():
 def test_sampling_that_can_not_hold_is_refused_when_it_is_made(fields, error, complaint):
     with pytest.raises(error, match=complaint):
         SamplingParams(**fields)
+
+
+def test_every_field_of_sampling_is_explained_and_can_be_copied():
+    fields = minisgl.sampling_params.FIELDS
+    assert fields[0] == "n" and "allowed_token_ids" in fields and "self" not in fields and "others" not in fields
+    for name in fields:
+        assert f"    {name}: " in SamplingParams.__doc__, name
+    params = SamplingParams(seed=7, stop="x", logit_bias={5: 1.0}, allowed_token_ids=[5, 6])
+    assert params.clone() == params == pickle.loads(pickle.dumps(params))
+    with pytest.raises(AttributeError):
+        params.max_token = 5
 
 
 def test_sampling_that_asks_for_nothing_is_taken():

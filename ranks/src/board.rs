@@ -32,7 +32,7 @@ pub struct Board<E: Error + 'static> {
 struct Step {
     batch: Batch,
     shape: StepShape,
-    /// `[slots, mask words]`.
+    /// `[slots, mask words]`, in the order of [`Batch::masks`].
     masks: Vec<u32>,
     mask_words: usize,
 }
@@ -127,7 +127,7 @@ impl<E: Error + 'static> Board<E> {
         step.batch.copy_from(batch);
         step.shape = shape;
         let masks = step.masks.chunks_exact_mut(step.mask_words);
-        batch.masks().iter().zip(masks).for_each(|(owner, mask)| write_mask(*owner, mask));
+        batch.masks().zip(masks).for_each(|((owner, _), mask)| write_mask(owner, mask));
         self.ended[at].store(false, Ordering::Relaxed);
     }
 

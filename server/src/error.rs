@@ -107,6 +107,7 @@ impl ApiError {
             }
             SamplingError::StopTokens(_) => "stop_token_ids",
             SamplingError::EmptyBadWord | SamplingError::BadWords { .. } => "bad_words",
+            SamplingError::NothingAllowed => "allowed_token_ids",
             SamplingError::RuleOutsideVocabulary { field, .. } => field,
             SamplingError::Logprobs(_) => "logprobs",
             SamplingError::PromptLogprobs(_) => "prompt_logprobs",
@@ -126,7 +127,9 @@ impl ApiError {
                 (Some(sampling(error)), Some("invalid_value"))
             }
             RequestError::NoToolFormat => (Some("tools"), Some("unsupported_value")),
-            RequestError::Grammar(_) | RequestError::GrammarFailed => (None, Some("invalid_value")),
+            RequestError::Grammar(_) | RequestError::GrammarFailed | RequestError::NoTokenLeft => {
+                (None, Some("invalid_value"))
+            }
             RequestError::EmptyStop => (Some("stop"), Some("invalid_value")),
             RequestError::NoChatTemplate
             | RequestError::BrokenChatTemplate(_)

@@ -214,6 +214,8 @@ fn a_field_that_can_not_be_served_is_refused_by_its_name() {
         ("logit_bias", json!({"4000000": 1})),
         ("stop_token_ids", json!([4_000_000])),
         ("bad_words", json!([" "])),
+        ("allowed_token_ids", json!([])),
+        ("allowed_token_ids", json!([5, 4_000_000])),
         ("max_token", json!(5)),
         ("temperature", json!(-1)),
         ("top_p", json!(0)),

@@ -283,11 +283,14 @@ impl Output {
             core::FinishReason::Stop => FinishReason::Stop,
             core::FinishReason::Abort => FinishReason::Abort,
             core::FinishReason::Complete => FinishReason::Stop,
-            core::FinishReason::NotNumbers | core::FinishReason::ConstraintFailed => FinishReason::Failed,
+            core::FinishReason::NotNumbers
+            | core::FinishReason::ConstraintFailed
+            | core::FinishReason::NoTokenLeft => FinishReason::Failed,
         };
         let error = match reason {
             core::FinishReason::NotNumbers => Some(RequestError::NotNumbers),
             core::FinishReason::ConstraintFailed => Some(RequestError::GrammarFailed),
+            core::FinishReason::NoTokenLeft => Some(RequestError::NoTokenLeft),
             _ => None,
         };
         let completion = Completion {

@@ -106,7 +106,8 @@ const NOTHING_DRAWN: &str = "what a line gives is scored, and nothing drawn behi
 
 /// Fields that say what is drawn, when that ends, or what is told of the prompt. Those that say how it is drawn from its
 /// probabilities (`temperature`, `seed`, …) don't change these.
-const OF_DRAWN: [Only; 16] = [
+const OF_DRAWN: [Only; 17] = [
+    ("allowed_token_ids", &[], NOTHING_DRAWN),
     ("bad_words", &["[]"], NOTHING_DRAWN),
     ("best_of", &["1"], NOTHING_DRAWN),
     ("frequency_penalty", &["0"], NOTHING_DRAWN),

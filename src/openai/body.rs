@@ -5,7 +5,7 @@
 //!   max_tokens, temperature, top_k, …, seed, logprobs   ──> SamplingParams     else as Defaults say
 //!   n                                                   ──> samples of each prompt
 //!   stop, include_stop_str_in_output                    ──> stop texts
-//!   logit_bias, stop_token_ids, bad_words               ──> TokenRules
+//!   logit_bias, bad_words, allowed_token_ids, …         ──> TokenRules
 //!   completion | completion_token_ids                   ──> Given              in native lines
 //!   response_format | structured_outputs | tool_choice  ──> Grammar
 //!   model                                               ──> must be the one that runs
@@ -288,8 +288,9 @@ fn stop(fields: &mut Fields<'_>) -> Result<Vec<String>, FieldError> {
 fn rules(fields: &mut Fields<'_>) -> Result<TokenRules, FieldError> {
     Ok(TokenRules {
         logit_bias: logit_bias(fields)?,
-        stop_token_ids: stop_token_ids(fields)?,
+        stop_token_ids: ids(fields, "stop_token_ids")?.unwrap_or_default(),
         bad_words: fields.take("bad_words", "a list of texts")?.unwrap_or_default(),
+        allowed_token_ids: ids(fields, "allowed_token_ids")?,
     })
 }
 
@@ -302,11 +303,10 @@ fn logit_bias(fields: &mut Fields<'_>) -> Result<Vec<(u32, f32)>, FieldError> {
     biases.into_iter().map(bias).collect::<Option<_>>().ok_or_else(|| wrong("logit_bias", value, EXPECTED))
 }
 
-fn stop_token_ids(fields: &mut Fields<'_>) -> Result<Vec<u32>, FieldError> {
-    let Some(value) = fields.raw("stop_token_ids") else { return Ok(Vec::new()) };
-    let ids: Vec<Whole> = read("stop_token_ids", value, TOKEN_IDS)?;
-    let ids = ids.iter().map(|Whole(id)| u32::try_from(*id).ok());
-    ids.collect::<Option<_>>().ok_or_else(|| wrong("stop_token_ids", value, TOKEN_IDS))
+fn ids(fields: &mut Fields<'_>, name: &'static str) -> Result<Option<Vec<u32>>, FieldError> {
+    let Some(value) = fields.raw(name) else { return Ok(None) };
+    let ids: Vec<Whole> = read(name, value, TOKEN_IDS)?;
+    token_ids(&ids).map(Some).ok_or_else(|| wrong(name, value, TOKEN_IDS))
 }
 
 fn prompt(fields: &mut Fields<'_>, prompts: Prompts) -> Result<Vec<Prompt>, FieldError> {
@@ -317,8 +317,8 @@ fn prompt(fields: &mut Fields<'_>, prompts: Prompts) -> Result<Vec<Prompt>, Fiel
         (Some(value), None, None, Prompts::Any | Prompts::Text) => text_prompts("prompt", value),
         (None, Some(value), None, Prompts::Any | Prompts::Text) => {
             let ids: Vec<Whole> = read("prompt_token_ids", value, TOKEN_IDS)?;
-            let prompt = token_ids(&ids).ok_or_else(|| wrong("prompt_token_ids", value, TOKEN_IDS))?;
-            Ok(vec![prompt])
+            let ids = token_ids(&ids).ok_or_else(|| wrong("prompt_token_ids", value, TOKEN_IDS))?;
+            Ok(vec![Prompt::Tokens(ids)])
         }
         (None, None, Some(value), Prompts::Any | Prompts::Chat) => Ok(vec![chat_prompt(value, fields)?]),
         (.., Prompts::Any) => Err(FieldError::Prompt("prompt, prompt_token_ids and messages")),
@@ -383,16 +383,17 @@ pub fn text_prompts(name: &'static str, value: &RawValue) -> Result<Vec<Prompt>,
     let unfit = || wrong(name, value, EXPECTED);
     match read(name, value, EXPECTED)? {
         Text::One(text) => Ok(vec![Prompt::Text(text)]),
-        Text::Ids(ids) => Ok(vec![token_ids(&ids).ok_or_else(unfit)?]),
+        Text::Ids(ids) => Ok(vec![Prompt::Tokens(token_ids(&ids).ok_or_else(unfit)?)]),
         Text::Texts(texts) => Ok(texts.into_iter().map(Prompt::Text).collect()),
         Text::IdLists(lists) => {
-            lists.iter().map(|ids| token_ids(ids)).collect::<Option<_>>().ok_or_else(unfit)
+            let prompt = |ids: &Vec<Whole>| token_ids(ids).map(Prompt::Tokens);
+            lists.iter().map(prompt).collect::<Option<_>>().ok_or_else(unfit)
         }
     }
 }
 
-fn token_ids(ids: &[Whole]) -> Option<Prompt> {
-    ids.iter().map(|Whole(id)| u32::try_from(*id).ok()).collect::<Option<_>>().map(Prompt::Tokens)
+fn token_ids(ids: &[Whole]) -> Option<Vec<u32>> {
+    ids.iter().map(|Whole(id)| u32::try_from(*id).ok()).collect()
 }
 
 /// The fields that only conversations have, but `messages`.

@@ -33,7 +33,6 @@ pub type Only = (&'static str, &'static [&'static str], &'static str);
 const STRUCTURED: &str = "give it in structured_outputs";
 
 const ONLY: &[Only] = &[
-    ("allowed_token_ids", &[], "say what the text may be in structured_outputs"),
     ("audio", &[], "only text comes out"),
     ("chat_template", &[], "the checkpoint's chat template is used"),
     ("detokenize", &["true"], "text comes out wherever the model has a tokenizer"),

@@ -41,7 +41,7 @@ pub struct Simulated {
     /// When the step completed last began.
     last_began: Option<Instant>,
     steps: [Step; 2],
-    /// Of the step launched last, one behind the other.
+    /// `[2, slots, mask words]`, as on a device.
     masks: Vec<u32>,
     /// What every row's hidden state is.
     hidden: Vec<f32>,
@@ -115,7 +115,8 @@ impl Executor for Simulated {
         false
     }
 
-    fn reserve(&mut self, _: &Limits) -> Result<(), Infallible> {
+    fn reserve(&mut self, limits: &Limits) -> Result<(), Infallible> {
+        self.masks = vec![0; 2 * limits.running as usize * mask_words(self.model.vocab)];
         Ok(())
     }
 
@@ -139,9 +140,8 @@ impl Executor for Simulated {
         write_mask: &mut dyn FnMut(Ticket, &mut [u32]),
     ) -> Result<(), Infallible> {
         let words = mask_words(self.model.vocab);
-        self.masks.resize(batch.masks().len() * words, 0);
-        for (owner, mask) in batch.masks().iter().zip(self.masks.chunks_exact_mut(words)) {
-            write_mask(*owner, mask);
+        for (owner, index) in batch.masks() {
+            write_mask(owner, &mut self.masks[index as usize * words..][..words]);
         }
         let mut tokens = std::mem::take(&mut self.steps[at].tokens);
         tokens.clear();

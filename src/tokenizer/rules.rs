@@ -18,9 +18,12 @@ use crate::request::{RequestError, TokenRules};
 impl Text {
     /// The rules as the engine takes them; `None` where they ask for nothing.
     pub(crate) fn rules(&self, rules: TokenRules) -> Result<Option<Arc<Rules>>, RequestError> {
-        let TokenRules { logit_bias, stop_token_ids, bad_words } = rules;
+        let TokenRules { logit_bias, stop_token_ids, bad_words, allowed_token_ids } = rules;
         let bad_words = self.bad_words(&bad_words)?;
-        let rules = Rules::new(logit_bias, stop_token_ids, &bad_words).map_err(refused)?;
+        let mut rules = Rules::new(logit_bias, stop_token_ids, &bad_words).map_err(refused)?;
+        if let Some(ids) = allowed_token_ids {
+            rules = rules.allowing(ids).map_err(refused)?;
+        }
         Ok((!rules.is_empty()).then(|| Arc::new(rules)))
     }
 

@@ -143,6 +143,9 @@ impl Scheduler {
         let mut state = request.params.slot_state(request.prompt_len);
         rules.apply(self.endings(&request.params, rules).count(), &mut state);
         batch.push_slot(request.slot, state, self.rule_words(entry));
+        if self.keeps_mask(entry) {
+            batch.push_kept_mask(self.table.ticket(entry), request.slot);
+        }
     }
 
     /// The words of its slot's region of rules.

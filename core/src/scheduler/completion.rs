@@ -97,12 +97,14 @@ impl Scheduler {
         self.table.get(entry).params.embed.is_none()
     }
 
-    /// Why no token could be drawn: its logits are no numbers, or what its constraint allows is all forbidden otherwise.
+    /// Why no token could be drawn: its logits are no numbers, or of what may be drawn by one rule, others forbid all.
     fn reason_of_no_token(&self, entry: u32) -> FinishReason {
         let (request, rules) = (self.table.get(entry), self.table.rules(entry));
         let least = request.prompt_len.saturating_add(request.params.min_tokens);
-        match self.table.is_constrained(entry) && (request.known < least || rules.has_bad_words()) {
-            true => FinishReason::ConstraintFailed,
+        let (is_constrained, narrows) = (self.table.is_constrained(entry), rules.narrows());
+        let forbids = request.known < least || rules.has_bad_words();
+        match (is_constrained && narrows) || ((is_constrained || narrows) && forbids) {
+            true => FinishReason::NoTokenLeft,
             false => FinishReason::NotNumbers,
         }
     }

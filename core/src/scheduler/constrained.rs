@@ -1,4 +1,4 @@
-//! Requests with a [constraint](crate::constraint): whose mask is known, whose output is complete, and which row has which mask.
+//! Requests with a [constraint](crate::constraint): whose mask is known, whose output is complete; and which row has which mask.
 
 use crate::batch::Batch;
 use crate::constraint::ConstraintState;
@@ -35,9 +35,13 @@ impl Scheduler {
 
     /// Writes the mask of a request's next token; of one that has ended meanwhile, one that allows everything.
     pub fn write_mask(&self, ticket: Ticket, mask: &mut [u32]) {
-        match self.table.find(ticket).and_then(|entry| self.table.constraint(entry)) {
+        let entry = self.table.find(ticket);
+        match entry.and_then(|entry| self.table.constraint(entry)) {
             Some(constraint) => constraint.write_mask(mask),
             None => mask.fill(u32::MAX),
+        }
+        if let Some(entry) = entry {
+            self.table.rules(entry).narrow(mask);
         }
     }
 
@@ -68,9 +72,15 @@ impl Scheduler {
 
     /// The mask of a row that draws the request's next token.
     pub(super) fn push_mask(&self, entry: u32, batch: &mut Batch) -> u32 {
-        match self.table.is_constrained(entry) {
-            true => batch.push_mask(self.table.ticket(entry)),
-            false => 0,
+        match () {
+            () if self.table.is_constrained(entry) => batch.push_mask(self.table.ticket(entry)),
+            () if self.keeps_mask(entry) => batch.kept_mask(self.table.get(entry).slot),
+            () => 0,
         }
+    }
+
+    /// Has the request one mask for all its tokens?
+    pub(super) fn keeps_mask(&self, entry: u32) -> bool {
+        self.table.rules(entry).narrows() && !self.table.is_constrained(entry)
     }
 }

@@ -129,6 +129,25 @@ pub fn alone_within(
     window: u32,
     rule: Option<u32>,
 ) -> (Vec<u32>, FinishReason) {
+    alone_allowing(prompt, params, stop, len_max, window, rule, &[])
+}
+
+/// The same where these tokens alone may be drawn; all, where there are none.
+pub fn alone_allowing(
+    prompt: &[u32],
+    params: &SamplingParams,
+    stop: &[u32],
+    len_max: u32,
+    window: u32,
+    rule: Option<u32>,
+    ids: &[u32],
+) -> (Vec<u32>, FinishReason) {
+    let ids_mask = match ids {
+        [] => u32::MAX,
+        // An embedding comes of hidden states.
+        _ if params.embed.is_some() => u32::MAX,
+        _ => ids.iter().fold(0, |mask, id| mask | 1 << id),
+    };
     let mut cache = Vec::new();
     let mut push = |token: u32, mask: u32| {
         let position = cache.len() as u32;
@@ -136,7 +155,10 @@ pub fn alone_within(
         let first = cache.len().saturating_sub(window as usize);
         draw_allowed(cache[first..].iter().copied().fold(0, attend), params.seed, mask)
     };
-    let allowed = |output: &[u32]| rule.map_or(Allowed::Mask(u32::MAX), |seed| allowed(seed, output));
+    let allowed = |output: &[u32]| match rule.map_or(Allowed::Mask(u32::MAX), |seed| allowed(seed, output)) {
+        Allowed::Mask(mask) => Allowed::Mask(mask & ids_mask),
+        end => end,
+    };
     let mut output = Vec::new();
     let Allowed::Mask(mask) = allowed(&output) else { unreachable!("something may come first") };
     let mut next = 0;
@@ -145,7 +167,8 @@ pub fn alone_within(
     }
     loop {
         if next == NO_TOKEN {
-            return (output, FinishReason::NotNumbers);
+            let narrowed = rule.is_some() && ids_mask != u32::MAX;
+            return (output, if narrowed { FinishReason::NoTokenLeft } else { FinishReason::NotNumbers });
         }
         if params.max_tokens == 0 {
             return (output, FinishReason::Length);

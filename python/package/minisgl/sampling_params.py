@@ -17,7 +17,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "early_stopping": (None, False),
     "use_beam_search": (None, False),
     "skip_special_tokens": (None, True),
-    "allowed_token_ids": (None,),
     "logits_processors": (None, []),
     "structured_outputs": (None,),
     "guided_decoding": (None,),
@@ -50,6 +49,7 @@ FIELDS = (
     "include_stop_str_in_output",
     "logit_bias",
     "bad_words",
+    "allowed_token_ids",
 )
 
 
@@ -80,6 +80,8 @@ class SamplingParams:
         include_stop_str_in_output: let the text end with the stop text or the stop token's text.
         logit_bias: what is added to the logits of tokens, by id, in [-100, 100]; 1024 tokens at most.
         bad_words: texts that the output may not have.
+        allowed_token_ids: the only tokens that may be drawn, one at least; None: all. An output ends by an
+            end-of-sequence token only where it is among them.
     """
 
     __slots__ = FIELDS
@@ -106,6 +108,7 @@ class SamplingParams:
         include_stop_str_in_output: bool | None = False,
         logit_bias: dict[int, float] | dict[str, float] | None = None,
         bad_words: list[str] | None = None,
+        allowed_token_ids: list[int] | None = None,
         **others: Any,
     ) -> None:
         self.n = 1 if n is None else n
@@ -127,6 +130,7 @@ class SamplingParams:
         self.include_stop_str_in_output = bool(include_stop_str_in_output)
         self.logit_bias = {int(token): bias for token, bias in (logit_bias or {}).items()}
         self.bad_words = list(bad_words or ())
+        self.allowed_token_ids = None if allowed_token_ids is None else list(allowed_token_ids)
         for name, value in others.items():
             self._refuse(name, value)
         check_sampling(self)

@@ -174,6 +174,9 @@ def a_small_model():
     assert len({entry.token for entry in forced.choices[0].logprobs.content}) == 1, forced
     extra = {"repetition_penalty": 1.2, "min_tokens": 6, "bad_words": ["the"], "stop_token_ids": [70]}
     both.chat(messages=user, **drawn, extra_body=extra)
+    one_token = {"allowed_token_ids": [71], "ignore_eos": True}
+    one = both.chat(messages=user, max_tokens=4, logit_bias={"70": 100}, logprobs=True, extra_body=one_token)
+    assert [entry.logprob for entry in one.choices[0].logprobs.content] == [0] * 4, one
     stopped = both.chat(messages=user, max_tokens=4, logit_bias={"70": 100}, extra_body={"stop_token_ids": [70]})
     assert stopped.choices[0].finish_reason == "stop" and stopped.usage.completion_tokens == 1, stopped
     assert stopped.choices[0].message.content == "", stopped
