@@ -259,6 +259,32 @@ pub enum SamplingError {
     PromptLogprobs(u32),
 }
 
+impl SamplingError {
+    /// The field of a request that it is about, by OpenAI's or vLLM's name.
+    pub fn field(&self) -> &'static str {
+        match self {
+            SamplingError::Temperature(_) => "temperature",
+            SamplingError::TopP(_) => "top_p",
+            SamplingError::MinP(_) => "min_p",
+            SamplingError::RepetitionPenalty(_) => "repetition_penalty",
+            SamplingError::PresencePenalty(_) => "presence_penalty",
+            SamplingError::FrequencyPenalty(_) => "frequency_penalty",
+            SamplingError::MinTokens { .. } => "min_tokens",
+            SamplingError::MaxTokens | SamplingError::EmbedAlone => "max_tokens",
+            SamplingError::Bias { .. } | SamplingError::BiasTwice(_) | SamplingError::Biases(_) => {
+                "logit_bias"
+            }
+            SamplingError::StopTokens(_) => "stop_token_ids",
+            SamplingError::EmptyBadWord | SamplingError::BadWords { .. } => "bad_words",
+            SamplingError::NothingAllowed => "allowed_token_ids",
+            SamplingError::RuleOutsideVocabulary { field, .. } => field,
+            SamplingError::Logprobs(_) => "logprobs",
+            SamplingError::PromptLogprobs(_) => "prompt_logprobs",
+            SamplingError::Dimensions { .. } => "dimensions",
+        }
+    }
+}
+
 impl SamplingParams {
     /// Greedy, 128 tokens at most.
     pub const DEFAULT: SamplingParams = SamplingParams {

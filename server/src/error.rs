@@ -15,7 +15,7 @@ use axum::response::{IntoResponse, Response};
 use hyper::StatusCode;
 use hyper::header::{CONTENT_TYPE, HeaderValue, RETRY_AFTER, WWW_AUTHENTICATE};
 use minisgl::openai::{ErrorBody, ErrorObject, FieldError, INVALID_REQUEST, status};
-use minisgl::{RequestError, SamplingError, SubmitError};
+use minisgl::{RequestError, SubmitError};
 
 /// Why a request is not served.
 #[derive(Clone, Debug, PartialEq)]
@@ -93,27 +93,6 @@ impl ApiError {
     /// The request can't run, or could not go on.
     pub fn of_request(error: &RequestError) -> Self {
         let message = error.to_string();
-        let sampling = |error: &SamplingError| match error {
-            SamplingError::Temperature(_) => "temperature",
-            SamplingError::TopP(_) => "top_p",
-            SamplingError::MinP(_) => "min_p",
-            SamplingError::RepetitionPenalty(_) => "repetition_penalty",
-            SamplingError::PresencePenalty(_) => "presence_penalty",
-            SamplingError::FrequencyPenalty(_) => "frequency_penalty",
-            SamplingError::MinTokens { .. } => "min_tokens",
-            SamplingError::MaxTokens => "max_tokens",
-            SamplingError::Bias { .. } | SamplingError::BiasTwice(_) | SamplingError::Biases(_) => {
-                "logit_bias"
-            }
-            SamplingError::StopTokens(_) => "stop_token_ids",
-            SamplingError::EmptyBadWord | SamplingError::BadWords { .. } => "bad_words",
-            SamplingError::NothingAllowed => "allowed_token_ids",
-            SamplingError::RuleOutsideVocabulary { field, .. } => field,
-            SamplingError::Logprobs(_) => "logprobs",
-            SamplingError::PromptLogprobs(_) => "prompt_logprobs",
-            SamplingError::Dimensions { .. } => "dimensions",
-            SamplingError::EmbedAlone => "max_tokens",
-        };
         match status(error) {
             (500, _) => return Self::internal(message),
             (503, _) => return Self::unavailable(message),
@@ -124,7 +103,7 @@ impl ApiError {
                 (None, Some("context_length_exceeded"))
             }
             RequestError::Refused(SubmitError::Sampling(error)) => {
-                (Some(sampling(error)), Some("invalid_value"))
+                (Some(error.field()), Some("invalid_value"))
             }
             RequestError::NoToolFormat => (Some("tools"), Some("unsupported_value")),
             RequestError::Grammar(_) | RequestError::GrammarFailed | RequestError::NoTokenLeft => {
