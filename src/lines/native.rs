@@ -76,7 +76,7 @@ fn one_embedding(fields: Fields<'_>, defaults: LineDefaults<'_>) -> Asked<(Gener
 
 /// The request of a line with a completion: nothing is drawn, and `logprobs` counts the alternatives.
 fn score(mut fields: Fields<'_>, completion: Given, defaults: LineDefaults<'_>) -> Asked {
-    check_only(&mut fields, &OF_DRAWN)?;
+    check_only(&mut fields, OF_DRAWN)?;
     let own = SamplingParams { logprobs: None, ..defaults.sampling };
     let (request, model) = one_request(fields, Prompts::Any, LineDefaults { sampling: own, ..defaults })?;
     if matches!(request.grammar, Some(Grammar::Calls(ToolCalls { required: true, .. }))) {
@@ -94,7 +94,7 @@ fn score(mut fields: Fields<'_>, completion: Given, defaults: LineDefaults<'_>) 
 /// The prompt of a line with a document.
 fn judgement(mut fields: Fields<'_>, defaults: LineDefaults<'_>) -> Asked {
     const RELEVANCE_ALONE: &str = "a judgement has its relevance alone";
-    check_only(&mut fields, &OF_DRAWN)?;
+    check_only(&mut fields, OF_DRAWN)?;
     check_only(
         &mut fields,
         &[("logprobs", &["false"], RELEVANCE_ALONE), ("top_logprobs", &["0"], RELEVANCE_ALONE)],
@@ -106,7 +106,7 @@ const NOTHING_DRAWN: &str = "what a line gives is scored, and nothing drawn behi
 
 /// Fields that say what is drawn, when that ends, or what is told of the prompt. Those that say how it is drawn from its
 /// probabilities (`temperature`, `seed`, …) don't change these.
-const OF_DRAWN: [Only; 17] = [
+const OF_DRAWN: &[Only] = &[
     ("allowed_token_ids", &[], NOTHING_DRAWN),
     ("bad_words", &["[]"], NOTHING_DRAWN),
     ("best_of", &["1"], NOTHING_DRAWN),

@@ -437,3 +437,29 @@ fn messages(value: &RawValue) -> Result<Vec<Message>, FieldError> {
     };
     list.iter().enumerate().map(message).collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_field_that_is_read_stands_in_the_tables_of_the_docs() {
+        let mut fields = Fields::read("{}").unwrap();
+        sampling(&mut fields, &SamplingParams::DEFAULT).unwrap();
+        samples(&mut fields).unwrap();
+        stop(&mut fields).unwrap();
+        rules(&mut fields).unwrap();
+        grammar(&mut fields).unwrap();
+        prompt(&mut fields, Prompts::Any).unwrap_err();
+        assert!(fields.names().contains(&"allowed_token_ids"));
+        for (file, docs) in [
+            ("serving.md", include_str!("../../docs/serving.md")),
+            ("generate.md", include_str!("../../docs/generate.md")),
+        ] {
+            for name in fields.names() {
+                let stands = docs.contains(&format!("`{name}`")) || docs.contains(&format!("`\"{name}\": "));
+                assert!(stands, "{name} is missing in docs/{file}");
+            }
+        }
+    }
+}

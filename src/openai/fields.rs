@@ -47,6 +47,12 @@ impl<'a> Fields<'a> {
         })
     }
 
+    /// All names that were asked for.
+    #[cfg(test)]
+    pub fn names(&self) -> &[&'static str] {
+        &self.names
+    }
+
     /// Does it have a field, null or not, that nobody has taken?
     pub fn has(&self, name: &str) -> bool {
         self.values.contains_key(name)
