@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 from typing import Any
 
 from minisgl._minisgl import check_sampling
@@ -27,30 +28,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "thinking_token_budget": (None,),
     "repetition_detection": (None,),
 }
-
-#: What there is to be set.
-FIELDS = (
-    "n",
-    "temperature",
-    "top_p",
-    "top_k",
-    "min_p",
-    "seed",
-    "max_tokens",
-    "stop",
-    "ignore_eos",
-    "logprobs",
-    "prompt_logprobs",
-    "repetition_penalty",
-    "presence_penalty",
-    "frequency_penalty",
-    "min_tokens",
-    "stop_token_ids",
-    "include_stop_str_in_output",
-    "logit_bias",
-    "bad_words",
-    "allowed_token_ids",
-)
 
 
 class SamplingParams:
@@ -83,8 +60,6 @@ class SamplingParams:
         allowed_token_ids: the only tokens that may be drawn, one at least; None: all. An output ends by an
             end-of-sequence token only where it is among them.
     """
-
-    __slots__ = FIELDS
 
     def __init__(
         self,
@@ -135,6 +110,8 @@ class SamplingParams:
             self._refuse(name, value)
         check_sampling(self)
 
+    __slots__ = tuple(inspect.signature(__init__).parameters)[1:-1]
+
     def _refuse(self, name: str, value: Any) -> None:
         """Refuses a field that is not served, unless it asks for nothing."""
         if name in _IGNORED:
@@ -164,6 +141,10 @@ class SamplingParams:
     def __repr__(self) -> str:
         fields = ", ".join(f"{name}={getattr(self, name)!r}" for name in FIELDS)
         return f"SamplingParams({fields})"
+
+
+#: What there is to be set.
+FIELDS: tuple[str, ...] = SamplingParams.__slots__
 
 
 def _rebuild(kind: type[SamplingParams], fields: dict[str, Any]) -> SamplingParams:
