@@ -93,7 +93,7 @@ fn retraction_and_drafts_change_no_token() {
 }
 
 /// How far fp8 may take half of a checkpoint's rows of logits from those of bf16, and the worst, as a share of a row's norm. An
-/// element is off by 2.5% on average, and these checkpoints' weights are random: nothing in them is robust. What real weights
+/// element is off by some hundredths of itself, and these checkpoints' weights are random: nothing in them is robust. What real weights
 /// lose is in docs/performance.md.
 const BOUNDS: [f32; 2] = [0.15, 0.4];
 
@@ -130,7 +130,7 @@ fn logits_are_near_those_of_keys_and_values_in_bf16() {
 }
 
 #[test]
-fn pages_are_half_the_bytes_and_a_byte_for_each_row_of_a_head() {
+fn pages_are_half_the_bytes_and_two_for_each_row_of_a_head() {
     for name in all() {
         let [bf16, fp8] = [KvFormat::Bf16, KvFormat::Fp8].map(|kv| {
             let llm = family(name).kv_dtype(Some(kv)).page_size(16).build().unwrap();
@@ -140,7 +140,7 @@ fn pages_are_half_the_bytes_and_a_byte_for_each_row_of_a_head() {
             info
         });
         let rows = 2 * u64::from(bf16.dims.layers * bf16.dims.kv_heads) * 16;
-        assert_eq!(fp8.page_bytes, bf16.page_bytes / 2 + rows, "{name}");
+        assert_eq!(fp8.page_bytes, bf16.page_bytes / 2 + 2 * rows, "{name}");
         assert_eq!(bf16.page_bytes, rows * u64::from(bf16.dims.head_dim) * 2);
     }
 }

@@ -39,23 +39,31 @@ fn nearest(numbers: &[f64], x: f64) -> f64 {
     numbers[best.unwrap()].copysign(x)
 }
 
-/// A row as the format keeps it, by another way than the format's own. In fp8 `byte` is the scale that it chose, which must be as
-/// good as any in the octave above the least that cuts nothing.
-fn rounded(format: KvFormat, numbers: &[f64], row: &[f32], byte: u8) -> Vec<f32> {
-    let scale = |byte: i32| (1.0 + f64::from(byte % 8) / 8.0) * 2f64.powi(byte / 8 - 24);
-    let by = |scale: f64| row.iter().map(move |x| nearest(numbers, f64::from(*x) / scale) * scale);
-    let error = |byte| by(scale(byte)).zip(row).map(|(kept, x)| (kept - f64::from(*x)).powi(2)).sum::<f64>();
+/// A row as the format keeps it, by another way than the format's own. In fp8 `scale` is what it chose, which must be one of the
+/// eight that make the largest element a number of e4m3, and as good as any of them.
+fn rounded(format: KvFormat, numbers: &[f64], row: &[f32], scale: bf16) -> Vec<f32> {
+    // All of these numbers are f32's.
+    let to_bf16 = |x: f64| bf16::from_f32(x as f32).to_f32();
+    let by = |scale: bf16| {
+        let scale = f64::from(scale.to_f32());
+        row.iter().map(move |x| nearest(numbers, f64::from(*x) / scale) * scale)
+    };
+    let error = |scale| by(scale).zip(row).map(|(kept, x)| (kept - f64::from(*x)).powi(2)).sum::<f64>();
     match format {
         KvFormat::F32 => row.to_vec(),
-        KvFormat::Bf16 => row.iter().map(|x| bf16::from_f32(*x).to_f32()).collect(),
+        KvFormat::Bf16 => row.iter().map(|x| to_bf16(f64::from(*x))).collect(),
         KvFormat::Fp8 => {
             let largest = row.iter().fold(0.0f64, |largest, x| largest.max(f64::from(x.abs())));
-            let least = (0..256).find(|byte| 448.0 * scale(*byte) >= largest * (1.0 - 1e-6)).unwrap();
-            let chosen = i32::from(byte);
-            assert!((least..least + 8).contains(&chosen), "scale {chosen} of {row:?}, the least is {least}");
-            let best = (least..(least + 8).min(256)).map(error).fold(f64::MAX, f64::min);
-            assert!(error(chosen) <= best * 1.0001, "scale {chosen} of {row:?} is not the best");
-            by(scale(chosen)).map(|x| x as f32).collect()
+            let largest = largest.clamp(2f64.powi(-91), 448.0 * 128.0);
+            let tops = [448.0, 416.0, 384.0, 352.0, 320.0, 288.0, 256.0, 240.0];
+            let scales = tops.map(|top| bf16::from_f32((largest / top) as f32));
+            assert!(scales.contains(&scale), "{scale} is none of {scales:?}, of {row:?}");
+            let best = scales.map(error).into_iter().fold(f64::MAX, f64::min);
+            // Errors are counted in whole 4,096ths of the square of the scale.
+            let left_out = row.len() as f64 / 4096.0 * f64::from(scale.to_f32()).powi(2);
+            let bound = best * 1.0001 + left_out;
+            assert!(error(scale) <= bound, "scale {scale} of {row:?} is not the best of {scales:?}");
+            by(scale).map(to_bf16).collect()
         }
     }
 }
@@ -115,11 +123,13 @@ fn rows_are_rounded_to_their_nearest_in_the_format_and_nothing_else_is_touched()
                 let place = layout.place(page as usize, head, row as usize);
                 let (got, mut out) = ([&k, &v][what], vec![f32::NAN; head_dim]);
                 format.load(place, got, &mut out);
-                let nearest = rounded(format, &numbers, row_of_head, got[place.scale.min(got.len() - 1)]);
+                let scale = &got[place.scale.min(got.len() - 2)..][..2];
+                let scale = bf16::from_le_bytes([scale[0], scale[1]]);
+                let nearest = rounded(format, &numbers, row_of_head, scale);
                 assert_eq!(bits(&out), bits(&nearest), "{format}, {row_of_head:?}");
                 expected[what][place.row..][..row_bytes].copy_from_slice(&got[place.row..][..row_bytes]);
                 if format == KvFormat::Fp8 {
-                    expected[what][place.scale] = got[place.scale];
+                    expected[what][place.scale..][..2].copy_from_slice(&got[place.scale..][..2]);
                 }
             }
         }

@@ -3,7 +3,12 @@
 //!
 //! A block of numbers in e4m3 has a scale beside it, by which its elements are multiplied. Activations are quantized while a
 //! step runs, each group of them by its own largest magnitude ([`quantize_group`]): never by another token's, so that a
-//! token's bits depend on its own sequence alone.
+//! token's bits depend on its own sequence alone. What is read often after it was rounded once, weights made e4m3 at load and
+//! rows of keys and values, gets the best of eight scales ([`best_scale`]).
+//!
+//! Why the best of eight: e4m3's error is relative, whatever the scale is, but a few largest elements have most of a block's energy. A
+//! scale by which the largest one becomes a number of e4m3 leaves it without error, and there are eight such within an octave;
+//! by which of them the others come out best is tried.
 
 /// The largest number.
 pub const MAX: f32 = 448.0;
@@ -63,6 +68,44 @@ pub fn encode(x: f32) -> u8 {
         (rounded >> 20) - (120 << 3)
     };
     sign | code as u8
+}
+
+/// What the largest magnitude of a block becomes: the numbers from 448 down to where what they are halves of begins.
+const TOPS: [f32; 8] = [448.0, 416.0, 384.0, 352.0, 320.0, 288.0, 256.0, 240.0];
+
+/// The scale of a block of at most 4,096 elements whose largest magnitude is `largest`: of the eight by which that becomes one of
+/// 240 to 448, each made a number of the scales' format by `round`, the one with the least sum of squared errors; of equal ones
+/// the lowest.
+pub fn best_scale(block: &[f32], largest: f32, round: impl Fn(f32) -> f32) -> f32 {
+    let mut best = (round(largest / MAX), f32::INFINITY);
+    for top in TOPS {
+        let scale = round(largest / top);
+        let error = squared_error(block, scale);
+        if error < best.1 {
+            best = (scale, error);
+        }
+    }
+    best.0
+}
+
+/// The sum of the elements' squared errors by this scale. Each is counted in whole 4,096ths of the scale's square, so that a sum
+/// does not depend on its order, and every backend finds the same scale.
+fn squared_error(block: &[f32], scale: f32) -> f32 {
+    let inverse = 1.0 / scale;
+    let parts = block.iter().fold(0, |sum: u32, x| {
+        let x = x * inverse;
+        let error = x - decode(encode(x));
+        sum.saturating_add((error * error * 4096.0) as u32)
+    });
+    parts as f32 * (scale * scale)
+}
+
+/// Rounds a block to e4m3 by a scale: an element times 1 / scale, to the nearest.
+pub fn encode_block(block: &[f32], scale: f32, codes: &mut [u8]) {
+    let inverse = 1.0 / scale;
+    for (code, x) in codes.iter_mut().zip(block) {
+        *code = encode(x * inverse);
+    }
 }
 
 /// Rounds a group of activations to e4m3 times a scale, the largest magnitude / 448: each element becomes the product that a
@@ -153,6 +196,43 @@ mod tests {
         let mut zeros = [0.0; 3];
         quantize_group(&mut zeros);
         assert_eq!(zeros, [0.0; 3]);
+    }
+
+    #[test]
+    fn of_the_scales_that_keep_the_largest_element_the_best_for_the_others_is_taken() {
+        let kept = |block: &[f32], scale: f32| {
+            let mut codes = [0; 4];
+            encode_block(block, scale, &mut codes);
+            codes.map(|code| decode(code) * scale)
+        };
+        // Each is exact by one of the eight scales alone.
+        for top in TOPS {
+            let block = [top, 9.0, -11.0, 13.0].map(|x| x * 0.25);
+            let scale = best_scale(&block, block[0], |scale| scale);
+            assert_eq!((scale, kept(&block, scale)), (0.25, block), "{top}");
+        }
+        // By any of them the largest is without error, but for the scale's own rounding.
+        let mut word = 1u32;
+        for _ in 0..2_000 {
+            let block: [f32; 4] = core::array::from_fn(|_| {
+                word = word.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+                f32::from_bits(0x3f00_0000 + (word >> 7)) // 0.5 up to 16
+            });
+            let largest = largest_magnitude(&block);
+            let scale = best_scale(&block, largest, |scale| scale);
+            let error = squared_error(&block, scale);
+            assert!(TOPS.iter().all(|top| error <= squared_error(&block, largest / top)), "{block:?}");
+            let kept = kept(&block, scale);
+            assert!(block.iter().zip(kept).all(|(x, kept)| (x - kept).abs() <= x / 16.0 * 1.000_001));
+            let top = block.iter().position(|x| *x == largest).unwrap_or(0);
+            assert!((kept[top] - largest).abs() <= largest * 2e-7, "{block:?} is kept as {kept:?}");
+        }
+    }
+
+    #[test]
+    fn of_scales_that_are_as_good_the_lowest_is_taken() {
+        assert_eq!(best_scale(&[0.0, -0.0], 448.0, |scale| scale), 1.0);
+        assert_eq!(best_scale(&[1e-42], 448.0, |scale| scale), 1.0);
     }
 
     #[test]

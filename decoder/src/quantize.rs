@@ -1,12 +1,13 @@
-//! Linear layers made e4m3 when a checkpoint is loaded, as compressed-tensors' `FP8_DYNAMIC` stores them.
+//! Linear layers made e4m3 when a checkpoint is loaded, in a form that compressed-tensors has: blocks of 1 x 128.
 //!
 //! ```text
-//!   row of a matrix ── largest magnitude / 448 ──> its scale, f32
-//!                   └─ each element / scale ─────> e4m3, to the nearest           inputs are rounded token by token
+//!   128 columns of a row ── the best of eight ──> their scale, f32       (core::fp8::best_scale)
+//!                        └─ each times 1 / scale ─> e4m3, to the nearest           inputs are rounded token by token
 //! ```
 //!
-//! A scale for each row, not for tiles: e4m3's error is relative, so smaller blocks lose no less, and one factor a row leaves
-//! a sum over all columns alone, for tensor cores to add up in f32. Embedding, head, routers, norms and biases stay as they are.
+//! A scale for so few columns, because the search for one gains from the largest elements, of which long rows have more than a scale
+//! can serve. Tensor cores' sums are moved to f32 after as many columns anyway. Embedding, head, routers, norms and biases
+//! stay as they are.
 
 use std::num::NonZero;
 use std::sync::Arc;
@@ -19,12 +20,14 @@ use minisgl_core::tensor::{Dtype, HostTensor, Scales, TensorData, uniform_elemen
 
 use crate::checkpoint::{Checkpoint, CheckpointError};
 
+/// Columns of a row that share a scale.
+const GROUP: usize = 128;
 /// What weights become.
-const FORMAT: Fp8 = Fp8 { block: ScaleBlock::Row, inputs: Inputs::PerToken };
+const FORMAT: Fp8 = Fp8 { block: ScaleBlock::Tile { rows: 1, cols: GROUP as u32 }, inputs: Inputs::PerToken };
 
 impl Checkpoint {
-    /// Makes linear layers e4m3, with a scale for each row and inputs rounded to e4m3 for each token. A checkpoint whose weights
-    /// are e4m3 already stays as it is.
+    /// Makes linear layers e4m3, with a scale for each 128 columns of a row and inputs rounded to e4m3 for each token. A checkpoint
+    /// whose weights are e4m3 already stays as it is.
     pub fn quantized(mut self) -> Checkpoint {
         if self.becomes_fp8() {
             self.tensors.linear_mut().for_each(quantize);
@@ -60,42 +63,46 @@ impl Checkpoint {
 }
 
 fn quantize(tensor: &mut HostTensor) {
+    let groups = tensor.cols.div_ceil(GROUP);
     let mut codes = vec![0; tensor.rows * tensor.cols];
-    let mut values = vec![0.0; tensor.rows];
+    let mut values = vec![0.0; tensor.rows * groups];
     let threads = thread::available_parallelism().map_or(1, NonZero::get);
-    let rows = tensor.rows.div_ceil(threads).max(1);
+    let share = tensor.rows.div_ceil(threads).max(1);
     thread::scope(|scope| {
-        let parts = codes.chunks_mut(rows * tensor.cols.max(1)).zip(values.chunks_mut(rows)).enumerate();
-        for (part, (codes, values)) in parts {
+        let parts =
+            codes.chunks_mut(share * tensor.cols.max(1)).zip(values.chunks_mut(share * groups.max(1)));
+        for (part, (codes, values)) in parts.enumerate() {
             let tensor = &*tensor;
             scope.spawn(move || {
                 let mut row = vec![0.0; tensor.cols];
-                for (i, (codes, value)) in codes.chunks_mut(tensor.cols).zip(values).enumerate() {
-                    widen(tensor, part * rows + i, &mut row);
-                    *value = quantize_row(&row, codes);
+                let rows = codes.chunks_mut(tensor.cols).zip(values.chunks_mut(groups)).enumerate();
+                for (i, (codes, values)) in rows {
+                    widen(tensor, part * share + i, &mut row);
+                    let groups = row.chunks(GROUP).zip(codes.chunks_mut(GROUP));
+                    for ((group, codes), value) in groups.zip(values) {
+                        *value = quantize_group(group, codes);
+                    }
                 }
             });
         }
     });
     let range = 0..codes.len();
-    let scales = Scales { values, block: [1, tensor.cols], inputs: FORMAT.inputs, input_scale: None };
+    let scales = Scales { values, block: [1, GROUP], inputs: FORMAT.inputs, input_scale: None };
     tensor.data = TensorData::Fp8 { owner: Arc::new(codes), range, scales: Arc::new(scales) };
 }
 
-/// Rounds a row, and gives its scale. A row with what is no number, or infinite, is no number throughout, so that a damaged
+/// Rounds a group, and gives its scale. One with what is no number, or infinite, is no number throughout, so that a damaged
 /// weight is not mended.
-fn quantize_row(row: &[f32], codes: &mut [u8]) -> f32 {
-    let largest = fp8::largest_magnitude(row);
+fn quantize_group(group: &[f32], codes: &mut [u8]) -> f32 {
+    let largest = fp8::largest_magnitude(group);
     if largest.is_nan() {
         codes.fill(fp8::NAN);
         return 1.0;
     }
-    let scale = largest / fp8::MAX;
     // Of zeros alone, or of numbers so small that their scale would be none.
-    let scale = if scale < f32::MIN_POSITIVE { 1.0 } else { scale };
-    for (code, x) in codes.iter_mut().zip(row) {
-        *code = fp8::encode(x / scale);
-    }
+    let is_nothing = largest / fp8::MAX < f32::MIN_POSITIVE;
+    let scale = if is_nothing { 1.0 } else { fp8::best_scale(group, largest, |scale| scale) };
+    fp8::encode_block(group, scale, codes);
     scale
 }
 

@@ -133,7 +133,7 @@ mod tests {
             of(&lines, "qwen3-0.6b").kv_bytes_per_token
         };
         assert_eq!(bytes(KvFormat::Bf16), 114_688);
-        assert_eq!(bytes(KvFormat::Fp8), 114_688 / 2 + 2 * 28 * 8);
+        assert_eq!(bytes(KvFormat::Fp8), 114_688 / 2 + 2 * 28 * 8 * 2);
     }
 
     #[test]
