@@ -199,7 +199,7 @@ def test_stop_tokens_end_an_output_and_least_lengths_and_biases_hold(llm):
     assert llm.generate([[1, 2]], params, **QUIET)[0].outputs[0].token_ids == [7] * 6
     params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True, logit_bias={7: 100.0}, frequency_penalty=2.0)
     assert llm.generate([[1, 2]], params, **QUIET)[0].outputs[0].token_ids == [7] * 6, "100 outweighs 12"
-    params = SamplingParams(temperature=1, seed=1, max_tokens=40, ignore_eos=True, allowed_token_ids=[7, 9])
+    params = SamplingParams(temperature=50, seed=1, max_tokens=40, ignore_eos=True, allowed_token_ids=[7, 9])
     assert set(llm.generate([[1, 2]], params, **QUIET)[0].outputs[0].token_ids) == {7, 9}
     for wrong in [[], [5, 10**6]]:
         with pytest.raises(RequestError, match="allowed_token_ids"):
