@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Builds what the crate embeds, PTX and machine code, from the CUDA C++ beside this script.
+# Builds what the crate embeds, PTX and machine code, from the CUDA C++ beside this script, and a table of what each kernel takes.
 #
-#   kernels/build.sh            writes kernels/ptx and kernels/cubin
+#   kernels/build.sh            writes kernels/ptx, kernels/cubin and kernels/registers.txt
 #   kernels/build.sh --check    builds into a temporary folder; fails where it differs from those by a byte
 #
 #   cuda/*.cu            -> ptx/portable and ptx/hopper: one source for every GPU
@@ -30,8 +30,13 @@ build() {
     "$venv/bin/python" "$kernels/nvrtc.py" compute_90a "$1/ptx/hopper" "$kernels"/cuda/*.cu "$kernels"/cuda/hopper/*.cu
     local ptx
     for ptx in "$1"/ptx/hopper/*.ptx; do
-        "$ptxas" --gpu-name sm_90a --output-file "$1/cubin/$(basename "$ptx" .ptx).cubin" "$ptx"
-    done
+        "$ptxas" --verbose --gpu-name sm_90a --output-file "$1/cubin/$(basename "$ptx" .ptx).cubin" "$ptx"
+    done 2>"$1/ptxas.log"
+    for ptx in "$1"/ptx/portable/*.ptx; do
+        "$ptxas" --verbose --gpu-name sm_80 --output-file /dev/null "$ptx"
+    done 2>>"$1/ptxas.log"
+    "$venv/bin/python" "$kernels/registers.py" "$1/ptxas.log" >"$1/registers.txt"
+    rm "$1/ptxas.log"
 }
 
 case ${1:-} in
@@ -43,8 +48,9 @@ case ${1:-} in
     fresh=$(mktemp -d)
     trap 'rm -rf "$fresh"' EXIT
     build "$fresh"
-    for built in ptx cubin; do
+    for built in ptx cubin registers.txt; do
         diff --recursive --brief "$kernels/$built" "$fresh/$built" || {
+            diff "$kernels/registers.txt" "$fresh/registers.txt" >&2
             echo "kernels/$built is not what kernels/cuda compiles to: run kernels/build.sh and commit kernels/$built" >&2
             exit 1
         }

@@ -16,7 +16,7 @@
 // 2. Gate and up rows take turns in blocks of 8 (the loader's doing), so that a lane finds its partner by a shuffle.
 // 3. A token's chain of shuffles and loads is long and each step of it waits for the one before: T chains side by side
 //    hide each other. Tokens beyond `count` go along and are not stored.
-// 4. The structs are kernel parameters: backend-cuda/src/ops/gemm.rs declares the same fields.
+// 4. The structs are kernel parameters: backend-cuda/src/ops/gemm.rs declares the same fields, which its tests compare.
 // 5. A model without bias, head norms or rope has null pointers there, and numbers that change no bit in their places: a bias
 //    of -0, an inverse and weights of 1, a cosine of 1 and a sine of 0. Asking costs registers: where all heads are normed and
 //    turned and none has a bias, the products of few rows are compiled for that alone (QkvNormed).
@@ -84,7 +84,7 @@ template <bool NORMED> struct QkvOf {
     const __nv_bfloat16 *q_norm, *k_norm; // [head_dim], or null
     const float2 *rope;                   // [positions, head_dim / 2] (cos, sin), or null
     __nv_bfloat16 *q, *k, *v;
-    unsigned tokens_offset, heads, kv_heads, head_dim, page_shift, unused;
+    unsigned tokens_offset, heads, kv_heads, head_dim, page_shift, reserved;
     static constexpr bool SCALED = true;
     static constexpr int SLICES = 2; // at most
     static constexpr bool EARLY = true; // does `ahead` read nothing that a kernel of this step's layers wrote?
@@ -303,7 +303,7 @@ struct Residual {
 struct GateUp {
     RowNorm norm;
     __nv_bfloat16 *out; // [tokens, intermediate]
-    unsigned intermediate, unused;
+    unsigned intermediate, reserved;
     static constexpr bool SCALED = true;
     static constexpr int SLICES = 2; // at most
     static constexpr bool EARLY = false; // does `ahead` read nothing that a kernel of this step's layers wrote?

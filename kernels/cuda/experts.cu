@@ -30,7 +30,7 @@ constexpr unsigned NOBODY = 0xffff;
 constexpr int EXPERTS_A_LANE = 8; // 256 at most
 constexpr int LOGIT_TOKENS = 4;
 
-// What the kernels of a layer share: backend-cuda/src/ops/experts.rs declares the same fields.
+// What the kernels of a layer share: backend-cuda/src/ops/experts.rs declares the same fields, which its tests compare.
 struct Routing {
     float *logits;          // [T, E]
     float *scales;          // [T]: the row norm's

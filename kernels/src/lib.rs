@@ -9,8 +9,8 @@
 //! A module is a family of kernels: one source file. The Hopper set comes as machine code too, which a driver loads in
 //! milliseconds; PTX it compiles first, for seconds at the first start.
 //!
-//! Invariant: `ptx/` and `cubin/` are byte for byte what `build.sh` makes of `cuda/`; `build.sh --check` says whether
-//! they are.
+//! Invariant: `ptx/`, `cubin/` and `registers.txt`, a table of what each kernel takes, are byte for byte what `build.sh` makes of
+//! `cuda/`; `build.sh --check` says whether they are.
 
 #![no_std]
 #![forbid(unsafe_code)]
