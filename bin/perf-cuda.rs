@@ -8,7 +8,7 @@ use std::str::FromStr;
 use argh::FromArgs;
 use minisgl::progress::Stderr;
 use minisgl_cuda::{Cuda, KernelSet, Options};
-use minisgl_perf::{Ceilings, Cold, Filter, ModelShape, PerfOptions, Row, Timing, cases, run};
+use minisgl_perf::{Ceilings, Cold, ExplainedStep, Filter, ModelShape, PerfOptions, Row, Timing, cases, run};
 use serde_json::{Value, json};
 
 /// times GPU kernels at the shapes of Qwen3-0.6B and 14B, cold, in a graph and as plain launches, after checking their
@@ -18,6 +18,10 @@ struct Flags {
     /// words that a case's name or shape must hold, for example `sample rows=256`
     #[argh(positional)]
     words: Vec<String>,
+    /// print what a step launches on an H100 or H200, run nothing: rows=128 decode rows, of context=1024, and tokens=2048 of
+    /// a prompt, behind=16384 others, separated by commas; the model is 0.6B or --model's
+    #[argh(option)]
+    explain: Option<ExplainedStep>,
     /// print the cases, run none
     #[argh(switch)]
     list: bool,
@@ -90,6 +94,10 @@ fn perf(flags: &Flags, stderr: &Stderr) -> Result<(), Box<dyn std::error::Error>
         model: flags.model,
     });
     let mut out = io::stdout().lock();
+    if let Some(step) = &flags.explain {
+        let text = step.text(&flags.model.unwrap_or_default(), flags.kernels)?;
+        return Ok(out.write_all(text.as_bytes())?);
+    }
     if flags.list {
         return Ok(cases.iter().try_for_each(|case| writeln!(out, "{} {}", case.family, case.shape))?);
     }

@@ -1,4 +1,4 @@
-//! perf-cuda as a user meets it without a GPU: it lists its cases, and says in a sentence why it can't run them.
+//! perf-cuda as a user meets it without a GPU: it lists its cases, explains a step, and says in a sentence why it can't run them.
 
 mod common;
 
@@ -37,6 +37,31 @@ fn sizes_of_a_model_that_is_neither_are_taken() {
     assert!(output.status.success() && text.lines().count() > 0, "{text}");
     assert!(text.lines().all(|line| line.contains("model=given ")), "{text}");
     assert!(!perf_cuda(&["--model", "heads=3", "--list"]).status.success(), "3 heads can't share 8");
+}
+
+#[test]
+fn a_step_is_explained_without_a_gpu_and_the_architectures_page_has_what_is_said() {
+    let output = perf_cuda(&["--explain", "rows=128"]);
+    let text = String::from_utf8(output.stdout).unwrap();
+    assert!(output.status.success() && text.lines().count() > 10, "{text}");
+    let page = std::fs::read_to_string("docs/architecture.md").unwrap();
+    assert!(
+        page.contains(&format!("```text\n{text}```\n")),
+        "docs/architecture.md has another text than:\n{text}"
+    );
+}
+
+#[test]
+fn a_step_that_is_none_and_a_model_that_the_kernels_do_not_take_are_errors() {
+    for (step, model, named) in [
+        ("heads=2", "layers=28", "heads"),
+        ("rows=0", "layers=28", "rows"),
+        ("rows=8", "head_dim=96", "head_dim"),
+    ] {
+        let output = perf_cuda(&["--explain", step, "--model", model]);
+        let text = String::from_utf8(output.stderr).unwrap();
+        assert!(!output.status.success() && text.contains(named), "{text}");
+    }
 }
 
 #[test]

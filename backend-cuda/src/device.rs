@@ -335,7 +335,7 @@ impl Device for Cuda {
     fn elapsed_ms(&self, from: &Event, to: &Event) -> Result<f32, CudaError> {
         self.wait_on_host("waiting for an event", from)?;
         self.wait_on_host("waiting for an event", to)?;
-        from.ms_until(to, &self.launcher)
+        self.launcher.ms_between(from, to)
     }
 
     fn has_passed(&self, event: &Event) -> bool {

@@ -15,7 +15,7 @@
 //! waits after each, so that the error names the one that failed.
 
 use std::cell::{Cell, RefCell};
-use std::ffi::c_void;
+use std::fmt;
 use std::ptr::null_mut;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -27,29 +27,11 @@ use minisgl_core::backend::Queue;
 use crate::context::Context;
 use crate::error::{CudaError, cause, is_device_lost, is_kernel_failure, is_out_of_memory};
 use crate::memory::{Event, Graph};
+use crate::param::Param;
 use crate::turns::{self, Recording};
 
 /// Parameters that a kernel may have.
 pub(crate) const PARAMS_MAX: usize = 28;
-
-/// A kernel's parameter: plain data with the size and layout that the kernel declares.
-pub trait Param {
-    /// Where the value lies, and how many bytes it has.
-    fn raw(&self) -> (*const c_void, usize);
-}
-
-/// Makes parameters of types that a kernel declares with the same layout.
-macro_rules! plain_params {
-    ($($type:ty),*) => {$(
-        impl $crate::launch::Param for $type {
-            fn raw(&self) -> (*const std::ffi::c_void, usize) {
-                ((self as *const Self).cast(), size_of::<Self>())
-            }
-        }
-    )*};
-}
-pub(crate) use plain_params;
-plain_params!(u32, i32, f32, u64);
 
 /// A kernel of a loaded module.
 #[derive(Clone, Copy, Debug)]
@@ -128,6 +110,21 @@ impl Grid {
     }
 }
 
+/// `8 x 32 blocks of 256 threads and 96.5 KiB, in clusters of 4`.
+impl fmt::Display for Grid {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let [x, y, z] = self.blocks;
+        write!(f, "{x}")?;
+        let others = [y, z].into_iter().take(if z > 1 { 2 } else { usize::from(y > 1) });
+        others.into_iter().try_for_each(|blocks| write!(f, " x {blocks}"))?;
+        write!(f, " blocks of {} threads", self.threads)?;
+        if self.shared > 0 {
+            write!(f, " and {:.1} KiB", f64::from(self.shared) / 1024.0)?;
+        }
+        if self.cluster > 1 { write!(f, ", in clusters of {}", self.cluster) } else { Ok(()) }
+    }
+}
+
 /// Names of the kernels launched last, for errors that come late.
 #[derive(Debug, Default)]
 struct Trace {
@@ -197,7 +194,7 @@ impl Launcher {
             forked: Event::untimed(context)?,
             joined: Event::untimed(context)?,
             lane: Cell::new(compute),
-            synchronous: std::env::var_os("MINISGL_CUDA_SYNC").is_some_and(|value| value != "0"),
+            synchronous: std::env::var_os("MINISGL_CUDA_SYNC").is_some_and(|value| value == "1"),
             recording: RefCell::default(),
             trace: Trace::default(),
             host_times: Cell::default(),
@@ -321,6 +318,15 @@ impl Launcher {
     /// Enqueues a point in time on the compute stream.
     pub fn record(&self, event: &Event) -> Result<(), CudaError> {
         self.check("recording an event", event.record(self.compute))
+    }
+
+    /// Milliseconds between two events that have happened.
+    pub fn ms_between(&self, from: &Event, to: &Event) -> Result<f32, CudaError> {
+        let mut ms = 0.0;
+        // SAFETY: both events are alive; one float is written.
+        let status = self.in_driver(|| unsafe { sys::cuEventElapsedTime(&mut ms, from.handle, to.handle) });
+        self.check("reading an event's time", status.result())?;
+        Ok(ms)
     }
 
     fn is_recording(&self) -> bool {

@@ -11,12 +11,15 @@
 //! memory that it fills.
 
 mod context;
+#[cfg(test)]
+mod declared;
 mod device;
 mod error;
 mod launch;
 mod memory;
 mod module;
 pub mod ops;
+mod param;
 mod telemetry;
 mod tensor_map;
 mod turns;
@@ -25,9 +28,10 @@ mod weight;
 pub use context::{KernelSet, Properties, device_count};
 pub use device::{Cuda, Options};
 pub use error::CudaError;
-pub use launch::{Grid, HostTimes, Kernel, Launcher, Param};
+pub use launch::{Grid, HostTimes, Kernel, Launcher};
 pub use memory::{Address, Buffer, Event, Graph, Pinned, element_bytes};
 pub use module::Modules;
+pub use param::Param;
 pub use telemetry::{GpuState, Telemetry};
 pub use tensor_map::{BOX_COLS, TensorMap};
 pub use weight::Weight;

@@ -12,7 +12,7 @@ use minisgl_core::backend::Element;
 
 use crate::context::Context;
 use crate::error::{CudaError, Named, cause};
-use crate::launch::{Launcher, Param};
+use crate::param::Param;
 use crate::turns;
 
 /// An address in device memory.
@@ -132,16 +132,6 @@ impl Event {
         // SAFETY: the event lives as long as `self`.
         let passed = unsafe { result::event::query(self.handle) };
         passed != Err(DriverError(sys::CUresult::CUDA_ERROR_NOT_READY))
-    }
-
-    /// Milliseconds from here to `later`; both have happened.
-    pub fn ms_until(&self, later: &Event, launcher: &Launcher) -> Result<f32, CudaError> {
-        let mut ms = 0.0;
-        // SAFETY: both events are alive; one float is written.
-        let status =
-            launcher.in_driver(|| unsafe { sys::cuEventElapsedTime(&mut ms, self.handle, later.handle) });
-        launcher.check("reading an event's time", status.result())?;
-        Ok(ms)
     }
 
     pub(crate) fn record(&self, stream: sys::CUstream) -> Result<(), DriverError> {

@@ -5,8 +5,8 @@ use std::ffi::c_void;
 use cudarc::driver::sys;
 
 use crate::error::{CudaError, Named};
-use crate::launch::Param;
 use crate::memory::Address;
+use crate::param::Param;
 
 /// A bf16 tensor, fetched in boxes of rows of 64 elements (128 bytes). What is fetched beyond the tensor is zero.
 #[derive(Clone, Copy, Debug)]

@@ -93,7 +93,7 @@ fn pieces(role: WeightRole, parts: &[HostTensor]) -> (Vec<Piece<'_>>, usize) {
     // Matrices of gate and up, rows of gate or up in each, and how many rows each is stored in.
     let matrices = gate_ups(role);
     let half_rows = (total / 2).checked_div(matrices).unwrap_or(0);
-    let stored_rows = (half_rows.div_ceil(GROUP) * 2 * GROUP).next_multiple_of(GATE_UP_PADDING);
+    let stored_rows = gate_up_rows(half_rows);
     let mut pieces = Vec::with_capacity(parts.len() + 1);
     let mut first = 0;
     for tensor in parts {
@@ -119,6 +119,11 @@ fn pieces(role: WeightRole, parts: &[HostTensor]) -> (Vec<Piece<'_>>, usize) {
         first += tensor.rows;
     }
     (pieces, if matrices > 0 { matrices * stored_rows } else { total })
+}
+
+/// Rows that gate and up, of so many each, are stored in.
+pub(crate) fn gate_up_rows(half_rows: usize) -> usize {
+    (half_rows.div_ceil(GROUP) * 2 * GROUP).next_multiple_of(GATE_UP_PADDING)
 }
 
 /// How many matrices of gate and up are stacked.

@@ -5,7 +5,7 @@
 //!   small, products, attention, decode                                                   ceilings and cuBLASLt
 //! ```
 //!
-//! `perf-cuda` prints it. The ceilings alone are what other benchmarks hold their figures against.
+//! `perf-cuda` prints it, or what a step would launch, without a device ([`ExplainedStep`]). The ceilings alone are what other benchmarks hold their figures against.
 //!
 //! Invariant: a case's result is checked before its time is reported.
 
@@ -15,6 +15,7 @@ mod ceiling;
 mod check;
 mod cublaslt;
 pub mod drawn;
+mod explain;
 mod model;
 mod random;
 mod report;
@@ -24,6 +25,7 @@ mod timer;
 pub use case::{Case, Cold, Filter, PerfError};
 pub use cases::cases;
 pub use ceiling::Ceilings;
+pub use explain::ExplainedStep;
 pub use model::ModelShape;
 pub use report::{Row, run};
 pub use timer::{PerfOptions, Timing, perf_cuda};

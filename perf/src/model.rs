@@ -2,9 +2,9 @@
 
 use std::str::FromStr;
 
-use minisgl_core::spec::Dims;
+use minisgl_core::spec::{Attention, Bias, DecoderSpec, Dims, LayerSpec, Mixer, QkNorm, Rope};
 
-/// Sizes of a model that cases are taken from.
+/// Sizes of a model that cases are taken from; by default those of Qwen3-0.6B.
 #[derive(Clone, Copy, Debug)]
 pub struct ModelShape {
     pub(crate) name: &'static str,
@@ -41,10 +41,28 @@ const SMALL: ModelShape = ModelShape {
 pub(crate) const MODELS: [ModelShape; 2] =
     [SMALL, ModelShape { name: "14b", layers: 40, hidden: 5120, heads: 40, intermediate: 17_408, ..SMALL }];
 
+impl Default for ModelShape {
+    fn default() -> ModelShape {
+        SMALL
+    }
+}
+
 impl ModelShape {
     pub(crate) fn dims(&self) -> Dims {
         let ModelShape { layers, hidden, vocab, heads, kv_heads, head_dim, intermediate, .. } = *self;
         Dims { layers, hidden, heads, kv_heads, head_dim, intermediate, vocab, norm_eps: 1e-6 }
+    }
+
+    /// As data: layers that are alike, with head norms and rope or with biases.
+    pub(crate) fn spec(&self) -> DecoderSpec {
+        let (bias, qk_norm) = match self.bias {
+            true => (Bias::Qkv, QkNorm::None),
+            false => (Bias::None, QkNorm::PerHead),
+        };
+        let rope = Some(Rope::plain(1e6, self.head_dim));
+        let attention = Attention { bias, qk_norm, rope, window: self.window, ..Attention::plain() };
+        let layer = LayerSpec { mixer: Mixer::Attention(attention), ..LayerSpec::plain() };
+        DecoderSpec::uniform(self.dims(), layer)
     }
 
     /// The model, and where it has no window the same with one.
@@ -88,6 +106,9 @@ impl FromStr for ModelShape {
                 }
                 _ => return Err(format!("a model has no size `{name}`")),
             };
+            if value == 0 {
+                return Err(format!("`{word}`: a model has at least one of it"));
+            }
             *size = value;
         }
         if shape.kv_heads == 0 || !shape.heads.is_multiple_of(shape.kv_heads) {
@@ -107,7 +128,7 @@ mod tests {
         assert_eq!((dims.heads, dims.head_dim, dims.kv_heads, dims.hidden), (32, 64, 8, 1024));
         let shape: ModelShape = "window=4096,bias=1".parse().unwrap();
         assert_eq!((shape.window, shape.bias), (Some(4096), true));
-        for wrong in ["heads", "heads=x", "eyes=2", "heads=12"] {
+        for wrong in ["heads", "heads=x", "eyes=2", "heads=12", "vocab=0"] {
             assert!(wrong.parse::<ModelShape>().is_err(), "{wrong}");
         }
     }

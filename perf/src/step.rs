@@ -66,7 +66,7 @@ impl StepOf {
         (0..(pages + 1) * PAGE_SIZE).map(id).collect()
     }
 
-    fn shape(&self) -> StepShape {
+    pub(crate) fn shape(&self) -> StepShape {
         let (rows, decode_rows) = (self.rows.len() as u32, self.decode_rows);
         StepShape { decode_rows, prefill_rows: rows - decode_rows, tokens: self.tokens(), samples: rows }
     }

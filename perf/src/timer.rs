@@ -104,7 +104,7 @@ fn measure(
     launcher.synchronize()?;
     let samples = events
         .windows(2)
-        .map(|pair| Ok(f64::from(pair[0].ms_until(&pair[1], launcher)?) / f64::from(calls)))
+        .map(|pair| Ok(f64::from(launcher.ms_between(&pair[0], &pair[1])?) / f64::from(calls)))
         .collect::<Result<Vec<_>, CudaError>>()?;
     Ok(Timing::of(&samples))
 }

@@ -29,12 +29,21 @@ impl Ends {
         })
     }
 
+    pub(super) fn begin_step_grid() -> Grid {
+        Grid::new(UPDATE_BLOCKS, UPDATE_THREADS)
+    }
+
+    /// A block a row: a token's, or a sampled row's.
+    pub(super) fn row_grid(rows: u32) -> Grid {
+        Grid::new(rows, ROW_THREADS).dependent()
+    }
+
     /// Applies the batch's updates of the page table, the slots and their rules, behind everything that was launched before.
     pub fn begin_step(&self, launcher: &Launcher, step: &Step<Buffer>) -> Result<(), CudaError> {
         let updates_offset = step.layout.updates as u32;
         launcher.launch(
             &self.begin_step,
-            Grid::new(UPDATE_BLOCKS, UPDATE_THREADS),
+            Self::begin_step_grid(),
             [&step.batch, &updates_offset, &step.page_table, &step.slots, &step.rules],
         )
     }
@@ -52,7 +61,7 @@ impl Ends {
         let tokens_offset = step.layout.tokens as u32;
         launcher.launch(
             &self.embed,
-            Grid::new(step.shape.tokens, ROW_THREADS).dependent(),
+            Self::row_grid(step.shape.tokens),
             [
                 &step.batch,
                 &tokens_offset,
@@ -81,8 +90,24 @@ impl Ends {
         let rows_offset = step.layout.rows as u32;
         launcher.launch(
             &self.final_norm,
-            Grid::new(step.shape.samples, ROW_THREADS).dependent(),
+            Self::row_grid(step.shape.samples),
             [&step.batch, &rows_offset, &residual, &weight, &hidden, &eps, &out],
         )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use minisgl_kernels::{HOPPER, PORTABLE};
+
+    use super::*;
+    use crate::declared::threads_of;
+
+    #[test]
+    fn kernels_are_bound_to_the_threads_that_they_are_launched_with() {
+        for set in [HOPPER, PORTABLE] {
+            let threads = ["begin_step", "embed", "final_norm"].map(|name| threads_of(set, name));
+            assert_eq!(threads, [UPDATE_THREADS, ROW_THREADS, ROW_THREADS]);
+        }
     }
 }

@@ -17,8 +17,9 @@ use minisgl_core::stats::ExpertsRead;
 use super::gemm::RowNorm;
 use crate::device::Cuda;
 use crate::error::CudaError;
-use crate::launch::{Grid, Kernel, Launcher, plain_params};
+use crate::launch::{Grid, Kernel, Launcher};
 use crate::memory::{Address, Buffer};
+use crate::param::plain_params;
 use crate::weight::Weight;
 
 /// Experts of a layer that the kernels take at most: 8 for each lane of a warp.
@@ -280,7 +281,45 @@ fn download(cuda: &mut Cuda, read: Buffer) -> Result<ExpertsRead, CudaError> {
 
 #[cfg(test)]
 mod tests {
+    use minisgl_kernels::{HOPPER, PORTABLE};
+
     use super::*;
+    use crate::declared::{assert_declared, constant, threads_of};
+
+    #[test]
+    fn both_sides_declare_the_same() {
+        assert_declared!(
+            &["experts.cu"],
+            "Routing",
+            Routing {
+                logits,
+                scales,
+                chosen,
+                shares,
+                begins,
+                pairs,
+                tokens,
+                experts,
+                per_token,
+                hidden,
+                intermediate,
+                stored,
+                normalized,
+                nobody,
+            }
+        );
+        assert_eq!(constant("experts.cu", "LOGIT_TOKENS"), LOGIT_TOKENS);
+        assert_eq!(32 * constant("experts.cu", "EXPERTS_A_LANE"), COUNT_MAX);
+        let products =
+            [16, 32, 64].map(|pairs| [format!("experts_gate_up_{pairs}"), format!("experts_down_{pairs}")]);
+        let others =
+            ["logits_1", "logits_4", "choose", "dispatch", "combine"].map(|name| format!("experts_{name}"));
+        for name in products.into_iter().flatten().chain(others) {
+            for set in [HOPPER, PORTABLE] {
+                assert_eq!(threads_of(set, &name), THREADS, "{name}");
+            }
+        }
+    }
 
     #[test]
     fn there_are_blocks_for_every_way_to_deal_pairs_out() {

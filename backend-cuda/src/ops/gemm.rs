@@ -15,14 +15,17 @@
 mod decode;
 mod prefill;
 
-use decode::Decode;
-use prefill::Prefill;
+use decode::{Decode, Tiling};
+use prefill::{Prefill, Tile};
+
+use super::described::Described;
 
 use crate::device::Cuda;
 use crate::error::CudaError;
-use crate::launch::{Grid, Kernel, Launcher, Param, plain_params};
+use crate::launch::{Grid, Kernel, Launcher};
 use crate::memory::Address;
 use crate::module::Modules;
+use crate::param::{Param, plain_params};
 use crate::tensor_map::TensorMap;
 use crate::weight::Weight;
 
@@ -167,9 +170,11 @@ pub trait Epilogue: Param {
     }
 }
 
-/// Does L2 hold a matrix beside the activations? `gemm_prefill.cu` draws the same line.
+/// MiB of the largest matrix that L2 holds beside the activations. `gemm_prefill.cu` draws the same line.
+const L2_MIB: u64 = 24;
+
 fn fits_l2(rows: u32, cols: u32) -> bool {
-    u64::from(rows) * u64::from(cols) * 2 <= 24 << 20
+    u64::from(rows) * u64::from(cols) * 2 <= L2_MIB << 20
 }
 
 /// The sizes of a product, as `epilogue.cuh` declares them.
@@ -291,30 +296,61 @@ impl Portable {
 
     fn new(modules: &Modules) -> Result<Portable, CudaError> {
         let find = |name, tokens| modules.kernel("gemm", name, Portable::shared(tokens));
-        let pair = |few, many| Ok([find(few, Self::TILE_TOKENS[0])?, find(many, Self::TILE_TOKENS[1])?]);
+        let pair = |kind| {
+            let [few, many] = Self::names(kind);
+            Ok::<_, CudaError>([find(few, Self::TILE_TOKENS[0])?, find(many, Self::TILE_TOKENS[1])?])
+        };
         let kernels = [
-            pair("gemm_qkv_16", "gemm_qkv_64")?,
-            pair("gemm_residual_16", "gemm_residual_64")?,
-            pair("gemm_gate_up_16", "gemm_gate_up_64")?,
-            pair("gemm_head_16", "gemm_head_64")?,
-            pair("gemm_linear_16", "gemm_linear_64")?,
+            pair(Kind::Qkv)?,
+            pair(Kind::Residual)?,
+            pair(Kind::GateUp)?,
+            pair(Kind::Head)?,
+            pair(Kind::Linear)?,
         ];
         Ok(Portable { kernels })
+    }
+
+    /// Of the kernels for few tokens and for many.
+    fn names(kind: Kind) -> [&'static str; 2] {
+        match kind {
+            Kind::Qkv => ["gemm_qkv_16", "gemm_qkv_64"],
+            Kind::Residual => ["gemm_residual_16", "gemm_residual_64"],
+            Kind::GateUp => ["gemm_gate_up_16", "gemm_gate_up_64"],
+            Kind::Head => ["gemm_head_16", "gemm_head_64"],
+            Kind::Linear => ["gemm_linear_16", "gemm_linear_64"],
+        }
     }
 
     fn shared(tile_tokens: u32) -> u32 {
         Self::STAGES * (Self::TILE_ROWS + tile_tokens) * BLOCK_COLS * 2
     }
 
+    /// Of the kernels for few tokens and for many, which one a product takes.
+    fn size(shape: &Shape) -> usize {
+        usize::from(shape.tokens > Self::TILE_TOKENS[0])
+    }
+
+    fn grid(shape: &Shape) -> Grid {
+        let tile_tokens = Self::TILE_TOKENS[Self::size(shape)];
+        Grid::new(shape.rows.div_ceil(Self::TILE_ROWS), Self::THREADS)
+            .rows(shape.tokens.div_ceil(tile_tokens))
+            .shared(Self::shared(tile_tokens))
+    }
+
     fn launch<E: Epilogue>(&self, launcher: &Launcher, product: &Product<'_, E>) -> Result<(), CudaError> {
         let Product { w, x, shape, epilogue, .. } = product;
-        let size = usize::from(shape.tokens > Self::TILE_TOKENS[0]);
-        let tile_tokens = Self::TILE_TOKENS[size];
-        let grid = Grid::new(shape.rows.div_ceil(Self::TILE_ROWS), Self::THREADS)
-            .rows(shape.tokens.div_ceil(tile_tokens))
-            .shared(Self::shared(tile_tokens));
-        let kernel = &self.kernels[E::KIND as usize][size];
-        launcher.launch(kernel, grid, [w, &x.address, shape, *epilogue])
+        let kernel = &self.kernels[E::KIND as usize][Self::size(shape)];
+        launcher.launch(kernel, Self::grid(shape), [w, &x.address, shape, *epilogue])
+    }
+
+    fn explained(kind: Kind, shape: &Shape) -> Explained {
+        let (rows, tokens) = (Self::TILE_ROWS, Self::TILE_TOKENS[Self::size(shape)]);
+        let slices = shape.slices;
+        Explained {
+            kernel: Self::names(kind)[Self::size(shape)],
+            grid: Self::grid(shape),
+            work: format!("a block: {rows} rows of w, {tokens} tokens, all columns in {slices} slices"),
+        }
     }
 }
 
@@ -345,6 +381,28 @@ impl Hopper {
             None => self.prefill.launch(launcher, product),
         }
     }
+}
+
+/// What a product is launched as, and what of it a block does.
+pub(super) struct Explained {
+    pub(super) kernel: &'static str,
+    pub(super) grid: Grid,
+    pub(super) work: String,
+}
+
+/// What a product of `[rows, cols]` with so many tokens is launched as on a device.
+pub(super) fn explained(
+    device: &Described,
+    kind: Kind,
+    [rows, cols, tokens]: [u32; 3],
+    share: SmShare,
+    normed: bool,
+) -> Option<Explained> {
+    let shape = Shape { rows, cols, tokens, slices: kind.slices(rows, cols) };
+    if !device.hopper {
+        return Some(Portable::explained(kind, &shape));
+    }
+    Tiling::explained(kind, &shape, share, normed).or_else(|| Tile::explained(kind, &shape, device.clusters))
 }
 
 /// The kernels of the set in use.
@@ -398,7 +456,58 @@ impl Gemm {
 
 #[cfg(test)]
 mod tests {
+    use minisgl_kernels::PORTABLE;
+
     use super::*;
+    use crate::declared::{assert_declared, source, threads_of};
+
+    #[test]
+    fn parameters_have_the_fields_that_the_kernels_declare() {
+        let files = &["epilogue.cuh"];
+        assert_declared!(files, "RowNorm", RowNorm { sumsq, segments, hidden, eps });
+        assert_declared!(
+            files,
+            "QkvOf",
+            Qkv {
+                norm,
+                head_eps,
+                batch,
+                bias,
+                q_norm,
+                k_norm,
+                rope,
+                q,
+                k,
+                v,
+                tokens_offset,
+                heads,
+                kv_heads,
+                head_dim,
+                page_shift,
+                reserved,
+            }
+        );
+        assert_declared!(files, "Residual", Residual { residual, sumsq });
+        assert_declared!(files, "GateUp", GateUp { norm, out, intermediate, reserved });
+        assert_declared!(files, "Head", Head { out });
+        assert_declared!(files, "Linear", Linear { out });
+        assert_declared!(files, "Shape", Shape { rows, cols, tokens, slices });
+    }
+
+    #[test]
+    fn both_sides_think_the_same_matrices_fit_l2() {
+        let line = format!("(size_t)shape.rows * shape.cols * 2 <= {L2_MIB}u << 20");
+        assert!(source("hopper/gemm_prefill.cu").contains(&line));
+    }
+
+    #[test]
+    fn portable_kernels_are_bound_to_the_threads_that_they_are_launched_with() {
+        for kind in [Kind::Qkv, Kind::Residual, Kind::GateUp, Kind::Head, Kind::Linear] {
+            for name in Portable::names(kind) {
+                assert_eq!(threads_of(PORTABLE, name), Portable::THREADS, "{name}");
+            }
+        }
+    }
 
     #[test]
     fn no_slice_is_empty() {

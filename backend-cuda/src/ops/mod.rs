@@ -18,8 +18,10 @@
 //! Invariant: one token's bits depend on that token's sequence alone; see each family.
 
 pub mod attention;
+mod described;
 pub mod embed;
 pub mod experts;
+pub mod explain;
 pub mod gemm;
 pub mod halves;
 pub mod sampling;

@@ -50,6 +50,21 @@ impl Sampling {
         })
     }
 
+    pub(super) fn cut_grid(samples: u32) -> Grid {
+        Grid::new(samples, ROW_THREADS).dependent()
+    }
+
+    /// Logits of a row that a block of the drawing kernel looks at.
+    pub(super) fn chunk(samples: u32, vocab: u32) -> u32 {
+        let logits_of_all = u64::from(samples) * u64::from(vocab);
+        logits_of_all.div_ceil(DRAW_BLOCKS).next_multiple_of(DRAW_PASS) as u32
+    }
+
+    pub(super) fn draw_grid(samples: u32, vocab: u32) -> Grid {
+        let blocks = vocab.div_ceil(Self::chunk(samples, vocab));
+        Grid::new(blocks, DRAW_THREADS).rows(samples).dependent()
+    }
+
     /// Edits `logits` `[samples, vocab]` f16 and draws a token for each sampled row, into `tokens[header.output + row]` and
     /// the token pool.
     pub fn sample(
@@ -64,7 +79,7 @@ impl Sampling {
         let page_bits = step.page_size.trailing_zeros();
         launcher.launch(
             &self.cut,
-            Grid::new(samples, ROW_THREADS).dependent(),
+            Self::cut_grid(samples),
             [
                 &step.batch,
                 &rows_offset,
@@ -81,11 +96,10 @@ impl Sampling {
                 &step.masks,
             ],
         )?;
-        let logits_of_all = u64::from(samples) * u64::from(vocab);
-        let chunk = logits_of_all.div_ceil(DRAW_BLOCKS).next_multiple_of(DRAW_PASS) as u32;
+        let chunk = Self::chunk(samples, vocab);
         launcher.launch(
             &self.draw,
-            Grid::new(vocab.div_ceil(chunk), DRAW_THREADS).rows(samples).dependent(),
+            Self::draw_grid(samples, vocab),
             [
                 &step.batch,
                 &rows_offset,
@@ -119,5 +133,28 @@ impl Sampling {
             Grid::new(step.shape.samples, ROW_THREADS),
             [&step.batch, &rows_offset, &logits, &vocab, &vocab, &tokens, &out],
         )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use minisgl_core::batch::LAST_TOKEN;
+    use minisgl_core::rules::RULE_WORDS;
+    use minisgl_core::sampling::{NO_TOKEN, RowLogprobs};
+    use minisgl_kernels::{HOPPER, PORTABLE};
+
+    use super::*;
+    use crate::declared::{assert_declared, constant, threads_of};
+
+    #[test]
+    fn both_sides_declare_the_same() {
+        assert_declared!(&["sampling.cu"], "RowLogprobs", RowLogprobs { token, len, ids, logprobs });
+        assert_eq!(constant("batch.cuh", "RULE_WORDS") as usize, RULE_WORDS);
+        assert_eq!(constant("batch.cuh", "LAST_TOKEN"), LAST_TOKEN);
+        assert_eq!(constant("sampling.cu", "NO_TOKEN"), NO_TOKEN);
+        for set in [HOPPER, PORTABLE] {
+            let threads = ["sample_cut", "sample_draw", "logprobs"].map(|name| threads_of(set, name));
+            assert_eq!(threads, [ROW_THREADS, DRAW_THREADS, ROW_THREADS]);
+        }
     }
 }

@@ -13,7 +13,7 @@ use minisgl_core::backend::{
 };
 use minisgl_core::batch::Row;
 use minisgl_core::sampling::SlotState;
-use minisgl_core::spec::{Attention, DecoderSpec, Dims, LayerSpec, Mixer};
+use minisgl_core::spec::Dims;
 use minisgl_core::tensor::{HostTensor, TensorData};
 use minisgl_cuda::ops::gemm::{Head, SmShare};
 use minisgl_cuda::ops::halves::Part;
@@ -85,10 +85,7 @@ fn setup(cuda: &mut Cuda, model: ModelShape, rows: u32, context: Option<u32>) ->
     let mut step_of = StepOf::decode(&vec![context.unwrap_or(1); rows as usize], dims.vocab);
     step_of.state = SlotState { temperature: 0.6, seed_low: 5, ..step_of.state };
     let limits = step_of.limits();
-    let attention = Attention { window: model.window, ..Attention::plain() };
-    let layer = LayerSpec { mixer: Mixer::Attention(attention), ..LayerSpec::plain() };
-    let spec = DecoderSpec::uniform(dims, layer);
-    let mut operations = Operations::new(cuda, &spec, &limits)?;
+    let mut operations = Operations::new(cuda, &model.spec(), &limits)?;
     // What o multiplies where there is no attention.
     operations.buffers.attended = random_in(cuda, limits.step_tokens(), dims.q_width(), 4, 1.0)?.into();
     let plan_words = operations.attention.plan_words(&limits);

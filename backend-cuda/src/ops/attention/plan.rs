@@ -1,19 +1,38 @@
 //! How the decode rows of a step are divided into work that blocks take (split-KV).
 //!
 //! ```text
-//!   plan      count, 7 words unused, segments    some leaves of a row each, and where their partials go (`attention_work.cuh`)
+//!   plan      count, 7 words unused, segments    some leaves of a row each, and where their partials go
 //! ```
+//!
+//! Two plans for 264 blocks and 8 items, a turn for each item of a segment:
+//!
+//! ```text
+//!   8 rows of 32 leaves: few, so cut into pieces of one length, 32 segments, 256 turns, a round of nearly all blocks
+//!     row 0   first  0   8 leaves   base  0   at  0   total 25      leaves its folded state at 0
+//!     row 0   first  8   8 leaves   base  0   at  1   total 25      leaves eight partials, from 1 on
+//!     row 0   first 16   8 leaves   base  0   at  9   total 25      … from 9 on
+//!     row 0   first 24   8 leaves   base  0   at 17   total 25      … from 17 on; who comes last folds 0 to 24 in order
+//!     row 1   first  0   8 leaves   base 25   at 25   total 25      …
+//!
+//!   128 rows of 8 leaves: many, and none longer than a block's share, so all whole: 128 segments, 1,024 turns
+//!     row 0   first  0   8 leaves   base  0   at  0   total  0      nobody else has a part of it
+//!     row 1   first  0   8 leaves   base  0   at  0   total  0      …
+//! ```
+//!
+//! While a plan is filled the order of its rows lies at the end of the segments' own words. Segments grow towards it and may reach a
+//! row's number when that has been read: `filled` segments of `i + 1` rows leave room for one of each row behind.
 //!
 //! Invariant: every leaf of every row's window lies in one segment. A row's first segment lies in one span, or ends with one, if
 //! there are others.
 
 use std::ops::Range;
 
+use bytemuck::{Pod, Zeroable};
 use minisgl_core::batch::Row;
 use minisgl_core::config::Limits;
 use minisgl_kernels::attention::{LEAF, SPAN};
 
-use super::Heads;
+use super::heads::Heads;
 use crate::ops::gemm::SmShare;
 
 /// Memory for the parts of sequences that several blocks share; where it is short, first parts are longer.
@@ -31,7 +50,35 @@ const SPAN_LEAVES: u32 = SPAN / LEAF;
 /// Words in front of a decode plan's segments.
 const PLAN_HEAD: usize = 8;
 /// Words of a segment.
-const SEGMENT_WORDS: usize = 8;
+const SEGMENT_WORDS: usize = size_of::<Segment>() / 4;
+
+/// Some leaves of a row's window, one after the other, as `attention_work.cuh` declares it.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
+pub(super) struct Segment {
+    /// Index of the row among the launch's.
+    pub(super) row: u32,
+    /// The row's slot.
+    pub(super) slot: u32,
+    /// Tokens that the row attends to.
+    pub(super) kv_len: u32,
+    /// Its first leaf, by position in the sequence.
+    pub(super) first: u32,
+    /// How many leaves it has.
+    pub(super) leaves: u32,
+    /// Where the row's partials begin,
+    pub(super) base: u32,
+    /// and where its own do. The row's first segment has one, its folded state, every other one for each leaf.
+    pub(super) at: u32,
+    /// Partials of the row; 0 where the segment is the whole row and leaves none.
+    pub(super) total: u32,
+}
+
+/// The segments of a filled plan.
+pub(super) fn segments(words: &[u32]) -> &[Segment] {
+    let (head, segments) = words.split_at(PLAN_HEAD);
+    bytemuck::cast_slice(&segments[..head[0] as usize * SEGMENT_WORDS])
+}
 
 /// Cuts a decode step's rows into segments for blocks to take in turn, the longest first, so that short ones are left for
 /// the end, when all blocks should end together.
@@ -119,10 +166,14 @@ impl DecodePlanner {
                 let (begin, end) = (cuts.at(i), cuts.at(i + 1));
                 let at = if i == 0 { base } else { base + 1 + begin - cuts.first };
                 let first = leaves.start + begin;
-                let segment = [index, row.slot, row.kv_len, first, end - begin, base, at, total];
-                segments[filled * SEGMENT_WORDS..][..SEGMENT_WORDS].copy_from_slice(&segment);
+                let (slot, kv_len, leaves) = (row.slot, row.kv_len, end - begin);
+                let segment = Segment { row: index, slot, kv_len, first, leaves, base, at, total };
+                segments[filled * SEGMENT_WORDS..][..SEGMENT_WORDS]
+                    .copy_from_slice(bytemuck::cast_slice(&[segment]));
                 filled += 1;
             }
+            let unread = order + i + 1;
+            debug_assert!(filled * SEGMENT_WORDS <= unread || i + 1 == rows.len(), "a row's number is lost");
             base += total;
             rest -= u64::from(self.seen(row.kv_len));
         }
@@ -237,11 +288,10 @@ mod tests {
     use super::*;
 
     /// A plan's segments.
-    fn planned(planner: &DecodePlanner, rows: &[Row]) -> Vec<[u32; SEGMENT_WORDS]> {
+    fn planned(planner: &DecodePlanner, rows: &[Row]) -> Vec<Segment> {
         let mut words = vec![0; planner.words()];
         planner.plan(rows, &mut words);
-        let segments = bytemuck::cast_slice::<u32, [u32; SEGMENT_WORDS]>(&words[PLAN_HEAD..]);
-        segments[..words[0] as usize].to_vec()
+        segments(&words).to_vec()
     }
 
     /// The first leaf that a row of so many tokens sees.
@@ -253,7 +303,8 @@ mod tests {
     fn plans_are_whole(planner: &DecodePlanner, rows: &[Row]) {
         let mut partials = vec![false; planner.partials as usize];
         let mut leaves = Vec::new();
-        for [row, slot, kv_len, first, count, base, at, total] in planned(planner, rows) {
+        for segment in planned(planner, rows) {
+            let Segment { row, slot, kv_len, first, leaves: count, base, at, total } = segment;
             assert_eq!((slot, kv_len), (rows[row as usize].slot, rows[row as usize].kv_len));
             assert!(count > 0);
             leaves.extend((first..first + count).map(|leaf| (row, leaf)));
@@ -311,7 +362,7 @@ mod tests {
             dummy: 1000,
             many: 66,
         };
-        let pieces = |rows: &[Row]| planned(&planner, rows).into_iter().map(|[.., leaves, _, _, _]| leaves);
+        let pieces = |rows: &[Row]| planned(&planner, rows).into_iter().map(|segment| segment.leaves);
         let long = rows(256, 16);
         assert!(pieces(&long).count() > long.len(), "the last rows are longer than what is left for a block");
         assert!(pieces(&long).all(|leaves| u64::from(leaves) >= LEAST));
@@ -334,7 +385,7 @@ mod tests {
             graph_rows: 0,
         };
         let planner = DecodePlanner::new(264, heads, u32::MAX, &limits, limits.running, SmShare::Whole);
-        assert!(planned(&planner, &[row, row]).iter().all(|[.., leaves, _, _, _]| *leaves <= 4));
+        assert!(planned(&planner, &[row, row]).iter().all(|segment| segment.leaves <= 4));
     }
 
     #[test]
@@ -351,7 +402,7 @@ mod tests {
             dummy: 1000,
             many: 66,
         };
-        let mut order: Vec<u32> = planned(&planner, &rows).iter().map(|segment| segment[0]).collect();
+        let mut order: Vec<u32> = planned(&planner, &rows).iter().map(|segment| segment.row).collect();
         order.dedup();
         let apart = 100_000_u32.div_ceil(COUNTS as u32).next_power_of_two();
         let kv_len = |index: u32| rows[index as usize].kv_len;

@@ -34,6 +34,14 @@ pub(super) struct Splitter {
     pub(super) pieces: u32,
 }
 
+/// Of a filled plan, how many items are whole, and how many pieces there are of those that are not.
+pub(super) fn pieces(words: &[u32]) -> (usize, usize) {
+    let (head, pieces) = words.split_at(HEAD);
+    let pieces = &pieces.as_chunks::<PIECE>().0[..head[0] as usize];
+    let whole = pieces.iter().filter(|[_, _, span, _]| *span == ALL).count();
+    (whole, pieces.len() - whole)
+}
+
 impl Splitter {
     /// Words of the plan of a step with up to so many items.
     pub(super) fn words(&self, items: u32) -> usize {

@@ -12,7 +12,7 @@
 //!
 //! Invariant: a block's shared memory is what its tiling allows, and its sums fit the ring that they lie over.
 
-use super::{BLOCK_COLS, Block, Epilogue, Kind, Product, Shape, SmShare};
+use super::{BLOCK_COLS, Block, Epilogue, Explained, Kind, Product, Shape, SmShare};
 use crate::error::CudaError;
 use crate::launch::{Grid, Kernel, Launcher};
 use crate::module::Modules;
@@ -242,6 +242,39 @@ impl Tiling {
         }
     }
 
+    /// A kind's tilings for a matrix of this size; none where a kind has none.
+    fn all(kind: Kind, shape: &Shape, share: SmShare) -> &'static [Tiling] {
+        match share {
+            SmShare::Whole if shape.fits_l2() => Tiling::of(kind),
+            SmShare::Whole => Tiling::of_large(kind),
+            SmShare::Half => Tiling::of_half(kind),
+        }
+    }
+
+    /// Which of them is for the shape; none where another kernel is the quicker one. In half of each multiprocessor there is no
+    /// other: the last one then takes all that are too many for those before it.
+    fn index(tilings: &[Tiling], shape: &Shape, share: SmShare) -> Option<usize> {
+        let last = tilings.len().checked_sub(1).filter(|_| share == SmShare::Half);
+        tilings.iter().position(|tiling| tiling.suits(shape)).or(last)
+    }
+
+    /// What a product is launched as; `None` as above.
+    pub(super) fn explained(kind: Kind, shape: &Shape, share: SmShare, normed: bool) -> Option<Explained> {
+        let tilings = Self::all(kind, shape, share);
+        let tiling = &tilings[Self::index(tilings, shape, share)?];
+        let stages = tiling.stages(shape);
+        let Block { rows, tokens } = tiling.block;
+        let summed = match tiling.team {
+            Team::Pair => "all columns, in a pair that fetches w together".to_owned(),
+            Team::Slices { .. } => format!("{} of {} slices of the columns", tiling.own, shape.slices),
+        };
+        Some(Explained {
+            kernel: tiling.normed.filter(|_| normed).unwrap_or(tiling.kernel),
+            grid: tiling.grid(shape, stages),
+            work: format!("a block: {rows} rows of w, {tokens} tokens, {summed}; {stages} stages"),
+        })
+    }
+
     /// Stages of the ring: as many as a block has blocks of columns, if they fit.
     fn stages(&self, shape: &Shape) -> u32 {
         let fit = (self.shared - self.block.shared(0)) / (self.block.shared(1) - self.block.shared(0));
@@ -273,6 +306,7 @@ impl Tiling {
             .rows(rows)
             .cluster(cluster)
             .shared(self.block.shared(stages))
+            .dependent()
     }
 
     /// Is it the quickest for the shape, but for those before it in a list?
@@ -340,22 +374,15 @@ impl Decode {
         ])
     }
 
-    /// A kind's tilings for a matrix of this size; none where a kind has none.
-    fn tilings(&self, kind: Kind, shape: &Shape, share: SmShare) -> &[Loaded] {
+    /// The tiling for the shape; none where another kernel is the quicker one.
+    pub(super) fn tiling(&self, kind: Kind, shape: &Shape, share: SmShare) -> Option<&Loaded> {
+        let index = Tiling::index(Tiling::all(kind, shape, share), shape, share)?;
         let loaded = match share {
             SmShare::Whole if shape.fits_l2() => &self.fitting,
             SmShare::Whole => &self.large,
             SmShare::Half => &self.half,
         };
-        loaded.get(kind as usize).map_or(&[], Vec::as_slice)
-    }
-
-    /// The tiling for the shape; none where another kernel is the quicker one. In half of each multiprocessor there is no other:
-    /// the last one then takes all that are too many for those before it.
-    pub(super) fn tiling(&self, kind: Kind, shape: &Shape, share: SmShare) -> Option<&Loaded> {
-        let tilings = self.tilings(kind, shape, share);
-        let last = tilings.last().filter(|_| share == SmShare::Half);
-        tilings.iter().find(|loaded| loaded.tiling.suits(shape)).or(last)
+        loaded.get(kind as usize)?.get(index)
     }
 
     pub(super) fn launch<E: Epilogue>(
@@ -366,7 +393,7 @@ impl Decode {
         let Product { shape, epilogue, .. } = product;
         let kernel = normed.as_ref().filter(|_| epilogue.is_normed()).unwrap_or(kernel);
         let stages = tiling.stages(shape);
-        let grid = tiling.grid(shape, stages).dependent();
+        let grid = tiling.grid(shape, stages);
         let [w, x] = product.maps(Block::new(tiling.fetched_rows(), tiling.block.tokens))?;
         launcher.launch(kernel, grid, [&w, &x, shape, &stages, *epilogue])
     }
@@ -374,9 +401,22 @@ impl Decode {
 
 #[cfg(test)]
 mod tests {
+    use minisgl_kernels::HOPPER;
     use minisgl_kernels::attention::Set;
 
     use super::*;
+    use crate::declared::threads_of;
+
+    #[test]
+    fn kernels_are_bound_to_the_threads_that_they_are_launched_with() {
+        let kinds = [Kind::Qkv, Kind::Residual, Kind::GateUp, Kind::Head];
+        let lists = [Tiling::of, Tiling::of_large, Tiling::of_half];
+        for tiling in kinds.into_iter().flat_map(|kind| lists.map(|of| of(kind))).flatten() {
+            for name in std::iter::once(tiling.kernel).chain(tiling.normed) {
+                assert_eq!(threads_of(HOPPER, name), tiling.block.threads(), "{name}");
+            }
+        }
+    }
 
     #[test]
     fn half_a_multiprocessor_is_left_beside_attention() {

@@ -16,11 +16,12 @@
 
 use minisgl_core::backend::Purpose;
 
-use super::{BLOCK_COLS, Block, Epilogue, Kind, Product, Shape};
+use super::{BLOCK_COLS, Block, Epilogue, Explained, Kind, Product, Shape};
 use crate::device::Cuda;
 use crate::error::CudaError;
-use crate::launch::{Grid, Kernel, Launcher, plain_params};
+use crate::launch::{Grid, Kernel, Launcher};
 use crate::memory::Address;
+use crate::param::plain_params;
 use crate::tensor_map::TensorMap;
 
 /// A tile's kernel, and how many clusters of it the device takes at once.
@@ -68,7 +69,7 @@ impl Partials {
 
 /// What a cluster works on at a time.
 #[derive(Clone, Copy, Debug)]
-struct Tile {
+pub(super) struct Tile {
     /// Blocks of a cluster along the rows of w, and along the tokens.
     blocks: [u32; 2],
     /// Rows of w in a block.
@@ -107,6 +108,69 @@ impl Tile {
         Tile { split: 4, cost: 12, adding: 130, ..Tile::MIDDLE },
         Tile { split: 4, cost: 13, adding: 200, ..Tile::WIDE },
     ];
+
+    /// The tiles that a kind of product has, and their kernels.
+    fn of(kind: Kind) -> Vec<(Tile, &'static str)> {
+        let three = |names: [&'static str; 3]| {
+            [Tile::NARROW, Tile::MIDDLE, Tile::SQUARE].into_iter().zip(names).collect::<Vec<_>>()
+        };
+        let mut tiles = match kind {
+            Kind::Qkv => three(["prefill_qkv_narrow", "prefill_qkv_middle", "prefill_qkv_square"]),
+            Kind::Residual => {
+                three(["prefill_residual_narrow", "prefill_residual_middle", "prefill_residual_square"])
+            }
+            Kind::GateUp => {
+                three(["prefill_gate_up_narrow", "prefill_gate_up_middle", "prefill_gate_up_square"])
+            }
+            Kind::Head => three(["prefill_head_narrow", "prefill_head_middle", "prefill_head_square"]),
+            Kind::Linear => vec![(Tile::NARROW, "prefill_linear_narrow")],
+        };
+        let tall = [
+            "prefill_gate_up_288x128",
+            "prefill_gate_up_224x128",
+            "prefill_gate_up_192x128",
+            "prefill_gate_up_144x192",
+            "prefill_gate_up_192x192",
+        ];
+        let split = ["split_residual_narrow", "split_residual_middle", "split_residual_wide"];
+        match kind {
+            Kind::GateUp => {
+                tiles.push((Tile::WIDE, "prefill_gate_up_wide"));
+                tiles.extend(Tile::TALL.into_iter().zip(tall));
+            }
+            Kind::Residual => tiles.extend(Tile::SPLIT.into_iter().zip(split)),
+            Kind::Qkv | Kind::Head | Kind::Linear => {}
+        }
+        tiles
+    }
+
+    /// Which of such tiles, of which the device takes so many clusters at once, is the quickest for the product. Wider tiles move
+    /// fewer bytes for each operation, but leave more of the device idle at the end; so do clusters of four, which do not find
+    /// room on every multiprocessor.
+    fn quickest(tiles: impl Iterator<Item = (Tile, u32)>, shape: &Shape) -> Option<usize> {
+        let there = tiles.enumerate().filter(|(_, (tile, _))| tile.suits(shape));
+        there.min_by_key(|(_, (tile, clusters))| tile.time(shape, *clusters)).map(|(index, _)| index)
+    }
+
+    /// What a product is launched as on a device that takes so many clusters of a size at once.
+    pub(super) fn explained(kind: Kind, shape: &Shape, clusters_of: fn(u32) -> u32) -> Option<Explained> {
+        let tiles = Self::of(kind);
+        let clusters = |tile: Tile| clusters_of(tile.cluster());
+        let (tile, kernel) =
+            tiles[Self::quickest(tiles.iter().map(|(tile, _)| (*tile, clusters(*tile))), shape)?];
+        let (count, turns) = (tile.count(shape), tile.turns(shape));
+        let split = if tile.split == 1 { String::new() } else { format!(" in {turns} slices") };
+        Some(Explained {
+            kernel,
+            grid: tile.grid(turns.min(clusters(tile))),
+            work: format!(
+                "a block: {} rows of w, {} tokens, all columns; {count} tiles{split} for {} clusters",
+                tile.rows,
+                tile.tokens(),
+                turns.min(clusters(tile)),
+            ),
+        })
+    }
 
     fn cluster(self) -> u32 {
         self.blocks[0] * self.blocks[1]
@@ -174,50 +238,28 @@ impl Prefill {
     /// Looks up the kernels, and how many clusters of each the device takes.
     pub(super) fn new(cuda: &mut Cuda) -> Result<Prefill, CudaError> {
         let partials = Partials::new(cuda)?;
-        let load = |tile: Tile, name| {
+        let load = |(tile, name): (Tile, &'static str)| {
             let kernel = cuda.modules().kernel("gemm_prefill", name, Tile::SHARED)?;
             // Where none has room the launch will say so.
             let clusters = cuda.launcher().clusters_at_once(&kernel, tile.grid(1))?.max(1);
             Ok::<_, CudaError>(Loaded { tile, kernel, clusters })
         };
-        let three = |narrow, middle, square| {
-            Ok::<_, CudaError>(vec![
-                load(Tile::NARROW, narrow)?,
-                load(Tile::MIDDLE, middle)?,
-                load(Tile::SQUARE, square)?,
-            ])
-        };
-        let mut kernels = [
-            three("prefill_qkv_narrow", "prefill_qkv_middle", "prefill_qkv_square")?,
-            three("prefill_residual_narrow", "prefill_residual_middle", "prefill_residual_square")?,
-            three("prefill_gate_up_narrow", "prefill_gate_up_middle", "prefill_gate_up_square")?,
-            three("prefill_head_narrow", "prefill_head_middle", "prefill_head_square")?,
-            vec![load(Tile::NARROW, "prefill_linear_narrow")?],
+        let of_kind = |kind| Tile::of(kind).into_iter().map(load).collect::<Result<Vec<_>, _>>();
+        let kernels = [
+            of_kind(Kind::Qkv)?,
+            of_kind(Kind::Residual)?,
+            of_kind(Kind::GateUp)?,
+            of_kind(Kind::Head)?,
+            of_kind(Kind::Linear)?,
         ];
-        let tall = Tile::TALL.into_iter().zip([
-            "prefill_gate_up_288x128",
-            "prefill_gate_up_224x128",
-            "prefill_gate_up_192x128",
-            "prefill_gate_up_144x192",
-            "prefill_gate_up_192x192",
-        ]);
-        for (tile, name) in [(Tile::WIDE, "prefill_gate_up_wide")].into_iter().chain(tall) {
-            kernels[Kind::GateUp as usize].push(load(tile, name)?);
-        }
-        let [narrow, middle, wide] = Tile::SPLIT;
-        kernels[Kind::Residual as usize].extend([
-            load(narrow, "split_residual_narrow")?,
-            load(middle, "split_residual_middle")?,
-            load(wide, "split_residual_wide")?,
-        ]);
         Ok(Prefill { kernels, partials })
     }
 
-    /// The quickest tile that there is for the product. Wider tiles move fewer bytes for each operation, but leave more of the
-    /// device idle at the end; so do clusters of four, which do not find room on every multiprocessor.
+    /// The quickest tile that there is for the product.
     fn quickest(&self, kind: Kind, shape: &Shape) -> Option<&Loaded> {
-        let there = self.kernels[kind as usize].iter().filter(|loaded| loaded.tile.suits(shape));
-        there.min_by_key(|Loaded { tile, clusters, .. }| tile.time(shape, *clusters))
+        let kernels = &self.kernels[kind as usize];
+        let index = Tile::quickest(kernels.iter().map(|loaded| (loaded.tile, loaded.clusters)), shape)?;
+        kernels.get(index)
     }
 
     pub(super) fn launch<E: Epilogue>(
@@ -246,7 +288,20 @@ impl Prefill {
 
 #[cfg(test)]
 mod tests {
+    use minisgl_kernels::HOPPER;
+
     use super::*;
+    use crate::declared::{assert_declared, threads_of};
+
+    #[test]
+    fn kernels_are_bound_to_the_threads_that_they_are_launched_with_and_take_these_parameters() {
+        for kind in [Kind::Qkv, Kind::Residual, Kind::GateUp, Kind::Head, Kind::Linear] {
+            for (tile, name) in Tile::of(kind) {
+                assert_eq!(threads_of(HOPPER, name), tile.threads(), "{name}");
+            }
+        }
+        assert_declared!(&["hopper/split.cuh"], "Partials", Partials { sums, arrived });
+    }
 
     #[test]
     fn every_tile_is_fetched_in_boxes_of_whole_swizzles() {
@@ -267,9 +322,8 @@ mod tests {
             let shape = Shape { rows, cols, tokens, slices };
             let tiles = [(Tile::NARROW, 66), (Tile::MIDDLE, 66), (Tile::SQUARE, 30), (Tile::WIDE, 66)];
             let others = Tile::TALL.into_iter().chain(Tile::SPLIT).map(|tile| (tile, 66));
-            let there = tiles.into_iter().chain(others).filter(|(tile, _)| tile.suits(&shape));
-            let (tile, _) = there.min_by_key(|(tile, clusters)| tile.time(&shape, *clusters)).unwrap();
-            is(tile)
+            let tiles: Vec<_> = tiles.into_iter().chain(others).collect();
+            is(tiles[Tile::quickest(tiles.iter().copied(), &shape).unwrap()].0)
         };
         assert_eq!(quickest(7168, 5120, 128, 2), is(Tile::NARROW));
         assert_eq!(quickest(4096, 1024, 16_384, 2), is(Tile::MIDDLE));

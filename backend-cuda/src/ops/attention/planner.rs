@@ -1,0 +1,274 @@
+//! How a model's attention is divided on a device: kernels, grids and plans, all of it known without the device.
+//!
+//! ```text
+//!   plan words   | decode rows: the whole step's, or its first half's and its second's | prefill rows |
+//! ```
+
+use minisgl_core::batch::{Row, StepShape};
+use minisgl_core::config::Limits;
+use minisgl_core::spec::Dims;
+use minisgl_kernels::attention::{Set, TILE};
+
+use super::heads::Heads;
+use super::plan::{DecodePlanner, segments};
+use super::split::{Splitter, pieces};
+use crate::error::CudaError;
+use crate::launch::Grid;
+use crate::ops::gemm::SmShare;
+use crate::ops::halves::Part;
+
+/// Wider than any sequence; the kernels add it to positions.
+const NO_WINDOW: u32 = 1 << 30;
+/// Bytes for pieces of split items. A portion of 512 tokens behind 16 thousand takes 38 MiB of Qwen3-0.6B's heads.
+const KEPT_BYTES: usize = 64 << 20;
+
+/// The planners of both kinds of rows.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Planner {
+    pub(super) set: Set,
+    /// Which set the kernels are of.
+    pub(super) hopper: bool,
+    pub(super) heads: Heads,
+    /// Positions that a token sees, [`NO_WINDOW`] of them where all.
+    pub(super) window: u32,
+    /// For a step that is not divided, and for each half of one that is.
+    pub(super) whole: DecodePlanner,
+    pub(super) half: DecodePlanner,
+    pub(super) splitter: Splitter,
+}
+
+impl Planner {
+    /// For steps within `limits`. All layers have the same window, or none.
+    pub(crate) fn new(
+        hopper: bool,
+        multiprocessors: u32,
+        dims: &Dims,
+        window: Option<u32>,
+        limits: &Limits,
+    ) -> Result<Planner, CudaError> {
+        let heads = Heads::new(dims, hopper);
+        let window = window.map_or(NO_WINDOW, |window| window.min(NO_WINDOW));
+        let tiles = u64::from(limits.running) * u64::from(limits.sequence.div_ceil(TILE));
+        if tiles * u64::from(heads.items()) > u64::from(u32::MAX) {
+            return Err(CudaError::Unsupported(
+                "the attention kernels count a step's work in 32 bits: lower --max-running or --max-seq-len"
+                    .into(),
+            ));
+        }
+        let set = Set::new(hopper, heads.head_dim, heads.at_once);
+        let decode = |blocks, rows, share| DecodePlanner::new(blocks, heads, window, limits, rows, share);
+        let of_piece = set.prefill.kept * heads.kv_heads as usize;
+        Ok(Planner {
+            set,
+            hopper,
+            heads,
+            window,
+            whole: decode(multiprocessors * set.decode_blocks, limits.running, SmShare::Whole),
+            half: decode(multiprocessors, Self::half_rows(limits), SmShare::Half),
+            splitter: Splitter {
+                blocks: multiprocessors,
+                kv_heads: heads.kv_heads,
+                item_tokens: set.prefill.item_tokens(heads.group),
+                window,
+                pieces: KEPT_BYTES.checked_div(of_piece).unwrap_or(0) as u32,
+            },
+        })
+    }
+
+    /// Rows that a half of a divided step has at most.
+    pub(super) fn half_rows(limits: &Limits) -> u32 {
+        limits.running.div_ceil(2)
+    }
+
+    /// Names of the kernels for decode rows and for prefill rows.
+    pub(crate) fn kernels(&self) -> [&'static str; 2] {
+        let decode = match (self.heads.head_dim, self.heads.at_once, self.window == NO_WINDOW) {
+            (64, 1, true) => "attention_decode_64",
+            (64, 1, false) => "attention_decode_window_64",
+            (64, _, true) => "attention_decode_64x2",
+            (64, _, false) => "attention_decode_window_64x2",
+            (_, _, true) => "attention_decode_128",
+            (_, _, false) => "attention_decode_window_128",
+        };
+        [decode, if self.heads.head_dim == 64 { "attention_prefill_64" } else { "attention_prefill_128" }]
+    }
+
+    /// Words of the plan of the largest step within `limits`.
+    pub(crate) fn words(&self, limits: &Limits) -> usize {
+        let items = self.heads.items_max(&self.set.prefill, limits.step_tokens() as u32, limits.running);
+        self.decode_words() + self.splitter.words(items)
+    }
+
+    /// Words of the plan of the largest step of decode rows; that of prefill rows lies behind them.
+    pub(super) fn decode_words(&self) -> usize {
+        self.whole.words().max(2 * self.half.words())
+    }
+
+    /// Divides a step's work, or that of its halves. `rows` are the step's, padding included.
+    pub(crate) fn plan(&self, shape: StepShape, divided: bool, rows: &[Row], words: &mut [u32]) {
+        let (decode_words, prefill_words) = words.split_at_mut(self.decode_words());
+        let decode_rows = &rows[..shape.decode_rows as usize];
+        if divided {
+            let (first, second) = decode_rows.split_at(Part::First.tokens(shape).len());
+            let (first_words, second_words) = decode_words.split_at_mut(self.half.words());
+            self.half.plan(first, first_words);
+            self.half.plan(second, second_words);
+        } else if shape.decode_rows > 0 {
+            self.whole.plan(decode_rows, decode_words);
+        }
+        if shape.prefill_rows > 0 {
+            self.splitter.plan(rows, shape.decode_rows, prefill_words);
+        }
+    }
+
+    /// Of the whole step's decode rows, or of a half's.
+    pub(super) fn decode_grid(&self, planner: &DecodePlanner) -> Grid {
+        Grid::new(planner.blocks, self.set.decode_threads).shared(self.set.decode_shared).dependent()
+    }
+
+    /// Hopper's blocks take piece after piece, and fill the device once. A portable block takes one item and head: as many are
+    /// launched as the step's tokens may need at most.
+    pub(crate) fn prefill_grid(&self, shape: StepShape) -> Grid {
+        let items = self.heads.items_max(&self.set.prefill, shape.prefill_tokens(), shape.prefill_rows);
+        let blocks = if self.hopper { self.splitter.blocks } else { items * self.heads.kv_heads };
+        let grid = Grid::new(blocks, self.set.prefill.threads).shared(self.set.prefill.shared);
+        if self.hopper { grid.dependent() } else { grid }
+    }
+
+    /// What a part's decode rows are divided into.
+    pub(crate) fn explained_decode(&self, part: Part, rows: &[Row]) -> (Grid, String) {
+        let planner = if part == Part::Whole { &self.whole } else { &self.half };
+        let mut words = vec![0; planner.words()];
+        planner.plan(rows, &mut words);
+        let segments = segments(&words);
+        let leaves = || segments.iter().map(|segment| segment.leaves);
+        let cut = segments.iter().filter(|segment| segment.total > 0 && segment.at == segment.base).count();
+        let grid = self.decode_grid(planner);
+        let (least, most) = (leaves().min().unwrap_or(0), leaves().max().unwrap_or(0));
+        let each = if least == most { most.to_string() } else { format!("{least} to {most}") };
+        let text = format!(
+            "{} segments of {each} leaves, {cut} rows cut; {} items each: {} turns for {} blocks",
+            segments.len(),
+            self.heads.items(),
+            segments.len() as u32 * self.heads.items(),
+            planner.blocks,
+        );
+        (grid, text)
+    }
+
+    /// What the prefill rows are divided into.
+    pub(crate) fn explained_prefill(&self, shape: StepShape, rows: &[Row]) -> (Grid, String) {
+        let items = self.heads.items_max(&self.set.prefill, shape.prefill_tokens(), shape.prefill_rows);
+        let mut words = vec![0; self.splitter.words(items)];
+        self.splitter.plan(rows, shape.decode_rows, &mut words);
+        let (whole, split) = pieces(&words);
+        let heads = self.heads.kv_heads;
+        let text = format!(
+            "{whole} items of {} tokens whole, {split} pieces of split ones; {heads} kv heads each: {} turns",
+            self.splitter.item_tokens,
+            (whole + split) as u32 * heads,
+        );
+        (self.prefill_grid(shape), text)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use minisgl_core::batch::{Header, PageUpdate, SlotUpdate, Token};
+    use minisgl_core::sampling::SlotState;
+    use minisgl_kernels::attention::{LEAF, SPAN};
+    use minisgl_kernels::{HOPPER, PORTABLE};
+
+    use super::super::plan::Segment;
+    use super::*;
+    use crate::declared::{assert_declared, constant, threads_of};
+
+    fn planner(hopper: bool, [heads, kv_heads, head_dim]: [u32; 3], window: Option<u32>) -> Planner {
+        let (layers, hidden, intermediate, vocab) = (1, 64, 64, 64);
+        let dims = Dims { layers, hidden, heads, kv_heads, head_dim, intermediate, vocab, norm_eps: 1e-6 };
+        let limits = Limits {
+            running: 8,
+            queued: 8,
+            sequence: 1024,
+            prefill_tokens: 512,
+            page_size: 16,
+            pages: 512,
+            graph_rows: 0,
+        };
+        Planner::new(hopper, 132, &dims, window, &limits).unwrap()
+    }
+
+    #[test]
+    fn kernels_are_bound_to_the_threads_that_they_are_launched_with() {
+        for (hopper, set) in [(true, HOPPER), (false, PORTABLE)] {
+            for heads in [[16, 8, 128], [16, 8, 64], [14, 2, 64]] {
+                for window in [None, Some(512)] {
+                    let planner = planner(hopper, heads, window);
+                    let [decode, prefill] = planner.kernels();
+                    assert_eq!(threads_of(set, decode), planner.set.decode_threads, "{decode}");
+                    assert_eq!(threads_of(set, prefill), planner.set.prefill.threads, "{prefill}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn the_host_and_the_kernels_mean_the_same_by_a_batch_and_a_plan() {
+        let batch = &["batch.cuh"];
+        assert_declared!(
+            batch,
+            "Header",
+            Header { rows, tokens, samples, updates, output, slot_updates, reserved }
+        );
+        assert_declared!(
+            batch,
+            "Row",
+            Row { slot, first_token, tokens, position, kv_len, sampled, logprobs, mask }
+        );
+        assert_declared!(batch, "Token", Token { id, slot, position, location });
+        assert_declared!(batch, "PageUpdate", PageUpdate { index, page });
+        assert_declared!(batch, "SlotUpdate", SlotUpdate { slot, rules, rule_words, reserved, state });
+        assert_declared!(
+            batch,
+            "SlotState",
+            SlotState {
+                temperature,
+                top_k,
+                top_p,
+                min_p,
+                seed_low,
+                seed_high,
+                edits,
+                repetition,
+                presence,
+                frequency,
+                prompt_len,
+                endings_from,
+                biases,
+                endings,
+                bad_words,
+                reserved,
+            }
+        );
+        assert_declared!(
+            &["attention_work.cuh"],
+            "Segment",
+            Segment { row, slot, kv_len, first, leaves, base, at, total }
+        );
+    }
+
+    #[test]
+    fn the_host_and_the_kernels_cut_alike() {
+        let attention = |name| constant("attention.cuh", name);
+        assert_eq!((attention("LEAF"), attention("TILE")), (LEAF, TILE));
+        assert_eq!(attention("LEAF") * attention("SPAN_LEAVES"), SPAN);
+        assert_eq!(attention("TILE") * attention("LEAF_TILES"), LEAF);
+        let [hopper, portable] = [true, false].map(|hopper| Set::new(hopper, 128, 1));
+        assert_eq!(constant("hopper/attention.cu", "DECODE_BLOCKS"), hopper.decode_blocks);
+        assert_eq!(constant("portable/attention.cu", "DECODE_BLOCKS"), portable.decode_blocks);
+        let prefill = |name| constant("hopper/attention_prefill.cuh", name);
+        let minisgl_kernels::attention::Prefill { parts, part_queries, .. } = hopper.prefill;
+        assert_eq!((prefill("PARTS"), prefill("PART_QUERIES")), (parts, part_queries));
+        assert_eq!(constant("portable/attention_prefill.cuh", "COLUMNS"), portable.prefill.part_queries);
+    }
+}

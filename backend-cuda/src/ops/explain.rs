@@ -1,0 +1,163 @@
+//! A step's launches as the planners decide them, on a device that is described and need not be there.
+//!
+//! ```text
+//!   begin_step ─ embed ─ [qkv ─ attention ─ o ─ gate_up ─ down] each layer, twice in a divided step ─ final_norm ─ head ─ sample
+//! ```
+//!
+//! What is asked here is what a launch asks: tilings, grids, plans and kernels are chosen by the same functions.
+
+use minisgl_core::batch::{Row, StepShape};
+use minisgl_core::config::Limits;
+use minisgl_core::spec::{Attention, Bias, DecoderSpec, Mixer, QkNorm};
+
+use super::attention::Planner;
+pub use super::described::Described;
+use super::embed::Ends;
+use super::gemm::{self, Kind, SmShare};
+use super::halves::{Halves, Part};
+use super::sampling::Sampling;
+use super::supports;
+use crate::error::CudaError;
+use crate::launch::Grid;
+use crate::weight::gate_up_rows;
+
+/// A launch.
+#[derive(Clone, Debug)]
+pub struct Launch {
+    /// What it is for.
+    pub what: &'static str,
+    /// The kernel.
+    pub kernel: &'static str,
+    /// Its shape.
+    pub grid: Grid,
+    /// What a block does, where that is worth a word.
+    pub work: String,
+}
+
+/// What a step launches.
+#[derive(Clone, Debug)]
+pub struct Explained {
+    /// Before the layers.
+    pub before: Vec<Launch>,
+    /// A layer's, for each part of the step: the whole, or two halves, of which the second runs on a stream of its own.
+    pub layer: Vec<(Part, Vec<Launch>)>,
+    /// Behind them.
+    pub behind: Vec<Launch>,
+}
+
+/// The launches of a step of `rows` of a model whose layers are alike, without experts.
+///
+/// # Errors
+/// A model that the kernels can't compute, limits beyond what they count.
+pub fn explain(
+    device: &Described,
+    spec: &DecoderSpec,
+    limits: &Limits,
+    shape: StepShape,
+    rows: &[Row],
+) -> Result<Explained, CudaError> {
+    supports::check(spec).map_err(|error| CudaError::Unsupported(error.to_string()))?;
+    let planner = Planner::new(device.hopper, device.multiprocessors, &spec.dims, spec.window(), limits)?;
+    let explainer = Explainer { device, spec, shape, rows, planner };
+    let divided = Halves::new(spec, device.hopper).divide(shape);
+    let parts: &[Part] = if divided { &[Part::First, Part::Second] } else { &[Part::Whole] };
+    Ok(Explained {
+        before: explainer.before(),
+        layer: parts.iter().map(|part| (*part, explainer.layer(*part))).collect(),
+        behind: explainer.behind(),
+    })
+}
+
+struct Explainer<'a> {
+    device: &'a Described,
+    spec: &'a DecoderSpec,
+    shape: StepShape,
+    rows: &'a [Row],
+    planner: Planner,
+}
+
+impl Explainer<'_> {
+    fn before(&self) -> Vec<Launch> {
+        let tokens = self.shape.tokens;
+        vec![
+            launch(
+                "begin_step",
+                "begin_step",
+                Ends::begin_step_grid(),
+                "changes of the page table, slots, rules",
+            ),
+            launch("embed", "embed", Ends::row_grid(tokens), "a block: a token"),
+        ]
+    }
+
+    fn layer(&self, part: Part) -> Vec<Launch> {
+        let dims = &self.spec.dims;
+        let (hidden, mlp) = (dims.hidden, dims.intermediate);
+        let (qkv, q) = (dims.qkv_width() as u32, dims.q_width() as u32);
+        let mut launches = Vec::from_iter(self.product("qkv", Kind::Qkv, [qkv, hidden], part));
+        launches.extend(self.attention(part));
+        launches.extend(self.product("o", Kind::Residual, [hidden, q], part));
+        launches.extend(self.product(
+            "gate_up",
+            Kind::GateUp,
+            [gate_up_rows(mlp as usize) as u32, hidden],
+            part,
+        ));
+        launches.extend(self.product("down", Kind::Residual, [hidden, mlp], part));
+        launches
+    }
+
+    fn behind(&self) -> Vec<Launch> {
+        let (samples, vocab) = (self.shape.samples, self.spec.dims.vocab);
+        let head = [vocab, self.spec.dims.hidden, samples];
+        let head = gemm::explained(self.device, Kind::Head, head, SmShare::Whole, false);
+        let chunk = Sampling::chunk(samples, vocab);
+        let mut launches =
+            vec![launch("final_norm", "final_norm", Ends::row_grid(samples), "a block: a sampled row")];
+        launches.extend(head.map(|it| launch("head", it.kernel, it.grid, it.work)));
+        launches.push(launch(
+            "sample",
+            "sample_cut",
+            Sampling::cut_grid(samples),
+            "a block: a row's filters",
+        ));
+        let (grid, work) = (Sampling::draw_grid(samples, vocab), format!("a block: {chunk} logits of a row"));
+        launches.push(launch("", "sample_draw", grid, work));
+        launches
+    }
+
+    fn product(&self, what: &'static str, kind: Kind, [rows, cols]: [u32; 2], part: Part) -> Option<Launch> {
+        let share = if part == Part::Whole { SmShare::Whole } else { SmShare::Half };
+        let tokens = part.tokens(self.shape).len() as u32;
+        let explained = gemm::explained(self.device, kind, [rows, cols, tokens], share, self.is_normed())?;
+        Some(launch(what, explained.kernel, explained.grid, explained.work))
+    }
+
+    /// Have heads norms and rope, and no biases?
+    fn is_normed(&self) -> bool {
+        self.spec.layers.iter().all(|layer| {
+            let Mixer::Attention(Attention { bias, qk_norm, rope, .. }) = layer.mixer else { return false };
+            bias == Bias::None && qk_norm == QkNorm::PerHead && rope.is_some()
+        })
+    }
+
+    fn attention(&self, part: Part) -> Vec<Launch> {
+        let [decode, prefill] = self.planner.kernels();
+        let mut launches = Vec::new();
+        if self.shape.decode_rows > 0 {
+            let tokens = part.tokens(self.shape);
+            let decode_rows = tokens.start as usize..tokens.end.min(self.shape.decode_rows) as usize;
+            let (grid, work) = self.planner.explained_decode(part, &self.rows[decode_rows]);
+            launches.push(launch("attention", decode, grid, work));
+        }
+        if self.shape.prefill_rows > 0 {
+            let (grid, work) = self.planner.explained_prefill(self.shape, self.rows);
+            launches.push(launch("attention", prefill, grid, work));
+        }
+        launches
+    }
+}
+
+fn launch(what: &'static str, kernel: &'static str, grid: Grid, work: impl Into<String>) -> Launch {
+    Launch { what, kernel, grid, work: work.into() }
+}

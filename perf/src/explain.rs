@@ -1,0 +1,180 @@
+//! What a step launches, as a text: `perf-cuda --explain rows=128`.
+//!
+//! Tilings, grids, stages and plans are asked of those who decide them when the step is launched, for a device that is described
+//! and need not be there.
+
+use std::fmt::{self, Write};
+use std::str::FromStr;
+
+use minisgl_cuda::ops::explain::{Described, Explained, Launch, explain};
+use minisgl_cuda::ops::halves::Part;
+use minisgl_cuda::{CudaError, KernelSet};
+
+use crate::model::ModelShape;
+use crate::step::StepOf;
+
+/// The step that is asked about: `rows=128`, `rows=64,context=4096`, `tokens=2048,behind=16384`.
+#[derive(Clone, Copy, Debug)]
+pub struct ExplainedStep {
+    /// Decode rows,
+    rows: u32,
+    /// and tokens that each attends to.
+    context: u32,
+    /// Tokens of one prompt,
+    tokens: u32,
+    /// and what is cached before them.
+    behind: u32,
+}
+
+impl FromStr for ExplainedStep {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<ExplainedStep, String> {
+        let mut step = ExplainedStep { rows: 0, context: 1024, tokens: 0, behind: 0 };
+        for word in text.split(',') {
+            let (name, value) = word.split_once('=').ok_or_else(|| format!("`{word}` is no NAME=NUMBER"))?;
+            let value: u32 = value.parse().map_err(|_| format!("`{value}` in `{word}` is no number"))?;
+            match name {
+                "rows" => step.rows = value,
+                "context" => step.context = value.max(1),
+                "tokens" => step.tokens = value,
+                "behind" => step.behind = value,
+                _ => return Err(format!("a step has no `{name}`: take rows, context, tokens or behind")),
+            }
+        }
+        if step.rows == 0 && step.tokens == 0 {
+            return Err("the step has neither rows nor tokens".into());
+        }
+        if step.rows > ROWS_MAX || [step.context, step.tokens, step.behind].iter().any(|n| *n > LENGTH_MAX) {
+            return Err(format!("up to {ROWS_MAX} rows, and {LENGTH_MAX} tokens of each, can be explained"));
+        }
+        Ok(step)
+    }
+}
+
+/// More than any device has pages for, and few enough that their products are numbers of 32 bits.
+const ROWS_MAX: u32 = 4096;
+const LENGTH_MAX: u32 = 1 << 19;
+
+impl fmt::Display for ExplainedStep {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.rows > 0 {
+            write!(f, "{} decode rows of context {}", self.rows, self.context)?;
+        }
+        let and = if self.rows > 0 { " and " } else { "" };
+        match (self.tokens, self.behind) {
+            (0, _) => Ok(()),
+            (tokens, 0) => write!(f, "{and}a prompt of {tokens} tokens"),
+            (tokens, behind) => write!(f, "{and}{tokens} tokens of a prompt behind {behind}"),
+        }
+    }
+}
+
+impl ExplainedStep {
+    /// The step's launches for a model, one a line, in their order.
+    ///
+    /// # Errors
+    /// A step beyond what the kernels count.
+    pub fn text(&self, model: &ModelShape, kernels: KernelSet) -> Result<String, CudaError> {
+        let device = if kernels == KernelSet::Portable { Described::PORTABLE } else { Described::HOPPER };
+        let decode = StepOf::decode(&vec![self.context; self.rows as usize], model.vocab);
+        let prefill = (self.tokens > 0).then_some((self.behind, self.tokens));
+        let step = StepOf { rows: decode.rows.iter().copied().chain(prefill).collect(), ..decode };
+        let rows = step.packed_rows();
+        let explained = explain(&device, &model.spec(), &step.limits(), step.shape(), &rows)?;
+        let set = if device.hopper { "Hopper" } else { "portable" };
+        let mut text = format!(
+            "{self}, model {}, on {} SMs as an H100 or H200 has, {set} kernels\n",
+            model.name, device.multiprocessors
+        );
+        // Writing to a string does not fail.
+        let _ = write_launches(&mut text, &explained, model.layers);
+        Ok(text)
+    }
+}
+
+fn write_launches(text: &mut String, explained: &Explained, layers: u32) -> fmt::Result {
+    writeln!(text, "\nbefore the layers")?;
+    explained.before.iter().try_for_each(|launch| write_launch(text, launch))?;
+    let texts = explained.layer.iter().map(|(part, launches)| {
+        let mut text = String::new();
+        launches.iter().try_for_each(|launch| write_launch(&mut text, launch))?;
+        Ok((*part, text))
+    });
+    let texts = texts.collect::<Result<Vec<_>, _>>()?;
+    if let [(_, first), (_, second)] = texts.as_slice()
+        && first == second
+    {
+        writeln!(
+            text,
+            "\na layer, {layers} times: each half of the rows, the second's on a stream of its own"
+        )?;
+        text.push_str(first);
+    } else {
+        for (part, launches) in texts {
+            let whose = match part {
+                Part::Whole => "all rows",
+                Part::First => "the first half of the rows",
+                Part::Second => "the second half, beside it on a stream of its own",
+            };
+            write!(text, "\na layer, {layers} times: {whose}\n{launches}")?;
+        }
+    }
+    writeln!(text, "\nbehind the layers")?;
+    explained.behind.iter().try_for_each(|launch| write_launch(text, launch))
+}
+
+fn write_launch(text: &mut String, launch: &Launch) -> fmt::Result {
+    let Launch { what, kernel, grid, work } = launch;
+    writeln!(text, "  {what:<10} {kernel:<24} {grid}\n  {:<10} {work}", "")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn text(step: &str, model: &str, kernels: KernelSet) -> String {
+        let model: ModelShape = model.parse().unwrap();
+        step.parse::<ExplainedStep>().unwrap().text(&model, kernels).unwrap()
+    }
+
+    #[test]
+    fn halves_that_differ_are_explained_one_by_one() {
+        let odd = text("rows=65", "layers=28", KernelSet::Auto);
+        assert!(
+            odd.contains("the first half of the rows") && odd.contains("the second half, beside"),
+            "{odd}"
+        );
+    }
+
+    #[test]
+    fn a_small_models_decode_step_is_explained_in_halves_and_a_large_ones_whole() {
+        let small = text("rows=128", "layers=28", KernelSet::Auto);
+        assert!(
+            small.contains("decode_qkv_normed_64x64") && small.contains("a stream of its own"),
+            "{small}"
+        );
+        let large = text("rows=128", "hidden=5120,heads=40,intermediate=17408", KernelSet::Auto);
+        assert!(large.contains("all rows") && !large.contains("half"), "{large}");
+        let biased = text("rows=16", "bias=1", KernelSet::Auto);
+        assert!(biased.contains("decode_qkv_64x16") && !biased.contains("normed"), "{biased}");
+        assert!(text("rows=1", "layers=28", KernelSet::Portable).contains("gemm_qkv_16"));
+    }
+
+    #[test]
+    fn prompts_are_explained_beside_decode_rows_and_long_contexts_are_split() {
+        let mixed = text("rows=8,tokens=512,behind=16384", "layers=28", KernelSet::Auto);
+        assert!(mixed.contains("attention_decode_128") && mixed.contains("attention_prefill_128"), "{mixed}");
+        assert!(mixed.contains("pieces of split ones") && !mixed.contains(" 0 pieces"), "{mixed}");
+        assert!(text("tokens=16384", "layers=28", KernelSet::Auto).contains("prefill_qkv_"));
+    }
+
+    #[test]
+    fn what_is_no_step_is_refused_by_name() {
+        for wrong in
+            ["", "rows", "rows=x", "rows=0", "context=5", "heads=2", "rows=5000", "rows=1,context=600000"]
+        {
+            assert!(wrong.parse::<ExplainedStep>().is_err(), "{wrong}");
+        }
+    }
+}
