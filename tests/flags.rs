@@ -1,11 +1,14 @@
 //! Flags as people write them, and flags that can't hold: found before anything is loaded, by name.
 
 mod common;
+#[path = "common/flag_tables.rs"]
+mod flag_tables;
 
 use std::fs;
 use std::process::{Command, Output};
 
 use common::Scratch;
+use flag_tables::{assert_documented, part};
 use serde_json::Value;
 
 const LINE: &str = r#"{"id": 1, "prompt_token_ids": [5, 6, 7], "max_tokens": 6}"#;
@@ -42,6 +45,21 @@ fn complaint(output: &Output) -> String {
     assert_ne!(output.status.code(), Some(101), "a panic: {output:?}");
     assert_eq!(output.status.code(), Some(1), "an abort: {output:?}");
     String::from_utf8(output.stderr.clone()).unwrap()
+}
+
+#[test]
+fn the_docs_tables_have_every_flag_and_its_default() {
+    let help = |program: &str| {
+        let output = Command::new(program).arg("--help").output().unwrap();
+        String::from_utf8(output.stdout).unwrap()
+    };
+    let (readme, generate) =
+        (fs::read_to_string("README.md").unwrap(), fs::read_to_string("docs/generate.md").unwrap());
+    let shared = part(&readme, "Of `offline-bench`, `generate`", "Of `offline-bench`:");
+    let bench = part(&readme, "Of `offline-bench`:", "## ");
+    assert_documented(&help(env!("CARGO_BIN_EXE_offline-bench")), &[shared, bench]);
+    let own = part(&generate, "## Flags of its own", "## ");
+    assert_documented(&help(env!("CARGO_BIN_EXE_generate")), &[shared, own]);
 }
 
 #[test]

@@ -1,6 +1,8 @@
 //! The program as a user starts it and ends it.
 
 mod common;
+#[path = "../../tests/common/flag_tables.rs"]
+mod flag_tables;
 
 use std::io::Read;
 use std::process::{Command, Stdio};
@@ -8,11 +10,22 @@ use std::time::{Duration, Instant};
 
 use common::serve::{Served, command};
 use common::{Scratch, Stream, checkpoint, request, send};
+use flag_tables::{assert_documented, part};
 use serde_json::{Value, json};
 
 fn signal(served: &Served, name: &str) {
     let status = Command::new("kill").args(["-s", name, &served.child.id().to_string()]).status().unwrap();
     assert!(status.success());
+}
+
+#[test]
+fn the_docs_tables_have_every_flag_and_its_default() {
+    let output = Command::new(env!("CARGO_BIN_EXE_serve")).arg("--help").output().unwrap();
+    let help = String::from_utf8(output.stdout).unwrap();
+    let page = |name| std::fs::read_to_string(format!("{}/../{name}", env!("CARGO_MANIFEST_DIR"))).unwrap();
+    let (readme, serving) = (page("README.md"), page("docs/serving.md"));
+    let shared = part(&readme, "Of `offline-bench`, `generate`", "Of `offline-bench`:");
+    assert_documented(&help, &[shared, part(&serving, "## Flags", "## ")]);
 }
 
 #[test]
