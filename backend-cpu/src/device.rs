@@ -20,17 +20,17 @@ use minisgl_core::tensor::HostTensor;
 
 use crate::attention::OWN_KV;
 use crate::command::Command;
-use crate::crew::{Crew, Job};
 use crate::error::CpuError;
 use crate::layer::Activations;
 use crate::link::Link;
 use crate::memory::{Buffer, available, floats};
 use crate::supports;
 use crate::weights::Weight;
+use crate::workers::{Job, Workers};
 
 /// The CPU.
 pub struct Cpu {
-    crew: Result<Crew, String>,
+    workers: Result<Workers, String>,
     recording: Option<Vec<Command>>,
     planned: Option<Planned>,
     rank: Rank,
@@ -77,15 +77,15 @@ impl Cpu {
     /// and to reserve is that rank's part of a model ([`minisgl_core::shard`]).
     pub fn of_rank(threads: usize, link: Link) -> Cpu {
         let cpu = Cpu { rank: link.rank(), ..Cpu::with_threads(threads) };
-        if let Ok(crew) = &cpu.crew {
-            crew.desk().machine.link = Some(link);
+        if let Ok(workers) = &cpu.workers {
+            workers.shared().machine.link = Some(link);
         }
         cpu
     }
 
     fn of(threads: Option<usize>) -> Cpu {
-        let crew = Crew::new(threads).map_err(|error| error.to_string());
-        Cpu { crew, recording: None, planned: None, rank: Rank::ALONE }
+        let workers = Workers::new(threads).map_err(|error| error.to_string());
+        Cpu { workers, recording: None, planned: None, rank: Rank::ALONE }
     }
 
     /// Which of the ranks that compute each step together it is.
@@ -93,8 +93,8 @@ impl Cpu {
         self.rank
     }
 
-    fn crew(&self) -> Result<&Crew, CpuError> {
-        self.crew.as_ref().map_err(|reason| CpuError::Threads(reason.clone()))
+    fn workers(&self) -> Result<&Workers, CpuError> {
+        self.workers.as_ref().map_err(|reason| CpuError::Threads(reason.clone()))
     }
 
     fn planned(&self) -> Result<&Planned, CpuError> {
@@ -114,7 +114,7 @@ impl Cpu {
     /// # Errors
     /// There are no threads.
     pub fn experts_read(&self) -> Result<ExpertsRead, CpuError> {
-        Ok(self.crew()?.desk().machine.experts_read)
+        Ok(self.workers()?.shared().machine.experts_read)
     }
 
     pub(crate) fn layer_spec(&self, layer: usize) -> Result<LayerSpec, CpuError> {
@@ -124,7 +124,7 @@ impl Cpu {
     /// Runs or records a command.
     pub(crate) fn enqueue(&mut self, command: Command) -> Result<(), CpuError> {
         match &mut self.recording {
-            None => self.crew()?.run(Job::Run(command)),
+            None => self.workers()?.run(Job::Run(command)),
             Some(commands) => {
                 commands.push(command);
                 Ok(())
@@ -145,7 +145,7 @@ impl Device for Cpu {
     type Graph = Graph;
 
     fn info(&self) -> DeviceInfo {
-        let threads = self.crew.as_ref().map_or(0, Crew::threads);
+        let threads = self.workers.as_ref().map_or(0, Workers::threads);
         let name = format!("CPU, {threads} thread{}", if threads == 1 { "" } else { "s" });
         DeviceInfo { name, activation_bytes: 4, kv: OWN_KV, logit_bytes: 4, page_size_min: 1 }
     }
@@ -157,11 +157,11 @@ impl Device for Cpu {
 
     /// Every element is one 32-bit word, those of the KV pages too, whatever is kept in them.
     fn alloc(&mut self, purpose: Purpose, _: Element, elements: usize) -> Result<Buffer, CpuError> {
-        self.crew()?.desk().machine.memory.alloc(purpose, elements)
+        self.workers()?.shared().machine.memory.alloc(purpose, elements)
     }
 
     fn free(&mut self, buffer: Buffer) -> Result<(), CpuError> {
-        self.crew()?.desk().machine.memory.free(buffer);
+        self.workers()?.shared().machine.memory.free(buffer);
         Ok(())
     }
 
@@ -195,16 +195,16 @@ impl Device for Cpu {
 
     fn upload(&mut self, from: &mut Pinned, range: Range<usize>, to: Buffer) -> Result<(), CpuError> {
         self.not_recording("an upload cannot be recorded; upload before the replay")?;
-        let mut desk = self.crew()?.desk();
-        let [to] = desk.machine.memory.borrow([to])?;
+        let mut shared = self.workers()?.shared();
+        let [to] = shared.machine.memory.borrow([to])?;
         to[range.clone()].copy_from_slice(&from.0[range]);
         Ok(())
     }
 
     fn download(&mut self, _: Queue, from: Buffer, words: usize, to: &mut Pinned) -> Result<(), CpuError> {
         self.not_recording("a download cannot be recorded; download after the replay")?;
-        let mut desk = self.crew()?.desk();
-        let [from] = desk.machine.memory.borrow([from])?;
+        let mut shared = self.workers()?.shared();
+        let [from] = shared.machine.memory.borrow([from])?;
         to.0[..words].copy_from_slice(&from[..words]);
         Ok(())
     }
@@ -259,7 +259,7 @@ impl Device for Cpu {
 
     fn replay(&mut self, graph: &Graph) -> Result<(), CpuError> {
         self.not_recording("a replay cannot be recorded; end the recording first")?;
-        self.crew()?.run(Job::Replay(graph.0.clone()))
+        self.workers()?.run(Job::Replay(graph.0.clone()))
     }
 }
 
@@ -288,9 +288,9 @@ impl Ops for Cpu {
 
     fn reserve(&mut self, spec: &DecoderSpec, limits: &Limits) -> Result<usize, CpuError> {
         let activations = {
-            let crew = self.crew()?;
-            let machine = &mut crew.desk().machine;
-            machine.reserve(spec, limits, crew.threads())?;
+            let workers = self.workers()?;
+            let machine = &mut workers.shared().machine;
+            machine.reserve(spec, limits, workers.threads())?;
             Activations::new(&mut machine.memory, spec, limits, self.rank)?
         };
         let (layers, embedding_scale) = (spec.layers.clone(), spec.embedding_scale);
@@ -299,11 +299,11 @@ impl Ops for Cpu {
     }
 
     fn load(&mut self, role: WeightRole, parts: &[HostTensor]) -> Result<Weight, CpuError> {
-        self.crew()?.load(role, parts)
+        self.workers()?.load(role, parts)
     }
 
     fn reload(&mut self, weight: Weight, role: WeightRole, parts: &[HostTensor]) -> Result<(), CpuError> {
-        self.crew()?.reload(weight, role, parts)
+        self.workers()?.reload(weight, role, parts)
     }
 
     fn end_loading(&mut self) -> Result<(), CpuError> {
@@ -348,8 +348,8 @@ impl Ops for Cpu {
 
     fn read_logits(&mut self, logits: Buffer, vocab: u32, rows: Range<usize>) -> Result<Vec<f32>, CpuError> {
         self.not_recording("logits cannot be read while recording")?;
-        let mut desk = self.crew()?.desk();
-        let [logits] = desk.machine.memory.borrow([logits])?;
+        let mut shared = self.workers()?.shared();
+        let [logits] = shared.machine.memory.borrow([logits])?;
         let vocab = vocab as usize;
         Ok(floats(logits)[rows.start * vocab..rows.end * vocab].to_vec())
     }

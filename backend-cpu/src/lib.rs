@@ -3,7 +3,7 @@
 //! ```text
 //!   device.rs   Cpu: memory, events, capture and replay as the engine sees them
 //!   command.rs  each operation as plain data, so that it can be run now or recorded and run later
-//!   crew.rs     the threads: one runs the commands, all share the loops
+//!   workers.rs   the threads: one runs the commands, all share the loops
 //!   memory.rs   buffers, which are ranges, and how a command borrows several at once
 //!   weights.rs  matrices read in place from the checkpoint's mapping
 //!   link.rs     what devices that compute each step together pass to each other
@@ -24,7 +24,6 @@
 
 mod attention;
 mod command;
-mod crew;
 mod device;
 mod edits;
 mod error;
@@ -38,6 +37,7 @@ mod sampling;
 mod simd;
 mod supports;
 mod weights;
+mod workers;
 
 pub use command::Heads;
 pub use device::{Cpu, Event, Graph, Pinned};

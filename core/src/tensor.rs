@@ -177,6 +177,12 @@ pub fn uniform_element(seed: u64, index: u64, low: f32, high: f32) -> bf16 {
     bf16::from_f32(low + (high - low) * fraction)
 }
 
+/// FNV-1a (Fowler, Noll and Vo, 1991) with 64 bits.
+pub fn fnv1a(bytes: impl IntoIterator<Item = u8>) -> u64 {
+    let step = |hash: u64, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3);
+    bytes.into_iter().fold(0xcbf2_9ce4_8422_2325, step)
+}
+
 /// SplitMix64: the increment, then the mixing function.
 pub fn splitmix64(x: u64) -> u64 {
     let z = x.wrapping_add(0x9e37_79b9_7f4a_7c15);

@@ -9,7 +9,7 @@
 //! 1.5%, where an even router has 6%. Which are which is drawn anew for each layer.
 
 use minisgl_core::spec::NormForm;
-use minisgl_core::tensor::{HostTensor, TensorData, splitmix64, uniform_element};
+use minisgl_core::tensor::{HostTensor, TensorData, fnv1a, splitmix64, uniform_element};
 
 use crate::config::{Config, ConfigError, parse};
 use crate::family::{Family, Preset};
@@ -81,10 +81,7 @@ pub(crate) fn dummy(name: &str, shape: Shape, norm: NormForm) -> HostTensor {
     }
 }
 
-/// FNV-1a of the name (Fowler, Noll and Vo, 1991), mixed.
+/// A hash of the name, mixed.
 fn seed(name: &str) -> u64 {
-    let hash = name
-        .bytes()
-        .fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3));
-    splitmix64(hash)
+    splitmix64(fnv1a(name.bytes()))
 }

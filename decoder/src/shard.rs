@@ -8,7 +8,7 @@ use crate::tensors::{LayerTensors, MlpTensors, Tensors};
 
 /// Cuts tensors of a model of these sizes.
 #[derive(Clone, Copy)]
-struct Cutter<'a> {
+struct Sharder<'a> {
     rank: Rank,
     whole: &'a Dims,
 }
@@ -17,21 +17,21 @@ impl Tensors {
     /// A rank's part; `whole` is the model, which [`DecoderSpec::shard`] has found divisible. Nothing is copied: the parts are read
     /// where they lie.
     pub(crate) fn shard(&self, rank: Rank, whole: &DecoderSpec) -> Tensors {
-        let cutter = Cutter { rank, whole: &whole.dims };
+        let sharder = Sharder { rank, whole: &whole.dims };
         let layers = self.layers.iter().zip(&whole.layers);
         Tensors {
-            embed: cutter.cut(&self.embed, Cut::Rows(By::Vocabulary)),
-            layers: layers.map(|(layer, spec)| layer.shard(cutter, spec)).collect(),
-            norm: cutter.cut(&self.norm, Cut::Whole),
-            head: self.head.as_ref().map(|head| cutter.cut(head, Cut::Rows(By::Vocabulary))),
+            embed: sharder.cut(&self.embed, Cut::Rows(By::Vocabulary)),
+            layers: layers.map(|(layer, spec)| layer.shard(sharder, spec)).collect(),
+            norm: sharder.cut(&self.norm, Cut::Whole),
+            head: self.head.as_ref().map(|head| sharder.cut(head, Cut::Rows(By::Vocabulary))),
         }
     }
 }
 
 impl LayerTensors {
-    fn shard(&self, cutter: Cutter<'_>, spec: &LayerSpec) -> LayerTensors {
+    fn shard(&self, sharder: Sharder<'_>, spec: &LayerSpec) -> LayerTensors {
         const QKV: [Cut; 3] = [Cut::Rows(By::Heads), Cut::Rows(By::KvHeads), Cut::Rows(By::KvHeads)];
-        let qkv = |parts: &[HostTensor; 3]| std::array::from_fn(|i| cutter.cut(&parts[i], QKV[i]));
+        let qkv = |parts: &[HostTensor; 3]| std::array::from_fn(|i| sharder.cut(&parts[i], QKV[i]));
         LayerTensors {
             attention_norm: self.attention_norm.clone(),
             qkv: qkv(&self.qkv),
@@ -39,28 +39,28 @@ impl LayerTensors {
             // Of each head alone: models that norm all heads together are not shared out.
             q_norm: self.q_norm.clone(),
             k_norm: self.k_norm.clone(),
-            o: cutter.cut(&self.o, Cut::Columns(By::Heads)),
+            o: sharder.cut(&self.o, Cut::Columns(By::Heads)),
             attention_out_norm: self.attention_out_norm.clone(),
             mlp_norm: self.mlp_norm.clone(),
-            mlp: self.mlp.shard(cutter, spec),
+            mlp: self.mlp.shard(sharder, spec),
             mlp_out_norm: self.mlp_out_norm.clone(),
         }
     }
 }
 
 impl MlpTensors {
-    fn shard(&self, cutter: Cutter<'_>, spec: &LayerSpec) -> MlpTensors {
-        let down = |down: &HostTensor| cutter.cut(down, Cut::Columns(By::Inner));
+    fn shard(&self, sharder: Sharder<'_>, spec: &LayerSpec) -> MlpTensors {
+        let down = |down: &HostTensor| sharder.cut(down, Cut::Columns(By::Inner));
         match self {
             MlpTensors::Dense { gate_up, down: narrow } => MlpTensors::Dense {
-                gate_up: std::array::from_fn(|i| cutter.cut(&gate_up[i], Cut::Rows(By::Inner))),
+                gate_up: std::array::from_fn(|i| sharder.cut(&gate_up[i], Cut::Rows(By::Inner))),
                 down: down(narrow),
             },
             MlpTensors::Experts { router, gate_up, down: narrow } => {
                 let inner = spec.experts().map_or(1, |experts| experts.intermediate) as usize;
                 MlpTensors::Experts {
                     router: router.clone(),
-                    gate_up: gate_up.iter().flat_map(|stack| cutter.cut_each(stack, inner)).collect(),
+                    gate_up: gate_up.iter().flat_map(|stack| sharder.cut_each(stack, inner)).collect(),
                     down: narrow.iter().map(down).collect(),
                 }
             }
@@ -68,7 +68,7 @@ impl MlpTensors {
     }
 }
 
-impl Cutter<'_> {
+impl Sharder<'_> {
     fn cut(self, tensor: &HostTensor, cut: Cut) -> HostTensor {
         let (rows, cols) = (0..tensor.rows, 0..tensor.cols);
         match cut {

@@ -11,6 +11,7 @@
 use std::time::Instant;
 
 use minisgl_core::stats::{ExpertsRead, Stats};
+use minisgl_core::tensor::fnv1a;
 
 use super::BenchError;
 use crate::front::{SessionEvent, SessionOptions};
@@ -143,20 +144,12 @@ impl Run {
     }
 }
 
-/// A fingerprint of all output tokens: FNV-1a (Fowler, Noll, Vo) with 64 bits over each request's length and tokens, in
-/// the order of the requests.
+/// A fingerprint of all output tokens: [`fnv1a`] of each request's length and tokens, in the order of the requests.
 pub fn output_hash(completions: &[Completion]) -> u64 {
-    let mut hash = 0xcbf2_9ce4_8422_2325_u64;
-    let mut feed = |word: u32| {
-        for byte in word.to_le_bytes() {
-            hash = (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3);
-        }
-    };
-    for completion in completions {
-        feed(completion.token_ids.len() as u32);
-        completion.token_ids.iter().copied().for_each(&mut feed);
-    }
-    hash
+    let words = completions.iter().flat_map(|completion| {
+        std::iter::once(completion.token_ids.len() as u32).chain(completion.token_ids.iter().copied())
+    });
+    fnv1a(words.flat_map(u32::to_le_bytes))
 }
 
 #[cfg(test)]

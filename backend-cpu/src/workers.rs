@@ -1,16 +1,16 @@
 //! The threads: one of a rayon pool runs the commands, and all of them share each command's loops.
 //!
 //! ```text
-//!   host ── job ──> desk ──> resident thread ── loops ──> the pool's other threads
-//!   host <───────── desk <── done
+//!   host ── job ──> mutex ──> resident thread ── loops ──> the pool's other threads
+//!   host <──────── mutex <── result
 //! ```
 //!
 //! Entering a rayon pool from outside allocates now and then; inside it, loops do not. So one job lives in the pool as
-//! long as the device does, and the host hands it work over a desk: a mutex around the machine. The host waits
+//! long as the device does, and the host hands it work by way of a mutex around the machine. The host waits
 //! meanwhile, so that as many threads are busy as the pool has.
 //!
-//! Invariant: a job is on the desk only between the host's placing it and the resident's taking it, and the host
-//! placed it and waits; so nobody else finds the desk unlocked with work on it.
+//! Invariant: there is a job behind the mutex only between the host's placing it and the resident's taking it, and the host
+//! placed it and waits; so nobody else finds the mutex unlocked and work behind it.
 
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
@@ -37,38 +37,39 @@ pub enum Job {
     Stop,
 }
 
-/// The pool and the desk.
-pub struct Crew {
-    shared: Arc<Shared>,
+/// The pool, and what host and resident share.
+pub struct Workers {
+    handover: Arc<Handover>,
     pool: ThreadPool,
 }
 
 #[derive(Default)]
-struct Shared {
-    desk: Mutex<Desk>,
+struct Handover {
+    shared: Mutex<Shared>,
     asked: Condvar,
     done: Condvar,
 }
 
+/// What host and resident share.
 #[derive(Default)]
-pub struct Desk {
+pub struct Shared {
     /// What the host reaches between jobs.
     pub machine: Machine,
     job: Option<Job>,
     result: Option<Result<(), CpuError>>,
 }
 
-impl Crew {
+impl Workers {
     /// Starts as many threads as the machine runs at once, or so many.
-    pub fn new(threads: Option<usize>) -> Result<Crew, CpuError> {
+    pub fn new(threads: Option<usize>) -> Result<Workers, CpuError> {
         let name = |i| format!("minisgl-cpu-{i}");
         // Rayon takes 0 for as many as the machine runs.
         let pool = ThreadPoolBuilder::new().num_threads(threads.unwrap_or(0)).thread_name(name).build();
         let pool = pool.map_err(|error| CpuError::Threads(error.to_string()))?;
-        let shared = Arc::new(Shared::default());
-        let resident = shared.clone();
+        let handover = Arc::new(Handover::default());
+        let resident = handover.clone();
         pool.spawn(move || resident.serve());
-        Ok(Crew { shared, pool })
+        Ok(Workers { handover, pool })
     }
 
     /// Threads that share the work.
@@ -77,27 +78,27 @@ impl Crew {
     }
 
     /// The machine, for the host, between jobs.
-    pub fn desk(&self) -> MutexGuard<'_, Desk> {
-        self.shared.desk.lock().unwrap_or_else(PoisonError::into_inner)
+    pub fn shared(&self) -> MutexGuard<'_, Shared> {
+        self.handover.shared.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Has a job done.
     pub fn run(&self, job: Job) -> Result<(), CpuError> {
-        let mut desk = self.desk();
-        desk.job = Some(job);
-        self.shared.asked.notify_one();
+        let mut shared = self.shared();
+        shared.job = Some(job);
+        self.handover.asked.notify_one();
         loop {
-            if let Some(result) = desk.result.take() {
+            if let Some(result) = shared.result.take() {
                 return result;
             }
-            desk = self.shared.done.wait(desk).unwrap_or_else(PoisonError::into_inner);
+            shared = self.handover.done.wait(shared).unwrap_or_else(PoisonError::into_inner);
         }
     }
 
     /// Loads a weight.
     pub fn load(&self, role: WeightRole, parts: &[HostTensor]) -> Result<Weight, CpuError> {
         self.run(Job::Load(role, parts.to_vec()))?;
-        Ok(Weight(self.desk().machine.weights.len() - 1))
+        Ok(Weight(self.shared().machine.weights.len() - 1))
     }
 
     /// Puts another in the place of a weight.
@@ -106,12 +107,12 @@ impl Crew {
     }
 }
 
-impl Shared {
+impl Handover {
     /// The resident's life: takes jobs until it is told to stop.
     fn serve(&self) {
-        let mut desk = self.desk.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut shared = self.shared.lock().unwrap_or_else(PoisonError::into_inner);
         loop {
-            let Desk { machine, job, .. } = &mut *desk;
+            let Shared { machine, job, .. } = &mut *shared;
             let result = match job.take() {
                 Some(Job::Stop) => return,
                 Some(Job::Run(command)) => machine.run(&command),
@@ -121,19 +122,19 @@ impl Shared {
                 }
                 Some(Job::Reload(weight, role, parts)) => machine.weights[weight.0].replace(role, &parts),
                 None => {
-                    desk = self.asked.wait(desk).unwrap_or_else(PoisonError::into_inner);
+                    shared = self.asked.wait(shared).unwrap_or_else(PoisonError::into_inner);
                     continue;
                 }
             };
-            desk.result = Some(result);
+            shared.result = Some(result);
             self.done.notify_one();
         }
     }
 }
 
-impl Drop for Crew {
+impl Drop for Workers {
     fn drop(&mut self) {
-        self.desk().job = Some(Job::Stop);
-        self.shared.asked.notify_one();
+        self.shared().job = Some(Job::Stop);
+        self.handover.asked.notify_one();
     }
 }
