@@ -13,7 +13,7 @@ fuzz_target!(|body: &str| {
     for prompts in [Prompts::Chat, Prompts::Text] {
         let Ok(fields) = Fields::read(body) else { return };
         match Body::read(fields, prompts, &SamplingParams::default(), &MODEL) {
-            Ok(body) => assert!(body.samples >= 1 && body.stop.iter().all(|stop| !stop.is_empty())),
+            Ok(body) => assert!(body.samples >= 1),
             Err(error) => assert!(!error.to_string().is_empty()),
         }
     }

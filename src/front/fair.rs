@@ -195,6 +195,35 @@ mod tests {
         assert!(queue.is_empty());
     }
 
+    /// Of a session, and for how many it counts.
+    #[derive(Debug, PartialEq)]
+    struct Group(u64, usize);
+
+    impl Waiting for Group {
+        fn session(&self) -> u64 {
+            self.0
+        }
+
+        fn count(&self) -> usize {
+            self.1
+        }
+    }
+
+    #[test]
+    fn a_group_counts_for_as_many_as_it_has() {
+        let mut queue = FairQueue::new();
+        for group in [Group(1, 3), Group(2, 5), Group(2, 7)] {
+            queue.push(group);
+        }
+        assert_eq!(queue.len(), 15);
+        let first = queue.pop().unwrap();
+        assert_eq!((&first, queue.len()), (&Group(1, 3), 12));
+        queue.give_back(first);
+        assert_eq!(queue.len(), 15);
+        assert_eq!(queue.remove(2, |group| group.1 == 7), [Group(2, 7)]);
+        assert_eq!(queue.len(), 8);
+    }
+
     #[test]
     fn what_is_given_back_comes_next_and_what_is_removed_does_not_come() {
         let mut queue = FairQueue::new();

@@ -122,6 +122,32 @@ fn prompts_that_begin_alike_go_to_one_engine_as_far_as_that_has_its_share() {
 }
 
 #[test]
+fn a_prompt_is_left_to_the_engine_that_has_its_beginning_while_that_may_take_it() {
+    let prompt = |group: u32| {
+        let sampling = SamplingParams { max_tokens: 2, ..SamplingParams::default() };
+        GenerateRequest::tokens(vec![group; 80]).sampling(sampling)
+    };
+    let (front, controls) = engines((0..2).map(|_| Control::default()));
+    run(&front, vec![prompt(1)]).1.unwrap();
+    let home = usize::from(admitted(&controls[0]).is_empty());
+    // That one is at work for as long as this test likes, and has its share to come.
+    let (begun, is_at_work) = channel();
+    let (end, ended) = channel::<()>();
+    let work = Box::new(move |_: &mut dyn Runner| {
+        begun.send(()).unwrap();
+        let _ = ended.recv();
+    });
+    front.handle().shared().send(home, Message::Call(Call { when_idle: false, work }));
+    is_at_work.recv().unwrap();
+    let alike = front.handle().submit(prompt(1)).unwrap();
+    assert!(front.handle().submit(prompt(2)).unwrap().last().unwrap().is_ok());
+    assert_eq!(admitted(&controls[1 - home]).len(), 1);
+    drop(end);
+    assert!(alike.last().unwrap().is_ok());
+    assert_eq!([home, 1 - home].map(|engine| admitted(&controls[engine]).len()), [2, 1]);
+}
+
+#[test]
 fn a_failed_engine_ends_its_own_requests_and_the_others_go_on() {
     let step_time = Duration::from_millis(2);
     let failing = Control { fails_at: Some(1), step_time, ..Control::default() };

@@ -52,11 +52,40 @@ fn requests_submitted_together_are_in_the_first_step_together() {
     submitter.submit_all((0..4).map(|i| (i, request(i as u32, 3)))).unwrap();
     drop(submitter);
     let steps = events.by_ref().filter_map(|event| match event.unwrap() {
-        SessionEvent::Step(step) => Some(step.shape.rows()),
+        SessionEvent::Step(step) => Some(step),
         _ => None,
     });
-    assert_eq!(steps.collect::<Vec<_>>(), [4, 4, 4], "every step, the last one included");
+    let steps: Vec<_> = steps.collect();
+    let told: Vec<_> = steps.iter().map(|step| (step.shape.rows(), step.output_tokens)).collect();
+    assert_eq!(told, [(4, 4); 3], "every step, the last one included");
+    assert!(steps.windows(2).all(|two| two[0].host_start + two[0].host_time <= two[1].host_start));
     assert_eq!(control.steps.load(Ordering::Relaxed), 3);
+}
+
+#[test]
+fn a_session_hears_of_no_step_in_which_it_has_no_request() {
+    let (front, _) = front(Control::default());
+    let (mut submitter, mut events) =
+        front.handle().session(SessionOptions { steps: true, ..SessionOptions::default() });
+    let mut steps_until_an_end = || {
+        let steps = events.by_ref().take_while(|event| !matches!(event, Ok(SessionEvent::Finished { .. })));
+        steps.filter(|event| matches!(event, Ok(SessionEvent::Step(_)))).count()
+    };
+    submitter.submit(0, request(0, 3)).unwrap();
+    assert_eq!(steps_until_an_end(), 3);
+    assert!(front.handle().submit(request(100, 5)).unwrap().last().unwrap().is_ok());
+    submitter.submit(1, request(0, 1)).unwrap();
+    assert_eq!(steps_until_an_end(), 1);
+}
+
+#[test]
+fn nothing_is_taken_of_a_session_that_nobody_reads() {
+    let (front, control) = front(Control::default());
+    let (mut submitter, events) = front.handle().session(SessionOptions::default());
+    drop(events);
+    assert!(submitter.room() > 0);
+    assert!(matches!(submitter.submit(0, request(0, 1)), Err(Error::Unread)));
+    assert_eq!(control.admitted.lock().unwrap().len(), 0);
 }
 
 #[test]
