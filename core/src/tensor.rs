@@ -100,6 +100,19 @@ pub struct Scales {
     pub input_scale: Option<f32>,
 }
 
+impl Scales {
+    /// Those of some rows of a matrix of `[rows, cols]`; `None` where a block has rows before them, too, but not all of the matrix.
+    pub fn of_rows(&self, part: Range<usize>, [rows, cols]: [usize; 2]) -> Option<Scales> {
+        let [high, wide] = self.block;
+        if high < rows && !part.start.is_multiple_of(high) {
+            return None;
+        }
+        let across = cols.div_ceil(wide);
+        let values = self.values.get(part.start / high * across..part.end.div_ceil(high) * across)?.to_vec();
+        Some(Scales { values, ..self.clone() })
+    }
+}
+
 impl HostTensor {
     /// Bytes of its elements on the host, scales included.
     pub fn bytes(&self) -> usize {

@@ -198,6 +198,22 @@ pub enum CheckpointError {
         /// That of the first of the stack.
         other: String,
     },
+    /// Elements of two of the matrices in a tensor share a scale.
+    #[error(
+        "tensor `{name}` in {} has several matrices in one, and the one from row {row} on begins within a tile of {tile} \
+         rows that share a scale; take the model's checkpoint in bfloat16",
+        path.display()
+    )]
+    SplitTile {
+        /// Its name.
+        name: String,
+        /// Its file.
+        path: PathBuf,
+        /// First row of the second matrix.
+        row: usize,
+        /// Rows of a tile.
+        tile: usize,
+    },
     /// A tensor that is given in an update, and nobody knows.
     #[error("tensor `{name}` in {} is none of the model's; give tensors by the names that its checkpoint has, like \
          `{example}`", path.display())]
@@ -354,10 +370,13 @@ impl Checkpoint {
 
     /// Names of the tensors whose elements, or how they are read, are others than in `before`.
     pub fn changed_since(&self, before: &Checkpoint) -> HashSet<String> {
-        let before: HashMap<&str, &HostTensor> =
-            before.tensors.iter().map(|tensor| (tensor.name.as_str(), tensor)).collect();
+        // Several are of one name where the checkpoint has them in one.
+        let mut named: HashMap<&str, Vec<&HostTensor>> = HashMap::new();
+        for tensor in before.tensors.iter() {
+            named.entry(&tensor.name).or_default().push(tensor);
+        }
         let is_same = |tensor: &&HostTensor| {
-            before.get(tensor.name.as_str()).is_some_and(|other| tensor.is_same(other))
+            named.get(tensor.name.as_str()).is_some_and(|others| others.iter().any(|it| tensor.is_same(it)))
         };
         self.tensors.iter().filter(|tensor| !is_same(tensor)).map(|tensor| tensor.name.clone()).collect()
     }
@@ -587,6 +606,16 @@ impl Weights {
         let scales = || match (quantization, shape) {
             (Some(quantization), Shape::Matrix(rows, cols)) => {
                 self.scales(name, [rows, cols], quantization).map(Some)
+            }
+            (Some(quantization), Shape::Part { first, rows, of, cols }) => {
+                let all = self.scales(name, [of, cols], quantization)?;
+                let split = || CheckpointError::SplitTile {
+                    name: name.to_owned(),
+                    path: shard.path().to_owned(),
+                    row: first,
+                    tile: all.block[0],
+                };
+                all.of_rows(first..first + rows, [of, cols]).ok_or_else(split).map(Some)
             }
             _ => Ok(None),
         };

@@ -15,13 +15,13 @@ pub struct Family {
     /// Reads a `config.json` into a spec; refuses by name what would be computed wrongly. What all families have in common
     /// (element types, quantization, positions, end-of-sequence tokens) is read by the caller.
     pub read: fn(&Fields<'_>) -> Result<DecoderSpec, ConfigError>,
-    /// Names of a layer's tensors.
+    /// Names of a layer's tensors, where families differ.
     pub names: LayerNames,
     /// Published sizes, smallest first.
     pub presets: &'static [Preset],
 }
 
-/// Names of a layer's tensors, between `model.layers.{i}.` and `.weight`.
+/// Names of a layer's tensors, between `model.layers.{i}.` and `.weight`, where families differ.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct LayerNames {
     /// The norm of what attention gets.
@@ -32,6 +32,17 @@ pub struct LayerNames {
     pub mlp_norm: &'static str,
     /// The norm of what the MLP gives.
     pub mlp_out_norm: &'static str,
+    /// What is applied to the same rows: q, k and v, and a dense MLP's gate and up.
+    pub projections: Projections,
+}
+
+/// How matrices that are applied to the same rows are stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Projections {
+    /// A tensor each: `q_proj`, `k_proj`, `v_proj`; `gate_proj`, `up_proj`.
+    Apart,
+    /// Stacked in this order in one: `qkv_proj`; `gate_up_proj`. They have no biases.
+    Fused,
 }
 
 impl LayerNames {
@@ -41,6 +52,7 @@ impl LayerNames {
         attention_out_norm: "",
         mlp_norm: "post_attention_layernorm",
         mlp_out_norm: "",
+        projections: Projections::Apart,
     };
 
     /// Of layers with four norms.
@@ -49,6 +61,7 @@ impl LayerNames {
         attention_out_norm: "post_attention_layernorm",
         mlp_norm: "pre_feedforward_layernorm",
         mlp_out_norm: "post_feedforward_layernorm",
+        projections: Projections::Apart,
     };
 }
 

@@ -30,7 +30,7 @@ pub use ::safetensors::Dtype;
 pub use checkpoint::{Checkpoint, CheckpointError};
 pub use config::{Config, ConfigError};
 pub use decoder::{Decoder, LoadError};
-pub use family::{Family, LayerNames, Preset};
+pub use family::{Family, LayerNames, Preset, Projections};
 pub use fields::Fields;
 pub use presets::names as preset_names;
 pub use tensors::{LayerTensors, MlpTensors, Tensors};

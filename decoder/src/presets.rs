@@ -67,18 +67,18 @@ pub(crate) fn dummy(name: &str, shape: Shape, norm: NormForm) -> HostTensor {
         Shape::Vector(_) if norm == NormForm::Scale => (0.9, 1.1),
         Shape::Vector(_) | Shape::Column(_) => (-0.1, 0.1),
         // A uniform variate on [-a, a) has the standard deviation a / sqrt(3).
-        Shape::Matrix(_, inputs) | Shape::Stack(_, _, inputs) => {
+        Shape::Matrix(_, inputs) | Shape::Stack(_, _, inputs) | Shape::Part { cols: inputs, .. } => {
             let bound = (3.0 / inputs as f32).sqrt();
             (-bound, bound)
         }
     };
     let (rows, cols) = shape.rows_cols();
-    HostTensor {
-        name: name.to_owned(),
-        rows,
-        cols,
-        data: TensorData::Uniform { seed: seed(name), low, high },
-    }
+    // A part's elements are those that the whole has there.
+    let seed = match shape {
+        Shape::Part { first, cols, .. } => seed(name).wrapping_add((first * cols) as u64),
+        _ => seed(name),
+    };
+    HostTensor { name: name.to_owned(), rows, cols, data: TensorData::Uniform { seed, low, high } }
 }
 
 /// A hash of the name, mixed.

@@ -116,7 +116,7 @@ impl Shard {
                 expected: shape.dims(),
             });
         }
-        let (owner, range) = (self.owner.clone(), self.range(info));
+        let (owner, range) = (self.owner.clone(), shape.within(self.range(info)));
         let fp8 = if info.dtype == safetensors::Dtype::F8_E4M3 { scales()? } else { None };
         let data = match fp8 {
             Some(scales) => TensorData::Fp8 { owner, range, scales: Arc::new(scales) },

@@ -4,6 +4,8 @@
 //!   model.embed_tokens.weight                          [vocab, hidden]
 //!   model.layers.{i}.self_attn.{q,k,v}_proj.weight     [heads or kv_heads * head_dim, hidden]   fused: qkv
 //!                    self_attn.{q,k,v}_proj.bias       [heads or kv_heads * head_dim]           where the spec has them
+//!                    self_attn.qkv_proj.weight         q, k and v in one                        in their place, where the family
+//!                    mlp.gate_up_proj.weight           gate and up in one                       has them fused
 //!                    self_attn.{q,k}_norm.weight       [head_dim], or all heads' width          likewise
 //!                    self_attn.o_proj.weight           [hidden, heads * head_dim]
 //!                    mlp.{gate,up}_proj.weight         [intermediate, hidden]                   fused: gate_up
@@ -20,10 +22,12 @@
 //! A checkpoint made for embeddings may be of the decoder's body alone: its names have no `model.` before them, and a head that is
 //! not tied it does not have.
 
+use std::ops::Range;
+
 use minisgl_core::spec::{Bias, DecoderSpec, Dims, Experts, LayerSpec, Mixer, Mlp, QkNorm};
 use minisgl_core::tensor::HostTensor;
 
-use crate::family::LayerNames;
+use crate::family::{LayerNames, Projections};
 
 /// What an untied head is called.
 pub(crate) const HEAD: &str = "lm_head.weight";
@@ -98,6 +102,8 @@ pub(crate) enum Shape {
     Matrix(usize, usize),
     /// `[n, rows, cols]`: as many matrices.
     Stack(usize, usize, usize),
+    /// Rows `first..first + rows` of `[of, cols]`: one of several matrices in a tensor.
+    Part { first: usize, rows: usize, of: usize, cols: usize },
 }
 
 impl Tensors {
@@ -209,11 +215,9 @@ impl LayerTensors {
         };
         let (before, after) = (layer.norms.before(), layer.norms.after());
         let mut weight = |name: &str, shape| find(&format!("{name}.weight"), shape);
-        let qkv = [
-            weight("self_attn.q_proj", Shape::Matrix(q, hidden))?,
-            weight("self_attn.k_proj", Shape::Matrix(kv, hidden))?,
-            weight("self_attn.v_proj", Shape::Matrix(kv, hidden))?,
-        ];
+        let qkv = [("self_attn.q_proj", q), ("self_attn.k_proj", kv), ("self_attn.v_proj", kv)];
+        let [q_at, k_at, v_at] = names.projections.of("self_attn.qkv_proj", qkv, hidden);
+        let qkv = [weight(q_at.0, q_at.1)?, weight(k_at.0, k_at.1)?, weight(v_at.0, v_at.1)?];
         let mut vector = |name: &str, width: Option<usize>| {
             width.map(|width| weight(name, Shape::Vector(width))).transpose()
         };
@@ -232,7 +236,7 @@ impl LayerTensors {
             attention_out_norm,
             mlp_norm,
             mlp: match layer.mlp {
-                Mlp::Dense(_) => MlpTensors::dense(dims, &mut find)?,
+                Mlp::Dense(_) => MlpTensors::dense(dims, names.projections, &mut find)?,
                 Mlp::Experts(experts) => MlpTensors::experts(hidden, &experts, has, &mut find)?,
             },
             mlp_out_norm,
@@ -258,14 +262,14 @@ impl LayerTensors {
 impl MlpTensors {
     fn dense<E>(
         dims: &Dims,
+        projections: Projections,
         mut find: impl FnMut(&str, Shape) -> Result<HostTensor, E>,
     ) -> Result<MlpTensors, E> {
         let (hidden, mlp) = (dims.hidden as usize, dims.intermediate as usize);
+        let gate_up = [("mlp.gate_proj.weight", mlp), ("mlp.up_proj.weight", mlp)];
+        let [gate, up] = projections.of("mlp.gate_up_proj.weight", gate_up, hidden);
         Ok(MlpTensors::Dense {
-            gate_up: [
-                find("mlp.gate_proj.weight", Shape::Matrix(mlp, hidden))?,
-                find("mlp.up_proj.weight", Shape::Matrix(mlp, hidden))?,
-            ],
+            gate_up: [find(gate.0, gate.1)?, find(up.0, up.1)?],
             down: find("mlp.down_proj.weight", Shape::Matrix(hidden, mlp))?,
         })
     }
@@ -324,6 +328,28 @@ impl MlpTensors {
     }
 }
 
+impl Projections {
+    /// Where matrices of these names and rows, and of as many columns, are found, each by its name and shape; `fused` is what
+    /// they are called together.
+    fn of<'a, const N: usize>(
+        self,
+        fused: &'a str,
+        matrices: [(&'a str, usize); N],
+        cols: usize,
+    ) -> [(&'a str, Shape); N] {
+        let of = matrices.iter().map(|(_, rows)| rows).sum();
+        let mut first = 0;
+        matrices.map(|(name, rows)| {
+            let part = Shape::Part { first, rows, of, cols };
+            first += rows;
+            match self {
+                Projections::Apart => (name, Shape::Matrix(rows, cols)),
+                Projections::Fused => (fused, part),
+            }
+        })
+    }
+}
+
 impl Shape {
     /// As checkpoints write it.
     pub(crate) fn dims(self) -> Vec<usize> {
@@ -331,6 +357,7 @@ impl Shape {
             Shape::Vector(n) | Shape::Column(n) => vec![n],
             Shape::Matrix(rows, cols) => vec![rows, cols],
             Shape::Stack(n, rows, cols) => vec![n, rows, cols],
+            Shape::Part { of, cols, .. } => vec![of, cols],
         }
     }
 
@@ -341,6 +368,18 @@ impl Shape {
             Shape::Column(n) => (n, 1),
             Shape::Matrix(rows, cols) => (rows, cols),
             Shape::Stack(n, rows, cols) => (n * rows, cols),
+            Shape::Part { rows, cols, .. } => (rows, cols),
+        }
+    }
+
+    /// Where it lies in the bytes of the tensor that has it.
+    pub(crate) fn within(self, tensor: Range<usize>) -> Range<usize> {
+        match self {
+            Shape::Part { first, rows, of, .. } => {
+                let row = tensor.len() / of;
+                tensor.start + first * row..tensor.start + (first + rows) * row
+            }
+            _ => tensor,
         }
     }
 }
