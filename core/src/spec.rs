@@ -171,6 +171,7 @@ impl Norms {
 
 /// What mixes tokens.
 #[derive(Clone, Copy, Debug, PartialEq)]
+#[expect(clippy::large_enum_variant, reason = "nearly all layers have attention")]
 pub enum Mixer {
     /// Attention over keys and values in pages.
     Attention(Attention),
@@ -252,6 +253,7 @@ pub enum RopePairs {
 
 /// How rope's wavelengths are stretched.
 #[derive(Clone, Copy, Debug, PartialEq)]
+#[expect(clippy::large_enum_variant, reason = "there is one a layer, little beside what a layer computes")]
 pub enum RopeScaling {
     /// Not at all.
     Default,
@@ -286,7 +288,20 @@ pub enum RopeScaling {
         /// What cosines and sines are multiplied by.
         magnitude: f64,
     },
+    /// LongRoPE (Ding et al., 2024), within the positions of the first training. A longer sequence would have other factors, for
+    /// its first positions too: its bits would depend on how long it gets.
+    Long {
+        /// Positions of the first training, which a sequence has at most.
+        original: u32,
+        /// Each pair's wavelength is stretched by its own; behind the last pair they mean nothing.
+        factors: [f32; ROPE_PAIRS_MAX],
+        /// What cosines and sines are multiplied by.
+        magnitude: f64,
+    },
 }
+
+/// Pairs of elements that can have factors of their own: those of a head of 128.
+pub const ROPE_PAIRS_MAX: usize = 64;
 
 /// What follows the mixer.
 #[derive(Clone, Copy, Debug, PartialEq)]

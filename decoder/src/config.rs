@@ -140,16 +140,17 @@ pub(crate) fn family_of<'a>(fields: &Fields<'_>, families: &[&'a Family]) -> Res
 }
 
 /// The positions that a model reaches: as many as its configuration says, or as many as YaRN stretches them to. Model cards
-/// have YaRN added to a configuration whose positions stay as they were.
+/// have YaRN added to a configuration whose positions stay as they were. With LongRoPE, those of the first training.
 fn positions(spec: &DecoderSpec, written: u32) -> u32 {
-    let stretched = |layer: &LayerSpec| match layer.mixer {
-        Mixer::Attention(attention) => match attention.rope?.scaling {
-            RopeScaling::Yarn { factor, original, .. } => Some((factor * original) as u32),
-            _ => None,
-        },
+    let scaling = |layer: &LayerSpec| match layer.mixer {
+        Mixer::Attention(attention) => attention.rope.map(|rope| rope.scaling),
         Mixer::GatedDelta { .. } => None,
     };
-    spec.layers.iter().filter_map(stretched).fold(written, u32::max)
+    spec.layers.iter().filter_map(scaling).fold(written, |positions, scaling| match scaling {
+        RopeScaling::Yarn { factor, original, .. } => positions.max((factor * original) as u32),
+        RopeScaling::Long { original, .. } => positions.min(original),
+        RopeScaling::Default | RopeScaling::Linear { .. } | RopeScaling::Llama3 { .. } => positions,
+    })
 }
 
 /// `eos_token_id`: a token id or an array of them.

@@ -183,18 +183,30 @@ impl Fields<'_> {
     /// # Errors
     /// A kind of scaling that is not known, or two that contradict each other.
     pub fn rope(&self, head_dim: u32) -> Result<Rope, ConfigError> {
+        self.rope_with(head_dim, |rope| self.rope_scaling(rope))
+    }
+
+    /// The rotary embedding of the first `rotated` elements of a head; `scaling_of` reads an object that describes one.
+    ///
+    /// # Errors
+    /// Those of `scaling_of`, or two scalings that contradict each other.
+    pub fn rope_with(
+        &self,
+        rotated: u32,
+        scaling_of: impl Fn(&Fields<'_>) -> Result<RopeScaling, ConfigError>,
+    ) -> Result<Rope, ConfigError> {
         let base = self.rope_base()?;
         let mut scaling = None;
         for name in ["rope_scaling", "rope_parameters"] {
             let Some(rope) = self.object(name)? else { continue };
-            let other = self.rope_scaling(&rope)?;
+            let other = scaling_of(&rope)?;
             if scaling.is_some_and(|scaling| scaling != other) {
                 let range = "the same as `rope_scaling`".to_owned();
                 return Err(self.range_error(name, &"another scaling", range));
             }
             scaling = Some(other);
         }
-        Ok(Rope { scaling: scaling.unwrap_or(RopeScaling::Default), ..Rope::plain(base, head_dim) })
+        Ok(Rope { scaling: scaling.unwrap_or(RopeScaling::Default), ..Rope::plain(base, rotated) })
     }
 
     /// The base of the wavelengths: `rope_theta` itself, or within `rope_parameters`.

@@ -12,8 +12,8 @@ use minisgl_core::spec::{Rope, RopeScaling};
 pub(crate) fn fill(rope: &Rope, words: &mut [u32]) {
     let frequencies = frequencies(rope);
     let magnitude = match rope.scaling {
-        RopeScaling::Yarn { magnitude, .. } => magnitude as f32,
-        _ => 1.0,
+        RopeScaling::Yarn { magnitude, .. } | RopeScaling::Long { magnitude, .. } => magnitude as f32,
+        RopeScaling::Default | RopeScaling::Linear { .. } | RopeScaling::Llama3 { .. } => 1.0,
     };
     for (position, row) in words.chunks_exact_mut(rope.rotated as usize).enumerate() {
         for (pair, frequency) in row.chunks_exact_mut(2).zip(&frequencies) {
@@ -27,10 +27,12 @@ pub(crate) fn fill(rope: &Rope, words: &mut [u32]) {
 /// `[rotated / 2]`.
 fn frequencies(rope: &Rope) -> Vec<f32> {
     let pairs = rope.rotated as usize / 2;
-    let plain = |i: usize| {
+    // Positions in which a pair turns by one radian.
+    let wavelength = |i: usize| {
         let exponent = (2 * i) as f32 / rope.rotated as f32;
-        1.0 / rope.base.powf(f64::from(exponent)) as f32
+        rope.base.powf(f64::from(exponent)) as f32
     };
+    let plain = |i: usize| 1.0 / wavelength(i);
     let scaled = |i: usize| match rope.scaling {
         RopeScaling::Default => plain(i),
         RopeScaling::Linear { factor } => plain(i) / factor as f32,
@@ -53,6 +55,7 @@ fn frequencies(rope: &Rope) -> Vec<f32> {
             let frequency = f64::from(plain(i));
             (stretched * frequency / factor + (1.0 - stretched) * frequency) as f32
         }
+        RopeScaling::Long { factors, .. } => 1.0 / (factors[i] * wavelength(i)),
     };
     (0..pairs).map(scaled).collect()
 }
