@@ -8,7 +8,7 @@
 mod common;
 
 use common::logits::{Logits, checkpoint};
-use common::{CHECKPOINTS, FAMILIES, Golden, family, fixture, greedy};
+use common::{CHECKPOINTS, CPU_ALONE, Golden, families_on_cuda, family, fixture, greedy};
 use minisgl::{
     BackendChoice, GenerateRequest, KernelChoice, Llm, LlmBuilder, Policy, SamplingParams, Speculation,
     TokenRules,
@@ -40,7 +40,7 @@ fn cases() -> impl Iterator<Item = (&'static str, KernelChoice)> {
 
 /// Those of other families that the GPU computes, but for the ones with experts.
 fn families() -> impl Iterator<Item = &'static str> {
-    FAMILIES.into_iter().filter(|name| *name != "gemma3" && !EXPERTS.contains(name))
+    families_on_cuda().filter(|name| !EXPERTS.contains(name))
 }
 
 /// Those with experts. Rounding to bf16 may flip a router's choice where two logits are nearer than it reaches (0.003 to 0.03 apart
@@ -281,8 +281,10 @@ fn a_requests_tokens_do_not_depend_on_how_they_are_computed_in_any_family() {
 #[test]
 #[ignore = "needs a GPU"]
 fn a_model_that_the_gpu_does_not_compute_is_refused_by_what_it_has() {
-    let error = on_gpu("gemma3", KernelChoice::Auto).build().err().unwrap().to_string();
-    assert!(error.contains("head_dim is 256") && error.contains("--backend cpu"), "{error}");
+    for (name, what) in CPU_ALONE {
+        let error = on_gpu(name, KernelChoice::Auto).build().err().unwrap().to_string();
+        assert!(error.contains(what) && error.contains("--backend cpu"), "{name}: {error}");
+    }
 }
 
 #[test]

@@ -6,7 +6,8 @@ use std::fs;
 use std::sync::Arc;
 
 use common::{
-    CHECKPOINTS, FAMILIES, Golden, Scratch, builder, family, fixture, greedy, relative_error, small,
+    CHECKPOINTS, FAMILIES, Golden, Scratch, builder, families_on_cuda, family, fixture, greedy,
+    relative_error, small,
 };
 use minisgl::{
     BackendChoice, Dtype, EmbedRequest, Embedding, FinishReason, GenerateRequest, KernelChoice, LlmBuilder,
@@ -59,7 +60,7 @@ fn embeddings_are_those_of_transformers() {
 #[test]
 #[ignore = "needs a GPU"]
 fn embeddings_on_the_gpu_are_those_of_transformers_within_bf16() {
-    for name in CHECKPOINTS.into_iter().chain(FAMILIES).filter(|name| *name != "gemma3") {
+    for name in CHECKPOINTS.into_iter().chain(families_on_cuda()) {
         for kernels in [KernelChoice::Auto, KernelChoice::Portable] {
             let error = error(name, family(name).backend(BackendChoice::Cuda).kernels(kernels));
             println!("{name}, {kernels:?}: largest error of an embedding {error:.5}");

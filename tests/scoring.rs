@@ -3,7 +3,7 @@
 mod common;
 
 use common::logits::{Logits, checkpoint};
-use common::{CHECKPOINTS, FAMILIES, FP8, Golden, Scratch, builder, family, greedy, small};
+use common::{CHECKPOINTS, FAMILIES, FP8, Golden, Scratch, builder, families_on_cuda, family, greedy, small};
 use minisgl::{
     BackendChoice, Completion, FinishReason, GenerateRequest, KernelChoice, Llm, LlmBuilder, PromptLogprobs,
     RequestError, RerankRequest, SamplingParams, Score, ScoreRequest, TokenLogprobs,
@@ -73,7 +73,7 @@ fn log_probabilities_of_given_tokens_are_those_of_transformers() {
 #[test]
 #[ignore = "needs a GPU"]
 fn log_probabilities_on_the_gpu_are_those_of_transformers_within_bf16() {
-    for name in CHECKPOINTS.into_iter().chain(FAMILIES).filter(|name| *name != "gemma3") {
+    for name in CHECKPOINTS.into_iter().chain(families_on_cuda()) {
         for kernels in [KernelChoice::Auto, KernelChoice::Portable] {
             let builder = family(name).backend(BackendChoice::Cuda).kernels(kernels);
             assert_scores(&format!("{name}, {kernels:?}"), builder, &Golden::open(name), GPU_ERROR_MAX);

@@ -30,6 +30,14 @@ pub const FAMILIES: [&str; 10] = [
     "qwen3-moe-nonorm",
 ];
 
+/// Those of them that the CUDA backend refuses, and by which words.
+pub const CPU_ALONE: [(&str, &str); 1] = [("gemma3", "head_dim is 256")];
+
+/// Those of them that it computes.
+pub fn families_on_cuda() -> impl Iterator<Item = &'static str> {
+    FAMILIES.into_iter().filter(|name| CPU_ALONE.iter().all(|(refused, _)| refused != name))
+}
+
 /// Golden checkpoints with fp8 weights.
 pub const FP8: [&str; 3] = ["qwen3-fp8", "llama-fp8ct", "qwen3-moe-fp8"];
 
