@@ -15,7 +15,7 @@ use safetensors::{Dtype, serialize};
 /// As many ranks as a golden checkpoint can be shared out among: by its heads, and by the slices of its products.
 fn ranks_max(name: &str) -> u32 {
     match name {
-        "qwen2-yarn" | "qwen3-moe-nonorm" => 1,
+        "qwen2-yarn" | "phi4-mini" | "qwen3-moe-nonorm" => 1,
         "qwen2-bias" | "smollm3-nope" | "seed-oss" | "gemma3" | "qwen3-fp8" | "qwen3-moe-fp8" => 2,
         _ => 4,
     }

@@ -2,22 +2,20 @@
 
 mod common;
 
-use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 use std::sync::Arc;
 
+use common::stored::{Stored, Tensors, stored, write};
 use common::{Numbers, Scratch, family, fixture, greedy, small};
 use minisgl::{
     Completion, Dtype, Error, GenerateRequest, KvFormat, Llm, LlmBuilder, NamedTensor, PromptLogprobs,
     Quantize, SamplingParams, ScoreRequest, SessionEvent, SessionOptions,
 };
-use safetensors::SafeTensors;
-use safetensors::tensor::TensorView;
 
 /// Of each kind that is loaded in a way of its own: tied and untied heads, biases, norms around, experts one by one and stacked,
-/// two forms of fp8.
-const MODELS: [&str; 8] = [
+/// two forms of fp8, q, k and v in one.
+const MODELS: [&str; 9] = [
     "tiny-tied",
     "tiny-untied",
     "qwen2-bias",
@@ -26,37 +24,8 @@ const MODELS: [&str; 8] = [
     "qwen3-moe-nonorm",
     "qwen3-fp8",
     "llama-fp8ct",
+    "phi3",
 ];
-
-/// Tensors by name.
-type Tensors = BTreeMap<String, Stored>;
-
-#[derive(Clone, Debug, PartialEq)]
-struct Stored {
-    dtype: Dtype,
-    shape: Vec<usize>,
-    bytes: Vec<u8>,
-}
-
-fn is_weights(file: &str) -> bool {
-    file.starts_with("model") && file.ends_with(".safetensors")
-}
-
-/// All tensors of a golden checkpoint.
-fn stored(name: &str) -> Tensors {
-    let mut tensors = Tensors::new();
-    for entry in fs::read_dir(fixture(name)).unwrap() {
-        let path = entry.unwrap().path();
-        if is_weights(path.file_name().unwrap().to_str().unwrap()) {
-            let bytes = fs::read(path).unwrap();
-            for (name, view) in SafeTensors::deserialize(&bytes).unwrap().tensors() {
-                let (shape, bytes) = (view.shape().to_vec(), view.data().to_vec());
-                tensors.insert(name, Stored { dtype: view.dtype(), shape, bytes });
-            }
-        }
-    }
-    tensors
-}
 
 /// What training might make of a tensor: about one element in three is another, by up to an eighth.
 fn trained(tensor: &Stored, numbers: &mut Numbers) -> Stored {
@@ -92,13 +61,6 @@ fn given(tensors: &Tensors) -> Vec<NamedTensor> {
         NamedTensor { name, dtype: *dtype, shape, bytes }
     });
     given.collect()
-}
-
-fn write(tensors: &Tensors, path: &Path) {
-    let views = tensors.iter().map(|(name, Stored { dtype, shape, bytes })| {
-        (name, TensorView::new(*dtype, shape.clone(), bytes).unwrap())
-    });
-    fs::write(path, safetensors::serialize(views, None).unwrap()).unwrap();
 }
 
 /// A golden checkpoint with other tensors.
@@ -163,7 +125,7 @@ fn an_updated_model_is_bit_for_bit_one_that_is_loaded_so_and_forgets_its_prefixe
 #[test]
 fn some_tensors_count_together_with_those_that_stay() {
     let mut numbers = Numbers(11);
-    for name in ["tiny-tied", "tiny-untied", "gemma3", "qwen3-moe", "qwen3-fp8"] {
+    for name in ["tiny-tied", "tiny-untied", "gemma3", "qwen3-moe", "qwen3-fp8", "phi3"] {
         let mut tensors = stored(name);
         let mut llm = family(name).build().unwrap();
         for round in 0..4 {

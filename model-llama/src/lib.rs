@@ -1,4 +1,4 @@
-//! Llama and what differs from it little: Mistral, Qwen2, SmolLM3, Seed-OSS. None of them norms queries and keys.
+//! Llama and what differs from it little: Mistral, Qwen2, SmolLM3, Seed-OSS, Phi-3. None of them norms queries and keys.
 //!
 //! | family | what it adds to Llama |
 //! |---|---|
@@ -7,10 +7,15 @@
 //! | Qwen2 | biases of q, k and v; a window on the later layers, if it is switched on |
 //! | SmolLM3 | no rope on some layers |
 //! | Seed-OSS | biases of q, k and v, which can be switched off |
+//! | Phi-3 | q, k, v in one tensor, gate and up too; a window, in some; rope of a part of each head, LongRoPE, in some |
+
+mod phi3;
 
 use minisgl_core::spec::{Attention, Bias, DecoderSpec, LayerSpec, Mixer, Mlp};
 use minisgl_decoder::{ConfigError, Family, Fields, LayerNames, Preset};
 use serde_json::{Value, json};
+
+pub use phi3::PHI3;
 
 /// `LlamaForCausalLM`.
 pub static LLAMA: Family = Family {

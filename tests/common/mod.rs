@@ -3,6 +3,7 @@
 
 pub mod generate;
 pub mod logits;
+pub mod stored;
 
 use std::fs;
 use std::io::{self, Write};
@@ -17,13 +18,15 @@ use serde::Deserialize;
 pub const CHECKPOINTS: [&str; 2] = ["tiny-tied", "tiny-untied"];
 
 /// Golden checkpoints of other families, each about a thing of its own.
-pub const FAMILIES: [&str; 10] = [
+pub const FAMILIES: [&str; 12] = [
     "llama-rope3",
     "qwen2-bias",
     "qwen2-yarn",
     "mistral-window",
     "smollm3-nope",
     "seed-oss",
+    "phi3",
+    "phi4-mini",
     "qwen3-yarn",
     "gemma3",
     "qwen3-moe",
@@ -31,7 +34,8 @@ pub const FAMILIES: [&str; 10] = [
 ];
 
 /// Those of them that the CUDA backend refuses, and by which words.
-pub const CPU_ALONE: [(&str, &str); 1] = [("gemma3", "head_dim is 256")];
+pub const CPU_ALONE: [(&str, &str); 2] =
+    [("gemma3", "head_dim is 256"), ("phi4-mini", "rope that does not turn the halves of whole heads")];
 
 /// Those of them that it computes.
 pub fn families_on_cuda() -> impl Iterator<Item = &'static str> {
