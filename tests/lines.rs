@@ -649,8 +649,10 @@ fn the_samples_of_a_line_are_one_result() {
     let other =
         Completion { sample: 1, token_ids: vec![11], finish_reason: FinishReason::Length, ..completion() };
     let samples = [completion(), other];
-    for line in in_all_formats(r#""n": 2, "best_of": 2"#) {
-        assert_eq!(parse(&line).unwrap().request.samples, 2);
+    for (n, fields) in [(2, r#""n": 2, "best_of": 2"#), (128, r#""n": 128"#)] {
+        for line in in_all_formats(fields) {
+            assert_eq!(parse(&line).unwrap().request.samples, n);
+        }
     }
     let native = r#"{"id": 7, "prompt": "hi", "n": 2}"#;
     let result: Value = serde_json::from_str(&written_all(native, &samples)).unwrap();

@@ -250,6 +250,40 @@ fn an_abort_ends_what_runs_and_what_waits_and_nothing_else() {
 }
 
 #[test]
+fn what_waits_need_not_wait_to_be_aborted() {
+    let (front, control) = front(Control::default());
+    let (mut submitter, mut events) = front.handle().session(SessionOptions::default());
+    submitter.submit_all((0..5).map(|i| (i, request(i as u32, 90_000)))).unwrap();
+    while control.running.load(Ordering::Relaxed) < 4 {
+        thread::yield_now();
+    }
+    assert!(events.abort(4));
+    match events.next_timeout(Duration::from_secs(60)) {
+        Ok(Next::Event(SessionEvent::Finished { tag: 4, completion, .. })) => {
+            assert_eq!(completion.finish_reason, FinishReason::Abort);
+        }
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn whoever_waits_behind_ends_that_nobody_takes_is_told_when_the_engine_fails() {
+    let (front, _) = front(Control::default());
+    let handle = front.handle();
+    let unread: Vec<_> = (0..8).map(|i| handle.submit(request(i, 1)).unwrap()).collect();
+    while handle.open_requests() > 0 {
+        thread::yield_now();
+    }
+    let (reply, answer) = channel();
+    let waiting = handle.clone();
+    thread::spawn(move || reply.send(waiting.submit(request(9, 1)).map(drop)));
+    let work = Box::new(|_: &mut dyn Runner| panic!("a bug between two steps"));
+    handle.shared().send(0, Message::Call(Call { when_idle: false, work }));
+    assert!(matches!(answer.recv_timeout(Duration::from_secs(60)), Ok(Err(Error::Failed))));
+    assert!(unread.into_iter().all(|stream| stream.last().is_some_and(|end| end.is_ok())));
+}
+
+#[test]
 fn a_failed_step_is_an_error_for_every_open_request_after_all_that_had_ended() {
     let (front, _) = front(Control { fails_at: Some(3), ..Control::default() });
     let handle = front.handle();
