@@ -234,7 +234,7 @@ impl Share {
 
     /// May an engine take one more?
     fn allows(&self, engine: &Engine) -> bool {
-        !engine.stopped && engine.running < self.0.min(engine.depth)
+        engine.running < self.0.min(engine.depth)
     }
 
     /// Is a request left to this engine?
