@@ -23,6 +23,19 @@ if [ ! -e "$venv/${pins[*]}" ]; then
     touch "$venv/${pins[*]}"
 fi
 ptxas=$(echo "$venv"/lib/python3*/site-packages/nvidia/cuda_nvcc/bin/ptxas)
+temporary=$(mktemp -d)
+trap 'rm -rf "$temporary"' EXIT
+log=$temporary/ptxas.log
+
+# What the assembler says of kernels goes to the log; of a file that it refuses, to the user.
+assemble() {
+    local said
+    said=$("$ptxas" --verbose "$@" 2>&1) || {
+        echo "$said" >&2
+        return 1
+    }
+    echo "$said" >>"$log"
+}
 
 build() {
     mkdir -p "$1/ptx/portable" "$1/ptx/hopper" "$1/cubin"
@@ -30,13 +43,12 @@ build() {
     "$venv/bin/python" "$kernels/nvrtc.py" compute_90a "$1/ptx/hopper" "$kernels"/cuda/*.cu "$kernels"/cuda/hopper/*.cu
     local ptx
     for ptx in "$1"/ptx/hopper/*.ptx; do
-        "$ptxas" --verbose --gpu-name sm_90a --output-file "$1/cubin/$(basename "$ptx" .ptx).cubin" "$ptx"
-    done 2>"$1/ptxas.log"
+        assemble --gpu-name sm_90a --output-file "$1/cubin/$(basename "$ptx" .ptx).cubin" "$ptx"
+    done
     for ptx in "$1"/ptx/portable/*.ptx; do
-        "$ptxas" --verbose --gpu-name sm_80 --output-file /dev/null "$ptx"
-    done 2>>"$1/ptxas.log"
-    "$venv/bin/python" "$kernels/registers.py" "$1/ptxas.log" >"$1/registers.txt"
-    rm "$1/ptxas.log"
+        assemble --gpu-name sm_80 --output-file /dev/null "$ptx"
+    done
+    "$venv/bin/python" "$kernels/registers.py" "$log" >"$1/registers.txt"
 }
 
 case ${1:-} in
@@ -45,12 +57,11 @@ case ${1:-} in
     build "$kernels"
     ;;
 --check)
-    fresh=$(mktemp -d)
-    trap 'rm -rf "$fresh"' EXIT
+    fresh=$temporary/fresh
     build "$fresh"
     for built in ptx cubin registers.txt; do
         diff --recursive --brief "$kernels/$built" "$fresh/$built" || {
-            diff "$kernels/registers.txt" "$fresh/registers.txt" >&2
+            diff "$kernels/registers.txt" "$fresh/registers.txt" >&2 || true
             echo "kernels/$built is not what kernels/cuda compiles to: run kernels/build.sh and commit kernels/$built" >&2
             exit 1
         }
