@@ -41,7 +41,7 @@ pub enum KernelChoice {
 /// What weights are made when they are loaded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Quantize {
-    /// e4m3, with a scale for each row of a matrix.
+    /// e4m3, with a scale for each 128 columns of a row.
     Fp8,
 }
 

@@ -9,9 +9,10 @@
 //! ```
 //!
 //! In fp8 an element is e4m3 ([`crate::fp8`]) times its row's scale, rounded to bf16. The scale is the best of the eight by which the
-//! row's largest magnitude becomes one of e4m3's numbers from 240 to 448 ([`fp8::best_scale`]), each rounded to bf16 itself. What lies
-//! beyond 57,344 is cut, and a row that has less than 2^-91 throughout gets that magnitude's scales. A row's codes and scale are of
-//! that row alone, so a token's bits depend on its own sequence alone.
+//! row's largest magnitude becomes one of e4m3's numbers from 240 to 448 ([`fp8::best_scale`]), each rounded to bf16 itself. A row
+//! whose largest magnitude lies beyond 57,344 gets that magnitude's scales, and one that has less than 2^-91 throughout gets those of
+//! 2^-91; what lies beyond 448 of the chosen one, 107,072 at most, is cut. A row's codes and scale are of that row alone, so a token's
+//! bits depend on its own sequence alone.
 //!
 //! Why a scale a row: e4m3 is a floating-point format, so a factor for each channel, or a finer grain, makes its error no smaller in
 //! itself. What a search for the scale gains it gains from few large elements, as keys have them; what it costs in perplexity, and
@@ -38,8 +39,8 @@ pub const TILE: usize = 16;
 const TILE_ALIGNMENT: usize = 16;
 /// Bytes of a row's scale.
 const SCALE_BYTES: usize = 2;
-/// The largest magnitude that is kept in fp8: a scale of at most 239 makes 448 of it. 2^120 times such a scale is a bf16 number,
-/// by which a code that is moved to bf16's place is widened in one multiplication.
+/// Rows of more have scales as if they had this: from 128, which makes 448 of it, to 239, which makes 240 of it. 2^120 times such a
+/// scale is a bf16 number, by which a code that is moved to bf16's place is widened in one multiplication.
 const LARGEST: f32 = 57_344.0; // 448 * 2^7
 /// Rows of less have scales as if they had this.
 const LEAST: f32 = f32::from_bits((127 - 91) << 23); // 2^-91
@@ -321,12 +322,14 @@ mod tests {
             assert_eq!(to_bf16(x), bf16::from_f32(x).to_f32(), "{x}");
         }
         assert!(to_bf16(f32::NAN).is_nan() && to_bf16(-f32::NAN).is_nan());
-        for largest in [1e-30, 3e-3, 5.0, 57_344.0, 3e38] {
+        for largest in [1e-30, 3e-3, 5.0, 57_344.0, 6e4, 1e5, 3e38] {
             for kept in round_trip(&[largest, -largest / 3.0, largest / 7.0, 0.0]) {
-                assert!(kept.abs() <= 57_344.0 && bf16::from_f32(kept).to_f32() == kept, "{kept}");
+                assert!(kept.abs() <= 107_072.0 && bf16::from_f32(kept).to_f32() == kept, "{kept}");
             }
         }
         assert_eq!(round_trip(&[1e9, -1e9]), [57_344.0, -57_344.0]);
+        // By 239 the others come out better than by 128, and it keeps more.
+        assert_eq!(round_trip(&[6e4, 3e4, 1e3]), [61_184.0, 30_592.0, 956.0]);
     }
 
     #[test]
