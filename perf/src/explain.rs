@@ -132,6 +132,7 @@ fn write_launch(text: &mut String, launch: &Launch) -> fmt::Result {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::model::LARGEST;
 
     fn text(step: &str, model: &str, kernels: KernelSet) -> String {
         let model: ModelShape = model.parse().unwrap();
@@ -167,6 +168,14 @@ mod tests {
         assert!(mixed.contains("attention_decode_128") && mixed.contains("attention_prefill_128"), "{mixed}");
         assert!(mixed.contains("pieces of split ones") && !mixed.contains(" 0 pieces"), "{mixed}");
         assert!(text("tokens=16384", "layers=28", KernelSet::Auto).contains("prefill_qkv_"));
+    }
+
+    #[test]
+    fn a_step_of_the_largest_model_is_explained() {
+        for kernels in [KernelSet::Hopper, KernelSet::Portable] {
+            let text = text("rows=4096,context=524288,tokens=524288,behind=524288", LARGEST, kernels);
+            assert!(text.contains("attention_prefill_128"), "{text}");
+        }
     }
 
     #[test]

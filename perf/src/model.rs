@@ -21,6 +21,8 @@ pub struct ModelShape {
     pub(crate) bias: bool,
 }
 
+/// No size of a model is larger, nor are all query heads of a token: so its weights are counted in 64 bits.
+const SIZE_MAX: u32 = 1 << 20;
 /// Positions that a token sees in cases of models that have no window of their own.
 const USUAL_WINDOW: u32 = 1024;
 
@@ -88,6 +90,9 @@ impl FromStr for ModelShape {
         for word in text.split(',') {
             let (name, value) = word.split_once('=').ok_or_else(|| format!("`{word}` is no NAME=NUMBER"))?;
             let value: u32 = value.parse().map_err(|_| format!("`{value}` in `{word}` is no number"))?;
+            if value > SIZE_MAX {
+                return Err(format!("`{word}`: a model has {SIZE_MAX} of it at most"));
+            }
             let size = match name {
                 "layers" => &mut shape.layers,
                 "hidden" => &mut shape.hidden,
@@ -114,13 +119,23 @@ impl FromStr for ModelShape {
         if shape.kv_heads == 0 || !shape.heads.is_multiple_of(shape.kv_heads) {
             return Err(format!("{} heads can't share {} kv_heads", shape.heads, shape.kv_heads));
         }
+        if shape.dims().q_width() > SIZE_MAX as usize {
+            let ModelShape { heads, head_dim, .. } = shape;
+            return Err(format!("{heads} heads of head_dim={head_dim} are wider than {SIZE_MAX}"));
+        }
         Ok(shape)
     }
 }
 
+/// The largest model there is.
+#[cfg(test)]
+pub(crate) const LARGEST: &str = "layers=1048576,hidden=1048576,vocab=1048576,intermediate=1048576,window=1048576,\
+                                  heads=8192,kv_heads=8192";
+
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::{Filter, cases};
 
     #[test]
     fn a_models_sizes_are_those_given_and_else_the_small_models() {
@@ -131,5 +146,21 @@ mod tests {
         for wrong in ["heads", "heads=x", "eyes=2", "heads=12", "vocab=0"] {
             assert!(wrong.parse::<ModelShape>().is_err(), "{wrong}");
         }
+    }
+
+    #[test]
+    fn sizes_beyond_what_is_counted_are_refused_by_name_and_the_largest_are_counted() {
+        for (wrong, named) in [
+            ("layers=4000000000", "layers"),
+            ("heads=1048584", "heads"),
+            ("window=1048577", "window"),
+            ("heads=8192,head_dim=256", "head_dim"),
+        ] {
+            let error = wrong.parse::<ModelShape>().unwrap_err();
+            assert!(error.contains(named) && error.contains("1048576"), "{error}");
+        }
+        let filter = Filter { model: Some(LARGEST.parse().unwrap()), ..Filter::default() };
+        // A decode step's weights, 2 bytes each: in each layer the four matrices of attention and the three of the MLP.
+        assert!(cases(&filter).iter().any(|case| case.bytes > 2.0 * 7.0 * 2f64.powi(20 + 40)));
     }
 }

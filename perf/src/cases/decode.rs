@@ -53,13 +53,13 @@ fn case(model: ModelShape, rows: u32, context: Option<u32>) -> Case {
     let layer = hidden * (dims.qkv_width() + dims.q_width() + 3 * mlp);
     let weights = dims.layers as usize * layer + hidden * dims.vocab as usize;
     let seen = context.map_or(0, |context| context.min(model.window.unwrap_or(u32::MAX)));
-    let kv = (rows * seen) as usize * (2 * dims.layers * dims.kv_heads * dims.head_dim) as usize;
+    let kv = f64::from(rows) * f64::from(seen) * (2 * dims.layers as usize * dims.kv_width()) as f64;
     let family = if context.is_some() { "decode_step" } else { "decode_rest" };
     let context_text = context.map_or("no attention".to_owned(), |context| format!("context={context}"));
     Case {
         family,
         shape: format!("model={} rows={rows} {context_text}", model.name),
-        bytes: 2.0 * (weights + kv) as f64,
+        bytes: 2.0 * (weights as f64 + kv),
         flops: 0.0,
         setup: Box::new(move |cuda, _| setup(cuda, model, rows, context)),
     }

@@ -192,9 +192,9 @@ impl Tile {
     }
 
     /// The time of a launch that `clusters` share: each takes as many turns as the last one to end.
-    fn time(self, shape: &Shape, clusters: u32) -> u32 {
+    fn time(self, shape: &Shape, clusters: u32) -> u64 {
         let blocks = shape.cols.div_ceil(BLOCK_COLS).div_ceil(self.split);
-        self.turns(shape).div_ceil(clusters) * (blocks * self.cost + self.adding)
+        u64::from(self.turns(shape).div_ceil(clusters)) * u64::from(blocks * self.cost + self.adding)
     }
 
     /// Does it hold the product's slices, one after the other or in memory, and would no block of a cluster lie behind the last
@@ -209,7 +209,7 @@ impl Tile {
 
     /// Bytes of all tiles' slices.
     fn partial_bytes(self, shape: &Shape) -> usize {
-        (self.turns(shape) * self.cluster() * self.rows * self.tokens()) as usize * 4
+        self.turns(shape) as usize * (self.cluster() * self.rows * self.tokens()) as usize * 4
     }
 
     /// The warpgroups that multiply, and the one that fetches.
