@@ -251,7 +251,8 @@ fn an_abort_ends_what_runs_and_what_waits_and_nothing_else() {
 
 #[test]
 fn what_waits_need_not_wait_to_be_aborted() {
-    let (front, control) = front(Control::default());
+    let control = Control { step_time: Duration::from_millis(1), ..Control::default() };
+    let (front, control) = front(control);
     let (mut submitter, mut events) = front.handle().session(SessionOptions::default());
     submitter.submit_all((0..5).map(|i| (i, request(i as u32, 90_000)))).unwrap();
     while control.running.load(Ordering::Relaxed) < 4 {
