@@ -1,25 +1,28 @@
-//! The engine's loop allocates nothing: counted over a whole offline run on the CPU backend.
+//! The engine's loop allocates nothing: counted over whole offline runs on the CPU backend, by itself and on two ranks.
 
 mod common;
 
 use std::alloc::{GlobalAlloc, Layout, System};
-use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
 
 use common::{Golden, fixture};
 use minisgl::models::FAMILIES;
 use minisgl_core::config::Limits;
 use minisgl_core::engine::{Engine, EngineOptions};
+use minisgl_core::executor::Executor;
 use minisgl_core::local::Local;
 use minisgl_core::policy::Policy;
 use minisgl_core::request::{Event, Request};
 use minisgl_core::rules::Rules;
 use minisgl_core::sampling::{PromptLogprobs, SamplingParams};
 use minisgl_core::scheduler::{Order, Settings};
+use minisgl_core::shard::Rank;
 use minisgl_core::speculation::Speculation;
-use minisgl_cpu::Cpu;
-use minisgl_decoder::{Checkpoint, Decoder};
+use minisgl_cpu::{Cpu, CpuError, Link};
+use minisgl_decoder::{Checkpoint, Decoder, LoadError};
+use minisgl_ranks::Ranks;
 
 /// Counts allocations of every thread while it is told to.
 struct Counting;
@@ -56,10 +59,30 @@ unsafe impl GlobalAlloc for Counting {
 #[global_allocator]
 static ALLOCATOR: Counting = Counting;
 
-fn engine(name: &Path, overlap: bool) -> Engine<Local<Cpu, Decoder<Cpu>>> {
-    let checkpoint = Checkpoint::open(name, FAMILIES).unwrap();
+type OnCpu = Local<Cpu, Decoder<Cpu>>;
+
+fn alone(checkpoint: &Checkpoint) -> OnCpu {
     let mut backend = Cpu::new();
-    let model = Decoder::load(&mut backend, &checkpoint).unwrap();
+    let model = Decoder::load(&mut backend, checkpoint).unwrap();
+    Local::new(backend, model)
+}
+
+fn on_two_ranks(checkpoint: &Checkpoint) -> Ranks<OnCpu> {
+    let patience = Duration::from_secs(60);
+    let links = Link::group(2, patience);
+    let (abort, renew) = (links[0].aborter(), links[0].renewer());
+    let builder = |(index, link)| {
+        let checkpoint = checkpoint.clone();
+        move || {
+            let mut cpu = Cpu::of_rank(1, link);
+            let model = Decoder::load_part(&mut cpu, &checkpoint, Rank { index, count: 2 })?;
+            Ok::<_, LoadError<CpuError>>(Local::new(cpu, model))
+        }
+    };
+    Ranks::start((0..).zip(links).map(builder).collect(), patience, abort, renew).unwrap()
+}
+
+fn engine<X: Executor>(checkpoint: &Checkpoint, executor: X, overlap: bool) -> Engine<X> {
     // A pool so small that requests are retracted, prompts cut into chunks, and more requests than fit at once.
     let limits = Limits {
         running: 8,
@@ -79,7 +102,7 @@ fn engine(name: &Path, overlap: bool) -> Engine<Local<Cpu, Decoder<Cpu>>> {
     };
     let options =
         EngineOptions { limits, fit: None, scheduler, eos: checkpoint.config().eos.clone(), overlap };
-    Engine::new(backend, model, options).unwrap()
+    Engine::of(executor, options).unwrap()
 }
 
 #[test]
@@ -89,50 +112,60 @@ fn a_whole_run_allocates_nothing_after_construction() {
     COUNTING.store(false, Ordering::Relaxed);
     assert_eq!(ALLOCATIONS.swap(0, Ordering::Relaxed), 1, "the counter counts");
     for (name, overlap) in [("tiny-tied", true), ("tiny-tied", false), ("qwen3-moe", true)] {
-        let (golden, mut engine) = (Golden::open(name), engine(&fixture(name), overlap));
-        let mut tokens = 0;
-        let rules = Rules::new(vec![(5, 2.0)], vec![9], &[vec![1, 2], vec![3]]).unwrap();
-        let allowing = rules.clone().allowing((0..100).collect()).unwrap();
-        let rules = [rules, allowing].map(Arc::new);
-        let mut run = |engine: &mut Engine<Local<Cpu, Decoder<Cpu>>>| {
-            for i in 0..40u32 {
-                let sampling = SamplingParams {
-                    temperature: [0.0, 0.8][i as usize % 2],
-                    top_k: [0, 40, 0][i as usize % 3],
-                    top_p: [1.0, 0.9][i as usize / 2 % 2],
-                    min_p: [0.0, 0.0, 0.05][i as usize % 3],
-                    repetition_penalty: [1.0, 1.0, 1.1][i as usize % 3],
-                    frequency_penalty: [0.0, 0.5][i as usize / 2 % 2],
-                    min_tokens: i % 4,
-                    seed: u64::from(i),
-                    max_tokens: 10 + 3 * i,
-                    ignore_eos: i % 2 == 0,
-                    logprobs: (i % 5 == 0).then_some(4),
-                    prompt_logprobs: (i % 3 == 0).then_some(PromptLogprobs { from: i, top: 3 }),
-                    ..SamplingParams::default()
-                };
-                let prompt = &golden.examples[i as usize % golden.examples.len()].prompt;
-                let rules = (i % 2 == 0).then_some(&rules[i as usize / 2 % 2]);
-                engine.submit(Request { rules, ..Request::new(prompt, sampling) }).unwrap();
-            }
-            while !engine.is_idle() {
-                engine.step(&mut |event| tokens += u64::from(matches!(event, Event::Token { .. }))).unwrap();
-            }
-        };
-        // The thread pool starts its threads, and sizes its queues, on its first work.
-        run(&mut engine);
-        engine.clear_prefix_cache();
-        engine.reset_stats();
-        COUNTING.store(true, Ordering::Relaxed);
-        run(&mut engine);
-        COUNTING.store(false, Ordering::Relaxed);
-
-        assert_eq!(ALLOCATIONS.swap(0, Ordering::Relaxed), 0, "{name}, overlap {overlap}");
-        let stats = engine.stats();
-        assert_eq!(stats.finished, 40);
-        assert!(stats.retractions > 0 && stats.padding_rows > 0, "{stats:?}");
-        assert!(stats.steps() - stats.decode_steps > 40, "{stats:?}");
-        assert!(tokens > 2000);
-        engine.check();
+        let (golden, checkpoint) = (Golden::open(name), Checkpoint::open(&fixture(name), FAMILIES).unwrap());
+        allocates_nothing(
+            &golden,
+            engine(&checkpoint, alone(&checkpoint), overlap),
+            &format!("{name}, {overlap}"),
+        );
+        let ranks = engine(&checkpoint, on_two_ranks(&checkpoint), overlap);
+        allocates_nothing(&golden, ranks, &format!("{name}, {overlap}, on two ranks"));
     }
+}
+
+fn allocates_nothing<X: Executor>(golden: &Golden, mut engine: Engine<X>, label: &str) {
+    let mut tokens = 0;
+    let rules = Rules::new(vec![(5, 2.0)], vec![9], &[vec![1, 2], vec![3]]).unwrap();
+    let allowing = rules.clone().allowing((0..100).collect()).unwrap();
+    let rules = [rules, allowing].map(Arc::new);
+    let mut run = |engine: &mut Engine<X>| {
+        for i in 0..40u32 {
+            let sampling = SamplingParams {
+                temperature: [0.0, 0.8][i as usize % 2],
+                top_k: [0, 40, 0][i as usize % 3],
+                top_p: [1.0, 0.9][i as usize / 2 % 2],
+                min_p: [0.0, 0.0, 0.05][i as usize % 3],
+                repetition_penalty: [1.0, 1.0, 1.1][i as usize % 3],
+                frequency_penalty: [0.0, 0.5][i as usize / 2 % 2],
+                min_tokens: i % 4,
+                seed: u64::from(i),
+                max_tokens: 10 + 3 * i,
+                ignore_eos: i % 2 == 0,
+                logprobs: (i % 5 == 0).then_some(4),
+                prompt_logprobs: (i % 3 == 0).then_some(PromptLogprobs { from: i, top: 3 }),
+                ..SamplingParams::default()
+            };
+            let prompt = &golden.examples[i as usize % golden.examples.len()].prompt;
+            let rules = (i % 2 == 0).then_some(&rules[i as usize / 2 % 2]);
+            engine.submit(Request { rules, ..Request::new(prompt, sampling) }).unwrap();
+        }
+        while !engine.is_idle() {
+            engine.step(&mut |event| tokens += u64::from(matches!(event, Event::Token { .. }))).unwrap();
+        }
+    };
+    // The thread pool starts its threads, and sizes its queues, on its first work.
+    run(&mut engine);
+    engine.clear_prefix_cache();
+    engine.reset_stats();
+    COUNTING.store(true, Ordering::Relaxed);
+    run(&mut engine);
+    COUNTING.store(false, Ordering::Relaxed);
+
+    assert_eq!(ALLOCATIONS.swap(0, Ordering::Relaxed), 0, "{label}");
+    let stats = engine.stats();
+    assert_eq!(stats.finished, 40);
+    assert!(stats.retractions > 0 && stats.padding_rows > 0, "{stats:?}");
+    assert!(stats.steps() - stats.decode_steps > 40, "{stats:?}");
+    assert!(tokens > 2000);
+    engine.check();
 }
