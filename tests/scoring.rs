@@ -97,7 +97,7 @@ fn all(completion: &Completion) -> Vec<TokenLogprobs> {
 
 fn assert_the_same_however_computed(ways: impl IntoIterator<Item = (String, LlmBuilder)>) {
     let drawn = |prompt: &Vec<u32>| {
-        let request = scored(prompt, 3, 20);
+        let request = scored(prompt, 3, 50);
         let sampling = SamplingParams { temperature: 0.8, seed: 7, logprobs: Some(3), ..request.sampling };
         request.sampling(sampling)
     };
