@@ -113,6 +113,7 @@ impl Compiler {
             between: format.between_calls(),
             opening: format.opening(),
             tag: PYTHON_TAG,
+            thought_tags: (THINK, THINK_END),
             required: *required,
             parallel: *parallel,
             thought: self.thought(prompt),

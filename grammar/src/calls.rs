@@ -19,10 +19,12 @@ pub struct Calls<'a> {
     /// What stands between two calls.
     pub between: &'a str,
     /// What each call begins with, where calls may stand in a text; `None`: they are the whole output, which begins with neither
-    /// a brace nor white space where it is text, nor with `tag` and a brace.
+    /// a brace nor white space where it is text, nor with what is overlooked and a brace.
     pub opening: Option<&'a str>,
     /// What may stand before calls that are the whole output: who reads them overlooks it.
     pub tag: &'a str,
+    /// What a thought begins and ends with: one before `tag`, or before calls, is overlooked as well.
+    pub thought_tags: (&'a str, &'a str),
     /// The output is calls and nothing else.
     pub required: bool,
     /// There may be several.
@@ -74,7 +76,10 @@ impl Calls<'_> {
                 if self.parallel { "(opened call)* ANYTHING" } else { "opened call | ANYTHING" }
             }
             (false, None) => {
-                rule("LIKE_A_CALL", &format!(r"{} /\s*\{{(.|\n)*/", literal(self.tag)));
+                let (begin, end) = self.thought_tags;
+                rule("OVERLOOKED", &format!(r"{} ANYTHING {} /\s*/", literal(begin), literal(end)));
+                let tag = literal(self.tag);
+                rule("LIKE_A_CALL", &format!(r"(OVERLOOKED | {tag} | OVERLOOKED {tag}) /\s*\{{(.|\n)*/"));
                 rule("UNLIKE_A_CALL", r"/[^{\s](.|\n)*/ & ~LIKE_A_CALL");
                 "calls | UNLIKE_A_CALL"
             }

@@ -169,6 +169,8 @@ const STYLES: [Style; 2] = [
 
 /// What calls of the second style may have before them.
 const TAG: &str = "<|tag|>";
+/// And what a thought before it stands between.
+const THOUGHT_TAGS: (&str, &str) = ("<t>", "</t>");
 
 impl Style {
     /// In front of the arguments of function `i`.
@@ -186,7 +188,17 @@ impl Style {
         let of = |(i, arguments)| CallOf { name: "f", before: self.before(i), arguments };
         let Style { behind, between, opening, .. } = *self;
         let functions = schemas.iter().enumerate().map(of).collect();
-        Calls { functions, behind, between, opening, tag: TAG, required, parallel, thought }
+        Calls {
+            functions,
+            behind,
+            between,
+            opening,
+            tag: TAG,
+            thought_tags: THOUGHT_TAGS,
+            required,
+            parallel,
+            thought,
+        }
     }
 
     /// Checks that a whole output is what it may be; gives how many calls are in it.
@@ -296,6 +308,11 @@ fn texts_and_calls_in_them_are_told_apart_as_they_come() {
         // Read as calls, whose arguments nobody held to their schema.
         (bare, "<|tag|>{}", false, true, false),
         (bare, "<|tag|> \n{\"f0\": {\"a\": 2}}", false, true, false),
+        (bare, "<t></t>{\"f0\": {\"a\": 2}}", false, true, false),
+        (bare, "<t>Hm\n</t>\n{}", false, true, false),
+        (bare, "<t>Hm</t> <|tag|> {}", false, true, false),
+        (bare, "<t>Hm</t> So {}", false, true, true),
+        (bare, "<t>{}", false, true, true),
         (bare, "<|tag|>", false, true, true),
         (bare, "<|tag|> for {}", false, true, true),
         (bare, "<|ta {}", false, true, true),
