@@ -96,7 +96,7 @@ pub use request::{
     BesideWork, ChatPrompt, Completion, Embed, FinishReason, Flow, GenerateRequest, Given, JsonObject,
     Message, NoRole, Prompt, PromptLogprobs, RequestError, SAMPLES_MAX, STOP_BYTES_MAX, SamplingError,
     SamplingParams, StepShape, StepTiming, StreamEvent, SubmitError, TOP_LOGPROBS_MAX, TokenLogprobs,
-    TokenRules, sample_seed,
+    TokenRules, prompt_seed, sample_seed,
 };
 pub use rerank::{Relevance, RerankRequest};
 pub use score::{Score, ScoreRequest};

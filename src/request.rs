@@ -21,7 +21,7 @@ pub use minisgl_core::batch::StepShape;
 pub use minisgl_core::embedding::Embed;
 pub use minisgl_core::request::SubmitError;
 pub use minisgl_core::sampling::{
-    PromptLogprobs, SamplingError, SamplingParams, TOP_LOGPROBS_MAX, sample_seed,
+    PromptLogprobs, SamplingError, SamplingParams, TOP_LOGPROBS_MAX, prompt_seed, sample_seed,
 };
 pub use minisgl_core::stats::Load;
 
@@ -178,7 +178,7 @@ pub struct TokenRules {
     /// have come up, the last one can't be drawn. They need the checkpoint's tokenizer.
     pub bad_words: Vec<String>,
     /// The only tokens that may be drawn, one at least; `None`: all. An end-of-sequence token that is not among them is not drawn.
-    pub allowed_token_ids: Option<Vec<u32>>,
+    pub allowed_token_ids: Option<Arc<[u32]>>,
 }
 
 impl GenerateRequest {
@@ -408,7 +408,8 @@ pub enum RequestError {
     /// What it says of its tokens forbids all of them.
     #[error(
         "no token is left to go on with: its grammar or allowed_token_ids allow none beside the others' and those that bad_words and \
-         min_tokens forbid; drop one of them, or allow more tokens (the end-of-sequence token too, where the output may end)"
+         min_tokens forbid; drop one of them, or allow more tokens (the end-of-sequence token too, where the output may end). If it fails without \
+         them too, the model's logits are not numbers"
     )]
     NoTokenLeft,
     /// No output is asked for.

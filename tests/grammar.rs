@@ -156,8 +156,7 @@ fn allowed_tokens_narrow_what_a_grammar_allows() {
         ["a", "c", "e", "7"].into_iter().flat_map(|letter| llm.encode(letter).unwrap()).collect()
     };
     assert_eq!(ids.len(), 4, "each is a token");
-    let allowing =
-        |ids: &[u32]| TokenRules { allowed_token_ids: Some(ids.to_vec()), ..TokenRules::default() };
+    let allowing = |ids: &[u32]| TokenRules { allowed_token_ids: Some(ids.into()), ..TokenRules::default() };
     let held = |seed| {
         let sampling = SamplingParams { temperature: 2.0, seed, max_tokens: 20, ..SamplingParams::default() };
         let request = GenerateRequest::tokens([5, 6]).sampling(sampling);

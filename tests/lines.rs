@@ -6,7 +6,7 @@ use minisgl::lines::{self, BadLine, Defaults, LineError, Origin, RequestLine};
 use minisgl::openai::ModelName;
 use minisgl::{
     Completion, Embed, FinishReason, GenerateRequest, Given, Prompt, PromptLogprobs, RequestError,
-    RerankRequest, SamplingParams, TokenLogprobs, TokenRules,
+    RerankRequest, SamplingParams, TokenLogprobs, TokenRules, prompt_seed,
 };
 use proptest::prelude::*;
 use serde_json::{Value, json};
@@ -148,7 +148,7 @@ fn penalties_biases_and_what_ends_an_output_are_read_in_every_format() {
             logit_bias: vec![(50256, -100.0), (7, 2.5)],
             stop_token_ids: vec![5, 6],
             bad_words: vec!["a".to_owned(), " b".to_owned()],
-            allowed_token_ids: Some(vec![9, 7]),
+            allowed_token_ids: Some([9, 7].into()),
         };
         assert_eq!((request.rules, request.include_stop), (rules, true), "{line}");
     }
@@ -1047,7 +1047,9 @@ fn a_batch_line_may_have_several_prompts() {
     let RequestLine { request, beside, .. } = parse(line(r#"["a", "b", "c"]"#)).unwrap();
     let asked: Vec<_> = [request].into_iter().chain(beside).collect();
     let of = |one: &GenerateRequest| (one.prompt.clone(), one.sampling.seed, one.samples, one.stop.clone());
-    let expected = |(i, text): (u64, &str)| (Prompt::Text(text.to_owned()), 103 + i, 2, vec![".".to_owned()]);
+    let expected = |(i, text): (u32, &str)| {
+        (Prompt::Text(text.to_owned()), prompt_seed(103, i), 2, vec![".".to_owned()])
+    };
     assert_eq!(
         asked.iter().map(of).collect::<Vec<_>>(),
         (0..).zip(["a", "b", "c"]).map(expected).collect::<Vec<_>>()
@@ -1070,6 +1072,16 @@ fn a_batch_line_may_have_several_prompts() {
     let (one, usage) = (completion(), &body["usage"]);
     assert_eq!(usage["prompt_tokens"], 2 * one.prompt_tokens);
     assert_eq!(usage["completion_tokens"], 4 * one.token_ids.len());
+    // Of several it is said which one failed.
+    let failed = |sample| Completion { error: Some(RequestError::NotNumbers), ..output(sample) };
+    let message = |prompts: &str, outputs: &[Completion]| {
+        let result: Value = serde_json::from_str(&written_all(&line(prompts), outputs)).unwrap();
+        result["response"]["body"]["error"]["message"].as_str().unwrap().to_owned()
+    };
+    let alone = message(r#""a""#, &[output(0), failed(1)]);
+    assert_eq!(alone, RequestError::NotNumbers.to_string());
+    let among = [output(0), output(1), output(0), failed(1), output(0), failed(1)];
+    assert_eq!(message(r#"["a", "b", "c"]"#, &among), format!("prompt 1: {alone}"));
 }
 
 #[test]

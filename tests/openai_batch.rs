@@ -9,6 +9,7 @@ use std::path::Path;
 use std::process::{Command, Output};
 
 use common::Scratch;
+use minisgl::prompt_seed;
 use serde_json::{Value, json};
 
 fn generate(scratch: &Scratch, flags: &[&str]) -> Output {
@@ -151,10 +152,10 @@ fn a_line_of_several_prompts_has_each_ones_result_in_its_place() {
     // In the order of their first tokens the last one runs first.
     let inputs: Vec<Vec<u32>> = (0..9).map(|i| (0..90 - 10 * i).map(|id| 20 + id - i).collect()).collect();
     let each = inputs.iter().map(|input| embedding("one", json!({"input": input})));
-    let drawn = |prompts: Value, seed: usize| {
+    let drawn = |prompts: Value, seed: u64| {
         text("drawn", json!({"prompt": prompts, "n": 2, "max_tokens": 4, "temperature": 1, "seed": seed}))
     };
-    let each = each.chain((0..9).map(|i| drawn(json!(inputs[i]), 7 + i)));
+    let each = each.chain((0..9).map(|i| drawn(json!(inputs[i]), prompt_seed(7, i as u32))));
     let all = [embedding("all", json!({"input": inputs})), drawn(json!(inputs), 7)];
     let lines: Vec<_> = all.into_iter().chain(each).collect();
     scratch.write("in.jsonl", lines.iter().map(|line| format!("{line}\n")).collect::<String>());

@@ -4,7 +4,7 @@ mod common;
 
 use common::{Scratch, greedy, greedy_request};
 use minisgl::simulated::SimulatedDevice;
-use minisgl::{Error, GenerateRequest, Grammar, Llm, Options, StreamEvent, TokenRules};
+use minisgl::{Error, GenerateRequest, Grammar, Llm, Options, RequestError, StreamEvent, TokenRules};
 use serde_json::{Value, json};
 
 /// Steps of decode rows take 4 ms, others 6 ms and 0.1 ms a token.
@@ -64,12 +64,14 @@ fn what_is_drawn_follows_a_grammar_and_allowed_tokens_where_there_are_any() {
         GenerateRequest::tokens([1, 2]).sampling(greedy(30)).grammar(Grammar::Choice(texts.clone()));
     let completion = llm().generate(&[request]).unwrap().remove(0);
     assert!(texts.contains(&completion.text.unwrap()), "{:?}", completion.token_ids);
-    let allowing =
-        |ids: &[u32]| TokenRules { allowed_token_ids: Some(ids.to_vec()), ..TokenRules::default() };
+    let allowing = |ids: &[u32]| TokenRules { allowed_token_ids: Some(ids.into()), ..TokenRules::default() };
     let request = |ids| GenerateRequest::tokens([1, 2]).sampling(greedy(30)).rules(allowing(ids));
     let completions = llm().generate(&[request(&[7, 9]), request(&[8])]).unwrap();
     assert!(completions[0].token_ids.iter().all(|id| [7, 9].contains(id)), "{:?}", completions[0]);
     assert_eq!(completions[1].token_ids, [8; 30]);
+    let digit = llm().encode("7").unwrap();
+    let letters = request(&digit).grammar(Grammar::Regex("[a-z]+".to_owned()));
+    assert_eq!(llm().generate(&[letters]).unwrap()[0].error, Some(RequestError::NoTokenLeft));
 }
 
 #[test]

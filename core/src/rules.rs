@@ -170,7 +170,8 @@ impl Rules {
         let biased = self.biases.iter().map(|(id, _)| ("logit_bias", *id));
         let stop = self.stop.iter().map(|id| ("stop_token_ids", *id));
         let bad = self.bad_tokens.iter().map(|id| ("bad_words", *id));
-        let allowed = self.allowed.iter().flatten().map(|id| ("allowed_token_ids", *id));
+        // The last is the largest.
+        let allowed = self.allowed.iter().filter_map(|ids| Some(("allowed_token_ids", *ids.last()?)));
         match biased.chain(stop).chain(bad).chain(allowed).find(|(_, id)| *id >= vocab) {
             Some((field, id)) => Err(SamplingError::RuleOutsideVocabulary { field, id, vocab }),
             None => Ok(()),

@@ -395,6 +395,15 @@ pub fn sample_seed(seed: u64, sample: u32) -> u64 {
     }
 }
 
+/// The seed of a prompt of a request that has several, from 0: as for samples, the first has the request's own, and those of the others
+/// lie anywhere, but not where samples' do.
+pub fn prompt_seed(seed: u64, prompt: u32) -> u64 {
+    match prompt {
+        0 => seed,
+        _ => splitmix64(seed ^ splitmix64(1 << 32 | u64::from(prompt))),
+    }
+}
+
 /// Philox4x32 with 7 rounds (Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", 2011): a keyed bijection
 /// of counters whose outputs pass BigCrush from 7 rounds on.
 pub fn philox(counter: [u32; 4], key: [u32; 2]) -> [u32; 4] {
@@ -457,6 +466,12 @@ mod tests {
         seeds.sort_unstable();
         seeds.dedup();
         assert_eq!(seeds.len(), 64 * 64);
+        // Nor with prompts of the same requests.
+        seeds.extend((0..64).flat_map(|seed| (1..64).map(move |prompt| prompt_seed(seed, prompt))));
+        seeds.sort_unstable();
+        seeds.dedup();
+        assert_eq!(seeds.len(), 64 * 64 + 64 * 63);
+        assert!((0..64).all(|seed| prompt_seed(seed, 0) == seed));
     }
 
     #[test]

@@ -50,7 +50,7 @@ impl Sampling {
             logit_bias: logit_bias.into_iter().collect(),
             stop_token_ids: field(given, "stop_token_ids")?,
             bad_words: field(given, "bad_words")?,
-            allowed_token_ids: field(given, "allowed_token_ids")?,
+            allowed_token_ids: field::<Option<Vec<u32>>>(given, "allowed_token_ids")?.map(Into::into),
         };
         let samples = field(given, "n")?;
         if samples == 0 {

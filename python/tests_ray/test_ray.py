@@ -104,7 +104,7 @@ def test_every_row_has_one_result_though_an_actor_is_killed(arguments, tmp_path)
 
     def kill_one_half_way():
         end = time.monotonic() + 300
-        while len(list(tmp_path.glob("part-*"))) < count // 32 and time.monotonic() < end:
+        while len(list(tmp_path.glob("part-*"))) < count // 80 and time.monotonic() < end:
             time.sleep(0.05)
         found = actors()
         if len(found) == 2:

@@ -138,6 +138,8 @@ fn stream(fields: &mut Fields<'_>) -> Result<Option<StreamOptions>, ApiError> {
 
 #[cfg(test)]
 mod tests {
+    use minisgl::prompt_seed;
+
     use super::*;
 
     fn read(json: &str, prompts: Prompts) -> Result<Asked, ApiError> {
@@ -155,7 +157,7 @@ mod tests {
         let requests: Vec<_> =
             asked.requests().map(|one| (one.prompt, one.sampling.seed, one.samples)).collect();
         let (a, b) = (Prompt::Tokens(vec![1]), Prompt::Tokens(vec![2]));
-        assert_eq!(requests, [(a, 7, 3), (b, 8, 3)]);
+        assert_eq!(requests, [(a, 7, 3), (b, prompt_seed(7, 1), 3)]);
         assert_eq!(asked.choices(), 6);
         assert_eq!(read(r#"{"prompt": "a"}"#, Prompts::Text).unwrap().body.sampling.seed, 40);
     }

@@ -119,10 +119,12 @@ impl Feed {
             // An engine that has stopped or an output that is closed is the caller's to tell.
             let goes_on = match parsed {
                 Ok(RequestLine { header, request, beside }) => {
-                    let asked = [request].into_iter().chain(beside);
-                    let asked: Vec<_> = shared::tags(origin.line).zip(asked).collect();
+                    let asked: Vec<_> = [request].into_iter().chain(beside).collect();
                     shared.starts(header, origin, &asked);
-                    submitter.submit_all(asked).is_ok()
+                    let asked = shared::tags(origin.line).zip(asked);
+                    submitter
+                        .submit_all(asked.inspect(|(tag, request)| shared.submits(*tag, request)))
+                        .is_ok()
                 }
                 Err(bad) => write_bad(&shared, &bad, origin).is_ok(),
             };

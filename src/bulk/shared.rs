@@ -123,14 +123,15 @@ impl Shared {
     }
 
     /// Keeps what the result of a line with these requests will need.
-    pub(super) fn starts(&self, header: Header, origin: Origin, requests: &[(u64, GenerateRequest)]) {
-        let expected = requests.iter().map(|(_, request)| request.samples as usize).sum();
+    pub(super) fn starts(&self, header: Header, origin: Origin, requests: &[GenerateRequest]) {
+        let expected = requests.iter().map(|request| request.samples as usize).sum();
         let running = Running { header, fingerprint: origin.fingerprint, expected, completions: Vec::new() };
         locked(&self.running).insert(origin.line, running);
-        let now = Instant::now();
-        self.watch(|recorder| {
-            requests.iter().for_each(|(tag, request)| recorder.submitted(*tag, request.samples, now));
-        });
+    }
+
+    /// Its time begins.
+    pub(super) fn submits(&self, tag: u64, request: &GenerateRequest) {
+        self.watch(|recorder| recorder.submitted(tag, request.samples, Instant::now()));
     }
 
     /// Takes note of what happens in the session.

@@ -19,7 +19,7 @@ use crate::openai::{
     INVALID_REQUEST, OutputFormat, PromptLogprobs, Prompts, Said, TextChoice, TextLogprobs, Usage,
     created_now, finish_reason, read, shown, status,
 };
-use crate::request::{ChatPrompt, Completion, GenerateRequest, Prompt};
+use crate::request::{ChatPrompt, Completion, GenerateRequest, Prompt, RequestError};
 use crate::tools::ToolFormat;
 
 /// Is it an envelope, whole or not?
@@ -85,19 +85,18 @@ fn request(
 
 /// The first of what a body asks for in a field, and the others.
 fn first_of(
-    mut requests: Vec<GenerateRequest>,
+    mut requests: impl ExactSizeIterator<Item = GenerateRequest>,
     field: &'static str,
 ) -> Result<(GenerateRequest, Vec<GenerateRequest>), FieldError> {
     let count = requests.len();
-    if count == 0 || count > REQUESTS_MAX {
-        return Err(FieldError::Unsupported {
+    match requests.next() {
+        Some(first) if count <= REQUESTS_MAX => Ok((first, requests.collect())),
+        _ => Err(FieldError::Unsupported {
             field,
             value: format!("a list of {count}"),
             fix: format!("give 1 to {REQUESTS_MAX} in a line"),
-        });
+        }),
     }
-    let others = requests.split_off(1);
-    Ok((requests.remove(0), others))
 }
 
 fn method(fields: &mut Fields<'_>) -> Result<(), FieldError> {
@@ -146,6 +145,15 @@ struct Stopped<'a> {
     message: &'a str,
 }
 
+/// The first error of a line's requests; and which of them has it, from 0, where there are several.
+fn failed(completions: &[Completion]) -> Option<(&RequestError, Option<usize>)> {
+    let (at, error) =
+        completions.iter().enumerate().find_map(|(at, completion)| Some((at, completion.error.as_ref()?)))?;
+    let begun = |completions: &[Completion]| completions.iter().filter(|one| one.sample == 0).count();
+    let number = begun(&completions[..=at]).saturating_sub(1);
+    Some((error, (begun(completions) > 1).then_some(number)))
+}
+
 /// Appends what came of a request's samples.
 pub fn write_result(
     out: &mut Vec<u8>,
@@ -155,9 +163,14 @@ pub fn write_result(
     tools: Option<ToolFormat>,
     token_bytes: &dyn Fn(u32) -> Option<Vec<u8>>,
 ) {
-    if let Some(error) = completions.iter().find_map(|completion| completion.error.as_ref()) {
+    if let Some((error, at)) = failed(completions) {
         let (status, r#type) = status(error);
-        let error = ErrorObject { message: &error.to_string(), r#type, param: None, code: None };
+        let message = match (at, header.format) {
+            (None, _) => error.to_string(),
+            (Some(at), Format::Embeddings(_)) => format!("input {at}: {error}"),
+            (Some(at), _) => format!("prompt {at}: {error}"),
+        };
+        let error = ErrorObject { message: &message, r#type, param: None, code: None };
         return write_response(out, header, origin, status, ErrorBody { error });
     }
     let reasons = completions.iter().map(|completion| finish_reason(completion.finish_reason));

@@ -165,18 +165,22 @@ pub fn parse(line: &[u8], number: u64, defaults: &Defaults) -> Result<RequestLin
 type Asked<T = GenerateRequest> = Result<(T, Option<Arc<str>>), FieldError>;
 
 /// A request for each prompt of a body, and the name by which it calls the model.
-fn requests(fields: Fields<'_>, prompts: Prompts, defaults: LineDefaults<'_>) -> Asked<Vec<GenerateRequest>> {
+fn requests(
+    fields: Fields<'_>,
+    prompts: Prompts,
+    defaults: LineDefaults<'_>,
+) -> Asked<impl ExactSizeIterator<Item = GenerateRequest> + use<>> {
     let body = Body::read(fields, prompts, &defaults.sampling, defaults.model)?;
     let model = body.model.clone();
-    Ok((body.requests().collect(), model))
+    Ok((body.requests(), model))
 }
 
 /// The one request that a body makes.
 fn one_request(fields: Fields<'_>, prompts: Prompts, defaults: LineDefaults<'_>) -> Asked {
     let (mut requests, model) = requests(fields, prompts, defaults)?;
-    match requests.pop() {
-        Some(request) if requests.is_empty() => Ok((request, model)),
-        _ => Err(several("prompt", requests.len() + 1)),
+    match (requests.len(), requests.next()) {
+        (1, Some(request)) => Ok((request, model)),
+        (count, _) => Err(several("prompt", count)),
     }
 }
 
@@ -185,10 +189,10 @@ fn embeddings(
     fields: Fields<'_>,
     input: &'static str,
     defaults: LineDefaults<'_>,
-) -> Asked<(Vec<GenerateRequest>, Encoding)> {
+) -> Asked<(impl ExactSizeIterator<Item = GenerateRequest> + use<>, Encoding)> {
     let body = EmbedBody::read(fields, input, defaults.model)?;
     let (model, encoding) = (body.model.clone(), body.encoding);
-    Ok(((body.requests().collect(), encoding), model))
+    Ok(((body.requests(), encoding), model))
 }
 
 fn several(field: &'static str, count: usize) -> FieldError {

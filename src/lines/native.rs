@@ -68,9 +68,9 @@ pub fn parse(
 /// The request of a line with something to embed, and how the embedding is written.
 fn one_embedding(fields: Fields<'_>, defaults: LineDefaults<'_>) -> Asked<(GenerateRequest, Encoding)> {
     let ((mut requests, encoding), model) = embeddings(fields, "embed", defaults)?;
-    match requests.pop() {
-        Some(request) if requests.is_empty() => Ok(((request, encoding), model)),
-        _ => Err(several("embed", requests.len() + 1)),
+    match (requests.len(), requests.next()) {
+        (1, Some(request)) => Ok(((request, encoding), model)),
+        (count, _) => Err(several("embed", count)),
     }
 }
 

@@ -31,7 +31,7 @@ use crate::SamplingParams;
 use crate::grammar::Grammar;
 use crate::request::{
     ChatPrompt, GenerateRequest, Given, JsonObject, Message, Prompt, PromptLogprobs, TOP_LOGPROBS_MAX,
-    TokenRules,
+    TokenRules, prompt_seed,
 };
 use crate::rerank::RerankRequest;
 use crate::tools::ToolCalls;
@@ -100,11 +100,11 @@ impl Body {
         Ok(Body { prompts, sampling, samples, stop, include_stop, rules, grammar, model })
     }
 
-    /// The requests that it makes, one for each prompt, with seeds that follow each other.
+    /// The requests that it makes, one for each prompt, with the seeds that [`prompt_seed`] gives.
     pub fn requests(self) -> impl ExactSizeIterator<Item = GenerateRequest> {
         let Body { prompts, sampling, samples, stop, include_stop, rules, grammar, .. } = self;
         prompts.into_iter().enumerate().map(move |(number, prompt)| GenerateRequest {
-            sampling: SamplingParams { seed: sampling.seed.wrapping_add(number as u64), ..sampling },
+            sampling: SamplingParams { seed: prompt_seed(sampling.seed, number as u32), ..sampling },
             samples,
             stop: stop.clone(),
             include_stop,
@@ -290,7 +290,7 @@ fn rules(fields: &mut Fields<'_>) -> Result<TokenRules, FieldError> {
         logit_bias: logit_bias(fields)?,
         stop_token_ids: ids(fields, "stop_token_ids")?.unwrap_or_default(),
         bad_words: fields.take("bad_words", "a list of texts")?.unwrap_or_default(),
-        allowed_token_ids: ids(fields, "allowed_token_ids")?,
+        allowed_token_ids: ids(fields, "allowed_token_ids")?.map(Into::into),
     })
 }
 
@@ -445,6 +445,8 @@ mod tests {
     #[test]
     fn every_field_that_is_read_stands_in_the_tables_of_the_docs() {
         let mut fields = Fields::read("{}").unwrap();
+        name_of(&ModelName::new("m"), &mut fields).unwrap();
+        fields.flag("include_stop_str_in_output").unwrap();
         sampling(&mut fields, &SamplingParams::DEFAULT).unwrap();
         samples(&mut fields).unwrap();
         stop(&mut fields).unwrap();
@@ -456,8 +458,10 @@ mod tests {
             ("serving.md", include_str!("../../docs/serving.md")),
             ("generate.md", include_str!("../../docs/generate.md")),
         ] {
+            let tables: Vec<_> = docs.lines().filter(|line| line.starts_with('|')).collect();
             for name in fields.names() {
-                let stands = docs.contains(&format!("`{name}`")) || docs.contains(&format!("`\"{name}\": "));
+                let named = [format!("`{name}`"), format!("`\"{name}\": ")];
+                let stands = tables.iter().any(|line| named.iter().any(|name| line.contains(name)));
                 assert!(stands, "{name} is missing in docs/{file}");
             }
         }

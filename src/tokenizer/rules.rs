@@ -22,7 +22,7 @@ impl Text {
         let bad_words = self.bad_words(&bad_words)?;
         let mut rules = Rules::new(logit_bias, stop_token_ids, &bad_words).map_err(refused)?;
         if let Some(ids) = allowed_token_ids {
-            rules = rules.allowing(ids).map_err(refused)?;
+            rules = rules.allowing(ids.to_vec()).map_err(refused)?;
         }
         Ok((!rules.is_empty()).then(|| Arc::new(rules)))
     }
