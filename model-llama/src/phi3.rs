@@ -30,9 +30,12 @@ fn read(fields: &Fields<'_>) -> Result<DecoderSpec, ConfigError> {
     }
     let dims = fields.dims()?;
     let rotated = rotated(fields, dims.head_dim)?;
+    let positions = fields.size("max_position_embeddings", 1 << 24)?;
+    let window = fields.get("sliding_window").map(|_| fields.size("sliding_window", u32::MAX)).transpose()?;
     let attention = Attention {
         rope: Some(fields.rope_with(rotated, |rope| scaling(fields, rope, rotated))?),
-        window: fields.get("sliding_window").map(|_| fields.size("sliding_window", u32::MAX)).transpose()?,
+        // One that no sequence is longer than is none.
+        window: window.filter(|window| *window < positions),
         ..Attention::plain()
     };
     let layer = LayerSpec {
@@ -135,6 +138,15 @@ mod tests {
             "max_position_embeddings": 131_072, "original_max_position_embeddings": 4096, "partial_rotary_factor": 0.75,
             "rope_scaling": {name: kind, "short_factor": vec![1.5; 48], "long_factor": vec![9.0; 48]},
         })
+    }
+
+    #[test]
+    fn a_window_that_no_sequence_is_longer_than_is_none() {
+        for (window, read_as) in [(2047, Some(2047)), (131_072, None), (262_144, None)] {
+            let mut config = long("type", "longrope");
+            config["sliding_window"] = json!(window);
+            assert_eq!(read(config).unwrap().0.window, read_as);
+        }
     }
 
     #[test]

@@ -19,7 +19,7 @@ use minisgl_core::constraint::mask_words;
 use minisgl_core::executor::{Executor, ModelInfo, RecordError, Results};
 use minisgl_core::kv::KvFormat;
 use minisgl_core::request::Ticket;
-use minisgl_core::sampling::{RowLogprobs, TOP_LOGPROBS_MAX};
+use minisgl_core::sampling::{NO_TOKEN, RowLogprobs, TOP_LOGPROBS_MAX};
 use minisgl_core::stats::ExpertsRead;
 use minisgl_cuda::HostTimes;
 use minisgl_decoder::Checkpoint;
@@ -82,12 +82,12 @@ impl Simulated {
         }
     }
 
-    /// The token at a place of a sequence, of those that the mask allows.
+    /// The token at a place of a sequence, of those that the mask allows; [`NO_TOKEN`] where it allows none.
     fn token(&self, place: u32, mask: Option<&[u32]>) -> u32 {
         let vocab = self.model.vocab;
         let first = (u64::from(place).wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 32) as u32 % vocab;
         let allowed = |id: &u32| mask.is_none_or(|mask| mask[*id as usize / 32] >> (id % 32) & 1 == 1);
-        (first..vocab).chain(0..first).find(allowed).unwrap_or(first)
+        (first..vocab).chain(0..first).find(allowed).unwrap_or(NO_TOKEN)
     }
 }
 
