@@ -112,7 +112,7 @@ fn a_whole_run_allocates_nothing_after_construction() {
     COUNTING.store(false, Ordering::Relaxed);
     assert_eq!(ALLOCATIONS.swap(0, Ordering::Relaxed), 1, "the counter counts");
     for (name, overlap) in [("tiny-tied", true), ("tiny-tied", false), ("qwen3-moe", true)] {
-        let (golden, checkpoint) = (Golden::open(name), Checkpoint::open(&fixture(name), FAMILIES).unwrap());
+        let (golden, checkpoint) = (Golden::open(name), Checkpoint::open(fixture(name), FAMILIES).unwrap());
         allocates_nothing(
             &golden,
             engine(&checkpoint, alone(&checkpoint), overlap),
