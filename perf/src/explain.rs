@@ -171,10 +171,13 @@ mod tests {
     }
 
     #[test]
-    fn a_step_of_the_largest_model_is_explained() {
+    fn steps_of_the_largest_model_are_explained_or_refused_by_name() {
+        let model: ModelShape = LARGEST.parse().unwrap();
         for kernels in [KernelSet::Hopper, KernelSet::Portable] {
-            let text = text("rows=4096,context=524288,tokens=524288,behind=524288", LARGEST, kernels);
-            assert!(text.contains("attention_prefill_128"), "{text}");
+            assert!(text("rows=1,tokens=16", LARGEST, kernels).contains("attention_prefill_128"));
+            let step: ExplainedStep = "rows=4096,context=524288,tokens=524288,behind=524288".parse().unwrap();
+            let refused = step.text(&model, kernels).unwrap_err().to_string();
+            assert!(refused.contains("32 bits"), "{refused}");
         }
     }
 
