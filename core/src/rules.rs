@@ -58,8 +58,8 @@ pub struct Rules {
     /// Where each bad word ends in `bad_tokens`.
     bad_ends: Vec<u32>,
     bad_tokens: Vec<u32>,
-    /// The tokens that may be drawn, ascending, each once; `None`: all.
-    allowed: Option<Vec<u32>>,
+    /// The tokens that may be drawn: the words of a mask that allow any, ascending, each behind its index. `None`: all.
+    allowed: Option<Vec<(u32, u32)>>,
 }
 
 /// Rules that ask for nothing.
@@ -117,10 +117,11 @@ impl Rules {
     /// None of them.
     pub fn allowing(self, mut ids: Vec<u32>) -> Result<Rules, SamplingError> {
         ids.sort_unstable();
-        ids.dedup();
+        let words = ids.chunk_by(|one, other| one / 32 == other / 32);
+        let words = words.map(|ids| (ids[0] / 32, ids.iter().fold(0, |bits, id| bits | 1 << (id % 32))));
         match ids.is_empty() {
             true => Err(SamplingError::NothingAllowed),
-            false => Ok(Rules { allowed: Some(ids), ..self }),
+            false => Ok(Rules { allowed: Some(words.collect()), ..self }),
         }
     }
 
@@ -147,14 +148,16 @@ impl Rules {
     /// Takes out of a [mask](crate::constraint) what they do not allow.
     pub fn narrow(&self, mask: &mut [u32]) {
         let Some(allowed) = &self.allowed else { return };
-        let mut ids = allowed.iter().peekable();
+        let mut words = allowed.iter().peekable();
         for (i, word) in mask.iter_mut().enumerate() {
-            let mut bits = 0;
-            while let Some(id) = ids.next_if(|id| **id as usize / 32 == i) {
-                bits |= 1 << (id % 32);
-            }
-            *word &= bits;
+            *word &= words.next_if(|(at, _)| *at as usize == i).map_or(0, |(_, bits)| *bits);
         }
+    }
+
+    /// The bad words, each with at least one token.
+    pub fn bad_words(&self) -> impl Iterator<Item = &[u32]> {
+        let starts = once(0).chain(self.bad_ends.iter().copied());
+        starts.zip(&self.bad_ends).map(|(start, end)| &self.bad_tokens[start as usize..*end as usize])
     }
 
     /// Must the device know which tokens the output has?
@@ -170,8 +173,8 @@ impl Rules {
         let biased = self.biases.iter().map(|(id, _)| ("logit_bias", *id));
         let stop = self.stop.iter().map(|id| ("stop_token_ids", *id));
         let bad = self.bad_tokens.iter().map(|id| ("bad_words", *id));
-        // The last is the largest.
-        let allowed = self.allowed.iter().filter_map(|ids| Some(("allowed_token_ids", *ids.last()?)));
+        let largest = |words: &Vec<(u32, u32)>| words.last().map(|(at, bits)| 32 * at + bits.ilog2());
+        let allowed = self.allowed.iter().filter_map(|words| Some(("allowed_token_ids", largest(words)?)));
         match biased.chain(stop).chain(bad).chain(allowed).find(|(_, id)| *id >= vocab) {
             Some((field, id)) => Err(SamplingError::RuleOutsideVocabulary { field, id, vocab }),
             None => Ok(()),
@@ -253,6 +256,7 @@ mod tests {
         assert_eq!(parts.biases, [[2, 100f32.to_bits()], [5, (-1.5f32).to_bits()]]);
         assert_eq!(parts.endings, [1, 3, 4]);
         assert_eq!(parts.bad_words().collect::<Vec<_>>(), bad);
+        assert_eq!(rules.bad_words().collect::<Vec<_>>(), bad);
         assert_eq!(rules.check(13), Ok(()));
         let field = "bad_words";
         assert_eq!(rules.check(12), Err(SamplingError::RuleOutsideVocabulary { field, id: 12, vocab: 12 }));

@@ -44,6 +44,7 @@ use alloc::vec::Vec;
 
 use crate::batch::{Batch, PageUpdate, Row, StepShape};
 use crate::config::{Limits, LimitsError};
+use crate::constraint::mask_words;
 use crate::costs::StepCosts;
 use crate::host::{listed, reserved};
 use crate::pages::PagePool;
@@ -91,6 +92,8 @@ pub struct Scheduler {
     refused: Option<(Ticket, i64)>,
     /// A request that has no row in the step scheduled last for want of its mask.
     unmasked: Option<u32>,
+    /// Of the tokens that are left to a request for which none was drawn.
+    mask: Vec<u32>,
     /// Requests that wait elsewhere; see [`Scheduler::set_backlog`].
     backlog: u32,
     /// A request has come since the last step was scheduled.
@@ -127,6 +130,7 @@ impl Scheduler {
             running: reserved(limits.running as usize)?,
             refused: None,
             unmasked: None,
+            mask: listed((0..mask_words(settings.vocab)).map(|_| 0))?,
             backlog: 0,
             has_arrivals: false,
             ended_running: false,

@@ -503,6 +503,13 @@ impl RequestTable {
         differ.unwrap_or_else(|| self.get(one).known.cmp(&self.get(other).known))
     }
 
+    /// Are these the last tokens of what was drawn?
+    pub fn output_ends_with(&self, entry: u32, tokens: &[u32]) -> bool {
+        let Entry { known, prompt_len, .. } = *self.get(entry);
+        let first = known.checked_sub(tokens.len() as u32).filter(|first| *first >= prompt_len);
+        first.is_some_and(|first| (first..).zip(tokens).all(|(at, token)| self.token(entry, at) == *token))
+    }
+
     /// The tokens that were drawn.
     pub fn output(&mut self, entry: u32) -> &[u32] {
         let mut output = core::mem::take(&mut self.output);

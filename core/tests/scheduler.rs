@@ -13,7 +13,7 @@ use minisgl_core::rules::Rules;
 use minisgl_core::sampling::{NO_TOKEN, SamplingParams};
 use minisgl_core::scheduler::{Order, Scheduler, Settings};
 
-use support::expected::{Allowed, allowed};
+use support::expected::{Allowed, EOS, VOCAB, allowed};
 use support::rule::Rule;
 use support::{SETTINGS, SMALL, exactly};
 
@@ -114,45 +114,64 @@ fn a_request_whose_logits_are_no_numbers_ends_alone() {
     assert!(scheduler.is_idle());
 }
 
-/// How a request ends for which no token was drawn.
+/// How a request ends for which no token was drawn behind this output. It stops at token 5; no token allowed is all of them.
 fn end_without_a_token(
+    output: &[u32],
     min_tokens: u32,
-    bad_word: &[u32],
-    allowed: Option<u32>,
-    constrained: bool,
+    bad_words: &[Vec<u32>],
+    allowed: &[u32],
+    rule: Option<u32>,
 ) -> FinishReason {
-    let bad_words = if bad_word.is_empty() { vec![] } else { vec![bad_word.to_vec()] };
-    let rules = Rules::new(vec![], vec![], &bad_words).unwrap();
-    let rules = Arc::new(match allowed {
-        Some(id) => rules.allowing(vec![id]).unwrap(),
-        None => rules,
-    });
-    let constraint: Arc<dyn Constraint> = Arc::new(Rule::new(1, 0));
-    let params = SamplingParams { min_tokens, ..exactly(4) };
-    let mut scheduler = scheduler();
-    let request = Request {
-        rules: Some(&rules),
-        constraint: Some(&constraint).filter(|_| constrained),
-        ..Request::new(&[1, 2], params)
-    };
-    scheduler.submit(request).expect("it can run");
+    let rules = Rules::new(vec![], vec![5], bad_words).unwrap();
+    let rules = Arc::new(if allowed.is_empty() { rules } else { rules.allowing(allowed.to_vec()).unwrap() });
+    let constraint = rule.map(|seed| -> Arc<dyn Constraint> { Arc::new(Rule::new(seed, 0)) });
+    let params = SamplingParams { min_tokens, ignore_eos: false, ..exactly(6) };
+    let mut scheduler =
+        Scheduler::new(SMALL, SETTINGS, StepCosts::default(), &[EOS], None).expect("host memory");
+    let (rules, constraint) = (Some(&rules), constraint.as_ref());
+    scheduler.submit(Request { rules, constraint, ..Request::new(&[1, 2], params) }).expect("it can run");
     let (mut batch, mut reasons) = (Batch::new(&SMALL), Vec::new());
-    assert!(scheduler.schedule(&mut batch));
-    scheduler.complete(&batch, &[NO_TOKEN], &[], &mut ends(&mut reasons));
+    for token in output.iter().chain(&[NO_TOKEN]) {
+        assert!(scheduler.schedule(&mut batch));
+        scheduler.complete(&batch, &[*token], &[], &mut ends(&mut reasons));
+    }
+    scheduler.check();
     reasons[0]
 }
 
 #[test]
-fn where_rules_forbid_all_that_others_allow_that_is_the_reason() {
-    for constrained in [true, false] {
-        // Either a constraint, or allowed tokens.
-        let allowed = Some(3).filter(|_| !constrained);
-        assert_eq!(end_without_a_token(0, &[3], allowed, constrained), FinishReason::NoTokenLeft);
-        assert_eq!(end_without_a_token(1, &[], allowed, constrained), FinishReason::NoTokenLeft);
-        assert_eq!(end_without_a_token(0, &[], allowed, constrained), FinishReason::NotNumbers);
-    }
-    assert_eq!(end_without_a_token(0, &[], Some(3), true), FinishReason::NoTokenLeft);
-    assert_eq!(end_without_a_token(1, &[3], None, false), FinishReason::NotNumbers);
+fn where_rules_forbid_all_tokens_that_is_the_reason_and_else_the_logits_are() {
+    let (none, numbers) = (FinishReason::NoTokenLeft, FinishReason::NotNumbers);
+    let ends = |output: &[u32], min_tokens, bad: &[&[u32]], allowed: &[u32]| {
+        let bad: Vec<_> = bad.iter().map(|word| word.to_vec()).collect();
+        end_without_a_token(output, min_tokens, &bad, allowed, None)
+    };
+    assert_eq!(ends(&[], 0, &[], &[3]), numbers);
+    // A bad word of one token, and of all that are allowed or of some.
+    assert_eq!(ends(&[], 0, &[&[3]], &[3]), none);
+    assert_eq!(ends(&[], 0, &[&[3]], &[3, 4]), numbers);
+    assert_eq!(ends(&[], 0, &[&[3], &[4]], &[3, 4]), none);
+    // One of several tokens, once the output, and not the prompt, ends with those before its last.
+    assert_eq!(ends(&[4, 6], 0, &[&[4, 6, 3]], &[3, 4, 6]), numbers);
+    assert_eq!(ends(&[4, 6], 0, &[&[4, 6, 3], &[4], &[6]], &[3, 4, 6]), none);
+    assert_eq!(ends(&[6], 0, &[&[4, 6, 3], &[4], &[6]], &[3, 4, 6]), numbers);
+    assert_eq!(ends(&[], 0, &[&[1, 2, 3], &[4]], &[3, 4]), numbers);
+    // What would end an output that is too short: a stop token, the model's own.
+    assert_eq!(ends(&[], 1, &[], &[5, EOS]), none);
+    assert_eq!(ends(&[3], 2, &[&[3]], &[3, 5, EOS]), none);
+    assert_eq!(ends(&[3], 1, &[&[3]], &[3, 5, EOS]), numbers);
+    assert_eq!(ends(&[], 1, &[], &[3]), numbers);
+    // All of the vocabulary, and nothing said of any.
+    assert_eq!(ends(&[], 0, &[], &[]), numbers);
+    let all: Vec<Vec<u32>> = (0..VOCAB).map(|id| vec![id]).collect();
+    assert_eq!(end_without_a_token(&[], 0, &all, &[], None), none);
+    // A constraint's mask, and what is left of it.
+    let Allowed::Mask(mask) = allowed(1, &[]) else { panic!("something may come first") };
+    let (inside, outside): (Vec<u32>, Vec<u32>) = (0..VOCAB).partition(|id| mask >> id & 1 == 1);
+    assert_eq!(end_without_a_token(&[], 0, &[], &[], Some(1)), numbers);
+    assert_eq!(end_without_a_token(&[], 0, &[], &outside, Some(1)), none);
+    assert_eq!(end_without_a_token(&[], 0, &[], &inside[..1], Some(1)), numbers);
+    assert_eq!(end_without_a_token(&[], 0, &[inside[..1].to_vec()], &inside[..1], Some(1)), none);
 }
 
 #[test]

@@ -2,16 +2,21 @@
 
 mod support;
 
+use std::sync::Arc;
+
 use minisgl_core::config::Limits;
+use minisgl_core::constraint::Constraint;
 use minisgl_core::engine::Engine;
 use minisgl_core::request::{FinishReason, Request, SubmitError};
+use minisgl_core::rules::Rules;
 use minisgl_core::sampling::{PromptLogprobs, SamplingParams};
 
-use support::expected::{self, FAILING, VOCAB};
+use support::expected::{self, Allowed, FAILING, VOCAB};
 use support::hashing::Hashing;
 use support::lazy::{Lazy, Pace};
+use support::rule::Rule;
 use support::trace::Trace;
-use support::{Outcome, SMALL, engine, exactly, options, run_all};
+use support::{Outcome, Outcomes, SMALL, engine, exactly, options, run_all, run_dry};
 
 fn prompt(text: u32, len: u32) -> Vec<u32> {
     (0..len).map(|at| (at * at + text * (at / 3 + 1)) % VOCAB).collect()
@@ -41,6 +46,26 @@ fn a_prompt_is_scored_without_drawing_a_token() {
     assert_scored(&outcomes[1], &expected_scores(&requests[1].0, 4));
     assert_scored(&outcomes[2], &[]);
     assert_eq!((engine.stats().output_tokens, engine.stats().finished), (0, 3));
+}
+
+#[test]
+fn a_prompt_is_scored_whatever_its_rules_leave_to_be_drawn_behind_it() {
+    let Allowed::Mask(mask) = expected::allowed(1, &[]) else { panic!("something may come first") };
+    let others = (0..VOCAB).filter(|id| mask >> id & 1 == 0).collect();
+    let rules = Arc::new(Rules::default().allowing(others).unwrap());
+    let constraint: Arc<dyn Constraint> = Arc::new(Rule::new(1, 0));
+    let (mut engine, text) = (engine(options(SMALL)), prompt(1, 40));
+    let mut ends = |params| {
+        let request =
+            Request { rules: Some(&rules), constraint: Some(&constraint), ..Request::new(&text, params) };
+        let ticket = engine.submit(request).expect("it can run").ticket;
+        let mut outcomes = Outcomes::default();
+        run_dry(&mut engine, &mut outcomes);
+        outcomes.of(ticket)
+    };
+    assert_scored(&ends(scored(0)), &expected_scores(&text, 1));
+    let drawn = ends(SamplingParams { max_tokens: 1, ..scored(0) });
+    assert!(matches!(drawn.finished, Some((FinishReason::NoTokenLeft, _))), "nothing is left");
 }
 
 #[test]

@@ -62,13 +62,18 @@ impl Scheduler {
             }
             let Some(entry) = self.table.find(ticket).filter(|entry| self.draws(*entry)) else { continue };
             self.stats.accepted += u64::from(draft.is_some());
-            if token == NO_TOKEN {
-                self.end(entry, self.reason_of_no_token(entry), sink);
-                continue;
-            }
             let request = self.table.get(entry);
+            // Of a prompt that was to be scored, and nothing drawn.
             if request.known == request.len_max {
                 self.end(entry, FinishReason::Length, sink);
+                continue;
+            }
+            if token == NO_TOKEN {
+                let reason = match self.leaves_a_token(entry) {
+                    true => FinishReason::NotNumbers,
+                    false => FinishReason::NoTokenLeft,
+                };
+                self.end(entry, reason, sink);
                 continue;
             }
             self.table.push_token(entry, token);
@@ -95,18 +100,6 @@ impl Scheduler {
     /// Is a request's sampled row there for more than its hidden state?
     fn draws(&self, entry: u32) -> bool {
         self.table.get(entry).params.embed.is_none()
-    }
-
-    /// Why no token could be drawn: its logits are no numbers, or of what may be drawn by one rule, others forbid all.
-    fn reason_of_no_token(&self, entry: u32) -> FinishReason {
-        let (request, rules) = (self.table.get(entry), self.table.rules(entry));
-        let least = request.prompt_len.saturating_add(request.params.min_tokens);
-        let (is_constrained, narrows) = (self.table.is_constrained(entry), rules.narrows());
-        let forbids = request.known < least || rules.has_bad_words();
-        match (is_constrained && narrows) || ((is_constrained || narrows) && forbids) {
-            true => FinishReason::NoTokenLeft,
-            false => FinishReason::NotNumbers,
-        }
     }
 
     /// Why a request ends with the token that it has just drawn, if it does.

@@ -45,6 +45,26 @@ impl Scheduler {
         }
     }
 
+    /// Do a request's rules leave it a token to be drawn next, whatever its logits are? Its constraint has not heard of another one
+    /// since it was asked for the mask.
+    pub(super) fn leaves_a_token(&mut self, entry: u32) -> bool {
+        let mut mask = core::mem::take(&mut self.mask);
+        self.write_mask(self.table.ticket(entry), &mut mask);
+        let (request, rules) = (self.table.get(entry), self.table.rules(entry));
+        let is_short = request.known < request.prompt_len.saturating_add(request.params.min_tokens);
+        let endings = self.endings(&request.params, rules).filter(|_| is_short);
+        let bad = rules.bad_words().filter_map(|word| {
+            let (last, before) = word.split_last()?;
+            self.table.output_ends_with(entry, before).then_some(*last)
+        });
+        for id in endings.chain(bad) {
+            mask[id as usize / 32] &= !(1 << (id % 32));
+        }
+        let is_left = (0..self.settings.vocab).any(|id| mask[id as usize / 32] >> (id % 32) & 1 == 1);
+        self.mask = mask;
+        is_left
+    }
+
     /// Requests that may have a row in the next step: those running, and who is to be admitted next.
     fn candidates(&self) -> usize {
         self.running.len() + self.retracted.len() + usize::from(self.waiting.next().is_some())

@@ -166,12 +166,15 @@ pub fn alone_allowing(
         next = push(token, mask);
     }
     loop {
-        if next == NO_TOKEN {
-            let narrowed = rule.is_some() && ids_mask != u32::MAX;
-            return (output, if narrowed { FinishReason::NoTokenLeft } else { FinishReason::NotNumbers });
-        }
         if params.max_tokens == 0 {
-            return (output, FinishReason::Length);
+            // Hidden states are no numbers either.
+            let is_embedded = params.embed.is_none() || next != NO_TOKEN;
+            return (output, if is_embedded { FinishReason::Length } else { FinishReason::NotNumbers });
+        }
+        if next == NO_TOKEN {
+            let Allowed::Mask(mask) = allowed(&output) else { unreachable!("it had a row") };
+            let is_none_left = mask & ((1 << VOCAB) - 1) == 0;
+            return (output, if is_none_left { FinishReason::NoTokenLeft } else { FinishReason::NotNumbers });
         }
         output.push(next);
         if next == EOS && !params.ignore_eos {
