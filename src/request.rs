@@ -146,8 +146,8 @@ pub struct GenerateRequest {
     pub include_stop: bool,
     /// Biases, stop tokens, bad words, allowed tokens.
     pub rules: TokenRules,
-    /// What the output is to be. It needs the checkpoint's tokenizer.
-    pub grammar: Option<Grammar>,
+    /// What the output is to be; a schema may be large, and many requests may have the same. It needs the checkpoint's tokenizer.
+    pub grammar: Option<Arc<Grammar>>,
     /// What the output begins with, given rather than drawn. Where the prompt is to be scored, this alone is.
     pub given: Option<Given>,
 }
@@ -224,8 +224,8 @@ impl GenerateRequest {
     }
 
     /// Sets what the output is to be.
-    pub fn grammar(mut self, grammar: Grammar) -> Self {
-        self.grammar = Some(grammar);
+    pub fn grammar(mut self, grammar: impl Into<Arc<Grammar>>) -> Self {
+        self.grammar = Some(grammar.into());
         self
     }
 
@@ -408,8 +408,7 @@ pub enum RequestError {
     /// What it says of its tokens forbids all of them.
     #[error(
         "no token is left to go on with: its grammar or allowed_token_ids allow none beside the others' and those that bad_words and \
-         min_tokens forbid; drop one of them, or allow more tokens (the end-of-sequence token too, where the output may end). If it fails without \
-         them too, the model's logits are not numbers"
+         min_tokens forbid; drop one of them, or allow more tokens (the end-of-sequence token too, where the output may end)"
     )]
     NoTokenLeft,
     /// No output is asked for.

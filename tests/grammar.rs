@@ -2,6 +2,8 @@
 
 mod common;
 
+use std::sync::Arc;
+
 use common::{Scratch, greedy, small};
 use minisgl::lines::{self, Defaults};
 use minisgl::openai::{ModelName, OutputFormat, Part, Parts};
@@ -103,7 +105,7 @@ fn check(request: &GenerateRequest, completion: &Completion) {
     let json = || serde_json::from_str::<Value>(text).unwrap_or_else(|error| panic!("{text:?}: {error}"));
     let matches =
         |expression: &str| regex::Regex::new(&format!("^(?:{expression})$")).unwrap().is_match(text);
-    let is_right = match request.grammar.as_ref().unwrap() {
+    let is_right = match request.grammar.as_deref().unwrap() {
         Grammar::JsonObject => json().is_object(),
         Grammar::JsonSchema(schema) => jsonschema::is_valid(schema, &json()),
         Grammar::Regex(expression) => matches(expression),
@@ -243,7 +245,7 @@ fn lines_say_what_they_want_as_openai_and_vllm_do() {
             Some(Grammar::Lark("start: \"a\"".to_owned())),
         ),
     ] {
-        assert_eq!(parse(fields), Ok(grammar), "{fields}");
+        assert_eq!(parse(fields), Ok(grammar.map(Arc::new)), "{fields}");
     }
     for (fields, named) in [
         (r#""response_format": {"type": "xml"}"#, "response_format"),
@@ -334,8 +336,8 @@ fn what_a_request_says_of_calls_is_what_its_output_is_held_to() {
         let request = parse(&all).unwrap().request;
         let Prompt::Chat(chat) = request.prompt else { panic!("no conversation") };
         let held = request.grammar.map(|grammar| {
-            let Grammar::Calls(calls) = grammar else { panic!("{grammar:?}") };
-            let names: Vec<String> = calls.functions.into_iter().map(|function| function.name).collect();
+            let Grammar::Calls(calls) = &*grammar else { panic!("{grammar:?}") };
+            let names: Vec<&str> = calls.functions.iter().map(|function| &*function.name).collect();
             (names.join(" "), calls.required, calls.parallel)
         });
         (chat.tools.is_some(), held)

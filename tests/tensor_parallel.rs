@@ -225,7 +225,7 @@ fn a_grammars_masks_reach_every_rank() {
     let request = |i: u64| {
         let drawn = SamplingParams { temperature: 0.9, seed: i, ignore_eos: false, ..greedy(20) };
         let request = GenerateRequest::text("Once").sampling(drawn);
-        GenerateRequest { grammar: Some(Grammar::Regex("[a-f]{3,9}".into())), ..request }
+        GenerateRequest { grammar: Some(Grammar::Regex("[a-f]{3,9}".into()).into()), ..request }
     };
     let requests: Vec<_> = (0..5).map(request).chain(requests(3, 250)).collect();
     let expected = run(small(scratch.path()), &requests);

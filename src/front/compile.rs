@@ -7,6 +7,7 @@
 //! ```
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
 
 use super::engine::Ready;
 use super::fair::Waiting;
@@ -16,7 +17,7 @@ use crate::request::RequestError;
 
 /// A request whose grammar is to be compiled.
 pub struct Uncompiled {
-    pub grammar: Grammar,
+    pub grammar: Arc<Grammar>,
     pub ready: Ready,
 }
 

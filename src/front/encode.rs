@@ -9,6 +9,7 @@
 //! Requests may overtake each other here by as many as there are threads.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
 
 use minisgl_core::request::SubmitError;
 use minisgl_core::sampling::SamplingParams;
@@ -26,7 +27,7 @@ pub struct Job {
     pub given: Option<Given>,
     pub params: SamplingParams,
     pub rules: TokenRules,
-    pub grammar: Option<Grammar>,
+    pub grammar: Option<Arc<Grammar>>,
     pub outputs: Vec<Output>,
 }
 

@@ -156,7 +156,7 @@ impl Shared {
     }
 
     /// A request, ready for the engine; `None` if it has a grammar, and goes on to be compiled.
-    pub fn constrained(&self, grammar: Option<Grammar>, ready: Ready) -> Option<Ready> {
+    pub fn constrained(&self, grammar: Option<Arc<Grammar>>, ready: Ready) -> Option<Ready> {
         let Some(grammar) = grammar else { return Some(ready) };
         self.compilers.post(Uncompiled { grammar, ready });
         None

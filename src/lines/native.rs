@@ -4,9 +4,9 @@ use serde::Serialize;
 use serde_json::value::RawValue;
 
 use super::error::LineError;
+use super::outcome::Origin;
 use super::{
-    Asked, BadLine, Format, Header, LineDefaults, Origin, RequestLine, append, embeddings, one_request,
-    several,
+    Asked, BadLine, Format, Header, LineDefaults, RequestLine, append, embeddings, one_request, several,
 };
 use crate::grammar::Grammar;
 use crate::openai::{Encoding, FieldError, Fields, Only, PromptLogprobs, Prompts, Vector, check_only, given};
@@ -79,7 +79,7 @@ fn score(mut fields: Fields<'_>, completion: Given, defaults: LineDefaults<'_>) 
     check_only(&mut fields, OF_DRAWN)?;
     let own = SamplingParams { logprobs: None, ..defaults.sampling };
     let (request, model) = one_request(fields, Prompts::Any, LineDefaults { sampling: own, ..defaults })?;
-    if matches!(request.grammar, Some(Grammar::Calls(ToolCalls { required: true, .. }))) {
+    if matches!(request.grammar.as_deref(), Some(Grammar::Calls(ToolCalls { required: true, .. }))) {
         return Err(FieldError::Unsupported {
             field: "tool_choice",
             value: "a call".to_owned(),

@@ -24,7 +24,7 @@ use serde_json::value::RawValue;
 use super::error::{FieldError, shown};
 use super::fields::{Fields, Whole, cause, read, wrong};
 use super::model_name::ModelName;
-use super::rest::check_rest;
+use super::rest::{CHAT_FIELDS, check_rest};
 use super::structured::grammar;
 use super::tools::tool_calls;
 use crate::SamplingParams;
@@ -103,6 +103,7 @@ impl Body {
     /// The requests that it makes, one for each prompt, with the seeds that [`prompt_seed`] gives.
     pub fn requests(self) -> impl ExactSizeIterator<Item = GenerateRequest> {
         let Body { prompts, sampling, samples, stop, include_stop, rules, grammar, .. } = self;
+        let grammar = grammar.map(Arc::new);
         prompts.into_iter().enumerate().map(move |(number, prompt)| GenerateRequest {
             sampling: SamplingParams { seed: prompt_seed(sampling.seed, number as u32), ..sampling },
             samples,
@@ -395,10 +396,6 @@ pub fn text_prompts(name: &'static str, value: &RawValue) -> Result<Vec<Prompt>,
 fn token_ids(ids: &[Whole]) -> Option<Vec<u32>> {
     ids.iter().map(|Whole(id)| u32::try_from(*id).ok()).collect()
 }
-
-/// The fields that only conversations have, but `messages`.
-pub const CHAT_FIELDS: [&str; 5] =
-    ["tools", "documents", "chat_template_kwargs", "add_generation_prompt", "continue_final_message"];
 
 fn chat_prompt(value: &RawValue, fields: &mut Fields<'_>) -> Result<Prompt, FieldError> {
     let messages = messages(value)?;

@@ -5,7 +5,6 @@
 
 use serde_json::Value;
 
-use super::body::CHAT_FIELDS;
 use super::error::{FieldError, shown};
 use super::fields::Fields;
 use crate::request::Prompt;
@@ -63,6 +62,10 @@ const ONLY: &[Only] = &[
     ("verbosity", &["\"medium\""], "give it in chat_template_kwargs if the template knows it"),
     ("web_search_options", &[], "nothing is searched"),
 ];
+
+/// The fields that only conversations have, but `messages`.
+pub const CHAT_FIELDS: [&str; 5] =
+    ["tools", "documents", "chat_template_kwargs", "add_generation_prompt", "continue_final_message"];
 
 /// Takes the fields that change no result.
 pub fn take_without_effect(fields: &mut Fields<'_>) {
@@ -129,6 +132,24 @@ fn same(a: &Value, b: &Value) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_asks_for_nothing_here_does_so_in_python() {
+        let (_, table) =
+            include_str!("../../python/package/minisgl/sampling_params.py").split_once("_NEUTRAL: ").unwrap();
+        let (table, _) = table.split_once("\n}").unwrap();
+        let mut compared = 0;
+        for row in table.lines().skip(1) {
+            let (name, values) = row.trim().trim_start_matches('"').split_once("\": (").unwrap();
+            let Some((_, accepted, _)) = ONLY.iter().find(|only| only.0 == name) else { continue };
+            let values = values.trim_end_matches("),").split(", ").map(|value| value.trim_end_matches(','));
+            // A field that is None is one that is not given.
+            let values: Vec<_> = values.filter(|value| *value != "None").map(str::to_lowercase).collect();
+            assert_eq!(values, *accepted, "{name}");
+            compared += 1;
+        }
+        assert!(compared >= 5, "{compared} fields");
+    }
 
     #[test]
     fn every_field_stands_in_the_table_of_the_services_docs() {
