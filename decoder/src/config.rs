@@ -9,8 +9,8 @@
 
 use minisgl_core::spec::{DecoderSpec, LayerSpec, Mixer, RopeScaling, WeightFormat};
 use serde_json::{Value, json};
-use thiserror::Error;
 
+use crate::error::ConfigError;
 use crate::family::Family;
 use crate::fields::{Fields, excerpt};
 use crate::quantization::Quantization;
@@ -25,64 +25,6 @@ pub struct Config {
     /// End-of-sequence tokens; none where the checkpoint names none.
     pub eos: Vec<u32>,
     pub(crate) quantization: Option<Quantization>,
-}
-
-/// A configuration that makes no model.
-#[derive(Clone, Debug, Error, PartialEq)]
-pub enum ConfigError {
-    /// Not JSON.
-    #[error("not valid JSON: {0}")]
-    Json(String),
-    /// JSON, but no object.
-    #[error("expected a JSON object, found {0}")]
-    NoObject(&'static str),
-    /// A field that must be there is not.
-    #[error("the field `{field}` is missing")]
-    Missing {
-        /// Its name.
-        field: String,
-    },
-    /// A field of another type.
-    #[error("the field `{field}` must be {expected}, but is {found}")]
-    Type {
-        /// Its name.
-        field: String,
-        /// What it must be.
-        expected: &'static str,
-        /// Its value.
-        found: String,
-    },
-    /// A model that would be computed wrongly.
-    #[error("the field `{field}` is {value}, which is not supported; only {supported} is")]
-    Unsupported {
-        /// Its name.
-        field: String,
-        /// Its value.
-        value: String,
-        /// What is supported.
-        supported: String,
-    },
-    /// Weights in a format that no backend reads.
-    #[error(
-        "checkpoints quantized in this way are not supported (`{field}` is {value}); take the model's checkpoint in \
-         bfloat16, float16 or float32, or in fp8 (`fp8` or `compressed-tensors`)"
-    )]
-    Quantized {
-        /// The field that says so.
-        field: String,
-        /// Its value.
-        value: String,
-    },
-    /// A number out of range.
-    #[error("the field `{field}` is {value}; it must be {range}")]
-    Range {
-        /// Its name.
-        field: String,
-        /// Its value.
-        value: String,
-        /// The numbers that it can be.
-        range: String,
-    },
 }
 
 impl Config {

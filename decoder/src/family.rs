@@ -2,7 +2,7 @@
 
 use minisgl_core::spec::DecoderSpec;
 
-use crate::config::ConfigError;
+use crate::error::ConfigError;
 use crate::fields::Fields;
 
 /// One architecture of `config.json`.

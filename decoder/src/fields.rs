@@ -4,7 +4,7 @@
 
 use serde_json::{Map, Value};
 
-use crate::config::ConfigError;
+use crate::error::ConfigError;
 
 /// An object, and the name of the field that it is the value of (empty for the file's outermost object). Every error is a
 /// [`ConfigError`] that names the field.

@@ -10,11 +10,13 @@
 //! A [`Family`] is what one architecture adds: a function from `config.json` to a spec, the names of its tensors, and its
 //! published sizes.
 
-pub mod checkpoint;
-pub mod config;
+mod checkpoint;
+mod config;
 mod decoder;
+mod error;
 mod family;
 mod fields;
+mod folder;
 mod presets;
 mod quantization;
 mod quantize;
@@ -22,14 +24,16 @@ mod read;
 mod rope;
 mod safetensors;
 mod shard;
+mod stored;
 mod tensors;
 mod update;
 mod weights;
 
 pub use ::safetensors::Dtype;
-pub use checkpoint::{Checkpoint, CheckpointError};
-pub use config::{Config, ConfigError};
+pub use checkpoint::Checkpoint;
+pub use config::Config;
 pub use decoder::{Decoder, LoadError};
+pub use error::{CheckpointError, ConfigError};
 pub use family::{Family, LayerNames, Preset, Projections};
 pub use fields::Fields;
 pub use presets::names as preset_names;

@@ -11,7 +11,8 @@
 use minisgl_core::spec::NormForm;
 use minisgl_core::tensor::{HostTensor, TensorData, fnv1a, splitmix64, uniform_element};
 
-use crate::config::{Config, ConfigError, parse};
+use crate::config::{Config, parse};
+use crate::error::ConfigError;
 use crate::family::{Family, Preset};
 use crate::fields::Fields;
 use crate::tensors::{MlpTensors, Shape, Tensors};

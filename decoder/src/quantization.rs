@@ -12,7 +12,7 @@
 use minisgl_core::spec::{Fp8, Inputs, ScaleBlock};
 use serde_json::{Value, json};
 
-use crate::config::ConfigError;
+use crate::error::ConfigError;
 use crate::fields::{Fields, excerpt};
 
 /// How a checkpoint's linear layers are quantized.

@@ -18,7 +18,8 @@ use minisgl_core::fp8;
 use minisgl_core::spec::{Fp8, Inputs, ScaleBlock, WeightFormat};
 use minisgl_core::tensor::{Dtype, HostTensor, Scales, TensorData, uniform_element};
 
-use crate::checkpoint::{Checkpoint, CheckpointError};
+use crate::checkpoint::Checkpoint;
+use crate::error::CheckpointError;
 
 /// Columns of a row that share a scale.
 const GROUP: usize = 128;

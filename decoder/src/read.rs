@@ -4,7 +4,7 @@
 use minisgl_core::spec::{Activation, Dims, Rope, RopeScaling};
 use serde_json::{Value, json};
 
-use crate::config::ConfigError;
+use crate::error::ConfigError;
 use crate::fields::{Fields, excerpt};
 
 impl Fields<'_> {

@@ -22,7 +22,7 @@ use memmap2::Mmap;
 use minisgl_core::tensor::{Dtype, HostTensor, Scales, TensorData};
 use safetensors::tensor::{Metadata, TensorInfo};
 
-use crate::checkpoint::CheckpointError;
+use crate::error::CheckpointError;
 use crate::tensors::Shape;
 
 /// Bytes of the header's length.

@@ -16,10 +16,12 @@ use std::sync::Arc;
 
 use safetensors::Dtype;
 
-use crate::checkpoint::{CheckpointError, Weights, read_config};
 use crate::config::Config;
+use crate::error::CheckpointError;
 use crate::family::Family;
+use crate::folder::read_config;
 use crate::safetensors::Shard;
+use crate::stored::StoredTensors;
 
 /// Where tensors are that somebody gives.
 const GIVEN: &str = "what is given";
@@ -39,7 +41,7 @@ pub struct NamedTensor {
 
 /// See the module.
 pub struct WeightUpdate {
-    pub(crate) weights: Weights,
+    pub(crate) stored: StoredTensors,
     /// A configuration that came with them, and where it is.
     pub(crate) model: Option<(PathBuf, Config)>,
 }
@@ -58,7 +60,7 @@ impl WeightUpdate {
                 return Err(CheckpointError::GivenTwice(name));
             }
         }
-        Ok(WeightUpdate { weights: Weights { place, shards }, model: None })
+        Ok(WeightUpdate { stored: StoredTensors { place, shards }, model: None })
     }
 
     /// All tensors of a `*.safetensors` file, or of the files in a folder; if it has a `config.json`, that must be of the same
@@ -72,13 +74,16 @@ impl WeightUpdate {
         if !fs::metadata(path).map_err(unreadable)?.is_dir() {
             let shard = Arc::new(Shard::read(path)?);
             let shards = shard.names().into_iter().map(|name| (name, shard.clone())).collect();
-            return Ok(WeightUpdate { weights: Weights { place: path.to_owned(), shards }, model: None });
+            return Ok(WeightUpdate {
+                stored: StoredTensors { place: path.to_owned(), shards },
+                model: None,
+            });
         }
         let model = match read_config(path, families) {
             Ok((config, _)) => Some((path.to_owned(), config)),
             Err(CheckpointError::NoFile { .. }) => None,
             Err(error) => return Err(error),
         };
-        Ok(WeightUpdate { weights: Weights::open(path, Shard::read)?, model })
+        Ok(WeightUpdate { stored: StoredTensors::open(path, Shard::read)?, model })
     }
 }
