@@ -138,6 +138,7 @@ pub fn warning(limits: &Limits, asked: Sequence) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::models::dims_of;
 
     const LIMITS: Limits = Limits {
         running: 256,
@@ -181,24 +182,15 @@ mod tests {
 
     #[test]
     fn the_host_holds_what_all_engines_keep() {
-        const DIMS: Dims = Dims {
-            layers: 28,
-            hidden: 1024,
-            heads: 16,
-            kv_heads: 8,
-            head_dim: 128,
-            intermediate: 3072,
-            vocab: 151_936,
-            norm_eps: 1e-6,
-        };
-        assert!(check_host(&LIMITS, &DIMS, 1, 1).is_ok());
-        let engines = (host_free() / LIMITS.host_bytes(DIMS.vocab, DIMS.hidden, 1)) as usize * 2 + 1;
-        let error = check_host(&LIMITS, &DIMS, engines, 1).unwrap_err().to_string();
+        let dims = dims_of("qwen3-0.6b");
+        assert!(check_host(&LIMITS, &dims, 1, 1).is_ok());
+        let engines = (host_free() / LIMITS.host_bytes(dims.vocab, dims.hidden, 1)) as usize * 2 + 1;
+        let error = check_host(&LIMITS, &dims, engines, 1).unwrap_err().to_string();
         assert!(error.contains("fewer engines") && error.contains(&engines.to_string()), "{error}");
         // What engines of one rank need is too much for as many of eight.
-        let engines = (host_free() / LIMITS.host_bytes(DIMS.vocab, DIMS.hidden, 1)) as usize / 2;
-        assert!(check_host(&LIMITS, &DIMS, engines, 1).is_ok());
-        let error = check_host(&LIMITS, &DIMS, engines, 8).unwrap_err().to_string();
+        let engines = (host_free() / LIMITS.host_bytes(dims.vocab, dims.hidden, 1)) as usize / 2;
+        assert!(check_host(&LIMITS, &dims, engines, 1).is_ok());
+        let error = check_host(&LIMITS, &dims, engines, 8).unwrap_err().to_string();
         assert!(error.contains("8 ranks"), "{error}");
     }
 

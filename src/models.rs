@@ -14,6 +14,12 @@ pub fn preset_names() -> impl Iterator<Item = &'static str> {
     minisgl_decoder::preset_names(FAMILIES)
 }
 
+/// The sizes of a preset.
+#[cfg(test)]
+pub(crate) fn dims_of(preset: &str) -> minisgl_core::spec::Dims {
+    minisgl_decoder::Checkpoint::preset(preset, FAMILIES).expect("a preset").config().spec.dims
+}
+
 #[cfg(test)]
 mod tests {
     use std::collections::HashSet;

@@ -134,19 +134,10 @@ pub struct Floor {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::models::dims_of;
     use crate::workload::{Lengths, Source, Workload};
 
-    /// Qwen3-0.6B.
-    const DIMS: Dims = Dims {
-        layers: 28,
-        hidden: 1024,
-        heads: 16,
-        kv_heads: 8,
-        head_dim: 128,
-        intermediate: 3072,
-        vocab: 151_936,
-        norm_eps: 1e-6,
-    };
+    const MODEL: &str = "qwen3-0.6b";
 
     fn stats_of_published_workload() -> Stats {
         let lengths = Lengths::new(100, 1024).unwrap();
@@ -157,7 +148,7 @@ mod tests {
             input: lengths.clone(),
             output: lengths,
         };
-        together(&workload.draw(DIMS.vocab), None)
+        together(&workload.draw(dims_of(MODEL).vocab), None)
     }
 
     #[test]
@@ -183,7 +174,7 @@ mod tests {
             read(&[item(5), item(7), item(1)]),
             ExpertsRead { layers: 18, experts: 3 * (4 * 7 / 2 + 2 * 2) }
         );
-        let costs = Costs::new(&DIMS, 1000, 7 + 2400, Some(experts), 1);
+        let costs = Costs::new(&dims_of(MODEL), 1000, 7 + 2400, Some(experts), 1);
         assert_eq!((costs.weight_bytes_per_step, costs.flop_per_token), (7, 2000));
         let stats = Stats { decode_steps: 6, ..Stats::default() };
         assert_eq!(costs.work(&stats, &ExpertsRead { layers: 18, experts: 54 }).weight_bytes, 6 * 7 + 5400);
@@ -192,7 +183,7 @@ mod tests {
     #[test]
     fn the_floor_of_the_published_workload_on_an_h100_is_five_seconds() {
         let weights = 880_803_840 + 311_164_928; // layers, head
-        let costs = Costs::new(&DIMS, 440_401_920, weights, None, 114_688);
+        let costs = Costs::new(&dims_of(MODEL), 440_401_920, weights, None, 114_688);
         assert_eq!(costs.flop_per_token, 880_803_840);
         let work = costs.work(&stats_of_published_workload(), &ExpertsRead::default());
         assert!((13.8e12..13.9e12).contains(&(work.kv_bytes as f64)), "{work:?}");
