@@ -8,7 +8,6 @@ use minisgl_core::backend::{KvLayer, Purpose, Step};
 use minisgl_core::batch::{self, HEADER_WORDS, Header};
 use minisgl_core::config::Limits;
 use minisgl_core::constraint::mask_words;
-use minisgl_core::fp8;
 use minisgl_core::kv::{KvFormat, KvLayout};
 use minisgl_core::sampling::{LOGPROB_WORDS, NO_TOKEN, RowLogprobs};
 use minisgl_core::shard::Rank;
@@ -20,10 +19,11 @@ use crate::attention::{self, Context, OWN_KV};
 use crate::edits::Slots;
 use crate::error::CpuError;
 use crate::experts::{self, RunExperts};
+use crate::linear::{Rounds, gate_up};
 use crate::link::Link;
 use crate::memory::{Buffer, Memory, floats};
 use crate::ops;
-use crate::weights::{Matrix, Rounding, Rows, Weight};
+use crate::weights::{Matrix, Weight};
 use crate::{matmul, sampling};
 
 /// One operation; see [`minisgl_core::backend::Ops`] and `layer.rs` for what each means.
@@ -192,27 +192,9 @@ impl Machine {
         let Sizes { dims, kv, nobody, candidates, rounded } = model.ok_or(CpuError::NotReserved)?;
         let (hidden, eps) = (dims.hidden as usize, dims.norm_eps);
         match *command {
-            Command::BeginStep { step } => {
-                let buffers = [step.batch, step.page_table, step.slots, step.rules];
-                let [words, page_table, slots, rules] = memory.borrow(buffers)?;
-                ops::update_pages(batch::packed_updates(&step.layout, words), page_table);
-                let updates = batch::packed_slot_updates(&step.layout, words);
-                ops::update_slots(updates, bytemuck::cast_slice_mut(slots));
-                ops::update_rules(updates, batch::packed_rules(&step.layout, words), rules);
-            }
+            Command::BeginStep { step } => begin_step(memory, &step)?,
             Command::Embed { step, table, scale, out } => {
-                let buffers = [step.batch, step.token_pool, step.history, out];
-                let [words, pool, history, out] = memory.borrow(buffers)?;
-                let tokens = tokens(&step, words);
-                ops::remember(tokens, pool, history);
-                let out = &mut floats(out)[..tokens.len() * hidden];
-                let rank = rounds.link.as_ref().map_or(Rank::ALONE, |link| link.rank());
-                let first = rank.share(dims.vocab as usize).start;
-                ops::embed(tokens, pool, &weights[table.0], first, scale, out);
-                if let Some(link) = rounds.link {
-                    let id = |token: usize| ops::id_of(&tokens[token], pool) as usize;
-                    link.take_rows(out, hidden, |token| rank.owner(id(token), dims.vocab as usize))?;
-                }
+                embed(memory, &weights[table.0], rounds.link, &dims, &step, scale, out)?
             }
             Command::SumRanks { tokens, x } => {
                 let [x] = memory.borrow([x])?.map(floats);
@@ -275,92 +257,104 @@ impl Machine {
                 ops::final_norm(rows, floats(residual), floats(delta), scale, eps, out);
             }
             Command::Sample { step, logits, tokens } => {
-                let Step { batch, token_pool, slots, rules, page_table, history, masks, .. } = step;
-                let [words, pool, slots, rules, page_table, history, masks, logits, tokens, candidates] =
-                    memory.borrow([
-                        batch, token_pool, slots, rules, page_table, history, masks, logits, tokens,
-                        candidates,
-                    ])?;
-                let rows = sampled_rows(&step, words);
-                let tokens = &mut tokens[header(words).output as usize..][..rows.len()];
-                forbid_masked(rows, masks, dims.vocab as usize, floats(logits));
-                let slots = Slots {
-                    states: bytemuck::cast_slice(slots),
-                    rules,
-                    page_table,
-                    table_width: step.table_width as usize,
-                    page_size: step.page_size,
-                    history,
-                };
-                draw_rows(rows, &slots, floats(logits), dims.vocab as usize, candidates, tokens);
-                for (row, token) in rows.iter().zip(tokens) {
-                    pool[row.slot as usize] = if *token == NO_TOKEN { 0 } else { *token };
-                }
+                sample(memory, dims.vocab as usize, &step, logits, tokens, candidates)?
             }
             Command::Logprobs { step, logits, tokens, out } => {
-                let [words, logits, tokens, out] = memory.borrow([step.batch, logits, tokens, out])?;
-                let rows = sampled_rows(&step, words);
-                let first = header(words).output as usize;
-                let out = &mut out[first * LOGPROB_WORDS..][..rows.len() * LOGPROB_WORDS];
-                let out: &mut [RowLogprobs] = bytemuck::cast_slice_mut(out);
-                let logits = floats(logits).par_chunks(dims.vocab as usize);
-                let asked = out.par_iter_mut().zip(rows).zip(&tokens[first..][..rows.len()]).zip(logits);
-                asked.filter(|(((_, row), token), _)| row.logprobs > 0 && **token != NO_TOKEN).for_each(
-                    |(((out, row), token), logits)| *out = sampling::logprobs(logits, row.logprobs, *token),
-                );
+                logprobs(memory, dims.vocab as usize, &step, logits, tokens, out)?
             }
         }
         Ok(())
     }
 }
 
-/// `out = activation(gate) * up` with `gate, up = weight @ x`, row by row.
-pub fn gate_up(weight: Rows<'_>, activation: Activation, x: &[f32], out: &mut [f32]) {
-    match activation {
-        Activation::Silu => matmul::gate_up(weight, x, out, ops::silu),
-        Activation::GeluTanh => matmul::gate_up(weight, x, out, ops::gelu_tanh),
+/// Changes of the page table, of slots and of their rules.
+fn begin_step(memory: &mut Memory, step: &Step<Buffer>) -> Result<(), CpuError> {
+    let buffers = [step.batch, step.page_table, step.slots, step.rules];
+    let [words, page_table, slots, rules] = memory.borrow(buffers)?;
+    ops::update_pages(batch::packed_updates(&step.layout, words), page_table);
+    let updates = batch::packed_slot_updates(&step.layout, words);
+    ops::update_slots(updates, bytemuck::cast_slice_mut(slots));
+    ops::update_rules(updates, batch::packed_rules(&step.layout, words), rules);
+    Ok(())
+}
+
+/// Rows of the table, of which a rank has a share.
+fn embed(
+    memory: &mut Memory,
+    table: &Matrix,
+    link: Option<&mut Link>,
+    dims: &Dims,
+    step: &Step<Buffer>,
+    scale: f32,
+    out: Buffer,
+) -> Result<(), CpuError> {
+    let (hidden, vocab) = (dims.hidden as usize, dims.vocab as usize);
+    let [words, pool, history, out] = memory.borrow([step.batch, step.token_pool, step.history, out])?;
+    let tokens = tokens(step, words);
+    ops::remember(tokens, pool, history);
+    let out = &mut floats(out)[..tokens.len() * hidden];
+    let rank = link.as_ref().map_or(Rank::ALONE, |link| link.rank());
+    ops::embed(tokens, pool, table, rank.share(vocab).start, scale, out);
+    match link {
+        Some(link) => {
+            let id = |token: usize| ops::id_of(&tokens[token], pool) as usize;
+            link.take_rows(out, hidden, |token| rank.owner(id(token), vocab))
+        }
+        None => Ok(()),
     }
 }
 
-/// How what matrices are applied to is rounded: by magnitudes that other ranks may have.
-pub struct Rounds<'a> {
-    pub link: Option<&'a mut Link>,
-    /// `[tokens]`, for rows that are rounded whole.
-    magnitudes: &'a mut [f32],
+/// Draws the sampled rows' tokens, which go to the pool too.
+fn sample(
+    memory: &mut Memory,
+    vocab: usize,
+    step: &Step<Buffer>,
+    logits: Buffer,
+    tokens: Buffer,
+    candidates: Buffer,
+) -> Result<(), CpuError> {
+    let Step { batch, token_pool, slots, rules, page_table, history, masks, .. } = *step;
+    let buffers = [batch, token_pool, slots, rules, page_table, history, masks, logits, tokens, candidates];
+    let [words, pool, slots, rules, page_table, history, masks, logits, tokens, candidates] =
+        memory.borrow(buffers)?;
+    let rows = sampled_rows(step, words);
+    let tokens = &mut tokens[header(words).output as usize..][..rows.len()];
+    forbid_masked(rows, masks, vocab, floats(logits));
+    let slots = Slots {
+        states: bytemuck::cast_slice(slots),
+        rules,
+        page_table,
+        table_width: step.table_width as usize,
+        page_size: step.page_size,
+        history,
+    };
+    draw_rows(rows, &slots, floats(logits), vocab, candidates, tokens);
+    for (row, token) in rows.iter().zip(tokens) {
+        pool[row.slot as usize] = if *token == NO_TOKEN { 0 } else { *token };
+    }
+    Ok(())
 }
 
-impl Rounds<'_> {
-    /// What a matrix is applied to: `x` itself, or `x` rounded as the matrix asks for, in `rounded`.
-    pub fn inputs<'x>(
-        &mut self,
-        weight: &Matrix,
-        x: &'x [f32],
-        rounded: &'x mut [f32],
-    ) -> Result<&'x [f32], CpuError> {
-        if weight.rounding == Rounding::None {
-            return Ok(x);
-        }
-        let rounded = &mut rounded[..x.len()];
-        let magnitudes = &mut self.magnitudes[..x.len() / weight.cols];
-        if weight.rounding == Rounding::Row {
-            let rows = x.par_chunks(weight.cols).zip(&mut *magnitudes);
-            rows.for_each(|(x, magnitude)| *magnitude = fp8::largest_magnitude(x));
-            if let Some(link) = self.link.as_mut().filter(|_| weight.shared) {
-                link.largest(magnitudes)?;
-            }
-        }
-        let rows = rounded.par_chunks_mut(weight.cols).zip(x.par_chunks(weight.cols)).zip(magnitudes);
-        rows.for_each(|((out, x), magnitude)| {
-            out.copy_from_slice(x);
-            match weight.rounding {
-                Rounding::None => {}
-                Rounding::Row => fp8::quantize_by(out, *magnitude),
-                Rounding::Groups(width) => out.chunks_mut(width).for_each(fp8::quantize_group),
-                Rounding::Static(scale) => fp8::quantize(out, scale),
-            }
-        });
-        Ok(rounded)
-    }
+/// The log-probabilities of drawn tokens, for rows that ask for them.
+fn logprobs(
+    memory: &mut Memory,
+    vocab: usize,
+    step: &Step<Buffer>,
+    logits: Buffer,
+    tokens: Buffer,
+    out: Buffer,
+) -> Result<(), CpuError> {
+    let [words, logits, tokens, out] = memory.borrow([step.batch, logits, tokens, out])?;
+    let rows = sampled_rows(step, words);
+    let first = header(words).output as usize;
+    let out = &mut out[first * LOGPROB_WORDS..][..rows.len() * LOGPROB_WORDS];
+    let out: &mut [RowLogprobs] = bytemuck::cast_slice_mut(out);
+    let logits = floats(logits).par_chunks(vocab);
+    let asked = out.par_iter_mut().zip(rows).zip(&tokens[first..][..rows.len()]).zip(logits);
+    asked
+        .filter(|(((_, row), token), _)| row.logprobs > 0 && **token != NO_TOKEN)
+        .for_each(|(((out, row), token), logits)| *out = sampling::logprobs(logits, row.logprobs, *token));
+    Ok(())
 }
 
 impl Heads {

@@ -18,10 +18,10 @@ use minisgl_core::spec::{DecoderSpec, LayerSpec, Unsupported};
 use minisgl_core::stats::ExpertsRead;
 use minisgl_core::tensor::HostTensor;
 
+use crate::activations::Activations;
 use crate::attention::OWN_KV;
 use crate::command::Command;
 use crate::error::CpuError;
-use crate::layer::Activations;
 use crate::link::Link;
 use crate::memory::{Buffer, available, floats};
 use crate::supports;

@@ -16,8 +16,8 @@ use minisgl_core::config::Limits;
 use minisgl_core::spec::{DecoderSpec, Dims, Experts, LayerSpec};
 use minisgl_core::stats::ExpertsRead;
 
-use crate::command::{Rounds, gate_up};
 use crate::error::CpuError;
+use crate::linear::{Rounds, gate_up};
 use crate::matmul;
 use crate::memory::{Buffer, Memory, floats};
 use crate::weights::{Matrix, Weight};

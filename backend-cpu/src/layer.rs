@@ -1,4 +1,4 @@
-//! A decoder layer, one operation after the other, and the buffers between them.
+//! A decoder layer, one operation after the other.
 //!
 //! ```text
 //!   residual ─┬─ norm ─ qkv ─ heads ─ attention ─ o ─ norm ─┐        ┌─ norm ─ gate, up ─ down ─ norm ─┐
@@ -8,65 +8,16 @@
 //! What a layer adds last waits in `delta` until the next one, or the final norm, adds it. Which of the norms there are is
 //! the layer's affair; of those behind, both or neither.
 
-use minisgl_core::backend::{ExpertWeights, KvLayer, LayerWeights, MlpWeights, Purpose, Step};
-use minisgl_core::config::Limits;
-use minisgl_core::shard::Rank;
-use minisgl_core::spec::{Activation, Attention, DecoderSpec, Experts, LayerSpec, Mixer, Mlp};
+use minisgl_core::backend::{ExpertWeights, KvLayer, LayerWeights, MlpWeights, Step};
+use minisgl_core::spec::{Activation, Attention, Experts, LayerSpec, Mixer, Mlp};
 
+use crate::activations::Activations;
 use crate::command::{Attend, Command, Heads};
 use crate::device::Cpu;
 use crate::error::CpuError;
-use crate::experts::{ExpertBuffers, RunExperts};
-use crate::memory::{Buffer, Memory};
+use crate::experts::RunExperts;
+use crate::memory::Buffer;
 use crate::weights::Weight;
-
-/// The buffers, each for as many tokens as a step may have.
-#[derive(Clone, Copy, Debug)]
-pub struct Activations {
-    /// `[tokens, hidden]`: the residual stream, but for `delta`.
-    pub residual: Buffer,
-    /// `[tokens, hidden]`: what the layer before adds to it.
-    pub delta: Buffer,
-    /// `[tokens, hidden]`: the residual stream, normed.
-    pub normed: Buffer,
-    /// `[tokens, qkv_width]`.
-    pub qkv: Buffer,
-    /// `[tokens, q_width]`: what attention gives.
-    pub attended: Buffer,
-    /// `[tokens, intermediate]`: what `down` gets; of several experts, of one after the other.
-    pub activated: Buffer,
-    /// What experts need besides.
-    pub experts: Option<ExpertBuffers>,
-    /// `[logit rows, share of the vocabulary]`: a rank's own logits; empty where there is one alone.
-    pub logits: Buffer,
-}
-
-impl Activations {
-    pub(crate) fn new(
-        memory: &mut Memory,
-        spec: &DecoderSpec,
-        limits: &Limits,
-        rank: Rank,
-    ) -> Result<Activations, CpuError> {
-        let (dims, experts) = (&spec.dims, ExpertBuffers::new(memory, spec, limits)?);
-        let logits = match rank.count {
-            1 => 0,
-            _ => limits.logit_rows() * rank.share(dims.vocab as usize).len(),
-        };
-        let logits = memory.alloc(Purpose::Scratch, logits)?;
-        let mut alloc = |width: usize| memory.alloc(Purpose::Scratch, limits.step_tokens() * width);
-        Ok(Activations {
-            residual: alloc(dims.hidden as usize)?,
-            delta: alloc(dims.hidden as usize)?,
-            normed: alloc(dims.hidden as usize)?,
-            qkv: alloc(dims.qkv_width())?,
-            attended: alloc(dims.q_width())?,
-            activated: alloc(spec.activated_width() as usize)?,
-            experts,
-            logits,
-        })
-    }
-}
 
 impl Cpu {
     /// A whole layer; see the module.

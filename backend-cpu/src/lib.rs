@@ -22,6 +22,7 @@
 //! Invariant: a row's results depend on that row alone, bit for bit. Every sum has an order fixed by its own length,
 //! whatever the number of rows, of threads, of ranks, or the page size.
 
+mod activations;
 mod attention;
 mod command;
 mod device;
@@ -29,6 +30,7 @@ mod edits;
 mod error;
 mod experts;
 mod layer;
+mod linear;
 mod link;
 mod matmul;
 mod memory;
@@ -39,11 +41,11 @@ mod supports;
 mod weights;
 mod workers;
 
+pub use activations::Activations;
 pub use command::Heads;
 pub use device::{Cpu, Event, Graph, Pinned};
 pub use error::CpuError;
 pub use experts::ExpertBuffers;
-pub use layer::Activations;
 pub use link::Link;
 pub use memory::{Buffer, available};
 pub use weights::Weight;
