@@ -10,15 +10,18 @@ use std::time::Instant;
 
 use axum::body::Body;
 use axum::extract::{MatchedPath, Request, State};
-use axum::http::{HeaderValue, Method};
+use axum::http::{HeaderName, HeaderValue, Method};
 use axum::middleware::Next;
 use axum::response::Response;
 use bytes::Bytes;
 use http_body::{Frame, SizeHint};
 
-use crate::app::{App, REQUEST_ID};
+use crate::app::App;
 use crate::random::random_id;
 use crate::stages::{SharedStages, Stages};
+
+/// By which a request is found in logs, the client's and the service's.
+pub const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
 /// Characters of a client's own name for a request at most.
 const ID_MAX: usize = 128;

@@ -10,24 +10,13 @@ use http_body_util::BodyExt;
 use hyper::StatusCode;
 use hyper::header::{CONTENT_LENGTH, CONTENT_TYPE, HeaderMap, HeaderValue};
 use serde::Serialize;
-use tokio::sync::Semaphore;
 
 use crate::app::App;
 use crate::error::ApiError;
+use crate::large_bodies::LargeBodies;
 
 /// A body up to this size is read whatever else is going on.
 const SMALL_BYTES: usize = 64 << 10;
-/// Larger bodies that are read at once.
-const LARGE_AT_ONCE: usize = 32;
-
-/// The turns of large bodies.
-pub struct LargeBodies(Semaphore);
-
-impl Default for LargeBodies {
-    fn default() -> Self {
-        LargeBodies(Semaphore::new(LARGE_AT_ONCE))
-    }
-}
 
 /// A request's body as a text, which its header says is JSON.
 ///
@@ -87,8 +76,7 @@ async fn read(mut body: Body, max: usize, large: &LargeBodies) -> Result<Vec<u8>
             return Err(too_long(max));
         }
         if turn.is_none() && bytes.len() + data.len() > SMALL_BYTES {
-            // It is never closed.
-            turn = large.0.acquire().await.ok();
+            turn = large.turn().await;
         }
         bytes.extend_from_slice(&data);
     }

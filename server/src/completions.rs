@@ -8,7 +8,7 @@ use axum::http::Request;
 use axum::response::Response;
 use minisgl::openai::{
     Answer, ChatChoice, ChatLogprobs, OutputFormat, PromptLogprobs, Prompts, Said, TextChoice, TextLogprobs,
-    ToolCall, Usage, created_now, finish_reason,
+    ToolCall, Usage,
 };
 use minisgl::{ChatPrompt, Completion, Grammar, Prompt, SamplingParams};
 use serde::Serialize;
@@ -18,21 +18,11 @@ use crate::asked::Asked;
 use crate::body::{json, json_text};
 use crate::engine::Engine;
 use crate::error::ApiError;
+use crate::heading::{Heading, call_name, end_of};
 use crate::output::Outputs;
-use crate::random::{random, random_id};
-use crate::stages::SharedStages;
+use crate::random::random;
+use crate::stages::with_stages;
 use crate::stream::{Chunks, stream};
-
-/// What an answer says of itself, whole or in chunks.
-#[derive(Clone, Debug)]
-pub struct Heading {
-    /// Of the answer.
-    pub id: String,
-    /// Seconds since 1970.
-    pub created: u64,
-    /// As the request calls it.
-    pub model: Arc<str>,
-}
 
 /// `POST /v1/chat/completions`
 pub async fn chat(State(app): State<Arc<App>>, request: Request<Body>) -> Result<Response, ApiError> {
@@ -44,7 +34,7 @@ pub async fn chat(State(app): State<Arc<App>>, request: Request<Body>) -> Result
     if let Some(Grammar::Calls(calls)) = &mut asked.body.grammar {
         calls.format = format.tools;
     }
-    let heading = heading(&app, &asked, "chatcmpl");
+    let heading = Heading::new(&app, &asked, "chatcmpl");
     let mut outputs = Outputs::submit(&app, engine, &asked)?;
     if let Some(options) = asked.stream {
         outputs.begun().await?;
@@ -63,7 +53,7 @@ pub async fn text(State(app): State<Arc<App>>, request: Request<Body>) -> Result
     let asked = Asked::read(&text, Prompts::Text, &sampling, &app.settings.model)?;
     let engine = app.engines.get()?;
     let echoes = echoes(&asked, &engine)?;
-    let heading = heading(&app, &asked, "cmpl");
+    let heading = Heading::new(&app, &asked, "cmpl");
     let mut outputs = Outputs::submit(&app, engine, &asked)?;
     if let Some(options) = asked.stream {
         outputs.begun().await?;
@@ -74,20 +64,9 @@ pub async fn text(State(app): State<Arc<App>>, request: Request<Body>) -> Result
     Ok(with_stages(text_answer(&heading, &asked, &engine, &completions, &echoes), stages))
 }
 
-/// For the log.
-pub fn with_stages(mut response: Response, stages: SharedStages) -> Response {
-    response.extensions_mut().insert(stages);
-    response
-}
-
 /// A seed of its own for each request that has none.
 fn default_sampling(app: &App) -> SamplingParams {
     SamplingParams { seed: random(), ..app.settings.sampling }
-}
-
-fn heading(app: &App, asked: &Asked, prefix: &str) -> Heading {
-    let model = asked.body.model.as_ref().unwrap_or(app.settings.model.first()).clone();
-    Heading { id: random_id(prefix), created: created_now(), model }
 }
 
 /// What the model is known to write in answer to a conversation.
@@ -136,11 +115,6 @@ fn answer<'a, C>(heading: &'a Heading, object: &'static str, choices: Vec<C>, us
     Answer { id: id.clone(), object, created: *created, model, choices, usage, prompt_logprobs: None }
 }
 
-/// A call gets a name by which its result is told.
-pub fn call_name() -> String {
-    random_id("call")
-}
-
 fn chat_answer(
     heading: &Heading,
     asked: &Asked,
@@ -162,15 +136,6 @@ fn chat_answer(
     let mut answer = answer(heading, "chat.completion", choices, Usage::of(completions));
     answer.prompt_logprobs = completions.first().and_then(|one| PromptLogprobs::new(one, &token_bytes));
     json(&answer)
-}
-
-/// Why an output ended, in the API's words.
-pub fn end_of(completion: &Completion, called: bool) -> &'static str {
-    match finish_reason(completion.finish_reason) {
-        Some("stop") | None if called => "tool_calls",
-        Some(reason) => reason,
-        None => "stop",
-    }
 }
 
 fn text_answer(

@@ -10,9 +10,9 @@ use minisgl::openai::{EmbedBody, Embeddings, Fields};
 
 use crate::app::App;
 use crate::body::{json, json_text};
-use crate::completions::with_stages;
 use crate::error::ApiError;
 use crate::output::Outputs;
+use crate::stages::with_stages;
 
 /// `POST /v1/embeddings`
 pub async fn embeddings(State(app): State<Arc<App>>, request: Request<Body>) -> Result<Response, ApiError> {

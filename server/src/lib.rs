@@ -24,6 +24,8 @@ mod completions;
 mod embeddings;
 mod engine;
 mod error;
+mod heading;
+mod large_bodies;
 mod listen;
 mod metrics;
 mod models;
@@ -31,6 +33,7 @@ mod output;
 mod page;
 pub mod program;
 mod random;
+mod routes;
 mod settings;
 mod stages;
 mod state;
@@ -44,8 +47,9 @@ use minisgl::{Error, Llm};
 use tokio::net::TcpListener;
 use tokio::sync::oneshot;
 
-pub use app::{App, router};
+pub use app::App;
 pub use engine::{Engine, EngineState, Engines};
+pub use routes::router;
 pub use settings::Settings;
 
 /// How a service came to its end.

@@ -9,6 +9,8 @@ use std::fmt;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use axum::response::Response;
+
 /// See the module.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Stages {
@@ -32,4 +34,10 @@ impl fmt::Display for Stages {
         write!(f, "encoding {encoding:.1} ms, queueing {queueing:.1}, prefilling {prefilling:.1}")?;
         self.sending.map_or(Ok(()), |sending| write!(f, ", sending {:.1}", ms(sending)))
     }
+}
+
+/// For the log.
+pub fn with_stages(mut response: Response, stages: SharedStages) -> Response {
+    response.extensions_mut().insert(stages);
+    response
 }

@@ -25,10 +25,11 @@ use minisgl::{Completion, SessionEvent, TokenLogprobs};
 use serde::Serialize;
 
 use crate::asked::{Asked, StreamOptions};
-use crate::completions::{Heading, call_name, end_of, with_stages};
 use crate::engine::Engine;
 use crate::error::ApiError;
+use crate::heading::{Heading, call_name, end_of};
 use crate::output::Outputs;
+use crate::stages::with_stages;
 
 /// Bytes that go out at once, about.
 const FRAME_BYTES: usize = 16 << 10;
