@@ -13,7 +13,7 @@ use std::time::Instant;
 use minisgl_core::stats::{ExpertsRead, Stats};
 use minisgl_core::tensor::fnv1a;
 
-use super::BenchError;
+use super::error::BenchError;
 use crate::front::{SessionEvent, SessionOptions};
 use crate::llm::Llm;
 use crate::progress::{Progress, Unit};

@@ -12,6 +12,7 @@
 //! and a hash of them tells whether a change of settings changed the output.
 
 mod compare;
+mod error;
 mod floor;
 mod list;
 mod measure;
@@ -25,16 +26,15 @@ mod trace;
 mod verify;
 
 use std::fmt;
-use std::io::{self, Write};
+use std::io::Write;
 use std::path::PathBuf;
 
-use thiserror::Error;
-
 pub use compare::{CompareError, Comparison};
+pub use error::BenchError;
 pub use floor::{Costs, Floor, Work};
 pub use list::{ListedModel, list_models};
-pub use report::{BenchReport, WorkloadReport};
-pub use requests::{Requests, RequestsError};
+pub use report::BenchReport;
+pub use requests::{Requests, RequestsError, WorkloadReport};
 pub use run_report::{FloorReport, HostReport, Idle, MixedReport, RunReport, StepsReport};
 pub use summary::{Percentiles, Spread};
 pub use verify::Verification;
@@ -44,8 +44,8 @@ use crate::error::Error;
 use crate::info::Info;
 use crate::llm::Llm;
 use crate::progress::Progress;
-use crate::report::{Output, OutputError, Setup, write_json, write_page};
-use crate::request::{GenerateRequest, RequestError, SamplingParams};
+use crate::report::{Output, Setup, write_json, write_page};
+use crate::request::{GenerateRequest, SamplingParams};
 use crate::workload::{Lengths, Source, Workload};
 use measure::{Measurement, measure};
 
@@ -76,31 +76,6 @@ pub struct Plan {
     pub page: Option<PathBuf>,
     /// Where the last run's timeline goes.
     pub trace: Option<PathBuf>,
-}
-
-/// Why there is no result.
-#[derive(Debug, Error)]
-pub enum BenchError {
-    /// The engine failed.
-    #[error(transparent)]
-    Engine(#[from] Error),
-    /// The file of requests.
-    #[error(transparent)]
-    Requests(#[from] RequestsError),
-    /// A request that the engine refuses.
-    #[error("request {index} of the workload can't run: {error}")]
-    Rejected {
-        /// Which one.
-        index: usize,
-        /// Why.
-        error: RequestError,
-    },
-    /// A result that can't be written.
-    #[error(transparent)]
-    Write(#[from] OutputError),
-    /// The table can't be printed.
-    #[error("the report can't be printed: {0}")]
-    Print(#[source] io::Error),
 }
 
 /// Runs a plan on engines that `open` builds: prints a table for each run to `out` as it ends, writes the files asked for,

@@ -5,6 +5,7 @@ use std::fmt;
 use serde::Serialize;
 
 use super::floor::Costs;
+use super::requests::WorkloadReport;
 use super::run_report::RunReport;
 use super::summary::Spread;
 use super::verify::Verification;
@@ -32,23 +33,6 @@ pub struct BenchReport {
     pub verification: Option<Verification>,
 }
 
-/// What ran.
-#[derive(Clone, Debug, Serialize)]
-pub struct WorkloadReport {
-    /// `pcg`, `minisgl`, or a file's path.
-    pub source: String,
-    /// Of the generator, or of requests without one.
-    pub seed: u64,
-    /// How many.
-    pub requests: usize,
-    /// Tokens of all prompts.
-    pub prompt_tokens: usize,
-    /// Tokens to be drawn, of a file's requests at most.
-    pub output_tokens: u64,
-    /// 0 is greedy; null where each request may have its own.
-    pub temperature: Option<f32>,
-}
-
 impl BenchReport {
     /// How many engines ran.
     fn engines(&self) -> usize {
@@ -58,17 +42,6 @@ impl BenchReport {
     /// Did every check pass that the output can fail?
     pub fn is_sound(&self) -> bool {
         self.same_output && self.verification.as_ref().is_none_or(|verified| verified.different.is_empty())
-    }
-}
-
-impl fmt::Display for WorkloadReport {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let WorkloadReport { source, seed, requests, prompt_tokens, output_tokens, temperature } = self;
-        write!(f, "{requests} requests ({source}, seed {seed}): {prompt_tokens} prompt and ")?;
-        match temperature {
-            Some(temperature) => write!(f, "{output_tokens} output tokens, temperature {temperature}"),
-            None => write!(f, "at most {output_tokens} output tokens"),
-        }
     }
 }
 

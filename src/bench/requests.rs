@@ -9,13 +9,14 @@
 //!
 //! A file's prompts are token ids before a clock runs: text is the model's tokenizer's.
 
+use std::fmt;
 use std::fs::File;
 use std::io::{self, BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
 
+use serde::Serialize;
 use thiserror::Error;
 
-use super::report::WorkloadReport;
 use super::sharegpt::{self, Exchange};
 use crate::lines::{self, Defaults};
 use crate::llm::Llm;
@@ -238,5 +239,33 @@ impl FileReader<'_> {
             ignore_eos: true,
             ..self.sampling
         }))
+    }
+}
+
+/// What ran.
+#[derive(Clone, Debug, Serialize)]
+pub struct WorkloadReport {
+    /// `pcg`, `minisgl`, or a file's path.
+    pub source: String,
+    /// Of the generator, or of requests without one.
+    pub seed: u64,
+    /// How many.
+    pub requests: usize,
+    /// Tokens of all prompts.
+    pub prompt_tokens: usize,
+    /// Tokens to be drawn, of a file's requests at most.
+    pub output_tokens: u64,
+    /// 0 is greedy; null where each request may have its own.
+    pub temperature: Option<f32>,
+}
+
+impl fmt::Display for WorkloadReport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let WorkloadReport { source, seed, requests, prompt_tokens, output_tokens, temperature } = self;
+        write!(f, "{requests} requests ({source}, seed {seed}): {prompt_tokens} prompt and ")?;
+        match temperature {
+            Some(temperature) => write!(f, "{output_tokens} output tokens, temperature {temperature}"),
+            None => write!(f, "at most {output_tokens} output tokens"),
+        }
     }
 }

@@ -14,10 +14,12 @@ use std::sync::atomic::Ordering::Relaxed;
 use std::thread;
 
 use super::earlier::{Earlier, Found};
+use super::error::BulkError;
 use super::input::Source;
 use super::output::CHUNK_AGE;
+use super::place::Place;
 use super::shared::{self, Closed, Ended, Shared};
-use super::{BulkError, Place, Tally};
+use super::tally::Tally;
 use crate::lines::{self, BadLine, Defaults, Origin, RequestLine};
 use crate::request::Completion;
 use crate::{EngineHandle, Events, Next, SessionEvent, SessionOptions, Submitter};

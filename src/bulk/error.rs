@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use thiserror::Error;
 
-use super::Place;
+use super::place::Place;
 
 /// What concerns a whole job. What is wrong with a line is in its result.
 #[derive(Debug, Error)]

@@ -19,93 +19,37 @@ mod drive;
 mod earlier;
 mod error;
 mod input;
+mod job;
 mod output;
 mod place;
 mod report;
 mod settings;
 mod shared;
+mod tally;
 #[cfg(test)]
 mod tests;
 
-use std::ffi::OsString;
 use std::fmt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
 
 pub use error::BulkError;
+pub use job::{Existing, Job};
 pub use place::Place;
 pub use report::BulkReport;
+pub use tally::Tally;
 
-use crate::lines::Defaults;
 use crate::progress::{Progress, Unit};
 use crate::telemetry::{DeviceReport, RunRecord};
 use crate::{EngineHandle, Llm};
 use drive::Feed;
-use earlier::{Earlier, Unreadable};
+use earlier::Earlier;
 use input::{Line, Source};
 use output::Output;
-use place::Identity;
 use settings::Settings;
 use shared::{Closed, Shared};
-
-/// What is to be done.
-#[derive(Clone, Debug)]
-pub struct Job {
-    /// Request lines; see [`lines`](crate::lines). gzip and zstd are told by their first bytes.
-    pub input: Place,
-    /// Result lines, in the order in which requests end; compressed if it is called `.gz` or `.zst`.
-    pub output: Place,
-    /// What is done with an output that exists.
-    pub existing: Existing,
-    /// What lines leave out.
-    pub defaults: Defaults,
-    /// The model as it was asked for.
-    pub model: String,
-    /// Where its checkpoint is, unless it is a preset.
-    pub checkpoint: Option<PathBuf>,
-    /// A longer line is a bad line.
-    pub max_line_bytes: usize,
-    /// Hear of every token, so that a report has latencies.
-    pub tokens: bool,
-}
-
-/// What is done with an output that has something in it.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Existing {
-    /// Refuse the job.
-    #[default]
-    Refuse,
-    /// Write it anew.
-    Overwrite,
-    /// Keep its good results, if they were made of the same lines by the same model and sampling, and run the other lines.
-    Resume,
-    /// Likewise, whatever made the results; those of lines that the input does not have are dropped.
-    ResumeAnyway,
-}
-
-/// What was done so far.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Tally {
-    /// Requests that ran to their end.
-    pub finished: u64,
-    /// Lines with an error.
-    pub failed: u64,
-    /// Lines whose good results the output had already.
-    pub skipped: u64,
-    /// Tokens drawn.
-    pub output_tokens: u64,
-}
-
-impl Tally {
-    fn add(&mut self, other: Tally) {
-        self.finished += other.finished;
-        self.failed += other.failed;
-        self.skipped += other.skipped;
-        self.output_tokens += other.output_tokens;
-    }
-}
 
 /// A job's files, opened: what can be wrong with them shows before a model is loaded.
 pub struct Bulk {
@@ -210,66 +154,6 @@ impl Bulk {
             shared,
             tokens: job.tokens,
         })
-    }
-}
-
-impl Existing {
-    fn resumes(self) -> bool {
-        matches!(self, Existing::Resume | Existing::ResumeAnyway)
-    }
-}
-
-impl Job {
-    /// The settings of this job, for an output whose neighbours it may write.
-    fn settings(&self, output: &Path, source: &Source) -> Result<Settings, BulkError> {
-        for path in output::neighbours(output) {
-            if source.identity.is_some() && source.identity == Identity::at(&path) {
-                return Err(BulkError::SameFile(path.into()));
-            }
-        }
-        let input = self.input.to_string();
-        Ok(Settings::new(&self.model, self.checkpoint.as_deref(), input, &self.defaults.sampling))
-    }
-
-    /// What is kept of what a regular output has.
-    fn earlier(
-        &self,
-        path: &Path,
-        settings: &Settings,
-        output: &Output,
-        source: &Source,
-    ) -> Result<Earlier, BulkError> {
-        let failed = |cause| BulkError::Output { place: self.output.clone(), cause };
-        if output.length().map_err(failed)? == 0 || self.existing == Existing::Overwrite {
-            return Ok(Earlier::default());
-        }
-        if self.existing == Existing::Refuse {
-            return Err(BulkError::Exists(path.to_owned()));
-        }
-        let mut earlier = output.earlier().map_err(|unreadable| match unreadable {
-            Unreadable::Io(cause) => failed(cause),
-            Unreadable::NotResult(line) => BulkError::NotResults { path: path.to_owned(), line },
-        })?;
-        let mut differences = Vec::new();
-        if earlier.results > 0 {
-            match Settings::read(path) {
-                Ok(Some(then)) => differences.extend(settings.differences(&then)),
-                Ok(None) => differences.push(format!("{} is missing", settings::path(path).display())),
-                Err(cause) => {
-                    differences.push(format!("{} can't be read: {cause}", settings::path(path).display()))
-                }
-            }
-        }
-        let input_failed = |cause| BulkError::Input { place: self.input.clone(), cause };
-        if let Some(mut lines) = source.reread(self.max_line_bytes).map_err(input_failed)? {
-            let same = earlier.compare(&mut lines).map_err(input_failed)?;
-            differences.extend(earlier.strangers(&same));
-            earlier.keep(&same);
-        }
-        match differences.is_empty() || self.existing == Existing::ResumeAnyway {
-            true => Ok(earlier),
-            false => Err(BulkError::Differs { path: path.to_owned(), differences }),
-        }
     }
 }
 
@@ -389,12 +273,4 @@ fn count(mut lines: input::Lines) -> (u64, bool) {
         }
     }
     (counted, true)
-}
-
-/// `PATH.suffix`
-fn beside(path: &Path, suffix: &str) -> PathBuf {
-    let mut name = OsString::from(path);
-    name.push(".");
-    name.push(suffix);
-    PathBuf::from(name)
 }

@@ -20,8 +20,8 @@ use std::time::{Duration, Instant};
 
 use super::compression::Compression;
 use super::earlier::{Earlier, ResultLines, Unreadable};
-use super::place::{Identity, PAUSE, Place, standard};
-use super::{BulkError, beside};
+use super::error::BulkError;
+use super::place::{Identity, PAUSE, Place, beside, standard};
 
 /// A member of a compressed output ends with this much text …
 const CHUNK_BYTES: usize = 1 << 20;

@@ -1,12 +1,13 @@
 //! Where a job reads and writes: a path, or a standard stream.
 
 use std::convert::Infallible;
+use std::ffi::OsString;
 use std::fmt;
 use std::fs::{self, File, Metadata};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::Duration;
 
@@ -40,6 +41,14 @@ impl fmt::Display for Place {
             Place::Path(path) => write!(f, "{}", path.display()),
         }
     }
+}
+
+/// `PATH.suffix`
+pub(super) fn beside(path: &Path, suffix: &str) -> PathBuf {
+    let mut name = OsString::from(path);
+    name.push(".");
+    name.push(suffix);
+    PathBuf::from(name)
 }
 
 /// Until a non-blocking descriptor is tried again.

@@ -2,8 +2,9 @@
 
 use serde::Serialize;
 
+use super::job::Job;
 use super::settings::Sampling;
-use super::{Job, Tally};
+use super::tally::Tally;
 use crate::info::Info;
 use crate::report::Setup;
 use crate::telemetry::RunRecord;

@@ -16,7 +16,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 use twox_hash::XxHash3_64;
 
-use super::beside;
+use super::place::beside;
 use crate::SamplingParams;
 
 /// The content of `OUTPUT.run.json`.

@@ -15,8 +15,10 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
+use super::error::BulkError;
 use super::output::Output;
-use super::{BulkError, Place, Tally};
+use super::place::Place;
+use super::tally::Tally;
 use crate::lines::{Header, Origin, REQUESTS_MAX};
 use crate::request::{Completion, GenerateRequest};
 use crate::telemetry::Recorder;

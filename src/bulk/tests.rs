@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use super::*;
 use crate::SamplingParams;
-use crate::lines;
+use crate::lines::{self, Defaults};
 use crate::openai::ModelName;
 use crate::simulated::{Control, start};
 

@@ -10,9 +10,10 @@ use serde::Serialize;
 use serde_json::value::RawValue;
 
 use super::error::LineError;
+use super::outcome::{ID_PREFIX, Origin};
 use super::{
-    BadLine, Format, Header, LineDefaults, Origin, REQUESTS_MAX, RequestLine, append, embeddings,
-    one_request, requests,
+    BadLine, Format, Header, LineDefaults, REQUESTS_MAX, RequestLine, append, embeddings, one_request,
+    requests,
 };
 use crate::openai::{
     Answer, ChatChoice, ChatLogprobs, Embeddings, Encoding, ErrorBody, ErrorObject, FieldError, Fields,
@@ -248,9 +249,6 @@ fn write_response(
     let response = Some(Response { status_code, request_id: format!("req_{}", origin.name()), body });
     append(out, &Line { id: id(origin), custom_id: &header.id, response, error: None });
 }
-
-/// What comes before an origin's name in the id of a result line.
-pub const ID_PREFIX: &str = "batch_req_";
 
 fn id(origin: Origin) -> String {
     format!("{ID_PREFIX}{}", origin.name())

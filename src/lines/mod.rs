@@ -36,7 +36,7 @@ use std::sync::Arc;
 use serde_json::value::RawValue;
 
 pub use error::LineError;
-pub use outcome::{Outcome, read_result};
+pub use outcome::{Origin, Outcome, read_result};
 
 use crate::openai::{Body, EmbedBody, Encoding, FieldError, Fields, ModelName, Prompts};
 use crate::request::{Completion, GenerateRequest};
@@ -126,15 +126,6 @@ enum Format {
     Chat,
     Text,
     Embeddings(Encoding),
-}
-
-/// Where a request came from; its result says so.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Origin {
-    /// Its line's number, from 1.
-    pub line: u64,
-    /// Its line's fingerprint: another line, another one.
-    pub fingerprint: u64,
 }
 
 /// Is there nothing on a line?

@@ -4,8 +4,17 @@ use serde::Deserialize;
 use serde::de::IgnoredAny;
 use serde_json::value::RawValue;
 
-use super::Origin;
-use super::batch::ID_PREFIX;
+/// What comes before an origin's name in the id of a result line.
+pub(super) const ID_PREFIX: &str = "batch_req_";
+
+/// Where a request came from; its result says so.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Origin {
+    /// Its line's number, from 1.
+    pub line: u64,
+    /// Its line's fingerprint: another line, another one.
+    pub fingerprint: u64,
+}
 
 /// What became of a line of the input.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

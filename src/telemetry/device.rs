@@ -12,8 +12,8 @@ use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
-use super::rounded;
 use super::timeline::Timeline;
+use super::timeline::rounded;
 
 /// Time between two samples.
 pub const PERIOD: Duration = Duration::from_millis(100);

@@ -18,11 +18,33 @@ use std::time::Instant;
 use serde::Serialize;
 
 use super::device::DeviceReport;
-use super::latency::Latencies;
-use super::timeline::Timeline;
-use super::{RunRecord, rounded};
+use super::latency::{Latencies, LatencyReport};
+use super::timeline::{Timeline, rounded};
 use crate::front::SessionEvent;
 use crate::request::{Completion, FinishReason, Load, StepTiming};
+
+/// All that was seen of a run.
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+pub struct RunRecord {
+    /// Output tokens.
+    pub total_tokens: u64,
+    /// Seconds that the whole run took.
+    pub seconds: f64,
+    /// Output tokens a second.
+    pub tokens_per_s: f64,
+    /// From when a request was handed over to its first token.
+    pub first_token_ms: LatencyReport,
+    /// From one token of a request to the next.
+    pub between_tokens_ms: LatencyReport,
+    /// How many requests ended, by why.
+    pub ended: BTreeMap<FinishReason, u64>,
+    /// How many requests and lines failed, by what was wrong.
+    pub failures: BTreeMap<&'static str, u64>,
+    /// What ran when.
+    pub timeline: StepTimeline,
+    /// The device meanwhile; `None` where it is not known.
+    pub device_state: Option<DeviceReport>,
+}
 
 /// Width of a bucket to begin with, in seconds.
 const BUCKET_S: f64 = 0.01;

@@ -78,6 +78,11 @@ impl<T: Copy + Default + AddAssign> Timeline<T> {
     }
 }
 
+/// To the nearest thousandth: what more digits would say is noise, and they fill reports.
+pub fn rounded(value: f64) -> f64 {
+    (value * 1e3).round() / 1e3
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
