@@ -8,7 +8,7 @@
 mod common;
 
 use common::logits::{Logits, checkpoint};
-use common::{CHECKPOINTS, CPU_ALONE, Golden, families_on_cuda, family, fixture, greedy};
+use common::{CHECKPOINTS, CPU_ALONE, EXPERTS, Golden, families_on_cuda, family, fixture, greedy};
 use minisgl::{
     BackendChoice, GenerateRequest, KernelChoice, Llm, LlmBuilder, Policy, SamplingParams, Speculation,
     TokenRules,
@@ -43,11 +43,10 @@ fn families() -> impl Iterator<Item = &'static str> {
     families_on_cuda().filter(|name| !EXPERTS.contains(name))
 }
 
-/// Those with experts. Rounding to bf16 may flip a router's choice where two logits are nearer than it reaches (0.003 to 0.03 apart
+/// For those with experts. Rounding to bf16 may flip a router's choice where two logits are nearer than it reaches (0.003 to 0.03 apart
 /// somewhere in each sequence), and the row is then another sum: transformers in bf16 errs by 0.1 to 0.25 there. So a row may err by
 /// that much, and a greedy token is only held to a wide margin; but half of all rows, whose choices are clear, must be as near as
 /// without experts. `backend-cuda/tests/experts.rs` compares the arithmetic where no choice is near.
-const EXPERTS: [&str; 2] = ["qwen3-moe", "qwen3-moe-nonorm"];
 const FLIPPED_ERROR_MAX: f32 = 0.25;
 const FLIPPED_MARGIN_MIN: f32 = 3.0;
 

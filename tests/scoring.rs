@@ -3,7 +3,9 @@
 mod common;
 
 use common::logits::{Logits, checkpoint};
-use common::{CHECKPOINTS, FAMILIES, FP8, Golden, Scratch, builder, families_on_cuda, family, greedy, small};
+use common::{
+    CHECKPOINTS, EXPERTS, FAMILIES, FP8, Golden, Scratch, builder, families_on_cuda, family, greedy, small,
+};
 use minisgl::{
     BackendChoice, Completion, FinishReason, GenerateRequest, KernelChoice, Llm, LlmBuilder, PromptLogprobs,
     RequestError, RerankRequest, SamplingParams, Score, ScoreRequest, TokenLogprobs,
@@ -23,9 +25,9 @@ fn log_softmax(logits: &[f32]) -> Vec<f32> {
     logits.iter().map(|logit| logit - largest - sum.ln() as f32).collect()
 }
 
-/// The largest error of an example's log-probabilities, alternatives included, at the positions whose logits the golden file has:
-/// the prompt's last ones, and the one that chose the last greedy token.
-fn error(llm: &mut Llm, golden: &Golden, i: usize) -> f32 {
+/// The largest error of an example's log-probabilities, alternatives included, at each of the positions whose logits the golden
+/// file has: the prompt's last ones, and the one that chose the last greedy token.
+fn errors(llm: &mut Llm, golden: &Golden, i: usize) -> Vec<f32> {
     let example = &golden.examples[i];
     let whole = [&example.prompt[..], &example.greedy].concat();
     let completion = llm.generate(&[scored(&whole, 20, 0)]).unwrap().remove(0);
@@ -36,24 +38,25 @@ fn error(llm: &mut Llm, golden: &Golden, i: usize) -> f32 {
     let logits = golden.logits(i);
     let first = example.prompt.len() - logits.len();
     let rows = (first..).zip(logits).chain([(scores.len() - 1, golden.last_logits(i))]);
-    let mut largest: f32 = 0.0;
-    for (at, logits) in rows {
+    let error = |(at, logits): (usize, Vec<f32>)| {
         let (expected, score) = (log_softmax(&logits), &scores[at]);
         assert_eq!(score.top.len(), 20);
         let told = score.top.iter().copied().chain([(whole[at + 1], score.logprob)]);
         let errors = told.map(|(id, logprob)| (logprob - expected[id as usize]).abs());
-        largest = errors.fold(largest, |a, b| if b.is_nan() { f32::INFINITY } else { a.max(b) });
-    }
-    largest
+        errors.fold(0.0, |a: f32, b| if b.is_nan() { f32::INFINITY } else { a.max(b) })
+    };
+    rows.map(error).collect()
 }
 
-fn assert_scores(what: &str, builder: LlmBuilder, golden: &Golden, bound: f32) {
+/// Gives the errors of all positions.
+fn assert_scores(what: &str, builder: LlmBuilder, golden: &Golden, bound: f32) -> Vec<f32> {
     let mut llm = builder.build().unwrap();
-    let errors = (0..golden.examples.len()).map(|i| error(&mut llm, golden, i));
-    let largest = errors.fold(0.0, f32::max);
+    let errors: Vec<f32> = (0..golden.examples.len()).flat_map(|i| errors(&mut llm, golden, i)).collect();
+    let largest = errors.iter().copied().fold(0.0, f32::max);
     println!("{what}: largest error of a log-probability {largest:.5}");
     assert!(largest < bound, "{what}: a log-probability is off by {largest}");
     llm.check();
+    errors
 }
 
 #[test]
@@ -74,15 +77,28 @@ fn log_probabilities_of_given_tokens_are_those_of_transformers() {
 #[ignore = "needs a GPU"]
 fn log_probabilities_on_the_gpu_are_those_of_transformers_within_bf16() {
     for name in CHECKPOINTS.into_iter().chain(families_on_cuda()) {
+        let has_experts = EXPERTS.contains(&name);
         for kernels in [KernelChoice::Auto, KernelChoice::Portable] {
+            let what = format!("{name}, {kernels:?}");
             let builder = family(name).backend(BackendChoice::Cuda).kernels(kernels);
-            assert_scores(&format!("{name}, {kernels:?}"), builder, &Golden::open(name), GPU_ERROR_MAX);
+            let bound = if has_experts { FLIPPED_ERROR_MAX } else { GPU_ERROR_MAX };
+            let mut errors = assert_scores(&what, builder, &Golden::open(name), bound);
+            errors.sort_by(f32::total_cmp);
+            let median = errors[errors.len() / 2];
+            println!("{what}: at half of the positions {median:.5} at most");
+            assert!(
+                median < GPU_MEDIAN_ERROR_MAX,
+                "{what}: at half of the positions one is off by {median} or more"
+            );
         }
     }
 }
 
 /// Rows of logits, which reach 10 here, are off by 3 to 12% of their norm where activations are bf16 (`tests/cuda.rs`).
 const GPU_ERROR_MAX: f32 = 0.5;
+/// Where a router chooses other experts than in f32, by 25% (`tests/cuda.rs`); at half of the positions no choice is that near.
+const FLIPPED_ERROR_MAX: f32 = 1.0;
+const GPU_MEDIAN_ERROR_MAX: f32 = 0.25;
 
 /// Prompts that share beginnings, some longer than a chunk.
 fn prompts(count: u32) -> Vec<Vec<u32>> {

@@ -33,6 +33,9 @@ pub const FAMILIES: [&str; 12] = [
     "qwen3-moe-nonorm",
 ];
 
+/// Those of them that have experts, where rounding to bf16 may flip a router's choice (`tests/cuda.rs`).
+pub const EXPERTS: [&str; 2] = ["qwen3-moe", "qwen3-moe-nonorm"];
+
 /// Those of them that the CUDA backend refuses, and by which words.
 pub const CPU_ALONE: [(&str, &str); 2] =
     [("gemma3", "head_dim is 256"), ("phi4-mini", "rope that does not turn the halves of whole heads")];

@@ -28,9 +28,11 @@ pub struct Case {
 }
 
 impl Case {
-    /// All of them, from a crate's folder.
+    /// All of them. Cargo runs tests in the crate's folder, `scripts/gpu-check` in the repository's.
     pub fn all() -> Vec<Case> {
-        let text = fs::read_to_string("../tests/fixtures/processors.json").expect("the fixture");
+        let fixture = "tests/fixtures/processors.json";
+        let text = fs::read_to_string(fixture).or_else(|_| fs::read_to_string(format!("../{fixture}")));
+        let text = text.expect("the fixture");
         let cases: Vec<Value> = serde_json::from_str(&text).expect("JSON");
         cases.iter().map(Case::read).collect()
     }
