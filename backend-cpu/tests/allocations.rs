@@ -43,7 +43,7 @@ fn steps_allocate_nothing() {
     let layer = Layer { norms, qkv, o, gate_up, down }.weights();
     let rope = machine.floats(&[0.6, 0.8].repeat(64 * 8));
     let kv_len = machine.kv_len();
-    let kv = KvLayer { k: machine.alloc(kv_len), v: machine.alloc(kv_len) };
+    let kv = KvLayer { k: machine.alloc(kv_len), v: machine.alloc(kv_len), wide: None };
     let (gathered, logits) = (machine.alloc(24 * 64), machine.alloc(24 * 500));
     let (tokens, logprobs) = (machine.words(&[0; 24]), machine.alloc(24 * LOGPROB_WORDS));
     let sequences: Vec<_> = (0..24).map(|slot| Sequence { slot, cached: slot * 2, new: 1 }).collect();

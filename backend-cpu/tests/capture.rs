@@ -42,7 +42,7 @@ impl Model {
         let rope: Vec<f32> = (0..160 * 5).flat_map(|i| [(i as f32).cos(), (i as f32).sin()]).collect();
         let rope = machine.floats(&rope);
         let kv_len = machine.kv_len();
-        let kv = [(); 2].map(|()| KvLayer { k: machine.alloc(kv_len), v: machine.alloc(kv_len) });
+        let kv = [(); 2].map(|()| KvLayer { k: machine.alloc(kv_len), v: machine.alloc(kv_len), wide: None });
         let gathered = machine.poisoned(RUNNING as usize * 40);
         let logits = machine.poisoned(RUNNING as usize * VOCAB);
         let tokens = machine.words(&[u32::MAX; RUNNING as usize]);

@@ -82,7 +82,7 @@ fn machine(
 /// Buffers of bytes that no row has left there.
 fn pages(machine: &mut Machine, layout: &KvLayout) -> KvLayer<Buffer> {
     let words = vec![0xa5a5_a5a5; layout.words(machine.limits.pages as usize + 1)];
-    KvLayer { k: machine.words(&words), v: machine.words(&words) }
+    KvLayer { k: machine.words(&words), v: machine.words(&words), wide: None }
 }
 
 fn read(machine: &mut Machine, layout: &KvLayout, buffer: Buffer) -> Vec<u8> {
@@ -169,7 +169,7 @@ fn attention_is_a_softmax_over_what_was_stored() {
             });
             let (buffer, out) = (machine.floats(&qkv), machine.poisoned(tokens.len() * dims.q_width()));
             let attention = Attention { window, ..Attention::plain() };
-            machine.cpu.attention(&step, &attention, buffer, KvLayer { k, v }, out).unwrap();
+            machine.cpu.attention(&step, &attention, buffer, KvLayer { k, v, wide: None }, out).unwrap();
 
             let mut expected = Vec::new();
             for (token, row) in tokens.iter().zip(qkv.chunks(width)) {

@@ -3,16 +3,21 @@
 //! A world is a set of slots whose queries, keys and values are functions of (slot, position), so that any step over it
 //! can be made and judged. Pages are shuffled; whatever no sequence holds is NaN, and so is the output beforehand.
 
+#[path = "support/fp8.rs"]
+mod fp8;
 mod support;
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use fp8::What;
 use half::bf16;
 use minisgl_core::backend::{Device, Dims, Element, KvLayer, Purpose, Queue, Step};
 use minisgl_core::batch::{Header, Layout, ROW_WORDS, Row, StepShape, zeroed_words};
 use minisgl_core::config::Limits;
+use minisgl_core::kv::{KvFormat, KvLayout};
 use minisgl_core::tensor::splitmix64;
 use minisgl_cuda::ops::attention::Attention;
+use minisgl_cuda::ops::fp8_pages::Fp8Pages;
 use minisgl_cuda::ops::halves::Part;
 use minisgl_cuda::{Buffer, Cuda, KernelSet, Options};
 use rayon::prelude::*;
@@ -64,6 +69,8 @@ struct Numbers {
 struct World {
     cuda: Cuda,
     attention: Attention,
+    /// Where keys and values are fp8.
+    pages: Option<Fp8Pages>,
     numbers: Numbers,
     limits: Limits,
     table: Buffer,
@@ -114,10 +121,25 @@ impl Numbers {
     }
 }
 
+/// What a world's keys and values are kept as: bf16, bf16 after they were rounded to fp8, and fp8.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kept {
+    Plain,
+    Rounded,
+    Fp8,
+}
+
 impl World {
     /// Slot i has room for, and keys and values of, `lengths[i]` tokens.
     fn new(kernels: KernelSet, heads: Heads, page_size: u32, lengths: &[u32]) -> World {
         World::windowed(kernels, heads, page_size, lengths, ALL, &vec![0; lengths.len()])
+    }
+
+    /// The same world twice on Hopper: with keys and values in fp8, and with those in bf16 that fp8 makes of them.
+    fn in_fp8(heads: Heads, page_size: u32, lengths: &[u32], window: u32, begins: &[u32]) -> [World; 2] {
+        let seed = fresh_seed();
+        [Kept::Fp8, Kept::Rounded]
+            .map(|kept| World::kept(kept, seed, KernelSet::Auto, heads, page_size, lengths, window, begins))
     }
 
     /// Tokens see a window; of slot i's positions those before `begins[i]` are nobody's any more: they hold NaN.
@@ -129,8 +151,22 @@ impl World {
         window: u32,
         begins: &[u32],
     ) -> World {
+        World::kept(Kept::Plain, fresh_seed(), kernels, heads, page_size, lengths, window, begins)
+    }
+
+    #[expect(clippy::too_many_arguments, reason = "they are what a world is")]
+    fn kept(
+        kept: Kept,
+        seed: u64,
+        kernels: KernelSet,
+        heads: Heads,
+        page_size: u32,
+        lengths: &[u32],
+        window: u32,
+        begins: &[u32],
+    ) -> World {
         let mut cuda = Cuda::new(&Options { device: 0, kernels }).expect("a GPU");
-        let (seed, slots) = (fresh_seed(), lengths.len());
+        let slots = lengths.len();
         let longest = lengths.iter().copied().max().unwrap();
         let pages: u32 = lengths.iter().map(|length| length.div_ceil(page_size)).sum::<u32>() + 3;
         let limits = Limits {
@@ -152,25 +188,44 @@ impl World {
             vocab: 64,
             norm_eps: 1e-6,
         };
-        let attention =
-            Attention::new(&mut cuda, &dims, Some(window).filter(|window| *window != ALL), &limits).unwrap();
+        let window_of_it = Some(window).filter(|window| *window != ALL);
+        let format = if kept == Kept::Fp8 { KvFormat::Fp8 } else { KvFormat::Bf16 };
+        let attention = Attention::new(&mut cuda, &dims, window_of_it, format, &limits).unwrap();
         let table = shuffled_table(&limits, seed, lengths);
         let table_buffer = cuda.alloc(Purpose::Scratch, Element::Word, table.len()).unwrap();
         upload(&mut cuda, &table, table_buffer);
         let [k, v] = [1, 2].map(|what| {
-            let block = paged(seed, what, heads, &limits, &table, begins, lengths);
-            let words: &[u32] = bytemuck::cast_slice(&block);
+            let world = Pages { seed, what, heads, limits: &limits, table: &table, begins, lengths };
+            let bytes = match kept {
+                Kept::Fp8 => world.in_fp8(),
+                Kept::Plain | Kept::Rounded => {
+                    bytemuck::cast_slice(&world.in_bf16(kept == Kept::Rounded)).to_vec()
+                }
+            };
+            let words: Vec<u32> =
+                bytes.as_chunks::<4>().0.iter().map(|four| u32::from_le_bytes(*four)).collect();
             let buffer = cuda.alloc(Purpose::KvCache, Element::Kv, words.len()).unwrap();
-            upload(&mut cuda, words, buffer);
+            upload(&mut cuda, &words, buffer);
             buffer
         });
+        let wide_words = KvLayout::new(KvFormat::Bf16, &dims, page_size).words(pages as usize + 1);
+        let poison = vec![u32::MAX; wide_words];
+        let wide = (kept == Kept::Fp8).then(|| {
+            [(); 2].map(|()| {
+                let buffer = cuda.alloc(Purpose::KvCache, Element::Kv, wide_words).unwrap();
+                upload(&mut cuda, &poison, buffer);
+                buffer
+            })
+        });
+        let pages = wide.map(|_| Fp8Pages::new(cuda.modules(), &dims, window_of_it).unwrap());
         World {
             cuda,
             attention,
+            pages,
             numbers: Numbers { seed, heads, window },
             limits,
             table: table_buffer,
-            kv: KvLayer { k, v },
+            kv: KvLayer { k, v, wide },
         }
     }
 
@@ -225,6 +280,9 @@ impl World {
             self.attention.plan(shape, parts.len() > 1, &rows, &mut words[layout.plan..][..plan_words]);
             upload(cuda, &words, batch);
             upload(cuda, bytemuck::cast_slice(&poison), out);
+            if let Some(pages) = self.pages.as_ref().filter(|_| shape.prefill_rows > 0) {
+                pages.widen(cuda.launcher(), &step, true, self.kv).unwrap();
+            }
             for part in parts {
                 self.attention.attend(cuda.launcher(), &step, *part, q_buffer, self.kv, out).unwrap();
             }
@@ -314,33 +372,58 @@ fn shuffled_table(limits: &Limits, seed: u64, lengths: &[u32]) -> Vec<u32> {
     table
 }
 
-/// `[pages + 1, kv_heads, page_size, head_dim]`, chunks of 8 elements swizzled; NaN where no token is.
-fn paged(
+/// What a world's pages of keys (`what` is 1) or values (2) hold.
+struct Pages<'a> {
     seed: u64,
     what: u64,
     heads: Heads,
-    limits: &Limits,
-    table: &[u32],
-    begins: &[u32],
-    lengths: &[u32],
-) -> Vec<bf16> {
-    let Heads { kv_heads, head_dim, .. } = heads;
-    let page_size = limits.page_size as usize;
-    let mut block = vec![NAN; (limits.pages as usize + 1) * kv_heads * page_size * head_dim];
-    for (slot, (begin, length)) in begins.iter().zip(lengths).enumerate() {
-        for position in *begin..*length {
-            let t = position as usize % page_size;
-            let page = table[slot * limits.table_width() as usize + position as usize / page_size] as usize;
-            for head in 0..kv_heads {
-                let row = &mut block[((page * kv_heads + head) * page_size + t) * head_dim..][..head_dim];
-                for (d, element) in row.iter_mut().enumerate() {
-                    let logical = ((d / 8) ^ (t & 7)) * 8 + d % 8;
-                    *element = value(seed, what, slot as u32, position, head * head_dim + logical);
+    limits: &'a Limits,
+    table: &'a [u32],
+    begins: &'a [u32],
+    lengths: &'a [u32],
+}
+
+impl Pages<'_> {
+    /// `[pages + 1, kv_heads, page_size, head_dim]`, chunks of 8 elements swizzled; NaN where no token is.
+    fn in_bf16(&self, rounded: bool) -> Vec<bf16> {
+        let Heads { kv_heads, head_dim, .. } = self.heads;
+        let page_size = self.limits.page_size as usize;
+        let mut block = vec![NAN; (self.limits.pages as usize + 1) * kv_heads * page_size * head_dim];
+        self.for_each(|[page, head, t], values| {
+            let values = if rounded { fp8::meant(&values) } else { values };
+            let row = &mut block[((page * kv_heads + head) * page_size + t) * head_dim..][..head_dim];
+            for (d, element) in row.iter_mut().enumerate() {
+                *element = bf16::from_f32(values[((d / 8) ^ (t & 7)) * 8 + d % 8]);
+            }
+        });
+        block
+    }
+
+    /// The same as fp8 has it; scales are NaN where no token is.
+    fn in_fp8(&self) -> Vec<u8> {
+        let Heads { kv_heads, head_dim, .. } = self.heads;
+        let layout = fp8::layout(kv_heads, head_dim, self.limits.page_size);
+        let mut block = vec![0xff; (self.limits.pages as usize + 1) * layout.page_bytes()];
+        let what = if self.what == 1 { What::Keys } else { What::Values };
+        self.for_each(|place, values| fp8::store(what, &layout, place, &values, &mut block));
+        block
+    }
+
+    /// Each row's page, head and place in it, and its elements.
+    fn for_each(&self, mut row: impl FnMut([usize; 3], Vec<f32>)) {
+        let Heads { kv_heads, head_dim, .. } = self.heads;
+        let (page_size, width) = (self.limits.page_size as usize, self.limits.table_width() as usize);
+        for (slot, (begin, length)) in self.begins.iter().zip(self.lengths).enumerate() {
+            for position in *begin..*length {
+                let (entry, t) = (position as usize / page_size, position as usize % page_size);
+                let page = self.table[slot * width + entry] as usize;
+                for head in 0..kv_heads {
+                    let element = |d| value(self.seed, self.what, slot as u32, position, head * head_dim + d);
+                    row([page, head, t], (0..head_dim).map(|d| element(d).to_f32()).collect());
                 }
             }
         }
     }
-    block
 }
 
 fn bits(values: &[bf16]) -> Vec<u16> {
@@ -460,6 +543,59 @@ fn padding_rows_harm_nobody() {
         let padded = world.decode(rows);
         let used = 3 * world.width();
         assert!(bits(&padded[..used]) == bits(&alone[..used]));
+    }
+}
+
+/// Decodes the last token of each slot in both worlds; they must agree in every bit.
+fn fp8_decodes_as_what_it_means(heads: Heads, page_size: u32, lengths: &[u32], window: u32, begins: &[u32]) {
+    let [narrow, wide] = World::in_fp8(heads, page_size, lengths, window, begins)
+        .map(|mut world| world.decode((0..).zip(lengths.iter().copied())));
+    let label = format!("{heads:?}, page size {page_size}, window {window}, {} rows", lengths.len());
+    assert!(wide.iter().all(|x| x.is_finite()), "{label}");
+    assert!(bits(&narrow) == bits(&wide), "{label}");
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn decode_of_fp8_has_the_bits_of_decode_of_what_fp8_means() {
+    for (i, heads) in head_shapes().into_iter().enumerate() {
+        let page_size = [16, 32, 64][i % 3];
+        fp8_decodes_as_what_it_means(heads, page_size, &LENGTHS, ALL, &[0; LENGTHS.len()]);
+        let begins: Vec<u32> = LENGTHS.iter().map(|length| length.saturating_sub(200)).collect();
+        fp8_decodes_as_what_it_means(heads, page_size, &LENGTHS, 200, &begins);
+    }
+    for (rows, longest) in taken([(1, 5000), (31, 700), (2, 3000), (256, 1100)]) {
+        let lengths = random_lengths(rows, longest);
+        for page_size in [16, 256] {
+            fp8_decodes_as_what_it_means(QWEN3, page_size, &lengths, ALL, &vec![0; rows]);
+        }
+    }
+}
+
+/// Prefills in both worlds; they must agree in every bit.
+fn fp8_prefills_as_what_it_means(heads: Heads, page_size: u32, spans: &[(u32, u32)], window: u32) {
+    let lengths: Vec<u32> = spans.iter().map(|(position, tokens)| position + tokens).collect();
+    let begins: Vec<u32> =
+        spans.iter().map(|(position, _)| (position + 1_u32).saturating_sub(window)).collect();
+    let rows: Vec<_> =
+        (0..).zip(spans).map(|(slot, &(position, tokens))| Span { slot, position, tokens }).collect();
+    let [narrow, wide] =
+        World::in_fp8(heads, page_size, &lengths, window, &begins).map(|mut world| world.prefill(&rows));
+    let label = format!("{heads:?}, page size {page_size}, window {window}, {spans:?}");
+    assert!(wide.iter().all(|x| x.is_finite()), "{label}");
+    assert!(bits(&narrow) == bits(&wide), "{label}");
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn prefill_of_fp8_has_the_bits_of_prefill_of_what_fp8_means() {
+    let spans = [(0, 300), (16, 100), (100, 28), (127, 2), (128, 130), (300, 512), (1000, 1), (511, 77)];
+    for (i, heads) in head_shapes().into_iter().enumerate() {
+        fp8_prefills_as_what_it_means(heads, [16, 32, 64][i % 3], &spans, ALL);
+        fp8_prefills_as_what_it_means(heads, [64, 16, 256][i % 3], &spans, 200);
+    }
+    for span in taken([(0, 1), (0, 5000), (9000, 64)]) {
+        fp8_prefills_as_what_it_means(QWEN3, 16, &[span], ALL);
     }
 }
 

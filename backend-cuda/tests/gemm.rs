@@ -5,15 +5,20 @@
 //! compared with the definition in f64, every other run with the largest, bit by bit. Outputs are poisoned before, and
 //! what lies behind them must still be poison after; what lies behind the last row of x is NaN.
 
+#[path = "support/fp8.rs"]
+mod fp8;
 mod support;
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use bytemuck::{Pod, cast_slice};
+use fp8::What;
 use half::{bf16, f16};
-use minisgl_core::backend::{Device, Element, Purpose, Queue};
-use minisgl_core::batch::Token;
+use minisgl_core::backend::{Device, Element, KvLayer, Purpose, Queue, Step};
+use minisgl_core::batch::{Layout, StepShape, Token};
+use minisgl_core::config::Limits;
 use minisgl_core::tensor::{splitmix64, uniform_element};
+use minisgl_cuda::ops::fp8_pages::Fp8Pages;
 use minisgl_cuda::ops::gemm::{Epilogue, GateUp, Gemm, Head, Linear, Qkv, Residual, RowNorm, Rows, SmShare};
 use minisgl_cuda::{Address, Buffer, Cuda, KernelSet, Options, Weight};
 use support::taken;
@@ -32,6 +37,8 @@ const WIDE: (usize, usize) = (4024, 1600);
 const TALL: [(usize, usize); 3] = [(10_000, 640), (13_000, 512), (17_000, 384)];
 /// What an output holds before; a NaN in bf16, f16 and f32.
 const POISON: u16 = 0x7fff;
+/// What pages of fp8 hold before.
+const POISON_BYTE: u8 = 0x5a;
 const EPS: f32 = 1e-6;
 
 /// The device with its kernels.
@@ -83,6 +90,36 @@ impl Gpu {
 
     fn weight(&mut self, values: &[bf16], rows: usize, cols: usize) -> Weight {
         Weight::new(self.upload(Element::Activation, values).address(), rows, cols)
+    }
+
+    /// Encodes the rows of the batch's tokens, which begin at word `at`.
+    fn encode(&mut self, heads: Heads, batch: Buffer, at: usize, tokens: u32, kv: KvLayer<Buffer>) {
+        let limits = Limits {
+            running: 1,
+            queued: 1,
+            sequence: 16,
+            prefill_tokens: 16,
+            page_size: heads.page_size as u32,
+            pages: 1,
+            graph_rows: 0,
+        };
+        let step = Step {
+            shape: StepShape { decode_rows: 0, prefill_rows: 1, tokens, samples: 1 },
+            batch,
+            layout: Layout { tokens: at, ..Layout::new(&limits, 0) },
+            page_table: batch,
+            table_width: 1,
+            page_size: heads.page_size as u32,
+            token_pool: batch,
+            slots: batch,
+            rules: batch,
+            history: batch,
+            masks: batch,
+        };
+        let dims = fp8::dims(heads.kv, heads.dim);
+        let pages = Fp8Pages::new(self.cuda.modules(), &dims, None).unwrap();
+        pages.encode(self.cuda.launcher(), &step, 0..tokens, kv).unwrap();
+        self.cuda.synchronize().unwrap();
     }
 
     fn launch<E: Epilogue>(&mut self, w: Weight, x: Buffer, tokens: u32, epilogue: &E) {
@@ -390,17 +427,55 @@ fn qkv(gpu: &mut Gpu, heads: Heads, cols: usize, has: Has) {
             kv_heads: kv as u32,
             head_dim: dim as u32,
             page_shift: page_size.trailing_zeros(),
-            reserved: 0,
+            fp8: 0,
         };
         gpu.launch(w, x, tokens, &epilogue);
+        let in_fp8 = gpu.cuda.properties().hopper;
+        let layout = fp8::layout(kv, dim, page_size as u32);
+        let empty = vec![POISON_BYTE; pages * layout.page_bytes()];
+        let [k_fp8, v_fp8] = [(); 2].map(|()| gpu.upload(Element::Word, &empty));
+        let [k_wide, v_wide] = [(); 2].map(|()| gpu.poisoned(page_elements));
+        let keeps_fp8 = gpu.gemm.keeps_fp8(w, tokens, gpu.share);
+        if in_fp8 && keeps_fp8 {
+            let (k, v) = (k_fp8.address(), v_fp8.address());
+            gpu.launch(w, x, tokens, &Qkv { k, v, fp8: 1, ..epilogue });
+        } else if in_fp8 {
+            let (k, v) = (k_wide.address(), v_wide.address());
+            gpu.launch(w, x, tokens, &Qkv { k, v, ..epilogue });
+            let kv = KvLayer { k: k_fp8, v: v_fp8, wide: Some([k_wide, v_wide]) };
+            gpu.encode(heads, batch, words_before, tokens, kv);
+        }
         let queries = without_margin(gpu.download(q_out), tokens as usize * q * dim, &label);
         let mut out = bf16_rows(&queries, q * dim);
-        for pages in [k_out, v_out] {
+        for (what, pages, narrow, wide) in
+            [(What::Keys, k_out, k_fp8, k_wide), (What::Values, v_out, v_fp8, v_wide)]
+        {
             let pages = without_margin(gpu.download(pages), page_elements, &label);
             let written = pages.iter().filter(|bits| **bits != POISON).count();
             assert_eq!(written, tokens as usize * kv * dim, "{label}, {tokens} tokens: values in pages");
+            let mut expected = empty.clone();
             for (t, row) in out.iter_mut().enumerate() {
-                row.extend(kept(&pages, heads, places[t].location as usize));
+                let location = places[t].location as usize;
+                let kept = kept(&pages, heads, location);
+                for (head, kept) in kept.chunks_exact(dim).enumerate() {
+                    let place = [location / page_size, head, location % page_size];
+                    fp8::store(what, &layout, place, kept, &mut expected);
+                }
+                row.extend(kept);
+            }
+            if in_fp8 {
+                let narrow: Vec<u8> = gpu.download(narrow);
+                assert!(narrow == expected, "{label}, {tokens} tokens: {what:?} in fp8");
+            }
+            if in_fp8 && !keeps_fp8 {
+                let wide = without_margin(gpu.download(wide), page_elements, &label);
+                for (t, place) in places[..tokens as usize].iter().enumerate() {
+                    let location = place.location as usize;
+                    let rows = self::kept(&pages, heads, location);
+                    let meant: Vec<f32> = rows.chunks_exact(dim).flat_map(fp8::meant).collect();
+                    let widened = self::kept(&wide, heads, location);
+                    assert!(widened == meant, "{label}, {tokens} tokens: {what:?} of token {t} widened");
+                }
             }
         }
         out

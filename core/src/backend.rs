@@ -222,6 +222,9 @@ pub struct KvLayer<Buf> {
     pub k: Buf,
     /// Values.
     pub v: Buf,
+    /// Room for as many pages of keys and of values in the device's own format, the same for all layers, where
+    /// [`Ops::widens`] asks for it. Nothing in it is kept from layer to layer.
+    pub wide: Option<[Buf; 2]>,
 }
 
 /// Weights of one decoder layer; those that its spec does not ask for are `None`.
@@ -392,6 +395,12 @@ pub trait Ops: Sampler {
     /// # Errors
     /// Names the first thing that can't.
     fn supports(&self, spec: &DecoderSpec) -> Result<(), Unsupported>;
+
+    /// Does it widen pages that are kept so to its own format ([`DeviceInfo::kv`]), in [`KvLayer::wide`], for rows of many tokens?
+    fn widens(&self, kept: KvFormat) -> bool {
+        let _ = kept;
+        false
+    }
 
     /// Plans the buffers and the scratch memory of all operations for a model and capacities, once, before the first step.
     /// Returns the words that [`Ops::plan`] may fill in each step.

@@ -51,6 +51,8 @@ pub struct Decoder<B: Ops> {
     max_positions: u32,
     /// What keys and values are kept as.
     kv: KvFormat,
+    /// What the device widens a layer's to, if it does; see [`Ops::widens`].
+    wide: Option<KvFormat>,
     weight_bytes: u64,
     weights: ModelWeights<B::Weight>,
     planned: Option<Planned<B::Buffer>>,
@@ -62,7 +64,8 @@ const ALIGNMENT: usize = 1 << 19;
 
 /// What [`Model::alloc_pages`] allocates.
 struct Pages<Buf> {
-    /// `[layers, 2]` times all pages of a layer's keys or values, all but rounding: in one piece, so that little is lost to it.
+    /// `[layers, 2]` times all pages of a layer's keys or values, all but rounding, and room for wide ones: in one piece, so
+    /// that little is lost to it.
     all: Buf,
     /// The layers' parts of it.
     layers: KvCache<Buf>,
@@ -109,9 +112,12 @@ impl<B: Ops> Decoder<B> {
     ) -> Result<Self, B::Error> {
         let (config, tensors) = (checkpoint.config(), checkpoint.tensors());
         let tensors = part(tensors, rank, &config.spec);
+        let own = backend.info().kv;
+        let kv = config.spec.kv.unwrap_or(own);
         Ok(Decoder {
             max_positions: config.max_positions,
-            kv: config.spec.kv.unwrap_or(backend.info().kv),
+            kv,
+            wide: backend.widens(kv).then_some(own),
             weight_bytes: tensors.step_bytes(),
             weights: ModelWeights::of(&spec, &tensors, rank).load(backend)?,
             spec,
@@ -172,7 +178,8 @@ impl<B: Ops> Decoder<B> {
 
 impl<B: Ops> Model<B> for Decoder<B> {
     fn page_bytes(&self, page_size: u32) -> u64 {
-        self.spec.page_bytes(self.kv, page_size)
+        let wide = self.wide.map(|own| KvLayout::new(own, &self.spec.dims, page_size).page_bytes());
+        self.spec.page_bytes(self.kv, page_size) + wide.map_or(0, |bytes| 2 * bytes as u64)
     }
 
     fn vocab(&self) -> u32 {
@@ -213,9 +220,13 @@ impl<B: Ops> Model<B> for Decoder<B> {
         let halves = 2 * dims.layers as usize;
         // Elsewhere, decode steps of many long rows take 1% longer on an H200; of small pools it would take too much.
         let apart = if half < 64 * ALIGNMENT { half } else { half.next_multiple_of(ALIGNMENT) };
-        let all = backend.alloc(Purpose::KvCache, Element::Kv, halves * apart)?;
+        let wide = self.wide.map_or(0, |own| KvLayout::new(own, dims, page_size).words(pages as usize + 1));
+        let all = backend.alloc(Purpose::KvCache, Element::Kv, halves * apart + 2 * wide)?;
         let part = |i: usize| backend.slice(all, i * apart..i * apart + half);
-        let layers = (0..halves).step_by(2).map(|i| KvLayer { k: part(i), v: part(i + 1) }).collect();
+        let wide_part =
+            |i: usize| backend.slice(all, halves * apart + i * wide..halves * apart + (i + 1) * wide);
+        let wide = self.wide.map(|_| [wide_part(0), wide_part(1)]);
+        let layers = (0..halves).step_by(2).map(|i| KvLayer { k: part(i), v: part(i + 1), wide }).collect();
         self.pages = Some(Pages { all, layers });
         Ok(())
     }

@@ -1,6 +1,6 @@
 // attention_decode: one token a row over its row's pages; out[row, head] = softmax(q K^T / sqrt(head_dim)) V.
 //
-//   q, out  [rows, kv_heads * group, head_dim] bf16      k, v  pages (attention.cuh)
+//   q, out  [rows, kv_heads * group, head_dim] bf16      k, v  pages (attention.cuh), or FP8 ones (fp8_rows.cuh)
 //   plan    attention_work.cuh      grid any      block 256 threads that read, and on Hopper a warp that fills the ring
 //   moves   sum of min(kv_len, window) * kv_heads * head_dim * 4 bytes: every key and value once for its group of queries
 //
@@ -15,16 +15,28 @@
 //    may be NaN.
 // 3. Maxima and probabilities have one place each: who writes the next unit's is behind a barrier that everyone reaches
 //    after reading this unit's.
+// 4. Of FP8 a tile is widened in registers to the bf16 numbers that it means: from there on all is the same, bit by bit.
 #pragma once
 #include "attention_merge.cuh"
+
+// A tile of keys.
+template <int HD, bool FP8> struct Keys : Fp8Keys<HD> {
+    using Fp8Keys<HD>::Fp8Keys;
+};
+template <int HD> struct Keys<HD, false> {
+    unsigned tile, lane;
+
+    __device__ __forceinline__ Keys(unsigned tile, unsigned lane) : tile(tile), lane(lane) {}
+    __device__ __forceinline__ void load(unsigned (&a)[4], unsigned k) const { load_keys<HD>(a, tile, k, lane); }
+};
 
 // A warp that reads, and the leaf at hand. Without a WINDOW rows see all positions up to their own, and nothing asks.
 // Of HEADS kv heads side by side keys are rows of HEADS * HD dims: a query is zero in those of heads that are not its own, which
 // changes no bit of a sum. Its output in their dims is nobody's.
-template <int HD, int HEADS, int STAGES, bool WINDOW> struct Decoder {
+template <int HD, int HEADS, int STAGES, bool WINDOW, bool FP8> struct Decoder {
     static constexpr unsigned PARTS = HD / 16, M_TILES = HEADS * PARTS; // of 16 dims, of a head and of all
     const DecodeArgs &args;
-    Ring<HD, HEADS, STAGES> ring;
+    Ring<HD, HEADS, STAGES, FP8> ring;
     unsigned probabilities, maxima, flag; // shared memory: [tiles][lane] 8 bytes, [tiles][8] floats, a word
     unsigned warp, lane;
     unsigned q[M_TILES][2];
@@ -32,7 +44,7 @@ template <int HD, int HEADS, int STAGES, bool WINDOW> struct Decoder {
 
     static constexpr unsigned STATE_BYTES = DECODE_READERS * sizeof(State), SCRATCH = LEAF_TILES * (256 + 32) + 16 + STATE_BYTES;
 
-    __device__ __forceinline__ Decoder(const DecodeArgs &args, Stages<HD, HEADS, STAGES> stages, unsigned warp, unsigned lane)
+    __device__ __forceinline__ Decoder(const DecodeArgs &args, Stages<HD, HEADS, STAGES, FP8> stages, unsigned warp, unsigned lane)
         : args(args), ring(args, stages), probabilities(stages.end()), maxima(probabilities + LEAF_TILES * 256),
           flag(maxima + LEAF_TILES * 32), warp(warp), lane(lane) {
         state.clear();
@@ -60,12 +72,16 @@ template <int HD, int HEADS, int STAGES, bool WINDOW> struct Decoder {
     __device__ __forceinline__ void score_tile(float (&s)[4], const Unit &unit) const {
         s[0] = s[1] = s[2] = s[3] = 0.0f;
         if (warp < unit.tiles()) {
-            const unsigned tile = ring.stages.tokens(ring.place.at) + warp * (TILE * HD * 2);
+            const unsigned tile = ring.stages.tokens(ring.place.at) + warp * ring.stages.TILE_BYTES;
 #pragma unroll
-            for (int k = 0; k < M_TILES; k++) {
-                unsigned a[4];
-                load_keys<HD>(a, tile + k / PARTS * ring.stages.HEAD_BYTES, k % PARTS, lane);
-                mma(s, a, q[k]);
+            for (int head = 0; head < HEADS; head++) {
+                Keys<HD, FP8> keys(tile + head * ring.stages.HEAD_BYTES, lane);
+#pragma unroll
+                for (int k = 0; k < PARTS; k++) {
+                    unsigned a[4];
+                    keys.load(a, k);
+                    mma(s, a, q[head * PARTS + k]);
+                }
             }
         }
         const unsigned token = unit.leaf * LEAF + warp * TILE + lane / 4, seen = first_seen(unit);
@@ -131,7 +147,10 @@ template <int HD, int HEADS, int STAGES, bool WINDOW> struct Decoder {
                              : "r"(probabilities + j * 256 + lane * 8)
                              : "memory");
                 mma(l, ones, p);
-                load_values<HD>(a, values + j * (TILE * HD * 2), warp % PARTS, lane);
+                if constexpr (FP8)
+                    fp8_load_values<HD>(a, values + j * ring.stages.TILE_BYTES, warp % PARTS, lane);
+                else
+                    load_values<HD>(a, values + j * ring.stages.TILE_BYTES, warp % PARTS, lane);
                 if ((j + 1) * TILE > valid)
                     zero_behind(a, valid - j * TILE);
                 if (j * TILE < hidden)
@@ -224,9 +243,9 @@ template <int HD, int HEADS, int STAGES, bool WINDOW> struct Decoder {
     }
 };
 
-template <int HD, int HEADS, int STAGES, bool WINDOW>
+template <int HD, int HEADS, int STAGES, bool WINDOW, bool FP8>
 __device__ __forceinline__ void decode(DecodeArgs args, unsigned char *shared) {
-    const Stages<HD, HEADS, STAGES> stages = {(unsigned)__cvta_generic_to_shared(shared)};
+    const Stages<HD, HEADS, STAGES, FP8> stages = {(unsigned)__cvta_generic_to_shared(shared)};
     const unsigned warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     args.derive<HEADS>();
     if (blockIdx.x >= args.turns)
@@ -234,10 +253,10 @@ __device__ __forceinline__ void decode(DecodeArgs args, unsigned char *shared) {
     prepare(stages);
 #if BULK_COPIES
     if (warp == DECODE_WARPS) {
-        Filler<HD, HEADS, STAGES>(args, stages, lane).run();
+        Filler<HD, HEADS, STAGES, FP8>(args, stages, lane).run();
         return;
     }
     dependent_wait();
 #endif
-    Decoder<HD, HEADS, STAGES, WINDOW>(args, stages, warp, lane).run();
+    Decoder<HD, HEADS, STAGES, WINDOW, FP8>(args, stages, warp, lane).run();
 }

@@ -6,7 +6,7 @@
 
 extern __shared__ __align__(1024) unsigned char shared_memory[];
 
-#define ATTENTION_DECODE(NAME, HD, HEADS, WINDOW)                                                                       \
+#define ATTENTION_DECODE(NAME, HD, HEADS, WINDOW, FP8)                                                                     \
     extern "C" __global__ void __launch_bounds__(DECODE_THREADS, DECODE_BLOCKS) NAME(                                   \
         const unsigned *batch, unsigned plan_offset, const unsigned *page_table, unsigned table_width,                  \
         unsigned page_shift, unsigned kv_heads, unsigned group, const bf16 *q, const bf16 *k, const bf16 *v, bf16 *out, \
@@ -31,5 +31,5 @@ extern __shared__ __align__(1024) unsigned char shared_memory[];
         args.arrived_count = arrived_count;                                                                             \
         args.other_plan = other_plan;                                                                                   \
         args.other_taken = other_taken;                                                                                 \
-        decode<HD, HEADS, DECODE_STAGES((HD) * (HEADS)), WINDOW>(args, shared_memory);                                  \
+        decode<HD, HEADS, DECODE_STAGES((HD) * (HEADS)) * (FP8 ? 2 : 1), WINDOW, FP8>(args, shared_memory);                                  \
     }

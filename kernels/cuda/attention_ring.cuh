@@ -22,6 +22,7 @@
 // 5. Two neighbouring heads of 64 dims lie side by side in a stage, all tokens of the one before those of the other.
 #pragma once
 #include "attention_work.cuh"
+#include "fp8_rows.cuh"
 #include "place.cuh"
 
 #if __CUDA_ARCH__ >= 900
@@ -43,8 +44,9 @@
 __device__ __forceinline__ void readers_barrier() { asm volatile("bar.sync 1, %0;" ::"n"(DECODE_READERS) : "memory"); }
 
 // Where things lie in shared memory. HEADS kv heads share a stage.
-template <int HD, int HEADS, int STAGES> struct Stages {
-    static constexpr unsigned HEAD_BYTES = LEAF * HD * 2, BYTES = HEADS * HEAD_BYTES, QUERY_BYTES = 8 * HD * 2;
+template <int HD, int HEADS, int STAGES, bool FP8> struct Stages {
+    static constexpr unsigned TILE_BYTES = FP8 ? fp8_tile_bytes<HD> : TILE * HD * 2;
+    static constexpr unsigned HEAD_BYTES = LEAF_TILES * TILE_BYTES, BYTES = HEADS * HEAD_BYTES, QUERY_BYTES = 8 * HD * 2;
     unsigned base;
 
     __device__ __forceinline__ unsigned tokens(unsigned stage) const { return base + stage * BYTES; }
@@ -85,16 +87,16 @@ __device__ __forceinline__ void bulk_copy(unsigned to, const bf16 *from, unsigne
 }
 
 // The filling warp.
-template <int HD, int HEADS, int STAGES> struct Filler {
+template <int HD, int HEADS, int STAGES, bool FP8> struct Filler {
     static constexpr unsigned FLIGHT = STAGES / 3 * 2; // stages that may be on their way at once
     const DecodeArgs &args;
-    Stages<HD, HEADS, STAGES> stages;
+    Stages<HD, HEADS, STAGES, FP8> stages;
     Place<STAGES> place;
     unsigned lane;
     unsigned long long policy;
     unsigned page; // of the lane's copy
 
-    __device__ __forceinline__ Filler(const DecodeArgs &args, Stages<HD, HEADS, STAGES> stages, unsigned lane)
+    __device__ __forceinline__ Filler(const DecodeArgs &args, Stages<HD, HEADS, STAGES, FP8> stages, unsigned lane)
         : args(args), stages(stages), lane(lane), page(0) {
         asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
     }
@@ -122,7 +124,7 @@ template <int HD, int HEADS, int STAGES> struct Filler {
     }
     // Says what the stage there will hold.
     __device__ __forceinline__ void announce(const Unit &unit, bool values, Place<STAGES> there, bool others = false) const {
-        unsigned bytes = unit.tiles() * TILE * HD * 2 * HEADS;
+        unsigned bytes = unit.tiles() * stages.TILE_BYTES * HEADS;
         if (!values && unit.is_first())
             bytes += args.queries(unit.item) * HD * 2;
         if (lane == 0) {
@@ -135,6 +137,15 @@ template <int HD, int HEADS, int STAGES> struct Filler {
         }
         __syncwarp();
     }
+    // Copies rows of a head from row `from` on, whole tiles, to where the lane's share of a stage lies.
+    __device__ __forceinline__ void copy_tokens(unsigned to, const bf16 *kept, size_t from, unsigned rows, unsigned full) const {
+        if constexpr (FP8)
+            bulk_copy(to + first() / TILE * stages.TILE_BYTES,
+                      reinterpret_cast<const bf16 *>(reinterpret_cast<const char *>(kept) + from / TILE * stages.TILE_BYTES),
+                      rows / TILE * stages.TILE_BYTES, full, policy);
+        else
+            bulk_copy(to + first() * HD * 2, kept + from * HD, rows * HD * 2, full, policy);
+    }
     // Starts the copies of a stage: those that the kernel before does not write to, or those that it does.
     __device__ __forceinline__ void copy(const Unit &unit, bool values, Place<STAGES> there, bool older, bool newer) const {
         const unsigned begin = unit.leaf * LEAF + first(), end = unit.leaf * LEAF + unit.tiles() * TILE;
@@ -143,9 +154,8 @@ template <int HD, int HEADS, int STAGES> struct Filler {
             const unsigned in_page = begin & ((1u << args.page_shift) - 1);
             const size_t block = (size_t)page * args.kv_heads + args.group_of(unit.item) * HEADS + head();
             if (newest ? newer : older)
-                bulk_copy(stages.tokens(there.at) + head() * stages.HEAD_BYTES + first() * HD * 2,
-                          (values ? args.v : args.k) + ((block << args.page_shift) + in_page) * HD,
-                          min(step(), end - begin) * HD * 2, stages.full(there.at), policy);
+                copy_tokens(stages.tokens(there.at) + head() * stages.HEAD_BYTES, values ? args.v : args.k,
+                            (block << args.page_shift) + in_page, min(step(), end - begin), stages.full(there.at));
         }
         if (lane == 31 && newer && !values && unit.is_first())
             bulk_copy(stages.queries(there.at), args.q + args.query_offset(unit.segment.row, unit.item, HD),
@@ -246,11 +256,11 @@ template <int HD, int HEADS, int STAGES> struct Filler {
 };
 
 // The ring as a thread that reads sees it.
-template <int HD, int HEADS, int STAGES> struct Ring {
-    const Stages<HD, HEADS, STAGES> stages;
+template <int HD, int HEADS, int STAGES, bool FP8> struct Ring {
+    const Stages<HD, HEADS, STAGES, FP8> stages;
     Place<STAGES> place;
 
-    __device__ __forceinline__ Ring(const DecodeArgs &, Stages<HD, HEADS, STAGES> stages) : stages(stages) {}
+    __device__ __forceinline__ Ring(const DecodeArgs &, Stages<HD, HEADS, STAGES, FP8> stages) : stages(stages) {}
     // Waits for the next stage.
     __device__ __forceinline__ void take() { wait_for(stages.full(place.at), place.parity); }
     // Have all others that share the row been counted, as far as is known? At a turn's last values.
@@ -266,8 +276,8 @@ template <int HD, int HEADS, int STAGES> struct Ring {
     }
 };
 
-template <int HD, int HEADS, int STAGES>
-__device__ __forceinline__ void prepare(const Stages<HD, HEADS, STAGES> &stages) {
+template <int HD, int HEADS, int STAGES, bool FP8>
+__device__ __forceinline__ void prepare(const Stages<HD, HEADS, STAGES, FP8> &stages) {
     if (threadIdx.x == 0) {
         for (unsigned i = 0; i < STAGES; i++) {
             asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(stages.full(i)) : "memory");
@@ -281,16 +291,16 @@ __device__ __forceinline__ void prepare(const Stages<HD, HEADS, STAGES> &stages)
 
 #else
 
-template <int HD, int HEADS, int STAGES> struct Ring {
-    static_assert(HEADS == 1 && STAGES == 2, "one is read, one is filled");
+template <int HD, int HEADS, int STAGES, bool FP8> struct Ring {
+    static_assert(HEADS == 1 && STAGES == 2 && !FP8, "one is read, one is filled");
     const DecodeArgs &args;
-    const Stages<HD, HEADS, STAGES> stages;
+    const Stages<HD, HEADS, STAGES, FP8> stages;
     Place<STAGES> place;
     Unit ahead; // whose keys or values are copied next
     unsigned turn;
     bool values;
 
-    __device__ __forceinline__ Ring(const DecodeArgs &args, Stages<HD, HEADS, STAGES> stages)
+    __device__ __forceinline__ Ring(const DecodeArgs &args, Stages<HD, HEADS, STAGES, FP8> stages)
         : args(args), stages(stages), turn(blockIdx.x), values(false) {
         ahead.begin(args, turn);
         copy_next(0);
@@ -350,6 +360,6 @@ template <int HD, int HEADS, int STAGES> struct Ring {
     __device__ __forceinline__ void release() { place.advance(); }
 };
 
-template <int HD, int HEADS, int STAGES> __device__ __forceinline__ void prepare(const Stages<HD, HEADS, STAGES> &) {}
+template <int HD, int HEADS, int STAGES, bool FP8> __device__ __forceinline__ void prepare(const Stages<HD, HEADS, STAGES, FP8> &) {}
 
 #endif

@@ -26,6 +26,7 @@
 #include <cuda_fp16.h>
 
 #include "batch.cuh"
+#include "fp8_rows.cuh"
 
 // The T tokens that a warp has in hand: token first + i * step is stored if i < count.
 struct Taken {
@@ -75,8 +76,8 @@ struct Nowhere {
     __device__ __forceinline__ Nowhere from_lane(unsigned) const { return {}; }
 };
 
-// NORMED: there are head norms and rope, and no bias.
-template <bool NORMED> struct QkvOf {
+// NORMED: there are head norms and rope, and no bias. FP8: keys and values are kept so (fp8_rows.cuh).
+template <bool NORMED, bool FP8> struct QkvOf {
     RowNorm norm;
     float head_eps;
     const unsigned *batch; // the packed batch's words
@@ -84,7 +85,7 @@ template <bool NORMED> struct QkvOf {
     const __nv_bfloat16 *q_norm, *k_norm; // [head_dim], or null
     const float2 *rope;                   // [positions, head_dim / 2] (cos, sin), or null
     __nv_bfloat16 *q, *k, *v;
-    unsigned tokens_offset, heads, kv_heads, head_dim, page_shift, reserved;
+    unsigned tokens_offset, heads, kv_heads, head_dim, page_shift, fp8; // fp8: as the kernel is, for the host
     static constexpr bool SCALED = true;
     static constexpr int SLICES = 2; // at most
     static constexpr bool EARLY = true; // does `ahead` read nothing that a kernel of this step's layers wrote?
@@ -179,6 +180,8 @@ template <bool NORMED> struct QkvOf {
     }
 
   private:
+    __device__ __forceinline__ static float2 rounded(float2 x) { return __bfloat1622float2(__floats2bfloat162_rn(x.x, x.y)); }
+
     // One head of 64 PARTS dims. lo: dims 2 l, 2 l + 1. hi: dims 64 + 2 l, … (of no use where PARTS is 1).
     template <int PARTS, int T, int BLOCKS>
     __device__ __forceinline__ void head(float2 (&lo)[T], float2 (&hi)[T], const Ahead<BLOCKS> (&ahead)[T],
@@ -215,10 +218,43 @@ template <bool NORMED> struct QkvOf {
                 }
             }
         }
+        if constexpr (FP8) {
+            if (h >= heads)
+                return keep<PARTS>(lo, hi, ahead, taken, h, lane);
+        }
 #pragma unroll
         for (int i = 0; i < T; i++)
             if (i < taken.count)
                 put<PARTS>(lo[i], hi[i], ahead[i].location, taken.token(i), h, d);
+    }
+
+    // Which of all lines of the keys' pages is the token's of the head, or of the values'.
+    __device__ __forceinline__ size_t line_of(unsigned location, unsigned h, bool is_key) const {
+        const unsigned kv_head = h - heads - (is_key ? 0 : kv_heads);
+        const unsigned page = location >> page_shift, row = location & ((1u << page_shift) - 1);
+        return (((size_t)page * kv_heads + kv_head) << page_shift) + row;
+    }
+
+    // Stores a head's keys or values in fp8.
+    template <int PARTS, int T, int BLOCKS>
+    __device__ __forceinline__ void keep(const float2 (&lo)[T], const float2 (&hi)[T], const Ahead<BLOCKS> (&ahead)[T],
+                                         const Taken &taken, unsigned h, unsigned lane) const {
+        constexpr int BOTH = T < 2 ? T : 2; // more take registers
+        const bool is_key = h < heads + kv_heads;
+#pragma unroll
+        for (int first = 0; first < T; first += BOTH) {
+            Fp8Place places[BOTH];
+            float2 rows[BOTH][PARTS];
+#pragma unroll
+            for (int i = 0; i < BOTH; i++) {
+                const int at = first + i < T ? first + i : first;
+                places[i] = Fp8Place::of<64 * PARTS>(is_key ? k : v, line_of(ahead[at].location, h, is_key));
+                rows[i][0] = rounded(lo[at]);
+                if constexpr (PARTS == 2)
+                    rows[i][1] = rounded(hi[at]);
+            }
+            fp8_store<PARTS>(places, rows, taken.count > first ? taken.count - first : 0, is_key, lane);
+        }
     }
 
     template <int PARTS>
@@ -232,18 +268,18 @@ template <bool NORMED> struct QkvOf {
             return;
         }
         const bool is_key = h < heads + kv_heads;
-        const unsigned kv_head = h - heads - (is_key ? 0 : kv_heads);
-        const unsigned page = location >> page_shift, row = location & ((1u << page_shift) - 1);
-        const size_t line = (((size_t)page * kv_heads + kv_head) << page_shift) + row;
-        __nv_bfloat16 *out = (is_key ? k : v) + line * (64 * PARTS) + ((d / 8) ^ (row % 8)) * 8 + d % 8;
+        const unsigned row = location & ((1u << page_shift) - 1);
+        __nv_bfloat16 *out = (is_key ? k : v) + line_of(location, h, is_key) * (64 * PARTS) + ((d / 8) ^ (row % 8)) * 8 + d % 8;
         store_pair(out, lo.x, lo.y);
         if (PARTS == 2)
             store_pair(out + 64, hi.x, hi.y); // chunk 8 + c goes to 8 + (c ^ row % 8)
     }
 };
 
-using Qkv = QkvOf<false>;
-using QkvNormed = QkvOf<true>;
+using Qkv = QkvOf<false, false>;
+using QkvNormed = QkvOf<true, false>;
+using QkvFp8 = QkvOf<false, true>;
+using QkvNormedFp8 = QkvOf<true, true>;
 static_assert(sizeof(Qkv) == sizeof(QkvNormed), "one set of parameters for both");
 
 struct Residual {

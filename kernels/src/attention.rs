@@ -74,10 +74,13 @@ impl Prefill {
 }
 
 impl Set {
-    /// The Hopper set's or the portable set's, whose decode blocks take so many kv heads at once (`HEADS`).
-    pub const fn new(hopper: bool, head_dim: u32, heads: u32) -> Set {
+    /// The Hopper set's or the portable set's, whose decode blocks take so many kv heads at once (`HEADS`). With keys and values in
+    /// `fp8`, which Hopper's alone has, there are twice the stages (`DECODE_STAGES`).
+    pub const fn new(hopper: bool, head_dim: u32, heads: u32, fp8: bool) -> Set {
         let (blocks, stages) = if hopper { (2, 3 * 128 / (head_dim * heads)) } else { (1, 2) };
-        let leaf_bytes = LEAF * head_dim * 2 * heads;
+        let stages = if fp8 { 2 * stages } else { stages };
+        let row_bytes = if fp8 { head_dim + 2 } else { head_dim * 2 };
+        let leaf_bytes = LEAF * row_bytes * heads;
         let stage_bytes = leaf_bytes + 8 * head_dim * 2 + 48 + 16;
         Set {
             decode_blocks: blocks,

@@ -242,7 +242,7 @@ impl Machine {
     pub fn kv(&mut self, random: &mut Random) -> KvLayer<Buffer> {
         let len = (self.limits.pages + 1) * self.limits.page_size * self.dims.kv_heads * self.dims.head_dim;
         let (k, v) = (random.floats(len as usize), random.floats(len as usize));
-        KvLayer { k: self.floats(&k), v: self.floats(&v) }
+        KvLayer { k: self.floats(&k), v: self.floats(&v), wide: None }
     }
 
     pub fn kv_len(&self) -> usize {

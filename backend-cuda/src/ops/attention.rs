@@ -115,20 +115,23 @@ struct Operands<'a> {
 }
 
 impl Attention {
-    /// Looks the kernels up and allocates scratch for steps within `limits`. All layers have the same window, or none.
+    /// Looks the kernels up and allocates scratch for steps within `limits`. All layers have the same window, or none. Keys and
+    /// values are kept in bf16 or, on Hopper, in fp8, whose rows are permuted as `fp8_rows.cuh` says.
     pub fn new(
         cuda: &mut Cuda,
         dims: &Dims,
         window: Option<u32>,
+        format: KvFormat,
         limits: &Limits,
     ) -> Result<Attention, CudaError> {
         let (hopper, multiprocessors) = (cuda.properties().hopper, cuda.properties().multiprocessors);
-        let planner = Planner::new(hopper, multiprocessors, dims, window, limits)?;
+        let planner = Planner::new(hopper, multiprocessors, dims, window, format, limits)?;
         let Planner { heads, whole, half, splitter, .. } = planner;
         let [decode, prefill] = planner.kernels();
+        let module = if planner.fp8 { "attention_fp8" } else { "attention" };
         let kept = Kept::new(cuda, &splitter, &planner.set.prefill)?;
         Ok(Attention {
-            decode: cuda.modules().kernel("attention", decode, planner.set.decode_shared)?,
+            decode: cuda.modules().kernel(module, decode, planner.set.decode_shared)?,
             prefill: cuda.modules().kernel("attention", prefill, planner.set.prefill.shared)?,
             scratch: [
                 Scratch::new(cuda, heads, &whole, limits.running)?,
@@ -150,7 +153,8 @@ impl Attention {
     }
 
     /// Causal attention of each of the part's tokens over its slot's pages: from q `[tokens, q_width]` of the step to
-    /// `out`, the same shape. The step was planned as divided if the part is a half.
+    /// `out`, the same shape. The step was planned as divided if the part is a half. Of fp8, prefill rows attend to what is in the
+    /// wide pages, [`KvLayer::wide`].
     pub fn attend(
         &self,
         launcher: &Launcher,
@@ -227,6 +231,7 @@ impl Attention {
             let rows = pages.bytes() / (KvFormat::Bf16.element_bytes() * head_dim);
             TensorMap::pages(pages.address(), rows, head_dim, step.page_size.min(LEAF))
         };
+        let [k, v] = kv.wide.unwrap_or([kv.k, kv.v]);
         launcher.launch(
             &self.prefill,
             self.planner.prefill_grid(step.shape),
@@ -240,8 +245,8 @@ impl Attention {
                 &kv_heads,
                 &group,
                 &TensorMap::queries(q.address(), queries, part_queries / group, group)?,
-                &pages(kv.k)?,
-                &pages(kv.v)?,
+                &pages(k)?,
+                &pages(v)?,
                 &out,
                 &self.kept.states,
                 &self.kept.arrived,

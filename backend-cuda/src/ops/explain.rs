@@ -8,6 +8,7 @@
 
 use minisgl_core::batch::{Row, StepShape};
 use minisgl_core::config::Limits;
+use minisgl_core::kv::KvFormat;
 use minisgl_core::spec::{Attention, Bias, DecoderSpec, Mixer, QkNorm};
 
 use super::attention::Planner;
@@ -56,8 +57,10 @@ pub fn explain(
     shape: StepShape,
     rows: &[Row],
 ) -> Result<Explained, CudaError> {
-    supports::check(spec).map_err(|error| CudaError::Unsupported(error.to_string()))?;
-    let planner = Planner::new(device.hopper, device.multiprocessors, &spec.dims, spec.window(), limits)?;
+    supports::check(spec, device.hopper).map_err(|error| CudaError::Unsupported(error.to_string()))?;
+    let format = spec.kv.unwrap_or(KvFormat::Bf16);
+    let planner =
+        Planner::new(device.hopper, device.multiprocessors, &spec.dims, spec.window(), format, limits)?;
     let explainer = Explainer { device, spec, shape, rows, planner };
     let divided = Halves::new(spec, device.hopper).divide(shape);
     let parts: &[Part] = if divided { &[Part::First, Part::Second] } else { &[Part::Whole] };

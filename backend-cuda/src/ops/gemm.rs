@@ -81,8 +81,8 @@ pub struct Qkv {
     pub head_dim: u32,
     /// A page holds `1 << page_shift` tokens.
     pub page_shift: u32,
-    /// Makes the struct a multiple of 8 bytes.
-    pub reserved: u32,
+    /// 1: keys and values are kept in fp8, as `fp8_rows.cuh` says, which Hopper's kernels for few tokens do.
+    pub fp8: u32,
 }
 
 /// Rows added to the residual stream.
@@ -163,6 +163,11 @@ pub trait Epilogue: Param {
     /// elsewhere.
     fn outputs(&self, rows: u32) -> (Address, u32);
 
+    /// Are keys and values kept in fp8?
+    fn is_fp8(&self) -> bool {
+        false
+    }
+
     /// Are there head norms and rope, and no bias? Few rows have kernels of their own for that (`QkvNormed` in
     /// `epilogue.cuh`).
     fn is_normed(&self) -> bool {
@@ -241,6 +246,10 @@ impl Epilogue for Qkv {
 
     fn outputs(&self, _: u32) -> (Address, u32) {
         (self.q, self.heads * self.head_dim)
+    }
+
+    fn is_fp8(&self) -> bool {
+        self.fp8 != 0
     }
 
     fn is_normed(&self) -> bool {
@@ -378,6 +387,9 @@ impl Hopper {
     fn launch<E: Epilogue>(&self, launcher: &Launcher, product: &Product<'_, E>) -> Result<(), CudaError> {
         match self.decode.tiling(E::KIND, &product.shape, product.share) {
             Some(tiling) => Decode::launch(tiling, launcher, product),
+            None if product.epilogue.is_fp8() => {
+                Err(CudaError::Unsupported("products of many tokens store no fp8 keys and values".into()))
+            }
             None => self.prefill.launch(launcher, product),
         }
     }
@@ -430,6 +442,16 @@ impl Gemm {
         Ok(Gemm { set })
     }
 
+    /// Do products of queries, keys and values with so many tokens keep these in fp8 by themselves ([`Qkv::fp8`])?
+    pub fn keeps_fp8(&self, w: Weight, tokens: u32, share: SmShare) -> bool {
+        let (rows, cols) = (w.rows() as u32, w.cols() as u32);
+        let shape = Shape { rows, cols, tokens, slices: Kind::Qkv.slices(rows, cols) };
+        match &self.set {
+            Set::Portable(_) => false,
+            Set::Hopper(hopper) => hopper.decode.tiling(Kind::Qkv, &shape, share).is_some(),
+        }
+    }
+
     /// Multiplies the first `tokens` rows of `x` by `w`, whose columns are a multiple of 8. The portable kernels take whatever
     /// share there is.
     pub fn launch<E: Epilogue>(
@@ -448,6 +470,9 @@ impl Gemm {
         }
         let product = Product { w: w.address(), x, shape, share, epilogue };
         match &self.set {
+            Set::Portable(_) if epilogue.is_fp8() => {
+                Err(CudaError::Unsupported("fp8 keys and values have kernels for Hopper alone".into()))
+            }
             Set::Portable(portable) => portable.launch(launcher, &product),
             Set::Hopper(hopper) => hopper.launch(launcher, &product),
         }
@@ -484,7 +509,7 @@ mod tests {
                 kv_heads,
                 head_dim,
                 page_shift,
-                reserved,
+                fp8,
             }
         );
         assert_declared!(files, "Residual", Residual { residual, sumsq });

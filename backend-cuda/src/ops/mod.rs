@@ -11,7 +11,8 @@
 //! segments of 64 elements, from which the next product takes its rows' norms. The norms' scales were multiplied into
 //! the matrices when they were loaded.
 //!
-//! A layer with experts has `experts.rs` in place of gate_up and down.
+//! A layer with experts has `experts.rs` in place of gate_up and down. Where keys and values are kept in fp8, rows of many tokens
+//! go by way of wide pages (`fp8_pages.rs`).
 //!
 //! A decode step whose halves do better side by side is divided (`halves.rs`).
 //!
@@ -22,6 +23,7 @@ mod described;
 pub mod embed;
 pub mod experts;
 pub mod explain;
+pub mod fp8_pages;
 pub mod gemm;
 pub mod halves;
 pub mod sampling;
@@ -35,12 +37,14 @@ use minisgl_core::backend::{
 };
 use minisgl_core::batch::{Row, StepShape, TOKEN_WORDS};
 use minisgl_core::config::Limits;
+use minisgl_core::kv::KvFormat;
 use minisgl_core::spec::{DecoderSpec, Dims, LayerSpec, Mlp, Unsupported};
 use minisgl_core::tensor::HostTensor;
 
 use self::attention::Attention;
 use self::embed::Ends;
 use self::experts::{ExpertLayer, Experts};
+use self::fp8_pages::Fp8Pages;
 use self::gemm::{GateUp, Gemm, Head, Qkv, Residual, RowNorm, Rows, SmShare};
 use self::halves::{Halves, Part};
 use self::sampling::Sampling;
@@ -97,6 +101,8 @@ pub struct Operations {
     experts: Option<Experts>,
     /// Paged attention.
     pub attention: Attention,
+    /// Where keys and values are kept in fp8.
+    fp8_pages: Option<Fp8Pages>,
     /// Drawing tokens.
     pub sampling: Sampling,
     /// `[tokens, ceil(hidden / 64)]` f32: partial sums of squares of the residual stream.
@@ -108,6 +114,8 @@ impl Operations {
     pub fn new(cuda: &mut Cuda, spec: &DecoderSpec, limits: &Limits) -> Result<Operations, CudaError> {
         let dims = &spec.dims;
         let segments = dims.hidden.div_ceil(SEGMENT) as usize;
+        let format = spec.kv.unwrap_or(cuda.info().kv);
+        let in_fp8 = format == KvFormat::Fp8;
         Ok(Operations {
             dims: *dims,
             layers: spec.layers.clone(),
@@ -116,7 +124,8 @@ impl Operations {
             ends: Ends::new(cuda.modules())?,
             gemm: Gemm::new(cuda)?,
             experts: Experts::new(cuda, spec, limits)?,
-            attention: Attention::new(cuda, dims, spec.window(), limits)?,
+            attention: Attention::new(cuda, dims, spec.window(), format, limits)?,
+            fp8_pages: in_fp8.then(|| Fp8Pages::new(cuda.modules(), dims, spec.window())).transpose()?,
             sampling: Sampling::new(cuda, limits.running)?,
             sumsq: cuda.allocate(Purpose::Scratch, limits.step_tokens() * segments * 4)?,
         })
@@ -132,10 +141,12 @@ impl Operations {
         self.sumsq.offset(token as usize * self.dims.hidden.div_ceil(SEGMENT) as usize * 4)
     }
 
-    fn qkv(&self, layer: &Layer, first_token: u32) -> Qkv {
+    /// `in_fp8`: the product keeps keys and values so. Else it leaves them in the wide pages, if there are such.
+    fn qkv(&self, layer: &Layer, first_token: u32, in_fp8: bool) -> Qkv {
         let Layer { step, weights, rope, kv, .. } = layer;
         let address = |weight: Option<Weight>| weight.map_or(Address::NULL, |weight| weight.address());
         let Dims { heads, kv_heads, head_dim, norm_eps, .. } = self.dims;
+        let [k, v] = kv.wide.filter(|_| !in_fp8).unwrap_or([kv.k, kv.v]);
         Qkv {
             norm: self.norm(first_token),
             head_eps: norm_eps,
@@ -145,15 +156,21 @@ impl Operations {
             k_norm: address(weights.k_norm),
             rope: rope.map_or(Address::NULL, |table| table.address()),
             q: rows_from(self.buffers.q, self.dims.q_width(), first_token).address,
-            k: kv.k.address(),
-            v: kv.v.address(),
+            k: k.address(),
+            v: v.address(),
             tokens_offset: step.layout.tokens as u32 + first_token * TOKEN_WORDS as u32,
             heads,
             kv_heads,
             head_dim,
             page_shift: step.page_size.trailing_zeros(),
-            reserved: 0,
+            fp8: in_fp8.into(),
         }
+    }
+
+    /// Do the products of the part's queries, keys and values keep these in fp8?
+    fn keeps_fp8(&self, layer: &Layer, part: Part) -> bool {
+        let tokens = part.tokens(layer.step.shape).len() as u32;
+        self.fp8_pages.is_some() && self.gemm.keeps_fp8(layer.weights.qkv, tokens, Self::sm_share(part))
     }
 
     /// Derives a step's plan from its rows.
@@ -191,19 +208,27 @@ impl Operations {
         self.after_attention(launcher, layer, part)
     }
 
-    /// The first kernel of a layer.
+    /// The first kernel of a layer, and one more where that left keys and values in the wide pages.
     pub fn before_attention(&self, launcher: &Launcher, layer: &Layer, part: Part) -> Result<(), CudaError> {
         let tokens = part.tokens(layer.step.shape);
         let residual = rows_from(self.buffers.residual, self.dims.hidden as usize, tokens.start);
-        let epilogue = self.qkv(layer, tokens.start);
+        let in_fp8 = self.keeps_fp8(layer, part);
+        let epilogue = self.qkv(layer, tokens.start, in_fp8);
         let (count, share) = (tokens.len() as u32, Self::sm_share(part));
-        self.gemm.launch(launcher, layer.weights.qkv, residual, count, share, &epilogue)
+        self.gemm.launch(launcher, layer.weights.qkv, residual, count, share, &epilogue)?;
+        match &self.fp8_pages {
+            Some(pages) if !in_fp8 => pages.encode(launcher, layer.step, tokens, layer.kv),
+            _ => Ok(()),
+        }
     }
 
     /// The second.
     fn attend(&self, launcher: &Launcher, layer: &Layer, part: Part) -> Result<(), CudaError> {
-        let Buffers { q, attended, .. } = self.buffers;
-        self.attention.attend(launcher, layer.step, part, q, layer.kv, attended)
+        let (Buffers { q, attended, .. }, Layer { step, kv, .. }) = (self.buffers, layer);
+        if let Some(pages) = self.fp8_pages.as_ref().filter(|_| step.shape.prefill_rows > 0) {
+            pages.widen(launcher, step, self.keeps_fp8(layer, part), *kv)?;
+        }
+        self.attention.attend(launcher, step, part, q, *kv, attended)
     }
 
     /// The others.
@@ -289,7 +314,11 @@ impl Ops for Cuda {
     type Weight = Weight;
 
     fn supports(&self, spec: &DecoderSpec) -> Result<(), Unsupported> {
-        supports::check(spec)
+        supports::check(spec, self.properties().hopper)
+    }
+
+    fn widens(&self, kept: KvFormat) -> bool {
+        kept == KvFormat::Fp8
     }
 
     fn reserve(&mut self, spec: &DecoderSpec, limits: &Limits) -> Result<usize, CudaError> {

@@ -15,9 +15,9 @@ const BACKEND: &str = "CUDA";
 /// Widths are multiples of this: 16 bytes, what the copy engines move at least.
 const WIDTH_MULTIPLE: u32 = 8;
 
-/// See [`minisgl_core::backend::Ops::supports`].
-pub fn check(spec: &DecoderSpec) -> Result<(), Unsupported> {
-    check_model(spec).map_err(|what| Unsupported::new(BACKEND, what + ADVICE))?;
+/// See [`minisgl_core::backend::Ops::supports`]; `hopper`: are the kernels those of Hopper?
+pub fn check(spec: &DecoderSpec, hopper: bool) -> Result<(), Unsupported> {
+    check_model(spec, hopper).map_err(|what| Unsupported::new(BACKEND, what + ADVICE))?;
     for (i, layer) in spec.layers.iter().enumerate() {
         check_layer(&spec.dims, layer)
             .map_err(|what| Unsupported::in_layer(BACKEND, i, &(what.to_owned() + ADVICE)))?;
@@ -27,7 +27,7 @@ pub fn check(spec: &DecoderSpec) -> Result<(), Unsupported> {
 
 const ADVICE: &str = " (--backend cpu has fewer limits)";
 
-fn check_model(spec: &DecoderSpec) -> Result<(), String> {
+fn check_model(spec: &DecoderSpec, hopper: bool) -> Result<(), String> {
     let DecoderSpec { dims, norm, embedding_scale, tied: _, logit_cap, weights, kv, layers } = spec;
     check_sizes(dims)?;
     let window = layers.first().and_then(LayerSpec::window);
@@ -36,7 +36,10 @@ fn check_model(spec: &DecoderSpec) -> Result<(), String> {
         (*embedding_scale != 1.0, "its embeddings are scaled"),
         (logit_cap.is_some(), "its logits have a soft cap"),
         (*weights != WeightFormat::Bf16, "its weights are fp8"),
-        (*kv == Some(KvFormat::Fp8), "its keys and values are to be kept in fp8; use --kv-dtype auto"),
+        (
+            *kv == Some(KvFormat::Fp8) && !hopper,
+            "its keys and values are to be kept in fp8, which has kernels for Hopper alone; use --kv-dtype auto",
+        ),
         (*kv == Some(KvFormat::F32), "its keys and values are to be kept in f32; use --kv-dtype auto"),
         (layers.iter().any(|layer| layer.window() != window), "not all of its layers have the same window"),
     ];
@@ -123,6 +126,10 @@ mod tests {
         norm_eps: 1e-5,
     };
 
+    fn supported(spec: &DecoderSpec) -> Result<(), Unsupported> {
+        check(spec, false)
+    }
+
     fn with(change: impl Fn(Attention) -> Attention) -> DecoderSpec {
         let rope = Some(Rope::plain(1e5, DIMS.head_dim));
         let attention = |change: &dyn Fn(Attention) -> Attention| LayerSpec {
@@ -135,15 +142,16 @@ mod tests {
 
     #[test]
     fn biases_and_layers_without_rope_or_with_head_norms_are_computed() {
-        check(&with(|it| it)).unwrap();
-        check(&DecoderSpec { kv: Some(KvFormat::Bf16), ..with(|it| it) }).unwrap();
-        check(&with(|it| Attention { bias: Bias::Qkv, rope: None, ..it })).unwrap();
-        check(&with(|it| Attention { qk_norm: QkNorm::PerHead, ..it })).unwrap();
+        supported(&with(|it| it)).unwrap();
+        supported(&DecoderSpec { kv: Some(KvFormat::Bf16), ..with(|it| it) }).unwrap();
+        check(&DecoderSpec { kv: Some(KvFormat::Fp8), ..with(|it| it) }, true).unwrap();
+        supported(&with(|it| Attention { bias: Bias::Qkv, rope: None, ..it })).unwrap();
+        supported(&with(|it| Attention { qk_norm: QkNorm::PerHead, ..it })).unwrap();
         let windowed = with(|it| it).layers.into_iter().map(|layer| {
             let Mixer::Attention(attention) = layer.mixer else { unreachable!("it has attention") };
             LayerSpec { mixer: Mixer::Attention(Attention { window: Some(4096), ..attention }), ..layer }
         });
-        check(&DecoderSpec { layers: windowed.collect(), ..with(|it| it) }).unwrap();
+        supported(&DecoderSpec { layers: windowed.collect(), ..with(|it| it) }).unwrap();
     }
 
     #[test]
@@ -164,7 +172,7 @@ mod tests {
         let activation = Activation::Silu;
         let experts = Experts { activation, count: 8, per_token: 2, intermediate: 8, normalized: true };
         let with_experts = |experts| changed(LayerSpec { mlp: Mlp::Experts(experts), ..plain });
-        check(&with_experts(experts)).unwrap();
+        supported(&with_experts(experts)).unwrap();
         let others = [
             (changed(LayerSpec { norms: Norms::Around, ..plain }), "norms behind"),
             (changed(LayerSpec { mlp: Mlp::Dense(Activation::GeluTanh), ..plain }), "GELU"),
@@ -175,7 +183,7 @@ mod tests {
             (with_experts(Experts { activation: Activation::GeluTanh, ..experts }), "GELU"),
         ];
         for (spec, name) in layers.into_iter().chain(others) {
-            let text = check(&spec).unwrap_err().to_string();
+            let text = supported(&spec).unwrap_err().to_string();
             assert!(
                 text.contains(name) && text.contains("layer 1") && text.contains("--backend cpu"),
                 "{text}"
@@ -186,14 +194,14 @@ mod tests {
         let models = [
             (DecoderSpec { norm: NormForm::OnePlusScale, ..spec() }, "1 + w"),
             (DecoderSpec { weights: WeightFormat::Fp8(fp8), ..spec() }, "weights are fp8"),
-            (DecoderSpec { kv: Some(KvFormat::Fp8), ..spec() }, "kept in fp8; use --kv-dtype auto"),
+            (DecoderSpec { kv: Some(KvFormat::Fp8), ..spec() }, "for Hopper alone; use --kv-dtype auto"),
             (DecoderSpec { kv: Some(KvFormat::F32), ..spec() }, "kept in f32"),
             (DecoderSpec { dims: Dims { head_dim: 256, ..DIMS }, ..spec() }, "head_dim is 256"),
             (DecoderSpec { dims: Dims { hidden: 570, ..DIMS }, ..spec() }, "hidden_size is 570"),
             (with(|it| Attention { window: Some(32), ..it }), "same window"),
         ];
         for (spec, name) in models {
-            let text = check(&spec).unwrap_err().to_string();
+            let text = supported(&spec).unwrap_err().to_string();
             assert!(text.contains(name) && text.contains("CUDA"), "{text}");
         }
     }

@@ -20,11 +20,11 @@
         prefill<HD>(args, shared_memory);                                                                               \
     }
 
-ATTENTION_DECODE(attention_decode_64, 64, 1, false)
-ATTENTION_DECODE(attention_decode_64x2, 64, 2, false)
-ATTENTION_DECODE(attention_decode_128, 128, 1, false)
-ATTENTION_DECODE(attention_decode_window_64, 64, 1, true)
-ATTENTION_DECODE(attention_decode_window_64x2, 64, 2, true)
-ATTENTION_DECODE(attention_decode_window_128, 128, 1, true)
+ATTENTION_DECODE(attention_decode_64, 64, 1, false, false)
+ATTENTION_DECODE(attention_decode_64x2, 64, 2, false, false)
+ATTENTION_DECODE(attention_decode_128, 128, 1, false, false)
+ATTENTION_DECODE(attention_decode_window_64, 64, 1, true, false)
+ATTENTION_DECODE(attention_decode_window_64x2, 64, 2, true, false)
+ATTENTION_DECODE(attention_decode_window_128, 128, 1, true, false)
 ATTENTION_PREFILL(64)
 ATTENTION_PREFILL(128)

@@ -49,6 +49,7 @@
 #include "attention.cuh"
 #include "hopper.cuh"
 #include "place.cuh"
+#include "transpose.cuh"
 
 constexpr unsigned PARTS = 3, PART_QUERIES = 64, PREFILL_THREADS = 128 * PARTS + 128;
 // Registers of a thread that attends, and of one that fetches: 65536 in all.
@@ -359,19 +360,6 @@ template <int HD> __device__ __forceinline__ void zero_rows(unsigned values, uns
                      : "memory");
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
     sync_threads(1 + part, 128);
-}
-
-// Word j of lane i of four becomes word i of lane j.
-__device__ __forceinline__ void transpose(unsigned (&words)[4], unsigned lane) {
-#pragma unroll
-    for (int bit = 1; bit < 4; bit *= 2)
-#pragma unroll
-        for (int j = 0; j < 4; j++)
-            if (!(j & bit)) {
-                const unsigned other = __shfl_xor_sync(FULL_WARP, lane & bit ? words[j] : words[j | bit], bit);
-                words[j] = lane & bit ? other : words[j];
-                words[j | bit] = lane & bit ? words[j | bit] : other;
-            }
 }
 
 // One warpgroup's way through its parts.

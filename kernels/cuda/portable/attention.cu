@@ -16,9 +16,9 @@
         prefill<HD>(args, shared_memory);                                                                               \
     }
 
-ATTENTION_DECODE(attention_decode_64, 64, 1, false)
-ATTENTION_DECODE(attention_decode_128, 128, 1, false)
-ATTENTION_DECODE(attention_decode_window_64, 64, 1, true)
-ATTENTION_DECODE(attention_decode_window_128, 128, 1, true)
+ATTENTION_DECODE(attention_decode_64, 64, 1, false, false)
+ATTENTION_DECODE(attention_decode_128, 128, 1, false, false)
+ATTENTION_DECODE(attention_decode_window_64, 64, 1, true, false)
+ATTENTION_DECODE(attention_decode_window_128, 128, 1, true, false)
 ATTENTION_PREFILL(64)
 ATTENTION_PREFILL(128)

@@ -5,6 +5,7 @@
 
 use half::bf16;
 use minisgl_core::backend::KvLayer;
+use minisgl_core::kv::{KvFormat, KvLayout};
 use minisgl_core::tensor::splitmix64;
 use minisgl_cuda::ops::attention::Attention;
 use minisgl_cuda::ops::halves::Part;
@@ -40,13 +41,18 @@ pub(crate) fn cases(filter: &Filter) -> Vec<Case> {
         for rows in filter.rows() {
             for &context in &contexts {
                 let step = StepOf::decode(&vec![context; rows as usize], model.vocab);
-                cases.push(case("attention_decode", format!("rows={rows} context={context}"), model, step));
+                let shape = format!("rows={rows} context={context}");
+                let fp8 = StepOf::decode(&vec![context; rows as usize], model.vocab);
+                cases.push(case("attention_decode", shape.clone(), model, KvFormat::Bf16, step));
+                cases.push(case("attention_decode_fp8", shape, model, KvFormat::Fp8, fp8));
             }
         }
         for step in [100, 500, 900] {
             let contexts = mix(step);
             let shape = format!("mix step={step} rows={}", contexts.len());
-            cases.push(case("attention_decode", shape, model, StepOf::decode(&contexts, model.vocab)));
+            let step = || StepOf::decode(&contexts, model.vocab);
+            cases.push(case("attention_decode", shape.clone(), model, KvFormat::Bf16, step()));
+            cases.push(case("attention_decode_fp8", shape, model, KvFormat::Fp8, step()));
         }
         for tokens in filter.tokens() {
             // So long that a window matters.
@@ -54,13 +60,15 @@ pub(crate) fn cases(filter: &Filter) -> Vec<Case> {
             let prompts = tokens.div_ceil(prompt);
             let rows = (0..prompts).map(|i| (0, prompt.min(tokens - i * prompt))).collect();
             let step = StepOf { rows, ..StepOf::decode(&[], model.vocab) };
-            cases.push(case("attention_prefill", format!("tokens={tokens} prompts={prompts}"), model, step));
+            let shape = format!("tokens={tokens} prompts={prompts}");
+            cases.push(case("attention_prefill", shape, model, KvFormat::Bf16, step));
             for &context in contexts.iter().filter(|context| **context >= tokens) {
                 let step = StepOf { rows: vec![(context, tokens)], ..StepOf::decode(&[], model.vocab) };
                 cases.push(case(
                     "attention_prefill",
                     format!("tokens={tokens} behind={context}"),
                     model,
+                    KvFormat::Bf16,
                     step,
                 ));
             }
@@ -77,9 +85,10 @@ fn mix(step: u32) -> Vec<u32> {
     running.map(|i| length(2 * i + 1) + step).collect()
 }
 
-fn case(family: &'static str, shape: String, model: ModelShape, step: StepOf) -> Case {
+fn case(family: &'static str, shape: String, model: ModelShape, format: KvFormat, step: StepOf) -> Case {
     let dims = model.dims();
-    let (q_row, kv_row) = (dims.q_width() as f64 * 2.0, f64::from(dims.kv_heads * dims.head_dim) * 4.0);
+    let kv_row = 2.0 * KvLayout::new(format, &dims, PAGE_SIZE).page_bytes() as f64 / f64::from(PAGE_SIZE);
+    let q_row = dims.q_width() as f64 * 2.0;
     let window = model.window.unwrap_or(u32::MAX);
     // Positions that any of a row's tokens sees, and those that each sees, all in all: up to its own, within the window.
     let context =
@@ -95,23 +104,34 @@ fn case(family: &'static str, shape: String, model: ModelShape, step: StepOf) ->
         shape: format!("model={} {shape}{window}", model.name),
         bytes: all_context * kv_row + f64::from(step.tokens()) * q_row * 2.0,
         flops: 4.0 * dims.q_width() as f64 * all_seen,
-        setup: Box::new(move |cuda, copies| setup(cuda, model, &step, copies)),
+        setup: Box::new(move |cuda, copies| setup(cuda, model, format, &step, copies)),
     }
 }
 
-fn setup(cuda: &mut Cuda, model: ModelShape, step_of: &StepOf, copies: usize) -> Result<Run, CudaError> {
+fn setup(
+    cuda: &mut Cuda,
+    model: ModelShape,
+    format: KvFormat,
+    step_of: &StepOf,
+    copies: usize,
+) -> Result<Run, CudaError> {
     let dims = model.dims();
     let (limits, tokens) = (step_of.limits(), step_of.tokens() as usize);
-    let attention = Attention::new(cuda, &dims, model.window, &limits)?;
+    let attention = Attention::new(cuda, &dims, model.window, format, &limits)?;
     let step = step_of.upload(cuda, attention.plan_words(&limits), |shape, rows, words| {
         attention.plan(shape, false, rows, words)
     })?;
     let head_dim = dims.head_dim as usize;
     let kv_rows = (limits.pages as usize + 1) * (dims.kv_heads * PAGE_SIZE) as usize;
+    // The bytes of random bf16 numbers do for fp8 too: codes and scales alike are numbers.
+    let (rows, cols) = match format {
+        KvFormat::Fp8 => (kv_rows / 16, 8 * (head_dim + 2)),
+        KvFormat::F32 | KvFormat::Bf16 => (kv_rows, head_dim),
+    };
     let caches = (0..copies)
         .map(|_| {
-            let k = random(cuda, kv_rows, head_dim, KEYS)?.into();
-            Ok(KvLayer { k, v: random(cuda, kv_rows, head_dim, VALUES)?.into() })
+            let k = random(cuda, rows, cols, KEYS)?.into();
+            Ok(KvLayer { k, v: random(cuda, rows, cols, VALUES)?.into(), wide: None })
         })
         .collect::<Result<Vec<KvLayer<Buffer>>, CudaError>>()?;
     let q = random_in(cuda, tokens, dims.q_width(), QUERIES, QUERY_MAX)?.into();
@@ -121,8 +141,19 @@ fn setup(cuda: &mut Cuda, model: ModelShape, step_of: &StepOf, copies: usize) ->
         call: Box::new(move |launcher, call| {
             attention.attend(launcher, &step, Part::Whole, q, caches[call % copies], out)
         }),
-        check: sampled.check(out, tokens),
+        check: match format {
+            KvFormat::Fp8 => finite(out, tokens * dims.q_width()),
+            KvFormat::F32 | KvFormat::Bf16 => sampled.check(out, tokens),
+        },
         baseline: None,
+    })
+}
+
+/// Of fp8 no more is asked here: the tests compare it with bf16, bit by bit.
+fn finite(out: Buffer, elements: usize) -> Check {
+    Box::new(move |cuda| {
+        let bad = activations(cuda, out, elements)?.iter().position(|x| !x.is_finite());
+        Ok(bad.map(|i| format!("element {i} of the output is not finite")))
     })
 }
 

@@ -97,7 +97,7 @@ fn setup(cuda: &mut Cuda, model: ModelShape, rows: u32, context: Option<u32>) ->
         .map(|i| {
             let seed = u64::from(i + 1) << 40;
             let mut kv = || random_in(cuda, kv_rows, dims.head_dim as usize, seed, 1.0).map(Buffer::from);
-            let kv = KvLayer { k: kv()?, v: kv()? };
+            let kv = KvLayer { k: kv()?, v: kv()?, wide: None };
             Ok((layer_weights(cuda, model, seed)?, kv))
         })
         .collect::<Result<_, CudaError>>()?;

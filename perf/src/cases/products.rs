@@ -276,7 +276,7 @@ impl Sizes {
             kv_heads: dims.kv_heads,
             head_dim: dims.head_dim,
             page_shift: PAGE_SIZE.trailing_zeros(),
-            reserved: 0,
+            fp8: 0,
         };
         Ok((call(gemm, weights, x, self.tokens, epilogue), self.check_queries(q, head_dim, width)))
     }

@@ -6,6 +6,7 @@
 
 use minisgl_core::batch::{Row, StepShape};
 use minisgl_core::config::Limits;
+use minisgl_core::kv::KvFormat;
 use minisgl_core::spec::Dims;
 use minisgl_kernels::attention::{Set, TILE};
 
@@ -22,12 +23,27 @@ const NO_WINDOW: u32 = 1 << 30;
 /// Bytes for pieces of split items. A portion of 512 tokens behind 16 thousand takes 38 MiB of Qwen3-0.6B's heads.
 const KEPT_BYTES: usize = 64 << 20;
 
+/// Decode kernels without a window and with one: for a head of 128 dims, one of 64, two of 64.
+type DecodeKernels = [[&'static str; 3]; 2];
+
+const BF16: DecodeKernels = [
+    ["attention_decode_128", "attention_decode_64", "attention_decode_64x2"],
+    ["attention_decode_window_128", "attention_decode_window_64", "attention_decode_window_64x2"],
+];
+
+const FP8: DecodeKernels = [
+    ["attention_decode_fp8_128", "attention_decode_fp8_64", "attention_decode_fp8_64x2"],
+    ["attention_decode_fp8_window_128", "attention_decode_fp8_window_64", "attention_decode_fp8_window_64x2"],
+];
+
 /// The planners of both kinds of rows.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Planner {
     pub(super) set: Set,
     /// Which set the kernels are of.
     pub(super) hopper: bool,
+    /// Are keys and values fp8?
+    pub(super) fp8: bool,
     pub(super) heads: Heads,
     /// Positions that a token sees, [`NO_WINDOW`] of them where all.
     pub(super) window: u32,
@@ -44,6 +60,7 @@ impl Planner {
         multiprocessors: u32,
         dims: &Dims,
         window: Option<u32>,
+        format: KvFormat,
         limits: &Limits,
     ) -> Result<Planner, CudaError> {
         let heads = Heads::new(dims, hopper);
@@ -55,12 +72,17 @@ impl Planner {
                     .into(),
             ));
         }
-        let set = Set::new(hopper, heads.head_dim, heads.at_once);
+        let fp8 = format == KvFormat::Fp8;
+        if fp8 && !hopper {
+            return Err(CudaError::Unsupported("fp8 keys and values have kernels for Hopper alone".into()));
+        }
+        let set = Set::new(hopper, heads.head_dim, heads.at_once, fp8);
         let decode = |blocks, rows, share| DecodePlanner::new(blocks, heads, window, limits, rows, share);
         let of_piece = set.prefill.kept * heads.kv_heads as usize;
         Ok(Planner {
             set,
             hopper,
+            fp8,
             heads,
             window,
             whole: decode(multiprocessors * set.decode_blocks, limits.running, SmShare::Whole),
@@ -82,13 +104,12 @@ impl Planner {
 
     /// Names of the kernels for decode rows and for prefill rows.
     pub(crate) fn kernels(&self) -> [&'static str; 2] {
-        let decode = match (self.heads.head_dim, self.heads.at_once, self.window == NO_WINDOW) {
-            (64, 1, true) => "attention_decode_64",
-            (64, 1, false) => "attention_decode_window_64",
-            (64, _, true) => "attention_decode_64x2",
-            (64, _, false) => "attention_decode_window_64x2",
-            (_, _, true) => "attention_decode_128",
-            (_, _, false) => "attention_decode_window_128",
+        let kernels = if self.fp8 { FP8 } else { BF16 };
+        let [wide, narrow, two] = kernels[usize::from(self.window != NO_WINDOW)];
+        let decode = match (self.heads.head_dim, self.heads.at_once) {
+            (64, 1) => narrow,
+            (64, _) => two,
+            _ => wide,
         };
         [decode, if self.heads.head_dim == 64 { "attention_prefill_64" } else { "attention_prefill_128" }]
     }
@@ -183,7 +204,12 @@ mod tests {
     use super::*;
     use crate::declared::{assert_declared, constant, threads_of};
 
-    fn planner(hopper: bool, [heads, kv_heads, head_dim]: [u32; 3], window: Option<u32>) -> Planner {
+    fn planner(
+        hopper: bool,
+        [heads, kv_heads, head_dim]: [u32; 3],
+        window: Option<u32>,
+        format: KvFormat,
+    ) -> Planner {
         let (layers, hidden, intermediate, vocab) = (1, 64, 64, 64);
         let dims = Dims { layers, hidden, heads, kv_heads, head_dim, intermediate, vocab, norm_eps: 1e-6 };
         let limits = Limits {
@@ -195,15 +221,17 @@ mod tests {
             pages: 512,
             graph_rows: 0,
         };
-        Planner::new(hopper, 132, &dims, window, &limits).unwrap()
+        Planner::new(hopper, 132, &dims, window, format, &limits).unwrap()
     }
 
     #[test]
     fn kernels_are_bound_to_the_threads_that_they_are_launched_with() {
-        for (hopper, set) in [(true, HOPPER), (false, PORTABLE)] {
+        for (hopper, set, format) in
+            [(true, HOPPER, KvFormat::Bf16), (true, HOPPER, KvFormat::Fp8), (false, PORTABLE, KvFormat::Bf16)]
+        {
             for heads in [[16, 8, 128], [16, 8, 64], [14, 2, 64]] {
                 for window in [None, Some(512)] {
-                    let planner = planner(hopper, heads, window);
+                    let planner = planner(hopper, heads, window, format);
                     let [decode, prefill] = planner.kernels();
                     assert_eq!(threads_of(set, decode), planner.set.decode_threads, "{decode}");
                     assert_eq!(threads_of(set, prefill), planner.set.prefill.threads, "{prefill}");
@@ -263,7 +291,7 @@ mod tests {
         assert_eq!((attention("LEAF"), attention("TILE")), (LEAF, TILE));
         assert_eq!(attention("LEAF") * attention("SPAN_LEAVES"), SPAN);
         assert_eq!(attention("TILE") * attention("LEAF_TILES"), LEAF);
-        let [hopper, portable] = [true, false].map(|hopper| Set::new(hopper, 128, 1));
+        let [hopper, portable] = [true, false].map(|hopper| Set::new(hopper, 128, 1, false));
         assert_eq!(constant("hopper/attention.cu", "DECODE_BLOCKS"), hopper.decode_blocks);
         assert_eq!(constant("portable/attention.cu", "DECODE_BLOCKS"), portable.decode_blocks);
         let prefill = |name| constant("hopper/attention_prefill.cuh", name);

@@ -47,12 +47,25 @@ enum Team {
     Pair,
 }
 
+/// The kernels of a tile of queries, keys and values: for any model and for [`Epilogue::is_normed`], with keys and values in bf16
+/// and in fp8.
+macro_rules! qkv {
+    ($team:literal, $tile:literal) => {
+        [
+            [concat!($team, "_qkv_", $tile), concat!($team, "_qkv_normed_", $tile)],
+            [concat!($team, "_qkv_fp8_", $tile), concat!($team, "_qkv_fp8_normed_", $tile)],
+        ]
+    };
+}
+
 /// A decode kernel and the launches it is for.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Tiling {
     kernel: &'static str,
     /// The kernel for [`Epilogue::is_normed`], where that is another one.
     normed: Option<&'static str>,
+    /// Both for [`Epilogue::is_fp8`], of a module of their own.
+    fp8: Option<[&'static str; 2]>,
     block: Block,
     team: Team,
     /// Quickest up to this many tokens,
@@ -94,6 +107,7 @@ impl Tiling {
         Tiling {
             kernel,
             normed: None,
+            fp8: None,
             block: Block::new(rows, tokens),
             team: Team::Slices { tiles: 1 },
             tokens_max,
@@ -121,11 +135,11 @@ impl Tiling {
     }
 
     /// A head's 128 rows meet in one cluster.
-    const fn heads(kernel: [&'static str; 2], tokens: u32, tokens_max: u32) -> Tiling {
+    const fn heads(kernels: [[&'static str; 2]; 2], tokens: u32, tokens_max: u32) -> Tiling {
         let (team, shared) = (Team::Slices { tiles: 2 }, Self::HALF);
-        let [kernel, normed] = kernel;
+        let [[kernel, normed], fp8] = kernels;
         let tiling = Tiling::slices(kernel, 64, tokens, tokens_max, shared);
-        Tiling { normed: Some(normed), team, ..tiling }
+        Tiling { normed: Some(normed), fp8: Some(fp8), team, ..tiling }
     }
 
     const fn pair(kernel: &'static str, rows: u32, tokens: u32, tokens_max: u32, shared: u32) -> Tiling {
@@ -133,19 +147,20 @@ impl Tiling {
     }
 
     /// A pair of blocks of two whole heads.
-    const fn head_pair(kernel: [&'static str; 2], tokens: u32, tokens_max: u32, shared: u32) -> Tiling {
-        let [kernel, normed] = kernel;
-        Tiling { normed: Some(normed), ..Self::pair(kernel, 128, tokens, tokens_max, shared) }
+    const fn head_pair(kernels: [[&'static str; 2]; 2], tokens: u32, tokens_max: u32, shared: u32) -> Tiling {
+        let [[kernel, normed], fp8] = kernels;
+        let tiling = Self::pair(kernel, 128, tokens, tokens_max, shared);
+        Tiling { normed: Some(normed), fp8: Some(fp8), ..tiling }
     }
 
     /// Tilings of a kind, for ever more tokens, where w fits L2.
     fn of(kind: Kind) -> &'static [Tiling] {
         const QKV: &[Tiling] = &[
-            Tiling::heads(["decode_qkv_64x16", "decode_qkv_normed_64x16"], 16, 16),
-            Tiling::heads(["decode_qkv_64x32", "decode_qkv_normed_64x32"], 32, 32),
-            Tiling::heads(["decode_qkv_64x64", "decode_qkv_normed_64x64"], 64, 64),
-            Tiling::head_pair(["pair_qkv_128x32", "pair_qkv_normed_128x32"], 32, 128, Tiling::MOST),
-            Tiling::head_pair(["pair_qkv_128x64", "pair_qkv_normed_128x64"], 64, 256, Tiling::MOST),
+            Tiling::heads(qkv!("decode", "64x16"), 16, 16),
+            Tiling::heads(qkv!("decode", "64x32"), 32, 32),
+            Tiling::heads(qkv!("decode", "64x64"), 64, 64),
+            Tiling::head_pair(qkv!("pair", "128x32"), 32, 128, Tiling::MOST),
+            Tiling::head_pair(qkv!("pair", "128x64"), 64, 256, Tiling::MOST),
         ];
         const RESIDUAL: &[Tiling] = &[
             Tiling::slices("decode_residual_64x16", 64, 16, 16, Tiling::HALF),
@@ -183,11 +198,10 @@ impl Tiling {
     /// the device by themselves, so that tiles that take all columns in turn are quicker sooner.
     fn of_large(kind: Kind) -> &'static [Tiling] {
         const QKV: &[Tiling] = &[
-            Tiling::heads(["decode_qkv_64x16", "decode_qkv_normed_64x16"], 16, 16),
-            Tiling::heads(["decode_qkv_64x32", "decode_qkv_normed_64x32"], 32, 32),
-            Tiling::head_pair(["pair_qkv_128x32", "pair_qkv_normed_128x32"], 32, 64, Tiling::ALL),
-            Tiling::head_pair(["pair_qkv_128x64", "pair_qkv_normed_128x64"], 64, 128, Tiling::ALL)
-                .up_to(Tiling::ONE_EACH),
+            Tiling::heads(qkv!("decode", "64x16"), 16, 16),
+            Tiling::heads(qkv!("decode", "64x32"), 32, 32),
+            Tiling::head_pair(qkv!("pair", "128x32"), 32, 64, Tiling::ALL),
+            Tiling::head_pair(qkv!("pair", "128x64"), 64, 128, Tiling::ALL).up_to(Tiling::ONE_EACH),
         ];
         const RESIDUAL: &[Tiling] = &[
             Tiling::slices("decode_residual_64x16", 64, 16, 16, Tiling::HALF),
@@ -221,9 +235,9 @@ impl Tiling {
     /// The same for half of each multiprocessor: few blocks, which all find room at once beside others'.
     fn of_half(kind: Kind) -> &'static [Tiling] {
         const QKV: &[Tiling] = &[
-            Tiling::heads(["decode_qkv_64x32", "decode_qkv_normed_64x32"], 32, 32),
-            Tiling::heads(["decode_qkv_64x64", "decode_qkv_normed_64x64"], 64, 64),
-            Tiling::heads(["decode_qkv_64x128", "decode_qkv_normed_64x128"], 128, 128),
+            Tiling::heads(qkv!("decode", "64x32"), 32, 32),
+            Tiling::heads(qkv!("decode", "64x64"), 64, 64),
+            Tiling::heads(qkv!("decode", "64x128"), 128, 128),
         ];
         const RESIDUAL: &[Tiling] = &[
             Tiling::slices("decode_residual_64x32", 64, 32, 64, Tiling::HALF),
@@ -332,6 +346,8 @@ pub(super) struct Loaded {
     tiling: Tiling,
     kernel: Kernel,
     normed: Option<Kernel>,
+    /// The two for keys and values in fp8, of queries, keys and values.
+    fp8: Option<[Kernel; 2]>,
 }
 
 /// By [`Kind`].
@@ -362,7 +378,12 @@ impl Decode {
             let load = |tiling: &Tiling| {
                 let find = |name| modules.kernel(module, name, tiling.shared);
                 let normed = tiling.normed.map(find).transpose()?;
-                Ok(Loaded { tiling: *tiling, kernel: find(tiling.kernel)?, normed })
+                let in_fp8 = |[kernel, normed]: [_; 2]| {
+                    let find = |name| modules.kernel("gemm_decode_qkv_fp8", name, tiling.shared);
+                    Ok([find(kernel)?, find(normed)?])
+                };
+                let fp8 = tiling.fp8.map(in_fp8).transpose()?;
+                Ok(Loaded { tiling: *tiling, kernel: find(tiling.kernel)?, normed, fp8 })
             };
             tilings(kind).iter().map(load).collect::<Result<Vec<_>, CudaError>>()
         };
@@ -386,12 +407,16 @@ impl Decode {
     }
 
     pub(super) fn launch<E: Epilogue>(
-        Loaded { tiling, kernel, normed }: &Loaded,
+        Loaded { tiling, kernel, normed, fp8 }: &Loaded,
         launcher: &Launcher,
         product: &Product<'_, E>,
     ) -> Result<(), CudaError> {
         let Product { shape, epilogue, .. } = product;
-        let kernel = normed.as_ref().filter(|_| epilogue.is_normed()).unwrap_or(kernel);
+        let (kernel, normed) = match fp8 {
+            Some([kernel, normed]) if epilogue.is_fp8() => (kernel, Some(normed)),
+            _ => (kernel, normed.as_ref()),
+        };
+        let kernel = normed.filter(|_| epilogue.is_normed()).unwrap_or(kernel);
         let stages = tiling.stages(shape);
         let grid = tiling.grid(shape, stages);
         let [w, x] = product.maps(Block::new(tiling.fetched_rows(), tiling.block.tokens))?;
@@ -423,7 +448,7 @@ mod tests {
         // The driver takes 1 KiB a block.
         const MULTIPROCESSOR: u32 = 228 << 10;
         for (head_dim, heads) in [(64, 1), (64, 2), (128, 1)] {
-            let attention = Set::new(true, head_dim, heads).decode_shared;
+            let attention = Set::new(true, head_dim, heads, false).decode_shared;
             assert!(attention + Tiling::HALF + (2 << 10) <= MULTIPROCESSOR);
         }
         for kind in [Kind::Qkv, Kind::Residual, Kind::GateUp] {

@@ -1,0 +1,13 @@
+// Decode attention over keys and values in fp8, for Hopper: attention.cu's kernels, whose tiles are widened in registers.
+//
+// A stage holds as many tokens in half the bytes, so there are twice as many: as much is on its way.
+#define DECODE_BLOCKS 2
+#define DECODE_STAGES(DIMS) (3 * 128 / (DIMS))
+#include "attention_kernels.cuh"
+
+ATTENTION_DECODE(attention_decode_fp8_64, 64, 1, false, true)
+ATTENTION_DECODE(attention_decode_fp8_64x2, 64, 2, false, true)
+ATTENTION_DECODE(attention_decode_fp8_128, 128, 1, false, true)
+ATTENTION_DECODE(attention_decode_fp8_window_64, 64, 1, true, true)
+ATTENTION_DECODE(attention_decode_fp8_window_64x2, 64, 2, true, true)
+ATTENTION_DECODE(attention_decode_fp8_window_128, 128, 1, true, true)
