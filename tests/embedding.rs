@@ -83,7 +83,7 @@ fn assert_the_same_however_computed(ways: impl IntoIterator<Item = (String, LlmB
     let prompts = prompts(12);
     let embed = |prompt: &Vec<u32>| GenerateRequest::from(EmbedRequest::tokens(&prompt[..]));
     // Others draw beside them.
-    let draw = |prompt: &Vec<u32>| GenerateRequest::tokens(&prompt[..]).sampling(greedy(20));
+    let draw = |prompt: &Vec<u32>| GenerateRequest::tokens(&prompt[..]).sampling(greedy(50));
     let mixed: Vec<_> = prompts.iter().flat_map(|prompt| [draw(prompt), embed(prompt)]).collect();
     let mut first: Option<Vec<Vec<f32>>> = None;
     let (mut few_pages, mut retractions) = (false, 0);
