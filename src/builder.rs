@@ -27,13 +27,25 @@ enum Model {
     Found(ModelSource),
 }
 
-impl LlmBuilder {
-    pub(crate) fn new(model: String) -> Self {
-        LlmBuilder { model: Model::Name(model), weights: None, options: Options::default() }
+impl Llm {
+    /// Sets up a model: a checkpoint's directory, a preset's name (`tiny`, `qwen3-0.6b`, …: dummy weights of that size), or
+    /// a name on the Hugging Face hub, whose files are fetched; [`ModelSource::find`] does the same and takes a revision. A
+    /// directory that is named like a preset is meant by `./tiny`.
+    pub fn builder(model: impl Into<String>) -> LlmBuilder {
+        LlmBuilder::of(Model::Name(model.into()))
     }
+}
 
-    pub(crate) fn of(source: ModelSource) -> Self {
-        LlmBuilder { model: Model::Found(source), weights: None, options: Options::default() }
+impl ModelSource {
+    /// Sets up an engine for it.
+    pub fn builder(self) -> LlmBuilder {
+        LlmBuilder::of(Model::Found(self))
+    }
+}
+
+impl LlmBuilder {
+    fn of(model: Model) -> Self {
+        LlmBuilder { model, weights: None, options: Options::default() }
     }
 
     /// All settings at once.

@@ -227,6 +227,21 @@ impl Waiting {
     }
 }
 
+impl Text {
+    /// The text of tokens, special ones left out; what is no character becomes U+FFFD. `None` without a tokenizer.
+    pub fn decode(&self, ids: &[u32]) -> Option<String> {
+        if self.pieces()?.row.is_none() {
+            return Some(self.decode_whole(ids));
+        }
+        let mut detokenizer = Detokenizer::new(Ending::default());
+        for id in ids {
+            detokenizer.push(*id, self);
+        }
+        detokenizer.finish(self);
+        Some(detokenizer.into_text())
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

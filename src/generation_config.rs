@@ -72,6 +72,16 @@ impl GenerationConfigChoice {
     }
 }
 
+impl ModelSource {
+    /// How the model's makers would have tokens drawn; `None` where they say nothing.
+    ///
+    /// # Errors
+    /// A `generation_config.json` that can't be read.
+    pub fn generation_config(&self) -> Result<Option<GenerationConfig>, Error> {
+        self.folder().map_or(Ok(None), GenerationConfig::open)
+    }
+}
+
 /// Sampling that a checkpoint recommends.
 #[derive(Clone, Debug, PartialEq)]
 pub struct GenerationConfig {

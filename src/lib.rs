@@ -34,6 +34,7 @@ pub mod bench;
 mod builder;
 pub mod bulk;
 mod chat;
+mod compiler;
 mod detokenize;
 mod device;
 mod diagnostics;
@@ -62,6 +63,7 @@ mod running;
 mod score;
 pub mod simulated;
 mod source;
+mod streaming;
 pub mod telemetry;
 mod tokenizer;
 mod tools;
@@ -94,11 +96,11 @@ pub use options::{
 };
 pub use request::{
     BesideWork, ChatPrompt, Completion, Embed, FinishReason, Flow, GenerateRequest, Given, JsonObject,
-    Message, NoRole, Prompt, PromptLogprobs, RequestError, SAMPLES_MAX, STOP_BYTES_MAX, SamplingError,
-    SamplingParams, StepShape, StepTiming, StreamEvent, SubmitError, TOP_LOGPROBS_MAX, TokenLogprobs,
-    TokenRules, prompt_seed, sample_seed,
+    Message, NoRole, Prompt, PromptLogprobs, RequestError, RerankRequest, SAMPLES_MAX, STOP_BYTES_MAX,
+    SamplingError, SamplingParams, StepShape, StepTiming, StreamEvent, SubmitError, TOP_LOGPROBS_MAX,
+    TokenLogprobs, TokenRules, prompt_seed, sample_seed,
 };
-pub use rerank::{Relevance, RerankRequest};
+pub use rerank::Relevance;
 pub use score::{Score, ScoreRequest};
 pub use source::ModelSource;
 pub use tokenizer::Text;

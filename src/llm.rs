@@ -6,7 +6,6 @@
 //!
 //! The engine is built on the thread that it stays on; every method asks it through its handle.
 
-use std::collections::{HashMap, HashSet};
 use std::num::NonZero;
 use std::path::Path;
 use std::sync::Arc;
@@ -27,7 +26,6 @@ use minisgl_cuda::{Cuda, CudaError, KernelSet};
 use minisgl_decoder::{Checkpoint, Decoder, LoadError, NamedTensor, WeightUpdate};
 use minisgl_ranks::Ranks;
 
-use crate::builder::LlmBuilder;
 use crate::device::Choice;
 use crate::diagnostics::{Ceilings, Diagnostics};
 use crate::embed::{EmbedRequest, Embedding};
@@ -39,21 +37,22 @@ use crate::models::FAMILIES;
 use crate::options::{KernelChoice, Options, Quantize};
 use crate::pooling::Pooling;
 use crate::request::{
-    ChatPrompt, Completion, FinishReason, Flow, GenerateRequest, Prompt, RequestError, StreamEvent,
+    ChatPrompt, Completion, Flow, GenerateRequest, Prompt, RequestError, RerankRequest, StreamEvent,
 };
-use crate::rerank::{Relevance, RerankRequest, answers};
+use crate::rerank::{Relevance, answers};
 use crate::runner::RunnerExecutor;
 use crate::running::{self, Costs};
 use crate::score::{Score, ScoreRequest};
 use crate::simulated::{self, Control, SimulatedDevice, SimulatedExecutor};
 use crate::source::ModelSource;
+use crate::streaming::Streaming;
 use crate::telemetry::Probe;
 use crate::tokenizer::Text;
 use crate::weights::{self, Weights};
 
 /// A model on a device, ready to generate. See the [crate's page](crate) for an example.
 ///
-/// It owns its engines, one or, by [`LlmBuilder::data_parallel`], several behind one queue: dropping it ends their threads and gives
+/// It owns its engines, one or, by [`LlmBuilder::data_parallel`](crate::LlmBuilder::data_parallel), several behind one queue: dropping it ends their threads and gives
 /// the devices' memory back.
 pub struct Llm {
     front: Front,
@@ -66,13 +65,6 @@ pub struct Llm {
 }
 
 impl Llm {
-    /// Sets up a model: a checkpoint's directory, a preset's name (`tiny`, `qwen3-0.6b`, …: dummy weights of that size), or
-    /// a name on the Hugging Face hub, whose files are fetched; [`ModelSource::find`] does the same and takes a revision. A
-    /// directory that is named like a preset is meant by `./tiny`.
-    pub fn builder(model: impl Into<String>) -> LlmBuilder {
-        LlmBuilder::new(model.into())
-    }
-
     pub(crate) fn open(
         source: ModelSource,
         weights: Option<Weights>,
@@ -327,7 +319,7 @@ impl Llm {
     }
 
     /// What [`Llm::update_weights`] has made of the weights, to build another engine of this model with
-    /// ([`LlmBuilder::weights`]); `None` where they are those in the model's files.
+    /// ([`LlmBuilder::weights`](crate::LlmBuilder::weights)); `None` where they are those in the model's files.
     pub fn updated_weights(&self) -> Option<Weights> {
         self.weights.clone().filter(|_| self.updated)
     }
@@ -357,89 +349,6 @@ impl Llm {
         // A thread that has ended has no books.
         let _ = self.front.handle().check();
     }
-}
-
-/// A session's events as those of a callback.
-struct Streaming<F> {
-    on_event: F,
-    /// Of each open request's samples, how many tokens and bytes of text were handed over.
-    open: HashMap<(u64, u32), Given>,
-    /// Open requests that are aborted.
-    aborted: HashSet<u64>,
-    /// No request is wanted any more.
-    closed: bool,
-}
-
-#[derive(Clone, Copy, Default)]
-struct Given {
-    tokens: usize,
-    text: usize,
-}
-
-impl<F: FnMut(StreamEvent<'_>) -> Flow> Streaming<F> {
-    fn new(on_event: F) -> Self {
-        Streaming { on_event, open: HashMap::new(), aborted: HashSet::new(), closed: false }
-    }
-
-    /// Hands an event on; false once everything is to be aborted.
-    fn hear(&mut self, event: SessionEvent, events: &mut Events) -> bool {
-        match event {
-            SessionEvent::Token { tag, sample, token, text, logprobs, .. } => {
-                if self.closed || self.aborted.contains(&tag) {
-                    return !self.closed; // Drawn before the engine heard of it.
-                }
-                let given = self.open.entry((tag, sample)).or_default();
-                given.tokens += 1;
-                given.text += text.len();
-                let (index, logprobs) = (tag as usize, logprobs.as_ref());
-                let flow =
-                    (self.on_event)(StreamEvent::Token { index, sample, token, text: &text, logprobs });
-                if flow == Flow::AbortRequest {
-                    self.aborted.insert(tag);
-                    events.abort(tag);
-                }
-                self.follow(flow, events);
-            }
-            SessionEvent::Finished { tag, mut text, mut completion } => {
-                let given = self.open.remove(&(tag, completion.sample)).unwrap_or_default();
-                let aborted = self.aborted.contains(&tag);
-                if (aborted || self.closed) && completion.error.is_none() {
-                    cut(&mut completion, given);
-                    text.clear();
-                }
-                if aborted && !events.is_open(tag) {
-                    self.aborted.remove(&tag);
-                }
-                let (index, completion) = (tag as usize, *completion);
-                let flow = (self.on_event)(StreamEvent::Finished { index, text: &text, completion });
-                self.follow(flow, events);
-            }
-            SessionEvent::Started { .. } => {}
-            SessionEvent::Step(timing) => {
-                let flow = (self.on_event)(StreamEvent::Step(timing));
-                self.follow(flow, events);
-            }
-        }
-        !self.closed
-    }
-
-    fn follow(&mut self, flow: Flow, events: &mut Events) {
-        if flow == Flow::AbortAll && !std::mem::replace(&mut self.closed, true) {
-            events.abort_all();
-        }
-    }
-}
-
-/// What had been handed over of a request when it was aborted.
-fn cut(completion: &mut Completion, given: Given) {
-    completion.token_ids.truncate(given.tokens);
-    if let Some(text) = &mut completion.text {
-        text.truncate(given.text);
-    }
-    if let Some(logprobs) = &mut completion.logprobs {
-        logprobs.truncate(given.tokens);
-    }
-    completion.finish_reason = FinishReason::Abort;
 }
 
 /// The model's files.
@@ -737,6 +646,7 @@ impl Opening {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::request::FinishReason;
     use crate::simulated::{Control, request};
 
     /// A model whose engine fails at a step.

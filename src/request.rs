@@ -15,7 +15,6 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use crate::grammar::Grammar;
-use crate::rerank::RerankRequest;
 
 pub use minisgl_core::batch::StepShape;
 pub use minisgl_core::embedding::Embed;
@@ -165,6 +164,29 @@ pub enum Given {
     Tokens(Vec<u32>),
     /// Text, encoded on its own and without special tokens.
     Text(String),
+}
+
+/// A document to be judged.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RerankRequest {
+    /// What the query is for, in a sentence.
+    pub instruction: String,
+    /// What is looked for.
+    pub query: String,
+    /// Where it may be found.
+    pub document: String,
+}
+
+impl RerankRequest {
+    /// A document that may answer a search in the web: the model's usual instruction.
+    pub fn new(query: impl Into<String>, document: impl Into<String>) -> Self {
+        RerankRequest {
+            instruction: "Given a web search query, retrieve relevant passages that answer the query"
+                .to_owned(),
+            query: query.into(),
+            document: document.into(),
+        }
+    }
 }
 
 /// What a request says of single tokens.

@@ -8,7 +8,7 @@
 //!
 //! The two share their prompt's pages, so the second computes a page of it at most.
 
-use crate::request::{Completion, Given, Prompt, RequestError};
+use crate::request::{Completion, Given, Prompt, RequestError, RerankRequest};
 use crate::score::{Score, ScoreRequest};
 
 /// What stands before and behind what is to be judged; the three are encoded one by one, as the model was trained.
@@ -20,28 +20,7 @@ const BEHIND: &str = "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n
 const YES: &str = "yes";
 const NO: &str = "no";
 
-/// A document to be judged.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct RerankRequest {
-    /// What the query is for, in a sentence.
-    pub instruction: String,
-    /// What is looked for.
-    pub query: String,
-    /// Where it may be found.
-    pub document: String,
-}
-
 impl RerankRequest {
-    /// A document that may answer a search in the web: the model's usual instruction.
-    pub fn new(query: impl Into<String>, document: impl Into<String>) -> Self {
-        RerankRequest {
-            instruction: "Given a web search query, retrieve relevant passages that answer the query"
-                .to_owned(),
-            query: query.into(),
-            document: document.into(),
-        }
-    }
-
     /// The texts that make its prompt, each of which is encoded on its own.
     pub(crate) fn parts(&self) -> [String; 3] {
         let RerankRequest { instruction, query, document } = self;

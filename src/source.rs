@@ -9,9 +9,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use crate::builder::LlmBuilder;
 use crate::error::Error;
-use crate::generation_config::GenerationConfig;
 use crate::models::preset_names;
 use crate::progress::Stderr;
 
@@ -55,19 +53,6 @@ impl ModelSource {
     /// The commit of a repository.
     pub fn commit(&self) -> Option<&str> {
         self.commit.as_deref()
-    }
-
-    /// How the model's makers would have tokens drawn; `None` where they say nothing.
-    ///
-    /// # Errors
-    /// A `generation_config.json` that can't be read.
-    pub fn generation_config(&self) -> Result<Option<GenerationConfig>, Error> {
-        self.folder().map_or(Ok(None), GenerationConfig::open)
-    }
-
-    /// Sets up an engine for it.
-    pub fn builder(self) -> LlmBuilder {
-        LlmBuilder::of(self)
     }
 }
 

@@ -11,10 +11,7 @@
 
 use std::str::FromStr;
 
-use serde_json::{Value, json};
-
-use crate::request::{ChatPrompt, Message};
-use crate::tokenizer::Text;
+use serde_json::Value;
 
 /// Around what a model thinks.
 pub(crate) const THINK: &str = "<think>";
@@ -47,16 +44,11 @@ impl FromStr for ToolFormat {
 }
 
 impl ToolFormat {
-    /// The format that a model's chat template tells it to use.
-    pub fn of(text: &Text) -> Option<Self> {
-        let mut prompt = ChatPrompt::new([Message::new("user", "?")]);
-        let function =
-            json!({"name": "f", "description": "", "parameters": {"type": "object", "properties": {}}});
-        prompt.tools = Some(vec![json!({"type": "function", "function": function})]);
-        let rendered = text.render(&prompt).ok()?;
+    /// The format that a prompt with a tool in it tells the model to use.
+    pub(crate) fn told_by(prompt: &str) -> Option<Self> {
         match () {
-            () if rendered.contains(CALL) => Some(ToolFormat::Qwen3),
-            () if rendered.contains(r#""parameters": dictionary"#) => Some(ToolFormat::Llama3),
+            () if prompt.contains(CALL) => Some(ToolFormat::Qwen3),
+            () if prompt.contains(r#""parameters": dictionary"#) => Some(ToolFormat::Llama3),
             () => None,
         }
     }

@@ -21,8 +21,9 @@ use super::output::Output;
 use super::permits::{Permit, Permits};
 use super::session::{Events, RequestStream, Session, SessionOptions, Submitter};
 use super::stage::Stage;
+use crate::compiler::{Compiler, Tokens};
 use crate::error::{Cause, Error};
-use crate::grammar::{Compiler, Grammar, Tokens};
+use crate::grammar::Grammar;
 use crate::pooling::Pooling;
 use crate::request::{
     GenerateRequest, Given, Prompt, RequestError, SAMPLES_MAX, STOP_BYTES_MAX, StepTiming, TokenRules,

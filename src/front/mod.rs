@@ -55,8 +55,8 @@ pub use session::{
     Aborter, Events, Next, RequestEvent, RequestStream, SessionEvent, SessionOptions, Submitter,
 };
 
+use crate::compiler::Tokens;
 use crate::error::Error;
-use crate::grammar::Tokens;
 use crate::pooling::Pooling;
 use crate::runner::Runner;
 use crate::tokenizer::Text;

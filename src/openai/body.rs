@@ -30,10 +30,9 @@ use super::tools::tool_calls;
 use crate::SamplingParams;
 use crate::grammar::Grammar;
 use crate::request::{
-    ChatPrompt, GenerateRequest, Given, JsonObject, Message, Prompt, PromptLogprobs, TOP_LOGPROBS_MAX,
-    TokenRules, prompt_seed,
+    ChatPrompt, GenerateRequest, Given, JsonObject, Message, Prompt, PromptLogprobs, RerankRequest,
+    TOP_LOGPROBS_MAX, TokenRules, prompt_seed,
 };
-use crate::rerank::RerankRequest;
 use crate::tools::ToolCalls;
 
 /// Outputs of a prompt at most, as in OpenAI's API.

@@ -16,14 +16,14 @@ mod rules;
 use std::path::Path;
 use std::sync::OnceLock;
 
+use serde_json::json;
 use tokenizers::Tokenizer;
 
 use self::config::TokenizerConfig;
 use self::pieces::Pieces;
 use crate::chat::ChatTemplates;
-use crate::detokenize::{Detokenizer, Ending};
 use crate::error::Error;
-use crate::request::{ChatPrompt, Given, Prompt, RequestError};
+use crate::request::{ChatPrompt, Given, Message, Prompt, RequestError};
 use crate::tools::ToolFormat;
 
 /// The text side of a checkpoint: its tokenizer and its chat templates, each where it has one.
@@ -159,7 +159,13 @@ impl Text {
 
     /// How the model writes calls of tools, where its chat template shows that.
     pub fn tool_format(&self) -> Option<ToolFormat> {
-        *self.tool_format.get_or_init(|| ToolFormat::of(self))
+        *self.tool_format.get_or_init(|| {
+            let function =
+                json!({"name": "f", "description": "", "parameters": {"type": "object", "properties": {}}});
+            let mut prompt = ChatPrompt::new([Message::new("user", "?")]);
+            prompt.tools = Some(vec![json!({"type": "function", "function": function})]);
+            ToolFormat::told_by(&self.render(&prompt).ok()?)
+        })
     }
 
     /// Is a text a token of its own, and no special one?
@@ -167,19 +173,6 @@ impl Text {
     pub(crate) fn is_text_token(&self, text: &str) -> bool {
         let Some(codec) = &self.codec else { return false };
         codec.tokenizer.token_to_id(text).is_some_and(|id| !codec.pieces.is_special(id))
-    }
-
-    /// The text of tokens, special ones left out; what is no character becomes U+FFFD. `None` without a tokenizer.
-    pub fn decode(&self, ids: &[u32]) -> Option<String> {
-        if self.pieces()?.row.is_none() {
-            return Some(self.decode_whole(ids));
-        }
-        let mut detokenizer = Detokenizer::new(Ending::default());
-        for id in ids {
-            detokenizer.push(*id, self);
-        }
-        detokenizer.finish(self);
-        Some(detokenizer.into_text())
     }
 
     /// The bytes that a token stands for, which may be a part of a character; a special token's are its name's. `None`
