@@ -372,3 +372,22 @@ fn pages_are_counted_by_need_on_the_cpu() {
     assert_eq!(info.model, fixture("tiny-tied").display().to_string());
     assert!(info.to_string().contains("48 pages of 32 tokens"), "{info}");
 }
+
+#[test]
+fn an_order_is_that_of_all_that_wait_wherever_they_do() {
+    let ends = |order| {
+        let mut llm = builder("tiny-tied").max_running(1).order(order).build().unwrap();
+        let request = |i: u32| GenerateRequest::tokens([i]).sampling(greedy([3, 9, 1, 7, 5][i as usize]));
+        let mut ends = Vec::new();
+        let outcome = llm.generate_stream((0..5).map(request), |event| {
+            if let StreamEvent::Finished { index, .. } = event {
+                ends.push(index);
+            }
+            Flow::Continue
+        });
+        outcome.unwrap();
+        ends
+    };
+    assert_eq!(ends(Order::Given), [0, 1, 2, 3, 4]);
+    assert_eq!(ends(Order::LongestOutputFirst), [1, 3, 4, 0, 2]);
+}

@@ -3,16 +3,18 @@
 //! ```text
 //!   device.rs   Cpu: memory, events, capture and replay as the engine sees them
 //!   command.rs  each operation as plain data, so that it can be run now or recorded and run later
-//!   workers.rs   the threads: one runs the commands, all share the loops
+//!   workers.rs  the threads: one runs the commands, all share the loops
 //!   memory.rs   buffers, which are ranges, and how a command borrows several at once
 //!   weights.rs  matrices read in place from the checkpoint's mapping
 //!   link.rs     what devices that compute each step together pass to each other
 //!
-//!   layer.rs    a decoder layer out of single operations, and the buffers between them
+//!   layer.rs    a decoder layer out of single operations
+//!   activations.rs  the buffers between them
 //!   supports.rs what of a spec is not computed here
 //!   ops.rs      what a transformer is: embedding, norm, rope
 //!   attention.rs  over keys and values in pages
 //!   experts.rs  MLPs of which each token gets some
+//!   linear.rs   what matrices are applied to, rounded where a checkpoint asks for it
 //!   matmul.rs   rows times a matrix, in blocks
 //!   edits.rs    penalties, biases and what may not be drawn, in logits
 //!   sampling.rs tokens and log-probabilities out of logits
