@@ -5,10 +5,10 @@ use minisgl_core::policy::Policy;
 use minisgl_core::scheduler::Order;
 use minisgl_core::speculation::Speculation;
 
-use crate::device;
+use crate::device::BackendChoice;
 use crate::error::Error;
 use crate::llm::Llm;
-use crate::options::{BackendChoice, KernelChoice, Options, Quantize};
+use crate::options::{KernelChoice, Options, Quantize};
 use crate::source::ModelSource;
 use crate::weights::Weights;
 
@@ -192,7 +192,7 @@ impl LlmBuilder {
     /// What is wrong with the model, the device or the settings.
     pub fn build(self) -> Result<Llm, Error> {
         self.options.check()?;
-        let choice = device::choose(&self.options)?;
+        let choice = self.options.device()?;
         let source = match self.model {
             Model::Name(name) => ModelSource::find(&name, None, None)?,
             Model::Found(source) => source,

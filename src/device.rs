@@ -4,11 +4,36 @@
 //! take hours longer than anybody meant.
 
 use std::env;
+use std::str::FromStr;
 
 use minisgl_cuda::CudaError;
 
 use crate::error::Error;
-use crate::options::{BackendChoice, Options};
+
+/// Which device computes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum BackendChoice {
+    /// CUDA where there is a GPU, else the CPU.
+    #[default]
+    Auto,
+    /// The reference backend.
+    Cpu,
+    /// An NVIDIA GPU; an error where there is none.
+    Cuda,
+}
+
+impl FromStr for BackendChoice {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "auto" => Ok(BackendChoice::Auto),
+            "cpu" => Ok(BackendChoice::Cpu),
+            "cuda" => Ok(BackendChoice::Cuda),
+            _ => Err(format!("{text} is no backend; use auto, cpu or cuda")),
+        }
+    }
+}
 
 /// A decision, and why where it was left to us.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -17,15 +42,15 @@ pub struct Choice {
     pub reason: Option<&'static str>,
 }
 
-/// Decides.
+/// Decides, by what is asked for and the GPUs that are named.
 ///
 /// # Errors
 /// A GPU is named that can't be had, or the driver can't be asked.
-pub fn choose(options: &Options) -> Result<Choice, Error> {
-    if options.simulate.is_some() {
+pub fn choose(backend: BackendChoice, devices: &[usize], is_simulated: bool) -> Result<Choice, Error> {
+    if is_simulated {
         return Ok(Choice { on_gpu: false, reason: None });
     }
-    match (options.backend, options.devices.first()) {
+    match (backend, devices.first()) {
         (BackendChoice::Cuda, _) => Ok(Choice { on_gpu: true, reason: None }),
         (BackendChoice::Cpu, None) => Ok(Choice { on_gpu: false, reason: None }),
         (BackendChoice::Cpu, Some(device)) => Err(Error::NoGpu {
@@ -78,8 +103,8 @@ mod tests {
         for count in [Ok(0), Err(CudaError::NoDriver)] {
             assert!(refusal(None, Some("9"), count).contains("CUDA_VISIBLE_DEVICES=9"));
         }
-        let cpu = Options { backend: BackendChoice::Cpu, devices: vec![0], ..Options::default() };
-        assert!(choose(&cpu).unwrap_err().to_string().contains("--backend cpu"));
+        let refused = choose(BackendChoice::Cpu, &[0], false).unwrap_err().to_string();
+        assert!(refused.contains("--backend cpu"), "{refused}");
     }
 
     #[test]

@@ -71,6 +71,7 @@ mod weights;
 pub mod workload;
 
 pub use builder::LlmBuilder;
+pub use device::BackendChoice;
 pub use diagnostics::Ceilings;
 pub use embed::{EmbedRequest, Embedding};
 pub use error::{Cause, Error};
@@ -91,8 +92,8 @@ pub use minisgl_core::speculation::{DRAFTS_MAX, Speculation};
 pub use minisgl_core::stats::{Load, Stats};
 pub use minisgl_decoder::{Dtype, NamedTensor};
 pub use options::{
-    BackendChoice, Devices, KernelChoice, KvDtype, MaxRunning, Options, Quantize, parse_devices,
-    parse_kv_dtype, parse_max_running, parse_order, parse_policy, parse_speculation,
+    Devices, KernelChoice, KvDtype, MaxRunning, Options, Quantize, parse_devices, parse_kv_dtype,
+    parse_max_running, parse_order, parse_policy, parse_speculation,
 };
 pub use request::{
     BesideWork, ChatPrompt, Completion, Embed, FinishReason, Flow, GenerateRequest, Given, JsonObject,

@@ -10,21 +10,9 @@ use minisgl_core::scheduler::Order;
 use minisgl_core::shard::RANKS_MAX;
 use minisgl_core::speculation::Speculation;
 
-use crate::device;
+use crate::device::{self, BackendChoice, Choice};
 use crate::error::Error;
 use crate::simulated::SimulatedDevice;
-
-/// Which device computes.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum BackendChoice {
-    /// CUDA where there is a GPU, else the CPU.
-    #[default]
-    Auto,
-    /// The reference backend.
-    Cpu,
-    /// An NVIDIA GPU; an error where there is none.
-    Cuda,
-}
 
 /// Which of the embedded GPU kernels run.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -139,7 +127,7 @@ impl Options {
     /// # Errors
     /// Names the capacity, the memory ratio or the GPU.
     pub fn check(&self) -> Result<(), Error> {
-        let choice = device::choose(self)?;
+        let choice = self.device()?;
         if choice.on_gpu && self.quantize.is_some() {
             return Err(Error::QuantizeOnGpu);
         }
@@ -170,6 +158,14 @@ impl Options {
         Ok(limits.check()?)
     }
 
+    /// Which device computes.
+    ///
+    /// # Errors
+    /// A GPU is named that can't be had, or the driver can't be asked.
+    pub(crate) fn device(&self) -> Result<Choice, Error> {
+        device::choose(self.backend, &self.devices, self.simulate.is_some())
+    }
+
     /// How many engines there are to be.
     ///
     /// # Errors
@@ -191,19 +187,6 @@ const DISABLE_OVERLAP: &str = "MINISGL_DISABLE_OVERLAP_SCHEDULING";
 
 fn is_set(variable: Option<OsString>) -> bool {
     variable.is_some_and(|value| value == "1")
-}
-
-impl FromStr for BackendChoice {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        match text {
-            "auto" => Ok(BackendChoice::Auto),
-            "cpu" => Ok(BackendChoice::Cpu),
-            "cuda" => Ok(BackendChoice::Cuda),
-            _ => Err(format!("{text} is no backend; use auto, cpu or cuda")),
-        }
-    }
 }
 
 impl FromStr for KernelChoice {

@@ -7,10 +7,11 @@ use std::sync::{Arc, Mutex, PoisonError};
 use minisgl_core::kv::KvFormat;
 
 use super::{Comparison, Plan, Requests, list_models, run};
+use crate::device::BackendChoice;
 use crate::diagnostics::Ceilings;
 use crate::error::Cause;
 use crate::llm::{Llm, gpu_present};
-use crate::options::{BackendChoice, Options};
+use crate::options::Options;
 use crate::progress::{Progress, Stderr};
 use crate::request::SamplingParams;
 use crate::simulated::SimulatedDevice;
