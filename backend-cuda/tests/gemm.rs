@@ -602,6 +602,7 @@ fn queries_keys_and_values_are_normed_turned_and_put_in_their_places() {
             (heads(2, 1, 64, 16), 64),
             (heads(3, 1, 64, 16), 192),
             (heads(16, 8, 128, 16), 1024),
+            (heads(24, 8, 128, 16), LARGE.1 / 2),
             (heads(6, 2, 128, 16), 328),
             (heads(32, 8, 128, 16), LARGE.1 / 2),
         ]) {

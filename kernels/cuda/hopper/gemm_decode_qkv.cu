@@ -1,4 +1,4 @@
-// decode_qkv_*, pair_qkv_*: queries, keys and values of few tokens; see gemm_decode.cuh and gemm_pair.cuh.
+// decode_qkv_*, pair_qkv_*, trio_qkv_*: queries, keys and values of few tokens; see gemm_decode.cuh and gemm_pair.cuh.
 //
 // A head's 128 rows meet in one cluster: two tiles of 64.
 #include "gemm_decode.cuh"
@@ -11,7 +11,9 @@
     DECODE(decode_qkv##SUFFIX##_64x64, 1, 2, 64, KIND)                                                                       \
     DECODE(decode_qkv##SUFFIX##_64x128, 1, 2, 128, KIND)                                                                     \
     PAIR(pair_qkv##SUFFIX##_128x32, 2, 32, KIND)                                                                             \
-    PAIR(pair_qkv##SUFFIX##_128x64, 2, 64, KIND)
+    PAIR(pair_qkv##SUFFIX##_128x64, 2, 64, KIND)                                                                             \
+    TRIO(trio_qkv##SUFFIX##_128x64, 2, 64, KIND)                                                                             \
+    TRIO(trio_qkv##SUFFIX##_128x88, 2, 88, KIND)
 
 KERNELS(, Qkv)
 KERNELS(_normed, QkvNormed)

@@ -1,4 +1,5 @@
-// decode_qkv_fp8_*, pair_qkv_fp8_*: gemm_decode_qkv.cu's kernels, whose keys and values are kept in fp8 (fp8_rows.cuh); see gemm_decode.cuh and gemm_pair.cuh.
+// decode_qkv_fp8_*, pair_qkv_fp8_*, trio_qkv_fp8_*: gemm_decode_qkv.cu's kernels, whose keys and values are kept in fp8
+// (fp8_rows.cuh); see gemm_decode.cuh and gemm_pair.cuh.
 //
 // A head's 128 rows meet in one cluster: two tiles of 64.
 #include "gemm_decode.cuh"
@@ -11,7 +12,9 @@
     DECODE(decode_qkv##SUFFIX##_64x64, 1, 2, 64, KIND)                                                                       \
     DECODE(decode_qkv##SUFFIX##_64x128, 1, 2, 128, KIND)                                                                     \
     PAIR(pair_qkv##SUFFIX##_128x32, 2, 32, KIND)                                                                             \
-    PAIR(pair_qkv##SUFFIX##_128x64, 2, 64, KIND)
+    PAIR(pair_qkv##SUFFIX##_128x64, 2, 64, KIND)                                                                             \
+    TRIO(trio_qkv##SUFFIX##_128x64, 2, 64, KIND)                                                                             \
+    TRIO(trio_qkv##SUFFIX##_128x88, 2, 88, KIND)
 
 KERNELS(_fp8, QkvFp8)
 KERNELS(_fp8_normed, QkvNormedFp8)

@@ -1,30 +1,33 @@
-// pair_*: y[t, m] = sum over k of w[m, k] x[t, k], and what epilogue.cuh does with y, for a batch of decode rows that two
+// pair_*, trio_*: y[t, m] = sum over k of w[m, k] x[t, k], and what epilogue.cuh does with y, for a batch of decode rows that two
 // tiles of tokens or more hold.
 //
 //   w [rows, cols] bf16   x [tokens, cols] bf16   cols a multiple of 8   accumulates in fp32
 //   block    64 GROUPS rows of w by N tokens, all columns: GROUPS warpgroups that multiply, a warp that fetches, a warp that
 //            computes the tokens' scales
-//   cluster  two blocks with the same rows of w and neighbouring tiles of tokens; each fetches half of w for both
-//   grid     (2 * pairs of tiles of tokens, row tiles)   block 128 GROUPS + 64 threads
+//   cluster  two blocks, or three, with the same rows of w and neighbouring tiles of tokens; each fetches its share of w for all
+//   grid     (blocks of all clusters along the tokens, row tiles)   block 128 GROUPS + 64 threads
 //   shared   stages * (64 GROUPS + N) * 128 bytes; 2 barriers a stage; N floats
-//   moves    rows * cols * 2 bytes of w, for each 2 N tokens, from memory once; x once for each tile of rows, from L2
+//   moves    rows * cols * 2 bytes of w, for each cluster's tokens, from memory once; x once for each tile of rows, from L2
 //
 // Where gemm_decode.cuh's blocks share out the columns, each of these has the whole sum: no sums cross the cluster, which
 // costs more than the columns' bandwidth as soon as there are many of them.
 //
 // 1. The sums have gemm_decode.cuh's order: each slice from zero, slices added in their order.
-// 2. The sums lie over the ring, idle by then, as there. A pair's second tile may lie behind the last token: it helps to
+// 2. The sums lie over the ring, idle by then, as there. A cluster's last tile may lie behind the last token: it helps to
 //    fetch and stores nothing.
 // 3. One block fills a multiprocessor: the bytes on their way into it, not the bandwidth, bound how fast it gets them.
+// 4. What a block multiplies with costs shared memory, which gives 128 bytes a cycle, more cycles than the tensor cores: 128 rows by
+//    64 tokens and 16 columns 112, where those take 64; by 128 tokens 160. So where two tiles of tokens leave a third of the
+//    multiprocessors idle, three are quicker.
 #pragma once
 
 #include "ring.cuh"
 #include "share_out.cuh"
 
-template <int GROUPS, int N, class Epilogue>
-__device__ __forceinline__ void pair(const TensorMap *w, const TensorMap *x, const Shape &shape, unsigned stages,
-                                     const Epilogue &epilogue) {
-    using R = Ring<GROUPS, N, 2>;
+template <int GROUPS, int N, int SHARERS, class Epilogue>
+__device__ __forceinline__ void together(const TensorMap *w, const TensorMap *x, const Shape &shape, unsigned stages,
+                                         const Epilogue &epilogue) {
+    using R = Ring<GROUPS, N, SHARERS>;
     using S = Sums<GROUPS, N>;
     extern __shared__ __align__(1024) unsigned char shared[];
     dependent_launch();
@@ -45,7 +48,8 @@ __device__ __forceinline__ void pair(const TensorMap *w, const TensorMap *x, con
             scale_rows<N>(epilogue, shape, n0, scales);
         __syncthreads();
     } else {
-        constexpr int T = (N + 4 * GROUPS - 1) / (4 * GROUPS); // all of a warp's tokens at once
+        // All of a warp's tokens at once, if they fit its registers.
+        constexpr int ALL = (N + 4 * GROUPS - 1) / (4 * GROUPS), T = ALL <= 8 ? ALL : (ALL + 1) / 2;
         ShareOut<N, GROUPS, T, Epilogue> out(shape, warp, 4 * GROUPS, m0, n0);
         if (Epilogue::EARLY)
             out.fetch(epilogue, shape.rows);
@@ -72,9 +76,11 @@ __device__ __forceinline__ void pair(const TensorMap *w, const TensorMap *x, con
     }
 }
 
-#define PAIR(NAME, GROUPS, N, EPILOGUE)                                                                                      \
+#define TOGETHER(NAME, GROUPS, N, SHARERS, EPILOGUE)                                                                         \
     extern "C" __global__ void __launch_bounds__(128 * GROUPS + 64, 1)                                                       \
     NAME(const __grid_constant__ TensorMap w, const __grid_constant__ TensorMap x, Shape shape, unsigned stages,             \
          EPILOGUE epilogue) {                                                                                                \
-        pair<GROUPS, N>(&w, &x, shape, stages, epilogue);                                                                    \
+        together<GROUPS, N, SHARERS>(&w, &x, shape, stages, epilogue);                                                       \
     }
+#define PAIR(NAME, GROUPS, N, EPILOGUE) TOGETHER(NAME, GROUPS, N, 2, EPILOGUE)
+#define TRIO(NAME, GROUPS, N, EPILOGUE) TOGETHER(NAME, GROUPS, N, 3, EPILOGUE)

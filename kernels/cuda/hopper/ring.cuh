@@ -2,7 +2,8 @@
 // one thread, emptied by GROUPS warpgroups of 64 rows of w each.
 //
 //   stage    64 GROUPS rows of w, then N tokens, 64 columns of each: tiles as hopper.cuh describes them
-//   sharers  blocks of a cluster that need the same w at the same time: each fetches its part for all of them
+//   sharers  blocks of a cluster that need the same w at the same time: each fetches its part for all of them, or, where its rows
+//            are no such parts, they take turns, a stage each
 //
 //   fetch ── full[stage] ──> multiply ── empty[stage] of every sharer ──> fetch
 //
@@ -18,7 +19,7 @@
 template <int GROUPS, int N, int SHARERS> struct Ring {
     static constexpr int ROWS = 64 * GROUPS, W_BYTES = ROWS * 128, STAGE_BYTES = W_BYTES + N * 128;
     static constexpr int MULTIPLIERS = 128 * GROUPS, PART = ROWS / SHARERS;
-    static_assert(PART % 8 == 0, "a part of w is whole groups of the swizzle");
+    static constexpr bool IN_PARTS = ROWS % (8 * SHARERS) == 0; // whole groups of the swizzle
     unsigned base, full, empty, stages, rank;
 
     __device__ __forceinline__ Ring(unsigned base, unsigned stages, unsigned rank)
@@ -35,13 +36,16 @@ template <int GROUPS, int N, int SHARERS> struct Ring {
         barrier_init_fence();
     }
 
-    __device__ __forceinline__ void fetch_w(const TensorMap *w, unsigned at, unsigned col, unsigned m0) const {
+    // Block i of those that the ring gets, from column `col` on.
+    __device__ __forceinline__ void fetch_w(const TensorMap *w, unsigned at, unsigned i, unsigned col, unsigned m0) const {
+        constexpr unsigned short ALL = (1 << SHARERS) - 1;
         barrier_expect(full + 8 * at, STAGE_BYTES);
-        if (SHARERS == 1)
+        if constexpr (SHARERS == 1)
             bulk_fetch(stage(at), w, col, m0, full + 8 * at, EVICT_FIRST);
-        else
-            bulk_fetch_shared(stage(at) + rank * PART * 128, w, col, m0 + rank * PART, full + 8 * at, EVICT_FIRST,
-                              (1 << SHARERS) - 1);
+        else if constexpr (IN_PARTS)
+            bulk_fetch_shared(stage(at) + rank * PART * 128, w, col, m0 + rank * PART, full + 8 * at, EVICT_FIRST, ALL);
+        else if (i % SHARERS == rank)
+            bulk_fetch_shared(stage(at), w, col, m0, full + 8 * at, EVICT_FIRST, ALL);
     }
 
     __device__ __forceinline__ void fetch_x(const TensorMap *x, unsigned at, unsigned col, unsigned n0) const {
@@ -53,14 +57,14 @@ template <int GROUPS, int N, int SHARERS> struct Ring {
                                           unsigned n0) const {
         const unsigned ahead = blocks < stages ? blocks : stages;
         for (unsigned i = 0; i < ahead; i++)
-            fetch_w(w, i, (first + i) * 64, m0);
+            fetch_w(w, i, i, (first + i) * 64, m0);
         dependent_wait();
         for (unsigned i = 0; i < ahead; i++)
             fetch_x(x, i, (first + i) * 64, n0);
         unsigned at = 0, parity = 0;
         for (unsigned i = ahead; i < blocks; i++) {
             barrier_wait(empty + 8 * at, parity);
-            fetch_w(w, at, (first + i) * 64, m0);
+            fetch_w(w, at, i, (first + i) * 64, m0);
             fetch_x(x, at, (first + i) * 64, n0);
             if (++at == stages) {
                 at = 0;

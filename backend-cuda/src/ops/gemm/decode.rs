@@ -3,7 +3,7 @@
 //! ```text
 //!   tokens         a block's work                          blocks that work together
 //!   up to 64       64 rows of w, a slice of the columns    a cluster has all slices
-//!   65 to 256      qkv, gate and up: all columns           two with neighbouring tokens fetch w for each other
+//!   65 to 256      qkv, gate and up: all columns           two or three with neighbouring tokens fetch w for each other
 //!                  o, down: a slice of the columns or two  a cluster has all slices
 //! ```
 //!
@@ -43,8 +43,8 @@ impl Block {
 enum Team {
     /// A cluster shares out the slices of the sum, of this many neighbouring row tiles.
     Slices { tiles: u32 },
-    /// Two blocks with neighbouring tiles of tokens fetch w together; each has the whole sum.
-    Pair,
+    /// So many blocks with neighbouring tiles of tokens fetch w together; each has the whole sum.
+    Tokens { blocks: u32 },
 }
 
 /// The kernels of a tile of queries, keys and values: for any model and for [`Epilogue::is_normed`], with keys and values in bf16
@@ -143,7 +143,10 @@ impl Tiling {
     }
 
     const fn pair(kernel: &'static str, rows: u32, tokens: u32, tokens_max: u32, shared: u32) -> Tiling {
-        Tiling { team: Team::Pair, ..Tiling::slices(kernel, rows, tokens, tokens_max, shared) }
+        Tiling {
+            team: Team::Tokens { blocks: 2 },
+            ..Tiling::slices(kernel, rows, tokens, tokens_max, shared)
+        }
     }
 
     /// A pair of blocks of two whole heads.
@@ -151,6 +154,12 @@ impl Tiling {
         let [[kernel, normed], fp8] = kernels;
         let tiling = Self::pair(kernel, 128, tokens, tokens_max, shared);
         Tiling { normed: Some(normed), fp8: Some(fp8), ..tiling }
+    }
+
+    /// Three such blocks, for matrices of so few heads that there is room for all of them at once.
+    const fn head_trio(kernels: [[&'static str; 2]; 2], tokens: u32, tokens_max: u32) -> Tiling {
+        let team = Team::Tokens { blocks: 3 };
+        Tiling { team, ..Self::head_pair(kernels, tokens, tokens_max, Self::ALL) }.up_to(Self::ONE_EACH)
     }
 
     /// Tilings of a kind, for ever more tokens, where w fits L2.
@@ -202,6 +211,8 @@ impl Tiling {
             Tiling::heads(qkv!("decode", "64x32"), 32, 32),
             Tiling::head_pair(qkv!("pair", "128x32"), 32, 64, Tiling::ALL),
             Tiling::head_pair(qkv!("pair", "128x64"), 64, 128, Tiling::ALL).up_to(Tiling::ONE_EACH),
+            Tiling::head_trio(qkv!("trio", "128x64"), 64, 192),
+            Tiling::head_trio(qkv!("trio", "128x88"), 88, 256),
         ];
         const RESIDUAL: &[Tiling] = &[
             Tiling::slices("decode_residual_64x16", 64, 16, 16, Tiling::HALF),
@@ -279,7 +290,9 @@ impl Tiling {
         let stages = tiling.stages(shape);
         let Block { rows, tokens } = tiling.block;
         let summed = match tiling.team {
-            Team::Pair => "all columns, in a pair that fetches w together".to_owned(),
+            Team::Tokens { blocks } => {
+                format!("all columns, in a cluster of {blocks} that fetches w together")
+            }
             Team::Slices { .. } => format!("{} of {} slices of the columns", tiling.own, shape.slices),
         };
         Some(Explained {
@@ -295,7 +308,7 @@ impl Tiling {
         let cols = shape.cols.div_ceil(BLOCK_COLS);
         let wanted = match self.team {
             Team::Slices { .. } => cols.div_ceil(shape.slices) * self.own,
-            Team::Pair => cols,
+            Team::Tokens { .. } => cols,
         };
         // The sums lie over the ring afterwards.
         wanted.min(fit).max((self.own * self.block.sum_bytes()).div_ceil(self.block.stage_bytes()))
@@ -309,7 +322,7 @@ impl Tiling {
             Team::Slices { tiles } => {
                 [tiles * shape.slices / self.own, token_tiles, row_tiles.div_ceil(tiles)]
             }
-            Team::Pair => [2, token_tiles.div_ceil(2), row_tiles],
+            Team::Tokens { blocks } => [blocks, token_tiles.div_ceil(blocks), row_tiles],
         }
     }
 
@@ -335,7 +348,9 @@ impl Tiling {
     fn fetched_rows(&self) -> u32 {
         match self.team {
             Team::Slices { .. } => self.block.rows,
-            Team::Pair => self.block.rows / 2,
+            // In turns where their parts would not be whole groups of the swizzle.
+            Team::Tokens { blocks } if self.block.rows.is_multiple_of(8 * blocks) => self.block.rows / blocks,
+            Team::Tokens { .. } => self.block.rows,
         }
     }
 }
@@ -502,6 +517,18 @@ mod tests {
         );
         assert_eq!(o(5120, 256), None);
         assert_eq!(down(5120, 17_408), Some("decode_residual_192x128"));
+        // q, k and v of Qwen2.5's 7B are 36 heads, those of Qwen3-8B 48.
+        let qkv = |heads: u32, cols, tokens| picked(Tiling::of_large, Kind::Qkv, [heads * 128, cols, tokens]);
+        assert_eq!(
+            [64, 128, 192, 256].map(|tokens| qkv(36, 3584, tokens)),
+            [
+                Some("pair_qkv_128x32"),
+                Some("pair_qkv_128x64"),
+                Some("trio_qkv_128x64"),
+                Some("trio_qkv_128x88"),
+            ]
+        );
+        assert_eq!([128, 192].map(|tokens| qkv(48, 4096, tokens)), [Some("pair_qkv_128x64"), None]);
         let gate_up = |rows, cols| picked(Tiling::of_large, Kind::GateUp, [rows, cols, 64]);
         assert_eq!(gate_up(16_384, 2048), Some("decode_gate_up_64x64"));
         assert_eq!(gate_up(37_888, 3584), None);
