@@ -4,7 +4,7 @@ mod common;
 
 use std::sync::Arc;
 
-use common::{Machine, Random, Sequence, assert_close, dims, greedy, limits, spec, tensor};
+use common::{Machine, Random, Sequence, assert_close, dims, greedy, in_time, limits, spec, tensor};
 use minisgl_core::backend::{Device, Ops, WeightRole};
 use minisgl_core::batch::{LAST_TOKEN, TOKEN_WORDS};
 use minisgl_core::fp8;
@@ -45,7 +45,8 @@ fn a_linear_layer_is_a_matrix_product() {
     let mut machine = machine(&mut random);
     let shapes =
         [(1, 1, 1), (1, 8, 33), (2, 3, 7), (3, 128, 64), (5, 17, 100), (127, 9, 511), (131, 40, 513)];
-    for (i, (tokens, rows, cols)) in shapes.into_iter().chain([(300, 1, 5), (4, 257, 1100)]).enumerate() {
+    let shapes = shapes.into_iter().chain([(300, 1, 5), (4, 257, 1100)]);
+    for (i, (tokens, rows, cols)) in in_time(shapes, 5).enumerate() {
         let (weight, values) = machine.weight(&mut random, rows, cols, DTYPES[i % 3]);
         let x = random.floats(tokens * cols);
         let (x_buffer, out) = (machine.floats(&x), machine.poisoned(tokens * rows));
@@ -206,7 +207,8 @@ fn parts_of_a_weight_are_stacked() {
 fn gate_and_up_meet_in_their_activation() {
     let mut random = Random(3);
     let mut machine = machine(&mut random);
-    for (tokens, width, cols) in [(1, 1, 1), (2, 4, 9), (3, 5, 40), (129, 13, 70), (7, 64, 600)] {
+    let shapes = [(1, 1, 1), (2, 4, 9), (3, 5, 40), (129, 13, 70), (7, 64, 600)];
+    for (tokens, width, cols) in in_time(shapes, 3) {
         let (weight, values) = machine.weight(&mut random, 2 * width, cols, Dtype::Bf16);
         let x = random.floats(tokens * cols);
         let (x_buffer, out) = (machine.floats(&x), machine.poisoned(tokens * width));

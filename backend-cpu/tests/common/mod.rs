@@ -407,6 +407,11 @@ pub fn greedy(_: usize) -> Draw {
     Draw::default()
 }
 
+/// Of cases, as they come, those that Miri has time for.
+pub fn in_time<T>(cases: impl IntoIterator<Item = T>, under_miri: usize) -> impl Iterator<Item = T> {
+    cases.into_iter().take(if cfg!(miri) { under_miri } else { usize::MAX })
+}
+
 /// Panics where two rows of numbers differ by more than `bound` of the largest.
 #[track_caller]
 pub fn assert_close(what: &str, got: &[f32], expected: &[f64], bound: f64) {
