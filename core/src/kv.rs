@@ -2,10 +2,10 @@
 //!
 //! ```text
 //!   keys of a layer    | page 0 | page 1 | … | dummy page |            its values likewise
-//!   page               | head 0 | head 1 | … |                        so all that a head has in a page is one block
-//!   head, f32, bf16    | row 0 | row 1 | … |                          a row: a token's head_dim elements
-//!   head, fp8          | tile | tile | … |                            a tile: 16 rows, or all of a smaller page
-//!   tile               | codes of row 0 | codes of row 1 | … | a scale for each row, bf16 | to a multiple of 16 bytes |
+//!   page, f32, bf16    | head 0 | head 1 | … |                        so all that a head has in a page is one block
+//!   page, fp8          | head 0 | head 1 | … | scales of head 0 | of head 1 | … | to a multiple of 128 bytes |
+//!   head               | row 0 | row 1 | … |                          a row: a token's head_dim elements
+//!   scales             | of row 0 | of row 1 | … |                    bf16
 //! ```
 //!
 //! In fp8 an element is e4m3 ([`crate::fp8`]) times its row's scale, rounded to bf16. The scale is the best of the eight by which the
@@ -21,8 +21,8 @@
 //! Why elements are bf16 numbers: then attention is that over pages of bf16, and has its bits, whether a kernel widens rows while it
 //! reads them or pages are widened before. The rounding is a thirty-second of e4m3's.
 //!
-//! Why tiles: a copy of whole tiles brings their scales with them, however large a page is, and begins and ends at multiples of
-//! 16 bytes, as bulk copies must. A backend may permute elements within a row.
+//! Why scales behind all rows: so a head's 16 rows of 64 codes or more begin at a multiple of 128 bytes, a line of a GPU's memory, and its
+//! 16 scales at one of 16 bytes, as bulk copies must. A backend may permute elements within a row.
 //!
 //! Invariant: [`KvLayout::place`]s of different rows share no byte, and all lie within the pages' [`KvLayout::page_bytes`].
 
@@ -33,10 +33,8 @@ use half::bf16;
 use crate::fp8;
 use crate::spec::{DecoderSpec, Dims};
 
-/// Rows of a tile.
-pub const TILE: usize = 16;
-/// Bytes that a tile's are a multiple of.
-const TILE_ALIGNMENT: usize = 16;
+/// Bytes that those of a page in fp8 are a multiple of.
+const PAGE_ALIGNMENT: usize = 128;
 /// Bytes of a row's scale.
 const SCALE_BYTES: usize = 2;
 /// Rows of more have scales as if they had this: from 128, which makes 448 of it, to 239, which makes 240 of it. 2^120 times such a
@@ -63,10 +61,7 @@ pub struct KvLayout {
     kv_heads: usize,
     head_dim: usize,
     page_size: usize,
-    /// Logarithms of the rows of a tile, and of the tiles that a head has in a page. What is not in tiles is one of a page.
-    tile_rows_log2: u32,
-    tiles_log2: u32,
-    tile_bytes: usize,
+    page_bytes: usize,
 }
 
 /// Where a row lies, in bytes from the beginning of the pages.
@@ -82,18 +77,15 @@ impl KvLayout {
     /// That of a model's pages, of a power of two of tokens.
     pub fn new(format: KvFormat, dims: &Dims, page_size: u32) -> KvLayout {
         let (head_dim, page_size) = (dims.head_dim as usize, page_size as usize);
-        let tile_rows = match format {
-            KvFormat::F32 | KvFormat::Bf16 => page_size,
-            KvFormat::Fp8 => page_size.min(TILE),
-        };
-        let tile_bytes = match format {
-            KvFormat::F32 | KvFormat::Bf16 => tile_rows * head_dim * format.element_bytes(),
-            KvFormat::Fp8 => (tile_rows * (head_dim + SCALE_BYTES)).next_multiple_of(TILE_ALIGNMENT),
-        };
-        let tile_rows_log2 = tile_rows.trailing_zeros();
-        let tiles_log2 = page_size.trailing_zeros() - tile_rows_log2;
         let kv_heads = dims.kv_heads as usize;
-        KvLayout { format, kv_heads, head_dim, page_size, tile_rows_log2, tiles_log2, tile_bytes }
+        let page_bytes = kv_heads * page_size * head_dim * format.element_bytes();
+        let page_bytes = match format {
+            KvFormat::F32 | KvFormat::Bf16 => page_bytes,
+            KvFormat::Fp8 => {
+                (page_bytes + kv_heads * page_size * SCALE_BYTES).next_multiple_of(PAGE_ALIGNMENT)
+            }
+        };
+        KvLayout { format, kv_heads, head_dim, page_size, page_bytes }
     }
 
     /// What elements are kept as.
@@ -113,7 +105,7 @@ impl KvLayout {
 
     /// Bytes of a page of one layer's keys, or of its values.
     pub fn page_bytes(&self) -> usize {
-        (self.kv_heads << self.tiles_log2) * self.tile_bytes
+        self.page_bytes
     }
 
     /// 32-bit words of so many pages, as [`crate::backend::Element::Kv`] counts them.
@@ -124,10 +116,9 @@ impl KvLayout {
     /// Where row `row` of a head lies in a page.
     #[inline(always)]
     pub fn place(&self, page: usize, head: usize, row: usize) -> Place {
-        let tile = ((page * self.kv_heads + head) << self.tiles_log2) + (row >> self.tile_rows_log2);
-        let (begin, row_bytes) = (tile * self.tile_bytes, self.head_dim * self.format.element_bytes());
-        let row = row & ((1 << self.tile_rows_log2) - 1);
-        let scales = begin + (row_bytes << self.tile_rows_log2);
+        let (begin, row_bytes) = (page * self.page_bytes, self.head_dim * self.format.element_bytes());
+        let scales = begin + self.kv_heads * self.page_size * row_bytes;
+        let row = head * self.page_size + row;
         Place { row: begin + row * row_bytes, scale: scales + row * SCALE_BYTES }
     }
 }
@@ -273,28 +264,26 @@ mod tests {
                 }
                 assert!(owners.iter().all(|owners| *owners <= 1), "{layout:?}");
                 let unused = owners.iter().filter(|owners| **owners == 0).count();
-                let tiles = 3 * kv_heads * page_size / page_size.min(TILE);
-                let most = if format == KvFormat::Fp8 { 15 * tiles } else { 0 };
+                let most = if format == KvFormat::Fp8 { 3 * 127 } else { 0 };
                 assert!(unused <= most, "{layout:?} wastes {unused} bytes");
             }
         }
     }
 
     #[test]
-    fn tiles_of_16_rows_are_codes_and_scales_and_nothing_else() {
+    fn rows_of_fp8_begin_at_lines_and_their_scales_lie_behind_all_of_a_page() {
         for (head_dim, page_size) in [(64, 16), (128, 16), (128, 64), (256, 256)] {
             let layout = layout(KvFormat::Fp8, 4, head_dim, page_size);
-            assert_eq!(layout.page_bytes(), 4 * page_size * (head_dim + 2));
-            let tile = 16 * (head_dim + 2);
-            let block = (2 * 4 + 3) * page_size * (head_dim + 2);
+            let page_bytes = 4 * page_size * (head_dim + 2);
+            assert_eq!((layout.page_bytes(), page_bytes % 128), (page_bytes, 0));
             for row in 0..page_size {
-                let begin = block + row / 16 * tile;
-                let expected =
-                    Place { row: begin + row % 16 * head_dim, scale: begin + 16 * head_dim + row % 16 * 2 };
-                assert_eq!(layout.place(2, 3, row), expected);
-                assert_eq!(begin % 16, 0);
+                let begin = 2 * page_bytes + (3 * page_size + row) * head_dim;
+                let scale = 2 * page_bytes + 4 * page_size * head_dim + (3 * page_size + row) * 2;
+                assert_eq!(layout.place(2, 3, row), Place { row: begin, scale });
             }
+            assert_eq!((layout.place(2, 3, 0).row % 128, layout.place(2, 3, 0).scale % 32), (0, 0));
         }
+        assert_eq!(layout(KvFormat::Fp8, 1, 128, 16).page_bytes(), 17 * 128);
         let bf16 = layout(KvFormat::Bf16, 8, 128, 16);
         assert_eq!(bf16.page_bytes(), 8 * 16 * 128 * 2);
         assert_eq!(bf16.place(1, 2, 3).row, ((8 + 2) * 16 + 3) * 128 * 2);

@@ -26,7 +26,7 @@ template <int HD, bool FP8> struct Keys : Fp8Keys<HD> {
 template <int HD> struct Keys<HD, false> {
     unsigned tile, lane;
 
-    __device__ __forceinline__ Keys(unsigned tile, unsigned lane) : tile(tile), lane(lane) {}
+    __device__ __forceinline__ Keys(unsigned tile, unsigned, unsigned lane) : tile(tile), lane(lane) {}
     __device__ __forceinline__ void load(unsigned (&a)[4], unsigned k) const { load_keys<HD>(a, tile, k, lane); }
 };
 
@@ -75,7 +75,8 @@ template <int HD, int HEADS, int STAGES, bool WINDOW, bool FP8> struct Decoder {
             const unsigned tile = ring.stages.tokens(ring.place.at) + warp * ring.stages.TILE_BYTES;
 #pragma unroll
             for (int head = 0; head < HEADS; head++) {
-                Keys<HD, FP8> keys(tile + head * ring.stages.HEAD_BYTES, lane);
+                const unsigned scales = ring.stages.scales(ring.place.at, head) + warp * TILE * 2;
+                Keys<HD, FP8> keys(tile + head * ring.stages.HEAD_BYTES, scales, lane);
 #pragma unroll
                 for (int k = 0; k < PARTS; k++) {
                     unsigned a[4];
@@ -130,6 +131,9 @@ template <int HD, int HEADS, int STAGES, bool WINDOW, bool FP8> struct Decoder {
     }
     // The warp's m-tile of the leaf's output, and the sums of its probabilities.
     __device__ __forceinline__ void add_values(State &leaf, const Unit &unit) const {
+        if constexpr (FP8)
+            if (unit.tiles() == LEAF_TILES && (unit.leaf + 1) * LEAF <= unit.segment.kv_len && first_seen(unit) <= unit.leaf * LEAF)
+                return add_whole(leaf);
         const unsigned ones[4] = {0x3f803f80, 0x3f803f80, 0x3f803f80, 0x3f803f80};
         const unsigned head = warp % M_TILES / PARTS, here = unit.tiles();
         const unsigned values = ring.stages.tokens(ring.place.at) + head * ring.stages.HEAD_BYTES;
@@ -148,7 +152,8 @@ template <int HD, int HEADS, int STAGES, bool WINDOW, bool FP8> struct Decoder {
                              : "memory");
                 mma(l, ones, p);
                 if constexpr (FP8)
-                    fp8_load_values<HD>(a, values + j * ring.stages.TILE_BYTES, warp % PARTS, lane);
+                    fp8_load_values<HD>(a, values + j * ring.stages.TILE_BYTES,
+                                        ring.stages.scales(ring.place.at, head) + j * TILE * 2, warp % PARTS, lane);
                 else
                     load_values<HD>(a, values + j * ring.stages.TILE_BYTES, warp % PARTS, lane);
                 if ((j + 1) * TILE > valid)
@@ -157,6 +162,24 @@ template <int HD, int HEADS, int STAGES, bool WINDOW, bool FP8> struct Decoder {
                     zero_before(a, hidden - j * TILE);
                 mma(leaf.o, a, p);
             }
+        leaf.l[0] = l[0];
+        leaf.l[1] = l[1];
+    }
+    // The same of a leaf of which nothing is masked: nobody asks, so that loads of all tiles are on their way at once.
+    __device__ __forceinline__ void add_whole(State &leaf) const {
+        const unsigned ones[4] = {0x3f803f80, 0x3f803f80, 0x3f803f80, 0x3f803f80};
+        const unsigned head = warp % M_TILES / PARTS, values = ring.stages.tokens(ring.place.at) + head * ring.stages.HEAD_BYTES;
+        const unsigned scales = ring.stages.scales(ring.place.at, head);
+        float l[4] = {};
+        leaf.o[0] = leaf.o[1] = leaf.o[2] = leaf.o[3] = 0.0f;
+#pragma unroll
+        for (int j = 0; j < LEAF_TILES; j++) {
+            unsigned p[2], a[4];
+            asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(p[0]), "=r"(p[1]) : "r"(probabilities + j * 256 + lane * 8));
+            fp8_load_values<HD>(a, values + j * ring.stages.TILE_BYTES, scales + j * TILE * 2, warp % PARTS, lane);
+            mma(l, ones, p);
+            mma(leaf.o, a, p);
+        }
         leaf.l[0] = l[0];
         leaf.l[1] = l[1];
     }

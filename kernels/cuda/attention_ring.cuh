@@ -45,11 +45,16 @@ __device__ __forceinline__ void readers_barrier() { asm volatile("bar.sync 1, %0
 
 // Where things lie in shared memory. HEADS kv heads share a stage.
 template <int HD, int HEADS, int STAGES, bool FP8> struct Stages {
-    static constexpr unsigned TILE_BYTES = FP8 ? fp8_tile_bytes<HD> : TILE * HD * 2;
-    static constexpr unsigned HEAD_BYTES = LEAF_TILES * TILE_BYTES, BYTES = HEADS * HEAD_BYTES, QUERY_BYTES = 8 * HD * 2;
+    static constexpr unsigned TILE_BYTES = TILE * HD * (FP8 ? 1 : 2), SCALE_BYTES = FP8 ? 2 : 0;
+    static constexpr unsigned HEAD_BYTES = LEAF_TILES * TILE_BYTES, QUERY_BYTES = 8 * HD * 2;
+    static constexpr unsigned BYTES = HEADS * (HEAD_BYTES + LEAF * SCALE_BYTES);
     unsigned base;
 
     __device__ __forceinline__ unsigned tokens(unsigned stage) const { return base + stage * BYTES; }
+    // A scale for each token, of fp8.
+    __device__ __forceinline__ unsigned scales(unsigned stage, unsigned head) const {
+        return tokens(stage) + HEADS * HEAD_BYTES + head * LEAF * SCALE_BYTES;
+    }
     __device__ __forceinline__ unsigned queries(unsigned stage) const {
         return base + STAGES * BYTES + stage * QUERY_BYTES;
     }
@@ -124,7 +129,7 @@ template <int HD, int HEADS, int STAGES, bool FP8> struct Filler {
     }
     // Says what the stage there will hold.
     __device__ __forceinline__ void announce(const Unit &unit, bool values, Place<STAGES> there, bool others = false) const {
-        unsigned bytes = unit.tiles() * stages.TILE_BYTES * HEADS;
+        unsigned bytes = unit.tiles() * (stages.TILE_BYTES + TILE * stages.SCALE_BYTES) * HEADS;
         if (!values && unit.is_first())
             bytes += args.queries(unit.item) * HD * 2;
         if (lane == 0) {
@@ -137,14 +142,20 @@ template <int HD, int HEADS, int STAGES, bool FP8> struct Filler {
         }
         __syncwarp();
     }
-    // Copies rows of a head from row `from` on, whole tiles, to where the lane's share of a stage lies.
-    __device__ __forceinline__ void copy_tokens(unsigned to, const bf16 *kept, size_t from, unsigned rows, unsigned full) const {
-        if constexpr (FP8)
-            bulk_copy(to + first() / TILE * stages.TILE_BYTES,
-                      reinterpret_cast<const bf16 *>(reinterpret_cast<const char *>(kept) + from / TILE * stages.TILE_BYTES),
-                      rows / TILE * stages.TILE_BYTES, full, policy);
-        else
-            bulk_copy(to + first() * HD * 2, kept + from * HD, rows * HD * 2, full, policy);
+    // Copies rows of the lane's head, whole tiles from row `in_page` of its page on, to where its share of a stage lies.
+    __device__ __forceinline__ void copy_tokens(unsigned stage, const bf16 *kept, unsigned kv_head, unsigned in_page,
+                                                unsigned rows) const {
+        const unsigned to = stages.tokens(stage) + head() * stages.HEAD_BYTES, full = stages.full(stage);
+        if constexpr (FP8) {
+            const unsigned in_all = args.kv_heads << args.page_shift, row = (kv_head << args.page_shift) + in_page;
+            const char *begin = reinterpret_cast<const char *>(kept) + (size_t)page * fp8_page_bytes<HD>(in_all);
+            bulk_copy(to + first() * HD, reinterpret_cast<const bf16 *>(begin + row * HD), rows * HD, full, policy);
+            bulk_copy(stages.scales(stage, head()) + first() * 2, reinterpret_cast<const bf16 *>(begin + in_all * HD) + row, rows * 2,
+                      full, policy);
+        } else {
+            const size_t block = (size_t)page * args.kv_heads + kv_head;
+            bulk_copy(to + first() * HD * 2, kept + ((block << args.page_shift) + in_page) * HD, rows * HD * 2, full, policy);
+        }
     }
     // Starts the copies of a stage: those that the kernel before does not write to, or those that it does.
     __device__ __forceinline__ void copy(const Unit &unit, bool values, Place<STAGES> there, bool older, bool newer) const {
@@ -152,10 +163,9 @@ template <int HD, int HEADS, int STAGES, bool FP8> struct Filler {
         if (head() < HEADS && begin < end) {
             const bool newest = begin + step() + DRAFTS_MAX >= unit.segment.kv_len;
             const unsigned in_page = begin & ((1u << args.page_shift) - 1);
-            const size_t block = (size_t)page * args.kv_heads + args.group_of(unit.item) * HEADS + head();
+            const unsigned kv_head = args.group_of(unit.item) * HEADS + head();
             if (newest ? newer : older)
-                copy_tokens(stages.tokens(there.at) + head() * stages.HEAD_BYTES, values ? args.v : args.k,
-                            (block << args.page_shift) + in_page, min(step(), end - begin), stages.full(there.at));
+                copy_tokens(there.at, values ? args.v : args.k, kv_head, in_page, min(step(), end - begin));
         }
         if (lane == 31 && newer && !values && unit.is_first())
             bulk_copy(stages.queries(there.at), args.q + args.query_offset(unit.segment.row, unit.item, HD),

@@ -228,13 +228,6 @@ template <bool NORMED, bool FP8> struct QkvOf {
                 put<PARTS>(lo[i], hi[i], ahead[i].location, taken.token(i), h, d);
     }
 
-    // Which of all lines of the keys' pages is the token's of the head, or of the values'.
-    __device__ __forceinline__ size_t line_of(unsigned location, unsigned h, bool is_key) const {
-        const unsigned kv_head = h - heads - (is_key ? 0 : kv_heads);
-        const unsigned page = location >> page_shift, row = location & ((1u << page_shift) - 1);
-        return (((size_t)page * kv_heads + kv_head) << page_shift) + row;
-    }
-
     // Stores a head's keys or values in fp8.
     template <int PARTS, int T, int BLOCKS>
     __device__ __forceinline__ void keep(const float2 (&lo)[T], const float2 (&hi)[T], const Ahead<BLOCKS> (&ahead)[T],
@@ -248,7 +241,9 @@ template <bool NORMED, bool FP8> struct QkvOf {
 #pragma unroll
             for (int i = 0; i < BOTH; i++) {
                 const int at = first + i < T ? first + i : first;
-                places[i] = Fp8Place::of<64 * PARTS>(is_key ? k : v, line_of(ahead[at].location, h, is_key));
+                const unsigned location = ahead[at].location, row = location & ((1u << page_shift) - 1);
+                places[i] = Fp8Place::of<64 * PARTS>(is_key ? k : v, location >> page_shift, kv_heads, 1u << page_shift,
+                                                     h - heads - (is_key ? 0 : kv_heads), row);
                 rows[i][0] = rounded(lo[at]);
                 if constexpr (PARTS == 2)
                     rows[i][1] = rounded(hi[at]);
@@ -268,8 +263,10 @@ template <bool NORMED, bool FP8> struct QkvOf {
             return;
         }
         const bool is_key = h < heads + kv_heads;
-        const unsigned row = location & ((1u << page_shift) - 1);
-        __nv_bfloat16 *out = (is_key ? k : v) + line_of(location, h, is_key) * (64 * PARTS) + ((d / 8) ^ (row % 8)) * 8 + d % 8;
+        const unsigned kv_head = h - heads - (is_key ? 0 : kv_heads);
+        const unsigned page = location >> page_shift, row = location & ((1u << page_shift) - 1);
+        const size_t line = (((size_t)page * kv_heads + kv_head) << page_shift) + row;
+        __nv_bfloat16 *out = (is_key ? k : v) + line * (64 * PARTS) + ((d / 8) ^ (row % 8)) * 8 + d % 8;
         store_pair(out, lo.x, lo.y);
         if (PARTS == 2)
             store_pair(out + 64, hi.x, hi.y); // chunk 8 + c goes to 8 + (c ^ row % 8)

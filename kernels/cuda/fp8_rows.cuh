@@ -1,6 +1,6 @@
 // fp8_rows: rows of keys and values in fp8, on their way into pages and out of them. core/src/kv.rs has the definition.
 //
-//   page of a head   tiles of 16 rows: codes of row 0, codes of row 1, ..., then a scale for each row, bf16
+//   page             codes of all rows of head 0, of head 1, ..., then a scale for each of them, bf16; to a multiple of 128 bytes
 //   element          bf16(e4m3 * scale), the scale the best of the eight by which the row's largest magnitude becomes 240 to 448
 //
 // A row's codes are permuted so that a word of four is what a lane needs of two registers of an operand. Of 16 dims, word c is
@@ -20,12 +20,15 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-constexpr unsigned FP8_TILE_ROWS = 16;
+#include "fp8.cuh"
 
-// Bytes of a tile of rows of HD dims.
-template <int HD> constexpr unsigned fp8_tile_bytes = FP8_TILE_ROWS * (HD + 2);
+// Rows of a tile.
+constexpr unsigned FP8_TILE = 16;
 
-// Where row t's word c of dims 16 chunk on lies.
+// Bytes of a page of so many rows of HD dims, all heads'.
+template <int HD> __device__ __forceinline__ unsigned fp8_page_bytes(unsigned rows) { return (rows * (HD + 2) + 127) & ~127u; }
+
+// Where row t's word c of dims 16 chunk on lies, of rows from a multiple of 16 on.
 template <int HD> __device__ __forceinline__ unsigned fp8_key_at(unsigned t, unsigned chunk, unsigned c) {
     const unsigned half = HD == 128 ? chunk / 4 ^ (t & 1) : chunk / 4;
     return t * HD + half * 64 + c * 16 + chunk % 4 * 4;
@@ -34,42 +37,18 @@ template <int HD> __device__ __forceinline__ unsigned fp8_value_at(unsigned t, u
     return t * HD + (chunk ^ (HD == 128 ? t & 7 : t / 2 & 3)) * 16;
 }
 
-// 2^120 times two scales: e4m3's exponent, in bf16's place, is less by 120.
-__device__ __forceinline__ unsigned fp8_lifted(unsigned scales) {
-    unsigned lifted;
-    asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(lifted) : "r"(scales), "r"(0x7b807b80u));
-    return lifted;
-}
-
-// A word's codes 1 and 3, and 0 and 2, times lifted scales, rounded to bf16.
-__device__ __forceinline__ void fp8_widen(unsigned &odd, unsigned &even, unsigned word, unsigned scales) {
-    const unsigned up = word << 8;
-    const unsigned a = (word >> 4 & 0x07f007f0u) | (word & 0x80008000u), b = (word << 4 & 0x07f007f0u) | (up & 0x80008000u);
-    asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(odd) : "r"(a), "r"(scales));
-    asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(even) : "r"(b), "r"(scales));
-}
-
-__device__ __forceinline__ uint4 fp8_load_words(unsigned address) {
-    uint4 words;
-    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(words.x), "=r"(words.y), "=r"(words.z), "=r"(words.w)
-                 : "r"(address)
-                 : "memory");
-    return words;
-}
-
 // A tile of keys as A operands, tokens x dims, in shared memory: attention.cuh's load_keys, chunk after chunk.
 template <int HD> struct Fp8Keys {
     unsigned tile, lane, first, second; // lifted scales of rows lane / 4 and lane / 4 + 8
     uint4 low, high;                    // their words of 64 dims
 
-    __device__ __forceinline__ Fp8Keys(unsigned tile, unsigned lane) : tile(tile), lane(lane) {
-        first = scale(lane / 4);
-        second = scale(lane / 4 + 8);
+    __device__ __forceinline__ Fp8Keys(unsigned tile, unsigned scales, unsigned lane) : tile(tile), lane(lane) {
+        first = scale(scales + lane / 4 * 2);
+        second = scale(scales + lane / 4 * 2 + 16);
     }
-    __device__ __forceinline__ unsigned scale(unsigned row) const {
+    __device__ __forceinline__ static unsigned scale(unsigned at) {
         unsigned short bits;
-        asm volatile("ld.shared.u16 %0, [%1];" : "=h"(bits) : "r"(tile + FP8_TILE_ROWS * HD + row * 2) : "memory");
+        asm volatile("ld.shared.u16 %0, [%1];" : "=h"(bits) : "r"(at) : "memory");
         return fp8_lifted(bits * 0x10001u);
     }
     // Chunks in their order: k counts up, known when this is compiled.
@@ -85,7 +64,7 @@ template <int HD> struct Fp8Keys {
 
 // A tile of values as the A operand, dims x tokens: attention.cuh's load_values.
 template <int HD>
-__device__ __forceinline__ void fp8_load_values(unsigned (&a)[4], unsigned tile, unsigned d, unsigned lane) {
+__device__ __forceinline__ void fp8_load_values(unsigned (&a)[4], unsigned tile, unsigned scales_of_it, unsigned d, unsigned lane) {
     unsigned words[2], scales[2];
     asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0,%1}, [%2];"
                  : "=r"(words[0]), "=r"(words[1])
@@ -95,7 +74,7 @@ __device__ __forceinline__ void fp8_load_values(unsigned (&a)[4], unsigned tile,
     for (int i = 0; i < 2; i++) {
         asm volatile("ld.shared.u32 %0, [%1];"
                      : "=r"(scales[i])
-                     : "r"(tile + FP8_TILE_ROWS * HD + i * 16 + lane % 4 * 4)
+                     : "r"(scales_of_it + i * 16 + lane % 4 * 4)
                      : "memory");
         fp8_widen(a[2 * i + 1], a[2 * i], words[i], fp8_lifted(scales[i]));
     }
@@ -113,25 +92,37 @@ __device__ __forceinline__ float2 fp8_values(unsigned codes) {
     return __half22float2(*reinterpret_cast<__half2 *>(&halves));
 }
 
-// T rows whose elements lie in several lanes, N pairs each: their scales, and the lane's codes. `largest` are the rows' largest
-// magnitudes' bits; `sum` adds what a row's lanes have. Rows side by side hide each other's chains.
-template <int T, int N, class Sum>
+// T rows whose elements lie in LANES lanes beside each other, N pairs each: their scales, and the lane's codes. `largest` are the rows'
+// largest magnitudes' bits; `sum` adds what a row's lanes have. Each lane works out some of the eight scales for all. Rows side by
+// side hide each other's chains.
+template <int LANES, int T, int N, class Sum>
 __device__ __forceinline__ void fp8_round(unsigned (&codes)[T][N], __nv_bfloat16 (&scales)[T], const float2 (&x)[T][N],
                                           const unsigned (&largest)[T], Sum sum) {
     constexpr float WHOLE = 0x1p23f; // what is added to it, and rounded down, is a whole number in its lowest bits
-    float clamped[T], least[T];
+    constexpr int SHARE = LANES < 8 ? LANES : 8;
+    static_assert(SHARE >= 4, "a lane has two of the scales at most");
+    float scale_of[T][8 / SHARE], inverse_of[T][8 / SHARE], best[T], least[T];
 #pragma unroll
     for (int i = 0; i < T; i++) {
-        clamped[i] = fminf(fmaxf(__uint_as_float(largest[i]), 0x1p-91f), 57344.0f);
+        const float clamped = fminf(fmaxf(__uint_as_float(largest[i]), 0x1p-91f), 57344.0f);
         least[i] = __int_as_float(0x7f800000);
-        scales[i] = __float2bfloat16_rn(__fdiv_rn(clamped[i], 448.0f));
+#pragma unroll
+        for (int j = 0; j < 8 / SHARE; j++) {
+            const unsigned index = threadIdx.x % SHARE + j * SHARE, top = index < 7 ? 448 - 32 * index : 240;
+            scale_of[i][j] = __bfloat162float(__float2bfloat16_rn(__fdiv_rn(clamped, (float)top)));
+            inverse_of[i][j] = __frcp_rn(scale_of[i][j]);
+        }
+        best[i] = __shfl_sync(0xffffffffu, scale_of[i][0], 0, SHARE);
     }
-#pragma unroll 1
-    for (unsigned top = 448; top > 224; top -= top == 256 ? 16 : 32) {
+#pragma unroll 2
+    for (unsigned index = 0; index < 8; index++) {
 #pragma unroll
         for (int i = 0; i < T; i++) {
-            const __nv_bfloat16 tried = __float2bfloat16_rn(__fdiv_rn(clamped[i], (float)top));
-            const float scale = __bfloat162float(tried), inverse = __frcp_rn(scale);
+            const bool is_first = index < SHARE;
+            const float own = is_first ? scale_of[i][0] : scale_of[i][8 / SHARE - 1];
+            const float own_inverse = is_first ? inverse_of[i][0] : inverse_of[i][8 / SHARE - 1];
+            const float scale = __shfl_sync(0xffffffffu, own, index % SHARE, SHARE);
+            const float inverse = __shfl_sync(0xffffffffu, own_inverse, index % SHARE, SHARE);
             unsigned parts = 0; // 4,096ths
 #pragma unroll
             for (int j = 0; j < N; j++) {
@@ -143,17 +134,17 @@ __device__ __forceinline__ void fp8_round(unsigned (&codes)[T][N], __nv_bfloat16
             }
             parts -= 2 * N * __float_as_uint(WHOLE);
             const float error = __fmul_rn((float)sum(parts), __fmul_rn(scale, scale));
-            scales[i] = error < least[i] ? tried : scales[i];
+            best[i] = error < least[i] ? scale : best[i];
             least[i] = fminf(error, least[i]);
         }
     }
 #pragma unroll
     for (int i = 0; i < T; i++) {
-        const float inverse = __frcp_rn(__bfloat162float(scales[i]));
+        const float inverse = __frcp_rn(best[i]);
 #pragma unroll
         for (int j = 0; j < N; j++)
             codes[i][j] = fp8_codes(__fmul_rn(x[i][j].x, inverse), __fmul_rn(x[i][j].y, inverse));
-        scales[i] = largest[i] >= 0x7f800000u ? __ushort_as_bfloat16(0x7fff) : scales[i];
+        scales[i] = largest[i] >= 0x7f800000u ? __ushort_as_bfloat16(0x7fff) : __float2bfloat16_rn(best[i]);
     }
 }
 
@@ -166,17 +157,19 @@ __device__ __forceinline__ unsigned fp8_key_word(unsigned low, unsigned high) { 
 __device__ __forceinline__ unsigned fp8_value_word(unsigned low, unsigned high) { return __byte_perm(low, high, 0x5140); }
 __device__ __forceinline__ unsigned fp8_value_of_key_word(unsigned word) { return __byte_perm(word, 0, 0x2301); }
 
-// Where a row's tile begins, and which of its rows it is.
+// Where a row lies.
 struct Fp8Place {
-    char *tile;
-    unsigned t;
+    char *tile; // the 16 rows that it is one of
+    unsigned t; // which one
+    __nv_bfloat16 *scale;
 
-    // `line`: a row of a head among all rows of all pages' heads.
-    template <int HD> __device__ __forceinline__ static Fp8Place of(void *pages, size_t line) {
-        return {static_cast<char *>(pages) + line / FP8_TILE_ROWS * fp8_tile_bytes<HD>, (unsigned)(line % FP8_TILE_ROWS)};
-    }
-    template <int HD> __device__ __forceinline__ __nv_bfloat16 &scale() const {
-        return reinterpret_cast<__nv_bfloat16 *>(tile + FP8_TILE_ROWS * HD)[t];
+    // A page of `kv_heads` times `rows` rows, of whose head `head` it is row `row`.
+    template <int HD>
+    __device__ __forceinline__ static Fp8Place of(void *pages, unsigned page, unsigned kv_heads, unsigned rows, unsigned head,
+                                                  unsigned row) {
+        char *begin = static_cast<char *>(pages) + (size_t)page * fp8_page_bytes<HD>(kv_heads * rows);
+        const unsigned line = head * rows + row;
+        return {begin + line / FP8_TILE * FP8_TILE * HD, line % FP8_TILE, reinterpret_cast<__nv_bfloat16 *>(begin + kv_heads * rows * HD) + line};
     }
 };
 
@@ -196,7 +189,7 @@ __device__ __forceinline__ void fp8_store(const Fp8Place (&places)[T], const flo
             largest[i] = max(largest[i], fp8_magnitude(rows[i][j]));
         largest[i] = __reduce_max_sync(0xffffffffu, largest[i]);
     }
-    fp8_round(codes, scales, rows, largest, [](unsigned parts) { return __reduce_add_sync(0xffffffffu, parts); });
+    fp8_round<32>(codes, scales, rows, largest, [](unsigned parts) { return __reduce_add_sync(0xffffffffu, parts); });
     // Lanes with lower dims make the words of the first 64 dims, those with higher ones of the others.
     const unsigned part = lane / 4 % 2, chunk = 4 * part + lane / 8, c = lane % 4;
 #pragma unroll
@@ -209,6 +202,6 @@ __device__ __forceinline__ void fp8_store(const Fp8Place (&places)[T], const flo
         if (i < count && part < PARTS)
             *reinterpret_cast<unsigned *>(place.tile + at) = is_key ? fp8_key_word(low, high) : fp8_value_word(low, high);
         if (i < count && lane == 0)
-            place.scale<HD>() = scales[i];
+            *place.scale = scales[i];
     }
 }

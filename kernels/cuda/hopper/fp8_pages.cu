@@ -26,9 +26,12 @@ struct Fp8Args {
     __device__ __forceinline__ char *kept(bool is_key) const { return is_key ? k : v; }
     __device__ __forceinline__ __nv_bfloat16 *wide(bool is_key) const { return is_key ? wide_k : wide_v; }
 
-    // A location's row of a head among all rows of the pages' heads.
+    // A row of a head among all rows of the wide pages' heads.
     __device__ __forceinline__ size_t line(unsigned page, unsigned head, unsigned row) const {
         return (((size_t)page * kv_heads + head) << page_shift) + row;
+    }
+    template <int HD> __device__ __forceinline__ Fp8Place place(bool is_key, unsigned page, unsigned head, unsigned row) const {
+        return Fp8Place::of<HD>(kept(is_key), page, kv_heads, 1u << page_shift, head, row);
     }
 };
 
@@ -74,7 +77,8 @@ template <int HD> __device__ __forceinline__ void encode(const Fp8Args &args, un
     if (unit / sides * 8 >= tokens)
         return;
     const unsigned location = reinterpret_cast<const Token *>(args.batch + tokens_offset)[min(token, tokens - 1)].location;
-    const size_t line = args.line(location >> args.page_shift, head, location & ((1u << args.page_shift) - 1));
+    const unsigned page = location >> args.page_shift, in_page = location & ((1u << args.page_shift) - 1);
+    const size_t line = args.line(page, head, in_page);
     float2 row[1][HD / 8];
     load_row<HD>(row[0], args.wide(is_key), line, c);
     unsigned codes[1][HD / 8], largest[1] = {0};
@@ -84,14 +88,14 @@ template <int HD> __device__ __forceinline__ void encode(const Fp8Args &args, un
     largest[0] = max(largest[0], __shfl_xor_sync(0xffffffffu, largest[0], 1));
     largest[0] = max(largest[0], __shfl_xor_sync(0xffffffffu, largest[0], 2));
     __nv_bfloat16 scale[1];
-    fp8_round(codes, scale, row, largest, [](unsigned parts) {
+    fp8_round<4>(codes, scale, row, largest, [](unsigned parts) {
         parts += __shfl_xor_sync(0xffffffffu, parts, 1);
         return parts + __shfl_xor_sync(0xffffffffu, parts, 2);
     });
-    const Fp8Place place = Fp8Place::of<HD>(args.kept(is_key), line);
+    const Fp8Place place = args.place<HD>(is_key, page, head, in_page);
     const bool exists = token < tokens;
     if (exists && c == 0)
-        place.scale<HD>() = scale[0];
+        *place.scale = scale[0];
 #pragma unroll
     for (int i = 0; i < HD / 64; i++) {
         const unsigned(&of)[8] = reinterpret_cast<const unsigned(&)[8]>(codes[0][8 * i]);
@@ -120,18 +124,19 @@ template <int HD> __device__ __forceinline__ void widen(const Fp8Args &args, con
     const Row row = reinterpret_cast<const Row *>(args.batch + seen.rows_offset)[blockIdx.y];
     const unsigned lane = threadIdx.x % 32, c = lane % 4, sides = 2 * args.kv_heads;
     const unsigned begin = row.position + 1 > seen.window ? row.position + 1 - seen.window : 0;
-    const unsigned end = seen.all ? row.kv_len : row.position, first = begin / FP8_TILE_ROWS;
-    const unsigned units = end > begin ? ((end + FP8_TILE_ROWS - 1) / FP8_TILE_ROWS - first) * sides : 0;
+    const unsigned end = seen.all ? row.kv_len : row.position, first = begin / FP8_TILE;
+    const unsigned units = end > begin ? ((end + FP8_TILE - 1) / FP8_TILE - first) * sides : 0;
     const unsigned *pages = seen.page_table + (size_t)row.slot * seen.table_width;
     for (unsigned unit = blockIdx.x * 8 + threadIdx.x / 32; unit < units; unit += gridDim.x * 8) {
-        const unsigned token = (first + unit / sides) * FP8_TILE_ROWS, head = unit % sides / 2;
+        const unsigned token = (first + unit / sides) * FP8_TILE, head = unit % sides / 2;
         const bool is_key = unit % 2 == 0;
-        const size_t top = args.line(pages[token >> args.page_shift], head, token & ((1u << args.page_shift) - 1));
+        const unsigned page = pages[token >> args.page_shift], top = (token & ((1u << args.page_shift) - 1)) + lane / 4;
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-            const size_t line = top + 8 * half + lane / 4;
-            const Fp8Place place = Fp8Place::of<HD>(args.kept(is_key), line);
-            const unsigned lifted = lifted_scale(place.scale<HD>());
+            const unsigned in_page = top + 8 * half;
+            const size_t line = args.line(page, head, in_page);
+            const Fp8Place place = args.place<HD>(is_key, page, head, in_page);
+            const unsigned lifted = lifted_scale(*place.scale);
 #pragma unroll
             for (int i = 0; i < HD / 64; i++) {
                 const unsigned at = is_key ? fp8_key_at<HD>(place.t, 4 * i, c) : fp8_value_at<HD>(place.t, 4 * i + c);

@@ -125,7 +125,9 @@ fn setup(
     let kv_rows = (limits.pages as usize + 1) * (dims.kv_heads * PAGE_SIZE) as usize;
     // The bytes of random bf16 numbers do for fp8 too: codes and scales alike are numbers.
     let (rows, cols) = match format {
-        KvFormat::Fp8 => (kv_rows / 16, 8 * (head_dim + 2)),
+        KvFormat::Fp8 => {
+            (limits.pages as usize + 1, KvLayout::new(format, &dims, PAGE_SIZE).page_bytes() / 2)
+        }
         KvFormat::F32 | KvFormat::Bf16 => (kv_rows, head_dim),
     };
     let caches = (0..copies)
