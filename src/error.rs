@@ -55,9 +55,10 @@ pub enum Error {
         /// Why there is none.
         reason: &'static str,
     },
-    /// Weights that a GPU does not multiply with yet.
+    /// Inputs that a GPU does not round yet.
     #[error(
-        "--quantize fp8 makes weights that GPUs are not programmed for yet; leave it out, or compute with --backend cpu"
+        "--quantize fp8 has inputs rounded to fp8, too, which GPUs are not programmed for yet; add --plain-inputs, by which they \
+         are not rounded, or compute with --backend cpu"
     )]
     QuantizeOnGpu,
     /// More than the host's memory.

@@ -128,7 +128,7 @@ impl Options {
     /// Names the capacity, the memory ratio or the GPU.
     pub fn check(&self) -> Result<(), Error> {
         let choice = self.device()?;
-        if choice.on_gpu && self.quantize.is_some() {
+        if choice.on_gpu && self.quantize.is_some() && !self.plain_inputs {
             return Err(Error::QuantizeOnGpu);
         }
         self.engines()?;

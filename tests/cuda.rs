@@ -10,8 +10,8 @@ mod common;
 use common::logits::{Logits, checkpoint};
 use common::{CHECKPOINTS, CPU_ALONE, EXPERTS, Golden, families_on_cuda, family, fixture, greedy};
 use minisgl::{
-    BackendChoice, GenerateRequest, KernelChoice, KvFormat, Llm, LlmBuilder, Policy, SamplingParams,
-    Speculation, TokenRules,
+    BackendChoice, GenerateRequest, KernelChoice, KvFormat, Llm, LlmBuilder, Policy, Quantize,
+    SamplingParams, Speculation, TokenRules,
 };
 use minisgl_cpu::Cpu;
 use minisgl_cuda::{Cuda, KernelSet, Options};
@@ -226,6 +226,53 @@ fn logits_of_fp8_keys_and_values_are_near_those_of_the_cpu() {
         let [median, worst] = [errors[errors.len() / 2], errors[errors.len() - 1]];
         println!("{name}: {median:.4} in the median, {worst:.4} at most");
         assert!(median < FP8_BOUNDS[0] && worst < FP8_BOUNDS[1], "{name}: {median}, {worst}");
+    }
+}
+
+/// A golden checkpoint with fp8 weights, whose inputs stay as they are.
+fn with_fp8_weights(name: &str) -> LlmBuilder {
+    on_gpu(name, KernelChoice::Auto).plain_inputs(true)
+}
+
+/// Those that have no experts.
+const FP8_WEIGHTS: [&str; 2] = ["qwen3-fp8", "llama-fp8ct"];
+
+#[test]
+#[ignore = "needs a GPU"]
+fn logits_of_fp8_weights_are_those_of_transformers_within_bf16() {
+    for name in FP8_WEIGHTS {
+        let golden = Golden::open(name);
+        let plain = checkpoint(&fixture(name)).with_plain_inputs();
+        let mut model = Logits::new(Cuda::new(&Options::default()).unwrap(), &plain, 512, true);
+        let mut worst = 0.0f32;
+        for (i, example) in golden.examples.iter().enumerate() {
+            let logits = model.of(&example.prompt);
+            let expected = golden.logits(i);
+            let ours = &logits[logits.len() - expected.len()..];
+            worst = ours.iter().zip(&expected).map(|(a, b)| relative_error(a, b)).fold(worst, f32::max);
+        }
+        println!("{name}: largest relative error of a row of logits {worst:.5}");
+        assert!(worst < LOGIT_ERROR_MAX, "{name}: relative error {worst}");
+    }
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn tokens_of_fp8_weights_do_not_depend_on_how_they_are_computed() {
+    for name in FP8_WEIGHTS {
+        tokens_are_the_same_in_every_way(&format!("{name}, fp8 weights"), || with_fp8_weights(name));
+        let both = || with_fp8_weights(name).kv_dtype(Some(KvFormat::Fp8));
+        tokens_are_the_same_in_every_way(&format!("{name}, all fp8"), both);
+    }
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn inputs_that_are_to_be_rounded_are_refused_by_the_flag_that_leaves_them() {
+    let quantized = on_gpu(CHECKPOINTS[0], KernelChoice::Auto).quantize(Some(Quantize::Fp8));
+    for builder in [on_gpu(FP8_WEIGHTS[0], KernelChoice::Auto), quantized] {
+        let error = builder.build().err().unwrap().to_string();
+        assert!(error.contains("--plain-inputs"), "{error}");
     }
 }
 

@@ -105,6 +105,11 @@ impl Grid {
         Grid { dependent: true, ..self }
     }
 
+    /// The same, or not: a kernel that fetches before it waits what the one in front of it writes.
+    pub fn dependent_if(self, dependent: bool) -> Grid {
+        Grid { dependent, ..self }
+    }
+
     fn is_empty(&self) -> bool {
         self.blocks.contains(&0)
     }

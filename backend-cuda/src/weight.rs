@@ -9,7 +9,11 @@
 //! same outputs: row `s` of gate goes to `s / 8 * 16 + s % 8`, of up 8 further on. The rows are padded with zeros to a
 //! multiple of 128. Experts lie one behind the other, each so. All other matrices lie as they are.
 //!
+//! A matrix in fp8 is packed into tiles by all cores instead (`fp8_tiles.rs`), 64 stored rows after the other.
+//!
 //! Dummy weights have no bytes: a kernel makes them in place.
+
+mod fp8_tiles;
 
 use std::ops::Range;
 
@@ -34,18 +38,28 @@ const GROUP: usize = 8;
 const GATE_UP_PADDING: usize = 128;
 const THREADS: u32 = 256;
 
-/// A bf16 matrix on the device; a handle, like a buffer.
+pub(crate) use fp8_tiles::Fp8Tiles;
+
+use fp8_tiles::Fp8Row;
+
+/// A matrix on the device, in bf16 or fp8; a handle, like a buffer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Weight {
     address: Address,
     rows: usize,
     cols: usize,
+    fp8: bool,
 }
 
 impl Weight {
     /// A matrix `[rows, cols]` of bf16 that already lies on the device.
     pub fn new(address: Address, rows: usize, cols: usize) -> Weight {
-        Weight { address, rows, cols }
+        Weight { address, rows, cols, fp8: false }
+    }
+
+    /// Is it in fp8, in tiles?
+    pub fn is_fp8(&self) -> bool {
+        self.fp8
     }
 
     /// Where it begins.
@@ -71,6 +85,27 @@ struct Piece<'a> {
     /// Rows of the tensor.
     rows: Range<usize>,
     target: Target,
+}
+
+impl<'a> Piece<'a> {
+    /// A row of its tensor, which is fp8.
+    fn fp8_row(&self, row: usize) -> Result<Fp8Row<'a>, CudaError> {
+        let refused = || {
+            CudaError::Unsupported(format!(
+                "{:?} has scales for other blocks of columns than multiples of {} or whole rows, or beyond {}",
+                self.tensor,
+                Fp8Tiles::COLS,
+                Fp8Tiles::SCALE_MAX,
+            ))
+        };
+        match &self.tensor.data {
+            TensorData::Fp8 { owner, range, scales } => {
+                let codes = &(**owner).as_ref()[range.clone()];
+                Fp8Row::of(self.tensor, codes, scales, row).ok_or_else(refused)
+            }
+            _ => Err(CudaError::Unsupported(format!("{:?} is no fp8", self.tensor))),
+        }
+    }
 }
 
 /// Row i of a piece goes to row `first + i / group * stride + i % group` of the matrix.
@@ -152,11 +187,17 @@ impl Cuda {
     pub fn load_weight(&mut self, role: WeightRole, parts: &[HostTensor]) -> Result<Weight, CudaError> {
         let (_, rows) = pieces(role, parts);
         let cols = parts.first().map_or(0, |part| part.cols);
-        let address = self.allocate(Purpose::Weights, rows * cols * 2)?;
-        if gate_ups(role) > 0 {
-            self.zero(address, rows * cols * 2)?;
+        let is_fp8 = |part: &HostTensor| matches!(part.data, TensorData::Fp8 { .. });
+        let fp8 = parts.iter().any(is_fp8);
+        if let Some(odd) = parts.iter().find(|part| fp8 && !is_fp8(part)) {
+            return Err(CudaError::Unsupported(format!("{odd:?} is stacked on fp8, and is not")));
         }
-        let weight = Weight { address, rows, cols };
+        let bytes = if fp8 { Fp8Tiles::bytes(rows, cols) } else { rows * cols * 2 };
+        let address = self.allocate(Purpose::Weights, bytes)?;
+        if gate_ups(role) > 0 && !fp8 {
+            self.zero(address, bytes)?;
+        }
+        let weight = Weight { address, rows, cols, fp8 };
         self.reload_weight(weight, role, parts)?;
         Ok(weight)
     }
@@ -190,6 +231,9 @@ impl Cuda {
                 parts[0]
             )));
         }
+        if weight.fp8 {
+            return self.upload_fp8(&pieces, weight);
+        }
         for piece in pieces {
             match &piece.tensor.data {
                 TensorData::Fp8 { .. } => {
@@ -217,8 +261,11 @@ impl Cuda {
         self.staging = None;
     }
 
-    /// Multiplies column c of `matrix` by element c of `norm`, in place.
+    /// Multiplies column c of `matrix` by element c of `norm`, in place. One in fp8 stays: its inputs are multiplied.
     pub fn scale_columns(&mut self, norm: Weight, matrix: Weight) -> Result<(), CudaError> {
+        if matrix.fp8 {
+            return Ok(());
+        }
         let kernel = self.modules.kernel("weights", "fold_norm", 0)?;
         let cols = matrix.cols as u32;
         let grid = Grid::new(matrix.rows as u32, THREADS);
@@ -245,6 +292,51 @@ impl Cuda {
         )
     }
 
+    fn take_staging(&mut self) -> Result<Staging, CudaError> {
+        match self.staging.take() {
+            Some(staging) => Ok(staging),
+            None => Ok(Staging {
+                buffers: [self.alloc_pinned(STAGING_BYTES / 4)?, self.alloc_pinned(STAGING_BYTES / 4)?],
+                next: 0,
+            }),
+        }
+    }
+
+    /// Packs a matrix in fp8 into tiles, a staging buffer at a time.
+    fn upload_fp8(&mut self, pieces: &[Piece<'_>], weight: Weight) -> Result<(), CudaError> {
+        let mut rows = vec![None; weight.rows.next_multiple_of(2 * Fp8Tiles::ROWS)];
+        for piece in pieces {
+            for (i, row) in piece.rows.clone().enumerate() {
+                rows[piece.target.row(i)] = Some(piece.fp8_row(row)?);
+            }
+        }
+        let across = Fp8Tiles::across_bytes(weight.cols);
+        let at_once = STAGING_BYTES / across * Fp8Tiles::ROWS;
+        if at_once == 0 {
+            let cols = weight.cols;
+            return Err(CudaError::Unsupported(format!(
+                "a matrix of {cols} columns is too wide to be loaded"
+            )));
+        }
+        let mut staging = self.take_staging()?;
+        let mut to = weight.address;
+        for rows in rows.chunks(at_once) {
+            let bytes = rows.len() / Fp8Tiles::ROWS * across;
+            let buffer = &mut staging.buffers[staging.next % 2];
+            staging.next += 1;
+            let packed = &mut cast_slice_mut::<u32, u8>(self.words_mut(buffer)?)[..bytes];
+            let tiles = packed.par_chunks_mut(across).zip(rows.par_chunks(Fp8Tiles::ROWS));
+            tiles.for_each(|(tiles, rows)| Fp8Tiles::pack(rows, tiles));
+            self.upload_bytes(buffer, 0, bytes, to)?;
+            let stream = self.launcher.stream(Queue::Compute);
+            let recorded = buffer.uploaded.record(stream);
+            recorded.map_err(|error| self.launcher.failed("recording an event", error))?;
+            to = to.offset(bytes);
+        }
+        self.staging = Some(staging);
+        Ok(())
+    }
+
     /// Copies the rows in `bytes` to their places, a staging buffer at a time.
     fn upload_rows(
         &mut self,
@@ -257,13 +349,7 @@ impl Cuda {
         let row_bytes = cols * dtype.bytes();
         let rows = bytes.len() / row_bytes.max(1);
         let chunk_rows = chunk_rows(rows, cols)?;
-        let mut staging = match self.staging.take() {
-            Some(staging) => staging,
-            None => Staging {
-                buffers: [self.alloc_pinned(STAGING_BYTES / 4)?, self.alloc_pinned(STAGING_BYTES / 4)?],
-                next: 0,
-            },
-        };
+        let mut staging = self.take_staging()?;
         for first in (0..rows).step_by(chunk_rows) {
             let count = chunk_rows.min(rows - first);
             let chunk = &bytes[first * row_bytes..(first + count) * row_bytes];

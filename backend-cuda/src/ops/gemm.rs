@@ -13,12 +13,15 @@
 //! same in every batch. Which tile a launch gets is chosen here and is a matter of speed only.
 
 mod decode;
+mod fp8;
 mod prefill;
 
 use decode::{Decode, Tiling};
+use fp8::Fp8;
 use prefill::{Prefill, Tile};
 
 use super::described::Described;
+use minisgl_core::backend::Purpose;
 
 use crate::device::Cuda;
 use crate::error::CudaError;
@@ -224,6 +227,8 @@ pub enum SmShare {
 #[derive(Debug)]
 struct Product<'a, E> {
     w: Address,
+    /// The kernel before writes w.
+    is_fresh: bool,
     x: Rows,
     shape: Shape,
     share: SmShare,
@@ -428,6 +433,8 @@ enum Set {
 #[derive(Debug)]
 pub struct Gemm {
     set: Set,
+    /// For matrices in fp8, once [`Gemm::reserve_fp8`] made room.
+    fp8: Option<Fp8>,
 }
 
 impl Gemm {
@@ -439,7 +446,34 @@ impl Gemm {
         } else {
             Set::Portable(Box::new(Portable::new(cuda.modules())?))
         };
-        Ok(Gemm { set })
+        Ok(Gemm { set, fp8: None })
+    }
+
+    /// Looks up the kernels for matrices in fp8, and takes memory for one of so many elements in bf16.
+    pub fn reserve_fp8(&mut self, cuda: &mut Cuda, elements: usize) -> Result<(), CudaError> {
+        let wide = cuda.allocate(Purpose::Scratch, elements * 2)?;
+        self.fp8 = Some(Fp8::new(cuda.modules(), wide)?);
+        Ok(())
+    }
+
+    /// What a product with `w` takes of the first `tokens` rows of `x`, which are normed: of fp8 these times the norm's scale, in
+    /// `scaled`; any other matrix has that in its columns.
+    pub fn inputs(
+        &self,
+        launcher: &Launcher,
+        w: Weight,
+        norm: Option<Weight>,
+        x: Rows,
+        tokens: u32,
+        scaled: Rows,
+    ) -> Result<Rows, CudaError> {
+        match (&self.fp8, norm) {
+            (Some(fp8), Some(norm)) if w.is_fp8() => {
+                fp8.scale(launcher, x.address, norm, tokens, scaled.address)?;
+                Ok(scaled)
+            }
+            _ => Ok(x),
+        }
     }
 
     /// Do products of queries, keys and values with so many tokens keep these in fp8 by themselves ([`Qkv::fp8`])?
@@ -448,6 +482,7 @@ impl Gemm {
         let shape = Shape { rows, cols, tokens, slices: Kind::Qkv.slices(rows, cols) };
         match &self.set {
             Set::Portable(_) => false,
+            Set::Hopper(_) if w.is_fp8() => tokens <= fp8::TOKENS_MAX,
             Set::Hopper(hopper) => hopper.decode.tiling(Kind::Qkv, &shape, share).is_some(),
         }
     }
@@ -468,8 +503,15 @@ impl Gemm {
         if tokens == 0 {
             return Ok(());
         }
-        let product = Product { w: w.address(), x, shape, share, epilogue };
+        let product = Product { w: w.address(), is_fresh: false, x, shape, share, epilogue };
         match &self.set {
+            Set::Hopper(hopper) if w.is_fp8() => {
+                let fp8 = self.fp8.as_ref().ok_or(CudaError::NotReserved)?;
+                fp8.launch(launcher, hopper, w, product)
+            }
+            Set::Portable(_) if w.is_fp8() => {
+                Err(CudaError::Unsupported("fp8 weights have kernels for Hopper alone".into()))
+            }
             Set::Portable(_) if epilogue.is_fp8() => {
                 Err(CudaError::Unsupported("fp8 keys and values have kernels for Hopper alone".into()))
             }

@@ -19,7 +19,7 @@
 use std::ops::Range;
 
 use minisgl_core::batch::StepShape;
-use minisgl_core::spec::{DecoderSpec, LayerSpec};
+use minisgl_core::spec::{DecoderSpec, LayerSpec, WeightFormat};
 use minisgl_core::speculation::DRAFTED_ROWS_MAX;
 
 /// The rows of a step that a chain of kernels works on. In a step of decode rows, which alone is divided, each is a token.
@@ -63,12 +63,15 @@ impl Halves {
 
     /// For a model, on a device that runs Hopper's kernels or the portable ones, which take whole multiprocessors.
     ///
-    /// Both halves of a step would read most of the experts that either reads, so models that have some run undivided.
+    /// Both halves of a step would read most of the experts that either reads, so models that have some run undivided, and so do
+    /// those with fp8 weights, whose products have no kernels for half of a multiprocessor.
     pub fn new(spec: &DecoderSpec, hopper: bool) -> Halves {
         let (dims, is_dense) = (&spec.dims, |layer: &LayerSpec| layer.experts().is_none());
         let (hidden, mlp) = (dims.hidden as usize, dims.intermediate as usize);
         let layer_bytes = 2 * hidden * (dims.qkv_width() + dims.q_width() + 3 * mlp);
-        Halves { pays: hopper && spec.layers.iter().all(is_dense) && layer_bytes <= Self::LAYER_BYTES_MAX }
+        let in_bf16 = spec.weights == WeightFormat::Bf16;
+        let is_small = layer_bytes <= Self::LAYER_BYTES_MAX;
+        Halves { pays: hopper && in_bf16 && spec.layers.iter().all(is_dense) && is_small }
     }
 
     /// Is a step of this shape divided?

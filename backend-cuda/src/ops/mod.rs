@@ -38,7 +38,7 @@ use minisgl_core::backend::{
 use minisgl_core::batch::{Row, StepShape, TOKEN_WORDS};
 use minisgl_core::config::Limits;
 use minisgl_core::kv::KvFormat;
-use minisgl_core::spec::{DecoderSpec, Dims, LayerSpec, Mlp, Unsupported};
+use minisgl_core::spec::{DecoderSpec, Dims, LayerSpec, Mlp, Unsupported, WeightFormat};
 use minisgl_core::tensor::HostTensor;
 
 use self::attention::Attention;
@@ -52,7 +52,7 @@ use crate::device::Cuda;
 use crate::error::CudaError;
 use crate::launch::Launcher;
 use crate::memory::{Address, Buffer};
-use crate::weight::Weight;
+use crate::weight::{Weight, gate_up_rows};
 
 /// Elements whose squares are summed together.
 const SEGMENT: u32 = 64;
@@ -68,6 +68,8 @@ pub struct Buffers {
     pub attended: Buffer,
     /// `[tokens, intermediate]`: silu(gate) * up, where a layer has no experts.
     pub activated: Buffer,
+    /// `[tokens, hidden]`: the residual stream times a norm's scale, where weights are fp8.
+    pub scaled: Buffer,
 }
 
 impl Buffers {
@@ -75,12 +77,14 @@ impl Buffers {
         let dims = &spec.dims;
         let is_dense = |layer: &LayerSpec| layer.experts().is_none();
         let mlp = if spec.layers.iter().any(is_dense) { dims.intermediate } else { 0 };
+        let scaled = if spec.weights == WeightFormat::Bf16 { 0 } else { dims.hidden };
         let mut alloc = |width: usize| cuda.alloc(Purpose::Scratch, Element::Activation, tokens * width);
         Ok(Buffers {
             residual: alloc(dims.hidden as usize)?,
             q: alloc(dims.q_width())?,
             attended: alloc(dims.q_width())?,
             activated: alloc(mlp as usize)?,
+            scaled: alloc(scaled as usize)?,
         })
     }
 }
@@ -122,13 +126,24 @@ impl Operations {
             buffers: Buffers::new(cuda, spec, limits.step_tokens())?,
             halves: Halves::new(spec, cuda.properties().hopper),
             ends: Ends::new(cuda.modules())?,
-            gemm: Gemm::new(cuda)?,
+            gemm: Self::products(cuda, spec)?,
             experts: Experts::new(cuda, spec, limits)?,
             attention: Attention::new(cuda, dims, spec.window(), format, limits)?,
             fp8_pages: in_fp8.then(|| Fp8Pages::new(cuda.modules(), dims, spec.window())).transpose()?,
             sampling: Sampling::new(cuda, limits.running)?,
             sumsq: cuda.allocate(Purpose::Scratch, limits.step_tokens() * segments * 4)?,
         })
+    }
+
+    fn products(cuda: &mut Cuda, spec: &DecoderSpec) -> Result<Gemm, CudaError> {
+        let dims = &spec.dims;
+        let mut gemm = Gemm::new(cuda)?;
+        if spec.weights != WeightFormat::Bf16 {
+            let mlp = gate_up_rows(dims.intermediate as usize).max(dims.intermediate as usize);
+            let most = dims.qkv_width().max(dims.q_width()).max(mlp);
+            gemm.reserve_fp8(cuda, most * dims.hidden as usize)?;
+        }
+        Ok(gemm)
     }
 
     /// Where a product of normed rows takes their norms from.
@@ -215,10 +230,23 @@ impl Operations {
         let in_fp8 = self.keeps_fp8(layer, part);
         let epilogue = self.qkv(layer, tokens.start, in_fp8);
         let (count, share) = (tokens.len() as u32, Self::sm_share(part));
-        self.gemm.launch(launcher, layer.weights.qkv, residual, count, share, &epilogue)?;
+        let LayerWeights { qkv, attention_norm, .. } = layer.weights;
+        let x =
+            self.gemm.inputs(launcher, *qkv, *attention_norm, residual, count, self.scaled(tokens.start))?;
+        self.gemm.launch(launcher, *qkv, x, count, share, &epilogue)?;
         match &self.fp8_pages {
             Some(pages) if !in_fp8 => pages.encode(launcher, layer.step, tokens, layer.kv),
             _ => Ok(()),
+        }
+    }
+
+    /// Room for rows of the residual stream times a norm's scale.
+    fn scaled(&self, first_token: u32) -> Rows {
+        let (scaled, hidden) = (self.buffers.scaled, self.dims.hidden as usize);
+        let there = (scaled.elements() / hidden) as u32;
+        Rows {
+            address: scaled.address().offset(first_token as usize * hidden * 2),
+            there: there.saturating_sub(first_token),
         }
     }
 
@@ -248,7 +276,8 @@ impl Operations {
         let mlp = self.dims.intermediate;
         let activated = rows_from(buffers.activated, mlp as usize, first);
         let gated = GateUp { norm: self.norm(first), out: activated.address, intermediate: mlp, reserved: 0 };
-        gemm.launch(launcher, gate_up, residual, count, share, &gated)?;
+        let x = gemm.inputs(launcher, gate_up, weights.mlp_norm, residual, count, self.scaled(first))?;
+        gemm.launch(launcher, gate_up, x, count, share, &gated)?;
         gemm.launch(launcher, down, activated, count, share, &added)
     }
 

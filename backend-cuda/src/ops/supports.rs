@@ -4,8 +4,8 @@
 
 use minisgl_core::kv::KvFormat;
 use minisgl_core::spec::{
-    Activation, Attention, Bias, DecoderSpec, Dims, Experts, LayerSpec, Mixer, Mlp, NormForm, Norms, QkNorm,
-    RopePairs, Unsupported, WeightFormat,
+    Activation, Attention, Bias, DecoderSpec, Dims, Experts, Fp8, Inputs, LayerSpec, Mixer, Mlp, NormForm,
+    Norms, QkNorm, RopePairs, Unsupported, WeightFormat,
 };
 use minisgl_kernels::attention::GROUP_MAX;
 
@@ -35,7 +35,18 @@ fn check_model(spec: &DecoderSpec, hopper: bool) -> Result<(), String> {
         (*norm != NormForm::Scale, "its norms scale by 1 + w"),
         (*embedding_scale != 1.0, "its embeddings are scaled"),
         (logit_cap.is_some(), "its logits have a soft cap"),
-        (*weights != WeightFormat::Bf16, "its weights are fp8"),
+        (
+            *weights != WeightFormat::Bf16 && !hopper,
+            "its weights are fp8, which has kernels for Hopper alone",
+        ),
+        (
+            matches!(weights, WeightFormat::Fp8(Fp8 { inputs, .. }) if *inputs != Inputs::Plain),
+            "the inputs of its fp8 weights are rounded to fp8; with --plain-inputs they are not",
+        ),
+        (
+            *weights != WeightFormat::Bf16 && layers.iter().any(|layer| layer.experts().is_some()),
+            "its experts are fp8",
+        ),
         (
             *kv == Some(KvFormat::Fp8) && !hopper,
             "its keys and values are to be kept in fp8, which has kernels for Hopper alone; use --kv-dtype auto",
@@ -111,7 +122,7 @@ fn first(things: &[(bool, &'static str)]) -> Option<&'static str> {
 
 #[cfg(test)]
 mod tests {
-    use minisgl_core::spec::{Fp8, Inputs, Rope, ScaleBlock};
+    use minisgl_core::spec::{Rope, ScaleBlock};
 
     use super::*;
 
@@ -145,6 +156,8 @@ mod tests {
         supported(&with(|it| it)).unwrap();
         supported(&DecoderSpec { kv: Some(KvFormat::Bf16), ..with(|it| it) }).unwrap();
         check(&DecoderSpec { kv: Some(KvFormat::Fp8), ..with(|it| it) }, true).unwrap();
+        let plain = WeightFormat::Fp8(Fp8 { block: ScaleBlock::Row, inputs: Inputs::Plain });
+        check(&DecoderSpec { weights: plain, ..with(|it| it) }, true).unwrap();
         supported(&with(|it| Attention { bias: Bias::Qkv, rope: None, ..it })).unwrap();
         supported(&with(|it| Attention { qk_norm: QkNorm::PerHead, ..it })).unwrap();
         let windowed = with(|it| it).layers.into_iter().map(|layer| {
@@ -193,13 +206,15 @@ mod tests {
         let fp8 = Fp8 { block: ScaleBlock::Row, inputs: Inputs::PerToken };
         let models = [
             (DecoderSpec { norm: NormForm::OnePlusScale, ..spec() }, "1 + w"),
-            (DecoderSpec { weights: WeightFormat::Fp8(fp8), ..spec() }, "weights are fp8"),
+            (DecoderSpec { weights: WeightFormat::Fp8(fp8), ..spec() }, "weights are fp8, which"),
             (DecoderSpec { kv: Some(KvFormat::Fp8), ..spec() }, "for Hopper alone; use --kv-dtype auto"),
             (DecoderSpec { kv: Some(KvFormat::F32), ..spec() }, "kept in f32"),
             (DecoderSpec { dims: Dims { head_dim: 256, ..DIMS }, ..spec() }, "head_dim is 256"),
             (DecoderSpec { dims: Dims { hidden: 570, ..DIMS }, ..spec() }, "hidden_size is 570"),
             (with(|it| Attention { window: Some(32), ..it }), "same window"),
         ];
+        let rounded = check(&DecoderSpec { weights: WeightFormat::Fp8(fp8), ..spec() }, true).unwrap_err();
+        assert!(rounded.to_string().contains("--plain-inputs"), "{rounded}");
         for (spec, name) in models {
             let text = supported(&spec).unwrap_err().to_string();
             assert!(text.contains(name) && text.contains("CUDA"), "{text}");

@@ -23,6 +23,7 @@
 // 3. Two blocks fit a multiprocessor, but for the largest, so the next kernel's weights arrive while this one's sums are added.
 #pragma once
 
+#include "fp8_ring.cuh"
 #include "ring.cuh"
 #include "share_out.cuh"
 
@@ -56,10 +57,21 @@ template <int N, int WARPS, class Epilogue> struct SideBySide {
     static constexpr int T = N < 32 ? 1 : N < 64 ? 2 : N < 88 ? (Epilogue::SLICES > 2 ? 2 : 4) : ALL <= 4 ? ALL : 3;
 };
 
-template <int GROUPS, int TILES, int N, int OWN, class Epilogue>
-__device__ __forceinline__ void decode(const TensorMap *w, const TensorMap *x, const Shape &shape, unsigned stages,
+__device__ __forceinline__ const TensorMap *fetched(const TensorMap &w) { return &w; }
+__device__ __forceinline__ const Fp8Matrix &fetched(const Fp8Matrix &w) { return w; }
+
+// How w is kept, and its way into shared memory.
+template <int GROUPS, int N, class Matrix> struct RingOf {
+    using Type = Ring<GROUPS, N, 1>;
+};
+template <int N> struct RingOf<1, N, Fp8Matrix> {
+    using Type = Fp8Ring<N>;
+};
+
+template <int GROUPS, int TILES, int N, int OWN, class Matrix, class Epilogue>
+__device__ __forceinline__ void decode(const Matrix &w, const TensorMap *x, const Shape &shape, unsigned stages,
                                        const Epilogue &epilogue) {
-    using R = Ring<GROUPS, N, 1>;
+    using R = typename RingOf<GROUPS, N, Matrix>::Type;
     using S = Sums<GROUPS, N>;
     extern __shared__ __align__(1024) unsigned char shared[];
     dependent_launch();
@@ -77,7 +89,7 @@ __device__ __forceinline__ void decode(const TensorMap *w, const TensorMap *x, c
     __syncthreads();
     if (warp >= R::MULTIPLIERS / 32) {
         if (threadIdx.x == R::MULTIPLIERS)
-            ring.fetch(w, x, first, blocks, m0, n0);
+            ring.fetch(fetched(w), x, first, blocks, m0, n0);
         if (warp > R::MULTIPLIERS / 32)
             scale_rows<N>(epilogue, shape, n0, scales);
         __syncwarp();
@@ -115,11 +127,12 @@ __device__ __forceinline__ void decode(const TensorMap *w, const TensorMap *x, c
 }
 
 // BESIDE: how many blocks the registers of a multiprocessor hold.
-#define DECODE_OF(NAME, GROUPS, TILES, N, OWN, BESIDE, EPILOGUE)                                                             \
+#define DECODE_OF(NAME, GROUPS, TILES, N, OWN, BESIDE, MATRIX, EPILOGUE)                                                     \
     extern "C" __global__ void __launch_bounds__(128 * GROUPS + 64, BESIDE)                                                  \
-    NAME(const __grid_constant__ TensorMap w, const __grid_constant__ TensorMap x, Shape shape, unsigned stages,             \
+    NAME(const __grid_constant__ MATRIX w, const __grid_constant__ TensorMap x, Shape shape, unsigned stages,             \
          EPILOGUE epilogue) {                                                                                                \
-        decode<GROUPS, TILES, N, OWN>(&w, &x, shape, stages, epilogue);                                                      \
+        decode<GROUPS, TILES, N, OWN>(w, &x, shape, stages, epilogue);                                                       \
     }
-#define DECODE(NAME, GROUPS, TILES, N, EPILOGUE) DECODE_OF(NAME, GROUPS, TILES, N, 1, 2, EPILOGUE)
-#define DECODE_ALONE(NAME, GROUPS, N, OWN, EPILOGUE) DECODE_OF(NAME, GROUPS, 1, N, OWN, 1, EPILOGUE)
+#define DECODE(NAME, GROUPS, TILES, N, EPILOGUE) DECODE_OF(NAME, GROUPS, TILES, N, 1, 2, TensorMap, EPILOGUE)
+#define DECODE_ALONE(NAME, GROUPS, N, OWN, EPILOGUE) DECODE_OF(NAME, GROUPS, 1, N, OWN, 1, TensorMap, EPILOGUE)
+#define DECODE_FP8(NAME, TILES, N, EPILOGUE) DECODE_OF(NAME, 1, TILES, N, 1, 2, Fp8Matrix, EPILOGUE)

@@ -60,7 +60,15 @@ __device__ __forceinline__ void bulk_fetch(unsigned to, const TensorMap *map, un
                  : "memory");
 }
 
-// The same for several blocks of the cluster, those whose bits are set in `ranks`: the box goes to the place `to` of each, and
+// Fetches bytes that lie side by side, whole sixteens of them.
+__device__ __forceinline__ void bulk_fetch_bytes(unsigned to, const void *from, unsigned bytes, unsigned barrier,
+                                                 unsigned long long policy) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(to),
+                 "l"(from), "r"(bytes), "r"(barrier), "l"(policy)
+                 : "memory");
+}
+
+// A box for several blocks of the cluster, those whose bits are set in `ranks`: the box goes to the place `to` of each, and
 // its bytes count towards each one's barrier.
 __device__ __forceinline__ void bulk_fetch_shared(unsigned to, const TensorMap *map, unsigned col, unsigned row,
                                                   unsigned barrier, unsigned long long policy, unsigned short ranks) {

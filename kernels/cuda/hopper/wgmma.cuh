@@ -60,6 +60,22 @@ WGMMA(192, 96, R96, 96, 97, 98, D64(0), D32(64))
 WGMMA(224, 112, R112, 112, 113, 114, D64(0), D32(64), D16(96))
 WGMMA(256, 128, R128, 128, 129, 130, D64(0), D64(64))
 
+// A in registers: its numbers are those of its four words.
+#define WGMMA_OF_REGISTERS(N, COUNT, REGISTERS, A0, A1, A2, A3, B, ADD, ...) \
+    __device__ __forceinline__ void wgmma(float (&d)[COUNT], const unsigned (&a)[4], unsigned long long b, bool add) { \
+        asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #ADD ", 0;\n" \
+                     "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.bf16.bf16 {" REGISTERS "}, {%" #A0 ", %" #A1 ", %" #A2 ", %" #A3 \
+                     "}, %" #B ", p, 1, 1, 0;\n}" \
+                     : __VA_ARGS__ \
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"((int)add)); \
+    }
+
+WGMMA_OF_REGISTERS(8, 4, "%0, %1, %2, %3", 4, 5, 6, 7, 8, 9, D4(0))
+WGMMA_OF_REGISTERS(16, 8, R8, 8, 9, 10, 11, 12, 13, D8(0))
+WGMMA_OF_REGISTERS(32, 16, R16, 16, 17, 18, 19, 20, 21, D16(0))
+WGMMA_OF_REGISTERS(64, 32, R32, 32, 33, 34, 35, 36, 37, D32(0))
+WGMMA_OF_REGISTERS(128, 64, R64, 64, 65, 66, 67, 68, 69, D64(0))
+
 #undef R8
 #undef R16
 #undef R32
@@ -76,6 +92,7 @@ WGMMA(256, 128, R128, 128, 129, 130, D64(0), D64(64))
 #undef D32
 #undef D64
 #undef WGMMA
+#undef WGMMA_OF_REGISTERS
 
 // The same for 288 rows of B, which are more than one instruction takes.
 __device__ __forceinline__ void wgmma(float (&d)[144], unsigned long long a, unsigned long long b, bool add) {
@@ -97,16 +114,5 @@ __device__ __forceinline__ void wgmma_transposed(float (&d)[32], const unsigned 
                  "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]),
                  "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]),
                  "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"((int)add));
-}
-
-// A in registers as above, B as elsewhere.
-__device__ __forceinline__ void wgmma(float (&d)[4], const unsigned (&a)[4], unsigned long long b, bool add) {
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %9, 0;\n"
-                 "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {"
-                 "%0, %1, %2, %3"
-                 "}, {%4, %5, %6, %7}, %8, p, 1, 1, 0;\n}"
-                 :
-                 "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"((int)add));
 }

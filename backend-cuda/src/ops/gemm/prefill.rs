@@ -271,7 +271,7 @@ impl Prefill {
         let &Shape { rows, cols, tokens, .. } = shape;
         let quickest = self.quickest(E::KIND, shape).ok_or(CudaError::NoTile { rows, cols, tokens })?;
         let Loaded { tile, kernel, clusters } = quickest;
-        let grid = tile.grid(tile.turns(shape).min(*clusters));
+        let grid = tile.grid(tile.turns(shape).min(*clusters)).dependent_if(!product.is_fresh);
         let [w, x] = product.maps(tile.fetched())?;
         // The copy engine takes rows that are a multiple of 16 bytes; a kernel stores others without it.
         let (out, width) = epilogue.outputs(shape.rows);

@@ -1,0 +1,140 @@
+//! Matrices in e4m3 as the kernels read them: tiles that lie whole in memory (`fp8_ring.cuh`).
+//!
+//! ```text
+//!   matrix   | tiles of rows 0 to 63, one for each 64 columns | of rows 64 to 127 | … |    rows padded to a multiple of 128
+//!   tile     | codes of row 0, 64 bytes | of row 1 | … | a scale for each row, bf16 times 2^120 |
+//!   codes    word c of columns 16 k on at byte 16 c + 4 k: columns 2 c + 8, 2 c, 2 c + 9, 2 c + 1 of those
+//! ```
+//!
+//! A scale is rounded to bf16, and what an element means is the product's bf16 number. What lies beyond rows or columns is zero.
+//!
+//! Invariant: every byte of a packed tile is written.
+
+use half::bf16;
+use minisgl_core::fp8;
+use minisgl_core::tensor::{HostTensor, Scales};
+
+/// The tiles' form.
+pub(crate) struct Fp8Tiles;
+
+impl Fp8Tiles {
+    /// Rows and columns of a tile, and its bytes.
+    pub(crate) const ROWS: usize = 64;
+    pub(crate) const COLS: usize = 64;
+    const CODES: usize = Self::ROWS * Self::COLS;
+    pub(crate) const BYTES: usize = Self::CODES + Self::ROWS * 2;
+    /// The largest scale: 2^120 times more is no bf16 number.
+    pub(crate) const SCALE_MAX: f32 = 239.0;
+    const LIFT: f32 = f32::from_bits((127 + 120) << 23);
+
+    /// Bytes of the tiles beside each other.
+    pub(crate) fn across_bytes(cols: usize) -> usize {
+        cols.div_ceil(Self::COLS) * Self::BYTES
+    }
+
+    /// Bytes of a matrix.
+    pub(crate) fn bytes(rows: usize, cols: usize) -> usize {
+        rows.next_multiple_of(2 * Self::ROWS) / Self::ROWS * Self::across_bytes(cols)
+    }
+
+    /// Packs the tiles beside each other of 64 rows, those of which there are.
+    pub(crate) fn pack(rows: &[Option<Fp8Row<'_>>], tiles: &mut [u8]) {
+        for (block, tile) in tiles.chunks_mut(Self::BYTES).enumerate() {
+            let (codes, scales) = tile.split_at_mut(Self::CODES);
+            let places = codes.chunks_mut(Self::COLS).zip(scales.as_chunks_mut::<2>().0);
+            for (row, (codes, scale)) in rows.iter().zip(places) {
+                *scale = match row {
+                    Some(row) => row.put(block * Self::COLS, codes),
+                    None => {
+                        codes.fill(0);
+                        [0; 2]
+                    }
+                };
+            }
+        }
+    }
+}
+
+/// A row of an e4m3 matrix.
+#[derive(Clone, Copy)]
+pub(crate) struct Fp8Row<'a> {
+    /// Its codes.
+    pub(crate) codes: &'a [u8],
+    /// The scales of its blocks of columns.
+    pub(crate) scales: &'a [f32],
+    /// Columns of such a block.
+    pub(crate) wide: usize,
+}
+
+impl<'a> Fp8Row<'a> {
+    /// Row `row` of a tensor with these codes and scales; `None` if a tile's columns have several scales, or one is out of range.
+    pub(crate) fn of(tensor: &HostTensor, codes: &'a [u8], scales: &'a Scales, row: usize) -> Option<Self> {
+        let (cols, [high, wide]) = (tensor.cols, scales.block);
+        let across = cols.div_ceil(wide);
+        let scales = scales.values.get(row / high * across..(row / high + 1) * across)?;
+        let fits = wide >= cols || wide.is_multiple_of(Fp8Tiles::COLS);
+        let in_range = scales.iter().all(|scale| scale.abs() <= Fp8Tiles::SCALE_MAX);
+        (fits && in_range).then(|| Fp8Row { codes: &codes[row * cols..][..cols], scales, wide })
+    }
+
+    /// Puts 64 codes from column `first` on in their places, and gives their scale.
+    fn put(&self, first: usize, to: &mut [u8]) -> [u8; 2] {
+        let mut codes = [0; Fp8Tiles::COLS];
+        let there = &self.codes[first..self.codes.len().min(first + Fp8Tiles::COLS)];
+        codes[..there.len()].copy_from_slice(there);
+        for (k, chunk) in codes.as_chunks::<16>().0.iter().enumerate() {
+            for c in 0..4 {
+                let word = [chunk[2 * c + 8], chunk[2 * c], chunk[2 * c + 9], chunk[2 * c + 1]];
+                to[16 * c + 4 * k..][..4].copy_from_slice(&word);
+            }
+        }
+        // The kernels know no code for what is no number.
+        let is_number = there.iter().all(|code| code & 0x7f != fp8::NAN);
+        let scale = bf16::from_f32(self.scales[first / self.wide]).to_f32() * Fp8Tiles::LIFT;
+        let scale = if is_number { bf16::from_f32(scale) } else { bf16::NAN };
+        scale.to_le_bytes()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_code_has_one_place_and_what_is_beyond_is_zero() {
+        let cols = 72;
+        let codes: Vec<u8> = (0..cols as u8).map(|col| col + 1).collect();
+        let scales = [0.5, 2.0];
+        let row = Fp8Row { codes: &codes, scales: &scales, wide: 64 };
+        let mut rows = [None; Fp8Tiles::ROWS];
+        rows[3] = Some(row);
+        let mut tiles = vec![0xa5; Fp8Tiles::across_bytes(cols)];
+        Fp8Tiles::pack(&rows, &mut tiles);
+        for (block, tile) in tiles.chunks(Fp8Tiles::BYTES).enumerate() {
+            let (codes, scales) = tile.split_at(Fp8Tiles::CODES);
+            for (r, codes) in codes.chunks(64).enumerate() {
+                for (place, code) in codes.iter().enumerate() {
+                    let (c, k, i) = (place / 16, place % 16 / 4, place % 4);
+                    let col = 64 * block + 16 * k + 2 * c + [8, 0, 9, 1][i];
+                    let expected = if r == 3 && col < cols { col as u8 + 1 } else { 0 };
+                    assert_eq!(*code, expected, "row {r}, column {col}");
+                }
+            }
+            for (r, scale) in scales.as_chunks::<2>().0.iter().enumerate() {
+                let lifted = [0.5, 2.0][block] * 2f32.powi(120);
+                let expected = if r == 3 { lifted } else { 0.0 };
+                assert_eq!(bf16::from_le_bytes(*scale).to_f32(), expected);
+            }
+        }
+    }
+
+    #[test]
+    fn a_code_that_is_no_number_spoils_its_tiles_row() {
+        let mut codes = vec![0x38; 128];
+        codes[100] = 0xff;
+        let row = Fp8Row { codes: &codes, scales: &[1.0], wide: 128 };
+        let mut to = [0; 64];
+        assert!(!bf16::from_le_bytes(row.put(0, &mut to)).is_nan());
+        assert!(bf16::from_le_bytes(row.put(64, &mut to)).is_nan());
+    }
+}
