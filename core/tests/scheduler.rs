@@ -147,6 +147,7 @@ fn where_rules_forbid_all_tokens_that_is_the_reason_and_else_the_logits_are() {
         end_without_a_token(output, min_tokens, &bad, allowed, None)
     };
     assert_eq!(ends(&[], 0, &[], &[3]), numbers);
+    assert_eq!(ends(&[], 0, &[], &[VOCAB - 1]), numbers);
     // A bad word of one token, and of all that are allowed or of some.
     assert_eq!(ends(&[], 0, &[&[3]], &[3]), none);
     assert_eq!(ends(&[], 0, &[&[3]], &[3, 4]), numbers);
