@@ -31,5 +31,5 @@ extern __shared__ __align__(1024) unsigned char shared_memory[];
         args.arrived_count = arrived_count;                                                                             \
         args.other_plan = other_plan;                                                                                   \
         args.other_taken = other_taken;                                                                                 \
-        decode<HD, HEADS, DECODE_STAGES((HD) * (HEADS)) * (FP8 ? 2 : 1), WINDOW, FP8>(args, shared_memory);                                  \
+        decode<HD, HEADS, DECODE_STAGES((HD) * (HEADS)), WINDOW, FP8>(args, shared_memory);                             \
     }

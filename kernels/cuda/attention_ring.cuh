@@ -93,7 +93,7 @@ __device__ __forceinline__ void bulk_copy(unsigned to, const bf16 *from, unsigne
 
 // The filling warp.
 template <int HD, int HEADS, int STAGES, bool FP8> struct Filler {
-    static constexpr unsigned FLIGHT = STAGES / 3 * 2; // stages that may be on their way at once
+    static constexpr unsigned FLIGHT = (2 * STAGES + 2) / 3; // stages that may be on their way at once
     const DecodeArgs &args;
     Stages<HD, HEADS, STAGES, FP8> stages;
     Place<STAGES> place;

@@ -75,10 +75,10 @@ impl Prefill {
 
 impl Set {
     /// The Hopper set's or the portable set's, whose decode blocks take so many kv heads at once (`HEADS`). With keys and values in
-    /// `fp8`, which Hopper's alone has, there are twice the stages (`DECODE_STAGES`).
+    /// `fp8`, which Hopper's alone has, stages are more and smaller (`DECODE_STAGES`).
     pub const fn new(hopper: bool, head_dim: u32, heads: u32, fp8: bool) -> Set {
-        let (blocks, stages) = if hopper { (2, 3 * 128 / (head_dim * heads)) } else { (1, 2) };
-        let stages = if fp8 { 2 * stages } else { stages };
+        let of_hopper = if fp8 { 5 } else { 3 } * 128 / (head_dim * heads);
+        let (blocks, stages) = if hopper { (2, of_hopper) } else { (1, 2) };
         let row_bytes = if fp8 { head_dim + 2 } else { head_dim * 2 };
         let leaf_bytes = LEAF * row_bytes * heads;
         let stage_bytes = leaf_bytes + 8 * head_dim * 2 + 48 + 16;

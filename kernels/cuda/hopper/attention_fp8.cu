@@ -1,8 +1,9 @@
 // Decode attention over keys and values in fp8, for Hopper: attention.cu's kernels, whose tiles are widened in registers.
 //
-// A stage holds as many tokens in half the bytes, so there are twice as many: as much is on its way.
+// A stage holds as many tokens in half the bytes, so there are nearly twice as many: as much is on its way. With twice as many two
+// blocks would not fit a multiprocessor.
 #define DECODE_BLOCKS 2
-#define DECODE_STAGES(DIMS) (3 * 128 / (DIMS))
+#define DECODE_STAGES(DIMS) (5 * 128 / (DIMS))
 #include "attention_kernels.cuh"
 
 ATTENTION_DECODE(attention_decode_fp8_64, 64, 1, false, true)

@@ -463,8 +463,11 @@ mod tests {
         // The driver takes 1 KiB a block.
         const MULTIPROCESSOR: u32 = 228 << 10;
         for (head_dim, heads) in [(64, 1), (64, 2), (128, 1)] {
-            let attention = Set::new(true, head_dim, heads, false).decode_shared;
-            assert!(attention + Tiling::HALF + (2 << 10) <= MULTIPROCESSOR);
+            for fp8 in [false, true] {
+                let Set { decode_shared, decode_blocks, .. } = Set::new(true, head_dim, heads, fp8);
+                assert!(decode_shared + Tiling::HALF + (2 << 10) <= MULTIPROCESSOR, "{head_dim}, {fp8}");
+                assert!(decode_blocks * (decode_shared + (1 << 10)) <= MULTIPROCESSOR, "{head_dim}, {fp8}");
+            }
         }
         for kind in [Kind::Qkv, Kind::Residual, Kind::GateUp] {
             assert!(Tiling::of_half(kind).iter().all(|tiling| tiling.shared <= Tiling::HALF), "{kind:?}");
