@@ -12,7 +12,9 @@
 // 1. Copies of older tokens start before the dependent-launch wait: only the keys and values of the row's newest token and of the
 //    drafts before it, which are rows of their own, and queries come from the kernel before.
 // 2. A turn is taken by counting `taken` up. A block stops at the first turn that does not exist, and so counts once in
-//    vain; the last such count sets `taken` to 0 for the next launch.
+//    vain; the last such count sets `taken` to 0 for the next launch. It takes its next turn with the last unit of the one at
+//    hand: sooner, and turns would go to who began first, not to who ends first. A half's blocks take it when they begin one,
+//    because the other half asks whether all are taken.
 // 3. A half of a divided step that begins while the other attends waits, its ring full, until the other's blocks work on their
 //    last turns: memory serves who is ahead, whose products wait for it. It waits only while turns are left that any block of
 //    the other's takes, and who has taken one does not wait: so one of both goes on, whichever blocks of theirs found room.
@@ -234,11 +236,19 @@ template <int HD, int HEADS, int STAGES, bool FP8> struct Filler {
         Unit unit;
         unit.begin(args, blockIdx.x);
         bool has_keys = fill_first(unit);
-        if (args.other_taken != nullptr)
+        const bool at_begin = args.other_taken != nullptr;
+        if (at_begin)
             give_way();
-        unsigned taken = take_turn();
+        unsigned taken;
         while (true) {
+            bool has_taken = at_begin;
+            if (at_begin)
+                taken = take_turn();
             for (; !unit.is_past(); unit.leaf++) {
+                if (!has_taken && unit.is_last()) {
+                    taken = take_turn();
+                    has_taken = true;
+                }
                 if (!has_keys) {
                     look_up(unit);
                     fill(unit, false);
@@ -246,11 +256,12 @@ template <int HD, int HEADS, int STAGES, bool FP8> struct Filler {
                 has_keys = false;
                 fill(unit, true);
             }
+            if (!has_taken) // the ring held all of the first turn
+                taken = take_turn();
             taken = __shfl_sync(FULL_WARP, taken, 0);
             if (blocks + taken >= args.turns)
                 break;
             unit.begin(args, blocks + taken);
-            taken = take_turn();
         }
         if (args.other_taken != nullptr)
             dependent_launch();
