@@ -1,7 +1,8 @@
 // experts_*: a layer's experts, of which each token gets some (minisgl_core::spec::Experts is the definition). For any GPU from
-// Ampere on; six kernels, one after the other, in the same grids whatever the tokens chose:
+// Ampere on; Hopper has products of its own (hopper/experts_products.cu). Six kernels, one after the other, in the same grids
+// whatever the tokens chose:
 //
-//   logits     logits[t, e] = norm(x[t]) . router[e], f32                    grid (E / 8 or 32, T / 4)        block 256
+//   logits     logits[t, e] = norm(x[t]) . router[e], f32                    grid (E / 8, T) or (E / 32, T / 4)   block 256
 //   choose     the P largest of a token, ascending, and their shares         grid T / 8                       block 256
 //   dispatch   which pairs are each expert's: begins, pairs                  grid E                           block 256
 //   gate_up    activated[place] = silu(gate) * up                            grid (rows / 128, tiles)         block 256
@@ -24,23 +25,11 @@
 //    a choice should not hang on a rounding that can be left out.
 #include "batch.cuh"
 #include "dependent.cuh"
+#include "experts.cuh"
+#include "experts_choose.cuh"
 #include "mma_tile.cuh"
 
-constexpr unsigned NOBODY = 0xffff;
-constexpr int EXPERTS_A_LANE = 8; // 256 at most
 constexpr int LOGIT_TOKENS = 4;
-
-// What the kernels of a layer share: backend-cuda/src/ops/experts.rs declares the same fields, which its tests compare.
-struct Routing {
-    float *logits;          // [T, E]
-    float *scales;          // [T]: the row norm's
-    unsigned short *chosen; // [T, P], and up to 7 more to read
-    float *shares;          // [T, P]
-    unsigned *begins;       // [E + 1]
-    unsigned *pairs;        // [T P]
-    unsigned tokens, experts, per_token, hidden, intermediate, stored;
-    unsigned normalized, nobody; // nobody: the slot of padding
-};
 
 // Eight bf16.
 template <int N> __device__ __forceinline__ void unpack(const uint4 &chunk, float (&out)[N]) {
@@ -53,42 +42,73 @@ template <int N> __device__ __forceinline__ void unpack(const uint4 &chunk, floa
     }
 }
 
-// A warp takes N experts and 4 tokens, a lane 8 of each 256 columns.
-template <int N>
+// A warp takes N experts and TOKENS tokens, a lane 8 of each 256 columns, AHEAD times 256 at once: those of the router, which
+// nobody writes, before the wait.
+template <int N, int TOKENS, int AHEAD>
 __device__ __forceinline__ void logits(const Routing &routing, const RowNorm &norm, const __nv_bfloat16 *router,
                                        const __nv_bfloat16 *column_scale, const __nv_bfloat16 *x) {
-    __shared__ float scales[LOGIT_TOKENS];
+    __shared__ float scales[TOKENS];
     dependent_launch();
-    dependent_wait();
     const unsigned warp = threadIdx.x / 32, lane = threadIdx.x % 32, hidden = routing.hidden;
-    const unsigned first = (blockIdx.x * WARPS + warp) * N, t0 = blockIdx.y * LOGIT_TOKENS;
-    if (threadIdx.x < LOGIT_TOKENS && t0 + threadIdx.x < routing.tokens) {
+    const unsigned first = (blockIdx.x * WARPS + warp) * N, t0 = blockIdx.y * TOKENS;
+    uint4 columns[AHEAD], weights[AHEAD][N], rows[AHEAD][TOKENS];
+    const auto load_weights = [&](unsigned k) {
+#pragma unroll
+        for (int a = 0; a < AHEAD; a++, k += 256) {
+            if (k >= hidden)
+                break;
+            columns[a] = *reinterpret_cast<const uint4 *>(column_scale + k);
+#pragma unroll
+            for (int e = 0; e < N; e++)
+                weights[a][e] =
+                    *reinterpret_cast<const uint4 *>(router + (size_t)min(first + e, routing.experts - 1) * hidden + k);
+        }
+    };
+    const auto load_rows = [&](unsigned k) {
+#pragma unroll
+        for (int a = 0; a < AHEAD; a++, k += 256)
+#pragma unroll
+            for (int t = 0; t < TOKENS; t++)
+                if (k < hidden)
+                    rows[a][t] = *reinterpret_cast<const uint4 *>(x + (size_t)min(t0 + t, routing.tokens - 1) * hidden + k);
+    };
+    load_weights(8 * lane);
+    dependent_wait();
+    load_rows(8 * lane);
+    if (threadIdx.x < TOKENS && t0 + threadIdx.x < routing.tokens) {
         scales[threadIdx.x] = norm.scale(t0 + threadIdx.x);
         if (blockIdx.x == 0)
             routing.scales[t0 + threadIdx.x] = scales[threadIdx.x];
     }
-    float sums[N][LOGIT_TOKENS] = {};
-#pragma unroll 2
-    for (unsigned k = 8 * lane; k < hidden; k += 256) {
-        float columns[8], normed[LOGIT_TOKENS][8];
-        unpack(*reinterpret_cast<const uint4 *>(column_scale + k), columns);
-#pragma unroll
-        for (int t = 0; t < LOGIT_TOKENS; t++) {
-            const unsigned token = min(t0 + t, routing.tokens - 1);
-            unpack(*reinterpret_cast<const uint4 *>(x + (size_t)token * hidden + k), normed[t]);
-#pragma unroll
-            for (int i = 0; i < 8; i++)
-                normed[t][i] = __fmul_rn(normed[t][i], columns[i]);
+    float sums[N][TOKENS] = {};
+    for (unsigned k = 8 * lane; k < hidden; k += 256 * AHEAD) {
+        if (k >= 256) {
+            load_weights(k);
+            load_rows(k);
         }
 #pragma unroll
-        for (int e = 0; e < N; e++) {
-            float weights[8];
-            unpack(*reinterpret_cast<const uint4 *>(router + (size_t)min(first + e, routing.experts - 1) * hidden + k), weights);
+        for (int a = 0; a < AHEAD; a++) {
+            if (k + 256 * a >= hidden)
+                break;
+            float scale[8], normed[TOKENS][8];
+            unpack(columns[a], scale);
 #pragma unroll
-            for (int t = 0; t < LOGIT_TOKENS; t++)
+            for (int t = 0; t < TOKENS; t++) {
+                unpack(rows[a][t], normed[t]);
 #pragma unroll
                 for (int i = 0; i < 8; i++)
-                    sums[e][t] = fmaf(weights[i], normed[t][i], sums[e][t]);
+                    normed[t][i] = __fmul_rn(normed[t][i], scale[i]);
+            }
+#pragma unroll
+            for (int e = 0; e < N; e++) {
+                float weight[8];
+                unpack(weights[a][e], weight);
+#pragma unroll
+                for (int t = 0; t < TOKENS; t++)
+#pragma unroll
+                    for (int i = 0; i < 8; i++)
+                        sums[e][t] = fmaf(weight[i], normed[t][i], sums[e][t]);
+            }
         }
     }
     __syncthreads();
@@ -96,101 +116,31 @@ __device__ __forceinline__ void logits(const Routing &routing, const RowNorm &no
     for (int e = 0; e < N; e++) {
         warp_sums(sums[e]);
 #pragma unroll
-        for (int t = 0; t < LOGIT_TOKENS; t++)
+        for (int t = 0; t < TOKENS; t++)
             if (lane == 0 && first + e < routing.experts && t0 + t < routing.tokens)
                 routing.logits[(size_t)(t0 + t) * routing.experts + first + e] = sums[e][t] * scales[t];
     }
 }
 
-#define LOGITS(NAME, N)                                                                                                      \
+#define LOGITS(NAME, N, TOKENS, AHEAD)                                                                                       \
     extern "C" __global__ void __launch_bounds__(THREADS)                                                                    \
     NAME(Routing routing, RowNorm norm, const __nv_bfloat16 *router, const __nv_bfloat16 *column_scale,                      \
          const __nv_bfloat16 *x) {                                                                                           \
-        logits<N>(routing, norm, router, column_scale, x);                                                                   \
+        logits<N, TOKENS, AHEAD>(routing, norm, router, column_scale, x);                                                    \
     }
 
-LOGITS(experts_logits_1, 1)
-LOGITS(experts_logits_4, 4)
+LOGITS(experts_logits_1, 1, 1, 8)
+LOGITS(experts_logits_4, 4, LOGIT_TOKENS, 2)
 
-// A float's bits as an unsigned number of the same order, at least 1; -0 counts as 0.
-__device__ __forceinline__ unsigned ordered(float value) {
-    const unsigned bits = __float_as_uint(value + 0.0f);
-    return max(bits >> 31 ? ~bits : bits | 0x80000000u, 1u);
-}
-
-// A warp takes a token, a lane 8 neighbouring experts.
 extern "C" __global__ void __launch_bounds__(THREADS)
 experts_choose(Routing routing, const unsigned *batch, unsigned tokens_offset) {
     dependent_launch();
-    const unsigned lane = threadIdx.x % 32, t = blockIdx.x * WARPS + threadIdx.x / 32;
+    const unsigned t = blockIdx.x * WARPS + threadIdx.x / 32;
     const bool is_there = t < routing.tokens;
     const unsigned slot = is_there ? reinterpret_cast<const Token *>(batch + tokens_offset)[t].slot : 0;
     dependent_wait();
-    if (!is_there)
-        return;
-    unsigned short *chosen = routing.chosen + (size_t)t * routing.per_token;
-    float *shares = routing.shares + (size_t)t * routing.per_token;
-    if (slot == routing.nobody) {
-        if (lane < routing.per_token) {
-            chosen[lane] = NOBODY;
-            shares[lane] = 0.0f;
-        }
-        return;
-    }
-    float logit[EXPERTS_A_LANE];
-    unsigned key[EXPERTS_A_LANE]; // 0: not there, or chosen
-    unsigned taken = 0;           // bits of chosen ones
-#pragma unroll
-    for (int i = 0; i < EXPERTS_A_LANE; i++) {
-        const unsigned expert = EXPERTS_A_LANE * lane + i;
-        logit[i] = expert < routing.experts ? routing.logits[(size_t)t * routing.experts + expert] : 0.0f;
-        key[i] = expert < routing.experts ? ordered(logit[i]) : 0;
-    }
-    float largest = 0.0f;
-    for (unsigned j = 0; j < routing.per_token; j++) {
-        unsigned best = 0;
-#pragma unroll
-        for (int i = 0; i < EXPERTS_A_LANE; i++)
-            best = max(best, key[i]);
-        const unsigned most = __reduce_max_sync(0xffffffffu, best);
-        const unsigned owner = __ffs(__ballot_sync(0xffffffffu, best == most)) - 1;
-        float found = 0.0f;
-        if (lane == owner) {
-            bool done = false;
-#pragma unroll
-            for (int i = 0; i < EXPERTS_A_LANE; i++)
-                if (!done && key[i] == most) {
-                    done = true;
-                    key[i] = 0;
-                    taken |= 1u << i;
-                    found = logit[i];
-                }
-        }
-        if (j == 0)
-            largest = __shfl_sync(0xffffffffu, found, owner);
-    }
-    float weight[EXPERTS_A_LANE], sum[1] = {0.0f};
-#pragma unroll
-    for (int i = 0; i < EXPERTS_A_LANE; i++) {
-        weight[i] = expf(logit[i] - largest);
-        const bool counts = routing.normalized ? taken >> i & 1 : EXPERTS_A_LANE * lane + i < routing.experts;
-        sum[0] += counts ? weight[i] : 0.0f;
-    }
-    warp_sums(sum);
-    unsigned place = __popc(taken);
-#pragma unroll
-    for (int step = 1; step < 32; step *= 2) {
-        const unsigned before = __shfl_up_sync(0xffffffffu, place, step);
-        place += lane >= step ? before : 0;
-    }
-    place -= __popc(taken);
-#pragma unroll
-    for (int i = 0; i < EXPERTS_A_LANE; i++)
-        if (taken >> i & 1) {
-            chosen[place] = EXPERTS_A_LANE * lane + i;
-            shares[place] = weight[i] / sum[0];
-            place++;
-        }
+    if (is_there)
+        choose(routing, t, slot);
 }
 
 // `read`, if it is there: one more layer ran, and one more expert for each block that has pairs.

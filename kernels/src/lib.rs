@@ -58,7 +58,8 @@ pub const PORTABLE: &[Module] =
 
 /// Modules for compute capability 9.0, in alphabetic order. Their kernels are written for dependent launch.
 pub const HOPPER: &[Module] = modules![hopper:
-    "attention", "attention_fp8", "embed", "experts", "fp8_pages", "fp8_weights", "gemm_decode_gate_up", "gemm_decode_head", "gemm_decode_qkv",
-    "gemm_decode_qkv_fp8", "gemm_decode_residual", "gemm_fp8_gate_up", "gemm_fp8_qkv",
-    "gemm_fp8_qkv_fp8", "gemm_fp8_residual", "gemm_prefill", "perf", "sampling", "weights",
+    "attention", "attention_fp8", "embed", "experts", "experts_products", "experts_route", "fp8_pages", "fp8_weights",
+    "gemm_decode_gate_up", "gemm_decode_head", "gemm_decode_qkv", "gemm_decode_qkv_fp8", "gemm_decode_residual",
+    "gemm_fp8_gate_up", "gemm_fp8_qkv", "gemm_fp8_qkv_fp8", "gemm_fp8_residual", "gemm_prefill", "perf", "sampling",
+    "weights",
 ];

@@ -4,15 +4,21 @@
 //!   residual ── logits ──> choose ──> dispatch ──> gate_up ──> down ──> combine ── residual +=, sums of squares
 //! ```
 //!
-//! Grids depend on the number of tokens alone; what the tokens chose is read from memory. So a recorded step does for all choices.
+//! The two products are those of the kernel set: `portable.rs`, `hopper.rs`. Grids depend on the number of tokens alone; what the
+//! tokens chose is read from memory. So a recorded step does for all choices.
 //!
 //! Invariant: a token's bits depend on that token alone: each sum has one order, and what its experts give is added in ascending
 //! order of their numbers.
 
+mod hopper;
+mod portable;
+
+use hopper::Hopper;
 use minisgl_core::backend::{Device, Element, ExpertWeights, Purpose, Queue, Step};
 use minisgl_core::config::Limits;
 use minisgl_core::spec::{self, DecoderSpec, LayerSpec};
 use minisgl_core::stats::ExpertsRead;
+use portable::Portable;
 
 use super::gemm::RowNorm;
 use crate::device::Cuda;
@@ -29,21 +35,25 @@ pub const PER_TOKEN_MAX: u32 = 16;
 
 const THREADS: u32 = 256;
 const WARPS: u32 = THREADS / 32;
-/// Tokens that a block of the router takes.
+/// Tokens that a block of the router takes, where they are many.
 const LOGIT_TOKENS: u32 = 4;
-/// Up to so many tokens a warp of the router takes one expert: more blocks matter more than reading x less often.
+/// Up to so many tokens a warp of the router takes one expert and one token: more blocks matter more than reading less.
 const FEW_TOKENS: u32 = 16;
-/// Rows of w that a block of a product takes.
-const TILE_ROWS: u32 = 128;
-const BLOCK_COLS: u32 = 64;
 
-/// What the kernels of a layer share.
+/// `experts_route` is one cluster: its blocks, the threads of each, and the tokens up to which it is quicker than two kernels.
+const ROUTE_BLOCKS: u32 = 8;
+const ROUTE_THREADS: u32 = 1024;
+const ROUTED_AT_ONCE: u32 = FEW_TOKENS;
+
+/// What the kernels of a layer share, as `experts.cuh` declares it.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
-struct Routing {
+pub struct Routing {
     logits: Address,
-    scales: Address,
-    chosen: Address,
+    /// `[tokens]` f32: the scale by row of the norm.
+    pub scales: Address,
+    /// `[tokens, per_token]` u16, ascending, and up to 7 more to read: experts, 0xffff for nobody.
+    pub chosen: Address,
     shares: Address,
     begins: Address,
     pairs: Address,
@@ -52,48 +62,20 @@ struct Routing {
     per_token: u32,
     hidden: u32,
     intermediate: u32,
+    /// Rows of an expert's gate and up as they are stored.
     stored: u32,
     normalized: u32,
     nobody: u32,
 }
 
+impl Routing {
+    /// Pairs of a token and one of its experts.
+    fn pairs(&self) -> u32 {
+        self.tokens * self.per_token
+    }
+}
+
 plain_params!(Routing, RowNorm);
-
-/// A product's kernels for tiles of so many pairs.
-#[derive(Clone, Copy, Debug)]
-struct Tile {
-    pairs: u32,
-    stages: u32,
-    gate_up: Kernel,
-    down: Kernel,
-}
-
-impl Tile {
-    fn new(
-        cuda: &Cuda,
-        [pairs, stages]: [u32; 2],
-        gate_up: &'static str,
-        down: &'static str,
-    ) -> Result<Tile, CudaError> {
-        let shared = Self::shared_bytes(pairs, stages);
-        let find = |name| cuda.modules().kernel("experts", name, shared);
-        Ok(Tile { pairs, stages, gate_up: find(gate_up)?, down: find(down)? })
-    }
-
-    fn shared_bytes(pairs: u32, stages: u32) -> u32 {
-        stages * (TILE_ROWS + pairs) * BLOCK_COLS * 2
-    }
-
-    /// A block for each tile of rows and for as many tiles of pairs as there can be.
-    fn grid(&self, rows: u32, routing: &Routing) -> Grid {
-        let pairs = routing.tokens * routing.per_token;
-        let tiles = tiles_at_most(pairs, routing.experts, self.pairs);
-        Grid::new(rows.div_ceil(TILE_ROWS), THREADS)
-            .rows(tiles)
-            .shared(Self::shared_bytes(self.pairs, self.stages))
-            .dependent()
-    }
-}
 
 /// Tiles of `tile` pairs that as many pairs need at most, dealt out to experts in any way: each expert has a tile that is not
 /// full at most.
@@ -102,14 +84,22 @@ fn tiles_at_most(pairs: u32, experts: u32, tile: u32) -> u32 {
     begun + (pairs - begun) / tile
 }
 
+/// The products of the set in use.
+#[derive(Debug)]
+enum Products {
+    Portable(Box<Portable>),
+    Hopper(Box<Hopper>),
+}
+
 /// The kernels and what they hand to each other.
 #[derive(Debug)]
 pub struct Experts {
     logits: [Kernel; 2],
     choose: Kernel,
     dispatch: Kernel,
-    /// Narrow ones first.
-    tiles: [Tile; 3],
+    /// Both, for few tokens; on Hopper.
+    route_few: Option<Kernel>,
+    products: Products,
     combine: Kernel,
     /// Addresses; sizes are a layer's and a step's.
     routing: Routing,
@@ -170,16 +160,20 @@ impl Experts {
         cuda.zero(read.address(), read.bytes())?;
         let activated = cuda.alloc(Purpose::Scratch, Element::Activation, tokens * pair_width)?;
         let given = cuda.alloc(Purpose::Scratch, Element::Activation, pairs * hidden as usize)?;
+        let products = match cuda.properties().hopper {
+            true => Products::Hopper(Box::new(Hopper::new(cuda)?)),
+            false => Products::Portable(Box::new(Portable::new(cuda.modules())?)),
+        };
         let find = |name| cuda.modules().kernel("experts", name, 0);
+        let is_hopper = cuda.properties().hopper;
+        let route_few =
+            is_hopper.then(|| cuda.modules().kernel("experts_route", "experts_route", 0)).transpose()?;
         Ok(Some(Experts {
             logits: [find("experts_logits_1")?, find("experts_logits_4")?],
             choose: find("experts_choose")?,
             dispatch: find("experts_dispatch")?,
-            tiles: [
-                Tile::new(cuda, [16, 4], "experts_gate_up_16", "experts_down_16")?,
-                Tile::new(cuda, [32, 4], "experts_gate_up_32", "experts_down_32")?,
-                Tile::new(cuda, [64, 3], "experts_gate_up_64", "experts_down_64")?,
-            ],
+            route_few,
+            products,
             combine: find("experts_combine")?,
             routing,
             activated,
@@ -195,27 +189,62 @@ impl Experts {
         step: &Step<Buffer>,
         layer: &ExpertLayer<'_>,
     ) -> Result<(), CudaError> {
-        let ExpertLayer { spec, weights, residual, sumsq, .. } = *layer;
-        let routing = Routing {
-            tokens: step.shape.tokens,
+        let routing = self.routing(step.shape.tokens, layer);
+        self.route(launcher, step, layer, &routing)?;
+        self.products(launcher, layer, &routing)?;
+        self.combine(launcher, layer, &routing)
+    }
+
+    /// A layer's, for so many tokens.
+    pub fn routing(&self, tokens: u32, layer: &ExpertLayer<'_>) -> Routing {
+        let ExpertLayer { spec, weights, .. } = *layer;
+        Routing {
+            tokens,
             experts: spec.count,
             per_token: spec.per_token,
             intermediate: spec.intermediate,
             stored: (weights.gate_up.rows() / spec.count as usize) as u32,
             normalized: u32::from(spec.normalized),
             ..self.routing
-        };
-        self.route(launcher, step, layer, &routing)?;
-        let tile = self.tile(&routing);
-        let (gate_up, down) = (weights.gate_up.address(), weights.down.address());
-        let Experts { activated, given, .. } = self;
-        let grid = tile.grid(routing.stored, &routing);
-        launcher.launch(&tile.gate_up, grid, [&routing, &gate_up, &residual, activated])?;
-        let grid = tile.grid(routing.hidden, &routing);
-        launcher.launch(&tile.down, grid, [&routing, &down, activated, given])?;
+        }
+    }
+
+    /// What each pair's expert gives its token.
+    ///
+    /// # Errors
+    /// Those of the launches.
+    pub fn products(
+        &self,
+        launcher: &Launcher,
+        layer: &ExpertLayer<'_>,
+        routing: &Routing,
+    ) -> Result<(), CudaError> {
+        let out = [self.activated, self.given];
+        match &self.products {
+            Products::Portable(products) => products.launch(launcher, routing, layer, out),
+            Products::Hopper(products) => products.launch(launcher, routing, layer, out),
+        }
+    }
+
+    /// The sum of what a token's experts give it, added to the residual stream.
+    ///
+    /// # Errors
+    /// Those of the launches.
+    pub fn combine(
+        &self,
+        launcher: &Launcher,
+        layer: &ExpertLayer<'_>,
+        routing: &Routing,
+    ) -> Result<(), CudaError> {
+        let ExpertLayer { residual, sumsq, .. } = layer;
         let grid =
             Grid::new(routing.tokens, THREADS).rows(routing.hidden.div_ceil(64).div_ceil(WARPS)).dependent();
-        launcher.launch(&self.combine, grid, [&routing, given, &residual, &sumsq])
+        launcher.launch(&self.combine, grid, [routing, &self.given, residual, sumsq])
+    }
+
+    /// `[tokens * per_token, hidden]` bf16: what [`Experts::products`] leave, a row for each pair of a token and one of its experts.
+    pub fn given(&self) -> Buffer {
+        self.given
     }
 
     /// What steps of decode rows alone read so far.
@@ -227,7 +256,10 @@ impl Experts {
     }
 
     /// Which experts each token gets, and which tokens each expert.
-    fn route(
+    ///
+    /// # Errors
+    /// Those of the launches.
+    pub fn route(
         &self,
         launcher: &Launcher,
         step: &Step<Buffer>,
@@ -236,26 +268,32 @@ impl Experts {
     ) -> Result<(), CudaError> {
         let (tokens, experts) = (routing.tokens, routing.experts);
         let many = usize::from(tokens > FEW_TOKENS);
-        let of_block = WARPS * [1, 4][many];
+        let (of_warp, of_block) = ([1, 4][many], [1, LOGIT_TOKENS][many]);
         let grid =
-            Grid::new(experts.div_ceil(of_block), THREADS).rows(tokens.div_ceil(LOGIT_TOKENS)).dependent();
+            Grid::new(experts.div_ceil(WARPS * of_warp), THREADS).rows(tokens.div_ceil(of_block)).dependent();
         let router = layer.weights.router.address();
         launcher.launch(
             &self.logits[many],
             grid,
             [routing, &layer.row_norm, &router, &layer.norm, &layer.residual],
         )?;
-        let grid = Grid::new(tokens.div_ceil(WARPS), THREADS).dependent();
         let tokens_offset = step.layout.tokens as u32;
-        launcher.launch(&self.choose, grid, [routing, &step.batch, &tokens_offset])?;
         let read = if step.shape.is_decode() { self.read.address() } else { Address::NULL };
-        launcher.launch(&self.dispatch, Grid::new(experts, THREADS).dependent(), [routing, &read])
+        if let Some(route) = self.route_few.filter(|_| tokens <= ROUTED_AT_ONCE) {
+            let grid = Grid::new(ROUTE_BLOCKS, ROUTE_THREADS).cluster(ROUTE_BLOCKS).dependent();
+            return launcher.launch(&route, grid, [routing, &step.batch, &tokens_offset, &read]);
+        }
+        let grid = Grid::new(tokens.div_ceil(WARPS), THREADS).dependent();
+        launcher.launch(&self.choose, grid, [routing, &step.batch, &tokens_offset])?;
+        self.dispatch(launcher, routing, read)
     }
 
-    /// The narrowest tile that holds what an expert gets on average, and half as many more.
-    fn tile(&self, routing: &Routing) -> &Tile {
-        let usual = routing.tokens * routing.per_token * 3 / 2 / routing.experts;
-        self.tiles.iter().find(|tile| usual <= tile.pairs).unwrap_or(&self.tiles[2])
+    /// Which of the chosen are each expert's; counts in `read`, where that is not null.
+    ///
+    /// # Errors
+    /// Those of the launches.
+    pub fn dispatch(&self, launcher: &Launcher, routing: &Routing, read: Address) -> Result<(), CudaError> {
+        launcher.launch(&self.dispatch, Grid::new(routing.experts, THREADS).dependent(), [routing, &read])
     }
 }
 
@@ -289,7 +327,7 @@ mod tests {
     #[test]
     fn both_sides_declare_the_same() {
         assert_declared!(
-            &["experts.cu"],
+            &["experts.cuh"],
             "Routing",
             Routing {
                 logits,
@@ -309,7 +347,8 @@ mod tests {
             }
         );
         assert_eq!(constant("experts.cu", "LOGIT_TOKENS"), LOGIT_TOKENS);
-        assert_eq!(32 * constant("experts.cu", "EXPERTS_A_LANE"), COUNT_MAX);
+        assert_eq!(32 * constant("experts_choose.cuh", "EXPERTS_A_LANE"), COUNT_MAX);
+        assert_eq!(threads_of(HOPPER, "experts_route"), ROUTE_THREADS);
         let products =
             [16, 32, 64].map(|pairs| [format!("experts_gate_up_{pairs}"), format!("experts_down_{pairs}")]);
         let others =
@@ -324,7 +363,7 @@ mod tests {
     #[test]
     fn there_are_blocks_for_every_way_to_deal_pairs_out() {
         for (pairs, experts) in [(1, 8), (8, 128), (64, 8), (100, 7), (2048, 128), (4000, 3)] {
-            for tile in [16, 32, 64] {
+            for tile in [16, 32, 64, 256] {
                 let most = tiles_at_most(pairs, experts, tile);
                 // One pair for each but the last, which has the rest; and as even as can be.
                 let others = (experts - 1).min(pairs - 1);

@@ -118,6 +118,16 @@ __device__ __forceinline__ void barrier_arrive_at(unsigned barrier, unsigned ran
                  "}" ::"r"(barrier), "r"(rank) : "memory");
 }
 
+// Puts a word at the place `at` of a block's shared memory; its bytes count towards that block's barrier.
+__device__ __forceinline__ void store_remote(unsigned at, unsigned value, unsigned barrier, unsigned rank) {
+    asm volatile("{\n"
+                 ".reg .u32 there, its_barrier;\n"
+                 "mapa.shared::cluster.u32 there, %0, %3;\n"
+                 "mapa.shared::cluster.u32 its_barrier, %2, %3;\n"
+                 "st.async.shared::cluster.mbarrier::complete_tx::bytes.u32 [there], %1, [its_barrier];\n"
+                 "}" ::"r"(at), "r"(value), "r"(barrier), "r"(rank) : "memory");
+}
+
 // Two floats at the place `at` of another block's shared memory.
 __device__ __forceinline__ float2 load_remote(unsigned at, unsigned rank) {
     float2 value;

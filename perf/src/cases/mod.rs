@@ -1,7 +1,8 @@
-//! The cases: small operations, products, attention, whole decode steps.
+//! The cases: small operations, products, experts, attention, whole decode steps.
 
 mod attention;
 mod decode;
+mod experts;
 mod products;
 mod small;
 
@@ -11,6 +12,7 @@ use crate::case::{Case, Filter};
 pub fn cases(filter: &Filter) -> Vec<Case> {
     let mut cases = small::cases(filter);
     cases.extend(products::cases(filter));
+    cases.extend(experts::cases(filter));
     cases.extend(attention::cases(filter));
     cases.extend(decode::cases(filter));
     cases.retain(|case| filter.takes(case));

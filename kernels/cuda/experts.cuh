@@ -1,0 +1,16 @@
+// What the kernels of a layer's experts share.
+#pragma once
+
+#include <cuda_bf16.h>
+
+// backend-cuda/src/ops/experts.rs declares the same fields, which its tests compare.
+struct Routing {
+    float *logits;          // [T, E]
+    float *scales;          // [T]: the row norm's
+    unsigned short *chosen; // [T, P], and up to 7 more to read
+    float *shares;          // [T, P]
+    unsigned *begins;       // [E + 1]
+    unsigned *pairs;        // [T P]: expert e's are begins[e] .. begins[e + 1]
+    unsigned tokens, experts, per_token, hidden, intermediate, stored;
+    unsigned normalized, nobody; // nobody: the slot of padding
+};

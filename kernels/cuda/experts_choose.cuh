@@ -1,0 +1,83 @@
+// A token's experts: the P largest of its logits, ascending by number, and their shares.
+#pragma once
+
+#include "batch.cuh"
+#include "epilogue.cuh"
+#include "experts.cuh"
+
+constexpr unsigned NOBODY = 0xffff; // in place of an expert's number: no further expert
+constexpr int EXPERTS_A_LANE = 8;   // 256 at most
+
+// A float's bits as an unsigned number of the same order, at least 1; -0 counts as 0.
+__device__ __forceinline__ unsigned ordered(float value) {
+    const unsigned bits = __float_as_uint(value + 0.0f);
+    return max(bits >> 31 ? ~bits : bits | 0x80000000u, 1u);
+}
+
+// A warp takes token t, of this slot; a lane 8 neighbouring experts.
+__device__ __forceinline__ void choose(const Routing &routing, unsigned t, unsigned slot) {
+    const unsigned lane = threadIdx.x % 32;
+    unsigned short *chosen = routing.chosen + (size_t)t * routing.per_token;
+    float *shares = routing.shares + (size_t)t * routing.per_token;
+    if (slot == routing.nobody) {
+        if (lane < routing.per_token) {
+            chosen[lane] = NOBODY;
+            shares[lane] = 0.0f;
+        }
+        return;
+    }
+    float logit[EXPERTS_A_LANE];
+    unsigned key[EXPERTS_A_LANE]; // 0: not there, or chosen
+    unsigned taken = 0;           // bits of chosen ones
+#pragma unroll
+    for (int i = 0; i < EXPERTS_A_LANE; i++) {
+        const unsigned expert = EXPERTS_A_LANE * lane + i;
+        logit[i] = expert < routing.experts ? __ldcg(routing.logits + (size_t)t * routing.experts + expert) : 0.0f;
+        key[i] = expert < routing.experts ? ordered(logit[i]) : 0;
+    }
+    float largest = 0.0f;
+    for (unsigned j = 0; j < routing.per_token; j++) {
+        unsigned best = 0;
+#pragma unroll
+        for (int i = 0; i < EXPERTS_A_LANE; i++)
+            best = max(best, key[i]);
+        const unsigned most = __reduce_max_sync(0xffffffffu, best);
+        const unsigned owner = __ffs(__ballot_sync(0xffffffffu, best == most)) - 1;
+        float found = 0.0f;
+        if (lane == owner) {
+            bool done = false;
+#pragma unroll
+            for (int i = 0; i < EXPERTS_A_LANE; i++)
+                if (!done && key[i] == most) {
+                    done = true;
+                    key[i] = 0;
+                    taken |= 1u << i;
+                    found = logit[i];
+                }
+        }
+        if (j == 0)
+            largest = __shfl_sync(0xffffffffu, found, owner);
+    }
+    float weight[EXPERTS_A_LANE], sum[1] = {0.0f};
+#pragma unroll
+    for (int i = 0; i < EXPERTS_A_LANE; i++) {
+        weight[i] = expf(logit[i] - largest);
+        const bool counts = routing.normalized ? taken >> i & 1 : EXPERTS_A_LANE * lane + i < routing.experts;
+        sum[0] += counts ? weight[i] : 0.0f;
+    }
+    warp_sums(sum);
+    unsigned place = __popc(taken);
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) {
+        const unsigned before = __shfl_up_sync(0xffffffffu, place, step);
+        place += lane >= step ? before : 0;
+    }
+    place -= __popc(taken);
+#pragma unroll
+    for (int i = 0; i < EXPERTS_A_LANE; i++)
+        if (taken >> i & 1) {
+            chosen[place] = EXPERTS_A_LANE * lane + i;
+            shares[place] = weight[i] / sum[0];
+            place++;
+        }
+}

@@ -1,0 +1,468 @@
+// The products of a layer's experts, whatever their weights are stored as (`FORM`): experts_products.cu has them in bf16; experts.cu
+// has what comes before and behind.
+//
+//   gather     gathered[place] = x[token of the pair], where it is not fetched so   grid T P / 8           block 256
+//   gate_up    activated[place] = silu(gate) * up                                   grid: all SMs          block 288
+//   down       given[pair] = w x                                                    likewise
+//
+//   w [E][rows, cols]: gate and up by turns of 8 rows, rows a multiple of 128; down
+//   a unit     128 rows of one expert's w by a tile of its pairs, all columns
+//   few        tiles of up to 64 pairs, by wgmma of 16, 32 or 64: as many as there are; room for the next product's block beside it
+//   many       tiles of up to 256 pairs, by 64 or a multiple; clusters of two have neighbouring rows, each fetches half the pairs
+//   moves      the w of experts that somebody chose, once from memory; for each tile after the first, from L2
+//
+//   one warp            w, w, w … ── wait for the kernel before ── x, x, x … ── ring: w, x ──> full
+//   two warpgroups      64 rows each: wgmma k16 by k16 (the form's `multiply`) ── empty ── sums ── 16 bits, turned, in shared memory ── rows of 64 or
+//                       128 bytes to memory, while the warp fetches the next unit
+//
+// 1. Rows of w are wgmma's M and pairs its N in both: a sum has the same order whatever the tile, and all columns are one slice.
+//    So a token's bits depend neither on its place nor on the pairs beside it.
+// 2. Counts are read from memory (experts_plan.cuh): the grid is the same whatever the tokens chose.
+// 3. `gather` and both products let the next kernel start behind their own wait. So what lies before the kernel in front is
+//    done when a product behind one of them starts: it reads the plan and fetches w before its wait, and down's w comes while
+//    gate_up ends. Without a gather gate_up waits first.
+// 4. Behind an expert's last pair lie the next expert's, what an earlier step left, or what the ring had: they make sums that are
+//    not stored.
+// 5. A thread's gate and up lie in rows 8 apart of one wgmma: nothing is exchanged for them. `stmatrix.trans` turns 8 outputs of
+//    8 pairs, so that a pair's outputs lie side by side.
+#pragma once
+
+#include "dependent.cuh"
+#include "epilogue.cuh"
+#include "experts.cuh"
+#include "experts_plan.cuh"
+#include "hopper.cuh"
+#include "place.cuh"
+
+// w as FORM has it; PAIRS of a tile, fetched BOX at a time by each of SHARERS blocks; ROUND of them are turned at once.
+template <class FORM, int PAIRS_, int BOX_, int SHARERS_, int STAGES_, int ROUND_, int BESIDE_> struct Tiling {
+    using Form = FORM;
+    static constexpr unsigned PAIRS = PAIRS_, BOX = BOX_, SHARERS = SHARERS_, STAGES = STAGES_, ROUND = ROUND_, BESIDE = BESIDE_;
+    // A stage has a block of columns of w, at whose end x begins, 64 columns of all pairs at a time.
+    static constexpr unsigned ROWS = 128, X_AT = (FORM::W_BYTES + 1023) / 1024 * 1024, X_BYTES = PAIRS * 128;
+    static constexpr unsigned STAGE_BYTES = X_AT + FORM::COLS / 64 * X_BYTES;
+    static constexpr unsigned WARPS = 8, MULTIPLIERS = 256, TURNED_BYTES = ROUND * 128;
+    using Plan = ExpertPlan<PAIRS>;
+    static constexpr bool DEALT = SHARERS > 1; // units as clusters become free; else block b takes units b, b + blocks, …
+
+    // Pairs that a tile is fetched and multiplied with.
+    __device__ __forceinline__ static unsigned width(unsigned count) {
+        if (SHARERS == 1)
+            return count <= 16 ? 16 : count <= 32 ? 32 : 64;
+        return (count + 63) / 64 * 64;
+    }
+};
+
+__device__ __forceinline__ unsigned token_of(const Routing &routing, unsigned place) {
+    return __ldcg(routing.pairs + place) / routing.per_token;
+}
+
+__device__ __forceinline__ unsigned bf16_word(float x, float y) {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(x, y);
+    return *reinterpret_cast<const unsigned *>(&pair);
+}
+
+// Four matrices of 8 pairs by 8 outputs; this lane says where the 8 outputs of `pair` go.
+__device__ __forceinline__ void store_turned(unsigned turned, unsigned pair, unsigned chunk, const unsigned (&words)[4]) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
+                     turned + pair * 128 + ((chunk ^ pair % 8) << 4)),
+                 "r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3])
+                 : "memory");
+}
+
+// What is multiplied: `w` [E][rows, cols], and what becomes of it.
+// BY_TOKEN: x is [T, hidden], and a pair's row its token's; else [T P, hidden], gathered.
+template <bool BY_TOKEN_> struct GateUpOfExperts {
+    __nv_bfloat16 *activated; // [T P, intermediate]
+    unsigned *tickets;        // 0 between launches; see Dealer
+    static constexpr bool BY_TOKEN = BY_TOKEN_;
+    static constexpr unsigned CHUNKS = 4; // of 8 outputs, of a warpgroup's rows
+
+    __device__ __forceinline__ unsigned rows(const Routing &routing) const { return routing.stored; }
+    __device__ __forceinline__ unsigned cols(const Routing &routing) const { return routing.hidden; }
+    // What is known of a pair: its token's scale.
+    __device__ __forceinline__ unsigned known(const Routing &routing, unsigned place) const {
+        return __float_as_uint(__ldcg(routing.scales + token_of(routing, place)));
+    }
+    // Turns COUNT pairs of a warp's sums from `first` on, 32 at most.
+    template <int N, int COUNT>
+    __device__ __forceinline__ void turn(const float (&sum)[N], unsigned first, const unsigned *known, unsigned turned) const {
+        const unsigned lane = threadIdx.x % 32, chunk = threadIdx.x / 32 % 4;
+        unsigned words[4] = {};
+#pragma unroll
+        for (int i = 0; i < COUNT / 8; i++) {
+            const float *d = sum + first / 2 + 4 * i;
+            const float2 scale = *reinterpret_cast<const float2 *>(known + first + 8 * i + lane % 4 * 2);
+            const float gate[2] = {__fmul_rn(d[0], scale.x), __fmul_rn(d[1], scale.y)};
+            const float up[2] = {__fmul_rn(d[2], scale.x), __fmul_rn(d[3], scale.y)};
+            words[i] = bf16_word(GateUp::silu(gate[0]) * up[0], GateUp::silu(gate[1]) * up[1]);
+        }
+        store_turned(turned, first + lane, chunk, words);
+    }
+    __device__ __forceinline__ __nv_bfloat16 *to(const Routing &routing, unsigned place, unsigned, unsigned m) const {
+        return m / 2 < routing.intermediate ? activated + (size_t)place * routing.intermediate + m / 2 : nullptr;
+    }
+
+};
+
+struct DownOfExperts {
+    __nv_bfloat16 *given; // [T P, hidden]
+    unsigned *tickets;    // likewise
+    static constexpr bool BY_TOKEN = false;
+    static constexpr unsigned CHUNKS = 8;
+
+    __device__ __forceinline__ unsigned rows(const Routing &routing) const { return routing.hidden; }
+    __device__ __forceinline__ unsigned cols(const Routing &routing) const { return routing.intermediate; }
+    // Which pair it is.
+    __device__ __forceinline__ unsigned known(const Routing &routing, unsigned place) const { return __ldcg(routing.pairs + place); }
+    template <int N, int COUNT>
+    __device__ __forceinline__ void turn(const float (&sum)[N], unsigned first, const unsigned *, unsigned turned) const {
+        const unsigned lane = threadIdx.x % 32, chunk = threadIdx.x / 32 % 4 * 2 + lane / 8 % 2;
+#pragma unroll
+        for (int half = 0; half < COUNT / 16; half++) {
+            const float *d = sum + first / 2 + 8 * half;
+            unsigned words[4];
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+                words[i] = bf16_word(d[2 * i], d[2 * i + 1]);
+            store_turned(turned, first + 16 * half + lane / 16 * 8 + lane % 8, chunk, words);
+        }
+    }
+    __device__ __forceinline__ __nv_bfloat16 *to(const Routing &routing, unsigned, unsigned pair, unsigned m) const {
+        return m < routing.hidden ? given + (size_t)pair * routing.hidden + m : nullptr;
+    }
+};
+
+// Addresses in shared memory: the ring, its barriers, a warpgroup's turned outputs, what is known of its pairs.
+template <class T> struct Shared {
+    static constexpr unsigned RING = T::STAGES * T::STAGE_BYTES;
+    unsigned ring, turned, full, empty;
+    unsigned *known;
+
+    // As many bytes as backend-cuda/src/ops/experts/hopper.rs asks for, what aligns the ring to 1024 bytes included.
+    __device__ __forceinline__ explicit Shared(unsigned char *start) {
+        ring = (shared_address(start) + 1023) & ~1023u;
+        start += ring - shared_address(start);
+        turned = ring + RING + threadIdx.x / 128 * T::TURNED_BYTES;
+        start += RING + 2 * T::TURNED_BYTES;
+        known = reinterpret_cast<unsigned *>(start) + threadIdx.x / 128 * T::PAIRS;
+        full = shared_address(start) + 2 * T::PAIRS * 4;
+        empty = full + 8 * T::STAGES;
+    }
+    __device__ __forceinline__ unsigned stage(unsigned i) const { return ring + i * T::STAGE_BYTES; }
+
+    // A warp's wgmma have read a stage.
+    __device__ __forceinline__ void release(unsigned at) const {
+        const unsigned lane = threadIdx.x % 32;
+        if (T::SHARERS == 1 && lane == 0)
+            barrier_arrive(empty + 8 * at);
+        if (T::SHARERS > 1 && lane < T::SHARERS)
+            barrier_arrive_at(empty + 8 * at, lane);
+    }
+
+    __device__ __forceinline__ void init_barriers() const {
+        for (unsigned i = 0; i < T::STAGES; i++) {
+            barrier_init(full + 8 * i, 1);
+            barrier_init(empty + 8 * i, T::SHARERS * T::WARPS);
+        }
+        barrier_init_fence();
+    }
+};
+
+// The plan, by all of the first 256 threads; nobody reads it before the block's next barrier.
+template <class T>
+__device__ __forceinline__ void make_plan(typename T::Plan &plan, const Routing &routing, unsigned across) {
+    __shared__ unsigned tiles_of_warp[T::WARPS];
+    const unsigned e = threadIdx.x, warp = e / 32, lane = e % 32;
+    const unsigned begin = e < routing.experts ? __ldcg(routing.begins + e) : 0;
+    const unsigned end = e < routing.experts ? __ldcg(routing.begins + e + 1) : 0;
+    unsigned tiles = T::Plan::tiles_of(end - begin);
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) {
+        const unsigned before = __shfl_up_sync(0xffffffffu, tiles, step);
+        tiles += lane >= step ? before : 0;
+    }
+    if (lane == 31)
+        tiles_of_warp[warp] = tiles;
+    sync_threads(1, T::MULTIPLIERS);
+    for (unsigned w = 0; w < warp; w++)
+        tiles += tiles_of_warp[w];
+    if (e < routing.experts) {
+        plan.begins[e] = begin;
+        plan.tiles[e + 1] = tiles;
+    }
+    if (e + 1 == routing.experts)
+        plan.begins[e + 1] = end;
+    if (e == 0)
+        plan.tiles[0] = 0, plan.experts = routing.experts, plan.across = across;
+}
+
+// Units of many pairs differ in size, so a cluster that is done takes the next one that nobody has: its first block draws a ticket
+// for both. Numbers go to the fetching threads through slots, and from them to those that multiply beside each stage.
+//
+// The first units are the clusters' own numbers, and each cluster that has one draws until there is none: as many tickets as there
+// are units, so the counter is back at 0 when the last one is drawn.
+template <class T> struct Dealer {
+    static constexpr unsigned SLOTS = 8; // a block is at most as many units ahead as there are stages
+    static constexpr unsigned NONE = 0xffffffffu;
+    unsigned number_of, slots, full, *tickets; // of each stage: the unit's number; words, and their barriers
+
+    __device__ __forceinline__ void init_barriers() const {
+        for (unsigned i = 0; i < SLOTS; i++)
+            barrier_init(full + 8 * i, 1);
+    }
+    __device__ __forceinline__ unsigned draw(unsigned units) const {
+        return gridDim.x / T::SHARERS + atomicInc(tickets, units - 1);
+    }
+    __device__ __forceinline__ void send(unsigned turn, unsigned number) const {
+        const unsigned slot = turn % SLOTS;
+        for (unsigned rank = 0; rank < T::SHARERS; rank++)
+            store_remote(slots + 4 * slot, number, full + 8 * slot, rank);
+    }
+    __device__ __forceinline__ unsigned receive(unsigned turn) const {
+        const unsigned slot = turn % SLOTS;
+        barrier_expect(full + 8 * slot, 4);
+        barrier_wait(full + 8 * slot, turn / SLOTS % 2);
+        return load(slots + 4 * slot);
+    }
+    __device__ __forceinline__ void note(unsigned stage, unsigned number) const {
+        asm volatile("st.shared.u32 [%0], %1;" ::"r"(number_of + 4 * stage), "r"(number) : "memory");
+    }
+    __device__ __forceinline__ unsigned noted(unsigned stage) const { return load(number_of + 4 * stage); }
+
+  private:
+    __device__ __forceinline__ static unsigned load(unsigned at) {
+        unsigned value;
+        asm volatile("ld.shared.u32 %0, [%1];" : "=r"(value) : "r"(at) : "memory");
+        return value;
+    }
+};
+
+// Which of a cluster's blocks this is.
+template <class T> __device__ __forceinline__ unsigned rank() { return T::SHARERS == 1 ? 0 : cluster_rank(); }
+
+// The first row of an expert's w that is this block's.
+template <class T> __device__ __forceinline__ unsigned first_row(const Unit &unit) {
+    return (unit.rows * T::SHARERS + rank<T>()) * T::ROWS;
+}
+
+// A warp's work: one lane fetches w and boxes of x, all of them rows of x that lie apart.
+template <class T, bool BY_TOKEN>
+__device__ __forceinline__ void fetch(const Shared<T> &shared, const typename T::Plan &plan, const Dealer<T> &dealer,
+                                      const typename T::Form &w, const TensorMap *x, const Routing &routing, unsigned rows,
+                                      unsigned blocks) {
+    static_assert(!BY_TOKEN || (T::SHARERS == 1 && T::PAIRS == 64 && T::Form::COLS == 64), "a lane has two rows");
+    const unsigned lane = threadIdx.x % 32;
+    if (T::DEALT && lane > 0)
+        return;
+    const unsigned units = plan.units();
+    unsigned number = blockIdx.x / T::SHARERS, turn = 0;
+    Unit unit = {};
+    unsigned width = 0, part = 0; // pairs of the tile, of which this block fetches a part
+    unsigned tokens[2];           // of pairs `lane` and `lane` + 32
+    unsigned long long policy = EVICT_NORMAL;
+    const auto take = [&] {
+        unit = plan.unit(number);
+        width = T::width(unit.count);
+        part = width / T::SHARERS;
+        policy = T::SHARERS == 1 && unit.tiles == 1 ? EVICT_FIRST : EVICT_NORMAL;
+#pragma unroll
+        for (unsigned i = 0; i < 2; i++)
+            tokens[i] = BY_TOKEN && 32 * i + lane < unit.count ? token_of(routing, unit.first + 32 * i + lane) : 0;
+    };
+    const auto fetch_w = [&](unsigned at, unsigned i) {
+        if (lane > 0)
+            return;
+        if (T::DEALT)
+            dealer.note(at, number);
+        barrier_expect(shared.full + 8 * at, T::Form::W_BYTES + (BY_TOKEN ? unit.count : width) * T::Form::COLS * 2);
+        w.fetch(shared.stage(at), unit.expert, first_row<T>(unit), rows, i, blocks, shared.full + 8 * at, policy);
+    };
+    const auto fetch_x = [&](unsigned at, unsigned i) {
+        const unsigned to = shared.stage(at) + T::X_AT, barrier = shared.full + 8 * at;
+        if constexpr (BY_TOKEN) {
+#pragma unroll
+            for (unsigned n = 0; n < 2; n++)
+                if (32 * n + lane < unit.count)
+                    bulk_fetch(to + (32 * n + lane) * 128, x, i * 64, tokens[n], barrier, EVICT_LAST);
+        } else if (lane == 0) {
+            for (unsigned col = 0; col < T::Form::COLS; col += 64)
+                for (unsigned box = rank<T>() * part; box < (rank<T>() + 1) * part; box += T::BOX) {
+                    const unsigned there = to + col / 64 * T::X_BYTES + box * 128, from = i * T::Form::COLS + col;
+                    if (T::SHARERS == 1)
+                        bulk_fetch(there, x, from, unit.first + box, barrier, EVICT_LAST);
+                    else
+                        bulk_fetch_shared(there, x, from, unit.first + box, barrier, EVICT_NORMAL, (1 << T::SHARERS) - 1);
+                }
+        }
+    };
+    unsigned ahead = 0; // blocks of columns of the first unit, whose w comes before the wait
+    Place<T::STAGES> place;
+    if (number < units) {
+        take();
+        ahead = min(T::STAGES, blocks);
+        for (unsigned i = 0; i < ahead; i++)
+            fetch_w(i, i);
+    }
+    dependent_wait();
+    for (unsigned i = 0; i < ahead; i++) {
+        fetch_x(i, i);
+        place.advance();
+    }
+    for (; number < units; ahead = 0) {
+        take();
+        const unsigned drawn = T::DEALT && rank<T>() == 0 ? dealer.draw(units) : 0;
+        for (unsigned i = ahead; i < blocks; i++) {
+            barrier_wait(shared.empty + 8 * place.at, place.parity ^ 1); // passes in the first round
+            fetch_w(place.at, i);
+            fetch_x(place.at, i);
+            place.advance();
+        }
+        if (T::DEALT) {
+            if (rank<T>() == 0)
+                dealer.send(turn, drawn);
+            number = dealer.receive(turn++);
+        } else {
+            number += gridDim.x;
+        }
+    }
+    if (T::DEALT) {
+        barrier_wait(shared.empty + 8 * place.at, place.parity ^ 1);
+        dealer.note(place.at, Dealer<T>::NONE);
+        barrier_arrive(shared.full + 8 * place.at);
+    }
+}
+
+// A unit's products on their way out, by a warpgroup.
+template <class T, int N, class Product>
+__device__ __forceinline__ void finish(const Shared<T> &shared, const Routing &routing, const Product &product, const Unit &unit,
+                                       const float (&sum)[N / 2], const unsigned (&known)[(N + 127) / 128]) {
+    constexpr unsigned ROUND = N < T::ROUND ? N : T::ROUND, AT_ONCE = 128 / Product::CHUNKS;
+    const unsigned thread = threadIdx.x % 128, group = threadIdx.x / 128, chunk = thread % Product::CHUNKS;
+    const auto sync = [&] { sync_threads(2 + group, 128); };
+#pragma unroll
+    for (int i = 0; i < (N + 127) / 128; i++)
+        if (128 * i + thread < N)
+            shared.known[128 * i + thread] = known[i];
+    sync();
+    // The first output of this lane's 8 in a row of w's; gate_up has half as many outputs as rows.
+    const unsigned m = first_row<T>(unit) + 64 * group + 64 / Product::CHUNKS * chunk;
+#pragma unroll
+    for (int round = 0; round < N; round += ROUND) {
+        if (round >= unit.count)
+            break;
+#pragma unroll
+        for (int first = round; first < round + ROUND; first += 32)
+            product.template turn<N / 2, (ROUND < 32 ? ROUND : 32)>(sum, first, shared.known, shared.turned - round * 128);
+        sync();
+#pragma unroll
+        for (unsigned p = thread / Product::CHUNKS; p < ROUND; p += AT_ONCE) {
+            const unsigned n = round + p;
+            if (n >= unit.count)
+                break;
+            uint4 value;
+            asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                         : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+                         : "r"(shared.turned + p * 128 + ((chunk ^ p % 8) << 4)) : "memory");
+            __nv_bfloat16 *to = product.to(routing, unit.first + n, shared.known[n], m);
+            if (to != nullptr)
+                *reinterpret_cast<uint4 *>(to) = value;
+        }
+        sync();
+    }
+}
+
+template <class T, int N, class Product>
+__device__ __forceinline__ void work(const Shared<T> &shared, Place<T::STAGES> &place, const Routing &routing,
+                                     const Product &product, const Unit &unit, unsigned blocks) {
+    const unsigned thread = threadIdx.x % 128;
+    unsigned known[(N + 127) / 128];
+#pragma unroll
+    for (int i = 0; i < (N + 127) / 128; i++) // on its way while the unit is multiplied
+        known[i] = 128 * i + thread < unit.count ? product.known(routing, unit.first + 128 * i + thread) : 0;
+    float sum[N / 2];
+    T::Form::template multiply<T, N>(shared, place, blocks, sum);
+    finish<T, N>(shared, routing, product, unit, sum, known);
+}
+
+// A unit, by two warpgroups.
+template <class T, class Product>
+__device__ __forceinline__ void take_unit(const Shared<T> &shared, Place<T::STAGES> &place, const Routing &routing,
+                                          const Product &product, const Unit &unit, unsigned blocks) {
+    const unsigned width = T::width(unit.count);
+    if constexpr (T::SHARERS == 1) {
+        if (width == 16)
+            work<T, 16>(shared, place, routing, product, unit, blocks);
+        else if (width == 32)
+            work<T, 32>(shared, place, routing, product, unit, blocks);
+    }
+    if constexpr (T::PAIRS > 32) {
+        if (width == 64)
+            work<T, 64>(shared, place, routing, product, unit, blocks);
+    }
+    if constexpr (T::SHARERS > 1) {
+        if (width == 128)
+            work<T, 128>(shared, place, routing, product, unit, blocks);
+    }
+    if constexpr (T::PAIRS > 128) {
+        if (width == 192)
+            work<T, 192>(shared, place, routing, product, unit, blocks);
+        else if (width == 256)
+            work<T, 256>(shared, place, routing, product, unit, blocks);
+    }
+}
+
+// Two warpgroups' work.
+template <class T, class Product>
+__device__ __forceinline__ void consume(const Shared<T> &shared, const typename T::Plan &plan, const Dealer<T> &dealer,
+                                        const Routing &routing, const Product &product, unsigned blocks) {
+    dependent_wait();
+    dependent_launch(); // behind the wait: see 3
+    Place<T::STAGES> place;
+    if constexpr (T::DEALT) {
+        while (true) {
+            barrier_wait(shared.full + 8 * place.at, place.parity);
+            const unsigned number = dealer.noted(place.at);
+            if (number == Dealer<T>::NONE)
+                return;
+            take_unit<T>(shared, place, routing, product, plan.unit(number), blocks);
+        }
+    } else {
+        for (unsigned number = blockIdx.x; number < plan.units(); number += gridDim.x)
+            take_unit<T>(shared, place, routing, product, plan.unit(number), blocks);
+    }
+}
+
+template <class T, class Product>
+__device__ __forceinline__ void products(const typename T::Form &w, const TensorMap *x, const Routing &routing,
+                                         const Product &product) {
+    extern __shared__ __align__(1024) unsigned char start[];
+    __shared__ typename T::Plan plan;
+    __shared__ unsigned long long slots_full[Dealer<T>::SLOTS];
+    __shared__ unsigned slots[Dealer<T>::SLOTS], number_of[T::STAGES];
+    const Shared<T> shared(start);
+    const Dealer<T> dealer = {shared_address(number_of), shared_address(slots), shared_address(slots_full), product.tickets};
+    const unsigned rows = product.rows(routing), blocks = (product.cols(routing) + T::Form::COLS - 1) / T::Form::COLS;
+    if (threadIdx.x == T::MULTIPLIERS) {
+        w.prefetch();
+        prefetch_map(x);
+        if (T::DEALT)
+            dealer.init_barriers();
+        shared.init_barriers();
+    }
+    if (Product::BY_TOKEN)
+        dependent_wait(); // the kernel in front makes what is planned by
+    if (threadIdx.x < T::MULTIPLIERS)
+        make_plan<T>(plan, routing, (rows + T::ROWS * T::SHARERS - 1) / (T::ROWS * T::SHARERS));
+    if (T::SHARERS > 1)
+        cluster_sync();
+    else
+        __syncthreads();
+    if (threadIdx.x < T::MULTIPLIERS)
+        consume<T>(shared, plan, dealer, routing, product, blocks);
+    else
+        fetch<T, Product::BY_TOKEN>(shared, plan, dealer, w, x, routing, rows, blocks);
+    __syncwarp();
+    if (T::SHARERS > 1)
+        cluster_sync(); // what blocks have sent to each other's shared memory is there
+}
