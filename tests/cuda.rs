@@ -206,26 +206,33 @@ fn nor_do_they_where_keys_and_values_are_fp8() {
     }
 }
 
-/// How far fp8 may take half of a checkpoint's rows of logits from those of bf16, and the worst, as the CPU's test has it
-/// (`fp8_kv.rs`), where the arithmetic is the definition's.
-const FP8_BOUNDS: [f32; 2] = [0.15, 0.4];
+/// How far rows of logits of fp8 may lie from the CPU's in the worst case, as a share of their norm: rounding may take an element of a
+/// key to the neighbouring code (`fp8_kv.rs` has the bound).
+const FP8_ERROR_MAX: f32 = 0.4;
 
+/// Half of the rows must be nearer to the CPU's of fp8 than those of bf16 are.
 #[test]
 #[ignore = "needs a GPU"]
 fn logits_of_fp8_keys_and_values_are_near_those_of_the_cpu() {
     for name in CHECKPOINTS {
-        let checkpoint = checkpoint(&fixture(name)).with_kv(Some(KvFormat::Fp8));
-        let mut gpu = Logits::new(Cuda::new(&Options::default()).unwrap(), &checkpoint, 512, true);
-        let mut cpu = Logits::new(Cpu::new(), &checkpoint, 512, true);
-        let mut errors = Vec::new();
+        let [bf16, fp8] =
+            [KvFormat::Bf16, KvFormat::Fp8].map(|kv| checkpoint(&fixture(name)).with_kv(Some(kv)));
+        let gpu = |checkpoint| Logits::new(Cuda::new(&Options::default()).unwrap(), checkpoint, 512, true);
+        let (mut wide, mut narrow) = (gpu(&bf16), gpu(&fp8));
+        let mut cpu = Logits::new(Cpu::new(), &fp8, 512, true);
+        let mut errors = [Vec::new(), Vec::new()];
         for example in &Golden::open(name).examples {
-            let (ours, theirs) = (gpu.of(&example.prompt), cpu.of(&example.prompt));
-            errors.extend(ours.iter().zip(&theirs).map(|(ours, theirs)| relative_error(ours, theirs)));
+            let theirs = cpu.of(&example.prompt);
+            for (ours, errors) in [&mut narrow, &mut wide].into_iter().zip(&mut errors) {
+                let ours = ours.of(&example.prompt);
+                errors.extend(ours.iter().zip(&theirs).map(|(ours, theirs)| relative_error(ours, theirs)));
+            }
         }
-        errors.sort_by(f32::total_cmp);
-        let [median, worst] = [errors[errors.len() / 2], errors[errors.len() - 1]];
-        println!("{name}: {median:.4} in the median, {worst:.4} at most");
-        assert!(median < FP8_BOUNDS[0] && worst < FP8_BOUNDS[1], "{name}: {median}, {worst}");
+        errors.iter_mut().for_each(|errors| errors.sort_by(f32::total_cmp));
+        let [of_fp8, of_bf16] = errors.each_ref().map(|errors| errors[errors.len() / 2]);
+        let worst = errors[0][errors[0].len() - 1];
+        println!("{name}: {of_fp8:.4} in the median, {of_bf16:.4} of bf16, {worst:.4} at most");
+        assert!(of_fp8 < of_bf16 && worst < FP8_ERROR_MAX, "{name}: {of_fp8}, {of_bf16}, {worst}");
     }
 }
 

@@ -192,6 +192,12 @@ impl Cuda {
         if let Some(odd) = parts.iter().find(|part| fp8 && !is_fp8(part)) {
             return Err(CudaError::Unsupported(format!("{odd:?} is stacked on fp8, and is not")));
         }
+        if fp8 && role == WeightRole::Embedding {
+            return Err(CudaError::Unsupported(format!(
+                "{:?} is an embedding in fp8, which the kernels don't read; use --backend cpu",
+                parts[0]
+            )));
+        }
         let bytes = if fp8 { Fp8Tiles::bytes(rows, cols) } else { rows * cols * 2 };
         let address = self.allocate(Purpose::Weights, bytes)?;
         if gate_ups(role) > 0 && !fp8 {

@@ -95,12 +95,15 @@ impl Gpu {
     }
 }
 
-/// What a product writes, by both matrices; they must agree in every bit, and be finite.
+/// What a product writes, by both matrices; they must agree in every bit, and something finite must be there.
 fn agree(gpu: &mut Gpu, label: &str, mut run: impl FnMut(&mut Gpu, usize, u32) -> Vec<u32>) {
     for tokens in taken(TOKENS) {
         let [narrow, wide] = [0, 1].map(|which| run(gpu, which, tokens));
         let differ = narrow.iter().zip(&wide).filter(|(a, b)| a != b).count();
         assert_eq!(differ, 0, "{label}, {tokens} tokens: words of {} that differ", wide.len());
+        let half = |word: &u32| [*word as u16, (*word >> 16) as u16];
+        let written = wide.iter().flat_map(half).filter(|bits| bf16::from_bits(*bits).is_finite()).count();
+        assert!(written > tokens as usize, "{label}, {tokens} tokens: nothing finite is written");
     }
 }
 

@@ -20,7 +20,7 @@
 //    the other's takes, and who has taken one does not wait: so one of both goes on, whichever blocks of theirs found room.
 //    The kernel behind a half may start when its blocks have filled their last stage, not sooner: it would sit on the place of
 //    the other's products.
-// 4. Two thirds of a ring are on the way: more would wait in line before memory, with everything that others ask for behind.
+// 4. Two thirds of a ring, rounded up, are on the way: more would wait in line before memory, with everything that others ask for behind.
 // 5. Two neighbouring heads of 64 dims lie side by side in a stage, all tokens of the one before those of the other.
 #pragma once
 #include "attention_work.cuh"

@@ -452,7 +452,7 @@ impl Gemm {
     /// Looks up the kernels for matrices in fp8, and takes memory for one of so many elements in bf16.
     pub fn reserve_fp8(&mut self, cuda: &mut Cuda, elements: usize) -> Result<(), CudaError> {
         let wide = cuda.allocate(Purpose::Scratch, elements * 2)?;
-        self.fp8 = Some(Fp8::new(cuda.modules(), wide)?);
+        self.fp8 = Some(Fp8::new(cuda.modules(), wide, elements)?);
         Ok(())
     }
 

@@ -223,7 +223,8 @@ impl Operations {
         self.after_attention(launcher, layer, part)
     }
 
-    /// The first kernel of a layer, and one more where that left keys and values in the wide pages.
+    /// The first kernel of a layer, behind one that scales its inputs where weights are fp8, and before one that encodes where it left keys
+    /// and values in the wide pages.
     pub fn before_attention(&self, launcher: &Launcher, layer: &Layer, part: Part) -> Result<(), CudaError> {
         let tokens = part.tokens(layer.step.shape);
         let residual = rows_from(self.buffers.residual, self.dims.hidden as usize, tokens.start);
@@ -250,7 +251,7 @@ impl Operations {
         }
     }
 
-    /// The second.
+    /// The second, behind one that widens what prefill rows see of fp8.
     fn attend(&self, launcher: &Launcher, layer: &Layer, part: Part) -> Result<(), CudaError> {
         let (Buffers { q, attended, .. }, Layer { step, kv, .. }) = (self.buffers, layer);
         if let Some(pages) = self.fp8_pages.as_ref().filter(|_| step.shape.prefill_rows > 0) {

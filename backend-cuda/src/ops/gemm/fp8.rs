@@ -94,8 +94,9 @@ pub(super) struct Fp8 {
     gate_up: [Kernel; 4],
     widen: Kernel,
     scale: Kernel,
-    /// Room for a matrix in bf16.
+    /// Room for a matrix in bf16, and of how many elements.
     wide: Address,
+    room: usize,
 }
 
 macro_rules! names {
@@ -120,8 +121,8 @@ const RESIDUAL: [&str; 4] = names!("fp8_residual");
 const GATE_UP: [&str; 4] = names!("fp8_gate_up");
 
 impl Fp8 {
-    /// Looks them up. `wide` is room for the largest matrix in bf16.
-    pub(super) fn new(modules: &Modules, wide: Address) -> Result<Fp8, CudaError> {
+    /// Looks them up. `wide` is room for the largest matrix, of so many elements, in bf16.
+    pub(super) fn new(modules: &Modules, wide: Address, room: usize) -> Result<Fp8, CudaError> {
         let load = |module: &'static str, names: [&'static str; 4]| {
             let [a, b, c, d] = names.map(|name| modules.kernel(module, name, SHARED));
             Ok::<_, CudaError>([a?, b?, c?, d?])
@@ -134,6 +135,7 @@ impl Fp8 {
             widen: modules.kernel("fp8_weights", "fp8_weights_widen", 0)?,
             scale: modules.kernel("fp8_weights", "fp8_weights_scale", 0)?,
             wide,
+            room,
         })
     }
 
@@ -162,6 +164,12 @@ impl Fp8 {
         product: Product<'_, E>,
     ) -> Result<(), CudaError> {
         let Product { shape, x, epilogue, .. } = &product;
+        let is_of_layer = !matches!(E::KIND, Kind::Head | Kind::Linear);
+        if !is_of_layer || shape.rows as usize * shape.cols as usize > self.room {
+            return Err(CudaError::Unsupported(
+                "a matrix in fp8 that is none of a layer's, as a head in fp8; use --backend cpu".into(),
+            ));
+        }
         let matrix = Fp8Matrix::new(w);
         if shape.tokens > TOKENS_MAX {
             let tiles = [matrix.across, shape.rows.div_ceil(ROWS)];
