@@ -52,8 +52,8 @@ use crate::weights::{self, Weights};
 
 /// A model on a device, ready to generate. See the [crate's page](crate) for an example.
 ///
-/// It owns its engines, one or, by [`LlmBuilder::data_parallel`](crate::LlmBuilder::data_parallel), several behind one queue: dropping it ends their threads and gives
-/// the devices' memory back.
+/// It owns its engines, one or, by [`LlmBuilder::data_parallel`](crate::LlmBuilder::data_parallel), several behind one queue:
+/// dropping it ends their threads and gives the devices' memory back.
 pub struct Llm {
     front: Front,
     text: Arc<Text>,
@@ -583,6 +583,7 @@ impl Opening {
     /// What ends an output: the tokens that the model's configuration names, and the tokenizer's.
     fn end_tokens(&self, vocab: u32) -> Vec<u32> {
         let mut eos = self.checkpoint.config().eos.clone();
+        eos.retain(|id| *id < vocab);
         eos.extend(self.text.eos().filter(|id| *id < vocab && !eos.contains(id)));
         eos
     }

@@ -219,7 +219,8 @@ fn a_stop_token_ends_a_request_as_its_last_token_but_not_before_its_least_length
 fn an_end_of_sequence_token_waits_for_the_least_length_and_one_that_is_ignored_does_not() {
     let scratch = Scratch::new();
     scratch.copy("tiny-tied");
-    scratch.write("generation_config.json", r#"{"eos_token_id": [77]}"#);
+    // One is beyond the vocabulary: no such token is ever drawn, nor kept back.
+    scratch.write("generation_config.json", r#"{"eos_token_id": [77, 1000000]}"#);
     let mut llm = small(scratch.path()).build().unwrap();
     let mut ends = |ignore_eos| {
         let sampling = SamplingParams { min_tokens: 4, ignore_eos, ..greedy(6) };

@@ -480,7 +480,7 @@ pub trait Ops: Sampler {
 
 /// A model over a backend: it turns the step's batch into hidden states, and those into logits.
 pub trait Model<B: Device> {
-    /// Bytes of KV that one page takes, over all layers.
+    /// Bytes of KV that one page takes, over all layers; and its share of one layer's wide pages, where the device has such.
     fn page_bytes(&self, page_size: u32) -> u64;
 
     /// Tokens that the output layer tells apart; ids in prompts lie below it.

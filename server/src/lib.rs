@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   connections ──> router: log, CORS, key ──> handlers ── try to submit ──> a session of the engine's front
-//!   (listen.rs)        (app.rs)                   (completions.rs, …)              │ events
+//!   (listen.rs)        (routes.rs)                (completions.rs, …)              │ events
 //!        ^                                                                         ▼
 //!        └────────────────────── whole answers, or chunks as they come <── Outputs (output.rs, stream.rs)
 //!

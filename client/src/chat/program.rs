@@ -24,7 +24,7 @@ with_shared_flags! {
     /// a conversation in the terminal, with a model here or a service with OpenAI's API; /help shows what can be done
     pub struct Flags {
         /// checkpoint directory, a name on the Hugging Face hub (OWNER/NAME), or with --url the service's name of the model
-        /// (default: the first that it lists)
+        /// (default: with --url the first that the service lists)
         #[argh(option)]
         model: Option<String>,
         /// a service's address, like http://127.0.0.1:1919; the flags of engines do nothing then

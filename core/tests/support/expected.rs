@@ -168,8 +168,8 @@ pub fn alone_allowing(
     loop {
         if params.max_tokens == 0 {
             // Hidden states are no numbers either.
-            let is_embedded = params.embed.is_none() || next != NO_TOKEN;
-            return (output, if is_embedded { FinishReason::Length } else { FinishReason::NotNumbers });
+            let has_result = params.embed.is_none() || next != NO_TOKEN;
+            return (output, if has_result { FinishReason::Length } else { FinishReason::NotNumbers });
         }
         if next == NO_TOKEN {
             let Allowed::Mask(mask) = allowed(&output) else { unreachable!("it had a row") };
