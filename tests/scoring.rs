@@ -77,8 +77,7 @@ fn log_probabilities_of_given_tokens_are_those_of_transformers() {
 #[ignore = "needs a GPU"]
 fn log_probabilities_on_the_gpu_are_those_of_transformers_within_bf16() {
     for name in CHECKPOINTS.into_iter().chain(families_on_cuda()) {
-        // Where a router chooses other experts than in f32 a row is another sum: how near it is, `tests/cuda.rs` holds.
-        let bound = if EXPERTS.contains(&name) { f32::INFINITY } else { GPU_ERROR_MAX };
+        let bound = if EXPERTS.contains(&name) { FLIPPED_ERROR_MAX } else { GPU_ERROR_MAX };
         for kernels in [KernelChoice::Auto, KernelChoice::Portable] {
             let what = format!("{name}, {kernels:?}");
             let builder = family(name).backend(BackendChoice::Cuda).kernels(kernels);
@@ -96,6 +95,8 @@ fn log_probabilities_on_the_gpu_are_those_of_transformers_within_bf16() {
 
 /// Rows of logits, which reach 10 here, are off by 3 to 12% of their norm where activations are bf16 (`tests/cuda.rs`).
 const GPU_ERROR_MAX: f32 = 0.5;
+/// Where a router chooses other experts than in f32 a row is another sum: on an H200 one of qwen3-moe-nonorm is off by 1.74.
+const FLIPPED_ERROR_MAX: f32 = 2.5;
 /// No router's choice is near at half of the positions.
 const GPU_MEDIAN_ERROR_MAX: f32 = 0.25;
 
