@@ -17,7 +17,7 @@ use minisgl_cuda::ops::gemm::RowNorm;
 use minisgl_cuda::{Buffer, Cuda, KernelSet, Options, Weight};
 use support::taken;
 
-/// Both sides of every tile, by how many pairs an expert gets.
+/// Tiles of every width, by how many pairs an expert gets; where all choose the same, both sides of each.
 const TOKENS: [u32; 11] = [1, 2, 3, 8, 16, 17, 40, 100, 150, 300, 1100];
 const EPS: f32 = 1e-6;
 /// Three roundings to bf16: of what `down` gets, of what it gives, and of the residual stream.
@@ -272,7 +272,7 @@ impl Layer {
             assert_eq!(differs, None, "{}: {tokens} tokens differ from {}", self.label, all.len());
         }
         // All tokens choose the same experts; the rest are read by nobody. Then all but one, whose experts may be others.
-        for tokens in taken([200, 1100]) {
+        for tokens in taken([200, 64, 65, 128, 1100, 129, 192, 193, 256, 257]) {
             let before = self.experts_read();
             let same: Vec<bf16> = (0..tokens).flat_map(|_| x[..hidden].to_vec()).collect();
             let out = self.run(&same, StepShape::decode, |_| 1);
