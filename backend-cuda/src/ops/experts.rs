@@ -1,4 +1,4 @@
-//! A layer's experts: launches of `experts.cu`, and on Hopper of `experts_route.cu`, where choose and dispatch of few tokens are one.
+//! A layer's experts: launches of `experts.cu`.
 //!
 //! ```text
 //!   residual ── logits ──> choose ──> dispatch ──> gate_up ──> down ──> combine ── residual +=, sums of squares

@@ -1,11 +1,12 @@
 //! Launches of `experts.cu`'s products, for any GPU: a block for each tile of rows and of pairs that there can be.
 
-use super::{ExpertLayer, Routing, THREADS, tiles_at_most};
+use super::{ExpertLayer, Routing, tiles_at_most};
 use crate::error::CudaError;
 use crate::launch::{Grid, Kernel, Launcher};
 use crate::memory::Buffer;
 use crate::module::Modules;
 
+const THREADS: u32 = 256;
 /// Rows of w that a block takes.
 const TILE_ROWS: u32 = 128;
 const BLOCK_COLS: u32 = 64;
