@@ -17,12 +17,13 @@ pub fn find() -> Option<PathBuf> {
 }
 
 /// Opens a page and gives its document as it is `seconds` later, by the page's own clock, which stands while something is being
-/// fetched and runs ahead where there is nothing to do. It does not wait for a frame to be drawn, which takes the browser as long
-/// as others leave it.
+/// fetched and runs ahead where there is nothing to do. Each frame goes through all its stages before that: else the clock may be
+/// there while the first frame, which a page that draws by its size waits for, is not.
 pub fn document(browser: &Path, url: &str, profile: &Path, dark: bool, width: u32, seconds: u32) -> String {
     let scheme = if dark { 0 } else { 1 };
     let mut child = Command::new(browser)
         .args(["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"])
+        .arg("--run-all-compositor-stages-before-draw")
         .arg(format!("--virtual-time-budget={}", seconds * 1000))
         .arg(format!("--user-data-dir={}", profile.display()))
         .arg(format!("--blink-settings=preferredColorScheme={scheme}"))
