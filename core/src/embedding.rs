@@ -8,7 +8,7 @@
 //! sample has no use for the head. Its bits depend on the prompt alone, like a token's. Scaling it to length 1 is the caller's, for
 //! not every model asks for it.
 
-use crate::sampling::SamplingError;
+use crate::sampling_limits::SamplingError;
 
 /// What is asked of a prompt's embedding.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

@@ -12,7 +12,7 @@
 
 use crate::backend::Memory;
 use crate::config::Limits;
-use crate::engine::EngineError;
+use crate::engine_error::EngineError;
 use crate::executor::{Executor, RecordError};
 
 /// Counts pages by the memory that there is, up to [`Limits::pages`] of them.

@@ -31,6 +31,7 @@ use core::fmt;
 use half::bf16;
 
 use crate::fp8;
+pub use crate::spec::KvFormat;
 use crate::spec::{DecoderSpec, Dims};
 
 /// Bytes that those of a page in fp8 are a multiple of.
@@ -42,17 +43,6 @@ const SCALE_BYTES: usize = 2;
 const LARGEST: f32 = 57_344.0; // 448 * 2^7
 /// Rows of less have scales as if they had this.
 const LEAST: f32 = f32::from_bits((127 - 91) << 23); // 2^-91
-
-/// What keys and values are kept as.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum KvFormat {
-    /// f32.
-    F32,
-    /// bf16.
-    Bf16,
-    /// e4m3, with a scale for each row.
-    Fp8,
-}
 
 /// How the pages of a layer's keys are laid out, and those of its values.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -31,21 +31,13 @@
 use alloc::vec::Vec;
 use core::iter::once;
 
-use crate::sampling::{SamplingError, SlotState};
+use crate::sampling::SlotState;
+use crate::sampling_limits::SamplingError;
+pub use crate::sampling_limits::{BAD_WORD_WORDS_MAX, BIAS_MAX, BIASES_MAX, ENDINGS_MAX, PENALTY_MAX};
 
-/// Tokens whose logits a request may bias.
-pub const BIASES_MAX: usize = 1024;
-/// Tokens that may end a request's output, the model's own included.
-pub const ENDINGS_MAX: usize = 256;
-/// Words of a request's bad words: one for each token, one for each word, and one.
-pub const BAD_WORD_WORDS_MAX: usize = 1024;
 /// Words of a slot's region.
 pub const RULE_WORDS: usize = 2 * BIASES_MAX + ENDINGS_MAX + BAD_WORD_WORDS_MAX;
 
-/// The largest bias, either way.
-pub const BIAS_MAX: f32 = 100.0;
-/// The largest presence and frequency penalty, either way.
-pub const PENALTY_MAX: f32 = 2.0;
 /// The largest finite f16: an edited logit's bound, either way, whatever type the device has.
 pub const LOGIT_MAX: f32 = 65504.0;
 

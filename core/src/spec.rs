@@ -18,8 +18,6 @@ use alloc::vec::Vec;
 
 use thiserror::Error;
 
-use crate::kv::KvFormat;
-
 /// Sizes of a decoder.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Dims {
@@ -77,6 +75,17 @@ pub struct DecoderSpec {
     pub kv: Option<KvFormat>,
     /// First layer first.
     pub layers: Vec<LayerSpec>,
+}
+
+/// What keys and values are kept as.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum KvFormat {
+    /// f32.
+    F32,
+    /// bf16.
+    Bf16,
+    /// e4m3, with a scale for each row.
+    Fp8,
 }
 
 /// What an RMSNorm multiplies by, of its stored weight w.

@@ -2,7 +2,6 @@
 
 use std::mem::{forget, replace};
 use std::path::PathBuf;
-use std::process;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use minisgl::progress::Stderr;
@@ -17,6 +16,7 @@ use pyo3::types::{PyBytes, PyDict, PyIterator};
 
 use crate::array;
 use crate::error::{RequestError, raised};
+use crate::owner::Owner;
 use crate::prompt;
 use crate::reader::Source;
 use crate::run::Run;
@@ -256,34 +256,6 @@ impl Drop for Engine {
         if !self.owner.is_here() {
             forget(replace(state, State::Closed));
         }
-    }
-}
-
-/// The process that an engine belongs to.
-#[derive(Clone, Copy)]
-pub struct Owner(u32);
-
-impl Owner {
-    fn this() -> Self {
-        Owner(process::id())
-    }
-
-    /// Is it this process?
-    pub fn is_here(self) -> bool {
-        self.0 == process::id()
-    }
-
-    /// # Errors
-    /// It is another one.
-    pub fn check(self) -> PyResult<()> {
-        if self.is_here() {
-            return Ok(());
-        }
-        Err(PyRuntimeError::new_err(format!(
-            "this LLM was built in process {}, and a forked process has none of its threads nor its GPU: build an LLM in \
-             the child instead, or start processes with multiprocessing's \"spawn\"",
-            self.0
-        )))
     }
 }
 

@@ -21,6 +21,7 @@ mod bell;
 mod engine;
 mod error;
 mod event;
+mod owner;
 mod program;
 mod prompt;
 mod reader;

@@ -11,9 +11,9 @@ use pyo3::prelude::*;
 use pyo3::types::{PyIterator, PyTuple};
 
 use crate::bell::Bell;
-use crate::engine::Owner;
 use crate::error::raised;
 use crate::event::{Event, Groups};
+use crate::owner::Owner;
 use crate::prompt::prompt;
 use crate::sampling::{Embedded, Sampling, Scored};
 

@@ -21,8 +21,8 @@ use pyo3::sync::PyOnceLock;
 use pyo3::types::PyList;
 
 use crate::bell::Bell;
-use crate::engine::Owner;
 use crate::event::Event;
+use crate::owner::Owner;
 use crate::reader::{Reader, Source};
 
 /// See the module.

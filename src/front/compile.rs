@@ -9,9 +9,9 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
-use super::engine::Ready;
 use super::fair::Waiting;
-use super::handle::Shared;
+use super::ready::Ready;
+use crate::compiler::Compiler;
 use crate::grammar::Grammar;
 use crate::request::RequestError;
 
@@ -29,13 +29,13 @@ impl Waiting for Uncompiled {
 
 impl Uncompiled {
     /// The request with its constraint; `None` if it has ended here.
-    pub fn compile(self, shared: &Shared) -> Option<Ready> {
+    pub fn compile(self, compiler: &Compiler) -> Option<Ready> {
         let Uncompiled { grammar, mut ready } = self;
         if ready.is_unwanted() {
             return Some(ready);
         }
         // What is compiled once is copied for the other samples.
-        let constraint = |_| shared.compiler.compile(&grammar, &ready.prompt);
+        let constraint = |_| compiler.compile(&grammar, &ready.prompt);
         let compile = || ready.outputs.iter().map(constraint).collect();
         let compiled: Result<Result<Vec<_>, _>, _> = catch_unwind(AssertUnwindSafe(compile));
         match compiled.unwrap_or_else(|_| Err(RequestError::Grammar("its compiler panicked".to_owned()))) {

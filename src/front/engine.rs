@@ -24,142 +24,21 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, TryRecvError};
 use std::time::{Duration, Instant};
 
-use minisgl_core::constraint::Constraint;
-use minisgl_core::engine::{CompletedStep, StepReport};
+use minisgl_core::engine::StepReport;
 use minisgl_core::request as core;
-use minisgl_core::request::{Request, SubmitError, Ticket};
-use minisgl_core::rules::Rules;
-use minisgl_core::sampling::SamplingParams;
-use minisgl_core::stats::Load;
+use minisgl_core::request::{SubmitError, Ticket};
 
-use super::fair::Waiting;
-use super::handle::Shared;
-use super::output::{Batch, Event, Output};
+use super::batch::{Batch, Event, StepTimes};
+use super::message::{Call, Message};
+use super::output::Output;
+use super::ready::Ready;
+use super::shared::Shared;
 use crate::error::Cause;
-use crate::request::{BesideWork, RequestError, StepTiming};
+use crate::request::BesideWork;
 use crate::runner::Runner;
-
-/// What the engine's thread is told.
-pub enum Message {
-    /// The intake has requests that it would take.
-    Work,
-    /// Abort a session's requests of a tag, or all of them.
-    Abort { session: u64, tag: Option<u64> },
-    /// A request is over, for a stop text came up.
-    StopTextFound(Ticket),
-    /// Do something with the engine, between two steps.
-    Call(Call),
-    /// End the thread.
-    Close,
-}
 
 /// The system wakes a sleeper so late, at most and usually: for so long the thread does not sleep before a step.
 const WAKE_UP: Duration = Duration::from_micros(100);
-
-/// What is to be done with the engine.
-pub type Work = Box<dyn FnOnce(&mut dyn Runner) + Send>;
-
-/// Something to be done with the engine, and when.
-pub struct Call {
-    /// Not before the engine is idle; until then it takes no request in.
-    pub when_idle: bool,
-    pub work: Work,
-}
-
-/// A request ready for the engine.
-pub struct Ready {
-    pub prompt: Vec<u32>,
-    /// Of the first sample.
-    pub params: SamplingParams,
-    pub rules: Option<Arc<Rules>>,
-    /// One for each sample, or none.
-    pub constraints: Vec<Arc<dyn Constraint>>,
-    /// One for each sample.
-    pub outputs: Vec<Output>,
-}
-
-impl Ready {
-    /// A prompt and what is given behind it. Of both, the latter alone is scored.
-    pub fn new(
-        mut prompt: Vec<u32>,
-        given: Option<Vec<u32>>,
-        mut params: SamplingParams,
-        mut outputs: Vec<Output>,
-    ) -> Self {
-        if let Some(given) = given {
-            if let Some(asked) = &mut params.prompt_logprobs {
-                asked.from = prompt.len() as u32;
-            }
-            prompt.extend(given);
-        }
-        outputs.iter_mut().for_each(|output| output.set_prompt(&prompt));
-        Ready { prompt, params, rules: None, constraints: Vec::new(), outputs }
-    }
-
-    /// The samples as the engine takes them.
-    fn samples(&self) -> Vec<Request<'_>> {
-        let of_sample = |sample| Request {
-            rules: self.rules.as_ref(),
-            constraint: self.constraints.get(sample as usize),
-            ..Request::new(&self.prompt, self.params.of_sample(sample))
-        };
-        (0..self.outputs.len() as u32).map(of_sample).collect()
-    }
-
-    /// Is it one of a session's requests of this tag, if there is one?
-    fn has_tag(&self, tag: Option<u64>) -> bool {
-        self.outputs.iter().all(|output| tag.is_none_or(|tag| tag == output.tag()))
-    }
-
-    /// Need the request not run any more?
-    pub fn is_unwanted(&self) -> bool {
-        self.outputs.iter().all(|output| output.is_unwanted())
-    }
-
-    /// Ends all samples, which can't run.
-    pub fn reject(self, error: &RequestError) {
-        self.outputs.into_iter().for_each(|output| output.reject(error.clone()));
-    }
-}
-
-impl Waiting for Ready {
-    fn session(&self) -> u64 {
-        self.outputs.first().map_or(0, |output| output.session())
-    }
-
-    fn count(&self) -> usize {
-        self.outputs.len()
-    }
-}
-
-/// When a step ran.
-pub struct StepTimes {
-    engine: u32,
-    step: CompletedStep,
-    load: Load,
-    output_tokens: u32,
-    started: Instant,
-    /// When the host had its tokens.
-    pub ended: Instant,
-    beside_work: Option<BesideWork>,
-}
-
-impl StepTimes {
-    /// As seen by a session that began at `session`.
-    pub fn timing(&self, session: Instant) -> StepTiming {
-        StepTiming {
-            engine: self.engine,
-            shape: self.step.shape,
-            load: self.load,
-            output_tokens: self.output_tokens,
-            start_ms: self.step.start_ms,
-            gpu_ms: self.step.gpu_ms,
-            host_start: self.started.saturating_duration_since(session),
-            host_time: self.ended.saturating_duration_since(self.started),
-            beside_work: self.beside_work,
-        }
-    }
-}
 
 /// A request in the engine.
 struct Live {
@@ -323,7 +202,7 @@ impl EngineThread {
     fn start(&mut self, output: Output, submitted: core::Submitted) {
         let core::Submitted { ticket, max_tokens } = submitted;
         let live = Live {
-            session: output.session(),
+            session: output.session().id,
             tag: output.tag(),
             ticket,
             wants_tokens: output.wants_tokens(),

@@ -22,9 +22,9 @@ use std::sync::Mutex;
 
 use minisgl_core::stats::Load;
 
-use super::engine::Ready;
 use super::fair::{FairQueue, Waiting};
 use super::locked;
+use super::ready::Ready;
 
 /// Prompts that begin with the same so many tokens go to one engine if they can.
 const COMMON_TOKENS: usize = 64;

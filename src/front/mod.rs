@@ -28,20 +28,28 @@
 //!
 //! Invariant: every request submitted gets exactly one end, or its session an error.
 
+mod batch;
 mod compile;
 mod encode;
 mod engine;
+mod events;
 mod fair;
 mod handle;
 mod intake;
+mod message;
 mod output;
+mod output_thread;
 mod permits;
+mod ready;
 mod session;
 #[cfg(test)]
 mod several;
+mod shared;
 mod stage;
+mod submitter;
 #[cfg(test)]
 mod tests;
+mod wakes;
 
 use std::sync::mpsc::{Receiver, Sender, channel, sync_channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -50,19 +58,21 @@ use std::thread::{self, JoinHandle};
 use minisgl_core::config::Limits;
 use minisgl_core::scheduler::Order;
 
+pub use events::{Aborter, Events, Next, RequestEvent, RequestStream};
 pub use handle::{EngineHandle, TrySubmitError};
-pub use session::{
-    Aborter, Events, Next, RequestEvent, RequestStream, SessionEvent, SessionOptions, Submitter,
-};
+pub use session::{SessionEvent, SessionOptions};
+pub use submitter::Submitter;
 
 use crate::compiler::Tokens;
 use crate::error::Error;
 use crate::pooling::Pooling;
 use crate::runner::Runner;
 use crate::tokenizer::Text;
-use engine::{EngineThread, Message, panicked};
-use handle::Shared;
-use output::{Batch, OutputThread};
+use batch::Batch;
+use engine::{EngineThread, panicked};
+use message::Message;
+use output_thread::OutputThread;
+use shared::Shared;
 
 /// A thread encodes 200 to 500 thousand tokens a second, and the fastest engine so far prefills half a million.
 const ENCODERS_MAX: usize = 8;
@@ -120,11 +130,11 @@ impl Front {
             let output = OutputThread::new(index, shared.clone());
             front.threads.push(spawn("output", move || output.run(&outbox, &used))?);
         }
-        for _ in 0..encoders(&shared.text) {
+        for _ in 0..encoders(&shared.encoder.text) {
             let shared = shared.clone();
             front.threads.push(spawn("encode", move || encode_all(&shared))?);
         }
-        for _ in 0..compilers(&shared.text) {
+        for _ in 0..compilers(&shared.encoder.text) {
             let shared = shared.clone();
             front.threads.push(spawn("compile", move || compile_all(&shared))?);
         }
@@ -221,22 +231,20 @@ fn compilers(text: &Text) -> usize {
     if text.has_tokenizer() { 2 } else { 0 }
 }
 
-fn compile_all(shared: &Arc<Shared>) {
-    let handle = EngineHandle::new(shared.clone());
+fn compile_all(shared: &Shared) {
     while let Some(uncompiled) = shared.compilers.next() {
-        if let Some(ready) = uncompiled.compile(shared) {
+        if let Some(ready) = uncompiled.compile(&shared.compiler) {
             // A request that is refused now is dropped, which tells its reader.
-            let _ = handle.post(vec![ready]);
+            let _ = shared.post(vec![ready]);
         }
     }
 }
 
-fn encode_all(shared: &Arc<Shared>) {
-    let handle = EngineHandle::new(shared.clone());
+fn encode_all(shared: &Shared) {
     while let Some(job) = shared.encoders.next() {
-        if let Some(ready) = job.encode(shared) {
+        if let Some(ready) = shared.encode(job) {
             // A request that is refused now is dropped, which tells its reader.
-            let _ = handle.post(vec![ready]);
+            let _ = shared.post(vec![ready]);
         }
     }
 }

@@ -10,7 +10,7 @@ use minisgl_core::scheduler::Order;
 use minisgl_core::stats::Load;
 use minisgl_decoder::Checkpoint;
 
-use super::engine::{Call, Message};
+use super::message::{Call, Message};
 use super::{Front, Next, SessionEvent, SessionOptions};
 use crate::error::Error;
 use crate::models::FAMILIES;

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use minisgl_core::request::SubmitError;
 
-use super::engine::{Call, Message};
+use super::message::{Call, Message};
 use super::*;
 use crate::request::{Completion, FinishReason, GenerateRequest, Prompt, RequestError, SamplingParams};
 use crate::simulated::{Control, request, start as front, start_with};
