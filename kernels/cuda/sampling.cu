@@ -346,6 +346,29 @@ __device__ __forceinline__ void load_eight(__half (&logit)[8], const __half *row
             logit[j] = i + j < end ? row[i + j] : __ushort_as_half(FORBIDDEN);
 }
 
+// What a block draws from: the logits [begin, end) of a row.
+struct Chunk {
+    const __half *row;
+    bool aligned;
+    unsigned begin, end;
+
+    // Calls f(logits, i) for each eight logits, from i on, that fall to this thread. Gives the largest of them, NaN if one is.
+    template <typename F>
+    __device__ __forceinline__ __half each_eight(F f) const {
+        __half2 largest = __half2half2(__ushort_as_half(FORBIDDEN));
+        for (unsigned first = begin; first < end; first += 256 * 8) {
+            const unsigned i = first + threadIdx.x * 8;
+            __half logit[8];
+            load_eight(logit, row, aligned, i, end);
+#pragma unroll
+            for (int j = 0; j < 8; j += 2)
+                largest = __hmax2_nan(largest, __halves2half2(logit[j], logit[j + 1]));
+            f(logit, i);
+        }
+        return __hmax_nan(__low2half(largest), __high2half(largest));
+    }
+};
+
 // Is one of the eight not below `least`?
 __device__ __forceinline__ bool reaches(const __half (&logit)[8], float least) {
     bool any = false;
@@ -393,33 +416,33 @@ sample_draw(const unsigned *batch, unsigned rows_offset, const SlotState *slots,
     const Row row = reinterpret_cast<const Row *>(batch + rows_offset)[blockIdx.y];
     const SlotState slot = slots[row.slot];
     dependent_wait();
-    const __half *l = logits + (size_t)blockIdx.y * stride;
-    const bool aligned = stride % 8 == 0, greedy = slot.temperature == 0.0f;
-    const unsigned begin = blockIdx.x * chunk, end = min(vocab, begin + chunk);
-    const float least = cut[blockIdx.y], inverse = greedy ? 1.0f : 1.0f / slot.temperature;
+    const unsigned begin = blockIdx.x * chunk;
+    const Chunk own = {logits + (size_t)blockIdx.y * stride, stride % 8 == 0, begin, min(vocab, begin + chunk)};
+    const float least = cut[blockIdx.y];
     Best best = {NO_CUT, begin};
-    __half2 largest = __half2half2(__ushort_as_half(FORBIDDEN));
-    for (unsigned first = begin; first < end; first += 256 * 8) {
-        const unsigned i = first + threadIdx.x * 8;
-        __half logit[8];
-        load_eight(logit, l, aligned, i, end);
-#pragma unroll
-        for (int j = 0; j < 8; j += 2)
-            largest = __hmax2_nan(largest, __halves2half2(logit[j], logit[j + 1]));
-        if (greedy) {
+    __half largest;
+    if (slot.temperature == 0.0f) {
+        largest = own.each_eight([&](const __half (&logit)[8], unsigned i) {
 #pragma unroll
             for (int j = 0; j < 8; j++)
                 best.take(__half2float(logit[j]), i + j);
-        } else {
-            if (least > NO_CUT && !__any_sync(0xffffffffu, reaches(logit, least)))
-                continue;
+        });
+    } else {
+        const float inverse = 1.0f / slot.temperature;
+        const auto draw = [&](const __half (&logit)[8], unsigned i) {
             const float found = value_of(__reduce_max_sync(0xffffffffu, ordered(best.score)));
             take_four(best, logit, i, row.kv_len, slot, inverse, least, found);
             take_four(best, logit + 4, i + 4, row.kv_len, slot, inverse, least, found);
-        }
+        };
+        if (least == NO_CUT)
+            largest = own.each_eight(draw);
+        else
+            largest = own.each_eight([&](const __half (&logit)[8], unsigned i) {
+                if (__any_sync(0xffffffffu, reaches(logit, least)))
+                    draw(logit, i);
+            });
     }
-    const __half own = __hmax_nan(__low2half(largest), __high2half(largest));
-    if (!(__half2float(own) < INFINITE))
+    if (!(__half2float(largest) < INFINITE))
         best.score = INFINITE;
     unsigned long long winner = (unsigned long long)ordered(best.score) << 32 | (0xffffffffu - best.id);
     for (int lane = 16; lane > 0; lane /= 2) {
