@@ -1,4 +1,4 @@
-//! Weights that are updated in a running engine, on the CPU: the same bits as of an engine that was loaded with them.
+//! Weights that are updated in a running engine: the same bits as of an engine that was loaded with them.
 
 mod common;
 
@@ -7,10 +7,10 @@ use std::path::Path;
 use std::sync::Arc;
 
 use common::stored::{Stored, Tensors, stored, write};
-use common::{Numbers, Scratch, family, fixture, greedy, small};
+use common::{CPU_ALONE, FP8, Numbers, Scratch, family, fixture, greedy, small};
 use minisgl::{
-    Completion, Dtype, Error, GenerateRequest, KvFormat, Llm, LlmBuilder, NamedTensor, PromptLogprobs,
-    Quantize, SamplingParams, ScoreRequest, SessionEvent, SessionOptions,
+    BackendChoice, Completion, Dtype, Error, GenerateRequest, KernelChoice, KvFormat, Llm, LlmBuilder,
+    NamedTensor, PromptLogprobs, Quantize, SamplingParams, ScoreRequest, SessionEvent, SessionOptions,
 };
 
 /// Of each kind that is loaded in a way of its own: tied and untied heads, biases, norms around, experts one by one and stacked,
@@ -106,20 +106,46 @@ fn fresh(name: &str, tensors: &Tensors) -> Vec<Completion> {
     outputs(&mut of(&checkpoint(name, tensors)).build().unwrap())
 }
 
+/// The same of engines that `on` makes of a checkpoint's.
+fn assert_updated_as_loaded(what: &str, name: &str, on: impl Fn(LlmBuilder) -> LlmBuilder) {
+    let (old, new) = (stored(name), all_trained(&stored(name), 1));
+    let mut llm = on(family(name)).build().unwrap();
+    let before = outputs(&mut llm);
+    llm.update_weights(given(&new)).unwrap();
+    let after = outputs(&mut llm);
+    assert_eq!(after, outputs(&mut on(of(&checkpoint(name, &new))).build().unwrap()), "{what}");
+    assert!(before.iter().zip(&after).all(|(before, after)| before != after), "{what}: another model");
+    // And back.
+    llm.update_weights(given(&old)).unwrap();
+    assert_eq!(outputs(&mut llm), before, "{what}");
+}
+
 #[test]
 fn an_updated_model_is_bit_for_bit_one_that_is_loaded_so_and_forgets_its_prefixes() {
     for name in MODELS {
-        let (old, new) = (stored(name), all_trained(&stored(name), 1));
-        let mut llm = family(name).build().unwrap();
-        let before = outputs(&mut llm);
-        llm.update_weights(given(&new)).unwrap();
-        let after = outputs(&mut llm);
-        assert_eq!(after, fresh(name, &new), "{name}");
-        assert!(before.iter().zip(&after).all(|(before, after)| before != after), "{name} is another model");
-        // And back.
-        llm.update_weights(given(&old)).unwrap();
-        assert_eq!(outputs(&mut llm), before, "{name}");
+        assert_updated_as_loaded(name, name, |builder| builder);
     }
+}
+
+/// Uploads to where the old weights are, in the forms that kernels read: pairs, squares, experts, fp8, norms that are folded in.
+#[test]
+#[ignore = "needs a GPU"]
+fn so_it_is_on_a_gpu() {
+    let refused = |name: &&str| CPU_ALONE.iter().any(|(alone, _)| alone == name);
+    for name in MODELS.into_iter().filter(|name| !refused(name)) {
+        let in_fp8 = FP8.contains(&name);
+        // Kernels for any GPU know no fp8.
+        let sets = if in_fp8 { 1 } else { 2 };
+        for kernels in [KernelChoice::Auto, KernelChoice::Portable].into_iter().take(sets) {
+            assert_updated_as_loaded(&format!("{name}, {kernels:?}"), name, |builder| {
+                builder.backend(BackendChoice::Cuda).kernels(kernels).plain_inputs(in_fp8)
+            });
+        }
+    }
+    assert_updated_as_loaded("made fp8", "tiny-untied", |builder| {
+        let builder = builder.backend(BackendChoice::Cuda).plain_inputs(true);
+        builder.quantize(Some(Quantize::Fp8)).kv_dtype(Some(KvFormat::Fp8))
+    });
 }
 
 #[test]

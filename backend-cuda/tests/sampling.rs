@@ -492,23 +492,29 @@ fn step_behind(bench: &mut Bench, rows: &[(SlotState, Vec<u32>, &[u32])]) -> (St
     (step, draws)
 }
 
-/// The edited logits and the tokens of a case, drawn with each of the seeds.
-fn draw_case(case: &Case, seeds: std::ops::Range<u64>) -> (Vec<f16>, Vec<u32>) {
-    let (rows, vocab) = ((seeds.end - seeds.start) as u32, case.logits.len());
+/// Rows that draw of a case at once, each with a seed of its own.
+const CASE_ROWS: u32 = 256;
+
+/// A device for all cases, whose rows of logits are of one length: opening one takes longer than what is drawn on it.
+fn bench_of_cases(cases: &[Case]) -> Bench {
     let sequence = 64;
-    let limits = Limits { sequence, pages: rows * sequence / 16, ..limits(rows) };
-    let mut bench = Bench::with(limits, vocab);
+    let limits = Limits { sequence, pages: CASE_ROWS * sequence / 16, ..limits(CASE_ROWS) };
+    Bench::with(limits, cases[0].logits.len())
+}
+
+/// The edited logits and the tokens of a case, drawn with each of the seeds.
+fn draw_case(bench: &mut Bench, case: &Case, seeds: std::ops::Range<u64>) -> (Vec<f16>, Vec<u32>) {
+    let (rows, vocab) = ((seeds.end - seeds.start) as usize, case.logits.len());
     let slots: Vec<_> = seeds.map(|seed| case.slot(seed)).collect();
     let of_rows: Vec<_> =
         slots.into_iter().map(|(state, rules)| (state, rules, case.tokens.as_slice())).collect();
-    let (step, _) = step_behind(&mut bench, &of_rows);
+    let (step, _) = step_behind(bench, &of_rows);
     let logits: Vec<f16> = case.logits.iter().copied().map(f16::from_f32).collect();
-    let (buffer, tokens) =
-        (bench.logits(&logits.repeat(rows as usize)), bench.words(&vec![POISON; 2 * rows as usize]));
+    let (buffer, tokens) = (bench.logits(&logits.repeat(rows)), bench.words(&vec![POISON; 2 * rows]));
     bench.cuda.sample(&step, buffer, tokens).expect("a launch");
-    let words = bench.read(buffer, (rows as usize * vocab).div_ceil(2));
+    let words = bench.read(buffer, (rows * vocab).div_ceil(2));
     let edited = bytemuck::cast_slice::<u32, u16>(&words).iter().copied().map(f16::from_bits).collect();
-    (edited, bench.read(tokens, rows as usize))
+    (edited, bench.read(tokens, rows))
 }
 
 /// An edited logit here is rounded to f16 twice at most: this much of itself, or of what a bias has lifted it to on the way.
@@ -517,8 +523,10 @@ const ROUNDED: f32 = 0.05;
 #[test]
 #[ignore = "needs a GPU"]
 fn logits_are_edited_as_transformers_does_it_and_the_token_is_one_of_what_it_keeps() {
-    for case in Case::all() {
-        let (edited, tokens) = draw_case(&case, 0..128);
+    let cases = Case::all();
+    let mut bench = bench_of_cases(&cases);
+    for case in cases {
+        let (edited, tokens) = draw_case(&mut bench, &case, 0..128);
         for (got, expected) in edited.iter().zip(case.edited.iter().cycle()) {
             let got = got.to_f32();
             assert!(
@@ -539,10 +547,14 @@ fn logits_are_edited_as_transformers_does_it_and_the_token_is_one_of_what_it_kee
 #[test]
 #[ignore = "needs a GPU"]
 fn tokens_come_as_often_as_what_transformers_keeps_says() {
-    for case in Case::all() {
+    let cases = Case::all();
+    let mut bench = bench_of_cases(&cases);
+    for case in cases {
         let mut counts = vec![0; case.logits.len()];
-        for seed in (0..DRAWS).step_by(256) {
-            draw_case(&case, seed..seed + 256).1.into_iter().for_each(|token| counts[token as usize] += 1);
+        let at_once = u64::from(CASE_ROWS);
+        for seed in (0..DRAWS).step_by(at_once as usize) {
+            let (_, tokens) = draw_case(&mut bench, &case, seed..seed + at_once);
+            tokens.into_iter().for_each(|token| counts[token as usize] += 1);
         }
         let likelihood = case.likelihood(&counts);
         assert!(likelihood > 0.001, "{}: {likelihood} for {counts:?}", case.name);
