@@ -1,5 +1,6 @@
-"""Tiny checkpoints, and models of them on the CPU."""
+"""Tiny checkpoints, and models of them: on the CPU, or where MINISGL_TEST_BACKEND says (cuda)."""
 
+import os
 import shutil
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 
 from minisgl import LLM
 
+BACKEND = os.environ.get("MINISGL_TEST_BACKEND", "cpu")
 FIXTURES = Path(__file__).parents[1] / "tests" / "fixtures"
 
 
@@ -21,7 +23,10 @@ def checkpoint(tmp_path_factory):
 
 
 def open_llm(model, **arguments):
-    return LLM(model, backend="cpu", max_model_len=256, max_num_seqs=8, quiet=True, **arguments)
+    if BACKEND != "cpu":
+        # Several live at once: none takes the GPU's free memory.
+        arguments.setdefault("num_gpu_blocks_override", 512)
+    return LLM(model, backend=BACKEND, max_model_len=256, max_num_seqs=8, quiet=True, **arguments)
 
 
 @pytest.fixture(scope="session")

@@ -41,7 +41,7 @@ pub fn raised(error: &Error) -> PyErr {
 
 /// A text of the library's, which names the flags of its commands, with the arguments that are meant here.
 pub fn in_arguments(text: &str) -> String {
-    const ARGUMENTS: [(&str, &str); 20] = [
+    const ARGUMENTS: [(&str, &str); 21] = [
         ("--plain-inputs", "plain_inputs=True"),
         ("--quantize fp8", "quantization=\"fp8\""),
         ("--kv-dtype auto", "kv_cache_dtype=\"auto\""),
@@ -53,8 +53,10 @@ pub fn in_arguments(text: &str) -> String {
         ("--max-graph-batch", "max_graph_batch"),
         ("--num-pages", "num_gpu_blocks_override"),
         ("--page-size", "block_size"),
-        ("--memory-ratio", "memory_ratio"),
         ("memory_utilization", "gpu_memory_utilization"),
+        ("--memory-ratio is", "memory_ratio is"),
+        // Advice to turn it: pages follow whichever of them was given.
+        ("--memory-ratio", "gpu_memory_utilization or memory_ratio"),
         ("--backend", "backend"),
         ("--data-parallel", "data_parallel_size"),
         ("--tensor-parallel", "tensor_parallel_size"),

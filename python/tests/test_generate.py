@@ -15,7 +15,7 @@ import weakref
 
 import numpy as np
 import pytest
-from conftest import FIXTURES, open_llm
+from conftest import BACKEND, FIXTURES, open_llm
 
 import minisgl.core
 from minisgl import LLM, EngineError, Interrupted, Logprob, RequestError, SamplingParams
@@ -34,7 +34,7 @@ def test_greedy_tokens_are_those_of_transformers(llm):
     compared = 0
     for example, output in zip(expected, outputs):
         for token, greedy, margin in zip(output.outputs[0].token_ids, example["greedy"], example["top2_margin"]):
-            if margin < 1e-3:
+            if margin < (1e-3 if BACKEND == "cpu" else 0.3):  # What rounding to bf16 may turn.
                 break
             assert token == greedy
             compared += 1
