@@ -248,12 +248,14 @@ impl World {
         words[layout.rows..][..rows.len() * ROW_WORDS].copy_from_slice(bytemuck::cast_slice(&rows));
 
         let (width, seed) = (self.width(), self.numbers.seed);
-        let mut q = Vec::with_capacity(tokens as usize * width);
-        for span in spans {
-            for position in span.position..span.position + span.tokens {
-                q.extend((0..width).map(|element| value(seed, 0, span.slot, position, element)));
-            }
-        }
+        let places: Vec<_> = spans
+            .iter()
+            .flat_map(|span| {
+                (span.position..span.position + span.tokens).map(|position| (span.slot, position))
+            })
+            .collect();
+        let query = |(slot, position): (u32, u32)| (0..width).map(move |i| value(seed, 0, slot, position, i));
+        let q: Vec<bf16> = places.into_par_iter().flat_map_iter(query).collect();
         let cuda = &mut self.cuda;
         let batch = cuda.alloc(Purpose::Scratch, Element::Word, words.len()).unwrap();
         let q_buffer = cuda.alloc(Purpose::Scratch, Element::Activation, q.len()).unwrap();
@@ -388,41 +390,55 @@ impl Pages<'_> {
     fn in_bf16(&self, rounded: bool) -> Vec<bf16> {
         let Heads { kv_heads, head_dim, .. } = self.heads;
         let page_size = self.limits.page_size as usize;
-        let mut block = vec![NAN; (self.limits.pages as usize + 1) * kv_heads * page_size * head_dim];
-        self.for_each(|[page, head, t], values| {
+        self.filled(NAN, kv_heads * page_size * head_dim, |page, [head, t], values| {
             let values = if rounded { fp8::meant(&values) } else { values };
-            let row = &mut block[((page * kv_heads + head) * page_size + t) * head_dim..][..head_dim];
+            let row = &mut page[(head * page_size + t) * head_dim..][..head_dim];
             for (d, element) in row.iter_mut().enumerate() {
                 *element = bf16::from_f32(values[((d / 8) ^ (t & 7)) * 8 + d % 8]);
             }
-        });
-        block
+        })
     }
 
     /// The same as fp8 has it; scales are NaN where no token is.
     fn in_fp8(&self) -> Vec<u8> {
         let Heads { kv_heads, head_dim, .. } = self.heads;
         let layout = fp8::layout(kv_heads, head_dim, self.limits.page_size);
-        let mut block = vec![0xff; (self.limits.pages as usize + 1) * layout.page_bytes()];
         let what = if self.what == 1 { What::Keys } else { What::Values };
-        self.for_each(|place, values| fp8::store(what, &layout, place, &values, &mut block));
-        block
+        self.filled(0xff, layout.page_bytes(), |page, [head, t], values| {
+            fp8::store(what, &layout, [0, head, t], &values, page);
+        })
     }
 
-    /// Each row's page, head and place in it, and its elements.
-    fn for_each(&self, mut row: impl FnMut([usize; 3], Vec<f32>)) {
+    /// All pages of `elements` each; `row` gets those that sequences have, and of each row its head, its place in the page and
+    /// its elements. Pages are made side by side.
+    fn filled<T: Copy + Send + Sync>(
+        &self,
+        empty: T,
+        elements: usize,
+        row: impl Fn(&mut [T], [usize; 2], Vec<f32>) + Sync,
+    ) -> Vec<T> {
         let Heads { kv_heads, head_dim, .. } = self.heads;
-        let (page_size, width) = (self.limits.page_size as usize, self.limits.table_width() as usize);
-        for (slot, (begin, length)) in self.begins.iter().zip(self.lengths).enumerate() {
-            for position in *begin..*length {
-                let (entry, t) = (position as usize / page_size, position as usize % page_size);
-                let page = self.table[slot * width + entry] as usize;
-                for head in 0..kv_heads {
-                    let element = |d| value(self.seed, self.what, slot as u32, position, head * head_dim + d);
-                    row([page, head, t], (0..head_dim).map(|d| element(d).to_f32()).collect());
-                }
+        let (page_size, width) = (self.limits.page_size, self.limits.table_width() as usize);
+        let mut owners = vec![None; self.limits.pages as usize + 1];
+        for (slot, length) in self.lengths.iter().enumerate() {
+            for entry in 0..length.div_ceil(page_size) {
+                owners[self.table[slot * width + entry as usize] as usize] = Some((slot, entry));
             }
         }
+        let mut pages = vec![empty; owners.len() * elements];
+        pages.par_chunks_mut(elements).zip(owners).for_each(|(page, owner)| {
+            let Some((slot, entry)) = owner else { return };
+            let first = entry * page_size;
+            let (begin, end) = (self.begins[slot].max(first), self.lengths[slot].min(first + page_size));
+            for position in begin..end {
+                for head in 0..kv_heads {
+                    let element = |d| value(self.seed, self.what, slot as u32, position, head * head_dim + d);
+                    let values = (0..head_dim).map(|d| element(d).to_f32()).collect();
+                    row(page, [head, (position - first) as usize], values);
+                }
+            }
+        });
+        pages
     }
 }
 

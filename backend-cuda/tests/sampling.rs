@@ -492,13 +492,11 @@ fn step_behind(bench: &mut Bench, rows: &[(SlotState, Vec<u32>, &[u32])]) -> (St
     (step, draws)
 }
 
-/// Rows that draw of a case at once, each with a seed of its own.
-const CASE_ROWS: u32 = 256;
-
-/// A device for all cases, whose rows of logits are of one length: opening one takes longer than what is drawn on it.
+/// A device for all cases, whose rows of logits are of one length, with a row for each seed of a case: opening one, and each
+/// step's buffers, take longer than what is drawn.
 fn bench_of_cases(cases: &[Case]) -> Bench {
-    let sequence = 64;
-    let limits = Limits { sequence, pages: CASE_ROWS * sequence / 16, ..limits(CASE_ROWS) };
+    let (rows, sequence) = (DRAWS as u32, 64);
+    let limits = Limits { sequence, pages: rows * sequence / 16, ..limits(rows) };
     Bench::with(limits, cases[0].logits.len())
 }
 
@@ -551,11 +549,8 @@ fn tokens_come_as_often_as_what_transformers_keeps_says() {
     let mut bench = bench_of_cases(&cases);
     for case in cases {
         let mut counts = vec![0; case.logits.len()];
-        let at_once = u64::from(CASE_ROWS);
-        for seed in (0..DRAWS).step_by(at_once as usize) {
-            let (_, tokens) = draw_case(&mut bench, &case, seed..seed + at_once);
-            tokens.into_iter().for_each(|token| counts[token as usize] += 1);
-        }
+        let (_, tokens) = draw_case(&mut bench, &case, 0..DRAWS);
+        tokens.into_iter().for_each(|token| counts[token as usize] += 1);
         let likelihood = case.likelihood(&counts);
         assert!(likelihood > 0.001, "{}: {likelihood} for {counts:?}", case.name);
     }
