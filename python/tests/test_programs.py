@@ -9,8 +9,9 @@ import sys
 import urllib.request
 
 import pytest
-from conftest import FIXTURES
+from conftest import BACKEND, FIXTURES
 
+from minisgl.benchmark.perf import perf_cuda
 from minisgl.program import translate
 
 ROOT = FIXTURES.parents[1]
@@ -85,6 +86,28 @@ def test_the_benchmark_prints_mini_sglangs_line():
     assert measured.returncode == 0, measured.stderr
     assert re.search(r"^Total: \d+tok, Time: [\d.]+s, Throughput: [\d.]+tok/s$", measured.stdout, re.MULTILINE)
     assert "minisgl" in measured.stdout, "it draws mini-sglang's requests"
+
+
+@pytest.mark.skipif(BACKEND != "cuda", reason="needs a GPU: it takes minutes without")
+def test_mini_sglangs_script_measures_the_same_tokens_with_overlap_and_without():
+    script = ROOT / "benchmark" / "offline" / "bench.py"
+    for overlap in ("0", "1"):
+        measured = run(script, "qwen3-0.6b", env={**os.environ, "MINISGL_DISABLE_OVERLAP_SCHEDULING": overlap})
+        assert measured.returncode == 0, measured.stderr
+        print(measured.stdout)
+        assert re.fullmatch(r"Total: 133966tok, Time: [\d.]+s, Throughput: [\d.]+tok/s\n", measured.stdout)
+
+
+@pytest.mark.skipif(BACKEND != "cuda", reason="needs a GPU")
+def test_a_function_of_torchs_takes_its_time_recorded_or_not_on_either_stream():
+    torch = pytest.importorskip("torch")
+    cycles = 2_000_000
+    once = perf_cuda(lambda: torch.cuda._sleep(cycles))
+    assert 0.5 < once < 4, "milliseconds at any GPU's clock"
+    for options in ({}, {"init_stream": False, "cuda_graph_repetitions": None}, {"cuda_graph_repetitions": 3, "repetitions": 2}):
+        assert perf_cuda(lambda: torch.cuda._sleep(2 * cycles), **options) == pytest.approx(2 * once, rel=0.2)
+    with pytest.raises(ValueError, match="repetitions is 0"):
+        perf_cuda(lambda: None, repetitions=0)
 
 
 def test_the_first_example_runs(checkpoint):
