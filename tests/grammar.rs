@@ -8,8 +8,8 @@ use common::{Scratch, greedy, small};
 use minisgl::lines::{self, Defaults};
 use minisgl::openai::{ModelName, OutputFormat, Part, Parts};
 use minisgl::{
-    Completion, FinishReason, Function, GenerateRequest, Grammar, LlmBuilder, Prompt, RequestError,
-    SamplingParams, Speculation, TokenRules, ToolCalls, ToolFormat,
+    BackendChoice, Completion, FinishReason, Function, GenerateRequest, Grammar, KernelChoice, LlmBuilder,
+    Prompt, RequestError, SamplingParams, Speculation, TokenRules, ToolCalls, ToolFormat,
 };
 use serde_json::{Value, json};
 
@@ -123,10 +123,10 @@ fn run(builder: LlmBuilder) -> Vec<Completion> {
     completions
 }
 
-#[test]
-fn every_output_is_what_its_grammar_describes_and_the_same_whatever_runs_beside_it() {
+/// Engines that `on` makes of a checkpoint's.
+fn assert_held_to_their_grammars(on: impl Fn(LlmBuilder) -> LlmBuilder) {
     let folder = Scratch::with_text();
-    let builder = || small(folder.path());
+    let builder = || on(small(folder.path()));
     let expected = run(builder());
     let constrained = requests().into_iter().zip(&expected).filter(|(request, _)| request.grammar.is_some());
     let mut whole = 0;
@@ -147,6 +147,19 @@ fn every_output_is_what_its_grammar_describes_and_the_same_whatever_runs_beside_
             let ends = (&other.token_ids, other.finish_reason);
             assert_eq!((&one.token_ids, one.finish_reason), ends, "request {i}, way {way}");
         }
+    }
+}
+
+#[test]
+fn every_output_is_what_its_grammar_describes_and_the_same_whatever_runs_beside_it() {
+    assert_held_to_their_grammars(|builder| builder);
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn so_it_is_on_a_gpu() {
+    for kernels in [KernelChoice::Auto, KernelChoice::Portable] {
+        assert_held_to_their_grammars(|builder| builder.backend(BackendChoice::Cuda).kernels(kernels));
     }
 }
 

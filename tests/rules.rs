@@ -5,8 +5,8 @@ mod common;
 
 use common::{CHECKPOINTS, Scratch, builder, family, greedy, mixed_requests, small};
 use minisgl::{
-    Completion, FinishReason, GenerateRequest, Llm, LlmBuilder, Policy, RequestError, STOP_BYTES_MAX,
-    SamplingError, SamplingParams, Speculation, SubmitError, TokenRules,
+    BackendChoice, Completion, FinishReason, GenerateRequest, KernelChoice, Llm, LlmBuilder, Policy,
+    RequestError, STOP_BYTES_MAX, SamplingError, SamplingParams, Speculation, SubmitError, TokenRules,
 };
 
 fn generate(llm: &mut Llm, request: GenerateRequest) -> Completion {
@@ -60,11 +60,11 @@ fn outputs(builder: LlmBuilder, together: usize) -> (Vec<Completion>, u64) {
     (Vec::into_iter(completions).map(without_cache).collect(), llm.stats().retractions)
 }
 
-#[test]
-fn edits_give_the_same_tokens_whatever_runs_beside_a_request_and_however() {
+/// Engines that `on` makes of a checkpoint's.
+fn assert_the_same_however_computed(on: impl Fn(LlmBuilder) -> LlmBuilder) {
     let mut retractions = 0;
     for name in CHECKPOINTS.into_iter().chain(["mistral-window"]) {
-        let base = || family(name).max_running(16);
+        let base = || on(family(name)).max_running(16);
         let (expected, _) = outputs(base(), 1);
         let differ =
             expected.iter().zip(outputs_without_edits(base())).filter(|(a, b)| a.token_ids != b.token_ids);
@@ -82,6 +82,19 @@ fn edits_give_the_same_tokens_whatever_runs_beside_a_request_and_however() {
         }
     }
     assert!(retractions > 0, "few pages make requests give theirs back");
+}
+
+#[test]
+fn edits_give_the_same_tokens_whatever_runs_beside_a_request_and_however() {
+    assert_the_same_however_computed(|builder| builder);
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn edits_on_the_gpu_give_the_same_tokens_whatever_runs_beside_a_request_and_however() {
+    for kernels in [KernelChoice::Auto, KernelChoice::Portable] {
+        assert_the_same_however_computed(|builder| builder.backend(BackendChoice::Cuda).kernels(kernels));
+    }
 }
 
 fn outputs_without_edits(builder: LlmBuilder) -> Vec<Completion> {

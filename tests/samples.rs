@@ -9,8 +9,8 @@ use std::time::Duration;
 
 use common::{CHECKPOINTS, Scratch, builder, family, greedy, small};
 use minisgl::{
-    Completion, FinishReason, Flow, GenerateRequest, Grammar, Policy, PromptLogprobs, SamplingParams,
-    Speculation, StreamEvent, TokenRules, sample_seed,
+    BackendChoice, Completion, FinishReason, Flow, GenerateRequest, Grammar, KernelChoice, LlmBuilder,
+    Policy, PromptLogprobs, SamplingParams, Speculation, StreamEvent, TokenRules, sample_seed,
 };
 
 /// Requests of one to six samples: greedy and drawn, with penalties and without, scored and not.
@@ -51,18 +51,18 @@ fn comparable(completions: Vec<Completion>) -> Vec<Completion> {
     completions.into_iter().map(comparable).collect()
 }
 
-#[test]
-fn samples_are_what_single_requests_give_whatever_runs_beside_them_and_however() {
+/// Engines that `on` makes of a checkpoint's.
+fn assert_as_single_requests(on: impl Fn(LlmBuilder) -> LlmBuilder) {
     let mut retractions = 0;
     for name in CHECKPOINTS.into_iter().chain(["mistral-window"]) {
-        let base = || family(name).max_running(16);
+        let base = || on(family(name)).max_running(16);
         let mut alone = base().build().unwrap();
         let expected: Vec<_> =
             one_by_one().iter().flat_map(|one| alone.generate(std::slice::from_ref(one)).unwrap()).collect();
         let expected = comparable(expected);
         for (what, builder) in [
             ("together", base()),
-            ("one at a time", family(name).max_running(1)),
+            ("one at a time", base().max_running(1)),
             ("no recorded steps, no overlap", base().max_graph_batch(0).overlap(false)),
             ("prompts in chunks", base().max_prefill_tokens(7).policy(Policy::Latency)),
             ("few pages, no prefix cache", base().num_pages(Some(24)).prefix_cache(false)),
@@ -82,11 +82,30 @@ fn samples_are_what_single_requests_give_whatever_runs_beside_them_and_however()
 }
 
 #[test]
+fn samples_are_what_single_requests_give_whatever_runs_beside_them_and_however() {
+    assert_as_single_requests(|builder| builder);
+}
+
+#[test]
 fn eight_samples_compute_their_prompt_once_and_hold_its_pages_once_with_a_prefix_cache_or_without() {
+    assert_one_prompt(|builder| builder);
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn so_it_is_on_a_gpu() {
+    for kernels in [KernelChoice::Auto, KernelChoice::Portable] {
+        let on_gpu = |builder: LlmBuilder| builder.backend(BackendChoice::Cuda).kernels(kernels);
+        assert_as_single_requests(on_gpu);
+        assert_one_prompt(on_gpu);
+    }
+}
+
+fn assert_one_prompt(on: impl Fn(LlmBuilder) -> LlmBuilder) {
     let prompt: Vec<u32> = (0..330).map(|i| i * 7 % 290).collect();
     let sampling = SamplingParams { temperature: 1.0, ..greedy(6) };
     for prefix_cache in [true, false] {
-        let mut llm = builder("tiny-tied").prefix_cache(prefix_cache).build().unwrap();
+        let mut llm = on(builder("tiny-tied")).prefix_cache(prefix_cache).build().unwrap();
         llm.generate(&[GenerateRequest::tokens(prompt.clone()).sampling(sampling).samples(8)]).unwrap();
         let stats = llm.stats();
         // 20 full pages of 16, and behind them 10 tokens, which each sample runs.
