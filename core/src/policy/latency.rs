@@ -3,7 +3,7 @@
 //! ```text
 //!   decode step   ├── rows ──┤
 //!   mixed step    ├── rows ──┼─ prompts ─┤                      at most twice as long
-//!   long step     ├── rows ──┼──────────── prompts ────────┤    at most four times, and seldom
+//!   long step     ├── rows ──┼──────────── prompts ────────┤    at most six times, and seldom
 //! ```
 //!
 //! How many tokens make such a step follows from what steps cost; a portion behind a long context has fewer, for attention goes
@@ -29,10 +29,10 @@ const PORTION_MIN: u32 = 64;
 /// How many times as long as a decode step one with prompts takes; what is not reckoned with (drawing tokens, rows that join)
 /// makes it twice.
 const USUAL: f32 = 1.9;
-/// A long one.
-const LONG: f32 = 4.0;
-/// Of how many gaps between tokens one may be long: somewhat less than one in a hundred.
-const GAPS: f32 = 112.0;
+/// A long one: a prompt of a thousand tokens takes four to five, where few rows decode.
+const LONG: f32 = 6.0;
+/// Of how many gaps between tokens one may be long: less than one in a hundred, for others are by chance.
+const GAPS: f32 = 140.0;
 /// Long gaps that are saved up at most: no more requests than that wait at once.
 const SAVED_MAX: f32 = 16.0;
 
