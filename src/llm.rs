@@ -431,11 +431,12 @@ impl Opening {
     /// An engine of several ranks on the CPU, of so many threads each.
     fn on_ranks(&self, threads: usize, started: Instant) -> Built<Info> {
         let ranks = self.options.tensor_parallel;
-        self.spec().shard(ranks).map_err(|error| Error::Model(Box::new(error)))?;
         let links = Link::group(ranks, RANK_PATIENCE);
         let ends = links.first().map(|link| (link.aborter(), link.renewer()));
         let cpus: Vec<Cpu> = links.into_iter().map(|link| Cpu::of_rank(threads, link)).collect();
         let (first, (abort, renew)) = cpus.first().zip(ends).ok_or(Error::NoEngine)?;
+        let slicing = first.info().slicing;
+        self.spec().shard(ranks, slicing).map_err(|error| Error::Model(Box::new(error)))?;
         let before = first.memory().map_err(|error| Error::Device(Box::new(error)))?;
         self.build(first.info(), before, started, || {
             let builder = |(index, mut cpu): (u32, Cpu)| {
@@ -485,7 +486,8 @@ impl Opening {
         tracing::debug!(?limits, ?plan, "capacities planned");
         // Ranks may have copies of the same heads.
         let ranks = self.options.tensor_parallel;
-        let of_rank = self.spec().shard(ranks).map_err(|error| Error::Model(Box::new(error)))?;
+        let of_rank = self.spec().shard(ranks, device_info.slicing);
+        let of_rank = of_rank.map_err(|error| Error::Model(Box::new(error)))?;
         let page_bytes = of_rank.page_bytes(device_info.kv, limits.page_size) * u64::from(ranks);
         let scheduler = self.scheduler(vocab);
         let eos = self.end_tokens(scheduler.vocab);

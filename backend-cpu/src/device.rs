@@ -13,7 +13,7 @@ use minisgl_core::backend::{
 };
 use minisgl_core::batch::{Row, StepShape};
 use minisgl_core::config::Limits;
-use minisgl_core::shard::Rank;
+use minisgl_core::shard::{RANKS_MAX, Rank, Slicing};
 use minisgl_core::spec::{DecoderSpec, LayerSpec, Unsupported};
 use minisgl_core::stats::ExpertsRead;
 use minisgl_core::tensor::HostTensor;
@@ -35,6 +35,9 @@ pub struct Cpu {
     planned: Option<Planned>,
     rank: Rank,
 }
+
+/// How the columns of o and down are cut ([`crate::matmul`]): into as wide slices, of whole registers.
+const SLICING: Slicing = Slicing { most: RANKS_MAX, block: 16, equal: true };
 
 /// What a model was promised by [`Ops::reserve`].
 struct Planned {
@@ -147,7 +150,14 @@ impl Device for Cpu {
     fn info(&self) -> DeviceInfo {
         let threads = self.workers.as_ref().map_or(0, Workers::threads);
         let name = format!("CPU, {threads} thread{}", if threads == 1 { "" } else { "s" });
-        DeviceInfo { name, activation_bytes: 4, kv: OWN_KV, logit_bytes: 4, page_size_min: 1 }
+        DeviceInfo {
+            name,
+            activation_bytes: 4,
+            kv: OWN_KV,
+            logit_bytes: 4,
+            page_size_min: 1,
+            slicing: SLICING,
+        }
     }
 
     fn memory(&self) -> Result<Memory, CpuError> {

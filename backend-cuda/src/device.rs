@@ -24,7 +24,7 @@ use crate::module::Modules;
 use crate::ops::Operations;
 use crate::telemetry::Telemetry;
 use crate::turns;
-use crate::weight::Staging;
+use crate::weight::{SLICING, Staging};
 
 /// The smallest page, in tokens, that the attention kernels take.
 const PAGE_SIZE_MIN: u32 = 16;
@@ -238,6 +238,7 @@ impl Device for Cuda {
             kv: KvFormat::Bf16,
             logit_bytes: element_bytes(Element::Logit),
             page_size_min: PAGE_SIZE_MIN,
+            slicing: SLICING,
         }
     }
 

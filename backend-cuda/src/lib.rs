@@ -34,4 +34,4 @@ pub use module::Modules;
 pub use param::Param;
 pub use telemetry::{GpuState, Telemetry};
 pub use tensor_map::{BOX_COLS, TensorMap};
-pub use weight::Weight;
+pub use weight::{SLICING, Weight};

@@ -20,6 +20,7 @@ use std::ops::Range;
 use bytemuck::cast_slice_mut;
 use half::{bf16, f16};
 use minisgl_core::backend::{Device, Purpose, Queue, WeightRole};
+use minisgl_core::shard::Slicing;
 use minisgl_core::tensor::{Dtype, HostTensor, TensorData};
 use rayon::prelude::*;
 
@@ -42,6 +43,10 @@ pub(crate) use fp8_tiles::Fp8Tiles;
 
 use fp8_tiles::Fp8Row;
 
+/// How the columns of o and down are cut, which ranks share out: a thread that multiplies has registers for the sums of two pairs
+/// of slices (`gemm_prefill.cu`).
+pub const SLICING: Slicing = Slicing { most: 4, block: 64, equal: false };
+
 /// A matrix on the device, in bf16 or fp8; a handle, like a buffer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Weight {
@@ -49,12 +54,24 @@ pub struct Weight {
     rows: usize,
     cols: usize,
     fp8: bool,
+    /// Into how many slices its columns are cut where ranks share them out: of one rank all that the matrix has.
+    slices: u32,
 }
 
 impl Weight {
     /// A matrix `[rows, cols]` of bf16 that already lies on the device.
     pub fn new(address: Address, rows: usize, cols: usize) -> Weight {
-        Weight { address, rows, cols, fp8: false }
+        Weight { address, rows, cols, fp8: false, slices: SLICING.slices(cols) }
+    }
+
+    /// A rank's columns of a matrix, among which are so many of its slices.
+    pub fn sliced(self, slices: u32) -> Weight {
+        Weight { slices, ..self }
+    }
+
+    /// Into how many slices the columns are cut in products whose sums ranks share.
+    pub fn slices(&self) -> u32 {
+        self.slices
     }
 
     /// Is it in fp8, in tiles?
@@ -166,7 +183,6 @@ fn gate_ups(role: WeightRole) -> usize {
     match role {
         WeightRole::GateUp => 1,
         WeightRole::ExpertsGateUp(count) => count as usize,
-        // Slices of o and down are this backend's own, by the matrix's size (`ops/gemm.rs`).
         WeightRole::Norm(_)
         | WeightRole::Bias
         | WeightRole::Embedding
@@ -203,7 +219,8 @@ impl Cuda {
         if gate_ups(role) > 0 && !fp8 {
             self.zero(address, bytes)?;
         }
-        let weight = Weight { address, rows, cols, fp8 };
+        let slices = if let WeightRole::Sliced(slices) = role { slices } else { SLICING.slices(cols) };
+        let weight = Weight { address, rows, cols, fp8, slices };
         self.reload_weight(weight, role, parts)?;
         Ok(weight)
     }

@@ -19,6 +19,7 @@ use core::ops::Range;
 use crate::batch::{Row, StepShape};
 use crate::config::Limits;
 use crate::kv::KvFormat;
+use crate::shard::Slicing;
 use crate::spec::{DecoderSpec, NormForm, Unsupported};
 use crate::tensor::HostTensor;
 
@@ -75,6 +76,8 @@ pub struct DeviceInfo {
     pub logit_bytes: usize,
     /// The smallest page size, in tokens, that the attention operations take.
     pub page_size_min: u32,
+    /// How it cuts the columns that ranks share out.
+    pub slicing: Slicing,
 }
 
 /// Free and total device memory, in bytes.

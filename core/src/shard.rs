@@ -36,13 +36,40 @@ use crate::spec::{
 /// Ranks there can be: slices of a matrix.
 pub const RANKS_MAX: u32 = 8;
 
-/// Columns that a slice has a multiple of: what tensor cores multiply at once.
-const SLICE_UNIT: usize = 16;
+/// How a backend cuts the columns of o or down into slices, whole blocks of columns each.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Slicing {
+    /// As many slices as there are at most, a power of two.
+    pub most: u32,
+    /// Columns of a block.
+    pub block: usize,
+    /// Are a matrix's slices all as wide? Else slice i of n has blocks `i * blocks / n` to `(i + 1) * blocks / n`.
+    pub equal: bool,
+}
 
-/// Into how many slices the columns of o or down are cut: 8, of a small matrix 4 or fewer.
-pub fn column_slices(cols: usize) -> u32 {
-    let fits = |slices: &u32| cols.is_multiple_of(*slices as usize * SLICE_UNIT);
-    [RANKS_MAX, 4, 2].into_iter().find(fits).unwrap_or(1)
+impl Slicing {
+    /// Into how many slices so many columns are cut: a power of two, and fewer of a small matrix.
+    pub fn slices(self, cols: usize) -> u32 {
+        let fits = |slices: &u32| match self.equal {
+            true => cols.is_multiple_of(*slices as usize * self.block),
+            false => *slices as usize <= cols.div_ceil(self.block),
+        };
+        let halves = core::iter::successors(Some(self.most), |slices| Some(slices / 2));
+        halves.take_while(|slices| *slices > 1).find(fits).unwrap_or(1)
+    }
+
+    /// Has a product over so many columns a subtree of as many slices for every rank?
+    fn check(self, what: &str, cols: usize, ranks: u32) -> Result<(), Indivisible> {
+        let slices = self.slices(cols);
+        if slices >= ranks && cols.is_multiple_of(ranks as usize * self.block) {
+            return Ok(());
+        }
+        let slices = if slices == 1 { "one slice".into() } else { format!("{slices} slices") };
+        let block = self.block;
+        let what =
+            format!("{what} is a sum over {cols} columns, which are {slices} of whole blocks of {block}");
+        Err(Indivisible { ranks, what })
+    }
 }
 
 /// One of several ranks.
@@ -124,17 +151,17 @@ impl Rank {
     }
 
     /// Slices among its columns of a matrix of which it has so many.
-    pub fn slices(self, cols: usize) -> u32 {
-        column_slices(cols * self.count as usize) / self.count
+    pub fn slices(self, cols: usize, slicing: Slicing) -> u32 {
+        slicing.slices(cols * self.count as usize) / self.count
     }
 }
 
 impl DecoderSpec {
-    /// What one of so many ranks computes: a decoder of fewer heads and narrower MLPs, over the whole vocabulary.
+    /// What one of so many ranks of a backend computes: a decoder of fewer heads and narrower MLPs, over the whole vocabulary.
     ///
     /// # Errors
     /// Names what can't be divided, with its numbers.
-    pub fn shard(&self, ranks: u32) -> Result<DecoderSpec, Indivisible> {
+    pub fn shard(&self, ranks: u32, slicing: Slicing) -> Result<DecoderSpec, Indivisible> {
         if ranks == 1 {
             return Ok(self.clone());
         }
@@ -154,7 +181,7 @@ impl DecoderSpec {
         if vocab < ranks {
             return refused(format!("its vocabulary has {vocab} tokens"));
         }
-        check_columns("attention's output", self.dims.q_width(), ranks)?;
+        slicing.check("attention's output", self.dims.q_width(), ranks)?;
         if let WeightFormat::Fp8(Fp8 { inputs: Inputs::PerGroup(group), .. }) = self.weights {
             let inner = self
                 .layers
@@ -170,7 +197,7 @@ impl DecoderSpec {
         }
         let mut shard = self.clone();
         for layer in &mut shard.layers {
-            *layer = layer.shard(&self.dims, ranks)?;
+            *layer = layer.shard(&self.dims, ranks, slicing)?;
         }
         shard.dims = Dims {
             heads: heads / ranks,
@@ -183,7 +210,7 @@ impl DecoderSpec {
 }
 
 impl LayerSpec {
-    fn shard(&self, dims: &Dims, ranks: u32) -> Result<LayerSpec, Indivisible> {
+    fn shard(&self, dims: &Dims, ranks: u32, slicing: Slicing) -> Result<LayerSpec, Indivisible> {
         let refused = |what: &str| Err(Indivisible { ranks, what: what.into() });
         match self.mixer {
             Mixer::Attention(Attention { qk_norm: QkNorm::FullWidth, .. }) => {
@@ -194,26 +221,16 @@ impl LayerSpec {
         }
         let mlp = match self.mlp {
             Mlp::Dense(activation) => {
-                check_columns("an MLP's output", dims.intermediate as usize, ranks)?;
+                slicing.check("an MLP's output", dims.intermediate as usize, ranks)?;
                 Mlp::Dense(activation)
             }
             Mlp::Experts(experts) => {
-                check_columns("an expert's output", experts.intermediate as usize, ranks)?;
+                slicing.check("an expert's output", experts.intermediate as usize, ranks)?;
                 Mlp::Experts(Experts { intermediate: experts.intermediate / ranks, ..experts })
             }
         };
         Ok(LayerSpec { mlp, ..*self })
     }
-}
-
-/// Has a product over so many columns a slice for every rank?
-fn check_columns(what: &str, cols: usize, ranks: u32) -> Result<(), Indivisible> {
-    let slices = column_slices(cols);
-    if slices >= ranks {
-        return Ok(());
-    }
-    let slices = if slices == 1 { "one slice".into() } else { format!("{slices} slices") };
-    Err(Indivisible { ranks, what: format!("{what} is a sum over {cols} columns, which are {slices}") })
 }
 
 #[cfg(test)]
@@ -233,15 +250,46 @@ mod tests {
         norm_eps: 1e-6,
     };
 
+    /// The CPU's, and one of unequal slices.
+    const EQUAL: Slicing = Slicing { most: 8, block: 16, equal: true };
+    const BLOCKS: Slicing = Slicing { most: 4, block: 64, equal: false };
+
     fn ranks(count: u32) -> impl Iterator<Item = Rank> {
         (0..count).map(move |index| Rank { index, count })
     }
 
     #[test]
     fn slices_depend_on_the_matrix_alone_and_ranks_have_them_all() {
-        assert_eq!([4096, 384, 192, 320, 224, 48, 100].map(column_slices), [8, 8, 4, 4, 2, 1, 1]);
-        for count in [1, 2, 4, 8] {
-            assert!(ranks(count).all(|rank| rank.slices(4096 / count as usize) == 8 / count));
+        let slices = |slicing: Slicing, cols: [usize; 7]| cols.map(|cols| slicing.slices(cols));
+        assert_eq!(slices(EQUAL, [4096, 384, 192, 320, 224, 48, 100]), [8, 8, 4, 4, 2, 1, 1]);
+        assert_eq!(slices(BLOCKS, [4096, 256, 200, 192, 128, 65, 64]), [4, 4, 4, 2, 2, 2, 1]);
+        for (slicing, counts) in [(EQUAL, &[1, 2, 4, 8][..]), (BLOCKS, &[1, 2, 4])] {
+            for count in counts {
+                let slices = |rank: Rank| rank.slices(4096 / *count as usize, slicing);
+                assert!(ranks(*count).all(|rank| slices(rank) == slicing.most / count));
+            }
+        }
+    }
+
+    #[test]
+    fn a_ranks_slices_begin_and_end_where_those_of_the_whole_matrix_do() {
+        let begins = |slices: usize, cols: usize| {
+            let blocks = cols.div_ceil(BLOCKS.block);
+            (0..=slices).map(move |slice| slice * blocks / slices)
+        };
+        // o and down of Qwen2.5-0.5B, Qwen3's 0.6B, 1.7B, 8B, 14B, 32B, and an expert's down.
+        for cols in [896, 4864, 2048, 3072, 6144, 4096, 12_288, 5120, 17_408, 8192, 25_600, 768] {
+            for count in [1u32, 2, 4, 8] {
+                let divisible = count <= 4 && cols % (64 * count as usize) == 0;
+                assert_eq!(BLOCKS.check("it", cols, count).is_ok(), divisible, "{cols} of {count}");
+                for rank in ranks(count).filter(|_| divisible) {
+                    let (part, whole) = (rank.share(cols), BLOCKS.slices(cols) as usize);
+                    let own = rank.slices(part.len(), BLOCKS) as usize;
+                    let (first, of_rank) = (part.start / BLOCKS.block, begins(own, part.len()));
+                    let of_whole = begins(whole, cols).skip(rank.index as usize * own).take(own + 1);
+                    assert!(of_rank.map(|begin| first + begin).eq(of_whole), "{cols} of {rank:?}");
+                }
+            }
         }
     }
 
@@ -268,7 +316,7 @@ mod tests {
     #[test]
     fn what_cannot_be_shared_out_is_refused_with_its_numbers() {
         let refusal = |dims, ranks| {
-            DecoderSpec::uniform(dims, LayerSpec::plain()).shard(ranks).unwrap_err().to_string()
+            DecoderSpec::uniform(dims, LayerSpec::plain()).shard(ranks, EQUAL).unwrap_err().to_string()
         };
         let said = |dims, ranks, what: &str| {
             let text = refusal(dims, ranks);
@@ -280,7 +328,10 @@ mod tests {
         said(Dims { heads: 12, kv_heads: 3, ..DIMS }, 4, "3 key heads");
         said(Dims { intermediate: 192, ..DIMS }, 8, "192 columns, which are 4 slices");
         said(Dims { intermediate: 100, ..DIMS }, 2, "100 columns, which are one slice");
-        let spec = DecoderSpec::uniform(DIMS, LayerSpec::plain()).shard(4).unwrap();
+        let spec = DecoderSpec::uniform(Dims { heads: 16, ..DIMS }, LayerSpec::plain());
+        let refused = spec.shard(8, BLOCKS).unwrap_err().to_string();
+        assert!(refused.contains("512 columns, which are 4 slices of whole blocks of 64"), "{refused}");
+        let spec = DecoderSpec::uniform(DIMS, LayerSpec::plain()).shard(4, EQUAL).unwrap();
         let Dims { heads, kv_heads, intermediate, vocab, hidden, .. } = spec.dims;
         assert_eq!((heads, kv_heads, intermediate, vocab, hidden), (2, 1, 96, 103, 64));
     }

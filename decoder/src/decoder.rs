@@ -15,7 +15,7 @@
 use std::borrow::Cow;
 use std::collections::HashSet;
 
-use minisgl_core::backend::{Device, Element, KvCache, KvLayer, Model, Ops, Purpose, Step};
+use minisgl_core::backend::{Device, DeviceInfo, Element, KvCache, KvLayer, Model, Ops, Purpose, Step};
 use minisgl_core::batch::{Row, StepShape};
 use minisgl_core::config::Limits;
 use minisgl_core::kv::{KvFormat, KvLayout};
@@ -99,7 +99,7 @@ impl<B: Ops> Decoder<B> {
         checkpoint: &Checkpoint,
         rank: Rank,
     ) -> Result<Self, LoadError<B::Error>> {
-        let spec = checkpoint.config().spec.shard(rank.count)?;
+        let spec = checkpoint.config().spec.shard(rank.count, backend.info().slicing)?;
         backend.supports(&spec)?;
         Self::load_weights(backend, checkpoint, spec, rank).map_err(LoadError::Device)
     }
@@ -112,14 +112,14 @@ impl<B: Ops> Decoder<B> {
     ) -> Result<Self, B::Error> {
         let (config, tensors) = (checkpoint.config(), checkpoint.tensors());
         let tensors = part(tensors, rank, &config.spec);
-        let own = backend.info().kv;
+        let DeviceInfo { kv: own, slicing, .. } = backend.info();
         let kv = config.spec.kv.unwrap_or(own);
         Ok(Decoder {
             max_positions: config.max_positions,
             kv,
             wide: backend.widens(kv).then_some(own),
             weight_bytes: tensors.step_bytes(),
-            weights: ModelWeights::of(&spec, &tensors, rank).load(backend)?,
+            weights: ModelWeights::of(&spec, &tensors, rank, slicing).load(backend)?,
             spec,
             whole: config.spec.clone(),
             rank,
@@ -141,7 +141,8 @@ impl<B: Ops> Decoder<B> {
     ) -> Result<(), B::Error> {
         let tensors = part(tensors, self.rank, &self.whole);
         self.weight_bytes = tensors.step_bytes();
-        ModelWeights::of(&self.spec, &tensors, self.rank).reload(backend, &self.weights, changed)
+        let slicing = backend.info().slicing;
+        ModelWeights::of(&self.spec, &tensors, self.rank, slicing).reload(backend, &self.weights, changed)
     }
 
     /// What is computed.

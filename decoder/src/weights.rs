@@ -12,7 +12,7 @@ use std::convert::Infallible;
 use std::slice;
 
 use minisgl_core::backend::{ExpertWeights, LayerWeights, MlpWeights, Ops, WeightRole};
-use minisgl_core::shard::Rank;
+use minisgl_core::shard::{Rank, Slicing};
 use minisgl_core::spec::{DecoderSpec, LayerSpec, NormForm};
 use minisgl_core::tensor::HostTensor;
 
@@ -57,11 +57,15 @@ impl<'a> Source<'a> {
 
 impl<'a> ModelWeights<Source<'a>> {
     /// What the weights of a model, or of a rank's part of it, are made of: q, k, v are stacked, and gate, up.
-    pub fn of(spec: &DecoderSpec, tensors: &'a Tensors, rank: Rank) -> Self {
+    pub fn of(spec: &DecoderSpec, tensors: &'a Tensors, rank: Rank, slicing: Slicing) -> Self {
         let layers = spec.layers.iter().zip(&tensors.layers);
+        // The role of a matrix whose columns ranks share out, of which this one has those of a tensor.
+        let sliced = |tensor: &HostTensor| WeightRole::Sliced(rank.slices(tensor.cols, slicing));
         ModelWeights {
             embed: Source::one(WeightRole::Embedding, &tensors.embed),
-            layers: layers.map(|(layer, tensors)| layer_sources(spec.norm, layer, tensors, rank)).collect(),
+            layers: layers
+                .map(|(layer, tensors)| layer_sources(spec.norm, layer, tensors, &sliced))
+                .collect(),
             norm: Source::one(WeightRole::Norm(spec.norm), &tensors.norm),
             head: tensors.head.as_ref().map(|head| Source::one(WeightRole::Linear, head)),
         }
@@ -133,16 +137,11 @@ fn all_of<W>(layer: &LayerWeights<W>) -> Vec<&W> {
     all
 }
 
-/// The role of a matrix whose columns ranks share out, of which this one has those of `tensor`.
-fn sliced(tensor: &HostTensor, rank: Rank) -> WeightRole {
-    WeightRole::Sliced(rank.slices(tensor.cols))
-}
-
 fn layer_sources<'a>(
     form: NormForm,
     spec: &LayerSpec,
     tensors: &'a LayerTensors,
-    rank: Rank,
+    sliced: &impl Fn(&HostTensor) -> WeightRole,
 ) -> LayerWeights<Source<'a>> {
     let norm = |tensor: &'a Option<HostTensor>| {
         tensor.as_ref().map(|tensor| Source::one(WeightRole::Norm(form), tensor))
@@ -153,29 +152,30 @@ fn layer_sources<'a>(
         qkv_bias: tensors.qkv_bias.as_ref().map(|parts| Source { role: WeightRole::Bias, parts }),
         q_norm: norm(&tensors.q_norm),
         k_norm: norm(&tensors.k_norm),
-        o: Source::one(sliced(&tensors.o, rank), &tensors.o),
+        o: Source::one(sliced(&tensors.o), &tensors.o),
         attention_out_norm: norm(&tensors.attention_out_norm),
         mlp_norm: norm(&tensors.mlp_norm),
-        mlp: mlp_sources(spec, &tensors.mlp, rank),
+        mlp: mlp_sources(spec, &tensors.mlp, sliced),
         mlp_out_norm: norm(&tensors.mlp_out_norm),
     }
 }
 
-fn mlp_sources<'a>(spec: &LayerSpec, tensors: &'a MlpTensors, rank: Rank) -> MlpWeights<Source<'a>> {
+fn mlp_sources<'a>(
+    spec: &LayerSpec,
+    tensors: &'a MlpTensors,
+    sliced: &impl Fn(&HostTensor) -> WeightRole,
+) -> MlpWeights<Source<'a>> {
     match tensors {
         MlpTensors::Dense { gate_up, down } => MlpWeights::Dense {
             gate_up: Source { role: WeightRole::GateUp, parts: gate_up },
-            down: Source::one(sliced(down, rank), down),
+            down: Source::one(sliced(down), down),
         },
         MlpTensors::Experts { router, gate_up, down } => {
             let count = spec.experts().map_or(0, |experts| experts.count);
             MlpWeights::Experts(ExpertWeights {
                 router: Source { role: WeightRole::Linear, parts: router },
                 gate_up: Source { role: WeightRole::ExpertsGateUp(count), parts: gate_up },
-                down: Source {
-                    role: down.first().map_or(WeightRole::Linear, |one| sliced(one, rank)),
-                    parts: down,
-                },
+                down: Source { role: down.first().map_or(WeightRole::Linear, sliced), parts: down },
             })
         }
     }

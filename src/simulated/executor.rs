@@ -20,6 +20,7 @@ use minisgl_core::executor::{Executor, ModelInfo, RecordError, Results};
 use minisgl_core::kv::KvFormat;
 use minisgl_core::request::Ticket;
 use minisgl_core::sampling::{NO_TOKEN, RowLogprobs, TOP_LOGPROBS_MAX};
+use minisgl_core::shard::Slicing;
 use minisgl_core::stats::ExpertsRead;
 use minisgl_cuda::HostTimes;
 use minisgl_decoder::Checkpoint;
@@ -96,7 +97,15 @@ impl Executor for Simulated {
 
     fn info(&self) -> DeviceInfo {
         let name = format!("no device, simulated: {}", self.device.name);
-        DeviceInfo { name, activation_bytes: 2, kv: KvFormat::Bf16, logit_bytes: 2, page_size_min: 1 }
+        let slicing = Slicing { most: 1, block: 1, equal: true };
+        DeviceInfo {
+            name,
+            activation_bytes: 2,
+            kv: KvFormat::Bf16,
+            logit_bytes: 2,
+            page_size_min: 1,
+            slicing,
+        }
     }
 
     fn model(&self) -> ModelInfo {

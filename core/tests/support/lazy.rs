@@ -16,6 +16,7 @@ use std::rc::Rc;
 use minisgl_core::backend::{Device, DeviceInfo, Element, Memory, Purpose, Queue, Sampler, Step};
 use minisgl_core::costs::StepCosts;
 use minisgl_core::kv::KvFormat;
+use minisgl_core::shard::Slicing;
 use thiserror::Error;
 
 use super::hashing;
@@ -241,7 +242,8 @@ impl Device for Lazy {
 
     fn info(&self) -> DeviceInfo {
         let name = "lazy".into();
-        DeviceInfo { name, activation_bytes: 4, kv: KvFormat::F32, logit_bytes: 4, page_size_min: 1 }
+        let slicing = Slicing { most: 1, block: 1, equal: true };
+        DeviceInfo { name, activation_bytes: 4, kv: KvFormat::F32, logit_bytes: 4, page_size_min: 1, slicing }
     }
 
     fn memory(&self) -> Result<Memory, LazyError> {
