@@ -171,6 +171,18 @@ pub enum CudaError {
         /// Rows that it is applied to.
         tokens: u32,
     },
+    /// A matrix is cut in another way than its kernels add.
+    #[error(
+        "{slices} slices of {cols} columns, where there can be a power of two up to {most}; share the model out among fewer ranks"
+    )]
+    Slices {
+        /// Its columns.
+        cols: u32,
+        /// What they are cut into.
+        slices: u32,
+        /// The most that there can be.
+        most: u32,
+    },
     /// An operation came before the capacities were planned.
     #[error("an operation was asked for before `reserve` had planned its memory")]
     NotReserved,

@@ -13,7 +13,7 @@ use minisgl_core::batch::Token;
 use minisgl_core::fp8;
 use minisgl_core::spec::Inputs;
 use minisgl_core::tensor::{Dtype, HostTensor, Scales, TensorData, splitmix64};
-use minisgl_cuda::ops::gemm::{GateUp, Gemm, Qkv, Residual, RowNorm, Rows, SmShare};
+use minisgl_cuda::ops::gemm::{GateUp, Gemm, Qkv, RankSums, Residual, RowNorm, Rows, SmShare};
 use minisgl_cuda::{Address, Buffer, Cuda, Options, Weight};
 use support::taken;
 
@@ -127,6 +127,23 @@ fn rows_that_are_added_have_the_bits_of_what_fp8_means() {
             let added = Residual { residual: residual.address(), sumsq: sumsq.address() };
             launch(gpu, both[which], x, tokens, &added);
             [gpu.download(residual), gpu.download(sumsq)].concat()
+        });
+    }
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn ranks_sums_have_the_bits_of_what_fp8_means() {
+    let gpu = &mut Gpu::new();
+    for (i, (rows, cols, slices)) in
+        taken([(192, 320, 2), (64, 64, 1), (1000, 1096, 2), (1024, 1536, 1), (4096, 2048, 2)]).enumerate()
+    {
+        let both = gpu.matrix(WeightRole::Sliced(slices), [rows, cols], BLOCKS[i % 3]);
+        let x = gpu.activations(TOKENS_MAX * cols);
+        agree(gpu, &format!("sums {rows}x{cols}"), |gpu, which, tokens| {
+            let out = gpu.upload(Element::Float, &vec![f32::NAN; TOKENS_MAX * rows]);
+            launch(gpu, both[which], x, tokens, &RankSums { out: out.address() });
+            gpu.download(out)
         });
     }
 }

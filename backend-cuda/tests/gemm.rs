@@ -19,8 +19,10 @@ use minisgl_core::batch::{Layout, StepShape, Token};
 use minisgl_core::config::Limits;
 use minisgl_core::tensor::{splitmix64, uniform_element};
 use minisgl_cuda::ops::fp8_pages::Fp8Pages;
-use minisgl_cuda::ops::gemm::{Epilogue, GateUp, Gemm, Head, Linear, Qkv, Residual, RowNorm, Rows, SmShare};
-use minisgl_cuda::{Address, Buffer, Cuda, KernelSet, Options, Weight};
+use minisgl_cuda::ops::gemm::{
+    Epilogue, GateUp, Gemm, Head, Linear, Qkv, RankSums, Residual, RowNorm, Rows, SmShare,
+};
+use minisgl_cuda::{Address, Buffer, Cuda, KernelSet, Options, SLICING, Weight};
 use support::taken;
 
 /// Both sides of every tile of every kernel.
@@ -252,6 +254,8 @@ fn bf16_rows(raw: &[u16], width: usize) -> Vec<Vec<f32>> {
 /// Rounding to bf16, 8 significant bits, errs by 2^-8 of a value at most; the sums' order adds little. A row may be
 /// ruled by a single value, so no average counts here.
 const BF16: f64 = 1.0 / 256.0;
+/// Sums of products of bf16 in f32.
+const F32: f64 = 1e-4;
 /// Rounding to f16: 2^-12.
 const F16: f64 = 4e-4;
 
@@ -322,6 +326,77 @@ fn residual(gpu: &mut Gpu, rows: usize, cols: usize) {
         operands.product(t).iter().zip(old).map(|(y, x)| y + f64::from(*x)).collect()
     };
     check(gpu, &label, BF16, run, expected);
+}
+
+/// Every other value of pairs of half-words, as f32.
+fn floats(halves: &[u16]) -> Vec<f32> {
+    halves
+        .as_chunks::<2>()
+        .0
+        .iter()
+        .map(|[low, high]| f32::from_bits(u32::from(*high) << 16 | u32::from(*low)))
+        .collect()
+}
+
+/// The columns of one of several ranks, as a matrix of its own with its inputs.
+fn part_of(gpu: &mut Gpu, operands: &Operands, rank: usize, ranks: usize) -> Operands {
+    let (whole, cols) = (operands.cols, operands.cols / ranks);
+    let part = |rows: &[bf16]| -> Vec<bf16> {
+        rows.chunks_exact(whole).flat_map(|row| row[rank * cols..][..cols].iter().copied()).collect()
+    };
+    let (w, x) = (part(&operands.w), part(&operands.x));
+    let matrix = gpu.weight(&w, w.len() / cols, cols).sliced(SLICING.slices(whole) / ranks as u32);
+    let behind = vec![bf16::NAN; 256 * cols];
+    let on_device = (matrix, gpu.upload(Element::Activation, &[&x[..], &behind].concat()));
+    Operands { cols, w, x, on_device }
+}
+
+/// Adds pairs, then pairs of pairs.
+fn tree(mut sums: Vec<Vec<f32>>) -> Vec<f32> {
+    while sums.len() > 1 {
+        let added = |pair: &[Vec<f32>]| pair[0].iter().zip(&pair[1]).map(|(a, b)| a + b).collect();
+        sums = sums.chunks_exact(2).map(added).collect();
+    }
+    sums.remove(0)
+}
+
+/// What ranks make of their columns, added as a tree, is what one makes of all.
+fn ranks_sums(gpu: &mut Gpu, rows: usize, cols: usize) {
+    let operands = Operands::new(gpu, rows, cols);
+    let tokens_max = TOKENS[TOKENS.len() - 1] as usize;
+    let before = gpu.random(tokens_max * rows, 2.0);
+    let label = format!("{:?} sums {rows}x{cols}", gpu.set);
+    let residual = gpu.upload(Element::Activation, &before);
+    let sumsq = gpu.poisoned(tokens_max * rows.div_ceil(64) * 2);
+    let (w, x) = operands.on_device;
+    let added = Residual { residual: residual.address(), sumsq: sumsq.address() };
+    gpu.launch(w, x, tokens_max as u32, &added);
+    let whole: Vec<u16> = gpu.download(residual);
+    let counts = [2, 4, 8].into_iter().filter(|ranks| {
+        *ranks <= SLICING.slices(cols) as usize && cols.is_multiple_of(ranks * SLICING.block)
+    });
+    for ranks in counts {
+        let mut sums = Vec::new();
+        for rank in 0..ranks {
+            let part = part_of(gpu, &operands, rank, ranks);
+            let (w, x) = part.on_device;
+            let run = |gpu: &mut Gpu, tokens: u32| {
+                let elements = tokens as usize * rows * 2;
+                let out = gpu.poisoned(elements);
+                gpu.launch(w, x, tokens, &RankSums { out: out.address() });
+                let sums = floats(&without_margin(gpu.download(out), elements, &label));
+                sums.chunks_exact(rows).map(<[f32]>::to_vec).collect::<Vec<_>>()
+            };
+            check(gpu, &format!("{label}, rank {rank} of {ranks}"), F32, run, |t| part.product(t));
+            sums.push(run(gpu, tokens_max as u32).concat());
+        }
+        let differs = tree(sums)
+            .iter()
+            .zip(&before)
+            .zip(&whole)
+            .position(|((sum, old), bits)| bf16::from_f32(old.to_f32() + sum).to_bits() != *bits);
+        assert_eq!(differs, None, "{label}: the first output that differs, of {ranks} ranks");
+    }
 }
 
 fn gate_up(gpu: &mut Gpu, intermediate: usize, cols: usize) {
@@ -574,6 +649,33 @@ fn the_residual_stream_grows_by_the_product_and_its_squares_are_summed() {
             (1024, 2048),
         ]) {
             residual(gpu, rows, cols);
+        }
+    });
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn ranks_sums_added_as_a_tree_have_the_bits_of_the_whole_product() {
+    on_every_set(|gpu| {
+        for (rows, cols) in
+            taken([(1000, 896), (192, 320), (1024, 2048), (1024, 3072), (896, 4864), LARGE, DEEP])
+        {
+            ranks_sums(gpu, rows, cols);
+        }
+    });
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn slices_that_no_kernel_adds_are_refused() {
+    on_every_set(|gpu| {
+        let operands = Operands::new(gpu, 64, 128);
+        let (w, x) = operands.on_device;
+        let out = gpu.poisoned(64 * 2);
+        let (x, sums) = (Rows { address: x.address(), there: 1 }, RankSums { out: out.address() });
+        for slices in [0, 3, 4] {
+            let launched = gpu.gemm.launch(gpu.cuda.launcher(), w.sliced(slices), x, 1, gpu.share, &sums);
+            assert!(launched.unwrap_err().to_string().contains("slices of 128 columns"), "{slices}");
         }
     });
 }

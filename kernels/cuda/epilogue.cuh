@@ -4,6 +4,7 @@
 //
 //   Qkv        row scale; bias; head norm; rope; q -> [tokens, q_width] bf16, k and v -> KV pages  128 outputs a tile
 //   Residual   residual += y (bf16), sumsq[t, m / 64] = sum of the new values' squares, f32      64 or 128
+//   RankSums   y -> [tokens, rows] f32, for ranks to add and to take through Residual             64 or 128
 //   GateUp     row scale; silu(gate) * up -> [tokens, intermediate] bf16                         64 or 128
 //   Head       y -> [samples, vocab] f16, clamped to what f16 holds                              64 or 128
 //   Linear     y -> [tokens, rows] bf16                                                          64 or 128
@@ -333,6 +334,39 @@ struct Residual {
     }
 };
 
+// What a rank has of o's or down's sums, to be added to the other ranks'.
+struct RankSums {
+    float *out; // [tokens, rows]
+    static constexpr bool SCALED = false;
+    static constexpr int SLICES = 2; // at most: a rank of two has half of Residual's
+    static constexpr bool EARLY = false; // does `ahead` read nothing that a kernel of this step's layers wrote?
+
+    __device__ __forceinline__ float scale(unsigned) const { return 1.0f; }
+    using Where = Nowhere;
+    __device__ __forceinline__ Where where(unsigned) const { return {}; }
+
+    template <int BLOCKS> struct Ahead {};
+
+    template <int BLOCKS>
+    __device__ __forceinline__ Ahead<BLOCKS> ahead(Where, unsigned, unsigned, unsigned, unsigned) const { return {}; }
+
+    template <int T, int BLOCKS>
+    __device__ __forceinline__ void store(const Ahead<BLOCKS> (&)[T], float2 (&v)[T][BLOCKS], const Taken &taken, unsigned m0,
+                                          unsigned rows, unsigned lane) const {
+#pragma unroll
+        for (int i = 0; i < T; i++) {
+            if (i >= taken.count)
+                break;
+#pragma unroll
+            for (int b = 0; b < BLOCKS; b++) {
+                const unsigned m = m0 + 64 * b + 2 * lane;
+                if (m < rows)
+                    *reinterpret_cast<float2 *>(out + (size_t)taken.token(i) * rows + m) = v[i][b];
+            }
+        }
+    }
+};
+
 struct GateUp {
     RowNorm norm;
     __nv_bfloat16 *out; // [tokens, intermediate]
@@ -455,7 +489,8 @@ struct Linear {
 };
 
 // The sizes of a product, and how its sum over the columns is cut: slice i is blocks [i nb / slices, (i + 1) nb / slices)
-// of 64 columns, nb of them in all.
+// of 64 columns, nb of them in all; slices are a power of two. Their sums are added in pairs, then pairs of pairs: a rank that has
+// half of the columns, or a quarter, has a whole subtree of that, and ranks' sums added in the same way have the bits of one GPU's.
 struct Shape {
     unsigned rows, cols, tokens, slices;
 

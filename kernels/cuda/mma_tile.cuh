@@ -4,8 +4,8 @@
 //           ldmatrix meets no bank twice
 //   warps   8; a warp holds TM x TN fragments of 16 rows by 8 tokens
 //
-// 1. Columns are summed in slices, each from zero, k16 by k16, then slice after slice in fp32: one order for every number of
-//    tokens. The serial slices cost a second set of accumulators.
+// 1. Columns are summed in slices, each from zero, k16 by k16, which are added in fp32 in pairs, these in pairs (Shape): one order
+//    for every number of tokens. The serial slices cost a second set of accumulators, more than two of them a third.
 // 2. The sums go through shared memory, so that a warp holds one token's outputs, as epilogue.cuh wants them.
 #pragma once
 
@@ -44,12 +44,15 @@ __device__ __forceinline__ void fetch(unsigned to, const __nv_bfloat16 *matrix, 
     }
 }
 
-template <int BN> struct Tile {
+// SLICES: at most, 4 of them.
+template <int BN, int SLICES = 2> struct Tile {
     static constexpr int WARPS_N = BN >= 64 ? 2 : 1, WARPS_M = WARPS / WARPS_N;
     static constexpr int TM = BM / WARPS_M / 16, TN = BN / WARPS_N / 8; // fragments a warp holds
     static constexpr int STAGE_BYTES = (BM + BN) * BK * 2;
 
-    float sum[TM][TN][4], total[TM][TN][4];
+    static constexpr bool PAIRS = SLICES > 2;
+
+    float sum[TM][TN][4], total[TM][TN][4], pair[PAIRS ? TM : 1][PAIRS ? TN : 1][4];
 
     __device__ __forceinline__ static unsigned warp_m() { return threadIdx.x / 32 / WARPS_N * TM * 16; }
     __device__ __forceinline__ static unsigned warp_n() { return threadIdx.x / 32 % WARPS_N * TN * 8; }
@@ -101,6 +104,24 @@ template <int BN> struct Tile {
                 }
     }
 
+    // The same of one of four: the third one's sum waits for the last one's.
+    __device__ __forceinline__ void end_slice_of_pair(unsigned slice) {
+#pragma unroll
+        for (int i = 0; i < TM; i++)
+#pragma unroll
+            for (int j = 0; j < TN; j++)
+#pragma unroll
+                for (int e = 0; e < 4; e++) {
+                    if (slice == 2) {
+                        pair[i][j][e] = sum[i][j][e];
+                    } else {
+                        const float added = slice == 3 ? pair[i][j][e] + sum[i][j][e] : sum[i][j][e];
+                        total[i][j][e] = slice == 0 ? added : total[i][j][e] + added;
+                    }
+                    sum[i][j][e] = 0.0f;
+                }
+    }
+
     // Writes the totals as [token][row] to shared memory.
     __device__ __forceinline__ void stage_totals(float *staged) const {
         const unsigned lane = threadIdx.x % 32;
@@ -119,8 +140,8 @@ template <int BN> struct Tile {
 
 // All columns' steps of a tile, through a ring of STAGES stages. `fetch(stage, block)` fetches both operands' rows of a block of
 // 64 columns; all threads take part.
-template <int BN, int STAGES, class Fetch>
-__device__ __forceinline__ void accumulate(Tile<BN> &tile, const Shape &shape, unsigned ring, Fetch fetch) {
+template <int BN, int STAGES, int SLICES, class Fetch>
+__device__ __forceinline__ void accumulate(Tile<BN, SLICES> &tile, const Shape &shape, unsigned ring, Fetch fetch) {
     const unsigned blocks = shape.blocks();
     auto fetch_block = [&](unsigned block) {
         if (block < blocks)
@@ -137,8 +158,12 @@ __device__ __forceinline__ void accumulate(Tile<BN> &tile, const Shape &shape, u
         __syncthreads(); // the block has landed for all, and all are done with the stage fetched next
         fetch_block(block + STAGES - 1);
         tile.multiply(ring + block % STAGES * Tile<BN>::STAGE_BYTES);
-        if (block + 1 == shape.slice_begin(slice + 1))
-            tile.end_slice(slice++ == 0);
+        if (block + 1 == shape.slice_begin(slice + 1)) {
+            if constexpr (Tile<BN, SLICES>::PAIRS)
+                tile.end_slice_of_pair(slice++);
+            else
+                tile.end_slice(slice++ == 0);
+        }
     }
     asm volatile("cp.async.wait_group 0;" ::: "memory");
     __syncthreads();

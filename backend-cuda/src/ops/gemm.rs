@@ -4,10 +4,14 @@
 //!   epilogue   y becomes                                               columns summed in
 //!   Qkv        queries; keys and values in their pages                 2 slices
 //!   Residual   added to the residual stream, with its partial squares  4
+//!   RankSums   f32 sums, of a rank's columns                           4 of all ranks'
 //!   GateUp     silu(gate) * up                                         2; 1 of a matrix that L2 does not hold
 //!   Head       f16 logits                                              1
 //!   Linear     bf16 rows                                               1
 //! ```
+//!
+//! Slices are added in pairs, then pairs of pairs, so that a rank's columns of o and down, which it shares with others, are a whole
+//! subtree ([`minisgl_core::shard`]).
 //!
 //! Invariant: how a sum is cut depends on the matrix alone, never on the number of tokens, so a token's bits are the
 //! same in every batch. Which tile a launch gets is chosen here and is a matter of speed only.
@@ -30,10 +34,10 @@ use crate::memory::Address;
 use crate::module::Modules;
 use crate::param::{Param, plain_params};
 use crate::tensor_map::TensorMap;
-use crate::weight::Weight;
+use crate::weight::{SLICING, Weight};
 
 /// Columns of a block; slices are whole blocks.
-const BLOCK_COLS: u32 = 64;
+const BLOCK_COLS: u32 = SLICING.block as u32;
 
 /// Where a normed row's scale comes from.
 #[repr(C)]
@@ -98,6 +102,14 @@ pub struct Residual {
     pub sumsq: Address,
 }
 
+/// What a rank has of the sums of rows that are added to the residual stream.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct RankSums {
+    /// `[tokens, rows of w]` f32.
+    pub out: Address,
+}
+
 /// Normed rows times gate and up, whose rows take turns in blocks of 8.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
@@ -135,6 +147,8 @@ pub enum Kind {
     Qkv,
     /// [`Residual`].
     Residual,
+    /// [`RankSums`].
+    RankSums,
     /// [`GateUp`].
     GateUp,
     /// [`Head`].
@@ -144,16 +158,25 @@ pub enum Kind {
 }
 
 impl Kind {
-    /// Slices that a sum over `cols` columns is cut into, for `rows` rows of w.
-    fn slices(self, rows: u32, cols: u32) -> u32 {
-        let wanted = match self {
+    /// Slices that a sum over `cols` columns is cut into, for `rows` rows of w, which has so many where ranks share its columns.
+    fn slices(self, rows: u32, cols: u32, shared: u32) -> u32 {
+        match self {
             // Its rows fill the device, and one sum a thread leaves registers for wider tiles.
             Kind::GateUp if !fits_l2(rows, cols) => 1,
-            Kind::Qkv | Kind::GateUp => 2,
-            Kind::Residual => 4,
+            Kind::Qkv | Kind::GateUp => cols.div_ceil(BLOCK_COLS).min(2),
+            Kind::Residual | Kind::RankSums => shared,
             Kind::Head | Kind::Linear => 1,
-        };
-        wanted.min(cols.div_ceil(BLOCK_COLS))
+        }
+    }
+
+    /// The most of them that its kernels add.
+    fn slices_max(self) -> u32 {
+        match self {
+            Kind::Residual => SLICING.most,
+            Kind::RankSums => SLICING.most / 2,
+            Kind::Qkv | Kind::GateUp => 2,
+            Kind::Head | Kind::Linear => 1,
+        }
     }
 }
 
@@ -162,9 +185,9 @@ pub trait Epilogue: Param {
     /// Which it is.
     const KIND: Kind;
 
-    /// Where rows of outputs lie, one a token, and how many outputs a row has, for `rows` rows of w. Keys and values lie
+    /// Where rows of outputs in 16 bits lie, one a token, and how many outputs a row has, for `rows` rows of w. Keys and values lie
     /// elsewhere.
-    fn outputs(&self, rows: u32) -> (Address, u32);
+    fn outputs(&self, rows: u32) -> Option<(Address, u32)>;
 
     /// Are keys and values kept in fp8?
     fn is_fp8(&self) -> bool {
@@ -201,7 +224,7 @@ impl Shape {
     }
 }
 
-plain_params!(Qkv, Residual, GateUp, Head, Linear, Shape);
+plain_params!(Qkv, Residual, RankSums, GateUp, Head, Linear, Shape);
 
 /// Rows of activations in memory, `[there, columns of w]` bf16, whose first ones a product takes. Of those behind them it reads
 /// what its last tile has places for, and nothing comes of that: the copy engine is quicker to fetch a row that is there than to
@@ -249,8 +272,8 @@ impl<E: Epilogue> Product<'_, E> {
 impl Epilogue for Qkv {
     const KIND: Kind = Kind::Qkv;
 
-    fn outputs(&self, _: u32) -> (Address, u32) {
-        (self.q, self.heads * self.head_dim)
+    fn outputs(&self, _: u32) -> Option<(Address, u32)> {
+        Some((self.q, self.heads * self.head_dim))
     }
 
     fn is_fp8(&self) -> bool {
@@ -266,32 +289,40 @@ impl Epilogue for Qkv {
 impl Epilogue for Residual {
     const KIND: Kind = Kind::Residual;
 
-    fn outputs(&self, rows: u32) -> (Address, u32) {
-        (self.residual, rows)
+    fn outputs(&self, rows: u32) -> Option<(Address, u32)> {
+        Some((self.residual, rows))
+    }
+}
+
+impl Epilogue for RankSums {
+    const KIND: Kind = Kind::RankSums;
+
+    fn outputs(&self, _: u32) -> Option<(Address, u32)> {
+        None
     }
 }
 
 impl Epilogue for GateUp {
     const KIND: Kind = Kind::GateUp;
 
-    fn outputs(&self, _: u32) -> (Address, u32) {
-        (self.out, self.intermediate)
+    fn outputs(&self, _: u32) -> Option<(Address, u32)> {
+        Some((self.out, self.intermediate))
     }
 }
 
 impl Epilogue for Head {
     const KIND: Kind = Kind::Head;
 
-    fn outputs(&self, rows: u32) -> (Address, u32) {
-        (self.out, rows)
+    fn outputs(&self, rows: u32) -> Option<(Address, u32)> {
+        Some((self.out, rows))
     }
 }
 
 impl Epilogue for Linear {
     const KIND: Kind = Kind::Linear;
 
-    fn outputs(&self, rows: u32) -> (Address, u32) {
-        (self.out, rows)
+    fn outputs(&self, rows: u32) -> Option<(Address, u32)> {
+        Some((self.out, rows))
     }
 }
 
@@ -299,7 +330,7 @@ impl Epilogue for Linear {
 #[derive(Debug)]
 struct Portable {
     /// For few tokens and for many; by [`Kind`].
-    kernels: [[Kernel; 2]; 5],
+    kernels: [[Kernel; 2]; 6],
 }
 
 impl Portable {
@@ -317,6 +348,7 @@ impl Portable {
         let kernels = [
             pair(Kind::Qkv)?,
             pair(Kind::Residual)?,
+            pair(Kind::RankSums)?,
             pair(Kind::GateUp)?,
             pair(Kind::Head)?,
             pair(Kind::Linear)?,
@@ -329,6 +361,7 @@ impl Portable {
         match kind {
             Kind::Qkv => ["gemm_qkv_16", "gemm_qkv_64"],
             Kind::Residual => ["gemm_residual_16", "gemm_residual_64"],
+            Kind::RankSums => ["gemm_sums_16", "gemm_sums_64"],
             Kind::GateUp => ["gemm_gate_up_16", "gemm_gate_up_64"],
             Kind::Head => ["gemm_head_16", "gemm_head_64"],
             Kind::Linear => ["gemm_linear_16", "gemm_linear_64"],
@@ -415,7 +448,8 @@ pub(super) fn explained(
     share: SmShare,
     normed: bool,
 ) -> Option<Explained> {
-    let shape = Shape { rows, cols, tokens, slices: kind.slices(rows, cols) };
+    let slices = kind.slices(rows, cols, SLICING.slices(cols as usize));
+    let shape = Shape { rows, cols, tokens, slices };
     if !device.hopper {
         return Some(Portable::explained(kind, &shape));
     }
@@ -479,7 +513,7 @@ impl Gemm {
     /// Do products of queries, keys and values with so many tokens keep these in fp8 by themselves ([`Qkv::fp8`])?
     pub fn keeps_fp8(&self, w: Weight, tokens: u32, share: SmShare) -> bool {
         let (rows, cols) = (w.rows() as u32, w.cols() as u32);
-        let shape = Shape { rows, cols, tokens, slices: Kind::Qkv.slices(rows, cols) };
+        let shape = Shape { rows, cols, tokens, slices: Kind::Qkv.slices(rows, cols, w.slices()) };
         match &self.set {
             Set::Portable(_) => false,
             Set::Hopper(_) if w.is_fp8() => tokens <= fp8::TOKENS_MAX,
@@ -499,9 +533,14 @@ impl Gemm {
         epilogue: &E,
     ) -> Result<(), CudaError> {
         let (rows, cols) = (w.rows() as u32, w.cols() as u32);
-        let shape = Shape { rows, cols, tokens, slices: E::KIND.slices(rows, cols) };
+        let slices = E::KIND.slices(rows, cols, w.slices());
+        let shape = Shape { rows, cols, tokens, slices };
         if tokens == 0 {
             return Ok(());
+        }
+        let most = E::KIND.slices_max().min(cols.div_ceil(BLOCK_COLS));
+        if !slices.is_power_of_two() || slices > most {
+            return Err(CudaError::Slices { cols, slices, most });
         }
         let product = Product { w: w.address(), is_fresh: false, x, shape, share, epilogue };
         match &self.set {
@@ -555,6 +594,7 @@ mod tests {
             }
         );
         assert_declared!(files, "Residual", Residual { residual, sumsq });
+        assert_declared!(files, "RankSums", RankSums { out });
         assert_declared!(files, "GateUp", GateUp { norm, out, intermediate, reserved });
         assert_declared!(files, "Head", Head { out });
         assert_declared!(files, "Linear", Linear { out });
@@ -569,7 +609,7 @@ mod tests {
 
     #[test]
     fn portable_kernels_are_bound_to_the_threads_that_they_are_launched_with() {
-        for kind in [Kind::Qkv, Kind::Residual, Kind::GateUp, Kind::Head, Kind::Linear] {
+        for kind in [Kind::Qkv, Kind::Residual, Kind::RankSums, Kind::GateUp, Kind::Head, Kind::Linear] {
             for name in Portable::names(kind) {
                 assert_eq!(threads_of(PORTABLE, name), Portable::THREADS, "{name}");
             }
@@ -581,8 +621,10 @@ mod tests {
         for kind in [Kind::Qkv, Kind::Residual, Kind::GateUp, Kind::Head, Kind::Linear] {
             for cols in (8u32..4096).step_by(8) {
                 for rows in [128, 1024, 32_768] {
-                    let slices = kind.slices(rows, cols);
-                    assert!((1..=cols.div_ceil(BLOCK_COLS)).contains(&slices), "{kind:?}, {rows} x {cols}");
+                    let slices = kind.slices(rows, cols, SLICING.slices(cols as usize));
+                    let blocks = cols.div_ceil(BLOCK_COLS).min(kind.slices_max());
+                    assert!((1..=blocks).contains(&slices), "{kind:?}, {rows} x {cols}");
+                    assert!(slices.is_power_of_two(), "{kind:?}, {rows} x {cols}");
                 }
             }
         }

@@ -2,7 +2,7 @@
 // time is its weights' way from memory.
 //
 //   w [rows, cols] bf16   x [tokens, cols] bf16   cols a multiple of 8   accumulates in fp32
-//   block    64 GROUPS rows of w by N tokens, OWN slices of the columns, one after the other: GROUPS warpgroups that
+//   block    64 GROUPS rows of w by N tokens, OWN slices of the columns, one or a pair: GROUPS warpgroups that
 //            multiply, a warp that fetches, a warp that computes the tokens' scales
 //   cluster  TILES neighbouring row tiles times all slices: rank = (tile * slices + slice) / OWN
 //   grid     (ceil(tokens / N) * cluster, clusters for all rows)   block 128 GROUPS + 64 threads
@@ -16,8 +16,8 @@
 //
 // A source file for each epilogue, gemm_decode_*.cu, so that the driver compiles them side by side.
 //
-// 1. Each slice is summed from zero, k16 by k16 (wgmma), slices are added in fp32 in their order: one order for every
-//    number of tokens, gemm_pair.cuh's and gemm_prefill.cu's too.
+// 1. Each slice is summed from zero, k16 by k16 (wgmma), slices are added in fp32 in pairs, and these in pairs again (Shape): one
+//    order for every number of tokens, gemm_pair.cuh's and gemm_prefill.cu's too.
 // 2. The sums lie over the ring, which is idle by then: every fetch was waited for, and every read of it is behind the
 //    named barrier. No block leaves the second cluster barrier, so none ends, while another reads its sums.
 // 3. Two blocks fit a multiprocessor, but for the largest, so the next kernel's weights arrive while this one's sums are added.
@@ -27,27 +27,33 @@
 #include "ring.cuh"
 #include "share_out.cuh"
 
-// T tokens' outputs: the slices' sums, all on their way at once, added in their order. Ranks first, first + 1, … have OWN of them
-// each, `bytes` apart.
-template <int SLICES, int OWN, int T>
-__device__ __forceinline__ void add_slices(float2 (&sum)[T], const unsigned (&at)[T], unsigned first, unsigned slices,
-                                           unsigned bytes) {
-    float2 part[SLICES][T];
+// T tokens' outputs: the sums that ranks first, first + 1, … have, all on their way at once, added in pairs, then pairs of pairs.
+template <int SHARERS, int T>
+__device__ __forceinline__ void add_shares(float2 (&sum)[T], const unsigned (&at)[T], unsigned first, unsigned sharers) {
+    float2 part[SHARERS][T];
 #pragma unroll
-    for (int s = 0; s < SLICES; s++)
-        if (s < slices)
+    for (int s = 0; s < SHARERS; s++)
+        if (s < sharers)
 #pragma unroll
             for (int i = 0; i < T; i++)
-                part[s][i] = load_remote(at[i] + s % OWN * bytes, first + s / OWN);
+                part[s][i] = load_remote(at[i], first + s);
+    if constexpr (SHARERS > 2)
+#pragma unroll
+        for (int apart = 1; apart < SHARERS / 2; apart *= 2)
+#pragma unroll
+            for (int s = 0; s < SHARERS; s += 2 * apart)
+                if (s + apart < sharers)
+#pragma unroll
+                    for (int i = 0; i < T; i++)
+                        part[s][i] = {part[s][i].x + part[s + apart][i].x, part[s][i].y + part[s + apart][i].y};
 #pragma unroll
     for (int i = 0; i < T; i++)
         sum[i] = part[0][i];
-#pragma unroll
-    for (int s = 1; s < SLICES; s++)
-        if (s < slices)
+    if constexpr (SHARERS > 1)
+        if (SHARERS / 2 < sharers)
 #pragma unroll
             for (int i = 0; i < T; i++)
-                sum[i] = {sum[i].x + part[s][i].x, sum[i].y + part[s][i].y};
+                sum[i] = {sum[i].x + part[SHARERS / 2][i].x, sum[i].y + part[SHARERS / 2][i].y};
 }
 
 // How many tokens a warp takes side by side, of N that WARPS share: as many as it gets up to four. All of eight at once are
@@ -107,10 +113,12 @@ __device__ __forceinline__ void decode(const Matrix &w, const TensorMap *x, cons
 #pragma unroll
         for (int i = 0; i < OWN; i++)
             ring.multiply(position, shape.slice_begin(slice + i + 1) - shape.slice_begin(slice + i), sum[i]);
-        sync_threads(1, R::MULTIPLIERS);
+        if constexpr (OWN == 2)
 #pragma unroll
-        for (int i = 0; i < OWN; i++)
-            S::write(staged + i * S::FLOATS, sum[i]);
+            for (int i = 0; i < N / 2; i++)
+                sum[0][i] += sum[1][i];
+        sync_threads(1, R::MULTIPLIERS);
+        S::write(staged, sum[0]);
         __syncwarp();
         cluster_sync();
         while (out.n < out.count)
@@ -119,7 +127,7 @@ __device__ __forceinline__ void decode(const Matrix &w, const TensorMap *x, cons
 #pragma unroll
                 for (int i = 0; i < T; i++)
                     at[i] = base + S::offset(token[i], b % GROUPS);
-                add_slices<Epilogue::SLICES, OWN>(sum, at, b / GROUPS * sharers, shape.slices, 4 * S::FLOATS);
+                add_shares<Epilogue::SLICES / OWN>(sum, at, b / GROUPS * sharers, sharers);
             });
         __syncwarp();
     }

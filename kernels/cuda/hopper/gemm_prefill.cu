@@ -17,7 +17,7 @@
 //   fetch ── full/empty of each stage ──> multiply ── epilogue (registers, a warp's own shared memory)
 //   look up ── known_full/known_empty ───────────────────^
 //
-// 1. Each slice is summed from zero, k16 by k16 (wgmma), slices are added in fp32 in their order: gemm_decode.cuh's order.
+// 1. Each slice is summed from zero, k16 by k16 (wgmma), slices are added in fp32 in pairs, these in pairs: gemm_decode.cuh's order.
 //    Tokens are the M operand here and the N operand there, which does not matter to a sum, and neither do the tokens beside
 //    it.
 // 2. A warpgroup has whole heads and whole 64-wide segments of its tokens, so none waits for another in the epilogue. They
@@ -41,6 +41,7 @@
 // Bytes in which a warp stages its tokens' outputs of 128 rows of w.
 template <class Epilogue> constexpr unsigned STAGED_BYTES = WarpTile::BYTES;
 template <> constexpr unsigned STAGED_BYTES<GateUp> = WarpTile::HALF;
+template <> constexpr unsigned STAGED_BYTES<RankSums> = 0;
 
 // A block's tile, 64 GROUPS tokens by M rows of w, and a cluster's: so many blocks along the rows, so many along the tokens.
 // SPLIT: a cluster takes one of so many slices of a tile at a time; with 1, a whole tile, however many slices it has.
@@ -255,6 +256,34 @@ __device__ __forceinline__ void multiply_tile(const Shared<P> &shared, Place<P::
     }
 }
 
+// The same of up to four slices: each pair's sums are added, then the pairs', for which three sets of sums are at hand.
+template <class P, class Between>
+__device__ __forceinline__ void multiply_pairs(const Shared<P> &shared, Place<P::STAGES> &position, const Shape &shape,
+                                               float (&total)[P::M / 2], const Between &between) {
+    float left[P::M / 2], right[P::M / 2];
+#pragma unroll
+    for (int i = 0; i < P::M / 2; i++)
+        total[i] = -0.0f, left[i] = 0.0f, right[i] = 0.0f;
+    for (unsigned slice = 0, begin = 0; slice < shape.slices; slice += 2) {
+        unsigned end = shared.slice_ends[slice];
+        multiply_slice(shared, position, begin, end, left);
+        begin = end;
+        if (slice == 0)
+            between();
+        if (shape.slices > 1) {
+            end = shared.slice_ends[slice + 1];
+            multiply_slice(shared, position, begin, end, right);
+            begin = end;
+#pragma unroll
+            for (int i = 0; i < P::M / 2; i++)
+                left[i] += right[i];
+        }
+#pragma unroll
+        for (int i = 0; i < P::M / 2; i++)
+            total[i] += left[i];
+    }
+}
+
 template <class P, class Epilogue>
 __device__ __forceinline__ void multiply(const Shared<P> &shared, const TensorMap *out, const Shape &shape,
                                          const Epilogue &epilogue) {
@@ -268,8 +297,11 @@ __device__ __forceinline__ void multiply(const Shared<P> &shared, const TensorMa
         const unsigned token = tiles.token() + 16 * warp, count = shape.tokens > token ? shape.tokens - token : 0;
         Outputs outputs = {warp_tile, out, token, count, tiles.row(), shape.rows};
         float total[P::M / 2];
-        multiply_tile<Epilogue::SLICES == 1 || P::M != 128>(shared, position, shape, total,
-                                                            [&] { prepare(epilogue, outputs, old); });
+        const auto between = [&] { prepare(epilogue, outputs, old); };
+        if constexpr (Epilogue::SLICES > 2)
+            multiply_pairs(shared, position, shape, total, between);
+        else
+            multiply_tile<Epilogue::SLICES == 1 || P::M != 128>(shared, position, shape, total, between);
         if (Epilogue::SCALED)
             barrier_wait(shared.known_full + 8 * looked.at, looked.parity);
         if (is_added(epilogue))
@@ -300,7 +332,7 @@ __device__ __forceinline__ void multiply(const Shared<P> &shared, const TensorMa
 template <class P, class Epilogue>
 __device__ __forceinline__ void multiply_slices(const Shared<P> &shared, const TensorMap *out, const Shape &shape,
                                                 const Epilogue &epilogue, const Partials &partials) {
-    static_assert(!Epilogue::SCALED && is_added(Epilogue{}), "of the products with a split sum");
+    static_assert(!Epilogue::SCALED, "of the products with a split sum");
     const unsigned warp = threadIdx.x / 32, lane = threadIdx.x % 32, old = shared.old + 8 * warp;
     const WarpTile warp_tile = {shared.warp_tile(warp), lane};
     dependent_wait();
@@ -325,7 +357,8 @@ __device__ __forceinline__ void multiply_slices(const Shared<P> &shared, const T
             float y[64];
             prepare(epilogue, outputs, old);
             slices.template add<P::ADDED>(y, 64 * i);
-            barrier_wait(old, fetched.parity);
+            if (is_added(epilogue))
+                barrier_wait(old, fetched.parity);
             fetched.advance();
             finish(epilogue, y, outputs, shared.known);
         }
@@ -380,11 +413,16 @@ PREFILL(prefill_qkv_narrow, 2, 128, 2, 1, Qkv)
 PREFILL(prefill_qkv_middle, 3, 128, 2, 1, Qkv)
 PREFILL(prefill_qkv_square, 2, 128, 2, 2, Qkv)
 PREFILL(prefill_residual_narrow, 2, 128, 2, 1, Residual)
-PREFILL(prefill_residual_middle, 3, 128, 2, 1, Residual)
 PREFILL(prefill_residual_square, 2, 128, 2, 2, Residual)
 SPLIT(split_residual_narrow, 2, 128, 2, 1, Residual)
 SPLIT(split_residual_middle, 3, 128, 2, 1, Residual)
 SPLIT(split_residual_wide, 2, 256, 1, 2, Residual)
+PREFILL(prefill_sums_narrow, 2, 128, 2, 1, RankSums)
+PREFILL(prefill_sums_middle, 3, 128, 2, 1, RankSums)
+PREFILL(prefill_sums_square, 2, 128, 2, 2, RankSums)
+SPLIT(split_sums_narrow, 2, 128, 2, 1, RankSums)
+SPLIT(split_sums_middle, 3, 128, 2, 1, RankSums)
+SPLIT(split_sums_wide, 2, 256, 1, 2, RankSums)
 PREFILL(prefill_gate_up_narrow, 2, 128, 2, 1, GateUp)
 PREFILL(prefill_gate_up_middle, 3, 128, 2, 1, GateUp)
 PREFILL(prefill_gate_up_square, 2, 128, 2, 2, GateUp)

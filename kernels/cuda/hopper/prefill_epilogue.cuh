@@ -215,6 +215,21 @@ __device__ __forceinline__ void finish(const Residual &e, float (&y)[64], const 
     out.send(2, out.m0);
 }
 
+// From registers: the four lanes of a token fill 32 bytes.
+__device__ __forceinline__ void finish(const RankSums &e, float (&y)[64], const Outputs &out, const Known *) {
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+        const unsigned row = out.lane() / 4 + 8 * h;
+        float *to = e.out + (size_t)(out.token + row) * out.rows;
+#pragma unroll
+        for (int j = 0; j < 16; j++) {
+            const unsigned m = out.m0 + 8 * j + out.lane() % 4 * 2;
+            if (row < out.count && m < out.rows)
+                *reinterpret_cast<float2 *>(to + m) = {y[4 * j + 2 * h], y[4 * j + 2 * h + 1]};
+        }
+    }
+}
+
 __device__ __forceinline__ void finish(const GateUp &e, float (&y)[64], const Outputs &out, const Known *known) {
     const Known first = known[out.lane() / 4], second = known[out.lane() / 4 + 8];
     scale(y, first.scale, second.scale);

@@ -5,7 +5,7 @@
 //   arrived    [tiles][warps of a cluster] words: how many slices of a warp's tokens and rows are there; zero between launches
 //
 //   multiply ── store ── count ──┬── not the last: the next turn
-//                                └── all slices' sums, in their order ── epilogue
+//                                └── all slices' sums, in pairs ── epilogue
 //
 // 1. A warp's sums are its own business: the warp of another cluster that has the same tokens and rows adds them, and no block
 //    waits for another.
@@ -48,7 +48,8 @@ template <int COUNT, int SUMS, int WARPS> struct Slices {
             *arrived = 0;
         return true;
     }
-    // The slices' sums in their order, of 64 of a lane's places from place `first` on; AT_ONCE float4s of each on their way.
+    // The slices' sums, added in pairs and these again (Shape), of 64 of a lane's places from place `first` on; AT_ONCE float4s of
+    // each on their way.
     template <int AT_ONCE> __device__ __forceinline__ void add(float (&total)[64], unsigned first) const {
         const float4 *from = sums + first / 4 * 32;
 #pragma unroll
@@ -61,10 +62,15 @@ template <int COUNT, int SUMS, int WARPS> struct Slices {
                     part[s][j] = __ldcg(from + s * STEP + 32 * (i + j));
 #pragma unroll
             for (int j = 0; j < AT_ONCE; j++) {
-                float4 sum = part[0][j];
 #pragma unroll
-                for (int s = 1; s < COUNT; s++)
-                    sum = {sum.x + part[s][j].x, sum.y + part[s][j].y, sum.z + part[s][j].z, sum.w + part[s][j].w};
+                for (int apart = 1; apart < COUNT; apart *= 2)
+#pragma unroll
+                    for (int s = 0; s < COUNT; s += 2 * apart) {
+                        float4 &to = part[s][j];
+                        const float4 &from = part[s + apart][j];
+                        to = {to.x + from.x, to.y + from.y, to.z + from.z, to.w + from.w};
+                    }
+                const float4 sum = part[0][j];
                 float *to = total + 4 * (i + j);
                 to[0] = sum.x, to[1] = sum.y, to[2] = sum.z, to[3] = sum.w;
             }

@@ -16,7 +16,7 @@ __device__ __forceinline__ void gemm(const __nv_bfloat16 *w, const __nv_bfloat16
     const unsigned m0 = blockIdx.x * BM, n0 = blockIdx.y * BN, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     if (Epilogue::SCALED && threadIdx.x < BN && n0 + threadIdx.x < shape.tokens)
         scales[threadIdx.x] = epilogue.scale(n0 + threadIdx.x);
-    Tile<BN> tile;
+    Tile<BN, Epilogue::SLICES <= 2 ? 2 : Epilogue::SLICES> tile;
     tile.clear();
     accumulate<BN, STAGES>(tile, shape, shared_address(shared), [&](unsigned stage, unsigned block) {
         fetch<BM>(stage, w, shape.rows, shape.cols, m0, block * BK);
@@ -49,6 +49,8 @@ GEMM(gemm_qkv_16, 16, Qkv)
 GEMM(gemm_qkv_64, 64, Qkv)
 GEMM(gemm_residual_16, 16, Residual)
 GEMM(gemm_residual_64, 64, Residual)
+GEMM(gemm_sums_16, 16, RankSums)
+GEMM(gemm_sums_64, 64, RankSums)
 GEMM(gemm_gate_up_16, 16, GateUp)
 GEMM(gemm_gate_up_64, 64, GateUp)
 GEMM(gemm_head_16, 16, Head)

@@ -4,7 +4,7 @@
 //!   tokens         a block's work                          blocks that work together
 //!   up to 64       64 rows of w, a slice of the columns    a cluster has all slices
 //!   65 to 256      qkv, gate and up: all columns           two or three with neighbouring tokens fetch w for each other
-//!                  o, down: a slice of the columns or two  a cluster has all slices
+//!                  o, down: a slice of the columns, or two  a cluster has all slices
 //! ```
 //!
 //! Matrices that L2 does not hold have tilings of their own, and so have products that leave half of each multiprocessor to
@@ -58,6 +58,13 @@ macro_rules! qkv {
     };
 }
 
+/// The kernels of a tile of rows that are added, and of a rank's sums.
+macro_rules! added {
+    ($tile:literal) => {
+        [concat!("decode_residual_", $tile), concat!("decode_sums_", $tile)]
+    };
+}
+
 /// A decode kernel and the launches it is for.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Tiling {
@@ -66,6 +73,8 @@ pub(super) struct Tiling {
     normed: Option<&'static str>,
     /// Both for [`Epilogue::is_fp8`], of a module of their own.
     fp8: Option<[&'static str; 2]>,
+    /// The kernel for [`Kind::RankSums`], where it is for [`Kind::Residual`].
+    sums: Option<&'static str>,
     block: Block,
     team: Team,
     /// Quickest up to this many tokens,
@@ -77,7 +86,7 @@ pub(super) struct Tiling {
     cols_min: u32,
     /// and up to so many: of more, clusters that split the sum in memory are quicker.
     cols_max: u32,
-    /// Slices that a block sums, one after the other.
+    /// Slices that a block sums: one, or a pair.
     own: u32,
     /// Bytes of shared memory that a block may take.
     shared: u32,
@@ -108,6 +117,7 @@ impl Tiling {
             kernel,
             normed: None,
             fp8: None,
+            sums: None,
             block: Block::new(rows, tokens),
             team: Team::Slices { tiles: 1 },
             tokens_max,
@@ -117,6 +127,18 @@ impl Tiling {
             own: 1,
             shared,
         }
+    }
+
+    /// Of rows that are added, or of a rank's sums.
+    const fn added(
+        kernels: [&'static str; 2],
+        rows: u32,
+        tokens: u32,
+        tokens_max: u32,
+        shared: u32,
+    ) -> Tiling {
+        let [kernel, sums] = kernels;
+        Tiling { sums: Some(sums), ..Tiling::slices(kernel, rows, tokens, tokens_max, shared) }
     }
 
     /// The same for launches of few blocks.
@@ -172,12 +194,12 @@ impl Tiling {
             Tiling::head_pair(qkv!("pair", "128x64"), 64, 256, Tiling::MOST),
         ];
         const RESIDUAL: &[Tiling] = &[
-            Tiling::slices("decode_residual_64x16", 64, 16, 16, Tiling::HALF),
-            Tiling::slices("decode_residual_64x32", 64, 32, 64, Tiling::HALF).up_to(Tiling::SOME_TWO),
-            Tiling::slices("decode_residual_64x64", 64, 64, 192, Tiling::HALF).up_to(Tiling::SOME_TWO),
-            Tiling::slices("decode_residual_64x128", 64, 128, 128, Tiling::HALF).up_to(Tiling::SOME_TWO),
-            Tiling::slices("decode_residual_128x88", 128, 88, 256, Tiling::MOST).up_to(Tiling::ONE_EACH),
-            Tiling::slices("decode_residual_64x64_2", 64, 64, 256, Tiling::HALF)
+            Tiling::added(added!("64x16"), 64, 16, 16, Tiling::HALF),
+            Tiling::added(added!("64x32"), 64, 32, 64, Tiling::HALF).up_to(Tiling::SOME_TWO),
+            Tiling::added(added!("64x64"), 64, 64, 192, Tiling::HALF).up_to(Tiling::SOME_TWO),
+            Tiling::added(added!("64x128"), 64, 128, 128, Tiling::HALF).up_to(Tiling::SOME_TWO),
+            Tiling::added(added!("128x88"), 128, 88, 256, Tiling::MOST).up_to(Tiling::ONE_EACH),
+            Tiling::added(added!("64x64_2"), 64, 64, 256, Tiling::HALF)
                 .of_two_slices()
                 .up_to(Tiling::TWO_SINGLE),
         ];
@@ -196,7 +218,7 @@ impl Tiling {
         ];
         match kind {
             Kind::Qkv => QKV,
-            Kind::Residual => RESIDUAL,
+            Kind::Residual | Kind::RankSums => RESIDUAL,
             Kind::GateUp => GATE_UP,
             Kind::Head => HEAD,
             Kind::Linear => &[],
@@ -215,18 +237,18 @@ impl Tiling {
             Tiling::head_trio(qkv!("trio", "128x88"), 88, 256),
         ];
         const RESIDUAL: &[Tiling] = &[
-            Tiling::slices("decode_residual_64x16", 64, 16, 16, Tiling::HALF),
-            Tiling::slices("decode_residual_64x32", 64, 32, 32, Tiling::HALF),
-            Tiling::slices("decode_residual_64x64", 64, 64, 64, Tiling::HALF),
-            Tiling::slices("decode_residual_128x128", 128, 128, 128, Tiling::ALL)
+            Tiling::added(added!("64x16"), 64, 16, 16, Tiling::HALF),
+            Tiling::added(added!("64x32"), 64, 32, 32, Tiling::HALF),
+            Tiling::added(added!("64x64"), 64, 64, 64, Tiling::HALF),
+            Tiling::added(added!("128x128"), 128, 128, 128, Tiling::ALL)
                 .up_to(Tiling::ONE_EACH)
                 .of_many_columns(),
-            Tiling::slices("decode_residual_64x128", 64, 128, 128, Tiling::HALF).up_to(Tiling::TWO_EACH),
-            Tiling::slices("decode_residual_192x128", 192, 128, 128, Tiling::ALL),
-            Tiling::slices("decode_residual_128x96_2", 128, 96, 192, Tiling::ALL)
+            Tiling::added(added!("64x128"), 64, 128, 128, Tiling::HALF).up_to(Tiling::TWO_EACH),
+            Tiling::added(added!("192x128"), 192, 128, 128, Tiling::ALL),
+            Tiling::added(added!("128x96_2"), 128, 96, 192, Tiling::ALL)
                 .of_two_slices()
                 .up_to(Tiling::SINGLE),
-            Tiling::slices("decode_residual_128x128_2", 128, 128, 256, Tiling::ALL)
+            Tiling::added(added!("128x128_2"), 128, 128, 256, Tiling::ALL)
                 .of_two_slices()
                 .up_to(Tiling::SINGLE),
         ];
@@ -237,7 +259,7 @@ impl Tiling {
         ];
         match kind {
             Kind::Qkv => QKV,
-            Kind::Residual => RESIDUAL,
+            Kind::Residual | Kind::RankSums => RESIDUAL,
             Kind::GateUp => GATE_UP,
             Kind::Head | Kind::Linear => Tiling::of(kind),
         }
@@ -251,8 +273,8 @@ impl Tiling {
             Tiling::heads(qkv!("decode", "64x128"), 128, 128),
         ];
         const RESIDUAL: &[Tiling] = &[
-            Tiling::slices("decode_residual_64x32", 64, 32, 64, Tiling::HALF),
-            Tiling::slices("decode_residual_64x128", 64, 128, 128, Tiling::HALF),
+            Tiling::added(added!("64x32"), 64, 32, 64, Tiling::HALF),
+            Tiling::added(added!("64x128"), 64, 128, 128, Tiling::HALF),
         ];
         const GATE_UP: &[Tiling] = &[
             Tiling::slices("decode_gate_up_64x32", 64, 32, 32, Tiling::HALF),
@@ -261,7 +283,7 @@ impl Tiling {
         ];
         match kind {
             Kind::Qkv => QKV,
-            Kind::Residual => RESIDUAL,
+            Kind::Residual | Kind::RankSums => RESIDUAL,
             Kind::GateUp => GATE_UP,
             Kind::Head | Kind::Linear => Tiling::of(kind),
         }
@@ -295,11 +317,17 @@ impl Tiling {
             }
             Team::Slices { .. } => format!("{} of {} slices of the columns", tiling.own, shape.slices),
         };
+        let kernel = tiling.of_kind(kind);
         Some(Explained {
-            kernel: tiling.normed.filter(|_| normed).unwrap_or(tiling.kernel),
+            kernel: tiling.normed.filter(|_| normed).unwrap_or(kernel),
             grid: tiling.grid(shape, stages),
             work: format!("a block: {rows} rows of w, {tokens} tokens, {summed}; {stages} stages"),
         })
+    }
+
+    /// The kernel that is for a kind.
+    fn of_kind(&self, kind: Kind) -> &'static str {
+        self.sums.filter(|_| kind == Kind::RankSums).unwrap_or(self.kernel)
     }
 
     /// Stages of the ring: as many as a block has blocks of columns, if they fit.
@@ -311,7 +339,7 @@ impl Tiling {
             Team::Tokens { .. } => cols,
         };
         // The sums lie over the ring afterwards.
-        wanted.min(fit).max((self.own * self.block.sum_bytes()).div_ceil(self.block.stage_bytes()))
+        wanted.min(fit).max(self.block.sum_bytes().div_ceil(self.block.stage_bytes()))
     }
 
     /// Blocks of a cluster, clusters along the tokens, clusters along the rows.
@@ -366,7 +394,7 @@ pub(super) struct Loaded {
 }
 
 /// By [`Kind`].
-type Kinds = [Vec<Loaded>; 4];
+type Kinds = [Vec<Loaded>; 5];
 
 /// Hopper's kernels for few tokens.
 #[derive(Debug)]
@@ -398,13 +426,14 @@ impl Decode {
                     Ok([find(kernel)?, find(normed)?])
                 };
                 let fp8 = tiling.fp8.map(in_fp8).transpose()?;
-                Ok(Loaded { tiling: *tiling, kernel: find(tiling.kernel)?, normed, fp8 })
+                Ok(Loaded { tiling: *tiling, kernel: find(tiling.of_kind(kind))?, normed, fp8 })
             };
             tilings(kind).iter().map(load).collect::<Result<Vec<_>, CudaError>>()
         };
         Ok([
             load("gemm_decode_qkv", Kind::Qkv)?,
             load("gemm_decode_residual", Kind::Residual)?,
+            load("gemm_decode_sums", Kind::RankSums)?,
             load("gemm_decode_gate_up", Kind::GateUp)?,
             load("gemm_decode_head", Kind::Head)?,
         ])
@@ -446,13 +475,14 @@ mod tests {
 
     use super::*;
     use crate::declared::threads_of;
+    use crate::weight::SLICING;
 
     #[test]
     fn kernels_are_bound_to_the_threads_that_they_are_launched_with() {
         let kinds = [Kind::Qkv, Kind::Residual, Kind::GateUp, Kind::Head];
         let lists = [Tiling::of, Tiling::of_large, Tiling::of_half];
         for tiling in kinds.into_iter().flat_map(|kind| lists.map(|of| of(kind))).flatten() {
-            for name in std::iter::once(tiling.kernel).chain(tiling.normed) {
+            for name in std::iter::once(tiling.kernel).chain(tiling.normed).chain(tiling.sums) {
                 assert_eq!(threads_of(HOPPER, name), tiling.block.threads(), "{name}");
             }
         }
@@ -477,7 +507,8 @@ mod tests {
     /// Of a product with so many rows, columns and tokens, the kernel that the list has for it.
     fn picked(of: fn(Kind) -> &'static [Tiling], kind: Kind, sizes: [u32; 3]) -> Option<&'static str> {
         let [rows, cols, tokens] = sizes;
-        let shape = Shape { rows, cols, tokens, slices: kind.slices(rows, cols) };
+        let shape =
+            Shape { rows, cols, tokens, slices: kind.slices(rows, cols, SLICING.slices(cols as usize)) };
         of(kind).iter().find(|tiling| tiling.suits(&shape)).map(|tiling| tiling.kernel)
     }
 
@@ -542,13 +573,18 @@ mod tests {
         let kinds = [Kind::Qkv, Kind::Residual, Kind::GateUp, Kind::Head];
         let cases = kinds.into_iter().flat_map(|kind| [64, 192, 3072, 17408].map(|cols| (kind, cols)));
         for (kind, cols) in cases {
-            let shape = Shape { rows: 1024, cols, tokens: 1, slices: kind.slices(1024, cols) };
+            let shape = Shape {
+                rows: 1024,
+                cols,
+                tokens: 1,
+                slices: kind.slices(1024, cols, SLICING.slices(cols as usize)),
+            };
             for tiling in [Tiling::of, Tiling::of_large, Tiling::of_half].into_iter().flat_map(|of| of(kind))
             {
                 let stages = tiling.stages(&shape);
                 assert!(tiling.block.shared(stages) <= tiling.shared, "{cols} columns, {tiling:?}");
                 assert!(
-                    tiling.own * tiling.block.sum_bytes() <= stages * tiling.block.stage_bytes(),
+                    tiling.block.sum_bytes() <= stages * tiling.block.stage_bytes(),
                     "{cols} columns, {tiling:?}"
                 );
             }

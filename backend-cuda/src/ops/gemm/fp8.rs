@@ -88,9 +88,10 @@ impl Tile {
 #[derive(Debug)]
 pub(super) struct Fp8 {
     /// By [`TILES`]: of queries, keys and values those for any model and for [`Epilogue::is_normed`], which keep keys and values in
-    /// bf16 and in fp8; of rows that are added; of gate and up.
+    /// bf16 and in fp8; of rows that are added; of ranks' sums; of gate and up.
     qkv: [[Kernel; 4]; 4],
     residual: [Kernel; 4],
+    sums: [Kernel; 4],
     gate_up: [Kernel; 4],
     widen: Kernel,
     scale: Kernel,
@@ -118,6 +119,7 @@ const QKV: [(&str, [&str; 4]); 4] = [
     ("gemm_fp8_qkv_fp8", names!("fp8_qkv_fp8_normed")),
 ];
 const RESIDUAL: [&str; 4] = names!("fp8_residual");
+const SUMS: [&str; 4] = names!("fp8_sums");
 const GATE_UP: [&str; 4] = names!("fp8_gate_up");
 
 impl Fp8 {
@@ -131,6 +133,7 @@ impl Fp8 {
         Ok(Fp8 {
             qkv: [a?, b?, c?, d?],
             residual: load("gemm_fp8_residual", RESIDUAL)?,
+            sums: load("gemm_fp8_sums", SUMS)?,
             gate_up: load("gemm_fp8_gate_up", GATE_UP)?,
             widen: modules.kernel("fp8_weights", "fp8_weights_widen", 0)?,
             scale: modules.kernel("fp8_weights", "fp8_weights_scale", 0)?,
@@ -147,6 +150,7 @@ impl Fp8 {
                 (&self.qkv[2 * usize::from(epilogue.is_fp8()) + usize::from(epilogue.is_normed())], 2)
             }
             Kind::Residual => (&self.residual, 1),
+            Kind::RankSums => (&self.sums, 1),
             Kind::GateUp => (&self.gate_up, 1),
             Kind::Head | Kind::Linear => {
                 return Err(CudaError::Unsupported("the head's matrix is fp8".into()));
@@ -207,7 +211,7 @@ mod tests {
 
     #[test]
     fn kernels_are_bound_to_the_threads_that_they_are_launched_with() {
-        for name in QKV.into_iter().flat_map(|(_, names)| names).chain(RESIDUAL).chain(GATE_UP) {
+        for name in QKV.into_iter().flat_map(|(_, names)| names).chain(RESIDUAL).chain(SUMS).chain(GATE_UP) {
             assert_eq!(threads_of(HOPPER, name), THREADS, "{name}");
         }
         assert_eq!(threads_of(HOPPER, "fp8_weights_widen"), WIDENING_THREADS);

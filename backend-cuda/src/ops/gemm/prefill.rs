@@ -3,7 +3,7 @@
 //! ```text
 //!            a block's tile            blocks of a cluster    of
 //!   narrow   128 rows x 128 tokens     2 along the rows       every product
-//!   middle   128      x 192            2 along the rows       the model's
+//!   middle   128      x 192            2 along the rows       the model's, of at most two slices
 //!   square   128      x 128            2 x 2                  the model's
 //!   wide     256      x 128            2 along the tokens     gate and up, where the whole sum is one slice; split sums
 //!   tall     192, 224, 288 x 128       2 along the rows       gate and up, where the whole sum is one slice
@@ -11,7 +11,8 @@
 //! ```
 //!
 //! A cluster takes tile after tile. Where few rows and tokens make few tiles, it takes slice after slice of o's and down's tiles
-//! instead: the sum is split among clusters, who leave their slices in memory, and the last adds them (`split.cuh`).
+//! instead: the sum is split among clusters, who leave their slices in memory, and the last adds them (`split.cuh`). Who takes whole
+//! tiles adds pairs of slices, then the pairs, which takes three sets of sums: two warpgroups have registers for them, three have not.
 //! Invariant: a block has a multiprocessor to itself, and a box of the copy engine at most 256 rows.
 
 use minisgl_core::backend::Purpose;
@@ -36,7 +37,7 @@ struct Loaded {
 #[derive(Debug)]
 pub(super) struct Prefill {
     /// By [`Kind`].
-    kernels: [Vec<Loaded>; 5],
+    kernels: [Vec<Loaded>; 6],
     partials: Partials,
 }
 
@@ -108,6 +109,12 @@ impl Tile {
         Tile { split: 4, cost: 12, adding: 130, ..Tile::MIDDLE },
         Tile { split: 4, cost: 13, adding: 200, ..Tile::WIDE },
     ];
+    /// In two, which is what a rank of two has of them.
+    const HALVED: [Tile; 3] = [
+        Tile { split: 2, ..Tile::SPLIT[0] },
+        Tile { split: 2, ..Tile::SPLIT[1] },
+        Tile { split: 2, ..Tile::SPLIT[2] },
+    ];
 
     /// The tiles that a kind of product has, and their kernels.
     fn of(kind: Kind) -> Vec<(Tile, &'static str)> {
@@ -117,8 +124,9 @@ impl Tile {
         let mut tiles = match kind {
             Kind::Qkv => three(["prefill_qkv_narrow", "prefill_qkv_middle", "prefill_qkv_square"]),
             Kind::Residual => {
-                three(["prefill_residual_narrow", "prefill_residual_middle", "prefill_residual_square"])
+                vec![(Tile::NARROW, "prefill_residual_narrow"), (Tile::SQUARE, "prefill_residual_square")]
             }
+            Kind::RankSums => three(["prefill_sums_narrow", "prefill_sums_middle", "prefill_sums_square"]),
             Kind::GateUp => {
                 three(["prefill_gate_up_narrow", "prefill_gate_up_middle", "prefill_gate_up_square"])
             }
@@ -133,12 +141,14 @@ impl Tile {
             "prefill_gate_up_192x192",
         ];
         let split = ["split_residual_narrow", "split_residual_middle", "split_residual_wide"];
+        let halved = ["split_sums_narrow", "split_sums_middle", "split_sums_wide"];
         match kind {
             Kind::GateUp => {
                 tiles.push((Tile::WIDE, "prefill_gate_up_wide"));
                 tiles.extend(Tile::TALL.into_iter().zip(tall));
             }
             Kind::Residual => tiles.extend(Tile::SPLIT.into_iter().zip(split)),
+            Kind::RankSums => tiles.extend(Tile::HALVED.into_iter().zip(halved)),
             Kind::Qkv | Kind::Head | Kind::Linear => {}
         }
         tiles
@@ -248,6 +258,7 @@ impl Prefill {
         let kernels = [
             of_kind(Kind::Qkv)?,
             of_kind(Kind::Residual)?,
+            of_kind(Kind::RankSums)?,
             of_kind(Kind::GateUp)?,
             of_kind(Kind::Head)?,
             of_kind(Kind::Linear)?,
@@ -274,9 +285,10 @@ impl Prefill {
         let grid = tile.grid(tile.turns(shape).min(*clusters)).dependent_if(!product.is_fresh);
         let [w, x] = product.maps(tile.fetched())?;
         // The copy engine takes rows that are a multiple of 16 bytes; a kernel stores others without it.
-        let (out, width) = epilogue.outputs(shape.rows);
-        let out = match width % 8 {
-            0 => TensorMap::rows_of_bf16(out, shape.tokens as usize, width as usize, Self::WARP_TOKENS)?,
+        let out = match epilogue.outputs(shape.rows) {
+            Some((out, width)) if width % 8 == 0 => {
+                TensorMap::rows_of_bf16(out, shape.tokens as usize, width as usize, Self::WARP_TOKENS)?
+            }
             _ => x,
         };
         match tile.split {
@@ -295,7 +307,7 @@ mod tests {
 
     #[test]
     fn kernels_are_bound_to_the_threads_that_they_are_launched_with_and_take_these_parameters() {
-        for kind in [Kind::Qkv, Kind::Residual, Kind::GateUp, Kind::Head, Kind::Linear] {
+        for kind in [Kind::Qkv, Kind::Residual, Kind::RankSums, Kind::GateUp, Kind::Head, Kind::Linear] {
             for (tile, name) in Tile::of(kind) {
                 assert_eq!(threads_of(HOPPER, name), tile.threads(), "{name}");
             }
