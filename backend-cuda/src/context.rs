@@ -108,6 +108,30 @@ impl Context {
         Ok(Arc::new(context))
     }
 
+    /// Are both of one device?
+    pub(crate) fn is_of_device(&self, other: &Context) -> bool {
+        self.device == other.device
+    }
+
+    /// Lets kernels of this context, the calling thread's, use memory of another's.
+    pub(crate) fn reach(&self, peer: &Context) -> Result<(), CudaError> {
+        if self.is_of_device(peer) {
+            return Ok(());
+        }
+        let mut can = 0;
+        // SAFETY: the devices were returned by the driver; one integer is written.
+        let asked = unsafe { sys::cuDeviceCanAccessPeer(&mut can, self.device, peer.device) };
+        asked.result().named("asking whether GPUs reach each other's memory")?;
+        if can == 0 {
+            return Err(CudaError::NoPeerAccess { from: self.device as usize, to: peer.device as usize });
+        }
+        // SAFETY: both contexts are retained.
+        match unsafe { sys::cuCtxEnablePeerAccess(peer.handle, 0) } {
+            CUresult::CUDA_ERROR_PEER_ACCESS_ALREADY_ENABLED => Ok(()),
+            status => status.result().named("reaching another GPU's memory"),
+        }
+    }
+
     /// Makes it the context of the calling thread's driver calls.
     pub(crate) fn make_current(&self) -> Result<(), CudaError> {
         // SAFETY: the handle is retained until `self` is dropped.

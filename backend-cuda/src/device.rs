@@ -15,10 +15,12 @@ use cudarc::driver::result::{self, DriverError};
 use cudarc::driver::sys;
 use minisgl_core::backend::{Device, DeviceInfo, Element, Memory, Purpose, Queue};
 use minisgl_core::kv::KvFormat;
+use minisgl_core::shard::Rank;
 
 use crate::context::{Context, KernelSet, Properties};
 use crate::error::{CudaError, Named, is_out_of_memory};
 use crate::launch::Launcher;
+use crate::link::Link;
 use crate::memory::{Address, Buffer, Event, Graph, Pinned, element_bytes};
 use crate::module::Modules;
 use crate::ops::Operations;
@@ -48,19 +50,38 @@ pub struct Cuda {
     pub(crate) operations: Option<Operations>,
     pub(crate) modules: Modules,
     pub(crate) launcher: Launcher,
+    /// To the other ranks, where there are some. Last: what lies above waits for the device before it goes.
+    pub(crate) link: Option<Link>,
 }
 
 impl Cuda {
     /// Opens a device and loads the kernels for it.
     pub fn new(options: &Options) -> Result<Cuda, CudaError> {
-        let context = Context::open(options.device, options.kernels)?;
+        Cuda::on(&Context::open(options.device, options.kernels)?, None)
+    }
+
+    /// The device of one of several ranks that compute each step together. What it is given to load and to reserve is that rank's
+    /// part of a model ([`minisgl_core::shard`]).
+    pub fn of_rank(link: Link) -> Result<Cuda, CudaError> {
+        let context = link.context().clone();
+        context.make_current()?;
+        Cuda::on(&context, Some(link))
+    }
+
+    fn on(context: &Arc<Context>, link: Option<Link>) -> Result<Cuda, CudaError> {
         Ok(Cuda {
-            allocations: Allocations::new(&context),
+            allocations: Allocations::new(context),
             staging: None,
             operations: None,
-            modules: Modules::load(&context)?,
-            launcher: Launcher::new(&context)?,
+            modules: Modules::load(context)?,
+            launcher: Launcher::new(context)?,
+            link,
         })
+    }
+
+    /// Which of the ranks that compute each step together it is.
+    pub fn rank(&self) -> Rank {
+        self.link.as_ref().map_or(Rank::ALONE, Link::rank)
     }
 
     /// What the device is.
@@ -95,7 +116,13 @@ impl Cuda {
 
     /// Waits on the host for an event.
     fn wait_on_host(&self, operation: &'static str, event: &Event) -> Result<(), CudaError> {
-        self.check(operation, self.launcher.waiting(|| event.synchronize()))
+        self.check(operation, self.launcher.waiting(|| event.synchronize()))?;
+        self.check_ranks()
+    }
+
+    /// Has an exchange with other ranks been given up?
+    fn check_ranks(&self) -> Result<(), CudaError> {
+        self.link.as_ref().map_or(Ok(()), Link::check)
     }
 
     /// Makes a driver call that enqueues something.
@@ -232,14 +259,7 @@ impl Device for Cuda {
     type Graph = Graph;
 
     fn info(&self) -> DeviceInfo {
-        DeviceInfo {
-            name: self.properties().name.clone(),
-            activation_bytes: element_bytes(Element::Activation),
-            kv: KvFormat::Bf16,
-            logit_bytes: element_bytes(Element::Logit),
-            page_size_min: PAGE_SIZE_MIN,
-            slicing: SLICING,
-        }
+        info_of(self.properties())
     }
 
     fn memory(&self) -> Result<Memory, CudaError> {
@@ -344,7 +364,8 @@ impl Device for Cuda {
     }
 
     fn synchronize(&mut self) -> Result<(), CudaError> {
-        self.launcher.synchronize()
+        self.launcher.synchronize()?;
+        self.check_ranks()
     }
 
     fn begin_capture(&mut self) -> Result<(), CudaError> {
@@ -358,6 +379,18 @@ impl Device for Cuda {
     fn replay(&mut self, graph: &Graph) -> Result<(), CudaError> {
         self.launcher.begin_step();
         self.launcher.replay(graph)
+    }
+}
+
+/// Such a device as people name it.
+pub(crate) fn info_of(properties: &Properties) -> DeviceInfo {
+    DeviceInfo {
+        name: properties.name.clone(),
+        activation_bytes: element_bytes(Element::Activation),
+        kv: KvFormat::Bf16,
+        logit_bytes: element_bytes(Element::Logit),
+        page_size_min: PAGE_SIZE_MIN,
+        slicing: SLICING,
     }
 }
 

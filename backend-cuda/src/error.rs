@@ -161,6 +161,28 @@ pub enum CudaError {
         /// What there is.
         len: usize,
     },
+    /// Ranks can't write into each other's memory.
+    #[error(
+        "GPU {from} can't reach the memory of GPU {to}, as ranks of one model must (`nvidia-smi topo -p2p w` says which can): name \
+         others by --devices, or run an engine on each (--data-parallel)"
+    )]
+    NoPeerAccess {
+        /// The one that would write.
+        from: usize,
+        /// The one that it would write to.
+        to: usize,
+    },
+    /// A rank did not send what another waited for.
+    #[error("rank {rank} did not come to an exchange within {seconds} s: it hangs; build the engine anew")]
+    RankLate {
+        /// Which one.
+        rank: u32,
+        /// How long it was waited for.
+        seconds: f32,
+    },
+    /// The ranks were told not to wait for each other any more.
+    #[error("the ranks have ended, for one failed; build the engine anew")]
+    RanksEnded,
     /// No tile of a kernel fits a product.
     #[error("no kernel multiplies {rows} x {cols} by {tokens} tokens; run it with --kernels portable")]
     NoTile {

@@ -4,7 +4,7 @@
 //!   context   driver, device, properties            memory    buffers, pinned memory, events, graphs
 //!   module    kernels, loaded and looked up         launch    grids, parameters, dependent launch, late errors
 //!   device    core's Device over these               ops       core's Ops: each family of kernels and its launches
-//!   turns     of a process's engines, where one records
+//!   turns     of a process's engines, where one records    link      what ranks on several devices write to each other
 //! ```
 //!
 //! Invariant: after `reserve` a step allocates nothing on the host or the device, and waits for nothing but the pinned
@@ -16,6 +16,7 @@ mod declared;
 mod device;
 mod error;
 mod launch;
+mod link;
 mod memory;
 mod module;
 pub mod ops;
@@ -29,6 +30,7 @@ pub use context::{KernelSet, Properties, device_count};
 pub use device::{Cuda, Options};
 pub use error::CudaError;
 pub use launch::{Grid, HostTimes, Kernel, Launcher};
+pub use link::Link;
 pub use memory::{Address, Buffer, Event, Graph, Pinned, element_bytes};
 pub use module::Modules;
 pub use param::Param;

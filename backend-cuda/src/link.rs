@@ -1,0 +1,267 @@
+//! What ranks on GPUs, each a thread with a device of its own, pass to each other: inboxes, which the others' kernels write to.
+//!
+//! ```text
+//!   rank 0's memory   inbox <── kernels of rank 1 push        host   ended: 0, or who did not come; kernels that wait read it,
+//!   rank 1's memory   inbox <── kernels of rank 0 push               and every rank's host when it waits for a step
+//! ```
+//!
+//! All ranks are of one process, so that an address means the same on all devices once they reach each other's memory. How words come
+//! and go is `kernels/cuda/exchange.cuh`'s affair; which exchange has which part of an inbox, `ops/exchange.rs`'s.
+//!
+//! Invariant: an inbox lives until the last of the ranks has gone, each of which waits for its device before it goes. So whatever
+//! a rank still pushes has a place.
+
+use std::fmt;
+use std::ptr::NonNull;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
+
+use cudarc::driver::result;
+use cudarc::driver::sys;
+use minisgl_core::backend::{DeviceInfo, Memory, Purpose};
+use minisgl_core::shard::{RANKS_MAX, Rank};
+
+use crate::context::{Context, KernelSet};
+use crate::device::info_of;
+use crate::error::{CudaError, Named, cause, is_out_of_memory};
+use crate::memory::Address;
+use crate::turns;
+
+/// A rank's end of what connects it to the others.
+#[derive(Clone, Debug)]
+pub struct Link {
+    rank: Rank,
+    group: Arc<Group>,
+}
+
+#[derive(Debug)]
+struct Group {
+    /// `[ranks]`.
+    contexts: Vec<Arc<Context>>,
+    /// `[ranks]`, each once its rank has planned its memory.
+    inboxes: Vec<OnceLock<Inbox>>,
+    ended: HostWord,
+    /// How long a kernel waits for another rank's.
+    patience: Duration,
+}
+
+/// Memory that other ranks write to.
+#[derive(Clone, Copy, Debug)]
+struct Inbox {
+    address: Address,
+    bytes: usize,
+}
+
+/// What every byte of an inbox is when nothing has come; `EMPTY` in `exchange.cuh`.
+const EMPTY_BYTE: u8 = 0xff;
+/// The word's value once there is to be no further exchange; where a rank did not come, its number and one more come on top.
+const ENDED: u32 = 1;
+
+impl Link {
+    /// The ends of ranks on these devices, whose kernels wait for each other so long at most.
+    ///
+    /// # Errors
+    /// A device that is not there, or that does not reach another's memory.
+    pub fn group(devices: &[usize], kernels: KernelSet, patience: Duration) -> Result<Vec<Link>, CudaError> {
+        let open = |device: &usize| Context::open(*device, kernels);
+        let contexts = devices.iter().map(open).collect::<Result<Vec<_>, _>>()?;
+        for context in &contexts {
+            context.make_current()?;
+            contexts.iter().try_for_each(|peer| context.reach(peer))?;
+        }
+        let (ended, inboxes) = (HostWord::new()?, contexts.iter().map(|_| OnceLock::new()).collect());
+        let count = contexts.len() as u32;
+        let group = Arc::new(Group { contexts, inboxes, ended, patience });
+        Ok((0..count).map(|index| Link { rank: Rank { index, count }, group: group.clone() }).collect())
+    }
+
+    /// Whose end it is.
+    pub fn rank(&self) -> Rank {
+        self.rank
+    }
+
+    /// The rank's device, as people name it.
+    pub fn info(&self) -> DeviceInfo {
+        info_of(&self.context().properties)
+    }
+
+    /// Memory free on the rank's device, whose context becomes the calling thread's.
+    ///
+    /// # Errors
+    /// Those of the driver.
+    pub fn memory(&self) -> Result<Memory, CudaError> {
+        self.context().make_current()?;
+        let (free, total) = result::mem_get_info().named("reading the free GPU memory")?;
+        Ok(Memory { free: free as u64, total: total as u64 })
+    }
+
+    /// How many ranks, this one too, share its device: one, but for tests.
+    pub(crate) fn ranks_of_device(&self) -> u32 {
+        let has = |context: &&Arc<Context>| context.is_of_device(self.context());
+        self.group.contexts.iter().filter(has).count() as u32
+    }
+
+    pub(crate) fn context(&self) -> &Arc<Context> {
+        &self.group.contexts[self.rank.index as usize]
+    }
+
+    /// Ends all exchanges, those under way and later ones, from any thread: kernels that wait end, and who waits for them has an
+    /// error.
+    pub fn aborter(&self) -> impl Fn() + Send + Sync + 'static {
+        let group = self.group.clone();
+        move || group.ended.end()
+    }
+
+    /// Lets ranks whose exchanges were ended meet again, when none of them enqueues anything. Where a device fails, it stays as it is.
+    pub fn renewer(&self) -> impl Fn() + Send + Sync + 'static {
+        let group = self.group.clone();
+        move || {
+            if group.renew().is_ok() {
+                group.ended.store(0);
+            }
+        }
+    }
+
+    /// Allocates the rank's inbox, of so many bytes, all empty; the others find it from then on.
+    pub(crate) fn reserve(&self, bytes: usize) -> Result<(), CudaError> {
+        let _turn = turns::synchronize();
+        // SAFETY: the context is current; the memory is freed once, with the group.
+        let address =
+            unsafe { result::malloc_sync(bytes) }.map_err(|error| match is_out_of_memory(error) {
+                true => {
+                    let free = self.memory().map_or(0, |memory| memory.free);
+                    CudaError::OutOfMemory { purpose: Purpose::Scratch, needed: bytes as u64, free }
+                }
+                false => CudaError::named("allocating GPU memory", error),
+            })?;
+        let inbox = Inbox { address: Address(address), bytes };
+        if self.group.inboxes[self.rank.index as usize].set(inbox).is_err() {
+            // SAFETY: allocated above, and known to nobody.
+            unsafe { result::memory_free(address) }.named("freeing GPU memory")?;
+            return Err(CudaError::Unsupported("a rank plans its memory once".into()));
+        }
+        inbox.empty()
+    }
+
+    /// Every rank's inbox.
+    pub(crate) fn inboxes(&self) -> Result<[Address; RANKS_MAX as usize], CudaError> {
+        let mut addresses = [Address::NULL; RANKS_MAX as usize];
+        for (address, inbox) in addresses.iter_mut().zip(&self.group.inboxes) {
+            *address = inbox.get().ok_or(CudaError::NotReserved)?.address;
+        }
+        Ok(addresses)
+    }
+
+    /// Where kernels read whether they are to wait any longer.
+    pub(crate) fn ended(&self) -> Address {
+        Address(self.group.ended.0.as_ptr() as u64)
+    }
+
+    /// How long they wait.
+    pub(crate) fn patience_ms(&self) -> u32 {
+        self.group.patience.as_millis().min(u128::from(u32::MAX)) as u32
+    }
+
+    /// Has an exchange been given up? Asked when what was enqueued has ended.
+    pub(crate) fn check(&self) -> Result<(), CudaError> {
+        let seconds = self.group.patience.as_secs_f32();
+        match self.group.ended.load() {
+            0 => Ok(()),
+            ENDED => Err(CudaError::RanksEnded),
+            late => Err(CudaError::RankLate { rank: late - ENDED - 1, seconds }),
+        }
+    }
+}
+
+impl Group {
+    /// Empties all inboxes once all devices are idle.
+    fn renew(&self) -> Result<(), CudaError> {
+        for context in &self.contexts {
+            context.make_current()?;
+            result::ctx::synchronize().named("waiting for the GPU")?;
+        }
+        for (context, inbox) in self.contexts.iter().zip(&self.inboxes) {
+            context.make_current()?;
+            inbox.get().map_or(Ok(()), Inbox::empty)?;
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Group {
+    fn drop(&mut self) {
+        let _turn = turns::synchronize();
+        // Errors have nobody to go to here.
+        for (context, inbox) in self.contexts.iter().zip(&self.inboxes) {
+            if let (Some(inbox), Ok(())) = (inbox.get(), context.make_current()) {
+                // SAFETY: allocated once, freed once; no rank is left that could use it.
+                let _ = unsafe { result::memory_free(inbox.address.0) };
+            }
+        }
+    }
+}
+
+impl Inbox {
+    /// Waits until it is empty. Its context is current.
+    fn empty(&self) -> Result<(), CudaError> {
+        // SAFETY: the range is one allocation's.
+        let emptied = unsafe { result::memset_d8_sync(self.address.0, EMPTY_BYTE, self.bytes) };
+        emptied.and_then(|()| result::ctx::synchronize()).named("emptying an inbox")
+    }
+}
+
+/// A word of the host's memory that all devices may read and write.
+struct HostWord(NonNull<AtomicU32>);
+
+// SAFETY: the word is reached by atomic operations alone.
+unsafe impl Send for HostWord {}
+// SAFETY: as above.
+unsafe impl Sync for HostWord {}
+
+impl HostWord {
+    /// Zero. A context is current.
+    fn new() -> Result<HostWord, CudaError> {
+        const BYTES: usize = size_of::<AtomicU32>();
+        let flags = sys::CU_MEMHOSTALLOC_PORTABLE | sys::CU_MEMHOSTALLOC_DEVICEMAP;
+        let pinned = |error| CudaError::Pinned { bytes: BYTES, cause: cause(error) };
+        let _turn = turns::synchronize();
+        // SAFETY: the memory is freed once, in `drop`.
+        let pointer = unsafe { result::malloc_host(BYTES, flags) }.map_err(pinned)?.cast::<AtomicU32>();
+        let pointer = NonNull::new(pointer).ok_or(CudaError::NotAllocated)?;
+        // SAFETY: as many writable bytes begin there, aligned to a page.
+        unsafe { pointer.write(AtomicU32::new(0)) };
+        Ok(HostWord(pointer))
+    }
+
+    fn word(&self) -> &AtomicU32 {
+        // SAFETY: written in `new`, and alive as long as `self`.
+        unsafe { self.0.as_ref() }
+    }
+
+    fn load(&self) -> u32 {
+        self.word().load(Ordering::Acquire)
+    }
+
+    fn store(&self, value: u32) {
+        self.word().store(value, Ordering::Release);
+    }
+
+    /// Ends what has not ended: who ended it first is kept.
+    fn end(&self) {
+        let _ = self.word().compare_exchange(0, ENDED, Ordering::AcqRel, Ordering::Acquire);
+    }
+}
+
+impl fmt::Debug for HostWord {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("HostWord").field(&self.load()).finish()
+    }
+}
+
+impl Drop for HostWord {
+    fn drop(&mut self) {
+        // SAFETY: allocated once, freed once; no kernel is left that could read it. An error has nobody to go to.
+        let _ = unsafe { result::free_host(self.0.as_ptr().cast()) };
+    }
+}

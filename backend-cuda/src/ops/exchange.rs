@@ -1,0 +1,365 @@
+//! What a rank passes to the others within a step: launches of `exchange.cu`.
+//!
+//! ```text
+//!   inbox   | sums, first | sums, second | embedded rows | logits, first | logits, second |
+//! ```
+//!
+//! Sums of o and down take turns in two parts of the inbox, in pieces where a step has many tokens; so do logits, of which a step
+//! that scores has several. Between two exchanges in one part there is one in another that has words from all ranks to all, which is
+//! what `exchange.cuh` asks for: a layer has o's and down's, of as many pieces each.
+//!
+//! Invariant: which part an exchange has follows from its place in the step, the same on all ranks and in every replay.
+
+use std::cell::Cell;
+
+use minisgl_core::backend::{Device, Element, Purpose, Step};
+use minisgl_core::config::Limits;
+use minisgl_core::shard::{RANKS_MAX, Rank};
+use minisgl_core::spec::Dims;
+
+use super::SEGMENT;
+use crate::device::Cuda;
+use crate::error::CudaError;
+use crate::launch::{Grid, Kernel, Launcher};
+use crate::link::Link;
+use crate::memory::{Address, Buffer};
+use crate::param::plain_params;
+
+const THREADS: u32 = 256;
+/// Blocks that every SM holds at once, whatever their number of ranks.
+const BLOCKS_AN_SM: u32 = 2;
+/// Elements of a chunk, which is a thread's.
+const CHUNK: u32 = 4;
+/// Logits of a chunk.
+const LOGITS: usize = 8;
+/// Bytes of f32 that one exchange of sums takes at most: of more, one follows the other.
+const PIECE_BYTES: usize = 16 << 20;
+
+/// What kernels know of the ranks, as `exchange.cuh` declares it.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+struct Ranks {
+    inbox: [u64; RANKS_MAX as usize],
+    ended: Address,
+    rank: u32,
+    count: u32,
+    patience_ms: u32,
+    reserved: u32,
+}
+
+plain_params!(Ranks);
+
+/// How sums cross the ranks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Way {
+    /// Every rank sends all of its own to all, and adds all up.
+    OneShot,
+    /// Every rank adds a share up, and sends that.
+    TwoShot,
+}
+
+impl Way {
+    /// The quicker one for so many bytes of f32.
+    fn of(ranks: u32, bytes: usize) -> Way {
+        if bytes <= Self::one_shot_bytes(ranks) { Way::OneShot } else { Way::TwoShot }
+    }
+
+    /// Up to so many bytes a rank sends all: the links have time for it while it would wait for another's share.
+    fn one_shot_bytes(ranks: u32) -> usize {
+        match ranks {
+            ..=2 => 4 << 20,
+            3..=4 => 256 << 10,
+            _ => 128 << 10,
+        }
+    }
+}
+
+/// Sizes of the parts of an inbox.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Parts {
+    sums: usize,
+    embedded: usize,
+    logits: usize,
+}
+
+impl Parts {
+    fn new(rank: Rank, dims: &Dims, limits: &Limits) -> Parts {
+        let (count, tokens) = (rank.count as usize, limits.step_tokens());
+        let row_bytes = padded(dims.hidden) * 4;
+        let once = (Way::one_shot_bytes(rank.count) / row_bytes).max(1).min(tokens);
+        let piece = piece_tokens(dims.hidden).min(tokens);
+        let tile = (THREADS * CHUNK * 4) as usize;
+        let shares = (piece * row_bytes).next_multiple_of(count * tile);
+        let columns = (dims.vocab as usize).div_ceil(count);
+        Parts {
+            // A test may ask for one shot of whatever size.
+            sums: (count * once.max(piece) * row_bytes).max(shares + piece * row_bytes / 2),
+            embedded: tokens * row_bytes / 2,
+            logits: count * (limits.logit_rows() * columns).next_multiple_of(LOGITS) * 2,
+        }
+    }
+
+    /// Where the two parts for sums begin, that for embedded rows, the two for logits; and where all end.
+    fn starts(&self) -> [usize; 6] {
+        let mut end = 0;
+        let mut after = |bytes: usize| {
+            let start = end;
+            end += bytes.next_multiple_of(256);
+            start
+        };
+        [
+            after(self.sums),
+            after(self.sums),
+            after(self.embedded),
+            after(self.logits),
+            after(self.logits),
+            after(0),
+        ]
+    }
+}
+
+/// Elements of a row of the residual stream, in whole segments.
+fn padded(hidden: u32) -> usize {
+    hidden.next_multiple_of(SEGMENT) as usize
+}
+
+/// Tokens of a piece.
+fn piece_tokens(hidden: u32) -> usize {
+    (PIECE_BYTES / (padded(hidden) * 4)).max(1)
+}
+
+/// The rows that an exchange adds to.
+#[derive(Clone, Copy, Debug)]
+pub struct Stream {
+    /// `[tokens, hidden]` bf16.
+    pub residual: Address,
+    /// `[tokens, ceil(hidden / 64)]` f32.
+    pub sumsq: Address,
+    /// How many.
+    pub tokens: u32,
+}
+
+/// The kernels, and what a rank has beside one device alone.
+#[derive(Debug)]
+pub struct Exchange {
+    link: Link,
+    one_shot: Kernel,
+    two_shot: Kernel,
+    embed: Kernel,
+    gather: Kernel,
+    parts: Parts,
+    dims: Dims,
+    blocks_max: u32,
+    /// `[tokens, hidden]` f32: a product's sums over the rank's columns.
+    sums: Buffer,
+    /// `[logit rows, the rank's columns]` f16, and up to a chunk's end.
+    share: Buffer,
+    /// Which part the next exchange of sums has, and the next of logits.
+    sums_turn: Cell<usize>,
+    logits_turn: Cell<usize>,
+}
+
+impl Exchange {
+    /// Looks the kernels up and allocates what steps within `limits` need, for a rank of a model of these sizes.
+    pub fn new(cuda: &mut Cuda, link: &Link, dims: &Dims, limits: &Limits) -> Result<Exchange, CudaError> {
+        let rank = link.rank();
+        let names = match rank.count {
+            ..=2 => ["reduce_one_shot_2", "reduce_two_shot_2"],
+            3..=4 => ["reduce_one_shot_4", "reduce_two_shot_4"],
+            _ => ["reduce_one_shot_8", "reduce_two_shot_8"],
+        };
+        let kernel = |name| cuda.modules().kernel("exchange", name, 0);
+        let (one_shot, two_shot) = (kernel(names[0])?, kernel(names[1])?);
+        let (embed, gather) = (kernel("embed_share")?, kernel("gather_logits")?);
+        let parts = Parts::new(rank, dims, limits);
+        let [.., bytes] = parts.starts();
+        let columns = rank.share(dims.vocab as usize).len();
+        let share = (limits.logit_rows() * columns).next_multiple_of(LOGITS);
+        let sums = limits.step_tokens() * dims.hidden as usize;
+        let exchange = Exchange {
+            link: link.clone(),
+            one_shot,
+            two_shot,
+            embed,
+            gather,
+            parts,
+            dims: *dims,
+            blocks_max: (cuda.properties().multiprocessors * BLOCKS_AN_SM / link.ranks_of_device()).max(1),
+            sums: cuda.alloc(Purpose::Scratch, Element::Float, sums)?,
+            share: cuda.alloc(Purpose::Scratch, Element::Logit, share)?,
+            sums_turn: Cell::new(0),
+            logits_turn: Cell::new(0),
+        };
+        link.reserve(bytes)?;
+        Ok(exchange)
+    }
+
+    /// The beginning of every step.
+    pub fn begin_step(&self) {
+        self.sums_turn.set(0);
+        self.logits_turn.set(0);
+    }
+
+    /// Where a product leaves its sums over the rank's columns.
+    pub fn sums(&self) -> Buffer {
+        self.sums
+    }
+
+    /// Where the head leaves logits of the rank's tokens.
+    pub fn share(&self) -> Buffer {
+        self.share
+    }
+
+    /// Adds what all ranks have in [`Exchange::sums`] to the residual stream.
+    pub fn reduce(&self, launcher: &Launcher, stream: Stream) -> Result<(), CudaError> {
+        self.reduce_by(launcher, stream, |bytes| Way::of(self.link.rank().count, bytes))
+    }
+
+    /// The same in a way of the caller's choice, by the bytes of f32.
+    pub fn reduce_by(
+        &self,
+        launcher: &Launcher,
+        stream: Stream,
+        way: impl Fn(usize) -> Way,
+    ) -> Result<(), CudaError> {
+        let hidden = self.dims.hidden as usize;
+        let segments = padded(self.dims.hidden) / SEGMENT as usize;
+        for first in (0..stream.tokens as usize).step_by(piece_tokens(self.dims.hidden)) {
+            let tokens = (stream.tokens as usize - first).min(piece_tokens(self.dims.hidden));
+            let turn = self.sums_turn.replace(1 - self.sums_turn.get());
+            let (kernel, shares) = match way(tokens * hidden * 4) {
+                Way::OneShot => (&self.one_shot, 1),
+                Way::TwoShot => (&self.two_shot, self.link.rank().count),
+            };
+            let chunks = (tokens * segments) as u32 * (SEGMENT / CHUNK);
+            let grid = self.grid(chunks.div_ceil(shares));
+            let (sums, residual) =
+                (self.sums.address().offset(first * hidden * 4), stream.residual.offset(first * hidden * 2));
+            let sumsq = stream.sumsq.offset(first * segments * 4);
+            let (tokens, ranks) = (tokens as u32, self.ranks(turn)?);
+            launcher.launch(kernel, grid, [&sums, &residual, &sumsq, &tokens, &self.dims.hidden, &ranks])?;
+        }
+        Ok(())
+    }
+
+    /// As `Ends::embed`, of a table of which each rank has a share.
+    pub fn embed(
+        &self,
+        launcher: &Launcher,
+        step: &Step<Buffer>,
+        table: Address,
+        stream: Stream,
+    ) -> Result<(), CudaError> {
+        let (tokens_offset, Dims { hidden, vocab, .. }) = (step.layout.tokens as u32, self.dims);
+        let chunks = stream.tokens * hidden.div_ceil(SEGMENT) * (SEGMENT / CHUNK);
+        let ranks = self.ranks(2)?;
+        launcher.launch(
+            &self.embed,
+            self.grid(chunks),
+            [
+                &step.batch,
+                &tokens_offset,
+                &step.token_pool,
+                &table,
+                &vocab,
+                &stream.residual,
+                &stream.sumsq,
+                &stream.tokens,
+                &hidden,
+                &step.history,
+                &ranks,
+            ],
+        )
+    }
+
+    /// `out`, `[samples, vocab]` f16, becomes what all ranks have in [`Exchange::share`].
+    pub fn gather_logits(&self, launcher: &Launcher, samples: u32, out: Address) -> Result<(), CudaError> {
+        let turn = self.logits_turn.replace(1 - self.logits_turn.get());
+        let (vocab, ranks) = (self.dims.vocab, self.ranks(3 + turn)?);
+        let columns = self.link.rank().share(vocab as usize).len();
+        let chunks = (samples as usize * columns).div_ceil(LOGITS) as u32;
+        let share = self.share.address();
+        launcher.launch(&self.gather, self.grid(chunks), [&share, &out, &samples, &vocab, &ranks])
+    }
+
+    /// A thread a chunk, as far as the device holds so many at once.
+    fn grid(&self, chunks: u32) -> Grid {
+        Grid::new(chunks.div_ceil(THREADS).min(self.blocks_max), THREADS).dependent()
+    }
+
+    /// Of an exchange in this part of the inboxes.
+    fn ranks(&self, part: usize) -> Result<Ranks, CudaError> {
+        let Rank { index: rank, count } = self.link.rank();
+        let start = self.parts.starts()[part];
+        let inbox = self.link.inboxes()?.map(|inbox| inbox.offset(start).number());
+        let (ended, patience_ms) = (self.link.ended(), self.link.patience_ms());
+        Ok(Ranks { inbox, ended, rank, count, patience_ms, reserved: 0 })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use minisgl_kernels::{HOPPER, PORTABLE};
+
+    use super::*;
+    use crate::declared::{assert_declared, constant, threads_of};
+
+    const KERNELS: [&str; 8] = [
+        "reduce_one_shot_2",
+        "reduce_one_shot_4",
+        "reduce_one_shot_8",
+        "reduce_two_shot_2",
+        "reduce_two_shot_4",
+        "reduce_two_shot_8",
+        "embed_share",
+        "gather_logits",
+    ];
+
+    #[test]
+    fn both_sides_declare_the_same() {
+        assert_declared!(
+            &["exchange.cuh"],
+            "Ranks",
+            Ranks { inbox, ended, rank, count, patience_ms, reserved }
+        );
+        assert_eq!(constant("exchange.cu", "BLOCKS_AN_SM"), BLOCKS_AN_SM);
+        for set in [HOPPER, PORTABLE] {
+            assert!(KERNELS.iter().all(|name| threads_of(set, name) == THREADS));
+        }
+    }
+
+    #[test]
+    fn parts_of_an_inbox_hold_the_largest_exchange_and_lie_one_behind_the_other() {
+        let dims = Dims {
+            layers: 1,
+            hidden: 1000,
+            heads: 8,
+            kv_heads: 8,
+            head_dim: 128,
+            intermediate: 1024,
+            vocab: 50_001,
+            norm_eps: 1e-6,
+        };
+        let limits = Limits {
+            running: 33,
+            queued: 1,
+            sequence: 64,
+            prefill_tokens: 20_000,
+            page_size: 16,
+            pages: 8,
+            graph_rows: 8,
+        };
+        for count in [2, 4, 8] {
+            let parts = Parts::new(Rank { index: 0, count }, &dims, &limits);
+            let (piece, count) = (piece_tokens(1000), count as usize);
+            assert!(parts.sums >= count * piece * 4096, "one shot");
+            assert!(parts.sums >= piece * 4096 + piece * 2048 + count * 4096 - count, "two shots");
+            assert!(parts.embedded >= 20_033 * 1024 * 2 && parts.logits >= 33 * 50_001 * 2);
+            let starts = parts.starts();
+            let sizes = [parts.sums, parts.sums, parts.embedded, parts.logits, parts.logits];
+            for (pair, size) in starts.windows(2).zip(sizes) {
+                assert!(pair[1] - pair[0] >= size && pair[1] % 256 == 0);
+            }
+        }
+    }
+}

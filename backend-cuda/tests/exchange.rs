@@ -1,0 +1,393 @@
+//! What ranks pass to each other, against the host on random numbers: ranks on as many GPUs as there are two of, or all on one.
+
+mod support;
+
+use std::sync::{Barrier, OnceLock};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use half::bf16;
+use minisgl_core::backend::{Device, Element, Purpose, Queue, Step};
+use minisgl_core::batch::{LAST_TOKEN, Layout, StepShape, Token};
+use minisgl_core::config::Limits;
+use minisgl_core::shard::Rank;
+use minisgl_core::spec::Dims;
+use minisgl_core::tensor::splitmix64;
+use minisgl_cuda::ops::exchange::{Exchange, Stream, Way};
+use minisgl_cuda::{Buffer, Cuda, CudaError, KernelSet, Link, device_count};
+use support::taken;
+
+/// A GPU under a sanitizer takes its time.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+fn dims(hidden: u32, vocab: u32) -> Dims {
+    let (heads, kv_heads) = (8, 8);
+    Dims { layers: 1, hidden, heads, kv_heads, head_dim: 64, intermediate: 64, vocab, norm_eps: 1e-6 }
+}
+
+fn limits(tokens: u32) -> Limits {
+    let (running, prefill_tokens) = (tokens, 1);
+    Limits { running, queued: 1, sequence: 64, prefill_tokens, page_size: 16, pages: 8, graph_rows: 0 }
+}
+
+/// Devices for so many ranks, two at most.
+fn devices(ranks: u32) -> Vec<usize> {
+    let there = device_count().expect("a driver").min(2);
+    (0..ranks as usize).map(|rank| rank % there).collect()
+}
+
+/// A rank's device, and what it exchanges by.
+struct Bench {
+    cuda: Cuda,
+    exchange: Exchange,
+}
+
+impl Bench {
+    fn words(&mut self, words: &[u32], to: Buffer) {
+        let mut pinned = self.cuda.alloc_pinned(words.len()).expect("pinned memory");
+        self.cuda.words_mut(&mut pinned).expect("words").copy_from_slice(words);
+        self.cuda.upload(&mut pinned, 0..words.len(), to).expect("an upload");
+        self.cuda.synchronize().expect("an upload");
+    }
+
+    fn holding(&mut self, element: Element, words: &[u32]) -> Buffer {
+        let elements = words.len() * 4 / minisgl_cuda::element_bytes(element);
+        let buffer = self.cuda.alloc(Purpose::Scratch, element, elements).expect("memory");
+        self.words(words, buffer);
+        buffer
+    }
+
+    fn read(&mut self, buffer: Buffer, words: usize) -> Vec<u32> {
+        let mut pinned = self.cuda.alloc_pinned(words).expect("pinned memory");
+        self.cuda.download(Queue::Compute, buffer, words, &mut pinned).expect("a download");
+        self.cuda.words(&pinned).expect("a download").to_vec()
+    }
+}
+
+/// Keeps the GPUs open from group to group.
+static HELD: OnceLock<Vec<Link>> = OnceLock::new();
+
+/// What each of several ranks makes of its bench.
+fn each<R: Send>(
+    ranks: u32,
+    kernels: KernelSet,
+    patience: Duration,
+    (dims, limits): (&Dims, &Limits),
+    work: impl Fn(Rank, &Barrier, &mut Bench) -> R + Sync,
+) -> Vec<R> {
+    let open = |ranks| Link::group(&devices(ranks), kernels, patience).expect("GPUs that reach each other");
+    HELD.get_or_init(|| open(2));
+    let links = open(ranks);
+    let (ready, work) = (Barrier::new(ranks as usize), &work);
+    thread::scope(|scope| {
+        let ready = &ready;
+        let rank = |link: Link| {
+            scope.spawn(move || {
+                let mut cuda = Cuda::of_rank(link.clone()).expect("a GPU");
+                let exchange = Exchange::new(&mut cuda, &link, dims, limits).expect("memory");
+                let mut bench = Bench { cuda, exchange };
+                ready.wait();
+                work(link.rank(), ready, &mut bench)
+            })
+        };
+        let threads: Vec<_> = links.into_iter().map(rank).collect();
+        threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+    })
+}
+
+fn random(seed: u64, index: usize) -> f32 {
+    (splitmix64(seed.wrapping_add(index as u64)) >> 40) as f32 / (1 << 22) as f32 - 2.0
+}
+
+/// Each rank's sums, of which some are no numbers.
+fn sums(rank: u32, elements: usize) -> Vec<f32> {
+    let odd = |index: usize| match splitmix64(index as u64) % 97 {
+        0 => f32::from_bits(u32::MAX), // what an inbox is empty by
+        1 => f32::INFINITY,
+        2 => -0.0,
+        _ => random(u64::from(rank) << 32, index),
+    };
+    (0..elements).map(odd).collect()
+}
+
+/// Added in pairs, as `core/src/shard.rs` draws it.
+fn tree(mut sums: Vec<f32>) -> f32 {
+    while sums.len() > 1 {
+        sums = sums.chunks(2).map(|pair| pair[0] + pair[1]).collect();
+    }
+    sums[0]
+}
+
+/// The squares of a segment, in the order of a warp that has two elements a lane.
+fn squares(segment: &[bf16]) -> f32 {
+    let square = |i: usize| segment.get(i).map_or(0.0, |x| x.to_f32());
+    let mut lanes: Vec<f32> = (0..32)
+        .map(|lane| {
+            let (x, y) = (square(2 * lane), square(2 * lane + 1));
+            x.mul_add(x, y * y)
+        })
+        .collect();
+    for apart in [16, 8, 4, 2, 1] {
+        lanes = (0..32).map(|lane| lanes[lane] + lanes[lane ^ apart]).collect();
+    }
+    lanes[0]
+}
+
+/// Equal, or neither is a number.
+fn same(a: f32, b: f32) -> bool {
+    a.to_bits() == b.to_bits() || (a.is_nan() && b.is_nan())
+}
+
+fn pairs(values: &[bf16]) -> Vec<u32> {
+    let bits = |value: Option<&bf16>| value.map_or(0, |value| u32::from(value.to_bits()));
+    values.chunks(2).map(|pair| bits(pair.first()) | bits(pair.get(1)) << 16).collect()
+}
+
+fn unpaired(words: &[u32]) -> Vec<bf16> {
+    words.iter().flat_map(|word| [*word as u16, (word >> 16) as u16]).map(bf16::from_bits).collect()
+}
+
+fn assert_stream(bench: &mut Bench, stream: [Buffer; 2], expected: &[bf16], hidden: usize, what: &str) {
+    let given = unpaired(&bench.read(stream[0], expected.len() / 2));
+    let wrong = (0..expected.len()).find(|i| !same(given[*i].to_f32(), expected[*i].to_f32()));
+    assert_eq!(wrong.map(|i| (i, given[i], expected[i])), None, "{what}");
+    let segments = hidden.div_ceil(64);
+    let sumsq = bench.read(stream[1], expected.len() / hidden * segments);
+    for (token, row) in expected.chunks(hidden).enumerate() {
+        for (i, segment) in row.chunks(64).enumerate() {
+            let given = f32::from_bits(sumsq[token * segments + i]);
+            assert!(same(given, squares(segment)), "{what}: squares of token {token}, segment {i}");
+        }
+    }
+}
+
+/// Four exchanges one behind the other, then as many that are recorded, twice: the residual stream is what the host makes it.
+fn assert_reduces(ranks: u32, kernels: KernelSet, [tokens, hidden]: [usize; 2], ways: &[Way]) {
+    let (dims, limits) = (dims(hidden as u32, 64), limits(tokens as u32));
+    each(ranks, kernels, PATIENCE, (&dims, &limits), |rank, ready, bench| {
+        let what = format!("rank {} of {ranks}, {kernels:?}, {tokens} x {hidden}", rank.index);
+        let elements = tokens * hidden;
+        let own = sums(rank.index, elements).into_iter().map(f32::to_bits).collect::<Vec<_>>();
+        let of_ranks: Vec<_> = (0..ranks).map(|rank| sums(rank, elements)).collect();
+        let mut expected: Vec<bf16> = (0..elements).map(|i| bf16::from_f32(random(77, i))).collect();
+        bench.words(&own, bench.exchange.sums());
+        let residual = bench.holding(Element::Activation, &pairs(&expected));
+        let sumsq = bench.holding(Element::Float, &vec![u32::MAX; tokens * hidden.div_ceil(64)]);
+        let stream = Stream { residual: residual.address(), sumsq: sumsq.address(), tokens: tokens as u32 };
+        let four = |bench: &Bench, way| {
+            bench.exchange.begin_step();
+            // An even number: a step has two a layer.
+            (0..4).try_for_each(|_| bench.exchange.reduce_by(bench.cuda.launcher(), stream, |_| way))
+        };
+        let mut add = |times: usize| {
+            for (i, x) in expected.iter_mut().enumerate() {
+                let sum = tree(of_ranks.iter().map(|sums| sums[i]).collect());
+                (0..times).for_each(|_| *x = bf16::from_f32(x.to_f32() + sum));
+            }
+            expected.clone()
+        };
+        for way in ways {
+            let what = format!("{what}, {way:?}");
+            four(bench, *way).expect("launches");
+            assert_stream(bench, [residual, sumsq], &add(4), hidden, &what);
+            ready.wait();
+            bench.cuda.begin_capture().expect("a recording");
+            let recorded = four(bench, *way);
+            let graph = bench.cuda.end_capture().expect("a recording");
+            recorded.expect("launches");
+            (0..2).for_each(|_| bench.cuda.replay(&graph).expect("a replay"));
+            assert_stream(bench, [residual, sumsq], &add(8), hidden, &format!("{what}, recorded"));
+            ready.wait();
+        }
+    });
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn sums_of_all_ranks_are_added_in_pairs_either_way_and_the_same_by_all() {
+    for shape in taken([[1, 64], [3, 72], [7, 576], [5, 1000], [64, 1024], [130, 2560], [1, 8], [9, 5120]]) {
+        for ranks in [2, 4, 8] {
+            assert_reduces(ranks, KernelSet::Auto, shape, &[Way::OneShot, Way::TwoShot]);
+        }
+    }
+    assert_reduces(2, KernelSet::Portable, [33, 1000], &[Way::OneShot, Way::TwoShot]);
+    assert_reduces(4, KernelSet::Portable, [33, 1000], &[Way::TwoShot, Way::OneShot]);
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn many_tokens_go_in_pieces() {
+    assert_reduces(2, KernelSet::Auto, [5000, 1024], &[Way::OneShot, Way::TwoShot]);
+    assert_reduces(4, KernelSet::Auto, [9000, 1024], &[Way::TwoShot]);
+}
+
+/// Element `col` of the table's row `id`.
+fn table(id: usize, col: usize) -> bf16 {
+    bf16::from_f32(random(13, id * 8192 + col))
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn every_rank_has_the_rows_of_the_one_that_has_them() {
+    for (ranks, tokens, hidden, vocab) in taken([
+        (2, 1, 64, 2),
+        (4, 37, 1000, 103),
+        (2, 300, 1024, 5000),
+        (8, 77, 576, 1001),
+        (2, 900, 5120, 999),
+    ]) {
+        let (dims, limits) = (dims(hidden as u32, vocab as u32), limits(tokens as u32));
+        let id = |token: usize| splitmix64(token as u64) as usize % vocab;
+        each(ranks, KernelSet::Auto, PATIENCE, (&dims, &limits), |rank, ready, bench| {
+            let own: Vec<bf16> =
+                rank.share(vocab).flat_map(|id| (0..hidden).map(move |col| table(id, col))).collect();
+            let part = bench.holding(Element::Activation, &pairs(&own));
+            let layout = Layout::new(&limits, 0);
+            let mut words = vec![0; layout.words];
+            let mut pool = vec![0; tokens + 1];
+            let entries: Vec<Token> = (0..tokens)
+                .map(|token| {
+                    let (slot, location) = (token as u32, (tokens - token) as u32);
+                    // Every third is known by its slot alone.
+                    let known = if token % 3 == 2 { LAST_TOKEN } else { id(token) as u32 };
+                    pool[token] = if token % 3 == 2 { id(token) as u32 } else { u32::MAX };
+                    Token { id: known, slot, position: 0, location }
+                })
+                .collect();
+            let entries: &[u32] = bytemuck::cast_slice(&entries);
+            words[layout.tokens..][..entries.len()].copy_from_slice(entries);
+            let batch = bench.holding(Element::Word, &words);
+            let residual = bench.holding(Element::Activation, &vec![u32::MAX; tokens * hidden / 2]);
+            let sumsq = bench.holding(Element::Float, &vec![u32::MAX; tokens * hidden.div_ceil(64)]);
+            let none = bench.holding(Element::Word, &[0]);
+            let step = Step {
+                shape: StepShape::decode(tokens as u32),
+                batch,
+                layout,
+                page_table: none,
+                table_width: 4,
+                page_size: 16,
+                token_pool: bench.holding(Element::Word, &pool),
+                slots: none,
+                rules: none,
+                history: bench.holding(Element::Word, &vec![u32::MAX; tokens + 1]),
+                masks: none,
+            };
+            let stream =
+                Stream { residual: residual.address(), sumsq: sumsq.address(), tokens: tokens as u32 };
+            let expected: Vec<bf16> =
+                (0..tokens).flat_map(|token| (0..hidden).map(move |col| table(id(token), col))).collect();
+            let what = format!("rank {} of {ranks}, {tokens} x {hidden} of {vocab}", rank.index);
+            for _ in 0..2 {
+                bench.exchange.embed(bench.cuda.launcher(), &step, part.address(), stream).expect("a launch");
+                assert_stream(bench, [residual, sumsq], &expected, hidden, &what);
+                let history = bench.read(step.history, tokens + 1);
+                assert!((0..tokens).all(|token| history[tokens - token] == id(token) as u32), "{what}");
+                ready.wait();
+            }
+        });
+    }
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn every_rank_has_all_columns_of_the_logits() {
+    for (ranks, samples, vocab) in
+        taken([(2, 1, 2), (2, 5, 103), (4, 33, 1001), (8, 7, 4099), (2, 64, 15_104), (4, 9, 151_936)])
+    {
+        let (dims, limits) = (dims(64, vocab as u32), limits(samples as u32));
+        let logit = |row: usize, col: usize| (splitmix64((row * vocab + col) as u64) % 0x7c00) as u16;
+        each(ranks, KernelSet::Auto, PATIENCE, (&dims, &limits), |rank, ready, bench| {
+            let columns = rank.share(vocab);
+            let own = (0..samples).flat_map(|row| columns.clone().map(move |col| logit(row, col)));
+            let mut own: Vec<u16> = own.collect();
+            own.resize(own.len().next_multiple_of(2), u16::MAX);
+            let words: Vec<u32> =
+                own.chunks(2).map(|pair| u32::from(pair[0]) | u32::from(pair[1]) << 16).collect();
+            bench.words(&words, bench.exchange.share());
+            let out_words = (samples * vocab).div_ceil(2);
+            for turn in 0..3 {
+                let out = bench.holding(Element::Logit, &vec![u32::MAX; out_words]);
+                // Freeing memory waits for all kernels on a device, another rank's too.
+                ready.wait();
+                bench
+                    .exchange
+                    .gather_logits(bench.cuda.launcher(), samples as u32, out.address())
+                    .expect("a launch");
+                let given = bench.read(out, out_words);
+                let given: Vec<u16> =
+                    given.iter().flat_map(|word| [*word as u16, (word >> 16) as u16]).collect();
+                let wrong = (0..samples * vocab).find(|i| given[*i] != logit(i / vocab, i % vocab));
+                let what = format!("rank {} of {ranks}, {samples} x {vocab}, turn {turn}", rank.index);
+                assert_eq!(wrong.map(|i| (i / vocab, i % vocab)), None, "{what}");
+            }
+        });
+    }
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn who_does_not_come_is_named_and_who_waits_is_called_back_in_bounded_time() {
+    let (dims, limits) = (dims(1024, 64), limits(64));
+    let stream_of = |bench: &mut Bench| {
+        let residual = bench.holding(Element::Activation, &vec![0; 64 * 512]);
+        let sumsq = bench.holding(Element::Float, &vec![0; 64 * 16]);
+        Stream { residual: residual.address(), sumsq: sumsq.address(), tokens: 64 }
+    };
+    // Rank 1 does not come, to any of the exchanges.
+    let found = each(2, KernelSet::Auto, Duration::from_secs(2), (&dims, &limits), |rank, ready, bench| {
+        let stream = stream_of(bench);
+        ready.wait();
+        let started = Instant::now();
+        if rank.index == 0 {
+            (0..50).try_for_each(|_| bench.exchange.reduce(bench.cuda.launcher(), stream)).expect("launches");
+            let error = bench.cuda.synchronize();
+            assert!(started.elapsed() < Duration::from_secs(8), "{:?}", started.elapsed());
+            ready.wait();
+            return error;
+        }
+        ready.wait();
+        bench.cuda.synchronize()
+    });
+    assert_eq!(
+        found,
+        [CudaError::RankLate { rank: 1, seconds: 2.0 }, CudaError::RankLate { rank: 1, seconds: 2.0 }]
+            .map(Err)
+    );
+
+    let links = Link::group(&devices(2), KernelSet::Auto, PATIENCE).expect("GPUs that reach each other");
+    let (abort, renew) = (links[0].aborter(), links[0].renewer());
+    let meet = Barrier::new(3);
+    thread::scope(|scope| {
+        for link in links {
+            let (dims, limits, meet) = (&dims, &limits, &meet);
+            scope.spawn(move || {
+                let mut cuda = Cuda::of_rank(link.clone()).expect("a GPU");
+                let exchange = Exchange::new(&mut cuda, &link, dims, limits).expect("memory");
+                let mut bench = Bench { cuda, exchange };
+                let stream = stream_of(&mut bench);
+                meet.wait();
+                if link.rank().index == 1 {
+                    bench.exchange.reduce(bench.cuda.launcher(), stream).expect("a launch");
+                    let started = Instant::now();
+                    assert_eq!(bench.cuda.synchronize(), Err(CudaError::RanksEnded));
+                    assert!(started.elapsed() < Duration::from_secs(5), "{:?}", started.elapsed());
+                }
+                meet.wait();
+                // Both may meet again, as if nothing had been.
+                meet.wait();
+                bench.exchange.begin_step();
+                (0..4)
+                    .try_for_each(|_| bench.exchange.reduce(bench.cuda.launcher(), stream))
+                    .expect("launches");
+                assert_eq!(bench.cuda.synchronize(), Ok(()));
+            });
+        }
+        meet.wait();
+        thread::sleep(Duration::from_millis(300));
+        abort();
+        meet.wait();
+        renew();
+        meet.wait();
+    });
+}
