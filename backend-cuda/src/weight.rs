@@ -125,6 +125,34 @@ impl<'a> Piece<'a> {
     }
 }
 
+/// Rows of a tensor, or of its columns `cols`, as they lie in memory.
+struct StoredRows<'a> {
+    /// From the beginning of the first row on.
+    bytes: &'a [u8],
+    dtype: Dtype,
+    /// Elements from row to row.
+    pitch: usize,
+    cols: Range<usize>,
+}
+
+impl StoredRows<'_> {
+    fn rows(&self) -> usize {
+        self.bytes.len() / (self.pitch * self.dtype.bytes()).max(1)
+    }
+
+    /// Some of them, `[rows, cols]`, to the nearest bf16.
+    fn to_bf16(&self, rows: Range<usize>, out: &mut [bf16]) {
+        let row_bytes = self.pitch * self.dtype.bytes();
+        let bytes = &self.bytes[rows.start * row_bytes..rows.end * row_bytes];
+        if self.cols.len() == self.pitch {
+            return to_bf16(bytes, self.dtype, out);
+        }
+        let part = self.cols.start * self.dtype.bytes()..self.cols.end * self.dtype.bytes();
+        let rows = out.par_chunks_mut(self.cols.len().max(1)).zip(bytes.par_chunks(row_bytes.max(1)));
+        rows.for_each(|(out, row)| to_bf16(&row[part.clone()], self.dtype, out));
+    }
+}
+
 /// Row i of a piece goes to row `first + i / group * stride + i % group` of the matrix.
 #[derive(Clone, Copy, Debug, PartialEq)]
 struct Target {
@@ -258,21 +286,22 @@ impl Cuda {
             return self.upload_fp8(&pieces, weight);
         }
         for piece in pieces {
-            match &piece.tensor.data {
-                TensorData::Fp8 { .. } => {
+            let (whole, first_row, first_col) = piece.tensor.whole();
+            let (first, pitch) = (first_row + piece.rows.start, whole.cols);
+            match &whole.data {
+                TensorData::Fp8 { .. } | TensorData::Window { .. } => {
                     return Err(CudaError::Unsupported(format!("{:?} is fp8", piece.tensor)));
                 }
-                TensorData::Window { .. } => {
-                    return Err(CudaError::Unsupported(format!("{:?} is a rank's part", piece.tensor)));
-                }
                 TensorData::Uniform { seed, low, high } => {
-                    self.make_uniform(&piece, *seed, *low, *high, address)?;
+                    let seed = seed.wrapping_add((first * pitch + first_col) as u64);
+                    self.make_uniform(&piece, pitch, seed, *low, *high, address)?;
                 }
                 TensorData::Bytes { owner, range, dtype } => {
                     let bytes = &(**owner).as_ref()[range.clone()];
-                    let row_bytes = cols * dtype.bytes();
-                    let bytes = &bytes[piece.rows.start * row_bytes..piece.rows.end * row_bytes];
-                    self.upload_rows(bytes, *dtype, cols, piece.target, address)?;
+                    let row_bytes = pitch * dtype.bytes();
+                    let bytes = &bytes[first * row_bytes..(first + piece.rows.len()) * row_bytes];
+                    let rows = StoredRows { bytes, dtype: *dtype, pitch, cols: first_col..first_col + cols };
+                    self.upload_rows(&rows, piece.target, address)?;
                 }
             }
         }
@@ -298,6 +327,7 @@ impl Cuda {
     fn make_uniform(
         &mut self,
         piece: &Piece<'_>,
+        pitch: usize,
         seed: u64,
         low: f32,
         high: f32,
@@ -306,12 +336,11 @@ impl Cuda {
         let kernel = self.modules.kernel("weights", "uniform", 0)?;
         let (cols, target) = (piece.tensor.cols, piece.target);
         let out = matrix.offset(target.first * cols * 2);
-        let first_element = seed.wrapping_add((piece.rows.start * cols) as u64);
         let (group, stride, width) = (target.group as u32, target.stride as u32, high - low);
         self.launcher.launch(
             &kernel,
             Grid::new(piece.rows.len() as u32, THREADS),
-            [&out, &(cols as u32), &group, &stride, &first_element, &low, &width],
+            [&out, &(cols as u32), &group, &stride, &(pitch as u32), &seed, &low, &width],
         )
     }
 
@@ -360,26 +389,22 @@ impl Cuda {
         Ok(())
     }
 
-    /// Copies the rows in `bytes` to their places, a staging buffer at a time.
+    /// Copies rows to their places, a staging buffer at a time.
     fn upload_rows(
         &mut self,
-        bytes: &[u8],
-        dtype: Dtype,
-        cols: usize,
+        from: &StoredRows<'_>,
         target: Target,
         matrix: Address,
     ) -> Result<(), CudaError> {
-        let row_bytes = cols * dtype.bytes();
-        let rows = bytes.len() / row_bytes.max(1);
+        let (rows, cols) = (from.rows(), from.cols.len());
         let chunk_rows = chunk_rows(rows, cols)?;
         let mut staging = self.take_staging()?;
         for first in (0..rows).step_by(chunk_rows) {
             let count = chunk_rows.min(rows - first);
-            let chunk = &bytes[first * row_bytes..(first + count) * row_bytes];
             let buffer = &mut staging.buffers[staging.next % 2];
             staging.next += 1;
             let words = self.words_mut(buffer)?;
-            to_bf16(chunk, dtype, &mut cast_slice_mut(words)[..count * cols]);
+            from.to_bf16(first..first + count, &mut cast_slice_mut(words)[..count * cols]);
             self.scatter_rows(buffer, first..first + count, cols, target, matrix)?;
         }
         self.staging = Some(staging);

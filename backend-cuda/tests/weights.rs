@@ -123,3 +123,27 @@ fn folding_a_norm_multiplies_the_columns() {
         assert_eq!(value.to_bits(), bf16::from_f32(product).to_bits(), "row {row}, column {col}");
     }
 }
+
+#[test]
+#[ignore = "needs a GPU"]
+fn a_ranks_part_is_that_of_the_whole() {
+    let mut cuda = cuda();
+    let (rows, cols) = (192, 320);
+    let value = |row: usize, col: usize| dummy_value(cols, 4, row, col).to_f32();
+    let wholes =
+        [dummy(rows, cols, 4), stored(rows, cols, Dtype::Bf16, value), stored(rows, cols, Dtype::F32, value)];
+    for whole in wholes {
+        for (part_rows, part_cols) in [(0..rows, 160..320), (64..128, 0..cols), (8..72, 64..128)] {
+            let part = whole.window(part_rows.clone(), part_cols.clone());
+            let weight = cuda.load_weight(WeightRole::Linear, &[part.clone(), part]).unwrap();
+            let values = download(&mut cuda, weight);
+            let (high, wide) = (part_rows.len(), part_cols.len());
+            assert_eq!(values.len(), 2 * high * wide);
+            for (i, value) in values.iter().enumerate() {
+                let (row, col) = (part_rows.start + i / wide % high, part_cols.start + i % wide);
+                let expected = dummy_value(cols, 4, row, col);
+                assert_eq!(value.to_bits(), expected.to_bits(), "{whole:?}: row {row}, column {col}");
+            }
+        }
+    }
+}

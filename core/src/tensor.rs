@@ -139,6 +139,14 @@ impl HostTensor {
         HostTensor { name: self.name.clone(), rows: rows.len(), cols: cols.len(), data }
     }
 
+    /// What it is a window of, and where there its rows and columns begin; of no window itself.
+    pub fn whole(&self) -> (&HostTensor, usize, usize) {
+        match &self.data {
+            TensorData::Window { whole, first_row, first_col } => (whole, *first_row, *first_col),
+            _ => (self, 0, 0),
+        }
+    }
+
     /// Has it the same elements as `other` in the same memory, or made in the same way? Equal elements elsewhere are not the same.
     pub fn is_same(&self, other: &HostTensor) -> bool {
         (self.rows, self.cols) == (other.rows, other.cols) && self.data.is_same(&other.data)
