@@ -16,11 +16,15 @@
 //!
 //! A decode step whose halves do better side by side is divided (`halves.rs`).
 //!
+//! Of several ranks each has a part of the heads and widths (`exchange.rs`): o and down leave sums over its columns, which a kernel behind
+//! each adds up over all ranks and to the residual stream. Embedded rows and logits pass between them, too.
+//!
 //! Invariant: one token's bits depend on that token's sequence alone; see each family.
 
 pub mod attention;
 mod described;
 pub mod embed;
+pub mod exchange;
 pub mod experts;
 pub mod explain;
 pub mod fp8_pages;
@@ -43,9 +47,10 @@ use minisgl_core::tensor::HostTensor;
 
 use self::attention::Attention;
 use self::embed::Ends;
+use self::exchange::{Exchange, Stream};
 use self::experts::{ExpertLayer, Experts};
 use self::fp8_pages::Fp8Pages;
-use self::gemm::{GateUp, Gemm, Head, Qkv, Residual, RowNorm, Rows, SmShare};
+use self::gemm::{GateUp, Gemm, Head, Qkv, RankSums, Residual, RowNorm, Rows, SmShare};
 use self::halves::{Halves, Part};
 use self::sampling::Sampling;
 use crate::device::Cuda;
@@ -109,6 +114,8 @@ pub struct Operations {
     fp8_pages: Option<Fp8Pages>,
     /// Drawing tokens.
     pub sampling: Sampling,
+    /// To the other ranks, where there are some.
+    exchange: Option<Exchange>,
     /// `[tokens, ceil(hidden / 64)]` f32: partial sums of squares of the residual stream.
     pub sumsq: Address,
 }
@@ -120,19 +127,27 @@ impl Operations {
         let segments = dims.hidden.div_ceil(SEGMENT) as usize;
         let format = spec.kv.unwrap_or(cuda.info().kv);
         let in_fp8 = format == KvFormat::Fp8;
+        let link = cuda.link.clone();
         Ok(Operations {
             dims: *dims,
             layers: spec.layers.clone(),
             buffers: Buffers::new(cuda, spec, limits.step_tokens())?,
-            halves: Halves::new(spec, cuda.properties().hopper),
+            // Both halves of a step would wait for other ranks in the same inboxes.
+            halves: Halves::new(spec, cuda.properties().hopper && link.is_none()),
             ends: Ends::new(cuda.modules())?,
             gemm: Self::products(cuda, spec)?,
             experts: Experts::new(cuda, spec, limits)?,
             attention: Attention::new(cuda, dims, spec.window(), format, limits)?,
             fp8_pages: in_fp8.then(|| Fp8Pages::new(cuda.modules(), dims, spec.window())).transpose()?,
             sampling: Sampling::new(cuda, limits.running)?,
+            exchange: link.map(|link| Exchange::new(cuda, &link, dims, limits)).transpose()?,
             sumsq: cuda.allocate(Purpose::Scratch, limits.step_tokens() * segments * 4)?,
         })
+    }
+
+    /// The step's first tokens of the residual stream.
+    fn stream(&self, tokens: u32) -> Stream {
+        Stream { residual: self.buffers.residual.address(), sumsq: self.sumsq, tokens }
     }
 
     fn products(cuda: &mut Cuda, spec: &DecoderSpec) -> Result<Gemm, CudaError> {
@@ -267,9 +282,19 @@ impl Operations {
         let (first, count, gemm) = (tokens.start, tokens.len() as u32, &self.gemm);
         let residual = rows_from(buffers.residual, self.dims.hidden as usize, first);
         let attended = rows_from(buffers.attended, self.dims.q_width(), first);
-        let added = Residual { residual: residual.address, sumsq: self.sumsq_of(first) };
         let share = Self::sm_share(part);
-        gemm.launch(launcher, weights.o, attended, count, share, &added)?;
+        // What o and down do: `+=`, or where others have columns too, the sums and their exchange.
+        let add = |w: Weight, x: Rows| match &self.exchange {
+            None => {
+                let added = Residual { residual: residual.address, sumsq: self.sumsq_of(first) };
+                gemm.launch(launcher, w, x, count, share, &added)
+            }
+            Some(exchange) => {
+                gemm.launch(launcher, w, x, count, share, &RankSums { out: exchange.sums().address() })?;
+                exchange.reduce(launcher, self.stream(count))
+            }
+        };
+        add(weights.o, attended)?;
         let (gate_up, down) = match weights.mlp {
             MlpWeights::Dense { gate_up, down } => (gate_up, down),
             MlpWeights::Experts(_) => return self.experts(launcher, layer),
@@ -279,7 +304,7 @@ impl Operations {
         let gated = GateUp { norm: self.norm(first), out: activated.address, intermediate: mlp, reserved: 0 };
         let x = gemm.inputs(launcher, gate_up, weights.mlp_norm, residual, count, self.scaled(first))?;
         gemm.launch(launcher, gate_up, x, count, share, &gated)?;
-        gemm.launch(launcher, down, activated, count, share, &added)
+        add(down, activated)
     }
 
     /// What a layer's experts add; steps of models with experts are not divided.
@@ -344,7 +369,8 @@ impl Ops for Cuda {
     type Weight = Weight;
 
     fn supports(&self, spec: &DecoderSpec) -> Result<(), Unsupported> {
-        supports::check(spec, self.properties().hopper)
+        supports::check(spec, self.properties().hopper)?;
+        supports::check_rank(spec, self.rank())
     }
 
     fn widens(&self, kept: KvFormat) -> bool {
@@ -383,11 +409,18 @@ impl Ops for Cuda {
 
     fn begin_step(&mut self, step: &Step<Buffer>) -> Result<(), CudaError> {
         self.launcher.begin_step();
-        self.operations()?.ends.begin_step(&self.launcher, step)
+        let Operations { ends, exchange, .. } = self.operations()?;
+        exchange.iter().for_each(Exchange::begin_step);
+        ends.begin_step(&self.launcher, step)
     }
 
     fn embed(&mut self, step: &Step<Buffer>, table: Weight) -> Result<(), CudaError> {
-        let Operations { ends, dims, buffers, sumsq, .. } = self.operations()?;
+        let operations = self.operations()?;
+        let Operations { ends, dims, buffers, sumsq, exchange, .. } = operations;
+        if let Some(exchange) = exchange {
+            let stream = operations.stream(step.shape.tokens);
+            return exchange.embed(&self.launcher, step, table.address(), stream);
+        }
         ends.embed(&self.launcher, step, table.address(), dims.hidden, buffers.residual, *sumsq)
     }
 
@@ -411,9 +444,19 @@ impl Ops for Cuda {
     }
 
     fn logits(&mut self, step: &Step<Buffer>, x: Buffer, head: Weight, out: Buffer) -> Result<(), CudaError> {
-        let epilogue = Head { out: out.address() };
-        let (gemm, samples) = (&self.operations()?.gemm, step.shape.samples);
-        gemm.launch(&self.launcher, head, rows_from(x, head.cols(), 0), samples, SmShare::Whole, &epilogue)
+        let (Operations { gemm, exchange, .. }, samples) = (self.operations()?, step.shape.samples);
+        let out = out.address();
+        let head_into = |out| {
+            let x = rows_from(x, head.cols(), 0);
+            gemm.launch(&self.launcher, head, x, samples, SmShare::Whole, &Head { out })
+        };
+        match exchange {
+            None => head_into(out),
+            Some(exchange) => {
+                head_into(exchange.share().address())?;
+                exchange.gather_logits(&self.launcher, samples, out)
+            }
+        }
     }
 
     fn read_logits(&mut self, logits: Buffer, vocab: u32, rows: Range<usize>) -> Result<Vec<f32>, CudaError> {

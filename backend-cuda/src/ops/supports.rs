@@ -3,6 +3,7 @@
 //! Every field of a spec is taken apart, so that one that is added to it does not pass unseen.
 
 use minisgl_core::kv::KvFormat;
+use minisgl_core::shard::Rank;
 use minisgl_core::spec::{
     Activation, Attention, Bias, DecoderSpec, Dims, Experts, Fp8, Inputs, LayerSpec, Mixer, Mlp, NormForm,
     Norms, QkNorm, RopePairs, Unsupported, WeightFormat,
@@ -23,6 +24,22 @@ pub fn check(spec: &DecoderSpec, hopper: bool) -> Result<(), Unsupported> {
             .map_err(|what| Unsupported::in_layer(BACKEND, i, &(what.to_owned() + ADVICE)))?;
     }
     Ok(())
+}
+
+/// Likewise, of what one of several ranks computes.
+pub fn check_rank(spec: &DecoderSpec, rank: Rank) -> Result<(), Unsupported> {
+    let refused = [
+        (spec.weights != WeightFormat::Bf16, "its weights are fp8"),
+        (spec.layers.iter().any(|layer| layer.experts().is_some()), "it has experts"),
+    ];
+    match first(&refused).filter(|_| rank.count > 1) {
+        None => Ok(()),
+        Some(what) => {
+            let what =
+                format!("{what}, which one GPU computes, and --tensor-parallel {} does not", rank.count);
+            Err(Unsupported::new(BACKEND, what + ADVICE))
+        }
+    }
 }
 
 const ADVICE: &str = " (--backend cpu has fewer limits)";
