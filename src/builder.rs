@@ -66,7 +66,7 @@ impl LlmBuilder {
         self
     }
 
-    /// Which GPUs, an engine on each; naming one asks for GPUs.
+    /// Which GPUs, an engine on each, or a rank of one; naming one asks for GPUs.
     pub fn devices(mut self, devices: impl IntoIterator<Item = usize>) -> Self {
         self.options.devices = devices.into_iter().collect();
         self
@@ -78,9 +78,15 @@ impl LlmBuilder {
         self
     }
 
-    /// How many ranks compute each step of an engine together, on the CPU.
+    /// How many ranks compute each step of an engine together, each on a GPU of its own.
     pub fn tensor_parallel(mut self, ranks: u32) -> Self {
         self.options.tensor_parallel = ranks;
+        self
+    }
+
+    /// Let the GPUs of ranks have more and less memory free.
+    pub fn allow_imbalance(mut self, allow: bool) -> Self {
+        self.options.allow_imbalance = allow;
         self
     }
 

@@ -130,22 +130,43 @@ pub enum Error {
         "--tensor-parallel {0} is no number of ranks; there are 1, 2, 4 or 8, for sums over them are added in pairs"
     )]
     Ranks(u32),
-    /// Ranks on GPUs.
+    /// Ranks on a simulated device.
     #[error(
-        "--tensor-parallel {0} is served on the CPU alone (--backend cpu): exchange between GPUs is not there yet; \
-         --data-parallel runs an engine on each of several"
+        "--tensor-parallel {0} and --simulate exclude each other: a simulated device stands for all of an engine"
     )]
-    RanksOnGpu(u32),
-    /// An engine has one device.
+    RanksSimulated(u32),
+    /// An engine has one device for each of its ranks.
     #[error(
-        "--data-parallel {engines} and --devices, which names {devices}, differ: each engine runs on one GPU; leave one of the \
-         flags out, or name as many GPUs as engines"
+        "--data-parallel {engines} and --devices, which names {devices}, differ: each engine runs on {ranks} of them \
+         (--tensor-parallel); leave one of the flags out, or name {} GPUs", engines * ranks
     )]
     DevicesDiffer {
         /// Engines asked for.
         engines: usize,
+        /// Ranks of each.
+        ranks: usize,
         /// GPUs named.
         devices: usize,
+    },
+    /// Some GPUs would be left over.
+    #[error(
+        "--devices names {devices} GPUs, which engines of {ranks} ranks (--tensor-parallel) can't share out; name as many for \
+         each engine"
+    )]
+    DevicesLeftOver {
+        /// Ranks of an engine.
+        ranks: usize,
+        /// GPUs named.
+        devices: usize,
+    },
+    /// Ranks with more memory and with less.
+    #[error(
+        "the GPUs have more and less memory free ({free}), and all ranks get as many KV pages as the one with the least; end what \
+         else uses them, or let it be so (--allow-imbalance)"
+    )]
+    Imbalance {
+        /// Each one's.
+        free: String,
     },
     /// What is no share of memory.
     #[error("{option} is {share}; it must be above 0 and at most 1")]

@@ -86,15 +86,19 @@ macro_rules! with_shared_flags {
             /// where to compute: auto (default: a GPU where there is one), cpu or cuda
             #[argh(option, default = "::std::default::Default::default()")]
             backend: $crate::BackendChoice,
-            /// which GPUs, an engine on each: numbers and commas; naming one asks for GPUs (default: the first)
+            /// which GPUs, an engine on each, or a rank: numbers and commas; naming one asks for GPUs (default: the first)
             #[argh(option, from_str_fn($crate::parse_devices), default = "::std::default::Default::default()")]
             devices: $crate::Devices,
-            /// how many engines take requests out of one queue, each on a GPU of its own (default: one for each of --devices)
+            /// how many engines take requests out of one queue, each on a GPU of its own, or on several (default: as many as --devices
+            /// are enough for)
             #[argh(option)]
             data_parallel: Option<usize>,
-            /// how many ranks compute each step together, each with a part of the weights: 1 (default), 2, 4 or 8; on the CPU
+            /// how many ranks compute each step together, each on a GPU of its own with a part of the weights: 1 (default), 2, 4 or 8
             #[argh(option, default = "1")]
             tensor_parallel: u32,
+            /// let the GPUs of ranks have more and less memory free: all get as many KV pages as the one with the least
+            #[argh(switch)]
+            allow_imbalance: bool,
             /// which GPU kernels: auto (default), portable or hopper
             #[argh(option, default = "::std::default::Default::default()")]
             kernels: $crate::KernelChoice,
@@ -174,6 +178,7 @@ macro_rules! with_shared_flags {
                     devices: self.devices.0.clone(),
                     data_parallel: self.data_parallel,
                     tensor_parallel: self.tensor_parallel,
+                    allow_imbalance: self.allow_imbalance,
                     kernels: self.kernels,
                     max_running: self.max_running.0,
                     max_prefill_tokens: self.max_prefill_tokens,

@@ -21,8 +21,8 @@ use minisgl_core::scheduler::{Order, Settings};
 use minisgl_core::shard::Rank;
 use minisgl_core::spec::DecoderSpec;
 use minisgl_core::stats::{ExpertsRead, Stats};
-use minisgl_cpu::{Cpu, CpuError, Link};
-use minisgl_cuda::{Cuda, CudaError, KernelSet};
+use minisgl_cpu::{Cpu, Link};
+use minisgl_cuda::{Cuda, CudaError, KernelSet, Link as GpuLink};
 use minisgl_decoder::{Checkpoint, Decoder, LoadError, NamedTensor, WeightUpdate};
 use minisgl_ranks::Ranks;
 
@@ -32,7 +32,7 @@ use crate::embed::{EmbedRequest, Embedding};
 use crate::error::Error;
 use crate::front::{Built, EngineHandle, Events, Front, SessionEvent, SessionOptions};
 use crate::info::{ExpertsInfo, Info};
-use crate::memory::{PagePlan, Sequence, check_asked, check_host, share_within, warning};
+use crate::memory::{PagePlan, Sequence, check_asked, check_balance, check_host, share_within, warning};
 use crate::models::FAMILIES;
 use crate::options::{KernelChoice, Options, Quantize};
 use crate::pooling::Pooling;
@@ -384,6 +384,8 @@ fn gpu_error(error: CudaError) -> Error {
 
 /// How long a rank is waited for by the others, within a step and at its end: longer than any of them computes, were the machine short of memory.
 const RANK_PATIENCE: Duration = Duration::from_secs(120);
+/// Likewise on GPUs, where ranks' kernels wait for each other.
+const GPU_RANK_PATIENCE: Duration = Duration::from_secs(8);
 
 /// What engines are built from.
 struct Opening {
@@ -415,7 +417,13 @@ impl Opening {
             KernelChoice::Portable => KernelSet::Portable,
             KernelChoice::Hopper => KernelSet::Hopper,
         };
-        let device = self.options.devices.get(engine).copied().unwrap_or(engine);
+        let ranks = self.options.tensor_parallel as usize;
+        let device = |at: usize| self.options.devices.get(at).copied().unwrap_or(at);
+        if ranks > 1 {
+            let devices: Vec<usize> = (engine * ranks..(engine + 1) * ranks).map(device).collect();
+            return self.on_gpus(&devices, kernels, started);
+        }
+        let device = device(engine);
         self.on(Cuda::new(&minisgl_cuda::Options { device, kernels }).map_err(gpu_error)?, started)
     }
 
@@ -434,22 +442,53 @@ impl Opening {
         let links = Link::group(ranks, RANK_PATIENCE);
         let ends = links.first().map(|link| (link.aborter(), link.renewer()));
         let cpus: Vec<Cpu> = links.into_iter().map(|link| Cpu::of_rank(threads, link)).collect();
-        let (first, (abort, renew)) = cpus.first().zip(ends).ok_or(Error::NoEngine)?;
+        let (first, ends) = cpus.first().zip(ends).ok_or(Error::NoEngine)?;
         let slicing = first.info().slicing;
         self.spec().shard(ranks, slicing).map_err(|error| Error::Model(Box::new(error)))?;
         let before = first.memory().map_err(|error| Error::Device(Box::new(error)))?;
         self.build(first.info(), before, started, || {
-            let builder = |(index, mut cpu): (u32, Cpu)| {
-                let checkpoint = self.checkpoint.clone();
-                move || {
-                    let model = Decoder::load_part(&mut cpu, &checkpoint, Rank { index, count: ranks })?;
-                    Ok::<_, LoadError<CpuError>>(Local::new(cpu, model))
-                }
-            };
-            let builders = (0..).zip(cpus).map(builder).collect();
-            Ranks::start(builders, RANK_PATIENCE, abort, renew)
-                .map_err(|error| Error::Device(Box::new(error)))
+            self.start_ranks(cpus.into_iter().map(|cpu| move || Ok(cpu)), RANK_PATIENCE, ends)
         })
+    }
+
+    /// An engine of several ranks, each on one of these GPUs.
+    fn on_gpus(&self, devices: &[usize], kernels: KernelSet, started: Instant) -> Built<Info> {
+        let ranks = self.options.tensor_parallel;
+        let links = GpuLink::group(devices, kernels, GPU_RANK_PATIENCE).map_err(gpu_error)?;
+        let memory: Vec<Memory> =
+            links.iter().map(GpuLink::memory).collect::<Result<_, _>>().map_err(gpu_error)?;
+        if !self.options.allow_imbalance {
+            check_balance(devices, &memory)?;
+        }
+        let least = memory.into_iter().min_by_key(|memory| memory.free);
+        let (first, before) = links.first().zip(least).ok_or(Error::NoEngine)?;
+        let slicing = first.info().slicing;
+        self.spec().shard(ranks, slicing).map_err(|error| Error::Model(Box::new(error)))?;
+        let ends = (first.aborter(), first.renewer());
+        self.build(first.info(), before, started, || {
+            let cudas = links.into_iter().map(|link| move || Cuda::of_rank(link));
+            self.start_ranks(cudas, GPU_RANK_PATIENCE, ends)
+        })
+    }
+
+    /// Ranks whose devices come of these, each on its rank's thread, and who wait for each other so long.
+    fn start_ranks<B: Diagnostics + 'static, D: FnOnce() -> Result<B, B::Error> + Send + 'static>(
+        &self,
+        devices: impl Iterator<Item = D>,
+        patience: Duration,
+        (abort, renew): (impl Fn() + Send + Sync + 'static, impl Fn() + Send + Sync + 'static),
+    ) -> Result<Ranks<Local<B, Decoder<B>>>, Error> {
+        let count = self.options.tensor_parallel;
+        let builder = |(index, device): (u32, D)| {
+            let checkpoint = self.checkpoint.clone();
+            move || {
+                let mut device = device().map_err(LoadError::Device)?;
+                let model = Decoder::load_part(&mut device, &checkpoint, Rank { index, count })?;
+                Ok::<_, LoadError<B::Error>>(Local::new(device, model))
+            }
+        };
+        let builders = (0..).zip(devices).map(builder).collect();
+        Ranks::start(builders, patience, abort, renew).map_err(|error| Error::Device(Box::new(error)))
     }
 
     fn spec(&self) -> &DecoderSpec {
@@ -633,13 +672,15 @@ impl Opening {
         const USUAL_TOKENS: u32 = 1024;
         let Options { usual_tokens, memory_ratio, .. } = self.options;
         let spec = &self.checkpoint.config().spec;
-        let weight_bytes = self.checkpoint.tensors().step_bytes();
-        let idle_bytes = ExpertsInfo::of(&self.checkpoint).map_or(0, |experts| experts.idle_bytes());
+        // Each of several ranks has a part.
+        let ranks = u64::from(self.options.tensor_parallel);
+        let weight_bytes = self.checkpoint.tensors().step_bytes() / ranks;
+        let idle_bytes = ExpertsInfo::of(&self.checkpoint).map_or(0, |experts| experts.idle_bytes()) / ranks;
         let left = memory.free.saturating_sub(weight_bytes);
         Costs {
             weight_bytes,
             active_weight_bytes: weight_bytes - idle_bytes,
-            kv_bytes_per_token: spec.page_bytes(device.kv, page_size) / u64::from(page_size),
+            kv_bytes_per_token: spec.page_bytes(device.kv, page_size) / u64::from(page_size) / ranks,
             tokens: u64::from(usual_tokens.unwrap_or(USUAL_TOKENS).min(sequence)),
             cache_bytes: (left as f64 * memory_ratio) as u64,
         }

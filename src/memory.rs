@@ -29,6 +29,25 @@ pub fn check_host(limits: &Limits, dims: &Dims, engines: usize, ranks: u32) -> R
     }
 }
 
+/// Bytes that the free memory of ranks may differ by.
+const APART_BYTES: u64 = 2 << 30;
+/// Likewise, as a part of the most that one has.
+const APART: u64 = 10;
+
+/// Sees to it that GPUs of one engine's ranks have about as much memory free: all have as many pages as the one with the least.
+///
+/// # Errors
+/// They have not: something else has part of one.
+pub fn check_balance(devices: &[usize], memory: &[Memory]) -> Result<(), Error> {
+    let free = || memory.iter().map(|memory| memory.free);
+    let (most, least) = (free().max().unwrap_or(0), free().min().unwrap_or(0));
+    if most - least <= APART_BYTES.min(most / APART) {
+        return Ok(());
+    }
+    let each = devices.iter().zip(free()).map(|(device, free)| format!("GPU {device}: {} MiB", free >> 20));
+    Err(Error::Imbalance { free: each.collect::<Vec<_>>().join(", ") })
+}
+
 /// Bytes that this process can still have: what the system has free, within the process's address-space limit.
 pub fn host_free() -> u64 {
     let (free, _) = minisgl_cpu::available();
@@ -192,6 +211,19 @@ mod tests {
         assert!(check_host(&LIMITS, &dims, engines, 1).is_ok());
         let error = check_host(&LIMITS, &dims, engines, 8).unwrap_err().to_string();
         assert!(error.contains("8 ranks"), "{error}");
+    }
+
+    #[test]
+    fn ranks_whose_free_memory_differs_are_listed() {
+        let of = |mib: &[u64]| {
+            let memory: Vec<_> = mib.iter().map(|free| Memory { free: free << 20, total: 1 << 40 }).collect();
+            check_balance(&[0, 2, 5][..mib.len()], &memory)
+        };
+        assert!(of(&[140_000, 138_000]).is_ok() && of(&[10_000, 9_100]).is_ok() && of(&[0, 0]).is_ok());
+        let error = of(&[140_000, 137_900, 139_000]).unwrap_err().to_string();
+        assert!(error.contains("GPU 2: 137900 MiB, GPU 5: 139000 MiB"), "{error}");
+        assert!(error.contains("--allow-imbalance"), "{error}");
+        assert!(of(&[10_000, 8_900]).is_err());
     }
 
     #[test]

@@ -40,14 +40,17 @@ pub struct Options {
     pub backend: BackendChoice,
     /// Instead of a device: one whose steps only take time.
     pub simulate: Option<SimulatedDevice>,
-    /// Which GPUs, an engine on each; naming one asks for GPUs. Empty: the first ones, as many as there are engines.
+    /// Which GPUs, one for each rank of the first engine, then of the next; naming one asks for GPUs. Empty: the first ones, as many
+    /// as are needed.
     pub devices: Vec<usize>,
-    /// How many engines take requests out of one queue; `None`: one for each of [`Options::devices`], else a single one.
+    /// How many engines take requests out of one queue; `None`: as many as [`Options::devices`] are enough for, else a single one.
     /// Tokens are the same. Capacities are those of each engine.
     pub data_parallel: Option<usize>,
     /// How many ranks compute each step of an engine together, each with a part of the weights: 1, 2, 4 or 8. Tokens are the same.
-    /// On the CPU, where ranks are threads; GPUs refuse it.
+    /// Each has a GPU of its own, all of which reach each other's memory; on the CPU ranks are threads.
     pub tensor_parallel: u32,
+    /// Let the GPUs of ranks have more and less memory free, though all get as many KV pages as the one with the least.
+    pub allow_imbalance: bool,
     /// Which GPU kernels run.
     pub kernels: KernelChoice,
     /// Requests that run at once; `None`: as many as decoding gains from, if memory holds them.
@@ -98,6 +101,7 @@ impl Default for Options {
             devices: Vec::new(),
             data_parallel: None,
             tensor_parallel: 1,
+            allow_imbalance: false,
             kernels: KernelChoice::Auto,
             max_running: None,
             usual_tokens: None,
@@ -131,13 +135,13 @@ impl Options {
         if choice.on_gpu && self.quantize.is_some() && !self.plain_inputs {
             return Err(Error::QuantizeOnGpu);
         }
-        self.engines()?;
         match self.tensor_parallel {
             1 => {}
             ranks if !ranks.is_power_of_two() || ranks > RANKS_MAX => return Err(Error::Ranks(ranks)),
-            ranks if choice.on_gpu || self.simulate.is_some() => return Err(Error::RanksOnGpu(ranks)),
+            ranks if self.simulate.is_some() => return Err(Error::RanksSimulated(ranks)),
             _ => {}
         }
+        self.engines()?;
         let shares =
             [("--memory-ratio", Some(self.memory_ratio)), ("memory_utilization", self.memory_utilization)];
         for (option, share) in shares {
@@ -169,13 +173,17 @@ impl Options {
     /// How many engines there are to be.
     ///
     /// # Errors
-    /// None, or another number than that of the devices.
+    /// None, or others than the devices are enough for.
     pub fn engines(&self) -> Result<usize, Error> {
+        let ranks = self.tensor_parallel.max(1) as usize;
         match (self.data_parallel, self.devices.len()) {
-            (None, devices) => Ok(devices.max(1)),
+            (None, devices) if !devices.is_multiple_of(ranks) => {
+                Err(Error::DevicesLeftOver { ranks, devices })
+            }
+            (None, devices) => Ok((devices / ranks).max(1)),
             (Some(0), _) => Err(Error::NoEngine),
-            (Some(engines), devices) if devices > 0 && devices != engines => {
-                Err(Error::DevicesDiffer { engines, devices })
+            (Some(engines), devices) if devices > 0 && devices != engines * ranks => {
+                Err(Error::DevicesDiffer { engines, ranks, devices })
             }
             (Some(engines), _) => Ok(engines),
         }
@@ -234,7 +242,9 @@ pub fn parse_devices(text: &str) -> Result<Devices, String> {
     let devices =
         devices.map_err(|_| format!("{text} names no GPUs; use their numbers, such as 0 or 0,2"))?;
     match devices.iter().enumerate().find(|(i, device)| devices[..*i].contains(device)) {
-        Some((_, twice)) => Err(format!("{text} names GPU {twice} twice; an engine needs one of its own")),
+        Some((_, twice)) => {
+            Err(format!("{text} names GPU {twice} twice; an engine, or a rank of it, needs one of its own"))
+        }
         None => Ok(Devices(devices)),
     }
 }
@@ -333,26 +343,37 @@ mod tests {
         assert!(matches!(engines(&[], Some(0)), Err(Error::NoEngine)));
         let differ = engines(&[0], Some(2)).unwrap_err().to_string();
         assert!(differ.contains("--data-parallel 2") && differ.contains("--devices"), "{differ}");
+        let of_ranks = |devices: &[usize], data_parallel| {
+            let devices = devices.to_vec();
+            Options { devices, data_parallel, tensor_parallel: 2, ..Options::default() }.engines()
+        };
+        let number = |devices, data_parallel| of_ranks(devices, data_parallel).unwrap();
+        assert_eq!([number(&[], None), number(&[3, 1], None), number(&[0, 1, 2, 3], None)], [1, 1, 2]);
+        assert_eq!([number(&[], Some(2)), number(&[0, 1, 2, 3], Some(2))], [2, 2]);
+        let differ = of_ranks(&[0, 1], Some(2)).unwrap_err().to_string();
+        assert!(differ.contains("2 of them") && differ.contains("4 GPUs"), "{differ}");
+        let left_over = of_ranks(&[0, 1, 2], None).unwrap_err().to_string();
+        assert!(left_over.contains("3 GPUs") && left_over.contains("2 ranks"), "{left_over}");
     }
 
     #[test]
-    fn ranks_are_a_power_of_two_and_no_gpus() {
-        let refusal = |backend, tensor_parallel| {
-            let error = Options { backend, tensor_parallel, ..Options::default() }.check().unwrap_err();
+    fn ranks_are_a_power_of_two() {
+        let refusal = |tensor_parallel| {
+            let error = Options { tensor_parallel, ..Options::default() }.check().unwrap_err();
             error.to_string()
         };
         for ranks in [0, 3, 16] {
-            let text = refusal(BackendChoice::Cpu, ranks);
+            let text = refusal(ranks);
             assert!(
                 text.contains(&format!("--tensor-parallel {ranks}")) && text.contains("1, 2, 4 or 8"),
                 "{text}"
             );
         }
-        let text = refusal(BackendChoice::Cuda, 2);
-        assert!(text.contains("--tensor-parallel 2") && text.contains("--data-parallel"), "{text}");
         let ranks =
-            |tensor_parallel| Options { backend: BackendChoice::Cpu, tensor_parallel, ..Options::default() };
-        assert!([1, 2, 4, 8].into_iter().all(|count| ranks(count).check().is_ok()));
+            |backend, tensor_parallel| Options { backend, tensor_parallel, ..Options::default() }.check();
+        for backend in [BackendChoice::Cpu, BackendChoice::Cuda] {
+            assert!([1, 2, 4, 8].into_iter().all(|count| ranks(backend, count).is_ok()));
+        }
     }
 
     #[test]

@@ -269,6 +269,7 @@ fn read_options(given: &Bound<'_, PyDict>) -> PyResult<Options> {
             "backend" => options.backend = word()?.parse::<BackendChoice>().map_err(refused)?,
             "data_parallel" => options.data_parallel = value.extract()?,
             "tensor_parallel" => options.tensor_parallel = value.extract()?,
+            "allow_imbalance" => options.allow_imbalance = value.extract()?,
             "device" => options.devices = value.extract::<Option<usize>>()?.into_iter().collect(),
             "kernels" => options.kernels = word()?.parse::<KernelChoice>().map_err(refused)?,
             "max_running" => options.max_running = value.extract()?,

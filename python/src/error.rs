@@ -30,7 +30,8 @@ pub fn raised(error: &Error) -> PyErr {
         | Error::NoEngine
         | Error::QuantizeOnGpu
         | Error::Ranks(_)
-        | Error::RanksOnGpu(_)
+        | Error::RanksSimulated(_)
+        | Error::DevicesLeftOver { .. }
         | Error::DevicesDiffer { .. }
         | Error::SequenceTooLong { .. }
         | Error::HostMemory { .. }
@@ -60,6 +61,7 @@ pub fn in_arguments(text: &str) -> String {
         ("--backend", "backend"),
         ("--data-parallel", "data_parallel_size"),
         ("--tensor-parallel", "tensor_parallel_size"),
+        ("--allow-imbalance", "allow_imbalance"),
         ("--devices", "device"),
         ("--kernels", "kernels"),
         ("--revision", "revision"),

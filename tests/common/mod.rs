@@ -3,6 +3,7 @@
 
 pub mod generate;
 pub mod logits;
+pub mod ranks;
 pub mod stored;
 
 use std::fs;

@@ -27,6 +27,7 @@ OPTIONS = {
     "device": "device",
     "data_parallel_size": "data_parallel",
     "tensor_parallel_size": "tensor_parallel",
+    "allow_imbalance": "allow_imbalance",
     "kernels": "kernels",
     "overlap": "overlap",
     "order": "order",
