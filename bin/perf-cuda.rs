@@ -8,7 +8,10 @@ use std::str::FromStr;
 use argh::FromArgs;
 use minisgl::progress::Stderr;
 use minisgl_cuda::{Cuda, KernelSet, Options};
-use minisgl_perf::{Ceilings, Cold, ExplainedStep, Filter, ModelShape, PerfOptions, Row, Timing, cases, run};
+use minisgl_perf::{
+    Ceilings, Cold, ExchangeRow, ExplainedStep, Filter, ModelShape, PerfOptions, Row, Timing, cases,
+    exchanges, run,
+};
 use serde_json::{Value, json};
 
 /// times GPU kernels at the shapes of Qwen3-0.6B and 14B, cold, in a graph and as plain launches, after checking their
@@ -50,6 +53,9 @@ struct Flags {
     /// write the rows to this file too
     #[argh(option)]
     json: Option<PathBuf>,
+    /// time what so many GPUs exchange, 2, 4 or 8 from the first on, instead of one's kernels
+    #[argh(option)]
+    ranks: Option<u32>,
     /// which GPU (default 0)
     #[argh(option, default = "0")]
     device: usize,
@@ -101,12 +107,21 @@ fn perf(flags: &Flags, stderr: &Stderr) -> Result<(), Box<dyn std::error::Error>
     if flags.list {
         return Ok(cases.iter().try_for_each(|case| writeln!(out, "{} {}", case.family, case.shape))?);
     }
+    let (repetitions, graph_repetitions) = (flags.repetitions.max(1), flags.graph_repetitions);
+    let options = PerfOptions { repetitions, graph_repetitions, ..PerfOptions::default() };
+    if let Some(ranks) = flags.ranks {
+        if !matches!(ranks, 2 | 4 | 8) {
+            return Err(format!("--ranks {ranks}: exchanges are of 2, 4 or 8 GPUs").into());
+        }
+        let devices: Vec<usize> = (0..ranks as usize).collect();
+        let rows = exchanges(&devices, flags.kernels, &options)?;
+        print_exchanges(&mut out, &rows)?;
+        return flags.json.as_ref().map_or(Ok(()), |file| Ok(write_exchanges(file, &rows)?));
+    }
     let mut cuda = Cuda::new(&Options { device: flags.device, kernels: flags.kernels })?;
     let ceilings = Ceilings::measure(&mut cuda)?;
     print_head(&mut out, &cuda, &ceilings)?;
     let cold = if flags.hot { Cold::No } else { Cold::Yes };
-    let (repetitions, graph_repetitions) = (flags.repetitions.max(1), flags.graph_repetitions);
-    let options = PerfOptions { repetitions, graph_repetitions, ..PerfOptions::default() };
     let mut rows = Vec::new();
     let mut failed = Ok(());
     for case in &cases {
@@ -125,6 +140,41 @@ fn perf(flags: &Flags, stderr: &Stderr) -> Result<(), Box<dyn std::error::Error>
         write_json(file, &cuda, &ceilings, &rows)?;
     }
     Ok(failed?)
+}
+
+/// Microseconds of an exchange in a chain of them.
+fn print_exchanges(out: &mut impl Write, rows: &[ExchangeRow]) -> io::Result<()> {
+    let us = |timing: Timing| 1e3 * timing.mean_ms;
+    writeln!(
+        out,
+        "{:<10} {:>5} {:>10} {:>9} {:>6} {:>9} {:>9}",
+        "", "ranks", "bytes", "us", "± %", "one shot", "two shots"
+    )?;
+    rows.iter().try_for_each(|row| {
+        let ExchangeRow { ranks, bytes, timing, one_shot, two_shot } = *row;
+        let spread = 100.0 * timing.spread_ms / timing.mean_ms;
+        let (one_shot, two_shot) = (us(one_shot), us(two_shot));
+        writeln!(
+            out,
+            "{:<10} {ranks:>5} {bytes:>10} {:>9.2} {spread:>6.1} {one_shot:>9.2} {two_shot:>9.2}",
+            "exchange",
+            us(timing)
+        )
+    })
+}
+
+fn write_exchanges(file: &Path, rows: &[ExchangeRow]) -> io::Result<()> {
+    let row = |row: &ExchangeRow| {
+        json!({
+            "ranks": row.ranks,
+            "bytes": row.bytes,
+            "us": 1e3 * row.timing.mean_ms,
+            "one_shot_us": 1e3 * row.one_shot.mean_ms,
+            "two_shot_us": 1e3 * row.two_shot.mean_ms,
+        })
+    };
+    let report = json!({ "exchanges": rows.iter().map(row).collect::<Vec<_>>() });
+    std::fs::write(file, format!("{report:#}\n"))
 }
 
 fn print_head(out: &mut impl Write, cuda: &Cuda, ceilings: &Ceilings) -> io::Result<()> {

@@ -1,0 +1,170 @@
+//! What ranks' sums cost on their way: exchanges of several GPUs, each a thread, one behind the other in a recorded step.
+//!
+//! ```text
+//!   rank 0   graph of exchanges ── e0 [graph] e1 [graph] e2 …       the slowest rank's mean counts: they end together
+//!   rank 1   graph of exchanges ── …
+//! ```
+//!
+//! Invariant: what an exchange gives is checked before its time is reported.
+
+use std::thread;
+use std::time::Duration;
+
+use half::bf16;
+use minisgl_core::backend::{Device, Dims, Element, Purpose, Queue};
+use minisgl_core::config::Limits;
+use minisgl_core::tensor::uniform_element;
+use minisgl_cuda::ops::exchange::{Exchange, Stream, Way};
+use minisgl_cuda::{Buffer, Cuda, CudaError, KernelSet, Link};
+
+use crate::case::PerfError;
+use crate::timer::{PerfOptions, Timing, perf_cuda};
+
+const FAMILY: &str = "exchange";
+/// Width of the rows that are exchanged.
+const HIDDEN: usize = 1024;
+/// Bytes of f32 that a rank has.
+const BYTES: [usize; 7] = [4 << 10, 16 << 10, 64 << 10, 256 << 10, 1 << 20, 4 << 20, 16 << 20];
+/// Longer than a rank takes to set up its buffers.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// An exchange, timed: sums of all ranks added up and to the residual stream, with its squares.
+#[derive(Clone, Copy, Debug)]
+pub struct ExchangeRow {
+    /// GPUs.
+    pub ranks: u32,
+    /// Of f32 that each has.
+    pub bytes: usize,
+    /// In the way that a step takes.
+    pub timing: Timing,
+    /// All to all.
+    pub one_shot: Timing,
+    /// By shares.
+    pub two_shot: Timing,
+}
+
+/// Times exchanges of all sizes over these GPUs.
+///
+/// # Errors
+/// GPUs that don't reach each other's memory, a wrong result, and what the devices report.
+pub fn exchanges(
+    devices: &[usize],
+    kernels: KernelSet,
+    options: &PerfOptions,
+) -> Result<Vec<ExchangeRow>, PerfError> {
+    let links = Link::group(devices, kernels, PATIENCE)?;
+    let each: Vec<Result<Vec<ExchangeRow>, PerfError>> = thread::scope(|scope| {
+        let time = |link: Link| scope.spawn(move || rank(link, options));
+        let threads: Vec<_> = links.into_iter().map(time).collect();
+        let join = |thread: thread::ScopedJoinHandle<'_, _>| {
+            thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        };
+        threads.into_iter().map(join).collect()
+    });
+    let each: Vec<_> = each.into_iter().collect::<Result<_, _>>()?;
+    let slower = |one: Timing, two: Timing| if one.mean_ms > two.mean_ms { one } else { two };
+    let rows = each.into_iter().reduce(|all, of_rank| {
+        let joined = all.into_iter().zip(of_rank).map(|(one, two)| ExchangeRow {
+            timing: slower(one.timing, two.timing),
+            one_shot: slower(one.one_shot, two.one_shot),
+            two_shot: slower(one.two_shot, two.two_shot),
+            ..one
+        });
+        joined.collect()
+    });
+    Ok(rows.unwrap_or_default())
+}
+
+/// Element `index` of a rank's sums.
+fn sum(rank: u32, index: usize) -> f32 {
+    uniform_element(u64::from(rank) << 32, index as u64, -1.0, 1.0).to_f32()
+}
+
+/// One rank's part; all ranks do the same.
+fn rank(link: Link, options: &PerfOptions) -> Result<Vec<ExchangeRow>, PerfError> {
+    let (mut cuda, rank) = (Cuda::of_rank(link.clone())?, link.rank());
+    let tokens = BYTES.into_iter().max().unwrap_or_default() / (4 * HIDDEN);
+    let (heads, kv_heads, intermediate, vocab) = (8, 8, 1024, 1024);
+    let dims = Dims {
+        layers: 1,
+        hidden: HIDDEN as u32,
+        heads,
+        kv_heads,
+        head_dim: 128,
+        intermediate,
+        vocab,
+        norm_eps: 1e-6,
+    };
+    let limits = Limits {
+        running: 1,
+        queued: 1,
+        sequence: 16,
+        prefill_tokens: tokens as u32,
+        page_size: 16,
+        pages: 1,
+        graph_rows: 0,
+    };
+    let exchange = Exchange::new(&mut cuda, &link, &dims, &limits)?;
+    let residual = cuda.alloc(Purpose::Scratch, Element::Activation, tokens * HIDDEN)?;
+    let sumsq = cuda.alloc(Purpose::Scratch, Element::Float, tokens * HIDDEN.div_ceil(64))?;
+    let own: Vec<u32> = (0..tokens * HIDDEN).map(|index| sum(rank.index, index).to_bits()).collect();
+    upload(&mut cuda, &own, exchange.sums())?;
+    // An even number of exchanges: each replay begins with the inbox that the one before it did not end with.
+    let options = PerfOptions { graph_repetitions: options.graph_repetitions.max(10) * 2, ..*options };
+    let mut rows = Vec::new();
+    for bytes in BYTES {
+        let tokens = bytes / (4 * HIDDEN);
+        let stream = Stream { residual: residual.address(), sumsq: sumsq.address(), tokens: tokens as u32 };
+        let mut timed = |way: Option<Way>| {
+            exchange.begin_step();
+            cuda.clear(residual)?;
+            let reduce = |launcher: &_| match way {
+                None => exchange.reduce(launcher, stream),
+                Some(way) => exchange.reduce_by(launcher, stream, |_| way),
+            };
+            reduce(cuda.launcher())?;
+            if let Some(complaint) = complaint(&mut cuda, rank.count, residual, tokens)? {
+                let shape = format!("ranks={} bytes={bytes}", rank.count);
+                return Err(PerfError::Wrong { family: FAMILY, shape, complaint });
+            }
+            Ok(perf_cuda(&mut cuda, &options, |launcher, _| reduce(launcher))?)
+        };
+        rows.push(ExchangeRow {
+            ranks: rank.count,
+            bytes,
+            timing: timed(None)?,
+            one_shot: timed(Some(Way::OneShot))?,
+            two_shot: timed(Some(Way::TwoShot))?,
+        });
+    }
+    Ok(rows)
+}
+
+fn upload(cuda: &mut Cuda, words: &[u32], to: Buffer) -> Result<(), CudaError> {
+    let mut pinned = cuda.alloc_pinned(words.len())?;
+    cuda.words_mut(&mut pinned)?.copy_from_slice(words);
+    cuda.upload(&mut pinned, 0..words.len(), to)?;
+    cuda.synchronize()
+}
+
+/// What is wrong with a residual stream of zeros that an exchange has added to.
+fn complaint(
+    cuda: &mut Cuda,
+    ranks: u32,
+    residual: Buffer,
+    tokens: usize,
+) -> Result<Option<String>, CudaError> {
+    let words = tokens * HIDDEN / 2;
+    let mut pinned = cuda.alloc_pinned(words)?;
+    cuda.download(Queue::Compute, residual, words, &mut pinned)?;
+    let given: &[bf16] = bytemuck::cast_slice(cuda.words(&pinned)?);
+    let wrong = given.iter().enumerate().find_map(|(index, given)| {
+        let mut sums: Vec<f32> = (0..ranks).map(|rank| sum(rank, index)).collect();
+        while sums.len() > 1 {
+            sums = sums.chunks(2).map(|pair| pair.iter().sum()).collect();
+        }
+        let expected = bf16::from_f32(sums.first().copied().unwrap_or_default());
+        (*given != expected).then(|| format!("element {index} is {given}, not {expected}"))
+    });
+    Ok(wrong)
+}
