@@ -26,10 +26,8 @@
 #include "dependent.cuh"
 #include "exchange.cuh"
 
-#ifndef THREADS
 #define THREADS 256
-#endif
-#define BLOCKS_AN_SM 2
+#define BLOCKS_AN_SM 3
 
 __device__ __forceinline__ uint4 bits_of(float4 v) {
     return {__float_as_uint(v.x), __float_as_uint(v.y), __float_as_uint(v.z), __float_as_uint(v.w)};

@@ -5,8 +5,11 @@
 //!   rank 1   graph of exchanges ── …
 //! ```
 //!
+//! Ranks meet where one would allocate or record while another's kernels wait for it: both wait for kernels to end.
+//!
 //! Invariant: what an exchange gives is checked before its time is reported.
 
+use std::sync::Barrier;
 use std::thread;
 use std::time::Duration;
 
@@ -15,10 +18,10 @@ use minisgl_core::backend::{Device, Dims, Element, Purpose, Queue};
 use minisgl_core::config::Limits;
 use minisgl_core::tensor::uniform_element;
 use minisgl_cuda::ops::exchange::{Exchange, Stream, Way};
-use minisgl_cuda::{Buffer, Cuda, CudaError, KernelSet, Link};
+use minisgl_cuda::{Buffer, Cuda, CudaError, KernelSet, Launcher, Link};
 
 use crate::case::PerfError;
-use crate::timer::{PerfOptions, Timing, perf_cuda};
+use crate::timer::{PerfOptions, Timing, measure};
 
 const FAMILY: &str = "exchange";
 /// Width of the rows that are exchanged.
@@ -53,8 +56,10 @@ pub fn exchanges(
     options: &PerfOptions,
 ) -> Result<Vec<ExchangeRow>, PerfError> {
     let links = Link::group(devices, kernels, PATIENCE)?;
+    let meet = Barrier::new(links.len());
     let each: Vec<Result<Vec<ExchangeRow>, PerfError>> = thread::scope(|scope| {
-        let time = |link: Link| scope.spawn(move || rank(link, options));
+        let meet = &meet;
+        let time = |link: Link| scope.spawn(move || rank(link, meet, options));
         let threads: Vec<_> = links.into_iter().map(time).collect();
         let join = |thread: thread::ScopedJoinHandle<'_, _>| {
             thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
@@ -81,7 +86,7 @@ fn sum(rank: u32, index: usize) -> f32 {
 }
 
 /// One rank's part; all ranks do the same.
-fn rank(link: Link, options: &PerfOptions) -> Result<Vec<ExchangeRow>, PerfError> {
+fn rank(link: Link, meet: &Barrier, options: &PerfOptions) -> Result<Vec<ExchangeRow>, PerfError> {
     let (mut cuda, rank) = (Cuda::of_rank(link.clone())?, link.rank());
     let tokens = BYTES.into_iter().max().unwrap_or_default() / (4 * HIDDEN);
     let (heads, kv_heads, intermediate, vocab) = (8, 8, 1024, 1024);
@@ -110,24 +115,39 @@ fn rank(link: Link, options: &PerfOptions) -> Result<Vec<ExchangeRow>, PerfError
     let own: Vec<u32> = (0..tokens * HIDDEN).map(|index| sum(rank.index, index).to_bits()).collect();
     upload(&mut cuda, &own, exchange.sums())?;
     // An even number of exchanges: each replay begins with the inbox that the one before it did not end with.
-    let options = PerfOptions { graph_repetitions: options.graph_repetitions.max(10) * 2, ..*options };
+    let calls = 2 * options.graph_repetitions.max(10);
     let mut rows = Vec::new();
     for bytes in BYTES {
         let tokens = bytes / (4 * HIDDEN);
         let stream = Stream { residual: residual.address(), sumsq: sumsq.address(), tokens: tokens as u32 };
         let mut timed = |way: Option<Way>| {
-            exchange.begin_step();
-            cuda.clear(residual)?;
-            let reduce = |launcher: &_| match way {
+            let reduce = |launcher: &Launcher| match way {
                 None => exchange.reduce(launcher, stream),
                 Some(way) => exchange.reduce_by(launcher, stream, |_| way),
             };
+            exchange.begin_step();
+            cuda.clear(residual)?;
+            cuda.synchronize()?;
+            meet.wait();
             reduce(cuda.launcher())?;
-            if let Some(complaint) = complaint(&mut cuda, rank.count, residual, tokens)? {
+            let complaint = complaint(&mut cuda, rank.count, residual, tokens)?;
+            // All ranks have the same, and so the same to complain of.
+            if let Some(complaint) = complaint {
                 let shape = format!("ranks={} bytes={bytes}", rank.count);
                 return Err(PerfError::Wrong { family: FAMILY, shape, complaint });
             }
-            Ok(perf_cuda(&mut cuda, &options, |launcher, _| reduce(launcher))?)
+            meet.wait();
+            exchange.begin_step();
+            cuda.begin_capture()?;
+            let recorded = (0..calls).try_for_each(|_| reduce(cuda.launcher()));
+            let graph = cuda.end_capture();
+            recorded?;
+            let graph = graph?;
+            meet.wait();
+            let timing =
+                measure(cuda.launcher(), options.repetitions, calls, || cuda.launcher().replay(&graph))?;
+            meet.wait();
+            Ok(timing)
         };
         rows.push(ExchangeRow {
             ranks: rank.count,

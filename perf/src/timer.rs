@@ -88,7 +88,7 @@ pub fn perf_cuda(
 }
 
 /// Times `enqueue`, which enqueues `calls` calls, `repetitions` times.
-fn measure(
+pub(crate) fn measure(
     launcher: &Launcher,
     repetitions: u32,
     calls: u32,

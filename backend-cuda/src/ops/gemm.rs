@@ -158,7 +158,8 @@ pub enum Kind {
 }
 
 impl Kind {
-    /// Slices that a sum over `cols` columns is cut into, for `rows` rows of w, which has so many where ranks share its columns.
+    /// Slices that a sum over `cols` columns is cut into, for `rows` rows of w, those of all ranks, which has so many where ranks
+    /// share its columns.
     fn slices(self, rows: u32, cols: u32, shared: u32) -> u32 {
         match self {
             // Its rows fill the device, and one sum a thread leaves registers for wider tiles.
@@ -219,8 +220,12 @@ struct Shape {
 }
 
 impl Shape {
-    fn fits_l2(&self) -> bool {
-        fits_l2(self.rows, self.cols)
+    /// A rank's part of gate and up counts as what it is of, by which its sums are cut.
+    fn fits_l2(&self, kind: Kind) -> bool {
+        match kind {
+            Kind::GateUp => self.slices > 1 || self.cols <= BLOCK_COLS,
+            _ => fits_l2(self.rows, self.cols),
+        }
     }
 }
 
@@ -469,6 +474,8 @@ pub struct Gemm {
     set: Set,
     /// For matrices in fp8, once [`Gemm::reserve_fp8`] made room.
     fp8: Option<Fp8>,
+    /// That have the other rows of gate and up.
+    ranks: u32,
 }
 
 impl Gemm {
@@ -480,7 +487,7 @@ impl Gemm {
         } else {
             Set::Portable(Box::new(Portable::new(cuda.modules())?))
         };
-        Ok(Gemm { set, fp8: None })
+        Ok(Gemm { set, fp8: None, ranks: cuda.rank().count })
     }
 
     /// Looks up the kernels for matrices in fp8, and takes memory for one of so many elements in bf16.
@@ -533,7 +540,7 @@ impl Gemm {
         epilogue: &E,
     ) -> Result<(), CudaError> {
         let (rows, cols) = (w.rows() as u32, w.cols() as u32);
-        let slices = E::KIND.slices(rows, cols, w.slices());
+        let slices = E::KIND.slices(rows * self.ranks, cols, w.slices());
         let shape = Shape { rows, cols, tokens, slices };
         if tokens == 0 {
             return Ok(());

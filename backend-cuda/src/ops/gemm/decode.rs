@@ -292,7 +292,7 @@ impl Tiling {
     /// A kind's tilings for a matrix of this size; none where a kind has none.
     fn all(kind: Kind, shape: &Shape, share: SmShare) -> &'static [Tiling] {
         match share {
-            SmShare::Whole if shape.fits_l2() => Tiling::of(kind),
+            SmShare::Whole if shape.fits_l2(kind) => Tiling::of(kind),
             SmShare::Whole => Tiling::of_large(kind),
             SmShare::Half => Tiling::of_half(kind),
         }
@@ -443,7 +443,7 @@ impl Decode {
     pub(super) fn tiling(&self, kind: Kind, shape: &Shape, share: SmShare) -> Option<&Loaded> {
         let index = Tiling::index(Tiling::all(kind, shape, share), shape, share)?;
         let loaded = match share {
-            SmShare::Whole if shape.fits_l2() => &self.fitting,
+            SmShare::Whole if shape.fits_l2(kind) => &self.fitting,
             SmShare::Whole => &self.large,
             SmShare::Half => &self.half,
         };
