@@ -26,8 +26,10 @@ use minisgl_cuda::{Address, Buffer, Cuda, KernelSet, Options, SLICING, Weight};
 use support::taken;
 
 /// Both sides of every tile of every kernel.
-const TOKENS: [u32; 23] =
-    [1, 2, 3, 7, 8, 9, 16, 17, 31, 32, 33, 64, 65, 96, 100, 128, 129, 176, 200, 256, 257, 384, 1000];
+const TOKENS: [u32; 26] = [
+    1, 2, 3, 7, 8, 9, 16, 17, 31, 32, 33, 40, 48, 49, 64, 65, 96, 100, 128, 129, 176, 200, 256, 257, 384,
+    1000,
+];
 /// Rows and columns of a matrix that L2 does not hold beside x, for which there are other tilings. It has neither whole
 /// tiles of rows nor whole bands of them.
 const LARGE: (usize, usize) = (2600, 5120);

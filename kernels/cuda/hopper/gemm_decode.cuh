@@ -3,7 +3,7 @@
 //
 //   w [rows, cols] bf16   x [tokens, cols] bf16   cols a multiple of 8   accumulates in fp32
 //   block    64 GROUPS rows of w by N tokens, OWN slices of the columns, one or a pair: GROUPS warpgroups that
-//            multiply, a warp that fetches, a warp that computes the tokens' scales
+//            multiply, a warp that fetches, a warp that computes the tokens' scales. wgmma.cuh has a wrapper for each N, a multiple of 8
 //   cluster  TILES neighbouring row tiles times all slices: rank = (tile * slices + slice) / OWN
 //   grid     (ceil(tokens / N) * cluster, clusters for all rows)   block 128 GROUPS + 64 threads
 //   shared   stages * (64 GROUPS + N) * 128 bytes; 2 barriers a stage; N floats
@@ -56,11 +56,11 @@ __device__ __forceinline__ void add_shares(float2 (&sum)[T], const unsigned (&at
                 sum[i] = {sum[i].x + part[SHARERS / 2][i].x, sum[i].y + part[SHARERS / 2][i].y};
 }
 
-// How many tokens a warp takes side by side, of N that WARPS share: as many as it gets up to four. All of eight at once are
-// slower than three.
+// How many tokens a warp takes side by side, of N that WARPS share. Up to 64 they are N / 16, which is all that a warp of qkv gets, but
+// two where there are four slices to add; of more, as many as it gets up to four. All of eight at once are slower than three.
 template <int N, int WARPS, class Epilogue> struct SideBySide {
     static constexpr int ALL = (N + WARPS - 1) / WARPS;
-    static constexpr int T = N < 32 ? 1 : N < 64 ? 2 : N < 88 ? (Epilogue::SLICES > 2 ? 2 : 4) : ALL <= 4 ? ALL : 3;
+    static constexpr int T = N < 64 ? N / 16 : N < 88 ? (Epilogue::SLICES > 2 ? 2 : 4) : ALL <= 4 ? ALL : 3;
 };
 
 __device__ __forceinline__ const TensorMap *fetched(const TensorMap &w) { return &w; }

@@ -4,8 +4,10 @@
 
 DECODE(decode_gate_up_64x16, 1, 1, 16, GateUp)
 DECODE(decode_gate_up_64x32, 1, 1, 32, GateUp)
+DECODE(decode_gate_up_64x48, 1, 1, 48, GateUp)
 DECODE(decode_gate_up_64x64, 1, 1, 64, GateUp)
 DECODE(decode_gate_up_128x64, 2, 1, 64, GateUp)
 DECODE(decode_gate_up_128x128, 2, 1, 128, GateUp)
+DECODE_ALONE(decode_gate_up_192x48, 3, 48, 1, GateUp)
 PAIR(pair_gate_up_192x32, 3, 32, GateUp)
 PAIR(pair_gate_up_192x64, 3, 64, GateUp)

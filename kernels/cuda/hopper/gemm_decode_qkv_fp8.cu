@@ -9,6 +9,7 @@
 #define KERNELS(SUFFIX, KIND)                                                                                                \
     DECODE(decode_qkv##SUFFIX##_64x16, 1, 2, 16, KIND)                                                                       \
     DECODE(decode_qkv##SUFFIX##_64x32, 1, 2, 32, KIND)                                                                       \
+    DECODE(decode_qkv##SUFFIX##_64x48, 1, 2, 48, KIND)                                                                       \
     DECODE(decode_qkv##SUFFIX##_64x64, 1, 2, 64, KIND)                                                                       \
     DECODE(decode_qkv##SUFFIX##_64x128, 1, 2, 128, KIND)                                                                     \
     PAIR(pair_qkv##SUFFIX##_128x32, 2, 32, KIND)                                                                             \

@@ -25,7 +25,8 @@ template <int COUNT> __device__ __forceinline__ void hold(float (&d)[COUNT]) {
 // An accumulator's registers: their names in an instruction, from the first on, and what they are bound to, from d[i] on.
 #define R8 "%0, %1, %2, %3, %4, %5, %6, %7"
 #define R16 R8 ", %8, %9, %10, %11, %12, %13, %14, %15"
-#define R32 R16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define R24 R16 ", %16, %17, %18, %19, %20, %21, %22, %23"
+#define R32 R24 ", %24, %25, %26, %27, %28, %29, %30, %31"
 #define R40 R32 ", %32, %33, %34, %35, %36, %37, %38, %39"
 #define R48 R40 ", %40, %41, %42, %43, %44, %45, %46, %47"
 #define R64 R48 ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
@@ -51,6 +52,7 @@ template <int COUNT> __device__ __forceinline__ void hold(float (&d)[COUNT]) {
 
 WGMMA(16, 8, R8, 8, 9, 10, D8(0))
 WGMMA(32, 16, R16, 16, 17, 18, D16(0))
+WGMMA(48, 24, R24, 24, 25, 26, D16(0), D8(16))
 WGMMA(64, 32, R32, 32, 33, 34, D32(0))
 WGMMA(88, 44, R40 ", %40, %41, %42, %43", 44, 45, 46, D32(0), D8(32), D4(40))
 WGMMA(96, 48, R48, 48, 49, 50, D32(0), D16(32))
@@ -78,6 +80,7 @@ WGMMA_OF_REGISTERS(128, 64, R64, 64, 65, 66, 67, 68, 69, D64(0))
 
 #undef R8
 #undef R16
+#undef R24
 #undef R32
 #undef R40
 #undef R48

@@ -189,6 +189,7 @@ impl Tiling {
         const QKV: &[Tiling] = &[
             Tiling::heads(qkv!("decode", "64x16"), 16, 16),
             Tiling::heads(qkv!("decode", "64x32"), 32, 32),
+            Tiling::heads(qkv!("decode", "64x48"), 48, 48),
             Tiling::heads(qkv!("decode", "64x64"), 64, 64),
             Tiling::head_pair(qkv!("pair", "128x32"), 32, 128, Tiling::MOST),
             Tiling::head_pair(qkv!("pair", "128x64"), 64, 256, Tiling::MOST),
@@ -206,6 +207,7 @@ impl Tiling {
         const GATE_UP: &[Tiling] = &[
             Tiling::slices("decode_gate_up_64x16", 64, 16, 16, Tiling::HALF),
             Tiling::slices("decode_gate_up_64x32", 64, 32, 32, Tiling::HALF),
+            Tiling::slices("decode_gate_up_64x48", 64, 48, 48, Tiling::HALF),
             Tiling::slices("decode_gate_up_64x64", 64, 64, 64, Tiling::HALF),
             Tiling::pair("pair_gate_up_192x32", 192, 32, 128, Tiling::MOST),
             Tiling::pair("pair_gate_up_192x64", 192, 64, 256, Tiling::MOST),
@@ -255,6 +257,9 @@ impl Tiling {
         const GATE_UP: &[Tiling] = &[
             Tiling::slices("decode_gate_up_64x16", 64, 16, 16, Tiling::HALF),
             Tiling::slices("decode_gate_up_64x32", 64, 32, 32, Tiling::HALF),
+            Tiling::slices("decode_gate_up_64x48", 64, 48, 48, Tiling::HALF).up_to(Tiling::TWO_SINGLE),
+            // All columns: where one round of blocks has all rows, the fewest fetch the tokens.
+            Tiling::slices("decode_gate_up_192x48", 192, 48, 48, Tiling::ALL).up_to(Tiling::SINGLE),
             Tiling::slices("decode_gate_up_64x64", 64, 64, 64, Tiling::HALF).up_to(Tiling::TWO_SINGLE),
         ];
         match kind {
@@ -482,7 +487,9 @@ mod tests {
         let kinds = [Kind::Qkv, Kind::Residual, Kind::GateUp, Kind::Head];
         let lists = [Tiling::of, Tiling::of_large, Tiling::of_half];
         for tiling in kinds.into_iter().flat_map(|kind| lists.map(|of| of(kind))).flatten() {
-            for name in std::iter::once(tiling.kernel).chain(tiling.normed).chain(tiling.sums) {
+            let in_fp8 = tiling.fp8.into_iter().flatten();
+            let all = std::iter::once(tiling.kernel).chain(tiling.normed).chain(tiling.sums).chain(in_fp8);
+            for name in all {
                 assert_eq!(threads_of(HOPPER, name), tiling.block.threads(), "{name}");
             }
         }
@@ -563,9 +570,15 @@ mod tests {
             ]
         );
         assert_eq!([128, 192].map(|tokens| qkv(48, 4096, tokens)), [Some("pair_qkv_128x64"), None]);
-        let gate_up = |rows, cols| picked(Tiling::of_large, Kind::GateUp, [rows, cols, 64]);
-        assert_eq!(gate_up(16_384, 2048), Some("decode_gate_up_64x64"));
-        assert_eq!(gate_up(37_888, 3584), None);
+        // Gate and up of Qwen3's 1.7B and 8B, Llama's 1B and Qwen2.5's 7B.
+        let gate_up = |rows, cols, tokens| picked(Tiling::of_large, Kind::GateUp, [rows, cols, tokens]);
+        assert_eq!(gate_up(12_288, 2048, 48), Some("decode_gate_up_64x48"));
+        assert_eq!(gate_up(16_384, 2048, 64), Some("decode_gate_up_64x64"));
+        assert_eq!(
+            [32, 48, 49].map(|tokens| gate_up(24_576, 4096, tokens)),
+            [Some("decode_gate_up_64x32"), Some("decode_gate_up_192x48"), None]
+        );
+        assert_eq!([48, 64].map(|tokens| gate_up(37_888, 3584, tokens)), [None; 2]);
     }
 
     #[test]
