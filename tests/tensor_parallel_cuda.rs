@@ -178,8 +178,8 @@ fn what_ranks_can_not_compute_is_refused_with_its_reason() {
         let error = on_gpu(family(name)).tensor_parallel(2).build().err().unwrap().to_string();
         assert!(error.contains(said), "{name}: {error}");
     }
-    let error = on_gpu(family("tiny-tied")).tensor_parallel(2).devices([0, 7]).build().err().unwrap();
-    assert!(matches!(error, Error::Gpu(_)) && error.to_string().contains("GPU 7"), "{error}");
+    let error = on_gpu(family("tiny-tied")).tensor_parallel(2).devices([0, 70]).build().err().unwrap();
+    assert!(matches!(error, Error::Gpu(_)) && error.to_string().contains("GPU 70"), "{error}");
 }
 
 type Rank = Local<Faulty<Cuda>, Decoder<Faulty<Cuda>>>;

@@ -283,9 +283,11 @@ impl Exchange {
         launcher.launch(&self.gather, self.grid(chunks), [&share, &out, &samples, &vocab, &ranks])
     }
 
-    /// A thread a chunk, as far as the device holds so many at once.
+    /// A thread a chunk, as far as the device holds so many at once. Of ranks that share a device one's exchanges would else take the
+    /// places of another's by beginning before their turn.
     fn grid(&self, chunks: u32) -> Grid {
-        Grid::new(chunks.div_ceil(THREADS).min(self.blocks_max), THREADS).dependent()
+        let grid = Grid::new(chunks.div_ceil(THREADS).min(self.blocks_max), THREADS);
+        grid.dependent_if(self.link.ranks_of_device() == 1)
     }
 
     /// Of an exchange in this part of the inboxes.
