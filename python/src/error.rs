@@ -42,7 +42,7 @@ pub fn raised(error: &Error) -> PyErr {
 
 /// A text of the library's, which names the flags of its commands, with the arguments that are meant here.
 pub fn in_arguments(text: &str) -> String {
-    const ARGUMENTS: [(&str, &str); 21] = [
+    const ARGUMENTS: [(&str, &str); 22] = [
         ("--plain-inputs", "plain_inputs=True"),
         ("--quantize fp8", "quantization=\"fp8\""),
         ("--kv-dtype auto", "kv_cache_dtype=\"auto\""),
