@@ -22,13 +22,14 @@ struct Flags {
     #[argh(positional)]
     words: Vec<String>,
     /// print what a step launches on an H100 or H200, run nothing: rows=128 decode rows, of context=1024, and tokens=2048 of
-    /// a prompt, behind=16384 others, separated by commas; the model is 0.6B or --model's
+    /// a prompt, behind=16384 others, separated by commas; the model is 0.6B or --model's. An engine pads decode rows
+    /// to a size that it records: 33 to 40
     #[argh(option)]
     explain: Option<ExplainedStep>,
     /// print the cases, run none
     #[argh(switch)]
     list: bool,
-    /// rows of decode steps and small operations, separated by commas
+    /// rows of decode steps and small operations, separated by commas; products take --tokens too
     #[argh(option, default = "Numbers::default()")]
     rows: Numbers,
     /// context lengths of decode attention, separated by commas

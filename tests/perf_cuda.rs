@@ -37,6 +37,8 @@ fn sizes_of_a_model_that_is_neither_are_taken() {
     assert!(output.status.success() && text.lines().count() > 0, "{text}");
     assert!(text.lines().all(|line| line.contains("model=given ")), "{text}");
     assert!(!perf_cuda(&["--model", "heads=3", "--list"]).status.success(), "3 heads can't share 8");
+    let named = String::from_utf8(perf_cuda(&["--model", "1.7b", "--list"]).stderr).unwrap();
+    assert!(named.contains("by its sizes, as hidden="), "{named}");
 }
 
 #[test]

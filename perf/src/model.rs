@@ -88,7 +88,9 @@ impl FromStr for ModelShape {
     fn from_str(text: &str) -> Result<ModelShape, String> {
         let mut shape = ModelShape { name: "given", ..SMALL };
         for word in text.split(',') {
-            let (name, value) = word.split_once('=').ok_or_else(|| format!("`{word}` is no NAME=NUMBER"))?;
+            let (name, value) = word.split_once('=').ok_or_else(|| {
+                format!("`{word}` is no NAME=NUMBER: a model is told by its sizes, as hidden=2048,heads=16,intermediate=6144")
+            })?;
             let value: u32 = value.parse().map_err(|_| format!("`{value}` in `{word}` is no number"))?;
             if value > SIZE_MAX {
                 return Err(format!("`{word}`: a model has {SIZE_MAX} of it at most"));
