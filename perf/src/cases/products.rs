@@ -304,7 +304,8 @@ impl Sizes {
     }
 }
 
-/// Call number n multiplies by copy n of the weights.
+/// Call number n multiplies by copy n of the weights, on whole multiprocessors: what the halves of a divided step launch is timed
+/// in steps alone (`decode_step`).
 fn call<E: Epilogue + Copy + 'static>(
     gemm: Gemm,
     weights: Vec<Weight>,

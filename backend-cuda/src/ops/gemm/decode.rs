@@ -112,6 +112,8 @@ impl Tiling {
     const MANY_COLUMNS: u32 = 8192;
     const FEW_COLUMNS: u32 = 4096;
 
+    /// Tiles of so many rows of w by so many tokens, for up to `tokens_max`; the ring has as many stages as fit `shared`, or as a
+    /// block needs. Those below say no more than what differs.
     const fn slices(kernel: &'static str, rows: u32, tokens: u32, tokens_max: u32, shared: u32) -> Tiling {
         Tiling {
             kernel,
@@ -184,7 +186,7 @@ impl Tiling {
         Tiling { team, ..Self::head_pair(kernels, tokens, tokens_max, Self::ALL) }.up_to(Self::ONE_EACH)
     }
 
-    /// Tilings of a kind, for ever more tokens, where w fits L2.
+    /// Tilings of a kind, for ever more tokens, where w fits L2. The first that suits is taken.
     fn of(kind: Kind) -> &'static [Tiling] {
         const QKV: &[Tiling] = &[
             Tiling::heads(qkv!("decode", "64x16"), 16, 16),
