@@ -133,6 +133,20 @@ fn with_latency_a_prompt_ends_with_one_long_step_where_less_than_one_gap_in_a_hu
     }
 }
 
+#[test]
+fn with_latency_a_prompt_of_five_plain_steps_is_not_cut_where_few_rows_decode() {
+    let (rows, decode_ms) = (2, 0.75);
+    let mut policy = Policy::Latency.build(GPU, 256);
+    policy.has_run(StepShape::decode(rows), decode_ms);
+    // Gaps that may be long are saved up.
+    let plain = Demand { decode_rows: rows, prompts: 0, prompt_tokens: 0, ..DEMAND };
+    (0..300).for_each(|_| assert_eq!(policy.next(&plain).prompt_tokens, 64));
+    let demand = Demand { decode_rows: rows, prompts: 1, prompt_tokens: 900, ..DEMAND };
+    assert!(policy.next(&demand).prompt_tokens >= 900);
+    let plain_steps = mixed_ms(decode_ms, rows, 900, 0) / decode_ms;
+    assert!((4.2..6.0).contains(&plain_steps), "{plain_steps}");
+}
+
 fn costs() -> impl Strategy<Value = StepCosts> {
     let value = || prop_oneof![Just(0.0f32), Just(f32::INFINITY), Just(f32::NAN), 0.0..100.0f32];
     let line = move || (value(), value()).prop_map(|(fixed_ms, token_ms)| Line { fixed_ms, token_ms });
