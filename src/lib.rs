@@ -52,6 +52,7 @@ mod llm;
 mod memory;
 pub mod models;
 pub mod openai;
+mod opening;
 mod options;
 mod pooling;
 pub mod progress;
@@ -83,7 +84,7 @@ pub use front::{
 pub use generation_config::{GenerationConfig, GenerationConfigChoice};
 pub use grammar::Grammar;
 pub use info::Info;
-pub use llm::{Llm, gpu_present};
+pub use llm::Llm;
 pub use minisgl_core::config::{Limits, LimitsError};
 pub use minisgl_core::kv::KvFormat;
 pub use minisgl_core::policy::Policy;
@@ -91,6 +92,7 @@ pub use minisgl_core::scheduler::Order;
 pub use minisgl_core::speculation::{DRAFTS_MAX, Speculation};
 pub use minisgl_core::stats::{Load, Stats};
 pub use minisgl_decoder::{Dtype, NamedTensor};
+pub use opening::gpu_present;
 pub use options::{
     Devices, KernelChoice, KvDtype, MaxRunning, Options, Quantize, parse_devices, parse_kv_dtype,
     parse_max_running, parse_order, parse_policy, parse_speculation,
