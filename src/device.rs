@@ -10,6 +10,9 @@ use minisgl_cuda::CudaError;
 
 use crate::error::Error;
 
+/// What a GPU's backend is called.
+pub(crate) const CUDA: &str = "cuda";
+
 /// Which device computes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum BackendChoice {
@@ -29,7 +32,7 @@ impl FromStr for BackendChoice {
         match text {
             "auto" => Ok(BackendChoice::Auto),
             "cpu" => Ok(BackendChoice::Cpu),
-            "cuda" => Ok(BackendChoice::Cuda),
+            CUDA => Ok(BackendChoice::Cuda),
             _ => Err(format!("{text} is no backend; use auto, cpu or cuda")),
         }
     }

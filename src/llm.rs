@@ -13,7 +13,7 @@ use minisgl_core::scheduler::Order;
 use minisgl_core::stats::{ExpertsRead, Stats};
 use minisgl_decoder::{NamedTensor, WeightUpdate};
 
-use crate::device::Choice;
+use crate::device::{CUDA, Choice};
 use crate::diagnostics::Ceilings;
 use crate::embed::{EmbedRequest, Embedding};
 use crate::error::Error;
@@ -271,7 +271,8 @@ impl Llm {
     /// The tensors stay on the host, where a later update of others, and [`Llm::updated_weights`], find them.
     ///
     /// # Errors
-    /// A name that the model does not have, a shape or a type that is not the model's: then everything is as before. A device that
+    /// A name that the model does not have, a shape or a type that is not the model's, or on a GPU a matrix that is in fp8 and was not,
+    /// or the other way round: then everything is as before. A device that
     /// fails while they are written, [`Error::Update`]: its engine takes no requests any more.
     pub fn update_weights(&mut self, tensors: impl IntoIterator<Item = NamedTensor>) -> Result<(), Error> {
         self.update(weights::given(tensors)?)
@@ -289,7 +290,8 @@ impl Llm {
     fn update(&mut self, update: WeightUpdate) -> Result<(), Error> {
         let handle = self.front.handle();
         handle.check_running()?;
-        let (weights, changed) = self.weights.as_ref().ok_or(Error::NoWeights)?.with(update)?;
+        let weights = self.weights.as_ref().ok_or(Error::NoWeights)?;
+        let (weights, changed) = weights.with(update, self.info.backend == CUDA)?;
         tracing::info!(tensors = changed.len(), "updating weights");
         let (Weights(checkpoint), changed) = (weights.clone(), Arc::new(changed));
         self.info.weight_bytes = checkpoint.tensors().step_bytes();

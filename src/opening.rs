@@ -24,7 +24,7 @@ use minisgl_cuda::{Cuda, CudaError, KernelSet, Link as GpuLink};
 use minisgl_decoder::{Checkpoint, Decoder, LoadError};
 use minisgl_ranks::Ranks;
 
-use crate::device::Choice;
+use crate::device::{CUDA, Choice};
 use crate::diagnostics::Diagnostics;
 use crate::error::Error;
 use crate::front::Built;
@@ -189,7 +189,7 @@ impl Opening {
         started: Instant,
         load: impl FnOnce() -> Result<X, Error>,
     ) -> Built<Info> {
-        let backend_name = if self.choice.on_gpu { "cuda" } else { "cpu" };
+        let backend_name = if self.choice.on_gpu { CUDA } else { "cpu" };
         let device = |error: X::Error| Error::Device(Box::new(error));
         let (mut limits, asked) = self.limits(&device_info, before)?;
         let name = &device_info.name;

@@ -15,9 +15,17 @@ use crate::models::FAMILIES;
 pub struct Weights(pub(crate) Arc<Checkpoint>);
 
 impl Weights {
-    /// What they become with these tensors, and the names of those that change by it.
-    pub(crate) fn with(&self, update: WeightUpdate) -> Result<(Weights, HashSet<String>), Error> {
+    /// What they become with these tensors, and the names of those that change by it. On a GPU a matrix's room is what its form
+    /// takes, which stays.
+    pub(crate) fn with(
+        &self,
+        update: WeightUpdate,
+        on_gpu: bool,
+    ) -> Result<(Weights, HashSet<String>), Error> {
         let updated = self.0.updated(update).map_err(wrong)?;
+        if on_gpu {
+            updated.keeps_forms(&self.0).map_err(wrong)?;
+        }
         let changed = updated.changed_since(&self.0);
         Ok((Weights(Arc::new(updated)), changed))
     }

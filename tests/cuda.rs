@@ -7,11 +7,14 @@
 
 mod common;
 
+use std::sync::Arc;
+
 use common::logits::{Logits, checkpoint};
+use common::stored::{Stored, stored};
 use common::{CHECKPOINTS, CPU_ALONE, EXPERTS, Golden, families_on_cuda, family, fixture, greedy};
 use minisgl::{
-    BackendChoice, GenerateRequest, KernelChoice, KvFormat, Llm, LlmBuilder, Policy, Quantize,
-    SamplingParams, Speculation, TokenRules,
+    BackendChoice, Dtype, GenerateRequest, KernelChoice, KvFormat, Llm, LlmBuilder, NamedTensor, Policy,
+    Quantize, SamplingParams, Speculation, TokenRules,
 };
 use minisgl_cpu::Cpu;
 use minisgl_cuda::{Cuda, KernelSet, Options};
@@ -271,6 +274,22 @@ fn tokens_of_fp8_weights_do_not_depend_on_how_they_are_computed() {
         let both = || with_fp8_weights(name).kv_dtype(Some(KvFormat::Fp8));
         tokens_are_the_same_in_every_way(&format!("{name}, all fp8"), both);
     }
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn a_matrix_that_is_given_in_another_form_is_refused_by_name_and_nothing_changes() {
+    let mut llm = with_fp8_weights(FP8_WEIGHTS[0]).build().unwrap();
+    let requests = [common::greedy_request(&[3, 1, 4, 1, 5], 8)];
+    let tokens = |llm: &mut Llm| llm.generate(&requests).unwrap().remove(0).token_ids;
+    let before = tokens(&mut llm);
+    let name = "model.layers.0.self_attn.o_proj.weight";
+    let Stored { shape, .. } = stored(FP8_WEIGHTS[0])[name].clone();
+    let bytes = vec![0u8; 2 * shape.iter().product::<usize>()];
+    let plain = NamedTensor { name: name.to_owned(), dtype: Dtype::BF16, shape, bytes: Arc::new(bytes) };
+    let error = llm.update_weights([plain]).unwrap_err().to_string();
+    assert!(error.contains(name) && error.contains("unquantized"), "{error}");
+    assert_eq!(tokens(&mut llm), before);
 }
 
 #[test]

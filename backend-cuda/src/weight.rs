@@ -109,7 +109,7 @@ impl<'a> Piece<'a> {
     fn fp8_row(&self, row: usize) -> Result<Fp8Row<'a>, CudaError> {
         let refused = || {
             CudaError::Unsupported(format!(
-                "{:?} has scales for other blocks of columns than multiples of {} or whole rows, or beyond {}",
+                "{:?} has scales for other blocks of columns than multiples of {} or whole rows, or beyond {}; use --backend cpu",
                 self.tensor,
                 Fp8Tiles::COLS,
                 Fp8Tiles::SCALE_MAX,

@@ -165,6 +165,29 @@ impl Checkpoint {
         self.tensors.iter().filter(|tensor| !is_same(tensor)).map(|tensor| tensor.name.clone()).collect()
     }
 
+    /// Is every matrix in fp8 that is in `before`, with scales for the same blocks, and no other? A device may have room for
+    /// nothing else where it is.
+    ///
+    /// # Errors
+    /// Names one that is in another form.
+    pub fn keeps_forms(&self, before: &Checkpoint) -> Result<(), CheckpointError> {
+        let form = |tensor: &HostTensor| match &tensor.data {
+            TensorData::Fp8 { scales, .. } => Some(scales.block),
+            _ => None,
+        };
+        match before.tensors.iter().zip(self.tensors.iter()).find(|(old, new)| form(old) != form(new)) {
+            Some((old, new)) => {
+                let what = match (form(old), form(new)) {
+                    (Some(_), None) => "unquantized, and the model has it in fp8",
+                    (None, _) => "in fp8, and the model has it unquantized",
+                    (Some(_), Some(_)) => "with scales for other blocks than the model has it with",
+                };
+                Err(CheckpointError::OtherForm { name: new.name.clone(), what })
+            }
+            None => Ok(()),
+        }
+    }
+
     /// Names of all stored tensors that it is made from, scales included.
     fn used(&self) -> HashSet<String> {
         let quantization = self.origin.config.quantization.as_ref();

@@ -239,6 +239,16 @@ pub enum CheckpointError {
         /// Where it is given.
         path: PathBuf,
     },
+    /// A matrix that is given in another form than the device has it in.
+    #[error(
+        "tensor `{name}` is given {what}: give it as the checkpoint has it, or build another engine for it"
+    )]
+    OtherForm {
+        /// Its name.
+        name: String,
+        /// In which form it is given, and in which the model has it.
+        what: &'static str,
+    },
     /// A tensor that is given twice in an update.
     #[error("tensor `{0}` is given twice; give each once")]
     GivenTwice(String),

@@ -6,15 +6,18 @@ use minisgl_core::kv::KvFormat;
 use minisgl_core::shard::Rank;
 use minisgl_core::spec::{
     Activation, Attention, Bias, DecoderSpec, Dims, Experts, Fp8, Inputs, LayerSpec, Mixer, Mlp, NormForm,
-    Norms, QkNorm, RopePairs, Unsupported, WeightFormat,
+    Norms, QkNorm, RopePairs, ScaleBlock, Unsupported, WeightFormat,
 };
 use minisgl_kernels::attention::GROUP_MAX;
 
 use super::experts::{COUNT_MAX, PER_TOKEN_MAX};
+use crate::weight::Fp8Tiles;
 
 const BACKEND: &str = "CUDA";
 /// Widths are multiples of this: 16 bytes, what the copy engines move at least.
 const WIDTH_MULTIPLE: u32 = 8;
+/// A scale of fp8 is that of whole tiles' rows.
+const FP8_COLS: u32 = Fp8Tiles::COLS as u32;
 
 /// See [`minisgl_core::backend::Ops::supports`]; `hopper`: are the kernels those of Hopper?
 pub fn check(spec: &DecoderSpec, hopper: bool) -> Result<(), Unsupported> {
@@ -59,6 +62,10 @@ fn check_model(spec: &DecoderSpec, hopper: bool) -> Result<(), String> {
         (
             matches!(weights, WeightFormat::Fp8(Fp8 { inputs, .. }) if *inputs != Inputs::Plain),
             "the inputs of its fp8 weights are rounded to fp8; with --plain-inputs they are not",
+        ),
+        (
+            matches!(weights, WeightFormat::Fp8(Fp8 { block: ScaleBlock::Tile { cols, .. }, .. }) if cols % FP8_COLS != 0),
+            "its fp8 weights have scales for blocks of columns that are no multiples of 64",
         ),
         (
             *weights != WeightFormat::Bf16 && layers.iter().any(|layer| layer.experts().is_some()),
@@ -139,7 +146,7 @@ fn first(things: &[(bool, &'static str)]) -> Option<&'static str> {
 
 #[cfg(test)]
 mod tests {
-    use minisgl_core::spec::{Rope, ScaleBlock};
+    use minisgl_core::spec::Rope;
 
     use super::*;
 
@@ -230,6 +237,12 @@ mod tests {
             (DecoderSpec { dims: Dims { hidden: 570, ..DIMS }, ..spec() }, "hidden_size is 570"),
             (with(|it| Attention { window: Some(32), ..it }), "same window"),
         ];
+        let tile = |cols| {
+            WeightFormat::Fp8(Fp8 { block: ScaleBlock::Tile { rows: 32, cols }, inputs: Inputs::Plain })
+        };
+        let odd = check(&DecoderSpec { weights: tile(96), ..spec() }, true).unwrap_err();
+        assert!(odd.to_string().contains("multiples of 64"), "{odd}");
+        check(&DecoderSpec { weights: tile(192), ..spec() }, true).unwrap();
         let rounded = check(&DecoderSpec { weights: WeightFormat::Fp8(fp8), ..spec() }, true).unwrap_err();
         assert!(rounded.to_string().contains("--plain-inputs"), "{rounded}");
         for (spec, name) in models {
