@@ -405,7 +405,7 @@ impl Pages<'_> {
         let layout = fp8::layout(kv_heads, head_dim, self.limits.page_size);
         let what = if self.what == 1 { What::Keys } else { What::Values };
         self.filled(0xff, layout.page_bytes(), |page, [head, t], values| {
-            fp8::store(what, &layout, [0, head, t], &values, page);
+            fp8::put(what, &layout, [0, head, t], &fp8::rounded(&values), page);
         })
     }
 

@@ -22,7 +22,8 @@
 //! reads them or pages are widened before. The rounding is a thirty-second of e4m3's.
 //!
 //! Why scales behind all rows: so a head's 16 rows of 64 codes or more begin at a multiple of 128 bytes, a line of a GPU's memory, and its
-//! 16 scales at one of 16 bytes, as bulk copies must. A backend may permute elements within a row.
+//! 16 scales at one of 16 bytes, as bulk copies must. A backend may permute bits within a row, and scales within those of 16 rows, and
+//! keep a scale as a multiple.
 //!
 //! Invariant: [`KvLayout::place`]s of different rows share no byte, and all lie within the pages' [`KvLayout::page_bytes`].
 

@@ -6,27 +6,33 @@
 //
 // A block works on one unit at a time, all warps together, so that a unit is short and blocks end together:
 //
-//   keys      warp w scores tile w                   maxima of all tiles  ── barrier ──> probabilities of tile w
-//   values    warp w makes m-tile w of the output    probabilities of all tiles  <── barrier ──┘
+//   keys      warp w scores a tile of each stage         maxima of all tiles  ── barrier ──> probabilities of its tiles
+//   values    warp w makes some m-tiles of the output    probabilities of all tiles  <── barrier ──┘
 //   then      folded into the state, or stored as a partial (attention_merge.cuh)
 //
-// 1. Every order of summation is attention.cuh's: tile w's scores over the dims, an m-tile's output over the tiles.
+// 1. Every order of summation is attention.cuh's: a tile's scores over the dims, an m-tile's output over the tiles.
 // 2. Values behind the sequence's end or before its window are zeroed in registers: p is 0 there, but 0 times what a page holds
 //    may be NaN.
-// 3. Maxima and probabilities have one place each: who writes the next unit's is behind a barrier that everyone reaches
+// 3. Maxima, probabilities and queries have one place each: who writes the next unit's is behind a barrier that everyone reaches
 //    after reading this unit's.
 // 4. Of FP8 a tile is widened in registers to the bf16 numbers that it means: from there on all is the same, bit by bit.
 #pragma once
 #include "attention_merge.cuh"
 
-// A tile of keys.
+// A tile of keys, and what a lane knows of all tiles.
 template <int HD, bool FP8> struct Keys : Fp8Keys<HD> {
     using Fp8Keys<HD>::Fp8Keys;
+    using Lane = Fp8Lane<HD>;
 };
 template <int HD> struct Keys<HD, false> {
     unsigned tile, lane;
+    struct Lane {
+        unsigned lane;
 
-    __device__ __forceinline__ Keys(unsigned tile, unsigned, unsigned lane) : tile(tile), lane(lane) {}
+        __device__ __forceinline__ Lane(unsigned lane, unsigned, unsigned) : lane(lane) {}
+    };
+
+    __device__ __forceinline__ Keys(unsigned tile, unsigned, Lane lane) : tile(tile), lane(lane.lane) {}
     __device__ __forceinline__ void load(unsigned (&a)[4], unsigned k) const { load_keys<HD>(a, tile, k, lane); }
 };
 
@@ -34,68 +40,105 @@ template <int HD> struct Keys<HD, false> {
 // Of HEADS kv heads side by side keys are rows of HEADS * HD dims: a query is zero in those of heads that are not its own, which
 // changes no bit of a sum. Its output in their dims is nobody's.
 template <int HD, int HEADS, int STAGES, bool WINDOW, bool FP8> struct Decoder {
-    static constexpr unsigned PARTS = HD / 16, M_TILES = HEADS * PARTS; // of 16 dims, of a head and of all
+    using S = Stages<HD, HEADS, STAGES, FP8>;
+    static constexpr unsigned PARTS = MTiles<HD, HEADS>::PARTS, M_TILES = MTiles<HD, HEADS>::ALL, OWN = MTiles<HD, HEADS>::OWN;
+    using Leaf = State<OWN>;
     const DecodeArgs &args;
     Ring<HD, HEADS, STAGES, FP8> ring;
-    unsigned probabilities, maxima, flag; // shared memory: [tiles][lane] 8 bytes, [tiles][8] floats, a word
+    Place<S::TURNS> turn;                 // of queries
+    unsigned probabilities, maxima, queries, flag; // shared memory: [tiles][lane] 8 bytes, [warps][8] floats, Queries, a word
     unsigned warp, lane;
-    unsigned q[M_TILES][2];
-    State state; // of the span at hand; that of the spans before it lies in shared memory
+    typename Keys<HD, FP8>::Lane places;
+    Leaf state; // of the span at hand; that of the spans before it lies in shared memory
 
-    static constexpr unsigned STATE_BYTES = DECODE_READERS * sizeof(State), SCRATCH = LEAF_TILES * (256 + 32) + 16 + STATE_BYTES;
+    static constexpr unsigned QUERY_BYTES = M_TILES * 256, STATE_BYTES = DECODE_READERS * sizeof(Leaf);
+    static constexpr unsigned SCRATCH = LEAF_TILES * 256 + DECODE_WARPS * 32 + QUERY_BYTES + 16 + STATE_BYTES;
 
-    __device__ __forceinline__ Decoder(const DecodeArgs &args, Stages<HD, HEADS, STAGES, FP8> stages, unsigned warp, unsigned lane)
+    __device__ __forceinline__ Decoder(const DecodeArgs &args, S stages, unsigned warp, unsigned lane)
         : args(args), ring(args, stages), probabilities(stages.end()), maxima(probabilities + LEAF_TILES * 256),
-          flag(maxima + LEAF_TILES * 32), warp(warp), lane(lane) {
+          queries(maxima + DECODE_WARPS * 32), flag(queries + QUERY_BYTES), warp(warp), lane(lane),
+          places(lane, warp * OWN % M_TILES % PARTS, OWN) {
         state.clear();
     }
 
-    // The turn's queries as B operands; columns without a query are zeros.
-    __device__ __forceinline__ void load_queries(const Unit &unit) {
-        const unsigned row = ring.stages.queries(ring.place.at) + lane / 4 * (HD * 2) + lane % 4 * 4;
+    // A turn's queries as B operands, in registers while keys are multiplied, and from leaf to leaf in shared memory, as pairs of them.
+    struct Queries {
+        uint4 pairs[M_TILES / 2];
+
+        __device__ __forceinline__ static unsigned at(unsigned queries, unsigned k, unsigned lane) {
+            return queries + (k / 2 * 32 + lane) * 16 + k % 2 * 8;
+        }
+        __device__ __forceinline__ Queries(unsigned queries, unsigned lane) {
+#pragma unroll
+            for (int i = 0; i < M_TILES / 2; i++)
+                pairs[i] = load_words(at(queries, 2 * i, lane));
+        }
+        __device__ __forceinline__ void get(unsigned (&q)[2], unsigned k) const {
+            const uint4 pair = pairs[k / 2];
+            q[0] = k % 2 ? pair.z : pair.x;
+            q[1] = k % 2 ? pair.w : pair.y;
+        }
+    };
+    // Makes operands of the turn's queries, the warps some each; all are there when it returns. Columns without a query are zeros.
+    __device__ __forceinline__ void arrange_queries(const Unit &unit) {
+        const unsigned row = ring.stages.queries(turn.at) + lane / 4 * (HD * 2) + lane % 4 * 4;
         const bool exists = lane / 4 < args.queries(unit.item);
+        for (unsigned k = warp; k < M_TILES; k += DECODE_WARPS) {
+            const bool own = exists && (HEADS == 1 || args.head_of<HEADS>(lane / 4) == k / PARTS);
+            unsigned q[2];
 #pragma unroll
-        for (int k = 0; k < M_TILES; k++)
-#pragma unroll
-            for (int half = 0; half < 2; half++) {
-                const bool own = HEADS == 1 || args.head_of<HEADS>(lane / 4) == k / PARTS;
-                asm volatile("ld.shared.u32 %0, [%1];" : "=r"(q[k][half]) : "r"(row + k % PARTS * 32 + half * 16) : "memory");
-                q[k][half] = exists && own ? q[k][half] : 0;
-            }
+            for (int half = 0; half < 2; half++)
+                asm volatile("ld.shared.u32 %0, [%1];" : "=r"(q[half]) : "r"(row + k % PARTS * 32 + half * 16) : "memory");
+            asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(Queries::at(queries, k, lane)), "r"(own ? q[0] : 0),
+                         "r"(own ? q[1] : 0)
+                         : "memory");
+        }
+        turn.advance();
+        readers_barrier();
     }
     // The first position that a row of so many sees.
     __device__ __forceinline__ unsigned first_seen(const Unit &unit) const {
         const unsigned kv_len = unit.segment.kv_len;
         return WINDOW && kv_len > args.window ? kv_len - args.window : 0;
     }
-    // Scores of the warp's tile; -infinity behind the sequence's end and before its window.
-    __device__ __forceinline__ void score_tile(float (&s)[4], const Unit &unit) const {
+    // Is the whole leaf seen? Then nothing is masked, and nobody asks.
+    __device__ __forceinline__ bool is_whole(const Unit &unit) const {
+        return (unit.leaf + 1) * LEAF <= unit.segment.kv_len && first_seen(unit) <= unit.leaf * LEAF;
+    }
+    // Scores of the warp's tile of a section, `index` in the leaf; -infinity behind the sequence's end and before its window.
+    __device__ __forceinline__ void score_tile(float (&s)[4], const Queries &own, const Unit &unit, unsigned index, bool whole) const {
         s[0] = s[1] = s[2] = s[3] = 0.0f;
-        if (warp < unit.tiles()) {
-            const unsigned tile = ring.stages.tokens(ring.place.at) + warp * ring.stages.TILE_BYTES;
+        if (whole || index < unit.tiles()) {
+            const unsigned tile = ring.stages.tokens(ring.place.at) + warp * S::TILE_BYTES;
 #pragma unroll
             for (int head = 0; head < HEADS; head++) {
                 const unsigned scales = ring.stages.scales(ring.place.at, head) + warp * TILE * 2;
-                Keys<HD, FP8> keys(tile + head * ring.stages.HEAD_BYTES, scales, lane);
+                Keys<HD, FP8> keys(tile + head * S::HEAD_BYTES, scales, places);
 #pragma unroll
                 for (int k = 0; k < PARTS; k++) {
-                    unsigned a[4];
+                    unsigned a[4], q[2];
                     keys.load(a, k);
-                    mma(s, a, q[head * PARTS + k]);
+                    own.get(q, head * PARTS + k);
+                    mma(s, a, q);
                 }
             }
         }
-        const unsigned token = unit.leaf * LEAF + warp * TILE + lane / 4, seen = first_seen(unit);
+        if (whole)
+            return;
+        const unsigned token = unit.leaf * LEAF + index * TILE + lane / 4, seen = first_seen(unit);
         if (token >= unit.segment.kv_len || token < seen)
             s[0] = s[1] = minus_infinity();
         if (token + 8 >= unit.segment.kv_len || token + 8 < seen)
             s[2] = s[3] = minus_infinity();
     }
     // The leaf's maxima, from those of all tiles.
-    __device__ __forceinline__ void share_maxima(float (&m)[2], const float (&s)[4]) const {
+    __device__ __forceinline__ void share_maxima(float (&m)[2], const float (&s)[S::SECTIONS][4]) const {
 #pragma unroll
         for (int i = 0; i < 2; i++) {
-            m[i] = fmaxf(s[i], s[i + 2]);
+            m[i] = fmaxf(s[0][i], s[0][i + 2]);
+#pragma unroll
+            for (int part = 1; part < S::SECTIONS; part++)
+                m[i] = fmaxf(m[i], fmaxf(s[part][i], s[part][i + 2]));
             m[i] = fmaxf(m[i], __shfl_xor_sync(FULL_WARP, m[i], 4));
             m[i] = fmaxf(m[i], __shfl_xor_sync(FULL_WARP, m[i], 8));
             m[i] = fmaxf(m[i], __shfl_xor_sync(FULL_WARP, m[i], 16));
@@ -105,80 +148,93 @@ template <int HD, int HEADS, int STAGES, bool WINDOW, bool FP8> struct Decoder {
             asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(at + warp * 32), "f"(m[0]), "f"(m[1]) : "memory");
         readers_barrier();
 #pragma unroll
-        for (int j = 0; j < LEAF_TILES; j++) {
+        for (int j = 0; j < DECODE_WARPS; j++) {
             float x, y;
             asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(x), "=f"(y) : "r"(at + j * 32) : "memory");
             m[0] = fmaxf(m[0], x);
             m[1] = fmaxf(m[1], y);
         }
     }
-    // Puts the warp's tile's probabilities where all find them, as B operands; all have theirs there when it returns.
-    __device__ __forceinline__ void share_probabilities(const float (&s)[4], const float (&m)[2]) const {
+    // Puts the probabilities of the warp's tiles where all find them, as B operands; all have theirs there when it returns.
+    __device__ __forceinline__ void share_probabilities(const float (&s)[S::SECTIONS][4], const float (&m)[2]) const {
         const float c = score_scale<HD>();
-        unsigned p[2];
 #pragma unroll
-        for (int half = 0; half < 2; half++) {
-            float x[2];
+        for (int part = 0; part < S::SECTIONS; part++) {
+            unsigned p[2];
 #pragma unroll
-            for (int i = 0; i < 2; i++)
-                x[i] = exp2_approx(__fmaf_rn(s[2 * half + i], c, m[i] == minus_infinity() ? 0.0f : -__fmul_rn(m[i], c)));
-            const __nv_bfloat162 pair = __floats2bfloat162_rn(x[0], x[1]);
-            p[half] = transposed(*reinterpret_cast<const unsigned *>(&pair));
+            for (int half = 0; half < 2; half++) {
+                float x[2];
+#pragma unroll
+                for (int i = 0; i < 2; i++)
+                    x[i] = exp2_approx(__fmaf_rn(s[part][2 * half + i], c, m[i] == minus_infinity() ? 0.0f : -__fmul_rn(m[i], c)));
+                const __nv_bfloat162 pair = __floats2bfloat162_rn(x[0], x[1]);
+                p[half] = transposed(*reinterpret_cast<const unsigned *>(&pair));
+            }
+            asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(probabilities + (part * DECODE_WARPS + warp) * 256 + lane * 8),
+                         "r"(p[0]), "r"(p[1])
+                         : "memory");
         }
-        asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(probabilities + warp * 256 + lane * 8), "r"(p[0]), "r"(p[1])
-                     : "memory");
         readers_barrier();
     }
-    // The warp's m-tile of the leaf's output, and the sums of its probabilities.
-    __device__ __forceinline__ void add_values(State &leaf, const Unit &unit) const {
-        if constexpr (FP8)
-            if (unit.tiles() == LEAF_TILES && (unit.leaf + 1) * LEAF <= unit.segment.kv_len && first_seen(unit) <= unit.leaf * LEAF)
-                return add_whole(leaf);
+    // A tile's probabilities.
+    __device__ __forceinline__ void load_probabilities(unsigned (&p)[2], unsigned index) const {
+        asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(p[0]), "=r"(p[1]) : "r"(probabilities + index * 256 + lane * 8) : "memory");
+    }
+    // Tile i of the section at hand as the operands that make the warp's m-tiles. Where a block has fewer of these than warps, several have
+    // the same.
+    __device__ __forceinline__ void load_tile(unsigned (&a)[OWN][4], unsigned i) const {
+        const unsigned m_tile = warp * OWN % M_TILES, head = m_tile / PARTS;
+        const unsigned tile = ring.stages.tokens(ring.place.at) + head * S::HEAD_BYTES + i * S::TILE_BYTES;
+        if constexpr (FP8) {
+            fp8_load_values<HD>(a, tile, ring.stages.scales(ring.place.at, head) + i * TILE * 2, places);
+        } else {
+#pragma unroll
+            for (int k = 0; k < OWN; k++)
+                load_values<HD>(a[k], tile, m_tile % PARTS + k, lane);
+        }
+    }
+    // Adds a section to the warp's m-tiles of the leaf's output, and to the sums of its probabilities.
+    template <bool WHOLE> __device__ __forceinline__ void add_section(Leaf &leaf, float (&l)[4], const Unit &unit, unsigned section) const {
         const unsigned ones[4] = {0x3f803f80, 0x3f803f80, 0x3f803f80, 0x3f803f80};
-        const unsigned head = warp % M_TILES / PARTS, here = unit.tiles();
-        const unsigned values = ring.stages.tokens(ring.place.at) + head * ring.stages.HEAD_BYTES;
+        const unsigned here = unit.tiles();
         const unsigned valid = unit.segment.kv_len - unit.leaf * LEAF; // tokens
         const unsigned seen = first_seen(unit), begin = unit.leaf * LEAF;
         const unsigned hidden = seen > begin ? seen - begin : 0; // of them, the first ones
-        float l[4] = {};
-        leaf.o[0] = leaf.o[1] = leaf.o[2] = leaf.o[3] = 0.0f;
 #pragma unroll
-        for (int j = 0; j < LEAF_TILES; j++)
-            if (j < here && (j + 1) * TILE > hidden) {
-                unsigned p[2], a[4];
-                asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];"
-                             : "=r"(p[0]), "=r"(p[1])
-                             : "r"(probabilities + j * 256 + lane * 8)
-                             : "memory");
+        for (int i = 0; i < DECODE_WARPS; i++) {
+            const unsigned j = section * DECODE_WARPS + i;
+            if (WHOLE || (j < here && (j + 1) * TILE > hidden)) {
+                unsigned p[2], a[OWN][4];
+                load_probabilities(p, j);
                 mma(l, ones, p);
-                if constexpr (FP8)
-                    fp8_load_values<HD>(a, values + j * ring.stages.TILE_BYTES,
-                                        ring.stages.scales(ring.place.at, head) + j * TILE * 2, warp % PARTS, lane);
-                else
-                    load_values<HD>(a, values + j * ring.stages.TILE_BYTES, warp % PARTS, lane);
-                if ((j + 1) * TILE > valid)
-                    zero_behind(a, valid - j * TILE);
-                if (j * TILE < hidden)
-                    zero_before(a, hidden - j * TILE);
-                mma(leaf.o, a, p);
-            }
-        leaf.l[0] = l[0];
-        leaf.l[1] = l[1];
-    }
-    // The same of a leaf of which nothing is masked: nobody asks, so that loads of all tiles are on their way at once.
-    __device__ __forceinline__ void add_whole(State &leaf) const {
-        const unsigned ones[4] = {0x3f803f80, 0x3f803f80, 0x3f803f80, 0x3f803f80};
-        const unsigned head = warp % M_TILES / PARTS, values = ring.stages.tokens(ring.place.at) + head * ring.stages.HEAD_BYTES;
-        const unsigned scales = ring.stages.scales(ring.place.at, head);
-        float l[4] = {};
-        leaf.o[0] = leaf.o[1] = leaf.o[2] = leaf.o[3] = 0.0f;
+                load_tile(a, i);
 #pragma unroll
-        for (int j = 0; j < LEAF_TILES; j++) {
-            unsigned p[2], a[4];
-            asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(p[0]), "=r"(p[1]) : "r"(probabilities + j * 256 + lane * 8));
-            fp8_load_values<HD>(a, values + j * ring.stages.TILE_BYTES, scales + j * TILE * 2, warp % PARTS, lane);
-            mma(l, ones, p);
-            mma(leaf.o, a, p);
+                for (int k = 0; k < OWN; k++) {
+                    if (!WHOLE && (j + 1) * TILE > valid)
+                        zero_behind(a[k], valid - j * TILE);
+                    if (!WHOLE && j * TILE < hidden)
+                        zero_before(a[k], hidden - j * TILE);
+                    mma(leaf.o[k], a[k], p);
+                }
+            }
+        }
+    }
+    // The warp's m-tiles of the leaf's output, and the sums of its probabilities. Of a whole leaf loads of all of a section's tiles
+    // are on their way at once.
+    __device__ __forceinline__ void add_values(Leaf &leaf, const Unit &unit, bool whole) {
+        float l[4] = {};
+#pragma unroll
+        for (int k = 0; k < OWN; k++)
+            leaf.o[k][0] = leaf.o[k][1] = leaf.o[k][2] = leaf.o[k][3] = 0.0f;
+#pragma unroll 1
+        for (int section = 0; section < S::SECTIONS; section++) {
+            if (section > 0)
+                ring.take();
+            if (FP8 && whole)
+                add_section<true>(leaf, l, unit, section);
+            else
+                add_section<false>(leaf, l, unit, section);
+            ring.release();
         }
         leaf.l[0] = l[0];
         leaf.l[1] = l[1];
@@ -199,31 +255,40 @@ template <int HD, int HEADS, int STAGES, bool WINDOW, bool FP8> struct Decoder {
             a[i] &= token >= hidden ? 0xffffffffu : token + 1 >= hidden ? 0xffff0000u : 0;
         }
     }
-    // Where the thread keeps its state of spans that have ended.
-    __device__ __forceinline__ unsigned kept() const { return flag + 16 + threadIdx.x * 16; }
+    // Where the thread keeps words `index` of its state of spans that have ended: m-tiles of o, then m and l.
+    __device__ __forceinline__ unsigned kept(unsigned index) const { return flag + 16 + (index * DECODE_READERS + threadIdx.x) * 16; }
     __device__ __forceinline__ void keep_spans() const {
-        store_words(kept(), {__float_as_uint(state.o[0]), __float_as_uint(state.o[1]), __float_as_uint(state.o[2]),
-                             __float_as_uint(state.o[3])});
-        store_words(kept() + STATE_BYTES / 2, {__float_as_uint(state.m[0]), __float_as_uint(state.m[1]),
-                                               __float_as_uint(state.l[0]), __float_as_uint(state.l[1])});
+        const auto keep = [&](unsigned index, float a, float b, float c, float d) {
+            store_words(kept(index), {__float_as_uint(a), __float_as_uint(b), __float_as_uint(c), __float_as_uint(d)});
+        };
+#pragma unroll
+        for (int k = 0; k < OWN; k++)
+            keep(k, state.o[k][0], state.o[k][1], state.o[k][2], state.o[k][3]);
+        keep(OWN, state.m[0], state.m[1], state.l[0], state.l[1]);
     }
     // Folds the span at hand into those before it.
     __device__ __forceinline__ void fold_spans() {
-        const uint4 o = load_words(kept()), ml = load_words(kept() + STATE_BYTES / 2);
-        State before = {{__uint_as_float(ml.x), __uint_as_float(ml.y)},
-                        {__uint_as_float(ml.z), __uint_as_float(ml.w)},
-                        {__uint_as_float(o.x), __uint_as_float(o.y), __uint_as_float(o.z), __uint_as_float(o.w)}};
-        before.fold<HD>(state);
+        const uint4 ml = load_words(kept(OWN));
+        Leaf before = {{__uint_as_float(ml.x), __uint_as_float(ml.y)}, {__uint_as_float(ml.z), __uint_as_float(ml.w)}, {}};
+#pragma unroll
+        for (int k = 0; k < OWN; k++) {
+            const uint4 o = load_words(kept(k));
+            before.o[k][0] = __uint_as_float(o.x);
+            before.o[k][1] = __uint_as_float(o.y);
+            before.o[k][2] = __uint_as_float(o.z);
+            before.o[k][3] = __uint_as_float(o.w);
+        }
+        before.template fold<HD>(state);
         state = before;
     }
     // What becomes of a leaf. `others_arrived`: all that share the row, at its segment's last leaf.
-    __device__ __forceinline__ void finish(const State &leaf, const Unit &unit, bool others_arrived) {
+    __device__ __forceinline__ void finish(const Leaf &leaf, const Unit &unit, bool others_arrived) {
         const Segment &segment = unit.segment;
         const bool is_last = unit.is_last(), folds = segment.begins_row();
         if (!folds) {
             state = leaf;
         } else {
-            state.fold<HD>(leaf);
+            state.template fold<HD>(leaf);
             if ((is_last || unit.ends_span()) && !unit.is_of_first_span())
                 fold_spans();
         }
@@ -243,24 +308,33 @@ template <int HD, int HEADS, int STAGES, bool WINDOW, bool FP8> struct Decoder {
             state.clear();
     }
     __device__ __forceinline__ void run() {
-        while (true) {
-            Unit unit;
-            State leaf;
-            float s[4];
+        Unit unit;
+        for (bool begins = true;; begins = unit.is_last()) {
+            Leaf leaf;
+            float s[S::SECTIONS][4];
             ring.take();
-            unit.load(ring.stages.unit(ring.place.at));
-            if (unit.is_end())
-                break;
-            if (unit.is_first())
-                load_queries(unit);
-            score_tile(s, unit);
-            ring.release();
+            if (begins) {
+                unit.load(ring.stages.unit(ring.place.at));
+                if (unit.is_end())
+                    break;
+                arrange_queries(unit);
+            } else {
+                unit.leaf++;
+            }
+            const bool whole = is_whole(unit);
+            const Queries own(queries, lane);
+#pragma unroll
+            for (int section = 0; section < S::SECTIONS; section++) {
+                if (section > 0)
+                    ring.take();
+                score_tile(s[section], own, unit, section * DECODE_WARPS + warp, whole);
+                ring.release();
+            }
             share_maxima(leaf.m, s);
             share_probabilities(s, leaf.m);
             ring.take();
             const bool others_arrived = unit.is_last() && ring.others_arrived();
-            add_values(leaf, unit);
-            ring.release();
+            add_values(leaf, unit, whole);
             finish(leaf, unit, others_arrived);
         }
     }

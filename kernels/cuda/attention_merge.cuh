@@ -12,53 +12,76 @@
 #pragma once
 #include "attention_ring.cuh"
 
-// What a warp holds of a state or leaf: m-tile `warp` of o, and m and l, which all warps have alike. Columns as in attention.cuh.
-struct State {
-    float m[2], l[2], o[4];
+// M-tiles of 16 dims, of all of a block's heads: each warp has one, or OWN neighbouring ones of a head.
+template <int HD, int HEADS> struct MTiles {
+    static constexpr unsigned PARTS = HD / 16, ALL = HEADS * PARTS, OWN = (ALL + DECODE_WARPS - 1) / DECODE_WARPS;
+    static_assert(OWN == 1 || ALL == OWN * DECODE_WARPS, "all warps have as many, or one at most");
+};
+
+// What a warp holds of a state or leaf: m-tiles of o, and m and l, which all warps have alike. Columns as in attention.cuh.
+template <int OWN> struct State {
+    float m[2], l[2], o[OWN][4];
 
     __device__ __forceinline__ void clear() {
         m[0] = m[1] = minus_infinity();
-        l[0] = l[1] = o[0] = o[1] = o[2] = o[3] = 0.0f;
+        l[0] = l[1] = 0.0f;
+#pragma unroll
+        for (int k = 0; k < OWN; k++)
+            o[k][0] = o[k][1] = o[k][2] = o[k][3] = 0.0f;
     }
     template <int HD> __device__ __forceinline__ void fold(const State &leaf) {
 #pragma unroll
         for (int i = 0; i < 2; i++) {
             const Weights w = fold_maximum<HD>(m[i], leaf.m[i]);
             l[i] = folded(l[i], leaf.l[i], w);
-            o[i] = folded(o[i], leaf.o[i], w);
-            o[i + 2] = folded(o[i + 2], leaf.o[i + 2], w);
+#pragma unroll
+            for (int k = 0; k < OWN; k++) {
+                o[k][i] = folded(o[k][i], leaf.o[k][i], w);
+                o[k][i + 2] = folded(o[k][i + 2], leaf.o[k][i + 2], w);
+            }
         }
     }
 };
 
-template <int HD, int HEADS>
-__device__ __forceinline__ void store_partial(const DecodeArgs &args, unsigned index, unsigned item, const State &state,
+template <int HD, int HEADS, int OWN>
+__device__ __forceinline__ void store_partial(const DecodeArgs &args, unsigned index, unsigned item, const State<OWN> &state,
                                               unsigned warp, unsigned lane) {
+    using M = MTiles<HD, HEADS>;
     const unsigned pairs = args.pairs(), pair = lane % 4;
     float4 *partial = args.partials + ((size_t)index * args.items + item) * (pairs * (HD / 2 + 1));
     if (pair >= pairs)
         return;
-    if (warp < HEADS * (HD / 16) && args.head_of<HEADS>(2 * pair) == warp / (HD / 16))
-        partial[pair * (HD / 2) + warp % (HD / 16) * 8 + lane / 4] = make_float4(state.o[0], state.o[1], state.o[2], state.o[3]);
+#pragma unroll
+    for (int k = 0; k < OWN; k++) {
+        const unsigned tile = warp * OWN + k;
+        const float(&o)[4] = state.o[k];
+        if (tile < M::ALL && args.head_of<HEADS>(2 * pair) == tile / M::PARTS)
+            partial[pair * (HD / 2) + tile % M::PARTS * 8 + lane / 4] = make_float4(o[0], o[1], o[2], o[3]);
+    }
     if (warp == 0 && lane < 4)
         partial[pairs * (HD / 2) + pair] = make_float4(state.m[0], state.m[1], state.l[0], state.l[1]);
 }
 
 // out = o * (1 / l) of a warp's dims.
-template <int HD, int HEADS>
-__device__ __forceinline__ void write_out(const DecodeArgs &args, const Unit &unit, const State &state, unsigned warp,
+template <int HD, int HEADS, int OWN>
+__device__ __forceinline__ void write_out(const DecodeArgs &args, const Unit &unit, const State<OWN> &state, unsigned warp,
                                           unsigned lane) {
-    bf16 *out = args.out + args.query_offset(unit.segment.row, unit.item, HD) + warp % (HD / 16) * 16 + lane / 4;
-    if (warp >= HEADS * (HD / 16))
-        return;
+    using M = MTiles<HD, HEADS>;
+    bf16 *out = args.out + args.query_offset(unit.segment.row, unit.item, HD) + lane / 4;
 #pragma unroll
     for (int i = 0; i < 2; i++) {
         const unsigned query = lane % 4 * 2 + i;
         const float inverse = __frcp_rn(state.l[i]);
-        if (query >= args.queries(unit.item) || args.head_of<HEADS>(query) != warp / (HD / 16))
+        if (query >= args.queries(unit.item))
             continue;
-        out[query * HD] = __float2bfloat16_rn(__fmul_rn(state.o[i], inverse));
-        out[query * HD + 8] = __float2bfloat16_rn(__fmul_rn(state.o[i + 2], inverse));
+#pragma unroll
+        for (int k = 0; k < OWN; k++) {
+            const unsigned tile = warp * OWN + k, dim = tile % M::PARTS * 16;
+            if (tile >= M::ALL || args.head_of<HEADS>(query) != tile / M::PARTS)
+                continue;
+            out[query * HD + dim] = __float2bfloat16_rn(__fmul_rn(state.o[k][i], inverse));
+            out[query * HD + dim + 8] = __float2bfloat16_rn(__fmul_rn(state.o[k][i + 2], inverse));
+        }
     }
 }
 
@@ -67,12 +90,16 @@ struct Element {
     float m, l, o;
 
     __device__ __forceinline__ static Element nothing() { return {minus_infinity(), 0.0f, 0.0f}; }
-    // Of a state, whose element `second` of a pair of queries the four lanes of a quad hold among them: lane q takes o[q].
-    __device__ __forceinline__ static Element of(const State &state, unsigned pair, unsigned second, unsigned lane) {
+    // Of a state's m-tile k, whose element `second` of a pair of queries the four lanes of a quad hold among them: lane q takes o[q].
+    template <int OWN>
+    __device__ __forceinline__ static Element of(const State<OWN> &state, unsigned k, unsigned pair, unsigned second, unsigned lane) {
         const unsigned from = (lane & ~3u) + pair;
         const auto get = [&](float value) { return __shfl_sync(FULL_WARP, value, from); };
         const float m[2] = {get(state.m[0]), get(state.m[1])}, l[2] = {get(state.l[0]), get(state.l[1])};
-        const float o[4] = {get(state.o[0]), get(state.o[1]), get(state.o[2]), get(state.o[3])};
+        float o[4];
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+            o[i] = get(OWN == 1 || k == 0 ? state.o[0][i] : state.o[OWN - 1][i]);
         const unsigned q = lane % 4;
         return {second ? m[1] : m[0], second ? l[1] : l[0], q < 2 ? (q == 0 ? o[0] : o[1]) : (q == 2 ? o[2] : o[3])};
     }
@@ -87,24 +114,27 @@ struct Element {
 #define MERGED_AT_ONCE 8
 static_assert(SPAN_LEAVES % MERGED_AT_ONCE == 0, "a span begins with the first of them");
 
-// Folds a row's partials of an item, and writes its output: each thread an element at a time, many partials in flight. Partial
-// `own` is `state`, not in memory; or none is. Counts none for the next launch.
-template <int HD, int HEADS>
-__device__ __forceinline__ void merge(const DecodeArgs &args, const Unit &unit, unsigned own, const State &state,
+// Folds a row's partials of an item, and writes its output: each thread an element at a time, of its warp's m-tiles, many partials
+// in flight. Partial `own` is `state`, not in memory; or none is. Counts none for the next launch.
+template <int HD, int HEADS, int OWN>
+__device__ __forceinline__ void merge(const DecodeArgs &args, const Unit &unit, unsigned own, const State<OWN> &state,
                                       unsigned lane) {
+    static_assert(OWN <= 2, "two m-tiles a warp");
+    using M = MTiles<HD, HEADS>;
     const unsigned pairs = args.pairs(), size = pairs * (HD / 2 + 1) * 4, total = unit.segment.total;
     const unsigned leaf_of_0 = unit.segment.second_partial() - 1; // the last one of the row's first partial
     const float *partials = reinterpret_cast<const float *>(args.partials) +
                             ((size_t)unit.segment.base * args.items + unit.item) * size;
+    const unsigned first_tile = threadIdx.x / 32 * OWN;
 #pragma unroll 1
     for (unsigned n = threadIdx.x; n < pairs * (HD * 2); n += DECODE_READERS) {
-        // Of several heads each has warps of its own, which hold its dims.
-        constexpr unsigned OWN = DECODE_READERS / HEADS;
-        const unsigned here = n % DECODE_READERS / OWN * (pairs / HEADS * (HD * 2)) + n / DECODE_READERS * OWN + n % OWN;
-        const unsigned e = HEADS == 1 ? n : here;
+        // Where all warps have m-tiles, a warp's elements are those of its tiles, k of OWN, pair by pair of their head's.
+        constexpr bool ALL_HAVE = M::ALL >= DECODE_WARPS;
+        const unsigned k = n / DECODE_READERS % OWN, its_pair = first_tile / M::PARTS * (pairs / HEADS) + n / DECODE_READERS / OWN;
+        const unsigned its = its_pair * (HD * 2) + (first_tile % M::PARTS + k) * 32 + n % 32, e = ALL_HAVE ? its : n;
         const unsigned pair = e / (HD * 2), second = e % 2, quad = e % (HD * 2) / 4;
         const unsigned m_at = (pairs * (HD / 2) + pair) * 4 + second, l_at = m_at + 2;
-        const Element mine = Element::of(state, pair, second, lane);
+        const Element mine = Element::of(state, k, pair, second, lane);
         Element merged = Element::nothing(), span = merged;
 #pragma unroll 1
         for (int first = -(int)(leaf_of_0 % MERGED_AT_ONCE); first < (int)total; first += MERGED_AT_ONCE) {

@@ -1,10 +1,11 @@
 // attention_ring: keys and values on their way from pages to a block's warps, through a ring of stages in shared memory.
 //
-//   stage   the keys of a unit, or its values: up to 128 tokens; beside keys the unit itself and, at a turn's first, its queries
+//   stage   a section of a unit's keys, or of its values: a tile for each warp that reads; beside a turn's first keys the unit itself
 //   order   keys, values, keys, values, ... of unit after unit; behind the last, keys of a unit that says `is_end`
+//   queries a turn's, in a ring of their own: they come with the first keys
 //
 // On Hopper a warp of its own fills the ring: each lane copies a page's share of a leaf (the bytes as they lie, swizzled
-// already), which completes on the stage's `full`; threads that have read a stage arrive at its `empty`. Bytes are read once,
+// already), which completes on the stage's `full`; warps that have read a stage arrive at its `empty`. Bytes are read once,
 // so L2 is told to evict them first. A block's first turn is its number; from then on it takes whichever is next, so that
 // blocks that memory serves better do more. Elsewhere all threads copy 16 bytes each, one stage ahead, and turns are dealt
 // round.
@@ -39,7 +40,6 @@
 // Rows of a step before a row, of the same sequence (core's speculation.rs).
 #define DRAFTS_MAX 15
 
-#define DECODE_WARPS 8
 #define DECODE_READERS (DECODE_WARPS * 32)
 
 // A barrier of the warps that read.
@@ -47,25 +47,26 @@ __device__ __forceinline__ void readers_barrier() { asm volatile("bar.sync 1, %0
 
 // Where things lie in shared memory. HEADS kv heads share a stage.
 template <int HD, int HEADS, int STAGES, bool FP8> struct Stages {
+    static constexpr unsigned SECTION = DECODE_WARPS * TILE, SECTIONS = LEAF / SECTION; // tokens of a stage; stages of a leaf
     static constexpr unsigned TILE_BYTES = TILE * HD * (FP8 ? 1 : 2), SCALE_BYTES = FP8 ? 2 : 0;
-    static constexpr unsigned HEAD_BYTES = LEAF_TILES * TILE_BYTES, QUERY_BYTES = 8 * HD * 2;
-    static constexpr unsigned BYTES = HEADS * (HEAD_BYTES + LEAF * SCALE_BYTES);
+    static constexpr unsigned HEAD_BYTES = DECODE_WARPS * TILE_BYTES, QUERY_BYTES = 8 * HD * 2;
+    static constexpr unsigned BYTES = HEADS * (HEAD_BYTES + SECTION * SCALE_BYTES);
+    // Turns that have stages in the ring at once: their first keys are a unit apart at least.
+    static constexpr unsigned TURNS = (STAGES + 2 * SECTIONS - 1) / (2 * SECTIONS);
+    // Who arrives at a stage's `full`: a lane that says how many bytes bulk copies bring, and all that copy scales.
+    static constexpr unsigned FILLERS = FP8 ? 33 : 1;
     unsigned base;
 
     __device__ __forceinline__ unsigned tokens(unsigned stage) const { return base + stage * BYTES; }
     // A scale for each token, of fp8.
     __device__ __forceinline__ unsigned scales(unsigned stage, unsigned head) const {
-        return tokens(stage) + HEADS * HEAD_BYTES + head * LEAF * SCALE_BYTES;
+        return tokens(stage) + HEADS * HEAD_BYTES + head * SECTION * SCALE_BYTES;
     }
-    __device__ __forceinline__ unsigned queries(unsigned stage) const {
-        return base + STAGES * BYTES + stage * QUERY_BYTES;
-    }
+    __device__ __forceinline__ unsigned queries(unsigned turn) const { return base + STAGES * BYTES + turn * QUERY_BYTES; }
     __device__ __forceinline__ unsigned unit(unsigned stage) const {
-        return base + STAGES * (BYTES + QUERY_BYTES) + stage * Unit::BYTES;
+        return base + STAGES * BYTES + TURNS * QUERY_BYTES + stage * Unit::BYTES;
     }
-    __device__ __forceinline__ unsigned full(unsigned stage) const {
-        return base + STAGES * (BYTES + QUERY_BYTES + Unit::BYTES) + stage * 16;
-    }
+    __device__ __forceinline__ unsigned full(unsigned stage) const { return unit(STAGES) + stage * 16; }
     __device__ __forceinline__ unsigned empty(unsigned stage) const { return full(stage) + 8; }
     // Beside a turn's last values: have all others that share the row been counted?
     __device__ __forceinline__ unsigned others_arrived(unsigned stage) const { return unit(stage) + Unit::SPARE; }
@@ -86,7 +87,15 @@ __device__ __forceinline__ void wait_for(unsigned barrier, unsigned parity) {
     while (!done);
 }
 
-__device__ __forceinline__ void bulk_copy(unsigned to, const bf16 *from, unsigned bytes, unsigned barrier,
+// 16 bytes, by the thread itself; it arrives at a barrier when what it has copied so is there.
+__device__ __forceinline__ void copy_16(unsigned to, const void *from, unsigned long long policy) {
+    asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "l"(policy) : "memory");
+}
+__device__ __forceinline__ void arrive_copied(unsigned barrier) {
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
+}
+
+__device__ __forceinline__ void bulk_copy(unsigned to, const void *from, unsigned bytes, unsigned barrier,
                                           unsigned long long policy) {
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(to),
                  "l"(from), "r"(bytes), "r"(barrier), "l"(policy)
@@ -95,28 +104,66 @@ __device__ __forceinline__ void bulk_copy(unsigned to, const bf16 *from, unsigne
 
 // The filling warp.
 template <int HD, int HEADS, int STAGES, bool FP8> struct Filler {
+    using S = Stages<HD, HEADS, STAGES, FP8>;
     static constexpr unsigned FLIGHT = (2 * STAGES + 2) / 3; // stages that may be on their way at once
+    static constexpr unsigned OF_UNIT = 2 * S::SECTIONS;     // stages of a unit: its keys', then its values'
+    static constexpr unsigned ROW_BYTES = S::TILE_BYTES / TILE;
     const DecodeArgs &args;
-    Stages<HD, HEADS, STAGES, FP8> stages;
+    S stages;
     Place<STAGES> place;
+    Place<S::TURNS> turn; // of queries
     unsigned lane;
     unsigned long long policy;
-    unsigned page; // of the lane's copy
+    unsigned step, head, first;   // the lane's copy of a leaf: of so many tokens, of which head, and the leaf's that it begins with
+    unsigned scales_head, eighth; // and its eight scales
+    unsigned page_bytes;
 
-    __device__ __forceinline__ Filler(const DecodeArgs &args, Stages<HD, HEADS, STAGES, FP8> stages, unsigned lane)
-        : args(args), stages(stages), lane(lane), page(0) {
+    __device__ __forceinline__ Filler(const DecodeArgs &args, S stages, unsigned lane) : args(args), stages(stages), lane(lane) {
+        constexpr unsigned MOST = S::SECTION == 128 ? 7 : 6;
+        static_assert(S::SECTION == 1 << MOST, "a copy has a page's tokens, or a section's");
         asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+        const unsigned shift = min(args.page_shift, MOST), copies = LEAF >> shift; // of a head's leaf
+        step = 1 << shift;
+        head = lane / copies;
+        first = lane % copies * step;
+        scales_head = lane / (LEAF / 8);
+        eighth = lane % (LEAF / 8) * 8;
+        const unsigned rows = args.kv_heads << args.page_shift;
+        page_bytes = FP8 ? fp8_page_bytes<HD>(rows) : rows * ROW_BYTES;
     }
-    // A leaf of a head is 1 << shares() copies. A lane's: of which head, of how many tokens, and the leaf's that it begins with.
-    __device__ __forceinline__ unsigned shares() const { return 7 - min(args.page_shift, 7u); }
-    __device__ __forceinline__ unsigned head() const { return lane >> shares(); }
-    __device__ __forceinline__ unsigned step() const { return LEAF >> shares(); }
-    __device__ __forceinline__ unsigned first() const { return (lane & ((1u << shares()) - 1)) * step(); }
 
-    __device__ __forceinline__ void look_up(const Unit &unit) {
-        const unsigned token = unit.leaf * LEAF + first();
-        if (head() < HEADS && token < unit.segment.kv_len)
-            page = args.page_table[(size_t)unit.segment.slot * args.table_width + (token >> args.page_shift)];
+    // A unit's, of which the lane knows where its copies come from: in bytes from the first page on.
+    struct Source {
+        Unit unit;
+        unsigned page;
+        size_t rows, scales;
+        unsigned tokens; // that the lane copies
+    };
+    // Begins a load of the page that the lane copies from.
+    __device__ __forceinline__ void look_up(Source &source) const {
+        const Unit &unit = source.unit;
+        const unsigned token = unit.leaf * LEAF + first;
+        source.page = 0;
+        if (head < HEADS && token < unit.segment.kv_len)
+            source.page = args.page_table[(size_t)unit.segment.slot * args.table_width + (token >> args.page_shift)];
+    }
+    // Bytes to a head's row of such a page, and to its scale.
+    __device__ __forceinline__ size_t at(unsigned page, unsigned row, unsigned row_bytes) const {
+        return (size_t)page * page_bytes + row * row_bytes;
+    }
+    __device__ __forceinline__ unsigned row_of(const Unit &unit, unsigned head, unsigned token) const {
+        return ((args.group_of(unit.item) * HEADS + head) << args.page_shift) + (token & ((1u << args.page_shift) - 1));
+    }
+    // What follows of the page.
+    __device__ __forceinline__ void locate(Source &source) const {
+        const Unit &unit = source.unit;
+        const unsigned there = unit.tiles() * TILE;
+        source.rows = at(source.page, row_of(unit, head, first), ROW_BYTES);
+        source.tokens = head < HEADS && first < there ? min(step, there - first) : 0;
+        if constexpr (FP8) {
+            const unsigned page = __shfl_sync(FULL_WARP, source.page, eighth / step);
+            source.scales = at(page, row_of(unit, scales_head, eighth), 2) + (args.kv_heads << args.page_shift) * HD;
+        }
     }
     // Have all others that share the row left their partials in memory? A look that need not be the last.
     __device__ __forceinline__ bool others_arrived(const Unit &unit) const {
@@ -129,92 +176,101 @@ template <int HD, int HEADS, int STAGES, bool FP8> struct Filler {
                      : "memory");
         return arrived + unit.segment.partials() == unit.segment.total;
     }
-    // Says what the stage there will hold.
-    __device__ __forceinline__ void announce(const Unit &unit, bool values, Place<STAGES> there, bool others = false) const {
-        unsigned bytes = unit.tiles() * (stages.TILE_BYTES + TILE * stages.SCALE_BYTES) * HEADS;
-        if (!values && unit.is_first())
+    // Says what the stage there will hold: the unit's stage `part`.
+    __device__ __forceinline__ void announce(const Unit &unit, unsigned part, Place<STAGES> there, bool others = false) const {
+        const unsigned before = part % S::SECTIONS * DECODE_WARPS, tiles = unit.tiles(); // tiles of the leaf
+        unsigned bytes = tiles > before ? min(tiles - before, DECODE_WARPS) * S::TILE_BYTES * HEADS : 0;
+        if (part == 0 && unit.is_first())
             bytes += args.queries(unit.item) * HD * 2;
         if (lane == 0) {
-            if (!values)
+            if (part == 0 && unit.is_first())
                 unit.store(stages.unit(there.at));
-            else
+            if (part == S::SECTIONS)
                 asm volatile("st.shared.u32 [%0], %1;" ::"r"(stages.others_arrived(there.at)), "r"(others ? 1 : 0) : "memory");
             asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(stages.full(there.at)), "r"(bytes)
                          : "memory");
         }
         __syncwarp();
     }
-    // Copies rows of the lane's head, whole tiles from row `in_page` of its page on, to where its share of a stage lies.
-    __device__ __forceinline__ void copy_tokens(unsigned stage, const bf16 *kept, unsigned kv_head, unsigned in_page,
-                                                unsigned rows) const {
-        const unsigned to = stages.tokens(stage) + head() * stages.HEAD_BYTES, full = stages.full(stage);
-        if constexpr (FP8) {
-            const unsigned in_all = args.kv_heads << args.page_shift, row = (kv_head << args.page_shift) + in_page;
-            const char *begin = reinterpret_cast<const char *>(kept) + (size_t)page * fp8_page_bytes<HD>(in_all);
-            bulk_copy(to + first() * HD, reinterpret_cast<const bf16 *>(begin + row * HD), rows * HD, full, policy);
-            bulk_copy(stages.scales(stage, head()) + first() * 2, reinterpret_cast<const bf16 *>(begin + in_all * HD) + row, rows * 2,
-                      full, policy);
-        } else {
-            const size_t block = (size_t)page * args.kv_heads + kv_head;
-            bulk_copy(to + first() * HD * 2, kept + ((block << args.page_shift) + in_page) * HD, rows * HD * 2, full, policy);
-        }
+    // Does the kernel before write to any of the row's `tokens` tokens from `begin` on?
+    __device__ __forceinline__ bool is_newest(const Unit &unit, unsigned begin, unsigned tokens) const {
+        return unit.leaf * LEAF + begin + tokens + DRAFTS_MAX >= unit.segment.kv_len;
     }
-    // Starts the copies of a stage: those that the kernel before does not write to, or those that it does.
-    __device__ __forceinline__ void copy(const Unit &unit, bool values, Place<STAGES> there, bool older, bool newer) const {
-        const unsigned begin = unit.leaf * LEAF + first(), end = unit.leaf * LEAF + unit.tiles() * TILE;
-        if (head() < HEADS && begin < end) {
-            const bool newest = begin + step() + DRAFTS_MAX >= unit.segment.kv_len;
-            const unsigned in_page = begin & ((1u << args.page_shift) - 1);
-            const unsigned kv_head = args.group_of(unit.item) * HEADS + head();
-            if (newest ? newer : older)
-                copy_tokens(there.at, values ? args.v : args.k, kv_head, in_page, min(step(), end - begin));
+    // Starts the copies of a stage: those that the kernel before does not write to, or those that it does. Scales are copied eight a
+    // lane: a page's are too few for the copy engine, which takes one lane's copy after the other.
+    __device__ __forceinline__ void copy(const Source &source, unsigned part, Place<STAGES> there, bool older, bool newer,
+                                         unsigned turn) const {
+        const Unit &unit = source.unit;
+        const char *kept = reinterpret_cast<const char *>(part < S::SECTIONS ? args.k : args.v);
+        const unsigned full = stages.full(there.at), section = part % S::SECTIONS;
+        if constexpr (FP8) {
+            const bool is_here = scales_head < HEADS && eighth / S::SECTION == section && eighth < unit.tiles() * TILE;
+            if (is_here && (is_newest(unit, eighth & ~(TILE - 1), TILE) ? newer : older))
+                copy_16(stages.scales(there.at, scales_head) + eighth % S::SECTION * 2, kept + source.scales, policy);
+            if (newer)
+                arrive_copied(full);
         }
-        if (lane == 31 && newer && !values && unit.is_first())
-            bulk_copy(stages.queries(there.at), args.q + args.query_offset(unit.segment.row, unit.item, HD),
-                      args.queries(unit.item) * HD * 2, stages.full(there.at), policy);
+        if (source.tokens > 0 && first / S::SECTION == section && (is_newest(unit, first, step) ? newer : older))
+            bulk_copy(stages.tokens(there.at) + head * S::HEAD_BYTES + first % S::SECTION * ROW_BYTES, kept + source.rows,
+                      source.tokens * ROW_BYTES, full, policy);
+        if (part == 0 && newer && unit.is_first()) {
+            if (lane == 0)
+                bulk_copy(stages.queries(turn), args.q + args.query_offset(unit.segment.row, unit.item, HD),
+                          args.queries(unit.item) * HD * 2, full, policy);
+        }
         __syncwarp();
     }
-    __device__ __forceinline__ void fill(const Unit &unit, bool values) {
+    __device__ __forceinline__ void fill(const Source &source, unsigned part) {
         wait_for(stages.empty(place.at), place.parity ^ 1);
-        const unsigned before = (place.at + STAGES - FLIGHT) % STAGES;
+        const unsigned before = place.at >= FLIGHT ? place.at - FLIGHT : place.at + STAGES - FLIGHT;
         wait_for(stages.full(before), place.parity ^ (before > place.at));
-        copy(unit, values, place, true, true); // on their way while the look at others is
-        announce(unit, values, place, values && lane == 0 && others_arrived(unit));
+        copy(source, part, place, true, true, turn.at); // on their way while the look at others is
+        const Unit &unit = source.unit;
+        announce(unit, part, place, part == S::SECTIONS && lane == 0 && others_arrived(unit));
+        if (part == 0 && unit.is_first())
+            turn.advance();
         place.advance();
     }
     // Fills the whole ring, as far as the first turn does: before the wait what the kernel before does not write, behind it
-    // the rest. Leaves `unit` where to go on, and says whether that unit's keys are in the ring already.
-    __device__ __forceinline__ bool fill_first(Unit &unit) {
-        unsigned pages[(STAGES + 1) / 2], filled = 0;
-        const Unit first = unit;
+    // the rest. Leaves `source` where to go on, and says how many of that unit's stages are in the ring already.
+    __device__ __forceinline__ unsigned fill_first(Source &source) {
+        constexpr unsigned UNITS = (STAGES + OF_UNIT - 1) / OF_UNIT;
+        Source of[UNITS]; // their units are `source`'s, but for the leaf
+        unsigned filled = 0;
         const Place<STAGES> begin = place;
 #pragma unroll
+        for (int i = 0; i < UNITS; i++) {
+            of[i] = source;
+            of[i].unit.leaf += i;
+            look_up(of[i]);
+        }
+#pragma unroll
         for (int i = 0; i < STAGES; i++) {
-            if (i % 2 == 0) {
-                if (unit.is_past())
+            Source &at_hand = of[i / OF_UNIT];
+            if (i % OF_UNIT == 0) {
+                if (at_hand.unit.is_past())
                     break;
-                look_up(unit);
-                pages[i / 2] = page;
+                locate(at_hand);
             }
-            announce(unit, i % 2, place);
-            copy(unit, i % 2, place, true, false);
+            announce(at_hand.unit, i % OF_UNIT, place);
+            copy(at_hand, i % OF_UNIT, place, true, false, turn.at);
             place.advance();
             filled++;
-            unit.leaf += i % 2;
         }
         dependent_wait();
-        Unit again = first;
         Place<STAGES> there = begin;
 #pragma unroll
         for (int i = 0; i < STAGES; i++) {
             if (i >= filled)
                 break;
-            page = pages[i / 2];
-            copy(again, i % 2, there, false, true);
+            copy(of[i / OF_UNIT], i % OF_UNIT, there, false, true, turn.at);
             there.advance();
-            again.leaf += i % 2;
         }
-        return filled % 2;
+        turn.advance();
+        const bool in_part = filled % OF_UNIT > 0;
+        source = of[UNITS - 1];
+        source.unit.leaf = of[0].unit.leaf + filled / OF_UNIT;
+        return in_part ? filled % OF_UNIT : 0;
     }
     // Waits from when a block of the other half has taken a turn until all its blocks work on their last one, or some
     // microseconds after its last turn was taken, if not all its blocks are there.
@@ -231,44 +287,71 @@ template <int HD, int HEADS, int STAGES, bool FP8> struct Filler {
         unsigned *taken = args.arrived + args.arrived_count;
         return lane == 0 ? atomicAdd(taken, 1) : 0;
     }
-    __device__ __forceinline__ void run() {
+    // The first unit of the turn that was taken, or the end.
+    __device__ __forceinline__ void begin_taken(Unit &unit, unsigned &taken) const {
         const unsigned blocks = min(gridDim.x, args.turns);
-        Unit unit;
-        unit.begin(args, blockIdx.x);
-        bool has_keys = fill_first(unit);
+        taken = __shfl_sync(FULL_WARP, taken, 0);
+        if (blocks + taken < args.turns)
+            unit.begin(args, blocks + taken);
+        else
+            unit.segment.leaves = 0;
+    }
+    __device__ __forceinline__ void run() {
         const bool at_begin = args.other_taken != nullptr;
+        Source source;
+        Unit &unit = source.unit;
+        unit.begin(args, blockIdx.x);
+        unsigned part = fill_first(source);
         if (at_begin)
             give_way();
         unsigned taken;
-        while (true) {
-            bool has_taken = at_begin;
-            if (at_begin)
+        bool has_taken = at_begin || unit.is_past();
+        if (has_taken)
+            taken = take_turn();
+        if (unit.is_past()) { // the ring held all of the first turn
+            begin_taken(unit, taken);
+            has_taken = at_begin && !unit.is_end();
+            if (has_taken)
                 taken = take_turn();
-            for (; !unit.is_past(); unit.leaf++) {
-                if (!has_taken && unit.is_last()) {
-                    taken = take_turn();
-                    has_taken = true;
-                }
-                if (!has_keys) {
-                    look_up(unit);
-                    fill(unit, false);
-                }
-                has_keys = false;
-                fill(unit, true);
-            }
-            if (!has_taken) // the ring held all of the first turn
-                taken = take_turn();
-            taken = __shfl_sync(FULL_WARP, taken, 0);
-            if (blocks + taken >= args.turns)
-                break;
-            unit.begin(args, blocks + taken);
         }
-        if (args.other_taken != nullptr)
+        if (part == 0 && !unit.is_end())
+            look_up(source);
+        while (!unit.is_end()) {
+            if (!has_taken && unit.is_last()) {
+                taken = take_turn();
+                has_taken = true;
+            }
+            if (part == 0)
+                locate(source);
+#pragma unroll 1
+            for (; part < S::SECTIONS; part++)
+                fill(source, part);
+            // What comes next, and where it lies, is asked for while this unit's values wait for room.
+            Source next = source;
+            next.unit.leaf++;
+            if (next.unit.is_past())
+                begin_taken(next.unit, taken);
+            if (!next.unit.is_end())
+                look_up(next);
+#pragma unroll 1
+            for (; part < OF_UNIT; part++)
+                fill(source, part);
+            part = 0;
+            const bool begins = unit.is_last();
+            source = next;
+            if (begins) {
+                has_taken = at_begin && !unit.is_end();
+                if (has_taken)
+                    taken = take_turn();
+            }
+        }
+        if (at_begin)
             dependent_launch();
         if (lane == 0 && taken == args.turns - 1)
             args.arrived[args.arrived_count] = 0;
-        unit.segment.leaves = 0;
         wait_for(stages.empty(place.at), place.parity ^ 1);
+        if constexpr (FP8)
+            arrive_copied(stages.full(place.at)); // of none
         if (lane == 0) {
             unit.store(stages.unit(place.at));
             asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(stages.full(place.at)) : "memory");
@@ -290,9 +373,11 @@ template <int HD, int HEADS, int STAGES, bool FP8> struct Ring {
         asm volatile("ld.shared.u32 %0, [%1];" : "=r"(others) : "r"(stages.others_arrived(place.at)) : "memory");
         return others;
     }
-    // Gives the stage at hand back, when the thread has read what it wants of it.
+    // Gives the stage at hand back, when the warp has read what it wants of it.
     __device__ __forceinline__ void release() {
-        asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(stages.empty(place.at)) : "memory");
+        __syncwarp();
+        if (threadIdx.x % 32 == 0)
+            asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(stages.empty(place.at)) : "memory");
         place.advance();
     }
 };
@@ -301,8 +386,8 @@ template <int HD, int HEADS, int STAGES, bool FP8>
 __device__ __forceinline__ void prepare(const Stages<HD, HEADS, STAGES, FP8> &stages) {
     if (threadIdx.x == 0) {
         for (unsigned i = 0; i < STAGES; i++) {
-            asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(stages.full(i)) : "memory");
-            asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(stages.empty(i)), "n"(DECODE_READERS) : "memory");
+            asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(stages.full(i)), "n"(Stages<HD, HEADS, STAGES, FP8>::FILLERS) : "memory");
+            asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(stages.empty(i)), "n"(DECODE_WARPS) : "memory");
         }
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
         asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
@@ -320,6 +405,7 @@ template <int HD, int HEADS, int STAGES, bool FP8> struct Ring {
     Unit ahead; // whose keys or values are copied next
     unsigned turn;
     bool values;
+    static_assert(Stages<HD, HEADS, STAGES, FP8>::SECTIONS == 1 && Stages<HD, HEADS, STAGES, FP8>::TURNS == 1, "a stage is a leaf");
 
     __device__ __forceinline__ Ring(const DecodeArgs &args, Stages<HD, HEADS, STAGES, FP8> stages)
         : args(args), stages(stages), turn(blockIdx.x), values(false) {
@@ -341,20 +427,20 @@ template <int HD, int HEADS, int STAGES, bool FP8> struct Ring {
             copy(stages.tokens(stage) + (t * CHUNKS + chunk) * 16, (values ? args.v : args.k) + row * HD + chunk * 8, exists);
         }
     }
-    __device__ __forceinline__ void copy_queries(unsigned stage) const {
+    __device__ __forceinline__ void copy_queries() const {
         const unsigned chunk = threadIdx.x;
         if (chunk < args.queries(ahead.item) * (HD / 8))
-            copy(stages.queries(stage) + chunk * 16,
+            copy(stages.queries(0) + chunk * 16,
                  args.q + args.query_offset(ahead.segment.row, ahead.item, HD) + chunk * 8, true);
     }
     // Starts the copies of what follows, and goes on.
     __device__ __forceinline__ void copy_next(unsigned stage) {
-        if (!values && threadIdx.x == 0)
+        if (!values && threadIdx.x == 0 && (ahead.is_end() || ahead.is_first()))
             ahead.store(stages.unit(stage));
         if (!ahead.is_end()) {
             copy_tokens(stage);
             if (!values && ahead.is_first())
-                copy_queries(stage);
+                copy_queries();
             values = !values;
             if (!values)
                 advance();

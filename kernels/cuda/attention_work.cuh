@@ -11,6 +11,7 @@
 // state is enough, that first segment lies in one span or ends with one.
 #pragma once
 #include "attention.cuh"
+#include "words.cuh"
 
 struct Segment {
     unsigned row, slot, kv_len;
@@ -68,21 +69,6 @@ struct DecodeArgs {
     // float4s of a partial: for each pair of queries HD / 2 of o and one of (m, m, l, l).
     __device__ __forceinline__ unsigned pairs() const { return (min(group, 8u) + 1) / 2; }
 };
-
-__device__ __forceinline__ void store_words(unsigned address, uint4 words) {
-    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(words.x), "r"(words.y), "r"(words.z),
-                 "r"(words.w)
-                 : "memory");
-}
-
-__device__ __forceinline__ uint4 load_words(unsigned address) {
-    uint4 words;
-    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(words.x), "=r"(words.y), "=r"(words.z), "=r"(words.w)
-                 : "r"(address)
-                 : "memory");
-    return words;
-}
 
 // A leaf of a (segment, item).
 struct Unit {

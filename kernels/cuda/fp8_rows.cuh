@@ -1,16 +1,18 @@
 // fp8_rows: rows of keys and values in fp8, on their way into pages and out of them. core/src/kv.rs has the definition.
 //
-//   page             codes of all rows of head 0, of head 1, ..., then a scale for each of them, bf16; to a multiple of 128 bytes
+//   page             codes of all rows of head 0, of head 1, ..., then a scale for each of them, lifted; to a multiple of 128 bytes
 //   element          bf16(e4m3 * scale), the scale the best of the eight by which the row's largest magnitude becomes 240 to 448
 //
-// A row's codes are permuted so that a word of four is what a lane needs of two registers of an operand. Of 16 dims, word c is
+// A row's codes are permuted so that a word of four is what a lane needs of two registers of an operand, and packed (fp8.cuh). Of
+// 16 dims, word c is
 //
 //   keys     dims 2c + 8, 2c, 2c + 9, 2c + 1     word c of chunk k (of four) lies at byte 16 c + 4 k of its 64 dims; of rows of
 //                                                128 dims the halves of odd rows change places
 //   values   dims 2c, 2c + 8, 2c + 1, 2c + 9     word c at byte 4 c of its 16 dims; these lie where a row of bf16 has its chunks
 //                                                of 16 bytes, at chunk d ^ (t & 7), of rows of 64 dims at d ^ (t / 2 & 3)
 //
-// so that 16 bytes a lane, or ldmatrix of pairs of codes, transposed, find eight rows in different banks.
+// so that 16 bytes a lane, or ldmatrix of pairs of codes, transposed, find eight rows in different banks. Of 16 rows the scales lie
+// in the order 0, 1, 8, 9, 2, 3, 10, 11, ...: so do tokens in an operand's lanes.
 //
 // 1. Errors are summed in whole numbers: the scale that is chosen depends neither on who sums nor on the order. (Of a row that is
 //    cut, with more than 57,344, a sum may overflow; what it is then does not depend on them either.)
@@ -21,6 +23,7 @@
 #include <cuda_fp16.h>
 
 #include "fp8.cuh"
+#include "words.cuh"
 
 // Rows of a tile.
 constexpr unsigned FP8_TILE = 16;
@@ -37,47 +40,70 @@ template <int HD> __device__ __forceinline__ unsigned fp8_value_at(unsigned t, u
     return t * HD + (chunk ^ (HD == 128 ? t & 7 : t / 2 & 3)) * 16;
 }
 
+// Where a tile's row t has its scale among the tile's.
+__device__ __forceinline__ unsigned fp8_scale_at(unsigned t) { return t % 8 / 2 * 4 + t / 8 * 2 + t % 2; }
+
+// Where a lane's words lie in any tile: of keys, of their scales, and of values, whose chunks are `d` and, of lanes from 16 on, `d` or
+// the next. Worked out once: the compiler would do it for each tile again, which takes as long as widening some words.
+template <int HD> struct Fp8Lane {
+    unsigned keys, scales, values, value_scales;
+
+    __device__ __forceinline__ Fp8Lane(unsigned lane, unsigned d, unsigned chunks)
+        : keys(fp8_key_at<HD>(lane / 4, 0, lane % 4)), scales(fp8_scale_at(lane / 4) * 2),
+          values(fp8_value_at<HD>(lane & 15, d + lane / 16 % chunks)), value_scales(lane % 4 * 8) {
+        asm volatile("" : "+r"(keys), "+r"(scales), "+r"(values), "+r"(value_scales));
+    }
+};
+
 // A tile of keys as A operands, tokens x dims, in shared memory: attention.cuh's load_keys, chunk after chunk.
 template <int HD> struct Fp8Keys {
-    unsigned tile, lane, first, second; // lifted scales of rows lane / 4 and lane / 4 + 8
-    uint4 low, high;                    // their words of 64 dims
+    unsigned at, first, second; // of the lane's words; lifted scales of rows lane / 4 and lane / 4 + 8
+    uint4 low, high;            // their words of 64 dims
 
-    __device__ __forceinline__ Fp8Keys(unsigned tile, unsigned scales, unsigned lane) : tile(tile), lane(lane) {
-        first = scale(scales + lane / 4 * 2);
-        second = scale(scales + lane / 4 * 2 + 16);
+    __device__ __forceinline__ Fp8Keys(unsigned tile, unsigned scales, const Fp8Lane<HD> &lane) : at(tile + lane.keys) {
+        first = scale(scales + lane.scales);
+        second = scale(scales + lane.scales + 4);
     }
     __device__ __forceinline__ static unsigned scale(unsigned at) {
         unsigned short bits;
         asm volatile("ld.shared.u16 %0, [%1];" : "=h"(bits) : "r"(at) : "memory");
-        return fp8_lifted(bits * 0x10001u);
+        return bits * 0x10001u;
     }
     // Chunks in their order: k counts up, known when this is compiled.
     __device__ __forceinline__ void load(unsigned (&a)[4], unsigned k) {
         if (k % 4 == 0) {
-            low = fp8_load_words(tile + fp8_key_at<HD>(lane / 4, k, lane % 4));
-            high = fp8_load_words(tile + fp8_key_at<HD>(lane / 4 + 8, k, lane % 4));
+            const unsigned half = at ^ k / 4 * 64; // as fp8_key_at has it: a tile begins at a multiple of 128 bytes
+            low = load_words(half);
+            high = load_words(half + 8 * HD);
         }
         fp8_widen(a[0], a[2], k % 4 == 0 ? low.x : k % 4 == 1 ? low.y : k % 4 == 2 ? low.z : low.w, first);
         fp8_widen(a[1], a[3], k % 4 == 0 ? high.x : k % 4 == 1 ? high.y : k % 4 == 2 ? high.z : high.w, second);
     }
 };
 
-// A tile of values as the A operand, dims x tokens: attention.cuh's load_values.
-template <int HD>
-__device__ __forceinline__ void fp8_load_values(unsigned (&a)[4], unsigned tile, unsigned scales_of_it, unsigned d, unsigned lane) {
-    unsigned words[2], scales[2];
-    asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0,%1}, [%2];"
-                 : "=r"(words[0]), "=r"(words[1])
-                 : "r"(tile + fp8_value_at<HD>(lane & 15, d))
+// A tile of values as A operands, dims x tokens: attention.cuh's load_values, of COUNT chunks, one or two.
+template <int HD, int COUNT>
+__device__ __forceinline__ void fp8_load_values(unsigned (&a)[COUNT][4], unsigned tile, unsigned scales_of_it, const Fp8Lane<HD> &lane) {
+    unsigned words[COUNT][2], scales[2];
+    if constexpr (COUNT == 2)
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                     : "=r"(words[0][0]), "=r"(words[0][1]), "=r"(words[1][0]), "=r"(words[1][1])
+                     : "r"(tile + lane.values)
+                     : "memory");
+    else
+        asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0,%1}, [%2];"
+                     : "=r"(words[0][0]), "=r"(words[0][1])
+                     : "r"(tile + lane.values)
+                     : "memory");
+    asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];"
+                 : "=r"(scales[0]), "=r"(scales[1])
+                 : "r"(scales_of_it + lane.value_scales)
                  : "memory");
 #pragma unroll
-    for (int i = 0; i < 2; i++) {
-        asm volatile("ld.shared.u32 %0, [%1];"
-                     : "=r"(scales[i])
-                     : "r"(scales_of_it + i * 16 + lane % 4 * 4)
-                     : "memory");
-        fp8_widen(a[2 * i + 1], a[2 * i], words[i], fp8_lifted(scales[i]));
-    }
+    for (int k = 0; k < COUNT; k++)
+#pragma unroll
+        for (int i = 0; i < 2; i++)
+            fp8_widen(a[k][2 * i + 1], a[k][2 * i], words[k][i], scales[i]);
 }
 
 // e4m3's two nearest numbers as codes, x's below y's; beyond 448 is cut.
@@ -92,7 +118,7 @@ __device__ __forceinline__ float2 fp8_values(unsigned codes) {
     return __half22float2(*reinterpret_cast<__half2 *>(&halves));
 }
 
-// T rows whose elements lie in LANES lanes beside each other, N pairs each: their scales, and the lane's codes. `largest` are the rows'
+// T rows whose elements lie in LANES lanes beside each other, N pairs each: their scales, lifted, and the lane's codes. `largest` are the rows'
 // largest magnitudes' bits; `sum` adds what a row's lanes have. Each lane works out some of the eight scales for all. Rows side by
 // side hide each other's chains.
 template <int LANES, int T, int N, class Sum>
@@ -144,7 +170,7 @@ __device__ __forceinline__ void fp8_round(unsigned (&codes)[T][N], __nv_bfloat16
 #pragma unroll
         for (int j = 0; j < N; j++)
             codes[i][j] = fp8_codes(__fmul_rn(x[i][j].x, inverse), __fmul_rn(x[i][j].y, inverse));
-        scales[i] = largest[i] >= 0x7f800000u ? __ushort_as_bfloat16(0x7fff) : __float2bfloat16_rn(best[i]);
+        scales[i] = largest[i] >= 0x7f800000u ? __ushort_as_bfloat16(0x7fff) : __float2bfloat16_rn(best[i] * 0x1p120f);
     }
 }
 
@@ -153,23 +179,23 @@ __device__ __forceinline__ unsigned fp8_magnitude(float2 x) {
 }
 
 // The word of two codes of a chunk's lower dims and two of its higher ones.
-__device__ __forceinline__ unsigned fp8_key_word(unsigned low, unsigned high) { return __byte_perm(low, high, 0x1504); }
-__device__ __forceinline__ unsigned fp8_value_word(unsigned low, unsigned high) { return __byte_perm(low, high, 0x5140); }
-__device__ __forceinline__ unsigned fp8_value_of_key_word(unsigned word) { return __byte_perm(word, 0, 0x2301); }
+__device__ __forceinline__ unsigned fp8_key_word(unsigned low, unsigned high) { return fp8_packed(__byte_perm(low, high, 0x1504)); }
+__device__ __forceinline__ unsigned fp8_value_word(unsigned low, unsigned high) { return fp8_packed(__byte_perm(low, high, 0x5140)); }
 
 // Where a row lies.
 struct Fp8Place {
     char *tile; // the 16 rows that it is one of
     unsigned t; // which one
-    __nv_bfloat16 *scale;
+    __nv_bfloat16 *scale; // lifted
 
     // A page of `kv_heads` times `rows` rows, of whose head `head` it is row `row`.
     template <int HD>
     __device__ __forceinline__ static Fp8Place of(void *pages, unsigned page, unsigned kv_heads, unsigned rows, unsigned head,
                                                   unsigned row) {
         char *begin = static_cast<char *>(pages) + (size_t)page * fp8_page_bytes<HD>(kv_heads * rows);
-        const unsigned line = head * rows + row;
-        return {begin + line / FP8_TILE * FP8_TILE * HD, line % FP8_TILE, reinterpret_cast<__nv_bfloat16 *>(begin + kv_heads * rows * HD) + line};
+        const unsigned line = head * rows + row, t = line % FP8_TILE, first = line - t;
+        __nv_bfloat16 *scales = reinterpret_cast<__nv_bfloat16 *>(begin + kv_heads * rows * HD);
+        return {begin + first * HD, t, scales + first + fp8_scale_at(t)};
     }
 };
 

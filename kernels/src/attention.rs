@@ -12,20 +12,17 @@ pub const TILE: u32 = 16;
 /// Query heads that may share a key and value head (`PART_QUERIES` of the Hopper set).
 pub const GROUP_MAX: u32 = 64;
 
-/// Threads of a decode block that read keys and values (`DECODE_READERS`).
-const DECODE_READERS: u32 = 256;
-/// Bytes of dynamic shared memory of a decode block's warps together (`Decoder::SCRATCH`).
-const DECODE_SCRATCH: u32 = LEAF / TILE * (256 + 32) + 16 + DECODE_READERS * 32;
-
 /// The constants in which the two sets differ, for one head_dim, and for so many kv heads at once.
 #[derive(Clone, Copy, Debug)]
 pub struct Set {
     /// Decode blocks that a multiprocessor holds (`DECODE_BLOCKS`).
     pub decode_blocks: u32,
+    /// Warps of a decode block that read keys and values (`DECODE_WARPS`).
+    pub decode_warps: u32,
     /// Threads of a decode block (`DECODE_THREADS`).
     pub decode_threads: u32,
-    /// Bytes of dynamic shared memory of a decode block: stages (a leaf's keys or values, eight queries, a unit, two
-    /// barriers) and scratch.
+    /// Bytes of dynamic shared memory of a decode block: stages (a tile of keys or values a warp, a unit, two barriers), eight
+    /// queries of each turn that they are of (`TURNS`), and scratch (`Decoder::SCRATCH`).
     pub decode_shared: u32,
     /// The prefill kernel.
     pub prefill: Prefill,
@@ -75,17 +72,26 @@ impl Prefill {
 
 impl Set {
     /// The Hopper set's or the portable set's, whose decode blocks take so many kv heads at once (`HEADS`). With keys and values in
-    /// `fp8`, which Hopper's alone has, stages are more and smaller (`DECODE_STAGES`).
+    /// `fp8`, which Hopper's alone has, blocks are twice as many and half as large, and have more stages (`DECODE_STAGES`).
     pub const fn new(hopper: bool, head_dim: u32, heads: u32, fp8: bool) -> Set {
         let of_hopper = if fp8 { 5 } else { 3 } * 128 / (head_dim * heads);
-        let (blocks, stages) = if hopper { (2, of_hopper) } else { (1, 2) };
+        let (blocks, warps, stages) = match (hopper, fp8) {
+            (true, true) => (4, 4, of_hopper),
+            (true, false) => (2, 8, of_hopper),
+            (false, _) => (1, 8, 2),
+        };
         let row_bytes = if fp8 { head_dim + 2 } else { head_dim * 2 };
-        let leaf_bytes = LEAF * row_bytes * heads;
-        let stage_bytes = leaf_bytes + 8 * head_dim * 2 + 48 + 16;
+        let stage_bytes = warps * TILE * row_bytes * heads + 48 + 16;
+        let stages_of_unit = 2 * LEAF / (warps * TILE);
+        let turns = stages.div_ceil(stages_of_unit);
+        let m_tiles = heads * head_dim / 16;
+        let states = warps * 32 * 16 * (m_tiles.div_ceil(warps) + 1);
+        let scratch = LEAF / TILE * 256 + warps * 32 + m_tiles * 256 + 16 + states;
         Set {
             decode_blocks: blocks,
-            decode_threads: DECODE_READERS + if hopper { 32 } else { 0 },
-            decode_shared: stages * stage_bytes + DECODE_SCRATCH,
+            decode_warps: warps,
+            decode_threads: warps * 32 + if hopper { 32 } else { 0 },
+            decode_shared: stages * stage_bytes + turns * 8 * head_dim * 2 + scratch,
             prefill: if hopper { Prefill::hopper(head_dim) } else { Prefill::portable(head_dim) },
         }
     }

@@ -171,6 +171,27 @@ mod tests {
     }
 
     #[test]
+    fn what_is_in_fp8_is_explained_by_its_own_kernels() {
+        let decode = text("rows=8", "kv_fp8=1,weights_fp8=1", KernelSet::Auto);
+        let kernels = [
+            "fp8_weights_scale",
+            "fp8_qkv_fp8_normed_128x16",
+            "attention_decode_fp8_128",
+            "fp8_residual_128x16",
+        ];
+        assert!(kernels.iter().all(|kernel| decode.contains(kernel)), "{decode}");
+        let prefill = text("tokens=4096", "kv_fp8=1,weights_fp8=1", KernelSet::Auto);
+        let kernels = ["fp8_weights_widen", "fp8_encode_128", "fp8_widen_128", "attention_prefill_128"];
+        assert!(kernels.iter().all(|kernel| prefill.contains(kernel)), "{prefill}");
+        let pages = text("rows=128", "kv_fp8=1", KernelSet::Auto);
+        assert!(
+            pages.contains("decode_qkv_fp8_normed_64x64") && pages.contains("a stream of its own"),
+            "{pages}"
+        );
+        assert!(!pages.contains("fp8_encode"), "{pages}");
+    }
+
+    #[test]
     fn steps_of_the_largest_model_are_explained_or_refused_by_name() {
         let model: ModelShape = LARGEST.parse().unwrap();
         for kernels in [KernelSet::Hopper, KernelSet::Portable] {

@@ -2,7 +2,10 @@
 
 use std::str::FromStr;
 
-use minisgl_core::spec::{Attention, Bias, DecoderSpec, Dims, LayerSpec, Mixer, QkNorm, Rope};
+use minisgl_core::kv::KvFormat;
+use minisgl_core::spec::{
+    Attention, Bias, DecoderSpec, Dims, Fp8, Inputs, LayerSpec, Mixer, QkNorm, Rope, ScaleBlock, WeightFormat,
+};
 
 /// Sizes of a model that cases are taken from; by default those of Qwen3-0.6B.
 #[derive(Clone, Copy, Debug)]
@@ -19,6 +22,9 @@ pub struct ModelShape {
     pub(crate) window: Option<u32>,
     /// Have q, k and v biases, and heads no norms?
     pub(crate) bias: bool,
+    /// Are keys and values kept in fp8, and are matrices in it, whose inputs are not rounded?
+    kv_fp8: bool,
+    weights_fp8: bool,
 }
 
 /// No size of a model is larger, nor are all query heads of a token: so its weights are counted in 64 bits.
@@ -37,6 +43,8 @@ const SMALL: ModelShape = ModelShape {
     intermediate: 3072,
     window: None,
     bias: false,
+    kv_fp8: false,
+    weights_fp8: false,
 };
 
 /// Qwen3-0.6B and Qwen3-14B.
@@ -64,7 +72,12 @@ impl ModelShape {
         let rope = Some(Rope::plain(1e6, self.head_dim));
         let attention = Attention { bias, qk_norm, rope, window: self.window, ..Attention::plain() };
         let layer = LayerSpec { mixer: Mixer::Attention(attention), ..LayerSpec::plain() };
-        DecoderSpec::uniform(self.dims(), layer)
+        let fp8 = WeightFormat::Fp8(Fp8 { block: ScaleBlock::Row, inputs: Inputs::Plain });
+        DecoderSpec {
+            kv: self.kv_fp8.then_some(KvFormat::Fp8),
+            weights: if self.weights_fp8 { fp8 } else { WeightFormat::Bf16 },
+            ..DecoderSpec::uniform(self.dims(), layer)
+        }
     }
 
     /// The model, and where it has no window the same with one.
@@ -80,8 +93,8 @@ impl ModelShape {
     }
 }
 
-/// Sizes that differ from those of Qwen3-0.6B, a window, and whether there are biases: `heads=32,head_dim=64`,
-/// `window=4096,bias=1`.
+/// Sizes that differ from those of Qwen3-0.6B, a window, whether there are biases, and for an explanation what is in fp8:
+/// `heads=32,head_dim=64`, `window=4096,bias=1`, `kv_fp8=1,weights_fp8=1`.
 impl FromStr for ModelShape {
     type Err = String;
 
@@ -107,8 +120,13 @@ impl FromStr for ModelShape {
                     shape.window = Some(value).filter(|window| *window > 0);
                     continue;
                 }
-                "bias" => {
-                    shape.bias = value > 0;
+                "bias" | "kv_fp8" | "weights_fp8" => {
+                    let is_so = match name {
+                        "bias" => &mut shape.bias,
+                        "kv_fp8" => &mut shape.kv_fp8,
+                        _ => &mut shape.weights_fp8,
+                    };
+                    *is_so = value > 0;
                     continue;
                 }
                 _ => return Err(format!("a model has no size `{name}`")),

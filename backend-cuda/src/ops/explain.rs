@@ -9,12 +9,13 @@
 use minisgl_core::batch::{Row, StepShape};
 use minisgl_core::config::Limits;
 use minisgl_core::kv::KvFormat;
-use minisgl_core::spec::{Attention, Bias, DecoderSpec, Mixer, QkNorm};
+use minisgl_core::spec::{Attention, Bias, DecoderSpec, Mixer, QkNorm, WeightFormat};
 
 use super::attention::Planner;
 pub use super::described::Described;
 use super::embed::Ends;
-use super::gemm::{self, Kind, SmShare};
+use super::fp8_pages::Fp8Pages;
+use super::gemm::{self, Form, Kind, SmShare};
 use super::halves::{Halves, Part};
 use super::sampling::Sampling;
 use super::supports;
@@ -97,8 +98,8 @@ impl Explainer<'_> {
         let dims = &self.spec.dims;
         let (hidden, mlp) = (dims.hidden, dims.intermediate);
         let (qkv, q) = (dims.qkv_width() as u32, dims.q_width() as u32);
-        let mut launches = Vec::from_iter(self.product("qkv", Kind::Qkv, [qkv, hidden], part));
-        launches.extend(self.attention(part));
+        let mut launches = self.product("qkv", Kind::Qkv, [qkv, hidden], part);
+        launches.extend(self.attention(part, [qkv, hidden]));
         launches.extend(self.product("o", Kind::Residual, [hidden, q], part));
         launches.extend(self.product(
             "gate_up",
@@ -113,7 +114,8 @@ impl Explainer<'_> {
     fn behind(&self) -> Vec<Launch> {
         let (samples, vocab) = (self.shape.samples, self.spec.dims.vocab);
         let head = [vocab, self.spec.dims.hidden, samples];
-        let head = gemm::explained(self.device, Kind::Head, head, SmShare::Whole, false);
+        let form = Form { normed: false, kv_fp8: false, weights_fp8: false };
+        let head = gemm::explained(self.device, Kind::Head, head, SmShare::Whole, form);
         let chunk = Sampling::chunk(samples, vocab);
         let mut launches =
             vec![launch("final_norm", "final_norm", Ends::row_grid(samples), "a block: a sampled row")];
@@ -129,11 +131,34 @@ impl Explainer<'_> {
         launches
     }
 
-    fn product(&self, what: &'static str, kind: Kind, [rows, cols]: [u32; 2], part: Part) -> Option<Launch> {
-        let share = if part == Part::Whole { SmShare::Whole } else { SmShare::Half };
+    /// A product, behind what its matrix in fp8 needs of inputs and of memory.
+    fn product(&self, what: &'static str, kind: Kind, [rows, cols]: [u32; 2], part: Part) -> Vec<Launch> {
         let tokens = part.tokens(self.shape).len() as u32;
-        let explained = gemm::explained(self.device, kind, [rows, cols, tokens], share, self.is_normed())?;
-        Some(launch(what, explained.kernel, explained.grid, explained.work))
+        let weights_fp8 = self.spec.weights != WeightFormat::Bf16;
+        let form = Form { normed: self.is_normed(), kv_fp8: self.keeps_fp8(part, [rows, cols]), weights_fp8 };
+        let mut launches = Vec::new();
+        if weights_fp8 && kind != Kind::Residual {
+            let work = "a block: a token times the norm's scale";
+            launches.push(launch(what, "fp8_weights_scale", gemm::scaling(tokens), work));
+        }
+        if let Some(grid) = gemm::widening(rows, cols, tokens).filter(|_| weights_fp8) {
+            launches.push(launch(what, "fp8_weights_widen", grid, "a block: a tile, to memory"));
+        }
+        let explained = gemm::explained(self.device, kind, [rows, cols, tokens], Self::share(part), form);
+        launches.extend(explained.map(|it| launch(what, it.kernel, it.grid, it.work)));
+        launches
+    }
+
+    fn share(part: Part) -> SmShare {
+        if part == Part::Whole { SmShare::Whole } else { SmShare::Half }
+    }
+
+    /// Does the product of queries, keys and values, of such a matrix, keep these in fp8?
+    fn keeps_fp8(&self, part: Part, [rows, cols]: [u32; 2]) -> bool {
+        let tokens = part.tokens(self.shape).len() as u32;
+        let weights_fp8 = self.spec.weights != WeightFormat::Bf16;
+        self.spec.kv == Some(KvFormat::Fp8)
+            && gemm::keeps_fp8([rows, cols, tokens], Self::share(part), weights_fp8)
     }
 
     /// Have heads norms and rope, and no biases?
@@ -144,9 +169,28 @@ impl Explainer<'_> {
         })
     }
 
-    fn attention(&self, part: Part) -> Vec<Launch> {
+    /// Attention, behind what pages in fp8 need where the product, of a matrix of this size, left keys and values in wide ones, and
+    /// where prefill rows read those.
+    fn attention(&self, part: Part, qkv: [u32; 2]) -> Vec<Launch> {
         let [decode, prefill] = self.planner.kernels();
         let mut launches = Vec::new();
+        if self.spec.kv == Some(KvFormat::Fp8) {
+            let [encode, widen] = Fp8Pages::kernels(self.spec.dims.head_dim);
+            if !self.keeps_fp8(part, qkv) {
+                let grid =
+                    Fp8Pages::encode_grid(part.tokens(self.shape).len() as u32, self.spec.dims.kv_heads);
+                launches.push(launch(
+                    "attention",
+                    encode,
+                    grid,
+                    "a warp: eight tokens of a head's keys or values",
+                ));
+            }
+            if self.shape.prefill_rows > 0 {
+                let grid = Fp8Pages::widen_grid(self.shape.prefill_rows);
+                launches.push(launch("attention", widen, grid, "a row of blocks: what a prefill row sees"));
+            }
+        }
         if self.shape.decode_rows > 0 {
             let tokens = part.tokens(self.shape);
             let decode_rows = tokens.start as usize..tokens.end.min(self.shape.decode_rows) as usize;

@@ -73,10 +73,7 @@ pub struct Fp8Pages {
 impl Fp8Pages {
     /// Looks the kernels up.
     pub fn new(modules: &Modules, dims: &Dims, window: Option<u32>) -> Result<Fp8Pages, CudaError> {
-        let [encode, widen] = match dims.head_dim {
-            64 => ["fp8_encode_64", "fp8_widen_64"],
-            _ => ["fp8_encode_128", "fp8_widen_128"],
-        };
+        let [encode, widen] = Self::kernels(dims.head_dim);
         Ok(Fp8Pages {
             encode: modules.kernel("fp8_pages", encode, 0)?,
             widen: modules.kernel("fp8_pages", widen, 0)?,
@@ -95,9 +92,11 @@ impl Fp8Pages {
     ) -> Result<(), CudaError> {
         let offset = step.layout.tokens as u32 + tokens.start * TOKEN_WORDS as u32;
         let count = tokens.len() as u32;
-        let units = count.div_ceil(ENCODED) * 2 * self.kv_heads;
-        let grid = Grid::new(units.div_ceil(WARPS), THREADS).dependent();
-        launcher.launch(&self.encode, grid, [&self.args(step, kv)?, &offset, &count])
+        launcher.launch(
+            &self.encode,
+            Self::encode_grid(count, self.kv_heads),
+            [&self.args(step, kv)?, &offset, &count],
+        )
     }
 
     /// To the wide pages what the step's prefill rows see, or, if it is not all, what of that came before the step.
@@ -116,9 +115,25 @@ impl Fp8Pages {
             window: self.window,
             all: all.into(),
         };
-        let blocks = WIDENING.div_ceil(rows).max(WIDENING_LEAST);
-        let grid = Grid::new(blocks, THREADS).rows(rows).dependent();
-        launcher.launch(&self.widen, grid, [&self.args(step, kv)?, &seen])
+        launcher.launch(&self.widen, Self::widen_grid(rows), [&self.args(step, kv)?, &seen])
+    }
+
+    /// For so many tokens.
+    pub(super) fn encode_grid(tokens: u32, kv_heads: u32) -> Grid {
+        Grid::new((tokens.div_ceil(ENCODED) * 2 * kv_heads).div_ceil(WARPS), THREADS).dependent()
+    }
+
+    /// For so many prefill rows.
+    pub(super) fn widen_grid(rows: u32) -> Grid {
+        Grid::new(WIDENING.div_ceil(rows).max(WIDENING_LEAST), THREADS).rows(rows).dependent()
+    }
+
+    /// Names of the kernels for heads of so many dims: that encodes, and that widens.
+    pub(super) fn kernels(head_dim: u32) -> [&'static str; 2] {
+        match head_dim {
+            64 => ["fp8_encode_64", "fp8_widen_64"],
+            _ => ["fp8_encode_128", "fp8_widen_128"],
+        }
     }
 
     fn args(&self, step: &Step<Buffer>, kv: KvLayer<Buffer>) -> Result<Fp8Args, CudaError> {

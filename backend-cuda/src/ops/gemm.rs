@@ -445,20 +445,54 @@ pub(super) struct Explained {
     pub(super) work: String,
 }
 
+/// What decides about a product's kernel beside its sizes.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Form {
+    /// See [`Epilogue::is_normed`].
+    pub(super) normed: bool,
+    /// Are keys and values kept in fp8?
+    pub(super) kv_fp8: bool,
+    /// Is the matrix?
+    pub(super) weights_fp8: bool,
+}
+
 /// What a product of `[rows, cols]` with so many tokens is launched as on a device.
 pub(super) fn explained(
     device: &Described,
     kind: Kind,
     [rows, cols, tokens]: [u32; 3],
     share: SmShare,
-    normed: bool,
+    form: Form,
 ) -> Option<Explained> {
     let slices = kind.slices(rows, cols, SLICING.slices(cols as usize));
     let shape = Shape { rows, cols, tokens, slices };
     if !device.hopper {
         return Some(Portable::explained(kind, &shape));
     }
-    Tiling::explained(kind, &shape, share, normed).or_else(|| Tile::explained(kind, &shape, device.clusters))
+    let few = match form.weights_fp8 {
+        true => fp8::explained(kind, &shape, form),
+        false => Tiling::explained(kind, &shape, share, form),
+    };
+    few.or_else(|| Tile::explained(kind, &shape, device.clusters))
+}
+
+/// How many blocks widen a matrix of `[rows, cols]` in fp8 for so many tokens, if they are too many for kernels that do it.
+pub(super) fn widening(rows: u32, cols: u32, tokens: u32) -> Option<Grid> {
+    (tokens > fp8::TOKENS_MAX).then(|| fp8::widening(rows, cols))
+}
+
+/// What multiplies so many tokens with a norm's scale, for matrices in fp8.
+pub(super) fn scaling(tokens: u32) -> Grid {
+    fp8::scaling(tokens)
+}
+
+/// Do Hopper's products of queries, keys and values keep these in fp8 by themselves?
+pub(super) fn keeps_fp8([rows, cols, tokens]: [u32; 3], share: SmShare, weights_fp8: bool) -> bool {
+    let shape = Shape { rows, cols, tokens, slices: Kind::Qkv.slices(rows, cols, 1) };
+    match weights_fp8 {
+        true => tokens <= fp8::TOKENS_MAX,
+        false => Tiling::there_is(Kind::Qkv, &shape, share),
+    }
 }
 
 /// The kernels of the set in use.
@@ -519,13 +553,8 @@ impl Gemm {
 
     /// Do products of queries, keys and values with so many tokens keep these in fp8 by themselves ([`Qkv::fp8`])?
     pub fn keeps_fp8(&self, w: Weight, tokens: u32, share: SmShare) -> bool {
-        let (rows, cols) = (w.rows() as u32, w.cols() as u32);
-        let shape = Shape { rows, cols, tokens, slices: Kind::Qkv.slices(rows, cols, w.slices()) };
-        match &self.set {
-            Set::Portable(_) => false,
-            Set::Hopper(_) if w.is_fp8() => tokens <= fp8::TOKENS_MAX,
-            Set::Hopper(hopper) => hopper.decode.tiling(Kind::Qkv, &shape, share).is_some(),
-        }
+        let sizes = [w.rows() as u32, w.cols() as u32, tokens];
+        matches!(self.set, Set::Hopper(_)) && keeps_fp8(sizes, share, w.is_fp8())
     }
 
     /// Multiplies the first `tokens` rows of `x` by `w`, whose columns are a multiple of 8. The portable kernels take whatever

@@ -6,8 +6,8 @@
 //!   beside         └─ qkv ─ ·········· attention ─ o ─ gate_up ─ down ─ qkv ─ · … ─┘                 the second
 //! ```
 //!
-//! 1. Blocks of these kernels take half of a multiprocessor each, so one of each half runs there. One block of attention a
-//!    multiprocessor is enough to keep memory busy.
+//! 1. Blocks of these kernels take half of a multiprocessor each, so one of each half runs there; of attention over fp8 two take it
+//!    together. Attention on half of every multiprocessor is enough to keep memory busy.
 //! 2. A half whose attention comes while the other attends waits for it, with its first keys and values fetched
 //!    (`attention_ring.cuh`). So they take turns, and where one ends the other goes on.
 //! 3. o comes when attention ends, not when it begins, as kernels otherwise do: until then its place is the other half's.

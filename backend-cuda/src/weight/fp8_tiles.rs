@@ -3,7 +3,7 @@
 //! ```text
 //!   matrix   | tiles of rows 0 to 63, one for each 64 columns | of rows 64 to 127 | … |    rows padded to a multiple of 128
 //!   tile     | codes of row 0, 64 bytes | of row 1 | … | a scale for each row, bf16 times 2^120 |
-//!   codes    word c of columns 16 k on at byte 16 c + 4 k: columns 2 c + 8, 2 c, 2 c + 9, 2 c + 1 of those
+//!   codes    word c of columns 16 k on at byte 16 c + 4 k: columns 2 c + 8, 2 c, 2 c + 9, 2 c + 1 of those, packed (`fp8.cuh`)
 //! ```
 //!
 //! A scale is rounded to bf16, and what an element means is the product's bf16 number. What lies beyond rows or columns is zero.
@@ -85,7 +85,7 @@ impl<'a> Fp8Row<'a> {
         for (k, chunk) in codes.as_chunks::<16>().0.iter().enumerate() {
             for c in 0..4 {
                 let word = [chunk[2 * c + 8], chunk[2 * c], chunk[2 * c + 9], chunk[2 * c + 1]];
-                to[16 * c + 4 * k..][..4].copy_from_slice(&word);
+                to[16 * c + 4 * k..][..4].copy_from_slice(&packed(word));
             }
         }
         // The kernels know no code for what is no number.
@@ -96,9 +96,38 @@ impl<'a> Fp8Row<'a> {
     }
 }
 
+/// Four codes as the kernels widen them (`fp8_packed` of `fp8.cuh`): the bits of the second and the fourth where bf16 has them.
+fn packed(codes: [u8; 4]) -> [u8; 4] {
+    let word = u32::from_le_bytes(codes);
+    let in_place = word & 0x8000_8000 | word >> 4 & 0x07f0_07f0;
+    let around = word << 8 & 0x7000_7000 | word << 4 & 0x0800_0800 | word & 0x000f_000f;
+    (in_place | around).to_le_bytes()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// What a packed word becomes in registers, in the codes' order, scaled by one (`fp8_widen`).
+    fn widened(word: [u8; 4]) -> [f32; 4] {
+        let word = u32::from_le_bytes(word);
+        let (odd, even) = (word & 0x87f0_87f0, word << 4 & 0x80f0_80f0 | word >> 4 & 0x0700_0700);
+        [even, odd, even >> 16, odd >> 16].map(|bits| bf16::from_bits(bits as u16).to_f32() * Fp8Tiles::LIFT)
+    }
+
+    #[test]
+    fn packed_codes_are_widened_to_what_they_mean() {
+        for code in (0..=u8::MAX).filter(|code| code & 0x7f != fp8::NAN) {
+            for codes in [
+                [code, 0, 0xfe, 0x01],
+                [0x81, code, 0, 0xff ^ 1],
+                [0x7e, 0x80, code, 0],
+                [0, 0x55, 0xaa, code],
+            ] {
+                assert_eq!(widened(packed(codes)), codes.map(fp8::decode), "{codes:?}");
+            }
+        }
+    }
 
     #[test]
     fn every_code_has_one_place_and_what_is_beyond_is_zero() {
@@ -113,11 +142,12 @@ mod tests {
         for (block, tile) in tiles.chunks(Fp8Tiles::BYTES).enumerate() {
             let (codes, scales) = tile.split_at(Fp8Tiles::CODES);
             for (r, codes) in codes.chunks(64).enumerate() {
-                for (place, code) in codes.iter().enumerate() {
-                    let (c, k, i) = (place / 16, place % 16 / 4, place % 4);
-                    let col = 64 * block + 16 * k + 2 * c + [8, 0, 9, 1][i];
-                    let expected = if r == 3 && col < cols { col as u8 + 1 } else { 0 };
-                    assert_eq!(*code, expected, "row {r}, column {col}");
+                for (place, word) in codes.as_chunks::<4>().0.iter().enumerate() {
+                    let (c, k) = (place / 4, place % 4);
+                    let col_of = |i| 64 * block + 16 * k + 2 * c + i;
+                    let code_of = |col| if r == 3 && col < cols { col as u8 + 1 } else { 0 };
+                    let expected = packed([8, 0, 9, 1].map(|i| code_of(col_of(i))));
+                    assert_eq!(*word, expected, "row {r}, column {}", col_of(0));
                 }
             }
             for (r, scale) in scales.as_chunks::<2>().0.iter().enumerate() {

@@ -1,5 +1,7 @@
-//! Rows of keys and values in fp8 as the kernels have them: core's, whose codes are permuted as `fp8_rows.cuh` says.
+//! Rows of keys and values in fp8 as the kernels have them: core's, whose codes are permuted and packed as `fp8_rows.cuh` says, and
+//! their scales so, too, 2^120 times.
 
+use half::bf16;
 use minisgl_core::backend::Dims;
 use minisgl_core::kv::{KvFormat, KvLayout};
 
@@ -29,12 +31,19 @@ pub fn dims(kv_heads: usize, head_dim: usize) -> Dims {
     }
 }
 
+/// A row rounded by core: its codes, and behind them its scale.
+pub fn rounded(row: &[f32]) -> Vec<u8> {
+    let layout = layout(1, row.len(), 1);
+    let mut page = vec![0; layout.page_bytes()];
+    KvFormat::Fp8.store(row, layout.place(0, 0, 0), &mut page);
+    page.truncate(row.len() + SCALE_BYTES);
+    page
+}
+
 /// What a row is once it was kept in fp8.
 pub fn meant(row: &[f32]) -> Vec<f32> {
-    let layout = layout(1, row.len(), 1);
-    let (mut page, mut meant) = (vec![0; layout.page_bytes()], vec![0.0; row.len()]);
-    KvFormat::Fp8.store(row, layout.place(0, 0, 0), &mut page);
-    KvFormat::Fp8.load(layout.place(0, 0, 0), &page, &mut meant);
+    let mut meant = vec![0.0; row.len()];
+    KvFormat::Fp8.load(layout(1, row.len(), 1).place(0, 0, 0), &rounded(row), &mut meant);
     meant
 }
 
@@ -54,12 +63,37 @@ fn place(what: What, head_dim: usize, t: usize, d: usize) -> usize {
     }
 }
 
-/// Rounds a row and leaves it in the pages.
-pub fn store(what: What, layout: &KvLayout, [page, head, t]: [usize; 3], row: &[f32], pages: &mut [u8]) {
+/// Bytes of a row's scale.
+const SCALE_BYTES: usize = 2;
+
+/// Which of 16 rows' scales is row `t`'s.
+fn scale_place(t: usize) -> usize {
+    let t = t % 16;
+    t % 8 / 2 * 4 + t / 8 * 2 + t % 2
+}
+
+/// Four codes as `fp8.cuh` packs them.
+fn packed(codes: [u8; 4]) -> [u8; 4] {
+    let half = |even: u8, odd: u8| {
+        let (even, odd) = (u16::from(even), u16::from(odd));
+        let [even_sign, odd_sign] = [even, odd].map(|code| code >> 7);
+        odd_sign << 15 | (even >> 4 & 7) << 12 | even_sign << 11 | (odd & 0x7f) << 4 | even & 15
+    };
+    let [low, high] = [half(codes[0], codes[1]), half(codes[2], codes[3])].map(u16::to_le_bytes);
+    [low[0], low[1], high[0], high[1]]
+}
+
+/// Leaves a rounded row in the pages.
+pub fn put(what: What, layout: &KvLayout, [page, head, t]: [usize; 3], row: &[u8], pages: &mut [u8]) {
     let at = layout.place(page, head, t);
-    KvFormat::Fp8.store(row, at, pages);
-    let codes = pages[at.row..][..row.len()].to_vec();
-    for (d, code) in codes.into_iter().enumerate() {
-        pages[at.row + place(what, row.len(), t, d)] = code;
+    let (own, scale) = row.split_at(row.len() - SCALE_BYTES);
+    let codes = &mut pages[at.row..][..own.len()];
+    for (d, code) in own.iter().enumerate() {
+        codes[place(what, own.len(), t, d)] = *code;
     }
+    codes.as_chunks_mut::<4>().0.iter_mut().for_each(|word| *word = packed(*word));
+    let scale = bf16::from_le_bytes([scale[0], scale[1]]).to_f32();
+    let lifted = bf16::from_f32(scale * 2f32.powi(120));
+    let tile = at.scale - t % 16 * SCALE_BYTES;
+    pages[tile + scale_place(t) * SCALE_BYTES..][..SCALE_BYTES].copy_from_slice(&lifted.to_le_bytes());
 }

@@ -2,6 +2,7 @@
 // dims as one of 128, where their queries are eight at most; prefill multiplies by wgmma.
 //
 // attention_decode.cuh and attention_prefill.cuh say what is computed and how.
+#define DECODE_WARPS 8
 #define DECODE_BLOCKS 2
 #define DECODE_STAGES(DIMS) (3 * 128 / (DIMS))
 #include "attention_kernels.cuh"

@@ -2,7 +2,8 @@
 //
 // A stage holds as many tokens in half the bytes, so there are nearly twice as many: as much is on its way. With twice as many two
 // blocks would not fit a multiprocessor.
-#define DECODE_BLOCKS 2
+#define DECODE_WARPS 4
+#define DECODE_BLOCKS 4
 #define DECODE_STAGES(DIMS) (5 * 128 / (DIMS))
 #include "attention_kernels.cuh"
 

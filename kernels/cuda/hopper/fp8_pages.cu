@@ -42,20 +42,23 @@ template <int HD> __device__ __forceinline__ uint4 *wide_at(__nv_bfloat16 *wide,
 
 __device__ __forceinline__ uint4 words_of(const unsigned (&words)[4]) { return make_uint4(words[0], words[1], words[2], words[3]); }
 
-// Stores 16 dims from their words in the values' order.
+// Stores 16 dims from their words, keys' or values'.
 template <int HD>
-__device__ __forceinline__ void store_wide(__nv_bfloat16 *wide, size_t line, unsigned chunk, const unsigned (&words)[4], unsigned lifted) {
+__device__ __forceinline__ void store_wide(__nv_bfloat16 *wide, size_t line, unsigned chunk, const unsigned (&words)[4], bool is_key,
+                                           unsigned lifted) {
     unsigned low[4], high[4];
 #pragma unroll
-    for (int i = 0; i < 4; i++)
-        fp8_widen(high[i], low[i], words[i], lifted);
+    for (int i = 0; i < 4; i++) {
+        unsigned odd, even; // of a key's codes the lower dims are odd, of a value's the higher ones
+        fp8_widen(odd, even, words[i], lifted);
+        low[i] = is_key ? odd : even;
+        high[i] = is_key ? even : odd;
+    }
     *wide_at<HD>(wide, line, 2 * chunk) = words_of(low);
     *wide_at<HD>(wide, line, 2 * chunk + 1) = words_of(high);
 }
 
-__device__ __forceinline__ unsigned lifted_scale(__nv_bfloat16 scale) {
-    return fp8_lifted(__bfloat16_as_ushort(scale) * 0x10001u);
-}
+__device__ __forceinline__ unsigned twice(__nv_bfloat16 scale) { return __bfloat16_as_ushort(scale) * 0x10001u; }
 
 // A row's pairs of dims, from the lane's chunks.
 template <int HD>
@@ -109,7 +112,7 @@ template <int HD> __device__ __forceinline__ void encode(const Fp8Args &args, un
         const unsigned at = is_key ? fp8_key_at<HD>(place.t, 4 * i, c) : fp8_value_at<HD>(place.t, 4 * i + c);
         if (exists) {
             *reinterpret_cast<uint4 *>(place.tile + at) = is_key ? words_of(keys) : words_of(values);
-            store_wide<HD>(args.wide(is_key), line, 4 * i + c, values, lifted_scale(scale[0]));
+            store_wide<HD>(args.wide(is_key), line, 4 * i + c, values, false, twice(scale[0]));
         }
     }
 }
@@ -136,19 +139,15 @@ template <int HD> __device__ __forceinline__ void widen(const Fp8Args &args, con
             const unsigned in_page = top + 8 * half;
             const size_t line = args.line(page, head, in_page);
             const Fp8Place place = args.place<HD>(is_key, page, head, in_page);
-            const unsigned lifted = lifted_scale(*place.scale);
+            const unsigned lifted = twice(*place.scale);
 #pragma unroll
             for (int i = 0; i < HD / 64; i++) {
                 const unsigned at = is_key ? fp8_key_at<HD>(place.t, 4 * i, c) : fp8_value_at<HD>(place.t, 4 * i + c);
                 const uint4 four = *reinterpret_cast<const uint4 *>(place.tile + at);
                 unsigned words[4] = {four.x, four.y, four.z, four.w};
-                if (is_key) {
+                if (is_key)
                     transpose(words, lane);
-#pragma unroll
-                    for (int j = 0; j < 4; j++)
-                        words[j] = fp8_value_of_key_word(words[j]);
-                }
-                store_wide<HD>(args.wide(is_key), line, 4 * i + c, words, lifted);
+                store_wide<HD>(args.wide(is_key), line, 4 * i + c, words, is_key, lifted);
             }
         }
     }

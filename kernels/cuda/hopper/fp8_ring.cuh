@@ -2,9 +2,9 @@
 // left operand.
 //
 //   w        [rows / 64][cols / 64] tiles of 4,224 bytes: [64 rows][64 codes], then a row's scale each, 2^120 times it, bf16
-//   a row's codes   word c of dims 16 k on lies at byte 16 c + 4 k: columns 2 c + 8, 2 c, 2 c + 9, 2 c + 1 of those 16, so that 16
-//                   bytes are what a lane has of four wgmmas (fp8_rows.cuh has keys so)
-//   stage    N tokens, 64 columns of each, as hopper.cuh describes them; a tile of w apart from them
+//   a row's codes   word c of dims 16 k on lies at byte 16 c + 4 k: columns 2 c + 8, 2 c, 2 c + 9, 2 c + 1 of those 16, packed (fp8.cuh),
+//                   so that 16 bytes are what a lane has of four wgmmas (fp8_rows.cuh has keys so)
+//   stage    N tokens, 64 columns of each, as hopper.cuh describes them; GROUPS tiles of w apart from them, which lie below each other
 //
 // 1. What w means is a bf16 number, rounded once; from there on sums are those of a matrix of such numbers, bit by bit.
 // 2. Registers of a block of columns are written while the one before is multiplied: there are two sets.
@@ -14,16 +14,19 @@
 #include "fp8.cuh"
 #include "hopper.cuh"
 #include "place.cuh"
+#include "words.cuh"
 
 // A matrix in fp8: a kernel's parameter.
 struct Fp8Matrix {
     const char *tiles;
-    unsigned across, reserved; // tiles beside each other
+    unsigned across, down; // tiles beside and below each other
     static constexpr unsigned TILE_BYTES = 64 * 64 + 64 * 2;
 };
 
-template <int N> struct Fp8Ring {
-    static constexpr int ROWS = 64, STAGE_BYTES = N * 128 + Fp8Matrix::TILE_BYTES, MULTIPLIERS = 128;
+template <int GROUPS, int N> struct Fp8Ring {
+    static constexpr int ROWS = 64 * GROUPS, W_BYTES = GROUPS * Fp8Matrix::TILE_BYTES, STAGE_BYTES = N * 128 + W_BYTES;
+    static constexpr int MULTIPLIERS = 128 * GROUPS;
+    static constexpr bool TOKENS_APART = true; // threads of two warps fetch: copies are small, and a thread takes its time for each
     unsigned base, tiles, full, empty, stages;
 
     __device__ __forceinline__ Fp8Ring(unsigned base, unsigned stages, unsigned)
@@ -33,43 +36,49 @@ template <int N> struct Fp8Ring {
     __device__ __forceinline__ void init_barriers() const {
         for (unsigned i = 0; i < stages; i++) {
             barrier_init(full + 8 * i, 1);
-            barrier_init(empty + 8 * i, 4);
+            barrier_init(empty + 8 * i, 4 * GROUPS);
         }
         barrier_init_fence();
     }
 
     __device__ __forceinline__ void fetch_w(const Fp8Matrix &w, unsigned at, unsigned block, unsigned m0) const {
+        constexpr unsigned BYTES = Fp8Matrix::TILE_BYTES;
         barrier_expect(full + 8 * at, STAGE_BYTES);
-        bulk_fetch_bytes(tiles + at * Fp8Matrix::TILE_BYTES, w.tiles + ((size_t)m0 / 64 * w.across + block) * Fp8Matrix::TILE_BYTES,
-                         Fp8Matrix::TILE_BYTES, full + 8 * at, EVICT_FIRST);
+#pragma unroll
+        for (unsigned group = 0; group < GROUPS; group++) {
+            const unsigned row = min(m0 / 64 + group, w.down - 1); // nobody wants what is multiplied with rows that are none
+            bulk_fetch_bytes(tiles + at * W_BYTES + group * BYTES, w.tiles + ((size_t)row * w.across + block) * BYTES, BYTES,
+                             full + 8 * at, EVICT_FIRST);
+        }
     }
 
     __device__ __forceinline__ void fetch_x(const TensorMap *x, unsigned at, unsigned block, unsigned n0) const {
         bulk_fetch(base + at * N * 128, x, block * 64, n0, full + 8 * at, EVICT_LAST);
     }
 
-    // The fetching thread's work: `blocks` blocks of 64 columns from block `first` on.
-    __device__ __forceinline__ void fetch(const Fp8Matrix &w, const TensorMap *x, unsigned first, unsigned blocks, unsigned m0,
-                                          unsigned n0) const {
-        const unsigned ahead = blocks < stages ? blocks : stages;
-        for (unsigned i = 0; i < ahead; i++)
-            fetch_w(w, i, first + i, m0);
-        dependent_wait();
-        for (unsigned i = 0; i < ahead; i++)
-            fetch_x(x, i, first + i, n0);
-        unsigned at = 0, parity = 0;
-        for (unsigned i = ahead; i < blocks; i++) {
+    // A fetching thread's work: block i of `blocks` by `fetch(stage, i)`, as soon as its stage is empty.
+    template <class Fetch> __device__ __forceinline__ void each(unsigned blocks, const Fetch &fetch) const {
+        unsigned at = 0, parity = 1;
+        for (unsigned i = 0; i < blocks; i++) {
             barrier_wait(empty + 8 * at, parity);
-            fetch_w(w, at, first + i, m0);
-            fetch_x(x, at, first + i, n0);
+            fetch(at, i);
             if (++at == stages) {
                 at = 0;
                 parity ^= 1;
             }
         }
     }
+    // Of w, blocks of 64 columns from block `first` on, and of tokens.
+    __device__ __forceinline__ void fetch(const Fp8Matrix &w, const TensorMap *, unsigned first, unsigned blocks, unsigned m0,
+                                          unsigned) const {
+        each(blocks, [&](unsigned at, unsigned i) { fetch_w(w, at, first + i, m0); });
+    }
+    __device__ __forceinline__ void fetch_tokens(const TensorMap *x, unsigned first, unsigned blocks, unsigned n0) const {
+        dependent_wait();
+        each(blocks, [&](unsigned at, unsigned i) { fetch_x(x, at, first + i, n0); });
+    }
 
-    // Where the multiplying warpgroup is in the ring, and how many stages will yet be filled again.
+    // Where a multiplying warpgroup is in the ring, and how many stages will yet be filled again.
     struct Position {
         unsigned at = 0, parity = 0, refills;
 
@@ -86,11 +95,11 @@ template <int N> struct Fp8Ring {
     // The lane's part of a tile, for four wgmmas.
     __device__ __forceinline__ void widen(unsigned (&a)[4][4], unsigned at) const {
         const unsigned lane = threadIdx.x % 32, row = threadIdx.x % 128 / 32 * 16 + lane / 4;
-        const unsigned tile = tiles + at * Fp8Matrix::TILE_BYTES, codes = tile + row * 64 + lane % 4 * 16;
+        const unsigned tile = tiles + at * W_BYTES + threadIdx.x / 128 * Fp8Matrix::TILE_BYTES, codes = tile + row * 64 + lane % 4 * 16;
         unsigned short scales[2];
         asm volatile("ld.shared.u16 %0, [%1];" : "=h"(scales[0]) : "r"(tile + 4096 + row * 2) : "memory");
         asm volatile("ld.shared.u16 %0, [%1];" : "=h"(scales[1]) : "r"(tile + 4096 + row * 2 + 16) : "memory");
-        const uint4 low = fp8_load_words(codes), high = fp8_load_words(codes + 8 * 64);
+        const uint4 low = load_words(codes), high = load_words(codes + 8 * 64);
         const unsigned lows[4] = {low.x, low.y, low.z, low.w}, highs[4] = {high.x, high.y, high.z, high.w};
 #pragma unroll
         for (int k = 0; k < 4; k++) {
@@ -121,7 +130,7 @@ template <int N> struct Fp8Ring {
         }
     }
 
-    // The warpgroup's work: the sums of its 64 rows over the next `blocks` blocks of columns, from zero.
+    // A warpgroup's work: the sums of its 64 rows over the next `blocks` blocks of columns, from zero.
     __device__ __forceinline__ void multiply(Position &position, unsigned blocks, float (&sum)[N / 2]) const {
         unsigned even[4][4], odd[4][4], before = 0;
         hold(sum); // else the compiler zeroes it between two wgmmas, and must put them in a row

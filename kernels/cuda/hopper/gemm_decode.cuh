@@ -70,8 +70,8 @@ __device__ __forceinline__ const Fp8Matrix &fetched(const Fp8Matrix &w) { return
 template <int GROUPS, int N, class Matrix> struct RingOf {
     using Type = Ring<GROUPS, N, 1>;
 };
-template <int N> struct RingOf<1, N, Fp8Matrix> {
-    using Type = Fp8Ring<N>;
+template <int GROUPS, int N> struct RingOf<GROUPS, N, Fp8Matrix> {
+    using Type = Fp8Ring<GROUPS, N>;
 };
 
 template <int GROUPS, int TILES, int N, int OWN, class Matrix, class Epilogue>
@@ -96,8 +96,13 @@ __device__ __forceinline__ void decode(const Matrix &w, const TensorMap *x, cons
     if (warp >= R::MULTIPLIERS / 32) {
         if (threadIdx.x == R::MULTIPLIERS)
             ring.fetch(fetched(w), x, first, blocks, m0, n0);
-        if (warp > R::MULTIPLIERS / 32)
+        if (warp > R::MULTIPLIERS / 32) {
+            if constexpr (R::TOKENS_APART)
+                if (threadIdx.x % 32 == 0)
+                    ring.fetch_tokens(x, first, blocks, n0);
+            __syncwarp();
             scale_rows<N>(epilogue, shape, n0, scales);
+        }
         __syncwarp();
         cluster_sync();
     } else {
@@ -143,4 +148,4 @@ __device__ __forceinline__ void decode(const Matrix &w, const TensorMap *x, cons
     }
 #define DECODE(NAME, GROUPS, TILES, N, EPILOGUE) DECODE_OF(NAME, GROUPS, TILES, N, 1, 2, TensorMap, EPILOGUE)
 #define DECODE_ALONE(NAME, GROUPS, N, OWN, EPILOGUE) DECODE_OF(NAME, GROUPS, 1, N, OWN, 1, TensorMap, EPILOGUE)
-#define DECODE_FP8(NAME, TILES, N, EPILOGUE) DECODE_OF(NAME, 1, TILES, N, 1, 2, Fp8Matrix, EPILOGUE)
+#define DECODE_FP8(NAME, GROUPS, N, BESIDE, EPILOGUE) DECODE_OF(NAME, GROUPS, 1, N, 1, BESIDE, Fp8Matrix, EPILOGUE)

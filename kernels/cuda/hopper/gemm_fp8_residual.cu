@@ -1,7 +1,7 @@
 // fp8_residual_*: gemm_decode_residual.cu's kernels for matrices in fp8 (fp8_ring.cuh); see gemm_decode.cuh.
 #include "gemm_decode.cuh"
 
-DECODE_FP8(fp8_residual_64x16, 1, 16, Residual)
-DECODE_FP8(fp8_residual_64x32, 1, 32, Residual)
-DECODE_FP8(fp8_residual_64x64, 1, 64, Residual)
-DECODE_FP8(fp8_residual_64x128, 1, 128, Residual)
+DECODE_FP8(fp8_residual_128x16, 2, 16, 2, Residual)
+DECODE_FP8(fp8_residual_128x32, 2, 32, 2, Residual)
+DECODE_FP8(fp8_residual_128x64, 2, 64, 2, Residual)
+DECODE_FP8(fp8_residual_128x128, 2, 128, 1, Residual)

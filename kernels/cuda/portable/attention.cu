@@ -1,6 +1,7 @@
 // Attention for any GPU from Ampere on: shared memory of at most 99 KiB a block, tiles copied by cp.async.
 //
 // attention_decode.cuh and attention_prefill.cuh say what is computed and how.
+#define DECODE_WARPS 8
 #define DECODE_BLOCKS 1
 #define DECODE_STAGES(DIMS) 2
 #include "attention_kernels.cuh"

@@ -86,7 +86,11 @@ impl Planner {
             heads,
             window,
             whole: decode(multiprocessors * set.decode_blocks, limits.running, SmShare::Whole),
-            half: decode(multiprocessors, Self::half_rows(limits), SmShare::Half),
+            half: decode(
+                multiprocessors * set.decode_blocks.div_ceil(2),
+                Self::half_rows(limits),
+                SmShare::Half,
+            ),
             splitter: Splitter {
                 blocks: multiprocessors,
                 kv_heads: heads.kv_heads,
@@ -291,9 +295,16 @@ mod tests {
         assert_eq!((attention("LEAF"), attention("TILE")), (LEAF, TILE));
         assert_eq!(attention("LEAF") * attention("SPAN_LEAVES"), SPAN);
         assert_eq!(attention("TILE") * attention("LEAF_TILES"), LEAF);
-        let [hopper, portable] = [true, false].map(|hopper| Set::new(hopper, 128, 1, false));
-        assert_eq!(constant("hopper/attention.cu", "DECODE_BLOCKS"), hopper.decode_blocks);
-        assert_eq!(constant("portable/attention.cu", "DECODE_BLOCKS"), portable.decode_blocks);
+        let [hopper, fp8, portable] =
+            [(true, false), (true, true), (false, false)].map(|(hopper, fp8)| Set::new(hopper, 128, 1, fp8));
+        for (source, set) in [
+            ("hopper/attention.cu", hopper),
+            ("hopper/attention_fp8.cu", fp8),
+            ("portable/attention.cu", portable),
+        ] {
+            assert_eq!(constant(source, "DECODE_BLOCKS"), set.decode_blocks, "{source}");
+            assert_eq!(constant(source, "DECODE_WARPS"), set.decode_warps, "{source}");
+        }
         let prefill = |name| constant("hopper/attention_prefill.cuh", name);
         let minisgl_kernels::attention::Prefill { parts, part_queries, .. } = hopper.prefill;
         assert_eq!((prefill("PARTS"), prefill("PART_QUERIES")), (parts, part_queries));

@@ -12,7 +12,7 @@
 //!
 //! Invariant: a block's shared memory is what its tiling allows, and its sums fit the ring that they lie over.
 
-use super::{BLOCK_COLS, Block, Epilogue, Explained, Kind, Product, Shape, SmShare};
+use super::{BLOCK_COLS, Block, Epilogue, Explained, Form, Kind, Product, Shape, SmShare};
 use crate::error::CudaError;
 use crate::launch::{Grid, Kernel, Launcher};
 use crate::module::Modules;
@@ -313,7 +313,7 @@ impl Tiling {
     }
 
     /// What a product is launched as; `None` as above.
-    pub(super) fn explained(kind: Kind, shape: &Shape, share: SmShare, normed: bool) -> Option<Explained> {
+    pub(super) fn explained(kind: Kind, shape: &Shape, share: SmShare, form: Form) -> Option<Explained> {
         let tilings = Self::all(kind, shape, share);
         let tiling = &tilings[Self::index(tilings, shape, share)?];
         let stages = tiling.stages(shape);
@@ -326,7 +326,10 @@ impl Tiling {
         };
         let kernel = tiling.of_kind(kind);
         Some(Explained {
-            kernel: tiling.normed.filter(|_| normed).unwrap_or(kernel),
+            kernel: match tiling.fp8.filter(|_| form.kv_fp8) {
+                Some(names) => names[usize::from(form.normed)],
+                None => tiling.normed.filter(|_| form.normed).unwrap_or(kernel),
+            },
             grid: tiling.grid(shape, stages),
             work: format!("a block: {rows} rows of w, {tokens} tokens, {summed}; {stages} stages"),
         })
@@ -335,6 +338,11 @@ impl Tiling {
     /// The kernel that is for a kind.
     fn of_kind(&self, kind: Kind) -> &'static str {
         self.sums.filter(|_| kind == Kind::RankSums).unwrap_or(self.kernel)
+    }
+
+    /// Is there one for so many tokens?
+    pub(super) fn there_is(kind: Kind, shape: &Shape, share: SmShare) -> bool {
+        Self::index(Self::all(kind, shape, share), shape, share).is_some()
     }
 
     /// Stages of the ring: as many as a block has blocks of columns, if they fit.
@@ -504,8 +512,10 @@ mod tests {
         for (head_dim, heads) in [(64, 1), (64, 2), (128, 1)] {
             for fp8 in [false, true] {
                 let Set { decode_shared, decode_blocks, .. } = Set::new(true, head_dim, heads, fp8);
-                assert!(decode_shared + Tiling::HALF + (2 << 10) <= MULTIPROCESSOR, "{head_dim}, {fp8}");
-                assert!(decode_blocks * (decode_shared + (1 << 10)) <= MULTIPROCESSOR, "{head_dim}, {fp8}");
+                let block = decode_shared + (1 << 10);
+                let of_half = decode_blocks / 2 * block;
+                assert!(of_half + Tiling::HALF + (1 << 10) <= MULTIPROCESSOR, "{head_dim}, {fp8}");
+                assert!(decode_blocks * block <= MULTIPROCESSOR, "{head_dim}, {fp8}");
             }
         }
         for kind in [Kind::Qkv, Kind::Residual, Kind::GateUp] {

@@ -9,7 +9,7 @@
 //!
 //! Invariant: the room for a widened matrix holds the largest one, and who multiplies it starts when it is whole.
 
-use super::{BLOCK_COLS, Epilogue, Hopper, Kind, Product, Shape};
+use super::{BLOCK_COLS, Epilogue, Explained, Form, Hopper, Kind, Product, Shape};
 use crate::error::CudaError;
 use crate::launch::{Grid, Kernel, Launcher};
 use crate::memory::Address;
@@ -19,16 +19,13 @@ use crate::tensor_map::TensorMap;
 use crate::weight::{Fp8Tiles, Weight};
 
 /// Tokens of a block's tile, for ever more tokens, and most that these kernels take.
-const TILES: [u32; 4] = [16, 32, 64, 128];
+const TOKENS: [u32; 4] = [16, 32, 64, 128];
 pub(super) const TOKENS_MAX: u32 = 256;
-/// Rows of w of a block.
+/// Rows of w of a warpgroup.
 const ROWS: u32 = Fp8Tiles::ROWS as u32;
-/// Warpgroup that multiplies, a warp that fetches and one that computes scales.
-const THREADS: u32 = 192;
-/// Bytes of shared memory that a block may take: two fit a multiprocessor.
-const SHARED: u32 = 112 << 10;
-/// Threads of a block that widens a tile in memory.
+/// Threads of a block that widens a tile in memory, and of one that multiplies a token with a norm's scale.
 const WIDENING_THREADS: u32 = 256;
+const SCALING_THREADS: u32 = 128;
 
 /// A matrix as `fp8_ring.cuh` declares it.
 #[repr(C)]
@@ -36,28 +33,56 @@ const WIDENING_THREADS: u32 = 256;
 struct Fp8Matrix {
     tiles: Address,
     across: u32,
-    reserved: u32,
+    down: u32,
 }
 
 plain_params!(Fp8Matrix);
 
 impl Fp8Matrix {
     fn new(w: Weight) -> Fp8Matrix {
-        Fp8Matrix { tiles: w.address(), across: w.cols().div_ceil(Fp8Tiles::COLS) as u32, reserved: 0 }
+        let across = w.cols().div_ceil(Fp8Tiles::COLS) as u32;
+        let down = (w.rows().next_multiple_of(2 * Fp8Tiles::ROWS) / Fp8Tiles::ROWS) as u32;
+        Fp8Matrix { tiles: w.address(), across, down }
     }
 }
 
-/// A block's tile, so many tokens by 64 rows of w, a slice of the columns.
+/// A block's tile, so many tokens by 64 rows of w for each of its warpgroups, a slice of the columns: the more rows, the less often
+/// tokens are fetched from L2, and the more warps widen.
 #[derive(Clone, Copy, Debug)]
 struct Tile {
     tokens: u32,
-    /// Neighbouring tiles of rows that meet in a cluster: a head's 128.
-    together: u32,
+    /// Warpgroups that multiply.
+    groups: u32,
+    /// Does a block fill the registers of a multiprocessor? Else two fit.
+    alone: bool,
 }
 
 impl Tile {
+    /// The tile of tile `index` of tokens.
+    fn of(kind: Kind, index: usize) -> Tile {
+        let tokens = TOKENS[index];
+        // Rows of gate and up are many: blocks of 192 are enough for all multiprocessors, and those of 128 more than a round.
+        let groups = if kind == Kind::GateUp && tokens == 128 { 3 } else { 2 };
+        Tile { tokens, groups, alone: tokens == 128 || kind == Kind::Qkv && tokens == 64 }
+    }
+
+    /// Rows of w.
+    fn rows(self) -> u32 {
+        self.groups * ROWS
+    }
+
+    /// Warpgroups that multiply, a warp that fetches and one that computes scales.
+    fn threads(self) -> u32 {
+        128 * self.groups + 64
+    }
+
+    /// Bytes of shared memory that a block may take.
+    fn shared_max(self) -> u32 {
+        if self.alone { 227 << 10 } else { 112 << 10 }
+    }
+
     fn stage_bytes(self) -> u32 {
-        self.tokens * BLOCK_COLS * 2 + Fp8Tiles::BYTES as u32
+        self.tokens * BLOCK_COLS * 2 + self.groups * Fp8Tiles::BYTES as u32
     }
 
     /// The ring, two barriers a stage, a scale a token, and what aligns the ring to 1024 bytes.
@@ -67,18 +92,17 @@ impl Tile {
 
     /// As many as a slice has blocks of columns, if they fit; the sums lie over them afterwards.
     fn stages(self, shape: &Shape) -> u32 {
-        let fit = (SHARED - self.shared(0)) / (self.stage_bytes() + 16);
-        let sum_bytes = self.tokens * (ROWS + 4) * 4;
+        let fit = (self.shared_max() - self.shared(0)) / (self.stage_bytes() + 16);
+        let sum_bytes = self.tokens * (self.rows() + 4) * 4;
         let wanted = shape.cols.div_ceil(BLOCK_COLS).div_ceil(shape.slices);
         wanted.min(fit).max(sum_bytes.div_ceil(self.stage_bytes()))
     }
 
     /// Clusters with the same rows of w are neighbours, so that w comes from memory once.
     fn grid(self, shape: &Shape, stages: u32) -> Grid {
-        let cluster = self.together * shape.slices;
-        Grid::new(shape.tokens.div_ceil(self.tokens) * cluster, THREADS)
-            .rows(shape.rows.div_ceil(ROWS).div_ceil(self.together))
-            .cluster(cluster)
+        Grid::new(shape.tokens.div_ceil(self.tokens) * shape.slices, self.threads())
+            .rows(shape.rows.div_ceil(self.rows()))
+            .cluster(shape.slices)
             .shared(self.shared(stages))
             .dependent()
     }
@@ -87,7 +111,7 @@ impl Tile {
 /// The kernels.
 #[derive(Debug)]
 pub(super) struct Fp8 {
-    /// By [`TILES`]: of queries, keys and values those for any model and for [`Epilogue::is_normed`], which keep keys and values in
+    /// By [`TOKENS`]: of queries, keys and values those for any model and for [`Epilogue::is_normed`], which keep keys and values in
     /// bf16 and in fp8; of rows that are added; of ranks' sums; of gate and up.
     qkv: [[Kernel; 4]; 4],
     residual: [Kernel; 4],
@@ -103,10 +127,10 @@ pub(super) struct Fp8 {
 macro_rules! names {
     ($name:literal) => {
         [
-            concat!($name, "_64x16"),
-            concat!($name, "_64x32"),
-            concat!($name, "_64x64"),
-            concat!($name, "_64x128"),
+            concat!($name, "_128x16"),
+            concat!($name, "_128x32"),
+            concat!($name, "_128x64"),
+            concat!($name, "_128x128"),
         ]
     };
 }
@@ -120,21 +144,23 @@ const QKV: [(&str, [&str; 4]); 4] = [
 ];
 const RESIDUAL: [&str; 4] = names!("fp8_residual");
 const SUMS: [&str; 4] = names!("fp8_sums");
-const GATE_UP: [&str; 4] = names!("fp8_gate_up");
+const GATE_UP: [&str; 4] =
+    ["fp8_gate_up_128x16", "fp8_gate_up_128x32", "fp8_gate_up_128x64", "fp8_gate_up_192x128"];
 
 impl Fp8 {
     /// Looks them up. `wide` is room for the largest matrix, of so many elements, in bf16.
     pub(super) fn new(modules: &Modules, wide: Address, room: usize) -> Result<Fp8, CudaError> {
-        let load = |module: &'static str, names: [&'static str; 4]| {
-            let [a, b, c, d] = names.map(|name| modules.kernel(module, name, SHARED));
-            Ok::<_, CudaError>([a?, b?, c?, d?])
+        let load = |kind: Kind, module: &'static str, names: [&'static str; 4]| {
+            let kernel =
+                |index: usize| modules.kernel(module, names[index], Tile::of(kind, index).shared_max());
+            Ok::<_, CudaError>([kernel(0)?, kernel(1)?, kernel(2)?, kernel(3)?])
         };
-        let [a, b, c, d] = QKV.map(|(module, names)| load(module, names));
+        let [a, b, c, d] = QKV.map(|(module, names)| load(Kind::Qkv, module, names));
         Ok(Fp8 {
             qkv: [a?, b?, c?, d?],
-            residual: load("gemm_fp8_residual", RESIDUAL)?,
-            sums: load("gemm_fp8_sums", SUMS)?,
-            gate_up: load("gemm_fp8_gate_up", GATE_UP)?,
+            residual: load(Kind::Residual, "gemm_fp8_residual", RESIDUAL)?,
+            sums: load(Kind::RankSums, "gemm_fp8_sums", SUMS)?,
+            gate_up: load(Kind::GateUp, "gemm_fp8_gate_up", GATE_UP)?,
             widen: modules.kernel("fp8_weights", "fp8_weights_widen", 0)?,
             scale: modules.kernel("fp8_weights", "fp8_weights_scale", 0)?,
             wide,
@@ -144,19 +170,17 @@ impl Fp8 {
 
     /// The kernel of a product of few tokens, and its tile.
     fn few<E: Epilogue>(&self, shape: &Shape, epilogue: &E) -> Result<(&Kernel, Tile), CudaError> {
-        let index = TILES.iter().position(|tokens| shape.tokens <= *tokens).unwrap_or(TILES.len() - 1);
-        let (kernels, together) = match E::KIND {
-            Kind::Qkv => {
-                (&self.qkv[2 * usize::from(epilogue.is_fp8()) + usize::from(epilogue.is_normed())], 2)
-            }
-            Kind::Residual => (&self.residual, 1),
-            Kind::RankSums => (&self.sums, 1),
-            Kind::GateUp => (&self.gate_up, 1),
+        let index = TOKENS.iter().position(|tokens| shape.tokens <= *tokens).unwrap_or(TOKENS.len() - 1);
+        let kernels = match E::KIND {
+            Kind::Qkv => &self.qkv[2 * usize::from(epilogue.is_fp8()) + usize::from(epilogue.is_normed())],
+            Kind::Residual => &self.residual,
+            Kind::RankSums => &self.sums,
+            Kind::GateUp => &self.gate_up,
             Kind::Head | Kind::Linear => {
                 return Err(CudaError::Unsupported("the head's matrix is fp8".into()));
             }
         };
-        Ok((&kernels[index], Tile { tokens: TILES[index], together }))
+        Ok((&kernels[index], Tile::of(E::KIND, index)))
     }
 
     /// Multiplies with `w`, of which the product says no more than its sizes.
@@ -176,8 +200,7 @@ impl Fp8 {
         }
         let matrix = Fp8Matrix::new(w);
         if shape.tokens > TOKENS_MAX {
-            let tiles = [matrix.across, shape.rows.div_ceil(ROWS)];
-            let grid = Grid::new(tiles[0], WIDENING_THREADS).rows(tiles[1]).dependent();
+            let grid = widening(shape.rows, shape.cols);
             launcher.launch(&self.widen, grid, [&matrix, &shape.rows, &shape.cols, &self.wide])?;
             return hopper.prefill.launch(launcher, &Product { w: self.wide, is_fresh: true, ..product });
         }
@@ -196,10 +219,37 @@ impl Fp8 {
         tokens: u32,
         out: Address,
     ) -> Result<(), CudaError> {
-        const ROW_THREADS: u32 = 128;
-        let grid = Grid::new(tokens, ROW_THREADS).dependent();
-        launcher.launch(&self.scale, grid, [&x, &norm.address(), &(norm.cols() as u32), &out])
+        launcher.launch(&self.scale, scaling(tokens), [&x, &norm.address(), &(norm.cols() as u32), &out])
     }
+}
+
+/// What widens a matrix in memory.
+pub(super) fn widening(rows: u32, cols: u32) -> Grid {
+    Grid::new(cols.div_ceil(Fp8Tiles::COLS as u32), WIDENING_THREADS).rows(rows.div_ceil(ROWS)).dependent()
+}
+
+/// What multiplies so many tokens with a norm's scale.
+pub(super) fn scaling(tokens: u32) -> Grid {
+    Grid::new(tokens, SCALING_THREADS).dependent()
+}
+
+/// What a product of few tokens is launched as.
+pub(super) fn explained(kind: Kind, shape: &Shape, form: Form) -> Option<Explained> {
+    let index = TOKENS.iter().position(|tokens| shape.tokens <= *tokens).unwrap_or(TOKENS.len() - 1);
+    let kernel = match kind {
+        Kind::Qkv => QKV[2 * usize::from(form.kv_fp8) + usize::from(form.normed)].1[index],
+        Kind::Residual => RESIDUAL[index],
+        Kind::RankSums => SUMS[index],
+        Kind::GateUp => GATE_UP[index],
+        Kind::Head | Kind::Linear => return None,
+    };
+    let tile = Tile::of(kind, index);
+    let (stages, rows, tokens, slices) = (tile.stages(shape), tile.rows(), tile.tokens, shape.slices);
+    let work = format!(
+        "a block: {rows} rows of w in fp8, {tokens} tokens, 1 of {slices} slices of the columns; {stages} stages"
+    );
+    let is_few = shape.tokens <= TOKENS_MAX;
+    is_few.then(|| Explained { kernel, grid: tile.grid(shape, stages), work })
 }
 
 #[cfg(test)]
@@ -211,25 +261,33 @@ mod tests {
 
     #[test]
     fn kernels_are_bound_to_the_threads_that_they_are_launched_with() {
-        for name in QKV.into_iter().flat_map(|(_, names)| names).chain(RESIDUAL).chain(SUMS).chain(GATE_UP) {
-            assert_eq!(threads_of(HOPPER, name), THREADS, "{name}");
+        let of_kind =
+            |kind, names: [&'static str; 4]| (0..).zip(names).map(move |(i, name)| (Tile::of(kind, i), name));
+        let qkv = QKV.into_iter().flat_map(|(_, names)| of_kind(Kind::Qkv, names));
+        let added = of_kind(Kind::Residual, RESIDUAL).chain(of_kind(Kind::RankSums, SUMS));
+        for (tile, name) in qkv.chain(added).chain(of_kind(Kind::GateUp, GATE_UP)) {
+            assert_eq!(threads_of(HOPPER, name), tile.threads(), "{name}");
+            assert!(name.ends_with(&format!("_{}x{}", tile.rows(), tile.tokens)), "{name}");
         }
         assert_eq!(threads_of(HOPPER, "fp8_weights_widen"), WIDENING_THREADS);
+        assert_eq!(threads_of(HOPPER, "fp8_weights_scale"), SCALING_THREADS);
     }
 
     #[test]
     fn the_host_and_the_kernels_mean_the_same_by_a_matrix() {
-        assert_declared!(&["hopper/fp8_ring.cuh"], "Fp8Matrix", Fp8Matrix { tiles, across, reserved });
+        assert_declared!(&["hopper/fp8_ring.cuh"], "Fp8Matrix", Fp8Matrix { tiles, across, down });
     }
 
     #[test]
-    fn a_ring_holds_the_sums_that_lie_over_it_and_two_blocks_fit_a_multiprocessor() {
+    fn a_ring_holds_the_sums_that_lie_over_it_and_blocks_fit_a_multiprocessor() {
         for (rows, cols, slices) in [(6144, 4096, 2), (64, 64, 1), (4096, 12_288, 4), (24_576, 4096, 1)] {
-            for tokens in TILES {
-                let (shape, tile) = (Shape { rows, cols, tokens, slices }, Tile { tokens, together: 1 });
-                let stages = tile.stages(&shape);
-                assert!(stages * tile.stage_bytes() >= tokens * (ROWS + 4) * 4);
-                assert!(tile.shared(stages) <= SHARED, "{shape:?}");
+            for (index, tokens) in TOKENS.into_iter().enumerate() {
+                for kind in [Kind::Residual, Kind::GateUp] {
+                    let (shape, tile) = (Shape { rows, cols, tokens, slices }, Tile::of(kind, index));
+                    let stages = tile.stages(&shape);
+                    assert!(stages * tile.stage_bytes() >= tokens * (tile.rows() + 4) * 4);
+                    assert!(tile.shared(stages) <= tile.shared_max(), "{shape:?}");
+                }
             }
         }
     }
