@@ -157,12 +157,12 @@ template <int HD, int HEADS, int STAGES, bool FP8> struct Filler {
     // What follows of the page.
     __device__ __forceinline__ void locate(Source &source) const {
         const Unit &unit = source.unit;
-        const unsigned there = unit.tiles() * TILE;
-        source.rows = at(source.page, row_of(unit, head, first), ROW_BYTES);
+        const unsigned there = unit.tiles() * TILE, begin = unit.leaf * LEAF;
+        source.rows = at(source.page, row_of(unit, head, begin + first), ROW_BYTES);
         source.tokens = head < HEADS && first < there ? min(step, there - first) : 0;
         if constexpr (FP8) {
             const unsigned page = __shfl_sync(FULL_WARP, source.page, eighth / step);
-            source.scales = at(page, row_of(unit, scales_head, eighth), 2) + (args.kv_heads << args.page_shift) * HD;
+            source.scales = at(page, row_of(unit, scales_head, begin + eighth), 2) + (args.kv_heads << args.page_shift) * HD;
         }
     }
     // Have all others that share the row left their partials in memory? A look that need not be the last.
