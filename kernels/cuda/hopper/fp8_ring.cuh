@@ -26,7 +26,6 @@ struct Fp8Matrix {
 template <int GROUPS, int N> struct Fp8Ring {
     static constexpr int ROWS = 64 * GROUPS, W_BYTES = GROUPS * Fp8Matrix::TILE_BYTES, STAGE_BYTES = N * 128 + W_BYTES;
     static constexpr int MULTIPLIERS = 128 * GROUPS;
-    static constexpr bool TOKENS_APART = true; // threads of two warps fetch: copies are small, and a thread takes its time for each
     unsigned base, tiles, full, empty, stages;
 
     __device__ __forceinline__ Fp8Ring(unsigned base, unsigned stages, unsigned)
@@ -56,26 +55,25 @@ template <int GROUPS, int N> struct Fp8Ring {
         bulk_fetch(base + at * N * 128, x, block * 64, n0, full + 8 * at, EVICT_LAST);
     }
 
-    // A fetching thread's work: block i of `blocks` by `fetch(stage, i)`, as soon as its stage is empty.
-    template <class Fetch> __device__ __forceinline__ void each(unsigned blocks, const Fetch &fetch) const {
-        unsigned at = 0, parity = 1;
-        for (unsigned i = 0; i < blocks; i++) {
+    // The fetching thread's work: `blocks` blocks of 64 columns from block `first` on.
+    __device__ __forceinline__ void fetch(const Fp8Matrix &w, const TensorMap *x, unsigned first, unsigned blocks, unsigned m0,
+                                          unsigned n0) const {
+        const unsigned ahead = blocks < stages ? blocks : stages;
+        for (unsigned i = 0; i < ahead; i++)
+            fetch_w(w, i, first + i, m0);
+        dependent_wait();
+        for (unsigned i = 0; i < ahead; i++)
+            fetch_x(x, i, first + i, n0);
+        unsigned at = 0, parity = 0;
+        for (unsigned i = ahead; i < blocks; i++) {
             barrier_wait(empty + 8 * at, parity);
-            fetch(at, i);
+            fetch_w(w, at, first + i, m0);
+            fetch_x(x, at, first + i, n0);
             if (++at == stages) {
                 at = 0;
                 parity ^= 1;
             }
         }
-    }
-    // Of w, blocks of 64 columns from block `first` on, and of tokens.
-    __device__ __forceinline__ void fetch(const Fp8Matrix &w, const TensorMap *, unsigned first, unsigned blocks, unsigned m0,
-                                          unsigned) const {
-        each(blocks, [&](unsigned at, unsigned i) { fetch_w(w, at, first + i, m0); });
-    }
-    __device__ __forceinline__ void fetch_tokens(const TensorMap *x, unsigned first, unsigned blocks, unsigned n0) const {
-        dependent_wait();
-        each(blocks, [&](unsigned at, unsigned i) { fetch_x(x, at, first + i, n0); });
     }
 
     // Where a multiplying warpgroup is in the ring, and how many stages will yet be filled again.

@@ -96,14 +96,8 @@ __device__ __forceinline__ void decode(const Matrix &w, const TensorMap *x, cons
     if (warp >= R::MULTIPLIERS / 32) {
         if (threadIdx.x == R::MULTIPLIERS)
             ring.fetch(fetched(w), x, first, blocks, m0, n0);
-        if (warp > R::MULTIPLIERS / 32) {
-            if constexpr (R::TOKENS_APART) {
-                if (threadIdx.x % 32 == 0)
-                    ring.fetch_tokens(x, first, blocks, n0);
-                __syncwarp();
-            }
+        if (warp > R::MULTIPLIERS / 32)
             scale_rows<N>(epilogue, shape, n0, scales);
-        }
         __syncwarp();
         cluster_sync();
     } else {

@@ -4,4 +4,4 @@
 DECODE_FP8(fp8_residual_128x16, 2, 16, 2, Residual)
 DECODE_FP8(fp8_residual_128x32, 2, 32, 2, Residual)
 DECODE_FP8(fp8_residual_128x64, 2, 64, 2, Residual)
-DECODE_FP8(fp8_residual_128x128, 2, 128, 1, Residual)
+DECODE_FP8(fp8_residual_64x128, 1, 128, 2, Residual)

@@ -20,7 +20,6 @@ template <int GROUPS, int N, int SHARERS> struct Ring {
     static constexpr int ROWS = 64 * GROUPS, W_BYTES = ROWS * 128, STAGE_BYTES = W_BYTES + N * 128;
     static constexpr int MULTIPLIERS = 128 * GROUPS, PART = ROWS / SHARERS;
     static constexpr bool IN_PARTS = ROWS % (8 * SHARERS) == 0; // whole groups of the swizzle
-    static constexpr bool TOKENS_APART = false;                 // the same thread fetches both
     unsigned base, full, empty, stages, rank;
 
     __device__ __forceinline__ Ring(unsigned base, unsigned stages, unsigned rank)

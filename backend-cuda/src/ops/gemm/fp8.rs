@@ -61,9 +61,15 @@ impl Tile {
     /// The tile of tile `index` of tokens.
     fn of(kind: Kind, index: usize) -> Tile {
         let tokens = TOKENS[index];
-        // Rows of gate and up are many: blocks of 192 are enough for all multiprocessors, and those of 128 more than a round.
-        let groups = if kind == Kind::GateUp && tokens == 128 { 3 } else { 2 };
-        Tile { tokens, groups, alone: tokens == 128 || kind == Kind::Qkv && tokens == 64 }
+        let (groups, alone) = match (kind, tokens) {
+            // Rows of gate and up are many: blocks of 192 are enough for all multiprocessors, and those of 128 more than a round.
+            (Kind::GateUp, 128) => (3, true),
+            // Those of o and down are few.
+            (Kind::Residual | Kind::RankSums, 128) => (1, false),
+            (Kind::Qkv, 64 | 128) => (2, true),
+            _ => (2, false),
+        };
+        Tile { tokens, groups, alone }
     }
 
     /// Rows of w.
@@ -142,8 +148,9 @@ const QKV: [(&str, [&str; 4]); 4] = [
     ("gemm_fp8_qkv_fp8", names!("fp8_qkv_fp8")),
     ("gemm_fp8_qkv_fp8", names!("fp8_qkv_fp8_normed")),
 ];
-const RESIDUAL: [&str; 4] = names!("fp8_residual");
-const SUMS: [&str; 4] = names!("fp8_sums");
+const RESIDUAL: [&str; 4] =
+    ["fp8_residual_128x16", "fp8_residual_128x32", "fp8_residual_128x64", "fp8_residual_64x128"];
+const SUMS: [&str; 4] = ["fp8_sums_128x16", "fp8_sums_128x32", "fp8_sums_128x64", "fp8_sums_64x128"];
 const GATE_UP: [&str; 4] =
     ["fp8_gate_up_128x16", "fp8_gate_up_128x32", "fp8_gate_up_128x64", "fp8_gate_up_192x128"];
 
