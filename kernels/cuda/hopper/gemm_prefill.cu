@@ -24,7 +24,8 @@
 //    reach it nearly together all the same: the ring is too short to let one run ahead by an epilogue.
 // 3. A stage is free when the warps of all blocks that a block fetches for have read it.
 // 4. Registers are dealt anew at the start: two sets of 64 sums (the slice's and those of the slices before) and the
-//    epilogue's values for a multiplying thread, few for the last warpgroup.
+//    epilogue's values for a multiplying thread, few for the last warpgroup. Four slices, which are added in pairs, take a third
+//    set: two warpgroups have room for it; of three, each thread leaves the first pair's sums in memory (Partials::sums).
 // 5. Tensor cores read both operands from shared memory, 128 bytes a cycle. 64 tokens by 128 rows a warpgroup ask for more, 149
 //    to 160 with what the copy engine writes; 64 by 256 ask for 128, but their sums leave no registers for a second slice's.
 // 6. What comes through L2 bounds products of 129 to 256 tokens with large matrices: four blocks fetch the least.
@@ -45,7 +46,8 @@ template <> constexpr unsigned STAGED_BYTES<RankSums> = 0;
 
 // A block's tile, 64 GROUPS tokens by M rows of w, and a cluster's: so many blocks along the rows, so many along the tokens.
 // SPLIT: a cluster takes one of so many slices of a tile at a time; with 1, a whole tile, however many slices it has.
-template <int GROUPS, int M_, int ALONG_ROWS_, int ALONG_TOKENS_, int SPLIT_, class Epilogue> struct Plan {
+template <int GROUPS_, int M_, int ALONG_ROWS_, int ALONG_TOKENS_, int SPLIT_, class Epilogue> struct Plan {
+    static constexpr unsigned GROUPS = GROUPS_;
     static constexpr unsigned SPLIT = SPLIT_;
     static constexpr unsigned M = M_, TOKENS = 64 * GROUPS, X_BYTES = TOKENS * 128, STAGE_BYTES = X_BYTES + M * 128;
     static constexpr unsigned ALONG_ROWS = ALONG_ROWS_, ALONG_TOKENS = ALONG_TOKENS_, BLOCKS = ALONG_ROWS * ALONG_TOKENS;
@@ -205,10 +207,15 @@ __device__ __forceinline__ void look_up(const Shared<P> &shared, const Shape &sh
     }
 }
 
-// Adds the columns' blocks begin .. end to `sum`, from zero.
-template <class P>
+// What a warp does while a block's products are on their way.
+struct Nothing {
+    __device__ __forceinline__ void operator()(unsigned) const {}
+};
+
+// Adds the columns' blocks begin .. end to `sum`, from zero. `meanwhile` is called with the number of each.
+template <class P, class Meanwhile = Nothing>
 __device__ __forceinline__ void multiply_slice(const Shared<P> &shared, Place<P::STAGES> &position, unsigned begin,
-                                               unsigned end, float (&sum)[P::M / 2]) {
+                                               unsigned end, float (&sum)[P::M / 2], const Meanwhile &meanwhile = {}) {
     const unsigned lane = threadIdx.x % 32, sharer = cluster_rank() ^ lane; // of clusters with two a side
     unsigned before = 0;
 #pragma unroll 1
@@ -222,6 +229,7 @@ __device__ __forceinline__ void multiply_slice(const Shared<P> &shared, Place<P:
         for (int k = 0; k < 4; k++)
             wgmma(sum, a + 2 * k, b + 2 * k, i > begin || k > 0);
         wgmma_commit();
+        meanwhile(i - begin);
         if (i > begin) {
             wgmma_wait<1>(); // the block before is multiplied: its stage is free
             if (lane < P::SHARERS)
@@ -284,9 +292,47 @@ __device__ __forceinline__ void multiply_pairs(const Shared<P> &shared, Place<P:
     }
 }
 
+// The same where registers hold two sets: the first pair's sums go out to `aside`, a lane's place in memory, while the third slice
+// is multiplied, a quarter of them with each of its first four blocks of columns, and are added when the second pair's are there.
+template <class P, class Between>
+__device__ __forceinline__ void multiply_aside(const Shared<P> &shared, Place<P::STAGES> &position, const Shape &shape,
+                                               float (&total)[P::M / 2], float4 *aside, const Between &between) {
+    constexpr unsigned FOURS = P::M / 8, QUARTER = FOURS / 4;
+    float sum[P::M / 2];
+#pragma unroll
+    for (int i = 0; i < P::M / 2; i++)
+        total[i] = -0.0f, sum[i] = 0.0f;
+#pragma unroll 1
+    for (unsigned slice = 0, begin = 0; slice < shape.slices; slice++) {
+        const unsigned end = shared.slice_ends[slice];
+        multiply_slice(shared, position, begin, end, sum, [&](unsigned block) {
+            if (slice != 2)
+                return;
+#pragma unroll
+            for (int q = 0; q < 4; q++)
+                if (block == q)
+#pragma unroll
+                    for (int i = q * QUARTER; i < (q + 1) * QUARTER; i++)
+                        __stcg(aside + 32 * i, make_float4(total[4 * i], total[4 * i + 1], total[4 * i + 2], total[4 * i + 3]));
+        });
+        begin = end;
+        if (slice == 0)
+            between();
+#pragma unroll
+        for (int i = 0; i < P::M / 2; i++)
+            total[i] = (slice == 2 ? -0.0f : total[i]) + sum[i];
+    }
+    if (shape.slices > 2)
+#pragma unroll
+        for (int i = 0; i < FOURS; i++) {
+            const float4 pair = __ldcg(aside + 32 * i);
+            total[4 * i] += pair.x, total[4 * i + 1] += pair.y, total[4 * i + 2] += pair.z, total[4 * i + 3] += pair.w;
+        }
+}
+
 template <class P, class Epilogue>
 __device__ __forceinline__ void multiply(const Shared<P> &shared, const TensorMap *out, const Shape &shape,
-                                         const Epilogue &epilogue) {
+                                         const Epilogue &epilogue, const Partials &partials) {
     const unsigned warp = threadIdx.x / 32, lane = threadIdx.x % 32, old = shared.old + 8 * warp;
     const WarpTile warp_tile = {shared.warp_tile(warp), lane};
     dependent_wait();
@@ -298,7 +344,10 @@ __device__ __forceinline__ void multiply(const Shared<P> &shared, const TensorMa
         Outputs outputs = {warp_tile, out, token, count, tiles.row(), shape.rows};
         float total[P::M / 2];
         const auto between = [&] { prepare(epilogue, outputs, old); };
-        if constexpr (Epilogue::SLICES > 2)
+        if constexpr (Epilogue::SLICES > 2 && P::GROUPS > 2)
+            multiply_aside(shared, position, shape, total,
+                           partials.sums + (blockIdx.x * P::WARPS + warp) * (P::M / 8 * 32) + lane, between);
+        else if constexpr (Epilogue::SLICES > 2)
             multiply_pairs(shared, position, shape, total, between);
         else
             multiply_tile<Epilogue::SLICES == 1 || P::M != 128>(shared, position, shape, total, between);
@@ -382,7 +431,7 @@ __device__ __forceinline__ void prefill(const TensorMap *w, const TensorMap *x, 
         if constexpr (P::SPLIT > 1)
             multiply_slices(shared, out, shape, epilogue, partials);
         else
-            multiply(shared, out, shape, epilogue);
+            multiply(shared, out, shape, epilogue, partials);
     } else {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(P::OTHER));
         if (threadIdx.x == P::MULTIPLIERS)
@@ -401,18 +450,21 @@ __device__ __forceinline__ void prefill(const TensorMap *w, const TensorMap *x, 
         prefill<Plan<GROUPS, M, ALONG_ROWS, ALONG_TOKENS, 1, EPILOGUE>>(&w, &x, &out, shape, epilogue, {});                  \
     }
 
-#define SPLIT(NAME, GROUPS, M, ALONG_ROWS, ALONG_TOKENS, EPILOGUE)                                                           \
+// Of kernels that leave sums in memory; SLICES: Plan's SPLIT.
+#define PREFILL_ASIDE(NAME, GROUPS, M, ALONG_ROWS, ALONG_TOKENS, SLICES, EPILOGUE)                                           \
     extern "C" __global__ void __launch_bounds__(128 * GROUPS + 128, 1)                                                      \
     NAME(const __grid_constant__ TensorMap w, const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap out,    \
          Shape shape, EPILOGUE epilogue, Partials partials) {                                                                \
-        prefill<Plan<GROUPS, M, ALONG_ROWS, ALONG_TOKENS, EPILOGUE::SLICES, EPILOGUE>>(&w, &x, &out, shape, epilogue,        \
-                                                                                         partials);                      \
+        prefill<Plan<GROUPS, M, ALONG_ROWS, ALONG_TOKENS, SLICES, EPILOGUE>>(&w, &x, &out, shape, epilogue, partials);       \
     }
+#define SPLIT(NAME, GROUPS, M, ALONG_ROWS, ALONG_TOKENS, EPILOGUE)                                                           \
+    PREFILL_ASIDE(NAME, GROUPS, M, ALONG_ROWS, ALONG_TOKENS, EPILOGUE::SLICES, EPILOGUE)
 
 PREFILL(prefill_qkv_narrow, 2, 128, 2, 1, Qkv)
 PREFILL(prefill_qkv_middle, 3, 128, 2, 1, Qkv)
 PREFILL(prefill_qkv_square, 2, 128, 2, 2, Qkv)
 PREFILL(prefill_residual_narrow, 2, 128, 2, 1, Residual)
+PREFILL_ASIDE(prefill_residual_middle, 3, 128, 2, 1, 1, Residual)
 PREFILL(prefill_residual_square, 2, 128, 2, 2, Residual)
 SPLIT(split_residual_narrow, 2, 128, 2, 1, Residual)
 SPLIT(split_residual_middle, 3, 128, 2, 1, Residual)

@@ -3,7 +3,7 @@
 //! ```text
 //!            a block's tile            blocks of a cluster    of
 //!   narrow   128 rows x 128 tokens     2 along the rows       every product
-//!   middle   128      x 192            2 along the rows       the model's, of at most two slices
+//!   middle   128      x 192            2 along the rows       the model's; of four slices, the first two's sums wait in memory
 //!   square   128      x 128            2 x 2                  the model's
 //!   wide     256      x 128            2 along the tokens     gate and up, where the whole sum is one slice; split sums
 //!   tall     192, 224, 288 x 128       2 along the rows       gate and up, where the whole sum is one slice
@@ -12,7 +12,8 @@
 //!
 //! A cluster takes tile after tile. Where few rows and tokens make few tiles, it takes slice after slice of o's and down's tiles
 //! instead: the sum is split among clusters, who leave their slices in memory, and the last adds them (`split.cuh`). Who takes whole
-//! tiles adds pairs of slices, then the pairs, which takes three sets of sums: two warpgroups have registers for them, three have not.
+//! tiles adds pairs of slices, then the pairs, for which there are three sets of sums: two warpgroups have registers for them, of
+//! three each leaves one set in memory meanwhile.
 //! Invariant: a block has a multiprocessor to itself, and a box of the copy engine at most 256 rows.
 
 use minisgl_core::backend::Purpose;
@@ -41,7 +42,7 @@ pub(super) struct Prefill {
     partials: Partials,
 }
 
-/// Where clusters that split sums leave their slices, as `split.cuh` declares it.
+/// Where clusters leave sums, as `split.cuh` declares it: of slices that others add, or those that a block itself takes up again.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 struct Partials {
@@ -83,11 +84,16 @@ pub(super) struct Tile {
     split: u32,
     /// The time of leaving a slice in memory and adding the last.
     adding: u32,
+    /// Do the first two of four slices leave their sum in memory while the others are made? Then a slice has four blocks or more.
+    aside: bool,
 }
 
 impl Tile {
-    const NARROW: Tile = Tile { blocks: [2, 1], rows: 128, groups: 2, cost: 6, split: 1, adding: 0 };
+    const NARROW: Tile =
+        Tile { blocks: [2, 1], rows: 128, groups: 2, cost: 6, split: 1, adding: 0, aside: false };
     const MIDDLE: Tile = Tile { groups: 3, cost: 8, ..Tile::NARROW };
+    /// Its warpgroups' registers hold two sets of sums.
+    const ASIDE: Tile = Tile { adding: 26, aside: true, ..Tile::MIDDLE };
     const SQUARE: Tile = Tile { blocks: [2, 2], cost: 5, ..Tile::NARROW };
     /// Its sums leave no registers for those of another slice.
     const WIDE: Tile = Tile { blocks: [1, 2], rows: 256, cost: 10, ..Tile::NARROW };
@@ -124,7 +130,11 @@ impl Tile {
         let mut tiles = match kind {
             Kind::Qkv => three(["prefill_qkv_narrow", "prefill_qkv_middle", "prefill_qkv_square"]),
             Kind::Residual => {
-                vec![(Tile::NARROW, "prefill_residual_narrow"), (Tile::SQUARE, "prefill_residual_square")]
+                vec![
+                    (Tile::NARROW, "prefill_residual_narrow"),
+                    (Tile::ASIDE, "prefill_residual_middle"),
+                    (Tile::SQUARE, "prefill_residual_square"),
+                ]
             }
             Kind::RankSums => three(["prefill_sums_narrow", "prefill_sums_middle", "prefill_sums_square"]),
             Kind::GateUp => {
@@ -211,6 +221,7 @@ impl Tile {
     /// token?
     fn suits(self, shape: &Shape) -> bool {
         let holds = match self.split {
+            1 if self.aside => shape.slices < 4 || shape.cols >= 4 * shape.slices * BLOCK_COLS,
             1 => self.rows == 128 || shape.slices == 1,
             split => split == shape.slices && self.partial_bytes(shape) <= Partials::BYTES,
         };
@@ -252,6 +263,8 @@ impl Prefill {
             let kernel = cuda.modules().kernel("gemm_prefill", name, Tile::SHARED)?;
             // Where none has room the launch will say so.
             let clusters = cuda.launcher().clusters_at_once(&kernel, tile.grid(1))?.max(1);
+            let aside = (tile.cluster() * tile.rows * tile.tokens()) as usize * 4;
+            let clusters = if tile.aside { clusters.min((Partials::BYTES / aside) as u32) } else { clusters };
             Ok::<_, CudaError>(Loaded { tile, kernel, clusters })
         };
         let of_kind = |kind| Tile::of(kind).into_iter().map(load).collect::<Result<Vec<_>, _>>();
@@ -291,9 +304,9 @@ impl Prefill {
             }
             _ => x,
         };
-        match tile.split {
-            1 => launcher.launch(kernel, grid, [&w, &x, &out, shape, *epilogue]),
-            _ => launcher.launch(kernel, grid, [&w, &x, &out, shape, *epilogue, &self.partials]),
+        match tile.split > 1 || tile.aside {
+            true => launcher.launch(kernel, grid, [&w, &x, &out, shape, *epilogue, &self.partials]),
+            false => launcher.launch(kernel, grid, [&w, &x, &out, shape, *epilogue]),
         }
     }
 }
@@ -317,7 +330,7 @@ mod tests {
 
     #[test]
     fn every_tile_is_fetched_in_boxes_of_whole_swizzles() {
-        let tiles = [Tile::NARROW, Tile::MIDDLE, Tile::SQUARE, Tile::WIDE];
+        let tiles = [Tile::NARROW, Tile::MIDDLE, Tile::ASIDE, Tile::SQUARE, Tile::WIDE];
         for tile in tiles.into_iter().chain(Tile::TALL).chain(Tile::SPLIT) {
             let Block { rows, tokens } = tile.fetched();
             for (box_rows, all) in [(rows, tile.rows), (tokens, tile.tokens())] {
@@ -353,6 +366,13 @@ mod tests {
         assert_eq!(quickest(2048, 8192, 256, 4), is(narrow));
         assert_eq!(quickest(3584, 18_944, 192, 4), is(middle));
         assert_eq!(quickest(4096, 14_336, 256, 4), is(wide));
+        // Qwen3-8B's down takes the widest tiles though a sum waits in memory; its o, of fewer columns, does not.
+        let residual = |cols| {
+            let shape = Shape { rows: 4096, cols, tokens: 16_384, slices: 4 };
+            let tiles = [(Tile::NARROW, 66), (Tile::ASIDE, 66), (Tile::SQUARE, 30)];
+            is(tiles[Tile::quickest(tiles.into_iter(), &shape).unwrap()].0)
+        };
+        assert_eq!([4096, 12_288].map(residual), [is(Tile::SQUARE), is(Tile::ASIDE)]);
         // Many tokens, and Qwen3-14B's rows, give enough clusters whole tiles.
         assert_eq!(quickest(3584, 18_944, 16_384, 4), is(Tile::SQUARE));
         assert_eq!(quickest(5120, 17_408, 256, 4), is(Tile::SQUARE));
