@@ -6,8 +6,10 @@
 use half::bf16;
 use minisgl_core::backend::{Device, Element, Purpose, WeightRole};
 use minisgl_core::tensor::splitmix64;
-use minisgl_cuda::ops::gemm::{Epilogue, GateUp, Gemm, Head, Qkv, Residual, RowNorm, Rows, SmShare};
-use minisgl_cuda::{Address, Buffer, Cuda, CudaError, Weight};
+use minisgl_cuda::ops::gemm::{
+    Epilogue, GateUp, Gemm, Head, Qkv, RankSums, Residual, RowNorm, Rows, SmShare,
+};
+use minisgl_cuda::{Address, Buffer, Cuda, CudaError, SLICING, Weight};
 
 use crate::case::{Call, Case, Check, Filter, Run};
 use crate::check::relative_error;
@@ -38,7 +40,20 @@ enum Product {
     GateUp,
     Down,
     Head,
+    /// One of two ranks' sums of o and of down.
+    RankO,
+    RankDown,
 }
+
+const PRODUCTS: [Product; 7] = [
+    Product::Qkv,
+    Product::O,
+    Product::GateUp,
+    Product::Down,
+    Product::Head,
+    Product::RankO,
+    Product::RankDown,
+];
 
 /// A product at a number of tokens.
 #[derive(Clone, Copy)]
@@ -53,7 +68,7 @@ struct Sizes {
 pub(crate) fn cases(filter: &Filter) -> Vec<Case> {
     let mut cases = Vec::new();
     for model in filter.models() {
-        for product in [Product::Qkv, Product::O, Product::GateUp, Product::Down, Product::Head] {
+        for product in PRODUCTS {
             let prefill = if product == Product::Head { Vec::new() } else { filter.tokens() };
             let models = if product == Product::Qkv { model.and_biased() } else { vec![model] };
             let tokens: Vec<u32> = filter.rows().into_iter().chain(prefill).collect();
@@ -75,6 +90,8 @@ impl Sizes {
             Product::GateUp => (2 * intermediate, hidden),
             Product::Down => (hidden, intermediate),
             Product::Head => (dims.vocab as usize, hidden),
+            Product::RankO => (hidden, dims.q_width() / 2),
+            Product::RankDown => (hidden, intermediate / 2),
         };
         Sizes { product, model, tokens, outputs, inputs }
     }
@@ -87,11 +104,13 @@ impl Sizes {
             Product::GateUp => "gemm_gate_up",
             Product::Down => "gemm_down",
             Product::Head => "gemm_head",
+            Product::RankO => "gemm_o_of_two",
+            Product::RankDown => "gemm_down_of_two",
         };
         // silu(gate) * up halves the outputs; adding to the residual stream reads them too.
         let out_bytes = match self.product {
             Product::GateUp => tokens * outputs,
-            Product::O | Product::Down => tokens * outputs * 4,
+            Product::O | Product::Down | Product::RankO | Product::RankDown => tokens * outputs * 4,
             Product::Qkv | Product::Head => tokens * outputs * 2,
         };
         let bytes = outputs * inputs * 2 + tokens * inputs * 2 + out_bytes;
@@ -117,6 +136,7 @@ impl Sizes {
             Product::O | Product::Down => self.residual(cuda, gemm, weights, x)?,
             Product::GateUp => self.gate_up(cuda, gemm, weights, x)?,
             Product::Head => self.head(cuda, gemm, weights, x)?,
+            Product::RankO | Product::RankDown => self.sums(cuda, gemm, weights, x)?,
         };
         Ok(Run { call, check, baseline })
     }
@@ -126,7 +146,11 @@ impl Sizes {
             let part = |seed| random_part(self.outputs / 2, self.inputs, seed);
             return cuda.load_weight(WeightRole::GateUp, &[part(WEIGHTS), part(WEIGHTS + 1)]);
         }
-        random(cuda, self.outputs, self.inputs, WEIGHTS)
+        let weight = random(cuda, self.outputs, self.inputs, WEIGHTS)?;
+        Ok(match self.product {
+            Product::RankO | Product::RankDown => weight.sliced(SLICING.slices(2 * self.inputs) / 2),
+            _ => weight,
+        })
     }
 
     /// The bare product by cuBLASLt, where there is one.
@@ -208,6 +232,26 @@ impl Sizes {
         });
         let epilogue = Residual { residual: residual.address(), sumsq };
         Ok((call(gemm, weights, x, self.tokens, epilogue), check))
+    }
+
+    fn sums(
+        self,
+        cuda: &mut Cuda,
+        gemm: Gemm,
+        weights: Vec<Weight>,
+        x: Rows,
+    ) -> Result<(Call, Check), CudaError> {
+        let elements = self.tokens * self.outputs;
+        let out = cuda.alloc(Purpose::Scratch, Element::Float, elements)?;
+        let check: Check = Box::new(move |cuda| {
+            let words = download_words(cuda, out, elements)?;
+            let pairs = self.samples(self.outputs).into_iter().map(|(token, output)| {
+                let sum = f32::from_bits(words[token * self.outputs + output]);
+                (f64::from(sum), self.sum(WEIGHTS, token, output))
+            });
+            Ok(relative_error(pairs, ERROR_MAX))
+        });
+        Ok((call(gemm, weights, x, self.tokens, RankSums { out: out.address() }), check))
     }
 
     fn gate_up(
