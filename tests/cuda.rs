@@ -244,8 +244,8 @@ fn with_fp8_weights(name: &str) -> LlmBuilder {
     on_gpu(name, KernelChoice::Auto).plain_inputs(true)
 }
 
-/// Those that have no experts.
-const FP8_WEIGHTS: [&str; 2] = ["qwen3-fp8", "llama-fp8ct"];
+/// The last of them has experts.
+const FP8_WEIGHTS: [&str; 3] = ["qwen3-fp8", "llama-fp8ct", "qwen3-moe-fp8"];
 
 #[test]
 #[ignore = "needs a GPU"]
@@ -254,15 +254,22 @@ fn logits_of_fp8_weights_are_those_of_transformers_within_bf16() {
         let golden = Golden::open(name);
         let plain = checkpoint(&fixture(name)).with_plain_inputs();
         let mut model = Logits::new(Cuda::new(&Options::default()).unwrap(), &plain, 512, true);
-        let mut worst = 0.0f32;
+        let mut errors = Vec::new();
         for (i, example) in golden.examples.iter().enumerate() {
             let logits = model.of(&example.prompt);
             let expected = golden.logits(i);
             let ours = &logits[logits.len() - expected.len()..];
-            worst = ours.iter().zip(&expected).map(|(a, b)| relative_error(a, b)).fold(worst, f32::max);
+            errors.extend(ours.iter().zip(&expected).map(|(a, b)| relative_error(a, b)));
         }
-        println!("{name}: largest relative error of a row of logits {worst:.5}");
-        assert!(worst < LOGIT_ERROR_MAX, "{name}: relative error {worst}");
+        errors.sort_by(f32::total_cmp);
+        let (median, worst) = (errors[errors.len() / 2], errors[errors.len() - 1]);
+        println!("{name}: relative error of a row of logits {median:.5} in the median, {worst:.5} at most");
+        let most = if plain.config().spec.layers.iter().any(|layer| layer.experts().is_some()) {
+            FLIPPED_ERROR_MAX
+        } else {
+            LOGIT_ERROR_MAX
+        };
+        assert!(median < LOGIT_ERROR_MAX && worst < most, "{name}: relative errors {median}, {worst}");
     }
 }
 

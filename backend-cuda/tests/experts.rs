@@ -3,6 +3,7 @@
 
 mod support;
 
+use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use bytemuck::{Pod, cast_slice};
@@ -10,8 +11,11 @@ use half::bf16;
 use minisgl_core::backend::{Device, Element, ExpertWeights, Ops, Purpose, Queue, Step, WeightRole};
 use minisgl_core::batch::{Layout, StepShape, Token, zeroed_words};
 use minisgl_core::config::Limits;
-use minisgl_core::spec::{Activation, DecoderSpec, Dims, Experts as Spec, LayerSpec, Mlp};
-use minisgl_core::tensor::{HostTensor, TensorData, splitmix64, uniform_element};
+use minisgl_core::fp8;
+use minisgl_core::spec::{
+    Activation, DecoderSpec, Dims, Experts as Spec, Fp8, Inputs, LayerSpec, Mlp, ScaleBlock, WeightFormat,
+};
+use minisgl_core::tensor::{HostTensor, Scales, TensorData, splitmix64, uniform_element};
 use minisgl_cuda::ops::experts::{ExpertLayer, Experts};
 use minisgl_cuda::ops::gemm::RowNorm;
 use minisgl_cuda::{Buffer, Cuda, KernelSet, Options, Weight};
@@ -48,7 +52,18 @@ fn cases() -> [Case; 6] {
     ]
 }
 
-/// Random weights `[rows, cols]` of which no one lies on the host.
+/// In fp8, scales of blocks of so many rows and columns: as long as these blocks are whole.
+fn cases_in_fp8() -> [(Case, [usize; 2]); 5] {
+    [
+        (case(64, 5, 1, 24, false), [1, 1 << 20]),
+        (case(2048, 128, 8, 768, true), [128, 128]),
+        (case(320, 16, 16, 136, true), [1, 64]),
+        (case(128, 8, 3, 256, true), [128, 128]),
+        (case(192, 256, 16, 72, true), [1, 128]),
+    ]
+}
+
+/// Random weights `[rows, cols]`.
 struct Random {
     tensor: HostTensor,
 }
@@ -66,10 +81,41 @@ impl Random {
         Random::new(seed, rows, cols, gain * (3.0 / cols as f32).sqrt())
     }
 
+    /// Random codes, and scales by which they have about the same deviation.
+    fn codes(seed: u64, rows: u32, cols: u32, gain: f32, block: [usize; 2]) -> Random {
+        let (rows, cols) = (rows as usize, cols as usize);
+        let random = |i: usize| splitmix64(seed.wrapping_add(i as u64)) >> 40;
+        let codes: Vec<u8> = (0..rows * cols)
+            .map(|i| random(i) as u8)
+            .map(|code| if code & 0x7f == fp8::NAN { code ^ 1 } else { code })
+            .collect();
+        let deviation = gain / (cols as f32).sqrt() / 120.0; // random codes have 120
+        let scale = |i| deviation * (0.5 + random(usize::MAX - i) as f32 / (1 << 24) as f32);
+        let values = (0..rows.div_ceil(block[0]) * cols.div_ceil(block[1])).map(scale).collect();
+        let range = 0..codes.len();
+        let scales = Arc::new(Scales { values, block, inputs: Inputs::Plain, input_scale: None });
+        let data = TensorData::Fp8 { owner: Arc::new(codes), range, scales };
+        Random { tensor: HostTensor { name: "random".into(), rows, cols, data } }
+    }
+
+    /// What a row means: of fp8 the bf16 numbers that are nearest to codes times their scales in bf16.
     fn row(&self, row: usize) -> Vec<f64> {
-        let TensorData::Uniform { seed, low, high } = self.tensor.data else { unreachable!("it is") };
-        let element = |i| f64::from(uniform_element(seed, i as u64, low, high).to_f32());
-        (row * self.tensor.cols..(row + 1) * self.tensor.cols).map(element).collect()
+        let cols = self.tensor.cols;
+        match &self.tensor.data {
+            TensorData::Uniform { seed, low, high } => {
+                let element = |i| f64::from(uniform_element(*seed, i as u64, *low, *high).to_f32());
+                (row * cols..(row + 1) * cols).map(element).collect()
+            }
+            TensorData::Fp8 { owner, scales, .. } => {
+                let codes = &(**owner).as_ref()[row * cols..][..cols];
+                let [high, wide] = scales.block;
+                let scales = &scales.values[row / high * cols.div_ceil(wide)..];
+                let scale = |col: usize| bf16::from_f32(scales[col / wide]).to_f32();
+                let element = |(col, code): (usize, &u8)| bf16::from_f32(fp8::decode(*code) * scale(col));
+                codes.iter().enumerate().map(element).map(bf16::to_f64).collect()
+            }
+            _ => unreachable!("tests make no other"),
+        }
     }
 }
 
@@ -95,7 +141,8 @@ struct Layer {
 }
 
 impl Layer {
-    fn new(set: KernelSet, case: Case) -> Layer {
+    /// `fp8`: the blocks of scales, where weights are so.
+    fn new(set: KernelSet, case: Case, fp8: Option<[usize; 2]>) -> Layer {
         let mut cuda = Cuda::new(&Options { kernels: set, ..Options::default() }).expect("a GPU");
         let (hidden, Spec { count, intermediate, .. }) = (case.hidden, case.spec);
         let seed = splitmix64(SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_nanos() as u64);
@@ -121,8 +168,13 @@ impl Layer {
             graph_rows: 1,
         };
         let router = Random::matrix(seed ^ 1, count, hidden, 1.5);
-        let gate_up = Random::matrix(seed ^ 2, count * 2 * intermediate, hidden, 1.0);
-        let down = Random::matrix(seed ^ 3, count * hidden, intermediate, 3.0);
+        let matrix = |seed, rows, cols, gain| match fp8 {
+            None => Random::matrix(seed, rows, cols, gain),
+            Some(block) => Random::codes(seed, rows, cols, gain, block),
+        };
+        let gate_up =
+            matrix(seed ^ 2, count * 2 * intermediate, hidden, if fp8.is_some() { 2.0 } else { 1.0 });
+        let down = matrix(seed ^ 3, count * hidden, intermediate, 3.0);
         let columns = Random::new(seed ^ 4, 1, hidden, 1.0);
         let mut load = |role, random: &Random| cuda.load(role, std::slice::from_ref(&random.tensor)).unwrap();
         let weights = ExpertWeights {
@@ -131,10 +183,13 @@ impl Layer {
             down: load(WeightRole::Linear, &down),
         };
         let norm = load(WeightRole::Linear, &columns);
-        let experts = Experts::new(&mut cuda, &DecoderSpec::uniform(dims, layer), &limits).unwrap().unwrap();
+        let format = Fp8 { block: ScaleBlock::Tile { rows: 1, cols: 128 }, inputs: Inputs::Plain };
+        let weights_are = fp8.map_or(WeightFormat::Bf16, |_| WeightFormat::Fp8(format));
+        let spec = DecoderSpec { weights: weights_are, ..DecoderSpec::uniform(dims, layer) };
+        let experts = Experts::new(&mut cuda, &spec, &limits).unwrap().unwrap();
         let most = TOKENS[TOKENS.len() - 1] as u64;
         let x = (0..most * u64::from(hidden)).map(|i| uniform_element(seed ^ 5, i, -2.0, 2.0)).collect();
-        let label = format!("{set:?}, {hidden} wide, {:?}", case.spec);
+        let label = format!("{set:?}, {hidden} wide, {:?}, fp8 {fp8:?}", case.spec);
         let layout = Layout::new(&limits, 0);
         Layer { cuda, experts, case, weights, norm, layout, router, gate_up, down, columns, x, label }
     }
@@ -177,6 +232,7 @@ impl Layer {
         let batch = self.upload(Element::Word, &words);
         let margin = vec![bf16::from_bits(0x7fff); 64];
         let residual = self.upload(Element::Activation, &[x, &margin].concat());
+        let scaled = self.upload(Element::Activation, &[&vec![bf16::NAN; x.len()], &margin[..]].concat());
         let sums = self.sums(x);
         let sumsq = self.upload(Element::Float, &sums);
         let step = step_of(shape(tokens), batch, self.layout);
@@ -187,18 +243,25 @@ impl Layer {
             norm: self.norm.address(),
             row_norm,
             residual: residual.address(),
+            x: if self.is_fp8() { scaled.address() } else { residual.address() },
             sumsq: sumsq.address(),
         };
         self.experts.launch(self.cuda.launcher(), &step, &layer).unwrap();
         self.cuda.synchronize().unwrap();
         let out: Vec<bf16> = self.download(residual);
         assert!(out[x.len()..].iter().all(|x| x.to_bits() == 0x7fff), "{}: written too far", self.label);
+        let beyond: Vec<bf16> = self.download(scaled);
+        assert!(beyond[x.len()..].iter().all(|x| x.to_bits() == 0x7fff), "{}: scaled too far", self.label);
         let out = &out[..x.len()];
         let got: Vec<f32> = self.download(sumsq);
         for (got, want) in got.iter().zip(self.sums(out)) {
             assert!((got - want).abs() <= 1e-4 * want.max(1.0), "{}: a sum is {got} for {want}", self.label);
         }
         out.chunks(hidden).map(<[bf16]>::to_vec).collect()
+    }
+
+    fn is_fp8(&self) -> bool {
+        self.weights.gate_up.is_fp8()
     }
 
     /// The residual stream of a token by the definition; `None` where rounding may choose another expert.
@@ -219,9 +282,11 @@ impl Layer {
         }
         let chosen = &order[..per_token];
         let sum: f64 = if normalized { chosen } else { &order[..] }.iter().map(|e| logits[*e].exp()).sum();
+        // A norm is multiplied into bf16 matrices when they are loaded, which this test does not.
+        let inputs = if self.is_fp8() { &routed } else { &normed };
         let mut out = x;
         for e in chosen {
-            let gate = |row: usize| dot(&self.gate_up.row(e * 2 * mlp + row), &normed);
+            let gate = |row: usize| dot(&self.gate_up.row(e * 2 * mlp + row), inputs);
             let activated: Vec<f64> = (0..mlp)
                 .map(|i| {
                     let gate_value = gate(i);
@@ -321,6 +386,12 @@ fn step_of(shape: StepShape, batch: Buffer, layout: Layout) -> Step<Buffer> {
 #[ignore = "needs a GPU"]
 fn experts_add_what_their_definition_says_whatever_is_beside_a_token() {
     for set in [KernelSet::Portable, KernelSet::Auto] {
-        taken(cases()).for_each(|case| Layer::new(set, case).check());
+        taken(cases()).for_each(|case| Layer::new(set, case, None).check());
     }
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn experts_in_fp8_add_what_their_definition_says_whatever_is_beside_a_token() {
+    taken(cases_in_fp8()).for_each(|(case, block)| Layer::new(KernelSet::Auto, case, Some(block)).check());
 }

@@ -5,7 +5,7 @@
 
 // backend-cuda/src/ops/experts.rs declares the same fields, which its tests compare.
 struct Routing {
-    float *logits;          // [T, E]
+    float *logits;          // [T, E]: of kernels for any GPU
     float *scales;          // [T]: the row norm's
     unsigned short *chosen; // [T, P], and up to 7 more to read
     float *shares;          // [T, P]
@@ -13,4 +13,5 @@ struct Routing {
     unsigned *pairs;        // [T P]: expert e's are begins[e] .. begins[e + 1]
     unsigned tokens, experts, per_token, hidden, intermediate, stored;
     unsigned normalized, nobody; // nobody: the slot of padding
+    __nv_bfloat16 *scaled;       // [T, hidden]: x times the norm's scale by column, for products of fp8; or null
 };

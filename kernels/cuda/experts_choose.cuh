@@ -3,9 +3,8 @@
 
 #include "batch.cuh"
 #include "epilogue.cuh"
-#include "experts.cuh"
+#include "experts_lists.cuh"
 
-constexpr unsigned NOBODY = 0xffff; // in place of an expert's number: no further expert
 constexpr int EXPERTS_A_LANE = 8;   // 256 at most
 
 // A float's bits as an unsigned number of the same order, at least 1; -0 counts as 0.
@@ -14,8 +13,8 @@ __device__ __forceinline__ unsigned ordered(float value) {
     return max(bits >> 31 ? ~bits : bits | 0x80000000u, 1u);
 }
 
-// A warp takes token t, of this slot; a lane 8 neighbouring experts.
-__device__ __forceinline__ void choose(const Routing &routing, unsigned t, unsigned slot) {
+// A warp takes token t, of this slot and with these logits; a lane 8 neighbouring experts.
+__device__ __forceinline__ void choose(const Routing &routing, unsigned t, unsigned slot, const float *logits) {
     const unsigned lane = threadIdx.x % 32;
     unsigned short *chosen = routing.chosen + (size_t)t * routing.per_token;
     float *shares = routing.shares + (size_t)t * routing.per_token;
@@ -32,7 +31,7 @@ __device__ __forceinline__ void choose(const Routing &routing, unsigned t, unsig
 #pragma unroll
     for (int i = 0; i < EXPERTS_A_LANE; i++) {
         const unsigned expert = EXPERTS_A_LANE * lane + i;
-        logit[i] = expert < routing.experts ? __ldcg(routing.logits + (size_t)t * routing.experts + expert) : 0.0f;
+        logit[i] = expert < routing.experts ? logits[expert] : 0.0f;
         key[i] = expert < routing.experts ? ordered(logit[i]) : 0;
     }
     float largest = 0.0f;

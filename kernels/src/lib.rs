@@ -53,12 +53,15 @@ macro_rules! modules {
 }
 
 /// Modules for compute capability 8.0 and later, in alphabetic order.
-pub const PORTABLE: &[Module] =
-    modules![portable: "attention", "embed", "exchange", "experts", "gemm", "perf", "sampling", "weights"];
+pub const PORTABLE: &[Module] = modules![portable:
+    "attention", "embed", "exchange", "experts", "experts_products", "experts_router", "gemm", "perf", "sampling",
+    "weights",
+];
 
 /// Modules for compute capability 9.0, in alphabetic order. Their kernels are written for dependent launch.
 pub const HOPPER: &[Module] = modules![hopper:
-    "attention", "attention_fp8", "embed", "exchange", "experts", "experts_products", "experts_route", "fp8_pages", "fp8_weights",
+    "attention", "attention_fp8", "embed", "exchange", "experts", "experts_products", "experts_products_fp8",
+    "experts_router", "fp8_pages", "fp8_weights",
     "gemm_decode_gate_up", "gemm_decode_head", "gemm_decode_qkv", "gemm_decode_qkv_fp8", "gemm_decode_residual",
     "gemm_decode_sums", "gemm_fp8_gate_up", "gemm_fp8_qkv", "gemm_fp8_qkv_fp8", "gemm_fp8_residual", "gemm_fp8_sums",
     "gemm_prefill", "perf", "sampling",

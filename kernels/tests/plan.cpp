@@ -59,7 +59,8 @@ int main() {
         if (kind == 2)
             counts.back() = most; // all of the last one's
         const unsigned across = 1 + below(24), blocks = 1 + below(140);
-        if (!holds<64>(counts, across, blocks) || !holds<256>(counts, across, blocks)) {
+        if (!holds<32>(counts, across, blocks) || !holds<64>(counts, across, blocks) || !holds<192>(counts, across, blocks) ||
+            !holds<256>(counts, across, blocks)) {
             std::printf("round %u: kind %u, %zu experts\n", round, kind, counts.size());
             return 1;
         }

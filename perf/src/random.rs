@@ -1,7 +1,12 @@
 //! Matrices of numbers that host and device make alike, each element by its place and a seed.
 
+use std::sync::{Arc, LazyLock};
+
+use half::bf16;
 use minisgl_core::backend::WeightRole;
-use minisgl_core::tensor::{HostTensor, TensorData, uniform_element};
+use minisgl_core::fp8;
+use minisgl_core::spec::Inputs;
+use minisgl_core::tensor::{HostTensor, Scales, TensorData, splitmix64, uniform_element};
 use minisgl_cuda::{Cuda, CudaError, Weight};
 
 /// A bf16 matrix of numbers in [-1, 1), made on the device; [`random_element`] gives the same.
@@ -30,4 +35,32 @@ pub(crate) fn random_part(rows: usize, cols: usize, seed: u64) -> HostTensor {
 /// Element `(row, col)` of a [`random`] matrix.
 pub(crate) fn random_element(cols: usize, seed: u64, row: usize, col: usize) -> f64 {
     f64::from(uniform_element(seed, (row * cols + col) as u64, -1.0, 1.0).to_f32())
+}
+
+/// Codes of numbers up to 448, of which a matrix in e4m3 has one after the other, again and again. Their count is a prime, so no two rows are alike.
+static CODES: LazyLock<Vec<u8>> = LazyLock::new(|| {
+    let code = |i| (splitmix64(i) >> 40) as u8;
+    (0..65_521).map(code).map(|code| if code & 0x7f == fp8::NAN { code ^ 1 } else { code }).collect()
+});
+
+/// The scale of each 128 columns of a row.
+const FP8_SCALE: f32 = 1.0 / 512.0;
+
+/// A matrix in e4m3, not on the device yet: [`fp8_element`] says what it means.
+pub(crate) fn fp8_part(rows: usize, cols: usize) -> HostTensor {
+    const BLOCK: [usize; 2] = [1, 128];
+    let mut codes = Vec::with_capacity(rows * cols + CODES.len());
+    while codes.len() < rows * cols {
+        codes.extend_from_slice(&CODES);
+    }
+    let values = vec![FP8_SCALE; rows * cols.div_ceil(BLOCK[1])];
+    let scales = Arc::new(Scales { values, block: BLOCK, inputs: Inputs::Plain, input_scale: None });
+    let data = TensorData::Fp8 { owner: Arc::new(codes), range: 0..rows * cols, scales };
+    HostTensor { name: "random".into(), rows, cols, data }
+}
+
+/// Element `(row, col)` of an [`fp8_part`].
+pub(crate) fn fp8_element(cols: usize, row: usize, col: usize) -> f64 {
+    let code = CODES[(row * cols + col) % CODES.len()];
+    bf16::from_f32(fp8::decode(code) * FP8_SCALE).to_f64()
 }

@@ -1,17 +1,19 @@
-//! A layer's experts: launches of `experts.cu`.
+//! A layer's experts: launches of `experts.cu` and of what it stands around.
 //!
 //! ```text
-//!   residual ── logits ──> choose ──> dispatch ──> gate_up ──> down ──> combine ── residual +=, sums of squares
+//!   residual ── router ──> dispatch ──> gate_up ──> down ──> combine ── residual +=, sums of squares
+//!                   └── of few tokens, on Hopper ──^
 //! ```
 //!
-//! The two products are those of the kernel set: `portable.rs`, `hopper.rs`. Grids depend on the number of tokens alone; what the
-//! tokens chose is read from memory. So a recorded step does for all choices.
+//! The router (`router.rs`) and the two products (`portable.rs`, `hopper.rs`) are those of the kernel set. Grids depend on the number of
+//! tokens alone; what the tokens chose is read from memory. So a recorded step does for all choices.
 //!
 //! Invariant: a token's bits depend on that token alone: each sum has one order, and what its experts give is added in ascending
 //! order of their numbers.
 
 mod hopper;
 mod portable;
+mod router;
 
 use hopper::Hopper;
 use minisgl_core::backend::{Device, Element, ExpertWeights, Purpose, Queue, Step};
@@ -19,6 +21,7 @@ use minisgl_core::config::Limits;
 use minisgl_core::spec::{self, DecoderSpec, LayerSpec};
 use minisgl_core::stats::ExpertsRead;
 use portable::Portable;
+use router::Router;
 
 use super::gemm::RowNorm;
 use crate::device::Cuda;
@@ -35,20 +38,14 @@ pub const PER_TOKEN_MAX: u32 = 16;
 
 const THREADS: u32 = 256;
 const WARPS: u32 = THREADS / 32;
-/// Tokens that a block of the router takes, where they are many.
-const LOGIT_TOKENS: u32 = 4;
-/// Up to so many tokens a warp of the router takes one expert and one token: more blocks matter more than reading less.
-const FEW_TOKENS: u32 = 16;
-
-/// `experts_route` is one cluster: its blocks, the threads of each, and the tokens up to which it is quicker than two kernels.
-const ROUTE_BLOCKS: u32 = 8;
-const ROUTE_THREADS: u32 = 1024;
-const ROUTED_AT_ONCE: u32 = FEW_TOKENS;
+/// Columns that a warp of `combine` takes.
+const COMBINED: u32 = 256;
 
 /// What the kernels of a layer share, as `experts.cuh` declares it.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct Routing {
+    /// Of the kernels for any GPU.
     logits: Address,
     /// `[tokens]` f32: the scale by row of the norm.
     pub scales: Address,
@@ -66,6 +63,8 @@ pub struct Routing {
     stored: u32,
     normalized: u32,
     nobody: u32,
+    /// `[tokens, hidden]` bf16: the residual stream times the norm's scale by column, where that is not in gate and up; or null.
+    scaled: Address,
 }
 
 impl Routing {
@@ -94,11 +93,8 @@ enum Products {
 /// The kernels and what they hand to each other.
 #[derive(Debug)]
 pub struct Experts {
-    logits: [Kernel; 2],
-    choose: Kernel,
+    router: Router,
     dispatch: Kernel,
-    /// Both, for few tokens; on Hopper.
-    route_few: Option<Kernel>,
     products: Products,
     combine: Kernel,
     /// Addresses; sizes are a layer's and a step's.
@@ -122,8 +118,11 @@ pub struct ExpertLayer<'a> {
     pub norm: Address,
     /// The scale by row.
     pub row_norm: RowNorm,
-    /// `[tokens, hidden]` bf16: what they get, and what their sum is added to.
+    /// `[tokens, hidden]` bf16: what their sum is added to, and what the router gets.
     pub residual: Address,
+    /// `[tokens, hidden]` bf16: what they get. The residual stream, or where gate and up are fp8 that times their norm, which the router
+    /// writes.
+    pub x: Address,
     /// `[tokens, ceil(hidden / 64)]` f32: sums of squares of the new residual stream.
     pub sumsq: Address,
 }
@@ -155,24 +154,20 @@ impl Experts {
             stored: 0,
             normalized: 0,
             nobody: limits.running,
+            scaled: Address::NULL,
         };
         let read = cuda.alloc(Purpose::Scratch, Element::Word, 4)?;
         cuda.zero(read.address(), read.bytes())?;
         let activated = cuda.alloc(Purpose::Scratch, Element::Activation, tokens * pair_width)?;
         let given = cuda.alloc(Purpose::Scratch, Element::Activation, pairs * hidden as usize)?;
         let products = match cuda.properties().hopper {
-            true => Products::Hopper(Box::new(Hopper::new(cuda)?)),
+            true => Products::Hopper(Box::new(Hopper::new(cuda, spec.weights)?)),
             false => Products::Portable(Box::new(Portable::new(cuda.modules())?)),
         };
         let find = |name| cuda.modules().kernel("experts", name, 0);
-        let is_hopper = cuda.properties().hopper;
-        let route_few =
-            is_hopper.then(|| cuda.modules().kernel("experts_route", "experts_route", 0)).transpose()?;
         Ok(Some(Experts {
-            logits: [find("experts_logits_1")?, find("experts_logits_4")?],
-            choose: find("experts_choose")?,
+            router: Router::new(cuda.modules(), cuda.properties().hopper)?,
             dispatch: find("experts_dispatch")?,
-            route_few,
             products,
             combine: find("experts_combine")?,
             routing,
@@ -205,6 +200,7 @@ impl Experts {
             intermediate: spec.intermediate,
             stored: (weights.gate_up.rows() / spec.count as usize) as u32,
             normalized: u32::from(spec.normalized),
+            scaled: if weights.gate_up.is_fp8() { layer.x } else { Address::NULL },
             ..self.routing
         }
     }
@@ -238,7 +234,7 @@ impl Experts {
     ) -> Result<(), CudaError> {
         let ExpertLayer { residual, sumsq, .. } = layer;
         let grid =
-            Grid::new(routing.tokens, THREADS).rows(routing.hidden.div_ceil(64).div_ceil(WARPS)).dependent();
+            Grid::new(routing.tokens, THREADS).rows(routing.hidden.div_ceil(COMBINED * WARPS)).dependent();
         launcher.launch(&self.combine, grid, [routing, &self.given, residual, sumsq])
     }
 
@@ -266,26 +262,11 @@ impl Experts {
         layer: &ExpertLayer<'_>,
         routing: &Routing,
     ) -> Result<(), CudaError> {
-        let (tokens, experts) = (routing.tokens, routing.experts);
-        let many = usize::from(tokens > FEW_TOKENS);
-        let (of_warp, of_block) = ([1, 4][many], [1, LOGIT_TOKENS][many]);
-        let grid =
-            Grid::new(experts.div_ceil(WARPS * of_warp), THREADS).rows(tokens.div_ceil(of_block)).dependent();
-        let router = layer.weights.router.address();
-        launcher.launch(
-            &self.logits[many],
-            grid,
-            [routing, &layer.row_norm, &router, &layer.norm, &layer.residual],
-        )?;
-        let tokens_offset = step.layout.tokens as u32;
         let read = if step.shape.is_decode() { self.read.address() } else { Address::NULL };
-        if let Some(route) = self.route_few.filter(|_| tokens <= ROUTED_AT_ONCE) {
-            let grid = Grid::new(ROUTE_BLOCKS, ROUTE_THREADS).cluster(ROUTE_BLOCKS).dependent();
-            return launcher.launch(&route, grid, [routing, &step.batch, &tokens_offset, &read]);
+        match self.router.launch(launcher, step, layer, routing, read)? {
+            true => Ok(()),
+            false => self.dispatch(launcher, routing, read),
         }
-        let grid = Grid::new(tokens.div_ceil(WARPS), THREADS).dependent();
-        launcher.launch(&self.choose, grid, [routing, &step.batch, &tokens_offset])?;
-        self.dispatch(launcher, routing, read)
     }
 
     /// Which of the chosen are each expert's; counts in `read`, where that is not null.
@@ -322,7 +303,7 @@ mod tests {
     use minisgl_kernels::{HOPPER, PORTABLE};
 
     use super::*;
-    use crate::declared::{assert_declared, constant, threads_of};
+    use crate::declared::{assert_declared, threads_of};
 
     #[test]
     fn both_sides_declare_the_same() {
@@ -344,18 +325,12 @@ mod tests {
                 stored,
                 normalized,
                 nobody,
+                scaled,
             }
         );
-        assert_eq!(constant("experts.cu", "LOGIT_TOKENS"), LOGIT_TOKENS);
-        assert_eq!(32 * constant("experts_choose.cuh", "EXPERTS_A_LANE"), COUNT_MAX);
-        assert_eq!(threads_of(HOPPER, "experts_route"), ROUTE_THREADS);
-        let products =
-            [16, 32, 64].map(|pairs| [format!("experts_gate_up_{pairs}"), format!("experts_down_{pairs}")]);
-        let others =
-            ["logits_1", "logits_4", "choose", "dispatch", "combine"].map(|name| format!("experts_{name}"));
-        for name in products.into_iter().flatten().chain(others) {
+        for name in ["experts_dispatch", "experts_combine"] {
             for set in [HOPPER, PORTABLE] {
-                assert_eq!(threads_of(set, &name), THREADS, "{name}");
+                assert_eq!(threads_of(set, name), THREADS, "{name}");
             }
         }
     }

@@ -317,7 +317,9 @@ impl Operations {
         };
         let (residual, sumsq) = (self.buffers.residual.address(), self.sumsq);
         let (norm, row_norm) = (norm.address(), self.norm(0));
-        experts.launch(launcher, layer.step, &ExpertLayer { spec, weights, norm, row_norm, residual, sumsq })
+        let x = if weights.gate_up.is_fp8() { self.buffers.scaled.address() } else { residual };
+        let layer_of_experts = ExpertLayer { spec, weights, norm, row_norm, residual, x, sumsq };
+        experts.launch(launcher, layer.step, &layer_of_experts)
     }
 }
 

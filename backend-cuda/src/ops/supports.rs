@@ -14,6 +14,8 @@ use super::experts::{COUNT_MAX, PER_TOKEN_MAX};
 use crate::weight::Fp8Tiles;
 
 const BACKEND: &str = "CUDA";
+/// An expert's down begins at a tile of its own, so it has whole ones.
+const FP8_ROWS: u32 = Fp8Tiles::ROWS as u32;
 /// Widths are multiples of this: 16 bytes, what the copy engines move at least.
 const WIDTH_MULTIPLE: u32 = 8;
 /// A scale of fp8 is that of whole tiles' rows.
@@ -68,8 +70,10 @@ fn check_model(spec: &DecoderSpec, hopper: bool) -> Result<(), String> {
             "its fp8 weights have scales for blocks of columns that are no multiples of 64",
         ),
         (
-            *weights != WeightFormat::Bf16 && layers.iter().any(|layer| layer.experts().is_some()),
-            "its experts are fp8",
+            *weights != WeightFormat::Bf16
+                && dims.hidden % FP8_ROWS != 0
+                && layers.iter().any(|layer| layer.experts().is_some()),
+            "its experts are fp8 and its hidden_size is no multiple of 64",
         ),
         (
             *kv == Some(KvFormat::Fp8) && !hopper,
@@ -245,6 +249,11 @@ mod tests {
         check(&DecoderSpec { weights: tile(192), ..spec() }, true).unwrap();
         let rounded = check(&DecoderSpec { weights: WeightFormat::Fp8(fp8), ..spec() }, true).unwrap_err();
         assert!(rounded.to_string().contains("--plain-inputs"), "{rounded}");
+        let weights = WeightFormat::Fp8(Fp8 { inputs: Inputs::Plain, ..fp8 });
+        check(&DecoderSpec { weights, ..with_experts(experts) }, true).unwrap();
+        let dims = Dims { hidden: 96, ..DIMS };
+        let odd = check(&DecoderSpec { weights, dims, ..with_experts(experts) }, true).unwrap_err();
+        assert!(odd.to_string().contains("no multiple of 64"), "{odd}");
         for (spec, name) in models {
             let text = supported(&spec).unwrap_err().to_string();
             assert!(text.contains(name) && text.contains("CUDA"), "{text}");

@@ -1,7 +1,7 @@
 // Which pairs and which rows of w a block of an expert product takes: counted from how many pairs each expert has.
 //
 //   pairs    a token and one of its experts; expert e's have the places begins[e] .. begins[e + 1]
-//   tiles    of PAIRS pairs of one expert; expert e's have the numbers tiles[e] .. tiles[e + 1]
+//   tiles    of up to PAIRS pairs of one expert, all but the last as many; expert e's have the numbers tiles[e] .. tiles[e + 1]
 //   unit u   tile u / across, rows u % across of its expert's matrix: who has the same pairs runs side by side, and behind them
 //            who has the same rows
 //
@@ -16,6 +16,8 @@ struct Unit {
 
 template <int PAIRS_> struct ExpertPlan {
     static constexpr unsigned PAIRS = PAIRS_, EXPERTS_MAX = 256;
+    // Of what tiles are multiplied in: an expert's are about equal, for a small one costs more than its share.
+    static constexpr unsigned STEP = PAIRS > 64 ? 64 : 16;
     unsigned begins[EXPERTS_MAX + 1], tiles[EXPERTS_MAX + 1];
     unsigned experts, across;
 
@@ -34,7 +36,9 @@ template <int PAIRS_> struct ExpertPlan {
             else
                 end = middle;
         }
-        const unsigned first = begins[expert] + (tile - tiles[expert]) * PAIRS, left = begins[expert + 1] - first;
-        return {expert, first, left < PAIRS ? left : PAIRS, number % across, tiles[expert + 1] - tiles[expert]};
+        const unsigned pairs = begins[expert + 1] - begins[expert], count = tiles[expert + 1] - tiles[expert];
+        const unsigned each = (pairs + count * STEP - 1) / (count * STEP) * STEP; // PAIRS at most
+        const unsigned first = begins[expert] + (tile - tiles[expert]) * each, left = begins[expert + 1] - first;
+        return {expert, first, left < each ? left : each, number % across, count};
     }
 };

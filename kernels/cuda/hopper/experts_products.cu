@@ -25,7 +25,7 @@ struct RowsOfBf16 {
         hold(sum);
 #pragma unroll 1
         for (unsigned i = 0; i < blocks; i++) {
-            barrier_wait(shared.full + 8 * place.at, place.parity);
+            shared.wait(place);
             const unsigned long long a = tile_descriptor(shared.stage(place.at) + threadIdx.x / 128 * 64 * 128);
             const unsigned long long b = tile_descriptor(shared.stage(place.at) + T::X_AT);
             wgmma_fence();
@@ -45,21 +45,23 @@ struct RowsOfBf16 {
         shared.release(before);
     }
 };
-using Few = Tiling<RowsOfBf16, 64, 16, 1, 4, 32, 2>;
+using FewByToken = Tiling<RowsOfBf16, 64, 1, 1, 4, 32, 2>;
+using Few = Tiling<RowsOfBf16, 64, 8, 1, 4, 32, 2>;
 using Many = Tiling<RowsOfBf16, 256, 32, 2, 4, 64, 1>;
 
+extern "C" __global__ void __launch_bounds__(320, FewByToken::BESIDE)
+experts_few_gate_up(const __grid_constant__ TensorMap w, const __nv_bfloat16 *x, Routing routing, GateUpOfExperts product) {
+    products<FewByToken>(RowsOfBf16{&w}, RowsOfTokens{x}, routing, product);
+}
+
 #define PRODUCT(NAME, TILING, PRODUCT_)                                                                                      \
-    extern "C" __global__ void __launch_bounds__(288, TILING::BESIDE)                                                        \
+    extern "C" __global__ void __launch_bounds__(320, TILING::BESIDE)                                                        \
     NAME(const __grid_constant__ TensorMap w, const __grid_constant__ TensorMap x, Routing routing, PRODUCT_ product) {      \
-        products<TILING>(RowsOfBf16{&w}, &x, routing, product);                                                              \
+        products<TILING>(RowsOfBf16{&w}, RowsOfX{&x}, routing, product);                                                     \
     }
 
-using GateUpByToken = GateUpOfExperts<true>;
-using GateUpByPlace = GateUpOfExperts<false>;
-PRODUCT(experts_few_gate_up_by_token, Few, GateUpByToken)
-PRODUCT(experts_few_gate_up, Few, GateUpByPlace)
 PRODUCT(experts_few_down, Few, DownOfExperts)
-PRODUCT(experts_many_gate_up, Many, GateUpByPlace)
+PRODUCT(experts_many_gate_up, Many, GateUpOfExperts)
 PRODUCT(experts_many_down, Many, DownOfExperts)
 
 // A warp takes a place.

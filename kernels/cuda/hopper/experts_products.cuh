@@ -1,17 +1,19 @@
 // The products of a layer's experts, whatever their weights are stored as (`FORM`): experts_products.cu has them in bf16; experts.cu
 // has what comes before and behind.
 //
-//   gather     gathered[place] = x[token of the pair], where it is not fetched so   grid T P / 8           block 256
-//   gate_up    activated[place] = silu(gate) * up                                   grid: all SMs          block 288
+//   gather     gathered[place] = x[token of the pair], where pairs are many         grid T P / 8           block 256
+//   gate_up    activated[place] = silu(gate) * up                                   grid: all SMs          block 320
 //   down       given[pair] = w x                                                    likewise
 //
 //   w [E][rows, cols]: gate and up by turns of 8 rows, rows a multiple of 128; down
 //   a unit     128 rows of one expert's w by a tile of its pairs, all columns
-//   few        tiles of up to 64 pairs, by wgmma of 16, 32 or 64: as many as there are; room for the next product's block beside it
+//   few        tiles of up to 64 pairs, by wgmma of 16, 32 or 64: as many as there are; room for the next product's block beside it, or
+//              for another of the same
 //   many       tiles of up to 256 pairs, by 64 or a multiple; clusters of two have neighbouring rows, each fetches half the pairs
 //   moves      the w of experts that somebody chose, once from memory; for each tile after the first, from L2
 //
 //   one warp            w, w, w … ── wait for the kernel before ── x, x, x … ── ring: w, x ──> full
+//                       x by boxes of the copy engine; few of a token's rows by all lanes, 16 bytes each, for the engine takes box after box
 //   two warpgroups      64 rows each: wgmma k16 by k16 (the form's `multiply`) ── empty ── sums ── 16 bits, turned, in shared memory ── rows of 64 or
 //                       128 bytes to memory, while the warp fetches the next unit
 //
@@ -32,9 +34,11 @@
 #include "experts.cuh"
 #include "experts_plan.cuh"
 #include "hopper.cuh"
+#include "pairs.cuh"
 #include "place.cuh"
 
-// w as FORM has it; PAIRS of a tile, fetched BOX at a time by each of SHARERS blocks; ROUND of them are turned at once.
+// w as FORM has it; PAIRS of a tile, fetched BOX at a time by each of SHARERS blocks; ROUND of them are turned at once. A BOX of 1 stands
+// for rows that lie apart: those of the pairs' tokens.
 template <class FORM, int PAIRS_, int BOX_, int SHARERS_, int STAGES_, int ROUND_, int BESIDE_> struct Tiling {
     using Form = FORM;
     static constexpr unsigned PAIRS = PAIRS_, BOX = BOX_, SHARERS = SHARERS_, STAGES = STAGES_, ROUND = ROUND_, BESIDE = BESIDE_;
@@ -43,9 +47,10 @@ template <class FORM, int PAIRS_, int BOX_, int SHARERS_, int STAGES_, int ROUND
     static constexpr unsigned STAGE_BYTES = X_AT + FORM::COLS / 64 * X_BYTES;
     static constexpr unsigned WARPS = 8, MULTIPLIERS = 256, TURNED_BYTES = ROUND * 128;
     using Plan = ExpertPlan<PAIRS>;
+    static constexpr bool BY_TOKEN = BOX == 1;
     static constexpr bool DEALT = SHARERS > 1; // units as clusters become free; else block b takes units b, b + blocks, …
 
-    // Pairs that a tile is fetched and multiplied with.
+    // Pairs that a tile is multiplied with.
     __device__ __forceinline__ static unsigned width(unsigned count) {
         if (SHARERS == 1)
             return count <= 16 ? 16 : count <= 32 ? 32 : 64;
@@ -57,11 +62,6 @@ __device__ __forceinline__ unsigned token_of(const Routing &routing, unsigned pl
     return __ldcg(routing.pairs + place) / routing.per_token;
 }
 
-__device__ __forceinline__ unsigned bf16_word(float x, float y) {
-    const __nv_bfloat162 pair = __floats2bfloat162_rn(x, y);
-    return *reinterpret_cast<const unsigned *>(&pair);
-}
-
 // Four matrices of 8 pairs by 8 outputs; this lane says where the 8 outputs of `pair` go.
 __device__ __forceinline__ void store_turned(unsigned turned, unsigned pair, unsigned chunk, const unsigned (&words)[4]) {
     asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
@@ -71,11 +71,10 @@ __device__ __forceinline__ void store_turned(unsigned turned, unsigned pair, uns
 }
 
 // What is multiplied: `w` [E][rows, cols], and what becomes of it.
-// BY_TOKEN: x is [T, hidden], and a pair's row its token's; else [T P, hidden], gathered.
-template <bool BY_TOKEN_> struct GateUpOfExperts {
+// x is [T, hidden], and a pair's row its token's, or [T P, hidden], gathered.
+struct GateUpOfExperts {
     __nv_bfloat16 *activated; // [T P, intermediate]
     unsigned *tickets;        // 0 between launches; see Dealer
-    static constexpr bool BY_TOKEN = BY_TOKEN_;
     static constexpr unsigned CHUNKS = 4; // of 8 outputs, of a warpgroup's rows
 
     __device__ __forceinline__ unsigned rows(const Routing &routing) const { return routing.stored; }
@@ -108,7 +107,6 @@ template <bool BY_TOKEN_> struct GateUpOfExperts {
 struct DownOfExperts {
     __nv_bfloat16 *given; // [T P, hidden]
     unsigned *tickets;    // likewise
-    static constexpr bool BY_TOKEN = false;
     static constexpr unsigned CHUNKS = 8;
 
     __device__ __forceinline__ unsigned rows(const Routing &routing) const { return routing.hidden; }
@@ -151,6 +149,13 @@ template <class T> struct Shared {
     }
     __device__ __forceinline__ unsigned stage(unsigned i) const { return ring + i * T::STAGE_BYTES; }
 
+    // Waits until a stage is there for wgmma. What lanes have copied came another way than what the copy engine did.
+    __device__ __forceinline__ void wait(const Place<T::STAGES> &place) const {
+        barrier_wait(full + 8 * place.at, place.parity);
+        if (T::BY_TOKEN)
+            asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    }
+
     // A warp's wgmma have read a stage.
     __device__ __forceinline__ void release(unsigned at) const {
         const unsigned lane = threadIdx.x % 32;
@@ -162,7 +167,7 @@ template <class T> struct Shared {
 
     __device__ __forceinline__ void init_barriers() const {
         for (unsigned i = 0; i < T::STAGES; i++) {
-            barrier_init(full + 8 * i, 1);
+            barrier_init(full + 8 * i, T::BY_TOKEN ? 33 : 1);
             barrier_init(empty + 8 * i, T::SHARERS * T::WARPS);
         }
         barrier_init_fence();
@@ -246,91 +251,166 @@ template <class T> __device__ __forceinline__ unsigned first_row(const Unit &uni
     return (unit.rows * T::SHARERS + rank<T>()) * T::ROWS;
 }
 
-// A warp's work: one lane fetches w and boxes of x, all of them rows of x that lie apart.
-template <class T, bool BY_TOKEN>
-__device__ __forceinline__ void fetch(const Shared<T> &shared, const typename T::Plan &plan, const Dealer<T> &dealer,
-                                      const typename T::Form &w, const TensorMap *x, const Routing &routing, unsigned rows,
+// Where x is: a map of its rows, or where they begin.
+struct RowsOfX {
+    const TensorMap *map;
+    __device__ __forceinline__ void prefetch() const { prefetch_map(map); }
+};
+struct RowsOfTokens {
+    const __nv_bfloat16 *begin;
+    __device__ __forceinline__ void prefetch() const {}
+};
+
+// A block's units where they are not dealt out.
+template <class T, class Do> __device__ __forceinline__ void for_units(const typename T::Plan &plan, Do &&take) {
+    for (unsigned number = blockIdx.x; number < plan.units(); number += gridDim.x)
+        take(plan.unit(number));
+}
+
+// Pairs that are fetched in boxes.
+template <class T> __device__ __forceinline__ unsigned fetched(const Unit &unit) {
+    return T::SHARERS == 1 ? (unit.count + T::BOX - 1) / T::BOX * T::BOX : T::width(unit.count);
+}
+
+// Block `block` of a unit's w to a stage, by one lane; what comes of x in boxes is expected with it.
+template <class T>
+__device__ __forceinline__ void fetch_w(const Shared<T> &shared, const typename T::Form &w, const Unit &unit, unsigned at,
+                                        unsigned rows, unsigned block, unsigned blocks) {
+    const unsigned barrier = shared.full + 8 * at;
+    barrier_expect(barrier, T::Form::W_BYTES + (T::BY_TOKEN ? 0 : fetched<T>(unit) * T::Form::COLS * 2));
+    w.fetch(shared.stage(at), unit.expert, first_row<T>(unit), rows, block, blocks, barrier,
+            T::SHARERS == 1 && unit.tiles == 1 ? EVICT_FIRST : EVICT_NORMAL);
+}
+
+// This block's part of x, by one lane.
+template <class T>
+__device__ __forceinline__ void fetch_boxes(const Shared<T> &shared, const TensorMap *x, const Unit &unit, unsigned at, unsigned block) {
+    const unsigned part = fetched<T>(unit) / T::SHARERS, begin = rank<T>() * part;
+    const unsigned to = shared.stage(at) + T::X_AT, barrier = shared.full + 8 * at;
+    for (unsigned col = 0; col < T::Form::COLS; col += 64)
+        for (unsigned box = begin; box < begin + part; box += T::BOX) {
+            const unsigned there = to + col / 64 * T::X_BYTES + box * 128, from = block * T::Form::COLS + col;
+            if (T::SHARERS == 1)
+                bulk_fetch(there, x, from, unit.first + box, barrier, EVICT_LAST);
+            else
+                bulk_fetch_shared(there, x, from, unit.first + box, barrier, EVICT_NORMAL, (1 << T::SHARERS) - 1);
+        }
+}
+
+// A warp's work where a block's units are known: one lane fetches w. Nobody writes that, so it waits for no other kernel.
+template <class T>
+__device__ __forceinline__ void fetch(const Shared<T> &shared, const typename T::Plan &plan, const typename T::Form &w, unsigned rows,
                                       unsigned blocks) {
-    static_assert(!BY_TOKEN || (T::SHARERS == 1 && T::PAIRS == 64 && T::Form::COLS == 64), "a lane has two rows");
-    const unsigned lane = threadIdx.x % 32;
-    if (T::DEALT && lane > 0)
-        return;
+    Place<T::STAGES> place;
+    if (threadIdx.x % 32 == 0)
+        for_units<T>(plan, [&](const Unit &unit) {
+            for (unsigned i = 0; i < blocks; i++) {
+                barrier_wait(shared.empty + 8 * place.at, place.parity ^ 1); // passes in the first round
+                fetch_w<T>(shared, w, unit, place.at, rows, i, blocks);
+                place.advance();
+            }
+        });
+}
+
+// Another warp's: one lane fetches boxes of x.
+template <class T>
+__device__ __forceinline__ void fetch(const Shared<T> &shared, const typename T::Plan &plan, const RowsOfX &x, const Routing &,
+                                      unsigned blocks) {
+    dependent_wait();
+    Place<T::STAGES> place;
+    if (threadIdx.x % 32 == 0)
+        for_units<T>(plan, [&](const Unit &unit) {
+            for (unsigned i = 0; i < blocks; i++) {
+                barrier_wait(shared.empty + 8 * place.at, place.parity ^ 1);
+                fetch_boxes<T>(shared, x.map, unit, place.at, i);
+                place.advance();
+            }
+        });
+}
+
+// Or all lanes rows of x that lie apart, 16 bytes each. Which the next unit's are is looked up a unit ahead.
+template <class T>
+__device__ __forceinline__ void fetch(const Shared<T> &shared, const typename T::Plan &plan, const RowsOfTokens &x,
+                                      const Routing &routing, unsigned blocks) {
+    constexpr unsigned OWN = T::PAIRS / 4; // rows that a lane has a part of: lane / 8, 4 behind it, …
+    static_assert(T::SHARERS == 1 && T::Form::COLS == 64, "8 lanes fetch a row");
+    const unsigned lane = threadIdx.x % 32, c = lane % 8, units = plan.units();
+    const auto look_up = [&](const Unit &unit, unsigned(&pairs)[OWN]) {
+#pragma unroll
+        for (unsigned n = 0; n < OWN; n++)
+            if (4 * n + lane / 8 < unit.count)
+                pairs[n] = __ldcg(routing.pairs + unit.first + 4 * n + lane / 8);
+    };
+    Place<T::STAGES> place;
+    unsigned number = blockIdx.x, pairs[OWN] = {}, begins[OWN];
+    Unit unit = {}, next = {};
+    if (number < units)
+        look_up(next = plan.unit(number), pairs);
+    while (number < units) {
+        unit = next;
+#pragma unroll
+        for (unsigned n = 0; n < OWN; n++)
+            begins[n] = pairs[n] / routing.per_token * routing.hidden;
+        number += gridDim.x;
+        if (number < units)
+            look_up(next = plan.unit(number), pairs);
+        for (unsigned i = 0; i < blocks; i++) {
+            barrier_wait(shared.empty + 8 * place.at, place.parity ^ 1);
+            const unsigned to = shared.stage(place.at) + T::X_AT, col = i * 64 + 8 * c, bytes = col < routing.hidden ? 16 : 0;
+            const __nv_bfloat16 *from = x.begin + (bytes > 0 ? col : 0);
+#pragma unroll
+            for (unsigned n = 0; n < OWN; n++) {
+                const unsigned row = 4 * n + lane / 8;
+                if (row < unit.count)
+                    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to + row * 128 + ((c ^ row % 8) << 4)),
+                                 "l"(from + begins[n]), "r"(bytes) : "memory");
+            }
+            asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared.full + 8 * place.at) : "memory");
+            place.advance();
+        }
+    }
+}
+
+// A lane's work where units are dealt out: it draws them, and fetches w and x.
+template <class T>
+__device__ __forceinline__ void fetch_dealt(const Shared<T> &shared, const typename T::Plan &plan, const Dealer<T> &dealer,
+                                            const typename T::Form &w, const TensorMap *x, unsigned rows, unsigned blocks) {
     const unsigned units = plan.units();
     unsigned number = blockIdx.x / T::SHARERS, turn = 0;
     Unit unit = {};
-    unsigned width = 0, part = 0; // pairs of the tile, of which this block fetches a part
-    unsigned tokens[2];           // of pairs `lane` and `lane` + 32
-    unsigned long long policy = EVICT_NORMAL;
-    const auto take = [&] {
-        unit = plan.unit(number);
-        width = T::width(unit.count);
-        part = width / T::SHARERS;
-        policy = T::SHARERS == 1 && unit.tiles == 1 ? EVICT_FIRST : EVICT_NORMAL;
-#pragma unroll
-        for (unsigned i = 0; i < 2; i++)
-            tokens[i] = BY_TOKEN && 32 * i + lane < unit.count ? token_of(routing, unit.first + 32 * i + lane) : 0;
-    };
-    const auto fetch_w = [&](unsigned at, unsigned i) {
-        if (lane > 0)
-            return;
-        if (T::DEALT)
-            dealer.note(at, number);
-        barrier_expect(shared.full + 8 * at, T::Form::W_BYTES + (BY_TOKEN ? unit.count : width) * T::Form::COLS * 2);
-        w.fetch(shared.stage(at), unit.expert, first_row<T>(unit), rows, i, blocks, shared.full + 8 * at, policy);
-    };
-    const auto fetch_x = [&](unsigned at, unsigned i) {
-        const unsigned to = shared.stage(at) + T::X_AT, barrier = shared.full + 8 * at;
-        if constexpr (BY_TOKEN) {
-#pragma unroll
-            for (unsigned n = 0; n < 2; n++)
-                if (32 * n + lane < unit.count)
-                    bulk_fetch(to + (32 * n + lane) * 128, x, i * 64, tokens[n], barrier, EVICT_LAST);
-        } else if (lane == 0) {
-            for (unsigned col = 0; col < T::Form::COLS; col += 64)
-                for (unsigned box = rank<T>() * part; box < (rank<T>() + 1) * part; box += T::BOX) {
-                    const unsigned there = to + col / 64 * T::X_BYTES + box * 128, from = i * T::Form::COLS + col;
-                    if (T::SHARERS == 1)
-                        bulk_fetch(there, x, from, unit.first + box, barrier, EVICT_LAST);
-                    else
-                        bulk_fetch_shared(there, x, from, unit.first + box, barrier, EVICT_NORMAL, (1 << T::SHARERS) - 1);
-                }
-        }
+    const auto fetch_block = [&](unsigned at, unsigned i) {
+        dealer.note(at, number);
+        fetch_w<T>(shared, w, unit, at, rows, i, blocks);
     };
     unsigned ahead = 0; // blocks of columns of the first unit, whose w comes before the wait
     Place<T::STAGES> place;
     if (number < units) {
-        take();
+        unit = plan.unit(number);
         ahead = min(T::STAGES, blocks);
         for (unsigned i = 0; i < ahead; i++)
-            fetch_w(i, i);
+            fetch_block(i, i);
     }
     dependent_wait();
     for (unsigned i = 0; i < ahead; i++) {
-        fetch_x(i, i);
+        fetch_boxes<T>(shared, x, unit, i, i);
         place.advance();
     }
     for (; number < units; ahead = 0) {
-        take();
-        const unsigned drawn = T::DEALT && rank<T>() == 0 ? dealer.draw(units) : 0;
+        unit = plan.unit(number);
+        const unsigned drawn = rank<T>() == 0 ? dealer.draw(units) : 0;
         for (unsigned i = ahead; i < blocks; i++) {
-            barrier_wait(shared.empty + 8 * place.at, place.parity ^ 1); // passes in the first round
-            fetch_w(place.at, i);
-            fetch_x(place.at, i);
+            barrier_wait(shared.empty + 8 * place.at, place.parity ^ 1);
+            fetch_block(place.at, i);
+            fetch_boxes<T>(shared, x, unit, place.at, i);
             place.advance();
         }
-        if (T::DEALT) {
-            if (rank<T>() == 0)
-                dealer.send(turn, drawn);
-            number = dealer.receive(turn++);
-        } else {
-            number += gridDim.x;
-        }
+        if (rank<T>() == 0)
+            dealer.send(turn, drawn);
+        number = dealer.receive(turn++);
     }
-    if (T::DEALT) {
-        barrier_wait(shared.empty + 8 * place.at, place.parity ^ 1);
-        dealer.note(place.at, Dealer<T>::NONE);
-        barrier_arrive(shared.full + 8 * place.at);
-    }
+    barrier_wait(shared.empty + 8 * place.at, place.parity ^ 1);
+    dealer.note(place.at, Dealer<T>::NONE);
+    barrier_arrive(shared.full + 8 * place.at);
 }
 
 // A unit's products on their way out, by a warpgroup.
@@ -407,7 +487,9 @@ __device__ __forceinline__ void take_unit(const Shared<T> &shared, Place<T::STAG
     if constexpr (T::PAIRS > 128) {
         if (width == 192)
             work<T, 192>(shared, place, routing, product, unit, blocks);
-        else if (width == 256)
+    }
+    if constexpr (T::PAIRS > 192) {
+        if (width == 256)
             work<T, 256>(shared, place, routing, product, unit, blocks);
     }
 }
@@ -428,13 +510,12 @@ __device__ __forceinline__ void consume(const Shared<T> &shared, const typename 
             take_unit<T>(shared, place, routing, product, plan.unit(number), blocks);
         }
     } else {
-        for (unsigned number = blockIdx.x; number < plan.units(); number += gridDim.x)
-            take_unit<T>(shared, place, routing, product, plan.unit(number), blocks);
+        for_units<T>(plan, [&](const Unit &unit) { take_unit<T>(shared, place, routing, product, unit, blocks); });
     }
 }
 
-template <class T, class Product>
-__device__ __forceinline__ void products(const typename T::Form &w, const TensorMap *x, const Routing &routing,
+template <class T, class X, class Product>
+__device__ __forceinline__ void products(const typename T::Form &w, const X &x, const Routing &routing,
                                          const Product &product) {
     extern __shared__ __align__(1024) unsigned char start[];
     __shared__ typename T::Plan plan;
@@ -445,12 +526,12 @@ __device__ __forceinline__ void products(const typename T::Form &w, const Tensor
     const unsigned rows = product.rows(routing), blocks = (product.cols(routing) + T::Form::COLS - 1) / T::Form::COLS;
     if (threadIdx.x == T::MULTIPLIERS) {
         w.prefetch();
-        prefetch_map(x);
+        x.prefetch();
         if (T::DEALT)
             dealer.init_barriers();
         shared.init_barriers();
     }
-    if (Product::BY_TOKEN)
+    if (T::BY_TOKEN)
         dependent_wait(); // the kernel in front makes what is planned by
     if (threadIdx.x < T::MULTIPLIERS)
         make_plan<T>(plan, routing, (rows + T::ROWS * T::SHARERS - 1) / (T::ROWS * T::SHARERS));
@@ -458,10 +539,16 @@ __device__ __forceinline__ void products(const typename T::Form &w, const Tensor
         cluster_sync();
     else
         __syncthreads();
-    if (threadIdx.x < T::MULTIPLIERS)
+    const unsigned fetcher = threadIdx.x < T::MULTIPLIERS ? 0 : threadIdx.x - T::MULTIPLIERS + 1;
+    if (fetcher == 0)
         consume<T>(shared, plan, dealer, routing, product, blocks);
+    else if constexpr (T::DEALT) {
+        if (fetcher == 1)
+            fetch_dealt<T>(shared, plan, dealer, w, x.map, rows, blocks);
+    } else if (fetcher <= 32)
+        fetch<T>(shared, plan, w, rows, blocks);
     else
-        fetch<T, Product::BY_TOKEN>(shared, plan, dealer, w, x, routing, rows, blocks);
+        fetch<T>(shared, plan, x, routing, blocks);
     __syncwarp();
     if (T::SHARERS > 1)
         cluster_sync(); // what blocks have sent to each other's shared memory is there

@@ -13,6 +13,7 @@
 #pragma once
 
 #include "epilogue.cuh"
+#include "pairs.cuh"
 #include "warp_tile.cuh"
 
 // What is known of a token beforehand.
@@ -45,9 +46,7 @@ struct Outputs {
     }
 };
 
-__device__ __forceinline__ unsigned word(__nv_bfloat162 pair) { return *reinterpret_cast<unsigned *>(&pair); }
 __device__ __forceinline__ unsigned word(__half2 pair) { return *reinterpret_cast<unsigned *>(&pair); }
-__device__ __forceinline__ unsigned bf16_word(float x, float y) { return word(__floats2bfloat162_rn(x, y)); }
 __device__ __forceinline__ float2 floats(unsigned word) { return __bfloat1622float2(*reinterpret_cast<__nv_bfloat162 *>(&word)); }
 
 __device__ __forceinline__ void scale(float (&y)[64], float first, float second) {

@@ -4,8 +4,12 @@
 //! The products' bytes are the weights of the experts that somebody chose, their operations those of the pairs of a token and an
 //! expert. Beside them stands, from a thousand tokens on, what the dense products take for as many operations.
 
+use std::slice;
+
 use minisgl_core::backend::{Device, Element, ExpertWeights, Purpose, WeightRole};
-use minisgl_core::spec::{self, Activation, DecoderSpec, Dims, LayerSpec, Mlp};
+use minisgl_core::spec::{
+    self, Activation, DecoderSpec, Dims, Fp8, Inputs, LayerSpec, Mlp, ScaleBlock, WeightFormat,
+};
 use minisgl_core::tensor::splitmix64;
 
 use minisgl_cuda::ops::experts::{ExpertLayer, Experts};
@@ -14,7 +18,7 @@ use minisgl_cuda::{Address, Cuda, CudaError, Weight};
 
 use crate::case::{Call, Case, Check, Filter, Run};
 use crate::check::relative_error;
-use crate::random::{random, random_element, random_in, random_part};
+use crate::random::{fp8_element, fp8_part, random, random_element, random_in, random_part};
 use crate::step::{StepOf, activations, upload_words};
 
 /// Seeds of gate and up, down, the rows, the router.
@@ -41,7 +45,14 @@ const EXPERTS: spec::Experts = spec::Experts {
     intermediate: 768,
     normalized: true,
 };
-const EXPERT_BYTES: f64 = (3 * HIDDEN * EXPERTS.intermediate * 2) as f64;
+const EXPERT_ELEMENTS: u32 = 3 * HIDDEN * EXPERTS.intermediate;
+const FP8: WeightFormat =
+    WeightFormat::Fp8(Fp8 { block: ScaleBlock::Tile { rows: 1, cols: 128 }, inputs: Inputs::Plain });
+
+/// Bytes of an expert's weights, scales not counted.
+fn expert_bytes(weights: WeightFormat) -> f64 {
+    f64::from(EXPERT_ELEMENTS) * if weights == FP8 { 1.0 } else { 2.0 }
+}
 
 /// How tokens are dealt out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -102,8 +113,10 @@ pub(crate) fn cases(filter: &Filter) -> Vec<Case> {
     }
     let tokens: Vec<u32> = filter.rows().into_iter().chain(filter.tokens()).collect();
     let routers = [Router::Uneven, Router::Even, Router::Same, Router::OneLess];
-    let products = tokens.iter().flat_map(|tokens| routers.map(|router| products(*tokens, router)));
-    products.chain(tokens.iter().map(|tokens| around(*tokens))).collect()
+    let of = |weights| {
+        tokens.iter().flat_map(move |tokens| routers.map(|router| products(*tokens, router, weights)))
+    };
+    of(WeightFormat::Bf16).chain(of(FP8)).chain(tokens.iter().map(|tokens| around(*tokens))).collect()
 }
 
 fn shape(tokens: u32) -> String {
@@ -111,16 +124,16 @@ fn shape(tokens: u32) -> String {
 }
 
 /// Both products of all pairs.
-fn products(tokens: u32, router: Router) -> Case {
+fn products(tokens: u32, router: Router, weights: WeightFormat) -> Case {
     let chosen: Vec<u16> = (0..tokens).flat_map(|token| router.chosen(token)).collect();
     let is_chosen = |expert: &u32| chosen.contains(&(*expert as u16));
     let distinct = (0..EXPERTS.count).filter(is_chosen).count();
     Case {
-        family: "experts_products",
+        family: if weights == FP8 { "experts_products_fp8" } else { "experts_products" },
         shape: format!("{} router={} experts={distinct}", shape(tokens), router.name()),
-        bytes: distinct as f64 * EXPERT_BYTES,
-        flops: chosen.len() as f64 * EXPERT_BYTES, // two operations an element of two bytes
-        setup: Box::new(move |cuda, copies| setup_products(cuda, copies, tokens, &chosen)),
+        bytes: distinct as f64 * expert_bytes(weights),
+        flops: chosen.len() as f64 * f64::from(2 * EXPERT_ELEMENTS),
+        setup: Box::new(move |cuda, copies| setup_products(cuda, copies, tokens, &chosen, weights)),
     }
 }
 
@@ -133,7 +146,7 @@ fn around(tokens: u32) -> Case {
         bytes: f64::from(bytes),
         flops: 0.0,
         setup: Box::new(move |cuda, _| {
-            let layer = Layer::new(cuda, 1, tokens)?;
+            let layer = Layer::new(cuda, 1, tokens, WeightFormat::Bf16)?;
             let step = StepOf::decode(&vec![1; tokens as usize], 8).upload(cuda, 0, |_, _, _| {})?;
             let call: Call = Box::new(move |launcher, call| {
                 let routed = layer.of(call);
@@ -157,7 +170,7 @@ struct Layer {
 }
 
 impl Layer {
-    fn new(cuda: &mut Cuda, copies: usize, tokens: u32) -> Result<Layer, CudaError> {
+    fn new(cuda: &mut Cuda, copies: usize, tokens: u32, format: WeightFormat) -> Result<Layer, CudaError> {
         let dims = Dims {
             layers: 1,
             hidden: HIDDEN,
@@ -170,16 +183,22 @@ impl Layer {
         };
         let layer = LayerSpec { mlp: Mlp::Experts(EXPERTS), ..LayerSpec::plain() };
         let limits = StepOf::decode(&vec![1; tokens as usize], 8).limits();
-        let experts = Experts::new(cuda, &DecoderSpec::uniform(dims, layer), &limits)?;
+        let spec = DecoderSpec { weights: format, ..DecoderSpec::uniform(dims, layer) };
+        let experts = Experts::new(cuda, &spec, &limits)?;
         let experts = experts.ok_or(CudaError::NotReserved)?;
         let (hidden, inner) = (HIDDEN as usize, EXPERTS.intermediate as usize);
         let count = EXPERTS.count as usize;
         let router = random_in(cuda, count, hidden, ROUTER, (3.0 / HIDDEN as f32).sqrt())?;
+        let part = |rows, cols, seed| match format {
+            WeightFormat::Bf16 => random_part(rows, cols, seed),
+            WeightFormat::Fp8(_) => fp8_part(rows, cols),
+        };
+        let (gate_ups, downs) = (part(count * 2 * inner, hidden, GATE_UP), part(count * hidden, inner, DOWN));
         let mut weights = Vec::with_capacity(copies);
         for _ in 0..copies {
-            let gate_up = random_part(count * 2 * inner, hidden, GATE_UP);
-            let gate_up = cuda.load_weight(WeightRole::ExpertsGateUp(EXPERTS.count), &[gate_up])?;
-            let down = random(cuda, count * hidden, inner, DOWN)?;
+            let role = WeightRole::ExpertsGateUp(EXPERTS.count);
+            let gate_up = cuda.load_weight(role, slice::from_ref(&gate_ups))?;
+            let down = cuda.load_weight(WeightRole::Linear, slice::from_ref(&downs))?;
             weights.push(ExpertWeights { router, gate_up, down });
         }
         let segments = HIDDEN / 64;
@@ -204,13 +223,20 @@ impl Layer {
             norm: self.norm,
             row_norm: self.row_norm,
             residual: self.x,
+            x: self.x,
             sumsq: self.sumsq,
         }
     }
 }
 
-fn setup_products(cuda: &mut Cuda, copies: usize, tokens: u32, chosen: &[u16]) -> Result<Run, CudaError> {
-    let layer = Layer::new(cuda, copies, tokens)?;
+fn setup_products(
+    cuda: &mut Cuda,
+    copies: usize,
+    tokens: u32,
+    chosen: &[u16],
+    weights: WeightFormat,
+) -> Result<Run, CudaError> {
+    let layer = Layer::new(cuda, copies, tokens, weights)?;
     let words: Vec<u32> = chosen
         .chunks(2)
         .map(|pair| u32::from(pair[0]) | u32::from(*pair.get(1).unwrap_or(&u16::MAX)) << 16)
@@ -228,12 +254,12 @@ fn setup_products(cuda: &mut Cuda, copies: usize, tokens: u32, chosen: &[u16]) -
         let pairs = (0..CHECKED).flat_map(|i| {
             let pair = (splitmix64(i as u64) % checked.len() as u64) as usize;
             let (token, expert) = (pair / EXPERTS.per_token as usize, usize::from(checked[pair]));
-            let activated = activated(token, expert);
+            let activated = activated(token, expert, weights);
             let values = &values;
             (0..OUTPUTS).map(move |j| {
                 let output = (splitmix64((i * OUTPUTS + j) as u64) % u64::from(HIDDEN)) as usize;
                 let got = values[pair * HIDDEN as usize + output].to_f64();
-                (got, given_by(expert, output, &activated))
+                (got, given_by(expert, output, &activated, weights))
             })
         });
         Ok(relative_error(pairs, ERROR_MAX))
@@ -244,12 +270,20 @@ fn setup_products(cuda: &mut Cuda, copies: usize, tokens: u32, chosen: &[u16]) -
     Ok(Run { call, check, baseline })
 }
 
+/// An element of gate and up or of down.
+fn element(weights: WeightFormat, seed: u64, cols: usize, row: usize, col: usize) -> f64 {
+    match weights {
+        WeightFormat::Bf16 => random_element(cols, seed, row, col),
+        WeightFormat::Fp8(_) => fp8_element(cols, row, col),
+    }
+}
+
 /// What `down` gets.
-fn activated(token: usize, expert: usize) -> Vec<f64> {
+fn activated(token: usize, expert: usize, weights: WeightFormat) -> Vec<f64> {
     let (hidden, inner) = (HIDDEN as usize, EXPERTS.intermediate as usize);
     let x: Vec<f64> = (0..hidden).map(|k| SCALE * random_element(hidden, ROWS, token, k)).collect();
     let sum = |row: usize| -> f64 {
-        x.iter().enumerate().map(|(k, x)| x * random_element(hidden, GATE_UP, row, k)).sum()
+        x.iter().enumerate().map(|(k, x)| x * element(weights, GATE_UP, hidden, row, k)).sum()
     };
     let of = |i: usize| {
         let (gate, up) = (sum(expert * 2 * inner + i), sum(expert * 2 * inner + inner + i));
@@ -258,9 +292,9 @@ fn activated(token: usize, expert: usize) -> Vec<f64> {
     (0..inner).map(of).collect()
 }
 
-fn given_by(expert: usize, output: usize, activated: &[f64]) -> f64 {
+fn given_by(expert: usize, output: usize, activated: &[f64], weights: WeightFormat) -> f64 {
     let row = expert * HIDDEN as usize + output;
-    activated.iter().enumerate().map(|(k, x)| x * random_element(activated.len(), DOWN, row, k)).sum()
+    activated.iter().enumerate().map(|(k, x)| x * element(weights, DOWN, activated.len(), row, k)).sum()
 }
 
 /// The dense products of as many operations: one expert's, of all pairs.
@@ -311,7 +345,8 @@ mod tests {
 
     #[test]
     fn bytes_are_those_of_the_experts_that_somebody_chose() {
-        let bytes = |tokens, router| products(tokens, router).bytes;
+        let bytes = |tokens, router| products(tokens, router, WeightFormat::Bf16).bytes;
+        assert_eq!(products(1, Router::Uneven, FP8).bytes, 8.0 * 4_718_592.0);
         assert_eq!(bytes(1, Router::Uneven), 8.0 * 9_437_184.0);
         assert_eq!(bytes(256, Router::Same), 8.0 * 9_437_184.0);
         assert_eq!(bytes(256, Router::Even), 128.0 * 9_437_184.0);

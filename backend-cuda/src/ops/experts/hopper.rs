@@ -1,18 +1,21 @@
-//! Launches of `experts_products.cu`: the products of a layer's experts by wgmma, where tokens are many behind a kernel that puts
-//! each expert's side by side.
+//! Launches of `experts_products.cuh`'s kernels: the products of a layer's experts by wgmma, where pairs are many behind a kernel that
+//! puts each expert's tokens side by side.
 //!
 //! ```text
-//!   pairs of an expert      a unit: rows of w by pairs     blocks
-//!   up to 32 on average     128 by up to 64                one a multiprocessor, beside which one of the next product has room
-//!   more                    128 by up to 256               a multiprocessor each, two with neighbouring rows share the pairs
+//!   pairs of an expert, on average    a unit: rows of w by pairs    blocks
+//!   up to 32                          128 by up to 64               one a multiprocessor, beside which one of the next product has room
+//!   up to 16, fp8                     128 by up to 32               two a multiprocessor, for each widens what it gets
+//!   more                              128 by up to 256, fp8 192     a multiprocessor each, two with neighbouring rows share the pairs
 //! ```
+//!
+//! Matrices in fp8 have kernels of their own, whose sums are those of the bf16 numbers that their elements mean.
 //!
 //! Invariant: a launch depends on the number of tokens alone. Blocks find their units by counts in memory, and there are never
 //! more blocks than the device takes at once, so a cluster's blocks meet.
 
 use minisgl_core::backend::{Device, Element, Purpose};
+use minisgl_core::spec::WeightFormat;
 
-use super::super::gemm::Rows;
 use super::super::rows_from;
 use super::{ExpertLayer, Routing, tiles_at_most};
 use crate::device::Cuda;
@@ -21,39 +24,55 @@ use crate::launch::{Grid, Kernel, Launcher};
 use crate::memory::{Address, Buffer};
 use crate::param::{Param, plain_params};
 use crate::tensor_map::TensorMap;
-use crate::weight::Weight;
+use crate::weight::{Fp8Tiles, Weight};
 
 /// What the sources call so.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Tiling {
-    /// Pairs of a unit at most,
+    /// Bytes of a block of columns of w,
+    w_bytes: u32,
+    /// pairs of a unit at most,
     pairs: u32,
-    /// fetched so many at a time
+    /// fetched so many at a time, or one by one of their tokens' rows,
     box_pairs: u32,
     /// by each of so many blocks of a cluster,
     sharers: u32,
     /// through a ring of so many stages,
     stages: u32,
-    /// whose outputs are turned so many at a time.
+    /// whose outputs are turned so many at a time;
     round: u32,
+    /// so many blocks of a product a multiprocessor.
+    at_once: u32,
 }
 
 impl Tiling {
-    const FEW: Tiling = Tiling { pairs: 64, box_pairs: 16, sharers: 1, stages: 4, round: 32 };
-    const MANY: Tiling = Tiling { pairs: 256, box_pairs: 32, sharers: 2, stages: 4, round: 64 };
-    /// Pairs of an expert, on average, up to which rows of x one by one are quicker than gathered ones: the copy engine takes a
-    /// box after the other, however small.
-    const BY_TOKEN_MAX: u32 = 4;
+    const FEW: Tiling =
+        Tiling { w_bytes: Self::BF16, pairs: 64, box_pairs: 8, sharers: 1, stages: 4, round: 32, at_once: 1 };
+    const MANY: Tiling = Tiling {
+        w_bytes: Self::BF16,
+        pairs: 256,
+        box_pairs: 32,
+        sharers: 2,
+        stages: 4,
+        round: 64,
+        at_once: 1,
+    };
+    /// Widening takes more warps than one block has.
+    const FEW_FP8: Tiling = Tiling { w_bytes: Self::FP8, pairs: 32, stages: 7, at_once: 2, ..Self::FEW };
+    const MANY_FP8: Tiling = Tiling { w_bytes: Self::FP8, pairs: 192, stages: 5, ..Self::MANY };
+    /// Bytes of 128 rows by 64 columns.
+    const BF16: u32 = Self::ROWS * Self::LINE;
+    const FP8: u32 = 2 * Fp8Tiles::BYTES as u32;
     /// Rows of w that a block takes.
     const ROWS: u32 = 128;
-    /// Two warpgroups and the warp that fetches.
-    const THREADS: u32 = 288;
+    /// Two warpgroups and the warps that fetch w and x.
+    const THREADS: u32 = 320;
     /// Bytes of a row of 64 columns.
     const LINE: u32 = 128;
 
     /// What aligns the ring, its stages with two barriers each, outputs of two warpgroups, and a word for each of their pairs.
     fn shared_bytes(self) -> u32 {
-        let stage = (Self::ROWS + self.pairs) * Self::LINE + 16;
+        let stage = self.w_bytes.next_multiple_of(1024) + self.pairs * Self::LINE + 16;
         1024 + self.stages * stage + 2 * self.round * Self::LINE + 2 * self.pairs * 4
     }
 
@@ -88,35 +107,74 @@ struct Loaded {
 impl Loaded {
     fn new(
         cuda: &Cuda,
+        module: &'static str,
         tiling: Tiling,
-        gate_up: &'static str,
-        down: &'static str,
+        [gate_up, down]: [&'static str; 2],
     ) -> Result<Loaded, CudaError> {
-        let find = |name| cuda.modules().kernel("experts_products", name, tiling.shared_bytes());
+        let find = |name| cuda.modules().kernel(module, name, tiling.shared_bytes());
         let [gate_up, down] = [find(gate_up)?, find(down)?];
         let places = match tiling.sharers {
-            1 => cuda.properties().multiprocessors,
+            1 => cuda.properties().multiprocessors * tiling.at_once,
             // Where none has room the launch will say so.
             _ => cuda.launcher().clusters_at_once(&down, tiling.blocks(1))?.max(1),
         };
         Ok(Loaded { tiling, gate_up, down, places })
     }
 
-    /// One of the products: of `x` `[…, cols]`, fetched so many rows at a time, with each expert's `rows` of `w`.
+    /// One of the products with each expert's `rows` of `w`, whose `x` is as the kernel takes it.
     fn launch(
         &self,
         launcher: &Launcher,
         kernel: &Kernel,
         routing: &Routing,
         (w, rows): (Weight, u32),
-        (x, cols, box_rows): (Rows, u32, u32),
+        x: &dyn Param,
         product: &dyn Param,
     ) -> Result<(), CudaError> {
-        let (all, cols) = (routing.experts as usize * rows as usize, cols as usize);
-        let x = TensorMap::rows_of_bf16(x.address, x.there as usize, cols, box_rows)?;
         let grid = self.tiling.grid(rows, routing, self.places);
-        let w = TensorMap::rows_of_bf16(w.address(), all, cols, Tiling::ROWS)?;
-        launcher.launch(kernel, grid, [&w as &dyn Param, &x, routing, product])
+        if w.is_fp8() {
+            return launcher.launch(kernel, grid, [&w.address() as &dyn Param, x, routing, product]);
+        }
+        let all = routing.experts as usize * rows as usize;
+        let w = TensorMap::rows_of_bf16(w.address(), all, w.cols(), Tiling::ROWS)?;
+        launcher.launch(kernel, grid, [&w as &dyn Param, x, routing, product])
+    }
+
+    /// Rows of `x` that lie side by side, `cols` wide.
+    fn boxes(&self, x: Buffer, cols: u32) -> Result<TensorMap, CudaError> {
+        let x = rows_from(x, cols as usize, 0);
+        TensorMap::rows_of_bf16(x.address, x.there as usize, cols as usize, self.tiling.box_pairs)
+    }
+}
+
+/// The kernels for matrices of a format. Those for few pairs find rows of x by the pairs' tokens.
+#[derive(Debug)]
+struct Form {
+    few: Loaded,
+    many: Loaded,
+}
+
+impl Form {
+    fn bf16(cuda: &Cuda) -> Result<Form, CudaError> {
+        let load = |tiling, names| Loaded::new(cuda, "experts_products", tiling, names);
+        Ok(Form {
+            few: load(Tiling::FEW, ["experts_few_gate_up", "experts_few_down"])?,
+            many: load(Tiling::MANY, ["experts_many_gate_up", "experts_many_down"])?,
+        })
+    }
+
+    fn fp8(cuda: &Cuda) -> Result<Form, CudaError> {
+        let load = |tiling, names| Loaded::new(cuda, "experts_products_fp8", tiling, names);
+        Ok(Form {
+            few: load(Tiling::FEW_FP8, ["experts_few_gate_up_fp8", "experts_few_down_fp8"])?,
+            many: load(Tiling::MANY_FP8, ["experts_many_gate_up_fp8", "experts_many_down_fp8"])?,
+        })
+    }
+
+    /// The kernels for so many pairs, and whether they are those for few.
+    fn loaded(&self, routing: &Routing) -> (&Loaded, bool) {
+        let few_max = routing.experts * self.few.tiling.few_max();
+        if routing.pairs() <= few_max { (&self.few, true) } else { (&self.many, false) }
     }
 }
 
@@ -142,10 +200,9 @@ plain_params!(GateUp, Down);
 #[derive(Debug)]
 pub(super) struct Hopper {
     gather: Kernel,
-    /// As [`Tiling::FEW`]'s, but without a gather in front.
-    gate_up_by_token: Kernel,
-    few: Loaded,
-    many: Loaded,
+    bf16: Form,
+    /// Where a model has matrices in fp8.
+    fp8: Option<Form>,
     /// A word for each of the products, 0 between launches: units that were taken.
     tickets: [Address; 2],
 }
@@ -155,21 +212,19 @@ impl Hopper {
     /// A warp each.
     const GATHERED_BY_BLOCK: u32 = 8;
 
-    pub(super) fn new(cuda: &mut Cuda) -> Result<Hopper, CudaError> {
+    pub(super) fn new(cuda: &mut Cuda, weights: WeightFormat) -> Result<Hopper, CudaError> {
         let tickets = cuda.alloc(Purpose::Scratch, Element::Word, 2)?;
         cuda.zero(tickets.address(), tickets.bytes())?;
-        let load = |tiling, gate_up, down| Loaded::new(cuda, tiling, gate_up, down);
         Ok(Hopper {
             gather: cuda.modules().kernel("experts_products", "experts_gather", 0)?,
-            gate_up_by_token: cuda.modules().kernel(
-                "experts_products",
-                "experts_few_gate_up_by_token",
-                Tiling::FEW.shared_bytes(),
-            )?,
-            few: load(Tiling::FEW, "experts_few_gate_up", "experts_few_down")?,
-            many: load(Tiling::MANY, "experts_many_gate_up", "experts_many_down")?,
+            bf16: Form::bf16(cuda)?,
+            fp8: (weights != WeightFormat::Bf16).then(|| Form::fp8(cuda)).transpose()?,
             tickets: [tickets.address(), tickets.address().offset(4)],
         })
+    }
+
+    fn form(&self, w: Weight) -> Result<&Form, CudaError> {
+        if w.is_fp8() { self.fp8.as_ref().ok_or(CudaError::NotReserved) } else { Ok(&self.bf16) }
     }
 
     /// Until down writes it, `given` has what is gathered.
@@ -181,23 +236,21 @@ impl Hopper {
         [activated, given]: [Buffer; 2],
     ) -> Result<(), CudaError> {
         let (gate_up, down) = (layer.weights.gate_up, layer.weights.down);
-        let loaded = self.loaded(routing);
-        let is_by_token =
-            loaded.tiling == Tiling::FEW && routing.pairs() <= routing.experts * Tiling::BY_TOKEN_MAX;
-        let (kernel, x, box_rows) = if is_by_token {
-            (&self.gate_up_by_token, Rows { address: layer.residual, there: routing.tokens }, 1)
+        let (loaded, is_few) = self.form(gate_up)?.loaded(routing);
+        let product = GateUp { activated: activated.address(), tickets: self.tickets[0] };
+        let w = (gate_up, routing.stored);
+        if is_few {
+            loaded.launch(launcher, &loaded.gate_up, routing, w, &layer.x, &product)?;
         } else {
             self.gather(launcher, routing, layer, given)?;
-            (&loaded.gate_up, rows_from(given, routing.hidden as usize, 0), loaded.tiling.box_pairs)
-        };
-        let product = GateUp { activated: activated.address(), tickets: self.tickets[0] };
-        let (w, x) = ((gate_up, routing.stored), (x, routing.hidden, box_rows));
-        loaded.launch(launcher, kernel, routing, w, x, &product)?;
+            let x = loaded.boxes(given, routing.hidden)?;
+            loaded.launch(launcher, &loaded.gate_up, routing, w, &x, &product)?;
+        }
 
+        let (loaded, _) = self.form(down)?.loaded(routing);
         let product = Down { given: given.address(), tickets: self.tickets[1] };
-        let x = rows_from(activated, routing.intermediate as usize, 0);
-        let (w, x) = ((down, routing.hidden), (x, routing.intermediate, loaded.tiling.box_pairs));
-        loaded.launch(launcher, &loaded.down, routing, w, x, &product)
+        let x = loaded.boxes(activated, routing.intermediate)?;
+        loaded.launch(launcher, &loaded.down, routing, (down, routing.hidden), &x, &product)
     }
 
     /// Puts each expert's tokens side by side.
@@ -210,14 +263,8 @@ impl Hopper {
     ) -> Result<(), CudaError> {
         let blocks = routing.pairs().div_ceil(Self::GATHERED_BY_BLOCK);
         let grid = Grid::new(blocks, Self::GATHER_THREADS).dependent();
-        let x = layer.residual;
+        let x = layer.x;
         launcher.launch(&self.gather, grid, [routing as &dyn Param, &x, &gathered])
-    }
-
-    /// The kernels for so many pairs.
-    fn loaded(&self, routing: &Routing) -> &Loaded {
-        let few_max = routing.experts * self.few.tiling.few_max();
-        if routing.pairs() <= few_max { &self.few } else { &self.many }
     }
 }
 
@@ -228,28 +275,37 @@ mod tests {
     use super::*;
     use crate::declared::{assert_declared, source, threads_of};
 
-    const TILINGS: [(Tiling, &str, &str, u32); 2] = [
-        (Tiling::FEW, "Few = Tiling<RowsOfBf16", "experts_few", 2),
-        (Tiling::MANY, "Many = Tiling<RowsOfBf16", "experts_many", 1),
-    ];
+    /// A tiling, the source that has it and what it is called there, blocks beside each other, and a kernel.
+    const TILINGS: [(Tiling, &str, &str, u32, &str); 6] = {
+        let (bf16, fp8) = ("experts_products.cu", "experts_products_fp8.cu");
+        let (few, few_fp8) = (Tiling::FEW, Tiling::FEW_FP8);
+        let (few_by_token, few_fp8_by_token) =
+            (Tiling { box_pairs: 1, ..few }, Tiling { box_pairs: 1, ..few_fp8 });
+        [
+            (few_by_token, bf16, "FewByToken = Tiling<RowsOfBf16", 2, "experts_few_gate_up"),
+            (few, bf16, "Few = Tiling<RowsOfBf16", 2, "experts_few_down"),
+            (Tiling::MANY, bf16, "Many = Tiling<RowsOfBf16", 1, "experts_many_gate_up"),
+            (few_fp8_by_token, fp8, "FewByTokenFp8 = Tiling<TilesOfFp8", 2, "experts_few_gate_up_fp8"),
+            (few_fp8, fp8, "FewFp8 = Tiling<TilesOfFp8", 2, "experts_few_down_fp8"),
+            (Tiling::MANY_FP8, fp8, "ManyFp8 = Tiling<TilesOfFp8", 1, "experts_many_gate_up_fp8"),
+        ]
+    };
 
     #[test]
     fn both_sides_declare_the_same() {
         let common = &["hopper/experts_products.cuh"];
         assert_declared!(common, "GateUpOfExperts", GateUp { activated, tickets });
         assert_declared!(common, "DownOfExperts", Down { given, tickets });
-        let text = source("hopper/experts_products.cu");
-        for (tiling, name, kernel, beside) in TILINGS {
-            let Tiling { pairs, box_pairs, sharers, stages, round } = tiling;
+        for (tiling, file, name, beside, kernel) in TILINGS {
+            let Tiling { pairs, box_pairs, sharers, stages, round, .. } = tiling;
             let using =
                 format!("using {name}, {pairs}, {box_pairs}, {sharers}, {stages}, {round}, {beside}>;");
-            assert!(text.contains(&using), "{using}");
-            for product in ["gate_up", "down"] {
-                let kernel = format!("{kernel}_{product}");
-                assert_eq!(threads_of(HOPPER, &kernel), Tiling::THREADS, "{kernel}");
-            }
+            assert!(source(&format!("hopper/{file}")).contains(&using), "{using}");
+            assert_eq!(threads_of(HOPPER, kernel), Tiling::THREADS, "{kernel}");
         }
-        assert_eq!(threads_of(HOPPER, "experts_few_gate_up_by_token"), Tiling::THREADS);
+        for kernel in ["experts_many_down", "experts_many_down_fp8"] {
+            assert_eq!(threads_of(HOPPER, kernel), Tiling::THREADS, "{kernel}");
+        }
         assert_eq!(threads_of(HOPPER, "experts_gather"), Hopper::GATHER_THREADS);
     }
 
@@ -257,10 +313,11 @@ mod tests {
     fn blocks_fit_a_multiprocessor_those_of_few_pairs_two_at_a_time() {
         // What a multiprocessor has, each block's own kilobyte of it, and the plan beside what is asked for.
         let (all, own, plan) = (228 << 10, 1 << 10, 3 << 10);
-        for (tiling, _, _, beside) in TILINGS {
+        for (tiling, _, _, beside, _) in TILINGS {
             assert!(beside * (tiling.shared_bytes() + own + plan) <= all, "{tiling:?}");
             let Tiling { pairs, box_pairs, sharers, round, .. } = tiling;
-            assert!(box_pairs % 8 == 0 && pairs % (box_pairs * sharers) == 0, "boxes are whole swizzles");
+            let is_whole = box_pairs == 1 || box_pairs % 8 == 0;
+            assert!(is_whole && pairs % (box_pairs * sharers) == 0, "boxes are whole swizzles");
             assert!(pairs % round == 0 && round % 32 == 0);
         }
     }

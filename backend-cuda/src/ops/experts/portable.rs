@@ -1,12 +1,11 @@
-//! Launches of `experts.cu`'s products, for any GPU: a block for each tile of rows and of pairs that there can be.
+//! Launches of `portable/experts_products.cu`, the products for any GPU: a block for each tile of rows and of pairs that there can be.
 
-use super::{ExpertLayer, Routing, tiles_at_most};
+use super::{ExpertLayer, Routing, THREADS, tiles_at_most};
 use crate::error::CudaError;
 use crate::launch::{Grid, Kernel, Launcher};
 use crate::memory::Buffer;
 use crate::module::Modules;
 
-const THREADS: u32 = 256;
 /// Rows of w that a block takes.
 const TILE_ROWS: u32 = 128;
 const BLOCK_COLS: u32 = 64;
@@ -28,7 +27,7 @@ impl Tile {
         down: &'static str,
     ) -> Result<Tile, CudaError> {
         let shared = Self::shared_bytes(pairs, stages);
-        let find = |name| modules.kernel("experts", name, shared);
+        let find = |name| modules.kernel("experts_products", name, shared);
         Ok(Tile { pairs, stages, gate_up: find(gate_up)?, down: find(down)? })
     }
 
@@ -70,7 +69,7 @@ impl Portable {
         [activated, given]: [Buffer; 2],
     ) -> Result<(), CudaError> {
         let (gate_up, down) = (layer.weights.gate_up.address(), layer.weights.down.address());
-        let x = layer.residual;
+        let x = layer.x;
         let tile = self.tile(routing);
         let grid = tile.grid(routing.stored, routing);
         launcher.launch(&tile.gate_up, grid, [routing, &gate_up, &x, &activated])?;
@@ -82,5 +81,23 @@ impl Portable {
     fn tile(&self, routing: &Routing) -> &Tile {
         let usual = routing.pairs() * 3 / 2 / routing.experts;
         self.tiles.iter().find(|tile| usual <= tile.pairs).unwrap_or(&self.tiles[2])
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use minisgl_kernels::PORTABLE;
+
+    use super::*;
+    use crate::declared::threads_of;
+
+    #[test]
+    fn kernels_are_bound_to_the_threads_that_they_are_launched_with() {
+        for pairs in [16, 32, 64] {
+            for product in ["gate_up", "down"] {
+                let kernel = format!("experts_{product}_{pairs}");
+                assert_eq!(threads_of(PORTABLE, &kernel), THREADS, "{kernel}");
+            }
+        }
     }
 }
