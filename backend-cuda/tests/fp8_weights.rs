@@ -183,7 +183,7 @@ fn queries_keys_and_values_have_the_bits_of_what_fp8_means() {
         let rows = (heads + 2 * kv_heads) * head_dim;
         let both = gpu.matrix(WeightRole::Linear, [rows, cols], BLOCKS[i % 3]);
         let x = gpu.activations(TOKENS_MAX * cols);
-        let norms = gpu.activations(2 * head_dim);
+        let (norms, biases) = (gpu.activations(2 * head_dim), gpu.activations(rows));
         let rope = gpu.upload(Element::Float, &vec![0.6f32; 64 * head_dim]);
         let token = |i: u32| Token { id: 0, slot: 0, position: i % 64, location: i };
         let tokens: Vec<Token> = (0..TOKENS_MAX as u32).map(token).collect();
@@ -200,7 +200,7 @@ fn queries_keys_and_values_have_the_bits_of_what_fp8_means() {
                     norm,
                     head_eps: 1e-6,
                     batch: batch.address(),
-                    bias: Address::NULL,
+                    bias: if normed { Address::NULL } else { biases.address() },
                     q_norm: given(norms.address()),
                     k_norm: given(norms.address().offset(2 * head_dim)),
                     rope: given(rope.address()),
