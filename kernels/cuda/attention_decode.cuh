@@ -1,7 +1,7 @@
 // attention_decode: one token a row over its row's pages; out[row, head] = softmax(q K^T / sqrt(head_dim)) V.
 //
 //   q, out  [rows, kv_heads * group, head_dim] bf16      k, v  pages (attention.cuh), or FP8 ones (fp8_rows.cuh)
-//   plan    attention_work.cuh      grid any      block 256 threads that read, and on Hopper a warp that fills the ring
+//   plan    attention_work.cuh      grid any      block DECODE_WARPS warps that read, and on Hopper one that fills the ring
 //   moves   sum of min(kv_len, window) * kv_heads * head_dim * 4 bytes: every key and value once for its group of queries
 //
 // A block works on one unit at a time, all warps together, so that a unit is short and blocks end together:

@@ -1,4 +1,5 @@
-// The entry points of decode attention, made from a set's constants: DECODE_STAGES(dims), DECODE_BLOCKS a multiprocessor.
+// The entry points of decode attention, made from a set's constants: DECODE_WARPS that read, DECODE_STAGES(dims), DECODE_BLOCKS
+// a multiprocessor.
 #pragma once
 #include "attention_decode.cuh"
 

@@ -1,7 +1,7 @@
 // Decode attention over keys and values in fp8, for Hopper: attention.cu's kernels, whose tiles are widened in registers.
 //
-// A stage holds as many tokens in half the bytes, so there are nearly twice as many: as much is on its way. With twice as many two
-// blocks would not fit a multiprocessor.
+// A leaf has half the bytes, so a multiprocessor must compute it in half the time. Its chain (scores, maxima, probabilities, output)
+// waits at every step: so blocks are half as large and twice as many, and leaves of four are at work at once. As much is on its way.
 #define DECODE_WARPS 4
 #define DECODE_BLOCKS 4
 #define DECODE_STAGES(DIMS) (5 * 128 / (DIMS))
