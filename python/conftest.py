@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,13 @@ from minisgl import LLM
 
 BACKEND = os.environ.get("MINISGL_TEST_BACKEND", "cpu")
 FIXTURES = Path(__file__).parents[1] / "tests" / "fixtures"
+
+
+def gpus():
+    """How many an LLM may use."""
+    if "CUDA_VISIBLE_DEVICES" in os.environ:
+        return len([gpu for gpu in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if gpu])
+    return subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=True).stdout.count("\n")
 
 
 @pytest.fixture(scope="session")

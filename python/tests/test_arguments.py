@@ -3,7 +3,7 @@
 import pickle
 
 import pytest
-from conftest import open_llm
+from conftest import BACKEND, gpus, open_llm
 
 import minisgl.core
 from minisgl import LLM, SamplingParams
@@ -80,6 +80,7 @@ def test_a_model_that_is_not_there_and_settings_that_can_not_hold_are_value_erro
         LLM()
 
 
+@pytest.mark.skipif(BACKEND != "cpu" and gpus() < 2, reason="needs two GPUs")
 def test_several_engines_draw_what_one_draws(checkpoint):
     prompts = [[1, 2, i] for i in range(12)]
     params = SamplingParams(temperature=1, max_tokens=8, ignore_eos=True)
