@@ -14,7 +14,7 @@ use minisgl_core::shard::Rank;
 use minisgl_core::spec::Dims;
 use minisgl_core::tensor::splitmix64;
 use minisgl_cuda::ops::exchange::{Exchange, Stream, Way};
-use minisgl_cuda::{Buffer, Cuda, CudaError, KernelSet, Link, device_count};
+use minisgl_cuda::{Buffer, Cuda, CudaError, Grid, Kernel, KernelSet, Link, device_count};
 use support::taken;
 
 /// A GPU under a sanitizer takes its time.
@@ -40,9 +40,26 @@ fn devices(ranks: u32) -> Vec<usize> {
 struct Bench {
     cuda: Cuda,
     exchange: Exchange,
+    /// What a product does with its sums, alone.
+    push: Kernel,
 }
 
 impl Bench {
+    fn new(link: &Link, dims: &Dims, limits: &Limits) -> Bench {
+        let mut cuda = Cuda::of_rank(link.clone()).expect("a GPU");
+        let exchange = Exchange::new(&mut cuda, link, dims, limits).expect("memory");
+        let push = cuda.modules().kernel("perf", "push_sums", 0).expect("a kernel");
+        Bench { cuda, exchange, push }
+    }
+
+    /// Sums of this rank, `[tokens, hidden]`, added up with the others'.
+    fn reduce(&self, sums: Buffer, hidden: u32, stream: Stream, way: Way) -> Result<(), CudaError> {
+        let (launcher, to) = (self.cuda.launcher(), self.exchange.sums_by(stream.tokens, way)?);
+        // SAFETY: the kernel reads as many sums as there are, and writes where an exchange of so many takes them from.
+        unsafe { launcher.launch_raw(&self.push, Grid::new(stream.tokens, 256), [&sums, &hidden, &to])? };
+        self.exchange.reduce_by(launcher, stream, way)
+    }
+
     fn words(&mut self, words: &[u32], to: Buffer) {
         let mut pinned = self.cuda.alloc_pinned(words.len()).expect("pinned memory");
         self.cuda.words_mut(&mut pinned).expect("words").copy_from_slice(words);
@@ -83,9 +100,7 @@ fn each<R: Send>(
         let ready = &ready;
         let rank = |link: Link| {
             scope.spawn(move || {
-                let mut cuda = Cuda::of_rank(link.clone()).expect("a GPU");
-                let exchange = Exchange::new(&mut cuda, &link, dims, limits).expect("memory");
-                let mut bench = Bench { cuda, exchange };
+                let mut bench = Bench::new(&link, dims, limits);
                 ready.wait();
                 work(link.rank(), ready, &mut bench)
             })
@@ -163,21 +178,22 @@ fn assert_stream(bench: &mut Bench, stream: [Buffer; 2], expected: &[bf16], hidd
 
 /// Four exchanges one behind the other, then as many that are recorded, twice: the residual stream is what the host makes it.
 fn assert_reduces(ranks: u32, kernels: KernelSet, [tokens, hidden]: [usize; 2], ways: &[Way]) {
-    let (dims, limits) = (dims(hidden as u32, 64), limits(tokens as u32));
+    // Room for one shot of whatever size.
+    let (dims, limits) = (dims(hidden as u32, 64), limits(8 * tokens as u32));
     each(ranks, kernels, PATIENCE, (&dims, &limits), |rank, ready, bench| {
         let what = format!("rank {} of {ranks}, {kernels:?}, {tokens} x {hidden}", rank.index);
         let elements = tokens * hidden;
         let own = sums(rank.index, elements).into_iter().map(f32::to_bits).collect::<Vec<_>>();
         let of_ranks: Vec<_> = (0..ranks).map(|rank| sums(rank, elements)).collect();
         let mut expected: Vec<bf16> = (0..elements).map(|i| bf16::from_f32(random(77, i))).collect();
-        bench.words(&own, bench.exchange.sums());
+        let sums = bench.holding(Element::Float, &own);
         let residual = bench.holding(Element::Activation, &pairs(&expected));
         let sumsq = bench.holding(Element::Float, &vec![u32::MAX; tokens * hidden.div_ceil(64)]);
         let stream = Stream { residual: residual.address(), sumsq: sumsq.address(), tokens: tokens as u32 };
         let four = |bench: &Bench, way| {
             bench.exchange.begin_step();
             // An even number: a step has two a layer.
-            (0..4).try_for_each(|_| bench.exchange.reduce_by(bench.cuda.launcher(), stream, |_| way))
+            (0..4).try_for_each(|_| bench.reduce(sums, hidden as u32, stream, way))
         };
         let mut add = |times: usize| {
             for (i, x) in expected.iter_mut().enumerate() {
@@ -219,7 +235,7 @@ fn sums_of_all_ranks_are_added_in_pairs_either_way_and_the_same_by_all() {
 
 #[test]
 #[ignore = "needs a GPU"]
-fn many_tokens_go_in_pieces() {
+fn sums_of_many_tokens_are_added_likewise() {
     assert_reduces(2, KernelSet::Auto, [5000, 1024], &[Way::OneShot, Way::TwoShot]);
     assert_reduces(4, KernelSet::Auto, [9000, 1024], &[Way::TwoShot]);
 }
@@ -332,17 +348,18 @@ fn every_rank_has_all_columns_of_the_logits() {
 fn who_does_not_come_is_named_and_who_waits_is_called_back_in_bounded_time() {
     let (dims, limits) = (dims(1024, 64), limits(64));
     let stream_of = |bench: &mut Bench| {
+        let sums = bench.holding(Element::Float, &vec![0; 64 * 1024]);
         let residual = bench.holding(Element::Activation, &vec![0; 64 * 512]);
         let sumsq = bench.holding(Element::Float, &vec![0; 64 * 16]);
-        Stream { residual: residual.address(), sumsq: sumsq.address(), tokens: 64 }
+        (sums, Stream { residual: residual.address(), sumsq: sumsq.address(), tokens: 64 })
     };
     // Rank 1 does not come, to any of the exchanges.
     let found = each(2, KernelSet::Auto, Duration::from_secs(2), (&dims, &limits), |rank, ready, bench| {
-        let stream = stream_of(bench);
+        let (sums, stream) = stream_of(bench);
         ready.wait();
         let started = Instant::now();
         if rank.index == 0 {
-            (0..50).try_for_each(|_| bench.exchange.reduce(bench.cuda.launcher(), stream)).expect("launches");
+            (0..50).try_for_each(|_| bench.reduce(sums, 1024, stream, Way::OneShot)).expect("launches");
             let error = bench.cuda.synchronize();
             assert!(started.elapsed() < Duration::from_secs(8), "{:?}", started.elapsed());
             ready.wait();
@@ -364,13 +381,11 @@ fn who_does_not_come_is_named_and_who_waits_is_called_back_in_bounded_time() {
         for link in links {
             let (dims, limits, meet) = (&dims, &limits, &meet);
             scope.spawn(move || {
-                let mut cuda = Cuda::of_rank(link.clone()).expect("a GPU");
-                let exchange = Exchange::new(&mut cuda, &link, dims, limits).expect("memory");
-                let mut bench = Bench { cuda, exchange };
-                let stream = stream_of(&mut bench);
+                let mut bench = Bench::new(&link, dims, limits);
+                let (sums, stream) = stream_of(&mut bench);
                 meet.wait();
                 if link.rank().index == 1 {
-                    bench.exchange.reduce(bench.cuda.launcher(), stream).expect("a launch");
+                    bench.reduce(sums, 1024, stream, Way::OneShot).expect("a launch");
                     let started = Instant::now();
                     assert_eq!(bench.cuda.synchronize(), Err(CudaError::RanksEnded));
                     assert!(started.elapsed() < Duration::from_secs(5), "{:?}", started.elapsed());
@@ -379,9 +394,7 @@ fn who_does_not_come_is_named_and_who_waits_is_called_back_in_bounded_time() {
                 // Both may meet again, as if nothing had been.
                 meet.wait();
                 bench.exchange.begin_step();
-                (0..4)
-                    .try_for_each(|_| bench.exchange.reduce(bench.cuda.launcher(), stream))
-                    .expect("launches");
+                (0..4).try_for_each(|_| bench.reduce(sums, 1024, stream, Way::OneShot)).expect("launches");
                 assert_eq!(bench.cuda.synchronize(), Ok(()));
             });
         }

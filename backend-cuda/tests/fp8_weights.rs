@@ -141,8 +141,8 @@ fn ranks_sums_have_the_bits_of_what_fp8_means() {
         let both = gpu.matrix(WeightRole::Sliced(slices), [rows, cols], BLOCKS[i % 3]);
         let x = gpu.activations(TOKENS_MAX * cols);
         agree(gpu, &format!("sums {rows}x{cols}"), |gpu, which, tokens| {
-            let out = gpu.upload(Element::Float, &vec![f32::NAN; TOKENS_MAX * rows]);
-            launch(gpu, both[which], x, tokens, &RankSums { out: out.address() });
+            let out = gpu.upload(Element::Float, &vec![f32::NAN; TOKENS_MAX * rows.next_multiple_of(64)]);
+            launch(gpu, both[which], x, tokens, &RankSums::here(out.address()));
             gpu.download(out)
         });
     }

@@ -4,7 +4,7 @@
 //
 //   Qkv        row scale; bias; head norm; rope; q -> [tokens, q_width] bf16, k and v -> KV pages  128 outputs a tile
 //   Residual   residual += y (bf16), sumsq[t, m / 64] = sum of the new values' squares, f32      64 or 128
-//   RankSums   y -> [tokens, rows] f32, for ranks to add and to take through Residual             64 or 128
+//   RankSums   y, f32, to the ranks that add them up and take them through Residual              64 or 128
 //   GateUp     row scale; silu(gate) * up -> [tokens, intermediate] bf16                         64 or 128
 //   Head       y -> [samples, vocab] f16, clamped to what f16 holds                              64 or 128
 //   Linear     y -> [tokens, rows] bf16                                                          64 or 128
@@ -28,6 +28,7 @@
 
 #include "batch.cuh"
 #include "fp8_rows.cuh"
+#include "inbox.cuh"
 
 // The T tokens that a warp has in hand: token first + i * step is stored if i < count.
 struct Taken {
@@ -334,9 +335,15 @@ struct Residual {
     }
 };
 
-// What a rank has of o's or down's sums, to be added to the other ranks'.
+// What a rank has of o's or down's sums, for who adds them up (exchange.cuh): a product's own stores carry them to the other ranks while
+// it multiplies the next tile.
+//
+//   shared    segments of 64 outputs in tiles of 16, [tokens, ceil(rows / 64)] in a row; tile i is for rank i % ranks, which has those
+//             that are for it one behind the other
+//   else      all of them are for every rank
 struct RankSums {
-    float *out; // [tokens, rows]
+    float *to[8]; // by rank: where its ones go, in its inbox; at this rank's own place, in its memory
+    unsigned ranks, ranks_log2, shared, reserved;
     static constexpr bool SCALED = false;
     static constexpr int SLICES = 2; // at most: a rank of two has half of Residual's
     static constexpr bool EARLY = false; // does `ahead` read nothing that a kernel of this step's layers wrote?
@@ -350,6 +357,29 @@ struct RankSums {
     template <int BLOCKS>
     __device__ __forceinline__ Ahead<BLOCKS> ahead(Where, unsigned, unsigned, unsigned, unsigned) const { return {}; }
 
+    // Where a segment goes to.
+    struct Segment {
+        size_t at; // in floats
+        unsigned owner;
+    };
+
+    __device__ __forceinline__ Segment segment(unsigned token, unsigned m, unsigned rows) const {
+        const unsigned index = token * ((rows + 63) / 64) + m / 64;
+        if (!shared)
+            return {(size_t)index * 64, 0};
+        const unsigned tile = index / 16;
+        return {(size_t)((tile >> ranks_log2) * 16 + index % 16) * 64, tile & (ranks - 1)};
+    }
+
+    // Stores outputs `within` and the next of a segment.
+    __device__ __forceinline__ void put(const Segment &segment, unsigned within, float2 y) const {
+        const float2 sent = {sendable(y.x), sendable(y.y)};
+#pragma unroll
+        for (unsigned rank = 0; rank < 8; rank++)
+            if (rank < ranks && (!shared || segment.owner == rank))
+                push(reinterpret_cast<float2 *>(to[rank] + segment.at + within), sent);
+    }
+
     template <int T, int BLOCKS>
     __device__ __forceinline__ void store(const Ahead<BLOCKS> (&)[T], float2 (&v)[T][BLOCKS], const Taken &taken, unsigned m0,
                                           unsigned rows, unsigned lane) const {
@@ -358,11 +388,9 @@ struct RankSums {
             if (i >= taken.count)
                 break;
 #pragma unroll
-            for (int b = 0; b < BLOCKS; b++) {
-                const unsigned m = m0 + 64 * b + 2 * lane;
-                if (m < rows)
-                    *reinterpret_cast<float2 *>(out + (size_t)taken.token(i) * rows + m) = v[i][b];
-            }
+            for (int b = 0; b < BLOCKS; b++)
+                if (m0 + 64 * b + 2 * lane < rows)
+                    put(segment(taken.token(i), m0 + 64 * b, rows), 2 * lane, v[i][b]);
         }
     }
 };

@@ -1,17 +1,17 @@
 // What ranks pass to each other within a step: sums of o and down, embedded tokens, logits. How, and why nobody waits in vain, is
 // in exchange.cuh.
 //
-//   reduce_one_shot_R   residual[t, :] += the sum over R ranks of sums[t, :], and sumsq        every rank pushes all that it has to all
+//   reduce_one_shot_R   residual[t, :] += the sum over R ranks of sums[t, :], and sumsq        every rank adds up all of it
 //   reduce_two_shot_R   the same                                                               every rank adds up a share, and pushes that
 //   embed_share         residual[t, :] = table[id(t), :], from the rank that has the row; history, sumsq
 //   gather_logits       out[r, :] = all ranks' shares of the columns
 //
-//   sums [tokens, hidden] f32   residual [tokens, hidden] bf16   sumsq [tokens, ceil(hidden / 64)] f32
+//   sums f32, what this rank adds up of its own   residual [tokens, hidden] bf16   sumsq [tokens, ceil(hidden / 64)] f32
 //   table [rows of the rank, hidden] bf16   share [samples, columns of the rank] f16   out [samples, vocab] f16
 //   grid: at most what a GPU holds at once   block THREADS
 //
-//   inbox of        one shot   [rank][tokens, hidden] f32
-//                   two shots  [rank][a share of these] f32, then [tokens, hidden] bf16
+//   inbox of        one shot   [rank][tokens, hidden] f32                                       pushed by the product before (RankSums)
+//                   two shots  [other rank][a share of these] f32, then [tokens, hidden] bf16    the former pushed by the product
 //                   embed      [tokens, hidden] bf16
 //                   logits     [rank][samples, columns of that rank] f16
 //
@@ -19,7 +19,8 @@
 //    them; then the residual is added and rounded as a product's epilogue does it (Residual in epilogue.cuh). So neither the number of
 //    ranks nor the way changes a bit.
 // 2. Four elements are a thread's, a chunk; 16 threads have a segment of 64, and add its squares in the order of that epilogue's 32.
-//    Rows are padded to whole segments in inboxes.
+//    Rows are padded to whole segments in inboxes and among a rank's own sums.
+// 3. A product pushes what exchange.cuh has a kernel push before it waits: it begins behind the exchange before, as that asks for.
 #include <cuda_bf16.h>
 
 #include "batch.cuh"
@@ -27,7 +28,7 @@
 #include "exchange.cuh"
 
 #define THREADS 256
-#define BLOCKS_AN_SM 3
+#define BLOCKS_AN_SM 4
 
 __device__ __forceinline__ uint4 bits_of(float4 v) {
     return {__float_as_uint(v.x), __float_as_uint(v.y), __float_as_uint(v.z), __float_as_uint(v.w)};
@@ -94,20 +95,20 @@ __device__ __forceinline__ uint2 added(uint2 old, float4 sum) {
     return {rounded(x.x + sum.x, x.y + sum.y), rounded(y.x + sum.z, y.y + sum.w)};
 }
 
-// What all ranks have of a chunk, added in pairs; theirs comes to `inbox`, `apart` from rank to rank.
-template <int R>
-__device__ __forceinline__ float4 sum_of_all(float4 own, uint4 *inbox, size_t apart, const Ranks &ranks) {
+// What all ranks have of a chunk, added in pairs; that of rank r comes to `inbox` + `place(r)`.
+template <int R, typename Place>
+__device__ __forceinline__ float4 sum_of_all(float4 own, uint4 *inbox, const Place &place, const Ranks &ranks) {
     uint4 all[R];
 #pragma unroll
     for (int r = 0; r < R; r++)
-        all[r] = r == ranks.rank ? bits_of(own) : look(inbox + r * apart);
+        all[r] = r == ranks.rank ? bits_of(own) : look(inbox + place(r));
     Patience patience;
 #pragma unroll
     for (int r = 0; r < R; r++)
         if (r != ranks.rank) {
             while (is_empty(all[r]) && patience.looks_again(ranks, r))
-                all[r] = look(inbox + r * apart);
-            empty(inbox + r * apart);
+                all[r] = look(inbox + place(r));
+            empty(inbox + place(r));
         }
     float4 sums[R];
 #pragma unroll
@@ -121,39 +122,18 @@ __device__ __forceinline__ float4 sum_of_all(float4 own, uint4 *inbox, size_t ap
     return sums[0];
 }
 
-// The next chunk is on its way to the others while this one's are waited for.
 template <int R>
 __device__ __forceinline__ void reduce_one_shot(const float4 *sums, const Stream &stream, const Ranks &ranks) {
-    const unsigned step = gridDim.x * THREADS;
-    unsigned chunk = blockIdx.x * THREADS + threadIdx.x;
-    size_t at, next_at;
-    bool is_there, is_next_there;
-    float4 own, next = {};
-    const auto send = [&](unsigned chunk, size_t at) {
-        const float4 own = sums[at];
-        const uint4 bits = sendable(bits_of(own));
-#pragma unroll
-        for (int i = 1; i < R; i++) {
-            const unsigned to = (ranks.rank + i) % R;
-            push(reinterpret_cast<uint4 *>(ranks.inbox[to]) + (size_t)ranks.rank * stream.chunks + chunk, bits);
-        }
-        return own;
-    };
     dependent_launch();
     dependent_wait();
-    is_next_there = stream.find(chunk, next_at);
-    if (is_next_there)
-        next = send(chunk, next_at);
-    for (; chunk < stream.chunks; chunk += step) {
-        own = next, at = next_at, is_there = is_next_there;
-        const uint2 old = is_there ? stream.residual[at] : uint2{};
-        is_next_there = stream.find(chunk + step, next_at);
-        if (is_next_there)
-            next = send(chunk + step, next_at);
+    for (unsigned chunk = blockIdx.x * THREADS + threadIdx.x; chunk < stream.chunks; chunk += gridDim.x * THREADS) {
+        size_t at;
+        const bool is_there = stream.find(chunk, at);
         uint2 value = {};
         if (is_there) {
+            const uint2 old = stream.residual[at];
             uint4 *inbox = reinterpret_cast<uint4 *>(ranks.inbox[ranks.rank]) + chunk;
-            value = added(old, sum_of_all<R>(own, inbox, stream.chunks, ranks));
+            value = added(old, sum_of_all<R>(sums[chunk], inbox, [&](unsigned from) { return (size_t)from * stream.chunks; }, ranks));
         }
         stream.keep(chunk, is_there, at, value);
     }
@@ -164,30 +144,21 @@ template <int R>
 __device__ __forceinline__ void reduce_two_shot(const float4 *sums, const Stream &stream, const Ranks &ranks) {
     const unsigned groups = (stream.chunks + R * THREADS - 1) / (R * THREADS);
     const size_t shares = (size_t)groups * THREADS; // chunks that a rank adds up
-    const auto share_at = [&](unsigned rank, unsigned from, unsigned group) {
-        return reinterpret_cast<uint4 *>(ranks.inbox[rank]) + from * shares + (size_t)group * THREADS + threadIdx.x;
-    };
+    const auto share_of = [&](unsigned from) { return (from + R - ranks.rank - 1) % R * shares; };
     const auto result_at = [&](unsigned rank, unsigned chunk) {
-        return reinterpret_cast<uint2 *>(ranks.inbox[rank] + R * shares * 4) + chunk;
+        return reinterpret_cast<uint2 *>(ranks.inbox[rank] + (R - 1) * shares * 4) + chunk;
     };
     const auto chunk_of = [&](unsigned group, unsigned rank) { return (group * R + rank) * THREADS + threadIdx.x; };
     size_t at;
     dependent_launch();
     dependent_wait();
-    for (unsigned group = blockIdx.x; group < groups; group += gridDim.x)
-#pragma unroll
-        for (int i = 1; i < R; i++) {
-            const unsigned to = (ranks.rank + i) % R;
-            if (stream.find(chunk_of(group, to), at))
-                push(share_at(to, ranks.rank, group), sendable(bits_of(sums[at])));
-        }
     for (unsigned group = blockIdx.x; group < groups; group += gridDim.x) {
-        const unsigned chunk = chunk_of(group, ranks.rank);
+        const unsigned chunk = chunk_of(group, ranks.rank), share = group * THREADS + threadIdx.x;
         const bool is_there = stream.find(chunk, at);
         uint2 value = {};
         if (is_there) {
             const uint2 old = stream.residual[at];
-            value = added(old, sum_of_all<R>(sums[at], share_at(ranks.rank, 0, group), shares, ranks));
+            value = added(old, sum_of_all<R>(sums[share], reinterpret_cast<uint4 *>(ranks.inbox[ranks.rank]) + share, share_of, ranks));
             const uint2 bits = sendable(value);
 #pragma unroll
             for (int i = 1; i < R; i++)

@@ -22,9 +22,8 @@
 //    what kernels give is of no use, and the host says so at the end of the step.
 #pragma once
 
-#define EMPTY 0xffffffffu
-// What is sent where there is EMPTY: a NaN too, for words and for pairs of 16 bits.
-#define NOT_EMPTY 0xffff7fffu
+#include "inbox.cuh"
+
 // Looks at a word between two at the clock and the host's memory: some milliseconds.
 #define PATIENT_LOOKS 8192u
 // Values of `ended`: beside zero, this, by the host; or this and one more than the rank that did not come.
@@ -37,13 +36,13 @@ struct Ranks {
     unsigned rank, count, patience_ms, reserved;
 };
 
-__device__ __forceinline__ uint4 sendable(uint4 v) {
-    return {v.x == EMPTY ? NOT_EMPTY : v.x, v.y == EMPTY ? NOT_EMPTY : v.y, v.z == EMPTY ? NOT_EMPTY : v.z,
-            v.w == EMPTY ? NOT_EMPTY : v.w};
-}
-
 __device__ __forceinline__ uint2 sendable(uint2 v) {
     return {v.x == EMPTY ? NOT_EMPTY : v.x, v.y == EMPTY ? NOT_EMPTY : v.y};
+}
+
+__device__ __forceinline__ uint4 sendable(uint4 v) {
+    const uint2 low = sendable(uint2{v.x, v.y}), high = sendable(uint2{v.z, v.w});
+    return {low.x, low.y, high.x, high.y};
 }
 
 __device__ __forceinline__ bool is_empty(uint4 v) {
@@ -55,10 +54,6 @@ __device__ __forceinline__ bool is_empty(uint2 v) { return v.x == EMPTY || v.y =
 __device__ __forceinline__ void push(uint4 *to, uint4 v) {
     asm volatile("st.relaxed.sys.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
                  : "memory");
-}
-
-__device__ __forceinline__ void push(uint2 *to, uint2 v) {
-    asm volatile("st.relaxed.sys.global.v2.u32 [%0], {%1, %2};" ::"l"(to), "r"(v.x), "r"(v.y) : "memory");
 }
 
 __device__ __forceinline__ uint4 look(const uint4 *at) {

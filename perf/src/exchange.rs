@@ -1,4 +1,5 @@
-//! What ranks' sums cost on their way: exchanges of several GPUs, each a thread, one behind the other in a recorded step.
+//! What ranks' sums cost on their way: exchanges of several GPUs, each a thread, one behind the other in a recorded step. Before each a
+//! kernel of its own pushes the sums, as a product's epilogue does beside multiplying.
 //!
 //! ```text
 //!   rank 0   graph of exchanges ── e0 [graph] e1 [graph] e2 …       the slowest rank's mean counts: they end together
@@ -18,7 +19,7 @@ use minisgl_core::backend::{Device, Dims, Element, Purpose, Queue};
 use minisgl_core::config::Limits;
 use minisgl_core::tensor::uniform_element;
 use minisgl_cuda::ops::exchange::{Exchange, Stream, Way};
-use minisgl_cuda::{Buffer, Cuda, CudaError, KernelSet, Launcher, Link};
+use minisgl_cuda::{Buffer, Cuda, CudaError, Grid, KernelSet, Launcher, Link};
 
 use crate::case::PerfError;
 use crate::timer::{PerfOptions, Timing, measure};
@@ -101,10 +102,10 @@ fn rank(link: Link, meet: &Barrier, options: &PerfOptions) -> Result<Vec<Exchang
         norm_eps: 1e-6,
     };
     let limits = Limits {
-        running: 1,
+        running: tokens as u32 * rank.count, // room for one shot of whatever size
         queued: 1,
         sequence: 16,
-        prefill_tokens: tokens as u32,
+        prefill_tokens: 1,
         page_size: 16,
         pages: 1,
         graph_rows: 0,
@@ -113,7 +114,9 @@ fn rank(link: Link, meet: &Barrier, options: &PerfOptions) -> Result<Vec<Exchang
     let residual = cuda.alloc(Purpose::Scratch, Element::Activation, tokens * HIDDEN)?;
     let sumsq = cuda.alloc(Purpose::Scratch, Element::Float, tokens * HIDDEN.div_ceil(64))?;
     let own: Vec<u32> = (0..tokens * HIDDEN).map(|index| sum(rank.index, index).to_bits()).collect();
-    upload(&mut cuda, &own, exchange.sums())?;
+    let sums = cuda.alloc(Purpose::Scratch, Element::Float, own.len())?;
+    upload(&mut cuda, &own, sums)?;
+    let push = cuda.modules().kernel("perf", "push_sums", 0)?;
     // An even number of exchanges: each replay begins with the inbox that the one before it did not end with.
     let calls = 2 * options.graph_repetitions.max(10);
     let mut rows = Vec::new();
@@ -121,9 +124,18 @@ fn rank(link: Link, meet: &Barrier, options: &PerfOptions) -> Result<Vec<Exchang
         let tokens = bytes / (4 * HIDDEN);
         let stream = Stream { residual: residual.address(), sumsq: sumsq.address(), tokens: tokens as u32 };
         let mut timed = |way: Option<Way>| {
-            let reduce = |launcher: &Launcher| match way {
-                None => exchange.reduce(launcher, stream),
-                Some(way) => exchange.reduce_by(launcher, stream, |_| way),
+            let reduce = |launcher: &Launcher| {
+                let to = match way {
+                    None => exchange.sums(stream.tokens)?,
+                    Some(way) => exchange.sums_by(stream.tokens, way)?,
+                };
+                let grid = Grid::new(stream.tokens, 256).dependent();
+                // SAFETY: the kernel reads as many sums as there are, and writes where an exchange of so many takes them from.
+                unsafe { launcher.launch_raw(&push, grid, [&sums, &dims.hidden, &to])? };
+                match way {
+                    None => exchange.reduce(launcher, stream),
+                    Some(way) => exchange.reduce_by(launcher, stream, way),
+                }
             };
             exchange.begin_step();
             cuda.clear(residual)?;

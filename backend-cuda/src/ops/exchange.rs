@@ -4,9 +4,11 @@
 //!   inbox   | sums, first | sums, second | embedded rows | logits, first | logits, second |
 //! ```
 //!
-//! Sums of o and down take turns in two parts of the inbox, in pieces where a step has many tokens; so do logits, of which a step
-//! that scores has several. Between two exchanges in one part there is one in another that has words from all ranks to all, which is
-//! what `exchange.cuh` asks for: a layer has o's and down's, of as many pieces each.
+//! Sums of o and down take turns in two parts of the inbox; so do logits, of which a step that scores has several. Between two exchanges
+//! in one part there is one in another that has words from all ranks to all, which is what `exchange.cuh` asks for: a layer has o's and
+//! down's.
+//!
+//! The product before an exchange stores its sums where they are added up ([`RankSums`]), so most of them have come when it ends.
 //!
 //! Invariant: which part an exchange has follows from its place in the step, the same on all ranks and in every replay.
 
@@ -18,6 +20,7 @@ use minisgl_core::shard::{RANKS_MAX, Rank};
 use minisgl_core::spec::Dims;
 
 use super::SEGMENT;
+use super::gemm::RankSums;
 use crate::device::Cuda;
 use crate::error::CudaError;
 use crate::launch::{Grid, Kernel, Launcher};
@@ -27,13 +30,11 @@ use crate::param::plain_params;
 
 const THREADS: u32 = 256;
 /// Blocks that every SM holds at once, whatever their number of ranks.
-const BLOCKS_AN_SM: u32 = 3;
+const BLOCKS_AN_SM: u32 = 4;
 /// Elements of a chunk, which is a thread's.
 const CHUNK: u32 = 4;
 /// Logits of a chunk.
 const LOGITS: usize = 8;
-/// Bytes of f32 that one exchange of sums takes at most: of more, one follows the other.
-const PIECE_BYTES: usize = 16 << 20;
 
 /// What kernels know of the ranks, as `exchange.cuh` declares it.
 #[repr(C)]
@@ -87,14 +88,10 @@ impl Parts {
     fn new(rank: Rank, dims: &Dims, limits: &Limits) -> Parts {
         let (count, tokens) = (rank.count as usize, limits.step_tokens());
         let row_bytes = padded(dims.hidden) * 4;
-        let once = (Way::one_shot_bytes(rank.count) / row_bytes).max(1).min(tokens);
-        let piece = piece_tokens(dims.hidden).min(tokens);
-        let tile = (THREADS * CHUNK * 4) as usize;
-        let shares = (piece * row_bytes).next_multiple_of(count * tile);
+        let once = (Way::one_shot_bytes(rank.count) / row_bytes).min(tokens);
         let columns = (dims.vocab as usize).div_ceil(count);
         Parts {
-            // A test may ask for one shot of whatever size.
-            sums: (count * once.max(piece) * row_bytes).max(shares + piece * row_bytes / 2),
+            sums: (count * once * row_bytes).max(shared_bytes(rank, tokens, dims.hidden)),
             embedded: tokens * row_bytes / 2,
             logits: count * (limits.logit_rows() * columns).next_multiple_of(LOGITS) * 2,
         }
@@ -124,9 +121,15 @@ fn padded(hidden: u32) -> usize {
     hidden.next_multiple_of(SEGMENT) as usize
 }
 
-/// Tokens of a piece.
-fn piece_tokens(hidden: u32) -> usize {
-    (PIECE_BYTES / (padded(hidden) * 4)).max(1)
+/// Chunks that a rank adds up of so many tokens where they are shared, in whole tiles.
+fn shares(rank: Rank, tokens: usize, hidden: u32) -> usize {
+    let chunks = tokens * padded(hidden) / CHUNK as usize;
+    chunks.div_ceil(rank.count as usize * THREADS as usize) * THREADS as usize
+}
+
+/// What an inbox takes of them: the others' sums of a share, and what they add up.
+fn shared_bytes(rank: Rank, tokens: usize, hidden: u32) -> usize {
+    (rank.count as usize - 1) * shares(rank, tokens, hidden) * 16 + tokens * padded(hidden) * 2
 }
 
 /// The rows that an exchange adds to.
@@ -151,7 +154,7 @@ pub struct Exchange {
     parts: Parts,
     dims: Dims,
     blocks_max: u32,
-    /// `[tokens, hidden]` f32: a product's sums over the rank's columns.
+    /// f32: what the rank adds up of a product's sums over its own columns.
     sums: Buffer,
     /// `[logit rows, the rank's columns]` f16, and up to a chunk's end.
     share: Buffer,
@@ -176,7 +179,9 @@ impl Exchange {
         let [.., bytes] = parts.starts();
         let columns = rank.share(dims.vocab as usize).len();
         let share = (limits.logit_rows() * columns).next_multiple_of(LOGITS);
-        let sums = limits.step_tokens() * dims.hidden as usize;
+        let tokens = limits.step_tokens();
+        let once = (Way::one_shot_bytes(rank.count) / (padded(dims.hidden) * 4)).min(tokens);
+        let sums = (shares(rank, tokens, dims.hidden) * CHUNK as usize).max(once * padded(dims.hidden));
         let exchange = Exchange {
             link: link.clone(),
             one_shot,
@@ -201,9 +206,32 @@ impl Exchange {
         self.logits_turn.set(0);
     }
 
-    /// Where a product leaves its sums over the rank's columns.
-    pub fn sums(&self) -> Buffer {
-        self.sums
+    /// Where a product of so many tokens leaves its sums over the rank's columns, to be added up by [`Exchange::reduce`] behind it.
+    pub fn sums(&self, tokens: u32) -> Result<RankSums, CudaError> {
+        self.sums_by(tokens, self.way(tokens))
+    }
+
+    /// The same in a way of the caller's choice.
+    pub fn sums_by(&self, tokens: u32, way: Way) -> Result<RankSums, CudaError> {
+        let (rank, hidden) = (self.link.rank(), self.dims.hidden);
+        let Ranks { inbox, .. } = self.ranks(self.sums_turn.get())?;
+        let mut to = inbox.map(Address);
+        for (index, to) in (0..rank.count).zip(&mut to) {
+            // Of what a rank gets, the place of what this one sends.
+            let bytes = match way {
+                Way::OneShot => rank.index as usize * tokens as usize * padded(hidden) * 4,
+                Way::TwoShot => {
+                    let place = (rank.index + rank.count - index - 1) % rank.count;
+                    place as usize * shares(rank, tokens as usize, hidden) * 16
+                }
+            };
+            *to = if index == rank.index { self.sums.address() } else { to.offset(bytes) };
+        }
+        Ok(RankSums::new(to, rank.count, way == Way::TwoShot))
+    }
+
+    fn way(&self, tokens: u32) -> Way {
+        Way::of(self.link.rank().count, tokens as usize * padded(self.dims.hidden) * 4)
     }
 
     /// Where the head leaves logits of the rank's tokens.
@@ -211,36 +239,22 @@ impl Exchange {
         self.share
     }
 
-    /// Adds what all ranks have in [`Exchange::sums`] to the residual stream.
+    /// Adds what all ranks have left in [`Exchange::sums`] to the residual stream.
     pub fn reduce(&self, launcher: &Launcher, stream: Stream) -> Result<(), CudaError> {
-        self.reduce_by(launcher, stream, |bytes| Way::of(self.link.rank().count, bytes))
+        self.reduce_by(launcher, stream, self.way(stream.tokens))
     }
 
-    /// The same in a way of the caller's choice, by the bytes of f32.
-    pub fn reduce_by(
-        &self,
-        launcher: &Launcher,
-        stream: Stream,
-        way: impl Fn(usize) -> Way,
-    ) -> Result<(), CudaError> {
-        let hidden = self.dims.hidden as usize;
-        let segments = padded(self.dims.hidden) / SEGMENT as usize;
-        for first in (0..stream.tokens as usize).step_by(piece_tokens(self.dims.hidden)) {
-            let tokens = (stream.tokens as usize - first).min(piece_tokens(self.dims.hidden));
-            let turn = self.sums_turn.replace(1 - self.sums_turn.get());
-            let (kernel, shares) = match way(tokens * hidden * 4) {
-                Way::OneShot => (&self.one_shot, 1),
-                Way::TwoShot => (&self.two_shot, self.link.rank().count),
-            };
-            let chunks = (tokens * segments) as u32 * (SEGMENT / CHUNK);
-            let grid = self.grid(chunks.div_ceil(shares));
-            let (sums, residual) =
-                (self.sums.address().offset(first * hidden * 4), stream.residual.offset(first * hidden * 2));
-            let sumsq = stream.sumsq.offset(first * segments * 4);
-            let (tokens, ranks) = (tokens as u32, self.ranks(turn)?);
-            launcher.launch(kernel, grid, [&sums, &residual, &sumsq, &tokens, &self.dims.hidden, &ranks])?;
-        }
-        Ok(())
+    /// The same in the way that they were left in.
+    pub fn reduce_by(&self, launcher: &Launcher, stream: Stream, way: Way) -> Result<(), CudaError> {
+        let Stream { residual, sumsq, tokens } = stream;
+        let turn = self.sums_turn.replace(1 - self.sums_turn.get());
+        let (kernel, shares) = match way {
+            Way::OneShot => (&self.one_shot, 1),
+            Way::TwoShot => (&self.two_shot, self.link.rank().count),
+        };
+        let chunks = tokens * self.dims.hidden.div_ceil(SEGMENT) * (SEGMENT / CHUNK);
+        let (grid, ranks) = (self.grid(chunks.div_ceil(shares)), self.ranks(turn)?);
+        launcher.launch(kernel, grid, [&self.sums, &residual, &sumsq, &tokens, &self.dims.hidden, &ranks])
     }
 
     /// As `Ends::embed`, of a table of which each rank has a share.
@@ -353,10 +367,11 @@ mod tests {
             graph_rows: 8,
         };
         for count in [2, 4, 8] {
-            let parts = Parts::new(Rank { index: 0, count }, &dims, &limits);
-            let (piece, count) = (piece_tokens(1000), count as usize);
-            assert!(parts.sums >= count * piece * 4096, "one shot");
-            assert!(parts.sums >= piece * 4096 + piece * 2048 + count * 4096 - count, "two shots");
+            let rank = Rank { index: 0, count };
+            let parts = Parts::new(rank, &dims, &limits);
+            let of_all = 20_033 * 1024 * 4;
+            assert!(parts.sums >= count as usize * (Way::one_shot_bytes(count) - 4096), "one shot");
+            assert!(parts.sums >= of_all - of_all / count as usize + of_all / 2, "two shots");
             assert!(parts.embedded >= 20_033 * 1024 * 2 && parts.logits >= 33 * 50_001 * 2);
             let starts = parts.starts();
             let sizes = [parts.sums, parts.sums, parts.embedded, parts.logits, parts.logits];

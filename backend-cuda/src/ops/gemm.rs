@@ -26,6 +26,7 @@ use prefill::{Prefill, Tile};
 
 use super::described::Described;
 use minisgl_core::backend::Purpose;
+use minisgl_core::shard::RANKS_MAX;
 
 use crate::device::Cuda;
 use crate::error::CudaError;
@@ -102,12 +103,34 @@ pub struct Residual {
     pub sumsq: Address,
 }
 
-/// What a rank has of the sums of rows that are added to the residual stream.
+/// What a rank has of the sums of rows that are added to the residual stream, on its way to whom adds it up.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct RankSums {
-    /// `[tokens, rows of w]` f32.
-    pub out: Address,
+    /// By rank: where f32 sums for that one go, segments of 64 outputs.
+    pub to: [Address; RANKS_MAX as usize],
+    /// How many ranks there are, a power of two.
+    pub ranks: u32,
+    /// Its logarithm.
+    pub ranks_log2: u32,
+    /// 1: each segment goes to the rank that adds it up; 0: all go to all.
+    pub shared: u32,
+    /// Makes the struct a multiple of 8 bytes.
+    pub reserved: u32,
+}
+
+impl RankSums {
+    /// All of them to these ranks' memory, or to each its share.
+    pub fn new(to: [Address; RANKS_MAX as usize], ranks: u32, shared: bool) -> RankSums {
+        RankSums { to, ranks, ranks_log2: ranks.trailing_zeros(), shared: shared.into(), reserved: 0 }
+    }
+
+    /// To one place, `[tokens, rows of w]` in whole segments.
+    pub fn here(out: Address) -> RankSums {
+        let mut to = [Address::NULL; RANKS_MAX as usize];
+        to[0] = out;
+        RankSums::new(to, 1, false)
+    }
 }
 
 /// Normed rows times gate and up, whose rows take turns in blocks of 8.
@@ -630,7 +653,7 @@ mod tests {
             }
         );
         assert_declared!(files, "Residual", Residual { residual, sumsq });
-        assert_declared!(files, "RankSums", RankSums { out });
+        assert_declared!(files, "RankSums", RankSums { to, ranks, ranks_log2, shared, reserved });
         assert_declared!(files, "GateUp", GateUp { norm, out, intermediate, reserved });
         assert_declared!(files, "Head", Head { out });
         assert_declared!(files, "Linear", Linear { out });

@@ -50,7 +50,7 @@ use self::embed::Ends;
 use self::exchange::{Exchange, Stream};
 use self::experts::{ExpertLayer, Experts};
 use self::fp8_pages::Fp8Pages;
-use self::gemm::{GateUp, Gemm, Head, Qkv, RankSums, Residual, RowNorm, Rows, SmShare};
+use self::gemm::{GateUp, Gemm, Head, Qkv, Residual, RowNorm, Rows, SmShare};
 use self::halves::{Halves, Part};
 use self::sampling::Sampling;
 use crate::device::Cuda;
@@ -290,7 +290,7 @@ impl Operations {
                 gemm.launch(launcher, w, x, count, share, &added)
             }
             Some(exchange) => {
-                gemm.launch(launcher, w, x, count, share, &RankSums { out: exchange.sums().address() })?;
+                gemm.launch(launcher, w, x, count, share, &exchange.sums(count)?)?;
                 exchange.reduce(launcher, self.stream(count))
             }
         };

@@ -219,12 +219,15 @@ __device__ __forceinline__ void finish(const RankSums &e, float (&y)[64], const 
 #pragma unroll
     for (int h = 0; h < 2; h++) {
         const unsigned row = out.lane() / 4 + 8 * h;
-        float *to = e.out + (size_t)(out.token + row) * out.rows;
 #pragma unroll
-        for (int j = 0; j < 16; j++) {
-            const unsigned m = out.m0 + 8 * j + out.lane() % 4 * 2;
-            if (row < out.count && m < out.rows)
-                *reinterpret_cast<float2 *>(to + m) = {y[4 * j + 2 * h], y[4 * j + 2 * h + 1]};
+        for (int s = 0; s < 2; s++) {
+            const RankSums::Segment segment = e.segment(out.token + row, out.m0 + 64 * s, out.rows);
+#pragma unroll
+            for (int j = 0; j < 8; j++) {
+                const unsigned within = 8 * j + out.lane() % 4 * 2;
+                if (row < out.count && out.m0 + 64 * s + within < out.rows)
+                    e.put(segment, within, {y[4 * (8 * s + j) + 2 * h], y[4 * (8 * s + j) + 2 * h + 1]});
+            }
         }
     }
 }

@@ -241,17 +241,18 @@ impl Sizes {
         weights: Vec<Weight>,
         x: Rows,
     ) -> Result<(Call, Check), CudaError> {
-        let elements = self.tokens * self.outputs;
+        let width = self.outputs.next_multiple_of(64); // whole segments
+        let elements = self.tokens * width;
         let out = cuda.alloc(Purpose::Scratch, Element::Float, elements)?;
         let check: Check = Box::new(move |cuda| {
             let words = download_words(cuda, out, elements)?;
             let pairs = self.samples(self.outputs).into_iter().map(|(token, output)| {
-                let sum = f32::from_bits(words[token * self.outputs + output]);
+                let sum = f32::from_bits(words[token * width + output]);
                 (f64::from(sum), self.sum(WEIGHTS, token, output))
             });
             Ok(relative_error(pairs, ERROR_MAX))
         });
-        Ok((call(gemm, weights, x, self.tokens, RankSums { out: out.address() }), check))
+        Ok((call(gemm, weights, x, self.tokens, RankSums::here(out.address())), check))
     }
 
     fn gate_up(
