@@ -12,10 +12,12 @@
 //   many       tiles of up to 256 pairs, by 64 or a multiple; clusters of two have neighbouring rows, each fetches half the pairs
 //   moves      the w of experts that somebody chose, once from memory; for each tile after the first, from L2
 //
-//   one warp            w, w, w … ── wait for the kernel before ── x, x, x … ── ring: w, x ──> full
-//                       x by boxes of the copy engine; few of a token's rows by all lanes, 16 bytes each, for the engine takes box after box
+//   few, a warp         w, w, w … ──────────────────────────────────── ring: w, x ──> full
+//        another        wait for the kernel before ── x, x, x … ────────^
+//                       gate_up's x by all its lanes, 16 bytes of a token's row each, for the copy engine takes box after box; down's by boxes
+//   many, one warp      w, w, w … ── wait ── x, x, x … in boxes, then w and x by turns
 //   two warpgroups      64 rows each: wgmma k16 by k16 (the form's `multiply`) ── empty ── sums ── 16 bits, turned, in shared memory ── rows of 64 or
-//                       128 bytes to memory, while the warp fetches the next unit
+//                       128 bytes to memory, while the next unit is fetched
 //
 // 1. Rows of w are wgmma's M and pairs its N in both: a sum has the same order whatever the tile, and all columns are one slice.
 //    So a token's bits depend neither on its place nor on the pairs beside it.
