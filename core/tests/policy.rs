@@ -112,6 +112,21 @@ fn with_latency_a_mixed_step_takes_at_most_twice_as_long_as_the_last_decode_step
 }
 
 #[test]
+fn with_latency_a_step_that_is_long_by_itself_takes_few_tokens_whatever_lies_before_them() {
+    let mixed = Line { fixed_ms: 1.5, token_ms: 3e-4 };
+    let decode = Line { fixed_ms: 0.2, token_ms: 0.0 };
+    for token_ms in [1e-6, 2.28e-6, 1e-5] {
+        let costs = StepCosts { decode, mixed, attention: Line { fixed_ms: 0.1, token_ms } };
+        for (decode_ms, context) in [(0.2, 0), (0.2, 200), (0.5, 0), (0.65, 200), (0.7, 16_000)] {
+            let mut policy = Policy::Latency.build(costs, 256);
+            policy.has_run(StepShape::decode(200), decode_ms);
+            let demand = Demand { decode_rows: 200, prompt_tokens: 8000, context, ..DEMAND };
+            assert_eq!(policy.next(&demand).prompt_tokens, 64, "{decode_ms} ms, behind {context}");
+        }
+    }
+}
+
+#[test]
 fn with_latency_a_prompt_ends_with_one_long_step_where_less_than_one_gap_in_a_hundred_is_long() {
     for (rows, may_be_long) in [(1, true), (5, true), (15, true), (17, false), (200, false)] {
         let mut policy = Policy::Latency.build(GPU, 256);

@@ -59,7 +59,8 @@ impl Latency {
         let StepCosts { decode, mixed, attention } = self.costs;
         let rows_ms = decode.at(demand.decode_rows);
         let beside_ms = mixed.at(demand.decode_rows) - rows_ms + attention.fixed_ms;
-        let left_ms = (times - 1.0) * self.decode_ms.max(rows_ms) - beside_ms;
+        // Nothing is left where steps with prompts cost more by themselves.
+        let left_ms = ((times - 1.0) * self.decode_ms.max(rows_ms) - beside_ms).max(0.0);
         let token_ms = mixed.token_ms + attention.token_ms * demand.context as f32;
         // A token also attends to those of the portion before it: half of them. So n tokens take n token_ms + n^2 pair_ms, and
         // Newton's method finds how many take what is left, from above, in a few steps.
