@@ -270,7 +270,10 @@ fn read_options(given: &Bound<'_, PyDict>) -> PyResult<Options> {
             "data_parallel" => options.data_parallel = value.extract()?,
             "tensor_parallel" => options.tensor_parallel = value.extract()?,
             "allow_imbalance" => options.allow_imbalance = value.extract()?,
-            "device" => options.devices = value.extract::<Option<usize>>()?.into_iter().collect(),
+            "device" => {
+                let one = value.extract::<Option<usize>>();
+                options.devices = one.map(|one| one.into_iter().collect()).or_else(|_| value.extract())?;
+            }
             "kernels" => options.kernels = word()?.parse::<KernelChoice>().map_err(refused)?,
             "max_running" => options.max_running = value.extract()?,
             "max_prefill_tokens" => options.max_prefill_tokens = value.extract()?,

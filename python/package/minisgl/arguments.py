@@ -146,8 +146,11 @@ def _one(model: str, name: str, value: Any) -> list[tuple[str, Any]]:
         return _quantization(value)
     if name == "kv_cache_dtype":
         return _kv_dtype(value)
-    if name in WHOLE and value is not None and not (isinstance(value, Integral) and 0 <= value < 2**32):
-        raise ValueError(f"{name} is {value!r}; it must be a whole number from 0 up, below 2^32: leave it out for the engine's choice")
+    if name in WHOLE and value is not None:
+        several = name == "device" and isinstance(value, (list, tuple))
+        for one in value if several else [value]:
+            if not (isinstance(one, Integral) and 0 <= one < 2**32):
+                raise ValueError(f"{name} is {one!r}; it must be a whole number from 0 up, below 2^32: leave it out for the engine's choice")
     if name in OPTIONS:
         return [(OPTIONS[name], value)]
     if name == "enforce_eager":

@@ -65,7 +65,7 @@ class LLM:
         generation_config: "auto": requests without sampling draw as the checkpoint's `generation_config.json` asks for;
             "none" or "vllm": as `SamplingParams()` does.
         backend: "auto" (a GPU where there is one), "cpu" or "cuda".
-        device: which GPU, from 0; naming one asks for a GPU.
+        device: which GPU, from 0, or which for each rank of each engine; naming one asks for a GPU.
         order: of admission: "given", "longest-output-first" or "prefix" (prompts that begin alike together).
         policy: "throughput", or "latency" (no long wait for a running request's next token).
         speculate: "off", "ngram" or "ngram-always": draft tokens from what texts said before; tokens are the same.
@@ -92,7 +92,7 @@ class LLM:
         enforce_eager: bool = False,
         generation_config: str = "auto",
         backend: str | None = None,
-        device: int | str | None = None,
+        device: int | list[int] | str | None = None,
         order: str | None = None,
         policy: str | None = None,
         speculate: str | None = None,
