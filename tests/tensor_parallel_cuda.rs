@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use common::logits::checkpoint;
 use common::ranks::{Bits, bits, requests, run, way};
+use common::stored::{all_trained, checkpoint as checkpoint_of, given, stored};
 use common::{family, fixture, greedy, mixed_requests, skipped, small};
 use fault::{Fault, Faulty, FaultyError};
 use minisgl::{
@@ -159,11 +160,16 @@ fn weights_that_are_updated_are_those_of_every_rank() {
         return;
     }
     let requests = requests(6, 250);
+    let new = all_trained(&stored("tiny-tied"), 3);
+    let loaded =
+        run(on_gpu(small(checkpoint_of("tiny-tied", &new).path())).max_seq_len(Some(256)), &requests);
     let mut llm = on_gpu(family("tiny-tied")).tensor_parallel(2).build().unwrap();
-    let before: Vec<Bits> = llm.generate(&requests).unwrap().iter().map(bits).collect();
-    llm.update_weights_from(fixture("tiny-tied")).unwrap();
-    let after: Vec<Bits> = llm.generate(&requests).unwrap().iter().map(bits).collect();
-    assert!(before == after, "the same weights again");
+    let generate = |llm: &mut Llm| llm.generate(&requests).unwrap().iter().map(bits).collect::<Vec<Bits>>();
+    let before = generate(&mut llm);
+    llm.update_weights(given(&new)).unwrap();
+    let after = generate(&mut llm);
+    assert!(after == loaded, "the bits of one GPU that was loaded with them");
+    assert!(before != after, "another model");
 }
 
 #[test]

@@ -4,9 +4,8 @@ mod common;
 
 use std::fs;
 use std::path::Path;
-use std::sync::Arc;
 
-use common::stored::{Stored, Tensors, stored, write};
+use common::stored::{Stored, Tensors, all_trained, checkpoint, given, stored, trained, write};
 use common::{CPU_ALONE, FP8, Numbers, Scratch, family, fixture, greedy, small};
 use minisgl::{
     BackendChoice, Completion, Dtype, Error, GenerateRequest, KernelChoice, KvFormat, Llm, LlmBuilder,
@@ -26,52 +25,6 @@ const MODELS: [&str; 9] = [
     "llama-fp8ct",
     "phi3",
 ];
-
-/// What training might make of a tensor: about one element in three is another, by up to an eighth.
-fn trained(tensor: &Stored, numbers: &mut Numbers) -> Stored {
-    let mut new = tensor.clone();
-    let (size, low_bits) = match tensor.dtype {
-        Dtype::F8_E4M3 => (1, 0x01),
-        Dtype::BF16 => (2, 0x0f),
-        Dtype::F32 => (4, 0x000f_ffff),
-        other => panic!("no fixture has {other}"),
-    };
-    for element in new.bytes.chunks_exact_mut(size) {
-        if numbers.below(3) > 0 {
-            continue;
-        }
-        let mut word = [0; 4];
-        word[..size].copy_from_slice(element);
-        let bits = u32::from_le_bytes(word);
-        let is_largest = size == 1 && bits & 0x7e == 0x7e; // The next one is no number.
-        let changed = if is_largest { bits } else { bits ^ (1 + numbers.below(low_bits) as u32) };
-        element.copy_from_slice(&changed.to_le_bytes()[..size]);
-    }
-    new
-}
-
-fn all_trained(tensors: &Tensors, seed: u64) -> Tensors {
-    let mut numbers = Numbers(seed);
-    tensors.iter().map(|(name, tensor)| (name.clone(), trained(tensor, &mut numbers))).collect()
-}
-
-fn given(tensors: &Tensors) -> Vec<NamedTensor> {
-    let given = tensors.iter().map(|(name, Stored { dtype, shape, bytes })| {
-        let (name, shape, bytes) = (name.clone(), shape.clone(), Arc::new(bytes.clone()));
-        NamedTensor { name, dtype: *dtype, shape, bytes }
-    });
-    given.collect()
-}
-
-/// A golden checkpoint with other tensors.
-fn checkpoint(name: &str, tensors: &Tensors) -> Scratch {
-    let folder = Scratch::new();
-    for file in ["config.json", "generation_config.json"] {
-        fs::copy(fixture(name).join(file), folder.join(file)).unwrap();
-    }
-    write(tensors, &folder.join("model.safetensors"));
-    folder
-}
 
 fn of(folder: &Scratch) -> LlmBuilder {
     small(folder.path()).max_seq_len(Some(256))
