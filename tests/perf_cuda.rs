@@ -12,7 +12,7 @@ fn perf_cuda(args: &[&str]) -> Output {
 
 #[test]
 fn the_cases_that_hold_all_words_are_listed() {
-    let output = perf_cuda(&["gemm_down", "tokens=3 ", "--rows", "3,5", "--list"]);
+    let output = perf_cuda(&["gemm_down ", "tokens=3 ", "--rows", "3,5", "--list"]);
     assert!(output.status.success());
     let text = String::from_utf8(output.stdout).unwrap();
     assert!(text.lines().count() > 0);

@@ -25,7 +25,7 @@ use minisgl_cuda::ops::gemm::{
 use minisgl_cuda::{Address, Buffer, Cuda, KernelSet, Options, SLICING, Weight};
 use support::taken;
 
-/// Both sides of every tile of every kernel. Sanitizers see every fourth, so each tile has one of them.
+/// Both sides of every tile of every kernel. Sanitizers see every fourth.
 const TOKENS: [u32; 26] = [
     1, 2, 3, 7, 8, 9, 16, 17, 31, 32, 33, 40, 48, 49, 64, 65, 96, 100, 128, 129, 176, 200, 256, 257, 384,
     1000,
