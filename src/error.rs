@@ -138,7 +138,7 @@ pub enum Error {
     /// An engine has one device for each of its ranks.
     #[error(
         "--data-parallel {engines} and --devices, which names {devices}, differ: each engine runs on {ranks} of them \
-         (--tensor-parallel); leave one of the flags out, or name {} GPUs", engines * ranks
+         (--tensor-parallel); leave one of the flags out, or name {} GPUs", engines.saturating_mul(*ranks)
     )]
     DevicesDiffer {
         /// Engines asked for.

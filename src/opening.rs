@@ -359,15 +359,17 @@ impl Opening {
         const USUAL_TOKENS: u32 = 1024;
         let Options { usual_tokens, memory_ratio, .. } = self.options;
         let spec = &self.checkpoint.config().spec;
-        // Each of several ranks has a part.
+        // Each of several ranks has a part, and of few key heads a copy.
         let ranks = u64::from(self.options.tensor_parallel);
+        let part = spec.shard(self.options.tensor_parallel, device.slicing);
         let weight_bytes = self.checkpoint.tensors().step_bytes() / ranks;
         let idle_bytes = ExpertsInfo::of(&self.checkpoint).map_or(0, |experts| experts.idle_bytes()) / ranks;
         let left = memory.free.saturating_sub(weight_bytes);
         Costs {
             weight_bytes,
             active_weight_bytes: weight_bytes - idle_bytes,
-            kv_bytes_per_token: spec.page_bytes(device.kv, page_size) / u64::from(page_size) / ranks,
+            kv_bytes_per_token: part.as_ref().unwrap_or(spec).page_bytes(device.kv, page_size)
+                / u64::from(page_size),
             tokens: u64::from(usual_tokens.unwrap_or(USUAL_TOKENS).min(sequence)),
             cache_bytes: (left as f64 * memory_ratio) as u64,
         }

@@ -37,11 +37,12 @@ pub struct Link {
 
 #[derive(Debug)]
 struct Group {
+    /// Above the contexts, which it must not outlive.
+    ended: HostWord,
     /// `[ranks]`.
     contexts: Vec<Arc<Context>>,
     /// `[ranks]`, each once its rank has planned its memory.
     inboxes: Vec<OnceLock<Inbox>>,
-    ended: HostWord,
     /// How long a kernel waits for another rank's.
     patience: Duration,
 }
@@ -54,9 +55,9 @@ struct Inbox {
 }
 
 /// What every byte of an inbox is when nothing has come; `EMPTY` in `exchange.cuh`.
-const EMPTY_BYTE: u8 = 0xff;
+pub(crate) const EMPTY_BYTE: u8 = 0xff;
 /// The word's value once there is to be no further exchange; where a rank did not come, its number and one more come on top.
-const ENDED: u32 = 1;
+pub(crate) const ENDED: u32 = 1;
 
 impl Link {
     /// The ends of ranks on these devices, whose kernels wait for each other so long at most.
@@ -136,12 +137,15 @@ impl Link {
                 false => CudaError::named("allocating GPU memory", error),
             })?;
         let inbox = Inbox { address: Address(address), bytes };
-        if self.group.inboxes[self.rank.index as usize].set(inbox).is_err() {
+        let known = inbox.empty().and_then(|()| {
+            let taken = self.group.inboxes[self.rank.index as usize].set(inbox);
+            taken.map_err(|_| CudaError::Unsupported("a rank plans its memory once".into()))
+        });
+        if known.is_err() {
             // SAFETY: allocated above, and known to nobody.
             unsafe { result::memory_free(address) }.named("freeing GPU memory")?;
-            return Err(CudaError::Unsupported("a rank plans its memory once".into()));
         }
-        inbox.empty()
+        known
     }
 
     /// Every rank's inbox.
@@ -199,6 +203,8 @@ impl Drop for Group {
                 let _ = unsafe { result::memory_free(inbox.address.0) };
             }
         }
+        // The word goes next, and wants a context.
+        let _ = self.contexts.first().map(|context| context.make_current());
     }
 }
 
@@ -261,6 +267,7 @@ impl fmt::Debug for HostWord {
 
 impl Drop for HostWord {
     fn drop(&mut self) {
+        let _turn = turns::synchronize();
         // SAFETY: allocated once, freed once; no kernel is left that could read it. An error has nobody to go to.
         let _ = unsafe { result::free_host(self.0.as_ptr().cast()) };
     }

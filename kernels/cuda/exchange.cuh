@@ -14,12 +14,14 @@
 //      rank 1   exchange n, inbox A: take, EMPTY ─ ends ─ n + 1, inbox B: push, take from rank 0 …
 //                                                                └─> rank 0 takes it, so rank 1's inbox A is EMPTY
 //    Which inbox an exchange has is fixed by its place in the step, so that recorded steps need no counter either.
-// 3. Nobody waits for what is not on its way. A kernel, or the product in front of it, pushes all that it has before it waits for
-//    anything, and a grid is no larger than what a GPU holds at once: what is there of other kernels ends by itself, for those before
-//    it wait for nobody but it, and those behind it start only when all of its blocks are there (`dependent_launch`).
+// 3. Nobody waits for what is not on its way. A grid is no larger than what a GPU holds at once: what is there of other kernels ends
+//    by itself, for those before it wait for nobody but it, and those behind it start only when all of its blocks are there
+//    (`dependent_launch`). So sums come, for products push them and wait for nobody; embedded rows and logits, which a kernel
+//    pushes before it waits; and the results of two shots, which a block pushes once it has the sums of its share.
 // 4. Nobody waits for ever. Who has waited for `patience_ms` writes whom it waited for into `ended`, a word of the host's memory
-//    that all ranks read now and then while they wait, and which the host may write too. Once it is not zero nobody waits any more,
-//    what kernels give is of no use, and the host says so at the end of the step.
+//    that all ranks read now and then while they wait, and which the host may write too. Once it is not zero nobody waits for long, but
+//    each word that is missing costs its thread PATIENT_LOOKS, so that a step of many tokens takes its time to end. What kernels
+//    give is of no use then, and the host says so at the end of the step.
 #pragma once
 
 #include "inbox.cuh"

@@ -244,6 +244,12 @@ impl Exchange {
         self.reduce_by(launcher, stream, self.way(stream.tokens))
     }
 
+    /// Does the next step's first exchange of sums follow one in the other place? Between two steps there may be none that all ranks
+    /// have words of, for embedded rows come from who has them, so a step has an even number.
+    pub fn is_even(&self) -> bool {
+        self.sums_turn.get() == 0
+    }
+
     /// The same in the way that they were left in.
     pub fn reduce_by(&self, launcher: &Launcher, stream: Stream, way: Way) -> Result<(), CudaError> {
         let Stream { residual, sumsq, tokens } = stream;
@@ -320,6 +326,7 @@ mod tests {
 
     use super::*;
     use crate::declared::{assert_declared, constant, threads_of};
+    use crate::link::{EMPTY_BYTE, ENDED};
 
     const KERNELS: [&str; 8] = [
         "reduce_one_shot_2",
@@ -340,6 +347,8 @@ mod tests {
             Ranks { inbox, ended, rank, count, patience_ms, reserved }
         );
         assert_eq!(constant("exchange.cu", "BLOCKS_AN_SM"), BLOCKS_AN_SM);
+        assert_eq!(constant("inbox.cuh", "EMPTY"), u32::from_ne_bytes([EMPTY_BYTE; 4]));
+        assert_eq!(constant("exchange.cuh", "ENDED"), ENDED);
         for set in [HOPPER, PORTABLE] {
             assert!(KERNELS.iter().all(|name| threads_of(set, name) == THREADS));
         }

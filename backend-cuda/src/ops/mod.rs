@@ -224,6 +224,7 @@ impl Operations {
 
     /// Ends the layers of a step: what follows is for all rows.
     pub fn end_layers(&self, launcher: &Launcher, shape: StepShape) -> Result<(), CudaError> {
+        debug_assert!(self.exchange.as_ref().is_none_or(Exchange::is_even), "an odd number of exchanges");
         if self.halves.divide(shape) { launcher.join() } else { Ok(()) }
     }
 
