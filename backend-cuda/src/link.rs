@@ -14,7 +14,7 @@
 use std::fmt;
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 use cudarc::driver::result;
@@ -45,6 +45,17 @@ struct Group {
     inboxes: Vec<OnceLock<Inbox>>,
     /// How long a kernel waits for another rank's.
     patience: Duration,
+    meeting: Mutex<Meeting>,
+    met: Condvar,
+}
+
+/// Where the ranks' hosts wait for each other.
+#[derive(Debug, Default)]
+struct Meeting {
+    /// Ranks that have come.
+    came: usize,
+    /// How often all have.
+    times: u64,
 }
 
 /// Memory that other ranks write to.
@@ -56,6 +67,8 @@ struct Inbox {
 
 /// What every byte of an inbox is when nothing has come; `EMPTY` in `exchange.cuh`.
 pub(crate) const EMPTY_BYTE: u8 = 0xff;
+/// How often a host that waits for others' looks whether exchanges have ended.
+const LOOK: Duration = Duration::from_millis(10);
 /// The word's value once there is to be no further exchange; where a rank did not come, its number and one more come on top.
 pub(crate) const ENDED: u32 = 1;
 
@@ -73,7 +86,8 @@ impl Link {
         }
         let (ended, inboxes) = (HostWord::new()?, contexts.iter().map(|_| OnceLock::new()).collect());
         let count = contexts.len() as u32;
-        let group = Arc::new(Group { contexts, inboxes, ended, patience });
+        let (meeting, met) = Default::default();
+        let group = Arc::new(Group { contexts, inboxes, ended, patience, meeting, met });
         Ok((0..count).map(|index| Link { rank: Rank { index, count }, group: group.clone() }).collect())
     }
 
@@ -122,6 +136,27 @@ impl Link {
                 group.ended.store(0);
             }
         }
+    }
+
+    /// Waits until every rank has called it. For who would allocate or record, which may wait for a device's kernels, while these wait
+    /// for another rank's.
+    ///
+    /// # Errors
+    /// Exchanges have ended, as they do where a rank that fails calls [`Link::aborter`]'s function.
+    pub fn meet(&self) -> Result<(), CudaError> {
+        let Group { meeting, met, contexts, .. } = &*self.group;
+        let mut state = meeting.lock().unwrap_or_else(PoisonError::into_inner);
+        let times = state.times;
+        state.came += 1;
+        if state.came == contexts.len() {
+            *state = Meeting { came: 0, times: times + 1 };
+            met.notify_all();
+        }
+        while state.times == times {
+            self.check().inspect_err(|_| state.came -= 1)?;
+            state = met.wait_timeout(state, LOOK).unwrap_or_else(PoisonError::into_inner).0;
+        }
+        Ok(())
     }
 
     /// Allocates the rank's inbox, of so many bytes, all empty; the others find it from then on.

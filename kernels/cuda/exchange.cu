@@ -124,6 +124,7 @@ __device__ __forceinline__ float4 sum_of_all(float4 own, uint4 *inbox, const Pla
 
 template <int R>
 __device__ __forceinline__ void reduce_one_shot(const float4 *sums, const Stream &stream, const Ranks &ranks) {
+    begin_waiting();
     dependent_launch();
     dependent_wait();
     for (unsigned chunk = blockIdx.x * THREADS + threadIdx.x; chunk < stream.chunks; chunk += gridDim.x * THREADS) {
@@ -150,6 +151,7 @@ __device__ __forceinline__ void reduce_two_shot(const float4 *sums, const Stream
     };
     const auto chunk_of = [&](unsigned group, unsigned rank) { return (group * R + rank) * THREADS + threadIdx.x; };
     size_t at;
+    begin_waiting();
     dependent_launch();
     dependent_wait();
     for (unsigned group = blockIdx.x; group < groups; group += gridDim.x) {
@@ -208,6 +210,7 @@ embed_share(const unsigned *batch, unsigned tokens_offset, const unsigned *token
     const auto owner_of = [&](unsigned id) { return (unsigned)(((id + 1ull) * ranks.count - 1) / vocab); };
     const auto inbox_at = [&](unsigned rank, unsigned chunk) { return reinterpret_cast<uint2 *>(ranks.inbox[rank]) + chunk; };
     const unsigned first = first_of(ranks.rank, vocab, ranks);
+    begin_waiting();
     dependent_wait();
     dependent_launch();
     for (unsigned chunk = begin; chunk < stream.chunks; chunk += step) {
@@ -257,6 +260,7 @@ gather_logits(const uint4 *share, unsigned short *out, unsigned samples, unsigne
     const unsigned step = gridDim.x * THREADS, begin = blockIdx.x * THREADS + threadIdx.x;
     const size_t apart = ((size_t)samples * ((vocab + ranks.count - 1) / ranks.count) + 7) / 8;
     const auto chunks_of = [&](unsigned width) { return (samples * width + 7) / 8; };
+    begin_waiting();
     dependent_launch();
     dependent_wait();
     for (unsigned i = 0; i < ranks.count; i++) {

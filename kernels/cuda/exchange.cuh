@@ -19,9 +19,9 @@
 //    (`dependent_launch`). So sums come, for products push them and wait for nobody; embedded rows and logits, which a kernel
 //    pushes before it waits; and the results of two shots, which a block pushes once it has the sums of its share.
 // 4. Nobody waits for ever. Who has waited for `patience_ms` writes whom it waited for into `ended`, a word of the host's memory
-//    that all ranks read now and then while they wait, and which the host may write too. Once it is not zero nobody waits for long, but
-//    each word that is missing costs its thread PATIENT_LOOKS, so that a step of many tokens takes its time to end. What kernels
-//    give is of no use then, and the host says so at the end of the step.
+//    that all ranks read now and then while they wait, and which the host may write too. Once it is not zero nobody waits: a block finds
+//    out by PATIENT_LOOKS at one word, and gives up all that are missing. What kernels give is of no use then, and the host says so at
+//    the end of the step.
 #pragma once
 
 #include "inbox.cuh"
@@ -76,14 +76,29 @@ __device__ __forceinline__ uint2 look(const uint2 *at) {
 __device__ __forceinline__ void empty(uint4 *at) { *at = {EMPTY, EMPTY, EMPTY, EMPTY}; }
 __device__ __forceinline__ void empty(uint2 *at) { *at = {EMPTY, EMPTY}; }
 
-// How long a thread has waited.
+// Has a thread of the block given up? Shared, so that it takes no registers.
+__shared__ volatile unsigned given_up;
+
+// Called by all threads of a block before any of them waits.
+__device__ __forceinline__ void begin_waiting() {
+    if (threadIdx.x == 0)
+        given_up = 0;
+    __syncthreads();
+}
+
+// How long a thread has waited for a word.
 struct Patience {
     unsigned looks = 0;
     unsigned long long since = 0;
 
     // Called after a look for what rank `from` sends that found nothing: is there to be another?
     __device__ __forceinline__ bool looks_again(const Ranks &ranks, unsigned from) {
-        return ++looks % PATIENT_LOOKS != 0 || waits_on(ranks, from);
+        if (given_up)
+            return false;
+        if (++looks % PATIENT_LOOKS != 0 || waits_on(ranks, from))
+            return true;
+        given_up = 1;
+        return false;
     }
 
   private:

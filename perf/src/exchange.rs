@@ -6,11 +6,11 @@
 //!   rank 1   graph of exchanges ── …
 //! ```
 //!
-//! Ranks meet where one would allocate or record while another's kernels wait for it: both wait for kernels to end.
+//! Ranks meet where one would allocate or record while another's kernels wait for it: both wait for kernels to end. Who fails ends the
+//! others' waiting.
 //!
 //! Invariant: what an exchange gives is checked before its time is reported.
 
-use std::sync::Barrier;
 use std::thread;
 use std::time::Duration;
 
@@ -57,10 +57,13 @@ pub fn exchanges(
     options: &PerfOptions,
 ) -> Result<Vec<ExchangeRow>, PerfError> {
     let links = Link::group(devices, kernels, PATIENCE)?;
-    let meet = Barrier::new(links.len());
     let each: Vec<Result<Vec<ExchangeRow>, PerfError>> = thread::scope(|scope| {
-        let meet = &meet;
-        let time = |link: Link| scope.spawn(move || rank(link, meet, options));
+        let time = |link: Link| {
+            scope.spawn(move || {
+                let end = link.aborter();
+                rank(link, options).inspect_err(|_| end())
+            })
+        };
         let threads: Vec<_> = links.into_iter().map(time).collect();
         let join = |thread: thread::ScopedJoinHandle<'_, _>| {
             thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
@@ -87,7 +90,7 @@ fn sum(rank: u32, index: usize) -> f32 {
 }
 
 /// One rank's part; all ranks do the same.
-fn rank(link: Link, meet: &Barrier, options: &PerfOptions) -> Result<Vec<ExchangeRow>, PerfError> {
+fn rank(link: Link, options: &PerfOptions) -> Result<Vec<ExchangeRow>, PerfError> {
     let (mut cuda, rank) = (Cuda::of_rank(link.clone())?, link.rank());
     let tokens = BYTES.into_iter().max().unwrap_or_default() / (4 * HIDDEN);
     let (heads, kv_heads, intermediate, vocab) = (8, 8, 1024, 1024);
@@ -140,7 +143,7 @@ fn rank(link: Link, meet: &Barrier, options: &PerfOptions) -> Result<Vec<Exchang
             exchange.begin_step();
             cuda.clear(residual)?;
             cuda.synchronize()?;
-            meet.wait();
+            link.meet()?;
             reduce(cuda.launcher())?;
             let complaint = complaint(&mut cuda, rank.count, residual, tokens)?;
             // All ranks have the same, and so the same to complain of.
@@ -148,17 +151,17 @@ fn rank(link: Link, meet: &Barrier, options: &PerfOptions) -> Result<Vec<Exchang
                 let shape = format!("ranks={} bytes={bytes}", rank.count);
                 return Err(PerfError::Wrong { family: FAMILY, shape, complaint });
             }
-            meet.wait();
+            link.meet()?;
             exchange.begin_step();
             cuda.begin_capture()?;
             let recorded = (0..calls).try_for_each(|_| reduce(cuda.launcher()));
             let graph = cuda.end_capture();
             recorded?;
             let graph = graph?;
-            meet.wait();
+            link.meet()?;
             let timing =
                 measure(cuda.launcher(), options.repetitions, calls, || cuda.launcher().replay(&graph))?;
-            meet.wait();
+            link.meet()?;
             Ok(timing)
         };
         rows.push(ExchangeRow {
