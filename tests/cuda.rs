@@ -317,18 +317,23 @@ fn kernels_for_any_gpu_refuse_fp8_keys_and_values_by_name() {
     assert!(error.contains("--kv-dtype auto") && error.contains("Hopper"), "{error}");
 }
 
-/// Prompts that repeat themselves, across pages and leaves, alone and beside others.
 #[test]
 #[ignore = "needs a GPU"]
 fn drafts_change_no_token() {
-    let names = with_each(CHECKPOINTS.into_iter().chain([
-        "mistral-window",
-        "qwen2-bias",
-        "smollm3-nope",
-        "qwen3-moe",
-    ]));
+    assert_drafts_change_no_token(KernelChoice::Auto);
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn drafts_change_no_token_with_kernels_for_any_gpu() {
+    assert_drafts_change_no_token(KernelChoice::Portable);
+}
+
+/// Prompts that repeat themselves, across pages and leaves, alone and beside others.
+fn assert_drafts_change_no_token(kernels: KernelChoice) {
+    let others = ["mistral-window", "qwen2-bias", "smollm3-nope", "qwen3-moe"];
     let mut accepted = 0;
-    for (name, kernels) in names {
+    for name in CHECKPOINTS.into_iter().chain(others) {
         let base = || on_gpu(name, kernels).max_running(32).max_graph_batch(32).num_pages(Some(2048));
         let request = |i: u32| {
             let prompt: Vec<u32> = (0..12 + 9 * i).map(|j| (j % (3 + 2 * i)) * 7 + i).collect();

@@ -92,9 +92,14 @@ fn edits_give_the_same_tokens_whatever_runs_beside_a_request_and_however() {
 #[test]
 #[ignore = "needs a GPU"]
 fn edits_on_the_gpu_give_the_same_tokens_whatever_runs_beside_a_request_and_however() {
-    for kernels in [KernelChoice::Auto, KernelChoice::Portable] {
-        assert_the_same_however_computed(|builder| builder.backend(BackendChoice::Cuda).kernels(kernels));
-    }
+    assert_the_same_however_computed(|builder| builder.backend(BackendChoice::Cuda));
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn so_they_do_with_kernels_for_any_gpu() {
+    let portable = |builder: LlmBuilder| builder.backend(BackendChoice::Cuda).kernels(KernelChoice::Portable);
+    assert_the_same_however_computed(portable);
 }
 
 fn outputs_without_edits(builder: LlmBuilder) -> Vec<Completion> {
