@@ -83,6 +83,7 @@ impl Updates {
 
     fn send(&mut self, cuda: &mut Cuda, added: u32) {
         let words = cuda.words_mut(&mut self.staging).unwrap();
+        words[..16].fill(0);
         words[3] = self.count;
         for (i, update) in words[16..].chunks_exact_mut(2).enumerate() {
             update.copy_from_slice(&[i as u32, i as u32 + added]);
@@ -92,10 +93,17 @@ impl Updates {
     }
 
     fn launch(&self, cuda: &Cuda) {
-        let grid = Grid::new(8, 256);
-        // SAFETY: the updates' indices lie below the table's length.
-        unsafe { cuda.launcher().launch_raw(&self.kernel, grid, [&self.batch, &16u32, &self.table]) }
-            .unwrap();
+        let (grid, nowhere) = (Grid::new(8, 256), 0u64);
+        // SAFETY: the updates' indices lie below the table's length, and by the header no slot is updated: slots and rules are not
+        // touched.
+        unsafe {
+            cuda.launcher().launch_raw(
+                &self.kernel,
+                grid,
+                [&self.batch, &16u32, &self.table, &nowhere, &nowhere],
+            )
+        }
+        .unwrap();
     }
 
     fn expected(&self, added: u32) -> Vec<u32> {
@@ -153,7 +161,8 @@ fn a_launch_with_other_parameters_than_declared_is_refused_by_name() {
     let short = unsafe { cuda.launcher().launch_raw(&kernel, Grid::new(1, 32), [&0u64, &0u32]) };
     assert!(matches!(&short, Err(CudaError::Parameters { kernel: "begin_step", .. })), "{short:?}");
     // SAFETY: as above.
-    let narrow = unsafe { cuda.launcher().launch_raw(&kernel, Grid::new(1, 32), [&0u64, &0u32, &0u32]) };
+    let narrow =
+        unsafe { cuda.launcher().launch_raw(&kernel, Grid::new(1, 32), [&0u64, &0u32, &0u32, &0u64, &0u64]) };
     assert!(matches!(&narrow, Err(CudaError::Parameters { .. })), "{narrow:?}");
     assert!(matches!(
         cuda.modules().kernel("embed", "none", 0),
