@@ -331,15 +331,15 @@ impl Ops for Cpu {
         self.enqueue(Command::Embed { step: *step, table, scale, out: activations.residual })
     }
 
-    fn decoder_layer(
+    fn decoder_layers(
         &mut self,
         step: &Step<Buffer>,
-        layer: usize,
-        weights: &LayerWeights<Weight>,
-        rope: Option<Buffer>,
-        kv: KvLayer<Buffer>,
+        weights: &[LayerWeights<Weight>],
+        ropes: &[Option<Buffer>],
+        kv: &[KvLayer<Buffer>],
     ) -> Result<(), CpuError> {
-        self.layer(step, layer, weights, rope, kv)
+        let mut layers = weights.iter().zip(ropes).zip(kv).enumerate();
+        layers.try_for_each(|(i, ((weights, rope), kv))| self.layer(step, i, weights, *rope, *kv))
     }
 
     fn final_norm(&mut self, step: &Step<Buffer>, weight: Weight, out: Buffer) -> Result<(), CpuError> {

@@ -60,8 +60,7 @@ fn steps_allocate_nothing() {
         let cpu = &mut machine.cpu;
         cpu.begin_step(&step).unwrap();
         cpu.embed(&step, table).unwrap();
-        cpu.decoder_layer(&step, 0, &layer, Some(rope), kv).unwrap();
-        cpu.decoder_layer(&step, 1, &layer, Some(rope), kv).unwrap();
+        cpu.decoder_layers(&step, &[layer; 2], &[Some(rope); 2], &[kv; 2]).unwrap();
         cpu.final_norm(&step, norm, gathered).unwrap();
         cpu.logits(&step, gathered, head, logits).unwrap();
         cpu.sample(&step, logits, tokens).unwrap();

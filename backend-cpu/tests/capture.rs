@@ -53,9 +53,7 @@ impl Model {
         let (cpu, layer) = (&mut self.machine.cpu, self.layer.weights());
         cpu.begin_step(step).unwrap();
         cpu.embed(step, self.table).unwrap();
-        for (i, kv) in self.kv.iter().enumerate() {
-            cpu.decoder_layer(step, i, &layer, Some(self.rope), *kv).unwrap();
-        }
+        cpu.decoder_layers(step, &[layer; 2], &[Some(self.rope); 2], &self.kv).unwrap();
         cpu.final_norm(step, self.norm, self.gathered).unwrap();
         cpu.logits(step, self.gathered, self.head, self.logits).unwrap();
         cpu.sample(step, self.logits, self.tokens).unwrap();

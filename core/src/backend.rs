@@ -425,7 +425,7 @@ pub trait Ops: Sampler {
     fn end_loading(&mut self) -> Result<(), Self::Error>;
 
     /// Says that `linear` is only ever applied to rows that were normed with the scale `norm`, both loaded before: a
-    /// backend whose [`Ops::decoder_layer`] is fused may multiply the scale into the matrix's columns here, once (and
+    /// backend whose [`Ops::decoder_layers`] are fused may multiply the scale into the matrix's columns here, once (and
     /// again after [`Ops::reload`]), and leave it out of the step. This body leaves both as they are.
     fn fold_norm(&mut self, norm: Self::Weight, linear: Self::Weight) -> Result<(), Self::Error> {
         let _ = (norm, linear);
@@ -443,15 +443,14 @@ pub trait Ops: Sampler {
     /// [`crate::batch::LAST_TOKEN`], the pool's. The id goes to the token's place in the history.
     fn embed(&mut self, step: &Step<Self::Buffer>, table: Self::Weight) -> Result<(), Self::Error>;
 
-    /// Layer `layer` of the spec, over the residual stream: keys and values of all rows are stored, then all rows attend.
-    /// `rope` is the layer's table, `[positions, rotated / 2]` pairs of cosine and sine, if it has one.
-    fn decoder_layer(
+    /// The layers of the spec, one after the other, over the residual stream: in each, keys and values of all rows are stored, then
+    /// all rows attend. `ropes` are the layers' tables, `[positions, rotated / 2]` pairs of cosine and sine, where they have one.
+    fn decoder_layers(
         &mut self,
         step: &Step<Self::Buffer>,
-        layer: usize,
-        weights: &LayerWeights<Self::Weight>,
-        rope: Option<Self::Buffer>,
-        kv: KvLayer<Self::Buffer>,
+        weights: &[LayerWeights<Self::Weight>],
+        ropes: &[Option<Self::Buffer>],
+        kv: &[KvLayer<Self::Buffer>],
     ) -> Result<(), Self::Error>;
 
     /// For the last token of each sampled row: `out = rms_norm(residual stream)`, `[samples, hidden]`.

@@ -245,10 +245,7 @@ impl<B: Ops> Model<B> for Decoder<B> {
         let kv = &self.pages.as_ref().expect("the engine allocates pages before the first step").layers;
         backend.begin_step(step)?;
         backend.embed(step, self.weights.embed)?;
-        for (i, ((weights, kv), rope)) in self.weights.layers.iter().zip(kv).zip(&planned.ropes).enumerate() {
-            backend.decoder_layer(step, i, weights, *rope, *kv)?;
-        }
-        Ok(())
+        backend.decoder_layers(step, &self.weights.layers, &planned.ropes, kv)
     }
 
     fn norm(&mut self, backend: &mut B, step: &Step<B::Buffer>) -> Result<(), B::Error> {

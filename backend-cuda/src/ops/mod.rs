@@ -208,11 +208,27 @@ impl Operations {
         self.attention.plan(shape, self.halves.divide(shape), rows, words);
     }
 
-    /// A layer's kernels, for each half of a divided step.
-    pub fn layer(&self, launcher: &Launcher, layer: &Layer) -> Result<(), CudaError> {
-        if !self.halves.divide(layer.step.shape) {
-            return self.chain(launcher, layer, Part::Whole);
+    /// The layers' kernels.
+    pub fn layers<'a>(
+        &self,
+        launcher: &Launcher,
+        step: &Step<Buffer>,
+        layers: impl Iterator<Item = Layer<'a>>,
+    ) -> Result<(), CudaError> {
+        let divided = self.halves.divide(step.shape);
+        for layer in layers {
+            if divided {
+                self.layer_in_halves(launcher, &layer)?;
+            } else {
+                self.chain(launcher, &layer, Part::Whole)?;
+            }
         }
+        debug_assert!(self.exchange.as_ref().is_none_or(Exchange::is_even), "an odd number of exchanges");
+        // What follows is for all rows.
+        if divided { launcher.join() } else { Ok(()) }
+    }
+
+    fn layer_in_halves(&self, launcher: &Launcher, layer: &Layer) -> Result<(), CudaError> {
         self.before_attention(launcher, layer, Part::First)?;
         if layer.index == 0 {
             launcher.fork()?;
@@ -220,12 +236,6 @@ impl Operations {
         self.attend(launcher, layer, Part::First)?;
         self.after_attention(launcher, layer, Part::First)?;
         launcher.beside(|launcher| self.chain(launcher, layer, Part::Second))
-    }
-
-    /// Ends the layers of a step: what follows is for all rows.
-    pub fn end_layers(&self, launcher: &Launcher, shape: StepShape) -> Result<(), CudaError> {
-        debug_assert!(self.exchange.as_ref().is_none_or(Exchange::is_even), "an odd number of exchanges");
-        if self.halves.divide(shape) { launcher.join() } else { Ok(()) }
     }
 
     /// What a part's products may take.
@@ -427,21 +437,21 @@ impl Ops for Cuda {
         ends.embed(&self.launcher, step, table.address(), dims.hidden, buffers.residual, *sumsq)
     }
 
-    fn decoder_layer(
+    fn decoder_layers(
         &mut self,
         step: &Step<Buffer>,
-        layer: usize,
-        weights: &LayerWeights<Weight>,
-        rope: Option<Buffer>,
-        kv: KvLayer<Buffer>,
+        weights: &[LayerWeights<Weight>],
+        ropes: &[Option<Buffer>],
+        kv: &[KvLayer<Buffer>],
     ) -> Result<(), CudaError> {
-        self.operations()?.layer(&self.launcher, &Layer { index: layer, step, weights, rope, kv })
+        let all = weights.iter().zip(ropes).zip(kv).enumerate();
+        let layers =
+            all.map(|(index, ((weights, rope), kv))| Layer { index, step, weights, rope: *rope, kv: *kv });
+        self.operations()?.layers(&self.launcher, step, layers)
     }
 
     fn final_norm(&mut self, step: &Step<Buffer>, weight: Weight, out: Buffer) -> Result<(), CudaError> {
-        let operations = self.operations()?;
-        let Operations { ends, dims, buffers, .. } = operations;
-        operations.end_layers(&self.launcher, step.shape)?;
+        let Operations { ends, dims, buffers, .. } = self.operations()?;
         let (weight, residual) = (weight.address(), buffers.residual);
         ends.final_norm(&self.launcher, step, residual, weight, dims.hidden, dims.norm_eps, out)
     }

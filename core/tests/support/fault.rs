@@ -298,16 +298,15 @@ impl<B: Ops> Ops for Faulty<B> {
         Ok(self.device.embed(step, table)?)
     }
 
-    fn decoder_layer(
+    fn decoder_layers(
         &mut self,
         step: &Step<B::Buffer>,
-        layer: usize,
-        weights: &LayerWeights<B::Weight>,
-        rope: Option<B::Buffer>,
-        kv: KvLayer<B::Buffer>,
+        weights: &[LayerWeights<B::Weight>],
+        ropes: &[Option<B::Buffer>],
+        kv: &[KvLayer<B::Buffer>],
     ) -> Result<(), Self::Error> {
-        self.pass("decoder_layer")?;
-        Ok(self.device.decoder_layer(step, layer, weights, rope, kv)?)
+        self.pass("decoder_layers")?;
+        Ok(self.device.decoder_layers(step, weights, ropes, kv)?)
     }
 
     fn final_norm(

@@ -170,17 +170,16 @@ impl Decode {
         let Operations { dims, buffers, ends, gemm, sampling, sumsq, .. } = operations;
         ends.begin_step(launcher, step)?;
         ends.embed(launcher, step, self.embedding.address(), dims.hidden, buffers.residual, *sumsq)?;
-        for (index, (weights, kv)) in self.layers.iter().enumerate() {
-            let layer = Layer { index, step, weights, rope: Some(*rope), kv: *kv };
-            if self.attends {
-                operations.layer(launcher, &layer)?;
-            } else {
-                operations.before_attention(launcher, &layer, Part::Whole)?;
-                operations.after_attention(launcher, &layer, Part::Whole)?;
-            }
-        }
+        let all = self.layers.iter().enumerate();
+        let mut layers =
+            all.map(|(index, (weights, kv))| Layer { index, step, weights, rope: Some(*rope), kv: *kv });
         if self.attends {
-            operations.end_layers(launcher, step.shape)?;
+            operations.layers(launcher, step, layers)?;
+        } else {
+            layers.try_for_each(|layer| {
+                operations.before_attention(launcher, &layer, Part::Whole)?;
+                operations.after_attention(launcher, &layer, Part::Whole)
+            })?;
         }
         let (norm, gathered) = (self.norm.address(), self.gathered);
         ends.final_norm(launcher, step, buffers.residual, norm, dims.hidden, dims.norm_eps, gathered)?;
