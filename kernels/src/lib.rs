@@ -64,6 +64,6 @@ pub const HOPPER: &[Module] = modules![hopper:
     "experts_router", "fp8_pages", "fp8_weights",
     "gemm_decode_gate_up", "gemm_decode_head", "gemm_decode_qkv", "gemm_decode_qkv_fp8", "gemm_decode_residual",
     "gemm_decode_sums", "gemm_fp8_gate_up", "gemm_fp8_qkv", "gemm_fp8_qkv_fp8", "gemm_fp8_residual", "gemm_fp8_sums",
-    "gemm_prefill", "perf", "sampling",
+    "gemm_prefill", "layers", "perf", "sampling",
     "weights",
 ];

@@ -1,0 +1,132 @@
+// How the blocks of layers.cu hand work to each other, by words in memory that count up.
+//
+//   phase i = 2 * layer + half          attend(i): attention of the half in that layer
+//                                       chain(i):  o, gate_up, down and the next layer's qkv of the same rows
+//
+//   attend(i) ── done[i] = all turns ──> o(i) ── ended[i][O] = all blocks ──> gate_up(i) ──> down(i) ──> qkv(i) ─┐
+//   attend(i + 2) <────────────────────────────────────────────────────── ended[i][QKV] = all blocks ────────────┘
+//
+// Why nothing waits for ever. All blocks are resident: each has a multiprocessor to itself, and there are no more than those. Order
+// phases by number. attend(i) waits for chain(i - 2) alone; chain(i) for attend(i) and for what the same blocks do before it, chain(i - 1);
+// no product waits for attention of a later phase. Turns are handed out in the order of phases, and who attends works in the order in
+// which it took them, so none sits on a turn of phase i while it waits for a later phase; a warp that fills a ring and waits for a flag
+// has issued every copy of its earlier turns, and owes queries to the turn it waits for alone. Hence the earliest phase that is not
+// finished can always go on.
+//
+// 1. Words are 32 bytes apart, so that who counts one does not delay who looks at another.
+// 2. A word is counted up when what it tells of is in memory (release), and looked at with acquire. Who then has the copy engine read that
+//    passes a proxy fence in between.
+// 3. All are zero between launches: the block that leaves last zeroes them.
+// 4. Compiled with WATCHDOG, a wait that takes a tenth of a second ends the kernel.
+#pragma once
+
+#include "layers_args.cuh"
+
+enum Product { O, GATE_UP, DOWN, QKV };
+
+#ifdef WATCHDOG
+extern "C" __device__ void __assertfail(const char *assertion, const char *file, unsigned line, const char *function, size_t char_size);
+#endif
+
+// SAYS: an assertion fails, whose line is what was waited for. It is a call, which wgmma's threads cannot have: they trap, later.
+template <bool SAYS = true> struct Watchdog {
+#ifdef WATCHDOG
+    unsigned looks = 0;
+    unsigned long long since = 0;
+
+    __device__ __forceinline__ void look(unsigned what) {
+        if (++looks % 1024 != 0)
+            return;
+        unsigned long long now;
+        asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now));
+        if (since == 0)
+            since = now;
+        if (now - since > (SAYS ? 100000000ull : 400000000ull)) {
+            if constexpr (SAYS)
+                __assertfail("a wait ends", "layers", what, "divided_layers", 1);
+            __trap();
+        }
+    }
+#else
+    __device__ __forceinline__ void look(unsigned) {}
+#endif
+};
+
+__device__ __forceinline__ unsigned seen(const unsigned *word) {
+    unsigned value;
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(word) : "memory");
+    return value;
+}
+
+__device__ __forceinline__ void count(unsigned *word, unsigned by) {
+    asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(word), "r"(by) : "memory");
+}
+
+// What other multiprocessors wrote, and this thread has seen the flag of, may now be fetched by the copy engine.
+__device__ __forceinline__ void fence_before_fetch() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
+
+struct Flags {
+    unsigned *words;
+    unsigned layers;
+    static constexpr unsigned APART = 8;
+
+    __device__ __forceinline__ explicit Flags(const Layers &args) : words(args.flags), layers(args.count) {}
+
+    __device__ __forceinline__ unsigned phases() const { return 2 * layers; }
+    // Turns taken, beside everyone's first.
+    __device__ __forceinline__ unsigned *taken() const { return words; }
+    // Blocks that have left.
+    __device__ __forceinline__ unsigned *left() const { return words + APART; }
+    // Turns of the phase that are attended to.
+    __device__ __forceinline__ unsigned *done(unsigned phase) const { return words + (2 + phase) * APART; }
+    // Blocks that have ended a product.
+    __device__ __forceinline__ unsigned *ended(unsigned phase, unsigned product) const {
+        return words + (2 + phases() + 4 * phase + product) * APART;
+    }
+    __device__ __forceinline__ unsigned size() const { return (2 + 5 * phases()) * APART; }
+
+    // A thread's call.
+    __device__ __forceinline__ void wait(const unsigned *word, unsigned value) const {
+        Watchdog<> dog;
+        while (seen(word) < value)
+            dog.look((unsigned)(word - words) / APART);
+    }
+    // A whole block's call, its last. `last` is a word of shared memory.
+    __device__ __forceinline__ void leave(unsigned *last) const {
+        __syncthreads();
+        if (threadIdx.x == 0) {
+            unsigned before;
+            asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(left()) : "memory");
+            *last = before + 1 == gridDim.x;
+        }
+        __syncthreads();
+        if (*last)
+            for (unsigned i = threadIdx.x; i < size(); i += blockDim.x)
+                words[i] = 0;
+    }
+};
+
+// Barriers in shared memory.
+__device__ __forceinline__ bool barrier_passed(unsigned barrier, unsigned parity) {
+    unsigned passed;
+    asm volatile("{\n.reg .pred p;\n"
+                 "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+                 "selp.u32 %0, 1, 0, p;\n}"
+                 : "=r"(passed)
+                 : "r"(barrier), "r"(parity)
+                 : "memory");
+    return passed;
+}
+
+template <bool SAYS = true> __device__ __forceinline__ void await(unsigned barrier, unsigned parity) {
+    Watchdog<SAYS> dog;
+    while (!barrier_passed(barrier, parity))
+        dog.look(0x10000 + barrier);
+}
+
+// One lane of the warp, the same in each call.
+__device__ __forceinline__ bool elected() {
+    unsigned is;
+    asm volatile("{\n.reg .pred p;\nelect.sync _|p, 0xffffffff;\nselp.u32 %0, 1, 0, p;\n}" : "=r"(is));
+    return is;
+}
