@@ -22,6 +22,7 @@ fn size_of_type(files: &[&str], name: &str) -> (usize, usize) {
         "unsigned short" => (2, 2),
         "unsigned" | "int" | "float" => (4, 4),
         "unsigned long long" => (8, 8),
+        "TensorMap" => (128, 64),
         _ => {
             let fields = fields(files, name);
             let align = if fields.iter().any(|(_, _, bytes)| bytes % 8 == 0) { 8 } else { 4 };

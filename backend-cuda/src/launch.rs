@@ -71,12 +71,13 @@ pub struct Grid {
     shared: u32,
     cluster: u32,
     dependent: bool,
+    cooperative: bool,
 }
 
 impl Grid {
     /// `blocks` blocks of `threads` threads.
     pub fn new(blocks: u32, threads: u32) -> Grid {
-        Grid { blocks: [blocks, 1, 1], threads, shared: 0, cluster: 1, dependent: false }
+        Grid { blocks: [blocks, 1, 1], threads, shared: 0, cluster: 1, dependent: false, cooperative: false }
     }
 
     /// A grid of `y` such rows.
@@ -108,6 +109,11 @@ impl Grid {
     /// The same, or not: a kernel that fetches before it waits what the one in front of it writes.
     pub fn dependent_if(self, dependent: bool) -> Grid {
         Grid { dependent, ..self }
+    }
+
+    /// Blocks wait for each other: none begins before there is room for all.
+    pub fn cooperative(self) -> Grid {
+        Grid { cooperative: true, ..self }
     }
 
     fn is_empty(&self) -> bool {
@@ -409,10 +415,17 @@ impl Launcher {
         }
         kernel.check_params(&params)?;
         let mut pointers = params.map(|param| param.raw().0.cast_mut());
-        let mut attributes = [attribute::cluster(grid.cluster), attribute::dependent()];
-        let first = usize::from(grid.cluster == 1);
-        let end = if grid.dependent && kernel.hopper { 2 } else { 1 };
-        let config = self.config(grid, &mut attributes[first..end]);
+        let (mut attributes, mut count) = ([attribute::cluster(grid.cluster); 3], 0);
+        let mut add = |there: bool, attribute| {
+            if there {
+                attributes[count] = attribute;
+                count += 1;
+            }
+        };
+        add(grid.cluster > 1, attribute::cluster(grid.cluster));
+        add(grid.dependent && kernel.hopper, attribute::dependent());
+        add(grid.cooperative, attribute::cooperative());
+        let config = self.config(grid, &mut attributes[..count]);
         // SAFETY: function and stream are alive; `pointers` holds as many readable values, of the sizes that the
         // kernel declares, as it has parameters; the driver copies them before it returns.
         let status = self.in_driver(|| unsafe {
@@ -482,6 +495,12 @@ mod attribute {
         let mut value = zeroed();
         value.clusterDim = sys::CUlaunchAttributeValue_union__bindgen_ty_1 { x: blocks, y: 1, z: 1 };
         CUlaunchAttribute { id: Id::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION, pad: [0; 4], value }
+    }
+
+    pub(super) fn cooperative() -> CUlaunchAttribute {
+        let mut value = zeroed();
+        value.cooperative = 1;
+        CUlaunchAttribute { id: Id::CU_LAUNCH_ATTRIBUTE_COOPERATIVE, pad: [0; 4], value }
     }
 
     pub(super) fn dependent() -> CUlaunchAttribute {

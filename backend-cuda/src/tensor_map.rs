@@ -36,6 +36,17 @@ impl TensorMap {
         TensorMap::new(address, [cols, rows], [BOX_COLS, box_rows], Chunks::Swizzled)
     }
 
+    /// A matrix `[rows, cols]` as `[rows / 4, 2, 2, cols]`: in boxes of four rows, of which both pairs or one are fetched, and of each
+    /// pair both; `[pairs, fours]` are how many of the former and of the latter. They land swizzled, row after row.
+    pub fn pairs_of_rows(
+        address: Address,
+        rows: usize,
+        cols: usize,
+        [pairs, fours]: [u32; 2],
+    ) -> Result<TensorMap, CudaError> {
+        TensorMap::new(address, [cols, 2, 2, rows / 4], [BOX_COLS, 2, pairs, fours], Chunks::Swizzled)
+    }
+
     /// Pages of keys or values as `[rows, head_dim]`, in boxes of `box_rows` rows, which land as they lie: swizzled already.
     pub fn pages(
         address: Address,

@@ -6,7 +6,7 @@
 use std::fmt::{self, Write};
 use std::str::FromStr;
 
-use minisgl_cuda::ops::explain::{Described, Explained, Launch, explain};
+use minisgl_cuda::ops::explain::{Described, Explained, ExplainedLayers, Launch, explain};
 use minisgl_cuda::ops::halves::Part;
 use minisgl_cuda::{CudaError, KernelSet};
 
@@ -96,7 +96,19 @@ impl ExplainedStep {
 fn write_launches(text: &mut String, explained: &Explained, layers: u32) -> fmt::Result {
     writeln!(text, "\nbefore the layers")?;
     explained.before.iter().try_for_each(|launch| write_launch(text, launch))?;
-    let texts = explained.layer.iter().map(|(part, launches)| {
+    match &explained.layers {
+        ExplainedLayers::Each(parts) => write_each_layer(text, parts, layers)?,
+        ExplainedLayers::All(launches) => {
+            writeln!(text, "\nall {layers} layers, but for the first one's qkv in one kernel")?;
+            launches.iter().try_for_each(|launch| write_launch(text, launch))?;
+        }
+    }
+    writeln!(text, "\nbehind the layers")?;
+    explained.behind.iter().try_for_each(|launch| write_launch(text, launch))
+}
+
+fn write_each_layer(text: &mut String, parts: &[(Part, Vec<Launch>)], layers: u32) -> fmt::Result {
+    let texts = parts.iter().map(|(part, launches)| {
         let mut text = String::new();
         launches.iter().try_for_each(|launch| write_launch(&mut text, launch))?;
         Ok((*part, text))
@@ -120,8 +132,7 @@ fn write_launches(text: &mut String, explained: &Explained, layers: u32) -> fmt:
             write!(text, "\na layer, {layers} times: {whose}\n{launches}")?;
         }
     }
-    writeln!(text, "\nbehind the layers")?;
-    explained.behind.iter().try_for_each(|launch| write_launch(text, launch))
+    Ok(())
 }
 
 fn write_launch(text: &mut String, launch: &Launch) -> fmt::Result {
@@ -141,7 +152,7 @@ mod tests {
 
     #[test]
     fn halves_that_differ_are_explained_one_by_one() {
-        let odd = text("rows=65", "layers=28", KernelSet::Auto);
+        let odd = text("rows=65", "intermediate=2048", KernelSet::Auto);
         assert!(
             odd.contains("the first half of the rows") && odd.contains("the second half, beside"),
             "{odd}"
@@ -150,7 +161,7 @@ mod tests {
 
     #[test]
     fn a_small_models_decode_step_is_explained_in_halves_and_a_large_ones_whole() {
-        let small = text("rows=128", "layers=28", KernelSet::Auto);
+        let small = text("rows=128", "intermediate=2048", KernelSet::Auto);
         assert!(
             small.contains("decode_qkv_normed_64x64") && small.contains("a stream of its own"),
             "{small}"
@@ -160,6 +171,15 @@ mod tests {
         let biased = text("rows=16", "bias=1", KernelSet::Auto);
         assert!(biased.contains("decode_qkv_64x16") && !biased.contains("normed"), "{biased}");
         assert!(text("rows=1", "layers=28", KernelSet::Portable).contains("gemm_qkv_16"));
+    }
+
+    #[test]
+    fn a_step_that_is_one_kernel_is_explained_as_such() {
+        let one = text("rows=128,context=560", "layers=28", KernelSet::Auto);
+        assert!(one.contains("divided_layers") && one.contains("512 and 512 turns a layer"), "{one}");
+        assert!(!one.contains("attention_decode") && !one.contains("gate_up"), "{one}");
+        let few = text("rows=32", "layers=28", KernelSet::Auto);
+        assert!(!few.contains("divided_layers") && few.contains("attention_decode_128"), "{few}");
     }
 
     #[test]

@@ -3,6 +3,7 @@
 //! ```text
 //!   decode    plan: count, then segments (some leaves of a row)            a block takes a segment and a kv head, again and again
 //!             a divided step has a plan for each half, one behind the other
+//!             (where multiprocessors are divided, `layers.rs` launches what reads it)
 //!   prefill   plan: count, then pieces (an item of a row's tokens, and     a block takes a piece and a kv head, again and again
 //!             all that it sees, or what it sees of a span)
 //! ```
@@ -36,7 +37,7 @@ use crate::device::Cuda;
 use crate::error::CudaError;
 use crate::launch::{Kernel, Launcher};
 use crate::memory::{Address, Buffer};
-use crate::ops::halves::Part;
+use crate::ops::halves::{Division, Part};
 use crate::tensor_map::TensorMap;
 
 /// The kernels for one model's heads, and their scratch.
@@ -103,6 +104,16 @@ impl Scratch {
     }
 }
 
+/// What a half of a step of decode rows has to itself.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct HalfWork {
+    /// First word of its plan in the batch.
+    pub(super) plan: u32,
+    /// See [`Scratch`].
+    pub(super) partials: Address,
+    pub(super) arrived: Address,
+}
+
 /// What a launch works on.
 #[derive(Clone, Copy)]
 struct Operands<'a> {
@@ -148,8 +159,8 @@ impl Attention {
     }
 
     /// Divides a step's work, or that of its halves. `rows` are the step's, padding included.
-    pub fn plan(&self, shape: StepShape, divided: bool, rows: &[Row], words: &mut [u32]) {
-        self.planner.plan(shape, divided, rows, words);
+    pub fn plan(&self, shape: StepShape, division: Division, rows: &[Row], words: &mut [u32]) {
+        self.planner.plan(shape, division, rows, words);
     }
 
     /// Causal attention of each of the part's tokens over its slot's pages: from q `[tokens, q_width]` of the step to
@@ -173,6 +184,15 @@ impl Attention {
             (_, true) => self.attend_hopper(launcher, operands),
             (_, false) => self.attend_portable(launcher, operands),
         }
+    }
+
+    /// The halves' plans and scratch, for a kernel that attends to both on multiprocessors of its own.
+    pub(super) fn halves(&self, step: &Step<Buffer>) -> [HalfWork; 2] {
+        [0, 1].map(|index| {
+            let plan = (step.layout.plan + index * self.planner.attenders.words()) as u32;
+            let Scratch { partials, arrived, .. } = self.scratch[index];
+            HalfWork { plan, partials, arrived }
+        })
     }
 
     fn attend_decode(&self, launcher: &Launcher, part: Part, operands: Operands) -> Result<(), CudaError> {

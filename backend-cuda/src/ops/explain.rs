@@ -1,7 +1,8 @@
 //! A step's launches as the planners decide them, on a device that is described and need not be there.
 //!
 //! ```text
-//!   begin_step ─ embed ─ [qkv ─ attention ─ o ─ gate_up ─ down] each layer, twice in a divided step ─ final_norm ─ head ─ sample
+//!   begin_step ─ embed ─ [qkv ─ attention ─ o ─ gate_up ─ down] each layer, twice where rows are divided ─ final_norm ─ head ─ sample
+//!                        or qkv of the first layer ─ all else of all layers
 //! ```
 //!
 //! What is asked here is what a launch asks: tilings, grids, plans and kernels are chosen by the same functions.
@@ -17,6 +18,7 @@ use super::embed::Ends;
 use super::fp8_pages::Fp8Pages;
 use super::gemm::{self, Form, Kind, SmShare};
 use super::halves::{Halves, Part};
+use super::layers::LayersKernel;
 use super::sampling::Sampling;
 use super::supports;
 use crate::error::CudaError;
@@ -41,10 +43,19 @@ pub struct Launch {
 pub struct Explained {
     /// Before the layers.
     pub before: Vec<Launch>,
-    /// A layer's, for each part of the step: the whole, or two halves, of which the second runs on a stream of its own.
-    pub layer: Vec<(Part, Vec<Launch>)>,
+    /// The layers'.
+    pub layers: ExplainedLayers,
     /// Behind them.
     pub behind: Vec<Launch>,
+}
+
+/// What launches the layers are.
+#[derive(Clone, Debug)]
+pub enum ExplainedLayers {
+    /// These in each layer, for each part of the step: the whole, or two halves, of which the second runs on a stream of its own.
+    Each(Vec<(Part, Vec<Launch>)>),
+    /// These, for all layers.
+    All(Vec<Launch>),
 }
 
 /// The launches of a step of `rows` of a model whose layers are alike, without experts.
@@ -63,13 +74,15 @@ pub fn explain(
     let planner =
         Planner::new(device.hopper, device.multiprocessors, &spec.dims, spec.window(), format, limits)?;
     let explainer = Explainer { device, spec, shape, rows, planner };
-    let divided = Halves::new(spec, device.hopper).divide(shape);
-    let parts: &[Part] = if divided { &[Part::First, Part::Second] } else { &[Part::Whole] };
-    Ok(Explained {
-        before: explainer.before(),
-        layer: parts.iter().map(|part| (*part, explainer.layer(*part))).collect(),
-        behind: explainer.behind(),
-    })
+    let in_one = device.hopper && LayersKernel::suits(spec, limits.page_size, device.multiprocessors);
+    let layers = if in_one && LayersKernel::takes(shape) {
+        ExplainedLayers::All(explainer.all_layers())
+    } else if Halves::new(spec, device.hopper).divide(shape) {
+        explainer.each_layer(&[Part::First, Part::Second])
+    } else {
+        explainer.each_layer(&[Part::Whole])
+    };
+    Ok(Explained { before: explainer.before(), layers, behind: explainer.behind() })
 }
 
 struct Explainer<'a> {
@@ -94,11 +107,30 @@ impl Explainer<'_> {
         ]
     }
 
+    fn all_layers(&self) -> Vec<Launch> {
+        let turns = [Part::First, Part::Second].map(|part| {
+            let rows = part.tokens(self.shape);
+            self.planner.turns(&self.rows[rows.start as usize..rows.end as usize]).to_string()
+        });
+        let mut launches = self.qkv(Part::Whole);
+        launches.push(LayersKernel::explained(self.device.multiprocessors, &turns.join(" and ")));
+        launches
+    }
+
+    fn each_layer(&self, parts: &[Part]) -> ExplainedLayers {
+        ExplainedLayers::Each(parts.iter().map(|part| (*part, self.layer(*part))).collect())
+    }
+
+    fn qkv(&self, part: Part) -> Vec<Launch> {
+        let dims = &self.spec.dims;
+        self.product("qkv", Kind::Qkv, [dims.qkv_width() as u32, dims.hidden], part)
+    }
+
     fn layer(&self, part: Part) -> Vec<Launch> {
         let dims = &self.spec.dims;
         let (hidden, mlp) = (dims.hidden, dims.intermediate);
         let (qkv, q) = (dims.qkv_width() as u32, dims.q_width() as u32);
-        let mut launches = self.product("qkv", Kind::Qkv, [qkv, hidden], part);
+        let mut launches = self.qkv(part);
         launches.extend(self.attention(part, [qkv, hidden]));
         launches.extend(self.product("o", Kind::Residual, [hidden, q], part));
         launches.extend(self.product(

@@ -22,6 +22,17 @@ use minisgl_core::batch::StepShape;
 use minisgl_core::spec::{DecoderSpec, LayerSpec, WeightFormat};
 use minisgl_core::speculation::DRAFTED_ROWS_MAX;
 
+/// What of a step is divided while its layers run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Division {
+    /// Nothing: kernel after kernel, for all rows.
+    None,
+    /// Its rows: each half has kernels of its own, beside the other's.
+    Rows,
+    /// The multiprocessors, which work on halves of the rows: in one kernel some attend and some multiply (`layers.rs`).
+    Multiprocessors,
+}
+
 /// The rows of a step that a chain of kernels works on. In a step of decode rows, which alone is divided, each is a token.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Part {
@@ -55,7 +66,7 @@ const _: () = assert!(Halves::ROWS_MIN > DRAFTED_ROWS_MAX, "rows of one sequence
 
 impl Halves {
     /// Fewer rows have too little to attend to. A step with drafts has fewer.
-    const ROWS_MIN: u32 = 40;
+    pub(super) const ROWS_MIN: u32 = 40;
     /// Products of more rows need whole multiprocessors.
     const ROWS_MAX: u32 = 256;
     /// Bytes of a layer's weights that are soon read again: in 16 µs on an H100, half of what its products take alone.

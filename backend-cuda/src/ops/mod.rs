@@ -14,7 +14,8 @@
 //! A layer with experts has `experts.rs` in place of gate_up and down. Where keys and values are kept in fp8, rows of many tokens
 //! go by way of wide pages (`fp8_pages.rs`).
 //!
-//! A decode step whose halves do better side by side is divided (`halves.rs`).
+//! A decode step of many rows is divided: its rows, into halves side by side (`halves.rs`), or the multiprocessors, of which some
+//! attend while others multiply, in one kernel (`layers.rs`).
 //!
 //! Of several ranks each has a part of the heads and widths (`exchange.rs`): o and down leave sums over its columns, which a kernel behind
 //! each adds up over all ranks and to the residual stream. Embedded rows and logits pass between them, too.
@@ -30,6 +31,7 @@ pub mod explain;
 pub mod fp8_pages;
 pub mod gemm;
 pub mod halves;
+pub mod layers;
 pub mod sampling;
 mod supports;
 
@@ -51,7 +53,8 @@ use self::exchange::{Exchange, Stream};
 use self::experts::{ExpertLayer, Experts};
 use self::fp8_pages::Fp8Pages;
 use self::gemm::{GateUp, Gemm, Head, Qkv, Residual, RowNorm, Rows, SmShare};
-use self::halves::{Halves, Part};
+use self::halves::{Division, Halves, Part};
+use self::layers::LayersKernel;
 use self::sampling::Sampling;
 use crate::device::Cuda;
 use crate::error::CudaError;
@@ -103,6 +106,7 @@ pub struct Operations {
     /// What a layer's kernels hand to each other.
     pub buffers: Buffers,
     halves: Halves,
+    layers_kernel: Option<LayersKernel>,
     /// The step's two ends.
     pub ends: Ends,
     /// Matrix products.
@@ -134,6 +138,7 @@ impl Operations {
             buffers: Buffers::new(cuda, spec, limits.step_tokens())?,
             // Both halves of a step would wait for other ranks in the same inboxes.
             halves: Halves::new(spec, cuda.properties().hopper && link.is_none()),
+            layers_kernel: LayersKernel::new(cuda, spec, limits)?,
             ends: Ends::new(cuda.modules())?,
             gemm: Self::products(cuda, spec)?,
             experts: Experts::new(cuda, spec, limits)?,
@@ -205,7 +210,18 @@ impl Operations {
 
     /// Derives a step's plan from its rows.
     pub fn plan(&self, shape: StepShape, rows: &[Row], words: &mut [u32]) {
-        self.attention.plan(shape, self.halves.divide(shape), rows, words);
+        self.attention.plan(shape, self.division(shape), rows, words);
+    }
+
+    /// What is divided in a step of this shape.
+    pub fn division(&self, shape: StepShape) -> Division {
+        if self.layers_kernel.is_some() && LayersKernel::takes(shape) {
+            Division::Multiprocessors
+        } else if self.halves.divide(shape) {
+            Division::Rows
+        } else {
+            Division::None
+        }
     }
 
     /// The layers' kernels.
@@ -213,19 +229,25 @@ impl Operations {
         &self,
         launcher: &Launcher,
         step: &Step<Buffer>,
-        layers: impl Iterator<Item = Layer<'a>>,
+        mut layers: impl Iterator<Item = Layer<'a>> + Clone,
     ) -> Result<(), CudaError> {
-        let divided = self.halves.divide(step.shape);
-        for layer in layers {
-            if divided {
-                self.layer_in_halves(launcher, &layer)?;
-            } else {
-                self.chain(launcher, &layer, Part::Whole)?;
+        match (self.division(step.shape), &self.layers_kernel) {
+            (Division::Multiprocessors, Some(kernel)) => {
+                if let Some(first) = layers.clone().next() {
+                    self.before_attention(launcher, &first, Part::Whole)?;
+                }
+                let (work, eps) = (self.attention.halves(step), self.dims.norm_eps);
+                kernel.launch(launcher, step, layers, &self.buffers, work, eps)?;
             }
+            (Division::Rows, _) => {
+                layers.try_for_each(|layer| self.layer_in_halves(launcher, &layer))?;
+                // What follows is for all rows.
+                launcher.join()?;
+            }
+            _ => layers.try_for_each(|layer| self.chain(launcher, &layer, Part::Whole))?,
         }
         debug_assert!(self.exchange.as_ref().is_none_or(Exchange::is_even), "an odd number of exchanges");
-        // What follows is for all rows.
-        if divided { launcher.join() } else { Ok(()) }
+        Ok(())
     }
 
     fn layer_in_halves(&self, launcher: &Launcher, layer: &Layer) -> Result<(), CudaError> {

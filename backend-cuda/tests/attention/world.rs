@@ -12,7 +12,7 @@ use minisgl_core::kv::{KvFormat, KvLayout};
 use minisgl_core::tensor::splitmix64;
 use minisgl_cuda::ops::attention::Attention;
 use minisgl_cuda::ops::fp8_pages::Fp8Pages;
-use minisgl_cuda::ops::halves::Part;
+use minisgl_cuda::ops::halves::{Division, Part};
 use minisgl_cuda::{Buffer, Cuda, KernelSet, Options};
 use rayon::prelude::*;
 
@@ -274,7 +274,8 @@ impl World {
         let whole: &[Part] = &[Part::Whole];
         let halves = if shape.is_decode() { &[Part::First, Part::Second] } else { whole };
         let mut results = [whole, halves].map(|parts| {
-            self.attention.plan(shape, parts.len() > 1, &rows, &mut words[layout.plan..][..plan_words]);
+            let division = if parts.len() > 1 { Division::Rows } else { Division::None };
+            self.attention.plan(shape, division, &rows, &mut words[layout.plan..][..plan_words]);
             upload(cuda, &words, batch);
             upload(cuda, bytemuck::cast_slice(&poison), out);
             if let Some(pages) = self.pages.as_ref().filter(|_| shape.prefill_rows > 0) {

@@ -8,7 +8,7 @@ use minisgl_core::backend::KvLayer;
 use minisgl_core::kv::{KvFormat, KvLayout};
 use minisgl_core::tensor::splitmix64;
 use minisgl_cuda::ops::attention::Attention;
-use minisgl_cuda::ops::halves::Part;
+use minisgl_cuda::ops::halves::{Division, Part};
 use minisgl_cuda::{Buffer, Cuda, CudaError};
 
 use crate::case::{Case, Check, Filter, Run};
@@ -119,7 +119,7 @@ fn setup(
     let (limits, tokens) = (step_of.limits(), step_of.tokens() as usize);
     let attention = Attention::new(cuda, &dims, model.window, format, &limits)?;
     let step = step_of.upload(cuda, attention.plan_words(&limits), |shape, rows, words| {
-        attention.plan(shape, false, rows, words)
+        attention.plan(shape, Division::None, rows, words)
     })?;
     let head_dim = dims.head_dim as usize;
     let kv_rows = (limits.pages as usize + 1) * (dims.kv_heads * PAGE_SIZE) as usize;

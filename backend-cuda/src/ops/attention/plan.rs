@@ -102,6 +102,8 @@ pub(super) struct DecodePlanner {
     dummy: u32,
     /// Rows from which on there is much to do: any number in a half, whose idle blocks leave memory to the other's.
     many: u32,
+    /// Are rows cut that are longer than what is left for each block, or only those longer than what there was at first?
+    evens_out: bool,
 }
 
 impl DecodePlanner {
@@ -128,7 +130,13 @@ impl DecodePlanner {
                 SmShare::Whole => (MANY_TURNS * blocks).div_ceil(items),
                 SmShare::Half => 0,
             },
+            evens_out: true,
         }
+    }
+
+    /// The same for blocks that go on with other rows when these end: nothing is gained by ending together.
+    pub(super) fn cut_alike(self) -> DecodePlanner {
+        DecodePlanner { evens_out: false, ..self }
     }
 
     /// Words of a plan.
@@ -175,7 +183,9 @@ impl DecodePlanner {
             let unread = order + i + 1;
             debug_assert!(filled * SEGMENT_WORDS <= unread || i + 1 == rows.len(), "a row's number is lost");
             base += total;
-            rest -= u64::from(self.seen(row.kv_len));
+            if self.evens_out {
+                rest -= u64::from(self.seen(row.kv_len));
+            }
         }
         head[0] = filled as u32;
     }
@@ -343,6 +353,7 @@ mod tests {
                 window: if random(6, 2) == 0 { u32::MAX } else { 1 + random(7, 3000) as u32 },
                 dummy: 1000,
                 many: random(5, 40) as u32,
+                evens_out: random(8, 2) == 0,
             };
             plans_are_whole(&planner, &rows);
         }
@@ -441,6 +452,7 @@ mod tests {
                 window: if random(6, 2) == 0 { u32::MAX } else { 1 + random(7, 3000) as u32 },
                 dummy: 1000,
                 many: random(5, 20) as u32,
+                evens_out: random(8, 2) == 0,
             };
             let segments = planned(&planner, &rows);
             let of_rows = rows.len() * planner.items as usize;
@@ -487,6 +499,7 @@ mod tests {
             window: u32::MAX,
             dummy: 1000,
             many: 66,
+            evens_out: true,
         };
         let pieces = |rows: &[Row]| planned(&planner, rows).into_iter().map(|segment| segment.leaves);
         let long = rows(256, 16);
@@ -495,6 +508,31 @@ mod tests {
         assert!(pieces(&rows(1, 8)).eq([1; 8]));
         assert!(pieces(&rows(8, 32)).eq([8; 32]), "264 blocks take 256 turns");
         assert!(pieces(&rows(32, 8)).eq([8; 32]));
+    }
+
+    #[test]
+    fn where_blocks_go_on_with_others_only_rows_beyond_a_blocks_share_are_cut() {
+        let heads = Heads { head_dim: 128, kv_heads: 8, group: 2, at_once: 1 };
+        let limits = Limits {
+            running: 128,
+            queued: 1,
+            sequence: 64 * LEAF,
+            prefill_tokens: LEAF,
+            page_size: 16,
+            pages: 64 * 64 * LEAF / 16,
+            graph_rows: 0,
+        };
+        let planner =
+            DecodePlanner::new(136, heads, u32::MAX, &limits, limits.running / 2, SmShare::Half).cut_alike();
+        let rows = |count: u32, leaves: u32| -> Vec<_> {
+            (0..count).map(|slot| Row { slot, kv_len: leaves * LEAF, ..Row::default() }).collect()
+        };
+        let pieces = |rows: &[Row]| planned(&planner, rows).len();
+        assert_eq!([64, 32, 17].map(|count| pieces(&rows(count, 16))), [64, 32, 17], "a turn for each block");
+        assert_eq!(pieces(&rows(16, 16)), 32);
+        let mut one_is_long = rows(40, 4);
+        one_is_long[20].kv_len = 64 * LEAF;
+        assert!((43..46).contains(&pieces(&one_is_long)), "{}", pieces(&one_is_long));
     }
 
     #[test]
@@ -527,6 +565,7 @@ mod tests {
             window: u32::MAX,
             dummy: 1000,
             many: 66,
+            evens_out: true,
         };
         let mut order: Vec<u32> = planned(&planner, &rows).iter().map(|segment| segment.row).collect();
         order.dedup();
@@ -548,6 +587,7 @@ mod tests {
             window: u32::MAX,
             dummy: 1,
             many: 2,
+            evens_out: true,
         };
         assert_eq!(planned(&planner, &[row, Row { slot: 1, ..row }, Row { slot: 1, ..row }]).len(), 1);
     }

@@ -16,7 +16,8 @@ use super::split::{Splitter, pieces};
 use crate::error::CudaError;
 use crate::launch::Grid;
 use crate::ops::gemm::SmShare;
-use crate::ops::halves::Part;
+use crate::ops::halves::{Division, Part};
+use crate::ops::layers::LayersKernel;
 
 /// Wider than any sequence; the kernels add it to positions.
 const NO_WINDOW: u32 = 1 << 30;
@@ -47,9 +48,10 @@ pub(crate) struct Planner {
     pub(super) heads: Heads,
     /// Positions that a token sees, [`NO_WINDOW`] of them where all.
     pub(super) window: u32,
-    /// For a step that is not divided, and for each half of one that is.
+    /// For a step that is not divided, for each half of one whose rows are, and for each where the multiprocessors are.
     pub(super) whole: DecodePlanner,
     pub(super) half: DecodePlanner,
+    pub(super) attenders: DecodePlanner,
     pub(super) splitter: Splitter,
 }
 
@@ -91,6 +93,12 @@ impl Planner {
                 Self::half_rows(limits),
                 SmShare::Half,
             ),
+            attenders: decode(
+                LayersKernel::attenders(multiprocessors),
+                Self::half_rows(limits),
+                SmShare::Half,
+            )
+            .cut_alike(),
             splitter: Splitter {
                 blocks: multiprocessors,
                 kv_heads: heads.kv_heads,
@@ -126,20 +134,24 @@ impl Planner {
 
     /// Words of the plan of the largest step of decode rows; that of prefill rows lies behind them.
     pub(super) fn decode_words(&self) -> usize {
-        self.whole.words().max(2 * self.half.words())
+        self.whole.words().max(2 * self.half.words()).max(2 * self.attenders.words())
     }
 
     /// Divides a step's work, or that of its halves. `rows` are the step's, padding included.
-    pub(crate) fn plan(&self, shape: StepShape, divided: bool, rows: &[Row], words: &mut [u32]) {
+    pub(crate) fn plan(&self, shape: StepShape, division: Division, rows: &[Row], words: &mut [u32]) {
         let (decode_words, prefill_words) = words.split_at_mut(self.decode_words());
         let decode_rows = &rows[..shape.decode_rows as usize];
-        if divided {
+        let halves = |planner: &DecodePlanner, words: &mut [u32]| {
             let (first, second) = decode_rows.split_at(Part::First.tokens(shape).len());
-            let (first_words, second_words) = decode_words.split_at_mut(self.half.words());
-            self.half.plan(first, first_words);
-            self.half.plan(second, second_words);
-        } else if shape.decode_rows > 0 {
-            self.whole.plan(decode_rows, decode_words);
+            let (first_words, second_words) = words.split_at_mut(planner.words());
+            planner.plan(first, first_words);
+            planner.plan(second, second_words);
+        };
+        match division {
+            Division::None if shape.decode_rows > 0 => self.whole.plan(decode_rows, decode_words),
+            Division::None => {}
+            Division::Rows => halves(&self.half, decode_words),
+            Division::Multiprocessors => halves(&self.attenders, decode_words),
         }
         if shape.prefill_rows > 0 {
             self.splitter.plan(rows, shape.decode_rows, prefill_words);
@@ -179,6 +191,13 @@ impl Planner {
             planner.blocks,
         );
         (grid, text)
+    }
+
+    /// How many turns a half's rows are divided into where the multiprocessors are divided.
+    pub(crate) fn turns(&self, rows: &[Row]) -> u32 {
+        let mut words = vec![0; self.attenders.words()];
+        self.attenders.plan(rows, &mut words);
+        segments(&words).len() as u32 * self.heads.items()
     }
 
     /// What the prefill rows are divided into.
