@@ -5,7 +5,7 @@
 //             gate_up   96 rows of w
 //             qkv       64 rows of w: half of a head, whose norm's sums its neighbour and it exchange
 //   shared    x ring [X_STAGES][padded rows or more][64]    w ring [W_STAGES][chunks][N][64]    sums of the neighbour    scales
-//   weights   warp 8: runs ahead across products, halves and layers
+//   weights   warp 8: runs ahead across products, halves and layers; what the second half has read, nobody reads again in this step
 //   x         warp 9: waits for what the product reads, then fetches; gate_up's and qkv's half for both neighbours
 //   scales    warps 10 and 11: those of the rows' norms, from sums of squares of 64 elements
 //
@@ -83,10 +83,10 @@ __device__ __forceinline__ float load_float(unsigned at) {
 }
 // A box of weights, whose map has four dimensions.
 __device__ __forceinline__ void fetch_weights(unsigned to, const TensorMap *map, unsigned col, unsigned parity, unsigned fours,
-                                              unsigned barrier) {
+                                              unsigned barrier, unsigned long long policy) {
     asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
                  "[%0], [%1, {%2, %3, %4, %5}], [%6], %7;" ::"r"(to), "l"(map), "r"(col), "r"(0), "r"(parity), "r"(fours), "r"(barrier),
-                 "l"(EVICT_LAST)
+                 "l"(policy)
                  : "memory");
 }
 // Keeps the compiler from computing addresses of all products ahead of the layers' loop, which spills.
@@ -129,9 +129,10 @@ struct Multiplying {
 };
 
 // The thread that fetches weights.
-struct Weights_ {
+struct WeightFetcher {
     const Multiplying &of;
     Place<W_STAGES> place;
+    unsigned long long policy = EVICT_NORMAL;
 
     template <int PRODUCT> __device__ __forceinline__ void fetch(const TensorMap *map) {
         using T = Tile<PRODUCT>;
@@ -145,11 +146,11 @@ struct Weights_ {
             for (unsigned i = 0; i < T::AT_ONCE; i++) {
                 const unsigned col = (first + chunk + i) * 64, at = to + i * T::N * 128;
                 if (T::ADDS)
-                    fetch_weights(at, map, col, of.parity(), 16 * of.segment(), full);
+                    fetch_weights(at, map, col, of.parity(), 16 * of.segment(), full, policy);
                 else if (PRODUCT == QKV)
-                    fetch_weights(at, map, col, of.rank, 32 * (of.block / 2), full);
+                    fetch_weights(at, map, col, of.rank, 32 * (of.block / 2), full, policy);
                 else
-                    fetch_weights(at, map, col, 0, 24 * of.block, full);
+                    fetch_weights(at, map, col, 0, 24 * of.block, full, policy);
             }
             place.advance();
         }
@@ -158,6 +159,7 @@ struct Weights_ {
 #pragma unroll 1
         for (unsigned phase = 0; phase < of.flags.phases(); phase++) {
             const Layer *layer = of.args.layers + phase / 2;
+            policy = phase % 2 ? EVICT_FIRST : EVICT_NORMAL;
             fetch<O>(&layer->o);
             fetch<GATE_UP>(&layer->gate_up);
             fetch<DOWN>(&layer->down);
@@ -168,7 +170,7 @@ struct Weights_ {
 };
 
 // The thread that fetches activations.
-struct Activations {
+struct ActivationFetcher {
     const Multiplying &of;
     Place<X_STAGES> place;
 
@@ -570,14 +572,14 @@ __device__ __forceinline__ void multiply(const Layers &args, const LayerMaps &ma
     cluster_sync();
     if (warp == TENSOR_THREADS / 32) {
         if (lane == 0)
-            Weights_{of}.run();
+            WeightFetcher{of}.run();
     } else {
         dependent_wait();
         if (warp < TENSOR_THREADS / 32)
             Tensor{of}.run();
         else if (warp == TENSOR_THREADS / 32 + 1) {
             if (lane == 0)
-                Activations{of}.run();
+                ActivationFetcher{of}.run();
         } else
             Scales{of}.run();
     }
