@@ -39,6 +39,8 @@ use crate::ops::gemm::SmShare;
 const PARTIAL_BYTES_MAX: usize = 64 << 20;
 /// Leaves of the shortest piece of a row that is cut where there is much to do.
 const LEAST: u64 = 8;
+/// The same where others multiply meanwhile: a group of warps that attends reads so many in the time of a half's products.
+const LEAST_BESIDE_PRODUCTS: u64 = 16;
 /// There is, where whole rows give every block so many turns.
 const MANY_TURNS: u32 = 2;
 /// Segments for each block and item beside those of whole rows.
@@ -102,7 +104,9 @@ pub(super) struct DecodePlanner {
     dummy: u32,
     /// Rows from which on there is much to do: any number in a half, whose idle blocks leave memory to the other's.
     many: u32,
-    /// Are rows cut that are longer than what is left for each block, or only those longer than what there was at first?
+    /// Leaves of the shortest piece of a row of many.
+    least: u64,
+    /// Are those cut that are longer than what is left for each block, or only those longer than what there was at first?
     evens_out: bool,
 }
 
@@ -130,13 +134,15 @@ impl DecodePlanner {
                 SmShare::Whole => (MANY_TURNS * blocks).div_ceil(items),
                 SmShare::Half => 0,
             },
+            least: LEAST,
             evens_out: true,
         }
     }
 
-    /// The same for blocks that go on with other rows when these end: nothing is gained by ending together.
-    pub(super) fn cut_alike(self) -> DecodePlanner {
-        DecodePlanner { evens_out: false, ..self }
+    /// The same for groups of warps that go on with the other half's rows when these end, while these are multiplied: nothing is
+    /// gained by ending together.
+    pub(super) fn beside_products(self) -> DecodePlanner {
+        DecodePlanner { least: LEAST_BESIDE_PRODUCTS, evens_out: false, ..self }
     }
 
     /// Words of a plan.
@@ -162,10 +168,10 @@ impl DecodePlanner {
             let row = &rows[index as usize];
             let leaves = self.leaves(row);
             // Most rows of a step of thousands are short: nobody asks what share of the rest is a block's.
-            let cuts = if piece.is_none() && leaves.len() as u64 <= LEAST {
+            let cuts = if piece.is_none() && leaves.len() as u64 <= self.least {
                 Cuts::whole(&leaves)
             } else {
-                let largest = piece.unwrap_or_else(|| self.share(rest).max(LEAST));
+                let largest = piece.unwrap_or_else(|| self.share(rest).max(self.least));
                 let room = self.segments - rows.len() + i - filled;
                 Cuts::new(&leaves, largest, room, self.partials - base)
             };
@@ -353,6 +359,7 @@ mod tests {
                 window: if random(6, 2) == 0 { u32::MAX } else { 1 + random(7, 3000) as u32 },
                 dummy: 1000,
                 many: random(5, 40) as u32,
+                least: 1 + random(9, 20),
                 evens_out: random(8, 2) == 0,
             };
             plans_are_whole(&planner, &rows);
@@ -452,6 +459,7 @@ mod tests {
                 window: if random(6, 2) == 0 { u32::MAX } else { 1 + random(7, 3000) as u32 },
                 dummy: 1000,
                 many: random(5, 20) as u32,
+                least: 1 + random(9, 20),
                 evens_out: random(8, 2) == 0,
             };
             let segments = planned(&planner, &rows);
@@ -499,6 +507,7 @@ mod tests {
             window: u32::MAX,
             dummy: 1000,
             many: 66,
+            least: LEAST,
             evens_out: true,
         };
         let pieces = |rows: &[Row]| planned(&planner, rows).into_iter().map(|segment| segment.leaves);
@@ -522,14 +531,15 @@ mod tests {
             pages: 64 * 64 * LEAF / 16,
             graph_rows: 0,
         };
-        let planner =
-            DecodePlanner::new(136, heads, u32::MAX, &limits, limits.running / 2, SmShare::Half).cut_alike();
+        let planner = DecodePlanner::new(136, heads, u32::MAX, &limits, limits.running / 2, SmShare::Half)
+            .beside_products();
         let rows = |count: u32, leaves: u32| -> Vec<_> {
             (0..count).map(|slot| Row { slot, kv_len: leaves * LEAF, ..Row::default() }).collect()
         };
         let pieces = |rows: &[Row]| planned(&planner, rows).len();
-        assert_eq!([64, 32, 17].map(|count| pieces(&rows(count, 16))), [64, 32, 17], "a turn for each block");
-        assert_eq!(pieces(&rows(16, 16)), 32);
+        assert_eq!([64, 32, 17].map(|count| pieces(&rows(count, 32))), [64, 32, 17], "a turn for each block");
+        assert_eq!([16, 8].map(|count| pieces(&rows(count, 32))), [32, 16]);
+        assert_eq!(pieces(&rows(4, 16)), 4, "products take as long");
         let mut one_is_long = rows(40, 4);
         one_is_long[20].kv_len = 64 * LEAF;
         assert!((43..46).contains(&pieces(&one_is_long)), "{}", pieces(&one_is_long));
@@ -565,6 +575,7 @@ mod tests {
             window: u32::MAX,
             dummy: 1000,
             many: 66,
+            least: LEAST,
             evens_out: true,
         };
         let mut order: Vec<u32> = planned(&planner, &rows).iter().map(|segment| segment.row).collect();
@@ -587,6 +598,7 @@ mod tests {
             window: u32::MAX,
             dummy: 1,
             many: 2,
+            least: LEAST,
             evens_out: true,
         };
         assert_eq!(planned(&planner, &[row, Row { slot: 1, ..row }, Row { slot: 1, ..row }]).len(), 1);

@@ -98,7 +98,7 @@ impl Planner {
                 Self::half_rows(limits),
                 SmShare::Half,
             )
-            .cut_alike(),
+            .beside_products(),
             splitter: Splitter {
                 blocks: multiprocessors,
                 kv_heads: heads.kv_heads,
