@@ -137,7 +137,8 @@ pub struct LayersKernel {
 }
 
 impl LayersKernel {
-    /// Fewer rows have too little to attend to: all multiprocessors together multiply them sooner.
+    /// Fewer rows have too little to attend to. And they may be drafts, which see keys of their own step: the kernel takes what lies
+    /// before a row's newest leaf for older than the step.
     const ROWS_MIN: u32 = Halves::ROWS_MIN;
     const ROWS_MAX: u32 = 2 * HALF_ROWS_MAX;
 
