@@ -15,12 +15,8 @@
 #include "layers_attend.cuh"
 #include "layers_multiply.cuh"
 
-#ifndef WATCHDOG
-#define LAYERS_KERNEL divided_layers
-#endif
-
 extern "C" __global__ void __launch_bounds__(LAYERS_THREADS, 1)
-LAYERS_KERNEL(const __grid_constant__ Layers args, const __grid_constant__ LayerMaps maps) {
+divided_layers(const __grid_constant__ Layers args, const __grid_constant__ LayerMaps maps) {
     extern __shared__ __align__(1024) unsigned char shared[];
     const unsigned base = shared_address(shared), block = blockIdx.x;
     if (block < MULTIPLIERS)

@@ -3,14 +3,14 @@
 //
 //   shared    a group's ring: STAGES stages of a leaf's keys or values, 32 KiB; beside each a turn's queries, the unit, `full`, `empty`
 //             a group's probabilities, maxima, states of spans, and how many turns its warps have ended in each phase
-//   fill      a stage's pages, FLIGHT stages on their way at once; the next turn is taken when one begins, read a unit later, its
+//   fill      a stage's pages, two stages of three on their way at once, or all; the next turn is taken when one begins, read a unit later, its
 //             pages are looked up another unit later: three round trips that nothing waits for
 //   read      attention_decode.cuh's sums, bit by bit: a warp scores tiles w and w + 4, makes m-tiles 2 w and 2 w + 1
 //   tell      adds what the groups have ended to the phase's `done`: the release takes a microsecond, which no other warp may wait
 //
 // 1. Keys and values of a turn whose phase is not ready are on their way before: the queries' copy, which the first keys' stage expects,
 //    and the leaf with the newest token wait. While the queries are owed, each wait of the filling warp looks at the flag too.
-// 2. A wait by parity is never two rounds ahead of its stage: who fills waits for each stage's `full` in turn.
+// 2. A wait by parity is never two rounds ahead of its stage: who fills waits for each stage's `empty` in turn.
 // 3. A turn counts in `done` when its output, or its last partial, is in memory: the turn that merges a row counts behind the others.
 #pragma once
 
@@ -20,6 +20,8 @@
 
 constexpr unsigned GROUPS = 2, READERS = 4; // groups of a block; warps of a group that read
 constexpr unsigned STAGES = 3, FLIGHT = 2;  // of a ring; on their way at once
+// Halves of more rows have all stages on their way: their products end long before attention does, and may wait the longer for memory.
+constexpr unsigned FLIGHT_ROWS = 64;
 constexpr unsigned LEAF_PAGES = LEAF / PAGE, LOOKED_UP = 32 / LEAF_PAGES; // leaves whose pages a warp's lanes hold
 constexpr unsigned TILE_BYTES = TILE * HEAD_DIM * 2, ITEM_PARTIAL = HEAD_DIM / 2 + 1; // float4s of a partial
 static_assert(GROUP == 2, "a pair of queries a kv head");
@@ -158,7 +160,8 @@ struct Filler {
                                          bool begins_turn) {
         await_stage(shared.empty(place.at), place.parity ^ 1);
         const unsigned before = place.at >= FLIGHT ? place.at - FLIGHT : place.at + STAGES - FLIGHT;
-        await_stage(shared.full(before), place.parity ^ (before > place.at));
+        if (args.padded <= FLIGHT_ROWS)
+            await_stage(shared.full(before), place.parity ^ (before > place.at));
         if (begins_unit && lane == 0) {
             const Segment &s = turn.segment;
             store_words(shared.unit(place.at), {s.row, s.slot, s.kv_len, s.first});
@@ -297,11 +300,8 @@ struct Reader {
     // Of the group's warps that read.
     __device__ __forceinline__ void sync() const { sync_threads(1 + shared.group, READERS * 32); }
 
-    __device__ __forceinline__ void release(unsigned stage) const {
-        __syncwarp();
-        if (lane == 0)
-            barrier_arrive(shared.empty(stage));
-    }
+    // Each lane has read the stage.
+    __device__ __forceinline__ void release(unsigned stage) const { barrier_arrive(shared.empty(stage)); }
     __device__ __forceinline__ void load_unit() {
         const unsigned at = shared.unit(place.at);
         const uint4 a = load_words(at), b = load_words(at + 16), c = load_words(at + 32);
@@ -665,7 +665,7 @@ __device__ __forceinline__ void attend(const Layers &args, unsigned base, unsign
             for (unsigned i = 0; i < STAGES; i++) {
                 const Attender shared = {base, group};
                 barrier_init(shared.full(i), 1);
-                barrier_init(shared.empty(i), READERS);
+                barrier_init(shared.empty(i), READERS * 32);
             }
         barrier_init_fence();
     }
