@@ -5,7 +5,7 @@
 //   queries a turn's, in a ring of their own: they come with the first keys
 //
 // On Hopper a warp of its own fills the ring: each lane copies a page's share of a leaf (the bytes as they lie, swizzled
-// already), which completes on the stage's `full`; warps that have read a stage arrive at its `empty`. Bytes are read once,
+// already), which completes on the stage's `full`; threads that have read a stage arrive at its `empty`. Bytes are read once,
 // so L2 is told to evict them first. A block's first turn is its number; from then on it takes whichever is next, so that
 // blocks that memory serves better do more. Elsewhere all threads copy 16 bytes each, one stage ahead, and turns are dealt
 // round.
@@ -373,11 +373,9 @@ template <int HD, int HEADS, int STAGES, bool FP8> struct Ring {
         asm volatile("ld.shared.u32 %0, [%1];" : "=r"(others) : "r"(stages.others_arrived(place.at)) : "memory");
         return others;
     }
-    // Gives the stage at hand back, when the warp has read what it wants of it.
+    // Gives the stage at hand back, when the thread has read what it wants of it.
     __device__ __forceinline__ void release() {
-        __syncwarp();
-        if (threadIdx.x % 32 == 0)
-            asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(stages.empty(place.at)) : "memory");
+        asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(stages.empty(place.at)) : "memory");
         place.advance();
     }
 };
@@ -387,7 +385,7 @@ __device__ __forceinline__ void prepare(const Stages<HD, HEADS, STAGES, FP8> &st
     if (threadIdx.x == 0) {
         for (unsigned i = 0; i < STAGES; i++) {
             asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(stages.full(i)), "n"(Stages<HD, HEADS, STAGES, FP8>::FILLERS) : "memory");
-            asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(stages.empty(i)), "n"(DECODE_WARPS) : "memory");
+            asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(stages.empty(i)), "n"(DECODE_READERS) : "memory");
         }
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
         asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
