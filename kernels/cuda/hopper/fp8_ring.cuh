@@ -35,7 +35,7 @@ template <int GROUPS, int N> struct Fp8Ring {
     __device__ __forceinline__ void init_barriers() const {
         for (unsigned i = 0; i < stages; i++) {
             barrier_init(full + 8 * i, 1);
-            barrier_init(empty + 8 * i, 4 * GROUPS);
+            barrier_init(empty + 8 * i, MULTIPLIERS);
         }
         barrier_init_fence();
     }
@@ -83,9 +83,9 @@ template <int GROUPS, int N> struct Fp8Ring {
         __device__ __forceinline__ Position(unsigned blocks, unsigned stages) : refills(blocks > stages ? blocks - stages : 0) {}
     };
 
-    // A warp's call: the stage may be filled again, if that is to happen.
+    // The thread has read a stage, which may be filled again, if that is to happen.
     __device__ __forceinline__ void release(Position &position, unsigned at) const {
-        if (threadIdx.x % 32 == 0 && position.refills > 0)
+        if (position.refills > 0)
             barrier_arrive(empty + 8 * at);
         position.refills -= position.refills > 0;
     }
