@@ -148,16 +148,17 @@ fn print_exchanges(out: &mut impl Write, rows: &[ExchangeRow]) -> io::Result<()>
     let us = |timing: Timing| 1e3 * timing.mean_ms;
     writeln!(
         out,
-        "{:<10} {:>5} {:>10} {:>9} {:>6} {:>9} {:>9}",
-        "", "ranks", "bytes", "us", "± %", "one shot", "two shots"
+        "{:<10} {:>5} {:>10} {:>9} {:>6} {:>9} {:>9} {:>9}",
+        "", "ranks", "bytes", "us", "± %", "one shot", "two shots", "NCCL"
     )?;
     rows.iter().try_for_each(|row| {
-        let ExchangeRow { ranks, bytes, timing, one_shot, two_shot } = *row;
+        let ExchangeRow { ranks, bytes, timing, one_shot, two_shot, nccl } = *row;
         let spread = 100.0 * timing.spread_ms / timing.mean_ms;
         let (one_shot, two_shot) = (us(one_shot), us(two_shot));
+        let nccl = nccl.map_or("not there".into(), |timing| format!("{:.2}", us(timing)));
         writeln!(
             out,
-            "{:<10} {ranks:>5} {bytes:>10} {:>9.2} {spread:>6.1} {one_shot:>9.2} {two_shot:>9.2}",
+            "{:<10} {ranks:>5} {bytes:>10} {:>9.2} {spread:>6.1} {one_shot:>9.2} {two_shot:>9.2} {nccl:>9}",
             "exchange",
             us(timing)
         )
@@ -172,6 +173,7 @@ fn write_exchanges(file: &Path, rows: &[ExchangeRow]) -> io::Result<()> {
             "us": 1e3 * row.timing.mean_ms,
             "one_shot_us": 1e3 * row.one_shot.mean_ms,
             "two_shot_us": 1e3 * row.two_shot.mean_ms,
+            "nccl_us": row.nccl.map(|timing| 1e3 * timing.mean_ms),
         })
     };
     let report = json!({ "exchanges": rows.iter().map(row).collect::<Vec<_>>() });

@@ -116,6 +116,9 @@ impl Cuda {
 
     /// Waits on the host for an event.
     fn wait_on_host(&self, operation: &'static str, event: &Event) -> Result<(), CudaError> {
+        if let Some(link) = self.link.as_ref().filter(|link| link.is_carried()) {
+            self.launcher.waiting(|| link.wait_for(|| event.has_passed()))?;
+        }
         self.check(operation, self.launcher.waiting(|| event.synchronize()))?;
         self.check_ranks()
     }
@@ -364,6 +367,9 @@ impl Device for Cuda {
     }
 
     fn synchronize(&mut self) -> Result<(), CudaError> {
+        if let Some(link) = self.link.as_ref().filter(|link| link.is_carried()) {
+            link.wait_for(|| self.launcher.is_idle())?;
+        }
         self.launcher.synchronize()?;
         self.check_ranks()
     }

@@ -161,16 +161,39 @@ pub enum CudaError {
         /// What there is.
         len: usize,
     },
-    /// Ranks can't write into each other's memory.
+    /// Ranks can't write into each other's memory, and there is no NCCL, which would carry what they send.
     #[error(
-        "GPU {from} can't reach the memory of GPU {to}, as ranks of one model must (`nvidia-smi topo -p2p w` says which can): name \
-         others by --devices, or run an engine on each (--data-parallel)"
+        "GPU {from} can't reach the memory of GPU {to} (`nvidia-smi topo -p2p w` says which can), and NCCL, which then carries what \
+         ranks of one model send each other, can't be opened: {reason}; install it (libnccl2, or nvidia-nccl-cu12 of PyPI with the \
+         folder of its libnccl.so.2 in LD_LIBRARY_PATH), name other GPUs by --devices, or run an engine on each (--data-parallel)"
     )]
     NoPeerAccess {
         /// The one that would write.
         from: usize,
         /// The one that it would write to.
         to: usize,
+        /// Why there is no NCCL.
+        reason: String,
+    },
+    /// There is no NCCL.
+    #[error("NCCL can't be opened: {reason}")]
+    NoNccl {
+        /// What the linker says.
+        reason: String,
+    },
+    /// NCCL failed.
+    #[error("{operation} by NCCL failed: {cause}; NCCL_DEBUG=WARN says more")]
+    Nccl {
+        /// What it was to do.
+        operation: &'static str,
+        /// Its own text.
+        cause: String,
+    },
+    /// Where NCCL carries what ranks send, one did not send it.
+    #[error("the GPU did not end a step within {seconds} s: another rank hangs; build the engine anew")]
+    RanksLate {
+        /// How long it was waited for.
+        seconds: f32,
     },
     /// A rank did not send what another waited for.
     #[error("rank {rank} did not come to an exchange within {seconds} s: it hangs; build the engine anew")]

@@ -321,6 +321,13 @@ impl Launcher {
         Ok(())
     }
 
+    /// Has all ended that was launched, or failed?
+    pub(crate) fn is_idle(&self) -> bool {
+        // SAFETY: the streams are alive.
+        let is_busy = |stream| unsafe { sys::cuStreamQuery(stream) } == sys::CUresult::CUDA_ERROR_NOT_READY;
+        ![self.compute, self.copy, self.beside].into_iter().any(is_busy)
+    }
+
     /// A point in time, to be recorded.
     pub fn event(&self) -> Result<Event, CudaError> {
         Event::timed(&self.context)

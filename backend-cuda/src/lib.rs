@@ -5,6 +5,7 @@
 //!   module    kernels, loaded and looked up         launch    grids, parameters, dependent launch, late errors
 //!   device    core's Device over these               ops       core's Ops: each family of kernels and its launches
 //!   turns     of a process's engines, where one records    link      what ranks on several devices write to each other
+//!   nccl      carries it where they can't
 //! ```
 //!
 //! Invariant: after `reserve` a step allocates nothing on the host or the device, and waits for nothing but the pinned
@@ -19,6 +20,7 @@ mod launch;
 mod link;
 mod memory;
 mod module;
+mod nccl;
 pub mod ops;
 mod param;
 mod telemetry;
@@ -33,6 +35,7 @@ pub use launch::{Grid, HostTimes, Kernel, Launcher};
 pub use link::Link;
 pub use memory::{Address, Buffer, Event, Graph, Pinned, element_bytes};
 pub use module::Modules;
+pub use nccl::Comm;
 pub use param::Param;
 pub use telemetry::{GpuState, Telemetry};
 pub use tensor_map::{BOX_COLS, TensorMap};

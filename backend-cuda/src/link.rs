@@ -6,7 +6,8 @@
 //! ```
 //!
 //! All ranks are of one process, so that an address means the same on all devices once they reach each other's memory. How words come
-//! and go is `kernels/cuda/exchange.cuh`'s affair; which exchange has which part of an inbox, `ops/exchange.rs`'s.
+//! and go is `kernels/cuda/exchange.cuh`'s affair; which exchange has which part of an inbox, `ops/exchange.rs`'s. Of devices that
+//! don't reach each other's memory NCCL fills the inboxes (`nccl.rs`).
 //!
 //! Invariant: an inbox lives until the last of the ranks has gone, each of which waits for its device before it goes. So whatever
 //! a rank still pushes has a place.
@@ -14,11 +15,12 @@
 use std::fmt;
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError};
-use std::time::Duration;
+use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError, RwLock};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use cudarc::driver::result;
-use cudarc::driver::sys;
+use cudarc::driver::sys::{self, CUstream};
 use minisgl_core::backend::{DeviceInfo, Memory, Purpose};
 use minisgl_core::shard::{RANKS_MAX, Rank};
 
@@ -26,6 +28,7 @@ use crate::context::{Context, KernelSet};
 use crate::device::info_of;
 use crate::error::{CudaError, Named, cause, is_out_of_memory};
 use crate::memory::Address;
+use crate::nccl::Comm;
 use crate::turns;
 
 /// A rank's end of what connects it to the others.
@@ -45,8 +48,32 @@ struct Group {
     inboxes: Vec<OnceLock<Inbox>>,
     /// How long a kernel waits for another rank's.
     patience: Duration,
+    /// Where devices don't reach each other's memory.
+    carriers: Option<Carriers>,
     meeting: Mutex<Meeting>,
     met: Condvar,
+}
+
+/// What carries words from rank to rank in kernels' stead, `[ranks]`.
+#[derive(Debug)]
+struct Carriers(RwLock<Vec<Comm>>);
+
+impl Carriers {
+    fn new(contexts: &[Arc<Context>]) -> Result<Carriers, CudaError> {
+        Ok(Carriers(RwLock::new(Comm::of(contexts)?)))
+    }
+
+    fn abort(&self) {
+        self.0.read().unwrap_or_else(PoisonError::into_inner).iter().for_each(Comm::abort);
+    }
+
+    /// New ones, once those before are aborted and no recorded step has them.
+    fn renew(&self, contexts: &[Arc<Context>]) -> Result<(), CudaError> {
+        let mut ends = self.0.write().unwrap_or_else(PoisonError::into_inner);
+        ends.clear();
+        *ends = Comm::of(contexts)?;
+        Ok(())
+    }
 }
 
 /// Where the ranks' hosts wait for each other.
@@ -69,6 +96,10 @@ struct Inbox {
 pub(crate) const EMPTY_BYTE: u8 = 0xff;
 /// How often a host that waits for others' looks whether exchanges have ended.
 const LOOK: Duration = Duration::from_millis(10);
+/// How many times as long as a kernel's is a host's patience, where NCCL's kernels have none: two steps may be under way. And how often
+/// it looks.
+const STEPS_PATIENCE: u32 = 4;
+const GLANCE: Duration = Duration::from_micros(20);
 /// The word's value once there is to be no further exchange; where a rank did not come, its number and one more come on top.
 pub(crate) const ENDED: u32 = 1;
 
@@ -76,18 +107,30 @@ impl Link {
     /// The ends of ranks on these devices, whose kernels wait for each other so long at most.
     ///
     /// # Errors
-    /// A device that is not there, or that does not reach another's memory.
+    /// A device that is not there, or one that does not reach another's memory where there is no NCCL.
     pub fn group(devices: &[usize], kernels: KernelSet, patience: Duration) -> Result<Vec<Link>, CudaError> {
         let open = |device: &usize| Context::open(*device, kernels);
         let contexts = devices.iter().map(open).collect::<Result<Vec<_>, _>>()?;
+        let mut apart = None;
         for context in &contexts {
             context.make_current()?;
-            contexts.iter().try_for_each(|peer| context.reach(peer))?;
+            for peer in &contexts {
+                if !context.reach(peer)? {
+                    apart = Some([context.number(), peer.number()]);
+                }
+            }
         }
+        let carriers = apart.map(|[from, to]| {
+            Carriers::new(&contexts).map_err(|error| match error {
+                CudaError::NoNccl { reason } => CudaError::NoPeerAccess { from, to, reason },
+                other => other,
+            })
+        });
+        let carriers = carriers.transpose()?;
         let (ended, inboxes) = (HostWord::new()?, contexts.iter().map(|_| OnceLock::new()).collect());
         let count = contexts.len() as u32;
         let (meeting, met) = Default::default();
-        let group = Arc::new(Group { contexts, inboxes, ended, patience, meeting, met });
+        let group = Arc::new(Group { contexts, inboxes, ended, patience, carriers, meeting, met });
         Ok((0..count).map(|index| Link { rank: Rank { index, count }, group: group.clone() }).collect())
     }
 
@@ -125,7 +168,7 @@ impl Link {
     /// error.
     pub fn aborter(&self) -> impl Fn() + Send + Sync + 'static {
         let group = self.group.clone();
-        move || group.ended.end()
+        move || group.end()
     }
 
     /// Lets ranks whose exchanges were ended meet again, when none of them enqueues anything. Where a device fails, it stays as it is.
@@ -197,6 +240,40 @@ impl Link {
         Address(self.group.ended.0.as_ptr() as u64)
     }
 
+    /// Does NCCL fill inboxes, by [`Link::carry`]?
+    pub(crate) fn is_carried(&self) -> bool {
+        self.group.carriers.is_some()
+    }
+
+    /// Enqueues that an inbox gets so many bytes of every rank, in their order, those at `from` of this one. All ranks must do it.
+    pub(crate) fn carry(
+        &self,
+        stream: CUstream,
+        from: Address,
+        to: Address,
+        bytes: usize,
+    ) -> Result<(), CudaError> {
+        let carriers = self.group.carriers.as_ref().ok_or(CudaError::NotReserved)?;
+        let ends = carriers.0.read().unwrap_or_else(PoisonError::into_inner);
+        let end = ends.get(self.rank.index as usize).ok_or(CudaError::RanksEnded)?;
+        end.all_gather(stream, from, to, bytes)
+    }
+
+    /// Waits on the host until `has_come`, where what carries words gives up nothing by itself; in vain for so long at most.
+    pub(crate) fn wait_for(&self, has_come: impl Fn() -> bool) -> Result<(), CudaError> {
+        let patience = self.group.patience * STEPS_PATIENCE;
+        let until = Instant::now() + patience;
+        while !has_come() {
+            self.check()?;
+            if Instant::now() > until {
+                self.group.end();
+                return Err(CudaError::RanksLate { seconds: patience.as_secs_f32() });
+            }
+            thread::sleep(GLANCE);
+        }
+        Ok(())
+    }
+
     /// How long they wait.
     pub(crate) fn patience_ms(&self) -> u32 {
         self.group.patience.as_millis().min(u128::from(u32::MAX)) as u32
@@ -214,6 +291,12 @@ impl Link {
 }
 
 impl Group {
+    /// Ends all exchanges: who ended them first is kept.
+    fn end(&self) {
+        self.ended.end();
+        self.carriers.iter().for_each(Carriers::abort);
+    }
+
     /// Empties all inboxes once all devices are idle.
     fn renew(&self) -> Result<(), CudaError> {
         for context in &self.contexts {
@@ -224,12 +307,14 @@ impl Group {
             context.make_current()?;
             inbox.get().map_or(Ok(()), Inbox::empty)?;
         }
-        Ok(())
+        self.carriers.as_ref().map_or(Ok(()), |carriers| carriers.renew(&self.contexts))
     }
 }
 
 impl Drop for Group {
     fn drop(&mut self) {
+        // NCCL's ends want their contexts.
+        self.carriers = None;
         let _turn = turns::synchronize();
         // Errors have nobody to go to here.
         for (context, inbox) in self.contexts.iter().zip(&self.inboxes) {

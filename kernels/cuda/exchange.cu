@@ -12,7 +12,7 @@
 //
 //   inbox of        one shot   [rank][tokens, hidden] f32                                       pushed by the product before (RankSums)
 //                   two shots  [other rank][a share of these] f32, then [tokens, hidden] bf16    the former pushed by the product
-//                   embed      [tokens, hidden] bf16
+//                   embed      [tokens, hidden] bf16; where they are carried, [rank][tokens, hidden], and this rank's of no other use
 //                   logits     [rank][samples, columns of that rank] f16
 //
 // 1. Sums are added in pairs by rank, ((r0 + r1) + (r2 + r3)) + …, the upper levels of the tree of core/src/shard.rs, whoever adds
@@ -124,7 +124,7 @@ __device__ __forceinline__ float4 sum_of_all(float4 own, uint4 *inbox, const Pla
 
 template <int R>
 __device__ __forceinline__ void reduce_one_shot(const float4 *sums, const Stream &stream, const Ranks &ranks) {
-    begin_waiting();
+    begin_waiting(ranks);
     dependent_launch();
     dependent_wait();
     for (unsigned chunk = blockIdx.x * THREADS + threadIdx.x; chunk < stream.chunks; chunk += gridDim.x * THREADS) {
@@ -151,7 +151,7 @@ __device__ __forceinline__ void reduce_two_shot(const float4 *sums, const Stream
     };
     const auto chunk_of = [&](unsigned group, unsigned rank) { return (group * R + rank) * THREADS + threadIdx.x; };
     size_t at;
-    begin_waiting();
+    begin_waiting(ranks);
     dependent_launch();
     dependent_wait();
     for (unsigned group = blockIdx.x; group < groups; group += gridDim.x) {
@@ -209,8 +209,8 @@ embed_share(const unsigned *batch, unsigned tokens_offset, const unsigned *token
     const auto id_of = [&](const Token &token) { return token.id == LAST_TOKEN ? token_pool[token.slot] : token.id; };
     const auto owner_of = [&](unsigned id) { return (unsigned)(((id + 1ull) * ranks.count - 1) / vocab); };
     const auto inbox_at = [&](unsigned rank, unsigned chunk) { return reinterpret_cast<uint2 *>(ranks.inbox[rank]) + chunk; };
-    const unsigned first = first_of(ranks.rank, vocab, ranks);
-    begin_waiting();
+    const unsigned first = first_of(ranks.rank, vocab, ranks), apart = ranks.carried ? stream.chunks : 0;
+    begin_waiting(ranks);
     dependent_wait();
     dependent_launch();
     for (unsigned chunk = begin; chunk < stream.chunks; chunk += step) {
@@ -233,7 +233,7 @@ embed_share(const unsigned *batch, unsigned tokens_offset, const unsigned *token
             continue;
         size_t at;
         const bool is_there = stream.find(chunk, at);
-        const uint2 value = is_there ? take(inbox_at(ranks.rank, chunk), ranks, owner) : uint2{};
+        const uint2 value = is_there ? take(inbox_at(ranks.rank, owner * apart + chunk), ranks, owner) : uint2{};
         stream.keep(chunk, is_there, at, value);
     }
 }
@@ -260,7 +260,7 @@ gather_logits(const uint4 *share, unsigned short *out, unsigned samples, unsigne
     const unsigned step = gridDim.x * THREADS, begin = blockIdx.x * THREADS + threadIdx.x;
     const size_t apart = ((size_t)samples * ((vocab + ranks.count - 1) / ranks.count) + 7) / 8;
     const auto chunks_of = [&](unsigned width) { return (samples * width + 7) / 8; };
-    begin_waiting();
+    begin_waiting(ranks);
     dependent_launch();
     dependent_wait();
     for (unsigned i = 0; i < ranks.count; i++) {
@@ -271,7 +271,7 @@ gather_logits(const uint4 *share, unsigned short *out, unsigned samples, unsigne
             if (i == 0) {
                 value = share[chunk];
                 const uint4 bits = sendable(value);
-                for (unsigned to = 1; to < ranks.count; to++)
+                for (unsigned to = 1; to < ranks.count && !ranks.carried; to++)
                     push(reinterpret_cast<uint4 *>(ranks.inbox[(ranks.rank + to) % ranks.count]) + ranks.rank * apart + chunk,
                          bits);
             } else {

@@ -22,6 +22,8 @@
 //    that all ranks read now and then while they wait, and which the host may write too. Once it is not zero nobody waits: a block finds
 //    out by PATIENT_LOOKS at one word, and gives up all that are missing. What kernels give is of no use then, and the host says so at
 //    the end of the step.
+// 5. Where GPUs don't reach each other's memory NCCL fills inboxes between two kernels, the one that sends and the one that takes. Then
+//    a word may be anything, and it is there.
 #pragma once
 
 #include "inbox.cuh"
@@ -35,7 +37,8 @@
 struct Ranks {
     unsigned *inbox[8]; // of this exchange, on each rank, its own too
     unsigned *ended;
-    unsigned rank, count, patience_ms, reserved;
+    unsigned rank, count, patience_ms;
+    unsigned carried; // 1: by others than these kernels (NCCL); what they read is there, and nobody waits
 };
 
 __device__ __forceinline__ uint2 sendable(uint2 v) {
@@ -80,9 +83,9 @@ __device__ __forceinline__ void empty(uint2 *at) { *at = {EMPTY, EMPTY}; }
 __shared__ volatile unsigned given_up;
 
 // Called by all threads of a block before any of them waits.
-__device__ __forceinline__ void begin_waiting() {
+__device__ __forceinline__ void begin_waiting(const Ranks &ranks) {
     if (threadIdx.x == 0)
-        given_up = 0;
+        given_up = ranks.carried;
     __syncthreads();
 }
 

@@ -9,6 +9,8 @@
 //! Ranks meet where one would allocate or record while another's kernels wait for it: both wait for kernels to end. Who fails ends the
 //! others' waiting.
 //!
+//! Beside them, where the machine has it, NCCL's all-reduce of as many f32, which adds up and no more.
+//!
 //! Invariant: what an exchange gives is checked before its time is reported.
 
 use std::thread;
@@ -19,7 +21,7 @@ use minisgl_core::backend::{Device, Dims, Element, Purpose, Queue};
 use minisgl_core::config::Limits;
 use minisgl_core::tensor::uniform_element;
 use minisgl_cuda::ops::exchange::{Exchange, Stream, Way};
-use minisgl_cuda::{Buffer, Cuda, CudaError, Grid, KernelSet, Launcher, Link};
+use minisgl_cuda::{Buffer, Comm, Cuda, CudaError, Grid, KernelSet, Launcher, Link};
 
 use crate::case::PerfError;
 use crate::timer::{PerfOptions, Timing, measure};
@@ -45,6 +47,8 @@ pub struct ExchangeRow {
     pub one_shot: Timing,
     /// By shares.
     pub two_shot: Timing,
+    /// The sums alone, by NCCL, where it is there.
+    pub nccl: Option<Timing>,
 }
 
 /// Times exchanges of all sizes over these GPUs.
@@ -57,14 +61,20 @@ pub fn exchanges(
     options: &PerfOptions,
 ) -> Result<Vec<ExchangeRow>, PerfError> {
     let links = Link::group(devices, kernels, PATIENCE)?;
+    let comms = match Comm::group(&links) {
+        Ok(comms) => comms.into_iter().map(Some).collect(),
+        Err(CudaError::NoNccl { .. }) => links.iter().map(|_| None).collect(),
+        Err(error) => return Err(error.into()),
+    };
+    let comms: Vec<Option<Comm>> = comms;
     let each: Vec<Result<Vec<ExchangeRow>, PerfError>> = thread::scope(|scope| {
-        let time = |link: Link| {
+        let time = |(link, comm): (Link, Option<Comm>)| {
             scope.spawn(move || {
                 let end = link.aborter();
-                rank(link, options).inspect_err(|_| end())
+                rank(link, comm, options).inspect_err(|_| end())
             })
         };
-        let threads: Vec<_> = links.into_iter().map(time).collect();
+        let threads: Vec<_> = links.into_iter().zip(comms).map(time).collect();
         let join = |thread: thread::ScopedJoinHandle<'_, _>| {
             thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
         };
@@ -77,6 +87,7 @@ pub fn exchanges(
             timing: slower(one.timing, two.timing),
             one_shot: slower(one.one_shot, two.one_shot),
             two_shot: slower(one.two_shot, two.two_shot),
+            nccl: one.nccl.zip(two.nccl).map(|(one, two)| slower(one, two)),
             ..one
         });
         joined.collect()
@@ -90,7 +101,7 @@ fn sum(rank: u32, index: usize) -> f32 {
 }
 
 /// One rank's part; all ranks do the same.
-fn rank(link: Link, options: &PerfOptions) -> Result<Vec<ExchangeRow>, PerfError> {
+fn rank(link: Link, comm: Option<Comm>, options: &PerfOptions) -> Result<Vec<ExchangeRow>, PerfError> {
     let (mut cuda, rank) = (Cuda::of_rank(link.clone())?, link.rank());
     let tokens = BYTES.into_iter().max().unwrap_or_default() / (4 * HIDDEN);
     let (heads, kv_heads, intermediate, vocab) = (8, 8, 1024, 1024);
@@ -119,6 +130,7 @@ fn rank(link: Link, options: &PerfOptions) -> Result<Vec<ExchangeRow>, PerfError
     let own: Vec<u32> = (0..tokens * HIDDEN).map(|index| sum(rank.index, index).to_bits()).collect();
     let sums = cuda.alloc(Purpose::Scratch, Element::Float, own.len())?;
     upload(&mut cuda, &own, sums)?;
+    let added = cuda.alloc(Purpose::Scratch, Element::Float, own.len())?;
     let push = cuda.modules().kernel("perf", "push_sums", 0)?;
     // An even number of exchanges: each replay begins with the inbox that the one before it did not end with.
     let calls = 2 * options.graph_repetitions.max(10);
@@ -164,15 +176,64 @@ fn rank(link: Link, options: &PerfOptions) -> Result<Vec<ExchangeRow>, PerfError
             link.meet()?;
             Ok(timing)
         };
-        rows.push(ExchangeRow {
-            ranks: rank.count,
-            bytes,
-            timing: timed(None)?,
-            one_shot: timed(Some(Way::OneShot))?,
-            two_shot: timed(Some(Way::TwoShot))?,
-        });
+        let (timing, one_shot, two_shot) =
+            (timed(None)?, timed(Some(Way::OneShot))?, timed(Some(Way::TwoShot))?);
+        let nccl = |comm: &Comm| all_reduces(&mut cuda, &link, comm, [sums, added], bytes / 4, options);
+        let nccl = comm.as_ref().map(nccl).transpose()?;
+        rows.push(ExchangeRow { ranks: rank.count, bytes, timing, one_shot, two_shot, nccl });
     }
     Ok(rows)
+}
+
+/// NCCL's, timed in a recorded step of as many.
+fn all_reduces(
+    cuda: &mut Cuda,
+    link: &Link,
+    comm: &Comm,
+    [from, to]: [Buffer; 2],
+    count: usize,
+    options: &PerfOptions,
+) -> Result<Timing, PerfError> {
+    let ranks = link.rank().count;
+    let reduce = |launcher: &Launcher| {
+        let stream = launcher.stream(Queue::Compute);
+        // SAFETY: both buffers hold so many, and are used by this stream alone.
+        unsafe { comm.all_reduce(stream, from.address(), to.address(), count) }
+    };
+    // The first call connects the ranks.
+    reduce(cuda.launcher())?;
+    let words = download(cuda, to, count)?;
+    let expected = |index| (0..ranks).map(|rank| sum(rank, index)).sum::<f32>();
+    let wrong = words.iter().enumerate().find(|(index, word)| {
+        let off = f32::from_bits(**word) - expected(*index);
+        off.abs() > 1e-5
+    });
+    if let Some((index, word)) = wrong {
+        let complaint =
+            format!("NCCL's element {index} is {}, not {}", f32::from_bits(*word), expected(index));
+        return Err(PerfError::Wrong {
+            family: FAMILY,
+            shape: format!("ranks={ranks} bytes={}", 4 * count),
+            complaint,
+        });
+    }
+    link.meet()?;
+    let calls = 2 * options.graph_repetitions.max(10);
+    cuda.begin_capture()?;
+    let recorded = (0..calls).try_for_each(|_| reduce(cuda.launcher()));
+    let graph = cuda.end_capture();
+    recorded?;
+    let graph = graph?;
+    link.meet()?;
+    let timing = measure(cuda.launcher(), options.repetitions, calls, || cuda.launcher().replay(&graph))?;
+    link.meet()?;
+    Ok(timing)
+}
+
+fn download(cuda: &mut Cuda, from: Buffer, words: usize) -> Result<Vec<u32>, CudaError> {
+    let mut pinned = cuda.alloc_pinned(words)?;
+    cuda.download(Queue::Compute, from, words, &mut pinned)?;
+    Ok(cuda.words(&pinned)?.to_vec())
 }
 
 fn upload(cuda: &mut Cuda, words: &[u32], to: Buffer) -> Result<(), CudaError> {
@@ -189,10 +250,8 @@ fn complaint(
     residual: Buffer,
     tokens: usize,
 ) -> Result<Option<String>, CudaError> {
-    let words = tokens * HIDDEN / 2;
-    let mut pinned = cuda.alloc_pinned(words)?;
-    cuda.download(Queue::Compute, residual, words, &mut pinned)?;
-    let given: &[bf16] = bytemuck::cast_slice(cuda.words(&pinned)?);
+    let words = download(cuda, residual, tokens * HIDDEN / 2)?;
+    let given: &[bf16] = bytemuck::cast_slice(&words);
     let wrong = given.iter().enumerate().find_map(|(index, given)| {
         let mut sums: Vec<f32> = (0..ranks).map(|rank| sum(rank, index)).collect();
         while sums.len() > 1 {

@@ -9,12 +9,14 @@
 //! down's.
 //!
 //! The product before an exchange stores its sums where they are added up ([`RankSums`]), so most of them have come when it ends.
+//! Where NCCL carries words, a kernel leaves them in this rank's memory, all ranks' are gathered in each inbox, and then the same kernels
+//! add up or take what is there: bits don't depend on the way.
 //!
 //! Invariant: which part an exchange has follows from its place in the step, the same on all ranks and in every replay.
 
 use std::cell::Cell;
 
-use minisgl_core::backend::{Device, Element, Purpose, Step};
+use minisgl_core::backend::{Device, Element, Purpose, Queue, Step};
 use minisgl_core::config::Limits;
 use minisgl_core::shard::{RANKS_MAX, Rank};
 use minisgl_core::spec::Dims;
@@ -45,7 +47,7 @@ struct Ranks {
     rank: u32,
     count: u32,
     patience_ms: u32,
-    reserved: u32,
+    carried: u32,
 }
 
 plain_params!(Ranks);
@@ -82,6 +84,8 @@ struct Parts {
     sums: usize,
     embedded: usize,
     logits: usize,
+    /// Parts for sums, and for logits, that take turns.
+    turns: usize,
 }
 
 impl Parts {
@@ -89,12 +93,15 @@ impl Parts {
         let (count, tokens) = (rank.count as usize, limits.step_tokens());
         let row_bytes = padded(dims.hidden) * 4;
         let once = (Way::one_shot_bytes(rank.count) / row_bytes).min(tokens);
-        let columns = (dims.vocab as usize).div_ceil(count);
-        Parts {
-            sums: (count * once * row_bytes).max(shared_bytes(rank, tokens, dims.hidden)),
-            embedded: tokens * row_bytes / 2,
-            logits: count * (limits.logit_rows() * columns).next_multiple_of(LOGITS) * 2,
-        }
+        let logits = count * share_elements(rank, dims, limits.logit_rows()) * 2;
+        let sums = (count * once * row_bytes).max(shared_bytes(rank, tokens, dims.hidden));
+        Parts { sums, embedded: tokens * row_bytes / 2, logits, turns: 2 }
+    }
+
+    /// Where all ranks' words are carried to every inbox, in the order of what is enqueued.
+    fn carried(rank: Rank, dims: &Dims, limits: &Limits) -> Parts {
+        let all = rank.count as usize * limits.step_tokens() * padded(dims.hidden) * 4;
+        Parts { sums: all, embedded: all / 2, turns: 1, ..Parts::new(rank, dims, limits) }
     }
 
     /// Where the two parts for sums begin, that for embedded rows, the two for logits; and where all end.
@@ -105,12 +112,13 @@ impl Parts {
             end += bytes.next_multiple_of(256);
             start
         };
+        let second = |bytes: usize| if self.turns == 2 { bytes } else { 0 };
         [
             after(self.sums),
-            after(self.sums),
+            after(second(self.sums)),
             after(self.embedded),
             after(self.logits),
-            after(self.logits),
+            after(second(self.logits)),
             after(0),
         ]
     }
@@ -130,6 +138,12 @@ fn shares(rank: Rank, tokens: usize, hidden: u32) -> usize {
 /// What an inbox takes of them: the others' sums of a share, and what they add up.
 fn shared_bytes(rank: Rank, tokens: usize, hidden: u32) -> usize {
     (rank.count as usize - 1) * shares(rank, tokens, hidden) * 16 + tokens * padded(hidden) * 2
+}
+
+/// Logits of so many rows that a rank passes on, in whole chunks, as many on each.
+fn share_elements(rank: Rank, dims: &Dims, rows: usize) -> usize {
+    let columns = (dims.vocab as usize).div_ceil(rank.count as usize);
+    (rows * columns).next_multiple_of(LOGITS)
 }
 
 /// The rows that an exchange adds to.
@@ -154,8 +168,10 @@ pub struct Exchange {
     parts: Parts,
     dims: Dims,
     blocks_max: u32,
-    /// f32: what the rank adds up of a product's sums over its own columns.
+    /// f32: what the rank adds up of a product's sums over its own columns; where they are carried, all of them.
     sums: Buffer,
+    /// `[tokens, hidden]` bf16 in whole segments: embedded rows that are to be carried.
+    embedded: Option<Address>,
     /// `[logit rows, the rank's columns]` f16, and up to a chunk's end.
     share: Buffer,
     /// Which part the next exchange of sums has, and the next of logits.
@@ -175,13 +191,15 @@ impl Exchange {
         let kernel = |name| cuda.modules().kernel("exchange", name, 0);
         let (one_shot, two_shot) = (kernel(names[0])?, kernel(names[1])?);
         let (embed, gather) = (kernel("embed_share")?, kernel("gather_logits")?);
-        let parts = Parts::new(rank, dims, limits);
+        let carried = link.is_carried();
+        let parts = if carried { Parts::carried } else { Parts::new }(rank, dims, limits);
         let [.., bytes] = parts.starts();
-        let columns = rank.share(dims.vocab as usize).len();
-        let share = (limits.logit_rows() * columns).next_multiple_of(LOGITS);
-        let tokens = limits.step_tokens();
-        let once = (Way::one_shot_bytes(rank.count) / (padded(dims.hidden) * 4)).min(tokens);
-        let sums = (shares(rank, tokens, dims.hidden) * CHUNK as usize).max(once * padded(dims.hidden));
+        let share = share_elements(rank, dims, limits.logit_rows());
+        let (tokens, row) = (limits.step_tokens(), padded(dims.hidden));
+        let once = (Way::one_shot_bytes(rank.count) / (row * 4)).min(tokens);
+        let sums = if carried { tokens } else { once } * row;
+        let sums = sums.max(shares(rank, tokens, dims.hidden) * CHUNK as usize);
+        let embedded = carried.then(|| cuda.allocate(Purpose::Scratch, tokens * row * 2)).transpose()?;
         let exchange = Exchange {
             link: link.clone(),
             one_shot,
@@ -192,6 +210,7 @@ impl Exchange {
             dims: *dims,
             blocks_max: (cuda.properties().multiprocessors * BLOCKS_AN_SM / link.ranks_of_device()).max(1),
             sums: cuda.alloc(Purpose::Scratch, Element::Float, sums)?,
+            embedded,
             share: cuda.alloc(Purpose::Scratch, Element::Logit, share)?,
             sums_turn: Cell::new(0),
             logits_turn: Cell::new(0),
@@ -213,6 +232,9 @@ impl Exchange {
 
     /// The same in a way of the caller's choice.
     pub fn sums_by(&self, tokens: u32, way: Way) -> Result<RankSums, CudaError> {
+        if self.link.is_carried() {
+            return Ok(RankSums::here(self.sums.address()));
+        }
         let (rank, hidden) = (self.link.rank(), self.dims.hidden);
         let Ranks { inbox, .. } = self.ranks(self.sums_turn.get())?;
         let mut to = inbox.map(Address);
@@ -231,6 +253,9 @@ impl Exchange {
     }
 
     fn way(&self, tokens: u32) -> Way {
+        if self.link.is_carried() {
+            return Way::OneShot;
+        }
         Way::of(self.link.rank().count, tokens as usize * padded(self.dims.hidden) * 4)
     }
 
@@ -250,9 +275,11 @@ impl Exchange {
         self.sums_turn.get() == 0
     }
 
-    /// The same in the way that they were left in.
+    /// The same in the way that they were left in. Those that are carried have one way.
     pub fn reduce_by(&self, launcher: &Launcher, stream: Stream, way: Way) -> Result<(), CudaError> {
         let Stream { residual, sumsq, tokens } = stream;
+        let way = if self.link.is_carried() { Way::OneShot } else { way };
+        self.carry(launcher, 0, self.sums.address(), tokens as usize * padded(self.dims.hidden) * 4)?;
         let turn = self.sums_turn.replace(1 - self.sums_turn.get());
         let (kernel, shares) = match way {
             Way::OneShot => (&self.one_shot, 1),
@@ -273,24 +300,34 @@ impl Exchange {
     ) -> Result<(), CudaError> {
         let (tokens_offset, Dims { hidden, vocab, .. }) = (step.layout.tokens as u32, self.dims);
         let chunks = stream.tokens * hidden.div_ceil(SEGMENT) * (SEGMENT / CHUNK);
-        let ranks = self.ranks(2)?;
-        launcher.launch(
-            &self.embed,
-            self.grid(chunks),
-            [
-                &step.batch,
-                &tokens_offset,
-                &step.token_pool,
-                &table,
-                &vocab,
-                &stream.residual,
-                &stream.sumsq,
-                &stream.tokens,
-                &hidden,
-                &step.history,
-                &ranks,
-            ],
-        )
+        let mut ranks = self.ranks(2)?;
+        let launch = |ranks: &Ranks| {
+            launcher.launch(
+                &self.embed,
+                self.grid(chunks),
+                [
+                    &step.batch,
+                    &tokens_offset,
+                    &step.token_pool,
+                    &table,
+                    &vocab,
+                    &stream.residual,
+                    &stream.sumsq,
+                    &stream.tokens,
+                    &hidden,
+                    &step.history,
+                    ranks,
+                ],
+            )
+        };
+        if let Some(embedded) = self.embedded {
+            // What it pushes to the others is carried to them, and what it takes it takes the second time.
+            let others = (0..).zip(&mut ranks.inbox).filter(|(rank, _)| *rank != self.link.rank().index);
+            others.for_each(|(_, inbox)| *inbox = embedded.number());
+            launch(&ranks)?;
+            self.carry(launcher, 2, embedded, stream.tokens as usize * padded(hidden) * 2)?;
+        }
+        launch(&ranks)
     }
 
     /// `out`, `[samples, vocab]` f16, becomes what all ranks have in [`Exchange::share`].
@@ -300,6 +337,7 @@ impl Exchange {
         let columns = self.link.rank().share(vocab as usize).len();
         let chunks = (samples as usize * columns).div_ceil(LOGITS) as u32;
         let share = self.share.address();
+        self.carry(launcher, 3, share, share_elements(self.link.rank(), &self.dims, samples as usize) * 2)?;
         launcher.launch(&self.gather, self.grid(chunks), [&share, &out, &samples, &vocab, &ranks])
     }
 
@@ -310,13 +348,24 @@ impl Exchange {
         grid.dependent_if(self.link.ranks_of_device() == 1)
     }
 
+    /// Fills a part of the inbox with so many bytes of every rank, those at `from` of this one, where words are carried.
+    fn carry(&self, launcher: &Launcher, part: usize, from: Address, bytes: usize) -> Result<(), CudaError> {
+        if !self.link.is_carried() {
+            return Ok(());
+        }
+        let Ranks { inbox, rank, .. } = self.ranks(part)?;
+        self.link.carry(launcher.stream(Queue::Compute), from, Address(inbox[rank as usize]), bytes)
+    }
+
     /// Of an exchange in this part of the inboxes.
     fn ranks(&self, part: usize) -> Result<Ranks, CudaError> {
         let Rank { index: rank, count } = self.link.rank();
+        // Of two parts that take turns there may be one alone.
+        let part = if self.parts.turns == 1 && matches!(part, 1 | 4) { part - 1 } else { part };
         let start = self.parts.starts()[part];
         let inbox = self.link.inboxes()?.map(|inbox| inbox.offset(start).number());
         let (ended, patience_ms) = (self.link.ended(), self.link.patience_ms());
-        Ok(Ranks { inbox, ended, rank, count, patience_ms, reserved: 0 })
+        Ok(Ranks { inbox, ended, rank, count, patience_ms, carried: self.link.is_carried().into() })
     }
 }
 
@@ -344,7 +393,7 @@ mod tests {
         assert_declared!(
             &["exchange.cuh"],
             "Ranks",
-            Ranks { inbox, ended, rank, count, patience_ms, reserved }
+            Ranks { inbox, ended, rank, count, patience_ms, carried }
         );
         assert_eq!(constant("exchange.cu", "BLOCKS_AN_SM"), BLOCKS_AN_SM);
         assert_eq!(constant("inbox.cuh", "EMPTY"), u32::from_ne_bytes([EMPTY_BYTE; 4]));
