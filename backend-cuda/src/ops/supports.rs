@@ -33,18 +33,12 @@ pub fn check(spec: &DecoderSpec, hopper: bool) -> Result<(), Unsupported> {
 
 /// Likewise, of what one of several ranks computes.
 pub fn check_rank(spec: &DecoderSpec, rank: Rank) -> Result<(), Unsupported> {
-    let refused = [
-        (spec.weights != WeightFormat::Bf16, "its weights are fp8"),
-        (spec.layers.iter().any(|layer| layer.experts().is_some()), "it has experts"),
-    ];
-    match first(&refused).filter(|_| rank.count > 1) {
-        None => Ok(()),
-        Some(what) => {
-            let what =
-                format!("{what}, which one GPU computes, and --tensor-parallel {} does not", rank.count);
-            Err(Unsupported::new(BACKEND, what + ADVICE))
-        }
+    if rank.count == 1 || spec.layers.iter().all(|layer| layer.experts().is_none()) {
+        return Ok(());
     }
+    let what =
+        format!("it has experts, which one GPU computes, and --tensor-parallel {} does not", rank.count);
+    Err(Unsupported::new(BACKEND, what + ADVICE))
 }
 
 const ADVICE: &str = " (--backend cpu has fewer limits)";
