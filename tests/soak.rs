@@ -1,5 +1,5 @@
-//! A soak on a GPU: many short generations in one process, lengths and sampling mixed. Memory stays flat, and a request gives
-//! the tokens that it gave the first time, whatever was generated in between and beside it.
+//! A soak on a GPU, or on several as ranks: many short generations in one process, lengths and sampling mixed. Memory stays flat, and a
+//! request gives the tokens that it gave on one GPU the first time, whatever was generated in between and beside it.
 
 mod common;
 
@@ -18,11 +18,14 @@ const AT_ONCE: u64 = 256;
 const HOST_GROWTH_KIB: u64 = 4096;
 const WARM_UP: Duration = Duration::from_secs(20);
 
+/// A number of the environment's.
+fn set(name: &str) -> Option<u32> {
+    std::env::var(name).ok().map(|text| text.parse().expect("a number"))
+}
+
 /// How long: as many seconds as `MINISGL_SOAK_SECONDS` says, or eight minutes.
 fn length() -> Duration {
-    let seconds =
-        std::env::var("MINISGL_SOAK_SECONDS").map(|text| text.parse().expect("seconds")).unwrap_or(480);
-    Duration::from_secs(seconds)
+    Duration::from_secs(set("MINISGL_SOAK_SECONDS").unwrap_or(480).into())
 }
 
 /// Resident memory of this process, KiB.
@@ -32,19 +35,24 @@ fn host_kib() -> u64 {
     line.split_whitespace().nth(1).and_then(|kib| kib.parse().ok()).expect("a number of KiB")
 }
 
-/// Memory in use on the first GPU, bytes. Nothing else may run there.
-fn device_bytes(nvml: &Nvml) -> u64 {
-    nvml.device_by_index(0).expect("a GPU").memory_info().expect("its memory").used
+/// Memory in use on each of the first GPUs, bytes. Nothing else may run there.
+fn device_bytes(nvml: &Nvml, gpus: u32) -> Vec<u64> {
+    let used = |gpu| nvml.device_by_index(gpu).expect("a GPU").memory_info().expect("its memory").used;
+    (0..gpus).map(used).collect()
 }
 
 #[test]
 #[ignore = "needs a GPU of its own, for eight minutes"]
 fn memory_stays_flat_and_requests_keep_their_tokens() {
     let nvml = Nvml::init().expect("the driver's management library");
-    let builder = Llm::builder("qwen3-0.6b").backend(BackendChoice::Cuda);
-    let mut llm = builder.max_seq_len(Some(512)).num_pages(Some(9000)).build().expect("an engine on the GPU");
+    let ranks = set("MINISGL_SOAK_RANKS").unwrap_or(1);
+    let engine = |ranks| {
+        let builder = Llm::builder("qwen3-0.6b").backend(BackendChoice::Cuda).tensor_parallel(ranks);
+        builder.max_seq_len(Some(512)).num_pages(Some(9000)).build().expect("an engine on the GPU")
+    };
     let requests = mixed_requests(REQUESTS, 2000);
-    let first = llm.generate(&requests).expect("a run");
+    let first = engine(1).generate(&requests).expect("a run");
+    let mut llm = engine(ranks);
     let (start, length, mut numbers) = (Instant::now(), length(), Numbers(7));
     let (mut before, mut generations) = (None, 0u64);
     while start.elapsed() < length {
@@ -58,13 +66,13 @@ fn memory_stays_flat_and_requests_keep_their_tokens() {
         }
         generations += 1;
         if before.is_none() && start.elapsed() >= WARM_UP.min(length / 4) {
-            before = Some((host_kib(), device_bytes(&nvml)));
+            before = Some((host_kib(), device_bytes(&nvml, ranks)));
         }
     }
     let (host, device) = before.expect("a warm-up shorter than the soak");
-    let (host_after, device_after) = (host_kib(), device_bytes(&nvml));
+    let (host_after, device_after) = (host_kib(), device_bytes(&nvml, ranks));
     println!("{generations} generations in {} s", start.elapsed().as_secs());
-    println!("host {host} KiB, then {host_after}; device {device} bytes, then {device_after}");
+    println!("host {host} KiB, then {host_after}; device {device:?} bytes, then {device_after:?}");
     assert_eq!(device_after, device, "device memory");
     assert!(host_after <= host + HOST_GROWTH_KIB, "host memory grew from {host} to {host_after} KiB");
 }
