@@ -148,6 +148,12 @@ pub enum Error {
         /// GPUs named.
         devices: usize,
     },
+    /// Two ranks on one GPU.
+    #[error(
+        "GPU {0} is named twice: with --tensor-parallel each rank of each engine needs one of its own, for kernels that wait for other \
+         ranks would hold the places of those that they wait for"
+    )]
+    DeviceTwice(usize),
     /// Some GPUs would be left over.
     #[error(
         "--devices names {devices} GPUs, which engines of {ranks} ranks (--tensor-parallel) can't share out; name as many for \

@@ -177,6 +177,11 @@ impl Options {
     /// None, or others than the devices are enough for.
     pub fn engines(&self) -> Result<usize, Error> {
         let ranks = self.tensor_parallel.max(1) as usize;
+        let mut named = self.devices.iter().enumerate();
+        let twice = named.find(|(at, device)| self.devices[..*at].contains(device));
+        if let Some((_, device)) = twice.filter(|_| ranks > 1) {
+            return Err(Error::DeviceTwice(*device));
+        }
         match (self.data_parallel, self.devices.len()) {
             (None, devices) if !devices.is_multiple_of(ranks) => {
                 Err(Error::DevicesLeftOver { ranks, devices })
@@ -353,6 +358,8 @@ mod tests {
         assert_eq!([number(&[], Some(2)), number(&[0, 1, 2, 3], Some(2))], [2, 2]);
         let differ = of_ranks(&[0, 1], Some(2)).unwrap_err().to_string();
         assert!(differ.contains("2 of them") && differ.contains("4 GPUs"), "{differ}");
+        let twice = of_ranks(&[0, 1, 0, 1], None).unwrap_err().to_string();
+        assert!(twice.contains("GPU 0 is named twice"), "{twice}");
         let left_over = of_ranks(&[0, 1, 2], None).unwrap_err().to_string();
         assert!(left_over.contains("3 GPUs") && left_over.contains("2 ranks"), "{left_over}");
     }
