@@ -70,8 +70,9 @@ fn ranks_give_the_bits_of_one_gpu_however_they_are_computed() {
 #[ignore = "needs two GPUs"]
 fn ranks_in_fp8_give_the_bits_of_one_gpu_in_fp8() {
     // Weights made fp8 at load, and such a checkpoint's, with the scales of its blocks.
-    let made = |name| on_gpu(family(name)).quantize(Some(Quantize::Fp8));
-    let cases = [made("tiny-tied"), made("llama-rope3"), on_gpu(family("qwen3-fp8")).plain_inputs(true)];
+    let plain = |name| on_gpu(family(name)).plain_inputs(true);
+    let made = |name| plain(name).quantize(Some(Quantize::Fp8));
+    let cases = [made("tiny-tied"), made("llama-rope3"), plain("qwen3-fp8")];
     for (case, builder) in cases.into_iter().enumerate() {
         let (requests, builder) = (requests(12, 250), builder.kv_dtype(Some(KvFormat::Fp8)));
         let expected = run(builder.clone(), &requests);
@@ -197,9 +198,11 @@ fn what_ranks_can_not_compute_is_refused_with_its_reason() {
     if !are_there(2) {
         return;
     }
-    for (name, said) in
-        [("qwen3-moe-nonorm", "experts"), ("qwen2-yarn", "3 query heads"), ("tiny-untied", "320 columns")]
-    {
+    for (name, said) in [
+        ("qwen3-moe-nonorm", "expert's output"),
+        ("qwen2-yarn", "3 query heads"),
+        ("tiny-untied", "320 columns"),
+    ] {
         let error = on_gpu(family(name)).tensor_parallel(2).build().err().unwrap().to_string();
         assert!(error.contains(said), "{name}: {error}");
     }
