@@ -28,7 +28,7 @@ template <int GROUPS, int N> struct Fp8Ring {
     static constexpr int MULTIPLIERS = 128 * GROUPS;
     unsigned base, tiles, full, empty, stages;
 
-    __device__ __forceinline__ Fp8Ring(unsigned base, unsigned stages, unsigned)
+    __device__ __forceinline__ Fp8Ring(unsigned base, unsigned stages, unsigned, unsigned)
         : base(base), tiles(base + stages * N * 128), full(base + stages * STAGE_BYTES), empty(full + 8 * stages), stages(stages) {}
 
     // One thread's call, before any other member's.

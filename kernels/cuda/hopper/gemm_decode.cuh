@@ -28,7 +28,8 @@
 #include "share_out.cuh"
 
 // T tokens' outputs: the sums that ranks first, first + 1, … have, all on their way at once, added in pairs, then pairs of pairs.
-template <int SHARERS, int T>
+// With PAIR, every other rank.
+template <int SHARERS, int PAIR, int T>
 __device__ __forceinline__ void add_shares(float2 (&sum)[T], const unsigned (&at)[T], unsigned first, unsigned sharers) {
     float2 part[SHARERS][T];
 #pragma unroll
@@ -36,7 +37,7 @@ __device__ __forceinline__ void add_shares(float2 (&sum)[T], const unsigned (&at
         if (s < sharers)
 #pragma unroll
             for (int i = 0; i < T; i++)
-                part[s][i] = load_remote(at[i], first + s);
+                part[s][i] = load_remote(at[i], first + s * PAIR);
     if constexpr (SHARERS > 2)
 #pragma unroll
         for (int apart = 1; apart < SHARERS / 2; apart *= 2)
@@ -67,32 +68,36 @@ __device__ __forceinline__ const TensorMap *fetched(const TensorMap &w) { return
 __device__ __forceinline__ const Fp8Matrix &fetched(const Fp8Matrix &w) { return w; }
 
 // How w is kept, and its way into shared memory.
-template <int GROUPS, int N, class Matrix> struct RingOf {
-    using Type = Ring<GROUPS, N, 1>;
+template <int GROUPS, int N, int PAIR, class Matrix> struct RingOf {
+    using Type = Ring<GROUPS, N, PAIR>;
 };
-template <int GROUPS, int N> struct RingOf<GROUPS, N, Fp8Matrix> {
+template <int GROUPS, int N> struct RingOf<GROUPS, N, 1, Fp8Matrix> {
     using Type = Fp8Ring<GROUPS, N>;
 };
 
-template <int GROUPS, int TILES, int N, int OWN, class Matrix, class Epilogue>
+template <int GROUPS, int TILES, int N, int OWN, int PAIR, class Matrix, class Epilogue>
 __device__ __forceinline__ void decode(const Matrix &w, const TensorMap *x, const Shape &shape, unsigned stages,
                                        const Epilogue &epilogue) {
-    using R = typename RingOf<GROUPS, N, Matrix>::Type;
+    using R = typename RingOf<GROUPS, N, PAIR, Matrix>::Type;
     using S = Sums<GROUPS, N>;
     extern __shared__ __align__(1024) unsigned char shared[];
     dependent_launch();
-    const unsigned ranks = cluster_size(), rank = cluster_rank(), sharers = shape.slices / OWN, slice = rank % sharers * OWN;
-    const unsigned tile0 = blockIdx.y * TILES, m0 = (tile0 + rank / sharers) * R::ROWS, n0 = blockIdx.x / ranks * N;
+    const unsigned ranks = cluster_size() / PAIR, cluster = cluster_rank(), rank = cluster / PAIR, second = cluster % PAIR;
+    const unsigned sharers = shape.slices / OWN, slice = rank % sharers * OWN;
+    const unsigned tile0 = blockIdx.y * TILES, m0 = (tile0 + rank / sharers) * R::ROWS, n0 = (blockIdx.x / (ranks * PAIR) * PAIR + second) * N;
     const unsigned base = (shared_address(shared) + 1023) & ~1023u;
     float *staged = reinterpret_cast<float *>(shared + (base - shared_address(shared)));
-    const R ring(base, stages, 0);
+    const R ring(base, stages, second, rank * PAIR);
     float *scales = staged + (stages * R::STAGE_BYTES + 16 * stages) / 4;
     const unsigned first = shape.slice_begin(slice), blocks = shape.slice_begin(slice + OWN) - first, warp = threadIdx.x / 32;
     if (threadIdx.x == R::MULTIPLIERS) {
         prefetch_map(x);
         ring.init_barriers();
     }
-    __syncthreads();
+    if (PAIR == 1)
+        __syncthreads();
+    else
+        cluster_sync();
     if (warp >= R::MULTIPLIERS / 32) {
         if (threadIdx.x == R::MULTIPLIERS)
             ring.fetch(fetched(w), x, first, blocks, m0, n0);
@@ -127,7 +132,7 @@ __device__ __forceinline__ void decode(const Matrix &w, const TensorMap *x, cons
 #pragma unroll
                 for (int i = 0; i < T; i++)
                     at[i] = base + S::offset(token[i], b % GROUPS);
-                add_shares<Epilogue::SLICES / OWN>(sum, at, b / GROUPS * sharers, sharers);
+                add_shares<Epilogue::SLICES / OWN, PAIR>(sum, at, b / GROUPS * sharers * PAIR + second, sharers);
             });
         __syncwarp();
     }
@@ -139,8 +144,15 @@ __device__ __forceinline__ void decode(const Matrix &w, const TensorMap *x, cons
     extern "C" __global__ void __launch_bounds__(128 * GROUPS + 64, BESIDE)                                                  \
     NAME(const __grid_constant__ MATRIX w, const __grid_constant__ TensorMap x, Shape shape, unsigned stages,             \
          EPILOGUE epilogue) {                                                                                                \
-        decode<GROUPS, TILES, N, OWN>(w, &x, shape, stages, epilogue);                                                       \
+        decode<GROUPS, TILES, N, OWN, 1>(w, &x, shape, stages, epilogue);                                                    \
     }
 #define DECODE(NAME, GROUPS, TILES, N, EPILOGUE) DECODE_OF(NAME, GROUPS, TILES, N, 1, 2, TensorMap, EPILOGUE)
 #define DECODE_ALONE(NAME, GROUPS, N, OWN, EPILOGUE) DECODE_OF(NAME, GROUPS, 1, N, OWN, 1, TensorMap, EPILOGUE)
+// Two blocks with neighbouring tiles of tokens and a slice in common fetch w for each other.
+#define DECODE_PAIRED(NAME, GROUPS, N, EPILOGUE)                                                                             \
+    extern "C" __global__ void __launch_bounds__(128 * GROUPS + 64, 1)                                                       \
+    NAME(const __grid_constant__ TensorMap w, const __grid_constant__ TensorMap x, Shape shape, unsigned stages,             \
+         EPILOGUE epilogue) {                                                                                                \
+        decode<GROUPS, 1, N, 1, 2>(w, &x, shape, stages, epilogue);                                                          \
+    }
 #define DECODE_FP8(NAME, GROUPS, N, BESIDE, EPILOGUE) DECODE_OF(NAME, GROUPS, 1, N, 1, BESIDE, Fp8Matrix, EPILOGUE)

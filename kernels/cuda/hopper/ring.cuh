@@ -20,10 +20,11 @@ template <int GROUPS, int N, int SHARERS> struct Ring {
     static constexpr int ROWS = 64 * GROUPS, W_BYTES = ROWS * 128, STAGE_BYTES = W_BYTES + N * 128;
     static constexpr int MULTIPLIERS = 128 * GROUPS, PART = ROWS / SHARERS;
     static constexpr bool IN_PARTS = ROWS % (8 * SHARERS) == 0; // whole groups of the swizzle
-    unsigned base, full, empty, stages, rank;
+    unsigned base, full, empty, stages;
+    unsigned rank, first_rank; // which of the sharers, and the first one's rank in the cluster
 
-    __device__ __forceinline__ Ring(unsigned base, unsigned stages, unsigned rank)
-        : base(base), full(base + stages * STAGE_BYTES), empty(full + 8 * stages), stages(stages), rank(rank) {}
+    __device__ __forceinline__ Ring(unsigned base, unsigned stages, unsigned rank, unsigned first_rank = 0)
+        : base(base), full(base + stages * STAGE_BYTES), empty(full + 8 * stages), stages(stages), rank(rank), first_rank(first_rank) {}
 
     __device__ __forceinline__ unsigned stage(unsigned i) const { return base + i * STAGE_BYTES; }
 
@@ -38,14 +39,14 @@ template <int GROUPS, int N, int SHARERS> struct Ring {
 
     // Block i of those that the ring gets, from column `col` on.
     __device__ __forceinline__ void fetch_w(const TensorMap *w, unsigned at, unsigned i, unsigned col, unsigned m0) const {
-        constexpr unsigned short ALL = (1 << SHARERS) - 1;
+        const unsigned short all = ((1 << SHARERS) - 1) << first_rank;
         barrier_expect(full + 8 * at, STAGE_BYTES);
         if constexpr (SHARERS == 1)
             bulk_fetch(stage(at), w, col, m0, full + 8 * at, EVICT_FIRST);
         else if constexpr (IN_PARTS)
-            bulk_fetch_shared(stage(at) + rank * PART * 128, w, col, m0 + rank * PART, full + 8 * at, EVICT_FIRST, ALL);
+            bulk_fetch_shared(stage(at) + rank * PART * 128, w, col, m0 + rank * PART, full + 8 * at, EVICT_FIRST, all);
         else if (i % SHARERS == rank)
-            bulk_fetch_shared(stage(at), w, col, m0, full + 8 * at, EVICT_FIRST, ALL);
+            bulk_fetch_shared(stage(at), w, col, m0, full + 8 * at, EVICT_FIRST, all);
     }
 
     __device__ __forceinline__ void fetch_x(const TensorMap *x, unsigned at, unsigned col, unsigned n0) const {
@@ -87,7 +88,7 @@ template <int GROUPS, int N, int SHARERS> struct Ring {
             if (SHARERS == 1)
                 barrier_arrive(empty + 8 * at);
             else
-                barrier_arrive_at(empty + 8 * at, lane);
+                barrier_arrive_at(empty + 8 * at, first_rank + lane);
         }
         position.refills -= position.refills > 0;
     }

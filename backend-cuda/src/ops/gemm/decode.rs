@@ -4,7 +4,8 @@
 //!   tokens         a block's work                          blocks that work together
 //!   up to 64       64 rows of w, a slice of the columns    a cluster has all slices
 //!   65 to 256      qkv, gate and up: all columns           two or three with neighbouring tokens fetch w for each other
-//!                  o, down: a slice of the columns, or two  a cluster has all slices
+//!                  o, down: a slice of the columns, or two  a cluster has all slices; of a rank's sums two have neighbouring
+//!                                                           tokens too, and fetch w for each other
 //! ```
 //!
 //! Matrices that L2 does not hold have tilings of their own, and so have products that leave half of each multiprocessor to
@@ -58,13 +59,6 @@ macro_rules! qkv {
     };
 }
 
-/// The kernels of a tile of rows that are added, and of a rank's sums.
-macro_rules! added {
-    ($tile:literal) => {
-        [concat!("decode_residual_", $tile), concat!("decode_sums_", $tile)]
-    };
-}
-
 /// A decode kernel and the launches it is for.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Tiling {
@@ -73,14 +67,14 @@ pub(super) struct Tiling {
     normed: Option<&'static str>,
     /// Both for [`Epilogue::is_fp8`], of a module of their own.
     fp8: Option<[&'static str; 2]>,
-    /// The kernel for [`Kind::RankSums`], where it is for [`Kind::Residual`].
-    sums: Option<&'static str>,
     block: Block,
     team: Team,
     /// Quickest up to this many tokens,
     tokens_max: u32,
     /// up to so many blocks: where more are needed, larger ones are quicker;
     blocks_max: u32,
+    /// from so many on: of fewer, whose tiles are large, the multiprocessors that are left idle cost more than the tiles save;
+    blocks_min: u32,
     /// from so many columns on: of fewer, the way to the first ones and the sums' exchange are most of a block's time, and two
     /// blocks a multiprocessor hide each other's;
     cols_min: u32,
@@ -88,6 +82,8 @@ pub(super) struct Tiling {
     cols_max: u32,
     /// Slices that a block sums: one, or a pair.
     own: u32,
+    /// Do two blocks with neighbouring tiles of tokens, and a slice in common, fetch w for each other?
+    paired: bool,
     /// Bytes of shared memory that a block may take.
     shared: u32,
 }
@@ -101,9 +97,10 @@ impl Tiling {
     const ALL: u32 = 227 << 10;
     /// The head's blocks are many and short: more of them side by side hide their ends.
     const QUARTER: u32 = 56 << 10;
-    /// Blocks that an H100 takes at once in clusters of four, which leave some multiprocessors free: one each; one and a half;
-    /// two.
+    /// Blocks that an H100 takes at once in clusters of four, which leave some multiprocessors free: one each, and two thirds of that;
+    /// one and a half; two.
     const ONE_EACH: u32 = 120;
+    const MANY: u32 = 80;
     const SOME_TWO: u32 = 198;
     const TWO_EACH: u32 = 240;
     /// The same, of other blocks.
@@ -119,33 +116,33 @@ impl Tiling {
             kernel,
             normed: None,
             fp8: None,
-            sums: None,
             block: Block::new(rows, tokens),
             team: Team::Slices { tiles: 1 },
             tokens_max,
             blocks_max: u32::MAX,
+            blocks_min: 0,
             cols_min: 0,
             cols_max: u32::MAX,
             own: 1,
+            paired: false,
             shared,
         }
     }
 
-    /// Of rows that are added, or of a rank's sums.
-    const fn added(
-        kernels: [&'static str; 2],
-        rows: u32,
-        tokens: u32,
-        tokens_max: u32,
-        shared: u32,
-    ) -> Tiling {
-        let [kernel, sums] = kernels;
-        Tiling { sums: Some(sums), ..Tiling::slices(kernel, rows, tokens, tokens_max, shared) }
+    /// A rank's sums of one slice, with a neighbour that has the next tokens.
+    const fn sums_paired(kernel: &'static str, rows: u32, tokens: u32, tokens_max: u32) -> Tiling {
+        Tiling { paired: true, ..Self::slices(kernel, rows, tokens, tokens_max, Self::ALL) }
+            .up_to(Self::ONE_EACH)
     }
 
     /// The same for launches of few blocks.
     const fn up_to(self, blocks_max: u32) -> Tiling {
         Tiling { blocks_max, ..self }
+    }
+
+    /// And of more than a few.
+    const fn from(self, blocks_min: u32) -> Tiling {
+        Tiling { blocks_min, ..self }
     }
 
     /// The same for matrices of many columns, as down's are.
@@ -197,12 +194,22 @@ impl Tiling {
             Tiling::head_pair(qkv!("pair", "128x64"), 64, 256, Tiling::MOST),
         ];
         const RESIDUAL: &[Tiling] = &[
-            Tiling::added(added!("64x16"), 64, 16, 16, Tiling::HALF),
-            Tiling::added(added!("64x32"), 64, 32, 64, Tiling::HALF).up_to(Tiling::SOME_TWO),
-            Tiling::added(added!("64x64"), 64, 64, 192, Tiling::HALF).up_to(Tiling::SOME_TWO),
-            Tiling::added(added!("64x128"), 64, 128, 128, Tiling::HALF).up_to(Tiling::SOME_TWO),
-            Tiling::added(added!("128x88"), 128, 88, 256, Tiling::MOST).up_to(Tiling::ONE_EACH),
-            Tiling::added(added!("64x64_2"), 64, 64, 256, Tiling::HALF)
+            Tiling::slices("decode_residual_64x16", 64, 16, 16, Tiling::HALF),
+            Tiling::slices("decode_residual_64x32", 64, 32, 64, Tiling::HALF).up_to(Tiling::SOME_TWO),
+            Tiling::slices("decode_residual_64x64", 64, 64, 192, Tiling::HALF).up_to(Tiling::SOME_TWO),
+            Tiling::slices("decode_residual_64x128", 64, 128, 128, Tiling::HALF).up_to(Tiling::SOME_TWO),
+            Tiling::slices("decode_residual_128x88", 128, 88, 256, Tiling::MOST).up_to(Tiling::ONE_EACH),
+            Tiling::slices("decode_residual_64x64_2", 64, 64, 256, Tiling::HALF)
+                .of_two_slices()
+                .up_to(Tiling::TWO_SINGLE),
+        ];
+        const SUMS: &[Tiling] = &[
+            Tiling::slices("decode_sums_64x16", 64, 16, 16, Tiling::HALF),
+            Tiling::slices("decode_sums_64x32", 64, 32, 64, Tiling::HALF).up_to(Tiling::SOME_TWO),
+            Tiling::slices("decode_sums_64x64", 64, 64, 192, Tiling::HALF).up_to(Tiling::SOME_TWO),
+            Tiling::slices("decode_sums_64x128", 64, 128, 128, Tiling::HALF).up_to(Tiling::SOME_TWO),
+            Tiling::slices("decode_sums_128x88", 128, 88, 256, Tiling::MOST).up_to(Tiling::ONE_EACH),
+            Tiling::slices("decode_sums_64x64_2", 64, 64, 256, Tiling::HALF)
                 .of_two_slices()
                 .up_to(Tiling::TWO_SINGLE),
         ];
@@ -222,7 +229,8 @@ impl Tiling {
         ];
         match kind {
             Kind::Qkv => QKV,
-            Kind::Residual | Kind::RankSums => RESIDUAL,
+            Kind::Residual => RESIDUAL,
+            Kind::RankSums => SUMS,
             Kind::GateUp => GATE_UP,
             Kind::Head => HEAD,
             Kind::Linear => &[],
@@ -241,18 +249,41 @@ impl Tiling {
             Tiling::head_trio(qkv!("trio", "128x88"), 88, 256),
         ];
         const RESIDUAL: &[Tiling] = &[
-            Tiling::added(added!("64x16"), 64, 16, 16, Tiling::HALF),
-            Tiling::added(added!("64x32"), 64, 32, 32, Tiling::HALF),
-            Tiling::added(added!("64x64"), 64, 64, 64, Tiling::HALF),
-            Tiling::added(added!("128x128"), 128, 128, 128, Tiling::ALL)
+            Tiling::slices("decode_residual_64x16", 64, 16, 16, Tiling::HALF),
+            Tiling::slices("decode_residual_64x32", 64, 32, 32, Tiling::HALF),
+            Tiling::slices("decode_residual_64x64", 64, 64, 64, Tiling::HALF),
+            Tiling::slices("decode_residual_128x128", 128, 128, 128, Tiling::ALL)
                 .up_to(Tiling::ONE_EACH)
                 .of_many_columns(),
-            Tiling::added(added!("64x128"), 64, 128, 128, Tiling::HALF).up_to(Tiling::TWO_EACH),
-            Tiling::added(added!("192x128"), 192, 128, 128, Tiling::ALL),
-            Tiling::added(added!("128x96_2"), 128, 96, 192, Tiling::ALL)
+            Tiling::slices("decode_residual_64x128", 64, 128, 128, Tiling::HALF).up_to(Tiling::TWO_EACH),
+            Tiling::slices("decode_residual_192x128", 192, 128, 128, Tiling::ALL),
+            Tiling::slices("decode_residual_128x96_2", 128, 96, 192, Tiling::ALL)
                 .of_two_slices()
                 .up_to(Tiling::SINGLE),
-            Tiling::added(added!("128x128_2"), 128, 128, 256, Tiling::ALL)
+            Tiling::slices("decode_residual_128x128_2", 128, 128, 256, Tiling::ALL)
+                .of_two_slices()
+                .up_to(Tiling::SINGLE),
+            Tiling::slices("decode_residual_192x144", 192, 144, 144, Tiling::ALL).up_to(Tiling::ONE_EACH),
+            Tiling::slices("decode_residual_192x192", 192, 192, 192, Tiling::ALL)
+                .up_to(Tiling::ONE_EACH)
+                .from(Tiling::MANY),
+        ];
+        const SUMS: &[Tiling] = &[
+            Tiling::slices("decode_sums_64x16", 64, 16, 16, Tiling::HALF),
+            Tiling::slices("decode_sums_64x32", 64, 32, 32, Tiling::HALF),
+            Tiling::slices("decode_sums_64x64", 64, 64, 64, Tiling::HALF),
+            Tiling::slices("decode_sums_128x128", 128, 128, 128, Tiling::ALL)
+                .up_to(Tiling::ONE_EACH)
+                .of_many_columns(),
+            Tiling::slices("decode_sums_64x128", 64, 128, 128, Tiling::HALF).up_to(Tiling::TWO_EACH),
+            Tiling::slices("decode_sums_192x128", 192, 128, 128, Tiling::ALL),
+            Tiling::sums_paired("decode_sums_192x72_paired", 192, 72, 144),
+            Tiling::sums_paired("decode_sums_192x96_paired", 192, 96, 192),
+            Tiling::sums_paired("decode_sums_192x128_paired", 192, 128, 256),
+            Tiling::slices("decode_sums_128x96_2", 128, 96, 192, Tiling::ALL)
+                .of_two_slices()
+                .up_to(Tiling::SINGLE),
+            Tiling::slices("decode_sums_128x128_2", 128, 128, 256, Tiling::ALL)
                 .of_two_slices()
                 .up_to(Tiling::SINGLE),
         ];
@@ -266,7 +297,8 @@ impl Tiling {
         ];
         match kind {
             Kind::Qkv => QKV,
-            Kind::Residual | Kind::RankSums => RESIDUAL,
+            Kind::Residual => RESIDUAL,
+            Kind::RankSums => SUMS,
             Kind::GateUp => GATE_UP,
             Kind::Head | Kind::Linear => Tiling::of(kind),
         }
@@ -280,8 +312,8 @@ impl Tiling {
             Tiling::heads(qkv!("decode", "64x128"), 128, 128),
         ];
         const RESIDUAL: &[Tiling] = &[
-            Tiling::added(added!("64x32"), 64, 32, 64, Tiling::HALF),
-            Tiling::added(added!("64x128"), 64, 128, 128, Tiling::HALF),
+            Tiling::slices("decode_residual_64x32", 64, 32, 64, Tiling::HALF),
+            Tiling::slices("decode_residual_64x128", 64, 128, 128, Tiling::HALF),
         ];
         const GATE_UP: &[Tiling] = &[
             Tiling::slices("decode_gate_up_64x32", 64, 32, 32, Tiling::HALF),
@@ -290,9 +322,10 @@ impl Tiling {
         ];
         match kind {
             Kind::Qkv => QKV,
-            Kind::Residual | Kind::RankSums => RESIDUAL,
+            Kind::Residual => RESIDUAL,
             Kind::GateUp => GATE_UP,
-            Kind::Head | Kind::Linear => Tiling::of(kind),
+            // No step of ranks is divided.
+            Kind::RankSums | Kind::Head | Kind::Linear => Tiling::of(kind),
         }
     }
 
@@ -324,20 +357,14 @@ impl Tiling {
             }
             Team::Slices { .. } => format!("{} of {} slices of the columns", tiling.own, shape.slices),
         };
-        let kernel = tiling.of_kind(kind);
         Some(Explained {
             kernel: match tiling.fp8.filter(|_| form.kv_fp8) {
                 Some(names) => names[usize::from(form.normed)],
-                None => tiling.normed.filter(|_| form.normed).unwrap_or(kernel),
+                None => tiling.normed.filter(|_| form.normed).unwrap_or(tiling.kernel),
             },
             grid: tiling.grid(shape, stages),
             work: format!("a block: {rows} rows of w, {tokens} tokens, {summed}; {stages} stages"),
         })
-    }
-
-    /// The kernel that is for a kind.
-    fn of_kind(&self, kind: Kind) -> &'static str {
-        self.sums.filter(|_| kind == Kind::RankSums).unwrap_or(self.kernel)
     }
 
     /// Is there one for so many tokens?
@@ -363,7 +390,12 @@ impl Tiling {
             (shape.rows.div_ceil(self.block.rows), shape.tokens.div_ceil(self.block.tokens));
         match self.team {
             Team::Slices { tiles } => {
-                [tiles * shape.slices / self.own, token_tiles, row_tiles.div_ceil(tiles)]
+                let pair = if self.paired { 2 } else { 1 };
+                [
+                    tiles * shape.slices / self.own * pair,
+                    token_tiles.div_ceil(pair),
+                    row_tiles.div_ceil(tiles),
+                ]
             }
             Team::Tokens { blocks } => [blocks, token_tiles.div_ceil(blocks), row_tiles],
         }
@@ -383,13 +415,14 @@ impl Tiling {
     fn suits(&self, shape: &Shape) -> bool {
         let blocks = self.clusters(shape).iter().product::<u32>();
         let holds = shape.slices.is_multiple_of(self.own);
-        let cols = self.cols_min..=self.cols_max;
-        holds && shape.tokens <= self.tokens_max && blocks <= self.blocks_max && cols.contains(&shape.cols)
+        let (cols, fill) = (self.cols_min..=self.cols_max, self.blocks_min..=self.blocks_max);
+        holds && shape.tokens <= self.tokens_max && fill.contains(&blocks) && cols.contains(&shape.cols)
     }
 
     /// Rows of w that one block fetches at once.
     fn fetched_rows(&self) -> u32 {
         match self.team {
+            Team::Slices { .. } if self.paired => self.block.rows / 2,
             Team::Slices { .. } => self.block.rows,
             // In turns where their parts would not be whole groups of the swizzle.
             Team::Tokens { blocks } if self.block.rows.is_multiple_of(8 * blocks) => self.block.rows / blocks,
@@ -441,7 +474,7 @@ impl Decode {
                     Ok([find(kernel)?, find(normed)?])
                 };
                 let fp8 = tiling.fp8.map(in_fp8).transpose()?;
-                Ok(Loaded { tiling: *tiling, kernel: find(tiling.of_kind(kind))?, normed, fp8 })
+                Ok(Loaded { tiling: *tiling, kernel: find(tiling.kernel)?, normed, fp8 })
             };
             tilings(kind).iter().map(load).collect::<Result<Vec<_>, CudaError>>()
         };
@@ -494,11 +527,11 @@ mod tests {
 
     #[test]
     fn kernels_are_bound_to_the_threads_that_they_are_launched_with() {
-        let kinds = [Kind::Qkv, Kind::Residual, Kind::GateUp, Kind::Head];
+        let kinds = [Kind::Qkv, Kind::Residual, Kind::RankSums, Kind::GateUp, Kind::Head];
         let lists = [Tiling::of, Tiling::of_large, Tiling::of_half];
         for tiling in kinds.into_iter().flat_map(|kind| lists.map(|of| of(kind))).flatten() {
             let in_fp8 = tiling.fp8.into_iter().flatten();
-            let all = std::iter::once(tiling.kernel).chain(tiling.normed).chain(tiling.sums).chain(in_fp8);
+            let all = std::iter::once(tiling.kernel).chain(tiling.normed).chain(in_fp8);
             for name in all {
                 assert_eq!(threads_of(HOPPER, name), tiling.block.threads(), "{name}");
             }
@@ -568,8 +601,27 @@ mod tests {
                 Some("decode_residual_128x128_2"),
             ]
         );
-        assert_eq!(o(5120, 256), None);
+        assert_eq!(
+            [136, 192, 256].map(|tokens| o(5120, tokens)),
+            [Some("decode_residual_192x144"), Some("decode_residual_192x192"), None]
+        );
         assert_eq!(down(5120, 17_408), Some("decode_residual_192x128"));
+        // Of two ranks each has half of Qwen3-14B's columns, and of the slices.
+        let of_two = |cols, tokens| {
+            let shape = Shape { rows: 5120, cols, tokens, slices: 2 };
+            let tilings = Tiling::of_large(Kind::RankSums);
+            tilings.iter().find(|tiling| tiling.suits(&shape)).map(|tiling| tiling.kernel)
+        };
+        assert_eq!(
+            [64, 128, 136, 192, 256].map(|tokens| of_two(8704, tokens)),
+            [
+                Some("decode_sums_64x64"),
+                Some("decode_sums_128x128"),
+                Some("decode_sums_192x72_paired"),
+                Some("decode_sums_192x96_paired"),
+                Some("decode_sums_192x128_paired"),
+            ]
+        );
         // q, k and v of Qwen2.5's 7B are 36 heads, those of Qwen3-8B 48.
         let qkv = |heads: u32, cols, tokens| picked(Tiling::of_large, Kind::Qkv, [heads * 128, cols, tokens]);
         assert_eq!(
@@ -595,7 +647,7 @@ mod tests {
 
     #[test]
     fn a_tilings_ring_fits_its_share_of_shared_memory_and_holds_the_sums() {
-        let kinds = [Kind::Qkv, Kind::Residual, Kind::GateUp, Kind::Head];
+        let kinds = [Kind::Qkv, Kind::Residual, Kind::RankSums, Kind::GateUp, Kind::Head];
         let cases = kinds.into_iter().flat_map(|kind| [64, 192, 3072, 17408].map(|cols| (kind, cols)));
         for (kind, cols) in cases {
             let shape = Shape {
