@@ -5,12 +5,13 @@
 
 // backend-cuda/src/ops/experts.rs declares the same fields, which its tests compare.
 struct Routing {
-    float *logits;          // [T, E]: of kernels for any GPU
-    float *scales;          // [T]: the row norm's
-    unsigned short *chosen; // [T, P], and up to 7 more to read
-    float *shares;          // [T, P]
-    unsigned *begins;       // [E + 1]
-    unsigned *pairs;        // [T P]: expert e's are begins[e] .. begins[e + 1]
+    float *logits;            // [T, E]: of kernels for any GPU
+    float *scales;            // [T]: the row norm's
+    unsigned short *chosen;   // [T, P], and up to 7 more to read
+    float *shares;            // [T, P]
+    unsigned *begins;         // [E + 1]
+    unsigned *pairs;          // [T P]: expert e's are begins[e] .. begins[e + 1]
+    unsigned long long *read; // null, or to count in: layers that ran, experts that have pairs
     unsigned tokens, experts, per_token, hidden, intermediate, stored;
     unsigned normalized, nobody; // nobody: the slot of padding
     __nv_bfloat16 *scaled;       // [T, hidden]: x times the norm's scale by column, for products of fp8; or null

@@ -13,6 +13,9 @@ __device__ __forceinline__ unsigned ordered(float value) {
     return max(bits >> 31 ? ~bits : bits | 0x80000000u, 1u);
 }
 
+// The float that has been ordered.
+__device__ __forceinline__ float unordered(unsigned key) { return __uint_as_float(key >> 31 ? key & 0x7fffffffu : ~key); }
+
 // A warp takes token t, of this slot and with these logits; a lane 8 neighbouring experts.
 __device__ __forceinline__ void choose(const Routing &routing, unsigned t, unsigned slot, const float *logits) {
     const unsigned lane = threadIdx.x % 32;
@@ -26,36 +29,39 @@ __device__ __forceinline__ void choose(const Routing &routing, unsigned t, unsig
         return;
     }
     float logit[EXPERTS_A_LANE];
-    unsigned key[EXPERTS_A_LANE]; // 0: not there, or chosen
-    unsigned taken = 0;           // bits of chosen ones
+    unsigned key[EXPERTS_A_LANE], index[EXPERTS_A_LANE]; // largest first; 0: not there, or chosen
 #pragma unroll
     for (int i = 0; i < EXPERTS_A_LANE; i++) {
         const unsigned expert = EXPERTS_A_LANE * lane + i;
         logit[i] = expert < routing.experts ? logits[expert] : 0.0f;
         key[i] = expert < routing.experts ? ordered(logit[i]) : 0;
+        index[i] = i;
     }
+#pragma unroll
+    for (int round = 0; round < EXPERTS_A_LANE; round++)
+#pragma unroll
+        for (int i = round % 2; i + 1 < EXPERTS_A_LANE; i += 2) {
+            const bool swap = key[i] < key[i + 1]; // equal ones stay in order
+            const unsigned first_key = key[i], first_index = index[i];
+            key[i] = swap ? key[i + 1] : first_key;
+            index[i] = swap ? index[i + 1] : first_index;
+            key[i + 1] = swap ? first_key : key[i + 1];
+            index[i + 1] = swap ? first_index : index[i + 1];
+        }
+    unsigned taken = 0; // bits of chosen ones
     float largest = 0.0f;
     for (unsigned j = 0; j < routing.per_token; j++) {
-        unsigned best = 0;
-#pragma unroll
-        for (int i = 0; i < EXPERTS_A_LANE; i++)
-            best = max(best, key[i]);
-        const unsigned most = __reduce_max_sync(0xffffffffu, best);
-        const unsigned owner = __ffs(__ballot_sync(0xffffffffu, best == most)) - 1;
-        float found = 0.0f;
-        if (lane == owner) {
-            bool done = false;
-#pragma unroll
-            for (int i = 0; i < EXPERTS_A_LANE; i++)
-                if (!done && key[i] == most) {
-                    done = true;
-                    key[i] = 0;
-                    taken |= 1u << i;
-                    found = logit[i];
-                }
-        }
+        const unsigned most = __reduce_max_sync(0xffffffffu, key[0]);
+        const bool owns = lane == __ffs(__ballot_sync(0xffffffffu, key[0] == most)) - 1;
         if (j == 0)
-            largest = __shfl_sync(0xffffffffu, found, owner);
+            largest = unordered(most);
+        taken |= owns ? 1u << index[0] : 0;
+#pragma unroll
+        for (int i = 0; i < EXPERTS_A_LANE; i++) {
+            const bool is_last = i + 1 == EXPERTS_A_LANE;
+            key[i] = !owns ? key[i] : is_last ? 0 : key[is_last ? i : i + 1];
+            index[i] = owns && !is_last ? index[is_last ? i : i + 1] : index[i];
+        }
     }
     float weight[EXPERTS_A_LANE], sum[1] = {0.0f};
 #pragma unroll

@@ -1,4 +1,4 @@
-// Which pairs are each expert's: counted anew for each, by a warp or a block.
+// Which pairs are each expert's: counted anew for each, by a block.
 #pragma once
 
 #include "experts.cuh"
@@ -19,11 +19,9 @@ struct Numbers {
 
 // Lists the pairs of an expert, by WARPS warps; a thread takes neighbouring pairs, so that an expert's are in ascending order. It counts those of
 // all experts before it too, so it knows where its own begin without asking anybody.
-// `read`, if it is there: one more layer ran, and one more expert if it has pairs.
-template <unsigned WARPS>
-__device__ __forceinline__ void list_pairs(const Routing &routing, unsigned expert, unsigned long long *read) {
+template <unsigned WARPS> __device__ __forceinline__ void list_pairs(const Routing &routing, unsigned expert) {
     __shared__ unsigned below_of[WARPS], own_of[WARPS];
-    const unsigned thread = threadIdx.x % (32 * WARPS), warp = thread / 32, lane = thread % 32;
+    const unsigned thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
     const unsigned pairs = routing.tokens * routing.per_token, chunks = (pairs + 7) / 8;
     const unsigned each = (chunks + 32 * WARPS - 1) / (32 * WARPS);
     const unsigned begin = min(thread * each, chunks), end = min(begin + each, chunks);
@@ -44,29 +42,27 @@ __device__ __forceinline__ void list_pairs(const Routing &routing, unsigned expe
     }
     unsigned first = __reduce_add_sync(0xffffffffu, below), count = __shfl_sync(0xffffffffu, before, 31);
     before -= own;
-    if constexpr (WARPS > 1) {
-        if (lane == 0) {
-            below_of[warp] = first;
-            own_of[warp] = count;
-        }
-        __syncthreads();
-        first = 0;
-        count = 0;
+    if (lane == 0) {
+        below_of[warp] = first;
+        own_of[warp] = count;
+    }
+    __syncthreads();
+    first = 0;
+    count = 0;
 #pragma unroll
-        for (unsigned w = 0; w < WARPS; w++) {
-            before += w < warp ? own_of[w] : 0;
-            first += below_of[w];
-            count += own_of[w];
-        }
+    for (unsigned w = 0; w < WARPS; w++) {
+        before += w < warp ? own_of[w] : 0;
+        first += below_of[w];
+        count += own_of[w];
     }
     if (thread == 0) {
         routing.begins[expert] = first;
         if (expert + 1 == routing.experts)
             routing.begins[expert + 1] = first + count;
-        if (read != nullptr && expert == 0)
-            atomicAdd(read, 1ull);
-        if (read != nullptr && count > 0)
-            atomicAdd(read + 1, 1ull);
+        if (routing.read != nullptr && expert == 0)
+            atomicAdd(routing.read, 1ull);
+        if (routing.read != nullptr && count > 0)
+            atomicAdd(routing.read + 1, 1ull);
     }
     for (unsigned at = begin; own > 0 && at < end; at++) {
         const Numbers numbers(routing, at, pairs);

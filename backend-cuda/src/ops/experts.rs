@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   residual ── router ──> dispatch ──> gate_up ──> down ──> combine ── residual +=, sums of squares
-//!                   └── of few tokens, on Hopper ──^
+//!                   └── of up to 16 tokens, on Hopper ──^
 //! ```
 //!
 //! The router (`router.rs`) and the two products (`portable.rs`, `hopper.rs`) are those of the kernel set. Grids depend on the number of
@@ -28,7 +28,7 @@ use crate::device::Cuda;
 use crate::error::CudaError;
 use crate::launch::{Grid, Kernel, Launcher};
 use crate::memory::{Address, Buffer};
-use crate::param::plain_params;
+use crate::param::{Param, plain_params};
 use crate::weight::Weight;
 
 /// Experts of a layer that the kernels take at most: 8 for each lane of a warp.
@@ -54,6 +54,8 @@ pub struct Routing {
     shares: Address,
     begins: Address,
     pairs: Address,
+    /// Null, or two u64 to count in: as [`ExpertsRead`].
+    read: Address,
     tokens: u32,
     experts: u32,
     per_token: u32,
@@ -146,6 +148,7 @@ impl Experts {
             shares: words(pairs)?,
             begins: words(count as usize + 1)?,
             pairs: words(pairs)?,
+            read: Address::NULL,
             tokens: 0,
             experts: 0,
             per_token: 0,
@@ -184,7 +187,8 @@ impl Experts {
         step: &Step<Buffer>,
         layer: &ExpertLayer<'_>,
     ) -> Result<(), CudaError> {
-        let routing = self.routing(step.shape.tokens, layer);
+        let read = if step.shape.is_decode() { self.read.address() } else { Address::NULL };
+        let routing = Routing { read, ..self.routing(step.shape.tokens, layer) };
         self.route(launcher, step, layer, &routing)?;
         self.products(launcher, layer, &routing)?;
         self.combine(launcher, layer, &routing)
@@ -251,7 +255,7 @@ impl Experts {
         download(cuda, self.read)
     }
 
-    /// Which experts each token gets, and which tokens each expert.
+    /// Which experts each token gets, and where the products don't find it by themselves, which tokens each expert.
     ///
     /// # Errors
     /// Those of the launches.
@@ -262,19 +266,23 @@ impl Experts {
         layer: &ExpertLayer<'_>,
         routing: &Routing,
     ) -> Result<(), CudaError> {
-        let read = if step.shape.is_decode() { self.read.address() } else { Address::NULL };
-        match self.router.launch(launcher, step, layer, routing, read)? {
-            true => Ok(()),
-            false => self.dispatch(launcher, routing, read),
+        self.router.launch(launcher, step, layer, routing)?;
+        match &self.products {
+            Products::Hopper(_) if Hopper::sorts(routing) => Ok(()),
+            _ => self.dispatch(launcher, routing),
         }
     }
 
-    /// Which of the chosen are each expert's; counts in `read`, where that is not null.
+    /// Which of the chosen are each expert's.
     ///
     /// # Errors
     /// Those of the launches.
-    pub fn dispatch(&self, launcher: &Launcher, routing: &Routing, read: Address) -> Result<(), CudaError> {
-        launcher.launch(&self.dispatch, Grid::new(routing.experts, THREADS).dependent(), [routing, &read])
+    pub fn dispatch(&self, launcher: &Launcher, routing: &Routing) -> Result<(), CudaError> {
+        launcher.launch(
+            &self.dispatch,
+            Grid::new(routing.experts, THREADS).dependent(),
+            [routing as &dyn Param],
+        )
     }
 }
 
@@ -317,6 +325,7 @@ mod tests {
                 shares,
                 begins,
                 pairs,
+                read,
                 tokens,
                 experts,
                 per_token,

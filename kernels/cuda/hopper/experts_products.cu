@@ -5,6 +5,7 @@
 // w [E][rows, cols] as the copy engine finds it.
 struct RowsOfBf16 {
     static constexpr unsigned COLS = 64, W_BYTES = 128 * 128; // of a block of columns
+    static constexpr bool READ_BY_LANES = false;
     const TensorMap *map;
 
     __device__ __forceinline__ void prefetch() const { prefetch_map(map); }

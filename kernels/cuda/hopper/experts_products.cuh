@@ -1,15 +1,15 @@
-// The products of a layer's experts, whatever their weights are stored as (`FORM`): experts_products.cu has them in bf16; experts.cu
-// has what comes before and behind.
+// The products of a layer's experts, whatever their weights are stored as (`FORM`): experts_products.cu has them in bf16,
+// experts_products_fp8.cu in fp8; experts.cu has what comes before and behind.
 //
 //   gather     gathered[place] = x[token of the pair], where pairs are many         grid T P / 8           block 256
 //   gate_up    activated[place] = silu(gate) * up                                   grid: all SMs          block 320
 //   down       given[pair] = w x                                                    likewise
 //
-//   w [E][rows, cols]: gate and up by turns of 8 rows, rows a multiple of 128; down
+//   w          E matrices of `rows` by `cols`, gate and up's rows by turns of 8, as FORM has them
 //   a unit     128 rows of one expert's w by a tile of its pairs, all columns
-//   few        tiles of up to 64 pairs, by wgmma of 16, 32 or 64: as many as there are; room for the next product's block beside it, or
-//              for another of the same
-//   many       tiles of up to 256 pairs, by 64 or a multiple; clusters of two have neighbouring rows, each fetches half the pairs
+//   few        tiles of up to 64 pairs, by wgmma of 16, 32 or 64: as many as there are; fp8: 32. Two blocks of them have room on a
+//              multiprocessor: the next product's beside one, or in fp8 another of the same
+//   many       tiles of up to 256 pairs, by 64 or a multiple; fp8: 192. Clusters of two have neighbouring rows, each fetches half the pairs
 //   moves      the w of experts that somebody chose, once from memory; for each tile after the first, from L2
 //
 //   few, a warp         w, w, w … ──────────────────────────────────── ring: w, x ──> full
@@ -21,9 +21,10 @@
 //
 // 1. Rows of w are wgmma's M and pairs its N in both: a sum has the same order whatever the tile, and all columns are one slice.
 //    So a token's bits depend neither on its place nor on the pairs beside it.
-// 2. Counts are read from memory (experts_plan.cuh): the grid is the same whatever the tokens chose.
+// 2. Counts are found as the kernel runs (experts_plan.cuh), of what tokens chose (experts_sort.cuh) or of lists in memory: the grid is the
+//    same whatever that is.
 // 3. `gather` and both products let the next kernel start behind their own wait. So what lies before the kernel in front is
-//    done when a product behind one of them starts: it reads the plan and fetches w before its wait, and down's w comes while
+//    done when a product behind one of them starts: it makes its plan and fetches w before its wait, and down's w comes while
 //    gate_up ends. Without a gather gate_up waits first.
 // 4. Behind an expert's last pair lie the next expert's, what an earlier step left, or what the ring had: they make sums that are
 //    not stored.
@@ -35,6 +36,7 @@
 #include "epilogue.cuh"
 #include "experts.cuh"
 #include "experts_plan.cuh"
+#include "experts_sort.cuh"
 #include "hopper.cuh"
 #include "pairs.cuh"
 #include "place.cuh"
@@ -50,7 +52,13 @@ template <class FORM, int PAIRS_, int BOX_, int SHARERS_, int STAGES_, int ROUND
     static constexpr unsigned WARPS = 8, MULTIPLIERS = 256, TURNED_BYTES = ROUND * 128;
     using Plan = ExpertPlan<PAIRS>;
     static constexpr bool BY_TOKEN = BOX == 1;
-    static constexpr bool DEALT = SHARERS > 1; // units as clusters become free; else block b takes units b, b + blocks, …
+    static constexpr bool SORTS = SHARERS == 1; // lists the pairs of few tokens by itself
+    static constexpr bool DEALT = SHARERS > 1;  // units as clusters become free; else block b takes units b, b + blocks, …
+    // Lanes of a warp that read of a stage by themselves, its w or its unit's number, beside what wgmma reads: all of them release it.
+    static constexpr unsigned READERS = FORM::READ_BY_LANES || DEALT ? 32 : 1;
+    // Of BY_TOKEN: stages by which rows of x that lanes have copied are handed over later than they were asked for. 0: as they come, and each
+    // warp that multiplies says that wgmma is to see them.
+    static constexpr unsigned HANDED_OVER = FORM::READ_BY_LANES ? 2 : 0;
 
     // Pairs that a tile is multiplied with.
     __device__ __forceinline__ static unsigned width(unsigned count) {
@@ -60,9 +68,15 @@ template <class FORM, int PAIRS_, int BOX_, int SHARERS_, int STAGES_, int ROUND
     }
 };
 
-__device__ __forceinline__ unsigned token_of(const Routing &routing, unsigned place) {
-    return __ldcg(routing.pairs + place) / routing.per_token;
-}
+// Which pair has a place: as this block has listed them (experts_sort.cuh), or as they lie in memory.
+struct PairOf {
+    const unsigned short *listed; // null: in memory
+    const unsigned *pairs;
+
+    __device__ __forceinline__ unsigned operator[](unsigned place) const {
+        return listed != nullptr ? listed[place] : __ldcg(pairs + place);
+    }
+};
 
 // Four matrices of 8 pairs by 8 outputs; this lane says where the 8 outputs of `pair` go.
 __device__ __forceinline__ void store_turned(unsigned turned, unsigned pair, unsigned chunk, const unsigned (&words)[4]) {
@@ -82,8 +96,8 @@ struct GateUpOfExperts {
     __device__ __forceinline__ unsigned rows(const Routing &routing) const { return routing.stored; }
     __device__ __forceinline__ unsigned cols(const Routing &routing) const { return routing.hidden; }
     // What is known of a pair: its token's scale.
-    __device__ __forceinline__ unsigned known(const Routing &routing, unsigned place) const {
-        return __float_as_uint(__ldcg(routing.scales + token_of(routing, place)));
+    __device__ __forceinline__ unsigned known(const Routing &routing, unsigned pair) const {
+        return __float_as_uint(__ldcg(routing.scales + pair / routing.per_token));
     }
     // Turns COUNT pairs of a warp's sums from `first` on, 32 at most.
     template <int N, int COUNT>
@@ -114,7 +128,7 @@ struct DownOfExperts {
     __device__ __forceinline__ unsigned rows(const Routing &routing) const { return routing.hidden; }
     __device__ __forceinline__ unsigned cols(const Routing &routing) const { return routing.intermediate; }
     // Which pair it is.
-    __device__ __forceinline__ unsigned known(const Routing &routing, unsigned place) const { return __ldcg(routing.pairs + place); }
+    __device__ __forceinline__ unsigned known(const Routing &, unsigned pair) const { return pair; }
     template <int N, int COUNT>
     __device__ __forceinline__ void turn(const float (&sum)[N], unsigned first, const unsigned *, unsigned turned) const {
         const unsigned lane = threadIdx.x % 32, chunk = threadIdx.x / 32 % 4 * 2 + lane / 8 % 2;
@@ -132,6 +146,19 @@ struct DownOfExperts {
         return m < routing.hidden ? given + (size_t)pair * routing.hidden + m : nullptr;
     }
 };
+
+// The same as barrier_wait, asking now and then.
+__device__ __forceinline__ void barrier_wait_at_ease(unsigned barrier, unsigned parity) {
+    asm volatile("{\n"
+                 ".reg .pred done;\n"
+                 "again:\n"
+                 "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+                 "@done bra there;\n"
+                 "nanosleep.u32 100;\n"
+                 "bra again;\n"
+                 "there:\n"
+                 "}" ::"r"(barrier), "r"(parity) : "memory");
+}
 
 // Addresses in shared memory: the ring, its barriers, a warpgroup's turned outputs, what is known of its pairs.
 template <class T> struct Shared {
@@ -154,54 +181,76 @@ template <class T> struct Shared {
     // Waits until a stage is there for wgmma. What lanes have copied came another way than what the copy engine did.
     __device__ __forceinline__ void wait(const Place<T::STAGES> &place) const {
         barrier_wait(full + 8 * place.at, place.parity);
-        if (T::BY_TOKEN)
+        if (T::BY_TOKEN && T::HANDED_OVER == 0)
             asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
     }
 
-    // A warp's wgmma have read a stage.
+    // Waits until a stage is to be filled again. Who widens what comes should have the multiprocessor meanwhile.
+    __device__ __forceinline__ void wait_for_room(const Place<T::STAGES> &place) const {
+        if (T::Form::READ_BY_LANES)
+            barrier_wait_at_ease(empty + 8 * place.at, place.parity ^ 1);
+        else
+            barrier_wait(empty + 8 * place.at, place.parity ^ 1);
+    }
+
+    // A warp and its wgmma have read a stage. Other blocks write x alone there.
     __device__ __forceinline__ void release(unsigned at) const {
         const unsigned lane = threadIdx.x % 32;
-        if (T::SHARERS == 1 && lane == 0)
+        if (lane < T::READERS)
             barrier_arrive(empty + 8 * at);
-        if (T::SHARERS > 1 && lane < T::SHARERS)
+        if (T::SHARERS > 1 && lane < T::SHARERS && lane != cluster_rank())
             barrier_arrive_at(empty + 8 * at, lane);
     }
 
     __device__ __forceinline__ void init_barriers() const {
         for (unsigned i = 0; i < T::STAGES; i++) {
             barrier_init(full + 8 * i, T::BY_TOKEN ? 33 : 1);
-            barrier_init(empty + 8 * i, T::SHARERS * T::WARPS);
+            barrier_init(empty + 8 * i, (T::READERS + T::SHARERS - 1) * T::WARPS);
         }
         barrier_init_fence();
     }
 };
 
-// The plan, by all of the first 256 threads; nobody reads it before the block's next barrier.
-template <class T>
-__device__ __forceinline__ void make_plan(typename T::Plan &plan, const Routing &routing, unsigned across) {
-    __shared__ unsigned tiles_of_warp[T::WARPS];
+// The plan, by all of the first 256 threads, which know how many pairs the expert of their number has. Nobody reads it before the block's
+// next barrier.
+template <class T> __device__ __forceinline__ void make_plan(typename T::Plan &plan, unsigned pairs, unsigned experts, unsigned across) {
+    __shared__ unsigned pairs_of_warp[T::WARPS], tiles_of_warp[T::WARPS];
     const unsigned e = threadIdx.x, warp = e / 32, lane = e % 32;
-    const unsigned begin = e < routing.experts ? __ldcg(routing.begins + e) : 0;
-    const unsigned end = e < routing.experts ? __ldcg(routing.begins + e + 1) : 0;
-    unsigned tiles = T::Plan::tiles_of(end - begin);
+    unsigned end = pairs, tiles = T::Plan::tiles_of(pairs);
 #pragma unroll
     for (int step = 1; step < 32; step *= 2) {
-        const unsigned before = __shfl_up_sync(0xffffffffu, tiles, step);
-        tiles += lane >= step ? before : 0;
+        const unsigned pairs_before = __shfl_up_sync(0xffffffffu, end, step);
+        const unsigned tiles_before = __shfl_up_sync(0xffffffffu, tiles, step);
+        end += lane >= step ? pairs_before : 0;
+        tiles += lane >= step ? tiles_before : 0;
     }
     if (lane == 31)
-        tiles_of_warp[warp] = tiles;
+        pairs_of_warp[warp] = end, tiles_of_warp[warp] = tiles;
     sync_threads(1, T::MULTIPLIERS);
     for (unsigned w = 0; w < warp; w++)
-        tiles += tiles_of_warp[w];
-    if (e < routing.experts) {
-        plan.begins[e] = begin;
+        end += pairs_of_warp[w], tiles += tiles_of_warp[w];
+    if (e < experts) {
+        plan.begins[e + 1] = end;
         plan.tiles[e + 1] = tiles;
     }
-    if (e + 1 == routing.experts)
-        plan.begins[e + 1] = end;
     if (e == 0)
-        plan.tiles[0] = 0, plan.experts = routing.experts, plan.across = across;
+        plan.begins[0] = plan.tiles[0] = 0, plan.experts = experts, plan.across = across;
+}
+
+// Of pairs that are listed in memory.
+__device__ __forceinline__ unsigned pairs_in_memory(const Routing &routing) {
+    const unsigned e = threadIdx.x;
+    return e < routing.experts ? __ldcg(routing.begins + e + 1) - __ldcg(routing.begins + e) : 0;
+}
+
+// Counts for the statistics what dispatch would have: by one block of one product, a layer, and its experts that have pairs.
+__device__ __forceinline__ void count_read(const Routing &routing, unsigned pairs) {
+    const unsigned warp_has = __popc(__ballot_sync(0xffffffffu, pairs > 0));
+    if (routing.read == nullptr || blockIdx.x > 0 || threadIdx.x % 32 > 0)
+        return;
+    atomicAdd(routing.read + 1, (unsigned long long)warp_has);
+    if (threadIdx.x == 0)
+        atomicAdd(routing.read, 1ull);
 }
 
 // Units of many pairs differ in size, so a cluster that is done takes the next one that nobody has: its first block draws a ticket
@@ -307,7 +356,7 @@ __device__ __forceinline__ void fetch(const Shared<T> &shared, const typename T:
     if (threadIdx.x % 32 == 0)
         for_units<T>(plan, [&](const Unit &unit) {
             for (unsigned i = 0; i < blocks; i++) {
-                barrier_wait(shared.empty + 8 * place.at, place.parity ^ 1); // passes in the first round
+                shared.wait_for_room(place); // passes in the first round
                 fetch_w<T>(shared, w, unit, place.at, rows, i, blocks);
                 place.advance();
             }
@@ -317,13 +366,13 @@ __device__ __forceinline__ void fetch(const Shared<T> &shared, const typename T:
 // Another warp's: one lane fetches boxes of x.
 template <class T>
 __device__ __forceinline__ void fetch(const Shared<T> &shared, const typename T::Plan &plan, const RowsOfX &x, const Routing &,
-                                      unsigned blocks) {
+                                      const PairOf &, unsigned blocks) {
     dependent_wait();
     Place<T::STAGES> place;
     if (threadIdx.x % 32 == 0)
         for_units<T>(plan, [&](const Unit &unit) {
             for (unsigned i = 0; i < blocks; i++) {
-                barrier_wait(shared.empty + 8 * place.at, place.parity ^ 1);
+                shared.wait_for_room(place);
                 fetch_boxes<T>(shared, x.map, unit, place.at, i);
                 place.advance();
             }
@@ -333,7 +382,7 @@ __device__ __forceinline__ void fetch(const Shared<T> &shared, const typename T:
 // Or all lanes rows of x that lie apart, 16 bytes each. Which the next unit's are is looked up a unit ahead.
 template <class T>
 __device__ __forceinline__ void fetch(const Shared<T> &shared, const typename T::Plan &plan, const RowsOfTokens &x,
-                                      const Routing &routing, unsigned blocks) {
+                                      const Routing &routing, const PairOf &pair_of, unsigned blocks) {
     constexpr unsigned OWN = T::PAIRS / 4; // rows that a lane has a part of: lane / 8, 4 behind it, …
     static_assert(T::SHARERS == 1 && T::Form::COLS == 64, "8 lanes fetch a row");
     const unsigned lane = threadIdx.x % 32, c = lane % 8, units = plan.units();
@@ -341,9 +390,16 @@ __device__ __forceinline__ void fetch(const Shared<T> &shared, const typename T:
 #pragma unroll
         for (unsigned n = 0; n < OWN; n++)
             if (4 * n + lane / 8 < unit.count)
-                pairs[n] = __ldcg(routing.pairs + unit.first + 4 * n + lane / 8);
+                pairs[n] = pair_of[unit.first + 4 * n + lane / 8];
     };
-    Place<T::STAGES> place;
+    // What lanes copy comes another way than what the copy engine brings and wgmma reads.
+    Place<T::STAGES> place, copied;
+    unsigned copies = 0;
+    const auto hand_over = [&] {
+        asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+        barrier_arrive(shared.full + 8 * copied.at);
+        copied.advance();
+    };
     unsigned number = blockIdx.x, pairs[OWN] = {}, begins[OWN];
     Unit unit = {}, next = {};
     if (number < units)
@@ -357,7 +413,7 @@ __device__ __forceinline__ void fetch(const Shared<T> &shared, const typename T:
         if (number < units)
             look_up(next = plan.unit(number), pairs);
         for (unsigned i = 0; i < blocks; i++) {
-            barrier_wait(shared.empty + 8 * place.at, place.parity ^ 1);
+            shared.wait_for_room(place);
             const unsigned to = shared.stage(place.at) + T::X_AT, col = i * 64 + 8 * c, bytes = col < routing.hidden ? 16 : 0;
             const __nv_bfloat16 *from = x.begin + (bytes > 0 ? col : 0);
 #pragma unroll
@@ -367,9 +423,22 @@ __device__ __forceinline__ void fetch(const Shared<T> &shared, const typename T:
                     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to + row * 128 + ((c ^ row % 8) << 4)),
                                  "l"(from + begins[n]), "r"(bytes) : "memory");
             }
-            asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared.full + 8 * place.at) : "memory");
+            if constexpr (T::HANDED_OVER == 0) {
+                asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared.full + 8 * place.at) : "memory");
+            } else {
+                asm volatile("cp.async.commit_group;" ::: "memory");
+                if (++copies > T::HANDED_OVER) {
+                    asm volatile("cp.async.wait_group %0;" ::"n"(T::HANDED_OVER) : "memory");
+                    hand_over();
+                }
+            }
             place.advance();
         }
+    }
+    if constexpr (T::HANDED_OVER > 0) {
+        asm volatile("cp.async.wait_group 0;" ::: "memory");
+        for (unsigned i = min(copies, T::HANDED_OVER); i > 0; i--)
+            hand_over();
     }
 }
 
@@ -456,12 +525,12 @@ __device__ __forceinline__ void finish(const Shared<T> &shared, const Routing &r
 
 template <class T, int N, class Product>
 __device__ __forceinline__ void work(const Shared<T> &shared, Place<T::STAGES> &place, const Routing &routing,
-                                     const Product &product, const Unit &unit, unsigned blocks) {
+                                     const PairOf &pair_of, const Product &product, const Unit &unit, unsigned blocks) {
     const unsigned thread = threadIdx.x % 128;
     unsigned known[(N + 127) / 128];
 #pragma unroll
     for (int i = 0; i < (N + 127) / 128; i++) // on its way while the unit is multiplied
-        known[i] = 128 * i + thread < unit.count ? product.known(routing, unit.first + 128 * i + thread) : 0;
+        known[i] = 128 * i + thread < unit.count ? product.known(routing, pair_of[unit.first + 128 * i + thread]) : 0;
     float sum[N / 2];
     T::Form::template multiply<T, N>(shared, place, blocks, sum);
     finish<T, N>(shared, routing, product, unit, sum, known);
@@ -470,36 +539,36 @@ __device__ __forceinline__ void work(const Shared<T> &shared, Place<T::STAGES> &
 // A unit, by two warpgroups.
 template <class T, class Product>
 __device__ __forceinline__ void take_unit(const Shared<T> &shared, Place<T::STAGES> &place, const Routing &routing,
-                                          const Product &product, const Unit &unit, unsigned blocks) {
+                                          const PairOf &pair_of, const Product &product, const Unit &unit, unsigned blocks) {
     const unsigned width = T::width(unit.count);
     if constexpr (T::SHARERS == 1) {
         if (width == 16)
-            work<T, 16>(shared, place, routing, product, unit, blocks);
+            work<T, 16>(shared, place, routing, pair_of, product, unit, blocks);
         else if (width == 32)
-            work<T, 32>(shared, place, routing, product, unit, blocks);
+            work<T, 32>(shared, place, routing, pair_of, product, unit, blocks);
     }
     if constexpr (T::PAIRS > 32) {
         if (width == 64)
-            work<T, 64>(shared, place, routing, product, unit, blocks);
+            work<T, 64>(shared, place, routing, pair_of, product, unit, blocks);
     }
     if constexpr (T::SHARERS > 1) {
         if (width == 128)
-            work<T, 128>(shared, place, routing, product, unit, blocks);
+            work<T, 128>(shared, place, routing, pair_of, product, unit, blocks);
     }
     if constexpr (T::PAIRS > 128) {
         if (width == 192)
-            work<T, 192>(shared, place, routing, product, unit, blocks);
+            work<T, 192>(shared, place, routing, pair_of, product, unit, blocks);
     }
     if constexpr (T::PAIRS > 192) {
         if (width == 256)
-            work<T, 256>(shared, place, routing, product, unit, blocks);
+            work<T, 256>(shared, place, routing, pair_of, product, unit, blocks);
     }
 }
 
 // Two warpgroups' work.
 template <class T, class Product>
 __device__ __forceinline__ void consume(const Shared<T> &shared, const typename T::Plan &plan, const Dealer<T> &dealer,
-                                        const Routing &routing, const Product &product, unsigned blocks) {
+                                        const Routing &routing, const PairOf &pair_of, const Product &product, unsigned blocks) {
     dependent_wait();
     dependent_launch(); // behind the wait: see 3
     Place<T::STAGES> place;
@@ -509,10 +578,10 @@ __device__ __forceinline__ void consume(const Shared<T> &shared, const typename 
             const unsigned number = dealer.noted(place.at);
             if (number == Dealer<T>::NONE)
                 return;
-            take_unit<T>(shared, place, routing, product, plan.unit(number), blocks);
+            take_unit<T>(shared, place, routing, pair_of, product, plan.unit(number), blocks);
         }
     } else {
-        for_units<T>(plan, [&](const Unit &unit) { take_unit<T>(shared, place, routing, product, unit, blocks); });
+        for_units<T>(plan, [&](const Unit &unit) { take_unit<T>(shared, place, routing, pair_of, product, unit, blocks); });
     }
 }
 
@@ -533,24 +602,46 @@ __device__ __forceinline__ void products(const typename T::Form &w, const X &x, 
             dealer.init_barriers();
         shared.init_barriers();
     }
-    if (T::BY_TOKEN)
-        dependent_wait(); // the kernel in front makes what is planned by
-    if (threadIdx.x < T::MULTIPLIERS)
-        make_plan<T>(plan, routing, (rows + T::ROWS * T::SHARERS - 1) / (T::ROWS * T::SHARERS));
+    const unsigned across = (rows + T::ROWS * T::SHARERS - 1) / (T::ROWS * T::SHARERS);
+    PairOf pair_of = {nullptr, routing.pairs};
+    if constexpr (T::SORTS) {
+        __shared__ unsigned chose[Sort::THREADS];
+        __shared__ unsigned short listed[Sort::THREADS];
+        Sort sort(chose, listed);
+        const bool plans = threadIdx.x < T::MULTIPLIERS, sorts = Sort::takes(routing);
+        if (sorts)
+            pair_of.listed = listed;
+        if (plans && sorts)
+            sort.clear();
+        if (T::BY_TOKEN)
+            dependent_wait(); // the kernel in front makes what is planned by
+        if (plans) {
+            const unsigned pairs = sorts ? sort.count(routing) : pairs_in_memory(routing);
+            if (T::BY_TOKEN && sorts)
+                count_read(routing, pairs);
+            make_plan<T>(plan, pairs, routing.experts, across);
+            if (sorts) {
+                sync_threads(1, T::MULTIPLIERS);
+                sort.list(plan.begins);
+            }
+        }
+    } else if (threadIdx.x < T::MULTIPLIERS) {
+        make_plan<T>(plan, pairs_in_memory(routing), routing.experts, across);
+    }
     if (T::SHARERS > 1)
         cluster_sync();
     else
         __syncthreads();
     const unsigned fetcher = threadIdx.x < T::MULTIPLIERS ? 0 : threadIdx.x - T::MULTIPLIERS + 1;
     if (fetcher == 0)
-        consume<T>(shared, plan, dealer, routing, product, blocks);
+        consume<T>(shared, plan, dealer, routing, pair_of, product, blocks);
     else if constexpr (T::DEALT) {
         if (fetcher == 1)
             fetch_dealt<T>(shared, plan, dealer, w, x.map, rows, blocks);
     } else if (fetcher <= 32)
         fetch<T>(shared, plan, w, rows, blocks);
     else
-        fetch<T>(shared, plan, x, routing, blocks);
+        fetch<T>(shared, plan, x, routing, pair_of, blocks);
     __syncwarp();
     if (T::SHARERS > 1)
         cluster_sync(); // what blocks have sent to each other's shared memory is there

@@ -6,6 +6,7 @@
 // w [E][rows, cols] as tiles that lie whole in memory.
 struct TilesOfFp8 {
     static constexpr unsigned COLS = 64, W_BYTES = 2 * Fp8Part::TILE_BYTES; // of a block of columns
+    static constexpr bool READ_BY_LANES = true;
     const char *tiles;
 
     __device__ __forceinline__ void prefetch() const {}
@@ -22,7 +23,7 @@ struct TilesOfFp8 {
     }
 
     // The sums of a warpgroup's 64 rows of w for N pairs. Of a block of columns one half's registers are written while the other
-    // half is multiplied.
+    // half is multiplied, and the next block's codes are read behind the last of it.
     template <class T, int N>
     __device__ __forceinline__ static void multiply(const Shared<T> &shared, Place<T::STAGES> &place, unsigned blocks,
                                                     float (&sum)[N / 2]) {
@@ -33,28 +34,36 @@ struct TilesOfFp8 {
         for (int i = 0; i < N / 2; i++)
             sum[i] = 0.0f;
         hold(sum);
-        const auto start = [&](const unsigned(&a)[2][4], unsigned long long b, bool add) {
+        // Onto zeros at first; b as tile_descriptor_at has it.
+        const auto start = [&](const unsigned(&a)[2][4], unsigned b) {
+            constexpr unsigned long long HIGH = (unsigned long long)(64u | 1u << 30) << 32;
             wgmma_fence();
-            wgmma(sum, a[0], b, add);
-            wgmma(sum, a[1], b + 2, true);
+            wgmma(sum, a[0], HIGH | b, true);
+            wgmma(sum, a[1], HIGH | (b + 2), true);
             wgmma_commit();
         };
-#pragma unroll 1
-        for (unsigned i = 0; i < blocks; i++) {
+        const auto load = [&] {
             shared.wait(place);
             part.load(shared.stage(place.at) + group);
-            const unsigned long long b = tile_descriptor(shared.stage(place.at) + T::X_AT);
+        };
+        load();
+#pragma unroll 1
+        for (unsigned i = 0; i < blocks; i++) {
+            const unsigned at = place.at;
+            const unsigned b = (unsigned)tile_descriptor_at(shared.stage(at) + T::X_AT);
             part.widen<0>(first);
-            start(first, b, i > 0);
+            start(first, b);
             if (i > 0) {
                 wgmma_wait<1>(); // the block before is multiplied
                 shared.release(before);
             }
             part.widen<1>(second);
-            start(second, b + 4, true);
-            wgmma_wait<1>();
-            before = place.at;
+            start(second, b + 4);
             place.advance();
+            if (i + 1 < blocks)
+                load();
+            wgmma_wait<1>();
+            before = at;
         }
         wgmma_wait<0>();
         hold(sum);

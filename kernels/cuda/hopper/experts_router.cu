@@ -1,9 +1,8 @@
-// experts_router_*: which experts each token gets, from the residual stream to the choice, and for few tokens who each expert's are, too.
+// experts_router_*: which experts each token gets, from the residual stream to the choice.
 //
 //   a cluster of 8 blocks    16 tokens; a block has an eighth of the columns
 //     normed ── hi, lo ──> mma with the router's rows, a warp some of them ──> sums of an eighth
 //     ── all of the cluster ── a block adds up two tokens' eighths, in order ── choose, a warp each
-//     ── all of the cluster, if it is the only one ── list_pairs, an expert a warp
 //
 // 1. What is multiplied is norm(x) times the norm's scale by column, in f32: a choice should not hang on a rounding that can be left out. A
 //    product of two bf16 numbers has 16 bits of mantissa, so it is the sum of two bf16 numbers, and each of them is multiplied by itself.
@@ -16,6 +15,7 @@
 constexpr unsigned BLOCKS = 8, WARPS = 8, TOKENS = 16;
 constexpr unsigned PART = 256;       // columns of a block at once
 constexpr unsigned LINE = PART + 32; // what a token's lie apart, so that a warp's reads meet no bank twice
+constexpr unsigned SEGMENTS = 256;   // of a row norm, that are fetched while x is multiplied
 
 __device__ __forceinline__ void multiply(float (&sum)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0,
                                          unsigned b1) {
@@ -43,12 +43,12 @@ __device__ __forceinline__ void split_products(uint4 x, uint4 scale, uint4 &high
 // TILES times 8 experts a warp.
 template <unsigned TILES>
 __device__ __forceinline__ void router(const Routing &routing, const RowNorm &norm, const __nv_bfloat16 *weights,
-                                       const __nv_bfloat16 *column_scale, const __nv_bfloat16 *x, const Token *tokens,
-                                       unsigned long long *read) {
+                                       const __nv_bfloat16 *column_scale, const __nv_bfloat16 *x, const Token *tokens) {
     constexpr unsigned EXPERTS = WARPS * TILES * 8, CHUNKS = PART / 32, APART = EXPERTS + 8;
     __shared__ __align__(16) __nv_bfloat16 highs[TOKENS][LINE], lows[TOKENS][LINE];
     __shared__ __align__(16) float sums[TOKENS][APART]; // of this block's columns
     __shared__ float logits[2][EXPERTS];
+    __shared__ __align__(16) float squares[2][SEGMENTS];
     dependent_launch();
     const unsigned warp = threadIdx.x / 32, lane = threadIdx.x % 32, rank = cluster_rank(), hidden = routing.hidden;
     const unsigned t0 = blockIdx.x / BLOCKS * TOKENS;
@@ -96,9 +96,11 @@ __device__ __forceinline__ void router(const Routing &routing, const RowNorm &no
     const unsigned slot = chooses ? tokens[token].slot : 0;
     dependent_wait();
     load_own(begin);
-    const float row_scale = chooses ? norm.scale(token) : 0.0f; // all lanes alike
-    if (chooses && lane == 0)
-        routing.scales[token] = row_scale;
+    const bool is_staged = norm.segments <= SEGMENTS;
+    if (chooses && is_staged)
+        for (unsigned i = lane; i < norm.segments; i += 32)
+            asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared_address(&squares[warp][i])),
+                         "l"(norm.sumsq + (size_t)token * norm.segments + i) : "memory");
     float sum[TILES][4] = {};
     for (unsigned part = begin; part < begin + share; part += PART) {
         if (part > begin) {
@@ -131,6 +133,15 @@ __device__ __forceinline__ void router(const Routing &routing, const RowNorm &no
         *reinterpret_cast<float2 *>(&sums[lane / 4][expert]) = {sum[n][0], sum[n][1]};
         *reinterpret_cast<float2 *>(&sums[lane / 4 + 8][expert]) = {sum[n][2], sum[n][3]};
     }
+    float row_scale = 0.0f; // all lanes alike
+    if (chooses) {
+        asm volatile("cp.async.wait_all;" ::: "memory");
+        __syncwarp();
+        const RowNorm staged = {squares[warp], norm.segments, norm.hidden, norm.eps};
+        row_scale = is_staged ? staged.scale(0) : norm.scale(token);
+        if (lane == 0)
+            routing.scales[token] = row_scale;
+    }
     cluster_sync();
     if (warp < 2) {
 #pragma unroll
@@ -149,20 +160,16 @@ __device__ __forceinline__ void router(const Routing &routing, const RowNorm &no
         __syncwarp();
         if (chooses)
             choose(routing, token, slot, logits[warp]);
-        __syncwarp();
     }
-    cluster_sync(); // what others read of this block is read; what is chosen is there
-    if (routing.tokens <= TOKENS)
-        for (unsigned expert = rank * WARPS + warp; expert < routing.experts; expert += BLOCKS * WARPS)
-            list_pairs<1>(routing, expert, read);
+    cluster_sync_relaxed(); // what others read of this block is read
 }
 
 #define ROUTER(NAME, TILES)                                                                                                  \
     extern "C" __global__ void __launch_bounds__(256)                                                                        \
     NAME(Routing routing, RowNorm norm, const __nv_bfloat16 *weights, const __nv_bfloat16 *column_scale,                     \
-         const __nv_bfloat16 *x, const unsigned *batch, unsigned tokens_offset, unsigned long long *read) {                  \
+         const __nv_bfloat16 *x, const unsigned *batch, unsigned tokens_offset) {                                            \
         const Token *tokens = reinterpret_cast<const Token *>(batch + tokens_offset);                                        \
-        router<TILES>(routing, norm, weights, column_scale, x, tokens, read);                                                \
+        router<TILES>(routing, norm, weights, column_scale, x, tokens);                                                      \
     }
 
 ROUTER(experts_router_64, 1)

@@ -246,7 +246,7 @@ fn setup_products(
     let scales = upload_words(cuda, &vec![(SCALE as f32).to_bits(); tokens as usize])?;
     let mut routing = layer.experts.routing(tokens, &layer.of(0));
     (routing.chosen, routing.scales) = (chosen_words.address(), scales.address());
-    layer.experts.dispatch(cuda.launcher(), &routing, Address::NULL)?;
+    layer.experts.dispatch(cuda.launcher(), &routing)?;
     let given = layer.experts.given();
     let checked: Vec<u16> = chosen.iter().copied().take(64).collect();
     let check: Check = Box::new(move |cuda| {

@@ -10,6 +10,8 @@
 //!
 //! Matrices in fp8 have kernels of their own, whose sums are those of the bf16 numbers that their elements mean.
 //!
+//! Of few tokens each block lists by itself which pairs are whose, of what they chose.
+//!
 //! Invariant: a launch depends on the number of tokens alone. Blocks find their units by counts in memory, and there are never
 //! more blocks than the device takes at once, so a cluster's blocks meet.
 
@@ -25,6 +27,9 @@ use crate::memory::{Address, Buffer};
 use crate::param::{Param, plain_params};
 use crate::tensor_map::TensorMap;
 use crate::weight::{Fp8Tiles, Weight};
+
+/// Tokens whose pairs a block lists, one a thread.
+const SORTED_TOKENS: u32 = 16;
 
 /// What the sources call so.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -227,6 +232,11 @@ impl Hopper {
         if w.is_fp8() { self.fp8.as_ref().ok_or(CudaError::NotReserved) } else { Ok(&self.bf16) }
     }
 
+    /// Do both products' blocks list by themselves which pairs are each expert's?
+    pub(super) fn sorts(routing: &Routing) -> bool {
+        routing.tokens <= SORTED_TOKENS
+    }
+
     /// Until down writes it, `given` has what is gathered.
     pub(super) fn launch(
         &self,
@@ -274,6 +284,7 @@ mod tests {
 
     use super::*;
     use crate::declared::{assert_declared, source, threads_of};
+    use crate::ops::experts::PER_TOKEN_MAX;
 
     /// A tiling, the source that has it and what it is called there, blocks beside each other, and a kernel.
     const TILINGS: [(Tiling, &str, &str, u32, &str); 6] = {
@@ -307,12 +318,21 @@ mod tests {
             assert_eq!(threads_of(HOPPER, kernel), Tiling::THREADS, "{kernel}");
         }
         assert_eq!(threads_of(HOPPER, "experts_gather"), Hopper::GATHER_THREADS);
+        let threads = SORTED_TOKENS * PER_TOKEN_MAX;
+        let sizes = format!("THREADS = {threads}, TOKENS = {SORTED_TOKENS};");
+        assert!(source("hopper/experts_sort.cuh").contains(&sizes), "{sizes}");
+    }
+
+    #[test]
+    fn tokens_whose_pairs_are_listed_by_blocks_are_few_to_every_form() {
+        // A token has an expert once at most: as many pairs as tokens, on average.
+        assert!([Tiling::FEW, Tiling::FEW_FP8].iter().all(|tiling| SORTED_TOKENS <= tiling.few_max()));
     }
 
     #[test]
     fn blocks_fit_a_multiprocessor_those_of_few_pairs_two_at_a_time() {
-        // What a multiprocessor has, each block's own kilobyte of it, and the plan beside what is asked for.
-        let (all, own, plan) = (228 << 10, 1 << 10, 3 << 10);
+        // What a multiprocessor has, each block's own kilobyte of it, and the plan and the list beside what is asked for.
+        let (all, own, plan) = (228 << 10, 1 << 10, 4 << 10);
         for (tiling, _, _, beside, _) in TILINGS {
             assert!(beside * (tiling.shared_bytes() + own + plan) <= all, "{tiling:?}");
             let Tiling { pairs, box_pairs, sharers, round, .. } = tiling;

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   any GPU    logits ──> choose                  a warp some experts of up to four tokens; a warp a token
-//!   Hopper     one kernel, clusters of 8 blocks   16 tokens each; where that is all, which tokens each expert gets, too
+//!   Hopper     one kernel, clusters of 8 blocks   16 tokens each
 //! ```
 //!
 //! Invariant: a token's logits have one order of sums in each set, whatever tokens are beside it.
@@ -12,7 +12,7 @@ use minisgl_core::backend::Step;
 use super::{COUNT_MAX, ExpertLayer, Routing};
 use crate::error::CudaError;
 use crate::launch::{Grid, Kernel, Launcher};
-use crate::memory::{Address, Buffer};
+use crate::memory::Buffer;
 use crate::module::Modules;
 
 const THREADS: u32 = 256;
@@ -52,15 +52,14 @@ impl Router {
         })
     }
 
-    /// Chooses for each token; `read` counts what it lists. Are the experts' pairs listed, too?
+    /// Chooses for each token.
     pub(super) fn launch(
         &self,
         launcher: &Launcher,
         step: &Step<Buffer>,
         layer: &ExpertLayer<'_>,
         routing: &Routing,
-        read: Address,
-    ) -> Result<bool, CudaError> {
+    ) -> Result<(), CudaError> {
         let (tokens, experts, router) = (routing.tokens, routing.experts, layer.weights.router.address());
         let ExpertLayer { row_norm, norm, residual, .. } = layer;
         let tokens_offset = step.layout.tokens as u32;
@@ -71,9 +70,8 @@ impl Router {
                 launcher.launch(
                     &kernels[index],
                     grid,
-                    [routing, row_norm, &router, norm, residual, &step.batch, &tokens_offset, &read],
-                )?;
-                Ok(tokens <= TOKENS)
+                    [routing, row_norm, &router, norm, residual, &step.batch, &tokens_offset],
+                )
             }
             Router::Portable { logits, choose } => {
                 let many = usize::from(tokens > FEW_TOKENS);
@@ -83,8 +81,7 @@ impl Router {
                     .dependent();
                 launcher.launch(&logits[many], grid, [routing, row_norm, &router, norm, residual])?;
                 let grid = Grid::new(tokens.div_ceil(WARPS), THREADS).dependent();
-                launcher.launch(choose, grid, [routing, &step.batch, &tokens_offset])?;
-                Ok(false)
+                launcher.launch(choose, grid, [routing, &step.batch, &tokens_offset])
             }
         }
     }
