@@ -77,9 +77,9 @@ pub fn encode(x: f32) -> u8 {
 /// What the largest magnitude of a block becomes: the numbers from 448 down to where what they are halves of begins.
 const TOPS: [f32; 8] = [448.0, 416.0, 384.0, 352.0, 320.0, 288.0, 256.0, 240.0];
 
-/// The scale of a block of at most 4,096 elements whose largest magnitude is `largest`: of the eight by which that becomes one of
+/// The scale of a block whose largest magnitude is `largest`: of the eight by which that becomes one of
 /// 240 to 448, each made a number of the scales' format by `round`, the one with the least sum of squared errors; of equal ones
-/// the lowest.
+/// the lowest. Sums of more than 4,096 errors may reach the most that is counted, if all are about the largest possible.
 pub fn best_scale(block: &[f32], largest: f32, round: impl Fn(f32) -> f32) -> f32 {
     let mut best = (round(largest / MAX), f32::INFINITY);
     for top in TOPS {

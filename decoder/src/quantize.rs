@@ -1,13 +1,12 @@
-//! Linear layers made e4m3 when a checkpoint is loaded, in a form that compressed-tensors has: blocks of 1 x 128.
+//! Linear layers made e4m3 when a checkpoint is loaded, in the form that Qwen3's and DeepSeek's fp8 checkpoints have: tiles of 128 x 128.
 //!
 //! ```text
-//!   128 columns of a row ── the best of eight ──> their scale, f32       (core::fp8::best_scale)
-//!                        └─ each times 1 / scale ─> e4m3, to the nearest           inputs are rounded token by token
+//!   128 columns of 128 rows ── the best of eight ──> their scale, f32    (core::fp8::best_scale)
+//!                           └─ each times 1 / scale ─> e4m3, to the nearest       inputs are rounded by groups of 128 columns
 //! ```
 //!
-//! A scale for so few columns, because the search for one gains from the largest elements, of which long rows have more than a scale
-//! can serve. Tensor cores' sums are moved to f32 after as many columns anyway. Embedding, head, routers, norms and biases
-//! stay as they are.
+//! Tensor cores' sums are moved to f32 after as many columns, and there a tile's scale and a token's are one factor for many sums.
+//! Embedding, head, routers, norms and biases stay as they are.
 
 use std::num::NonZero;
 use std::sync::Arc;
@@ -21,14 +20,17 @@ use minisgl_core::tensor::{Dtype, HostTensor, Scales, TensorData, uniform_elemen
 use crate::checkpoint::Checkpoint;
 use crate::error::CheckpointError;
 
-/// Columns of a row that share a scale.
-const GROUP: usize = 128;
+/// Rows and columns that share a scale.
+const TILE: usize = 128;
 /// What weights become.
-const FORMAT: Fp8 = Fp8 { block: ScaleBlock::Tile { rows: 1, cols: GROUP as u32 }, inputs: Inputs::PerToken };
+const FORMAT: Fp8 = Fp8 {
+    block: ScaleBlock::Tile { rows: TILE as u32, cols: TILE as u32 },
+    inputs: Inputs::PerGroup(TILE as u32),
+};
 
 impl Checkpoint {
-    /// Makes linear layers e4m3, with a scale for each 128 columns of a row and inputs rounded to e4m3 for each token. A checkpoint
-    /// whose weights are e4m3 already stays as it is.
+    /// Makes linear layers e4m3, with a scale for each tile of 128 x 128 and inputs rounded to e4m3 by a token's groups of 128 columns. A
+    /// checkpoint whose weights are e4m3 already stays as it is.
     pub fn quantized(mut self) -> Checkpoint {
         if self.becomes_fp8() {
             self.tensors.linear_mut().for_each(quantize);
@@ -64,47 +66,68 @@ impl Checkpoint {
 }
 
 fn quantize(tensor: &mut HostTensor) {
-    let groups = tensor.cols.div_ceil(GROUP);
+    let (cols, across) = (tensor.cols.max(1), tensor.cols.div_ceil(TILE).max(1));
     let mut codes = vec![0; tensor.rows * tensor.cols];
-    let mut values = vec![0.0; tensor.rows * groups];
+    let mut values = vec![0.0; tensor.rows.div_ceil(TILE) * across];
     let threads = thread::available_parallelism().map_or(1, NonZero::get);
-    let share = tensor.rows.div_ceil(threads).max(1);
+    // Rows of tiles that a thread makes.
+    let share = tensor.rows.div_ceil(TILE).div_ceil(threads).max(1);
     thread::scope(|scope| {
-        let parts =
-            codes.chunks_mut(share * tensor.cols.max(1)).zip(values.chunks_mut(share * groups.max(1)));
+        let parts = codes.chunks_mut(share * TILE * cols).zip(values.chunks_mut(share * across));
         for (part, (codes, values)) in parts.enumerate() {
             let tensor = &*tensor;
             scope.spawn(move || {
-                let mut row = vec![0.0; tensor.cols];
-                let rows = codes.chunks_mut(tensor.cols).zip(values.chunks_mut(groups)).enumerate();
-                for (i, (codes, values)) in rows {
-                    widen(tensor, part * share + i, &mut row);
-                    let groups = row.chunks(GROUP).zip(codes.chunks_mut(GROUP));
-                    for ((group, codes), value) in groups.zip(values) {
-                        *value = quantize_group(group, codes);
+                let mut wide = vec![0.0; TILE * cols];
+                let bands = codes.chunks_mut(TILE * cols).zip(values.chunks_mut(across)).enumerate();
+                for (i, (codes, values)) in bands {
+                    let first = (part * share + i) * TILE;
+                    let wide = &mut wide[..codes.len()];
+                    for (row, out) in wide.chunks_mut(cols).enumerate() {
+                        widen(tensor, first + row, out);
                     }
+                    quantize_tiles(wide, cols, codes, values);
                 }
             });
         }
     });
     let range = 0..codes.len();
-    let scales = Scales { values, block: [1, GROUP], inputs: FORMAT.inputs, input_scale: None };
+    let scales = Scales { values, block: [TILE, TILE], inputs: FORMAT.inputs, input_scale: None };
     tensor.data = TensorData::Fp8 { owner: Arc::new(codes), range, scales: Arc::new(scales) };
 }
 
-/// Rounds a group, and gives its scale. One with what is no number, or infinite, is no number throughout, so that a damaged
-/// weight is not mended.
-fn quantize_group(group: &[f32], codes: &mut [u8]) -> f32 {
-    let largest = fp8::largest_magnitude(group);
-    if largest.is_nan() {
-        codes.fill(fp8::NAN);
-        return 1.0;
+/// Rounds the tiles beside each other of rows `cols` wide, and gives their scales.
+fn quantize_tiles(rows: &[f32], cols: usize, codes: &mut [u8], values: &mut [f32]) {
+    let mut tile = Vec::with_capacity(TILE * TILE);
+    for (value, begin) in values.iter_mut().zip((0..cols).step_by(TILE)) {
+        let end = cols.min(begin + TILE);
+        tile.clear();
+        rows.chunks(cols).for_each(|row| tile.extend_from_slice(&row[begin..end]));
+        *value = scale(&tile);
+        for (row, codes) in tile.chunks(end - begin).zip(codes.chunks_mut(cols)) {
+            let codes = &mut codes[begin..end];
+            match value.is_nan() {
+                true => codes.fill(fp8::NAN),
+                false => fp8::encode_block(row, *value, codes),
+            }
+        }
+        // Codes that are none say it by themselves.
+        if value.is_nan() {
+            *value = 1.0;
+        }
     }
+}
+
+/// A tile's scale. One with what is no number, or infinite, has none and is no number throughout, so that a damaged weight is
+/// not mended.
+fn scale(tile: &[f32]) -> f32 {
+    let largest = fp8::largest_magnitude(tile);
     // Of zeros alone, or of numbers so small that their scale would be none.
     let is_nothing = largest / fp8::MAX < f32::MIN_POSITIVE;
-    let scale = if is_nothing { 1.0 } else { fp8::best_scale(group, largest, |scale| scale) };
-    fp8::encode_block(group, scale, codes);
-    scale
+    match largest.is_nan() {
+        true => f32::NAN,
+        false if is_nothing => 1.0,
+        false => fp8::best_scale(tile, largest, |scale| scale),
+    }
 }
 
 /// A row of a tensor that is not e4m3.
