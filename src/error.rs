@@ -55,12 +55,6 @@ pub enum Error {
         /// Why there is none.
         reason: &'static str,
     },
-    /// Inputs that a GPU does not round yet.
-    #[error(
-        "--quantize fp8 has inputs rounded to fp8, too, which GPUs are not programmed for yet; add --plain-inputs, by which they \
-         are not rounded, or compute with --backend cpu"
-    )]
-    QuantizeOnGpu,
     /// More than the host's memory.
     #[error(
         "{running} running and {queued} queued requests of up to {sequence} tokens, in each of {engines} engines{}, take {needed} \

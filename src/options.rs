@@ -29,7 +29,7 @@ pub enum KernelChoice {
 /// What weights are made when they are loaded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Quantize {
-    /// e4m3, with a scale for each 128 columns of a row.
+    /// e4m3, with a scale for each tile of 128 x 128.
     Fp8,
 }
 
@@ -132,10 +132,7 @@ impl Options {
     /// # Errors
     /// Names the capacity, the memory ratio or the GPU.
     pub fn check(&self) -> Result<(), Error> {
-        let choice = self.device()?;
-        if choice.on_gpu && self.quantize.is_some() && !self.plain_inputs {
-            return Err(Error::QuantizeOnGpu);
-        }
+        self.device()?;
         match self.tensor_parallel {
             1 => {}
             ranks if !ranks.is_power_of_two() || ranks > RANKS_MAX => return Err(Error::Ranks(ranks)),

@@ -281,10 +281,3 @@ fn dummy_weights_and_weights_that_are_fp8_are_quantized_too() {
         }
     }
 }
-
-#[test]
-fn a_gpu_refuses_to_quantize_before_anything_is_loaded() {
-    let builder = Llm::builder("no/such/model").backend(BackendChoice::Cuda).quantize(Some(Quantize::Fp8));
-    let Err(error) = builder.build() else { panic!("it is refused") };
-    assert!(error.to_string().contains("--quantize fp8") && error.to_string().contains("--backend cpu"));
-}

@@ -9,10 +9,12 @@
 //! same outputs: row `s` of gate goes to `s / 8 * 16 + s % 8`, of up 8 further on. The rows are padded with zeros to a
 //! multiple of 128. Experts lie one behind the other, each so. All other matrices lie as they are.
 //!
-//! A matrix in fp8 is packed into tiles by all cores instead (`fp8_tiles.rs`), 64 stored rows after the other.
+//! A matrix in fp8 is packed into tiles by all cores instead (`fp8_tiles.rs`), 64 stored rows after the other; one whose inputs are
+//! rounded, too, lies as it is, with its scales behind it (`fp8_codes.rs`).
 //!
 //! Dummy weights have no bytes: a kernel makes them in place.
 
+mod fp8_codes;
 mod fp8_tiles;
 
 use std::ops::Range;
@@ -21,6 +23,7 @@ use bytemuck::cast_slice_mut;
 use half::{bf16, f16};
 use minisgl_core::backend::{Device, Purpose, Queue, WeightRole};
 use minisgl_core::shard::Slicing;
+use minisgl_core::spec::Inputs;
 use minisgl_core::tensor::{Dtype, HostTensor, TensorData};
 use rayon::prelude::*;
 
@@ -39,13 +42,35 @@ const GROUP: usize = 8;
 const GATE_UP_PADDING: usize = 128;
 const THREADS: u32 = 256;
 
+pub(crate) use fp8_codes::{Fp8Codes, Rounding};
 pub(crate) use fp8_tiles::Fp8Tiles;
 
+use fp8_codes::CodesRow;
 use fp8_tiles::Fp8Row;
 
 /// How the columns of o and down are cut, which ranks share out: a thread that multiplies has registers for the sums of two pairs
 /// of slices (`gemm_prefill.cu`).
 pub const SLICING: Slicing = Slicing { most: 4, block: 64, equal: false };
+
+/// How a matrix's elements lie on the device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Form {
+    /// Rows of bf16.
+    Bf16,
+    /// Tiles of e4m3, which are widened on their way to the tensor cores.
+    Tiles,
+    /// Codes of e4m3, whose inputs are rounded.
+    Codes(Codes),
+}
+
+/// What tells matrices of codes apart.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Codes {
+    /// How inputs are rounded.
+    pub(crate) rounding: Rounding,
+    /// Has each row one scale?
+    pub(crate) by_rows: bool,
+}
 
 /// A matrix on the device, in bf16 or fp8; a handle, like a buffer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -53,7 +78,7 @@ pub struct Weight {
     address: Address,
     rows: usize,
     cols: usize,
-    fp8: bool,
+    form: Form,
     /// Into how many slices its columns are cut where ranks share them out: of one rank all that the matrix has.
     slices: u32,
 }
@@ -61,7 +86,7 @@ pub struct Weight {
 impl Weight {
     /// A matrix `[rows, cols]` of bf16 that already lies on the device.
     pub fn new(address: Address, rows: usize, cols: usize) -> Weight {
-        Weight { address, rows, cols, fp8: false, slices: SLICING.slices(cols) }
+        Weight { address, rows, cols, form: Form::Bf16, slices: SLICING.slices(cols) }
     }
 
     /// A rank's columns of a matrix, among which are so many of its slices.
@@ -74,9 +99,14 @@ impl Weight {
         self.slices
     }
 
-    /// Is it in fp8, in tiles?
+    /// Is it in fp8?
     pub fn is_fp8(&self) -> bool {
-        self.fp8
+        self.form != Form::Bf16
+    }
+
+    /// What it is if its inputs are rounded.
+    pub(crate) fn codes(&self) -> Option<Codes> {
+        if let Form::Codes(codes) = self.form { Some(codes) } else { None }
     }
 
     /// Where it begins.
@@ -92,6 +122,11 @@ impl Weight {
     /// Columns.
     pub fn cols(&self) -> usize {
         self.cols
+    }
+
+    /// Words of 16 bits that kernels multiply of a row: its columns, or pairs of codes.
+    pub(crate) fn words(&self) -> usize {
+        if self.codes().is_some() { self.cols / 2 } else { self.cols }
     }
 }
 
@@ -119,6 +154,18 @@ impl<'a> Piece<'a> {
             TensorData::Fp8 { owner, range, scales } => {
                 let codes = &(**owner).as_ref()[range.clone()];
                 Fp8Row::of(self.tensor, codes, scales, row).ok_or_else(refused)
+            }
+            _ => Err(CudaError::Unsupported(format!("{:?} is no fp8", self.tensor))),
+        }
+    }
+
+    /// The same as its codes are.
+    fn codes_row(&self, row: usize) -> Result<CodesRow<'a>, CudaError> {
+        let refused = || CudaError::Unsupported(format!("{:?} has no row {row}", self.tensor));
+        match &self.tensor.data {
+            TensorData::Fp8 { owner, range, scales } => {
+                let codes = &(**owner).as_ref()[range.clone()];
+                CodesRow::of(self.tensor, codes, scales, row).ok_or_else(refused)
             }
             _ => Err(CudaError::Unsupported(format!("{:?} is no fp8", self.tensor))),
         }
@@ -242,13 +289,23 @@ impl Cuda {
                 parts[0]
             )));
         }
-        let bytes = if fp8 { Fp8Tiles::bytes(rows, cols) } else { rows * cols * 2 };
+        let form = form(parts)?;
+        let bytes = match form {
+            Form::Bf16 => rows * cols * 2,
+            Form::Tiles => Fp8Tiles::bytes(rows, cols),
+            Form::Codes(_) => Fp8Codes { rows, cols }.bytes(),
+        };
         let address = self.allocate(Purpose::Weights, bytes)?;
-        if gate_ups(role) > 0 && !fp8 {
+        if gate_ups(role) > 0 && form == Form::Bf16 {
             self.zero(address, bytes)?;
         }
-        let slices = if let WeightRole::Sliced(slices) = role { slices } else { SLICING.slices(cols) };
-        let weight = Weight { address, rows, cols, fp8, slices };
+        let weight = Weight { address, rows, cols, form, slices: 1 };
+        let slices = match (form, role) {
+            (Form::Codes(_), _) => Fp8Codes { rows, cols }.slices(),
+            (_, WeightRole::Sliced(slices)) => slices,
+            _ => SLICING.slices(cols),
+        };
+        let weight = weight.sliced(slices);
         self.reload_weight(weight, role, parts)?;
         Ok(weight)
     }
@@ -282,8 +339,10 @@ impl Cuda {
                 parts[0]
             )));
         }
-        if weight.fp8 {
-            return self.upload_fp8(&pieces, weight);
+        match weight.form {
+            Form::Bf16 => {}
+            Form::Tiles => return self.upload_fp8(&pieces, weight),
+            Form::Codes(_) => return self.upload_codes(&pieces, weight),
         }
         for piece in pieces {
             let (whole, first_row, first_col) = piece.tensor.whole();
@@ -315,7 +374,7 @@ impl Cuda {
 
     /// Multiplies column c of `matrix` by element c of `norm`, in place. One in fp8 stays: its inputs are multiplied.
     pub fn scale_columns(&mut self, norm: Weight, matrix: Weight) -> Result<(), CudaError> {
-        if matrix.fp8 {
+        if matrix.is_fp8() {
             return Ok(());
         }
         let kernel = self.modules.kernel("weights", "fold_norm", 0)?;
@@ -379,14 +438,79 @@ impl Cuda {
             let packed = &mut cast_slice_mut::<u32, u8>(self.words_mut(buffer)?)[..bytes];
             let tiles = packed.par_chunks_mut(across).zip(rows.par_chunks(Fp8Tiles::ROWS));
             tiles.for_each(|(tiles, rows)| Fp8Tiles::pack(rows, tiles));
-            self.upload_bytes(buffer, 0, bytes, to)?;
-            let stream = self.launcher.stream(Queue::Compute);
-            let recorded = buffer.uploaded.record(stream);
-            recorded.map_err(|error| self.launcher.failed("recording an event", error))?;
+            self.upload_staged(buffer, bytes, to)?;
             to = to.offset(bytes);
         }
         self.staging = Some(staging);
         Ok(())
+    }
+
+    /// Copies codes as they are, a staging buffer at a time, and scales behind them.
+    fn upload_codes(&mut self, pieces: &[Piece<'_>], weight: Weight) -> Result<(), CudaError> {
+        let (cols, layout) = (weight.cols, Fp8Codes { rows: weight.rows, cols: weight.cols });
+        let mut rows = vec![None; weight.rows];
+        let mut input_scale = None;
+        for piece in pieces {
+            for (i, row) in piece.rows.clone().enumerate() {
+                rows[piece.target.row(i)] = Some(piece.codes_row(row)?);
+            }
+            if let TensorData::Fp8 { scales, .. } = &piece.tensor.data {
+                if input_scale.is_some_and(|scale| Some(scale) != scales.input_scale) {
+                    return Err(CudaError::Unsupported(format!(
+                        "{:?} has another scale of its inputs than what it is stacked on; use --plain-inputs",
+                        piece.tensor
+                    )));
+                }
+                input_scale = scales.input_scale;
+            }
+        }
+        let Some(mut scales) = layout.scales(&rows) else {
+            return Err(CudaError::Unsupported(format!(
+                "{:?} has scales for other blocks than multiples of {} rows and {} columns, or whole rows; use --plain-inputs",
+                pieces.first().map(|piece| piece.tensor),
+                Fp8Codes::GROUP,
+                Fp8Codes::BLOCK_COLS,
+            )));
+        };
+        scales.push(input_scale.unwrap_or(1.0));
+        let mut staging = self.take_staging()?;
+        let at_once = (STAGING_BYTES / cols.max(1)).max(1);
+        for (i, rows) in rows.chunks(at_once).enumerate() {
+            let buffer = &mut staging.buffers[staging.next % 2];
+            staging.next += 1;
+            let staged = cast_slice_mut::<u32, u8>(self.words_mut(buffer)?);
+            let Some(staged) = staged.get_mut(..rows.len() * cols) else {
+                return Err(CudaError::Unsupported(format!(
+                    "a matrix of {cols} columns is too wide to be loaded"
+                )));
+            };
+            staged.par_chunks_mut(cols.max(1)).zip(rows).for_each(|(to, row)| match row {
+                Some(row) => to.copy_from_slice(row.codes),
+                None => to.fill(0),
+            });
+            self.upload_staged(buffer, rows.len() * cols, weight.address.offset(i * at_once * cols))?;
+        }
+        for (i, part) in scales.chunks(STAGING_BYTES / 4).enumerate() {
+            let buffer = &mut staging.buffers[staging.next % 2];
+            staging.next += 1;
+            let words = self.words_mut(buffer)?;
+            words.iter_mut().zip(part).for_each(|(word, scale)| *word = scale.to_bits());
+            self.upload_staged(
+                buffer,
+                part.len() * 4,
+                weight.address.offset(layout.scales_at() + i * STAGING_BYTES),
+            )?;
+        }
+        self.staging = Some(staging);
+        Ok(())
+    }
+
+    /// Enqueues the copy of the first bytes of a staging buffer.
+    fn upload_staged(&mut self, buffer: &mut Pinned, bytes: usize, to: Address) -> Result<(), CudaError> {
+        self.upload_bytes(buffer, 0, bytes, to)?;
+        let stream = self.launcher.stream(Queue::Compute);
+        let recorded = buffer.uploaded.record(stream);
+        recorded.map_err(|error| self.launcher.failed("recording an event", error))
     }
 
     /// Copies rows to their places, a staging buffer at a time.
@@ -437,6 +561,30 @@ impl Cuda {
         let stream = self.launcher.stream(Queue::Compute);
         staged.uploaded.record(stream).map_err(|error| self.launcher.failed("recording an event", error))
     }
+}
+
+/// How a matrix of such parts lies on the device: of one in fp8 all parts' inputs are rounded alike.
+fn form(parts: &[HostTensor]) -> Result<Form, CudaError> {
+    let mut forms = parts.iter().map(|part| match &part.data {
+        TensorData::Fp8 { scales, .. } if scales.inputs == Inputs::Plain => Ok(Form::Tiles),
+        TensorData::Fp8 { scales, .. } => match Rounding::of(scales.inputs) {
+            Some(rounding) => Ok(Form::Codes(Codes { rounding, by_rows: scales.block[1] >= part.cols })),
+            None => Err(CudaError::Unsupported(format!(
+                "{part:?} has inputs that are rounded in groups of other than {} columns; use --plain-inputs",
+                Fp8Codes::BLOCK_COLS
+            ))),
+        },
+        _ => Ok(Form::Bf16),
+    });
+    let first = forms.next().unwrap_or(Ok(Form::Bf16))?;
+    for other in forms {
+        if other? != first {
+            return Err(CudaError::Unsupported(format!(
+                "the parts of {parts:?} have scales of different kinds; use --plain-inputs"
+            )));
+        }
+    }
+    Ok(first)
 }
 
 /// Rows that fit a staging buffer: whole groups, unless all rows fit.

@@ -1,98 +1,57 @@
 //! Products with matrices in fp8 against those with the bf16 numbers that these mean, bit by bit: few tokens and many, matrices
 //! whose rows and columns fill no tile, scales of every form that checkpoints have.
 
+#[path = "support/products.rs"]
+mod products;
 mod support;
 
 use std::sync::Arc;
-use std::time::{SystemTime, UNIX_EPOCH};
 
 use bytemuck::cast_slice;
 use half::bf16;
-use minisgl_core::backend::{Device, Element, Purpose, Queue, WeightRole};
+use minisgl_core::backend::{Device, Element, WeightRole};
 use minisgl_core::batch::Token;
 use minisgl_core::fp8;
 use minisgl_core::spec::Inputs;
-use minisgl_core::tensor::{Dtype, HostTensor, Scales, TensorData, splitmix64};
-use minisgl_cuda::ops::gemm::{GateUp, Gemm, Qkv, RankSums, Residual, RowNorm, Rows, SmShare};
-use minisgl_cuda::{Address, Buffer, Cuda, Options, Weight};
+use minisgl_core::tensor::{Dtype, HostTensor, Scales, TensorData};
+use minisgl_cuda::ops::gemm::{GateUp, Qkv, RankSums, Residual, Rows, SmShare};
+use minisgl_cuda::{Address, Buffer, Weight};
+use products::Gpu;
 use support::taken;
 
 /// Both sides of every tile's tokens, and of where matrices are widened in memory.
 const TOKENS: [u32; 14] = [1, 2, 8, 16, 17, 32, 33, 64, 65, 128, 129, 256, 257, 1000];
 const TOKENS_MAX: usize = 1000;
 
-struct Gpu {
-    cuda: Cuda,
-    gemm: Gemm,
-    seed: u64,
+fn gpu() -> Gpu {
+    let mut gpu = Gpu::new();
+    gpu.gemm.reserve_fp8(&mut gpu.cuda, 64 << 20).unwrap();
+    gpu
 }
 
-impl Gpu {
-    fn new() -> Gpu {
-        let mut cuda = Cuda::new(&Options::default()).expect("a GPU");
-        let mut gemm = Gemm::new(&mut cuda).unwrap();
-        gemm.reserve_fp8(&mut cuda, 64 << 20).unwrap();
-        let seed = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_nanos() as u64;
-        println!("seed {seed}");
-        Gpu { cuda, gemm, seed }
-    }
-
-    fn next(&mut self) -> u64 {
-        self.seed = splitmix64(self.seed);
-        self.seed
-    }
-
-    fn upload<T: bytemuck::Pod>(&mut self, element: Element, values: &[T]) -> Buffer {
-        let bytes: &[u8] = cast_slice(values);
-        let words: Vec<u32> = bytes.as_chunks::<4>().0.iter().map(|four| u32::from_le_bytes(*four)).collect();
-        let elements = if element == Element::Activation { words.len() * 2 } else { words.len() };
-        let buffer = self.cuda.alloc(Purpose::Scratch, element, elements).unwrap();
-        let mut pinned = self.cuda.alloc_pinned(words.len()).unwrap();
-        self.cuda.words_mut(&mut pinned).unwrap().copy_from_slice(&words);
-        self.cuda.upload(&mut pinned, 0..words.len(), buffer).unwrap();
-        self.cuda.synchronize().unwrap();
-        buffer
-    }
-
-    fn download(&mut self, buffer: Buffer) -> Vec<u32> {
-        let words = buffer.bytes() / 4;
-        let mut pinned = self.cuda.alloc_pinned(words).unwrap();
-        self.cuda.download(Queue::Compute, buffer, words, &mut pinned).unwrap();
-        self.cuda.words(&pinned).unwrap().to_vec()
-    }
-
-    fn activations(&mut self, count: usize) -> Buffer {
-        let seed = self.next();
-        let value =
-            |i| bf16::from_f32((splitmix64(seed.wrapping_add(i)) >> 40) as f32 / (1 << 23) as f32 - 1.0);
-        let values: Vec<bf16> = (0..count as u64).map(value).collect();
-        self.upload(Element::Activation, &values)
-    }
-
-    /// A matrix of random codes, none of which is no number, and the same in bf16.
-    fn matrix(&mut self, role: WeightRole, [rows, cols]: [usize; 2], block: [usize; 2]) -> [Weight; 2] {
-        let codes: Vec<u8> = (0..rows * cols)
-            .map(|_| self.next() as u8)
-            .map(|code| if code & 0x7f == fp8::NAN { code ^ 1 } else { code })
-            .collect();
-        let scales = rows.div_ceil(block[0]) * cols.div_ceil(block[1]);
-        let values: Vec<f32> =
-            (0..scales).map(|_| 1e-4 + (self.next() >> 40) as f32 / (1 << 24) as f32 * 1e-2).collect();
-        let meant: Vec<u8> = (0..rows * cols)
-            .flat_map(|i| {
-                let scale = values[i / cols / block[0] * cols.div_ceil(block[1]) + i % cols / block[1]];
-                bf16::from_f32(fp8::decode(codes[i]) * bf16::from_f32(scale).to_f32()).to_le_bytes()
-            })
-            .collect();
-        let (range, wide_range) = (0..codes.len(), 0..meant.len());
-        let scales = Scales { values, block, inputs: Inputs::Plain, input_scale: None };
-        let narrow = TensorData::Fp8 { owner: Arc::new(codes), range, scales: Arc::new(scales) };
-        let wide = TensorData::Bytes { owner: Arc::new(meant), range: wide_range, dtype: Dtype::Bf16 };
-        [narrow, wide].map(|data| {
-            let tensor = HostTensor { name: "w".into(), rows, cols, data };
-            self.cuda.load_weight(role, &[tensor]).unwrap()
+/// A matrix of random codes, none of which is no number, and the same in bf16.
+fn matrix(gpu: &mut Gpu, role: WeightRole, [rows, cols]: [usize; 2], block: [usize; 2]) -> [Weight; 2] {
+    let codes: Vec<u8> = (0..rows * cols)
+        .map(|_| gpu.next() as u8)
+        .map(|code| if code & 0x7f == fp8::NAN { code ^ 1 } else { code })
+        .collect();
+    let scales = rows.div_ceil(block[0]) * cols.div_ceil(block[1]);
+    let values: Vec<f32> =
+        (0..scales).map(|_| 1e-4 + (gpu.next() >> 40) as f32 / (1 << 24) as f32 * 1e-2).collect();
+    let meant: Vec<u8> = (0..rows * cols)
+        .flat_map(|i| {
+            let scale = values[i / cols / block[0] * cols.div_ceil(block[1]) + i % cols / block[1]];
+            bf16::from_f32(fp8::decode(codes[i]) * bf16::from_f32(scale).to_f32()).to_le_bytes()
         })
-    }
+        .collect();
+    let (range, wide_range) = (0..codes.len(), 0..meant.len());
+    let scales = Scales { values, block, inputs: Inputs::Plain, input_scale: None };
+    let narrow = TensorData::Fp8 { owner: Arc::new(codes), range, scales: Arc::new(scales) };
+    let wide = TensorData::Bytes { owner: Arc::new(meant), range: wide_range, dtype: Dtype::Bf16 };
+    [narrow, wide].map(|data| {
+        let tensor = HostTensor { name: "w".into(), rows, cols, data };
+        gpu.cuda.load_weight(role, &[tensor]).unwrap()
+    })
 }
 
 /// What a product writes, by both matrices; they must agree in every bit, and something finite must be there.
@@ -113,11 +72,11 @@ const BLOCKS: [[usize; 2]; 3] = [[1, 1 << 20], [128, 128], [1, 128]];
 #[test]
 #[ignore = "needs a GPU"]
 fn rows_that_are_added_have_the_bits_of_what_fp8_means() {
-    let gpu = &mut Gpu::new();
+    let gpu = &mut gpu();
     for (i, (rows, cols)) in
         taken([(192, 320), (64, 64), (1000, 1096), (1024, 3072), (4096, 4096), (4096, 7000)]).enumerate()
     {
-        let both = gpu.matrix(WeightRole::Linear, [rows, cols], BLOCKS[i % 3]);
+        let both = matrix(gpu, WeightRole::Linear, [rows, cols], BLOCKS[i % 3]);
         let x = gpu.activations(TOKENS_MAX * cols);
         let before = gpu.activations(TOKENS_MAX * rows);
         let before = gpu.download(before);
@@ -134,11 +93,11 @@ fn rows_that_are_added_have_the_bits_of_what_fp8_means() {
 #[test]
 #[ignore = "needs a GPU"]
 fn ranks_sums_have_the_bits_of_what_fp8_means() {
-    let gpu = &mut Gpu::new();
+    let gpu = &mut gpu();
     for (i, (rows, cols, slices)) in
         taken([(192, 320, 2), (64, 64, 1), (1000, 1096, 2), (1024, 1536, 1), (4096, 2048, 2)]).enumerate()
     {
-        let both = gpu.matrix(WeightRole::Sliced(slices), [rows, cols], BLOCKS[i % 3]);
+        let both = matrix(gpu, WeightRole::Sliced(slices), [rows, cols], BLOCKS[i % 3]);
         let x = gpu.activations(TOKENS_MAX * cols);
         agree(gpu, &format!("sums {rows}x{cols}"), |gpu, which, tokens| {
             let out = gpu.upload(Element::Float, &vec![f32::NAN; TOKENS_MAX * rows.next_multiple_of(64)]);
@@ -151,13 +110,13 @@ fn ranks_sums_have_the_bits_of_what_fp8_means() {
 #[test]
 #[ignore = "needs a GPU"]
 fn gates_and_ups_have_the_bits_of_what_fp8_means() {
-    let gpu = &mut Gpu::new();
+    let gpu = &mut gpu();
     for (i, (intermediate, cols)) in
         taken([(320, 192), (32, 64), (3072, 1024), (3000, 1096), (6144, 4096)]).enumerate()
     {
-        let both = gpu.matrix(WeightRole::GateUp, [2 * intermediate, cols], BLOCKS[i % 3]);
+        let both = matrix(gpu, WeightRole::GateUp, [2 * intermediate, cols], BLOCKS[i % 3]);
         let x = gpu.activations(TOKENS_MAX * cols);
-        let norm = norm(gpu, cols);
+        let norm = gpu.norm(TOKENS_MAX, cols).0;
         agree(gpu, &format!("gate and up {intermediate}x{cols}"), |gpu, which, tokens| {
             let out = gpu.upload(Element::Activation, &vec![u32::MAX; TOKENS_MAX * intermediate / 2]);
             let intermediate = intermediate as u32;
@@ -176,19 +135,19 @@ fn gates_and_ups_have_the_bits_of_what_fp8_means() {
 #[test]
 #[ignore = "needs a GPU"]
 fn queries_keys_and_values_have_the_bits_of_what_fp8_means() {
-    let gpu = &mut Gpu::new();
+    let gpu = &mut gpu();
     for (i, (heads, kv_heads, head_dim, cols)) in
         taken([(2, 2, 128, 320), (3, 1, 64, 192), (16, 8, 128, 1024), (32, 8, 128, 4096)]).enumerate()
     {
         let rows = (heads + 2 * kv_heads) * head_dim;
-        let both = gpu.matrix(WeightRole::Linear, [rows, cols], BLOCKS[i % 3]);
+        let both = matrix(gpu, WeightRole::Linear, [rows, cols], BLOCKS[i % 3]);
         let x = gpu.activations(TOKENS_MAX * cols);
         let (norms, biases) = (gpu.activations(2 * head_dim), gpu.activations(rows));
         let rope = gpu.upload(Element::Float, &vec![0.6f32; 64 * head_dim]);
         let token = |i: u32| Token { id: 0, slot: 0, position: i % 64, location: i };
         let tokens: Vec<Token> = (0..TOKENS_MAX as u32).map(token).collect();
         let batch = gpu.upload(Element::Word, cast_slice::<Token, u32>(&tokens));
-        let norm = norm(gpu, cols);
+        let norm = gpu.norm(TOKENS_MAX, cols).0;
         for normed in [false, true] {
             let given = |address: Address| if normed { address } else { Address::NULL };
             agree(gpu, &format!("qkv {rows}x{cols}"), |gpu, which, tokens| {
@@ -231,12 +190,4 @@ fn launch<E: minisgl_cuda::ops::gemm::Epilogue>(
     let x = Rows { address: x.address(), there: (x.elements() / w.cols()) as u32 };
     gpu.gemm.launch(gpu.cuda.launcher(), w, x, tokens, SmShare::Whole, epilogue).unwrap();
     gpu.cuda.synchronize().unwrap();
-}
-
-/// Each token's norm, from random sums of squares.
-fn norm(gpu: &mut Gpu, cols: usize) -> RowNorm {
-    let segments = cols.div_ceil(64);
-    let sums: Vec<f32> = (0..TOKENS_MAX * segments).map(|_| 1.0 + (gpu.next() >> 44) as f32 / 1e5).collect();
-    let sumsq = gpu.upload(Element::Float, &sums).address();
-    RowNorm { sumsq, segments: segments as u32, hidden: cols as u32, eps: 1e-6 }
 }

@@ -61,9 +61,8 @@ pub const PORTABLE: &[Module] = modules![portable:
 /// Modules for compute capability 9.0, in alphabetic order. Their kernels are written for dependent launch.
 pub const HOPPER: &[Module] = modules![hopper:
     "attention", "attention_fp8", "embed", "exchange", "experts", "experts_products", "experts_products_fp8",
-    "experts_router", "fp8_pages", "fp8_weights",
+    "experts_router", "fp8_inputs", "fp8_pages", "fp8_weights",
     "gemm_decode_gate_up", "gemm_decode_head", "gemm_decode_qkv", "gemm_decode_qkv_fp8", "gemm_decode_residual",
     "gemm_decode_sums", "gemm_fp8_gate_up", "gemm_fp8_qkv", "gemm_fp8_qkv_fp8", "gemm_fp8_residual", "gemm_fp8_sums",
-    "gemm_prefill", "layers", "perf", "sampling",
-    "weights",
+    "gemm_prefill", "gemm_rounded_few", "gemm_rounded_many", "layers", "perf", "sampling", "weights",
 ];

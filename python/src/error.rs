@@ -28,7 +28,6 @@ pub fn raised(error: &Error) -> PyErr {
         | Error::MemoryShare { .. }
         | Error::TooFewPages { .. }
         | Error::NoEngine
-        | Error::QuantizeOnGpu
         | Error::Ranks(_)
         | Error::RanksSimulated(_)
         | Error::DevicesLeftOver { .. }

@@ -10,7 +10,7 @@
 use minisgl_core::batch::{Row, StepShape};
 use minisgl_core::config::Limits;
 use minisgl_core::kv::KvFormat;
-use minisgl_core::spec::{Attention, Bias, DecoderSpec, Mixer, QkNorm, WeightFormat};
+use minisgl_core::spec::{Attention, Bias, DecoderSpec, Inputs, Mixer, QkNorm, WeightFormat};
 
 use super::attention::Planner;
 pub use super::described::Described;
@@ -166,6 +166,11 @@ impl Explainer<'_> {
     /// A product, behind what its matrix in fp8 needs of inputs and of memory.
     fn product(&self, what: &'static str, kind: Kind, [rows, cols]: [u32; 2], part: Part) -> Vec<Launch> {
         let tokens = part.tokens(self.shape).len() as u32;
+        if let Some(inputs) = self.rounded() {
+            let launches = gemm::explained_rounded(self.device, kind, [rows, cols, tokens], inputs);
+            let launches = launches.into_iter().flatten();
+            return launches.map(|it| launch(what, it.kernel, it.grid, it.work)).collect();
+        }
         let weights_fp8 = self.spec.weights != WeightFormat::Bf16;
         let form = Form { normed: self.is_normed(), kv_fp8: self.keeps_fp8(part, [rows, cols]), weights_fp8 };
         let mut launches = Vec::new();
@@ -181,6 +186,14 @@ impl Explainer<'_> {
         launches
     }
 
+    /// How inputs are rounded, if they are.
+    fn rounded(&self) -> Option<Inputs> {
+        match self.spec.weights {
+            WeightFormat::Fp8(fp8) if fp8.inputs != Inputs::Plain => Some(fp8.inputs),
+            WeightFormat::Fp8(_) | WeightFormat::Bf16 => None,
+        }
+    }
+
     fn share(part: Part) -> SmShare {
         if part == Part::Whole { SmShare::Whole } else { SmShare::Half }
     }
@@ -190,6 +203,7 @@ impl Explainer<'_> {
         let tokens = part.tokens(self.shape).len() as u32;
         let weights_fp8 = self.spec.weights != WeightFormat::Bf16;
         self.spec.kv == Some(KvFormat::Fp8)
+            && self.rounded().is_none()
             && gemm::keeps_fp8([rows, cols, tokens], Self::share(part), weights_fp8)
     }
 

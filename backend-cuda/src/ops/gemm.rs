@@ -19,14 +19,19 @@
 mod decode;
 mod fp8;
 mod prefill;
+mod rounded;
 
 use decode::{Decode, Tiling};
 use fp8::Fp8;
 use prefill::{Prefill, Tile};
+use rounded::Rounded;
+
+pub use rounded::Norm;
 
 use super::described::Described;
 use minisgl_core::backend::Purpose;
 use minisgl_core::shard::RANKS_MAX;
+use minisgl_core::spec::Inputs;
 
 use crate::device::Cuda;
 use crate::error::CudaError;
@@ -35,7 +40,7 @@ use crate::memory::Address;
 use crate::module::Modules;
 use crate::param::{Param, plain_params};
 use crate::tensor_map::TensorMap;
-use crate::weight::{SLICING, Weight};
+use crate::weight::{Fp8Codes, Rounding, SLICING, Weight};
 
 /// Columns of a block; slices are whole blocks.
 const BLOCK_COLS: u32 = SLICING.block as u32;
@@ -205,7 +210,7 @@ impl Kind {
 }
 
 /// What a product's sums become.
-pub trait Epilogue: Param {
+pub trait Epilogue: Param + Copy {
     /// Which it is.
     const KIND: Kind;
 
@@ -225,7 +230,7 @@ pub trait Epilogue: Param {
     }
 }
 
-/// MiB of the largest matrix that L2 holds beside the activations. `gemm_prefill.cu` draws the same line.
+/// MiB of the largest matrix that L2 holds beside the activations. `gemm_prefill.cuh` draws the same line.
 const L2_MIB: u64 = 24;
 
 fn fits_l2(rows: u32, cols: u32) -> bool {
@@ -475,7 +480,7 @@ pub(super) struct Form {
     pub(super) normed: bool,
     /// Are keys and values kept in fp8?
     pub(super) kv_fp8: bool,
-    /// Is the matrix?
+    /// Is the matrix, and its inputs as they are?
     pub(super) weights_fp8: bool,
 }
 
@@ -497,6 +502,20 @@ pub(super) fn explained(
         false => Tiling::explained(kind, &shape, share, form),
     };
     few.or_else(|| Tile::explained(kind, &shape, device.clusters))
+}
+
+/// What rounds the inputs of a product with a matrix of codes, and what that is launched as.
+pub(super) fn explained_rounded(
+    device: &Described,
+    kind: Kind,
+    [rows, cols, tokens]: [u32; 3],
+    inputs: Inputs,
+) -> Option<[Explained; 2]> {
+    let words = cols / 2;
+    let layout = Fp8Codes { rows: rows as usize, cols: cols as usize };
+    let slices = kind.slices(rows, words, layout.slices());
+    let shape = Shape { rows, cols: words, tokens, slices };
+    rounded::explained(kind, &shape, Rounding::of(inputs)?, device.clusters)
 }
 
 /// How many blocks widen a matrix of `[rows, cols]` in fp8 for so many tokens, if they are too many for kernels that do it.
@@ -531,6 +550,8 @@ pub struct Gemm {
     set: Set,
     /// For matrices in fp8, once [`Gemm::reserve_fp8`] made room.
     fp8: Option<Fp8>,
+    /// For those whose inputs are rounded, once [`Gemm::reserve_rounded`] did.
+    rounded: Option<Rounded>,
     /// That have the other rows of gate and up.
     ranks: u32,
 }
@@ -544,7 +565,7 @@ impl Gemm {
         } else {
             Set::Portable(Box::new(Portable::new(cuda.modules())?))
         };
-        Ok(Gemm { set, fp8: None, ranks: cuda.rank().count })
+        Ok(Gemm { set, fp8: None, rounded: None, ranks: cuda.rank().count })
     }
 
     /// Looks up the kernels for matrices in fp8, and takes memory for one of so many elements in bf16.
@@ -554,18 +575,29 @@ impl Gemm {
         Ok(())
     }
 
-    /// What a product with `w` takes of the first `tokens` rows of `x`, which are normed: of fp8 these times the norm's scale, in
-    /// `scaled`; any other matrix has that in its columns.
+    /// Looks up the kernels for matrices in fp8 whose inputs are rounded, and takes memory for `tokens` rows of these, of at most
+    /// `width` columns.
+    pub fn reserve_rounded(&mut self, cuda: &mut Cuda, tokens: usize, width: usize) -> Result<(), CudaError> {
+        self.rounded = Some(Rounded::new(cuda, tokens, width)?);
+        Ok(())
+    }
+
+    /// What a product with `w` takes of the first `tokens` rows of `x`: of fp8 these times their norm's scales, in `scaled`, which any
+    /// other matrix has in its columns. Where inputs are rounded, the product to be launched next takes what is rounded here.
     pub fn inputs(
         &self,
         launcher: &Launcher,
         w: Weight,
-        norm: Option<Weight>,
+        norm: Option<Norm>,
         x: Rows,
         tokens: u32,
         scaled: Rows,
     ) -> Result<Rows, CudaError> {
-        match (&self.fp8, norm) {
+        if w.codes().is_some() {
+            let rounded = self.rounded.as_ref().ok_or(CudaError::NotReserved)?;
+            return rounded.inputs(launcher, w, norm, x, tokens).map(|()| x);
+        }
+        match (&self.fp8, norm.and_then(|norm| norm.weight)) {
             (Some(fp8), Some(norm)) if w.is_fp8() => {
                 fp8.scale(launcher, x.address, norm, tokens, scaled.address)?;
                 Ok(scaled)
@@ -577,7 +609,7 @@ impl Gemm {
     /// Do products of queries, keys and values with so many tokens keep these in fp8 by themselves ([`Qkv::fp8`])?
     pub fn keeps_fp8(&self, w: Weight, tokens: u32, share: SmShare) -> bool {
         let sizes = [w.rows() as u32, w.cols() as u32, tokens];
-        matches!(self.set, Set::Hopper(_)) && keeps_fp8(sizes, share, w.is_fp8())
+        matches!(self.set, Set::Hopper(_)) && w.codes().is_none() && keeps_fp8(sizes, share, w.is_fp8())
     }
 
     /// Multiplies the first `tokens` rows of `x` by `w`, whose columns are a multiple of 8. The portable kernels take whatever
@@ -591,7 +623,7 @@ impl Gemm {
         share: SmShare,
         epilogue: &E,
     ) -> Result<(), CudaError> {
-        let (rows, cols) = (w.rows() as u32, w.cols() as u32);
+        let (rows, cols) = (w.rows() as u32, w.words() as u32);
         let slices = E::KIND.slices(rows * self.ranks, cols, w.slices());
         let shape = Shape { rows, cols, tokens, slices };
         if tokens == 0 {
@@ -603,6 +635,10 @@ impl Gemm {
         }
         let product = Product { w: w.address(), is_fresh: false, x, shape, share, epilogue };
         match &self.set {
+            Set::Hopper(hopper) if w.codes().is_some() => {
+                let rounded = self.rounded.as_ref().ok_or(CudaError::NotReserved)?;
+                rounded.launch(launcher, &hopper.prefill.partials, w, &product)
+            }
             Set::Hopper(hopper) if w.is_fp8() => {
                 let fp8 = self.fp8.as_ref().ok_or(CudaError::NotReserved)?;
                 fp8.launch(launcher, hopper, w, product)
@@ -663,7 +699,7 @@ mod tests {
     #[test]
     fn both_sides_think_the_same_matrices_fit_l2() {
         let line = format!("(size_t)shape.rows * shape.cols * 2 <= {L2_MIB}u << 20");
-        assert!(source("hopper/gemm_prefill.cu").contains(&line));
+        assert!(source("hopper/gemm_prefill.cuh").contains(&line));
     }
 
     #[test]

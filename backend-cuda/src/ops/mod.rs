@@ -44,7 +44,7 @@ use minisgl_core::backend::{
 use minisgl_core::batch::{Row, StepShape, TOKEN_WORDS};
 use minisgl_core::config::Limits;
 use minisgl_core::kv::KvFormat;
-use minisgl_core::spec::{DecoderSpec, Dims, LayerSpec, Mlp, Unsupported, WeightFormat};
+use minisgl_core::spec::{DecoderSpec, Dims, Fp8, Inputs, LayerSpec, Mlp, Unsupported, WeightFormat};
 use minisgl_core::tensor::HostTensor;
 
 use self::attention::Attention;
@@ -52,7 +52,7 @@ use self::embed::Ends;
 use self::exchange::{Exchange, Stream};
 use self::experts::{ExpertLayer, Experts};
 use self::fp8_pages::Fp8Pages;
-use self::gemm::{GateUp, Gemm, Head, Qkv, Residual, RowNorm, Rows, SmShare};
+use self::gemm::{GateUp, Gemm, Head, Norm, Qkv, Residual, RowNorm, Rows, SmShare};
 use self::halves::{Division, Halves, Part};
 use self::layers::LayersKernel;
 use self::sampling::Sampling;
@@ -76,7 +76,7 @@ pub struct Buffers {
     pub attended: Buffer,
     /// `[tokens, intermediate]`: silu(gate) * up, where a layer has no experts.
     pub activated: Buffer,
-    /// `[tokens, hidden]`: the residual stream times a norm's scale, where weights are fp8.
+    /// `[tokens, hidden]`: the residual stream times a norm's scale, where weights are fp8 and inputs stay as they are.
     pub scaled: Buffer,
 }
 
@@ -85,7 +85,8 @@ impl Buffers {
         let dims = &spec.dims;
         let is_dense = |layer: &LayerSpec| layer.experts().is_none();
         let mlp = if spec.layers.iter().any(is_dense) { dims.intermediate } else { 0 };
-        let scaled = if spec.weights == WeightFormat::Bf16 { 0 } else { dims.hidden };
+        let is_scaled = matches!(spec.weights, WeightFormat::Fp8(fp8) if fp8.inputs == Inputs::Plain);
+        let scaled = if is_scaled { dims.hidden } else { 0 };
         let mut alloc = |width: usize| cuda.alloc(Purpose::Scratch, Element::Activation, tokens * width);
         Ok(Buffers {
             residual: alloc(dims.hidden as usize)?,
@@ -140,7 +141,7 @@ impl Operations {
             halves: Halves::new(spec, cuda.properties().hopper && link.is_none()),
             layers_kernel: LayersKernel::new(cuda, spec, limits)?,
             ends: Ends::new(cuda.modules())?,
-            gemm: Self::products(cuda, spec)?,
+            gemm: Self::products(cuda, spec, limits.step_tokens())?,
             experts: Experts::new(cuda, spec, limits)?,
             attention: Attention::new(cuda, dims, spec.window(), format, limits)?,
             fp8_pages: in_fp8.then(|| Fp8Pages::new(cuda.modules(), dims, spec.window())).transpose()?,
@@ -155,10 +156,14 @@ impl Operations {
         Stream { residual: self.buffers.residual.address(), sumsq: self.sumsq, tokens }
     }
 
-    fn products(cuda: &mut Cuda, spec: &DecoderSpec) -> Result<Gemm, CudaError> {
+    fn products(cuda: &mut Cuda, spec: &DecoderSpec, tokens: usize) -> Result<Gemm, CudaError> {
         let dims = &spec.dims;
         let mut gemm = Gemm::new(cuda)?;
-        if spec.weights != WeightFormat::Bf16 {
+        let WeightFormat::Fp8(Fp8 { inputs, .. }) = spec.weights else { return Ok(gemm) };
+        if inputs != Inputs::Plain {
+            let width = dims.q_width().max(dims.hidden.max(dims.intermediate) as usize);
+            gemm.reserve_rounded(cuda, tokens, width)?;
+        } else {
             let mlp = gate_up_rows(dims.intermediate as usize).max(dims.intermediate as usize);
             let most = dims.qkv_width().max(dims.q_width()).max(mlp);
             gemm.reserve_fp8(cuda, most * dims.hidden as usize)?;
@@ -271,7 +276,7 @@ impl Operations {
         self.after_attention(launcher, layer, part)
     }
 
-    /// The first kernel of a layer, behind one that scales its inputs where weights are fp8, and before one that encodes where it left keys
+    /// The first kernel of a layer, behind one that scales or rounds its inputs where weights are fp8, and before one that encodes where it left keys
     /// and values in the wide pages.
     pub fn before_attention(&self, launcher: &Launcher, layer: &Layer, part: Part) -> Result<(), CudaError> {
         let tokens = part.tokens(layer.step.shape);
@@ -280,8 +285,8 @@ impl Operations {
         let epilogue = self.qkv(layer, tokens.start, in_fp8);
         let (count, share) = (tokens.len() as u32, Self::sm_share(part));
         let LayerWeights { qkv, attention_norm, .. } = layer.weights;
-        let x =
-            self.gemm.inputs(launcher, *qkv, *attention_norm, residual, count, self.scaled(tokens.start))?;
+        let norm = Norm { weight: *attention_norm, rows: self.norm(tokens.start) };
+        let x = self.gemm.inputs(launcher, *qkv, Some(norm), residual, count, self.scaled(tokens.start))?;
         self.gemm.launch(launcher, *qkv, x, count, share, &epilogue)?;
         match &self.fp8_pages {
             Some(pages) if !in_fp8 => pages.encode(launcher, layer.step, tokens, layer.kv),
@@ -319,6 +324,7 @@ impl Operations {
         // What o and down do: `+=`, or where others have columns too, the sums and their exchange.
         let add = |w: Weight, x: Rows| match &self.exchange {
             None => {
+                let x = gemm.inputs(launcher, w, None, x, count, x)?;
                 let added = Residual { residual: residual.address, sumsq: self.sumsq_of(first) };
                 gemm.launch(launcher, w, x, count, share, &added)
             }
@@ -335,7 +341,8 @@ impl Operations {
         let mlp = self.dims.intermediate;
         let activated = rows_from(buffers.activated, mlp as usize, first);
         let gated = GateUp { norm: self.norm(first), out: activated.address, intermediate: mlp, reserved: 0 };
-        let x = gemm.inputs(launcher, gate_up, weights.mlp_norm, residual, count, self.scaled(first))?;
+        let norm = Norm { weight: weights.mlp_norm, rows: self.norm(first) };
+        let x = gemm.inputs(launcher, gate_up, Some(norm), residual, count, self.scaled(first))?;
         gemm.launch(launcher, gate_up, x, count, share, &gated)?;
         add(down, activated)
     }

@@ -11,13 +11,15 @@ use minisgl_core::spec::{
 use minisgl_kernels::attention::GROUP_MAX;
 
 use super::experts::{COUNT_MAX, PER_TOKEN_MAX};
-use crate::weight::Fp8Tiles;
+use crate::weight::{Fp8Codes, Fp8Tiles, Rounding};
 
 const BACKEND: &str = "CUDA";
 /// An expert's down begins at a tile of its own, so it has whole ones.
 const FP8_ROWS: u32 = Fp8Tiles::ROWS as u32;
 /// Widths are multiples of this: 16 bytes, what the copy engines move at least.
 const WIDTH_MULTIPLE: u32 = 8;
+/// Codes that are multiplied themselves come 16 bytes at a time, too.
+const ROUNDED_MULTIPLE: u32 = 16;
 /// A scale of fp8 is that of whole tiles' rows.
 const FP8_COLS: u32 = Fp8Tiles::COLS as u32;
 
@@ -33,12 +35,21 @@ pub fn check(spec: &DecoderSpec, hopper: bool) -> Result<(), Unsupported> {
 
 /// Likewise, of what one of several ranks computes.
 pub fn check_rank(spec: &DecoderSpec, rank: Rank) -> Result<(), Unsupported> {
-    if rank.count == 1 || spec.layers.iter().all(|layer| layer.experts().is_none()) {
-        return Ok(());
+    let refused = [
+        (spec.layers.iter().any(|layer| layer.experts().is_some()), "it has experts"),
+        (
+            matches!(spec.weights, WeightFormat::Fp8(fp8) if fp8.inputs != Inputs::Plain),
+            "the inputs of its fp8 weights are rounded (with --plain-inputs they are not)",
+        ),
+    ];
+    match first(&refused).filter(|_| rank.count > 1) {
+        None => Ok(()),
+        Some(what) => {
+            let what =
+                format!("{what}, which one GPU computes, and --tensor-parallel {} does not", rank.count);
+            Err(Unsupported::new(BACKEND, what + ADVICE))
+        }
     }
-    let what =
-        format!("it has experts, which one GPU computes, and --tensor-parallel {} does not", rank.count);
-    Err(Unsupported::new(BACKEND, what + ADVICE))
 }
 
 const ADVICE: &str = " (--backend cpu has fewer limits)";
@@ -56,11 +67,7 @@ fn check_model(spec: &DecoderSpec, hopper: bool) -> Result<(), String> {
             "its weights are fp8, which has kernels for Hopper alone",
         ),
         (
-            matches!(weights, WeightFormat::Fp8(Fp8 { inputs, .. }) if *inputs != Inputs::Plain),
-            "the inputs of its fp8 weights are rounded to fp8; with --plain-inputs they are not",
-        ),
-        (
-            matches!(weights, WeightFormat::Fp8(Fp8 { block: ScaleBlock::Tile { cols, .. }, .. }) if cols % FP8_COLS != 0),
+            matches!(weights, WeightFormat::Fp8(Fp8 { block: ScaleBlock::Tile { cols, .. }, inputs: Inputs::Plain }) if cols % FP8_COLS != 0),
             "its fp8 weights have scales for blocks of columns that are no multiples of 64",
         ),
         (
@@ -76,7 +83,35 @@ fn check_model(spec: &DecoderSpec, hopper: bool) -> Result<(), String> {
         (*kv == Some(KvFormat::F32), "its keys and values are to be kept in f32; use --kv-dtype auto"),
         (layers.iter().any(|layer| layer.window() != window), "not all of its layers have the same window"),
     ];
-    first(&refused).map_or(Ok(()), |what| Err(what.to_owned()))
+    first(&refused).map_or(Ok(()), |what| Err(what.to_owned()))?;
+    let has_experts = layers.iter().any(|layer| layer.experts().is_some());
+    match weights {
+        WeightFormat::Fp8(fp8) if fp8.inputs != Inputs::Plain => check_rounded(dims, fp8, has_experts),
+        WeightFormat::Fp8(_) | WeightFormat::Bf16 => Ok(()),
+    }
+}
+
+/// What products of rounded inputs are made for.
+fn check_rounded(dims: &Dims, fp8: &Fp8, has_experts: bool) -> Result<(), String> {
+    let Fp8 { block, inputs } = fp8;
+    let rows = Fp8Codes::GROUP as u32;
+    let refused = [
+        (
+            matches!(block, ScaleBlock::Tile { rows: high, cols } if high % rows != 0 || cols % Fp8Codes::BLOCK_COLS != 0),
+            "have scales for blocks that are no multiples of 8 rows and 128 columns",
+        ),
+        (Rounding::of(*inputs).is_none(), "have inputs that are rounded in groups of other than 128 columns"),
+        (has_experts, "are experts' among others"),
+        (
+            !dims.hidden.is_multiple_of(ROUNDED_MULTIPLE)
+                || !dims.intermediate.is_multiple_of(ROUNDED_MULTIPLE),
+            "have widths that are no multiples of 16",
+        ),
+    ];
+    let refused = first(&refused);
+    refused.map_or(Ok(()), |what| {
+        Err(format!("its fp8 weights, whose inputs are rounded to fp8, {what}; with --plain-inputs they are not rounded"))
+    })
 }
 
 fn check_sizes(dims: &Dims) -> Result<(), String> {
@@ -241,8 +276,24 @@ mod tests {
         let odd = check(&DecoderSpec { weights: tile(96), ..spec() }, true).unwrap_err();
         assert!(odd.to_string().contains("multiples of 64"), "{odd}");
         check(&DecoderSpec { weights: tile(192), ..spec() }, true).unwrap();
-        let rounded = check(&DecoderSpec { weights: WeightFormat::Fp8(fp8), ..spec() }, true).unwrap_err();
-        assert!(rounded.to_string().contains("--plain-inputs"), "{rounded}");
+        let rounded = |block, inputs| WeightFormat::Fp8(Fp8 { block, inputs });
+        let tiles = |rows, cols| ScaleBlock::Tile { rows, cols };
+        for inputs in [Inputs::PerToken, Inputs::PerGroup(128), Inputs::Static] {
+            for block in [ScaleBlock::Row, ScaleBlock::Matrix, tiles(128, 128), tiles(8, 256)] {
+                let weights = rounded(block, inputs);
+                check(&DecoderSpec { weights, ..spec() }, true).unwrap();
+                let experts = check(&DecoderSpec { weights, ..with_experts(experts) }, true).unwrap_err();
+                assert!(experts.to_string().contains("--plain-inputs"), "{experts}");
+            }
+        }
+        for weights in [
+            rounded(tiles(1, 128), Inputs::PerToken),
+            rounded(tiles(128, 64), Inputs::PerGroup(128)),
+            rounded(ScaleBlock::Row, Inputs::PerGroup(64)),
+        ] {
+            let refused = check(&DecoderSpec { weights, ..spec() }, true).unwrap_err();
+            assert!(refused.to_string().contains("128 columns; with --plain-inputs"), "{refused}");
+        }
         let weights = WeightFormat::Fp8(Fp8 { inputs: Inputs::Plain, ..fp8 });
         check(&DecoderSpec { weights, ..with_experts(experts) }, true).unwrap();
         let dims = Dims { hidden: 96, ..DIMS };

@@ -75,6 +75,12 @@ template <int GROUPS, int N> struct RingOf<GROUPS, N, 1, Fp8Matrix> {
     using Type = Fp8Ring<GROUPS, N>;
 };
 
+// What else the scaling warp fetches: of these matrices nothing.
+template <class R>
+__device__ __forceinline__ void fetch_beside(const R &, const TensorMap &, unsigned, unsigned, unsigned, unsigned) {}
+template <class R>
+__device__ __forceinline__ void fetch_beside(const R &, const Fp8Matrix &, unsigned, unsigned, unsigned, unsigned) {}
+
 template <int GROUPS, int TILES, int N, int OWN, int PAIR, class Matrix, class Epilogue>
 __device__ __forceinline__ void decode(const Matrix &w, const TensorMap *x, const Shape &shape, unsigned stages,
                                        const Epilogue &epilogue) {
@@ -101,8 +107,10 @@ __device__ __forceinline__ void decode(const Matrix &w, const TensorMap *x, cons
     if (warp >= R::MULTIPLIERS / 32) {
         if (threadIdx.x == R::MULTIPLIERS)
             ring.fetch(fetched(w), x, first, blocks, m0, n0);
-        if (warp > R::MULTIPLIERS / 32)
+        if (warp > R::MULTIPLIERS / 32) {
             scale_rows<N>(epilogue, shape, n0, scales);
+            fetch_beside(ring, w, first, blocks, m0, n0);
+        }
         __syncwarp();
         cluster_sync();
     } else {

@@ -63,6 +63,21 @@ WGMMA(192, 96, R96, 96, 97, 98, D64(0), D32(64))
 WGMMA(224, 112, R112, 112, 113, 114, D64(0), D32(64), D16(96))
 WGMMA(256, 128, R128, 128, 129, 130, D64(0), D64(64))
 
+// The same of e4m3 codes, 64 rows by N columns by 32. Tensor cores keep few bits of such sums: rounded.cuh says how often they are
+// taken out.
+#define WGMMA_OF_CODES(N, COUNT, REGISTERS, A, B, ADD, ...) \
+    __device__ __forceinline__ void wgmma_codes(float (&d)[COUNT], unsigned long long a, unsigned long long b, bool add) { \
+        asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #ADD ", 0;\n" \
+                     "wgmma.mma_async.sync.aligned.m64n" #N "k32.f32.e4m3.e4m3 {" REGISTERS "}, %" #A ", %" #B ", p, 1, 1;\n}" \
+                     : __VA_ARGS__ \
+                     : "l"(a), "l"(b), "r"((int)add)); \
+    }
+
+WGMMA_OF_CODES(16, 8, R8, 8, 9, 10, D8(0))
+WGMMA_OF_CODES(32, 16, R16, 16, 17, 18, D16(0))
+WGMMA_OF_CODES(64, 32, R32, 32, 33, 34, D32(0))
+WGMMA_OF_CODES(128, 64, R64, 64, 65, 66, D64(0))
+
 // A in registers: its numbers are those of its four words.
 #define WGMMA_OF_REGISTERS(N, COUNT, REGISTERS, A0, A1, A2, A3, B, ADD, ...) \
     __device__ __forceinline__ void wgmma(float (&d)[COUNT], const unsigned (&a)[4], unsigned long long b, bool add) { \
@@ -97,6 +112,7 @@ WGMMA_OF_REGISTERS(192, 96, R96, 96, 97, 98, 99, 100, 101, D64(0), D32(64))
 #undef D32
 #undef D64
 #undef WGMMA
+#undef WGMMA_OF_CODES
 #undef WGMMA_OF_REGISTERS
 
 // The same for 288 rows of B, which are more than one instruction takes.

@@ -28,10 +28,33 @@ use crate::tensor_map::TensorMap;
 
 /// A tile's kernel, and how many clusters of it the device takes at once.
 #[derive(Clone, Copy, Debug)]
-struct Loaded {
-    tile: Tile,
-    kernel: Kernel,
-    clusters: u32,
+pub(super) struct Loaded {
+    pub(super) tile: Tile,
+    pub(super) kernel: Kernel,
+    pub(super) clusters: u32,
+}
+
+impl Loaded {
+    /// Looks up a tile's kernel in a module.
+    pub(super) fn new(
+        cuda: &mut Cuda,
+        module: &'static str,
+        (tile, name): (Tile, &'static str),
+    ) -> Result<Loaded, CudaError> {
+        let kernel = cuda.modules().kernel(module, name, Tile::SHARED)?;
+        // Where none has room the launch will say so.
+        let clusters = cuda.launcher().clusters_at_once(&kernel, tile.grid(1))?.max(1);
+        let aside = (tile.cluster() * tile.rows * tile.tokens()) as usize * 4;
+        let clusters = if tile.aside { clusters.min((Partials::BYTES / aside) as u32) } else { clusters };
+        Ok(Loaded { tile, kernel, clusters })
+    }
+
+    /// The quickest of these for the product.
+    pub(super) fn quickest<'a>(all: &'a [Loaded], shape: &Shape) -> Result<&'a Loaded, CudaError> {
+        let &Shape { rows, cols, tokens, .. } = shape;
+        let index = Tile::quickest(all.iter().map(|loaded| (loaded.tile, loaded.clusters)), shape);
+        index.and_then(|index| all.get(index)).ok_or(CudaError::NoTile { rows, cols, tokens })
+    }
 }
 
 /// Hopper's kernels for many tokens: clusters, a block a multiprocessor, take tile after tile.
@@ -39,13 +62,13 @@ struct Loaded {
 pub(super) struct Prefill {
     /// By [`Kind`].
     kernels: [Vec<Loaded>; 6],
-    partials: Partials,
+    pub(super) partials: Partials,
 }
 
 /// Where clusters leave sums, as `split.cuh` declares it: of slices that others add, or those that a block itself takes up again.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
-struct Partials {
+pub(super) struct Partials {
     /// Sums of all tiles' slices, f32.
     sums: Address,
     /// Words: how many slices of a warp's share of a tile are there. Zero between launches.
@@ -106,7 +129,7 @@ impl Tile {
         Tile { rows: 192, cost: 12, ..Tile::MIDDLE },
     ];
     /// Shared memory that a block takes: all that one can have. The kernel makes as many stages of it as fit.
-    const SHARED: u32 = 227 << 10;
+    pub(super) const SHARED: u32 = 227 << 10;
     /// What the copy engine takes.
     const BOX_ROWS: u32 = 256;
     /// In four slices, which is how o's and down's sums are cut. There w comes from memory, not from L2, which takes longer.
@@ -121,6 +144,10 @@ impl Tile {
         Tile { split: 2, ..Tile::SPLIT[1] },
         Tile { split: 2, ..Tile::SPLIT[2] },
     ];
+
+    /// Of codes (`gemm_rounded_many.cu`): a block of 128 columns takes no less for being multiplied in half the time.
+    pub(super) const ROUNDED: Tile = Tile { cost: 9, ..Tile::NARROW };
+    pub(super) const ROUNDED_SPLIT: Tile = Tile { cost: 9, adding: 100, ..Tile::HALVED[0] };
 
     /// The tiles that a kind of product has, and their kernels.
     fn of(kind: Kind) -> Vec<(Tile, &'static str)> {
@@ -167,14 +194,22 @@ impl Tile {
     /// Which of such tiles, of which the device takes so many clusters at once, is the quickest for the product. Wider tiles move
     /// fewer bytes for each operation, but leave more of the device idle at the end; so do clusters of four, which do not find
     /// room on every multiprocessor.
-    fn quickest(tiles: impl Iterator<Item = (Tile, u32)>, shape: &Shape) -> Option<usize> {
+    pub(super) fn quickest(tiles: impl Iterator<Item = (Tile, u32)>, shape: &Shape) -> Option<usize> {
         let there = tiles.enumerate().filter(|(_, (tile, _))| tile.suits(shape));
         there.min_by_key(|(_, (tile, clusters))| tile.time(shape, *clusters)).map(|(index, _)| index)
     }
 
     /// What a product is launched as on a device that takes so many clusters of a size at once.
     pub(super) fn explained(kind: Kind, shape: &Shape, clusters_of: fn(u32) -> u32) -> Option<Explained> {
-        let tiles = Self::of(kind);
+        Self::explained_of(Self::of(kind), shape, clusters_of)
+    }
+
+    /// The same of these tiles and their kernels.
+    pub(super) fn explained_of(
+        tiles: Vec<(Tile, &'static str)>,
+        shape: &Shape,
+        clusters_of: fn(u32) -> u32,
+    ) -> Option<Explained> {
         let clusters = |tile: Tile| clusters_of(tile.cluster());
         let (tile, kernel) =
             tiles[Self::quickest(tiles.iter().map(|(tile, _)| (*tile, clusters(*tile))), shape)?];
@@ -192,22 +227,22 @@ impl Tile {
         })
     }
 
-    fn cluster(self) -> u32 {
+    pub(super) fn cluster(self) -> u32 {
         self.blocks[0] * self.blocks[1]
     }
 
     /// Of a block.
-    fn tokens(self) -> u32 {
+    pub(super) fn tokens(self) -> u32 {
         64 * self.groups
     }
 
-    fn count(self, shape: &Shape) -> u32 {
+    pub(super) fn count(self, shape: &Shape) -> u32 {
         let [rows, tokens] = [self.blocks[0] * self.rows, self.blocks[1] * self.tokens()];
         shape.rows.div_ceil(rows) * shape.tokens.div_ceil(tokens)
     }
 
     /// What clusters take in turn: tiles, or their slices.
-    fn turns(self, shape: &Shape) -> u32 {
+    pub(super) fn turns(self, shape: &Shape) -> u32 {
         self.count(shape) * self.split
     }
 
@@ -234,18 +269,18 @@ impl Tile {
     }
 
     /// The warpgroups that multiply, and the one that fetches.
-    fn threads(self) -> u32 {
+    pub(super) fn threads(self) -> u32 {
         128 * self.groups + 128
     }
 
-    fn grid(self, clusters: u32) -> Grid {
+    pub(super) fn grid(self, clusters: u32) -> Grid {
         let grid = Grid::new(clusters * self.cluster(), self.threads()).cluster(self.cluster());
         grid.shared(Self::SHARED).dependent()
     }
 
     /// The rows of w and the tokens that a block fetches at once. It has its part of what the cluster shares, and takes that in
     /// two where a box would be too large.
-    fn fetched(self) -> Block {
+    pub(super) fn fetched(self) -> Block {
         let [along_rows, along_tokens] = self.blocks;
         let part = self.rows / along_tokens;
         Block::new(if part > Self::BOX_ROWS { part / 2 } else { part }, self.tokens() / along_rows)
@@ -254,20 +289,13 @@ impl Tile {
 
 impl Prefill {
     /// Tokens whose outputs a warp stores.
-    const WARP_TOKENS: u32 = 16;
+    pub(super) const WARP_TOKENS: u32 = 16;
 
     /// Looks up the kernels, and how many clusters of each the device takes.
     pub(super) fn new(cuda: &mut Cuda) -> Result<Prefill, CudaError> {
         let partials = Partials::new(cuda)?;
-        let load = |(tile, name): (Tile, &'static str)| {
-            let kernel = cuda.modules().kernel("gemm_prefill", name, Tile::SHARED)?;
-            // Where none has room the launch will say so.
-            let clusters = cuda.launcher().clusters_at_once(&kernel, tile.grid(1))?.max(1);
-            let aside = (tile.cluster() * tile.rows * tile.tokens()) as usize * 4;
-            let clusters = if tile.aside { clusters.min((Partials::BYTES / aside) as u32) } else { clusters };
-            Ok::<_, CudaError>(Loaded { tile, kernel, clusters })
-        };
-        let of_kind = |kind| Tile::of(kind).into_iter().map(load).collect::<Result<Vec<_>, _>>();
+        let mut load = |tile| Loaded::new(cuda, "gemm_prefill", tile);
+        let mut of_kind = |kind| Tile::of(kind).into_iter().map(&mut load).collect::<Result<Vec<_>, _>>();
         let kernels = [
             of_kind(Kind::Qkv)?,
             of_kind(Kind::Residual)?,
@@ -279,22 +307,13 @@ impl Prefill {
         Ok(Prefill { kernels, partials })
     }
 
-    /// The quickest tile that there is for the product.
-    fn quickest(&self, kind: Kind, shape: &Shape) -> Option<&Loaded> {
-        let kernels = &self.kernels[kind as usize];
-        let index = Tile::quickest(kernels.iter().map(|loaded| (loaded.tile, loaded.clusters)), shape)?;
-        kernels.get(index)
-    }
-
     pub(super) fn launch<E: Epilogue>(
         &self,
         launcher: &Launcher,
         product: &Product<'_, E>,
     ) -> Result<(), CudaError> {
         let Product { shape, epilogue, .. } = product;
-        let &Shape { rows, cols, tokens, .. } = shape;
-        let quickest = self.quickest(E::KIND, shape).ok_or(CudaError::NoTile { rows, cols, tokens })?;
-        let Loaded { tile, kernel, clusters } = quickest;
+        let Loaded { tile, kernel, clusters } = Loaded::quickest(&self.kernels[E::KIND as usize], shape)?;
         let grid = tile.grid(tile.turns(shape).min(*clusters)).dependent_if(!product.is_fresh);
         let [w, x] = product.maps(tile.fetched())?;
         // The copy engine takes rows that are a multiple of 16 bytes; a kernel stores others without it.

@@ -1,0 +1,407 @@
+//! Products whose both operands are e4m3 codes: inputs are rounded first, then multiplied on the tensor cores for fp8 (`rounded.cuh`).
+//!
+//! ```text
+//!   x bf16 ── norm, scales, codes ──> codes, scales ──┬── up to 64 tokens   kernels that read the matrix at memory's rate
+//!             (fp8_inputs.cu)           (qkv, o, down: 128) └── more        those of many tokens, in tiles of 128 by 128
+//! ```
+//!
+//! To a product's kernels and plans a row of codes is one of half as many words of 16 bits ([`Weight::words`]): blocks of 64 of these, rings, tiles and
+//! slices are those of bf16, but o and down have two slices at most.
+//!
+//! Invariant: a token's codes lie in a place of its own until its product has ended.
+
+use minisgl_core::backend::Purpose;
+
+use super::prefill::{Loaded, Partials, Prefill, Tile};
+use super::{BLOCK_COLS, Epilogue, Explained, Kind, Product, RowNorm, Rows, Shape};
+use crate::device::Cuda;
+use crate::error::CudaError;
+use crate::launch::{Grid, Kernel, Launcher};
+use crate::memory::Address;
+use crate::module::Modules;
+use crate::param::{Param, plain_params};
+use crate::tensor_map::TensorMap;
+use crate::weight::{Fp8Codes, Rounding, Weight};
+
+/// Tokens of a block's tile, for ever more tokens, and most that kernels of few take.
+const TOKENS: [u32; 4] = [16, 32, 64, 128];
+/// Threads of a block that rounds inputs, and blocks of columns that it rounds at once.
+const ROUNDING_THREADS: u32 = 256;
+const ROUNDED: u32 = ROUNDING_THREADS / 32 * 2;
+
+/// What is rounded, as `fp8_inputs.cu` declares it.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+struct Fp8Inputs {
+    x: Address,
+    norm: Address,
+    row_norm: RowNorm,
+    codes: Address,
+    scales: Address,
+    fixed: Address,
+    cols: u32,
+    pitch: u32,
+    whole: u32,
+    reserved: u32,
+}
+
+/// Where both operands' scales lie, as `rounded.cuh` declares it.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+struct CodeScales {
+    x: Address,
+    w: Address,
+    pitch: u32,
+    groups: u32,
+}
+
+/// An epilogue, and the scales of w's rows, or null, as `rounded.cuh` declares it.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+struct RoundedOf<E> {
+    epilogue: E,
+    row_scales: Address,
+}
+
+plain_params!(Fp8Inputs, CodeScales);
+
+impl<E: Epilogue> Param for RoundedOf<E> {
+    fn raw(&self) -> (*const std::ffi::c_void, usize) {
+        ((&raw const *self).cast(), size_of::<Self>())
+    }
+}
+
+/// A norm that inputs have before they are rounded.
+#[derive(Clone, Copy, Debug)]
+pub struct Norm {
+    /// Its scales, where they are not in the matrix's columns.
+    pub weight: Option<Weight>,
+    /// The rows'.
+    pub rows: RowNorm,
+}
+
+/// Room for the inputs of any product of a model.
+#[derive(Clone, Copy, Debug)]
+struct Room {
+    /// `[tokens, width]`.
+    codes: Address,
+    /// `[ceil(width / 128), pitch]` f32.
+    scales: Address,
+    tokens: u32,
+    pitch: u32,
+    width: u32,
+}
+
+/// The kernels.
+#[derive(Debug)]
+pub(super) struct Rounded {
+    round: Kernel,
+    /// By kind and [`TOKENS`]: rows of gate and up are enough for tiles of 128 tokens to fill the device.
+    few: [Vec<Kernel>; 3],
+    many: [Vec<Loaded>; 3],
+    room: Room,
+}
+
+/// A kind of product's kernels: which of all, the names of those for few tokens, and tiles of many.
+type Kernels = (usize, &'static [&'static str], Vec<(Tile, &'static str)>);
+
+fn kernels(kind: Kind) -> Option<Kernels> {
+    match kind {
+        Kind::Qkv => Some((
+            0,
+            &["few_qkv_128x16", "few_qkv_128x32", "few_qkv_128x64", "few_qkv_128x128"],
+            vec![(Tile::ROUNDED, "many_qkv_narrow")],
+        )),
+        Kind::Residual => Some((
+            1,
+            &["few_residual_64x16", "few_residual_64x32", "few_residual_64x64", "few_residual_64x128"],
+            vec![
+                (Tile::ROUNDED, "many_residual_narrow"),
+                (Tile::ROUNDED_SPLIT, "many_split_residual_narrow"),
+            ],
+        )),
+        Kind::GateUp => Some((
+            2,
+            &["few_gate_up_128x16", "few_gate_up_128x32", "few_gate_up_128x64"],
+            vec![(Tile::ROUNDED, "many_gate_up_narrow")],
+        )),
+        Kind::RankSums | Kind::Head | Kind::Linear => None,
+    }
+}
+
+/// The kinds that have kernels.
+const KINDS: [Kind; 3] = [Kind::Qkv, Kind::Residual, Kind::GateUp];
+
+impl Rounded {
+    /// Looks them up, and takes memory for `tokens` rows of inputs of at most `width` columns.
+    pub(super) fn new(cuda: &mut Cuda, tokens: usize, width: usize) -> Result<Rounded, CudaError> {
+        let width = width.next_multiple_of(Fp8Codes::BLOCK_COLS as usize);
+        // Whole tiles of a cluster find their tokens' scales.
+        let pitch = tokens.next_multiple_of(256);
+        let blocks = width / Fp8Codes::BLOCK_COLS as usize;
+        let room = Room {
+            codes: cuda.allocate(Purpose::Scratch, tokens * width)?,
+            scales: cuda.allocate(Purpose::Scratch, blocks * pitch * 4)?,
+            tokens: tokens as u32,
+            pitch: pitch as u32,
+            width: width as u32,
+        };
+        let few = |modules: &Modules, kind| {
+            let (_, names, _) = kernels(kind).ok_or_else(|| none(kind))?;
+            let load = |(size, name): (usize, &&'static str)| {
+                modules.kernel("gemm_rounded_few", name, Few::of(kind, size).shared_max())
+            };
+            names.iter().enumerate().map(load).collect::<Result<Vec<_>, _>>()
+        };
+        let modules = cuda.modules();
+        let [qkv, residual, gate_up] = KINDS.map(|kind| few(modules, kind));
+        let few = [qkv?, residual?, gate_up?];
+        let round = modules.kernel("fp8_inputs", "fp8_inputs", 0)?;
+        let mut many = |kind| {
+            let (_, _, tiles) = kernels(kind).ok_or_else(|| none(kind))?;
+            tiles
+                .into_iter()
+                .map(|tile| Loaded::new(cuda, "gemm_rounded_many", tile))
+                .collect::<Result<Vec<_>, _>>()
+        };
+        let many = [many(Kind::Qkv)?, many(Kind::Residual)?, many(Kind::GateUp)?];
+        Ok(Rounded { round, few, many, room })
+    }
+
+    /// Rounds the first `tokens` rows of `x` as `w` asks for.
+    pub(super) fn inputs(
+        &self,
+        launcher: &Launcher,
+        w: Weight,
+        norm: Option<Norm>,
+        x: Rows,
+        tokens: u32,
+    ) -> Result<(), CudaError> {
+        let (Some(codes), Room { tokens: most, pitch, width, .. }) = (w.codes(), self.room) else {
+            return Err(CudaError::NotReserved);
+        };
+        let cols = w.cols() as u32;
+        if tokens > most || cols > width {
+            return Err(CudaError::NotReserved);
+        }
+        let no_norm = RowNorm { sumsq: Address::NULL, segments: 0, hidden: cols, eps: 0.0 };
+        let inputs = Fp8Inputs {
+            x: x.address,
+            norm: norm.and_then(|norm| norm.weight).map_or(Address::NULL, |weight| weight.address()),
+            row_norm: norm.map_or(no_norm, |norm| norm.rows),
+            codes: self.room.codes,
+            scales: self.room.scales,
+            fixed: match codes.rounding {
+                Rounding::Fixed => w.address().offset(Fp8Codes::of(w).input_scale_at()),
+                Rounding::Groups | Rounding::Rows => Address::NULL,
+            },
+            cols,
+            pitch,
+            whole: (codes.rounding == Rounding::Rows).into(),
+            reserved: 0,
+        };
+        launcher.launch(&self.round, rounding(cols, tokens, codes.rounding), [&inputs])
+    }
+
+    /// Multiplies the rows that were rounded last with `w`, of which the product says no more than its sizes.
+    pub(super) fn launch<E: Epilogue>(
+        &self,
+        launcher: &Launcher,
+        partials: &Partials,
+        w: Weight,
+        product: &Product<'_, E>,
+    ) -> Result<(), CudaError> {
+        let (shape, layout) = (product.shape, Fp8Codes::of(w));
+        let (index, names, _) = kernels(E::KIND).ok_or_else(|| none(E::KIND))?;
+        let by_rows = w.codes().is_some_and(|codes| codes.by_rows);
+        let scales = CodeScales {
+            x: self.room.scales,
+            w: w.address().offset(layout.scales_at()),
+            pitch: self.room.pitch,
+            groups: layout.groups() as u32,
+        };
+        let row_scales = if by_rows { w.address().offset(layout.row_scales_at()) } else { Address::NULL };
+        let epilogue = RoundedOf { epilogue: *product.epilogue, row_scales };
+        let maps = |rows: u32, tokens: u32| {
+            let cols = shape.cols as usize;
+            let there = self.room.tokens as usize;
+            Ok::<_, CudaError>([
+                TensorMap::rows_of_bf16(w.address(), shape.rows as usize, cols, rows)?,
+                TensorMap::rows_of_bf16(self.room.codes, there, cols, tokens)?,
+            ])
+        };
+        if let Some(size) = Few::size(&shape, names) {
+            let (few, kernel) = (Few::of(E::KIND, size), &self.few[index][size]);
+            let stages = few.stages(&shape);
+            let [w, x] = maps(few.rows(), few.tokens)?;
+            let grid = few.grid(&shape, stages);
+            return launcher.launch(kernel, grid, [&w, &x, &shape, &stages, &scales, &epilogue]);
+        }
+        let Loaded { tile, kernel, clusters } = Loaded::quickest(&self.many[index], &shape)?;
+        let fetched = tile.fetched();
+        let [w, x] = maps(fetched.rows, fetched.tokens)?;
+        let (out, width) = product.epilogue.outputs(shape.rows).ok_or_else(|| none(E::KIND))?;
+        let out = TensorMap::rows_of_bf16(out, shape.tokens as usize, width as usize, Prefill::WARP_TOKENS)?;
+        let grid = tile.grid(tile.turns(&shape).min(*clusters));
+        launcher.launch(kernel, grid, [&w, &x, &out, &shape, &scales, &epilogue, partials])
+    }
+}
+
+fn none(kind: Kind) -> CudaError {
+    CudaError::Unsupported(format!("{kind:?} has no kernels for rounded inputs; use --plain-inputs"))
+}
+
+/// A block of the kernels for few tokens: so many by 64 rows of w for each of its warpgroups, a slice of the columns.
+#[derive(Clone, Copy, Debug)]
+struct Few {
+    tokens: u32,
+    /// Warpgroups that multiply.
+    groups: u32,
+    /// Does it fill the registers of a multiprocessor? Else two fit.
+    alone: bool,
+}
+
+impl Few {
+    fn of(kind: Kind, size: usize) -> Few {
+        let tokens = TOKENS[size];
+        // Rows of o and down are few.
+        let groups = if kind == Kind::Residual { 1 } else { 2 };
+        Few { tokens, groups, alone: tokens == 128 || tokens == 64 && kind == Kind::Qkv }
+    }
+
+    /// Rows of w.
+    fn rows(self) -> u32 {
+        64 * self.groups
+    }
+
+    /// Warpgroups that multiply, a warp that fetches and one that computes scales.
+    fn threads(self) -> u32 {
+        128 * self.groups + 64
+    }
+
+    /// Which of [`TOKENS`] a product takes, if one of so many kernels does.
+    fn size(shape: &Shape, kernels: &[&str]) -> Option<usize> {
+        TOKENS.iter().take(kernels.len()).position(|tokens| shape.tokens <= *tokens)
+    }
+
+    /// Bytes of shared memory that it may take.
+    fn shared_max(self) -> u32 {
+        if self.alone { 227 << 10 } else { 112 << 10 }
+    }
+
+    fn stage_bytes(self) -> u32 {
+        (self.tokens + self.rows()) * BLOCK_COLS * 2
+    }
+
+    /// Bytes of a stage's barriers, and of its scales: a token's each, and those of so many rows.
+    fn beside_stage(self) -> u32 {
+        16 + (self.tokens + self.rows() / Fp8Codes::GROUP as u32) * 4
+    }
+
+    /// The ring, what lies beside its stages, a scale a token, and what aligns the ring to 1024 bytes.
+    fn shared(self, stages: u32) -> u32 {
+        stages * (self.stage_bytes() + self.beside_stage()) + self.tokens * 4 + 1024
+    }
+
+    /// As many as a slice has blocks of columns, if they fit; the sums lie over them afterwards.
+    fn stages(self, shape: &Shape) -> u32 {
+        let fit = (self.shared_max() - self.shared(0)) / (self.stage_bytes() + self.beside_stage());
+        let sum_bytes = self.tokens * (self.rows() + 4) * 4;
+        let wanted = shape.cols.div_ceil(BLOCK_COLS).div_ceil(shape.slices);
+        wanted.min(fit).max(sum_bytes.div_ceil(self.stage_bytes()))
+    }
+
+    /// Clusters with the same rows of w are neighbours, so that w comes from memory once.
+    fn grid(self, shape: &Shape, stages: u32) -> Grid {
+        Grid::new(shape.tokens.div_ceil(self.tokens) * shape.slices, self.threads())
+            .rows(shape.rows.div_ceil(self.rows()))
+            .cluster(shape.slices)
+            .shared(self.shared(stages))
+            .dependent()
+    }
+}
+
+/// What rounds so many tokens of so many columns: a block a token where its largest magnitude is that of all its columns.
+fn rounding(cols: u32, tokens: u32, rounding: Rounding) -> Grid {
+    let parts = match rounding {
+        Rounding::Rows => 1,
+        Rounding::Groups | Rounding::Fixed => cols.div_ceil(Fp8Codes::BLOCK_COLS).div_ceil(ROUNDED),
+    };
+    Grid::new(tokens, ROUNDING_THREADS).rows(parts).dependent()
+}
+
+/// What rounds the inputs of a product with `[rows, cols]`, and what that is launched as.
+pub(super) fn explained(
+    kind: Kind,
+    shape: &Shape,
+    rounding_of: Rounding,
+    clusters: fn(u32) -> u32,
+) -> Option<[Explained; 2]> {
+    let (_, names, tiles) = kernels(kind)?;
+    let work = match rounding_of {
+        Rounding::Groups => "a warp: a token's blocks of 128 columns, each by its largest magnitude",
+        Rounding::Rows => "a block: a token, by its largest magnitude",
+        Rounding::Fixed => "a warp: a token's blocks of 128 columns, by the matrix's scale",
+    };
+    let grid = rounding(2 * shape.cols, shape.tokens, rounding_of);
+    let round = Explained { kernel: "fp8_inputs", grid, work: work.into() };
+    let Some(size) = Few::size(shape, names) else {
+        return Tile::explained_of(tiles, shape, clusters).map(|product| [round, product]);
+    };
+    let (few, slices) = (Few::of(kind, size), shape.slices);
+    let stages = few.stages(shape);
+    let work = format!(
+        "a block: {} rows of w in fp8, {} tokens, 1 of {slices} slices of the columns; {stages} stages",
+        few.rows(),
+        few.tokens
+    );
+    Some([round, Explained { kernel: names[size], grid: few.grid(shape, stages), work }])
+}
+
+#[cfg(test)]
+mod tests {
+    use minisgl_kernels::HOPPER;
+
+    use super::*;
+    use crate::declared::{assert_declared, threads_of};
+
+    #[test]
+    fn kernels_are_bound_to_the_threads_that_they_are_launched_with() {
+        for kind in KINDS {
+            let (_, names, tiles) = kernels(kind).unwrap();
+            for (size, name) in names.iter().enumerate() {
+                let few = Few::of(kind, size);
+                assert_eq!(threads_of(HOPPER, name), few.threads(), "{name}");
+                assert!(name.ends_with(&format!("_{}x{}", few.rows(), few.tokens)), "{name}");
+            }
+            for (tile, name) in tiles {
+                assert_eq!(threads_of(HOPPER, name), tile.threads(), "{name}");
+            }
+        }
+        assert_eq!(threads_of(HOPPER, "fp8_inputs"), ROUNDING_THREADS);
+    }
+
+    #[test]
+    fn the_host_and_the_kernels_mean_the_same_by_inputs_and_scales() {
+        assert_declared!(
+            &["hopper/fp8_inputs.cu", "epilogue.cuh"],
+            "Fp8Inputs",
+            Fp8Inputs { x, norm, row_norm, codes, scales, fixed, cols, pitch, whole, reserved }
+        );
+        assert_declared!(&["hopper/rounded.cuh"], "CodeScales", CodeScales { x, w, pitch, groups });
+    }
+
+    #[test]
+    fn a_ring_holds_the_sums_that_lie_over_it_and_blocks_fit_a_multiprocessor() {
+        for (rows, cols, slices) in [(6144, 2048, 2), (64, 64, 1), (4096, 6144, 2), (24_576, 2048, 1)] {
+            for (size, tokens) in TOKENS.into_iter().enumerate() {
+                for kind in KINDS {
+                    let (shape, few) = (Shape { rows, cols, tokens, slices }, Few::of(kind, size));
+                    let stages = few.stages(&shape);
+                    assert!(stages * few.stage_bytes() >= tokens * (few.rows() + 4) * 4);
+                    assert!(few.shared(stages) <= few.shared_max(), "{shape:?}");
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,180 @@
+// many_*, many_split_*: products of many tokens whose both operands are e4m3 codes (rounded.cuh); see gemm_prefill.cuh.
+//
+//   a block's sums   ── even ──┬─ taken out while odd is multiplied ── times scales, += ──> a slice's
+//   the next one's   ── odd  ──┘
+//
+// 1. A thread has registers for two blocks' sums, so that tensor cores always have one more to do, and for a slice's. The first
+//    slice's wait in memory for the second's, and are fetched while the last block is multiplied.
+// 2. Blocks' scales come with the ring's stages, by a warp of their own: loads from L2 take longer than a block.
+#include "gemm_prefill.cuh"
+#include "rounded.cuh"
+
+template <> constexpr unsigned STAGED_BYTES<Rounded<GateUp>> = WarpTile::HALF;
+
+__device__ __forceinline__ Known look_up(const Rounded<Qkv> &epilogue, unsigned token) {
+    const Qkv::Where where = epilogue.where(token);
+    return {1.0f, where.position, where.location, 0};
+}
+__device__ __forceinline__ Known look_up(const Rounded<GateUp> &, unsigned) { return {1.0f, 0, 0, 0}; }
+__device__ __forceinline__ constexpr bool is_added(const Rounded<Residual> &) { return true; }
+__device__ __forceinline__ void prepare(const Rounded<Residual> &epilogue, const Outputs &out, unsigned barrier) {
+    prepare(static_cast<const Residual &>(epilogue), out, barrier);
+}
+
+template <class E>
+__device__ __forceinline__ void finish(const Rounded<E> &epilogue, float (&y)[64], const Outputs &out, const Known *known) {
+    if (epilogue.row_scales != nullptr)
+#pragma unroll
+        for (int j = 0; j < 16; j++) {
+            const float2 by = epilogue.row_scales_at(out.m0 + 8 * j + out.lane() % 4 * 2, out.rows);
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                y[4 * j + 2 * h] = __fmul_rn(y[4 * j + 2 * h], by.x);
+                y[4 * j + 2 * h + 1] = __fmul_rn(y[4 * j + 2 * h + 1], by.y);
+            }
+        }
+    finish(static_cast<const E &>(epilogue), y, out, known);
+}
+
+// Both operands are codes. Their scales lie beside a stage: the tokens', then those of eight rows of w each.
+struct Codes {
+    CodeScales scales;
+    static constexpr bool CODES = true;
+    template <class P> static constexpr unsigned SCALE_BYTES = (P::TOKENS + P::M / 8) * 4;
+
+    // A warp's work: tile after tile, block after block.
+    template <class P> __device__ __forceinline__ void fetch(const Shared<P> &shared, const Shape &shape) const {
+        static_assert(P::TOKENS == 4 * 32 && P::M / 8 <= 4 * 32, "a lane has 16 bytes");
+        const unsigned lane = threadIdx.x % 32;
+        Place<P::STAGES> position;
+        dependent_wait();
+        for (Tiles<P> tiles(shape); tiles.remain(); tiles.advance()) {
+            const float *const x = scales.x + tiles.token() + 4 * lane, *const w = scales.w + tiles.row() / 8 + 4 * lane;
+            for (unsigned i = tiles.begin(shape); i < tiles.end(shape); i++) {
+                const unsigned to = shared.scales(position.at) + 16 * lane;
+                barrier_wait(shared.empty + 8 * position.at, position.parity ^ 1); // passes in the first round
+                fetch_scales(to, x + i * scales.pitch);
+                if (lane < P::M / 32)
+                    fetch_scales(to + P::TOKENS * 4, w + i * scales.groups);
+                arrive_with_scales(shared.full + 8 * position.at);
+                position.advance();
+            }
+        }
+    }
+};
+
+// Starts the products of the block at hand.
+template <class P>
+__device__ __forceinline__ void start(const Shared<P> &shared, const Place<P::STAGES> &position, float (&part)[P::M / 2]) {
+    const unsigned stage = shared.stage(position.at);
+    barrier_wait(shared.full + 8 * position.at, position.parity);
+    const unsigned long long a = tile_descriptor(stage + threadIdx.x / 128 * 64 * 128);
+    const unsigned long long b = tile_descriptor(stage + P::X_BYTES);
+    wgmma_fence();
+#pragma unroll
+    for (int k = 0; k < 4; k++)
+        wgmma_codes(part, a + 2 * k, b + 2 * k, k > 0);
+    wgmma_commit();
+}
+
+// Takes out the sums of block i, which lies at `at`. Behind block `cut` the slice's go to `aside`.
+template <class P>
+__device__ __forceinline__ void take(const Shared<P> &shared, unsigned at, unsigned i, unsigned cut, float (&part)[P::M / 2],
+                                     float (&sum)[P::M / 2], float4 *aside) {
+    static_assert(P::M == 128, "16 groups of rows");
+    const unsigned lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const unsigned scales = shared.scales(at), token = scales + (16 * warp + lane / 4) * 4;
+    const float by[2] = {load_scale(token), load_scale(token + 32)};
+    hold(part);
+#pragma unroll
+    for (int q = 0; q < 4; q++) {
+        const float4 four = load_four_scales(scales + P::TOKENS * 4 + 16 * q);
+        const float of[4] = {four.x, four.y, four.z, four.w};
+#pragma unroll
+        for (int g = 0; g < 4; g++)
+#pragma unroll
+            for (int e = 0; e < 4; e++) {
+                const int k = 16 * q + 4 * g + e;
+                sum[k] = fmaf(part[k], __fmul_rn(of[g], by[e / 2]), sum[k]);
+            }
+    }
+    barrier_arrive(shared.empty + 8 * at); // who read scales says so
+    if (lane > 0 && lane < P::SHARERS)
+        barrier_arrive_at(shared.empty + 8 * at, cluster_rank() ^ lane); // of clusters with two a side
+    if (i + 1 == cut)
+#pragma unroll
+        for (int j = 0; j < P::M / 8; j++) {
+            __stcg(aside + 32 * j, make_float4(sum[4 * j], sum[4 * j + 1], sum[4 * j + 2], sum[4 * j + 3]));
+            sum[4 * j] = sum[4 * j + 1] = sum[4 * j + 2] = sum[4 * j + 3] = 0.0f;
+        }
+}
+
+// Blocks whose products follow each other with no wait but for the one before.
+constexpr unsigned IN_A_ROW = 2;
+
+// The sums over blocks begin .. end of the columns, of two slices if one ends at `cut`. Where a loop goes round nothing is on its way:
+// the compiler follows products' registers no further, and would put all in a row.
+template <class P>
+__device__ __forceinline__ void multiply_codes(const Shared<P> &shared, Place<P::STAGES> &position, unsigned begin, unsigned end,
+                                               float (&sum)[P::M / 2], unsigned cut = 0, float4 *aside = nullptr) {
+    float even[P::M / 2], odd[P::M / 2];
+#pragma unroll
+    for (int i = 0; i < P::M / 2; i++)
+        even[i] = odd[i] = sum[i] = 0.0f;
+    unsigned i = begin, at;
+    const auto begin_next = [&](float(&part)[P::M / 2]) {
+        start(shared, position, part);
+        at = position.at;
+        position.advance();
+    };
+#pragma unroll 1
+    for (; i + IN_A_ROW <= end; i += IN_A_ROW) {
+        begin_next(even);
+#pragma unroll
+        for (int k = 0; k < IN_A_ROW; k++) {
+            const unsigned here = at;
+            if (k + 1 < IN_A_ROW) {
+                begin_next(k % 2 == 0 ? odd : even);
+                wgmma_wait<1>();
+            } else {
+                wgmma_wait<0>();
+            }
+            take(shared, here, i + k, cut, k % 2 == 0 ? even : odd, sum, aside);
+        }
+    }
+#pragma unroll 1
+    for (; i < end; i++) {
+        begin_next(even);
+        wgmma_wait<0>();
+        take(shared, at, i, cut, even, sum, aside);
+    }
+}
+
+// A tile's sums. `between` is called once.
+template <class P, class Between>
+__device__ __forceinline__ void multiply_codes_tile(const Shared<P> &shared, Place<P::STAGES> &position, const Shape &shape,
+                                                    float (&total)[P::M / 2], const Partials &partials, const Between &between) {
+    float4 *const aside = partials.sums + (blockIdx.x * P::WARPS + threadIdx.x / 32) * (P::M / 8 * 32) + threadIdx.x % 32;
+    between();
+    multiply_codes(shared, position, 0, shape.blocks(), total, shape.slices > 1 ? shared.slice_ends[0] : 0, aside);
+    if (shape.slices > 1)
+#pragma unroll
+        for (int j = 0; j < P::M / 8; j++) {
+            const float4 first = __ldcg(aside + 32 * j);
+            total[4 * j] += first.x, total[4 * j + 1] += first.y, total[4 * j + 2] += first.z, total[4 * j + 3] += first.w;
+        }
+}
+
+// SPLIT: a cluster takes one of so many slices of a tile at a time; 1: all of them.
+#define MANY(NAME, ALONG_ROWS, ALONG_TOKENS, SPLIT, EPILOGUE)                                                                \
+    extern "C" __global__ void __launch_bounds__(128 * 2 + 128, 1)                                                           \
+    NAME(const __grid_constant__ TensorMap w, const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap out,    \
+         Shape shape, CodeScales scales, Rounded<EPILOGUE> epilogue, Partials partials) {                                    \
+        prefill<Plan<2, 128, ALONG_ROWS, ALONG_TOKENS, SPLIT, Rounded<EPILOGUE>, Codes>>(                                    \
+            &w, &x, &out, shape, epilogue, partials, Codes{scales});                                                         \
+    }
+
+MANY(many_qkv_narrow, 2, 1, 1, Qkv)
+MANY(many_residual_narrow, 2, 1, 1, Residual)
+MANY(many_split_residual_narrow, 2, 1, 2, Residual)
+MANY(many_gate_up_narrow, 2, 1, 1, GateUp)
