@@ -50,7 +50,7 @@ fn read_rate(cuda: &mut Cuda) -> Result<f64, CudaError> {
 }
 
 fn matmul_rate(cuda: &mut Cuda) -> Result<Option<f64>, CudaError> {
-    let shape = Shape { rows: MATMUL_SIDE, outputs: MATMUL_SIDE, inputs: MATMUL_SIDE };
+    let shape = Shape { rows: MATMUL_SIDE, outputs: MATMUL_SIDE, inputs: MATMUL_SIDE, fp8: false };
     let Some(blas) = Blas::open(cuda)? else { return Ok(None) };
     let matrix = |cuda: &mut Cuda, seed| random(cuda, MATMUL_SIDE, MATMUL_SIDE, seed);
     let (weights, x) = (matrix(cuda, 1)?, matrix(cuda, 2)?);

@@ -1,7 +1,7 @@
 //! cuBLASLt, where the machine has it: the yardstick of our multiplications. Nothing else uses it.
 //!
-//! `out[rows, outputs] = x[rows, inputs] · weights[outputs, inputs]ᵀ`, all bf16 and row-major, which is what cuBLASLt,
-//! thinking in columns, calls `weightsᵀ · x`. The heuristics are asked for their best guesses, each is timed, and the
+//! `out[rows, outputs] = x[rows, inputs] · weights[outputs, inputs]ᵀ`, row-major, which is what cuBLASLt, thinking in columns, calls
+//! `weightsᵀ · x`. All are bf16, or both operands e4m3, with no scales. The heuristics are asked for their best guesses, each is timed, and the
 //! quickest taken.
 
 use std::ffi::c_void;
@@ -23,6 +23,8 @@ pub(crate) struct Shape {
     pub(crate) rows: usize,
     pub(crate) outputs: usize,
     pub(crate) inputs: usize,
+    /// Are both operands e4m3?
+    pub(crate) fp8: bool,
 }
 
 impl Shape {
@@ -126,19 +128,24 @@ impl Blas {
     }
 
     fn plan(&self, shape: Shape) -> Result<Plan, CudaError> {
-        let layout = |rows: usize, cols: usize| {
+        let layout = |kind, rows: usize, cols: usize| {
             let (rows, cols) = (rows as u64, cols as u64);
-            result::create_matrix_layout(sys::cudaDataType::CUDA_R_16BF, rows, cols, rows as i64)
-                .map_err(named)
+            result::create_matrix_layout(kind, rows, cols, rows as i64).map_err(named)
         };
-        let Shape { rows, outputs, inputs } = shape;
+        let Shape { rows, outputs, inputs, fp8 } = shape;
+        let bf16 = sys::cudaDataType::CUDA_R_16BF;
+        let operand = if fp8 { sys::cudaDataType::CUDA_R_8F_E4M3 } else { bf16 };
         let mut plan = Plan {
             description: result::create_matmul_desc(
                 sys::cublasComputeType_t::CUBLAS_COMPUTE_32F,
                 sys::cudaDataType::CUDA_R_32F,
             )
             .map_err(named)?,
-            layouts: [layout(inputs, outputs)?, layout(inputs, rows)?, layout(outputs, rows)?],
+            layouts: [
+                layout(operand, inputs, outputs)?,
+                layout(operand, inputs, rows)?,
+                layout(bf16, outputs, rows)?,
+            ],
             guesses: Vec::new(),
             chosen: 0,
         };

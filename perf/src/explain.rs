@@ -203,6 +203,12 @@ mod tests {
         let prefill = text("tokens=4096", "kv_fp8=1,weights_fp8=1", KernelSet::Auto);
         let kernels = ["fp8_weights_widen", "fp8_encode_128", "fp8_widen_128", "attention_prefill_128"];
         assert!(kernels.iter().all(|kernel| prefill.contains(kernel)), "{prefill}");
+        let rounded = text("rows=8", "weights_fp8=1,inputs_fp8=1", KernelSet::Auto);
+        let kernels = ["fp8_inputs", "few_qkv_128x16", "few_residual_64x16", "few_gate_up_128x16"];
+        assert!(kernels.iter().all(|kernel| rounded.contains(kernel)), "{rounded}");
+        let rounded = text("tokens=4096", "kv_fp8=1,weights_fp8=1,inputs_fp8=1", KernelSet::Auto);
+        let kernels = ["fp8_inputs", "many_qkv_", "fp8_encode_128", "many_residual_", "many_gate_up_"];
+        assert!(kernels.iter().all(|kernel| rounded.contains(kernel)), "{rounded}");
         let pages = text("rows=128", "kv_fp8=1", KernelSet::Auto);
         assert!(
             pages.contains("decode_qkv_fp8_normed_64x64") && pages.contains("a stream of its own"),

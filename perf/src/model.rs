@@ -22,9 +22,10 @@ pub struct ModelShape {
     pub(crate) window: Option<u32>,
     /// Have q, k and v biases, and heads no norms?
     pub(crate) bias: bool,
-    /// Are keys and values kept in fp8, and are matrices in it, whose inputs are not rounded?
+    /// Are keys and values kept in fp8, are matrices in it, and are these ones' inputs rounded to it?
     kv_fp8: bool,
     weights_fp8: bool,
+    inputs_fp8: bool,
 }
 
 /// No size of a model is larger, nor are all query heads of a token: so its weights are counted in 64 bits.
@@ -45,6 +46,7 @@ const SMALL: ModelShape = ModelShape {
     bias: false,
     kv_fp8: false,
     weights_fp8: false,
+    inputs_fp8: false,
 };
 
 /// Qwen3-0.6B and Qwen3-14B.
@@ -72,7 +74,8 @@ impl ModelShape {
         let rope = Some(Rope::plain(1e6, self.head_dim));
         let attention = Attention { bias, qk_norm, rope, window: self.window, ..Attention::plain() };
         let layer = LayerSpec { mixer: Mixer::Attention(attention), ..LayerSpec::plain() };
-        let fp8 = WeightFormat::Fp8(Fp8 { block: ScaleBlock::Row, inputs: Inputs::Plain });
+        let inputs = if self.inputs_fp8 { Inputs::PerGroup(128) } else { Inputs::Plain };
+        let fp8 = WeightFormat::Fp8(Fp8 { block: ScaleBlock::Tile { rows: 128, cols: 128 }, inputs });
         DecoderSpec {
             kv: self.kv_fp8.then_some(KvFormat::Fp8),
             weights: if self.weights_fp8 { fp8 } else { WeightFormat::Bf16 },
@@ -94,7 +97,7 @@ impl ModelShape {
 }
 
 /// Sizes that differ from those of Qwen3-0.6B, a window, whether there are biases, and for an explanation what is in fp8:
-/// `heads=32,head_dim=64`, `window=4096,bias=1`, `kv_fp8=1,weights_fp8=1`.
+/// `heads=32,head_dim=64`, `window=4096,bias=1`, `kv_fp8=1,weights_fp8=1,inputs_fp8=1`.
 impl FromStr for ModelShape {
     type Err = String;
 
@@ -120,11 +123,12 @@ impl FromStr for ModelShape {
                     shape.window = Some(value).filter(|window| *window > 0);
                     continue;
                 }
-                "bias" | "kv_fp8" | "weights_fp8" => {
+                "bias" | "kv_fp8" | "weights_fp8" | "inputs_fp8" => {
                     let is_so = match name {
                         "bias" => &mut shape.bias,
                         "kv_fp8" => &mut shape.kv_fp8,
-                        _ => &mut shape.weights_fp8,
+                        "weights_fp8" => &mut shape.weights_fp8,
+                        _ => &mut shape.inputs_fp8,
                     };
                     *is_so = value > 0;
                     continue;

@@ -43,18 +43,18 @@ static CODES: LazyLock<Vec<u8>> = LazyLock::new(|| {
     (0..65_521).map(code).map(|code| if code & 0x7f == fp8::NAN { code ^ 1 } else { code }).collect()
 });
 
-/// The scale of each 128 columns of a row.
+/// The scale of each 128 columns.
 const FP8_SCALE: f32 = 1.0 / 512.0;
 
-/// A matrix in e4m3, not on the device yet: [`fp8_element`] says what it means.
-pub(crate) fn fp8_part(rows: usize, cols: usize) -> HostTensor {
-    const BLOCK: [usize; 2] = [1, 128];
+/// A matrix in e4m3 with such inputs, not on the device yet: [`fp8_element`] says what it means.
+pub(crate) fn fp8_part(rows: usize, cols: usize, inputs: Inputs) -> HostTensor {
+    const BLOCK: [usize; 2] = [128, 128];
     let mut codes = Vec::with_capacity(rows * cols + CODES.len());
     while codes.len() < rows * cols {
         codes.extend_from_slice(&CODES);
     }
-    let values = vec![FP8_SCALE; rows * cols.div_ceil(BLOCK[1])];
-    let scales = Arc::new(Scales { values, block: BLOCK, inputs: Inputs::Plain, input_scale: None });
+    let values = vec![FP8_SCALE; rows.div_ceil(BLOCK[0]) * cols.div_ceil(BLOCK[1])];
+    let scales = Arc::new(Scales { values, block: BLOCK, inputs, input_scale: None });
     let data = TensorData::Fp8 { owner: Arc::new(codes), range: 0..rows * cols, scales };
     HostTensor { name: "random".into(), rows, cols, data }
 }

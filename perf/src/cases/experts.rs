@@ -47,7 +47,7 @@ const EXPERTS: spec::Experts = spec::Experts {
 };
 const EXPERT_ELEMENTS: u32 = 3 * HIDDEN * EXPERTS.intermediate;
 const FP8: WeightFormat =
-    WeightFormat::Fp8(Fp8 { block: ScaleBlock::Tile { rows: 1, cols: 128 }, inputs: Inputs::Plain });
+    WeightFormat::Fp8(Fp8 { block: ScaleBlock::Tile { rows: 128, cols: 128 }, inputs: Inputs::Plain });
 
 /// Bytes of an expert's weights, scales not counted.
 fn expert_bytes(weights: WeightFormat) -> f64 {
@@ -191,7 +191,7 @@ impl Layer {
         let router = random_in(cuda, count, hidden, ROUTER, (3.0 / HIDDEN as f32).sqrt())?;
         let part = |rows, cols, seed| match format {
             WeightFormat::Bf16 => random_part(rows, cols, seed),
-            WeightFormat::Fp8(_) => fp8_part(rows, cols),
+            WeightFormat::Fp8(fp8) => fp8_part(rows, cols, fp8.inputs),
         };
         let (gate_ups, downs) = (part(count * 2 * inner, hidden, GATE_UP), part(count * hidden, inner, DOWN));
         let mut weights = Vec::with_capacity(copies);

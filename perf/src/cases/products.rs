@@ -1,13 +1,15 @@
 //! Cases of the matrix products, each with its epilogue, beside cuBLASLt, which does the bare product.
 //!
 //! Weights and rows are numbers in [-1, 1) made on the device, so any element of the product can be computed on the
-//! host; some are. The rows' sums of squares are made up, so that norms scale by 1/10 and activations stay sane.
+//! host; some are. In fp8 weights are codes, whose inputs are rounded before the clock starts. The rows' sums of squares are made up, so that norms scale by 1/10 and activations stay sane.
 
 use half::bf16;
 use minisgl_core::backend::{Device, Element, Purpose, WeightRole};
+use minisgl_core::fp8;
+use minisgl_core::spec::Inputs;
 use minisgl_core::tensor::splitmix64;
 use minisgl_cuda::ops::gemm::{
-    Epilogue, GateUp, Gemm, Head, Qkv, RankSums, Residual, RowNorm, Rows, SmShare,
+    Epilogue, GateUp, Gemm, Head, Norm, Qkv, RankSums, Residual, RowNorm, Rows, SmShare,
 };
 use minisgl_cuda::{Address, Buffer, Cuda, CudaError, SLICING, Weight};
 
@@ -15,7 +17,7 @@ use crate::case::{Call, Case, Check, Filter, Run};
 use crate::check::relative_error;
 use crate::cublaslt::{Blas, Shape};
 use crate::model::ModelShape;
-use crate::random::{random, random_element, random_part};
+use crate::random::{fp8_element, fp8_part, random, random_element, random_part};
 use crate::step::{PAGE_SIZE, StepOf, activations, download_words, upload_words};
 
 /// Seeds of the weights (gate's; up's is the next), the rows, the residual stream, the head norms and the biases.
@@ -30,6 +32,8 @@ const SCALE: f64 = 0.1;
 const ROWS_BEHIND: usize = 256;
 /// Outputs that are checked.
 const SAMPLES: usize = 64;
+/// How inputs of weights in fp8 are rounded.
+const ROUNDED: Inputs = Inputs::PerGroup(128);
 /// What bf16 weights, rows and results allow, relative to the norm of the sampled outputs.
 const ERROR_MAX: f64 = 0.01;
 
@@ -63,6 +67,8 @@ struct Sizes {
     tokens: usize,
     outputs: usize,
     inputs: usize,
+    /// Are weights in fp8, and inputs rounded to it?
+    fp8: bool,
 }
 
 pub(crate) fn cases(filter: &Filter) -> Vec<Case> {
@@ -72,8 +78,13 @@ pub(crate) fn cases(filter: &Filter) -> Vec<Case> {
             let prefill = if product == Product::Head { Vec::new() } else { filter.tokens() };
             let models = if product == Product::Qkv { model.and_biased() } else { vec![model] };
             let tokens: Vec<u32> = filter.rows().into_iter().chain(prefill).collect();
+            let in_fp8 = matches!(product, Product::Qkv | Product::O | Product::GateUp | Product::Down);
             for model in models {
-                cases.extend(tokens.iter().map(|tokens| Sizes::new(product, model, *tokens as usize).case()));
+                let sizes = |tokens: &u32| Sizes::new(product, model, *tokens as usize);
+                cases.extend(tokens.iter().map(|tokens| sizes(tokens).case()));
+                if in_fp8 && !model.bias {
+                    cases.extend(tokens.iter().map(|tokens| Sizes { fp8: true, ..sizes(tokens) }.case()));
+                }
             }
         }
     }
@@ -93,12 +104,16 @@ impl Sizes {
             Product::RankO => (hidden, dims.q_width() / 2),
             Product::RankDown => (hidden, intermediate / 2),
         };
-        Sizes { product, model, tokens, outputs, inputs }
+        Sizes { product, model, tokens, outputs, inputs, fp8: false }
     }
 
     fn case(self) -> Case {
         let Sizes { tokens, outputs, inputs, .. } = self;
         let family = match self.product {
+            Product::Qkv if self.fp8 => "gemm_fp8_qkv",
+            Product::O if self.fp8 => "gemm_fp8_o",
+            Product::GateUp if self.fp8 => "gemm_fp8_gate_up",
+            Product::Down if self.fp8 => "gemm_fp8_down",
             Product::Qkv => "gemm_qkv",
             Product::O => "gemm_o",
             Product::GateUp => "gemm_gate_up",
@@ -113,23 +128,30 @@ impl Sizes {
             Product::O | Product::Down | Product::RankO | Product::RankDown => tokens * outputs * 4,
             Product::Qkv | Product::Head => tokens * outputs * 2,
         };
-        let bytes = outputs * inputs * 2 + tokens * inputs * 2 + out_bytes;
+        let bytes = (outputs + tokens) * inputs * if self.fp8 { 1 } else { 2 } + out_bytes;
         let bias = if self.model.bias { " bias" } else { "" };
         Case {
             family,
             shape: format!("model={} tokens={tokens} out={outputs} in={inputs}{bias}", self.model.name),
             bytes: bytes as f64,
-            flops: Shape { rows: tokens, outputs, inputs }.flops(),
+            flops: self.shape().flops(),
             setup: Box::new(move |cuda, copies| self.setup(cuda, copies)),
         }
     }
 
     fn setup(self, cuda: &mut Cuda, copies: usize) -> Result<Run, CudaError> {
-        let gemm = Gemm::new(cuda)?;
+        let mut gemm = Gemm::new(cuda)?;
         let weights = (0..copies).map(|_| self.weights(cuda)).collect::<Result<Vec<_>, _>>()?;
         // As in a step, there are more rows than tokens.
         let there = self.tokens + ROWS_BEHIND;
         let x = Rows { address: random(cuda, there, self.inputs, ROWS)?.address(), there: there as u32 };
+        if self.fp8 {
+            gemm.reserve_rounded(cuda, there, self.inputs)?;
+            let is_normed = matches!(self.product, Product::Qkv | Product::GateUp);
+            let rows = self.norm(cuda)?;
+            let norm = is_normed.then_some(Norm { weight: None, rows });
+            gemm.inputs(cuda.launcher(), weights[0], norm, x, self.tokens as u32, x)?;
+        }
         let baseline = self.baseline(cuda, weights.clone(), x.address)?;
         let (call, check) = match self.product {
             Product::Qkv => self.qkv(cuda, gemm, weights, x)?,
@@ -141,7 +163,15 @@ impl Sizes {
         Ok(Run { call, check, baseline })
     }
 
+    fn shape(&self) -> Shape {
+        Shape { rows: self.tokens, outputs: self.outputs, inputs: self.inputs, fp8: self.fp8 }
+    }
+
     fn weights(&self, cuda: &mut Cuda) -> Result<Weight, CudaError> {
+        if self.fp8 {
+            let role = if self.product == Product::GateUp { WeightRole::GateUp } else { WeightRole::Linear };
+            return cuda.load_weight(role, &[fp8_part(self.outputs, self.inputs, ROUNDED)]);
+        }
         if self.product == Product::GateUp {
             let part = |seed| random_part(self.outputs / 2, self.inputs, seed);
             return cuda.load_weight(WeightRole::GateUp, &[part(WEIGHTS), part(WEIGHTS + 1)]);
@@ -161,7 +191,15 @@ impl Sizes {
         x: Address,
     ) -> Result<Option<(&'static str, Call)>, CudaError> {
         let Some(blas) = Blas::open(cuda)? else { return Ok(None) };
-        let shape = Shape { rows: self.tokens, outputs: self.outputs, inputs: self.inputs };
+        let shape = self.shape();
+        // Codes of inputs are as good as any.
+        let x = match self.fp8 {
+            true => {
+                let codes = fp8_part(self.tokens, self.inputs, ROUNDED);
+                cuda.load_weight(WeightRole::Linear, &[codes])?.address()
+            }
+            false => x,
+        };
         let out = cuda.alloc(Purpose::Scratch, Element::Activation, self.tokens * self.outputs)?.address();
         let Some(best) = blas.best(cuda, shape, weights[0].address(), x, out)? else { return Ok(None) };
         let call: Call = Box::new(move |launcher, call| {
@@ -180,6 +218,15 @@ impl Sizes {
 
     /// Element `(token, output)` of the product with the weights of `seed`.
     fn sum(&self, seed: u64, token: usize, output: usize) -> f64 {
+        if self.fp8 {
+            let mut x: Vec<f32> =
+                (0..self.inputs).map(|k| random_element(self.inputs, ROWS, token, k) as f32).collect();
+            x.chunks_mut(128).for_each(fp8::quantize_group);
+            // Of gate and up, one part with the rows of both.
+            let row = if seed == WEIGHTS { output } else { self.outputs / 2 + output };
+            let term = |(k, x): (usize, &f32)| fp8_element(self.inputs, row, k) * f64::from(*x);
+            return x.iter().enumerate().map(term).sum();
+        }
         let term =
             |k| random_element(self.inputs, seed, output, k) * random_element(self.inputs, ROWS, token, k);
         (0..self.inputs).map(term).sum()
