@@ -13,7 +13,7 @@ use minisgl_cuda::{CudaError, KernelSet};
 use crate::model::ModelShape;
 use crate::step::StepOf;
 
-/// The step that is asked about: `rows=128`, `rows=64,context=4096`, `tokens=2048,behind=16384`.
+/// The step that is asked about: `rows=128`, `rows=64,context=4096`, `tokens=2048,behind=16384`, `rows=128,ranks=2`.
 #[derive(Clone, Copy, Debug)]
 pub struct ExplainedStep {
     /// Decode rows,
@@ -24,13 +24,15 @@ pub struct ExplainedStep {
     tokens: u32,
     /// and what is cached before them.
     behind: u32,
+    /// GPUs that compute it together.
+    ranks: u32,
 }
 
 impl FromStr for ExplainedStep {
     type Err = String;
 
     fn from_str(text: &str) -> Result<ExplainedStep, String> {
-        let mut step = ExplainedStep { rows: 0, context: 1024, tokens: 0, behind: 0 };
+        let mut step = ExplainedStep { rows: 0, context: 1024, tokens: 0, behind: 0, ranks: 1 };
         for word in text.split(',') {
             let (name, value) = word.split_once('=').ok_or_else(|| format!("`{word}` is no NAME=NUMBER"))?;
             let value: u32 = value.parse().map_err(|_| format!("`{value}` in `{word}` is no number"))?;
@@ -39,7 +41,12 @@ impl FromStr for ExplainedStep {
                 "context" => step.context = value.max(1),
                 "tokens" => step.tokens = value,
                 "behind" => step.behind = value,
-                _ => return Err(format!("a step has no `{name}`: take rows, context, tokens or behind")),
+                "ranks" => step.ranks = value.max(1),
+                _ => {
+                    return Err(format!(
+                        "a step has no `{name}`: take rows, context, tokens, behind or ranks"
+                    ));
+                }
             }
         }
         if step.rows == 0 && step.tokens == 0 {
@@ -81,10 +88,11 @@ impl ExplainedStep {
         let prefill = (self.tokens > 0).then_some((self.behind, self.tokens));
         let step = StepOf { rows: decode.rows.iter().copied().chain(prefill).collect(), ..decode };
         let rows = step.packed_rows();
-        let explained = explain(&device, &model.spec(), &step.limits(), step.shape(), &rows)?;
+        let explained = explain(&device, &model.spec(), self.ranks, &step.limits(), step.shape(), &rows)?;
         let set = if device.hopper { "Hopper" } else { "portable" };
+        let by = if self.ranks > 1 { format!(" by one of {} ranks", self.ranks) } else { String::new() };
         let mut text = format!(
-            "{self}, model {}, on {} SMs as an H100 or H200 has, {set} kernels\n",
+            "{self}, model {}{by}, on {} SMs as an H100 or H200 has, {set} kernels\n",
             model.name, device.multiprocessors
         );
         // Writing to a string does not fail.
@@ -148,6 +156,20 @@ mod tests {
     fn text(step: &str, model: &str, kernels: KernelSet) -> String {
         let model: ModelShape = model.parse().unwrap();
         step.parse::<ExplainedStep>().unwrap().text(&model, kernels).unwrap()
+    }
+
+    #[test]
+    fn one_of_several_ranks_leaves_sums_and_adds_them_up() {
+        let large = "hidden=5120,heads=40,intermediate=17408";
+        let two = text("rows=64,ranks=2", large, KernelSet::Auto);
+        for part in ["embed_share", "decode_sums_64x64", "2 slices", "reduce_two_shot_2", "gather_logits"] {
+            assert!(two.contains(part), "{part}: {two}");
+        }
+        let four = text("rows=1,ranks=4", large, KernelSet::Portable);
+        assert!(four.contains("gemm_sums_16") && four.contains("reduce_one_shot_4"), "{four}");
+        let model: ModelShape = large.parse().unwrap();
+        let eight = "rows=1,ranks=8".parse::<ExplainedStep>().unwrap().text(&model, KernelSet::Auto);
+        assert!(eight.unwrap_err().to_string().contains("4 slices"));
     }
 
     #[test]

@@ -129,6 +129,16 @@ fn padded(hidden: u32) -> usize {
     hidden.next_multiple_of(SEGMENT) as usize
 }
 
+/// Chunks of so many tokens' rows.
+fn row_chunks(tokens: u32, hidden: u32) -> u32 {
+    tokens * hidden.div_ceil(SEGMENT) * (SEGMENT / CHUNK)
+}
+
+/// Chunks of a rank's logits of so many samples.
+fn logit_chunks(rank: Rank, samples: u32, vocab: u32) -> u32 {
+    (samples as usize * rank.share(vocab as usize).len()).div_ceil(LOGITS) as u32
+}
+
 /// Chunks that a rank adds up of so many tokens where they are shared, in whole tiles.
 fn shares(rank: Rank, tokens: usize, hidden: u32) -> usize {
     let chunks = tokens * padded(hidden) / CHUNK as usize;
@@ -180,14 +190,55 @@ pub struct Exchange {
 }
 
 impl Exchange {
-    /// Looks the kernels up and allocates what steps within `limits` need, for a rank of a model of these sizes.
-    pub fn new(cuda: &mut Cuda, link: &Link, dims: &Dims, limits: &Limits) -> Result<Exchange, CudaError> {
-        let rank = link.rank();
-        let names = match rank.count {
+    /// Of what adds up sums in one shot, and in two.
+    fn reduce_names(ranks: u32) -> [&'static str; 2] {
+        match ranks {
             ..=2 => ["reduce_one_shot_2", "reduce_two_shot_2"],
             3..=4 => ["reduce_one_shot_4", "reduce_two_shot_4"],
             _ => ["reduce_one_shot_8", "reduce_two_shot_8"],
+        }
+    }
+
+    /// What adds up so many tokens' sums, on GPUs that reach each other's memory.
+    pub(super) fn explained(
+        ranks: u32,
+        multiprocessors: u32,
+        [tokens, hidden]: [u32; 2],
+    ) -> (&'static str, Grid, String) {
+        let [one_shot, two_shot] = Self::reduce_names(ranks);
+        let (kernel, shares, work) = match Way::of(ranks, tokens as usize * padded(hidden) * 4) {
+            Way::OneShot => (one_shot, 1, "all sums, from all ranks".to_owned()),
+            Way::TwoShot => {
+                (two_shot, ranks, format!("of each {ranks} tiles one, whose results go to all ranks"))
+            }
         };
+        let chunks = row_chunks(tokens, hidden).div_ceil(shares);
+        (
+            kernel,
+            Self::explained_grid(chunks, multiprocessors),
+            format!("a thread: {CHUNK} elements at a time; {work}"),
+        )
+    }
+
+    /// What passes embedded rows on, of so many tokens, and logits, of so many samples.
+    pub(super) fn explained_ends(
+        rank: Rank,
+        multiprocessors: u32,
+        dims: &Dims,
+        [tokens, samples]: [u32; 2],
+    ) -> [Grid; 2] {
+        [row_chunks(tokens, dims.hidden), logit_chunks(rank, samples, dims.vocab)]
+            .map(|chunks| Self::explained_grid(chunks, multiprocessors))
+    }
+
+    fn explained_grid(chunks: u32, multiprocessors: u32) -> Grid {
+        Grid::new(chunks.div_ceil(THREADS).min(multiprocessors * BLOCKS_AN_SM), THREADS).dependent()
+    }
+
+    /// Looks the kernels up and allocates what steps within `limits` need, for a rank of a model of these sizes.
+    pub fn new(cuda: &mut Cuda, link: &Link, dims: &Dims, limits: &Limits) -> Result<Exchange, CudaError> {
+        let rank = link.rank();
+        let names = Self::reduce_names(rank.count);
         let kernel = |name| cuda.modules().kernel("exchange", name, 0);
         let (one_shot, two_shot) = (kernel(names[0])?, kernel(names[1])?);
         let (embed, gather) = (kernel("embed_share")?, kernel("gather_logits")?);
@@ -285,7 +336,7 @@ impl Exchange {
             Way::OneShot => (&self.one_shot, 1),
             Way::TwoShot => (&self.two_shot, self.link.rank().count),
         };
-        let chunks = tokens * self.dims.hidden.div_ceil(SEGMENT) * (SEGMENT / CHUNK);
+        let chunks = row_chunks(tokens, self.dims.hidden);
         let (grid, ranks) = (self.grid(chunks.div_ceil(shares)), self.ranks(turn)?);
         launcher.launch(kernel, grid, [&self.sums, &residual, &sumsq, &tokens, &self.dims.hidden, &ranks])
     }
@@ -299,7 +350,7 @@ impl Exchange {
         stream: Stream,
     ) -> Result<(), CudaError> {
         let (tokens_offset, Dims { hidden, vocab, .. }) = (step.layout.tokens as u32, self.dims);
-        let chunks = stream.tokens * hidden.div_ceil(SEGMENT) * (SEGMENT / CHUNK);
+        let chunks = row_chunks(stream.tokens, hidden);
         let mut ranks = self.ranks(2)?;
         let launch = |ranks: &Ranks| {
             launcher.launch(
@@ -334,8 +385,7 @@ impl Exchange {
     pub fn gather_logits(&self, launcher: &Launcher, samples: u32, out: Address) -> Result<(), CudaError> {
         let turn = self.logits_turn.replace(1 - self.logits_turn.get());
         let (vocab, ranks) = (self.dims.vocab, self.ranks(3 + turn)?);
-        let columns = self.link.rank().share(vocab as usize).len();
-        let chunks = (samples as usize * columns).div_ceil(LOGITS) as u32;
+        let chunks = logit_chunks(self.link.rank(), samples, vocab);
         let share = self.share.address();
         self.carry(launcher, 3, share, share_elements(self.link.rank(), &self.dims, samples as usize) * 2)?;
         launcher.launch(&self.gather, self.grid(chunks), [&share, &out, &samples, &vocab, &ranks])

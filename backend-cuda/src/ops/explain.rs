@@ -5,16 +5,20 @@
 //!                        or qkv of the first layer ─ all else of all layers
 //! ```
 //!
+//! Of several ranks it is what the first one launches: o and down leave sums, which are added up behind them.
+//!
 //! What is asked here is what a launch asks: tilings, grids, plans and kernels are chosen by the same functions.
 
 use minisgl_core::batch::{Row, StepShape};
 use minisgl_core::config::Limits;
 use minisgl_core::kv::KvFormat;
+use minisgl_core::shard::Rank;
 use minisgl_core::spec::{Attention, Bias, DecoderSpec, Inputs, Mixer, QkNorm, WeightFormat};
 
 use super::attention::Planner;
 pub use super::described::Described;
 use super::embed::Ends;
+use super::exchange::Exchange;
 use super::fp8_pages::Fp8Pages;
 use super::gemm::{self, Form, Kind, SmShare};
 use super::halves::{Halves, Part};
@@ -23,7 +27,7 @@ use super::sampling::Sampling;
 use super::supports;
 use crate::error::CudaError;
 use crate::launch::Grid;
-use crate::weight::gate_up_rows;
+use crate::weight::{SLICING, gate_up_rows};
 
 /// A launch.
 #[derive(Clone, Debug)]
@@ -58,26 +62,31 @@ pub enum ExplainedLayers {
     All(Vec<Launch>),
 }
 
-/// The launches of a step of `rows` of a model whose layers are alike, without experts.
+/// The launches of a step of `rows` of a model whose layers are alike, without experts, by one of so many ranks.
 ///
 /// # Errors
-/// A model that the kernels can't compute, limits beyond what they count.
+/// A model that the kernels can't compute, or so many ranks; limits beyond what they count.
 pub fn explain(
     device: &Described,
     spec: &DecoderSpec,
+    ranks: u32,
     limits: &Limits,
     shape: StepShape,
     rows: &[Row],
 ) -> Result<Explained, CudaError> {
-    supports::check(spec, device.hopper).map_err(|error| CudaError::Unsupported(error.to_string()))?;
+    supports::check(spec, device.hopper)
+        .and_then(|()| supports::check_rank(spec, Rank { index: 0, count: ranks }))
+        .map_err(|error| CudaError::Unsupported(error.to_string()))?;
+    let spec = &spec.shard(ranks, SLICING).map_err(|error| CudaError::Unsupported(error.to_string()))?;
     let format = spec.kv.unwrap_or(KvFormat::Bf16);
     let planner =
         Planner::new(device.hopper, device.multiprocessors, &spec.dims, spec.window(), format, limits)?;
-    let explainer = Explainer { device, spec, shape, rows, planner };
-    let in_one = device.hopper && LayersKernel::suits(spec, limits.page_size, device.multiprocessors);
+    let explainer = Explainer { device, spec, ranks, shape, rows, planner };
+    let alone = device.hopper && ranks == 1;
+    let in_one = alone && LayersKernel::suits(spec, limits.page_size, device.multiprocessors);
     let layers = if in_one && LayersKernel::takes(shape) {
         ExplainedLayers::All(explainer.all_layers())
-    } else if Halves::new(spec, device.hopper).divide(shape) {
+    } else if Halves::new(spec, alone).divide(shape) {
         explainer.each_layer(&[Part::First, Part::Second])
     } else {
         explainer.each_layer(&[Part::Whole])
@@ -87,7 +96,9 @@ pub fn explain(
 
 struct Explainer<'a> {
     device: &'a Described,
+    /// The rank's.
     spec: &'a DecoderSpec,
+    ranks: u32,
     shape: StepShape,
     rows: &'a [Row],
     planner: Planner,
@@ -103,8 +114,21 @@ impl Explainer<'_> {
                 Ends::begin_step_grid(),
                 "changes of the page table, slots, rules",
             ),
-            launch("embed", "embed", Ends::row_grid(tokens), "a block: a token"),
+            match self.passing() {
+                Some([embed, _]) => launch("embed", "embed_share", embed, "rows that the rank has go to all"),
+                None => launch("embed", "embed", Ends::row_grid(tokens), "a block: a token"),
+            },
         ]
+    }
+
+    /// What ranks pass to each other at a step's ends: embedded rows, and logits.
+    fn passing(&self) -> Option<[Grid; 2]> {
+        let StepShape { tokens, samples, .. } = self.shape;
+        let grids = || {
+            let rank = Rank { index: 0, count: self.ranks };
+            Exchange::explained_ends(rank, self.device.multiprocessors, &self.spec.dims, [tokens, samples])
+        };
+        (self.ranks > 1).then(grids)
     }
 
     fn all_layers(&self) -> Vec<Launch> {
@@ -132,26 +156,42 @@ impl Explainer<'_> {
         let (qkv, q) = (dims.qkv_width() as u32, dims.q_width() as u32);
         let mut launches = self.qkv(part);
         launches.extend(self.attention(part, [qkv, hidden]));
-        launches.extend(self.product("o", Kind::Residual, [hidden, q], part));
+        launches.extend(self.added("o", [hidden, q], part));
         launches.extend(self.product(
             "gate_up",
             Kind::GateUp,
             [gate_up_rows(mlp as usize) as u32, hidden],
             part,
         ));
-        launches.extend(self.product("down", Kind::Residual, [hidden, mlp], part));
+        launches.extend(self.added("down", [hidden, mlp], part));
+        launches
+    }
+
+    /// A product that is added to the residual stream, by the ranks together.
+    fn added(&self, what: &'static str, [hidden, cols]: [u32; 2], part: Part) -> Vec<Launch> {
+        if self.ranks == 1 {
+            return self.product(what, Kind::Residual, [hidden, cols], part);
+        }
+        let mut launches = self.product(what, Kind::RankSums, [hidden, cols], part);
+        let tokens = part.tokens(self.shape).len() as u32;
+        let (kernel, grid, work) =
+            Exchange::explained(self.ranks, self.device.multiprocessors, [tokens, hidden]);
+        launches.push(launch("", kernel, grid, work));
         launches
     }
 
     fn behind(&self) -> Vec<Launch> {
         let (samples, vocab) = (self.shape.samples, self.spec.dims.vocab);
-        let head = [vocab, self.spec.dims.hidden, samples];
-        let form = Form { normed: false, kv_fp8: false, weights_fp8: false };
+        let columns = Rank { index: 0, count: self.ranks }.share(vocab as usize).len() as u32;
+        let head = [columns, self.spec.dims.hidden, samples];
+        let form = Form { normed: false, kv_fp8: false, weights_fp8: false, ranks: 1 };
         let head = gemm::explained(self.device, Kind::Head, head, SmShare::Whole, form);
         let chunk = Sampling::chunk(samples, vocab);
         let mut launches =
             vec![launch("final_norm", "final_norm", Ends::row_grid(samples), "a block: a sampled row")];
         launches.extend(head.map(|it| launch("head", it.kernel, it.grid, it.work)));
+        let logits = self.passing().map(|[_, logits]| logits);
+        launches.extend(logits.map(|grid| launch("", "gather_logits", grid, "the rank's logits go to all")));
         launches.push(launch(
             "sample",
             "sample_cut",
@@ -172,9 +212,10 @@ impl Explainer<'_> {
             return launches.map(|it| launch(what, it.kernel, it.grid, it.work)).collect();
         }
         let weights_fp8 = self.spec.weights != WeightFormat::Bf16;
-        let form = Form { normed: self.is_normed(), kv_fp8: self.keeps_fp8(part, [rows, cols]), weights_fp8 };
+        let (normed, kv_fp8) = (self.is_normed(), self.keeps_fp8(part, [rows, cols]));
+        let form = Form { normed, kv_fp8, weights_fp8, ranks: self.ranks };
         let mut launches = Vec::new();
-        if weights_fp8 && kind != Kind::Residual {
+        if weights_fp8 && !matches!(kind, Kind::Residual | Kind::RankSums) {
             let work = "a block: a token times the norm's scale";
             launches.push(launch(what, "fp8_weights_scale", gemm::scaling(tokens), work));
         }

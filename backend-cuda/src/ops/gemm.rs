@@ -30,7 +30,7 @@ pub use rounded::Norm;
 
 use super::described::Described;
 use minisgl_core::backend::Purpose;
-use minisgl_core::shard::RANKS_MAX;
+use minisgl_core::shard::{RANKS_MAX, Rank};
 use minisgl_core::spec::Inputs;
 
 use crate::device::Cuda;
@@ -482,9 +482,11 @@ pub(super) struct Form {
     pub(super) kv_fp8: bool,
     /// Is the matrix, and its inputs as they are?
     pub(super) weights_fp8: bool,
+    /// How many ranks have parts of it.
+    pub(super) ranks: u32,
 }
 
-/// What a product of `[rows, cols]` with so many tokens is launched as on a device.
+/// What a product of a rank's `[rows, cols]` with so many tokens is launched as on a device.
 pub(super) fn explained(
     device: &Described,
     kind: Kind,
@@ -492,7 +494,8 @@ pub(super) fn explained(
     share: SmShare,
     form: Form,
 ) -> Option<Explained> {
-    let slices = kind.slices(rows, cols, SLICING.slices(cols as usize));
+    let shared = Rank { index: 0, count: form.ranks }.slices(cols as usize, SLICING);
+    let slices = kind.slices(rows * form.ranks, cols, shared);
     let shape = Shape { rows, cols, tokens, slices };
     if !device.hopper {
         return Some(Portable::explained(kind, &shape));
