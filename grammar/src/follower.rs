@@ -128,6 +128,14 @@ impl Follower {
     }
 }
 
+impl Drop for Follower {
+    /// A parser may be large: a worker gives its memory back, not the engine's thread.
+    fn drop(&mut self) {
+        let output = self.output.clone();
+        self.workers.post(Box::new(move || drop(output)));
+    }
+}
+
 impl Constraint for Follower {
     fn accept(&self, token: u32) {
         self.output.state.store(ConstraintState::Computing as u8, Ordering::Release);

@@ -1,6 +1,9 @@
 //! Threads that find masks.
 //!
 //! One queue for all: what was asked for first is found first. The threads end when the last [`Workers`] is dropped.
+//!
+//! To wake a thread takes as long as some masks. So one is woken at a time, and it wakes the next if there is more to do: who posts a
+//! hundred jobs, between two steps of an engine, wakes one or two.
 
 use std::collections::VecDeque;
 use std::io;
@@ -31,7 +34,18 @@ impl std::fmt::Debug for Queue {
 struct Jobs {
     waiting: VecDeque<Job>,
     idle: usize,
+    /// One of these has been woken, and does not know it yet.
+    waking: bool,
     closed: bool,
+}
+
+impl Jobs {
+    /// Is a thread to be woken now? Whoever asks does it, or nobody will.
+    fn wakes(&mut self) -> bool {
+        let wakes = !self.waiting.is_empty() && self.idle > 0 && !self.waking;
+        self.waking |= wakes;
+        wakes
+    }
 }
 
 impl Workers {
@@ -57,11 +71,7 @@ impl Workers {
     pub fn post(&self, job: Job) {
         let mut jobs = locked(&self.0.jobs);
         jobs.waiting.push_back(job);
-        let idle = jobs.idle > 0;
-        drop(jobs);
-        if idle {
-            self.0.posted.notify_one();
-        }
+        self.0.wake(jobs);
     }
 }
 
@@ -71,6 +81,7 @@ impl Queue {
         let mut jobs = locked(&self.jobs);
         loop {
             if let Some(job) = jobs.waiting.pop_front() {
+                self.wake(jobs);
                 return Some(job);
             }
             if jobs.closed {
@@ -78,7 +89,16 @@ impl Queue {
             }
             jobs.idle += 1;
             jobs = self.posted.wait(jobs).unwrap_or_else(PoisonError::into_inner);
-            jobs.idle -= 1;
+            (jobs.idle, jobs.waking) = (jobs.idle - 1, false);
+        }
+    }
+
+    /// Wakes a thread, if there is something to do for it.
+    fn wake(&self, mut jobs: MutexGuard<'_, Jobs>) {
+        let wakes = jobs.wakes();
+        drop(jobs);
+        if wakes {
+            self.posted.notify_one();
         }
     }
 }
