@@ -14,8 +14,7 @@ use common::stored::{all_trained, checkpoint as checkpoint_of, given, stored};
 use common::{family, fixture, greedy, mixed_requests, skipped, small};
 use fault::{Fault, Faulty, FaultyError};
 use minisgl::{
-    BackendChoice, EmbedRequest, Embedding, Error, KernelChoice, KvFormat, Llm, LlmBuilder, Policy, Quantize,
-    Speculation,
+    BackendChoice, EmbedRequest, Embedding, Error, KernelChoice, Llm, LlmBuilder, Policy, Speculation,
 };
 use minisgl_core::config::Limits;
 use minisgl_core::engine::{Engine, EngineOptions};
@@ -61,25 +60,6 @@ fn ranks_give_the_bits_of_one_gpu_however_they_are_computed() {
                     let given = run(way(builder(), bits).tensor_parallel(ranks), &requests);
                     assert!(given == expected, "{name}, {kernels:?}: {ranks} ranks, way {bits}");
                 }
-            }
-        }
-    }
-}
-
-#[test]
-#[ignore = "needs two GPUs"]
-fn ranks_in_fp8_give_the_bits_of_one_gpu_in_fp8() {
-    // Weights made fp8 at load, and such a checkpoint's, with the scales of its blocks.
-    let plain = |name| on_gpu(family(name)).plain_inputs(true);
-    let made = |name| plain(name).quantize(Some(Quantize::Fp8));
-    let cases = [made("tiny-tied"), made("llama-rope3"), plain("qwen3-fp8")];
-    for (case, builder) in cases.into_iter().enumerate() {
-        let (requests, builder) = (requests(12, 250), builder.kv_dtype(Some(KvFormat::Fp8)));
-        let expected = run(builder.clone(), &requests);
-        for ranks in ranks().filter(|ranks| *ranks == 2 || case < 2) {
-            for bits in [0, 7, 13] {
-                let given = run(way(builder.clone(), bits).tensor_parallel(ranks), &requests);
-                assert!(given == expected, "case {case}: {ranks} ranks, way {bits}");
             }
         }
     }
@@ -202,6 +182,7 @@ fn what_ranks_can_not_compute_is_refused_with_its_reason() {
         ("qwen3-moe-nonorm", "expert's output"),
         ("qwen2-yarn", "3 query heads"),
         ("tiny-untied", "320 columns"),
+        ("qwen3-fp8", "its weights are fp8"),
     ] {
         let error = on_gpu(family(name)).tensor_parallel(2).build().err().unwrap().to_string();
         assert!(error.contains(said), "{name}: {error}");

@@ -37,10 +37,7 @@ pub fn check(spec: &DecoderSpec, hopper: bool) -> Result<(), Unsupported> {
 pub fn check_rank(spec: &DecoderSpec, rank: Rank) -> Result<(), Unsupported> {
     let refused = [
         (spec.layers.iter().any(|layer| layer.experts().is_some()), "it has experts"),
-        (
-            matches!(spec.weights, WeightFormat::Fp8(fp8) if fp8.inputs != Inputs::Plain),
-            "the inputs of its fp8 weights are rounded (with --plain-inputs they are not)",
-        ),
+        (spec.weights != WeightFormat::Bf16, "its weights are fp8"),
     ];
     match first(&refused).filter(|_| rank.count > 1) {
         None => Ok(()),
