@@ -42,6 +42,7 @@ impl Checkpoint {
     pub(crate) fn quantized_like(mut self, before: &Checkpoint) -> Result<Checkpoint, CheckpointError> {
         let (mut stored, mut rounded) = (before.stored()?, before.tensors.clone());
         if self.becomes_fp8() {
+            stored.unstack_experts();
             let earlier = stored.linear_mut().zip(rounded.linear_mut());
             for (tensor, (stored, rounded)) in self.tensors.linear_mut().zip(earlier) {
                 if tensor.is_same(stored) {
@@ -54,12 +55,14 @@ impl Checkpoint {
         Ok(self)
     }
 
-    /// Says from here on that its weights are e4m3; did it not before?
+    /// Says from here on that its weights are e4m3; did it not before? Experts that are stacked become matrices by themselves, so that no
+    /// tile has rows of two.
     fn becomes_fp8(&mut self) -> bool {
         let is_plain = self.config.spec.weights == WeightFormat::Bf16;
         if is_plain {
             self.config.spec.weights = WeightFormat::Fp8(FORMAT);
             self.quantized = true;
+            self.tensors.unstack_experts();
         }
         is_plain
     }
@@ -132,11 +135,12 @@ fn scale(tile: &[f32]) -> f32 {
 
 /// A row of a tensor that is not e4m3.
 fn widen(tensor: &HostTensor, row: usize, out: &mut [f32]) {
-    let first = row * tensor.cols;
-    match &tensor.data {
+    let (whole, first_row, first_col) = tensor.whole();
+    let first = (first_row + row) * whole.cols + first_col;
+    match &whole.data {
         TensorData::Bytes { owner, range, dtype } => {
             let size = dtype.bytes();
-            let bytes = &(**owner).as_ref()[range.clone()][first * size..][..tensor.cols * size];
+            let bytes = &(**owner).as_ref()[range.clone()][first * size..][..out.len() * size];
             let pairs = out.iter_mut().zip(bytes.as_chunks::<2>().0);
             match dtype {
                 Dtype::Bf16 => pairs.for_each(|(x, pair)| *x = bf16::from_le_bytes(*pair).to_f32()),
@@ -151,7 +155,7 @@ fn widen(tensor: &HostTensor, row: usize, out: &mut [f32]) {
             let elements = (first as u64..).map(|i| uniform_element(*seed, i, *low, *high).to_f32());
             out.iter_mut().zip(elements).for_each(|(x, element)| *x = element);
         }
-        // Whole tensors are quantized, and once.
+        // A tensor is quantized once, and no window is of a window.
         TensorData::Fp8 { .. } | TensorData::Window { .. } => out.fill(f32::NAN),
     }
 }

@@ -182,11 +182,30 @@ impl Tensors {
         layers.chain([&mut self.embed]).chain(&mut self.head)
     }
 
+    /// Gives each matrix of experts a tensor of its own, where it lies, if the checkpoint has them stacked.
+    pub(crate) fn unstack_experts(&mut self) {
+        for layer in &mut self.layers {
+            if let MlpTensors::Experts { router, gate_up, down } = &mut layer.mlp {
+                let experts = router.iter().map(|tensor| tensor.rows).sum();
+                unstack(gate_up, 2 * experts);
+                unstack(down, experts);
+            }
+        }
+    }
+
     /// Those of layers' linear layers, routers not included.
     pub(crate) fn linear_mut(&mut self) -> impl Iterator<Item = &mut HostTensor> {
         self.layers.iter_mut().flat_map(|layer| {
             layer.qkv.iter_mut().chain([&mut layer.o]).chain(layer.mlp.without_router_mut())
         })
+    }
+}
+
+/// One tensor of `matrices` of as many rows each becomes as many windows of it.
+fn unstack(tensors: &mut Vec<HostTensor>, matrices: usize) {
+    if let [stack] = &tensors[..] {
+        let rows = stack.rows / matrices.max(1);
+        *tensors = (0..matrices).map(|i| stack.window(i * rows..(i + 1) * rows, 0..stack.cols)).collect();
     }
 }
 
