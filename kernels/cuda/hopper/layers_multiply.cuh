@@ -15,7 +15,8 @@
 //    of two, its quad those between: what two blocks must add is the last level, because each has every second pair (`parity`).
 // 3. An element of the residual stream is read and written by one thread throughout.
 // 4. What neighbours send each other is waited for before a block counts itself done with a product, and sent after all have
-//    counted themselves done with the one before.
+//    counted themselves done with the one before; but for o of the last phase, which no qkv parts from the down before: there the ring
+//    does, whose stages do not hold all of o's activations where a half has more than 32 rows (which is why there must be 65 rows).
 #pragma once
 
 #include "batch.cuh"
