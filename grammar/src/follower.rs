@@ -129,7 +129,7 @@ impl Follower {
 }
 
 impl Drop for Follower {
-    /// A parser may be large: a worker gives its memory back, not the engine's thread.
+    /// A parser may be large: a worker gives its memory back, not the engine's thread, but for one who is done before this returns.
     fn drop(&mut self) {
         let output = self.output.clone();
         self.workers.post(Box::new(move || drop(output)));
