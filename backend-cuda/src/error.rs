@@ -176,7 +176,9 @@ pub enum CudaError {
         reason: String,
     },
     /// There is no NCCL.
-    #[error("NCCL can't be opened: {reason}")]
+    #[error(
+        "NCCL can't be opened: {reason}; install it (pip install nvidia-nccl-cu12, and the folder of its libnccl.so.2 in LD_LIBRARY_PATH)"
+    )]
     NoNccl {
         /// What the linker says.
         reason: String,

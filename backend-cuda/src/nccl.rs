@@ -230,15 +230,20 @@ impl Comm {
         while matches!(self.calls.try_lock(), Err(TryLockError::WouldBlock)) && Instant::now() < until {
             thread::sleep(Duration::from_millis(1));
         }
-        let (nccl, raw) = (self.nccl, AtomicPtr::new(raw));
-        let abort = move || {
+        let (nccl, end) = (self.nccl, AtomicPtr::new(raw));
+        let abort = move |raw| {
             // SAFETY: the end is used by nobody else, or by a call that waits for another rank, which this ends. An error has
             // nobody to go to.
-            let _ = unsafe { (nccl.abort)(raw.into_inner()) };
+            let _ = unsafe { (nccl.abort)(raw) };
         };
         // It returns only once recorded steps are gone, which this thread may be about to see to.
-        let thread = thread::Builder::new().name("minisgl-nccl-abort".into()).spawn(abort);
-        *self.aborting.lock().unwrap_or_else(PoisonError::into_inner) = thread.ok();
+        let thread =
+            thread::Builder::new().name("minisgl-nccl-abort".into()).spawn(move || abort(end.into_inner()));
+        match thread {
+            Ok(thread) => *self.aborting.lock().unwrap_or_else(PoisonError::into_inner) = Some(thread),
+            // Kernels that wait must end, even if this waits, too.
+            Err(_) => abort(raw),
+        }
     }
 }
 

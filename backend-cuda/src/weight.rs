@@ -466,8 +466,8 @@ impl Cuda {
         }
         let Some(mut scales) = layout.scales(&rows) else {
             return Err(CudaError::Unsupported(format!(
-                "{:?} has scales for other blocks than multiples of {} rows and {} columns, or whole rows; use --plain-inputs",
-                pieces.first().map(|piece| piece.tensor),
+                "{} has scales for other blocks than multiples of {} rows and {} columns, or whole rows; use --plain-inputs",
+                pieces.iter().map(|piece| piece.tensor.name.as_str()).collect::<Vec<_>>().join(", "),
                 Fp8Codes::GROUP,
                 Fp8Codes::BLOCK_COLS,
             )));

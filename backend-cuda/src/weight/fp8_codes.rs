@@ -7,7 +7,7 @@
 //!
 //! Either blocks of columns have scales, and rows' are ones, or rows have one each, and blocks' are ones.
 //!
-//! Invariant: every byte is written, but for those between codes and scales.
+//! Invariant: every byte is written, but for those between codes and scales and behind the inputs' scale, which no kernel reads.
 
 use minisgl_core::spec::Inputs;
 use minisgl_core::tensor::{HostTensor, Scales};
