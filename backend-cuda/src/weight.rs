@@ -49,7 +49,7 @@ use fp8_codes::CodesRow;
 use fp8_tiles::Fp8Row;
 
 /// How the columns of o and down are cut, which ranks share out: a thread that multiplies has registers for the sums of two pairs
-/// of slices (`gemm_prefill.cu`).
+/// of slices (`gemm_prefill.cuh`).
 pub const SLICING: Slicing = Slicing { most: 4, block: 64, equal: false };
 
 /// How a matrix's elements lie on the device.

@@ -19,6 +19,8 @@
 // 4. An epilogue that reads the residual stream looks it up after the wait, one that reads the batch alone before (`EARLY` in
 //    `epilogue.cuh`).
 // 5. What begins or ends a lane of a divided step waits for an event of the stream, not for a kernel.
+// 6. Behind a kernel whose blocks all wait before they let the next start, what lies before that kernel may be read at once: so experts'
+//    down reads what was chosen, and the kernel that adds up the chosen experts' shares and the residual stream (`experts.cu`).
 #pragma once
 
 __device__ __forceinline__ void dependent_wait() {

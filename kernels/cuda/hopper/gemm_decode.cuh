@@ -17,7 +17,7 @@
 // A source file for each epilogue, gemm_decode_*.cu, so that the driver compiles them side by side.
 //
 // 1. Each slice is summed from zero, k16 by k16 (wgmma), slices are added in fp32 in pairs, and these in pairs again (Shape): one
-//    order for every number of tokens, gemm_pair.cuh's and gemm_prefill.cu's too.
+//    order for every number of tokens, gemm_pair.cuh's and gemm_prefill.cuh's too.
 // 2. The sums lie over the ring, which is idle by then: every fetch was waited for, and every read of it is behind the
 //    named barrier. No block leaves the second cluster barrier, so none ends, while another reads its sums.
 // 3. Two blocks fit a multiprocessor, but for the largest, so the next kernel's weights arrive while this one's sums are added.

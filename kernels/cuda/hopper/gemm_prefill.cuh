@@ -1,5 +1,5 @@
-// How products of many tokens are made, prefill_* and many_*: y[t, m] = sum over k of w[m, k] x[t, k], and what epilogue.cuh does with y, where tokens are many and
-// the tensor cores' time counts.
+// How products of many tokens are made (prefill_* of bf16, many_* of codes), where the tensor cores' time counts:
+// y[t, m] = sum over k of w[m, k] x[t, k], and what epilogue.cuh does with y.
 //
 //   w [rows, cols] bf16   x [tokens, cols] bf16   cols a multiple of 8   accumulates in fp32
 //   tile     64 GROUPS tokens by M rows of w, all columns

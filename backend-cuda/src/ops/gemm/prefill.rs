@@ -1,4 +1,4 @@
-//! Launches of `gemm_prefill.cu`: products of many tokens.
+//! Launches of `gemm_prefill.cuh`: products of many tokens.
 //!
 //! ```text
 //!            a block's tile            blocks of a cluster    of
