@@ -26,7 +26,7 @@ use minisgl_core::spec::{Attention, Bias, DecoderSpec, Dims, LayerSpec, Mixer, W
 
 use super::attention::HalfWork;
 use super::explain::Launch;
-use super::halves::Part;
+use super::halves::{Halves, Part};
 use super::{Buffers, Layer, rows_from};
 use crate::device::Cuda;
 use crate::error::CudaError;
@@ -137,12 +137,9 @@ pub struct LayersKernel {
 }
 
 impl LayersKernel {
-    /// With 64 rows a ring has room for all of o's activations, so the step's last o might be ready, and its sums sent, before the neighbour
-    /// has read those of the down before; with more, a stage is filled again only once the neighbour is behind that down.
-    ///
-    /// And few rows may be drafts, which see keys of their own step: the kernel takes what lies before a row's newest leaf for older than
-    /// the step.
-    const ROWS_MIN: u32 = 65;
+    /// Fewer rows have too little to attend to. And they may be drafts, which see keys of their own step: the kernel takes what lies
+    /// before a row's newest leaf for older than the step.
+    const ROWS_MIN: u32 = Halves::ROWS_MIN;
     const ROWS_MAX: u32 = 2 * HALF_ROWS_MAX;
 
     /// Looks the kernel up, if the model is one that it is for and the device has room for all of its blocks at once.
@@ -379,9 +376,9 @@ mod tests {
         for other in [wide, fp8, deep, one_windowed] {
             assert!(!LayersKernel::suits(&other, 16, 132));
         }
-        assert!([65, 256].into_iter().all(|rows| LayersKernel::takes(StepShape::decode(rows))));
-        assert!(![64, 264].into_iter().any(|rows| LayersKernel::takes(StepShape::decode(rows))));
-        let mixed = StepShape { decode_rows: 79, prefill_rows: 1, ..StepShape::decode(80) };
+        assert!([40, 256].into_iter().all(|rows| LayersKernel::takes(StepShape::decode(rows))));
+        assert!(![32, 264].into_iter().any(|rows| LayersKernel::takes(StepShape::decode(rows))));
+        let mixed = StepShape { decode_rows: 63, prefill_rows: 1, ..StepShape::decode(64) };
         assert!(!LayersKernel::takes(mixed));
     }
 

@@ -15,8 +15,7 @@
 //    of two, its quad those between: what two blocks must add is the last level, because each has every second pair (`parity`).
 // 3. An element of the residual stream is read and written by one thread throughout.
 // 4. What neighbours send each other is waited for before a block counts itself done with a product, and sent after all have
-//    counted themselves done with the one before; but for o of the last phase, which no qkv parts from the down before: there the ring
-//    does, whose stages do not hold all of o's activations where a half has more than 32 rows (which is why there must be 65 rows).
+//    counted themselves done with the one before, for its activations are fetched behind that.
 #pragma once
 
 #include "batch.cuh"
@@ -212,10 +211,10 @@ struct ActivationFetcher {
             fetch<GATE_UP>(of.maps.residual + half);
             after(flags.ended(phase, GATE_UP), MULTIPLIERS);
             fetch<DOWN>(of.maps.activated + half);
-            if (phase + 2 < flags.phases()) {
-                after(flags.ended(phase, DOWN), MULTIPLIERS);
+            // The last o's, too, which no qkv parts from the down before: what neighbours then send may take the place of what they sent.
+            after(flags.ended(phase, DOWN), MULTIPLIERS);
+            if (phase + 2 < flags.phases())
                 fetch<QKV>(of.maps.residual + half);
-            }
         }
     }
 };
