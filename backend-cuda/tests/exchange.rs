@@ -11,10 +11,11 @@ use half::bf16;
 use minisgl_core::backend::{Device, Element, Purpose, Queue, Step};
 use minisgl_core::batch::{LAST_TOKEN, Layout, StepShape, Token};
 use minisgl_core::config::Limits;
+use minisgl_core::shard::Rank;
 use minisgl_core::spec::Dims;
 use minisgl_core::tensor::splitmix64;
 use minisgl_cuda::ops::exchange::{Exchange, Stream, Way};
-use minisgl_cuda::{Buffer, Cuda, CudaError, Grid, Kernel, KernelSet, Link, device_count};
+use minisgl_cuda::{Address, Buffer, Cuda, CudaError, Grid, Kernel, KernelSet, Link, device_count};
 use support::taken;
 
 /// A GPU under a sanitizer takes its time.
@@ -341,6 +342,40 @@ fn every_rank_has_the_rows_of_the_one_that_has_them() {
     }
 }
 
+/// Element `col` of row `row` of so many columns: of 16 bits, none a NaN.
+fn column(row: usize, col: usize, columns: usize) -> u16 {
+    (splitmix64((row * columns + col) as u64) % 0x7c00) as u16
+}
+
+/// A rank's share of the columns of so many rows, two elements a word.
+fn share_of(rank: Rank, [rows, columns]: [usize; 2]) -> Vec<u32> {
+    let share = rank.share(columns);
+    let own = (0..rows).flat_map(|row| share.clone().map(move |col| column(row, col, columns)));
+    let mut own: Vec<u16> = own.collect();
+    own.resize(own.len().next_multiple_of(2), u16::MAX);
+    own.chunks(2).map(|pair| u32::from(pair[0]) | u32::from(pair[1]) << 16).collect()
+}
+
+/// `gather` makes all columns of what each rank has a share of, three times.
+fn assert_gathered(
+    bench: &mut Bench,
+    link: &Link,
+    [rows, columns]: [usize; 2],
+    gather: impl Fn(&Bench, Address) -> Result<(), CudaError>,
+) {
+    let words = (rows * columns).div_ceil(2);
+    for turn in 0..3 {
+        let out = bench.holding(Element::Word, &vec![u32::MAX; words]);
+        meet(link);
+        gather(bench, out.address()).expect("a launch");
+        let given = bench.read(out, words);
+        let given: Vec<u16> = given.iter().flat_map(|word| [*word as u16, (word >> 16) as u16]).collect();
+        let wrong = (0..rows * columns).find(|i| given[*i] != column(i / columns, i % columns, columns));
+        let what = format!("{:?}, {rows} x {columns}, turn {turn}", link.rank());
+        assert_eq!(wrong.map(|i| (i / columns, i % columns)), None, "{what}");
+    }
+}
+
 #[test]
 #[ignore = "needs a GPU"]
 fn every_rank_has_all_columns_of_the_logits() {
@@ -351,31 +386,35 @@ fn every_rank_has_all_columns_of_the_logits() {
             continue;
         }
         let (dims, limits) = (dims(64, vocab as u32), limits(samples as u32));
-        let logit = |row: usize, col: usize| (splitmix64((row * vocab + col) as u64) % 0x7c00) as u16;
         each(ranks, KernelSet::Auto, PATIENCE, (&dims, &limits), |link, bench| {
-            let rank = link.rank();
-            let columns = rank.share(vocab);
-            let own = (0..samples).flat_map(|row| columns.clone().map(move |col| logit(row, col)));
-            let mut own: Vec<u16> = own.collect();
-            own.resize(own.len().next_multiple_of(2), u16::MAX);
-            let words: Vec<u32> =
-                own.chunks(2).map(|pair| u32::from(pair[0]) | u32::from(pair[1]) << 16).collect();
-            bench.words(&words, bench.exchange.share());
-            let out_words = (samples * vocab).div_ceil(2);
-            for turn in 0..3 {
-                let out = bench.holding(Element::Logit, &vec![u32::MAX; out_words]);
-                meet(link);
-                bench
-                    .exchange
-                    .gather_logits(bench.cuda.launcher(), samples as u32, out.address())
-                    .expect("a launch");
-                let given = bench.read(out, out_words);
-                let given: Vec<u16> =
-                    given.iter().flat_map(|word| [*word as u16, (word >> 16) as u16]).collect();
-                let wrong = (0..samples * vocab).find(|i| given[*i] != logit(i / vocab, i % vocab));
-                let what = format!("rank {} of {ranks}, {samples} x {vocab}, turn {turn}", rank.index);
-                assert_eq!(wrong.map(|i| (i / vocab, i % vocab)), None, "{what}");
-            }
+            bench.words(&share_of(link.rank(), [samples, vocab]), bench.exchange.share());
+            assert_gathered(bench, link, [samples, vocab], |bench, out| {
+                bench.exchange.gather_logits(bench.cuda.launcher(), samples as u32, out)
+            });
+        });
+    }
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn every_rank_has_all_columns_of_what_experts_have_within() {
+    for (ranks, pairs, inner) in
+        taken([(2, 8, 768), (4, 8 * 3, 64), (8, 8 * 9, 128), (2, 8 * 130, 768), (4, 8 * 2000, 768)])
+    {
+        if !can_be(ranks) {
+            continue;
+        }
+        let (mut dims, limits) = (dims(64, 64), limits(pairs as u32 / 8));
+        dims.intermediate = inner as u32;
+        each(ranks, KernelSet::Auto, PATIENCE, (&dims, &limits), |link, bench| {
+            let share = bench.holding(Element::Word, &share_of(link.rank(), [pairs, inner]));
+            // The next word of the same part comes behind others that all ranks have from all: logits.
+            let logits = bench.holding(Element::Word, &[0; 32]);
+            assert_gathered(bench, link, [pairs, inner], |bench, out| {
+                let (launcher, shape) = (bench.cuda.launcher(), [pairs as u32, inner as u32]);
+                bench.exchange.gather_inner(launcher, shape, share.address(), out)?;
+                bench.exchange.gather_logits(launcher, 1, logits.address())
+            });
         });
     }
 }
