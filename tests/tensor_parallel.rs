@@ -4,18 +4,16 @@ mod common;
 
 use std::fs;
 
-use common::ranks::{bits, requests, run, way};
+use common::ranks::{bits, random_checkpoint, requests, run, way, with_experts};
 use common::{CHECKPOINTS, FAMILIES, FP8, Numbers, Scratch, family, fixture, greedy, small};
 use minisgl::{
     EmbedRequest, Embedding, GenerateRequest, Grammar, KvFormat, LlmBuilder, Prompt, Quantize, SamplingParams,
 };
-use safetensors::tensor::TensorView;
-use safetensors::{Dtype, serialize};
 
 /// As many ranks as a golden checkpoint can be shared out among: by its heads, and by the slices of its products.
 fn ranks_max(name: &str) -> u32 {
     match name {
-        "qwen2-yarn" | "phi4-mini" | "qwen3-moe-nonorm" => 1,
+        "qwen2-yarn" | "phi4-mini" => 1,
         "qwen2-bias" | "smollm3-nope" | "seed-oss" | "gemma3" | "qwen3-fp8" | "qwen3-moe-fp8" => 2,
         _ => 4,
     }
@@ -95,62 +93,30 @@ fn a_tiny_pool_preempts_and_ranks_go_on_with_the_same_tokens() {
 
 /// A checkpoint that 8 ranks can share: 8 heads, 2 key heads, products of 8 slices.
 fn wide() -> Scratch {
-    let scratch = Scratch::new();
     let (hidden, inner, vocab) = (64, 256, 103);
-    let mut numbers = Numbers(5);
-    let mut tensors: Vec<(String, Vec<usize>, Vec<u8>)> = Vec::new();
-    let mut push = |name: &str, shape: &[usize]| {
-        let mut element = || half_bits((numbers.below(2001) as f32 - 1000.0) / 4000.0);
-        let bytes = (0..shape.iter().product()).flat_map(|_| element().to_le_bytes()).collect();
-        tensors.push((name.to_owned(), shape.to_vec(), bytes));
-    };
-    push("model.embed_tokens.weight", &[vocab, hidden]);
-    push("lm_head.weight", &[vocab, hidden]);
-    push("model.norm.weight", &[hidden]);
-    for layer in 0..2 {
-        let parts: [(&str, &[usize]); 9] = [
-            ("input_layernorm", &[hidden]),
-            ("post_attention_layernorm", &[hidden]),
-            ("self_attn.q_proj", &[256, hidden]),
-            ("self_attn.k_proj", &[64, hidden]),
-            ("self_attn.v_proj", &[64, hidden]),
-            ("self_attn.o_proj", &[hidden, 256]),
-            ("mlp.gate_proj", &[inner, hidden]),
-            ("mlp.up_proj", &[inner, hidden]),
-            ("mlp.down_proj", &[hidden, inner]),
-        ];
-        parts.iter().for_each(|(name, shape)| push(&format!("model.layers.{layer}.{name}.weight"), shape));
-    }
-    let views = tensors
-        .iter()
-        .map(|(name, shape, bytes)| (name, TensorView::new(Dtype::BF16, shape.clone(), bytes).unwrap()));
-    scratch.write("model.safetensors", serialize(views, None).unwrap());
+    let mlp = [("gate_proj", inner, hidden), ("up_proj", inner, hidden), ("down_proj", hidden, inner)];
     let config = serde_json::json!({
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "vocab_size": vocab,
         "hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": 2, "num_attention_heads": 8,
         "num_key_value_heads": 2, "head_dim": 32, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
         "max_position_embeddings": 512, "tie_word_embeddings": false
     });
-    scratch.write("config.json", config.to_string());
-    scratch
-}
-
-/// bf16's bits of a number, cut.
-fn half_bits(x: f32) -> u16 {
-    (x.to_bits() >> 16) as u16
+    let mlp = mlp.map(|(name, rows, cols)| (format!("mlp.{name}.weight"), vec![rows, cols]));
+    random_checkpoint(&config, &mlp)
 }
 
 #[test]
 fn random_schedules_give_the_same_bits_on_1_2_4_and_8_ranks() {
-    let scratch = wide();
     let mut numbers = Numbers(11);
-    for round in 0..4 {
-        let requests = requests(5 + numbers.below(8) as usize, 100);
-        let expected = run(small(scratch.path()), &requests);
-        for ranks in [2, 4, 8] {
-            let bits = numbers.below(32) as u32;
-            let given = run(way(small(scratch.path()), bits).tensor_parallel(ranks), &requests);
-            assert!(given == expected, "round {round}: {ranks} ranks, way {bits}");
+    for (what, scratch) in [("dense", wide()), ("experts", with_experts())] {
+        for round in 0..4 {
+            let requests = requests(5 + numbers.below(8) as usize, 100);
+            let expected = run(small(scratch.path()), &requests);
+            for ranks in [2, 4, 8] {
+                let bits = numbers.below(32) as u32;
+                let given = run(way(small(scratch.path()), bits).tensor_parallel(ranks), &requests);
+                assert!(given == expected, "{what}, round {round}: {ranks} ranks, way {bits}");
+            }
         }
     }
 }
@@ -203,7 +169,7 @@ fn what_cannot_be_shared_out_is_refused_with_its_numbers() {
     for (name, ranks, said) in [
         ("qwen2-yarn", 2, "3 query heads"),
         ("seed-oss", 4, "10 query heads"),
-        ("qwen3-moe-nonorm", 2, "48 columns, which are one slice"),
+        ("qwen3-moe", 8, "4 query heads"),
         ("tiny-untied", 8, "320 columns, which are 4 slices"),
         ("tiny-tied", 8, "4 query heads"),
     ] {

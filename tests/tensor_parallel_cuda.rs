@@ -9,7 +9,7 @@ mod fault;
 use std::time::{Duration, Instant};
 
 use common::logits::checkpoint;
-use common::ranks::{Bits, bits, requests, run, way};
+use common::ranks::{Bits, bits, requests, run, way, with_experts};
 use common::stored::{all_trained, checkpoint as checkpoint_of, given, stored};
 use common::{family, fixture, greedy, mixed_requests, skipped, small};
 use fault::{Fault, Faulty, FaultyError};
@@ -67,6 +67,23 @@ fn ranks_give_the_bits_of_one_gpu_however_they_are_computed() {
 
 #[test]
 #[ignore = "needs two GPUs"]
+fn ranks_of_experts_give_the_bits_of_one_gpu_however_they_are_computed() {
+    let scratch = with_experts();
+    for kernels in [KernelChoice::Auto, KernelChoice::Portable] {
+        let requests = requests(12, 100);
+        let builder = || on_gpu(small(scratch.path())).kernels(kernels).max_seq_len(Some(256));
+        let expected = run(builder(), &requests);
+        for ranks in ranks() {
+            for bits in [0, 7, 13, 22, 27] {
+                let given = run(way(builder(), bits).tensor_parallel(ranks), &requests);
+                assert!(given == expected, "{kernels:?}: {ranks} ranks, way {bits}");
+            }
+        }
+    }
+}
+
+#[test]
+#[ignore = "needs two GPUs"]
 fn a_tiny_pool_preempts_and_ranks_go_on_with_the_same_tokens() {
     let mut requests = mixed_requests(12, 500);
     requests.iter_mut().for_each(|request| request.sampling.max_tokens = 60);
@@ -117,6 +134,12 @@ fn ranks_of_a_small_model_give_its_tokens() {
 #[ignore = "needs two GPUs"]
 fn ranks_of_a_large_model_give_its_tokens() {
     assert_the_same("qwen3-14b", 64);
+}
+
+#[test]
+#[ignore = "needs two GPUs"]
+fn ranks_of_a_model_with_experts_give_its_tokens() {
+    assert_the_same("qwen3-30b-a3b", 64);
 }
 
 #[test]
@@ -179,7 +202,7 @@ fn what_ranks_can_not_compute_is_refused_with_its_reason() {
         return;
     }
     for (name, said) in [
-        ("qwen3-moe-nonorm", "expert's output"),
+        ("qwen3-moe", "share is no multiple of 64"),
         ("qwen2-yarn", "3 query heads"),
         ("tiny-untied", "320 columns"),
         ("qwen3-fp8", "its weights are fp8"),

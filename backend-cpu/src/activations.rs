@@ -37,7 +37,7 @@ impl Activations {
         limits: &Limits,
         rank: Rank,
     ) -> Result<Activations, CpuError> {
-        let (dims, experts) = (&spec.dims, ExpertBuffers::new(memory, spec, limits)?);
+        let (dims, experts) = (&spec.dims, ExpertBuffers::new(memory, spec, limits, rank)?);
         let logits = match rank.count {
             1 => 0,
             _ => limits.logit_rows() * rank.share(dims.vocab as usize).len(),

@@ -168,17 +168,20 @@ impl Machine {
     pub fn reserve(&mut self, spec: &DecoderSpec, limits: &Limits, threads: usize) -> Result<(), CpuError> {
         let (dims, rows) = (&spec.dims, threads.min(limits.running as usize));
         let candidates = self.memory.alloc(Purpose::Scratch, rows * dims.vocab as usize)?;
+        let ranks = self.link.as_ref().map_or(1, |link| link.rank().count);
         let width = match spec.weights {
             WeightFormat::Fp8(fp8) if fp8.inputs != Inputs::Plain => {
-                dims.q_width().max(dims.hidden.max(spec.activated_width()) as usize)
+                // An expert's down gets what all ranks have activated.
+                dims.q_width().max(dims.hidden.max(spec.activated_width() * ranks) as usize)
             }
             WeightFormat::Fp8(_) | WeightFormat::Bf16 => 0,
         };
         let rounded = self.memory.alloc(Purpose::Scratch, limits.step_tokens() * width)?;
         self.magnitudes = vec![0.0; limits.step_tokens()];
         if let Some(link) = &self.link {
-            let logits = limits.logit_rows() * dims.vocab.div_ceil(link.rank().count) as usize;
-            link.reserve(logits.max(limits.step_tokens() * dims.hidden as usize));
+            let logits = limits.logit_rows() * dims.vocab.div_ceil(ranks) as usize;
+            let width = dims.hidden.max(spec.activated_width()) as usize;
+            link.reserve(logits.max(limits.step_tokens() * width));
         }
         let kv = spec.kv.unwrap_or(OWN_KV);
         self.model = Some(Sizes { dims: *dims, kv, nobody: limits.running, candidates, rounded });

@@ -8,11 +8,12 @@
 //!
 //! Experts take their turns in ascending order of their numbers, and one that no token chose is passed over. So what a token gets
 //! is added in that order, whatever tokens are beside it. Padding tokens choose nobody. Ranks choose alike, for they have the same
-//! logits, and add what their parts of an expert give before its share is taken.
+//! logits. Each has a share of gate's and up's rows, and of down's: they bring together what down gets, and at the end the columns of `out`.
 
 use minisgl_core::backend::{ExpertWeights, Purpose, Step};
 use minisgl_core::batch;
 use minisgl_core::config::Limits;
+use minisgl_core::shard::Rank;
 use minisgl_core::spec::{DecoderSpec, Dims, Experts, LayerSpec};
 use minisgl_core::stats::ExpertsRead;
 
@@ -38,8 +39,12 @@ pub struct ExpertBuffers {
     tokens: Buffer,
     /// `[tokens of the expert, hidden]`: what it gets.
     gathered: Buffer,
-    /// `[tokens of the expert, hidden]`: what it gives.
+    /// `[tokens of the expert, hidden]`: what it gives, of a rank its share of the columns.
     given: Buffer,
+    /// `[tokens of the expert, intermediate of all ranks]`: what down gets; empty where there is one alone.
+    joined: Buffer,
+    /// `[tokens, share of hidden]`: a rank's columns of the sum; likewise.
+    own: Buffer,
 }
 
 impl ExpertBuffers {
@@ -48,10 +53,12 @@ impl ExpertBuffers {
         memory: &mut Memory,
         spec: &DecoderSpec,
         limits: &Limits,
+        rank: Rank,
     ) -> Result<Option<ExpertBuffers>, CpuError> {
         let layers = || spec.layers.iter().filter_map(LayerSpec::experts);
         let Some(count) = layers().map(|experts| experts.count).max() else { return Ok(None) };
         let per_token = layers().map(|experts| experts.per_token).max().unwrap_or(0);
+        let several = |width: u32| if rank.count > 1 { width } else { 0 };
         let mut alloc = |width: u32| memory.alloc(Purpose::Scratch, limits.step_tokens() * width as usize);
         Ok(Some(ExpertBuffers {
             logits: alloc(count)?,
@@ -60,6 +67,8 @@ impl ExpertBuffers {
             tokens: alloc(1)?,
             gathered: alloc(spec.dims.hidden)?,
             given: alloc(spec.dims.hidden)?,
+            joined: alloc(several(spec.activated_width() * rank.count))?,
+            own: alloc(several(spec.dims.hidden / rank.count))?,
         }))
     }
 }
@@ -95,15 +104,19 @@ impl RunExperts {
         rounded: Buffer,
         mut rounds: Rounds<'_>,
     ) -> Result<u64, CpuError> {
-        let ExpertBuffers { logits, chosen, shares, tokens, gathered, given } = self.buffers;
+        let ExpertBuffers { logits, chosen, shares, tokens, gathered, given, joined, own } = self.buffers;
         let RunExperts { step, x, activated, out, .. } = *self;
-        let buffers =
-            [step.batch, x, activated, out, logits, chosen, shares, tokens, gathered, given, rounded];
-        let [words, x, activated, out, logits, chosen, shares, rows, gathered, given, rounded] =
+        let buffers = [
+            step.batch, x, activated, out, rounded, logits, chosen, shares, tokens, gathered, given, joined,
+            own,
+        ];
+        let [words, x, activated, out, rounded, logits, chosen, shares, rows, gathered, given, joined, own] =
             memory.borrow(buffers)?;
         let Experts { count, per_token, intermediate, activation, .. } = self.experts;
         let (count, per_token, mlp) = (count as usize, per_token as usize, intermediate as usize);
-        let hidden = dims.hidden as usize;
+        let ranks = rounds.link.as_ref().map_or(1, |link| link.rank().count as usize);
+        let (hidden, whole_mlp) = (dims.hidden as usize, mlp * ranks);
+        let width = hidden / ranks;
         let tokens = batch::packed_tokens(&step.layout, step.shape.tokens as usize, words);
         let (x, out) = (&floats(x)[..tokens.len() * hidden], &mut floats(out)[..tokens.len() * hidden]);
         let chosen = &mut chosen[..tokens.len() * per_token];
@@ -119,7 +132,9 @@ impl RunExperts {
                 false => choose(logits, self.experts.normalized, chosen, shares),
             }
         }
-        out.fill(0.0);
+        let own = &mut floats(own)[..];
+        let sums = if ranks > 1 { &mut own[..tokens.len() * width] } else { &mut out[..] };
+        sums.fill(0.0);
         let mut read = 0;
         for expert in 0..count {
             let chosen = chosen.iter().enumerate().filter(|(_, chosen)| **chosen == expert as u32);
@@ -131,22 +146,30 @@ impl RunExperts {
             read += 1;
             let rows = || rows[..found].iter().map(|place| *place as usize);
             let (gathered, given) =
-                (&mut floats(gathered)[..found * hidden], &mut floats(given)[..found * hidden]);
+                (&mut floats(gathered)[..found * hidden], &mut floats(given)[..found * width]);
             let activated = &mut floats(activated)[..found * mlp];
             for (to, place) in gathered.chunks_mut(hidden).zip(rows()) {
                 to.copy_from_slice(&x[place / per_token * hidden..][..hidden]);
             }
             let inputs = rounds.inputs(gate_ups, gathered, floats(rounded))?;
             gate_up(gate_ups.one_of(count, expert), activation, inputs, activated);
+            let activated = match &mut rounds.link {
+                None => &*activated,
+                Some(link) => {
+                    let joined = &mut floats(joined)[..found * whole_mlp];
+                    link.join_columns(activated, whole_mlp, joined)?;
+                    joined
+                }
+            };
             let inputs = rounds.inputs(downs, activated, floats(rounded))?;
             matmul::linear(downs.one_of(count, expert), inputs, given);
-            if let Some(link) = &mut rounds.link {
-                link.sum(given)?;
+            for (given, place) in given.chunks(width).zip(rows()) {
+                let sums = &mut sums[place / per_token * width..][..width];
+                sums.iter_mut().zip(given).for_each(|(sum, given)| *sum += shares[place] * given);
             }
-            for (given, place) in given.chunks(hidden).zip(rows()) {
-                let out = &mut out[place / per_token * hidden..][..hidden];
-                out.iter_mut().zip(given).for_each(|(out, given)| *out += shares[place] * given);
-            }
+        }
+        if let Some(link) = &mut rounds.link {
+            link.join_columns(&own[..tokens.len() * width], hidden, out)?;
         }
         Ok(read)
     }

@@ -97,7 +97,10 @@ impl Matrix {
     pub fn new(role: WeightRole, tensors: &[HostTensor]) -> Result<Matrix, CpuError> {
         let cols = tensors.first().map_or(0, |tensor| tensor.cols);
         let parts = Vec::with_capacity(tensors.len());
-        let slices = if let WeightRole::Sliced(slices) = role { slices as usize } else { 1 };
+        let slices = match role {
+            WeightRole::Sliced(slices) | WeightRole::ExpertsDown(slices) => slices as usize,
+            _ => 1,
+        };
         let mut matrix = Matrix {
             rows: 0,
             cols,

@@ -262,7 +262,8 @@ fn gate_ups(role: WeightRole) -> usize {
         | WeightRole::Bias
         | WeightRole::Embedding
         | WeightRole::Linear
-        | WeightRole::Sliced(_) => 0,
+        | WeightRole::Sliced(_)
+        | WeightRole::ExpertsDown(_) => 0,
     }
 }
 
@@ -302,7 +303,7 @@ impl Cuda {
         let weight = Weight { address, rows, cols, form, slices: 1 };
         let slices = match (form, role) {
             (Form::Codes(_), _) => Fp8Codes { rows, cols }.slices(),
-            (_, WeightRole::Sliced(slices)) => slices,
+            (_, WeightRole::Sliced(slices) | WeightRole::ExpertsDown(slices)) => slices,
             _ => SLICING.slices(cols),
         };
         let weight = weight.sliced(slices);

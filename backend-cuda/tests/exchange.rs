@@ -58,7 +58,8 @@ struct Bench {
 impl Bench {
     fn new(link: &Link, dims: &Dims, limits: &Limits) -> Bench {
         let mut cuda = Cuda::of_rank(link.clone()).expect("a GPU");
-        let exchange = Exchange::new(&mut cuda, link, dims, limits).expect("memory");
+        let exchange =
+            Exchange::new(&mut cuda, link, dims, limits, 8 * dims.intermediate as usize).expect("memory");
         let push = cuda.modules().kernel("perf", "push_sums", 0).expect("a kernel");
         Bench { cuda, exchange, push }
     }

@@ -245,6 +245,7 @@ impl Layer {
             residual: residual.address(),
             x: if self.is_fp8() { scaled.address() } else { residual.address() },
             sumsq: sumsq.address(),
+            exchange: None,
         };
         self.experts.launch(self.cuda.launcher(), &step, &layer).unwrap();
         self.cuda.synchronize().unwrap();

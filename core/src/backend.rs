@@ -353,6 +353,9 @@ pub enum WeightRole {
     GateUp,
     /// As many such matrices, stacked, as there are experts.
     ExpertsGateUp(u32),
+    /// `[experts * rows, intermediate]`: experts' linear layers behind those, stacked, of which a rank has a share of each one's rows;
+    /// columns are summed in so many slices, as those of [`WeightRole::Sliced`].
+    ExpertsDown(u32),
 }
 
 /// The stage behind a model's forward pass: tokens out of logits, by what each row's slot says.

@@ -8,7 +8,7 @@
 //!   q; k, v            rows       by heads; a key head that several ranks' queries look at is copied
 //!   o                  columns    by heads
 //!   gate, up           rows       by the MLP's inner width, of every expert
-//!   down               columns    likewise
+//!   down               columns    likewise; an expert's is cut by rows, which are the hidden width's
 //!   norms, router      whole
 //! ```
 //!
@@ -22,6 +22,10 @@
 //!                     +                       +                 of 2 ranks, each has one of these
 //!                                 +                             and both add them
 //! ```
+//!
+//! An expert's down is so small, and is rounded before its share of a token is taken, that slices would cost one device more than they
+//! spare several. So its sums are whole: ranks bring together what down gets, each adds up its rows' share of the hidden width over all of a
+//! token's experts, and they bring together what the residual stream becomes.
 
 use alloc::format;
 use alloc::string::String;
@@ -183,11 +187,8 @@ impl DecoderSpec {
         }
         slicing.check("attention's output", self.dims.q_width(), ranks)?;
         if let WeightFormat::Fp8(Fp8 { inputs: Inputs::PerGroup(group), .. }) = self.weights {
-            let inner = self
-                .layers
-                .iter()
-                .map(|layer| layer.experts().map_or(self.dims.intermediate, |it| it.intermediate));
-            let widths = inner.chain([self.dims.q_width() as u32]);
+            let dense = self.layers.iter().filter(|layer| layer.experts().is_none());
+            let widths = dense.map(|_| self.dims.intermediate).chain([self.dims.q_width() as u32]);
             if let Some(width) = widths.map(|width| width / ranks).find(|width| !width.is_multiple_of(group))
             {
                 return refused(format!(
@@ -225,7 +226,12 @@ impl LayerSpec {
                 Mlp::Dense(activation)
             }
             Mlp::Experts(experts) => {
-                slicing.check("an expert's output", experts.intermediate as usize, ranks)?;
+                for (what, width) in [("inner", experts.intermediate), ("hidden", dims.hidden)] {
+                    if !width.is_multiple_of(ranks) {
+                        let what = format!("its experts' {what} width is {width}");
+                        return Err(Indivisible { ranks, what });
+                    }
+                }
                 Mlp::Experts(Experts { intermediate: experts.intermediate / ranks, ..experts })
             }
         };

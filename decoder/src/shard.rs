@@ -50,18 +50,20 @@ impl LayerTensors {
 
 impl MlpTensors {
     fn shard(&self, sharder: Sharder<'_>, spec: &LayerSpec) -> MlpTensors {
-        let down = |down: &HostTensor| sharder.cut(down, Cut::Columns(By::Inner));
         match self {
-            MlpTensors::Dense { gate_up, down: narrow } => MlpTensors::Dense {
+            MlpTensors::Dense { gate_up, down } => MlpTensors::Dense {
                 gate_up: std::array::from_fn(|i| sharder.cut(&gate_up[i], Cut::Rows(By::Inner))),
-                down: down(narrow),
+                down: sharder.cut(down, Cut::Columns(By::Inner)),
             },
-            MlpTensors::Experts { router, gate_up, down: narrow } => {
+            MlpTensors::Experts { router, gate_up, down } => {
+                let each = |stacks: &[HostTensor], rows: usize| {
+                    stacks.iter().flat_map(|stack| sharder.cut_each(stack, rows)).collect()
+                };
                 let inner = spec.experts().map_or(1, |experts| experts.intermediate) as usize;
                 MlpTensors::Experts {
                     router: router.clone(),
-                    gate_up: gate_up.iter().flat_map(|stack| sharder.cut_each(stack, inner)).collect(),
-                    down: narrow.iter().map(down).collect(),
+                    gate_up: each(gate_up, inner),
+                    down: each(down, sharder.whole.hidden as usize),
                 }
             }
         }
@@ -78,7 +80,7 @@ impl Sharder<'_> {
         }
     }
 
-    /// The share of each of the matrices of `rows` rows, gates and ups of experts, that are stacked in a tensor.
+    /// The share of each of the matrices of `rows` rows, of experts, that are stacked in a tensor.
     fn cut_each(self, stack: &HostTensor, rows: usize) -> impl Iterator<Item = HostTensor> {
         let share = self.rank.share(rows);
         let firsts = (0..stack.rows).step_by(rows.max(1));

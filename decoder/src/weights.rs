@@ -55,16 +55,34 @@ impl<'a> Source<'a> {
     }
 }
 
+/// How sums are cut, which ranks share out.
+#[derive(Clone, Copy)]
+struct Cutting {
+    rank: Rank,
+    slicing: Slicing,
+}
+
+impl Cutting {
+    /// The role of a matrix whose columns ranks share out, of which this one has those of a tensor.
+    fn sliced(self, tensor: &HostTensor) -> WeightRole {
+        WeightRole::Sliced(self.rank.slices(tensor.cols, self.slicing))
+    }
+
+    /// That of experts' down, of which each rank has all columns.
+    fn experts_down(self, parts: &[HostTensor]) -> WeightRole {
+        WeightRole::ExpertsDown(self.slicing.slices(parts.first().map_or(0, |part| part.cols)))
+    }
+}
+
 impl<'a> ModelWeights<Source<'a>> {
     /// What the weights of a model, or of a rank's part of it, are made of: q, k, v are stacked, and gate, up.
     pub fn of(spec: &DecoderSpec, tensors: &'a Tensors, rank: Rank, slicing: Slicing) -> Self {
         let layers = spec.layers.iter().zip(&tensors.layers);
-        // The role of a matrix whose columns ranks share out, of which this one has those of a tensor.
-        let sliced = |tensor: &HostTensor| WeightRole::Sliced(rank.slices(tensor.cols, slicing));
+        let cutting = Cutting { rank, slicing };
         ModelWeights {
             embed: Source::one(WeightRole::Embedding, &tensors.embed),
             layers: layers
-                .map(|(layer, tensors)| layer_sources(spec.norm, layer, tensors, &sliced))
+                .map(|(layer, tensors)| layer_sources(spec.norm, layer, tensors, cutting))
                 .collect(),
             norm: Source::one(WeightRole::Norm(spec.norm), &tensors.norm),
             head: tensors.head.as_ref().map(|head| Source::one(WeightRole::Linear, head)),
@@ -141,7 +159,7 @@ fn layer_sources<'a>(
     form: NormForm,
     spec: &LayerSpec,
     tensors: &'a LayerTensors,
-    sliced: &impl Fn(&HostTensor) -> WeightRole,
+    cutting: Cutting,
 ) -> LayerWeights<Source<'a>> {
     let norm = |tensor: &'a Option<HostTensor>| {
         tensor.as_ref().map(|tensor| Source::one(WeightRole::Norm(form), tensor))
@@ -152,30 +170,26 @@ fn layer_sources<'a>(
         qkv_bias: tensors.qkv_bias.as_ref().map(|parts| Source { role: WeightRole::Bias, parts }),
         q_norm: norm(&tensors.q_norm),
         k_norm: norm(&tensors.k_norm),
-        o: Source::one(sliced(&tensors.o), &tensors.o),
+        o: Source::one(cutting.sliced(&tensors.o), &tensors.o),
         attention_out_norm: norm(&tensors.attention_out_norm),
         mlp_norm: norm(&tensors.mlp_norm),
-        mlp: mlp_sources(spec, &tensors.mlp, sliced),
+        mlp: mlp_sources(spec, &tensors.mlp, cutting),
         mlp_out_norm: norm(&tensors.mlp_out_norm),
     }
 }
 
-fn mlp_sources<'a>(
-    spec: &LayerSpec,
-    tensors: &'a MlpTensors,
-    sliced: &impl Fn(&HostTensor) -> WeightRole,
-) -> MlpWeights<Source<'a>> {
+fn mlp_sources<'a>(spec: &LayerSpec, tensors: &'a MlpTensors, cutting: Cutting) -> MlpWeights<Source<'a>> {
     match tensors {
         MlpTensors::Dense { gate_up, down } => MlpWeights::Dense {
             gate_up: Source { role: WeightRole::GateUp, parts: gate_up },
-            down: Source::one(sliced(down), down),
+            down: Source::one(cutting.sliced(down), down),
         },
         MlpTensors::Experts { router, gate_up, down } => {
             let count = spec.experts().map_or(0, |experts| experts.count);
             MlpWeights::Experts(ExpertWeights {
                 router: Source { role: WeightRole::Linear, parts: router },
                 gate_up: Source { role: WeightRole::ExpertsGateUp(count), parts: gate_up },
-                down: Source { role: down.first().map_or(WeightRole::Linear, sliced), parts: down },
+                down: Source { role: cutting.experts_down(down), parts: down },
             })
         }
     }

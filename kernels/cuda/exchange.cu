@@ -1,19 +1,19 @@
-// What ranks pass to each other within a step: sums of o and down, embedded tokens, logits. How, and why nobody waits in vain, is
-// in exchange.cuh.
+// What ranks pass to each other within a step: sums of o and down, embedded tokens, columns of logits and of what experts' down gets. How,
+// and why nobody waits in vain, is in exchange.cuh.
 //
 //   reduce_one_shot_R   residual[t, :] += the sum over R ranks of sums[t, :], and sumsq        every rank adds up all of it
 //   reduce_two_shot_R   the same                                                               every rank adds up a share, and pushes that
 //   embed_share         residual[t, :] = table[id(t), :], from the rank that has the row; history, sumsq
-//   gather_logits       out[r, :] = all ranks' shares of the columns
+//   gather_columns      out[r, :] = all ranks' shares of the columns
 //
 //   sums f32, what this rank adds up of its own   residual [tokens, hidden] bf16   sumsq [tokens, ceil(hidden / 64)] f32
-//   table [rows of the rank, hidden] bf16   share [samples, columns of the rank] f16   out [samples, vocab] f16
+//   table [rows of the rank, hidden] bf16   share [rows, columns of the rank], out [rows, columns] of 16 bits
 //   grid: at most what a GPU holds at once   block THREADS
 //
 //   inbox of        one shot   [rank][tokens, hidden] f32                                       pushed by the product before (RankSums)
 //                   two shots  [other rank][a share of these] f32, then [tokens, hidden] bf16    the former pushed by the product
 //                   embed      [tokens, hidden] bf16; where they are carried, [rank][tokens, hidden], and this rank's of no other use
-//                   logits     [rank][samples, columns of that rank] f16
+//                   columns    [rank][rows, columns of that rank] of 16 bits
 //
 // 1. Sums are added in pairs by rank, ((r0 + r1) + (r2 + r3)) + …, the upper levels of the tree of core/src/shard.rs, whoever adds
 //    them; then the residual is added and rounded as a product's epilogue does it (Residual in epilogue.cuh). So neither the number of
@@ -238,34 +238,34 @@ embed_share(const unsigned *batch, unsigned tokens_offset, const unsigned *token
     }
 }
 
-// Eight of a rank's logits, which lie one row behind the other, to their columns.
-__device__ __forceinline__ void scatter(unsigned short *out, unsigned samples, unsigned vocab, unsigned first, unsigned width,
+// Eight of a rank's elements, which lie one row behind the other, to their columns.
+__device__ __forceinline__ void scatter(unsigned short *out, unsigned rows, unsigned columns, unsigned first, unsigned width,
                                         unsigned chunk, uint4 v) {
-    if (vocab % 8 == 0 && first % 8 == 0 && width % 8 == 0) {
+    if (columns % 8 == 0 && first % 8 == 0 && width % 8 == 0) {
         const unsigned row = chunk / (width / 8), within = chunk % (width / 8);
-        *reinterpret_cast<uint4 *>(out + (size_t)row * vocab + first + within * 8) = v;
+        *reinterpret_cast<uint4 *>(out + (size_t)row * columns + first + within * 8) = v;
         return;
     }
     const unsigned words[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
     for (unsigned i = 0; i < 8; i++) {
         const unsigned index = chunk * 8 + i, row = index / width, column = index % width;
-        if (row < samples)
-            out[(size_t)row * vocab + first + column] = (unsigned short)(words[i / 2] >> (i % 2 * 16));
+        if (row < rows)
+            out[(size_t)row * columns + first + column] = (unsigned short)(words[i / 2] >> (i % 2 * 16));
     }
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_AN_SM)
-gather_logits(const uint4 *share, unsigned short *out, unsigned samples, unsigned vocab, const __grid_constant__ Ranks ranks) {
+gather_columns(const uint4 *share, unsigned short *out, unsigned rows, unsigned columns, const __grid_constant__ Ranks ranks) {
     const unsigned step = gridDim.x * THREADS, begin = blockIdx.x * THREADS + threadIdx.x;
-    const size_t apart = ((size_t)samples * ((vocab + ranks.count - 1) / ranks.count) + 7) / 8;
-    const auto chunks_of = [&](unsigned width) { return (samples * width + 7) / 8; };
+    const size_t apart = ((size_t)rows * ((columns + ranks.count - 1) / ranks.count) + 7) / 8;
+    const auto chunks_of = [&](unsigned width) { return (rows * width + 7) / 8; };
     begin_waiting(ranks);
     dependent_launch();
     dependent_wait();
     for (unsigned i = 0; i < ranks.count; i++) {
-        const unsigned from = (ranks.rank + i) % ranks.count, first = first_of(from, vocab, ranks);
-        const unsigned width = first_of(from + 1, vocab, ranks) - first;
+        const unsigned from = (ranks.rank + i) % ranks.count, first = first_of(from, columns, ranks);
+        const unsigned width = first_of(from + 1, columns, ranks) - first;
         for (unsigned chunk = begin; chunk < chunks_of(width); chunk += step) {
             uint4 value;
             if (i == 0) {
@@ -277,7 +277,7 @@ gather_logits(const uint4 *share, unsigned short *out, unsigned samples, unsigne
             } else {
                 value = take(reinterpret_cast<uint4 *>(ranks.inbox[ranks.rank]) + from * apart + chunk, ranks, from);
             }
-            scatter(out, samples, vocab, first, width, chunk, value);
+            scatter(out, rows, columns, first, width, chunk, value);
         }
     }
 }

@@ -124,7 +124,7 @@ fn rank(link: Link, comm: Option<Comm>, options: &PerfOptions) -> Result<Vec<Exc
         pages: 1,
         graph_rows: 0,
     };
-    let exchange = Exchange::new(&mut cuda, &link, &dims, &limits)?;
+    let exchange = Exchange::new(&mut cuda, &link, &dims, &limits, 0)?;
     let residual = cuda.alloc(Purpose::Scratch, Element::Activation, tokens * HIDDEN)?;
     let sumsq = cuda.alloc(Purpose::Scratch, Element::Float, tokens * HIDDEN.div_ceil(64))?;
     let own: Vec<u32> = (0..tokens * HIDDEN).map(|index| sum(rank.index, index).to_bits()).collect();

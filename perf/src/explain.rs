@@ -162,7 +162,7 @@ mod tests {
     fn one_of_several_ranks_leaves_sums_and_adds_them_up() {
         let large = "hidden=5120,heads=40,intermediate=17408";
         let two = text("rows=64,ranks=2", large, KernelSet::Auto);
-        for part in ["embed_share", "decode_sums_64x64", "2 slices", "reduce_two_shot_2", "gather_logits"] {
+        for part in ["embed_share", "decode_sums_64x64", "2 slices", "reduce_two_shot_2", "gather_columns"] {
             assert!(two.contains(part), "{part}: {two}");
         }
         let four = text("rows=1,ranks=4", large, KernelSet::Portable);

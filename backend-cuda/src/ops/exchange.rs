@@ -1,12 +1,13 @@
 //! What a rank passes to the others within a step: launches of `exchange.cu`.
 //!
 //! ```text
-//!   inbox   | sums, first | sums, second | embedded rows | logits, first | logits, second |
+//!   inbox   | sums, first | sums, second | embedded rows | logits, first | logits, second | inner |
 //! ```
 //!
 //! Sums of o and down take turns in two parts of the inbox; so do logits, of which a step that scores has several. Between two exchanges
 //! in one part there is one in another that has words from all ranks to all, which is what `exchange.cuh` asks for: a layer has o's and
-//! down's.
+//! down's. Experts' down is cut by rows: what it gets, as wide as an expert is within, passes in a part of its own, and what the
+//! residual stream becomes in the place of down's sums.
 //!
 //! The product before an exchange stores its sums where they are added up ([`RankSums`]), so most of them have come when it ends.
 //! Where NCCL carries words, a kernel leaves them in this rank's memory, all ranks' are gathered in each inbox, and then the same kernels
@@ -22,26 +23,29 @@ use minisgl_core::shard::{RANKS_MAX, Rank};
 use minisgl_core::spec::Dims;
 
 use super::SEGMENT;
+use super::experts::Routing;
 use super::gemm::RankSums;
 use crate::device::Cuda;
 use crate::error::CudaError;
 use crate::launch::{Grid, Kernel, Launcher};
 use crate::link::Link;
 use crate::memory::{Address, Buffer};
-use crate::param::plain_params;
+use crate::param::{Param, plain_params};
 
 const THREADS: u32 = 256;
 /// Blocks that every SM holds at once, whatever their number of ranks.
 const BLOCKS_AN_SM: u32 = 4;
+/// The same of `experts_combine_ranks`.
+const JOINING_BLOCKS_AN_SM: u32 = 3;
 /// Elements of a chunk, which is a thread's.
 const CHUNK: u32 = 4;
-/// Logits of a chunk.
-const LOGITS: usize = 8;
+/// The same where columns are gathered, of 16 bits.
+const COLUMNS: usize = 8;
 
 /// What kernels know of the ranks, as `exchange.cuh` declares it.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
-struct Ranks {
+pub(super) struct Ranks {
     inbox: [u64; RANKS_MAX as usize],
     ended: Address,
     rank: u32,
@@ -84,28 +88,30 @@ struct Parts {
     sums: usize,
     embedded: usize,
     logits: usize,
+    inner: usize,
     /// Parts for sums, and for logits, that take turns.
     turns: usize,
 }
 
 impl Parts {
-    fn new(rank: Rank, dims: &Dims, limits: &Limits) -> Parts {
+    /// `inner`: elements of what experts' down gets, at most.
+    fn new(rank: Rank, dims: &Dims, limits: &Limits, inner: usize) -> Parts {
         let (count, tokens) = (rank.count as usize, limits.step_tokens());
         let row_bytes = padded(dims.hidden) * 4;
         let once = (Way::one_shot_bytes(rank.count) / row_bytes).min(tokens);
-        let logits = count * share_elements(rank, dims, limits.logit_rows()) * 2;
+        let logits = count * share_elements(rank, [limits.logit_rows(), dims.vocab as usize]) * 2;
         let sums = (count * once * row_bytes).max(shared_bytes(rank, tokens, dims.hidden));
-        Parts { sums, embedded: tokens * row_bytes / 2, logits, turns: 2 }
+        Parts { sums, embedded: tokens * row_bytes / 2, logits, inner: inner * 2, turns: 2 }
     }
 
     /// Where all ranks' words are carried to every inbox, in the order of what is enqueued.
-    fn carried(rank: Rank, dims: &Dims, limits: &Limits) -> Parts {
+    fn carried(rank: Rank, dims: &Dims, limits: &Limits, inner: usize) -> Parts {
         let all = rank.count as usize * limits.step_tokens() * padded(dims.hidden) * 4;
-        Parts { sums: all, embedded: all / 2, turns: 1, ..Parts::new(rank, dims, limits) }
+        Parts { sums: all, embedded: all / 2, turns: 1, ..Parts::new(rank, dims, limits, inner) }
     }
 
-    /// Where the two parts for sums begin, that for embedded rows, the two for logits; and where all end.
-    fn starts(&self) -> [usize; 6] {
+    /// Where the two parts for sums begin, that for embedded rows, the two for logits, that for inner widths; and where all end.
+    fn starts(&self) -> [usize; 7] {
         let mut end = 0;
         let mut after = |bytes: usize| {
             let start = end;
@@ -119,6 +125,7 @@ impl Parts {
             after(self.embedded),
             after(self.logits),
             after(second(self.logits)),
+            after(self.inner),
             after(0),
         ]
     }
@@ -134,9 +141,9 @@ fn row_chunks(tokens: u32, hidden: u32) -> u32 {
     tokens * hidden.div_ceil(SEGMENT) * (SEGMENT / CHUNK)
 }
 
-/// Chunks of a rank's logits of so many samples.
-fn logit_chunks(rank: Rank, samples: u32, vocab: u32) -> u32 {
-    (samples as usize * rank.share(vocab as usize).len()).div_ceil(LOGITS) as u32
+/// Chunks of a rank's columns of so many rows.
+fn column_chunks(rank: Rank, [rows, columns]: [u32; 2]) -> u32 {
+    (rows as usize * rank.share(columns as usize).len()).div_ceil(COLUMNS) as u32
 }
 
 /// Chunks that a rank adds up of so many tokens where they are shared, in whole tiles.
@@ -150,10 +157,9 @@ fn shared_bytes(rank: Rank, tokens: usize, hidden: u32) -> usize {
     (rank.count as usize - 1) * shares(rank, tokens, hidden) * 16 + tokens * padded(hidden) * 2
 }
 
-/// Logits of so many rows that a rank passes on, in whole chunks, as many on each.
-fn share_elements(rank: Rank, dims: &Dims, rows: usize) -> usize {
-    let columns = (dims.vocab as usize).div_ceil(rank.count as usize);
-    (rows * columns).next_multiple_of(LOGITS)
+/// Elements of so many rows and columns that a rank passes on, in whole chunks, as many on each.
+fn share_elements(rank: Rank, [rows, columns]: [usize; 2]) -> usize {
+    (rows * columns.div_ceil(rank.count as usize)).next_multiple_of(COLUMNS)
 }
 
 /// The rows that an exchange adds to.
@@ -165,6 +171,15 @@ pub struct Stream {
     pub sumsq: Address,
     /// How many.
     pub tokens: u32,
+}
+
+/// A launch of `experts_combine_ranks`: the kernel, and what it has besides ranks.
+pub(super) struct Joining<'a> {
+    pub kernel: &'a Kernel,
+    pub routing: &'a Routing,
+    pub given: Address,
+    pub residual: Address,
+    pub sumsq: Address,
 }
 
 /// The kernels, and what a rank has beside one device alone.
@@ -227,7 +242,7 @@ impl Exchange {
         dims: &Dims,
         [tokens, samples]: [u32; 2],
     ) -> [Grid; 2] {
-        [row_chunks(tokens, dims.hidden), logit_chunks(rank, samples, dims.vocab)]
+        [row_chunks(tokens, dims.hidden), column_chunks(rank, [samples, dims.vocab])]
             .map(|chunks| Self::explained_grid(chunks, multiprocessors))
     }
 
@@ -235,17 +250,29 @@ impl Exchange {
         Grid::new(chunks.div_ceil(THREADS).min(multiprocessors * BLOCKS_AN_SM), THREADS).dependent()
     }
 
-    /// Looks the kernels up and allocates what steps within `limits` need, for a rank of a model of these sizes.
-    pub fn new(cuda: &mut Cuda, link: &Link, dims: &Dims, limits: &Limits) -> Result<Exchange, CudaError> {
+    /// Looks the kernels up and allocates what steps within `limits` need, for a rank of a model of these sizes, whose experts' down
+    /// gets `inner` elements of a token at most.
+    pub fn new(
+        cuda: &mut Cuda,
+        link: &Link,
+        dims: &Dims,
+        limits: &Limits,
+        inner: usize,
+    ) -> Result<Exchange, CudaError> {
         let rank = link.rank();
         let names = Self::reduce_names(rank.count);
         let kernel = |name| cuda.modules().kernel("exchange", name, 0);
         let (one_shot, two_shot) = (kernel(names[0])?, kernel(names[1])?);
-        let (embed, gather) = (kernel("embed_share")?, kernel("gather_logits")?);
+        let (embed, gather) = (kernel("embed_share")?, kernel("gather_columns")?);
         let carried = link.is_carried();
-        let parts = if carried { Parts::carried } else { Parts::new }(rank, dims, limits);
+        let parts = if carried { Parts::carried } else { Parts::new }(
+            rank,
+            dims,
+            limits,
+            inner * limits.step_tokens(),
+        );
         let [.., bytes] = parts.starts();
-        let share = share_elements(rank, dims, limits.logit_rows());
+        let share = share_elements(rank, [limits.logit_rows(), dims.vocab as usize]);
         let (tokens, row) = (limits.step_tokens(), padded(dims.hidden));
         let once = (Way::one_shot_bytes(rank.count) / (row * 4)).min(tokens);
         let sums = if carried { tokens } else { once } * row;
@@ -384,11 +411,58 @@ impl Exchange {
     /// `out`, `[samples, vocab]` f16, becomes what all ranks have in [`Exchange::share`].
     pub fn gather_logits(&self, launcher: &Launcher, samples: u32, out: Address) -> Result<(), CudaError> {
         let turn = self.logits_turn.replace(1 - self.logits_turn.get());
-        let (vocab, ranks) = (self.dims.vocab, self.ranks(3 + turn)?);
-        let chunks = logit_chunks(self.link.rank(), samples, vocab);
-        let share = self.share.address();
-        self.carry(launcher, 3, share, share_elements(self.link.rank(), &self.dims, samples as usize) * 2)?;
-        launcher.launch(&self.gather, self.grid(chunks), [&share, &out, &samples, &vocab, &ranks])
+        self.gather(launcher, 3 + turn, [samples, self.dims.vocab], self.share.address(), out)
+    }
+
+    /// `out`, `[pairs, inner]` bf16, becomes what all ranks have in `share`, `[pairs, columns of the rank]`: what experts' down gets.
+    pub fn gather_inner(
+        &self,
+        launcher: &Launcher,
+        shape: [u32; 2],
+        share: Address,
+        out: Address,
+    ) -> Result<(), CudaError> {
+        self.gather(launcher, 5, shape, share, out)
+    }
+
+    /// Rows of 16 bits an element, of which each rank has a share of the columns, by a part of the inbox.
+    fn gather(
+        &self,
+        launcher: &Launcher,
+        part: usize,
+        [rows, columns]: [u32; 2],
+        share: Address,
+        out: Address,
+    ) -> Result<(), CudaError> {
+        let (rank, ranks) = (self.link.rank(), self.ranks(part)?);
+        let chunks = column_chunks(rank, [rows, columns]);
+        self.carry(launcher, part, share, share_elements(rank, [rows as usize, columns as usize]) * 2)?;
+        launcher.launch(&self.gather, self.grid(chunks), [&share, &out, &rows, &columns, &ranks])
+    }
+
+    /// What `experts_combine_ranks` makes of the residual stream, each rank of its columns, is every rank's.
+    pub(super) fn join(&self, launcher: &Launcher, tokens: u32, join: &Joining<'_>) -> Result<(), CudaError> {
+        let turn = self.sums_turn.replace(1 - self.sums_turn.get());
+        let (ranks, sent) = (self.ranks(turn)?, self.embedded.unwrap_or(Address::NULL));
+        let elements = tokens as usize * self.dims.hidden as usize / ranks.count as usize;
+        let most = self.blocks_max * JOINING_BLOCKS_AN_SM / BLOCKS_AN_SM;
+        let blocks = (elements.div_ceil(COLUMNS) as u32).div_ceil(THREADS).min(most.max(1));
+        let grid = Grid::new(blocks, THREADS).dependent_if(self.link.ranks_of_device() == 1);
+        let launch = |sends: bool, takes: bool| {
+            let (sends, takes) = (u32::from(sends), u32::from(takes));
+            let Joining { kernel, routing, given, residual, sumsq } = *join;
+            launcher.launch(
+                kernel,
+                grid,
+                [routing as &dyn Param, &given, &residual, &sumsq, &sent, &sends, &takes, &ranks],
+            )
+        };
+        if !self.link.is_carried() {
+            return launch(true, true);
+        }
+        launch(true, false)?;
+        self.carry(launcher, turn, sent, elements * 2)?;
+        launch(false, true)
     }
 
     /// A thread a chunk, as far as the device holds so many at once. Of ranks that share a device one's exchanges would else take the
@@ -427,7 +501,7 @@ mod tests {
     use crate::declared::{assert_declared, constant, threads_of};
     use crate::link::{EMPTY_BYTE, ENDED};
 
-    const KERNELS: [&str; 8] = [
+    const KERNELS: [&str; 9] = [
         "reduce_one_shot_2",
         "reduce_one_shot_4",
         "reduce_one_shot_8",
@@ -435,7 +509,8 @@ mod tests {
         "reduce_two_shot_4",
         "reduce_two_shot_8",
         "embed_share",
-        "gather_logits",
+        "gather_columns",
+        "experts_combine_ranks",
     ];
 
     #[test]
@@ -446,6 +521,7 @@ mod tests {
             Ranks { inbox, ended, rank, count, patience_ms, carried }
         );
         assert_eq!(constant("exchange.cu", "BLOCKS_AN_SM"), BLOCKS_AN_SM);
+        assert_eq!(constant("experts.cu", "BLOCKS_AN_SM"), JOINING_BLOCKS_AN_SM);
         assert_eq!(constant("inbox.cuh", "EMPTY"), u32::from_ne_bytes([EMPTY_BYTE; 4]));
         assert_eq!(constant("exchange.cuh", "ENDED"), ENDED);
         for set in [HOPPER, PORTABLE] {
@@ -476,13 +552,13 @@ mod tests {
         };
         for count in [2, 4, 8] {
             let rank = Rank { index: 0, count };
-            let parts = Parts::new(rank, &dims, &limits);
+            let parts = Parts::new(rank, &dims, &limits, 20_033 * 7);
             let of_all = 20_033 * 1024 * 4;
             assert!(parts.sums >= count as usize * (Way::one_shot_bytes(count) - 4096), "one shot");
             assert!(parts.sums >= of_all - of_all / count as usize + of_all / 2, "two shots");
             assert!(parts.embedded >= 20_033 * 1024 * 2 && parts.logits >= 33 * 50_001 * 2);
             let starts = parts.starts();
-            let sizes = [parts.sums, parts.sums, parts.embedded, parts.logits, parts.logits];
+            let sizes = [parts.sums, parts.sums, parts.embedded, parts.logits, parts.logits, 20_033 * 14];
             for (pair, size) in starts.windows(2).zip(sizes) {
                 assert!(pair[1] - pair[0] >= size && pair[1] % 256 == 0);
             }

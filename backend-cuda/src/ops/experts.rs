@@ -5,6 +5,10 @@
 //!                   └── of up to 16 tokens, on Hopper ──^
 //! ```
 //!
+//! Of several ranks each has a share of the inner width of gate and up, and of the rows of down, whose sums are whole: the exchange
+//! brings together what down gets, and then the residual stream, of whose columns each rank adds up a share. So each element has the
+//! sums that it has on one GPU.
+//!
 //! The router (`router.rs`) and the two products (`portable.rs`, `hopper.rs`) are those of the kernel set. Grids depend on the number of
 //! tokens alone; what the tokens chose is read from memory. So a recorded step does for all choices.
 //!
@@ -18,11 +22,13 @@ mod router;
 use hopper::Hopper;
 use minisgl_core::backend::{Device, Element, ExpertWeights, Purpose, Queue, Step};
 use minisgl_core::config::Limits;
+use minisgl_core::shard::Rank;
 use minisgl_core::spec::{self, DecoderSpec, LayerSpec};
 use minisgl_core::stats::ExpertsRead;
 use portable::Portable;
 use router::Router;
 
+use super::exchange::{Exchange, Joining};
 use super::gemm::RowNorm;
 use crate::device::Cuda;
 use crate::error::CudaError;
@@ -74,6 +80,12 @@ impl Routing {
     fn pairs(&self) -> u32 {
         self.tokens * self.per_token
     }
+
+    /// That of down and of what is behind it: all columns, and a rank's share of the rows.
+    fn of_down(&self, rank: Rank) -> Routing {
+        let (hidden, intermediate) = (self.hidden / rank.count, self.intermediate * rank.count);
+        Routing { hidden, intermediate, ..*self }
+    }
 }
 
 plain_params!(Routing, RowNorm);
@@ -99,10 +111,13 @@ pub struct Experts {
     dispatch: Kernel,
     products: Products,
     combine: Kernel,
+    combine_ranks: Kernel,
+    rank: Rank,
     /// Addresses; sizes are a layer's and a step's.
     routing: Routing,
-    /// `[tokens * per_token, intermediate]` bf16.
+    /// `[tokens * per_token, intermediate]` bf16: of this rank, and of all.
     activated: Buffer,
+    gathered: Buffer,
     /// `[tokens * per_token, hidden]` bf16.
     given: Buffer,
     /// Two u64: as [`ExpertsRead`].
@@ -127,6 +142,8 @@ pub struct ExpertLayer<'a> {
     pub x: Address,
     /// `[tokens, ceil(hidden / 64)]` f32: sums of squares of the new residual stream.
     pub sumsq: Address,
+    /// To the other ranks, where there are some.
+    pub exchange: Option<&'a Exchange>,
 }
 
 impl Experts {
@@ -136,7 +153,7 @@ impl Experts {
         let most = |of: fn(spec::Experts) -> u32| layers().map(of).max();
         let Some(count) = most(|it| it.count) else { return Ok(None) };
         let per_token = most(|it| it.per_token).unwrap_or(0);
-        let pair_width = most(|it| it.per_token * it.intermediate).unwrap_or(0) as usize;
+        let (rank, pair_width) = (cuda.rank(), Self::inner(spec));
         let (tokens, hidden) = (limits.step_tokens(), spec.dims.hidden);
         let pairs = tokens * per_token as usize;
         let mut words = |words| Ok(cuda.alloc(Purpose::Scratch, Element::Word, words)?.address());
@@ -162,6 +179,12 @@ impl Experts {
         let read = cuda.alloc(Purpose::Scratch, Element::Word, 4)?;
         cuda.zero(read.address(), read.bytes())?;
         let activated = cuda.alloc(Purpose::Scratch, Element::Activation, tokens * pair_width)?;
+        let gathered = match rank.count {
+            1 => activated,
+            ranks => {
+                cuda.alloc(Purpose::Scratch, Element::Activation, tokens * pair_width * ranks as usize)?
+            }
+        };
         let given = cuda.alloc(Purpose::Scratch, Element::Activation, pairs * hidden as usize)?;
         let products = match cuda.properties().hopper {
             true => Products::Hopper(Box::new(Hopper::new(cuda, spec.weights)?)),
@@ -173,11 +196,20 @@ impl Experts {
             dispatch: find("experts_dispatch")?,
             products,
             combine: find("experts_combine")?,
+            combine_ranks: find("experts_combine_ranks")?,
+            rank,
             routing,
             activated,
+            gathered,
             given,
             read,
         }))
+    }
+
+    /// Elements of a token that the experts of a layer have within, at most; of a rank's model, the rank's.
+    pub fn inner(spec: &DecoderSpec) -> usize {
+        let layers = spec.layers.iter().filter_map(LayerSpec::experts);
+        layers.map(|it| it.per_token * it.intermediate).max().unwrap_or(0) as usize
     }
 
     /// Adds to each token's residual stream what its experts give it.
@@ -219,10 +251,19 @@ impl Experts {
         layer: &ExpertLayer<'_>,
         routing: &Routing,
     ) -> Result<(), CudaError> {
-        let out = [self.activated, self.given];
+        let Experts { activated, gathered, given, .. } = *self;
         match &self.products {
-            Products::Portable(products) => products.launch(launcher, routing, layer, out),
-            Products::Hopper(products) => products.launch(launcher, routing, layer, out),
+            Products::Portable(products) => products.gate_up(launcher, routing, layer, activated)?,
+            Products::Hopper(products) => products.gate_up(launcher, routing, layer, [activated, given])?,
+        }
+        let routing = &routing.of_down(self.rank);
+        if let Some(exchange) = layer.exchange {
+            let shape = [routing.pairs(), routing.intermediate];
+            exchange.gather_inner(launcher, shape, activated.address(), gathered.address())?;
+        }
+        match &self.products {
+            Products::Portable(products) => products.down(launcher, routing, layer, [gathered, given]),
+            Products::Hopper(products) => products.down(launcher, routing, layer, [gathered, given]),
         }
     }
 
@@ -236,10 +277,19 @@ impl Experts {
         layer: &ExpertLayer<'_>,
         routing: &Routing,
     ) -> Result<(), CudaError> {
-        let ExpertLayer { residual, sumsq, .. } = layer;
+        let ExpertLayer { residual, sumsq, .. } = *layer;
+        if let Some(exchange) = layer.exchange {
+            let (kernel, given) = (&self.combine_ranks, self.given.address());
+            let routing = &routing.of_down(self.rank);
+            return exchange.join(
+                launcher,
+                routing.tokens,
+                &Joining { kernel, routing, given, residual, sumsq },
+            );
+        }
         let grid =
             Grid::new(routing.tokens, THREADS).rows(routing.hidden.div_ceil(COMBINED * WARPS)).dependent();
-        launcher.launch(&self.combine, grid, [routing, &self.given, residual, sumsq])
+        launcher.launch(&self.combine, grid, [routing as &dyn Param, &self.given, &residual, &sumsq])
     }
 
     /// `[tokens * per_token, hidden]` bf16: what [`Experts::products`] leave, a row for each pair of a token and one of its experts.
@@ -337,7 +387,7 @@ mod tests {
                 scaled,
             }
         );
-        for name in ["experts_dispatch", "experts_combine"] {
+        for name in ["experts_dispatch", "experts_combine", "experts_combine_ranks"] {
             for set in [HOPPER, PORTABLE] {
                 assert_eq!(threads_of(set, name), THREADS, "{name}");
             }

@@ -191,7 +191,7 @@ impl Explainer<'_> {
             vec![launch("final_norm", "final_norm", Ends::row_grid(samples), "a block: a sampled row")];
         launches.extend(head.map(|it| launch("head", it.kernel, it.grid, it.work)));
         let logits = self.passing().map(|[_, logits]| logits);
-        launches.extend(logits.map(|grid| launch("", "gather_logits", grid, "the rank's logits go to all")));
+        launches.extend(logits.map(|grid| launch("", "gather_columns", grid, "the rank's logits go to all")));
         launches.push(launch(
             "sample",
             "sample_cut",

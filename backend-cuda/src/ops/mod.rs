@@ -18,7 +18,7 @@
 //! attend while others multiply, in one kernel (`layers.rs`).
 //!
 //! Of several ranks each has a part of the heads and widths (`exchange.rs`): o and down leave sums over its columns, which a kernel behind
-//! each adds up over all ranks and to the residual stream. Embedded rows and logits pass between them, too.
+//! each adds up over all ranks and to the residual stream. Embedded rows and logits pass between them, too, and what experts' down gets.
 //!
 //! Invariant: one token's bits depend on that token's sequence alone; see each family.
 
@@ -146,7 +146,12 @@ impl Operations {
             attention: Attention::new(cuda, dims, spec.window(), format, limits)?,
             fp8_pages: in_fp8.then(|| Fp8Pages::new(cuda.modules(), dims, spec.window())).transpose()?,
             sampling: Sampling::new(cuda, limits.running)?,
-            exchange: link.map(|link| Exchange::new(cuda, &link, dims, limits)).transpose()?,
+            exchange: link
+                .map(|link| {
+                    let inner = Experts::inner(spec) * link.rank().count as usize;
+                    Exchange::new(cuda, &link, dims, limits, inner)
+                })
+                .transpose()?,
             sumsq: cuda.allocate(Purpose::Scratch, limits.step_tokens() * segments * 4)?,
         })
     }
@@ -358,7 +363,8 @@ impl Operations {
         let (residual, sumsq) = (self.buffers.residual.address(), self.sumsq);
         let (norm, row_norm) = (norm.address(), self.norm(0));
         let x = if weights.gate_up.is_fp8() { self.buffers.scaled.address() } else { residual };
-        let layer_of_experts = ExpertLayer { spec, weights, norm, row_norm, residual, x, sumsq };
+        let exchange = self.exchange.as_ref();
+        let layer_of_experts = ExpertLayer { spec, weights, norm, row_norm, residual, x, sumsq, exchange };
         experts.launch(launcher, layer.step, &layer_of_experts)
     }
 }

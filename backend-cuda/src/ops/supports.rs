@@ -10,6 +10,7 @@ use minisgl_core::spec::{
 };
 use minisgl_kernels::attention::GROUP_MAX;
 
+use super::SEGMENT;
 use super::experts::{COUNT_MAX, PER_TOKEN_MAX};
 use crate::weight::{Fp8Codes, Fp8Tiles, Rounding};
 
@@ -35,9 +36,14 @@ pub fn check(spec: &DecoderSpec, hopper: bool) -> Result<(), Unsupported> {
 
 /// Likewise, of what one of several ranks computes.
 pub fn check_rank(spec: &DecoderSpec, rank: Rank) -> Result<(), Unsupported> {
+    let has_experts = spec.layers.iter().any(|layer| layer.experts().is_some());
+    let is_cut = spec.dims.hidden.is_multiple_of(rank.count * SEGMENT);
     let refused = [
-        (spec.layers.iter().any(|layer| layer.experts().is_some()), "it has experts"),
         (spec.weights != WeightFormat::Bf16, "its weights are fp8"),
+        (
+            has_experts && !is_cut,
+            "it has experts, and a hidden_size of which each GPU's share is no multiple of 64",
+        ),
     ];
     match first(&refused).filter(|_| rank.count > 1) {
         None => Ok(()),

@@ -225,6 +225,7 @@ impl Layer {
             residual: self.x,
             x: self.x,
             sumsq: self.sumsq,
+            exchange: None,
         }
     }
 }

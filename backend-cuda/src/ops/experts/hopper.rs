@@ -238,25 +238,35 @@ impl Hopper {
     }
 
     /// Until down writes it, `given` has what is gathered.
-    pub(super) fn launch(
+    pub(super) fn gate_up(
         &self,
         launcher: &Launcher,
         routing: &Routing,
         layer: &ExpertLayer<'_>,
         [activated, given]: [Buffer; 2],
     ) -> Result<(), CudaError> {
-        let (gate_up, down) = (layer.weights.gate_up, layer.weights.down);
+        let gate_up = layer.weights.gate_up;
         let (loaded, is_few) = self.form(gate_up)?.loaded(routing);
         let product = GateUp { activated: activated.address(), tickets: self.tickets[0] };
         let w = (gate_up, routing.stored);
         if is_few {
-            loaded.launch(launcher, &loaded.gate_up, routing, w, &layer.x, &product)?;
+            loaded.launch(launcher, &loaded.gate_up, routing, w, &layer.x, &product)
         } else {
             self.gather(launcher, routing, layer, given)?;
             let x = loaded.boxes(given, routing.hidden)?;
-            loaded.launch(launcher, &loaded.gate_up, routing, w, &x, &product)?;
+            loaded.launch(launcher, &loaded.gate_up, routing, w, &x, &product)
         }
+    }
 
+    /// Its rows are as many as `routing` has of `hidden`.
+    pub(super) fn down(
+        &self,
+        launcher: &Launcher,
+        routing: &Routing,
+        layer: &ExpertLayer<'_>,
+        [activated, given]: [Buffer; 2],
+    ) -> Result<(), CudaError> {
+        let down = layer.weights.down;
         let (loaded, _) = self.form(down)?.loaded(routing);
         let product = Down { given: given.address(), tickets: self.tickets[1] };
         let x = loaded.boxes(activated, routing.intermediate)?;

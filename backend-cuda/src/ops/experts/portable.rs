@@ -61,18 +61,28 @@ impl Portable {
         Ok(Portable { tiles })
     }
 
-    pub(super) fn launch(
+    pub(super) fn gate_up(
+        &self,
+        launcher: &Launcher,
+        routing: &Routing,
+        layer: &ExpertLayer<'_>,
+        activated: Buffer,
+    ) -> Result<(), CudaError> {
+        let (gate_up, x) = (layer.weights.gate_up.address(), layer.x);
+        let tile = self.tile(routing);
+        let grid = tile.grid(routing.stored, routing);
+        launcher.launch(&tile.gate_up, grid, [routing, &gate_up, &x, &activated])
+    }
+
+    /// Its rows are as many as `routing` has of `hidden`.
+    pub(super) fn down(
         &self,
         launcher: &Launcher,
         routing: &Routing,
         layer: &ExpertLayer<'_>,
         [activated, given]: [Buffer; 2],
     ) -> Result<(), CudaError> {
-        let (gate_up, down) = (layer.weights.gate_up.address(), layer.weights.down.address());
-        let x = layer.x;
-        let tile = self.tile(routing);
-        let grid = tile.grid(routing.stored, routing);
-        launcher.launch(&tile.gate_up, grid, [routing, &gate_up, &x, &activated])?;
+        let (down, tile) = (layer.weights.down.address(), self.tile(routing));
         let grid = tile.grid(routing.hidden, routing);
         launcher.launch(&tile.down, grid, [routing, &down, &activated, &given])
     }
