@@ -23,7 +23,7 @@ constexpr unsigned STAGES = 3, FLIGHT = 2;  // of a ring; on their way at once
 // Halves of more rows have all stages on their way: their products end long before attention does, and may wait the longer for memory.
 constexpr unsigned FLIGHT_ROWS = 64;
 constexpr unsigned LEAF_PAGES = LEAF / PAGE, LOOKED_UP = 32 / LEAF_PAGES; // leaves whose pages a warp's lanes hold
-constexpr unsigned TILE_BYTES = TILE * HEAD_DIM * 2, ITEM_PARTIAL = HEAD_DIM / 2 + 1; // float4s of a partial
+constexpr unsigned TOKEN_BYTES = HEAD_DIM * 2, TILE_BYTES = TILE * TOKEN_BYTES, ITEM_PARTIAL = HEAD_DIM / 2 + 1; // float4s of a partial
 static_assert(GROUP == 2, "a pair of queries a kv head");
 
 // A group's shared memory.
@@ -155,8 +155,9 @@ struct Filler {
         }
         await(barrier, parity);
     }
-    // A leaf's keys or values. The lanes have its pages in turn.
-    __device__ __forceinline__ void fill(const __nv_bfloat16 *from, unsigned leaf, unsigned tiles, unsigned page, bool begins_unit,
+    // A leaf's keys or values, of the tokens that are there: what a stage has behind them is old, and nobody minds it. The lanes have the
+    // leaf's pages in turn.
+    __device__ __forceinline__ void fill(const __nv_bfloat16 *from, unsigned leaf, unsigned tokens, unsigned page, bool begins_unit,
                                          bool begins_turn) {
         await_stage(shared.empty(place.at), place.parity ^ 1);
         const unsigned before = place.at >= FLIGHT ? place.at - FLIGHT : place.at + STAGES - FLIGHT;
@@ -176,16 +177,16 @@ struct Filler {
                           ((size_t)__shfl_sync(FULL_WARP, page, i) * KV_HEADS + turn.item) * (PAGE * HEAD_DIM * 2);
         if (elected()) {
             const unsigned to = shared.tokens(place.at), full = shared.full(place.at);
-            barrier_expect(full, tiles * TILE_BYTES + (begins_turn ? Attender::QUERIES : 0));
-            if (tiles == LEAF_TILES) {
+            barrier_expect(full, tokens * TOKEN_BYTES + (begins_turn ? Attender::QUERIES : 0));
+            if (tokens == LEAF) {
 #pragma unroll
                 for (int i = 0; i < LEAF_PAGES; i++)
                     bulk_fetch_bytes(to + i * TILE_BYTES, pages_at[i], TILE_BYTES, full, policy);
             } else {
 #pragma unroll
                 for (int i = 0; i < LEAF_PAGES; i++)
-                    if (i < tiles)
-                        bulk_fetch_bytes(to + i * TILE_BYTES, pages_at[i], TILE_BYTES, full, policy);
+                    if (i * TILE < tokens)
+                        bulk_fetch_bytes(to + i * TILE_BYTES, pages_at[i], min(tokens - i * TILE, TILE) * TOKEN_BYTES, full, policy);
             }
         }
         __syncwarp();
@@ -209,13 +210,13 @@ struct Filler {
                 if (i + LOOKED_UP < segment.leaves)
                     pages_behind = look_up(segment, leaf + LOOKED_UP);
             }
-            const unsigned tiles = min((segment.kv_len - leaf * LEAF + TILE - 1) / TILE, (unsigned)LEAF_TILES);
+            const unsigned tokens = min(segment.kv_len - leaf * LEAF, (unsigned)LEAF);
             if ((leaf + 1) * LEAF >= segment.kv_len)
                 await_phase();
             const unsigned page = __shfl_sync(FULL_WARP, pages, i % LOOKED_UP * LEAF_PAGES + lane % LEAF_PAGES);
 #pragma unroll 1
             for (int values = 0; values < 2; values++)
-                fill(values ? v : k, leaf, tiles, page, !values, !values && i == 0);
+                fill(values ? v : k, leaf, tokens, page, !values, !values && i == 0);
             if (step == TAKEN)
                 read_taken();
             else if (step == READ)
