@@ -90,10 +90,10 @@ pub trait Executor {
     /// Allocates [`Limits::pages`] pages.
     fn alloc_pages(&mut self, limits: &Limits) -> Result<(), Self::Error>;
 
-    /// Frees the pages, if there are any, to be allocated anew.
+    /// Frees the pages, if there are any, and what was recorded on them, to be allocated anew.
     fn free_pages(&mut self) -> Result<(), Self::Error>;
 
-    /// Records the decode steps.
+    /// Records the decode steps of up to [`Limits::graph_rows`] rows, in place of those recorded before.
     fn record(&mut self, limits: &Limits) -> Result<(), RecordError<Self::Error>>;
 
     /// Enqueues a step at place `at`, from its upload to the download of its results. Its counts are `shape`: those of the batch,

@@ -238,7 +238,9 @@ impl<B: Sampler, M: Model<B>> Executor for Local<B, M> {
         resident.clear(backend, limits)
     }
 
+    /// Recorded steps know where the pages lie: they go first.
     fn free_pages(&mut self) -> Result<(), B::Error> {
+        self.graphs = DecodeGraphs::none();
         let (backend, model, Reserved { resident, .. }) = self.parts();
         resident.free_history(backend)?;
         model.free_pages(backend)

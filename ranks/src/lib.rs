@@ -221,8 +221,13 @@ impl<X: Executor + 'static> Executor for Ranks<X> {
         match failed.min_by_key(|(_, (before, _))| *before) {
             None => Ok(()),
             Some((rank, (_, RecordError { rows, recorded, count, source }))) => {
-                // All have answered, and may try again with fewer pages.
-                (self.renew)();
+                // All have answered, and may try again with fewer pages, once no step is left that was recorded to meet as before:
+                // to record none lets those go.
+                let none = Limits { graph_rows: 0, ..limits };
+                let gone = self.ask(&self.threads, move |rank| rank.record(&none).is_ok());
+                if gone.is_ok_and(|gone| gone.into_iter().all(|gone| gone)) {
+                    (self.renew)();
+                }
                 Err(RecordError { rows, recorded, count, source: RankError::Failed { rank, source } })
             }
         }
