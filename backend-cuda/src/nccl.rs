@@ -20,7 +20,7 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use cudarc::driver::result::{self, stream::StreamKind};
-use cudarc::driver::sys::CUstream;
+use cudarc::driver::sys::{self, CUstream};
 use libloading::Library;
 
 use crate::context::Context;
@@ -35,6 +35,8 @@ const NAME: &str = "libnccl.so.2";
 const NAME_OF_COMPILERS: &str = "libnccl.so";
 /// How long an end that is aborted waits for a call that is under way. Such a call ends by the abortion itself.
 const ABORT_PATIENCE: Duration = Duration::from_secs(1);
+/// How long ranks' devices wait for each other when they first meet.
+const CONNECT_PATIENCE: Duration = Duration::from_secs(60);
 
 type RawComm = *mut c_void;
 /// `ncclResult_t`.
@@ -141,34 +143,24 @@ impl Comm {
     }
 
     /// Has all of them do something together: the first time a rank's host waits for the others', as it must not while it records.
+    /// Where that fails or takes too long, the ends are aborted, so that none waits for those that did not begin.
     fn connect(nccl: &Nccl, contexts: &[Arc<Context>], comms: &[Comm]) -> Result<(), CudaError> {
         const BYTES: usize = 16;
         let _turn = turns::synchronize();
-        let (mut places, mut connected) = (Vec::new(), Ok(()));
-        for context in contexts {
-            context.make_current()?;
-            // SAFETY: freed below.
-            let allocated = unsafe { result::malloc_sync(BYTES * (comms.len() + 1)) };
-            let stream = result::stream::create(StreamKind::NonBlocking).named("making a stream")?;
-            places.push((Address(allocated.named("allocating GPU memory")?), stream));
-        }
+        let room = |context| Trial::new(context, BYTES * (comms.len() + 1));
+        let trials = contexts.iter().map(room).collect::<Result<Vec<_>, _>>()?;
+        let gather = |(comm, trial): (&Comm, &Trial)| {
+            comm.all_gather(trial.stream, trial.room, trial.room.offset(BYTES), BYTES)
+        };
         // SAFETY: a group is begun, and ended below.
-        connected = connected.and(nccl.check("connecting ranks", unsafe { (nccl.group_start)() }));
-        for (comm, (from, stream)) in comms.iter().zip(&places) {
-            connected = connected.and_then(|()| comm.all_gather(*stream, *from, from.offset(BYTES), BYTES));
-        }
-        // SAFETY: as above.
-        connected = connected.and(nccl.check("connecting ranks", unsafe { (nccl.group_end)() }));
-        for (context, (address, stream)) in contexts.iter().zip(places) {
-            context.make_current()?;
-            // SAFETY: both were made above, and are used no more once the stream is idle.
-            let ended = unsafe {
-                let waited = result::stream::synchronize(stream);
-                waited.and(result::stream::destroy(stream)).and(result::memory_free(address.0))
-            };
-            connected = connected.and(ended.named("connecting ranks"));
-        }
-        connected
+        let begun = nccl.check("connecting ranks", unsafe { (nccl.group_start)() });
+        let enqueued = begun.and_then(|()| {
+            let gathered = comms.iter().zip(&trials).try_for_each(gather);
+            // SAFETY: the group was begun above.
+            gathered.and(nccl.check("connecting ranks", unsafe { (nccl.group_end)() }))
+        });
+        let connected = enqueued.and_then(|()| Trial::wait(&trials));
+        connected.inspect_err(|_| comms.iter().for_each(Comm::abort))
     }
 
     /// Enqueues that `to` gets `bytes` bytes of every rank, in their order, those at `from` of this one. All ranks must do it.
@@ -256,6 +248,57 @@ impl Drop for Comm {
         if !raw.is_null() {
             // SAFETY: nobody uses it any more, and no recorded step does. An error has nobody to go to.
             let _ = unsafe { (self.nccl.destroy)(raw) };
+        }
+    }
+}
+
+/// What a rank connects with, freed once its stream is idle.
+struct Trial<'a> {
+    context: &'a Arc<Context>,
+    room: Address,
+    stream: CUstream,
+}
+
+impl Trial<'_> {
+    fn new(context: &Arc<Context>, bytes: usize) -> Result<Trial<'_>, CudaError> {
+        context.make_current()?;
+        let stream = result::stream::create(StreamKind::NonBlocking).named("making a stream")?;
+        let mut trial = Trial { context, room: Address::NULL, stream };
+        // SAFETY: freed once, in `drop`.
+        trial.room = Address(unsafe { result::malloc_sync(bytes) }.named("allocating GPU memory")?);
+        Ok(trial)
+    }
+
+    /// Waits until all streams are idle, so long at most.
+    fn wait(trials: &[Trial<'_>]) -> Result<(), CudaError> {
+        let until = Instant::now() + CONNECT_PATIENCE;
+        for trial in trials {
+            trial.context.make_current()?;
+            // SAFETY: the stream is alive.
+            let state = || unsafe { sys::cuStreamQuery(trial.stream) };
+            while state() == sys::CUresult::CUDA_ERROR_NOT_READY {
+                if Instant::now() > until {
+                    return Err(CudaError::RanksLate { seconds: CONNECT_PATIENCE.as_secs_f32() });
+                }
+                thread::sleep(Duration::from_millis(1));
+            }
+            state().result().named("connecting ranks")?;
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Trial<'_> {
+    fn drop(&mut self) {
+        // Errors have nobody to go to here.
+        let _ = self.context.make_current();
+        // SAFETY: both were made in `new`, and are used no more once the stream is idle.
+        unsafe {
+            let _ = result::stream::synchronize(self.stream);
+            let _ = result::stream::destroy(self.stream);
+            if self.room != Address::NULL {
+                let _ = result::memory_free(self.room.0);
+            }
         }
     }
 }
