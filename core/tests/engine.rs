@@ -10,6 +10,7 @@ use minisgl_core::batch::StepShape;
 use minisgl_core::config::{Limits, LimitsError};
 use minisgl_core::constraint::Constraint;
 use minisgl_core::engine::{Engine, EngineError, EngineOptions};
+use minisgl_core::executor::Executor;
 use minisgl_core::fit::Fit;
 use minisgl_core::local::Local;
 use minisgl_core::policy::Policy;
@@ -483,6 +484,24 @@ fn pages_are_as_many_as_memory_holds_beside_everything_else_however_little_there
     match fitted(enough - 1).map(|_| ()) {
         Err(EngineError::Pages { least: 6, .. }) => {}
         other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn pages_go_with_the_steps_that_were_recorded_on_them() {
+    let mut device = Lazy::new(Pace::AtOnce);
+    (device.memory_limit, device.graph_words) = (1 << 20, 7);
+    let mut executor = Local::new(device, Hashing::default());
+    executor.reserve(&SMALL).expect("memory suffices");
+    let free = |executor: &Local<Lazy, Hashing>| executor.memory().expect("it has").free;
+    let before = free(&executor);
+    for _ in 0..2 {
+        executor.alloc_pages(&SMALL).expect("memory suffices");
+        let with_pages = free(&executor);
+        executor.record(&SMALL).map_err(|error| error.source).expect("memory suffices");
+        assert_eq!(free(&executor), with_pages - 4 * 7 * 3, "steps of 1, 2 and 4 rows");
+        executor.free_pages().expect("the device does not fail");
+        assert_eq!(free(&executor), before);
     }
 }
 
