@@ -5,7 +5,7 @@
 //!          └─ qkv of the first ─ all else in one kernel ────────┴─> q, attended, activated, residual, pages of each layer
 //! ```
 //!
-//! Rows, lengths and pages are random; the last rows are padding, of which nobody wants an output.
+//! Rows, lengths and pages are random, of bf16 or of codes and scales; the last rows are padding, of which nobody wants an output.
 
 mod support;
 
@@ -17,6 +17,7 @@ use minisgl_core::batch::{
     HEADER_WORDS, Header, Layout, ROW_WORDS, Row, StepShape, TOKEN_WORDS, Token, zeroed_words,
 };
 use minisgl_core::config::Limits;
+use minisgl_core::kv::{KvFormat, KvLayout};
 use minisgl_core::spec::{Attention, Bias, DecoderSpec, Dims, LayerSpec, Mixer, QkNorm, Rope};
 use minisgl_core::tensor::{HostTensor, TensorData, splitmix64};
 use minisgl_cuda::ops::halves::{Division, Part};
@@ -48,6 +49,8 @@ struct World {
     layers: Vec<LayerWeights<Weight>>,
     rope: Buffer,
     kv: Vec<KvLayer<Buffer>>,
+    /// How keys and values are kept.
+    layout: KvLayout,
     /// Planned whole, and planned as it is run else.
     steps: [Step<Buffer>; 2],
     rows: u32,
@@ -68,11 +71,22 @@ fn words(cuda: &mut Cuda, words: &[u32]) -> Buffer {
     buffer
 }
 
-fn spec(layers: u32) -> DecoderSpec {
+fn spec(layers: u32, kv: KvFormat) -> DecoderSpec {
     let rope = Some(Rope::plain(1e6, DIMS.head_dim));
     let attention = Attention { bias: Bias::None, qk_norm: QkNorm::PerHead, rope, ..Attention::plain() };
     let layer = LayerSpec { mixer: Mixer::Attention(attention), ..LayerSpec::plain() };
-    DecoderSpec::uniform(Dims { layers, ..DIMS }, layer)
+    DecoderSpec { kv: Some(kv), ..DecoderSpec::uniform(Dims { layers, ..DIMS }, layer) }
+}
+
+/// Pages of random codes, whose scales make them numbers of up to about 1.
+fn fp8_pages(layout: &KvLayout, pages: usize, seed: u64) -> Vec<u32> {
+    let scales = (DIMS.kv_heads * PAGE_SIZE / 2) as usize; // two a word
+    let codes = layout.page_bytes() / 4 - scales;
+    let word = |i: usize, j: usize| {
+        let random = splitmix64(seed ^ (i << 20 | j) as u64) as u32;
+        if j < codes { random } else { 0x7700_7700 | random & 0x007f_007f }
+    };
+    (0..pages).flat_map(|i| (0..codes + scales).map(move |j| word(i, j))).collect()
 }
 
 fn layer_weights(cuda: &mut Cuda, seed: u64) -> LayerWeights<Weight> {
@@ -102,7 +116,7 @@ fn layer_weights(cuda: &mut Cuda, seed: u64) -> LayerWeights<Weight> {
 
 impl World {
     /// A row for each of the lengths, and padding.
-    fn new(layers: u32, lengths: &[u32], seed: u64) -> World {
+    fn new(kept: KvFormat, layers: u32, lengths: &[u32], seed: u64) -> World {
         let mut cuda = Cuda::new(&Options::default()).expect("a GPU");
         let rows = lengths.len() as u32 + PADDING;
         let pages: u32 = lengths.iter().map(|length| length.div_ceil(PAGE_SIZE)).sum();
@@ -115,7 +129,7 @@ impl World {
             pages,
             graph_rows: 0,
         };
-        let operations = Operations::new(&mut cuda, &spec(layers), &limits).unwrap();
+        let operations = Operations::new(&mut cuda, &spec(layers, kept), &limits).unwrap();
         let table = random(&mut cuda, WeightRole::Embedding, [DIMS.vocab, DIMS.hidden], seed, 1.0);
         let weights = (1..=u64::from(layers)).map(|i| layer_weights(&mut cuda, seed + (i << 40))).collect();
         let angle = |position: u32, i: u32| {
@@ -125,17 +139,30 @@ impl World {
             .flat_map(|position| (0..DIMS.head_dim / 2).map(move |i| angle(position, i)))
             .flat_map(|angle| [angle.cos() as f32, angle.sin() as f32].map(f32::to_bits));
         let rope = words(&mut cuda, &angles.collect::<Vec<_>>());
-        let page_rows = (pages + 1) * DIMS.kv_heads * PAGE_SIZE;
+        let [layout, wide] = [kept, KvFormat::Bf16].map(|kept| KvLayout::new(kept, &DIMS, PAGE_SIZE));
+        let all = pages as usize + 1;
+        let wide = (kept == KvFormat::Fp8)
+            .then(|| [(); 2].map(|()| cuda.alloc(Purpose::KvCache, Element::Kv, wide.words(all)).unwrap()));
+        let mut fp8 = wide.map_or(Vec::new(), |_| fp8_pages(&layout, all, seed));
         let kv = (1..=u64::from(layers)).map(|i| {
             let mut pages = |part: u64| {
                 let seed = seed + (i << 40) + (part << 32);
-                random(&mut cuda, WeightRole::Linear, [page_rows, DIMS.head_dim], seed, 1.0).into()
+                match kept {
+                    KvFormat::Fp8 => {
+                        fp8.rotate_left(layout.page_bytes() / 4); // other pages in each place
+                        words(&mut cuda, &fp8)
+                    }
+                    _ => {
+                        let rows = all as u32 * DIMS.kv_heads * PAGE_SIZE;
+                        random(&mut cuda, WeightRole::Linear, [rows, DIMS.head_dim], seed, 1.0).into()
+                    }
+                }
             };
-            KvLayer { k: pages(7), v: pages(8), wide: None }
+            KvLayer { k: pages(7), v: pages(8), wide }
         });
         let kv = kv.collect();
         let steps = steps(&mut cuda, &operations, &limits, lengths, seed);
-        World { cuda, operations, table, layers: weights, rope, kv, steps, rows }
+        World { cuda, operations, table, layers: weights, rope, kv, layout, steps, rows }
     }
 
     /// Each of the layers, over a step.
@@ -211,11 +238,12 @@ impl World {
             })
             .collect();
         // Padding rows write to the dummy page, the last one, in any order.
-        let page = (DIMS.kv_heads * PAGE_SIZE * DIMS.head_dim) as usize;
+        let page = self.layout.page_bytes();
         for (i, kv) in self.kv.clone().iter().enumerate() {
             for (what, buffer) in [("keys", kv.k), ("values", kv.v)] {
-                let values = download(&mut self.cuda, buffer.slice(0..buffer.elements() - page));
-                left.push(Left { name: format!("{what} of layer {i}"), width: page, values });
+                let kept = buffer.elements() * (buffer.bytes() - page) / buffer.bytes();
+                let values = download(&mut self.cuda, buffer.slice(0..kept));
+                left.push(Left { name: format!("{what} of layer {i}"), width: page / 2, values });
             }
         }
         left
@@ -332,16 +360,29 @@ fn differences(expected: &[Left], got: &[Left]) -> Vec<String> {
     texts
 }
 
+/// Where keys and values are kept in bf16, and in fp8.
 fn same_bits(layers: u32, lengths: &[u32], seed: u64) {
-    println!("{layers} layers, {} rows and {PADDING} of padding, seed {seed}", lengths.len());
-    let mut world = World::new(layers, lengths, seed);
+    for kept in [KvFormat::Bf16, KvFormat::Fp8] {
+        same_bits_where(kept, layers, lengths, seed);
+    }
+}
+
+fn same_bits_where(kept: KvFormat, layers: u32, lengths: &[u32], seed: u64) {
+    println!("{layers} layers, {} rows and {PADDING} of padding, {kept:?}, seed {seed}", lengths.len());
+    let mut world = World::new(kept, layers, lengths, seed);
+    // First, so that nothing is in the pages yet of what it is to leave there.
+    let first = world.at_once(false);
     let expected = world.one_by_one();
     let sane = |left: &Left| left.values.iter().all(|bits| bf16::from_bits(*bits).is_finite());
-    assert!(expected.iter().all(sane), "numbers that are none are equal to nothing");
-    for recorded in [false, true, true] {
-        let got = world.at_once(recorded);
-        let differences = differences(&expected, &got);
-        assert!(differences.is_empty(), "recorded: {recorded}\n{}", differences.join("\n"));
+    let numbers = if kept == KvFormat::Fp8 { 4 } else { expected.len() }; // codes are none
+    assert!(expected[..numbers].iter().all(sane), "numbers that are none are equal to nothing");
+    let same = |how: &str, got: &[Left]| {
+        let differences = differences(&expected, got);
+        assert!(differences.is_empty(), "{how}\n{}", differences.join("\n"));
+    };
+    same("launched", &first);
+    for _ in 0..2 {
+        same("recorded", &world.at_once(true));
     }
 }
 

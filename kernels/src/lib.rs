@@ -64,5 +64,5 @@ pub const HOPPER: &[Module] = modules![hopper:
     "experts_router", "fp8_inputs", "fp8_pages", "fp8_weights",
     "gemm_decode_gate_up", "gemm_decode_head", "gemm_decode_qkv", "gemm_decode_qkv_fp8", "gemm_decode_residual",
     "gemm_decode_sums", "gemm_fp8_gate_up", "gemm_fp8_qkv", "gemm_fp8_qkv_fp8", "gemm_fp8_residual", "gemm_fp8_sums",
-    "gemm_prefill", "gemm_rounded_few", "gemm_rounded_many", "layers", "perf", "sampling", "weights",
+    "gemm_prefill", "gemm_rounded_few", "gemm_rounded_many", "layers", "layers_fp8", "perf", "sampling", "weights",
 ];

@@ -231,7 +231,9 @@ mod tests {
         let rounded = text("tokens=4096", "kv_fp8=1,weights_fp8=1,inputs_fp8=1", KernelSet::Auto);
         let kernels = ["fp8_inputs", "many_qkv_", "fp8_encode_128", "many_residual_", "many_gate_up_"];
         assert!(kernels.iter().all(|kernel| rounded.contains(kernel)), "{rounded}");
-        let pages = text("rows=128", "kv_fp8=1", KernelSet::Auto);
+        let one = text("rows=128,context=560", "layers=28,kv_fp8=1", KernelSet::Auto);
+        assert!(one.contains("divided_layers_fp8") && one.contains("decode_qkv_fp8_normed"), "{one}");
+        let pages = text("rows=128", "hidden=2048,kv_fp8=1", KernelSet::Auto);
         assert!(
             pages.contains("decode_qkv_fp8_normed_64x64") && pages.contains("a stream of its own"),
             "{pages}"

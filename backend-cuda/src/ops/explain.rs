@@ -137,7 +137,8 @@ impl Explainer<'_> {
             self.planner.turns(&self.rows[rows.start as usize..rows.end as usize]).to_string()
         });
         let mut launches = self.qkv(Part::Whole);
-        launches.push(LayersKernel::explained(self.device.multiprocessors, &turns.join(" and ")));
+        let format = self.spec.kv.unwrap_or(KvFormat::Bf16);
+        launches.push(LayersKernel::explained(self.device.multiprocessors, format, &turns.join(" and ")));
         launches
     }
 

@@ -1,4 +1,4 @@
-//! All layers of a decode step in one kernel: the launch of `layers.cu`.
+//! All layers of a decode step in one kernel: the launch of `layers.cu`, or of `layers_fp8.cu` where keys and values are kept in fp8.
 //!
 //! ```text
 //!   64 multiprocessors   multiply   … layer i, first half ───────│ layer i, second half ────│ layer i + 1, first half ─ …
@@ -36,7 +36,6 @@ use crate::param::plain_params;
 use crate::tensor_map::TensorMap;
 use crate::weight::Weight;
 
-const KERNEL: &str = "divided_layers";
 /// Layers that the kernel's parameter has room for.
 const LAYERS_MAX: usize = 32;
 /// Bytes of a block's shared memory: a multiprocessor has room for one such.
@@ -146,13 +145,15 @@ impl LayersKernel {
     pub fn new(
         cuda: &mut Cuda,
         spec: &DecoderSpec,
+        format: KvFormat,
         limits: &Limits,
     ) -> Result<Option<LayersKernel>, CudaError> {
         let (multiprocessors, hopper) = (cuda.properties().multiprocessors, cuda.properties().hopper);
         if !hopper || cuda.link.is_some() || !Self::suits(spec, limits.page_size, multiprocessors) {
             return Ok(None);
         }
-        let kernel = cuda.modules().kernel("layers", KERNEL, SHARED)?;
+        let [module, name] = Self::kernel_of(format);
+        let kernel = cuda.modules().kernel(module, name, SHARED)?;
         let grid = Self::grid_on(multiprocessors);
         if cuda.launcher().clusters_at_once(&kernel, grid)? < multiprocessors / 2 {
             return Ok(None);
@@ -162,6 +163,15 @@ impl LayersKernel {
         cuda.zero(flags, flag_bytes)?;
         let sums = cuda.allocate(Purpose::Scratch, (2 * 2 * HIDDEN / 64 * HALF_ROWS_MAX * 8) as usize)?;
         Ok(Some(LayersKernel { kernel, grid, sums, flags }))
+    }
+
+    /// Module and name, by how keys and values are kept.
+    fn kernel_of(format: KvFormat) -> [&'static str; 2] {
+        if format == KvFormat::Fp8 {
+            ["layers_fp8", "divided_layers_fp8"]
+        } else {
+            ["layers", "divided_layers"]
+        }
     }
 
     /// Is it for such a model, with pages of so many tokens, on so many multiprocessors?
@@ -175,7 +185,7 @@ impl LayersKernel {
         sizes == [HIDDEN, HEADS, KV_HEADS, HEAD_DIM, INTERMEDIATE, PAGE_SIZE]
             && multiprocessors >= MULTIPROCESSORS_MIN
             && spec.weights == WeightFormat::Bf16
-            && spec.kv.is_none_or(|kv| kv == KvFormat::Bf16)
+            && spec.kv != Some(KvFormat::F32)
             && spec.layers.len() <= LAYERS_MAX
             && spec.layers.iter().all(plain)
     }
@@ -197,12 +207,13 @@ impl LayersKernel {
     }
 
     /// Its launch, for halves of so many turns.
-    pub(super) fn explained(multiprocessors: u32, turns: &str) -> Launch {
+    pub(super) fn explained(multiprocessors: u32, format: KvFormat, turns: &str) -> Launch {
+        let [_, kernel] = Self::kernel_of(format);
         let (grid, attend) = (Self::grid_on(multiprocessors), multiprocessors / 2 * 2 - MULTIPLY);
         let work = format!(
             "{MULTIPLY} blocks multiply one half of the rows while {attend} attend to the other: {turns} turns a layer"
         );
-        Launch { what: "layers", kernel: KERNEL, grid, work }
+        Launch { what: "layers", kernel, grid, work }
     }
 
     /// All layers of a step, but for the first one's queries, keys and values: the residual stream becomes theirs.
@@ -349,7 +360,9 @@ mod tests {
         let launched = ["LAYERS_MAX", "LAYERS_SHARED", "LAYERS_THREADS", "MULTIPLIERS", "HALF_ROWS"];
         let declared = launched.map(|name| constant(FILE, name));
         assert_eq!(declared, [LAYERS_MAX as u32, SHARED, THREADS, MULTIPLY, HALF_ROWS_MAX]);
-        assert_eq!(threads_of(HOPPER, KERNEL), THREADS);
+        for [_, kernel] in [KvFormat::Bf16, KvFormat::Fp8].map(LayersKernel::kernel_of) {
+            assert_eq!(threads_of(HOPPER, kernel), THREADS, "{kernel}");
+        }
     }
 
     fn small() -> DecoderSpec {
@@ -365,15 +378,15 @@ mod tests {
     fn other_models_and_other_steps_are_run_otherwise() {
         let spec = small();
         assert!(LayersKernel::suits(&spec, 16, 132));
+        assert!(LayersKernel::suits(&DecoderSpec { kv: Some(KvFormat::Fp8), ..small() }, 16, 132));
         assert!(!LayersKernel::suits(&spec, 64, 132) && !LayersKernel::suits(&spec, 16, 114));
         let wide = DecoderSpec { dims: Dims { intermediate: 4096, ..spec.dims }, ..small() };
-        let fp8 = DecoderSpec { kv: Some(KvFormat::Fp8), ..small() };
         let deep = DecoderSpec::uniform(Dims { layers: 40, ..spec.dims }, spec.layers[0]);
         let windowed = Attention { window: Some(512), ..Attention::plain() };
         let windowed = LayerSpec { mixer: Mixer::Attention(windowed), ..spec.layers[0] };
         let mut one_windowed = small();
         one_windowed.layers[3] = windowed;
-        for other in [wide, fp8, deep, one_windowed] {
+        for other in [wide, deep, one_windowed] {
             assert!(!LayersKernel::suits(&other, 16, 132));
         }
         assert!([40, 256].into_iter().all(|rows| LayersKernel::takes(StepShape::decode(rows))));

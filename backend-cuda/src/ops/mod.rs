@@ -139,7 +139,7 @@ impl Operations {
             buffers: Buffers::new(cuda, spec, limits.step_tokens())?,
             // Both halves of a step would wait for other ranks in the same inboxes.
             halves: Halves::new(spec, cuda.properties().hopper && link.is_none()),
-            layers_kernel: LayersKernel::new(cuda, spec, limits)?,
+            layers_kernel: LayersKernel::new(cuda, spec, format, limits)?,
             ends: Ends::new(cuda.modules())?,
             gemm: Self::products(cuda, spec, limits.step_tokens())?,
             experts: Experts::new(cuda, spec, limits)?,

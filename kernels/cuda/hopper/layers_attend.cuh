@@ -1,9 +1,10 @@
 // The blocks of layers.cu that attend: turn after turn (attention_work.cuh), phase after phase, in two groups of four warps that
 // read, each with a ring of its own and a warp that fills it.
 //
-//   shared    a group's ring: STAGES stages of a leaf's keys or values, 32 KiB; beside each a turn's queries, the unit, `full`, `empty`
+//   shared    a group's ring: STAGES stages of a leaf's keys or values, 32 KiB, or 16 and scales; beside each a turn's queries, the unit,
+//             `full`, `empty`
 //             a group's probabilities, maxima, states of spans, and how many turns its warps have ended in each phase
-//   fill      a stage's pages, two stages of three on their way at once, or all; the next turn is taken when one begins, read a unit later, its
+//   fill      a stage's pages, two thirds of the stages on their way at once, or all; the next turn is taken when one begins, read a unit later, its
 //             pages are looked up another unit later: three round trips that nothing waits for
 //   read      attention_decode.cuh's sums, bit by bit: a warp scores tiles w and w + 4, makes m-tiles 2 w and 2 w + 1
 //   tell      adds what the groups have ended to the phase's `done`: the release takes a microsecond, which no other warp may wait
@@ -15,34 +16,49 @@
 #pragma once
 
 #include "attention_work.cuh"
+#include "fp8_rows.cuh"
 #include "layers_flags.cuh"
 #include "place.cuh"
 
 constexpr unsigned GROUPS = 2, READERS = 4; // groups of a block; warps of a group that read
-constexpr unsigned STAGES = 3, FLIGHT = 2;  // of a ring; on their way at once
 // Halves of more rows have all stages on their way: their products end long before attention does, and may wait the longer for memory.
 constexpr unsigned FLIGHT_ROWS = 64;
 constexpr unsigned LEAF_PAGES = LEAF / PAGE, LOOKED_UP = 32 / LEAF_PAGES; // leaves whose pages a warp's lanes hold
-constexpr unsigned TOKEN_BYTES = HEAD_DIM * 2, TILE_BYTES = TILE * TOKEN_BYTES, ITEM_PARTIAL = HEAD_DIM / 2 + 1; // float4s of a partial
+constexpr unsigned ITEM_PARTIAL = HEAD_DIM / 2 + 1;                               // float4s of a partial
 static_assert(GROUP == 2, "a pair of queries a kv head");
 
-// A group's shared memory.
-struct Attender {
+// 16 bytes, by the thread itself; it arrives at a barrier when what it has copied so is there.
+__device__ __forceinline__ void copy_16(unsigned to, const void *from, unsigned long long policy) {
+    asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "l"(policy) : "memory");
+}
+__device__ __forceinline__ void arrive_copied(unsigned barrier) {
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
+}
+
+// A group's shared memory. FP8: keys and values are kept so (fp8_rows.cuh), and as many bytes are on their way.
+template <bool FP8> struct Attender {
     unsigned base, group;
-    static constexpr unsigned STAGE = LEAF * HEAD_DIM * 2, QUERIES = GROUP * HEAD_DIM * 2, PROBABILITIES = LEAF_TILES * 256;
+    static constexpr unsigned STAGES = FP8 ? 6 : 3, FLIGHT = STAGES * 2 / 3; // of a ring; on their way at once
+    static constexpr unsigned TOKEN_BYTES = HEAD_DIM * (FP8 ? 1 : 2), TILE_BYTES = TILE * TOKEN_BYTES, SCALES = FP8 ? LEAF * 2 : 0;
+    // Who arrives at a stage's `full`: a lane that says how many bytes bulk copies bring, and lanes that copy 16 bytes of scales each.
+    static constexpr unsigned COPIERS = SCALES / 16, FILLERS = 1 + COPIERS;
+    static constexpr unsigned STAGE = LEAF_TILES * TILE_BYTES, QUERIES = GROUP * HEAD_DIM * 2, PROBABILITIES = LEAF_TILES * 256;
     static constexpr unsigned KEPT = 3 * 16 * READERS * 32, ENDED = (2 * LAYERS_MAX + 1) * 4;
-    static constexpr unsigned BESIDE = QUERIES + 64 + 16;
+    static constexpr unsigned BESIDE = SCALES + QUERIES + 64 + 16;
     static constexpr unsigned SCRATCH = PROBABILITIES + READERS * 32 + 16 + KEPT + (ENDED + 15) / 16 * 16;
     static constexpr unsigned ALL = GROUPS * STAGES * (STAGE + BESIDE) + GROUPS * SCRATCH;
 
     __device__ __forceinline__ unsigned of(unsigned stage) const { return group * STAGES + stage; }
     __device__ __forceinline__ unsigned tokens(unsigned stage) const { return base + of(stage) * STAGE; }
-    __device__ __forceinline__ unsigned queries(unsigned stage) const { return base + GROUPS * STAGES * STAGE + of(stage) * QUERIES; }
+    __device__ __forceinline__ unsigned scales(unsigned stage) const { return base + GROUPS * STAGES * STAGE + of(stage) * SCALES; }
+    __device__ __forceinline__ unsigned queries(unsigned stage) const {
+        return base + GROUPS * STAGES * (STAGE + SCALES) + of(stage) * QUERIES;
+    }
     __device__ __forceinline__ unsigned unit(unsigned stage) const {
-        return base + GROUPS * STAGES * (STAGE + QUERIES) + of(stage) * 64;
+        return base + GROUPS * STAGES * (STAGE + SCALES + QUERIES) + of(stage) * 64;
     }
     __device__ __forceinline__ unsigned full(unsigned stage) const {
-        return base + GROUPS * STAGES * (STAGE + QUERIES + 64) + of(stage) * 16;
+        return base + GROUPS * STAGES * (STAGE + SCALES + QUERIES + 64) + of(stage) * 16;
     }
     __device__ __forceinline__ unsigned empty(unsigned stage) const { return full(stage) + 8; }
     __device__ __forceinline__ unsigned probabilities() const { return base + GROUPS * STAGES * (STAGE + BESIDE) + group * SCRATCH; }
@@ -54,7 +70,7 @@ struct Attender {
     // The phase that the group is in.
     __device__ __forceinline__ unsigned phase() const { return ended(2 * LAYERS_MAX); }
 };
-static_assert(Attender::ALL <= LAYERS_SHARED, "a multiprocessor's shared memory");
+static_assert(Attender<false>::ALL <= LAYERS_SHARED && Attender<true>::ALL <= LAYERS_SHARED, "a multiprocessor's shared memory");
 
 // A (segment, kv head) of a phase.
 struct Turn {
@@ -63,10 +79,12 @@ struct Turn {
 };
 
 // The warp that fills a group's ring.
-struct Filler {
+template <bool FP8> struct Filler {
+    using Shared = Attender<FP8>;
+    static constexpr unsigned STAGES = Shared::STAGES, FLIGHT = Shared::FLIGHT, TOKEN_BYTES = Shared::TOKEN_BYTES, TILE_BYTES = Shared::TILE_BYTES;
     const Layers &args;
     const Flags flags;
-    const Attender shared;
+    const Shared shared;
     const unsigned lane, attenders, phases;
     const unsigned *plans[2];
     unsigned turns[2]; // of a half's phase
@@ -79,7 +97,7 @@ struct Filler {
     bool owes = false; // the turn's queries, to
     unsigned owed;     // this stage
 
-    __device__ __forceinline__ Filler(const Layers &args, Attender shared, unsigned lane, unsigned attenders)
+    __device__ __forceinline__ Filler(const Layers &args, Shared shared, unsigned lane, unsigned attenders)
         : args(args), flags(args), shared(shared), lane(lane), attenders(attenders), phases(flags.phases()) {
         asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
 #pragma unroll
@@ -130,7 +148,7 @@ struct Filler {
                 args.q + (size_t)(turn.segment.row + (turn.phase % 2) * args.rows[0]) * Q_WIDTH + turn.item * (GROUP * HEAD_DIM);
             asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
                              shared.queries(owed)),
-                         "l"(q), "r"(Attender::QUERIES), "r"(shared.full(owed))
+                         "l"(q), "r"(Shared::QUERIES), "r"(shared.full(owed))
                          : "memory");
         }
         owes = false;
@@ -157,7 +175,7 @@ struct Filler {
     }
     // A leaf's keys or values, of the tokens that are there: what a stage has behind them is old, and nobody minds it. The lanes have the
     // leaf's pages in turn.
-    __device__ __forceinline__ void fill(const __nv_bfloat16 *from, unsigned leaf, unsigned tokens, unsigned page, bool begins_unit,
+    __device__ __forceinline__ void fill(const char *from, unsigned leaf, unsigned tokens, unsigned page, bool begins_unit,
                                          bool begins_turn) {
         await_stage(shared.empty(place.at), place.parity ^ 1);
         const unsigned before = place.at >= FLIGHT ? place.at - FLIGHT : place.at + STAGES - FLIGHT;
@@ -170,14 +188,25 @@ struct Filler {
             store_words(shared.unit(place.at) + 32, {turn.item, leaf, turn.phase, 0});
         }
         __syncwarp();
+        constexpr unsigned PAGE_BYTES = KV_HEADS * PAGE * (HEAD_DIM * (FP8 ? 1 : 2) + (FP8 ? 2 : 0));
+        static_assert(PAGE_BYTES % 128 == 0 && PAGE == TILE, "pages begin where fp8_page_bytes says, and a copy is a tile");
         const char *pages_at[LEAF_PAGES];
 #pragma unroll
         for (int i = 0; i < LEAF_PAGES; i++)
-            pages_at[i] = reinterpret_cast<const char *>(from) +
-                          ((size_t)__shfl_sync(FULL_WARP, page, i) * KV_HEADS + turn.item) * (PAGE * HEAD_DIM * 2);
+            pages_at[i] = from + (size_t)__shfl_sync(FULL_WARP, page, i) * PAGE_BYTES + turn.item * TILE_BYTES;
+        if constexpr (FP8) { // too few for the copy engine, which takes one copy after the other
+            const unsigned tile = lane / 2;
+            const char *scales = from + (size_t)__shfl_sync(FULL_WARP, page, tile) * PAGE_BYTES + KV_HEADS * TILE_BYTES +
+                                 (turn.item * PAGE + lane % 2 * 8) * 2;
+            if (lane < Shared::COPIERS) {
+                if (tile * TILE < tokens)
+                    copy_16(shared.scales(place.at) + lane * 16, scales, policy);
+                arrive_copied(shared.full(place.at));
+            }
+        }
         if (elected()) {
             const unsigned to = shared.tokens(place.at), full = shared.full(place.at);
-            barrier_expect(full, tokens * TOKEN_BYTES + (begins_turn ? Attender::QUERIES : 0));
+            barrier_expect(full, tokens * TOKEN_BYTES + (begins_turn ? Shared::QUERIES : 0));
             if (tokens == LEAF) {
 #pragma unroll
                 for (int i = 0; i < LEAF_PAGES; i++)
@@ -201,7 +230,7 @@ struct Filler {
     __device__ __forceinline__ void run_turn() {
         const Segment &segment = turn.segment;
         const Layer &layer = args.layers[turn.phase / 2];
-        const __nv_bfloat16 *k = layer.k, *v = layer.v;
+        const char *k = reinterpret_cast<const char *>(layer.k), *v = reinterpret_cast<const char *>(layer.v);
         for (unsigned i = 0; i < segment.leaves; i++) {
             const unsigned leaf = segment.first + i;
             if (i % LOOKED_UP == 0) {
@@ -243,6 +272,10 @@ struct Filler {
             store_words(shared.unit(place.at) + 16, {0, 0, 0, 0}); // a turn of no leaves: the end
             barrier_arrive(shared.full(place.at));
         }
+        __syncwarp();
+        if constexpr (FP8)
+            if (lane < Shared::COPIERS)
+                barrier_arrive(shared.full(place.at));
     }
 };
 
@@ -283,19 +316,39 @@ struct Element {
     }
 };
 
+// A tile of keys as operands, and what a lane knows of all tiles.
+template <bool FP8> struct Keys : Fp8Keys<HEAD_DIM> {
+    using Fp8Keys<HEAD_DIM>::Fp8Keys;
+    using Lane = Fp8Lane<HEAD_DIM>;
+};
+template <> struct Keys<false> {
+    unsigned tile, lane;
+    struct Lane {
+        unsigned lane;
+
+        __device__ __forceinline__ Lane(unsigned lane, unsigned, unsigned) : lane(lane) {}
+    };
+
+    __device__ __forceinline__ Keys(unsigned tile, unsigned, Lane lane) : tile(tile), lane(lane.lane) {}
+    __device__ __forceinline__ void load(unsigned (&a)[4], unsigned k) const { load_keys<HEAD_DIM>(a, tile, k, lane); }
+};
+
 // A warp that reads.
-struct Reader {
+template <bool FP8> struct Reader {
+    using Shared = Attender<FP8>;
+    static constexpr unsigned TILE_BYTES = Shared::TILE_BYTES;
     const Layers &args;
-    const Attender shared;
+    const Shared shared;
     const unsigned warp, lane;
-    Place<STAGES> place;
+    const typename Keys<FP8>::Lane places;
+    Place<Shared::STAGES> place;
     unsigned q[8][2]; // the turn's queries as B operands
     Sum state;        // of the span at hand; that of the spans before it lies in shared memory
     Segment segment;
     unsigned item, leaf, phase;
 
-    __device__ __forceinline__ Reader(const Layers &args, Attender shared, unsigned warp, unsigned lane)
-        : args(args), shared(shared), warp(warp), lane(lane) {
+    __device__ __forceinline__ Reader(const Layers &args, Shared shared, unsigned warp, unsigned lane)
+        : args(args), shared(shared), warp(warp), lane(lane), places(lane, 2 * warp, 2) {
         state.clear();
     }
     // Of the group's warps that read.
@@ -320,12 +373,38 @@ struct Reader {
                     asm volatile("ld.shared.u32 %0, [%1];" : "=r"(q[k][half]) : "r"(row + k * 32 + half * 16) : "memory");
             }
     }
+    __device__ __forceinline__ Keys<FP8> keys_of(unsigned tile) const {
+        return {shared.tokens(place.at) + tile * TILE_BYTES, shared.scales(place.at) + tile * (TILE * 2), places};
+    }
+    // A tile of values as operands of the warp's m-tiles.
+    __device__ __forceinline__ void load_tile(unsigned (&a)[2][4], unsigned tile) const {
+        const unsigned at = shared.tokens(place.at) + tile * TILE_BYTES;
+        if constexpr (FP8) {
+            fp8_load_values<HEAD_DIM>(a, at, shared.scales(place.at) + tile * (TILE * 2), places);
+        } else {
+#pragma unroll
+            for (int k = 0; k < 2; k++)
+                load_values<HEAD_DIM>(a[k], at, 2 * warp + k, lane);
+        }
+    }
     // Scores of the warp's tiles; -infinity behind the sequence's end.
     __device__ __forceinline__ void score(float (&s)[2][4], bool whole) const {
         const unsigned tokens = shared.tokens(place.at), tiles = (segment.kv_len - leaf * LEAF + TILE - 1) / TILE;
 #pragma unroll
         for (int j = 0; j < 2; j++)
             s[j][0] = s[j][1] = s[j][2] = s[j][3] = 0.0f;
+        if (FP8 && whole) {
+            Keys<FP8> keys[2] = {keys_of(warp), keys_of(warp + READERS)};
+#pragma unroll
+            for (int k = 0; k < 8; k++)
+#pragma unroll
+                for (int j = 0; j < 2; j++) {
+                    unsigned a[4];
+                    keys[j].load(a, k);
+                    mma(s[j], a, q[k]);
+                }
+            return;
+        }
         if (whole) {
 #pragma unroll
             for (int half = 0; half < 2; half++) {
@@ -346,13 +425,15 @@ struct Reader {
 #pragma unroll
         for (int j = 0; j < 2; j++) {
             const unsigned tile = warp + READERS * j, token = leaf * LEAF + tile * TILE + lane / 4;
-            if (tile < tiles)
+            if (tile < tiles) {
+                Keys<FP8> keys = keys_of(tile);
 #pragma unroll
                 for (int k = 0; k < 8; k++) {
                     unsigned a[4];
-                    load_keys<HEAD_DIM>(a, tokens + tile * TILE_BYTES, k, lane);
+                    keys.load(a, k);
                     mma(s[j], a, q[k]);
                 }
+            }
             if (token >= segment.kv_len)
                 s[j][0] = s[j][1] = minus_infinity();
             if (token + 8 >= segment.kv_len)
@@ -407,22 +488,31 @@ struct Reader {
     }
     // The warp's m-tiles of the leaf's output, and the sums of its probabilities.
     __device__ __forceinline__ void add_values(Sum &sum, bool whole) const {
-        const unsigned tokens = shared.tokens(place.at), valid = segment.kv_len - leaf * LEAF;
+        const unsigned valid = segment.kv_len - leaf * LEAF;
         const unsigned ones[4] = {0x3f803f80, 0x3f803f80, 0x3f803f80, 0x3f803f80};
         float l[4] = {};
 #pragma unroll
         for (int k = 0; k < 2; k++)
             sum.o[k][0] = sum.o[k][1] = sum.o[k][2] = sum.o[k][3] = 0.0f;
-        if (whole) {
+        if (FP8 && whole) { // registers are for what is widened
+#pragma unroll
+            for (int j = 0; j < LEAF_TILES; j++) {
+                unsigned p[2], a[2][4];
+                load_probabilities(p, j);
+                mma(l, ones, p);
+                load_tile(a, j);
+#pragma unroll
+                for (int k = 0; k < 2; k++)
+                    mma(sum.o[k], a[k], p);
+            }
+        } else if (whole) {
             unsigned p[LEAF_TILES][2], a[LEAF_TILES][2][4];
 #pragma unroll
             for (int j = 0; j < LEAF_TILES; j++)
                 load_probabilities(p[j], j);
 #pragma unroll
             for (int j = 0; j < LEAF_TILES; j++)
-#pragma unroll
-                for (int k = 0; k < 2; k++)
-                    load_values<HEAD_DIM>(a[j][k], tokens + j * TILE_BYTES, 2 * warp + k, lane);
+                load_tile(a[j], j);
 #pragma unroll
             for (int j = 0; j < LEAF_TILES; j++) {
                 mma(l, ones, p[j]);
@@ -438,13 +528,13 @@ struct Reader {
                 unsigned p[2];
                 load_probabilities(p, j);
                 mma(l, ones, p);
+                unsigned a[2][4];
+                load_tile(a, j);
 #pragma unroll
                 for (int k = 0; k < 2; k++) {
-                    unsigned a[4];
-                    load_values<HEAD_DIM>(a, tokens + j * TILE_BYTES, 2 * warp + k, lane);
                     if ((j + 1) * TILE > valid)
-                        zero_behind(a, valid - j * TILE);
-                    mma(sum.o[k], a, p);
+                        zero_behind(a[k], valid - j * TILE);
+                    mma(sum.o[k], a[k], p);
                 }
             }
         }
@@ -630,10 +720,10 @@ struct Reader {
 };
 
 // The warp that tells: a lane for each group.
-__device__ __forceinline__ void tell(const Flags &flags, const Attender &shared, unsigned lane) {
+template <bool FP8> __device__ __forceinline__ void tell(const Flags &flags, const Attender<FP8> &shared, unsigned lane) {
     if (lane >= GROUPS)
         return;
-    const Attender own = {shared.base, lane};
+    const Attender<FP8> own = {shared.base, lane};
     const auto load = [](unsigned at) {
         unsigned value;
         asm volatile("ld.acquire.cta.shared.u32 %0, [%1];" : "=r"(value) : "r"(at) : "memory");
@@ -659,27 +749,28 @@ __device__ __forceinline__ void tell(const Flags &flags, const Attender &shared,
 }
 
 // An attending block; `index` of `count`.
-__device__ __forceinline__ void attend(const Layers &args, unsigned base, unsigned index, unsigned blocks) {
+template <bool FP8> __device__ __forceinline__ void attend(const Layers &args, unsigned base, unsigned index, unsigned blocks) {
+    using Shared = Attender<FP8>;
     const unsigned warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     if (threadIdx.x == 0) {
         for (unsigned group = 0; group < GROUPS; group++)
-            for (unsigned i = 0; i < STAGES; i++) {
-                const Attender shared = {base, group};
-                barrier_init(shared.full(i), 1);
+            for (unsigned i = 0; i < Shared::STAGES; i++) {
+                const Shared shared = {base, group};
+                barrier_init(shared.full(i), Shared::FILLERS);
                 barrier_init(shared.empty(i), READERS * 32);
             }
         barrier_init_fence();
     }
     for (unsigned group = 0; group < GROUPS; group++)
         for (unsigned i = threadIdx.x; i <= 2 * LAYERS_MAX; i += LAYERS_THREADS)
-            asm volatile("st.shared.u32 [%0], %1;" ::"r"(Attender{base, group}.ended(i)), "r"(0) : "memory");
+            asm volatile("st.shared.u32 [%0], %1;" ::"r"(Shared{base, group}.ended(i)), "r"(0) : "memory");
     __syncthreads();
     dependent_wait();
     if (warp < GROUPS * READERS)
-        Reader(args, {base, warp / READERS}, warp % READERS, lane).run();
+        Reader<FP8>(args, {base, warp / READERS}, warp % READERS, lane).run();
     else if (warp < GROUPS * READERS + GROUPS) {
         const unsigned group = warp - GROUPS * READERS;
-        Filler(args, {base, group}, lane, GROUPS * blocks).run(index + group * blocks);
+        Filler<FP8>(args, {base, group}, lane, GROUPS * blocks).run(index + group * blocks);
     } else if (warp == GROUPS * READERS + GROUPS)
-        tell(Flags(args), {base, 0}, lane);
+        tell<FP8>(Flags(args), {base, 0}, lane);
 }

@@ -3,7 +3,7 @@
 //
 //   block     o, down   32 rows of w by half of the columns; its neighbour has the other half, they add up by st.async, warp by warp
 //             gate_up   96 rows of w
-//             qkv       64 rows of w: half of a head, whose norm's sums its neighbour and it exchange
+//             qkv       64 rows of w: half of a head, whose norm's sums its neighbour and it exchange; of fp8, halves of rows too
 //   shared    x ring [X_STAGES][padded rows or more][64]    w ring [W_STAGES][chunks][N][64]    sums of the neighbour    scales
 //   weights   warp 8: runs ahead across products, halves and layers; what the second half has read, nobody reads again in this step
 //   x         warp 9: waits for what the product reads, then fetches; gate_up's and qkv's half for both neighbours
@@ -21,6 +21,7 @@
 #include "batch.cuh"
 #include "epilogue.cuh"
 #include "layers_flags.cuh"
+#include "layers_keep.cuh"
 
 constexpr unsigned X_STAGES = 6, X_STAGE = 16384, W_STAGES = 7, W_STAGE = 16384;
 constexpr unsigned TENSOR_THREADS = 256; // that multiply
@@ -41,8 +42,9 @@ static_assert(HIDDEN / 32 * 2 == MULTIPLIERS && 2 * MLP / 96 == MULTIPLIERS && (
 // A multiplying block's shared memory.
 struct Multiplier {
     unsigned base;
-    static constexpr unsigned RECEIVED = 8192;
-    static constexpr unsigned ALL = X_STAGES * X_STAGE + W_STAGES * W_STAGE + RECEIVED + 3 * HALF_ROWS * 4 + 16 * (X_STAGES + W_STAGES + 1);
+    static constexpr unsigned RECEIVED = 8192, SWAPPED = TENSOR_THREADS * 32;
+    static constexpr unsigned ALL =
+        X_STAGES * X_STAGE + W_STAGES * W_STAGE + RECEIVED + 3 * HALF_ROWS * 4 + 16 * (X_STAGES + W_STAGES + 2) + SWAPPED;
 
     __device__ __forceinline__ unsigned x(unsigned stage) const { return base + stage * X_STAGE; }
     __device__ __forceinline__ unsigned w(unsigned stage) const { return base + X_STAGES * X_STAGE + stage * W_STAGE; }
@@ -57,25 +59,12 @@ struct Multiplier {
     __device__ __forceinline__ unsigned w_empty(unsigned stage) const { return w_full(stage) + 8; }
     __device__ __forceinline__ unsigned sums_there() const { return w_full(W_STAGES); }
     __device__ __forceinline__ unsigned squares_there() const { return sums_there() + 8; }
+    // Of keys and values in fp8, what the neighbour has of a warp's rows (layers_keep.cuh).
+    __device__ __forceinline__ unsigned swapped_there() const { return sums_there() + 16; }
+    __device__ __forceinline__ unsigned swapped(unsigned warp) const { return sums_there() + 32 + warp * 1024; }
 };
 static_assert(Multiplier::ALL <= LAYERS_SHARED, "a multiprocessor's shared memory");
 
-// A place in the neighbour's shared memory.
-__device__ __forceinline__ unsigned at_neighbour(unsigned address, unsigned rank) {
-    unsigned there;
-    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(rank ^ 1));
-    return there;
-}
-__device__ __forceinline__ void send(unsigned to, float a, float b, float c, float d, unsigned barrier) {
-    asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(to), "f"(a),
-                 "f"(b), "f"(c), "f"(d), "r"(barrier)
-                 : "memory");
-}
-__device__ __forceinline__ void send(unsigned to, float a, float b, unsigned barrier) {
-    asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];" ::"r"(to), "f"(a), "f"(b),
-                 "r"(barrier)
-                 : "memory");
-}
 __device__ __forceinline__ float load_float(unsigned at) {
     float value;
     asm volatile("ld.shared.f32 %0, [%1];" : "=f"(value) : "r"(at) : "memory");
@@ -256,12 +245,12 @@ struct Scales {
     }
 };
 
-// A thread that multiplies.
-struct Tensor {
+// A thread that multiplies. FP8: keys and values are kept so.
+template <bool FP8> struct Tensor {
     const Multiplying &of;
     Place<X_STAGES> x;
     Place<W_STAGES> w;
-    unsigned sums_parity = 0, squares_parity = 0;
+    unsigned sums_parity = 0, squares_parity = 0, swapped_parity = 0;
 
     // A thread's place in a product: it has tokens `token` and `token + 8`, and of each group j of 8 columns 8 j + 2 quad and the next.
     struct Spot {
@@ -429,6 +418,10 @@ struct Tensor {
         }
         end(step, GATE_UP);
     }
+    // A pair of dims of a head, and the one that it turns with.
+    struct Halves {
+        float2 lo, hi;
+    };
     // Queries, and the newest keys and values, of the next layer: dims 16 j + 4 quad + 2 rank of half of a head, 64 further on those
     // that they turn with.
     __device__ __forceinline__ void qkv(const Step &step) {
@@ -441,6 +434,9 @@ struct Tensor {
         const bool normed = !is_value && weight != nullptr;
         if (normed && threadIdx.x == 0)
             barrier_expect(of.shared.squares_there(), of.padded * 8);
+        const bool swaps = FP8 && !is_query;
+        if (swaps && threadIdx.x == 0)
+            barrier_expect(of.shared.swapped_there(), of.padded * 64);
         unsigned position[2], location[2];
 #pragma unroll
         for (int i = 0; i < 2; i++) {
@@ -504,37 +500,60 @@ struct Tensor {
                     inverse[i] = rsqrtf(fmaf(__fadd_rn(lo, hi), 1.0f / 128.0f, of.args.norm_eps));
                 }
             }
-#pragma unroll
-            for (int i = 0; i < 2; i++) {
-                const unsigned row = of.first_row(step.half) + spot.token + 8 * i;
-                if (spot.token + 8 * i >= rows)
-                    continue;
-                __nv_bfloat16 *out;
-                unsigned swizzle = 0;
-                if (is_query) {
-                    out = of.args.q + (size_t)row * Q_WIDTH + head * HEAD_DIM;
-                } else {
-                    const unsigned kv_head = head - HEADS - (is_value ? KV_HEADS : 0), at = location[i] % PAGE;
-                    out = (is_value ? layer.v : layer.k) +
-                          (((size_t)(location[i] / PAGE) * KV_HEADS + kv_head) * PAGE + at) * HEAD_DIM;
-                    swizzle = at % 8 * 8;
+            const auto finished = [&](int i, int j) {
+                Halves of_head = {y[i][j], y[i][4 + j]};
+                if (!is_value) {
+                    const float2 a = QkvNormed::weighted(of_head.lo, inverse[i], weights[0][j]);
+                    const float2 b = QkvNormed::weighted(of_head.hi, inverse[i], weights[1][j]);
+                    const float4 t = turn[i][j];
+                    of_head.lo = {QkvNormed::turned(a.x, t.x, -b.x, t.y), QkvNormed::turned(a.y, t.z, -b.y, t.w)};
+                    of_head.hi = {QkvNormed::turned(b.x, t.x, a.x, t.y), QkvNormed::turned(b.y, t.z, a.y, t.w)};
                 }
+                return of_head;
+            };
+            const unsigned kv_head = head - HEADS - (is_value ? KV_HEADS : 0);
+            if (swaps) {
+                unsigned pairs[2][8];
 #pragma unroll
-                for (int j = 0; j < 4; j++) {
-                    const unsigned d = 16 * j + dim;
-                    float2 lo = y[i][j], hi = y[i][4 + j];
-                    if (!is_value) {
-                        const float2 a = QkvNormed::weighted(lo, inverse[i], weights[0][j]);
-                        const float2 b = QkvNormed::weighted(hi, inverse[i], weights[1][j]);
-                        const float4 t = turn[i][j];
-                        lo = {QkvNormed::turned(a.x, t.x, -b.x, t.y), QkvNormed::turned(a.y, t.z, -b.y, t.w)};
-                        hi = {QkvNormed::turned(b.x, t.x, a.x, t.y), QkvNormed::turned(b.y, t.z, a.y, t.w)};
+                for (int i = 0; i < 2; i++)
+#pragma unroll
+                    for (int j = 0; j < 4; j++) {
+                        const Halves of_head = finished(i, j);
+                        pairs[i][j] = pair_of(of_head.lo);
+                        pairs[i][4 + j] = pair_of(of_head.hi);
                     }
-                    store_pair(out + (d ^ swizzle), lo.x, lo.y);
-                    store_pair(out + (d ^ swizzle) + 64, hi.x, hi.y);
+                const HalfRows mine = {of.rank, of.shared.swapped(threadIdx.x / 32) + spot.lane * 16, of.shared.swapped_there()};
+                mine.swap(pairs, swapped_parity);
+                const unsigned at = of.rank ? location[1] : location[0];
+                const Fp8Place place =
+                    Fp8Place::of<HEAD_DIM>(is_value ? layer.v : layer.k, at / PAGE, KV_HEADS, PAGE, kv_head, at % PAGE);
+                mine.keep(pairs, place, !is_value, spot.token + 8 * of.rank < rows, spot.quad);
+            } else
+#pragma unroll
+                for (int i = 0; i < 2; i++) {
+                    const unsigned row = of.first_row(step.half) + spot.token + 8 * i;
+                    if (spot.token + 8 * i >= rows)
+                        continue;
+                    __nv_bfloat16 *out;
+                    unsigned swizzle = 0;
+                    if (is_query) {
+                        out = of.args.q + (size_t)row * Q_WIDTH + head * HEAD_DIM;
+                    } else {
+                        const unsigned at = location[i] % PAGE;
+                        out = (is_value ? layer.v : layer.k) +
+                              (((size_t)(location[i] / PAGE) * KV_HEADS + kv_head) * PAGE + at) * HEAD_DIM;
+                        swizzle = at % 8 * 8;
+                    }
+#pragma unroll
+                    for (int j = 0; j < 4; j++) {
+                        const unsigned d = 16 * j + dim;
+                        const Halves of_head = finished(i, j);
+                        store_pair(out + (d ^ swizzle), of_head.lo.x, of_head.lo.y);
+                        store_pair(out + (d ^ swizzle) + 64, of_head.hi.x, of_head.hi.y);
+                    }
                 }
-            }
         }
+        swapped_parity ^= swaps;
         squares_parity ^= normed;
         end(step, QKV);
     }
@@ -552,7 +571,7 @@ struct Tensor {
 };
 
 // A multiplying block.
-__device__ __forceinline__ void multiply(const Layers &args, const LayerMaps &maps, unsigned base, unsigned block) {
+template <bool FP8> __device__ __forceinline__ void multiply(const Layers &args, const LayerMaps &maps, unsigned base, unsigned block) {
     const Multiplying of(args, maps, base, block);
     const unsigned warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     if (threadIdx.x == 0) {
@@ -566,6 +585,7 @@ __device__ __forceinline__ void multiply(const Layers &args, const LayerMaps &ma
         }
         barrier_init(of.shared.sums_there(), 1);
         barrier_init(of.shared.squares_there(), 1);
+        barrier_init(of.shared.swapped_there(), 1);
         barrier_init_fence();
     }
     __syncthreads();
@@ -576,7 +596,7 @@ __device__ __forceinline__ void multiply(const Layers &args, const LayerMaps &ma
     } else {
         dependent_wait();
         if (warp < TENSOR_THREADS / 32)
-            Tensor{of}.run();
+            Tensor<FP8>{of}.run();
         else if (warp == TENSOR_THREADS / 32 + 1) {
             if (lane == 0)
                 ActivationFetcher{of}.run();
