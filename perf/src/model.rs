@@ -23,7 +23,7 @@ pub struct ModelShape {
     /// Have q, k and v biases, and heads no norms?
     pub(crate) bias: bool,
     /// Are keys and values kept in fp8, are matrices in it, and are these ones' inputs rounded to it?
-    kv_fp8: bool,
+    pub(crate) kv_fp8: bool,
     weights_fp8: bool,
     inputs_fp8: bool,
 }
@@ -81,6 +81,11 @@ impl ModelShape {
             weights: if self.weights_fp8 { fp8 } else { WeightFormat::Bf16 },
             ..DecoderSpec::uniform(self.dims(), layer)
         }
+    }
+
+    /// The model, with keys and values in fp8.
+    pub(crate) fn with_kv_fp8(self) -> ModelShape {
+        ModelShape { kv_fp8: true, ..self }
     }
 
     /// The model, and where it has no window the same with one.

@@ -4,7 +4,7 @@
 //!   begin_step ─ embed ─ [qkv ─ (attention) ─ o ─ gate_up ─ down] x layers ─ final_norm ─ head ─ sample
 //! ```
 //!
-//! Each layer has weights, keys and values of its own, so a step finds in the cache nothing that the step before left.
+//! `decode_step_fp8` keeps keys and values in fp8. Each layer has weights, keys and values of its own, so a step finds in the cache nothing that the step before left.
 //! Products and attention are checked by cases of their own; here, that the logits are finite and that the tokens are
 //! those which the definition of sampling draws from them.
 
@@ -12,6 +12,7 @@ use minisgl_core::backend::{
     Device, Element, KvLayer, LayerWeights, MlpWeights, Ops, Purpose, Step, WeightRole,
 };
 use minisgl_core::batch::Row;
+use minisgl_core::kv::{KvFormat, KvLayout};
 use minisgl_core::sampling::SlotState;
 use minisgl_core::spec::Dims;
 use minisgl_core::tensor::{HostTensor, TensorData};
@@ -40,6 +41,7 @@ pub(crate) fn cases(filter: &Filter) -> Vec<Case> {
         for rows in filter.rows_or(&[1, 256]) {
             for context in filter.contexts_or(&[1024]) {
                 cases.push(case(model, rows, Some(context)));
+                cases.push(case(model.with_kv_fp8(), rows, Some(context)));
             }
         }
     }
@@ -53,16 +55,27 @@ fn case(model: ModelShape, rows: u32, context: Option<u32>) -> Case {
     let layer = hidden * (dims.qkv_width() + dims.q_width() + 3 * mlp);
     let weights = dims.layers as usize * layer + hidden * dims.vocab as usize;
     let seen = context.map_or(0, |context| context.min(model.window.unwrap_or(u32::MAX)));
-    let kv = f64::from(rows) * f64::from(seen) * (2 * dims.layers as usize * dims.kv_width()) as f64;
-    let family = if context.is_some() { "decode_step" } else { "decode_rest" };
+    let of_kv = f64::from(dims.layers) * kv_page(model).page_bytes() as f64 * 2.0 / f64::from(PAGE_SIZE);
+    let kv = f64::from(rows) * f64::from(seen) * of_kv;
+    let family = match context {
+        Some(_) if model.kv_fp8 => "decode_step_fp8",
+        Some(_) => "decode_step",
+        None => "decode_rest",
+    };
     let context_text = context.map_or("no attention".to_owned(), |context| format!("context={context}"));
     Case {
         family,
         shape: format!("model={} rows={rows} {context_text}", model.name),
-        bytes: 2.0 * (weights as f64 + kv),
+        bytes: 2.0 * weights as f64 + kv,
         flops: 0.0,
         setup: Box::new(move |cuda, _| setup(cuda, model, rows, context)),
     }
+}
+
+/// A page of a layer's keys, or of its values.
+fn kv_page(model: ModelShape) -> KvLayout {
+    let format = if model.kv_fp8 { KvFormat::Fp8 } else { KvFormat::Bf16 };
+    KvLayout::new(format, &model.dims(), PAGE_SIZE)
 }
 
 /// A model's step, ready to be launched.
@@ -92,12 +105,20 @@ fn setup(cuda: &mut Cuda, model: ModelShape, rows: u32, context: Option<u32>) ->
     let step = step_of.upload(cuda, plan_words, |shape, rows, words| {
         operations.plan(shape, rows, words);
     })?;
-    let kv_rows = ((limits.pages + 1) * dims.kv_heads * PAGE_SIZE) as usize;
+    let pages = limits.pages as usize + 1;
+    let mut wide = None;
+    if model.kv_fp8 {
+        let words = KvLayout::new(KvFormat::Bf16, &dims, PAGE_SIZE).words(pages);
+        let mut room = || cuda.alloc(Purpose::KvCache, Element::Kv, words);
+        wide = Some([room()?, room()?]);
+    }
+    // The bytes of random bf16 numbers do for fp8 too: codes and scales alike are numbers.
+    let elements = kv_page(model).page_bytes() / 2;
     let layers = (0..dims.layers)
         .map(|i| {
             let seed = u64::from(i + 1) << 40;
-            let mut kv = || random_in(cuda, kv_rows, dims.head_dim as usize, seed, 1.0).map(Buffer::from);
-            let kv = KvLayer { k: kv()?, v: kv()?, wide: None };
+            let mut kv = || random_in(cuda, pages, elements, seed, 1.0).map(Buffer::from);
+            let kv = KvLayer { k: kv()?, v: kv()?, wide };
             Ok((layer_weights(cuda, model, seed)?, kv))
         })
         .collect::<Result<_, CudaError>>()?;
