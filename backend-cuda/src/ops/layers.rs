@@ -40,7 +40,9 @@ use crate::weight::Weight;
 const LAYERS_MAX: usize = 32;
 /// Bytes of a block's shared memory: a multiprocessor has room for one such.
 const SHARED: u32 = 231_424;
-const THREADS: u32 = 384;
+/// Threads of a block, where keys and values are kept in bf16, and in fp8; and groups of its warps that take turns in attending.
+const THREADS: [u32; 2] = [384, 512];
+const GROUPS: [u32; 2] = [2, 3];
 /// Blocks that multiply; as many at least attend.
 const MULTIPLY: u32 = 64;
 /// Multiprocessors from which on it was found to pay.
@@ -154,7 +156,7 @@ impl LayersKernel {
         }
         let [module, name] = Self::kernel_of(format);
         let kernel = cuda.modules().kernel(module, name, SHARED)?;
-        let grid = Self::grid_on(multiprocessors);
+        let grid = Self::grid_on(multiprocessors, format);
         if cuda.launcher().clusters_at_once(&kernel, grid)? < multiprocessors / 2 {
             return Ok(None);
         }
@@ -195,21 +197,22 @@ impl LayersKernel {
         shape.is_decode() && (Self::ROWS_MIN..=Self::ROWS_MAX).contains(&shape.decode_rows)
     }
 
-    /// Groups of warps that take turns in attending: two a block.
-    pub(super) fn attenders(multiprocessors: u32) -> u32 {
-        2 * (multiprocessors / 2 * 2).saturating_sub(MULTIPLY).max(1)
+    /// Groups of warps that take turns in attending.
+    pub(super) fn attenders(multiprocessors: u32, format: KvFormat) -> u32 {
+        GROUPS[usize::from(format == KvFormat::Fp8)]
+            * (multiprocessors / 2 * 2).saturating_sub(MULTIPLY).max(1)
     }
 
     /// A block a multiprocessor, in pairs.
-    pub(super) fn grid_on(multiprocessors: u32) -> Grid {
-        let blocks = multiprocessors / 2 * 2;
-        Grid::new(blocks, THREADS).cluster(2).shared(SHARED).dependent().cooperative()
+    pub(super) fn grid_on(multiprocessors: u32, format: KvFormat) -> Grid {
+        let (blocks, threads) = (multiprocessors / 2 * 2, THREADS[usize::from(format == KvFormat::Fp8)]);
+        Grid::new(blocks, threads).cluster(2).shared(SHARED).dependent().cooperative()
     }
 
     /// Its launch, for halves of so many turns.
     pub(super) fn explained(multiprocessors: u32, format: KvFormat, turns: &str) -> Launch {
         let [_, kernel] = Self::kernel_of(format);
-        let (grid, attend) = (Self::grid_on(multiprocessors), multiprocessors / 2 * 2 - MULTIPLY);
+        let (grid, attend) = (Self::grid_on(multiprocessors, format), multiprocessors / 2 * 2 - MULTIPLY);
         let work = format!(
             "{MULTIPLY} blocks multiply one half of the rows while {attend} attend to the other: {turns} turns a layer"
         );
@@ -357,11 +360,12 @@ mod tests {
         let sizes =
             ["HIDDEN", "HEADS", "KV_HEADS", "HEAD_DIM", "MLP", "PAGE"].map(|name| constant(FILE, name));
         assert_eq!(sizes, [HIDDEN, HEADS, KV_HEADS, HEAD_DIM, INTERMEDIATE, PAGE_SIZE]);
-        let launched = ["LAYERS_MAX", "LAYERS_SHARED", "LAYERS_THREADS", "MULTIPLIERS", "HALF_ROWS"];
+        let launched = ["LAYERS_MAX", "LAYERS_SHARED", "MULTIPLIERS", "HALF_ROWS"];
         let declared = launched.map(|name| constant(FILE, name));
-        assert_eq!(declared, [LAYERS_MAX as u32, SHARED, THREADS, MULTIPLY, HALF_ROWS_MAX]);
-        for [_, kernel] in [KvFormat::Bf16, KvFormat::Fp8].map(LayersKernel::kernel_of) {
-            assert_eq!(threads_of(HOPPER, kernel), THREADS, "{kernel}");
+        assert_eq!(declared, [LAYERS_MAX as u32, SHARED, MULTIPLY, HALF_ROWS_MAX]);
+        for (format, threads) in [KvFormat::Bf16, KvFormat::Fp8].into_iter().zip(THREADS) {
+            let [_, kernel] = LayersKernel::kernel_of(format);
+            assert_eq!(threads_of(HOPPER, kernel), threads, "{kernel}");
         }
     }
 

@@ -12,7 +12,8 @@ constexpr unsigned GROUP = HEADS / KV_HEADS, Q_WIDTH = HEADS * HEAD_DIM, SEGMENT
 constexpr unsigned PAGE = 16; // tokens
 
 constexpr unsigned LAYERS_MAX = 32;
-constexpr unsigned LAYERS_THREADS = 384, LAYERS_SHARED = 231424;
+// Where keys and values are kept in fp8 a block attends with more warps.
+constexpr unsigned LAYERS_THREADS = 384, LAYERS_FP8_THREADS = 512, LAYERS_SHARED = 231424;
 // Rows of a half at most.
 constexpr unsigned HALF_ROWS = 128;
 // Blocks that multiply, pairs of neighbours; the rest of the grid attends.

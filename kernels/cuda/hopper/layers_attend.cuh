@@ -20,7 +20,7 @@
 #include "layers_flags.cuh"
 #include "place.cuh"
 
-constexpr unsigned GROUPS = 2, READERS = 4; // groups of a block; warps of a group that read
+constexpr unsigned READERS = 4; // warps of a group that read
 // Halves of more rows have all stages on their way: their products end long before attention does, and may wait the longer for memory.
 constexpr unsigned FLIGHT_ROWS = 64;
 constexpr unsigned LEAF_PAGES = LEAF / PAGE, LOOKED_UP = 32 / LEAF_PAGES; // leaves whose pages a warp's lanes hold
@@ -35,15 +35,17 @@ __device__ __forceinline__ void arrive_copied(unsigned barrier) {
     asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
 }
 
-// A group's shared memory. FP8: keys and values are kept so (fp8_rows.cuh), and as many bytes are on their way.
+// A group's shared memory. FP8: keys and values are kept so (fp8_rows.cuh); a leaf has half the bytes then, and takes longer: so more
+// groups are at work at once.
 template <bool FP8> struct Attender {
     unsigned base, group;
-    static constexpr unsigned STAGES = FP8 ? 6 : 3, FLIGHT = STAGES * 2 / 3; // of a ring; on their way at once
+    static constexpr unsigned GROUPS = FP8 ? 3 : 2;
+    static constexpr unsigned STAGES = FP8 ? 4 : 3, FLIGHT = (STAGES * 2 + 2) / 3; // of a ring; on their way at once
     static constexpr unsigned TOKEN_BYTES = HEAD_DIM * (FP8 ? 1 : 2), TILE_BYTES = TILE * TOKEN_BYTES, SCALES = FP8 ? LEAF * 2 : 0;
     // Who arrives at a stage's `full`: a lane that says how many bytes bulk copies bring, and lanes that copy 16 bytes of scales each.
     static constexpr unsigned COPIERS = SCALES / 16, FILLERS = 1 + COPIERS;
     static constexpr unsigned STAGE = LEAF_TILES * TILE_BYTES, QUERIES = GROUP * HEAD_DIM * 2, PROBABILITIES = LEAF_TILES * 256;
-    static constexpr unsigned KEPT = 3 * 16 * READERS * 32, ENDED = (2 * LAYERS_MAX + 1) * 4;
+    static constexpr unsigned KEPT = 3 * 16 * READERS * 8, ENDED = (2 * LAYERS_MAX + 1) * 4;
     static constexpr unsigned BESIDE = SCALES + QUERIES + 64 + 16;
     static constexpr unsigned SCRATCH = PROBABILITIES + READERS * 32 + 16 + KEPT + (ENDED + 15) / 16 * 16;
     static constexpr unsigned ALL = GROUPS * STAGES * (STAGE + BESIDE) + GROUPS * SCRATCH;
@@ -549,12 +551,14 @@ template <bool FP8> struct Reader {
             a[i] &= token + 1 < valid ? 0xffffffffu : token < valid ? 0xffffu : 0;
         }
     }
-    // Where the thread keeps words `index` of its state of spans that have ended: m-tiles of o, then m and l.
+    // Where the thread keeps words `index` of its state of spans that have ended: m-tiles of o, then m and l. Lanes with no query's columns
+    // keep nothing, and load what they need not have.
     __device__ __forceinline__ unsigned kept(unsigned index) const {
-        return shared.kept() + (index * READERS * 32 + warp * 32 + lane) * 16;
+        return shared.kept() + (index * READERS * 8 + warp * 8 + lane / 4) * 16;
     }
     __device__ __forceinline__ void keep(unsigned index, float a, float b, float c, float d) const {
-        store_words(kept(index), {__float_as_uint(a), __float_as_uint(b), __float_as_uint(c), __float_as_uint(d)});
+        if (lane % 4 == 0)
+            store_words(kept(index), {__float_as_uint(a), __float_as_uint(b), __float_as_uint(c), __float_as_uint(d)});
     }
     __device__ __forceinline__ void keep_spans() const {
 #pragma unroll
@@ -721,7 +725,7 @@ template <bool FP8> struct Reader {
 
 // The warp that tells: a lane for each group.
 template <bool FP8> __device__ __forceinline__ void tell(const Flags &flags, const Attender<FP8> &shared, unsigned lane) {
-    if (lane >= GROUPS)
+    if (lane >= Attender<FP8>::GROUPS)
         return;
     const Attender<FP8> own = {shared.base, lane};
     const auto load = [](unsigned at) {
@@ -751,6 +755,7 @@ template <bool FP8> __device__ __forceinline__ void tell(const Flags &flags, con
 // An attending block; `index` of `count`.
 template <bool FP8> __device__ __forceinline__ void attend(const Layers &args, unsigned base, unsigned index, unsigned blocks) {
     using Shared = Attender<FP8>;
+    constexpr unsigned GROUPS = Shared::GROUPS;
     const unsigned warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     if (threadIdx.x == 0) {
         for (unsigned group = 0; group < GROUPS; group++)
@@ -762,7 +767,7 @@ template <bool FP8> __device__ __forceinline__ void attend(const Layers &args, u
         barrier_init_fence();
     }
     for (unsigned group = 0; group < GROUPS; group++)
-        for (unsigned i = threadIdx.x; i <= 2 * LAYERS_MAX; i += LAYERS_THREADS)
+        for (unsigned i = threadIdx.x; i <= 2 * LAYERS_MAX; i += blockDim.x)
             asm volatile("st.shared.u32 [%0], %1;" ::"r"(Shared{base, group}.ended(i)), "r"(0) : "memory");
     __syncthreads();
     dependent_wait();

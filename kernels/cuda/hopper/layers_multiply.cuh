@@ -590,18 +590,26 @@ template <bool FP8> __device__ __forceinline__ void multiply(const Layers &args,
     }
     __syncthreads();
     cluster_sync();
-    if (warp == TENSOR_THREADS / 32) {
-        if (lane == 0)
-            WeightFetcher{of}.run();
-    } else {
+    // Of registers who multiplies takes what warps that are there for attending do not need.
+    if (warp < TENSOR_THREADS / 32) {
+        if constexpr (FP8)
+            asm volatile("setmaxnreg.inc.sync.aligned.u32 168;");
         dependent_wait();
-        if (warp < TENSOR_THREADS / 32)
-            Tensor<FP8>{of}.run();
-        else if (warp == TENSOR_THREADS / 32 + 1) {
+        Tensor<FP8>{of}.run();
+    } else {
+        if constexpr (FP8)
+            asm volatile("setmaxnreg.dec.sync.aligned.u32 88;");
+        if (warp == TENSOR_THREADS / 32) {
             if (lane == 0)
-                ActivationFetcher{of}.run();
-        } else
-            Scales{of}.run();
+                WeightFetcher{of}.run();
+        } else {
+            dependent_wait();
+            if (warp == TENSOR_THREADS / 32 + 1) {
+                if (lane == 0)
+                    ActivationFetcher{of}.run();
+            } else if (warp < TENSOR_THREADS / 32 + 4)
+                Scales{of}.run();
+        }
     }
     __syncwarp();
     cluster_sync();

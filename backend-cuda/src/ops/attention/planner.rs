@@ -94,7 +94,7 @@ impl Planner {
                 SmShare::Half,
             ),
             attenders: decode(
-                LayersKernel::attenders(multiprocessors),
+                LayersKernel::attenders(multiprocessors, format),
                 Self::half_rows(limits),
                 SmShare::Half,
             )
