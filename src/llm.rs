@@ -58,7 +58,7 @@ impl Llm {
         let updated = weights.is_some();
         let weights = match weights {
             Some(weights) => weights,
-            None => Weights(Arc::new(open_checkpoint(&source, &options)?)),
+            None => Weights(Arc::new(open_checkpoint(&source, &options, &choice)?)),
         };
         let text = Arc::new(source.folder().map_or(Ok(Text::default()), Text::open)?);
         let pooling = source.folder().map_or_else(Pooling::default, Pooling::open);

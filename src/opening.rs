@@ -18,9 +18,9 @@ use minisgl_core::executor::{Executor, ModelInfo};
 use minisgl_core::local::Local;
 use minisgl_core::scheduler::Settings;
 use minisgl_core::shard::Rank;
-use minisgl_core::spec::DecoderSpec;
+use minisgl_core::spec::{DecoderSpec, Inputs, WeightFormat};
 use minisgl_cpu::{Cpu, Link};
-use minisgl_cuda::{Cuda, CudaError, KernelSet, Link as GpuLink};
+use minisgl_cuda::{Cuda, CudaError, KernelSet, Link as GpuLink, Properties, SLICING};
 use minisgl_decoder::{Checkpoint, Decoder, LoadError};
 use minisgl_ranks::Ranks;
 
@@ -39,18 +39,54 @@ use crate::source::ModelSource;
 use crate::tokenizer::Text;
 
 /// The model's files.
-pub fn open_checkpoint(source: &ModelSource, options: &Options) -> Result<Checkpoint, Error> {
+///
+/// # Errors
+/// They can't be read, or the GPU does not compute what they would be made.
+pub fn open_checkpoint(
+    source: &ModelSource,
+    options: &Options,
+    choice: &Choice,
+) -> Result<Checkpoint, Error> {
     let checkpoint = match source.folder() {
         None => Checkpoint::preset(source.name(), FAMILIES),
         Some(folder) => Checkpoint::open(folder, FAMILIES),
     };
     let checkpoint = checkpoint.map_err(|cause| Error::Model(cause.into()))?;
     let checkpoint = match options.quantize {
-        Some(Quantize::Fp8) => checkpoint.quantized(),
+        Some(Quantize::Fp8) => {
+            if choice.on_gpu {
+                check_quantized(checkpoint.quantized_spec(), options)?;
+            }
+            checkpoint.quantized()
+        }
         None => checkpoint,
     };
     let checkpoint = if options.plain_inputs { checkpoint.with_plain_inputs() } else { checkpoint };
     Ok(checkpoint.with_kv(options.kv_dtype))
+}
+
+/// Does the first GPU compute such a model? Rounding its weights takes long, so that is asked before.
+fn check_quantized(mut spec: DecoderSpec, options: &Options) -> Result<(), Error> {
+    spec.kv = options.kv_dtype;
+    if let WeightFormat::Fp8(format) = &mut spec.weights
+        && options.plain_inputs
+    {
+        format.inputs = Inputs::Plain;
+    }
+    let device = options.devices.first().copied().unwrap_or(0);
+    let properties = Properties::of(device, kernel_set(options.kernels)).map_err(gpu_error)?;
+    let ranks = options.tensor_parallel;
+    let of_rank = spec.shard(ranks, SLICING).map_err(|error| Error::Model(Box::new(error)))?;
+    let supported = properties.supports(&of_rank, Rank { index: 0, count: ranks });
+    supported.map_err(|error| Error::Device(Box::new(error)))
+}
+
+fn kernel_set(kernels: KernelChoice) -> KernelSet {
+    match kernels {
+        KernelChoice::Auto => KernelSet::Auto,
+        KernelChoice::Portable => KernelSet::Portable,
+        KernelChoice::Hopper => KernelSet::Hopper,
+    }
 }
 
 /// Is there a GPU? No driver means no; one that does not work is an error, for somebody meant it to.
@@ -99,11 +135,7 @@ impl Opening {
                 _ => self.on_ranks(processors / (engines * ranks as usize), started),
             };
         }
-        let kernels = match self.options.kernels {
-            KernelChoice::Auto => KernelSet::Auto,
-            KernelChoice::Portable => KernelSet::Portable,
-            KernelChoice::Hopper => KernelSet::Hopper,
-        };
+        let kernels = kernel_set(self.options.kernels);
         let ranks = self.options.tensor_parallel as usize;
         let device = |at: usize| self.options.devices.get(at).copied().unwrap_or(at);
         if ranks > 1 {

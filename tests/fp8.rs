@@ -228,8 +228,11 @@ fn bytes(tensor: &HostTensor) -> &[u8] {
 fn weights_quantized_at_load_are_those_that_were_quantized_before() {
     for name in QUANTIZED {
         let before = checkpoint(&fixture("quantized").join(name));
-        let at_load = checkpoint(&fixture(name)).quantized();
+        let at_load = checkpoint(&fixture(name));
+        assert_eq!(at_load.quantized_spec(), before.config().spec, "{name}");
+        let at_load = at_load.quantized();
         assert_eq!(at_load.config().spec, before.config().spec, "{name}");
+        assert_eq!(before.quantized_spec(), before.config().spec, "{name}");
         let mut in_fp8 = 0;
         for (a, b) in at_load.tensors().iter().zip(before.tensors().iter()) {
             assert_eq!((&a.name, a.rows, a.cols), (&b.name, b.rows, b.cols));

@@ -92,17 +92,22 @@ pub fn device_count() -> Result<usize, CudaError> {
     Ok(result::device::get_count().named("counting the GPUs")? as usize)
 }
 
+/// Device `index`, which need not be open.
+fn device(index: usize) -> Result<sys::CUdevice, CudaError> {
+    let count = device_count()?;
+    if count == 0 {
+        return Err(CudaError::NoDevice);
+    }
+    if index >= count {
+        return Err(CudaError::DeviceIndex { index, count });
+    }
+    result::device::get(index as i32).named("opening the GPU")
+}
+
 impl Context {
     /// Opens device `index` and makes its context the calling thread's.
     pub(crate) fn open(index: usize, kernels: KernelSet) -> Result<Arc<Context>, CudaError> {
-        let count = device_count()?;
-        if count == 0 {
-            return Err(CudaError::NoDevice);
-        }
-        if index >= count {
-            return Err(CudaError::DeviceIndex { index, count });
-        }
-        let device = result::device::get(index as i32).named("opening the GPU")?;
+        let device = device(index)?;
         let properties = Properties::read(device, kernels)?;
         // SAFETY: the device was just returned by the driver.
         let handle = unsafe { result::primary_ctx::retain(device) }.named("making a context on the GPU")?;
@@ -161,6 +166,14 @@ unsafe impl Send for Context {}
 unsafe impl Sync for Context {}
 
 impl Properties {
+    /// Of device `index`, which need not be open, where these kernels are to run.
+    ///
+    /// # Errors
+    /// There is no such device, or it can't run them.
+    pub fn of(index: usize, kernels: KernelSet) -> Result<Properties, CudaError> {
+        Properties::read(device(index)?, kernels)
+    }
+
     fn read(device: sys::CUdevice, kernels: KernelSet) -> Result<Properties, CudaError> {
         let attribute = |which| {
             // SAFETY: the device was returned by the driver.

@@ -14,7 +14,7 @@ use std::thread;
 
 use half::{bf16, f16};
 use minisgl_core::fp8;
-use minisgl_core::spec::{Fp8, Inputs, ScaleBlock, WeightFormat};
+use minisgl_core::spec::{DecoderSpec, Fp8, Inputs, ScaleBlock, WeightFormat};
 use minisgl_core::tensor::{Dtype, HostTensor, Scales, TensorData, uniform_element};
 
 use crate::checkpoint::Checkpoint;
@@ -36,6 +36,15 @@ impl Checkpoint {
             self.tensors.linear_mut().for_each(quantize);
         }
         self
+    }
+
+    /// The spec of such a checkpoint, from which a device tells whether it computes it before any weight is rounded.
+    pub fn quantized_spec(&self) -> DecoderSpec {
+        let mut spec = self.config.spec.clone();
+        if spec.weights == WeightFormat::Bf16 {
+            spec.weights = WeightFormat::Fp8(FORMAT);
+        }
+        spec
     }
 
     /// The same, where `before` is such a checkpoint and has most of these tensors: only the others are rounded anew.
@@ -60,7 +69,7 @@ impl Checkpoint {
     fn becomes_fp8(&mut self) -> bool {
         let is_plain = self.config.spec.weights == WeightFormat::Bf16;
         if is_plain {
-            self.config.spec.weights = WeightFormat::Fp8(FORMAT);
+            self.config.spec = self.quantized_spec();
             self.quantized = true;
             self.tensors.unstack_experts();
         }

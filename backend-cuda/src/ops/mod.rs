@@ -417,8 +417,7 @@ impl Ops for Cuda {
     type Weight = Weight;
 
     fn supports(&self, spec: &DecoderSpec) -> Result<(), Unsupported> {
-        supports::check(spec, self.properties().hopper)?;
-        supports::check_rank(spec, self.rank())
+        self.properties().supports(spec, self.rank())
     }
 
     fn widens(&self, kept: KvFormat) -> bool {

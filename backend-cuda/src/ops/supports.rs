@@ -12,6 +12,7 @@ use minisgl_kernels::attention::GROUP_MAX;
 
 use super::SEGMENT;
 use super::experts::{COUNT_MAX, PER_TOKEN_MAX};
+use crate::context::Properties;
 use crate::weight::{Fp8Codes, Fp8Tiles, Rounding};
 
 const BACKEND: &str = "CUDA";
@@ -23,6 +24,14 @@ const WIDTH_MULTIPLE: u32 = 8;
 const ROUNDED_MULTIPLE: u32 = 16;
 /// A scale of fp8 is that of whole tiles' rows.
 const FP8_COLS: u32 = Fp8Tiles::COLS as u32;
+
+impl Properties {
+    /// See [`minisgl_core::backend::Ops::supports`]; the device need not be open, and `rank` is who computes the spec.
+    pub fn supports(&self, spec: &DecoderSpec, rank: Rank) -> Result<(), Unsupported> {
+        check(spec, self.hopper)?;
+        check_rank(spec, rank)
+    }
+}
 
 /// See [`minisgl_core::backend::Ops::supports`]; `hopper`: are the kernels those of Hopper?
 pub fn check(spec: &DecoderSpec, hopper: bool) -> Result<(), Unsupported> {
