@@ -59,6 +59,7 @@ template <class FORM, int PAIRS_, int BOX_, int SHARERS_, int STAGES_, int ROUND
     // Of BY_TOKEN: stages by which rows of x that lanes have copied are handed over later than they were asked for. 0: as they come, and each
     // warp that multiplies says that wgmma is to see them.
     static constexpr unsigned HANDED_OVER = FORM::READ_BY_LANES ? 2 : 0;
+    static_assert(HANDED_OVER < STAGES, "else who fills the ring waits for room in a stage that it has not handed over");
 
     // Pairs that a tile is multiplied with.
     __device__ __forceinline__ static unsigned width(unsigned count) {
