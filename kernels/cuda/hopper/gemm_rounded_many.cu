@@ -4,7 +4,8 @@
 //   the next one's   ── odd  ──┘
 //
 // 1. A thread has registers for two blocks' sums, so that tensor cores always have one more to do, and for a slice's. The first
-//    slice's wait in memory for the second's, and are fetched while the last block is multiplied.
+//    slice's wait in memory for the second's, and are fetched while the last block is multiplied. Tiles of 192 rows of gate and up,
+//    which are there for the number of blocks that they make, leave room for one: there a warpgroup takes sums out while the other multiplies.
 // 2. Blocks' scales come with the ring's stages, by a warp of their own: loads from L2 take longer than a block.
 #include "gemm_prefill.cuh"
 #include "rounded.cuh"
@@ -21,11 +22,11 @@ __device__ __forceinline__ void prepare(const Rounded<Residual> &epilogue, const
     prepare(static_cast<const Residual &>(epilogue), out, barrier);
 }
 
-template <class E>
-__device__ __forceinline__ void finish(const Rounded<E> &epilogue, float (&y)[64], const Outputs &out, const Known *known) {
+template <class E, int COUNT>
+__device__ __forceinline__ void scale_by_rows(const Rounded<E> &epilogue, float (&y)[COUNT], const Outputs &out) {
     if (epilogue.row_scales != nullptr)
 #pragma unroll
-        for (int j = 0; j < 16; j++) {
+        for (int j = 0; j < COUNT / 4; j++) {
             const float2 by = epilogue.row_scales_at(out.m0 + 8 * j + out.lane() % 4 * 2, out.rows);
 #pragma unroll
             for (int h = 0; h < 2; h++) {
@@ -33,7 +34,17 @@ __device__ __forceinline__ void finish(const Rounded<E> &epilogue, float (&y)[64
                 y[4 * j + 2 * h + 1] = __fmul_rn(y[4 * j + 2 * h + 1], by.y);
             }
         }
+}
+template <class E>
+__device__ __forceinline__ void finish(const Rounded<E> &epilogue, float (&y)[64], const Outputs &out, const Known *known) {
+    scale_by_rows(epilogue, y, out);
     finish(static_cast<const E &>(epilogue), y, out, known);
+}
+template <int COUNT>
+__device__ __forceinline__ void finish_unstaged(const Rounded<GateUp> &epilogue, float (&y)[COUNT], const Outputs &out,
+                                                const Known *known) {
+    scale_by_rows(epilogue, y, out);
+    finish_unstaged(static_cast<const GateUp &>(epilogue), y, out, known);
 }
 
 // Both operands are codes. Their scales lie beside a stage: the tokens', then those of eight rows of w each.
@@ -81,13 +92,13 @@ __device__ __forceinline__ void start(const Shared<P> &shared, const Place<P::ST
 template <class P>
 __device__ __forceinline__ void take(const Shared<P> &shared, unsigned at, unsigned i, unsigned cut, float (&part)[P::M / 2],
                                      float (&sum)[P::M / 2], float4 *aside) {
-    static_assert(P::M == 128, "16 groups of rows");
+    static_assert(P::M % 32 == 0, "four groups of rows at a time");
     const unsigned lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const unsigned scales = shared.scales(at), token = scales + (16 * warp + lane / 4) * 4;
     const float by[2] = {load_scale(token), load_scale(token + 32)};
     hold(part);
 #pragma unroll
-    for (int q = 0; q < 4; q++) {
+    for (int q = 0; q < P::M / 32; q++) {
         const float4 four = load_four_scales(scales + P::TOKENS * 4 + 16 * q);
         const float of[4] = {four.x, four.y, four.z, four.w};
 #pragma unroll
@@ -110,14 +121,14 @@ __device__ __forceinline__ void take(const Shared<P> &shared, unsigned at, unsig
 }
 
 // Blocks whose products follow each other with no wait but for the one before.
-constexpr unsigned IN_A_ROW = 2;
+template <class P> constexpr unsigned IN_A_ROW = P::M > 128 ? 1 : 2;
 
 // The sums over blocks begin .. end of the columns, of two slices if one ends at `cut`. Where a loop goes round nothing is on its way:
 // the compiler follows products' registers no further, and would put all in a row.
 template <class P>
 __device__ __forceinline__ void multiply_codes(const Shared<P> &shared, Place<P::STAGES> &position, unsigned begin, unsigned end,
                                                float (&sum)[P::M / 2], unsigned cut = 0, float4 *aside = nullptr) {
-    float even[P::M / 2], odd[P::M / 2];
+    float even[P::M / 2], odd[P::M / 2]; // of one block in a row, odd is never used
 #pragma unroll
     for (int i = 0; i < P::M / 2; i++)
         even[i] = odd[i] = sum[i] = 0.0f;
@@ -127,21 +138,17 @@ __device__ __forceinline__ void multiply_codes(const Shared<P> &shared, Place<P:
         at = position.at;
         position.advance();
     };
+    if constexpr (IN_A_ROW<P> == 2)
 #pragma unroll 1
-    for (; i + IN_A_ROW <= end; i += IN_A_ROW) {
-        begin_next(even);
-#pragma unroll
-        for (int k = 0; k < IN_A_ROW; k++) {
-            const unsigned here = at;
-            if (k + 1 < IN_A_ROW) {
-                begin_next(k % 2 == 0 ? odd : even);
-                wgmma_wait<1>();
-            } else {
-                wgmma_wait<0>();
-            }
-            take(shared, here, i + k, cut, k % 2 == 0 ? even : odd, sum, aside);
+        for (; i + 2 <= end; i += 2) {
+            begin_next(even);
+            const unsigned first = at;
+            begin_next(odd);
+            wgmma_wait<1>();
+            take(shared, first, i, cut, even, sum, aside);
+            wgmma_wait<0>();
+            take(shared, at, i + 1, cut, odd, sum, aside);
         }
-    }
 #pragma unroll 1
     for (; i < end; i++) {
         begin_next(even);
@@ -166,15 +173,16 @@ __device__ __forceinline__ void multiply_codes_tile(const Shared<P> &shared, Pla
 }
 
 // SPLIT: a cluster takes one of so many slices of a tile at a time; 1: all of them.
-#define MANY(NAME, ALONG_ROWS, ALONG_TOKENS, SPLIT, EPILOGUE)                                                                \
+#define MANY(NAME, M, SPLIT, EPILOGUE)                                                                                       \
     extern "C" __global__ void __launch_bounds__(128 * 2 + 128, 1)                                                           \
     NAME(const __grid_constant__ TensorMap w, const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap out,    \
          Shape shape, CodeScales scales, Rounded<EPILOGUE> epilogue, Partials partials) {                                    \
-        prefill<Plan<2, 128, ALONG_ROWS, ALONG_TOKENS, SPLIT, Rounded<EPILOGUE>, Codes>>(                                    \
+        prefill<Plan<2, M, 2, 1, SPLIT, Rounded<EPILOGUE>, Codes>>(                                                          \
             &w, &x, &out, shape, epilogue, partials, Codes{scales});                                                         \
     }
 
-MANY(many_qkv_narrow, 2, 1, 1, Qkv)
-MANY(many_residual_narrow, 2, 1, 1, Residual)
-MANY(many_split_residual_narrow, 2, 1, 2, Residual)
-MANY(many_gate_up_narrow, 2, 1, 1, GateUp)
+MANY(many_qkv_narrow, 128, 1, Qkv)
+MANY(many_residual_narrow, 128, 1, Residual)
+MANY(many_split_residual_narrow, 128, 2, Residual)
+MANY(many_gate_up_narrow, 128, 1, GateUp)
+MANY(many_gate_up_tall, 192, 1, GateUp)

@@ -77,6 +77,7 @@ WGMMA_OF_CODES(16, 8, R8, 8, 9, 10, D8(0))
 WGMMA_OF_CODES(32, 16, R16, 16, 17, 18, D16(0))
 WGMMA_OF_CODES(64, 32, R32, 32, 33, 34, D32(0))
 WGMMA_OF_CODES(128, 64, R64, 64, 65, 66, D64(0))
+WGMMA_OF_CODES(192, 96, R96, 96, 97, 98, D64(0), D32(64))
 
 // A in registers: its numbers are those of its four words.
 #define WGMMA_OF_REGISTERS(N, COUNT, REGISTERS, A0, A1, A2, A3, B, ADD, ...) \

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   x bf16 ── norm, scales, codes ──> codes, scales ──┬── up to 64 tokens   kernels that read the matrix at memory's rate
-//!             (fp8_inputs.cu)           (qkv, o, down: 128) └── more        those of many tokens, in tiles of 128 by 128
+//!             (fp8_inputs.cu)           (qkv, o, down: 128) └── more        those of many tokens, in tiles of 128 by 128 or 192
 //! ```
 //!
 //! To a product's kernels and plans a row of codes is one of half as many words of 16 bits ([`Weight::words`]): blocks of 64 of these, rings, tiles and
@@ -123,7 +123,7 @@ fn kernels(kind: Kind) -> Option<Kernels> {
         Kind::GateUp => Some((
             2,
             &["few_gate_up_128x16", "few_gate_up_128x32", "few_gate_up_128x64"],
-            vec![(Tile::ROUNDED, "many_gate_up_narrow")],
+            vec![(Tile::ROUNDED, "many_gate_up_narrow"), (Tile::ROUNDED_TALL, "many_gate_up_tall")],
         )),
         Kind::RankSums | Kind::Head | Kind::Linear => None,
     }
@@ -230,7 +230,9 @@ impl Rounded {
                 TensorMap::rows_of_bf16(self.room.codes, there, cols, tokens)?,
             ])
         };
-        if let Some(size) = Few::size(&shape, names) {
+        let at_once = |tile: &Loaded| tile.clusters * tile.tile.cluster();
+        let blocks = self.many[index].first().map_or(0, at_once);
+        if let Some(size) = Few::size(E::KIND, &shape, names, blocks) {
             let (few, kernel) = (Few::of(E::KIND, size), &self.few[index][size]);
             let stages = few.stages(&shape);
             let [w, x] = maps(few.rows(), few.tokens)?;
@@ -262,6 +264,10 @@ struct Few {
 }
 
 impl Few {
+    /// Blocks of columns of a slice of o or down that 128 tokens multiply sooner in tiles of many tokens: leaving slices in memory costs
+    /// less than the cluster's exchange of them, a block of columns more.
+    const SHORT: u32 = 30;
+
     fn of(kind: Kind, size: usize) -> Few {
         let tokens = TOKENS[size];
         // Rows of o and down are few.
@@ -279,9 +285,18 @@ impl Few {
         128 * self.groups + 64
     }
 
-    /// Which of [`TOKENS`] a product takes, if one of so many kernels does.
-    fn size(shape: &Shape, kernels: &[&str]) -> Option<usize> {
-        TOKENS.iter().take(kernels.len()).position(|tokens| shape.tokens <= *tokens)
+    /// Which of [`TOKENS`] a product takes, if one of so many kernels does and is quicker than those of many tokens on a device that takes
+    /// so many `blocks` of these at once.
+    fn size(kind: Kind, shape: &Shape, kernels: &[&str], blocks: u32) -> Option<usize> {
+        let size = TOKENS.iter().take(kernels.len()).position(|tokens| shape.tokens <= *tokens)?;
+        Few::of(kind, size).suits(kind, shape, blocks).then_some(size)
+    }
+
+    /// A tile of 128 tokens has a multiprocessor to itself. Where not all find one, or slices are short, those of many tokens are done first.
+    fn suits(self, kind: Kind, shape: &Shape, blocks: u32) -> bool {
+        let fit = shape.rows.div_ceil(self.rows()) * shape.slices <= blocks;
+        let is_long = shape.cols.div_ceil(BLOCK_COLS).div_ceil(shape.slices) > Self::SHORT;
+        self.tokens < 128 || fit && (kind == Kind::Qkv || is_long)
     }
 
     /// Bytes of shared memory that it may take.
@@ -345,7 +360,7 @@ pub(super) fn explained(
     };
     let grid = rounding(2 * shape.cols, shape.tokens, rounding_of);
     let round = Explained { kernel: "fp8_inputs", grid, work: work.into() };
-    let Some(size) = Few::size(shape, names) else {
+    let Some(size) = Few::size(kind, shape, names, 2 * clusters(2)) else {
         return Tile::explained_of(tiles, shape, clusters).map(|product| [round, product]);
     };
     let (few, slices) = (Few::of(kind, size), shape.slices);
@@ -403,5 +418,24 @@ mod tests {
                 }
             }
         }
+    }
+
+    /// On a device of 132 multiprocessors, of Qwen3-8B and 14B.
+    #[test]
+    fn tiles_are_chosen_by_the_blocks_that_they_make() {
+        let kernel = |kind, rows: u32, cols: u32, tokens| {
+            let slices = if kind == Kind::GateUp { 1 } else { 2 };
+            let shape = Shape { rows, cols: cols / 2, tokens, slices };
+            explained(kind, &shape, Rounding::Groups, |size: u32| 132 / size).unwrap()[1].kernel
+        };
+        assert_eq!(kernel(Kind::Qkv, 6144, 4096, 128), "few_qkv_128x128");
+        assert_eq!(kernel(Kind::Residual, 4096, 4096, 64), "few_residual_64x64");
+        assert_eq!(kernel(Kind::Residual, 4096, 4096, 128), "many_split_residual_narrow");
+        assert_eq!(kernel(Kind::Residual, 4096, 12_288, 128), "few_residual_64x128");
+        assert_eq!(kernel(Kind::Residual, 5120, 17_408, 128), "many_split_residual_narrow");
+        assert_eq!(kernel(Kind::Residual, 5120, 17_408, 256), "many_residual_narrow");
+        assert_eq!(kernel(Kind::GateUp, 24_576, 4096, 128), "many_gate_up_tall");
+        assert_eq!(kernel(Kind::GateUp, 24_576, 4096, 256), "many_gate_up_narrow");
+        assert_eq!(kernel(Kind::GateUp, 34_816, 5120, 256), "many_gate_up_tall");
     }
 }
