@@ -64,9 +64,10 @@ template <int GROUPS_, int M_, int ALONG_ROWS_, int ALONG_TOKENS_, int SPLIT_, c
     static constexpr unsigned MULTIPLIERS = 128 * GROUPS, WARPS = 4 * GROUPS;
     // Rows of w that are fetched at once: the copy engine takes 256 at most.
     static constexpr unsigned FETCHED = M / ALONG_TOKENS <= 256 ? M / ALONG_TOKENS : M / ALONG_TOKENS / 2;
-    // Outputs of 128 rows of w are staged at a time, in turn.
-    static constexpr bool STAGED = M % 128 == 0;
-    static constexpr unsigned WARP_TILE_BYTES = STAGED ? STAGED_BYTES<Epilogue> : 0;
+    // Outputs of 128 rows of w are staged at a time, in turn, or of 64.
+    static constexpr unsigned WIDTH = M == 64 ? 64 : 128;
+    static constexpr bool STAGED = M % WIDTH == 0;
+    static constexpr unsigned WARP_TILE_BYTES = STAGED ? STAGED_BYTES<Epilogue> * WIDTH / 128 : 0;
     // Tokens that something is known of: of two tiles.
     static constexpr unsigned KNOWN = Epilogue::SCALED ? 2 * TOKENS : 0;
     static constexpr unsigned SCALE_BYTES = Operands::template SCALE_BYTES<Plan>;
@@ -355,7 +356,7 @@ __device__ __forceinline__ void multiply(const Shared<P> &shared, const TensorMa
         const unsigned token = tiles.token() + 16 * warp, count = shape.tokens > token ? shape.tokens - token : 0;
         Outputs outputs = {warp_tile, out, token, count, tiles.row(), shape.rows};
         float total[P::M / 2];
-        const auto between = [&] { prepare(epilogue, outputs, old); };
+        const auto between = [&] { prepare<P::WIDTH>(epilogue, outputs, old); };
         if constexpr (Operands::CODES)
             multiply_codes_tile(shared, position, shape, total, partials, between);
         else if constexpr (Epilogue::SLICES > 2 && P::GROUPS > 2)
@@ -419,10 +420,10 @@ __device__ __forceinline__ void multiply_slices(const Shared<P> &shared, const T
         if (!slices.arrives_last())
             continue;
 #pragma unroll 1
-        for (unsigned i = 0; i < P::M / 128; i++, outputs.m0 += 128) {
-            float y[64];
-            prepare(epilogue, outputs, old);
-            slices.template add<P::ADDED>(y, 64 * i);
+        for (unsigned i = 0; i < P::M / P::WIDTH; i++, outputs.m0 += P::WIDTH) {
+            float y[P::WIDTH / 2];
+            prepare<P::WIDTH>(epilogue, outputs, old);
+            slices.template add<P::ADDED>(y, P::WIDTH / 2 * i);
             if (is_added(epilogue))
                 barrier_wait(old, fetched.parity);
             fetched.advance();

@@ -18,8 +18,9 @@ __device__ __forceinline__ Known look_up(const Rounded<Qkv> &epilogue, unsigned 
 }
 __device__ __forceinline__ Known look_up(const Rounded<GateUp> &, unsigned) { return {1.0f, 0, 0, 0}; }
 __device__ __forceinline__ constexpr bool is_added(const Rounded<Residual> &) { return true; }
+template <unsigned WIDTH>
 __device__ __forceinline__ void prepare(const Rounded<Residual> &epilogue, const Outputs &out, unsigned barrier) {
-    prepare(static_cast<const Residual &>(epilogue), out, barrier);
+    prepare<WIDTH>(static_cast<const Residual &>(epilogue), out, barrier);
 }
 
 template <class E, int COUNT>
@@ -35,8 +36,8 @@ __device__ __forceinline__ void scale_by_rows(const Rounded<E> &epilogue, float 
             }
         }
 }
-template <class E>
-__device__ __forceinline__ void finish(const Rounded<E> &epilogue, float (&y)[64], const Outputs &out, const Known *known) {
+template <class E, int COUNT>
+__device__ __forceinline__ void finish(const Rounded<E> &epilogue, float (&y)[COUNT], const Outputs &out, const Known *known) {
     scale_by_rows(epilogue, y, out);
     finish(static_cast<const E &>(epilogue), y, out, known);
 }
@@ -184,5 +185,6 @@ __device__ __forceinline__ void multiply_codes_tile(const Shared<P> &shared, Pla
 MANY(many_qkv_narrow, 128, 1, Qkv)
 MANY(many_residual_narrow, 128, 1, Residual)
 MANY(many_split_residual_narrow, 128, 2, Residual)
+MANY(many_split_residual_short, 64, 2, Residual)
 MANY(many_gate_up_narrow, 128, 1, GateUp)
 MANY(many_gate_up_tall, 192, 1, GateUp)

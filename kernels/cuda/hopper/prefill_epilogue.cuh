@@ -56,7 +56,7 @@ __device__ __forceinline__ void scale(float (&y)[64], float first, float second)
 }
 
 // The sum of squares of 64 outputs, y's from J on, of token l / 4 + 8 H.
-template <int J, int H> __device__ __forceinline__ float squares(const float (&y)[64]) {
+template <int J, int H, int COUNT> __device__ __forceinline__ float squares(const float (&y)[COUNT]) {
     float sum[8];
 #pragma unroll
     for (int j = 0; j < 8; j++) {
@@ -182,17 +182,18 @@ __device__ __forceinline__ void finish(const Qkv &e, float (&y)[64], const Outpu
 template <class Epilogue> __device__ __forceinline__ constexpr bool is_added(const Epilogue &) { return false; }
 __device__ __forceinline__ constexpr bool is_added(const Residual &) { return true; }
 
-// Starts fetching what `finish` reads, behind a barrier of the warp's.
-template <class Epilogue> __device__ __forceinline__ void prepare(const Epilogue &, const Outputs &, unsigned) {}
+// Starts fetching what `finish` reads of so many outputs, behind a barrier of the warp's.
+template <unsigned WIDTH, class Epilogue> __device__ __forceinline__ void prepare(const Epilogue &, const Outputs &, unsigned) {}
 
-__device__ __forceinline__ void prepare(const Residual &, const Outputs &out, unsigned barrier) {
-    out.tile.fetch(out.map, out.m0, out.token, barrier);
+template <unsigned WIDTH> __device__ __forceinline__ void prepare(const Residual &, const Outputs &out, unsigned barrier) {
+    out.tile.fetch<WIDTH / 64>(out.map, out.m0, out.token, barrier);
 }
 
-// The residual stream as it was is in the warp's tile.
-__device__ __forceinline__ void finish(const Residual &e, float (&y)[64], const Outputs &out, const Known *) {
+// The residual stream as it was is in the warp's tile. Of 128 outputs or 64.
+template <int COUNT>
+__device__ __forceinline__ void finish(const Residual &e, float (&y)[COUNT], const Outputs &out, const Known *) {
 #pragma unroll
-    for (int p = 0; p < 8; p++) {
+    for (int p = 0; p < COUNT / 8; p++) {
         unsigned words[4];
         out.tile.get(p, words);
 #pragma unroll
@@ -205,13 +206,14 @@ __device__ __forceinline__ void finish(const Residual &e, float (&y)[64], const 
         }
         out.tile.put(p, words);
     }
-    const float sums[4] = {squares<0, 0>(y), squares<0, 1>(y), squares<8, 0>(y), squares<8, 1>(y)};
+    constexpr int NEXT = COUNT == 64 ? 8 : 0; // where another segment's begin, or the same again
+    const float sums[4] = {squares<0, 0>(y), squares<0, 1>(y), squares<NEXT, 0>(y), squares<NEXT, 1>(y)};
     // Lane 4 g + q stores sum q of its tokens.
     const unsigned q = out.lane() % 4, row = out.lane() / 4 + q % 2 * 8, segment = out.m0 / 64 + q / 2;
     const float sum = q < 2 ? (q == 0 ? sums[0] : sums[1]) : (q == 2 ? sums[2] : sums[3]);
-    if (row < out.count && segment * 64 < out.rows)
+    if (q < COUNT / 16 && row < out.count && segment * 64 < out.rows)
         e.sumsq[(size_t)(out.token + row) * ((out.rows + 63) / 64) + segment] = sum;
-    out.send(2, out.m0);
+    out.send(COUNT / 32, out.m0);
 }
 
 // From registers: the four lanes of a token fill 32 bytes.

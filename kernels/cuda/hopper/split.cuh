@@ -48,12 +48,12 @@ template <int COUNT, int SUMS, int WARPS> struct Slices {
             *arrived = 0;
         return true;
     }
-    // The slices' sums, added in pairs and these again (Shape), of 64 of a lane's places from place `first` on; AT_ONCE float4s of
+    // The slices' sums, added in pairs and these again (Shape), of so many of a lane's places from place `first` on; AT_ONCE float4s of
     // each on their way.
-    template <int AT_ONCE> __device__ __forceinline__ void add(float (&total)[64], unsigned first) const {
+    template <int AT_ONCE, int PLACES> __device__ __forceinline__ void add(float (&total)[PLACES], unsigned first) const {
         const float4 *from = sums + first / 4 * 32;
 #pragma unroll
-        for (int i = 0; i < 16; i += AT_ONCE) {
+        for (int i = 0; i < PLACES / 4; i += AT_ONCE) {
             float4 part[COUNT][AT_ONCE];
 #pragma unroll
             for (int s = 0; s < COUNT; s++)

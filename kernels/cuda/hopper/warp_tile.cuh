@@ -47,13 +47,14 @@ struct WarpTile {
         return bits;
     }
 
-    // Fetches both halves of the map's rows from (row, col) on.
-    __device__ __forceinline__ void fetch(const TensorMap *map, unsigned col, unsigned row, unsigned barrier) const {
+    // Fetches so many halves of the map's rows from (row, col) on.
+    template <unsigned HALVES> __device__ __forceinline__ void fetch(const TensorMap *map, unsigned col, unsigned row, unsigned barrier) const {
         if (lane == 0) {
             sent();
-            barrier_expect(barrier, BYTES);
-            bulk_fetch(base, map, col, row, barrier, EVICT_NORMAL);
-            bulk_fetch(base + HALF, map, col + 64, row, barrier, EVICT_NORMAL);
+            barrier_expect(barrier, HALVES * HALF);
+#pragma unroll
+            for (unsigned half = 0; half < HALVES; half++)
+                bulk_fetch(base + half * HALF, map, col + 64 * half, row, barrier, EVICT_NORMAL);
         }
     }
 

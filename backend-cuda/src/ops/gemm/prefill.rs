@@ -150,6 +150,8 @@ impl Tile {
     /// Its rows make one round of Qwen3-8B's gate and up of 128 tokens.
     pub(super) const ROUNDED_TALL: Tile = Tile { rows: 192, cost: 14, ..Tile::NARROW };
     pub(super) const ROUNDED_SPLIT: Tile = Tile { cost: 9, adding: 100, ..Tile::HALVED[0] };
+    /// Its rows give o and down of 128 tokens twice the blocks.
+    pub(super) const ROUNDED_SHORT: Tile = Tile { rows: 64, cost: 7, ..Tile::ROUNDED_SPLIT };
 
     /// The tiles that a kind of product has, and their kernels.
     fn of(kind: Kind) -> Vec<(Tile, &'static str)> {

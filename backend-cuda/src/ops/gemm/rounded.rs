@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   x bf16 ── norm, scales, codes ──> codes, scales ──┬── up to 64 tokens   kernels that read the matrix at memory's rate
-//!             (fp8_inputs.cu)           (qkv, o, down: 128) └── more        those of many tokens, in tiles of 128 by 128 or 192
+//!             (fp8_inputs.cu)           (qkv: 128)          └── more        those of many tokens, in tiles of 128 by 64 to 192
 //! ```
 //!
 //! To a product's kernels and plans a row of codes is one of half as many words of 16 bits ([`Weight::words`]): blocks of 64 of these, rings, tiles and
@@ -96,7 +96,7 @@ struct Room {
 #[derive(Debug)]
 pub(super) struct Rounded {
     round: Kernel,
-    /// By kind and [`TOKENS`]: rows of gate and up are enough for tiles of 128 tokens to fill the device.
+    /// By kind and [`TOKENS`]: of 128 tokens qkv's alone is quicker than tiles of many.
     few: [Vec<Kernel>; 3],
     many: [Vec<Loaded>; 3],
     room: Room,
@@ -114,10 +114,11 @@ fn kernels(kind: Kind) -> Option<Kernels> {
         )),
         Kind::Residual => Some((
             1,
-            &["few_residual_64x16", "few_residual_64x32", "few_residual_64x64", "few_residual_64x128"],
+            &["few_residual_64x16", "few_residual_64x32", "few_residual_64x64"],
             vec![
                 (Tile::ROUNDED, "many_residual_narrow"),
                 (Tile::ROUNDED_SPLIT, "many_split_residual_narrow"),
+                (Tile::ROUNDED_SHORT, "many_split_residual_short"),
             ],
         )),
         Kind::GateUp => Some((
@@ -264,10 +265,6 @@ struct Few {
 }
 
 impl Few {
-    /// Blocks of columns of a slice of o or down that 128 tokens multiply sooner in tiles of many tokens: leaving slices in memory costs
-    /// less than the cluster's exchange of them, a block of columns more.
-    const SHORT: u32 = 30;
-
     fn of(kind: Kind, size: usize) -> Few {
         let tokens = TOKENS[size];
         // Rows of o and down are few.
@@ -285,18 +282,12 @@ impl Few {
         128 * self.groups + 64
     }
 
-    /// Which of [`TOKENS`] a product takes, if one of so many kernels does and is quicker than those of many tokens on a device that takes
-    /// so many `blocks` of these at once.
+    /// Which of [`TOKENS`] a product takes, if one of so many kernels does. A tile of 128 tokens has a multiprocessor to itself: on a device
+    /// that takes fewer `blocks` of these at once than there are, kernels for many tokens are done first.
     fn size(kind: Kind, shape: &Shape, kernels: &[&str], blocks: u32) -> Option<usize> {
         let size = TOKENS.iter().take(kernels.len()).position(|tokens| shape.tokens <= *tokens)?;
-        Few::of(kind, size).suits(kind, shape, blocks).then_some(size)
-    }
-
-    /// A tile of 128 tokens has a multiprocessor to itself. Where not all find one, or slices are short, those of many tokens are done first.
-    fn suits(self, kind: Kind, shape: &Shape, blocks: u32) -> bool {
-        let fit = shape.rows.div_ceil(self.rows()) * shape.slices <= blocks;
-        let is_long = shape.cols.div_ceil(BLOCK_COLS).div_ceil(shape.slices) > Self::SHORT;
-        self.tokens < 128 || fit && (kind == Kind::Qkv || is_long)
+        let few = Few::of(kind, size);
+        (few.tokens < 128 || shape.rows.div_ceil(few.rows()) * shape.slices <= blocks).then_some(size)
     }
 
     /// Bytes of shared memory that it may take.
@@ -430,9 +421,10 @@ mod tests {
         };
         assert_eq!(kernel(Kind::Qkv, 6144, 4096, 128), "few_qkv_128x128");
         assert_eq!(kernel(Kind::Residual, 4096, 4096, 64), "few_residual_64x64");
-        assert_eq!(kernel(Kind::Residual, 4096, 4096, 128), "many_split_residual_narrow");
-        assert_eq!(kernel(Kind::Residual, 4096, 12_288, 128), "few_residual_64x128");
+        assert_eq!(kernel(Kind::Residual, 4096, 4096, 128), "many_split_residual_short");
+        assert_eq!(kernel(Kind::Residual, 4096, 12_288, 128), "many_split_residual_short");
         assert_eq!(kernel(Kind::Residual, 5120, 17_408, 128), "many_split_residual_narrow");
+        assert_eq!(kernel(Kind::Residual, 4096, 12_288, 256), "many_split_residual_narrow");
         assert_eq!(kernel(Kind::Residual, 5120, 17_408, 256), "many_residual_narrow");
         assert_eq!(kernel(Kind::GateUp, 24_576, 4096, 128), "many_gate_up_tall");
         assert_eq!(kernel(Kind::GateUp, 24_576, 4096, 256), "many_gate_up_narrow");
