@@ -324,7 +324,7 @@ impl Tiling {
             Kind::Qkv => QKV,
             Kind::Residual => RESIDUAL,
             Kind::GateUp => GATE_UP,
-            // No step of ranks is divided.
+            // Whole in divided steps, which ranks have none of.
             Kind::RankSums | Kind::Head | Kind::Linear => Tiling::of(kind),
         }
     }
@@ -338,17 +338,18 @@ impl Tiling {
         }
     }
 
-    /// Which of them is for the shape; none where another kernel is the quicker one. In half of each multiprocessor there is no
-    /// other: the last one then takes all that are too many for those before it.
-    fn index(tilings: &[Tiling], shape: &Shape, share: SmShare) -> Option<usize> {
-        let last = tilings.len().checked_sub(1).filter(|_| share == SmShare::Half);
+    /// Which of them is for the shape; none where another kernel is the quicker one. For what a divided step launches there is no
+    /// other in half of each multiprocessor: the last one then takes all that are too many for those before it.
+    fn index(tilings: &[Tiling], kind: Kind, shape: &Shape, share: SmShare) -> Option<usize> {
+        let is_divided = share == SmShare::Half && matches!(kind, Kind::Qkv | Kind::Residual | Kind::GateUp);
+        let last = tilings.len().checked_sub(1).filter(|_| is_divided);
         tilings.iter().position(|tiling| tiling.suits(shape)).or(last)
     }
 
     /// What a product is launched as; `None` as above.
     pub(super) fn explained(kind: Kind, shape: &Shape, share: SmShare, form: Form) -> Option<Explained> {
         let tilings = Self::all(kind, shape, share);
-        let tiling = &tilings[Self::index(tilings, shape, share)?];
+        let tiling = &tilings[Self::index(tilings, kind, shape, share)?];
         let stages = tiling.stages(shape);
         let Block { rows, tokens } = tiling.block;
         let summed = match tiling.team {
@@ -369,7 +370,7 @@ impl Tiling {
 
     /// Is there one for so many tokens?
     pub(super) fn there_is(kind: Kind, shape: &Shape, share: SmShare) -> bool {
-        Self::index(Self::all(kind, shape, share), shape, share).is_some()
+        Self::index(Self::all(kind, shape, share), kind, shape, share).is_some()
     }
 
     /// Stages of the ring: as many as a block has blocks of columns, if they fit.
@@ -489,7 +490,7 @@ impl Decode {
 
     /// The tiling for the shape; none where another kernel is the quicker one.
     pub(super) fn tiling(&self, kind: Kind, shape: &Shape, share: SmShare) -> Option<&Loaded> {
-        let index = Tiling::index(Tiling::all(kind, shape, share), shape, share)?;
+        let index = Tiling::index(Tiling::all(kind, shape, share), kind, shape, share)?;
         let loaded = match share {
             SmShare::Whole if shape.fits_l2(kind) => &self.fitting,
             SmShare::Whole => &self.large,
