@@ -13,7 +13,8 @@
 //   inbox of        one shot   [rank][tokens, hidden] f32                                       pushed by the product before (RankSums)
 //                   two shots  [other rank][a share of these] f32, then [tokens, hidden] bf16    the former pushed by the product
 //                   embed      [tokens, hidden] bf16; where they are carried, [rank][tokens, hidden], and this rank's of no other use
-//                   columns    [rank][rows, columns of that rank] of 16 bits
+//                   columns    [rank][rows, columns of that rank] of 16 bits; experts' have an inbox of their own, between two others' turns
+//                   experts    [rank][tokens, hidden / ranks] bf16, by experts_combine_ranks (experts.cu)
 //
 // 1. Sums are added in pairs by rank, ((r0 + r1) + (r2 + r3)) + …, the upper levels of the tree of core/src/shard.rs, whoever adds
 //    them; then the residual is added and rounded as a product's epilogue does it (Residual in epilogue.cuh). So neither the number of

@@ -54,7 +54,8 @@ impl Fp8Codes {
     pub(crate) const BLOCK_COLS: u32 = 128;
     /// Rows that share their scales.
     pub(crate) const GROUP: usize = 8;
-    /// Rows of tiles that lie beside each other.
+    /// Rows of tiles that lie beside each other. Where tiles of 192 do, their last may read scales behind these, of rows that nobody
+    /// stores: the scales of rows, or the next block's, are there.
     const TILES: usize = 256;
 
     /// Blocks of columns.

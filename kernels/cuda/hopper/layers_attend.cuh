@@ -1,10 +1,10 @@
-// The blocks of layers.cu that attend: turn after turn (attention_work.cuh), phase after phase, in two groups of four warps that
-// read, each with a ring of its own and a warp that fills it.
+// The blocks of layers_divide.cuh that attend: turn after turn (attention_work.cuh), phase after phase, in two groups of four warps that
+// read, three where keys and values are in fp8, each with a ring of its own and a warp that fills it.
 //
 //   shared    a group's ring: STAGES stages of a leaf's keys or values, 32 KiB, or 16 and scales; beside each a turn's queries, the unit,
 //             `full`, `empty`
 //             a group's probabilities, maxima, states of spans, and how many turns its warps have ended in each phase
-//   fill      a stage's pages, two thirds of the stages on their way at once, or all; the next turn is taken when one begins, read a unit later, its
+//   fill      a stage's pages, two thirds of the stages on their way at once (three quarters in fp8), or all; the next turn is taken when one begins, read a unit later, its
 //             pages are looked up another unit later: three round trips that nothing waits for
 //   read      attention_decode.cuh's sums, bit by bit: a warp scores tiles w and w + 4, makes m-tiles 2 w and 2 w + 1
 //   tell      adds what the groups have ended to the phase's `done`: the release takes a microsecond, which no other warp may wait

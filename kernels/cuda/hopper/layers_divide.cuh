@@ -8,7 +8,7 @@
 //   attends      A0  B0  A1  B1  A2 …            A, B: the halves; a number: the layer
 //   multiplies       A0  B0  A1  B1 …
 //
-//   grid     as many blocks as multiprocessors, an even number     block 384     cluster 2     shared LAYERS_SHARED
+//   grid     as many blocks as multiprocessors, an even number     block 384, in fp8 512     cluster 2     shared LAYERS_SHARED
 //   moves    every key and value once, every weight twice: for the second half from L2, mostly
 //
 // Bits are those of the kernels of single operations.

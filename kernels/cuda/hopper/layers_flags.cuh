@@ -1,4 +1,4 @@
-// How the blocks of layers.cu hand work to each other, by words in memory that count up.
+// How the blocks of layers_divide.cuh hand work to each other, by words in memory that count up.
 //
 //   phase i = 2 * layer + half          attend(i): attention of the half in that layer
 //                                       chain(i):  o, gate_up, down and the next layer's qkv of the same rows

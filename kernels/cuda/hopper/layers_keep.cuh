@@ -1,4 +1,4 @@
-// How blocks of layers.cu that multiply keep keys and values in fp8 (fp8_rows.cuh). Two neighbours have every second pair of a row's dims,
+// How blocks of layers_fp8.cu that multiply keep keys and values in fp8 (fp8_rows.cuh). Two neighbours have every second pair of a row's dims,
 // but its scale is the whole row's: so they swap, and each keeps every second eight of the rows.
 //
 //   before   a lane has dims 16 j + 4 quad + 2 rank and the next one, for j of 8, of tokens t and t + 8

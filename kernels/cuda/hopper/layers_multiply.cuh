@@ -1,4 +1,4 @@
-// The blocks of layers.cu that multiply: o, gate_up, down and the next layer's qkv of a half's rows, then of the other half's, layer after
+// The blocks of layers_divide.cuh that multiply: o, gate_up, down and the next layer's qkv of a half's rows, then of the other half's, layer after
 // layer. Tokens are the rows of every product and rows of w its columns: D[64 tokens, N] by each of two warpgroups.
 //
 //   block     o, down   32 rows of w by half of the columns; its neighbour has the other half, they add up by st.async, warp by warp
@@ -15,7 +15,7 @@
 //    of two, its quad those between: what two blocks must add is the last level, because each has every second pair (`parity`).
 // 3. An element of the residual stream is read and written by one thread throughout.
 // 4. What neighbours send each other is waited for before a block counts itself done with a product, and sent after all have
-//    counted themselves done with the one before, for its activations are fetched behind that.
+//    counted themselves done with the last that sent to the same place, for its activations are fetched behind that.
 #pragma once
 
 #include "batch.cuh"

@@ -80,7 +80,7 @@ plain_params!(Partials);
 impl Partials {
     /// Bytes of sums. A tile of 256 rows and tokens takes a megabyte in four slices.
     const BYTES: usize = 24 << 20;
-    /// Bytes of a warp's sums: 16 tokens by 128 rows.
+    /// Bytes of a warp's sums: 16 tokens by 128 rows. (Tiles of 64 rows have half of that, and two slices, not four.)
     const WARP_BYTES: usize = 16 * 128 * 4;
 
     fn new(cuda: &mut Cuda) -> Result<Partials, CudaError> {
