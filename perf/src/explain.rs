@@ -233,7 +233,7 @@ mod tests {
         assert!(kernels.iter().all(|kernel| rounded.contains(kernel)), "{rounded}");
         let one = text("rows=128,context=560", "layers=28,kv_fp8=1", KernelSet::Auto);
         assert!(one.contains("divided_layers_fp8") && one.contains("pair_qkv_fp8_normed_128x32"), "{one}");
-        let pages = text("rows=128", "hidden=2048,kv_fp8=1", KernelSet::Auto);
+        let pages = text("rows=128", "intermediate=2560,kv_fp8=1", KernelSet::Auto);
         assert!(
             pages.contains("decode_qkv_fp8_normed_64x64") && pages.contains("a stream of its own"),
             "{pages}"
