@@ -192,7 +192,9 @@ pub enum CudaError {
         cause: String,
     },
     /// Where NCCL carries what ranks send, one did not send it.
-    #[error("the GPU did not end a step within {seconds} s: another rank hangs; build the engine anew")]
+    #[error(
+        "what ranks send each other by NCCL did not come within {seconds} s: one of them hangs; build the engine anew"
+    )]
     RanksLate {
         /// How long it was waited for.
         seconds: f32,

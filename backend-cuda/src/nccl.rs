@@ -147,10 +147,10 @@ impl Comm {
     fn connect(nccl: &Nccl, contexts: &[Arc<Context>], comms: &[Comm]) -> Result<(), CudaError> {
         const BYTES: usize = 16;
         let _turn = turns::synchronize();
-        let room = |context| Trial::new(context, BYTES * (comms.len() + 1));
-        let trials = contexts.iter().map(room).collect::<Result<Vec<_>, _>>()?;
+        let begin = |context| Trial::new(context, BYTES * (comms.len() + 1));
+        let trials = contexts.iter().map(begin).collect::<Result<Vec<_>, _>>()?;
         let gather = |(comm, trial): (&Comm, &Trial)| {
-            comm.all_gather(trial.stream, trial.room, trial.room.offset(BYTES), BYTES)
+            comm.all_gather(trial.stream, trial.memory, trial.memory.offset(BYTES), BYTES)
         };
         // SAFETY: a group is begun, and ended below.
         let begun = nccl.check("connecting ranks", unsafe { (nccl.group_start)() });
@@ -255,7 +255,7 @@ impl Drop for Comm {
 /// What a rank connects with, freed once its stream is idle.
 struct Trial<'a> {
     context: &'a Arc<Context>,
-    room: Address,
+    memory: Address,
     stream: CUstream,
 }
 
@@ -263,9 +263,9 @@ impl Trial<'_> {
     fn new(context: &Arc<Context>, bytes: usize) -> Result<Trial<'_>, CudaError> {
         context.make_current()?;
         let stream = result::stream::create(StreamKind::NonBlocking).named("making a stream")?;
-        let mut trial = Trial { context, room: Address::NULL, stream };
+        let mut trial = Trial { context, memory: Address::NULL, stream };
         // SAFETY: freed once, in `drop`.
-        trial.room = Address(unsafe { result::malloc_sync(bytes) }.named("allocating GPU memory")?);
+        trial.memory = Address(unsafe { result::malloc_sync(bytes) }.named("allocating GPU memory")?);
         Ok(trial)
     }
 
@@ -296,8 +296,8 @@ impl Drop for Trial<'_> {
         unsafe {
             let _ = result::stream::synchronize(self.stream);
             let _ = result::stream::destroy(self.stream);
-            if self.room != Address::NULL {
-                let _ = result::memory_free(self.room.0);
+            if self.memory != Address::NULL {
+                let _ = result::memory_free(self.memory.0);
             }
         }
     }
