@@ -17,7 +17,7 @@
 // 2. Gate and up rows take turns in blocks of 8 (the loader's doing), so that a lane finds its partner by a shuffle.
 // 3. A token's chain of shuffles and loads is long and each step of it waits for the one before: T chains side by side
 //    hide each other. Tokens beyond `count` go along and are not stored.
-// 4. The structs are kernel parameters: backend-cuda/src/ops/gemm.rs declares the same fields, which its tests compare.
+// 4. The structs are kernel parameters: backend-cuda/src/ops/gemm/epilogue.rs declares the same fields, which its tests compare.
 // 5. A model without bias, head norms or rope has null pointers there, and numbers that change no bit in their places: a bias
 //    of -0, an inverse and weights of 1, a cosine of 1 and a sine of 0. Asking costs registers: where all heads are normed and
 //    turned and none has a bias, the products of few rows are compiled for that alone (QkvNormed).

@@ -13,7 +13,9 @@
 //!
 //! Invariant: a block's shared memory is what its tiling allows, and its sums fit the ring that they lie over.
 
-use super::{BLOCK_COLS, Block, Epilogue, Explained, Form, Kind, Product, Shape, SmShare};
+use super::epilogue::{Epilogue, Kind};
+use super::product::{Block, Explained, Form, Product, SmShare};
+use super::shape::{BLOCK_COLS, Shape};
 use crate::error::CudaError;
 use crate::launch::{Grid, Kernel, Launcher};
 use crate::module::Modules;

@@ -9,7 +9,10 @@
 //!
 //! Invariant: the room for a widened matrix holds the largest one, and who multiplies it starts when it is whole.
 
-use super::{BLOCK_COLS, Epilogue, Explained, Form, Hopper, Kind, Product, Shape};
+use super::epilogue::{Epilogue, Kind};
+use super::prefill::Prefill;
+use super::product::{Explained, Form, Product};
+use super::shape::{BLOCK_COLS, Shape};
 use crate::error::CudaError;
 use crate::launch::{Grid, Kernel, Launcher};
 use crate::memory::Address;
@@ -194,7 +197,7 @@ impl Fp8 {
     pub(super) fn launch<E: Epilogue>(
         &self,
         launcher: &Launcher,
-        hopper: &Hopper,
+        prefill: &Prefill,
         w: Weight,
         product: Product<'_, E>,
     ) -> Result<(), CudaError> {
@@ -209,7 +212,7 @@ impl Fp8 {
         if shape.tokens > TOKENS_MAX {
             let grid = widening(shape.rows, shape.cols);
             launcher.launch(&self.widen, grid, [&matrix, &shape.rows, &shape.cols, &self.wide])?;
-            return hopper.prefill.launch(launcher, &Product { w: self.wide, is_fresh: true, ..product });
+            return prefill.launch(launcher, &Product { w: self.wide, is_fresh: true, ..product });
         }
         let (kernel, tile) = self.few(shape, *epilogue)?;
         let stages = tile.stages(shape);

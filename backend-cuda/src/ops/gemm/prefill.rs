@@ -18,7 +18,9 @@
 
 use minisgl_core::backend::Purpose;
 
-use super::{BLOCK_COLS, Block, Epilogue, Explained, Kind, Product, Shape};
+use super::epilogue::{Epilogue, Kind};
+use super::product::{Block, Explained, Product};
+use super::shape::{BLOCK_COLS, Shape};
 use crate::device::Cuda;
 use crate::error::CudaError;
 use crate::launch::{Grid, Kernel, Launcher};

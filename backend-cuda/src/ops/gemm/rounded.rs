@@ -12,8 +12,10 @@
 
 use minisgl_core::backend::Purpose;
 
+use super::epilogue::{Epilogue, Kind, RowNorm};
 use super::prefill::{Loaded, Partials, Prefill, Tile};
-use super::{BLOCK_COLS, Epilogue, Explained, Kind, Product, RowNorm, Rows, Shape};
+use super::product::{Explained, Product, Rows};
+use super::shape::{BLOCK_COLS, Shape};
 use crate::device::Cuda;
 use crate::error::CudaError;
 use crate::launch::{Grid, Kernel, Launcher};
