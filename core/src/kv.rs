@@ -16,7 +16,7 @@
 //!
 //! Why a scale a row: e4m3 is a floating-point format, so a factor for each channel, or a finer grain, makes its error no smaller in
 //! itself. What a search for the scale gains it gains from few large elements, as keys have them; what it costs in perplexity, and
-//! what other forms would, is in docs/performance.md.
+//! what other forms would, is in docs/log/2026-11-29-fp8.
 //!
 //! Why elements are bf16 numbers: then attention is that over pages of bf16, and has its bits, whether a kernel widens rows while it
 //! reads them or pages are widened before. The rounding is a thirty-second of e4m3's.
