@@ -53,10 +53,10 @@ fn the_docs_tables_have_every_flag_and_its_default() {
         let output = Command::new(program).arg("--help").output().unwrap();
         String::from_utf8(output.stdout).unwrap()
     };
-    let (readme, generate) =
-        (fs::read_to_string("README.md").unwrap(), fs::read_to_string("docs/generate.md").unwrap());
-    let shared = part(&readme, "Of `offline-bench`, `generate`", "Of `offline-bench`:");
-    let bench = part(&readme, "Of `offline-bench`:", "## ");
+    let (flags, generate) =
+        (fs::read_to_string("docs/flags.md").unwrap(), fs::read_to_string("docs/generate.md").unwrap());
+    let shared = part(&flags, "Of `offline-bench`, `generate`", "## ");
+    let bench = part(&flags, "Of `offline-bench`:", "## ");
     assert_documented(&help(env!("CARGO_BIN_EXE_offline-bench")), &[shared, bench]);
     let own = part(&generate, "## Flags of its own", "## ");
     assert_documented(&help(env!("CARGO_BIN_EXE_generate")), &[shared, own]);

@@ -19,8 +19,8 @@ fn repository(path: &str) -> String {
 
 #[test]
 fn the_docs_tables_have_every_flag_and_its_default() {
-    let (readme, clients) = (repository("README.md"), repository("docs/clients.md"));
-    let shared = part(&readme, "Of `offline-bench`, `generate`", "Of `offline-bench`:");
+    let (flags, clients) = (repository("docs/flags.md"), repository("docs/clients.md"));
+    let shared = part(&flags, "Of `offline-bench`, `generate`", "## ");
     let (chat, serve_bench) = clients.split_once("\n## serve-bench").unwrap();
     assert_documented(&help(env!("CARGO_BIN_EXE_chat")), &[shared, chat]);
     assert_documented(&help(env!("CARGO_BIN_EXE_serve-bench")), &[serve_bench]);

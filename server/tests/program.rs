@@ -23,8 +23,8 @@ fn the_docs_tables_have_every_flag_and_its_default() {
     let output = Command::new(env!("CARGO_BIN_EXE_serve")).arg("--help").output().unwrap();
     let help = String::from_utf8(output.stdout).unwrap();
     let page = |name| std::fs::read_to_string(format!("{}/../{name}", env!("CARGO_MANIFEST_DIR"))).unwrap();
-    let (readme, serving) = (page("README.md"), page("docs/serving.md"));
-    let shared = part(&readme, "Of `offline-bench`, `generate`", "Of `offline-bench`:");
+    let (flags, serving) = (page("docs/flags.md"), page("docs/serving.md"));
+    let shared = part(&flags, "Of `offline-bench`, `generate`", "## ");
     assert_documented(&help, &[shared, part(&serving, "## Flags", "## ")]);
 }
 
