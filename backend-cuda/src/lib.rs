@@ -1,21 +1,27 @@
 //! The CUDA backend of minisgl, over the driver API: nothing but an NVIDIA driver is needed.
 //!
 //! ```text
-//!   context   driver, device, properties            memory    buffers, pinned memory, events, graphs
-//!   module    kernels, loaded and looked up         launch    grids, parameters, dependent launch, late errors
-//!   device    core's Device over these               ops       core's Ops: each family of kernels and its launches
-//!   turns     of a process's engines, where one records    link      what ranks on several devices write to each other
-//!   nccl      carries it where they can't
+//!   cuda      what the engine runs on: core's Device, Sampler and Ops over what is below
+//!   ops       a model's operations: each family of kernels and its launches         weight   matrices, and their way up
+//!   gpu       memory, streams, kernels, a link to other ranks: what operations take
+//!   link      what ranks on several devices write to each other                     nccl     carries it where they can't
+//!   launch    grids, parameters, dependent launch, late errors                      module   kernels, loaded and looked up
+//!   memory    buffers, pinned memory, events, graphs                                context  driver, device, properties
+//!   turns     of a process's engines, where one records
 //! ```
+//!
+//! A file knows those below it, and none knows one that knows it.
 //!
 //! Invariant: after `reserve` a step allocates nothing on the host or the device, and waits for nothing but the pinned
 //! memory that it fills.
 
 mod context;
+mod cuda;
 #[cfg(test)]
 mod declared;
-mod device;
 mod error;
+mod gpu;
+mod info;
 mod launch;
 mod link;
 mod memory;
@@ -29,8 +35,9 @@ mod turns;
 mod weight;
 
 pub use context::{KernelSet, Properties, device_count};
-pub use device::{Cuda, Options};
+pub use cuda::Cuda;
 pub use error::CudaError;
+pub use gpu::{Gpu, Options};
 pub use launch::{Grid, HostTimes, Kernel, Launcher};
 pub use link::Link;
 pub use memory::{Address, Buffer, Event, Graph, Pinned, element_bytes};

@@ -25,8 +25,8 @@ use minisgl_core::backend::{DeviceInfo, Memory, Purpose};
 use minisgl_core::shard::{RANKS_MAX, Rank};
 
 use crate::context::{Context, KernelSet};
-use crate::device::info_of;
 use crate::error::{CudaError, Named, cause, is_out_of_memory};
+use crate::info::info_of;
 use crate::memory::Address;
 use crate::nccl::Comm;
 use crate::turns;
@@ -60,7 +60,7 @@ struct Carriers(RwLock<Vec<Comm>>);
 
 impl Carriers {
     fn new(contexts: &[Arc<Context>]) -> Result<Carriers, CudaError> {
-        Ok(Carriers(RwLock::new(Comm::of(contexts)?)))
+        Ok(Carriers(RwLock::new(Comm::group(contexts)?)))
     }
 
     fn abort(&self) {
@@ -71,7 +71,7 @@ impl Carriers {
     fn renew(&self, contexts: &[Arc<Context>]) -> Result<(), CudaError> {
         let mut ends = self.0.write().unwrap_or_else(PoisonError::into_inner);
         ends.clear();
-        *ends = Comm::of(contexts)?;
+        *ends = Comm::group(contexts)?;
         Ok(())
     }
 }
@@ -132,6 +132,14 @@ impl Link {
         let (meeting, met) = Default::default();
         let group = Arc::new(Group { contexts, inboxes, ended, patience, carriers, meeting, met });
         Ok((0..count).map(|index| Link { rank: Rank { index, count }, group: group.clone() }).collect())
+    }
+
+    /// Ends of NCCL's for ranks of which no two share a device: what benchmarks compare ours with.
+    ///
+    /// # Errors
+    /// There is no such library; its own.
+    pub fn comms(links: &[Link]) -> Result<Vec<Comm>, CudaError> {
+        Comm::group(&links.iter().map(|link| link.context().clone()).collect::<Vec<_>>())
     }
 
     /// Whose end it is.

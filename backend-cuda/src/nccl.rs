@@ -25,7 +25,6 @@ use libloading::Library;
 
 use crate::context::Context;
 use crate::error::{CudaError, Named};
-use crate::link::Link;
 use crate::memory::Address;
 use crate::turns;
 
@@ -115,16 +114,11 @@ pub struct Comm {
 }
 
 impl Comm {
-    /// The ends of these ranks, of which no two share a device.
+    /// The ends of ranks in these contexts, of which no two are of one device.
     ///
     /// # Errors
     /// There is no such library; its own.
-    pub fn group(links: &[Link]) -> Result<Vec<Comm>, CudaError> {
-        Self::of(&links.iter().map(|link| link.context().clone()).collect::<Vec<_>>())
-    }
-
-    /// Likewise, of ranks in these contexts.
-    pub(crate) fn of(contexts: &[Arc<Context>]) -> Result<Vec<Comm>, CudaError> {
+    pub(crate) fn group(contexts: &[Arc<Context>]) -> Result<Vec<Comm>, CudaError> {
         let nccl = Nccl::open().map_err(|reason| CudaError::NoNccl { reason })?;
         let devices: Vec<c_int> = contexts.iter().map(|context| context.number() as c_int).collect();
         let mut raw: Vec<RawComm> = vec![null_mut(); devices.len()];

@@ -24,7 +24,7 @@ use crate::memory::{Address, Buffer};
 pub(crate) use fp8_codes::{Fp8Codes, Rounding};
 pub(crate) use fp8_tiles::Fp8Tiles;
 pub(crate) use stacking::gate_up_rows;
-pub(crate) use upload::Staging;
+pub(crate) use upload::Loader;
 
 /// How the columns of o and down are cut, which ranks share out: a thread that multiplies has registers for the sums of two pairs
 /// of slices (`gemm_prefill.cuh`).
@@ -126,6 +126,11 @@ impl Weight {
     /// Columns.
     pub fn cols(&self) -> usize {
         self.cols
+    }
+
+    /// How it lies if its inputs are rounded.
+    pub(crate) fn codes_layout(&self) -> Fp8Codes {
+        Fp8Codes { rows: self.rows, cols: self.cols }
     }
 
     /// Words of 16 bits that kernels multiply of a row: its columns, or pairs of codes.

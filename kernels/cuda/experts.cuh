@@ -3,7 +3,7 @@
 
 #include <cuda_bf16.h>
 
-// backend-cuda/src/ops/experts.rs declares the same fields, which its tests compare.
+// backend-cuda/src/ops/experts/routing.rs declares the same fields, which its tests compare.
 struct Routing {
     float *logits;            // [T, E]: of kernels for any GPU
     float *scales;            // [T]: the row norm's

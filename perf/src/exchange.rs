@@ -61,7 +61,7 @@ pub fn exchanges(
     options: &PerfOptions,
 ) -> Result<Vec<ExchangeRow>, PerfError> {
     let links = Link::group(devices, kernels, PATIENCE)?;
-    let comms = match Comm::group(&links) {
+    let comms = match Link::comms(&links) {
         Ok(comms) => comms.into_iter().map(Some).collect(),
         Err(CudaError::NoNccl { .. }) => links.iter().map(|_| None).collect(),
         Err(error) => return Err(error.into()),

@@ -33,8 +33,8 @@ use plan::DecodePlanner;
 pub(super) use planner::Planner;
 use split::Splitter;
 
-use crate::device::Cuda;
 use crate::error::CudaError;
+use crate::gpu::Gpu;
 use crate::launch::{Kernel, Launcher};
 use crate::memory::{Address, Buffer};
 use crate::ops::halves::{Division, Part};
@@ -66,11 +66,11 @@ impl Kept {
     /// Words of `arrived` of a place: one a warp that attends.
     const WARPS: usize = 12;
 
-    fn new(cuda: &mut Cuda, splitter: &Splitter, prefill: &Prefill) -> Result<Kept, CudaError> {
+    fn new(gpu: &mut Gpu, splitter: &Splitter, prefill: &Prefill) -> Result<Kept, CudaError> {
         let words = splitter.places() * Kept::WARPS;
-        let states = cuda.allocate(Purpose::Scratch, (splitter.places() * prefill.kept).max(1))?;
-        let arrived = cuda.allocate(Purpose::Scratch, (words + 1) * 4)?;
-        cuda.zero(arrived, (words + 1) * 4)?;
+        let states = gpu.allocate(Purpose::Scratch, (splitter.places() * prefill.kept).max(1))?;
+        let arrived = gpu.allocate(Purpose::Scratch, (words + 1) * 4)?;
+        gpu.zero(arrived, (words + 1) * 4)?;
         Ok(Kept { states, arrived, turns: arrived.offset(words * 4) })
     }
 }
@@ -89,13 +89,13 @@ struct Scratch {
 
 impl Scratch {
     /// For `rows` rows cut by `planner`.
-    fn new(cuda: &mut Cuda, heads: Heads, planner: &DecodePlanner, rows: u32) -> Result<Scratch, CudaError> {
+    fn new(gpu: &mut Gpu, heads: Heads, planner: &DecodePlanner, rows: u32) -> Result<Scratch, CudaError> {
         let partial_bytes = planner.partials as usize * heads.items() as usize * heads.partial_bytes();
         let arrived_count = rows * heads.items();
         let arrived_bytes = (arrived_count as usize + 1) * 4;
-        let arrived = cuda.allocate(Purpose::Scratch, arrived_bytes)?;
-        cuda.zero(arrived, arrived_bytes)?;
-        Ok(Scratch { partials: cuda.allocate(Purpose::Scratch, partial_bytes)?, arrived, arrived_count })
+        let arrived = gpu.allocate(Purpose::Scratch, arrived_bytes)?;
+        gpu.zero(arrived, arrived_bytes)?;
+        Ok(Scratch { partials: gpu.allocate(Purpose::Scratch, partial_bytes)?, arrived, arrived_count })
     }
 
     /// Where blocks count the turns that they have taken.
@@ -129,24 +129,24 @@ impl Attention {
     /// Looks the kernels up and allocates scratch for steps within `limits`. All layers have the same window, or none. Keys and
     /// values are kept in bf16 or, on Hopper, in fp8, whose rows are permuted as `fp8_rows.cuh` says.
     pub fn new(
-        cuda: &mut Cuda,
+        gpu: &mut Gpu,
         dims: &Dims,
         window: Option<u32>,
         format: KvFormat,
         limits: &Limits,
     ) -> Result<Attention, CudaError> {
-        let (hopper, multiprocessors) = (cuda.properties().hopper, cuda.properties().multiprocessors);
+        let (hopper, multiprocessors) = (gpu.properties().hopper, gpu.properties().multiprocessors);
         let planner = Planner::new(hopper, multiprocessors, dims, window, format, limits)?;
         let Planner { heads, whole, half, splitter, .. } = planner;
         let [decode, prefill] = planner.kernels();
         let module = if planner.fp8 { "attention_fp8" } else { "attention" };
-        let kept = Kept::new(cuda, &splitter, &planner.set.prefill)?;
+        let kept = Kept::new(gpu, &splitter, &planner.set.prefill)?;
         Ok(Attention {
-            decode: cuda.modules().kernel(module, decode, planner.set.decode_shared)?,
-            prefill: cuda.modules().kernel("attention", prefill, planner.set.prefill.shared)?,
+            decode: gpu.modules().kernel(module, decode, planner.set.decode_shared)?,
+            prefill: gpu.modules().kernel("attention", prefill, planner.set.prefill.shared)?,
             scratch: [
-                Scratch::new(cuda, heads, &whole, limits.running)?,
-                Scratch::new(cuda, heads, &half, Planner::half_rows(limits))?,
+                Scratch::new(gpu, heads, &whole, limits.running)?,
+                Scratch::new(gpu, heads, &half, Planner::half_rows(limits))?,
             ],
             planner,
             kept,

@@ -1,4 +1,6 @@
-//! A device that planners are asked about without it.
+//! A device that planners are asked about without it, and a launch on it, in words.
+
+use crate::launch::Grid;
 
 /// What planners need to know of a device.
 #[derive(Clone, Copy, Debug)]
@@ -25,4 +27,17 @@ impl Described {
 
     /// The same with the kernels for any GPU.
     pub const PORTABLE: Described = Described { hopper: false, ..Described::HOPPER };
+}
+
+/// A launch.
+#[derive(Clone, Debug)]
+pub struct Launch {
+    /// What it is for.
+    pub what: &'static str,
+    /// The kernel.
+    pub kernel: &'static str,
+    /// Its shape.
+    pub grid: Grid,
+    /// What a block does, where that is worth a word.
+    pub work: String,
 }

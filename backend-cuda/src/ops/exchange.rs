@@ -17,16 +17,16 @@
 
 use std::cell::Cell;
 
-use minisgl_core::backend::{Device, Element, Purpose, Queue, Step};
+use minisgl_core::backend::{Element, Purpose, Queue, Step};
 use minisgl_core::config::Limits;
 use minisgl_core::shard::{RANKS_MAX, Rank};
 use minisgl_core::spec::Dims;
 
-use super::SEGMENT;
-use super::experts::Routing;
+use super::experts::routing::Routing;
 use super::gemm::RankSums;
-use crate::device::Cuda;
+use super::operands::SEGMENT;
 use crate::error::CudaError;
+use crate::gpu::Gpu;
 use crate::launch::{Grid, Kernel, Launcher};
 use crate::link::Link;
 use crate::memory::{Address, Buffer};
@@ -253,7 +253,7 @@ impl Exchange {
     /// Looks the kernels up and allocates what steps within `limits` need, for a rank of a model of these sizes, whose experts' down
     /// gets `inner` elements of a token at most.
     pub fn new(
-        cuda: &mut Cuda,
+        cuda: &mut Gpu,
         link: &Link,
         dims: &Dims,
         limits: &Limits,

@@ -16,86 +16,34 @@
 //! order of their numbers.
 
 mod hopper;
+mod layer;
 mod portable;
 mod router;
+pub(super) mod routing;
 
 use hopper::Hopper;
-use minisgl_core::backend::{Device, Element, ExpertWeights, Purpose, Queue, Step};
+use minisgl_core::backend::{Element, Purpose, Queue, Step};
 use minisgl_core::config::Limits;
 use minisgl_core::shard::Rank;
 use minisgl_core::spec::{self, DecoderSpec, LayerSpec};
 use minisgl_core::stats::ExpertsRead;
 use portable::Portable;
 use router::Router;
+use routing::THREADS;
 
-use super::exchange::{Exchange, Joining};
-use super::gemm::RowNorm;
-use crate::device::Cuda;
+pub use layer::ExpertLayer;
+pub use routing::{COUNT_MAX, PER_TOKEN_MAX, Routing};
+
+use super::exchange::Joining;
 use crate::error::CudaError;
+use crate::gpu::Gpu;
 use crate::launch::{Grid, Kernel, Launcher};
 use crate::memory::{Address, Buffer};
-use crate::param::{Param, plain_params};
-use crate::weight::Weight;
+use crate::param::Param;
 
-/// Experts of a layer that the kernels take at most: 8 for each lane of a warp.
-pub const COUNT_MAX: u32 = 256;
-/// Experts of a token that they take at most.
-pub const PER_TOKEN_MAX: u32 = 16;
-
-const THREADS: u32 = 256;
 const WARPS: u32 = THREADS / 32;
 /// Columns that a warp of `combine` takes.
 const COMBINED: u32 = 256;
-
-/// What the kernels of a layer share, as `experts.cuh` declares it.
-#[repr(C)]
-#[derive(Clone, Copy, Debug)]
-pub struct Routing {
-    /// Of the kernels for any GPU.
-    logits: Address,
-    /// `[tokens]` f32: the scale by row of the norm.
-    pub scales: Address,
-    /// `[tokens, per_token]` u16, ascending, and up to 7 more to read: experts, 0xffff for nobody.
-    pub chosen: Address,
-    shares: Address,
-    begins: Address,
-    pairs: Address,
-    /// Null, or two u64 to count in: as [`ExpertsRead`].
-    read: Address,
-    tokens: u32,
-    experts: u32,
-    per_token: u32,
-    hidden: u32,
-    intermediate: u32,
-    /// Rows of an expert's gate and up as they are stored.
-    stored: u32,
-    normalized: u32,
-    nobody: u32,
-    /// `[tokens, hidden]` bf16: the residual stream times the norm's scale by column, where that is not in gate and up; or null.
-    scaled: Address,
-}
-
-impl Routing {
-    /// Pairs of a token and one of its experts.
-    fn pairs(&self) -> u32 {
-        self.tokens * self.per_token
-    }
-
-    /// That of down and of what is behind it: all columns, and a rank's share of the rows.
-    fn of_down(&self, rank: Rank) -> Routing {
-        let (hidden, intermediate) = (self.hidden / rank.count, self.intermediate * rank.count);
-        Routing { hidden, intermediate, ..*self }
-    }
-}
-
-plain_params!(Routing, RowNorm);
-
-/// Tiles of `tile` pairs that as many pairs need at most, dealt out to experts in any way: each expert has a tile that is not
-/// full at most.
-fn tiles_at_most(pairs: u32, experts: u32, tile: u32) -> u32 {
-    let begun = pairs.min(experts);
-    begun + (pairs - begun) / tile
-}
 
 /// The products of the set in use.
 #[derive(Debug)]
@@ -124,39 +72,17 @@ pub struct Experts {
     read: Buffer,
 }
 
-/// A layer's experts and what they are applied to.
-#[derive(Clone, Copy, Debug)]
-pub struct ExpertLayer<'a> {
-    /// What they compute.
-    pub spec: spec::Experts,
-    /// Their weights.
-    pub weights: &'a ExpertWeights<Weight>,
-    /// `[hidden]` bf16: the scale by column of their norm.
-    pub norm: Address,
-    /// The scale by row.
-    pub row_norm: RowNorm,
-    /// `[tokens, hidden]` bf16: what their sum is added to, and what the router gets.
-    pub residual: Address,
-    /// `[tokens, hidden]` bf16: what they get. The residual stream, or where gate and up are fp8 that times their norm, which the router
-    /// writes.
-    pub x: Address,
-    /// `[tokens, ceil(hidden / 64)]` f32: sums of squares of the new residual stream.
-    pub sumsq: Address,
-    /// To the other ranks, where there are some.
-    pub exchange: Option<&'a Exchange>,
-}
-
 impl Experts {
     /// For a model's layers with experts; `None` where it has none.
-    pub fn new(cuda: &mut Cuda, spec: &DecoderSpec, limits: &Limits) -> Result<Option<Experts>, CudaError> {
+    pub fn new(gpu: &mut Gpu, spec: &DecoderSpec, limits: &Limits) -> Result<Option<Experts>, CudaError> {
         let layers = || spec.layers.iter().filter_map(LayerSpec::experts);
         let most = |of: fn(spec::Experts) -> u32| layers().map(of).max();
         let Some(count) = most(|it| it.count) else { return Ok(None) };
         let per_token = most(|it| it.per_token).unwrap_or(0);
-        let (rank, pair_width) = (cuda.rank(), Self::inner(spec));
+        let (rank, pair_width) = (gpu.rank(), Self::inner(spec));
         let (tokens, hidden) = (limits.step_tokens(), spec.dims.hidden);
         let pairs = tokens * per_token as usize;
-        let mut words = |words| Ok(cuda.alloc(Purpose::Scratch, Element::Word, words)?.address());
+        let mut words = |words| Ok(gpu.alloc(Purpose::Scratch, Element::Word, words)?.address());
         let routing = Routing {
             logits: words(tokens * count as usize)?,
             scales: words(tokens)?,
@@ -176,23 +102,23 @@ impl Experts {
             nobody: limits.running,
             scaled: Address::NULL,
         };
-        let read = cuda.alloc(Purpose::Scratch, Element::Word, 4)?;
-        cuda.zero(read.address(), read.bytes())?;
-        let activated = cuda.alloc(Purpose::Scratch, Element::Activation, tokens * pair_width)?;
+        let read = gpu.alloc(Purpose::Scratch, Element::Word, 4)?;
+        gpu.zero(read.address(), read.bytes())?;
+        let activated = gpu.alloc(Purpose::Scratch, Element::Activation, tokens * pair_width)?;
         let gathered = match rank.count {
             1 => activated,
             ranks => {
-                cuda.alloc(Purpose::Scratch, Element::Activation, tokens * pair_width * ranks as usize)?
+                gpu.alloc(Purpose::Scratch, Element::Activation, tokens * pair_width * ranks as usize)?
             }
         };
-        let given = cuda.alloc(Purpose::Scratch, Element::Activation, pairs * hidden as usize)?;
-        let products = match cuda.properties().hopper {
-            true => Products::Hopper(Box::new(Hopper::new(cuda, spec.weights)?)),
-            false => Products::Portable(Box::new(Portable::new(cuda.modules())?)),
+        let given = gpu.alloc(Purpose::Scratch, Element::Activation, pairs * hidden as usize)?;
+        let products = match gpu.properties().hopper {
+            true => Products::Hopper(Box::new(Hopper::new(gpu, spec.weights)?)),
+            false => Products::Portable(Box::new(Portable::new(gpu.modules())?)),
         };
-        let find = |name| cuda.modules().kernel("experts", name, 0);
+        let find = |name| gpu.modules().kernel("experts", name, 0);
         Ok(Some(Experts {
-            router: Router::new(cuda.modules(), cuda.properties().hopper)?,
+            router: Router::new(gpu.modules(), gpu.properties().hopper)?,
             dispatch: find("experts_dispatch")?,
             products,
             combine: find("experts_combine")?,
@@ -297,12 +223,16 @@ impl Experts {
         self.given
     }
 
-    /// What steps of decode rows alone read so far.
+    /// What steps of decode rows alone read so far, after waiting for all that is enqueued.
     ///
     /// # Errors
     /// The device's.
-    pub fn read(&self, cuda: &mut Cuda) -> Result<ExpertsRead, CudaError> {
-        download(cuda, self.read)
+    pub fn read(&self, gpu: &mut Gpu) -> Result<ExpertsRead, CudaError> {
+        let mut staging = gpu.alloc_pinned(4)?;
+        gpu.download(Queue::Compute, self.read, 4, &mut staging)?;
+        let words = gpu.words(&staging)?;
+        let wide = |i: usize| u64::from(words[i]) | u64::from(words[i + 1]) << 32;
+        Ok(ExpertsRead { layers: wide(0), experts: wide(2) })
     }
 
     /// Which experts each token gets, and where the products don't find it by themselves, which tokens each expert.
@@ -336,79 +266,18 @@ impl Experts {
     }
 }
 
-impl Cuda {
-    /// What decode steps read of layers with experts so far, after waiting for all that is enqueued.
-    ///
-    /// # Errors
-    /// The device's.
-    pub fn experts_read(&mut self) -> Result<ExpertsRead, CudaError> {
-        let experts = self.operations.as_ref().and_then(|operations| operations.experts.as_ref());
-        let read = experts.map(|experts| experts.read);
-        read.map_or(Ok(ExpertsRead::default()), |read| download(self, read))
-    }
-}
-
-fn download(cuda: &mut Cuda, read: Buffer) -> Result<ExpertsRead, CudaError> {
-    let mut staging = cuda.alloc_pinned(4)?;
-    cuda.download(Queue::Compute, read, 4, &mut staging)?;
-    let words = cuda.words(&staging)?;
-    let wide = |i: usize| u64::from(words[i]) | u64::from(words[i + 1]) << 32;
-    Ok(ExpertsRead { layers: wide(0), experts: wide(2) })
-}
-
 #[cfg(test)]
 mod tests {
     use minisgl_kernels::{HOPPER, PORTABLE};
 
     use super::*;
-    use crate::declared::{assert_declared, threads_of};
+    use crate::declared::threads_of;
 
     #[test]
-    fn both_sides_declare_the_same() {
-        assert_declared!(
-            &["experts.cuh"],
-            "Routing",
-            Routing {
-                logits,
-                scales,
-                chosen,
-                shares,
-                begins,
-                pairs,
-                read,
-                tokens,
-                experts,
-                per_token,
-                hidden,
-                intermediate,
-                stored,
-                normalized,
-                nobody,
-                scaled,
-            }
-        );
+    fn kernels_are_bound_to_the_threads_that_they_are_launched_with() {
         for name in ["experts_dispatch", "experts_combine", "experts_combine_ranks"] {
             for set in [HOPPER, PORTABLE] {
                 assert_eq!(threads_of(set, name), THREADS, "{name}");
-            }
-        }
-    }
-
-    #[test]
-    fn there_are_blocks_for_every_way_to_deal_pairs_out() {
-        for (pairs, experts) in [(1, 8), (8, 128), (64, 8), (100, 7), (2048, 128), (4000, 3)] {
-            for tile in [16, 32, 64, 256] {
-                let most = tiles_at_most(pairs, experts, tile);
-                // One pair for each but the last, which has the rest; and as even as can be.
-                let others = (experts - 1).min(pairs - 1);
-                let worst = others + (pairs - others).div_ceil(tile);
-                let even: u32 = (0..experts)
-                    .map(|e| (pairs / experts + u32::from(e < pairs % experts)).div_ceil(tile))
-                    .sum();
-                assert!(
-                    worst.max(even) <= most && most <= pairs,
-                    "{pairs} pairs, {experts} experts, tiles of {tile}"
-                );
             }
         }
     }

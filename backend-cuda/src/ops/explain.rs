@@ -16,7 +16,7 @@ use minisgl_core::shard::Rank;
 use minisgl_core::spec::{Attention, Bias, DecoderSpec, Inputs, Mixer, QkNorm, WeightFormat};
 
 use super::attention::Planner;
-pub use super::described::Described;
+pub use super::described::{Described, Launch};
 use super::embed::Ends;
 use super::exchange::Exchange;
 use super::fp8_pages::Fp8Pages;
@@ -28,19 +28,6 @@ use super::supports;
 use crate::error::CudaError;
 use crate::launch::Grid;
 use crate::weight::{SLICING, gate_up_rows};
-
-/// A launch.
-#[derive(Clone, Debug)]
-pub struct Launch {
-    /// What it is for.
-    pub what: &'static str,
-    /// The kernel.
-    pub kernel: &'static str,
-    /// Its shape.
-    pub grid: Grid,
-    /// What a block does, where that is worth a word.
-    pub work: String,
-}
 
 /// What a step launches.
 #[derive(Clone, Debug)]

@@ -39,8 +39,8 @@ use product::Product;
 use rounded::Rounded;
 use shape::{BLOCK_COLS, Shape};
 
-use crate::device::Cuda;
 use crate::error::CudaError;
+use crate::gpu::Gpu;
 use crate::launch::Launcher;
 use crate::weight::Weight;
 
@@ -92,27 +92,27 @@ pub struct Gemm {
 
 impl Gemm {
     /// Looks up the kernels that the device runs, and takes memory for sums that are split.
-    pub fn new(cuda: &mut Cuda) -> Result<Gemm, CudaError> {
-        let set = if cuda.properties().hopper {
-            let prefill = Prefill::new(cuda)?;
-            Set::Hopper(Box::new(Hopper { decode: Decode::new(cuda.modules())?, prefill }))
+    pub fn new(gpu: &mut Gpu) -> Result<Gemm, CudaError> {
+        let set = if gpu.properties().hopper {
+            let prefill = Prefill::new(gpu)?;
+            Set::Hopper(Box::new(Hopper { decode: Decode::new(gpu.modules())?, prefill }))
         } else {
-            Set::Portable(Box::new(Portable::new(cuda.modules())?))
+            Set::Portable(Box::new(Portable::new(gpu.modules())?))
         };
-        Ok(Gemm { set, fp8: None, rounded: None, ranks: cuda.rank().count })
+        Ok(Gemm { set, fp8: None, rounded: None, ranks: gpu.rank().count })
     }
 
     /// Looks up the kernels for matrices in fp8, and takes memory for one of so many elements in bf16.
-    pub fn reserve_fp8(&mut self, cuda: &mut Cuda, elements: usize) -> Result<(), CudaError> {
-        let wide = cuda.allocate(Purpose::Scratch, elements * 2)?;
-        self.fp8 = Some(Fp8::new(cuda.modules(), wide, elements)?);
+    pub fn reserve_fp8(&mut self, gpu: &mut Gpu, elements: usize) -> Result<(), CudaError> {
+        let wide = gpu.allocate(Purpose::Scratch, elements * 2)?;
+        self.fp8 = Some(Fp8::new(gpu.modules(), wide, elements)?);
         Ok(())
     }
 
     /// Looks up the kernels for matrices in fp8 whose inputs are rounded, and takes memory for `tokens` rows of these, of at most
     /// `width` columns.
-    pub fn reserve_rounded(&mut self, cuda: &mut Cuda, tokens: usize, width: usize) -> Result<(), CudaError> {
-        self.rounded = Some(Rounded::new(cuda, tokens, width)?);
+    pub fn reserve_rounded(&mut self, gpu: &mut Gpu, tokens: usize, width: usize) -> Result<(), CudaError> {
+        self.rounded = Some(Rounded::new(gpu, tokens, width)?);
         Ok(())
     }
 

@@ -32,20 +32,15 @@ pub mod fp8_pages;
 pub mod gemm;
 pub mod halves;
 pub mod layers;
+mod operands;
 pub mod sampling;
 mod supports;
 
-use std::ops::Range;
-
-use half::f16;
-use minisgl_core::backend::{
-    Device, Element, KvLayer, LayerWeights, MlpWeights, Ops, Purpose, Queue, Sampler, Step, WeightRole,
-};
+use minisgl_core::backend::{LayerWeights, MlpWeights, Purpose, Step};
 use minisgl_core::batch::{Row, StepShape, TOKEN_WORDS};
 use minisgl_core::config::Limits;
 use minisgl_core::kv::KvFormat;
-use minisgl_core::spec::{DecoderSpec, Dims, Fp8, Inputs, LayerSpec, Mlp, Unsupported, WeightFormat};
-use minisgl_core::tensor::HostTensor;
+use minisgl_core::spec::{DecoderSpec, Dims, Fp8, Inputs, LayerSpec, Mlp, WeightFormat};
 
 use self::attention::Attention;
 use self::embed::Ends;
@@ -55,48 +50,14 @@ use self::fp8_pages::Fp8Pages;
 use self::gemm::{GateUp, Gemm, Head, Norm, Qkv, Residual, RowNorm, Rows, SmShare};
 use self::halves::{Division, Halves, Part};
 use self::layers::LayersKernel;
+use self::operands::SEGMENT;
+pub use self::operands::{Buffers, Layer, rows_from};
 use self::sampling::Sampling;
-use crate::device::Cuda;
 use crate::error::CudaError;
+use crate::gpu::Gpu;
 use crate::launch::Launcher;
 use crate::memory::{Address, Buffer};
 use crate::weight::{Weight, gate_up_rows};
-
-/// Elements whose squares are summed together.
-const SEGMENT: u32 = 64;
-
-/// What a layer's kernels hand to each other, each for as many tokens as a step may have.
-#[derive(Clone, Copy, Debug)]
-pub struct Buffers {
-    /// `[tokens, hidden]`: the residual stream.
-    pub residual: Buffer,
-    /// `[tokens, q_width]`: queries; keys and values go straight to their pages.
-    pub q: Buffer,
-    /// `[tokens, q_width]`: what attention gives.
-    pub attended: Buffer,
-    /// `[tokens, intermediate]`: silu(gate) * up, where a layer has no experts.
-    pub activated: Buffer,
-    /// `[tokens, hidden]`: the residual stream times a norm's scale, where weights are fp8 and inputs stay as they are.
-    pub scaled: Buffer,
-}
-
-impl Buffers {
-    fn new(cuda: &mut Cuda, spec: &DecoderSpec, tokens: usize) -> Result<Buffers, CudaError> {
-        let dims = &spec.dims;
-        let is_dense = |layer: &LayerSpec| layer.experts().is_none();
-        let mlp = if spec.layers.iter().any(is_dense) { dims.intermediate } else { 0 };
-        let is_scaled = matches!(spec.weights, WeightFormat::Fp8(fp8) if fp8.inputs == Inputs::Plain);
-        let scaled = if is_scaled { dims.hidden } else { 0 };
-        let mut alloc = |width: usize| cuda.alloc(Purpose::Scratch, Element::Activation, tokens * width);
-        Ok(Buffers {
-            residual: alloc(dims.hidden as usize)?,
-            q: alloc(dims.q_width())?,
-            attended: alloc(dims.q_width())?,
-            activated: alloc(mlp as usize)?,
-            scaled: alloc(scaled as usize)?,
-        })
-    }
-}
 
 /// The families of kernels, set up for one model and its capacities.
 #[derive(Debug)]
@@ -127,32 +88,32 @@ pub struct Operations {
 
 impl Operations {
     /// Looks the kernels up and allocates what steps within `limits` need.
-    pub fn new(cuda: &mut Cuda, spec: &DecoderSpec, limits: &Limits) -> Result<Operations, CudaError> {
+    pub fn new(gpu: &mut Gpu, spec: &DecoderSpec, limits: &Limits) -> Result<Operations, CudaError> {
         let dims = &spec.dims;
         let segments = dims.hidden.div_ceil(SEGMENT) as usize;
-        let format = spec.kv.unwrap_or(cuda.info().kv);
+        let format = spec.kv.unwrap_or(gpu.info().kv);
         let in_fp8 = format == KvFormat::Fp8;
-        let link = cuda.link.clone();
+        let link = gpu.link.clone();
         Ok(Operations {
             dims: *dims,
             layers: spec.layers.clone(),
-            buffers: Buffers::new(cuda, spec, limits.step_tokens())?,
+            buffers: Buffers::new(gpu, spec, limits.step_tokens())?,
             // Both halves of a step would wait for other ranks in the same inboxes.
-            halves: Halves::new(spec, cuda.properties().hopper && link.is_none()),
-            layers_kernel: LayersKernel::new(cuda, spec, format, limits)?,
-            ends: Ends::new(cuda.modules())?,
-            gemm: Self::products(cuda, spec, limits.step_tokens())?,
-            experts: Experts::new(cuda, spec, limits)?,
-            attention: Attention::new(cuda, dims, spec.window(), format, limits)?,
-            fp8_pages: in_fp8.then(|| Fp8Pages::new(cuda.modules(), dims, spec.window())).transpose()?,
-            sampling: Sampling::new(cuda, limits.running)?,
+            halves: Halves::new(spec, gpu.properties().hopper && link.is_none()),
+            layers_kernel: LayersKernel::new(gpu, spec, format, limits)?,
+            ends: Ends::new(gpu.modules())?,
+            gemm: Self::products(gpu, spec, limits.step_tokens())?,
+            experts: Experts::new(gpu, spec, limits)?,
+            attention: Attention::new(gpu, dims, spec.window(), format, limits)?,
+            fp8_pages: in_fp8.then(|| Fp8Pages::new(gpu.modules(), dims, spec.window())).transpose()?,
+            sampling: Sampling::new(gpu, limits.running)?,
             exchange: link
                 .map(|link| {
                     let inner = Experts::inner(spec) * link.rank().count as usize;
-                    Exchange::new(cuda, &link, dims, limits, inner)
+                    Exchange::new(gpu, &link, dims, limits, inner)
                 })
                 .transpose()?,
-            sumsq: cuda.allocate(Purpose::Scratch, limits.step_tokens() * segments * 4)?,
+            sumsq: gpu.allocate(Purpose::Scratch, limits.step_tokens() * segments * 4)?,
         })
     }
 
@@ -161,17 +122,17 @@ impl Operations {
         Stream { residual: self.buffers.residual.address(), sumsq: self.sumsq, tokens }
     }
 
-    fn products(cuda: &mut Cuda, spec: &DecoderSpec, tokens: usize) -> Result<Gemm, CudaError> {
+    fn products(gpu: &mut Gpu, spec: &DecoderSpec, tokens: usize) -> Result<Gemm, CudaError> {
         let dims = &spec.dims;
-        let mut gemm = Gemm::new(cuda)?;
+        let mut gemm = Gemm::new(gpu)?;
         let WeightFormat::Fp8(Fp8 { inputs, .. }) = spec.weights else { return Ok(gemm) };
         if inputs != Inputs::Plain {
             let width = dims.q_width().max(dims.hidden.max(dims.intermediate) as usize);
-            gemm.reserve_rounded(cuda, tokens, width)?;
+            gemm.reserve_rounded(gpu, tokens, width)?;
         } else {
             let mlp = gate_up_rows(dims.intermediate as usize).max(dims.intermediate as usize);
             let most = dims.qkv_width().max(dims.q_width()).max(mlp);
-            gemm.reserve_fp8(cuda, most * dims.hidden as usize)?;
+            gemm.reserve_fp8(gpu, most * dims.hidden as usize)?;
         }
         Ok(gemm)
     }
@@ -232,6 +193,26 @@ impl Operations {
         } else {
             Division::None
         }
+    }
+
+    /// The beginning of every step.
+    pub(crate) fn begin_step(&self, launcher: &Launcher, step: &Step<Buffer>) -> Result<(), CudaError> {
+        self.exchange.iter().for_each(Exchange::begin_step);
+        self.ends.begin_step(launcher, step)
+    }
+
+    /// The residual stream becomes the step's tokens' rows of `table`.
+    pub(crate) fn embed(
+        &self,
+        launcher: &Launcher,
+        step: &Step<Buffer>,
+        table: Weight,
+    ) -> Result<(), CudaError> {
+        if let Some(exchange) = &self.exchange {
+            return exchange.embed(launcher, step, table.address(), self.stream(step.shape.tokens));
+        }
+        let (hidden, residual) = (self.dims.hidden, self.buffers.residual);
+        self.ends.embed(launcher, step, table.address(), hidden, residual, self.sumsq)
     }
 
     /// The layers' kernels.
@@ -341,7 +322,7 @@ impl Operations {
         add(weights.o, attended)?;
         let (gate_up, down) = match weights.mlp {
             MlpWeights::Dense { gate_up, down } => (gate_up, down),
-            MlpWeights::Experts(_) => return self.experts(launcher, layer),
+            MlpWeights::Experts(_) => return self.add_experts(launcher, layer),
         };
         let mlp = self.dims.intermediate;
         let activated = rows_from(buffers.activated, mlp as usize, first);
@@ -353,7 +334,7 @@ impl Operations {
     }
 
     /// What a layer's experts add; steps of models with experts are not divided.
-    fn experts(&self, launcher: &Launcher, layer: &Layer) -> Result<(), CudaError> {
+    fn add_experts(&self, launcher: &Launcher, layer: &Layer) -> Result<(), CudaError> {
         let spec = self.layers.get(layer.index).map(|layer| layer.mlp);
         let (Some(Mlp::Experts(spec)), MlpWeights::Experts(weights), Some(experts), Some(norm)) =
             (spec, &layer.weights.mlp, &self.experts, layer.weights.mlp_norm)
@@ -367,156 +348,67 @@ impl Operations {
         let layer_of_experts = ExpertLayer { spec, weights, norm, row_norm, residual, x, sumsq, exchange };
         experts.launch(launcher, layer.step, &layer_of_experts)
     }
-}
 
-/// A buffer's rows of activations `width` wide from row `index` on.
-pub fn rows_from(buffer: Buffer, width: usize, index: u32) -> Rows {
-    let address = buffer.address().offset(index as usize * width * 2);
-    Rows { address, there: (buffer.elements() / width) as u32 - index }
-}
-
-/// A decoder layer in a step: what its kernels work on.
-pub struct Layer<'a> {
-    /// Which one of the model's.
-    pub index: usize,
-    /// The step.
-    pub step: &'a Step<Buffer>,
-    /// Its own.
-    pub weights: &'a LayerWeights<Weight>,
-    /// `[positions, head_dim / 2]` (cos, sin) f32; `None` where the layer rotates nothing.
-    pub rope: Option<Buffer>,
-    /// Its keys' and values' pages.
-    pub kv: KvLayer<Buffer>,
-}
-
-impl Cuda {
-    fn operations(&self) -> Result<&Operations, CudaError> {
-        self.operations.as_ref().ok_or(CudaError::NotReserved)
-    }
-}
-
-impl Sampler for Cuda {
-    fn sample(&mut self, step: &Step<Buffer>, logits: Buffer, tokens: Buffer) -> Result<(), CudaError> {
-        let Operations { sampling, dims, .. } = self.operations()?;
-        sampling.sample(&self.launcher, step, logits, dims.vocab, tokens)
+    /// `out` becomes the normed rows of the residual stream that are sampled.
+    pub(crate) fn final_norm(
+        &self,
+        launcher: &Launcher,
+        step: &Step<Buffer>,
+        weight: Weight,
+        out: Buffer,
+    ) -> Result<(), CudaError> {
+        let Dims { hidden, norm_eps, .. } = self.dims;
+        self.ends.final_norm(launcher, step, self.buffers.residual, weight.address(), hidden, norm_eps, out)
     }
 
-    fn logprobs(
-        &mut self,
+    /// `out` becomes all ranks' logits of the normed rows `x`.
+    pub(crate) fn logits(
+        &self,
+        launcher: &Launcher,
+        step: &Step<Buffer>,
+        x: Buffer,
+        head: Weight,
+        out: Buffer,
+    ) -> Result<(), CudaError> {
+        let (samples, out) = (step.shape.samples, out.address());
+        let head_into = |out| {
+            let x = rows_from(x, head.cols(), 0);
+            self.gemm.launch(launcher, head, x, samples, SmShare::Whole, &Head { out })
+        };
+        match &self.exchange {
+            None => head_into(out),
+            Some(exchange) => {
+                head_into(exchange.share().address())?;
+                exchange.gather_logits(launcher, samples, out)
+            }
+        }
+    }
+
+    /// See [`minisgl_core::backend::Sampler::sample`].
+    pub(crate) fn sample(
+        &self,
+        launcher: &Launcher,
+        step: &Step<Buffer>,
+        logits: Buffer,
+        tokens: Buffer,
+    ) -> Result<(), CudaError> {
+        self.sampling.sample(launcher, step, logits, self.dims.vocab, tokens)
+    }
+
+    /// See [`minisgl_core::backend::Sampler::logprobs`].
+    pub(crate) fn logprobs(
+        &self,
+        launcher: &Launcher,
         step: &Step<Buffer>,
         logits: Buffer,
         tokens: Buffer,
         out: Buffer,
     ) -> Result<(), CudaError> {
-        let Operations { sampling, dims, .. } = self.operations()?;
-        sampling.logprobs(&self.launcher, step, logits, dims.vocab, tokens, out)
-    }
-}
-
-impl Ops for Cuda {
-    type Weight = Weight;
-
-    fn supports(&self, spec: &DecoderSpec) -> Result<(), Unsupported> {
-        self.properties().supports(spec, self.rank())
+        self.sampling.logprobs(launcher, step, logits, self.dims.vocab, tokens, out)
     }
 
-    fn widens(&self, kept: KvFormat) -> bool {
-        kept == KvFormat::Fp8
-    }
-
-    fn reserve(&mut self, spec: &DecoderSpec, limits: &Limits) -> Result<usize, CudaError> {
-        let operations = Operations::new(self, spec, limits)?;
-        let plan_words = operations.attention.plan_words(limits);
-        self.operations = Some(operations);
-        Ok(plan_words)
-    }
-
-    fn load(&mut self, role: WeightRole, parts: &[HostTensor]) -> Result<Weight, CudaError> {
-        self.load_weight(role, parts)
-    }
-
-    fn reload(&mut self, weight: Weight, role: WeightRole, parts: &[HostTensor]) -> Result<(), CudaError> {
-        self.reload_weight(weight, role, parts)
-    }
-
-    fn end_loading(&mut self) -> Result<(), CudaError> {
-        self.free_staging();
-        self.synchronize()
-    }
-
-    fn fold_norm(&mut self, norm: Weight, linear: Weight) -> Result<(), CudaError> {
-        self.scale_columns(norm, linear)
-    }
-
-    fn plan(&self, shape: StepShape, rows: &[Row], words: &mut [u32]) {
-        if let Some(operations) = &self.operations {
-            operations.plan(shape, rows, words);
-        }
-    }
-
-    fn begin_step(&mut self, step: &Step<Buffer>) -> Result<(), CudaError> {
-        self.launcher.begin_step();
-        let Operations { ends, exchange, .. } = self.operations()?;
-        exchange.iter().for_each(Exchange::begin_step);
-        ends.begin_step(&self.launcher, step)
-    }
-
-    fn embed(&mut self, step: &Step<Buffer>, table: Weight) -> Result<(), CudaError> {
-        let operations = self.operations()?;
-        let Operations { ends, dims, buffers, sumsq, exchange, .. } = operations;
-        if let Some(exchange) = exchange {
-            let stream = operations.stream(step.shape.tokens);
-            return exchange.embed(&self.launcher, step, table.address(), stream);
-        }
-        ends.embed(&self.launcher, step, table.address(), dims.hidden, buffers.residual, *sumsq)
-    }
-
-    fn decoder_layers(
-        &mut self,
-        step: &Step<Buffer>,
-        weights: &[LayerWeights<Weight>],
-        ropes: &[Option<Buffer>],
-        kv: &[KvLayer<Buffer>],
-    ) -> Result<(), CudaError> {
-        let all = weights.iter().zip(ropes).zip(kv).enumerate();
-        let layers =
-            all.map(|(index, ((weights, rope), kv))| Layer { index, step, weights, rope: *rope, kv: *kv });
-        self.operations()?.layers(&self.launcher, step, layers)
-    }
-
-    fn final_norm(&mut self, step: &Step<Buffer>, weight: Weight, out: Buffer) -> Result<(), CudaError> {
-        let Operations { ends, dims, buffers, .. } = self.operations()?;
-        let (weight, residual) = (weight.address(), buffers.residual);
-        ends.final_norm(&self.launcher, step, residual, weight, dims.hidden, dims.norm_eps, out)
-    }
-
-    fn logits(&mut self, step: &Step<Buffer>, x: Buffer, head: Weight, out: Buffer) -> Result<(), CudaError> {
-        let (Operations { gemm, exchange, .. }, samples) = (self.operations()?, step.shape.samples);
-        let out = out.address();
-        let head_into = |out| {
-            let x = rows_from(x, head.cols(), 0);
-            gemm.launch(&self.launcher, head, x, samples, SmShare::Whole, &Head { out })
-        };
-        match exchange {
-            None => head_into(out),
-            Some(exchange) => {
-                head_into(exchange.share().address())?;
-                exchange.gather_logits(&self.launcher, samples, out)
-            }
-        }
-    }
-
-    fn read_logits(&mut self, logits: Buffer, vocab: u32, rows: Range<usize>) -> Result<Vec<f32>, CudaError> {
-        let vocab = vocab as usize;
-        let elements = rows.start * vocab..rows.end * vocab;
-        let halves = elements.len();
-        // Pinned memory comes in words, and a row may begin and end within one: take the words around it.
-        let around = elements.start / 2 * 2..elements.end.next_multiple_of(2).min(logits.elements());
-        let mut staging = self.alloc_pinned(around.len().div_ceil(2))?;
-        let skipped = elements.start - around.start;
-        self.download_bytes(Queue::Compute, logits.slice(around), &mut staging)?;
-        let words = self.words(&staging)?;
-        let values: &[f16] = bytemuck::cast_slice(words);
-        Ok(values[skipped..skipped + halves].iter().map(|value| value.to_f32()).collect())
+    /// A layer's experts, where the model has layers with such.
+    pub(crate) fn experts(&self) -> Option<&Experts> {
+        self.experts.as_ref()
     }
 }

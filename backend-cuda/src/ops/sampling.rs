@@ -5,8 +5,8 @@
 
 use minisgl_core::backend::{Purpose, Step};
 
-use crate::device::Cuda;
 use crate::error::CudaError;
+use crate::gpu::Gpu;
 use crate::launch::{Grid, Kernel, Launcher};
 use crate::memory::{Address, Buffer};
 
@@ -34,17 +34,17 @@ pub struct Sampling {
 
 impl Sampling {
     /// Looks the kernels up and allocates scratch for steps of up to `rows` sampled rows.
-    pub fn new(cuda: &mut Cuda, rows: u32) -> Result<Sampling, CudaError> {
+    pub fn new(gpu: &mut Gpu, rows: u32) -> Result<Sampling, CudaError> {
         let rows = rows as usize;
-        let best = cuda.allocate(Purpose::Scratch, rows * 8)?;
-        let arrived = cuda.allocate(Purpose::Scratch, rows * 4)?;
-        cuda.zero(best, rows * 8)?;
-        cuda.zero(arrived, rows * 4)?;
+        let best = gpu.allocate(Purpose::Scratch, rows * 8)?;
+        let arrived = gpu.allocate(Purpose::Scratch, rows * 4)?;
+        gpu.zero(best, rows * 8)?;
+        gpu.zero(arrived, rows * 4)?;
         Ok(Sampling {
-            cut: cuda.modules().kernel("sampling", "sample_cut", 0)?,
-            draw: cuda.modules().kernel("sampling", "sample_draw", 0)?,
-            logprobs: cuda.modules().kernel("sampling", "logprobs", 0)?,
-            cuts: cuda.allocate(Purpose::Scratch, rows * 4)?,
+            cut: gpu.modules().kernel("sampling", "sample_cut", 0)?,
+            draw: gpu.modules().kernel("sampling", "sample_draw", 0)?,
+            logprobs: gpu.modules().kernel("sampling", "logprobs", 0)?,
+            cuts: gpu.allocate(Purpose::Scratch, rows * 4)?,
             best,
             arrived,
         })

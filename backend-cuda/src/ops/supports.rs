@@ -10,8 +10,8 @@ use minisgl_core::spec::{
 };
 use minisgl_kernels::attention::GROUP_MAX;
 
-use super::SEGMENT;
 use super::experts::{COUNT_MAX, PER_TOKEN_MAX};
+use super::operands::SEGMENT;
 use crate::context::Properties;
 use crate::weight::{Fp8Codes, Fp8Tiles, Rounding};
 

@@ -12,8 +12,6 @@
 use minisgl_core::spec::Inputs;
 use minisgl_core::tensor::{HostTensor, Scales};
 
-use super::Weight;
-
 /// How inputs are rounded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Rounding {
@@ -45,11 +43,6 @@ pub(crate) struct Fp8Codes {
 }
 
 impl Fp8Codes {
-    /// Of a matrix on the device.
-    pub(crate) fn of(w: Weight) -> Fp8Codes {
-        Fp8Codes { rows: w.rows(), cols: w.cols() }
-    }
-
     /// Columns after which tensor cores' sums are taken out, with their scales.
     pub(crate) const BLOCK_COLS: u32 = 128;
     /// Rows that share their scales.

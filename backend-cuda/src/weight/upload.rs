@@ -13,7 +13,7 @@
 use std::ops::Range;
 
 use bytemuck::cast_slice_mut;
-use minisgl_core::backend::{Device, Purpose, Queue, WeightRole};
+use minisgl_core::backend::{Purpose, Queue, WeightRole};
 use minisgl_core::tensor::{HostTensor, TensorData};
 use rayon::prelude::*;
 
@@ -22,8 +22,8 @@ use super::fp8_tiles::Fp8Tiles;
 use super::stacking::{GROUP, Piece, Target, gate_ups, pieces};
 use super::stored_rows::StoredRows;
 use super::{Form, SLICING, Weight};
-use crate::device::Cuda;
 use crate::error::CudaError;
+use crate::gpu::Gpu;
 use crate::launch::Grid;
 use crate::memory::{Address, Pinned};
 
@@ -31,16 +31,28 @@ use crate::memory::{Address, Pinned};
 const STAGING_BYTES: usize = 16 << 20;
 const THREADS: u32 = 256;
 
-/// The staging memory, alive while weights are loaded.
+/// Puts weights on a device.
+#[derive(Debug, Default)]
+pub(crate) struct Loader {
+    /// While weights are loaded.
+    staging: Option<Staging>,
+}
+
+/// The staging memory.
 #[derive(Debug)]
-pub(crate) struct Staging {
+struct Staging {
     buffers: [Pinned; 2],
     next: usize,
 }
 
-impl Cuda {
+impl Loader {
     /// Puts a matrix on the device; see [`minisgl_core::backend::Ops::load`].
-    pub fn load_weight(&mut self, role: WeightRole, parts: &[HostTensor]) -> Result<Weight, CudaError> {
+    pub(crate) fn load(
+        &mut self,
+        gpu: &mut Gpu,
+        role: WeightRole,
+        parts: &[HostTensor],
+    ) -> Result<Weight, CudaError> {
         let (_, rows) = pieces(role, parts);
         let cols = parts.first().map_or(0, |part| part.cols);
         let is_fp8 = |part: &HostTensor| matches!(part.data, TensorData::Fp8 { .. });
@@ -60,9 +72,9 @@ impl Cuda {
             Form::Tiles => Fp8Tiles::bytes(rows, cols),
             Form::Codes(_) => Fp8Codes { rows, cols }.bytes(),
         };
-        let address = self.allocate(Purpose::Weights, bytes)?;
+        let address = gpu.allocate(Purpose::Weights, bytes)?;
         if gate_ups(role) > 0 && form == Form::Bf16 {
-            self.zero(address, bytes)?;
+            gpu.zero(address, bytes)?;
         }
         let weight = Weight { address, rows, cols, form, slices: 1 };
         let slices = match (form, role) {
@@ -71,13 +83,14 @@ impl Cuda {
             _ => SLICING.slices(cols),
         };
         let weight = weight.sliced(slices);
-        self.reload_weight(weight, role, parts)?;
+        self.reload(gpu, weight, role, parts)?;
         Ok(weight)
     }
 
     /// Enqueues the copies of a matrix's elements to where it is; see [`minisgl_core::backend::Ops::reload`]. Padding stays.
-    pub fn reload_weight(
+    pub(crate) fn reload(
         &mut self,
+        gpu: &mut Gpu,
         weight: Weight,
         role: WeightRole,
         parts: &[HostTensor],
@@ -106,8 +119,8 @@ impl Cuda {
         }
         match weight.form {
             Form::Bf16 => {}
-            Form::Tiles => return self.upload_fp8(&pieces, weight),
-            Form::Codes(_) => return self.upload_codes(&pieces, weight),
+            Form::Tiles => return self.upload_fp8(gpu, &pieces, weight),
+            Form::Codes(_) => return self.upload_codes(gpu, &pieces, weight),
         }
         for piece in pieces {
             let (whole, first_row, first_col) = piece.tensor.whole();
@@ -118,14 +131,14 @@ impl Cuda {
                 }
                 TensorData::Uniform { seed, low, high } => {
                     let seed = seed.wrapping_add((first * pitch + first_col) as u64);
-                    self.make_uniform(&piece, pitch, seed, *low, *high, address)?;
+                    make_uniform(gpu, &piece, pitch, seed, *low, *high, address)?;
                 }
                 TensorData::Bytes { owner, range, dtype } => {
                     let bytes = &(**owner).as_ref()[range.clone()];
                     let row_bytes = pitch * dtype.bytes();
                     let bytes = &bytes[first * row_bytes..(first + piece.rows.len()) * row_bytes];
                     let rows = StoredRows { bytes, dtype: *dtype, pitch, cols: first_col..first_col + cols };
-                    self.upload_rows(&rows, piece.target, address)?;
+                    self.upload_rows(gpu, &rows, piece.target, address)?;
                 }
             }
         }
@@ -133,53 +146,33 @@ impl Cuda {
     }
 
     /// Frees the staging memory: no more weights come.
-    pub fn free_staging(&mut self) {
+    pub(crate) fn free_staging(&mut self) {
         self.staging = None;
     }
 
     /// Multiplies column c of `matrix` by element c of `norm`, in place. One in fp8 stays: its inputs are multiplied.
-    pub fn scale_columns(&mut self, norm: Weight, matrix: Weight) -> Result<(), CudaError> {
+    pub(crate) fn scale_columns(&self, gpu: &Gpu, norm: Weight, matrix: Weight) -> Result<(), CudaError> {
         if matrix.is_fp8() {
             return Ok(());
         }
-        let kernel = self.modules.kernel("weights", "fold_norm", 0)?;
+        let kernel = gpu.modules.kernel("weights", "fold_norm", 0)?;
         let cols = matrix.cols as u32;
         let grid = Grid::new(matrix.rows as u32, THREADS);
-        self.launcher.launch(&kernel, grid, [&matrix.address, &cols, &norm.address])
+        gpu.launcher.launch(&kernel, grid, [&matrix.address, &cols, &norm.address])
     }
 
-    fn make_uniform(
-        &mut self,
-        piece: &Piece<'_>,
-        pitch: usize,
-        seed: u64,
-        low: f32,
-        high: f32,
-        matrix: Address,
-    ) -> Result<(), CudaError> {
-        let kernel = self.modules.kernel("weights", "uniform", 0)?;
-        let (cols, target) = (piece.tensor.cols, piece.target);
-        let out = matrix.offset(target.first * cols * 2);
-        let (group, stride, width) = (target.group as u32, target.stride as u32, high - low);
-        self.launcher.launch(
-            &kernel,
-            Grid::new(piece.rows.len() as u32, THREADS),
-            [&out, &(cols as u32), &group, &stride, &(pitch as u32), &seed, &low, &width],
-        )
-    }
-
-    fn take_staging(&mut self) -> Result<Staging, CudaError> {
+    fn take_staging(&mut self, gpu: &mut Gpu) -> Result<Staging, CudaError> {
         match self.staging.take() {
             Some(staging) => Ok(staging),
             None => Ok(Staging {
-                buffers: [self.alloc_pinned(STAGING_BYTES / 4)?, self.alloc_pinned(STAGING_BYTES / 4)?],
+                buffers: [gpu.alloc_pinned(STAGING_BYTES / 4)?, gpu.alloc_pinned(STAGING_BYTES / 4)?],
                 next: 0,
             }),
         }
     }
 
     /// Packs a matrix in fp8 into tiles, a staging buffer at a time.
-    fn upload_fp8(&mut self, pieces: &[Piece<'_>], weight: Weight) -> Result<(), CudaError> {
+    fn upload_fp8(&mut self, gpu: &mut Gpu, pieces: &[Piece<'_>], weight: Weight) -> Result<(), CudaError> {
         let mut rows = vec![None; weight.rows.next_multiple_of(2 * Fp8Tiles::ROWS)];
         for piece in pieces {
             for (i, row) in piece.rows.clone().enumerate() {
@@ -194,16 +187,16 @@ impl Cuda {
                 "a matrix of {cols} columns is too wide to be loaded"
             )));
         }
-        let mut staging = self.take_staging()?;
+        let mut staging = self.take_staging(gpu)?;
         let mut to = weight.address;
         for rows in rows.chunks(at_once) {
             let bytes = rows.len() / Fp8Tiles::ROWS * across;
             let buffer = &mut staging.buffers[staging.next % 2];
             staging.next += 1;
-            let packed = &mut cast_slice_mut::<u32, u8>(self.words_mut(buffer)?)[..bytes];
+            let packed = &mut cast_slice_mut::<u32, u8>(gpu.words_mut(buffer)?)[..bytes];
             let tiles = packed.par_chunks_mut(across).zip(rows.par_chunks(Fp8Tiles::ROWS));
             tiles.for_each(|(tiles, rows)| Fp8Tiles::pack(rows, tiles));
-            self.upload_staged(buffer, bytes, to)?;
+            upload_staged(gpu, buffer, bytes, to)?;
             to = to.offset(bytes);
         }
         self.staging = Some(staging);
@@ -211,7 +204,7 @@ impl Cuda {
     }
 
     /// Copies codes as they are, a staging buffer at a time, and scales behind them.
-    fn upload_codes(&mut self, pieces: &[Piece<'_>], weight: Weight) -> Result<(), CudaError> {
+    fn upload_codes(&mut self, gpu: &mut Gpu, pieces: &[Piece<'_>], weight: Weight) -> Result<(), CudaError> {
         let (cols, layout) = (weight.cols, Fp8Codes { rows: weight.rows, cols: weight.cols });
         let mut rows = vec![None; weight.rows];
         let mut input_scale = None;
@@ -238,12 +231,12 @@ impl Cuda {
             )));
         };
         scales.push(input_scale.unwrap_or(1.0));
-        let mut staging = self.take_staging()?;
+        let mut staging = self.take_staging(gpu)?;
         let at_once = (STAGING_BYTES / cols.max(1)).max(1);
         for (i, rows) in rows.chunks(at_once).enumerate() {
             let buffer = &mut staging.buffers[staging.next % 2];
             staging.next += 1;
-            let staged = cast_slice_mut::<u32, u8>(self.words_mut(buffer)?);
+            let staged = cast_slice_mut::<u32, u8>(gpu.words_mut(buffer)?);
             let Some(staged) = staged.get_mut(..rows.len() * cols) else {
                 return Err(CudaError::Unsupported(format!(
                     "a matrix of {cols} columns is too wide to be loaded"
@@ -253,14 +246,15 @@ impl Cuda {
                 Some(row) => to.copy_from_slice(row.codes),
                 None => to.fill(0),
             });
-            self.upload_staged(buffer, rows.len() * cols, weight.address.offset(i * at_once * cols))?;
+            upload_staged(gpu, buffer, rows.len() * cols, weight.address.offset(i * at_once * cols))?;
         }
         for (i, part) in scales.chunks(STAGING_BYTES / 4).enumerate() {
             let buffer = &mut staging.buffers[staging.next % 2];
             staging.next += 1;
-            let words = self.words_mut(buffer)?;
+            let words = gpu.words_mut(buffer)?;
             words.iter_mut().zip(part).for_each(|(word, scale)| *word = scale.to_bits());
-            self.upload_staged(
+            upload_staged(
+                gpu,
                 buffer,
                 part.len() * 4,
                 weight.address.offset(layout.scales_at() + i * STAGING_BYTES),
@@ -270,62 +264,83 @@ impl Cuda {
         Ok(())
     }
 
-    /// Enqueues the copy of the first bytes of a staging buffer.
-    fn upload_staged(&mut self, buffer: &mut Pinned, bytes: usize, to: Address) -> Result<(), CudaError> {
-        self.upload_bytes(buffer, 0, bytes, to)?;
-        let stream = self.launcher.stream(Queue::Compute);
-        let recorded = buffer.uploaded.record(stream);
-        recorded.map_err(|error| self.launcher.failed("recording an event", error))
-    }
-
     /// Copies rows to their places, a staging buffer at a time.
     fn upload_rows(
         &mut self,
+        gpu: &mut Gpu,
         from: &StoredRows<'_>,
         target: Target,
         matrix: Address,
     ) -> Result<(), CudaError> {
         let (rows, cols) = (from.rows(), from.cols.len());
         let chunk_rows = chunk_rows(rows, cols)?;
-        let mut staging = self.take_staging()?;
+        let mut staging = self.take_staging(gpu)?;
         for first in (0..rows).step_by(chunk_rows) {
             let count = chunk_rows.min(rows - first);
             let buffer = &mut staging.buffers[staging.next % 2];
             staging.next += 1;
-            let words = self.words_mut(buffer)?;
+            let words = gpu.words_mut(buffer)?;
             from.to_bf16(first..first + count, &mut cast_slice_mut(words)[..count * cols]);
-            self.scatter_rows(buffer, first..first + count, cols, target, matrix)?;
+            scatter_rows(gpu, buffer, first..first + count, cols, target, matrix)?;
         }
         self.staging = Some(staging);
         Ok(())
     }
+}
 
-    /// Enqueues the copy of staged rows, which are rows `rows` of their piece.
-    fn scatter_rows(
-        &mut self,
-        staged: &mut Pinned,
-        rows: Range<usize>,
-        cols: usize,
-        target: Target,
-        matrix: Address,
-    ) -> Result<(), CudaError> {
-        let row_bytes = cols * 2;
-        let whole = if target.group == target.stride { 0 } else { rows.len() / target.group };
-        if whole > 0 {
-            let first = matrix.offset(target.row(rows.start) * row_bytes);
-            let (width, pitch) = (target.group * row_bytes, target.stride * row_bytes);
-            self.upload_strided(staged, width, whole, first, pitch)?;
-        }
-        let done = whole * target.group;
-        if done < rows.len() {
-            let start = done * row_bytes;
-            let bytes = (rows.len() - done) * row_bytes;
-            let to = matrix.offset(target.row(rows.start + done) * row_bytes);
-            self.upload_bytes(staged, start, bytes, to)?;
-        }
-        let stream = self.launcher.stream(Queue::Compute);
-        staged.uploaded.record(stream).map_err(|error| self.launcher.failed("recording an event", error))
+fn make_uniform(
+    gpu: &Gpu,
+    piece: &Piece<'_>,
+    pitch: usize,
+    seed: u64,
+    low: f32,
+    high: f32,
+    matrix: Address,
+) -> Result<(), CudaError> {
+    let kernel = gpu.modules.kernel("weights", "uniform", 0)?;
+    let (cols, target) = (piece.tensor.cols, piece.target);
+    let out = matrix.offset(target.first * cols * 2);
+    let (group, stride, width) = (target.group as u32, target.stride as u32, high - low);
+    gpu.launcher.launch(
+        &kernel,
+        Grid::new(piece.rows.len() as u32, THREADS),
+        [&out, &(cols as u32), &group, &stride, &(pitch as u32), &seed, &low, &width],
+    )
+}
+
+/// Enqueues the copy of the first bytes of a staging buffer.
+fn upload_staged(gpu: &Gpu, buffer: &mut Pinned, bytes: usize, to: Address) -> Result<(), CudaError> {
+    gpu.upload_bytes(buffer, 0, bytes, to)?;
+    let stream = gpu.launcher.stream(Queue::Compute);
+    let recorded = buffer.uploaded.record(stream);
+    recorded.map_err(|error| gpu.launcher.failed("recording an event", error))
+}
+
+/// Enqueues the copy of staged rows, which are rows `rows` of their piece.
+fn scatter_rows(
+    gpu: &Gpu,
+    staged: &mut Pinned,
+    rows: Range<usize>,
+    cols: usize,
+    target: Target,
+    matrix: Address,
+) -> Result<(), CudaError> {
+    let row_bytes = cols * 2;
+    let whole = if target.group == target.stride { 0 } else { rows.len() / target.group };
+    if whole > 0 {
+        let first = matrix.offset(target.row(rows.start) * row_bytes);
+        let (width, pitch) = (target.group * row_bytes, target.stride * row_bytes);
+        gpu.upload_strided(staged, width, whole, first, pitch)?;
     }
+    let done = whole * target.group;
+    if done < rows.len() {
+        let start = done * row_bytes;
+        let bytes = (rows.len() - done) * row_bytes;
+        let to = matrix.offset(target.row(rows.start + done) * row_bytes);
+        gpu.upload_bytes(staged, start, bytes, to)?;
+    }
+    let stream = gpu.launcher.stream(Queue::Compute);
+    staged.uploaded.record(stream).map_err(|error| gpu.launcher.failed("recording an event", error))
 }
 
 /// Rows that fit a staging buffer: whole groups, unless all rows fit.

@@ -1,4 +1,4 @@
-// What layers_divide.cuh is told: the step, the layers, and how the copy engine fetches weights and activations. backend-cuda/src/ops/layers.rs
+// What layers_divide.cuh is told: the step, the layers, and how the copy engine fetches weights and activations. backend-cuda/src/ops/layers/args.rs
 // declares the same fields.
 #pragma once
 

@@ -17,7 +17,7 @@ use crate::error::CudaError;
 use crate::launch::Grid;
 use crate::ops::gemm::SmShare;
 use crate::ops::halves::{Division, Part};
-use crate::ops::layers::LayersKernel;
+use crate::ops::layers::blocks::attenders;
 
 /// Wider than any sequence; the kernels add it to positions.
 const NO_WINDOW: u32 = 1 << 30;
@@ -93,12 +93,8 @@ impl Planner {
                 Self::half_rows(limits),
                 SmShare::Half,
             ),
-            attenders: decode(
-                LayersKernel::attenders(multiprocessors, format),
-                Self::half_rows(limits),
-                SmShare::Half,
-            )
-            .beside_products(),
+            attenders: decode(attenders(multiprocessors, format), Self::half_rows(limits), SmShare::Half)
+                .beside_products(),
             splitter: Splitter {
                 blocks: multiprocessors,
                 kv_heads: heads.kv_heads,

@@ -15,15 +15,16 @@
 //! Invariant: a launch depends on the number of tokens alone. Blocks find their units by counts in memory, and there are never
 //! more blocks than the device takes at once, so a cluster's blocks meet.
 
-use minisgl_core::backend::{Device, Element, Purpose};
+use minisgl_core::backend::{Element, Purpose};
 use minisgl_core::spec::WeightFormat;
 
-use super::super::rows_from;
-use super::{ExpertLayer, Routing, tiles_at_most};
-use crate::device::Cuda;
+use super::layer::ExpertLayer;
+use super::routing::{Routing, tiles_at_most};
 use crate::error::CudaError;
+use crate::gpu::Gpu;
 use crate::launch::{Grid, Kernel, Launcher};
 use crate::memory::{Address, Buffer};
+use crate::ops::operands::rows_from;
 use crate::param::{Param, plain_params};
 use crate::tensor_map::TensorMap;
 use crate::weight::{Fp8Tiles, Weight};
@@ -111,17 +112,17 @@ struct Loaded {
 
 impl Loaded {
     fn new(
-        cuda: &Cuda,
+        gpu: &Gpu,
         module: &'static str,
         tiling: Tiling,
         [gate_up, down]: [&'static str; 2],
     ) -> Result<Loaded, CudaError> {
-        let find = |name| cuda.modules().kernel(module, name, tiling.shared_bytes());
+        let find = |name| gpu.modules().kernel(module, name, tiling.shared_bytes());
         let [gate_up, down] = [find(gate_up)?, find(down)?];
         let places = match tiling.sharers {
-            1 => cuda.properties().multiprocessors * tiling.at_once,
+            1 => gpu.properties().multiprocessors * tiling.at_once,
             // Where none has room the launch will say so.
-            _ => cuda.launcher().clusters_at_once(&down, tiling.blocks(1))?.max(1),
+            _ => gpu.launcher().clusters_at_once(&down, tiling.blocks(1))?.max(1),
         };
         Ok(Loaded { tiling, gate_up, down, places })
     }
@@ -160,16 +161,16 @@ struct Form {
 }
 
 impl Form {
-    fn bf16(cuda: &Cuda) -> Result<Form, CudaError> {
-        let load = |tiling, names| Loaded::new(cuda, "experts_products", tiling, names);
+    fn bf16(gpu: &Gpu) -> Result<Form, CudaError> {
+        let load = |tiling, names| Loaded::new(gpu, "experts_products", tiling, names);
         Ok(Form {
             few: load(Tiling::FEW, ["experts_few_gate_up", "experts_few_down"])?,
             many: load(Tiling::MANY, ["experts_many_gate_up", "experts_many_down"])?,
         })
     }
 
-    fn fp8(cuda: &Cuda) -> Result<Form, CudaError> {
-        let load = |tiling, names| Loaded::new(cuda, "experts_products_fp8", tiling, names);
+    fn fp8(gpu: &Gpu) -> Result<Form, CudaError> {
+        let load = |tiling, names| Loaded::new(gpu, "experts_products_fp8", tiling, names);
         Ok(Form {
             few: load(Tiling::FEW_FP8, ["experts_few_gate_up_fp8", "experts_few_down_fp8"])?,
             many: load(Tiling::MANY_FP8, ["experts_many_gate_up_fp8", "experts_many_down_fp8"])?,
@@ -217,13 +218,13 @@ impl Hopper {
     /// A warp each.
     const GATHERED_BY_BLOCK: u32 = 8;
 
-    pub(super) fn new(cuda: &mut Cuda, weights: WeightFormat) -> Result<Hopper, CudaError> {
-        let tickets = cuda.alloc(Purpose::Scratch, Element::Word, 2)?;
-        cuda.zero(tickets.address(), tickets.bytes())?;
+    pub(super) fn new(gpu: &mut Gpu, weights: WeightFormat) -> Result<Hopper, CudaError> {
+        let tickets = gpu.alloc(Purpose::Scratch, Element::Word, 2)?;
+        gpu.zero(tickets.address(), tickets.bytes())?;
         Ok(Hopper {
-            gather: cuda.modules().kernel("experts_products", "experts_gather", 0)?,
-            bf16: Form::bf16(cuda)?,
-            fp8: (weights != WeightFormat::Bf16).then(|| Form::fp8(cuda)).transpose()?,
+            gather: gpu.modules().kernel("experts_products", "experts_gather", 0)?,
+            bf16: Form::bf16(gpu)?,
+            fp8: (weights != WeightFormat::Bf16).then(|| Form::fp8(gpu)).transpose()?,
             tickets: [tickets.address(), tickets.address().offset(4)],
         })
     }

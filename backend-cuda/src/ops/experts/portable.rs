@@ -1,6 +1,7 @@
 //! Launches of `portable/experts_products.cu`, the products for any GPU: a block for each tile of rows and of pairs that there can be.
 
-use super::{ExpertLayer, Routing, THREADS, tiles_at_most};
+use super::layer::ExpertLayer;
+use super::routing::{Routing, THREADS, tiles_at_most};
 use crate::error::CudaError;
 use crate::launch::{Grid, Kernel, Launcher};
 use crate::memory::Buffer;

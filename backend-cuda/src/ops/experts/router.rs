@@ -9,7 +9,8 @@
 
 use minisgl_core::backend::Step;
 
-use super::{COUNT_MAX, ExpertLayer, Routing};
+use super::layer::ExpertLayer;
+use super::routing::{COUNT_MAX, Routing};
 use crate::error::CudaError;
 use crate::launch::{Grid, Kernel, Launcher};
 use crate::memory::Buffer;

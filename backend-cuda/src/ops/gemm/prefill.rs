@@ -21,8 +21,8 @@ use minisgl_core::backend::Purpose;
 use super::epilogue::{Epilogue, Kind};
 use super::product::{Block, Explained, Product};
 use super::shape::{BLOCK_COLS, Shape};
-use crate::device::Cuda;
 use crate::error::CudaError;
+use crate::gpu::Gpu;
 use crate::launch::{Grid, Kernel, Launcher};
 use crate::memory::Address;
 use crate::param::plain_params;
@@ -39,13 +39,13 @@ pub(super) struct Loaded {
 impl Loaded {
     /// Looks up a tile's kernel in a module.
     pub(super) fn new(
-        cuda: &mut Cuda,
+        gpu: &mut Gpu,
         module: &'static str,
         (tile, name): (Tile, &'static str),
     ) -> Result<Loaded, CudaError> {
-        let kernel = cuda.modules().kernel(module, name, Tile::SHARED)?;
+        let kernel = gpu.modules().kernel(module, name, Tile::SHARED)?;
         // Where none has room the launch will say so.
-        let clusters = cuda.launcher().clusters_at_once(&kernel, tile.grid(1))?.max(1);
+        let clusters = gpu.launcher().clusters_at_once(&kernel, tile.grid(1))?.max(1);
         let aside = (tile.cluster() * tile.rows * tile.tokens()) as usize * 4;
         let clusters = if tile.aside { clusters.min((Partials::BYTES / aside) as u32) } else { clusters };
         Ok(Loaded { tile, kernel, clusters })
@@ -85,11 +85,11 @@ impl Partials {
     /// Bytes of a warp's sums: 16 tokens by 128 rows. (Tiles of 64 rows have half of that, and two slices, not four.)
     const WARP_BYTES: usize = 16 * 128 * 4;
 
-    fn new(cuda: &mut Cuda) -> Result<Partials, CudaError> {
-        let sums = cuda.allocate(Purpose::Scratch, Self::BYTES)?;
+    fn new(gpu: &mut Gpu) -> Result<Partials, CudaError> {
+        let sums = gpu.allocate(Purpose::Scratch, Self::BYTES)?;
         let arrived_bytes = Self::BYTES / Self::WARP_BYTES * 4;
-        let arrived = cuda.allocate(Purpose::Scratch, arrived_bytes)?;
-        cuda.zero(arrived, arrived_bytes)?;
+        let arrived = gpu.allocate(Purpose::Scratch, arrived_bytes)?;
+        gpu.zero(arrived, arrived_bytes)?;
         Ok(Partials { sums, arrived })
     }
 }
@@ -298,9 +298,9 @@ impl Prefill {
     pub(super) const WARP_TOKENS: u32 = 16;
 
     /// Looks up the kernels, and how many clusters of each the device takes.
-    pub(super) fn new(cuda: &mut Cuda) -> Result<Prefill, CudaError> {
-        let partials = Partials::new(cuda)?;
-        let mut load = |tile| Loaded::new(cuda, "gemm_prefill", tile);
+    pub(super) fn new(gpu: &mut Gpu) -> Result<Prefill, CudaError> {
+        let partials = Partials::new(gpu)?;
+        let mut load = |tile| Loaded::new(gpu, "gemm_prefill", tile);
         let mut of_kind = |kind| Tile::of(kind).into_iter().map(&mut load).collect::<Result<Vec<_>, _>>();
         let kernels = [
             of_kind(Kind::Qkv)?,

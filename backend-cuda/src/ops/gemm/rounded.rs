@@ -16,8 +16,8 @@ use super::epilogue::{Epilogue, Kind, RowNorm};
 use super::prefill::{Loaded, Partials, Prefill, Tile};
 use super::product::{Explained, Product, Rows};
 use super::shape::{BLOCK_COLS, Shape};
-use crate::device::Cuda;
 use crate::error::CudaError;
+use crate::gpu::Gpu;
 use crate::launch::{Grid, Kernel, Launcher};
 use crate::memory::Address;
 use crate::module::Modules;
@@ -137,14 +137,14 @@ const KINDS: [Kind; 3] = [Kind::Qkv, Kind::Residual, Kind::GateUp];
 
 impl Rounded {
     /// Looks them up, and takes memory for `tokens` rows of inputs of at most `width` columns.
-    pub(super) fn new(cuda: &mut Cuda, tokens: usize, width: usize) -> Result<Rounded, CudaError> {
+    pub(super) fn new(gpu: &mut Gpu, tokens: usize, width: usize) -> Result<Rounded, CudaError> {
         let width = width.next_multiple_of(Fp8Codes::BLOCK_COLS as usize);
         // Whole tiles of a cluster find their tokens' scales.
         let pitch = tokens.next_multiple_of(256);
         let blocks = width / Fp8Codes::BLOCK_COLS as usize;
         let room = Room {
-            codes: cuda.allocate(Purpose::Scratch, tokens * width)?,
-            scales: cuda.allocate(Purpose::Scratch, blocks * pitch * 4)?,
+            codes: gpu.allocate(Purpose::Scratch, tokens * width)?,
+            scales: gpu.allocate(Purpose::Scratch, blocks * pitch * 4)?,
             tokens: tokens as u32,
             pitch: pitch as u32,
             width: width as u32,
@@ -156,7 +156,7 @@ impl Rounded {
             };
             names.iter().enumerate().map(load).collect::<Result<Vec<_>, _>>()
         };
-        let modules = cuda.modules();
+        let modules = gpu.modules();
         let [qkv, residual, gate_up] = KINDS.map(|kind| few(modules, kind));
         let few = [qkv?, residual?, gate_up?];
         let round = modules.kernel("fp8_inputs", "fp8_inputs", 0)?;
@@ -164,7 +164,7 @@ impl Rounded {
             let (_, _, tiles) = kernels(kind).ok_or_else(|| none(kind))?;
             tiles
                 .into_iter()
-                .map(|tile| Loaded::new(cuda, "gemm_rounded_many", tile))
+                .map(|tile| Loaded::new(gpu, "gemm_rounded_many", tile))
                 .collect::<Result<Vec<_>, _>>()
         };
         let many = [many(Kind::Qkv)?, many(Kind::Residual)?, many(Kind::GateUp)?];
@@ -195,7 +195,7 @@ impl Rounded {
             codes: self.room.codes,
             scales: self.room.scales,
             fixed: match codes.rounding {
-                Rounding::Fixed => w.address().offset(Fp8Codes::of(w).input_scale_at()),
+                Rounding::Fixed => w.address().offset(w.codes_layout().input_scale_at()),
                 Rounding::Groups | Rounding::Rows => Address::NULL,
             },
             cols,
@@ -214,7 +214,7 @@ impl Rounded {
         w: Weight,
         product: &Product<'_, E>,
     ) -> Result<(), CudaError> {
-        let (shape, layout) = (product.shape, Fp8Codes::of(w));
+        let (shape, layout) = (product.shape, w.codes_layout());
         let (index, names, _) = kernels(E::KIND).ok_or_else(|| none(E::KIND))?;
         let by_rows = w.codes().is_some_and(|codes| codes.by_rows);
         let scales = CodeScales {

@@ -1,4 +1,5 @@
-//! The GPU as core's [`Device`]: two streams, memory that is planned once, pinned staging, graphs.
+//! A GPU: its memory, its two streams, the kernels that are loaded on it, and its link to other ranks. Operations take it; of
+//! models it knows nothing.
 //!
 //! ```text
 //!   host ── pinned ──> [compute stream]  upload, kernels or a graph of them ── event ──┐
@@ -13,23 +14,18 @@ use std::sync::Arc;
 
 use cudarc::driver::result::{self, DriverError};
 use cudarc::driver::sys;
-use minisgl_core::backend::{Device, DeviceInfo, Element, Memory, Purpose, Queue};
-use minisgl_core::kv::KvFormat;
+use minisgl_core::backend::{DeviceInfo, Element, Memory, Purpose, Queue};
 use minisgl_core::shard::Rank;
 
 use crate::context::{Context, KernelSet, Properties};
 use crate::error::{CudaError, Named, is_out_of_memory};
+use crate::info::info_of;
 use crate::launch::Launcher;
 use crate::link::Link;
-use crate::memory::{Address, Buffer, Event, Graph, Pinned, element_bytes};
+use crate::memory::{Address, Buffer, Event, Pinned, element_bytes};
 use crate::module::Modules;
-use crate::ops::Operations;
 use crate::telemetry::Telemetry;
 use crate::turns;
-use crate::weight::{SLICING, Staging};
-
-/// The smallest page, in tokens, that the attention kernels take.
-const PAGE_SIZE_MIN: u32 = 16;
 
 /// Which device to open, and how.
 #[derive(Clone, Copy, Debug, Default)]
@@ -42,37 +38,31 @@ pub struct Options {
 
 /// A GPU. Used from the thread that made it.
 #[derive(Debug)]
-pub struct Cuda {
+pub struct Gpu {
     allocations: Allocations,
-    /// While weights are loaded.
-    pub(crate) staging: Option<Staging>,
-    /// Set up by `reserve`.
-    pub(crate) operations: Option<Operations>,
     pub(crate) modules: Modules,
     pub(crate) launcher: Launcher,
     /// To the other ranks, where there are some. Last: what lies above waits for the device before it goes.
     pub(crate) link: Option<Link>,
 }
 
-impl Cuda {
+impl Gpu {
     /// Opens a device and loads the kernels for it.
-    pub fn new(options: &Options) -> Result<Cuda, CudaError> {
-        Cuda::on(&Context::open(options.device, options.kernels)?, None)
+    pub fn new(options: &Options) -> Result<Gpu, CudaError> {
+        Gpu::on(&Context::open(options.device, options.kernels)?, None)
     }
 
     /// The device of one of several ranks that compute each step together. What it is given to load and to reserve is that rank's
     /// part of a model ([`minisgl_core::shard`]).
-    pub fn of_rank(link: Link) -> Result<Cuda, CudaError> {
+    pub fn of_rank(link: Link) -> Result<Gpu, CudaError> {
         let context = link.context().clone();
         context.make_current()?;
-        Cuda::on(&context, Some(link))
+        Gpu::on(&context, Some(link))
     }
 
-    fn on(context: &Arc<Context>, link: Option<Link>) -> Result<Cuda, CudaError> {
-        Ok(Cuda {
+    fn on(context: &Arc<Context>, link: Option<Link>) -> Result<Gpu, CudaError> {
+        Ok(Gpu {
             allocations: Allocations::new(context),
-            staging: None,
-            operations: None,
             modules: Modules::load(context)?,
             launcher: Launcher::new(context)?,
             link,
@@ -129,7 +119,7 @@ impl Cuda {
     }
 
     /// Makes a driver call that enqueues something.
-    fn enqueue(
+    pub(crate) fn enqueue(
         &self,
         operation: &'static str,
         call: impl FnOnce() -> Result<(), DriverError>,
@@ -157,7 +147,7 @@ impl Cuda {
         }
     }
 
-    /// The allocations so far; see [`Cuda::free_after`].
+    /// The allocations so far; see [`Gpu::free_after`].
     pub fn mark(&self) -> usize {
         self.allocations.addresses.len()
     }
@@ -252,25 +242,25 @@ impl Cuda {
         let copied = unsafe { sys::cuMemcpy2DAsync_v2(&copy, self.launcher.stream(Queue::Compute)) };
         self.check("copying to the GPU", copied.result())
     }
-}
 
-impl Device for Cuda {
-    type Error = CudaError;
-    type Buffer = Buffer;
-    type Pinned = Pinned;
-    type Event = Event;
-    type Graph = Graph;
-
-    fn info(&self) -> DeviceInfo {
+    /// What it is, as a backend says it.
+    pub fn info(&self) -> DeviceInfo {
         info_of(self.properties())
     }
 
-    fn memory(&self) -> Result<Memory, CudaError> {
+    /// Its memory, and what of it is free.
+    pub fn memory(&self) -> Result<Memory, CudaError> {
         let (free, total) = self.check("reading the free GPU memory", result::mem_get_info())?;
         Ok(Memory { free: free as u64, total: total as u64 })
     }
 
-    fn alloc(&mut self, purpose: Purpose, element: Element, elements: usize) -> Result<Buffer, CudaError> {
+    /// Allocates elements for `purpose`; of pages of keys and values all are zero.
+    pub fn alloc(
+        &mut self,
+        purpose: Purpose,
+        element: Element,
+        elements: usize,
+    ) -> Result<Buffer, CudaError> {
         let bytes = elements * element_bytes(element);
         let address = self.allocate(purpose, bytes)?;
         if purpose == Purpose::KvCache {
@@ -280,7 +270,8 @@ impl Device for Cuda {
         Ok(Buffer::new(address, element, elements))
     }
 
-    fn free(&mut self, buffer: Buffer) -> Result<(), CudaError> {
+    /// Frees what was allocated, which nothing may use any more.
+    pub fn free(&mut self, buffer: Buffer) -> Result<(), CudaError> {
         self.synchronize()?;
         let _turn = turns::synchronize();
         let Address(address) = buffer.address();
@@ -292,30 +283,26 @@ impl Device for Cuda {
         self.check("freeing GPU memory", unsafe { result::memory_free(address) })
     }
 
-    fn is_out_of_memory(error: &CudaError) -> bool {
-        matches!(error, CudaError::OutOfMemory { .. } | CudaError::DriverMemory { .. })
-    }
-
-    fn slice(&self, buffer: Buffer, range: Range<usize>) -> Buffer {
-        buffer.slice(range)
-    }
-
-    fn alloc_pinned(&mut self, words: usize) -> Result<Pinned, CudaError> {
+    /// Pinned memory of so many words.
+    pub fn alloc_pinned(&mut self, words: usize) -> Result<Pinned, CudaError> {
         Pinned::new(self.context(), words)
     }
 
-    fn words<'a>(&self, pinned: &'a Pinned) -> Result<&'a [u32], CudaError> {
+    /// Its words, once they have been downloaded.
+    pub fn words<'a>(&self, pinned: &'a Pinned) -> Result<&'a [u32], CudaError> {
         self.wait_on_host("waiting for a download", &pinned.downloaded)?;
         Ok(pinned.words())
     }
 
-    fn words_mut<'a>(&self, pinned: &'a mut Pinned) -> Result<&'a mut [u32], CudaError> {
+    /// Its words, once no copy reads or writes them.
+    pub fn words_mut<'a>(&self, pinned: &'a mut Pinned) -> Result<&'a mut [u32], CudaError> {
         self.wait_on_host("waiting for an upload", &pinned.uploaded)?;
         self.wait_on_host("waiting for a download", &pinned.downloaded)?;
         Ok(pinned.words_mut())
     }
 
-    fn upload(&mut self, from: &mut Pinned, range: Range<usize>, to: Buffer) -> Result<(), CudaError> {
+    /// Enqueues a copy of words to the same place of a buffer.
+    pub fn upload(&mut self, from: &mut Pinned, range: Range<usize>, to: Buffer) -> Result<(), CudaError> {
         let words = from.len().min(to.bytes() / 4);
         within("an upload", range.clone(), words)?;
         let target = to.address().offset(range.start * 4);
@@ -324,7 +311,8 @@ impl Device for Cuda {
         self.enqueue("recording an event", || from.uploaded.record(stream))
     }
 
-    fn download(
+    /// Enqueues a copy of a buffer's first words.
+    pub fn download(
         &mut self,
         queue: Queue,
         from: Buffer,
@@ -336,67 +324,20 @@ impl Device for Cuda {
         self.download_bytes(queue, from, to)
     }
 
-    /// Of bf16, two to a word, the first in its low half.
-    fn widen(words: &[u32], out: &mut [f32]) {
-        for (pair, word) in out.chunks_mut(2).zip(words) {
-            let halves = [word << 16, word & 0xFFFF_0000];
-            pair.iter_mut().zip(halves).for_each(|(out, bits)| *out = f32::from_bits(bits));
-        }
-    }
-
-    fn event(&mut self) -> Result<Event, CudaError> {
-        Event::timed(self.context())
-    }
-
-    fn record(&mut self, queue: Queue, event: &mut Event) -> Result<(), CudaError> {
-        self.enqueue("recording an event", || event.record(self.launcher.stream(queue)))
-    }
-
-    fn wait(&mut self, queue: Queue, event: &Event) -> Result<(), CudaError> {
-        self.enqueue("waiting for an event", || event.hold(self.launcher.stream(queue)))
-    }
-
-    fn elapsed_ms(&self, from: &Event, to: &Event) -> Result<f32, CudaError> {
+    /// Milliseconds between two events, after waiting for both.
+    pub fn elapsed_ms(&self, from: &Event, to: &Event) -> Result<f32, CudaError> {
         self.wait_on_host("waiting for an event", from)?;
         self.wait_on_host("waiting for an event", to)?;
         self.launcher.ms_between(from, to)
     }
 
-    fn has_passed(&self, event: &Event) -> bool {
-        event.has_passed()
-    }
-
-    fn synchronize(&mut self) -> Result<(), CudaError> {
+    /// Waits on the host for all that is enqueued.
+    pub fn synchronize(&mut self) -> Result<(), CudaError> {
         if let Some(link) = self.link.as_ref().filter(|link| link.is_carried()) {
             link.wait_for(|| self.launcher.is_idle())?;
         }
         self.launcher.synchronize()?;
         self.check_ranks()
-    }
-
-    fn begin_capture(&mut self) -> Result<(), CudaError> {
-        self.launcher.begin_capture()
-    }
-
-    fn end_capture(&mut self) -> Result<Graph, CudaError> {
-        self.launcher.end_capture()
-    }
-
-    fn replay(&mut self, graph: &Graph) -> Result<(), CudaError> {
-        self.launcher.begin_step();
-        self.launcher.replay(graph)
-    }
-}
-
-/// Such a device as people name it.
-pub(crate) fn info_of(properties: &Properties) -> DeviceInfo {
-    DeviceInfo {
-        name: properties.name.clone(),
-        activation_bytes: element_bytes(Element::Activation),
-        kv: KvFormat::Bf16,
-        logit_bytes: element_bytes(Element::Logit),
-        page_size_min: PAGE_SIZE_MIN,
-        slicing: SLICING,
     }
 }
 
@@ -436,16 +377,6 @@ impl Drop for Allocations {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn activations_come_back_in_their_order() {
-        let values: [f32; 6] = [1.0, -2.5, 0.15625, -0.0, f32::INFINITY, 3.0e38];
-        let bits = |value: f32| u32::from(half::bf16::from_f32(value).to_bits());
-        let words: Vec<u32> = values.chunks(2).map(|pair| bits(pair[0]) | bits(pair[1]) << 16).collect();
-        let mut out = [0.0; 6];
-        Cuda::widen(&words, &mut out);
-        assert_eq!(out, values.map(|value| half::bf16::from_f32(value).to_f32()));
-    }
 
     #[test]
     fn a_copy_stays_within_what_is_there() {

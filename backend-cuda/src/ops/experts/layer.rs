@@ -1,0 +1,31 @@
+//! A layer's experts, as their kernels are launched for them.
+
+use minisgl_core::backend::ExpertWeights;
+use minisgl_core::spec;
+
+use crate::memory::Address;
+use crate::ops::exchange::Exchange;
+use crate::ops::gemm::RowNorm;
+use crate::weight::Weight;
+
+/// A layer's experts and what they are applied to.
+#[derive(Clone, Copy, Debug)]
+pub struct ExpertLayer<'a> {
+    /// What they compute.
+    pub spec: spec::Experts,
+    /// Their weights.
+    pub weights: &'a ExpertWeights<Weight>,
+    /// `[hidden]` bf16: the scale by column of their norm.
+    pub norm: Address,
+    /// The scale by row.
+    pub row_norm: RowNorm,
+    /// `[tokens, hidden]` bf16: what their sum is added to, and what the router gets.
+    pub residual: Address,
+    /// `[tokens, hidden]` bf16: what they get. The residual stream, or where gate and up are fp8 that times their norm, which the router
+    /// writes.
+    pub x: Address,
+    /// `[tokens, ceil(hidden / 64)]` f32: sums of squares of the new residual stream.
+    pub sumsq: Address,
+    /// To the other ranks, where there are some.
+    pub exchange: Option<&'a Exchange>,
+}

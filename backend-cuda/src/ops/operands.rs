@@ -1,0 +1,66 @@
+//! What the kernels of a layer work on, and hand to each other.
+
+use minisgl_core::backend::{Element, KvLayer, LayerWeights, Purpose, Step};
+use minisgl_core::spec::{DecoderSpec, Inputs, LayerSpec, WeightFormat};
+
+use super::gemm::Rows;
+use crate::error::CudaError;
+use crate::gpu::Gpu;
+use crate::memory::Buffer;
+use crate::weight::Weight;
+
+/// Elements whose squares are summed together.
+pub(super) const SEGMENT: u32 = 64;
+
+/// What a layer's kernels hand to each other, each for as many tokens as a step may have.
+#[derive(Clone, Copy, Debug)]
+pub struct Buffers {
+    /// `[tokens, hidden]`: the residual stream.
+    pub residual: Buffer,
+    /// `[tokens, q_width]`: queries; keys and values go straight to their pages.
+    pub q: Buffer,
+    /// `[tokens, q_width]`: what attention gives.
+    pub attended: Buffer,
+    /// `[tokens, intermediate]`: silu(gate) * up, where a layer has no experts.
+    pub activated: Buffer,
+    /// `[tokens, hidden]`: the residual stream times a norm's scale, where weights are fp8 and inputs stay as they are.
+    pub scaled: Buffer,
+}
+
+impl Buffers {
+    pub(super) fn new(gpu: &mut Gpu, spec: &DecoderSpec, tokens: usize) -> Result<Buffers, CudaError> {
+        let dims = &spec.dims;
+        let is_dense = |layer: &LayerSpec| layer.experts().is_none();
+        let mlp = if spec.layers.iter().any(is_dense) { dims.intermediate } else { 0 };
+        let is_scaled = matches!(spec.weights, WeightFormat::Fp8(fp8) if fp8.inputs == Inputs::Plain);
+        let scaled = if is_scaled { dims.hidden } else { 0 };
+        let mut alloc = |width: usize| gpu.alloc(Purpose::Scratch, Element::Activation, tokens * width);
+        Ok(Buffers {
+            residual: alloc(dims.hidden as usize)?,
+            q: alloc(dims.q_width())?,
+            attended: alloc(dims.q_width())?,
+            activated: alloc(mlp as usize)?,
+            scaled: alloc(scaled as usize)?,
+        })
+    }
+}
+
+/// A buffer's rows of activations `width` wide from row `index` on.
+pub fn rows_from(buffer: Buffer, width: usize, index: u32) -> Rows {
+    let address = buffer.address().offset(index as usize * width * 2);
+    Rows { address, there: (buffer.elements() / width) as u32 - index }
+}
+
+/// A decoder layer in a step: what its kernels work on.
+pub struct Layer<'a> {
+    /// Which one of the model's.
+    pub index: usize,
+    /// The step.
+    pub step: &'a Step<Buffer>,
+    /// Its own.
+    pub weights: &'a LayerWeights<Weight>,
+    /// `[positions, head_dim / 2]` (cos, sin) f32; `None` where the layer rotates nothing.
+    pub rope: Option<Buffer>,
+    /// Its keys' and values' pages.
+    pub kv: KvLayer<Buffer>,
+}
