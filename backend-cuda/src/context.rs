@@ -162,7 +162,7 @@ impl Drop for Context {
 
 // SAFETY: the driver takes context handles from any thread.
 unsafe impl Send for Context {}
-// SAFETY: as above; nothing is changed through a shared reference.
+// SAFETY: the driver takes context handles from several threads at once; nothing is changed through a shared reference.
 unsafe impl Sync for Context {}
 
 impl Properties {

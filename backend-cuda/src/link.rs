@@ -214,14 +214,14 @@ impl Link {
     pub(crate) fn reserve(&self, bytes: usize) -> Result<(), CudaError> {
         let _turn = turns::synchronize();
         // SAFETY: the context is current; the memory is freed once, with the group.
-        let address =
-            unsafe { result::malloc_sync(bytes) }.map_err(|error| match is_out_of_memory(error) {
-                true => {
-                    let free = self.memory().map_or(0, |memory| memory.free);
-                    CudaError::OutOfMemory { purpose: Purpose::Scratch, needed: bytes as u64, free }
-                }
-                false => CudaError::named("allocating GPU memory", error),
-            })?;
+        let allocated = unsafe { result::malloc_sync(bytes) };
+        let address = allocated.map_err(|error| match is_out_of_memory(error) {
+            true => {
+                let free = self.memory().map_or(0, |memory| memory.free);
+                CudaError::OutOfMemory { purpose: Purpose::Scratch, needed: bytes as u64, free }
+            }
+            false => CudaError::named("allocating GPU memory", error),
+        })?;
         let inbox = Inbox { address: Address(address), bytes };
         let known = inbox.empty().and_then(|()| {
             let taken = self.group.inboxes[self.rank.index as usize].set(inbox);
@@ -350,7 +350,7 @@ struct HostWord(NonNull<AtomicU32>);
 
 // SAFETY: the word is reached by atomic operations alone.
 unsafe impl Send for HostWord {}
-// SAFETY: as above.
+// SAFETY: atomic operations order what several threads do.
 unsafe impl Sync for HostWord {}
 
 impl HostWord {

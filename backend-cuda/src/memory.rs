@@ -189,7 +189,7 @@ impl Pinned {
 
     /// Its words. No copy may be reading or writing them.
     pub(crate) fn words_mut(&mut self) -> &mut [u32] {
-        // SAFETY: as above, and `self` is borrowed mutably.
+        // SAFETY: `words` initialised words begin at `pointer`, which lives as long as `self`, and `self` is borrowed mutably.
         unsafe { std::slice::from_raw_parts_mut(self.pointer, self.words) }
     }
 

@@ -89,7 +89,7 @@ impl Modules {
         unsafe { sys::cuFuncLoad(function) }.result().named("loading a kernel")?;
         if shared > SHARED_BYTES_FREE {
             let which = Attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
-            // SAFETY: as above.
+            // SAFETY: the function was just loaded.
             let status = unsafe { sys::cuFuncSetAttribute(function, which, shared as i32) };
             status.result().map_err(|error| CudaError::Launch { kernel, step: 0, cause: cause(error) })?;
         }

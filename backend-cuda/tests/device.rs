@@ -157,12 +157,12 @@ fn the_copy_queue_waits_for_the_event_it_is_told_to_wait_for() {
 fn a_launch_with_other_parameters_than_declared_is_refused_by_name() {
     let cuda = cuda();
     let kernel = cuda.modules().kernel("embed", "begin_step", 0).unwrap();
-    // SAFETY: neither launch is made.
+    // SAFETY: two parameters are too few, so the launch is not made.
     let short = unsafe { cuda.launcher().launch_raw(&kernel, Grid::new(1, 32), [&0u64, &0u32]) };
     assert!(matches!(&short, Err(CudaError::Parameters { kernel: "begin_step", .. })), "{short:?}");
-    // SAFETY: as above.
-    let narrow =
-        unsafe { cuda.launcher().launch_raw(&kernel, Grid::new(1, 32), [&0u64, &0u32, &0u32, &0u64, &0u64]) };
+    let (launcher, grid) = (cuda.launcher(), Grid::new(1, 32));
+    // SAFETY: the third is too narrow, so the launch is not made.
+    let narrow = unsafe { launcher.launch_raw(&kernel, grid, [&0u64, &0u32, &0u32, &0u64, &0u64]) };
     assert!(matches!(&narrow, Err(CudaError::Parameters { .. })), "{narrow:?}");
     assert!(matches!(
         cuda.modules().kernel("embed", "none", 0),

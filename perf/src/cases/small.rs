@@ -72,7 +72,7 @@ fn edge() -> Case {
         setup: Box::new(|cuda, _| {
             let kernel = cuda.modules().kernel("perf", "edge", 0)?;
             Ok(Run {
-                // SAFETY: as above.
+                // SAFETY: the kernel touches no memory.
                 call: Box::new(move |launcher, _| unsafe {
                     launcher.launch_raw(&kernel, Grid::new(1, 32).dependent(), [])
                 }),
