@@ -153,11 +153,11 @@ pub fn output_hash(completions: &[Completion]) -> u64 {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
     use crate::request::{FinishReason, RequestError};
 
-    fn completion(token_ids: &[u32], error: Option<RequestError>) -> Completion {
+    pub(in crate::bench) fn completion(token_ids: &[u32], error: Option<RequestError>) -> Completion {
         Completion {
             sample: 0,
             token_ids: token_ids.to_vec(),

@@ -16,7 +16,7 @@ use super::floor::{Costs, Floor, Work};
 use super::measure::{Measurement, output_hash};
 use super::summary::Percentiles;
 use crate::diagnostics::Ceilings;
-use crate::request::{BesideWork, StepTiming};
+use crate::request::{BesideWork, Completion, StepTiming};
 use crate::telemetry::{LatencyReport, RunRecord};
 
 /// Steps of one kind.
@@ -113,8 +113,10 @@ pub struct RunReport {
     pub pages_peak: u32,
     /// Requests that gave their pages back and ran again.
     pub retractions: u64,
-    /// Prompt tokens found in the prefix cache; random prompts have none.
+    /// Prompt tokens found in the prefix cache by a request's first sample, whose prompt is to be computed; random prompts have none.
     pub cached_tokens: u64,
+    /// Prompt tokens of the others, which the first one computed for them.
+    pub shared_tokens: u64,
     /// Outputs that a limit cut short of what the workload asks for.
     pub outputs_cut: usize,
     /// Fingerprint of all output tokens, in hexadecimal digits.
@@ -129,6 +131,9 @@ impl RunReport {
     /// Sums up a run of the engine with this number; its floor is not known yet.
     pub fn new(engine: usize, run: &Measurement, costs: &Costs) -> Self {
         let (padding_rows, decode) = (run.stats.padding_rows, decode(run));
+        let found = |of: fn(&&Completion) -> bool| {
+            run.completions.iter().filter(of).map(|one| u64::from(one.cached_tokens)).sum()
+        };
         RunReport {
             engine,
             record: run.record.clone(),
@@ -144,7 +149,8 @@ impl RunReport {
             host: host(&run.steps),
             pages_peak: run.stats.pages_peak,
             retractions: run.stats.retractions,
-            cached_tokens: run.completions.iter().map(|one| u64::from(one.cached_tokens)).sum(),
+            cached_tokens: found(|one| one.sample == 0),
+            shared_tokens: found(|one| one.sample > 0),
             outputs_cut: run.completions.iter().filter(|one| one.warning.is_some()).count(),
             output_hash: format!("{:016x}", output_hash(&run.completions)),
             work: costs.work(&run.stats, &run.experts),
@@ -304,6 +310,9 @@ impl fmt::Display for RunReport {
             0 => writeln!(f, "  prefix cache  0 prompt tokens found")?,
             found => writeln!(f, "  prefix cache  CONTAMINATED: {found} prompt tokens were not computed")?,
         }
+        if self.shared_tokens > 0 {
+            writeln!(f, "  samples       {} prompt tokens shared with the first one", self.shared_tokens)?;
+        }
         if self.outputs_cut > 0 {
             writeln!(f, "  outputs cut   {} by the sequence limit or the pool", self.outputs_cut)?;
         }
@@ -347,6 +356,7 @@ impl fmt::Display for Si {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::bench::measure::tests::completion;
     use crate::request::{Load, StepShape};
 
     const PREFILL: StepShape = StepShape { decode_rows: 0, prefill_rows: 4, tokens: 8, samples: 4 };
@@ -478,6 +488,15 @@ mod tests {
     fn large_counts_are_written_with_a_prefix() {
         let text = |count| Si(count).to_string();
         assert_eq!([text(13_850_000_000_000), text(999), text(1000)], ["13.85 T", "999.00 ", "1.00 k"]);
+    }
+
+    #[test]
+    fn what_a_prompts_first_sample_computes_for_the_others_is_no_contamination() {
+        let of = |sample, cached_tokens| Completion { sample, cached_tokens, ..completion(&[1], None) };
+        let completions = vec![of(0, 0), of(1, 48), of(2, 48)];
+        let report = RunReport::new(1, &Measurement { completions, ..measurement() }, &COSTS);
+        assert_eq!((report.cached_tokens, report.shared_tokens), (0, 96));
+        assert!(!report.to_string().contains("CONTAMINATED"), "{report}");
     }
 
     #[test]
