@@ -22,6 +22,7 @@ mod router;
 pub(super) mod routing;
 
 use hopper::Hopper;
+use layer::Products;
 use minisgl_core::backend::{Element, Purpose, Queue, Step};
 use minisgl_core::config::Limits;
 use minisgl_core::shard::Rank;
@@ -47,7 +48,7 @@ const COMBINED: u32 = 256;
 
 /// The products of the set in use.
 #[derive(Debug)]
-enum Products {
+enum Kernels {
     Portable(Box<Portable>),
     Hopper(Box<Hopper>),
 }
@@ -57,7 +58,7 @@ enum Products {
 pub struct Experts {
     router: Router,
     dispatch: Kernel,
-    products: Products,
+    products: Kernels,
     combine: Kernel,
     combine_ranks: Kernel,
     rank: Rank,
@@ -113,8 +114,8 @@ impl Experts {
         };
         let given = gpu.alloc(Purpose::Scratch, Element::Activation, pairs * hidden as usize)?;
         let products = match gpu.properties().hopper {
-            true => Products::Hopper(Box::new(Hopper::new(gpu, spec.weights)?)),
-            false => Products::Portable(Box::new(Portable::new(gpu.modules())?)),
+            true => Kernels::Hopper(Box::new(Hopper::new(gpu, spec.weights)?)),
+            false => Kernels::Portable(Box::new(Portable::new(gpu.modules())?)),
         };
         let find = |name| gpu.modules().kernel("experts", name, 0);
         Ok(Some(Experts {
@@ -178,18 +179,20 @@ impl Experts {
         routing: &Routing,
     ) -> Result<(), CudaError> {
         let Experts { activated, gathered, given, .. } = *self;
+        let gate_up = Products { launcher, layer, routing, activated, given };
         match &self.products {
-            Products::Portable(products) => products.gate_up(launcher, routing, layer, activated)?,
-            Products::Hopper(products) => products.gate_up(launcher, routing, layer, [activated, given])?,
+            Kernels::Portable(kernels) => kernels.gate_up(&gate_up)?,
+            Kernels::Hopper(kernels) => kernels.gate_up(&gate_up)?,
         }
         let routing = &routing.of_down(self.rank);
         if let Some(exchange) = layer.exchange {
             let shape = [routing.pairs(), routing.intermediate];
             exchange.gather_inner(launcher, shape, activated.address(), gathered.address())?;
         }
+        let down = Products { routing, activated: gathered, ..gate_up };
         match &self.products {
-            Products::Portable(products) => products.down(launcher, routing, layer, [gathered, given]),
-            Products::Hopper(products) => products.down(launcher, routing, layer, [gathered, given]),
+            Kernels::Portable(kernels) => kernels.down(&down),
+            Kernels::Hopper(kernels) => kernels.down(&down),
         }
     }
 
@@ -248,7 +251,7 @@ impl Experts {
     ) -> Result<(), CudaError> {
         self.router.launch(launcher, step, layer, routing)?;
         match &self.products {
-            Products::Hopper(_) if Hopper::sorts(routing) => Ok(()),
+            Kernels::Hopper(_) if Hopper::sorts(routing) => Ok(()),
             _ => self.dispatch(launcher, routing),
         }
     }

@@ -18,7 +18,7 @@
 use minisgl_core::backend::{Element, Purpose};
 use minisgl_core::spec::WeightFormat;
 
-use super::layer::ExpertLayer;
+use super::layer::Products;
 use super::routing::{Routing, tiles_at_most};
 use crate::error::CudaError;
 use crate::gpu::Gpu;
@@ -238,14 +238,8 @@ impl Hopper {
         routing.tokens <= SORTED_TOKENS
     }
 
-    /// Until down writes it, `given` has what is gathered.
-    pub(super) fn gate_up(
-        &self,
-        launcher: &Launcher,
-        routing: &Routing,
-        layer: &ExpertLayer<'_>,
-        [activated, given]: [Buffer; 2],
-    ) -> Result<(), CudaError> {
+    pub(super) fn gate_up(&self, products: &Products<'_>) -> Result<(), CudaError> {
+        let Products { launcher, layer, routing, activated, given } = *products;
         let gate_up = layer.weights.gate_up;
         let (loaded, is_few) = self.form(gate_up)?.loaded(routing);
         let product = GateUp { activated: activated.address(), tickets: self.tickets[0] };
@@ -253,20 +247,14 @@ impl Hopper {
         if is_few {
             loaded.launch(launcher, &loaded.gate_up, routing, w, &layer.x, &product)
         } else {
-            self.gather(launcher, routing, layer, given)?;
+            self.gather(products)?;
             let x = loaded.boxes(given, routing.hidden)?;
             loaded.launch(launcher, &loaded.gate_up, routing, w, &x, &product)
         }
     }
 
-    /// Its rows are as many as `routing` has of `hidden`.
-    pub(super) fn down(
-        &self,
-        launcher: &Launcher,
-        routing: &Routing,
-        layer: &ExpertLayer<'_>,
-        [activated, given]: [Buffer; 2],
-    ) -> Result<(), CudaError> {
+    pub(super) fn down(&self, products: &Products<'_>) -> Result<(), CudaError> {
+        let Products { launcher, layer, routing, activated, given } = *products;
         let down = layer.weights.down;
         let (loaded, _) = self.form(down)?.loaded(routing);
         let product = Down { given: given.address(), tickets: self.tickets[1] };
@@ -275,17 +263,12 @@ impl Hopper {
     }
 
     /// Puts each expert's tokens side by side.
-    fn gather(
-        &self,
-        launcher: &Launcher,
-        routing: &Routing,
-        layer: &ExpertLayer<'_>,
-        gathered: Buffer,
-    ) -> Result<(), CudaError> {
+    fn gather(&self, products: &Products<'_>) -> Result<(), CudaError> {
+        let Products { launcher, layer, routing, given, .. } = *products;
         let blocks = routing.pairs().div_ceil(Self::GATHERED_BY_BLOCK);
         let grid = Grid::new(blocks, Self::GATHER_THREADS).dependent();
         let x = layer.x;
-        launcher.launch(&self.gather, grid, [routing as &dyn Param, &x, &gathered])
+        launcher.launch(&self.gather, grid, [routing as &dyn Param, &x, &given])
     }
 }
 

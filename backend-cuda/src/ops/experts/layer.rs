@@ -1,9 +1,11 @@
-//! A layer's experts, as their kernels are launched for them.
+//! A layer's experts, as their kernels are launched for them, and what a launch of their products has.
 
 use minisgl_core::backend::ExpertWeights;
 use minisgl_core::spec;
 
-use crate::memory::Address;
+use super::routing::Routing;
+use crate::launch::Launcher;
+use crate::memory::{Address, Buffer};
 use crate::ops::exchange::Exchange;
 use crate::ops::gemm::RowNorm;
 use crate::weight::Weight;
@@ -28,4 +30,17 @@ pub struct ExpertLayer<'a> {
     pub sumsq: Address,
     /// To the other ranks, where there are some.
     pub exchange: Option<&'a Exchange>,
+}
+
+/// Gate and up, or down: what a launch has.
+#[derive(Clone, Copy)]
+pub(super) struct Products<'a> {
+    pub(super) launcher: &'a Launcher,
+    pub(super) layer: &'a ExpertLayer<'a>,
+    /// For down `hidden` has its rows and `intermediate` its columns.
+    pub(super) routing: &'a Routing,
+    /// `[tokens * per_token, intermediate]`: what gate and up give, and down gets.
+    pub(super) activated: Buffer,
+    /// `[tokens * per_token, hidden]`: what down gives. Until it does, gate and up have it for what they gather.
+    pub(super) given: Buffer,
 }

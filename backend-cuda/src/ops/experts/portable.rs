@@ -1,10 +1,9 @@
 //! Launches of `portable/experts_products.cu`, the products for any GPU: a block for each tile of rows and of pairs that there can be.
 
-use super::layer::ExpertLayer;
+use super::layer::Products;
 use super::routing::{Routing, THREADS, tiles_at_most};
 use crate::error::CudaError;
-use crate::launch::{Grid, Kernel, Launcher};
-use crate::memory::Buffer;
+use crate::launch::{Grid, Kernel};
 use crate::module::Modules;
 
 /// Rows of w that a block takes.
@@ -62,30 +61,19 @@ impl Portable {
         Ok(Portable { tiles })
     }
 
-    pub(super) fn gate_up(
-        &self,
-        launcher: &Launcher,
-        routing: &Routing,
-        layer: &ExpertLayer<'_>,
-        activated: Buffer,
-    ) -> Result<(), CudaError> {
+    pub(super) fn gate_up(&self, products: &Products<'_>) -> Result<(), CudaError> {
+        let Products { launcher, layer, routing, activated, .. } = products;
         let (gate_up, x) = (layer.weights.gate_up.address(), layer.x);
         let tile = self.tile(routing);
         let grid = tile.grid(routing.stored, routing);
-        launcher.launch(&tile.gate_up, grid, [routing, &gate_up, &x, &activated])
+        launcher.launch(&tile.gate_up, grid, [*routing, &gate_up, &x, activated])
     }
 
-    /// Its rows are as many as `routing` has of `hidden`.
-    pub(super) fn down(
-        &self,
-        launcher: &Launcher,
-        routing: &Routing,
-        layer: &ExpertLayer<'_>,
-        [activated, given]: [Buffer; 2],
-    ) -> Result<(), CudaError> {
+    pub(super) fn down(&self, products: &Products<'_>) -> Result<(), CudaError> {
+        let Products { launcher, layer, routing, activated, given } = products;
         let (down, tile) = (layer.weights.down.address(), self.tile(routing));
         let grid = tile.grid(routing.hidden, routing);
-        launcher.launch(&tile.down, grid, [routing, &down, &activated, &given])
+        launcher.launch(&tile.down, grid, [*routing, &down, activated, given])
     }
 
     /// The narrowest tile that holds what an expert gets on average, and half as many more.
