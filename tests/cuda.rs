@@ -18,6 +18,7 @@ use minisgl::{
 };
 use minisgl_cpu::Cpu;
 use minisgl_cuda::{Cuda, KernelSet, Options};
+use minisgl_decoder::Checkpoint;
 
 /// Relative error of a row of logits that bf16 activations through three layers justify.
 const LOGIT_ERROR_MAX: f32 = 0.03;
@@ -239,6 +240,22 @@ fn logits_of_fp8_keys_and_values_are_near_those_of_the_cpu() {
     }
 }
 
+/// The relative error of the rows of logits of prompts: the median and the largest.
+fn prompt_errors(name: &str, golden: &Golden, checkpoint: &Checkpoint) -> [f32; 2] {
+    let mut model = Logits::new(Cuda::new(&Options::default()).unwrap(), checkpoint, 512, true);
+    let mut errors = Vec::new();
+    for (i, example) in golden.examples.iter().enumerate() {
+        let logits = model.of(&example.prompt);
+        let expected = golden.logits(i);
+        let ours = &logits[logits.len() - expected.len()..];
+        errors.extend(ours.iter().zip(&expected).map(|(a, b)| relative_error(a, b)));
+    }
+    errors.sort_by(f32::total_cmp);
+    let (median, worst) = (errors[errors.len() / 2], errors[errors.len() - 1]);
+    println!("{name}: relative error of a row of logits {median:.5} in the median, {worst:.5} at most");
+    [median, worst]
+}
+
 /// A golden checkpoint with fp8 weights, whose inputs stay as they are.
 fn with_fp8_weights(name: &str) -> LlmBuilder {
     on_gpu(name, KernelChoice::Auto).plain_inputs(true)
@@ -253,17 +270,7 @@ fn logits_of_fp8_weights_are_those_of_transformers_within_bf16() {
     for name in FP8_WEIGHTS {
         let golden = Golden::open(name);
         let plain = checkpoint(&fixture(name)).with_plain_inputs();
-        let mut model = Logits::new(Cuda::new(&Options::default()).unwrap(), &plain, 512, true);
-        let mut errors = Vec::new();
-        for (i, example) in golden.examples.iter().enumerate() {
-            let logits = model.of(&example.prompt);
-            let expected = golden.logits(i);
-            let ours = &logits[logits.len() - expected.len()..];
-            errors.extend(ours.iter().zip(&expected).map(|(a, b)| relative_error(a, b)));
-        }
-        errors.sort_by(f32::total_cmp);
-        let (median, worst) = (errors[errors.len() / 2], errors[errors.len() - 1]);
-        println!("{name}: relative error of a row of logits {median:.5} in the median, {worst:.5} at most");
+        let [median, worst] = prompt_errors(name, &golden, &plain);
         let most = if plain.config().spec.layers.iter().any(|layer| layer.experts().is_some()) {
             FLIPPED_ERROR_MAX
         } else {
@@ -308,18 +315,7 @@ const ROUNDED_ERROR_MAX: f32 = 0.2;
 fn logits_of_rounded_inputs_are_near_those_of_transformers() {
     for name in ROUNDED {
         let golden = Golden::with_rounded_inputs(name);
-        let mut model =
-            Logits::new(Cuda::new(&Options::default()).unwrap(), &checkpoint(&fixture(name)), 512, true);
-        let mut errors = Vec::new();
-        for (i, example) in golden.examples.iter().enumerate() {
-            let logits = model.of(&example.prompt);
-            let expected = golden.logits(i);
-            let ours = &logits[logits.len() - expected.len()..];
-            errors.extend(ours.iter().zip(&expected).map(|(a, b)| relative_error(a, b)));
-        }
-        errors.sort_by(f32::total_cmp);
-        let (median, worst) = (errors[errors.len() / 2], errors[errors.len() - 1]);
-        println!("{name}: relative error of a row of logits {median:.5} in the median, {worst:.5} at most");
+        let [median, worst] = prompt_errors(name, &golden, &checkpoint(&fixture(name)));
         assert!(worst < ROUNDED_ERROR_MAX, "{name}: relative errors {median}, {worst}");
     }
 }

@@ -102,6 +102,11 @@ impl Filter {
         self.model.map_or(MODELS.to_vec(), |model| vec![model])
     }
 
+    /// Is there no word, or one of this in it?
+    pub(crate) fn speaks_of(&self, what: &str) -> bool {
+        self.words.is_empty() || self.words.iter().any(|word| word.contains(what))
+    }
+
     pub(crate) fn takes(&self, case: &Case) -> bool {
         let text = format!("{} {}", case.family, case.shape);
         self.words.iter().all(|word| text.contains(word.as_str()))

@@ -165,16 +165,7 @@ fn rank(link: Link, comm: Option<Comm>, options: &PerfOptions) -> Result<Vec<Exc
             }
             link.meet()?;
             exchange.begin_step();
-            cuda.begin_capture()?;
-            let recorded = (0..calls).try_for_each(|_| reduce(cuda.launcher()));
-            let graph = cuda.end_capture();
-            recorded?;
-            let graph = graph?;
-            link.meet()?;
-            let timing =
-                measure(cuda.launcher(), options.repetitions, calls, || cuda.launcher().replay(&graph))?;
-            link.meet()?;
-            Ok(timing)
+            recorded(&mut cuda, &link, calls, options, reduce)
         };
         let (timing, one_shot, two_shot) =
             (timed(None)?, timed(Some(Way::OneShot))?, timed(Some(Way::TwoShot))?);
@@ -219,10 +210,21 @@ fn all_reduces(
     }
     link.meet()?;
     let calls = 2 * options.graph_repetitions.max(10);
+    recorded(cuda, link, calls, options, reduce)
+}
+
+/// The time of a call of so many in a recorded step, which all ranks begin and end together.
+fn recorded(
+    cuda: &mut Cuda,
+    link: &Link,
+    calls: u32,
+    options: &PerfOptions,
+    call: impl Fn(&Launcher) -> Result<(), CudaError>,
+) -> Result<Timing, PerfError> {
     cuda.begin_capture()?;
-    let recorded = (0..calls).try_for_each(|_| reduce(cuda.launcher()));
+    let called = (0..calls).try_for_each(|_| call(cuda.launcher()));
     let graph = cuda.end_capture();
-    recorded?;
+    called?;
     let graph = graph?;
     link.meet()?;
     let timing = measure(cuda.launcher(), options.repetitions, calls, || cuda.launcher().replay(&graph))?;

@@ -153,12 +153,13 @@ impl Sizes {
             gemm.inputs(cuda.launcher(), weights[0], norm, x, self.tokens as u32, x)?;
         }
         let baseline = self.baseline(cuda, weights.clone(), x.address)?;
+        let operands = Operands { gemm, weights, x };
         let (call, check) = match self.product {
-            Product::Qkv => self.qkv(cuda, gemm, weights, x)?,
-            Product::O | Product::Down => self.residual(cuda, gemm, weights, x)?,
-            Product::GateUp => self.gate_up(cuda, gemm, weights, x)?,
-            Product::Head => self.head(cuda, gemm, weights, x)?,
-            Product::RankO | Product::RankDown => self.sums(cuda, gemm, weights, x)?,
+            Product::Qkv => self.qkv(cuda, operands)?,
+            Product::O | Product::Down => self.residual(cuda, operands)?,
+            Product::GateUp => self.gate_up(cuda, operands)?,
+            Product::Head => self.head(cuda, operands)?,
+            Product::RankO | Product::RankDown => self.sums(cuda, operands)?,
         };
         Ok(Run { call, check, baseline })
     }
@@ -238,13 +239,7 @@ impl Sizes {
         (0..SAMPLES).map(|i| (draw(2 * i, self.tokens), draw(2 * i + 1, outputs))).collect()
     }
 
-    fn head(
-        self,
-        cuda: &mut Cuda,
-        gemm: Gemm,
-        weights: Vec<Weight>,
-        x: Rows,
-    ) -> Result<(Call, Check), CudaError> {
+    fn head(self, cuda: &mut Cuda, operands: Operands) -> Result<(Call, Check), CudaError> {
         let elements = self.tokens * self.outputs;
         let out = cuda.alloc(Purpose::Scratch, Element::Logit, elements)?;
         let check: Check = Box::new(move |cuda| {
@@ -256,16 +251,10 @@ impl Sizes {
             });
             Ok(relative_error(pairs, ERROR_MAX))
         });
-        Ok((call(gemm, weights, x, self.tokens, Head { out: out.address() }), check))
+        Ok((operands.times(self.tokens, Head { out: out.address() }), check))
     }
 
-    fn residual(
-        self,
-        cuda: &mut Cuda,
-        gemm: Gemm,
-        weights: Vec<Weight>,
-        x: Rows,
-    ) -> Result<(Call, Check), CudaError> {
+    fn residual(self, cuda: &mut Cuda, operands: Operands) -> Result<(Call, Check), CudaError> {
         let residual = random(cuda, self.tokens, self.outputs, STREAM)?;
         let segments = self.outputs.div_ceil(64);
         let sumsq = cuda.alloc(Purpose::Scratch, Element::Float, self.tokens * segments)?.address();
@@ -278,16 +267,10 @@ impl Sizes {
             Ok(relative_error(pairs, ERROR_MAX))
         });
         let epilogue = Residual { residual: residual.address(), sumsq };
-        Ok((call(gemm, weights, x, self.tokens, epilogue), check))
+        Ok((operands.times(self.tokens, epilogue), check))
     }
 
-    fn sums(
-        self,
-        cuda: &mut Cuda,
-        gemm: Gemm,
-        weights: Vec<Weight>,
-        x: Rows,
-    ) -> Result<(Call, Check), CudaError> {
+    fn sums(self, cuda: &mut Cuda, operands: Operands) -> Result<(Call, Check), CudaError> {
         let width = self.outputs.next_multiple_of(64); // whole segments
         let elements = self.tokens * width;
         let out = cuda.alloc(Purpose::Scratch, Element::Float, elements)?;
@@ -299,16 +282,10 @@ impl Sizes {
             });
             Ok(relative_error(pairs, ERROR_MAX))
         });
-        Ok((call(gemm, weights, x, self.tokens, RankSums::here(out.address())), check))
+        Ok((operands.times(self.tokens, RankSums::here(out.address())), check))
     }
 
-    fn gate_up(
-        self,
-        cuda: &mut Cuda,
-        gemm: Gemm,
-        weights: Vec<Weight>,
-        x: Rows,
-    ) -> Result<(Call, Check), CudaError> {
+    fn gate_up(self, cuda: &mut Cuda, operands: Operands) -> Result<(Call, Check), CudaError> {
         let intermediate = self.outputs / 2;
         let out = cuda.alloc(Purpose::Scratch, Element::Activation, self.tokens * intermediate)?;
         let epilogue = GateUp {
@@ -326,16 +303,10 @@ impl Sizes {
             });
             Ok(relative_error(pairs, ERROR_MAX))
         });
-        Ok((call(gemm, weights, x, self.tokens, epilogue), check))
+        Ok((operands.times(self.tokens, epilogue), check))
     }
 
-    fn qkv(
-        self,
-        cuda: &mut Cuda,
-        gemm: Gemm,
-        weights: Vec<Weight>,
-        x: Rows,
-    ) -> Result<(Call, Check), CudaError> {
+    fn qkv(self, cuda: &mut Cuda, operands: Operands) -> Result<(Call, Check), CudaError> {
         let dims = self.model.dims();
         let (width, head_dim) = (dims.q_width(), dims.head_dim as usize);
         let step = StepOf::decode(&vec![1; self.tokens], dims.vocab).upload(cuda, 0, |_, _, _| {})?;
@@ -370,7 +341,7 @@ impl Sizes {
             page_shift: PAGE_SIZE.trailing_zeros(),
             fp8: 0,
         };
-        Ok((call(gemm, weights, x, self.tokens, epilogue), self.check_queries(q, head_dim, width)))
+        Ok((operands.times(self.tokens, epilogue), self.check_queries(q, head_dim, width)))
     }
 
     /// Some heads' queries: normed rows times weights, then biases added or normed again by head.
@@ -396,16 +367,21 @@ impl Sizes {
     }
 }
 
-/// Call number n multiplies by copy n of the weights, on whole multiprocessors: what the halves of a divided step launch is timed
-/// in steps alone (`decode_step`).
-fn call<E: Epilogue + Copy + 'static>(
+/// What a case multiplies.
+struct Operands {
     gemm: Gemm,
+    /// Copies of the matrix.
     weights: Vec<Weight>,
     x: Rows,
-    tokens: usize,
-    epilogue: E,
-) -> Call {
-    Box::new(move |launcher, call| {
-        gemm.launch(launcher, weights[call % weights.len()], x, tokens as u32, SmShare::Whole, &epilogue)
-    })
+}
+
+impl Operands {
+    /// Call number n multiplies by copy n of the matrix, on whole multiprocessors: what the halves of a divided step launch is timed
+    /// in steps alone (`decode_step`).
+    fn times<E: Epilogue + Copy + 'static>(self, tokens: usize, epilogue: E) -> Call {
+        let Operands { gemm, weights, x } = self;
+        Box::new(move |launcher, call| {
+            gemm.launch(launcher, weights[call % weights.len()], x, tokens as u32, SmShare::Whole, &epilogue)
+        })
+    }
 }

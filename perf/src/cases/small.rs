@@ -42,40 +42,27 @@ pub(crate) fn cases(filter: &Filter) -> Vec<Case> {
 
 /// An empty kernel: the plain time is that of a launch, the time in a graph that of a node.
 fn empty() -> Case {
-    Case {
-        family: "empty",
-        shape: String::new(),
-        bytes: 0.0,
-        flops: 0.0,
-        setup: Box::new(|cuda, _| {
-            let kernel = cuda.modules().kernel("perf", "empty", 0)?;
-            Ok(Run {
-                // SAFETY: the kernel touches no memory.
-                call: Box::new(move |launcher, _| unsafe {
-                    launcher.launch_raw(&kernel, Grid::new(1, 32), [])
-                }),
-                check: Box::new(|_| Ok(None)),
-                baseline: None,
-            })
-        }),
-    }
+    nothing("empty", Grid::new(1, 32))
 }
 
 /// An empty kernel behind a dependent launch: the time in a graph is that of the edge, or of a node where there is no
 /// dependent launch.
 fn edge() -> Case {
+    nothing("edge", Grid::new(1, 32).dependent())
+}
+
+/// A launch of a kernel that does nothing.
+fn nothing(kernel: &'static str, grid: Grid) -> Case {
     Case {
-        family: "edge",
+        family: kernel,
         shape: String::new(),
         bytes: 0.0,
         flops: 0.0,
-        setup: Box::new(|cuda, _| {
-            let kernel = cuda.modules().kernel("perf", "edge", 0)?;
+        setup: Box::new(move |cuda, _| {
+            let kernel = cuda.modules().kernel("perf", kernel, 0)?;
             Ok(Run {
                 // SAFETY: the kernel touches no memory.
-                call: Box::new(move |launcher, _| unsafe {
-                    launcher.launch_raw(&kernel, Grid::new(1, 32).dependent(), [])
-                }),
+                call: Box::new(move |launcher, _| unsafe { launcher.launch_raw(&kernel, grid, []) }),
                 check: Box::new(|_| Ok(None)),
                 baseline: None,
             })
