@@ -91,7 +91,8 @@ impl Default for SamplingParams {
     }
 }
 
-/// How the tokens of a slot are drawn, as it lies on the device from when a request takes the slot.
+/// How the tokens of a slot are drawn, as it lies on the device from when a request takes the slot: 64 bytes, all of them in use,
+/// in the same order in `kernels/cuda/batch.cuh`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Pod, Zeroable)]
 pub struct SlotState {

@@ -1,4 +1,5 @@
-//! Which token a row may have drawn: core's definition of sampling, in f64 and by sorting.
+//! Which token a row may have drawn: core's definition of sampling, in f64 and by sorting. The GPU's tests and `perf-cuda` judge by it,
+//! so each of the definition's filters is here, too.
 
 use minisgl_core::sampling::{SlotState, token_uniform};
 
