@@ -7,8 +7,8 @@
 //!                               └─── widen: what prefill rows see of fp8 ───┘
 //! ```
 //!
-//! Wide pages are room for one layer's keys and values in bf16, with the numbers and rows of the pages in fp8. Their elements are
-//! bf16 numbers either way, so prefill is that of bf16, bit by bit. What it costs is the bytes of the room, a layer's of pages in
+//! Wide pages hold one layer's keys and values in bf16, with the numbers and rows of the pages in fp8. Their elements are
+//! bf16 numbers either way, so prefill is that of bf16, bit by bit. What it costs is their bytes, a layer's of pages in
 //! bf16, and reading and writing those of a step's tokens once more.
 //!
 //! Invariant: where prefill rows attend, the wide pages hold what the pages in fp8 mean, for every position that any of them sees.

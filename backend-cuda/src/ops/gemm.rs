@@ -6,6 +6,7 @@
 //!                                                                ├── prefill.rs    Hopper, many tokens
 //!                                                                ├── fp8.rs        matrices in fp8, whose inputs stay as they are
 //!                                                                └── rounded.rs    and those whose inputs are rounded to fp8
+//!   ring.rs       how operands of few tokens come
 //!   epilogue.rs   what the sums become                 product.rs     a product on its way to its kernel
 //!   explained.rs  the same choices without a device
 //! ```
@@ -20,6 +21,7 @@ mod fp8;
 mod portable;
 mod prefill;
 mod product;
+mod ring;
 mod rounded;
 mod shape;
 
@@ -31,7 +33,7 @@ pub use rounded::Norm;
 
 use minisgl_core::backend::Purpose;
 
-use decode::{Decode, Tiling};
+use decode::{Decode, tilings};
 use fp8::Fp8;
 use portable::Portable;
 use prefill::Prefill;
@@ -67,7 +69,7 @@ pub(super) fn keeps_fp8([rows, cols, tokens]: [u32; 3], share: SmShare, weights_
     let shape = Shape { rows, cols, tokens, slices: Kind::Qkv.slices(rows, cols, 1) };
     match weights_fp8 {
         true => tokens <= fp8::TOKENS_MAX,
-        false => Tiling::there_is(Kind::Qkv, &shape, share),
+        false => tilings::there_is(Kind::Qkv, &shape, share),
     }
 }
 
@@ -82,7 +84,7 @@ enum Set {
 #[derive(Debug)]
 pub struct Gemm {
     set: Set,
-    /// For matrices in fp8, once [`Gemm::reserve_fp8`] made room.
+    /// For matrices in fp8, once [`Gemm::reserve_fp8`] took memory for it.
     fp8: Option<Fp8>,
     /// For those whose inputs are rounded, once [`Gemm::reserve_rounded`] did.
     rounded: Option<Rounded>,

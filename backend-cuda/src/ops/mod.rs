@@ -280,7 +280,7 @@ impl Operations {
         }
     }
 
-    /// Room for rows of the residual stream times a norm's scale.
+    /// Where rows of the residual stream are left times a norm's scale.
     fn scaled(&self, first_token: u32) -> Rows {
         let (scaled, hidden) = (self.buffers.scaled, self.dims.hidden as usize);
         let there = (scaled.elements() / hidden) as u32;

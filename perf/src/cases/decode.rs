@@ -111,8 +111,8 @@ fn setup(cuda: &mut Cuda, model: ModelShape, rows: u32, context: Option<u32>) ->
     let mut wide = None;
     if model.kv_fp8 {
         let words = KvLayout::new(KvFormat::Bf16, &dims, PAGE_SIZE).words(pages);
-        let mut room = || cuda.alloc(Purpose::KvCache, Element::Kv, words);
-        wide = Some([room()?, room()?]);
+        let mut pages = || cuda.alloc(Purpose::KvCache, Element::Kv, words);
+        wide = Some([pages()?, pages()?]);
     }
     // The bytes of random bf16 numbers do for fp8 too: codes and scales alike are numbers.
     let elements = kv_page(model).page_bytes() / 2;

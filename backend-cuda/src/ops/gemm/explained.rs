@@ -3,7 +3,7 @@
 use minisgl_core::shard::Rank;
 use minisgl_core::spec::Inputs;
 
-use super::decode::Tiling;
+use super::decode::tilings;
 use super::epilogue::Kind;
 use super::portable::Portable;
 use super::prefill::Tile;
@@ -30,7 +30,7 @@ pub(in crate::ops) fn explained(
     }
     let few = match form.weights_fp8 {
         true => fp8::explained(kind, &shape, form),
-        false => Tiling::explained(kind, &shape, share, form),
+        false => tilings::explained(kind, &shape, share, form),
     };
     few.or_else(|| Tile::explained(kind, &shape, device.clusters))
 }

@@ -7,12 +7,13 @@
 //!
 //! Either way sums are those of a matrix of such numbers, bit by bit.
 //!
-//! Invariant: the room for a widened matrix holds the largest one, and who multiplies it starts when it is whole.
+//! Invariant: the memory for a widened matrix holds the largest one, and who multiplies it starts when it is whole.
 
 use super::epilogue::{Epilogue, Kind};
 use super::prefill::Prefill;
-use super::product::{Explained, Form, Product};
-use super::shape::{BLOCK_COLS, Shape};
+use super::product::{Block, Explained, Form, Product};
+use super::ring::{Ring, Sliced};
+use super::shape::Shape;
 use crate::error::CudaError;
 use crate::launch::{Grid, Kernel, Launcher};
 use crate::memory::Address;
@@ -21,8 +22,7 @@ use crate::param::plain_params;
 use crate::tensor_map::TensorMap;
 use crate::weight::{Fp8Tiles, Weight};
 
-/// Tokens of a block's tile, for ever more tokens, and most that these kernels take.
-const TOKENS: [u32; 4] = [16, 32, 64, 128];
+/// The most tokens that these kernels take.
 pub(super) const TOKENS_MAX: u32 = 256;
 /// Rows of w of a warpgroup.
 const ROWS: u32 = Fp8Tiles::ROWS as u32;
@@ -49,78 +49,32 @@ impl Fp8Matrix {
     }
 }
 
-/// A block's tile, so many tokens by 64 rows of w for each of its warpgroups, a slice of the columns: the more rows, the less often
-/// tokens are fetched from L2, and the more warps widen.
-#[derive(Clone, Copy, Debug)]
-struct Tile {
-    tokens: u32,
-    /// Warpgroups that multiply.
-    groups: u32,
-    /// Does a block fill the registers of a multiprocessor? Else two fit.
-    alone: bool,
+/// The block of tile `index` of tokens, with 64 rows of w for each of its warpgroups: the more rows, the less often tokens are fetched
+/// from L2, and the more warps widen.
+fn tile(kind: Kind, index: usize) -> Sliced {
+    let tokens = Sliced::TOKENS[index];
+    let (groups, alone) = match (kind, tokens) {
+        // Rows of gate and up are many: blocks of 192 are enough for all multiprocessors, and those of 128 more than a round.
+        (Kind::GateUp, 128) => (3, true),
+        // Those of o and down are few.
+        (Kind::Residual | Kind::RankSums, 128) => (1, false),
+        (Kind::Qkv, 64 | 128) => (2, true),
+        _ => (2, false),
+    };
+    let block = Block::new(groups * ROWS, tokens);
+    Sliced { ring: Ring::with_w(block, groups * Fp8Tiles::BYTES as u32), alone }
 }
 
-impl Tile {
-    /// The tile of tile `index` of tokens.
-    fn of(kind: Kind, index: usize) -> Tile {
-        let tokens = TOKENS[index];
-        let (groups, alone) = match (kind, tokens) {
-            // Rows of gate and up are many: blocks of 192 are enough for all multiprocessors, and those of 128 more than a round.
-            (Kind::GateUp, 128) => (3, true),
-            // Those of o and down are few.
-            (Kind::Residual | Kind::RankSums, 128) => (1, false),
-            (Kind::Qkv, 64 | 128) => (2, true),
-            _ => (2, false),
-        };
-        Tile { tokens, groups, alone }
-    }
-
-    /// Rows of w.
-    fn rows(self) -> u32 {
-        self.groups * ROWS
-    }
-
-    /// Warpgroups that multiply, a warp that fetches and one that computes scales.
-    fn threads(self) -> u32 {
-        128 * self.groups + 64
-    }
-
-    /// Bytes of shared memory that a block may take.
-    fn shared_max(self) -> u32 {
-        if self.alone { 227 << 10 } else { 112 << 10 }
-    }
-
-    fn stage_bytes(self) -> u32 {
-        self.tokens * BLOCK_COLS * 2 + self.groups * Fp8Tiles::BYTES as u32
-    }
-
-    /// The ring, two barriers a stage, a scale a token, and what aligns the ring to 1024 bytes.
-    fn shared(self, stages: u32) -> u32 {
-        stages * (self.stage_bytes() + 16) + self.tokens * 4 + 1024
-    }
-
-    /// As many as a slice has blocks of columns, if they fit; the sums lie over them afterwards.
-    fn stages(self, shape: &Shape) -> u32 {
-        let fit = (self.shared_max() - self.shared(0)) / (self.stage_bytes() + 16);
-        let sum_bytes = self.tokens * (self.rows() + 4) * 4;
-        let wanted = shape.cols.div_ceil(BLOCK_COLS).div_ceil(shape.slices);
-        wanted.min(fit).max(sum_bytes.div_ceil(self.stage_bytes()))
-    }
-
-    /// Clusters with the same rows of w are neighbours, so that w comes from memory once.
-    fn grid(self, shape: &Shape, stages: u32) -> Grid {
-        Grid::new(shape.tokens.div_ceil(self.tokens) * shape.slices, self.threads())
-            .rows(shape.rows.div_ceil(self.rows()))
-            .cluster(shape.slices)
-            .shared(self.shared(stages))
-            .dependent()
-    }
+/// Which tile of tokens so many take.
+fn index(tokens: u32) -> usize {
+    let tiles = Sliced::TOKENS;
+    tiles.iter().position(|tile| tokens <= *tile).unwrap_or(tiles.len() - 1)
 }
 
 /// The kernels.
 #[derive(Debug)]
 pub(super) struct Fp8 {
-    /// By [`TOKENS`]: of queries, keys and values those for any model and for [`Epilogue::is_normed`], which keep keys and values in
+    /// By [`Sliced::TOKENS`]: of queries, keys and values those for any model and for [`Epilogue::is_normed`], which keep keys and values in
     /// bf16 and in fp8; of rows that are added; of ranks' sums; of gate and up.
     qkv: [[Kernel; 4]; 4],
     residual: [Kernel; 4],
@@ -128,9 +82,9 @@ pub(super) struct Fp8 {
     gate_up: [Kernel; 4],
     widen: Kernel,
     scale: Kernel,
-    /// Room for a matrix in bf16, and of how many elements.
+    /// Where a matrix is widened, and of how many elements.
     wide: Address,
-    room: usize,
+    wide_elements: usize,
 }
 
 macro_rules! names {
@@ -158,11 +112,10 @@ const GATE_UP: [&str; 4] =
     ["fp8_gate_up_128x16", "fp8_gate_up_128x32", "fp8_gate_up_128x64", "fp8_gate_up_192x128"];
 
 impl Fp8 {
-    /// Looks them up. `wide` is room for the largest matrix, of so many elements, in bf16.
-    pub(super) fn new(modules: &Modules, wide: Address, room: usize) -> Result<Fp8, CudaError> {
+    /// Looks them up. `wide` takes the largest matrix, of so many elements, in bf16.
+    pub(super) fn new(modules: &Modules, wide: Address, wide_elements: usize) -> Result<Fp8, CudaError> {
         let load = |kind: Kind, module: &'static str, names: [&'static str; 4]| {
-            let kernel =
-                |index: usize| modules.kernel(module, names[index], Tile::of(kind, index).shared_max());
+            let kernel = |index: usize| modules.kernel(module, names[index], tile(kind, index).shared_max());
             Ok::<_, CudaError>([kernel(0)?, kernel(1)?, kernel(2)?, kernel(3)?])
         };
         let [a, b, c, d] = QKV.map(|(module, names)| load(Kind::Qkv, module, names));
@@ -174,13 +127,13 @@ impl Fp8 {
             widen: modules.kernel("fp8_weights", "fp8_weights_widen", 0)?,
             scale: modules.kernel("fp8_weights", "fp8_weights_scale", 0)?,
             wide,
-            room,
+            wide_elements,
         })
     }
 
     /// The kernel of a product of few tokens, and its tile.
-    fn few<E: Epilogue>(&self, shape: &Shape, epilogue: &E) -> Result<(&Kernel, Tile), CudaError> {
-        let index = TOKENS.iter().position(|tokens| shape.tokens <= *tokens).unwrap_or(TOKENS.len() - 1);
+    fn few<E: Epilogue>(&self, shape: &Shape, epilogue: &E) -> Result<(&Kernel, Sliced), CudaError> {
+        let index = index(shape.tokens);
         let kernels = match E::KIND {
             Kind::Qkv => &self.qkv[2 * usize::from(epilogue.is_fp8()) + usize::from(epilogue.is_normed())],
             Kind::Residual => &self.residual,
@@ -190,7 +143,7 @@ impl Fp8 {
                 return Err(CudaError::Unsupported("the head's matrix is fp8".into()));
             }
         };
-        Ok((&kernels[index], Tile::of(E::KIND, index)))
+        Ok((&kernels[index], tile(E::KIND, index)))
     }
 
     /// Multiplies with `w`, of which the product says no more than its sizes.
@@ -203,7 +156,7 @@ impl Fp8 {
     ) -> Result<(), CudaError> {
         let Product { shape, x, epilogue, .. } = &product;
         let is_of_layer = !matches!(E::KIND, Kind::Head | Kind::Linear);
-        if !is_of_layer || shape.rows as usize * shape.cols as usize > self.room {
+        if !is_of_layer || shape.rows as usize * shape.cols as usize > self.wide_elements {
             return Err(CudaError::Unsupported(
                 "a matrix in fp8 that is none of a layer's, as a head in fp8; use --backend cpu".into(),
             ));
@@ -216,8 +169,9 @@ impl Fp8 {
         }
         let (kernel, tile) = self.few(shape, *epilogue)?;
         let stages = tile.stages(shape);
-        let x = TensorMap::rows_of_bf16(x.address, x.there as usize, shape.cols as usize, tile.tokens)?;
-        launcher.launch(kernel, tile.grid(shape, stages), [&matrix, &x, shape, &stages, *epilogue])
+        let tokens = tile.ring.block.tokens;
+        let x = TensorMap::rows_of_bf16(x.address, x.there as usize, shape.cols as usize, tokens)?;
+        launcher.launch(kernel, tile.grid(shape), [&matrix, &x, shape, &stages, *epilogue])
     }
 
     /// `out[t, c] = x[t, c] * norm[c]` for so many tokens: a norm's scale, which can't be folded into codes.
@@ -245,7 +199,7 @@ pub(super) fn scaling(tokens: u32) -> Grid {
 
 /// What a product of few tokens is launched as.
 pub(super) fn explained(kind: Kind, shape: &Shape, form: Form) -> Option<Explained> {
-    let index = TOKENS.iter().position(|tokens| shape.tokens <= *tokens).unwrap_or(TOKENS.len() - 1);
+    let index = index(shape.tokens);
     let kernel = match kind {
         Kind::Qkv => QKV[2 * usize::from(form.kv_fp8) + usize::from(form.normed)].1[index],
         Kind::Residual => RESIDUAL[index],
@@ -253,13 +207,7 @@ pub(super) fn explained(kind: Kind, shape: &Shape, form: Form) -> Option<Explain
         Kind::GateUp => GATE_UP[index],
         Kind::Head | Kind::Linear => return None,
     };
-    let tile = Tile::of(kind, index);
-    let (stages, rows, tokens, slices) = (tile.stages(shape), tile.rows(), tile.tokens, shape.slices);
-    let work = format!(
-        "a block: {rows} rows of w in fp8, {tokens} tokens, 1 of {slices} slices of the columns; {stages} stages"
-    );
-    let is_few = shape.tokens <= TOKENS_MAX;
-    is_few.then(|| Explained { kernel, grid: tile.grid(shape, stages), work })
+    (shape.tokens <= TOKENS_MAX).then(|| tile(kind, index).explained(kernel, shape))
 }
 
 #[cfg(test)]
@@ -271,13 +219,14 @@ mod tests {
 
     #[test]
     fn kernels_are_bound_to_the_threads_that_they_are_launched_with() {
-        let of_kind =
-            |kind, names: [&'static str; 4]| (0..).zip(names).map(move |(i, name)| (Tile::of(kind, i), name));
+        let of_kind = |kind, names: [&'static str; 4]| {
+            (0..).zip(names).map(move |(i, name)| (tile(kind, i).ring, name))
+        };
         let qkv = QKV.into_iter().flat_map(|(_, names)| of_kind(Kind::Qkv, names));
         let added = of_kind(Kind::Residual, RESIDUAL).chain(of_kind(Kind::RankSums, SUMS));
-        for (tile, name) in qkv.chain(added).chain(of_kind(Kind::GateUp, GATE_UP)) {
-            assert_eq!(threads_of(HOPPER, name), tile.threads(), "{name}");
-            assert!(name.ends_with(&format!("_{}x{}", tile.rows(), tile.tokens)), "{name}");
+        for (ring, name) in qkv.chain(added).chain(of_kind(Kind::GateUp, GATE_UP)) {
+            assert_eq!(threads_of(HOPPER, name), ring.threads(), "{name}");
+            assert!(name.ends_with(&format!("_{}x{}", ring.block.rows, ring.block.tokens)), "{name}");
         }
         assert_eq!(threads_of(HOPPER, "fp8_weights_widen"), WIDENING_THREADS);
         assert_eq!(threads_of(HOPPER, "fp8_weights_scale"), SCALING_THREADS);
@@ -291,12 +240,10 @@ mod tests {
     #[test]
     fn a_ring_holds_the_sums_that_lie_over_it_and_blocks_fit_a_multiprocessor() {
         for (rows, cols, slices) in [(6144, 4096, 2), (64, 64, 1), (4096, 12_288, 4), (24_576, 4096, 1)] {
-            for (index, tokens) in TOKENS.into_iter().enumerate() {
+            for (index, tokens) in Sliced::TOKENS.into_iter().enumerate() {
                 for kind in [Kind::Residual, Kind::GateUp] {
-                    let (shape, tile) = (Shape { rows, cols, tokens, slices }, Tile::of(kind, index));
-                    let stages = tile.stages(&shape);
-                    assert!(stages * tile.stage_bytes() >= tokens * (tile.rows() + 4) * 4);
-                    assert!(tile.shared(stages) <= tile.shared_max(), "{shape:?}");
+                    let (shape, tile) = (Shape { rows, cols, tokens, slices }, tile(kind, index));
+                    assert!(tile.ring.holds(tile.stages(&shape), tile.shared_max()), "{shape:?}");
                 }
             }
         }

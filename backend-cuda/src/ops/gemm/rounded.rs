@@ -14,8 +14,9 @@ use minisgl_core::backend::Purpose;
 
 use super::epilogue::{Epilogue, Kind, RowNorm};
 use super::prefill::{Loaded, Partials, Prefill, Tile};
-use super::product::{Explained, Product, Rows};
-use super::shape::{BLOCK_COLS, Shape};
+use super::product::{Block, Explained, Product, Rows};
+use super::ring::{Ring, Sliced};
+use super::shape::Shape;
 use crate::error::CudaError;
 use crate::gpu::Gpu;
 use crate::launch::{Grid, Kernel, Launcher};
@@ -25,8 +26,6 @@ use crate::param::{Param, plain_params};
 use crate::tensor_map::TensorMap;
 use crate::weight::{Fp8Codes, Rounding, Weight};
 
-/// Tokens of a block's tile, for ever more tokens, and most that kernels of few take.
-const TOKENS: [u32; 4] = [16, 32, 64, 128];
 /// Threads of a block that rounds inputs, and blocks of columns that it rounds at once.
 const ROUNDING_THREADS: u32 = 256;
 const ROUNDED: u32 = ROUNDING_THREADS / 32 * 2;
@@ -82,9 +81,9 @@ pub struct Norm {
     pub rows: RowNorm,
 }
 
-/// Room for the inputs of any product of a model.
+/// Where the inputs of any product of a model lie once they are rounded.
 #[derive(Clone, Copy, Debug)]
-struct Room {
+struct Scratch {
     /// `[tokens, width]`.
     codes: Address,
     /// `[ceil(width / 128), pitch]` f32.
@@ -98,10 +97,10 @@ struct Room {
 #[derive(Debug)]
 pub(super) struct Rounded {
     round: Kernel,
-    /// By kind and [`TOKENS`]: of 128 tokens qkv's alone is quicker than tiles of many.
+    /// By kind and [`Sliced::TOKENS`]: of 128 tokens qkv's alone is quicker than tiles of many.
     few: [Vec<Kernel>; 3],
     many: [Vec<Loaded>; 3],
-    room: Room,
+    scratch: Scratch,
 }
 
 /// A kind of product's kernels: which of all, the names of those for few tokens, and tiles of many.
@@ -142,22 +141,22 @@ impl Rounded {
         // Whole tiles of a cluster find their tokens' scales.
         let pitch = tokens.next_multiple_of(256);
         let blocks = width / Fp8Codes::BLOCK_COLS as usize;
-        let room = Room {
+        let scratch = Scratch {
             codes: gpu.allocate(Purpose::Scratch, tokens * width)?,
             scales: gpu.allocate(Purpose::Scratch, blocks * pitch * 4)?,
             tokens: tokens as u32,
             pitch: pitch as u32,
             width: width as u32,
         };
-        let few = |modules: &Modules, kind| {
+        let load_few = |modules: &Modules, kind| {
             let (_, names, _) = kernels(kind).ok_or_else(|| none(kind))?;
             let load = |(size, name): (usize, &&'static str)| {
-                modules.kernel("gemm_rounded_few", name, Few::of(kind, size).shared_max())
+                modules.kernel("gemm_rounded_few", name, few(kind, size).shared_max())
             };
             names.iter().enumerate().map(load).collect::<Result<Vec<_>, _>>()
         };
         let modules = gpu.modules();
-        let [qkv, residual, gate_up] = KINDS.map(|kind| few(modules, kind));
+        let [qkv, residual, gate_up] = KINDS.map(|kind| load_few(modules, kind));
         let few = [qkv?, residual?, gate_up?];
         let round = modules.kernel("fp8_inputs", "fp8_inputs", 0)?;
         let mut many = |kind| {
@@ -168,7 +167,7 @@ impl Rounded {
                 .collect::<Result<Vec<_>, _>>()
         };
         let many = [many(Kind::Qkv)?, many(Kind::Residual)?, many(Kind::GateUp)?];
-        Ok(Rounded { round, few, many, room })
+        Ok(Rounded { round, few, many, scratch })
     }
 
     /// Rounds the first `tokens` rows of `x` as `w` asks for.
@@ -180,7 +179,7 @@ impl Rounded {
         x: Rows,
         tokens: u32,
     ) -> Result<(), CudaError> {
-        let (Some(codes), Room { tokens: most, pitch, width, .. }) = (w.codes(), self.room) else {
+        let (Some(codes), Scratch { tokens: most, pitch, width, .. }) = (w.codes(), self.scratch) else {
             return Err(CudaError::NotReserved);
         };
         let cols = w.cols() as u32;
@@ -192,8 +191,8 @@ impl Rounded {
             x: x.address,
             norm: norm.and_then(|norm| norm.weight).map_or(Address::NULL, |weight| weight.address()),
             row_norm: norm.map_or(no_norm, |norm| norm.rows),
-            codes: self.room.codes,
-            scales: self.room.scales,
+            codes: self.scratch.codes,
+            scales: self.scratch.scales,
             fixed: match codes.rounding {
                 Rounding::Fixed => w.address().offset(w.codes_layout().input_scale_at()),
                 Rounding::Groups | Rounding::Rows => Address::NULL,
@@ -218,29 +217,28 @@ impl Rounded {
         let (index, names, _) = kernels(E::KIND).ok_or_else(|| none(E::KIND))?;
         let by_rows = w.codes().is_some_and(|codes| codes.by_rows);
         let scales = CodeScales {
-            x: self.room.scales,
+            x: self.scratch.scales,
             w: w.address().offset(layout.scales_at()),
-            pitch: self.room.pitch,
+            pitch: self.scratch.pitch,
             groups: layout.groups() as u32,
         };
         let row_scales = if by_rows { w.address().offset(layout.row_scales_at()) } else { Address::NULL };
         let epilogue = RoundedOf { epilogue: *product.epilogue, row_scales };
         let maps = |rows: u32, tokens: u32| {
             let cols = shape.cols as usize;
-            let there = self.room.tokens as usize;
+            let there = self.scratch.tokens as usize;
             Ok::<_, CudaError>([
                 TensorMap::rows_of_bf16(w.address(), shape.rows as usize, cols, rows)?,
-                TensorMap::rows_of_bf16(self.room.codes, there, cols, tokens)?,
+                TensorMap::rows_of_bf16(self.scratch.codes, there, cols, tokens)?,
             ])
         };
         let at_once = |tile: &Loaded| tile.clusters * tile.tile.cluster();
         let blocks = self.many[index].first().map_or(0, at_once);
-        if let Some(size) = Few::size(E::KIND, &shape, names, blocks) {
-            let (few, kernel) = (Few::of(E::KIND, size), &self.few[index][size]);
-            let stages = few.stages(&shape);
-            let [w, x] = maps(few.rows(), few.tokens)?;
-            let grid = few.grid(&shape, stages);
-            return launcher.launch(kernel, grid, [&w, &x, &shape, &stages, &scales, &epilogue]);
+        if let Some(size) = size(E::KIND, &shape, names, blocks) {
+            let (few, kernel) = (few(E::KIND, size), &self.few[index][size]);
+            let (Block { rows, tokens }, stages) = (few.ring.block, few.stages(&shape));
+            let [w, x] = maps(rows, tokens)?;
+            return launcher.launch(kernel, few.grid(&shape), [&w, &x, &shape, &stages, &scales, &epilogue]);
         }
         let Loaded { tile, kernel, clusters } = Loaded::quickest(&self.many[index], &shape)?;
         let fetched = tile.fetched();
@@ -256,77 +254,22 @@ fn none(kind: Kind) -> CudaError {
     CudaError::Unsupported(format!("{kind:?} has no kernels for rounded inputs; use --plain-inputs"))
 }
 
-/// A block of the kernels for few tokens: so many by 64 rows of w for each of its warpgroups, a slice of the columns.
-#[derive(Clone, Copy, Debug)]
-struct Few {
-    tokens: u32,
-    /// Warpgroups that multiply.
-    groups: u32,
-    /// Does it fill the registers of a multiprocessor? Else two fit.
-    alone: bool,
+/// The block of the kernels for few tokens of this size, with 64 rows of w for each of its warpgroups.
+fn few(kind: Kind, size: usize) -> Sliced {
+    let tokens = Sliced::TOKENS[size];
+    // Rows of o and down are few.
+    let rows = if kind == Kind::Residual { 64 } else { 128 };
+    let scales = tokens + rows / Fp8Codes::GROUP as u32;
+    let alone = tokens == 128 || tokens == 64 && kind == Kind::Qkv;
+    Sliced { ring: Ring::of(Block::new(rows, tokens)).with_scales(scales), alone }
 }
 
-impl Few {
-    fn of(kind: Kind, size: usize) -> Few {
-        let tokens = TOKENS[size];
-        // Rows of o and down are few.
-        let groups = if kind == Kind::Residual { 1 } else { 2 };
-        Few { tokens, groups, alone: tokens == 128 || tokens == 64 && kind == Kind::Qkv }
-    }
-
-    /// Rows of w.
-    fn rows(self) -> u32 {
-        64 * self.groups
-    }
-
-    /// Warpgroups that multiply, a warp that fetches and one that computes scales.
-    fn threads(self) -> u32 {
-        128 * self.groups + 64
-    }
-
-    /// Which of [`TOKENS`] a product takes, if one of so many kernels does. A tile of 128 tokens has a multiprocessor to itself: on a device
-    /// that takes fewer `blocks` of these at once than there are, kernels for many tokens are done first.
-    fn size(kind: Kind, shape: &Shape, kernels: &[&str], blocks: u32) -> Option<usize> {
-        let size = TOKENS.iter().take(kernels.len()).position(|tokens| shape.tokens <= *tokens)?;
-        let few = Few::of(kind, size);
-        (few.tokens < 128 || shape.rows.div_ceil(few.rows()) * shape.slices <= blocks).then_some(size)
-    }
-
-    /// Bytes of shared memory that it may take.
-    fn shared_max(self) -> u32 {
-        if self.alone { 227 << 10 } else { 112 << 10 }
-    }
-
-    fn stage_bytes(self) -> u32 {
-        (self.tokens + self.rows()) * BLOCK_COLS * 2
-    }
-
-    /// Bytes of a stage's barriers, and of its scales: a token's each, and those of so many rows.
-    fn beside_stage(self) -> u32 {
-        16 + (self.tokens + self.rows() / Fp8Codes::GROUP as u32) * 4
-    }
-
-    /// The ring, what lies beside its stages, a scale a token, and what aligns the ring to 1024 bytes.
-    fn shared(self, stages: u32) -> u32 {
-        stages * (self.stage_bytes() + self.beside_stage()) + self.tokens * 4 + 1024
-    }
-
-    /// As many as a slice has blocks of columns, if they fit; the sums lie over them afterwards.
-    fn stages(self, shape: &Shape) -> u32 {
-        let fit = (self.shared_max() - self.shared(0)) / (self.stage_bytes() + self.beside_stage());
-        let sum_bytes = self.tokens * (self.rows() + 4) * 4;
-        let wanted = shape.cols.div_ceil(BLOCK_COLS).div_ceil(shape.slices);
-        wanted.min(fit).max(sum_bytes.div_ceil(self.stage_bytes()))
-    }
-
-    /// Clusters with the same rows of w are neighbours, so that w comes from memory once.
-    fn grid(self, shape: &Shape, stages: u32) -> Grid {
-        Grid::new(shape.tokens.div_ceil(self.tokens) * shape.slices, self.threads())
-            .rows(shape.rows.div_ceil(self.rows()))
-            .cluster(shape.slices)
-            .shared(self.shared(stages))
-            .dependent()
-    }
+/// Which of [`Sliced::TOKENS`] a product takes, if one of so many kernels does. A tile of 128 tokens has a multiprocessor to itself: on a
+/// device that takes fewer `blocks` of these at once than there are, kernels for many tokens are done first.
+fn size(kind: Kind, shape: &Shape, kernels: &[&str], blocks: u32) -> Option<usize> {
+    let size = Sliced::TOKENS.iter().take(kernels.len()).position(|tokens| shape.tokens <= *tokens)?;
+    let Block { rows, tokens } = few(kind, size).ring.block;
+    (tokens < 128 || shape.rows.div_ceil(rows) * shape.slices <= blocks).then_some(size)
 }
 
 /// What rounds so many tokens of so many columns: a block a token where its largest magnitude is that of all its columns.
@@ -353,17 +296,10 @@ pub(super) fn explained(
     };
     let grid = rounding(2 * shape.cols, shape.tokens, rounding_of);
     let round = Explained { kernel: "fp8_inputs", grid, work: work.into() };
-    let Some(size) = Few::size(kind, shape, names, 2 * clusters(2)) else {
+    let Some(size) = size(kind, shape, names, 2 * clusters(2)) else {
         return Tile::explained_of(tiles, shape, clusters).map(|product| [round, product]);
     };
-    let (few, slices) = (Few::of(kind, size), shape.slices);
-    let stages = few.stages(shape);
-    let work = format!(
-        "a block: {} rows of w in fp8, {} tokens, 1 of {slices} slices of the columns; {stages} stages",
-        few.rows(),
-        few.tokens
-    );
-    Some([round, Explained { kernel: names[size], grid: few.grid(shape, stages), work }])
+    Some([round, few(kind, size).explained(names[size], shape)])
 }
 
 #[cfg(test)]
@@ -378,9 +314,9 @@ mod tests {
         for kind in KINDS {
             let (_, names, tiles) = kernels(kind).unwrap();
             for (size, name) in names.iter().enumerate() {
-                let few = Few::of(kind, size);
-                assert_eq!(threads_of(HOPPER, name), few.threads(), "{name}");
-                assert!(name.ends_with(&format!("_{}x{}", few.rows(), few.tokens)), "{name}");
+                let ring = few(kind, size).ring;
+                assert_eq!(threads_of(HOPPER, name), ring.threads(), "{name}");
+                assert!(name.ends_with(&format!("_{}x{}", ring.block.rows, ring.block.tokens)), "{name}");
             }
             for (tile, name) in tiles {
                 assert_eq!(threads_of(HOPPER, name), tile.threads(), "{name}");
@@ -402,12 +338,10 @@ mod tests {
     #[test]
     fn a_ring_holds_the_sums_that_lie_over_it_and_blocks_fit_a_multiprocessor() {
         for (rows, cols, slices) in [(6144, 2048, 2), (64, 64, 1), (4096, 6144, 2), (24_576, 2048, 1)] {
-            for (size, tokens) in TOKENS.into_iter().enumerate() {
+            for (size, tokens) in Sliced::TOKENS.into_iter().enumerate() {
                 for kind in KINDS {
-                    let (shape, few) = (Shape { rows, cols, tokens, slices }, Few::of(kind, size));
-                    let stages = few.stages(&shape);
-                    assert!(stages * few.stage_bytes() >= tokens * (few.rows() + 4) * 4);
-                    assert!(few.shared(stages) <= few.shared_max(), "{shape:?}");
+                    let (shape, few) = (Shape { rows, cols, tokens, slices }, few(kind, size));
+                    assert!(few.ring.holds(few.stages(&shape), few.shared_max()), "{shape:?}");
                 }
             }
         }
