@@ -226,7 +226,8 @@ fn a_kernel_that_fails_while_it_runs_is_reported_as_such() {
     let mut cuda = cuda();
     let kernel = cuda.modules().kernel("embed", "begin_step", 0).unwrap();
     // SAFETY: the batch lies at address 8, where nothing is: the device stops the kernel, which is what is tested.
-    unsafe { cuda.launcher().launch_raw(&kernel, Grid::new(1, 32), [&8u64, &0u32, &8u64]) }.unwrap();
+    unsafe { cuda.launcher().launch_raw(&kernel, Grid::new(1, 32), [&8u64, &0u32, &8u64, &8u64, &8u64]) }
+        .unwrap();
     let error = cuda.synchronize().unwrap_err();
     assert!(
         matches!(&error, CudaError::Kernel { launched, .. } if launched.contains("begin_step")),
