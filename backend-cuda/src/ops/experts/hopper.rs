@@ -75,6 +75,8 @@ impl Tiling {
     const THREADS: u32 = 320;
     /// Bytes of a row of 64 columns.
     const LINE: u32 = 128;
+    /// Bytes that a block asks for to have none of its kind beside it: with what it has anyway more than half of a multiprocessor's.
+    const ALONE: u32 = 111 << 10;
 
     /// What aligns the ring, its stages with two barriers each, outputs of two warpgroups, and a word for each of their pairs.
     fn shared_bytes(self) -> u32 {
@@ -82,16 +84,22 @@ impl Tiling {
         1024 + self.stages * stage + 2 * self.round * Self::LINE + 2 * self.pairs * 4
     }
 
+    /// The same where a block shall have a multiprocessor to itself, but for another product's. Blocks that start while the kernels before are
+    /// still there go where most is free, so two would share one and others have none: of 132 blocks 124 did, in a step of 130 tokens.
+    fn shared_bytes_alone(self) -> u32 {
+        self.shared_bytes().max(Self::ALONE)
+    }
+
     /// Pairs of an expert, on average, up to which the tiling for few is quicker.
     fn few_max(self) -> u32 {
         self.pairs / 2
     }
 
-    /// A place for each unit that there can be, as far as the device has room for `places` clusters.
-    fn grid(self, rows: u32, routing: &Routing, places: u32) -> Grid {
+    /// A cluster for each unit that there can be, as far as the device has room for `places`.
+    fn clusters(self, rows: u32, routing: &Routing, places: u32) -> u32 {
         let across = rows.div_ceil(Self::ROWS * self.sharers);
         let units = tiles_at_most(routing.pairs(), routing.experts, self.pairs) * across;
-        self.blocks(units.min(places))
+        units.min(places)
     }
 
     fn blocks(self, clusters: u32) -> Grid {
@@ -100,14 +108,22 @@ impl Tiling {
     }
 }
 
+/// A kernel, and whether its blocks have none of their kind beside them where there are multiprocessors for all.
+#[derive(Clone, Copy, Debug)]
+struct Product {
+    kernel: Kernel,
+    alone: bool,
+}
+
 /// The kernels of a tiling.
 #[derive(Clone, Copy, Debug)]
 struct Loaded {
     tiling: Tiling,
-    gate_up: Kernel,
-    down: Kernel,
+    gate_up: Product,
+    down: Product,
     /// Clusters that run at once.
     places: u32,
+    multiprocessors: u32,
 }
 
 impl Loaded {
@@ -117,27 +133,36 @@ impl Loaded {
         tiling: Tiling,
         [gate_up, down]: [&'static str; 2],
     ) -> Result<Loaded, CudaError> {
-        let find = |name| gpu.modules().kernel(module, name, tiling.shared_bytes());
-        let [gate_up, down] = [find(gate_up)?, find(down)?];
-        let places = match tiling.sharers {
-            1 => gpu.properties().multiprocessors * tiling.at_once,
-            // Where none has room the launch will say so.
-            _ => gpu.launcher().clusters_at_once(&down, tiling.blocks(1))?.max(1),
+        let find = |name, alone| {
+            let shared = if alone { tiling.shared_bytes_alone() } else { tiling.shared_bytes() };
+            gpu.modules().kernel(module, name, shared).map(|kernel| Product { kernel, alone })
         };
-        Ok(Loaded { tiling, gate_up, down, places })
+        // Down's blocks come while gate and up's are there, one beside each.
+        let [gate_up, down] = [find(gate_up, true)?, find(down, false)?];
+        let multiprocessors = gpu.properties().multiprocessors;
+        let places = match tiling.sharers {
+            1 => multiprocessors * tiling.at_once,
+            // Where none has room the launch will say so.
+            _ => gpu.launcher().clusters_at_once(&down.kernel, tiling.blocks(1))?.max(1),
+        };
+        Ok(Loaded { tiling, gate_up, down, places, multiprocessors })
     }
 
     /// One of the products with each expert's `rows` of `w`, whose `x` is as the kernel takes it.
     fn launch(
         &self,
         launcher: &Launcher,
-        kernel: &Kernel,
+        Product { kernel, alone }: &Product,
         routing: &Routing,
         (w, rows): (Weight, u32),
         x: &dyn Param,
         product: &dyn Param,
     ) -> Result<(), CudaError> {
-        let grid = self.tiling.grid(rows, routing, self.places);
+        let clusters = self.tiling.clusters(rows, routing, self.places);
+        let mut grid = self.tiling.blocks(clusters);
+        if *alone && clusters * self.tiling.sharers <= self.multiprocessors {
+            grid = grid.shared(self.tiling.shared_bytes_alone());
+        }
         if w.is_fp8() {
             return launcher.launch(kernel, grid, [&w.address() as &dyn Param, x, routing, product]);
         }
@@ -328,7 +353,10 @@ mod tests {
         // What a multiprocessor has, each block's own kilobyte of it, and the plan and the list beside what is asked for.
         let (all, own, plan) = (228 << 10, 1 << 10, 4 << 10);
         for (tiling, _, _, beside, _) in TILINGS {
-            assert!(beside * (tiling.shared_bytes() + own + plan) <= all, "{tiling:?}");
+            let [alone, shared] =
+                [tiling.shared_bytes_alone(), tiling.shared_bytes()].map(|asked| asked + own + plan);
+            assert!(alone + (beside - 1) * shared <= all && beside * shared <= all, "{tiling:?}");
+            assert!(2 * alone > all, "{tiling:?}");
             let Tiling { pairs, box_pairs, sharers, round, .. } = tiling;
             let is_whole = box_pairs == 1 || box_pairs % 8 == 0;
             assert!(is_whole && pairs % (box_pairs * sharers) == 0, "boxes are whole swizzles");
