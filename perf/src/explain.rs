@@ -107,7 +107,10 @@ fn write_launches(text: &mut String, explained: &Explained, layers: u32) -> fmt:
     match &explained.layers {
         ExplainedLayers::Each(parts) => write_each_layer(text, parts, layers)?,
         ExplainedLayers::All(launches) => {
-            writeln!(text, "\nall {layers} layers, but for the first one's qkv in one kernel")?;
+            writeln!(
+                text,
+                "\nall {layers} layers in one kernel, but for the first one's qkv and the last products of the second half"
+            )?;
             launches.iter().try_for_each(|launch| write_launch(text, launch))?;
         }
     }
@@ -199,7 +202,7 @@ mod tests {
     fn a_step_that_is_one_kernel_is_explained_as_such() {
         let one = text("rows=128,context=560", "layers=28", KernelSet::Auto);
         assert!(one.contains("divided_layers") && one.contains("512 and 512 turns a layer"), "{one}");
-        assert!(!one.contains("attention_decode") && !one.contains("gate_up"), "{one}");
+        assert!(!one.contains("attention_decode") && one.contains("decode_gate_up_64x64"), "{one}");
         let few = text("rows=32", "layers=28", KernelSet::Auto);
         assert!(!few.contains("divided_layers") && few.contains("attention_decode_128"), "{few}");
     }

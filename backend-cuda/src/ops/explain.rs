@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   begin_step ─ embed ─ [qkv ─ attention ─ o ─ gate_up ─ down] each layer, twice where rows are divided ─ final_norm ─ head ─ sample
-//!                        or qkv of the first layer ─ all else of all layers
+//!                        or qkv of the first layer ─ all else of all layers ─ o ─ gate_up ─ down of the last one's second half
 //! ```
 //!
 //! Of several ranks it is what the first one launches: o and down leave sums, which are added up behind them.
@@ -68,10 +68,12 @@ pub fn explain(
     let format = spec.kv.unwrap_or(KvFormat::Bf16);
     let planner =
         Planner::new(device.hopper, device.multiprocessors, &spec.dims, spec.window(), format, limits)?;
-    let explainer = Explainer { device, spec, ranks, shape, rows, planner };
     let alone = device.hopper && ranks == 1;
-    let in_one = alone && LayersKernel::suits(spec, limits.page_size, device.multiprocessors);
-    let layers = if in_one && LayersKernel::takes(shape) {
+    let in_one = alone
+        && LayersKernel::suits(spec, limits.page_size, device.multiprocessors)
+        && LayersKernel::takes(shape);
+    let explainer = Explainer { device, spec, ranks, shape, rows, planner, in_one };
+    let layers = if in_one {
         ExplainedLayers::All(explainer.all_layers())
     } else if Halves::new(spec, alone).divide(shape) {
         explainer.each_layer(&[Part::First, Part::Second])
@@ -89,6 +91,8 @@ struct Explainer<'a> {
     shape: StepShape,
     rows: &'a [Row],
     planner: Planner,
+    /// Are all layers in one kernel?
+    in_one: bool,
 }
 
 impl Explainer<'_> {
@@ -126,6 +130,7 @@ impl Explainer<'_> {
         let mut launches = self.qkv(Part::Whole);
         let format = self.spec.kv.unwrap_or(KvFormat::Bf16);
         launches.push(LayersKernel::explained(self.device.multiprocessors, format, &turns.join(" and ")));
+        launches.extend(self.after_attention(Part::Second));
         launches
     }
 
@@ -140,11 +145,16 @@ impl Explainer<'_> {
 
     fn layer(&self, part: Part) -> Vec<Launch> {
         let dims = &self.spec.dims;
-        let (hidden, mlp) = (dims.hidden, dims.intermediate);
-        let (qkv, q) = (dims.qkv_width() as u32, dims.q_width() as u32);
         let mut launches = self.qkv(part);
-        launches.extend(self.attention(part, [qkv, hidden]));
-        launches.extend(self.added("o", [hidden, q], part));
+        launches.extend(self.attention(part, [dims.qkv_width() as u32, dims.hidden]));
+        launches.extend(self.after_attention(part));
+        launches
+    }
+
+    fn after_attention(&self, part: Part) -> Vec<Launch> {
+        let dims = &self.spec.dims;
+        let (hidden, mlp) = (dims.hidden, dims.intermediate);
+        let mut launches = self.added("o", [hidden, dims.q_width() as u32], part);
         launches.extend(self.product(
             "gate_up",
             Kind::GateUp,
@@ -210,7 +220,7 @@ impl Explainer<'_> {
         if let Some(grid) = gemm::widening(rows, cols, tokens).filter(|_| weights_fp8) {
             launches.push(launch(what, "fp8_weights_widen", grid, "a block: a tile, to memory"));
         }
-        let explained = gemm::explained(self.device, kind, [rows, cols, tokens], Self::share(part), form);
+        let explained = gemm::explained(self.device, kind, [rows, cols, tokens], self.share(part), form);
         launches.extend(explained.map(|it| launch(what, it.kernel, it.grid, it.work)));
         launches
     }
@@ -223,8 +233,8 @@ impl Explainer<'_> {
         }
     }
 
-    fn share(part: Part) -> SmShare {
-        if part == Part::Whole { SmShare::Whole } else { SmShare::Half }
+    fn share(&self, part: Part) -> SmShare {
+        if part == Part::Whole || self.in_one { SmShare::Whole } else { SmShare::Half }
     }
 
     /// Does the product of queries, keys and values, of such a matrix, keep these in fp8?
@@ -233,7 +243,7 @@ impl Explainer<'_> {
         let weights_fp8 = self.spec.weights != WeightFormat::Bf16;
         self.spec.kv == Some(KvFormat::Fp8)
             && self.rounded().is_none()
-            && gemm::keeps_fp8([rows, cols, tokens], Self::share(part), weights_fp8)
+            && gemm::keeps_fp8([rows, cols, tokens], self.share(part), weights_fp8)
     }
 
     /// Have heads norms and rope, and no biases?

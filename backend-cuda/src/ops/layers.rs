@@ -7,8 +7,9 @@
 //!
 //! Half of a device's multiprocessors keep its memory busy with the keys and values that they attend to, so the others multiply
 //! meanwhile: o, gate and up, down, and the next layer's queries, keys and values. The rows come in two halves ([`Part`]), so that one is
-//! attended to while the other is multiplied. Queries, keys and values of the first layer come from that product's own kernel, for
-//! all rows.
+//! attended to while the other is multiplied. At the ends there is nothing beside which to multiply: queries, keys and values of the first
+//! layer come from that product's own kernel, for all rows, and so do the products of the last one for the second half, on all
+//! multiprocessors.
 //!
 //! 1. Blocks wait for each other, by counters in memory. So all of them must run at once: each has a multiprocessor to itself, and the
 //!    launch is cooperative, so that no block begins before there is room for all.
@@ -133,7 +134,8 @@ impl LayersKernel {
         Launch { what: "layers", kernel, grid, work }
     }
 
-    /// All layers of a step, but for the first one's queries, keys and values: the residual stream becomes theirs.
+    /// All layers of a step, but for the first one's queries, keys and values, and what the second half's products make of what the last one
+    /// attended to: the residual stream of the first half becomes theirs.
     pub(super) fn launch<'a>(
         &self,
         launcher: &Launcher,

@@ -176,7 +176,8 @@ impl Operations {
     /// Do the products of the part's queries, keys and values keep these in fp8?
     fn keeps_fp8(&self, layer: &Layer, part: Part) -> bool {
         let tokens = part.tokens(layer.step.shape).len() as u32;
-        self.fp8_pages.is_some() && self.gemm.keeps_fp8(layer.weights.qkv, tokens, Self::sm_share(part))
+        let share = self.sm_share(layer.step.shape, part);
+        self.fp8_pages.is_some() && self.gemm.keeps_fp8(layer.weights.qkv, tokens, share)
     }
 
     /// Derives a step's plan from its rows.
@@ -228,7 +229,10 @@ impl Operations {
                     self.before_attention(launcher, &first, Part::Whole)?;
                 }
                 let (work, eps) = (self.attention.halves(step), self.dims.norm_eps);
-                kernel.launch(launcher, step, layers, &self.buffers, work, eps)?;
+                kernel.launch(launcher, step, layers.clone(), &self.buffers, work, eps)?;
+                if let Some(last) = layers.last() {
+                    self.after_attention(launcher, &last, Part::Second)?;
+                }
             }
             (Division::Rows, _) => {
                 layers.try_for_each(|layer| self.layer_in_halves(launcher, &layer))?;
@@ -251,9 +255,12 @@ impl Operations {
         launcher.beside(|launcher| self.chain(launcher, layer, Part::Second))
     }
 
-    /// What a part's products may take.
-    fn sm_share(part: Part) -> SmShare {
-        if part == Part::Whole { SmShare::Whole } else { SmShare::Half }
+    /// What a part's products may take: half where the other part's run beside them.
+    fn sm_share(&self, shape: StepShape, part: Part) -> SmShare {
+        match (self.division(shape), part) {
+            (Division::Rows, Part::First | Part::Second) => SmShare::Half,
+            _ => SmShare::Whole,
+        }
     }
 
     fn chain(&self, launcher: &Launcher, layer: &Layer, part: Part) -> Result<(), CudaError> {
@@ -269,7 +276,7 @@ impl Operations {
         let residual = rows_from(self.buffers.residual, self.dims.hidden as usize, tokens.start);
         let in_fp8 = self.keeps_fp8(layer, part);
         let epilogue = self.qkv(layer, tokens.start, in_fp8);
-        let (count, share) = (tokens.len() as u32, Self::sm_share(part));
+        let (count, share) = (tokens.len() as u32, self.sm_share(layer.step.shape, part));
         let LayerWeights { qkv, attention_norm, .. } = layer.weights;
         let norm = Norm { weight: *attention_norm, rows: self.norm(tokens.start) };
         let x = self.gemm.inputs(launcher, *qkv, Some(norm), residual, count, self.scaled(tokens.start))?;
@@ -306,7 +313,7 @@ impl Operations {
         let (first, count, gemm) = (tokens.start, tokens.len() as u32, &self.gemm);
         let residual = rows_from(buffers.residual, self.dims.hidden as usize, first);
         let attended = rows_from(buffers.attended, self.dims.q_width(), first);
-        let share = Self::sm_share(part);
+        let share = self.sm_share(step.shape, part);
         // What o and down do: `+=`, or where others have columns too, the sums and their exchange.
         let add = |w: Weight, x: Rows| match &self.exchange {
             None => {

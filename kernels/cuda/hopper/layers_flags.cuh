@@ -1,7 +1,7 @@
 // How the blocks of layers_divide.cuh hand work to each other, by words in memory that count up.
 //
 //   phase i = 2 * layer + half          attend(i): attention of the half in that layer
-//                                       chain(i):  o, gate_up, down and the next layer's qkv of the same rows
+//                                       chain(i):  o, gate_up, down and the next layer's qkv of the same rows; none in the last phase
 //
 //   attend(i) ── done[i] = all turns ──> o(i) ── ended[i][O] = all blocks ──> gate_up(i) ──> down(i) ──> qkv(i) ─┐
 //   attend(i + 2) <────────────────────────────────────────────────────── ended[i][QKV] = all blocks ────────────┘
@@ -73,6 +73,8 @@ struct Flags {
     __device__ __forceinline__ explicit Flags(const Layers &args) : words(args.flags), layers(args.count) {}
 
     __device__ __forceinline__ unsigned phases() const { return 2 * layers; }
+    // The last attention's products are other kernels': nothing is left to attend to beside them.
+    __device__ __forceinline__ unsigned chains() const { return phases() - 1; }
     // Turns taken, beside everyone's first.
     __device__ __forceinline__ unsigned *taken() const { return words; }
     // Blocks that have left.

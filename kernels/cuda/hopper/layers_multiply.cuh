@@ -1,5 +1,5 @@
 // The blocks of layers_divide.cuh that multiply: o, gate_up, down and the next layer's qkv of a half's rows, then of the other half's, layer after
-// layer. Tokens are the rows of every product and rows of w its columns: D[64 tokens, N] by each of two warpgroups.
+// layer, to the last layer's first half. Tokens are the rows of every product and rows of w its columns: D[64 tokens, N] by each of two warpgroups.
 //
 //   block     o, down   32 rows of w by half of the columns; its neighbour has the other half, they add up by st.async, warp by warp
 //             gate_up   96 rows of w
@@ -146,7 +146,7 @@ struct WeightFetcher {
     }
     __device__ __forceinline__ void run() {
 #pragma unroll 1
-        for (unsigned phase = 0; phase < of.flags.phases(); phase++) {
+        for (unsigned phase = 0; phase < of.flags.chains(); phase++) {
             const Layer *layer = of.args.layers + phase / 2;
             policy = phase % 2 ? EVICT_FIRST : EVICT_NORMAL;
             fetch<O>(&layer->o);
@@ -188,7 +188,7 @@ struct ActivationFetcher {
         const Flags &flags = of.flags;
         const unsigned turns[2] = {of.args.batch[of.args.plan_offset[0]] * KV_HEADS, of.args.batch[of.args.plan_offset[1]] * KV_HEADS};
 #pragma unroll 1
-        for (unsigned phase = 0; phase < flags.phases(); phase++) {
+        for (unsigned phase = 0; phase < flags.chains(); phase++) {
             const unsigned half = phase % 2;
             const auto after = [&](const unsigned *flag, unsigned value) {
                 flags.wait(flag, value);
@@ -200,10 +200,10 @@ struct ActivationFetcher {
             fetch<GATE_UP>(of.maps.residual + half);
             after(flags.ended(phase, GATE_UP), MULTIPLIERS);
             fetch<DOWN>(of.maps.activated + half);
-            // The last o's, too, which no qkv parts from the down before: what neighbours then send may take the place of what they sent.
-            after(flags.ended(phase, DOWN), MULTIPLIERS);
-            if (phase + 2 < flags.phases())
+            if (phase + 2 < flags.phases()) {
+                after(flags.ended(phase, DOWN), MULTIPLIERS);
                 fetch<QKV>(of.maps.residual + half);
+            }
         }
     }
 };
@@ -237,7 +237,7 @@ struct Scales {
     }
     __device__ __forceinline__ void run() const {
 #pragma unroll 1
-        for (unsigned phase = 0; phase < of.flags.phases(); phase++) {
+        for (unsigned phase = 0; phase < of.flags.chains(); phase++) {
             make(phase, 0);
             if (phase + 2 < of.flags.phases())
                 make(phase, 1);
@@ -559,7 +559,7 @@ template <bool FP8> struct Tensor {
     }
     __device__ __forceinline__ void run() {
 #pragma unroll 1
-        for (unsigned phase = 0; phase < of.flags.phases(); phase++) {
+        for (unsigned phase = 0; phase < of.flags.chains(); phase++) {
             const Step step(phase);
             add<O>(step);
             gate_up(step);
