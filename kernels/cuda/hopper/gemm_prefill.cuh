@@ -159,11 +159,11 @@ template <class P> struct Tiles {
 // Fetches a box for the SHARERS blocks of these ranks.
 template <unsigned SHARERS>
 __device__ __forceinline__ void fetch_part(unsigned to, const TensorMap *map, unsigned col, unsigned row, unsigned barrier,
-                                           unsigned short ranks) {
+                                           unsigned long long policy, unsigned short ranks) {
     if (SHARERS == 1)
-        bulk_fetch(to, map, col, row, barrier, EVICT_NORMAL);
+        bulk_fetch(to, map, col, row, barrier, policy);
     else
-        bulk_fetch_shared(to, map, col, row, barrier, EVICT_NORMAL, ranks);
+        bulk_fetch_shared(to, map, col, row, barrier, policy, ranks);
 }
 
 // What the kernel before wrote is x alone: the first of w is on its way before the wait for that kernel.
@@ -174,16 +174,18 @@ __device__ __forceinline__ void fetch(const Shared<P> &shared, const TensorMap *
     const unsigned short same_tokens = ((1 << P::ALONG_ROWS) - 1) << t * P::ALONG_ROWS;
     const unsigned short same_rows = (P::ALONG_TOKENS == 2 ? 1 | 1 << P::ALONG_ROWS : 1) << r;
     Tiles<P> tiles(shape);
+    // Rows of w that one cluster reads, nobody reads again: what is written stays in L2 instead.
+    const unsigned long long policy = tiles.down == 1 ? EVICT_FIRST : EVICT_NORMAL;
     const auto fetch_w = [&](unsigned at, unsigned i) {
         barrier_expect(shared.full + 8 * at, P::STAGE_BYTES);
 #pragma unroll
         for (unsigned row = w_part; row < w_part + P::M / P::ALONG_TOKENS; row += P::FETCHED)
             fetch_part<P::ALONG_TOKENS>(shared.stage(at) + P::X_BYTES + row * 128, w, i * 64, tiles.row() + row,
-                                        shared.full + 8 * at, same_rows);
+                                        shared.full + 8 * at, policy, same_rows);
     };
     const auto fetch_x = [&](unsigned at, unsigned i) {
         fetch_part<P::ALONG_ROWS>(shared.stage(at) + x_part * 128, x, i * 64, tiles.token() + x_part, shared.full + 8 * at,
-                                  same_tokens);
+                                  EVICT_NORMAL, same_tokens);
     };
     const unsigned first = tiles.begin(shape);
     unsigned ahead = min(P::STAGES, tiles.end(shape) - first);

@@ -5,7 +5,7 @@
 //!   narrow   128 rows x 128 tokens     2 along the rows       every product
 //!   middle   128      x 192            2 along the rows       the model's; of four slices, the first two's sums wait in memory
 //!   square   128      x 128            2 x 2                  the model's
-//!   wide     256      x 128            2 along the tokens     gate and up, where the whole sum is one slice; split sums
+//!   wide     256      x 128            2 along the tokens     gate and up, where the whole sum is one slice; the head; split sums
 //!   tall     192, 224, 288 x 128       2 along the rows       gate and up, where the whole sum is one slice
 //!            144, 192      x 192       2 along the rows       the same
 //! ```
@@ -190,9 +190,10 @@ impl Tile {
                 tiles.push((Tile::WIDE, "prefill_gate_up_wide"));
                 tiles.extend(Tile::TALL.into_iter().zip(tall));
             }
+            Kind::Head => tiles.push((Tile::WIDE, "prefill_head_wide")),
             Kind::Residual => tiles.extend(Tile::SPLIT.into_iter().zip(split)),
             Kind::RankSums => tiles.extend(Tile::HALVED.into_iter().zip(halved)),
-            Kind::Qkv | Kind::Head | Kind::Linear => {}
+            Kind::Qkv | Kind::Linear => {}
         }
         tiles
     }
