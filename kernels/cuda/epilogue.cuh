@@ -21,6 +21,7 @@
 // 5. A model without bias, head norms or rope has null pointers there, and numbers that change no bit in their places: a bias
 //    of -0, an inverse and weights of 1, a cosine of 1 and a sine of 0. Asking costs registers: where all heads are normed and
 //    turned and none has a bias, the products of few rows are compiled for that alone (QkvNormed).
+// 6. Hopper's products of few rows take Qkv with keys and values in bf16, and Residual, through hopper/wide.cuh, to the same bits.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -55,21 +56,32 @@ struct RowNorm {
     unsigned segments, hidden;
     float eps;
 
-    // A thread's call: the loads of one token are independent, its sum is in order.
-    __device__ __forceinline__ float scale(unsigned token) const {
-        const float *partial = sumsq + (size_t)token * segments;
-        float sum = 0.0f;
+    // A thread's call: loads are independent, the sum of each token is in order.
+    template <int COUNT> __device__ __forceinline__ void scales(const unsigned (&token)[COUNT], float (&scale)[COUNT]) const {
+        float sum[COUNT] = {};
         if (segments % 4 == 0) {
 #pragma unroll 4
-            for (unsigned i = 0; i < segments; i += 4) {
-                const float4 four = *reinterpret_cast<const float4 *>(partial + i);
-                sum = sum + four.x + four.y + four.z + four.w;
-            }
+            for (unsigned i = 0; i < segments; i += 4)
+#pragma unroll
+                for (int t = 0; t < COUNT; t++) {
+                    const float4 four = *reinterpret_cast<const float4 *>(sumsq + (size_t)token[t] * segments + i);
+                    sum[t] = sum[t] + four.x + four.y + four.z + four.w;
+                }
         } else {
             for (unsigned i = 0; i < segments; i++)
-                sum += partial[i];
+#pragma unroll
+                for (int t = 0; t < COUNT; t++)
+                    sum[t] += sumsq[(size_t)token[t] * segments + i];
         }
-        return rsqrtf(sum / (float)hidden + eps);
+#pragma unroll
+        for (int t = 0; t < COUNT; t++)
+            scale[t] = rsqrtf(sum[t] / (float)hidden + eps);
+    }
+    __device__ __forceinline__ float scale(unsigned token) const {
+        const unsigned one[1] = {token};
+        float found[1];
+        scales(one, found);
+        return found[0];
     }
 };
 
@@ -93,6 +105,9 @@ template <bool NORMED, bool FP8> struct QkvOf {
     static constexpr bool EARLY = true; // does `ahead` read nothing that a kernel of this step's layers wrote?
 
     __device__ __forceinline__ float scale(unsigned token) const { return norm.scale(token); }
+    template <int COUNT> __device__ __forceinline__ void scales(const unsigned (&token)[COUNT], float (&scale)[COUNT]) const {
+        norm.scales(token, scale);
+    }
 
     // A token's place in its sequence and in the pages.
     struct Where {
@@ -404,6 +419,9 @@ struct GateUp {
     static constexpr bool EARLY = false; // does `ahead` read nothing that a kernel of this step's layers wrote?
 
     __device__ __forceinline__ float scale(unsigned token) const { return norm.scale(token); }
+    template <int COUNT> __device__ __forceinline__ void scales(const unsigned (&token)[COUNT], float (&scale)[COUNT]) const {
+        norm.scales(token, scale);
+    }
     using Where = Nowhere;
     __device__ __forceinline__ Where where(unsigned) const { return {}; }
 

@@ -27,17 +27,23 @@
 #include "ring.cuh"
 #include "share_out.cuh"
 
-// T tokens' outputs: the sums that ranks first, first + 1, … have, all on their way at once, added in pairs, then pairs of pairs.
+__device__ __forceinline__ float2 plus(float2 a, float2 b) { return {a.x + b.x, a.y + b.y}; }
+__device__ __forceinline__ float4 plus(float4 a, float4 b) { return {a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w}; }
+
+__device__ __forceinline__ void load_sums(float2 &sum, unsigned at, unsigned rank) { sum = load_remote(at, rank); }
+__device__ __forceinline__ void load_sums(float4 &sum, unsigned at, unsigned rank) { sum = load_four_remote(at, rank); }
+
+// T places' outputs: the sums that ranks first, first + 1, … have, all on their way at once, added in pairs, then pairs of pairs.
 // With PAIR, every other rank.
-template <int SHARERS, int PAIR, int T>
-__device__ __forceinline__ void add_shares(float2 (&sum)[T], const unsigned (&at)[T], unsigned first, unsigned sharers) {
-    float2 part[SHARERS][T];
+template <int SHARERS, int PAIR, int T, class Floats>
+__device__ __forceinline__ void add_shares(Floats (&sum)[T], const unsigned (&at)[T], const unsigned (&first)[T], unsigned sharers) {
+    Floats part[SHARERS][T];
 #pragma unroll
     for (int s = 0; s < SHARERS; s++)
         if (s < sharers)
 #pragma unroll
             for (int i = 0; i < T; i++)
-                part[s][i] = load_remote(at[i], first + s * PAIR);
+                load_sums(part[s][i], at[i], first[i] + s * PAIR);
     if constexpr (SHARERS > 2)
 #pragma unroll
         for (int apart = 1; apart < SHARERS / 2; apart *= 2)
@@ -46,7 +52,7 @@ __device__ __forceinline__ void add_shares(float2 (&sum)[T], const unsigned (&at
                 if (s + apart < sharers)
 #pragma unroll
                     for (int i = 0; i < T; i++)
-                        part[s][i] = {part[s][i].x + part[s + apart][i].x, part[s][i].y + part[s + apart][i].y};
+                        part[s][i] = plus(part[s][i], part[s + apart][i]);
 #pragma unroll
     for (int i = 0; i < T; i++)
         sum[i] = part[0][i];
@@ -54,7 +60,7 @@ __device__ __forceinline__ void add_shares(float2 (&sum)[T], const unsigned (&at
         if (SHARERS / 2 < sharers)
 #pragma unroll
             for (int i = 0; i < T; i++)
-                sum[i] = {sum[i].x + part[SHARERS / 2][i].x, sum[i].y + part[SHARERS / 2][i].y};
+                sum[i] = plus(sum[i], part[SHARERS / 2][i]);
 }
 
 // How many tokens a warp takes side by side, of N that WARPS share. Up to 64 they are N / 16, which is all that a warp of qkv gets, but
@@ -67,12 +73,14 @@ template <int N, int WARPS, class Epilogue> struct SideBySide {
 __device__ __forceinline__ const TensorMap *fetched(const TensorMap &w) { return &w; }
 __device__ __forceinline__ const Fp8Matrix &fetched(const Fp8Matrix &w) { return w; }
 
-// How w is kept, and its way into shared memory.
+// How w is kept, and its way into shared memory. TIGHT: 128 rows of a block share a multiprocessor's registers with another block.
 template <int GROUPS, int N, int PAIR, class Matrix> struct RingOf {
     using Type = Ring<GROUPS, N, PAIR>;
+    static constexpr bool TIGHT = false;
 };
 template <int GROUPS, int N> struct RingOf<GROUPS, N, 1, Fp8Matrix> {
     using Type = Fp8Ring<GROUPS, N>;
+    static constexpr bool TIGHT = true;
 };
 
 // What else the scaling warp fetches: of these matrices nothing.
@@ -114,8 +122,10 @@ __device__ __forceinline__ void decode(const Matrix &w, const TensorMap *x, cons
         __syncwarp();
         cluster_sync();
     } else {
-        constexpr int BLOCKS = GROUPS * TILES, T = SideBySide<N, 4 * BLOCKS * Epilogue::SLICES / OWN, Epilogue>::T;
-        ShareOut<N, BLOCKS, T, Epilogue> out(shape, rank + ranks * warp, ranks * 4 * GROUPS, tile0 * R::ROWS, n0);
+        constexpr int BLOCKS = GROUPS * TILES, WARPS = 4 * BLOCKS * Epilogue::SLICES / OWN;
+        constexpr bool TIGHT = RingOf<GROUPS, N, PAIR, Matrix>::TIGHT;
+        using Out = EitherWidth<N, BLOCKS, (N + WARPS - 1) / WARPS, SideBySide<N, WARPS, Epilogue>::T, TIGHT, Epilogue>;
+        Out out(shape, rank + ranks * warp, ranks * 4 * GROUPS, tile0 * R::ROWS, n0);
         if (Epilogue::EARLY)
             out.fetch(epilogue, shape.rows);
         dependent_wait();
@@ -135,13 +145,27 @@ __device__ __forceinline__ void decode(const Matrix &w, const TensorMap *x, cons
         __syncwarp();
         cluster_sync();
         while (out.n < out.count)
-            out.take(epilogue, shape, scales, [&](float2(&sum)[T], const unsigned(&token)[T], unsigned b) {
-                unsigned at[T];
+            if constexpr (IS_WIDE<Epilogue>)
+                out.take(epilogue, shape, scales, [&](float4(&sum)[Out::PLACES], const unsigned(&token)[Out::PLACES],
+                                                        const unsigned(&row)[Out::PLACES]) {
+                    unsigned at[Out::PLACES], first[Out::PLACES];
 #pragma unroll
-                for (int i = 0; i < T; i++)
-                    at[i] = base + S::offset(token[i], b % GROUPS);
-                add_shares<Epilogue::SLICES / OWN, PAIR>(sum, at, b / GROUPS * sharers * PAIR + second, sharers);
-            });
+                    for (int i = 0; i < Out::PLACES; i++) {
+                        at[i] = base + (token[i] * S::STAGED + row[i] % R::ROWS) * 4;
+                        first[i] = row[i] / R::ROWS * sharers * PAIR + second;
+                    }
+                    add_shares<Epilogue::SLICES / OWN, PAIR>(sum, at, first, sharers);
+                });
+            else
+                out.take(epilogue, shape, scales, [&](float2(&sum)[Out::PLACES], const unsigned(&token)[Out::PLACES], unsigned b) {
+                    unsigned at[Out::PLACES], first[Out::PLACES];
+#pragma unroll
+                    for (int i = 0; i < Out::PLACES; i++) {
+                        at[i] = base + S::offset(token[i], b % GROUPS);
+                        first[i] = b / GROUPS * sharers * PAIR + second;
+                    }
+                    add_shares<Epilogue::SLICES / OWN, PAIR>(sum, at, first, sharers);
+                });
         __syncwarp();
     }
     cluster_sync_relaxed();
@@ -157,10 +181,10 @@ __device__ __forceinline__ void decode(const Matrix &w, const TensorMap *x, cons
 #define DECODE(NAME, GROUPS, TILES, N, EPILOGUE) DECODE_OF(NAME, GROUPS, TILES, N, 1, 2, TensorMap, EPILOGUE)
 #define DECODE_ALONE(NAME, GROUPS, N, OWN, EPILOGUE) DECODE_OF(NAME, GROUPS, 1, N, OWN, 1, TensorMap, EPILOGUE)
 // Two blocks with neighbouring tiles of tokens and a slice in common fetch w for each other.
-#define DECODE_PAIRED(NAME, GROUPS, N, EPILOGUE)                                                                             \
+#define DECODE_PAIRED(NAME, GROUPS, N, OWN, EPILOGUE)                                                                        \
     extern "C" __global__ void __launch_bounds__(128 * GROUPS + 64, 1)                                                       \
     NAME(const __grid_constant__ TensorMap w, const __grid_constant__ TensorMap x, Shape shape, unsigned stages,             \
          EPILOGUE epilogue) {                                                                                                \
-        decode<GROUPS, 1, N, 1, 2>(w, &x, shape, stages, epilogue);                                                          \
+        decode<GROUPS, 1, N, OWN, 2>(w, &x, shape, stages, epilogue);                                                        \
     }
 #define DECODE_FP8(NAME, GROUPS, N, BESIDE, EPILOGUE) DECODE_OF(NAME, GROUPS, 1, N, 1, BESIDE, Fp8Matrix, EPILOGUE)

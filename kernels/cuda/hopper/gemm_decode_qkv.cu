@@ -11,6 +11,7 @@
     DECODE(decode_qkv##SUFFIX##_64x48, 1, 2, 48, KIND)                                                                       \
     DECODE(decode_qkv##SUFFIX##_64x64, 1, 2, 64, KIND)                                                                       \
     DECODE(decode_qkv##SUFFIX##_64x128, 1, 2, 128, KIND)                                                                     \
+    DECODE_PAIRED(decode_qkv##SUFFIX##_128x64_paired, 2, 64, 1, KIND)                                                        \
     PAIR(pair_qkv##SUFFIX##_128x32, 2, 32, KIND)                                                                             \
     PAIR(pair_qkv##SUFFIX##_128x64, 2, 64, KIND)                                                                             \
     TRIO(trio_qkv##SUFFIX##_128x64, 2, 64, KIND)                                                                             \

@@ -50,7 +50,8 @@ __device__ __forceinline__ void together(const TensorMap *w, const TensorMap *x,
     } else {
         // All of a warp's tokens at once, if they fit its registers.
         constexpr int ALL = (N + 4 * GROUPS - 1) / (4 * GROUPS), T = ALL <= 8 ? ALL : (ALL + 1) / 2;
-        ShareOut<N, GROUPS, T, Epilogue> out(shape, warp, 4 * GROUPS, m0, n0);
+        using Out = EitherWidth<N, GROUPS, ALL, T, false, Epilogue>;
+        Out out(shape, warp, 4 * GROUPS, m0, n0);
         if (Epilogue::EARLY)
             out.fetch(epilogue, shape.rows);
         dependent_wait();
@@ -68,11 +69,19 @@ __device__ __forceinline__ void together(const TensorMap *w, const TensorMap *x,
         S::write(staged, total);
         __syncthreads();
         while (out.n < out.count)
-            out.take(epilogue, shape, scales, [&](float2(&sum)[T], const unsigned(&token)[T], unsigned b) {
+            if constexpr (IS_WIDE<Epilogue>)
+                out.take(epilogue, shape, scales, [&](float4(&sum)[Out::PLACES], const unsigned(&token)[Out::PLACES],
+                                                        const unsigned(&row)[Out::PLACES]) {
 #pragma unroll
-                for (int i = 0; i < T; i++)
-                    sum[i] = S::read(staged, token[i], b);
-            });
+                    for (int i = 0; i < Out::PLACES; i++)
+                        sum[i] = *reinterpret_cast<const float4 *>(staged + token[i] * S::STAGED + row[i]);
+                });
+            else
+                out.take(epilogue, shape, scales, [&](float2(&sum)[Out::PLACES], const unsigned(&token)[Out::PLACES], unsigned b) {
+#pragma unroll
+                    for (int i = 0; i < Out::PLACES; i++)
+                        sum[i] = S::read(staged, token[i], b);
+                });
     }
 }
 

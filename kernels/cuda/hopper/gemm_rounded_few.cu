@@ -109,6 +109,7 @@ __device__ __forceinline__ void fetch_beside(const CodesRing<GROUPS, N> &ring, c
 
 template <int GROUPS, int N> struct RingOf<GROUPS, N, 1, CodesMatrix> {
     using Type = CodesRing<GROUPS, N>;
+    static constexpr bool TIGHT = true;
 };
 
 #define FEW(NAME, GROUPS, N, BESIDE, EPILOGUE)                                                                               \

@@ -138,6 +138,16 @@ __device__ __forceinline__ float2 load_remote(unsigned at, unsigned rank) {
                  "}" : "=f"(value.x), "=f"(value.y) : "r"(at), "r"(rank) : "memory");
     return value;
 }
+// Four of them.
+__device__ __forceinline__ float4 load_four_remote(unsigned at, unsigned rank) {
+    float4 value;
+    asm volatile("{\n"
+                 ".reg .u32 there;\n"
+                 "mapa.shared::cluster.u32 there, %4, %5;\n"
+                 "ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [there];\n"
+                 "}" : "=f"(value.x), "=f"(value.y), "=f"(value.z), "=f"(value.w) : "r"(at), "r"(rank) : "memory");
+    return value;
+}
 
 // Describes a tile to wgmma: address / 16, 1024 bytes between groups of 8 rows, 128-byte swizzle. 16 columns further on
 // is 32 bytes, 2 in the descriptor.

@@ -29,6 +29,11 @@ template <class E> struct Rounded : E {
     static constexpr int SLICES = E::SLICES < 2 ? E::SLICES : 2; // at most: enough for few tokens to fill the device
 
     __device__ __forceinline__ float scale(unsigned) const { return 1.0f; }
+    template <int COUNT> __device__ __forceinline__ void scales(const unsigned (&)[COUNT], float (&scale)[COUNT]) const {
+#pragma unroll
+        for (int t = 0; t < COUNT; t++)
+            scale[t] = 1.0f;
+    }
 
     // Of rows m and m + 1, of which there are so many.
     __device__ __forceinline__ float2 row_scales_at(unsigned m, unsigned rows) const {

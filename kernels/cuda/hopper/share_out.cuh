@@ -5,8 +5,8 @@
 //   turns     the tile's tokens go round among all the warps that have a part in it, T of them at once
 #pragma once
 
-#include "epilogue.cuh"
 #include "hopper.cuh"
+#include "wide.cuh"
 
 // The sums of a block's 64 GROUPS rows for N tokens.
 template <int GROUPS, int N> struct Sums {
@@ -35,6 +35,7 @@ template <int GROUPS, int N> struct Sums {
 
 // A warp's turns at a tile of up to N tokens and 64 BLOCKS rows.
 template <int N, int BLOCKS, int T, class Epilogue> struct ShareOut {
+    static constexpr int PLACES = T; // whose sums are read at once
     typename Epilogue::template Ahead<BLOCKS> ahead[T];
     unsigned n, step, count, m0, n0, lane;
 
@@ -78,16 +79,102 @@ template <int N, int BLOCKS, int T, class Epilogue> struct ShareOut {
     }
 };
 
+// The same for an epilogue of eight outputs a lane (wide.cuh), where a warp gets ALL tokens: it takes PIECES eights of a lane's outputs
+// of T tokens, up to four in all, at once; or, where registers are few (TIGHT) or pieces many, those of one piece after the other.
+template <int N, int BLOCKS, int ALL, bool TIGHT, class Epilogue> struct WideShareOut {
+    using W = Wide<Epilogue>;
+    static constexpr int BESIDE = 32 / W::LANES, PIECES = 8 * BLOCKS / W::LANES;
+    static constexpr int TURNS = (ALL + BESIDE - 1) / BESIDE, MOST = PIECES < 4 ? 4 / PIECES : 1, ROUNDS = (TURNS + MOST - 1) / MOST;
+    static constexpr int T = (TURNS + ROUNDS - 1) / ROUNDS, COUNT = T * PIECES;
+    static constexpr int PARTS = TIGHT || PIECES > 2 ? PIECES : 1, PART = COUNT / PARTS;
+    static constexpr int PLACES = 2 * PART; // whose four sums are read at once
+    typename W::Ahead ahead[COUNT];
+    unsigned n, step, count, m0, n0, lane;
+
+    __device__ __forceinline__ WideShareOut(const Shape &shape, unsigned turn, unsigned step, unsigned m0, unsigned n0)
+        : ahead{}, n(turn), step(step), count(n0 >= shape.tokens ? 0 : shape.tokens - n0 < N ? shape.tokens - n0 : N), m0(m0),
+          n0(n0), lane(threadIdx.x % 32) {}
+
+    // Of piece i: the token in the tile, and the first row.
+    __device__ __forceinline__ unsigned token(int i) const { return n + (lane / W::LANES + i / PIECES * BESIDE) * step; }
+    __device__ __forceinline__ unsigned row(const Epilogue &epilogue, int i) const {
+        return i % PIECES * W::LANES * 8 + W::first(epilogue, lane);
+    }
+
+    __device__ __forceinline__ void fetch(const Epilogue &epilogue, unsigned rows) {
+#pragma unroll
+        for (int i = 0; i < COUNT; i++)
+            if (token(i) < count)
+                ahead[i] = W::ahead(epilogue, n0 + token(i), m0 + row(epilogue, i), rows);
+    }
+
+    // `read(sum, token, row)` reads the places' sums of four rows.
+    template <class Read>
+    __device__ __forceinline__ void take(const Epilogue &epilogue, const Shape &shape, const float *scales, const Read &read) {
+#pragma unroll
+        for (int part = 0; part < PARTS; part++) {
+            unsigned tokens[PLACES], rows[PLACES];
+            typename W::Ahead found[PART];
+            Piece at[PART];
+#pragma unroll
+            for (int j = 0; j < PART; j++) {
+                const int i = PARTS == 1 ? j : j * PIECES + part;
+                const unsigned mine = token(i), first = row(epilogue, i);
+                tokens[2 * j] = tokens[2 * j + 1] = mine < count ? mine : n;
+                rows[2 * j] = first, rows[2 * j + 1] = first + W::apart(epilogue);
+                at[j] = {n0 + tokens[2 * j], m0 + first, mine < count};
+                found[j] = ahead[i];
+            }
+            float4 sum[PLACES];
+            read(sum, tokens, rows);
+            float v[PART][8];
+#pragma unroll
+            for (int j = 0; j < PART; j++) {
+                const float scale = Epilogue::SCALED ? scales[tokens[2 * j]] : 1.0f;
+#pragma unroll
+                for (int half = 0; half < 2; half++) {
+                    const float4 four = sum[2 * j + half];
+                    float *to = v[j] + 4 * half;
+                    to[0] = __fmul_rn(four.x, scale), to[1] = __fmul_rn(four.y, scale);
+                    to[2] = __fmul_rn(four.z, scale), to[3] = __fmul_rn(four.w, scale);
+                }
+            }
+            W::store(epilogue, found, v, at, shape.rows, lane);
+        }
+        n += T * BESIDE * step;
+        fetch(epilogue, shape.rows);
+    }
+};
+
+template <bool WIDE, int N, int BLOCKS, int ALL, int T, bool TIGHT, class Epilogue> struct Width {
+    using Type = ShareOut<N, BLOCKS, T, Epilogue>;
+};
+template <int N, int BLOCKS, int ALL, int T, bool TIGHT, class Epilogue> struct Width<true, N, BLOCKS, ALL, T, TIGHT, Epilogue> {
+    using Type = WideShareOut<N, BLOCKS, ALL, TIGHT, Epilogue>;
+};
+// A warp of ALL tokens takes T of them at once where lanes have two outputs.
+template <int N, int BLOCKS, int ALL, int T, bool TIGHT, class Epilogue>
+using EitherWidth = typename Width<IS_WIDE<Epilogue>, N, BLOCKS, ALL, T, TIGHT, Epilogue>::Type;
+
 // The scaling warp's work: the tile's rows' scales, while the others multiply.
 template <int N, class Epilogue>
 __device__ __forceinline__ void scale_rows(const Epilogue &epilogue, const Shape &shape, unsigned n0, float *scales) {
-    if (!Epilogue::SCALED)
-        return;
-    dependent_wait();
+    if constexpr (Epilogue::SCALED) {
+        constexpr int COUNT = (N + 31) / 32;
+        unsigned token[COUNT];
+        float scale[COUNT];
+        dependent_wait();
 #pragma unroll
-    for (int i = 0; i < (N + 31) / 32; i++) {
-        const unsigned n = 32 * i + threadIdx.x % 32;
-        if (n < N && n0 + n < shape.tokens)
-            scales[n] = epilogue.scale(n0 + n);
+        for (int i = 0; i < COUNT; i++) {
+            const unsigned n = n0 + 32 * i + threadIdx.x % 32;
+            token[i] = n < shape.tokens ? n : 0;
+        }
+        epilogue.scales(token, scale);
+#pragma unroll
+        for (int i = 0; i < COUNT; i++) {
+            const unsigned n = 32 * i + threadIdx.x % 32;
+            if (n < N && n0 + n < shape.tokens)
+                scales[n] = scale[i];
+        }
     }
 }

@@ -96,6 +96,16 @@ impl Tiling {
             .up_to(Self::ONE_EACH)
     }
 
+    /// Two slices of few columns, with such a neighbour.
+    pub(super) const fn two_slices_paired(
+        kernel: &'static str,
+        rows: u32,
+        tokens: u32,
+        tokens_max: u32,
+    ) -> Tiling {
+        Self::sums_paired(kernel, rows, tokens, tokens_max).of_two_slices()
+    }
+
     /// The same for launches of few blocks.
     pub(super) const fn up_to(self, blocks_max: u32) -> Tiling {
         Tiling { blocks_max, ..self }
@@ -122,6 +132,17 @@ impl Tiling {
         let [[kernel, normed], fp8] = kernels;
         let tiling = Tiling::slices(kernel, 64, tokens, tokens_max, shared);
         Tiling { normed: Some(normed), fp8: Some(fp8), team, ..tiling }
+    }
+
+    /// Two whole heads, or four, a slice each; a cluster of four has both slices of two neighbouring tiles of tokens.
+    pub(super) const fn heads_paired(
+        kernels: [[&'static str; 2]; 2],
+        tokens: u32,
+        tokens_max: u32,
+    ) -> Tiling {
+        let [[kernel, normed], fp8] = kernels;
+        let tiling = Tiling::slices(kernel, 128, tokens, tokens_max, Self::MOST);
+        Tiling { normed: Some(normed), fp8: Some(fp8), paired: true, ..tiling }.up_to(Self::ONE_EACH)
     }
 
     pub(super) const fn pair(

@@ -29,24 +29,26 @@ macro_rules! added {
                 .up_to(Tiling::SOME_TWO),
             Tiling::slices(concat!("decode_", $what, "_64x64"), 64, 64, 192, Tiling::HALF)
                 .up_to(Tiling::SOME_TWO),
+            Tiling::slices(concat!("decode_", $what, "_64x64_2"), 64, 64, 256, Tiling::HALF)
+                .of_two_slices()
+                .up_to(Tiling::TWO_SINGLE),
             Tiling::slices(concat!("decode_", $what, "_64x128"), 64, 128, 128, Tiling::HALF)
                 .up_to(Tiling::SOME_TWO),
             Tiling::slices(concat!("decode_", $what, "_128x88"), 128, 88, 256, Tiling::MOST)
                 .up_to(Tiling::ONE_EACH),
-            Tiling::slices(concat!("decode_", $what, "_64x64_2"), 64, 64, 256, Tiling::HALF)
-                .of_two_slices()
-                .up_to(Tiling::TWO_SINGLE),
         ]
     };
 }
 
-/// The same where it does not. Sums have some before those of two slices, the residual stream has some behind them.
+/// The same where it does not. The residual stream has some of up to 128 tokens before the others and some behind them, sums have some
+/// before those of two slices.
 macro_rules! added_large {
-    ($what:literal, [$($before:expr),* $(,)?], [$($behind:expr),* $(,)?]) => {
+    ($what:literal, [$($first:expr),* $(,)?], [$($before:expr),* $(,)?], [$($behind:expr),* $(,)?]) => {
         &[
             Tiling::slices(concat!("decode_", $what, "_64x16"), 64, 16, 16, Tiling::HALF),
             Tiling::slices(concat!("decode_", $what, "_64x32"), 64, 32, 32, Tiling::HALF),
             Tiling::slices(concat!("decode_", $what, "_64x64"), 64, 64, 64, Tiling::HALF),
+            $($first,)*
             Tiling::slices(concat!("decode_", $what, "_128x128"), 128, 128, 128, Tiling::ALL)
                 .up_to(Tiling::ONE_EACH)
                 .of_many_columns(),
@@ -72,6 +74,7 @@ pub(super) fn of(kind: Kind) -> &'static [Tiling] {
         Tiling::heads(qkv!("decode", "64x32"), 32, 32),
         Tiling::heads(qkv!("decode", "64x48"), 48, 48),
         Tiling::heads(qkv!("decode", "64x64"), 64, 64),
+        Tiling::heads_paired(qkv!("decode", "128x64_paired"), 64, 128),
         Tiling::head_pair(qkv!("pair", "128x32"), 32, 128, Tiling::MOST),
         Tiling::head_pair(qkv!("pair", "128x64"), 64, 256, Tiling::MOST),
     ];
@@ -114,6 +117,15 @@ pub(super) fn of_large(kind: Kind) -> &'static [Tiling] {
     ];
     const RESIDUAL: &[Tiling] = added_large!(
         "residual",
+        [
+            Tiling::two_slices_paired("decode_residual_128x64_2_paired", 128, 64, 128),
+            Tiling::slices("decode_residual_128x96_2", 128, 96, 96, Tiling::ALL)
+                .of_two_slices()
+                .up_to(Tiling::SINGLE),
+            Tiling::slices("decode_residual_128x64_2", 128, 64, 128, Tiling::MOST)
+                .of_two_slices()
+                .up_to(Tiling::SINGLE),
+        ],
         [],
         [
             Tiling::slices("decode_residual_192x144", 192, 144, 144, Tiling::ALL).up_to(Tiling::ONE_EACH),
@@ -124,6 +136,7 @@ pub(super) fn of_large(kind: Kind) -> &'static [Tiling] {
     );
     const SUMS: &[Tiling] = added_large!(
         "sums",
+        [],
         [
             Tiling::sums_paired("decode_sums_192x72_paired", 192, 72, 144),
             Tiling::sums_paired("decode_sums_192x96_paired", 192, 96, 192),
@@ -264,7 +277,7 @@ mod tests {
                 Some("decode_residual_64x32"),
                 Some("decode_residual_64x64"),
                 Some("decode_residual_64x64"),
-                Some("decode_residual_128x88"),
+                Some("decode_residual_64x64_2"),
             ]
         );
         assert_eq!(
@@ -272,7 +285,7 @@ mod tests {
             [
                 Some("decode_residual_64x32"),
                 Some("decode_residual_64x64"),
-                Some("decode_residual_64x128"),
+                Some("decode_residual_64x64_2"),
                 Some("decode_residual_64x64_2"),
                 Some("decode_residual_64x64_2"),
             ]
@@ -280,8 +293,17 @@ mod tests {
         // Of matrices that L2 does not hold: Qwen2.5's 7B and Qwen3-14B.
         let down = |rows, cols| picked(of_large, Kind::Residual, [rows, cols, 128]);
         assert_eq!(down(3584, 18_944), Some("decode_residual_128x128"));
-        assert_eq!(down(3584, 3584), Some("decode_residual_64x128"));
+        assert_eq!(down(3584, 3584), Some("decode_residual_128x64_2_paired"));
         assert_eq!(down(4096, 14_336), Some("decode_residual_192x128"));
+        let o = |tokens| picked(of_large, Kind::Residual, [4096, 4096, tokens]);
+        assert_eq!(
+            [64, 96, 128].map(o),
+            [
+                Some("decode_residual_64x64"),
+                Some("decode_residual_128x96_2"),
+                Some("decode_residual_128x64_2"),
+            ]
+        );
         let o = |rows, tokens| picked(of_large, Kind::Residual, [rows, rows, tokens]);
         assert_eq!(
             [160, 192, 256].map(|tokens| o(3584, tokens)),
@@ -312,6 +334,18 @@ mod tests {
                 Some("decode_sums_192x128_paired"),
             ]
         );
+        // q, k and v of Llama's 1B are 48 heads of 64, of Qwen3's 1.7B 32 of 128.
+        let qkv = |heads: u32, tokens| picked(of, Kind::Qkv, [heads * 128, 2048, tokens]);
+        assert_eq!(
+            [64, 65, 128, 129].map(|tokens| qkv(24, tokens)),
+            [
+                Some("decode_qkv_64x64"),
+                Some("decode_qkv_128x64_paired"),
+                Some("decode_qkv_128x64_paired"),
+                Some("pair_qkv_128x64"),
+            ]
+        );
+        assert_eq!(qkv(32, 128), Some("pair_qkv_128x32"));
         // q, k and v of Qwen2.5's 7B are 36 heads, those of Qwen3-8B 48.
         let qkv = |heads: u32, cols, tokens| picked(of_large, Kind::Qkv, [heads * 128, cols, tokens]);
         assert_eq!(
