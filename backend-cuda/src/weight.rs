@@ -26,6 +26,8 @@ pub(crate) use fp8_tiles::Fp8Tiles;
 pub(crate) use stacking::gate_up_rows;
 pub(crate) use upload::Loader;
 
+use stacking::{Piece, has_pairs};
+
 /// How the columns of o and down are cut, which ranks share out: a thread that multiplies has registers for the sums of two pairs
 /// of slices (`gemm_prefill.cuh`).
 pub const SLICING: Slicing = Slicing { most: 4, block: 64, equal: false };
@@ -42,12 +44,16 @@ enum Form {
 }
 
 impl Form {
-    /// How a matrix of such parts lies on the device: of one in fp8 all parts' inputs are rounded alike.
-    fn of(parts: &[HostTensor]) -> Result<Form, CudaError> {
+    /// How a matrix of such parts, stored in these pieces, lies on the device: of one in fp8 all parts' inputs are rounded alike.
+    fn of(parts: &[HostTensor], pieces: &[Piece<'_>]) -> Result<Form, CudaError> {
+        let pairs = has_pairs(pieces);
         let mut forms = parts.iter().map(|part| match &part.data {
             TensorData::Fp8 { scales, .. } if scales.inputs == Inputs::Plain => Ok(Form::Tiles),
             TensorData::Fp8 { scales, .. } => match Rounding::of(scales.inputs) {
-                Some(rounding) => Ok(Form::Codes(Codes { rounding, by_rows: scales.block[1] >= part.cols })),
+                Some(rounding) => {
+                    let by_rows = scales.block[1] >= part.cols;
+                    Ok(Form::Codes(Codes { rounding, by_rows, pairs: by_rows || pairs }))
+                }
                 None => Err(CudaError::Unsupported(format!(
                     "{part:?} has inputs that are rounded in groups of other than {} columns; use --plain-inputs",
                     Fp8Codes::BLOCK_COLS
@@ -74,6 +80,8 @@ pub(crate) struct Codes {
     pub(crate) rounding: Rounding,
     /// Has each row one scale?
     pub(crate) by_rows: bool,
+    /// Have groups of eight rows two scales in turn within each 128 rows ([`Fp8Codes::PAIRED`]), or ones?
+    pub(crate) pairs: bool,
 }
 
 /// A matrix on the device, in bf16 or fp8; a handle, like a buffer.

@@ -19,8 +19,8 @@ use minisgl_cuda::{Address, Buffer, Weight};
 use products::Gpu;
 use support::taken;
 
-/// Both sides of every tile's tokens.
-const TOKENS: [u32; 13] = [1, 8, 16, 17, 32, 33, 64, 65, 128, 129, 256, 257, 1000];
+/// Both sides of every tile's tokens, and some that tiles of 192 take.
+const TOKENS: [u32; 15] = [1, 8, 16, 17, 32, 33, 64, 65, 128, 129, 256, 257, 384, 700, 1000];
 const TOKENS_MAX: usize = 1000;
 /// Tokens that are compared with the definition: of the first tile, and of the last.
 const COMPARED: [usize; 5] = [0, 7, 15, 998, 999];
@@ -33,11 +33,13 @@ const OUTPUTS: f64 = 4e-3;
 /// the middle between two codes, a sixteenth apart.
 const NORMED: f64 = 1e-2;
 
-/// Scales of tiles with inputs by groups, of rows with inputs by tokens, and of the matrix with a scale of all inputs.
-const FORMS: [([usize; 2], Inputs); 3] = [
+/// Scales of tiles with inputs by groups, of rows with inputs by tokens, of the matrix with a scale of all inputs, and of tiles of which
+/// 128 rows have more than two.
+const FORMS: [([usize; 2], Inputs); 4] = [
     ([128, 128], Inputs::PerGroup(128)),
     ([1, 1 << 20], Inputs::PerToken),
     ([1 << 20, 1 << 20], Inputs::Static),
+    ([8, 128], Inputs::PerGroup(128)),
 ];
 /// The scale of all inputs: the largest ones are cut.
 const FIXED: f32 = 0.9 / 448.0;
@@ -227,7 +229,8 @@ fn gates_and_ups_are_those_of_the_definition() {
 #[ignore = "needs a GPU"]
 fn queries_keys_and_values_are_those_of_the_definition() {
     let gpu = &mut gpu();
-    let shapes = [(2, 1, 128, 320), (4, 2, 64, 128), (16, 8, 128, 1024), (32, 8, 128, 4096)];
+    let largest = (32, 8, 128, 4096);
+    let shapes = [(2, 1, 128, 320), (4, 2, 64, 128), (16, 8, 128, 1024), largest, largest];
     for (i, (heads, kv_heads, head_dim, cols)) in taken(shapes).enumerate() {
         let rows = (heads + 2 * kv_heads) * head_dim;
         let operands = Operands::new(gpu, WeightRole::Linear, [rows, cols], i);

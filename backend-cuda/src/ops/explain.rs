@@ -13,7 +13,9 @@ use minisgl_core::batch::{Row, StepShape};
 use minisgl_core::config::Limits;
 use minisgl_core::kv::KvFormat;
 use minisgl_core::shard::Rank;
-use minisgl_core::spec::{Attention, Bias, DecoderSpec, Inputs, Mixer, QkNorm, WeightFormat};
+use minisgl_core::spec::{
+    Attention, Bias, DecoderSpec, Fp8, Inputs, Mixer, QkNorm, ScaleBlock, WeightFormat,
+};
 
 use super::attention::Planner;
 pub use super::described::{Described, Launch};
@@ -27,7 +29,7 @@ use super::sampling::Sampling;
 use super::supports;
 use crate::error::CudaError;
 use crate::launch::Grid;
-use crate::weight::{SLICING, gate_up_rows};
+use crate::weight::{Fp8Codes, SLICING, gate_up_rows};
 
 /// What a step launches.
 #[derive(Clone, Debug)]
@@ -204,8 +206,10 @@ impl Explainer<'_> {
     /// A product, behind what its matrix in fp8 needs of inputs and of memory.
     fn product(&self, what: &'static str, kind: Kind, [rows, cols]: [u32; 2], part: Part) -> Vec<Launch> {
         let tokens = part.tokens(self.shape).len() as u32;
-        if let Some(inputs) = self.rounded() {
-            let launches = gemm::explained_rounded(self.device, kind, [rows, cols, tokens], inputs);
+        if let Some(fp8) = self.rounded() {
+            let pairs = self.has_pairs(kind, fp8.block);
+            let launches =
+                gemm::explained_rounded(self.device, kind, [rows, cols, tokens], fp8.inputs, pairs);
             let launches = launches.into_iter().flatten();
             return launches.map(|it| launch(what, it.kernel, it.grid, it.work)).collect();
         }
@@ -225,11 +229,25 @@ impl Explainer<'_> {
         launches
     }
 
-    /// How inputs are rounded, if they are.
-    fn rounded(&self) -> Option<Inputs> {
+    /// What weights are if inputs are rounded.
+    fn rounded(&self) -> Option<Fp8> {
         match self.spec.weights {
-            WeightFormat::Fp8(fp8) if fp8.inputs != Inputs::Plain => Some(fp8.inputs),
+            WeightFormat::Fp8(fp8) if fp8.inputs != Inputs::Plain => Some(fp8),
             WeightFormat::Fp8(_) | WeightFormat::Bf16 => None,
+        }
+    }
+
+    /// Have groups of a matrix's rows scales of such blocks in pairs, as they lie on the device? Gate and up take turns there, and of
+    /// queries, keys and values none may end within so many rows.
+    fn has_pairs(&self, kind: Kind, block: ScaleBlock) -> bool {
+        let ScaleBlock::Tile { rows, .. } = block else { return true };
+        let dims = &self.spec.dims;
+        let parts = [dims.heads * dims.head_dim, dims.kv_heads * dims.head_dim];
+        let are_whole = |sizes: &[u32]| sizes.iter().all(|rows| rows.is_multiple_of(Fp8Codes::PAIRED as u32));
+        match kind {
+            Kind::GateUp => are_whole(&[2 * rows]),
+            Kind::Qkv => are_whole(&[rows]) && are_whole(&parts),
+            _ => are_whole(&[rows]),
         }
     }
 

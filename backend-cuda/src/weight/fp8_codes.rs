@@ -47,6 +47,8 @@ impl Fp8Codes {
     pub(crate) const BLOCK_COLS: u32 = 128;
     /// Rows that share their scales.
     pub(crate) const GROUP: usize = 8;
+    /// Rows of which kernels for many tokens read the first two groups' scales, where the others have the same in turn.
+    pub(crate) const PAIRED: usize = 128;
     /// Rows of tiles that lie beside each other. Where tiles of 192 do, their last may read scales behind these, of rows that nobody
     /// stores: the scales of rows, or the next block's, are there.
     const TILES: usize = 256;

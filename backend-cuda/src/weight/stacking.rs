@@ -11,7 +11,7 @@ use std::ops::Range;
 use minisgl_core::backend::WeightRole;
 use minisgl_core::tensor::{HostTensor, TensorData};
 
-use super::fp8_codes::CodesRow;
+use super::fp8_codes::{CodesRow, Fp8Codes};
 use super::fp8_tiles::{Fp8Row, Fp8Tiles};
 use crate::error::CudaError;
 
@@ -110,6 +110,23 @@ pub(super) fn pieces(role: WeightRole, parts: &[HostTensor]) -> (Vec<Piece<'_>>,
     (pieces, if matrices > 0 { matrices * stored_rows } else { total })
 }
 
+/// Do groups of eight rows take scales of two blocks of rows in turn, or of one, within each [`Fp8Codes::PAIRED`] stored rows? Blocks of
+/// 128 rows of gate and up do, and those of all parts that are no others' neighbours within so many rows.
+pub(super) fn has_pairs(pieces: &[Piece<'_>]) -> bool {
+    let rows = pieces
+        .iter()
+        .filter_map(|piece| piece.rows.len().checked_sub(1).map(|last| piece.target.row(last) + 1));
+    let mut blocks = vec![[None; 2]; rows.max().unwrap_or(0).div_ceil(Fp8Codes::PAIRED)];
+    pieces.iter().enumerate().all(|(part, piece)| {
+        let TensorData::Fp8 { scales, .. } = &piece.tensor.data else { return false };
+        piece.rows.clone().enumerate().all(|(i, row)| {
+            let (stored, block) = (piece.target.row(i), (part, row / scales.block[0]));
+            let turns: &mut [Option<_>; 2] = &mut blocks[stored / Fp8Codes::PAIRED];
+            *turns[stored / Fp8Codes::GROUP % 2].get_or_insert(block) == block
+        })
+    })
+}
+
 /// Rows that gate and up, of so many each, are stored in.
 pub(crate) fn gate_up_rows(half_rows: usize) -> usize {
     (half_rows.div_ceil(GROUP) * 2 * GROUP).next_multiple_of(GATE_UP_PADDING)
@@ -131,6 +148,11 @@ pub(super) fn gate_ups(role: WeightRole) -> usize {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
+    use minisgl_core::spec::Inputs;
+    use minisgl_core::tensor::Scales;
+
     use super::*;
 
     fn tensor(rows: usize) -> HostTensor {
@@ -181,6 +203,32 @@ mod tests {
             assert_eq!(*part, place);
             assert_eq!(*whole, place.map(|(part, row)| (0, 24 * part + row)));
         }
+    }
+
+    #[test]
+    fn scales_are_in_pairs_where_no_tile_has_a_third() {
+        let fp8 = |rows: usize, high: usize| {
+            let scales = Scales {
+                values: vec![1.0; rows.div_ceil(high)],
+                block: [high, 8],
+                inputs: Inputs::PerGroup(8),
+                input_scale: None,
+            };
+            let codes = vec![0u8; rows * 8];
+            let data =
+                TensorData::Fp8 { range: 0..codes.len(), owner: Arc::new(codes), scales: Arc::new(scales) };
+            HostTensor { name: "t".into(), rows, cols: 8, data }
+        };
+        let has_pairs = |role, parts: &[HostTensor]| has_pairs(&pieces(role, parts).0);
+        assert!(has_pairs(WeightRole::GateUp, &[fp8(320, 128), fp8(320, 128)]));
+        assert!(has_pairs(WeightRole::GateUp, &[fp8(320, 64), fp8(320, 64)]));
+        assert!(has_pairs(WeightRole::GateUp, &[fp8(512, 128)]));
+        // Ups begin within a block.
+        assert!(!has_pairs(WeightRole::GateUp, &[fp8(704, 128)]));
+        assert!(has_pairs(WeightRole::Linear, &[fp8(256, 128), fp8(128, 128), fp8(200, 128)]));
+        assert!(!has_pairs(WeightRole::Linear, &[fp8(192, 128), fp8(64, 128)]));
+        assert!(!has_pairs(WeightRole::Linear, &[fp8(256, 64)]));
+        assert!(!has_pairs(WeightRole::Linear, &[tensor(256)]));
     }
 
     #[test]

@@ -53,7 +53,7 @@ impl Loader {
         role: WeightRole,
         parts: &[HostTensor],
     ) -> Result<Weight, CudaError> {
-        let (_, rows) = pieces(role, parts);
+        let (pieces, rows) = pieces(role, parts);
         let cols = parts.first().map_or(0, |part| part.cols);
         let is_fp8 = |part: &HostTensor| matches!(part.data, TensorData::Fp8 { .. });
         let fp8 = parts.iter().any(is_fp8);
@@ -66,7 +66,7 @@ impl Loader {
                 parts[0]
             )));
         }
-        let form = Form::of(parts)?;
+        let form = Form::of(parts, &pieces)?;
         let bytes = match form {
             Form::Bf16 => rows * cols * 2,
             Form::Tiles => Fp8Tiles::bytes(rows, cols),
@@ -116,6 +116,9 @@ impl Loader {
                 "{:?} is split within a block of {GROUP} rows",
                 parts[0]
             )));
+        }
+        if Form::of(parts, &pieces)? != weight.form {
+            return Err(CudaError::Unsupported(format!("{parts:?} is put into a matrix of another form")));
         }
         match weight.form {
             Form::Bf16 => {}

@@ -54,7 +54,8 @@ template <> constexpr unsigned STAGED_BYTES<RankSums> = 0;
 
 // A block's tile, 64 GROUPS tokens by M rows of w, and a cluster's: so many blocks along the rows, so many along the tokens.
 // SPLIT: a cluster takes one of so many slices of a tile at a time; with 1, a whole tile, however many slices it has.
-template <int GROUPS_, int M_, int ALONG_ROWS_, int ALONG_TOKENS_, int SPLIT_, class Epilogue, class Operands = Words> struct Plan {
+template <int GROUPS_, int M_, int ALONG_ROWS_, int ALONG_TOKENS_, int SPLIT_, class Epilogue, class Operands_ = Words> struct Plan {
+    using Operands = Operands_;
     static constexpr unsigned GROUPS = GROUPS_;
     static constexpr unsigned SPLIT = SPLIT_;
     static constexpr unsigned M = M_, TOKENS = 64 * GROUPS, X_BYTES = TOKENS * 128, STAGE_BYTES = X_BYTES + M * 128;

@@ -1,12 +1,15 @@
-// many_*, many_split_*: products of many tokens whose both operands are e4m3 codes (rounded.cuh); see gemm_prefill.cuh.
+// many_*, many_split_*, many_grained_*: products of many tokens whose both operands are e4m3 codes (rounded.cuh); see gemm_prefill.cuh.
 //
 //   a block's sums   ── even ──┬─ taken out while odd is multiplied ── times scales, += ──> a slice's
 //   the next one's   ── odd  ──┘
 //
 // 1. A thread has registers for two blocks' sums, so that tensor cores always have one more to do, and for a slice's. The first
 //    slice's wait in memory for the second's, and are fetched while the last block is multiplied. Tiles of 192 rows of gate and up,
-//    which are there for the number of blocks that they make, leave room for one: there a warpgroup takes sums out while the other multiplies.
+//    which are there for the number of blocks that they make, and of 192 tokens, which read the fewest bytes of shared memory for an
+//    operation, leave room for one: there a warpgroup takes sums out while others multiply.
 // 2. Blocks' scales come with the ring's stages, by a warp of their own: loads from L2 take longer than a block.
+// 3. Instructions that take sums out keep the tensor cores from their registers: the time of both adds up. Where each 128 rows have two
+//    scales at most, a thread makes four products of scales a block; many_grained_* makes one for each eight rows and token.
 #include "gemm_prefill.cuh"
 #include "rounded.cuh"
 
@@ -48,25 +51,31 @@ __device__ __forceinline__ void finish_unstaged(const Rounded<GateUp> &epilogue,
     finish_unstaged(static_cast<const GateUp &>(epilogue), y, out, known);
 }
 
-// Both operands are codes. Their scales lie beside a stage: the tokens', then those of eight rows of w each.
-struct Codes {
+// Both operands are codes. Their scales lie beside a stage: the tokens', then w's, of eight rows each. PAIRS: groups of eight rows have two
+// scales in turn within 128 rows, as blocks of 128 x 128 of gate and up give them; then those of the first groups of each 64 rows lie there.
+template <bool PAIRS_> struct Codes {
     CodeScales scales;
+    static constexpr bool PAIRS = PAIRS_;
+    static constexpr unsigned STEP = PAIRS ? 8 : 4; // groups of rows from fetched scales, four at once, to the next ones
     static constexpr bool CODES = true;
-    template <class P> static constexpr unsigned SCALE_BYTES = (P::TOKENS + P::M / 8) * 4;
+    template <class P> static constexpr unsigned SCALE_BYTES = (P::TOKENS + P::M / 8 / STEP * 4) * 4;
 
     // A warp's work: tile after tile, block after block.
     template <class P> __device__ __forceinline__ void fetch(const Shared<P> &shared, const Shape &shape) const {
-        static_assert(P::TOKENS == 4 * 32 && P::M / 8 <= 4 * 32, "a lane has 16 bytes");
+        static_assert(P::M / 8 <= STEP * 32, "a lane has 16 bytes of w's");
         const unsigned lane = threadIdx.x % 32;
         Place<P::STAGES> position;
         dependent_wait();
         for (Tiles<P> tiles(shape); tiles.remain(); tiles.advance()) {
-            const float *const x = scales.x + tiles.token() + 4 * lane, *const w = scales.w + tiles.row() / 8 + 4 * lane;
+            const float *const x = scales.x + tiles.token() + 4 * lane, *const w = scales.w + tiles.row() / 8 + STEP * lane;
             for (unsigned i = tiles.begin(shape); i < tiles.end(shape); i++) {
                 const unsigned to = shared.scales(position.at) + 16 * lane;
                 barrier_wait(shared.empty + 8 * position.at, position.parity ^ 1); // passes in the first round
-                fetch_scales(to, x + i * scales.pitch);
-                if (lane < P::M / 32)
+#pragma unroll
+                for (unsigned n = 0; n < P::TOKENS; n += 4 * 32)
+                    if (n + 4 * lane < P::TOKENS)
+                        fetch_scales(to + 4 * n, x + i * scales.pitch + n);
+                if (lane < P::M / 8 / STEP)
                     fetch_scales(to + P::TOKENS * 4, w + i * scales.groups);
                 arrive_with_scales(shared.full + 8 * position.at);
                 position.advance();
@@ -93,22 +102,30 @@ __device__ __forceinline__ void start(const Shared<P> &shared, const Place<P::ST
 template <class P>
 __device__ __forceinline__ void take(const Shared<P> &shared, unsigned at, unsigned i, unsigned cut, float (&part)[P::M / 2],
                                      float (&sum)[P::M / 2], float4 *aside) {
-    static_assert(P::M % 32 == 0, "four groups of rows at a time");
     const unsigned lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const unsigned scales = shared.scales(at), token = scales + (16 * warp + lane / 4) * 4;
+    const unsigned scales = shared.scales(at), token = scales + (16 * warp + lane / 4) * 4, of_rows = scales + P::TOKENS * 4;
     const float by[2] = {load_scale(token), load_scale(token + 32)};
     hold(part);
+    if constexpr (P::Operands::PAIRS) {
+        constexpr int ROWS = P::M % 128 == 0 ? 128 : 64;
 #pragma unroll
-    for (int q = 0; q < P::M / 32; q++) {
-        const float4 four = load_four_scales(scales + P::TOKENS * 4 + 16 * q);
-        const float of[4] = {four.x, four.y, four.z, four.w};
+        for (int q = 0; q < P::M / ROWS; q++) {
+            const float2 of = load_two_scales(of_rows + 16 * (ROWS / 64 * q));
+            const float both[2][2] = {{__fmul_rn(of.x, by[0]), __fmul_rn(of.x, by[1])}, {__fmul_rn(of.y, by[0]), __fmul_rn(of.y, by[1])}};
 #pragma unroll
-        for (int g = 0; g < 4; g++)
+            for (int i = 0; i < ROWS / 2; i++)
+                sum[ROWS / 2 * q + i] = fmaf(part[ROWS / 2 * q + i], both[i / 4 % 2][i % 4 / 2], sum[ROWS / 2 * q + i]);
+        }
+    } else {
+        static_assert(P::M % 32 == 0, "four groups of rows at a time");
 #pragma unroll
-            for (int e = 0; e < 4; e++) {
-                const int k = 16 * q + 4 * g + e;
-                sum[k] = fmaf(part[k], __fmul_rn(of[g], by[e / 2]), sum[k]);
-            }
+        for (int q = 0; q < P::M / 32; q++) {
+            const float4 four = load_four_scales(of_rows + 16 * q);
+            const float of[4] = {four.x, four.y, four.z, four.w};
+#pragma unroll
+            for (int i = 0; i < 16; i++)
+                sum[16 * q + i] = fmaf(part[16 * q + i], __fmul_rn(of[i / 4], by[i % 4 / 2]), sum[16 * q + i]);
+        }
     }
     barrier_arrive(shared.empty + 8 * at); // who read scales says so
     if (lane > 0 && lane < P::SHARERS)
@@ -122,7 +139,7 @@ __device__ __forceinline__ void take(const Shared<P> &shared, unsigned at, unsig
 }
 
 // Blocks whose products follow each other with no wait but for the one before.
-template <class P> constexpr unsigned IN_A_ROW = P::M > 128 ? 1 : 2;
+template <class P> constexpr unsigned IN_A_ROW = P::M > 128 || P::GROUPS > 2 ? 1 : 2;
 
 // The sums over blocks begin .. end of the columns, of two slices if one ends at `cut`. Where a loop goes round nothing is on its way:
 // the compiler follows products' registers no further, and would put all in a row.
@@ -174,17 +191,25 @@ __device__ __forceinline__ void multiply_codes_tile(const Shared<P> &shared, Pla
 }
 
 // SPLIT: a cluster takes one of so many slices of a tile at a time; 1: all of them.
-#define MANY(NAME, M, SPLIT, EPILOGUE)                                                                                       \
-    extern "C" __global__ void __launch_bounds__(128 * 2 + 128, 1)                                                           \
+#define MANY_OF(NAME, PAIRS, GROUPS, M, SPLIT, EPILOGUE)                                                                     \
+    extern "C" __global__ void __launch_bounds__(128 * GROUPS + 128, 1)                                                      \
     NAME(const __grid_constant__ TensorMap w, const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap out,    \
          Shape shape, CodeScales scales, Rounded<EPILOGUE> epilogue, Partials partials) {                                    \
-        prefill<Plan<2, M, 2, 1, SPLIT, Rounded<EPILOGUE>, Codes>>(                                                          \
-            &w, &x, &out, shape, epilogue, partials, Codes{scales});                                                         \
+        prefill<Plan<GROUPS, M, 2, 1, SPLIT, Rounded<EPILOGUE>, Codes<PAIRS>>>(                                              \
+            &w, &x, &out, shape, epilogue, partials, Codes<PAIRS>{scales});                                                  \
     }
+#define MANY(NAME, GROUPS, M, SPLIT, EPILOGUE) MANY_OF(NAME, true, GROUPS, M, SPLIT, EPILOGUE)
+#define MANY_GRAINED(NAME, EPILOGUE) MANY_OF(NAME, false, 2, 128, 1, EPILOGUE)
 
-MANY(many_qkv_narrow, 128, 1, Qkv)
-MANY(many_residual_narrow, 128, 1, Residual)
-MANY(many_split_residual_narrow, 128, 2, Residual)
-MANY(many_split_residual_short, 64, 2, Residual)
-MANY(many_gate_up_narrow, 128, 1, GateUp)
-MANY(many_gate_up_tall, 192, 1, GateUp)
+MANY(many_qkv_narrow, 2, 128, 1, Qkv)
+MANY(many_qkv_middle, 3, 128, 1, Qkv)
+MANY(many_residual_narrow, 2, 128, 1, Residual)
+MANY(many_residual_middle, 3, 128, 1, Residual)
+MANY(many_split_residual_narrow, 2, 128, 2, Residual)
+MANY(many_split_residual_short, 2, 64, 2, Residual)
+MANY(many_gate_up_narrow, 2, 128, 1, GateUp)
+MANY(many_gate_up_middle, 3, 128, 1, GateUp)
+MANY(many_gate_up_tall, 2, 192, 1, GateUp)
+MANY_GRAINED(many_grained_qkv_narrow, Qkv)
+MANY_GRAINED(many_grained_residual_narrow, Residual)
+MANY_GRAINED(many_grained_gate_up_narrow, GateUp)

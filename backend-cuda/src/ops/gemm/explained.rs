@@ -35,18 +35,20 @@ pub(in crate::ops) fn explained(
     few.or_else(|| Tile::explained(kind, &shape, device.clusters))
 }
 
-/// What rounds the inputs of a product with a matrix of codes, and what that is launched as.
+/// What rounds the inputs of a product with a matrix of codes, whose groups of rows have scales in pairs or not, and what that is
+/// launched as.
 pub(in crate::ops) fn explained_rounded(
     device: &Described,
     kind: Kind,
     [rows, cols, tokens]: [u32; 3],
     inputs: Inputs,
+    pairs: bool,
 ) -> Option<[Explained; 2]> {
     let words = cols / 2;
     let layout = Fp8Codes { rows: rows as usize, cols: cols as usize };
     let slices = kind.slices(rows, words, layout.slices());
     let shape = Shape { rows, cols: words, tokens, slices };
-    rounded::explained(kind, &shape, Rounding::of(inputs)?, device.clusters)
+    rounded::explained(kind, &shape, Rounding::of(inputs)?, pairs, device.clusters)
 }
 
 /// How many blocks widen a matrix of `[rows, cols]` in fp8 for so many tokens, if they are too many for kernels that do it.

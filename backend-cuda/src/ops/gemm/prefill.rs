@@ -149,6 +149,7 @@ impl Tile {
 
     /// Of codes (`gemm_rounded_many.cu`): a block of 128 columns takes no less for being multiplied in half the time.
     pub(super) const ROUNDED: Tile = Tile { cost: 9, ..Tile::NARROW };
+    pub(super) const ROUNDED_MIDDLE: Tile = Tile { cost: 12, ..Tile::MIDDLE };
     /// Its rows make one round of Qwen3-8B's gate and up of 128 tokens.
     pub(super) const ROUNDED_TALL: Tile = Tile { rows: 192, cost: 14, ..Tile::NARROW };
     pub(super) const ROUNDED_SPLIT: Tile = Tile { cost: 9, adding: 100, ..Tile::HALVED[0] };

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   x bf16 ── norm, scales, codes ──> codes, scales ──┬── up to 64 tokens   kernels that read the matrix at memory's rate
-//!             (fp8_inputs.cu)           (qkv: 128)          └── more        those of many tokens, in tiles of 128 by 64 to 192
+//!             (fp8_inputs.cu)           (qkv: 128)          └── more        those of many tokens, in tiles of 128 by 64 to 192, or 192 by 128
 //! ```
 //!
 //! To a product's kernels and plans a row of codes is one of half as many words of 16 bits ([`Weight::words`]): blocks of 64 of these, rings, tiles and
@@ -24,7 +24,7 @@ use crate::memory::Address;
 use crate::module::Modules;
 use crate::param::{Param, plain_params};
 use crate::tensor_map::TensorMap;
-use crate::weight::{Fp8Codes, Rounding, Weight};
+use crate::weight::{Codes, Fp8Codes, Rounding, Weight};
 
 /// Threads of a block that rounds inputs, and blocks of columns that it rounds at once.
 const ROUNDING_THREADS: u32 = 256;
@@ -100,34 +100,60 @@ pub(super) struct Rounded {
     /// By kind and [`Sliced::TOKENS`]: of 128 tokens qkv's alone is quicker than tiles of many.
     few: [Vec<Kernel>; 3],
     many: [Vec<Loaded>; 3],
+    /// The same for matrices of which 128 rows have more than two scales.
+    grained: [Vec<Loaded>; 3],
     scratch: Scratch,
 }
 
-/// A kind of product's kernels: which of all, the names of those for few tokens, and tiles of many.
-type Kernels = (usize, &'static [&'static str], Vec<(Tile, &'static str)>);
+/// A kind of product's kernels.
+struct Kernels {
+    /// Which of all.
+    index: usize,
+    /// Those for few tokens, by [`Sliced::TOKENS`].
+    few: &'static [&'static str],
+    /// Tiles of many tokens, where 128 rows have two scales at most.
+    many: Vec<(Tile, &'static str)>,
+    /// Where they have more.
+    grained: (Tile, &'static str),
+}
 
-fn kernels(kind: Kind) -> Option<Kernels> {
-    match kind {
-        Kind::Qkv => Some((
-            0,
-            &["few_qkv_128x16", "few_qkv_128x32", "few_qkv_128x64", "few_qkv_128x128"],
-            vec![(Tile::ROUNDED, "many_qkv_narrow")],
-        )),
-        Kind::Residual => Some((
-            1,
-            &["few_residual_64x16", "few_residual_64x32", "few_residual_64x64"],
-            vec![
-                (Tile::ROUNDED, "many_residual_narrow"),
-                (Tile::ROUNDED_SPLIT, "many_split_residual_narrow"),
-                (Tile::ROUNDED_SHORT, "many_split_residual_short"),
-            ],
-        )),
-        Kind::GateUp => Some((
-            2,
-            &["few_gate_up_128x16", "few_gate_up_128x32", "few_gate_up_128x64"],
-            vec![(Tile::ROUNDED, "many_gate_up_narrow"), (Tile::ROUNDED_TALL, "many_gate_up_tall")],
-        )),
-        Kind::RankSums | Kind::Head | Kind::Linear => None,
+impl Kernels {
+    fn of(kind: Kind) -> Option<Kernels> {
+        match kind {
+            Kind::Qkv => Some(Kernels {
+                index: 0,
+                few: &["few_qkv_128x16", "few_qkv_128x32", "few_qkv_128x64", "few_qkv_128x128"],
+                many: vec![(Tile::ROUNDED, "many_qkv_narrow"), (Tile::ROUNDED_MIDDLE, "many_qkv_middle")],
+                grained: (Tile::ROUNDED, "many_grained_qkv_narrow"),
+            }),
+            Kind::Residual => Some(Kernels {
+                index: 1,
+                few: &["few_residual_64x16", "few_residual_64x32", "few_residual_64x64"],
+                many: vec![
+                    (Tile::ROUNDED, "many_residual_narrow"),
+                    (Tile::ROUNDED_MIDDLE, "many_residual_middle"),
+                    (Tile::ROUNDED_SPLIT, "many_split_residual_narrow"),
+                    (Tile::ROUNDED_SHORT, "many_split_residual_short"),
+                ],
+                grained: (Tile::ROUNDED, "many_grained_residual_narrow"),
+            }),
+            Kind::GateUp => Some(Kernels {
+                index: 2,
+                few: &["few_gate_up_128x16", "few_gate_up_128x32", "few_gate_up_128x64"],
+                many: vec![
+                    (Tile::ROUNDED, "many_gate_up_narrow"),
+                    (Tile::ROUNDED_MIDDLE, "many_gate_up_middle"),
+                    (Tile::ROUNDED_TALL, "many_gate_up_tall"),
+                ],
+                grained: (Tile::ROUNDED, "many_grained_gate_up_narrow"),
+            }),
+            Kind::RankSums | Kind::Head | Kind::Linear => None,
+        }
+    }
+
+    /// Those for many tokens of a matrix whose groups have scales in pairs, or not.
+    fn tiles(self, pairs: bool) -> Vec<(Tile, &'static str)> {
+        if pairs { self.many } else { vec![self.grained] }
     }
 }
 
@@ -138,8 +164,8 @@ impl Rounded {
     /// Looks them up, and takes memory for `tokens` rows of inputs of at most `width` columns.
     pub(super) fn new(gpu: &mut Gpu, tokens: usize, width: usize) -> Result<Rounded, CudaError> {
         let width = width.next_multiple_of(Fp8Codes::BLOCK_COLS as usize);
-        // Whole tiles of a cluster find their tokens' scales.
-        let pitch = tokens.next_multiple_of(256);
+        // Whole tiles of 128 tokens and of 192 find their scales.
+        let pitch = tokens.next_multiple_of(384);
         let blocks = width / Fp8Codes::BLOCK_COLS as usize;
         let scratch = Scratch {
             codes: gpu.allocate(Purpose::Scratch, tokens * width)?,
@@ -149,25 +175,26 @@ impl Rounded {
             width: width as u32,
         };
         let load_few = |modules: &Modules, kind| {
-            let (_, names, _) = kernels(kind).ok_or_else(|| none(kind))?;
+            let kernels = Kernels::of(kind).ok_or_else(|| none(kind))?;
             let load = |(size, name): (usize, &&'static str)| {
                 modules.kernel("gemm_rounded_few", name, few(kind, size).shared_max())
             };
-            names.iter().enumerate().map(load).collect::<Result<Vec<_>, _>>()
+            kernels.few.iter().enumerate().map(load).collect::<Result<Vec<_>, _>>()
         };
         let modules = gpu.modules();
         let [qkv, residual, gate_up] = KINDS.map(|kind| load_few(modules, kind));
         let few = [qkv?, residual?, gate_up?];
         let round = modules.kernel("fp8_inputs", "fp8_inputs", 0)?;
-        let mut many = |kind| {
-            let (_, _, tiles) = kernels(kind).ok_or_else(|| none(kind))?;
-            tiles
-                .into_iter()
-                .map(|tile| Loaded::new(gpu, "gemm_rounded_many", tile))
-                .collect::<Result<Vec<_>, _>>()
+        let mut many = |kind, pairs| {
+            let kernels = Kernels::of(kind).ok_or_else(|| none(kind))?;
+            let load = |tile| Loaded::new(gpu, "gemm_rounded_many", tile);
+            kernels.tiles(pairs).into_iter().map(load).collect::<Result<Vec<_>, _>>()
         };
-        let many = [many(Kind::Qkv)?, many(Kind::Residual)?, many(Kind::GateUp)?];
-        Ok(Rounded { round, few, many, scratch })
+        let [qkv, residual, gate_up] = KINDS.map(|kind| many(kind, true));
+        let many_of_pairs = [qkv?, residual?, gate_up?];
+        let [qkv, residual, gate_up] = KINDS.map(|kind| many(kind, false));
+        let grained = [qkv?, residual?, gate_up?];
+        Ok(Rounded { round, few, many: many_of_pairs, grained, scratch })
     }
 
     /// Rounds the first `tokens` rows of `x` as `w` asks for.
@@ -214,8 +241,9 @@ impl Rounded {
         product: &Product<'_, E>,
     ) -> Result<(), CudaError> {
         let (shape, layout) = (product.shape, w.codes_layout());
-        let (index, names, _) = kernels(E::KIND).ok_or_else(|| none(E::KIND))?;
-        let by_rows = w.codes().is_some_and(|codes| codes.by_rows);
+        let Kernels { index, few: names, .. } = Kernels::of(E::KIND).ok_or_else(|| none(E::KIND))?;
+        let Codes { by_rows, pairs, .. } = w.codes().ok_or(CudaError::NotReserved)?;
+        let many = if pairs { &self.many[index] } else { &self.grained[index] };
         let scales = CodeScales {
             x: self.scratch.scales,
             w: w.address().offset(layout.scales_at()),
@@ -233,14 +261,14 @@ impl Rounded {
             ])
         };
         let at_once = |tile: &Loaded| tile.clusters * tile.tile.cluster();
-        let blocks = self.many[index].first().map_or(0, at_once);
+        let blocks = many.first().map_or(0, at_once);
         if let Some(size) = size(E::KIND, &shape, names, blocks) {
             let (few, kernel) = (few(E::KIND, size), &self.few[index][size]);
             let (Block { rows, tokens }, stages) = (few.ring.block, few.stages(&shape));
             let [w, x] = maps(rows, tokens)?;
             return launcher.launch(kernel, few.grid(&shape), [&w, &x, &shape, &stages, &scales, &epilogue]);
         }
-        let Loaded { tile, kernel, clusters } = Loaded::quickest(&self.many[index], &shape)?;
+        let Loaded { tile, kernel, clusters } = Loaded::quickest(many, &shape)?;
         let fetched = tile.fetched();
         let [w, x] = maps(fetched.rows, fetched.tokens)?;
         let (out, width) = product.epilogue.outputs(shape.rows).ok_or_else(|| none(E::KIND))?;
@@ -281,14 +309,16 @@ fn rounding(cols: u32, tokens: u32, rounding: Rounding) -> Grid {
     Grid::new(tokens, ROUNDING_THREADS).rows(parts).dependent()
 }
 
-/// What rounds the inputs of a product with `[rows, cols]`, and what that is launched as.
+/// What rounds the inputs of a product with `[rows, cols]`, whose groups of rows have scales in pairs or not, and what that is launched as.
 pub(super) fn explained(
     kind: Kind,
     shape: &Shape,
     rounding_of: Rounding,
+    pairs: bool,
     clusters: fn(u32) -> u32,
 ) -> Option<[Explained; 2]> {
-    let (_, names, tiles) = kernels(kind)?;
+    let kernels = Kernels::of(kind)?;
+    let names = kernels.few;
     let work = match rounding_of {
         Rounding::Groups => "a warp: a token's blocks of 128 columns, each by its largest magnitude",
         Rounding::Rows => "a block: a token, by its largest magnitude",
@@ -297,7 +327,7 @@ pub(super) fn explained(
     let grid = rounding(2 * shape.cols, shape.tokens, rounding_of);
     let round = Explained { kernel: "fp8_inputs", grid, work: work.into() };
     let Some(size) = size(kind, shape, names, 2 * clusters(2)) else {
-        return Tile::explained_of(tiles, shape, clusters).map(|product| [round, product]);
+        return Tile::explained_of(kernels.tiles(pairs), shape, clusters).map(|product| [round, product]);
     };
     Some([round, few(kind, size).explained(names[size], shape)])
 }
@@ -312,13 +342,13 @@ mod tests {
     #[test]
     fn kernels_are_bound_to_the_threads_that_they_are_launched_with() {
         for kind in KINDS {
-            let (_, names, tiles) = kernels(kind).unwrap();
-            for (size, name) in names.iter().enumerate() {
+            let kernels = Kernels::of(kind).unwrap();
+            for (size, name) in kernels.few.iter().enumerate() {
                 let ring = few(kind, size).ring;
                 assert_eq!(threads_of(HOPPER, name), ring.threads(), "{name}");
                 assert!(name.ends_with(&format!("_{}x{}", ring.block.rows, ring.block.tokens)), "{name}");
             }
-            for (tile, name) in tiles {
+            for (tile, name) in kernels.many.into_iter().chain([kernels.grained]) {
                 assert_eq!(threads_of(HOPPER, name), tile.threads(), "{name}");
             }
         }
@@ -353,7 +383,7 @@ mod tests {
         let kernel = |kind, rows: u32, cols: u32, tokens| {
             let slices = if kind == Kind::GateUp { 1 } else { 2 };
             let shape = Shape { rows, cols: cols / 2, tokens, slices };
-            explained(kind, &shape, Rounding::Groups, |size: u32| 132 / size).unwrap()[1].kernel
+            explained(kind, &shape, Rounding::Groups, true, |size: u32| 132 / size).unwrap()[1].kernel
         };
         assert_eq!(kernel(Kind::Qkv, 6144, 4096, 128), "few_qkv_128x128");
         assert_eq!(kernel(Kind::Residual, 4096, 4096, 64), "few_residual_64x64");
@@ -365,5 +395,10 @@ mod tests {
         assert_eq!(kernel(Kind::GateUp, 24_576, 4096, 128), "many_gate_up_tall");
         assert_eq!(kernel(Kind::GateUp, 24_576, 4096, 256), "many_gate_up_narrow");
         assert_eq!(kernel(Kind::GateUp, 34_816, 5120, 256), "many_gate_up_tall");
+        assert_eq!(kernel(Kind::GateUp, 24_576, 4096, 1024), "many_gate_up_narrow");
+        assert_eq!(kernel(Kind::GateUp, 24_576, 4096, 8192), "many_gate_up_middle");
+        assert_eq!(kernel(Kind::Qkv, 6144, 4096, 8192), "many_qkv_middle");
+        assert_eq!(kernel(Kind::Residual, 4096, 12_288, 1024), "many_residual_narrow");
+        assert_eq!(kernel(Kind::Residual, 4096, 12_288, 8192), "many_residual_middle");
     }
 }
