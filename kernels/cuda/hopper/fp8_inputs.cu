@@ -64,21 +64,21 @@ struct Eight {
     }
 };
 
-// Columns c to c + 7 of a token, zeros behind the last.
-__device__ __forceinline__ Eight load(const Fp8Inputs &in, unsigned token, unsigned c, float by) {
-    if (c >= in.cols)
-        return {};
-    const uint4 four = *reinterpret_cast<const uint4 *>(in.x + (size_t)token * in.cols + c);
-    const unsigned words[4] = {four.x, four.y, four.z, four.w};
+// Columns c to c + 7 of a row of bf16, as they lie; zeros behind the last.
+__device__ __forceinline__ uint4 eight_of(const __nv_bfloat16 *row, unsigned c, unsigned cols) {
+    return c < cols ? *reinterpret_cast<const uint4 *>(row + c) : uint4{0, 0, 0, 0};
+}
+
+// The same times the row's norm and its scales.
+__device__ __forceinline__ Eight normed(uint4 x, float by, const __nv_bfloat16 *norm, uint4 scales) {
+    const unsigned words[4] = {x.x, x.y, x.z, x.w}, of[4] = {scales.x, scales.y, scales.z, scales.w};
     Eight eight;
 #pragma unroll
     for (int i = 0; i < 4; i++) {
         const float2 pair = pair_of(words[i]);
         eight.x[2 * i] = __fmul_rn(pair.x, by), eight.x[2 * i + 1] = __fmul_rn(pair.y, by);
     }
-    if (in.norm != nullptr) {
-        const uint4 norms = *reinterpret_cast<const uint4 *>(in.norm + c);
-        const unsigned of[4] = {norms.x, norms.y, norms.z, norms.w};
+    if (norm != nullptr) {
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             const float2 pair = pair_of(of[i]);
@@ -112,23 +112,29 @@ __device__ __forceinline__ unsigned group_largest(unsigned largest) {
 extern "C" __global__ void __launch_bounds__(256) fp8_inputs(const Fp8Inputs in) {
     __shared__ unsigned of_warps[8];
     dependent_launch();
+    const unsigned token = blockIdx.x, warp = threadIdx.x / 32, lane = threadIdx.x % 32, step = gridDim.y * 8 * 256;
+    const __nv_bfloat16 *const row = in.x + (size_t)token * in.cols;
+    const auto norm_at = [&](unsigned c) { return in.norm != nullptr ? eight_of(in.norm, c, in.cols) : uint4{0, 0, 0, 0}; };
+    unsigned c = (blockIdx.y * 8 + warp) * 256 + 8 * lane;
+    uint4 scales = norm_at(c);
     dependent_wait();
-    const unsigned token = blockIdx.x, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    uint4 x = eight_of(row, c, in.cols); // on its way while the norm is summed
     const float by = in.row_norm.sumsq != nullptr ? row_norm(in.row_norm, token) : 1.0f;
     float scale = in.fixed != nullptr ? *in.fixed : 0.0f;
     if (in.whole) {
         unsigned largest = 0;
-        for (unsigned c = 8 * threadIdx.x; c < in.cols; c += 8 * 256)
-            largest = max(largest, load(in, token, c, by).largest());
+        for (unsigned at = 8 * threadIdx.x; at < in.cols; at += 8 * 256)
+            largest = max(largest, normed(eight_of(row, at, in.cols), by, in.norm, norm_at(at)).largest());
         largest = __reduce_max_sync(0xffffffffu, largest);
         if (lane == 0)
             of_warps[warp] = largest;
         __syncthreads();
         scale = scale_of(__reduce_max_sync(0xffffffffu, of_warps[lane % 8]));
     }
-    for (unsigned first = (blockIdx.y * 8 + warp) * 256; first < in.cols; first += gridDim.y * 8 * 256) {
-        const unsigned c = first + 8 * lane;
-        const Eight eight = load(in, token, c, by);
+    for (unsigned next; c - 8 * lane < in.cols; c = next) {
+        const Eight eight = normed(x, by, in.norm, scales);
+        next = c + step;
+        x = eight_of(row, next, in.cols), scales = norm_at(next);
         if (!in.whole && in.fixed == nullptr)
             scale = scale_of(group_largest(eight.largest()));
         if (c >= in.cols)

@@ -62,7 +62,7 @@ fn tile(kind: Kind, index: usize) -> Sliced {
         _ => (2, false),
     };
     let block = Block::new(groups * ROWS, tokens);
-    Sliced { ring: Ring::with_w(block, groups * Fp8Tiles::BYTES as u32), alone }
+    Sliced { ring: Ring::with_w(block, groups * Fp8Tiles::BYTES as u32), alone, spread: false }
 }
 
 /// Which tile of tokens so many take.

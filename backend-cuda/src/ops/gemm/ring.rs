@@ -73,20 +73,37 @@ pub(super) struct Sliced {
     pub(super) ring: Ring,
     /// Does it fill the registers of a multiprocessor? Else two fit.
     pub(super) alone: bool,
+    /// Are all blocks of a product done at once by multiprocessors that have one each? Then it takes more than half of the shared memory:
+    /// while the kernel before ends, multiprocessors that are free first would get two, and others none.
+    pub(super) spread: bool,
 }
 
 impl Sliced {
     /// Tokens of a block's tile, for ever more tokens.
     pub(super) const TOKENS: [u32; 4] = [16, 32, 64, 128];
 
+    /// More than half of the shared memory of a multiprocessor.
+    const SPREAD: u32 = 116 << 10;
+
+    /// Bytes of shared memory that its ring may take.
+    fn ring_max(self) -> u32 {
+        if self.alone { 227 << 10 } else { 112 << 10 }
+    }
+
     /// Bytes of shared memory that it may take.
     pub(super) fn shared_max(self) -> u32 {
-        if self.alone { 227 << 10 } else { 112 << 10 }
+        self.ring_max().max(Self::SPREAD)
+    }
+
+    /// Bytes of shared memory that it takes.
+    fn shared(self, shape: &Shape) -> u32 {
+        let ring = self.ring.shared(self.stages(shape));
+        if self.spread { ring.max(Self::SPREAD) } else { ring }
     }
 
     /// As many as a slice has blocks of columns, if they fit.
     pub(super) fn stages(self, shape: &Shape) -> u32 {
-        self.ring.stages(shape.cols.div_ceil(BLOCK_COLS).div_ceil(shape.slices), self.shared_max())
+        self.ring.stages(shape.cols.div_ceil(BLOCK_COLS).div_ceil(shape.slices), self.ring_max())
     }
 
     /// Clusters with the same rows of w are neighbours, so that w comes from memory once.
@@ -95,7 +112,7 @@ impl Sliced {
         Grid::new(shape.tokens.div_ceil(tokens) * shape.slices, self.ring.threads())
             .rows(shape.rows.div_ceil(rows))
             .cluster(shape.slices)
-            .shared(self.ring.shared(self.stages(shape)))
+            .shared(self.shared(shape))
             .dependent()
     }
 

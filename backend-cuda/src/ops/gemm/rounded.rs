@@ -29,6 +29,8 @@ use crate::weight::{Codes, Fp8Codes, Rounding, Weight};
 /// Threads of a block that rounds inputs, and blocks of columns that it rounds at once.
 const ROUNDING_THREADS: u32 = 256;
 const ROUNDED: u32 = ROUNDING_THREADS / 32 * 2;
+/// So many tokens, and more, fill the device with a block each.
+const ROUNDED_WHOLE: u32 = 1024;
 
 /// What is rounded, as `fp8_inputs.cu` declares it.
 #[repr(C)]
@@ -263,7 +265,7 @@ impl Rounded {
         let at_once = |tile: &Loaded| tile.clusters * tile.tile.cluster();
         let blocks = many.first().map_or(0, at_once);
         if let Some(size) = size(E::KIND, &shape, names, blocks) {
-            let (few, kernel) = (few(E::KIND, size), &self.few[index][size]);
+            let (few, kernel) = (few_of(E::KIND, size, &shape, blocks), &self.few[index][size]);
             let (Block { rows, tokens }, stages) = (few.ring.block, few.stages(&shape));
             let [w, x] = maps(rows, tokens)?;
             return launcher.launch(kernel, few.grid(&shape), [&w, &x, &shape, &stages, &scales, &epilogue]);
@@ -289,7 +291,13 @@ fn few(kind: Kind, size: usize) -> Sliced {
     let rows = if kind == Kind::Residual { 64 } else { 128 };
     let scales = tokens + rows / Fp8Codes::GROUP as u32;
     let alone = tokens == 128 || tokens == 64 && kind == Kind::Qkv;
-    Sliced { ring: Ring::of(Block::new(rows, tokens)).with_scales(scales), alone }
+    Sliced { ring: Ring::of(Block::new(rows, tokens)).with_scales(scales), alone, spread: false }
+}
+
+/// The same for a product, on a device that takes so many `blocks` at once that have a multiprocessor to themselves.
+fn few_of(kind: Kind, size: usize, shape: &Shape, blocks: u32) -> Sliced {
+    let few = few(kind, size);
+    Sliced { spread: shape.rows.div_ceil(few.ring.block.rows) * shape.slices <= blocks, ..few }
 }
 
 /// Which of [`Sliced::TOKENS`] a product takes, if one of so many kernels does. A tile of 128 tokens has a multiprocessor to itself: on a
@@ -300,10 +308,12 @@ fn size(kind: Kind, shape: &Shape, kernels: &[&str], blocks: u32) -> Option<usiz
     (tokens < 128 || shape.rows.div_ceil(rows) * shape.slices <= blocks).then_some(size)
 }
 
-/// What rounds so many tokens of so many columns: a block a token where its largest magnitude is that of all its columns.
+/// What rounds so many tokens of so many columns: a block a token where its largest magnitude is that of all its columns, or where blocks are many,
+/// so that what is next is on its way while one part is rounded.
 fn rounding(cols: u32, tokens: u32, rounding: Rounding) -> Grid {
     let parts = match rounding {
         Rounding::Rows => 1,
+        Rounding::Groups | Rounding::Fixed if tokens >= ROUNDED_WHOLE => 1,
         Rounding::Groups | Rounding::Fixed => cols.div_ceil(Fp8Codes::BLOCK_COLS).div_ceil(ROUNDED),
     };
     Grid::new(tokens, ROUNDING_THREADS).rows(parts).dependent()
@@ -326,10 +336,11 @@ pub(super) fn explained(
     };
     let grid = rounding(2 * shape.cols, shape.tokens, rounding_of);
     let round = Explained { kernel: "fp8_inputs", grid, work: work.into() };
-    let Some(size) = size(kind, shape, names, 2 * clusters(2)) else {
+    let blocks = 2 * clusters(2);
+    let Some(size) = size(kind, shape, names, blocks) else {
         return Tile::explained_of(kernels.tiles(pairs), shape, clusters).map(|product| [round, product]);
     };
-    Some([round, few(kind, size).explained(names[size], shape)])
+    Some([round, few_of(kind, size, shape, blocks).explained(names[size], shape)])
 }
 
 #[cfg(test)]
