@@ -1,7 +1,8 @@
 // fp8_inputs: rows of activations become e4m3 codes with scales, as core/src/fp8.rs defines it (rounded.cuh).
 //
 //   x [tokens, cols] bf16, times the row's norm and the norm's scales  ──>  codes [tokens, cols], scales [blocks, pitch] f32
-//   block    a token's 2048 columns, a warp's 256 of these, or all of a token where it has one scale   grid (tokens, parts)   block 256
+//   block    a token's 2048 columns, a warp's 256 of these, or all of a token: where it has one scale, or where tokens are many
+//   grid     (tokens, parts)   block 256
 //
 //   by groups   scale = a block's largest magnitude / 448
 //   by tokens   the whole row's, for each of its blocks
@@ -11,6 +12,7 @@
 //    (Markstein, 1990), where scales are no extreme numbers. A block of zeros has scale zero and codes of zero; one with what is no number, or
 //    infinite, has a scale that is none.
 // 2. The norm's sum has one order, whatever the grid is.
+// 3. What a warp rounds is on its way while the norm is summed, and what it rounds next while it rounds; scales of the norm are weights.
 #include <cuda_bf16.h>
 
 #include "dependent.cuh"
