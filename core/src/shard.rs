@@ -242,6 +242,7 @@ impl LayerSpec {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::spec::Activation;
     use alloc::string::ToString;
     use alloc::vec::Vec;
 
@@ -297,6 +298,20 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn experts_that_cannot_be_shared_out_are_refused_with_their_widths() {
+        let activation = Activation::Silu;
+        let experts = Experts { activation, count: 8, per_token: 2, intermediate: 96, normalized: true };
+        let layer = |experts| LayerSpec { mlp: Mlp::Experts(experts), ..LayerSpec::plain() };
+        let shard = |dims, experts| DecoderSpec::uniform(dims, layer(experts)).shard(8, EQUAL);
+        let refused = |dims, experts| shard(dims, experts).unwrap_err().to_string();
+        let inner = refused(DIMS, Experts { intermediate: 100, ..experts });
+        assert!(inner.contains("experts' inner width is 100") && inner.contains("8 ranks"), "{inner}");
+        let hidden = refused(Dims { hidden: 68, ..DIMS }, experts);
+        assert!(hidden.contains("experts' hidden width is 68") && hidden.contains("8 ranks"), "{hidden}");
+        assert_eq!(shard(DIMS, experts).unwrap().layers[0].experts().map(|it| it.intermediate), Some(12));
     }
 
     #[test]

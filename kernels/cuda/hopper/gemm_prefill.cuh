@@ -349,6 +349,7 @@ __device__ __forceinline__ void multiply_aside(const Shared<P> &shared, Place<P:
 template <class P, class Epilogue, class Operands>
 __device__ __forceinline__ void multiply(const Shared<P> &shared, const TensorMap *out, const Shape &shape,
                                          const Epilogue &epilogue, const Partials &partials, const Operands &) {
+    static_assert(P::WIDTH == 128, "outputs leave 128 rows of w at a time; tiles of 64 are split");
     const unsigned warp = threadIdx.x / 32, lane = threadIdx.x % 32, old = shared.old + 8 * warp;
     const WarpTile warp_tile = {shared.warp_tile(warp), lane};
     dependent_wait();
