@@ -14,8 +14,12 @@
 //! A kernel's failure shows at a later call. The launcher remembers the last kernels, and with `MINISGL_CUDA_SYNC=1`
 //! waits after each, so that the error names the one that failed.
 
+mod attribute;
+mod grid;
+mod kernel;
+mod trace;
+
 use std::cell::{Cell, RefCell};
-use std::fmt;
 use std::ptr::null_mut;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -29,136 +33,11 @@ use crate::error::{CudaError, cause, is_device_lost, is_kernel_failure, is_out_o
 use crate::memory::{Event, Graph};
 use crate::param::Param;
 use crate::turns::{self, Recording};
+use trace::Trace;
 
-/// Parameters that a kernel may have.
-pub(crate) const PARAMS_MAX: usize = 28;
-
-/// A kernel of a loaded module.
-#[derive(Clone, Copy, Debug)]
-pub struct Kernel {
-    pub(crate) function: sys::CUfunction,
-    pub(crate) name: &'static str,
-    /// Bytes of each parameter; zeros behind the last.
-    pub(crate) param_bytes: [u16; PARAMS_MAX],
-    /// Is it of the Hopper set, whose kernels wait for the one before by themselves?
-    pub(crate) hopper: bool,
-}
-
-impl Kernel {
-    /// Its name in the source.
-    pub fn name(&self) -> &'static str {
-        self.name
-    }
-
-    fn check_params(&self, params: &[&dyn Param]) -> Result<(), CudaError> {
-        let declared = self.param_bytes.iter().take_while(|bytes| **bytes > 0);
-        if params.iter().map(|param| param.raw().1).eq(declared.clone().map(|bytes| usize::from(*bytes))) {
-            return Ok(());
-        }
-        Err(CudaError::Parameters {
-            kernel: self.name,
-            given: params.iter().map(|param| param.raw().1).collect(),
-            declared: declared.copied().collect(),
-        })
-    }
-}
-
-/// The shape of a launch.
-#[derive(Clone, Copy, Debug)]
-pub struct Grid {
-    blocks: [u32; 3],
-    threads: u32,
-    shared: u32,
-    cluster: u32,
-    dependent: bool,
-    cooperative: bool,
-}
-
-impl Grid {
-    /// `blocks` blocks of `threads` threads.
-    pub fn new(blocks: u32, threads: u32) -> Grid {
-        Grid { blocks: [blocks, 1, 1], threads, shared: 0, cluster: 1, dependent: false, cooperative: false }
-    }
-
-    /// A grid of `y` such rows.
-    pub fn rows(self, y: u32) -> Grid {
-        Grid { blocks: [self.blocks[0], y, self.blocks[2]], ..self }
-    }
-
-    /// A grid of `z` such planes.
-    pub fn planes(self, z: u32) -> Grid {
-        Grid { blocks: [self.blocks[0], self.blocks[1], z], ..self }
-    }
-
-    /// Bytes of dynamic shared memory; at most what the kernel was looked up with.
-    pub fn shared(self, bytes: u32) -> Grid {
-        Grid { shared: bytes, ..self }
-    }
-
-    /// Clusters of `blocks` neighbours along x.
-    pub fn cluster(self, blocks: u32) -> Grid {
-        Grid { cluster: blocks, ..self }
-    }
-
-    /// The kernel may start before the one in front of it ends, because it waits for it by itself
-    /// (`dependent_wait`). Ignored for portable kernels, which can't.
-    pub fn dependent(self) -> Grid {
-        Grid { dependent: true, ..self }
-    }
-
-    /// The same, or not: a kernel that fetches before it waits what the one in front of it writes.
-    pub fn dependent_if(self, dependent: bool) -> Grid {
-        Grid { dependent, ..self }
-    }
-
-    /// Blocks wait for each other: none begins before there is room for all.
-    pub fn cooperative(self) -> Grid {
-        Grid { cooperative: true, ..self }
-    }
-
-    fn is_empty(&self) -> bool {
-        self.blocks.contains(&0)
-    }
-}
-
-/// `8 x 32 blocks of 256 threads and 96.5 KiB, in clusters of 4`.
-impl fmt::Display for Grid {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let [x, y, z] = self.blocks;
-        write!(f, "{x}")?;
-        let others = [y, z].into_iter().take(if z > 1 { 2 } else { usize::from(y > 1) });
-        others.into_iter().try_for_each(|blocks| write!(f, " x {blocks}"))?;
-        write!(f, " blocks of {} threads", self.threads)?;
-        if self.shared > 0 {
-            write!(f, " and {:.1} KiB", f64::from(self.shared) / 1024.0)?;
-        }
-        if self.cluster > 1 { write!(f, ", in clusters of {}", self.cluster) } else { Ok(()) }
-    }
-}
-
-/// Names of the kernels launched last, for errors that come late.
-#[derive(Debug, Default)]
-struct Trace {
-    names: Cell<[&'static str; 8]>,
-    launches: Cell<usize>,
-    step: Cell<u64>,
-}
-
-impl Trace {
-    fn push(&self, name: &'static str) {
-        let mut names = self.names.get();
-        names[self.launches.get() % names.len()] = name;
-        self.names.set(names);
-        self.launches.set(self.launches.get() + 1);
-    }
-
-    /// The last names, newest first.
-    fn last(&self) -> String {
-        let (names, launches) = (self.names.get(), self.launches.get());
-        let newest_first = (1..=launches.min(names.len())).map(|back| names[(launches - back) % names.len()]);
-        newest_first.collect::<Vec<_>>().join(", ")
-    }
-}
+pub use grid::Grid;
+pub use kernel::Kernel;
+pub(crate) use kernel::PARAMS_MAX;
 
 /// What the host's time went to, since the device was opened.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -484,39 +363,6 @@ impl Drop for Launcher {
         for stream in [self.compute, self.copy, self.beside] {
             // SAFETY: created in `new`, destroyed once.
             let _ = unsafe { result::stream::destroy(stream) };
-        }
-    }
-}
-
-/// The attributes of a launch.
-mod attribute {
-    use super::sys;
-    use super::sys::CUlaunchAttributeID_enum as Id;
-    use super::sys::{CUlaunchAttribute, CUlaunchAttributeValue};
-
-    fn zeroed() -> CUlaunchAttributeValue {
-        CUlaunchAttributeValue { pad: [0; 64] }
-    }
-
-    pub(super) fn cluster(blocks: u32) -> CUlaunchAttribute {
-        let mut value = zeroed();
-        value.clusterDim = sys::CUlaunchAttributeValue_union__bindgen_ty_1 { x: blocks, y: 1, z: 1 };
-        CUlaunchAttribute { id: Id::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION, pad: [0; 4], value }
-    }
-
-    pub(super) fn cooperative() -> CUlaunchAttribute {
-        let mut value = zeroed();
-        value.cooperative = 1;
-        CUlaunchAttribute { id: Id::CU_LAUNCH_ATTRIBUTE_COOPERATIVE, pad: [0; 4], value }
-    }
-
-    pub(super) fn dependent() -> CUlaunchAttribute {
-        let mut value = zeroed();
-        value.programmaticStreamSerializationAllowed = 1;
-        CUlaunchAttribute {
-            id: Id::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
-            pad: [0; 4],
-            value,
         }
     }
 }
