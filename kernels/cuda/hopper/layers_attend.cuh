@@ -157,22 +157,17 @@ template <bool FP8> struct Filler {
         __syncwarp();
     }
     __device__ __forceinline__ void await_phase() {
-        Watchdog<> dog;
         while (!is_ready(turn.phase))
-            dog.look(0x20000 + turn.phase);
+            ;
         pay();
     }
     __device__ __forceinline__ void await_stage(unsigned barrier, unsigned parity) {
-        if (owes) {
-            Watchdog<> dog;
-            while (!__any_sync(FULL_WARP, barrier_passed(barrier, parity))) {
+        if (owes)
+            while (!__any_sync(FULL_WARP, barrier_passed(barrier, parity)))
                 if (is_ready(turn.phase)) {
                     pay();
                     break;
                 }
-                dog.look(0x30000 + turn.phase);
-            }
-        }
         await(barrier, parity);
     }
     // A leaf's keys or values, of the tokens that are there: what a stage has behind them is old, and nobody minds it. The lanes have the
@@ -735,7 +730,6 @@ template <bool FP8> __device__ __forceinline__ void tell(const Flags &flags, con
     };
     for (unsigned phase = 0; phase < flags.phases(); phase++) {
         unsigned told = 0;
-        Watchdog<> dog;
         while (true) {
             const bool is_over = load(own.phase()) > phase;
             const unsigned ended = load(own.ended(phase)) / READERS;
@@ -746,7 +740,6 @@ template <bool FP8> __device__ __forceinline__ void tell(const Flags &flags, con
                 break;
             } else {
                 __nanosleep(64);
-                dog.look(0x40000 + phase);
             }
         }
     }

@@ -17,40 +17,11 @@
 // 2. A word is counted up when what it tells of is in memory (release), and looked at with acquire. Who then has the copy engine read that
 //    passes a proxy fence in between.
 // 3. All are zero between launches: the block that leaves last zeroes them.
-// 4. Compiled with WATCHDOG, as nothing but a search for what hangs compiles it, a wait of 0.1 s ends the kernel, one of wgmma's threads after 0.4 s.
 #pragma once
 
 #include "layers_args.cuh"
 
 enum Product { O, GATE_UP, DOWN, QKV };
-
-#ifdef WATCHDOG
-extern "C" __device__ void __assertfail(const char *assertion, const char *file, unsigned line, const char *function, size_t char_size);
-#endif
-
-// SAYS: an assertion fails, whose line is what was waited for. It is a call, which wgmma's threads cannot have: they trap, later.
-template <bool SAYS = true> struct Watchdog {
-#ifdef WATCHDOG
-    unsigned looks = 0;
-    unsigned long long since = 0;
-
-    __device__ __forceinline__ void look(unsigned what) {
-        if (++looks % 1024 != 0)
-            return;
-        unsigned long long now;
-        asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now));
-        if (since == 0)
-            since = now;
-        if (now - since > (SAYS ? 100000000ull : 400000000ull)) {
-            if constexpr (SAYS)
-                __assertfail("a wait ends", "layers", what, "divided_layers", 1);
-            __trap();
-        }
-    }
-#else
-    __device__ __forceinline__ void look(unsigned) {}
-#endif
-};
 
 __device__ __forceinline__ unsigned seen(const unsigned *word) {
     unsigned value;
@@ -89,9 +60,8 @@ struct Flags {
 
     // A thread's call.
     __device__ __forceinline__ void wait(const unsigned *word, unsigned value) const {
-        Watchdog<> dog;
         while (seen(word) < value)
-            dog.look((unsigned)(word - words) / APART);
+            ;
     }
     // A whole block's call, its last. `last` is a word of shared memory.
     __device__ __forceinline__ void leave(unsigned *last) const {
@@ -120,10 +90,9 @@ __device__ __forceinline__ bool barrier_passed(unsigned barrier, unsigned parity
     return passed;
 }
 
-template <bool SAYS = true> __device__ __forceinline__ void await(unsigned barrier, unsigned parity) {
-    Watchdog<SAYS> dog;
+__device__ __forceinline__ void await(unsigned barrier, unsigned parity) {
     while (!barrier_passed(barrier, parity))
-        dog.look(0x10000 + barrier);
+        ;
 }
 
 // One lane of the warp, the same in each call.

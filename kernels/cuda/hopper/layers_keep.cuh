@@ -49,7 +49,7 @@ struct HalfRows {
             send(to + j * 512, __uint_as_float(sent[4 * j]), __uint_as_float(sent[4 * j + 1]), __uint_as_float(sent[4 * j + 2]),
                  __uint_as_float(sent[4 * j + 3]), barrier);
         }
-        await<false>(there, parity);
+        await(there, parity);
 #pragma unroll
         for (int j = 0; j < 2; j++) {
             const uint4 words = load_words(received + j * 512);

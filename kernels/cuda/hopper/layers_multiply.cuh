@@ -281,11 +281,11 @@ template <bool FP8> struct Tensor {
             hold(sum[slice]);
 #pragma unroll 1
             for (unsigned chunk = 0; chunk < T::CHUNKS / 2; chunk += T::AT_ONCE) {
-                await<false>(of.shared.w_full(w.at), w.parity);
+                await(of.shared.w_full(w.at), w.parity);
 #pragma unroll
                 for (unsigned i = 0; i < T::AT_ONCE; i++) {
                     if (in_x == 0)
-                        await<false>(of.shared.x_full(x.at), x.parity);
+                        await(of.shared.x_full(x.at), x.parity);
                     if (works) {
                         const unsigned long long a =
                             tile_descriptor(of.shared.x(x.at) + in_x * of.padded * 128 + spot.group * 64 * 128);
@@ -363,7 +363,7 @@ template <bool FP8> struct Tensor {
                 send(to + j * 512, sum[0][4 * j], sum[0][4 * j + 1], sum[0][4 * j + 2], sum[0][4 * j + 3], barrier);
         }
         if (own) {
-            await<false>(of.shared.sums_there(), sums_parity);
+            await(of.shared.sums_there(), sums_parity);
             float square[2][4];
 #pragma unroll
             for (int j = 0; j < 4; j++) {
@@ -492,7 +492,7 @@ template <bool FP8> struct Tensor {
                     if (spot.quad == 0)
                         send(at_neighbour(of.shared.squares(spot.token + 8 * i), of.rank), mine[i][0], mine[i][1], barrier);
                 }
-                await<false>(of.shared.squares_there(), squares_parity);
+                await(of.shared.squares_there(), squares_parity);
 #pragma unroll
                 for (int i = 0; i < 2; i++) {
                     const unsigned at = of.shared.squares(spot.token + 8 * i);
