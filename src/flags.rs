@@ -93,7 +93,7 @@ macro_rules! with_shared_flags {
             /// are enough for)
             #[argh(option)]
             data_parallel: Option<usize>,
-            /// how many ranks compute each step together, each on a GPU of its own with a part of the weights: 1 (default), 2 or 4, on the CPU 8 too
+            /// how many ranks compute each step together, each on a GPU of its own with a part of the weights: 1 (default), 2, 4 or 8
             #[argh(option, default = "1")]
             tensor_parallel: u32,
             /// let the GPUs of ranks have more and less memory free: all get as many KV pages as the one with the least

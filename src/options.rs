@@ -46,8 +46,8 @@ pub struct Options {
     /// How many engines take requests out of one queue; `None`: as many as [`Options::devices`] are enough for, else a single one.
     /// Tokens are the same. Capacities are those of each engine.
     pub data_parallel: Option<usize>,
-    /// How many ranks compute each step of an engine together, each with a part of the weights: 1, 2 or 4, on the CPU
-    /// 8 too. Tokens are the same.
+    /// How many ranks compute each step of an engine together, each with a part of the weights: 1, 2, 4 or 8.
+    /// Tokens are the same.
     /// Each has a GPU of its own, all of which reach each other's memory; on the CPU ranks are threads.
     pub tensor_parallel: u32,
     /// Let the GPUs of ranks have more and less memory free, though all get as many KV pages as the one with the least.

@@ -93,7 +93,16 @@ fn a_tiny_pool_preempts_and_ranks_go_on_with_the_same_tokens() {
 
 /// A checkpoint that 8 ranks can share: 8 heads, 2 key heads, products of 8 slices.
 fn wide() -> Scratch {
-    let (hidden, inner, vocab) = (64, 256, 103);
+    of_sizes(64, 256)
+}
+
+/// One whose MLP's output has 4 slices, so that 8 ranks share its rows.
+fn of_four_slices() -> Scratch {
+    of_sizes(128, 192)
+}
+
+fn of_sizes(hidden: usize, inner: usize) -> Scratch {
+    let vocab = 103;
     let mlp = [("gate_proj", inner, hidden), ("up_proj", inner, hidden), ("down_proj", hidden, inner)];
     let config = serde_json::json!({
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "vocab_size": vocab,
@@ -108,7 +117,7 @@ fn wide() -> Scratch {
 #[test]
 fn random_schedules_give_the_same_bits_on_1_2_4_and_8_ranks() {
     let mut numbers = Numbers(11);
-    for (what, scratch) in [("dense", wide()), ("experts", with_experts())] {
+    for (what, scratch) in [("dense", wide()), ("rows", of_four_slices()), ("experts", with_experts())] {
         for round in 0..4 {
             let requests = requests(5 + numbers.below(8) as usize, 100);
             let expected = run(small(scratch.path()), &requests);

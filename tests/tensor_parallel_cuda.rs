@@ -9,7 +9,7 @@ mod fault;
 use std::time::{Duration, Instant};
 
 use common::logits::checkpoint;
-use common::ranks::{Bits, bits, requests, run, way, with_experts};
+use common::ranks::{Bits, bits, random_checkpoint, requests, run, way, with_experts};
 use common::stored::{all_trained, checkpoint as checkpoint_of, given, stored};
 use common::{family, fixture, greedy, mixed_requests, skipped, small};
 use fault::{Fault, Faulty, FaultyError};
@@ -78,6 +78,31 @@ fn ranks_of_experts_give_the_bits_of_one_gpu_however_they_are_computed() {
                 let given = run(way(builder(), bits).tensor_parallel(ranks), &requests);
                 assert!(given == expected, "{kernels:?}: {ranks} ranks, way {bits}");
             }
+        }
+    }
+}
+
+/// An MLP's output of five blocks of columns, which two ranks do not share as columns, but as rows.
+#[test]
+#[ignore = "needs two GPUs"]
+fn ranks_that_share_rows_give_the_bits_of_one_gpu_however_they_are_computed() {
+    let (hidden, inner) = (512, 320);
+    let mlp = [("gate_proj", inner, hidden), ("up_proj", inner, hidden), ("down_proj", hidden, inner)];
+    let config = serde_json::json!({
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "vocab_size": 103,
+        "hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": 2, "num_attention_heads": 8,
+        "num_key_value_heads": 2, "head_dim": 64, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
+        "max_position_embeddings": 512, "tie_word_embeddings": false
+    });
+    let mlp = mlp.map(|(name, rows, cols)| (format!("mlp.{name}.weight"), vec![rows, cols]));
+    let folder = random_checkpoint(&config, &mlp);
+    for kernels in [KernelChoice::Auto, KernelChoice::Portable] {
+        let requests = requests(12, 100);
+        let builder = || on_gpu(small(folder.path())).kernels(kernels);
+        let expected = run(builder(), &requests);
+        for bits in [0, 7, 13, 22, 27].into_iter().filter(|_| are_there(2)) {
+            let given = run(way(builder(), bits).tensor_parallel(2), &requests);
+            assert!(given == expected, "{kernels:?}: way {bits}");
         }
     }
 }

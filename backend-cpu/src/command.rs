@@ -79,9 +79,10 @@ pub enum Command {
         tokens: u32,
         x: Buffer,
     },
-    /// `out` is `[samples, vocab]`, `share` this rank's columns of it.
-    JoinLogits {
-        samples: u32,
+    /// `out` is `[rows, cols]`, `share` this rank's columns of it.
+    JoinColumns {
+        rows: u32,
+        cols: u32,
         share: Buffer,
         out: Buffer,
     },
@@ -171,8 +172,9 @@ impl Machine {
         let ranks = self.link.as_ref().map_or(1, |link| link.rank().count);
         let width = match spec.weights {
             WeightFormat::Fp8(fp8) if fp8.inputs != Inputs::Plain => {
-                // An expert's down gets what all ranks have activated.
-                dims.q_width().max(dims.hidden.max(spec.activated_width() * ranks) as usize)
+                // What o and down get may be of all ranks.
+                let widest = dims.q_width().max(spec.activated_width() as usize);
+                (widest * ranks as usize).max(dims.hidden as usize)
             }
             WeightFormat::Fp8(_) | WeightFormat::Bf16 => 0,
         };
@@ -180,7 +182,7 @@ impl Machine {
         self.magnitudes = vec![0.0; limits.step_tokens()];
         if let Some(link) = &self.link {
             let logits = limits.logit_rows() * dims.vocab.div_ceil(ranks) as usize;
-            let width = dims.hidden.max(spec.activated_width()) as usize;
+            let width = dims.q_width().max(dims.hidden.max(spec.activated_width()) as usize);
             link.reserve(logits.max(limits.step_tokens() * width));
         }
         let kv = spec.kv.unwrap_or(OWN_KV);
@@ -204,12 +206,12 @@ impl Machine {
                 let len = tokens as usize * hidden;
                 rounds.link.map_or(Ok(()), |link| link.sum(&mut x[..len]))?;
             }
-            Command::JoinLogits { samples, share, out } => {
+            Command::JoinColumns { rows, cols, share, out } => {
                 let [share, out] = memory.borrow([share, out])?.map(floats);
                 if let Some(link) = rounds.link {
-                    let (rows, vocab) = (samples as usize, dims.vocab as usize);
-                    let width = link.rank().share(vocab).len();
-                    link.join_columns(&share[..rows * width], vocab, &mut out[..rows * vocab])?;
+                    let (rows, cols) = (rows as usize, cols as usize);
+                    let width = link.rank().share(cols).len();
+                    link.join_columns(&share[..rows * width], cols, &mut out[..rows * cols])?;
                 }
             }
             Command::RmsNorm { tokens, x, weight, out } => {

@@ -14,7 +14,7 @@ use minisgl_core::backend::{
 use minisgl_core::batch::{Row, StepShape};
 use minisgl_core::config::Limits;
 use minisgl_core::shard::{RANKS_MAX, Rank, Slicing};
-use minisgl_core::spec::{DecoderSpec, LayerSpec, Unsupported};
+use minisgl_core::spec::{DecoderSpec, Dims, LayerSpec, Unsupported};
 use minisgl_core::stats::ExpertsRead;
 use minisgl_core::tensor::HostTensor;
 
@@ -37,10 +37,11 @@ pub struct Cpu {
 }
 
 /// How the columns of o and down are cut ([`crate::matmul`]): into as wide slices, of whole registers.
-const SLICING: Slicing = Slicing { most: RANKS_MAX, block: 16, equal: true };
+pub(crate) const SLICING: Slicing = Slicing { most: RANKS_MAX, block: 16, equal: true };
 
 /// What a model was promised by [`Ops::reserve`].
 struct Planned {
+    dims: Dims,
     layers: Vec<LayerSpec>,
     embedding_scale: f32,
     activations: Activations,
@@ -118,6 +119,11 @@ impl Cpu {
     /// There are no threads.
     pub fn experts_read(&self) -> Result<ExpertsRead, CpuError> {
         Ok(self.workers()?.shared().machine.experts_read)
+    }
+
+    /// The sizes of the rank's model.
+    pub(crate) fn dims(&self) -> Result<Dims, CpuError> {
+        Ok(self.planned()?.dims)
     }
 
     pub(crate) fn layer_spec(&self, layer: usize) -> Result<LayerSpec, CpuError> {
@@ -304,7 +310,7 @@ impl Ops for Cpu {
             Activations::new(&mut machine.memory, spec, limits, self.rank)?
         };
         let (layers, embedding_scale) = (spec.layers.clone(), spec.embedding_scale);
-        self.planned = Some(Planned { layers, embedding_scale, activations });
+        self.planned = Some(Planned { dims: spec.dims, layers, embedding_scale, activations });
         Ok(0)
     }
 
@@ -353,7 +359,8 @@ impl Ops for Cpu {
             return self.linear(samples, x, head, out);
         }
         self.linear(samples, x, head, share)?;
-        self.enqueue(Command::JoinLogits { samples, share, out })
+        let cols = self.dims()?.vocab;
+        self.enqueue(Command::JoinColumns { rows: samples, cols, share, out })
     }
 
     fn read_logits(&mut self, logits: Buffer, vocab: u32, rows: Range<usize>) -> Result<Vec<f32>, CpuError> {

@@ -13,7 +13,6 @@
 use minisgl_core::backend::{ExpertWeights, Purpose, Step};
 use minisgl_core::batch;
 use minisgl_core::config::Limits;
-use minisgl_core::shard::Rank;
 use minisgl_core::spec::{DecoderSpec, Dims, Experts, LayerSpec};
 use minisgl_core::stats::ExpertsRead;
 
@@ -41,10 +40,6 @@ pub struct ExpertBuffers {
     gathered: Buffer,
     /// `[tokens of the expert, hidden]`: what it gives, of a rank its share of the columns.
     given: Buffer,
-    /// `[tokens of the expert, intermediate of all ranks]`: what down gets; empty where there is one alone.
-    joined: Buffer,
-    /// `[tokens, share of hidden]`: a rank's columns of the sum; likewise.
-    own: Buffer,
 }
 
 impl ExpertBuffers {
@@ -53,12 +48,10 @@ impl ExpertBuffers {
         memory: &mut Memory,
         spec: &DecoderSpec,
         limits: &Limits,
-        rank: Rank,
     ) -> Result<Option<ExpertBuffers>, CpuError> {
         let layers = || spec.layers.iter().filter_map(LayerSpec::experts);
         let Some(count) = layers().map(|experts| experts.count).max() else { return Ok(None) };
         let per_token = layers().map(|experts| experts.per_token).max().unwrap_or(0);
-        let several = |width: u32| if rank.count > 1 { width } else { 0 };
         let mut alloc = |width: u32| memory.alloc(Purpose::Scratch, limits.step_tokens() * width as usize);
         Ok(Some(ExpertBuffers {
             logits: alloc(count)?,
@@ -67,8 +60,6 @@ impl ExpertBuffers {
             tokens: alloc(1)?,
             gathered: alloc(spec.dims.hidden)?,
             given: alloc(spec.dims.hidden)?,
-            joined: alloc(several(spec.activated_width() * rank.count))?,
-            own: alloc(several(spec.dims.hidden / rank.count))?,
         }))
     }
 }
@@ -86,6 +77,10 @@ pub struct RunExperts {
     pub x: Buffer,
     /// `[tokens, intermediate]`.
     pub activated: Buffer,
+    /// `[tokens of an expert, intermediate of all ranks]`: what down gets; empty where there is one alone.
+    pub joined: Buffer,
+    /// `[tokens, share of hidden]`: a rank's columns of the sum; likewise.
+    pub own: Buffer,
     /// `[tokens, hidden]`.
     pub out: Buffer,
     /// The rest of what it needs.
@@ -104,8 +99,8 @@ impl RunExperts {
         rounded: Buffer,
         mut rounds: Rounds<'_>,
     ) -> Result<u64, CpuError> {
-        let ExpertBuffers { logits, chosen, shares, tokens, gathered, given, joined, own } = self.buffers;
-        let RunExperts { step, x, activated, out, .. } = *self;
+        let ExpertBuffers { logits, chosen, shares, tokens, gathered, given } = self.buffers;
+        let RunExperts { step, x, activated, joined, own, out, .. } = *self;
         let buffers = [
             step.batch, x, activated, out, rounded, logits, chosen, shares, tokens, gathered, given, joined,
             own,

@@ -9,11 +9,12 @@
 //! the layer's affair; of those behind, both or neither.
 
 use minisgl_core::backend::{ExpertWeights, KvLayer, LayerWeights, MlpWeights, Step};
-use minisgl_core::spec::{Activation, Attention, Experts, LayerSpec, Mixer, Mlp};
+use minisgl_core::shard::{By, Cut};
+use minisgl_core::spec::{Activation, Attention, Dims, Experts, LayerSpec, Mixer, Mlp};
 
 use crate::activations::Activations;
 use crate::command::{Attend, Command, Heads};
-use crate::device::Cpu;
+use crate::device::{Cpu, SLICING};
 use crate::error::CpuError;
 use crate::experts::RunExperts;
 use crate::memory::Buffer;
@@ -33,7 +34,7 @@ impl Cpu {
         let LayerSpec { mixer: Mixer::Attention(attention), .. } = spec else {
             return Err(CpuError::NotReserved); // `supports` lets no other layer through
         };
-        let tokens = step.shape.tokens;
+        let (tokens, attended_width) = (step.shape.tokens, self.dims()?.q_width() as u32);
         let pending = (layer > 0).then_some(b.delta);
         let x = self.add_and_norm(tokens, b.residual, pending, weights.attention_norm, b.normed)?;
         self.linear(tokens, x, weights.qkv, b.qkv)?;
@@ -44,8 +45,7 @@ impl Cpu {
         let rotated = attention.rope.map_or(0, |rope| rope.rotated);
         self.heads(Heads { step: *step, qkv: b.qkv, q_norm, k_norm, rope, rotated, kv })?;
         self.attention(step, &attention, b.qkv, kv, b.attended)?;
-        self.linear(tokens, b.attended, weights.o, b.delta)?;
-        self.sum_ranks(tokens, b.delta)?;
+        self.linear_of_ranks(tokens, (b.attended, attended_width), weights.o, b.delta)?;
         let (added, free) = match weights.attention_out_norm {
             None => (b.delta, b.normed),
             Some(norm) => {
@@ -71,11 +71,11 @@ impl Cpu {
         out: Buffer,
     ) -> Result<(), CpuError> {
         let (tokens, activated) = (step.shape.tokens, self.activations()?.activated);
+        let inner = self.dims()?.intermediate;
         match (spec, weights) {
             (Mlp::Dense(activation), MlpWeights::Dense { gate_up, down }) => {
                 self.gate_up(tokens, *activation, x, *gate_up, activated)?;
-                self.linear(tokens, activated, *down, out)?;
-                self.sum_ranks(tokens, out)
+                self.linear_of_ranks(tokens, (activated, inner), *down, out)
             }
             (Mlp::Experts(experts), MlpWeights::Experts(weights)) => {
                 self.experts(step, experts, weights, x, out)
@@ -84,12 +84,25 @@ impl Cpu {
         }
     }
 
-    /// `x`, `[tokens, hidden]`, becomes the sum of what all ranks have there.
-    fn sum_ranks(&mut self, tokens: u32, x: Buffer) -> Result<(), CpuError> {
-        match self.rank().count {
-            1 => Ok(()),
-            _ => self.enqueue(Command::SumRanks { tokens, x }),
+    /// What o and down do: `out`, `[tokens, hidden]`, becomes `weight @ x`, on each of several ranks all of it. `x` is `[tokens, width]`,
+    /// a rank's share of what the matrix gets.
+    fn linear_of_ranks(
+        &mut self,
+        tokens: u32,
+        (x, width): (Buffer, u32),
+        weight: Weight,
+        out: Buffer,
+    ) -> Result<(), CpuError> {
+        let ranks = self.rank().count;
+        let cols = width * ranks;
+        if matches!(SLICING.cut(By::Hidden, cols as usize, ranks), Cut::Columns(_)) {
+            self.linear(tokens, x, weight, out)?;
+            return if ranks == 1 { Ok(()) } else { self.enqueue(Command::SumRanks { tokens, x: out }) };
         }
+        let (Activations { joined, own, .. }, Dims { hidden, .. }) = (self.activations()?, self.dims()?);
+        self.enqueue(Command::JoinColumns { rows: tokens, cols, share: x, out: joined })?;
+        self.linear(tokens, joined, weight, own)?;
+        self.enqueue(Command::JoinColumns { rows: tokens, cols: hidden, share: own, out })
     }
 
     /// `residual += pending`, if there is any; then its norm in `out`, if there is one. Gives the buffer that holds the result.
@@ -162,10 +175,20 @@ impl Cpu {
         x: Buffer,
         out: Buffer,
     ) -> Result<(), CpuError> {
-        let Activations { activated, experts: buffers, .. } = self.activations()?;
+        let Activations { activated, experts: buffers, joined, own, .. } = self.activations()?;
         let (step, experts, weights) = (*step, *experts, *weights);
         let buffers = buffers.ok_or(CpuError::NotReserved)?;
-        self.enqueue(Command::Experts(RunExperts { step, experts, weights, x, activated, out, buffers }))
+        self.enqueue(Command::Experts(RunExperts {
+            step,
+            experts,
+            weights,
+            x,
+            activated,
+            joined,
+            own,
+            out,
+            buffers,
+        }))
     }
 
     /// `out = activation(gate) * up` with `gate, up = weight @ x` (Shazeer, 2020).

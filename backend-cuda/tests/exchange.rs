@@ -8,14 +8,16 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use half::bf16;
-use minisgl_core::backend::{Device, Element, Purpose, Queue, Step};
+use minisgl_core::backend::{Device, Element, Purpose, Queue, Step, WeightRole};
 use minisgl_core::batch::{LAST_TOKEN, Layout, StepShape, Token};
 use minisgl_core::config::Limits;
 use minisgl_core::shard::Rank;
 use minisgl_core::spec::Dims;
-use minisgl_core::tensor::splitmix64;
+use minisgl_core::tensor::{HostTensor, TensorData, splitmix64};
 use minisgl_cuda::ops::exchange::{Exchange, Stream, Way};
-use minisgl_cuda::{Address, Buffer, Cuda, CudaError, Grid, Kernel, KernelSet, Link, device_count};
+use minisgl_cuda::ops::gemm::{Gemm, Residual, Rows, SmShare};
+use minisgl_cuda::ops::shared_rows::SharedRows;
+use minisgl_cuda::{Address, Buffer, Cuda, CudaError, Grid, Kernel, KernelSet, Link, SLICING, device_count};
 use support::taken;
 
 /// A GPU under a sanitizer takes its time.
@@ -417,6 +419,125 @@ fn every_rank_has_all_columns_of_what_experts_have_within() {
                 bench.exchange.gather_logits(launcher, 1, logits.address())
             });
         });
+    }
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn every_rank_has_what_each_made_of_its_columns_of_the_residual_stream() {
+    for (ranks, tokens, hidden) in
+        taken([(2, 1, 128), (8, 3, 512), (4, 77, 1024), (8, 130, 5120), (8, 900, 1024)])
+    {
+        if !can_be(ranks) {
+            continue;
+        }
+        let (dims, limits) = (dims(hidden as u32, 64), limits(tokens as u32));
+        each(ranks, KernelSet::Auto, PATIENCE, (&dims, &limits), |link, bench| {
+            let (rank, elements) = (link.rank(), tokens * hidden);
+            let what = format!("rank {} of {ranks}, {tokens} x {hidden}", rank.index);
+            let before: Vec<bf16> = (0..elements).map(|i| bf16::from_f32(random(5, i))).collect();
+            // Some are no numbers, one is what an inbox is empty by.
+            let after: Vec<bf16> = (0..elements)
+                .map(|i| if i % 89 < 2 { bf16::from_bits(u16::MAX) } else { bf16::from_f32(random(6, i)) })
+                .collect();
+            let own = |stream: &[bf16]| -> Vec<bf16> {
+                stream.chunks(hidden).flat_map(|row| row[rank.share(hidden)].iter().copied()).collect()
+            };
+            let residual = bench.holding(Element::Activation, &pairs(&before));
+            let sumsq = bench.holding(Element::Float, &vec![u32::MAX; elements / 64]);
+            let columns = bench.holding(Element::Activation, &vec![0; elements / 2 / ranks as usize]);
+            let stream =
+                Stream { residual: residual.address(), sumsq: sumsq.address(), tokens: tokens as u32 };
+            bench.exchange.own_columns(bench.cuda.launcher(), columns.address(), stream).expect("a launch");
+            let given = unpaired(&bench.read(columns, elements / 2 / ranks as usize));
+            assert!(given == own(&before), "{what}: its own");
+            bench.words(&pairs(&own(&after)), columns);
+            meet(link);
+            bench.exchange.begin_step();
+            // An even number, in turns of two places.
+            for _ in 0..4 {
+                let launcher = bench.cuda.launcher();
+                bench.exchange.join_columns(launcher, columns.address(), stream).expect("a launch");
+            }
+            meet(link);
+            assert_stream(bench, [residual, sumsq], &after, hidden, &what);
+            meet(link);
+        });
+    }
+}
+
+/// What a product of ranks that share its rows adds to the residual stream, twice, beside what one rank does with the whole matrix.
+fn assert_shared_rows(ranks: u32, [tokens, hidden, cols]: [usize; 3]) {
+    if !can_be(ranks) {
+        return;
+    }
+    let (mut dims, limits) = (dims(hidden as u32, 64), limits(tokens as u32));
+    dims.intermediate = (cols / ranks as usize) as u32;
+    each(ranks, KernelSet::Auto, PATIENCE, (&dims, &limits), |link, bench| {
+        let rank = link.rank();
+        let what = format!("rank {} of {ranks}, {tokens} x {cols} x {hidden}", rank.index);
+        let gemm = Gemm::new(&mut bench.cuda).expect("kernels");
+        let shared = SharedRows::new(&mut bench.cuda, &dims, tokens).expect("memory");
+        let shared = shared.unwrap_or_else(|| panic!("{what}: rows are shared"));
+        let data = TensorData::Uniform { seed: 3, low: -0.1, high: 0.1 };
+        let w = HostTensor { name: "w".into(), rows: hidden, cols, data };
+        let own = w.window(rank.share(hidden), 0..cols);
+        let slices = SLICING.slices(cols);
+        let load = |bench: &mut Bench, role, tensor: &HostTensor| {
+            bench.cuda.load_weight(role, std::slice::from_ref(tensor)).expect("memory")
+        };
+        let whole = load(bench, WeightRole::Sliced(slices), &w);
+        let own = load(bench, WeightRole::SlicedRows(slices), &own);
+        let bf16s =
+            |seed, count: usize| (0..count).map(|i| bf16::from_f32(random(seed, i))).collect::<Vec<_>>();
+        let (x, before) = (bf16s(21, tokens * cols), bf16s(22, tokens * hidden));
+        let columns: Vec<bf16> =
+            x.chunks(cols).flat_map(|row| row[rank.share(cols)].iter().copied()).collect();
+        let stream = |bench: &mut Bench| {
+            let residual = bench.holding(Element::Activation, &pairs(&before));
+            let sumsq = bench.holding(Element::Float, &vec![u32::MAX; tokens * hidden / 64]);
+            [residual, sumsq]
+        };
+        let ([alone, alone_sumsq], given) = (stream(bench), stream(bench));
+        let (x, columns) = (
+            bench.holding(Element::Activation, &pairs(&x)),
+            bench.holding(Element::Activation, &pairs(&columns)),
+        );
+        let added = Residual { residual: alone.address(), sumsq: alone_sumsq.address() };
+        let inputs = |buffer: Buffer| Rows { address: buffer.address(), there: tokens as u32 };
+        let count = tokens as u32;
+        for _ in 0..2 {
+            let launcher = bench.cuda.launcher();
+            gemm.launch(launcher, whole, inputs(x), count, SmShare::Whole, &added).expect("a launch");
+        }
+        let expected = unpaired(&bench.read(alone, tokens * hidden / 2));
+        meet(link);
+        bench.exchange.begin_step();
+        let [residual, sumsq] = given;
+        let stream = Stream { residual: residual.address(), sumsq: sumsq.address(), tokens: count };
+        for _ in 0..2 {
+            let (launcher, by) = (bench.cuda.launcher(), (&gemm, &bench.exchange));
+            shared.add(launcher, by, own, inputs(columns), stream).expect("launches");
+        }
+        // Reading takes pinned memory, which waits for kernels that others have not launched yet.
+        meet(link);
+        assert_stream(bench, given, &expected, hidden, &what);
+        meet(link);
+    });
+}
+
+#[test]
+#[ignore = "needs two GPUs"]
+fn products_whose_rows_ranks_share_have_the_bits_of_the_whole_one() {
+    // Products take places early, which ranks of one device would need for what they send.
+    if device_count().expect("a driver") < 2 {
+        eprintln!("skipped: two GPUs are needed");
+        return;
+    }
+    // An odd number of blocks of columns, so that two ranks have no slices of their own.
+    for shape in taken([[1, 512, 320], [33, 1024, 192], [128, 256, 960], [700, 512, 1600], [4100, 1024, 320]])
+    {
+        assert_shared_rows(2, shape);
     }
 }
 

@@ -346,16 +346,16 @@ pub enum WeightRole {
     Embedding,
     /// `[out, in]`: a linear layer.
     Linear,
-    /// Such a layer whose columns, or those of each of the matrices stacked in it, are summed in so many slices, a power of two,
-    /// which are added in a binary tree: see [`crate::shard`].
+    /// Such a layer whose columns, of which a rank may have a share, are summed in so many slices, a power of two, which are added in a
+    /// binary tree: see [`crate::shard`].
     Sliced(u32),
     /// `[2 * intermediate, hidden]`: gate rows, then up rows.
     GateUp,
     /// As many such matrices, stacked, as there are experts.
     ExpertsGateUp(u32),
-    /// `[experts * rows, intermediate]`: experts' linear layers behind those, stacked, of which a rank has a share of each one's rows;
-    /// columns are summed in so many slices, as those of [`WeightRole::Sliced`].
-    ExpertsDown(u32),
+    /// One of which a rank has a share of the rows and all columns, summed in so many slices; or experts' down, `[experts * rows,
+    /// intermediate]`, stacked, of which it has a share of each one's rows.
+    SlicedRows(u32),
 }
 
 /// The stage behind a model's forward pass: tokens out of logits, by what each row's slot says.

@@ -6,13 +6,13 @@
 //! ```text
 //!   embedding, head    rows       by tokens of the vocabulary
 //!   q; k, v            rows       by heads; a key head that several ranks' queries look at is copied
-//!   o                  columns    by heads
+//!   o                  columns    by heads; or rows
 //!   gate, up           rows       by the MLP's inner width, of every expert
-//!   down               columns    likewise; an expert's is cut by rows, which are the hidden width's
+//!   down               columns    likewise; or rows, an expert's always
 //!   norms, router      whole
 //! ```
 //!
-//! What o and down give is a sum over columns that lie on several ranks. So that its bits do not depend on how many those are, it
+//! What o and down give is a sum over columns, which lie on several ranks. So that its bits do not depend on how many those are, it
 //! is always the sum of the same slices of columns, added in the same binary tree; a rank's columns are a whole subtree.
 //!
 //! ```text
@@ -23,9 +23,10 @@
 //!                                 +                             and both add them
 //! ```
 //!
-//! An expert's down is so small, and is rounded before its share of a token is taken, that slices would cost one device more than they
-//! spare several. So its sums are whole: ranks bring together what down gets, each adds up its rows' share of the hidden width over all of a
-//! token's experts, and they bring together what the residual stream becomes.
+//! Where there are more ranks than slices a rank has rows of the matrix, a share of the hidden width, and its sums are whole: ranks bring
+//! together what o or down gets, each adds up its rows, and they bring together what the residual stream becomes. So it is with an expert's
+//! down whatever the number of ranks: it is so small, and is rounded before its share of a token is taken, that slices would cost one device
+//! more than they spare several.
 
 use alloc::format;
 use alloc::string::String;
@@ -37,7 +38,7 @@ use crate::spec::{
     Attention, DecoderSpec, Dims, Experts, Fp8, Inputs, LayerSpec, Mixer, Mlp, QkNorm, WeightFormat,
 };
 
-/// Ranks there can be: slices of a matrix.
+/// Ranks there can be.
 pub const RANKS_MAX: u32 = 8;
 
 /// How a backend cuts the columns of o or down into slices, whole blocks of columns each.
@@ -62,19 +63,35 @@ impl Slicing {
         halves.take_while(|slices| *slices > 1).find(fits).unwrap_or(1)
     }
 
-    /// Has a product over so many columns a subtree of as many slices for every rank?
-    fn check(self, what: &str, cols: usize, ranks: u32) -> Result<(), Indivisible> {
-        let slices = self.slices(cols);
-        if slices >= ranks && cols.is_multiple_of(ranks as usize * self.block) {
+    /// What ranks share of o or down, whose columns, so many, are of what `by` says: those, where every rank gets a subtree of as many
+    /// slices; else rows.
+    pub fn cut(self, by: By, cols: usize, ranks: u32) -> Cut {
+        let subtrees = self.slices(cols) >= ranks && cols.is_multiple_of(ranks as usize * self.block);
+        if subtrees || ranks == 1 { Cut::Columns(by) } else { Cut::Rows(By::Hidden) }
+    }
+
+    /// Can such a matrix, with as many rows as the hidden width says, be shared out at all?
+    fn check(self, what: &str, cols: usize, hidden: u32, ranks: u32) -> Result<(), Indivisible> {
+        if matches!(self.cut(By::Inner, cols, ranks), Cut::Columns(_)) {
             return Ok(());
         }
-        let slices = if slices == 1 { "one slice".into() } else { format!("{slices} slices") };
-        let block = self.block;
-        let what =
-            format!("{what} is a sum over {cols} columns, which are {slices} of whole blocks of {block}");
+        let (block, count) = (self.block, ranks as usize);
+        if cols.is_multiple_of(count * GATHERED) && (hidden as usize).is_multiple_of(count * block) {
+            return Ok(());
+        }
+        let slices = match self.slices(cols) {
+            1 => "one slice".into(),
+            slices => format!("{slices} slices"),
+        };
+        let what = format!(
+            "{what} is a sum over {cols} columns, which are {slices} of whole blocks of {block}, for {hidden} outputs"
+        );
         Err(Indivisible { ranks, what })
     }
 }
+
+/// Columns that ranks bring together are so many at least, and whole multiples of it.
+const GATHERED: usize = 8;
 
 /// One of several ranks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -107,6 +124,8 @@ pub enum By {
     KvHeads,
     /// The inner width of an MLP.
     Inner,
+    /// The hidden width.
+    Hidden,
 }
 
 /// A model that can't be shared out.
@@ -148,13 +167,13 @@ impl Rank {
         let head_dim = dims.head_dim as usize;
         let heads = |heads: Range<usize>| heads.start * head_dim..heads.end * head_dim;
         match by {
-            By::Vocabulary | By::Inner => self.share(all),
+            By::Vocabulary | By::Inner | By::Hidden => self.share(all),
             By::Heads => heads(self.share(dims.heads as usize)),
             By::KvHeads => heads(self.kv_heads(dims.kv_heads as usize)),
         }
     }
 
-    /// Slices among its columns of a matrix of which it has so many.
+    /// Slices among its columns of o or down, which it has if these are so many: all of them, where it has rows.
     pub fn slices(self, cols: usize, slicing: Slicing) -> u32 {
         slicing.slices(cols * self.count as usize) / self.count
     }
@@ -185,10 +204,13 @@ impl DecoderSpec {
         if vocab < ranks {
             return refused(format!("its vocabulary has {vocab} tokens"));
         }
-        slicing.check("attention's output", self.dims.q_width(), ranks)?;
+        slicing.check("attention's output", self.dims.q_width(), self.dims.hidden, ranks)?;
         if let WeightFormat::Fp8(Fp8 { inputs: Inputs::PerGroup(group), .. }) = self.weights {
             let dense = self.layers.iter().filter(|layer| layer.experts().is_none());
             let widths = dense.map(|_| self.dims.intermediate).chain([self.dims.q_width() as u32]);
+            let shared =
+                |width: &u32| matches!(slicing.cut(By::Inner, *width as usize, ranks), Cut::Columns(_));
+            let widths = widths.filter(shared);
             if let Some(width) = widths.map(|width| width / ranks).find(|width| !width.is_multiple_of(group))
             {
                 return refused(format!(
@@ -222,7 +244,7 @@ impl LayerSpec {
         }
         let mlp = match self.mlp {
             Mlp::Dense(activation) => {
-                slicing.check("an MLP's output", dims.intermediate as usize, ranks)?;
+                slicing.check("an MLP's output", dims.intermediate as usize, dims.hidden, ranks)?;
                 Mlp::Dense(activation)
             }
             Mlp::Experts(experts) => {
@@ -288,7 +310,8 @@ mod tests {
         for cols in [896, 4864, 2048, 3072, 6144, 4096, 12_288, 5120, 17_408, 8192, 25_600, 768] {
             for count in [1u32, 2, 4, 8] {
                 let divisible = count <= 4 && cols % (64 * count as usize) == 0;
-                assert_eq!(BLOCKS.check("it", cols, count).is_ok(), divisible, "{cols} of {count}");
+                let columns = BLOCKS.cut(By::Inner, cols, count) == Cut::Columns(By::Inner);
+                assert_eq!(columns, divisible, "{cols} of {count}");
                 for rank in ranks(count).filter(|_| divisible) {
                     let (part, whole) = (rank.share(cols), BLOCKS.slices(cols) as usize);
                     let own = rank.slices(part.len(), BLOCKS) as usize;
@@ -347,11 +370,24 @@ mod tests {
         said(DIMS, 16, "1, 2, 4 or 8");
         said(Dims { heads: 10, kv_heads: 10, ..DIMS }, 4, "10 query heads");
         said(Dims { heads: 12, kv_heads: 3, ..DIMS }, 4, "3 key heads");
-        said(Dims { intermediate: 192, ..DIMS }, 8, "192 columns, which are 4 slices");
+        said(
+            Dims { intermediate: 192, ..DIMS },
+            8,
+            "192 columns, which are 4 slices of whole blocks of 16, for 64 outputs",
+        );
         said(Dims { intermediate: 100, ..DIMS }, 2, "100 columns, which are one slice");
         let spec = DecoderSpec::uniform(Dims { heads: 16, ..DIMS }, LayerSpec::plain());
         let refused = spec.shard(8, BLOCKS).unwrap_err().to_string();
-        assert!(refused.contains("512 columns, which are 4 slices of whole blocks of 64"), "{refused}");
+        assert!(
+            refused.contains("512 columns, which are 4 slices of whole blocks of 64, for 64 outputs"),
+            "{refused}"
+        );
+        // Wide enough for rows of whole blocks.
+        let wide = Dims { hidden: 512, intermediate: 1536, ..DIMS };
+        let shard = DecoderSpec::uniform(wide, LayerSpec::plain()).shard(8, BLOCKS).unwrap();
+        assert_eq!((shard.dims.hidden, shard.dims.intermediate, shard.dims.heads), (512, 192, 1));
+        assert_eq!(BLOCKS.cut(By::Inner, 1536, 8), Cut::Rows(By::Hidden));
+        assert_eq!(BLOCKS.cut(By::Inner, 1536, 4), Cut::Columns(By::Inner));
         let spec = DecoderSpec::uniform(DIMS, LayerSpec::plain()).shard(4, EQUAL).unwrap();
         let Dims { heads, kv_heads, intermediate, vocab, hidden, .. } = spec.dims;
         assert_eq!((heads, kv_heads, intermediate, vocab, hidden), (2, 1, 96, 103, 64));

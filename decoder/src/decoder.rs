@@ -19,7 +19,7 @@ use minisgl_core::backend::{Device, DeviceInfo, Element, KvCache, KvLayer, Model
 use minisgl_core::batch::{Row, StepShape};
 use minisgl_core::config::Limits;
 use minisgl_core::kv::{KvFormat, KvLayout};
-use minisgl_core::shard::{Indivisible, Rank};
+use minisgl_core::shard::{Indivisible, Rank, Slicing};
 use minisgl_core::spec::{DecoderSpec, Dims, LayerSpec, Mixer, Rope, Unsupported};
 use thiserror::Error;
 
@@ -111,8 +111,8 @@ impl<B: Ops> Decoder<B> {
         rank: Rank,
     ) -> Result<Self, B::Error> {
         let (config, tensors) = (checkpoint.config(), checkpoint.tensors());
-        let tensors = part(tensors, rank, &config.spec);
         let DeviceInfo { kv: own, slicing, .. } = backend.info();
+        let tensors = part(tensors, rank, &config.spec, slicing);
         let kv = config.spec.kv.unwrap_or(own);
         Ok(Decoder {
             max_positions: config.max_positions,
@@ -139,9 +139,9 @@ impl<B: Ops> Decoder<B> {
         tensors: &Tensors,
         changed: &HashSet<String>,
     ) -> Result<(), B::Error> {
-        let tensors = part(tensors, self.rank, &self.whole);
-        self.weight_bytes = tensors.step_bytes();
         let slicing = backend.info().slicing;
+        let tensors = part(tensors, self.rank, &self.whole, slicing);
+        self.weight_bytes = tensors.step_bytes();
         ModelWeights::of(&self.spec, &tensors, self.rank, slicing).reload(backend, &self.weights, changed)
     }
 
@@ -274,10 +274,10 @@ impl<B: Ops> Model<B> for Decoder<B> {
 }
 
 /// What a rank has of a model's tensors.
-fn part<'a>(tensors: &'a Tensors, rank: Rank, whole: &DecoderSpec) -> Cow<'a, Tensors> {
+fn part<'a>(tensors: &'a Tensors, rank: Rank, whole: &DecoderSpec, slicing: Slicing) -> Cow<'a, Tensors> {
     match rank.count {
         1 => Cow::Borrowed(tensors),
-        _ => Cow::Owned(tensors.shard(rank, whole)),
+        _ => Cow::Owned(tensors.shard(rank, whole, slicing)),
     }
 }
 

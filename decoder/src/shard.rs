@@ -1,6 +1,6 @@
 //! A rank's part of a model's tensors: which of them is cut, and along what, as [`minisgl_core::shard`] draws it.
 
-use minisgl_core::shard::{By, Cut, Rank};
+use minisgl_core::shard::{By, Cut, Rank, Slicing};
 use minisgl_core::spec::{DecoderSpec, Dims, LayerSpec};
 use minisgl_core::tensor::HostTensor;
 
@@ -11,13 +11,14 @@ use crate::tensors::{LayerTensors, MlpTensors, Tensors};
 struct Sharder<'a> {
     rank: Rank,
     whole: &'a Dims,
+    slicing: Slicing,
 }
 
 impl Tensors {
     /// A rank's part; `whole` is the model, which [`DecoderSpec::shard`] has found divisible. Nothing is copied: the parts are read
     /// where they lie.
-    pub(crate) fn shard(&self, rank: Rank, whole: &DecoderSpec) -> Tensors {
-        let sharder = Sharder { rank, whole: &whole.dims };
+    pub(crate) fn shard(&self, rank: Rank, whole: &DecoderSpec, slicing: Slicing) -> Tensors {
+        let sharder = Sharder { rank, whole: &whole.dims, slicing };
         let layers = self.layers.iter().zip(&whole.layers);
         Tensors {
             embed: sharder.cut(&self.embed, Cut::Rows(By::Vocabulary)),
@@ -39,7 +40,7 @@ impl LayerTensors {
             // Of each head alone: models that norm all heads together are not shared out.
             q_norm: self.q_norm.clone(),
             k_norm: self.k_norm.clone(),
-            o: sharder.cut(&self.o, Cut::Columns(By::Heads)),
+            o: sharder.cut(&self.o, sharder.of_sums(&self.o, By::Heads)),
             attention_out_norm: self.attention_out_norm.clone(),
             mlp_norm: self.mlp_norm.clone(),
             mlp: self.mlp.shard(sharder, spec),
@@ -53,7 +54,7 @@ impl MlpTensors {
         match self {
             MlpTensors::Dense { gate_up, down } => MlpTensors::Dense {
                 gate_up: std::array::from_fn(|i| sharder.cut(&gate_up[i], Cut::Rows(By::Inner))),
-                down: sharder.cut(down, Cut::Columns(By::Inner)),
+                down: sharder.cut(down, sharder.of_sums(down, By::Inner)),
             },
             MlpTensors::Experts { router, gate_up, down } => {
                 let each = |stacks: &[HostTensor], rows: usize| {
@@ -71,6 +72,11 @@ impl MlpTensors {
 }
 
 impl Sharder<'_> {
+    /// How o or down is cut.
+    fn of_sums(self, tensor: &HostTensor, by: By) -> Cut {
+        self.slicing.cut(by, tensor.cols, self.rank.count)
+    }
+
     fn cut(self, tensor: &HostTensor, cut: Cut) -> HostTensor {
         let (rows, cols) = (0..tensor.rows, 0..tensor.cols);
         match cut {

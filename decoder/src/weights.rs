@@ -12,8 +12,8 @@ use std::convert::Infallible;
 use std::slice;
 
 use minisgl_core::backend::{ExpertWeights, LayerWeights, MlpWeights, Ops, WeightRole};
-use minisgl_core::shard::{Rank, Slicing};
-use minisgl_core::spec::{DecoderSpec, LayerSpec, NormForm};
+use minisgl_core::shard::{By, Cut, Rank, Slicing};
+use minisgl_core::spec::{DecoderSpec, Dims, LayerSpec, NormForm};
 use minisgl_core::tensor::HostTensor;
 
 use crate::tensors::{LayerTensors, MlpTensors, Tensors};
@@ -60,17 +60,24 @@ impl<'a> Source<'a> {
 struct Cutting {
     rank: Rank,
     slicing: Slicing,
+    /// The rank's.
+    dims: Dims,
 }
 
 impl Cutting {
-    /// The role of a matrix whose columns ranks share out, of which this one has those of a tensor.
-    fn sliced(self, tensor: &HostTensor) -> WeightRole {
-        WeightRole::Sliced(self.rank.slices(tensor.cols, self.slicing))
+    /// The role of o or down, of which so many columns are what a rank attends, or has within.
+    fn of_sums(self, width: usize) -> WeightRole {
+        let cols = width * self.rank.count as usize;
+        let slices = self.slicing.slices(cols);
+        match self.slicing.cut(By::Hidden, cols, self.rank.count) {
+            Cut::Columns(_) => WeightRole::Sliced(slices / self.rank.count),
+            _ => WeightRole::SlicedRows(slices),
+        }
     }
 
     /// That of experts' down, of which each rank has all columns.
     fn experts_down(self, parts: &[HostTensor]) -> WeightRole {
-        WeightRole::ExpertsDown(self.slicing.slices(parts.first().map_or(0, |part| part.cols)))
+        WeightRole::SlicedRows(self.slicing.slices(parts.first().map_or(0, |part| part.cols)))
     }
 }
 
@@ -78,7 +85,7 @@ impl<'a> ModelWeights<Source<'a>> {
     /// What the weights of a model, or of a rank's part of it, are made of: q, k, v are stacked, and gate, up.
     pub fn of(spec: &DecoderSpec, tensors: &'a Tensors, rank: Rank, slicing: Slicing) -> Self {
         let layers = spec.layers.iter().zip(&tensors.layers);
-        let cutting = Cutting { rank, slicing };
+        let cutting = Cutting { rank, slicing, dims: spec.dims };
         ModelWeights {
             embed: Source::one(WeightRole::Embedding, &tensors.embed),
             layers: layers
@@ -170,7 +177,7 @@ fn layer_sources<'a>(
         qkv_bias: tensors.qkv_bias.as_ref().map(|parts| Source { role: WeightRole::Bias, parts }),
         q_norm: norm(&tensors.q_norm),
         k_norm: norm(&tensors.k_norm),
-        o: Source::one(cutting.sliced(&tensors.o), &tensors.o),
+        o: Source::one(cutting.of_sums(cutting.dims.q_width()), &tensors.o),
         attention_out_norm: norm(&tensors.attention_out_norm),
         mlp_norm: norm(&tensors.mlp_norm),
         mlp: mlp_sources(spec, &tensors.mlp, cutting),
@@ -182,7 +189,7 @@ fn mlp_sources<'a>(spec: &LayerSpec, tensors: &'a MlpTensors, cutting: Cutting) 
     match tensors {
         MlpTensors::Dense { gate_up, down } => MlpWeights::Dense {
             gate_up: Source { role: WeightRole::GateUp, parts: gate_up },
-            down: Source::one(cutting.sliced(down), down),
+            down: Source::one(cutting.of_sums(cutting.dims.intermediate as usize), down),
         },
         MlpTensors::Experts { router, gate_up, down } => {
             let count = spec.experts().map_or(0, |experts| experts.count);

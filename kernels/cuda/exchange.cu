@@ -5,16 +5,18 @@
 //   reduce_two_shot_R   the same                                                               every rank adds up a share, and pushes that
 //   embed_share         residual[t, :] = table[id(t), :], from the rank that has the row; history, sumsq
 //   gather_columns      out[r, :] = all ranks' shares of the columns
+//   own_columns         own[t, :] = this rank's columns of residual[t, :]
+//   join_columns        residual[t, :] = all ranks' own[t, :], and sumsq
 //
 //   sums f32, what this rank adds up of its own   residual [tokens, hidden] bf16   sumsq [tokens, ceil(hidden / 64)] f32
-//   table [rows of the rank, hidden] bf16   share [rows, columns of the rank], out [rows, columns] of 16 bits
+//   own [tokens, hidden / ranks] bf16, whole segments of 64   table [rows of the rank, hidden] bf16   share [rows, columns of the rank], out [rows, columns] of 16 bits
 //   grid: at most what a GPU holds at once   block THREADS
 //
 //   inbox of        one shot   [rank][tokens, hidden] f32                                       pushed by the product before (RankSums)
 //                   two shots  [other rank][a share of these] f32, then [tokens, hidden] bf16    the former pushed by the product
 //                   embed      [tokens, hidden] bf16; where they are carried, [rank][tokens, hidden], and this rank's of no other use
 //                   columns    [rank][rows, columns of that rank] of 16 bits; experts' have an inbox of their own, between two others' turns
-//                   experts    [rank][tokens, hidden / ranks] bf16, by experts_combine_ranks (experts.cu)
+//                   joined     [rank][tokens, hidden / ranks] bf16, by join_columns, and by experts_combine_ranks (experts.cu)
 //
 // 1. Sums are added in pairs by rank, ((r0 + r1) + (r2 + r3)) + …, the upper levels of the tree of core/src/shard.rs, whoever adds
 //    them; then the residual is added and rounded as a product's epilogue does it (Residual in epilogue.cuh). So neither the number of
@@ -279,6 +281,57 @@ gather_columns(const uint4 *share, unsigned short *out, unsigned rows, unsigned 
                 value = take(reinterpret_cast<uint4 *>(ranks.inbox[ranks.rank]) + from * apart + chunk, ranks, from);
             }
             scatter(out, rows, columns, first, width, chunk, value);
+        }
+    }
+}
+
+// A rank's columns of the residual stream, in chunks of four elements.
+struct OwnColumns {
+    unsigned a_row, chunks, ranks;
+
+    __device__ __forceinline__ OwnColumns(unsigned tokens, unsigned hidden, const Ranks &ranks)
+        : a_row(hidden / 4 / ranks.count), chunks(tokens * a_row), ranks(ranks.count) {}
+
+    // Where a rank's chunk lies in the stream.
+    __device__ __forceinline__ unsigned at(unsigned rank, unsigned chunk) const {
+        return (chunk / a_row * ranks + rank) * a_row + chunk % a_row;
+    }
+};
+
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_AN_SM)
+own_columns(uint2 *own, const uint2 *residual, unsigned tokens, unsigned hidden, const __grid_constant__ Ranks ranks) {
+    const OwnColumns columns(tokens, hidden, ranks);
+    dependent_launch();
+    dependent_wait();
+    for (unsigned chunk = blockIdx.x * THREADS + threadIdx.x; chunk < columns.chunks; chunk += gridDim.x * THREADS)
+        own[chunk] = residual[columns.at(ranks.rank, chunk)];
+}
+
+// The 16 threads of a segment come to the same turns, for a rank has whole segments.
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_AN_SM)
+join_columns(const uint2 *own, void *residual, float *sumsq, unsigned tokens, unsigned hidden,
+             const __grid_constant__ Ranks ranks) {
+    const OwnColumns columns(tokens, hidden, ranks);
+    const Stream stream(residual, sumsq, tokens, hidden);
+    const unsigned step = gridDim.x * THREADS, begin = blockIdx.x * THREADS + threadIdx.x;
+    const auto inbox_at = [&](unsigned rank, unsigned from, unsigned chunk) {
+        return reinterpret_cast<uint2 *>(ranks.inbox[rank]) + (size_t)from * columns.chunks + chunk;
+    };
+    begin_waiting(ranks);
+    dependent_launch();
+    dependent_wait();
+    for (unsigned chunk = begin; chunk < columns.chunks; chunk += step) {
+        const uint2 value = own[chunk], bits = sendable(value);
+        for (unsigned i = 1; i < ranks.count && !ranks.carried; i++)
+            push(inbox_at((ranks.rank + i) % ranks.count, ranks.rank, chunk), bits);
+        const unsigned at = columns.at(ranks.rank, chunk);
+        stream.keep(at, true, at, value);
+    }
+    for (unsigned i = 1; i < ranks.count; i++) {
+        const unsigned from = (ranks.rank + i) % ranks.count;
+        for (unsigned chunk = begin; chunk < columns.chunks; chunk += step) {
+            const unsigned at = columns.at(from, chunk);
+            stream.keep(at, true, at, take(inbox_at(ranks.rank, from, chunk), ranks, from));
         }
     }
 }

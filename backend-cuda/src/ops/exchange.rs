@@ -6,8 +6,8 @@
 //!
 //! Sums of o and down take turns in two parts of the inbox; so do logits, of which a step that scores has several. Between two exchanges
 //! in one part there is one in another that has words from all ranks to all, which is what `exchange.cuh` asks for: a layer has o's and
-//! down's. Experts' down is cut by rows: what it gets, as wide as an expert is within, passes in a part of its own, and what the
-//! residual stream becomes in the place of down's sums.
+//! down's. Of a matrix that is cut by rows (experts' down; o and down of more ranks than slices, `shared_rows.rs`) what it gets, as wide as
+//! attention or an MLP is within, passes in a part of its own, and what the residual stream becomes in the place of sums.
 //!
 //! The product before an exchange stores its sums where they are added up ([`RankSums`]), so most of them have come when it ends.
 //! Where NCCL carries words, a kernel leaves them in this rank's memory, all ranks' are gathered in each inbox, and then the same kernels
@@ -94,7 +94,7 @@ struct Parts {
 }
 
 impl Parts {
-    /// `inner`: elements of what experts' down gets, at most.
+    /// `inner`: elements of what a matrix that is cut by rows gets, at most.
     fn new(rank: Rank, dims: &Dims, limits: &Limits, inner: usize) -> Parts {
         let (count, tokens) = (rank.count as usize, limits.step_tokens());
         let row_bytes = padded(dims.hidden) * 4;
@@ -190,6 +190,8 @@ pub struct Exchange {
     two_shot: Kernel,
     embed: Kernel,
     gather: Kernel,
+    own_columns: Kernel,
+    join_columns: Kernel,
     parts: Parts,
     dims: Dims,
     blocks_max: u32,
@@ -246,12 +248,23 @@ impl Exchange {
             .map(|chunks| Self::explained_grid(chunks, multiprocessors))
     }
 
+    /// What passes inputs of a matrix that is cut by rows on, of so many columns, and what its outputs become.
+    pub(super) fn explained_rows(
+        rank: Rank,
+        multiprocessors: u32,
+        [tokens, columns, hidden]: [u32; 3],
+    ) -> [Grid; 2] {
+        let joined = row_chunks(tokens, hidden) / rank.count;
+        [column_chunks(rank, [tokens, columns]), joined]
+            .map(|chunks| Self::explained_grid(chunks, multiprocessors))
+    }
+
     fn explained_grid(chunks: u32, multiprocessors: u32) -> Grid {
         Grid::new(chunks.div_ceil(THREADS).min(multiprocessors * BLOCKS_AN_SM), THREADS).dependent()
     }
 
-    /// Looks the kernels up and allocates what steps within `limits` need, for a rank of a model of these sizes, whose experts' down
-    /// gets `inner` elements of a token at most.
+    /// Looks the kernels up and allocates what steps within `limits` need, for a rank of a model of these sizes, whose matrices that are
+    /// cut by rows get `inner` elements of a token at most.
     pub fn new(
         cuda: &mut Gpu,
         link: &Link,
@@ -264,6 +277,7 @@ impl Exchange {
         let kernel = |name| cuda.modules().kernel("exchange", name, 0);
         let (one_shot, two_shot) = (kernel(names[0])?, kernel(names[1])?);
         let (embed, gather) = (kernel("embed_share")?, kernel("gather_columns")?);
+        let (own_columns, join_columns) = (kernel("own_columns")?, kernel("join_columns")?);
         let carried = link.is_carried();
         let parts = if carried { Parts::carried } else { Parts::new }(
             rank,
@@ -284,6 +298,8 @@ impl Exchange {
             two_shot,
             embed,
             gather,
+            own_columns,
+            join_columns,
             parts,
             dims: *dims,
             blocks_max: (cuda.properties().multiprocessors * BLOCKS_AN_SM / link.ranks_of_device()).max(1),
@@ -295,6 +311,11 @@ impl Exchange {
         };
         link.reserve(bytes)?;
         Ok(exchange)
+    }
+
+    /// Whose it is.
+    pub fn rank(&self) -> Rank {
+        self.link.rank()
     }
 
     /// The beginning of every step.
@@ -414,7 +435,8 @@ impl Exchange {
         self.gather(launcher, 3 + turn, [samples, self.dims.vocab], self.share.address(), out)
     }
 
-    /// `out`, `[pairs, inner]` bf16, becomes what all ranks have in `share`, `[pairs, columns of the rank]`: what experts' down gets.
+    /// `out`, `[rows, inner]` bf16, becomes what all ranks have in `share`, `[rows, columns of the rank]`: what a matrix that is cut by rows
+    /// gets.
     pub fn gather_inner(
         &self,
         launcher: &Launcher,
@@ -465,6 +487,28 @@ impl Exchange {
         launch(false, true)
     }
 
+    /// `own`, `[tokens, hidden / ranks]` bf16, becomes this rank's columns of the residual stream.
+    pub fn own_columns(&self, launcher: &Launcher, own: Address, stream: Stream) -> Result<(), CudaError> {
+        let (Stream { residual, tokens, .. }, ranks) = (stream, self.ranks(0)?);
+        let grid = self.grid(row_chunks(tokens, self.dims.hidden).div_ceil(ranks.count));
+        launcher.launch(&self.own_columns, grid, [&own, &residual, &tokens, &self.dims.hidden, &ranks])
+    }
+
+    /// The residual stream becomes what all ranks have in `own`, each its columns.
+    pub fn join_columns(&self, launcher: &Launcher, own: Address, stream: Stream) -> Result<(), CudaError> {
+        let Stream { residual, sumsq, tokens } = stream;
+        let turn = self.sums_turn.replace(1 - self.sums_turn.get());
+        let ranks = self.ranks(turn)?;
+        let elements = tokens as usize * self.dims.hidden as usize / ranks.count as usize;
+        self.carry(launcher, turn, own, elements * 2)?;
+        let grid = self.grid((elements as u32).div_ceil(CHUNK));
+        launcher.launch(
+            &self.join_columns,
+            grid,
+            [&own, &residual, &sumsq, &tokens, &self.dims.hidden, &ranks],
+        )
+    }
+
     /// A thread a chunk, as far as the device holds so many at once. Of ranks that share a device one's exchanges would else take the
     /// places of another's by beginning before their turn.
     fn grid(&self, chunks: u32) -> Grid {
@@ -501,7 +545,7 @@ mod tests {
     use crate::declared::{assert_declared, constant, threads_of};
     use crate::link::{EMPTY_BYTE, ENDED};
 
-    const KERNELS: [&str; 9] = [
+    const KERNELS: [&str; 11] = [
         "reduce_one_shot_2",
         "reduce_one_shot_4",
         "reduce_one_shot_8",
@@ -510,6 +554,8 @@ mod tests {
         "reduce_two_shot_8",
         "embed_share",
         "gather_columns",
+        "own_columns",
+        "join_columns",
         "experts_combine_ranks",
     ];
 

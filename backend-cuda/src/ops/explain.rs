@@ -26,6 +26,7 @@ use super::gemm::{self, Form, Kind, SmShare};
 use super::halves::{Halves, Part};
 use super::layers::LayersKernel;
 use super::sampling::Sampling;
+use super::shared_rows::SharedRows;
 use super::supports;
 use crate::error::CudaError;
 use crate::launch::Grid;
@@ -172,8 +173,18 @@ impl Explainer<'_> {
         if self.ranks == 1 {
             return self.product(what, Kind::Residual, [hidden, cols], part);
         }
-        let mut launches = self.product(what, Kind::RankSums, [hidden, cols], part);
         let tokens = part.tokens(self.shape).len() as u32;
+        let rank = Rank { index: 0, count: self.ranks };
+        if SharedRows::takes(cols as usize, rank) {
+            let cols = cols * self.ranks;
+            let multiprocessors = self.device.multiprocessors;
+            let [gathered, joined] = Exchange::explained_rows(rank, multiprocessors, [tokens, cols, hidden]);
+            let mut launches = vec![launch(what, "gather_columns", gathered, "the rank's inputs go to all")];
+            launches.extend(self.product(what, Kind::Residual, [hidden / self.ranks, cols], part));
+            launches.push(launch("", "join_columns", joined, "the rank's outputs go to all"));
+            return launches;
+        }
+        let mut launches = self.product(what, Kind::RankSums, [hidden, cols], part);
         let (kernel, grid, work) =
             Exchange::explained(self.ranks, self.device.multiprocessors, [tokens, hidden]);
         launches.push(launch("", kernel, grid, work));
@@ -215,7 +226,8 @@ impl Explainer<'_> {
         }
         let weights_fp8 = self.spec.weights != WeightFormat::Bf16;
         let (normed, kv_fp8) = (self.is_normed(), self.keeps_fp8(part, [rows, cols]));
-        let form = Form { normed, kv_fp8, weights_fp8, ranks: self.ranks };
+        let ranks = if kind == Kind::Residual { 1 } else { self.ranks };
+        let form = Form { normed, kv_fp8, weights_fp8, ranks };
         let mut launches = Vec::new();
         if weights_fp8 && !matches!(kind, Kind::Residual | Kind::RankSums) {
             let work = "a block: a token times the norm's scale";

@@ -34,6 +34,7 @@ pub mod halves;
 pub mod layers;
 mod operands;
 pub mod sampling;
+pub mod shared_rows;
 mod supports;
 
 use minisgl_core::backend::{LayerWeights, MlpWeights, Purpose, Step};
@@ -53,6 +54,7 @@ use self::layers::LayersKernel;
 use self::operands::SEGMENT;
 pub use self::operands::{Buffers, Layer, rows_from};
 use self::sampling::Sampling;
+use self::shared_rows::SharedRows;
 use crate::error::CudaError;
 use crate::gpu::Gpu;
 use crate::launch::Launcher;
@@ -82,6 +84,7 @@ pub struct Operations {
     pub sampling: Sampling,
     /// To the other ranks, where there are some.
     exchange: Option<Exchange>,
+    shared_rows: Option<SharedRows>,
     /// `[tokens, ceil(hidden / 64)]` f32: partial sums of squares of the residual stream.
     pub sumsq: Address,
 }
@@ -110,9 +113,11 @@ impl Operations {
             exchange: link
                 .map(|link| {
                     let inner = Experts::inner(spec) * link.rank().count as usize;
+                    let inner = inner.max(SharedRows::width(dims, link.rank()));
                     Exchange::new(gpu, &link, dims, limits, inner)
                 })
                 .transpose()?,
+            shared_rows: SharedRows::new(gpu, dims, limits.step_tokens())?,
             sumsq: gpu.allocate(Purpose::Scratch, limits.step_tokens() * segments * 4)?,
         })
     }
@@ -199,6 +204,7 @@ impl Operations {
     /// The beginning of every step.
     pub(crate) fn begin_step(&self, launcher: &Launcher, step: &Step<Buffer>) -> Result<(), CudaError> {
         self.exchange.iter().for_each(Exchange::begin_step);
+        self.shared_rows.iter().for_each(SharedRows::forget);
         self.ends.begin_step(launcher, step)
     }
 
@@ -314,19 +320,25 @@ impl Operations {
         let residual = rows_from(buffers.residual, self.dims.hidden as usize, first);
         let attended = rows_from(buffers.attended, self.dims.q_width(), first);
         let share = self.sm_share(step.shape, part);
-        // What o and down do: `+=`, or where others have columns too, the sums and their exchange.
-        let add = |w: Weight, x: Rows| match &self.exchange {
+        // What o and down do: `+=`, or where others have columns or rows too, what they exchange besides. `width`: columns of `x`.
+        let add = |w: Weight, x: Rows, width: usize| match &self.exchange {
             None => {
                 let x = gemm.inputs(launcher, w, None, x, count, x)?;
                 let added = Residual { residual: residual.address, sumsq: self.sumsq_of(first) };
                 gemm.launch(launcher, w, x, count, share, &added)
             }
-            Some(exchange) => {
-                gemm.launch(launcher, w, x, count, share, &exchange.sums(count)?)?;
-                exchange.reduce(launcher, self.stream(count))
-            }
+            Some(exchange) => match &self.shared_rows {
+                Some(rows) if SharedRows::takes(width, exchange.rank()) => {
+                    rows.add(launcher, (gemm, exchange), w, x, self.stream(count))
+                }
+                rows => {
+                    rows.iter().for_each(SharedRows::forget);
+                    gemm.launch(launcher, w, x, count, share, &exchange.sums(count)?)?;
+                    exchange.reduce(launcher, self.stream(count))
+                }
+            },
         };
-        add(weights.o, attended)?;
+        add(weights.o, attended, self.dims.q_width())?;
         let (gate_up, down) = match weights.mlp {
             MlpWeights::Dense { gate_up, down } => (gate_up, down),
             MlpWeights::Experts(_) => return self.add_experts(launcher, layer),
@@ -337,7 +349,7 @@ impl Operations {
         let norm = Norm { weight: weights.mlp_norm, rows: self.norm(first) };
         let x = gemm.inputs(launcher, gate_up, Some(norm), residual, count, self.scaled(first))?;
         gemm.launch(launcher, gate_up, x, count, share, &gated)?;
-        add(down, activated)
+        add(down, activated, mlp as usize)
     }
 
     /// What a layer's experts add; steps of models with experts are not divided.
@@ -353,6 +365,7 @@ impl Operations {
         let x = if weights.gate_up.is_fp8() { self.buffers.scaled.address() } else { residual };
         let exchange = self.exchange.as_ref();
         let layer_of_experts = ExpertLayer { spec, weights, norm, row_norm, residual, x, sumsq, exchange };
+        self.shared_rows.iter().for_each(SharedRows::forget);
         experts.launch(launcher, layer.step, &layer_of_experts)
     }
 

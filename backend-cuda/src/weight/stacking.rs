@@ -142,7 +142,7 @@ pub(super) fn gate_ups(role: WeightRole) -> usize {
         | WeightRole::Embedding
         | WeightRole::Linear
         | WeightRole::Sliced(_)
-        | WeightRole::ExpertsDown(_) => 0,
+        | WeightRole::SlicedRows(_) => 0,
     }
 }
 

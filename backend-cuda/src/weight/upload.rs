@@ -79,7 +79,7 @@ impl Loader {
         let weight = Weight { address, rows, cols, form, slices: 1 };
         let slices = match (form, role) {
             (Form::Codes(_), _) => Fp8Codes { rows, cols }.slices(),
-            (_, WeightRole::Sliced(slices) | WeightRole::ExpertsDown(slices)) => slices,
+            (_, WeightRole::Sliced(slices) | WeightRole::SlicedRows(slices)) => slices,
             _ => SLICING.slices(cols),
         };
         let weight = weight.sliced(slices);
