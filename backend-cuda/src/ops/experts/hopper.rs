@@ -108,19 +108,12 @@ impl Tiling {
     }
 }
 
-/// A kernel, and whether its blocks have none of their kind beside them where there are multiprocessors for all.
-#[derive(Clone, Copy, Debug)]
-struct Product {
-    kernel: Kernel,
-    alone: bool,
-}
-
 /// The kernels of a tiling.
 #[derive(Clone, Copy, Debug)]
 struct Loaded {
     tiling: Tiling,
-    gate_up: Product,
-    down: Product,
+    gate_up: Kernel,
+    down: Kernel,
     /// Clusters that run at once.
     places: u32,
     multiprocessors: u32,
@@ -133,17 +126,13 @@ impl Loaded {
         tiling: Tiling,
         [gate_up, down]: [&'static str; 2],
     ) -> Result<Loaded, CudaError> {
-        let find = |name, alone| {
-            let shared = if alone { tiling.shared_bytes_alone() } else { tiling.shared_bytes() };
-            gpu.modules().kernel(module, name, shared).map(|kernel| Product { kernel, alone })
-        };
-        // Down's blocks come while gate and up's are there, one beside each.
-        let [gate_up, down] = [find(gate_up, true)?, find(down, false)?];
+        let find = |name| gpu.modules().kernel(module, name, tiling.shared_bytes_alone());
+        let [gate_up, down] = [find(gate_up)?, find(down)?];
         let multiprocessors = gpu.properties().multiprocessors;
         let places = match tiling.sharers {
             1 => multiprocessors * tiling.at_once,
             // Where none has room the launch will say so.
-            _ => gpu.launcher().clusters_at_once(&down.kernel, tiling.blocks(1))?.max(1),
+            _ => gpu.launcher().clusters_at_once(&down, tiling.blocks(1))?.max(1),
         };
         Ok(Loaded { tiling, gate_up, down, places, multiprocessors })
     }
@@ -152,7 +141,7 @@ impl Loaded {
     fn launch(
         &self,
         launcher: &Launcher,
-        Product { kernel, alone }: &Product,
+        kernel: &Kernel,
         routing: &Routing,
         (w, rows): (Weight, u32),
         x: &dyn Param,
@@ -160,7 +149,7 @@ impl Loaded {
     ) -> Result<(), CudaError> {
         let clusters = self.tiling.clusters(rows, routing, self.places);
         let mut grid = self.tiling.blocks(clusters);
-        if *alone && clusters * self.tiling.sharers <= self.multiprocessors {
+        if clusters * self.tiling.sharers <= self.multiprocessors {
             grid = grid.shared(self.tiling.shared_bytes_alone());
         }
         if w.is_fp8() {
