@@ -7,8 +7,8 @@
 //
 //   w          E matrices of `rows` by `cols`, gate and up's rows by turns of 8, as FORM has them
 //   a unit     128 rows of one expert's w by a tile of its pairs, all columns
-//   few        tiles of up to 64 pairs, by wgmma of 16, 32 or 64: as many as there are; fp8: 32. Two blocks of them have room on a
-//              multiprocessor: the next product's beside one, or in fp8 another of the same
+//   few        tiles of up to 64 pairs, by wgmma of 16, 32 or 64: as many as there are; fp8: 32, and where there are more blocks than
+//              multiprocessors two on each. Else a block has one to itself: it asks for more than half of the shared memory
 //   many       tiles of up to 256 pairs, by 64 or a multiple; fp8: 192. Clusters of two have neighbouring rows, each fetches half the pairs
 //   moves      the w of experts that somebody chose, once from memory; for each tile after the first, from L2
 //

@@ -3,7 +3,7 @@
 //!
 //! ```text
 //!   pairs of an expert, on average    a unit: rows of w by pairs    blocks
-//!   up to 32                          128 by up to 64               one a multiprocessor, beside which one of the next product has room
+//!   up to 32                          128 by up to 64               one a multiprocessor, the next product's as these end
 //!   up to 16, fp8                     128 by up to 32               two a multiprocessor, for each widens what it gets
 //!   more                              128 by up to 256, fp8 192     a multiprocessor each, two with neighbouring rows share the pairs
 //! ```
@@ -84,7 +84,7 @@ impl Tiling {
         1024 + self.stages * stage + 2 * self.round * Self::LINE + 2 * self.pairs * 4
     }
 
-    /// The same where a block shall have a multiprocessor to itself, but for another product's. Blocks that start while the kernels before are
+    /// The same where a block shall have a multiprocessor to itself. Blocks that start while the kernels before are
     /// still there go where most is free, so two would share one and others have none: of 132 blocks 124 did, in a step of 130 tokens.
     fn shared_bytes_alone(self) -> u32 {
         self.shared_bytes().max(Self::ALONE)
