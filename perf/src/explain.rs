@@ -171,7 +171,7 @@ mod tests {
         let four = text("rows=1,ranks=4", large, KernelSet::Portable);
         assert!(four.contains("gemm_sums_16") && four.contains("reduce_one_shot_4"), "{four}");
         let eight = text("rows=64,ranks=8", large, KernelSet::Auto);
-        for part in ["gather_columns", "decode_residual_64x64", "4 slices", "join_columns"] {
+        for part in ["gather_columns", "decode_residual_64x32", "of 4 slices", "join_columns"] {
             assert!(eight.contains(part), "{part}: {eight}");
         }
     }
