@@ -22,6 +22,7 @@
 //! assert_eq!(flags.sampling(SamplingParams::default()).temperature, 0.6);
 //! ```
 
+use std::io::{Write, stdout};
 use std::path::Path;
 use std::process::exit;
 
@@ -46,7 +47,8 @@ pub fn from_words<T: TopLevelCommand>(program: &str, words: &[String]) -> T {
     let words: Vec<&str> = words.iter().map(String::as_str).collect();
     T::from_args(&[program], &words).unwrap_or_else(|early| match early.status {
         Ok(()) => {
-            println!("{}", early.output);
+            // Whoever reads it may have seen enough, as `head` has.
+            let _ = writeln!(stdout(), "{}", early.output);
             exit(0)
         }
         Err(()) => {

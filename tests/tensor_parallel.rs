@@ -50,6 +50,10 @@ fn ranks_in_fp8_give_the_bits_of_one_in_fp8() {
             assert!(given == expected, "{name}, way {bits}");
         }
     }
+    let scratch = of_four_slices();
+    let requests = requests(6, 100);
+    let builder = || small(scratch.path()).quantize(Some(Quantize::Fp8)).plain_inputs(true);
+    assert!(run(builder().tensor_parallel(8), &requests) == run(builder(), &requests), "rows, 8 ranks");
 }
 
 #[test]

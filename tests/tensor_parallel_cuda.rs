@@ -82,7 +82,7 @@ fn ranks_of_experts_give_the_bits_of_one_gpu_however_they_are_computed() {
     }
 }
 
-/// An MLP's output of five blocks of columns, which two ranks do not share as columns, but as rows.
+/// An MLP's output of five blocks of columns, which two ranks do not share as columns, but as rows, and eight ranks attention's too.
 #[test]
 #[ignore = "needs two GPUs"]
 fn ranks_that_share_rows_give_the_bits_of_one_gpu_however_they_are_computed() {
@@ -100,9 +100,11 @@ fn ranks_that_share_rows_give_the_bits_of_one_gpu_however_they_are_computed() {
         let requests = requests(12, 100);
         let builder = || on_gpu(small(folder.path())).kernels(kernels);
         let expected = run(builder(), &requests);
-        for bits in [0, 7, 13, 22, 27].into_iter().filter(|_| are_there(2)) {
-            let given = run(way(builder(), bits).tensor_parallel(2), &requests);
-            assert!(given == expected, "{kernels:?}: way {bits}");
+        for ranks in [2, 8].into_iter().filter(|ranks| are_there(*ranks as usize)) {
+            for bits in [0, 7, 13, 22, 27] {
+                let given = run(way(builder(), bits).tensor_parallel(ranks), &requests);
+                assert!(given == expected, "{kernels:?}: {ranks} ranks, way {bits}");
+            }
         }
     }
 }

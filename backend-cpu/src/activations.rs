@@ -3,7 +3,7 @@
 use minisgl_core::backend::Purpose;
 use minisgl_core::config::Limits;
 use minisgl_core::shard::{By, Cut, Rank};
-use minisgl_core::spec::DecoderSpec;
+use minisgl_core::spec::{DecoderSpec, LayerSpec};
 
 use crate::device::SLICING;
 use crate::error::CpuError;
@@ -68,8 +68,10 @@ impl Activations {
 
 /// How wide what ranks bring together for o or down is at most: of those whose rows they share. `spec` is a rank's.
 fn joined_width(spec: &DecoderSpec, rank: Rank) -> usize {
-    let experts = spec.layers.iter().any(|layer| layer.experts().is_some());
-    let widths = [spec.dims.q_width(), spec.dims.intermediate as usize];
+    let has_experts = |layer: &LayerSpec| layer.experts().is_some();
+    let experts = spec.layers.iter().any(has_experts);
+    let mlp = if spec.layers.iter().all(has_experts) { 0 } else { spec.dims.intermediate as usize };
+    let widths = [spec.dims.q_width(), mlp];
     let by_rows = |width: &usize| matches!(SLICING.cut(By::Hidden, *width, rank.count), Cut::Rows(_));
     let dense = widths.map(|width| width * rank.count as usize).into_iter().filter(by_rows);
     let activated = spec.activated_width() as usize * rank.count as usize;

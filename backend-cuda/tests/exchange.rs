@@ -535,8 +535,14 @@ fn products_whose_rows_ranks_share_have_the_bits_of_the_whole_one() {
         return;
     }
     // An odd number of blocks of columns, so that two ranks have no slices of their own.
-    for shape in taken([[1, 512, 320], [33, 1024, 192], [128, 256, 960], [700, 512, 1600], [4100, 1024, 320]])
-    {
+    for shape in taken([
+        [1, 512, 320],
+        [33, 1024, 192],
+        [128, 256, 960],
+        [700, 512, 1600],
+        [4100, 1024, 320],
+        [5, 128, 320],
+    ]) {
         assert_shared_rows(2, shape);
     }
 }

@@ -83,14 +83,16 @@ impl Slicing {
             1 => "one slice".into(),
             slices => format!("{slices} slices"),
         };
+        let (shares, rows) = (count * GATHERED, count * block);
         let what = format!(
-            "{what} is a sum over {cols} columns, which are {slices} of whole blocks of {block}, for {hidden} outputs"
+            "{what} is a sum over {cols} columns, which are {slices} of whole blocks of {block}, for {hidden} outputs; rows \
+             are shared where columns are a multiple of {shares} and outputs of {rows}"
         );
         Err(Indivisible { ranks, what })
     }
 }
 
-/// Columns that ranks bring together are so many at least, and whole multiples of it.
+/// Ranks bring together whole multiples of so many columns: 16 bytes, which kernels copy at once.
 const GATHERED: usize = 8;
 
 /// One of several ranks.
@@ -173,7 +175,7 @@ impl Rank {
         }
     }
 
-    /// Slices among its columns of o or down, which it has if these are so many: all of them, where it has rows.
+    /// Slices among its columns of o or down, of which it has so many where ranks share columns.
     pub fn slices(self, cols: usize, slicing: Slicing) -> u32 {
         slicing.slices(cols * self.count as usize) / self.count
     }

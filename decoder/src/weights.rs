@@ -68,10 +68,9 @@ impl Cutting {
     /// The role of o or down, of which so many columns are what a rank attends, or has within.
     fn of_sums(self, width: usize) -> WeightRole {
         let cols = width * self.rank.count as usize;
-        let slices = self.slicing.slices(cols);
         match self.slicing.cut(By::Hidden, cols, self.rank.count) {
-            Cut::Columns(_) => WeightRole::Sliced(slices / self.rank.count),
-            _ => WeightRole::SlicedRows(slices),
+            Cut::Columns(_) => WeightRole::Sliced(self.rank.slices(width, self.slicing)),
+            _ => WeightRole::SlicedRows(self.slicing.slices(cols)),
         }
     }
 

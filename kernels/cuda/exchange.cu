@@ -1,4 +1,4 @@
-// What ranks pass to each other within a step: sums of o and down, embedded tokens, columns of logits and of what experts' down gets. How,
+// What ranks pass to each other within a step: sums of o and down, embedded tokens, columns of logits and of what a matrix cut by rows gets. How,
 // and why nobody waits in vain, is in exchange.cuh.
 //
 //   reduce_one_shot_R   residual[t, :] += the sum over R ranks of sums[t, :], and sumsq        every rank adds up all of it
@@ -15,7 +15,7 @@
 //   inbox of        one shot   [rank][tokens, hidden] f32                                       pushed by the product before (RankSums)
 //                   two shots  [other rank][a share of these] f32, then [tokens, hidden] bf16    the former pushed by the product
 //                   embed      [tokens, hidden] bf16; where they are carried, [rank][tokens, hidden], and this rank's of no other use
-//                   columns    [rank][rows, columns of that rank] of 16 bits; experts' have an inbox of their own, between two others' turns
+//                   columns    [rank][rows, columns of that rank] of 16 bits; those that a matrix gets have an inbox of their own, between two others' turns
 //                   joined     [rank][tokens, hidden / ranks] bf16, by join_columns, and by experts_combine_ranks (experts.cu)
 //
 // 1. Sums are added in pairs by rank, ((r0 + r1) + (r2 + r3)) + …, the upper levels of the tree of core/src/shard.rs, whoever adds

@@ -16,7 +16,7 @@
 //    Which inbox an exchange has is fixed by its place in the step, so that recorded steps need no counter either.
 // 3. Nobody waits for what is not on its way. A grid is no larger than what a GPU holds at once: what is there of other kernels ends
 //    by itself, for those before it wait for nobody but it, and those behind it start only when all of its blocks are there
-//    (`dependent_launch`). So sums come, for products push them and wait for nobody; embedded rows, columns, and the residual stream behind experts, which
+//    (`dependent_launch`). So sums come, for products push them and wait for nobody; embedded rows, columns, and columns of the residual stream, which
 //    a kernel pushes before it waits; and the results of two shots, which a block pushes once it has the sums of its share.
 // 4. Nobody waits for ever. Who has waited for `patience_ms` writes whom it waited for into `ended`, a word of the host's memory
 //    that all ranks read now and then while they wait, and which the host may write too. Once it is not zero nobody waits: a block finds

@@ -5,7 +5,8 @@
 //!                        or qkv of the first layer ─ all else of all layers ─ o ─ gate_up ─ down of the last one's second half
 //! ```
 //!
-//! Of several ranks it is what the first one launches: o and down leave sums, which are added up behind them.
+//! Of several ranks it is what the first one launches: o and down leave sums, which are added up behind them, or have rows, for which inputs
+//! are gathered and outputs joined. A copy of the rank's columns, in front of the first such product of a step, is not among it.
 //!
 //! What is asked here is what a launch asks: tilings, grids, plans and kernels are chosen by the same functions.
 

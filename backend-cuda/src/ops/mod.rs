@@ -18,7 +18,8 @@
 //! attend while others multiply, in one kernel (`layers.rs`).
 //!
 //! Of several ranks each has a part of the heads and widths (`exchange.rs`): o and down leave sums over its columns, which a kernel behind
-//! each adds up over all ranks and to the residual stream. Embedded rows and logits pass between them, too, and what experts' down gets.
+//! each adds up over all ranks and to the residual stream; of more ranks than slices each has rows of them (`shared_rows.rs`). Embedded
+//! rows and logits pass between them, too, and what a matrix that is cut by rows gets.
 //!
 //! Invariant: one token's bits depend on that token's sequence alone; see each family.
 
@@ -97,6 +98,9 @@ impl Operations {
         let format = spec.kv.unwrap_or(gpu.info().kv);
         let in_fp8 = format == KvFormat::Fp8;
         let link = gpu.link.clone();
+        let is_dense = |layer: &LayerSpec| layer.experts().is_none();
+        let mlp = if spec.layers.iter().any(is_dense) { dims.intermediate } else { 0 };
+        let summed = Dims { intermediate: mlp, ..*dims };
         Ok(Operations {
             dims: *dims,
             layers: spec.layers.clone(),
@@ -113,11 +117,11 @@ impl Operations {
             exchange: link
                 .map(|link| {
                     let inner = Experts::inner(spec) * link.rank().count as usize;
-                    let inner = inner.max(SharedRows::width(dims, link.rank()));
+                    let inner = inner.max(SharedRows::width(&summed, link.rank()));
                     Exchange::new(gpu, &link, dims, limits, inner)
                 })
                 .transpose()?,
-            shared_rows: SharedRows::new(gpu, dims, limits.step_tokens())?,
+            shared_rows: SharedRows::new(gpu, &summed, limits.step_tokens())?,
             sumsq: gpu.allocate(Purpose::Scratch, limits.step_tokens() * segments * 4)?,
         })
     }

@@ -37,7 +37,8 @@ pub struct SharedRows {
 }
 
 impl SharedRows {
-    /// How wide the inputs of such matrices are, in the whole model, at most; 0 where ranks share columns. `dims` are a rank's.
+    /// How wide the inputs of such matrices are, in the whole model, at most; 0 where ranks share columns. `dims` are a rank's, without an
+    /// inner width where all layers have experts.
     pub fn width(dims: &Dims, rank: Rank) -> usize {
         let inputs = [dims.q_width(), dims.intermediate as usize];
         inputs.into_iter().filter(|width| Self::takes(*width, rank)).max().unwrap_or(0) * rank.count as usize

@@ -42,7 +42,7 @@ with_shared_flags! {
         /// the same seed draws the same answer to the same conversation (default: another one each time)
         #[argh(option)]
         seed: Option<u64>,
-        /// variables of the chat template, a JSON object like '{{"enable_thinking": false}}'
+        /// variables of the chat template, a JSON object: "enable_thinking" with false, say
         #[argh(option)]
         chat_template_kwargs: Option<String>,
         /// where sampling that nothing else gives comes from: auto (default: the checkpoint's generation_config.json, where it
