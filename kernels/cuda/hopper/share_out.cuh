@@ -87,6 +87,8 @@ template <int N, int BLOCKS, int ALL, bool TIGHT, class Epilogue> struct WideSha
     static constexpr int TURNS = (ALL + BESIDE - 1) / BESIDE, MOST = PIECES < 4 ? 4 / PIECES : 1, ROUNDS = (TURNS + MOST - 1) / MOST;
     static constexpr int T = (TURNS + ROUNDS - 1) / ROUNDS, COUNT = T * PIECES;
     static constexpr int PARTS = TIGHT || PIECES > 2 ? PIECES : 1, PART = COUNT / PARTS;
+    // Of a whole head's lanes (Wide<QkvOf>) all pieces of a store begin at one row of w.
+    static_assert(W::LANES == 8 || PARTS == PIECES, "pieces of other rows of w would be stored over each other");
     static constexpr int PLACES = 2 * PART; // whose four sums are read at once
     typename W::Ahead ahead[COUNT];
     unsigned n, step, count, m0, n0, lane;
