@@ -93,7 +93,7 @@ impl Slicing {
 }
 
 /// Ranks bring together whole multiples of so many columns: 16 bytes, which kernels copy at once.
-const GATHERED: usize = 8;
+pub const GATHERED: usize = 8;
 
 /// One of several ranks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

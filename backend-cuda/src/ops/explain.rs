@@ -21,7 +21,7 @@ use minisgl_core::spec::{
 use super::attention::Planner;
 pub use super::described::{Described, Launch};
 use super::embed::Ends;
-use super::exchange::Exchange;
+use super::exchange::explained as exchanges;
 use super::fp8_pages::Fp8Pages;
 use super::gemm::{self, Form, Kind, SmShare};
 use super::halves::{Halves, Part};
@@ -121,7 +121,7 @@ impl Explainer<'_> {
         let StepShape { tokens, samples, .. } = self.shape;
         let grids = || {
             let rank = Rank { index: 0, count: self.ranks };
-            Exchange::explained_ends(rank, self.device.multiprocessors, &self.spec.dims, [tokens, samples])
+            exchanges::ends(rank, self.device.multiprocessors, &self.spec.dims, [tokens, samples])
         };
         (self.ranks > 1).then(grids)
     }
@@ -179,15 +179,14 @@ impl Explainer<'_> {
         if SharedRows::takes(cols as usize, rank) {
             let cols = cols * self.ranks;
             let multiprocessors = self.device.multiprocessors;
-            let [gathered, joined] = Exchange::explained_rows(rank, multiprocessors, [tokens, cols, hidden]);
+            let [gathered, joined] = exchanges::rows(rank, multiprocessors, [tokens, cols, hidden]);
             let mut launches = vec![launch(what, "gather_columns", gathered, "the rank's inputs go to all")];
             launches.extend(self.product(what, Kind::Residual, [hidden / self.ranks, cols], part));
             launches.push(launch("", "join_columns", joined, "the rank's outputs go to all"));
             return launches;
         }
         let mut launches = self.product(what, Kind::RankSums, [hidden, cols], part);
-        let (kernel, grid, work) =
-            Exchange::explained(self.ranks, self.device.multiprocessors, [tokens, hidden]);
+        let (kernel, grid, work) = exchanges::sums(self.ranks, self.device.multiprocessors, [tokens, hidden]);
         launches.push(launch("", kernel, grid, work));
         launches
     }
