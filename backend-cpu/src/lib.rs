@@ -37,7 +37,7 @@ mod link;
 mod matmul;
 mod memory;
 mod ops;
-mod sampling;
+pub mod sampling;
 mod simd;
 mod supports;
 mod weights;

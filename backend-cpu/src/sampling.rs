@@ -1,4 +1,5 @@
-//! Tokens and log-probabilities out of a row of logits, by the definition in [`minisgl_core::sampling`].
+//! Tokens and log-probabilities out of a row of logits, by the definition in [`minisgl_core::sampling`]. What a GPU draws is judged by
+//! [`cut`] and [`score`], too.
 //!
 //! Every filter keeps the tokens above a cut, so a row is drawn in two steps: find the largest of the three cuts, then
 //! take the best score among the tokens not below it. Nothing is sorted: cuts are found by selection, which halves
@@ -29,18 +30,19 @@ pub fn draw(logits: &[f32], slot: &SlotState, position: u32, scratch: &mut [f32]
     if slot.temperature == 0.0 {
         return top;
     }
-    let cut = cut(logits, slot, logits[top as usize] / slot.temperature, scratch);
+    let cut = cut(logits, slot, logits[top as usize], scratch);
     gumbel_max(logits, slot, position, cut, top)
 }
 
 /// The lowest id of the largest logit.
-fn argmax(logits: &[f32]) -> u32 {
+pub fn argmax(logits: &[f32]) -> u32 {
     let largest = largest(logits);
     logits.iter().position(|&logit| logit == largest).unwrap_or(0) as u32
 }
 
-/// The least z that the slot's filters keep.
-fn cut(logits: &[f32], slot: &SlotState, top: f32, scratch: &mut [f32]) -> f32 {
+/// The least z that the slot's filters keep; `top` is the largest logit.
+pub fn cut(logits: &[f32], slot: &SlotState, top: f32, scratch: &mut [f32]) -> f32 {
+    let top = top / slot.temperature;
     let mut cut = f32::NEG_INFINITY;
     let top_k = slot.top_k as usize;
     if (0 < top_k && top_k < logits.len()) || slot.top_p < 1.0 {
@@ -94,12 +96,14 @@ fn mass_cut(z: &mut [f32], top: f32, top_p: f64) -> f32 {
     candidates[0]
 }
 
-/// The token with the largest `z + gumbel` among `z >= cut`.
+/// What the largest of is drawn: `z + gumbel` of a logit, where the token's random fraction is `u`.
+pub fn score(logit: f32, slot: &SlotState, u: f32) -> f32 {
+    logit / slot.temperature - (-u.ln()).ln()
+}
+
+/// The token with the largest score among `z >= cut`.
 fn gumbel_max(logits: &[f32], slot: &SlotState, position: u32, cut: f32, top: u32) -> u32 {
-    let score = |id: u32, word: u32| {
-        let gumbel = -(-uniform(word).ln()).ln();
-        logits[id as usize] / slot.temperature + gumbel
-    };
+    let score = |id: u32, word: u32| score(logits[id as usize], slot, uniform(word));
     let mut best = (score(top, random_words(slot, position, top / 4)[top as usize % 4]), top);
     let mut words = [0u32; BLOCK];
     for (block, logits) in logits.chunks(BLOCK).enumerate() {

@@ -189,6 +189,28 @@ fn greedy_takes_the_lowest_id_among_equals() {
     }
 }
 
+#[test]
+fn the_sign_of_a_zero_changes_neither_a_token_nor_a_rank() {
+    let mut random = Random(8);
+    for vocab in [2, 16, 40, 129] {
+        let draws: Vec<Draw> =
+            (0..60).map(|_| Draw { logprobs: 22, ..any_draw(&mut random, vocab) }).collect();
+        let (mut machine, step, _) = sampling_step(&mut random, vocab, &draws);
+        let signed: Vec<f32> =
+            (0..60 * vocab).map(|_| [0.0, -0.0, 1.0, -1.0, -0.5][random.below(5)]).collect();
+        let plain: Vec<f32> = signed.iter().map(|logit| logit + 0.0).collect();
+        let [(drawn, told), (expected, expected_told)] = [&signed, &plain].map(|logits| {
+            let drawn = draw(&mut machine, &step, logits);
+            let (floats, tokens) = (machine.floats(logits), machine.words(&drawn));
+            let out = machine.words(&vec![0; 60 * LOGPROB_WORDS]);
+            machine.cpu.logprobs(&step, floats, tokens, out).unwrap();
+            (drawn, machine.read_words(out, 60 * LOGPROB_WORDS))
+        });
+        assert_eq!(drawn, expected, "vocabulary of {vocab}");
+        assert!(told == expected_told, "log-probabilities of a vocabulary of {vocab}");
+    }
+}
+
 /// What is no number: its place among the logits, and what takes that place.
 const NOT_NUMBERS: [(f32, bool); 4] =
     [(f32::NAN, false), (-f32::NAN, false), (f32::INFINITY, false), (f32::NEG_INFINITY, true)];

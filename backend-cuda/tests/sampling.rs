@@ -1,4 +1,4 @@
-//! Sampling on the device against core's definition, as `minisgl_perf::drawn` has it: in f64, by sorting.
+//! Sampling on the device against the CPU's, as `minisgl_perf::drawn` judges it.
 
 #[path = "../../backend-cpu/tests/common/processors.rs"]
 #[allow(dead_code, reason = "the CPU's tests use all of it")]
@@ -273,6 +273,23 @@ fn a_row_whose_logits_are_no_numbers_draws_none_and_the_others_theirs() {
                 assert_eq!(logprobs[i].len == POISON, i % 2 == 1, "log-probabilities of row {i}");
             }
         }
+    }
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn the_sign_of_a_zero_changes_neither_a_token_nor_a_rank() {
+    let mut random = Random(29);
+    for (rows, vocab) in taken([(60, 16), (33, 1001), (64, 4099)]) {
+        let mut bench = Bench::new(rows, vocab);
+        let drawn: Vec<Draw> =
+            (0..rows).map(|slot| with_logprobs(random_draw(&mut random, slot, vocab), 21)).collect();
+        let values = [0.0, -0.0, 1.0, -1.0, -0.5].map(f16::from_f32);
+        let signed: Vec<f16> =
+            (0..rows as usize * vocab).map(|_| values[random.word() as usize % 5]).collect();
+        let plain: Vec<f16> = signed.iter().map(|logit| f16::from_f32(logit.to_f32() + 0.0)).collect();
+        let [signed, plain] = [signed, plain].map(|logits| bench.sample(&drawn, &logits));
+        assert!(signed == plain, "{rows} x {vocab}");
     }
 }
 

@@ -1,6 +1,6 @@
 //! How a token is drawn: the definition that every backend follows, so that each draws the same token.
 //!
-//! Given the logits `l` of a row (f32, or widened to f32) and its parameters:
+//! Given the logits `l` of a row (f32, or widened to f32; -0 and 0 are equals) and its parameters:
 //!
 //! - If the row has a [mask](crate::constraint), `l_i` is minus infinity for each token i that the mask does not allow, here and
 //!   in log-probabilities.

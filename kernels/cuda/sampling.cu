@@ -43,20 +43,24 @@
 #define INFINITE __int_as_float(0x7f800000)
 #define NO_TOKEN 0xffffffffu
 
-// f16 bits to a key of the same order, and back.
+// f16 bits to a key of the same order, and back; -0 has the key of 0.
 __device__ __forceinline__ unsigned key_of(__half logit) {
     const unsigned bits = __half_as_ushort(logit);
-    return bits & 0x8000u ? 0xffffu - bits : bits | 0x8000u;
+    return bits & 0x8000u ? 0x10000u - bits : bits | 0x8000u;
 }
 
 __device__ __forceinline__ float logit_of(unsigned key) {
-    return __half2float(__ushort_as_half((unsigned short)(key & 0x8000u ? key & 0x7fffu : 0xffffu - key)));
+    return __half2float(__ushort_as_half((unsigned short)(key & 0x8000u ? key & 0x7fffu : 0x10000u - key)));
 }
 
-// f32 to a key of the same order.
+// f32 to a key of the same order, and back; likewise.
 __device__ __forceinline__ unsigned ordered(float value) {
     const unsigned bits = __float_as_uint(value);
-    return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+    return bits & 0x80000000u ? 0u - bits : bits | 0x80000000u;
+}
+
+__device__ __forceinline__ float value_of(unsigned key) {
+    return __uint_as_float(key & 0x80000000u ? key ^ 0x80000000u : 0u - key);
 }
 
 __device__ __forceinline__ float log2_fast(float x) {
@@ -76,11 +80,6 @@ __device__ __forceinline__ uint4 philox(uint4 c, unsigned k0, unsigned k1) {
         k1 += 0xBB67AE85u;
     }
     return c;
-}
-
-// f32 of a key.
-__device__ __forceinline__ float value_of(unsigned key) {
-    return __uint_as_float(key & 0x80000000u ? key ^ 0x80000000u : ~key);
 }
 
 // 1 - u of the fraction u that a random word stands for, (word / 512 + 1/2) / 2^23: exact.

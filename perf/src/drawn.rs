@@ -1,12 +1,15 @@
-//! Which token a row may have drawn: core's definition of sampling, in f64 and by sorting. The GPU's tests and `perf-cuda` judge by it,
-//! so each of the definition's filters is here, too.
+//! Which token a row may have drawn on a GPU: the CPU's sampler says what the filters keep and how that is scored, and here is by how much
+//! a device may be off.
 
 use minisgl_core::sampling::{SlotState, token_uniform};
+use minisgl_cpu::sampling::{argmax, cut, score};
 
-/// How far two scores may lie apart for either to win: f32 arithmetic and the device's logarithm.
-const TIE: f64 = 2e-5;
+/// How far two scores may lie apart for either to win: the device's logarithm.
+const TIE: f32 = 2e-5;
 /// How much of the mass the device's fixed-point sums may misjudge.
-const MASS: f64 = 5e-4;
+const MASS: f32 = 5e-4;
+/// How far below the cut a device may cut, whose filters compare logits that are not divided.
+const BELOW: f32 = 1e-6;
 
 /// What is wrong with `token`, drawn as `slot` says at `position` from `logits` `[vocab]`; `None` if nothing is.
 pub fn complaint(slot: &SlotState, position: u32, logits: &[f32], token: u32) -> Option<String> {
@@ -14,54 +17,34 @@ pub fn complaint(slot: &SlotState, position: u32, logits: &[f32], token: u32) ->
         return Some("its logits are not finite".to_owned());
     }
     let right = match slot.temperature {
-        0.0 => most_probable(logits) == Some(token as usize),
-        _ => [0.0, -MASS, MASS].into_iter().any(|shift| wins(slot, position, logits, shift, token as usize)),
+        0.0 => argmax(logits) == token,
+        _ => [0.0, -MASS, MASS].into_iter().any(|shift| {
+            let top_p = if slot.top_p < 1.0 { (slot.top_p + shift).clamp(0.0, 1.0) } else { slot.top_p };
+            wins(&SlotState { top_p, ..*slot }, position, logits, token)
+        }),
     };
     (!right).then(|| format!("token {token} was drawn, which the logits do not give"))
 }
 
-/// The lowest id among those of the largest logit.
-fn most_probable(logits: &[f32]) -> Option<usize> {
-    let largest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    logits.iter().position(|logit| *logit == largest)
-}
-
-/// Has `token` the best score, or one as good, among what the filters keep? `top_p` is moved by `shift`.
-fn wins(slot: &SlotState, position: u32, logits: &[f32], shift: f64, token: usize) -> bool {
-    let z = |logit: f32| f64::from(logit) / f64::from(slot.temperature);
-    let least = least_kept(slot, logits.iter().map(|logit| z(*logit)).collect(), shift);
-    let score = |id: usize| {
-        let u = f64::from(token_uniform(slot.seed(), position, id as u32));
-        (z(logits[id]) >= least).then(|| z(logits[id]) - (-u.ln()).ln())
+/// Has `token` the best score, or one as good, among what the filters keep?
+fn wins(slot: &SlotState, position: u32, logits: &[f32], token: u32) -> bool {
+    let top = logits[argmax(logits) as usize];
+    let least = cut(logits, slot, top, &mut vec![0.0; logits.len()]) - BELOW;
+    let score = |id: u32, logit: f32| {
+        let kept = logit / slot.temperature >= least;
+        kept.then(|| score(logit, slot, token_uniform(slot.seed(), position, id)))
     };
-    let best = (0..logits.len()).filter_map(score).fold(f64::NEG_INFINITY, f64::max);
-    token < logits.len() && score(token).is_some_and(|score| score >= best - TIE * (1.0 + best.abs()))
-}
-
-/// The least z that top-k, top-p and min-p keep.
-fn least_kept(slot: &SlotState, mut z: Vec<f64>, shift: f64) -> f64 {
-    z.sort_unstable_by(|a, b| b.total_cmp(a));
-    let (top, count) = (z[0], slot.top_k as usize);
-    let mut least = if (1..z.len()).contains(&count) { z[count - 1] } else { f64::NEG_INFINITY };
-    if slot.top_p < 1.0 {
-        let mass = |z: f64| (z - top).exp();
-        let kept = || z.iter().copied().filter(|z| *z >= least);
-        let target = (f64::from(slot.top_p) + shift).clamp(0.0, 1.0) * kept().map(mass).sum::<f64>();
-        let mut sum = 0.0;
-        let reached = kept().find(|z| {
-            sum += mass(*z);
-            sum >= target
-        });
-        least = reached.unwrap_or(least);
-    }
-    if slot.min_p > 0.0 {
-        least = least.max(top + f64::from(slot.min_p).ln() - 1e-6);
-    }
-    least
+    let best =
+        (0..).zip(logits).filter_map(|(id, logit)| score(id, *logit)).fold(f32::NEG_INFINITY, f32::max);
+    let own = logits.get(token as usize).and_then(|logit| score(token, *logit));
+    own.is_some_and(|score| score >= best - TIE * (1.0 + best.abs()))
 }
 
 #[cfg(test)]
 mod tests {
+    use minisgl_core::tensor::splitmix64;
+    use minisgl_cpu::sampling::draw;
+
     use super::*;
 
     const LOGITS: [f32; 4] = [1.0, 4.0, 2.0, 4.0];
@@ -72,24 +55,29 @@ mod tests {
         assert_eq!(complaint(&slot, 0, &LOGITS, 1), None);
         assert!(complaint(&slot, 0, &LOGITS, 3).is_some());
         assert!(complaint(&slot, 0, &[f32::NAN, 0.0], 1).is_some());
-    }
-
-    #[test]
-    fn filters_leave_the_most_probable() {
-        let slot = SlotState { temperature: 1.0, ..SlotState::default() };
-        let least = |slot: SlotState| least_kept(&slot, LOGITS.map(f64::from).to_vec(), 0.0);
-        assert_eq!(least(slot), f64::NEG_INFINITY);
-        assert_eq!(least(SlotState { top_k: 3, ..slot }), 2.0);
-        assert_eq!(least(SlotState { top_p: 0.8, ..slot }), 4.0);
-        assert_eq!(least(SlotState { top_p: 0.95, ..slot }), 2.0);
-        assert!((least(SlotState { min_p: 0.5, ..slot }) - (4.0 - 2f64.ln())).abs() < 1e-5);
-    }
-
-    #[test]
-    fn exactly_one_of_different_logits_is_drawn() {
-        let slot = SlotState { temperature: 0.6, seed_low: 7, ..SlotState::default() };
-        let drawn = (0..4).filter(|token| complaint(&slot, 3, &LOGITS, *token).is_none()).count();
-        assert_eq!(drawn, 1);
         assert!(complaint(&slot, 0, &LOGITS, 4).is_some());
+    }
+
+    /// Of logits that lie a step of f16 apart at least, as a device has them.
+    #[test]
+    fn with_every_filter_what_the_cpu_draws_is_right_and_nothing_else() {
+        for draw_of in 0..500 {
+            let random = |i: u64, below: u64| splitmix64(draw_of << 16 | i) % below;
+            let vocab = [4, 33, 64, 200][random(0, 4) as usize];
+            let mut logits: Vec<f32> = (0..vocab).map(|i| i as f32 / 16.0 - 6.0).collect();
+            (1..logits.len()).for_each(|i| logits.swap(i, random(100 + i as u64, i as u64 + 1) as usize));
+            let slot = SlotState {
+                temperature: [0.0, 0.6, 1.0, 1.7][random(1, 4) as usize],
+                top_k: [0, 1, 5, 400][random(2, 4) as usize],
+                top_p: [1.0, 0.05, 0.5, 0.9][random(3, 4) as usize],
+                min_p: [0.0, 0.02, 0.3, 1.0][random(4, 4) as usize],
+                seed_low: random(5, 1 << 32) as u32,
+                ..SlotState::default()
+            };
+            let drawn = draw(&logits, &slot, 3, &mut vec![0.0; vocab]);
+            assert_eq!(complaint(&slot, 3, &logits, drawn), None, "{slot:?}");
+            let right = (0..=vocab as u32).filter(|token| complaint(&slot, 3, &logits, *token).is_none());
+            assert!(right.count() <= 1 + usize::from(slot.top_p < 1.0), "{slot:?}");
+        }
     }
 }
