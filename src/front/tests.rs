@@ -684,9 +684,11 @@ fn a_task_that_reads_is_woken_for_every_event_and_for_the_end() {
 fn a_request_is_open_until_its_end_whether_anybody_reads_it_or_not() {
     let (front, control) = front(Control::default());
     let handle = front.handle();
+    let before_steps = control.held.lock().unwrap();
     let unread = handle.submit(request(0, 3)).unwrap();
     let waits = handle.submit(request(0, 99_000)).unwrap();
     assert_eq!(handle.open_requests(), 2);
+    drop(before_steps);
     while handle.open_requests() > 1 {
         thread::sleep(Duration::from_millis(1));
     }

@@ -70,6 +70,8 @@ pub struct Control {
     pub step_time: Duration,
     /// How long the engine lets requests come in before each step but the first.
     pub launch_after: Duration,
+    /// No step begins while somebody has it locked.
+    pub held: Mutex<()>,
     /// What every request draws, if anything is in it: then it ends as by an end-of-sequence token.
     pub script: Vec<u32>,
     /// The step that fails.
@@ -94,6 +96,7 @@ impl Default for Control {
             limits: LIMITS,
             step_time: Duration::ZERO,
             launch_after: Duration::ZERO,
+            held: Mutex::default(),
             script: Vec::new(),
             fails_at: None,
             update_fails: false,
@@ -192,6 +195,7 @@ impl Runner for Simulated {
     }
 
     fn step(&mut self, sink: Sink<'_>) -> Result<StepReport, Cause> {
+        drop(self.control.held.lock());
         let step = self.control.steps.fetch_add(1, Ordering::Relaxed);
         thread::sleep(self.control.step_time);
         if self.control.fails_at == Some(step) {
