@@ -11,7 +11,8 @@
 //! ```
 //!
 //! A [policy](crate::policy) says whether the next step has decode rows, and how many tokens of prompts. What is promised
-//! whatever it says:
+//! whatever it says, and held against every step of random streams (`core/tests/promises.rs`) or a stream of its own
+//! (`scheduler.rs`, `engine.rs` and `scoring.rs` beside it):
 //! - Either all running requests decode, or none; but one with a [constraint](crate::constraint) has no row before its last token
 //!   and the mask for its next one are known. Of several prompts in a step the last one may be cut (a chunk) and goes on
 //!   in a later step; until it is through, no other one begins.
