@@ -66,6 +66,8 @@ fn the_residual_stream_grows_by_the_product_and_its_squares_are_summed() {
             LARGE,
             DEEP,
             (1024, 2048),
+            (1024, 8192),
+            (4096, 3072),
         ]) {
             residual(gpu, rows, cols);
         }
@@ -76,9 +78,16 @@ fn the_residual_stream_grows_by_the_product_and_its_squares_are_summed() {
 #[ignore = "needs a GPU"]
 fn ranks_sums_added_as_a_tree_have_the_bits_of_the_whole_product() {
     on_every_set(|gpu| {
-        for (rows, cols) in
-            taken([(1000, 896), (192, 320), (1024, 2048), (1024, 3072), (896, 4864), LARGE, DEEP])
-        {
+        for (rows, cols) in taken([
+            (1000, 896),
+            (192, 320),
+            (1024, 2048),
+            (1024, 3072),
+            (896, 4864),
+            LARGE,
+            DEEP,
+            (4096, 6144),
+        ]) {
             ranks_sums(gpu, rows, cols);
         }
     });

@@ -8,6 +8,7 @@
 //   grid     a block a multiprocessor; a cluster takes tiles c, c + clusters, …, in bands of rows of w, all of a band's for
 //            some tokens before the next tokens: the tiles in flight share w in L2, and both leave memory seldom
 //   split_*  the same, but a cluster takes a slice of a tile's columns at a time (split.cuh)
+//   joint_*  the same, but two blocks of a cluster have half of a tile's columns each (joint.cuh), and a cluster one tile
 //   block    128 GROUPS + 128 threads
 //
 //   warpgroups 0 … GROUPS - 1   multiply 64 tokens each, and take their sums through the epilogue
@@ -22,7 +23,9 @@
 //    it.
 // 2. A warpgroup has whole heads and whole 64-wide segments of its tokens, so none waits for another in the epilogue. They
 //    reach it nearly together all the same: the ring is too short to let one run ahead by an epilogue.
-// 3. A stage is free when the warps of all blocks that a block fetches for have read it.
+// 3. A stage is free when the warps of all blocks that a block fetches for have read it. One that is not filled again is not released
+//    either: so whatever a block sends to another is waited for there before that one ends, and no block waits for the others' end, by
+//    which it would wait for its own outputs, too (0.9 us). (Where it is released, they do: COUNTED.)
 // 4. Registers are dealt anew at the start: two sets of 64 sums (the slice's and those of the slices before) and the
 //    epilogue's values for a multiplying thread, few for the last warpgroup. Four slices, which are added in pairs, take a third
 //    set: two warpgroups have room for it; of three, each thread leaves the first pair's sums in memory (Partials::sums).
@@ -37,6 +40,7 @@
 
 #include "dependent.cuh"
 #include "hopper.cuh"
+#include "joint.cuh"
 #include "place.cuh"
 #include "prefill_epilogue.cuh"
 #include "split.cuh"
@@ -52,14 +56,17 @@ template <class Epilogue> constexpr unsigned STAGED_BYTES = WarpTile::BYTES;
 template <> constexpr unsigned STAGED_BYTES<GateUp> = WarpTile::HALF;
 template <> constexpr unsigned STAGED_BYTES<RankSums> = 0;
 
-// A block's tile, 64 GROUPS tokens by M rows of w, and a cluster's: so many blocks along the rows, so many along the tokens.
+// A block's tile, 64 GROUPS tokens by M rows of w, and a cluster's: so many blocks along the rows, so many along the tokens, and all that
+// again for each half of the columns, or once for all of them.
 // SPLIT: a cluster takes one of so many slices of a tile at a time; with 1, a whole tile, however many slices it has.
-template <int GROUPS_, int M_, int ALONG_ROWS_, int ALONG_TOKENS_, int SPLIT_, class Epilogue, class Operands_ = Words> struct Plan {
+template <int GROUPS_, int M_, int ALONG_ROWS_, int ALONG_TOKENS_, int SPLIT_, class Epilogue, class Operands_ = Words, int HALVES_ = 1>
+struct Plan {
     using Operands = Operands_;
     static constexpr unsigned GROUPS = GROUPS_;
     static constexpr unsigned SPLIT = SPLIT_;
     static constexpr unsigned M = M_, TOKENS = 64 * GROUPS, X_BYTES = TOKENS * 128, STAGE_BYTES = X_BYTES + M * 128;
-    static constexpr unsigned ALONG_ROWS = ALONG_ROWS_, ALONG_TOKENS = ALONG_TOKENS_, BLOCKS = ALONG_ROWS * ALONG_TOKENS;
+    static constexpr unsigned ALONG_ROWS = ALONG_ROWS_, ALONG_TOKENS = ALONG_TOKENS_, HALVES = HALVES_;
+    static constexpr unsigned SIDE = ALONG_ROWS * ALONG_TOKENS, BLOCKS = SIDE * HALVES; // with the same columns, and in all
     // Blocks that need the same tokens or rows as a block does, itself among them.
     static constexpr unsigned SHARERS = ALONG_ROWS + ALONG_TOKENS - 1;
     static constexpr unsigned MULTIPLIERS = 128 * GROUPS, WARPS = 4 * GROUPS;
@@ -74,20 +81,24 @@ template <int GROUPS_, int M_, int ALONG_ROWS_, int ALONG_TOKENS_, int SPLIT_, c
     static constexpr unsigned SCALE_BYTES = Operands::template SCALE_BYTES<Plan>;
     // At a stage's `empty`: a warp's of each sharer, or of the block itself all lanes, where they read scales.
     static constexpr unsigned ARRIVALS = (SCALE_BYTES > 0 ? 31 + SHARERS : SHARERS) * WARPS;
+    // Are stages that are not filled again left alone? Of split tiles, whose slices differ in length, and of codes they are released, too.
+    static constexpr bool COUNTED = SPLIT == 1 && !Operands::CODES;
     // Shared memory of a multiprocessor, and what lies beside the ring: what aligns it to 1024 bytes, outputs and a barrier a warp,
-    // known tokens and their four barriers, the ends of 8 slices.
+    // known tokens and their four barriers, what halves meet by, the ends of 8 slices.
     static constexpr unsigned SHARED = 227 << 10;
-    static constexpr unsigned BESIDE = 1024 + WARPS * (WARP_TILE_BYTES + 8) + KNOWN * sizeof(Known) + 4 * 8 + 8 * 4;
+    static constexpr unsigned MEETING = HALVES > 1 ? Meeting<WARPS>::BYTES : 0;
+    static constexpr unsigned BESIDE = 1024 + WARPS * (WARP_TILE_BYTES + 8) + KNOWN * sizeof(Known) + 4 * 8 + MEETING + 8 * 4;
     static constexpr unsigned STAGES = (SHARED - BESIDE) / (STAGE_BYTES + SCALE_BYTES + 2 * 8);
     // Float4s of each slice on their way when a thread adds them.
     static constexpr unsigned ADDED = GROUPS == 2 && M == 128 ? 8 : 4;
     // Registers of a thread: 65536 in all.
-    static constexpr unsigned MULTIPLIER = GROUPS == 2 ? 232 : 152, OTHER = GROUPS == 2 ? 40 : 56;
+    static constexpr unsigned MULTIPLIER = GROUPS < 3 ? 232 : 152, OTHER = GROUPS < 3 ? 40 : 56;
 };
 
 // Addresses in shared memory: the ring, a piece for each multiplying warp, two tiles' known tokens, barriers.
 template <class P> struct Shared {
     unsigned ring, full, empty, known_full, known_empty, old;
+    Meeting<P::WARPS> meeting;
     Known *known;
     unsigned *slice_ends;
 
@@ -100,7 +111,8 @@ template <class P> struct Shared {
         known_full = empty + 8 * P::STAGES;
         known_empty = known_full + 16;
         old = known_empty + 16;
-        slice_ends = reinterpret_cast<unsigned *>(known + P::KNOWN) + (2 * P::STAGES + 4 + P::WARPS) * 2;
+        meeting = {old + 8 * P::WARPS};
+        slice_ends = reinterpret_cast<unsigned *>(known + P::KNOWN) + (2 * P::STAGES + 4 + P::WARPS) * 2 + P::MEETING / 4;
     }
     __device__ __forceinline__ unsigned stage(unsigned i) const { return ring + i * P::STAGE_BYTES; }
     __device__ __forceinline__ unsigned scales(unsigned i) const { return warp_tile(P::WARPS) + i * P::SCALE_BYTES; }
@@ -117,9 +129,16 @@ template <class P> struct Shared {
         }
         for (unsigned i = 0; i < P::WARPS; i++)
             barrier_init(old + 8 * i, 1);
+        if (P::HALVES > 1)
+            meeting.init_barriers();
         barrier_init_fence();
     }
 };
+
+// Of the blocks that have the same columns, which one this is.
+template <class P> __device__ __forceinline__ unsigned side_rank() {
+    return P::HALVES > 1 ? cluster_rank() % P::SIDE : cluster_rank();
+}
 
 // The tiles of this block in their order. Of split ones each slice is a tile to itself, beside the other slices of its rows.
 template <class P> struct Tiles {
@@ -145,15 +164,46 @@ template <class P> struct Tiles {
         if (remain())
             find();
     }
+    // How many there are yet, this one among them.
+    __device__ __forceinline__ unsigned left() const {
+        const unsigned step = gridDim.x / P::BLOCKS;
+        return (across * down - tile + step - 1) / step;
+    }
     __device__ __forceinline__ unsigned row() const { return m / P::SPLIT * ROWS + cluster_rank() % P::ALONG_ROWS * P::M; }
-    __device__ __forceinline__ unsigned token() const { return n * TOKENS + cluster_rank() / P::ALONG_ROWS * P::TOKENS; }
+    __device__ __forceinline__ unsigned token() const { return n * TOKENS + side_rank<P>() / P::ALONG_ROWS * P::TOKENS; }
     __device__ __forceinline__ unsigned slice() const { return m % P::SPLIT; }
     // Which of all tiles of rows and tokens.
     __device__ __forceinline__ unsigned whole() const { return n * (across / P::SPLIT) + m / P::SPLIT; }
-    // The blocks of columns.
-    __device__ __forceinline__ unsigned begin(const Shape &shape) const { return P::SPLIT > 1 ? shape.slice_begin(slice()) : 0; }
+    // The block's slices of the columns, and the blocks of these.
+    __device__ __forceinline__ unsigned first_slice(const Shape &shape) const {
+        return P::HALVES > 1 ? cluster_rank() / P::SIDE * (shape.slices / P::HALVES) : P::SPLIT > 1 ? slice() : 0;
+    }
+    __device__ __forceinline__ unsigned last_slice(const Shape &shape) const {
+        return P::HALVES > 1 ? first_slice(shape) + shape.slices / P::HALVES : P::SPLIT > 1 ? slice() + 1 : shape.slices;
+    }
+    __device__ __forceinline__ unsigned begin(const Shape &shape) const {
+        return P::SPLIT * P::HALVES > 1 ? shape.slice_begin(first_slice(shape)) : 0;
+    }
     __device__ __forceinline__ unsigned end(const Shape &shape) const {
-        return P::SPLIT > 1 ? shape.slice_begin(slice() + 1) : shape.blocks();
+        return P::SPLIT * P::HALVES > 1 ? shape.slice_begin(last_slice(shape)) : shape.blocks();
+    }
+};
+
+// Where a multiplying warp is in the ring, and how many stages will yet be filled again.
+template <class P> struct Turn : Place<P::STAGES> {
+    unsigned refills = 0;
+
+    __device__ __forceinline__ explicit Turn(const Shape &shape) {
+        const Tiles<P> tiles(shape);
+        const unsigned blocks = tiles.left() * (tiles.end(shape) - tiles.begin(shape));
+        if (P::COUNTED && blocks > P::STAGES)
+            refills = blocks - P::STAGES;
+    }
+    // A warp's call, of which each lane has one of the sharers: the stage may be filled again, if that is to happen.
+    __device__ __forceinline__ void release(unsigned empty, unsigned lane, unsigned sharer) {
+        if (lane < P::SHARERS && (!P::COUNTED || refills > 0))
+            barrier_arrive_at(empty, sharer);
+        refills -= refills > 0;
     }
 };
 
@@ -170,10 +220,11 @@ __device__ __forceinline__ void fetch_part(unsigned to, const TensorMap *map, un
 // What the kernel before wrote is x alone: the first of w is on its way before the wait for that kernel.
 template <class P>
 __device__ __forceinline__ void fetch(const Shared<P> &shared, const TensorMap *w, const TensorMap *x, const Shape &shape) {
-    const unsigned r = cluster_rank() % P::ALONG_ROWS, t = cluster_rank() / P::ALONG_ROWS;
+    const unsigned r = cluster_rank() % P::ALONG_ROWS, t = side_rank<P>() / P::ALONG_ROWS;
+    const unsigned side = P::HALVES > 1 ? cluster_rank() / P::SIDE * P::SIDE : 0; // the first that has the same columns
     const unsigned x_part = r * (P::TOKENS / P::ALONG_ROWS), w_part = t * (P::M / P::ALONG_TOKENS);
-    const unsigned short same_tokens = ((1 << P::ALONG_ROWS) - 1) << t * P::ALONG_ROWS;
-    const unsigned short same_rows = (P::ALONG_TOKENS == 2 ? 1 | 1 << P::ALONG_ROWS : 1) << r;
+    const unsigned short same_tokens = ((1 << P::ALONG_ROWS) - 1) << (side + t * P::ALONG_ROWS);
+    const unsigned short same_rows = (P::ALONG_TOKENS == 2 ? 1 | 1 << P::ALONG_ROWS : 1) << (side + r);
     Tiles<P> tiles(shape);
     // Rows of w that one cluster reads, nobody reads again: what is written stays in L2 instead.
     const unsigned long long policy = tiles.down == 1 ? EVICT_FIRST : EVICT_NORMAL;
@@ -230,7 +281,7 @@ struct Nothing {
 
 // Adds the columns' blocks begin .. end to `sum`, from zero. `meanwhile` is called with the number of each.
 template <class P, class Meanwhile = Nothing>
-__device__ __forceinline__ void multiply_slice(const Shared<P> &shared, Place<P::STAGES> &position, unsigned begin,
+__device__ __forceinline__ void multiply_slice(const Shared<P> &shared, Turn<P> &position, unsigned begin,
                                                unsigned end, float (&sum)[P::M / 2], const Meanwhile &meanwhile = {}) {
     const unsigned lane = threadIdx.x % 32, sharer = cluster_rank() ^ lane; // of clusters with two a side
     unsigned before = 0;
@@ -248,21 +299,19 @@ __device__ __forceinline__ void multiply_slice(const Shared<P> &shared, Place<P:
         meanwhile(i - begin);
         if (i > begin) {
             wgmma_wait<1>(); // the block before is multiplied: its stage is free
-            if (lane < P::SHARERS)
-                barrier_arrive_at(shared.empty + 8 * before, sharer);
+            position.release(shared.empty + 8 * before, lane, sharer);
         }
         before = position.at;
         position.advance();
     }
     wgmma_wait<0>();
     hold(sum);
-    if (lane < P::SHARERS)
-        barrier_arrive_at(shared.empty + 8 * before, sharer);
+    position.release(shared.empty + 8 * before, lane, sharer);
 }
 
 // A tile's sums: its slices' in their order. `between` is called once, with the first on its way or done.
 template <bool ONE_SLICE, class P, class Between>
-__device__ __forceinline__ void multiply_tile(const Shared<P> &shared, Place<P::STAGES> &position, const Shape &shape,
+__device__ __forceinline__ void multiply_tile(const Shared<P> &shared, Turn<P> &position, const Shape &shape,
                                               float (&total)[P::M / 2], const Between &between) {
     float sum[P::M / 2];
 #pragma unroll
@@ -282,7 +331,7 @@ __device__ __forceinline__ void multiply_tile(const Shared<P> &shared, Place<P::
 
 // The same of up to four slices: each pair's sums are added, then the pairs', for which three sets of sums are at hand.
 template <class P, class Between>
-__device__ __forceinline__ void multiply_pairs(const Shared<P> &shared, Place<P::STAGES> &position, const Shape &shape,
+__device__ __forceinline__ void multiply_pairs(const Shared<P> &shared, Turn<P> &position, const Shape &shape,
                                                float (&total)[P::M / 2], const Between &between) {
     float left[P::M / 2], right[P::M / 2];
 #pragma unroll
@@ -311,7 +360,7 @@ __device__ __forceinline__ void multiply_pairs(const Shared<P> &shared, Place<P:
 // The same where registers hold two sets: the first pair's sums go out to `aside`, a lane's place in memory, while the third slice
 // is multiplied, a quarter of them with each of its first four blocks of columns, and are added when the second pair's are there.
 template <class P, class Between>
-__device__ __forceinline__ void multiply_aside(const Shared<P> &shared, Place<P::STAGES> &position, const Shape &shape,
+__device__ __forceinline__ void multiply_aside(const Shared<P> &shared, Turn<P> &position, const Shape &shape,
                                                float (&total)[P::M / 2], float4 *aside, const Between &between) {
     constexpr unsigned FOURS = P::M / 8, QUARTER = FOURS / 4;
     float sum[P::M / 2];
@@ -352,8 +401,8 @@ __device__ __forceinline__ void multiply(const Shared<P> &shared, const TensorMa
     static_assert(P::WIDTH == 128, "outputs leave 128 rows of w at a time; tiles of 64 are split");
     const unsigned warp = threadIdx.x / 32, lane = threadIdx.x % 32, old = shared.old + 8 * warp;
     const WarpTile warp_tile = {shared.warp_tile(warp), lane};
+    Turn<P> position(shape);
     dependent_wait();
-    Place<P::STAGES> position;
     Place<2> looked;
     Place<1> fetched;
     for (Tiles<P> tiles(shape); tiles.remain(); tiles.advance()) {
@@ -404,7 +453,7 @@ __device__ __forceinline__ void multiply_slices(const Shared<P> &shared, const T
     const unsigned warp = threadIdx.x / 32, lane = threadIdx.x % 32, old = shared.old + 8 * warp;
     const WarpTile warp_tile = {shared.warp_tile(warp), lane};
     dependent_wait();
-    Place<P::STAGES> position;
+    Turn<P> position(shape);
     Place<1> fetched;
     for (Tiles<P> tiles(shape); tiles.remain(); tiles.advance()) {
         const unsigned token = tiles.token() + 16 * warp, count = shape.tokens > token ? shape.tokens - token : 0;
@@ -437,6 +486,50 @@ __device__ __forceinline__ void multiply_slices(const Shared<P> &shared, const T
     warp_tile.free();
 }
 
+// One tile, of whose columns the block has half; of a warp's sums, when both halves have met, it has those of 64 of 128 rows.
+template <class P, class Epilogue>
+__device__ __forceinline__ void multiply_half(const Shared<P> &shared, const TensorMap *out, const Shape &shape, const Epilogue &epilogue) {
+    static_assert(!Epilogue::SCALED && P::M == 128, "of the products with a split sum");
+    const unsigned warp = threadIdx.x / 32, lane = threadIdx.x % 32, old = shared.old + 8 * warp;
+    const unsigned half = cluster_rank() / P::SIDE, other = cluster_rank() ^ P::SIDE;
+    const WarpTile warp_tile = {shared.warp_tile(warp), lane};
+    const Tiles<P> tiles(shape);
+    const unsigned token = tiles.token() + 16 * warp, count = shape.tokens > token ? shape.tokens - token : 0;
+    const Outputs outputs = {warp_tile, out, token, count, tiles.row() + 64 * half, shape.rows};
+    dependent_wait();
+    prepare<64>(epilogue, outputs, old);
+    Turn<P> position(shape);
+    float total[P::M / 2], sum[P::M / 2];
+#pragma unroll
+    for (int i = 0; i < P::M / 2; i++)
+        total[i] = -0.0f, sum[i] = 0.0f;
+    const unsigned last = tiles.last_slice(shape);
+#pragma unroll 1
+    for (unsigned slice = tiles.first_slice(shape), begin = tiles.begin(shape); slice < last; slice++) {
+        const unsigned end = shared.slice_ends[slice];
+        multiply_slice(shared, position, begin, end, sum, [&](unsigned block) {
+            if (slice + 1 == last && begin + block + 1 == end)
+                shared.meeting.open(other); // all but the last two blocks are multiplied
+        });
+        begin = end;
+#pragma unroll
+        for (int i = 0; i < P::M / 2; i++)
+            total[i] += sum[i];
+    }
+    // The sums lie over the stage of the last block but two, which is idle by then, and over one before it.
+    const auto place = [&](unsigned half) {
+        const unsigned slices = shape.slices / 2, blocks = shape.slice_begin((half + 1) * slices) - shape.slice_begin(half * slices);
+        constexpr unsigned WARPS = P::STAGE_BYTES / Meeting<P::WARPS>::SUMS;
+        return shared.stage((blocks + P::STAGES - 3 - warp / WARPS) % P::STAGES) + warp % WARPS * Meeting<P::WARPS>::SUMS;
+    };
+    float y[P::M / 4];
+    shared.meeting.swap(total, y, half, place(half), place(1 - half), other);
+    if (is_added(epilogue))
+        barrier_wait(old, 0);
+    finish(epilogue, y, outputs, shared.known);
+    warp_tile.free();
+}
+
 template <class P, class Epilogue, class Operands>
 __device__ __forceinline__ void prefill(const TensorMap *w, const TensorMap *x, const TensorMap *out, const Shape &shape,
                                         const Epilogue &epilogue, const Partials &partials, const Operands &operands) {
@@ -450,7 +543,9 @@ __device__ __forceinline__ void prefill(const TensorMap *w, const TensorMap *x, 
     cluster_sync();
     if (threadIdx.x < P::MULTIPLIERS) {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(P::MULTIPLIER));
-        if constexpr (P::SPLIT > 1)
+        if constexpr (P::HALVES > 1)
+            multiply_half(shared, out, shape, epilogue);
+        else if constexpr (P::SPLIT > 1)
             multiply_slices(shared, out, shape, epilogue, partials, operands);
         else
             multiply(shared, out, shape, epilogue, partials, operands);
@@ -465,6 +560,7 @@ __device__ __forceinline__ void prefill(const TensorMap *w, const TensorMap *x, 
                 operands.fetch(shared, shape);
         __syncwarp();
     }
-    cluster_sync(); // what blocks have sent to each other's shared memory is there
+    if (!P::COUNTED)
+        cluster_sync(); // what blocks have sent to each other's shared memory is there
 }
 

@@ -128,6 +128,23 @@ __device__ __forceinline__ void store_remote(unsigned at, unsigned value, unsign
                  "}" ::"r"(at), "r"(value), "r"(barrier), "r"(rank) : "memory");
 }
 
+// The same of four floats.
+__device__ __forceinline__ void store_remote(unsigned at, float4 value, unsigned barrier, unsigned rank) {
+    asm volatile("{\n"
+                 ".reg .u32 there, its_barrier;\n"
+                 "mapa.shared::cluster.u32 there, %0, %6;\n"
+                 "mapa.shared::cluster.u32 its_barrier, %5, %6;\n"
+                 "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [there], {%1, %2, %3, %4}, [its_barrier];\n"
+                 "}" ::"r"(at), "f"(value.x), "f"(value.y), "f"(value.z), "f"(value.w), "r"(barrier), "r"(rank) : "memory");
+}
+
+__device__ __forceinline__ float4 load_shared(unsigned at) {
+    float4 value;
+    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(value.x), "=f"(value.y), "=f"(value.z), "=f"(value.w) : "r"(at) : "memory");
+    return value;
+}
+
 // Two floats at the place `at` of another block's shared memory.
 __device__ __forceinline__ float2 load_remote(unsigned at, unsigned rank) {
     float2 value;

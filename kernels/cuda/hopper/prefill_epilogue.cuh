@@ -216,13 +216,14 @@ __device__ __forceinline__ void finish(const Residual &e, float (&y)[COUNT], con
     out.send(COUNT / 32, out.m0);
 }
 
-// From registers: the four lanes of a token fill 32 bytes.
-__device__ __forceinline__ void finish(const RankSums &e, float (&y)[64], const Outputs &out, const Known *) {
+// From registers: the four lanes of a token fill 32 bytes. Of 128 outputs or 64.
+template <int COUNT>
+__device__ __forceinline__ void finish(const RankSums &e, float (&y)[COUNT], const Outputs &out, const Known *) {
 #pragma unroll
     for (int h = 0; h < 2; h++) {
         const unsigned row = out.lane() / 4 + 8 * h;
 #pragma unroll
-        for (int s = 0; s < 2; s++) {
+        for (int s = 0; s < COUNT / 32; s++) {
             const RankSums::Segment segment = e.segment(out.token + row, out.m0 + 64 * s, out.rows);
 #pragma unroll
             for (int j = 0; j < 8; j++) {

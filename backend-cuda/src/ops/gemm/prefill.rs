@@ -8,10 +8,12 @@
 //!   wide     256      x 128            2 along the tokens     gate and up, where the whole sum is one slice; the head; split sums
 //!   tall     192, 224, 288 x 128       2 along the rows       gate and up, where the whole sum is one slice
 //!            144, 192      x 192       2 along the rows       the same
+//!   joint    128      x 64, 128, 192   2 along the columns    split sums
 //! ```
 //!
-//! A cluster takes tile after tile. Where few rows and tokens make few tiles, it takes slice after slice of o's and down's tiles
-//! instead: the sum is split among clusters, who leave their slices in memory, and the last adds them (`split.cuh`). Who takes whole
+//! A cluster takes tile after tile. Where few rows and tokens make few tiles of o and down, two blocks of a cluster have half of a tile's
+//! columns each, and swap half of their sums (`joint.cuh`); or, of many columns, a cluster takes slice after slice of tiles: the sum is
+//! split among clusters, who leave their slices in memory, and the last adds them (`split.cuh`). Who takes whole
 //! tiles adds pairs of slices, then the pairs, for which there are three sets of sums: two warpgroups have registers for them, of
 //! three each leaves one set in memory meanwhile.
 //! Invariant: a block has a multiprocessor to itself, and a box of the copy engine at most 256 rows.
@@ -97,14 +99,16 @@ impl Partials {
 /// What a cluster works on at a time.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Tile {
-    /// Blocks of a cluster along the rows of w, and along the tokens.
-    blocks: [u32; 2],
+    /// Blocks of a cluster along the rows of w, along the tokens, and along the columns, of which two have half each.
+    blocks: [u32; 3],
     /// Rows of w in a block.
     rows: u32,
     /// Warpgroups of a block that multiply, 64 tokens each.
     groups: u32,
     /// The time of a block of columns, in units of some 50 ns.
     cost: u32,
+    /// What it takes more where L2 does not hold the matrix, of tiles whose blocks fetch nothing for each other.
+    far: u32,
     /// A cluster takes one of so many slices of a tile at a time; with 1, a whole tile, however many slices it has.
     split: u32,
     /// The time of leaving a slice in memory and adding the last.
@@ -115,13 +119,13 @@ pub(super) struct Tile {
 
 impl Tile {
     const NARROW: Tile =
-        Tile { blocks: [2, 1], rows: 128, groups: 2, cost: 6, split: 1, adding: 0, aside: false };
+        Tile { blocks: [2, 1, 1], rows: 128, groups: 2, cost: 6, far: 0, split: 1, adding: 0, aside: false };
     const MIDDLE: Tile = Tile { groups: 3, cost: 8, ..Tile::NARROW };
     /// Its warpgroups' registers hold two sets of sums.
     const ASIDE: Tile = Tile { adding: 26, aside: true, ..Tile::MIDDLE };
-    const SQUARE: Tile = Tile { blocks: [2, 2], cost: 5, ..Tile::NARROW };
+    const SQUARE: Tile = Tile { blocks: [2, 2, 1], cost: 5, ..Tile::NARROW };
     /// Its sums leave no registers for those of another slice.
-    const WIDE: Tile = Tile { blocks: [1, 2], rows: 256, cost: 10, ..Tile::NARROW };
+    const WIDE: Tile = Tile { blocks: [1, 2, 1], rows: 256, cost: 10, ..Tile::NARROW };
     /// Nor do those of these, whose rows are what makes one round of 132 blocks, or two, of a large model's gate and up.
     const TALL: [Tile; 5] = [
         Tile { rows: 288, cost: 12, ..Tile::NARROW },
@@ -139,6 +143,12 @@ impl Tile {
         Tile { split: 4, cost: 9, adding: 80, ..Tile::NARROW },
         Tile { split: 4, cost: 12, adding: 130, ..Tile::MIDDLE },
         Tile { split: 4, cost: 13, adding: 200, ..Tile::WIDE },
+    ];
+    /// Of o and down where whole tiles would leave much of the device idle.
+    const JOINT: [Tile; 3] = [
+        Tile { blocks: [1, 1, 2], groups: 1, cost: 6, far: 2, ..Tile::NARROW },
+        Tile { blocks: [1, 1, 2], cost: 7, far: 2, adding: 16, ..Tile::NARROW },
+        Tile { blocks: [1, 1, 2], cost: 9, far: 1, adding: 56, ..Tile::MIDDLE },
     ];
     /// In two, which is what a rank of two has of them.
     const HALVED: [Tile; 3] = [
@@ -185,6 +195,8 @@ impl Tile {
             "prefill_gate_up_192x192",
         ];
         let split = ["split_residual_narrow", "split_residual_middle", "split_residual_wide"];
+        let joint = ["joint_residual_short", "joint_residual_narrow", "joint_residual_middle"];
+        let joint_sums = ["joint_sums_short", "joint_sums_narrow", "joint_sums_middle"];
         let halved = ["split_sums_narrow", "split_sums_middle", "split_sums_wide"];
         match kind {
             Kind::GateUp => {
@@ -192,8 +204,14 @@ impl Tile {
                 tiles.extend(Tile::TALL.into_iter().zip(tall));
             }
             Kind::Head => tiles.push((Tile::WIDE, "prefill_head_wide")),
-            Kind::Residual => tiles.extend(Tile::SPLIT.into_iter().zip(split)),
-            Kind::RankSums => tiles.extend(Tile::HALVED.into_iter().zip(halved)),
+            Kind::Residual => {
+                tiles.extend(Tile::SPLIT.into_iter().zip(split));
+                tiles.extend(Tile::JOINT.into_iter().zip(joint));
+            }
+            Kind::RankSums => {
+                tiles.extend(Tile::HALVED.into_iter().zip(halved));
+                tiles.extend(Tile::JOINT.into_iter().zip(joint_sums));
+            }
             Kind::Qkv | Kind::Linear => {}
         }
         tiles
@@ -225,18 +243,18 @@ impl Tile {
         let split = if tile.split == 1 { String::new() } else { format!(" in {turns} slices") };
         Some(Explained {
             kernel,
-            grid: tile.grid(turns.min(clusters(tile))),
+            grid: tile.grid(tile.launched(shape, clusters(tile))),
             work: format!(
                 "a block: {} rows of w, {} tokens, all columns; {count} tiles{split} for {} clusters",
                 tile.rows,
                 tile.tokens(),
-                turns.min(clusters(tile)),
+                tile.launched(shape, clusters(tile)),
             ),
         })
     }
 
     pub(super) fn cluster(self) -> u32 {
-        self.blocks[0] * self.blocks[1]
+        self.blocks.iter().product()
     }
 
     /// Of a block.
@@ -256,14 +274,16 @@ impl Tile {
 
     /// The time of a launch that `clusters` share: each takes as many turns as the last one to end.
     fn time(self, shape: &Shape, clusters: u32) -> u64 {
-        let blocks = shape.cols.div_ceil(BLOCK_COLS).div_ceil(self.split);
-        u64::from(self.turns(shape).div_ceil(clusters)) * u64::from(blocks * self.cost + self.adding)
+        let blocks = shape.cols.div_ceil(BLOCK_COLS).div_ceil(self.split * self.blocks[2]);
+        let cost = if shape.fits_l2(Kind::Residual) { self.cost } else { self.cost + self.far };
+        u64::from(self.turns(shape).div_ceil(clusters)) * u64::from(blocks * cost + self.adding)
     }
 
     /// Does it hold the product's slices, one after the other or in memory, and would no block of a cluster lie behind the last
     /// token?
     fn suits(self, shape: &Shape) -> bool {
         let holds = match self.split {
+            1 if self.blocks[2] == 2 => shape.slices.is_multiple_of(2),
             1 if self.aside => shape.slices < 4 || shape.cols >= 4 * shape.slices * BLOCK_COLS,
             1 => self.rows == 128 || shape.slices == 1,
             split => split == shape.slices && self.partial_bytes(shape) <= Partials::BYTES,
@@ -281,6 +301,12 @@ impl Tile {
         128 * self.groups + 128
     }
 
+    /// Of these clusters at once, how many a launch has: who shares out a tile's columns takes no other tile.
+    fn launched(self, shape: &Shape, clusters: u32) -> u32 {
+        let turns = self.turns(shape);
+        if self.blocks[2] == 2 { turns } else { turns.min(clusters) }
+    }
+
     pub(super) fn grid(self, clusters: u32) -> Grid {
         let grid = Grid::new(clusters * self.cluster(), self.threads()).cluster(self.cluster());
         grid.shared(Self::SHARED).dependent()
@@ -289,7 +315,7 @@ impl Tile {
     /// The rows of w and the tokens that a block fetches at once. It has its part of what the cluster shares, and takes that in
     /// two where a box would be too large.
     pub(super) fn fetched(self) -> Block {
-        let [along_rows, along_tokens] = self.blocks;
+        let [along_rows, along_tokens, _] = self.blocks;
         let part = self.rows / along_tokens;
         Block::new(if part > Self::BOX_ROWS { part / 2 } else { part }, self.tokens() / along_rows)
     }
@@ -322,7 +348,7 @@ impl Prefill {
     ) -> Result<(), CudaError> {
         let Product { shape, epilogue, .. } = product;
         let Loaded { tile, kernel, clusters } = Loaded::quickest(&self.kernels[E::KIND as usize], shape)?;
-        let grid = tile.grid(tile.turns(shape).min(*clusters)).dependent_if(!product.is_fresh);
+        let grid = tile.grid(tile.launched(shape, *clusters)).dependent_if(!product.is_fresh);
         let [w, x] = product.maps(tile.fetched())?;
         // The copy engine takes rows that are a multiple of 16 bytes; a kernel stores others without it.
         let out = match epilogue.outputs(shape.rows) {
@@ -358,7 +384,7 @@ mod tests {
     #[test]
     fn every_tile_is_fetched_in_boxes_of_whole_swizzles() {
         let tiles = [Tile::NARROW, Tile::MIDDLE, Tile::ASIDE, Tile::SQUARE, Tile::WIDE];
-        for tile in tiles.into_iter().chain(Tile::TALL).chain(Tile::SPLIT) {
+        for tile in tiles.into_iter().chain(Tile::TALL).chain(Tile::SPLIT).chain(Tile::JOINT) {
             let Block { rows, tokens } = tile.fetched();
             for (box_rows, all) in [(rows, tile.rows), (tokens, tile.tokens())] {
                 assert!(box_rows <= Tile::BOX_ROWS && box_rows % 8 == 0 && all % box_rows == 0, "{tile:?}");
@@ -373,7 +399,8 @@ mod tests {
         let quickest = |rows, cols, tokens, slices| {
             let shape = Shape { rows, cols, tokens, slices };
             let tiles = [(Tile::NARROW, 66), (Tile::MIDDLE, 66), (Tile::SQUARE, 30), (Tile::WIDE, 66)];
-            let others = Tile::TALL.into_iter().chain(Tile::SPLIT).map(|tile| (tile, 66));
+            let joint = Tile::JOINT.into_iter().filter(|_| slices == 4); // o and down have them
+            let others = Tile::TALL.into_iter().chain(Tile::SPLIT).chain(joint).map(|tile| (tile, 66));
             let tiles: Vec<_> = tiles.into_iter().chain(others).collect();
             is(tiles[Tile::quickest(tiles.iter().copied(), &shape).unwrap()].0)
         };
@@ -389,6 +416,10 @@ mod tests {
         assert_eq!(quickest(37_888, 3584, 192, 1), is(long));
         assert_eq!(quickest(24_576, 4096, 192, 1), is(longer));
         // Of Llama's 1B and 8B, and Qwen2.5's 7B.
+        let [short, narrow, middle] = Tile::JOINT;
+        assert_eq!([300, 512].map(|tokens| quickest(1024, 2048, tokens, 4)), [is(short); 2]);
+        assert_eq!([640, 1024].map(|tokens| quickest(1024, 3072, tokens, 4)), [is(narrow); 2]);
+        assert_eq!(quickest(4096, 12_288, 300, 4), is(middle));
         let [narrow, middle, wide] = Tile::SPLIT;
         assert_eq!(quickest(2048, 8192, 256, 4), is(narrow));
         assert_eq!(quickest(3584, 18_944, 192, 4), is(middle));
