@@ -21,8 +21,7 @@
 // 5. A model without bias, head norms or rope has null pointers there, and numbers that change no bit in their places: a bias
 //    of -0, an inverse and weights of 1, a cosine of 1 and a sine of 0. Asking costs registers: where all heads are normed and
 //    turned and none has a bias, the products of few rows are compiled for that alone (QkvNormed).
-// 6. Hopper's products of few rows take Qkv with keys and values in bf16, and Residual, through hopper/wide.cuh, to the same bits, but for
-//    fp8 whose inputs are rounded.
+// 6. Hopper's products of few rows take Qkv with keys and values in bf16, and Residual, through hopper/wide.cuh, to the same bits.
 #pragma once
 
 #include <cuda_bf16.h>

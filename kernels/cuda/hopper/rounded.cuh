@@ -16,6 +16,7 @@
 
 #include "epilogue.cuh"
 #include "hopper.cuh"
+#include "wide.cuh"
 
 // Where both operands' scales lie: a kernel's parameter.
 struct CodeScales {
@@ -52,6 +53,26 @@ template <class E> struct Rounded : E {
                     v[i][b] = {__fmul_rn(v[i][b].x, by.x), __fmul_rn(v[i][b].y, by.y)};
             }
         E::template store<T, BLOCKS>(ahead, v, taken, m0, rows, lane);
+    }
+};
+
+// By eight outputs of one token a lane, if the epilogue has that. Beside two sets of sums there are registers for the angles of two tokens' heads.
+template <class E> inline constexpr bool IS_WIDE<Rounded<E>> = IS_WIDE<E>;
+template <bool NORMED> inline constexpr int AT_ONCE<Rounded<QkvOf<NORMED, false>>> = 2;
+template <class E> struct Wide<Rounded<E>> : Wide<E> {
+    template <int COUNT>
+    __device__ __forceinline__ static void store(const Rounded<E> &epilogue, const typename Wide<E>::Ahead (&ahead)[COUNT],
+                                                 float (&v)[COUNT][8], const Piece (&at)[COUNT], unsigned rows, unsigned lane) {
+        if (epilogue.row_scales != nullptr)
+#pragma unroll
+            for (int i = 0; i < COUNT; i++)
+#pragma unroll
+                for (int pair = 0; pair < 4; pair++) {
+                    const float2 by = epilogue.row_scales_at(at[i].m + pair / 2 * Wide<E>::apart(epilogue) + pair % 2 * 2, rows);
+                    v[i][2 * pair] = __fmul_rn(v[i][2 * pair], by.x);
+                    v[i][2 * pair + 1] = __fmul_rn(v[i][2 * pair + 1], by.y);
+                }
+        Wide<E>::store(epilogue, ahead, v, at, rows, lane);
     }
 };
 

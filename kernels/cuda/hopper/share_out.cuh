@@ -80,11 +80,12 @@ template <int N, int BLOCKS, int T, class Epilogue> struct ShareOut {
 };
 
 // The same for an epilogue of eight outputs a lane (wide.cuh), where a warp gets ALL tokens: it takes PIECES eights of a lane's outputs
-// of T tokens, up to four in all, at once; or, where registers are few (TIGHT) or pieces many, those of one piece after the other.
+// of T tokens, up to AT_ONCE in all; or, where registers are few (TIGHT) or pieces many, those of one piece after the other.
 template <int N, int BLOCKS, int ALL, bool TIGHT, class Epilogue> struct WideShareOut {
     using W = Wide<Epilogue>;
     static constexpr int BESIDE = 32 / W::LANES, PIECES = 8 * BLOCKS / W::LANES;
-    static constexpr int TURNS = (ALL + BESIDE - 1) / BESIDE, MOST = PIECES < 4 ? 4 / PIECES : 1, ROUNDS = (TURNS + MOST - 1) / MOST;
+    static constexpr int TURNS = (ALL + BESIDE - 1) / BESIDE, MOST = PIECES < AT_ONCE<Epilogue> ? AT_ONCE<Epilogue> / PIECES : 1;
+    static constexpr int ROUNDS = (TURNS + MOST - 1) / MOST;
     static constexpr int T = (TURNS + ROUNDS - 1) / ROUNDS, COUNT = T * PIECES;
     static constexpr int PARTS = TIGHT || PIECES > 2 ? PIECES : 1, PART = COUNT / PARTS;
     // Of a whole head's lanes (Wide<QkvOf>) all pieces of a store begin at one row of w.

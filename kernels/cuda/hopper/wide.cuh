@@ -15,6 +15,8 @@
 
 template <class E> constexpr bool IS_WIDE = false;
 template <class E> struct Wide;
+// Eights of a lane that go side by side, at most.
+template <class E> constexpr int AT_ONCE = 4;
 
 // Where a lane's outputs belong: row m of w is the first one's.
 struct Piece {
