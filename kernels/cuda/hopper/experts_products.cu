@@ -46,8 +46,8 @@ struct RowsOfBf16 {
         shared.release(before);
     }
 };
-using FewByToken = Tiling<RowsOfBf16, 64, 1, 1, 4, 32, 2>;
-using Few = Tiling<RowsOfBf16, 64, 8, 1, 4, 32, 2>;
+using FewByToken = Tiling<RowsOfBf16, 64, 1, 1, 6, 32, 1>;
+using Few = Tiling<RowsOfBf16, 64, 8, 1, 6, 32, 1>;
 using Many = Tiling<RowsOfBf16, 256, 32, 2, 4, 64, 1>;
 
 extern "C" __global__ void __launch_bounds__(320, FewByToken::BESIDE)
