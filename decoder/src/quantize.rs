@@ -8,14 +8,13 @@
 //! Tensor cores' sums are moved to f32 after as many columns, and there a tile's scale and a token's are one factor for many sums.
 //! Embedding, head, routers, norms and biases stay as they are.
 
-use std::num::NonZero;
 use std::sync::Arc;
-use std::thread;
 
 use half::{bf16, f16};
 use minisgl_core::fp8;
 use minisgl_core::spec::{DecoderSpec, Fp8, Inputs, ScaleBlock, WeightFormat};
 use minisgl_core::tensor::{Dtype, HostTensor, Scales, TensorData, uniform_element};
+use rayon::prelude::*;
 
 use crate::checkpoint::Checkpoint;
 use crate::error::CheckpointError;
@@ -33,7 +32,7 @@ impl Checkpoint {
     /// checkpoint whose weights are e4m3 already stays as it is.
     pub fn quantized(mut self) -> Checkpoint {
         if self.becomes_fp8() {
-            self.tensors.linear_mut().for_each(quantize);
+            quantize_all(self.tensors.linear_mut());
         }
         self
     }
@@ -53,13 +52,13 @@ impl Checkpoint {
         if self.becomes_fp8() {
             stored.unstack_experts();
             let earlier = stored.linear_mut().zip(rounded.linear_mut());
-            for (tensor, (stored, rounded)) in self.tensors.linear_mut().zip(earlier) {
-                if tensor.is_same(stored) {
-                    tensor.data = rounded.data.clone();
-                } else {
-                    quantize(tensor);
+            quantize_all(self.tensors.linear_mut().zip(earlier).filter_map(|(tensor, (stored, rounded))| {
+                if !tensor.is_same(stored) {
+                    return Some(tensor);
                 }
-            }
+                tensor.data = rounded.data.clone();
+                None
+            }));
         }
         Ok(self)
     }
@@ -77,31 +76,27 @@ impl Checkpoint {
     }
 }
 
+/// By all cores, of several tensors at a time: one of an expert's has too few rows for all of them.
+fn quantize_all<'a>(tensors: impl Iterator<Item = &'a mut HostTensor>) {
+    let mut tensors: Vec<_> = tensors.collect();
+    tensors.par_iter_mut().for_each(|tensor| quantize(tensor));
+}
+
 fn quantize(tensor: &mut HostTensor) {
     let (cols, across) = (tensor.cols.max(1), tensor.cols.div_ceil(TILE).max(1));
     let mut codes = vec![0; tensor.rows * tensor.cols];
     let mut values = vec![0.0; tensor.rows.div_ceil(TILE) * across];
-    let threads = thread::available_parallelism().map_or(1, NonZero::get);
-    // Rows of tiles that a thread makes.
-    let share = tensor.rows.div_ceil(TILE).div_ceil(threads).max(1);
-    thread::scope(|scope| {
-        let parts = codes.chunks_mut(share * TILE * cols).zip(values.chunks_mut(share * across));
-        for (part, (codes, values)) in parts.enumerate() {
-            let tensor = &*tensor;
-            scope.spawn(move || {
-                let mut wide = vec![0.0; TILE * cols];
-                let bands = codes.chunks_mut(TILE * cols).zip(values.chunks_mut(across)).enumerate();
-                for (i, (codes, values)) in bands {
-                    let first = (part * share + i) * TILE;
-                    let wide = &mut wide[..codes.len()];
-                    for (row, out) in wide.chunks_mut(cols).enumerate() {
-                        widen(tensor, first + row, out);
-                    }
-                    quantize_tiles(wide, cols, codes, values);
-                }
-            });
-        }
-    });
+    let bands = codes.par_chunks_mut(TILE * cols).zip(values.par_chunks_mut(across)).enumerate();
+    bands.for_each_init(
+        || vec![0.0; TILE * cols],
+        |wide, (band, (codes, values))| {
+            let wide = &mut wide[..codes.len()];
+            for (row, out) in wide.chunks_mut(cols).enumerate() {
+                widen(tensor, band * TILE + row, out);
+            }
+            quantize_tiles(wide, cols, codes, values);
+        },
+    );
     let range = 0..codes.len();
     let scales = Scales { values, block: [TILE, TILE], inputs: FORMAT.inputs, input_scale: None };
     tensor.data = TensorData::Fp8 { owner: Arc::new(codes), range, scales: Arc::new(scales) };
