@@ -2,12 +2,12 @@
 
 use minisgl_decoder::Family;
 use minisgl_gemma::GEMMA3;
-use minisgl_llama::{LLAMA, MISTRAL, PHI3, QWEN2, SEED_OSS, SMOLLM3};
+use minisgl_llama::{LLAMA, MISTRAL, OLMO2, PHI3, QWEN2, SEED_OSS, SMOLLM3};
 use minisgl_qwen3::{QWEN3, QWEN3_MOE};
 
 /// By `architectures` of `config.json`, each at most once.
 pub const FAMILIES: &[&Family] =
-    &[&QWEN3, &QWEN3_MOE, &QWEN2, &LLAMA, &MISTRAL, &SMOLLM3, &SEED_OSS, &PHI3, &GEMMA3];
+    &[&QWEN3, &QWEN3_MOE, &QWEN2, &LLAMA, &MISTRAL, &SMOLLM3, &SEED_OSS, &PHI3, &OLMO2, &GEMMA3];
 
 /// The presets' names.
 pub fn preset_names() -> impl Iterator<Item = &'static str> {

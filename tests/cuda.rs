@@ -11,13 +11,14 @@ use std::sync::Arc;
 
 use common::logits::{Logits, checkpoint};
 use common::stored::{Stored, stored};
-use common::{CHECKPOINTS, CPU_ALONE, EXPERTS, Golden, families_on_cuda, family, fixture, greedy};
+use common::{CHECKPOINTS, CPU_ALONE, EXPERTS, FAMILIES, Golden, families_on_cuda, family, fixture, greedy};
 use minisgl::{
     BackendChoice, Dtype, GenerateRequest, KernelChoice, KvFormat, Llm, LlmBuilder, NamedTensor, Policy,
     Quantize, SamplingParams, Speculation, TokenRules,
 };
+use minisgl_core::shard::Rank;
 use minisgl_cpu::Cpu;
-use minisgl_cuda::{Cuda, KernelSet, Options};
+use minisgl_cuda::{Cuda, KernelSet, Options, Properties};
 use minisgl_decoder::Checkpoint;
 
 /// Relative error of a row of logits that bf16 activations through three layers justify.
@@ -436,6 +437,27 @@ fn a_requests_tokens_do_not_depend_on_how_they_are_computed_in_any_family() {
         for i in (0..64).step_by(13) {
             let alone = tokens(&mut llm, &requests[i..=i]);
             assert_eq!(alone[0], expected[i], "{name}, {kernels:?}: request {i} alone");
+        }
+    }
+}
+
+#[test]
+fn which_families_a_gpu_computes_is_known_without_one() {
+    let hopper = Properties {
+        name: "a GPU that is not here".to_owned(),
+        capability: (9, 0),
+        multiprocessors: 132,
+        l2_bytes: 50 << 20,
+        shared_bytes: 227 << 10,
+        hopper: true,
+        uuid: [0; 16],
+    };
+    for name in FAMILIES {
+        let supported = hopper.supports(&checkpoint(&fixture(name)).config().spec, Rank::ALONE);
+        let said = supported.map_err(|error| error.to_string());
+        match CPU_ALONE.iter().find(|(refused, _)| *refused == name) {
+            None => assert_eq!(said, Ok(()), "{name}"),
+            Some((_, what)) => assert!(said.as_ref().is_err_and(|it| it.contains(what)), "{name}: {said:?}"),
         }
     }
 }

@@ -13,7 +13,7 @@ use minisgl::{
 /// As many ranks as a golden checkpoint can be shared out among: by its heads, and by the slices of its products.
 fn ranks_max(name: &str) -> u32 {
     match name {
-        "qwen2-yarn" | "phi4-mini" => 1,
+        "qwen2-yarn" | "phi4-mini" | "olmo2" => 1,
         "qwen2-bias" | "smollm3-nope" | "seed-oss" | "gemma3" | "qwen3-fp8" | "qwen3-moe-fp8" => 2,
         _ => 4,
     }

@@ -55,6 +55,15 @@ impl LayerNames {
         projections: Projections::Apart,
     };
 
+    /// Of layers with norms behind attention and MLP alone.
+    pub const NORMS_AFTER: LayerNames = LayerNames {
+        attention_norm: "",
+        attention_out_norm: "post_attention_layernorm",
+        mlp_norm: "",
+        mlp_out_norm: "post_feedforward_layernorm",
+        projections: Projections::Apart,
+    };
+
     /// Of layers with four norms.
     pub const NORMS_AROUND: LayerNames = LayerNames {
         attention_norm: "input_layernorm",

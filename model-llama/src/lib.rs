@@ -1,4 +1,4 @@
-//! Llama and what differs from it little: Mistral, Qwen2, SmolLM3, Seed-OSS, Phi-3. None of them norms queries and keys.
+//! Llama and what differs from it little: Mistral, Qwen2, SmolLM3, Seed-OSS, Phi-3, OLMo 2.
 //!
 //! | family | what it adds to Llama |
 //! |---|---|
@@ -8,13 +8,16 @@
 //! | SmolLM3 | no rope on some layers |
 //! | Seed-OSS | biases of q, k and v, which can be switched off |
 //! | Phi-3 | q, k, v in one tensor, gate and up too; a window, in some; rope of a part of each head, LongRoPE, in some |
+//! | OLMo 2 | norms behind attention and MLP instead of before them; queries and keys normed across all heads |
 
+mod olmo2;
 mod phi3;
 
 use minisgl_core::spec::{Attention, Bias, DecoderSpec, LayerSpec, Mixer, Mlp};
 use minisgl_decoder::{ConfigError, Family, Fields, LayerNames, Preset};
 use serde_json::{Value, json};
 
+pub use olmo2::OLMO2;
 pub use phi3::PHI3;
 
 /// `LlamaForCausalLM`.

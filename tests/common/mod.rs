@@ -19,7 +19,7 @@ use serde::Deserialize;
 pub const CHECKPOINTS: [&str; 2] = ["tiny-tied", "tiny-untied"];
 
 /// Golden checkpoints of other families, each about a thing of its own.
-pub const FAMILIES: [&str; 12] = [
+pub const FAMILIES: [&str; 13] = [
     "llama-rope3",
     "qwen2-bias",
     "qwen2-yarn",
@@ -28,6 +28,7 @@ pub const FAMILIES: [&str; 12] = [
     "seed-oss",
     "phi3",
     "phi4-mini",
+    "olmo2",
     "qwen3-yarn",
     "gemma3",
     "qwen3-moe",
@@ -38,8 +39,11 @@ pub const FAMILIES: [&str; 12] = [
 pub const EXPERTS: [&str; 2] = ["qwen3-moe", "qwen3-moe-nonorm"];
 
 /// Those of them that the CUDA backend refuses, and by which words.
-pub const CPU_ALONE: [(&str, &str); 2] =
-    [("gemma3", "head_dim is 256"), ("phi4-mini", "rope that does not turn the halves of whole heads")];
+pub const CPU_ALONE: [(&str, &str); 3] = [
+    ("gemma3", "head_dim is 256"),
+    ("phi4-mini", "rope that does not turn the halves of whole heads"),
+    ("olmo2", "norms behind attention and MLP"),
+];
 
 /// Those of them that it computes.
 pub fn families_on_cuda() -> impl Iterator<Item = &'static str> {
