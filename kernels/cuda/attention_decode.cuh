@@ -345,15 +345,16 @@ __device__ __forceinline__ void decode(DecodeArgs args, unsigned char *shared) {
     const Stages<HD, HEADS, STAGES, FP8> stages = {(unsigned)__cvta_generic_to_shared(shared)};
     const unsigned warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     args.derive<HEADS>();
-    if (blockIdx.x >= args.turns)
+    if (blockIdx.x >= args.blocks)
         return;
     prepare(stages);
 #if BULK_COPIES
     if (warp == DECODE_WARPS) {
         Filler<HD, HEADS, STAGES, FP8>(args, stages, lane).run();
+        args.wait_beside();
         return;
     }
-    dependent_wait();
+    args.wait();
 #endif
     Decoder<HD, HEADS, STAGES, WINDOW, FP8>(args, stages, warp, lane).run();
 }

@@ -257,7 +257,7 @@ template <int HD, int HEADS, int STAGES, bool FP8> struct Filler {
             place.advance();
             filled++;
         }
-        dependent_wait();
+        args.wait();
         Place<STAGES> there = begin;
 #pragma unroll
         for (int i = 0; i < STAGES; i++) {
@@ -289,10 +289,9 @@ template <int HD, int HEADS, int STAGES, bool FP8> struct Filler {
     }
     // The first unit of the turn that was taken, or the end.
     __device__ __forceinline__ void begin_taken(Unit &unit, unsigned &taken) const {
-        const unsigned blocks = min(gridDim.x, args.turns);
         taken = __shfl_sync(FULL_WARP, taken, 0);
-        if (blocks + taken < args.turns)
-            unit.begin(args, blocks + taken);
+        if (args.blocks + taken < args.turns)
+            unit.begin(args, args.blocks + taken);
         else
             unit.segment.leaves = 0;
     }
@@ -449,7 +448,7 @@ template <int HD, int HEADS, int STAGES, bool FP8> struct Ring {
         ahead.leaf++;
         if (!ahead.is_past())
             return;
-        turn += gridDim.x;
+        turn += args.blocks;
         if (turn < args.turns)
             ahead.begin(args, turn);
         else

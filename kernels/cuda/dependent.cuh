@@ -21,6 +21,8 @@
 // 5. What begins or ends a lane of a divided step waits for an event of the stream, not for a kernel.
 // 6. Behind a kernel whose blocks all wait before they let the next start, what lies before that kernel may be read at once: so experts'
 //    down reads what was chosen, and the kernel that adds up the chosen experts' shares and the residual stream (`experts.cu`).
+// 7. So decode rows' attention runs beside prefill rows', which is launched before it: it works at once, and waits before it ends, so
+//    that who has waited for it has waited for both (`attention_work.cuh`).
 #pragma once
 
 __device__ __forceinline__ void dependent_wait() {

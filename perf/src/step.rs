@@ -35,6 +35,13 @@ impl StepOf {
         StepOf { decode_rows, rows, vocab, state: SlotState::default() }
     }
 
+    /// A decode step's rows, and beside them so many tokens of a prompt behind a context.
+    pub(crate) fn mixed(contexts: &[u32], tokens: u32, behind: u32, vocab: u32) -> StepOf {
+        let mut step = StepOf::decode(contexts, vocab);
+        step.rows.push((behind, tokens));
+        step
+    }
+
     /// Capacities that just hold the step.
     pub(crate) fn limits(&self) -> Limits {
         let ends = self.rows.iter().map(|(position, tokens)| position + tokens);

@@ -8,8 +8,16 @@
 //!             all that it sees, or what it sees of a span)
 //! ```
 //!
-//! A step's decode rows and its prefill rows are launched one after the other, each with its own plan and scratch, and only
-//! where there are any.
+//! A step's prefill rows and its decode rows are launched one after the other, each with its own plan and scratch, and only
+//! where there are any. On Hopper they share the device: few tokens keep few multiprocessors busy, and those wait for tensor cores,
+//! while half of all are enough to keep memory busy with decode rows:
+//!
+//! ```text
+//!   multiprocessors   ├── prefill rows: as many as have turns, at most half, if that is enough ──┤        o …
+//!                     ├── decode rows: the others ─────────────────────────────────────────────────┤
+//! ```
+//!
+//! Where it is not enough, prefill rows have all, and decode rows' blocks come as those of prefill rows end.
 //!
 //! Grids depend on the step's shape and on fixed capacities only, so that a recorded step fits any lengths: a step fills
 //! the device once (each half of a divided one, half of it). Portable prefill blocks take one item and head each, and as many
@@ -176,13 +184,14 @@ impl Attention {
         out: Buffer,
     ) -> Result<(), CudaError> {
         let operands = Operands { step, q, kv, out };
-        if step.shape.decode_rows > 0 {
-            self.attend_decode(launcher, part, operands)?;
-        }
         match (step.shape.prefill_rows, self.planner.hopper) {
-            (0, _) => Ok(()),
-            (_, true) => self.attend_hopper(launcher, operands),
-            (_, false) => self.attend_portable(launcher, operands),
+            (0, _) => {}
+            (_, true) => self.attend_hopper(launcher, operands)?,
+            (_, false) => self.attend_portable(launcher, operands)?,
+        }
+        match step.shape.decode_rows {
+            0 => Ok(()),
+            _ => self.attend_decode(launcher, part, operands),
         }
     }
 

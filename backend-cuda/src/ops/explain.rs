@@ -306,15 +306,13 @@ impl Explainer<'_> {
                 launches.push(launch("attention", widen, grid, "a row of blocks: what a prefill row sees"));
             }
         }
-        if self.shape.decode_rows > 0 {
-            let tokens = part.tokens(self.shape);
-            let decode_rows = tokens.start as usize..tokens.end.min(self.shape.decode_rows) as usize;
-            let (grid, work) = self.planner.explained_decode(part, &self.rows[decode_rows]);
-            launches.push(launch("attention", decode, grid, work));
-        }
         if self.shape.prefill_rows > 0 {
             let (grid, work) = self.planner.explained_prefill(self.shape, self.rows);
             launches.push(launch("attention", prefill, grid, work));
+        }
+        if self.shape.decode_rows > 0 {
+            let (grid, work) = self.planner.explained_decode(self.shape, part, self.rows);
+            launches.push(launch("attention", decode, grid, work));
         }
         launches
     }

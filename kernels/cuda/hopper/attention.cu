@@ -14,7 +14,6 @@
         unsigned table_width, unsigned page_shift, unsigned kv_heads, unsigned group, const __grid_constant__ TensorMap q, \
         const __grid_constant__ TensorMap k, const __grid_constant__ TensorMap v, bf16 *out, float4 *kept,              \
         unsigned *arrived, unsigned *taken, unsigned window) {                                                          \
-        dependent_launch();                                                                                             \
         const PrefillArgs args = {&q, &k, &v, batch + plan_offset, reinterpret_cast<const Row *>(batch + rows_offset),  \
                                   page_table, out, kept, arrived, taken, table_width, page_shift, kv_heads, group,            \
                                   window};                                                                              \

@@ -1,7 +1,7 @@
 // attention_prefill: many tokens a row, each over its row's positions up to its own.
 //
 //   q, out  [tokens, kv_heads * group, head_dim] bf16      k, v  pages (attention.cuh)      q, k, v as the copy engine's maps
-//   plan    count, tokens of an item, then (row, first token, span, place) for each piece
+//   plan    count, tokens of an item, blocks that take turns, then (row, first token, span, place) for each piece
 //   piece   an item, and all that it sees or what it sees of a span of positions
 //   turn    a piece and a kv head, heads fastest
 //   grid    at most a block a multiprocessor, which takes whichever turn is next
@@ -67,6 +67,7 @@ struct PrefillArgs {
 
     __device__ __forceinline__ unsigned turns() const { return plan[0] * kv_heads; }
     __device__ __forceinline__ unsigned item_tokens() const { return plan[1]; }
+    __device__ __forceinline__ unsigned blocks() const { return min(plan[2], turns()); }
     __device__ __forceinline__ unsigned part_tokens() const { return PART_QUERIES / group; }
 };
 
@@ -84,7 +85,7 @@ struct Piece {
     unsigned first, end, span, head, place; // of the row's tokens; place: where it may keep states
 
     __device__ __forceinline__ Piece(const PrefillArgs &args, unsigned turn) {
-        const unsigned *words = args.plan + 2 + turn / args.kv_heads * 4;
+        const unsigned *words = args.plan + 3 + turn / args.kv_heads * 4;
         head = turn % args.kv_heads;
         row = args.rows[words[0]];
         first = words[1];
@@ -116,7 +117,7 @@ constexpr unsigned TURNS = 2, READERS = 3;
 
 // Addresses in shared memory.
 template <int HD> struct Shared {
-    static constexpr unsigned STAGES = 5 * 128 / HD, HALF = LEAF * 128, STAGE_BYTES = HD / 64 * HALF;
+    static constexpr unsigned STAGES = 5 * 128 / HD, EIGHT = HD * 16, STAGE_BYTES = LEAF / 8 * EIGHT; // bytes of eight rows
     static constexpr unsigned QUERY_HALF = PART_QUERIES * 128, QUERY_BYTES = HD / 64 * QUERY_HALF;
     unsigned base;
 
@@ -152,12 +153,12 @@ template <int HD> struct Shared {
 
 // A thread takes turns for the warps that fetch and answer, up to the first that does not exist.
 template <int HD> __device__ __forceinline__ void take_turns(const PrefillArgs &args, const Shared<HD> &shared) {
-    const unsigned turns = args.turns();
+    const unsigned turns = args.turns(), blocks = args.blocks();
     Place<TURNS> place;
     unsigned turn;
     do {
         turn = atomicAdd(args.taken, 1);
-        if (turn == turns + gridDim.x - 1)
+        if (turn == turns + blocks - 1)
             *args.taken = 0;
         barrier_wait(shared.read(place.at), place.parity ^ 1); // passes in the first round
         asm volatile("st.shared.u32 [%0], %1;" ::"r"(shared.turn(place.at)), "r"(turn) : "memory");
@@ -176,13 +177,12 @@ template <int HD> __device__ __forceinline__ unsigned next_turn(const Shared<HD>
     return turn;
 }
 
-// A warp fetches keys (`values` 0) or values (1), to every other stage: a lane copies 64 dims of a page's share of a leaf, the
-// bytes as they lie, swizzled already.
+// A warp fetches keys (`values` 0) or values (1), to every other stage: a lane copies a page's share of a leaf. The bytes come as
+// they lie, swizzled already; of eight rows first the first 64 dims, then the others.
 template <int HD>
 __device__ __forceinline__ void fetch(const PrefillArgs &args, const Shared<HD> &shared, unsigned values, unsigned lane) {
     using S = Shared<HD>;
-    constexpr unsigned HALVES = HD / 64;
-    const unsigned step = min(1u << args.page_shift, LEAF), half = lane % HALVES, token = lane / HALVES * step;
+    const unsigned step = min(1u << args.page_shift, LEAF), token = lane * step;
     const TensorMap *map = values ? args.v : args.k;
     Place<TURNS> turns;
     Place<S::STAGES> place;
@@ -203,7 +203,7 @@ __device__ __forceinline__ void fetch(const PrefillArgs &args, const Shared<HD> 
                 barrier_expect(full, (min(kv_end - begin, LEAF) + step - 1) / step * step * HD * 2);
             __syncwarp();
             if (copies)
-                bulk_fetch(shared.stage(place.at) + half * S::HALF + token * 128, map, half * 64, line, full, EVICT_NORMAL);
+                bulk_fetch(shared.stage(place.at) + token * HD * 2, map, 0, 0, 0, line / 8, full, EVICT_NORMAL);
             place.advance();
             place.advance();
         }
@@ -311,7 +311,7 @@ __device__ __forceinline__ void score_part(float (&s)[TILES * 8], unsigned queri
 #pragma unroll
     for (int k = 0; k < HD / 16; k++)
         wgmma(s, tile_descriptor_at(queries + k / 4 * S::QUERY_HALF + k % 4 * 32),
-              tile_descriptor_at(keys + k / 4 * S::HALF + k % 4 * 32), k > 0);
+              tile_descriptor_at(keys + k / 4 * 1024 + k % 4 * 32, S::EIGHT), k > 0);
     wgmma_commit();
     wgmma_wait<0>();
     hold(s);
@@ -354,8 +354,8 @@ __device__ __forceinline__ unsigned pair_of(float x, float y) {
 template <int HD> __device__ __forceinline__ void zero_rows(unsigned values, unsigned first, unsigned end, unsigned part) {
     constexpr unsigned CHUNKS = HD / 8;
     for (unsigned i = first * CHUNKS + threadIdx.x % 128; i < end * CHUNKS; i += 128)
-        asm volatile("st.shared.v4.u32 [%0], {%1, %1, %1, %1};" ::"r"(values + i % CHUNKS / 8 * Shared<HD>::HALF +
-                                                                      i / CHUNKS * 128 + i % 8 * 16),
+        asm volatile("st.shared.v4.u32 [%0], {%1, %1, %1, %1};" ::"r"(values + i / (8 * CHUNKS) * Shared<HD>::EIGHT +
+                                                                      i % CHUNKS / 8 * 1024 + i / CHUNKS % 8 * 128 + i % 8 * 16),
                      "r"(0)
                      : "memory");
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
@@ -516,7 +516,7 @@ template <int HD> struct Attender {
             wgmma_fence();
 #pragma unroll
             for (int j = 0; j < TILES; j++)
-                wgmma_transposed(o, p[j], tile_descriptor_at(values + half * S::HALF + j * TILE * 128), j > 0);
+                wgmma_transposed(o, p[j], tile_descriptor_at(values + half * 1024 + j * (TILE / 8 * S::EIGHT), S::EIGHT), j > 0);
 #pragma unroll
             for (int j = 0; half == HD / 64 - 1 && j < TILES; j++)
                 wgmma(l, p[j], small_descriptor(shared.ones()), j > 0);
@@ -584,6 +584,8 @@ __device__ __forceinline__ void store_ones(unsigned at) {
 }
 
 template <int HD> __device__ __forceinline__ void prefill(const PrefillArgs &args, unsigned char *start) {
+    if (blockIdx.x >= args.blocks())
+        return;
     const Shared<HD> shared = {(shared_address(start) + 1023) & ~1023u};
     if (threadIdx.x == 0)
         shared.init_barriers();
@@ -591,6 +593,7 @@ template <int HD> __device__ __forceinline__ void prefill(const PrefillArgs &arg
         store_ones(shared.ones() + threadIdx.x * 4);
     __syncthreads();
     dependent_wait();
+    dependent_launch(); // behind the wait: decode rows' attention reads at once what is before this kernel
     if (threadIdx.x < 128 * PARTS) {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(ATTENDING));
         attend(args, shared);

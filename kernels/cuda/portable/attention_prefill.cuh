@@ -1,7 +1,7 @@
 // attention_prefill: many tokens a row, each over its row's positions up to its own.
 //
 //   q, out  [tokens, kv_heads * group, head_dim] bf16      k, v  pages (attention.cuh)
-//   plan    count, tokens of an item, then (row, first token, 2 words for a set that splits items) for each item
+//   plan    count, tokens of an item, a word that is another set's, then (row, first token, 2 words for a set that splits items) for each item
 //   grid    kv_heads * the most items that the step can have; those beyond count return at once
 //   block   256      shared 2 * 128 * head_dim * 2 bytes
 //   moves   each item reads the keys and values up to its last token, mostly from L2; 4 * head_dim operations a (query, key)
@@ -264,8 +264,8 @@ template <int HD> __device__ __forceinline__ void prefill(const PrefillArgs &arg
     const unsigned item = blockIdx.x / args.kv_heads, head = blockIdx.x % args.kv_heads;
     if (item >= args.plan[0])
         return;
-    const Row row = args.rows[args.plan[2 + 4 * item]];
-    const unsigned first = args.plan[3 + 4 * item], lane = threadIdx.x % 32, column = threadIdx.x / 32 * (NQ * 8);
+    const Row row = args.rows[args.plan[3 + 4 * item]];
+    const unsigned first = args.plan[4 + 4 * item], lane = threadIdx.x % 32, column = threadIdx.x / 32 * (NQ * 8);
     const unsigned kv_end = row.position + min(first + COLUMNS / args.group, row.tokens);
     const unsigned limit_min = row.position + first + 1, window = args.window;
     const unsigned kv_begin = limit_min > window ? limit_min - window : 0;

@@ -47,6 +47,13 @@ pub(crate) fn cases(filter: &Filter) -> Vec<Case> {
                 cases.push(case("attention_decode_fp8", shape, model, KvFormat::Fp8, fp8));
             }
         }
+        for (rows, tokens, behind) in super::mixed(filter) {
+            let contexts = vec![super::BESIDE_PROMPT; rows as usize];
+            let step = StepOf::mixed(&contexts, tokens, behind, model.vocab);
+            let shape =
+                format!("rows={rows} context={} tokens={tokens} behind={behind}", super::BESIDE_PROMPT);
+            cases.push(case("attention_mixed", shape, model, KvFormat::Bf16, step));
+        }
         for step in [100, 500, 900] {
             let contexts = mix(step);
             let shape = format!("mix step={step} rows={}", contexts.len());

@@ -46,8 +46,28 @@ pub(crate) fn cases(filter: &Filter) -> Vec<Case> {
                 }
             }
         }
+        for (rows, tokens, behind) in super::mixed(filter) {
+            cases.push(mixed(model, rows, tokens, behind));
+        }
     }
     cases
+}
+
+/// A step of `rows` decode rows and so many tokens of a prompt behind a context.
+fn mixed(model: ModelShape, rows: u32, tokens: u32, behind: u32) -> Case {
+    let contexts = vec![super::BESIDE_PROMPT; rows as usize];
+    let step_of = move || StepOf::mixed(&contexts, tokens, behind, model.dims().vocab);
+    Case {
+        family: "mixed_step",
+        shape: format!(
+            "model={} rows={rows} context={} tokens={tokens} behind={behind}",
+            model.name,
+            super::BESIDE_PROMPT
+        ),
+        bytes: 0.0,
+        flops: 0.0,
+        setup: Box::new(move |cuda, _| setup(cuda, model, step_of(), true)),
+    }
 }
 
 /// A step of `rows` rows; without a context it has no attention.
@@ -70,7 +90,10 @@ fn case(model: ModelShape, rows: u32, context: Option<u32>) -> Case {
         shape: format!("model={} rows={rows} {context_text}", model.name),
         bytes: 2.0 * weights as f64 + kv,
         flops: 0.0,
-        setup: Box::new(move |cuda, _| setup(cuda, model, rows, context)),
+        setup: Box::new(move |cuda, _| {
+            let step_of = StepOf::decode(&vec![context.unwrap_or(1); rows as usize], dims.vocab);
+            setup(cuda, model, step_of, context.is_some())
+        }),
     }
 }
 
@@ -95,9 +118,8 @@ struct Decode {
     tokens: Buffer,
 }
 
-fn setup(cuda: &mut Cuda, model: ModelShape, rows: u32, context: Option<u32>) -> Result<Run, CudaError> {
+fn setup(cuda: &mut Cuda, model: ModelShape, mut step_of: StepOf, attends: bool) -> Result<Run, CudaError> {
     let dims = model.dims();
-    let mut step_of = StepOf::decode(&vec![context.unwrap_or(1); rows as usize], dims.vocab);
     step_of.state = SlotState { temperature: 0.6, seed_low: 5, ..step_of.state };
     let limits = step_of.limits();
     let mut operations = Operations::new(cuda, &model.spec(), &limits)?;
@@ -124,13 +146,13 @@ fn setup(cuda: &mut Cuda, model: ModelShape, rows: u32, context: Option<u32>) ->
             Ok((layer_weights(cuda, model, seed)?, kv))
         })
         .collect::<Result<_, CudaError>>()?;
-    let (hidden, vocab, samples) = (dims.hidden as usize, dims.vocab as usize, rows as usize);
+    let (hidden, vocab, samples) = (dims.hidden as usize, dims.vocab as usize, step_of.rows.len());
     let decode = Decode {
         operations,
         step,
         embedding: random_in(cuda, vocab, hidden, 1, WEIGHT_MAX)?,
         layers,
-        attends: context.is_some(),
+        attends,
         rope: rope(cuda, &dims, limits.sequence)?,
         norm: random_in(cuda, 1, hidden, 2, 1.0)?,
         head: random_in(cuda, vocab, hidden, 3, WEIGHT_MAX)?,

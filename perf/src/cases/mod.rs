@@ -19,6 +19,22 @@ pub fn cases(filter: &Filter) -> Vec<Case> {
     cases
 }
 
+/// Tokens that decode rows see beside a prompt's.
+const BESIDE_PROMPT: u32 = 1024;
+
+/// `(rows, tokens, behind)` of steps of decode rows and a prompt's tokens behind a context, where they are asked for by name.
+fn mixed(filter: &Filter) -> Vec<(u32, u32, u32)> {
+    let asked = filter.words.iter().any(|word| word.contains("mixed"));
+    let rows = if asked { filter.rows_or(&[64]) } else { Vec::new() };
+    let mut steps = Vec::new();
+    for rows in rows {
+        for tokens in filter.tokens() {
+            steps.extend(filter.contexts().into_iter().map(|behind| (rows, tokens, behind)));
+        }
+    }
+    steps
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

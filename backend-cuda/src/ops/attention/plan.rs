@@ -1,7 +1,7 @@
 //! How the decode rows of a step are divided into work that blocks take (split-KV).
 //!
 //! ```text
-//!   plan      count, 7 words unused, segments    some leaves of a row each, and where their partials go
+//!   plan      count, blocks that take turns, beside, 5 words unused, segments    some leaves of a row each, and where their partials go
 //! ```
 //!
 //! Two plans for 264 blocks and 8 items, a turn for each item of a segment:
@@ -108,6 +108,8 @@ pub(super) struct DecodePlanner {
     least: u64,
     /// Are those cut that are longer than what is left for each block, or only those longer than what there was at first?
     evens_out: bool,
+    /// Do its blocks run beside those of prefill rows?
+    beside: bool,
 }
 
 impl DecodePlanner {
@@ -136,6 +138,7 @@ impl DecodePlanner {
             },
             least: LEAST,
             evens_out: true,
+            beside: false,
         }
     }
 
@@ -143,6 +146,12 @@ impl DecodePlanner {
     /// gained by ending together.
     pub(super) fn beside_products(self) -> DecodePlanner {
         DecodePlanner { least: LEAST_BESIDE_PRODUCTS, evens_out: false, ..self }
+    }
+
+    /// The same for so many blocks, beside those of prefill rows.
+    pub(super) fn beside_prefill(self, blocks: u32) -> DecodePlanner {
+        let many = (MANY_TURNS * blocks).div_ceil(self.items);
+        DecodePlanner { blocks, many, beside: true, ..self }
     }
 
     /// Words of a plan.
@@ -193,7 +202,7 @@ impl DecodePlanner {
                 rest -= u64::from(self.seen(row.kv_len));
             }
         }
-        head[0] = filled as u32;
+        head[..3].copy_from_slice(&[filled as u32, self.blocks, u32::from(self.beside)]);
     }
 
     /// Writes the rows' numbers, those that see most first, by counting them: a step may have thousands. Rows that see more than
@@ -361,6 +370,7 @@ mod tests {
                 many: random(5, 40) as u32,
                 least: 1 + random(9, 20),
                 evens_out: random(8, 2) == 0,
+                beside: false,
             };
             plans_are_whole(&planner, &rows);
         }
@@ -461,6 +471,7 @@ mod tests {
                 many: random(5, 20) as u32,
                 least: 1 + random(9, 20),
                 evens_out: random(8, 2) == 0,
+                beside: false,
             };
             let segments = planned(&planner, &rows);
             let of_rows = rows.len() * planner.items as usize;
@@ -509,6 +520,7 @@ mod tests {
             many: 66,
             least: LEAST,
             evens_out: true,
+            beside: false,
         };
         let pieces = |rows: &[Row]| planned(&planner, rows).into_iter().map(|segment| segment.leaves);
         let long = rows(256, 16);
@@ -577,6 +589,7 @@ mod tests {
             many: 66,
             least: LEAST,
             evens_out: true,
+            beside: false,
         };
         let mut order: Vec<u32> = planned(&planner, &rows).iter().map(|segment| segment.row).collect();
         order.dedup();
@@ -600,6 +613,7 @@ mod tests {
             many: 2,
             least: LEAST,
             evens_out: true,
+            beside: false,
         };
         assert_eq!(planned(&planner, &[row, Row { slot: 1, ..row }, Row { slot: 1, ..row }]).len(), 1);
     }

@@ -144,18 +144,38 @@ impl Planner {
             planner.plan(second, second_words);
         };
         match division {
-            Division::None if shape.decode_rows > 0 => self.whole.plan(decode_rows, decode_words),
-            Division::None => {}
+            Division::None => {
+                let planner = self.plan_prefill(shape, rows, prefill_words);
+                if shape.decode_rows > 0 {
+                    planner.plan(decode_rows, decode_words);
+                }
+            }
             Division::Rows => halves(&self.half, decode_words),
             Division::Multiprocessors => halves(&self.attenders, decode_words),
         }
-        if shape.prefill_rows > 0 {
-            self.splitter.plan(rows, shape.decode_rows, prefill_words);
+    }
+
+    /// Divides the work of a step's prefill rows, if there are any; says who divides that of the decode rows beside them. Those get
+    /// the multiprocessors that are left, where that is half of all, which keeps memory busy; else all, as prefill blocks end.
+    fn plan_prefill(&self, shape: StepShape, rows: &[Row], words: &mut [u32]) -> DecodePlanner {
+        if shape.prefill_rows == 0 {
+            return self.whole;
         }
+        let at_work = self.splitter.plan(rows, shape.decode_rows, words);
+        if !self.hopper {
+            return self.whole; // blocks of one kind wait for all of the other
+        }
+        let (all, left) = (self.splitter.blocks, self.splitter.blocks - at_work);
+        self.whole.beside_prefill(if 2 * left >= all {
+            left * self.set.decode_blocks
+        } else {
+            self.whole.blocks
+        })
     }
 
     /// Of the whole step's decode rows, or of a half's.
     pub(super) fn decode_grid(&self, planner: &DecodePlanner) -> Grid {
+        // Whose plan is for fewer blocks has others return at once.
         Grid::new(planner.blocks, self.set.decode_threads).shared(self.set.decode_shared).dependent()
     }
 
@@ -169,14 +189,19 @@ impl Planner {
     }
 
     /// What a part's decode rows are divided into.
-    pub(crate) fn explained_decode(&self, part: Part, rows: &[Row]) -> (Grid, String) {
-        let planner = if part == Part::Whole { &self.whole } else { &self.half };
+    pub(crate) fn explained_decode(&self, shape: StepShape, part: Part, rows: &[Row]) -> (Grid, String) {
+        let decoding = part.tokens(shape);
+        let decoding = &rows[decoding.start as usize..decoding.end.min(shape.decode_rows) as usize];
+        let (of_grid, planner) = match part {
+            Part::Whole => (&self.whole, self.plan_prefill(shape, rows, &mut self.prefill_words(shape))),
+            _ => (&self.half, self.half),
+        };
         let mut words = vec![0; planner.words()];
-        planner.plan(rows, &mut words);
+        planner.plan(decoding, &mut words);
         let segments = segments(&words);
         let leaves = || segments.iter().map(|segment| segment.leaves);
         let cut = segments.iter().filter(|segment| segment.total > 0 && segment.at == segment.base).count();
-        let grid = self.decode_grid(planner);
+        let grid = self.decode_grid(of_grid);
         let (least, most) = (leaves().min().unwrap_or(0), leaves().max().unwrap_or(0));
         let each = if least == most { most.to_string() } else { format!("{least} to {most}") };
         let text = format!(
@@ -196,10 +221,15 @@ impl Planner {
         segments(&words).len() as u32 * self.heads.items()
     }
 
+    /// Room for the plan of a step's prefill rows.
+    fn prefill_words(&self, shape: StepShape) -> Vec<u32> {
+        let items = self.heads.items_max(&self.set.prefill, shape.prefill_tokens(), shape.prefill_rows);
+        vec![0; self.splitter.words(items)]
+    }
+
     /// What the prefill rows are divided into.
     pub(crate) fn explained_prefill(&self, shape: StepShape, rows: &[Row]) -> (Grid, String) {
-        let items = self.heads.items_max(&self.set.prefill, shape.prefill_tokens(), shape.prefill_rows);
-        let mut words = vec![0; self.splitter.words(items)];
+        let mut words = self.prefill_words(shape);
         self.splitter.plan(rows, shape.decode_rows, &mut words);
         let (whole, split) = pieces(&words);
         let heads = self.heads.kv_heads;

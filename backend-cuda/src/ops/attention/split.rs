@@ -1,7 +1,7 @@
 //! How the prefill rows of a step are divided into pieces that blocks take.
 //!
 //! ```text
-//!   plan    count, tokens of an item, then pieces: (row, first token, span, place)
+//!   plan    count, tokens of an item, blocks that take turns, then pieces: (row, first token, span, place)
 //!   item    as many of a row's tokens as a block takes at once
 //!   piece   an item, and all that it sees ([`ALL`]) or what it sees of a span of positions
 //!   place   where the piece's states are kept for the merge, of its first head; heads and then spans follow each other
@@ -16,7 +16,7 @@ use minisgl_core::batch::Row;
 use minisgl_kernels::attention::{ALL, LEAF, SPAN};
 
 /// Words in front of a plan's pieces.
-const HEAD: usize = 2;
+const HEAD: usize = 3;
 /// Words of a piece.
 const PIECE: usize = 4;
 
@@ -59,7 +59,10 @@ impl Splitter {
     /// items that see most positions are first: short ones fill the gaps at the end. Of that order whole rounds of blocks
     /// stay whole, unless an item is more than a block's share of all. The rest is split, which costs time,
     /// and comes behind those whole items that are longer than a span.
-    pub(super) fn plan(&self, rows: &[Row], first_row: u32, words: &mut [u32]) {
+    ///
+    /// Returns how many blocks have turns: where decode rows attend beside, half of all are enough if no block has more to do
+    /// than the longest piece.
+    pub(super) fn plan(&self, rows: &[Row], first_row: u32, words: &mut [u32]) -> u32 {
         let (head, pieces) = words.split_at_mut(HEAD);
         let (pieces, _) = pieces.as_chunks_mut::<PIECE>();
         let (mut count, mut leaves) = (0, 0);
@@ -74,15 +77,17 @@ impl Splitter {
         pieces[..count].sort_unstable_by_key(|&[index, first, ..]| (kv_len(index), index, Reverse(first)));
         let whole = count as u32 * self.kv_heads / self.blocks * self.blocks / self.kv_heads;
         let share = leaves * u64::from(self.kv_heads) / u64::from(self.blocks);
-        let (items, mut split) = (count, 0);
+        let (items, mut split, mut longest) = (count, 0, 0);
         for item in 0..items {
             let [index, first, ..] = pieces[item];
             let row = &rows[index as usize];
             let spans = self.spans(row, first);
             let fits = item < whole as usize && u64::from(self.leaves(row, first)) <= share;
             if fits || spans.len() == 1 || split + spans.len() as u32 > self.pieces {
+                longest = longest.max(self.leaves(row, first));
                 continue;
             }
+            longest = longest.max(SPAN / LEAF);
             for span in spans.clone() {
                 let at = if span == spans.start { item } else { count };
                 count += usize::from(at == count);
@@ -102,7 +107,11 @@ impl Splitter {
                 (class(piece), kv_len(index), index, span, Reverse(first))
             });
         }
-        head.copy_from_slice(&[count as u32, self.item_tokens]);
+        let half = self.blocks / 2;
+        let few = first_row > 0 && leaves * u64::from(self.kv_heads) <= u64::from(longest * half);
+        let blocks = (count as u32 * self.kv_heads).min(if few { half } else { self.blocks });
+        head.copy_from_slice(&[count as u32, self.item_tokens, blocks]);
+        blocks
     }
 
     /// The positions that an item sees.
@@ -197,6 +206,21 @@ mod tests {
             }
             assert_eq!(pieces.next(), None);
         }
+    }
+
+    #[test]
+    fn beside_decode_rows_half_of_the_blocks_have_turns_where_none_has_more_to_do_than_a_piece() {
+        let blocks = |rows: &[Row], first_row: u32| {
+            let mut words = vec![0; SPLITTER.words(200)];
+            let blocks = SPLITTER.plan(rows, first_row, &mut words);
+            assert_eq!(words[2], blocks);
+            blocks
+        };
+        let decoding = row(900, 1);
+        assert_eq!(blocks(&[decoding, row(0, 64)], 1), 8, "as many as there are turns");
+        assert_eq!(blocks(&[decoding, row(16_384, 64)], 1), 66, "64 turns of a whole span, 8 of half a leaf");
+        assert_eq!(blocks(&[row(16_384, 64)], 0), 72, "nobody is beside");
+        assert_eq!(blocks(&[decoding, row(16_384, 512)], 1), 132);
     }
 
     #[test]
