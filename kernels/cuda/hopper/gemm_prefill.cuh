@@ -89,6 +89,10 @@ struct Plan {
     static constexpr unsigned MEETING = HALVES > 1 ? Meeting<WARPS>::BYTES : 0;
     static constexpr unsigned BESIDE = 1024 + WARPS * (WARP_TILE_BYTES + 8) + KNOWN * sizeof(Known) + 4 * 8 + MEETING + 8 * 4;
     static constexpr unsigned STAGES = (SHARED - BESIDE) / (STAGE_BYTES + SCALE_BYTES + 2 * 8);
+    // Stages of w that are asked for before the wait. With more, the first tokens stand in line behind them, 0.7 us where all
+    // multiprocessors fetch. (Of codes, all: what fewer give there is not measured.)
+    static constexpr unsigned EARLY = Operands::CODES ? STAGES : 3;
+    static_assert(EARLY <= STAGES, "no stage is filled twice before it is read");
     // Float4s of each slice on their way when a thread adds them.
     static constexpr unsigned ADDED = GROUPS == 2 && M == 128 ? 8 : 4;
     // Registers of a thread: 65536 in all.
@@ -217,7 +221,7 @@ __device__ __forceinline__ void fetch_part(unsigned to, const TensorMap *map, un
         bulk_fetch_shared(to, map, col, row, barrier, policy, ranks);
 }
 
-// What the kernel before wrote is x alone: the first of w is on its way before the wait for that kernel.
+// What the kernel before wrote is x alone: the first stages of w are on their way before the wait for that kernel.
 template <class P>
 __device__ __forceinline__ void fetch(const Shared<P> &shared, const TensorMap *w, const TensorMap *x, const Shape &shape) {
     const unsigned r = cluster_rank() % P::ALONG_ROWS, t = side_rank<P>() / P::ALONG_ROWS;
@@ -240,7 +244,7 @@ __device__ __forceinline__ void fetch(const Shared<P> &shared, const TensorMap *
                                   EVICT_NORMAL, same_tokens);
     };
     const unsigned first = tiles.begin(shape);
-    unsigned ahead = min(P::STAGES, tiles.end(shape) - first);
+    unsigned ahead = min(P::EARLY, tiles.end(shape) - first);
     for (unsigned i = 0; i < ahead; i++)
         fetch_w(i, first + i);
     dependent_wait();
