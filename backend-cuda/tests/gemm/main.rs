@@ -134,6 +134,7 @@ fn queries_keys_and_values_are_normed_turned_and_put_in_their_places() {
             (heads(16, 8, 128, 16), 1024),
             (heads(24, 8, 128, 16), LARGE.1 / 2),
             (heads(6, 2, 128, 16), 328),
+            (heads(32, 4, 128, 16), 2048),
             (heads(32, 8, 128, 16), LARGE.1 / 2),
         ]) {
             qkv(gpu, heads, cols, Has { bias: false, ..ALL });

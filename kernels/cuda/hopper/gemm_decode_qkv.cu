@@ -14,6 +14,9 @@
     DECODE_PAIRED(decode_qkv##SUFFIX##_128x64_paired, 2, 64, 1, KIND)                                                        \
     PAIR(pair_qkv##SUFFIX##_128x32, 2, 32, KIND)                                                                             \
     PAIR(pair_qkv##SUFFIX##_128x64, 2, 64, KIND)                                                                             \
+    PAIR(pair_qkv##SUFFIX##_128x72, 2, 72, KIND)                                                                             \
+    PAIR(pair_qkv##SUFFIX##_128x96, 2, 96, KIND)                                                                             \
+    PAIR(pair_qkv##SUFFIX##_128x128, 2, 128, KIND)                                                                           \
     TRIO(trio_qkv##SUFFIX##_128x64, 2, 64, KIND)                                                                             \
     TRIO(trio_qkv##SUFFIX##_128x88, 2, 88, KIND)
 

@@ -75,7 +75,12 @@ pub(super) fn of(kind: Kind) -> &'static [Tiling] {
         Tiling::heads(qkv!("decode", "64x48"), 48, 48),
         Tiling::heads(qkv!("decode", "64x64"), 64, 64),
         Tiling::heads_paired(qkv!("decode", "128x64_paired"), 64, 128),
-        Tiling::head_pair(qkv!("pair", "128x32"), 32, 128, Tiling::MOST),
+        Tiling::head_pair(qkv!("pair", "128x32"), 32, 128, Tiling::MOST).up_to(Tiling::SINGLE),
+        Tiling::head_pair(qkv!("pair", "128x64"), 64, 256, Tiling::MOST).up_to(Tiling::SINGLE),
+        // Of more heads than that fills the device with, in one round.
+        Tiling::head_pair(qkv!("pair", "128x72"), 72, 144, Tiling::MOST).up_to(Tiling::SINGLE),
+        Tiling::head_pair(qkv!("pair", "128x96"), 96, 192, Tiling::MOST).up_to(Tiling::SINGLE),
+        Tiling::head_pair(qkv!("pair", "128x128"), 128, 256, Tiling::MOST).up_to(Tiling::SINGLE),
         Tiling::head_pair(qkv!("pair", "128x64"), 64, 256, Tiling::MOST),
     ];
     const RESIDUAL: &[Tiling] = added!("residual");
@@ -346,6 +351,18 @@ mod tests {
             ]
         );
         assert_eq!(qkv(32, 128), Some("pair_qkv_128x32"));
+        // Those of Qwen3-30B-A3B.
+        let qkv_40 = [64, 128, 144, 192, 256].map(|tokens| picked(of, Kind::Qkv, [40 * 128, 2048, tokens]));
+        assert_eq!(
+            qkv_40,
+            [
+                Some("decode_qkv_64x64"),
+                Some("pair_qkv_128x64"),
+                Some("pair_qkv_128x72"),
+                Some("pair_qkv_128x96"),
+                Some("pair_qkv_128x128"),
+            ]
+        );
         // q, k and v of Qwen2.5's 7B are 36 heads, those of Qwen3-8B 48.
         let qkv = |heads: u32, cols, tokens| picked(of_large, Kind::Qkv, [heads * 128, cols, tokens]);
         assert_eq!(
