@@ -468,7 +468,7 @@ __device__ __forceinline__ void multiply_slices(const Shared<P> &shared, const T
         for (int i = 0; i < P::M / 2; i++)
             sum[i] = 0.0f;
         if constexpr (Operands::CODES)
-            multiply_codes(shared, position, tiles.begin(shape), tiles.end(shape), sum);
+            multiply_codes(shared, position, tiles.begin(shape), tiles.end(shape), sum, [] {});
         else
             multiply_slice(shared, position, tiles.begin(shape), tiles.end(shape), sum);
         if (count == 0 || outputs.m0 >= shape.rows)
@@ -491,8 +491,9 @@ __device__ __forceinline__ void multiply_slices(const Shared<P> &shared, const T
 }
 
 // One tile, of whose columns the block has half; of a warp's sums, when both halves have met, it has those of 64 of 128 rows.
-template <class P, class Epilogue>
-__device__ __forceinline__ void multiply_half(const Shared<P> &shared, const TensorMap *out, const Shape &shape, const Epilogue &epilogue) {
+template <class P, class Epilogue, class Operands>
+__device__ __forceinline__ void multiply_half(const Shared<P> &shared, const TensorMap *out, const Shape &shape, const Epilogue &epilogue,
+                                              const Operands &) {
     static_assert(!Epilogue::SCALED && P::M == 128, "of the products with a split sum");
     const unsigned warp = threadIdx.x / 32, lane = threadIdx.x % 32, old = shared.old + 8 * warp;
     const unsigned half = cluster_rank() / P::SIDE, other = cluster_rank() ^ P::SIDE;
@@ -504,21 +505,26 @@ __device__ __forceinline__ void multiply_half(const Shared<P> &shared, const Ten
     prepare<64>(epilogue, outputs, old);
     Turn<P> position(shape);
     float total[P::M / 2], sum[P::M / 2];
-#pragma unroll
-    for (int i = 0; i < P::M / 2; i++)
-        total[i] = -0.0f, sum[i] = 0.0f;
-    const unsigned last = tiles.last_slice(shape);
-#pragma unroll 1
-    for (unsigned slice = tiles.first_slice(shape), begin = tiles.begin(shape); slice < last; slice++) {
-        const unsigned end = shared.slice_ends[slice];
-        multiply_slice(shared, position, begin, end, sum, [&](unsigned block) {
-            if (slice + 1 == last && begin + block + 1 == end)
-                shared.meeting.open(other); // all but the last two blocks are multiplied
-        });
-        begin = end;
+    const auto open = [&] { shared.meeting.open(other); }; // all but the last two blocks are multiplied
+    if constexpr (Operands::CODES) {
+        multiply_codes(shared, position, tiles.begin(shape), tiles.end(shape), total, open);
+    } else {
 #pragma unroll
         for (int i = 0; i < P::M / 2; i++)
-            total[i] += sum[i];
+            total[i] = -0.0f, sum[i] = 0.0f;
+        const unsigned last = tiles.last_slice(shape);
+#pragma unroll 1
+        for (unsigned slice = tiles.first_slice(shape), begin = tiles.begin(shape); slice < last; slice++) {
+            const unsigned end = shared.slice_ends[slice];
+            multiply_slice(shared, position, begin, end, sum, [&](unsigned block) {
+                if (slice + 1 == last && begin + block + 1 == end)
+                    open();
+            });
+            begin = end;
+#pragma unroll
+            for (int i = 0; i < P::M / 2; i++)
+                total[i] += sum[i];
+        }
     }
     // The sums lie over the stage of the last block but two, which is idle by then, and over one before it.
     const auto place = [&](unsigned half) {
@@ -548,7 +554,7 @@ __device__ __forceinline__ void prefill(const TensorMap *w, const TensorMap *x, 
     if (threadIdx.x < P::MULTIPLIERS) {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(P::MULTIPLIER));
         if constexpr (P::HALVES > 1)
-            multiply_half(shared, out, shape, epilogue);
+            multiply_half(shared, out, shape, epilogue, operands);
         else if constexpr (P::SPLIT > 1)
             multiply_slices(shared, out, shape, epilogue, partials, operands);
         else

@@ -1,4 +1,4 @@
-// many_*, many_split_*, many_grained_*: products of many tokens whose both operands are e4m3 codes (rounded.cuh); see gemm_prefill.cuh.
+// many_*, many_split_*, many_joint_*, many_grained_*: products of many tokens whose both operands are e4m3 codes (rounded.cuh); see gemm_prefill.cuh.
 //
 //   a block's sums   ── even ──┬─ taken out while odd is multiplied ── times scales, += ──> a slice's
 //   the next one's   ── odd  ──┘
@@ -142,10 +142,11 @@ __device__ __forceinline__ void take(const Shared<P> &shared, unsigned at, unsig
 template <class P> constexpr unsigned IN_A_ROW = P::M > 128 || P::GROUPS > 2 ? 1 : 2;
 
 // The sums over blocks begin .. end of the columns, of two slices if one ends at `cut`. Where a loop goes round nothing is on its way:
-// the compiler follows products' registers no further, and would put all in a row.
-template <class P>
+// the compiler follows products' registers no further, and would put all in a row. `open` is called once, with the last two blocks on their way
+// at most.
+template <class P, class Open>
 __device__ __forceinline__ void multiply_codes(const Shared<P> &shared, Place<P::STAGES> &position, unsigned begin, unsigned end,
-                                               float (&sum)[P::M / 2], unsigned cut = 0, float4 *aside = nullptr) {
+                                               float (&sum)[P::M / 2], const Open &open, unsigned cut = 0, float4 *aside = nullptr) {
     float even[P::M / 2], odd[P::M / 2]; // of one block in a row, odd is never used
 #pragma unroll
     for (int i = 0; i < P::M / 2; i++)
@@ -162,6 +163,8 @@ __device__ __forceinline__ void multiply_codes(const Shared<P> &shared, Place<P:
             begin_next(even);
             const unsigned first = at;
             begin_next(odd);
+            if (i + 2 == end)
+                open();
             wgmma_wait<1>();
             take(shared, first, i, cut, even, sum, aside);
             wgmma_wait<0>();
@@ -170,6 +173,8 @@ __device__ __forceinline__ void multiply_codes(const Shared<P> &shared, Place<P:
 #pragma unroll 1
     for (; i < end; i++) {
         begin_next(even);
+        if (i + 1 == end && (IN_A_ROW<P> == 1 || (end - begin) % 2 == 1))
+            open();
         wgmma_wait<0>();
         take(shared, at, i, cut, even, sum, aside);
     }
@@ -181,7 +186,7 @@ __device__ __forceinline__ void multiply_codes_tile(const Shared<P> &shared, Pla
                                                     float (&total)[P::M / 2], const Partials &partials, const Between &between) {
     float4 *const aside = partials.sums + (blockIdx.x * P::WARPS + threadIdx.x / 32) * (P::M / 8 * 32) + threadIdx.x % 32;
     between();
-    multiply_codes(shared, position, 0, shape.blocks(), total, shape.slices > 1 ? shared.slice_ends[0] : 0, aside);
+    multiply_codes(shared, position, 0, shape.blocks(), total, [] {}, shape.slices > 1 ? shared.slice_ends[0] : 0, aside);
     if (shape.slices > 1)
 #pragma unroll
         for (int j = 0; j < P::M / 8; j++) {
@@ -198,6 +203,14 @@ __device__ __forceinline__ void multiply_codes_tile(const Shared<P> &shared, Pla
         prefill<Plan<GROUPS, M, 2, 1, SPLIT, Rounded<EPILOGUE>, Codes<PAIRS>>>(                                              \
             &w, &x, &out, shape, epilogue, partials, Codes<PAIRS>{scales});                                                  \
     }
+// Of clusters of two blocks that have half of the columns each.
+#define MANY_JOINT(NAME, GROUPS, EPILOGUE)                                                                                   \
+    extern "C" __global__ void __launch_bounds__(128 * GROUPS + 128, 1)                                                      \
+    NAME(const __grid_constant__ TensorMap w, const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap out,    \
+         Shape shape, CodeScales scales, Rounded<EPILOGUE> epilogue, Partials partials) {                                    \
+        prefill<Plan<GROUPS, 128, 1, 1, 1, Rounded<EPILOGUE>, Codes<true>, 2>>(                                              \
+            &w, &x, &out, shape, epilogue, partials, Codes<true>{scales});                                                   \
+    }
 #define MANY(NAME, GROUPS, M, SPLIT, EPILOGUE) MANY_OF(NAME, true, GROUPS, M, SPLIT, EPILOGUE)
 #define MANY_GRAINED(NAME, EPILOGUE) MANY_OF(NAME, false, 2, 128, 1, EPILOGUE)
 
@@ -205,8 +218,10 @@ MANY(many_qkv_narrow, 2, 128, 1, Qkv)
 MANY(many_qkv_middle, 3, 128, 1, Qkv)
 MANY(many_residual_narrow, 2, 128, 1, Residual)
 MANY(many_residual_middle, 3, 128, 1, Residual)
-MANY(many_split_residual_narrow, 2, 128, 2, Residual)
 MANY(many_split_residual_short, 2, 64, 2, Residual)
+MANY_JOINT(many_joint_residual_short, 1, Residual)
+MANY_JOINT(many_joint_residual_narrow, 2, Residual)
+MANY_JOINT(many_joint_residual_middle, 3, Residual)
 MANY(many_gate_up_narrow, 2, 128, 1, GateUp)
 MANY(many_gate_up_middle, 3, 128, 1, GateUp)
 MANY(many_gate_up_tall, 2, 192, 1, GateUp)

@@ -162,9 +162,14 @@ impl Tile {
     pub(super) const ROUNDED_MIDDLE: Tile = Tile { cost: 12, ..Tile::MIDDLE };
     /// Its rows make one round of Qwen3-8B's gate and up of 128 tokens.
     pub(super) const ROUNDED_TALL: Tile = Tile { rows: 192, cost: 14, ..Tile::NARROW };
-    pub(super) const ROUNDED_SPLIT: Tile = Tile { cost: 9, adding: 100, ..Tile::HALVED[0] };
-    /// Its rows give o and down of 128 tokens twice the blocks.
-    pub(super) const ROUNDED_SHORT: Tile = Tile { rows: 64, cost: 7, ..Tile::ROUNDED_SPLIT };
+    /// Its rows give down of 128 tokens twice the blocks.
+    pub(super) const ROUNDED_SHORT: Tile = Tile { rows: 64, cost: 7, adding: 30, ..Tile::HALVED[0] };
+    /// Both slices of o's and down's tiles at once, where whole tiles are few.
+    pub(super) const ROUNDED_JOINT: [Tile; 3] = [
+        Tile { cost: 8, adding: 0, far: 0, ..Tile::JOINT[0] },
+        Tile { cost: 10, adding: 0, far: 0, ..Tile::JOINT[1] },
+        Tile { cost: 14, adding: 8, far: 0, ..Tile::JOINT[2] },
+    ];
 
     /// The tiles that a kind of product has, and their kernels.
     fn of(kind: Kind) -> Vec<(Tile, &'static str)> {
@@ -302,7 +307,7 @@ impl Tile {
     }
 
     /// Of these clusters at once, how many a launch has: who shares out a tile's columns takes no other tile.
-    fn launched(self, shape: &Shape, clusters: u32) -> u32 {
+    pub(super) fn launched(self, shape: &Shape, clusters: u32) -> u32 {
         let turns = self.turns(shape);
         if self.blocks[2] == 2 { turns } else { turns.min(clusters) }
     }

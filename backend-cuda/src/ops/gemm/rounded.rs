@@ -134,8 +134,10 @@ impl Kernels {
                 many: vec![
                     (Tile::ROUNDED, "many_residual_narrow"),
                     (Tile::ROUNDED_MIDDLE, "many_residual_middle"),
-                    (Tile::ROUNDED_SPLIT, "many_split_residual_narrow"),
                     (Tile::ROUNDED_SHORT, "many_split_residual_short"),
+                    (Tile::ROUNDED_JOINT[0], "many_joint_residual_short"),
+                    (Tile::ROUNDED_JOINT[1], "many_joint_residual_narrow"),
+                    (Tile::ROUNDED_JOINT[2], "many_joint_residual_middle"),
                 ],
                 grained: (Tile::ROUNDED, "many_grained_residual_narrow"),
             }),
@@ -264,7 +266,7 @@ impl Rounded {
         };
         let at_once = |tile: &Loaded| tile.clusters * tile.tile.cluster();
         let blocks = many.first().map_or(0, at_once);
-        if let Some(size) = size(E::KIND, &shape, names, blocks) {
+        if let Some(size) = size(E::KIND, &shape, names, blocks, pairs) {
             let (few, kernel) = (few_of(E::KIND, size, &shape, blocks), &self.few[index][size]);
             let (Block { rows, tokens }, stages) = (few.ring.block, few.stages(&shape));
             let [w, x] = maps(rows, tokens)?;
@@ -275,7 +277,7 @@ impl Rounded {
         let [w, x] = maps(fetched.rows, fetched.tokens)?;
         let (out, width) = product.epilogue.outputs(shape.rows).ok_or_else(|| none(E::KIND))?;
         let out = TensorMap::rows_of_bf16(out, shape.tokens as usize, width as usize, Prefill::WARP_TOKENS)?;
-        let grid = tile.grid(tile.turns(&shape).min(*clusters));
+        let grid = tile.grid(tile.launched(&shape, *clusters));
         launcher.launch(kernel, grid, [&w, &x, &out, &shape, &scales, &epilogue, partials])
     }
 }
@@ -301,11 +303,13 @@ fn few_of(kind: Kind, size: usize, shape: &Shape, blocks: u32) -> Sliced {
 }
 
 /// Which of [`Sliced::TOKENS`] a product takes, if one of so many kernels does. A tile of 128 tokens has a multiprocessor to itself: on a
-/// device that takes fewer `blocks` of these at once than there are, kernels for many tokens are done first.
-fn size(kind: Kind, shape: &Shape, kernels: &[&str], blocks: u32) -> Option<usize> {
+/// device that takes fewer `blocks` of these at once than there are, kernels for many tokens are done first. So they are of o and down from
+/// 33 tokens on, if 128 rows have scales in pairs, for which they have tiles of 64 tokens.
+fn size(kind: Kind, shape: &Shape, kernels: &[&str], blocks: u32, pairs: bool) -> Option<usize> {
     let size = Sliced::TOKENS.iter().take(kernels.len()).position(|tokens| shape.tokens <= *tokens)?;
     let Block { rows, tokens } = few(kind, size).ring.block;
-    (tokens < 128 || shape.rows.div_ceil(rows) * shape.slices <= blocks).then_some(size)
+    let by_room = tokens == 128 || tokens == 64 && kind == Kind::Residual && pairs;
+    (!by_room || shape.rows.div_ceil(rows) * shape.slices <= blocks).then_some(size)
 }
 
 /// What rounds so many tokens of so many columns: a block a token where its largest magnitude is that of all its columns, or where blocks are many,
@@ -337,7 +341,7 @@ pub(super) fn explained(
     let grid = rounding(2 * shape.cols, shape.tokens, rounding_of);
     let round = Explained { kernel: "fp8_inputs", grid, work: work.into() };
     let blocks = 2 * clusters(2);
-    let Some(size) = size(kind, shape, names, blocks) else {
+    let Some(size) = size(kind, shape, names, blocks, pairs) else {
         return Tile::explained_of(kernels.tiles(pairs), shape, clusters).map(|product| [round, product]);
     };
     Some([round, few_of(kind, size, shape, blocks).explained(names[size], shape)])
@@ -398,10 +402,15 @@ mod tests {
         };
         assert_eq!(kernel(Kind::Qkv, 6144, 4096, 128), "few_qkv_128x128");
         assert_eq!(kernel(Kind::Residual, 4096, 4096, 64), "few_residual_64x64");
-        assert_eq!(kernel(Kind::Residual, 4096, 4096, 128), "many_split_residual_short");
+        assert_eq!(kernel(Kind::Residual, 5120, 5120, 32), "few_residual_64x32");
+        assert_eq!(kernel(Kind::Residual, 5120, 5120, 64), "many_joint_residual_short");
+        assert_eq!(kernel(Kind::Residual, 4096, 4096, 128), "many_joint_residual_short");
         assert_eq!(kernel(Kind::Residual, 4096, 12_288, 128), "many_split_residual_short");
-        assert_eq!(kernel(Kind::Residual, 5120, 17_408, 128), "many_split_residual_narrow");
-        assert_eq!(kernel(Kind::Residual, 4096, 12_288, 256), "many_split_residual_narrow");
+        assert_eq!(kernel(Kind::Residual, 5120, 17_408, 128), "many_joint_residual_narrow");
+        assert_eq!(kernel(Kind::Residual, 5120, 17_408, 160), "many_joint_residual_middle");
+        assert_eq!(kernel(Kind::Residual, 4096, 12_288, 256), "many_joint_residual_narrow");
+        assert_eq!(kernel(Kind::Residual, 4096, 4096, 384), "many_joint_residual_middle");
+        assert_eq!(kernel(Kind::Residual, 4096, 12_288, 512), "many_residual_narrow");
         assert_eq!(kernel(Kind::Residual, 5120, 17_408, 256), "many_residual_narrow");
         assert_eq!(kernel(Kind::GateUp, 24_576, 4096, 128), "many_gate_up_tall");
         assert_eq!(kernel(Kind::GateUp, 24_576, 4096, 256), "many_gate_up_narrow");
