@@ -47,19 +47,14 @@ impl TensorMap {
         TensorMap::new(address, [cols, 2, 2, rows / 4], [BOX_COLS, 2, pairs, fours], Chunks::Swizzled)
     }
 
-    /// Pages of keys or values `[rows, head_dim]` as `[rows / 8, head_dim / 64, 8, 64]`, in boxes of `box_rows` rows, which land as they
-    /// lie: swizzled already.
+    /// Pages of keys or values as `[rows, head_dim]`, in boxes of `box_rows` rows, which land as they lie: swizzled already.
     pub fn pages(
         address: Address,
         rows: usize,
         head_dim: usize,
         box_rows: u32,
     ) -> Result<TensorMap, CudaError> {
-        let cols = BOX_COLS as usize;
-        let sizes = [cols, 8, head_dim / cols, rows / 8];
-        let boxes = [BOX_COLS, 8, (head_dim / cols) as u32, box_rows / 8];
-        let strides = [head_dim * 2, cols * 2, head_dim * 16].map(|bytes| bytes as u64);
-        TensorMap::strided(address, sizes, &strides, boxes, Chunks::AsTheyLie)
+        TensorMap::new(address, [head_dim, rows], [BOX_COLS, box_rows], Chunks::AsTheyLie)
     }
 
     /// Queries `[tokens, heads, head_dim]` in boxes of `box_tokens` tokens by `box_heads` heads, which land swizzled, row
@@ -81,30 +76,18 @@ impl TensorMap {
         box_sizes: [u32; RANK],
         chunks: Chunks,
     ) -> Result<TensorMap, CudaError> {
+        let mut map = sys::CUtensorMap { opaque: [0; 16] };
         let mut bytes = 2;
-        // Of the last one nobody asks.
+        // How far apart two neighbours along the next dimension lie; of the last one nobody asks.
         let strides = sizes.map(|size| {
             bytes *= size as u64;
             bytes
         });
-        TensorMap::strided(address, sizes, &strides, box_sizes, chunks)
-    }
-
-    /// A tensor of which two neighbours along each dimension but the innermost lie so many bytes apart.
-    fn strided<const RANK: usize>(
-        address: Address,
-        sizes: [usize; RANK],
-        strides: &[u64],
-        box_sizes: [u32; RANK],
-        chunks: Chunks,
-    ) -> Result<TensorMap, CudaError> {
-        let mut map = sys::CUtensorMap { opaque: [0; 16] };
         let (sizes, steps) = (sizes.map(|size| size as u64), [1; RANK]);
         let swizzle = match chunks {
             Chunks::Swizzled => sys::CUtensorMapSwizzle_enum::CU_TENSOR_MAP_SWIZZLE_128B,
             Chunks::AsTheyLie => sys::CUtensorMapSwizzle_enum::CU_TENSOR_MAP_SWIZZLE_NONE,
         };
-        assert!(strides.len() + 1 >= RANK);
         // SAFETY: all arrays have the lengths that the rank asks for, or one more; the address is only noted, not read.
         let status = unsafe {
             sys::cuTensorMapEncodeTiled(

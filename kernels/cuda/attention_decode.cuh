@@ -345,7 +345,7 @@ __device__ __forceinline__ void decode(DecodeArgs args, unsigned char *shared) {
     const Stages<HD, HEADS, STAGES, FP8> stages = {(unsigned)__cvta_generic_to_shared(shared)};
     const unsigned warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     args.derive<HEADS>();
-    if (blockIdx.x >= args.blocks)
+    if (blockIdx.x >= args.turns)
         return;
     prepare(stages);
 #if BULK_COPIES

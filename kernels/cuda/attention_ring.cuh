@@ -7,7 +7,7 @@
 // On Hopper a warp of its own fills the ring: each lane copies a page's share of a leaf (the bytes as they lie, swizzled
 // already), which completes on the stage's `full`; threads that have read a stage arrive at its `empty`. Bytes are read once,
 // so L2 is told to evict them first. A block's first turn is its number; from then on it takes whichever is next, so that
-// blocks that memory serves better do more. Elsewhere all threads copy 16 bytes each, one stage ahead, and turns are dealt
+// blocks that memory serves better do more. Beside prefill rows, whose blocks give way one by one, it takes all of them so. Elsewhere all threads copy 16 bytes each, one stage ahead, and turns are dealt
 // round.
 //
 // 1. Copies of older tokens start before the dependent-launch wait: only the keys and values of the row's newest token and of the
@@ -290,20 +290,18 @@ template <int HD, int HEADS, int STAGES, bool FP8> struct Filler {
     // The first unit of the turn that was taken, or the end.
     __device__ __forceinline__ void begin_taken(Unit &unit, unsigned &taken) const {
         taken = __shfl_sync(FULL_WARP, taken, 0);
-        if (args.blocks + taken < args.turns)
-            unit.begin(args, args.blocks + taken);
+        if (args.dealt + taken < args.turns)
+            unit.begin(args, args.dealt + taken);
         else
             unit.segment.leaves = 0;
     }
-    __device__ __forceinline__ void run() {
+    // Fills the ring with `source`'s turn and those behind it, up to the end.
+    __device__ __forceinline__ void fill_turns(Source &source, unsigned &taken) {
         const bool at_begin = args.other_taken != nullptr;
-        Source source;
         Unit &unit = source.unit;
-        unit.begin(args, blockIdx.x);
         unsigned part = fill_first(source);
         if (at_begin)
             give_way();
-        unsigned taken;
         bool has_taken = at_begin || unit.is_past();
         if (has_taken)
             taken = take_turn();
@@ -346,7 +344,20 @@ template <int HD, int HEADS, int STAGES, bool FP8> struct Filler {
         }
         if (at_begin)
             dependent_launch();
-        if (lane == 0 && taken == args.turns - 1)
+    }
+    __device__ __forceinline__ void run() {
+        Source source;
+        Unit &unit = source.unit;
+        unsigned taken;
+        if (args.dealt > 0) {
+            unit.begin(args, blockIdx.x);
+        } else {
+            taken = take_turn();
+            begin_taken(unit, taken);
+        }
+        if (!unit.is_end())
+            fill_turns(source, taken);
+        if (lane == 0 && args.dealt + taken == args.turns + min(gridDim.x, args.turns) - 1)
             args.arrived[args.arrived_count] = 0;
         wait_for(stages.empty(place.at), place.parity ^ 1);
         if constexpr (FP8)
@@ -448,7 +459,7 @@ template <int HD, int HEADS, int STAGES, bool FP8> struct Ring {
         ahead.leaf++;
         if (!ahead.is_past())
             return;
-        turn += args.blocks;
+        turn += gridDim.x;
         if (turn < args.turns)
             ahead.begin(args, turn);
         else

@@ -1,6 +1,6 @@
 // attention_work: what decode has to do, in pieces that the host's plan names.
 //
-//   plan      count, blocks that take turns, `beside`, 5 words unused, then `count` segments of 8 words (Segment)
+//   plan      count, `beside`, 6 words unused, then `count` segments of 8 words (Segment)
 //   segment   some leaves of a row's window, one after the other; a row is one segment, or several where the work is short
 //   turn      a (segment, item), items fastest; an item is a kv head with up to eight of its queries, or HEADS neighbouring kv
 //             heads with all of theirs, eight at most
@@ -37,7 +37,7 @@ struct DecodeArgs {
     unsigned *arrived; // a word for each (row, item), then the number of turns taken
     const unsigned *other_plan, *other_taken; // of a divided step's other half: its plan, its number of turns taken; or null
     unsigned arrived_count, table_width, page_shift, kv_heads, group, window;
-    unsigned groups, splits, items, turns, blocks;
+    unsigned groups, splits, items, turns, dealt; // dealt: how many of the turns are those of blocks' numbers
     bool beside; // prefill rows, whose attention is the kernel before and has let this one begin behind its wait
 
     // What comes before attention has ended; beside prefill rows it had when this kernel began.
@@ -58,8 +58,8 @@ struct DecodeArgs {
         splits = (group + 7) / 8;
         items = groups * splits;
         turns = plan[0] * items;
-        blocks = min(plan[1], turns);
-        beside = plan[2] != 0;
+        beside = plan[1] != 0;
+        dealt = beside ? 0 : min(gridDim.x, turns);
     }
     // The item's group.
     __device__ __forceinline__ unsigned group_of(unsigned item) const { return splits == 1 ? item : item / splits; }

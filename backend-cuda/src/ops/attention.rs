@@ -13,11 +13,12 @@
 //! while half of all are enough to keep memory busy with decode rows:
 //!
 //! ```text
-//!   multiprocessors   ├── prefill rows: as many as have turns, at most half, if that is enough ──┤        o …
-//!                     ├── decode rows: the others ─────────────────────────────────────────────────┤
+//!   multiprocessors   ├── prefill rows: as many as have turns, half if that is enough ──┼─ decode rows ─┤ o …
+//!                     ├── decode rows: the others ─────────────────────────────────────────────────────┤
 //! ```
 //!
-//! Where it is not enough, prefill rows have all, and decode rows' blocks come as those of prefill rows end.
+//! Where it is not enough, prefill rows have all. Decode rows' blocks come as those of prefill rows end, and take whichever turn is
+//! next, the first one too: so no multiprocessor waits while there is work.
 //!
 //! Grids depend on the step's shape and on fixed capacities only, so that a recorded step fits any lengths: a step fills
 //! the device once (each half of a divided one, half of it). Portable prefill blocks take one item and head each, and as many

@@ -40,11 +40,13 @@
 //    what a page holds may be NaN. Each warpgroup does so for itself: all write the same.
 // 5. A part's queries may be asked for when its last scores are there: those of the next turn come while it ends.
 // 6. Rows that are no query's give garbage, which stays in its row and is not stored.
-// 7. A turn is taken by counting `taken` up. A block stops at the first turn that does not exist, and so counts once in
-//    vain; the last such count sets `taken` to 0 for the next launch.
+// 7. A block's first turn is its number; from then on it takes one by counting `taken` up. It stops at the first turn that does not
+//    exist, and so counts once in vain; the last such count sets `taken` to 0 for the next launch.
 // 8. A warp's queries are its own business: it keeps them before its lane 0 counts, which releases them and acquires those of
 //    the spans counted before; who counts last folds all. No block waits for another.
-// 9. Two states would not fit the registers: of a whole piece that sees several spans, the folded ones are in memory, too.
+// 9. Which piece is first, and where its pages are, is looked up before the dependent-launch wait. Behind that decode rows'
+//    attention may start, which reads at once what was before this kernel.
+// 10. Two states would not fit the registers: of a whole piece that sees several spans, the folded ones are in memory, too.
 #pragma once
 #include "attention.cuh"
 #include "hopper.cuh"
@@ -117,7 +119,7 @@ constexpr unsigned TURNS = 2, READERS = 3;
 
 // Addresses in shared memory.
 template <int HD> struct Shared {
-    static constexpr unsigned STAGES = 5 * 128 / HD, EIGHT = HD * 16, STAGE_BYTES = LEAF / 8 * EIGHT; // bytes of eight rows
+    static constexpr unsigned STAGES = 5 * 128 / HD, HALF = LEAF * 128, STAGE_BYTES = HD / 64 * HALF;
     static constexpr unsigned QUERY_HALF = PART_QUERIES * 128, QUERY_BYTES = HD / 64 * QUERY_HALF;
     unsigned base;
 
@@ -155,16 +157,22 @@ template <int HD> struct Shared {
 template <int HD> __device__ __forceinline__ void take_turns(const PrefillArgs &args, const Shared<HD> &shared) {
     const unsigned turns = args.turns(), blocks = args.blocks();
     Place<TURNS> place;
-    unsigned turn;
-    do {
-        turn = atomicAdd(args.taken, 1);
-        if (turn == turns + blocks - 1)
-            *args.taken = 0;
+    unsigned turn = blockIdx.x;
+    while (true) {
         barrier_wait(shared.read(place.at), place.parity ^ 1); // passes in the first round
         asm volatile("st.shared.u32 [%0], %1;" ::"r"(shared.turn(place.at)), "r"(turn) : "memory");
         barrier_arrive(shared.taken(place.at));
+        if (turn >= turns)
+            break;
+        if (turn == blockIdx.x) {
+            dependent_wait();
+            dependent_launch();
+        }
+        turn = blocks + atomicAdd(args.taken, 1);
+        if (turn == turns + blocks - 1)
+            *args.taken = 0;
         place.advance();
-    } while (turn < turns);
+    }
 }
 
 // A warp's next turn.
@@ -177,17 +185,19 @@ template <int HD> __device__ __forceinline__ unsigned next_turn(const Shared<HD>
     return turn;
 }
 
-// A warp fetches keys (`values` 0) or values (1), to every other stage: a lane copies a page's share of a leaf. The bytes come as
-// they lie, swizzled already; of eight rows first the first 64 dims, then the others.
+// A warp fetches keys (`values` 0) or values (1), to every other stage: a lane copies 64 dims of a page's share of a leaf, the
+// bytes as they lie, swizzled already.
 template <int HD>
 __device__ __forceinline__ void fetch(const PrefillArgs &args, const Shared<HD> &shared, unsigned values, unsigned lane) {
     using S = Shared<HD>;
-    const unsigned step = min(1u << args.page_shift, LEAF), token = lane * step;
+    constexpr unsigned HALVES = HD / 64;
+    const unsigned step = min(1u << args.page_shift, LEAF), half = lane % HALVES, token = lane / HALVES * step;
     const TensorMap *map = values ? args.v : args.k;
     Place<TURNS> turns;
     Place<S::STAGES> place;
     if (values)
         place.advance();
+    bool waits = true;
     for (unsigned turn; (turn = next_turn(shared, turns)) < args.turns();) {
         const Piece piece(args, turn);
         const unsigned kv_end = piece.kv_end();
@@ -198,12 +208,15 @@ __device__ __forceinline__ void fetch(const PrefillArgs &args, const Shared<HD> 
             const unsigned in_page = (begin + token) & ((1u << args.page_shift) - 1);
             const unsigned line = ((page * args.kv_heads + piece.head) << args.page_shift) + in_page;
             const unsigned full = shared.full(place.at);
+            if (waits)
+                dependent_wait();
+            waits = false;
             barrier_wait(shared.empty(place.at), place.parity ^ 1); // passes in the first round
             if (lane == 0)
                 barrier_expect(full, (min(kv_end - begin, LEAF) + step - 1) / step * step * HD * 2);
             __syncwarp();
             if (copies)
-                bulk_fetch(shared.stage(place.at) + token * HD * 2, map, 0, 0, 0, line / 8, full, EVICT_NORMAL);
+                bulk_fetch(shared.stage(place.at) + half * S::HALF + token * 128, map, half * 64, line, full, EVICT_NORMAL);
             place.advance();
             place.advance();
         }
@@ -233,8 +246,12 @@ template <int HD> __device__ __forceinline__ void answer(const PrefillArgs &args
     const unsigned part_tokens = args.part_tokens(), bytes = part_tokens * args.group * HD * 2;
     Place<TURNS> turns;
     unsigned parity = 1; // passes in the first round
+    bool waits = true;
     for (unsigned turn; (turn = next_turn(shared, turns)) < args.turns(); parity ^= 1) {
         const Piece piece(args, turn);
+        if (waits)
+            dependent_wait();
+        waits = false;
 #pragma unroll 1
         for (unsigned i = 0; i < PARTS && lane == 0; i++) {
             const unsigned first = piece.first + i * part_tokens, rest = piece.end > first ? piece.end - first : 0;
@@ -311,7 +328,7 @@ __device__ __forceinline__ void score_part(float (&s)[TILES * 8], unsigned queri
 #pragma unroll
     for (int k = 0; k < HD / 16; k++)
         wgmma(s, tile_descriptor_at(queries + k / 4 * S::QUERY_HALF + k % 4 * 32),
-              tile_descriptor_at(keys + k / 4 * 1024 + k % 4 * 32, S::EIGHT), k > 0);
+              tile_descriptor_at(keys + k / 4 * S::HALF + k % 4 * 32), k > 0);
     wgmma_commit();
     wgmma_wait<0>();
     hold(s);
@@ -354,8 +371,8 @@ __device__ __forceinline__ unsigned pair_of(float x, float y) {
 template <int HD> __device__ __forceinline__ void zero_rows(unsigned values, unsigned first, unsigned end, unsigned part) {
     constexpr unsigned CHUNKS = HD / 8;
     for (unsigned i = first * CHUNKS + threadIdx.x % 128; i < end * CHUNKS; i += 128)
-        asm volatile("st.shared.v4.u32 [%0], {%1, %1, %1, %1};" ::"r"(values + i / (8 * CHUNKS) * Shared<HD>::EIGHT +
-                                                                      i % CHUNKS / 8 * 1024 + i / CHUNKS % 8 * 128 + i % 8 * 16),
+        asm volatile("st.shared.v4.u32 [%0], {%1, %1, %1, %1};" ::"r"(values + i % CHUNKS / 8 * Shared<HD>::HALF +
+                                                                      i / CHUNKS * 128 + i % 8 * 16),
                      "r"(0)
                      : "memory");
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
@@ -516,7 +533,7 @@ template <int HD> struct Attender {
             wgmma_fence();
 #pragma unroll
             for (int j = 0; j < TILES; j++)
-                wgmma_transposed(o, p[j], tile_descriptor_at(values + half * 1024 + j * (TILE / 8 * S::EIGHT), S::EIGHT), j > 0);
+                wgmma_transposed(o, p[j], tile_descriptor_at(values + half * S::HALF + j * TILE * 128), j > 0);
 #pragma unroll
             for (int j = 0; half == HD / 64 - 1 && j < TILES; j++)
                 wgmma(l, p[j], small_descriptor(shared.ones()), j > 0);
@@ -592,8 +609,6 @@ template <int HD> __device__ __forceinline__ void prefill(const PrefillArgs &arg
     if (threadIdx.x < 64)
         store_ones(shared.ones() + threadIdx.x * 4);
     __syncthreads();
-    dependent_wait();
-    dependent_launch(); // behind the wait: decode rows' attention reads at once what is before this kernel
     if (threadIdx.x < 128 * PARTS) {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(ATTENDING));
         attend(args, shared);

@@ -60,15 +60,6 @@ __device__ __forceinline__ void bulk_fetch(unsigned to, const TensorMap *map, un
                  : "memory");
 }
 
-// The same with a map of four.
-__device__ __forceinline__ void bulk_fetch(unsigned to, const TensorMap *map, unsigned x, unsigned y, unsigned z, unsigned w,
-                                           unsigned barrier, unsigned long long policy) {
-    asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
-                 "[%0], [%1, {%2, %3, %4, %5}], [%6], %7;" ::"r"(to), "l"(map), "r"(x), "r"(y), "r"(z), "r"(w), "r"(barrier),
-                 "l"(policy)
-                 : "memory");
-}
-
 // Fetches bytes that lie side by side, whole sixteens of them.
 __device__ __forceinline__ void bulk_fetch_bytes(unsigned to, const void *from, unsigned bytes, unsigned barrier,
                                                  unsigned long long policy) {
@@ -181,10 +172,9 @@ __device__ __forceinline__ unsigned long long tile_descriptor(unsigned tile) {
     return (unsigned long long)((tile & 0x3ffff) >> 4) | 1ull << 16 | 64ull << 32 | 1ull << 62;
 }
 
-// The same for a tile whose address needs no mask, so that what is added to it fits one register. Its rows come eight by eight, the next
-// ones so many bytes further on.
-__device__ __forceinline__ unsigned long long tile_descriptor_at(unsigned tile, unsigned eight = 1024) {
-    return (unsigned long long)(eight / 16 | 1u << 30) << 32 | (tile / 16 + (1u << 16));
+// The same for a tile whose address needs no mask, so that what is added to it fits one register.
+__device__ __forceinline__ unsigned long long tile_descriptor_at(unsigned tile) {
+    return (unsigned long long)(64u | 1u << 30) << 32 | (tile / 16 + (1u << 16));
 }
 
 // Describes [8, 16] bf16 in 256 bytes, 8 columns of all rows and then the other 8.

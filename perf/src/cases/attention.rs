@@ -1,5 +1,5 @@
 //! Cases of paged attention: decode over contexts of one length and over a mix, prefill of whole prompts and of
-//! portions behind a context; all of it with a window too.
+//! portions behind a context, and where it is asked for both beside each other (`attention_mixed`); all of it with a window too.
 //!
 //! Queries lie in [-8, 8), so that scores differ and the softmax has something to do; keys and values in [-1, 1).
 
@@ -48,10 +48,9 @@ pub(crate) fn cases(filter: &Filter) -> Vec<Case> {
             }
         }
         for (rows, tokens, behind) in super::mixed(filter) {
-            let contexts = vec![super::BESIDE_PROMPT; rows as usize];
-            let step = StepOf::mixed(&contexts, tokens, behind, model.vocab);
-            let shape =
-                format!("rows={rows} context={} tokens={tokens} behind={behind}", super::BESIDE_PROMPT);
+            let of_each = super::BESIDE_PROMPT;
+            let step = StepOf::mixed(&vec![of_each; rows as usize], tokens, behind, model.vocab);
+            let shape = format!("rows={rows} context={of_each} tokens={tokens} behind={behind}");
             cases.push(case("attention_mixed", shape, model, KvFormat::Bf16, step));
         }
         for step in [100, 500, 900] {

@@ -4,7 +4,7 @@
 //!   begin_step ─ embed ─ [qkv ─ (attention) ─ o ─ gate_up ─ down] x layers ─ final_norm ─ head ─ sample
 //! ```
 //!
-//! `decode_step_fp8`, which has to be asked for by that name where others are asked for, keeps keys and values in fp8. Each layer has weights, keys and values of its own, so a step finds in the cache nothing that the step before left.
+//! `mixed_step`, which has to be asked for, has tokens of a prompt behind a context besides. `decode_step_fp8`, which has to be asked for by that name where others are asked for, keeps keys and values in fp8. Each layer has weights, keys and values of its own, so a step finds in the cache nothing that the step before left.
 //! Products and attention are checked by cases of their own; here, that the logits are finite and that the tokens are
 //! those which the definition of sampling draws from them.
 
@@ -55,16 +55,12 @@ pub(crate) fn cases(filter: &Filter) -> Vec<Case> {
 
 /// A step of `rows` decode rows and so many tokens of a prompt behind a context.
 fn mixed(model: ModelShape, rows: u32, tokens: u32, behind: u32) -> Case {
-    let contexts = vec![super::BESIDE_PROMPT; rows as usize];
-    let step_of = move || StepOf::mixed(&contexts, tokens, behind, model.dims().vocab);
+    let of_each = super::BESIDE_PROMPT;
+    let step_of = move || StepOf::mixed(&vec![of_each; rows as usize], tokens, behind, model.vocab);
     Case {
         family: "mixed_step",
-        shape: format!(
-            "model={} rows={rows} context={} tokens={tokens} behind={behind}",
-            model.name,
-            super::BESIDE_PROMPT
-        ),
-        bytes: 0.0,
+        shape: format!("model={} rows={rows} context={of_each} tokens={tokens} behind={behind}", model.name),
+        bytes: bytes(model, f64::from(rows) * f64::from(of_each) + f64::from(behind + tokens)),
         flops: 0.0,
         setup: Box::new(move |cuda, _| setup(cuda, model, step_of(), true)),
     }
@@ -72,13 +68,7 @@ fn mixed(model: ModelShape, rows: u32, tokens: u32, behind: u32) -> Case {
 
 /// A step of `rows` rows; without a context it has no attention.
 fn case(model: ModelShape, rows: u32, context: Option<u32>) -> Case {
-    let dims = model.dims();
-    let (hidden, mlp) = (dims.hidden as usize, dims.intermediate as usize);
-    let layer = hidden * (dims.qkv_width() + dims.q_width() + 3 * mlp);
-    let weights = dims.layers as usize * layer + hidden * dims.vocab as usize;
     let seen = context.map_or(0, |context| context.min(model.window.unwrap_or(u32::MAX)));
-    let of_kv = f64::from(dims.layers) * kv_page(model).page_bytes() as f64 * 2.0 / f64::from(PAGE_SIZE);
-    let kv = f64::from(rows) * f64::from(seen) * of_kv;
     let family = match context {
         Some(_) if model.kv_fp8 => "decode_step_fp8",
         Some(_) => "decode_step",
@@ -88,13 +78,23 @@ fn case(model: ModelShape, rows: u32, context: Option<u32>) -> Case {
     Case {
         family,
         shape: format!("model={} rows={rows} {context_text}", model.name),
-        bytes: 2.0 * weights as f64 + kv,
+        bytes: bytes(model, f64::from(rows) * f64::from(seen)),
         flops: 0.0,
         setup: Box::new(move |cuda, _| {
-            let step_of = StepOf::decode(&vec![context.unwrap_or(1); rows as usize], dims.vocab);
+            let step_of = StepOf::decode(&vec![context.unwrap_or(1); rows as usize], model.vocab);
             setup(cuda, model, step_of, context.is_some())
         }),
     }
+}
+
+/// Of all weights, and of what rows see in every layer, `seen` tokens in all.
+fn bytes(model: ModelShape, seen: f64) -> f64 {
+    let dims = model.dims();
+    let (hidden, mlp) = (dims.hidden as usize, dims.intermediate as usize);
+    let layer = hidden * (dims.qkv_width() + dims.q_width() + 3 * mlp);
+    let weights = dims.layers as usize * layer + hidden * dims.vocab as usize;
+    let of_kv = f64::from(dims.layers) * kv_page(model).page_bytes() as f64 * 2.0 / f64::from(PAGE_SIZE);
+    2.0 * weights as f64 + seen * of_kv
 }
 
 /// A page of a layer's keys, or of its values.

@@ -52,6 +52,19 @@ mod tests {
     }
 
     #[test]
+    fn mixed_steps_are_there_where_they_are_asked_for() {
+        let filter = |word: &str| Filter {
+            words: vec![word.into(), "model=0.6b".into(), "behind=4096".into()],
+            rows: vec![64],
+            tokens: vec![100],
+            ..Filter::default()
+        };
+        assert_eq!(cases(&filter("mixed_step")).len(), 1);
+        assert_eq!(cases(&filter("attention_mixed")).len(), 2, "with a window too");
+        assert!(cases(&filter("rows=64 context=1024")).is_empty());
+    }
+
+    #[test]
     fn windows_and_biases_have_cases_of_their_own_and_a_window_bounds_what_is_read() {
         let of = |words: &[&str], model: &str| {
             let words = words.iter().map(|word| (*word).to_owned()).collect();

@@ -1,7 +1,7 @@
 //! How the decode rows of a step are divided into work that blocks take (split-KV).
 //!
 //! ```text
-//!   plan      count, blocks that take turns, beside, 5 words unused, segments    some leaves of a row each, and where their partials go
+//!   plan      count, beside, 6 words unused, segments    some leaves of a row each, and where their partials go
 //! ```
 //!
 //! Two plans for 264 blocks and 8 items, a turn for each item of a segment:
@@ -148,10 +148,9 @@ impl DecodePlanner {
         DecodePlanner { least: LEAST_BESIDE_PRODUCTS, evens_out: false, ..self }
     }
 
-    /// The same for so many blocks, beside those of prefill rows.
-    pub(super) fn beside_prefill(self, blocks: u32) -> DecodePlanner {
-        let many = (MANY_TURNS * blocks).div_ceil(self.items);
-        DecodePlanner { blocks, many, beside: true, ..self }
+    /// The same for blocks that run beside those of prefill rows.
+    pub(super) fn beside_prefill(self) -> DecodePlanner {
+        DecodePlanner { beside: true, ..self }
     }
 
     /// Words of a plan.
@@ -202,7 +201,7 @@ impl DecodePlanner {
                 rest -= u64::from(self.seen(row.kv_len));
             }
         }
-        head[..3].copy_from_slice(&[filled as u32, self.blocks, u32::from(self.beside)]);
+        head[..2].copy_from_slice(&[filled as u32, u32::from(self.beside)]);
     }
 
     /// Writes the rows' numbers, those that see most first, by counting them: a step may have thousands. Rows that see more than

@@ -155,27 +155,17 @@ impl Planner {
         }
     }
 
-    /// Divides the work of a step's prefill rows, if there are any; says who divides that of the decode rows beside them. Those get
-    /// the multiprocessors that are left, where that is half of all, which keeps memory busy; else all, as prefill blocks end.
+    /// Divides the work of a step's prefill rows, if there are any; says who divides that of the decode rows.
     fn plan_prefill(&self, shape: StepShape, rows: &[Row], words: &mut [u32]) -> DecodePlanner {
         if shape.prefill_rows == 0 {
             return self.whole;
         }
-        let at_work = self.splitter.plan(rows, shape.decode_rows, words);
-        if !self.hopper {
-            return self.whole; // blocks of one kind wait for all of the other
-        }
-        let (all, left) = (self.splitter.blocks, self.splitter.blocks - at_work);
-        self.whole.beside_prefill(if 2 * left >= all {
-            left * self.set.decode_blocks
-        } else {
-            self.whole.blocks
-        })
+        self.splitter.plan(rows, shape.decode_rows, words);
+        if self.hopper { self.whole.beside_prefill() } else { self.whole }
     }
 
     /// Of the whole step's decode rows, or of a half's.
     pub(super) fn decode_grid(&self, planner: &DecodePlanner) -> Grid {
-        // Whose plan is for fewer blocks has others return at once.
         Grid::new(planner.blocks, self.set.decode_threads).shared(self.set.decode_shared).dependent()
     }
 
