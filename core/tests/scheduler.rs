@@ -5,12 +5,13 @@ mod support;
 use std::sync::Arc;
 
 use minisgl_core::batch::Batch;
-use minisgl_core::config::Limits;
+use minisgl_core::config::{Limits, LimitsError};
 use minisgl_core::constraint::Constraint;
 use minisgl_core::costs::StepCosts;
+use minisgl_core::embedding::Embed;
 use minisgl_core::request::{Event, FinishReason, Request, Ticket};
 use minisgl_core::rules::Rules;
-use minisgl_core::sampling::{NO_TOKEN, SamplingParams};
+use minisgl_core::sampling::{NO_TOKEN, PromptLogprobs, RowLogprobs, SamplingParams};
 use minisgl_core::scheduler::{Order, Scheduler, Settings};
 
 use support::expected::{Allowed, EOS, VOCAB, allowed};
@@ -528,7 +529,42 @@ fn long_requests_take_turns_where_the_host_keeps_few_tokens_and_all_end() {
 #[test]
 fn the_hosts_tables_of_many_long_sequences_are_megabytes() {
     let limits = Limits { running: 4096, queued: 1024, sequence: 262_144, pages: 65_536, ..LONG };
-    let bytes = limits.host_bytes(151_936, 1024, 1);
-    assert!(bytes < 300 << 20, "{bytes} bytes, half of them masks of two steps");
+    let (bytes, masks) = (limits.host_bytes(151_936, 1024, 1), 2 * 4096 * 151_936 / 8);
+    assert!((masks..300 << 20).contains(&bytes), "{bytes} bytes, half of them masks of two steps");
     assert!(limits.check().is_ok());
+}
+
+#[test]
+fn capacities_whose_numbers_fit_32_bits_are_taken_to_the_last_one() {
+    // A page beside those that there are is for rows that only pad a step.
+    let (pages, last) = (|pages| Limits { page_size: 1, pages, ..SMALL }, u32::MAX - 2);
+    assert_eq!(pages(last).check(), Ok(()));
+    assert_eq!(pages(last + 1).check(), Err(LimitsError::TooLarge("number of pages")));
+}
+
+#[test]
+fn a_copy_of_a_batch_is_what_it_is_a_copy_of() {
+    let rules = Arc::new(Rules::new(vec![(1, 0.5)], vec![2], &[]).unwrap().allowing(vec![1, 2, 5]).unwrap());
+    let allows_5 = |seed: u32, output: &[u32]| matches!(allowed(seed, output), Allowed::Mask(mask) if mask >> 5 & 1 == 1);
+    let seed = (0..).find(|seed| allows_5(*seed, &[]) && allows_5(*seed, &[5])).unwrap();
+    let constraint: Arc<dyn Constraint> = Arc::new(Rule::new(seed, 0));
+    let mut scheduler = scheduler();
+    let scored = PromptLogprobs { from: 1, top: 2 };
+    for (params, rules, constraint) in [
+        (SamplingParams { logprobs: Some(1), ..exactly(3) }, Some(&rules), None),
+        (SamplingParams { prompt_logprobs: Some(scored), ..exactly(3) }, None, Some(&constraint)),
+        (SamplingParams { embed: Some(Embed { dimensions: None }), ..exactly(0) }, None, None),
+    ] {
+        let request = Request { rules, constraint, ..Request::new(&[1, 2, 3], params) };
+        scheduler.submit(request).expect("it can run");
+    }
+    let scores: [RowLogprobs; 2] = bytemuck::Zeroable::zeroed();
+    let (mut batch, mut copy) = (Batch::new(&SMALL), Batch::new(&SMALL));
+    for _ in 0..2 {
+        assert!(scheduler.schedule(&mut batch));
+        copy.copy_from(&batch);
+        assert_eq!(format!("{copy:?}"), format!("{batch:?}"));
+        scheduler.take_scores(&batch, &scores[..batch.scored().len()], &mut |_| ());
+        scheduler.complete(&batch, &[5; 3][..batch.samples() as usize], &[], &mut |_| ());
+    }
 }
