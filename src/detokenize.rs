@@ -306,6 +306,35 @@ mod tests {
         assert_eq!(detokenizer.into_text(), "a##ex");
     }
 
+    #[test]
+    fn of_stop_texts_in_one_token_the_first_ends_the_text() {
+        let codec = codec();
+        let two_letters = |id: &u32| {
+            let text = codec.decode(&[*id])?;
+            let [first, second] = text.as_bytes() else { return None };
+            (first != second && text.is_ascii()).then(|| (*id, text.clone()))
+        };
+        let (token, text) = (0..640).find_map(|id| two_letters(&id)).unwrap();
+        for stops in [[&text[1..], &text[..1]], [&text[..1], &text[1..]]] {
+            let mut detokenizer = Detokenizer::new(stop(&stops));
+            assert_eq!(detokenizer.push(token, &codec), "");
+            assert_eq!(detokenizer.stop_text(), Some(&text[..1]), "{text:?}");
+        }
+    }
+
+    #[test]
+    fn a_stop_text_does_not_count_within_the_least_tokens() {
+        let codec = codec();
+        let mut detokenizer = Detokenizer::new(Ending { min_tokens: 2, ..stop(&["#"]) });
+        let pieces: Vec<String> = ["#", "!", "#", "!"]
+            .iter()
+            .flat_map(|text| ids(&codec, text))
+            .map(|id| detokenizer.push(id, &codec).to_owned())
+            .collect();
+        assert_eq!(pieces.len(), 4, "a token each");
+        assert_eq!((pieces.concat(), detokenizer.stop_text()), ("#!".to_owned(), Some("#")));
+    }
+
     /// A small tokenizer of SentencePiece's kind: ▁ for a space, bytes for what it doesn't know.
     fn byte_fallback(decoder: serde_json::Value) -> Text {
         let words = ["<unk>", "<s>", "</s>", "▁", "▁the", "s", "ö", "▁Grö", "🙂", "<0x100>", "▁▁", "e</w>"];

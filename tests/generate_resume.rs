@@ -33,6 +33,22 @@ fn a_result_belongs_to_its_line_not_to_its_id() {
 }
 
 #[test]
+fn of_two_results_of_a_line_the_later_one_stays() {
+    let scratch = Scratch::new();
+    scratch.write("in.jsonl", requests(3, 2));
+    succeed(&scratch, &[]);
+    let out = scratch.join("out.jsonl");
+    // As where two outputs are put together.
+    let mut later = by_line(&out)[&2].clone();
+    later["text"] = json!("later");
+    fs::write(&out, read(&out) + &later.to_string() + "\n").unwrap();
+    let output = succeed(&scratch, &["--resume"]);
+    assert!(stderr(&output).contains("0 finished, 0 failed, 3 skipped"), "{}", stderr(&output));
+    assert_eq!(lines(&out).len(), 3);
+    assert_eq!(by_line(&out)[&2], later);
+}
+
+#[test]
 fn lines_that_failed_run_again_and_their_new_results_take_the_place_of_the_errors() {
     let scratch = Scratch::new();
     let request = |i: usize| {

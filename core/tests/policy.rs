@@ -197,6 +197,31 @@ proptest! {
     }
 }
 
+#[test]
+fn what_steps_cost_is_measured_when_an_engine_is_built() {
+    let given = StepCosts {
+        decode: Line { fixed_ms: 5.0, token_ms: 0.25 },
+        mixed: Line { fixed_ms: 20.0, token_ms: 0.04 },
+        attention: Line { fixed_ms: 0.0, token_ms: 1e-4 },
+    };
+    let limits =
+        Limits { running: 256, prefill_tokens: 2048, sequence: 1024, pages: 2048, graph_rows: 256, ..SMALL };
+    let engine = Engine::new(Lazy::priced(Pace::Late, given), Hashing::default(), options(limits))
+        .expect("valid limits");
+    let measured = engine.costs();
+    let is_near = |measured: f32, given: f32, by: f32| (measured - given).abs() <= by;
+    // The device's clock counts whole milliseconds, and an operation is one of them.
+    for rows in [1, 100, 256] {
+        assert!(is_near(measured.decode.at(rows), given.decode.at(rows), 8.0), "{rows} rows: {measured:?}");
+    }
+    for tokens in [64, 1000, 2048] {
+        // Their prompts attend to themselves.
+        let ms = given.mixed.at(tokens);
+        assert!(is_near(measured.mixed.at(tokens), ms, 8.0 + ms / 6.0), "{tokens} tokens: {measured:?}");
+    }
+    assert!(is_near(measured.attention.token_ms, given.attention.token_ms, 2e-5), "{measured:?}");
+}
+
 /// Requests that come one by one, one in each step, as texts do from a tokenizer that is slower than the device.
 fn one_by_one(policy: Policy, requests: u32) -> Engine<Local<Lazy, Hashing>> {
     let limits = Limits { running: 64, queued: 64, pages: 4000, prefill_tokens: 500, ..SMALL };

@@ -185,6 +185,13 @@ pub fn forward(memory: &mut [u32], step: &Step<Words>, kv: Words) {
     }
 }
 
+/// Pairs of a step's tokens and the positions that they attend to, about.
+pub fn pairs(memory: &mut [u32], step: &Step<Words>) -> f32 {
+    let (batch, _) = split(memory, step);
+    let rows = packed_rows(&step.layout, step.shape.rows() as usize, batch).iter();
+    rows.map(|row| row.tokens as f32 * (row.position + row.kv_len) as f32 / 2.0).sum()
+}
+
 /// The hidden states of the step's sampled rows, or of others whose keys and values are there.
 pub fn norm(memory: &mut [u32], step: &Step<Words>, kv: Words, normed: Words, window: u32) {
     let (batch, mut device) = split(memory, step);

@@ -202,8 +202,15 @@ impl State {
     fn perform(&mut self, op: Op) {
         match op {
             Op::Forward { step, kv } => {
-                let costs = if step.shape.is_decode() { self.costs.decode } else { self.costs.mixed };
-                self.clock += costs.at(step.shape.tokens) as u64;
+                let StepCosts { decode, mixed, attention } = self.costs;
+                let ms = match step.shape.is_decode() {
+                    true => decode.at(step.shape.tokens),
+                    false => {
+                        let pairs = hashing::pairs(&mut self.memory, &step);
+                        mixed.at(step.shape.tokens) + attention.fixed_ms + attention.token_ms * pairs
+                    }
+                };
+                self.clock += ms as u64;
                 hashing::forward(&mut self.memory, &step, kv);
             }
             Op::Norm { step, kv, normed, window } => {
