@@ -68,6 +68,8 @@ fn the_residual_stream_grows_by_the_product_and_its_squares_are_summed() {
             (1024, 2048),
             (1024, 8192),
             (4096, 3072),
+            (4000, 3200),
+            (5000, 2560),
         ]) {
             residual(gpu, rows, cols);
         }
@@ -153,6 +155,7 @@ fn biases_head_norms_and_rope_are_there_or_not() {
             (heads(9, 3, 64, 16), 576, Has { rope: true, ..none }),
             (heads(14, 2, 64, 16), 896, Has { rope: true, ..bias }),
             (heads(28, 4, 128, 16), 3584, Has { rope: true, ..bias }),
+            (heads(25, 5, 128, 16), 3072, Has { rope: true, ..bias }),
             (heads(16, 4, 128, 32), 2048, none),
             (heads(3, 1, 64, 16), 192, ALL),
             (heads(4, 2, 128, 16), 256, bias),

@@ -4,7 +4,8 @@
 //   w [rows, cols] bf16   x [tokens, cols] bf16   cols a multiple of 8   accumulates in fp32
 //   block    64 GROUPS rows of w by N tokens, OWN slices of the columns, one or a pair: GROUPS warpgroups that
 //            multiply, a warp that fetches, a warp that computes the tokens' scales. wgmma.cuh has a wrapper for each N, a multiple of 8
-//   cluster  TILES neighbouring row tiles times all slices: rank = (tile * slices + slice) / OWN
+//   cluster  TILES neighbouring row tiles times all slices: rank = (tile * slices + slice) / OWN; or twice that, with the next
+//            tokens or the next rows: two blocks beside each other have a slice in common
 //   grid     (ceil(tokens / N) * cluster, clusters for all rows)   block 128 GROUPS + 64 threads
 //   shared   stages * (64 GROUPS + N) * 128 bytes; 2 barriers a stage; N floats
 //   moves    rows * cols * 2 bytes of w, for each N tokens, from memory once: neighbouring clusters have the same rows of w;
@@ -73,12 +74,16 @@ template <int N, int WARPS, class Epilogue> struct SideBySide {
 __device__ __forceinline__ const TensorMap *fetched(const TensorMap &w) { return &w; }
 __device__ __forceinline__ const Fp8Matrix &fetched(const Fp8Matrix &w) { return w; }
 
+// Whom a block has beside itself in its cluster, with a slice in common: nobody; who has the next tokens, for whom it fetches half of
+// its rows of w; or the next rows of w, half of its tokens.
+enum class Beside { NOBODY, NEXT_TOKENS, NEXT_ROWS };
+
 // How w is kept, and its way into shared memory. TIGHT: 128 rows of a block share a multiprocessor's registers with another block.
-template <int GROUPS, int N, int PAIR, class Matrix> struct RingOf {
-    using Type = Ring<GROUPS, N, PAIR>;
+template <int GROUPS, int N, Beside BESIDE, class Matrix> struct RingOf {
+    using Type = Ring<GROUPS, N, BESIDE == Beside::NOBODY ? 1 : 2, BESIDE == Beside::NEXT_ROWS>;
     static constexpr bool TIGHT = false;
 };
-template <int GROUPS, int N> struct RingOf<GROUPS, N, 1, Fp8Matrix> {
+template <int GROUPS, int N> struct RingOf<GROUPS, N, Beside::NOBODY, Fp8Matrix> {
     using Type = Fp8Ring<GROUPS, N>;
     static constexpr bool TIGHT = true;
 };
@@ -89,16 +94,27 @@ __device__ __forceinline__ void fetch_beside(const R &, const TensorMap &, unsig
 template <class R>
 __device__ __forceinline__ void fetch_beside(const R &, const Fp8Matrix &, unsigned, unsigned, unsigned, unsigned) {}
 
-template <int GROUPS, int TILES, int N, int OWN, int PAIR, class Matrix, class Epilogue>
+// Where a tile of so many rows from row m on is taken to begin: so that no more than 63 of its rows lie behind the matrix, if it has as
+// many, for the copy engine is slow to make up rows. Those before m are another tile's outputs, which who stores eight a lane leaves out.
+template <class Epilogue> __device__ __forceinline__ unsigned within(const Shape &shape, unsigned m, unsigned rows) {
+    const unsigned end = (shape.rows + 63) / 64 * 64;
+    return !IS_WIDE<Epilogue> ? m : end > rows ? min(m, end - rows) : 0;
+}
+
+template <int GROUPS, int TILES, int N, int OWN, Beside BESIDE, class Matrix, class Epilogue>
 __device__ __forceinline__ void decode(const Matrix &w, const TensorMap *x, const Shape &shape, unsigned stages,
                                        const Epilogue &epilogue) {
-    using R = typename RingOf<GROUPS, N, PAIR, Matrix>::Type;
+    using R = typename RingOf<GROUPS, N, BESIDE, Matrix>::Type;
     using S = Sums<GROUPS, N>;
+    constexpr int PAIR = BESIDE == Beside::NOBODY ? 1 : 2;
+    constexpr bool SAME_TOKENS = BESIDE == Beside::NEXT_ROWS;
     extern __shared__ __align__(1024) unsigned char shared[];
     dependent_launch();
     const unsigned ranks = cluster_size() / PAIR, cluster = cluster_rank(), rank = cluster / PAIR, second = cluster % PAIR;
     const unsigned sharers = shape.slices / OWN, slice = rank % sharers * OWN;
-    const unsigned tile0 = blockIdx.y * TILES, m0 = (tile0 + rank / sharers) * R::ROWS, n0 = (blockIdx.x / (ranks * PAIR) * PAIR + second) * N;
+    const unsigned of_tokens = blockIdx.x / (ranks * PAIR), n0 = (SAME_TOKENS ? of_tokens : of_tokens * PAIR + second) * N;
+    const unsigned tile0 = (SAME_TOKENS ? blockIdx.y * PAIR + second : blockIdx.y) * TILES;
+    const unsigned out0 = within<Epilogue>(shape, tile0 * R::ROWS, TILES * R::ROWS), m0 = out0 + rank / sharers * R::ROWS;
     const unsigned base = (shared_address(shared) + 1023) & ~1023u;
     float *staged = reinterpret_cast<float *>(shared + (base - shared_address(shared)));
     const R ring(base, stages, second, rank * PAIR);
@@ -123,9 +139,11 @@ __device__ __forceinline__ void decode(const Matrix &w, const TensorMap *x, cons
         cluster_sync();
     } else {
         constexpr int BLOCKS = GROUPS * TILES, WARPS = 4 * BLOCKS * Epilogue::SLICES / OWN;
-        constexpr bool TIGHT = RingOf<GROUPS, N, PAIR, Matrix>::TIGHT;
+        constexpr bool TIGHT = RingOf<GROUPS, N, BESIDE, Matrix>::TIGHT;
         using Out = EitherWidth<N, BLOCKS, (N + WARPS - 1) / WARPS, SideBySide<N, WARPS, Epilogue>::T, TIGHT, Epilogue>;
-        Out out(shape, rank + ranks * warp, ranks * 4 * GROUPS, tile0 * R::ROWS, n0);
+        // Of an odd number of tiles the last one's neighbour has none: it takes no tokens, or stores none of them.
+        const bool is_none = SAME_TOKENS && out0 >= shape.rows;
+        Out out(shape, rank + ranks * warp, ranks * 4 * GROUPS, out0, is_none ? shape.tokens : n0, tile0 * R::ROWS);
         if (Epilogue::EARLY)
             out.fetch(epilogue, shape.rows);
         dependent_wait();
@@ -171,20 +189,21 @@ __device__ __forceinline__ void decode(const Matrix &w, const TensorMap *x, cons
     cluster_sync_relaxed();
 }
 
-// BESIDE: how many blocks the registers of a multiprocessor hold.
-#define DECODE_OF(NAME, GROUPS, TILES, N, OWN, BESIDE, MATRIX, EPILOGUE)                                                     \
-    extern "C" __global__ void __launch_bounds__(128 * GROUPS + 64, BESIDE)                                                  \
+// BLOCKS: how many the registers of a multiprocessor hold.
+#define DECODE_OF(NAME, GROUPS, TILES, N, OWN, BLOCKS, MATRIX, EPILOGUE)                                                     \
+    extern "C" __global__ void __launch_bounds__(128 * GROUPS + 64, BLOCKS)                                                  \
     NAME(const __grid_constant__ MATRIX w, const __grid_constant__ TensorMap x, Shape shape, unsigned stages,             \
          EPILOGUE epilogue) {                                                                                                \
-        decode<GROUPS, TILES, N, OWN, 1>(w, &x, shape, stages, epilogue);                                                    \
+        decode<GROUPS, TILES, N, OWN, Beside::NOBODY>(w, &x, shape, stages, epilogue);                                       \
     }
 #define DECODE(NAME, GROUPS, TILES, N, EPILOGUE) DECODE_OF(NAME, GROUPS, TILES, N, 1, 2, TensorMap, EPILOGUE)
 #define DECODE_ALONE(NAME, GROUPS, N, OWN, EPILOGUE) DECODE_OF(NAME, GROUPS, 1, N, OWN, 1, TensorMap, EPILOGUE)
-// Two blocks with neighbouring tiles of tokens and a slice in common fetch w for each other.
-#define DECODE_PAIRED(NAME, GROUPS, N, OWN, EPILOGUE)                                                                        \
+#define DECODE_TWO(NAME, GROUPS, N, OWN, BESIDE, EPILOGUE)                                                                   \
     extern "C" __global__ void __launch_bounds__(128 * GROUPS + 64, 1)                                                       \
     NAME(const __grid_constant__ TensorMap w, const __grid_constant__ TensorMap x, Shape shape, unsigned stages,             \
          EPILOGUE epilogue) {                                                                                                \
-        decode<GROUPS, 1, N, OWN, 2>(w, &x, shape, stages, epilogue);                                                        \
+        decode<GROUPS, 1, N, OWN, BESIDE>(w, &x, shape, stages, epilogue);                                                   \
     }
-#define DECODE_FP8(NAME, GROUPS, N, BESIDE, EPILOGUE) DECODE_OF(NAME, GROUPS, 1, N, 1, BESIDE, Fp8Matrix, EPILOGUE)
+#define DECODE_PAIRED(NAME, GROUPS, N, OWN, EPILOGUE) DECODE_TWO(NAME, GROUPS, N, OWN, Beside::NEXT_TOKENS, EPILOGUE)
+#define DECODE_ROWS_PAIRED(NAME, GROUPS, N, OWN, EPILOGUE) DECODE_TWO(NAME, GROUPS, N, OWN, Beside::NEXT_ROWS, EPILOGUE)
+#define DECODE_FP8(NAME, GROUPS, N, BLOCKS, EPILOGUE) DECODE_OF(NAME, GROUPS, 1, N, 1, BLOCKS, Fp8Matrix, EPILOGUE)

@@ -12,6 +12,10 @@
     DECODE(decode_qkv##SUFFIX##_64x64, 1, 2, 64, KIND)                                                                       \
     DECODE(decode_qkv##SUFFIX##_64x128, 1, 2, 128, KIND)                                                                     \
     DECODE_PAIRED(decode_qkv##SUFFIX##_128x64_paired, 2, 64, 1, KIND)                                                        \
+    DECODE_PAIRED(decode_qkv##SUFFIX##_128x96_paired, 2, 96, 1, KIND)                                                        \
+    DECODE_ROWS_PAIRED(decode_qkv##SUFFIX##_128x64_rows, 2, 64, 1, KIND)                                                     \
+    DECODE_ROWS_PAIRED(decode_qkv##SUFFIX##_128x128_rows, 2, 128, 1, KIND)                                                   \
+    DECODE_ROWS_PAIRED(decode_qkv##SUFFIX##_128x192_rows, 2, 192, 1, KIND)                                                   \
     PAIR(pair_qkv##SUFFIX##_128x32, 2, 32, KIND)                                                                             \
     PAIR(pair_qkv##SUFFIX##_128x64, 2, 64, KIND)                                                                             \
     PAIR(pair_qkv##SUFFIX##_128x72, 2, 72, KIND)                                                                             \

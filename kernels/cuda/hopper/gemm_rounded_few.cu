@@ -128,7 +128,7 @@ __device__ __forceinline__ void fetch_beside(const CodesRing<GROUPS, N, SETS> &r
     ring.fetch_beside(w, first, blocks, m0, n0);
 }
 
-template <int GROUPS, int N, int SETS> struct RingOf<GROUPS, N, 1, CodesMatrix<SETS>> {
+template <int GROUPS, int N, int SETS> struct RingOf<GROUPS, N, Beside::NOBODY, CodesMatrix<SETS>> {
     using Type = CodesRing<GROUPS, N, SETS>;
     static constexpr bool TIGHT = true;
 };
@@ -137,7 +137,7 @@ template <int GROUPS, int N, int SETS> struct RingOf<GROUPS, N, 1, CodesMatrix<S
     extern "C" __global__ void __launch_bounds__(128 * GROUPS + 64, BESIDE)                                                  \
     NAME(const __grid_constant__ TensorMap w, const __grid_constant__ TensorMap x, Shape shape, unsigned stages,             \
          CodeScales scales, Rounded<EPILOGUE> epilogue) {                                                                    \
-        decode<GROUPS, 1, N, 1, 1>(CodesMatrix<SETS>{&w, scales}, &x, shape, stages, epilogue);                                 \
+        decode<GROUPS, 1, N, 1, Beside::NOBODY>(CodesMatrix<SETS>{&w, scales}, &x, shape, stages, epilogue);                 \
     }
 
 FEW(few_qkv_128x16, 2, 16, 2, 1, Qkv)

@@ -3,12 +3,12 @@
 //
 //   stage    64 GROUPS rows of w, then N tokens, 64 columns of each: tiles as hopper.cuh describes them
 //   sharers  blocks of a cluster that need the same w at the same time: each fetches its part for all of them, or, where its rows
-//            are no such parts, they take turns, a stage each
+//            are no such parts, they take turns, a stage each; or two that need the same tokens, and fetch half of them each
 //
 //   fetch ── full[stage] ──> multiply ── empty[stage] of every sharer ──> fetch
 //
 // 1. What the kernel before wrote is x alone: w is on its way before the wait for that kernel.
-// 2. A stage is filled again when the warps of all sharers are done with it, because w goes to all of them at once.
+// 2. A stage is filled again when the warps of all sharers are done with it, because what they share goes to all of them at once.
 // 3. A stage that is not filled again is not released either. So whatever a block sends to another, a fetch or a release, is
 //    waited for there before that one ends; and kernels begin with a cluster barrier, so that it has its barriers by then.
 #pragma once
@@ -16,10 +16,11 @@
 #include "dependent.cuh"
 #include "hopper.cuh"
 
-template <int GROUPS, int N, int SHARERS> struct Ring {
+template <int GROUPS, int N, int SHARERS, bool SAME_TOKENS = false> struct Ring {
     static constexpr int ROWS = 64 * GROUPS, W_BYTES = ROWS * 128, STAGE_BYTES = W_BYTES + N * 128;
-    static constexpr int MULTIPLIERS = 128 * GROUPS, PART = ROWS / SHARERS;
-    static constexpr bool IN_PARTS = ROWS % (8 * SHARERS) == 0; // whole groups of the swizzle
+    static constexpr int MULTIPLIERS = 128 * GROUPS, PART = (SAME_TOKENS ? N : ROWS) / SHARERS;
+    static constexpr bool IN_PARTS = PART * SHARERS == (SAME_TOKENS ? N : ROWS) && PART % 8 == 0; // whole groups of the swizzle
+    static_assert(IN_PARTS || !SAME_TOKENS, "blocks take turns at rows of w alone");
     unsigned base, full, empty, stages;
     unsigned rank, first_rank; // which of the sharers, and the first one's rank in the cluster
 
@@ -27,6 +28,8 @@ template <int GROUPS, int N, int SHARERS> struct Ring {
         : base(base), full(base + stages * STAGE_BYTES), empty(full + 8 * stages), stages(stages), rank(rank), first_rank(first_rank) {}
 
     __device__ __forceinline__ unsigned stage(unsigned i) const { return base + i * STAGE_BYTES; }
+    // The sharers' ranks, a bit each.
+    __device__ __forceinline__ unsigned short all() const { return ((1 << SHARERS) - 1) << first_rank; }
 
     // One thread's call, before any other member's.
     __device__ __forceinline__ void init_barriers() const {
@@ -39,18 +42,21 @@ template <int GROUPS, int N, int SHARERS> struct Ring {
 
     // Block i of those that the ring gets, from column `col` on.
     __device__ __forceinline__ void fetch_w(const TensorMap *w, unsigned at, unsigned i, unsigned col, unsigned m0) const {
-        const unsigned short all = ((1 << SHARERS) - 1) << first_rank;
         barrier_expect(full + 8 * at, STAGE_BYTES);
-        if constexpr (SHARERS == 1)
+        if constexpr (SHARERS == 1 || SAME_TOKENS)
             bulk_fetch(stage(at), w, col, m0, full + 8 * at, EVICT_FIRST);
         else if constexpr (IN_PARTS)
-            bulk_fetch_shared(stage(at) + rank * PART * 128, w, col, m0 + rank * PART, full + 8 * at, EVICT_FIRST, all);
+            bulk_fetch_shared(stage(at) + rank * PART * 128, w, col, m0 + rank * PART, full + 8 * at, EVICT_FIRST, all());
         else if (i % SHARERS == rank)
-            bulk_fetch_shared(stage(at), w, col, m0, full + 8 * at, EVICT_FIRST, all);
+            bulk_fetch_shared(stage(at), w, col, m0, full + 8 * at, EVICT_FIRST, all());
     }
 
     __device__ __forceinline__ void fetch_x(const TensorMap *x, unsigned at, unsigned col, unsigned n0) const {
-        bulk_fetch(stage(at) + W_BYTES, x, col, n0, full + 8 * at, EVICT_LAST);
+        const unsigned to = stage(at) + W_BYTES;
+        if constexpr (SAME_TOKENS)
+            bulk_fetch_shared(to + rank * PART * 128, x, col, n0 + rank * PART, full + 8 * at, EVICT_LAST, all());
+        else
+            bulk_fetch(to, x, col, n0, full + 8 * at, EVICT_LAST);
     }
 
     // The fetching thread's work: `blocks` blocks of 64 columns from block `first` on.

@@ -39,8 +39,8 @@ template <int N, int BLOCKS, int T, class Epilogue> struct ShareOut {
     typename Epilogue::template Ahead<BLOCKS> ahead[T];
     unsigned n, step, count, m0, n0, lane;
 
-    // The warp is the `turn`th of `step`.
-    __device__ __forceinline__ ShareOut(const Shape &shape, unsigned turn, unsigned step, unsigned m0, unsigned n0)
+    // The warp is the `turn`th of `step`. All outputs are stored.
+    __device__ __forceinline__ ShareOut(const Shape &shape, unsigned turn, unsigned step, unsigned m0, unsigned n0, unsigned = 0)
         : ahead{}, n(turn), step(step), count(n0 >= shape.tokens ? 0 : shape.tokens - n0 < N ? shape.tokens - n0 : N), m0(m0),
           n0(n0), lane(threadIdx.x % 32) {}
 
@@ -92,11 +92,13 @@ template <int N, int BLOCKS, int ALL, bool TIGHT, class Epilogue> struct WideSha
     static_assert(W::LANES == 8 || PARTS == PIECES, "pieces of other rows of w would be stored over each other");
     static constexpr int PLACES = 2 * PART; // whose four sums are read at once
     typename W::Ahead ahead[COUNT];
-    unsigned n, step, count, m0, n0, lane;
+    unsigned n, step, count, m0, n0, from, lane;
 
-    __device__ __forceinline__ WideShareOut(const Shape &shape, unsigned turn, unsigned step, unsigned m0, unsigned n0)
+    // Outputs before `from` are not stored.
+    __device__ __forceinline__ WideShareOut(const Shape &shape, unsigned turn, unsigned step, unsigned m0, unsigned n0,
+                                            unsigned from = 0)
         : ahead{}, n(turn), step(step), count(n0 >= shape.tokens ? 0 : shape.tokens - n0 < N ? shape.tokens - n0 : N), m0(m0),
-          n0(n0), lane(threadIdx.x % 32) {}
+          n0(n0), from(from), lane(threadIdx.x % 32) {}
 
     // Of piece i: the token in the tile, and the first row.
     __device__ __forceinline__ unsigned token(int i) const { return n + (lane / W::LANES + i / PIECES * BESIDE) * step; }
@@ -125,7 +127,7 @@ template <int N, int BLOCKS, int ALL, bool TIGHT, class Epilogue> struct WideSha
                 const unsigned mine = token(i), first = row(epilogue, i);
                 tokens[2 * j] = tokens[2 * j + 1] = mine < count ? mine : n;
                 rows[2 * j] = first, rows[2 * j + 1] = first + W::apart(epilogue);
-                at[j] = {n0 + tokens[2 * j], m0 + first, mine < count};
+                at[j] = {n0 + tokens[2 * j], m0 + first, mine < count && m0 + first >= from};
                 found[j] = ahead[i];
             }
             float4 sum[PLACES];

@@ -3,9 +3,9 @@
 //! ```text
 //!   tokens         a block's work                          blocks that work together
 //!   up to 64       64 rows of w, a slice of the columns    a cluster has all slices
-//!   65 to 256      qkv, gate and up: all columns           two or three with neighbouring tokens fetch w for each other
-//!                  o, down: a slice of the columns, or two  a cluster has all slices; of a rank's sums two have neighbouring
-//!                                                           tokens too, and fetch w for each other
+//!   65 to 256      gate and up, some qkv: all columns      two or three with neighbouring tokens fetch w for each other
+//!                  qkv, o, down: a slice of the columns,   a cluster has all slices, and of some two blocks each, with
+//!                  or two                                  neighbouring tokens or rows of w, which fetch what both need
 //! ```
 //!
 //! Invariant: a block's shared memory is what its tiling allows, and its sums fit the ring that they lie over.
@@ -14,7 +14,7 @@ mod tiling;
 pub(super) mod tilings;
 
 use super::epilogue::{Epilogue, Kind};
-use super::product::{Block, Product, SmShare};
+use super::product::{Product, SmShare};
 use super::shape::Shape;
 use crate::error::CudaError;
 use crate::launch::{Kernel, Launcher};
@@ -101,7 +101,7 @@ impl Decode {
         let kernel = normed.filter(|_| epilogue.is_normed()).unwrap_or(kernel);
         let stages = tiling.stages(shape);
         let grid = tiling.grid(shape, stages);
-        let [w, x] = product.maps(Block::new(tiling.fetched_rows(), tiling.block.tokens))?;
+        let [w, x] = product.maps(tiling.fetched())?;
         launcher.launch(kernel, grid, [&w, &x, shape, &stages, *epilogue])
     }
 }

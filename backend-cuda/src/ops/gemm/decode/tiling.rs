@@ -14,6 +14,16 @@ pub(super) enum Team {
     Tokens { blocks: u32 },
 }
 
+/// Whom a block has beside itself in its cluster, with a slice in common, so that each fetches a half of what both need.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Beside {
+    Nobody,
+    /// Who has the next tokens: both need the same rows of w.
+    NextTokens,
+    /// Who has the next rows of w: both need the same tokens.
+    NextRows,
+}
+
 /// A decode kernel and the launches it is for.
 #[derive(Clone, Copy, Debug)]
 pub(in crate::ops::gemm) struct Tiling {
@@ -37,8 +47,7 @@ pub(in crate::ops::gemm) struct Tiling {
     pub(super) cols_max: u32,
     /// Slices that a block sums: one, or a pair.
     pub(super) own: u32,
-    /// Do two blocks with neighbouring tiles of tokens, and a slice in common, fetch w for each other?
-    pub(super) paired: bool,
+    pub(super) beside: Beside,
     /// Bytes of shared memory that a block may take.
     pub(super) shared: u32,
 }
@@ -85,25 +94,20 @@ impl Tiling {
             cols_min: 0,
             cols_max: u32::MAX,
             own: 1,
-            paired: false,
+            beside: Beside::Nobody,
             shared,
         }
     }
 
-    /// A rank's sums of one slice, with a neighbour that has the next tokens.
-    pub(super) const fn sums_paired(kernel: &'static str, rows: u32, tokens: u32, tokens_max: u32) -> Tiling {
-        Tiling { paired: true, ..Self::slices(kernel, rows, tokens, tokens_max, Self::ALL) }
+    /// A slice, with a neighbour that has the next tokens.
+    pub(super) const fn paired(kernel: &'static str, rows: u32, tokens: u32, tokens_max: u32) -> Tiling {
+        Tiling { beside: Beside::NextTokens, ..Self::slices(kernel, rows, tokens, tokens_max, Self::ALL) }
             .up_to(Self::ONE_EACH)
     }
 
-    /// Two slices of few columns, with such a neighbour.
-    pub(super) const fn two_slices_paired(
-        kernel: &'static str,
-        rows: u32,
-        tokens: u32,
-        tokens_max: u32,
-    ) -> Tiling {
-        Self::sums_paired(kernel, rows, tokens, tokens_max).of_two_slices()
+    /// With one that has the next rows.
+    pub(super) const fn rows_paired(kernel: &'static str, rows: u32, tokens: u32, tokens_max: u32) -> Tiling {
+        Tiling { beside: Beside::NextRows, ..Self::paired(kernel, rows, tokens, tokens_max) }
     }
 
     /// The same for launches of few blocks.
@@ -121,9 +125,14 @@ impl Tiling {
         Tiling { cols_min: Self::MANY_COLUMNS, ..self }
     }
 
-    /// The same for matrices of few columns, as o's are, by blocks that sum two slices each.
+    /// And for those of few, as o's are: of more, clusters that split the sum in memory are quicker.
+    pub(super) const fn of_few_columns(self) -> Tiling {
+        Tiling { cols_max: Self::FEW_COLUMNS, ..self }
+    }
+
+    /// By blocks that sum two slices each.
     pub(super) const fn of_two_slices(self) -> Tiling {
-        Tiling { own: 2, cols_max: Self::FEW_COLUMNS, ..self }
+        Tiling { own: 2, ..self }
     }
 
     /// A head's 128 rows meet in one cluster.
@@ -139,10 +148,20 @@ impl Tiling {
         kernels: [[&'static str; 2]; 2],
         tokens: u32,
         tokens_max: u32,
+        shared: u32,
     ) -> Tiling {
         let [[kernel, normed], fp8] = kernels;
-        let tiling = Tiling::slices(kernel, 128, tokens, tokens_max, Self::MOST);
-        Tiling { normed: Some(normed), fp8: Some(fp8), paired: true, ..tiling }.up_to(Self::ONE_EACH)
+        let tiling = Self::paired(kernel, 128, tokens, tokens_max);
+        Tiling { normed: Some(normed), fp8: Some(fp8), shared, ..tiling }
+    }
+
+    /// The same of neighbouring heads.
+    pub(super) const fn heads_rows_paired(
+        kernels: [[&'static str; 2]; 2],
+        tokens: u32,
+        tokens_max: u32,
+    ) -> Tiling {
+        Tiling { beside: Beside::NextRows, ..Self::heads_paired(kernels, tokens, tokens_max, Self::ALL) }
     }
 
     pub(super) const fn pair(
@@ -216,11 +235,15 @@ impl Tiling {
             (shape.rows.div_ceil(self.block.rows), shape.tokens.div_ceil(self.block.tokens));
         match self.team {
             Team::Slices { tiles } => {
-                let pair = if self.paired { 2 } else { 1 };
+                let [of_tokens, of_rows] = match self.beside {
+                    Beside::Nobody => [1, 1],
+                    Beside::NextTokens => [2, 1],
+                    Beside::NextRows => [1, 2],
+                };
                 [
-                    tiles * shape.slices / self.own * pair,
-                    token_tiles.div_ceil(pair),
-                    row_tiles.div_ceil(tiles),
+                    tiles * shape.slices / self.own * of_tokens * of_rows,
+                    token_tiles.div_ceil(of_tokens),
+                    row_tiles.div_ceil(tiles * of_rows),
                 ]
             }
             Team::Tokens { blocks } => [blocks, token_tiles.div_ceil(blocks), row_tiles],
@@ -245,14 +268,18 @@ impl Tiling {
         holds && shape.tokens <= self.tokens_max && fill.contains(&blocks) && cols.contains(&shape.cols)
     }
 
-    /// Rows of w that one block fetches at once.
-    pub(super) fn fetched_rows(&self) -> u32 {
-        match self.team {
-            Team::Slices { .. } if self.paired => self.block.rows / 2,
-            Team::Slices { .. } => self.block.rows,
+    /// The rows of w and the tokens that one block fetches at once.
+    pub(super) fn fetched(&self) -> Block {
+        let Block { rows, tokens } = self.block;
+        match (self.team, self.beside) {
+            (Team::Slices { .. }, Beside::Nobody) => self.block,
+            (Team::Slices { .. }, Beside::NextTokens) => Block::new(rows / 2, tokens),
+            (Team::Slices { .. }, Beside::NextRows) => Block::new(rows, tokens / 2),
             // In turns where their parts would not be whole groups of the swizzle.
-            Team::Tokens { blocks } if self.block.rows.is_multiple_of(8 * blocks) => self.block.rows / blocks,
-            Team::Tokens { .. } => self.block.rows,
+            (Team::Tokens { blocks }, _) if rows.is_multiple_of(8 * blocks) => {
+                Block::new(rows / blocks, tokens)
+            }
+            (Team::Tokens { .. }, _) => self.block,
         }
     }
 }

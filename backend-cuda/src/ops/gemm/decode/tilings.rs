@@ -31,6 +31,7 @@ macro_rules! added {
                 .up_to(Tiling::SOME_TWO),
             Tiling::slices(concat!("decode_", $what, "_64x64_2"), 64, 64, 256, Tiling::HALF)
                 .of_two_slices()
+                .of_few_columns()
                 .up_to(Tiling::TWO_SINGLE),
             Tiling::slices(concat!("decode_", $what, "_64x128"), 64, 128, 128, Tiling::HALF)
                 .up_to(Tiling::SOME_TWO),
@@ -40,27 +41,36 @@ macro_rules! added {
     };
 }
 
-/// The same where it does not. The residual stream has some of up to 128 tokens before the others and some behind them, sums have some
-/// before those of two slices.
+/// The same where it does not. Both have some of their own: of up to 64 tokens, of up to 128, and of more before those of two slices or
+/// behind them.
 macro_rules! added_large {
-    ($what:literal, [$($first:expr),* $(,)?], [$($before:expr),* $(,)?], [$($behind:expr),* $(,)?]) => {
+    (
+        $what:literal,
+        [$($to_64:expr),* $(,)?],
+        [$($to_128:expr),* $(,)?],
+        [$($before:expr),* $(,)?],
+        [$($behind:expr),* $(,)?]
+    ) => {
         &[
             Tiling::slices(concat!("decode_", $what, "_64x16"), 64, 16, 16, Tiling::HALF),
             Tiling::slices(concat!("decode_", $what, "_64x32"), 64, 32, 32, Tiling::HALF),
+            $($to_64,)*
             Tiling::slices(concat!("decode_", $what, "_64x64"), 64, 64, 64, Tiling::HALF),
-            $($first,)*
             Tiling::slices(concat!("decode_", $what, "_128x128"), 128, 128, 128, Tiling::ALL)
                 .up_to(Tiling::ONE_EACH)
                 .of_many_columns(),
+            $($to_128,)*
             Tiling::slices(concat!("decode_", $what, "_64x128"), 64, 128, 128, Tiling::HALF)
                 .up_to(Tiling::TWO_EACH),
             Tiling::slices(concat!("decode_", $what, "_192x128"), 192, 128, 128, Tiling::ALL),
             $($before,)*
             Tiling::slices(concat!("decode_", $what, "_128x96_2"), 128, 96, 192, Tiling::ALL)
                 .of_two_slices()
+                .of_few_columns()
                 .up_to(Tiling::SINGLE),
             Tiling::slices(concat!("decode_", $what, "_128x128_2"), 128, 128, 256, Tiling::ALL)
                 .of_two_slices()
+                .of_few_columns()
                 .up_to(Tiling::SINGLE),
             $($behind,)*
         ]
@@ -74,7 +84,8 @@ pub(super) fn of(kind: Kind) -> &'static [Tiling] {
         Tiling::heads(qkv!("decode", "64x32"), 32, 32),
         Tiling::heads(qkv!("decode", "64x48"), 48, 48),
         Tiling::heads(qkv!("decode", "64x64"), 64, 64),
-        Tiling::heads_paired(qkv!("decode", "128x64_paired"), 64, 128),
+        Tiling::heads_paired(qkv!("decode", "128x64_paired"), 64, 128, Tiling::MOST),
+        Tiling::heads_paired(qkv!("decode", "128x96_paired"), 96, 192, Tiling::ALL),
         Tiling::head_pair(qkv!("pair", "128x32"), 32, 128, Tiling::MOST).up_to(Tiling::SINGLE),
         Tiling::head_pair(qkv!("pair", "128x64"), 64, 256, Tiling::MOST).up_to(Tiling::SINGLE),
         // Of more heads than that fills the device with, in one round.
@@ -115,7 +126,10 @@ pub(super) fn of_large(kind: Kind) -> &'static [Tiling] {
     const QKV: &[Tiling] = &[
         Tiling::heads(qkv!("decode", "64x16"), 16, 16),
         Tiling::heads(qkv!("decode", "64x32"), 32, 32),
+        Tiling::heads_rows_paired(qkv!("decode", "128x64_rows"), 64, 64).up_to(Tiling::MANY),
         Tiling::head_pair(qkv!("pair", "128x32"), 32, 64, Tiling::ALL),
+        Tiling::heads_rows_paired(qkv!("decode", "128x128_rows"), 128, 128),
+        Tiling::heads_rows_paired(qkv!("decode", "128x192_rows"), 192, 192).from(Tiling::MANY),
         Tiling::head_pair(qkv!("pair", "128x64"), 64, 128, Tiling::ALL).up_to(Tiling::ONE_EACH),
         Tiling::head_trio(qkv!("trio", "128x64"), 64, 192),
         Tiling::head_trio(qkv!("trio", "128x88"), 88, 256),
@@ -123,15 +137,25 @@ pub(super) fn of_large(kind: Kind) -> &'static [Tiling] {
     const RESIDUAL: &[Tiling] = added_large!(
         "residual",
         [
-            Tiling::two_slices_paired("decode_residual_128x64_2_paired", 128, 64, 128),
+            Tiling::slices("decode_residual_64x64", 64, 64, 64, Tiling::HALF).up_to(Tiling::TWO_EACH),
+            Tiling::slices("decode_residual_64x64_2", 64, 64, 64, Tiling::HALF)
+                .of_two_slices()
+                .of_few_columns()
+                .up_to(Tiling::SINGLE),
+            Tiling::rows_paired("decode_residual_192x64_rows", 192, 64, 64),
+        ],
+        [
+            Tiling::paired("decode_residual_128x64_2_paired", 128, 64, 128).of_two_slices().of_few_columns(),
             Tiling::slices("decode_residual_128x96_2", 128, 96, 96, Tiling::ALL)
                 .of_two_slices()
+                .of_few_columns()
                 .up_to(Tiling::SINGLE),
             Tiling::slices("decode_residual_128x64_2", 128, 64, 128, Tiling::MOST)
                 .of_two_slices()
+                .of_few_columns()
                 .up_to(Tiling::SINGLE),
         ],
-        [],
+        [Tiling::paired("decode_residual_192x96_paired", 192, 96, 192)],
         [
             Tiling::slices("decode_residual_192x144", 192, 144, 144, Tiling::ALL).up_to(Tiling::ONE_EACH),
             Tiling::slices("decode_residual_192x192", 192, 192, 192, Tiling::ALL)
@@ -142,10 +166,11 @@ pub(super) fn of_large(kind: Kind) -> &'static [Tiling] {
     const SUMS: &[Tiling] = added_large!(
         "sums",
         [],
+        [],
         [
-            Tiling::sums_paired("decode_sums_192x72_paired", 192, 72, 144),
-            Tiling::sums_paired("decode_sums_192x96_paired", 192, 96, 192),
-            Tiling::sums_paired("decode_sums_192x128_paired", 192, 128, 256),
+            Tiling::paired("decode_sums_192x72_paired", 192, 72, 144),
+            Tiling::paired("decode_sums_192x96_paired", 192, 96, 192),
+            Tiling::paired("decode_sums_192x128_paired", 192, 128, 256),
         ],
         []
     );
@@ -300,11 +325,38 @@ mod tests {
         assert_eq!(down(3584, 18_944), Some("decode_residual_128x128"));
         assert_eq!(down(3584, 3584), Some("decode_residual_128x64_2_paired"));
         assert_eq!(down(4096, 14_336), Some("decode_residual_192x128"));
+        // And down of Qwen3-8B and 14B, and of Llama's 1B.
+        let down =
+            |rows, cols| [64, 96, 160].map(|tokens| picked(of_large, Kind::Residual, [rows, cols, tokens]));
+        assert_eq!(
+            down(4096, 12_288),
+            [
+                Some("decode_residual_192x64_rows"),
+                Some("decode_residual_192x128"),
+                Some("decode_residual_192x192")
+            ]
+        );
+        assert_eq!(
+            down(5120, 17_408),
+            [
+                Some("decode_residual_192x64_rows"),
+                Some("decode_residual_192x128"),
+                Some("decode_residual_192x192")
+            ]
+        );
+        assert_eq!(
+            down(2048, 8192),
+            [
+                Some("decode_residual_64x64"),
+                Some("decode_residual_128x128"),
+                Some("decode_residual_192x96_paired")
+            ]
+        );
         let o = |tokens| picked(of_large, Kind::Residual, [4096, 4096, tokens]);
         assert_eq!(
             [64, 96, 128].map(o),
             [
-                Some("decode_residual_64x64"),
+                Some("decode_residual_64x64_2"),
                 Some("decode_residual_128x96_2"),
                 Some("decode_residual_128x64_2"),
             ]
@@ -322,7 +374,6 @@ mod tests {
             [136, 192, 256].map(|tokens| o(5120, tokens)),
             [Some("decode_residual_192x144"), Some("decode_residual_192x192"), None]
         );
-        assert_eq!(down(5120, 17_408), Some("decode_residual_192x128"));
         // Of two ranks each has half of Qwen3-14B's columns, and of the slices.
         let of_two = |cols, tokens| {
             let shape = Shape { rows: 5120, cols, tokens, slices: 2 };
@@ -342,11 +393,12 @@ mod tests {
         // q, k and v of Llama's 1B are 48 heads of 64, of Qwen3's 1.7B 32 of 128.
         let qkv = |heads: u32, tokens| picked(of, Kind::Qkv, [heads * 128, 2048, tokens]);
         assert_eq!(
-            [64, 65, 128, 129].map(|tokens| qkv(24, tokens)),
+            [64, 65, 128, 129, 193].map(|tokens| qkv(24, tokens)),
             [
                 Some("decode_qkv_64x64"),
                 Some("decode_qkv_128x64_paired"),
                 Some("decode_qkv_128x64_paired"),
+                Some("decode_qkv_128x96_paired"),
                 Some("pair_qkv_128x64"),
             ]
         );
@@ -368,13 +420,16 @@ mod tests {
         assert_eq!(
             [64, 128, 192, 256].map(|tokens| qkv(36, 3584, tokens)),
             [
-                Some("pair_qkv_128x32"),
-                Some("pair_qkv_128x64"),
+                Some("decode_qkv_128x64_rows"),
+                Some("decode_qkv_128x128_rows"),
                 Some("trio_qkv_128x64"),
                 Some("trio_qkv_128x88"),
             ]
         );
-        assert_eq!([128, 192].map(|tokens| qkv(48, 4096, tokens)), [Some("pair_qkv_128x64"), None]);
+        assert_eq!(
+            [64, 128, 192, 256].map(|tokens| qkv(48, 4096, tokens)),
+            [Some("pair_qkv_128x32"), Some("decode_qkv_128x128_rows"), Some("decode_qkv_128x192_rows"), None]
+        );
         // Gate and up of Qwen3's 1.7B and 8B, Llama's 1B and Qwen2.5's 7B.
         let gate_up = |rows, cols, tokens| picked(of_large, Kind::GateUp, [rows, cols, tokens]);
         assert_eq!(gate_up(12_288, 2048, 48), Some("decode_gate_up_64x48"));
