@@ -5,9 +5,9 @@ use minisgl_core::config::Limits;
 use minisgl_core::shard::{By, Cut, Rank};
 use minisgl_core::spec::{DecoderSpec, LayerSpec};
 
-use crate::device::SLICING;
 use crate::error::CpuError;
 use crate::experts::ExpertBuffers;
+use crate::matmul::SLICING;
 use crate::memory::{Buffer, Memory};
 
 /// Each for as many tokens as a step may have.

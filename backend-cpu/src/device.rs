@@ -13,7 +13,7 @@ use minisgl_core::backend::{
 };
 use minisgl_core::batch::{Row, StepShape};
 use minisgl_core::config::Limits;
-use minisgl_core::shard::{RANKS_MAX, Rank, Slicing};
+use minisgl_core::shard::Rank;
 use minisgl_core::spec::{DecoderSpec, Dims, LayerSpec, Unsupported};
 use minisgl_core::stats::ExpertsRead;
 use minisgl_core::tensor::HostTensor;
@@ -23,6 +23,7 @@ use crate::attention::OWN_KV;
 use crate::command::Command;
 use crate::error::CpuError;
 use crate::link::Link;
+use crate::matmul::SLICING;
 use crate::memory::{Buffer, available, floats};
 use crate::supports;
 use crate::weights::Weight;
@@ -35,9 +36,6 @@ pub struct Cpu {
     planned: Option<Planned>,
     rank: Rank,
 }
-
-/// How the columns of o and down are cut ([`crate::matmul`]): into as wide slices, of whole registers.
-pub(crate) const SLICING: Slicing = Slicing { most: RANKS_MAX, block: 16, equal: true };
 
 /// What a model was promised by [`Ops::reserve`].
 struct Planned {

@@ -14,9 +14,10 @@ use minisgl_core::spec::{Activation, Attention, Dims, Experts, LayerSpec, Mixer,
 
 use crate::activations::Activations;
 use crate::command::{Attend, Command, Heads};
-use crate::device::{Cpu, SLICING};
+use crate::device::Cpu;
 use crate::error::CpuError;
 use crate::experts::RunExperts;
+use crate::matmul::SLICING;
 use crate::memory::Buffer;
 use crate::weights::Weight;
 

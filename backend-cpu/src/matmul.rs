@@ -24,10 +24,14 @@
 use std::ops::Range;
 use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 
+use minisgl_core::shard::{RANKS_MAX, Slicing};
 use rayon::prelude::*;
 
 use crate::simd::{Kernel, dots, fastest};
 use crate::weights::Rows;
+
+/// How the columns of o and down are cut: into as wide slices, of whole registers.
+pub(crate) const SLICING: Slicing = Slicing { most: RANKS_MAX, block: 16, equal: true };
 
 /// Weight rows of a block.
 const ROWS: usize = 8;
