@@ -28,7 +28,8 @@ struct Segment {
 };
 static_assert(sizeof(Segment) == 32, "the host's layout");
 
-struct DecodeArgs {
+// A kernel parameter: backend-cuda/src/ops/attention/params.rs declares the same fields.
+struct DecodeParams {
     const unsigned *plan;
     const unsigned *page_table;
     const bf16 *q, *k, *v;
@@ -37,6 +38,9 @@ struct DecodeArgs {
     unsigned *arrived; // a word for each (row, item), then the number of turns taken
     const unsigned *other_plan, *other_taken; // of a divided step's other half: its plan, its number of turns taken; or null
     unsigned arrived_count, table_width, page_shift, kv_heads, group, window;
+};
+
+struct DecodeArgs : DecodeParams {
     unsigned groups, splits, items, turns, dealt; // dealt: how many of the turns are those of blocks' numbers
     bool beside; // prefill rows, whose attention is the kernel before and has let this one begin behind its wait
 

@@ -27,6 +27,7 @@
 //! Invariant: the same query over the same keys and values gives the same bits, in whichever kind of row and batch.
 
 mod heads;
+mod params;
 mod plan;
 mod planner;
 mod split;
@@ -38,6 +39,7 @@ use minisgl_core::kv::KvFormat;
 use minisgl_kernels::attention::{LEAF, Prefill};
 
 use heads::Heads;
+use params::{DecodeParams, PortablePrefillParams, PrefillParams};
 use plan::DecodePlanner;
 pub(super) use planner::Planner;
 use split::Splitter;
@@ -47,6 +49,7 @@ use crate::gpu::Gpu;
 use crate::launch::{Kernel, Launcher};
 use crate::memory::{Address, Buffer};
 use crate::ops::halves::{Division, Part};
+use crate::param::Param;
 use crate::tensor_map::TensorMap;
 
 /// The kernels for one model's heads, and their scratch.
@@ -212,43 +215,38 @@ impl Attention {
             Part::First => (&self.planner.half, 0, Some(1)),
             Part::Second => (&self.planner.half, 1, Some(0)),
         };
-        let plan_of = |index: usize| step.layout.plan + index * self.planner.half.words();
-        let other_of =
-            |other: usize| (step.batch.address().offset(4 * plan_of(other)), self.scratch[other].turns());
+        let plan_of = |index: usize| at(step, step.layout.plan + index * self.planner.half.words());
+        let other_of = |other: usize| (plan_of(other), self.scratch[other].turns());
         let (other_plan, other_taken) = other.map_or((Address::NULL, Address::NULL), other_of);
         let row_bytes = self.planner.heads.q_row_bytes() * part.tokens(step.shape).start as usize;
         let [q, out] = [q, out].map(|rows| rows.address().offset(row_bytes));
         let grid = self.planner.decode_grid(planner);
         let Heads { kv_heads, group, .. } = self.planner.heads;
-        let Scratch { partials, arrived, arrived_count } = &self.scratch[index];
-        launcher.launch(
-            &self.decode,
-            grid,
-            [
-                &step.batch,
-                &(plan_of(index) as u32),
-                &step.page_table,
-                &step.table_width,
-                &step.page_size.trailing_zeros(),
-                &kv_heads,
-                &group,
-                &q,
-                &kv.k,
-                &kv.v,
-                &out,
-                partials,
-                arrived,
-                arrived_count,
-                &other_plan,
-                &other_taken,
-                &self.planner.window,
-            ],
-        )
+        let Scratch { partials, arrived, arrived_count } = self.scratch[index];
+        let params = DecodeParams {
+            plan: plan_of(index),
+            page_table: step.page_table.address(),
+            q,
+            k: kv.k.address(),
+            v: kv.v.address(),
+            out,
+            partials,
+            arrived,
+            other_plan,
+            other_taken,
+            arrived_count,
+            table_width: step.table_width,
+            page_shift: step.page_size.trailing_zeros(),
+            kv_heads,
+            group,
+            window: self.planner.window,
+        };
+        launcher.launch(&self.decode, grid, [&params])
     }
 
-    /// First word of the prefill rows' plan in the batch.
-    fn prefill_plan(&self, step: &Step<Buffer>) -> u32 {
-        (step.layout.plan + self.planner.decode_words()) as u32
+    /// Where the prefill rows' plan begins in the batch.
+    fn prefill_plan(&self, step: &Step<Buffer>) -> Address {
+        at(step, step.layout.plan + self.planner.decode_words())
     }
 
     fn attend_hopper(&self, launcher: &Launcher, operands: Operands) -> Result<(), CudaError> {
@@ -262,51 +260,50 @@ impl Attention {
             TensorMap::pages(pages.address(), rows, head_dim, step.page_size.min(LEAF))
         };
         let [k, v] = kv.wide.unwrap_or([kv.k, kv.v]);
+        let params = PrefillParams {
+            plan: self.prefill_plan(step),
+            rows: at(step, step.layout.rows),
+            page_table: step.page_table.address(),
+            out: out.address(),
+            kept: self.kept.states,
+            arrived: self.kept.arrived,
+            taken: self.kept.turns,
+            table_width: step.table_width,
+            page_shift: step.page_size.trailing_zeros(),
+            kv_heads,
+            group,
+            window: self.planner.window,
+        };
+        let queries = TensorMap::queries(q.address(), queries, part_queries / group, group)?;
         launcher.launch(
             &self.prefill,
             self.planner.prefill_grid(step.shape),
-            [
-                &step.batch,
-                &self.prefill_plan(step),
-                &(step.layout.rows as u32),
-                &step.page_table,
-                &step.table_width,
-                &step.page_size.trailing_zeros(),
-                &kv_heads,
-                &group,
-                &TensorMap::queries(q.address(), queries, part_queries / group, group)?,
-                &pages(k)?,
-                &pages(v)?,
-                &out,
-                &self.kept.states,
-                &self.kept.arrived,
-                &self.kept.turns,
-                &self.planner.window,
-            ],
+            [&params as &dyn Param, &queries, &pages(k)?, &pages(v)?],
         )
     }
 
     fn attend_portable(&self, launcher: &Launcher, operands: Operands) -> Result<(), CudaError> {
         let Operands { step, q, kv, out } = operands;
         let Heads { kv_heads, group, .. } = self.planner.heads;
-        launcher.launch(
-            &self.prefill,
-            self.planner.prefill_grid(step.shape),
-            [
-                &step.batch,
-                &self.prefill_plan(step),
-                &(step.layout.rows as u32),
-                &step.page_table,
-                &step.table_width,
-                &step.page_size.trailing_zeros(),
-                &kv_heads,
-                &group,
-                &q,
-                &kv.k,
-                &kv.v,
-                &out,
-                &self.planner.window,
-            ],
-        )
+        let params = PortablePrefillParams {
+            plan: self.prefill_plan(step),
+            rows: at(step, step.layout.rows),
+            page_table: step.page_table.address(),
+            q: q.address(),
+            k: kv.k.address(),
+            v: kv.v.address(),
+            out: out.address(),
+            table_width: step.table_width,
+            page_shift: step.page_size.trailing_zeros(),
+            kv_heads,
+            group,
+            window: self.planner.window,
+        };
+        launcher.launch(&self.prefill, self.planner.prefill_grid(step.shape), [&params])
     }
+}
+
+/// A word of the step's batch.
+fn at(step: &Step<Buffer>, word: usize) -> Address {
+    step.batch.address().offset(4 * word)
 }

@@ -9,14 +9,10 @@
 #include "attention_prefill.cuh"
 
 #define ATTENTION_PREFILL(HD)                                                                                           \
-    extern "C" __global__ void __launch_bounds__(PREFILL_THREADS, 1) attention_prefill_##HD(                            \
-        const unsigned *batch, unsigned plan_offset, unsigned rows_offset, const unsigned *page_table,                  \
-        unsigned table_width, unsigned page_shift, unsigned kv_heads, unsigned group, const __grid_constant__ TensorMap q, \
-        const __grid_constant__ TensorMap k, const __grid_constant__ TensorMap v, bf16 *out, float4 *kept,              \
-        unsigned *arrived, unsigned *taken, unsigned window) {                                                          \
-        const PrefillArgs args = {&q, &k, &v, batch + plan_offset, reinterpret_cast<const Row *>(batch + rows_offset),  \
-                                  page_table, out, kept, arrived, taken, table_width, page_shift, kv_heads, group,            \
-                                  window};                                                                              \
+    extern "C" __global__ void __launch_bounds__(PREFILL_THREADS, 1)                                                    \
+    attention_prefill_##HD(const __grid_constant__ PrefillParams params, const __grid_constant__ TensorMap q,           \
+                           const __grid_constant__ TensorMap k, const __grid_constant__ TensorMap v) {                  \
+        const PrefillArgs args = {params, &q, &k, &v};                                                                  \
         prefill<HD>(args, shared_memory);                                                                               \
     }
 

@@ -57,8 +57,8 @@ constexpr unsigned PARTS = 3, PART_QUERIES = 64, PREFILL_THREADS = 128 * PARTS +
 // Registers of a thread that attends, and of one that fetches: 65536 in all.
 constexpr unsigned ATTENDING = 160, FETCHING = 32;
 
-struct PrefillArgs {
-    const TensorMap *q, *k, *v;
+// A kernel parameter: backend-cuda/src/ops/attention/params.rs declares the same fields.
+struct PrefillParams {
     const unsigned *plan;
     const Row *rows;
     const unsigned *page_table;
@@ -66,6 +66,10 @@ struct PrefillArgs {
     float4 *kept;
     unsigned *arrived, *taken; // taken: how many turns blocks have taken
     unsigned table_width, page_shift, kv_heads, group, window;
+};
+
+struct PrefillArgs : PrefillParams {
+    const TensorMap *q, *k, *v;
 
     __device__ __forceinline__ unsigned turns() const { return plan[0] * kv_heads; }
     __device__ __forceinline__ unsigned item_tokens() const { return plan[1]; }

@@ -8,13 +8,9 @@
 #include "attention_prefill.cuh"
 
 #define ATTENTION_PREFILL(HD)                                                                                           \
-    extern "C" __global__ void __launch_bounds__(PREFILL_THREADS, 1) attention_prefill_##HD(                            \
-        const unsigned *batch, unsigned plan_offset, unsigned rows_offset, const unsigned *page_table,                  \
-        unsigned table_width, unsigned page_shift, unsigned kv_heads, unsigned group, const bf16 *q, const bf16 *k,     \
-        const bf16 *v, bf16 *out, unsigned window) {                                                                    \
-        const PrefillArgs args = {batch + plan_offset, reinterpret_cast<const Row *>(batch + rows_offset),              \
-                                  page_table, q, k, v, out, table_width, page_shift, kv_heads, group, window};          \
-        prefill<HD>(args, shared_memory);                                                                               \
+    extern "C" __global__ void __launch_bounds__(PREFILL_THREADS, 1)                                                    \
+    attention_prefill_##HD(const PrefillParams params) {                                                                \
+        prefill<HD>(params, shared_memory);                                                                             \
     }
 
 ATTENTION_DECODE(attention_decode_64, 64, 1, false, false)

@@ -26,7 +26,8 @@
 #define PREFILL_THREADS 256
 #define NQ 2
 
-struct PrefillArgs {
+// A kernel parameter: backend-cuda/src/ops/attention/params.rs declares the same fields.
+struct PrefillParams {
     const unsigned *plan;
     const Row *rows;
     const unsigned *page_table;
@@ -41,7 +42,7 @@ struct Column {
     size_t query;
     unsigned limit;
 
-    __device__ __forceinline__ Column(const PrefillArgs &args, const Row &row, unsigned first, unsigned head, unsigned column) {
+    __device__ __forceinline__ Column(const PrefillParams &args, const Row &row, unsigned first, unsigned head, unsigned column) {
         const unsigned offset = column / args.group, token = first + offset;
         exists = offset < COLUMNS / args.group && token < row.tokens;
         query = (size_t)(row.first_token + token) * args.kv_heads * args.group + head * args.group + column % args.group;
@@ -132,7 +133,7 @@ __device__ __forceinline__ void copy_or_zero(unsigned to, const bf16 *from, bool
 
 // Starts copying a leaf's keys and values, those from `kv_begin` to `kv_end`.
 template <int HD>
-__device__ __forceinline__ void copy_leaf(const PrefillArgs &args, const unsigned *pages, unsigned head, unsigned leaf,
+__device__ __forceinline__ void copy_leaf(const PrefillParams &args, const unsigned *pages, unsigned head, unsigned leaf,
                                           unsigned kv_begin, unsigned kv_end, unsigned keys, unsigned values) {
     constexpr unsigned CHUNKS = HD / 8, TOKENS = PREFILL_THREADS / CHUNKS;
     const unsigned chunk = threadIdx.x % CHUNKS, first = threadIdx.x / CHUNKS;
@@ -240,7 +241,7 @@ __device__ __forceinline__ void attend_leaf(PrefillState<HD> &state, const unsig
 }
 
 template <int HD>
-__device__ __forceinline__ void write_columns(const PrefillArgs &args, const Row &row, unsigned first, unsigned head,
+__device__ __forceinline__ void write_columns(const PrefillParams &args, const Row &row, unsigned first, unsigned head,
                                               const PrefillState<HD> &state, unsigned column, unsigned lane) {
 #pragma unroll
     for (int n = 0; n < NQ; n++)
@@ -259,7 +260,7 @@ __device__ __forceinline__ void write_columns(const PrefillArgs &args, const Row
         }
 }
 
-template <int HD> __device__ __forceinline__ void prefill(const PrefillArgs &args, unsigned char *shared) {
+template <int HD> __device__ __forceinline__ void prefill(const PrefillParams &args, unsigned char *shared) {
     constexpr unsigned BLOCK_BYTES = LEAF * HD * 2;
     const unsigned item = blockIdx.x / args.kv_heads, head = blockIdx.x % args.kv_heads;
     if (item >= args.plan[0])
