@@ -19,23 +19,6 @@
 #pragma once
 #include "attention_merge.cuh"
 
-// A tile of keys, and what a lane knows of all tiles.
-template <int HD, bool FP8> struct Keys : Fp8Keys<HD> {
-    using Fp8Keys<HD>::Fp8Keys;
-    using Lane = Fp8Lane<HD>;
-};
-template <int HD> struct Keys<HD, false> {
-    unsigned tile, lane;
-    struct Lane {
-        unsigned lane;
-
-        __device__ __forceinline__ Lane(unsigned lane, unsigned, unsigned) : lane(lane) {}
-    };
-
-    __device__ __forceinline__ Keys(unsigned tile, unsigned, Lane lane) : tile(tile), lane(lane.lane) {}
-    __device__ __forceinline__ void load(unsigned (&a)[4], unsigned k) const { load_keys<HD>(a, tile, k, lane); }
-};
-
 // A warp that reads, and the leaf at hand. Without a WINDOW rows see all positions up to their own, and nothing asks.
 // Of HEADS kv heads side by side keys are rows of HEADS * HD dims: a query is zero in those of heads that are not its own, which
 // changes no bit of a sum. Its output in their dims is nobody's.
@@ -155,30 +138,14 @@ template <int HD, int HEADS, int STAGES, bool WINDOW, bool FP8> struct Decoder {
             m[1] = fmaxf(m[1], y);
         }
     }
-    // Puts the probabilities of the warp's tiles where all find them, as B operands; all have theirs there when it returns.
+    // Where a tile's are, of the lane.
+    __device__ __forceinline__ unsigned probabilities_of(unsigned tile) const { return probabilities + tile * 256 + lane * 8; }
+    // Puts the probabilities of the warp's tiles where all find them; all have theirs there when it returns.
     __device__ __forceinline__ void share_probabilities(const float (&s)[S::SECTIONS][4], const float (&m)[2]) const {
-        const float c = score_scale<HD>();
 #pragma unroll
-        for (int part = 0; part < S::SECTIONS; part++) {
-            unsigned p[2];
-#pragma unroll
-            for (int half = 0; half < 2; half++) {
-                float x[2];
-#pragma unroll
-                for (int i = 0; i < 2; i++)
-                    x[i] = exp2_approx(__fmaf_rn(s[part][2 * half + i], c, m[i] == minus_infinity() ? 0.0f : -__fmul_rn(m[i], c)));
-                const __nv_bfloat162 pair = __floats2bfloat162_rn(x[0], x[1]);
-                p[half] = transposed(*reinterpret_cast<const unsigned *>(&pair));
-            }
-            asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(probabilities + (part * DECODE_WARPS + warp) * 256 + lane * 8),
-                         "r"(p[0]), "r"(p[1])
-                         : "memory");
-        }
+        for (int part = 0; part < S::SECTIONS; part++)
+            store_probabilities<HD>(probabilities_of(part * DECODE_WARPS + warp), s[part], m);
         readers_barrier();
-    }
-    // A tile's probabilities.
-    __device__ __forceinline__ void load_probabilities(unsigned (&p)[2], unsigned index) const {
-        asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(p[0]), "=r"(p[1]) : "r"(probabilities + index * 256 + lane * 8) : "memory");
     }
     // Tile i of the section at hand as the operands that make the warp's m-tiles. Where a block has fewer of these than warps, several have
     // the same.
@@ -205,15 +172,15 @@ template <int HD, int HEADS, int STAGES, bool WINDOW, bool FP8> struct Decoder {
             const unsigned j = section * DECODE_WARPS + i;
             if (WHOLE || (j < here && (j + 1) * TILE > hidden)) {
                 unsigned p[2], a[OWN][4];
-                load_probabilities(p, j);
+                load_probabilities(p, probabilities_of(j));
                 mma(l, ones, p);
                 load_tile(a, i);
 #pragma unroll
                 for (int k = 0; k < OWN; k++) {
                     if (!WHOLE && (j + 1) * TILE > valid)
-                        zero_behind(a[k], valid - j * TILE);
+                        zero_behind(a[k], valid - j * TILE, lane);
                     if (!WHOLE && j * TILE < hidden)
-                        zero_before(a[k], hidden - j * TILE);
+                        zero_before(a[k], hidden - j * TILE, lane);
                     mma(leaf.o[k], a[k], p);
                 }
             }
@@ -239,45 +206,11 @@ template <int HD, int HEADS, int STAGES, bool WINDOW, bool FP8> struct Decoder {
         leaf.l[0] = l[0];
         leaf.l[1] = l[1];
     }
-    // Zeroes what belongs to tokens from `valid` on in a tile of values.
-    __device__ __forceinline__ void zero_behind(unsigned (&a)[4], unsigned valid) const {
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            const unsigned token = lane % 4 * 2 + i / 2 * 8;
-            a[i] &= token + 1 < valid ? 0xffffffffu : token < valid ? 0xffffu : 0;
-        }
-    }
-    // Zeroes what belongs to the first `hidden` tokens in a tile of values.
-    __device__ __forceinline__ void zero_before(unsigned (&a)[4], unsigned hidden) const {
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            const unsigned token = lane % 4 * 2 + i / 2 * 8;
-            a[i] &= token >= hidden ? 0xffffffffu : token + 1 >= hidden ? 0xffff0000u : 0;
-        }
-    }
     // Where the thread keeps words `index` of its state of spans that have ended: m-tiles of o, then m and l.
     __device__ __forceinline__ unsigned kept(unsigned index) const { return flag + 16 + (index * DECODE_READERS + threadIdx.x) * 16; }
-    __device__ __forceinline__ void keep_spans() const {
-        const auto keep = [&](unsigned index, float a, float b, float c, float d) {
-            store_words(kept(index), {__float_as_uint(a), __float_as_uint(b), __float_as_uint(c), __float_as_uint(d)});
-        };
-#pragma unroll
-        for (int k = 0; k < OWN; k++)
-            keep(k, state.o[k][0], state.o[k][1], state.o[k][2], state.o[k][3]);
-        keep(OWN, state.m[0], state.m[1], state.l[0], state.l[1]);
-    }
     // Folds the span at hand into those before it.
     __device__ __forceinline__ void fold_spans() {
-        const uint4 ml = load_words(kept(OWN));
-        Leaf before = {{__uint_as_float(ml.x), __uint_as_float(ml.y)}, {__uint_as_float(ml.z), __uint_as_float(ml.w)}, {}};
-#pragma unroll
-        for (int k = 0; k < OWN; k++) {
-            const uint4 o = load_words(kept(k));
-            before.o[k][0] = __uint_as_float(o.x);
-            before.o[k][1] = __uint_as_float(o.y);
-            before.o[k][2] = __uint_as_float(o.z);
-            before.o[k][3] = __uint_as_float(o.w);
-        }
+        Leaf before = Leaf::loaded([&](unsigned index) { return kept(index); });
         before.template fold<HD>(state);
         state = before;
     }
@@ -303,7 +236,7 @@ template <int HD, int HEADS, int STAGES, bool WINDOW, bool FP8> struct Decoder {
         if (merges)
             merge<HD, HEADS>(args, unit, others_arrived ? index - segment.base : segment.total, state, lane);
         if (folds && !is_last && unit.ends_span())
-            keep_spans();
+            state.store([&](unsigned index) { return kept(index); });
         if (is_last || !folds || unit.ends_span())
             state.clear();
     }

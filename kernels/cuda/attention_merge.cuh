@@ -10,37 +10,13 @@
 // 3. A block that finds all others counted when it fetches its last values is the last: it keeps its own last partial, and
 //    neither counts nor waits for memory but for the others' partials.
 #pragma once
+#include "attention_leaf.cuh"
 #include "attention_ring.cuh"
 
 // M-tiles of 16 dims, of all of a block's heads: each warp has one, or OWN neighbouring ones of a head.
 template <int HD, int HEADS> struct MTiles {
     static constexpr unsigned PARTS = HD / 16, ALL = HEADS * PARTS, OWN = (ALL + DECODE_WARPS - 1) / DECODE_WARPS;
     static_assert(OWN == 1 || ALL == OWN * DECODE_WARPS, "all warps have as many, or one at most");
-};
-
-// What a warp holds of a state or leaf: m-tiles of o, and m and l, which all warps have alike. Columns as in attention.cuh.
-template <int OWN> struct State {
-    float m[2], l[2], o[OWN][4];
-
-    __device__ __forceinline__ void clear() {
-        m[0] = m[1] = minus_infinity();
-        l[0] = l[1] = 0.0f;
-#pragma unroll
-        for (int k = 0; k < OWN; k++)
-            o[k][0] = o[k][1] = o[k][2] = o[k][3] = 0.0f;
-    }
-    template <int HD> __device__ __forceinline__ void fold(const State &leaf) {
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-            const Weights w = fold_maximum<HD>(m[i], leaf.m[i]);
-            l[i] = folded(l[i], leaf.l[i], w);
-#pragma unroll
-            for (int k = 0; k < OWN; k++) {
-                o[k][i] = folded(o[k][i], leaf.o[k][i], w);
-                o[k][i + 2] = folded(o[k][i + 2], leaf.o[k][i + 2], w);
-            }
-        }
-    }
 };
 
 template <int HD, int HEADS, int OWN>
@@ -85,30 +61,19 @@ __device__ __forceinline__ void write_out(const DecodeArgs &args, const Unit &un
     }
 }
 
-// What a partial holds of one query and dim.
-struct Element {
-    float m, l, o;
-
-    __device__ __forceinline__ static Element nothing() { return {minus_infinity(), 0.0f, 0.0f}; }
-    // Of a state's m-tile k, whose element `second` of a pair of queries the four lanes of a quad hold among them: lane q takes o[q].
-    template <int OWN>
-    __device__ __forceinline__ static Element of(const State<OWN> &state, unsigned k, unsigned pair, unsigned second, unsigned lane) {
-        const unsigned from = (lane & ~3u) + pair;
-        const auto get = [&](float value) { return __shfl_sync(FULL_WARP, value, from); };
-        const float m[2] = {get(state.m[0]), get(state.m[1])}, l[2] = {get(state.l[0]), get(state.l[1])};
-        float o[4];
+// Of a state's m-tile k, whose element `second` of a pair of queries the four lanes of a quad hold among them: lane q takes o[q].
+template <int OWN>
+__device__ __forceinline__ Element element_of(const State<OWN> &state, unsigned k, unsigned pair, unsigned second, unsigned lane) {
+    const unsigned from = (lane & ~3u) + pair;
+    const auto get = [&](float value) { return __shfl_sync(FULL_WARP, value, from); };
+    const float m[2] = {get(state.m[0]), get(state.m[1])}, l[2] = {get(state.l[0]), get(state.l[1])};
+    float o[4];
 #pragma unroll
-        for (int i = 0; i < 4; i++)
-            o[i] = get(OWN == 1 || k == 0 ? state.o[0][i] : state.o[OWN - 1][i]);
-        const unsigned q = lane % 4;
-        return {second ? m[1] : m[0], second ? l[1] : l[0], q < 2 ? (q == 0 ? o[0] : o[1]) : (q == 2 ? o[2] : o[3])};
-    }
-    template <int HD> __device__ __forceinline__ void fold(Element leaf) {
-        const Weights w = fold_maximum<HD>(m, leaf.m);
-        l = folded(l, leaf.l, w);
-        o = folded(o, leaf.o, w);
-    }
-};
+    for (int i = 0; i < 4; i++)
+        o[i] = get(OWN == 1 || k == 0 ? state.o[0][i] : state.o[OWN - 1][i]);
+    const unsigned q = lane % 4;
+    return {second ? m[1] : m[0], second ? l[1] : l[0], q < 2 ? (q == 0 ? o[0] : o[1]) : (q == 2 ? o[2] : o[3])};
+}
 
 // Partials on their way at once: leaves of one span.
 #define MERGED_AT_ONCE 8
@@ -134,7 +99,7 @@ __device__ __forceinline__ void merge(const DecodeArgs &args, const Unit &unit, 
         const unsigned its = its_pair * (HD * 2) + (first_tile % M::PARTS + k) * 32 + n % 32, e = ALL_HAVE ? its : n;
         const unsigned pair = e / (HD * 2), second = e % 2, quad = e % (HD * 2) / 4;
         const unsigned m_at = (pairs * (HD / 2) + pair) * 4 + second, l_at = m_at + 2;
-        const Element mine = Element::of(state, k, pair, second, lane);
+        const Element mine = element_of(state, k, pair, second, lane);
         Element merged = Element::nothing(), span = merged;
 #pragma unroll 1
         for (int first = -(int)(leaf_of_0 % MERGED_AT_ONCE); first < (int)total; first += MERGED_AT_ONCE) {
@@ -171,11 +136,7 @@ __device__ __forceinline__ bool arrives_last(const DecodeArgs &args, const Unit 
     readers_barrier();
     if (threadIdx.x == 0) {
         const unsigned count = unit.segment.partials();
-        unsigned before;
-        asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;"
-                     : "=r"(before)
-                     : "l"(args.arrived_of(unit.segment.row, unit.item)), "r"(count)
-                     : "memory");
+        const unsigned before = count_partials(args.arrived_of(unit.segment.row, unit.item), count);
         const bool is_last = before + count == unit.segment.total;
         asm volatile("st.shared.u32 [%0], %1;" ::"r"(flag), "r"(is_last ? 1 : 0) : "memory");
     }
