@@ -17,6 +17,7 @@
 #include <cuda_fp16.h>
 
 #include "batch.cuh"
+#include "slot.cuh"
 
 #define IN_PROMPT 0x80000000u
 #define LOGIT_MAX 65504.0f

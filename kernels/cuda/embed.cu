@@ -19,6 +19,7 @@
 
 #include "batch.cuh"
 #include "dependent.cuh"
+#include "slot.cuh"
 
 extern "C" __global__ void __launch_bounds__(256)
 begin_step(const unsigned *batch, unsigned updates_offset, unsigned *page_table, SlotState *slots, unsigned *rules) {

@@ -36,6 +36,7 @@
 #include "dependent.cuh"
 #include "edit.cuh"
 #include "mask.cuh"
+#include "slot.cuh"
 
 #define LN2 0.6931471805599453f
 #define LOG2E 1.4426950408889634f

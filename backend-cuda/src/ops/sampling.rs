@@ -138,9 +138,9 @@ impl Sampling {
 
 #[cfg(test)]
 mod tests {
-    use minisgl_core::batch::LAST_TOKEN;
+    use minisgl_core::batch::{LAST_TOKEN, SlotUpdate};
     use minisgl_core::rules::RULE_WORDS;
-    use minisgl_core::sampling::{NO_TOKEN, RowLogprobs};
+    use minisgl_core::sampling::{NO_TOKEN, RowLogprobs, SlotState};
     use minisgl_kernels::{HOPPER, PORTABLE};
 
     use super::*;
@@ -149,7 +149,34 @@ mod tests {
     #[test]
     fn both_sides_declare_the_same() {
         assert_declared!(&["sampling.cu"], "RowLogprobs", RowLogprobs { token, len, ids, logprobs });
-        assert_eq!(constant("batch.cuh", "RULE_WORDS") as usize, RULE_WORDS);
+        assert_declared!(
+            &["slot.cuh"],
+            "SlotUpdate",
+            SlotUpdate { slot, rules, rule_words, reserved, state }
+        );
+        assert_declared!(
+            &["slot.cuh"],
+            "SlotState",
+            SlotState {
+                temperature,
+                top_k,
+                top_p,
+                min_p,
+                seed_low,
+                seed_high,
+                edits,
+                repetition,
+                presence,
+                frequency,
+                prompt_len,
+                endings_from,
+                biases,
+                endings,
+                bad_words,
+                reserved,
+            }
+        );
+        assert_eq!(constant("slot.cuh", "RULE_WORDS") as usize, RULE_WORDS);
         assert_eq!(constant("batch.cuh", "LAST_TOKEN"), LAST_TOKEN);
         assert_eq!(constant("sampling.cu", "NO_TOKEN"), NO_TOKEN);
         for set in [HOPPER, PORTABLE] {

@@ -234,8 +234,7 @@ impl Planner {
 
 #[cfg(test)]
 mod tests {
-    use minisgl_core::batch::{Header, PageUpdate, SlotUpdate, Token};
-    use minisgl_core::sampling::SlotState;
+    use minisgl_core::batch::{Header, PageUpdate, Token};
     use minisgl_kernels::attention::{LEAF, SPAN};
     use minisgl_kernels::{HOPPER, PORTABLE};
 
@@ -294,29 +293,6 @@ mod tests {
         );
         assert_declared!(batch, "Token", Token { id, slot, position, location });
         assert_declared!(batch, "PageUpdate", PageUpdate { index, page });
-        assert_declared!(batch, "SlotUpdate", SlotUpdate { slot, rules, rule_words, reserved, state });
-        assert_declared!(
-            batch,
-            "SlotState",
-            SlotState {
-                temperature,
-                top_k,
-                top_p,
-                min_p,
-                seed_low,
-                seed_high,
-                edits,
-                repetition,
-                presence,
-                frequency,
-                prompt_len,
-                endings_from,
-                biases,
-                endings,
-                bad_words,
-                reserved,
-            }
-        );
         assert_declared!(
             &["attention_work.cuh"],
             "Segment",
