@@ -78,15 +78,16 @@ __device__ __forceinline__ const Fp8Matrix &fetched(const Fp8Matrix &w) { return
 // its rows of w; or the next rows of w, half of its tokens.
 enum class Beside { NOBODY, NEXT_TOKENS, NEXT_ROWS };
 
-// How w is kept, and its way into shared memory. TIGHT: 128 rows of a block share a multiprocessor's registers with another block.
+// How w is kept, and its way into shared memory.
 template <int GROUPS, int N, Beside BESIDE, class Matrix> struct RingOf {
     using Type = Ring<GROUPS, N, BESIDE == Beside::NOBODY ? 1 : 2, BESIDE == Beside::NEXT_ROWS>;
-    static constexpr bool TIGHT = false;
 };
 template <int GROUPS, int N> struct RingOf<GROUPS, N, Beside::NOBODY, Fp8Matrix> {
     using Type = Fp8Ring<GROUPS, N>;
-    static constexpr bool TIGHT = true;
 };
+// Do 128 rows of a block share a multiprocessor's registers with another block?
+template <class Matrix> constexpr bool TIGHT = false;
+template <> constexpr bool TIGHT<Fp8Matrix> = true;
 
 // What else the scaling warp fetches: of these matrices nothing.
 template <class R>
@@ -139,8 +140,7 @@ __device__ __forceinline__ void decode(const Matrix &w, const TensorMap *x, cons
         cluster_sync();
     } else {
         constexpr int BLOCKS = GROUPS * TILES, WARPS = 4 * BLOCKS * Epilogue::SLICES / OWN;
-        constexpr bool TIGHT = RingOf<GROUPS, N, BESIDE, Matrix>::TIGHT;
-        using Out = EitherWidth<N, BLOCKS, (N + WARPS - 1) / WARPS, SideBySide<N, WARPS, Epilogue>::T, TIGHT, Epilogue>;
+        using Out = EitherWidth<N, BLOCKS, (N + WARPS - 1) / WARPS, SideBySide<N, WARPS, Epilogue>::T, TIGHT<Matrix>, Epilogue>;
         // Of an odd number of tiles the last one's neighbour has none: it takes no tokens, or stores none of them.
         const bool is_none = SAME_TOKENS && out0 >= shape.rows;
         Out out(shape, rank + ranks * warp, ranks * 4 * GROUPS, out0, is_none ? shape.tokens : n0, tile0 * R::ROWS);

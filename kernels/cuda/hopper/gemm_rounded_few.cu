@@ -130,7 +130,6 @@ __device__ __forceinline__ void fetch_beside(const CodesRing<GROUPS, N, SETS> &r
 
 template <int GROUPS, int N, int SETS> struct RingOf<GROUPS, N, Beside::NOBODY, CodesMatrix<SETS>> {
     using Type = CodesRing<GROUPS, N, SETS>;
-    static constexpr bool TIGHT = true;
 };
 
 #define FEW(NAME, GROUPS, N, BESIDE, SETS, EPILOGUE)                                                                         \
