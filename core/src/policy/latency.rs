@@ -26,9 +26,9 @@ use crate::costs::StepCosts;
 
 /// Tokens of prompts that a step takes at least, so that every prompt comes to its end.
 const PORTION_MIN: u32 = 64;
-/// How many times as long as a decode step one with prompts takes; what is not reckoned with (drawing tokens, rows that join)
-/// makes it twice.
-const USUAL: f32 = 1.9;
+/// How many times as long as a decode step one with prompts takes; what is not reckoned with (drawing tokens, rows that join,
+/// attention that a step of decode rows alone hides behind products) makes it twice.
+const USUAL: f32 = 1.85;
 /// A long one: a prompt of a thousand tokens takes four to five, where few rows decode.
 const LONG: f32 = 6.0;
 /// Of how many gaps between tokens one may be long: somewhat less than one in a hundred.
