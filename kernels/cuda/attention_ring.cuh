@@ -7,8 +7,8 @@
 // On Hopper a warp of its own fills the ring: each lane copies a page's share of a leaf (the bytes as they lie, swizzled
 // already), which completes on the stage's `full`; threads that have read a stage arrive at its `empty`. Bytes are read once,
 // so L2 is told to evict them first. A block's first turn is its number; from then on it takes whichever is next, so that
-// blocks that memory serves better do more. Beside prefill rows, whose blocks give way one by one, it takes all of them so. Elsewhere all threads copy 16 bytes each, one stage ahead, and turns are dealt
-// round.
+// blocks that memory serves better do more. Beside prefill rows, whose blocks give way one by one, it takes its first turn so too.
+// Elsewhere all threads copy 16 bytes each, one stage ahead, and turns are dealt round.
 //
 // 1. Copies of older tokens start before the dependent-launch wait: only the keys and values of the row's newest token and of the
 //    drafts before it, which are rows of their own, and queries come from the kernel before.

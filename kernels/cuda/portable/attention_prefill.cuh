@@ -1,7 +1,7 @@
 // attention_prefill: many tokens a row, each over its row's positions up to its own.
 //
 //   q, out  [tokens, kv_heads * group, head_dim] bf16      k, v  pages (attention.cuh)
-//   plan    count, tokens of an item, a word that is another set's, then (row, first token, 2 words for a set that splits items) for each item
+//   plan    count, tokens of an item, another set's word, then (row, first token, 2 words for a set that splits items) for each
 //   grid    kv_heads * the most items that the step can have; those beyond count return at once
 //   block   256      shared 2 * 128 * head_dim * 2 bytes
 //   moves   each item reads the keys and values up to its last token, mostly from L2; 4 * head_dim operations a (query, key)
