@@ -214,6 +214,20 @@ fn requests_of_an_engine_whose_thread_ends_fail_and_the_others_go_on() {
 }
 
 #[test]
+fn a_prompt_is_not_left_to_an_engine_that_has_ended() {
+    let (front, controls) = engines((0..2).map(|_| Control::default()));
+    let sampling = SamplingParams { max_tokens: 2, ..SamplingParams::default() };
+    let prompt = || vec![GenerateRequest::tokens(vec![1; 80]).sampling(sampling)];
+    run(&front, prompt()).1.unwrap();
+    let home = usize::from(admitted(&controls[0]).is_empty());
+    end_thread(&front, home);
+    let (completions, outcome) = run(&front, prompt());
+    outcome.unwrap();
+    assert_eq!(completions[0].as_ref().unwrap().token_ids.len(), 2);
+    assert_eq!(admitted(&controls[1 - home]).len(), 1);
+}
+
+#[test]
 fn nothing_waits_for_an_engine_whose_thread_has_ended() {
     for others in [0, 1] {
         let (front, controls) = engines((0..1 + others).map(|_| Control::default()));
