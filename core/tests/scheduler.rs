@@ -470,6 +470,27 @@ fn by_prefix_prompts_ascend_and_what_comes_too_late_for_this_sweep_is_in_the_nex
 }
 
 #[test]
+fn by_prefix_what_comes_later_has_its_place_in_the_second_sweep_too() {
+    let limits = Limits { running: 1, ..SMALL };
+    let settings = Settings { order: Order::Prefix, ..SETTINGS };
+    let mut scheduler =
+        Scheduler::new(limits, settings, StepCosts::default(), &[], None).expect("host memory");
+    let mut batch = Batch::new(&limits);
+    let mut admitted = Vec::new();
+    // Behind 5, the first sweep, come 1 and 3; once 1 has gone, 4 is of theirs.
+    for coming in [&[5][..], &[3, 1], &[4], &[]] {
+        for id in coming {
+            submit(&mut scheduler, &[*id], 1);
+        }
+        assert!(scheduler.schedule(&mut batch));
+        admitted.push(batch.tokens()[0].id);
+        scheduler.complete(&batch, &[9], &[], &mut |_| ());
+        scheduler.check();
+    }
+    assert_eq!(admitted, [5, 1, 3, 4]);
+}
+
+#[test]
 fn by_prefix_an_abort_leaves_the_others_in_their_sweeps() {
     // Admitted: 4; of this sweep: 6 and 8; of the next one: 2 and 3.
     for (aborted, last, expected) in
