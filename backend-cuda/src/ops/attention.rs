@@ -26,10 +26,12 @@
 //!
 //! Invariant: the same query over the same keys and values gives the same bits, in whichever kind of row and batch.
 
+mod cuts;
 mod heads;
 mod params;
 mod plan;
 mod planner;
+mod segment;
 mod split;
 
 use minisgl_core::backend::{Dims, KvLayer, Purpose, Step};

@@ -11,7 +11,8 @@ use minisgl_core::spec::Dims;
 use minisgl_kernels::attention::{Set, TILE};
 
 use super::heads::Heads;
-use super::plan::{DecodePlanner, segments};
+use super::plan::DecodePlanner;
+use super::segment::segments;
 use super::split::{Splitter, pieces};
 use crate::error::CudaError;
 use crate::launch::Grid;
@@ -238,7 +239,7 @@ mod tests {
     use minisgl_kernels::attention::{LEAF, SPAN};
     use minisgl_kernels::{HOPPER, PORTABLE};
 
-    use super::super::plan::Segment;
+    use super::super::segment::Segment;
     use super::*;
     use crate::declared::{assert_declared, constant, threads_of};
 
