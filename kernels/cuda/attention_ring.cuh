@@ -15,7 +15,12 @@
 // 2. A turn is taken by counting `taken` up. A block stops at the first turn that does not exist, and so counts once in
 //    vain; the last such count sets `taken` to 0 for the next launch. It takes its next turn with the last unit of the one at
 //    hand: sooner, and turns would go to who began first, not to who ends first. A half's blocks take it when they begin one,
-//    because the other half asks whether all are taken.
+//    because the other half asks whether all are taken. Three blocks and five turns; a count gives what `taken` was, and turn 3 + that:
+//
+//      block 0   turn 0    0: turn 3      3: no turn 6, it stops
+//      block 1   turn 1          1: turn 4               4: no turn 7, it stops; the last of 2 + 3 counts, so `taken` is 0 again
+//      block 2   turn 2                2: no turn 5, it stops
+//
 // 3. A half of a divided step that begins while the other attends waits, its ring full, until the other's blocks work on their
 //    last turns: memory serves who is ahead, whose products wait for it. It waits only while turns are left that any block of
 //    the other's takes, and who has taken one does not wait: so one of both goes on, whichever blocks of theirs found room.
