@@ -10,7 +10,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use minisgl::progress::{Progress, Stderr, Unit};
 use minisgl::report::{Output, write_json};
 use minisgl::workload::{self, Lengths, Workload};
-use minisgl::{Cause, JsonObject, ModelSource, Prompt, Text, from_command_line};
+use minisgl::{Cause, JsonObject, ModelSource, Prompt, Text, from_command_line, positive};
 use minisgl_client::bench::arrivals::Arrivals;
 use minisgl_client::bench::load::{Flow, Target};
 use minisgl_client::bench::prompt::{Api, Manner};
@@ -285,14 +285,5 @@ impl Flags {
             }
             _ => Err(format!("--sweep {text} is no range of rates; write 1..64").into()),
         }
-    }
-}
-
-fn positive(flag: &str, value: Option<f64>) -> Result<Option<f64>, Cause> {
-    match value {
-        Some(value) if !(value > 0.0 && value.is_finite()) => {
-            Err(format!("{flag} is {value}; it must be above 0").into())
-        }
-        value => Ok(value),
     }
 }

@@ -4,11 +4,12 @@ use minisgl_core::kv::KvFormat;
 use minisgl_core::policy::Policy;
 use minisgl_core::scheduler::Order;
 use minisgl_core::speculation::Speculation;
+use minisgl_cuda::KernelSet;
 
 use crate::device::BackendChoice;
 use crate::error::Error;
 use crate::llm::Llm;
-use crate::options::{KernelChoice, Options, Quantize};
+use crate::options::{Options, Quantize};
 use crate::source::ModelSource;
 use crate::weights::Weights;
 
@@ -91,7 +92,7 @@ impl LlmBuilder {
     }
 
     /// Which GPU kernels run.
-    pub fn kernels(mut self, kernels: KernelChoice) -> Self {
+    pub fn kernels(mut self, kernels: KernelSet) -> Self {
         self.options.kernels = kernels;
         self
     }

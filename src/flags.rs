@@ -28,6 +28,8 @@ use std::process::exit;
 
 use argh::TopLevelCommand;
 
+use crate::error::Cause;
+
 /// The process's command line as flags, `--flag=value` like `--flag value`. Where there are none to be had, because help is
 /// asked for or a flag is wrong, it says so and ends the process.
 pub fn from_command_line<T: TopLevelCommand>() -> T {
@@ -39,6 +41,19 @@ pub fn from_command_line<T: TopLevelCommand>() -> T {
     let program = words.first().map_or("", String::as_str);
     let program = Path::new(program).file_name().and_then(|name| name.to_str()).unwrap_or(program);
     from_words(program, words.get(1..).unwrap_or_default())
+}
+
+/// A flag's number, which must be above 0 where it is given.
+///
+/// # Errors
+/// It is not, or not finite.
+pub fn positive(flag: &str, value: Option<f64>) -> Result<Option<f64>, Cause> {
+    match value {
+        Some(value) if !(value > 0.0 && value.is_finite()) => {
+            Err(format!("{flag} is {value}; it must be above 0").into())
+        }
+        value => Ok(value),
+    }
 }
 
 /// As [`from_command_line`], of words that stand behind the name `program`.
@@ -103,7 +118,7 @@ macro_rules! with_shared_flags {
             allow_imbalance: bool,
             /// which GPU kernels: auto (default), portable or hopper
             #[argh(option, default = "::std::default::Default::default()")]
-            kernels: $crate::KernelChoice,
+            kernels: $crate::KernelSet,
             /// requests that run at once: a number, or auto (default: as many as decoding gains from and memory holds)
             #[argh(option, from_str_fn($crate::parse_max_running), default = "::std::default::Default::default()")]
             max_running: $crate::MaxRunning,

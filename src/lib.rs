@@ -76,7 +76,7 @@ pub use device::BackendChoice;
 pub use diagnostics::Ceilings;
 pub use embed::{EmbedRequest, Embedding};
 pub use error::{Cause, Error};
-pub use flags::{from_command_line, from_words};
+pub use flags::{from_command_line, from_words, positive};
 pub use front::{
     Aborter, EngineHandle, Events, Next, RequestEvent, RequestStream, SessionEvent, SessionOptions,
     Submitter, TrySubmitError,
@@ -91,11 +91,12 @@ pub use minisgl_core::policy::Policy;
 pub use minisgl_core::scheduler::Order;
 pub use minisgl_core::speculation::{DRAFTS_MAX, Speculation};
 pub use minisgl_core::stats::{Load, Stats};
+pub use minisgl_cuda::KernelSet;
 pub use minisgl_decoder::{Dtype, NamedTensor};
 pub use opening::gpu_present;
 pub use options::{
-    Devices, KernelChoice, KvDtype, MaxRunning, Options, Quantize, parse_devices, parse_kv_dtype,
-    parse_max_running, parse_order, parse_policy, parse_speculation,
+    Devices, KvDtype, MaxRunning, Options, Quantize, parse_devices, parse_kv_dtype, parse_max_running,
+    parse_order, parse_policy, parse_speculation,
 };
 pub use request::{
     BesideWork, ChatPrompt, Completion, Embed, FinishReason, Flow, GenerateRequest, Given, JsonObject,

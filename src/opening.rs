@@ -31,7 +31,7 @@ use crate::front::Built;
 use crate::info::{ExpertsInfo, Info};
 use crate::memory::{PagePlan, Sequence, check_asked, check_balance, check_host, share_within, warning};
 use crate::models::FAMILIES;
-use crate::options::{KernelChoice, Options, Quantize};
+use crate::options::{Options, Quantize};
 use crate::runner::RunnerExecutor;
 use crate::running::{self, Costs};
 use crate::simulated::{self, SimulatedDevice, SimulatedExecutor};
@@ -74,19 +74,11 @@ fn check_quantized(mut spec: DecoderSpec, options: &Options) -> Result<(), Error
         format.inputs = Inputs::Plain;
     }
     let device = options.devices.first().copied().unwrap_or(0);
-    let properties = Properties::of(device, kernel_set(options.kernels)).map_err(gpu_error)?;
+    let properties = Properties::of(device, options.kernels).map_err(gpu_error)?;
     let ranks = options.tensor_parallel;
     let of_rank = spec.shard(ranks, SLICING).map_err(|error| Error::Model(Box::new(error)))?;
     let supported = properties.supports(&of_rank, Rank { index: 0, count: ranks });
     supported.map_err(|error| Error::Device(Box::new(error)))
-}
-
-fn kernel_set(kernels: KernelChoice) -> KernelSet {
-    match kernels {
-        KernelChoice::Auto => KernelSet::Auto,
-        KernelChoice::Portable => KernelSet::Portable,
-        KernelChoice::Hopper => KernelSet::Hopper,
-    }
 }
 
 /// Is there a GPU? No driver means no; one that does not work is an error, for somebody meant it to.
@@ -135,7 +127,7 @@ impl Opening {
                 _ => self.on_ranks(processors / (engines * ranks as usize), started),
             };
         }
-        let kernels = kernel_set(self.options.kernels);
+        let kernels = self.options.kernels;
         let ranks = self.options.tensor_parallel as usize;
         let device = |at: usize| self.options.devices.get(at).copied().unwrap_or(at);
         if ranks > 1 {

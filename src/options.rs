@@ -9,22 +9,11 @@ use minisgl_core::policy::Policy;
 use minisgl_core::scheduler::Order;
 use minisgl_core::shard::RANKS_MAX;
 use minisgl_core::speculation::Speculation;
+use minisgl_cuda::KernelSet;
 
 use crate::device::{self, BackendChoice, Choice};
 use crate::error::Error;
 use crate::simulated::SimulatedDevice;
-
-/// Which of the embedded GPU kernels run.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum KernelChoice {
-    /// The newest set that the GPU can run.
-    #[default]
-    Auto,
-    /// The set for every GPU since Ampere.
-    Portable,
-    /// The set for Hopper.
-    Hopper,
-}
 
 /// What weights are made when they are loaded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -53,7 +42,7 @@ pub struct Options {
     /// Let the GPUs of ranks have more and less memory free, though all get as many KV pages as the one with the least.
     pub allow_imbalance: bool,
     /// Which GPU kernels run.
-    pub kernels: KernelChoice,
+    pub kernels: KernelSet,
     /// Requests that run at once; `None`: as many as decoding gains from, if memory holds them.
     pub max_running: Option<u32>,
     /// Tokens of a usual sequence, prompt and output, where that is known: [`Options::max_running`] is chosen by it.
@@ -103,7 +92,7 @@ impl Default for Options {
             data_parallel: None,
             tensor_parallel: 1,
             allow_imbalance: false,
-            kernels: KernelChoice::Auto,
+            kernels: KernelSet::Auto,
             max_running: None,
             usual_tokens: None,
             max_queued: 1024,
@@ -198,19 +187,6 @@ const DISABLE_OVERLAP: &str = "MINISGL_DISABLE_OVERLAP_SCHEDULING";
 
 fn is_set(variable: Option<OsString>) -> bool {
     variable.is_some_and(|value| value == "1")
-}
-
-impl FromStr for KernelChoice {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        match text {
-            "auto" => Ok(KernelChoice::Auto),
-            "portable" => Ok(KernelChoice::Portable),
-            "hopper" => Ok(KernelChoice::Hopper),
-            _ => Err(format!("{text} is no kernel set; use auto, portable or hopper")),
-        }
-    }
 }
 
 impl FromStr for Quantize {

@@ -13,12 +13,12 @@ use common::logits::{Logits, checkpoint};
 use common::stored::{Stored, stored};
 use common::{CHECKPOINTS, CPU_ALONE, EXPERTS, FAMILIES, Golden, families_on_cuda, family, fixture, greedy};
 use minisgl::{
-    BackendChoice, Dtype, GenerateRequest, KernelChoice, KvFormat, Llm, LlmBuilder, NamedTensor, Policy,
+    BackendChoice, Dtype, GenerateRequest, KernelSet, KvFormat, Llm, LlmBuilder, NamedTensor, Policy,
     Quantize, SamplingParams, Speculation, TokenRules,
 };
 use minisgl_core::shard::Rank;
 use minisgl_cpu::Cpu;
-use minisgl_cuda::{Cuda, KernelSet, Options, Properties};
+use minisgl_cuda::{Cuda, Options, Properties};
 use minisgl_decoder::Checkpoint;
 
 /// Relative error of a row of logits that bf16 activations through three layers justify.
@@ -26,13 +26,13 @@ const LOGIT_ERROR_MAX: f32 = 0.03;
 /// Logits further apart than this keep their order.
 const MARGIN_MIN: f32 = 0.3;
 
-fn on_gpu(name: &str, kernels: KernelChoice) -> LlmBuilder {
+fn on_gpu(name: &str, kernels: KernelSet) -> LlmBuilder {
     family(name).backend(BackendChoice::Cuda).kernels(kernels)
 }
 
 /// Keys and values in fp8.
 fn in_fp8(name: &str) -> LlmBuilder {
-    on_gpu(name, KernelChoice::Auto).kv_dtype(Some(KvFormat::Fp8))
+    on_gpu(name, KernelSet::Auto).kv_dtype(Some(KvFormat::Fp8))
 }
 
 /// Deeper sums and prompts of 180 tokens: transformers in bf16 errs by up to 0.1 there, and a window off by one by 0.15.
@@ -40,12 +40,12 @@ const FAMILY_ERROR_MAX: f32 = 0.12;
 const FAMILY_MARGIN_MIN: f32 = 1.0;
 
 /// Checkpoints with the newest kernels and with those for any GPU.
-fn with_each<'a>(names: impl IntoIterator<Item = &'a str>) -> impl Iterator<Item = (&'a str, KernelChoice)> {
-    let with_each = |name| [KernelChoice::Auto, KernelChoice::Portable].map(|kernels| (name, kernels));
+fn with_each<'a>(names: impl IntoIterator<Item = &'a str>) -> impl Iterator<Item = (&'a str, KernelSet)> {
+    let with_each = |name| [KernelSet::Auto, KernelSet::Portable].map(|kernels| (name, kernels));
     names.into_iter().flat_map(with_each)
 }
 
-fn cases() -> impl Iterator<Item = (&'static str, KernelChoice)> {
+fn cases() -> impl Iterator<Item = (&'static str, KernelSet)> {
     with_each(CHECKPOINTS)
 }
 
@@ -92,14 +92,9 @@ fn logits_are_those_of_transformers_within_bf16() {
 }
 
 /// Gives the relative error of each row of logits that there is a golden one of.
-fn assert_logits(name: &str, kernels: KernelChoice, error_max: f32, margin_min: f32) -> Vec<f32> {
+fn assert_logits(name: &str, kernels: KernelSet, error_max: f32, margin_min: f32) -> Vec<f32> {
     let golden = Golden::open(name);
-    let kernel_set = match kernels {
-        KernelChoice::Auto => KernelSet::Auto,
-        KernelChoice::Portable => KernelSet::Portable,
-        KernelChoice::Hopper => KernelSet::Hopper,
-    };
-    let cuda = Cuda::new(&Options { device: 0, kernels: kernel_set }).unwrap();
+    let cuda = Cuda::new(&Options { device: 0, kernels }).unwrap();
     let mut model = Logits::new(cuda, &checkpoint(&fixture(name)), 512, true);
     let mut errors = Vec::new();
     for (i, example) in golden.examples.iter().enumerate() {
@@ -259,7 +254,7 @@ fn prompt_errors(name: &str, golden: &Golden, checkpoint: &Checkpoint) -> [f32; 
 
 /// A golden checkpoint with fp8 weights, whose inputs stay as they are.
 fn with_fp8_weights(name: &str) -> LlmBuilder {
-    on_gpu(name, KernelChoice::Auto).plain_inputs(true)
+    on_gpu(name, KernelSet::Auto).plain_inputs(true)
 }
 
 /// The last of them has experts.
@@ -328,21 +323,21 @@ const ROUNDED: [&str; 2] = ["qwen3-fp8", "llama-fp8ct"];
 #[ignore = "needs a GPU"]
 fn tokens_of_rounded_inputs_do_not_depend_on_how_they_are_computed() {
     for name in ROUNDED {
-        let base = || on_gpu(name, KernelChoice::Auto);
+        let base = || on_gpu(name, KernelSet::Auto);
         tokens_are_the_same_in_every_way(&format!("{name}, rounded inputs"), base);
         let both = || base().kv_dtype(Some(KvFormat::Fp8));
         tokens_are_the_same_in_every_way(&format!("{name}, rounded inputs, all fp8"), both);
     }
-    let quantized = || on_gpu(CHECKPOINTS[0], KernelChoice::Auto).quantize(Some(Quantize::Fp8));
+    let quantized = || on_gpu(CHECKPOINTS[0], KernelSet::Auto).quantize(Some(Quantize::Fp8));
     tokens_are_the_same_in_every_way(&format!("{}, made fp8", CHECKPOINTS[0]), quantized);
 }
 
 #[test]
 #[ignore = "needs a GPU"]
 fn what_is_not_computed_with_rounded_inputs_is_refused_by_name() {
-    let experts = on_gpu(FP8_WEIGHTS[2], KernelChoice::Auto).build().err().unwrap().to_string();
+    let experts = on_gpu(FP8_WEIGHTS[2], KernelSet::Auto).build().err().unwrap().to_string();
     assert!(experts.contains("--plain-inputs") && experts.contains("experts"), "{experts}");
-    let any = on_gpu(CHECKPOINTS[0], KernelChoice::Portable).quantize(Some(Quantize::Fp8));
+    let any = on_gpu(CHECKPOINTS[0], KernelSet::Portable).quantize(Some(Quantize::Fp8));
     let any = any.build().err().unwrap().to_string();
     assert!(any.contains("Hopper"), "{any}");
 }
@@ -350,7 +345,7 @@ fn what_is_not_computed_with_rounded_inputs_is_refused_by_name() {
 #[test]
 #[ignore = "needs a GPU"]
 fn kernels_for_any_gpu_refuse_fp8_keys_and_values_by_name() {
-    let builder = on_gpu(CHECKPOINTS[0], KernelChoice::Portable).kv_dtype(Some(KvFormat::Fp8));
+    let builder = on_gpu(CHECKPOINTS[0], KernelSet::Portable).kv_dtype(Some(KvFormat::Fp8));
     let error = builder.build().err().unwrap().to_string();
     assert!(error.contains("--kv-dtype auto") && error.contains("Hopper"), "{error}");
 }
@@ -358,17 +353,17 @@ fn kernels_for_any_gpu_refuse_fp8_keys_and_values_by_name() {
 #[test]
 #[ignore = "needs a GPU"]
 fn drafts_change_no_token() {
-    assert_drafts_change_no_token(KernelChoice::Auto);
+    assert_drafts_change_no_token(KernelSet::Auto);
 }
 
 #[test]
 #[ignore = "needs a GPU"]
 fn drafts_change_no_token_with_kernels_for_any_gpu() {
-    assert_drafts_change_no_token(KernelChoice::Portable);
+    assert_drafts_change_no_token(KernelSet::Portable);
 }
 
 /// Prompts that repeat themselves, across pages and leaves, alone and beside others.
-fn assert_drafts_change_no_token(kernels: KernelChoice) {
+fn assert_drafts_change_no_token(kernels: KernelSet) {
     let others = ["mistral-window", "qwen2-bias", "smollm3-nope", "qwen3-moe"];
     let mut accepted = 0;
     for name in CHECKPOINTS.into_iter().chain(others) {
@@ -466,7 +461,7 @@ fn which_families_a_gpu_computes_is_known_without_one() {
 #[ignore = "needs a GPU"]
 fn a_model_that_the_gpu_does_not_compute_is_refused_by_what_it_has() {
     for (name, what) in CPU_ALONE {
-        let error = on_gpu(name, KernelChoice::Auto).build().err().unwrap().to_string();
+        let error = on_gpu(name, KernelSet::Auto).build().err().unwrap().to_string();
         assert!(error.contains(what) && error.contains("--backend cpu"), "{name}: {error}");
     }
 }
@@ -474,7 +469,7 @@ fn a_model_that_the_gpu_does_not_compute_is_refused_by_what_it_has() {
 #[test]
 #[ignore = "needs a GPU"]
 fn memory_is_counted_and_reported() {
-    let llm = on_gpu("tiny-tied", KernelChoice::Auto).num_pages(None).memory_ratio(0.5).build().unwrap();
+    let llm = on_gpu("tiny-tied", KernelSet::Auto).num_pages(None).memory_ratio(0.5).build().unwrap();
     let info = llm.info();
     assert_eq!(info.backend, "cuda");
     let share = info.kv_bytes() as f64 / info.memory_free_loaded as f64;
@@ -485,6 +480,6 @@ fn memory_is_counted_and_reported() {
 #[test]
 #[ignore = "needs a GPU"]
 fn a_gpu_that_is_not_there_is_an_error_that_names_the_flag() {
-    let error = on_gpu("tiny-tied", KernelChoice::Auto).devices([99]).build().err().unwrap().to_string();
+    let error = on_gpu("tiny-tied", KernelSet::Auto).devices([99]).build().err().unwrap().to_string();
     assert!(error.contains("99") && error.contains("--devices"), "{error}");
 }

@@ -3,7 +3,7 @@
 mod common;
 
 use common::mixed_requests;
-use minisgl::{BackendChoice, GenerateRequest, KernelChoice, Llm, LlmBuilder, Policy};
+use minisgl::{BackendChoice, GenerateRequest, KernelSet, Llm, LlmBuilder, Policy};
 
 fn tokens(llm: &mut Llm, requests: &[GenerateRequest]) -> Vec<Vec<u32>> {
     let completions = llm.generate(requests).expect("a run");
@@ -11,7 +11,7 @@ fn tokens(llm: &mut Llm, requests: &[GenerateRequest]) -> Vec<Vec<u32>> {
     completions.into_iter().map(|completion| completion.token_ids).collect()
 }
 
-fn engine(model: &str, kernels: KernelChoice) -> LlmBuilder {
+fn engine(model: &str, kernels: KernelSet) -> LlmBuilder {
     let builder = Llm::builder(model).backend(BackendChoice::Cuda).kernels(kernels);
     builder.max_seq_len(Some(512)).num_pages(Some(9000)).max_prefill_tokens(4096)
 }
@@ -30,7 +30,7 @@ fn assert_same(expected: &[Vec<u32>], got: &[Vec<u32>], what: &str) {
 }
 
 /// One model, computed in every way; all of it must be the same bit for bit.
-fn assert_the_same_bits(model: &str, kernels: KernelChoice, count: usize) {
+fn assert_the_same_bits(model: &str, kernels: KernelSet, count: usize) {
     let requests = mixed_requests(count, 2000);
     let base = engine(model, kernels);
     let mut llm = base.clone().build().expect("an engine on the GPU");
@@ -66,17 +66,17 @@ fn assert_the_same_bits(model: &str, kernels: KernelChoice, count: usize) {
 #[test]
 #[ignore = "needs a GPU"]
 fn the_same_bits_in_every_way_with_the_hopper_kernels() {
-    assert_the_same_bits("qwen3-0.6b", KernelChoice::Auto, 256);
+    assert_the_same_bits("qwen3-0.6b", KernelSet::Auto, 256);
 }
 
 #[test]
 #[ignore = "needs a GPU"]
 fn the_same_bits_in_every_way_with_the_portable_kernels() {
-    assert_the_same_bits("qwen3-0.6b", KernelChoice::Portable, 256);
+    assert_the_same_bits("qwen3-0.6b", KernelSet::Portable, 256);
 }
 
 #[test]
 #[ignore = "needs a GPU"]
 fn the_same_bits_in_every_way_with_small_heads() {
-    assert_the_same_bits("tiny", KernelChoice::Auto, 64);
+    assert_the_same_bits("tiny", KernelSet::Auto, 64);
 }

@@ -10,7 +10,7 @@ use common::{
     relative_error, small,
 };
 use minisgl::{
-    BackendChoice, Dtype, EmbedRequest, Embedding, FinishReason, GenerateRequest, KernelChoice, LlmBuilder,
+    BackendChoice, Dtype, EmbedRequest, Embedding, FinishReason, GenerateRequest, KernelSet, LlmBuilder,
     NamedTensor, Prompt, RequestError, SamplingError, SamplingParams, SubmitError,
 };
 use safetensors::SafeTensors;
@@ -61,7 +61,7 @@ fn embeddings_are_those_of_transformers() {
 #[ignore = "needs a GPU"]
 fn embeddings_on_the_gpu_are_those_of_transformers_within_bf16() {
     for name in CHECKPOINTS.into_iter().chain(families_on_cuda()) {
-        for kernels in [KernelChoice::Auto, KernelChoice::Portable] {
+        for kernels in [KernelSet::Auto, KernelSet::Portable] {
             let error = error(name, family(name).backend(BackendChoice::Cuda).kernels(kernels));
             println!("{name}, {kernels:?}: largest error of an embedding {error:.5}");
             // As rows of logits are, where activations are bf16 (`tests/cuda.rs`).
@@ -128,7 +128,7 @@ fn an_embedding_has_the_same_bits_however_it_is_computed() {
 #[test]
 #[ignore = "needs a GPU"]
 fn an_embedding_on_the_gpu_has_the_same_bits_however_it_is_computed() {
-    for kernels in [KernelChoice::Auto, KernelChoice::Portable] {
+    for kernels in [KernelSet::Auto, KernelSet::Portable] {
         let way = |(prefill, cache): (u32, bool)| {
             let builder = family("tiny-untied").backend(BackendChoice::Cuda).kernels(kernels);
             let builder = builder.max_prefill_tokens(prefill).prefix_cache(cache);

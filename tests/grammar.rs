@@ -8,7 +8,7 @@ use common::{Scratch, greedy, small};
 use minisgl::lines::{self, Defaults};
 use minisgl::openai::{ModelName, OutputFormat, Part, Parts};
 use minisgl::{
-    BackendChoice, Completion, FinishReason, Function, GenerateRequest, Grammar, KernelChoice, LlmBuilder,
+    BackendChoice, Completion, FinishReason, Function, GenerateRequest, Grammar, KernelSet, LlmBuilder,
     Prompt, RequestError, SamplingParams, Speculation, TokenRules, ToolCalls, ToolFormat,
 };
 use serde_json::{Value, json};
@@ -158,7 +158,7 @@ fn every_output_is_what_its_grammar_describes_and_the_same_whatever_runs_beside_
 #[test]
 #[ignore = "needs a GPU"]
 fn so_it_is_on_a_gpu() {
-    for kernels in [KernelChoice::Auto, KernelChoice::Portable] {
+    for kernels in [KernelSet::Auto, KernelSet::Portable] {
         assert_held_to_their_grammars(|builder| builder.backend(BackendChoice::Cuda).kernels(kernels));
     }
 }

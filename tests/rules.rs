@@ -5,7 +5,7 @@ mod common;
 
 use common::{CHECKPOINTS, Scratch, builder, family, greedy, mixed_requests, small};
 use minisgl::{
-    BackendChoice, Completion, FinishReason, GenerateRequest, KernelChoice, Llm, LlmBuilder, Policy,
+    BackendChoice, Completion, FinishReason, GenerateRequest, KernelSet, Llm, LlmBuilder, Policy,
     RequestError, STOP_BYTES_MAX, SamplingError, SamplingParams, Speculation, SubmitError, TokenRules,
 };
 
@@ -98,7 +98,7 @@ fn edits_on_the_gpu_give_the_same_tokens_whatever_runs_beside_a_request_and_howe
 #[test]
 #[ignore = "needs a GPU"]
 fn so_they_do_with_kernels_for_any_gpu() {
-    let portable = |builder: LlmBuilder| builder.backend(BackendChoice::Cuda).kernels(KernelChoice::Portable);
+    let portable = |builder: LlmBuilder| builder.backend(BackendChoice::Cuda).kernels(KernelSet::Portable);
     assert_the_same_however_computed(portable);
 }
 

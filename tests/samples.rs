@@ -9,8 +9,8 @@ use std::time::Duration;
 
 use common::{CHECKPOINTS, Scratch, builder, family, greedy, small};
 use minisgl::{
-    BackendChoice, Completion, FinishReason, Flow, GenerateRequest, Grammar, KernelChoice, LlmBuilder,
-    Policy, PromptLogprobs, SamplingParams, Speculation, StreamEvent, TokenRules, sample_seed,
+    BackendChoice, Completion, FinishReason, Flow, GenerateRequest, Grammar, KernelSet, LlmBuilder, Policy,
+    PromptLogprobs, SamplingParams, Speculation, StreamEvent, TokenRules, sample_seed,
 };
 
 /// Requests of one to six samples: greedy and drawn, with penalties and without, scored and not.
@@ -94,7 +94,7 @@ fn eight_samples_compute_their_prompt_once_and_hold_its_pages_once_with_a_prefix
 #[test]
 #[ignore = "needs a GPU"]
 fn so_it_is_on_a_gpu() {
-    for kernels in [KernelChoice::Auto, KernelChoice::Portable] {
+    for kernels in [KernelSet::Auto, KernelSet::Portable] {
         let on_gpu = |builder: LlmBuilder| builder.backend(BackendChoice::Cuda).kernels(kernels);
         assert_as_single_requests(on_gpu);
         assert_one_prompt(on_gpu);

@@ -7,7 +7,7 @@ use common::{
     CHECKPOINTS, EXPERTS, FAMILIES, FP8, Golden, Scratch, builder, families_on_cuda, family, greedy, small,
 };
 use minisgl::{
-    BackendChoice, Completion, FinishReason, GenerateRequest, KernelChoice, Llm, LlmBuilder, PromptLogprobs,
+    BackendChoice, Completion, FinishReason, GenerateRequest, KernelSet, Llm, LlmBuilder, PromptLogprobs,
     RequestError, RerankRequest, SamplingParams, Score, ScoreRequest, TokenLogprobs,
 };
 use minisgl_cpu::Cpu;
@@ -78,7 +78,7 @@ fn log_probabilities_of_given_tokens_are_those_of_transformers() {
 fn log_probabilities_on_the_gpu_are_those_of_transformers_within_bf16() {
     for name in CHECKPOINTS.into_iter().chain(families_on_cuda()) {
         let bound = if EXPERTS.contains(&name) { FLIPPED_ERROR_MAX } else { GPU_ERROR_MAX };
-        for kernels in [KernelChoice::Auto, KernelChoice::Portable] {
+        for kernels in [KernelSet::Auto, KernelSet::Portable] {
             let what = format!("{name}, {kernels:?}");
             let builder = family(name).backend(BackendChoice::Cuda).kernels(kernels);
             let mut errors = assert_scores(&what, builder, &Golden::open(name), bound);
@@ -178,7 +178,7 @@ fn scores_are_to_the_bit_what_sampling_reports_however_they_are_computed() {
 #[test]
 #[ignore = "needs a GPU"]
 fn scores_on_the_gpu_are_to_the_bit_what_sampling_reports_however_they_are_computed() {
-    for kernels in [KernelChoice::Auto, KernelChoice::Portable] {
+    for kernels in [KernelSet::Auto, KernelSet::Portable] {
         let way = |(prefill, pages, cache, running): (u32, u32, bool, u32)| {
             let builder = family("tiny-untied").backend(BackendChoice::Cuda).kernels(kernels);
             let builder = builder.max_prefill_tokens(prefill).num_pages(Some(pages)).prefix_cache(cache);

@@ -14,7 +14,7 @@ use common::stored::{all_trained, checkpoint as checkpoint_of, given, stored};
 use common::{family, fixture, greedy, mixed_requests, skipped, small};
 use fault::{Fault, Faulty, FaultyError};
 use minisgl::{
-    BackendChoice, EmbedRequest, Embedding, Error, KernelChoice, Llm, LlmBuilder, Policy, Speculation,
+    BackendChoice, EmbedRequest, Embedding, Error, KernelSet, Llm, LlmBuilder, Policy, Speculation,
 };
 use minisgl_core::config::Limits;
 use minisgl_core::engine::{Engine, EngineOptions};
@@ -22,7 +22,7 @@ use minisgl_core::executor::Executor;
 use minisgl_core::local::Local;
 use minisgl_core::request::Request;
 use minisgl_core::scheduler::{Order, Settings};
-use minisgl_cuda::{Cuda, CudaError, KernelSet, Link, device_count};
+use minisgl_cuda::{Cuda, CudaError, Link, device_count};
 use minisgl_decoder::{Decoder, LoadError};
 use minisgl_ranks::Ranks;
 
@@ -51,7 +51,7 @@ fn on_gpu(builder: LlmBuilder) -> LlmBuilder {
 #[ignore = "needs two GPUs"]
 fn ranks_give_the_bits_of_one_gpu_however_they_are_computed() {
     for name in DIVISIBLE {
-        for kernels in [KernelChoice::Auto, KernelChoice::Portable] {
+        for kernels in [KernelSet::Auto, KernelSet::Portable] {
             let requests = requests(12, 250);
             let builder = || on_gpu(family(name)).kernels(kernels);
             let expected = run(builder(), &requests);
@@ -69,7 +69,7 @@ fn ranks_give_the_bits_of_one_gpu_however_they_are_computed() {
 #[ignore = "needs two GPUs"]
 fn ranks_of_experts_give_the_bits_of_one_gpu_however_they_are_computed() {
     let scratch = with_experts();
-    for kernels in [KernelChoice::Auto, KernelChoice::Portable] {
+    for kernels in [KernelSet::Auto, KernelSet::Portable] {
         let requests = requests(12, 100);
         let builder = || on_gpu(small(scratch.path())).kernels(kernels).max_seq_len(Some(256));
         let expected = run(builder(), &requests);
@@ -96,7 +96,7 @@ fn ranks_that_share_rows_give_the_bits_of_one_gpu_however_they_are_computed() {
     });
     let mlp = mlp.map(|(name, rows, cols)| (format!("mlp.{name}.weight"), vec![rows, cols]));
     let folder = random_checkpoint(&config, &mlp);
-    for kernels in [KernelChoice::Auto, KernelChoice::Portable] {
+    for kernels in [KernelSet::Auto, KernelSet::Portable] {
         let requests = requests(12, 100);
         let builder = || on_gpu(small(folder.path())).kernels(kernels);
         let expected = run(builder(), &requests);

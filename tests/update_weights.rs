@@ -8,7 +8,7 @@ use std::path::Path;
 use common::stored::{Stored, Tensors, all_trained, checkpoint, given, stored, trained, write};
 use common::{CPU_ALONE, FP8, Numbers, Scratch, family, fixture, greedy, small};
 use minisgl::{
-    BackendChoice, Completion, Dtype, Error, GenerateRequest, KernelChoice, KvFormat, Llm, LlmBuilder,
+    BackendChoice, Completion, Dtype, Error, GenerateRequest, KernelSet, KvFormat, Llm, LlmBuilder,
     NamedTensor, PromptLogprobs, Quantize, SamplingParams, ScoreRequest, SessionEvent, SessionOptions,
 };
 
@@ -89,7 +89,7 @@ fn so_it_is_on_a_gpu() {
         let in_fp8 = FP8.contains(&name);
         // Kernels for any GPU know no fp8.
         let sets = if in_fp8 { 1 } else { 2 };
-        for kernels in [KernelChoice::Auto, KernelChoice::Portable].into_iter().take(sets) {
+        for kernels in [KernelSet::Auto, KernelSet::Portable].into_iter().take(sets) {
             assert_updated_as_loaded(&format!("{name}, {kernels:?}"), name, |builder| {
                 builder.backend(BackendChoice::Cuda).kernels(kernels).plain_inputs(in_fp8)
             });

@@ -40,7 +40,7 @@ impl FromStr for KernelSet {
             "auto" => Ok(KernelSet::Auto),
             "portable" => Ok(KernelSet::Portable),
             "hopper" => Ok(KernelSet::Hopper),
-            _ => Err(format!("there are no `{text}` kernels; take auto, portable or hopper")),
+            _ => Err(format!("{text} is no kernel set; use auto, portable or hopper")),
         }
     }
 }

@@ -6,9 +6,8 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use minisgl::progress::Stderr;
 use minisgl::{
-    BackendChoice, EngineHandle, Error, GenerationConfig, KernelChoice, Llm, LlmBuilder, ModelSource,
-    Options, Prompt, Quantize, SamplingParams, Weights, parse_kv_dtype, parse_order, parse_policy,
-    parse_speculation,
+    BackendChoice, EngineHandle, Error, GenerationConfig, KernelSet, Llm, LlmBuilder, ModelSource, Options,
+    Prompt, Quantize, SamplingParams, Weights, parse_kv_dtype, parse_order, parse_policy, parse_speculation,
 };
 use pyo3::exceptions::{PyRuntimeError, PyTypeError, PyValueError};
 use pyo3::prelude::*;
@@ -274,7 +273,7 @@ fn read_options(given: &Bound<'_, PyDict>) -> PyResult<Options> {
                 let one = value.extract::<Option<usize>>();
                 options.devices = one.map(|one| one.into_iter().collect()).or_else(|_| value.extract())?;
             }
-            "kernels" => options.kernels = word()?.parse::<KernelChoice>().map_err(refused)?,
+            "kernels" => options.kernels = word()?.parse::<KernelSet>().map_err(refused)?,
             "max_running" => options.max_running = value.extract()?,
             "max_prefill_tokens" => options.max_prefill_tokens = value.extract()?,
             "page_size" => options.page_size = value.extract()?,

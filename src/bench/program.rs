@@ -10,6 +10,7 @@ use super::{Comparison, Plan, Requests, list_models, run};
 use crate::device::BackendChoice;
 use crate::diagnostics::Ceilings;
 use crate::error::Cause;
+use crate::flags::positive;
 use crate::llm::Llm;
 use crate::opening::gpu_present;
 use crate::options::Options;
@@ -254,13 +255,4 @@ impl Flags {
 
 fn lengths(given: &Option<Lengths>) -> Lengths {
     given.clone().unwrap_or(Lengths::BENCHMARK)
-}
-
-fn positive(flag: &str, value: Option<f64>) -> Result<Option<f64>, Cause> {
-    match value {
-        Some(value) if !(value > 0.0 && value.is_finite()) => {
-            Err(format!("{flag} is {value}; it must be above 0").into())
-        }
-        value => Ok(value),
-    }
 }
