@@ -138,7 +138,7 @@ template <int HD, int HEADS, int STAGES, bool WINDOW, bool FP8> struct Decoder {
             m[1] = fmaxf(m[1], y);
         }
     }
-    // Where a tile's are, of the lane.
+    // Where the lane's part of a tile's probabilities lies.
     __device__ __forceinline__ unsigned probabilities_of(unsigned tile) const { return probabilities + tile * 256 + lane * 8; }
     // Puts the probabilities of the warp's tiles where all find them; all have theirs there when it returns.
     __device__ __forceinline__ void share_probabilities(const float (&s)[S::SECTIONS][4], const float (&m)[2]) const {

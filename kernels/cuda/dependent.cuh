@@ -12,15 +12,16 @@
 // 1. Before it waits a kernel reads weights, the packed batch, the page table, slots, and keys and values of steps before.
 //    Table and slots are written by begin_step: so the embedding waits first and only then lets the layers start (`embed.cu`).
 //    begin_step itself is launched without: what the step before wrote is there for all.
-// 2. Keys and values of a step's own tokens come from kernels before attention (with fp8 up to three). Its ring is filled with what is older, then
-//    it waits, and then with the rest (`attention_ring.cuh`).
+// 2. Keys and values of a step's own tokens come from kernels before attention (with fp8 up to three). Its ring is filled with what
+//    is older, then it waits, and then with the rest (`attention_ring.cuh`).
 // 3. In a divided step a half's attention lets its products start when its last turn is taken, not when it begins: until then
 //    their places are the other half's (`attention_kernels.cuh`, `attention_ring.cuh`).
 // 4. An epilogue that reads the residual stream looks it up after the wait, one that reads the batch alone before (`EARLY` in
 //    `epilogue.cuh`).
 // 5. What begins or ends a lane of a divided step waits for an event of the stream, not for a kernel.
-// 6. Behind a kernel whose blocks all wait before they let the next start, what lies before that kernel may be read at once: so experts'
-//    down reads what was chosen, and the kernel that adds up the chosen experts' shares and the residual stream (`experts.cu`).
+// 6. Behind a kernel of whose blocks some wait before they let the next start, and the others end at once, what lies before that kernel
+//    may be read at once: so experts' down reads what was chosen, and the kernel that adds up the chosen experts' shares and the
+//    residual stream (`experts.cu`).
 // 7. So decode rows' attention runs beside prefill rows', which is launched before it: it works at once, and waits before it ends, so
 //    that who has waited for it has waited for both (`attention_work.cuh`).
 #pragma once

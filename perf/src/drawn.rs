@@ -8,7 +8,7 @@ use minisgl_cpu::sampling::{argmax, cut, score};
 const TIE: f32 = 2e-5;
 /// How much of the mass the device's fixed-point sums may misjudge.
 const MASS: f32 = 5e-4;
-/// How far below the cut a device may cut, whose filters compare logits that are not divided.
+/// How far below the cut, relative to it, a device may cut, whose filters compare logits that are not divided.
 const BELOW: f32 = 1e-6;
 
 /// What is wrong with `token`, drawn as `slot` says at `position` from `logits` `[vocab]`; `None` if nothing is.
@@ -29,7 +29,8 @@ pub fn complaint(slot: &SlotState, position: u32, logits: &[f32], token: u32) ->
 /// Has `token` the best score, or one as good, among what the filters keep?
 fn wins(slot: &SlotState, position: u32, logits: &[f32], token: u32) -> bool {
     let top = logits[argmax(logits) as usize];
-    let least = cut(logits, slot, top, &mut vec![0.0; logits.len()]) - BELOW;
+    let of_all = cut(logits, slot, top, &mut vec![0.0; logits.len()]);
+    let least = of_all - BELOW * (1.0 + of_all.abs());
     let score = |id: u32, logit: f32| {
         let kept = logit / slot.temperature >= least;
         kept.then(|| score(logit, slot, token_uniform(slot.seed(), position, id)))

@@ -1,11 +1,12 @@
 //! What a rank passes to the others within a step: launches of `exchange.cu`.
 //!
-//! Sums of o and down (`sums.rs`) take turns in two parts of the inbox (`inbox.rs`); so do logits, of which a step that scores has several. Between two exchanges
-//! in one part there is one in another that has words from all ranks to all, which is what `exchange.cuh` asks for: a layer has o's and
-//! down's. Columns are brought together in parts of their own (`columns.rs`): of a matrix that is cut by rows (experts' down; o and down of more ranks than slices, `shared_rows.rs`) what it gets, as wide as
+//! Sums of o and down (`sums.rs`) take turns in two parts of the inbox (`inbox.rs`); so do logits, of which a step that scores has
+//! several. Between two exchanges in one part there is one in another that has words from all ranks to all, which is what
+//! `exchange.cuh` asks for: a layer has o's and down's. Columns are brought together in parts of their own (`columns.rs`): of a
+//! matrix that is cut by rows (experts' down; o and down of more ranks than slices, `shared_rows.rs`) what it gets, as wide as
 //! attention or an MLP is within, passes in one, and what the residual stream becomes in the place of sums.
 //!
-//! The product before an exchange stores its sums where they are added up ([`RankSums`]), so most of them have come when it ends.
+//! The product before an exchange stores its sums where they are added up ([`RankSums`](crate::ops::gemm::RankSums)), so most of them have come when it ends.
 //! Where NCCL carries words, a kernel leaves them in this rank's memory, all ranks' are gathered in each inbox, and then the same kernels
 //! add up or take what is there: bits don't depend on the way.
 //!

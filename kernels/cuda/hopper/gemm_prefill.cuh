@@ -530,6 +530,7 @@ __device__ __forceinline__ void multiply_half(const Shared<P> &shared, const Ten
     const auto place = [&](unsigned half) {
         const unsigned slices = shape.slices / 2, blocks = shape.slice_begin((half + 1) * slices) - shape.slice_begin(half * slices);
         constexpr unsigned WARPS = P::STAGE_BYTES / Meeting<P::WARPS>::SUMS;
+        static_assert(P::STAGES >= 3 + (P::WARPS - 1) / WARPS, "no stage that sums lie over is filled again");
         return shared.stage((blocks + P::STAGES - 3 - warp / WARPS) % P::STAGES) + warp % WARPS * Meeting<P::WARPS>::SUMS;
     };
     float y[P::M / 4];

@@ -85,7 +85,7 @@ template <bool FP8> struct Filler {
     unsigned turns[2]; // of a half's phase
     unsigned long long policy;
     Place<STAGES> place;
-    unsigned ready_to = 1; // the last phase that is known to be ready: today's kernels have made the first layer's queries
+    unsigned ready_to = 1; // the last phase that is known to be ready: the launches before have made the first layer's queries
     Turn turn, next;
     unsigned ticket, pages, pages_behind, pages_of_next; // the lane's
     enum { TAKEN, READ, LOOKED } step;

@@ -170,6 +170,7 @@ impl DecodePlanner {
                 rest -= u64::from(self.seen(row.kv_len));
             }
         }
+        debug_assert!(!self.beside || filled > 0, "somebody waits for the prefill rows beside");
         head[..2].copy_from_slice(&[filled as u32, u32::from(self.beside)]);
     }
 

@@ -279,6 +279,34 @@ mod tests {
         }
     }
 
+    /// Decode blocks that are told so begin before the kernels before prefill's attention have ended: nobody else may be.
+    #[test]
+    fn decode_rows_are_said_to_be_beside_prefill_rows_only_where_there_are_some_and_kernels_that_begin_so() {
+        for (hopper, prefill_rows, division, beside) in [
+            (true, 1, Division::None, 1),
+            (true, 0, Division::None, 0),
+            (true, 0, Division::Rows, 0),
+            (true, 0, Division::Multiprocessors, 0),
+            (false, 1, Division::None, 0),
+            (false, 0, Division::None, 0),
+        ] {
+            let planner = planner(hopper, [16, 8, 128], None, KvFormat::Bf16);
+            let rows: Vec<_> = (0..4 + prefill_rows)
+                .map(|slot| Row {
+                    slot,
+                    kv_len: 300,
+                    tokens: if slot < 4 { 1 } else { 40 },
+                    ..Row::default()
+                })
+                .collect();
+            let tokens = 4 + 40 * prefill_rows;
+            let shape = StepShape { decode_rows: 4, prefill_rows, tokens, samples: 4 };
+            let mut words = vec![u32::MAX; planner.decode_words() + planner.splitter.words(64)];
+            planner.plan(shape, division, &rows, &mut words);
+            assert_eq!(words[1], beside, "{hopper} {prefill_rows} {division:?}");
+        }
+    }
+
     #[test]
     fn the_host_and_the_kernels_mean_the_same_by_a_batch_and_a_plan() {
         let batch = &["batch.cuh"];

@@ -60,7 +60,7 @@ impl Splitter {
     /// stay whole, unless an item is more than a block's share of all. The rest is split, which costs time,
     /// and comes behind those whole items that are longer than a span.
     ///
-    /// Where decode rows attend beside, half of the blocks take turns, if then none has more to do than the longest piece.
+    /// Where decode rows attend beside, half of the blocks take turns, if then they have no more to do on average than the longest piece.
     pub(super) fn plan(&self, rows: &[Row], first_row: u32, words: &mut [u32]) {
         let (head, pieces) = words.split_at_mut(HEAD);
         let (pieces, _) = pieces.as_chunks_mut::<PIECE>();
@@ -107,7 +107,7 @@ impl Splitter {
             });
         }
         let half = self.blocks / 2;
-        let few = first_row > 0 && leaves * u64::from(self.kv_heads) <= u64::from(longest * half);
+        let few = first_row > 0 && leaves * u64::from(self.kv_heads) <= u64::from(longest) * u64::from(half);
         head.copy_from_slice(&[count as u32, self.item_tokens, if few { half } else { self.blocks }]);
     }
 
@@ -206,7 +206,8 @@ mod tests {
     }
 
     #[test]
-    fn beside_decode_rows_half_of_the_blocks_have_turns_where_none_has_more_to_do_than_a_piece() {
+    fn beside_decode_rows_half_of_the_blocks_have_turns_where_they_have_no_more_to_do_on_average_than_a_piece()
+     {
         let blocks = |rows: &[Row], first_row: u32| {
             let mut words = vec![0; SPLITTER.words(200)];
             SPLITTER.plan(rows, first_row, &mut words);

@@ -1,4 +1,4 @@
-//! How sums cross the ranks: in one shot, or in two.
+//! Which way sums cross the ranks, and which kernel adds them up.
 
 /// How sums cross the ranks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

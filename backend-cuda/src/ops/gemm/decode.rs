@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   tokens         a block's work                          blocks that work together
-//!   up to 64       64 rows of w, a slice of the columns    a cluster has all slices
+//!   up to 64       64 rows of w or more, most a slice      mostly a cluster has all slices; some as below
 //!   65 to 256      gate and up, some qkv: all columns      two or three with neighbouring tokens fetch w for each other
 //!                  qkv, o, down: a slice of the columns,   a cluster has all slices, and of some two blocks each, with
 //!                  or two                                  neighbouring tokens or rows of w, which fetch what both need

@@ -245,12 +245,13 @@ impl Tile {
         let (tile, kernel) =
             tiles[Self::quickest(tiles.iter().map(|(tile, _)| (*tile, clusters(*tile))), shape)?];
         let (count, turns) = (tile.count(shape), tile.turns(shape));
+        let columns = if tile.blocks[2] == 2 { "half of the columns" } else { "all columns" };
         let split = if tile.split == 1 { String::new() } else { format!(" in {turns} slices") };
         Some(Explained {
             kernel,
             grid: tile.grid(tile.launched(shape, clusters(tile))),
             work: format!(
-                "a block: {} rows of w, {} tokens, all columns; {count} tiles{split} for {} clusters",
+                "a block: {} rows of w, {} tokens, {columns}; {count} tiles{split} for {} clusters",
                 tile.rows,
                 tile.tokens(),
                 tile.launched(shape, clusters(tile)),

@@ -1,4 +1,4 @@
-//! Plans, run on the host: blocks that take their turns in any order, as the kernels do.
+//! Plans, run on the host: blocks that take their turns in any order, as the kernels do where no prefill rows are beside.
 
 use minisgl_core::tensor::splitmix64;
 
