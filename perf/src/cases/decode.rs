@@ -4,7 +4,9 @@
 //!   begin_step ─ embed ─ [qkv ─ (attention) ─ o ─ gate_up ─ down] x layers ─ final_norm ─ head ─ sample
 //! ```
 //!
-//! `mixed_step`, which has to be asked for, has tokens of a prompt behind a context besides. `decode_step_fp8`, which has to be asked for by that name where others are asked for, keeps keys and values in fp8. Each layer has weights, keys and values of its own, so a step finds in the cache nothing that the step before left.
+//! `mixed_step`, which has to be asked for, has tokens of a prompt behind a context besides. `decode_step_fp8`, which has to be asked
+//! for by that name where others are asked for, keeps keys and values in fp8. Each layer has weights, keys and values of its own, so a
+//! step finds in the cache nothing that the step before left.
 //! Products and attention are checked by cases of their own; here, that the logits are finite and that the tokens are
 //! those which the definition of sampling draws from them.
 
@@ -56,11 +58,13 @@ pub(crate) fn cases(filter: &Filter) -> Vec<Case> {
 /// A step of `rows` decode rows and so many tokens of a prompt behind a context.
 fn mixed(model: ModelShape, rows: u32, tokens: u32, behind: u32) -> Case {
     let of_each = super::BESIDE_PROMPT;
+    let window = model.window.unwrap_or(u32::MAX);
+    let of_prompt = (behind + tokens).min(window.saturating_add(tokens - 1));
     let step_of = move || StepOf::mixed(&vec![of_each; rows as usize], tokens, behind, model.vocab);
     Case {
         family: "mixed_step",
         shape: format!("model={} rows={rows} context={of_each} tokens={tokens} behind={behind}", model.name),
-        bytes: bytes(model, f64::from(rows) * f64::from(of_each) + f64::from(behind + tokens)),
+        bytes: bytes(model, f64::from(rows) * f64::from(of_each.min(window)) + f64::from(of_prompt)),
         flops: 0.0,
         setup: Box::new(move |cuda, _| setup(cuda, model, step_of(), true)),
     }
