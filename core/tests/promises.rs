@@ -22,7 +22,7 @@ use minisgl_core::scheduler::{Order, Scheduler, Settings};
 use proptest::prelude::*;
 
 use support::expected::{EOS, VOCAB};
-use support::{SETTINGS, exactly};
+use support::{SETTINGS, cases, exactly};
 
 #[derive(Clone, Debug)]
 enum Action {
@@ -396,13 +396,8 @@ fn stream() -> impl Strategy<Value = Stream> {
     )
 }
 
-/// As many as the variable says that proptest knows.
-fn cases() -> u32 {
-    std::env::var("PROPTEST_CASES").ok().and_then(|cases| cases.parse().ok()).unwrap_or(4000)
-}
-
 proptest! {
-    #![proptest_config(ProptestConfig { cases: cases(), failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: cases(4000), failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
     fn every_step_is_one_of_those_that_are_promised_and_every_request_ends(stream in stream()) {

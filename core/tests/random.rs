@@ -28,7 +28,7 @@ use support::expected::{self, EOS, FAILING, HIDDEN, VOCAB};
 use support::hashing::Hashing;
 use support::lazy::{Lazy, Pace};
 use support::rule::Rule;
-use support::{Outcome, Outcomes, run_dry};
+use support::{Outcome, Outcomes, cases, run_dry};
 
 /// What the caller does next.
 #[derive(Clone, Debug)]
@@ -315,13 +315,8 @@ fn expected_scores(request: &Submitted, window: u32) -> Vec<f32> {
     all[unwanted..].to_vec()
 }
 
-/// As many as the variable says that proptest knows.
-fn cases() -> u32 {
-    std::env::var("PROPTEST_CASES").ok().and_then(|cases| cases.parse().ok()).unwrap_or(6000)
-}
-
 proptest! {
-    #![proptest_config(ProptestConfig { cases: cases(), failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: cases(6000), failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
     fn every_request_gives_what_it_gives_alone(stream in stream()) {

@@ -25,6 +25,11 @@ use expected::VOCAB;
 use hashing::{Hashing, Runs};
 use lazy::{Lazy, Pace};
 
+/// Streams that a property test draws: as many as the variable says that proptest knows, or so many.
+pub fn cases(usual: u32) -> u32 {
+    std::env::var("PROPTEST_CASES").ok().and_then(|cases| cases.parse().ok()).unwrap_or(usual)
+}
+
 /// A small engine's capacities.
 pub const SMALL: Limits = Limits {
     running: 4,

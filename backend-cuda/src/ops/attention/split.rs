@@ -206,8 +206,7 @@ mod tests {
     }
 
     #[test]
-    fn beside_decode_rows_half_of_the_blocks_have_turns_where_they_have_no_more_to_do_on_average_than_a_piece()
-     {
+    fn beside_decode_rows_half_of_the_blocks_take_turns_where_half_is_enough() {
         let blocks = |rows: &[Row], first_row: u32| {
             let mut words = vec![0; SPLITTER.words(200)];
             SPLITTER.plan(rows, first_row, &mut words);
