@@ -31,45 +31,30 @@
 //! tokenizer and chat template without the model.
 
 pub mod bench;
-mod builder;
 pub mod bulk;
 mod chat;
-mod compiler;
-mod detokenize;
-mod device;
-mod diagnostics;
-#[cfg(feature = "hub")]
-mod download;
-mod embed;
+mod engine;
 mod error;
-mod flags;
 mod front;
-mod generation_config;
-mod grammar;
-mod info;
 pub mod lines;
-mod llm;
-mod memory;
-pub mod models;
+mod model;
 pub mod openai;
-mod opening;
-mod options;
-mod pooling;
-pub mod progress;
+mod program;
 pub mod report;
-mod request;
-mod rerank;
-mod runner;
-mod running;
-mod score;
+mod requests;
 pub mod simulated;
-mod source;
-mod streaming;
 pub mod telemetry;
 mod tokenizer;
-mod tools;
-mod weights;
-pub mod workload;
+
+use engine::{builder, device, diagnostics, info, llm, memory, opening, options, runner, running, weights};
+#[cfg(feature = "hub")]
+use model::download;
+pub use model::models;
+use model::{generation_config, pooling, source};
+use program::flags;
+pub use program::{progress, workload};
+use requests::{compiler, embed, grammar, request, rerank, score, streaming, tools};
+use tokenizer::detokenize;
 
 pub use builder::LlmBuilder;
 pub use device::BackendChoice;

@@ -154,7 +154,7 @@ fn sums(rank: u32, elements: usize) -> Vec<f32> {
     (0..elements).map(odd).collect()
 }
 
-/// Added in pairs, as `core/src/shard.rs` draws it.
+/// Added in pairs, as `core/src/model/shard.rs` draws it.
 fn tree(mut sums: Vec<f32>) -> f32 {
     while sums.len() > 1 {
         sums = sums.chunks(2).map(|pair| pair[0] + pair[1]).collect();

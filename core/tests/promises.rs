@@ -1,4 +1,4 @@
-//! What the scheduler promises whatever its policy says (`core/src/scheduler.rs`), in every step of random streams.
+//! What the scheduler promises whatever its policy says (`core/src/scheduling/scheduler.rs`), in every step of random streams.
 //!
 //! A model beside it knows who waits, who runs and how far everybody is, from what the scheduler has said so far. It does not say what
 //! the next step is, which policies choose, but what it may be:

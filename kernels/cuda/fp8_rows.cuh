@@ -1,4 +1,4 @@
-// fp8_rows: rows of keys and values in fp8, on their way into pages and out of them. core/src/kv.rs has the definition.
+// fp8_rows: rows of keys and values in fp8, on their way into pages and out of them. core/src/model/kv.rs has the definition.
 //
 //   page             codes of all rows of head 0, of head 1, ..., then a scale for each of them, lifted; to a multiple of 128 bytes
 //   element          bf16(e4m3 * scale), the scale the best of the eight by which the row's largest magnitude becomes 240 to 448

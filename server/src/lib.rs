@@ -16,20 +16,12 @@
 //! its request within two steps; a client that reads slowly, or says nothing, costs a connection and no more.
 
 mod access;
+mod api;
 mod app;
-mod asked;
 mod auth;
-mod body;
-mod completions;
-mod embeddings;
 mod engine;
-mod error;
-mod heading;
-mod large_bodies;
 mod listen;
 mod metrics;
-mod models;
-mod output;
 mod page;
 pub mod program;
 mod random;
@@ -37,8 +29,6 @@ mod routes;
 mod settings;
 mod stages;
 mod state;
-mod stream;
-mod tokenize;
 
 use std::sync::Arc;
 use std::thread;
@@ -47,6 +37,9 @@ use minisgl::{Error, Llm};
 use tokio::net::TcpListener;
 use tokio::sync::oneshot;
 
+use api::{
+    asked, body, completions, embeddings, error, heading, large_bodies, models, output, stream, tokenize,
+};
 pub use app::App;
 pub use engine::{Engine, EngineState, Engines};
 pub use routes::router;

@@ -9,6 +9,7 @@
 
 mod bound;
 pub mod config;
+pub mod detokenize;
 mod file;
 pub mod pieces;
 mod rules;

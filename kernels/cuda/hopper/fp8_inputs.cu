@@ -1,4 +1,4 @@
-// fp8_inputs: rows of activations become e4m3 codes with scales, as core/src/fp8.rs defines it (rounded.cuh).
+// fp8_inputs: rows of activations become e4m3 codes with scales, as core/src/model/fp8.rs defines it (rounded.cuh).
 //
 //   x [tokens, cols] bf16, times the row's norm and the norm's scales  ──>  codes [tokens, cols], scales [blocks, pitch] f32
 //   block    a token's 2048 columns, a warp's 256 of these, or all of a token: where it has one scale, or where tokens are many

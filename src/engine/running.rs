@@ -8,7 +8,7 @@
 //! More rows share what comes once a step, until that is little beside what is each one's own. All of it is counted in bytes:
 //! what a step costs besides, launches above all, as those that memory could bring meanwhile, and a row's multiplications as
 //! the share of the weights whose reading takes as long. What steps take is measured when an engine is built
-//! (`core/src/costs.rs`), which is too late for this: its buffers and recorded steps are for so many rows.
+//! (`core/src/steps/costs.rs`), which is too late for this: its buffers and recorded steps are for so many rows.
 
 /// As many requests as ran before anybody counted: fewer are not worth the trouble.
 const LEAST: u64 = 256;
