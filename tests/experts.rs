@@ -203,7 +203,7 @@ fn stacked_experts_quantized_at_load_are_those_quantized_one_by_one() {
     let requests = mixed_requests(6, 320);
     let in_fp8 = |folder: &Path| {
         let mut llm = small(folder).quantize(Some(Quantize::Fp8)).build().unwrap();
-        (tokens(&mut llm, &requests), llm.info().weight_bytes, llm.info().experts)
+        (tokens(&mut llm, &requests), llm.info().step_weight_bytes, llm.info().experts)
     };
     assert_eq!(in_fp8(scratch.path()), in_fp8(&fixture("qwen3-moe")));
 }
@@ -225,7 +225,7 @@ fn what_is_said_of_experts_in_fp8_has_their_bytes() {
     assert_eq!(experts.bytes, 3 * 256 * 128 + 4 * 3 * 2);
     assert!(stored.to_string().contains("3 of 8 experts in 1 of 2 layers"), "{stored}");
     for info in [plain, stored] {
-        let others = info.weight_bytes - info.experts.unwrap().all_bytes();
+        let others = info.step_weight_bytes - info.experts.unwrap().all_bytes();
         let floor = minisgl::bench::costs(&info);
         assert_eq!((floor.weight_bytes_per_step, floor.expert_bytes), (others, info.experts.unwrap().bytes));
     }

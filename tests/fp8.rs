@@ -274,7 +274,7 @@ fn dummy_weights_and_weights_that_are_fp8_are_quantized_too() {
                 Llm::builder(name).backend(BackendChoice::Cpu).max_seq_len(Some(64)).quantize(quantize);
             let mut llm = builder.build().unwrap();
             let tokens = llm.generate(&[greedy_request(&[1, 2, 3], 8)]).unwrap().remove(0).token_ids;
-            (tokens, llm.info().weight_bytes)
+            (tokens, llm.info().step_weight_bytes)
         };
         let ((plain, plain_bytes), (fp8, fp8_bytes)) = (tokens(None), tokens(Some(Quantize::Fp8)));
         assert_eq!(fp8.len(), plain.len());

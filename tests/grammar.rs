@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use common::{Scratch, greedy, small};
 use minisgl::lines::{self, Defaults};
-use minisgl::openai::{ModelName, OutputFormat, Part, Parts};
+use minisgl::openai::{ModelName, OutputFormat, OutputParser, OutputPart};
 use minisgl::{
     BackendChoice, Completion, FinishReason, Function, GenerateRequest, Grammar, KernelSet, LlmBuilder,
     Prompt, RequestError, SamplingParams, Speculation, TokenRules, ToolCalls, ToolFormat,
@@ -46,18 +46,18 @@ fn calls(format: ToolFormat) -> ToolCalls {
 
 /// Is an output calls, one or more and nothing else, each of a tool and with arguments that are valid?
 fn is_calls(text: &str, calls: &ToolCalls) -> bool {
-    let (mut parts, mut out) =
-        (Parts::new(OutputFormat { tools: calls.format, reasoning: None }), Vec::new());
-    parts.push(text, &mut out);
-    parts.finish(&mut out);
+    let (mut parser, mut out) =
+        (OutputParser::new(OutputFormat { tools: calls.format, reasoning: None }), Vec::new());
+    parser.push(text, &mut out);
+    parser.finish(&mut out);
     let is_valid = |function: &Function, arguments: &str| {
         serde_json::from_str(arguments).is_ok_and(|value| jsonschema::is_valid(&function.parameters, &value))
     };
-    let is_call = |part: &Part| match part {
-        Part::Call(call) => {
+    let is_call = |part: &OutputPart| match part {
+        OutputPart::Call(call) => {
             calls.functions.iter().any(|one| one.name == call.name && is_valid(one, &call.arguments))
         }
-        Part::Text(_) | Part::Reasoning(_) => false,
+        OutputPart::Text(_) | OutputPart::Reasoning(_) => false,
     };
     !out.is_empty() && out.iter().all(is_call)
 }

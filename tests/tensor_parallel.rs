@@ -156,7 +156,7 @@ fn engines_of_several_ranks_stand_behind_one_queue() {
     let llm = family("tiny-tied").tensor_parallel(4).build().unwrap();
     assert!(llm.info().device.starts_with("4 ranks"), "{}", llm.info().device);
     let one = family("tiny-tied").build().unwrap();
-    assert_eq!(llm.info().weight_bytes, one.info().weight_bytes);
+    assert_eq!(llm.info().step_weight_bytes, one.info().step_weight_bytes);
     assert_eq!(llm.info().page_bytes, 2 * one.info().page_bytes, "two key heads, each on two ranks");
 }
 

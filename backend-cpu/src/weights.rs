@@ -37,7 +37,7 @@ pub struct Matrix {
     pub scale: Vec<f32>,
     /// How what it is applied to is rounded before.
     pub rounding: Rounding,
-    parts: Vec<Part>,
+    parts: Vec<Stacked>,
 }
 
 /// Some rows of a matrix.
@@ -69,7 +69,8 @@ pub enum Rounding {
     Static(f32),
 }
 
-struct Part {
+/// A host tensor, or a window of one, as rows of the matrix.
+struct Stacked {
     rows: Range<usize>,
     owner: Arc<dyn AsRef<[u8]> + Send + Sync>,
     bytes: Range<usize>,
@@ -118,7 +119,7 @@ impl Matrix {
             if slices == 0 || !slices.is_power_of_two() || !cols.is_multiple_of(slices) {
                 return Err(invalid("its columns can't be cut into as many slices as are asked for"));
             }
-            let part = Part::new(tensor, matrix.rows)?;
+            let part = Stacked::new(tensor, matrix.rows)?;
             let rounding = part.elements.rounding();
             if !matrix.parts.is_empty() && rounding != matrix.rounding {
                 return Err(invalid(
@@ -235,8 +236,8 @@ impl Elements {
     }
 }
 
-impl Part {
-    fn new(tensor: &HostTensor, first_row: usize) -> Result<Part, CpuError> {
+impl Stacked {
+    fn new(tensor: &HostTensor, first_row: usize) -> Result<Stacked, CpuError> {
         let invalid = |reason| CpuError::Tensor { name: tensor.name.clone(), reason };
         let rows = first_row..first_row + tensor.rows;
         let (stored, first) = match &tensor.data {
@@ -258,7 +259,7 @@ impl Part {
                 let bytes = uniform_bytes(tensor, (stored.cols, first), *seed, *low, *high)?;
                 let (bytes, owner) = (0..bytes.len(), Arc::new(bytes));
                 let (elements, first) = (Elements::Plain(Dtype::Bf16), Corner::default());
-                return Ok(Part { rows, owner, bytes, elements, first, stored_cols: tensor.cols });
+                return Ok(Stacked { rows, owner, bytes, elements, first, stored_cols: tensor.cols });
             }
             TensorData::Window { .. } => return Err(invalid("it is a window of a window")),
         };
@@ -267,7 +268,7 @@ impl Part {
             return Err(invalid("its bytes are not rows * columns elements; the file is damaged"));
         }
         let (owner, bytes) = (owner.clone(), bytes.clone());
-        Ok(Part { rows, owner, bytes, elements, first, stored_cols: stored.cols })
+        Ok(Stacked { rows, owner, bytes, elements, first, stored_cols: stored.cols })
     }
 }
 

@@ -53,7 +53,7 @@ pub struct Decoder<B: Ops> {
     kv: KvFormat,
     /// What the device widens a layer's to, if it does; see [`Ops::widens`].
     wide: Option<KvFormat>,
-    weight_bytes: u64,
+    step_weight_bytes: u64,
     weights: ModelWeights<B::Weight>,
     planned: Option<Planned<B::Buffer>>,
     pages: Option<Pages<B::Buffer>>,
@@ -118,7 +118,7 @@ impl<B: Ops> Decoder<B> {
             max_positions: config.max_positions,
             kv,
             wide: backend.widens(kv).then_some(own),
-            weight_bytes: tensors.step_bytes(),
+            step_weight_bytes: tensors.step_bytes(),
             weights: ModelWeights::of(&spec, &tensors, rank, slicing).load(backend)?,
             spec,
             whole: config.spec.clone(),
@@ -141,7 +141,7 @@ impl<B: Ops> Decoder<B> {
     ) -> Result<(), B::Error> {
         let slicing = backend.info().slicing;
         let tensors = part(tensors, self.rank, &self.whole, slicing);
-        self.weight_bytes = tensors.step_bytes();
+        self.step_weight_bytes = tensors.step_bytes();
         ModelWeights::of(&self.spec, &tensors, self.rank, slicing).reload(backend, &self.weights, changed)
     }
 
@@ -268,8 +268,8 @@ impl<B: Ops> Model<B> for Decoder<B> {
         self.planned().logits
     }
 
-    fn weight_bytes(&self) -> u64 {
-        self.weight_bytes
+    fn step_weight_bytes(&self) -> u64 {
+        self.step_weight_bytes
     }
 }
 

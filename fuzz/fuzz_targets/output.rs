@@ -4,7 +4,7 @@
 
 use libfuzzer_sys::fuzz_target;
 use minisgl::ToolFormat;
-use minisgl::openai::{OutputFormat, Part, Parts};
+use minisgl::openai::{OutputFormat, OutputParser, OutputPart};
 
 fn format(choice: u8) -> OutputFormat {
     let tools = [None, Some(ToolFormat::Qwen3), Some(ToolFormat::Llama3)][usize::from(choice % 3)];
@@ -13,18 +13,18 @@ fn format(choice: u8) -> OutputFormat {
 }
 
 /// The parts of an output that comes in so many characters at a time, text behind text as one.
-fn parts(text: &str, format: OutputFormat, characters: usize) -> Vec<Part> {
-    let (mut parts, mut out) = (Parts::new(format), Vec::new());
+fn parts(text: &str, format: OutputFormat, characters: usize) -> Vec<OutputPart> {
+    let (mut parser, mut out) = (OutputParser::new(format), Vec::new());
     let characters_of: Vec<char> = text.chars().collect();
     for piece in characters_of.chunks(characters) {
-        parts.push(&piece.iter().collect::<String>(), &mut out);
+        parser.push(&piece.iter().collect::<String>(), &mut out);
     }
-    parts.finish(&mut out);
-    let mut joined: Vec<Part> = Vec::new();
+    parser.finish(&mut out);
+    let mut joined: Vec<OutputPart> = Vec::new();
     for part in out {
         match (joined.last_mut(), part) {
-            (Some(Part::Text(before)), Part::Text(more)) => before.push_str(&more),
-            (Some(Part::Reasoning(before)), Part::Reasoning(more)) => before.push_str(&more),
+            (Some(OutputPart::Text(before)), OutputPart::Text(more)) => before.push_str(&more),
+            (Some(OutputPart::Reasoning(before)), OutputPart::Reasoning(more)) => before.push_str(&more),
             (_, part) => joined.push(part),
         }
     }
@@ -38,6 +38,6 @@ fuzz_target!(|input: &[u8]| {
     let whole = parts(text, format, usize::MAX);
     assert_eq!(whole, parts(text, format, 1 + usize::from(choice / 9)));
     if format.is_plain() && !text.is_empty() {
-        assert_eq!(whole, [Part::Text(text.to_owned())]);
+        assert_eq!(whole, [OutputPart::Text(text.to_owned())]);
     }
 });

@@ -169,7 +169,13 @@ fn late_request(tokens: u32, vocab: u32) -> GenerateRequest {
 
 /// What the model of an engine costs, by unit of work.
 pub fn costs(info: &Info) -> Costs {
-    Costs::new(&info.dims, info.active_weights, info.weight_bytes, info.experts, info.kv_bytes_per_token())
+    Costs::new(
+        &info.dims,
+        info.active_weights,
+        info.step_weight_bytes,
+        info.experts,
+        info.kv_bytes_per_token(),
+    )
 }
 
 fn summarize(

@@ -37,7 +37,7 @@ pub struct Info {
     /// What the user should hear: files of the model that are of no use, though it runs.
     pub warnings: Vec<String>,
     /// Bytes of weights that a decode step reads; of experts all are counted.
-    pub weight_bytes: u64,
+    pub step_weight_bytes: u64,
     /// Elements of all layers' matrices that a token is multiplied with.
     pub active_weights: u64,
     /// The model's experts, if it has any.
@@ -149,13 +149,13 @@ impl fmt::Display for Info {
         }
         if let Some(experts) = self.experts {
             let ExpertsInfo { layers, count, per_token, .. } = experts;
-            let active = gib(self.weight_bytes.saturating_sub(experts.idle_bytes()));
+            let active = gib(self.step_weight_bytes.saturating_sub(experts.idle_bytes()));
             writeln!(
                 f,
                 "a token gets {per_token} of {count} experts in {layers} of {} layers: {active:.2} of {:.2} GiB of weights \
                  that many tokens read",
                 self.dims.layers,
-                gib(self.weight_bytes)
+                gib(self.step_weight_bytes)
             )?;
         }
         let eos: Vec<String> = self.eos.iter().map(u32::to_string).collect();

@@ -294,7 +294,7 @@ impl Llm {
         let (weights, changed) = weights.with(update, self.info.backend == CUDA)?;
         tracing::info!(tensors = changed.len(), "updating weights");
         let (Weights(checkpoint), changed) = (weights.clone(), Arc::new(changed));
-        self.info.weight_bytes = checkpoint.tensors().step_bytes();
+        self.info.step_weight_bytes = checkpoint.tensors().step_bytes();
         // Engines that go on have the new ones, whatever becomes of others.
         (self.weights, self.updated) = (Some(weights), true);
         let each = handle.call_working(true, move |runner| match runner.has_stopped() {

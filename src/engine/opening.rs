@@ -221,8 +221,8 @@ impl Opening {
         let executor = load()?;
         let (loaded, vocab) = (executor.memory().map_err(device)?, executor.model().vocab);
         let load_seconds = started.elapsed().as_secs_f64();
-        let weight_bytes = self.checkpoint.tensors().step_bytes();
-        tracing::info!(seconds = load_seconds, bytes = weight_bytes, "weights loaded");
+        let step_weight_bytes = self.checkpoint.tensors().step_bytes();
+        tracing::info!(seconds = load_seconds, bytes = step_weight_bytes, "weights loaded");
 
         let plan = match (self.options.num_pages, self.choice.on_gpu) {
             (Some(_), _) => None,
@@ -266,7 +266,7 @@ impl Opening {
             vocab: scheduler.vocab,
             eos,
             warnings,
-            weight_bytes,
+            step_weight_bytes,
             active_weights: self.spec().active_weights(),
             experts: ExpertsInfo::of(&self.checkpoint),
             kv: self.spec().kv.unwrap_or(device_info.kv),
@@ -386,12 +386,12 @@ impl Opening {
         // Each of several ranks has a part, and of few key heads a copy.
         let ranks = u64::from(self.options.tensor_parallel);
         let part = spec.shard(self.options.tensor_parallel, device.slicing);
-        let weight_bytes = self.checkpoint.tensors().step_bytes() / ranks;
+        let step_weight_bytes = self.checkpoint.tensors().step_bytes() / ranks;
         let idle_bytes = ExpertsInfo::of(&self.checkpoint).map_or(0, |experts| experts.idle_bytes()) / ranks;
-        let left = memory.free.saturating_sub(weight_bytes);
+        let left = memory.free.saturating_sub(step_weight_bytes);
         Costs {
-            weight_bytes,
-            active_weight_bytes: weight_bytes - idle_bytes,
+            step_weight_bytes,
+            active_weight_bytes: step_weight_bytes - idle_bytes,
             kv_bytes_per_token: part.as_ref().unwrap_or(spec).page_bytes(device.kv, page_size)
                 / u64::from(page_size),
             tokens: u64::from(usual_tokens.unwrap_or(USUAL_TOKENS).min(sequence)),

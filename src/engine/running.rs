@@ -25,7 +25,7 @@ const LITTLE: u64 = 8;
 #[derive(Clone, Copy, Debug)]
 pub struct Costs {
     /// Of all weights that a step of many rows reads.
-    pub weight_bytes: u64,
+    pub step_weight_bytes: u64,
     /// Of these, those that a row is multiplied with: all but the experts that it does not get.
     pub active_weight_bytes: u64,
     /// Of a token's keys and values, over all layers.
@@ -41,7 +41,7 @@ impl Costs {
     pub fn running(&self) -> u32 {
         let row_bytes =
             self.kv_bytes_per_token * self.tokens.max(1) + self.active_weight_bytes / BALANCED_ROWS;
-        let gained = LITTLE * (self.weight_bytes + OVERHEAD_BYTES) / row_bytes.max(1);
+        let gained = LITTLE * (self.step_weight_bytes + OVERHEAD_BYTES) / row_bytes.max(1);
         let held = self.cache_bytes / (self.kv_bytes_per_token * self.tokens).max(1);
         gained.min(held).clamp(LEAST, MOST).next_multiple_of(64) as u32
     }
@@ -56,7 +56,7 @@ mod tests {
 
     /// Qwen3-0.6B on 130 GB.
     const SMALL: Costs = Costs {
-        weight_bytes: 1_192_000_000,
+        step_weight_bytes: 1_192_000_000,
         active_weight_bytes: 1_192_000_000,
         kv_bytes_per_token: 114_688,
         tokens: 1124,

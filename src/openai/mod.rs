@@ -30,7 +30,7 @@ pub use error::{FieldError, ObjectError, status};
 pub use fields::{Fields, Whole};
 pub use logprobs::{ChatLogprobs, PromptLogprobs, TextLogprobs};
 pub use model_name::ModelName;
-pub use parts::{OutputFormat, Part, Parts, Said};
+pub use parts::{OutputFormat, OutputParser, OutputPart, Said};
 
 pub(crate) use body::given;
 pub(crate) use error::shown;

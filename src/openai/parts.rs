@@ -20,7 +20,7 @@ use crate::tools::{CALL, CALL_END, PYTHON_TAG, THINK, THINK_END, ToolFormat};
 
 /// A part of an output.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Part {
+pub enum OutputPart {
     /// More of what the model thinks.
     Reasoning(String),
     /// More of what it says.
@@ -46,7 +46,7 @@ impl OutputFormat {
 }
 
 /// Cuts an output into its parts.
-pub struct Parts {
+pub struct OutputParser {
     tools: Option<ToolFormat>,
     state: State,
     /// Text that is not passed on yet.
@@ -67,7 +67,7 @@ enum State {
     BareCall,
 }
 
-impl Parts {
+impl OutputParser {
     /// Of an output that begins now.
     pub fn new(format: OutputFormat) -> Self {
         let state = match format.reasoning {
@@ -75,23 +75,23 @@ impl Parts {
             Some(false) => State::Start,
             None => State::Text,
         };
-        Parts { tools: format.tools, state, held: String::new(), begun: format.is_plain() }
+        OutputParser { tools: format.tools, state, held: String::new(), begun: format.is_plain() }
     }
 
     /// Takes the next piece of text; what is certain goes to `out`.
-    pub fn push(&mut self, text: &str, out: &mut Vec<Part>) {
+    pub fn push(&mut self, text: &str, out: &mut Vec<OutputPart>) {
         self.held.push_str(text);
         while self.advance(out) {}
     }
 
     /// The text is over: the rest goes to `out`.
-    pub fn finish(&mut self, out: &mut Vec<Part>) {
+    pub fn finish(&mut self, out: &mut Vec<OutputPart>) {
         let rest = std::mem::take(&mut self.held);
         match self.state {
             State::Reasoning if rest.trim().is_empty() => {}
-            State::Reasoning => out.push(Part::Reasoning(rest.trim_end().to_owned())),
+            State::Reasoning => out.push(OutputPart::Reasoning(rest.trim_end().to_owned())),
             State::BareCall => match bare_calls(&rest) {
-                Some(calls) => out.extend(calls.into_iter().map(Part::Call)),
+                Some(calls) => out.extend(calls.into_iter().map(OutputPart::Call)),
                 None => self.text(&rest, out),
             },
             State::Call => self.text(&format!("{CALL}{rest}"), out),
@@ -100,7 +100,7 @@ impl Parts {
     }
 
     /// Passes on what can be; true where there may be more.
-    fn advance(&mut self, out: &mut Vec<Part>) -> bool {
+    fn advance(&mut self, out: &mut Vec<OutputPart>) -> bool {
         match self.state {
             State::Start => {
                 let begins = self.held.trim_start();
@@ -123,7 +123,7 @@ impl Parts {
                     match call(self.held[..at].trim()) {
                         Some(call) => {
                             self.begun = false;
-                            out.push(Part::Call(call));
+                            out.push(OutputPart::Call(call));
                         }
                         None => self.text(&format!("{CALL}{}", &self.held[..at + CALL_END.len()]), out),
                     }
@@ -145,7 +145,7 @@ impl Parts {
         }
     }
 
-    fn advance_reasoning(&mut self, out: &mut Vec<Part>) -> bool {
+    fn advance_reasoning(&mut self, out: &mut Vec<OutputPart>) -> bool {
         self.skip_blank();
         let end = self.held.find(THINK_END);
         let sure = match end {
@@ -154,7 +154,7 @@ impl Parts {
         };
         if sure > 0 {
             self.begun = true;
-            out.push(Part::Reasoning(self.held[..sure].to_owned()));
+            out.push(OutputPart::Reasoning(self.held[..sure].to_owned()));
         }
         self.held.drain(..end.map_or(sure, |at| at + THINK_END.len()));
         if end.is_some() {
@@ -164,7 +164,7 @@ impl Parts {
         end.is_some()
     }
 
-    fn advance_text(&mut self, out: &mut Vec<Part>) -> bool {
+    fn advance_text(&mut self, out: &mut Vec<OutputPart>) -> bool {
         self.skip_blank();
         match self.tools {
             Some(ToolFormat::Qwen3) => {
@@ -201,10 +201,10 @@ impl Parts {
         false
     }
 
-    fn text(&mut self, text: &str, out: &mut Vec<Part>) {
+    fn text(&mut self, text: &str, out: &mut Vec<OutputPart>) {
         if !text.is_empty() {
             self.begun = true;
-            out.push(Part::Text(text.to_owned()));
+            out.push(OutputPart::Text(text.to_owned()));
         }
     }
 }
@@ -223,15 +223,15 @@ pub struct Said {
 impl Said {
     /// A whole output.
     pub fn of(completion: &Completion, format: OutputFormat) -> Self {
-        let (mut parts, mut out) = (Parts::new(format), Vec::new());
-        parts.push(completion.text.as_deref().unwrap_or_default(), &mut out);
-        parts.finish(&mut out);
+        let (mut parser, mut out) = (OutputParser::new(format), Vec::new());
+        parser.push(completion.text.as_deref().unwrap_or_default(), &mut out);
+        parser.finish(&mut out);
         let mut said = Said::default();
         for part in out {
             match part {
-                Part::Text(text) => said.text.push_str(&text),
-                Part::Reasoning(text) => said.reasoning.push_str(&text),
-                Part::Call(call) => said.calls.push(call),
+                OutputPart::Text(text) => said.text.push_str(&text),
+                OutputPart::Reasoning(text) => said.reasoning.push_str(&text),
+                OutputPart::Call(call) => said.calls.push(call),
             }
         }
         said
@@ -311,18 +311,18 @@ mod tests {
     const THINKS: OutputFormat = OutputFormat { tools: Some(ToolFormat::Qwen3), reasoning: Some(false) };
 
     /// The parts of a text given in pieces of so many characters, neighbours of a kind put together.
-    fn in_pieces(text: &str, format: OutputFormat, size: usize) -> Vec<Part> {
-        let (mut parts, mut out) = (Parts::new(format), Vec::new());
+    fn in_pieces(text: &str, format: OutputFormat, size: usize) -> Vec<OutputPart> {
+        let (mut parser, mut out) = (OutputParser::new(format), Vec::new());
         let characters: Vec<char> = text.chars().collect();
         for piece in characters.chunks(size) {
-            parts.push(&piece.iter().collect::<String>(), &mut out);
+            parser.push(&piece.iter().collect::<String>(), &mut out);
         }
-        parts.finish(&mut out);
-        let mut joined: Vec<Part> = Vec::new();
+        parser.finish(&mut out);
+        let mut joined: Vec<OutputPart> = Vec::new();
         for part in out {
             match (joined.last_mut(), part) {
-                (Some(Part::Text(text)), Part::Text(more)) => text.push_str(&more),
-                (Some(Part::Reasoning(text)), Part::Reasoning(more)) => text.push_str(&more),
+                (Some(OutputPart::Text(text)), OutputPart::Text(more)) => text.push_str(&more),
+                (Some(OutputPart::Reasoning(text)), OutputPart::Reasoning(more)) => text.push_str(&more),
                 (_, part) => joined.push(part),
             }
         }
@@ -330,22 +330,22 @@ mod tests {
     }
 
     #[track_caller]
-    fn check(text: &str, format: OutputFormat, expected: &[Part]) {
+    fn check(text: &str, format: OutputFormat, expected: &[OutputPart]) {
         for size in [1, 2, 3, 7, 1000] {
             assert_eq!(in_pieces(text, format, size), expected, "in pieces of {size}: {text:?}");
         }
     }
 
-    fn text(text: &str) -> Part {
-        Part::Text(text.to_owned())
+    fn text(text: &str) -> OutputPart {
+        OutputPart::Text(text.to_owned())
     }
 
-    fn thought(text: &str) -> Part {
-        Part::Reasoning(text.to_owned())
+    fn thought(text: &str) -> OutputPart {
+        OutputPart::Reasoning(text.to_owned())
     }
 
-    fn called(name: &str, arguments: &str) -> Part {
-        Part::Call(FunctionCall { name: name.to_owned(), arguments: arguments.to_owned() })
+    fn called(name: &str, arguments: &str) -> OutputPart {
+        OutputPart::Call(FunctionCall { name: name.to_owned(), arguments: arguments.to_owned() })
     }
 
     #[test]
@@ -403,12 +403,12 @@ mod tests {
     #[test]
     fn plain_text_is_passed_on_at_once_and_whole() {
         let mut out = Vec::new();
-        let mut parts = Parts::new(OutputFormat::default());
-        parts.push(" \n<tool_call>", &mut out);
+        let mut parser = OutputParser::new(OutputFormat::default());
+        parser.push(" \n<tool_call>", &mut out);
         assert_eq!(out, [text(" \n<tool_call>")]);
         // With tools all but what may be the beginning of a tag.
-        let (mut parts, mut out) = (Parts::new(QWEN3), Vec::new());
-        parts.push("Hello there <tool", &mut out);
+        let (mut parser, mut out) = (OutputParser::new(QWEN3), Vec::new());
+        parser.push("Hello there <tool", &mut out);
         assert_eq!(out, [text("Hello there")]);
     }
 }

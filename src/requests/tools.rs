@@ -7,7 +7,7 @@
 //!   Llama 3   {"name": "f", "parameters": {…}}     and nothing else, several behind semicolons
 //! ```
 //!
-//! Models are trained to write calls so, and [`Parts`](crate::openai::Parts) reads them so.
+//! Models are trained to write calls so, and [`OutputParser`](crate::openai::OutputParser) reads them so.
 
 use std::str::FromStr;
 

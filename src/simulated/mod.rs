@@ -329,7 +329,7 @@ pub(crate) fn info(limits: Limits) -> Info {
         warnings: Vec::new(),
         dims,
         window: None,
-        weight_bytes: 0,
+        step_weight_bytes: 0,
         active_weights: 0,
         experts: None,
         kv: KvFormat::F32,

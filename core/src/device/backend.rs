@@ -539,7 +539,7 @@ pub trait Model<B: Device> {
     fn logits(&self) -> B::Buffer;
 
     /// Bytes of weights that a decode step reads, for the byte model of the reports.
-    fn weight_bytes(&self) -> u64;
+    fn step_weight_bytes(&self) -> u64;
 }
 
 /// KV buffers of every layer.

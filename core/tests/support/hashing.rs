@@ -135,7 +135,7 @@ impl<B: Runs> Model<B> for Hashing {
         self.logits.expect("the engine reserves first")
     }
 
-    fn weight_bytes(&self) -> u64 {
+    fn step_weight_bytes(&self) -> u64 {
         0
     }
 }

@@ -20,7 +20,7 @@ use axum::response::Response;
 use bytes::Bytes;
 use http_body::Frame;
 use hyper::header::{CACHE_CONTROL, CONTENT_TYPE, HeaderValue};
-use minisgl::openai::{ChatLogprobs, OutputFormat, Part, Parts, TextLogprobs, ToolCall, Usage};
+use minisgl::openai::{ChatLogprobs, OutputFormat, OutputParser, OutputPart, TextLogprobs, ToolCall, Usage};
 use minisgl::{Completion, SessionEvent, TokenLogprobs};
 use serde::Serialize;
 
@@ -107,7 +107,7 @@ enum Kind {
 /// An output, as far as it has come.
 struct Choice {
     begun: bool,
-    parts: Parts,
+    parts: OutputParser,
     calls: u32,
     /// Characters so far, by tokens.
     offset: usize,
@@ -115,7 +115,7 @@ struct Choice {
 
 impl Choice {
     fn new(format: OutputFormat) -> Self {
-        Choice { begun: false, parts: Parts::new(format), calls: 0, offset: 0 }
+        Choice { begun: false, parts: OutputParser::new(format), calls: 0, offset: 0 }
     }
 }
 
@@ -274,7 +274,7 @@ impl Chunks {
     fn chat_parts(
         &mut self,
         index: u32,
-        parts: Vec<Part>,
+        parts: Vec<OutputPart>,
         mut logprobs: Option<ChatLogprobs>,
         mut token_ids: Option<[u32; 1]>,
     ) {
@@ -285,9 +285,9 @@ impl Chunks {
         for part in parts {
             let mut delta = Delta::default();
             match &part {
-                Part::Text(text) => delta.content = Some(text),
-                Part::Reasoning(text) => delta.reasoning_content = Some(text),
-                Part::Call(function) => {
+                OutputPart::Text(text) => delta.content = Some(text),
+                OutputPart::Reasoning(text) => delta.reasoning_content = Some(text),
+                OutputPart::Call(function) => {
                     let calls = &mut self.choices[index as usize].calls;
                     delta.tool_calls = Some([CallDelta {
                         index: *calls,
