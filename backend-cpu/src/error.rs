@@ -1,6 +1,6 @@
 //! What can go wrong on the CPU, and what to do about it.
 
-use minisgl_core::backend::Purpose;
+use minisgl_core::backend::{DeviceWords, Purpose};
 use thiserror::Error;
 
 /// Why an operation failed.
@@ -9,7 +9,7 @@ pub enum CpuError {
     /// The machine has not that much memory.
     #[error(
         "not enough memory for {}: {} MiB asked for, {} MiB available; {}",
-        named(*.purpose), .bytes >> 20, .free >> 20, advice(*.purpose)
+        .purpose.noun(), .bytes >> 20, .free >> 20, .purpose.advice(WORDS)
     )]
     OutOfMemory {
         /// What it was for.
@@ -66,20 +66,5 @@ pub enum CpuError {
     NoTime,
 }
 
-fn named(purpose: Purpose) -> &'static str {
-    match purpose {
-        Purpose::Weights => "the weights",
-        Purpose::KvCache => "the KV pages",
-        Purpose::Scratch => "activations and step data",
-        Purpose::Graphs => "recorded steps",
-    }
-}
-
-fn advice(purpose: Purpose) -> &'static str {
-    match purpose {
-        Purpose::Weights => "use a smaller model or a machine with more memory",
-        Purpose::KvCache => "lower --num-pages",
-        Purpose::Scratch => "lower --max-prefill-tokens or --max-running",
-        Purpose::Graphs => "lower --max-graph-batch",
-    }
-}
+/// What advice on memory says of the CPU.
+const WORDS: DeviceWords = DeviceWords { larger: "a machine with more memory", share: None };

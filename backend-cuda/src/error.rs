@@ -8,7 +8,7 @@ use std::ops::Range;
 
 use cudarc::driver::result::{self, DriverError};
 use cudarc::driver::sys::CUresult;
-use minisgl_core::backend::Purpose;
+use minisgl_core::backend::{DeviceWords, Purpose};
 use thiserror::Error;
 
 /// Why a CUDA operation failed.
@@ -65,7 +65,7 @@ pub enum CudaError {
         minor: i32,
     },
     /// Device memory ran out.
-    #[error("out of GPU memory for {}: {} MiB needed, {} MiB free; {}", noun(*purpose), needed >> 20, free >> 20, advice(*purpose))]
+    #[error("out of GPU memory for {}: {} MiB needed, {} MiB free; {}", purpose.noun(), needed >> 20, free >> 20, purpose.advice(WORDS))]
     OutOfMemory {
         /// What it was for.
         purpose: Purpose,
@@ -75,7 +75,7 @@ pub enum CudaError {
         free: u64,
     },
     /// The driver found no memory for something of its own, a recorded step above all; it does not say how much it needs.
-    #[error("out of GPU memory while {operation}: {} MiB free; free some, or {}", free >> 20, advice(Purpose::Graphs))]
+    #[error("out of GPU memory while {operation}: {} MiB free; free some, or {}", free >> 20, Purpose::Graphs.advice(WORDS))]
     DriverMemory {
         /// What was being done.
         operation: &'static str,
@@ -248,25 +248,9 @@ pub enum CudaError {
     },
 }
 
-fn noun(purpose: Purpose) -> &'static str {
-    match purpose {
-        Purpose::Weights => "the weights",
-        Purpose::KvCache => "the KV cache",
-        Purpose::Scratch => "activations and scratch",
-        Purpose::Graphs => "recorded decode steps",
-    }
-}
-
-fn advice(purpose: Purpose) -> &'static str {
-    match purpose {
-        Purpose::Weights => "use a smaller model, or a GPU with more free memory (--devices)",
-        Purpose::KvCache => "lower --memory-ratio or --num-pages",
-        Purpose::Scratch => "lower --max-prefill-tokens or --max-running",
-        Purpose::Graphs => {
-            "lower --memory-ratio, or record fewer steps with --max-graph-batch (0 records none)"
-        }
-    }
-}
+/// What advice on memory says of GPUs.
+const WORDS: DeviceWords =
+    DeviceWords { larger: "a GPU with more free memory (--devices)", share: Some("--memory-ratio") };
 
 /// The driver's name and explanation of a status.
 pub(crate) fn cause(error: DriverError) -> String {

@@ -23,6 +23,7 @@ use crate::shard::Slicing;
 use crate::spec::{DecoderSpec, NormForm, Unsupported};
 use crate::tensor::HostTensor;
 
+pub use crate::device::purpose::{DeviceWords, Purpose};
 pub use crate::spec::Dims;
 
 /// One of a device's two queues. Arithmetic runs on `Compute`; results come back on `Copy`, so that the next step
@@ -48,19 +49,6 @@ pub enum Element {
     Word,
     /// 32-bit float: rope angles.
     Float,
-}
-
-/// What memory is asked for; an out-of-memory error names it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Purpose {
-    /// Model weights.
-    Weights,
-    /// The KV pages.
-    KvCache,
-    /// Activations, staging and step metadata.
-    Scratch,
-    /// Recorded decode steps.
-    Graphs,
 }
 
 /// A device as people name it.

@@ -6,4 +6,5 @@ pub mod fit;
 pub(crate) mod graphs;
 pub(crate) mod host;
 pub mod local;
+pub(crate) mod purpose;
 pub(crate) mod resident;
