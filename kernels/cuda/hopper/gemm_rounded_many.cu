@@ -120,7 +120,7 @@ __device__ __forceinline__ void take(const Shared<P> &shared, unsigned at, unsig
         static_assert(P::M % 32 == 0, "four groups of rows at a time");
 #pragma unroll
         for (int q = 0; q < P::M / 32; q++) {
-            const float4 four = load_four_scales(of_rows + 16 * q);
+            const float4 four = load_shared(of_rows + 16 * q);
             const float of[4] = {four.x, four.y, four.z, four.w};
 #pragma unroll
             for (int i = 0; i < 16; i++)
@@ -173,7 +173,7 @@ __device__ __forceinline__ void multiply_codes(const Shared<P> &shared, Place<P:
 #pragma unroll 1
     for (; i < end; i++) {
         begin_next(even);
-        if (i + 1 == end && (IN_A_ROW<P> == 1 || (end - begin) % 2 == 1))
+        if (i + 1 == end)
             open();
         wgmma_wait<0>();
         take(shared, at, i, cut, even, sum, aside);

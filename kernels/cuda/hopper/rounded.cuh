@@ -86,14 +86,6 @@ __device__ __forceinline__ float2 load_two_scales(unsigned at) {
     asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(two.x), "=f"(two.y) : "r"(at) : "memory");
     return two;
 }
-__device__ __forceinline__ float4 load_four_scales(unsigned at) {
-    float4 four;
-    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
-                 : "=f"(four.x), "=f"(four.y), "=f"(four.z), "=f"(four.w)
-                 : "r"(at)
-                 : "memory");
-    return four;
-}
 
 // Fetches 16 bytes of scales. A copy engine's copy of so few takes as long as one of a box, of which it starts one after the other.
 __device__ __forceinline__ void fetch_scales(unsigned to, const float *from) {
