@@ -114,7 +114,7 @@ template <int HD, int HEADS, int STAGES, bool WINDOW, bool FP8> struct Decoder {
         if (token + 8 >= unit.segment.kv_len || token + 8 < seen)
             s[2] = s[3] = minus_infinity();
     }
-    // The leaf's maxima, from those of all tiles.
+    // The leaf's maxima, from those of all tiles; hopper/layers_attend_read.cuh has the same for its own layout.
     __device__ __forceinline__ void share_maxima(float (&m)[2], const float (&s)[S::SECTIONS][4]) const {
 #pragma unroll
         for (int i = 0; i < 2; i++) {

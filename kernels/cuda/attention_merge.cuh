@@ -81,6 +81,7 @@ static_assert(SPAN_LEAVES % MERGED_AT_ONCE == 0, "a span begins with the first o
 
 // Folds a row's partials of an item, and writes its output: each thread an element at a time, of its warp's m-tiles, many partials
 // in flight. Partial `own` is `state`, not in memory; or none is. Counts none for the next launch.
+// The loop is also hopper/layers_attend_read.cuh's: what changes here in order changes there.
 template <int HD, int HEADS, int OWN>
 __device__ __forceinline__ void merge(const DecodeArgs &args, const Unit &unit, unsigned own, const State<OWN> &state,
                                       unsigned lane) {

@@ -115,7 +115,7 @@ template <bool FP8> struct Reader {
                 s[j][2] = s[j][3] = minus_infinity();
         }
     }
-    // The leaf's maxima, from those of all tiles.
+    // The leaf's maxima, from those of all tiles, as attention_decode.cuh has them.
     __device__ __forceinline__ void share_maxima(float (&m)[2], const float (&s)[2][4]) const {
 #pragma unroll
         for (int i = 0; i < 2; i++) {
@@ -251,7 +251,8 @@ template <bool FP8> struct Reader {
         asm volatile("ld.shared.u32 %0, [%1];" : "=r"(is_last) : "r"(shared.is_last()) : "memory");
         return is_last;
     }
-    // Folds a row's partials in order, span by span, each thread an element at a time (attention_merge.cuh).
+    // Folds a row's partials in order, span by span, each thread an element at a time: attention_merge.cuh's loop, which also knows a
+    // partial that is not in memory. As one function the compiler made other code of both kernels.
     __device__ __forceinline__ void merge() const {
         const float *partials = reinterpret_cast<const float *>(partial(segment.base));
         const unsigned leaf_of_0 = segment.second_partial() - 1; // the last one of the row's first partial
