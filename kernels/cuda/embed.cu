@@ -4,21 +4,22 @@
 //                slots[update.slot] = update.state, rules[update.slot, :] = its words
 //   embed        residual[t, :] = table[id(t), :]                grid tokens                  block 128
 //                history[location(t)] = id(t)
-//                sumsq[t, j] = sum of squares of residual[t, 64 j ..]
+//                sumsq[t, j] = sum of squares of segment j of residual[t]
 //   final_norm   out[r, :] = rms_norm(residual[last(r), :]) * w   grid samples                 block 128
 //
-//   residual, out [rows, hidden] bf16   table [vocab, hidden] bf16   sumsq [tokens, ceil(hidden / 64)] f32
+//   residual, out [rows, hidden] bf16   table [vocab, hidden] bf16   sumsq [tokens, segments] f32
 //   moves: embed tokens * hidden * 4 bytes, final_norm samples * hidden * 4 bytes
 //
 // 1. A step's launches begin behind everything that came before: begin_step is no dependent launch. embed lets the next
 //    kernel start only once begin_step has ended, so any kernel behind it may read what begin_step wrote (the page
 //    table, by attention; the slots, by the sampler) before its own dependent-launch wait. embed may read the token pool
 //    before its own.
-// 2. A warp owns whole segments of 64 elements, two a lane, so a segment's sum has one order.
+// 2. A warp owns whole segments, two elements a lane, so a segment's sum has one order.
 #include <cuda_bf16.h>
 
 #include "batch.cuh"
 #include "dependent.cuh"
+#include "segment.cuh"
 #include "slot.cuh"
 
 extern "C" __global__ void __launch_bounds__(256)
@@ -63,7 +64,7 @@ embed(const unsigned *batch, unsigned tokens_offset, const unsigned *token_pool,
     dependent_launch();
     if (threadIdx.x == 0)
         history[token.location] = id;
-    const unsigned pairs = hidden / 2, segments = (hidden + 63) / 64;
+    const unsigned pairs = hidden / 2, segments = segments_of(hidden);
     for (unsigned segment = warp; segment < segments; segment += 4) {
         const unsigned i = segment * 32 + lane;
         float2 x = {0.0f, 0.0f};

@@ -3,13 +3,13 @@
 // v[i][b]. What it needs from memory (`ahead`) can be fetched long before the sums are ready (`store`).
 //
 //   Qkv        row scale; bias; head norm; rope; q -> [tokens, q_width] bf16, k and v -> KV pages  128 outputs a tile
-//   Residual   residual += y (bf16), sumsq[t, m / 64] = sum of the new values' squares, f32      64 or 128
+//   Residual   residual += y (bf16), sumsq[t, segment of m] = sum of the new values' squares, f32      64 or 128
 //   RankSums   y, f32, to the ranks that add them up and take them through Residual              64 or 128
 //   GateUp     row scale; silu(gate) * up -> [tokens, intermediate] bf16                         64 or 128
 //   Head       y -> [samples, vocab] f16, clamped to what f16 holds                              64 or 128
 //   Linear     y -> [tokens, rows] bf16                                                          64 or 128
 //
-//   row scale  rsqrt(sum_sq / hidden + eps), sum_sq the token's sum over sumsq [tokens, ceil(hidden / 64)] f32
+//   row scale  rsqrt(sum_sq / hidden + eps), sum_sq the token's sum over sumsq [tokens, segments] f32
 //   KV pages   [pages + 1, kv_heads, page_size, head_dim] bf16; 16-byte chunk c of row t lies at chunk c ^ (t % 8)
 //
 // 1. Everything between the sums and the stored value is f32, and every sum has one order: a token's bits depend
@@ -30,6 +30,7 @@
 #include "batch.cuh"
 #include "fp8_rows.cuh"
 #include "inbox.cuh"
+#include "segment.cuh"
 
 // The T tokens that a warp has in hand: token first + i * step is stored if i < count.
 struct Taken {
@@ -298,7 +299,7 @@ static_assert(sizeof(Qkv) == sizeof(QkvNormed), "one set of parameters for both"
 
 struct Residual {
     __nv_bfloat16 *residual; // [tokens, rows]
-    float *sumsq;            // [tokens, ceil(rows / 64)]
+    float *sumsq;            // [tokens, segments_of(rows)]
     static constexpr bool SCALED = false;
     static constexpr int SLICES = 4; // at most
     static constexpr bool EARLY = false; // does `ahead` read nothing that a kernel of this step's layers wrote?
@@ -345,7 +346,7 @@ struct Residual {
 #pragma unroll
             for (int i = 0; i < T; i++)
                 if (i < taken.count && lane == 0)
-                    sumsq[(size_t)taken.token(i) * ((rows + 63) / 64) + m0 / 64 + b] = squares[i];
+                    sumsq[(size_t)taken.token(i) * segments_of(rows) + m0 / SEGMENT + b] = squares[i];
         }
     }
 };
@@ -353,7 +354,7 @@ struct Residual {
 // What a rank has of o's or down's sums, for who adds them up (exchange.cuh): a product's own stores carry them to the other ranks while
 // it multiplies the next tile.
 //
-//   shared    segments of 64 outputs in tiles of 16, [tokens, ceil(rows / 64)] in a row; tile i is for rank i % ranks, which has those
+//   shared    segments of outputs in tiles of 16, [tokens, segments_of(rows)] in a row; tile i is for rank i % ranks, which has those
 //             that are for it one behind the other
 //   else      all of them are for every rank
 struct RankSums {
@@ -379,11 +380,11 @@ struct RankSums {
     };
 
     __device__ __forceinline__ Segment segment(unsigned token, unsigned m, unsigned rows) const {
-        const unsigned index = token * ((rows + 63) / 64) + m / 64;
+        const unsigned index = token * segments_of(rows) + m / SEGMENT;
         if (!shared)
-            return {(size_t)index * 64, 0};
+            return {(size_t)index * SEGMENT, 0};
         const unsigned tile = index / 16;
-        return {(size_t)((tile >> ranks_log2) * 16 + index % 16) * 64, tile & (ranks - 1)};
+        return {(size_t)((tile >> ranks_log2) * 16 + index % 16) * SEGMENT, tile & (ranks - 1)};
     }
 
     // Stores outputs `within` and the next of a segment.

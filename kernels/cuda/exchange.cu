@@ -8,7 +8,7 @@
 //   own_columns         own[t, :] = this rank's columns of residual[t, :]
 //   join_columns        residual[t, :] = all ranks' own[t, :], and sumsq
 //
-//   sums f32, what this rank adds up of its own   residual [tokens, hidden] bf16   sumsq [tokens, ceil(hidden / 64)] f32
+//   sums f32, what this rank adds up of its own   residual [tokens, hidden] bf16   sumsq [tokens, segments] f32
 //   own [tokens, hidden / ranks] bf16, whole segments of 64   table [rows of the rank, hidden] bf16   share [rows, columns of the rank], out [rows, columns] of 16 bits
 //   grid: at most what a GPU holds at once   block THREADS
 //
@@ -29,6 +29,7 @@
 #include "batch.cuh"
 #include "dependent.cuh"
 #include "exchange.cuh"
+#include "segment.cuh"
 
 #define THREADS 256
 #define BLOCKS_AN_SM 4
@@ -61,16 +62,16 @@ struct Stream {
     unsigned hidden, segments, chunks;
 
     __device__ __forceinline__ Stream(void *residual, float *sumsq, unsigned tokens, unsigned hidden)
-        : residual(static_cast<uint2 *>(residual)), sumsq(sumsq), hidden(hidden), segments((hidden + 63) / 64),
-          chunks(tokens * ((hidden + 63) / 64) * 16) {}
+        : residual(static_cast<uint2 *>(residual)), sumsq(sumsq), hidden(hidden), segments(segments_of(hidden)),
+          chunks(tokens * segments_of(hidden) * (SEGMENT / 4)) {}
 
     // Where a chunk lies among the rows' own, in fours; none of padding.
     __device__ __forceinline__ bool find(unsigned chunk, size_t &at) const {
-        if (hidden % 64 == 0) {
+        if (hidden % SEGMENT == 0) {
             at = chunk;
             return chunk < chunks;
         }
-        const unsigned a_row = segments * 16, row = chunk / a_row, within = chunk % a_row;
+        const unsigned a_row = segments * (SEGMENT / 4), row = chunk / a_row, within = chunk % a_row;
         at = (size_t)row * (hidden / 4) + within;
         return chunk < chunks && within < hidden / 4;
     }
@@ -207,7 +208,7 @@ embed_share(const unsigned *batch, unsigned tokens_offset, const unsigned *token
             void *residual, float *sumsq, unsigned tokens, unsigned hidden, unsigned *history,
             const __grid_constant__ Ranks ranks) {
     const Stream stream(residual, sumsq, tokens, hidden);
-    const unsigned a_row = stream.segments * 16, step = gridDim.x * THREADS, begin = blockIdx.x * THREADS + threadIdx.x;
+    const unsigned a_row = stream.segments * (SEGMENT / 4), step = gridDim.x * THREADS, begin = blockIdx.x * THREADS + threadIdx.x;
     const Token *all = reinterpret_cast<const Token *>(batch + tokens_offset);
     const auto id_of = [&](const Token &token) { return token.id == LAST_TOKEN ? token_pool[token.slot] : token.id; };
     const auto owner_of = [&](unsigned id) { return (unsigned)(((id + 1ull) * ranks.count - 1) / vocab); };

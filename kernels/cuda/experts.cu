@@ -25,6 +25,7 @@
 #include "dependent.cuh"
 #include "exchange.cuh"
 #include "experts_lists.cuh"
+#include "segment.cuh"
 
 constexpr unsigned THREADS = 256, WARPS = THREADS / 32;
 constexpr unsigned BLOCKS_AN_SM = 3; // of those that wait for other ranks
@@ -88,7 +89,7 @@ __device__ __forceinline__ uint4 added(uint4 old, const float2 (&sum)[4]) {
     return old;
 }
 
-// The sum of squares of the 64 columns of 8 lanes.
+// The sum of squares of a segment, the columns of 8 lanes.
 __device__ __forceinline__ float squares_of(const uint4 &chunk) {
     float squares = 0.0f;
 #pragma unroll
@@ -122,10 +123,10 @@ experts_combine(Routing routing, const __nv_bfloat16 *given, __nv_bfloat16 *resi
     if (is_there)
         *at = now;
     if (is_there && lane % 8 == 0)
-        sumsq[(size_t)t * ((hidden + 63) / 64) + m / 64] = squares;
+        sumsq[(size_t)t * segments_of(hidden) + m / SEGMENT] = squares;
 }
 
-// The same by one of several ranks, which has a share of `given`'s columns, whole segments of 64: it sends the others what its columns of the
+// The same by one of several ranks, which has a share of `given`'s columns, whole segments: it sends the others what its columns of the
 // residual stream become, and takes theirs. Each element is added up and rounded by one rank, as where there is none beside it.
 // A launch `sends`, or `takes`, or both; where words are carried it leaves in `sent`, [tokens, columns of the rank], what is to be.
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_AN_SM)

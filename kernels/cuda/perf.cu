@@ -42,6 +42,6 @@ extern "C" __global__ void __launch_bounds__(256) push_sums(const float *sums, u
     dependent_wait();
     for (unsigned m = threadIdx.x * 2; m < rows; m += 512) {
         const float2 y = *reinterpret_cast<const float2 *>(sums + (size_t)blockIdx.x * rows + m);
-        ranks.put(ranks.segment(blockIdx.x, m, rows), m % 64, y);
+        ranks.put(ranks.segment(blockIdx.x, m, rows), m % SEGMENT, y);
     }
 }

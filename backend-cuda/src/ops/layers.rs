@@ -39,7 +39,7 @@ use blocks::{MULTIPLY, SHARED};
 use super::attention::HalfWork;
 use super::described::Launch;
 use super::halves::{Halves, Part};
-use super::operands::{Buffers, Layer, rows_from};
+use super::operands::{Buffers, Layer, SEGMENT, rows_from};
 use crate::error::CudaError;
 use crate::gpu::Gpu;
 use crate::launch::{Grid, Kernel, Launcher};
@@ -90,7 +90,8 @@ impl LayersKernel {
         let flag_bytes = (FLAG_WORDS[0] + FLAG_WORDS[1] * spec.layers.len()) * 4;
         let flags = gpu.allocate(Purpose::Scratch, flag_bytes)?;
         gpu.zero(flags, flag_bytes)?;
-        let sums = gpu.allocate(Purpose::Scratch, (2 * 2 * HIDDEN / 64 * HALF_ROWS_MAX * 8) as usize)?;
+        let sums =
+            gpu.allocate(Purpose::Scratch, (2 * 2 * HIDDEN.div_ceil(SEGMENT) * HALF_ROWS_MAX * 8) as usize)?;
         Ok(Some(LayersKernel { kernel, grid, sums, flags }))
     }
 

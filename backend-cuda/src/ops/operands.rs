@@ -9,7 +9,7 @@ use crate::gpu::Gpu;
 use crate::memory::Buffer;
 use crate::weight::Weight;
 
-/// Elements whose squares are summed together.
+/// Elements of the residual stream whose squares are summed together: `segment.cuh` has the same.
 pub(super) const SEGMENT: u32 = 64;
 
 /// What a layer's kernels hand to each other, each for as many tokens as a step may have.
@@ -63,4 +63,15 @@ pub struct Layer<'a> {
     pub rope: Option<Buffer>,
     /// Its keys' and values' pages.
     pub kv: KvLayer<Buffer>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::SEGMENT;
+    use crate::declared::constant;
+
+    #[test]
+    fn the_kernels_sum_squares_of_as_many() {
+        assert_eq!(constant("segment.cuh", "SEGMENT"), SEGMENT);
+    }
 }

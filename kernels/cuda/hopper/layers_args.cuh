@@ -5,10 +5,11 @@
 #include <cuda_bf16.h>
 
 #include "hopper.cuh"
+#include "segment.cuh"
 
 // The model's sizes: Qwen3-0.6B's.
 constexpr unsigned HIDDEN = 1024, HEADS = 16, KV_HEADS = 8, HEAD_DIM = 128, MLP = 3072;
-constexpr unsigned GROUP = HEADS / KV_HEADS, Q_WIDTH = HEADS * HEAD_DIM, SEGMENTS = HIDDEN / 64;
+constexpr unsigned GROUP = HEADS / KV_HEADS, Q_WIDTH = HEADS * HEAD_DIM, SEGMENTS = HIDDEN / SEGMENT;
 constexpr unsigned PAGE = 16; // tokens
 
 constexpr unsigned LAYERS_MAX = 32;

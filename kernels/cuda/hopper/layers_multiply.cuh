@@ -335,7 +335,7 @@ template <bool FP8> struct Tensor {
         const bool lives = spot.lives(of.padded), own = lives && spot.warp % 2 == of.rank;
         const unsigned rows = of.rows(step.half);
         // Pairs (element 0 of the segment's pairs this thread has): 16 j + 4 quad + 2 parity.
-        __nv_bfloat16 *const residual = of.args.residual + (size_t)(of.first_row(step.half) + spot.token) * HIDDEN + of.segment() * 64 +
+        __nv_bfloat16 *const residual = of.args.residual + (size_t)(of.first_row(step.half) + spot.token) * HIDDEN + of.segment() * SEGMENT +
                                         4 * spot.quad + 2 * of.parity();
         if (threadIdx.x == 0) { // warps of 16 rows that are this block's
             const unsigned warps = (of.padded / 16 + 1 - of.rank) / 2;

@@ -209,10 +209,10 @@ __device__ __forceinline__ void finish(const Residual &e, float (&y)[COUNT], con
     constexpr int NEXT = COUNT == 64 ? 8 : 0; // where another segment's begin, or the same again
     const float sums[4] = {squares<0, 0>(y), squares<0, 1>(y), squares<NEXT, 0>(y), squares<NEXT, 1>(y)};
     // Lane 4 g + q stores sum q of its tokens.
-    const unsigned q = out.lane() % 4, row = out.lane() / 4 + q % 2 * 8, segment = out.m0 / 64 + q / 2;
+    const unsigned q = out.lane() % 4, row = out.lane() / 4 + q % 2 * 8, segment = out.m0 / SEGMENT + q / 2;
     const float sum = q < 2 ? (q == 0 ? sums[0] : sums[1]) : (q == 2 ? sums[2] : sums[3]);
-    if (q < COUNT / 16 && row < out.count && segment * 64 < out.rows)
-        e.sumsq[(size_t)(out.token + row) * ((out.rows + 63) / 64) + segment] = sum;
+    if (q < COUNT / 16 && row < out.count && segment * SEGMENT < out.rows)
+        e.sumsq[(size_t)(out.token + row) * segments_of(out.rows) + segment] = sum;
     out.send(COUNT / 32, out.m0);
 }
 

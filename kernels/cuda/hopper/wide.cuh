@@ -89,7 +89,7 @@ template <> struct Wide<Residual> {
 #pragma unroll
         for (int i = 0; i < COUNT; i++)
             if (at[i].stored && lane % 8 == 0 && at[i].m < rows)
-                epilogue.sumsq[(size_t)at[i].token * ((rows + 63) / 64) + at[i].m / 64] = squares[2 * i] + squares[2 * i + 1];
+                epilogue.sumsq[(size_t)at[i].token * segments_of(rows) + at[i].m / SEGMENT] = squares[2 * i] + squares[2 * i + 1];
     }
 };
 
