@@ -244,25 +244,30 @@ impl Operations {
                     self.after_attention(launcher, &last, Part::Second)?;
                 }
             }
-            (Division::Rows, _) => {
-                layers.try_for_each(|layer| self.layer_in_halves(launcher, &layer))?;
-                // What follows is for all rows.
-                launcher.join()?;
-            }
+            (Division::Rows, _) => self.layers_in_halves(launcher, layers)?,
             _ => layers.try_for_each(|layer| self.chain(launcher, &layer, Part::Whole))?,
         }
         debug_assert!(self.exchange.as_ref().is_none_or(Exchange::is_even), "an odd number of exchanges");
         Ok(())
     }
 
-    fn layer_in_halves(&self, launcher: &Launcher, layer: &Layer) -> Result<(), CudaError> {
-        self.before_attention(launcher, layer, Part::First)?;
-        if layer.index == 0 {
-            launcher.fork()?;
+    /// Each half in a lane of its own (halves.rs): the second's begins behind the first product of all, so the halves are apart, and both end
+    /// here, for what follows is for all rows.
+    fn layers_in_halves<'a>(
+        &self,
+        launcher: &Launcher,
+        layers: impl Iterator<Item = Layer<'a>>,
+    ) -> Result<(), CudaError> {
+        for (i, layer) in layers.enumerate() {
+            self.before_attention(launcher, &layer, Part::First)?;
+            if i == 0 {
+                launcher.fork()?;
+            }
+            self.attend(launcher, &layer, Part::First)?;
+            self.after_attention(launcher, &layer, Part::First)?;
+            launcher.beside(|launcher| self.chain(launcher, &layer, Part::Second))?;
         }
-        self.attend(launcher, layer, Part::First)?;
-        self.after_attention(launcher, layer, Part::First)?;
-        launcher.beside(|launcher| self.chain(launcher, layer, Part::Second))
+        launcher.join()
     }
 
     /// What a part's products may take: half where the other part's run beside them.
@@ -320,15 +325,15 @@ impl Operations {
     pub fn after_attention(&self, launcher: &Launcher, layer: &Layer, part: Part) -> Result<(), CudaError> {
         let (Layer { step, weights, .. }, buffers) = (layer, &self.buffers);
         let tokens = part.tokens(step.shape);
-        let (first, count, gemm) = (tokens.start, tokens.len() as u32, &self.gemm);
-        let residual = rows_from(buffers.residual, self.dims.hidden as usize, first);
-        let attended = rows_from(buffers.attended, self.dims.q_width(), first);
+        let (from, count, gemm) = (tokens.start, tokens.len() as u32, &self.gemm);
+        let residual = rows_from(buffers.residual, self.dims.hidden as usize, from);
+        let attended = rows_from(buffers.attended, self.dims.q_width(), from);
         let share = self.sm_share(step.shape, part);
         // What o and down do: `+=`, or where others have columns or rows too, what they exchange besides. `width`: columns of `x`.
         let add = |w: Weight, x: Rows, width: usize| match &self.exchange {
             None => {
                 let x = gemm.inputs(launcher, w, None, x, count, x)?;
-                let added = Residual { residual: residual.address, sumsq: self.sumsq_of(first) };
+                let added = Residual { residual: residual.address, sumsq: self.sumsq_of(from) };
                 gemm.launch(launcher, w, x, count, share, &added)
             }
             Some(exchange) => match &self.shared_rows {
@@ -348,10 +353,10 @@ impl Operations {
             MlpWeights::Experts(_) => return self.add_experts(launcher, layer),
         };
         let mlp = self.dims.intermediate;
-        let activated = rows_from(buffers.activated, mlp as usize, first);
-        let gated = GateUp { norm: self.norm(first), out: activated.address, intermediate: mlp, reserved: 0 };
-        let norm = Norm { weight: weights.mlp_norm, rows: self.norm(first) };
-        let x = gemm.inputs(launcher, gate_up, Some(norm), residual, count, self.scaled(first))?;
+        let activated = rows_from(buffers.activated, mlp as usize, from);
+        let gated = GateUp { norm: self.norm(from), out: activated.address, intermediate: mlp, reserved: 0 };
+        let norm = Norm { weight: weights.mlp_norm, rows: self.norm(from) };
+        let x = gemm.inputs(launcher, gate_up, Some(norm), residual, count, self.scaled(from))?;
         gemm.launch(launcher, gate_up, x, count, share, &gated)?;
         add(down, activated, mlp as usize)
     }
