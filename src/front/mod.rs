@@ -42,8 +42,6 @@ mod output_thread;
 mod permits;
 mod ready;
 mod session;
-#[cfg(test)]
-mod several;
 mod shared;
 mod stage;
 mod submitter;

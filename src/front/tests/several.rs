@@ -10,9 +10,9 @@ use minisgl_core::scheduler::Order;
 use minisgl_core::stats::Load;
 use minisgl_decoder::Checkpoint;
 
-use super::message::{Call, Message};
-use super::{Front, Next, SessionEvent, SessionOptions};
 use crate::error::Error;
+use crate::front::message::{Call, Message};
+use crate::front::{Front, Next, SessionEvent, SessionOptions};
 use crate::models::FAMILIES;
 use crate::pooling::Pooling;
 use crate::request::{Completion, FinishReason, GenerateRequest, RequestError, SamplingParams};

@@ -1,0 +1,44 @@
+//! The front's promises, over a simulated engine, by subject.
+
+mod aborts;
+mod failures;
+mod permits;
+mod random;
+mod readers;
+mod several;
+mod steps;
+mod stop_texts;
+
+use std::path::Path;
+use std::sync::atomic::Ordering;
+use std::thread;
+use std::time::Duration;
+
+use super::*;
+use crate::request::{Completion, FinishReason, GenerateRequest, Prompt, RequestError, SamplingParams};
+use crate::simulated::{Control, request, start as front, start_with};
+
+fn drawn(first: u32, count: u32) -> Vec<u32> {
+    (first..first + count).collect()
+}
+
+/// Tags and completions of a session, in order, until it is over.
+fn ends(events: Events) -> Vec<(u64, Completion)> {
+    let finished = |event| match event {
+        Ok(SessionEvent::Finished { tag, completion, .. }) => Some((tag, *completion)),
+        Ok(_) => None,
+        Err(error) => panic!("{error}"),
+    };
+    events.filter_map(finished).collect()
+}
+
+fn text() -> Text {
+    Text::open(Path::new("tests/fixtures/text")).unwrap()
+}
+
+/// A request that draws the tokens of a text, and then others.
+fn saying(codec: &Text, said: &str, max_tokens: u32) -> GenerateRequest {
+    let mut prompt = vec![5];
+    prompt.extend(codec.encode(Prompt::Text(said.to_owned())).unwrap());
+    GenerateRequest::tokens(prompt).sampling(SamplingParams { max_tokens, ..SamplingParams::default() })
+}
