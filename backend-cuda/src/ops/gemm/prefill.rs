@@ -244,9 +244,12 @@ impl Tile {
         let clusters = |tile: Tile| clusters_of(tile.cluster());
         let (tile, kernel) =
             tiles[Self::quickest(tiles.iter().map(|(tile, _)| (*tile, clusters(*tile))), shape)?];
-        let (count, turns) = (tile.count(shape), tile.turns(shape));
-        let columns = if tile.blocks[2] == 2 { "half of the columns" } else { "all columns" };
-        let split = if tile.split == 1 { String::new() } else { format!(" in {turns} slices") };
+        let count = tile.count(shape);
+        let (columns, split) = match (tile.blocks[2], tile.split) {
+            (2, _) => ("half of the columns", String::new()),
+            (_, 1) => ("all columns", String::new()),
+            (_, slices) => ("a slice of the columns at a time", format!(" of {slices} slices")),
+        };
         Some(Explained {
             kernel,
             grid: tile.grid(tile.launched(shape, clusters(tile))),
