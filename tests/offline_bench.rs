@@ -106,9 +106,24 @@ fn runs_agree_requests_alone_agree_and_no_run_is_served_by_the_one_before() {
 #[test]
 fn the_report_for_machines_says_what_the_table_says() {
     let path = fresh("report.json");
-    let flags = ["--runs", "2", "--json", path.to_str().unwrap(), "--bandwidth", "10", "--matmul", "0.1"];
+    let flags = [
+        "--runs",
+        "2",
+        "--json",
+        path.to_str().unwrap(),
+        "--bandwidth",
+        "10",
+        "--matmul",
+        "0.1",
+        "--top-k",
+        "5",
+    ];
     let text = stdout(&bench(&flags));
+    assert!(text.contains("temperature 0.6, top_k 5\n"), "{text}");
     let report = read_json(&path);
+    let drawn = ["temperature", "top_k", "top_p", "min_p"]
+        .map(|name| report["workload"][name].as_f64().unwrap() as f32);
+    assert_eq!(drawn, [0.6, 5.0, 1.0, 0.0]);
     assert_eq!(report["model"], "tiny");
     assert_eq!(report["backend"], "cpu");
     assert_eq!(report["workload"]["requests"], 6);

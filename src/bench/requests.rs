@@ -140,8 +140,8 @@ impl Requests {
             Prompt::Tokens(ids) => ids.len(),
             Prompt::Text(_) | Prompt::Chat(_) | Prompt::Rerank(_) => 0,
         };
-        let (source, temperature) = match self {
-            Requests::Drawn(workload) => (workload.source.to_string(), Some(sampling.temperature)),
+        let (source, drawn) = match self {
+            Requests::Drawn(workload) => (workload.source.to_string(), Some(sampling)),
             Requests::File { path, .. } => (path.display().to_string(), None),
         };
         WorkloadReport {
@@ -150,7 +150,10 @@ impl Requests {
             requests: requests.len(),
             prompt_tokens: requests.iter().map(prompt_tokens).sum(),
             output_tokens: requests.iter().map(GenerateRequest::output_tokens_max).sum(),
-            temperature,
+            temperature: drawn.map(|drawn| drawn.temperature),
+            top_k: drawn.map(|drawn| drawn.top_k),
+            top_p: drawn.map(|drawn| drawn.top_p),
+            min_p: drawn.map(|drawn| drawn.min_p),
         }
     }
 }
@@ -255,17 +258,33 @@ pub struct WorkloadReport {
     pub prompt_tokens: usize,
     /// Tokens to be drawn, of a file's requests at most.
     pub output_tokens: u64,
-    /// 0 is greedy; null where each request may have its own.
+    /// 0 is greedy; null where each request may have its own, and so the others.
     pub temperature: Option<f32>,
+    /// 0 is off.
+    pub top_k: Option<u32>,
+    /// 1 is off.
+    pub top_p: Option<f32>,
+    /// 0 is off.
+    pub min_p: Option<f32>,
 }
 
 impl fmt::Display for WorkloadReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let WorkloadReport { source, seed, requests, prompt_tokens, output_tokens, temperature } = self;
+        let WorkloadReport { source, seed, requests, prompt_tokens, output_tokens, .. } = self;
         write!(f, "{requests} requests ({source}, seed {seed}): {prompt_tokens} prompt and ")?;
-        match temperature {
-            Some(temperature) => write!(f, "{output_tokens} output tokens, temperature {temperature}"),
-            None => write!(f, "at most {output_tokens} output tokens"),
+        let Some(temperature) = self.temperature else {
+            return write!(f, "at most {output_tokens} output tokens");
+        };
+        write!(f, "{output_tokens} output tokens, temperature {temperature}")?;
+        if let Some(top_k) = self.top_k.filter(|top_k| *top_k != 0) {
+            write!(f, ", top_k {top_k}")?;
+        }
+        if let Some(top_p) = self.top_p.filter(|top_p| *top_p != 1.0) {
+            write!(f, ", top_p {top_p}")?;
+        }
+        match self.min_p.filter(|min_p| *min_p != 0.0) {
+            Some(min_p) => write!(f, ", min_p {min_p}"),
+            None => Ok(()),
         }
     }
 }
