@@ -16,6 +16,7 @@ use minisgl::{
     BackendChoice, Dtype, GenerateRequest, KernelSet, KvFormat, Llm, LlmBuilder, NamedTensor, Policy,
     Quantize, SamplingParams, Speculation, TokenRules,
 };
+use minisgl_core::backend::Ops;
 use minisgl_core::shard::Rank;
 use minisgl_cpu::Cpu;
 use minisgl_cuda::{Cuda, Options, Properties};
@@ -436,17 +437,37 @@ fn a_requests_tokens_do_not_depend_on_how_they_are_computed_in_any_family() {
     }
 }
 
-#[test]
-fn which_families_a_gpu_computes_is_known_without_one() {
-    let hopper = Properties {
+/// A GPU that is not here.
+fn described(hopper: bool) -> Properties {
+    Properties {
         name: "a GPU that is not here".to_owned(),
-        capability: (9, 0),
+        capability: if hopper { (9, 0) } else { (8, 0) },
         multiprocessors: 132,
         l2_bytes: 50 << 20,
         shared_bytes: 227 << 10,
-        hopper: true,
+        hopper,
         uuid: [0; 16],
-    };
+    }
+}
+
+#[test]
+fn the_docs_say_what_each_backend_computes() {
+    let docs = std::fs::read_to_string("docs/adding-a-model-family.md").unwrap();
+    let [cpu, hopper, others] =
+        [Cpu::new().computes(), described(true).computes(), described(false).computes()].map(|it| it.facts());
+    let rows = cpu.iter().zip(&hopper).zip(&others);
+    let rows = rows
+        .map(|(((of, cpu), (_, hopper)), (_, others))| format!("| {of} | {cpu} | {hopper} | {others} |\n"));
+    let table = rows.fold(
+        "| of a spec | CPU | GPU, Hopper's kernels | GPU, others |\n|---|---|---|---|\n".to_owned(),
+        |table, row| table + &row,
+    );
+    assert!(docs.contains(&table), "the table in docs/adding-a-model-family.md is to be\n{table}");
+}
+
+#[test]
+fn which_families_a_gpu_computes_is_known_without_one() {
+    let hopper = described(true);
     for name in FAMILIES {
         let supported = hopper.supports(&checkpoint(&fixture(name)).config().spec, Rank::ALONE);
         let said = supported.map_err(|error| error.to_string());

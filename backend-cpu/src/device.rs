@@ -12,6 +12,7 @@ use minisgl_core::backend::{
     WeightRole,
 };
 use minisgl_core::batch::{Row, StepShape};
+use minisgl_core::computes::Computes;
 use minisgl_core::config::Limits;
 use minisgl_core::shard::Rank;
 use minisgl_core::spec::{DecoderSpec, Dims, LayerSpec, Unsupported};
@@ -295,6 +296,10 @@ impl Sampler for Cpu {
 
 impl Ops for Cpu {
     type Weight = Weight;
+
+    fn computes(&self) -> Computes {
+        supports::COMPUTES
+    }
 
     fn supports(&self, spec: &DecoderSpec) -> Result<(), Unsupported> {
         supports::check(spec)

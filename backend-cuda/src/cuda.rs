@@ -17,6 +17,7 @@ use minisgl_core::backend::{
     WeightRole,
 };
 use minisgl_core::batch::{Row, StepShape};
+use minisgl_core::computes::Computes;
 use minisgl_core::config::Limits;
 use minisgl_core::kv::KvFormat;
 use minisgl_core::spec::{DecoderSpec, Unsupported};
@@ -218,6 +219,10 @@ impl Sampler for Cuda {
 
 impl Ops for Cuda {
     type Weight = Weight;
+
+    fn computes(&self) -> Computes {
+        self.gpu.properties().computes()
+    }
 
     fn supports(&self, spec: &DecoderSpec) -> Result<(), Unsupported> {
         self.gpu.properties().supports(spec, self.gpu.rank())

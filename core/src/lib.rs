@@ -10,7 +10,7 @@ mod output;
 mod scheduling;
 mod steps;
 
-pub use device::{backend, batch, fit, local};
+pub use device::{backend, batch, computes, fit, local};
 use device::{graphs, host, resident};
 pub use model::{fp8, kv, shard, spec, tensor};
 use output::sampling_limits;

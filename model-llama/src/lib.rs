@@ -1,14 +1,4 @@
-//! Llama and what differs from it little: Mistral, Qwen2, SmolLM3, Seed-OSS, Phi-3, OLMo 2.
-//!
-//! | family | what it adds to Llama |
-//! |---|---|
-//! | Llama | (SmolLM2 has its architecture too) |
-//! | Mistral | a window on every layer, in the first 7B |
-//! | Qwen2 | biases of q, k and v; a window on the later layers, if it is switched on |
-//! | SmolLM3 | no rope on some layers |
-//! | Seed-OSS | biases of q, k and v, which can be switched off |
-//! | Phi-3 | q, k, v in one tensor, gate and up too; a window, in some; rope of a part of each head, LongRoPE, in some |
-//! | OLMo 2 | norms behind attention and MLP instead of before them; queries and keys normed across all heads |
+//! Llama and families that differ from it little: each one's comment says by what it does.
 
 mod olmo2;
 mod phi3;
@@ -20,7 +10,7 @@ use serde_json::{Value, json};
 pub use olmo2::OLMO2;
 pub use phi3::PHI3;
 
-/// `LlamaForCausalLM`.
+/// `LlamaForCausalLM`, which SmolLM2 has too.
 pub static LLAMA: Family = Family {
     architecture: "LlamaForCausalLM",
     model_type: "llama",
@@ -29,7 +19,7 @@ pub static LLAMA: Family = Family {
     presets: LLAMA_PRESETS,
 };
 
-/// `MistralForCausalLM`.
+/// `MistralForCausalLM`: a window on every layer, in the first 7B.
 pub static MISTRAL: Family = Family {
     architecture: "MistralForCausalLM",
     model_type: "mistral",
@@ -38,7 +28,7 @@ pub static MISTRAL: Family = Family {
     presets: MISTRAL_PRESETS,
 };
 
-/// `Qwen2ForCausalLM`.
+/// `Qwen2ForCausalLM`: biases of q, k and v; a window on the later layers, if it is switched on.
 pub static QWEN2: Family = Family {
     architecture: "Qwen2ForCausalLM",
     model_type: "qwen2",
@@ -47,7 +37,7 @@ pub static QWEN2: Family = Family {
     presets: QWEN2_PRESETS,
 };
 
-/// `SmolLM3ForCausalLM`.
+/// `SmolLM3ForCausalLM`: no rope on some layers.
 pub static SMOLLM3: Family = Family {
     architecture: "SmolLM3ForCausalLM",
     model_type: "smollm3",
@@ -56,7 +46,7 @@ pub static SMOLLM3: Family = Family {
     presets: SMOLLM3_PRESETS,
 };
 
-/// `SeedOssForCausalLM`.
+/// `SeedOssForCausalLM`: biases of q, k and v, which can be switched off.
 pub static SEED_OSS: Family = Family {
     architecture: "SeedOssForCausalLM",
     model_type: "seed_oss",

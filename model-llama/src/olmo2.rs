@@ -5,7 +5,7 @@ use minisgl_decoder::{ConfigError, Family, Fields, LayerNames, Preset};
 
 use crate::decoder;
 
-/// `Olmo2ForCausalLM`.
+/// `Olmo2ForCausalLM`: norms behind attention and MLP instead of before them; queries and keys normed across all heads.
 pub static OLMO2: Family = Family {
     architecture: "Olmo2ForCausalLM",
     model_type: "olmo2",

@@ -14,7 +14,7 @@ use minisgl_core::spec::{Attention, DecoderSpec, LayerSpec, Mixer, Mlp, ROPE_PAI
 use minisgl_decoder::{ConfigError, Family, Fields, LayerNames, Preset, Projections};
 use serde_json::{Value, json};
 
-/// `Phi3ForCausalLM`.
+/// `Phi3ForCausalLM`: q, k, v in one tensor, gate and up too; a window, in some; rope of a part of each head, LongRoPE, in some.
 pub static PHI3: Family = Family {
     architecture: "Phi3ForCausalLM",
     model_type: "phi3",

@@ -1,12 +1,11 @@
 //! What of a spec this backend computes: what the kernels are written for.
-//!
-//! Every field of a spec is taken apart, so that one that is added to it does not pass unseen.
 
+use minisgl_core::computes::Computes;
 use minisgl_core::kv::KvFormat;
 use minisgl_core::shard::Rank;
 use minisgl_core::spec::{
-    Activation, Attention, Bias, DecoderSpec, Dims, Experts, Fp8, Inputs, LayerSpec, Mixer, Mlp, NormForm,
-    Norms, QkNorm, RopePairs, ScaleBlock, Unsupported, WeightFormat,
+    Activation, Bias, DecoderSpec, Dims, Fp8, Inputs, NormForm, Norms, QkNorm, RopePairs, ScaleBlock,
+    Unsupported, WeightFormat,
 };
 use minisgl_kernels::attention::GROUP_MAX;
 
@@ -15,17 +14,45 @@ use super::operands::SEGMENT;
 use crate::context::Properties;
 use crate::weight::{Fp8Codes, Fp8Tiles, Rounding};
 
-const BACKEND: &str = "CUDA";
 /// An expert's down begins at a tile of its own, so it has whole ones.
 const FP8_ROWS: u32 = Fp8Tiles::ROWS as u32;
-/// Widths are multiples of this: 16 bytes, what the copy engines move at least.
-const WIDTH_MULTIPLE: u32 = 8;
 /// Codes that are multiplied themselves come 16 bytes at a time, too.
 const ROUNDED_MULTIPLE: u32 = 16;
 /// A scale of fp8 is that of whole tiles' rows.
 const FP8_COLS: u32 = Fp8Tiles::COLS as u32;
 
+/// What is computed by the kernels for Hopper, or by those for any GPU.
+pub fn computes(hopper: bool) -> Computes {
+    Computes {
+        backend: "CUDA",
+        advice: " (--backend cpu has fewer limits)",
+        width_multiple: 8, // 16 bytes, what the copy engines move at least
+        head_dims: Some(&[64, 128]),
+        group_max: Some(GROUP_MAX),
+        norm_forms: &[NormForm::Scale],
+        norms: &[Norms::Before],
+        embedding_scale: false,
+        logit_cap: false,
+        kv: if hopper { &[KvFormat::Bf16, KvFormat::Fp8] } else { &[KvFormat::Bf16] },
+        fp8_weights: hopper,
+        fp8_needs: ", which has kernels for Hopper alone",
+        mixed_windows: false,
+        biases: &[Bias::None, Bias::Qkv],
+        qk_norms: &[QkNorm::None, QkNorm::PerHead],
+        rope_pairs: &[RopePairs::Halves],
+        partial_rope: false,
+        score_scale: false,
+        activations: &[Activation::Silu],
+        experts_max: Some([COUNT_MAX, PER_TOKEN_MAX]),
+    }
+}
+
 impl Properties {
+    /// See [`minisgl_core::backend::Ops::computes`]; the device need not be open.
+    pub fn computes(&self) -> Computes {
+        computes(self.hopper)
+    }
+
     /// See [`minisgl_core::backend::Ops::supports`]; the device need not be open, and `rank` is who computes the spec.
     pub fn supports(&self, spec: &DecoderSpec, rank: Rank) -> Result<(), Unsupported> {
         check(spec, self.hopper)?;
@@ -35,12 +62,9 @@ impl Properties {
 
 /// See [`minisgl_core::backend::Ops::supports`]; `hopper`: are the kernels those of Hopper?
 pub fn check(spec: &DecoderSpec, hopper: bool) -> Result<(), Unsupported> {
-    check_model(spec, hopper).map_err(|what| Unsupported::new(BACKEND, what + ADVICE))?;
-    for (i, layer) in spec.layers.iter().enumerate() {
-        check_layer(&spec.dims, layer)
-            .map_err(|what| Unsupported::in_layer(BACKEND, i, &(what.to_owned() + ADVICE)))?;
-    }
-    Ok(())
+    let computes = computes(hopper);
+    computes.check(spec)?;
+    check_fp8(spec).map_err(|what| computes.refusal(what))
 }
 
 /// Likewise, of what one of several ranks computes.
@@ -59,48 +83,28 @@ pub fn check_rank(spec: &DecoderSpec, rank: Rank) -> Result<(), Unsupported> {
         Some(what) => {
             let what =
                 format!("{what}, which one GPU computes, and --tensor-parallel {} does not", rank.count);
-            Err(Unsupported::new(BACKEND, what + ADVICE))
+            Err(computes(true).refusal(what))
         }
     }
 }
 
-const ADVICE: &str = " (--backend cpu has fewer limits)";
-
-fn check_model(spec: &DecoderSpec, hopper: bool) -> Result<(), String> {
-    let DecoderSpec { dims, norm, embedding_scale, tied: _, logit_cap, weights, kv, layers } = spec;
-    check_sizes(dims)?;
-    let window = layers.first().and_then(LayerSpec::window);
+/// What products with weights in fp8 are made for.
+fn check_fp8(spec: &DecoderSpec) -> Result<(), String> {
+    let DecoderSpec { dims, weights, layers, .. } = spec;
+    let WeightFormat::Fp8(fp8) = weights else { return Ok(()) };
+    let has_experts = layers.iter().any(|layer| layer.experts().is_some());
     let refused = [
-        (*norm != NormForm::Scale, "its norms scale by 1 + w"),
-        (*embedding_scale != 1.0, "its embeddings are scaled"),
-        (logit_cap.is_some(), "its logits have a soft cap"),
         (
-            *weights != WeightFormat::Bf16 && !hopper,
-            "its weights are fp8, which has kernels for Hopper alone",
-        ),
-        (
-            matches!(weights, WeightFormat::Fp8(Fp8 { block: ScaleBlock::Tile { cols, .. }, inputs: Inputs::Plain }) if cols % FP8_COLS != 0),
+            matches!(fp8, Fp8 { block: ScaleBlock::Tile { cols, .. }, inputs: Inputs::Plain } if cols % FP8_COLS != 0),
             "its fp8 weights have scales for blocks of columns that are no multiples of 64",
         ),
         (
-            *weights != WeightFormat::Bf16
-                && dims.hidden % FP8_ROWS != 0
-                && layers.iter().any(|layer| layer.experts().is_some()),
+            dims.hidden % FP8_ROWS != 0 && has_experts,
             "its experts are fp8 and its hidden_size is no multiple of 64",
         ),
-        (
-            *kv == Some(KvFormat::Fp8) && !hopper,
-            "its keys and values are to be kept in fp8, which has kernels for Hopper alone; use --kv-dtype auto",
-        ),
-        (*kv == Some(KvFormat::F32), "its keys and values are to be kept in f32; use --kv-dtype auto"),
-        (layers.iter().any(|layer| layer.window() != window), "not all of its layers have the same window"),
     ];
     first(&refused).map_or(Ok(()), |what| Err(what.to_owned()))?;
-    let has_experts = layers.iter().any(|layer| layer.experts().is_some());
-    match weights {
-        WeightFormat::Fp8(fp8) if fp8.inputs != Inputs::Plain => check_rounded(dims, fp8, has_experts),
-        WeightFormat::Fp8(_) | WeightFormat::Bf16 => Ok(()),
-    }
+    if fp8.inputs == Inputs::Plain { Ok(()) } else { check_rounded(dims, fp8, has_experts) }
 }
 
 /// What products of rounded inputs are made for.
@@ -126,64 +130,6 @@ fn check_rounded(dims: &Dims, fp8: &Fp8, has_experts: bool) -> Result<(), String
     })
 }
 
-fn check_sizes(dims: &Dims) -> Result<(), String> {
-    let Dims { hidden, heads, kv_heads, head_dim, intermediate, .. } = *dims;
-    let widths = [("hidden_size", hidden), ("intermediate_size", intermediate)];
-    if let Some((name, width)) = widths.into_iter().find(|(_, width)| width % WIDTH_MULTIPLE != 0) {
-        return Err(format!("{name} is {width}; the kernels take multiples of {WIDTH_MULTIPLE}"));
-    }
-    if head_dim != 64 && head_dim != 128 {
-        return Err(format!("head_dim is {head_dim}; the attention kernels take 64 and 128"));
-    }
-    if heads < kv_heads || heads / kv_heads > GROUP_MAX {
-        return Err(format!(
-            "{heads} query heads share {kv_heads} key and value heads; the attention kernels take 1 to {GROUP_MAX} for each"
-        ));
-    }
-    Ok(())
-}
-
-fn check_layer(dims: &Dims, layer: &LayerSpec) -> Result<(), &'static str> {
-    let LayerSpec { norms, mixer, mlp } = layer;
-    if *norms != Norms::Before {
-        return Err("norms behind attention and MLP");
-    }
-    match mixer {
-        Mixer::Attention(attention) => check_attention(dims, attention)?,
-        Mixer::GatedDelta { .. } => return Err("a gated delta rule instead of attention"),
-    }
-    match mlp {
-        Mlp::Dense(Activation::Silu) => Ok(()),
-        Mlp::Dense(Activation::GeluTanh) => Err("GELU in its MLP"),
-        Mlp::Experts(experts) => check_experts(experts),
-    }
-}
-
-fn check_experts(experts: &Experts) -> Result<(), &'static str> {
-    let Experts { activation, count, per_token, intermediate, normalized: _ } = *experts;
-    let refused = [
-        (activation != Activation::Silu, "GELU in its experts"),
-        (count > COUNT_MAX, "more than 256 experts"),
-        (per_token > PER_TOKEN_MAX.min(count) || per_token == 0, "more than 16 experts for a token, or none"),
-        (intermediate % WIDTH_MULTIPLE != 0, "experts whose width is no multiple of 8"),
-    ];
-    first(&refused).map_or(Ok(()), Err)
-}
-
-fn check_attention(dims: &Dims, attention: &Attention) -> Result<(), &'static str> {
-    let Attention { bias, qk_norm, rope, window: _, scale, score_cap, sinks } = attention;
-    let turns = rope.is_none_or(|rope| rope.pairs == RopePairs::Halves && rope.rotated == dims.head_dim);
-    let refused = [
-        (*bias == Bias::QkvAndO, "a bias on attention's output"),
-        (*qk_norm == QkNorm::FullWidth, "queries and keys that are normed across heads"),
-        (!turns, "rope that does not turn the halves of whole heads"),
-        (scale.is_some(), "a score scale of its own"),
-        (score_cap.is_some(), "a soft cap on attention's scores"),
-        (*sinks, "attention sinks"),
-    ];
-    first(&refused).map_or(Ok(()), Err)
-}
-
 /// The first thing that is so.
 fn first(things: &[(bool, &'static str)]) -> Option<&'static str> {
     things.iter().find(|(is_so, _)| *is_so).map(|(_, what)| *what)
@@ -191,7 +137,7 @@ fn first(things: &[(bool, &'static str)]) -> Option<&'static str> {
 
 #[cfg(test)]
 mod tests {
-    use minisgl_core::spec::Rope;
+    use minisgl_core::spec::{Attention, Experts, LayerSpec, Mixer, Mlp, Rope};
 
     use super::*;
 

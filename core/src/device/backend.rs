@@ -17,6 +17,7 @@ use alloc::vec::Vec;
 use core::ops::Range;
 
 use crate::batch::{Row, StepShape};
+use crate::computes::Computes;
 use crate::config::Limits;
 use crate::kv::KvFormat;
 use crate::shard::Slicing;
@@ -383,6 +384,9 @@ pub trait Sampler: Device {
 pub trait Ops: Sampler {
     /// A weight on the device; a handle like [`Device::Buffer`].
     type Weight: Copy;
+
+    /// What of a spec is computed, as facts.
+    fn computes(&self) -> Computes;
 
     /// Can every layer be computed exactly as the spec says? Asked before a weight is loaded.
     ///

@@ -2,6 +2,7 @@
 
 pub mod backend;
 pub mod batch;
+pub mod computes;
 pub mod fit;
 pub(crate) mod graphs;
 pub(crate) mod host;

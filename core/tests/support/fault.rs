@@ -13,6 +13,7 @@ use minisgl_core::backend::{
     WeightRole,
 };
 use minisgl_core::batch::{Row, StepShape};
+use minisgl_core::computes::Computes;
 use minisgl_core::config::Limits;
 use minisgl_core::spec::{DecoderSpec, Unsupported};
 use minisgl_core::tensor::HostTensor;
@@ -248,6 +249,10 @@ impl<B: Sampler> Sampler for Faulty<B> {
 
 impl<B: Ops> Ops for Faulty<B> {
     type Weight = B::Weight;
+
+    fn computes(&self) -> Computes {
+        self.device.computes()
+    }
 
     fn supports(&self, spec: &DecoderSpec) -> Result<(), Unsupported> {
         self.device.supports(spec)
