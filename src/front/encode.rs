@@ -41,7 +41,7 @@ impl Encoder {
 }
 
 /// A request that is to be encoded.
-pub struct Job {
+pub struct ToEncode {
     pub prompt: Prompt,
     pub given: Option<Given>,
     pub params: SamplingParams,
@@ -50,13 +50,13 @@ pub struct Job {
     pub outputs: Vec<Output>,
 }
 
-impl Waiting for Job {
+impl Waiting for ToEncode {
     fn session(&self) -> u64 {
         self.outputs.first().map_or(0, |output| output.session().id)
     }
 }
 
-impl Job {
+impl ToEncode {
     /// The request with its tokens, and its grammar if it is to be compiled; `None` if it has ended here.
     pub fn encode(self, encoder: &Encoder) -> Option<(Option<Arc<Grammar>>, Ready)> {
         if self.outputs.iter().all(|output| output.is_unwanted()) {

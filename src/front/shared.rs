@@ -11,7 +11,7 @@ use minisgl_core::scheduler::Order;
 
 use super::batch::StepTimes;
 use super::compile::Uncompiled;
-use super::encode::{Encoder, Job};
+use super::encode::{Encoder, ToEncode};
 use super::intake::{Intake, Sleepers};
 use super::message::Message;
 use super::output::Output;
@@ -32,7 +32,7 @@ use crate::tokenizer::Text;
 pub struct Shared {
     pub encoder: Encoder,
     pub pooling: Pooling,
-    pub encoders: Stage<Job>,
+    pub encoders: Stage<ToEncode>,
     pub compilers: Stage<Uncompiled>,
     pub compiler: Compiler,
     pub intake: Intake,
@@ -141,8 +141,8 @@ impl Shared {
     }
 
     /// A request, encoded and ready for the engine; `None` if it has ended, or goes on to be compiled.
-    pub fn encode(&self, job: Job) -> Option<Ready> {
-        let (grammar, ready) = job.encode(&self.encoder)?;
+    pub fn encode(&self, asked: ToEncode) -> Option<Ready> {
+        let (grammar, ready) = asked.encode(&self.encoder)?;
         self.constrained(grammar, ready)
     }
 
@@ -194,10 +194,10 @@ impl Shared {
             }
             // Without a tokenizer there are no threads for it, and nothing that takes time.
             (None, prompt, given) if !text.has_tokenizer() => {
-                self.encode(Job { prompt, given, params, rules, grammar, outputs })
+                self.encode(ToEncode { prompt, given, params, rules, grammar, outputs })
             }
             (None, prompt, given) => {
-                self.encoders.post(Job { prompt, given, params, rules, grammar, outputs });
+                self.encoders.post(ToEncode { prompt, given, params, rules, grammar, outputs });
                 None
             }
         }
