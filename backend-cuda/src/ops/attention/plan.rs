@@ -11,9 +11,9 @@
 //!     row 0   first 24   8 leaves   base  0   at 17   total 25      … from 17 on; who comes last folds 0 to 24 in order
 //!     row 1   first  0   8 leaves   base 25   at 25   total 25      …
 //!
-//!   128 rows of 8 leaves: many, and none longer than a block's share, so all whole: 128 segments, 1,024 turns
-//!     row 0   first  0   8 leaves   base  0   at  0   total  0      nobody else has a part of it
-//!     row 1   first  0   8 leaves   base  0   at  0   total  0      …
+//!   48 rows of 6 to 14 leaves: enough to fill the memory until nearly all have ended, so all whole: 48 segments, 384 turns
+//!     row 7   first  0  14 leaves   base  0   at  0   total  0      nobody else has a part of it
+//!     row 3   first  0  13 leaves   base  0   at  0   total  0      …
 //! ```
 //!
 //! While a plan is filled the order of its rows lies at the end of the segments' own words. Segments grow towards it and may reach a
@@ -40,12 +40,16 @@ use crate::ops::gemm::SmShare;
 
 /// Memory for the parts of sequences that several blocks share; where it is short, first parts are longer.
 const PARTIAL_BYTES_MAX: usize = 64 << 20;
-/// Leaves of the shortest piece of a row that is cut where there is much to do.
-const LEAST: u64 = 8;
+/// Leaves that a row has at least, where there is much to do, before it is cut.
+const LEAST: u64 = 12;
+/// The same in a half, whose idle blocks leave memory to the other's.
+const LEAST_OF_HALF: u64 = 8;
 /// The same where others multiply meanwhile: a group of warps that attends reads so many in the time of a half's products.
 const LEAST_BESIDE_PRODUCTS: u64 = 16;
-/// There is, where whole rows give every block so many turns.
-const MANY_TURNS: u32 = 2;
+/// Memory is filled by one of so many blocks.
+const FILLING: u32 = 2;
+/// Leaves that a row may have beside those that memory is filled for: to be read by few blocks costs less than to be cut.
+const BEYOND: u64 = 4;
 /// Segments for each block and item beside those of whole rows.
 const PIECES_OF_BLOCK: u32 = 4;
 /// Positions that rows are told apart by when they are sorted.
@@ -54,9 +58,9 @@ const COUNTS: usize = 8192;
 /// Cuts a decode step's rows into segments for blocks to take in turn, the longest first, so that short ones are left for
 /// the end, when all blocks should end together.
 ///
-/// Many rows stay whole, but for those that are longer than what is left for each block. Even they are not cut into pieces of
-/// a few leaves: a piece's partials, and who waits for them, cost more than blocks that end apart. Few rows are cut into
-/// pieces of one length, so that the blocks' last turns fill the device.
+/// Many rows stay whole, but for those that would be read when too few others are left to fill the memory. Even they are not cut into
+/// pieces of a few leaves: a piece's partials, and who waits for them, cost more than blocks that end apart. Few rows are cut
+/// into pieces of one length, so that the blocks' last turns fill the device.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct DecodePlanner {
     /// Blocks of a launch.
@@ -71,9 +75,11 @@ pub(super) struct DecodePlanner {
     window: u32,
     /// The slot of padding rows.
     dummy: u32,
-    /// Rows from which on there is much to do: any number in a half, whose idle blocks leave memory to the other's.
-    many: u32,
-    /// Leaves of the shortest piece of a row of many.
+    /// Rows that fill the memory, from which on there is much to do; 0 in a half: any number is.
+    filling: u32,
+    /// Rows that all blocks begin with; in a half none is told apart.
+    first: u32,
+    /// Leaves that a row of many has at least before it is cut.
     least: u64,
     /// Are those cut that are longer than what is left for each block, or only those longer than what there was at first?
     evens_out: bool,
@@ -93,6 +99,7 @@ impl DecodePlanner {
     ) -> DecodePlanner {
         let items = heads.items();
         let partials = (PARTIAL_BYTES_MAX / (items as usize * heads.partial_bytes())).max(2) as u32;
+        let is_whole = matches!(share, SmShare::Whole);
         let longest = u64::from(rows) * u64::from(limits.sequence.div_ceil(LEAF) + 1);
         DecodePlanner {
             blocks,
@@ -101,11 +108,9 @@ impl DecodePlanner {
             partials: longest.min(u64::from(partials)) as u32,
             window,
             dummy: limits.running,
-            many: match share {
-                SmShare::Whole => (MANY_TURNS * blocks).div_ceil(items),
-                SmShare::Half => 0,
-            },
-            least: LEAST,
+            filling: if is_whole { (blocks / FILLING).div_ceil(items) } else { 0 },
+            first: if is_whole { blocks / items } else { 0 },
+            least: if is_whole { LEAST } else { LEAST_OF_HALF },
             evens_out: true,
             beside: false,
         }
@@ -135,10 +140,12 @@ impl DecodePlanner {
         // The rows' order lies in the last places, a word each, which segments reach only when it has been read.
         let order = segments.len() - rows.len().div_ceil(SEGMENT_WORDS) * SEGMENT_WORDS;
         self.sort(rows, &mut segments[order..][..rows.len()]);
-        let mut rest: u64 = rows.iter().map(|row| u64::from(self.seen(row.kv_len))).sum();
-        let few = rows.len() < self.many as usize;
+        let all: u64 = rows.iter().map(|row| u64::from(self.seen(row.kv_len))).sum();
+        let mut rest = all;
+        let few = rows.len() < self.filling as usize;
         let longest = rows.iter().map(|row| self.leaves(row).len() as u32).max().unwrap_or(0);
         let piece = few.then(|| self.piece(rows, longest));
+        let at_first = if few { 0 } else { self.largest_at_first(rows, &segments[order..], all) };
         let (mut filled, mut base) = (0, 0);
         for i in 0..rows.len() {
             let index = segments[order + i];
@@ -148,7 +155,8 @@ impl DecodePlanner {
             let cuts = if piece.is_none() && leaves.len() as u64 <= self.least {
                 Cuts::whole(&leaves)
             } else {
-                let largest = piece.unwrap_or_else(|| self.share(rest).max(self.least));
+                let of_many = if i < self.first as usize { at_first } else { self.share(rest) };
+                let largest = piece.unwrap_or_else(|| of_many.max(self.least));
                 let room = self.segments - rows.len() + i - filled;
                 Cuts::new(&leaves, largest, room, self.partials - base)
             };
@@ -196,6 +204,16 @@ impl DecodePlanner {
     /// The leaves that a row sees.
     fn leaves(&self, row: &Row) -> Range<u32> {
         (row.kv_len - self.seen(row.kv_len)) / LEAF..row.kv_len.div_ceil(LEAF)
+    }
+
+    /// Leaves of the longest piece of the rows that all blocks begin with, of those in `order`: a block's share of `all` tokens, or what
+    /// memory is filled for and a little.
+    fn largest_at_first(&self, rows: &[Row], order: &[u32], all: u64) -> u64 {
+        let last_filling = self.filling.checked_sub(1).map_or(0, |last| {
+            let row = &rows[order[last as usize] as usize];
+            self.leaves(row).len() as u64
+        });
+        self.share(all).max(last_filling + BEYOND)
     }
 
     /// The best number of leaves for pieces of all rows, of which the longest has so many, by what it costs in turns: each

@@ -63,7 +63,8 @@ fn a_plan_has_every_leaf_once_whatever_there_is_room_for() {
             partials: 2 + random(4, 2000) as u32,
             window: if random(6, 2) == 0 { u32::MAX } else { 1 + random(7, 3000) as u32 },
             dummy: 1000,
-            many: random(5, 40) as u32,
+            filling: random(5, 40) as u32,
+            first: random(11, 40) as u32,
             least: 1 + random(9, 20),
             evens_out: random(8, 2) == 0,
             beside: false,
@@ -84,7 +85,8 @@ fn a_long_step_is_cut_into_long_pieces_and_a_short_one_into_as_many_as_there_are
         partials: 4096,
         window: u32::MAX,
         dummy: 1000,
-        many: 66,
+        filling: 17,
+        first: 33,
         least: LEAST,
         evens_out: true,
         beside: false,
@@ -92,10 +94,19 @@ fn a_long_step_is_cut_into_long_pieces_and_a_short_one_into_as_many_as_there_are
     let pieces = |rows: &[Row]| planned(&planner, rows).into_iter().map(|segment| segment.leaves);
     let long = rows(256, 16);
     assert!(pieces(&long).count() > long.len(), "the last rows are longer than what is left for a block");
-    assert!(pieces(&long).all(|leaves| u64::from(leaves) >= LEAST));
+    assert!(pieces(&long).all(|leaves| 2 * u64::from(leaves) > LEAST));
     assert!(pieces(&rows(1, 8)).eq([1; 8]));
     assert!(pieces(&rows(8, 32)).eq([8; 32]), "264 blocks take 256 turns");
     assert!(pieces(&rows(32, 8)).eq([8; 32]));
+    let uneven: Vec<_> = (0..48).map(|slot| Row { slot, ..rows(1, 6 + slot % 9)[0] }).collect();
+    assert_eq!(pieces(&uneven).count(), 48, "whole, though some blocks take two turns and some one");
+    let mut one_is_long = uneven;
+    one_is_long[20].kv_len = 64 * LEAF;
+    assert_eq!(
+        pieces(&one_is_long).count(),
+        47 + 5,
+        "the 17th longest has 11 leaves, so pieces have 15 at most"
+    );
 }
 
 #[test]
@@ -152,7 +163,8 @@ fn rows_beyond_what_is_told_apart_come_longest_first_as_near_as_they_are() {
         partials: 4096,
         window: u32::MAX,
         dummy: 1000,
-        many: 66,
+        filling: 17,
+        first: 33,
         least: LEAST,
         evens_out: true,
         beside: false,
@@ -176,7 +188,8 @@ fn padding_rows_get_no_segment() {
         partials: 8,
         window: u32::MAX,
         dummy: 1,
-        many: 2,
+        filling: 1,
+        first: 2,
         least: LEAST,
         evens_out: true,
         beside: false,
