@@ -14,6 +14,8 @@ use crate::request::{BesideWork, StepTiming};
 #[derive(Default)]
 pub struct Batch {
     pub events: Vec<Event>,
+    /// Tokens drawn, in order.
+    pub drawn: Vec<Drawn>,
     /// Of the tokens that have any, drawn or given, in order.
     pub logprobs: Vec<RowLogprobs>,
     /// Embeddings, one behind the other.
@@ -36,21 +38,40 @@ pub enum Event {
     PromptLogprobs { entry: u32, count: u32 },
     /// A request has its prompt's embedding: the next `count` of the batch's values.
     Embedding { entry: u32, count: u32 },
-    /// A request has another token.
-    Token { entry: u32, token: u32, logprobs: bool },
+    /// Requests have another token each: the next `count` of those drawn, all with log-probabilities or none. Of thousands that
+    /// are told in each step there is one event, and of each token eight bytes.
+    Tokens { count: u32, logprobs: bool },
     /// A request ended with the next `count` of the batch's tokens.
     Finished { entry: u32, count: u32, cached_tokens: u32, reason: core::FinishReason },
     /// The engine has stopped, and all its requests are lost; the cause is there if other engines go on.
     Stopped { others_go_on: Option<String> },
 }
 
+/// A request's next token.
+#[derive(Clone, Copy)]
+pub struct Drawn {
+    pub entry: u32,
+    pub token: u32,
+}
+
 impl Batch {
+    /// Notes a token, and its log-probabilities where they are wanted.
+    pub fn push_token(&mut self, drawn: Drawn, row: Option<&RowLogprobs>) {
+        self.drawn.push(drawn);
+        self.logprobs.extend(row);
+        match self.events.last_mut() {
+            Some(Event::Tokens { count, logprobs }) if *logprobs == row.is_some() => *count += 1,
+            _ => self.events.push(Event::Tokens { count: 1, logprobs: row.is_some() }),
+        }
+    }
+
     pub fn is_empty(&self) -> bool {
         self.events.is_empty() && self.step.is_none()
     }
 
     pub fn clear(&mut self) {
         self.events.clear();
+        self.drawn.clear();
         self.logprobs.clear();
         self.embeddings.clear();
         self.tokens.clear();

@@ -15,7 +15,8 @@
 //! A step that fails, or panics, ends the engine's work, and so does an update of its weights: what is open gets lost, and the thread goes on answering questions
 //! about the engine. What comes later goes to the other engines; where there is none, it is refused.
 //!
-//! Invariant: `live[entry]` is the request that has the engine's ticket of that entry, and `running` counts them.
+//! Invariant: `live[entry]` is the request that has the engine's ticket of that entry, and `running` counts them; `tells[entry]` says
+//! whether its tokens are told as they come, and false where there is none. That is all that a token is looked up for.
 
 use std::any::Any;
 use std::collections::VecDeque;
@@ -28,7 +29,7 @@ use minisgl_core::engine::StepReport;
 use minisgl_core::request as core;
 use minisgl_core::request::{SubmitError, Ticket};
 
-use super::batch::{Batch, Event, StepTimes};
+use super::batch::{Batch, Drawn, Event, StepTimes};
 use super::message::{Call, Message};
 use super::output::Output;
 use super::ready::Ready;
@@ -45,7 +46,6 @@ struct Live {
     session: u64,
     tag: u64,
     ticket: Ticket,
-    wants_tokens: bool,
 }
 
 /// See the module.
@@ -57,6 +57,7 @@ pub struct EngineThread {
     messages: Receiver<Message>,
     /// By entry of the engine's table.
     live: Vec<Option<Live>>,
+    tells: Vec<bool>,
     running: usize,
     /// The next step is not launched before.
     launch_at: Instant,
@@ -82,6 +83,7 @@ impl EngineThread {
             shared,
             messages,
             live: Vec::new(),
+            tells: Vec::new(),
             running: 0,
             launch_at: Instant::now(),
             idle_calls: VecDeque::new(),
@@ -201,17 +203,13 @@ impl EngineThread {
 
     fn start(&mut self, output: Output, submitted: core::Submitted) {
         let core::Submitted { ticket, max_tokens } = submitted;
-        let live = Live {
-            session: output.session().id,
-            tag: output.tag(),
-            ticket,
-            wants_tokens: output.wants_tokens(),
-        };
         let entry = ticket.entry as usize;
         if self.live.len() <= entry {
             self.live.resize_with(entry + 1, || None);
+            self.tells.resize(entry + 1, false);
         }
-        self.live[entry] = Some(live);
+        self.live[entry] = Some(Live { session: output.session().id, tag: output.tag(), ticket });
+        self.tells[entry] = output.wants_tokens();
         self.running += 1;
         let at = Instant::now();
         self.batch.events.push(Event::Started { ticket, max_tokens, output: Box::new(output), at });
@@ -227,15 +225,15 @@ impl EngineThread {
     }
 
     fn abort_ticket(&mut self, ticket: Ticket) {
-        let EngineThread { runner, live, running, batch, .. } = self;
-        let mut listener = Listener { live, running, batch, output_tokens: 0 };
+        let EngineThread { runner, live, tells, running, batch, .. } = self;
+        let mut listener = Listener { live, tells, running, batch, output_tokens: 0 };
         // One that has ended meanwhile has told so.
         runner.abort(ticket, &mut |event| listener.hear(event));
     }
 
     fn step(&mut self) {
-        let EngineThread { runner, live, running, batch, .. } = self;
-        let mut listener = Listener { live, running, batch, output_tokens: 0 };
+        let EngineThread { runner, live, tells, running, batch, .. } = self;
+        let mut listener = Listener { live, tells, running, batch, output_tokens: 0 };
         let started = Instant::now();
         let before = runner.host_times();
         let step = catch_unwind(AssertUnwindSafe(|| runner.step(&mut |event| listener.hear(event))));
@@ -277,6 +275,7 @@ impl EngineThread {
         let others_go_on = self.shared.fail(self.index, cause).then_some(said);
         self.stopped = true;
         self.live.clear();
+        self.tells.clear();
         self.running = 0;
         self.batch.events.push(Event::Stopped { others_go_on });
         // If nobody takes the batch, its requests get lost by being dropped with it.
@@ -296,6 +295,7 @@ impl Drop for EngineThread {
 /// Turns the engine's events into those of a batch.
 struct Listener<'a> {
     live: &'a mut Vec<Option<Live>>,
+    tells: &'a mut Vec<bool>,
     running: &'a mut usize,
     batch: &'a mut Batch,
     output_tokens: u32,
@@ -316,17 +316,16 @@ impl Listener<'_> {
             }
             core::Event::Token { ticket, token, logprobs } => {
                 self.output_tokens += 1;
-                let Some(Some(live)) = self.live.get(ticket.entry as usize) else { return };
-                if live.wants_tokens {
-                    self.batch.logprobs.extend(logprobs);
-                    let (entry, logprobs) = (ticket.entry, logprobs.is_some());
-                    self.batch.events.push(Event::Token { entry, token, logprobs });
+                let Ticket { entry, .. } = ticket;
+                if self.tells.get(entry as usize).is_some_and(|tells| *tells) {
+                    self.batch.push_token(Drawn { entry, token }, logprobs);
                 }
             }
             core::Event::Finished { ticket, reason, cached_tokens, tokens } => {
                 let Some(Some(_)) = self.live.get_mut(ticket.entry as usize).map(Option::take) else {
                     return;
                 };
+                self.tells[ticket.entry as usize] = false;
                 *self.running -= 1;
                 self.batch.tokens.extend_from_slice(tokens);
                 let (entry, count) = (ticket.entry, tokens.len() as u32);

@@ -17,7 +17,7 @@ use std::time::Instant;
 use minisgl_core::request as core;
 use minisgl_core::sampling::RowLogprobs;
 
-use super::batch::{Batch, Event, StepTimes};
+use super::batch::{Batch, Drawn, Event, StepTimes};
 use super::message::Message;
 use super::output::Output;
 use super::session::{Queued, Session, SessionEvent};
@@ -60,7 +60,7 @@ impl OutputThread {
     fn deliver(&mut self, batch: &mut Batch) {
         let at = batch.step.as_ref().map_or_else(Instant::now, |step| step.ended);
         let (mut logprobs, mut tokens) = (batch.logprobs.as_slice(), batch.tokens.as_slice());
-        let mut embeddings = batch.embeddings.as_slice();
+        let (mut drawn, mut embeddings) = (batch.drawn.as_slice(), batch.embeddings.as_slice());
         let mut ended = Vec::new();
         for event in batch.events.drain(..) {
             match event {
@@ -84,9 +84,13 @@ impl OutputThread {
                         output.set_embedding(self.shared.pooling.embedding(values));
                     }
                 }
-                Event::Token { entry, token, logprobs: has } => {
-                    let row = if has { logprobs.split_off_first() } else { None };
-                    self.token(entry as usize, token, row, at);
+                Event::Tokens { count, logprobs: have } => {
+                    let told;
+                    (told, drawn) = drawn.split_at(count as usize);
+                    for token in told {
+                        let row = if have { logprobs.split_off_first() } else { None };
+                        self.token(*token, row, at);
+                    }
                 }
                 Event::Finished { entry, count, cached_tokens, reason } => {
                     let (output, rest) = tokens.split_at(count as usize);
@@ -118,8 +122,9 @@ impl OutputThread {
         self.running[entry] = Some((ticket, output));
     }
 
-    fn token(&mut self, entry: usize, token: u32, row: Option<&RowLogprobs>, at: Instant) {
-        let Some((ticket, output)) = self.running.get_mut(entry).and_then(Option::as_mut) else { return };
+    fn token(&mut self, Drawn { entry, token }: Drawn, row: Option<&RowLogprobs>, at: Instant) {
+        let request = self.running.get_mut(entry as usize).and_then(Option::as_mut);
+        let Some((ticket, output)) = request else { return };
         if output.token(token, row, at, &self.shared.encoder.text, &mut self.wakes) {
             self.shared.send(self.index, Message::StopTextFound(*ticket));
         }

@@ -53,10 +53,10 @@ use crate::policy::{Mix, Policy, StepPolicy};
 use crate::queue::Queue;
 use crate::request::{Event, FinishReason, Request, SubmitError, Submitted, Ticket};
 use crate::rules::{ENDINGS_MAX, NO_RULES};
-use crate::sampling::{SamplingError, SamplingParams};
+use crate::sampling::SamplingError;
 use crate::speculation::{Drafting, Speculation};
 use crate::stats::{Load, Stats};
-use crate::table::{Place, RequestTable, State};
+use crate::table::{Entry, Place, RequestTable, State};
 
 pub use crate::queue::Order;
 
@@ -365,21 +365,17 @@ impl Scheduler {
     }
 }
 
-fn row(
-    params: &SamplingParams,
-    slot: u32,
-    first_token: u32,
-    positions: core::ops::Range<u32>,
-    sampled: bool,
-) -> Row {
+/// A row of a request's at these positions, without a mask.
+#[inline]
+fn row(request: &Entry, first_token: u32, positions: core::ops::Range<u32>, sampled: bool) -> Row {
     Row {
-        slot,
+        slot: request.slot,
         first_token,
         tokens: positions.len() as u32,
         position: positions.start,
         kv_len: positions.end,
         sampled: u32::from(sampled),
-        logprobs: params.logprobs.map_or(0, |k| 1 + k),
+        logprobs: request.row_logprobs(),
         mask: 0,
     }
 }

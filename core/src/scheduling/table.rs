@@ -70,71 +70,84 @@ pub(crate) enum Place {
     Behind,
 }
 
+/// What a decode step asks of each of thousands of requests lies in front, in one cache line, and in this order.
 #[derive(Clone, Copy, Debug)]
+#[repr(C, align(64))]
 pub(crate) struct Entry {
     pub state: State,
+    /// There is nothing to its next token but the token: no rules, no constraint, no log-probabilities, and it is no embedding's.
+    /// Who sees that looks up none of these.
+    pub is_plain: bool,
     pub generation: u32,
-    pub params: SamplingParams,
-    pub prompt_len: u32,
-    /// Prompt and output tokens at most.
-    pub len_max: u32,
     pub known: u32,
     pub planned: u32,
     pub computed: u32,
-    /// Blocks that it has.
-    pub blocks: u32,
-    /// The first prompt token whose score no step has been asked for; `u32::MAX`: there is none.
-    pub unscored: u32,
     /// Tokens to run before the next is sampled, set at admission: all that were known.
     pub prefill_len: u32,
+    /// Prompt and output tokens at most.
+    pub len_max: u32,
     pub slot: u32,
     /// Pages in the slot's row of the page table.
     pub pages: u32,
+    /// The page that was set last, and its index: of a request that decodes, the one that its next token goes to.
+    last_page: u32,
+    last_page_at: u32,
+    /// Blocks that it has, and the last of them.
+    pub blocks: u32,
+    last_block: u32,
+    pub prompt_len: u32,
     /// Deepest node of the prefix tree that it holds, and how many full pages lead there.
     pub node: u32,
     pub node_depth: u32,
     /// Pages below it that are the request's own have gone back: they lie behind the window.
     pub dropped: u32,
-    /// Its pages stay though they lie behind the window: the device reads all its tokens there.
-    pub reads_history: bool,
-    /// Prompt tokens found in the prefix cache at the first admission.
-    pub cached_tokens: u32,
-    pub admitted_before: bool,
-    /// Full pages of its prefix that the cache held when it was first looked at, or that samples before it are going to have;
-    /// `None` before.
-    pub pages_expected: Option<u32>,
-    /// It is one of several samples of its prompt.
-    pub is_grouped: bool,
     /// What the next token was predicted to be, or [`NO_TOKEN`]; and the share of predictions that were right.
     pub predicted: u32,
     pub hits: f32,
+    pub params: SamplingParams,
+    /// The first prompt token whose score no step has been asked for; `u32::MAX`: there is none.
+    pub unscored: u32,
+    /// Prompt tokens found in the prefix cache at the first admission.
+    pub cached_tokens: u32,
+    /// Full pages of its prefix that the cache held when it was first looked at, or that samples before it are going to have;
+    /// `None` before.
+    pub pages_expected: Option<u32>,
+    pub admitted_before: bool,
+    /// It is one of several samples of its prompt.
+    pub is_grouped: bool,
+    /// Its pages stay though they lie behind the window: the device reads all its tokens there.
+    pub reads_history: bool,
 }
 
 impl Entry {
     const VACANT: Entry = Entry {
         state: State::Vacant,
+        is_plain: false,
         generation: 0,
-        params: SamplingParams { max_tokens: 0, ..SamplingParams::DEFAULT },
-        prompt_len: 0,
-        len_max: 0,
         known: 0,
         planned: 0,
         computed: 0,
-        blocks: 0,
-        unscored: u32::MAX,
         prefill_len: 0,
+        len_max: 0,
         slot: 0,
         pages: 0,
+        last_page: NO_PAGE,
+        last_page_at: u32::MAX,
+        blocks: 0,
+        last_block: 0,
+        prompt_len: 0,
         node: NO_PAGE,
         node_depth: 0,
         dropped: 0,
-        reads_history: false,
-        cached_tokens: 0,
-        admitted_before: false,
-        pages_expected: None,
-        is_grouped: false,
         predicted: NO_TOKEN,
         hits: HITS_BEFORE,
+        params: SamplingParams { max_tokens: 0, ..SamplingParams::DEFAULT },
+        unscored: u32::MAX,
+        cached_tokens: 0,
+        pages_expected: None,
+        admitted_before: false,
+        is_grouped: false,
+        reads_history: false,
     };
 
     /// Is its prompt, or what it resumes from, not wholly enqueued yet?
@@ -156,6 +169,11 @@ impl Entry {
     /// The pages that have gone back.
     pub fn hole(&self) -> Range<u32> {
         self.node_depth..self.dropped.max(self.node_depth)
+    }
+
+    /// What [`Row::logprobs`](crate::batch::Row::logprobs) says in its rows.
+    pub fn row_logprobs(&self) -> u32 {
+        if self.is_plain { 0 } else { self.params.logprobs.map_or(0, |k| 1 + k) }
     }
 
     /// Can it have a row in a decode step?
@@ -232,10 +250,12 @@ impl RequestTable {
         self.window
     }
 
+    #[inline]
     pub fn get(&self, entry: u32) -> &Entry {
         &self.entries[entry as usize]
     }
 
+    #[inline]
     pub fn get_mut(&mut self, entry: u32) -> &mut Entry {
         &mut self.entries[entry as usize]
     }
@@ -246,19 +266,25 @@ impl RequestTable {
     }
 
     /// What a request says of single tokens.
+    #[inline]
     pub fn rules(&self, entry: u32) -> &Rules {
-        self.rules[entry as usize].as_deref().unwrap_or(&NO_RULES)
+        match self.get(entry).is_plain {
+            true => &NO_RULES,
+            false => self.rules[entry as usize].as_deref().unwrap_or(&NO_RULES),
+        }
     }
 
     pub fn iter(&self) -> impl Iterator<Item = (u32, &Entry)> {
         self.entries.iter().enumerate().map(|(i, entry)| (i as u32, entry))
     }
 
+    #[inline]
     pub fn ticket(&self, entry: u32) -> Ticket {
         Ticket { entry, generation: self.get(entry).generation }
     }
 
     /// The ticket's entry, if its request has not ended.
+    #[inline]
     pub fn find(&self, ticket: Ticket) -> Option<u32> {
         let entry = self.entries.get(ticket.entry as usize)?;
         (entry.generation == ticket.generation && entry.state != State::Vacant).then_some(ticket.entry)
@@ -285,6 +311,10 @@ impl RequestTable {
         let generation = self.get(entry).generation;
         *self.get_mut(entry) = Entry {
             state: State::Waiting,
+            is_plain: rules.is_none()
+                && constraint.is_none()
+                && params.logprobs.is_none()
+                && params.embed.is_none(),
             generation,
             params,
             prompt_len: len,
@@ -318,6 +348,7 @@ impl RequestTable {
 
     /// Sees to a place for the token that a request draws next; false if it has to wait for others to end, which `oldest`, who
     /// has run longest, never does.
+    #[inline]
     pub fn make_room(&mut self, entry: u32, oldest: u32) -> bool {
         let request = self.get(entry);
         if request.planned < request.blocks * self.block_tokens || request.planned == request.len_max {
@@ -336,17 +367,23 @@ impl RequestTable {
         let block = self.free_blocks.pop()?;
         let i = self.get(entry).blocks;
         self.blocks[(entry * self.sequence_blocks + i) as usize] = block;
-        self.get_mut(entry).blocks += 1;
+        let request = self.get_mut(entry);
+        (request.blocks, request.last_block) = (i + 1, block);
         Some(block)
     }
 
     /// What a request's output must obey.
+    #[inline]
     pub fn constraint(&self, entry: u32) -> Option<&dyn Constraint> {
-        self.constraints[entry as usize].as_deref()
+        match self.get(entry).is_plain {
+            true => None,
+            false => self.constraints[entry as usize].as_deref(),
+        }
     }
 
+    #[inline]
     pub fn is_constrained(&self, entry: u32) -> bool {
-        self.constraints[entry as usize].is_some()
+        self.constraint(entry).is_some()
     }
 
     /// Requests that have a constraint.
@@ -446,6 +483,7 @@ impl RequestTable {
 
     /// Gives back the request's own pages that none of its tokens to come sees. The step that is scheduled next may take them:
     /// steps in flight run before it.
+    #[inline]
     pub fn drop_behind_window(&mut self, entry: u32, pool: &mut PagePool) {
         let Some(window) = self.window else { return };
         let request = *self.get(entry);
@@ -460,11 +498,17 @@ impl RequestTable {
     }
 
     /// The block of a request's `i`-th run of `block_tokens` tokens.
+    #[inline]
     fn block(&self, entry: u32, i: u32) -> u32 {
-        self.blocks[(entry * self.sequence_blocks + i) as usize]
+        let request = self.get(entry);
+        match i + 1 == request.blocks {
+            true => request.last_block,
+            false => self.blocks[(entry * self.sequence_blocks + i) as usize],
+        }
     }
 
     /// Where a position's token lies.
+    #[inline]
     fn place(&self, entry: u32, position: u32) -> usize {
         let block = self.block(entry, position >> self.block_tokens.trailing_zeros()) as usize;
         block * (self.block_tokens + GAP) as usize + (position & (self.block_tokens - 1)) as usize
@@ -582,6 +626,7 @@ impl RequestTable {
     }
 
     /// Appends a token that came back from the device; there is room for it since its step was scheduled.
+    #[inline]
     pub fn push_token(&mut self, entry: u32, token: u32) {
         let place = self.place(entry, self.get(entry).known);
         self.tokens[place] = token;
@@ -594,22 +639,31 @@ impl RequestTable {
     }
 
     /// A running request's i-th page.
+    #[inline]
     pub fn page(&self, entry: u32, i: u32) -> u32 {
-        self.pages[self.page_place(entry, i)]
+        let request = self.get(entry);
+        match i == request.last_page_at {
+            true => request.last_page,
+            false => self.pages[self.page_place(entry, i)],
+        }
     }
 
     /// Sets it.
     pub fn set_page(&mut self, entry: u32, i: u32, page: u32) {
         let place = self.page_place(entry, i);
         self.pages[place] = page;
+        let request = self.get_mut(entry);
+        (request.last_page, request.last_page_at) = (page, i);
     }
 
     /// Index of a slot's i-th page in the device's page table.
+    #[inline]
     pub fn page_index(&self, slot: u32, i: u32) -> u32 {
         slot * self.width + i
     }
 
     /// Where the keys and values of a running request's position go.
+    #[inline]
     pub fn location(&self, entry: u32, position: u32) -> u32 {
         let i = position >> self.page_size.trailing_zeros();
         self.page(entry, i) * self.page_size + (position & (self.page_size - 1))

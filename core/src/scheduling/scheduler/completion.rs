@@ -99,13 +99,14 @@ impl Scheduler {
 
     /// Is a request's sampled row there for more than its hidden state?
     fn draws(&self, entry: u32) -> bool {
-        self.table.get(entry).params.embed.is_none()
+        let request = self.table.get(entry);
+        request.is_plain || request.params.embed.is_none()
     }
 
     /// Why a request ends with the token that it has just drawn, if it does.
     fn end_of(&self, entry: u32, token: u32) -> Option<FinishReason> {
         let request = self.table.get(entry);
-        if !request.params.ignore_eos && self.eos.contains(&token) {
+        if self.eos.contains(&token) && !request.params.ignore_eos {
             Some(FinishReason::Eos)
         } else if self.table.rules(entry).stop().contains(&token) {
             Some(FinishReason::Stop)

@@ -44,12 +44,11 @@ impl Scheduler {
     }
 
     fn push_decode_row(&mut self, entry: u32, id: u32, batch: &mut Batch) {
-        let request = *self.table.get(entry);
-        let position = request.computed;
-        let location = self.table.location(entry, position);
         let (mask, tokens) = (self.push_mask(entry, batch), batch.tokens().len() as u32);
-        let row = row(&request.params, request.slot, tokens, position..position + 1, true);
-        let token = Token { id, slot: request.slot, position, location };
+        let request = self.table.get(entry);
+        let (slot, position) = (request.slot, request.computed);
+        let row = row(request, tokens, position..position + 1, true);
+        let token = Token { id, slot, position, location: self.table.location(entry, position) };
         batch.push_decode_row(self.table.ticket(entry), Row { mask, ..row }, token);
         let request = self.table.get_mut(entry);
         request.computed += 1;

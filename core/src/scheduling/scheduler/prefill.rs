@@ -43,7 +43,7 @@ impl Scheduler {
         }
         let mask = if last { self.push_mask(entry, batch) } else { 0 };
         let tokens = batch.tokens().len() as u32;
-        let row = row(&request.params, request.slot, tokens, request.computed..end, last);
+        let row = row(&request, tokens, request.computed..end, last);
         batch.push_prefill_row(self.table.ticket(entry), Row { mask, ..row });
         if embeds {
             batch.push_embedded(self.table.ticket(entry));
