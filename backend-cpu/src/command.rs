@@ -29,6 +29,11 @@ use crate::{matmul, sampling};
 /// One operation; see [`minisgl_core::backend::Ops`] and `layer.rs` for what each means.
 #[derive(Clone, Copy, Debug)]
 pub enum Command {
+    TakeBatch {
+        halves: Buffer,
+        turn: Buffer,
+        to: Buffer,
+    },
     BeginStep {
         step: Step<Buffer>,
     },
@@ -197,6 +202,7 @@ impl Machine {
         let Sizes { dims, kv, nobody, candidates, rounded } = model.ok_or(CpuError::NotReserved)?;
         let (hidden, eps) = (dims.hidden as usize, dims.norm_eps);
         match *command {
+            Command::TakeBatch { halves, turn, to } => take_batch(memory, halves, turn, to)?,
             Command::BeginStep { step } => begin_step(memory, &step)?,
             Command::Embed { step, table, scale, out } => {
                 embed(memory, &weights[table.0], rounds.link, &dims, &step, scale, out)?
@@ -270,6 +276,17 @@ impl Machine {
         }
         Ok(())
     }
+}
+
+/// The batch whose turn it is.
+fn take_batch(memory: &mut Memory, halves: Buffer, turn: Buffer, to: Buffer) -> Result<(), CpuError> {
+    let [halves, turn, to] = memory.borrow([halves, turn, to])?;
+    let waiting = &halves[turn[0] as usize * (halves.len() / 2)..];
+    let words = bytemuck::from_bytes::<batch::Header>(bytemuck::cast_slice(&waiting[..batch::HEADER_WORDS]))
+        .words as usize;
+    to[..words].copy_from_slice(&waiting[..words]);
+    turn[0] = 1 - turn[0];
+    Ok(())
 }
 
 /// Changes of the page table, of slots and of their rules.

@@ -216,6 +216,14 @@ impl Device for Cpu {
         Ok(())
     }
 
+    fn upload_ahead(&mut self, from: &mut Pinned, range: Range<usize>, to: Buffer) -> Result<(), CpuError> {
+        self.upload(from, range, to)
+    }
+
+    fn take_batch(&mut self, halves: Buffer, turn: Buffer, to: Buffer) -> Result<(), CpuError> {
+        self.enqueue(Command::TakeBatch { halves, turn, to })
+    }
+
     fn download(&mut self, _: Queue, from: Buffer, words: usize, to: &mut Pinned) -> Result<(), CpuError> {
         self.not_recording("a download cannot be recorded; download after the replay")?;
         let mut shared = self.workers()?.shared();
@@ -230,6 +238,10 @@ impl Device for Cpu {
 
     fn event(&mut self) -> Result<Event, CpuError> {
         Ok(Event::default())
+    }
+
+    fn untimed_event(&mut self) -> Result<Event, CpuError> {
+        self.event()
     }
 
     fn record(&mut self, _: Queue, event: &mut Event) -> Result<(), CpuError> {

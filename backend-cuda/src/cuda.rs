@@ -140,7 +140,15 @@ impl Device for Cuda {
     }
 
     fn upload(&mut self, from: &mut Pinned, range: Range<usize>, to: Buffer) -> Result<(), CudaError> {
-        self.gpu.upload(from, range, to)
+        self.gpu.upload(Queue::Compute, from, range, to)
+    }
+
+    fn upload_ahead(&mut self, from: &mut Pinned, range: Range<usize>, to: Buffer) -> Result<(), CudaError> {
+        self.gpu.upload_ahead(from, range, to)
+    }
+
+    fn take_batch(&mut self, halves: Buffer, turn: Buffer, to: Buffer) -> Result<(), CudaError> {
+        self.operations()?.take_batch(&self.gpu.launcher, halves, turn, to)
     }
 
     fn download(
@@ -163,6 +171,10 @@ impl Device for Cuda {
 
     fn event(&mut self) -> Result<Event, CudaError> {
         self.gpu.launcher.event()
+    }
+
+    fn untimed_event(&mut self) -> Result<Event, CudaError> {
+        self.gpu.launcher.untimed_event()
     }
 
     fn record(&mut self, queue: Queue, event: &mut Event) -> Result<(), CudaError> {

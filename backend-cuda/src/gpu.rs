@@ -1,9 +1,10 @@
-//! A GPU: its memory, its two streams, the kernels that are loaded on it, and its link to other ranks. Operations take it; of
+//! A GPU: its memory, its streams, the kernels that are loaded on it, and its link to other ranks. Operations take it; of
 //! models it knows nothing.
 //!
 //! ```text
-//!   host ── pinned ──> [compute stream]  upload, kernels or a graph of them ── event ──┐
-//!   host <── pinned ── [copy stream]     download <─────────────────────────── wait ───┘
+//!   host ── pinned ──> [upload stream]   upload ── event ──┐
+//!   host ── pinned ──> [compute stream]  upload,      wait ┴ kernels or a graph of them ── event ──┐
+//!   host <── pinned ── [copy stream]     download <───────────────────────────────────────── wait ─┘
 //! ```
 //!
 //! Invariant: every driver call's status is looked at, and an error that a kernel caused earlier is reported as the
@@ -179,13 +180,14 @@ impl Gpu {
     /// Enqueues a copy of `bytes` bytes from byte `start` of pinned memory; the caller records the event behind it.
     pub(crate) fn upload_bytes(
         &self,
+        queue: Queue,
         from: &Pinned,
         start: usize,
         bytes: usize,
         to: Address,
     ) -> Result<(), CudaError> {
         within("an upload's source", start..start.saturating_add(bytes), from.len() * 4)?;
-        let stream = self.launcher.stream(Queue::Compute);
+        let stream = self.launcher.stream(queue);
         let source = from.start().cast::<u8>().wrapping_add(start);
         // SAFETY: the source's range was checked; callers pass a target that holds as many bytes.
         let copy = || unsafe { sys::cuMemcpyHtoDAsync_v2(to.0, source.cast(), bytes, stream).result() };
@@ -302,13 +304,31 @@ impl Gpu {
     }
 
     /// Enqueues a copy of words to the same place of a buffer.
-    pub fn upload(&mut self, from: &mut Pinned, range: Range<usize>, to: Buffer) -> Result<(), CudaError> {
+    pub fn upload(
+        &mut self,
+        queue: Queue,
+        from: &mut Pinned,
+        range: Range<usize>,
+        to: Buffer,
+    ) -> Result<(), CudaError> {
         let words = from.len().min(to.bytes() / 4);
         within("an upload", range.clone(), words)?;
         let target = to.address().offset(range.start * 4);
-        self.upload_bytes(from, range.start * 4, range.len() * 4, target)?;
-        let stream = self.launcher.stream(Queue::Compute);
+        self.upload_bytes(queue, from, range.start * 4, range.len() * 4, target)?;
+        let stream = self.launcher.stream(queue);
         self.enqueue("recording an event", || from.uploaded.record(stream))
+    }
+
+    /// Enqueues the same beside what the compute stream has so far; what comes there from now on waits for it.
+    pub fn upload_ahead(
+        &mut self,
+        from: &mut Pinned,
+        range: Range<usize>,
+        to: Buffer,
+    ) -> Result<(), CudaError> {
+        self.upload(Queue::Upload, from, range, to)?;
+        let compute = self.launcher.stream(Queue::Compute);
+        self.enqueue("waiting for an event", || from.uploaded.hold(compute))
     }
 
     /// Enqueues a copy of a buffer's first words.

@@ -54,6 +54,7 @@ pub struct Launcher {
     context: Arc<Context>,
     compute: sys::CUstream,
     copy: sys::CUstream,
+    upload: sys::CUstream,
     /// The second lane, and the points where it leaves the compute stream and comes back.
     beside: sys::CUstream,
     forked: Event,
@@ -80,6 +81,7 @@ impl Launcher {
             context: context.clone(),
             compute,
             copy: stream()?,
+            upload: stream()?,
             beside: stream()?,
             forked: Event::untimed(context)?,
             joined: Event::untimed(context)?,
@@ -123,6 +125,7 @@ impl Launcher {
         match queue {
             Queue::Compute => self.compute,
             Queue::Copy => self.copy,
+            Queue::Upload => self.upload,
         }
     }
 
@@ -189,10 +192,14 @@ impl Launcher {
         launched
     }
 
+    fn streams(&self) -> [sys::CUstream; 4] {
+        [self.upload, self.compute, self.copy, self.beside]
+    }
+
     /// Waits on the host for all streams.
     pub fn synchronize(&self) -> Result<(), CudaError> {
         let _turn = turns::synchronize();
-        for stream in [self.compute, self.copy, self.beside] {
+        for stream in self.streams() {
             // SAFETY: the stream is alive.
             let waited = unsafe { result::stream::synchronize(stream) };
             self.check("waiting for the GPU", waited)?;
@@ -204,12 +211,17 @@ impl Launcher {
     pub(crate) fn is_idle(&self) -> bool {
         // SAFETY: the streams are alive.
         let is_busy = |stream| unsafe { sys::cuStreamQuery(stream) } == sys::CUresult::CUDA_ERROR_NOT_READY;
-        ![self.compute, self.copy, self.beside].into_iter().any(is_busy)
+        !self.streams().into_iter().any(is_busy)
     }
 
     /// A point in time, to be recorded.
     pub fn event(&self) -> Result<Event, CudaError> {
         Event::timed(&self.context)
+    }
+
+    /// A point in a stream, to be recorded, that tells no time.
+    pub(crate) fn untimed_event(&self) -> Result<Event, CudaError> {
+        Event::untimed(&self.context)
     }
 
     /// Enqueues a point in time on the compute stream.
@@ -360,7 +372,7 @@ impl Drop for Launcher {
     fn drop(&mut self) {
         // Errors have nobody to go to here; the context is released in any case.
         let _ = self.context.make_current();
-        for stream in [self.compute, self.copy, self.beside] {
+        for stream in self.streams() {
             // SAFETY: created in `new`, destroyed once.
             let _ = unsafe { result::stream::destroy(stream) };
         }

@@ -1,6 +1,8 @@
 //! The GPU as core's `Device`: what goes up comes back, in order, recorded or not.
 
 use minisgl_core::backend::{Device, Element, Memory, Purpose, Queue};
+use minisgl_core::batch::{HEADER_WORDS, Header};
+use minisgl_cuda::ops::embed::Ends;
 use minisgl_cuda::{Buffer, Cuda, CudaError, Grid, Options, device_count};
 
 fn cuda() -> Cuda {
@@ -37,6 +39,32 @@ fn a_part_of_a_buffer_is_uploaded_and_the_rest_stays() {
     }
     let slice = cuda.slice(buffer, 90..110);
     assert_eq!(words(&mut cuda, slice), after[90..110]);
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn batches_that_wait_are_taken_in_turn_as_much_of_each_as_its_header_says() {
+    const ROOM: usize = 70_000; // more than all blocks take at once
+    let mut cuda = cuda();
+    let ends = Ends::new(cuda.modules()).unwrap();
+    let (halves, turn) = (upload(&mut cuda, &[0; 2 * ROOM]), upload(&mut cuda, &[0; 2]));
+    let mut staging = [(); 2].map(|()| cuda.alloc_pinned(ROOM).unwrap());
+    for (step, len) in [ROOM, HEADER_WORDS, 5_000, ROOM - 8, 1_000].into_iter().enumerate() {
+        let (half, staging) = (step % 2, &mut staging[step % 2]);
+        let header = Header { words: len as u32, ..Header::default() };
+        let sent = cuda.words_mut(staging).unwrap();
+        sent.fill(step as u32);
+        sent[..HEADER_WORDS].copy_from_slice(bytemuck::cast_slice(&[header]));
+        let sent = sent.to_vec();
+        let (batch, waiting) =
+            (upload(&mut cuda, &[u32::MAX; ROOM]), cuda.slice(halves, half * ROOM..(half + 1) * ROOM));
+        cuda.upload_ahead(staging, 0..ROOM, waiting).unwrap();
+        ends.take_batch(cuda.launcher(), halves, turn, batch).unwrap();
+        let taken = words(&mut cuda, batch);
+        assert_eq!(taken[..len], sent[..len], "step {step}");
+        assert!(taken[len.next_multiple_of(4)..].iter().all(|word| *word == u32::MAX), "step {step}");
+        assert_eq!(words(&mut cuda, turn), [1 - half as u32, 0]);
+    }
 }
 
 #[test]

@@ -6,7 +6,7 @@
 #pragma once
 
 struct Header {
-    unsigned rows, tokens, samples, updates, output, slot_updates, reserved[10];
+    unsigned rows, tokens, samples, updates, output, slot_updates, words, reserved[9];
 };
 
 struct Row {

@@ -10,8 +10,8 @@
 // it has ended but all before that one, and what any of them wrote may be read.
 //
 // 1. Before it waits a kernel reads weights, the packed batch, the page table, slots, and keys and values of steps before.
-//    Table and slots are written by begin_step: so the embedding waits first and only then lets the layers start (`embed.cu`).
-//    begin_step itself is launched without: what the step before wrote is there for all.
+//    The batch is written by take_batch, table and slots by begin_step: so the embedding waits first and only then lets the layers
+//    start (`embed.cu`). take_batch itself is launched without: what the step before wrote is there for all.
 // 2. Keys and values of a step's own tokens come from kernels before attention (with fp8 up to three). Its ring is filled with what
 //    is older, then it waits, and then with the rest (`attention_ring.cuh`).
 // 3. In a divided step a half's attention lets its products start when its last turn is taken, not when it begins: until then

@@ -1,5 +1,7 @@
-// begin_step, embed, final_norm: the two ends of a step, where the batch's tokens enter and its sampled rows leave.
+// take_batch, begin_step, embed, final_norm: the two ends of a step, where the batch's tokens enter and its sampled rows leave.
 //
+//   take_batch   batch[:words] = halves[turn, :words]             grid 32                      block 256
+//                turn = 1 - turn
 //   begin_step   page_table[update.index] = update.page          grid 8                       block 256
 //                slots[update.slot] = update.state, rules[update.slot, :] = its words
 //   embed        residual[t, :] = table[id(t), :]                grid tokens                  block 128
@@ -10,11 +12,13 @@
 //   residual, out [rows, hidden] bf16   table [vocab, hidden] bf16   sumsq [tokens, segments] f32
 //   moves: embed tokens * hidden * 4 bytes, final_norm samples * hidden * 4 bytes
 //
-// 1. A step's launches begin behind everything that came before: begin_step is no dependent launch. embed lets the next
-//    kernel start only once begin_step has ended, so any kernel behind it may read what begin_step wrote (the page
-//    table, by attention; the slots, by the sampler) before its own dependent-launch wait. embed may read the token pool
-//    before its own.
-// 2. A warp owns whole segments, two elements a lane, so a segment's sum has one order.
+// 1. A step's launches begin behind everything that came before: take_batch is no dependent launch. begin_step waits for it and
+//    only then lets embed start, which may read the batch and the token pool before its own wait. embed lets the next kernel
+//    start only once begin_step has ended, so any kernel behind it may read what begin_step wrote (the page table, by attention; the
+//    slots, by the sampler) before its own dependent-launch wait, and the batch.
+// 2. A batch waits in one of two halves, in turn: it came while the step before ran. Every block looks whose turn it is before it
+//    arrives, and the last to arrive passes the turn on: turn [2] is whose it is and how many have arrived.
+// 3. A warp owns whole segments, two elements a lane, so a segment's sum has one order.
 #include <cuda_bf16.h>
 
 #include "batch.cuh"
@@ -23,7 +27,26 @@
 #include "slot.cuh"
 
 extern "C" __global__ void __launch_bounds__(256)
+take_batch(const uint4 *halves, unsigned half_quads, unsigned *turn, uint4 *batch) {
+    dependent_launch();
+    const uint4 *waiting = halves + (size_t)turn[0] * half_quads;
+    unsigned i = blockIdx.x * 256 + threadIdx.x;
+    const uint4 first = i < half_quads ? waiting[i] : uint4{};
+    const unsigned quads = (reinterpret_cast<const Header *>(waiting)->words + 3) / 4;
+    if (i < quads)
+        batch[i] = first;
+    for (i += gridDim.x * 256; i < quads; i += gridDim.x * 256)
+        batch[i] = waiting[i];
+    __syncthreads();
+    if (threadIdx.x == 0 && atomicAdd(&turn[1], 1) == gridDim.x - 1) {
+        turn[1] = 0;
+        turn[0] ^= 1;
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(256)
 begin_step(const unsigned *batch, unsigned updates_offset, unsigned *page_table, SlotState *slots, unsigned *rules) {
+    dependent_wait();
     dependent_launch();
     const Header *header = reinterpret_cast<const Header *>(batch);
     const unsigned pages = header->updates, taken = header->slot_updates;

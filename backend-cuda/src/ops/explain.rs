@@ -1,7 +1,7 @@
 //! A step's launches as the planners decide them, on a device that is described and need not be there.
 //!
 //! ```text
-//!   begin_step ─ embed ─ [qkv ─ attention ─ o ─ gate_up ─ down] each layer, twice where rows are divided ─ final_norm ─ head ─ sample
+//!   take_batch ─ begin_step ─ embed ─ [qkv ─ attention ─ o ─ gate_up ─ down] each layer, twice where rows are divided ─ final_norm ─ head ─ sample
 //!                        or qkv of the first layer ─ all else of all layers ─ o ─ gate_up ─ down of the last one's second half
 //! ```
 //!
@@ -103,6 +103,12 @@ impl Explainer<'_> {
     fn before(&self) -> Vec<Launch> {
         let tokens = self.shape.tokens;
         vec![
+            launch(
+                "take_batch",
+                "take_batch",
+                Ends::take_batch_grid(),
+                "the batch, from where it waited while the step before ran",
+            ),
             launch(
                 "begin_step",
                 "begin_step",

@@ -205,6 +205,17 @@ impl Operations {
         }
     }
 
+    /// See [`minisgl_core::backend::Device::take_batch`].
+    pub(crate) fn take_batch(
+        &self,
+        launcher: &Launcher,
+        halves: Buffer,
+        turn: Buffer,
+        to: Buffer,
+    ) -> Result<(), CudaError> {
+        self.ends.take_batch(launcher, halves, turn, to)
+    }
+
     /// The beginning of every step.
     pub(crate) fn begin_step(&self, launcher: &Launcher, step: &Step<Buffer>) -> Result<(), CudaError> {
         self.exchange.iter().for_each(Exchange::begin_step);

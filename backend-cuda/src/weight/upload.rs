@@ -313,7 +313,7 @@ fn make_uniform(
 
 /// Enqueues the copy of the first bytes of a staging buffer.
 fn upload_staged(gpu: &Gpu, buffer: &mut Pinned, bytes: usize, to: Address) -> Result<(), CudaError> {
-    gpu.upload_bytes(buffer, 0, bytes, to)?;
+    gpu.upload_bytes(Queue::Compute, buffer, 0, bytes, to)?;
     let stream = gpu.launcher.stream(Queue::Compute);
     let recorded = buffer.uploaded.record(stream);
     recorded.map_err(|error| gpu.launcher.failed("recording an event", error))
@@ -340,7 +340,7 @@ fn scatter_rows(
         let start = done * row_bytes;
         let bytes = (rows.len() - done) * row_bytes;
         let to = matrix.offset(target.row(rows.start + done) * row_bytes);
-        gpu.upload_bytes(staged, start, bytes, to)?;
+        gpu.upload_bytes(Queue::Compute, staged, start, bytes, to)?;
     }
     let stream = gpu.launcher.stream(Queue::Compute);
     staged.uploaded.record(stream).map_err(|error| gpu.launcher.failed("recording an event", error))

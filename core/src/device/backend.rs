@@ -8,8 +8,10 @@
 //! across queues an [`Device::Event`] orders them. Operations never allocate: they write into buffers planned before.
 //!
 //! ```text
-//!   host ── upload ──> [compute queue]  begin_step, embed, layers…, logits, sample ── event ──┐
-//!   host <── bytes ── [copy queue]      download tokens <───────────────────────────────── wait ┘
+//!   host ── upload ──> [upload queue]   the next step's batch ──> waits
+//!                                                                │
+//!                      [compute queue]  take the batch, begin_step, embed, layers…, logits, sample ── event ──┐
+//!   host <── bytes ─── [copy queue]     download tokens <──────────────────────────────────────────────── wait ┘
 //! ```
 
 use alloc::string::String;
@@ -27,14 +29,16 @@ use crate::tensor::HostTensor;
 pub use crate::device::purpose::{DeviceWords, Purpose};
 pub use crate::spec::Dims;
 
-/// One of a device's two queues. Arithmetic runs on `Compute`; results come back on `Copy`, so that the next step
-/// does not wait behind them.
+/// One of a device's three queues. Arithmetic runs on `Compute`; results come back on `Copy`, so that the next step does not wait
+/// behind them, and what it is made of goes ahead on `Upload`, so that it need not be waited for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Queue {
-    /// Uploads and all arithmetic.
+    /// All arithmetic, and uploads that are ordered by it.
     Compute,
     /// Downloads.
     Copy,
+    /// Uploads of what waits for its turn.
+    Upload,
 }
 
 /// What a buffer's elements are. The activation type is the backend's own: f32 on the CPU, bf16 on CUDA.
@@ -134,6 +138,25 @@ pub trait Device {
         to: Self::Buffer,
     ) -> Result<(), Self::Error>;
 
+    /// Enqueues the same on the upload queue, beside what the compute queue has so far; what is enqueued there from now on waits for it.
+    /// Nothing that may still run reads or writes that range.
+    fn upload_ahead(
+        &mut self,
+        from: &mut Self::Pinned,
+        range: Range<usize>,
+        to: Self::Buffer,
+    ) -> Result<(), Self::Error>;
+
+    /// Enqueues on the compute queue a copy of a packed batch to `to`, as many words as its [header](crate::batch::Header) says, from
+    /// one half of `halves` and from the other in turn, as often as this runs. By the two words of `turn` it knows whose turn it is: zeros
+    /// before the first time.
+    fn take_batch(
+        &mut self,
+        halves: Self::Buffer,
+        turn: Self::Buffer,
+        to: Self::Buffer,
+    ) -> Result<(), Self::Error>;
+
     /// Enqueues on `queue` a copy of the first `words` words of `from` to the start of `to`.
     fn download(
         &mut self,
@@ -148,6 +171,9 @@ pub trait Device {
 
     /// Creates an event, not recorded yet.
     fn event(&mut self) -> Result<Self::Event, Self::Error>;
+
+    /// Creates an event that orders and tells no time, which costs a queue less.
+    fn untimed_event(&mut self) -> Result<Self::Event, Self::Error>;
 
     /// Records an event behind everything now in `queue`.
     fn record(&mut self, queue: Queue, event: &mut Self::Event) -> Result<(), Self::Error>;

@@ -70,8 +70,10 @@ pub struct Header {
     pub output: u32,
     /// Slots that somebody has taken.
     pub slot_updates: u32,
+    /// Words of the packed batch, the header's among them.
+    pub words: u32,
     /// Zero; makes the header 64 bytes.
-    pub reserved: [u32; 10],
+    pub reserved: [u32; 9],
 }
 
 /// One request's share of a step.
@@ -199,6 +201,7 @@ impl Layout {
         let rules = slot_updates + limits.running as usize * SLOT_UPDATE_WORDS;
         let scored = (rules + limits.rule_words()).next_multiple_of(ROW_WORDS);
         let words = scored + HEADER_WORDS + limits.prefill_tokens as usize * (ROW_WORDS + 1);
+        let words = words.next_multiple_of(ROW_WORDS);
         Layout { plan, rows, tokens, updates, scored, words }
     }
 
@@ -559,6 +562,9 @@ impl Batch {
             shape == self.shape() || (shape.is_decode() && self.shape().is_decode()),
             "only steps of decode rows alone are padded"
         );
+        let updates: &[u32] = bytemuck::cast_slice(&self.updates);
+        let slot_updates: &[u32] = bytemuck::cast_slice(&self.slot_updates);
+        let used = layout.updates + updates.len() + slot_updates.len() + self.rules.len();
         let header = Header {
             rows: shape.rows(),
             tokens: shape.tokens,
@@ -566,7 +572,8 @@ impl Batch {
             updates: self.updates.len() as u32,
             output,
             slot_updates: self.slot_updates.len() as u32,
-            reserved: [0; 10],
+            words: used as u32,
+            reserved: [0; 9],
         };
         words[..HEADER_WORDS].copy_from_slice(bytemuck::cast_slice(&[header]));
         let rows = packed_rows_mut(layout, shape.rows() as usize, words);
@@ -575,14 +582,11 @@ impl Batch {
         for (i, row) in rows[self.rows.len()..].iter_mut().enumerate() {
             *row = dummy.row(first_padding_token + i as u32);
         }
-        let updates: &[u32] = bytemuck::cast_slice(&self.updates);
-        let slot_updates: &[u32] = bytemuck::cast_slice(&self.slot_updates);
         let (pages, rest) = words[layout.updates..].split_at_mut(updates.len());
         let (slots, rest) = rest.split_at_mut(slot_updates.len());
         pages.copy_from_slice(updates);
         slots.copy_from_slice(slot_updates);
         rest[..self.rules.len()].copy_from_slice(&self.rules);
-        let used = layout.updates + updates.len() + slot_updates.len() + self.rules.len();
         let tokens: &mut [Token] =
             bytemuck::cast_slice_mut(&mut words[layout.tokens..][..shape.tokens as usize * TOKEN_WORDS]);
         tokens[..self.tokens.len()].copy_from_slice(&self.tokens);

@@ -1,7 +1,7 @@
 //! Recorded decode steps, one for each of a few row counts.
 //!
 //! A decode step is many small kernels, and launching them one by one takes the host longer than the device. So a step
-//! of each size is recorded once, on dummy rows, and a batch is padded with dummy rows to the next size up and
+//! of each size is recorded once, and a batch is padded with dummy rows to the next size up and
 //! replayed. A recorded step reads everything that varies from fixed buffers on the device: header, rows, plan, pages.
 //!
 //! ```text
@@ -63,14 +63,14 @@ impl<G> DecodeGraphs<G> {
     pub fn capture<B: Sampler<Graph = G>, M: Model<B>>(
         backend: &mut B,
         model: &mut M,
-        resident: &Resident<B::Buffer>,
+        resident: &mut Resident<B::Buffer>,
         limits: &Limits,
         staging: &mut B::Pinned,
     ) -> Result<Self, RecordError<B::Error>> {
         let limit = limit(limits);
         let count = sizes(limit).count();
-        let batch = Batch::new(limits);
         if limit > 0 && backend.warm_up_before_capture() {
+            let batch = Batch::new(limits);
             run(backend, model, resident, &batch, limit, staging).map_err(|source| RecordError {
                 rows: limit,
                 recorded: 0,
@@ -80,7 +80,7 @@ impl<G> DecodeGraphs<G> {
         }
         let mut steps = Vec::with_capacity(count);
         for rows in sizes(limit) {
-            let graph = record(backend, model, resident, &batch, rows, staging);
+            let graph = record(backend, model, resident, rows);
             let recorded = steps.len();
             steps.push((rows, graph.map_err(|source| RecordError { rows, recorded, count, source })?));
         }
@@ -99,7 +99,7 @@ impl<G> DecodeGraphs<G> {
 fn run<B: Sampler, M: Model<B>>(
     backend: &mut B,
     model: &mut M,
-    resident: &Resident<B::Buffer>,
+    resident: &mut Resident<B::Buffer>,
     batch: &Batch,
     rows: u32,
     staging: &mut B::Pinned,
@@ -109,17 +109,14 @@ fn run<B: Sampler, M: Model<B>>(
     backend.synchronize()
 }
 
-/// Records such a step. A recording that fails is ended all the same.
+/// Records a step of so many rows, whatever they are. A recording that fails is ended all the same.
 fn record<B: Sampler, M: Model<B>>(
     backend: &mut B,
     model: &mut M,
     resident: &Resident<B::Buffer>,
-    batch: &Batch,
     rows: u32,
-    staging: &mut B::Pinned,
 ) -> Result<B::Graph, B::Error> {
-    let step = resident.send(backend, model, batch, StepShape::decode(rows), 0, staging)?;
-    backend.synchronize()?;
+    let step = resident.step(StepShape::decode(rows));
     backend.begin_capture()?;
     let enqueued = resident.run(backend, model, &step, true);
     let graph = backend.end_capture();

@@ -1,9 +1,14 @@
 //! A model on one device as an [`Executor`].
 //!
 //! ```text
-//!   compute queue   record │ upload masks, batch │ forward, sample (recorded, or not) │ logprobs, hidden states, scores │ record
-//!   copy queue                                                                   wait │ download tokens, logprobs, scores
+//!   upload queue    batch ──> waits
+//!   compute queue   upload masks │ take the batch, forward, sample (recorded, or not) │ logprobs, hidden states, scores │ mark
+//!   copy queue                                                         wait, record │ download tokens, logprobs, scores
 //! ```
+//!
+//! Between two steps that follow each other there is nothing but the recorded work's own beginning: what tells the time is recorded in the
+//! copy queue, behind each step's end, and in the compute queue only before a step that finds the device idle. A step that follows
+//! another begins where that one ended.
 //!
 //! What may be used again, and when:
 //! - Masks. They are uploaded in the compute queue, behind the steps that read those before them.
@@ -38,10 +43,11 @@ pub struct Local<B: Sampler, M: Model<B>> {
 struct Reserved<B: Device> {
     resident: Resident<B::Buffer>,
     flights: [Flight<B>; 2],
-    /// The beginning of the step completed last.
+    /// The place of the step launched last.
+    last: Option<usize>,
+    /// The end of the step completed last, and how long it took; `None` before there is one.
     before: B::Event,
-    /// Has one been?
-    has_completed: bool,
+    before_ms: Option<f32>,
     /// Words of a token's hidden state. Where two activations make a word, it has an even number of them.
     hidden_words: usize,
     /// `[hidden]`: one as numbers.
@@ -70,8 +76,14 @@ struct Flight<B: Device> {
     scores: B::Pinned,
     /// `[embedded rows, hidden]` activations.
     hidden: B::Pinned,
+    /// Had the step before not ended when it was launched?
+    follows: bool,
+    /// When it began, if it follows none.
     started: B::Event,
+    /// Behind its last operation,
     ended: B::Event,
+    /// and when that was.
+    ended_at: B::Event,
 }
 
 impl<B: Device> Flight<B> {
@@ -94,8 +106,10 @@ impl<B: Device> Flight<B> {
             logprobs: backend.alloc_pinned(slots * LOGPROB_WORDS)?,
             scores: backend.alloc_pinned(limits.prefill_tokens as usize * LOGPROB_WORDS)?,
             hidden: backend.alloc_pinned(limits.embedded_rows() * hidden_words)?,
+            follows: false,
             started: backend.event()?,
-            ended: backend.event()?,
+            ended: backend.untimed_event()?,
+            ended_at: backend.event()?,
         })
     }
 
@@ -133,10 +147,8 @@ impl<B: Device> Flight<B> {
         resident: &Resident<B::Buffer>,
         at: usize,
     ) -> Result<(), B::Error> {
-        if self.samples + self.scored == 0 {
-            return Ok(());
-        }
         backend.wait(Queue::Copy, &self.ended)?;
+        backend.record(Queue::Copy, &mut self.ended_at)?;
         if self.samples > 0 {
             let tokens = resident.tokens_of(backend, at);
             backend.download(Queue::Copy, tokens, self.samples, &mut self.tokens)?;
@@ -226,8 +238,8 @@ impl<B: Sampler, M: Model<B>> Executor for Local<B, M> {
         let mut flight = || Flight::new(backend, limits, batch_words, hidden_words, model.vocab());
         let flights = [flight()?, flight()?];
         let before = backend.event()?;
-        let has_completed = false;
-        self.reserved = Some(Reserved { resident, flights, before, has_completed, hidden_words, hidden });
+        let (last, before_ms) = (None, None);
+        self.reserved = Some(Reserved { resident, flights, last, before, before_ms, hidden_words, hidden });
         Ok(())
     }
 
@@ -260,10 +272,14 @@ impl<B: Sampler, M: Model<B>> Executor for Local<B, M> {
         write_mask: &mut dyn FnMut(Ticket, &mut [u32]),
     ) -> Result<(), B::Error> {
         let Local { reserved, graphs, model, backend } = self;
-        let Reserved { resident, flights, hidden_words, hidden, .. } =
+        let Reserved { resident, flights, last, hidden_words, hidden, .. } =
             reserved.as_mut().expect("the engine reserves before it launches");
+        let follows = last.replace(at).is_some_and(|last| !backend.has_passed(&flights[last].ended));
         let flight = &mut flights[at];
-        backend.record(Queue::Compute, &mut flight.started)?;
+        flight.follows = follows;
+        if !follows {
+            backend.record(Queue::Compute, &mut flight.started)?;
+        }
         flight.send_masks(backend, batch, model.vocab(), write_mask, resident.masks)?;
         let step = resident.send(backend, model, batch, shape, at, &mut flight.packed)?;
         match graphs.of(shape) {
@@ -292,7 +308,7 @@ impl<B: Sampler, M: Model<B>> Executor for Local<B, M> {
     }
 
     fn complete(&mut self, at: usize) -> Result<Results<'_>, B::Error> {
-        let (backend, _, Reserved { flights, before, has_completed, .. }) = self.parts();
+        let (backend, _, Reserved { flights, before, before_ms, .. }) = self.parts();
         let flight = &mut flights[at];
         let tokens = &backend.words(&flight.tokens)?[..flight.samples];
         let logprobs = match flight.logprobs_wanted {
@@ -303,12 +319,15 @@ impl<B: Sampler, M: Model<B>> Executor for Local<B, M> {
             0 => &[],
             scored => &backend.words(&flight.scores)?[..scored * LOGPROB_WORDS],
         };
-        let took_ms = backend.elapsed_ms(&flight.started, &flight.ended)?;
-        let since_ms = match core::mem::replace(has_completed, true) {
-            true => backend.elapsed_ms(before, &flight.started)?,
-            false => 0.0,
+        let started = if flight.follows { &*before } else { &flight.started };
+        let took_ms = backend.elapsed_ms(started, &flight.ended_at)?;
+        let since_ms = match before_ms.replace(took_ms) {
+            // Idle, the device may have been come by before it had told when it ended.
+            Some(ms) if !flight.follows => ms + backend.elapsed_ms(before, &flight.started)?.max(0.0),
+            Some(ms) => ms,
+            None => 0.0,
         };
-        core::mem::swap(before, &mut flight.started);
+        core::mem::swap(before, &mut flight.ended_at);
         let (logprobs, scores) = (bytemuck::cast_slice(logprobs), bytemuck::cast_slice(scores));
         Ok(Results { tokens, logprobs, scores, since_ms, took_ms })
     }

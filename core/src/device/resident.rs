@@ -1,7 +1,9 @@
 //! What the engine keeps on the device, beside the model's weights and KV pages, and how a batch gets there.
 //!
 //! ```text
-//!   batch       [layout.words]             the step's packed batch, overwritten by each step's upload
+//!   waiting     [2, layout.words]          packed batches of the step that runs and of the next one, which take turns at the halves
+//!   turn        [2]                        whose turn it is
+//!   batch       [layout.words]             the step's packed batch, which each step takes from there
 //!   page table  [slots + 1, table_width]   kept up to date by the batches' updates
 //!   token pool  [slots + 1]                the token each slot sampled last
 //!   slots       [slots + 1] SlotState      how each slot's tokens are drawn, kept up to date likewise
@@ -14,9 +16,10 @@
 //!   scores      [2, prefill tokens] RowLogprobs     those of the prompts' tokens that the steps score
 //! ```
 //!
-//! One batch buffer serves both steps in flight, since uploads and arithmetic share the compute queue: a batch is
-//! overwritten only behind the step that read it. Results leave on the other queue, so they have two halves: a half is
-//! written again two steps later, when the host has long read it.
+//! A batch is uploaded beside the step before its own, and waits: a copy between two steps would keep the device from both for as long as
+//! a small step's whole layer takes. A step begins by taking its batch to where recorded steps look for it, one buffer for all, which
+//! is overwritten only behind the step that read it. Halves are written again two steps later, when the step that took its batch from
+//! there has been completed. Results leave on a queue of their own, so they have two halves too.
 //!
 //! Invariant: the page table's last row, the dummy slot's, names the dummy page from the start and is never updated.
 //! Other entries name it too until they are set, so no table entry ever leads out of the KV memory.
@@ -45,6 +48,10 @@ pub(crate) struct Resident<Buf> {
     slots: usize,
     table_width: u32,
     page_size: u32,
+    waiting: Buf,
+    turn: Buf,
+    /// The half that the next batch goes to: as many have been sent as steps take theirs.
+    next: usize,
     batch: Buf,
     page_table: Buf,
     token_pool: Buf,
@@ -80,6 +87,9 @@ impl<Buf: Copy> Resident<Buf> {
             slots,
             table_width: limits.table_width(),
             page_size: limits.page_size,
+            waiting: words(2 * layout.words)?,
+            turn: words(2)?,
+            next: 0,
             batch: words(layout.words)?,
             page_table: words(table_words(limits))?,
             token_pool: words(slots + 1)?,
@@ -118,7 +128,8 @@ impl<Buf: Copy> Resident<Buf> {
         backend: &mut B,
         limits: &Limits,
     ) -> Result<(), B::Error> {
-        self.dummy = Dummy::of(limits);
+        (self.dummy, self.next) = (Dummy::of(limits), 0);
+        fill(backend, self.turn, 2, &[0])?;
         fill(backend, self.page_table, table_words(limits), &[limits.pages])?;
         fill(backend, self.token_pool, self.slots + 1, &[0])?;
         let greedy = [SlotState::default()];
@@ -147,9 +158,9 @@ impl<Buf: Copy> Resident<Buf> {
         backend.slice(self.scores, half * words..(half + 1) * words)
     }
 
-    /// Packs a batch, padded up to `shape`, with the model's plan for it, and enqueues its upload.
+    /// Packs a batch, padded up to `shape`, with the model's plan for it, and enqueues its upload. One step is to be run behind each.
     pub fn send<B: Device<Buffer = Buf>, M: Model<B>>(
-        &self,
+        &mut self,
         backend: &mut B,
         model: &M,
         batch: &Batch,
@@ -164,14 +175,22 @@ impl<Buf: Copy> Resident<Buf> {
         let rows = bytemuck::cast_slice(&back[..shape.rows() as usize * ROW_WORDS]);
         model.plan(backend, shape, rows, &mut front[layout.plan..][..self.plan_words]);
         let scored = batch.pack_scored(&layout, words);
-        backend.upload(staging, 0..used, self.batch)?;
+        let half =
+            backend.slice(self.waiting, self.next * self.layout.words..(self.next + 1) * self.layout.words);
+        self.next = 1 - self.next;
+        backend.upload_ahead(staging, 0..used, half)?;
         if let Some(scored) = scored {
             backend.upload(staging, scored, self.batch)?;
         }
-        Ok(Step {
+        Ok(self.step(shape))
+    }
+
+    /// A step of this shape, as operations see it.
+    pub fn step(&self, shape: StepShape) -> Step<Buf> {
+        Step {
             shape,
             batch: self.batch,
-            layout,
+            layout: self.layout.of(shape),
             page_table: self.page_table,
             table_width: self.table_width,
             page_size: self.page_size,
@@ -180,10 +199,10 @@ impl<Buf: Copy> Resident<Buf> {
             rules: self.rules,
             history: self.history.expect("pages, and their history, are allocated before the first step"),
             masks: self.masks,
-        })
+        }
     }
 
-    /// Enqueues a step that was sent: the model's forward pass, then, where logits are wanted and can be made, the sampler, which
+    /// Enqueues a step whose batch waits: it is taken, then the model's forward pass, then, where logits are wanted and can be made, the sampler, which
     /// fills `tokens`.
     pub fn run<B: Sampler<Buffer = Buf>, M: Model<B>>(
         &self,
@@ -192,6 +211,7 @@ impl<Buf: Copy> Resident<Buf> {
         step: &Step<Buf>,
         wants_logits: bool,
     ) -> Result<(), B::Error> {
+        backend.take_batch(self.waiting, self.turn, self.batch)?;
         model.forward(backend, step)?;
         // A step that is one unfinished chunk of a prompt leaves keys and values, and no token.
         if step.shape.samples == 0 {

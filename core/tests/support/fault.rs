@@ -158,6 +158,21 @@ impl<B: Device> Device for Faulty<B> {
         Ok(self.device.upload(from, range, to)?)
     }
 
+    fn upload_ahead(
+        &mut self,
+        from: &mut B::Pinned,
+        range: Range<usize>,
+        to: B::Buffer,
+    ) -> Result<(), Self::Error> {
+        self.pass("upload_ahead")?;
+        Ok(self.device.upload_ahead(from, range, to)?)
+    }
+
+    fn take_batch(&mut self, halves: B::Buffer, turn: B::Buffer, to: B::Buffer) -> Result<(), Self::Error> {
+        self.pass("take_batch")?;
+        Ok(self.device.take_batch(halves, turn, to)?)
+    }
+
     fn download(
         &mut self,
         queue: Queue,
@@ -176,6 +191,11 @@ impl<B: Device> Device for Faulty<B> {
     fn event(&mut self) -> Result<B::Event, Self::Error> {
         self.pass("event")?;
         Ok(self.device.event()?)
+    }
+
+    fn untimed_event(&mut self) -> Result<B::Event, Self::Error> {
+        self.pass("untimed_event")?;
+        Ok(self.device.untimed_event()?)
     }
 
     fn record(&mut self, queue: Queue, event: &mut B::Event) -> Result<(), Self::Error> {

@@ -1,10 +1,10 @@
 //! A device that runs nothing before somebody waits for it: what is wrong in the order of things shows. Either queue
 //! can be made to run ahead of the other as far as events let it.
 //!
-//! Operations lie in two queues. Waiting on the host for a copy runs its queue up to that copy; an operation that
-//! waits for an event runs the other queue up to the event first. Fresh memory is poisoned.
+//! Operations lie in three queues. Waiting on the host for a copy runs its queue up to that copy; an operation that
+//! waits for an event runs the event's queue up to it first. Fresh memory is poisoned.
 //!
-//! Its clock counts operations; a step may take longer, as [`Lazy::priced`] says.
+//! Its clock counts the compute queue's operations, beside which copies run; a step may take longer, as [`Lazy::priced`] says.
 //!
 //! Nothing is allocated once queues, memory and graphs are there.
 
@@ -14,6 +14,7 @@ use std::ops::Range;
 use std::rc::Rc;
 
 use minisgl_core::backend::{Device, DeviceInfo, Element, Memory, Purpose, Queue, Sampler, Step};
+use minisgl_core::batch::{HEADER_WORDS, Header};
 use minisgl_core::costs::StepCosts;
 use minisgl_core::kv::KvFormat;
 use minisgl_core::shard::Slicing;
@@ -31,9 +32,9 @@ pub enum Pace {
     AtOnce,
     /// As late as possible.
     Late,
-    /// Downloads when they are enqueued, all else as late as possible.
+    /// Downloads, and uploads that go ahead, when they are enqueued, all else as late as possible.
     CopiesFirst,
-    /// Downloads as late as possible, all else when it is enqueued.
+    /// These as late as possible, all else when it is enqueued.
     CopiesLast,
 }
 
@@ -60,6 +61,7 @@ pub enum Op {
     Head { step: Step<Words>, normed: Words, logits: Words },
     Logprobs { step: Step<Words>, logits: Words, tokens: Words, out: Words },
     Upload { from: Host, range: Range<usize>, to: Words },
+    TakeBatch { halves: Words, turn: Words, to: Words },
     Download { from: Words, words: usize, to: Host },
     Record { event: Rc<RefCell<Recorded>> },
     Wait { queue: Queue, until: u64 },
@@ -72,7 +74,7 @@ pub struct Host(Rc<UnsafeCell<Vec<u32>>>);
 /// Pinned memory as the engine holds it.
 pub struct Pinned {
     host: Host,
-    uploaded: u64,
+    uploaded: (Queue, u64),
     downloaded: Option<(Queue, u64)>,
 }
 
@@ -96,8 +98,8 @@ struct Pending {
 
 struct State {
     memory: Vec<u32>,
-    queues: [Pending; 2],
-    /// Operations run so far, of both queues, and what steps took beside: the device's clock, in milliseconds.
+    queues: [Pending; 3],
+    /// The compute queue's operations run so far, and what steps took beside: the device's clock, in milliseconds.
     clock: u64,
     costs: StepCosts,
 }
@@ -137,7 +139,7 @@ impl Lazy {
     /// A device whose steps take so many milliseconds.
     pub fn priced(pace: Pace, costs: StepCosts) -> Lazy {
         let pending = || Pending { ops: VecDeque::with_capacity(QUEUE_CAPACITY), done: 0 };
-        let state = State { memory: Vec::new(), queues: [pending(), pending()], clock: 0, costs };
+        let state = State { memory: Vec::new(), queues: [pending(), pending(), pending()], clock: 0, costs };
         Lazy {
             pace,
             state: RefCell::new(state),
@@ -153,7 +155,7 @@ impl Lazy {
     pub fn enqueue(&mut self, queue: Queue, op: Op) -> Result<(), LazyError> {
         match &mut self.recording {
             Some(ops) if queue == Queue::Compute => ops.push(op),
-            Some(_) => return Err(LazyError("use the copy queue while it records")),
+            Some(_) => return Err(LazyError("use another queue while it records")),
             None => {
                 let mut state = self.state.borrow_mut();
                 let pending = &mut state.queues[queue as usize];
@@ -163,7 +165,7 @@ impl Lazy {
                 let at_once = match self.pace {
                     Pace::AtOnce => true,
                     Pace::Late => false,
-                    Pace::CopiesFirst => queue == Queue::Copy,
+                    Pace::CopiesFirst => queue != Queue::Compute,
                     Pace::CopiesLast => queue == Queue::Compute,
                 };
                 if at_once {
@@ -194,7 +196,7 @@ impl State {
             let op = pending.ops.pop_front().expect("only enqueued operations are waited for");
             // Counted first: an operation may wait for events of its own queue that it lies behind.
             pending.done += 1;
-            self.clock += 1;
+            self.clock += u64::from(queue == Queue::Compute);
             self.perform(op);
         }
     }
@@ -226,6 +228,14 @@ impl State {
                 // SAFETY: no reference to the words lives: see `words_mut`, which waits for this upload first.
                 let words = unsafe { &*from.0.get() };
                 self.memory[to.start + range.start..to.start + range.end].copy_from_slice(&words[range]);
+            }
+            Op::TakeBatch { halves, turn, to } => {
+                let from = halves.start + self.memory[turn.start] as usize * (halves.len / 2);
+                let header = bytemuck::pod_read_unaligned::<Header>(bytemuck::cast_slice(
+                    &self.memory[from..from + HEADER_WORDS],
+                ));
+                self.memory.copy_within(from..from + header.words as usize, to.start);
+                self.memory[turn.start] = 1 - self.memory[turn.start];
             }
             Op::Download { from, words, to } => {
                 assert!(words <= from.len, "a download lies in its buffer");
@@ -290,7 +300,7 @@ impl Device for Lazy {
 
     fn alloc_pinned(&mut self, words: usize) -> Result<Pinned, LazyError> {
         let host = Host(Rc::new(UnsafeCell::new(vec![0; words])));
-        Ok(Pinned { host, uploaded: 0, downloaded: None })
+        Ok(Pinned { host, uploaded: (Queue::Compute, 0), downloaded: None })
     }
 
     fn words<'a>(&self, pinned: &'a Pinned) -> Result<&'a [u32], LazyError> {
@@ -302,15 +312,27 @@ impl Device for Lazy {
     }
 
     fn words_mut<'a>(&self, pinned: &'a mut Pinned) -> Result<&'a mut [u32], LazyError> {
-        self.run(Queue::Compute, pinned.uploaded);
+        let (queue, until) = pinned.uploaded;
+        self.run(queue, until);
         self.words(pinned)?;
         // SAFETY: every copy from or to the words has run, and a further one needs a mutable reference to `pinned`.
         Ok(unsafe { &mut *pinned.host.0.get() })
     }
 
     fn upload(&mut self, from: &mut Pinned, range: Range<usize>, to: Words) -> Result<(), LazyError> {
-        from.uploaded = self.end(Queue::Compute) + 1;
+        from.uploaded = (Queue::Compute, self.end(Queue::Compute) + 1);
         self.enqueue(Queue::Compute, Op::Upload { from: from.host.clone(), range, to })
+    }
+
+    fn upload_ahead(&mut self, from: &mut Pinned, range: Range<usize>, to: Words) -> Result<(), LazyError> {
+        let (queue, until) = (Queue::Upload, self.end(Queue::Upload) + 1);
+        from.uploaded = (queue, until);
+        self.enqueue(queue, Op::Upload { from: from.host.clone(), range, to })?;
+        self.enqueue(Queue::Compute, Op::Wait { queue, until })
+    }
+
+    fn take_batch(&mut self, halves: Words, turn: Words, to: Words) -> Result<(), LazyError> {
+        self.enqueue(Queue::Compute, Op::TakeBatch { halves, turn, to })
     }
 
     fn download(
@@ -330,6 +352,10 @@ impl Device for Lazy {
 
     fn event(&mut self) -> Result<Event, LazyError> {
         Ok(Event(Rc::new(RefCell::new(Recorded { queue: Queue::Compute, until: 0, passed_at: None }))))
+    }
+
+    fn untimed_event(&mut self) -> Result<Event, LazyError> {
+        self.event()
     }
 
     fn record(&mut self, queue: Queue, event: &mut Event) -> Result<(), LazyError> {
@@ -356,7 +382,7 @@ impl Device for Lazy {
     }
 
     fn synchronize(&mut self) -> Result<(), LazyError> {
-        for queue in [Queue::Compute, Queue::Copy] {
+        for queue in [Queue::Compute, Queue::Copy, Queue::Upload] {
             self.run(queue, self.end(queue));
         }
         Ok(())

@@ -82,6 +82,21 @@ impl<B: Device> Device for Trace<B> {
         self.device.upload(from, range, to)
     }
 
+    fn upload_ahead(
+        &mut self,
+        from: &mut B::Pinned,
+        range: Range<usize>,
+        to: B::Buffer,
+    ) -> Result<(), B::Error> {
+        self.note("upload_ahead");
+        self.device.upload_ahead(from, range, to)
+    }
+
+    fn take_batch(&mut self, halves: B::Buffer, turn: B::Buffer, to: B::Buffer) -> Result<(), B::Error> {
+        self.note("take_batch");
+        self.device.take_batch(halves, turn, to)
+    }
+
     fn download(
         &mut self,
         queue: Queue,
@@ -99,6 +114,10 @@ impl<B: Device> Device for Trace<B> {
 
     fn event(&mut self) -> Result<B::Event, B::Error> {
         self.device.event()
+    }
+
+    fn untimed_event(&mut self) -> Result<B::Event, B::Error> {
+        self.device.untimed_event()
     }
 
     fn record(&mut self, queue: Queue, event: &mut B::Event) -> Result<(), B::Error> {

@@ -313,7 +313,7 @@ mod tests {
         assert_declared!(
             batch,
             "Header",
-            Header { rows, tokens, samples, updates, output, slot_updates, reserved }
+            Header { rows, tokens, samples, updates, output, slot_updates, words, reserved }
         );
         assert_declared!(
             batch,
