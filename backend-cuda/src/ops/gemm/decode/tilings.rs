@@ -56,9 +56,6 @@ macro_rules! added_large {
             Tiling::slices(concat!("decode_", $what, "_64x32"), 64, 32, 32, Tiling::HALF),
             $($to_64,)*
             Tiling::slices(concat!("decode_", $what, "_64x64"), 64, 64, 64, Tiling::HALF),
-            Tiling::slices(concat!("decode_", $what, "_128x128"), 128, 128, 128, Tiling::ALL)
-                .up_to(Tiling::ONE_EACH)
-                .of_many_columns(),
             $($to_128,)*
             Tiling::slices(concat!("decode_", $what, "_64x128"), 64, 128, 128, Tiling::HALF)
                 .up_to(Tiling::TWO_EACH),
@@ -128,9 +125,13 @@ pub(super) fn of_large(kind: Kind) -> &'static [Tiling] {
         Tiling::heads(qkv!("decode", "64x32"), 32, 32),
         Tiling::heads_rows_paired(qkv!("decode", "128x64_rows"), 64, 64).up_to(Tiling::MANY),
         Tiling::head_pair(qkv!("pair", "128x32"), 32, 64, Tiling::ALL),
+        // Of so few heads that the slices of both tiles of tokens find room, where the rows of one alone leave most of the device idle.
+        Tiling::heads_paired(qkv!("decode", "128x64_paired"), 64, 128, Tiling::ALL),
         Tiling::heads_rows_paired(qkv!("decode", "128x128_rows"), 128, 128),
         Tiling::heads_rows_paired(qkv!("decode", "128x192_rows"), 192, 192).from(Tiling::MANY),
         Tiling::head_pair(qkv!("pair", "128x64"), 64, 128, Tiling::ALL).up_to(Tiling::ONE_EACH),
+        Tiling::heads_paired(qkv!("decode", "128x96_paired"), 96, 192, Tiling::ALL),
+        Tiling::heads_rows_paired(qkv!("decode", "128x128_rows"), 128, 256).from(Tiling::MANY),
         Tiling::head_trio(qkv!("trio", "128x64"), 64, 192),
         Tiling::head_trio(qkv!("trio", "128x88"), 88, 256),
     ];
@@ -145,6 +146,9 @@ pub(super) fn of_large(kind: Kind) -> &'static [Tiling] {
             Tiling::rows_paired("decode_residual_192x64_rows", 192, 64, 64),
         ],
         [
+            Tiling::slices("decode_residual_128x128", 128, 128, 128, Tiling::ALL)
+                .up_to(Tiling::ONE_EACH)
+                .of_many_columns(),
             Tiling::paired("decode_residual_128x64_2_paired", 128, 64, 128).of_two_slices().of_few_columns(),
             Tiling::slices("decode_residual_128x96_2", 128, 96, 96, Tiling::ALL)
                 .of_two_slices()
@@ -158,6 +162,15 @@ pub(super) fn of_large(kind: Kind) -> &'static [Tiling] {
         [Tiling::paired("decode_residual_192x96_paired", 192, 96, 192)],
         [
             Tiling::slices("decode_residual_192x144", 192, 144, 144, Tiling::ALL).up_to(Tiling::ONE_EACH),
+            // One round of blocks on nearly all multiprocessors.
+            Tiling::slices("decode_residual_128x96_2", 128, 96, 192, Tiling::ALL)
+                .of_two_slices()
+                .up_to(Tiling::SINGLE)
+                .from(Tiling::ONE_EACH),
+            Tiling::slices("decode_residual_128x128_2", 128, 128, 256, Tiling::ALL)
+                .of_two_slices()
+                .up_to(Tiling::SINGLE)
+                .from(Tiling::ONE_EACH),
             Tiling::slices("decode_residual_192x192", 192, 192, 192, Tiling::ALL)
                 .up_to(Tiling::ONE_EACH)
                 .from(Tiling::MANY),
@@ -166,8 +179,13 @@ pub(super) fn of_large(kind: Kind) -> &'static [Tiling] {
     const SUMS: &[Tiling] = added_large!(
         "sums",
         [],
-        [],
+        [Tiling::slices("decode_sums_128x128", 128, 128, 128, Tiling::ALL).up_to(Tiling::ONE_EACH),],
         [
+            Tiling::slices("decode_sums_128x96_2", 128, 96, 256, Tiling::ALL)
+                .of_two_slices()
+                .of_few_columns()
+                .up_to(Tiling::SINGLE)
+                .from(Tiling::ONE_EACH),
             Tiling::paired("decode_sums_192x72_paired", 192, 72, 144),
             Tiling::paired("decode_sums_192x96_paired", 192, 96, 192),
             Tiling::paired("decode_sums_192x128_paired", 192, 128, 256),
@@ -333,7 +351,7 @@ mod tests {
             [
                 Some("decode_residual_192x64_rows"),
                 Some("decode_residual_192x128"),
-                Some("decode_residual_192x192")
+                Some("decode_residual_128x96_2")
             ]
         );
         assert_eq!(
@@ -390,6 +408,16 @@ mod tests {
                 Some("decode_sums_192x128_paired"),
             ]
         );
+        assert_eq!(
+            [64, 128, 136, 192, 256].map(|tokens| of_two(2560, tokens)),
+            [
+                Some("decode_sums_64x64"),
+                Some("decode_sums_128x128"),
+                Some("decode_sums_192x72_paired"),
+                Some("decode_sums_192x96_paired"),
+                Some("decode_sums_128x96_2"),
+            ]
+        );
         // q, k and v of Llama's 1B are 48 heads of 64, of Qwen3's 1.7B 32 of 128.
         let qkv = |heads: u32, tokens| picked(of, Kind::Qkv, [heads * 128, 2048, tokens]);
         assert_eq!(
@@ -429,6 +457,17 @@ mod tests {
         assert_eq!(
             [64, 128, 192, 256].map(|tokens| qkv(48, 4096, tokens)),
             [Some("pair_qkv_128x32"), Some("decode_qkv_128x128_rows"), Some("decode_qkv_128x192_rows"), None]
+        );
+        // Those that one of two ranks has of Qwen3-14B.
+        assert_eq!(
+            [64, 128, 136, 192, 256].map(|tokens| qkv(28, 5120, tokens)),
+            [
+                Some("decode_qkv_128x64_rows"),
+                Some("decode_qkv_128x64_paired"),
+                Some("decode_qkv_128x96_paired"),
+                Some("decode_qkv_128x96_paired"),
+                Some("decode_qkv_128x128_rows"),
+            ]
         );
         // Gate and up of Qwen3's 1.7B and 8B, Llama's 1B and Qwen2.5's 7B.
         let gate_up = |rows, cols, tokens| picked(of_large, Kind::GateUp, [rows, cols, tokens]);
