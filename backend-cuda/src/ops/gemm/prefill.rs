@@ -6,7 +6,7 @@
 //!   middle   128      x 192            2 along the rows       the model's; of four slices, the first two's sums wait in memory
 //!   square   128      x 128            2 x 2                  the model's
 //!   wide     256      x 128            2 along the tokens     gate and up, where the whole sum is one slice; the head; split sums
-//!   tall     192, 224, 288 x 128       2 along the rows       gate and up, where the whole sum is one slice
+//!   tall     144, 192, 224, 288 x 128  2 along the rows       gate and up, where the whole sum is one slice
 //!            144, 192      x 192       2 along the rows       the same
 //!   joint    128      x 64, 128, 192   2 along the columns    split sums
 //! ```
@@ -127,10 +127,11 @@ impl Tile {
     /// Its sums leave no registers for those of another slice.
     const WIDE: Tile = Tile { blocks: [1, 2, 1], rows: 256, cost: 10, ..Tile::NARROW };
     /// Nor do those of these, whose rows are what makes one round of 132 blocks, or two, of a large model's gate and up.
-    const TALL: [Tile; 5] = [
+    const TALL: [Tile; 6] = [
         Tile { rows: 288, cost: 12, ..Tile::NARROW },
         Tile { rows: 224, cost: 9, ..Tile::NARROW },
         Tile { rows: 192, cost: 8, ..Tile::NARROW },
+        Tile { rows: 144, cost: 7, ..Tile::NARROW },
         Tile { rows: 144, cost: 9, ..Tile::MIDDLE },
         Tile { rows: 192, cost: 12, ..Tile::MIDDLE },
     ];
@@ -196,6 +197,7 @@ impl Tile {
             "prefill_gate_up_288x128",
             "prefill_gate_up_224x128",
             "prefill_gate_up_192x128",
+            "prefill_gate_up_144x128",
             "prefill_gate_up_144x192",
             "prefill_gate_up_192x192",
         ];
@@ -417,8 +419,12 @@ mod tests {
         assert_eq!(quickest(4096, 1024, 16_384, 2), is(Tile::MIDDLE));
         assert_eq!(quickest(7168, 5120, 256, 2), is(Tile::SQUARE));
         assert_eq!(quickest(34_816, 5120, 16_384, 1), is(Tile::WIDE));
-        // gate_up of Qwen3's 8B, Llama's 8B, and Qwen2.5's 7B.
-        let [large, medium, small, long, longer] = Tile::TALL;
+        // gate_up of Qwen3's 8B, Llama's 8B, and Qwen2.5's 7B; that of a rank of two of Qwen3-14B.
+        let [large, medium, small, least, long, longer] = Tile::TALL;
+        assert_eq!(
+            [64, 128, 136].map(|tokens| quickest(17_408, 5120, tokens, 1)),
+            [is(least), is(least), is(long)]
+        );
         assert_eq!(quickest(24_576, 4096, 128, 1), is(small));
         assert_eq!(quickest(28_672, 4096, 128, 1), is(medium));
         assert_eq!(quickest(37_888, 3584, 128, 1), is(large));
@@ -447,6 +453,7 @@ mod tests {
         assert_eq!(quickest(8064, 1600, 1000, 1), is(Tile::WIDE));
         assert_eq!([128, 192].map(|tokens| quickest(20_096, 640, tokens, 1)), [is(small), is(longer)]);
         assert_eq!(quickest(26_112, 512, 128, 1), is(medium));
+        assert_eq!(quickest(17_920, 704, 128, 1), is(least));
         assert_eq!([128, 192].map(|tokens| quickest(34_048, 384, tokens, 1)), [is(large), is(long)]);
     }
 }
