@@ -12,8 +12,8 @@ static std::mt19937 random_bits(1);
 static unsigned below(unsigned bound) { return random_bits() % bound; }
 
 // Is every pair multiplied with every row tile of its expert's, once, by the block whose number comes round?
-template <int PAIRS> static bool holds(const std::vector<unsigned> &counts, unsigned across, unsigned blocks) {
-    static ExpertPlan<PAIRS> plan;
+template <int PAIRS, int STEP> static bool holds(const std::vector<unsigned> &counts, unsigned across, unsigned blocks) {
+    static ExpertPlan<PAIRS, STEP> plan;
     plan.experts = counts.size(), plan.across = across;
     plan.begins[0] = plan.tiles[0] = 0;
     for (unsigned e = 0; e < counts.size(); e++) {
@@ -59,8 +59,8 @@ int main() {
         if (kind == 2)
             counts.back() = most; // all of the last one's
         const unsigned across = 1 + below(24), blocks = 1 + below(140);
-        if (!holds<32>(counts, across, blocks) || !holds<64>(counts, across, blocks) || !holds<192>(counts, across, blocks) ||
-            !holds<256>(counts, across, blocks)) {
+        if (!holds<32, 16>(counts, across, blocks) || !holds<64, 16>(counts, across, blocks) ||
+            !holds<192, 64>(counts, across, blocks) || !holds<256, 32>(counts, across, blocks)) {
             std::printf("round %u: kind %u, %zu experts\n", round, kind, counts.size());
             return 1;
         }

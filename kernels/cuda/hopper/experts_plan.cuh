@@ -14,10 +14,9 @@ struct Unit {
     unsigned expert, first, count, rows, tiles;
 };
 
-template <int PAIRS_> struct ExpertPlan {
-    static constexpr unsigned PAIRS = PAIRS_, EXPERTS_MAX = 256;
-    // Of what tiles are multiplied in: an expert's are about equal, for a small one costs more than its share.
-    static constexpr unsigned STEP = PAIRS > 64 ? 64 : 16;
+// STEP: by which tiles are multiplied. An expert's are about equal, for a small one costs more than its share.
+template <int PAIRS_, int STEP_> struct ExpertPlan {
+    static constexpr unsigned PAIRS = PAIRS_, STEP = STEP_, EXPERTS_MAX = 256;
     unsigned begins[EXPERTS_MAX + 1], tiles[EXPERTS_MAX + 1];
     unsigned experts, across;
 

@@ -9,7 +9,7 @@
 //   a unit     128 rows of one expert's w by a tile of its pairs, all columns
 //   few        tiles of up to 64 pairs, by wgmma of 16, 32 or 64: as many as there are; fp8: 32, and where there are more blocks than
 //              multiprocessors two on each. Else a block has one to itself: it asks for more than half of the shared memory
-//   many       tiles of up to 256 pairs, by 64 or a multiple; fp8: 192. Clusters of two have neighbouring rows, each fetches half the pairs
+//   many       tiles of up to 256 pairs, by 32 or a multiple; fp8: 192, by 64. Clusters of two have neighbouring rows, each fetches half the pairs
 //   moves      the w of experts that somebody chose, once from memory; for each tile after the first, from L2
 //
 //   few, a warp         w, w, w … ──────────────────────────────────── ring: w, x ──> full
@@ -50,7 +50,6 @@ template <class FORM, int PAIRS_, int BOX_, int SHARERS_, int STAGES_, int ROUND
     static constexpr unsigned ROWS = 128, X_AT = (FORM::W_BYTES + 1023) / 1024 * 1024, X_BYTES = PAIRS * 128;
     static constexpr unsigned STAGE_BYTES = X_AT + FORM::COLS / 64 * X_BYTES;
     static constexpr unsigned WARPS = 8, MULTIPLIERS = 256, TURNED_BYTES = ROUND * 128;
-    using Plan = ExpertPlan<PAIRS>;
     static constexpr bool BY_TOKEN = BOX == 1;
     static constexpr bool SORTS = SHARERS == 1; // lists the pairs of few tokens by itself
     static constexpr bool DEALT = SHARERS > 1;  // units as clusters become free; else block b takes units b, b + blocks, …
@@ -60,13 +59,10 @@ template <class FORM, int PAIRS_, int BOX_, int SHARERS_, int STAGES_, int ROUND
     // warp that multiplies says that wgmma is to see them.
     static constexpr unsigned HANDED_OVER = FORM::READ_BY_LANES ? 2 : 0;
     static_assert(HANDED_OVER < STAGES, "else who fills the ring waits for room in a stage that it has not handed over");
-
-    // Pairs that a tile is multiplied with.
-    __device__ __forceinline__ static unsigned width(unsigned count) {
-        if (SHARERS == 1)
-            return count <= 16 ? 16 : count <= 32 ? 32 : 64;
-        return (count + 63) / 64 * 64;
-    }
+    // Pairs that a tile is multiplied with: the least number, and the one behind each.
+    static constexpr int LEAST = SHARERS == 1 ? 16 : FORM::READ_BY_LANES ? 64 : 32;
+    __device__ __forceinline__ static constexpr int behind(int width) { return SHARERS == 1 ? 2 * width : width + LEAST; }
+    using Plan = ExpertPlan<PAIRS, LEAST>;
 };
 
 // Which pair has a place: as this block has listed them (experts_sort.cuh), or as they lie in memory.
@@ -321,7 +317,8 @@ template <class T, class Do> __device__ __forceinline__ void for_units(const typ
 
 // Pairs that are fetched in boxes.
 template <class T> __device__ __forceinline__ unsigned fetched(const Unit &unit) {
-    return T::SHARERS == 1 ? (unit.count + T::BOX - 1) / T::BOX * T::BOX : T::width(unit.count);
+    constexpr unsigned AT_ONCE = T::BOX * T::SHARERS;
+    return (unit.count + AT_ONCE - 1) / AT_ONCE * AT_ONCE;
 }
 
 // Block `block` of a unit's w to a stage, by one lane; what comes of x in boxes is expected with it.
@@ -503,12 +500,13 @@ __device__ __forceinline__ void finish(const Shared<T> &shared, const Routing &r
     for (int round = 0; round < N; round += ROUND) {
         if (round >= unit.count)
             break;
+        const int end = round + ROUND < N ? round + ROUND : N;
 #pragma unroll
-        for (int first = round; first < round + ROUND; first += 32)
+        for (int first = round; first < end; first += 32)
             product.template turn<N / 2, (ROUND < 32 ? ROUND : 32)>(sum, first, shared.known, shared.turned - round * 128);
         sync();
 #pragma unroll
-        for (unsigned p = thread / Product::CHUNKS; p < ROUND; p += AT_ONCE) {
+        for (unsigned p = thread / Product::CHUNKS; p < end - round; p += AT_ONCE) {
             const unsigned n = round + p;
             if (n >= unit.count)
                 break;
@@ -537,33 +535,14 @@ __device__ __forceinline__ void work(const Shared<T> &shared, Place<T::STAGES> &
     finish<T, N>(shared, routing, product, unit, sum, known);
 }
 
-// A unit, by two warpgroups.
-template <class T, class Product>
+// A unit, by two warpgroups, multiplied with N pairs or more.
+template <class T, int N, class Product>
 __device__ __forceinline__ void take_unit(const Shared<T> &shared, Place<T::STAGES> &place, const Routing &routing,
                                           const PairOf &pair_of, const Product &product, const Unit &unit, unsigned blocks) {
-    const unsigned width = T::width(unit.count);
-    if constexpr (T::SHARERS == 1) {
-        if (width == 16)
-            work<T, 16>(shared, place, routing, pair_of, product, unit, blocks);
-        else if (width == 32)
-            work<T, 32>(shared, place, routing, pair_of, product, unit, blocks);
-    }
-    if constexpr (T::PAIRS > 32) {
-        if (width == 64)
-            work<T, 64>(shared, place, routing, pair_of, product, unit, blocks);
-    }
-    if constexpr (T::SHARERS > 1) {
-        if (width == 128)
-            work<T, 128>(shared, place, routing, pair_of, product, unit, blocks);
-    }
-    if constexpr (T::PAIRS > 128) {
-        if (width == 192)
-            work<T, 192>(shared, place, routing, pair_of, product, unit, blocks);
-    }
-    if constexpr (T::PAIRS > 192) {
-        if (width == 256)
-            work<T, 256>(shared, place, routing, pair_of, product, unit, blocks);
-    }
+    if (N >= T::PAIRS || unit.count <= N)
+        work<T, N>(shared, place, routing, pair_of, product, unit, blocks);
+    else if constexpr (N < T::PAIRS)
+        take_unit<T, T::behind(N)>(shared, place, routing, pair_of, product, unit, blocks);
 }
 
 // Two warpgroups' work.
@@ -579,10 +558,10 @@ __device__ __forceinline__ void consume(const Shared<T> &shared, const typename 
             const unsigned number = dealer.noted(place.at);
             if (number == Dealer<T>::NONE)
                 return;
-            take_unit<T>(shared, place, routing, pair_of, product, plan.unit(number), blocks);
+            take_unit<T, T::LEAST>(shared, place, routing, pair_of, product, plan.unit(number), blocks);
         }
     } else {
-        for_units<T>(plan, [&](const Unit &unit) { take_unit<T>(shared, place, routing, pair_of, product, unit, blocks); });
+        for_units<T>(plan, [&](const Unit &unit) { take_unit<T, T::LEAST>(shared, place, routing, pair_of, product, unit, blocks); });
     }
 }
 
