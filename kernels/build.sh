@@ -27,17 +27,20 @@ fi
 ptxas=$(echo "$venv"/lib/python3*/site-packages/nvidia/cuda_nvcc/bin/ptxas)
 temporary=$(mktemp -d)
 trap 'rm -rf "$temporary"' EXIT
-log=$temporary/ptxas.log
+mkdir "$temporary/log"
 
-# What the assembler says of kernels goes to the log; of a file that it refuses, to the user.
-assemble() {
-    local said
-    said=$("$ptxas" --verbose "$@" 2>&1) || {
-        echo "$said" >&2
-        return 1
-    }
-    echo "$said" >>"$log"
+# compile FOLDER SET SOURCE: the PTX of a source file for a set of kernels, and the machine code of Hopper's. What the assembler says of
+# kernels goes to a log; of a file that it refuses, to the user.
+compile() {
+    local to=$1 set=$2 source=$3 name ptx log arch=compute_80 gpu=sm_80 cubin=/dev/null
+    name=$(basename "$source" .cu)
+    ptx=$to/ptx/$set/$name.ptx log=$temporary/log/$set.$name
+    [ "$set" = portable ] || arch=compute_90a gpu=sm_90a cubin=$to/cubin/$name.cubin
+    "$venv/bin/python" "$kernels/nvrtc.py" $arch "$to/ptx/$set" "$source" &&
+        { "$ptxas" --verbose --gpu-name $gpu --output-file "$cubin" "$ptx" >"$log" 2>&1 || { cat "$log" >&2; false; }; }
 }
+export -f compile
+export kernels venv ptxas temporary
 
 # build FOLDER NAME...: what these source files compile to; '*' is all.
 build() {
@@ -54,16 +57,12 @@ build() {
         hopper+=("$kernels"/cuda/{,hopper/}$name[.]cu)
     done
     mkdir -p "$to/ptx/portable" "$to/ptx/hopper" "$to/cubin"
-    "$venv/bin/python" "$kernels/nvrtc.py" compute_80 "$to/ptx/portable" "${portable[@]}"
-    "$venv/bin/python" "$kernels/nvrtc.py" compute_90a "$to/ptx/hopper" "${hopper[@]}"
-    for source in "${hopper[@]}"; do
-        name=$(basename "$source" .cu)
-        assemble --gpu-name sm_90a --output-file "$to/cubin/$name.cubin" "$to/ptx/hopper/$name.ptx"
-    done
-    for source in "${portable[@]}"; do
-        assemble --gpu-name sm_80 --output-file /dev/null "$to/ptx/portable/$(basename "$source" .cu).ptx"
-    done
-    "$venv/bin/python" "$kernels/registers.py" "$log" "$to" >"$temporary/registers.txt"
+    # As many at once as there are processors.
+    for source in "${hopper[@]}"; do printf '%s\0' "$to" hopper "$source"; done >"$temporary/sources"
+    for source in "${portable[@]}"; do printf '%s\0' "$to" portable "$source"; done >>"$temporary/sources"
+    xargs -0 -n 3 -P "$(nproc)" bash -c 'compile "$@"' compile <"$temporary/sources"
+    cat "$temporary"/log/* >"$temporary/ptxas.log"
+    "$venv/bin/python" "$kernels/registers.py" "$temporary/ptxas.log" "$to" >"$temporary/registers.txt"
     cp "$temporary/registers.txt" "$to/registers.txt"
 }
 
