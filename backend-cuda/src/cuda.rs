@@ -291,8 +291,14 @@ impl Ops for Cuda {
         kv: &[KvLayer<Buffer>],
     ) -> Result<(), CudaError> {
         let all = weights.iter().zip(ropes).zip(kv).enumerate();
-        let layers =
-            all.map(|(index, ((weights, rope), kv))| Layer { index, step, weights, rope: *rope, kv: *kv });
+        let layers = all.map(|(index, ((own, rope), kv))| Layer {
+            index,
+            step,
+            weights: own,
+            next: weights.get(index + 1),
+            rope: *rope,
+            kv: *kv,
+        });
         self.operations()?.layers(&self.gpu.launcher, step, layers)
     }
 

@@ -15,8 +15,8 @@ use minisgl_core::fp8;
 use minisgl_core::spec::{
     Activation, DecoderSpec, Dims, Experts as Spec, Fp8, Inputs, LayerSpec, Mlp, ScaleBlock, WeightFormat,
 };
-use minisgl_core::tensor::{HostTensor, Scales, TensorData, splitmix64, uniform_element};
-use minisgl_cuda::ops::experts::{ExpertLayer, Experts};
+use minisgl_core::tensor::{Dtype, HostTensor, Scales, TensorData, splitmix64, uniform_element};
+use minisgl_cuda::ops::experts::{Ahead, ExpertLayer, Experts};
 use minisgl_cuda::ops::gemm::RowNorm;
 use minisgl_cuda::{Buffer, Cuda, KernelSet, Options, Weight};
 use support::taken;
@@ -194,6 +194,16 @@ impl Layer {
         Layer { cuda, experts, case, weights, norm, layout, router, gate_up, down, columns, x, label }
     }
 
+    /// A matrix whose rows have one value each, as wide as the residual stream.
+    fn load_rows(&mut self, rows: &[bf16]) -> Weight {
+        let cols = self.case.hidden as usize;
+        let bytes: Vec<u8> = rows.iter().flat_map(|row| row.to_le_bytes().repeat(cols)).collect();
+        let range = 0..bytes.len();
+        let data = TensorData::Bytes { owner: Arc::new(bytes), range, dtype: Dtype::Bf16 };
+        let tensor = HostTensor { name: "rows".into(), rows: rows.len(), cols, data };
+        self.cuda.load(WeightRole::Linear, &[tensor]).unwrap()
+    }
+
     fn upload<T: Pod>(&mut self, element: Element, values: &[T]) -> Buffer {
         let bytes: &[u8] = cast_slice(values);
         let words = bytes.len().div_ceil(4);
@@ -245,6 +255,7 @@ impl Layer {
             residual: residual.address(),
             x: if self.is_fp8() { scaled.address() } else { residual.address() },
             sumsq: sumsq.address(),
+            ahead: Ahead::NOTHING,
             exchange: None,
         };
         self.experts.launch(self.cuda.launcher(), &step, &layer).unwrap();
@@ -400,4 +411,23 @@ fn experts_are_as_defined_with_the_portable_kernels() {
 #[ignore = "needs a GPU"]
 fn experts_in_fp8_are_as_defined() {
     taken(cases_in_fp8()).for_each(|(case, block)| Layer::new(KernelSet::Auto, case, Some(block)).check());
+}
+
+/// Products that vanish leave a sign: logits of -0 and 0 are equals, as in the definition.
+#[test]
+#[ignore = "needs a GPU"]
+fn of_logits_that_are_minus_zero_and_zero_the_lower_experts_are_chosen() {
+    for set in [KernelSet::Auto, KernelSet::Portable] {
+        let mut layer = Layer::new(set, case(64, 8, 1, 24, true), None);
+        // A logit is 64 times 2^14 * 2^-24 * 2^-133, times the norm's 2^-14: less than any number.
+        let x = [bf16::from_f32(2f32.powi(14)); 3 * 64];
+        layer.norm = layer.load_rows(&[bf16::from_f32(2f32.powi(-24))]);
+        let least = bf16::from_bits(1);
+        let mut with = |rows: [bf16; 8]| {
+            layer.weights.router = layer.load_rows(&rows);
+            layer.run(&x, StepShape::decode, |_| 0)
+        };
+        let signed = with(std::array::from_fn(|row| if row % 2 == 0 { -least } else { least }));
+        assert_eq!(signed, with([bf16::ZERO; 8]), "{set:?}");
+    }
 }

@@ -168,7 +168,14 @@ impl World {
     /// Each of the layers, over a step.
     fn layers<'a>(&'a self, step: &'a Step<Buffer>) -> impl Iterator<Item = Layer<'a>> + Clone {
         let all = self.layers.iter().zip(&self.kv).enumerate();
-        all.map(|(index, (weights, kv))| Layer { index, step, weights, rope: Some(self.rope), kv: *kv })
+        all.map(|(index, (weights, kv))| Layer {
+            index,
+            step,
+            weights,
+            next: None,
+            rope: Some(self.rope),
+            kv: *kv,
+        })
     }
 
     fn embed(&self, step: &Step<Buffer>) {

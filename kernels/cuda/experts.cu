@@ -3,10 +3,11 @@
 //
 //   router     each token's experts and their shares        hopper/experts_router.cu, portable/experts_router.cu
 //   dispatch   which pairs are each expert's                grid E                       block 256
-//              not of few tokens on Hopper, where each block of a product lists that by itself (hopper/experts_sort.cuh)
+//              not of few tokens on Hopper, where each block of a product lists that by itself, of bits (hopper/experts_sort.cuh)
 //   gate_up    activated[place] = silu(gate) * up           hopper/experts_products.cuh, portable/experts_products.cu
 //   down       given[pair] = w x                            likewise
 //   combine    residual[t] += sum of share * given          grid (T, hidden / 2048)      block 256
+//              and where the next layer's first product is of fp8 that times its norm's scale by column, in `scaled`
 //
 // Of several ranks each has a share of the inner width of gate and up, and of the rows of down: between the two exchange.cu's
 // gather_columns brings `activated` together, and combine the residual stream.
@@ -103,25 +104,47 @@ __device__ __forceinline__ float squares_of(const uint4 &chunk) {
     return squares;
 }
 
+// What the products have read is 0 again for the next layer's router.
+__device__ __forceinline__ void clear_bits(const Routing &routing, unsigned thread, unsigned threads) {
+    const unsigned words = routing.bits != nullptr ? routing.experts * ((routing.tokens + 31) / 32) : 0;
+    for (unsigned i = thread; i < words; i += threads)
+        routing.bits[i] = 0;
+}
+
+// Eight columns of the residual stream times the scales of the next layer's norm (fp8_weights.cu does so where no experts come before).
+__device__ __forceinline__ uint4 times(uint4 x, const uint4 &scales) {
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const float2 a = Given::pair_of(x, i), b = Given::pair_of(scales, i);
+        reinterpret_cast<__nv_bfloat162 *>(&x)[i] = __floats2bfloat162_rn(__fmul_rn(a.x, b.x), __fmul_rn(a.y, b.y));
+    }
+    return x;
+}
+
 // A warp takes 256 columns of a token, a lane 8. Products let their successors start behind their own wait, so all but `given` is there when
 // this starts.
 extern "C" __global__ void __launch_bounds__(THREADS)
-experts_combine(Routing routing, const __nv_bfloat16 *given, __nv_bfloat16 *residual, float *sumsq) {
+experts_combine(Routing routing, const __nv_bfloat16 *given, __nv_bfloat16 *residual, float *sumsq, Ahead ahead) {
     dependent_launch();
     const unsigned t = blockIdx.x, lane = threadIdx.x % 32, hidden = routing.hidden;
     const unsigned m = 256 * (blockIdx.y * WARPS + threadIdx.x / 32) + 8 * lane;
     const bool is_there = m < hidden;
     uint4 *at = reinterpret_cast<uint4 *>(residual + (size_t)t * hidden + m);
     uint4 old = is_there ? *at : make_uint4(0, 0, 0, 0);
+    const bool scales = is_there && ahead.norm != nullptr;
+    const uint4 norm = scales ? *reinterpret_cast<const uint4 *>(ahead.norm + m) : make_uint4(0, 0, 0, 0);
     const bool chose = is_there && routing.chosen[(size_t)t * routing.per_token] != NOBODY;
     Given of_token(routing, t, m);
     dependent_wait();
+    clear_bits(routing, (blockIdx.y * gridDim.x + t) * THREADS + threadIdx.x, gridDim.y * gridDim.x * THREADS);
     float2 sum[4] = {};
     of_token.add_to(sum, given, chose);
     const uint4 now = added(old, sum);
     const float squares = squares_of(now);
     if (is_there)
         *at = now;
+    if (scales)
+        *reinterpret_cast<uint4 *>(ahead.scaled + (size_t)t * hidden + m) = times(now, norm);
     if (is_there && lane % 8 == 0)
         sumsq[(size_t)t * segments_of(hidden) + m / SEGMENT] = squares;
 }
@@ -130,8 +153,8 @@ experts_combine(Routing routing, const __nv_bfloat16 *given, __nv_bfloat16 *resi
 // residual stream become, and takes theirs. Each element is added up and rounded by one rank, as where there is none beside it.
 // A launch `sends`, or `takes`, or both; where words are carried it leaves in `sent`, [tokens, columns of the rank], what is to be.
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_AN_SM)
-experts_combine_ranks(Routing routing, const __nv_bfloat16 *given, __nv_bfloat16 *residual, float *sumsq, uint4 *sent, unsigned sends,
-                      unsigned takes, const __grid_constant__ Ranks ranks) {
+experts_combine_ranks(Routing routing, const __nv_bfloat16 *given, __nv_bfloat16 *residual, float *sumsq, Ahead ahead, uint4 *sent,
+                      unsigned sends, unsigned takes, const __grid_constant__ Ranks ranks) {
     const unsigned a_row = routing.hidden / 8, chunks = routing.tokens * a_row, step = gridDim.x * THREADS;
     const unsigned begin = blockIdx.x * THREADS + threadIdx.x;
     uint4 *rows = reinterpret_cast<uint4 *>(residual);
@@ -140,6 +163,8 @@ experts_combine_ranks(Routing routing, const __nv_bfloat16 *given, __nv_bfloat16
     };
     const auto keep = [&](size_t at, const uint4 &now) {
         rows[at] = now;
+        if (ahead.norm != nullptr)
+            reinterpret_cast<uint4 *>(ahead.scaled)[at] = times(now, reinterpret_cast<const uint4 *>(ahead.norm)[at % (a_row * ranks.count)]);
         const float squares = squares_of(now);
         if (threadIdx.x % 8 == 0)
             sumsq[at / 8] = squares;
@@ -147,6 +172,7 @@ experts_combine_ranks(Routing routing, const __nv_bfloat16 *given, __nv_bfloat16
     begin_waiting(ranks);
     dependent_launch();
     dependent_wait();
+    clear_bits(routing, begin, step);
     for (unsigned chunk = begin; sends && chunk < chunks; chunk += step) {
         const unsigned t = chunk / a_row;
         float2 sum[4] = {};

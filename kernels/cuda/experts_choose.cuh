@@ -82,6 +82,8 @@ __device__ __forceinline__ void choose(const Routing &routing, unsigned t, unsig
     for (int i = 0; i < EXPERTS_A_LANE; i++)
         if (taken >> i & 1) {
             chosen[place] = EXPERTS_A_LANE * lane + i;
+            if (routing.bits != nullptr)
+                atomicOr(routing.bits + (EXPERTS_A_LANE * lane + i) * ((routing.tokens + 31) / 32) + t / 32, 1u << t % 32);
             shares[place] = weight[i] / sum[0];
             place++;
         }

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   residual ── router ──> dispatch ──> gate_up ──> down ──> combine ── residual +=, sums of squares
-//!                   └── of up to 16 tokens, on Hopper ──^
+//!                   └── of few tokens, on Hopper ──^
 //! ```
 //!
 //! Of several ranks each has a share of the inner width of gate and up, and of the rows of down, whose sums are whole: the exchange
@@ -33,7 +33,7 @@ use router::Router;
 use routing::THREADS;
 
 pub use layer::ExpertLayer;
-pub use routing::{COUNT_MAX, PER_TOKEN_MAX, Routing};
+pub use routing::{Ahead, COUNT_MAX, PER_TOKEN_MAX, Routing};
 
 use super::exchange::Joining;
 use crate::error::CudaError;
@@ -92,6 +92,7 @@ impl Experts {
             shares: words(pairs)?,
             begins: words(count as usize + 1)?,
             pairs: words(pairs)?,
+            bits: words(hopper::SORTED_WORDS as usize)?,
             read: Address::NULL,
             tokens: 0,
             experts: 0,
@@ -103,6 +104,7 @@ impl Experts {
             nobody: limits.running,
             scaled: Address::NULL,
         };
+        gpu.zero(routing.bits, hopper::SORTED_WORDS as usize * 4)?;
         let read = gpu.alloc(Purpose::Scratch, Element::Word, 4)?;
         gpu.zero(read.address(), read.bytes())?;
         let activated = gpu.alloc(Purpose::Scratch, Element::Activation, tokens * pair_width)?;
@@ -156,7 +158,7 @@ impl Experts {
     /// A layer's, for so many tokens.
     pub fn routing(&self, tokens: u32, layer: &ExpertLayer<'_>) -> Routing {
         let ExpertLayer { spec, weights, .. } = *layer;
-        Routing {
+        let routing = Routing {
             tokens,
             experts: spec.count,
             per_token: spec.per_token,
@@ -165,6 +167,10 @@ impl Experts {
             normalized: u32::from(spec.normalized),
             scaled: if weights.gate_up.is_fp8() { layer.x } else { Address::NULL },
             ..self.routing
+        };
+        match &self.products {
+            Kernels::Hopper(_) if Hopper::sorts(&routing) => routing,
+            _ => Routing { bits: Address::NULL, ..routing },
         }
     }
 
@@ -206,19 +212,19 @@ impl Experts {
         layer: &ExpertLayer<'_>,
         routing: &Routing,
     ) -> Result<(), CudaError> {
-        let ExpertLayer { residual, sumsq, .. } = *layer;
+        let ExpertLayer { residual, sumsq, ahead, .. } = *layer;
         if let Some(exchange) = layer.exchange {
             let (kernel, given) = (&self.combine_ranks, self.given.address());
             let routing = &routing.of_down(self.rank);
             return exchange.join(
                 launcher,
                 routing.tokens,
-                &Joining { kernel, routing, given, residual, sumsq },
+                &Joining { kernel, routing, given, residual, sumsq, ahead },
             );
         }
         let grid =
             Grid::new(routing.tokens, THREADS).rows(routing.hidden.div_ceil(COMBINED * WARPS)).dependent();
-        launcher.launch(&self.combine, grid, [routing as &dyn Param, &self.given, &residual, &sumsq])
+        launcher.launch(&self.combine, grid, [routing as &dyn Param, &self.given, &residual, &sumsq, &ahead])
     }
 
     /// `[tokens * per_token, hidden]` bf16: what [`Experts::products`] leave, a row for each pair of a token and one of its experts.
@@ -250,10 +256,7 @@ impl Experts {
         routing: &Routing,
     ) -> Result<(), CudaError> {
         self.router.launch(launcher, step, layer, routing)?;
-        match &self.products {
-            Kernels::Hopper(_) if Hopper::sorts(routing) => Ok(()),
-            _ => self.dispatch(launcher, routing),
-        }
+        if routing.bits == Address::NULL { self.dispatch(launcher, routing) } else { Ok(()) }
     }
 
     /// Which of the chosen are each expert's.

@@ -47,7 +47,7 @@ use minisgl_core::spec::{DecoderSpec, Dims, Fp8, Inputs, LayerSpec, Mlp, WeightF
 use self::attention::Attention;
 use self::embed::Ends;
 use self::exchange::{Exchange, Stream};
-use self::experts::{ExpertLayer, Experts};
+use self::experts::{Ahead, ExpertLayer, Experts};
 use self::fp8_pages::Fp8Pages;
 use self::gemm::{GateUp, Gemm, Head, Norm, Qkv, Residual, RowNorm, Rows, SmShare};
 use self::halves::{Division, Halves, Part};
@@ -305,12 +305,23 @@ impl Operations {
         let (count, share) = (tokens.len() as u32, self.sm_share(layer.step.shape, part));
         let LayerWeights { qkv, attention_norm, .. } = layer.weights;
         let norm = Norm { weight: *attention_norm, rows: self.norm(tokens.start) };
-        let x = self.gemm.inputs(launcher, *qkv, Some(norm), residual, count, self.scaled(tokens.start))?;
+        let scaled = self.scaled(tokens.start);
+        let x = match self.norm_ahead(layer.index.wrapping_sub(1), layer.weights).is_some() {
+            true => scaled,
+            false => self.gemm.inputs(launcher, *qkv, Some(norm), residual, count, scaled)?,
+        };
         self.gemm.launch(launcher, *qkv, x, count, share, &epilogue)?;
         match &self.fp8_pages {
             Some(pages) if !in_fp8 => pages.encode(launcher, layer.step, tokens, layer.kv),
             _ => Ok(()),
         }
+    }
+
+    /// By whose scale the experts of layer `index` multiply what the next layer takes first, where they do.
+    fn norm_ahead(&self, index: usize, next: &LayerWeights<Weight>) -> Option<Weight> {
+        let experts = self.layers.get(index).and_then(LayerSpec::experts);
+        let is_scaled = next.qkv.is_fp8() && next.qkv.codes().is_none() && self.buffers.scaled.elements() > 0;
+        next.attention_norm.filter(|_| experts.is_some() && is_scaled)
     }
 
     /// Where rows of the residual stream are left times a norm's scale.
@@ -384,7 +395,11 @@ impl Operations {
         let (norm, row_norm) = (norm.address(), self.norm(0));
         let x = if weights.gate_up.is_fp8() { self.buffers.scaled.address() } else { residual };
         let exchange = self.exchange.as_ref();
-        let layer_of_experts = ExpertLayer { spec, weights, norm, row_norm, residual, x, sumsq, exchange };
+        let norm_ahead = layer.next.and_then(|next| self.norm_ahead(layer.index, next));
+        let scaled = self.buffers.scaled.address();
+        let ahead = norm_ahead.map_or(Ahead::NOTHING, |norm| Ahead { norm: norm.address(), scaled });
+        let layer_of_experts =
+            ExpertLayer { spec, weights, norm, row_norm, residual, x, sumsq, ahead, exchange };
         self.shared_rows.iter().for_each(SharedRows::forget);
         experts.launch(launcher, layer.step, &layer_of_experts)
     }

@@ -59,6 +59,8 @@ pub struct Layer<'a> {
     pub step: &'a Step<Buffer>,
     /// Its own.
     pub weights: &'a LayerWeights<Weight>,
+    /// The next layer's, where there is one.
+    pub next: Option<&'a LayerWeights<Weight>>,
     /// `[positions, head_dim / 2]` (cos, sin) f32; `None` where the layer rotates nothing.
     pub rope: Option<Buffer>,
     /// Its keys' and values' pages.

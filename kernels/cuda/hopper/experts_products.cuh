@@ -21,7 +21,7 @@
 //
 // 1. Rows of w are wgmma's M and pairs its N in both: a sum has the same order whatever the tile, and all columns are one slice.
 //    So a token's bits depend neither on its place nor on the pairs beside it.
-// 2. Counts are found as the kernel runs (experts_plan.cuh), of what tokens chose (experts_sort.cuh) or of lists in memory: the grid is the
+// 2. Counts are found as the kernel runs (experts_plan.cuh), of bits (experts_sort.cuh) or of lists in memory: the grid is the
 //    same whatever that is.
 // 3. `gather` and both products let the next kernel start behind their own wait. So what lies before the kernel in front is
 //    done when a product behind one of them starts: it makes its plan and fetches w before its wait, and down's w comes while
@@ -53,8 +53,8 @@ template <class FORM, int PAIRS_, int BOX_, int SHARERS_, int STAGES_, int ROUND
     static constexpr bool BY_TOKEN = BOX == 1;
     static constexpr bool SORTS = SHARERS == 1; // lists the pairs of few tokens by itself
     static constexpr bool DEALT = SHARERS > 1;  // units as clusters become free; else block b takes units b, b + blocks, …
-    // Lanes of a warp that read of a stage by themselves, its w or its unit's number, beside what wgmma reads: all of them release it.
-    static constexpr unsigned READERS = FORM::READ_BY_LANES || DEALT ? 32 : 1;
+    // Do lanes of a warp read of a stage by themselves, its w or its unit's number, beside what wgmma reads?
+    static constexpr bool READ_BY_LANES = FORM::READ_BY_LANES || DEALT;
     // Of BY_TOKEN: stages by which rows of x that lanes have copied are handed over later than they were asked for. 0: as they come, and each
     // warp that multiplies says that wgmma is to see them.
     static constexpr unsigned HANDED_OVER = FORM::READ_BY_LANES ? 2 : 0;
@@ -193,7 +193,9 @@ template <class T> struct Shared {
     // A warp and its wgmma have read a stage. Other blocks write x alone there.
     __device__ __forceinline__ void release(unsigned at) const {
         const unsigned lane = threadIdx.x % 32;
-        if (lane < T::READERS)
+        if (T::READ_BY_LANES)
+            __syncwarp();
+        if (lane == 0)
             barrier_arrive(empty + 8 * at);
         if (T::SHARERS > 1 && lane < T::SHARERS && lane != cluster_rank())
             barrier_arrive_at(empty + 8 * at, lane);
@@ -202,7 +204,7 @@ template <class T> struct Shared {
     __device__ __forceinline__ void init_barriers() const {
         for (unsigned i = 0; i < T::STAGES; i++) {
             barrier_init(full + 8 * i, T::BY_TOKEN ? 33 : 1);
-            barrier_init(empty + 8 * i, (T::READERS + T::SHARERS - 1) * T::WARPS);
+            barrier_init(empty + 8 * i, T::SHARERS * T::WARPS);
         }
         barrier_init_fence();
     }
@@ -552,16 +554,23 @@ __device__ __forceinline__ void consume(const Shared<T> &shared, const typename 
     dependent_wait();
     dependent_launch(); // behind the wait: see 3
     Place<T::STAGES> place;
+    const auto take = [&](unsigned number) {
+        Unit unit = plan.unit(number);
+        unit.count = uniform(unit.count);
+        take_unit<T, T::LEAST>(shared, place, routing, pair_of, product, unit, blocks);
+    };
     if constexpr (T::DEALT) {
         while (true) {
             barrier_wait(shared.full + 8 * place.at, place.parity);
-            const unsigned number = dealer.noted(place.at);
+            const unsigned number = uniform(dealer.noted(place.at));
             if (number == Dealer<T>::NONE)
                 return;
-            take_unit<T, T::LEAST>(shared, place, routing, pair_of, product, plan.unit(number), blocks);
+            take(number);
         }
     } else {
-        for_units<T>(plan, [&](const Unit &unit) { take_unit<T, T::LEAST>(shared, place, routing, pair_of, product, unit, blocks); });
+        const unsigned units = uniform(plan.units());
+        for (unsigned number = blockIdx.x; number < units; number += gridDim.x)
+            take(number);
     }
 }
 
@@ -585,14 +594,12 @@ __device__ __forceinline__ void products(const typename T::Form &w, const X &x, 
     const unsigned across = (rows + T::ROWS * T::SHARERS - 1) / (T::ROWS * T::SHARERS);
     PairOf pair_of = {nullptr, routing.pairs};
     if constexpr (T::SORTS) {
-        __shared__ unsigned chose[Sort::THREADS];
-        __shared__ unsigned short listed[Sort::THREADS];
-        Sort sort(chose, listed);
+        __shared__ unsigned bits[Sort::WORDS];
+        __shared__ unsigned short listed[Sort::PAIRS];
+        Sort sort(bits, listed);
         const bool plans = threadIdx.x < T::MULTIPLIERS, sorts = Sort::takes(routing);
         if (sorts)
             pair_of.listed = listed;
-        if (plans && sorts)
-            sort.clear();
         if (T::BY_TOKEN)
             dependent_wait(); // the kernel in front makes what is planned by
         if (plans) {
@@ -600,25 +607,23 @@ __device__ __forceinline__ void products(const typename T::Form &w, const X &x, 
             if (T::BY_TOKEN && sorts)
                 count_read(routing, pairs);
             make_plan<T>(plan, pairs, routing.experts, across);
-            if (sorts) {
-                sync_threads(1, T::MULTIPLIERS);
-                sort.list(plan.begins);
-            }
         }
-    } else if (threadIdx.x < T::MULTIPLIERS) {
-        make_plan<T>(plan, pairs_in_memory(routing), routing.experts, across);
-    }
-    if (T::SHARERS > 1)
-        cluster_sync();
-    else
         __syncthreads();
-    const unsigned fetcher = threadIdx.x < T::MULTIPLIERS ? 0 : threadIdx.x - T::MULTIPLIERS + 1;
-    if (fetcher == 0)
+        if (sorts && plans)
+            sort.list(routing, plan.begins);
+        if (sorts && threadIdx.x / 32 != T::WARPS) // who fetches w needs no list
+            sync_threads(4, T::MULTIPLIERS + 32);
+    } else {
+        if (threadIdx.x < T::MULTIPLIERS)
+            make_plan<T>(plan, pairs_in_memory(routing), routing.experts, across);
+        cluster_sync();
+    }
+    if (uniform(threadIdx.x / 32) < T::WARPS)
         consume<T>(shared, plan, dealer, routing, pair_of, product, blocks);
     else if constexpr (T::DEALT) {
-        if (fetcher == 1)
+        if (threadIdx.x == T::MULTIPLIERS)
             fetch_dealt<T>(shared, plan, dealer, w, x.map, rows, blocks);
-    } else if (fetcher <= 32)
+    } else if (threadIdx.x < T::MULTIPLIERS + 32)
         fetch<T>(shared, plan, w, rows, blocks);
     else
         fetch<T>(shared, plan, x, routing, pair_of, blocks);

@@ -34,12 +34,11 @@ struct TilesOfFp8 {
         for (int i = 0; i < N / 2; i++)
             sum[i] = 0.0f;
         hold(sum);
-        // Onto zeros at first; b as tile_descriptor_at has it.
-        const auto start = [&](const unsigned(&a)[2][4], unsigned b) {
-            constexpr unsigned long long HIGH = (unsigned long long)(64u | 1u << 30) << 32;
+        // Onto zeros at first.
+        const auto start = [&](const unsigned(&a)[2][4], unsigned x, unsigned columns) {
             wgmma_fence();
-            wgmma(sum, a[0], HIGH | b, true);
-            wgmma(sum, a[1], HIGH | (b + 2), true);
+            wgmma(sum, a[0], tile_descriptor_at(x, columns), true);
+            wgmma(sum, a[1], tile_descriptor_at(x, columns + 16), true);
             wgmma_commit();
         };
         const auto load = [&] {
@@ -50,15 +49,15 @@ struct TilesOfFp8 {
 #pragma unroll 1
         for (unsigned i = 0; i < blocks; i++) {
             const unsigned at = place.at;
-            const unsigned b = (unsigned)tile_descriptor_at(shared.stage(at) + T::X_AT);
+            const unsigned x = shared.stage(at) + T::X_AT;
             part.widen<0>(first);
-            start(first, b);
+            start(first, x, 0);
             if (i > 0) {
                 wgmma_wait<1>(); // the block before is multiplied
                 shared.release(before);
             }
             part.widen<1>(second);
-            start(second, b + 4);
+            start(second, x, 32);
             place.advance();
             if (i + 1 < blocks)
                 load();

@@ -1,46 +1,69 @@
-// A block's own list of which pairs are each expert's, where tokens are few: all that a product waits for is what they chose.
+// A block's own list of which pairs are each expert's, where tokens are few: it needs no kernel between the router and the products.
 //
-//   chosen ── a bit for each token, under its expert ── counted ── the plan ── a pair's place: where its expert's begin, and how many
-//                                                                              of that expert's tokens come before its own
+//   router   a bit for each token, in the words of each expert that it chose                  bits [E, ceil(T / 32)], 0 between layers
+//   block    an expert's bits are counted by a thread ── the plan ── a pair's place, by a thread too: where its expert's begin, and how
+//            many of the tokens before its own chose that expert
 //
 // 1. All blocks of both products get the same list, an expert's pairs in ascending order as experts_lists.cuh has them in memory: what gate_up
 //    leaves at a place, down finds there.
-// 2. A thread has a pair, and an expert. For more pairs than threads the lists in memory are quicker, a kernel more included.
+// 2. experts_combine, which nobody behind it needs the bits for, clears them.
 #pragma once
 
 #include "experts_lists.cuh"
 #include "hopper.cuh"
 
 struct Sort {
-    static constexpr unsigned THREADS = 256, TOKENS = 16; // of 16 experts at most
-    unsigned *chose;        // [E]: bits of the tokens that did
+    static constexpr unsigned THREADS = 256, AT_ONCE = 8; // words that are on their way together
+    static constexpr unsigned PAIRS = 2048, WORDS = 1024; // at most; backend-cuda/src/ops/experts/hopper.rs has the same
+    static constexpr unsigned OWN = PAIRS / THREADS;      // pairs of a thread: those of its number, THREADS behind it, …
+    unsigned *bits;         // [E, ceil(T / 32)]
     unsigned short *listed; // [T P]: pairs by place
-    unsigned expert = NOBODY, token = 0;
+    unsigned chosen[OWN];
 
-    __device__ __forceinline__ Sort(unsigned *chose, unsigned short *listed) : chose(chose), listed(listed) {}
+    __device__ __forceinline__ Sort(unsigned *bits, unsigned short *listed) : bits(bits), listed(listed) {}
 
-    // backend-cuda/src/ops/experts/hopper.rs has the same.
-    __device__ __forceinline__ static bool takes(const Routing &routing) { return routing.tokens <= TOKENS; }
+    // Else lists lie in memory.
+    __device__ __forceinline__ static bool takes(const Routing &routing) { return routing.bits != nullptr; }
 
-    // Waits for nobody.
-    __device__ __forceinline__ void clear() const { chose[threadIdx.x] = 0; }
+    __device__ __forceinline__ static unsigned words(const Routing &routing) { return (routing.tokens + 31) / 32; }
 
-    // How many pairs expert `threadIdx.x` has.
+    // How many pairs expert `threadIdx.x` has; what own pairs' experts are comes meanwhile.
     __device__ __forceinline__ unsigned count(const Routing &routing) {
-        if (threadIdx.x < routing.tokens * routing.per_token) {
-            expert = __ldcg(routing.chosen + threadIdx.x);
-            token = threadIdx.x / routing.per_token;
+        const unsigned words = Sort::words(routing), begin = threadIdx.x * words, pairs = routing.tokens * routing.per_token;
+        unsigned count = 0;
+        for (unsigned first = 0; threadIdx.x < routing.experts && first < words; first += AT_ONCE) {
+            unsigned word[AT_ONCE];
+#pragma unroll
+            for (unsigned i = 0; i < AT_ONCE; i++)
+                word[i] = first + i < words ? __ldcg(routing.bits + begin + first + i) : 0;
+#pragma unroll
+            for (unsigned i = 0; i < AT_ONCE; i++) {
+                count += __popc(word[i]);
+                if (first + i < words)
+                    bits[begin + first + i] = word[i];
+            }
         }
-        sync_threads(1, THREADS);
-        if (expert != NOBODY)
-            atomicOr(chose + expert, 1u << token);
-        sync_threads(1, THREADS);
-        return __popc(chose[threadIdx.x]);
+#pragma unroll
+        for (unsigned i = 0; i < OWN; i++) {
+            const unsigned pair = threadIdx.x + i * THREADS;
+            chosen[i] = pair < pairs ? __ldcg(routing.chosen + pair) : NOBODY;
+        }
+        return count;
     }
 
     // Behind a barrier; expert e's places begin at begins[e].
-    __device__ __forceinline__ void list(const unsigned *begins) const {
-        if (expert != NOBODY)
-            listed[begins[expert] + __popc(chose[expert] & ((1u << token) - 1))] = threadIdx.x;
+    __device__ __forceinline__ void list(const Routing &routing, const unsigned *begins) const {
+        const unsigned words = Sort::words(routing);
+#pragma unroll
+        for (unsigned i = 0; i < OWN; i++) {
+            const unsigned pair = threadIdx.x + i * THREADS, token = pair / routing.per_token;
+            if (chosen[i] == NOBODY)
+                continue;
+            const unsigned *of_expert = bits + chosen[i] * words;
+            unsigned place = begins[chosen[i]] + __popc(of_expert[token / 32] & ((1u << token % 32) - 1));
+            for (unsigned word = 0; word < token / 32; word++)
+                place += __popc(of_expert[word]);
+            listed[place] = pair;
+        }
     }
 };

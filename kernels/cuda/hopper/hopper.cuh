@@ -166,6 +166,10 @@ __device__ __forceinline__ float4 load_four_remote(unsigned at, unsigned rank) {
     return value;
 }
 
+// x, which all lanes of a warp have alike. Now the compiler knows it too: what hangs on it alone is computed once a warp, and behind a
+// branch by it no lane is waited for, so that wgmma finds its descriptors where it wants them.
+__device__ __forceinline__ unsigned uniform(unsigned x) { return __reduce_or_sync(0xffffffffu, x); }
+
 // Describes a tile to wgmma: address / 16, 1024 bytes between groups of 8 rows, 128-byte swizzle. 16 columns further on
 // is 32 bytes, 2 in the descriptor.
 __device__ __forceinline__ unsigned long long tile_descriptor(unsigned tile) {
@@ -175,6 +179,13 @@ __device__ __forceinline__ unsigned long long tile_descriptor(unsigned tile) {
 // The same for a tile whose address needs no mask, so that what is added to it fits one register.
 __device__ __forceinline__ unsigned long long tile_descriptor_at(unsigned tile) {
     return (unsigned long long)(64u | 1u << 30) << 32 | (tile / 16 + (1u << 16));
+}
+
+// And `columns` further on, by a sum of 32 bits.
+__device__ __forceinline__ unsigned long long tile_descriptor_at(unsigned tile, unsigned columns) {
+    unsigned long long descriptor;
+    asm("mov.b64 %0, {%1, %2};" : "=l"(descriptor) : "r"(tile / 16 + (1u << 16) + columns / 8), "r"(64u | 1u << 30));
+    return descriptor;
 }
 
 // Describes [8, 16] bf16 in 256 bytes, 8 columns of all rows and then the other 8.

@@ -220,8 +220,14 @@ impl Decode {
         ends.begin_step(launcher, step)?;
         ends.embed(launcher, step, self.embedding.address(), dims.hidden, buffers.residual, *sumsq)?;
         let all = self.layers.iter().enumerate();
-        let mut layers =
-            all.map(|(index, (weights, kv))| Layer { index, step, weights, rope: Some(*rope), kv: *kv });
+        let mut layers = all.map(|(index, (weights, kv))| Layer {
+            index,
+            step,
+            weights,
+            next: None,
+            rope: Some(*rope),
+            kv: *kv,
+        });
         if self.attends {
             operations.layers(launcher, step, layers)?;
         } else {

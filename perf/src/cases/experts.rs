@@ -12,7 +12,7 @@ use minisgl_core::spec::{
 };
 use minisgl_core::tensor::splitmix64;
 
-use minisgl_cuda::ops::experts::{ExpertLayer, Experts};
+use minisgl_cuda::ops::experts::{Ahead, ExpertLayer, Experts};
 use minisgl_cuda::ops::gemm::{GateUp, Gemm, Linear, RowNorm, Rows, SmShare};
 use minisgl_cuda::{Address, Cuda, CudaError, Weight};
 
@@ -225,6 +225,7 @@ impl Layer {
             residual: self.x,
             x: self.x,
             sumsq: self.sumsq,
+            ahead: Ahead::NOTHING,
             exchange: None,
         }
     }
@@ -247,7 +248,11 @@ fn setup_products(
     let scales = upload_words(cuda, &vec![(SCALE as f32).to_bits(); tokens as usize])?;
     let mut routing = layer.experts.routing(tokens, &layer.of(0));
     (routing.chosen, routing.scales) = (chosen_words.address(), scales.address());
-    layer.experts.dispatch(cuda.launcher(), &routing)?;
+    if routing.bits == Address::NULL {
+        layer.experts.dispatch(cuda.launcher(), &routing)?;
+    } else {
+        routing.bits = upload_words(cuda, &bits(tokens, chosen))?.address();
+    }
     let given = layer.experts.given();
     let checked: Vec<u16> = chosen.iter().copied().take(64).collect();
     let check: Check = Box::new(move |cuda| {
@@ -269,6 +274,17 @@ fn setup_products(
     let call: Call =
         Box::new(move |launcher, call| layer.experts.products(launcher, &layer.of(call), &routing));
     Ok(Run { call, check, baseline })
+}
+
+/// `[experts, ceil(tokens / 32)]`: a bit for each token that chose an expert.
+fn bits(tokens: u32, chosen: &[u16]) -> Vec<u32> {
+    let words = tokens.div_ceil(32) as usize;
+    let mut bits = vec![0; EXPERTS.count as usize * words];
+    for (pair, expert) in chosen.iter().enumerate() {
+        let token = pair / EXPERTS.per_token as usize;
+        bits[usize::from(*expert) * words + token / 32] |= 1 << (token % 32);
+    }
+    bits
 }
 
 /// An element of gate and up or of down.

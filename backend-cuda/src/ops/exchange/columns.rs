@@ -9,7 +9,7 @@ use super::{Exchange, Stream};
 use crate::error::CudaError;
 use crate::launch::{Grid, Kernel, Launcher};
 use crate::memory::{Address, Buffer};
-use crate::ops::experts::routing::Routing;
+use crate::ops::experts::routing::{Ahead, Routing};
 use crate::param::Param;
 
 /// Blocks of `experts_combine_ranks` that every SM holds at once.
@@ -22,6 +22,7 @@ pub(in crate::ops) struct Joining<'a> {
     pub given: Address,
     pub residual: Address,
     pub sumsq: Address,
+    pub ahead: Ahead,
 }
 
 impl Exchange {
@@ -78,11 +79,11 @@ impl Exchange {
         let grid = Grid::new(blocks, THREADS).dependent_if(self.link.ranks_of_device() == 1);
         let launch = |sends: bool, takes: bool| {
             let (sends, takes) = (u32::from(sends), u32::from(takes));
-            let Joining { kernel, routing, given, residual, sumsq } = *join;
+            let Joining { kernel, routing, given, residual, sumsq, ahead } = *join;
             launcher.launch(
                 kernel,
                 grid,
-                [routing as &dyn Param, &given, &residual, &sumsq, &sent, &sends, &takes, &ranks],
+                [routing as &dyn Param, &given, &residual, &sumsq, &ahead, &sent, &sends, &takes, &ranks],
             )
         };
         if !self.link.is_carried() {

@@ -10,7 +10,7 @@
 //!
 //! Matrices in fp8 have kernels of their own, whose sums are those of the bf16 numbers that their elements mean.
 //!
-//! Of few tokens each block lists by itself which pairs are whose, of what they chose.
+//! Of few tokens each block lists by itself which pairs are whose, of the bits that the router has set.
 //!
 //! Invariant: a launch depends on the number of tokens alone. Blocks find their units by counts in memory, and there are never
 //! more blocks than the device takes at once, so a cluster's blocks meet.
@@ -29,8 +29,9 @@ use crate::param::{Param, plain_params};
 use crate::tensor_map::TensorMap;
 use crate::weight::{Fp8Tiles, Weight};
 
-/// Tokens whose pairs a block lists, one a thread.
-const SORTED_TOKENS: u32 = 16;
+/// Pairs that a block lists by itself, and words of the bits that it does it by.
+const SORTED_PAIRS: u32 = 2048;
+pub(super) const SORTED_WORDS: u32 = 1024;
 
 /// What the sources call so.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -76,7 +77,7 @@ impl Tiling {
     /// Bytes of a row of 64 columns.
     const LINE: u32 = 128;
     /// Bytes that a block asks for to have none of its kind beside it: with what it has anyway more than half of a multiprocessor's.
-    const ALONE: u32 = 111 << 10;
+    const ALONE: u32 = 104 << 10;
 
     /// What aligns the ring, its stages with two barriers each, outputs of two warpgroups, and a word for each of their pairs.
     fn shared_bytes(self) -> u32 {
@@ -249,7 +250,9 @@ impl Hopper {
 
     /// Do both products' blocks list by themselves which pairs are each expert's?
     pub(super) fn sorts(routing: &Routing) -> bool {
-        routing.tokens <= SORTED_TOKENS
+        let few_max = Tiling::FEW.few_max().min(Tiling::FEW_FP8.few_max()) * routing.experts;
+        let words = routing.experts * routing.tokens.div_ceil(32);
+        routing.pairs() <= few_max.min(SORTED_PAIRS) && words <= SORTED_WORDS
     }
 
     pub(super) fn gate_up(&self, products: &Products<'_>) -> Result<(), CudaError> {
@@ -292,7 +295,6 @@ mod tests {
 
     use super::*;
     use crate::declared::{assert_declared, source, threads_of};
-    use crate::ops::experts::PER_TOKEN_MAX;
 
     /// A tiling, the source that has it and what it is called there, blocks beside each other, and a kernel.
     const TILINGS: [(Tiling, &str, &str, u32, &str); 6] = {
@@ -326,21 +328,14 @@ mod tests {
             assert_eq!(threads_of(HOPPER, kernel), Tiling::THREADS, "{kernel}");
         }
         assert_eq!(threads_of(HOPPER, "experts_gather"), Hopper::GATHER_THREADS);
-        let threads = SORTED_TOKENS * PER_TOKEN_MAX;
-        let sizes = format!("THREADS = {threads}, TOKENS = {SORTED_TOKENS};");
+        let sizes = format!("PAIRS = {SORTED_PAIRS}, WORDS = {SORTED_WORDS};");
         assert!(source("hopper/experts_sort.cuh").contains(&sizes), "{sizes}");
-    }
-
-    #[test]
-    fn tokens_whose_pairs_are_listed_by_blocks_are_few_to_every_form() {
-        // A token has an expert once at most: as many pairs as tokens, on average.
-        assert!([Tiling::FEW, Tiling::FEW_FP8].iter().all(|tiling| SORTED_TOKENS <= tiling.few_max()));
     }
 
     #[test]
     fn blocks_fit_a_multiprocessor_those_of_few_pairs_in_fp8_two_at_a_time() {
         // What a multiprocessor has, each block's own kilobyte of it, and the plan and the list beside what is asked for.
-        let (all, own, plan) = (228 << 10, 1 << 10, 4 << 10);
+        let (all, own, plan) = (228 << 10, 1 << 10, 11 << 10);
         for (tiling, _, _, beside, _) in TILINGS {
             let [alone, shared] =
                 [tiling.shared_bytes_alone(), tiling.shared_bytes()].map(|asked| asked + own + plan);

@@ -3,7 +3,7 @@
 use minisgl_core::backend::ExpertWeights;
 use minisgl_core::spec;
 
-use super::routing::Routing;
+use super::routing::{Ahead, Routing};
 use crate::launch::Launcher;
 use crate::memory::{Address, Buffer};
 use crate::ops::exchange::Exchange;
@@ -28,6 +28,8 @@ pub struct ExpertLayer<'a> {
     pub x: Address,
     /// `[tokens, ceil(hidden / 64)]` f32: sums of squares of the new residual stream.
     pub sumsq: Address,
+    /// What the next layer takes in place of the residual stream.
+    pub ahead: Ahead,
     /// To the other ranks, where there are some.
     pub exchange: Option<&'a Exchange>,
 }

@@ -27,6 +27,8 @@ pub struct Routing {
     pub(super) shares: Address,
     pub(super) begins: Address,
     pub(super) pairs: Address,
+    /// `[experts, ceil(tokens / 32)]`: a bit for each token that chose an expert, 0 between layers; null where there are lists.
+    pub bits: Address,
     /// Null, or two u64 to count in: as [`minisgl_core::stats::ExpertsRead`].
     pub(super) read: Address,
     pub(super) tokens: u32,
@@ -55,7 +57,23 @@ impl Routing {
     }
 }
 
-plain_params!(Routing, RowNorm);
+/// What the next layer's first product takes, where it is of fp8, as `experts.cuh` declares it: the new residual stream times its norm's
+/// scale by column. Null: it takes the stream itself.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct Ahead {
+    /// `[hidden]` bf16.
+    pub norm: Address,
+    /// `[tokens, hidden]` bf16.
+    pub scaled: Address,
+}
+
+impl Ahead {
+    /// It takes the stream.
+    pub const NOTHING: Ahead = Ahead { norm: Address::NULL, scaled: Address::NULL };
+}
+
+plain_params!(Routing, RowNorm, Ahead);
 
 /// Tiles of `tile` pairs that as many pairs need at most, dealt out to experts in any way: each expert has a tile that is not
 /// full at most.
@@ -71,6 +89,7 @@ mod tests {
 
     #[test]
     fn both_sides_declare_the_same() {
+        assert_declared!(&["experts.cuh"], "Ahead", Ahead { norm, scaled });
         assert_declared!(
             &["experts.cuh"],
             "Routing",
@@ -81,6 +100,7 @@ mod tests {
                 shares,
                 begins,
                 pairs,
+                bits,
                 read,
                 tokens,
                 experts,
