@@ -20,7 +20,7 @@ use products::Gpu;
 use support::taken;
 
 /// Both sides of every tile's tokens, and of where matrices are widened in memory.
-const TOKENS: [u32; 14] = [1, 2, 8, 16, 17, 32, 33, 64, 65, 128, 129, 256, 257, 1000];
+const TOKENS: [u32; 16] = [1, 2, 8, 16, 17, 32, 33, 64, 65, 128, 129, 192, 193, 256, 257, 1000];
 const TOKENS_MAX: usize = 1000;
 
 fn gpu() -> Gpu {
@@ -137,7 +137,8 @@ fn gates_and_ups_have_the_bits_of_what_fp8_means() {
 fn queries_keys_and_values_have_the_bits_of_what_fp8_means() {
     let gpu = &mut gpu();
     for (i, (heads, kv_heads, head_dim, cols)) in
-        taken([(2, 2, 128, 320), (3, 1, 64, 192), (16, 8, 128, 1024), (32, 8, 128, 4096)]).enumerate()
+        taken([(2, 2, 128, 320), (3, 1, 64, 192), (16, 8, 128, 1024), (32, 4, 128, 2048), (32, 8, 128, 4096)])
+            .enumerate()
     {
         let rows = (heads + 2 * kv_heads) * head_dim;
         let both = matrix(gpu, WeightRole::Linear, [rows, cols], BLOCKS[i % 3]);

@@ -9,6 +9,8 @@
 //!
 //! Invariant: the memory for a widened matrix holds the largest one, and who multiplies it starts when it is whole.
 
+use std::array;
+
 use super::epilogue::{Epilogue, Kind};
 use super::prefill::Prefill;
 use super::product::{Block, Explained, Form, Product};
@@ -49,37 +51,51 @@ impl Fp8Matrix {
     }
 }
 
+/// Tokens of a block's tile, for ever more tokens. Not every matrix takes the last.
+const TOKENS: [u32; 5] = [16, 32, 64, 128, 192];
+/// Tiles of the others, more tokens being several of the last.
+const OTHERS: usize = 4;
+/// Blocks that an H200 takes at once where each has a multiprocessor.
+const AT_ONCE: u32 = 132;
+
 /// The block of tile `index` of tokens, with 64 rows of w for each of its warpgroups: the more rows, the less often tokens are fetched
 /// from L2, and the more warps widen.
 fn tile(kind: Kind, index: usize) -> Sliced {
-    let tokens = Sliced::TOKENS[index];
+    let tokens = TOKENS[index];
     let (groups, alone) = match (kind, tokens) {
         // Rows of gate and up are many: blocks of 192 are enough for all multiprocessors, and those of 128 more than a round.
         (Kind::GateUp, 128) => (3, true),
         // Those of o and down are few.
         (Kind::Residual | Kind::RankSums, 128) => (1, false),
-        (Kind::Qkv, 64 | 128) => (2, true),
+        (Kind::Qkv, 64..) | (_, 192..) => (2, true),
         _ => (2, false),
     };
     let block = Block::new(groups * ROWS, tokens);
     Sliced { ring: Ring::with_w(block, groups * Fp8Tiles::BYTES as u32), alone, spread: false }
 }
 
-/// Which tile of tokens so many take.
-fn index(tokens: u32) -> usize {
-    let tiles = Sliced::TOKENS;
-    tiles.iter().position(|tile| tokens <= *tile).unwrap_or(tiles.len() - 1)
+/// Which tile of tokens a product takes. 129 to 192 are one where its blocks are done at once and those of two tiles are not, or are of half
+/// as many rows, for which tokens are fetched from L2 twice as often.
+fn index(kind: Kind, shape: &Shape) -> usize {
+    let blocks = shape.rows.div_ceil(2 * ROWS) * shape.slices;
+    let is_one = match kind {
+        Kind::Qkv => (AT_ONCE / 2 + 1..=AT_ONCE).contains(&blocks),
+        Kind::Residual | Kind::RankSums => blocks <= AT_ONCE,
+        _ => false,
+    };
+    let tiles = if is_one { &TOKENS[..] } else { &TOKENS[..OTHERS] };
+    tiles.iter().position(|tile| shape.tokens <= *tile).unwrap_or(OTHERS - 1)
 }
 
 /// The kernels.
 #[derive(Debug)]
 pub(super) struct Fp8 {
-    /// By [`Sliced::TOKENS`]: of queries, keys and values those for any model and for [`Epilogue::is_normed`], which keep keys and values in
+    /// By [`TOKENS`]: of queries, keys and values those for any model and for [`Epilogue::is_normed`], which keep keys and values in
     /// bf16 and in fp8; of rows that are added; of ranks' sums; of gate and up.
-    qkv: [[Kernel; 4]; 4],
-    residual: [Kernel; 4],
-    sums: [Kernel; 4],
-    gate_up: [Kernel; 4],
+    qkv: [[Kernel; TOKENS.len()]; 4],
+    residual: [Kernel; TOKENS.len()],
+    sums: [Kernel; TOKENS.len()],
+    gate_up: [Kernel; OTHERS],
     widen: Kernel,
     scale: Kernel,
     /// Where a matrix is widened, and of how many elements.
@@ -94,36 +110,48 @@ macro_rules! names {
             concat!($name, "_128x32"),
             concat!($name, "_128x64"),
             concat!($name, "_128x128"),
+            concat!($name, "_128x192"),
         ]
     };
 }
 
 /// Names of the kernels for queries, keys and values, and the module of each.
-const QKV: [(&str, [&str; 4]); 4] = [
+const QKV: [(&str, [&str; TOKENS.len()]); 4] = [
     ("gemm_fp8_qkv", names!("fp8_qkv")),
     ("gemm_fp8_qkv", names!("fp8_qkv_normed")),
     ("gemm_fp8_qkv_fp8", names!("fp8_qkv_fp8")),
     ("gemm_fp8_qkv_fp8", names!("fp8_qkv_fp8_normed")),
 ];
-const RESIDUAL: [&str; 4] =
-    ["fp8_residual_128x16", "fp8_residual_128x32", "fp8_residual_128x64", "fp8_residual_64x128"];
-const SUMS: [&str; 4] = ["fp8_sums_128x16", "fp8_sums_128x32", "fp8_sums_128x64", "fp8_sums_64x128"];
-const GATE_UP: [&str; 4] =
+const RESIDUAL: [&str; TOKENS.len()] = [
+    "fp8_residual_128x16",
+    "fp8_residual_128x32",
+    "fp8_residual_128x64",
+    "fp8_residual_64x128",
+    "fp8_residual_128x192",
+];
+const SUMS: [&str; TOKENS.len()] =
+    ["fp8_sums_128x16", "fp8_sums_128x32", "fp8_sums_128x64", "fp8_sums_64x128", "fp8_sums_128x192"];
+const GATE_UP: [&str; OTHERS] =
     ["fp8_gate_up_128x16", "fp8_gate_up_128x32", "fp8_gate_up_128x64", "fp8_gate_up_192x128"];
 
 impl Fp8 {
     /// Looks them up. `wide` takes the largest matrix, of so many elements, in bf16.
     pub(super) fn new(modules: &Modules, wide: Address, wide_elements: usize) -> Result<Fp8, CudaError> {
-        let load = |kind: Kind, module: &'static str, names: [&'static str; 4]| {
-            let kernel = |index: usize| modules.kernel(module, names[index], tile(kind, index).shared_max());
-            Ok::<_, CudaError>([kernel(0)?, kernel(1)?, kernel(2)?, kernel(3)?])
+        let load = |kind: Kind, module: &'static str, index: usize, name: &'static str| {
+            modules.kernel(module, name, tile(kind, index).shared_max())
         };
-        let [a, b, c, d] = QKV.map(|(module, names)| load(Kind::Qkv, module, names));
+        let all = |kind: Kind, (module, names): (&'static str, [&'static str; TOKENS.len()])| {
+            let [a, b, c, d, e] = array::from_fn(|index| load(kind, module, index, names[index]));
+            Ok::<_, CudaError>([a?, b?, c?, d?, e?])
+        };
+        let [a, b, c, d] = QKV.map(|qkv| all(Kind::Qkv, qkv));
+        let [e, f, g, h] =
+            array::from_fn(|index| load(Kind::GateUp, "gemm_fp8_gate_up", index, GATE_UP[index]));
         Ok(Fp8 {
             qkv: [a?, b?, c?, d?],
-            residual: load(Kind::Residual, "gemm_fp8_residual", RESIDUAL)?,
-            sums: load(Kind::RankSums, "gemm_fp8_sums", SUMS)?,
-            gate_up: load(Kind::GateUp, "gemm_fp8_gate_up", GATE_UP)?,
+            residual: all(Kind::Residual, ("gemm_fp8_residual", RESIDUAL))?,
+            sums: all(Kind::RankSums, ("gemm_fp8_sums", SUMS))?,
+            gate_up: [e?, f?, g?, h?],
             widen: modules.kernel("fp8_weights", "fp8_weights_widen", 0)?,
             scale: modules.kernel("fp8_weights", "fp8_weights_scale", 0)?,
             wide,
@@ -133,8 +161,8 @@ impl Fp8 {
 
     /// The kernel of a product of few tokens, and its tile.
     fn few<E: Epilogue>(&self, shape: &Shape, epilogue: &E) -> Result<(&Kernel, Sliced), CudaError> {
-        let index = index(shape.tokens);
-        let kernels = match E::KIND {
+        let index = index(E::KIND, shape);
+        let kernels: &[Kernel] = match E::KIND {
             Kind::Qkv => &self.qkv[2 * usize::from(epilogue.is_fp8()) + usize::from(epilogue.is_normed())],
             Kind::Residual => &self.residual,
             Kind::RankSums => &self.sums,
@@ -199,7 +227,7 @@ pub(super) fn scaling(tokens: u32) -> Grid {
 
 /// What a product of few tokens is launched as.
 pub(super) fn explained(kind: Kind, shape: &Shape, form: Form) -> Option<Explained> {
-    let index = index(shape.tokens);
+    let index = index(kind, shape);
     let kernel = match kind {
         Kind::Qkv => QKV[2 * usize::from(form.kv_fp8) + usize::from(form.normed)].1[index],
         Kind::Residual => RESIDUAL[index],
@@ -219,12 +247,12 @@ mod tests {
 
     #[test]
     fn kernels_are_bound_to_the_threads_that_they_are_launched_with() {
-        let of_kind = |kind, names: [&'static str; 4]| {
-            (0..).zip(names).map(move |(i, name)| (tile(kind, i).ring, name))
+        let of_kind = |kind, names: &'static [&'static str]| {
+            (0..).zip(names).map(move |(i, name)| (tile(kind, i).ring, *name))
         };
-        let qkv = QKV.into_iter().flat_map(|(_, names)| of_kind(Kind::Qkv, names));
-        let added = of_kind(Kind::Residual, RESIDUAL).chain(of_kind(Kind::RankSums, SUMS));
-        for (ring, name) in qkv.chain(added).chain(of_kind(Kind::GateUp, GATE_UP)) {
+        let qkv = QKV.iter().flat_map(|(_, names)| of_kind(Kind::Qkv, names));
+        let added = of_kind(Kind::Residual, &RESIDUAL).chain(of_kind(Kind::RankSums, &SUMS));
+        for (ring, name) in qkv.chain(added).chain(of_kind(Kind::GateUp, &GATE_UP)) {
             assert_eq!(threads_of(HOPPER, name), ring.threads(), "{name}");
             assert!(name.ends_with(&format!("_{}x{}", ring.block.rows, ring.block.tokens)), "{name}");
         }
@@ -240,8 +268,9 @@ mod tests {
     #[test]
     fn a_ring_holds_the_sums_that_lie_over_it_and_blocks_fit_a_multiprocessor() {
         for (rows, cols, slices) in [(6144, 4096, 2), (64, 64, 1), (4096, 12_288, 4), (24_576, 4096, 1)] {
-            for (index, tokens) in Sliced::TOKENS.into_iter().enumerate() {
-                for kind in [Kind::Residual, Kind::GateUp] {
+            for (index, tokens) in TOKENS.into_iter().enumerate() {
+                let kinds = [Kind::Qkv, Kind::Residual, Kind::GateUp];
+                for kind in kinds.into_iter().take(if index < OTHERS { 3 } else { 2 }) {
                     let (shape, tile) = (Shape { rows, cols, tokens, slices }, tile(kind, index));
                     assert!(tile.ring.holds(tile.stages(&shape), tile.shared_max()), "{shape:?}");
                 }
