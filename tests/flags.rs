@@ -9,6 +9,7 @@ use std::process::{Command, Output};
 
 use common::Scratch;
 use flag_tables::{assert_documented, part};
+use minisgl::{Options, Order, Policy, Speculation};
 use serde_json::Value;
 
 const LINE: &str = r#"{"id": 1, "prompt_token_ids": [5, 6, 7], "max_tokens": 6}"#;
@@ -60,6 +61,24 @@ fn the_docs_tables_have_every_flag_and_its_default() {
     assert_documented(&help(env!("CARGO_BIN_EXE_offline-bench")), &[shared, bench]);
     let own = part(&generate, "## Flags of its own", "## ");
     assert_documented(&help(env!("CARGO_BIN_EXE_generate")), &[shared, own]);
+}
+
+/// The help's text is written by hand; what is built without the flag is `Options`' default.
+#[test]
+fn the_help_says_the_defaults_that_are_built_with() {
+    let output = Command::new(env!("CARGO_BIN_EXE_offline-bench")).arg("--help").output().unwrap();
+    let help = String::from_utf8(output.stdout).unwrap().split_whitespace().collect::<Vec<_>>().join(" ");
+    let Options { memory_ratio, tensor_parallel, order, policy, speculation, .. } = Options::default();
+    assert_eq!((order, policy, speculation), (Order::Given, Policy::Throughput, Speculation::Never));
+    for said in [
+        &format!("KV pages take (default {memory_ratio})"),
+        &format!("with a part of the weights: {tensor_parallel} (default)"),
+        "order of admission: given (default)",
+        "throughput (most tokens a second; the default,",
+        "where few requests run: off (default)",
+    ] {
+        assert!(help.contains(said), "{said}: {help}");
+    }
 }
 
 #[test]

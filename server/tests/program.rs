@@ -11,6 +11,8 @@ use std::time::{Duration, Instant};
 use common::serve::{Served, command};
 use common::{Scratch, Stream, checkpoint, request, send};
 use flag_tables::{assert_documented, part};
+use minisgl::openai::ModelName;
+use minisgl_server::Settings;
 use serde_json::{Value, json};
 
 fn signal(served: &Served, name: &str) {
@@ -26,6 +28,30 @@ fn the_docs_tables_have_every_flag_and_its_default() {
     let (flags, serving) = (page("docs/flags.md"), page("docs/serving.md"));
     let shared = part(&flags, "Of `offline-bench`, `generate`", "## ");
     assert_documented(&help, &[shared, part(&serving, "## Flags", "## ")]);
+}
+
+/// The help's text is written by hand; a service without the flag has `Settings`' default.
+#[test]
+fn the_help_says_the_defaults_that_a_service_has() {
+    let output = Command::new(env!("CARGO_BIN_EXE_serve")).arg("--help").output().unwrap();
+    let help = String::from_utf8(output.stdout).unwrap().split_whitespace().collect::<Vec<_>>().join(" ");
+    let (_, options) = help.split_once("Options:").unwrap();
+    let settings = Settings::new(ModelName::new("any"));
+    let seconds = |time: Duration| time.as_secs() as usize;
+    for (flag, default) in [
+        ("--max-queued", settings.queued_max),
+        ("--max-body-bytes", settings.body_bytes_max),
+        ("--max-connections", settings.connections_max),
+        ("--header-seconds", seconds(settings.header_timeout)),
+        ("--body-seconds", seconds(settings.body_timeout)),
+        ("--write-seconds", seconds(settings.write_timeout)),
+        ("--drain-seconds", seconds(settings.drain)),
+        ("--max-rebuilds", settings.rebuilds_max as usize),
+    ] {
+        let (_, behind) = options.split_once(&format!("{flag} ")).unwrap_or_else(|| panic!("{flag}: {help}"));
+        let (said, _) = behind.split_once(" --").unwrap_or((behind, ""));
+        assert!(said.contains(&format!("(default {default}")), "{flag}: {said}");
+    }
 }
 
 #[test]
