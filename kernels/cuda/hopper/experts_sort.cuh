@@ -55,10 +55,10 @@ struct Sort {
     __device__ __forceinline__ void list(const Routing &routing, const unsigned *begins) const {
         const unsigned words = Sort::words(routing);
 #pragma unroll
-        for (unsigned i = 0; i < OWN; i++) {
-            const unsigned pair = threadIdx.x + i * THREADS, token = pair / routing.per_token;
+        for (unsigned i = 0; i < OWN && i * THREADS < routing.tokens * routing.per_token; i++) {
             if (chosen[i] == NOBODY)
                 continue;
+            const unsigned pair = threadIdx.x + i * THREADS, token = pair / routing.per_token;
             const unsigned *of_expert = bits + chosen[i] * words;
             unsigned place = begins[chosen[i]] + __popc(of_expert[token / 32] & ((1u << token % 32) - 1));
             for (unsigned word = 0; word < token / 32; word++)
