@@ -42,12 +42,14 @@ use crate::ops::gemm::SmShare;
 const PARTIAL_BYTES_MAX: usize = 64 << 20;
 /// Leaves that a row has at least, where there is much to do, before it is cut.
 const LEAST: u64 = 12;
-/// The same in a half, whose idle blocks leave memory to the other's.
+/// The same in a half, whose idle blocks leave memory to the other's, and where blocks have a multiprocessor each.
 const LEAST_OF_HALF: u64 = 8;
 /// The same where others multiply meanwhile: a group of warps that attends reads so many in the time of a half's products.
 const LEAST_BESIDE_PRODUCTS: u64 = 16;
 /// Memory is filled by one of so many blocks.
 const FILLING: u32 = 2;
+/// Where blocks have a multiprocessor each, memory is filled while whole rows give every block so many turns.
+const MANY_TURNS: u32 = 2;
 /// Leaves that a row may have beside those that memory is filled for: to be read by few blocks costs less than to be cut.
 const BEYOND: u64 = 4;
 /// Segments for each block and item beside those of whole rows.
@@ -120,6 +122,12 @@ impl DecodePlanner {
     /// gained by ending together.
     pub(super) fn beside_products(self) -> DecodePlanner {
         DecodePlanner { least: LEAST_BESIDE_PRODUCTS, evens_out: false, ..self }
+    }
+
+    /// The same for blocks that have a multiprocessor each, of which none is to idle while others read.
+    pub(super) fn alone_on_multiprocessors(self) -> DecodePlanner {
+        let filling = (MANY_TURNS * self.blocks).div_ceil(self.items);
+        DecodePlanner { filling, first: 0, least: LEAST_OF_HALF, ..self }
     }
 
     /// The same for blocks that run beside those of prefill rows.

@@ -81,6 +81,7 @@ impl Planner {
         }
         let set = Set::new(hopper, heads.head_dim, heads.at_once, fp8);
         let decode = |blocks, rows, share| DecodePlanner::new(blocks, heads, window, limits, rows, share);
+        let whole = decode(multiprocessors * set.decode_blocks, limits.running, SmShare::Whole);
         let of_piece = set.prefill.kept * heads.kv_heads as usize;
         Ok(Planner {
             set,
@@ -88,7 +89,7 @@ impl Planner {
             fp8,
             heads,
             window,
-            whole: decode(multiprocessors * set.decode_blocks, limits.running, SmShare::Whole),
+            whole: if set.decode_blocks > 1 { whole } else { whole.alone_on_multiprocessors() },
             half: decode(
                 multiprocessors * set.decode_blocks.div_ceil(2),
                 Self::half_rows(limits),
