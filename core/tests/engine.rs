@@ -395,7 +395,8 @@ fn decode_steps_are_padded_to_the_next_recorded_size_and_replayed() {
 fn with_overlap_a_step_is_enqueued_before_the_tokens_of_the_one_before_are_waited_for() {
     let limits = Limits { graph_rows: 0, ..SMALL };
     let request = Request::new(&[1, 2, 3], exactly(2));
-    let step = "write upload_ahead take_batch forward norm head sample record wait record download";
+    let (sent, run) =
+        ("write upload_ahead", "take_batch forward norm head sample record wait record download");
     for overlap in [true, false] {
         let mut options = options(limits);
         options.overlap = overlap;
@@ -406,11 +407,12 @@ fn with_overlap_a_step_is_enqueued_before_the_tokens_of_the_one_before_are_waite
         let mut token_count = 0;
         let mut count = |_: minisgl_core::request::Event<'_>| token_count += 1;
         engine.step(&mut count).expect("the device does not fail");
-        let first = if overlap { format!("record {step}") } else { format!("record {step} read") };
+        let alone = format!("{sent} record {run}");
+        let first = if overlap { alone } else { format!("{alone} read") };
         assert_eq!(engine.backend().take(), first);
         engine.step(&mut count).expect("the device does not fail");
         // Its beginning is the other's end, if that is not known to have come.
-        let second = if overlap { format!("{step} read") } else { first };
+        let second = if overlap { format!("{sent} {run} read") } else { first };
         assert_eq!(engine.backend().take(), second, "whose tokens, only their number tells");
         engine.step(&mut count).expect("the device does not fail");
         assert_eq!(engine.backend().take(), if overlap { "read" } else { "" });

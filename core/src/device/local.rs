@@ -274,14 +274,16 @@ impl<B: Sampler, M: Model<B>> Executor for Local<B, M> {
         let Local { reserved, graphs, model, backend } = self;
         let Reserved { resident, flights, last, hidden_words, hidden, .. } =
             reserved.as_mut().expect("the engine reserves before it launches");
+        let flight = &mut flights[at];
+        flight.send_masks(backend, batch, model.vocab(), write_mask, resident.masks)?;
+        let step = resident.send(backend, model, batch, shape, at, &mut flight.packed)?;
+        // Asked as late as can be: what was prepared a little too late has let the device idle, and that must show.
         let follows = last.replace(at).is_some_and(|last| !backend.has_passed(&flights[last].ended));
         let flight = &mut flights[at];
         flight.follows = follows;
         if !follows {
             backend.record(Queue::Compute, &mut flight.started)?;
         }
-        flight.send_masks(backend, batch, model.vocab(), write_mask, resident.masks)?;
-        let step = resident.send(backend, model, batch, shape, at, &mut flight.packed)?;
         match graphs.of(shape) {
             Some(graph) => backend.replay(graph)?,
             None => resident.run(backend, model, &step, batch.wants_logits())?,
