@@ -77,7 +77,7 @@ impl Tiling {
     /// Bytes of a row of 64 columns.
     const LINE: u32 = 128;
     /// Bytes that a block asks for to have none of its kind beside it: with what it has anyway more than half of a multiprocessor's.
-    const ALONE: u32 = 104 << 10;
+    const ALONE: u32 = 103 << 10;
 
     /// What aligns the ring, its stages with two barriers each, outputs of two warpgroups, and a word for each of their pairs.
     fn shared_bytes(self) -> u32 {
