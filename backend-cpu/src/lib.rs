@@ -8,9 +8,11 @@
 //!   weights.rs  matrices read in place from the checkpoint's mapping
 //!   link.rs     what devices that compute each step together pass to each other
 //!
+//!   activations.rs  the buffers between a layer's operations
+//!   supports.rs what of a spec is computed here
+//!
+//!   arithmetic/
 //!   layer.rs    a decoder layer out of single operations
-//!   activations.rs  the buffers between them
-//!   supports.rs what of a spec is not computed here
 //!   ops.rs      what a transformer is: embedding, norm, rope
 //!   attention.rs  over keys and values in pages
 //!   experts.rs  MLPs of which each token gets some
@@ -25,25 +27,19 @@
 //! whatever the number of rows, of threads, of ranks, or the page size.
 
 mod activations;
-mod attention;
+mod arithmetic;
 mod command;
 mod device;
-mod edits;
 mod error;
-mod experts;
-mod layer;
-mod linear;
 mod link;
-mod matmul;
 mod memory;
-mod ops;
-pub mod sampling;
-mod simd;
 mod supports;
 mod weights;
 mod workers;
 
 pub use activations::Activations;
+pub use arithmetic::sampling;
+use arithmetic::{attention, edits, experts, linear, matmul, ops, simd};
 pub use command::Heads;
 pub use device::{Cpu, Event, Graph, Pinned};
 pub use error::CpuError;

@@ -10,23 +10,14 @@
 //! A [`Family`] is what one architecture adds: a function from `config.json` to a spec, the names of its tensors, and its
 //! published sizes.
 
-mod checkpoint;
-mod config;
 mod decoder;
 mod error;
-mod family;
-mod fields;
-mod folder;
-mod presets;
-mod quantization;
+mod files;
 mod quantize;
-mod read;
+mod reading;
 mod rope;
-mod safetensors;
 mod shard;
-mod stored;
 mod tensors;
-mod update;
 mod weights;
 
 pub use ::safetensors::Dtype;
@@ -36,6 +27,8 @@ pub use decoder::{Decoder, LoadError};
 pub use error::{CheckpointError, ConfigError};
 pub use family::{Family, LayerNames, Preset, Projections};
 pub use fields::Fields;
+use files::{checkpoint, folder, safetensors, stored, update};
 pub use presets::names as preset_names;
+use reading::{config, family, fields, presets, quantization};
 pub use tensors::{LayerTensors, MlpTensors, Tensors};
 pub use update::{NamedTensor, WeightUpdate};
