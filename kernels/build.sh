@@ -2,13 +2,13 @@
 # Builds what the crate embeds, PTX and machine code, from the CUDA C++ beside this script, and a table of what each kernel takes.
 #
 #   kernels/build.sh            writes kernels/ptx, kernels/cubin and kernels/registers.txt
-#   kernels/build.sh NAME...    of these source files alone, as gemm_decode_qkv: seconds each instead of a minute and a half. Of a header
+#   kernels/build.sh NAME...    of these source files alone, as gemm_few_qkv: seconds each instead of a minute and a half. Of a header
 #                               that others include too, only the whole finds what became of them
 #   kernels/build.sh --check    builds into a temporary folder; fails where it differs from those by a byte
 #
-#   cuda/*.cu            -> ptx/portable and ptx/hopper: one source for every GPU
-#   cuda/portable/*.cu   -> ptx/portable   compute_80
-#   cuda/hopper/*.cu     -> ptx/hopper     compute_90a ── ptxas ──> cubin   sm_90a
+#   below cuda/portable   -> ptx/portable   compute_80
+#   below cuda/hopper     -> ptx/hopper     compute_90a ── ptxas ──> cubin   sm_90a
+#   else below cuda       -> both: one source for every GPU
 #
 # The compiler is NVRTC 12.4, whose PTX 8.4 loads on driver 550 and later. The assembler may be of any CUDA 12: drivers
 # run machine code of their own major version. Both come from PyPI into a virtual environment ($MINISGL_NVRTC_VENV, by
@@ -42,19 +42,24 @@ compile() {
 export -f compile
 export kernels venv ptxas temporary
 
+# sources NAME EXCEPT: the source files of this name, but for those below a folder.
+sources() {
+    find "$kernels/cuda" -name "$1.cu" -not -path "$kernels/cuda/$2/*" | sort
+}
+
 # build FOLDER NAME...: what these source files compile to; '*' is all.
 build() {
-    local to=$1 name source portable=() hopper=()
+    local to=$1 name source of_any of_hopper portable=() hopper=()
     shift
     for name in "$@"; do
-        # By [.] a plain name is a pattern too, which may match nothing.
-        local found=("$kernels"/cuda/{,portable/,hopper/}$name[.]cu)
-        [ ${#found[@]} -gt 0 ] || {
-            echo "there is no $name.cu in kernels/cuda, nor in its folders" >&2
+        mapfile -t of_any < <(sources "$name" hopper)
+        mapfile -t of_hopper < <(sources "$name" portable)
+        portable+=("${of_any[@]}")
+        hopper+=("${of_hopper[@]}")
+        [ ${#of_any[@]} -gt 0 ] || [ ${#of_hopper[@]} -gt 0 ] || {
+            echo "there is no $name.cu below kernels/cuda" >&2
             return 1
         }
-        portable+=("$kernels"/cuda/{,portable/}$name[.]cu)
-        hopper+=("$kernels"/cuda/{,hopper/}$name[.]cu)
     done
     mkdir -p "$to/ptx/portable" "$to/ptx/hopper" "$to/cubin"
     # As many at once as there are processors.

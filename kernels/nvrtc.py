@@ -36,9 +36,9 @@ def text_of(nvrtc, program, size_call, text_call):
     return text.value.decode()
 
 
-def options(arch, source):
-    """Headers are looked for beside the source, in the folder above, then among the wheels."""
-    folders = [source.parent, source.parent.parent]
+def options(arch):
+    """Headers are named from kernels/cuda on, and looked for among the wheels."""
+    folders = [pathlib.Path(__file__).resolve().parent / "cuda"]
     folders += [path for path in sorted(wheels().glob("*/include")) if path.parent.name != "cuda_nvcc"]
     flags = [f"--gpu-architecture={arch}", "--std=c++17"]
     return [flag.encode() for flag in flags + [f"--include-path={folder}" for folder in folders]]
@@ -51,7 +51,7 @@ def compile_file(nvrtc, arch, source):
     status = nvrtc.nvrtcCreateProgram(ctypes.byref(program), text, source.name.encode(), 0, None, None)
     if status != 0:
         sys.exit(f"{source}: NVRTC could not make a program (status {status})")
-    flags = options(arch, source)
+    flags = options(arch)
     status = nvrtc.nvrtcCompileProgram(program, len(flags), (ctypes.c_char_p * len(flags))(*flags))
     log = text_of(nvrtc, program, "nvrtcGetProgramLogSize", "nvrtcGetProgramLog").strip()
     if log:

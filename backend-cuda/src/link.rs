@@ -6,7 +6,7 @@
 //! ```
 //!
 //! All ranks are of one process, so that an address means the same on all devices once they reach each other's memory. How words come
-//! and go is `kernels/cuda/exchange.cuh`'s affair; which exchange has which part of an inbox, `ops/exchange/inbox.rs`'s. Of devices that
+//! and go is `kernels/cuda/exchange/exchange.cuh`'s affair; which exchange has which part of an inbox, `ops/exchange/inbox.rs`'s. Of devices that
 //! don't reach each other's memory NCCL fills the inboxes (`nccl.rs`).
 //!
 //! Invariant: an inbox lives until the last of the ranks has gone, each of which waits for its device before it goes. So whatever

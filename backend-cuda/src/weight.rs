@@ -29,7 +29,7 @@ pub(crate) use upload::Loader;
 use stacking::{Piece, has_pairs};
 
 /// How the columns of o and down are cut, which ranks share out: a thread that multiplies has registers for the sums of two pairs
-/// of slices (`gemm_prefill.cuh`).
+/// of slices (`gemm_many.cuh`).
 pub const SLICING: Slicing = Slicing { most: 4, block: 64, equal: false };
 
 /// How a matrix's elements lie on the device.

@@ -21,15 +21,15 @@
 // 5. A model without bias, head norms or rope has null pointers there, and numbers that change no bit in their places: a bias
 //    of -0, an inverse and weights of 1, a cosine of 1 and a sine of 0. Asking costs registers: where all heads are normed and
 //    turned and none has a bias, the products of few rows are compiled for that alone (QkvNormed).
-// 6. Hopper's products of few rows take Qkv with keys and values in bf16, and Residual, through hopper/wide.cuh, to the same bits.
+// 6. Hopper's products of few rows take Qkv with keys and values in bf16, and Residual, through hopper/gemm/wide.cuh, to the same bits.
 #pragma once
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-#include "batch.cuh"
+#include "step/batch.cuh"
 #include "fp8_rows.cuh"
-#include "inbox.cuh"
+#include "exchange/inbox.cuh"
 #include "segment.cuh"
 
 // The T tokens that a warp has in hand: token first + i * step is stored if i < count.

@@ -1,8 +1,8 @@
 //! CUDA kernels of minisgl: their sources, what is built from them, and the constants that host and device share.
 //!
 //! ```text
-//!   cuda/portable/*.cu, cuda/*.cu ── build.sh ──> ptx/portable/*.ptx ──> PORTABLE   any GPU from Ampere on
-//!   cuda/hopper/*.cu,   cuda/*.cu ── build.sh ──> ptx/hopper/*.ptx   ──> HOPPER     compute capability 9.0
+//!   cuda, but for cuda/hopper   ── build.sh ──> ptx/portable/*.ptx ──> PORTABLE   any GPU from Ampere on
+//!   cuda, but for cuda/portable ── build.sh ──> ptx/hopper/*.ptx   ──> HOPPER     compute capability 9.0
 //!                                                   └──> cubin/*.cubin ──┘
 //! ```
 //!
@@ -61,8 +61,8 @@ pub const PORTABLE: &[Module] = modules![portable:
 /// Modules for compute capability 9.0, in alphabetic order. Their kernels are written for dependent launch.
 pub const HOPPER: &[Module] = modules![hopper:
     "attention", "attention_fp8", "embed", "exchange", "experts", "experts_products", "experts_products_fp8",
-    "experts_router", "fp8_inputs", "fp8_pages", "fp8_weights",
-    "gemm_decode_gate_up", "gemm_decode_head", "gemm_decode_qkv", "gemm_decode_qkv_fp8", "gemm_decode_residual",
-    "gemm_decode_sums", "gemm_fp8_gate_up", "gemm_fp8_qkv", "gemm_fp8_qkv_fp8", "gemm_fp8_residual", "gemm_fp8_sums",
-    "gemm_prefill", "gemm_rounded_few", "gemm_rounded_many", "layers", "layers_fp8", "perf", "sampling", "weights",
+    "experts_router", "fp8_inputs", "fp8_pages", "fp8_weights", "gemm_few_gate_up", "gemm_few_head",
+    "gemm_few_qkv", "gemm_few_qkv_fp8", "gemm_few_residual", "gemm_few_sums", "gemm_fp8_gate_up",
+    "gemm_fp8_qkv", "gemm_fp8_qkv_fp8", "gemm_fp8_residual", "gemm_fp8_sums", "gemm_many", "gemm_rounded_few",
+    "gemm_rounded_many", "layers", "layers_fp8", "perf", "sampling", "weights",
 ];

@@ -1,7 +1,7 @@
 // Compiled by plan.rs beside it: experts_plan.cuh on the host, over random and extreme counts.
 #define __device__
 #define __forceinline__ inline
-#include "experts_plan.cuh"
+#include "hopper/experts/experts_plan.cuh"
 
 #include <cstdio>
 #include <random>

@@ -12,7 +12,7 @@ fn every_pair_of_an_expert_is_multiplied_with_all_its_rows_once() {
         .args(["-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-o"])
         .arg(&program)
         .arg("-I")
-        .arg(root.join("cuda/hopper"))
+        .arg(root.join("cuda"))
         .arg(root.join("tests/plan.cpp"))
         .status()
         .expect("a C++ compiler: install one, or name it in CXX");

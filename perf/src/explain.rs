@@ -165,13 +165,13 @@ mod tests {
     fn one_of_several_ranks_leaves_sums_that_are_added_up_or_has_rows_that_are_joined() {
         let large = "hidden=5120,heads=40,intermediate=17408";
         let two = text("rows=64,ranks=2", large, KernelSet::Auto);
-        for part in ["embed_share", "decode_sums_64x64", "2 slices", "reduce_two_shot_2", "gather_columns"] {
+        for part in ["embed_share", "few_sums_64x64", "2 slices", "reduce_two_shot_2", "gather_columns"] {
             assert!(two.contains(part), "{part}: {two}");
         }
         let four = text("rows=1,ranks=4", large, KernelSet::Portable);
         assert!(four.contains("gemm_sums_16") && four.contains("reduce_one_shot_4"), "{four}");
         let eight = text("rows=64,ranks=8", large, KernelSet::Auto);
-        for part in ["gather_columns", "decode_residual_64x32", "of 4 slices", "join_columns"] {
+        for part in ["gather_columns", "few_residual_64x32", "of 4 slices", "join_columns"] {
             assert!(eight.contains(part), "{part}: {eight}");
         }
     }
@@ -188,14 +188,11 @@ mod tests {
     #[test]
     fn a_small_models_decode_step_is_explained_in_halves_and_a_large_ones_whole() {
         let small = text("rows=128", "intermediate=2048", KernelSet::Auto);
-        assert!(
-            small.contains("decode_qkv_normed_64x64") && small.contains("a stream of its own"),
-            "{small}"
-        );
+        assert!(small.contains("few_qkv_normed_64x64") && small.contains("a stream of its own"), "{small}");
         let large = text("rows=128", "hidden=5120,heads=40,intermediate=17408", KernelSet::Auto);
         assert!(large.contains("all rows") && !large.contains("half"), "{large}");
         let biased = text("rows=16", "bias=1", KernelSet::Auto);
-        assert!(biased.contains("decode_qkv_64x16") && !biased.contains("normed"), "{biased}");
+        assert!(biased.contains("few_qkv_64x16") && !biased.contains("normed"), "{biased}");
         assert!(text("rows=1", "layers=28", KernelSet::Portable).contains("gemm_qkv_16"));
     }
 
@@ -203,7 +200,7 @@ mod tests {
     fn a_step_that_is_one_kernel_is_explained_as_such() {
         let one = text("rows=128,context=560", "layers=28", KernelSet::Auto);
         assert!(one.contains("divided_layers") && one.contains("512 and 512 turns a layer"), "{one}");
-        assert!(!one.contains("attention_decode") && one.contains("decode_gate_up_64x64"), "{one}");
+        assert!(!one.contains("attention_decode") && one.contains("few_gate_up_64x64"), "{one}");
         let few = text("rows=32", "layers=28", KernelSet::Auto);
         assert!(!few.contains("divided_layers") && few.contains("attention_decode_128"), "{few}");
     }
@@ -213,7 +210,7 @@ mod tests {
         let mixed = text("rows=8,tokens=512,behind=16384", "layers=28", KernelSet::Auto);
         assert!(mixed.contains("attention_decode_128") && mixed.contains("attention_prefill_128"), "{mixed}");
         assert!(mixed.contains("pieces of split ones") && !mixed.contains(" 0 pieces"), "{mixed}");
-        assert!(text("tokens=16384", "layers=28", KernelSet::Auto).contains("prefill_qkv_"));
+        assert!(text("tokens=16384", "layers=28", KernelSet::Auto).contains("many_qkv_"));
     }
 
     #[test]
@@ -239,7 +236,7 @@ mod tests {
         assert!(one.contains("divided_layers_fp8") && one.contains("pair_qkv_fp8_normed_128x32"), "{one}");
         let pages = text("rows=128", "intermediate=2560,kv_fp8=1", KernelSet::Auto);
         assert!(
-            pages.contains("decode_qkv_fp8_normed_64x64") && pages.contains("a stream of its own"),
+            pages.contains("few_qkv_fp8_normed_64x64") && pages.contains("a stream of its own"),
             "{pages}"
         );
         assert!(!pages.contains("fp8_encode"), "{pages}");

@@ -248,14 +248,14 @@ mod tests {
     #[test]
     fn both_sides_declare_the_same() {
         assert_declared!(
-            &["exchange.cuh"],
+            &["exchange/exchange.cuh"],
             "Ranks",
             Ranks { inbox, ended, rank, count, patience_ms, carried }
         );
-        assert_eq!(constant("exchange.cu", "BLOCKS_AN_SM"), BLOCKS_AN_SM);
-        assert_eq!(constant("experts.cu", "BLOCKS_AN_SM"), JOINING_BLOCKS_AN_SM);
-        assert_eq!(constant("inbox.cuh", "EMPTY"), u32::from_ne_bytes([EMPTY_BYTE; 4]));
-        assert_eq!(constant("exchange.cuh", "ENDED"), ENDED);
+        assert_eq!(constant("exchange/exchange.cu", "BLOCKS_AN_SM"), BLOCKS_AN_SM);
+        assert_eq!(constant("experts/experts.cu", "BLOCKS_AN_SM"), JOINING_BLOCKS_AN_SM);
+        assert_eq!(constant("exchange/inbox.cuh", "EMPTY"), u32::from_ne_bytes([EMPTY_BYTE; 4]));
+        assert_eq!(constant("exchange/exchange.cuh", "ENDED"), ENDED);
         for set in [HOPPER, PORTABLE] {
             assert!(KERNELS.iter().all(|name| threads_of(set, name) == THREADS));
         }

@@ -159,7 +159,7 @@ mod tests {
 
     #[test]
     fn the_host_and_the_kernels_mean_the_same_by_pages_and_what_is_seen() {
-        let source = &["hopper/fp8_pages.cu"];
+        let source = &["hopper/fp8/fp8_pages.cu"];
         assert_declared!(source, "Fp8Args", Fp8Args { batch, k, v, wide_k, wide_v, kv_heads, page_shift });
         assert_declared!(source, "Seen", Seen { page_table, rows_offset, table_width, window, all });
     }

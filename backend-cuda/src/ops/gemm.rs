@@ -2,8 +2,8 @@
 //!
 //! ```text
 //!   w, x ── shape.rs ──> how the sums are cut ── which kernels ──┬── portable.rs   any GPU
-//!                                                                ├── decode.rs     Hopper, few tokens
-//!                                                                ├── prefill.rs    Hopper, many tokens
+//!                                                                ├── few.rs        Hopper, few tokens
+//!                                                                ├── many.rs       Hopper, many tokens
 //!                                                                ├── fp8.rs        matrices in fp8, whose inputs stay as they are
 //!                                                                └── rounded.rs    and those whose inputs are rounded to fp8
 //!   ring.rs       how operands of few tokens come
@@ -14,12 +14,12 @@
 //! Invariant: how a sum is cut depends on the matrix alone, never on the number of tokens, so a token's bits are the
 //! same in every batch. Which tile a launch gets is chosen here and is a matter of speed only.
 
-mod decode;
 mod epilogue;
 mod explained;
+mod few;
 mod fp8;
+mod many;
 mod portable;
-mod prefill;
 mod product;
 mod ring;
 mod rounded;
@@ -33,10 +33,10 @@ pub use rounded::Norm;
 
 use minisgl_core::backend::Purpose;
 
-use decode::{Decode, tilings};
+use few::{Few, tilings};
 use fp8::Fp8;
+use many::Many;
 use portable::Portable;
-use prefill::Prefill;
 use product::Product;
 use rounded::Rounded;
 use shape::{BLOCK_COLS, Shape};
@@ -49,18 +49,18 @@ use crate::weight::Weight;
 /// Hopper's kernels.
 #[derive(Debug)]
 struct Hopper {
-    decode: Decode,
-    prefill: Prefill,
+    few: Few,
+    many: Many,
 }
 
 impl Hopper {
     fn launch<E: Epilogue>(&self, launcher: &Launcher, product: &Product<'_, E>) -> Result<(), CudaError> {
-        match self.decode.tiling(E::KIND, &product.shape, product.share) {
-            Some(tiling) => Decode::launch(tiling, launcher, product),
+        match self.few.tiling(E::KIND, &product.shape, product.share) {
+            Some(tiling) => Few::launch(tiling, launcher, product),
             None if product.epilogue.is_fp8() => {
                 Err(CudaError::Unsupported("products of many tokens store no fp8 keys and values".into()))
             }
-            None => self.prefill.launch(launcher, product),
+            None => self.many.launch(launcher, product),
         }
     }
 }
@@ -96,8 +96,8 @@ impl Gemm {
     /// Looks up the kernels that the device runs, and takes memory for sums that are split.
     pub fn new(gpu: &mut Gpu) -> Result<Gemm, CudaError> {
         let set = if gpu.properties().hopper {
-            let prefill = Prefill::new(gpu)?;
-            Set::Hopper(Box::new(Hopper { decode: Decode::new(gpu.modules())?, prefill }))
+            let many = Many::new(gpu)?;
+            Set::Hopper(Box::new(Hopper { few: Few::new(gpu.modules())?, many }))
         } else {
             Set::Portable(Box::new(Portable::new(gpu.modules())?))
         };
@@ -173,11 +173,11 @@ impl Gemm {
         match &self.set {
             Set::Hopper(hopper) if w.codes().is_some() => {
                 let rounded = self.rounded.as_ref().ok_or(CudaError::NotReserved)?;
-                rounded.launch(launcher, &hopper.prefill.partials, w, &product)
+                rounded.launch(launcher, &hopper.many.partials, w, &product)
             }
             Set::Hopper(hopper) if w.is_fp8() => {
                 let fp8 = self.fp8.as_ref().ok_or(CudaError::NotReserved)?;
-                fp8.launch(launcher, &hopper.prefill, w, product)
+                fp8.launch(launcher, &hopper.many, w, product)
             }
             Set::Portable(_) if w.is_fp8() => {
                 Err(CudaError::Unsupported("fp8 weights have kernels for Hopper alone".into()))

@@ -148,14 +148,14 @@ mod tests {
 
     #[test]
     fn both_sides_declare_the_same() {
-        assert_declared!(&["sampling.cu"], "RowLogprobs", RowLogprobs { token, len, ids, logprobs });
+        assert_declared!(&["step/sampling.cu"], "RowLogprobs", RowLogprobs { token, len, ids, logprobs });
         assert_declared!(
-            &["slot.cuh"],
+            &["step/slot.cuh"],
             "SlotUpdate",
             SlotUpdate { slot, rules, rule_words, reserved, state }
         );
         assert_declared!(
-            &["slot.cuh"],
+            &["step/slot.cuh"],
             "SlotState",
             SlotState {
                 temperature,
@@ -176,9 +176,9 @@ mod tests {
                 reserved,
             }
         );
-        assert_eq!(constant("slot.cuh", "RULE_WORDS") as usize, RULE_WORDS);
-        assert_eq!(constant("batch.cuh", "LAST_TOKEN"), LAST_TOKEN);
-        assert_eq!(constant("sampling.cu", "NO_TOKEN"), NO_TOKEN);
+        assert_eq!(constant("step/slot.cuh", "RULE_WORDS") as usize, RULE_WORDS);
+        assert_eq!(constant("step/batch.cuh", "LAST_TOKEN"), LAST_TOKEN);
+        assert_eq!(constant("step/sampling.cu", "NO_TOKEN"), NO_TOKEN);
         for set in [HOPPER, PORTABLE] {
             let threads = ["sample_cut", "sample_draw", "logprobs"].map(|name| threads_of(set, name));
             assert_eq!(threads, [ROW_THREADS, DRAW_THREADS, ROW_THREADS]);

@@ -92,7 +92,7 @@ impl Default for SamplingParams {
 }
 
 /// How the tokens of a slot are drawn, as it lies on the device from when a request takes the slot: 64 bytes, all of them in use,
-/// in the same order in `kernels/cuda/slot.cuh`.
+/// in the same order in `kernels/cuda/step/slot.cuh`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Pod, Zeroable)]
 pub struct SlotState {

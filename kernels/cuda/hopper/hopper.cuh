@@ -4,7 +4,7 @@
 //                             what the copy engine writes and wgmma reads with the 128-byte swizzle
 #pragma once
 
-#include "wgmma.cuh"
+#include "hopper/wgmma.cuh"
 
 struct __align__(64) TensorMap {
     unsigned long long words[16];

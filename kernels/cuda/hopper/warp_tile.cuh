@@ -9,7 +9,7 @@
 // after `free`.
 #pragma once
 
-#include "hopper.cuh"
+#include "hopper/hopper.cuh"
 
 struct WarpTile {
     static constexpr unsigned HALF = 16 * 128, BYTES = 2 * HALF;

@@ -4,8 +4,8 @@
 #define DECODE_WARPS 8
 #define DECODE_BLOCKS 1
 #define DECODE_STAGES(DIMS) 2
-#include "attention_kernels.cuh"
-#include "attention_prefill.cuh"
+#include "attention/attention_kernels.cuh"
+#include "portable/attention_prefill.cuh"
 
 #define ATTENTION_PREFILL(HD)                                                                                           \
     extern "C" __global__ void __launch_bounds__(PREFILL_THREADS, 1)                                                    \

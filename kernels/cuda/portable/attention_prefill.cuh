@@ -20,7 +20,7 @@
 // 3. A leaf's output is made for 32 dims at a time: 128 would not fit the registers beside the state. What is folded of whole
 //    spans does not fit either: the compiler keeps it in memory, and touches it once in 16 leaves.
 #pragma once
-#include "attention.cuh"
+#include "attention/attention.cuh"
 
 #define COLUMNS 128
 #define PREFILL_THREADS 256

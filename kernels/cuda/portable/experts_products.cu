@@ -6,7 +6,7 @@
 // 1. Blocks find their tile by counting tiles: expert by expert, as many as its pairs need. There are blocks for as many as there can be.
 // 2. A pair's sums have one order (mma_tile.cuh, one slice).
 #include "dependent.cuh"
-#include "experts_choose.cuh"
+#include "experts/experts_choose.cuh"
 #include "mma_tile.cuh"
 
 // An expert's pairs of one tile; none where `count` is 0.

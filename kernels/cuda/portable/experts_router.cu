@@ -3,7 +3,7 @@
 //   logits     logits[t, e] = norm(x[t]) . router[e], f32                    grid (E / 8, T) or (E / 32, T / 4)   block 256
 //   choose     the P largest of a token, ascending, and their shares         grid T / 8                           block 256
 #include "dependent.cuh"
-#include "experts_choose.cuh"
+#include "experts/experts_choose.cuh"
 
 constexpr int THREADS = 256, WARPS = THREADS / 32, LOGIT_TOKENS = 4;
 

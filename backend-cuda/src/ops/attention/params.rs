@@ -73,7 +73,7 @@ mod tests {
     #[test]
     fn both_sides_declare_the_same() {
         assert_declared!(
-            &["attention_work.cuh"],
+            &["attention/attention_work.cuh"],
             "DecodeParams",
             DecodeParams {
                 plan,
@@ -95,7 +95,7 @@ mod tests {
             }
         );
         assert_declared!(
-            &["hopper/attention_prefill.cuh"],
+            &["hopper/attention/attention_prefill.cuh"],
             "PrefillParams",
             PrefillParams {
                 plan,

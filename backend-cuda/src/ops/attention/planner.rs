@@ -310,7 +310,7 @@ mod tests {
 
     #[test]
     fn the_host_and_the_kernels_mean_the_same_by_a_batch_and_a_plan() {
-        let batch = &["batch.cuh"];
+        let batch = &["step/batch.cuh"];
         assert_declared!(
             batch,
             "Header",
@@ -324,7 +324,7 @@ mod tests {
         assert_declared!(batch, "Token", Token { id, slot, position, location });
         assert_declared!(batch, "PageUpdate", PageUpdate { index, page });
         assert_declared!(
-            &["attention_work.cuh"],
+            &["attention/attention_work.cuh"],
             "Segment",
             Segment { row, slot, kv_len, first, leaves, base, at, total }
         );
@@ -332,21 +332,21 @@ mod tests {
 
     #[test]
     fn the_host_and_the_kernels_cut_alike() {
-        let attention = |name| constant("attention.cuh", name);
+        let attention = |name| constant("attention/attention.cuh", name);
         assert_eq!((attention("LEAF"), attention("TILE")), (LEAF, TILE));
         assert_eq!(attention("LEAF") * attention("SPAN_LEAVES"), SPAN);
         assert_eq!(attention("TILE") * attention("LEAF_TILES"), LEAF);
         let [hopper, fp8, portable] =
             [(true, false), (true, true), (false, false)].map(|(hopper, fp8)| Set::new(hopper, 128, 1, fp8));
         for (source, set) in [
-            ("hopper/attention.cu", hopper),
-            ("hopper/attention_fp8.cu", fp8),
+            ("hopper/attention/attention.cu", hopper),
+            ("hopper/attention/attention_fp8.cu", fp8),
             ("portable/attention.cu", portable),
         ] {
             assert_eq!(constant(source, "DECODE_BLOCKS"), set.decode_blocks, "{source}");
             assert_eq!(constant(source, "DECODE_WARPS"), set.decode_warps, "{source}");
         }
-        let prefill = |name| constant("hopper/attention_prefill.cuh", name);
+        let prefill = |name| constant("hopper/attention/attention_prefill.cuh", name);
         let minisgl_kernels::attention::Prefill { parts, part_queries, .. } = hopper.prefill;
         assert_eq!((prefill("PARTS"), prefill("PART_QUERIES")), (parts, part_queries));
         assert_eq!(constant("portable/attention_prefill.cuh", "COLUMNS"), portable.prefill.part_queries);

@@ -314,14 +314,14 @@ mod tests {
 
     #[test]
     fn both_sides_declare_the_same() {
-        let common = &["hopper/experts_products.cuh"];
+        let common = &["hopper/experts/experts_products.cuh"];
         assert_declared!(common, "GateUpOfExperts", GateUp { activated, tickets });
         assert_declared!(common, "DownOfExperts", Down { given, tickets });
         for (tiling, file, name, beside, kernel) in TILINGS {
             let Tiling { pairs, box_pairs, sharers, stages, round, .. } = tiling;
             let using =
                 format!("using {name}, {pairs}, {box_pairs}, {sharers}, {stages}, {round}, {beside}>;");
-            assert!(source(&format!("hopper/{file}")).contains(&using), "{using}");
+            assert!(source(&format!("hopper/experts/{file}")).contains(&using), "{using}");
             assert_eq!(threads_of(HOPPER, kernel), Tiling::THREADS, "{kernel}");
         }
         for kernel in ["experts_many_down", "experts_many_down_fp8"] {
@@ -329,7 +329,7 @@ mod tests {
         }
         assert_eq!(threads_of(HOPPER, "experts_gather"), Hopper::GATHER_THREADS);
         let sizes = format!("PAIRS = {SORTED_PAIRS}, WORDS = {SORTED_WORDS};");
-        assert!(source("hopper/experts_sort.cuh").contains(&sizes), "{sizes}");
+        assert!(source("hopper/experts/experts_sort.cuh").contains(&sizes), "{sizes}");
     }
 
     #[test]

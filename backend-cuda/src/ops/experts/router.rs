@@ -98,9 +98,9 @@ mod tests {
     #[test]
     fn both_sides_declare_the_same() {
         assert_eq!(constant("portable/experts_router.cu", "LOGIT_TOKENS"), LOGIT_TOKENS);
-        assert_eq!(constant("hopper/experts_router.cu", "BLOCKS"), BLOCKS);
-        assert_eq!(constant("hopper/experts_router.cu", "TOKENS"), TOKENS);
-        assert_eq!(32 * constant("experts_choose.cuh", "EXPERTS_A_LANE"), COUNT_MAX);
+        assert_eq!(constant("hopper/experts/experts_router.cu", "BLOCKS"), BLOCKS);
+        assert_eq!(constant("hopper/experts/experts_router.cu", "TOKENS"), TOKENS);
+        assert_eq!(32 * constant("experts/experts_choose.cuh", "EXPERTS_A_LANE"), COUNT_MAX);
         for experts in EXPERTS {
             assert_eq!(threads_of(HOPPER, &format!("experts_router_{experts}")), THREADS);
         }

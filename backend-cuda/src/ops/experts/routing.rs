@@ -89,9 +89,9 @@ mod tests {
 
     #[test]
     fn both_sides_declare_the_same() {
-        assert_declared!(&["experts.cuh"], "Ahead", Ahead { norm, scaled });
+        assert_declared!(&["experts/experts.cuh"], "Ahead", Ahead { norm, scaled });
         assert_declared!(
-            &["experts.cuh"],
+            &["experts/experts.cuh"],
             "Routing",
             Routing {
                 logits,

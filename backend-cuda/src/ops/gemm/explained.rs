@@ -3,10 +3,10 @@
 use minisgl_core::shard::Rank;
 use minisgl_core::spec::Inputs;
 
-use super::decode::tilings;
 use super::epilogue::Kind;
+use super::few::tilings;
+use super::many::Tile;
 use super::portable::Portable;
-use super::prefill::Tile;
 use super::product::{Explained, Form, SmShare};
 use super::shape::Shape;
 use super::{fp8, rounded};

@@ -12,7 +12,7 @@
 use std::array;
 
 use super::epilogue::{Epilogue, Kind};
-use super::prefill::Prefill;
+use super::many::Many;
 use super::product::{Block, Explained, Form, Product};
 use super::ring::{Ring, Sliced};
 use super::shape::Shape;
@@ -178,7 +178,7 @@ impl Fp8 {
     pub(super) fn launch<E: Epilogue>(
         &self,
         launcher: &Launcher,
-        prefill: &Prefill,
+        many: &Many,
         w: Weight,
         product: Product<'_, E>,
     ) -> Result<(), CudaError> {
@@ -193,7 +193,7 @@ impl Fp8 {
         if shape.tokens > TOKENS_MAX {
             let grid = widening(shape.rows, shape.cols);
             launcher.launch(&self.widen, grid, [&matrix, &shape.rows, &shape.cols, &self.wide])?;
-            return prefill.launch(launcher, &Product { w: self.wide, is_fresh: true, ..product });
+            return many.launch(launcher, &Product { w: self.wide, is_fresh: true, ..product });
         }
         let (kernel, tile) = self.few(shape, *epilogue)?;
         let stages = tile.stages(shape);
@@ -262,7 +262,7 @@ mod tests {
 
     #[test]
     fn the_host_and_the_kernels_mean_the_same_by_a_matrix() {
-        assert_declared!(&["hopper/fp8_ring.cuh"], "Fp8Matrix", Fp8Matrix { tiles, across, down });
+        assert_declared!(&["hopper/fp8/fp8_ring.cuh"], "Fp8Matrix", Fp8Matrix { tiles, across, down });
     }
 
     #[test]

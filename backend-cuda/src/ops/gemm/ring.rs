@@ -1,5 +1,5 @@
 //! The ring of shared memory through which a block of a product of few tokens gets its operands, block of columns after block of
-//! columns (`gemm_decode.cuh`), and the blocks of which a cluster has all slices.
+//! columns (`gemm_few.cuh`), and the blocks of which a cluster has all slices.
 //!
 //! ```text
 //!   | stage 0: tokens, rows of w | stage 1 | … | what lies beside the stages | a scale a token |     and what aligns it to 1024 bytes

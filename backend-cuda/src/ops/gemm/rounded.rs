@@ -13,7 +13,7 @@
 use minisgl_core::backend::Purpose;
 
 use super::epilogue::{Epilogue, Kind, RowNorm};
-use super::prefill::{Loaded, Partials, Prefill, Tile};
+use super::many::{Loaded, Many, Partials, Tile};
 use super::product::{Block, Explained, Product, Rows};
 use super::ring::{Ring, Sliced};
 use super::shape::Shape;
@@ -124,32 +124,48 @@ impl Kernels {
         match kind {
             Kind::Qkv => Some(Kernels {
                 index: 0,
-                few: &["few_qkv_128x16", "few_qkv_128x32", "few_qkv_128x64", "few_qkv_128x128"],
-                many: vec![(Tile::ROUNDED, "many_qkv_narrow"), (Tile::ROUNDED_MIDDLE, "many_qkv_middle")],
-                grained: (Tile::ROUNDED, "many_grained_qkv_narrow"),
+                few: &[
+                    "rounded_few_qkv_128x16",
+                    "rounded_few_qkv_128x32",
+                    "rounded_few_qkv_128x64",
+                    "rounded_few_qkv_128x128",
+                ],
+                many: vec![
+                    (Tile::ROUNDED, "rounded_many_qkv_narrow"),
+                    (Tile::ROUNDED_MIDDLE, "rounded_many_qkv_middle"),
+                ],
+                grained: (Tile::ROUNDED, "rounded_many_grained_qkv_narrow"),
             }),
             Kind::Residual => Some(Kernels {
                 index: 1,
-                few: &["few_residual_64x16", "few_residual_64x32", "few_residual_64x64"],
-                many: vec![
-                    (Tile::ROUNDED, "many_residual_narrow"),
-                    (Tile::ROUNDED_MIDDLE, "many_residual_middle"),
-                    (Tile::ROUNDED_SHORT, "many_split_residual_short"),
-                    (Tile::ROUNDED_JOINT[0], "many_joint_residual_short"),
-                    (Tile::ROUNDED_JOINT[1], "many_joint_residual_narrow"),
-                    (Tile::ROUNDED_JOINT[2], "many_joint_residual_middle"),
+                few: &[
+                    "rounded_few_residual_64x16",
+                    "rounded_few_residual_64x32",
+                    "rounded_few_residual_64x64",
                 ],
-                grained: (Tile::ROUNDED, "many_grained_residual_narrow"),
+                many: vec![
+                    (Tile::ROUNDED, "rounded_many_residual_narrow"),
+                    (Tile::ROUNDED_MIDDLE, "rounded_many_residual_middle"),
+                    (Tile::ROUNDED_SHORT, "rounded_many_split_residual_short"),
+                    (Tile::ROUNDED_JOINT[0], "rounded_many_joint_residual_short"),
+                    (Tile::ROUNDED_JOINT[1], "rounded_many_joint_residual_narrow"),
+                    (Tile::ROUNDED_JOINT[2], "rounded_many_joint_residual_middle"),
+                ],
+                grained: (Tile::ROUNDED, "rounded_many_grained_residual_narrow"),
             }),
             Kind::GateUp => Some(Kernels {
                 index: 2,
-                few: &["few_gate_up_128x16", "few_gate_up_128x32", "few_gate_up_128x64"],
-                many: vec![
-                    (Tile::ROUNDED, "many_gate_up_narrow"),
-                    (Tile::ROUNDED_MIDDLE, "many_gate_up_middle"),
-                    (Tile::ROUNDED_TALL, "many_gate_up_tall"),
+                few: &[
+                    "rounded_few_gate_up_128x16",
+                    "rounded_few_gate_up_128x32",
+                    "rounded_few_gate_up_128x64",
                 ],
-                grained: (Tile::ROUNDED, "many_grained_gate_up_narrow"),
+                many: vec![
+                    (Tile::ROUNDED, "rounded_many_gate_up_narrow"),
+                    (Tile::ROUNDED_MIDDLE, "rounded_many_gate_up_middle"),
+                    (Tile::ROUNDED_TALL, "rounded_many_gate_up_tall"),
+                ],
+                grained: (Tile::ROUNDED, "rounded_many_grained_gate_up_narrow"),
             }),
             Kind::RankSums | Kind::Head | Kind::Linear => None,
         }
@@ -276,7 +292,7 @@ impl Rounded {
         let fetched = tile.fetched();
         let [w, x] = maps(fetched.rows, fetched.tokens)?;
         let (out, width) = product.epilogue.outputs(shape.rows).ok_or_else(|| none(E::KIND))?;
-        let out = TensorMap::rows_of_bf16(out, shape.tokens as usize, width as usize, Prefill::WARP_TOKENS)?;
+        let out = TensorMap::rows_of_bf16(out, shape.tokens as usize, width as usize, Many::WARP_TOKENS)?;
         let grid = tile.grid(tile.launched(&shape, *clusters));
         launcher.launch(kernel, grid, [&w, &x, &out, &shape, &scales, &epilogue, partials])
     }
@@ -373,11 +389,11 @@ mod tests {
     #[test]
     fn the_host_and_the_kernels_mean_the_same_by_inputs_and_scales() {
         assert_declared!(
-            &["hopper/fp8_inputs.cu", "epilogue.cuh"],
+            &["hopper/fp8/fp8_inputs.cu", "epilogue.cuh"],
             "Fp8Inputs",
             Fp8Inputs { x, norm, row_norm, codes, scales, fixed, cols, pitch, whole, reserved }
         );
-        assert_declared!(&["hopper/rounded.cuh"], "CodeScales", CodeScales { x, w, pitch, groups });
+        assert_declared!(&["hopper/fp8/rounded.cuh"], "CodeScales", CodeScales { x, w, pitch, groups });
     }
 
     #[test]
@@ -400,25 +416,25 @@ mod tests {
             let shape = Shape { rows, cols: cols / 2, tokens, slices };
             explained(kind, &shape, Rounding::Groups, true, |size: u32| 132 / size).unwrap()[1].kernel
         };
-        assert_eq!(kernel(Kind::Qkv, 6144, 4096, 128), "few_qkv_128x128");
-        assert_eq!(kernel(Kind::Residual, 4096, 4096, 64), "few_residual_64x64");
-        assert_eq!(kernel(Kind::Residual, 5120, 5120, 32), "few_residual_64x32");
-        assert_eq!(kernel(Kind::Residual, 5120, 5120, 64), "many_joint_residual_short");
-        assert_eq!(kernel(Kind::Residual, 4096, 4096, 128), "many_joint_residual_short");
-        assert_eq!(kernel(Kind::Residual, 4096, 12_288, 128), "many_split_residual_short");
-        assert_eq!(kernel(Kind::Residual, 5120, 17_408, 128), "many_joint_residual_narrow");
-        assert_eq!(kernel(Kind::Residual, 5120, 17_408, 160), "many_joint_residual_middle");
-        assert_eq!(kernel(Kind::Residual, 4096, 12_288, 256), "many_joint_residual_narrow");
-        assert_eq!(kernel(Kind::Residual, 4096, 4096, 384), "many_joint_residual_middle");
-        assert_eq!(kernel(Kind::Residual, 4096, 12_288, 512), "many_residual_narrow");
-        assert_eq!(kernel(Kind::Residual, 5120, 17_408, 256), "many_residual_narrow");
-        assert_eq!(kernel(Kind::GateUp, 24_576, 4096, 128), "many_gate_up_tall");
-        assert_eq!(kernel(Kind::GateUp, 24_576, 4096, 256), "many_gate_up_narrow");
-        assert_eq!(kernel(Kind::GateUp, 34_816, 5120, 256), "many_gate_up_tall");
-        assert_eq!(kernel(Kind::GateUp, 24_576, 4096, 1024), "many_gate_up_narrow");
-        assert_eq!(kernel(Kind::GateUp, 24_576, 4096, 8192), "many_gate_up_middle");
-        assert_eq!(kernel(Kind::Qkv, 6144, 4096, 8192), "many_qkv_middle");
-        assert_eq!(kernel(Kind::Residual, 4096, 12_288, 1024), "many_residual_narrow");
-        assert_eq!(kernel(Kind::Residual, 4096, 12_288, 8192), "many_residual_middle");
+        assert_eq!(kernel(Kind::Qkv, 6144, 4096, 128), "rounded_few_qkv_128x128");
+        assert_eq!(kernel(Kind::Residual, 4096, 4096, 64), "rounded_few_residual_64x64");
+        assert_eq!(kernel(Kind::Residual, 5120, 5120, 32), "rounded_few_residual_64x32");
+        assert_eq!(kernel(Kind::Residual, 5120, 5120, 64), "rounded_many_joint_residual_short");
+        assert_eq!(kernel(Kind::Residual, 4096, 4096, 128), "rounded_many_joint_residual_short");
+        assert_eq!(kernel(Kind::Residual, 4096, 12_288, 128), "rounded_many_split_residual_short");
+        assert_eq!(kernel(Kind::Residual, 5120, 17_408, 128), "rounded_many_joint_residual_narrow");
+        assert_eq!(kernel(Kind::Residual, 5120, 17_408, 160), "rounded_many_joint_residual_middle");
+        assert_eq!(kernel(Kind::Residual, 4096, 12_288, 256), "rounded_many_joint_residual_narrow");
+        assert_eq!(kernel(Kind::Residual, 4096, 4096, 384), "rounded_many_joint_residual_middle");
+        assert_eq!(kernel(Kind::Residual, 4096, 12_288, 512), "rounded_many_residual_narrow");
+        assert_eq!(kernel(Kind::Residual, 5120, 17_408, 256), "rounded_many_residual_narrow");
+        assert_eq!(kernel(Kind::GateUp, 24_576, 4096, 128), "rounded_many_gate_up_tall");
+        assert_eq!(kernel(Kind::GateUp, 24_576, 4096, 256), "rounded_many_gate_up_narrow");
+        assert_eq!(kernel(Kind::GateUp, 34_816, 5120, 256), "rounded_many_gate_up_tall");
+        assert_eq!(kernel(Kind::GateUp, 24_576, 4096, 1024), "rounded_many_gate_up_narrow");
+        assert_eq!(kernel(Kind::GateUp, 24_576, 4096, 8192), "rounded_many_gate_up_middle");
+        assert_eq!(kernel(Kind::Qkv, 6144, 4096, 8192), "rounded_many_qkv_middle");
+        assert_eq!(kernel(Kind::Residual, 4096, 12_288, 1024), "rounded_many_residual_narrow");
+        assert_eq!(kernel(Kind::Residual, 4096, 12_288, 8192), "rounded_many_residual_middle");
     }
 }

@@ -21,7 +21,7 @@ use crate::weight::SLICING;
 /// Columns of a block; slices are whole blocks.
 pub(super) const BLOCK_COLS: u32 = SLICING.block as u32;
 
-/// MiB of the largest matrix that L2 holds beside the activations. `gemm_prefill.cuh` draws the same line.
+/// MiB of the largest matrix that L2 holds beside the activations. `gemm_many.cuh` draws the same line.
 const L2_MIB: u64 = 24;
 
 fn fits_l2(rows: u32, cols: u32) -> bool {
@@ -87,7 +87,7 @@ mod tests {
     #[test]
     fn both_sides_think_the_same_matrices_fit_l2() {
         let line = format!("(size_t)shape.rows * shape.cols * 2 <= {L2_MIB}u << 20");
-        assert!(source("hopper/gemm_prefill.cuh").contains(&line));
+        assert!(source("hopper/gemm/gemm_many.cuh").contains(&line));
     }
 
     #[test]

@@ -134,7 +134,7 @@ mod tests {
     use super::*;
     use crate::declared::{assert_declared, constant};
 
-    const FILE: &str = "hopper/layers_args.cuh";
+    const FILE: &str = "hopper/layers/layers_args.cuh";
 
     #[test]
     fn the_host_and_the_kernel_declare_the_same() {

@@ -30,7 +30,8 @@ mod tests {
 
     #[test]
     fn the_host_and_the_kernel_divide_alike() {
-        let declared = ["LAYERS_SHARED", "MULTIPLIERS"].map(|name| constant("hopper/layers_args.cuh", name));
+        let declared =
+            ["LAYERS_SHARED", "MULTIPLIERS"].map(|name| constant("hopper/layers/layers_args.cuh", name));
         assert_eq!(declared, [SHARED, MULTIPLY]);
     }
 }

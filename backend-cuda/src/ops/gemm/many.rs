@@ -1,0 +1,457 @@
+//! Launches of `gemm_many.cuh`: products of many tokens.
+//!
+//! ```text
+//!            a block's tile            blocks of a cluster    of
+//!   narrow   128 rows x 128 tokens     2 along the rows       every product
+//!   middle   128      x 192            2 along the rows       the model's; of four slices, the first two's sums wait in memory
+//!   square   128      x 128            2 x 2                  the model's
+//!   wide     256      x 128            2 along the tokens     gate and up, where the whole sum is one slice; the head; split sums
+//!   tall     144, 192, 224, 288 x 128  2 along the rows       gate and up, where the whole sum is one slice
+//!            144, 192      x 192       2 along the rows       the same
+//!   joint    128      x 64, 128, 192   2 along the columns    split sums
+//! ```
+//!
+//! A cluster takes tile after tile. Where few rows and tokens make few tiles of o and down, two blocks of a cluster have half of a tile's
+//! columns each, and swap half of their sums (`joint.cuh`); or, of many columns, a cluster takes slice after slice of tiles: the sum is
+//! split among clusters, who leave their slices in memory, and the last adds them (`split.cuh`). Who takes whole
+//! tiles adds pairs of slices, then the pairs, for which there are three sets of sums: two warpgroups have registers for them, of
+//! three each leaves one set in memory meanwhile.
+//! Invariant: a block has a multiprocessor to itself, and a box of the copy engine at most 256 rows.
+
+use minisgl_core::backend::Purpose;
+
+use super::epilogue::{Epilogue, Kind};
+use super::product::{Block, Explained, Product};
+use super::shape::{BLOCK_COLS, Shape};
+use crate::error::CudaError;
+use crate::gpu::Gpu;
+use crate::launch::{Grid, Kernel, Launcher};
+use crate::memory::Address;
+use crate::param::plain_params;
+use crate::tensor_map::TensorMap;
+
+/// A tile's kernel, and how many clusters of it the device takes at once.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Loaded {
+    pub(super) tile: Tile,
+    pub(super) kernel: Kernel,
+    pub(super) clusters: u32,
+}
+
+impl Loaded {
+    /// Looks up a tile's kernel in a module.
+    pub(super) fn new(
+        gpu: &mut Gpu,
+        module: &'static str,
+        (tile, name): (Tile, &'static str),
+    ) -> Result<Loaded, CudaError> {
+        let kernel = gpu.modules().kernel(module, name, Tile::SHARED)?;
+        // Where none has room the launch will say so.
+        let clusters = gpu.launcher().clusters_at_once(&kernel, tile.grid(1))?.max(1);
+        let aside = (tile.cluster() * tile.rows * tile.tokens()) as usize * 4;
+        let clusters = if tile.aside { clusters.min((Partials::BYTES / aside) as u32) } else { clusters };
+        Ok(Loaded { tile, kernel, clusters })
+    }
+
+    /// The quickest of these for the product.
+    pub(super) fn quickest<'a>(all: &'a [Loaded], shape: &Shape) -> Result<&'a Loaded, CudaError> {
+        let &Shape { rows, cols, tokens, .. } = shape;
+        let index = Tile::quickest(all.iter().map(|loaded| (loaded.tile, loaded.clusters)), shape);
+        index.and_then(|index| all.get(index)).ok_or(CudaError::NoTile { rows, cols, tokens })
+    }
+}
+
+/// Hopper's kernels for many tokens: clusters, a block a multiprocessor, take tile after tile.
+#[derive(Debug)]
+pub(super) struct Many {
+    /// By [`Kind`].
+    kernels: [Vec<Loaded>; 6],
+    pub(super) partials: Partials,
+}
+
+/// Where clusters leave sums, as `split.cuh` declares it: of slices that others add, or those that a block itself takes up again.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Partials {
+    /// Sums of all tiles' slices, f32.
+    sums: Address,
+    /// Words: how many slices of a warp's share of a tile are there. Zero between launches.
+    arrived: Address,
+}
+
+plain_params!(Partials);
+
+impl Partials {
+    /// Bytes of sums. A tile of 256 rows and tokens takes a megabyte in four slices.
+    const BYTES: usize = 24 << 20;
+    /// Bytes of a warp's sums: 16 tokens by 128 rows. (Tiles of 64 rows have half of that, and two slices, not four.)
+    const WARP_BYTES: usize = 16 * 128 * 4;
+
+    fn new(gpu: &mut Gpu) -> Result<Partials, CudaError> {
+        let sums = gpu.allocate(Purpose::Scratch, Self::BYTES)?;
+        let arrived_bytes = Self::BYTES / Self::WARP_BYTES * 4;
+        let arrived = gpu.allocate(Purpose::Scratch, arrived_bytes)?;
+        gpu.zero(arrived, arrived_bytes)?;
+        Ok(Partials { sums, arrived })
+    }
+}
+
+/// What a cluster works on at a time.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Tile {
+    /// Blocks of a cluster along the rows of w, along the tokens, and along the columns, of which two have half each.
+    blocks: [u32; 3],
+    /// Rows of w in a block.
+    rows: u32,
+    /// Warpgroups of a block that multiply, 64 tokens each.
+    groups: u32,
+    /// The time of a block of columns, in units of some 50 ns.
+    cost: u32,
+    /// What it takes more where L2 does not hold the matrix, of tiles whose blocks fetch nothing for each other.
+    far: u32,
+    /// A cluster takes one of so many slices of a tile at a time; with 1, a whole tile, however many slices it has.
+    split: u32,
+    /// The time of leaving a slice in memory and adding the last.
+    adding: u32,
+    /// Do the first two of four slices leave their sum in memory while the others are made? Then a slice has four blocks or more.
+    aside: bool,
+}
+
+impl Tile {
+    const NARROW: Tile =
+        Tile { blocks: [2, 1, 1], rows: 128, groups: 2, cost: 6, far: 0, split: 1, adding: 0, aside: false };
+    const MIDDLE: Tile = Tile { groups: 3, cost: 8, ..Tile::NARROW };
+    /// Its warpgroups' registers hold two sets of sums.
+    const ASIDE: Tile = Tile { adding: 26, aside: true, ..Tile::MIDDLE };
+    const SQUARE: Tile = Tile { blocks: [2, 2, 1], cost: 5, ..Tile::NARROW };
+    /// Its sums leave no registers for those of another slice.
+    const WIDE: Tile = Tile { blocks: [1, 2, 1], rows: 256, cost: 10, ..Tile::NARROW };
+    /// Nor do those of these, whose rows are what makes one round of 132 blocks, or two, of a large model's gate and up.
+    const TALL: [Tile; 6] = [
+        Tile { rows: 288, cost: 12, ..Tile::NARROW },
+        Tile { rows: 224, cost: 9, ..Tile::NARROW },
+        Tile { rows: 192, cost: 8, ..Tile::NARROW },
+        Tile { rows: 144, cost: 7, ..Tile::NARROW },
+        Tile { rows: 144, cost: 9, ..Tile::MIDDLE },
+        Tile { rows: 192, cost: 12, ..Tile::MIDDLE },
+    ];
+    /// Shared memory that a block takes: all that one can have. The kernel makes as many stages of it as fit.
+    pub(super) const SHARED: u32 = 227 << 10;
+    /// What the copy engine takes.
+    const BOX_ROWS: u32 = 256;
+    /// In four slices, which is how o's and down's sums are cut. There w comes from memory, not from L2, which takes longer.
+    const SPLIT: [Tile; 3] = [
+        Tile { split: 4, cost: 9, adding: 80, ..Tile::NARROW },
+        Tile { split: 4, cost: 12, adding: 130, ..Tile::MIDDLE },
+        Tile { split: 4, cost: 13, adding: 200, ..Tile::WIDE },
+    ];
+    /// Of o and down where whole tiles would leave much of the device idle.
+    const JOINT: [Tile; 3] = [
+        Tile { blocks: [1, 1, 2], groups: 1, cost: 6, far: 2, ..Tile::NARROW },
+        Tile { blocks: [1, 1, 2], cost: 7, far: 2, adding: 16, ..Tile::NARROW },
+        Tile { blocks: [1, 1, 2], cost: 9, far: 1, adding: 56, ..Tile::MIDDLE },
+    ];
+    /// In two, which is what a rank of two has of them.
+    const HALVED: [Tile; 3] = [
+        Tile { split: 2, ..Tile::SPLIT[0] },
+        Tile { split: 2, ..Tile::SPLIT[1] },
+        Tile { split: 2, ..Tile::SPLIT[2] },
+    ];
+
+    /// Of codes (`gemm_rounded_many.cu`): a block of 128 columns takes no less for being multiplied in half the time.
+    pub(super) const ROUNDED: Tile = Tile { cost: 9, ..Tile::NARROW };
+    pub(super) const ROUNDED_MIDDLE: Tile = Tile { cost: 12, ..Tile::MIDDLE };
+    /// Its rows make one round of Qwen3-8B's gate and up of 128 tokens.
+    pub(super) const ROUNDED_TALL: Tile = Tile { rows: 192, cost: 14, ..Tile::NARROW };
+    /// Its rows give down of 128 tokens twice the blocks.
+    pub(super) const ROUNDED_SHORT: Tile = Tile { rows: 64, cost: 7, adding: 30, ..Tile::HALVED[0] };
+    /// Both slices of o's and down's tiles at once, where whole tiles are few.
+    pub(super) const ROUNDED_JOINT: [Tile; 3] = [
+        Tile { cost: 8, adding: 0, far: 0, ..Tile::JOINT[0] },
+        Tile { cost: 10, adding: 0, far: 0, ..Tile::JOINT[1] },
+        Tile { cost: 14, adding: 8, far: 0, ..Tile::JOINT[2] },
+    ];
+
+    /// The tiles that a kind of product has, and their kernels.
+    fn of(kind: Kind) -> Vec<(Tile, &'static str)> {
+        let three = |names: [&'static str; 3]| {
+            [Tile::NARROW, Tile::MIDDLE, Tile::SQUARE].into_iter().zip(names).collect::<Vec<_>>()
+        };
+        let mut tiles = match kind {
+            Kind::Qkv => three(["many_qkv_narrow", "many_qkv_middle", "many_qkv_square"]),
+            Kind::Residual => {
+                vec![
+                    (Tile::NARROW, "many_residual_narrow"),
+                    (Tile::ASIDE, "many_residual_middle"),
+                    (Tile::SQUARE, "many_residual_square"),
+                ]
+            }
+            Kind::RankSums => three(["many_sums_narrow", "many_sums_middle", "many_sums_square"]),
+            Kind::GateUp => three(["many_gate_up_narrow", "many_gate_up_middle", "many_gate_up_square"]),
+            Kind::Head => three(["many_head_narrow", "many_head_middle", "many_head_square"]),
+            Kind::Linear => vec![(Tile::NARROW, "many_linear_narrow")],
+        };
+        let tall = [
+            "many_gate_up_288x128",
+            "many_gate_up_224x128",
+            "many_gate_up_192x128",
+            "many_gate_up_144x128",
+            "many_gate_up_144x192",
+            "many_gate_up_192x192",
+        ];
+        let split = ["split_residual_narrow", "split_residual_middle", "split_residual_wide"];
+        let joint = ["joint_residual_short", "joint_residual_narrow", "joint_residual_middle"];
+        let joint_sums = ["joint_sums_short", "joint_sums_narrow", "joint_sums_middle"];
+        let halved = ["split_sums_narrow", "split_sums_middle", "split_sums_wide"];
+        match kind {
+            Kind::GateUp => {
+                tiles.push((Tile::WIDE, "many_gate_up_wide"));
+                tiles.extend(Tile::TALL.into_iter().zip(tall));
+            }
+            Kind::Head => tiles.push((Tile::WIDE, "many_head_wide")),
+            Kind::Residual => {
+                tiles.extend(Tile::SPLIT.into_iter().zip(split));
+                tiles.extend(Tile::JOINT.into_iter().zip(joint));
+            }
+            Kind::RankSums => {
+                tiles.extend(Tile::HALVED.into_iter().zip(halved));
+                tiles.extend(Tile::JOINT.into_iter().zip(joint_sums));
+            }
+            Kind::Qkv | Kind::Linear => {}
+        }
+        tiles
+    }
+
+    /// Which of such tiles, of which the device takes so many clusters at once, is the quickest for the product. Wider tiles move
+    /// fewer bytes for each operation, but leave more of the device idle at the end; so do clusters of four, which do not find
+    /// room on every multiprocessor.
+    pub(super) fn quickest(tiles: impl Iterator<Item = (Tile, u32)>, shape: &Shape) -> Option<usize> {
+        let there = tiles.enumerate().filter(|(_, (tile, _))| tile.suits(shape));
+        there.min_by_key(|(_, (tile, clusters))| tile.time(shape, *clusters)).map(|(index, _)| index)
+    }
+
+    /// What a product is launched as on a device that takes so many clusters of a size at once.
+    pub(super) fn explained(kind: Kind, shape: &Shape, clusters_of: fn(u32) -> u32) -> Option<Explained> {
+        Self::explained_of(Self::of(kind), shape, clusters_of)
+    }
+
+    /// The same of these tiles and their kernels.
+    pub(super) fn explained_of(
+        tiles: Vec<(Tile, &'static str)>,
+        shape: &Shape,
+        clusters_of: fn(u32) -> u32,
+    ) -> Option<Explained> {
+        let clusters = |tile: Tile| clusters_of(tile.cluster());
+        let (tile, kernel) =
+            tiles[Self::quickest(tiles.iter().map(|(tile, _)| (*tile, clusters(*tile))), shape)?];
+        let count = tile.count(shape);
+        let (columns, split) = match (tile.blocks[2], tile.split) {
+            (2, _) => ("half of the columns", String::new()),
+            (_, 1) => ("all columns", String::new()),
+            (_, slices) => ("a slice of the columns at a time", format!(" of {slices} slices")),
+        };
+        Some(Explained {
+            kernel,
+            grid: tile.grid(tile.launched(shape, clusters(tile))),
+            work: format!(
+                "a block: {} rows of w, {} tokens, {columns}; {count} tiles{split} for {} clusters",
+                tile.rows,
+                tile.tokens(),
+                tile.launched(shape, clusters(tile)),
+            ),
+        })
+    }
+
+    pub(super) fn cluster(self) -> u32 {
+        self.blocks.iter().product()
+    }
+
+    /// Of a block.
+    pub(super) fn tokens(self) -> u32 {
+        64 * self.groups
+    }
+
+    pub(super) fn count(self, shape: &Shape) -> u32 {
+        let [rows, tokens] = [self.blocks[0] * self.rows, self.blocks[1] * self.tokens()];
+        shape.rows.div_ceil(rows) * shape.tokens.div_ceil(tokens)
+    }
+
+    /// What clusters take in turn: tiles, or their slices.
+    pub(super) fn turns(self, shape: &Shape) -> u32 {
+        self.count(shape) * self.split
+    }
+
+    /// The time of a launch that `clusters` share: each takes as many turns as the last one to end.
+    fn time(self, shape: &Shape, clusters: u32) -> u64 {
+        let blocks = shape.cols.div_ceil(BLOCK_COLS).div_ceil(self.split * self.blocks[2]);
+        let cost = if shape.fits_l2(Kind::Residual) { self.cost } else { self.cost + self.far };
+        u64::from(self.turns(shape).div_ceil(clusters)) * u64::from(blocks * cost + self.adding)
+    }
+
+    /// Does it hold the product's slices, one after the other or in memory, and would no block of a cluster lie behind the last
+    /// token?
+    fn suits(self, shape: &Shape) -> bool {
+        let holds = match self.split {
+            1 if self.blocks[2] == 2 => shape.slices.is_multiple_of(2),
+            1 if self.aside => shape.slices < 4 || shape.cols >= 4 * shape.slices * BLOCK_COLS,
+            1 => self.rows == 128 || shape.slices == 1,
+            split => split == shape.slices && self.partial_bytes(shape) <= Partials::BYTES,
+        };
+        holds && shape.tokens > (self.blocks[1] - 1) * self.tokens()
+    }
+
+    /// Bytes of all tiles' slices.
+    fn partial_bytes(self, shape: &Shape) -> usize {
+        self.turns(shape) as usize * (self.cluster() * self.rows * self.tokens()) as usize * 4
+    }
+
+    /// The warpgroups that multiply, and the one that fetches.
+    pub(super) fn threads(self) -> u32 {
+        128 * self.groups + 128
+    }
+
+    /// Of these clusters at once, how many a launch has: who shares out a tile's columns takes no other tile.
+    pub(super) fn launched(self, shape: &Shape, clusters: u32) -> u32 {
+        let turns = self.turns(shape);
+        if self.blocks[2] == 2 { turns } else { turns.min(clusters) }
+    }
+
+    pub(super) fn grid(self, clusters: u32) -> Grid {
+        let grid = Grid::new(clusters * self.cluster(), self.threads()).cluster(self.cluster());
+        grid.shared(Self::SHARED).dependent()
+    }
+
+    /// The rows of w and the tokens that a block fetches at once. It has its part of what the cluster shares, and takes that in
+    /// two where a box would be too large.
+    pub(super) fn fetched(self) -> Block {
+        let [along_rows, along_tokens, _] = self.blocks;
+        let part = self.rows / along_tokens;
+        Block::new(if part > Self::BOX_ROWS { part / 2 } else { part }, self.tokens() / along_rows)
+    }
+}
+
+impl Many {
+    /// Tokens whose outputs a warp stores.
+    pub(super) const WARP_TOKENS: u32 = 16;
+
+    /// Looks up the kernels, and how many clusters of each the device takes.
+    pub(super) fn new(gpu: &mut Gpu) -> Result<Many, CudaError> {
+        let partials = Partials::new(gpu)?;
+        let mut load = |tile| Loaded::new(gpu, "gemm_many", tile);
+        let mut of_kind = |kind| Tile::of(kind).into_iter().map(&mut load).collect::<Result<Vec<_>, _>>();
+        let kernels = [
+            of_kind(Kind::Qkv)?,
+            of_kind(Kind::Residual)?,
+            of_kind(Kind::RankSums)?,
+            of_kind(Kind::GateUp)?,
+            of_kind(Kind::Head)?,
+            of_kind(Kind::Linear)?,
+        ];
+        Ok(Many { kernels, partials })
+    }
+
+    pub(super) fn launch<E: Epilogue>(
+        &self,
+        launcher: &Launcher,
+        product: &Product<'_, E>,
+    ) -> Result<(), CudaError> {
+        let Product { shape, epilogue, .. } = product;
+        let Loaded { tile, kernel, clusters } = Loaded::quickest(&self.kernels[E::KIND as usize], shape)?;
+        let grid = tile.grid(tile.launched(shape, *clusters)).dependent_if(!product.is_fresh);
+        let [w, x] = product.maps(tile.fetched())?;
+        // The copy engine takes rows that are a multiple of 16 bytes; a kernel stores others without it.
+        let out = match epilogue.outputs(shape.rows) {
+            Some((out, width)) if width % 8 == 0 => {
+                TensorMap::rows_of_bf16(out, shape.tokens as usize, width as usize, Self::WARP_TOKENS)?
+            }
+            _ => x,
+        };
+        match tile.split > 1 || tile.aside {
+            true => launcher.launch(kernel, grid, [&w, &x, &out, shape, *epilogue, &self.partials]),
+            false => launcher.launch(kernel, grid, [&w, &x, &out, shape, *epilogue]),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use minisgl_kernels::HOPPER;
+
+    use super::*;
+    use crate::declared::{assert_declared, threads_of};
+
+    #[test]
+    fn kernels_are_bound_to_the_threads_that_they_are_launched_with_and_take_these_parameters() {
+        for kind in [Kind::Qkv, Kind::Residual, Kind::RankSums, Kind::GateUp, Kind::Head, Kind::Linear] {
+            for (tile, name) in Tile::of(kind) {
+                assert_eq!(threads_of(HOPPER, name), tile.threads(), "{name}");
+            }
+        }
+        assert_declared!(&["hopper/gemm/split.cuh"], "Partials", Partials { sums, arrived });
+    }
+
+    #[test]
+    fn every_tile_is_fetched_in_boxes_of_whole_swizzles() {
+        let tiles = [Tile::NARROW, Tile::MIDDLE, Tile::ASIDE, Tile::SQUARE, Tile::WIDE];
+        for tile in tiles.into_iter().chain(Tile::TALL).chain(Tile::SPLIT).chain(Tile::JOINT) {
+            let Block { rows, tokens } = tile.fetched();
+            for (box_rows, all) in [(rows, tile.rows), (tokens, tile.tokens())] {
+                assert!(box_rows <= Tile::BOX_ROWS && box_rows % 8 == 0 && all % box_rows == 0, "{tile:?}");
+            }
+        }
+    }
+
+    /// On a device of 132 multiprocessors, 30 clusters of four find room.
+    #[test]
+    fn each_tile_is_the_quickest_of_some_shape() {
+        let is = |tile: Tile| (tile.blocks, tile.rows, tile.groups, tile.split);
+        let quickest = |rows, cols, tokens, slices| {
+            let shape = Shape { rows, cols, tokens, slices };
+            let tiles = [(Tile::NARROW, 66), (Tile::MIDDLE, 66), (Tile::SQUARE, 30), (Tile::WIDE, 66)];
+            let joint = Tile::JOINT.into_iter().filter(|_| slices == 4); // o and down have them
+            let others = Tile::TALL.into_iter().chain(Tile::SPLIT).chain(joint).map(|tile| (tile, 66));
+            let tiles: Vec<_> = tiles.into_iter().chain(others).collect();
+            is(tiles[Tile::quickest(tiles.iter().copied(), &shape).unwrap()].0)
+        };
+        assert_eq!(quickest(7168, 5120, 128, 2), is(Tile::NARROW));
+        assert_eq!(quickest(4096, 1024, 16_384, 2), is(Tile::MIDDLE));
+        assert_eq!(quickest(7168, 5120, 256, 2), is(Tile::SQUARE));
+        assert_eq!(quickest(34_816, 5120, 16_384, 1), is(Tile::WIDE));
+        // gate_up of Qwen3's 8B, Llama's 8B, and Qwen2.5's 7B; that of a rank of two of Qwen3-14B.
+        let [large, medium, small, least, long, longer] = Tile::TALL;
+        assert_eq!(
+            [64, 128, 136].map(|tokens| quickest(17_408, 5120, tokens, 1)),
+            [is(least), is(least), is(long)]
+        );
+        assert_eq!(quickest(24_576, 4096, 128, 1), is(small));
+        assert_eq!(quickest(28_672, 4096, 128, 1), is(medium));
+        assert_eq!(quickest(37_888, 3584, 128, 1), is(large));
+        assert_eq!(quickest(37_888, 3584, 192, 1), is(long));
+        assert_eq!(quickest(24_576, 4096, 192, 1), is(longer));
+        // Of Llama's 1B and 8B, and Qwen2.5's 7B.
+        let [short, narrow, middle] = Tile::JOINT;
+        assert_eq!([300, 512].map(|tokens| quickest(1024, 2048, tokens, 4)), [is(short); 2]);
+        assert_eq!([640, 1024].map(|tokens| quickest(1024, 3072, tokens, 4)), [is(narrow); 2]);
+        assert_eq!(quickest(4096, 12_288, 300, 4), is(middle));
+        let [narrow, middle, wide] = Tile::SPLIT;
+        assert_eq!(quickest(2048, 8192, 256, 4), is(narrow));
+        assert_eq!(quickest(3584, 18_944, 192, 4), is(middle));
+        assert_eq!(quickest(4096, 14_336, 256, 4), is(wide));
+        // Qwen3-8B's down takes the widest tiles though a sum waits in memory; its o, of fewer columns, does not.
+        let residual = |cols| {
+            let shape = Shape { rows: 4096, cols, tokens: 16_384, slices: 4 };
+            let tiles = [(Tile::NARROW, 66), (Tile::ASIDE, 66), (Tile::SQUARE, 30)];
+            is(tiles[Tile::quickest(tiles.into_iter(), &shape).unwrap()].0)
+        };
+        assert_eq!([4096, 12_288].map(residual), [is(Tile::SQUARE), is(Tile::ASIDE)]);
+        // Many tokens, and Qwen3-14B's rows, give enough clusters whole tiles.
+        assert_eq!(quickest(3584, 18_944, 16_384, 4), is(Tile::SQUARE));
+        assert_eq!(quickest(5120, 17_408, 256, 4), is(Tile::SQUARE));
+        // Of the kernels' tests.
+        assert_eq!(quickest(8064, 1600, 1000, 1), is(Tile::WIDE));
+        assert_eq!([128, 192].map(|tokens| quickest(20_096, 640, tokens, 1)), [is(small), is(longer)]);
+        assert_eq!(quickest(26_112, 512, 128, 1), is(medium));
+        assert_eq!(quickest(17_920, 704, 128, 1), is(least));
+        assert_eq!([128, 192].map(|tokens| quickest(34_048, 384, tokens, 1)), [is(large), is(long)]);
+    }
+}

@@ -1,0 +1,15 @@
+// Decode attention over keys and values in fp8, for Hopper: attention.cu's kernels, whose tiles are widened in registers.
+//
+// A leaf has half the bytes, so a multiprocessor must compute it in half the time. Its chain (scores, maxima, probabilities, output)
+// waits at every step: so blocks are half as large and twice as many, and leaves of four are at work at once. As much is on its way.
+#define DECODE_WARPS 4
+#define DECODE_BLOCKS 4
+#define DECODE_STAGES(DIMS) (5 * 128 / (DIMS))
+#include "attention/attention_kernels.cuh"
+
+ATTENTION_DECODE(attention_decode_fp8_64, 64, 1, false, true)
+ATTENTION_DECODE(attention_decode_fp8_64x2, 64, 2, false, true)
+ATTENTION_DECODE(attention_decode_fp8_128, 128, 1, false, true)
+ATTENTION_DECODE(attention_decode_fp8_window_64, 64, 1, true, true)
+ATTENTION_DECODE(attention_decode_fp8_window_64x2, 64, 2, true, true)
+ATTENTION_DECODE(attention_decode_fp8_window_128, 128, 1, true, true)

@@ -1,0 +1,151 @@
+// rounded_few_*: products of few tokens whose both operands are e4m3 codes (rounded.cuh); see gemm_few.cuh.
+//
+// 1. A thread has registers for two blocks' sums where they fit, so that one block is multiplied while the other is taken out.
+#include "hopper/gemm/gemm_few.cuh"
+#include "hopper/fp8/rounded.cuh"
+
+// A matrix of codes, and its scales and the tokens'. A thread has so many SETS of a block's sums.
+template <int SETS> struct CodesMatrix {
+    const TensorMap *map;
+    CodeScales scales;
+};
+
+template <int SETS> __device__ __forceinline__ const CodesMatrix<SETS> &fetched(const CodesMatrix<SETS> &w) { return w; }
+
+// ring.cuh for codes: beside a stage lie the scales of its N tokens, then those of eight rows of w each, behind what is known of tokens.
+template <int GROUPS, int N, int SETS> struct CodesRing : Ring<GROUPS, N, 1> {
+    using Base = Ring<GROUPS, N, 1>;
+    using typename Base::Position;
+    using Base::base, Base::full, Base::empty, Base::stages;
+    static constexpr unsigned SCALE_BYTES = (N + 8 * GROUPS) * 4;
+    unsigned scales;
+
+    __device__ __forceinline__ CodesRing(unsigned base, unsigned stages, unsigned, unsigned)
+        : Base(base, stages, 0), scales(base + stages * (Base::STAGE_BYTES + 16) + N * 4) {}
+
+    // Who reads scales says when: all lanes arrive.
+    __device__ __forceinline__ void init_barriers() const {
+        for (unsigned i = 0; i < stages; i++) {
+            barrier_init(full + 8 * i, 33); // a warp's lanes fetch scales
+            barrier_init(empty + 8 * i, 128 * GROUPS);
+        }
+        barrier_init_fence();
+    }
+    __device__ __forceinline__ void release(Position &position, unsigned at) const {
+        if (position.refills > 0) {
+            barrier_arrive(empty + 8 * at);
+            position.refills--;
+        }
+    }
+
+    __device__ __forceinline__ void fetch(const CodesMatrix<SETS> &w, const TensorMap *x, unsigned first, unsigned blocks, unsigned m0,
+                                          unsigned n0) const {
+        Base::fetch(w.map, x, first, blocks, m0, n0);
+    }
+    // The other warp's work: scales.
+    __device__ __forceinline__ void fetch_beside(const CodesMatrix<SETS> &w, unsigned first, unsigned blocks, unsigned m0, unsigned n0) const {
+        const unsigned lane = threadIdx.x % 32;
+        const float *const of_tokens = w.scales.x + n0 + 4 * lane, *const of_rows = w.scales.w + m0 / 8 + 4 * lane;
+        unsigned at = 0, parity = 1;
+        dependent_wait();
+        for (unsigned i = first; i < first + blocks; i++) {
+            const unsigned to = scales + at * SCALE_BYTES + 16 * lane;
+            barrier_wait(empty + 8 * at, parity); // passes in the first round
+            if (lane < N / 4)
+                fetch_scales(to, of_tokens + i * w.scales.pitch);
+            if (lane < 2 * GROUPS)
+                fetch_scales(to + N * 4, of_rows + i * w.scales.groups);
+            arrive_with_scales(full + 8 * at);
+            if (++at == stages) {
+                at = 0;
+                parity ^= 1;
+            }
+        }
+    }
+
+    // Starts the products of the block at hand: a warpgroup's 64 rows are the left operand, the tokens the right one. Where it lies.
+    __device__ __forceinline__ unsigned start(Position &position, float (&part)[N / 2]) const {
+        const unsigned at = position.at, stage = this->stage(at);
+        barrier_wait(full + 8 * at, position.parity);
+        const unsigned long long a = tile_descriptor(stage + threadIdx.x / 128 * 64 * 128);
+        const unsigned long long b = tile_descriptor(stage + Base::W_BYTES);
+        wgmma_fence();
+#pragma unroll
+        for (int k = 0; k < 4; k++)
+            wgmma_codes(part, a + 2 * k, b + 2 * k, k > 0);
+        wgmma_commit();
+        if (++position.at == stages) {
+            position.at = 0;
+            position.parity ^= 1;
+        }
+        return at;
+    }
+    // Waits until so many blocks at most are on their way, and takes out the sums of the one that lies at `at`.
+    template <int PENDING>
+    __device__ __forceinline__ void take(Position &position, unsigned at, float (&part)[N / 2], float (&sum)[N / 2]) const {
+        const unsigned lane = threadIdx.x % 32, rows = threadIdx.x / 32 * 2, own = scales + at * SCALE_BYTES;
+        const float2 of = load_two_scales(own + (N + rows) * 4);
+        wgmma_wait<PENDING>();
+        hold(part);
+#pragma unroll
+        for (int j = 0; j < N / 8; j++) {
+            const float2 by = load_two_scales(own + (8 * j + lane % 4 * 2) * 4);
+#pragma unroll
+            for (int e = 0; e < 4; e++) {
+                const float both = __fmul_rn(e < 2 ? of.x : of.y, e % 2 == 0 ? by.x : by.y);
+                sum[4 * j + e] = fmaf(part[4 * j + e], both, sum[4 * j + e]);
+            }
+        }
+        release(position, at);
+    }
+    __device__ __forceinline__ void multiply(Position &position, unsigned blocks, float (&sum)[N / 2]) const {
+        float even[N / 2], odd[N / 2]; // of one set, odd is never used
+#pragma unroll
+        for (int i = 0; i < N / 2; i++)
+            even[i] = odd[i] = 0.0f;
+        hold(even);
+        unsigned i = 0;
+        if constexpr (SETS == 2) {
+            hold(odd);
+#pragma unroll 1
+            for (; i + 2 <= blocks; i += 2) {
+                const unsigned first = start(position, even), second = start(position, odd);
+                take<1>(position, first, even, sum);
+                take<0>(position, second, odd, sum);
+            }
+        }
+#pragma unroll 1
+        for (; i < blocks; i++) {
+            const unsigned at = start(position, even);
+            take<0>(position, at, even, sum);
+        }
+    }
+};
+
+template <int GROUPS, int N, int SETS>
+__device__ __forceinline__ void fetch_beside(const CodesRing<GROUPS, N, SETS> &ring, const CodesMatrix<SETS> &w, unsigned first,
+                                             unsigned blocks, unsigned m0, unsigned n0) {
+    ring.fetch_beside(w, first, blocks, m0, n0);
+}
+
+template <int GROUPS, int N, int SETS> struct RingOf<GROUPS, N, Beside::NOBODY, CodesMatrix<SETS>> {
+    using Type = CodesRing<GROUPS, N, SETS>;
+};
+
+#define ROUNDED_FEW(NAME, GROUPS, N, BESIDE, SETS, EPILOGUE)                                                                 \
+    extern "C" __global__ void __launch_bounds__(128 * GROUPS + 64, BESIDE)                                                  \
+    NAME(const __grid_constant__ TensorMap w, const __grid_constant__ TensorMap x, Shape shape, unsigned stages,             \
+         CodeScales scales, Rounded<EPILOGUE> epilogue) {                                                                    \
+        multiply_few<GROUPS, 1, N, 1, Beside::NOBODY>(CodesMatrix<SETS>{&w, scales}, &x, shape, stages, epilogue);           \
+    }
+
+ROUNDED_FEW(rounded_few_qkv_128x16, 2, 16, 2, 1, Qkv)
+ROUNDED_FEW(rounded_few_qkv_128x32, 2, 32, 2, 1, Qkv)
+ROUNDED_FEW(rounded_few_qkv_128x64, 2, 64, 1, 2, Qkv)
+ROUNDED_FEW(rounded_few_qkv_128x128, 2, 128, 1, 1, Qkv)
+ROUNDED_FEW(rounded_few_residual_64x16, 1, 16, 2, 2, Residual)
+ROUNDED_FEW(rounded_few_residual_64x32, 1, 32, 2, 2, Residual)
+ROUNDED_FEW(rounded_few_residual_64x64, 1, 64, 2, 2, Residual)
+ROUNDED_FEW(rounded_few_gate_up_128x16, 2, 16, 2, 1, GateUp)
+ROUNDED_FEW(rounded_few_gate_up_128x32, 2, 32, 2, 1, GateUp)
+ROUNDED_FEW(rounded_few_gate_up_128x64, 2, 64, 2, 1, GateUp)

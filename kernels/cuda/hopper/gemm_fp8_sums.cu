@@ -1,8 +1,0 @@
-// fp8_sums_*: gemm_decode_sums.cu's kernels for matrices in fp8 (fp8_ring.cuh); see gemm_decode.cuh.
-#include "gemm_decode.cuh"
-
-DECODE_FP8(fp8_sums_128x16, 2, 16, 2, RankSums)
-DECODE_FP8(fp8_sums_128x32, 2, 32, 2, RankSums)
-DECODE_FP8(fp8_sums_128x64, 2, 64, 2, RankSums)
-DECODE_FP8(fp8_sums_64x128, 1, 128, 2, RankSums)
-DECODE_FP8(fp8_sums_128x192, 2, 192, 1, RankSums)

@@ -1,0 +1,7 @@
+// divided_layers: all layers of a decode step in one kernel (layers_divide.cuh), whose keys and values are kept in bf16.
+#include "hopper/layers/layers_divide.cuh"
+
+extern "C" __global__ void __launch_bounds__(LAYERS_THREADS, 1)
+divided_layers(const __grid_constant__ Layers args, const __grid_constant__ LayerMaps maps) {
+    divided<false>(args, maps);
+}

@@ -1,0 +1,100 @@
+// How blocks of layers_fp8.cu that multiply keep keys and values in fp8 (fp8_rows.cuh). Two neighbours have every second pair of a row's dims,
+// but its scale is the whole row's: so they swap, and each keeps every second eight of the rows.
+//
+//   before   a lane has dims 16 j + 4 quad + 2 rank and the next one, for j of 8, of tokens t and t + 8
+//   swap     what it has of token t + 8 (1 - rank) goes to its neighbour's lane
+//   after    it has dims 16 j + 4 quad and the next three of token t + 8 rank: a quad has the row
+//   words    a word's higher dims are two lanes on: of two chunks each of both lanes makes the words of one
+#pragma once
+
+#include "fp8_rows.cuh"
+#include "hopper/layers/layers_flags.cuh"
+
+// A place in the neighbour's shared memory.
+__device__ __forceinline__ unsigned at_neighbour(unsigned address, unsigned rank) {
+    unsigned there;
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(rank ^ 1));
+    return there;
+}
+__device__ __forceinline__ void send(unsigned to, float a, float b, float c, float d, unsigned barrier) {
+    asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(to), "f"(a),
+                 "f"(b), "f"(c), "f"(d), "r"(barrier)
+                 : "memory");
+}
+__device__ __forceinline__ void send(unsigned to, float a, float b, unsigned barrier) {
+    asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];" ::"r"(to), "f"(a), "f"(b),
+                 "r"(barrier)
+                 : "memory");
+}
+__device__ __forceinline__ unsigned pair_of(float2 x) {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(x.x, x.y);
+    return *reinterpret_cast<const unsigned *>(&pair);
+}
+
+struct HalfRows {
+    unsigned rank, received, there; // where the lane's first 16 bytes arrive, 512 before the others, and the barrier that says so
+
+    // The lane's pairs of both tokens become those of one: its own, then the neighbour's.
+    __device__ __forceinline__ void swap(unsigned (&pairs)[2][8], unsigned parity) const {
+        const unsigned to = at_neighbour(received, rank), barrier = at_neighbour(there, rank);
+#pragma unroll
+        for (int j = 0; j < 8; j++) {
+            const unsigned first = pairs[0][j], second = pairs[1][j];
+            pairs[0][j] = rank ? second : first;
+            pairs[1][j] = rank ? first : second;
+        }
+#pragma unroll
+        for (int j = 0; j < 2; j++) {
+            const unsigned(&sent)[8] = pairs[1];
+            send(to + j * 512, __uint_as_float(sent[4 * j]), __uint_as_float(sent[4 * j + 1]), __uint_as_float(sent[4 * j + 2]),
+                 __uint_as_float(sent[4 * j + 3]), barrier);
+        }
+        await(there, parity);
+#pragma unroll
+        for (int j = 0; j < 2; j++) {
+            const uint4 words = load_words(received + j * 512);
+            pairs[1][4 * j] = words.x, pairs[1][4 * j + 1] = words.y, pairs[1][4 * j + 2] = words.z, pairs[1][4 * j + 3] = words.w;
+        }
+    }
+    // Rounds the quad's row, and stores it if it exists.
+    __device__ __forceinline__ void keep(const unsigned (&pairs)[2][8], const Fp8Place &place, bool is_key, bool exists,
+                                         unsigned quad) const {
+        float2 row[1][16];
+        unsigned codes[1][16], largest[1] = {0};
+        __nv_bfloat16 scale[1];
+#pragma unroll
+        for (int j = 0; j < 8; j++)
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                const unsigned pair = i ? rank ? pairs[0][j] : pairs[1][j] : rank ? pairs[1][j] : pairs[0][j];
+                row[0][2 * j + i] = __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162 *>(&pair));
+                largest[0] = max(largest[0], fp8_magnitude(row[0][2 * j + i]));
+            }
+        largest[0] = max(largest[0], __shfl_xor_sync(0xffffffffu, largest[0], 1));
+        largest[0] = max(largest[0], __shfl_xor_sync(0xffffffffu, largest[0], 2));
+        fp8_round<4>(codes, scale, row, largest, [](unsigned parts) {
+            parts += __shfl_xor_sync(0xffffffffu, parts, 1);
+            return parts + __shfl_xor_sync(0xffffffffu, parts, 2);
+        });
+        if (exists && quad == 0)
+            *place.scale = scale[0];
+        const bool is_high = quad >= 2;
+        const unsigned c = quad % 2 * 2;
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            const unsigned even = codes[0][4 * j] | codes[0][4 * j + 1] << 16, odd = codes[0][4 * j + 2] | codes[0][4 * j + 3] << 16;
+            const unsigned mine = is_high ? odd : even, other = __shfl_xor_sync(0xffffffffu, is_high ? even : odd, 2);
+            const unsigned low = is_high ? other : mine, high = is_high ? mine : other, chunk = 2 * j + is_high;
+            if (!exists)
+                continue;
+            if (is_key) {
+                unsigned *const at = reinterpret_cast<unsigned *>(place.tile + fp8_key_at<HEAD_DIM>(place.t, chunk, c));
+                at[0] = fp8_key_word(low, high);
+                at[4] = fp8_key_word(low >> 16, high >> 16);
+            } else {
+                *reinterpret_cast<uint2 *>(place.tile + fp8_value_at<HEAD_DIM>(place.t, chunk) + 4 * c) =
+                    make_uint2(fp8_value_word(low, high), fp8_value_word(low >> 16, high >> 16));
+            }
+        }
+    }
+};
