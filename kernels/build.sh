@@ -14,7 +14,6 @@
 # run machine code of their own major version. Both come from PyPI into a virtual environment ($MINISGL_NVRTC_VENV, by
 # default target/nvrtc), so that neither a CUDA toolkit nor a C++ compiler is needed.
 set -euo pipefail
-shopt -s nullglob
 kernels=$(cd "$(dirname "$0")" && pwd)
 venv=${MINISGL_NVRTC_VENV:-$kernels/../target/nvrtc}
 pins=(nvidia-cuda-nvrtc-cu12==12.4.127 nvidia-cuda-runtime-cu12==12.4.127 nvidia-cuda-nvcc-cu12==12.9.86)
@@ -61,6 +60,13 @@ build() {
             return 1
         }
     done
+    # Files are known by their names alone, whatever their folders.
+    local twice
+    twice=$({ basename -a "${hopper[@]}" | sort | uniq -d; basename -a "${portable[@]}" | sort | uniq -d; } 2>/dev/null)
+    [ -z "$twice" ] || {
+        echo "two files below kernels/cuda are called ${twice//$'\n'/, }: give one another name" >&2
+        return 1
+    }
     mkdir -p "$to/ptx/portable" "$to/ptx/hopper" "$to/cubin"
     # As many at once as there are processors.
     for source in "${hopper[@]}"; do printf '%s\0' "$to" hopper "$source"; done >"$temporary/sources"

@@ -59,7 +59,7 @@ pub struct Layer<'a> {
     pub step: &'a Step<Buffer>,
     /// Its own.
     pub weights: &'a LayerWeights<Weight>,
-    /// The next layer's, where there is one.
+    /// The next layer's; of the last layer alone there is none, for the next takes what this one leaves ready for it.
     pub next: Option<&'a LayerWeights<Weight>>,
     /// `[positions, head_dim / 2]` (cos, sin) f32; `None` where the layer rotates nothing.
     pub rope: Option<Buffer>,

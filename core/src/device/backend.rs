@@ -1,6 +1,6 @@
 //! What the engine asks of a device, in three traits, and what it asks of a model.
 //!
-//! [`Device`] is memory, order and recorded work: device buffers, pinned staging, two queues, events, capture and
+//! [`Device`] is memory, order and recorded work: device buffers, pinned staging, three queues, events, capture and
 //! replay. [`Sampler`] draws tokens out of logits. [`Ops`] is the transformer's arithmetic at the grain at which the
 //! fastest backend fuses it. The engine knows the first two, a model the third; neither knows which device it runs on.
 //!

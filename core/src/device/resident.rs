@@ -175,10 +175,11 @@ impl<Buf: Copy> Resident<Buf> {
         let rows = bytemuck::cast_slice(&back[..shape.rows() as usize * ROW_WORDS]);
         model.plan(backend, shape, rows, &mut front[layout.plan..][..self.plan_words]);
         let scored = batch.pack_scored(&layout, words);
-        let half =
+        let place =
             backend.slice(self.waiting, self.next * self.layout.words..(self.next + 1) * self.layout.words);
         self.next = 1 - self.next;
-        backend.upload_ahead(staging, 0..used, half)?;
+        backend.upload_ahead(staging, 0..used, place)?;
+        // Where it goes lies behind what the step takes, to a multiple of a row's words, so that takes none of it away.
         if let Some(scored) = scored {
             backend.upload(staging, scored, self.batch)?;
         }
@@ -202,8 +203,8 @@ impl<Buf: Copy> Resident<Buf> {
         }
     }
 
-    /// Enqueues a step whose batch waits: it is taken, then the model's forward pass, then, where logits are wanted and can be made, the sampler, which
-    /// fills `tokens`.
+    /// Enqueues a step whose batch waits: it is taken, then the model's forward pass, then, where logits are wanted and can be made, the
+    /// sampler, which fills `tokens`.
     pub fn run<B: Sampler<Buffer = Buf>, M: Model<B>>(
         &self,
         backend: &mut B,

@@ -70,7 +70,7 @@ pub(crate) enum Place {
     Behind,
 }
 
-/// What a decode step asks of each of thousands of requests lies in front, in one cache line, and in this order.
+/// What a decode step asks of each of thousands of plain requests lies in front, in one cache line, and in this order.
 #[derive(Clone, Copy, Debug)]
 #[repr(C, align(64))]
 pub(crate) struct Entry {
@@ -118,6 +118,8 @@ pub(crate) struct Entry {
     /// Its pages stay though they lie behind the window: the device reads all its tokens there.
     pub reads_history: bool,
 }
+
+const _: () = assert!(core::mem::offset_of!(Entry, last_block) + 4 <= 64, "what decode asks is in one line");
 
 impl Entry {
     const VACANT: Entry = Entry {

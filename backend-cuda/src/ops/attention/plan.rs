@@ -77,7 +77,8 @@ pub(super) struct DecodePlanner {
     window: u32,
     /// The slot of padding rows.
     dummy: u32,
-    /// Rows that fill the memory, from which on there is much to do; 0 in a half: any number is.
+    /// Rows that fill the memory, from which on there is much to do; 0 in a half: any number is. Of blocks that have a multiprocessor
+    /// each, rows that give each so many turns.
     filling: u32,
     /// Rows that all blocks begin with; in a half none is told apart.
     first: u32,
