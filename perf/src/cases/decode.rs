@@ -217,6 +217,7 @@ impl Decode {
     fn launch(&self, launcher: &Launcher) -> Result<(), CudaError> {
         let Decode { operations, step, rope, .. } = self;
         let Operations { dims, buffers, ends, gemm, sampling, sumsq, .. } = operations;
+        // The batch lies where it is taken to, so a step begins behind `take_batch` here.
         ends.begin_step(launcher, step)?;
         ends.embed(launcher, step, self.embedding.address(), dims.hidden, buffers.residual, *sumsq)?;
         let all = self.layers.iter().enumerate();
