@@ -22,6 +22,24 @@
 //! | [`EngineHandle::submit`] | one, from any thread | a stream of its events, which aborts it when dropped |
 //! | [`EngineHandle::session`] | many, from any thread | one queue of events, which another thread may read |
 //!
+//! A request of its own, from any thread that has a clone of the handle:
+//!
+//! ```no_run
+//! use minisgl::{GenerateRequest, Llm, RequestEvent};
+//!
+//! let llm = Llm::builder("models/Qwen3-0.6B").build()?;
+//! let handle = llm.handle(); // Clone, Send, Sync
+//! for event in handle.submit(GenerateRequest::text("Once upon a time"))? {
+//!     if let RequestEvent::Token { text, .. } = event? {
+//!         print!("{text}");
+//!     }
+//! }
+//! # Ok::<(), minisgl::Error>(())
+//! ```
+//!
+//! [`Llm::update_weights`] puts other tensors in the place of the model's own while it lives, as reinforcement learning does after
+//! each step.
+//!
 //! [`Llm::score`] gives log-probabilities of given completions instead, [`Llm::rerank`] a Qwen3-Reranker's judgement of documents, and
 //! [`Llm::embed`] prompts' embeddings.
 //!
