@@ -62,7 +62,10 @@ build() {
     done
     # Files are known by their names alone, whatever their folders.
     local twice
-    twice=$({ basename -a "${hopper[@]}" | sort | uniq -d; basename -a "${portable[@]}" | sort | uniq -d; } 2>/dev/null)
+    twice=$(for set in hopper portable; do
+        local -n of_set=$set
+        printf '%s\n' "${of_set[@]##*/}" | sort | uniq -d
+    done | sort -u)
     [ -z "$twice" ] || {
         echo "two files below kernels/cuda are called ${twice//$'\n'/, }: give one another name" >&2
         return 1
