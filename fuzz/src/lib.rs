@@ -29,10 +29,11 @@ impl Folder {
     }
 }
 
-/// Opens it as a checkpoint. One that opens has its tensors' bytes whole; one that doesn't says why.
-pub fn open(folder: &Folder) {
+/// Does it open as a checkpoint? One that does has its tensors' bytes whole; one that doesn't says why.
+pub fn open(folder: &Folder) -> bool {
     use minisgl_core::tensor::TensorData;
-    match minisgl_decoder::Checkpoint::open(folder.path(), minisgl::models::FAMILIES) {
+    let opened = minisgl_decoder::Checkpoint::open(folder.path(), minisgl::models::FAMILIES);
+    match &opened {
         Ok(checkpoint) => {
             for tensor in checkpoint.tensors().iter() {
                 if let TensorData::Bytes { owner, range, dtype } = &tensor.data {
@@ -43,4 +44,5 @@ pub fn open(folder: &Folder) {
         }
         Err(error) => assert!(!error.to_string().is_empty()),
     }
+    opened.is_ok()
 }
