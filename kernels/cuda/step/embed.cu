@@ -17,7 +17,10 @@
 //    start only once begin_step has ended, so any kernel behind it may read what begin_step wrote (the page table, by attention; the
 //    slots, by the sampler) before its own dependent-launch wait, and the batch.
 // 2. A batch waits in one of two halves, in turn: it came while the step before ran. Every block looks whose turn it is before it
-//    arrives, and the last to arrive passes the turn on: turn [2] is whose it is and how many have arrived.
+//    arrives, and the last to arrive passes the turn on: turn [2] is whose it is and how many have arrived. That takes no fence: from
+//    where a thread looked it got the count of words that it branches on before its block's barrier, so no value it looked up can come
+//    of the arrival that it leads to (No Thin Air, in PTX's memory model); and what is written, batch and turn, is read behind the
+//    kernel's end.
 // 3. A warp owns whole segments, two elements a lane, so a segment's sum has one order.
 #include <cuda_bf16.h>
 
