@@ -19,7 +19,7 @@ use super::shape::Shape;
 use crate::error::CudaError;
 use crate::launch::{Kernel, Launcher};
 use crate::module::Modules;
-use tiling::Tiling;
+pub(super) use tiling::Tiling;
 
 /// A tiling with its kernels.
 #[derive(Debug)]

@@ -12,6 +12,7 @@
 use std::array;
 
 use super::epilogue::{Epilogue, Kind};
+use super::few::Tiling;
 use super::many::Many;
 use super::product::{Block, Explained, Form, Product};
 use super::ring::{Ring, Sliced};
@@ -55,8 +56,6 @@ impl Fp8Matrix {
 const TOKENS: [u32; 5] = [16, 32, 64, 128, 192];
 /// Tiles of the others, more tokens being several of the last.
 const OTHERS: usize = 4;
-/// Blocks that an H200 takes at once where each has a multiprocessor.
-const AT_ONCE: u32 = 132;
 
 /// The block of tile `index` of tokens, with 64 rows of w for each of its warpgroups: the more rows, the less often tokens are fetched
 /// from L2, and the more warps widen.
@@ -79,8 +78,8 @@ fn tile(kind: Kind, index: usize) -> Sliced {
 fn index(kind: Kind, shape: &Shape) -> usize {
     let blocks = shape.rows.div_ceil(2 * ROWS) * shape.slices;
     let is_one = match kind {
-        Kind::Qkv => (AT_ONCE / 2 + 1..=AT_ONCE).contains(&blocks),
-        Kind::Residual | Kind::RankSums => blocks <= AT_ONCE,
+        Kind::Qkv => (Tiling::SINGLE / 2 + 1..=Tiling::SINGLE).contains(&blocks),
+        Kind::Residual | Kind::RankSums => blocks <= Tiling::SINGLE,
         _ => false,
     };
     let tiles = if is_one { &TOKENS[..] } else { &TOKENS[..OTHERS] };

@@ -68,7 +68,7 @@ impl Tiling {
     pub(super) const SOME_TWO: u32 = 198;
     pub(super) const TWO_EACH: u32 = 240;
     /// The same, of other blocks.
-    pub(super) const SINGLE: u32 = 132;
+    pub(in crate::ops::gemm) const SINGLE: u32 = 132;
     pub(super) const TWO_SINGLE: u32 = 264;
     const MANY_COLUMNS: u32 = 8192;
     const FEW_COLUMNS: u32 = 4096;
