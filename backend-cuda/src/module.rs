@@ -18,9 +18,6 @@ use crate::error::{CudaError, Named, cause, is_out_of_memory};
 use crate::launch::{Kernel, PARAMS_MAX};
 use crate::turns;
 
-/// Dynamic shared memory that any kernel may use without asking.
-const SHARED_BYTES_FREE: u32 = 48 << 10;
-
 /// What is under way while modules are loaded.
 const LOADING: &str = "loading the kernels";
 
@@ -68,7 +65,8 @@ impl Modules {
         self.loaded.iter().filter(|module| module.from_ptx).map(|module| module.name)
     }
 
-    /// The kernel `kernel` of `module`, which may be launched with up to `shared` bytes of dynamic shared memory.
+    /// The kernel `kernel` of `module`, which may be launched with up to `shared` bytes of dynamic shared memory, or more if it was looked up
+    /// with more before: several lists may have it.
     pub fn kernel(
         &self,
         module: &'static str,
@@ -87,12 +85,11 @@ impl Modules {
         let _turn = turns::synchronize();
         // SAFETY: the function was just found.
         unsafe { sys::cuFuncLoad(function) }.result().named("loading a kernel")?;
-        if shared > SHARED_BYTES_FREE {
-            let which = Attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
-            // SAFETY: the function was just loaded.
-            let status = unsafe { sys::cuFuncSetAttribute(function, which, shared as i32) };
-            status.result().map_err(|error| CudaError::Launch { kernel, step: 0, cause: cause(error) })?;
-        }
+        allow_shared(function, shared).map_err(|error| CudaError::Launch {
+            kernel,
+            step: 0,
+            cause: cause(error),
+        })?;
         Ok(Kernel {
             function,
             name: kernel,
@@ -100,6 +97,23 @@ impl Modules {
             hopper: self.hopper,
         })
     }
+}
+
+/// Lets launches of a function have so many bytes of dynamic shared memory, or what they may have by now where that is more.
+fn allow_shared(function: sys::CUfunction, bytes: u32) -> Result<(), DriverError> {
+    if bytes > allowed_shared(function)? {
+        let which = Attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+        // SAFETY: the function is loaded.
+        unsafe { sys::cuFuncSetAttribute(function, which, bytes as i32) }.result()?;
+    }
+    Ok(())
+}
+
+fn allowed_shared(function: sys::CUfunction) -> Result<u32, DriverError> {
+    let (which, mut bytes) = (Attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, 0);
+    // SAFETY: the function is loaded; an integer is written.
+    unsafe { sys::cuFuncGetAttribute(&mut bytes, which, function) }.result()?;
+    Ok(bytes as u32)
 }
 
 /// The sizes of a kernel's parameters, as its PTX declares them.
@@ -184,6 +198,18 @@ mod tests {
 
     /// Where an ELF header says which compute capability the code is for.
     const CAPABILITY_BYTE: usize = 0x30;
+
+    #[test]
+    #[ignore = "needs a GPU"]
+    fn a_kernel_of_several_lists_may_have_the_most_shared_memory_that_one_of_them_asks_for() {
+        let context = Context::open(0, KernelSet::Auto).unwrap();
+        let modules = Modules::load(&context).unwrap();
+        let allowed = [60 << 10, 90 << 10, 70 << 10, 0].map(|shared| {
+            let kernel = modules.kernel("embed", "final_norm", shared).unwrap();
+            allowed_shared(kernel.function).unwrap()
+        });
+        assert_eq!(allowed, [60 << 10, 90 << 10, 90 << 10, 90 << 10]);
+    }
 
     #[test]
     #[ignore = "needs a GPU"]
