@@ -1,5 +1,7 @@
 //! What ranks pass to each other, against the host on random numbers: ranks on as many GPUs as there are two of, or all on one.
 
+#[path = "support/ending.rs"]
+mod ending;
 mod support;
 
 use std::sync::OnceLock;
@@ -7,6 +9,7 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use ending::Ending;
 use half::bf16;
 use minisgl_core::backend::{Device, Element, Purpose, Queue, Step, WeightRole};
 use minisgl_core::batch::{LAST_TOKEN, Layout, StepShape, Token};
@@ -97,17 +100,6 @@ impl Bench {
 
 /// Keeps the GPUs open from group to group.
 static HELD: OnceLock<Vec<Link>> = OnceLock::new();
-
-/// Calls others back from where they wait for a rank whose test fails.
-struct Ending<F: Fn()>(F);
-
-impl<F: Fn()> Drop for Ending<F> {
-    fn drop(&mut self) {
-        if thread::panicking() {
-            (self.0)();
-        }
-    }
-}
 
 /// What each of several ranks makes of its bench; all end when one fails.
 fn each<R: Send>(

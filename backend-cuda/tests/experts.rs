@@ -1,24 +1,31 @@
 //! A layer's experts on the device: what they add is the definition's value within rounding, and a token's bits do not depend on
-//! how many tokens are beside it, nor on what those chose.
+//! how many tokens are beside it, nor on what those chose; nor on how many ranks share the experts out.
 
+#[path = "support/ending.rs"]
+mod ending;
 mod support;
 
+use std::ops::Range;
 use std::sync::Arc;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::thread;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use bytemuck::{Pod, cast_slice};
+use ending::Ending;
 use half::bf16;
 use minisgl_core::backend::{Device, Element, ExpertWeights, Ops, Purpose, Queue, Step, WeightRole};
 use minisgl_core::batch::{Layout, StepShape, Token, zeroed_words};
 use minisgl_core::config::Limits;
 use minisgl_core::fp8;
+use minisgl_core::shard::Rank;
 use minisgl_core::spec::{
     Activation, DecoderSpec, Dims, Experts as Spec, Fp8, Inputs, LayerSpec, Mlp, ScaleBlock, WeightFormat,
 };
 use minisgl_core::tensor::{Dtype, HostTensor, Scales, TensorData, splitmix64, uniform_element};
+use minisgl_cuda::ops::exchange::Exchange;
 use minisgl_cuda::ops::experts::{Ahead, ExpertLayer, Experts};
 use minisgl_cuda::ops::gemm::RowNorm;
-use minisgl_cuda::{Buffer, Cuda, KernelSet, Options, Weight};
+use minisgl_cuda::{Buffer, Cuda, KernelSet, Link, Options, Weight, device_count};
 use support::taken;
 
 /// Tiles of every width, by how many pairs an expert gets; where all choose the same, both sides of each.
@@ -31,6 +38,7 @@ const GAP: f64 = 1e-4;
 /// The slot of padding.
 const NOBODY: u32 = 300;
 
+#[derive(Clone, Copy)]
 struct Case {
     hidden: u32,
     spec: Spec,
@@ -61,6 +69,33 @@ fn cases_in_fp8() -> [(Case, [usize; 2]); 5] {
         (case(128, 8, 3, 256, true), [128, 128]),
         (case(192, 256, 16, 72, true), [1, 128]),
     ]
+}
+
+/// In bf16 and in fp8, what two ranks can share out.
+fn cases_of_ranks() -> [(Case, Option<[usize; 2]>); 4] {
+    [
+        (case(1024, 32, 4, 256, true), None),
+        (case(256, 16, 8, 256, true), Some([128, 128])),
+        (case(128, 5, 1, 48, false), None),
+        (case(384, 8, 2, 144, true), Some([1, 64])),
+    ]
+}
+
+/// What the next layer takes of each element that the experts' sum leaves in the residual stream.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Next {
+    /// The element itself, as a matrix in bf16 does, and one whose inputs are rounded.
+    Stream,
+    /// That times its norm's scale by column, as a matrix in fp8 does.
+    Scaled,
+}
+
+/// In turn.
+const NEXT: [Next; 2] = [Next::Scaled, Next::Stream];
+
+/// An element times a norm's scale by column.
+fn times(x: bf16, scale: bf16) -> bf16 {
+    bf16::from_f32(x.to_f32() * scale.to_f32())
 }
 
 /// Random weights `[rows, cols]`.
@@ -98,6 +133,29 @@ impl Random {
         Random { tensor: HostTensor { name: "random".into(), rows, cols, data } }
     }
 
+    /// A rank's share of the rows of each of so many matrices, which are stacked.
+    fn shares(&self, matrices: u32, rank: Rank) -> Vec<HostTensor> {
+        let rows = self.tensor.rows / matrices as usize;
+        let Range { start, end } = rank.share(rows);
+        (0..matrices as usize).map(|matrix| self.rows(matrix * rows + start..matrix * rows + end)).collect()
+    }
+
+    fn rows(&self, rows: Range<usize>) -> HostTensor {
+        let HostTensor { rows: all, cols, ref data, .. } = self.tensor;
+        let TensorData::Fp8 { owner, scales, .. } = data else {
+            return self.tensor.window(rows, 0..cols);
+        };
+        let scales = scales.of_rows(rows.clone(), [all, cols]).expect("whole blocks of scales");
+        let range = rows.start * cols..rows.end * cols;
+        let data = TensorData::Fp8 { owner: owner.clone(), range, scales: Arc::new(scales) };
+        HostTensor { rows: rows.len(), data, ..self.tensor.clone() }
+    }
+
+    /// The only row, as it is kept.
+    fn columns(&self) -> Vec<bf16> {
+        self.row(0).into_iter().map(bf16::from_f64).collect()
+    }
+
     /// What a row means: of fp8 the bf16 numbers that are nearest to codes times their scales in bf16.
     fn row(&self, row: usize) -> Vec<f64> {
         let cols = self.tensor.cols;
@@ -130,11 +188,16 @@ struct Layer {
     case: Case,
     weights: ExpertWeights<Weight>,
     norm: Weight,
+    /// The next layer's.
+    next_norm: Weight,
+    /// To the other ranks, where there are some.
+    ranks: Option<(Link, Exchange)>,
     layout: Layout,
     router: Random,
     gate_up: Random,
     down: Random,
     columns: Random,
+    next_columns: Random,
     /// `[tokens, hidden]`
     x: Vec<bf16>,
     label: String,
@@ -143,10 +206,28 @@ struct Layer {
 impl Layer {
     /// `fp8`: the blocks of scales, where weights are so.
     fn new(set: KernelSet, case: Case, fp8: Option<[usize; 2]>) -> Layer {
-        let mut cuda = Cuda::new(&Options { kernels: set, ..Options::default() }).expect("a GPU");
+        let cuda = Cuda::new(&Options { kernels: set, ..Options::default() }).expect("a GPU");
+        let label = format!("{set:?}, {} wide, {:?}, fp8 {fp8:?}", case.hidden, case.spec);
+        Layer::on(cuda, None, fresh_seed(), label, case, fp8)
+    }
+
+    /// A rank's share of the layer that this seed makes.
+    fn of_rank(link: Link, seed: u64, case: Case, fp8: Option<[usize; 2]>) -> Layer {
+        let cuda = Cuda::of_rank(link.clone()).expect("a GPU");
+        let label = format!("{:?}, {} wide, {:?}, fp8 {fp8:?}", link.rank(), case.hidden, case.spec);
+        Layer::on(cuda, Some(link), seed, label, case, fp8)
+    }
+
+    fn on(
+        mut cuda: Cuda,
+        link: Option<Link>,
+        seed: u64,
+        label: String,
+        case: Case,
+        fp8: Option<[usize; 2]>,
+    ) -> Layer {
+        let rank = link.as_ref().map_or(Rank::ALONE, Link::rank);
         let (hidden, Spec { count, intermediate, .. }) = (case.hidden, case.spec);
-        let seed = splitmix64(SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_nanos() as u64);
-        println!("seed {seed}"); // Shown if the test fails.
         let dims = Dims {
             layers: 1,
             hidden,
@@ -157,7 +238,8 @@ impl Layer {
             vocab: 8,
             norm_eps: EPS,
         };
-        let layer = LayerSpec { mlp: Mlp::Experts(case.spec), ..LayerSpec::plain() };
+        let own = Spec { intermediate: intermediate / rank.count, ..case.spec };
+        let layer = LayerSpec { mlp: Mlp::Experts(own), ..LayerSpec::plain() };
         let limits = Limits {
             running: NOBODY,
             queued: 1,
@@ -176,22 +258,44 @@ impl Layer {
             matrix(seed ^ 2, count * 2 * intermediate, hidden, if fp8.is_some() { 2.0 } else { 1.0 });
         let down = matrix(seed ^ 3, count * hidden, intermediate, 3.0);
         let columns = Random::new(seed ^ 4, 1, hidden, 1.0);
-        let mut load = |role, random: &Random| cuda.load(role, std::slice::from_ref(&random.tensor)).unwrap();
+        let next_columns = Random::new(seed ^ 6, 1, hidden, 1.0);
+        let mut load = |role, parts: &[HostTensor]| cuda.load(role, parts).unwrap();
+        let mut whole = |random: &Random| load(WeightRole::Linear, std::slice::from_ref(&random.tensor));
+        let (norm, next_norm) = (whole(&columns), whole(&next_columns));
         let weights = ExpertWeights {
-            router: load(WeightRole::Linear, &router),
-            gate_up: load(WeightRole::ExpertsGateUp(count), &gate_up),
-            down: load(WeightRole::Linear, &down),
+            router: whole(&router),
+            gate_up: load(WeightRole::ExpertsGateUp(count), &gate_up.shares(2 * count, rank)),
+            down: load(WeightRole::Linear, &down.shares(count, rank)),
         };
-        let norm = load(WeightRole::Linear, &columns);
         let format = Fp8 { block: ScaleBlock::Tile { rows: 1, cols: 128 }, inputs: Inputs::Plain };
         let weights_are = fp8.map_or(WeightFormat::Bf16, |_| WeightFormat::Fp8(format));
         let spec = DecoderSpec { weights: weights_are, ..DecoderSpec::uniform(dims, layer) };
         let experts = Experts::new(&mut cuda, &spec, &limits).unwrap().unwrap();
         let most = TOKENS[TOKENS.len() - 1] as u64;
         let x = (0..most * u64::from(hidden)).map(|i| uniform_element(seed ^ 5, i, -2.0, 2.0)).collect();
-        let label = format!("{set:?}, {hidden} wide, {:?}, fp8 {fp8:?}", case.spec);
         let layout = Layout::new(&limits, 0);
-        Layer { cuda, experts, case, weights, norm, layout, router, gate_up, down, columns, x, label }
+        let inner = Experts::inner(&spec) * rank.count as usize;
+        let ranks = link.map(|link| {
+            let exchange = Exchange::new(&mut cuda, &link, &dims, &limits, inner).expect("memory");
+            (link, exchange)
+        });
+        Layer {
+            cuda,
+            experts,
+            case,
+            weights,
+            norm,
+            next_norm,
+            ranks,
+            layout,
+            router,
+            gate_up,
+            down,
+            columns,
+            next_columns,
+            x,
+            label,
+        }
     }
 
     /// A matrix whose rows have one value each, as wide as the residual stream.
@@ -230,8 +334,19 @@ impl Layer {
         x.chunks(self.case.hidden as usize).flat_map(|row| row.chunks(64).map(square_sum)).collect()
     }
 
+    /// Allocating waits for all kernels on a device, also for those that wait for what this rank has not launched yet.
+    fn meet(&self) {
+        self.ranks.iter().for_each(|(link, _)| link.meet().expect("no other rank has failed"));
+    }
+
     /// The residual stream behind the layer, `[tokens, hidden]`, of these tokens; `slot` says whose each is.
-    fn run(&mut self, x: &[bf16], shape: fn(u32) -> StepShape, slot: impl Fn(u32) -> u32) -> Vec<Vec<bf16>> {
+    fn run(
+        &mut self,
+        x: &[bf16],
+        shape: fn(u32) -> StepShape,
+        slot: impl Fn(u32) -> u32,
+        next: Next,
+    ) -> Vec<Vec<bf16>> {
         let (hidden, segments) = (self.case.hidden as usize, self.case.hidden.div_ceil(64));
         let tokens = (x.len() / hidden) as u32;
         let mut words = zeroed_words(&self.layout);
@@ -247,24 +362,42 @@ impl Layer {
         let sumsq = self.upload(Element::Float, &sums);
         let step = step_of(shape(tokens), batch, self.layout);
         let row_norm = RowNorm { sumsq: sumsq.address(), segments, hidden: hidden as u32, eps: EPS };
+        let ranks = self.ranks.as_ref().map_or(1, |(link, _)| link.rank().count);
+        let ahead = match next {
+            Next::Stream => Ahead::NOTHING,
+            Next::Scaled => Ahead { norm: self.next_norm.address(), scaled: scaled.address() },
+        };
         let layer = ExpertLayer {
-            spec: self.case.spec,
+            spec: Spec { intermediate: self.case.spec.intermediate / ranks, ..self.case.spec },
             weights: &self.weights,
             norm: self.norm.address(),
             row_norm,
             residual: residual.address(),
             x: if self.is_fp8() { scaled.address() } else { residual.address() },
             sumsq: sumsq.address(),
-            ahead: Ahead::NOTHING,
-            exchange: None,
+            ahead,
+            exchange: self.ranks.as_ref().map(|(_, exchange)| exchange),
         };
+        self.meet();
+        self.ranks.iter().for_each(|(_, exchange)| exchange.begin_step());
         self.experts.launch(self.cuda.launcher(), &step, &layer).unwrap();
+        self.meet();
         self.cuda.synchronize().unwrap();
         let out: Vec<bf16> = self.download(residual);
         assert!(out[x.len()..].iter().all(|x| x.to_bits() == 0x7fff), "{}: written too far", self.label);
-        let beyond: Vec<bf16> = self.download(scaled);
-        assert!(beyond[x.len()..].iter().all(|x| x.to_bits() == 0x7fff), "{}: scaled too far", self.label);
+        let left: Vec<bf16> = self.download(scaled);
+        assert!(left[x.len()..].iter().all(|x| x.to_bits() == 0x7fff), "{}: scaled too far", self.label);
         let out = &out[..x.len()];
+        let (columns, next_columns) = (self.columns.columns(), self.next_columns.columns());
+        // Where the next layer takes the stream that is there which these experts got, if they got anything but the stream.
+        let expected = |i: usize| match next {
+            Next::Scaled => times(out[i], next_columns[i % hidden]),
+            Next::Stream if self.is_fp8() => times(x[i], columns[i % hidden]),
+            Next::Stream => bf16::NAN,
+        };
+        let wrong = (0..x.len()).find(|i| left[*i].to_bits() != expected(*i).to_bits());
+        let wrong = wrong.map(|i| (i / hidden, i % hidden, left[i], expected(i)));
+        assert_eq!(wrong, None, "{}: left for a layer that takes {next:?}", self.label);
         let got: Vec<f32> = self.download(sumsq);
         for (got, want) in got.iter().zip(self.sums(out)) {
             assert!((got - want).abs() <= 1e-4 * want.max(1.0), "{}: a sum is {got} for {want}", self.label);
@@ -318,7 +451,7 @@ impl Layer {
         let x = self.x.clone();
         let padding = |t: u32| t % 50 == 4;
         let slot = |t: u32| if padding(t) { NOBODY } else { 0 };
-        let all = self.run(&x, prefill, slot);
+        let all = self.run(&x, prefill, slot, Next::Scaled);
         let mut compared = 0;
         for t in [0, 1, 2, 3, 17, 64, 149, 255, 299, 700, 1099] {
             let Some(want) = self.expected(&x[t * hidden..][..hidden]) else { continue };
@@ -343,8 +476,8 @@ impl Layer {
         for t in (0..all.len()).filter(|t| padding(*t as u32)) {
             assert_eq!(all[t], x[t * hidden..][..hidden], "{}: padding chose", self.label);
         }
-        for tokens in taken(TOKENS) {
-            let out = self.run(&x[..tokens as usize * hidden], StepShape::decode, slot);
+        for (tokens, next) in taken(TOKENS).zip(NEXT.into_iter().cycle()) {
+            let out = self.run(&x[..tokens as usize * hidden], StepShape::decode, slot, next);
             let differs = (0..out.len()).find(|t| out[*t] != all[*t]);
             assert_eq!(differs, None, "{}: {tokens} tokens differ from {}", self.label, all.len());
         }
@@ -352,7 +485,7 @@ impl Layer {
         for tokens in taken([200, 64, 65, 128, 1100, 129, 192, 193, 256, 257]) {
             let before = self.experts_read();
             let same: Vec<bf16> = (0..tokens).flat_map(|_| x[..hidden].to_vec()).collect();
-            let out = self.run(&same, StepShape::decode, |_| 1);
+            let out = self.run(&same, StepShape::decode, |_| 1, Next::Stream);
             assert!(
                 out.iter().all(|row| *row == all[0]),
                 "{}: tokens that choose the same differ",
@@ -362,7 +495,7 @@ impl Layer {
             let read = [after[0] - before[0], after[1] - before[1]];
             assert_eq!(read, [1, u64::from(self.case.spec.per_token)], "{}", self.label);
             let but_one = [&same[hidden..], &x[hidden..2 * hidden]].concat();
-            let out = self.run(&but_one, StepShape::decode, |_| 1);
+            let out = self.run(&but_one, StepShape::decode, |_| 1, Next::Scaled);
             assert!(out[..tokens - 1].iter().all(|row| *row == all[0]), "{}: all but one", self.label);
             assert_eq!(out[tokens - 1], all[1], "{}: the one", self.label);
         }
@@ -372,6 +505,13 @@ impl Layer {
         let read = self.experts.read(&mut self.cuda).unwrap();
         [read.layers, read.experts]
     }
+}
+
+/// Shown if the test fails.
+fn fresh_seed() -> u64 {
+    let seed = splitmix64(SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_nanos() as u64);
+    println!("seed {seed}");
+    seed
 }
 
 fn prefill(tokens: u32) -> StepShape {
@@ -425,9 +565,47 @@ fn of_logits_that_are_minus_zero_and_zero_the_lower_experts_are_chosen() {
         let least = bf16::from_bits(1);
         let mut with = |rows: [bf16; 8]| {
             layer.weights.router = layer.load_rows(&rows);
-            layer.run(&x, StepShape::decode, |_| 0)
+            layer.run(&x, StepShape::decode, |_| 0, Next::Stream)
         };
         let signed = with(std::array::from_fn(|row| if row % 2 == 0 { -least } else { least }));
         assert_eq!(signed, with([bf16::ZERO; 8]), "{set:?}");
+    }
+}
+
+#[test]
+#[ignore = "needs two GPUs"]
+fn experts_of_ranks_have_the_bits_of_one_gpu() {
+    // Products take places early, which ranks of one device would need for what they send.
+    if device_count().expect("a driver") < 2 {
+        eprintln!("skipped: two GPUs are needed");
+        return;
+    }
+    for (case, fp8) in taken(cases_of_ranks()) {
+        let links = Link::group(&[0, 1], KernelSet::Auto, Duration::from_secs(30));
+        let links = links.expect("GPUs that reach each other");
+        let seed = fresh_seed();
+        let work = |mut layer: Layer| {
+            let (hidden, x) = (layer.case.hidden as usize, layer.x.clone());
+            let slot = |t: u32| if t % 50 == 4 { NOBODY } else { 0 };
+            let runs = taken([1100, 1, 2, 17, 64, 65, 150, 300]).zip(NEXT.into_iter().cycle());
+            runs.map(|(tokens, next)| layer.run(&x[..tokens * hidden], StepShape::decode, slot, next))
+                .collect::<Vec<_>>()
+        };
+        let alone = Cuda::new(&Options::default()).expect("a GPU");
+        let expected = work(Layer::on(alone, None, seed, "alone".into(), case, fp8));
+        let (work, expected) = (&work, &expected);
+        thread::scope(|scope| {
+            for link in links {
+                scope.spawn(move || {
+                    let _ending = Ending(link.aborter());
+                    let layer = Layer::of_rank(link, seed, case, fp8);
+                    let label = layer.label.clone();
+                    for (got, expected) in work(layer).iter().zip(expected) {
+                        let differs = (0..got.len()).find(|t| got[*t] != expected[*t]);
+                        assert_eq!(differs, None, "{label}: of {} tokens", got.len());
+                    }
+                });
+            }
+        });
     }
 }
