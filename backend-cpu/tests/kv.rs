@@ -54,7 +54,7 @@ fn rounded(format: KvFormat, numbers: &[f64], row: &[f32], scale: bf16) -> Vec<f
         KvFormat::Bf16 => row.iter().map(|x| to_bf16(f64::from(*x))).collect(),
         KvFormat::Fp8 => {
             let largest = row.iter().fold(0.0f64, |largest, x| largest.max(f64::from(x.abs())));
-            let largest = largest.clamp(2f64.powi(-91), 448.0 * 128.0);
+            let largest = largest.clamp(2f64.powi(-13), 448.0 * 128.0);
             let tops = [448.0, 416.0, 384.0, 352.0, 320.0, 288.0, 256.0, 240.0];
             let scales = tops.map(|top| bf16::from_f32((largest / top) as f32));
             assert!(scales.contains(&scale), "{scale} is none of {scales:?}, of {row:?}");
@@ -63,7 +63,7 @@ fn rounded(format: KvFormat, numbers: &[f64], row: &[f32], scale: bf16) -> Vec<f
             let left_out = row.len() as f64 / 4096.0 * f64::from(scale.to_f32()).powi(2);
             let bound = best * 1.0001 + left_out;
             assert!(error(scale) <= bound, "scale {scale} of {row:?} is not the best of {scales:?}");
-            by(scale).map(to_bf16).collect()
+            by(scale).map(|x| x as f32).collect()
         }
     }
 }

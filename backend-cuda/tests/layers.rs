@@ -17,6 +17,7 @@ use minisgl_core::batch::{
     HEADER_WORDS, Header, Layout, ROW_WORDS, Row, StepShape, TOKEN_WORDS, Token, zeroed_words,
 };
 use minisgl_core::config::Limits;
+use minisgl_core::fp8;
 use minisgl_core::kv::{KvFormat, KvLayout};
 use minisgl_core::spec::{Attention, Bias, DecoderSpec, Dims, LayerSpec, Mixer, QkNorm, Rope};
 use minisgl_core::tensor::{HostTensor, TensorData, splitmix64};
@@ -78,13 +79,19 @@ fn spec(layers: u32, kv: KvFormat) -> DecoderSpec {
     DecoderSpec { kv: Some(kv), ..DecoderSpec::uniform(Dims { layers, ..DIMS }, layer) }
 }
 
-/// Pages of random codes, whose scales make them numbers of up to about 1.
+/// Pages of random codes, all of them numbers, whose scales make them numbers of up to about 2: as keys', in bf16, and as values', 256
+/// times and in f16.
 fn fp8_pages(layout: &KvLayout, pages: usize, seed: u64) -> Vec<u32> {
     let scales = (DIMS.kv_heads * PAGE_SIZE / 2) as usize; // two a word
     let codes = layout.page_bytes() / 4 - scales;
     let word = |i: usize, j: usize| {
         let random = splitmix64(seed ^ (i << 20 | j) as u64) as u32;
-        if j < codes { random } else { 0x7700_7700 | random & 0x007f_007f }
+        let code = |code: u8| if code & 0x7f == fp8::NAN { code ^ 1 } else { code };
+        if j < codes {
+            u32::from_le_bytes(random.to_le_bytes().map(code))
+        } else {
+            0x3b00_3b00 | random & 0x007f_007f
+        }
     };
     (0..pages).flat_map(|i| (0..codes + scales).map(move |j| word(i, j))).collect()
 }

@@ -1,12 +1,14 @@
 // fp8_rows: rows of keys and values in fp8, on their way into pages and out of them. core/src/model/kv.rs has the definition.
 //
-//   page             codes of all rows of head 0, of head 1, ..., then a scale for each of them, lifted; to a multiple of 128 bytes
-//   element          bf16(e4m3 * scale), the scale the best of the eight by which the row's largest magnitude becomes 240 to 448
+//   page             codes of all rows of head 0, of head 1, ..., then a scale for each of them; to a multiple of 128 bytes
+//   element          e4m3 * scale, the scale the best of the eight by which the row's largest magnitude becomes 240 to 448
+//   code             an f16 number, by one instruction for two: operands are codes. A key's scale is its score's, and a value's is its
+//                    probability's
+//   scale            a key's in bf16; a value's 2^8 times in f16, where it is a normal number
 //
-// A row's codes are permuted so that a word of four is what a lane needs of two registers of an operand, and packed (fp8.cuh). Of
-// 16 dims, word c is
+// A row's codes are permuted so that a word of four is what a lane needs of two registers of an operand. Of 16 dims, word c is
 //
-//   keys     dims 2c + 8, 2c, 2c + 9, 2c + 1     word c of chunk k (of four) lies at byte 16 c + 4 k of its 64 dims; of rows of
+//   keys     dims 2c, 2c + 1, 2c + 8, 2c + 9     word c of chunk k (of four) lies at byte 16 c + 4 k of its 64 dims; of rows of
 //                                                128 dims the halves of odd rows change places
 //   values   dims 2c, 2c + 8, 2c + 1, 2c + 9     word c at byte 4 c of its 16 dims; these lie where a row of bf16 has its chunks
 //                                                of 16 bytes, at chunk d ^ (t & 7), of rows of 64 dims at d ^ (t / 2 & 3)
@@ -22,7 +24,6 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-#include "fp8.cuh"
 #include "words.cuh"
 
 // Rows of a tile.
@@ -39,6 +40,20 @@ template <int HD> __device__ __forceinline__ unsigned fp8_key_at(unsigned t, uns
 template <int HD> __device__ __forceinline__ unsigned fp8_value_at(unsigned t, unsigned chunk) {
     return t * HD + (chunk ^ (HD == 128 ? t & 7 : t / 2 & 3)) * 16;
 }
+
+// Values' scales are kept times 2^8, and so are sums of values until the end.
+__device__ __forceinline__ constexpr float scale_lift() { return 0x1p8f; }
+
+// A word's codes 0 and 1, and 2 and 3, as f16 numbers.
+__device__ __forceinline__ void fp8_halves(unsigned &low, unsigned &high, unsigned word) {
+    asm("{\n.reg .b16 l, h;\nmov.b32 {l, h}, %2;\ncvt.rn.f16x2.e4m3x2 %0, l;\ncvt.rn.f16x2.e4m3x2 %1, h;\n}"
+        : "=r"(low), "=r"(high)
+        : "r"(word));
+}
+
+// Codes 0, 2, 1, 3: of a word of values those of the lower dims, then those of the higher ones; of what ldmatrix has transposed those
+// of one dim's tokens, then those of the dim 8 further on.
+__device__ __forceinline__ unsigned fp8_in_order(unsigned word) { return __byte_perm(word, 0, 0x3120); }
 
 // Where a tile's row t has its scale among the tile's.
 __device__ __forceinline__ unsigned fp8_scale_at(unsigned t) { return t % 8 / 2 * 4 + t / 8 * 2 + t % 2; }
@@ -57,17 +72,16 @@ template <int HD> struct Fp8Lane {
 
 // A tile of keys as A operands, tokens x dims, in shared memory: attention.cuh's load_keys, chunk after chunk.
 template <int HD> struct Fp8Keys {
-    unsigned at, first, second; // of the lane's words; lifted scales of rows lane / 4 and lane / 4 + 8
-    uint4 low, high;            // their words of 64 dims
+    unsigned at, scales; // of the lane's words; of its rows' scales
+    uint4 low, high;     // words of 64 dims of rows lane / 4 and lane / 4 + 8
 
-    __device__ __forceinline__ Fp8Keys(unsigned tile, unsigned scales, const Fp8Lane<HD> &lane) : at(tile + lane.keys) {
-        first = scale(scales + lane.scales);
-        second = scale(scales + lane.scales + 4);
-    }
-    __device__ __forceinline__ static unsigned scale(unsigned at) {
+    __device__ __forceinline__ Fp8Keys(unsigned tile, unsigned scales, const Fp8Lane<HD> &lane)
+        : at(tile + lane.keys), scales(scales + lane.scales) {}
+    // That of row lane / 4, or lane / 4 + 8.
+    __device__ __forceinline__ float scale(bool second) const {
         unsigned short bits;
-        asm volatile("ld.shared.u16 %0, [%1];" : "=h"(bits) : "r"(at) : "memory");
-        return bits * 0x10001u;
+        asm volatile("ld.shared.u16 %0, [%1];" : "=h"(bits) : "r"(scales + second * 4) : "memory");
+        return __uint_as_float((unsigned)bits << 16);
     }
     // Chunks in their order: k counts up, known when this is compiled.
     __device__ __forceinline__ void load(unsigned (&a)[4], unsigned k) {
@@ -76,15 +90,15 @@ template <int HD> struct Fp8Keys {
             low = load_words(half);
             high = load_words(half + 8 * HD);
         }
-        fp8_widen(a[0], a[2], k % 4 == 0 ? low.x : k % 4 == 1 ? low.y : k % 4 == 2 ? low.z : low.w, first);
-        fp8_widen(a[1], a[3], k % 4 == 0 ? high.x : k % 4 == 1 ? high.y : k % 4 == 2 ? high.z : high.w, second);
+        fp8_halves(a[0], a[2], k % 4 == 0 ? low.x : k % 4 == 1 ? low.y : k % 4 == 2 ? low.z : low.w);
+        fp8_halves(a[1], a[3], k % 4 == 0 ? high.x : k % 4 == 1 ? high.y : k % 4 == 2 ? high.z : high.w);
     }
 };
 
-// A tile of values as A operands, dims x tokens: attention.cuh's load_values, of COUNT chunks, one or two.
+// A tile of values on its way to A operands, dims x tokens: attention.cuh's load_values, of COUNT chunks, one or two. words[k][i] has
+// tokens 2 (lane % 4) + 8 i and the next one in its halves.
 template <int HD, int COUNT>
-__device__ __forceinline__ void fp8_load_values(unsigned (&a)[COUNT][4], unsigned tile, unsigned scales_of_it, const Fp8Lane<HD> &lane) {
-    unsigned words[COUNT][2], scales[2];
+__device__ __forceinline__ void fp8_load_values(unsigned (&words)[COUNT][2], unsigned tile, const Fp8Lane<HD> &lane) {
     if constexpr (COUNT == 2)
         asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
                      : "=r"(words[0][0]), "=r"(words[0][1]), "=r"(words[1][0]), "=r"(words[1][1])
@@ -95,15 +109,24 @@ __device__ __forceinline__ void fp8_load_values(unsigned (&a)[COUNT][4], unsigne
                      : "=r"(words[0][0]), "=r"(words[0][1])
                      : "r"(tile + lane.values)
                      : "memory");
+}
+__device__ __forceinline__ void fp8_values_operand(unsigned (&a)[4], const unsigned (&words)[2]) {
+#pragma unroll
+    for (int i = 0; i < 2; i++)
+        fp8_halves(a[2 * i], a[2 * i + 1], fp8_in_order(words[i]));
+}
+// Probabilities of a tile's tokens, as a B operand, times the tokens' scales.
+template <int HD>
+__device__ __forceinline__ void fp8_scale_probabilities(unsigned (&scaled)[2], const unsigned (&p)[2], unsigned scales_of_tile,
+                                                        const Fp8Lane<HD> &lane) {
+    unsigned scales[2];
     asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];"
                  : "=r"(scales[0]), "=r"(scales[1])
-                 : "r"(scales_of_it + lane.value_scales)
+                 : "r"(scales_of_tile + lane.value_scales)
                  : "memory");
 #pragma unroll
-    for (int k = 0; k < COUNT; k++)
-#pragma unroll
-        for (int i = 0; i < 2; i++)
-            fp8_widen(a[k][2 * i + 1], a[k][2 * i], words[k][i], scales[i]);
+    for (int i = 0; i < 2; i++)
+        asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(scaled[i]) : "r"(p[i]), "r"(scales[i]));
 }
 
 // e4m3's two nearest numbers as codes, x's below y's; beyond 448 is cut.
@@ -118,11 +141,11 @@ __device__ __forceinline__ float2 fp8_values(unsigned codes) {
     return __half22float2(*reinterpret_cast<__half2 *>(&halves));
 }
 
-// T rows whose elements lie in LANES lanes beside each other, N pairs each: their scales, lifted, and the lane's codes. `largest` are the rows'
+// T rows whose elements lie in LANES lanes beside each other, N pairs each: their scales, and the lane's codes. `largest` are the rows'
 // largest magnitudes' bits; `sum` adds what a row's lanes have. Each lane works out some of the eight scales for all. Rows side by
 // side hide each other's chains.
 template <int LANES, int T, int N, class Sum>
-__device__ __forceinline__ void fp8_round(unsigned (&codes)[T][N], __nv_bfloat16 (&scales)[T], const float2 (&x)[T][N],
+__device__ __forceinline__ void fp8_round(unsigned (&codes)[T][N], float (&scales)[T], const float2 (&x)[T][N],
                                           const unsigned (&largest)[T], Sum sum) {
     constexpr float WHOLE = 0x1p23f; // what is added to it, and rounded down, is a whole number in its lowest bits
     constexpr int SHARE = LANES < 8 ? LANES : 8;
@@ -130,7 +153,7 @@ __device__ __forceinline__ void fp8_round(unsigned (&codes)[T][N], __nv_bfloat16
     float scale_of[T][8 / SHARE], inverse_of[T][8 / SHARE], best[T], least[T];
 #pragma unroll
     for (int i = 0; i < T; i++) {
-        const float clamped = fminf(fmaxf(__uint_as_float(largest[i]), 0x1p-91f), 57344.0f);
+        const float clamped = fminf(fmaxf(__uint_as_float(largest[i]), 0x1p-13f), 57344.0f);
         least[i] = __int_as_float(0x7f800000);
 #pragma unroll
         for (int j = 0; j < 8 / SHARE; j++) {
@@ -170,8 +193,13 @@ __device__ __forceinline__ void fp8_round(unsigned (&codes)[T][N], __nv_bfloat16
 #pragma unroll
         for (int j = 0; j < N; j++)
             codes[i][j] = fp8_codes(__fmul_rn(x[i][j].x, inverse), __fmul_rn(x[i][j].y, inverse));
-        scales[i] = largest[i] >= 0x7f800000u ? __ushort_as_bfloat16(0x7fff) : __float2bfloat16_rn(best[i] * 0x1p120f);
+        scales[i] = largest[i] >= 0x7f800000u ? __uint_as_float(0x7fffffff) : best[i];
     }
+}
+
+// A scale as it is kept.
+__device__ __forceinline__ unsigned short fp8_kept_scale(float scale, bool is_key) {
+    return is_key ? __bfloat16_as_ushort(__float2bfloat16_rn(scale)) : __half_as_ushort(__float2half_rn(scale * scale_lift()));
 }
 
 __device__ __forceinline__ unsigned fp8_magnitude(float2 x) {
@@ -179,14 +207,14 @@ __device__ __forceinline__ unsigned fp8_magnitude(float2 x) {
 }
 
 // The word of two codes of a chunk's lower dims and two of its higher ones.
-__device__ __forceinline__ unsigned fp8_key_word(unsigned low, unsigned high) { return fp8_packed(__byte_perm(low, high, 0x1504)); }
-__device__ __forceinline__ unsigned fp8_value_word(unsigned low, unsigned high) { return fp8_packed(__byte_perm(low, high, 0x5140)); }
+__device__ __forceinline__ unsigned fp8_key_word(unsigned low, unsigned high) { return __byte_perm(low, high, 0x5410); }
+__device__ __forceinline__ unsigned fp8_value_word(unsigned low, unsigned high) { return __byte_perm(low, high, 0x5140); }
 
 // Where a row lies.
 struct Fp8Place {
     char *tile; // the 16 rows that it is one of
     unsigned t; // which one
-    __nv_bfloat16 *scale; // lifted
+    unsigned short *scale;
 
     // A page of `kv_heads` times `rows` rows, of whose head `head` it is row `row`.
     template <int HD>
@@ -194,7 +222,7 @@ struct Fp8Place {
                                                   unsigned row) {
         char *begin = static_cast<char *>(pages) + (size_t)page * fp8_page_bytes<HD>(kv_heads * rows);
         const unsigned line = head * rows + row, t = line % FP8_TILE, first = line - t;
-        __nv_bfloat16 *scales = reinterpret_cast<__nv_bfloat16 *>(begin + kv_heads * rows * HD);
+        unsigned short *scales = reinterpret_cast<unsigned short *>(begin + kv_heads * rows * HD);
         return {begin + first * HD, t, scales + first + fp8_scale_at(t)};
     }
 };
@@ -206,7 +234,7 @@ __device__ __forceinline__ void fp8_store(const Fp8Place (&places)[T], const flo
                                           unsigned lane) {
     constexpr int HD = 64 * PARTS;
     unsigned codes[T][PARTS], largest[T];
-    __nv_bfloat16 scales[T];
+    float scales[T];
 #pragma unroll
     for (int i = 0; i < T; i++) {
         largest[i] = fp8_magnitude(rows[i][0]);
@@ -228,6 +256,6 @@ __device__ __forceinline__ void fp8_store(const Fp8Place (&places)[T], const flo
         if (i < count && part < PARTS)
             *reinterpret_cast<unsigned *>(place.tile + at) = is_key ? fp8_key_word(low, high) : fp8_value_word(low, high);
         if (i < count && lane == 0)
-            *place.scale = scales[i];
+            *place.scale = fp8_kept_scale(scales[i], is_key);
     }
 }

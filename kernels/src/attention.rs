@@ -45,11 +45,13 @@ pub struct Prefill {
 
 impl Prefill {
     /// Warpgroups of 64 queries and one that fetches. Shared memory: queries, a ring of five stages of 32 KiB or ten of 16,
-    /// ones, what is known of the parts, two turns, barriers in pairs, and what aligns all to 1024 bytes.
-    const fn hopper(head_dim: u32) -> Prefill {
+    /// ones, what is known of the parts, two turns, barriers in pairs, with `fp8` a scale for each of the ring's tokens, and what
+    /// aligns all to 1024 bytes.
+    const fn hopper(head_dim: u32, fp8: bool) -> Prefill {
         let (parts, part_queries, stages, turns) = (3, 64, 5 * 128 / head_dim, 2);
         let rows = parts * part_queries + stages * LEAF;
-        let known = 256 + parts * 32 + turns * 16 + (turns + parts + stages) * 16;
+        let scales = if fp8 { stages * LEAF * 2 } else { 0 };
+        let known = 256 + parts * 32 + turns * 16 + (turns + parts + stages) * 16 + scales;
         Prefill {
             parts,
             part_queries,
@@ -92,7 +94,7 @@ impl Set {
             decode_warps: warps,
             decode_threads: warps * 32 + if hopper { 32 } else { 0 },
             decode_shared: stages * stage_bytes + turns * 8 * head_dim * 2 + scratch,
-            prefill: if hopper { Prefill::hopper(head_dim) } else { Prefill::portable(head_dim) },
+            prefill: if hopper { Prefill::hopper(head_dim, fp8) } else { Prefill::portable(head_dim) },
         }
     }
 }

@@ -224,7 +224,7 @@ mod tests {
         ];
         assert!(kernels.iter().all(|kernel| decode.contains(kernel)), "{decode}");
         let prefill = text("tokens=4096", "kv_fp8=1,weights_fp8=1", KernelSet::Auto);
-        let kernels = ["fp8_weights_widen", "fp8_encode_128", "fp8_widen_128", "attention_prefill_128"];
+        let kernels = ["fp8_weights_widen", "fp8_encode_128", "fp8_widen_128", "attention_prefill_fp8_128"];
         assert!(kernels.iter().all(|kernel| prefill.contains(kernel)), "{prefill}");
         let rounded = text("rows=8", "weights_fp8=1,inputs_fp8=1", KernelSet::Auto);
         let kernels = ["fp8_inputs", "few_qkv_128x16", "few_residual_64x16", "few_gate_up_128x16"];

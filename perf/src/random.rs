@@ -22,7 +22,28 @@ pub(crate) fn random_in(
     seed: u64,
     max: f32,
 ) -> Result<Weight, CudaError> {
-    let data = TensorData::Uniform { seed, low: -max, high: max };
+    between(cuda, rows, cols, seed, [-max, max])
+}
+
+/// Bytes that do for pages of keys or values in fp8, of which a row has `bytes`: as codes and as scales, in bf16 and in f16, all of
+/// them are numbers, for their bf16 numbers lie within 2 and 3.9.
+pub(crate) fn random_pages(
+    cuda: &mut Cuda,
+    pages: usize,
+    bytes: usize,
+    seed: u64,
+) -> Result<Weight, CudaError> {
+    between(cuda, pages, bytes / 2, seed, [2.0, 3.9])
+}
+
+fn between(
+    cuda: &mut Cuda,
+    rows: usize,
+    cols: usize,
+    seed: u64,
+    [low, high]: [f32; 2],
+) -> Result<Weight, CudaError> {
+    let data = TensorData::Uniform { seed, low, high };
     cuda.load_weight(WeightRole::Linear, &[HostTensor { name: "random".into(), rows, cols, data }])
 }
 

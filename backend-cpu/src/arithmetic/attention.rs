@@ -1,6 +1,6 @@
 //! Attention over keys and values in pages, and how they get there.
 //!
-//! What is kept as f32 is read in place; a narrower format is widened some rows at a time, to bf16 numbers, which f32 has
+//! What is kept as f32 is read in place; a narrower format is widened some rows at a time, to numbers that f32 has
 //! exactly. So formats differ in what was stored, and in nothing else: not in the order of sums.
 
 use minisgl_core::batch::Token;

@@ -41,7 +41,7 @@ use minisgl_core::kv::KvFormat;
 use minisgl_kernels::attention::{LEAF, Prefill};
 
 use heads::Heads;
-use params::{DecodeParams, PortablePrefillParams, PrefillParams};
+use params::{DecodeParams, KeptPages, PortablePrefillParams, PrefillParams};
 use plan::DecodePlanner;
 pub(super) use planner::Planner;
 use split::Splitter;
@@ -157,7 +157,7 @@ impl Attention {
         let kept = Kept::new(gpu, &splitter, &planner.set.prefill)?;
         Ok(Attention {
             decode: gpu.modules().kernel(module, decode, planner.set.decode_shared)?,
-            prefill: gpu.modules().kernel("attention", prefill, planner.set.prefill.shared)?,
+            prefill: gpu.modules().kernel(module, prefill, planner.set.prefill.shared)?,
             scratch: [
                 Scratch::new(gpu, heads, &whole, limits.running)?,
                 Scratch::new(gpu, heads, &half, Planner::half_rows(limits))?,
@@ -178,8 +178,8 @@ impl Attention {
     }
 
     /// Causal attention of each of the part's tokens over its slot's pages: from q `[tokens, q_width]` of the step to
-    /// `out`, the same shape. The step was planned as divided if the part is a half. Of fp8, prefill rows attend to what is in the
-    /// wide pages, [`KvLayer::wide`].
+    /// `out`, the same shape. The step was planned as divided if the part is a half. Of fp8, prefill rows attend to the codes that are
+    /// in the wide pages, [`KvLayer::wide`].
     pub fn attend(
         &self,
         launcher: &Launcher,
@@ -277,11 +277,16 @@ impl Attention {
             window: self.planner.window,
         };
         let queries = TensorMap::queries(q.address(), queries, part_queries / group, group)?;
-        launcher.launch(
-            &self.prefill,
-            self.planner.prefill_grid(step.shape),
-            [&params as &dyn Param, &queries, &pages(k)?, &pages(v)?],
-        )
+        let (grid, k, v) = (self.planner.prefill_grid(step.shape), pages(k)?, pages(v)?);
+        let maps = [&params as &dyn Param, &queries, &k, &v];
+        match kv.wide {
+            None => launcher.launch(&self.prefill, grid, maps),
+            Some(_) => {
+                let kept = KeptPages { k: kv.k.address(), v: kv.v.address() };
+                let [params, q, k, v] = maps;
+                launcher.launch(&self.prefill, grid, [params, q, k, v, &kept])
+            }
+        }
     }
 
     fn attend_portable(&self, launcher: &Launcher, operands: Operands) -> Result<(), CudaError> {

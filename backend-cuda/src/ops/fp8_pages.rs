@@ -7,11 +7,12 @@
 //!                               └─── widen: what prefill rows see of fp8 ───┘
 //! ```
 //!
-//! Wide pages hold one layer's keys and values in bf16, with the numbers and rows of the pages in fp8. Their elements are
-//! bf16 numbers either way, so prefill is that of bf16, bit by bit. What it costs is their bytes, a layer's of pages in
-//! bf16, and reading and writing those of a step's tokens once more.
+//! Wide pages have room for one layer's keys and values in two bytes an element, with the numbers and rows of the pages in fp8. A product
+//! leaves bf16 there; prefill attends to codes, as f16 numbers, whose scales lie in the pages in fp8: decode has the same operands in
+//! registers, so both have the same bits. What it costs is their bytes, a layer's of pages in bf16, and reading and writing those of a
+//! step's tokens once more.
 //!
-//! Invariant: where prefill rows attend, the wide pages hold what the pages in fp8 mean, for every position that any of them sees.
+//! Invariant: where prefill rows attend, the wide pages hold the codes of the pages in fp8, for every position that any of them sees.
 
 use std::ops::Range;
 
@@ -82,7 +83,7 @@ impl Fp8Pages {
         })
     }
 
-    /// From the wide pages the rows of the step's tokens `tokens` to those in fp8, and back what they mean there.
+    /// From the wide pages the rows of the step's tokens `tokens` to those in fp8, and back their codes.
     pub fn encode(
         &self,
         launcher: &Launcher,

@@ -7,12 +7,11 @@ mod fp8;
 mod support;
 mod world;
 
-use minisgl_cuda::KernelSet;
 use support::taken;
 use world::*;
 
-fn decode_is_right(kernels: KernelSet, heads: Heads, page_size: u32, lengths: &[u32]) {
-    let mut world = World::new(kernels, heads, page_size, lengths);
+fn decode_is_right(kind: Kind, heads: Heads, page_size: u32, lengths: &[u32]) {
+    let mut world = World::new(kind, heads, page_size, lengths);
     let spans: Vec<_> =
         (0..).zip(lengths).map(|(slot, n)| Span { slot, position: n - 1, tokens: 1 }).collect();
     let result = world.run(spans.len(), &spans);
@@ -40,12 +39,12 @@ const QWEN3: Heads = Heads { kv_heads: 8, group: 2, head_dim: 128 };
 #[test]
 #[ignore = "needs a GPU"]
 fn decode_of_any_length_and_head_ratio_is_right() {
-    for kernels in [KernelSet::Auto, KernelSet::Portable] {
+    for kind in KINDS {
         for (i, heads) in head_shapes().into_iter().enumerate() {
-            decode_is_right(kernels, heads, [16, 32, 64][i % 3], &LENGTHS);
+            decode_is_right(kind, heads, [16, 32, 64][i % 3], &LENGTHS);
         }
-        for page_size in taken([16, 32, 64]) {
-            decode_is_right(kernels, QWEN3, page_size, &LENGTHS);
+        for page_size in taken([16, 256, 32, 64]) {
+            decode_is_right(kind, QWEN3, page_size, &LENGTHS);
         }
     }
 }
@@ -53,9 +52,9 @@ fn decode_of_any_length_and_head_ratio_is_right() {
 #[test]
 #[ignore = "needs a GPU"]
 fn decode_of_one_row_is_right() {
-    for kernels in [KernelSet::Auto, KernelSet::Portable] {
+    for kind in KINDS {
         for length in taken(LENGTHS) {
-            decode_is_right(kernels, QWEN3, 16, &[length]);
+            decode_is_right(kind, QWEN3, 16, &[length]);
         }
     }
 }
@@ -63,9 +62,9 @@ fn decode_of_one_row_is_right() {
 #[test]
 #[ignore = "needs a GPU"]
 fn decode_of_many_rows_is_right() {
-    for kernels in [KernelSet::Auto, KernelSet::Portable] {
+    for kind in KINDS {
         for (rows, longest) in taken([(31, 700), (2, 3000), (255, 300), (256, 1100)]) {
-            decode_is_right(kernels, QWEN3, 16, &random_lengths(rows, longest));
+            decode_is_right(kind, QWEN3, 16, &random_lengths(rows, longest));
         }
     }
 }
@@ -73,8 +72,8 @@ fn decode_of_many_rows_is_right() {
 #[test]
 #[ignore = "needs a GPU"]
 fn decode_of_a_long_sequence_is_right() {
-    for kernels in [KernelSet::Auto, KernelSet::Portable] {
-        decode_is_right(kernels, Heads { kv_heads: 2, group: 8, head_dim: 128 }, 16, &[20_011, 5, 300]);
+    for kind in KINDS {
+        decode_is_right(kind, Heads { kv_heads: 2, group: 8, head_dim: 128 }, 16, &[20_011, 5, 300]);
     }
 }
 
@@ -82,7 +81,7 @@ fn decode_of_a_long_sequence_is_right() {
 #[test]
 #[ignore = "needs a GPU"]
 fn a_row_decodes_to_the_same_bits_alone_and_among_255_others() {
-    for kernels in [KernelSet::Auto, KernelSet::Portable] {
+    for kind in KINDS {
         for heads in taken([
             QWEN3,
             Heads { kv_heads: 2, group: 5, head_dim: 128 },
@@ -91,7 +90,7 @@ fn a_row_decodes_to_the_same_bits_alone_and_among_255_others() {
         ]) {
             let mut lengths = random_lengths(256, 600);
             lengths[..LENGTHS.len()].copy_from_slice(&LENGTHS);
-            let mut world = World::new(kernels, heads, 16, &lengths);
+            let mut world = World::new(kind, heads, 16, &lengths);
             let width = world.width();
             let together = world.decode((0..).zip(lengths.iter().copied()));
             for count in [1, 7, 60] {
@@ -99,7 +98,7 @@ fn a_row_decodes_to_the_same_bits_alone_and_among_255_others() {
                     let some = first..first + count;
                     let result = world.decode(some.clone().map(|slot| (slot as u32, lengths[slot])));
                     let expected = &together[some.start * width..some.end * width];
-                    assert!(bits(&result) == bits(expected), "{heads:?}: rows {some:?}");
+                    assert!(bits(&result) == bits(expected), "{kind:?}, {heads:?}: rows {some:?}");
                 }
             }
         }
@@ -109,9 +108,9 @@ fn a_row_decodes_to_the_same_bits_alone_and_among_255_others() {
 #[test]
 #[ignore = "needs a GPU"]
 fn padding_rows_harm_nobody() {
-    for kernels in [KernelSet::Auto, KernelSet::Portable] {
+    for kind in KINDS {
         let lengths = random_lengths(5, 900);
-        let mut world = World::new(kernels, QWEN3, 16, &lengths);
+        let mut world = World::new(kind, QWEN3, 16, &lengths);
         let alone = world.decode((0..).zip(lengths.iter().copied()));
         // Slot 5 is the dummy, whose page holds NaN here.
         let rows = (0..).zip(lengths.iter().copied()).take(3).chain([(5, 1); 2]);
@@ -121,62 +120,9 @@ fn padding_rows_harm_nobody() {
     }
 }
 
-/// Decodes the last token of each slot in both worlds; they must agree in every bit.
-fn fp8_decodes_as_what_it_means(heads: Heads, page_size: u32, lengths: &[u32], window: u32, begins: &[u32]) {
-    let [narrow, wide] = World::in_fp8(heads, page_size, lengths, window, begins)
-        .map(|mut world| world.decode((0..).zip(lengths.iter().copied())));
-    let label = format!("{heads:?}, page size {page_size}, window {window}, {} rows", lengths.len());
-    assert!(wide.iter().all(|x| x.is_finite()), "{label}");
-    assert!(bits(&narrow) == bits(&wide), "{label}");
-}
-
-#[test]
-#[ignore = "needs a GPU"]
-fn decode_of_fp8_has_the_bits_of_decode_of_what_fp8_means() {
-    for (i, heads) in head_shapes().into_iter().enumerate() {
-        let page_size = [16, 32, 64][i % 3];
-        fp8_decodes_as_what_it_means(heads, page_size, &LENGTHS, ALL, &[0; LENGTHS.len()]);
-        let begins: Vec<u32> = LENGTHS.iter().map(|length| length.saturating_sub(200)).collect();
-        fp8_decodes_as_what_it_means(heads, page_size, &LENGTHS, 200, &begins);
-    }
-    for (rows, longest) in taken([(1, 5000), (31, 700), (2, 3000), (256, 1100)]) {
-        let lengths = random_lengths(rows, longest);
-        for page_size in [16, 256] {
-            fp8_decodes_as_what_it_means(QWEN3, page_size, &lengths, ALL, &vec![0; rows]);
-        }
-    }
-}
-
-/// Prefills in both worlds; they must agree in every bit.
-fn fp8_prefills_as_what_it_means(heads: Heads, page_size: u32, spans: &[(u32, u32)], window: u32) {
+fn prefill_is_right(kind: Kind, heads: Heads, page_size: u32, spans: &[(u32, u32)]) {
     let lengths: Vec<u32> = spans.iter().map(|(position, tokens)| position + tokens).collect();
-    let begins: Vec<u32> =
-        spans.iter().map(|(position, _)| (position + 1_u32).saturating_sub(window)).collect();
-    let rows: Vec<_> =
-        (0..).zip(spans).map(|(slot, &(position, tokens))| Span { slot, position, tokens }).collect();
-    let [narrow, wide] =
-        World::in_fp8(heads, page_size, &lengths, window, &begins).map(|mut world| world.prefill(&rows));
-    let label = format!("{heads:?}, page size {page_size}, window {window}, {spans:?}");
-    assert!(wide.iter().all(|x| x.is_finite()), "{label}");
-    assert!(bits(&narrow) == bits(&wide), "{label}");
-}
-
-#[test]
-#[ignore = "needs a GPU"]
-fn prefill_of_fp8_has_the_bits_of_prefill_of_what_fp8_means() {
-    let spans = [(0, 300), (16, 100), (100, 28), (127, 2), (128, 130), (300, 512), (1000, 1), (511, 77)];
-    for (i, heads) in head_shapes().into_iter().enumerate() {
-        fp8_prefills_as_what_it_means(heads, [16, 32, 64][i % 3], &spans, ALL);
-        fp8_prefills_as_what_it_means(heads, [64, 16, 256][i % 3], &spans, 200);
-    }
-    for span in taken([(0, 1), (0, 5000), (9000, 64)]) {
-        fp8_prefills_as_what_it_means(QWEN3, 16, &[span], ALL);
-    }
-}
-
-fn prefill_is_right(kernels: KernelSet, heads: Heads, page_size: u32, spans: &[(u32, u32)]) {
-    let lengths: Vec<u32> = spans.iter().map(|(position, tokens)| position + tokens).collect();
-    let mut world = World::new(kernels, heads, page_size, &lengths);
+    let mut world = World::new(kind, heads, page_size, &lengths);
     let spans: Vec<_> =
         (0..).zip(spans).map(|(slot, &(position, tokens))| Span { slot, position, tokens }).collect();
     let result = world.prefill(&spans);
@@ -189,27 +135,27 @@ fn prefill_is_right(kernels: KernelSet, heads: Heads, page_size: u32, spans: &[(
 fn prefill_of_whole_prompts_chunks_and_prefix_hits_is_right() {
     let whole: Vec<_> = LENGTHS.iter().map(|length| (0, *length)).collect();
     let later = [(1, 1), (16, 100), (100, 28), (127, 2), (128, 130), (300, 512), (1000, 1), (511, 77)];
-    for kernels in [KernelSet::Auto, KernelSet::Portable] {
+    for kind in KINDS {
         for (i, heads) in head_shapes().into_iter().enumerate() {
             let page_size = [16, 32, 64][i % 3];
-            prefill_is_right(kernels, heads, page_size, &whole[..11]);
-            prefill_is_right(kernels, heads, page_size, &later);
+            prefill_is_right(kind, heads, page_size, &whole[..11]);
+            prefill_is_right(kind, heads, page_size, &later);
         }
-        prefill_is_right(kernels, QWEN3, 16, &whole);
-        prefill_is_right(kernels, QWEN3, 16, &[(0, 1)]);
+        prefill_is_right(kind, QWEN3, 16, &whole);
+        prefill_is_right(kind, QWEN3, 16, &[(0, 1)]);
     }
 }
 
 #[test]
 #[ignore = "needs a GPU"]
 fn a_prompt_gives_the_same_bits_whole_and_in_chunks() {
-    for kernels in [KernelSet::Auto, KernelSet::Portable] {
+    for kind in KINDS {
         for heads in taken([
             QWEN3,
             Heads { kv_heads: 2, group: 5, head_dim: 128 },
             Heads { kv_heads: 2, group: 4, head_dim: 64 },
         ]) {
-            let mut world = World::new(kernels, heads, 16, &[1111, 400]);
+            let mut world = World::new(kind, heads, 16, &[1111, 400]);
             let width = world.width();
             let whole = world.prefill(&[Span { slot: 0, position: 0, tokens: 1111 }]);
             for chunk in taken([333, 64, 100, 640]) {
@@ -221,7 +167,7 @@ fn a_prompt_gives_the_same_bits_whole_and_in_chunks() {
                     let expected = &whole[position as usize * width..][..tokens as usize * width];
                     assert!(
                         bits(&result[370 * width..]) == bits(expected),
-                        "{heads:?}: {chunk} from {position}"
+                        "{kind:?}, {heads:?}: {chunk} from {position}"
                     );
                 }
             }
@@ -232,16 +178,16 @@ fn a_prompt_gives_the_same_bits_whole_and_in_chunks() {
 #[test]
 #[ignore = "needs a GPU"]
 fn a_token_gives_the_same_bits_in_prefill_and_in_decode() {
-    for kernels in [KernelSet::Auto, KernelSet::Portable] {
+    for kind in KINDS {
         for heads in head_shapes() {
             let length = LENGTHS[11];
-            let mut world = World::new(kernels, heads, 16, &[length]);
+            let mut world = World::new(kind, heads, 16, &[length]);
             let width = world.width();
             let prefilled = world.prefill(&[Span { slot: 0, position: 0, tokens: length }]);
             for position in LENGTHS.iter().map(|n| n - 1).filter(|position| *position < length) {
                 let decoded = world.decode([(0, position + 1)].into_iter());
                 let expected = &prefilled[position as usize * width..][..width];
-                assert!(bits(&decoded) == bits(expected), "{heads:?}: position {position}");
+                assert!(bits(&decoded) == bits(expected), "{kind:?}, {heads:?}: position {position}");
             }
         }
     }
@@ -252,14 +198,14 @@ fn a_token_gives_the_same_bits_in_prefill_and_in_decode() {
 #[test]
 #[ignore = "needs a GPU"]
 fn tokens_of_long_sequences_give_the_same_bits_in_every_way() {
-    for kernels in [KernelSet::Auto, KernelSet::Portable] {
+    for kind in KINDS {
         for (heads, window) in taken([
             (QWEN3, ALL),
             (Heads { kv_heads: 2, group: 5, head_dim: 128 }, 5000),
             (Heads { kv_heads: 4, group: 4, head_dim: 64 }, ALL),
         ]) {
             let slots = [&[9_000, 9_000, 4_200][..], &[1; 297]].concat(); // places for many rows
-            let mut world = World::windowed(kernels, heads, 16, &slots, window, &vec![0; slots.len()]);
+            let mut world = World::windowed(kind, heads, 16, &slots, window, &vec![0; slots.len()]);
             let width = world.width();
             let whole = world.prefill(&[Span { slot: 0, position: 0, tokens: 9_000 }]);
             let expected = |position: u32, tokens: u32| {
@@ -272,26 +218,35 @@ fn tokens_of_long_sequences_give_the_same_bits_in_every_way() {
                 let span = Span { slot: 0, position, tokens };
                 for _ in 0..2 {
                     let alone = world.prefill(&[span]);
-                    assert!(bits(&alone) == expected(position, tokens), "{heads:?}: {span:?} alone");
+                    assert!(
+                        bits(&alone) == expected(position, tokens),
+                        "{kind:?}, {heads:?}: {span:?} alone"
+                    );
                 }
                 let other = Span { slot: 2, position: 4_000, tokens: 200 };
                 let mixed = world
                     .run(2, &[Span { tokens: 1, ..span }, Span { slot: 1, tokens: 1, ..span }, other, span]);
-                assert!(bits(&mixed[..width]) == expected(position, 1), "{heads:?}: {span:?} decodes");
+                assert!(
+                    bits(&mixed[..width]) == expected(position, 1),
+                    "{kind:?}, {heads:?}: {span:?} decodes"
+                );
                 assert!(
                     bits(&mixed[202 * width..]) == expected(position, tokens),
-                    "{heads:?}: {span:?} beside others"
+                    "{kind:?}, {heads:?}: {span:?} beside others"
                 );
             }
             let lengths = [2_048, 2_049, 4_096, 6_143, 8_192, 8_193, 9_000];
             for length in lengths {
                 let decoded = world.decode([(0, length)].into_iter());
-                assert!(bits(&decoded) == expected(length - 1, 1), "{heads:?}: {length} tokens");
+                assert!(bits(&decoded) == expected(length - 1, 1), "{kind:?}, {heads:?}: {length} tokens");
             }
             let many = world.decode((0..slots.len()).map(|row| (0, lengths[row % lengths.len()])));
             for (row, decoded) in many.chunks(width).enumerate() {
                 let length = lengths[row % lengths.len()];
-                assert!(bits(decoded) == expected(length - 1, 1), "{heads:?}: {length} tokens in row {row}");
+                assert!(
+                    bits(decoded) == expected(length - 1, 1),
+                    "{kind:?}, {heads:?}: {length} tokens in row {row}"
+                );
             }
         }
     }
@@ -303,7 +258,7 @@ fn tokens_of_long_sequences_give_the_same_bits_in_every_way() {
 #[ignore = "needs a GPU"]
 fn rows_give_the_same_bits_in_a_mixed_step_and_in_steps_of_their_own() {
     let chunks = [(0, 300), (100, 28), (128, 130), (1000, 1), (511, 77), (0, 1), (300, 512)];
-    for kernels in [KernelSet::Auto, KernelSet::Portable] {
+    for kind in KINDS {
         for (heads, window) in
             taken([(QWEN3, ALL), (Heads { kv_heads: 3, group: 3, head_dim: 64 }, ALL), (QWEN3, 200)])
         {
@@ -311,7 +266,7 @@ fn rows_give_the_same_bits_in_a_mixed_step_and_in_steps_of_their_own() {
                 let mut lengths = random_lengths(decode_rows, 1500);
                 lengths.extend(chunks.iter().map(|(position, tokens)| position + tokens));
                 let begins = vec![0; lengths.len()];
-                let mut world = World::windowed(kernels, heads, 16, &lengths, window, &begins);
+                let mut world = World::windowed(kind, heads, 16, &lengths, window, &begins);
                 let split = decode_rows * world.width();
                 let decoding = (0..).zip(&lengths[..decode_rows]);
                 let decoding: Vec<_> =
@@ -323,7 +278,10 @@ fn rows_give_the_same_bits_in_a_mixed_step_and_in_steps_of_their_own() {
                 let (alone, prompts) = (world.run(decode_rows, &decoding), world.prefill(&prefilling));
                 for _ in 0..2 {
                     let mixed = world.run(decode_rows, &[&decoding[..], &prefilling].concat());
-                    assert!(bits(&mixed[..split]) == bits(&alone), "{heads:?}: {decode_rows} decode rows");
+                    assert!(
+                        bits(&mixed[..split]) == bits(&alone),
+                        "{kind:?}, {heads:?}: {decode_rows} decode rows"
+                    );
                     assert!(bits(&mixed[split..]) == bits(&prompts), "beside {decode_rows} decode rows");
                 }
             }
@@ -341,12 +299,12 @@ const WINDOWED: [Heads; 3] =
 #[test]
 #[ignore = "needs a GPU"]
 fn decode_sees_its_window_alone() {
-    for kernels in [KernelSet::Auto, KernelSet::Portable] {
+    for kind in KINDS {
         for (i, window) in taken(WINDOWS).enumerate() {
             let heads = WINDOWED[i % WINDOWED.len()];
             for lengths in [LENGTHS.to_vec(), random_lengths(70, 1500), vec![2047]] {
                 let begins: Vec<u32> = lengths.iter().map(|length| length.saturating_sub(window)).collect();
-                let mut world = World::windowed(kernels, heads, [16, 64][i % 2], &lengths, window, &begins);
+                let mut world = World::windowed(kind, heads, [16, 64][i % 2], &lengths, window, &begins);
                 let spans: Vec<_> =
                     (0..).zip(&lengths).map(|(slot, n)| Span { slot, position: n - 1, tokens: 1 }).collect();
                 let result = world.run(spans.len(), &spans);
@@ -361,13 +319,13 @@ fn decode_sees_its_window_alone() {
 #[ignore = "needs a GPU"]
 fn prefill_sees_its_windows_alone() {
     let spans = [(0, 300), (1, 1), (300, 512), (1000, 1), (511, 77), (900, 300), (128, 128), (40, 1)];
-    for kernels in [KernelSet::Auto, KernelSet::Portable] {
+    for kind in KINDS {
         for (i, window) in taken(WINDOWS).enumerate() {
             let heads = WINDOWED[i % WINDOWED.len()];
             let lengths: Vec<u32> = spans.iter().map(|(position, tokens)| position + tokens).collect();
             let begins: Vec<u32> =
                 spans.iter().map(|(position, _)| (position + 1_u32).saturating_sub(window)).collect();
-            let mut world = World::windowed(kernels, heads, [16, 64][i % 2], &lengths, window, &begins);
+            let mut world = World::windowed(kind, heads, [16, 64][i % 2], &lengths, window, &begins);
             let spans: Vec<_> =
                 (0..).zip(spans).map(|(slot, (position, tokens))| Span { slot, position, tokens }).collect();
             let result = world.prefill(&spans);
@@ -380,10 +338,10 @@ fn prefill_sees_its_windows_alone() {
 #[test]
 #[ignore = "needs a GPU"]
 fn with_a_window_a_token_gives_the_same_bits_in_prefill_and_in_decode_alone_and_among_others() {
-    for kernels in [KernelSet::Auto, KernelSet::Portable] {
+    for kind in KINDS {
         for window in taken(WINDOWS) {
             let lengths = [1000, 70, 333];
-            let mut world = World::windowed(kernels, QWEN3, 16, &lengths, window, &[0; 3]);
+            let mut world = World::windowed(kind, QWEN3, 16, &lengths, window, &[0; 3]);
             let width = world.width();
             let prefilled = world.prefill(&[Span { slot: 0, position: 0, tokens: 1000 }]);
             for position in LENGTHS.iter().map(|n| n - 1).filter(|position| *position < 1000) {

@@ -52,10 +52,25 @@ pub struct Span {
     pub tokens: u32,
 }
 
+/// The kernels that attend, and what keys and values are kept as.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Kind {
+    pub kernels: KernelSet,
+    pub kept: KvFormat,
+}
+
+/// All that there are: those of bf16, and Hopper's of fp8.
+pub const KINDS: [Kind; 3] = [
+    Kind { kernels: KernelSet::Auto, kept: KvFormat::Bf16 },
+    Kind { kernels: KernelSet::Portable, kept: KvFormat::Bf16 },
+    Kind { kernels: KernelSet::Auto, kept: KvFormat::Fp8 },
+];
+
 /// The numbers of a world.
 #[derive(Clone, Copy, Debug)]
 pub struct Numbers {
     pub seed: u64,
+    pub kept: KvFormat,
     pub heads: Heads,
     /// Positions that a token sees.
     pub window: u32,
@@ -96,70 +111,53 @@ impl Numbers {
     /// softmax(q K^T / sqrt(head_dim)) V over the window in float64.
     pub fn reference(&self, slot: u32, position: u32, head: usize) -> Vec<f64> {
         let Heads { group, head_dim, .. } = self.heads;
-        let at = |what, position, head: usize, d| {
-            value(self.seed, what, slot, position, head * head_dim + d).to_f64()
+        let row = |what, position, head: usize| -> Vec<f64> {
+            let element = |d| value(self.seed, what, slot, position, head * head_dim + d).to_f32();
+            let row: Vec<f32> = (0..head_dim).map(element).collect();
+            let is_plain = what == 0 || self.kept == KvFormat::Bf16;
+            let row = if is_plain { row } else { meant_by_fp8(&row) };
+            row.into_iter().map(f64::from).collect()
         };
-        let query: Vec<f64> = (0..head_dim).map(|d| at(0, position, head, d)).collect();
+        let query = row(0, position, head);
         let begin = (position + 1).saturating_sub(self.window);
         let scores: Vec<f64> = (begin..=position)
-            .map(|t| query.iter().enumerate().map(|(d, q)| q * at(1, t, head / group, d)).sum::<f64>())
+            .map(|t| query.iter().zip(row(1, t, head / group)).map(|(q, k)| q * k).sum::<f64>())
             .map(|score| score / (head_dim as f64).sqrt())
             .collect();
         let max = scores.iter().copied().fold(f64::MIN, f64::max);
         let mut out = vec![0.0; head_dim];
         for (t, score) in scores.iter().enumerate() {
             let p = (score - max).exp();
-            out.iter_mut().enumerate().for_each(|(d, o)| *o += p * at(2, begin + t as u32, head / group, d));
+            out.iter_mut().zip(row(2, begin + t as u32, head / group)).for_each(|(o, v)| *o += p * v);
         }
         let sum: f64 = scores.iter().map(|score| (score - max).exp()).sum();
         out.iter().map(|o| o / sum).collect()
     }
 }
 
-/// What a world's keys and values are kept as: bf16, bf16 after they were rounded to fp8, and fp8.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Kept {
-    Plain,
-    Rounded,
-    Fp8,
+/// What a row is once it was kept in fp8.
+fn meant_by_fp8(row: &[f32]) -> Vec<f32> {
+    let mut meant = vec![0.0; row.len()];
+    KvFormat::Fp8.load(fp8::layout(1, row.len(), 1).place(0, 0, 0), &fp8::rounded(row), &mut meant);
+    meant
 }
 
 impl World {
     /// Slot i has room for, and keys and values of, `lengths[i]` tokens.
-    pub fn new(kernels: KernelSet, heads: Heads, page_size: u32, lengths: &[u32]) -> World {
-        World::windowed(kernels, heads, page_size, lengths, ALL, &vec![0; lengths.len()])
-    }
-
-    /// The same world twice on Hopper: with keys and values in fp8, and with those in bf16 that fp8 makes of them.
-    pub fn in_fp8(heads: Heads, page_size: u32, lengths: &[u32], window: u32, begins: &[u32]) -> [World; 2] {
-        let seed = fresh_seed();
-        [Kept::Fp8, Kept::Rounded]
-            .map(|kept| World::kept(kept, seed, KernelSet::Auto, heads, page_size, lengths, window, begins))
+    pub fn new(kind: Kind, heads: Heads, page_size: u32, lengths: &[u32]) -> World {
+        World::windowed(kind, heads, page_size, lengths, ALL, &vec![0; lengths.len()])
     }
 
     /// Tokens see a window; of slot i's positions those before `begins[i]` are nobody's any more: they hold NaN.
     pub fn windowed(
-        kernels: KernelSet,
+        kind: Kind,
         heads: Heads,
         page_size: u32,
         lengths: &[u32],
         window: u32,
         begins: &[u32],
     ) -> World {
-        World::kept(Kept::Plain, fresh_seed(), kernels, heads, page_size, lengths, window, begins)
-    }
-
-    #[expect(clippy::too_many_arguments, reason = "they are what a world is")]
-    pub fn kept(
-        kept: Kept,
-        seed: u64,
-        kernels: KernelSet,
-        heads: Heads,
-        page_size: u32,
-        lengths: &[u32],
-        window: u32,
-        begins: &[u32],
-    ) -> World {
+        let (Kind { kernels, kept }, seed) = (kind, fresh_seed());
         let mut cuda = Cuda::new(&Options { device: 0, kernels }).expect("a GPU");
         let slots = lengths.len();
         let longest = lengths.iter().copied().max().unwrap();
@@ -184,18 +182,15 @@ impl World {
             norm_eps: 1e-6,
         };
         let window_of_it = Some(window).filter(|window| *window != ALL);
-        let format = if kept == Kept::Fp8 { KvFormat::Fp8 } else { KvFormat::Bf16 };
-        let attention = Attention::new(&mut cuda, &dims, window_of_it, format, &limits).unwrap();
+        let attention = Attention::new(&mut cuda, &dims, window_of_it, kept, &limits).unwrap();
         let table = shuffled_table(&limits, seed, lengths);
         let table_buffer = cuda.alloc(Purpose::Scratch, Element::Word, table.len()).unwrap();
         upload(&mut cuda, &table, table_buffer);
         let [k, v] = [1, 2].map(|what| {
             let world = Pages { seed, what, heads, limits: &limits, table: &table, begins, lengths };
             let bytes = match kept {
-                Kept::Fp8 => world.in_fp8(),
-                Kept::Plain | Kept::Rounded => {
-                    bytemuck::cast_slice(&world.in_bf16(kept == Kept::Rounded)).to_vec()
-                }
+                KvFormat::Fp8 => world.in_fp8(),
+                _ => bytemuck::cast_slice(&world.in_bf16()).to_vec(),
             };
             let words: Vec<u32> =
                 bytes.as_chunks::<4>().0.iter().map(|four| u32::from_le_bytes(*four)).collect();
@@ -205,7 +200,7 @@ impl World {
         });
         let wide_words = KvLayout::new(KvFormat::Bf16, &dims, page_size).words(pages as usize + 1);
         let poison = vec![u32::MAX; wide_words];
-        let wide = (kept == Kept::Fp8).then(|| {
+        let wide = (kept == KvFormat::Fp8).then(|| {
             [(); 2].map(|()| {
                 let buffer = cuda.alloc(Purpose::KvCache, Element::Kv, wide_words).unwrap();
                 upload(&mut cuda, &poison, buffer);
@@ -217,7 +212,7 @@ impl World {
             cuda,
             attention,
             pages,
-            numbers: Numbers { seed, heads, window },
+            numbers: Numbers { seed, kept, heads, window },
             limits,
             table: table_buffer,
             kv: KvLayer { k, v, wide },
@@ -383,11 +378,10 @@ pub struct Pages<'a> {
 
 impl Pages<'_> {
     /// `[pages + 1, kv_heads, page_size, head_dim]`, chunks of 8 elements swizzled; NaN where no token is.
-    pub fn in_bf16(&self, rounded: bool) -> Vec<bf16> {
+    pub fn in_bf16(&self) -> Vec<bf16> {
         let Heads { kv_heads, head_dim, .. } = self.heads;
         let page_size = self.limits.page_size as usize;
         self.filled(NAN, kv_heads * page_size * head_dim, |page, [head, t], values| {
-            let values = if rounded { fp8::meant(&values) } else { values };
             let row = &mut page[(head * page_size + t) * head_dim..][..head_dim];
             for (d, element) in row.iter_mut().enumerate() {
                 *element = bf16::from_f32(values[((d / 8) ^ (t & 7)) * 8 + d % 8]);

@@ -1,10 +1,11 @@
 //! Queries, keys and values: biases, head norms and rope, and their places in pages of bf16 and fp8.
 
 use bytemuck::cast_slice;
-use half::bf16;
+use half::{bf16, f16};
 use minisgl_core::backend::{Device, Element, KvLayer, Step};
 use minisgl_core::batch::{Layout, StepShape, Token};
 use minisgl_core::config::Limits;
+use minisgl_core::fp8::decode;
 use minisgl_core::tensor::splitmix64;
 use minisgl_cuda::ops::fp8_pages::Fp8Pages;
 use minisgl_cuda::ops::gemm::Qkv;
@@ -122,7 +123,7 @@ pub fn qkv(gpu: &mut Gpu, heads: Heads, cols: usize, has: Has) {
             let mut expected = empty.clone();
             for (t, row) in out.iter_mut().enumerate() {
                 let location = places[t].location as usize;
-                let kept = kept(&pages, heads, location);
+                let kept = kept(&pages, heads, location, bf16_of);
                 for (head, kept) in kept.chunks_exact(dim).enumerate() {
                     let place = [location / page_size, head, location % page_size];
                     fp8::put(what, &layout, place, &fp8::rounded(kept), &mut expected);
@@ -137,10 +138,10 @@ pub fn qkv(gpu: &mut Gpu, heads: Heads, cols: usize, has: Has) {
                 let wide = without_margin(gpu.download(wide), page_elements, &label);
                 for (t, place) in places[..tokens as usize].iter().enumerate() {
                     let location = place.location as usize;
-                    let rows = self::kept(&pages, heads, location);
-                    let meant: Vec<f32> = rows.chunks_exact(dim).flat_map(fp8::meant).collect();
-                    let widened = self::kept(&wide, heads, location);
-                    assert!(widened == meant, "{label}, {tokens} tokens: {what:?} of token {t} widened");
+                    let rows = self::kept(&pages, heads, location, bf16_of);
+                    let codes: Vec<f32> = rows.chunks_exact(dim).flat_map(codes_of).collect();
+                    let widened = self::kept(&wide, heads, location, f16_of);
+                    assert!(widened == codes, "{label}, {tokens} tokens: {what:?} of token {t} widened");
                 }
             }
         }
@@ -165,15 +166,28 @@ pub fn qkv(gpu: &mut Gpu, heads: Heads, cols: usize, has: Has) {
 }
 
 /// A token's `[kv, dim]` values in pages, whose 16-byte chunks are permuted within each row.
-fn kept(pages: &[u16], heads: Heads, location: usize) -> Vec<f32> {
+fn kept(pages: &[u16], heads: Heads, location: usize, number: fn(u16) -> f32) -> Vec<f32> {
     let Heads { kv, dim, page_size, .. } = heads;
     let (page, row) = (location / page_size, location % page_size);
     let value = |i: usize| {
         let (head, d) = (i / dim, i % dim);
         let line = (page * kv + head) * page_size + row;
-        bf16::from_bits(pages[line * dim + ((d / 8) ^ (row % 8)) * 8 + d % 8]).to_f32()
+        number(pages[line * dim + ((d / 8) ^ (row % 8)) * 8 + d % 8])
     };
     (0..kv * dim).map(value).collect()
+}
+
+/// The numbers that a row's codes are.
+fn codes_of(row: &[f32]) -> Vec<f32> {
+    fp8::rounded(row)[..row.len()].iter().map(|code| decode(*code)).collect()
+}
+
+fn bf16_of(bits: u16) -> f32 {
+    bf16::from_bits(bits).to_f32()
+}
+
+fn f16_of(bits: u16) -> f32 {
+    f16::from_bits(bits).to_f32()
 }
 
 fn rope_row(angles: &[f32], position: usize, dim: usize) -> Vec<(f64, f64)> {

@@ -240,7 +240,7 @@ pub struct KvLayer<Buf> {
     pub k: Buf,
     /// Values.
     pub v: Buf,
-    /// Room for as many pages of keys and of values in the device's own format, the same for all layers, where
+    /// Room for as many pages of keys and of values as the device's own format would have them, the same for all layers, where
     /// [`Ops::widens`] asks for it. Nothing in it is kept from layer to layer.
     pub wide: Option<[Buf; 2]>,
 }
@@ -420,7 +420,8 @@ pub trait Ops: Sampler {
     /// Names the first thing that can't.
     fn supports(&self, spec: &DecoderSpec) -> Result<(), Unsupported>;
 
-    /// Does it widen pages that are kept so to its own format ([`DeviceInfo::kv`]), in [`KvLayer::wide`], for rows of many tokens?
+    /// Does it widen pages that are kept so for rows of many tokens, to the bytes of its own format ([`DeviceInfo::kv`]), in
+    /// [`KvLayer::wide`]?
     fn widens(&self, kept: KvFormat) -> bool {
         let _ = kept;
         false

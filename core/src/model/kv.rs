@@ -8,18 +8,20 @@
 //!   scales             | of row 0 | of row 1 | … |                    bf16
 //! ```
 //!
-//! In fp8 an element is e4m3 ([`crate::fp8`]) times its row's scale, rounded to bf16. The scale is the best of the eight by which the
-//! row's largest magnitude becomes one of e4m3's numbers from 240 to 448 ([`fp8::best_scale`]), each rounded to bf16 itself. A row
-//! whose largest magnitude lies beyond 57,344 gets that magnitude's scales, and one that has less than 2^-91 throughout gets those of
-//! 2^-91; what lies beyond 448 of the chosen one, 107,072 at most, is cut. A row's codes and scale are of that row alone, so a token's
+//! In fp8 an element is e4m3 ([`crate::fp8`]) times its row's scale. The scale is the best of the eight by which the
+//! row's largest magnitude becomes one of e4m3's numbers from 240 to 448 ([`fp8::best_scale`]), each rounded to bf16. A row
+//! whose largest magnitude lies beyond 57,344 gets that magnitude's scales, and one that has less than 2^-13 throughout gets those of
+//! 2^-13; what lies beyond 448 of the chosen one, 107,072 at most, is cut. A row's codes and scale are of that row alone, so a token's
 //! bits depend on its own sequence alone.
 //!
 //! Why a scale a row: e4m3 is a floating-point format, so a factor for each channel, or a finer grain, makes its error no smaller in
 //! itself. What a search for the scale gains it gains from few large elements, as keys have them; what it costs in perplexity, and
 //! what other forms would, is in docs/log/2026-11-29-fp8.
 //!
-//! Why elements are bf16 numbers: then attention is that over pages of bf16, and has its bits, whether a kernel widens rows while it
-//! reads them or pages are widened before. The rounding is a thirty-second of e4m3's.
+//! Why elements are not rounded: then a scale need not meet its elements. A row is one token's, so its score is that of its codes times
+//! the scale, and what its value adds is its probability times the scale, times codes; a GPU makes f16 numbers of codes by one
+//! instruction for two, multiplies those, and spends one product a token on scales where it would spend one an element. A backend does
+//! so in every way that it attends, few tokens or many: bits depend on it.
 //!
 //! Why scales behind all rows: so a head's 16 rows of 64 codes or more begin at a multiple of 128 bytes, a line of a GPU's memory, and its
 //! 16 scales at one of 16 bytes, as bulk copies must. A backend may permute bits within a row, and scales within those of 16 rows, and
@@ -39,11 +41,11 @@ use crate::spec::{DecoderSpec, Dims};
 const PAGE_ALIGNMENT: usize = 128;
 /// Bytes of a row's scale.
 const SCALE_BYTES: usize = 2;
-/// Rows of more have scales as if they had this: from 128, which makes 448 of it, to 239, which makes 240 of it. 2^120 times such a
-/// scale is a bf16 number, by which a code that is moved to bf16's place is widened in one multiplication.
+/// Rows of more have scales as if they had this: from 128, which makes 448 of it, to 239, which makes 240 of it. 2^8 times such a
+/// scale is an f16 number, which a probability in f16 is multiplied by.
 const LARGEST: f32 = 57_344.0; // 448 * 2^7
-/// Rows of less have scales as if they had this.
-const LEAST: f32 = f32::from_bits((127 - 91) << 23); // 2^-91
+/// Rows of less have scales as if they had this: 2^8 times the least of them is a normal f16 number still.
+const LEAST: f32 = f32::from_bits((127 - 13) << 23); // 2^-13
 
 /// How the pages of a layer's keys are laid out, and those of its values.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -172,7 +174,7 @@ impl KvFormat {
             KvFormat::Fp8 => {
                 let scale = bf16::from_le_bytes([pages[place.scale], pages[place.scale + 1]]).to_f32();
                 for (x, code) in out.iter_mut().zip(bytes) {
-                    *x = to_bf16(fp8::decode(*code) * scale);
+                    *x = fp8::decode(*code) * scale; // four bits times eight: nothing is rounded
                 }
             }
         }
@@ -294,7 +296,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_kept_is_a_bf16_number_within_its_range() {
+    fn what_is_kept_is_a_code_times_a_scale_within_its_range() {
         let mut word = 1u32;
         for _ in 0..20_000 {
             word = word.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
@@ -304,7 +306,8 @@ mod tests {
         assert!(to_bf16(f32::NAN).is_nan() && to_bf16(-f32::NAN).is_nan());
         for largest in [1e-30, 3e-3, 5.0, 57_344.0, 6e4, 1e5, 3e38] {
             for kept in round_trip(&[largest, -largest / 3.0, largest / 7.0, 0.0]) {
-                assert!(kept.abs() <= 107_072.0 && bf16::from_f32(kept).to_f32() == kept, "{kept}");
+                // Four bits times eight.
+                assert!(kept.abs() <= 107_072.0 && kept.to_bits() & 0xfff == 0, "{kept}");
             }
         }
         assert_eq!(round_trip(&[1e9, -1e9]), [57_344.0, -57_344.0]);
@@ -318,15 +321,33 @@ mod tests {
         for _ in 0..20_000 {
             let row: [f32; 5] = core::array::from_fn(|_| {
                 word = word.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-                let magnitude = f32::from_bits(0x3000_0000 + (word >> 5)); // 2^-31 up to 2
+                let magnitude = f32::from_bits(0x3900_0000 + (word >> 5)); // 2^-13 up to 8
                 if word & 1 == 0 { magnitude } else { -magnitude }
             });
             let largest = row.iter().fold(0.0f32, |largest, x| largest.max(x.abs()));
             for (x, kept) in row.iter().zip(round_trip(&row)) {
-                // Below the least normal code by 2^-10 of the scale; and bf16 twice, of the scale and of the element.
-                let bound = (x.abs() / 16.0).max(largest / 239.0 / 1024.0) + x.abs() * 2.0 / 256.0;
+                // Below the least normal code by 2^-10 of the scale; and that is rounded itself.
+                let bound = (x.abs() / 16.0).max(largest / 239.0 / 1024.0) + x.abs() / 256.0;
                 assert!((x - kept).abs() <= bound, "{x} of {row:?} is kept as {kept}");
             }
+            // Of less than 2^-13 throughout, as many below.
+            let less = row.map(|x| x / 131_072.0);
+            for (x, kept) in less.iter().zip(round_trip(&less)) {
+                let bound = (x.abs() / 16.0).max(LEAST / 239.0 / 1024.0) + x.abs() / 256.0;
+                assert!((x - kept).abs() <= bound, "{x} of {less:?} is kept as {kept}");
+            }
+        }
+    }
+
+    #[test]
+    fn scales_times_256_are_normal_f16_numbers() {
+        for largest in [0.0, 1e-30, 1.3e-4, 3e-3, 5.0, 57_344.0, 6e4, 3e38] {
+            let layout = layout(KvFormat::Fp8, 1, 2, 1);
+            let (mut pages, place) = (vec![0; layout.page_bytes()], layout.place(0, 0, 0));
+            KvFormat::Fp8.store(&[largest, largest / 3.0], place, &mut pages);
+            let scale = bf16::from_le_bytes([pages[place.scale], pages[place.scale + 1]]).to_f32();
+            let lifted = half::f16::from_f32(scale * 256.0);
+            assert!(lifted.is_normal() && lifted.to_f32() == scale * 256.0, "{scale}, of {largest}");
         }
     }
 

@@ -12,6 +12,12 @@
 //            a span, then spans in the same way, one by one
 //   result   bf16(o * (1 / l))
 //
+// Of keys and values in fp8, K and V are codes, as f16 numbers, with a scale a token beside them, Q and P are f16, and
+//
+//   scores   are multiplied by their keys' scales, before all else
+//   output   O^T += V^T * f16(P * scales), where values' scales are kept times 2^8; a leaf's is multiplied by 2^-8
+//   l        is that of P without scales
+//
 // Which operand is which does not matter to a sum, nor whether mma or wgmma adds it up: Hopper's prefill has queries as rows.
 //
 // A leaf starts from zero, a span from nothing, and only folding joins them: a fixed order whatever the split. A tile, leaf
@@ -21,10 +27,11 @@
 // A query at position p sees the positions from p + 1 - window up to its own. What lies before is masked as what lies behind
 // is; its pages may be somebody else's by now, so neither its keys nor its values may reach a sum.
 //
-// Keys and values lie in pages, [page][kv head][page_size][head_dim] bf16; the 16-byte chunk c of token t is stored at
+// Keys and values lie in pages, [page][kv head][page_size][head_dim] bf16 (in fp8 as fp8_rows.cuh has them); the 16-byte chunk c of token t is stored at
 // chunk c ^ (t & 7), so that eight rows of one chunk lie in different banks when ldmatrix reads them.
 #pragma once
 #include <cuda_bf16.h>
+#include <cuda_fp16.h>
 
 #include "step/batch.cuh"
 #include "dependent.cuh"
@@ -56,6 +63,36 @@ __device__ __forceinline__ void mma(float (&d)[4], const unsigned (&a)[4], const
     asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
                  : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+// The same of f16 numbers, which is what keys and values in fp8, queries and probabilities beside them become.
+template <bool FP8> __device__ __forceinline__ void mma_kept(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
+    if constexpr (!FP8)
+        mma(d, a, b);
+    else
+        asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+                     : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+// Two ones, in bf16 or in f16.
+template <bool FP8> constexpr unsigned ONES = FP8 ? 0x3c003c00 : 0x3f803f80;
+
+// A pair of bf16 numbers in f16.
+__device__ __forceinline__ unsigned halves_of(unsigned pair) {
+    unsigned halves;
+    asm("cvt.rn.satfinite.f16x2.f32 %0, %1, %2;" : "=r"(halves) : "f"(__uint_as_float(pair & 0xffff0000u)), "f"(__uint_as_float(pair << 16)));
+    return halves;
+}
+
+// Two numbers, rounded to bf16 or to f16.
+template <bool FP8> __device__ __forceinline__ unsigned rounded_pair(float x, float y) {
+    if constexpr (FP8) {
+        const __half2 pair = __floats2half2_rn(x, y);
+        return *reinterpret_cast<const unsigned *>(&pair);
+    } else {
+        const __nv_bfloat162 pair = __floats2bfloat162_rn(x, y);
+        return *reinterpret_cast<const unsigned *>(&pair);
+    }
 }
 
 __device__ __forceinline__ void ldmatrix(unsigned (&a)[4], unsigned address) {

@@ -15,7 +15,8 @@
 //    may be NaN.
 // 3. Maxima, probabilities and queries have one place each: who writes the next unit's is behind a barrier that everyone reaches
 //    after reading this unit's.
-// 4. Of FP8 a tile is widened in registers to the bf16 numbers that it means: from there on all is the same, bit by bit.
+// 4. Of FP8 operands are codes as f16 numbers, and queries and probabilities beside them are f16; scales multiply scores and
+//    probabilities (attention.cuh).
 #pragma once
 #include "attention/attention_merge.cuh"
 
@@ -72,6 +73,9 @@ template <int HD, int HEADS, int STAGES, bool WINDOW, bool FP8> struct Decoder {
 #pragma unroll
             for (int half = 0; half < 2; half++)
                 asm volatile("ld.shared.u32 %0, [%1];" : "=r"(q[half]) : "r"(row + k % PARTS * 32 + half * 16) : "memory");
+#pragma unroll
+            for (int half = 0; FP8 && half < 2; half++)
+                q[half] = halves_of(q[half]);
             asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(Queries::at(queries, k, lane)), "r"(own ? q[0] : 0),
                          "r"(own ? q[1] : 0)
                          : "memory");
@@ -93,6 +97,7 @@ template <int HD, int HEADS, int STAGES, bool WINDOW, bool FP8> struct Decoder {
         s[0] = s[1] = s[2] = s[3] = 0.0f;
         if (whole || index < unit.tiles()) {
             const unsigned tile = ring.stages.tokens(ring.place.at) + warp * S::TILE_BYTES;
+            float scale[HEADS][2];
 #pragma unroll
             for (int head = 0; head < HEADS; head++) {
                 const unsigned scales = ring.stages.scales(ring.place.at, head) + warp * TILE * 2;
@@ -102,9 +107,14 @@ template <int HD, int HEADS, int STAGES, bool WINDOW, bool FP8> struct Decoder {
                     unsigned a[4], q[2];
                     keys.load(a, k);
                     own.get(q, head * PARTS + k);
-                    mma(s, a, q);
+                    mma_kept<FP8>(s, a, q);
                 }
+                scale[head][0] = keys.scale(false);
+                scale[head][1] = keys.scale(true);
             }
+#pragma unroll
+            for (int i = 0; FP8 && i < 4; i++)
+                s[i] = __fmul_rn(s[i], args.head_of<HEADS>(lane % 4 * 2 + i % 2) ? scale[HEADS - 1][i / 2] : scale[0][i / 2]);
         }
         if (whole)
             return;
@@ -144,7 +154,7 @@ template <int HD, int HEADS, int STAGES, bool WINDOW, bool FP8> struct Decoder {
     __device__ __forceinline__ void share_probabilities(const float (&s)[S::SECTIONS][4], const float (&m)[2]) const {
 #pragma unroll
         for (int part = 0; part < S::SECTIONS; part++)
-            store_probabilities<HD>(probabilities_of(part * DECODE_WARPS + warp), s[part], m);
+            store_probabilities<HD, FP8>(probabilities_of(part * DECODE_WARPS + warp), s[part], m);
         readers_barrier();
     }
     // Tile i of the section at hand as the operands that make the warp's m-tiles. Where a block has fewer of these than warps, several have
@@ -152,13 +162,16 @@ template <int HD, int HEADS, int STAGES, bool WINDOW, bool FP8> struct Decoder {
     __device__ __forceinline__ void load_tile(unsigned (&a)[OWN][4], unsigned i) const {
         const unsigned m_tile = warp * OWN % M_TILES, head = m_tile / PARTS;
         const unsigned tile = ring.stages.tokens(ring.place.at) + head * S::HEAD_BYTES + i * S::TILE_BYTES;
-        if constexpr (FP8) {
-            fp8_load_values<HD>(a, tile, ring.stages.scales(ring.place.at, head) + i * TILE * 2, places);
-        } else {
 #pragma unroll
-            for (int k = 0; k < OWN; k++)
-                load_values<HD>(a[k], tile, m_tile % PARTS + k, lane);
-        }
+        for (int k = 0; k < OWN; k++)
+            load_values<HD>(a[k], tile, m_tile % PARTS + k, lane);
+    }
+    // Adds tile i of the section at hand, in fp8.
+    __device__ __forceinline__ void add_codes(Leaf &leaf, float (&l)[4], unsigned i, unsigned probabilities,
+                                              const unsigned (&seen)[2]) const {
+        const unsigned head = warp * OWN % M_TILES / PARTS;
+        const unsigned tile = ring.stages.tokens(ring.place.at) + head * S::HEAD_BYTES + i * S::TILE_BYTES;
+        fp8_add_tile<HD>(leaf.o, l, probabilities, tile, ring.stages.scales(ring.place.at, head) + i * TILE * 2, places, seen);
     }
     // Adds a section to the warp's m-tiles of the leaf's output, and to the sums of its probabilities.
     template <bool WHOLE> __device__ __forceinline__ void add_section(Leaf &leaf, float (&l)[4], const Unit &unit, unsigned section) const {
@@ -171,6 +184,18 @@ template <int HD, int HEADS, int STAGES, bool WINDOW, bool FP8> struct Decoder {
         for (int i = 0; i < DECODE_WARPS; i++) {
             const unsigned j = section * DECODE_WARPS + i;
             if (WHOLE || (j < here && (j + 1) * TILE > hidden)) {
+                if constexpr (FP8) {
+                    unsigned seen_by[2] = {FULL_WARP, FULL_WARP};
+#pragma unroll
+                    for (int half = 0; half < 2; half++) {
+                        if (!WHOLE && (j + 1) * TILE > valid)
+                            seen_by[half] &= before(valid - j * TILE, half, lane);
+                        if (!WHOLE && j * TILE < hidden)
+                            seen_by[half] &= from(hidden - j * TILE, half, lane);
+                    }
+                    add_codes(leaf, l, i, probabilities_of(j), seen_by);
+                    continue;
+                }
                 unsigned p[2], a[OWN][4];
                 load_probabilities(p, probabilities_of(j));
                 mma(l, ones, p);
@@ -205,6 +230,8 @@ template <int HD, int HEADS, int STAGES, bool WINDOW, bool FP8> struct Decoder {
         }
         leaf.l[0] = l[0];
         leaf.l[1] = l[1];
+        if constexpr (FP8)
+            lower(leaf.o);
     }
     // Where the thread keeps words `index` of its state of spans that have ended: m-tiles of o, then m and l.
     __device__ __forceinline__ unsigned kept(unsigned index) const { return flag + 16 + (index * DECODE_READERS + threadIdx.x) * 16; }

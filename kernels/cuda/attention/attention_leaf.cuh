@@ -10,7 +10,7 @@
 #include "fp8_rows.cuh"
 #include "words.cuh"
 
-// A tile of keys as operands, and what a lane knows of all tiles. FP8: widened in registers.
+// A tile of keys as operands, and what a lane knows of all tiles. FP8: codes, as f16 numbers, and scales.
 template <int HD, bool FP8> struct Keys : Fp8Keys<HD> {
     using Fp8Keys<HD>::Fp8Keys;
     using Lane = Fp8Lane<HD>;
@@ -25,10 +25,20 @@ template <int HD> struct Keys<HD, false> {
 
     __device__ __forceinline__ Keys(unsigned tile, unsigned, Lane lane) : tile(tile), lane(lane.lane) {}
     __device__ __forceinline__ void load(unsigned (&a)[4], unsigned k) const { load_keys<HD>(a, tile, k, lane); }
+    __device__ __forceinline__ float scale(bool) const { return 1.0f; }
 };
 
+// Sums of values in fp8 without the lift that their scales have.
+template <int COUNT> __device__ __forceinline__ void lower(float (&o)[COUNT][4]) {
+#pragma unroll
+    for (int k = 0; k < COUNT; k++)
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+            o[k][i] = __fmul_rn(o[k][i], 1.0f / scale_lift());
+}
+
 // Puts a tile's probabilities, as a B operand, where all warps find them: `at` is the lane's eight bytes.
-template <int HD> __device__ __forceinline__ void store_probabilities(unsigned at, const float (&s)[4], const float (&m)[2]) {
+template <int HD, bool FP8> __device__ __forceinline__ void store_probabilities(unsigned at, const float (&s)[4], const float (&m)[2]) {
     const float c = score_scale<HD>();
     unsigned p[2];
 #pragma unroll
@@ -37,8 +47,7 @@ template <int HD> __device__ __forceinline__ void store_probabilities(unsigned a
 #pragma unroll
         for (int i = 0; i < 2; i++)
             x[i] = exp2_approx(__fmaf_rn(s[2 * half + i], c, m[i] == minus_infinity() ? 0.0f : -__fmul_rn(m[i], c)));
-        const __nv_bfloat162 pair = __floats2bfloat162_rn(x[0], x[1]);
-        p[half] = transposed(*reinterpret_cast<const unsigned *>(&pair));
+        p[half] = transposed(rounded_pair<FP8>(x[0], x[1]));
     }
     asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(at), "r"(p[0]), "r"(p[1]) : "memory");
 }
@@ -46,20 +55,50 @@ __device__ __forceinline__ void load_probabilities(unsigned (&p)[2], unsigned at
     asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(p[0]), "=r"(p[1]) : "r"(at) : "memory");
 }
 
+// Of a lane's tokens of a tile, 2 (lane % 4) + 8 half and the next one, those before `valid`, and those from `hidden` on.
+__device__ __forceinline__ unsigned before(unsigned valid, unsigned half, const unsigned &lane) {
+    const unsigned token = lane % 4 * 2 + half * 8;
+    return token + 1 < valid ? 0xffffffffu : token < valid ? 0xffffu : 0;
+}
+__device__ __forceinline__ unsigned from(unsigned hidden, unsigned half, const unsigned &lane) {
+    const unsigned token = lane % 4 * 2 + half * 8;
+    return token >= hidden ? 0xffffffffu : token + 1 >= hidden ? 0xffff0000u : 0;
+}
 // Zeroes what belongs to tokens from `valid` on in a tile of values.
 __device__ __forceinline__ void zero_behind(unsigned (&a)[4], unsigned valid, const unsigned &lane) {
 #pragma unroll
-    for (int i = 0; i < 4; i++) {
-        const unsigned token = lane % 4 * 2 + i / 2 * 8;
-        a[i] &= token + 1 < valid ? 0xffffffffu : token < valid ? 0xffffu : 0;
-    }
+    for (int i = 0; i < 4; i++)
+        a[i] &= before(valid, i / 2, lane);
 }
 // Zeroes what belongs to the first `hidden` tokens in a tile of values.
 __device__ __forceinline__ void zero_before(unsigned (&a)[4], unsigned hidden, const unsigned &lane) {
 #pragma unroll
-    for (int i = 0; i < 4; i++) {
-        const unsigned token = lane % 4 * 2 + i / 2 * 8;
-        a[i] &= token >= hidden ? 0xffffffffu : token + 1 >= hidden ? 0xffff0000u : 0;
+    for (int i = 0; i < 4; i++)
+        a[i] &= from(hidden, i / 2, lane);
+}
+
+// Adds a tile of values in fp8 to m-tiles of the output, and its probabilities, which lie at `probabilities`, to their sums. Of tokens
+// that are not `seen` neither codes nor scales reach a sum.
+template <int HD, int COUNT>
+__device__ __forceinline__ void fp8_add_tile(float (&o)[COUNT][4], float (&l)[4], unsigned probabilities, unsigned tile, unsigned scales,
+                                             const Fp8Lane<HD> &places, const unsigned (&seen)[2]) {
+    const unsigned ones[4] = {ONES<true>, ONES<true>, ONES<true>, ONES<true>};
+    unsigned p[2], scaled[2], words[COUNT][2];
+    load_probabilities(p, probabilities);
+    mma_kept<true>(l, ones, p);
+    fp8_scale_probabilities<HD>(scaled, p, scales, places);
+    fp8_load_values<HD>(words, tile, places);
+#pragma unroll
+    for (int i = 0; i < 2; i++)
+        scaled[i] &= seen[i];
+#pragma unroll
+    for (int k = 0; k < COUNT; k++) {
+        unsigned a[4];
+#pragma unroll
+        for (int i = 0; i < 2; i++)
+            words[k][i] &= seen[i];
+        fp8_values_operand(a, words[k]);
+        mma_kept<true>(o[k], a, scaled);
     }
 }
 

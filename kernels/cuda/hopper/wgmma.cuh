@@ -42,13 +42,15 @@ template <int COUNT> __device__ __forceinline__ void hold(float (&d)[COUNT]) {
 #define D64(i) D32(i), D32(i + 32)
 
 // D = A B^T + (add ? D : 0), N twice the registers. A, B and ADD: the operands' numbers, which follow the registers'.
-#define WGMMA(N, COUNT, REGISTERS, A, B, ADD, ...) \
-    __device__ __forceinline__ void wgmma(float (&d)[COUNT], unsigned long long a, unsigned long long b, bool add) { \
+#define WGMMA_OF_TYPE(NAME, TYPE, N, COUNT, REGISTERS, A, B, ADD, ...) \
+    __device__ __forceinline__ void NAME(float (&d)[COUNT], unsigned long long a, unsigned long long b, bool add) { \
         asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #ADD ", 0;\n" \
-                     "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.bf16.bf16 {" REGISTERS "}, %" #A ", %" #B ", p, 1, 1, 0, 0;\n}" \
+                     "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" REGISTERS "}, %" #A ", %" #B ", p, 1, 1, 0, 0;\n}" \
                      : __VA_ARGS__ \
                      : "l"(a), "l"(b), "r"((int)add)); \
     }
+#define WGMMA(...) WGMMA_OF_TYPE(wgmma, "bf16", __VA_ARGS__)
+#define WGMMA_OF_HALVES(...) WGMMA_OF_TYPE(wgmma_halves, "f16", __VA_ARGS__)
 
 WGMMA(16, 8, R8, 8, 9, 10, D8(0))
 WGMMA(32, 16, R16, 16, 17, 18, D16(0))
@@ -63,6 +65,12 @@ WGMMA(160, 80, R72 ", %72, %73, %74, %75, %76, %77, %78, %79", 80, 81, 82, D64(0
 WGMMA(192, 96, R96, 96, 97, 98, D64(0), D32(64))
 WGMMA(224, 112, R112, 112, 113, 114, D64(0), D32(64), D16(96))
 WGMMA(256, 128, R128, 128, 129, 130, D64(0), D64(64))
+
+// The same of f16 numbers.
+WGMMA_OF_HALVES(32, 16, R16, 16, 17, 18, D16(0))
+WGMMA_OF_HALVES(64, 32, R32, 32, 33, 34, D32(0))
+WGMMA_OF_HALVES(96, 48, R48, 48, 49, 50, D32(0), D16(32))
+WGMMA_OF_HALVES(128, 64, R64, 64, 65, 66, D64(0))
 
 // The same of e4m3 codes, 64 rows by N columns by 32. Tensor cores keep few bits of such sums: rounded.cuh says how often they are
 // taken out.
@@ -81,15 +89,17 @@ WGMMA_OF_CODES(128, 64, R64, 64, 65, 66, D64(0))
 WGMMA_OF_CODES(192, 96, R96, 96, 97, 98, D64(0), D32(64))
 
 // A in registers: its numbers are those of its four words.
-#define WGMMA_OF_REGISTERS(N, COUNT, REGISTERS, A0, A1, A2, A3, B, ADD, ...) \
-    __device__ __forceinline__ void wgmma(float (&d)[COUNT], const unsigned (&a)[4], unsigned long long b, bool add) { \
+#define WGMMA_OF_REGISTERS_OF_TYPE(NAME, TYPE, N, COUNT, REGISTERS, A0, A1, A2, A3, B, ADD, ...) \
+    __device__ __forceinline__ void NAME(float (&d)[COUNT], const unsigned (&a)[4], unsigned long long b, bool add) { \
         asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #ADD ", 0;\n" \
-                     "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.bf16.bf16 {" REGISTERS "}, {%" #A0 ", %" #A1 ", %" #A2 ", %" #A3 \
+                     "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" REGISTERS "}, {%" #A0 ", %" #A1 ", %" #A2 ", %" #A3 \
                      "}, %" #B ", p, 1, 1, 0;\n}" \
                      : __VA_ARGS__ \
                      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"((int)add)); \
     }
+#define WGMMA_OF_REGISTERS(...) WGMMA_OF_REGISTERS_OF_TYPE(wgmma, "bf16", __VA_ARGS__)
 
+WGMMA_OF_REGISTERS_OF_TYPE(wgmma_halves, "f16", 8, 4, "%0, %1, %2, %3", 4, 5, 6, 7, 8, 9, D4(0))
 WGMMA_OF_REGISTERS(8, 4, "%0, %1, %2, %3", 4, 5, 6, 7, 8, 9, D4(0))
 WGMMA_OF_REGISTERS(16, 8, R8, 8, 9, 10, 11, 12, 13, D8(0))
 WGMMA_OF_REGISTERS(32, 16, R16, 16, 17, 18, 19, 20, 21, D16(0))
@@ -113,8 +123,11 @@ WGMMA_OF_REGISTERS(192, 96, R96, 96, 97, 98, 99, 100, 101, D64(0), D32(64))
 #undef D16
 #undef D32
 #undef D64
+#undef WGMMA_OF_TYPE
 #undef WGMMA
+#undef WGMMA_OF_HALVES
 #undef WGMMA_OF_CODES
+#undef WGMMA_OF_REGISTERS_OF_TYPE
 #undef WGMMA_OF_REGISTERS
 
 // The same for 288 rows of B, which are more than one instruction takes.
@@ -124,18 +137,23 @@ __device__ __forceinline__ void wgmma(float (&d)[144], unsigned long long a, uns
     wgmma(halves[1], a, b + 144 * 128 / 16, add);
 }
 
-// The same with A in registers: the four words are D's eight values of 16 columns as pairs of bf16. B is [16, N] here, a
+// The same with A in registers: the four words are D's eight values of 16 columns as pairs. B is [16, N] here, a
 // tile's 16 rows, and the next 16 are 2048 bytes further on.
-__device__ __forceinline__ void wgmma_transposed(float (&d)[32], const unsigned (&a)[4], unsigned long long b, bool add) {
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\n"
-                 "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {"
-                 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-                 "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-                 "}, {%32, %33, %34, %35}, %36, p, 1, 1, 1;\n}"
-                 :
-                 "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),
-                 "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]),
-                 "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]),
-                 "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"((int)add));
+#define WGMMA_TRANSPOSED(NAME, TYPE) \
+__device__ __forceinline__ void NAME(float (&d)[32], const unsigned (&a)[4], unsigned long long b, bool add) { \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\n" \
+                 "wgmma.mma_async.sync.aligned.m64n64k16.f32." TYPE "." TYPE " {" \
+                 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
+                 "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31" \
+                 "}, {%32, %33, %34, %35}, %36, p, 1, 1, 1;\n}" \
+                 : \
+                 "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), \
+                 "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]), \
+                 "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), \
+                 "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31]) \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"((int)add)); \
 }
+
+WGMMA_TRANSPOSED(wgmma_transposed, "bf16")
+WGMMA_TRANSPOSED(wgmma_transposed_halves, "f16")
+#undef WGMMA_TRANSPOSED

@@ -26,7 +26,7 @@ use minisgl_cuda::{Buffer, Cuda, CudaError, Launcher, Weight};
 use crate::case::{Case, Check, Filter, Run};
 use crate::drawn;
 use crate::model::ModelShape;
-use crate::random::random_in;
+use crate::random::{random_in, random_pages};
 use crate::step::{PAGE_SIZE, StepOf, download_words, upload_words};
 
 /// Weights lie within this, about as in a trained model.
@@ -140,12 +140,14 @@ fn setup(cuda: &mut Cuda, model: ModelShape, mut step_of: StepOf, attends: bool)
         let mut pages = || cuda.alloc(Purpose::KvCache, Element::Kv, words);
         wide = Some([pages()?, pages()?]);
     }
-    // The bytes of random bf16 numbers do for fp8 too: codes and scales alike are numbers.
-    let elements = kv_page(model).page_bytes() / 2;
+    let bytes = kv_page(model).page_bytes();
     let layers = (0..dims.layers)
         .map(|i| {
             let seed = u64::from(i + 1) << 40;
-            let mut kv = || random_in(cuda, pages, elements, seed, 1.0).map(Buffer::from);
+            let mut kv = || match model.kv_fp8 {
+                true => random_pages(cuda, pages, bytes, seed).map(Buffer::from),
+                false => random_in(cuda, pages, bytes / 2, seed, 1.0).map(Buffer::from),
+            };
             let kv = KvLayer { k: kv()?, v: kv()?, wide };
             Ok((layer_weights(cuda, model, seed)?, kv))
         })

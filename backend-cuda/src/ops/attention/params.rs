@@ -45,6 +45,14 @@ pub(super) struct PrefillParams {
     pub(super) window: u32,
 }
 
+/// Of prefill rows on Hopper with keys and values in fp8, behind the maps: the pages whose scales are theirs.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub(super) struct KeptPages {
+    pub(super) k: Address,
+    pub(super) v: Address,
+}
+
 /// Of prefill rows elsewhere.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
@@ -63,7 +71,7 @@ pub(super) struct PortablePrefillParams {
     pub(super) window: u32,
 }
 
-plain_params!(DecodeParams, PrefillParams, PortablePrefillParams);
+plain_params!(DecodeParams, PrefillParams, KeptPages, PortablePrefillParams);
 
 #[cfg(test)]
 mod tests {
@@ -112,6 +120,7 @@ mod tests {
                 window,
             }
         );
+        assert_declared!(&["hopper/attention/attention_prefill.cuh"], "KeptPages", KeptPages { k, v });
         assert_declared!(
             &["portable/attention_prefill.cuh"],
             "PrefillParams",

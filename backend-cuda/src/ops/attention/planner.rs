@@ -38,6 +38,10 @@ const FP8: DecodeKernels = [
     ["attention_decode_fp8_window_128", "attention_decode_fp8_window_64", "attention_decode_fp8_window_64x2"],
 ];
 
+/// Prefill kernels: for heads of 64 dims, and of 128.
+const BF16_PREFILL: [&str; 2] = ["attention_prefill_64", "attention_prefill_128"];
+const FP8_PREFILL: [&str; 2] = ["attention_prefill_fp8_64", "attention_prefill_fp8_128"];
+
 /// The planners of both kinds of rows.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Planner {
@@ -114,14 +118,14 @@ impl Planner {
 
     /// Names of the kernels for decode rows and for prefill rows.
     pub(crate) fn kernels(&self) -> [&'static str; 2] {
-        let kernels = if self.fp8 { FP8 } else { BF16 };
+        let (kernels, prefill) = if self.fp8 { (FP8, FP8_PREFILL) } else { (BF16, BF16_PREFILL) };
         let [wide, narrow, two] = kernels[usize::from(self.window != NO_WINDOW)];
         let decode = match (self.heads.head_dim, self.heads.at_once) {
             (64, 1) => narrow,
             (64, _) => two,
             _ => wide,
         };
-        [decode, if self.heads.head_dim == 64 { "attention_prefill_64" } else { "attention_prefill_128" }]
+        [decode, prefill[usize::from(self.heads.head_dim != 64)]]
     }
 
     /// Words of the plan of the largest step within `limits`.

@@ -12,8 +12,8 @@
     extern "C" __global__ void __launch_bounds__(PREFILL_THREADS, 1)                                                    \
     attention_prefill_##HD(const __grid_constant__ PrefillParams params, const __grid_constant__ TensorMap q,           \
                            const __grid_constant__ TensorMap k, const __grid_constant__ TensorMap v) {                  \
-        const PrefillArgs args = {params, &q, &k, &v};                                                                  \
-        prefill<HD>(args, shared_memory);                                                                               \
+        const PrefillArgs args = {params, &q, &k, &v, {}};                                                              \
+        prefill<HD, false>(args, shared_memory);                                                                               \
     }
 
 ATTENTION_DECODE(attention_decode_64, 64, 1, false, false)

@@ -1,6 +1,7 @@
 // attention_prefill: many tokens a row, each over its row's positions up to its own.
 //
 //   q, out  [tokens, kv_heads * group, head_dim] bf16      k, v  pages (attention.cuh)      q, k, v as the copy engine's maps
+//   FP8     k and v are wide pages of codes, in f16 (fp8_pages.cu); their scales lie in the pages in fp8
 //   plan    count, tokens of an item, blocks that take turns, then (row, first token, span, place) for each piece
 //   piece   an item, and all that it sees or what it sees of a span of positions
 //   turn    a piece and a kv head, heads fastest
@@ -24,6 +25,7 @@
 //
 //   scores   S [64 queries, 128 tokens] = Q K^T        wgmma, both from shared memory
 //   P        in the registers that are wgmma's left operand: those of S, two columns a word
+//   FP8      queries and P are f16; S is multiplied by its columns' keys' scales, and P, behind l, by its columns' values'
 //   output   O [64 queries, 64 dims] = P V             wgmma, P from registers, 64 dims after the other
 //   l        P times ones, 8 columns of them           wgmma, with the output's last dims
 //
@@ -48,7 +50,7 @@
 //    attention may start, which reads at once what was before this kernel.
 // 10. Two states would not fit the registers: of a whole piece that sees several spans, the folded ones are in memory, too.
 #pragma once
-#include "attention/attention.cuh"
+#include "attention/attention_leaf.cuh"
 #include "hopper/hopper.cuh"
 #include "place.cuh"
 #include "hopper/transpose.cuh"
@@ -68,8 +70,14 @@ struct PrefillParams {
     unsigned table_width, page_shift, kv_heads, group, window;
 };
 
+// A kernel parameter, too: pages in fp8, for the scales behind their rows.
+struct KeptPages {
+    const char *k, *v;
+};
+
 struct PrefillArgs : PrefillParams {
     const TensorMap *q, *k, *v;
+    KeptPages kept_pages;
 
     __device__ __forceinline__ unsigned turns() const { return plan[0] * kv_heads; }
     __device__ __forceinline__ unsigned item_tokens() const { return plan[1]; }
@@ -122,9 +130,10 @@ struct __align__(16) Part {
 constexpr unsigned TURNS = 2, READERS = 3;
 
 // Addresses in shared memory.
-template <int HD> struct Shared {
+template <int HD, bool FP8> struct Shared {
     static constexpr unsigned STAGES = 5 * 128 / HD, HALF = LEAF * 128, STAGE_BYTES = HD / 64 * HALF;
     static constexpr unsigned QUERY_HALF = PART_QUERIES * 128, QUERY_BYTES = HD / 64 * QUERY_HALF;
+    static constexpr unsigned SCALE_BYTES = FP8 ? 2 : 0; // of a token
     unsigned base;
 
     __device__ __forceinline__ unsigned queries(unsigned part) const { return base + part * QUERY_BYTES; }
@@ -139,6 +148,8 @@ template <int HD> struct Shared {
     __device__ __forceinline__ unsigned answered(unsigned part) const { return asked(part) + 8; }
     __device__ __forceinline__ unsigned full(unsigned stage) const { return asked(PARTS) + stage * 16; }
     __device__ __forceinline__ unsigned empty(unsigned stage) const { return full(stage) + 8; }
+    // A stage's, in the order that fp8_rows.cuh has of 16.
+    __device__ __forceinline__ unsigned scales(unsigned stage) const { return full(STAGES) + stage * LEAF * SCALE_BYTES; }
 
     __device__ __forceinline__ void init_barriers() const {
         for (unsigned i = 0; i < TURNS; i++) {
@@ -158,7 +169,7 @@ template <int HD> struct Shared {
 };
 
 // A thread takes turns for the warps that fetch and answer, up to the first that does not exist.
-template <int HD> __device__ __forceinline__ void take_turns(const PrefillArgs &args, const Shared<HD> &shared) {
+template <int HD, bool FP8> __device__ __forceinline__ void take_turns(const PrefillArgs &args, const Shared<HD, FP8> &shared) {
     const unsigned turns = args.turns(), blocks = args.blocks();
     Place<TURNS> place;
     unsigned turn = blockIdx.x;
@@ -180,7 +191,7 @@ template <int HD> __device__ __forceinline__ void take_turns(const PrefillArgs &
 }
 
 // A warp's next turn.
-template <int HD> __device__ __forceinline__ unsigned next_turn(const Shared<HD> &shared, Place<TURNS> &place) {
+template <int HD, bool FP8> __device__ __forceinline__ unsigned next_turn(const Shared<HD, FP8> &shared, Place<TURNS> &place) {
     unsigned turn;
     barrier_wait(shared.taken(place.at), place.parity);
     asm volatile("ld.shared.u32 %0, [%1];" : "=r"(turn) : "r"(shared.turn(place.at)) : "memory");
@@ -190,10 +201,10 @@ template <int HD> __device__ __forceinline__ unsigned next_turn(const Shared<HD>
 }
 
 // A warp fetches keys (`values` 0) or values (1), to every other stage: a lane copies 64 dims of a page's share of a leaf, the
-// bytes as they lie, swizzled already.
-template <int HD>
-__device__ __forceinline__ void fetch(const PrefillArgs &args, const Shared<HD> &shared, unsigned values, unsigned lane) {
-    using S = Shared<HD>;
+// bytes as they lie, swizzled already, and their scales.
+template <int HD, bool FP8>
+__device__ __forceinline__ void fetch(const PrefillArgs &args, const Shared<HD, FP8> &shared, unsigned values, unsigned lane) {
+    using S = Shared<HD, FP8>;
     constexpr unsigned HALVES = HD / 64;
     const unsigned step = min(1u << args.page_shift, LEAF), half = lane % HALVES, token = lane / HALVES * step;
     const TensorMap *map = values ? args.v : args.k;
@@ -217,10 +228,16 @@ __device__ __forceinline__ void fetch(const PrefillArgs &args, const Shared<HD> 
             waits = false;
             barrier_wait(shared.empty(place.at), place.parity ^ 1); // passes in the first round
             if (lane == 0)
-                barrier_expect(full, (min(kv_end - begin, LEAF) + step - 1) / step * step * HD * 2);
+                barrier_expect(full, (min(kv_end - begin, LEAF) + step - 1) / step * step * (HD * 2 + S::SCALE_BYTES));
             __syncwarp();
             if (copies)
                 bulk_fetch(shared.stage(place.at) + half * S::HALF + token * 128, map, half * 64, line, full, EVICT_NORMAL);
+            if (FP8 && copies && half == 0) {
+                const unsigned rows = args.kv_heads << args.page_shift;
+                const char *scales = (values ? args.kept_pages.v : args.kept_pages.k) + (size_t)page * fp8_page_bytes<HD>(rows) +
+                                     rows * HD + ((piece.head << args.page_shift) + in_page) * S::SCALE_BYTES;
+                bulk_fetch_bytes(shared.scales(place.at) + token * S::SCALE_BYTES, scales, step * S::SCALE_BYTES, full, EVICT_NORMAL);
+            }
             place.advance();
             place.advance();
         }
@@ -245,8 +262,9 @@ __device__ __forceinline__ Part load_part(unsigned at) {
 }
 
 // A warp answers warpgroups that ask for their next part.
-template <int HD> __device__ __forceinline__ void answer(const PrefillArgs &args, const Shared<HD> &shared, unsigned lane) {
-    using S = Shared<HD>;
+template <int HD, bool FP8>
+__device__ __forceinline__ void answer(const PrefillArgs &args, const Shared<HD, FP8> &shared, unsigned lane) {
+    using S = Shared<HD, FP8>;
     const unsigned part_tokens = args.part_tokens(), bytes = part_tokens * args.group * HD * 2;
     Place<TURNS> turns;
     unsigned parity = 1; // passes in the first round
@@ -325,17 +343,56 @@ template <int HD> struct PrefillState {
 };
 
 // Scores of the part's queries and a leaf's first tiles.
-template <int HD, int TILES>
+template <int HD, bool FP8, int TILES>
 __device__ __forceinline__ void score_part(float (&s)[TILES * 8], unsigned queries, unsigned keys) {
-    using S = Shared<HD>;
+    using S = Shared<HD, FP8>;
     wgmma_fence();
 #pragma unroll
-    for (int k = 0; k < HD / 16; k++)
-        wgmma(s, tile_descriptor_at(queries + k / 4 * S::QUERY_HALF + k % 4 * 32),
-              tile_descriptor_at(keys + k / 4 * S::HALF + k % 4 * 32), k > 0);
+    for (int k = 0; k < HD / 16; k++) {
+        const unsigned long long a = tile_descriptor_at(queries + k / 4 * S::QUERY_HALF + k % 4 * 32);
+        const unsigned long long b = tile_descriptor_at(keys + k / 4 * S::HALF + k % 4 * 32);
+        if constexpr (FP8)
+            wgmma_halves(s, a, b, k > 0);
+        else
+            wgmma(s, a, b, k > 0);
+    }
     wgmma_commit();
     wgmma_wait<0>();
     hold(s);
+}
+
+// The scales of a thread's columns of a tile: two beside each other, and two 8 further on.
+__device__ __forceinline__ void load_scales(unsigned (&scales)[2], unsigned scales_of_tile) {
+    asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];"
+                 : "=r"(scales[0]), "=r"(scales[1])
+                 : "r"(scales_of_tile + threadIdx.x % 4 * 8)
+                 : "memory");
+}
+
+// Scores of codes become those of keys.
+template <int TILES> __device__ __forceinline__ void scale_scores(float (&s)[TILES * 8], unsigned scales) {
+#pragma unroll
+    for (int j = 0; j < TILES; j++) {
+        unsigned pairs[2];
+        load_scales(pairs, scales + j * (TILE * 2));
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            const unsigned pair = pairs[i / 4];
+            s[8 * j + i] = __fmul_rn(s[8 * j + i], __uint_as_float(i % 2 ? pair & 0xffff0000u : pair << 16));
+        }
+    }
+}
+
+// Probabilities become those of codes.
+template <int TILES> __device__ __forceinline__ void scale_probabilities(unsigned (&p)[TILES][4], unsigned scales) {
+#pragma unroll
+    for (int j = 0; j < TILES; j++) {
+        unsigned pairs[2];
+        load_scales(pairs, scales + j * (TILE * 2));
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+            asm volatile("mul.rn.f16x2 %0, %0, %1;" : "+r"(p[j][i]) : "r"(pairs[i / 2]));
+    }
 }
 
 // The maxima of a thread's two rows.
@@ -366,16 +423,16 @@ template <int HD, int COUNT> __device__ __forceinline__ void exponentials(float 
     hold(s);
 }
 
-__device__ __forceinline__ unsigned pair_of(float x, float y) {
-    const __nv_bfloat162 pair = __floats2bfloat162_rn(x, y);
-    return *reinterpret_cast<const unsigned *>(&pair);
-}
-
-// Zeroes rows `first` to `end` of a leaf's values, for the warpgroup's own products.
-template <int HD> __device__ __forceinline__ void zero_rows(unsigned values, unsigned first, unsigned end, unsigned part) {
+// Zeroes rows `first` to `end` of a leaf's values and their scales, for the warpgroup's own products.
+template <int HD, bool FP8>
+__device__ __forceinline__ void zero_rows(unsigned values, unsigned scales, unsigned first, unsigned end, unsigned part) {
     constexpr unsigned CHUNKS = HD / 8;
+    if (FP8)
+        for (unsigned i = first + threadIdx.x % 128; i < end; i += 128)
+            asm volatile("st.shared.u16 [%0], %1;" ::"r"(scales + (i / TILE * TILE + fp8_scale_at(i % TILE)) * 2), "h"((unsigned short)0)
+                         : "memory");
     for (unsigned i = first * CHUNKS + threadIdx.x % 128; i < end * CHUNKS; i += 128)
-        asm volatile("st.shared.v4.u32 [%0], {%1, %1, %1, %1};" ::"r"(values + i % CHUNKS / 8 * Shared<HD>::HALF +
+        asm volatile("st.shared.v4.u32 [%0], {%1, %1, %1, %1};" ::"r"(values + i % CHUNKS / 8 * Shared<HD, FP8>::HALF +
                                                                       i / CHUNKS * 128 + i % 8 * 16),
                      "r"(0)
                      : "memory");
@@ -383,17 +440,27 @@ template <int HD> __device__ __forceinline__ void zero_rows(unsigned values, uns
     sync_threads(1 + part, 128);
 }
 
+// A part's queries become f16 numbers where they lie.
+template <int HD, bool FP8> __device__ __forceinline__ void narrow_queries(const Shared<HD, FP8> &shared, unsigned part) {
+    for (unsigned i = threadIdx.x % 128 * 16; i < Shared<HD, FP8>::QUERY_BYTES; i += 128 * 16) {
+        const uint4 words = load_words(shared.queries(part) + i);
+        store_words(shared.queries(part) + i, {halves_of(words.x), halves_of(words.y), halves_of(words.z), halves_of(words.w)});
+    }
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    sync_threads(1 + part, 128);
+}
+
 // One warpgroup's way through its parts.
-template <int HD> struct Attender {
-    using S = Shared<HD>;
-    const Shared<HD> shared;
+template <int HD, bool FP8> struct Attender {
+    using S = Shared<HD, FP8>;
+    const Shared<HD, FP8> shared;
     const unsigned group, lane, window; // which of the warpgroups
     Place<S::STAGES> place;
     Part part;
     unsigned token[2], query[2]; // of the thread's rows: tokens of the part, and queries of the step counted from its first
     unsigned limit[2];           // positions that they attend to
 
-    __device__ __forceinline__ Attender(const PrefillArgs &args, const Shared<HD> &shared)
+    __device__ __forceinline__ Attender(const PrefillArgs &args, const Shared<HD, FP8> &shared)
         : shared(shared), group(threadIdx.x / 128), lane(threadIdx.x % 32), window(args.window) {
         const unsigned row = threadIdx.x % 128 / 32 * 16 + lane / 4;
 #pragma unroll
@@ -407,6 +474,8 @@ template <int HD> struct Attender {
     __device__ __forceinline__ bool take(unsigned parity) {
         barrier_wait(shared.answered(group), parity);
         part = load_part(shared.part(group));
+        if (FP8 && part.count > 0)
+            narrow_queries(shared, group);
         limit[0] = part.position + token[0] + 1;
         limit[1] = part.position + token[1] + 1;
         return part.kv_end > 0;
@@ -484,7 +553,9 @@ template <int HD> struct Attender {
     template <int TILES> __device__ __forceinline__ void attend_leaf(PrefillState<HD> &state, unsigned begin) {
         float s[TILES * 8], m[2];
         barrier_wait(shared.full(place.at), place.parity);
-        score_part<HD, TILES>(s, shared.queries(group), shared.stage(place.at));
+        score_part<HD, FP8, TILES>(s, shared.queries(group), shared.stage(place.at));
+        if constexpr (FP8)
+            scale_scores<TILES>(s, shared.scales(place.at));
         pass();
         if (begin + LEAF >= part.stop())
             barrier_arrive(shared.asked(group));
@@ -497,14 +568,17 @@ template <int HD> struct Attender {
         unsigned p[TILES][4];
 #pragma unroll
         for (int i = 0; i < TILES * 4; i++)
-            p[i / 4][i % 4] = pair_of(s[2 * i], s[2 * i + 1]);
+            p[i / 4][i % 4] = rounded_pair<FP8>(s[2 * i], s[2 * i + 1]);
         barrier_wait(shared.full(place.at), place.parity);
-        const unsigned values = shared.stage(place.at);
+        const unsigned values = shared.stage(place.at), scales = shared.scales(place.at);
         if (begin + TILES * TILE > part.kv_end)
-            zero_rows<HD>(values, part.kv_end - begin, TILES * TILE, group);
+            zero_rows<HD, FP8>(values, scales, part.kv_end - begin, TILES * TILE, group);
         if (begin < part.kv_begin)
-            zero_rows<HD>(values, 0, part.kv_begin - begin, group);
-        fold<TILES>(state, p, m, values);
+            zero_rows<HD, FP8>(values, scales, 0, part.kv_begin - begin, group);
+        if constexpr (FP8)
+            fold_codes<TILES>(state, p, m, values, scales);
+        else
+            fold<TILES>(state, p, m, values);
         pass();
     }
 
@@ -553,6 +627,39 @@ template <int HD> struct Attender {
         state.l[1] = folded(state.l[1], l[2], weights[1]);
     }
 
+    // The same of codes.
+    template <int TILES>
+    __device__ __forceinline__ void fold_codes(PrefillState<HD> &state, unsigned (&p)[TILES][4], const float (&m)[2], unsigned values,
+                                               unsigned scales) const {
+        const Weights weights[2] = {fold_maximum<HD>(state.m[0], m[0]), fold_maximum<HD>(state.m[1], m[1])};
+        float l[4];
+        wgmma_fence();
+#pragma unroll
+        for (int j = 0; j < TILES; j++)
+            wgmma_halves(l, p[j], small_descriptor(shared.ones()), j > 0);
+        wgmma_commit();
+        wgmma_wait<0>();
+        hold(l);
+        state.l[0] = folded(state.l[0], l[0], weights[0]);
+        state.l[1] = folded(state.l[1], l[2], weights[1]);
+        scale_probabilities<TILES>(p, scales);
+#pragma unroll
+        for (int half = 0; half < HD / 64; half++) {
+            float o[32];
+            wgmma_fence();
+#pragma unroll
+            for (int j = 0; j < TILES; j++)
+                wgmma_transposed_halves(o, p[j], tile_descriptor_at(values + half * S::HALF + j * TILE * 128), j > 0);
+            wgmma_commit();
+            wgmma_wait<0>();
+            hold(o);
+#pragma unroll
+            for (int i = 0; i < 32; i++)
+                state.o[32 * half + i] =
+                    folded(state.o[32 * half + i], __fmul_rn(o[i], 1.0f / scale_lift()), weights[i / 2 % 2]);
+        }
+    }
+
     // Is done with a leaf that its queries don't see.
     __device__ __forceinline__ void skip() {
         for (int i = 0; i < 2; i++) {
@@ -580,7 +687,7 @@ template <int HD> struct Attender {
 #pragma unroll
                 for (int j = 0; j < 4; j++) {
                     const float *o = state.o + (4 * n + j) * 4 + 2 * i;
-                    words[j] = pair_of(__fmul_rn(o[0], inverse), __fmul_rn(o[1], inverse));
+                    words[j] = rounded_pair<false>(__fmul_rn(o[0], inverse), __fmul_rn(o[1], inverse));
                 }
                 transpose(words, lane);
                 if (token[i] < part.count)
@@ -590,8 +697,8 @@ template <int HD> struct Attender {
     }
 };
 
-template <int HD> __device__ __forceinline__ void attend(const PrefillArgs &args, const Shared<HD> &shared) {
-    Attender<HD> attender(args, shared);
+template <int HD, bool FP8> __device__ __forceinline__ void attend(const PrefillArgs &args, const Shared<HD, FP8> &shared) {
+    Attender<HD, FP8> attender(args, shared);
     for (unsigned parity = 0; attender.take(parity); parity ^= 1) {
         PrefillState<HD> state;
         if (attender.attend(args, state))
@@ -600,18 +707,18 @@ template <int HD> __device__ __forceinline__ void attend(const PrefillArgs &args
 }
 
 // Two ones for wgmma.
-__device__ __forceinline__ void store_ones(unsigned at) {
-    asm volatile("st.shared.u32 [%0], %1;\nfence.proxy.async.shared::cta;" ::"r"(at), "r"(0x3f803f80) : "memory");
+template <bool FP8> __device__ __forceinline__ void store_ones(unsigned at) {
+    asm volatile("st.shared.u32 [%0], %1;\nfence.proxy.async.shared::cta;" ::"r"(at), "r"(ONES<FP8>) : "memory");
 }
 
-template <int HD> __device__ __forceinline__ void prefill(const PrefillArgs &args, unsigned char *start) {
+template <int HD, bool FP8> __device__ __forceinline__ void prefill(const PrefillArgs &args, unsigned char *start) {
     if (blockIdx.x >= args.blocks())
         return;
-    const Shared<HD> shared = {(shared_address(start) + 1023) & ~1023u};
+    const Shared<HD, FP8> shared = {(shared_address(start) + 1023) & ~1023u};
     if (threadIdx.x == 0)
         shared.init_barriers();
     if (threadIdx.x < 64)
-        store_ones(shared.ones() + threadIdx.x * 4);
+        store_ones<FP8>(shared.ones() + threadIdx.x * 4);
     __syncthreads();
     if (threadIdx.x < 128 * PARTS) {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(ATTENDING));

@@ -1,7 +1,8 @@
-// fp8_encode_*, fp8_widen_*: between pages in fp8 and the wide ones, room for a layer's pages in bf16 that all layers share. What
-// multiplies many rows at once works on those: products of many tokens store keys and values there, prefill attends to them.
+// fp8_encode_*, fp8_widen_*: between pages in fp8 and the wide ones, room for a layer's pages in two bytes an element that all layers
+// share. What multiplies many rows at once works on those: products of many tokens store keys and values there, in bf16; prefill
+// attends to what is there then, codes as f16 numbers, whose scales it finds in the pages in fp8.
 //
-//   encode   rows of the step's tokens that a product of many has stored: wide -> fp8, and wide again, as what fp8 means
+//   encode   rows of the step's tokens that a product of many has stored: wide -> fp8, and wide again, as codes
 //            grid  eight tokens and a head's keys or values for each warp
 //   widen    what prefill rows see, or what of that came before the step: fp8 -> wide
 //            grid  any number of blocks for each of the rows        unit of a warp: a tile of a head's keys or values
@@ -20,7 +21,7 @@
 struct Fp8Args {
     const unsigned *batch;
     char *k, *v;                     // pages in fp8
-    __nv_bfloat16 *wide_k, *wide_v;  // the same in bf16
+    __nv_bfloat16 *wide_k, *wide_v;  // the wide ones
     unsigned kv_heads, page_shift;
 
     __device__ __forceinline__ char *kept(bool is_key) const { return is_key ? k : v; }
@@ -35,7 +36,7 @@ struct Fp8Args {
     }
 };
 
-// The 16 bytes of a row of bf16 that hold dims 8 chunk on.
+// The 16 bytes of a wide row that hold dims 8 chunk on.
 template <int HD> __device__ __forceinline__ uint4 *wide_at(__nv_bfloat16 *wide, size_t line, unsigned chunk) {
     return reinterpret_cast<uint4 *>(wide + line * HD) + (chunk ^ line % 8);
 }
@@ -44,21 +45,14 @@ __device__ __forceinline__ uint4 words_of(const unsigned (&words)[4]) { return m
 
 // Stores 16 dims from their words, keys' or values'.
 template <int HD>
-__device__ __forceinline__ void store_wide(__nv_bfloat16 *wide, size_t line, unsigned chunk, const unsigned (&words)[4], bool is_key,
-                                           unsigned lifted) {
+__device__ __forceinline__ void store_wide(__nv_bfloat16 *wide, size_t line, unsigned chunk, const unsigned (&words)[4], bool is_key) {
     unsigned low[4], high[4];
 #pragma unroll
-    for (int i = 0; i < 4; i++) {
-        unsigned odd, even; // of a key's codes the lower dims are odd, of a value's the higher ones
-        fp8_widen(odd, even, words[i], lifted);
-        low[i] = is_key ? odd : even;
-        high[i] = is_key ? even : odd;
-    }
+    for (int i = 0; i < 4; i++)
+        fp8_halves(low[i], high[i], is_key ? words[i] : fp8_in_order(words[i]));
     *wide_at<HD>(wide, line, 2 * chunk) = words_of(low);
     *wide_at<HD>(wide, line, 2 * chunk + 1) = words_of(high);
 }
-
-__device__ __forceinline__ unsigned twice(__nv_bfloat16 scale) { return __bfloat16_as_ushort(scale) * 0x10001u; }
 
 // A row's pairs of dims, from the lane's chunks.
 template <int HD>
@@ -90,7 +84,7 @@ template <int HD> __device__ __forceinline__ void encode(const Fp8Args &args, un
         largest[0] = max(largest[0], fp8_magnitude(row[0][i]));
     largest[0] = max(largest[0], __shfl_xor_sync(0xffffffffu, largest[0], 1));
     largest[0] = max(largest[0], __shfl_xor_sync(0xffffffffu, largest[0], 2));
-    __nv_bfloat16 scale[1];
+    float scale[1];
     fp8_round<4>(codes, scale, row, largest, [](unsigned parts) {
         parts += __shfl_xor_sync(0xffffffffu, parts, 1);
         return parts + __shfl_xor_sync(0xffffffffu, parts, 2);
@@ -98,7 +92,7 @@ template <int HD> __device__ __forceinline__ void encode(const Fp8Args &args, un
     const Fp8Place place = args.place<HD>(is_key, page, head, in_page);
     const bool exists = token < tokens;
     if (exists && c == 0)
-        *place.scale = scale[0];
+        *place.scale = fp8_kept_scale(scale[0], is_key);
 #pragma unroll
     for (int i = 0; i < HD / 64; i++) {
         const unsigned(&of)[8] = reinterpret_cast<const unsigned(&)[8]>(codes[0][8 * i]);
@@ -112,7 +106,7 @@ template <int HD> __device__ __forceinline__ void encode(const Fp8Args &args, un
         const unsigned at = is_key ? fp8_key_at<HD>(place.t, 4 * i, c) : fp8_value_at<HD>(place.t, 4 * i + c);
         if (exists) {
             *reinterpret_cast<uint4 *>(place.tile + at) = is_key ? words_of(keys) : words_of(values);
-            store_wide<HD>(args.wide(is_key), line, 4 * i + c, values, false, twice(scale[0]));
+            store_wide<HD>(args.wide(is_key), line, 4 * i + c, values, false);
         }
     }
 }
@@ -139,7 +133,6 @@ template <int HD> __device__ __forceinline__ void widen(const Fp8Args &args, con
             const unsigned in_page = top + 8 * half;
             const size_t line = args.line(page, head, in_page);
             const Fp8Place place = args.place<HD>(is_key, page, head, in_page);
-            const unsigned lifted = twice(*place.scale);
 #pragma unroll
             for (int i = 0; i < HD / 64; i++) {
                 const unsigned at = is_key ? fp8_key_at<HD>(place.t, 4 * i, c) : fp8_value_at<HD>(place.t, 4 * i + c);
@@ -147,7 +140,7 @@ template <int HD> __device__ __forceinline__ void widen(const Fp8Args &args, con
                 unsigned words[4] = {four.x, four.y, four.z, four.w};
                 if (is_key)
                     transpose(words, lane);
-                store_wide<HD>(args.wide(is_key), line, 4 * i + c, words, is_key, lifted);
+                store_wide<HD>(args.wide(is_key), line, 4 * i + c, words, is_key);
             }
         }
     }

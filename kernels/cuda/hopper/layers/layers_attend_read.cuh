@@ -46,6 +46,8 @@ template <bool FP8> struct Reader {
                 q[k][half] = 0;
                 if (lane / 4 < GROUP)
                     asm volatile("ld.shared.u32 %0, [%1];" : "=r"(q[k][half]) : "r"(row + k * 32 + half * 16) : "memory");
+                if (FP8)
+                    q[k][half] = halves_of(q[k][half]);
             }
     }
     __device__ __forceinline__ KeysTile keys_of(unsigned tile) const {
@@ -54,12 +56,22 @@ template <bool FP8> struct Reader {
     // A tile of values as operands of the warp's m-tiles.
     __device__ __forceinline__ void load_tile(unsigned (&a)[2][4], unsigned tile) const {
         const unsigned at = shared.tokens(place.at) + tile * TILE_BYTES;
-        if constexpr (FP8) {
-            fp8_load_values<HEAD_DIM>(a, at, shared.scales(place.at) + tile * (TILE * 2), places);
-        } else {
 #pragma unroll
-            for (int k = 0; k < 2; k++)
-                load_values<HEAD_DIM>(a[k], at, 2 * warp + k, lane);
+        for (int k = 0; k < 2; k++)
+            load_values<HEAD_DIM>(a[k], at, 2 * warp + k, lane);
+    }
+    // Adds a tile of values in fp8.
+    __device__ __forceinline__ void add_codes(Sums &sum, float (&l)[4], unsigned tile, const unsigned (&seen)[2]) const {
+        fp8_add_tile<HEAD_DIM>(sum.o, l, probabilities_of(tile), shared.tokens(place.at) + tile * TILE_BYTES,
+                               shared.scales(place.at) + tile * (TILE * 2), places, seen);
+    }
+    // Scores of codes become those of keys.
+    __device__ __forceinline__ void scale(float (&s)[4], const KeysTile &keys) const {
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const float scale = keys.scale(half);
+            s[2 * half] = __fmul_rn(s[2 * half], scale);
+            s[2 * half + 1] = __fmul_rn(s[2 * half + 1], scale);
         }
     }
     // Scores of the warp's tiles; -infinity behind the sequence's end.
@@ -76,8 +88,11 @@ template <bool FP8> struct Reader {
                 for (int j = 0; j < 2; j++) {
                     unsigned a[4];
                     keys[j].load(a, k);
-                    mma(s[j], a, q[k]);
+                    mma_kept<FP8>(s[j], a, q[k]);
                 }
+#pragma unroll
+            for (int j = 0; j < 2; j++)
+                scale(s[j], keys[j]);
             return;
         }
         if (whole) {
@@ -106,8 +121,10 @@ template <bool FP8> struct Reader {
                 for (int k = 0; k < 8; k++) {
                     unsigned a[4];
                     keys.load(a, k);
-                    mma(s[j], a, q[k]);
+                    mma_kept<FP8>(s[j], a, q[k]);
                 }
+                if (FP8)
+                    scale(s[j], keys);
             }
             if (token >= segment.kv_len)
                 s[j][0] = s[j][1] = minus_infinity();
@@ -147,17 +164,21 @@ template <bool FP8> struct Reader {
 #pragma unroll
         for (int k = 0; k < 2; k++)
             sum.o[k][0] = sum.o[k][1] = sum.o[k][2] = sum.o[k][3] = 0.0f;
-        if (FP8 && whole) { // registers are for what is widened
+        if constexpr (FP8) { // registers are for operands
+            const unsigned all[2] = {FULL_WARP, FULL_WARP};
+            if (whole) {
 #pragma unroll
-            for (int j = 0; j < LEAF_TILES; j++) {
-                unsigned p[2], a[2][4];
-                load_probabilities(p, probabilities_of(j));
-                mma(l, ones, p);
-                load_tile(a, j);
+                for (int j = 0; j < LEAF_TILES; j++)
+                    add_codes(sum, l, j, all);
+            } else {
 #pragma unroll
-                for (int k = 0; k < 2; k++)
-                    mma(sum.o[k], a[k], p);
+                for (int j = 0; j < LEAF_TILES; j++)
+                    if (j * TILE < valid) {
+                        const unsigned seen[2] = {before(valid - j * TILE, 0, lane), before(valid - j * TILE, 1, lane)};
+                        add_codes(sum, l, j, seen);
+                    }
             }
+            lower(sum.o);
         } else if (whole) {
             unsigned p[LEAF_TILES][2], a[LEAF_TILES][2][4];
 #pragma unroll
@@ -336,7 +357,7 @@ template <bool FP8> struct Reader {
             share_maxima(sum.m, s);
 #pragma unroll
             for (int j = 0; j < 2; j++)
-                store_probabilities<HEAD_DIM>(probabilities_of(warp + READERS * j), s[j], sum.m);
+                store_probabilities<HEAD_DIM, FP8>(probabilities_of(warp + READERS * j), s[j], sum.m);
             await(shared.full(place.at), place.parity);
             sync();
             add_values(sum, whole);

@@ -61,7 +61,7 @@ struct HalfRows {
                                          unsigned quad) const {
         float2 row[1][16];
         unsigned codes[1][16], largest[1] = {0};
-        __nv_bfloat16 scale[1];
+        float scale[1];
 #pragma unroll
         for (int j = 0; j < 8; j++)
 #pragma unroll
@@ -77,7 +77,7 @@ struct HalfRows {
             return parts + __shfl_xor_sync(0xffffffffu, parts, 2);
         });
         if (exists && quad == 0)
-            *place.scale = scale[0];
+            *place.scale = fp8_kept_scale(scale[0], is_key);
         const bool is_high = quad >= 2;
         const unsigned c = quad % 2 * 2;
 #pragma unroll
