@@ -200,6 +200,21 @@ fn a_launch_with_other_parameters_than_declared_is_refused_by_name() {
 
 #[test]
 #[ignore = "needs a GPU"]
+fn a_kernel_that_several_look_up_may_have_the_most_shared_memory_that_one_of_them_wants() {
+    let mut cuda = cuda();
+    let nothing = upload(&mut cuda, &[0; HEADER_WORDS]);
+    let look_up = |kib: u32| cuda.modules().kernel("embed", "begin_step", kib << 10).unwrap();
+    let kernels = [60, 90, 70, 0].map(look_up);
+    let grid = Grid::new(1, 256).shared(90 << 10);
+    for kernel in &kernels {
+        // SAFETY: by its header the batch updates nothing: none of the other addresses is touched.
+        unsafe { cuda.launcher().launch_raw(kernel, grid, [&nothing, &0u32, &0u64, &0u64, &0u64]) }.unwrap();
+    }
+    cuda.synchronize().unwrap();
+}
+
+#[test]
+#[ignore = "needs a GPU"]
 fn a_copy_beyond_either_memory_is_refused() {
     let mut cuda = cuda();
     let buffer = cuda.alloc(Purpose::Scratch, Element::Word, 8).unwrap();
