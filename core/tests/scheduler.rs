@@ -514,6 +514,25 @@ const LONG: Limits = Limits {
 };
 
 #[test]
+fn by_prefix_a_prompt_is_before_those_that_it_begins_and_equal_ones_are_as_they_came() {
+    let limits = Limits { running: 1, ..LONG };
+    let settings = Settings { order: Order::Prefix, ..SETTINGS };
+    let mut scheduler =
+        Scheduler::new(limits, settings, StepCosts::default(), &[], None).expect("host memory");
+    // All that the host keeps in one piece, and a token more.
+    let whole = limits.block_tokens() as usize;
+    let tickets = [whole + 1, whole, whole, whole + 1].map(|len| submit(&mut scheduler, &vec![2; len], 1));
+    let mut batch = Batch::new(&limits);
+    let mut admitted = Vec::new();
+    while scheduler.schedule(&mut batch) {
+        admitted.extend(tickets.iter().position(|ticket| *ticket == batch.owners()[0]));
+        scheduler.complete(&batch, &[5], &[], &mut |_| ());
+        scheduler.check();
+    }
+    assert_eq!(admitted, [1, 2, 0, 3]);
+}
+
+#[test]
 fn long_requests_take_turns_where_the_host_keeps_few_tokens_and_all_end() {
     let kept = LONG.token_blocks() * LONG.block_tokens();
     for (prompt, output) in [(16, 16_000), (9000, 2000)] {
