@@ -365,17 +365,17 @@ impl Scheduler {
     }
 }
 
-/// A row of a request's at these positions, without a mask.
+/// A row of a request's at these positions, sampled, without a mask.
 #[inline]
-fn row(request: &Entry, first_token: u32, positions: core::ops::Range<u32>, sampled: bool) -> Row {
+fn row(request: &Entry, first_token: u32, positions: core::ops::Range<u32>, logprobs: u32) -> Row {
     Row {
         slot: request.slot,
         first_token,
         tokens: positions.len() as u32,
         position: positions.start,
         kv_len: positions.end,
-        sampled: u32::from(sampled),
-        logprobs: request.row_logprobs(),
+        sampled: 1,
+        logprobs,
         mask: 0,
     }
 }

@@ -22,11 +22,17 @@
 //! ```
 //!
 //! Tokens lie in blocks, taken as a sequence grows, so that the host's memory is for the tokens that there are, not for as
-//! many sequences of full length as there can be. A block has its tokens' pages beside them.
+//! many sequences of full length as there can be. A block has its tokens' pages beside them. Tokens drawn go to a request's tail first,
+//! and from there to its block, some at once.
 //!
 //! ```text
 //!   entry 7   blocks 12, 3        block 3   tokens 1024 1025 1026 …   pages 88 17 …
+//!             tail   1040 1041
 //! ```
+//!
+//! In a step of thousands of rows it is memory that takes the time: of a row's entry and tail a line each, and each once. So tails lie
+//! together, and so does what a row asks of its entry, in few of the host's pages: a processor that looks for where a page lies, as it
+//! would in each row for a token among blocks, takes longer than the row.
 //!
 //! Invariant: the request that has run longest can always go on. Nobody else takes one of the blocks that it may still need
 //! for a sequence of full length; when it ends, it leaves the next one as many.
@@ -48,6 +54,8 @@ use crate::speculation::{HITS_BEFORE, MATCH_MAX, MATCH_MIN, SEARCHED_MAX, hits_a
 /// Words between two blocks that are not used. Else the same position of all requests lay in the same sets of a processor's caches,
 /// which have room for some of them alone.
 const GAP: u32 = 16;
+/// Tokens of a tail at most: a line.
+const TAIL: usize = 16;
 
 /// Where a request is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -70,7 +78,7 @@ pub(crate) enum Place {
     Behind,
 }
 
-/// What a decode step asks of each of thousands of plain requests lies in front, in one cache line, and in this order.
+/// What a step asks of each of thousands of requests: a cache line.
 #[derive(Clone, Copy, Debug)]
 #[repr(C, align(64))]
 pub(crate) struct Entry {
@@ -78,7 +86,12 @@ pub(crate) struct Entry {
     /// There is nothing to its next token but the token: no rules, no constraint, no log-probabilities, and it is no embedding's.
     /// Who sees that looks up none of these.
     pub is_plain: bool,
+    /// It is one of several samples of its prompt.
+    pub is_grouped: bool,
+    /// Its pages stay though they lie behind the window: the device reads all its tokens there.
+    pub reads_history: bool,
     pub generation: u32,
+    pub prompt_len: u32,
     pub known: u32,
     pub planned: u32,
     pub computed: u32,
@@ -95,37 +108,20 @@ pub(crate) struct Entry {
     /// Blocks that it has, and the last of them.
     pub blocks: u32,
     last_block: u32,
-    pub prompt_len: u32,
-    /// Deepest node of the prefix tree that it holds, and how many full pages lead there.
-    pub node: u32,
-    pub node_depth: u32,
-    /// Pages below it that are the request's own have gone back: they lie behind the window.
-    pub dropped: u32,
-    /// What the next token was predicted to be, or [`NO_TOKEN`]; and the share of predictions that were right.
-    pub predicted: u32,
-    pub hits: f32,
-    pub params: SamplingParams,
     /// The first prompt token whose score no step has been asked for; `u32::MAX`: there is none.
     pub unscored: u32,
-    /// Prompt tokens found in the prefix cache at the first admission.
-    pub cached_tokens: u32,
-    /// Full pages of its prefix that the cache held when it was first looked at, or that samples before it are going to have;
-    /// `None` before.
-    pub pages_expected: Option<u32>,
-    pub admitted_before: bool,
-    /// It is one of several samples of its prompt.
-    pub is_grouped: bool,
-    /// Its pages stay though they lie behind the window: the device reads all its tokens there.
-    pub reads_history: bool,
 }
 
-const _: () = assert!(core::mem::offset_of!(Entry, last_block) + 4 <= 64, "what decode asks is in one line");
+const _: () = assert!(size_of::<Entry>() == 64, "what a row asks is in one line");
 
 impl Entry {
     const VACANT: Entry = Entry {
         state: State::Vacant,
         is_plain: false,
+        is_grouped: false,
+        reads_history: false,
         generation: 0,
+        prompt_len: 0,
         known: 0,
         planned: 0,
         computed: 0,
@@ -137,19 +133,7 @@ impl Entry {
         last_page_at: u32::MAX,
         blocks: 0,
         last_block: 0,
-        prompt_len: 0,
-        node: NO_PAGE,
-        node_depth: 0,
-        dropped: 0,
-        predicted: NO_TOKEN,
-        hits: HITS_BEFORE,
-        params: SamplingParams { max_tokens: 0, ..SamplingParams::DEFAULT },
         unscored: u32::MAX,
-        cached_tokens: 0,
-        pages_expected: None,
-        admitted_before: false,
-        is_grouped: false,
-        reads_history: false,
     };
 
     /// Is its prompt, or what it resumes from, not wholly enqueued yet?
@@ -168,25 +152,63 @@ impl Entry {
         self.known.min(self.unscored) - 1
     }
 
-    /// The pages that have gone back.
-    pub fn hole(&self) -> Range<u32> {
-        self.node_depth..self.dropped.max(self.node_depth)
-    }
-
-    /// What [`Row::logprobs`](crate::batch::Row::logprobs) says in its rows.
-    pub fn row_logprobs(&self) -> u32 {
-        if self.is_plain { 0 } else { self.params.logprobs.map_or(0, |k| 1 + k) }
-    }
-
     /// Can it have a row in a decode step?
     pub fn can_decode(&self) -> bool {
         !self.is_prefilling() && self.planned < self.len_max
     }
 }
 
+/// What else is known of a request.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Details {
+    /// Deepest node of the prefix tree that it holds, and how many full pages lead there.
+    pub node: u32,
+    pub node_depth: u32,
+    /// Pages below it that are the request's own have gone back: they lie behind the window.
+    dropped: u32,
+    /// What the next token was predicted to be, or [`NO_TOKEN`]; and the share of predictions that were right.
+    pub predicted: u32,
+    pub hits: f32,
+    pub params: SamplingParams,
+    /// Prompt tokens found in the prefix cache at the first admission.
+    pub cached_tokens: u32,
+    /// Full pages of its prefix that the cache held when it was first looked at, or that samples before it are going to have;
+    /// `None` before.
+    pub pages_expected: Option<u32>,
+    admitted_before: bool,
+}
+
+impl Details {
+    const VACANT: Details = Details {
+        node: NO_PAGE,
+        node_depth: 0,
+        dropped: 0,
+        predicted: NO_TOKEN,
+        hits: HITS_BEFORE,
+        params: SamplingParams { max_tokens: 0, ..SamplingParams::DEFAULT },
+        cached_tokens: 0,
+        pages_expected: None,
+        admitted_before: false,
+    };
+
+    /// The pages that have gone back.
+    pub fn hole(&self) -> Range<u32> {
+        self.node_depth..self.dropped.max(self.node_depth)
+    }
+}
+
+/// The last tokens of a request.
+#[derive(Clone, Copy, Debug)]
+#[repr(align(64))]
+struct Tail([u32; TAIL]);
+
 /// See the module. All arrays have their final size from the start.
 pub(crate) struct RequestTable {
     entries: Vec<Entry>,
+    /// `[entries]`
+    details: Vec<Details>,
+    /// `[entries]`: the tokens behind a multiple of `tail_tokens`, at their positions' remainders. Of a prompt they are in its block, too.
+    tails: Vec<Tail>,
     /// `[entries]`: what each request says of single tokens.
     rules: Vec<Option<Arc<Rules>>>,
     /// `[entries]`: what each request's output must obey.
@@ -209,6 +231,7 @@ pub(crate) struct RequestTable {
     /// Powers of two.
     block_tokens: u32,
     block_pages: u32,
+    tail_tokens: u32,
     /// Of the longest sequence.
     sequence_blocks: u32,
     /// Entries of a slot in the device's page table.
@@ -227,6 +250,8 @@ impl RequestTable {
         let block_pages = block_tokens / limits.page_size;
         Ok(RequestTable {
             entries: filled(entries as usize, Entry::VACANT)?,
+            details: filled(entries as usize, Details::VACANT)?,
+            tails: filled(entries as usize, Tail([0; TAIL]))?,
             rules: filled(entries as usize, None)?,
             constraints: filled(entries as usize, None)?,
             constrained: 0,
@@ -240,6 +265,8 @@ impl RequestTable {
             output: filled(limits.sequence as usize, 0)?,
             block_tokens,
             block_pages,
+            // A full page has all its tokens in a block.
+            tail_tokens: limits.page_size.min(TAIL as u32),
             sequence_blocks,
             width: limits.table_width(),
             page_size: limits.page_size,
@@ -262,9 +289,27 @@ impl RequestTable {
         &mut self.entries[entry as usize]
     }
 
+    /// What no row of a plain request asks.
+    pub fn details(&self, entry: u32) -> &Details {
+        &self.details[entry as usize]
+    }
+
+    pub fn details_mut(&mut self, entry: u32) -> &mut Details {
+        &mut self.details[entry as usize]
+    }
+
     /// Requests that wait and are one of several samples of their prompts.
     pub fn grouped_waiting(&self) -> u32 {
         self.grouped_waiting
+    }
+
+    /// What [`Row::logprobs`](crate::batch::Row::logprobs) says in a request's rows.
+    #[inline]
+    pub fn row_logprobs(&self, entry: u32) -> u32 {
+        match self.get(entry).is_plain {
+            true => 0,
+            false => self.details(entry).params.logprobs.map_or(0, |k| 1 + k),
+        }
     }
 
     /// What a request says of single tokens.
@@ -318,7 +363,6 @@ impl RequestTable {
                 && params.logprobs.is_none()
                 && params.embed.is_none(),
             generation,
-            params,
             prompt_len: len,
             len_max,
             known: len,
@@ -328,6 +372,7 @@ impl RequestTable {
             is_grouped: place != Place::Alone,
             ..Entry::VACANT
         };
+        *self.details_mut(entry) = Details { params, ..Details::VACANT };
         self.grouped_waiting += u32::from(place != Place::Alone);
         self.rules[entry as usize] = rules.cloned();
         self.constraints[entry as usize] = constraint.cloned();
@@ -340,12 +385,26 @@ impl RequestTable {
             let first = block as usize * (self.block_tokens + GAP) as usize;
             self.tokens[first..first + tokens.len()].copy_from_slice(tokens);
         }
+        let of_tail = &prompt[(len - len % self.tail_tokens) as usize..];
+        self.tails[entry as usize].0[..of_tail.len()].copy_from_slice(of_tail);
         if place == Place::Behind {
             let kept = self.pages_kept();
             let expected = (self.get(entry).cacheable() / self.page_size).min(kept);
-            self.get_mut(entry).pages_expected = Some(expected);
+            self.details_mut(entry).pages_expected = Some(expected);
         }
         entry
+    }
+
+    /// Can a request decode, with a mask, a page and a block for what it runs and draws next that need not be looked for? Says
+    /// so of plain ones alone, by their lines.
+    #[inline]
+    pub fn has_place(&self, entry: u32) -> bool {
+        let request = self.get(entry);
+        request.is_plain
+            && self.window.is_none()
+            && request.can_decode()
+            && request.planned < request.blocks * self.block_tokens
+            && request.last_page_at == request.computed >> self.page_size.trailing_zeros()
     }
 
     /// Sees to a place for the token that a request draws next; false if it has to wait for others to end, which `oldest`, who
@@ -404,6 +463,7 @@ impl RequestTable {
         self.free_blocks.extend_from_slice(&self.blocks[first..first + blocks as usize]);
         let generation = generation.wrapping_add(1);
         *self.get_mut(entry) = Entry { generation, ..Entry::VACANT };
+        *self.details_mut(entry) = Details::VACANT;
         self.rules[entry as usize] = None;
         self.vacant.push(entry);
     }
@@ -420,14 +480,14 @@ impl RequestTable {
         let cached_tokens = depth * self.page_size;
         self.grouped_waiting -= u32::from(self.get(entry).is_grouped);
         let request = self.get_mut(entry);
-        request.state = State::Running;
-        request.slot = slot;
-        (request.node, request.node_depth, request.pages, request.dropped) = (node, depth, depth, 0);
+        (request.state, request.slot, request.pages) = (State::Running, slot, depth);
         (request.computed, request.prefill_len) = (cached_tokens, request.known);
-        if core::mem::replace(&mut request.admitted_before, true) {
+        let details = self.details_mut(entry);
+        (details.node, details.node_depth, details.dropped) = (node, depth, 0);
+        if core::mem::replace(&mut details.admitted_before, true) {
             return 0;
         }
-        request.cached_tokens = cached_tokens;
+        details.cached_tokens = cached_tokens;
         u64::from(cached_tokens)
     }
 
@@ -436,19 +496,20 @@ impl RequestTable {
         if keep_prefix {
             self.keep_prefix(entry, pool, true);
         }
-        let request = *self.get(entry);
-        for i in (0..request.pages).rev().filter(|i| !request.hole().contains(i)) {
+        let (request, details) = (*self.get(entry), *self.details(entry));
+        for i in (0..request.pages).rev().filter(|i| !details.hole().contains(i)) {
             let page = self.page(entry, i);
             if pool.is_private(page) {
                 pool.give(page);
             }
         }
-        pool.release_path(request.node);
+        pool.release_path(details.node);
         self.slots.push(request.slot);
         self.grouped_waiting += u32::from(request.is_grouped);
         let request = self.get_mut(entry);
-        request.state = State::Waiting;
-        (request.node, request.node_depth, request.pages, request.computed) = (NO_PAGE, 0, 0, 0);
+        (request.state, request.pages, request.computed) = (State::Waiting, 0, 0);
+        let details = self.details_mut(entry);
+        (details.node, details.node_depth) = (NO_PAGE, 0);
     }
 
     /// Puts the request's full pages of known tokens into the prefix tree.
@@ -457,25 +518,25 @@ impl RequestTable {
     /// there: to hold that page beside its own would cost a page more than its sequence needs, and alone it might not
     /// fit any more. One that is ending goes on along the other's path, and its own page is given back.
     pub fn keep_prefix(&mut self, entry: u32, pool: &mut PagePool, ending: bool) {
-        let mut request = *self.get(entry);
+        let (request, mut details) = (self.get(entry), *self.details(entry));
         let full_pages = request.computed.min(request.known) / self.page_size;
-        while request.node_depth < full_pages.min(self.pages_kept()) && request.hole().is_empty() {
-            let tokens = self.page_tokens(entry, request.node_depth);
-            let page = self.page(entry, request.node_depth);
-            request.node = match pool.find(request.node, tokens) {
+        while details.node_depth < full_pages.min(self.pages_kept()) && details.hole().is_empty() {
+            let tokens = self.page_tokens(entry, details.node_depth);
+            let page = self.page(entry, details.node_depth);
+            details.node = match pool.find(details.node, tokens) {
                 Some(_) if !ending => break,
                 Some(same) => {
                     pool.hold(same);
                     same
                 }
                 None => {
-                    pool.insert(request.node, page, tokens);
+                    pool.insert(details.node, page, tokens);
                     page
                 }
             };
-            request.node_depth += 1;
+            details.node_depth += 1;
         }
-        *self.get_mut(entry) = request;
+        *self.details_mut(entry) = details;
     }
 
     /// Pages of a sequence that the prefix tree has at most.
@@ -488,15 +549,15 @@ impl RequestTable {
     #[inline]
     pub fn drop_behind_window(&mut self, entry: u32, pool: &mut PagePool) {
         let Some(window) = self.window else { return };
-        let request = *self.get(entry);
+        let request = self.get(entry);
         if request.reads_history {
             return;
         }
         let behind = (request.computed + 1).saturating_sub(window) / self.page_size;
-        for i in request.hole().end..behind {
+        for i in self.details(entry).hole().end..behind {
             pool.give(self.page(entry, i));
         }
-        self.get_mut(entry).dropped = behind;
+        self.details_mut(entry).dropped = behind;
     }
 
     /// The block of a request's `i`-th run of `block_tokens` tokens.
@@ -516,9 +577,25 @@ impl RequestTable {
         block * (self.block_tokens + GAP) as usize + (position & (self.block_tokens - 1)) as usize
     }
 
+    /// How many of a request's known tokens its blocks have. The others are in its tail.
+    #[inline]
+    fn in_blocks(&self, entry: u32) -> u32 {
+        let request = self.get(entry);
+        request.prompt_len.max(request.known & !(self.tail_tokens - 1))
+    }
+
+    /// Known tokens of the tail from a position on, before another one.
+    fn of_tail(&self, entry: u32, positions: Range<u32>) -> &[u32] {
+        let first = positions.start & (self.tail_tokens - 1);
+        &self.tails[entry as usize].0[first as usize..][..positions.len()]
+    }
+
     /// The token at a position; it is known.
     pub fn token(&self, entry: u32, position: u32) -> u32 {
-        self.tokens[self.place(entry, position)]
+        match position < self.in_blocks(entry) {
+            true => self.tokens[self.place(entry, position)],
+            false => self.of_tail(entry, position..position + 1)[0],
+        }
     }
 
     /// The tokens of its i-th page; all are known.
@@ -528,11 +605,17 @@ impl RequestTable {
 
     /// The known tokens from a position on, in runs.
     fn runs(&self, entry: u32, mut position: u32) -> impl Iterator<Item = &[u32]> {
-        let known = self.get(entry).known;
+        let (known, in_blocks) = (self.get(entry).known, self.in_blocks(entry));
         core::iter::from_fn(move || {
-            let len = (self.block_tokens - position % self.block_tokens).min(known - position);
-            let run = (len > 0).then(|| &self.tokens[self.place(entry, position)..][..len as usize]);
-            position += len;
+            let end = match position < in_blocks {
+                true => in_blocks.min((position / self.block_tokens + 1) * self.block_tokens),
+                false => known,
+            };
+            let run = (position < end).then(|| match position < in_blocks {
+                true => &self.tokens[self.place(entry, position)..][..(end - position) as usize],
+                false => self.of_tail(entry, position..end),
+            });
+            position = end;
             run
         })
     }
@@ -602,6 +685,10 @@ impl RequestTable {
 
     /// The tokens before a position that lie in one piece with the one before it.
     fn run_before(&self, entry: u32, end: u32) -> &[u32] {
+        let in_blocks = self.in_blocks(entry);
+        if end > in_blocks {
+            return self.of_tail(entry, in_blocks..end);
+        }
         let begin = (end - 1) & !(self.block_tokens - 1);
         &self.tokens[self.place(entry, begin)..][..(end - begin) as usize]
     }
@@ -620,19 +707,31 @@ impl RequestTable {
 
     /// Takes note of whether a prediction was right.
     pub fn judge(&mut self, entry: u32, predicted: u32, drawn: u32) {
-        let request = self.get_mut(entry);
-        request.predicted = NO_TOKEN;
+        let details = self.details_mut(entry);
+        details.predicted = NO_TOKEN;
         if predicted != NO_TOKEN {
-            request.hits = hits_after(request.hits, predicted == drawn);
+            details.hits = hits_after(details.hits, predicted == drawn);
         }
     }
 
     /// Appends a token that came back from the device; there is room for it since its step was scheduled.
     #[inline]
     pub fn push_token(&mut self, entry: u32, token: u32) {
-        let place = self.place(entry, self.get(entry).known);
-        self.tokens[place] = token;
-        self.get_mut(entry).known += 1;
+        let known = &mut self.entries[entry as usize].known;
+        let at = *known & (self.tail_tokens - 1);
+        *known += 1;
+        let end = *known;
+        self.tails[entry as usize].0[at as usize] = token;
+        if at + 1 == self.tail_tokens {
+            self.move_tail(entry, end);
+        }
+    }
+
+    /// Writes a full tail, which ends at a position, to the block.
+    fn move_tail(&mut self, entry: u32, end: u32) {
+        let first = self.place(entry, end - self.tail_tokens);
+        let tail = &self.tails[entry as usize].0[..self.tail_tokens as usize];
+        self.tokens[first..first + tail.len()].copy_from_slice(tail);
     }
 
     fn page_place(&self, entry: u32, i: u32) -> usize {

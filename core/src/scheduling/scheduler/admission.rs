@@ -53,11 +53,11 @@ impl Scheduler {
     /// Full pages of a waiting request's prefix that the cache has, or had when they were first counted: each step would be
     /// too often.
     fn expect_cached_pages(&mut self, entry: u32) -> u32 {
-        if let Some(pages) = self.table.get(entry).pages_expected {
+        if let Some(pages) = self.table.details(entry).pages_expected {
             return pages;
         }
         let path = self.cached_prefix(entry, |_, _| ());
-        self.table.get_mut(entry).pages_expected = Some(path.1);
+        self.table.details_mut(entry).pages_expected = Some(path.1);
         path.1
     }
 
@@ -140,8 +140,9 @@ impl Scheduler {
     /// Says how the tokens of a request that has just got its slot are drawn.
     fn push_slot(&self, entry: u32, batch: &mut Batch) {
         let (request, rules) = (self.table.get(entry), self.table.rules(entry));
-        let mut state = request.params.slot_state(request.prompt_len);
-        rules.apply(self.endings(&request.params, rules).count(), &mut state);
+        let params = &self.table.details(entry).params;
+        let mut state = params.slot_state(request.prompt_len);
+        rules.apply(self.endings(params, rules).count(), &mut state);
         batch.push_slot(request.slot, state, self.rule_words(entry));
         if self.keeps_mask(entry) {
             batch.push_kept_mask(self.table.ticket(entry), request.slot);
@@ -151,7 +152,7 @@ impl Scheduler {
     /// The words of its slot's region of rules.
     fn rule_words(&self, entry: u32) -> impl Iterator<Item = u32> {
         let rules = self.table.rules(entry);
-        rules.words(self.endings(&self.table.get(entry).params, rules))
+        rules.words(self.endings(&self.table.details(entry).params, rules))
     }
 
     /// The tokens that must not be drawn while the output has fewer than `min_tokens`.

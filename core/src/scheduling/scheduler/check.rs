@@ -27,12 +27,13 @@ impl Scheduler {
             assert!(request.computed <= request.pages * self.limits.page_size, "positions without a page");
             assert!(request.known <= request.planned && request.planned <= request.len_max);
             assert!(request.computed < request.unscored, "a token to be scored was passed over");
-            let mut node = request.node;
+            let details = self.table.details(entry);
+            let mut node = details.node;
             while node != NO_PAGE {
                 holders[node as usize] += 1;
                 node = self.pool.parent(node);
             }
-            let mapped = (0..request.pages).filter(|i| !request.hole().contains(i));
+            let mapped = (0..request.pages).filter(|i| !details.hole().contains(i));
             for page in mapped.map(|i| self.table.page(entry, i) as usize) {
                 if self.pool.is_private(page as u32) {
                     assert!(!owned[page], "page {page} is private to two requests");

@@ -34,7 +34,7 @@ impl Scheduler {
             true => FinishReason::Length,
             false => FinishReason::NotNumbers,
         };
-        if let (Some(asked), FinishReason::Length) = (self.table.get(entry).params.embed, reason) {
+        if let (Some(asked), FinishReason::Length) = (self.table.details(entry).params.embed, reason) {
             self.stats.embeddings += 1;
             sink(Event::Embedding { ticket, values: asked.of(values) });
         }
@@ -78,7 +78,7 @@ impl Scheduler {
             }
             self.table.push_token(entry, token);
             if self.settings.speculation != Speculation::Never {
-                let predicted = batch.draft(i + 1).unwrap_or(self.table.get(entry).predicted);
+                let predicted = batch.draft(i + 1).unwrap_or(self.table.details(entry).predicted);
                 self.table.judge(entry, predicted, token);
             }
             if has_drafts {
@@ -98,17 +98,18 @@ impl Scheduler {
     }
 
     /// Is a request's sampled row there for more than its hidden state?
+    #[inline]
     fn draws(&self, entry: u32) -> bool {
-        let request = self.table.get(entry);
-        request.is_plain || request.params.embed.is_none()
+        self.table.get(entry).is_plain || self.table.details(entry).params.embed.is_none()
     }
 
     /// Why a request ends with the token that it has just drawn, if it does.
+    #[inline]
     fn end_of(&self, entry: u32, token: u32) -> Option<FinishReason> {
         let request = self.table.get(entry);
-        if self.eos.contains(&token) && !request.params.ignore_eos {
+        if self.eos.contains(&token) && !self.table.details(entry).params.ignore_eos {
             Some(FinishReason::Eos)
-        } else if self.table.rules(entry).stop().contains(&token) {
+        } else if !request.is_plain && self.table.rules(entry).stop().contains(&token) {
             Some(FinishReason::Stop)
         } else {
             (request.known == request.len_max).then_some(FinishReason::Length)
@@ -119,7 +120,7 @@ impl Scheduler {
     pub(super) fn end(&mut self, entry: u32, reason: FinishReason, sink: &mut impl FnMut(Event<'_>)) {
         let ticket = self.table.ticket(entry);
         let request = self.table.get(entry);
-        let cached_tokens = request.cached_tokens;
+        let cached_tokens = self.table.details(entry).cached_tokens;
         if request.state == State::Running {
             self.table.stop(entry, &mut self.pool, self.settings.prefix_cache);
             self.ended_running = true;

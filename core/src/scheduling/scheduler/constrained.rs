@@ -51,8 +51,9 @@ impl Scheduler {
         let mut mask = core::mem::take(&mut self.mask);
         self.write_mask(self.table.ticket(entry), &mut mask);
         let (request, rules) = (self.table.get(entry), self.table.rules(entry));
-        let is_short = request.known < request.prompt_len.saturating_add(request.params.min_tokens);
-        let endings = self.endings(&request.params, rules).filter(|_| is_short);
+        let params = &self.table.details(entry).params;
+        let is_short = request.known < request.prompt_len.saturating_add(params.min_tokens);
+        let endings = self.endings(params, rules).filter(|_| is_short);
         let bad = rules.bad_words().filter_map(|word| {
             let (last, before) = word.split_last()?;
             self.table.output_ends_with(entry, before).then_some(*last)
@@ -91,8 +92,10 @@ impl Scheduler {
     }
 
     /// The mask of a row that draws the request's next token.
+    #[inline]
     pub(super) fn push_mask(&self, entry: u32, batch: &mut Batch) -> u32 {
         match () {
+            () if self.table.get(entry).is_plain => 0,
             () if self.table.is_constrained(entry) => batch.push_mask(self.table.ticket(entry)),
             () if self.keeps_mask(entry) => batch.kept_mask(self.table.get(entry).slot),
             () => 0,

@@ -14,21 +14,8 @@ impl Scheduler {
         while i < self.running.len() {
             let entry = self.running[i];
             i += 1;
-            if !self.table.get(entry).can_decode()
-                || !self.can_draw(entry)
-                || !self.table.make_room(entry, self.running[0])
-            {
+            if !self.table.has_place(entry) && !self.make_place(entry, batch) {
                 continue;
-            }
-            self.table.drop_behind_window(entry, &mut self.pool);
-            while self.needs_page(entry) && self.pool.available() == 0 {
-                self.retract_youngest();
-            }
-            if self.table.get(entry).state != State::Running {
-                break; // It was the youngest itself.
-            }
-            if self.needs_page(entry) {
-                self.grow(entry, batch);
             }
             let request = self.table.get(entry);
             let position = request.computed;
@@ -43,11 +30,33 @@ impl Scheduler {
         }
     }
 
+    /// Sees to a page for the request's next token; false if it has no row in this step. Of a step of thousands few come here.
+    #[inline(never)]
+    fn make_place(&mut self, entry: u32, batch: &mut Batch) -> bool {
+        if !self.table.get(entry).can_decode()
+            || !self.can_draw(entry)
+            || !self.table.make_room(entry, self.running[0])
+        {
+            return false;
+        }
+        self.table.drop_behind_window(entry, &mut self.pool);
+        while self.needs_page(entry) && self.pool.available() == 0 {
+            self.retract_youngest();
+        }
+        // It may have been the youngest itself, and then no other one is behind it.
+        let runs = self.table.get(entry).state == State::Running;
+        if runs && self.needs_page(entry) {
+            self.grow(entry, batch);
+        }
+        runs
+    }
+
+    #[inline]
     fn push_decode_row(&mut self, entry: u32, id: u32, batch: &mut Batch) {
         let (mask, tokens) = (self.push_mask(entry, batch), batch.tokens().len() as u32);
         let request = self.table.get(entry);
         let (slot, position) = (request.slot, request.computed);
-        let row = row(request, tokens, position..position + 1, true);
+        let row = row(request, tokens, position..position + 1, self.table.row_logprobs(entry));
         let token = Token { id, slot, position, location: self.table.location(entry, position) };
         batch.push_decode_row(self.table.ticket(entry), Row { mask, ..row }, token);
         let request = self.table.get_mut(entry);
@@ -78,7 +87,7 @@ impl Scheduler {
             let entry = self.running[i];
             let request = self.table.get(entry);
             if request.can_decode() && !self.table.is_constrained(entry) && self.predict(entry).is_some() {
-                saved_ms += self.drafting.drafts(requests, self.table.get(entry).hits).1;
+                saved_ms += self.drafting.drafts(requests, self.table.details(entry).hits).1;
             }
         }
         self.drafting.pays_to_wait(saved_ms)
@@ -93,7 +102,7 @@ impl Scheduler {
     fn predict(&mut self, entry: u32) -> Option<u32> {
         let continuation = self.table.find_continuation(entry);
         let predicted = continuation.map_or(NO_TOKEN, |at| self.table.token(entry, at));
-        self.table.get_mut(entry).predicted = predicted;
+        self.table.details_mut(entry).predicted = predicted;
         continuation
     }
 
@@ -107,7 +116,7 @@ impl Scheduler {
         {
             return;
         }
-        let (known, hits) = (request.known, request.hits);
+        let (known, hits) = (request.known, self.table.details(entry).hits);
         let Some(continuation) = self.predict(entry) else { return };
         let drafts = self.drafting.drafts(requests, hits).0.min(self.table.unplanned_tokens(entry));
         for draft in 0..drafts {

@@ -34,7 +34,7 @@ impl Scheduler {
             return false;
         }
         let last = end == request.prefill_len;
-        let embeds = last && request.params.embed.is_some();
+        let embeds = last && self.table.details(entry).params.embed.is_some();
         if (last && !self.can_draw(entry)) || (embeds && !batch.has_room_for_embedded()) {
             return false;
         }
@@ -43,8 +43,8 @@ impl Scheduler {
         }
         let mask = if last { self.push_mask(entry, batch) } else { 0 };
         let tokens = batch.tokens().len() as u32;
-        let row = row(&request, tokens, request.computed..end, last);
-        batch.push_prefill_row(self.table.ticket(entry), Row { mask, ..row });
+        let row = row(&request, tokens, request.computed..end, self.table.row_logprobs(entry));
+        batch.push_prefill_row(self.table.ticket(entry), Row { mask, sampled: u32::from(last), ..row });
         if embeds {
             batch.push_embedded(self.table.ticket(entry));
         }
@@ -66,9 +66,8 @@ impl Scheduler {
     /// Has the token behind `position`, whose own token was pushed last, scored, if its turn has come.
     fn push_scored(&mut self, entry: u32, position: u32, batch: &mut Batch) {
         let next = position + 1;
-        let request = self.table.get(entry);
-        if let Some(PromptLogprobs { top, .. }) = request.params.prompt_logprobs
-            && request.unscored == next
+        if self.table.get(entry).unscored == next
+            && let Some(PromptLogprobs { top, .. }) = self.table.details(entry).params.prompt_logprobs
         {
             batch.push_scored(self.table.ticket(entry), self.table.token(entry, next), top);
             self.table.get_mut(entry).score_from(next + 1);
