@@ -145,22 +145,44 @@ impl DecodePlanner {
     pub(super) fn plan(&self, rows: &[Row], words: &mut [u32]) {
         let (head, segments) = words.split_at_mut(PLAN_HEAD);
         let segments = &mut segments[..self.segments * SEGMENT_WORDS];
-        let rows = &rows[..rows.iter().take_while(|row| row.slot != self.dummy).count()];
+        let rows = &rows[..rows.partition_point(|row| row.slot != self.dummy)];
+        let seen = rows.iter().map(|row| self.seen(row.kv_len));
+        let (most, all) = seen.fold((0, 0), |(most, all), seen| (seen.max(most), all + u64::from(seen)));
+        let few = rows.len() < self.filling as usize;
+        let filled = match !few && u64::from(most / LEAF + 2) <= self.least {
+            true => self.keep_whole(rows, most, segments),
+            false => self.cut(rows, few, most, all, segments),
+        };
+        debug_assert!(!self.beside || filled > 0, "somebody waits for the prefill rows beside");
+        head[..2].copy_from_slice(&[filled as u32, u32::from(self.beside)]);
+    }
+
+    /// Fills in a segment for each row; says how many. What most steps of thousands of rows come to, all of them short: each row is
+    /// looked at once more, and goes where it belongs.
+    fn keep_whole(&self, rows: &[Row], most: u32, segments: &mut [u32]) -> usize {
+        let segments: &mut [Segment] = bytemuck::cast_slice_mut(segments);
+        self.sort(rows, most, |place, index, row| {
+            let (leaves, Row { slot, kv_len, .. }) = (self.leaves(row), *row);
+            let whole = Segment { row: index, slot, kv_len, ..Segment::default() };
+            segments[place] = Segment { first: leaves.start, leaves: leaves.len() as u32, ..whole };
+        });
+        rows.len()
+    }
+
+    /// Fills in the segments of rows that may have to be cut; says how many.
+    fn cut(&self, rows: &[Row], few: bool, most: u32, all: u64, segments: &mut [u32]) -> usize {
         // The rows' order lies in the last places, a word each, which segments reach only when it has been read.
         let order = segments.len() - rows.len().div_ceil(SEGMENT_WORDS) * SEGMENT_WORDS;
-        self.sort(rows, &mut segments[order..][..rows.len()]);
-        let all: u64 = rows.iter().map(|row| u64::from(self.seen(row.kv_len))).sum();
+        self.sort(rows, most, |place, index, _| segments[order + place] = index);
         let mut rest = all;
-        let few = rows.len() < self.filling as usize;
-        let longest = rows.iter().map(|row| self.leaves(row).len() as u32).max().unwrap_or(0);
-        let piece = few.then(|| self.piece(rows, longest));
+        let piece = few.then(|| self.piece(rows));
         let at_first = if few { 0 } else { self.largest_at_first(rows, &segments[order..], all) };
         let (mut filled, mut base) = (0, 0);
         for i in 0..rows.len() {
             let index = segments[order + i];
             let row = &rows[index as usize];
             let leaves = self.leaves(row);
-            // Most rows of a step of thousands are short: nobody asks what share of the rest is a block's.
+            // Many rows are short: nobody asks what share of the rest is a block's.
             let cuts = if piece.is_none() && leaves.len() as u64 <= self.least {
                 Cuts::whole(&leaves)
             } else {
@@ -187,17 +209,15 @@ impl DecodePlanner {
                 rest -= u64::from(self.seen(row.kv_len));
             }
         }
-        debug_assert!(!self.beside || filled > 0, "somebody waits for the prefill rows beside");
-        head[..2].copy_from_slice(&[filled as u32, u32::from(self.beside)]);
+        filled
     }
 
-    /// Writes the rows' numbers, those that see most first, by counting them: a step may have thousands. Rows that see more than
-    /// there are counts are told apart no further than that.
-    fn sort(&self, rows: &[Row], order: &mut [u32]) {
-        let most = rows.iter().map(|row| self.seen(row.kv_len)).max().unwrap_or(0);
+    /// Says each row's place among them, with its number, if those that see most, which is `most`, come first. They are counted: a
+    /// step may have thousands. Rows that see more than there are counts are told apart no further than that.
+    fn sort(&self, rows: &[Row], most: u32, mut put: impl FnMut(usize, u32, &Row)) {
         let shift = (most / COUNTS as u32).checked_ilog2().map_or(0, |bits| bits + 1);
         let count_of = |row: &Row| (self.seen(row.kv_len) >> shift) as usize;
-        let mut places = [0; COUNTS];
+        let mut places = [0_u32; COUNTS];
         rows.iter().for_each(|row| places[count_of(row)] += 1);
         let mut next = 0;
         for place in places[..=(most >> shift) as usize].iter_mut().rev() {
@@ -205,7 +225,7 @@ impl DecodePlanner {
         }
         for (index, row) in (0..).zip(rows) {
             let place = &mut places[count_of(row)];
-            order[*place] = index;
+            put(*place as usize, index, row);
             *place += 1;
         }
     }
@@ -225,11 +245,11 @@ impl DecodePlanner {
         self.share(all).max(last_filling + BEYOND)
     }
 
-    /// The best number of leaves for pieces of all rows, of which the longest has so many, by what it costs in turns: each
-    /// one's own part, and those for which blocks have nothing left in the last round, while the others work on a piece with
-    /// more of the memory's bandwidth.
-    fn piece(&self, rows: &[Row], longest: u32) -> u64 {
+    /// The best number of leaves for pieces of all rows, by what it costs in turns: each one's own part, and those for which
+    /// blocks have nothing left in the last round, while the others work on a piece with more of the memory's bandwidth.
+    fn piece(&self, rows: &[Row]) -> u64 {
         let leaves = |row: &Row| self.leaves(row).len() as u32;
+        let longest = rows.iter().map(leaves).max().unwrap_or(0);
         let pieces = |largest: u32| rows.iter().map(|row| leaves(row).div_ceil(largest)).sum::<u32>();
         let cost = |largest: &u32| {
             let turns = pieces(*largest) * self.items;

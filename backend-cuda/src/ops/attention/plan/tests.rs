@@ -153,6 +153,32 @@ fn few_rows_are_cut_however_few_an_engine_runs() {
 }
 
 #[test]
+fn short_rows_are_kept_whole_as_if_it_were_asked_which_of_them_to_cut() {
+    let heads = Heads { head_dim: 128, kv_heads: 8, group: 2, at_once: 1 };
+    let limits = Limits {
+        running: 600,
+        queued: 2,
+        sequence: 4096,
+        prefill_tokens: LEAF,
+        page_size: 16,
+        pages: 600 * 4096 / 16,
+        graph_rows: 0,
+    };
+    for (window, longest) in [(u32::MAX, 6 * LEAF), (5 * LEAF + 7, 4096)] {
+        let rows: Vec<_> = (0..limits.running)
+            .map(|slot| (slot, splitmix64(slot.into()) as u32 % longest))
+            .map(|(slot, seen)| Row { slot, kv_len: 1 + seen, ..Row::default() })
+            .collect();
+        let planner = DecodePlanner::new(132, heads, window, &limits, limits.running, SmShare::Whole);
+        let (mut words, planned) = (vec![0; planner.words()], planned(&planner, &rows));
+        let all = rows.iter().map(|row| u64::from(planner.seen(row.kv_len))).sum();
+        let most = rows.iter().map(|row| planner.seen(row.kv_len)).max().unwrap();
+        words[0] = planner.cut(&rows, false, most, all, &mut words[PLAN_HEAD..]) as u32;
+        assert_eq!((planned.len(), planned.as_slice()), (rows.len(), segments(&words)));
+    }
+}
+
+#[test]
 fn rows_beyond_what_is_told_apart_come_longest_first_as_near_as_they_are() {
     let row = |slot| Row { slot, kv_len: 1 + (splitmix64(slot.into()) % 100_000) as u32, ..Row::default() };
     let rows: Vec<_> = (0..500).map(row).collect();
