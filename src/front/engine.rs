@@ -30,6 +30,8 @@ use minisgl_core::request as core;
 use minisgl_core::request::{SubmitError, Ticket};
 
 use super::batch::{Batch, Drawn, Event, StepTimes};
+use super::fair::Waiting;
+use super::intake::Running;
 use super::message::{Call, Message};
 use super::output::Output;
 use super::ready::Ready;
@@ -46,6 +48,7 @@ struct Live {
     session: u64,
     tag: u64,
     ticket: Ticket,
+    work: u64,
 }
 
 /// See the module.
@@ -58,7 +61,7 @@ pub struct EngineThread {
     /// By entry of the engine's table.
     live: Vec<Option<Live>>,
     tells: Vec<bool>,
-    running: usize,
+    running: Running,
     /// The next step is not launched before.
     launch_at: Instant,
     /// Calls that wait for the engine to be idle.
@@ -84,7 +87,7 @@ impl EngineThread {
             messages,
             live: Vec::new(),
             tells: Vec::new(),
-            running: 0,
+            running: Running::default(),
             launch_at: Instant::now(),
             idle_calls: VecDeque::new(),
             batch: Batch::default(),
@@ -183,7 +186,9 @@ impl EngineThread {
             let mut taken = Vec::with_capacity(ready.outputs.len());
             match self.runner.submit_group(&ready.samples(), &mut |submitted| taken.push(submitted)) {
                 Ok(()) => {
-                    ready.outputs.into_iter().zip(taken).for_each(|(output, it)| self.start(output, it))
+                    let work = ready.work() / taken.len().max(1) as u64;
+                    let started = ready.outputs.into_iter().zip(taken);
+                    started.for_each(|(output, it)| self.start(output, it, work))
                 }
                 Err(SubmitError::QueueFull { .. }) => return self.shared.intake.give_back(self.index, ready),
                 Err(error) => {
@@ -201,16 +206,16 @@ impl EngineThread {
             .extend(ready.outputs.into_iter().map(|output| Event::Dropped { output: Box::new(output) }));
     }
 
-    fn start(&mut self, output: Output, submitted: core::Submitted) {
+    fn start(&mut self, output: Output, submitted: core::Submitted, work: u64) {
         let core::Submitted { ticket, max_tokens } = submitted;
         let entry = ticket.entry as usize;
         if self.live.len() <= entry {
             self.live.resize_with(entry + 1, || None);
             self.tells.resize(entry + 1, false);
         }
-        self.live[entry] = Some(Live { session: output.session().id, tag: output.tag(), ticket });
+        self.live[entry] = Some(Live { session: output.session().id, tag: output.tag(), ticket, work });
         self.tells[entry] = output.wants_tokens();
-        self.running += 1;
+        (self.running.count, self.running.work) = (self.running.count + 1, self.running.work + work);
         let at = Instant::now();
         self.batch.events.push(Event::Started { ticket, max_tokens, output: Box::new(output), at });
     }
@@ -276,7 +281,7 @@ impl EngineThread {
         self.stopped = true;
         self.live.clear();
         self.tells.clear();
-        self.running = 0;
+        self.running = Running::default();
         self.batch.events.push(Event::Stopped { others_go_on });
         // If nobody takes the batch, its requests get lost by being dropped with it.
         let _ = self.batches.send(std::mem::take(&mut self.batch));
@@ -296,7 +301,7 @@ impl Drop for EngineThread {
 struct Listener<'a> {
     live: &'a mut Vec<Option<Live>>,
     tells: &'a mut Vec<bool>,
-    running: &'a mut usize,
+    running: &'a mut Running,
     batch: &'a mut Batch,
     output_tokens: u32,
 }
@@ -322,11 +327,13 @@ impl Listener<'_> {
                 }
             }
             core::Event::Finished { ticket, reason, cached_tokens, tokens } => {
-                let Some(Some(_)) = self.live.get_mut(ticket.entry as usize).map(Option::take) else {
+                let Some(Some(Live { work, .. })) =
+                    self.live.get_mut(ticket.entry as usize).map(Option::take)
+                else {
                     return;
                 };
                 self.tells[ticket.entry as usize] = false;
-                *self.running -= 1;
+                (self.running.count, self.running.work) = (self.running.count - 1, self.running.work - work);
                 self.batch.tokens.extend_from_slice(tokens);
                 let (entry, count) = (ticket.entry, tokens.len() as u32);
                 self.batch.events.push(Event::Finished { entry, count, cached_tokens, reason });

@@ -21,6 +21,11 @@ pub trait Waiting {
     fn count(&self) -> usize {
         1
     }
+
+    /// How much work it is, in a measure of its own.
+    fn work(&self) -> u64 {
+        0
+    }
 }
 
 /// See the module.
@@ -28,17 +33,28 @@ pub struct FairQueue<T> {
     waiting: HashMap<u64, VecDeque<T>>,
     turns: VecDeque<u64>,
     len: usize,
+    work: u64,
 }
 
 impl<T: Waiting> FairQueue<T> {
     /// An empty queue.
     pub fn new() -> Self {
-        FairQueue { waiting: HashMap::new(), turns: VecDeque::new(), len: 0 }
+        FairQueue { waiting: HashMap::new(), turns: VecDeque::new(), len: 0, work: 0 }
     }
 
     /// How many wait, each counted for as many as it says.
     pub fn len(&self) -> usize {
         self.len
+    }
+
+    /// The work of all that wait.
+    pub fn work(&self) -> u64 {
+        self.work
+    }
+
+    /// What comes next.
+    pub fn next(&self) -> Option<&T> {
+        self.waiting.get(self.turns.front()?)?.front()
     }
 
     /// Does nothing wait?
@@ -49,7 +65,7 @@ impl<T: Waiting> FairQueue<T> {
     /// Appends to the item's session.
     pub fn push(&mut self, item: T) {
         let session = item.session();
-        self.len += item.count();
+        self.add(&item);
         let queue = self.waiting.entry(session).or_insert_with(|| {
             self.turns.push_back(session);
             VecDeque::new()
@@ -92,8 +108,20 @@ impl<T: Waiting> FairQueue<T> {
             true => drop(self.waiting.remove(&session)),
             false => self.turns.push_back(session),
         }
-        self.len -= item.as_ref().map_or(0, Waiting::count);
+        if let Some(item) = &item {
+            self.subtract(item);
+        }
         item
+    }
+
+    fn add(&mut self, item: &T) {
+        self.len += item.count();
+        self.work += item.work();
+    }
+
+    fn subtract(&mut self, item: &T) {
+        self.len -= item.count();
+        self.work -= item.work();
     }
 
     /// Gives back what was taken out; it comes next.
@@ -101,7 +129,7 @@ impl<T: Waiting> FairQueue<T> {
         let session = item.session();
         self.turns.retain(|other| *other != session);
         self.turns.push_front(session);
-        self.len += item.count();
+        self.add(&item);
         self.waiting.entry(session).or_default().push_front(item);
     }
 
@@ -120,7 +148,7 @@ impl<T: Waiting> FairQueue<T> {
                 self.turns.retain(|other| *other != session);
             }
         }
-        self.len -= removed.iter().map(Waiting::count).sum::<usize>();
+        removed.iter().for_each(|item| self.subtract(item));
         removed
     }
 }

@@ -11,7 +11,9 @@
 //! An engine takes the next request while it runs less than its share: all that run and wait, over all engines. So who
 //! has come to an end takes the next one, and a few requests are spread rather than heaped on who came first. Of what waits
 //! it takes first what begins like a prompt that it took before, for its prefix cache has the pages; what begins like a prompt
-//! of another engine's it leaves to that one, unless that has its share.
+//! of another engine's it leaves to that one, unless that has its share. Else it takes what leaves all with as much work for each
+//! request: who has more than others, lighter ones first, and who has less, heavier ones. For as many requests end on each, and the
+//! last to be done is how long all take.
 //!
 //! Invariant: no engine sleeps while a request waits that it would take: who pushes wakes those that sleep, and so does an
 //! engine that leaves requests because it has its share.
@@ -30,7 +32,8 @@ use super::ready::Ready;
 const COMMON_TOKENS: usize = 64;
 /// Prompts that are remembered by their beginnings; then all are forgotten.
 const HOMES_MAX: usize = 1 << 16;
-/// How many of those that wait are looked at for one that an engine may take: it is done under the lock of all engines.
+/// How many of those that wait are looked at for one that an engine may take: it is done under the lock of all engines. Nor does a
+/// request's weight let it overtake more.
 const WINDOW: usize = 64;
 
 /// See the module.
@@ -41,6 +44,8 @@ struct State {
     engines: Vec<Engine>,
     /// The engine that took a prompt, by how that begins.
     homes: HashMap<u64, usize>,
+    /// Requests that have come.
+    come: u64,
 }
 
 /// A request that waits.
@@ -48,6 +53,8 @@ struct Prompt {
     ready: Ready,
     /// The hash of how it begins, if there are several engines and it is long enough for that to be worth anything.
     beginning: Option<u64>,
+    /// Which one it is of all that have come.
+    place: u64,
 }
 
 impl Waiting for Prompt {
@@ -58,13 +65,26 @@ impl Waiting for Prompt {
     fn count(&self) -> usize {
         self.ready.count()
     }
+
+    fn work(&self) -> u64 {
+        self.ready.work()
+    }
+}
+
+/// What an engine runs.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Running {
+    /// Samples.
+    pub count: usize,
+    /// Their [`Waiting::work`] when they came.
+    pub work: u64,
 }
 
 /// An engine as the intake knows it.
 struct Engine {
     /// Requests that it takes at once.
     depth: usize,
-    running: usize,
+    running: Running,
     load: Load,
     asleep: bool,
     /// It takes none any more.
@@ -80,10 +100,15 @@ pub type Sleepers = Vec<usize>;
 impl Intake {
     /// For engines that take so many requests at once.
     pub fn new(depths: impl IntoIterator<Item = usize>) -> Self {
-        let engine =
-            |depth| Engine { depth, running: 0, load: Load::default(), asleep: false, stopped: false };
+        let engine = |depth| Engine {
+            depth,
+            running: Running::default(),
+            load: Load::default(),
+            asleep: false,
+            stopped: false,
+        };
         let engines = depths.into_iter().map(engine).collect();
-        Intake(Mutex::new(State { waiting: FairQueue::new(), engines, homes: HashMap::new() }))
+        Intake(Mutex::new(State { waiting: FairQueue::new(), engines, homes: HashMap::new(), come: 0 }))
     }
 
     /// Appends requests, together; gives them back if no engine takes any more.
@@ -99,23 +124,29 @@ impl Intake {
         Ok(state.sleepers())
     }
 
-    /// The next request of an engine that runs so many.
-    pub fn take(&self, engine: usize, running: usize) -> Option<Ready> {
+    /// The next request of an engine that runs this.
+    pub fn take(&self, engine: usize, running: Running) -> Option<Ready> {
         let mut state = locked(&self.0);
         state.engines[engine].running = running;
-        let State { waiting, engines, homes } = &mut *state;
+        let State { waiting, engines, homes, .. } = &mut *state;
         let share = Share::of(waiting.len(), engines);
         if !share.allows(&engines[engine]) {
             return None;
         }
         let home = |prompt: &Prompt| homes.get(prompt.beginning.as_ref()?).copied();
-        let Prompt { ready, beginning } = match engines.len() {
+        let Prompt { ready, beginning, .. } = match engines.len() {
             1 => waiting.pop(),
-            _ => waiting
-                .pop_where(WINDOW, |prompt| home(prompt) == Some(engine))
-                .or_else(|| waiting.pop_where(WINDOW, |prompt| !share.is_kept(home(prompt), engines))),
+            _ => {
+                let weight = Weight::wanted(engine, waiting, engines);
+                let is_left = |prompt: &Prompt| !share.is_kept(home(prompt), engines);
+                waiting
+                    .pop_where(WINDOW, |prompt| home(prompt) == Some(engine))
+                    .or_else(|| waiting.pop_where(WINDOW, |prompt| is_left(prompt) && weight.is_of(prompt)))
+                    .or_else(|| waiting.pop_where(WINDOW, is_left))
+            }
         }?;
-        engines[engine].running += ready.count();
+        let Running { count, work } = &mut engines[engine].running;
+        (*count, *work) = (*count + ready.count(), *work + ready.work());
         if let Some(beginning) = beginning {
             if homes.len() >= HOMES_MAX {
                 homes.clear();
@@ -132,7 +163,8 @@ impl Intake {
             drop(state);
             return drop(ready); // Which tells its reader.
         }
-        state.engines[engine].running -= ready.count();
+        let Running { count, work } = &mut state.engines[engine].running;
+        (*count, *work) = (*count - ready.count(), *work - ready.work());
         let prompt = state.prompt(ready);
         state.waiting.give_back(prompt);
     }
@@ -146,8 +178,8 @@ impl Intake {
     /// May an engine that runs nothing sleep? If so it counts as asleep until it is woken.
     pub fn may_sleep(&self, engine: usize) -> bool {
         let mut state = locked(&self.0);
-        (state.engines[engine].running, state.engines[engine].load) = (0, Load::default());
-        let State { waiting, engines, homes } = &*state;
+        (state.engines[engine].running, state.engines[engine].load) = (Running::default(), Load::default());
+        let State { waiting, engines, homes, .. } = &*state;
         let share = Share::of(waiting.len(), engines);
         let home =
             |prompt: &Prompt| homes.get(prompt.beginning.as_ref()?).copied().filter(|home| *home != engine);
@@ -185,7 +217,7 @@ impl Intake {
     pub fn stop(&self, engine: usize) -> Result<Sleepers, Unrun> {
         let mut state = locked(&self.0);
         let stopped = &mut state.engines[engine];
-        (stopped.stopped, stopped.running, stopped.load) = (true, 0, Load::default());
+        (stopped.stopped, stopped.running, stopped.load) = (true, Running::default(), Load::default());
         state.homes.retain(|_, home| *home != engine);
         match state.working() {
             0 => Err(Unrun(Box::new(std::mem::replace(&mut state.waiting, FairQueue::new())))),
@@ -202,14 +234,15 @@ impl Intake {
 }
 
 impl State {
-    fn prompt(&self, ready: Ready) -> Prompt {
+    fn prompt(&mut self, ready: Ready) -> Prompt {
         let beginning = ready.prompt.get(..COMMON_TOKENS).filter(|_| self.engines.len() > 1);
         let hash = |tokens: &[u32]| {
             let mut hasher = DefaultHasher::new();
             tokens.hash(&mut hasher);
             hasher.finish()
         };
-        Prompt { beginning: beginning.map(hash), ready }
+        self.come += 1;
+        Prompt { beginning: beginning.map(hash), place: self.come, ready }
     }
 
     fn working(&self) -> usize {
@@ -228,17 +261,42 @@ struct Share(usize);
 impl Share {
     fn of(waiting: usize, engines: &[Engine]) -> Self {
         let working = || engines.iter().filter(|engine| !engine.stopped);
-        let running: usize = working().map(|engine| engine.running).sum();
+        let running: usize = working().map(|engine| engine.running.count).sum();
         Share((waiting + running).div_ceil(working().count().max(1)))
     }
 
     /// May an engine take one more?
     fn allows(&self, engine: &Engine) -> bool {
-        engine.running < self.0.min(engine.depth)
+        engine.running.count < self.0.min(engine.depth)
     }
 
     /// Is a request left to this engine?
     fn is_kept(&self, home: Option<usize>, engines: &[Engine]) -> bool {
         home.is_some_and(|home| self.allows(&engines[home]))
+    }
+}
+
+/// Which requests an engine takes, so that all come to have as much work for each that they run.
+struct Weight {
+    /// Those with at most, or more than, the mean work of all that run and wait.
+    is_light: bool,
+    mean: u64,
+    /// And that came before this many.
+    before: u64,
+}
+
+impl Weight {
+    fn wanted(engine: usize, waiting: &FairQueue<Prompt>, engines: &[Engine]) -> Self {
+        let count: usize = engines.iter().map(|engine| engine.running.count).sum();
+        let work: u64 = engines.iter().map(|engine| engine.running.work).sum();
+        let mean = (work + waiting.work()) / (count + waiting.len()).max(1) as u64;
+        let Running { count, work } = engines[engine].running;
+        let before = waiting.next().map_or(0, |prompt| prompt.place) + WINDOW as u64;
+        Weight { is_light: work > mean * count as u64, mean, before }
+    }
+
+    fn is_of(&self, prompt: &Prompt) -> bool {
+        let mean = self.mean * prompt.count() as u64;
+        (prompt.work() <= mean) == self.is_light && prompt.place < self.before
     }
 }

@@ -75,4 +75,15 @@ impl Waiting for Ready {
     fn count(&self) -> usize {
         self.outputs.len()
     }
+
+    /// In tokens that its rows read, as if each sample got as many tokens as it may.
+    fn work(&self) -> u64 {
+        /// What a token takes beside those that it reads: Qwen3-0.6B's share of a full step, about.
+        const BESIDE: u64 = 64;
+        /// So that no sum of many overflows.
+        const MOST: u64 = 1 << 20;
+        let prompt = (self.prompt.len() as u64).min(MOST);
+        let output = u64::from(self.params.max_tokens).min(MOST);
+        (output * (prompt + output / 2) + BESIDE * (prompt + output)) * self.outputs.len() as u64
+    }
 }

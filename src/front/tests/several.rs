@@ -6,6 +6,7 @@ use std::sync::atomic::Ordering;
 use std::sync::mpsc::channel;
 use std::time::Duration;
 
+use minisgl_core::config::Limits;
 use minisgl_core::scheduler::Order;
 use minisgl_core::stats::Load;
 use minisgl_decoder::Checkpoint;
@@ -17,11 +18,17 @@ use crate::models::FAMILIES;
 use crate::pooling::Pooling;
 use crate::request::{Completion, FinishReason, GenerateRequest, RequestError, SamplingParams};
 use crate::runner::Runner;
-use crate::simulated::{Control, request, start_engines};
+use crate::simulated::{Control, LIMITS, request, start_engines};
 
 fn engines(controls: impl IntoIterator<Item = Control>) -> (Front, Vec<Arc<Control>>) {
     let controls: Vec<_> = controls.into_iter().map(Arc::new).collect();
     (start_engines(controls.clone(), Arc::default(), Order::Given).unwrap(), controls)
+}
+
+/// Two that run as many at once as there are.
+fn deep_engines() -> (Front, Vec<Arc<Control>>) {
+    let limits = Limits { running: 512, ..LIMITS };
+    engines((0..2).map(|_| Control { limits, ..Control::default() }))
 }
 
 fn admitted(control: &Control) -> Vec<u32> {
@@ -75,6 +82,47 @@ fn requests_are_spread_over_idle_engines() {
     let (front, controls) = engines((0..3).map(|_| Control::default()));
     let admitted = spread(&front, &controls, (0..9).map(|i| request(i, 90_000)).collect());
     assert_eq!(admitted.iter().map(Vec::len).collect::<Vec<_>>(), [3, 3, 3]);
+}
+
+#[test]
+fn engines_have_as_much_work_each_however_it_comes() {
+    let orders: [fn(u32) -> bool; 3] = [|i| i < 20, |i| i >= 20, |i| i % 2 == 0];
+    for is_heavy in orders {
+        let (front, controls) = deep_engines();
+        let requests = (0..40).map(|i| request(i, if is_heavy(i) { 90_000 } else { 45_000 })).collect();
+        let heavy = spread(&front, &controls, requests).into_iter().map(|admitted| {
+            assert_eq!(admitted.len(), 20);
+            admitted.into_iter().filter(|first| is_heavy(*first)).count()
+        });
+        assert!(heavy.clone().all(|heavy| (9..=11).contains(&heavy)), "{:?}", heavy.collect::<Vec<_>>());
+    }
+}
+
+#[test]
+fn no_request_is_overtaken_by_many_for_its_weight() {
+    let (front, controls) = deep_engines();
+    // The second one is at work for as long as this test likes. The first has a request that outweighs many, then one that would
+    // leave it with yet more.
+    let (begun, is_at_work) = channel();
+    let (end, ended) = channel::<()>();
+    let work = Box::new(move |_: &mut dyn Runner| {
+        begun.send(()).unwrap();
+        let _ = ended.recv();
+    });
+    front.handle().shared().send(1, Message::Call(Call { when_idle: false, work }));
+    is_at_work.recv().unwrap();
+    let tokens = |i: u32| match i {
+        0 => 400,
+        1 => 20,
+        _ => 3,
+    };
+    let (completions, outcome) = run(&front, (0..300).map(|i| request(i, tokens(i))).collect());
+    outcome.unwrap();
+    assert!(completions.iter().all(Option::is_some));
+    let order = admitted(&controls[0]);
+    let place = order.iter().position(|first| *first == 1).unwrap();
+    assert!((2..=65).contains(&place), "{order:?}");
+    drop(end);
 }
 
 #[test]
