@@ -149,6 +149,25 @@ fn with_latency_a_prompt_ends_with_one_long_step_where_less_than_one_gap_in_a_hu
 }
 
 #[test]
+fn with_latency_steps_are_long_where_a_crowd_has_waited_for_64_of_them_and_until_it_is_gone() {
+    let decode_ms = 2.5;
+    for (rows, few, crowd) in [(8, 7, 8), (64, 7, 8), (256, 15, 16)] {
+        let mut policy = Policy::Latency.build(GPU, 256);
+        policy.has_run(StepShape::decode(rows), decode_ms);
+        let mut plain_steps = |prompts| {
+            let demand = Demand { decode_rows: rows, prompts, prompt_tokens: 8000, ..DEMAND };
+            mixed_ms(decode_ms, rows, policy.next(&demand).prompt_tokens, 0) / decode_ms
+        };
+        assert!((0..200).all(|_| plain_steps(few) < 2.0), "{few} beside {rows} are no crowd");
+        for _ in 0..2 {
+            assert!((0..64).all(|_| plain_steps(crowd) < 2.0), "{crowd} beside {rows} are one, not for long");
+            assert!((0..100).all(|_| (5.0..6.2).contains(&plain_steps(crowd))), "{crowd} beside {rows}");
+            assert!(plain_steps(few) < 2.0, "it is gone");
+        }
+    }
+}
+
+#[test]
 fn with_latency_a_prompt_of_five_plain_steps_is_not_cut_where_few_rows_decode() {
     let (rows, decode_ms) = (2, 0.75);
     let mut policy = Policy::Latency.build(GPU, 256);

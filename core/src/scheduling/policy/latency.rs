@@ -19,6 +19,9 @@
 //! ```
 //!
 //! It is spent where prompts end with the step alone: a portion of a longer one would be none the less.
+//!
+//! Where a crowd waits, and has waited for many steps, portions do not keep up with who comes. Then what each costs besides its tokens
+//! is what everybody waits for, those who decode too, and steps are long until the crowd is gone.
 
 use super::{Demand, Mix, StepPolicy};
 use crate::batch::StepShape;
@@ -35,6 +38,11 @@ const LONG: f32 = 6.0;
 const GAPS: f32 = 112.0;
 /// Steps of Newton's method: from ten times too many tokens four lead to within a few percent.
 const NEWTON_STEPS: u32 = 4;
+/// So many prompts that wait are a crowd, if they are a part of those who decode as large as this.
+const CROWD: u32 = 8;
+const CROWD_OF: u32 = 16;
+/// Steps on end that one is there before steps are long. A few dozen requests that come at once are through by then.
+const CROWDED_STEPS: u32 = 64;
 /// Long gaps that are saved up at most: no more requests than that wait at once.
 const SAVED_MAX: f32 = 16.0;
 
@@ -46,12 +54,14 @@ pub struct Latency {
     decode_ms: f32,
     /// Gaps between tokens that may be long now.
     account: f32,
+    /// Steps on end before which a crowd waited.
+    crowded: u32,
 }
 
 impl Latency {
     /// For steps that cost so much.
     pub fn new(costs: StepCosts) -> Self {
-        Latency { costs, decode_ms: 0.0, account: 0.0 }
+        Latency { costs, decode_ms: 0.0, account: 0.0, crowded: 0 }
     }
 
     /// Tokens of prompts beside which a step takes so many times as long as one of its decode rows alone.
@@ -81,9 +91,19 @@ impl Latency {
         spent
     }
 
+    /// Has a crowd waited for long?
+    fn is_crowded(&mut self, demand: &Demand) -> bool {
+        let waits = demand.prompts >= CROWD.max(demand.decode_rows / CROWD_OF);
+        self.crowded = if waits { self.crowded.saturating_add(1) } else { 0 };
+        self.crowded > CROWDED_STEPS
+    }
+
     /// Tokens of prompts that the next step takes beside decode rows.
     fn prompt_tokens(&mut self, demand: &Demand) -> u32 {
         let (usual, long) = (self.portion(demand, USUAL), self.portion(demand, LONG));
+        if self.is_crowded(demand) {
+            return long;
+        }
         let ends_with_it = usual < demand.prompt_tokens && demand.prompt_tokens <= long;
         if ends_with_it && self.spend(demand.decode_rows) { long } else { usual }
     }
