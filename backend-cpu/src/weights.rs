@@ -99,7 +99,9 @@ impl Matrix {
         let cols = tensors.first().map_or(0, |tensor| tensor.cols);
         let parts = Vec::with_capacity(tensors.len());
         let slices = match role {
-            WeightRole::Sliced(slices) | WeightRole::SlicedRows(slices) => slices as usize,
+            WeightRole::Sliced(slices) | WeightRole::SlicedRows(slices) | WeightRole::ExpertsDown(slices) => {
+                slices as usize
+            }
             _ => 1,
         };
         let mut matrix = Matrix {

@@ -68,7 +68,7 @@ impl Layer {
         ExpertWeights {
             router: cpu.load(WeightRole::Linear, router).unwrap(),
             gate_up: cpu.load(WeightRole::ExpertsGateUp(self.experts.count), gate_up).unwrap(),
-            down: cpu.load(WeightRole::Linear, down).unwrap(),
+            down: cpu.load(WeightRole::ExpertsDown(1), down).unwrap(),
         }
     }
 

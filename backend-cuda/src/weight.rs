@@ -13,7 +13,7 @@ mod stacking;
 mod stored_rows;
 mod upload;
 
-use minisgl_core::backend::Element;
+use minisgl_core::backend::{Element, WeightRole};
 use minisgl_core::shard::Slicing;
 use minisgl_core::spec::Inputs;
 use minisgl_core::tensor::{HostTensor, TensorData};
@@ -38,17 +38,21 @@ enum Form {
     /// Rows of bf16.
     Bf16,
     /// Tiles of e4m3, which are widened on their way to the tensor cores.
-    Tiles,
+    Tiles(Fp8Tiles),
     /// Codes of e4m3, whose inputs are rounded.
     Codes(Codes),
 }
 
 impl Form {
     /// How a matrix of such parts, stored in these pieces, lies on the device: of one in fp8 all parts' inputs are rounded alike.
-    fn of(parts: &[HostTensor], pieces: &[Piece<'_>]) -> Result<Form, CudaError> {
+    fn of(role: WeightRole, parts: &[HostTensor], pieces: &[Piece<'_>]) -> Result<Form, CudaError> {
         let pairs = has_pairs(pieces);
+        let tiles = match role {
+            WeightRole::ExpertsGateUp(_) | WeightRole::ExpertsDown(_) => Fp8Tiles::Experts,
+            _ => Fp8Tiles::Dense,
+        };
         let mut forms = parts.iter().map(|part| match &part.data {
-            TensorData::Fp8 { scales, .. } if scales.inputs == Inputs::Plain => Ok(Form::Tiles),
+            TensorData::Fp8 { scales, .. } if scales.inputs == Inputs::Plain => Ok(Form::Tiles(tiles)),
             TensorData::Fp8 { scales, .. } => match Rounding::of(scales.inputs) {
                 Some(rounding) => {
                     let by_rows = scales.block[1] >= part.cols;

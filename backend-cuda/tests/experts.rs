@@ -156,7 +156,7 @@ impl Random {
         self.row(0).into_iter().map(bf16::from_f64).collect()
     }
 
-    /// What a row means: of fp8 the bf16 numbers that are nearest to codes times their scales in bf16.
+    /// What a row means: of fp8 codes times their scales.
     fn row(&self, row: usize) -> Vec<f64> {
         let cols = self.tensor.cols;
         match &self.tensor.data {
@@ -168,9 +168,10 @@ impl Random {
                 let codes = &(**owner).as_ref()[row * cols..][..cols];
                 let [high, wide] = scales.block;
                 let scales = &scales.values[row / high * cols.div_ceil(wide)..];
-                let scale = |col: usize| bf16::from_f32(scales[col / wide]).to_f32();
-                let element = |(col, code): (usize, &u8)| bf16::from_f32(fp8::decode(*code) * scale(col));
-                codes.iter().enumerate().map(element).map(bf16::to_f64).collect()
+                let scale = |col: usize| scales[col / wide];
+                let element =
+                    |(col, code): (usize, &u8)| f64::from(fp8::decode(*code)) * f64::from(scale(col));
+                codes.iter().enumerate().map(element).collect()
             }
             _ => unreachable!("tests make no other"),
         }
@@ -265,7 +266,7 @@ impl Layer {
         let weights = ExpertWeights {
             router: whole(&router),
             gate_up: load(WeightRole::ExpertsGateUp(count), &gate_up.shares(2 * count, rank)),
-            down: load(WeightRole::Linear, &down.shares(count, rank)),
+            down: load(WeightRole::ExpertsDown(1), &down.shares(count, rank)),
         };
         let format = Fp8 { block: ScaleBlock::Tile { rows: 1, cols: 128 }, inputs: Inputs::Plain };
         let weights_are = fp8.map_or(WeightFormat::Bf16, |_| WeightFormat::Fp8(format));

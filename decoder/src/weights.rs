@@ -76,7 +76,7 @@ impl Cutting {
 
     /// That of experts' down, of which each rank has all columns.
     fn experts_down(self, parts: &[HostTensor]) -> WeightRole {
-        WeightRole::SlicedRows(self.slicing.slices(parts.first().map_or(0, |part| part.cols)))
+        WeightRole::ExpertsDown(self.slicing.slices(parts.first().map_or(0, |part| part.cols)))
     }
 }
 

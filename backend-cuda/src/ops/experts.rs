@@ -33,7 +33,7 @@ use router::Router;
 use routing::THREADS;
 
 pub use layer::ExpertLayer;
-pub use routing::{Ahead, COUNT_MAX, PER_TOKEN_MAX, Routing};
+pub use routing::{Ahead, COUNT_MAX, PER_TOKEN_MAX, Routing, experts_input};
 
 use super::exchange::Joining;
 use crate::error::CudaError;
@@ -64,7 +64,7 @@ pub struct Experts {
     rank: Rank,
     /// Addresses; sizes are a layer's and a step's.
     routing: Routing,
-    /// `[tokens * per_token, intermediate]` bf16: of this rank, and of all.
+    /// `[tokens * per_token, intermediate]` bf16, of experts in fp8 f16 as [`experts_input`] has them: of this rank, and of all.
     activated: Buffer,
     gathered: Buffer,
     /// `[tokens * per_token, hidden]` bf16.

@@ -23,7 +23,7 @@ pub struct Buffers {
     pub attended: Buffer,
     /// `[tokens, intermediate]`: silu(gate) * up, where a layer has no experts.
     pub activated: Buffer,
-    /// `[tokens, hidden]`: the residual stream times a norm's scale, where weights are fp8 and inputs stay as they are.
+    /// `[tokens, hidden]`: the residual stream times a norm's scale, where weights are fp8 and inputs stay as they are; experts' in f16.
     pub scaled: Buffer,
 }
 

@@ -31,19 +31,19 @@ pub(super) struct Piece<'a> {
 
 impl<'a> Piece<'a> {
     /// A row of its tensor, which is fp8.
-    pub(super) fn fp8_row(&self, row: usize) -> Result<Fp8Row<'a>, CudaError> {
+    pub(super) fn fp8_row(&self, tiles: Fp8Tiles, row: usize) -> Result<Fp8Row<'a>, CudaError> {
         let refused = || {
             CudaError::Unsupported(format!(
                 "{:?} has scales for other blocks of columns than multiples of {} or whole rows, or beyond {}; use --backend cpu",
                 self.tensor,
                 Fp8Tiles::COLS,
-                Fp8Tiles::SCALE_MAX,
+                tiles.scale_max(),
             ))
         };
         match &self.tensor.data {
             TensorData::Fp8 { owner, range, scales } => {
                 let codes = &(**owner).as_ref()[range.clone()];
-                Fp8Row::of(self.tensor, codes, scales, row).ok_or_else(refused)
+                Fp8Row::of(tiles, self.tensor, codes, scales, row).ok_or_else(refused)
             }
             _ => Err(CudaError::Unsupported(format!("{:?} is no fp8", self.tensor))),
         }
@@ -142,7 +142,8 @@ pub(super) fn gate_ups(role: WeightRole) -> usize {
         | WeightRole::Embedding
         | WeightRole::Linear
         | WeightRole::Sliced(_)
-        | WeightRole::SlicedRows(_) => 0,
+        | WeightRole::SlicedRows(_)
+        | WeightRole::ExpertsDown(_) => 0,
     }
 }
 

@@ -66,10 +66,10 @@ impl Loader {
                 parts[0]
             )));
         }
-        let form = Form::of(parts, &pieces)?;
+        let form = Form::of(role, parts, &pieces)?;
         let bytes = match form {
             Form::Bf16 => rows * cols * 2,
-            Form::Tiles => Fp8Tiles::bytes(rows, cols),
+            Form::Tiles(_) => Fp8Tiles::bytes(rows, cols),
             Form::Codes(_) => Fp8Codes { rows, cols }.bytes(),
         };
         let address = gpu.allocate(Purpose::Weights, bytes)?;
@@ -79,7 +79,10 @@ impl Loader {
         let weight = Weight { address, rows, cols, form, slices: 1 };
         let slices = match (form, role) {
             (Form::Codes(_), _) => Fp8Codes { rows, cols }.slices(),
-            (_, WeightRole::Sliced(slices) | WeightRole::SlicedRows(slices)) => slices,
+            (
+                _,
+                WeightRole::Sliced(slices) | WeightRole::SlicedRows(slices) | WeightRole::ExpertsDown(slices),
+            ) => slices,
             _ => SLICING.slices(cols),
         };
         let weight = weight.sliced(slices);
@@ -117,12 +120,12 @@ impl Loader {
                 parts[0]
             )));
         }
-        if Form::of(parts, &pieces)? != weight.form {
+        if Form::of(role, parts, &pieces)? != weight.form {
             return Err(CudaError::Unsupported(format!("{parts:?} is put into a matrix of another form")));
         }
         match weight.form {
             Form::Bf16 => {}
-            Form::Tiles => return self.upload_fp8(gpu, &pieces, weight),
+            Form::Tiles(tiles) => return self.upload_fp8(gpu, tiles, &pieces, weight),
             Form::Codes(_) => return self.upload_codes(gpu, &pieces, weight),
         }
         for piece in pieces {
@@ -175,11 +178,17 @@ impl Loader {
     }
 
     /// Packs a matrix in fp8 into tiles, a staging buffer at a time.
-    fn upload_fp8(&mut self, gpu: &mut Gpu, pieces: &[Piece<'_>], weight: Weight) -> Result<(), CudaError> {
+    fn upload_fp8(
+        &mut self,
+        gpu: &mut Gpu,
+        form: Fp8Tiles,
+        pieces: &[Piece<'_>],
+        weight: Weight,
+    ) -> Result<(), CudaError> {
         let mut rows = vec![None; weight.rows.next_multiple_of(2 * Fp8Tiles::ROWS)];
         for piece in pieces {
             for (i, row) in piece.rows.clone().enumerate() {
-                rows[piece.target.row(i)] = Some(piece.fp8_row(row)?);
+                rows[piece.target.row(i)] = Some(piece.fp8_row(form, row)?);
             }
         }
         let across = Fp8Tiles::across_bytes(weight.cols);
@@ -198,7 +207,7 @@ impl Loader {
             staging.next += 1;
             let packed = &mut cast_slice_mut::<u32, u8>(gpu.words_mut(buffer)?)[..bytes];
             let tiles = packed.par_chunks_mut(across).zip(rows.par_chunks(Fp8Tiles::ROWS));
-            tiles.for_each(|(tiles, rows)| Fp8Tiles::pack(rows, tiles));
+            tiles.for_each(|(tiles, rows)| form.pack(rows, tiles));
             upload_staged(gpu, buffer, bytes, to)?;
             to = to.offset(bytes);
         }

@@ -368,9 +368,10 @@ pub enum WeightRole {
     GateUp,
     /// As many such matrices, stacked, as there are experts.
     ExpertsGateUp(u32),
-    /// One of which a rank has a share of the rows and all columns, summed in so many slices; or experts' down, `[experts * rows,
-    /// intermediate]`, stacked, of which it has a share of each one's rows.
+    /// One of which a rank has a share of the rows and all columns, summed in so many slices.
     SlicedRows(u32),
+    /// Experts' down, `[experts * rows, intermediate]`, stacked, of which a rank has a share of each one's rows and all columns, likewise.
+    ExpertsDown(u32),
 }
 
 /// The stage behind a model's forward pass: tokens out of logits, by what each row's slot says.

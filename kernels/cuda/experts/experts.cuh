@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cuda_bf16.h>
+#include <cuda_fp16.h>
 
 // backend-cuda/src/ops/experts/routing.rs declares the same fields, which its tests compare.
 struct Routing {
@@ -15,7 +16,7 @@ struct Routing {
     unsigned long long *read; // null, or to count in: layers that ran, experts that have pairs
     unsigned tokens, experts, per_token, hidden, intermediate, stored;
     unsigned normalized, nobody; // nobody: the slot of padding
-    __nv_bfloat16 *scaled;       // [T, hidden]: x times the norm's scale by column, for products of fp8; or null
+    __half *scaled;              // [T, hidden]: x times the norm's scale by column, for experts in fp8 (experts_f16.cuh); or null
 };
 
 // What the next layer's first product takes, where it is of fp8: the new residual stream times its norm's scale by column. routing.rs too.

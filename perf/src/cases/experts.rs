@@ -12,7 +12,7 @@ use minisgl_core::spec::{
 };
 use minisgl_core::tensor::splitmix64;
 
-use minisgl_cuda::ops::experts::{Ahead, ExpertLayer, Experts};
+use minisgl_cuda::ops::experts::{Ahead, ExpertLayer, Experts, experts_input};
 use minisgl_cuda::ops::gemm::{GateUp, Gemm, Linear, RowNorm, Rows, SmShare};
 use minisgl_cuda::{Address, Cuda, CudaError, Weight};
 
@@ -165,6 +165,8 @@ struct Layer {
     weights: Vec<ExpertWeights<Weight>>,
     norm: Address,
     row_norm: RowNorm,
+    residual: Address,
+    /// What experts get: of fp8 not what the residual stream is.
     x: Address,
     sumsq: Address,
 }
@@ -198,19 +200,25 @@ impl Layer {
         for _ in 0..copies {
             let role = WeightRole::ExpertsGateUp(EXPERTS.count);
             let gate_up = cuda.load_weight(role, slice::from_ref(&gate_ups))?;
-            let down = cuda.load_weight(WeightRole::Linear, slice::from_ref(&downs))?;
+            let down = cuda.load_weight(WeightRole::ExpertsDown(1), slice::from_ref(&downs))?;
             weights.push(ExpertWeights { router, gate_up, down });
         }
         let segments = HIDDEN / 64;
         let segment = (f64::from(HIDDEN) / SCALE.powi(2) / f64::from(segments)) as f32;
         let sumsq = upload_words(cuda, &vec![segment.to_bits(); (tokens * segments) as usize])?.address();
         let row_norm = RowNorm { sumsq, segments, hidden: HIDDEN, eps: 1e-6 };
+        let residual = random(cuda, tokens as usize, hidden, ROWS)?.address();
+        let x = match format {
+            WeightFormat::Bf16 => residual,
+            WeightFormat::Fp8(_) => upload_words(cuda, &inputs(tokens))?.address(),
+        };
         Ok(Layer {
             experts,
             weights,
             norm: random(cuda, 1, hidden, ROUTER + 1)?.address(),
             row_norm,
-            x: random(cuda, tokens as usize, hidden, ROWS)?.address(),
+            residual,
+            x,
             sumsq: cuda.alloc(Purpose::Scratch, Element::Float, (tokens * segments) as usize)?.address(),
         })
     }
@@ -222,7 +230,7 @@ impl Layer {
             weights: &self.weights[call % self.weights.len()],
             norm: self.norm,
             row_norm: self.row_norm,
-            residual: self.x,
+            residual: self.residual,
             x: self.x,
             sumsq: self.sumsq,
             ahead: Ahead::NOTHING,
@@ -274,6 +282,15 @@ fn setup_products(
     let call: Call =
         Box::new(move |launcher, call| layer.experts.products(launcher, &layer.of(call), &routing));
     Ok(Run { call, check, baseline })
+}
+
+/// Rows as experts in fp8 take them.
+fn inputs(tokens: u32) -> Vec<u32> {
+    let of_row =
+        |row: usize| (0..HIDDEN as usize).map(move |col| random_element(HIDDEN as usize, ROWS, row, col));
+    let elements: Vec<u32> =
+        (0..tokens as usize).flat_map(of_row).map(|x| u32::from(experts_input(x as f32))).collect();
+    elements.as_chunks::<2>().0.iter().map(|[x, y]| x | y << 16).collect()
 }
 
 /// `[experts, ceil(tokens / 32)]`: a bit for each token that chose an expert.

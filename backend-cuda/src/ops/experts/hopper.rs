@@ -8,7 +8,7 @@
 //!   more                              128 by up to 256, fp8 192     a multiprocessor each, two with neighbouring rows share the pairs
 //! ```
 //!
-//! Matrices in fp8 have kernels of their own, whose sums are those of the bf16 numbers that their elements mean.
+//! Matrices in fp8 have kernels of their own, whose sums are those of the f16 numbers that their elements mean, and of inputs in f16.
 //!
 //! Of few tokens each block lists by itself which pairs are whose, of the bits that the router has set.
 //!

@@ -23,7 +23,7 @@ pub struct ExpertLayer<'a> {
     pub row_norm: RowNorm,
     /// `[tokens, hidden]` bf16: what their sum is added to, and what the router gets.
     pub residual: Address,
-    /// `[tokens, hidden]` bf16: what they get. The residual stream, or where gate and up are fp8 that times their norm, which the router
+    /// `[tokens, hidden]`: what they get. The residual stream, or where gate and up are fp8 that times their norm, f16, which the router
     /// writes.
     pub x: Address,
     /// `[tokens, ceil(hidden / 64)]` f32: sums of squares of the new residual stream.

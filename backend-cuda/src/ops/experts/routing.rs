@@ -1,5 +1,6 @@
 //! What the kernels of a layer with experts share: who chose whom, and where that lies.
 
+use half::f16;
 use minisgl_core::shard::Rank;
 
 use crate::memory::Address;
@@ -40,7 +41,8 @@ pub struct Routing {
     pub(super) stored: u32,
     pub(super) normalized: u32,
     pub(super) nobody: u32,
-    /// `[tokens, hidden]` bf16: the residual stream times the norm's scale by column, where that is not in gate and up; or null.
+    /// `[tokens, hidden]` f16, as [`experts_input`] has them: the residual stream times the norm's scale by column, where that is not in gate
+    /// and up; or null.
     pub(super) scaled: Address,
 }
 
@@ -75,6 +77,15 @@ impl Ahead {
 
 plain_params!(Routing, RowNorm, Ahead);
 
+/// What experts in fp8 are applied to are this part of what they stand for: see `experts_f16.cuh`.
+const INPUTS_UNIT: f32 = 64.0;
+
+/// The bits of an input of experts in fp8.
+pub fn experts_input(x: f32) -> u16 {
+    let most = f16::MAX.to_f32();
+    f16::from_f32((x / INPUTS_UNIT).clamp(-most, most)).to_bits()
+}
+
 /// Tiles of `tile` pairs that as many pairs need at most, dealt out to experts in any way: each expert has a tile that is not
 /// full at most.
 pub(super) fn tiles_at_most(pairs: u32, experts: u32, tile: u32) -> u32 {
@@ -85,10 +96,11 @@ pub(super) fn tiles_at_most(pairs: u32, experts: u32, tile: u32) -> u32 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::declared::assert_declared;
+    use crate::declared::{assert_declared, constant};
 
     #[test]
     fn both_sides_declare_the_same() {
+        assert_eq!(constant("experts/experts_f16.cuh", "EXPERTS_INPUTS_UNIT") as f32, INPUTS_UNIT);
         assert_declared!(&["experts/experts.cuh"], "Ahead", Ahead { norm, scaled });
         assert_declared!(
             &["experts/experts.cuh"],

@@ -15,6 +15,8 @@ struct RowsOfBf16 {
         bulk_fetch(to, map, block * COLS, expert * rows + row, barrier, policy);
     }
 
+    __device__ __forceinline__ static unsigned inputs(float x, float y) { return bf16_word(x, y); }
+
     // The sums of a warpgroup's 64 rows of w for N pairs.
     template <class T, int N>
     __device__ __forceinline__ static void multiply(const Shared<T> &shared, Place<T::STAGES> &place, unsigned blocks,

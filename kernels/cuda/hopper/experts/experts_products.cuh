@@ -84,7 +84,8 @@ __device__ __forceinline__ void store_turned(unsigned turned, unsigned pair, uns
 }
 
 // What is multiplied: `w` [E][rows, cols], and what becomes of it.
-// x is [T, hidden], and a pair's row its token's, or [T P, hidden], gathered.
+// x is [T, hidden], and a pair's row its token's, or [T P, hidden], gathered. It and what lies between the products are 16 bits an element, as
+// the form has its `inputs`.
 struct GateUpOfExperts {
     __nv_bfloat16 *activated; // [T P, intermediate]
     unsigned *tickets;        // 0 between launches; see Dealer
@@ -97,7 +98,7 @@ struct GateUpOfExperts {
         return __float_as_uint(__ldcg(routing.scales + pair / routing.per_token));
     }
     // Turns COUNT pairs of a warp's sums from `first` on, 32 at most.
-    template <int N, int COUNT>
+    template <class FORM, int N, int COUNT>
     __device__ __forceinline__ void turn(const float (&sum)[N], unsigned first, const unsigned *known, unsigned turned) const {
         const unsigned lane = threadIdx.x % 32, chunk = threadIdx.x / 32 % 4;
         unsigned words[4] = {};
@@ -107,7 +108,7 @@ struct GateUpOfExperts {
             const float2 scale = *reinterpret_cast<const float2 *>(known + first + 8 * i + lane % 4 * 2);
             const float gate[2] = {__fmul_rn(d[0], scale.x), __fmul_rn(d[1], scale.y)};
             const float up[2] = {__fmul_rn(d[2], scale.x), __fmul_rn(d[3], scale.y)};
-            words[i] = bf16_word(GateUp::silu(gate[0]) * up[0], GateUp::silu(gate[1]) * up[1]);
+            words[i] = FORM::inputs(GateUp::silu(gate[0]) * up[0], GateUp::silu(gate[1]) * up[1]);
         }
         store_turned(turned, first + lane, chunk, words);
     }
@@ -126,7 +127,7 @@ struct DownOfExperts {
     __device__ __forceinline__ unsigned cols(const Routing &routing) const { return routing.intermediate; }
     // Which pair it is.
     __device__ __forceinline__ unsigned known(const Routing &, unsigned pair) const { return pair; }
-    template <int N, int COUNT>
+    template <class, int N, int COUNT>
     __device__ __forceinline__ void turn(const float (&sum)[N], unsigned first, const unsigned *, unsigned turned) const {
         const unsigned lane = threadIdx.x % 32, chunk = threadIdx.x / 32 % 4 * 2 + lane / 8 % 2;
 #pragma unroll
@@ -385,12 +386,13 @@ __device__ __forceinline__ void fetch(const Shared<T> &shared, const typename T:
                                       const Routing &routing, const PairOf &pair_of, unsigned blocks) {
     constexpr unsigned OWN = T::PAIRS / 4; // rows that a lane has a part of: lane / 8, 4 behind it, …
     static_assert(T::SHARERS == 1 && T::Form::COLS == 64, "8 lanes fetch a row");
-    const unsigned lane = threadIdx.x % 32, c = lane % 8, units = plan.units();
+    const unsigned lane = threadIdx.x % 32, c = lane % 8, row = lane / 8, units = plan.units();
+    const unsigned swizzled[2] = {row * 128 + ((c ^ row) << 4), row * 128 + ((c ^ (row + 4)) << 4)};
     const auto look_up = [&](const Unit &unit, unsigned(&pairs)[OWN]) {
 #pragma unroll
         for (unsigned n = 0; n < OWN; n++)
-            if (4 * n + lane / 8 < unit.count)
-                pairs[n] = pair_of[unit.first + 4 * n + lane / 8];
+            if (4 * n < unit.count)
+                pairs[n] = pair_of[unit.first + min(4 * n + row, unit.count - 1)]; // fours of rows are whole
     };
     // What lanes copy comes another way than what the copy engine brings and wgmma reads.
     Place<T::STAGES> place, copied;
@@ -400,28 +402,33 @@ __device__ __forceinline__ void fetch(const Shared<T> &shared, const typename T:
         barrier_arrive(shared.full + 8 * copied.at);
         copied.advance();
     };
-    unsigned number = blockIdx.x, pairs[OWN] = {}, begins[OWN];
-    Unit unit = {}, next = {};
+    unsigned number = blockIdx.x, pairs[OWN] = {};
+    const __nv_bfloat16 *from[OWN];
+    Unit next = {};
     if (number < units)
         look_up(next = plan.unit(number), pairs);
     while (number < units) {
-        unit = next;
+        const unsigned count = uniform(next.count);
 #pragma unroll
-        for (unsigned n = 0; n < OWN; n++)
-            begins[n] = pairs[n] / routing.per_token * routing.hidden;
+        for (unsigned n = 0; n < OWN; n++) {
+            from[n] = x.begin + (size_t)(pairs[n] / routing.per_token) * routing.hidden + 8 * c;
+            asm volatile("" : "+l"(from[n])); // else it is computed anew for each stage
+        }
         number += gridDim.x;
         if (number < units)
             look_up(next = plan.unit(number), pairs);
         for (unsigned i = 0; i < blocks; i++) {
             shared.wait_for_room(place);
-            const unsigned to = shared.stage(place.at) + T::X_AT, col = i * 64 + 8 * c, bytes = col < routing.hidden ? 16 : 0;
-            const __nv_bfloat16 *from = x.begin + (bytes > 0 ? col : 0);
+            const unsigned stage = shared.stage(place.at) + T::X_AT, bytes = i * 64 + 8 * c < routing.hidden ? 16 : 0;
+            unsigned to[2] = {stage + swizzled[0], stage + swizzled[1]};
+            asm volatile("" : "+r"(to[0]), "+r"(to[1]));
 #pragma unroll
             for (unsigned n = 0; n < OWN; n++) {
-                const unsigned row = 4 * n + lane / 8;
-                if (row < unit.count)
-                    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to + row * 128 + ((c ^ row % 8) << 4)),
-                                 "l"(from + begins[n]), "r"(bytes) : "memory");
+                if (4 * n >= count)
+                    break;
+                asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to[n % 2] + n * 512), "l"(from[n]), "r"(bytes)
+                             : "memory");
+                from[n] += 64;
             }
             if constexpr (T::HANDED_OVER == 0) {
                 asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared.full + 8 * place.at) : "memory");
@@ -505,7 +512,7 @@ __device__ __forceinline__ void finish(const Shared<T> &shared, const Routing &r
         const int end = round + ROUND < N ? round + ROUND : N;
 #pragma unroll
         for (int first = round; first < end; first += 32)
-            product.template turn<N / 2, (ROUND < 32 ? ROUND : 32)>(sum, first, shared.known, shared.turned - round * 128);
+            product.template turn<typename T::Form, N / 2, (ROUND < 32 ? ROUND : 32)>(sum, first, shared.known, shared.turned - round * 128);
         sync();
 #pragma unroll
         for (unsigned p = thread / Product::CHUNKS; p < end - round; p += AT_ONCE) {

@@ -1,11 +1,12 @@
-// experts_few_*_fp8, experts_many_*_fp8: the two products of a layer's experts with weights in fp8, whose elements are widened to the
-// bf16 numbers that they mean in the registers that are wgmma's left operand (fp8_ring.cuh): sums are those of experts in bf16.
+// experts_few_*_fp8, experts_many_*_fp8: the two products of a layer's experts with weights in fp8, whose elements are widened to f16 in the
+// registers that are wgmma's left operand (experts_tile_fp8.cuh). Inputs are f16 too (experts_f16.cuh).
+#include "experts/experts_f16.cuh"
 #include "hopper/experts/experts_products.cuh"
-#include "hopper/fp8/fp8_tile.cuh"
+#include "hopper/experts/experts_tile_fp8.cuh"
 
 // w [E][rows, cols] as tiles that lie whole in memory.
 struct TilesOfFp8 {
-    static constexpr unsigned COLS = 64, W_BYTES = 2 * Fp8Part::TILE_BYTES; // of a block of columns
+    static constexpr unsigned COLS = 64, W_BYTES = 2 * ExpertPart::TILE_BYTES; // of a block of columns
     static constexpr bool READ_BY_LANES = true;
     const char *tiles;
 
@@ -17,19 +18,21 @@ struct TilesOfFp8 {
 #pragma unroll
         for (unsigned half = 0; half < 2; half++) {
             const unsigned tile = expert * tiles_down + min(row / 64 + half, tiles_down - 1);
-            const char *from = tiles + ((size_t)tile * blocks + block) * Fp8Part::TILE_BYTES;
-            bulk_fetch_bytes(to + half * Fp8Part::TILE_BYTES, from, Fp8Part::TILE_BYTES, barrier, policy);
+            const char *from = tiles + ((size_t)tile * blocks + block) * ExpertPart::TILE_BYTES;
+            bulk_fetch_bytes(to + half * ExpertPart::TILE_BYTES, from, ExpertPart::TILE_BYTES, barrier, policy);
         }
     }
+
+    __device__ __forceinline__ static unsigned inputs(float x, float y) { return experts_inputs_f16(x, y); }
 
     // The sums of a warpgroup's 64 rows of w for N pairs. Of a block of columns one half's registers are written while the other
     // half is multiplied, and the next block's codes are read behind the last of it.
     template <class T, int N>
     __device__ __forceinline__ static void multiply(const Shared<T> &shared, Place<T::STAGES> &place, unsigned blocks,
                                                     float (&sum)[N / 2]) {
-        const unsigned group = threadIdx.x / 128 * Fp8Part::TILE_BYTES;
+        const unsigned group = threadIdx.x / 128 * ExpertPart::TILE_BYTES;
         unsigned first[2][4], second[2][4], before = 0;
-        Fp8Part part;
+        ExpertPart part;
 #pragma unroll
         for (int i = 0; i < N / 2; i++)
             sum[i] = 0.0f;
@@ -37,8 +40,8 @@ struct TilesOfFp8 {
         // Onto zeros at first.
         const auto start = [&](const unsigned(&a)[2][4], unsigned x, unsigned columns) {
             wgmma_fence();
-            wgmma(sum, a[0], tile_descriptor_at(x, columns), true);
-            wgmma(sum, a[1], tile_descriptor_at(x, columns + 16), true);
+            wgmma_halves(sum, a[0], tile_descriptor_at(x, columns), true);
+            wgmma_halves(sum, a[1], tile_descriptor_at(x, columns + 16), true);
             wgmma_commit();
         };
         const auto load = [&] {

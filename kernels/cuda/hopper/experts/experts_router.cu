@@ -10,6 +10,7 @@
 // 3. Columns go to the places that make a lane's loads 16 bytes, in both operands alike: a sum of products does not mind.
 #include "dependent.cuh"
 #include "experts/experts_choose.cuh"
+#include "experts/experts_f16.cuh"
 #include "hopper/hopper.cuh"
 
 constexpr unsigned BLOCKS = 8, WARPS = 8, TOKENS = 16;
@@ -38,6 +39,18 @@ __device__ __forceinline__ void split_products(uint4 x, uint4 scale, uint4 &high
         const float2 taken = __bfloat1622float2(highs[i]);
         lows[i] = __floats2bfloat162_rn(product.x - taken.x, product.y - taken.y);
     }
+}
+
+// Eight products as experts in fp8 take them.
+__device__ __forceinline__ uint4 inputs(uint4 x, uint4 scale) {
+    const __nv_bfloat162 *xs = reinterpret_cast<const __nv_bfloat162 *>(&x), *scales = reinterpret_cast<const __nv_bfloat162 *>(&scale);
+    unsigned words[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const float2 a = __bfloat1622float2(xs[i]), b = __bfloat1622float2(scales[i]);
+        words[i] = experts_inputs_f16(__fmul_rn(a.x, b.x), __fmul_rn(a.y, b.y));
+    }
+    return {words[0], words[1], words[2], words[3]};
 }
 
 // TILES times 8 experts a warp.
@@ -86,7 +99,7 @@ __device__ __forceinline__ void router(const Routing &routing, const RowNorm &no
             *reinterpret_cast<uint4 *>(&highs[staged][col]) = high;
             *reinterpret_cast<uint4 *>(&lows[staged][col]) = low;
             if (routing.scaled != nullptr && t < routing.tokens && part + col < end)
-                *reinterpret_cast<uint4 *>(routing.scaled + (size_t)t * hidden + part + col) = high;
+                *reinterpret_cast<uint4 *>(routing.scaled + (size_t)t * hidden + part + col) = inputs(own[i], scale[i]);
         }
     };
     load_weights(begin);
