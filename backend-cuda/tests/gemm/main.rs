@@ -70,6 +70,7 @@ fn the_residual_stream_grows_by_the_product_and_its_squares_are_summed() {
             (4096, 3072),
             (4000, 3200),
             (5000, 2560),
+            (5000, 8256),
         ]) {
             residual(gpu, rows, cols);
         }

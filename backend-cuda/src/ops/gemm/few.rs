@@ -1,4 +1,4 @@
-//! Launches of `gemm_few.cuh`'s and `gemm_pair.cuh`'s kernels: products of few tokens.
+//! Launches of `gemm_few.cuh`'s, `gemm_pair.cuh`'s and `gemm_batch.cuh`'s kernels: products of few tokens.
 //!
 //! ```text
 //!   tokens         a block's work                          blocks that work together
@@ -6,6 +6,8 @@
 //!   65 to 256      gate and up, some qkv: all columns      two or three with neighbouring tokens fetch w for each other
 //!                  qkv, o, down: a slice of the columns,   a cluster has all slices, and of some two blocks each, with
 //!                  or two                                  neighbouring tokens or rows of w, which fetch what both need
+//!   129 to 256     gate and up, o, down of large models:   two with neighbouring rows of w fetch tokens for each other
+//!                  as many tokens as there are
 //! ```
 //!
 //! Invariant: a block's shared memory is what its tiling allows, and its sums fit the ring that they lie over.

@@ -6,7 +6,7 @@
 //            multiply, a warp that fetches, a warp that computes the tokens' scales. wgmma.cuh has a wrapper for each N, a multiple of 8
 //   cluster  TILES neighbouring row tiles times all slices: rank = (tile * slices + slice) / OWN; or twice that, with the next
 //            tokens or the next rows: two blocks beside each other have a slice in common
-//   grid     (ceil(tokens / N) * cluster, clusters for all rows)   block 128 GROUPS + 64 threads
+//   grid     (ceil(tokens / N) * cluster, clusters for all rows)   block 128 GROUPS + 64 threads, or 128 (DEALT)
 //   shared   stages * (64 GROUPS + N) * 128 bytes; 2 barriers a stage; N floats
 //   moves    rows * cols * 2 bytes of w, for each N tokens, from memory once: neighbouring clusters have the same rows of w;
 //            x again in each cluster, from L2
@@ -102,6 +102,10 @@ template <class Epilogue> __device__ __forceinline__ unsigned within(const Shape
     return !IS_WIDE<Epilogue> ? m : end > rows ? min(m, end - rows) : 0;
 }
 
+// Are registers dealt anew? Of all tokens of a batch a thread has up to 128 sums: then it is a whole warpgroup that fetches, which
+// gives most of its registers away.
+template <int N, Beside BESIDE, class Epilogue> constexpr bool DEALT = N > 128 && BESIDE == Beside::NEXT_ROWS && Epilogue::SLICES > 2;
+
 template <int GROUPS, int TILES, int N, int OWN, Beside BESIDE, class Matrix, class Epilogue>
 __device__ __forceinline__ void multiply_few(const Matrix &w, const TensorMap *x, const Shape &shape, unsigned stages,
                                        const Epilogue &epilogue) {
@@ -130,15 +134,19 @@ __device__ __forceinline__ void multiply_few(const Matrix &w, const TensorMap *x
     else
         cluster_sync();
     if (warp >= R::MULTIPLIERS / 32) {
+        if constexpr (DEALT<N, BESIDE, Epilogue>)
+            asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(GROUPS == 3 ? 32 : 40));
         if (threadIdx.x == R::MULTIPLIERS)
             ring.fetch(fetched(w), x, first, blocks, m0, n0);
-        if (warp > R::MULTIPLIERS / 32) {
+        if (warp == R::MULTIPLIERS / 32 + 1) {
             scale_rows<N>(epilogue, shape, n0, scales);
             fetch_beside(ring, w, first, blocks, m0, n0);
         }
         __syncwarp();
         cluster_sync();
     } else {
+        if constexpr (DEALT<N, BESIDE, Epilogue>)
+            asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(GROUPS == 3 ? 160 : 232));
         constexpr int BLOCKS = GROUPS * TILES, WARPS = 4 * BLOCKS * Epilogue::SLICES / OWN;
         using Out = EitherWidth<N, BLOCKS, (N + WARPS - 1) / WARPS, SideBySide<N, WARPS, Epilogue>::T, TIGHT<Matrix>, Epilogue>;
         // Of an odd number of tiles the last one's neighbour has none: it takes no tokens, or stores none of them.
@@ -199,7 +207,7 @@ __device__ __forceinline__ void multiply_few(const Matrix &w, const TensorMap *x
 #define FEW(NAME, GROUPS, TILES, N, EPILOGUE) FEW_OF(NAME, GROUPS, TILES, N, 1, 2, TensorMap, EPILOGUE)
 #define FEW_ALONE(NAME, GROUPS, N, OWN, EPILOGUE) FEW_OF(NAME, GROUPS, 1, N, OWN, 1, TensorMap, EPILOGUE)
 #define FEW_TWO(NAME, GROUPS, N, OWN, BESIDE, EPILOGUE)                                                                      \
-    extern "C" __global__ void __launch_bounds__(128 * GROUPS + 64, 1)                                                       \
+    extern "C" __global__ void __launch_bounds__(128 * GROUPS + (DEALT<N, BESIDE, EPILOGUE> ? 128 : 64), 1)                  \
     NAME(const __grid_constant__ TensorMap w, const __grid_constant__ TensorMap x, Shape shape, unsigned stages,             \
          EPILOGUE epilogue) {                                                                                                \
         multiply_few<GROUPS, 1, N, OWN, BESIDE>(w, &x, shape, stages, epilogue);                                             \

@@ -16,6 +16,18 @@
 #include "dependent.cuh"
 #include "hopper/hopper.cuh"
 
+// A warpgroup's 64 rows times N tokens. Of more than a block of three such groups can give an instruction, it takes two halves.
+template <int GROUPS, int N>
+__device__ __forceinline__ void multiply_unit(float (&sum)[N / 2], unsigned long long a, unsigned long long b, bool add) {
+    if constexpr (GROUPS > 2 && N > 192) {
+        float(&halves)[2][N / 4] = reinterpret_cast<float(&)[2][N / 4]>(sum);
+        wgmma(halves[0], a, b, add);
+        wgmma(halves[1], a, b + N / 2 * 128 / 16, add);
+    } else {
+        wgmma(sum, a, b, add);
+    }
+}
+
 template <int GROUPS, int N, int SHARERS, bool SAME_TOKENS = false> struct Ring {
     static constexpr int ROWS = 64 * GROUPS, W_BYTES = ROWS * 128, STAGE_BYTES = W_BYTES + N * 128;
     static constexpr int MULTIPLIERS = 128 * GROUPS, PART = (SAME_TOKENS ? N : ROWS) / SHARERS;
@@ -111,7 +123,7 @@ template <int GROUPS, int N, int SHARERS, bool SAME_TOKENS = false> struct Ring 
             wgmma_fence();
 #pragma unroll
             for (int k = 0; k < 4; k++)
-                wgmma(sum, a + 2 * k, b + 2 * k, i > 0 || k > 0);
+                multiply_unit<GROUPS, N>(sum, a + 2 * k, b + 2 * k, i > 0 || k > 0);
             wgmma_commit();
             if (i > 0) {
                 wgmma_wait<1>(); // the block before is multiplied

@@ -12,6 +12,8 @@ pub(super) enum Team {
     Slices { tiles: u32 },
     /// So many blocks with neighbouring tiles of tokens fetch w together; each has the whole sum.
     Tokens { blocks: u32 },
+    /// Two blocks with all tokens and an equal share of w's rows, in units of 64, fetch tokens together; each has the whole sum.
+    Batch,
 }
 
 /// Whom a block has beside itself in its cluster, with a slice in common, so that each fetches a half of what both need.
@@ -34,7 +36,9 @@ pub(in crate::ops::gemm) struct Tiling {
     pub(super) fp8: Option<[&'static str; 2]>,
     pub(super) block: Block,
     pub(super) team: Team,
-    /// Quickest up to this many tokens,
+    /// Quickest from this many tokens on,
+    pub(super) tokens_min: u32,
+    /// up to so many,
     pub(super) tokens_max: u32,
     /// up to so many blocks: where more are needed, larger ones are quicker;
     pub(super) blocks_max: u32,
@@ -48,6 +52,8 @@ pub(in crate::ops::gemm) struct Tiling {
     /// Slices that a block sums: one, or a pair.
     pub(super) own: u32,
     pub(super) beside: Beside,
+    /// Does a whole warpgroup fetch, and give its registers to those that multiply?
+    pub(super) dealt: bool,
     /// Bytes of shared memory that a block may take.
     pub(super) shared: u32,
 }
@@ -70,6 +76,10 @@ impl Tiling {
     /// The same, of other blocks.
     pub(in crate::ops::gemm) const SINGLE: u32 = 132;
     pub(super) const TWO_SINGLE: u32 = 264;
+    /// Nearly all of those: with fewer, tiles of 64 tokens a warpgroup are as quick where there are as many tokens.
+    pub(super) const FULL: u32 = 124;
+    /// Tokens of which `gemm_many.cuh`'s tiles, whose tokens are a multiple of 64, multiply many more than there are.
+    const BATCH_MIN: u32 = 129;
     const MANY_COLUMNS: u32 = 8192;
     const FEW_COLUMNS: u32 = 4096;
 
@@ -88,6 +98,7 @@ impl Tiling {
             fp8: None,
             block: Block::new(rows, tokens),
             team: Team::Slices { tiles: 1 },
+            tokens_min: 1,
             tokens_max,
             blocks_max: u32::MAX,
             blocks_min: 0,
@@ -95,6 +106,7 @@ impl Tiling {
             cols_max: u32::MAX,
             own: 1,
             beside: Beside::Nobody,
+            dealt: false,
             shared,
         }
     }
@@ -108,6 +120,11 @@ impl Tiling {
     /// With one that has the next rows.
     pub(super) const fn rows_paired(kernel: &'static str, rows: u32, tokens: u32, tokens_max: u32) -> Tiling {
         Tiling { beside: Beside::NextRows, ..Self::paired(kernel, rows, tokens, tokens_max) }
+    }
+
+    /// The same with all tokens of a batch, where that makes blocks enough.
+    pub(super) const fn all_tokens(kernel: &'static str, rows: u32, tokens: u32) -> Tiling {
+        Tiling { dealt: true, ..Self::rows_paired(kernel, rows, tokens, tokens) }.from(Self::MANY)
     }
 
     /// The same for launches of few blocks.
@@ -133,6 +150,11 @@ impl Tiling {
     /// By blocks that sum two slices each.
     pub(super) const fn of_two_slices(self) -> Tiling {
         Tiling { own: 2, ..self }
+    }
+
+    /// Two blocks of a cluster have two slices each of 128 rows; of two tiles of tokens at most.
+    pub(super) const fn two_slices(kernel: &'static str, tokens: u32) -> Tiling {
+        Self::slices(kernel, 128, tokens, 2 * tokens, Self::ALL).of_two_slices().up_to(Self::SINGLE)
     }
 
     /// A head's 128 rows meet in one cluster.
@@ -177,6 +199,12 @@ impl Tiling {
         }
     }
 
+    /// Two blocks, each of which has all tokens and takes so many rows of w at a time.
+    pub(super) const fn batch(kernel: &'static str, rows: u32, tokens: u32) -> Tiling {
+        let (team, tokens_min) = (Team::Batch, Self::BATCH_MIN);
+        Tiling { team, tokens_min, dealt: true, ..Tiling::slices(kernel, rows, tokens, tokens, Self::ALL) }
+    }
+
     /// A pair of blocks of two whole heads.
     pub(super) const fn head_pair(
         kernels: [[&'static str; 2]; 2],
@@ -203,6 +231,7 @@ impl Tiling {
             Team::Tokens { blocks } => {
                 format!("all columns, in a cluster of {blocks} that fetches w together")
             }
+            Team::Batch => "all columns, in a cluster of 2 that fetches tokens together".into(),
             Team::Slices { .. } => format!("{} of {} slices of the columns", self.own, shape.slices),
         };
         Explained {
@@ -220,7 +249,7 @@ impl Tiling {
         let cols = shape.cols.div_ceil(BLOCK_COLS);
         let wanted = match self.team {
             Team::Slices { .. } => cols.div_ceil(shape.slices) * self.own,
-            Team::Tokens { .. } => cols,
+            Team::Tokens { .. } | Team::Batch => cols,
         };
         self.ring().stages(wanted, self.shared)
     }
@@ -247,17 +276,26 @@ impl Tiling {
                 ]
             }
             Team::Tokens { blocks } => [blocks, token_tiles.div_ceil(blocks), row_tiles],
+            Team::Batch => {
+                let units = shape.rows.div_ceil(64);
+                [2, units.div_ceil(units.div_ceil(Self::SINGLE)).div_ceil(2), 1]
+            }
         }
     }
 
     pub(super) fn grid(&self, shape: &Shape, stages: u32) -> Grid {
         let [cluster, clusters, rows] = self.clusters(shape);
         // Clusters with the same rows of w are neighbours, so that w comes from memory once.
-        Grid::new(clusters * cluster, self.ring().threads())
+        Grid::new(clusters * cluster, self.threads())
             .rows(rows)
             .cluster(cluster)
             .shared(self.ring().shared(stages))
             .dependent()
+    }
+
+    /// Of a block.
+    pub(super) fn threads(&self) -> u32 {
+        self.ring().threads() + if self.dealt { 64 } else { 0 }
     }
 
     /// Is it the quickest for the shape, but for those before it in a list?
@@ -265,7 +303,8 @@ impl Tiling {
         let blocks = self.clusters(shape).iter().product::<u32>();
         let holds = shape.slices.is_multiple_of(self.own);
         let (cols, fill) = (self.cols_min..=self.cols_max, self.blocks_min..=self.blocks_max);
-        holds && shape.tokens <= self.tokens_max && fill.contains(&blocks) && cols.contains(&shape.cols)
+        let tokens = self.tokens_min..=self.tokens_max;
+        holds && tokens.contains(&shape.tokens) && fill.contains(&blocks) && cols.contains(&shape.cols)
     }
 
     /// The rows of w and the tokens that one block fetches at once.
@@ -280,6 +319,7 @@ impl Tiling {
                 Block::new(rows / blocks, tokens)
             }
             (Team::Tokens { .. }, _) => self.block,
+            (Team::Batch, _) => Block::new(64, tokens / 2),
         }
     }
 }

@@ -41,15 +41,13 @@ macro_rules! added {
     };
 }
 
-/// The same where it does not. Both have some of their own: of up to 64 tokens, of up to 128, and of more before those of two slices or
-/// behind them.
+/// The same where it does not. Both have some of their own: of up to 64 tokens, of up to 128, and of more.
 macro_rules! added_large {
     (
         $what:literal,
         [$($to_64:expr),* $(,)?],
         [$($to_128:expr),* $(,)?],
-        [$($before:expr),* $(,)?],
-        [$($behind:expr),* $(,)?]
+        [$($more:expr),* $(,)?]
     ) => {
         &[
             Tiling::slices(concat!("few_", $what, "_64x16"), 64, 16, 16, Tiling::HALF),
@@ -60,16 +58,7 @@ macro_rules! added_large {
             Tiling::slices(concat!("few_", $what, "_64x128"), 64, 128, 128, Tiling::HALF)
                 .up_to(Tiling::TWO_EACH),
             Tiling::slices(concat!("few_", $what, "_192x128"), 192, 128, 128, Tiling::ALL),
-            $($before,)*
-            Tiling::slices(concat!("few_", $what, "_128x96_2"), 128, 96, 192, Tiling::ALL)
-                .of_two_slices()
-                .of_few_columns()
-                .up_to(Tiling::SINGLE),
-            Tiling::slices(concat!("few_", $what, "_128x128_2"), 128, 128, 256, Tiling::ALL)
-                .of_two_slices()
-                .of_few_columns()
-                .up_to(Tiling::SINGLE),
-            $($behind,)*
+            $($more,)*
         ]
     };
 }
@@ -159,21 +148,38 @@ pub(super) fn of_large(kind: Kind) -> &'static [Tiling] {
                 .of_few_columns()
                 .up_to(Tiling::SINGLE),
         ],
-        [Tiling::paired("few_residual_192x96_paired", 192, 96, 192)],
         [
-            Tiling::slices("few_residual_192x144", 192, 144, 144, Tiling::ALL).up_to(Tiling::ONE_EACH),
+            Tiling::paired("few_residual_192x96_paired", 192, 96, 192),
+            Tiling::two_slices("few_residual_128x80_2", 80).of_few_columns(),
+            Tiling::two_slices("few_residual_128x96_2", 96).of_few_columns(),
+            Tiling::two_slices("few_residual_128x104_2", 104).of_few_columns(),
+            Tiling::two_slices("few_residual_128x112_2", 112).of_few_columns(),
+            Tiling::two_slices("few_residual_128x120_2", 120).of_few_columns(),
+            Tiling::two_slices("few_residual_128x128_2", 128).of_few_columns(),
             // One round of blocks on nearly all multiprocessors.
-            Tiling::slices("few_residual_128x96_2", 128, 96, 192, Tiling::ALL)
-                .of_two_slices()
-                .up_to(Tiling::SINGLE)
-                .from(Tiling::ONE_EACH),
-            Tiling::slices("few_residual_128x128_2", 128, 128, 256, Tiling::ALL)
-                .of_two_slices()
-                .up_to(Tiling::SINGLE)
-                .from(Tiling::ONE_EACH),
-            Tiling::slices("few_residual_192x192", 192, 192, 192, Tiling::ALL)
-                .up_to(Tiling::ONE_EACH)
-                .from(Tiling::MANY),
+            Tiling::two_slices("few_residual_128x80_2", 80).from(Tiling::ONE_EACH),
+            Tiling::two_slices("few_residual_128x96_2", 96).from(Tiling::ONE_EACH),
+            Tiling::two_slices("few_residual_128x104_2", 104).from(Tiling::ONE_EACH),
+            Tiling::two_slices("few_residual_128x112_2", 112).from(Tiling::ONE_EACH),
+            Tiling::two_slices("few_residual_128x120_2", 120).from(Tiling::ONE_EACH),
+            Tiling::two_slices("few_residual_128x128_2", 128).from(Tiling::ONE_EACH),
+            // All tokens, by clusters of eight.
+            Tiling::all_tokens("few_residual_128x144_rows", 128, 144),
+            Tiling::all_tokens("few_residual_128x160_rows", 128, 160),
+            Tiling::all_tokens("few_residual_128x176_rows", 128, 176),
+            Tiling::all_tokens("few_residual_128x192_rows", 128, 192),
+            Tiling::all_tokens("few_residual_128x208_rows", 128, 208).of_many_columns(),
+            Tiling::all_tokens("few_residual_128x224_rows", 128, 224).of_many_columns(),
+            Tiling::all_tokens("few_residual_128x240_rows", 128, 240).of_many_columns(),
+            Tiling::all_tokens("few_residual_128x256_rows", 128, 256).of_many_columns(),
+            Tiling::all_tokens("few_residual_192x144_rows", 192, 144),
+            Tiling::all_tokens("few_residual_192x160_rows", 192, 160),
+            Tiling::all_tokens("few_residual_192x176_rows", 192, 176),
+            Tiling::all_tokens("few_residual_192x192_rows", 192, 192),
+            Tiling::all_tokens("few_residual_192x208_rows", 192, 208).of_many_columns(),
+            Tiling::all_tokens("few_residual_192x224_rows", 192, 224).of_many_columns(),
+            Tiling::all_tokens("few_residual_192x240_rows", 192, 240).of_many_columns(),
+            Tiling::all_tokens("few_residual_192x256_rows", 192, 256).of_many_columns(),
         ]
     );
     const SUMS: &[Tiling] = added_large!(
@@ -189,8 +195,9 @@ pub(super) fn of_large(kind: Kind) -> &'static [Tiling] {
             Tiling::paired("few_sums_192x72_paired", 192, 72, 144),
             Tiling::paired("few_sums_192x96_paired", 192, 96, 192),
             Tiling::paired("few_sums_192x128_paired", 192, 128, 256),
-        ],
-        []
+            Tiling::two_slices("few_sums_128x96_2", 96).of_few_columns(),
+            Tiling::two_slices("few_sums_128x128_2", 128).of_few_columns(),
+        ]
     );
     const GATE_UP: &[Tiling] = &[
         Tiling::slices("few_gate_up_64x16", 64, 16, 16, Tiling::HALF),
@@ -199,6 +206,15 @@ pub(super) fn of_large(kind: Kind) -> &'static [Tiling] {
         // All columns: where one round of blocks has all rows, the fewest fetch the tokens.
         Tiling::slices("few_gate_up_192x48", 192, 48, 48, Tiling::ALL).up_to(Tiling::SINGLE),
         Tiling::slices("few_gate_up_64x64", 64, 64, 64, Tiling::HALF).up_to(Tiling::TWO_SINGLE),
+        // No more tokens than there are, where tiles of 64 a warpgroup have many more.
+        Tiling::batch("batch_gate_up_192x144", 192, 144),
+        Tiling::batch("batch_gate_up_192x160", 192, 160),
+        Tiling::batch("batch_gate_up_192x176", 192, 176),
+        Tiling::batch("batch_gate_up_192x192", 192, 192),
+        Tiling::batch("batch_gate_up_192x208", 192, 208),
+        Tiling::batch("batch_gate_up_192x224", 192, 224),
+        Tiling::batch("batch_gate_up_192x240", 192, 240),
+        Tiling::batch("batch_gate_up_192x256", 192, 256).from(Tiling::FULL),
     ];
     match kind {
         Kind::Qkv => QKV,
@@ -284,7 +300,7 @@ mod tests {
             let in_fp8 = tiling.fp8.into_iter().flatten();
             let all = std::iter::once(tiling.kernel).chain(tiling.normed).chain(in_fp8);
             for name in all {
-                assert_eq!(threads_of(HOPPER, name), tiling.ring().threads(), "{name}");
+                assert_eq!(threads_of(HOPPER, name), tiling.threads(), "{name}");
             }
         }
     }
@@ -348,11 +364,15 @@ mod tests {
             |rows, cols| [64, 96, 160].map(|tokens| picked(of_large, Kind::Residual, [rows, cols, tokens]));
         assert_eq!(
             down(4096, 12_288),
-            [Some("few_residual_192x64_rows"), Some("few_residual_192x128"), Some("few_residual_128x96_2")]
+            [Some("few_residual_192x64_rows"), Some("few_residual_192x128"), Some("few_residual_128x80_2")]
         );
         assert_eq!(
             down(5120, 17_408),
-            [Some("few_residual_192x64_rows"), Some("few_residual_192x128"), Some("few_residual_192x192")]
+            [
+                Some("few_residual_192x64_rows"),
+                Some("few_residual_192x128"),
+                Some("few_residual_192x160_rows")
+            ]
         );
         assert_eq!(
             down(2048, 8192),
@@ -365,12 +385,30 @@ mod tests {
         );
         let o = |rows, tokens| picked(of_large, Kind::Residual, [rows, rows, tokens]);
         assert_eq!(
-            [160, 192, 256].map(|tokens| o(3584, tokens)),
-            [Some("few_residual_128x96_2"), Some("few_residual_128x96_2"), Some("few_residual_128x128_2"),]
+            [160, 192, 200, 256].map(|tokens| o(3584, tokens)),
+            [
+                Some("few_residual_128x80_2"),
+                Some("few_residual_128x96_2"),
+                Some("few_residual_128x104_2"),
+                Some("few_residual_128x128_2"),
+            ]
         );
         assert_eq!(
             [136, 192, 256].map(|tokens| o(5120, tokens)),
-            [Some("few_residual_192x144"), Some("few_residual_192x192"), None]
+            [Some("few_residual_192x144_rows"), Some("few_residual_192x192_rows"), None,]
+        );
+        // Down of more than 128 tokens: 28 tiles of 128 rows, and too few of all for a cluster on every multiprocessor.
+        let down =
+            |rows, cols| [200, 256].map(|tokens| picked(of_large, Kind::Residual, [rows, cols, tokens]));
+        assert_eq!(
+            down(3584, 18_944),
+            [Some("few_residual_128x208_rows"), Some("few_residual_128x256_rows")]
+        );
+        assert_eq!(down(4096, 12_288), [Some("few_residual_128x104_2"), Some("few_residual_128x128_2")]);
+        assert_eq!(down(2048, 8192), [None; 2]);
+        assert_eq!(
+            down(5120, 25_600),
+            [Some("few_residual_192x208_rows"), Some("few_residual_192x256_rows")]
         );
         // Of two ranks each has half of Qwen3-14B's columns, and of the slices.
         let of_two = |cols, tokens| {
@@ -458,6 +496,20 @@ mod tests {
             [Some("few_gate_up_64x32"), Some("few_gate_up_192x48"), None]
         );
         assert_eq!([48, 64].map(|tokens| gate_up(37_888, 3584, tokens)), [None; 2]);
+        assert_eq!(
+            [128, 129, 200, 240, 241].map(|tokens| gate_up(37_888, 3584, tokens)),
+            [
+                None,
+                Some("batch_gate_up_192x144"),
+                Some("batch_gate_up_192x208"),
+                Some("batch_gate_up_192x240"),
+                None
+            ]
+        );
+        assert_eq!(
+            [256, 257].map(|tokens| gate_up(24_576, 4096, tokens)),
+            [Some("batch_gate_up_192x256"), None]
+        );
     }
 
     #[test]
