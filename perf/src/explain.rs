@@ -165,7 +165,8 @@ mod tests {
     fn one_of_several_ranks_leaves_sums_that_are_added_up_or_has_rows_that_are_joined() {
         let large = "hidden=5120,heads=40,intermediate=17408";
         let two = text("rows=64,ranks=2", large, KernelSet::Auto);
-        for part in ["embed_share", "few_sums_64x64", "2 slices", "reduce_two_shot_2", "gather_columns"] {
+        for part in ["embed_share", "few_sums_128x64_rows", "2 slices", "reduce_two_shot_2", "gather_columns"]
+        {
             assert!(two.contains(part), "{part}: {two}");
         }
         let four = text("rows=1,ranks=4", large, KernelSet::Portable);

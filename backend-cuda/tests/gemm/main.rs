@@ -29,8 +29,8 @@ const LARGE: (usize, usize) = (2600, 5120);
 const DEEP: (usize, usize) = (2600, 12_288);
 /// Gates and columns of another, with so many rows that the widest tiles are the quickest for the most tokens.
 const WIDE: (usize, usize) = (4024, 1600);
-/// The same of matrices whose rows give each multiprocessor one tile of 144, 192, 224 or 288 rows.
-const TALL: [(usize, usize); 4] = [(8960, 704), (10_000, 640), (13_000, 512), (17_000, 384)];
+/// The same of matrices whose rows give each multiprocessor one tile of 144, 192, 208, 224 or 288 rows.
+const TALL: [(usize, usize); 5] = [(8960, 704), (10_000, 640), (13_000, 512), (13_904, 512), (17_000, 384)];
 
 #[test]
 #[ignore = "needs a GPU"]
@@ -116,9 +116,9 @@ fn slices_that_no_kernel_adds_are_refused() {
 fn gate_and_up_meet_in_the_right_pairs() {
     on_every_set(|gpu| {
         let large = (LARGE.0, LARGE.1 / 2);
-        let [least, small, medium, tall] = TALL;
+        let [least, small, between, medium, tall] = TALL;
         for (intermediate, cols) in
-            taken([(320, 192), (32, 64), (3072, 1024), large, small, medium, tall, WIDE, least])
+            taken([(320, 192), (32, 64), (3072, 1024), large, small, between, medium, tall, WIDE, least])
         {
             gate_up(gpu, intermediate, cols);
         }

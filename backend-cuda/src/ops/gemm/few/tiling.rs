@@ -71,6 +71,8 @@ impl Tiling {
     /// one and a half; two.
     pub(super) const ONE_EACH: u32 = 120;
     pub(super) const MANY: u32 = 80;
+    /// The same in clusters of three: of 120 blocks some wait for others to end.
+    pub(super) const OF_THREE: u32 = 117;
     pub(super) const SOME_TWO: u32 = 198;
     pub(super) const TWO_EACH: u32 = 240;
     /// The same, of other blocks.
@@ -220,7 +222,7 @@ impl Tiling {
     /// Three such blocks, for matrices of so few heads that there is room for all of them at once.
     pub(super) const fn head_trio(kernels: [[&'static str; 2]; 2], tokens: u32, tokens_max: u32) -> Tiling {
         let team = Team::Tokens { blocks: 3 };
-        Tiling { team, ..Self::head_pair(kernels, tokens, tokens_max, Self::ALL) }.up_to(Self::ONE_EACH)
+        Tiling { team, ..Self::head_pair(kernels, tokens, tokens_max, Self::ALL) }.up_to(Self::OF_THREE)
     }
 
     /// What a product of this shape is launched as.

@@ -184,8 +184,11 @@ pub(super) fn of_large(kind: Kind) -> &'static [Tiling] {
     );
     const SUMS: &[Tiling] = added_large!(
         "sums",
-        [],
-        [Tiling::slices("few_sums_128x128", 128, 128, 128, Tiling::ALL).up_to(Tiling::ONE_EACH),],
+        [Tiling::rows_paired("few_sums_128x64_rows", 128, 64, 64)],
+        [
+            Tiling::rows_paired("few_sums_128x96_rows", 128, 96, 96),
+            Tiling::slices("few_sums_128x128", 128, 128, 128, Tiling::ALL).up_to(Tiling::ONE_EACH),
+        ],
         [
             Tiling::slices("few_sums_128x96_2", 128, 96, 256, Tiling::ALL)
                 .of_two_slices()
@@ -419,7 +422,7 @@ mod tests {
         assert_eq!(
             [64, 128, 136, 192, 256].map(|tokens| of_two(8704, tokens)),
             [
-                Some("few_sums_64x64"),
+                Some("few_sums_128x64_rows"),
                 Some("few_sums_128x128"),
                 Some("few_sums_192x72_paired"),
                 Some("few_sums_192x96_paired"),
@@ -429,7 +432,7 @@ mod tests {
         assert_eq!(
             [64, 128, 136, 192, 256].map(|tokens| of_two(2560, tokens)),
             [
-                Some("few_sums_64x64"),
+                Some("few_sums_128x64_rows"),
                 Some("few_sums_128x128"),
                 Some("few_sums_192x72_paired"),
                 Some("few_sums_192x96_paired"),
