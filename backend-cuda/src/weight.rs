@@ -56,10 +56,12 @@ impl Form {
             TensorData::Fp8 { scales, .. } => match Rounding::of(scales.inputs) {
                 Some(rounding) => {
                     let by_rows = scales.block[1] >= part.cols;
-                    Ok(Form::Codes(Codes { rounding, by_rows, pairs: by_rows || pairs }))
+                    let wide = if by_rows { Fp8Codes::SUMMED_COLS } else { scales.block[1] as u32 };
+                    let summed = Codes::summed(rounding, wide);
+                    Ok(Form::Codes(Codes { rounding, by_rows, pairs: by_rows || pairs, summed }))
                 }
                 None => Err(CudaError::Unsupported(format!(
-                    "{part:?} has inputs that are rounded in groups of other than {} columns; use --plain-inputs",
+                    "{part:?} has inputs that are rounded in groups of other than {} or 256 columns; use --plain-inputs",
                     Fp8Codes::BLOCK_COLS
                 ))),
             },
@@ -86,6 +88,20 @@ pub(crate) struct Codes {
     pub(crate) by_rows: bool,
     /// Have groups of eight rows two scales in turn within each 128 rows ([`Fp8Codes::PAIRED`]), or ones?
     pub(crate) pairs: bool,
+    /// Columns after which tensor cores' sums are taken out.
+    pub(crate) summed: u32,
+}
+
+impl Codes {
+    /// After how many columns sums are taken out where so many columns of w share their scales: a power of two within which neither
+    /// operand's scales change.
+    fn summed(rounding: Rounding, wide: u32) -> u32 {
+        let of_inputs = match rounding {
+            Rounding::Groups(width) => width,
+            Rounding::Rows | Rounding::Fixed => Fp8Codes::SUMMED_COLS,
+        };
+        1 << (wide | of_inputs | Fp8Codes::SUMMED_COLS).trailing_zeros()
+    }
 }
 
 /// A matrix on the device, in bf16 or fp8; a handle, like a buffer.

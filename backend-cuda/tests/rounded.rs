@@ -24,9 +24,11 @@ const TOKENS: [u32; 15] = [1, 8, 16, 17, 32, 33, 64, 65, 128, 129, 256, 257, 384
 const TOKENS_MAX: usize = 1000;
 /// Tokens that are compared with the definition: of the first tile, and of the last.
 const COMPARED: [usize; 5] = [0, 7, 15, 998, 999];
-/// How far sums may be off, as a share of their norm. Tensor cores keep 13 bits or more of a sum over 128 columns, which begins
-/// from zero: where terms have both signs that is some 2^-14 of what is summed, less of the whole row.
+/// How far sums may be off, as a share of their norm. Tensor cores keep 13 bits or more of a sum over 128 to 512 columns, which begins
+/// from zero: where terms have both signs that is some 2^-14 of what is summed, less of the whole row. Of 4,096 columns at once, or all of
+/// 12,288, 8e-4 and 17e-4 were measured.
 const SUMS: f64 = 3e-4;
+const WIDE_SUMS: f64 = 6e-4;
 /// The same of outputs in bf16, half a unit in whose last place is 2^-9 at most.
 const OUTPUTS: f64 = 4e-3;
 /// And behind a norm, of which CPU and GPU make numbers that differ in their last bits: now and then one falls on the other side of
@@ -34,12 +36,13 @@ const OUTPUTS: f64 = 4e-3;
 const NORMED: f64 = 1e-2;
 
 /// Scales of tiles with inputs by groups, of rows with inputs by tokens, of the matrix with a scale of all inputs, and of tiles of which
-/// 128 rows have more than two.
-const FORMS: [([usize; 2], Inputs); 4] = [
+/// 128 rows have more than two; of tiles and inputs by groups of which sums are as wide.
+const FORMS: [([usize; 2], Inputs); 5] = [
     ([128, 128], Inputs::PerGroup(128)),
     ([1, 1 << 20], Inputs::PerToken),
     ([1 << 20, 1 << 20], Inputs::Static),
     ([8, 128], Inputs::PerGroup(128)),
+    ([128, 256], Inputs::PerGroup(256)),
 ];
 /// The scale of all inputs: the largest ones are cut.
 const FIXED: f32 = 0.9 / 448.0;
@@ -186,7 +189,8 @@ fn rows_that_are_added_are_those_of_the_definition() {
                 let rows = t * rows..(t + 1) * rows;
                 let got = rows.map(|i| f64::from(after[i]) - before[i].to_f64());
                 let error = error(got, expected);
-                assert!(error < SUMS, "{label}, token {t}: off by {error} of its norm");
+                let bound = if FORMS[form % FORMS.len()].0[1] == 128 { SUMS } else { WIDE_SUMS };
+                assert!(error < bound, "{label}, token {t}: off by {error} of its norm");
             }
         }
     }

@@ -116,7 +116,10 @@ fn check_rounded(dims: &Dims, fp8: &Fp8, has_experts: bool) -> Result<(), String
             matches!(block, ScaleBlock::Tile { rows: high, cols } if high % rows != 0 || cols % Fp8Codes::BLOCK_COLS != 0),
             "have scales for blocks that are no multiples of 8 rows and 128 columns",
         ),
-        (Rounding::of(*inputs).is_none(), "have inputs that are rounded in groups of other than 128 columns"),
+        (
+            Rounding::of(*inputs).is_none(),
+            "have inputs that are rounded in groups of other than 128 or 256 columns",
+        ),
         (has_experts, "are experts' among others"),
         (
             !dims.hidden.is_multiple_of(ROUNDED_MULTIPLE)
@@ -236,8 +239,10 @@ mod tests {
         check(&DecoderSpec { weights: tile(192), ..spec() }, true).unwrap();
         let rounded = |block, inputs| WeightFormat::Fp8(Fp8 { block, inputs });
         let tiles = |rows, cols| ScaleBlock::Tile { rows, cols };
-        for inputs in [Inputs::PerToken, Inputs::PerGroup(128), Inputs::Static] {
-            for block in [ScaleBlock::Row, ScaleBlock::Matrix, tiles(128, 128), tiles(8, 256)] {
+        for inputs in [Inputs::PerToken, Inputs::PerGroup(128), Inputs::PerGroup(256), Inputs::Static] {
+            for block in
+                [ScaleBlock::Row, ScaleBlock::Matrix, tiles(128, 128), tiles(8, 256), tiles(128, 256)]
+            {
                 let weights = rounded(block, inputs);
                 check(&DecoderSpec { weights, ..spec() }, true).unwrap();
                 let experts = check(&DecoderSpec { weights, ..with_experts(experts) }, true).unwrap_err();
@@ -250,7 +255,7 @@ mod tests {
             rounded(ScaleBlock::Row, Inputs::PerGroup(64)),
         ] {
             let refused = check(&DecoderSpec { weights, ..spec() }, true).unwrap_err();
-            assert!(refused.to_string().contains("128 columns; with --plain-inputs"), "{refused}");
+            assert!(refused.to_string().contains(" columns; with --plain-inputs"), "{refused}");
         }
         let weights = WeightFormat::Fp8(Fp8 { inputs: Inputs::Plain, ..fp8 });
         check(&DecoderSpec { weights, ..with_experts(experts) }, true).unwrap();

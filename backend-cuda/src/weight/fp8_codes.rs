@@ -15,8 +15,8 @@ use minisgl_core::tensor::{HostTensor, Scales};
 /// How inputs are rounded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Rounding {
-    /// A scale for each 128 columns of a token.
-    Groups,
+    /// A scale for each so many columns of a token, 128 or 256.
+    Groups(u32),
     /// A scale for a token.
     Rows,
     /// A scale that the matrix has.
@@ -28,7 +28,7 @@ impl Rounding {
     pub(crate) fn of(inputs: Inputs) -> Option<Rounding> {
         match inputs {
             Inputs::PerToken => Some(Rounding::Rows),
-            Inputs::PerGroup(Fp8Codes::BLOCK_COLS) => Some(Rounding::Groups),
+            Inputs::PerGroup(width @ (Fp8Codes::BLOCK_COLS | 256)) => Some(Rounding::Groups(width)),
             Inputs::Static => Some(Rounding::Fixed),
             Inputs::Plain | Inputs::PerGroup(_) => None,
         }
@@ -43,8 +43,10 @@ pub(crate) struct Fp8Codes {
 }
 
 impl Fp8Codes {
-    /// Columns after which tensor cores' sums are taken out, with their scales.
+    /// Columns that have scales of their own.
     pub(crate) const BLOCK_COLS: u32 = 128;
+    /// Columns after which tensor cores' sums are taken out at the latest.
+    pub(crate) const SUMMED_COLS: u32 = 512;
     /// Rows that share their scales.
     pub(crate) const GROUP: usize = 8;
     /// Rows of which kernels for many tokens read the first two groups' scales, where the others have the same in turn.

@@ -26,9 +26,9 @@ use crate::param::{Param, plain_params};
 use crate::tensor_map::TensorMap;
 use crate::weight::{Codes, Fp8Codes, Rounding, Weight};
 
-/// Threads of a block that rounds inputs, and blocks of columns that it rounds at once.
+/// Threads of a block that rounds inputs, and columns that it rounds at once.
 const ROUNDING_THREADS: u32 = 256;
-const ROUNDED: u32 = ROUNDING_THREADS / 32 * 2;
+const ROUNDED: u32 = ROUNDING_THREADS / 32 * 256;
 /// So many tokens, and more, fill the device with a block each.
 const ROUNDED_WHOLE: u32 = 1024;
 
@@ -44,7 +44,7 @@ struct Fp8Inputs {
     fixed: Address,
     cols: u32,
     pitch: u32,
-    whole: u32,
+    group: u32,
     reserved: u32,
 }
 
@@ -56,6 +56,8 @@ struct CodeScales {
     w: Address,
     pitch: u32,
     groups: u32,
+    shift: u32,
+    reserved: u32,
 }
 
 /// An epilogue, and the scales of w's rows, or null, as `rounded.cuh` declares it.
@@ -242,11 +244,14 @@ impl Rounded {
             scales: self.scratch.scales,
             fixed: match codes.rounding {
                 Rounding::Fixed => w.address().offset(w.codes_layout().input_scale_at()),
-                Rounding::Groups | Rounding::Rows => Address::NULL,
+                Rounding::Groups(_) | Rounding::Rows => Address::NULL,
             },
             cols,
             pitch,
-            whole: (codes.rounding == Rounding::Rows).into(),
+            group: match codes.rounding {
+                Rounding::Groups(width) => width,
+                Rounding::Rows | Rounding::Fixed => 0,
+            },
             reserved: 0,
         };
         launcher.launch(&self.round, rounding(cols, tokens, codes.rounding), [&inputs])
@@ -262,13 +267,15 @@ impl Rounded {
     ) -> Result<(), CudaError> {
         let (shape, layout) = (product.shape, w.codes_layout());
         let Kernels { index, few: names, .. } = Kernels::of(E::KIND).ok_or_else(|| none(E::KIND))?;
-        let Codes { by_rows, pairs, .. } = w.codes().ok_or(CudaError::NotReserved)?;
+        let Codes { by_rows, pairs, summed, .. } = w.codes().ok_or(CudaError::NotReserved)?;
         let many = if pairs { &self.many[index] } else { &self.grained[index] };
         let scales = CodeScales {
             x: self.scratch.scales,
             w: w.address().offset(layout.scales_at()),
             pitch: self.scratch.pitch,
             groups: layout.groups() as u32,
+            shift: (summed / Fp8Codes::BLOCK_COLS).ilog2(),
+            reserved: 0,
         };
         let row_scales = if by_rows { w.address().offset(layout.row_scales_at()) } else { Address::NULL };
         let epilogue = RoundedOf { epilogue: *product.epilogue, row_scales };
@@ -333,8 +340,8 @@ fn size(kind: Kind, shape: &Shape, kernels: &[&str], blocks: u32, pairs: bool) -
 fn rounding(cols: u32, tokens: u32, rounding: Rounding) -> Grid {
     let parts = match rounding {
         Rounding::Rows => 1,
-        Rounding::Groups | Rounding::Fixed if tokens >= ROUNDED_WHOLE => 1,
-        Rounding::Groups | Rounding::Fixed => cols.div_ceil(Fp8Codes::BLOCK_COLS).div_ceil(ROUNDED),
+        Rounding::Groups(_) | Rounding::Fixed if tokens >= ROUNDED_WHOLE => 1,
+        Rounding::Groups(_) | Rounding::Fixed => cols.div_ceil(ROUNDED),
     };
     Grid::new(tokens, ROUNDING_THREADS).rows(parts).dependent()
 }
@@ -350,12 +357,14 @@ pub(super) fn explained(
     let kernels = Kernels::of(kind)?;
     let names = kernels.few;
     let work = match rounding_of {
-        Rounding::Groups => "a warp: a token's blocks of 128 columns, each by its largest magnitude",
-        Rounding::Rows => "a block: a token, by its largest magnitude",
-        Rounding::Fixed => "a warp: a token's blocks of 128 columns, by the matrix's scale",
+        Rounding::Groups(cols) => {
+            format!("a warp: a token's groups of {cols} columns, each by its largest magnitude")
+        }
+        Rounding::Rows => "a block: a token, by its largest magnitude".into(),
+        Rounding::Fixed => "a warp: a token's blocks of 128 columns, by the matrix's scale".into(),
     };
     let grid = rounding(2 * shape.cols, shape.tokens, rounding_of);
-    let round = Explained { kernel: "fp8_inputs", grid, work: work.into() };
+    let round = Explained { kernel: "fp8_inputs", grid, work };
     let blocks = 2 * clusters(2);
     let Some(size) = size(kind, shape, names, blocks, pairs) else {
         return Tile::explained_of(kernels.tiles(pairs), shape, clusters).map(|product| [round, product]);
@@ -391,9 +400,13 @@ mod tests {
         assert_declared!(
             &["hopper/fp8/fp8_inputs.cu", "epilogue.cuh"],
             "Fp8Inputs",
-            Fp8Inputs { x, norm, row_norm, codes, scales, fixed, cols, pitch, whole, reserved }
+            Fp8Inputs { x, norm, row_norm, codes, scales, fixed, cols, pitch, group, reserved }
         );
-        assert_declared!(&["hopper/fp8/rounded.cuh"], "CodeScales", CodeScales { x, w, pitch, groups });
+        assert_declared!(
+            &["hopper/fp8/rounded.cuh"],
+            "CodeScales",
+            CodeScales { x, w, pitch, groups, shift, reserved }
+        );
     }
 
     #[test]
@@ -414,7 +427,7 @@ mod tests {
         let kernel = |kind, rows: u32, cols: u32, tokens| {
             let slices = if kind == Kind::GateUp { 1 } else { 2 };
             let shape = Shape { rows, cols: cols / 2, tokens, slices };
-            explained(kind, &shape, Rounding::Groups, true, |size: u32| 132 / size).unwrap()[1].kernel
+            explained(kind, &shape, Rounding::Groups(256), true, |size: u32| 132 / size).unwrap()[1].kernel
         };
         assert_eq!(kernel(Kind::Qkv, 6144, 4096, 128), "rounded_few_qkv_128x128");
         assert_eq!(kernel(Kind::Residual, 4096, 4096, 64), "rounded_few_residual_64x64");

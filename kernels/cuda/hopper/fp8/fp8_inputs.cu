@@ -4,7 +4,7 @@
 //   block    a token's 2048 columns, a warp's 256 of these, or all of a token: where it has one scale, or where tokens are many
 //   grid     (tokens, parts)   block 256
 //
-//   by groups   scale = a block's largest magnitude / 448
+//   by groups   scale = the largest magnitude of 128 or 256 columns / 448, for each of their blocks
 //   by tokens   the whole row's, for each of its blocks
 //   fixed       one that the checkpoint gives: what lies beyond its 448 is cut
 //
@@ -27,7 +27,7 @@ struct Fp8Inputs {
     float *scales;             // [ceil(cols / 128), pitch]
     const float *fixed;        // the scale of all, or null
     unsigned cols, pitch;
-    unsigned whole, reserved; // whole: 1 where a row has one scale
+    unsigned group, reserved; // columns that share a scale, 128 or 256; 0: all of a row
 };
 
 __device__ __forceinline__ float2 pair_of(unsigned word) { return __bfloat1622float2(*reinterpret_cast<__nv_bfloat162 *>(&word)); }
@@ -123,7 +123,7 @@ extern "C" __global__ void __launch_bounds__(256) fp8_inputs(const Fp8Inputs in)
     uint4 x = eight_of(row, c, in.cols); // on its way while the norm is summed
     const float by = in.row_norm.sumsq != nullptr ? row_norm(in.row_norm, token) : 1.0f;
     float scale = in.fixed != nullptr ? *in.fixed : 0.0f;
-    if (in.whole) {
+    if (in.group == 0 && in.fixed == nullptr) {
         unsigned largest = 0;
         for (unsigned at = 8 * threadIdx.x; at < in.cols; at += 8 * 256)
             largest = max(largest, normed(eight_of(row, at, in.cols), by, in.norm, norm_at(at)).largest());
@@ -137,8 +137,8 @@ extern "C" __global__ void __launch_bounds__(256) fp8_inputs(const Fp8Inputs in)
         const Eight eight = normed(x, by, in.norm, scales);
         next = c + step;
         x = eight_of(row, next, in.cols), scales = norm_at(next);
-        if (!in.whole && in.fixed == nullptr)
-            scale = scale_of(group_largest(eight.largest()));
+        if (in.group != 0)
+            scale = scale_of(in.group == 256 ? __reduce_max_sync(0xffffffffu, eight.largest()) : group_largest(eight.largest()));
         if (c >= in.cols)
             continue;
         *reinterpret_cast<uint2 *>(in.codes + (size_t)token * in.cols + c) = eight.codes({scale, in.fixed != nullptr});

@@ -1,10 +1,10 @@
 // rounded_few_*: products of few tokens whose both operands are e4m3 codes (rounded.cuh); see gemm_few.cuh.
 //
-// 1. A thread has registers for two blocks' sums where they fit, so that one block is multiplied while the other is taken out.
+// 1. A thread has registers for two groups' sums where they fit, so that one is multiplied while the other is taken out.
 #include "hopper/gemm/gemm_few.cuh"
 #include "hopper/fp8/rounded.cuh"
 
-// A matrix of codes, and its scales and the tokens'. A thread has so many SETS of a block's sums.
+// A matrix of codes, and its scales and the tokens'. A thread has so many SETS of a group's sums.
 template <int SETS> struct CodesMatrix {
     const TensorMap *map;
     CodeScales scales;
@@ -16,26 +16,19 @@ template <int SETS> __device__ __forceinline__ const CodesMatrix<SETS> &fetched(
 template <int GROUPS, int N, int SETS> struct CodesRing : Ring<GROUPS, N, 1> {
     using Base = Ring<GROUPS, N, 1>;
     using typename Base::Position;
-    using Base::base, Base::full, Base::empty, Base::stages;
+    using Base::full, Base::empty, Base::stages;
     static constexpr unsigned SCALE_BYTES = (N + 8 * GROUPS) * 4;
     unsigned scales;
 
     __device__ __forceinline__ CodesRing(unsigned base, unsigned stages, unsigned, unsigned)
         : Base(base, stages, 0), scales(base + stages * (Base::STAGE_BYTES + 16) + N * 4) {}
 
-    // Who reads scales says when: all lanes arrive.
     __device__ __forceinline__ void init_barriers() const {
         for (unsigned i = 0; i < stages; i++) {
             barrier_init(full + 8 * i, 33); // a warp's lanes fetch scales
-            barrier_init(empty + 8 * i, 128 * GROUPS);
+            barrier_init(empty + 8 * i, 4 * GROUPS);
         }
         barrier_init_fence();
-    }
-    __device__ __forceinline__ void release(Position &position, unsigned at) const {
-        if (position.refills > 0) {
-            barrier_arrive(empty + 8 * at);
-            position.refills--;
-        }
     }
 
     __device__ __forceinline__ void fetch(const CodesMatrix<SETS> &w, const TensorMap *x, unsigned first, unsigned blocks, unsigned m0,
@@ -47,14 +40,17 @@ template <int GROUPS, int N, int SETS> struct CodesRing : Ring<GROUPS, N, 1> {
         const unsigned lane = threadIdx.x % 32;
         const float *const of_tokens = w.scales.x + n0 + 4 * lane, *const of_rows = w.scales.w + m0 / 8 + 4 * lane;
         unsigned at = 0, parity = 1;
+        const unsigned end = first + blocks;
         dependent_wait();
-        for (unsigned i = first; i < first + blocks; i++) {
+        for (unsigned i = first; i < end; i++) {
             const unsigned to = scales + at * SCALE_BYTES + 16 * lane;
             barrier_wait(empty + 8 * at, parity); // passes in the first round
-            if (lane < N / 4)
-                fetch_scales(to, of_tokens + i * w.scales.pitch);
-            if (lane < 2 * GROUPS)
-                fetch_scales(to + N * 4, of_rows + i * w.scales.groups);
+            if (w.scales.group_end(i, end) == i + 1) {
+                if (lane < N / 4)
+                    fetch_scales(to, of_tokens + i * w.scales.pitch);
+                if (lane < 2 * GROUPS)
+                    fetch_scales(to + N * 4, of_rows + i * w.scales.groups);
+            }
             arrive_with_scales(full + 8 * at);
             if (++at == stages) {
                 at = 0;
@@ -63,8 +59,9 @@ template <int GROUPS, int N, int SETS> struct CodesRing : Ring<GROUPS, N, 1> {
         }
     }
 
-    // Starts the products of the block at hand: a warpgroup's 64 rows are the left operand, the tokens the right one. Where it lies.
-    __device__ __forceinline__ unsigned start(Position &position, float (&part)[N / 2]) const {
+    // Starts the products of the block at hand, a warpgroup's 64 rows the left operand, the tokens the right one, and adds them to `part`,
+    // or to zero. Where it lies.
+    __device__ __forceinline__ unsigned start(Position &position, float (&part)[N / 2], bool add) const {
         const unsigned at = position.at, stage = this->stage(at);
         barrier_wait(full + 8 * at, position.parity);
         const unsigned long long a = tile_descriptor(stage + threadIdx.x / 128 * 64 * 128);
@@ -72,7 +69,7 @@ template <int GROUPS, int N, int SETS> struct CodesRing : Ring<GROUPS, N, 1> {
         wgmma_fence();
 #pragma unroll
         for (int k = 0; k < 4; k++)
-            wgmma_codes(part, a + 2 * k, b + 2 * k, k > 0);
+            wgmma_codes(part, a + 2 * k, b + 2 * k, add || k > 0);
         wgmma_commit();
         if (++position.at == stages) {
             position.at = 0;
@@ -80,7 +77,7 @@ template <int GROUPS, int N, int SETS> struct CodesRing : Ring<GROUPS, N, 1> {
         }
         return at;
     }
-    // Waits until so many blocks at most are on their way, and takes out the sums of the one that lies at `at`.
+    // Waits until so many blocks at most are on their way, and takes out the sums of a group of columns, whose scales lie at stage `at`.
     template <int PENDING>
     __device__ __forceinline__ void take(Position &position, unsigned at, float (&part)[N / 2], float (&sum)[N / 2]) const {
         const unsigned lane = threadIdx.x % 32, rows = threadIdx.x / 32 * 2, own = scales + at * SCALE_BYTES;
@@ -96,29 +93,57 @@ template <int GROUPS, int N, int SETS> struct CodesRing : Ring<GROUPS, N, 1> {
                 sum[4 * j + e] = fmaf(part[4 * j + e], both, sum[4 * j + e]);
             }
         }
-        release(position, at);
+        __syncwarp(); // all lanes have read scales
+        this->release(position, at);
     }
-    __device__ __forceinline__ void multiply(Position &position, unsigned blocks, float (&sum)[N / 2]) const {
+    // The sums over blocks begin .. end of the columns. Where the outer loop goes round nothing is on its way: the compiler follows products'
+    // registers no further, and would put all in a row. GROUPED: groups are of several blocks.
+    template <bool GROUPED>
+    __device__ __forceinline__ void multiply_groups(Position &position, const CodeScales &scales, unsigned begin, unsigned end,
+                                                    float (&sum)[N / 2]) const {
         float even[N / 2], odd[N / 2]; // of one set, odd is never used
 #pragma unroll
         for (int i = 0; i < N / 2; i++)
             even[i] = odd[i] = 0.0f;
         hold(even);
-        unsigned i = 0;
-        if constexpr (SETS == 2) {
+        if constexpr (SETS == 2)
             hold(odd);
+        unsigned at = 0; // the last block that was begun
+        // Blocks behind the first of a group: the one before is multiplied then.
+        const auto add_blocks = [&](unsigned i, unsigned last, float(&part)[N / 2]) {
 #pragma unroll 1
-            for (; i + 2 <= blocks; i += 2) {
-                const unsigned first = start(position, even), second = start(position, odd);
-                take<1>(position, first, even, sum);
-                take<0>(position, second, odd, sum);
+            for (; GROUPED && i < last; i++) {
+                const unsigned before = at;
+                at = start(position, part, true);
+                wgmma_wait<1>();
+                this->release(position, before);
             }
-        }
+        };
+        const auto group_end = [&](unsigned first) { return GROUPED ? scales.group_end(first, end) : first + 1; };
 #pragma unroll 1
-        for (; i < blocks; i++) {
-            const unsigned at = start(position, even);
+        for (unsigned first = begin, last; first < end; first = last) {
+            last = group_end(first);
+            at = start(position, even, false);
+            add_blocks(first + 1, last, even);
+            if constexpr (SETS == 2)
+                if (last < end) {
+                    const unsigned second = last, of_even = at;
+                    last = group_end(second);
+                    at = start(position, odd, false);
+                    take<1>(position, of_even, even, sum);
+                    add_blocks(second + 1, last, odd);
+                    take<0>(position, at, odd, sum);
+                    continue;
+                }
             take<0>(position, at, even, sum);
         }
+    }
+    __device__ __forceinline__ void multiply(Position &position, const CodesMatrix<SETS> &w, unsigned begin, unsigned end,
+                                             float (&sum)[N / 2]) const {
+        if (w.scales.shift > 0)
+            multiply_groups<true>(position, w.scales, begin, end, sum);
+        else
+            multiply_groups<false>(position, w.scales, begin, end, sum);
     }
 };
 
@@ -127,6 +152,8 @@ __device__ __forceinline__ void fetch_beside(const CodesRing<GROUPS, N, SETS> &r
                                              unsigned blocks, unsigned m0, unsigned n0) {
     ring.fetch_beside(w, first, blocks, m0, n0);
 }
+
+template <int SETS> constexpr bool IN_GROUPS<CodesMatrix<SETS>> = true;
 
 template <int GROUPS, int N, int SETS> struct RingOf<GROUPS, N, Beside::NOBODY, CodesMatrix<SETS>> {
     using Type = CodesRing<GROUPS, N, SETS>;

@@ -1,15 +1,15 @@
 // rounded_many_*, rounded_many_split_*, rounded_many_joint_*, rounded_many_grained_*: products of many tokens whose both operands are e4m3 codes (rounded.cuh); see gemm_many.cuh.
 //
-//   a block's sums   ── even ──┬─ taken out while odd is multiplied ── times scales, += ──> a slice's
+//   a group's sums   ── even ──┬─ taken out while odd is multiplied ── times scales, += ──> a slice's
 //   the next one's   ── odd  ──┘
 //
-// 1. A thread has registers for two blocks' sums, so that tensor cores always have one more to do, and for a slice's. The first
+// 1. A thread has registers for two groups' sums, so that tensor cores always have one more to do, and for a slice's. The first
 //    slice's wait in memory for the second's, and are fetched while the last block is multiplied. Tiles of 192 rows of gate and up,
 //    which are there for the number of blocks that they make, and of 192 tokens, which read the fewest bytes of shared memory for an
 //    operation, leave room for one: there a warpgroup takes sums out while others multiply.
-// 2. Blocks' scales come with the ring's stages, by a warp of their own: loads from L2 take longer than a block.
+// 2. A group's scales come with the last of its stages, by a warp of their own: loads from L2 take longer than a block.
 // 3. Instructions that take sums out keep the tensor cores from their registers: the time of both adds up. Where each 128 rows have two
-//    scales at most, a thread makes four products of scales a block; rounded_many_grained_* makes one for each eight rows and token.
+//    scales at most, a thread makes four products of scales a group; rounded_many_grained_* makes one for each eight rows and token.
 #include "hopper/gemm/gemm_many.cuh"
 #include "hopper/fp8/rounded.cuh"
 
@@ -51,6 +51,11 @@ __device__ __forceinline__ void finish_unstaged(const Rounded<GateUp> &epilogue,
     finish_unstaged(static_cast<const GateUp &>(epilogue), y, out, known);
 }
 
+// Where the first of two slices of whole tiles ends, in blocks of columns; 0 of one slice.
+template <class P> __device__ __forceinline__ unsigned slice_cut(const Shared<P> &shared, const Shape &shape) {
+    return P::SPLIT * P::HALVES == 1 && shape.slices > 1 ? shared.slice_ends[0] : 0;
+}
+
 // Both operands are codes. Their scales lie beside a stage: the tokens', then w's, of eight rows each. PAIRS: groups of eight rows have two
 // scales in turn within 128 rows, as blocks of 128 x 128 of gate and up give them; then those of the first groups of each 64 rows lie there.
 template <bool PAIRS_> struct Codes {
@@ -68,15 +73,18 @@ template <bool PAIRS_> struct Codes {
         dependent_wait();
         for (Tiles<P> tiles(shape); tiles.remain(); tiles.advance()) {
             const float *const x = scales.x + tiles.token() + 4 * lane, *const w = scales.w + tiles.row() / 8 + STEP * lane;
-            for (unsigned i = tiles.begin(shape); i < tiles.end(shape); i++) {
+            const unsigned begin = tiles.begin(shape), end = tiles.end(shape), cut = slice_cut<P>(shared, shape);
+            for (unsigned i = begin; i < end; i++) {
                 const unsigned to = shared.scales(position.at) + 16 * lane;
                 barrier_wait(shared.empty + 8 * position.at, position.parity ^ 1); // passes in the first round
+                if (scales.group_end(i, i < cut ? cut : end) == i + 1) {
 #pragma unroll
-                for (unsigned n = 0; n < P::TOKENS; n += 4 * 32)
-                    if (n + 4 * lane < P::TOKENS)
-                        fetch_scales(to + 4 * n, x + i * scales.pitch + n);
-                if (lane < P::M / 8 / STEP)
-                    fetch_scales(to + P::TOKENS * 4, w + i * scales.groups);
+                    for (unsigned n = 0; n < P::TOKENS; n += 4 * 32)
+                        if (n + 4 * lane < P::TOKENS)
+                            fetch_scales(to + 4 * n, x + i * scales.pitch + n);
+                    if (lane < P::M / 8 / STEP)
+                        fetch_scales(to + P::TOKENS * 4, w + i * scales.groups);
+                }
                 arrive_with_scales(shared.full + 8 * position.at);
                 position.advance();
             }
@@ -84,9 +92,9 @@ template <bool PAIRS_> struct Codes {
     }
 };
 
-// Starts the products of the block at hand.
+// Starts the products of the block at hand, and adds them to `part`, or to zero.
 template <class P>
-__device__ __forceinline__ void start(const Shared<P> &shared, const Place<P::STAGES> &position, float (&part)[P::M / 2]) {
+__device__ __forceinline__ void start(const Shared<P> &shared, const Turn<P> &position, float (&part)[P::M / 2], bool add) {
     const unsigned stage = shared.stage(position.at);
     barrier_wait(shared.full + 8 * position.at, position.parity);
     const unsigned long long a = tile_descriptor(stage + threadIdx.x / 128 * 64 * 128);
@@ -94,24 +102,29 @@ __device__ __forceinline__ void start(const Shared<P> &shared, const Place<P::ST
     wgmma_fence();
 #pragma unroll
     for (int k = 0; k < 4; k++)
-        wgmma_codes(part, a + 2 * k, b + 2 * k, k > 0);
+        wgmma_codes(part, a + 2 * k, b + 2 * k, add || k > 0);
     wgmma_commit();
 }
 
-// Takes out the sums of block i, which lies at `at`. Behind block `cut` the slice's go to `aside`.
-template <class P>
-__device__ __forceinline__ void take(const Shared<P> &shared, unsigned at, unsigned i, unsigned cut, float (&part)[P::M / 2],
-                                     float (&sum)[P::M / 2], float4 *aside) {
+// Takes out the sums of a group of columns, whose scales lie at stage `at`, and calls `release` when they are read.
+template <class P, class Release>
+__device__ __forceinline__ void take(const Shared<P> &shared, unsigned at, float (&part)[P::M / 2], float (&sum)[P::M / 2],
+                                     const Release &release) {
     const unsigned lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const unsigned scales = shared.scales(at), token = scales + (16 * warp + lane / 4) * 4, of_rows = scales + P::TOKENS * 4;
     const float by[2] = {load_scale(token), load_scale(token + 32)};
-    hold(part);
     if constexpr (P::Operands::PAIRS) {
-        constexpr int ROWS = P::M % 128 == 0 ? 128 : 64;
+        constexpr int ROWS = P::M % 128 == 0 ? 128 : 64, COUNT = P::M / ROWS;
+        float2 of[COUNT];
 #pragma unroll
-        for (int q = 0; q < P::M / ROWS; q++) {
-            const float2 of = load_two_scales(of_rows + 16 * (ROWS / 64 * q));
-            const float both[2][2] = {{__fmul_rn(of.x, by[0]), __fmul_rn(of.x, by[1])}, {__fmul_rn(of.y, by[0]), __fmul_rn(of.y, by[1])}};
+        for (int q = 0; q < COUNT; q++)
+            of[q] = load_two_scales(of_rows + 16 * (ROWS / 64 * q));
+        __syncwarp();
+        release();
+#pragma unroll
+        for (int q = 0; q < COUNT; q++) {
+            const float both[2][2] = {{__fmul_rn(of[q].x, by[0]), __fmul_rn(of[q].x, by[1])},
+                                      {__fmul_rn(of[q].y, by[0]), __fmul_rn(of[q].y, by[1])}};
 #pragma unroll
             for (int i = 0; i < ROWS / 2; i++)
                 sum[ROWS / 2 * q + i] = fmaf(part[ROWS / 2 * q + i], both[i / 4 % 2][i % 4 / 2], sum[ROWS / 2 * q + i]);
@@ -126,67 +139,98 @@ __device__ __forceinline__ void take(const Shared<P> &shared, unsigned at, unsig
             for (int i = 0; i < 16; i++)
                 sum[16 * q + i] = fmaf(part[16 * q + i], __fmul_rn(of[i / 4], by[i % 4 / 2]), sum[16 * q + i]);
         }
+        __syncwarp();
+        release();
     }
-    barrier_arrive(shared.empty + 8 * at); // who read scales says so
-    if (lane > 0 && lane < P::SHARERS)
-        barrier_arrive_at(shared.empty + 8 * at, cluster_rank() ^ lane); // of clusters with two a side
-    if (i + 1 == cut)
-#pragma unroll
-        for (int j = 0; j < P::M / 8; j++) {
-            __stcg(aside + 32 * j, make_float4(sum[4 * j], sum[4 * j + 1], sum[4 * j + 2], sum[4 * j + 3]));
-            sum[4 * j] = sum[4 * j + 1] = sum[4 * j + 2] = sum[4 * j + 3] = 0.0f;
-        }
 }
 
-// Blocks whose products follow each other with no wait but for the one before.
-template <class P> constexpr unsigned IN_A_ROW = P::M > 128 || P::GROUPS > 2 ? 1 : 2;
+// Groups of columns whose sums a thread has at once: one is multiplied while the other is taken out.
+template <class P> constexpr bool TWO_SETS = P::M <= 128 && P::GROUPS <= 2;
 
-// The sums over blocks begin .. end of the columns, of two slices if one ends at `cut`. Where a loop goes round nothing is on its way:
-// the compiler follows products' registers no further, and would put all in a row. `open` is called once, with the last two blocks on their way
-// at most.
-template <class P, class Open>
-__device__ __forceinline__ void multiply_codes(const Shared<P> &shared, Place<P::STAGES> &position, unsigned begin, unsigned end,
-                                               float (&sum)[P::M / 2], const Open &open, unsigned cut = 0, float4 *aside = nullptr) {
-    float even[P::M / 2], odd[P::M / 2]; // of one block in a row, odd is never used
+// The sums over blocks begin .. end of the columns. Behind block `cut` a slice ends, whose sums go to `aside`. `open` is called once, with
+// the last two blocks on their way at most. Where the outer loop goes round nothing is on its way: the compiler follows products' registers
+// no further, and would put all in a row. GROUPED: groups are of several blocks, which to ask of each would cost those of one 2 to 5%.
+template <bool GROUPED, class P, class Open>
+__device__ __forceinline__ void multiply_groups(const Shared<P> &shared, const CodeScales &scales, Turn<P> &position, unsigned begin,
+                                                unsigned end, float (&sum)[P::M / 2], const Open &open, unsigned cut, float4 *aside) {
+    const unsigned lane = threadIdx.x % 32, sharer = cluster_rank() ^ lane; // of clusters with two a side
+    float even[P::M / 2], odd[P::M / 2]; // of one set, odd is never used
 #pragma unroll
     for (int i = 0; i < P::M / 2; i++)
         even[i] = odd[i] = sum[i] = 0.0f;
-    unsigned i = begin, at;
-    const auto begin_next = [&](float(&part)[P::M / 2]) {
-        start(shared, position, part);
+    hold(even);
+    if constexpr (TWO_SETS<P>)
+        hold(odd);
+    unsigned at = 0; // the last block that was begun
+    const auto group_end = [&](unsigned first) { return GROUPED ? scales.group_end(first, first < cut ? cut : end) : first + 1; };
+    const auto begin_next = [&](unsigned i, float(&part)[P::M / 2], bool add) {
+        start(shared, position, part, add);
+        if (i + 1 == end)
+            open();
         at = position.at;
         position.advance();
     };
-    if constexpr (IN_A_ROW<P> == 2)
+    const auto release = [&](unsigned stage) { position.release(shared.empty + 8 * stage, lane, sharer); };
+    // Blocks behind the first of a group: the one before is multiplied then, and its stage free.
+    const auto add_blocks = [&](unsigned i, unsigned last, float(&part)[P::M / 2]) {
 #pragma unroll 1
-        for (; i + 2 <= end; i += 2) {
-            begin_next(even);
-            const unsigned first = at;
-            begin_next(odd);
-            if (i + 2 == end)
-                open();
+        for (; GROUPED && i < last; i++) {
+            const unsigned before = at;
+            begin_next(i, part, true);
             wgmma_wait<1>();
-            take(shared, first, i, cut, even, sum, aside);
-            wgmma_wait<0>();
-            take(shared, at, i + 1, cut, odd, sum, aside);
+            release(before);
         }
+    };
+    const auto take_out = [&](unsigned stage, unsigned last, float(&part)[P::M / 2]) {
+        hold(part);
+        take(shared, stage, part, sum, [&] { release(stage); });
+        if (last == cut)
+#pragma unroll
+            for (int j = 0; j < P::M / 8; j++) {
+                __stcg(aside + 32 * j, make_float4(sum[4 * j], sum[4 * j + 1], sum[4 * j + 2], sum[4 * j + 3]));
+                sum[4 * j] = sum[4 * j + 1] = sum[4 * j + 2] = sum[4 * j + 3] = 0.0f;
+            }
+    };
 #pragma unroll 1
-    for (; i < end; i++) {
-        begin_next(even);
-        if (i + 1 == end)
-            open();
+    for (unsigned first = begin, last; first < end; first = last) {
+        last = group_end(first);
+        begin_next(first, even, false);
+        add_blocks(first + 1, last, even);
+        if constexpr (TWO_SETS<P>)
+            if (last < end) {
+                const unsigned second = last, of_even = at;
+                last = group_end(second);
+                begin_next(second, odd, false);
+                wgmma_wait<1>();
+                take_out(of_even, second, even);
+                add_blocks(second + 1, last, odd);
+                wgmma_wait<0>();
+                take_out(at, last, odd);
+                continue;
+            }
         wgmma_wait<0>();
-        take(shared, at, i, cut, even, sum, aside);
+        take_out(at, last, even);
     }
+}
+
+template <class P, class Open>
+__device__ __forceinline__ void multiply_codes(const Shared<P> &shared, const typename P::Operands &operands, Turn<P> &position,
+                                               unsigned begin, unsigned end, float (&sum)[P::M / 2], const Open &open, unsigned cut = 0,
+                                               float4 *aside = nullptr) {
+    if (operands.scales.shift > 0)
+        multiply_groups<true>(shared, operands.scales, position, begin, end, sum, open, cut, aside);
+    else
+        multiply_groups<false>(shared, operands.scales, position, begin, end, sum, open, cut, aside);
 }
 
 // A tile's sums. `between` is called once.
 template <class P, class Between>
-__device__ __forceinline__ void multiply_codes_tile(const Shared<P> &shared, Place<P::STAGES> &position, const Shape &shape,
-                                                    float (&total)[P::M / 2], const Partials &partials, const Between &between) {
+__device__ __forceinline__ void multiply_codes_tile(const Shared<P> &shared, const typename P::Operands &operands, Turn<P> &position,
+                                                    const Shape &shape, float (&total)[P::M / 2], const Partials &partials,
+                                                    const Between &between) {
     float4 *const aside = partials.sums + (blockIdx.x * P::WARPS + threadIdx.x / 32) * (P::M / 8 * 32) + threadIdx.x % 32;
     between();
-    multiply_codes(shared, position, 0, shape.blocks(), total, [] {}, shape.slices > 1 ? shared.slice_ends[0] : 0, aside);
+    multiply_codes(shared, operands, position, 0, shape.blocks(), total, [] {}, slice_cut(shared, shape), aside);
     if (shape.slices > 1)
 #pragma unroll
         for (int j = 0; j < P::M / 8; j++) {

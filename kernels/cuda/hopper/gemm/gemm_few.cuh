@@ -89,6 +89,9 @@ template <int GROUPS, int N> struct RingOf<GROUPS, N, Beside::NOBODY, Fp8Matrix>
 template <class Matrix> constexpr bool TIGHT = false;
 template <> constexpr bool TIGHT<Fp8Matrix> = true;
 
+// Are sums over its columns made in groups of these, so that it matters which they are?
+template <class Matrix> constexpr bool IN_GROUPS = false;
+
 // What else the scaling warp fetches: of these matrices nothing.
 template <class R>
 __device__ __forceinline__ void fetch_beside(const R &, const TensorMap &, unsigned, unsigned, unsigned, unsigned) {}
@@ -161,7 +164,10 @@ __device__ __forceinline__ void multiply_few(const Matrix &w, const TensorMap *x
         typename R::Position position(blocks, stages);
 #pragma unroll
         for (int i = 0; i < OWN; i++)
-            ring.multiply(position, shape.slice_begin(slice + i + 1) - shape.slice_begin(slice + i), sum[i]);
+            if constexpr (IN_GROUPS<Matrix>)
+                ring.multiply(position, w, shape.slice_begin(slice + i), shape.slice_begin(slice + i + 1), sum[i]);
+            else
+                ring.multiply(position, shape.slice_begin(slice + i + 1) - shape.slice_begin(slice + i), sum[i]);
         if constexpr (OWN == 2)
 #pragma unroll
             for (int i = 0; i < N / 2; i++)

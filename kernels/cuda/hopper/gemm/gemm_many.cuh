@@ -79,10 +79,10 @@ struct Plan {
     // Tokens that something is known of: of two tiles.
     static constexpr unsigned KNOWN = Epilogue::SCALED ? 2 * TOKENS : 0;
     static constexpr unsigned SCALE_BYTES = Operands::template SCALE_BYTES<Plan>;
-    // At a stage's `empty`: a warp's of each sharer, or of the block itself all lanes, where they read scales.
-    static constexpr unsigned ARRIVALS = (SCALE_BYTES > 0 ? 31 + SHARERS : SHARERS) * WARPS;
-    // Are stages that are not filled again left alone? Of split tiles, whose slices differ in length, and of codes they are released, too.
-    static constexpr bool COUNTED = SPLIT == 1 && !Operands::CODES;
+    // At a stage's `empty`: a warp's of each sharer.
+    static constexpr unsigned ARRIVALS = SHARERS * WARPS;
+    // Are stages that are not filled again left alone? Of split tiles, whose slices differ in length, they are released, too.
+    static constexpr bool COUNTED = SPLIT == 1;
     // Shared memory of a multiprocessor, and what lies beside the ring: what aligns it to 1024 bytes, outputs and a barrier a warp,
     // known tokens and their four barriers, what halves meet by, the ends of 8 slices.
     static constexpr unsigned SHARED = 227 << 10;
@@ -401,7 +401,7 @@ __device__ __forceinline__ void multiply_aside(const Shared<P> &shared, Turn<P> 
 
 template <class P, class Epilogue, class Operands>
 __device__ __forceinline__ void multiply(const Shared<P> &shared, const TensorMap *out, const Shape &shape,
-                                         const Epilogue &epilogue, const Partials &partials, const Operands &) {
+                                         const Epilogue &epilogue, const Partials &partials, const Operands &operands) {
     static_assert(P::WIDTH == 128, "outputs leave 128 rows of w at a time; tiles of 64 are split");
     const unsigned warp = threadIdx.x / 32, lane = threadIdx.x % 32, old = shared.old + 8 * warp;
     const WarpTile warp_tile = {shared.warp_tile(warp), lane};
@@ -415,7 +415,7 @@ __device__ __forceinline__ void multiply(const Shared<P> &shared, const TensorMa
         float total[P::M / 2];
         const auto between = [&] { prepare<P::WIDTH>(epilogue, outputs, old); };
         if constexpr (Operands::CODES)
-            multiply_codes_tile(shared, position, shape, total, partials, between);
+            multiply_codes_tile(shared, operands, position, shape, total, partials, between);
         else if constexpr (Epilogue::SLICES > 2 && P::GROUPS > 2)
             multiply_aside(shared, position, shape, total,
                            partials.sums + (blockIdx.x * P::WARPS + warp) * (P::M / 8 * 32) + lane, between);
@@ -452,7 +452,7 @@ __device__ __forceinline__ void multiply(const Shared<P> &shared, const TensorMa
 // The same for slices of tiles, whose epilogue takes no row scale.
 template <class P, class Epilogue, class Operands>
 __device__ __forceinline__ void multiply_slices(const Shared<P> &shared, const TensorMap *out, const Shape &shape,
-                                                const Epilogue &epilogue, const Partials &partials, const Operands &) {
+                                                const Epilogue &epilogue, const Partials &partials, const Operands &operands) {
     static_assert(!Epilogue::SCALED, "of the products with a split sum");
     const unsigned warp = threadIdx.x / 32, lane = threadIdx.x % 32, old = shared.old + 8 * warp;
     const WarpTile warp_tile = {shared.warp_tile(warp), lane};
@@ -468,7 +468,7 @@ __device__ __forceinline__ void multiply_slices(const Shared<P> &shared, const T
         for (int i = 0; i < P::M / 2; i++)
             sum[i] = 0.0f;
         if constexpr (Operands::CODES)
-            multiply_codes(shared, position, tiles.begin(shape), tiles.end(shape), sum, [] {});
+            multiply_codes(shared, operands, position, tiles.begin(shape), tiles.end(shape), sum, [] {});
         else
             multiply_slice(shared, position, tiles.begin(shape), tiles.end(shape), sum);
         if (count == 0 || outputs.m0 >= shape.rows)
@@ -493,7 +493,7 @@ __device__ __forceinline__ void multiply_slices(const Shared<P> &shared, const T
 // One tile, of whose columns the block has half; of a warp's sums, when both halves have met, it has those of 64 of 128 rows.
 template <class P, class Epilogue, class Operands>
 __device__ __forceinline__ void multiply_half(const Shared<P> &shared, const TensorMap *out, const Shape &shape, const Epilogue &epilogue,
-                                              const Operands &) {
+                                              const Operands &operands) {
     static_assert(!Epilogue::SCALED && P::M == 128, "of the products with a split sum");
     const unsigned warp = threadIdx.x / 32, lane = threadIdx.x % 32, old = shared.old + 8 * warp;
     const unsigned half = cluster_rank() / P::SIDE, other = cluster_rank() ^ P::SIDE;
@@ -507,7 +507,7 @@ __device__ __forceinline__ void multiply_half(const Shared<P> &shared, const Ten
     float total[P::M / 2], sum[P::M / 2];
     const auto open = [&] { shared.meeting.open(other); }; // all but the last two blocks are multiplied
     if constexpr (Operands::CODES) {
-        multiply_codes(shared, position, tiles.begin(shape), tiles.end(shape), total, open);
+        multiply_codes(shared, operands, position, tiles.begin(shape), tiles.end(shape), total, open);
     } else {
 #pragma unroll
         for (int i = 0; i < P::M / 2; i++)
