@@ -36,22 +36,29 @@ fn ranks_give_the_bits_of_one_for_every_checkpoint_however_they_are_computed() {
 
 #[test]
 fn ranks_in_fp8_give_the_bits_of_one_in_fp8() {
-    // A rank must have whole groups of 128 columns where inputs are rounded by them.
-    for (name, plain) in
-        [("tiny-tied", false), ("llama-rope3", false), ("tiny-untied", true), ("qwen3-moe", true)]
-    {
-        let requests = requests(6, 250);
+    // A rank must have whole groups of columns where inputs are rounded by them: 128 of the checkpoint in fp8, 256 of what is made so.
+    let groups = of_sizes(64, 1024, 128);
+    let requests = requests(6, 100);
+    let models = [
+        (groups.path().to_owned(), false),
+        (fixture("qwen3-fp8"), false),
+        (fixture("tiny-tied"), true),
+        (fixture("llama-rope3"), true),
+        (fixture("tiny-untied"), true),
+        (fixture("qwen3-moe"), true),
+    ];
+    for (folder, plain) in models {
+        let plainly = || small(&folder);
         let builder =
-            || family(name).kv_dtype(Some(KvFormat::Fp8)).quantize(Some(Quantize::Fp8)).plain_inputs(plain);
+            || plainly().kv_dtype(Some(KvFormat::Fp8)).quantize(Some(Quantize::Fp8)).plain_inputs(plain);
         let expected = run(builder(), &requests);
-        assert!(expected != run(family(name), &requests), "{name}: it is in fp8");
+        assert!(expected != run(plainly(), &requests), "{}: it is in fp8", folder.display());
         for bits in [6, 17] {
             let given = run(way(builder(), bits).tensor_parallel(2), &requests);
-            assert!(given == expected, "{name}, way {bits}");
+            assert!(given == expected, "{}, way {bits}", folder.display());
         }
     }
     let scratch = of_four_slices();
-    let requests = requests(6, 100);
     let builder = || small(scratch.path()).quantize(Some(Quantize::Fp8)).plain_inputs(true);
     assert!(run(builder().tensor_parallel(8), &requests) == run(builder(), &requests), "rows, 8 ranks");
 }
@@ -97,21 +104,21 @@ fn a_tiny_pool_preempts_and_ranks_go_on_with_the_same_tokens() {
 
 /// A checkpoint that 8 ranks can share: 8 heads, 2 key heads, products of 8 slices.
 fn wide() -> Scratch {
-    of_sizes(64, 256)
+    of_sizes(64, 256, 32)
 }
 
 /// One whose MLP's output has 4 slices, so that 8 ranks share its rows.
 fn of_four_slices() -> Scratch {
-    of_sizes(128, 192)
+    of_sizes(128, 192, 32)
 }
 
-fn of_sizes(hidden: usize, inner: usize) -> Scratch {
+fn of_sizes(hidden: usize, inner: usize, head: usize) -> Scratch {
     let vocab = 103;
     let mlp = [("gate_proj", inner, hidden), ("up_proj", inner, hidden), ("down_proj", hidden, inner)];
     let config = serde_json::json!({
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "vocab_size": vocab,
         "hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": 2, "num_attention_heads": 8,
-        "num_key_value_heads": 2, "head_dim": 32, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
+        "num_key_value_heads": 2, "head_dim": head, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
         "max_position_embeddings": 512, "tie_word_embeddings": false
     });
     let mlp = mlp.map(|(name, rows, cols)| (format!("mlp.{name}.weight"), vec![rows, cols]));

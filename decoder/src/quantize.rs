@@ -1,12 +1,14 @@
-//! Linear layers made e4m3 when a checkpoint is loaded, in the form that Qwen3's and DeepSeek's fp8 checkpoints have: tiles of 128 x 128.
+//! Linear layers made e4m3 when a checkpoint is loaded: tiles of 128 rows by 256 columns.
 //!
 //! ```text
-//!   128 columns of 128 rows ── the best of eight ──> their scale, f32    (core::fp8::best_scale)
-//!                           └─ each times 1 / scale ─> e4m3, to the nearest       inputs are rounded by groups of 128 columns
+//!   256 columns of 128 rows ── the best of eight ──> their scale, f32    (core::fp8::best_scale)
+//!                           └─ each times 1 / scale ─> e4m3, to the nearest       inputs are rounded by groups of 256 columns
 //! ```
 //!
-//! Tensor cores' sums are moved to f32 after as many columns, and there a tile's scale and a token's are one factor for many sums.
-//! Embedding, head, routers, norms and biases stay as they are.
+//! Tensor cores' sums are moved to f32 after as many columns, and there a tile's scale and a token's are one factor for many sums. e4m3's
+//! error is relative, so wide tiles lose little; moving sums is what takes time. Models with experts, whose inputs are not rounded
+//! on GPUs, keep the form that Qwen3's and DeepSeek's fp8 checkpoints have: tiles of 128 x 128. Embedding, head, routers, norms and biases
+//! stay as they are.
 
 use std::sync::Arc;
 
@@ -19,20 +21,25 @@ use rayon::prelude::*;
 use crate::checkpoint::Checkpoint;
 use crate::error::CheckpointError;
 
-/// Rows and columns that share a scale.
-const TILE: usize = 128;
-/// What weights become.
-const FORMAT: Fp8 = Fp8 {
-    block: ScaleBlock::Tile { rows: TILE as u32, cols: TILE as u32 },
-    inputs: Inputs::PerGroup(TILE as u32),
-};
+/// Rows that share a scale.
+const ROWS: usize = 128;
+/// Columns that do, and of a model with experts.
+const COLS: usize = 256;
+const COLS_OF_EXPERTS: usize = 128;
+
+/// Columns that share a scale in what such a model becomes.
+fn cols_of(spec: &DecoderSpec) -> usize {
+    let has_experts = spec.layers.iter().any(|layer| layer.experts().is_some());
+    if has_experts { COLS_OF_EXPERTS } else { COLS }
+}
 
 impl Checkpoint {
-    /// Makes linear layers e4m3, with a scale for each tile of 128 x 128 and inputs rounded to e4m3 by a token's groups of 128 columns. A
-    /// checkpoint whose weights are e4m3 already stays as it is.
+    /// Makes linear layers e4m3, with a scale for each tile of 128 rows by 256 columns and inputs rounded to e4m3 by a token's groups of 256
+    /// columns; by 128, both, where there are experts. A checkpoint whose weights are e4m3 already stays as it is.
     pub fn quantized(mut self) -> Checkpoint {
         if self.becomes_fp8() {
-            quantize_all(self.tensors.linear_mut());
+            let wide = cols_of(&self.config.spec);
+            quantize_all(self.tensors.linear_mut(), wide);
         }
         self
     }
@@ -41,7 +48,9 @@ impl Checkpoint {
     pub fn quantized_spec(&self) -> DecoderSpec {
         let mut spec = self.config.spec.clone();
         if spec.weights == WeightFormat::Bf16 {
-            spec.weights = WeightFormat::Fp8(FORMAT);
+            let cols = cols_of(&spec) as u32;
+            let block = ScaleBlock::Tile { rows: ROWS as u32, cols };
+            spec.weights = WeightFormat::Fp8(Fp8 { block, inputs: Inputs::PerGroup(cols) });
         }
         spec
     }
@@ -51,14 +60,16 @@ impl Checkpoint {
         let (mut stored, mut rounded) = (before.stored()?, before.tensors.clone());
         if self.becomes_fp8() {
             stored.unstack_experts();
+            let wide = cols_of(&self.config.spec);
             let earlier = stored.linear_mut().zip(rounded.linear_mut());
-            quantize_all(self.tensors.linear_mut().zip(earlier).filter_map(|(tensor, (stored, rounded))| {
+            let anew = self.tensors.linear_mut().zip(earlier).filter_map(|(tensor, (stored, rounded))| {
                 if !tensor.is_same(stored) {
                     return Some(tensor);
                 }
                 tensor.data = rounded.data.clone();
                 None
-            }));
+            });
+            quantize_all(anew, wide);
         }
         Ok(self)
     }
@@ -77,36 +88,38 @@ impl Checkpoint {
 }
 
 /// By all cores, of several tensors at a time: one of an expert's has too few rows for all of them.
-fn quantize_all<'a>(tensors: impl Iterator<Item = &'a mut HostTensor>) {
+fn quantize_all<'a>(tensors: impl Iterator<Item = &'a mut HostTensor>, wide: usize) {
     let mut tensors: Vec<_> = tensors.collect();
-    tensors.par_iter_mut().for_each(|tensor| quantize(tensor));
+    tensors.par_iter_mut().for_each(|tensor| quantize(tensor, wide));
 }
 
-fn quantize(tensor: &mut HostTensor) {
-    let (cols, across) = (tensor.cols.max(1), tensor.cols.div_ceil(TILE).max(1));
+/// Gives `wide` columns of as many rows as a tile has a scale.
+fn quantize(tensor: &mut HostTensor, wide: usize) {
+    let (cols, across) = (tensor.cols.max(1), tensor.cols.div_ceil(wide).max(1));
     let mut codes = vec![0; tensor.rows * tensor.cols];
-    let mut values = vec![0.0; tensor.rows.div_ceil(TILE) * across];
-    let bands = codes.par_chunks_mut(TILE * cols).zip(values.par_chunks_mut(across)).enumerate();
+    let mut values = vec![0.0; tensor.rows.div_ceil(ROWS) * across];
+    let bands = codes.par_chunks_mut(ROWS * cols).zip(values.par_chunks_mut(across)).enumerate();
     bands.for_each_init(
-        || vec![0.0; TILE * cols],
-        |wide, (band, (codes, values))| {
-            let wide = &mut wide[..codes.len()];
-            for (row, out) in wide.chunks_mut(cols).enumerate() {
-                widen(tensor, band * TILE + row, out);
+        || vec![0.0; ROWS * cols],
+        |rows, (band, (codes, values))| {
+            let rows = &mut rows[..codes.len()];
+            for (row, out) in rows.chunks_mut(cols).enumerate() {
+                widen(tensor, band * ROWS + row, out);
             }
-            quantize_tiles(wide, cols, codes, values);
+            quantize_tiles(rows, cols, wide, codes, values);
         },
     );
     let range = 0..codes.len();
-    let scales = Scales { values, block: [TILE, TILE], inputs: FORMAT.inputs, input_scale: None };
+    let inputs = Inputs::PerGroup(wide as u32);
+    let scales = Scales { values, block: [ROWS, wide], inputs, input_scale: None };
     tensor.data = TensorData::Fp8 { owner: Arc::new(codes), range, scales: Arc::new(scales) };
 }
 
-/// Rounds the tiles beside each other of rows `cols` wide, and gives their scales.
-fn quantize_tiles(rows: &[f32], cols: usize, codes: &mut [u8], values: &mut [f32]) {
-    let mut tile = Vec::with_capacity(TILE * TILE);
-    for (value, begin) in values.iter_mut().zip((0..cols).step_by(TILE)) {
-        let end = cols.min(begin + TILE);
+/// Rounds the tiles beside each other, of `wide` columns, of rows of `cols`, and gives their scales.
+fn quantize_tiles(rows: &[f32], cols: usize, wide: usize, codes: &mut [u8], values: &mut [f32]) {
+    let mut tile = Vec::with_capacity(ROWS * wide);
+    for (value, begin) in values.iter_mut().zip((0..cols).step_by(wide)) {
+        let end = cols.min(begin + wide);
         tile.clear();
         rows.chunks(cols).for_each(|row| tile.extend_from_slice(&row[begin..end]));
         *value = scale(&tile);

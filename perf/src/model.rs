@@ -74,8 +74,8 @@ impl ModelShape {
         let rope = Some(Rope::plain(1e6, self.head_dim));
         let attention = Attention { bias, qk_norm, rope, window: self.window, ..Attention::plain() };
         let layer = LayerSpec { mixer: Mixer::Attention(attention), ..LayerSpec::plain() };
-        let inputs = if self.inputs_fp8 { Inputs::PerGroup(128) } else { Inputs::Plain };
-        let fp8 = WeightFormat::Fp8(Fp8 { block: ScaleBlock::Tile { rows: 128, cols: 128 }, inputs });
+        let inputs = if self.inputs_fp8 { Inputs::PerGroup(256) } else { Inputs::Plain };
+        let fp8 = WeightFormat::Fp8(Fp8 { block: ScaleBlock::Tile { rows: 128, cols: 256 }, inputs });
         DecoderSpec {
             kv: self.kv_fp8.then_some(KvFormat::Fp8),
             weights: if self.weights_fp8 { fp8 } else { WeightFormat::Bf16 },

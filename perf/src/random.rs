@@ -69,13 +69,14 @@ const FP8_SCALE: f32 = 1.0 / 512.0;
 
 /// A matrix in e4m3 with such inputs, not on the device yet: [`fp8_element`] says what it means.
 pub(crate) fn fp8_part(rows: usize, cols: usize, inputs: Inputs) -> HostTensor {
-    const BLOCK: [usize; 2] = [128, 128];
+    let wide = if let Inputs::PerGroup(cols) = inputs { cols as usize } else { 128 };
+    let block = [128, wide];
     let mut codes = Vec::with_capacity(rows * cols + CODES.len());
     while codes.len() < rows * cols {
         codes.extend_from_slice(&CODES);
     }
-    let values = vec![FP8_SCALE; rows.div_ceil(BLOCK[0]) * cols.div_ceil(BLOCK[1])];
-    let scales = Arc::new(Scales { values, block: BLOCK, inputs, input_scale: None });
+    let values = vec![FP8_SCALE; rows.div_ceil(block[0]) * cols.div_ceil(block[1])];
+    let scales = Arc::new(Scales { values, block, inputs, input_scale: None });
     let data = TensorData::Fp8 { owner: Arc::new(codes), range: 0..rows * cols, scales };
     HostTensor { name: "random".into(), rows, cols, data }
 }

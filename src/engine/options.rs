@@ -18,7 +18,7 @@ use crate::simulated::SimulatedDevice;
 /// What weights are made when they are loaded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Quantize {
-    /// e4m3, with a scale for each tile of 128 x 128.
+    /// e4m3, with a scale for each tile of 128 rows by 256 columns, or by 128 where there are experts.
     Fp8,
 }
 

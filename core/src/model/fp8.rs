@@ -79,7 +79,7 @@ const TOPS: [f32; 8] = [448.0, 416.0, 384.0, 352.0, 320.0, 288.0, 256.0, 240.0];
 
 /// The scale of a block whose largest magnitude is `largest`: of the eight by which that becomes one of
 /// 240 to 448, each made a number of the scales' format by `round`, the one with the least sum of squared errors; of equal ones
-/// the lowest. Sums of more than 4,096 errors may reach the most that is counted, if all are about the largest possible.
+/// the lowest.
 pub fn best_scale(block: &[f32], largest: f32, round: impl Fn(f32) -> f32) -> f32 {
     let mut best = (round(largest / MAX), f32::INFINITY);
     for top in TOPS {
@@ -95,7 +95,7 @@ pub fn best_scale(block: &[f32], largest: f32, round: impl Fn(f32) -> f32) -> f3
 /// The sum of the elements' squared errors by this scale. Each is counted in whole 4,096ths of the scale's square, so that a sum
 /// does not depend on its order, and every backend finds the same scale.
 fn squared_error(block: &[f32], scale: f32) -> f32 {
-    /// So many parts fit a u32 together; of their sums only those of whole blocks may not.
+    /// So many parts fit a u32 together.
     const AT_ONCE: usize = 1024;
     /// 2^23: what is added to it becomes a whole number.
     const WHOLE: f32 = 8_388_608.0;
@@ -110,13 +110,13 @@ fn squared_error(block: &[f32], scale: f32) -> f32 {
         let is_above = u32::from(nearest - WHOLE > part);
         nearest.to_bits().wrapping_sub(WHOLE.to_bits()).wrapping_sub(is_above)
     };
-    let mut parts = 0u32;
+    let mut parts = 0u64;
     for block in block.chunks(AT_ONCE) {
         let mut sum = 0u32;
         for x in block {
             sum = sum.wrapping_add(part(*x));
         }
-        parts = parts.saturating_add(sum);
+        parts += u64::from(sum);
     }
     parts as f32 * (scale * scale)
 }

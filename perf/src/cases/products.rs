@@ -33,7 +33,7 @@ const ROWS_BEHIND: usize = 256;
 /// Outputs that are checked.
 const SAMPLES: usize = 64;
 /// How inputs of weights in fp8 are rounded.
-const ROUNDED: Inputs = Inputs::PerGroup(128);
+const ROUNDED: Inputs = Inputs::PerGroup(256);
 /// What bf16 weights, rows and results allow, relative to the norm of the sampled outputs.
 const ERROR_MAX: f64 = 0.01;
 
