@@ -165,8 +165,10 @@ impl Intake {
         }
         let Running { count, work } = &mut state.engines[engine].running;
         (*count, *work) = (*count - ready.count(), *work - ready.work());
+        let next = state.waiting.next().map(|prompt| prompt.place);
         let prompt = state.prompt(ready);
-        state.waiting.give_back(prompt);
+        let place = next.unwrap_or(prompt.place);
+        state.waiting.give_back(Prompt { place, ..prompt });
     }
 
     /// Who sleeps although requests wait, for an engine has taken all that it may.
@@ -278,6 +280,8 @@ impl Share {
 
 /// Which requests an engine takes, so that all come to have as much work for each that they run.
 struct Weight {
+    /// Of whose turn it is: a session's weight makes no other one wait.
+    session: Option<u64>,
     /// Those with at most, or more than, the mean work of all that run and wait.
     is_light: bool,
     mean: u64,
@@ -291,12 +295,14 @@ impl Weight {
         let work: u64 = engines.iter().map(|engine| engine.running.work).sum();
         let mean = (work + waiting.work()) / (count + waiting.len()).max(1) as u64;
         let Running { count, work } = engines[engine].running;
-        let before = waiting.next().map_or(0, |prompt| prompt.place) + WINDOW as u64;
-        Weight { is_light: work > mean * count as u64, mean, before }
+        let next = waiting.next();
+        let before = next.map_or(0, |prompt| prompt.place) + WINDOW as u64;
+        Weight { session: next.map(Prompt::session), is_light: work > mean * count as u64, mean, before }
     }
 
     fn is_of(&self, prompt: &Prompt) -> bool {
         let mean = self.mean * prompt.count() as u64;
-        (prompt.work() <= mean) == self.is_light && prompt.place < self.before
+        let is_near = self.session == Some(prompt.session()) && prompt.place < self.before;
+        is_near && (prompt.work() <= mean) == self.is_light
     }
 }

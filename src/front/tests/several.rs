@@ -126,6 +126,41 @@ fn no_request_is_overtaken_by_many_for_its_weight() {
 }
 
 #[test]
+fn a_session_does_not_wait_for_the_weight_of_another() {
+    let (front, controls) = deep_engines();
+    // Both are at work while two sessions come; then the first takes what waits.
+    let [first, second] = [0, 1].map(|engine| {
+        let (begun, is_at_work) = channel();
+        let (end, ended) = channel::<()>();
+        let work = Box::new(move |_: &mut dyn Runner| {
+            begun.send(()).unwrap();
+            let _ = ended.recv();
+        });
+        front.handle().shared().send(engine, Message::Call(Call { when_idle: false, work }));
+        is_at_work.recv().unwrap();
+        end
+    });
+    let session = |requests: Vec<GenerateRequest>| {
+        let options = SessionOptions { capacity: Some(requests.len()), ..SessionOptions::default() };
+        let (mut submitter, events) = front.handle().session(options);
+        submitter.submit_all((0..).zip(requests)).unwrap();
+        events
+    };
+    // A file whose first request outweighs all others, and a question that is heavier than most.
+    let tokens = |i: u32| if i == 0 { 400 } else { 3 };
+    let sessions =
+        [session((0..200).map(|i| request(i, tokens(i))).collect()), session(vec![request(1000, 100)])];
+    drop(first);
+    for mut events in sessions {
+        while !matches!(events.next_timeout(Duration::from_secs(60)), Ok(Next::Over)) {}
+    }
+    let order = admitted(&controls[0]);
+    let place = order.iter().position(|first| *first == 1000).unwrap();
+    assert!(place <= 2, "{order:?}");
+    drop(second);
+}
+
+#[test]
 fn who_is_free_takes_the_next() {
     let (front, controls) = engines((0..2).map(|_| Control::default()));
     // The first one is at work for as long as this test likes.
