@@ -23,7 +23,7 @@ use minisgl_core::spec::{
 };
 use minisgl_core::tensor::{Dtype, HostTensor, Scales, TensorData, splitmix64, uniform_element};
 use minisgl_cuda::ops::exchange::Exchange;
-use minisgl_cuda::ops::experts::{Ahead, ExpertLayer, Experts};
+use minisgl_cuda::ops::experts::{Ahead, ExpertLayer, Experts, experts_input};
 use minisgl_cuda::ops::gemm::RowNorm;
 use minisgl_cuda::{Buffer, Cuda, KernelSet, Link, Options, Weight, device_count};
 use support::taken;
@@ -392,12 +392,12 @@ impl Layer {
         let (columns, next_columns) = (self.columns.columns(), self.next_columns.columns());
         // Where the next layer takes the stream that is there which these experts got, if they got anything but the stream.
         let expected = |i: usize| match next {
-            Next::Scaled => times(out[i], next_columns[i % hidden]),
-            Next::Stream if self.is_fp8() => times(x[i], columns[i % hidden]),
-            Next::Stream => bf16::NAN,
+            Next::Scaled => times(out[i], next_columns[i % hidden]).to_bits(),
+            Next::Stream if self.is_fp8() => experts_input(x[i].to_f32() * columns[i % hidden].to_f32()),
+            Next::Stream => bf16::NAN.to_bits(),
         };
-        let wrong = (0..x.len()).find(|i| left[*i].to_bits() != expected(*i).to_bits());
-        let wrong = wrong.map(|i| (i / hidden, i % hidden, left[i], expected(i)));
+        let wrong = (0..x.len()).find(|i| left[*i].to_bits() != expected(*i));
+        let wrong = wrong.map(|i| (i / hidden, i % hidden, left[i].to_bits(), expected(i)));
         assert_eq!(wrong, None, "{}: left for a layer that takes {next:?}", self.label);
         let got: Vec<f32> = self.download(sumsq);
         for (got, want) in got.iter().zip(self.sums(out)) {
