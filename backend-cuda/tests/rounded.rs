@@ -25,8 +25,8 @@ const TOKENS_MAX: usize = 1000;
 /// Tokens that are compared with the definition: of the first tile, and of the last.
 const COMPARED: [usize; 5] = [0, 7, 15, 998, 999];
 /// How far sums may be off, as a share of their norm. Tensor cores keep 13 bits or more of a sum over 128 to 512 columns, which begins
-/// from zero: where terms have both signs that is some 2^-14 of what is summed, less of the whole row. Of 4,096 columns at once, or all of
-/// 12,288, 8e-4 and 17e-4 were measured.
+/// from zero: where terms have both signs that is some 2^-14 of what is summed, less of the whole row, and more of wider sums. Of 4,096
+/// columns at once, or all of 12,288, 8e-4 and 17e-4 were measured.
 const SUMS: f64 = 3e-4;
 const WIDE_SUMS: f64 = 6e-4;
 /// The same of outputs in bf16, half a unit in whose last place is 2^-9 at most.

@@ -7,16 +7,10 @@
 //   number      bf16(code * scale), one rounding, by the product with 2^120 * scale, a lifted scale, which is a bf16 number for
 //               scales up to 239
 //
-// Subnormal codes are subnormal bf16 numbers then, and the product makes them normal ones. A code that is none (0x7f) becomes 480: a
-// row with what is no number has a scale that is none.
+// Subnormal codes are subnormal bf16 numbers then, and the product makes them normal ones. A code that is none (0x7f) becomes 480:
+// 64 columns of a row that have one have a scale that is none (fp8_tiles.rs).
 #pragma once
 #include <cuda_bf16.h>
-
-// A word of four codes, packed: 1 and 3 are in their places.
-__device__ __forceinline__ unsigned fp8_packed(unsigned codes) {
-    return (codes & 0x80008000u) | (codes >> 4 & 0x07f007f0u) | (codes << 8 & 0x70007000u) | (codes << 4 & 0x08000800u) |
-           (codes & 0x000f000fu);
-}
 
 // A packed word's codes 1 and 3, and 0 and 2, times lifted scales, rounded to bf16.
 __device__ __forceinline__ void fp8_widen(unsigned &odd, unsigned &even, unsigned word, unsigned scales) {

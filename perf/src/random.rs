@@ -64,7 +64,7 @@ static CODES: LazyLock<Vec<u8>> = LazyLock::new(|| {
     (0..65_521).map(code).map(|code| if code & 0x7f == fp8::NAN { code ^ 1 } else { code }).collect()
 });
 
-/// The scale of each 128 columns.
+/// The scale of each block.
 const FP8_SCALE: f32 = 1.0 / 512.0;
 
 /// A matrix in e4m3 with such inputs, not on the device yet: [`fp8_element`] says what it means.

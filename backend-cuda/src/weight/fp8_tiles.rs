@@ -36,7 +36,7 @@ impl Fp8Tiles {
     const LIFT: f32 = f32::from_bits((127 + 120) << 23);
     const EXPERTS_LIFT: f32 = 64.0;
 
-    /// The largest scale: 2^120 times more is no bf16 number, and 64 times that of a 448 no f16 number.
+    /// The largest scale: 2^120 times it must be a bf16 number, and 448 times 64 times it an f16 number.
     pub(crate) const fn scale_max(self) -> f32 {
         match self {
             Fp8Tiles::Dense => 239.0,
@@ -129,7 +129,7 @@ impl<'a> Fp8Row<'a> {
     }
 }
 
-/// Four codes as the kernels widen them (`fp8_packed` of `fp8.cuh`): the bits of the second and the fourth where bf16 has them.
+/// Four codes packed, as the kernels widen them (`fp8.cuh`): the bits of the second and the fourth where bf16 has them.
 fn packed(codes: [u8; 4]) -> [u8; 4] {
     let word = u32::from_le_bytes(codes);
     let in_place = word & 0x8000_8000 | word >> 4 & 0x07f0_07f0;
@@ -140,6 +140,12 @@ fn packed(codes: [u8; 4]) -> [u8; 4] {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::declared::constant;
+
+    #[test]
+    fn weights_of_experts_are_as_many_times_as_their_inputs_are_parts() {
+        assert_eq!(constant("experts/experts_f16.cuh", "EXPERTS_INPUTS_UNIT") as f32, Fp8Tiles::EXPERTS_LIFT);
+    }
 
     /// What a packed word becomes in registers, in the codes' order, scaled by one (`fp8_widen`).
     fn widened(word: [u8; 4]) -> [f32; 4] {

@@ -141,6 +141,7 @@ fn prefill_of_whole_prompts_chunks_and_prefix_hits_is_right() {
             prefill_is_right(kind, heads, page_size, &whole[..11]);
             prefill_is_right(kind, heads, page_size, &later);
         }
+        prefill_is_right(kind, QWEN3, 256, &later);
         prefill_is_right(kind, QWEN3, 16, &whole);
         prefill_is_right(kind, QWEN3, 16, &[(0, 1)]);
     }

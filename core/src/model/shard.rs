@@ -216,7 +216,7 @@ impl DecoderSpec {
             if let Some(width) = widths.map(|width| width / ranks).find(|width| !width.is_multiple_of(group))
             {
                 return refused(format!(
-                    "inputs are rounded in groups of {group} columns, and a rank has {width}"
+                    "inputs are rounded in groups of {group} columns, and a rank has {width}; with --plain-inputs they are not rounded"
                 ));
             }
         }

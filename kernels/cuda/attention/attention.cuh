@@ -27,8 +27,8 @@
 // A query at position p sees the positions from p + 1 - window up to its own. What lies before is masked as what lies behind
 // is; its pages may be somebody else's by now, so neither its keys nor its values may reach a sum.
 //
-// Keys and values lie in pages, [page][kv head][page_size][head_dim] bf16 (in fp8 as fp8_rows.cuh has them); the 16-byte chunk c of token t is stored at
-// chunk c ^ (t & 7), so that eight rows of one chunk lie in different banks when ldmatrix reads them.
+// Keys and values lie in pages, [page][kv head][page_size][head_dim] bf16 (in fp8 as fp8_rows.cuh has them); the 16-byte chunk c
+// of token t is stored at chunk c ^ (t & 7), so that eight rows of one chunk lie in different banks when ldmatrix reads them.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>

@@ -13,7 +13,7 @@
     attention_prefill_##HD(const __grid_constant__ PrefillParams params, const __grid_constant__ TensorMap q,           \
                            const __grid_constant__ TensorMap k, const __grid_constant__ TensorMap v) {                  \
         const PrefillArgs args = {params, &q, &k, &v, {}};                                                              \
-        prefill<HD, false>(args, shared_memory);                                                                               \
+        prefill<HD, false>(args, shared_memory);                                                                        \
     }
 
 ATTENTION_DECODE(attention_decode_64, 64, 1, false, false)

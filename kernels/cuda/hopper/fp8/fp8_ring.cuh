@@ -3,7 +3,7 @@
 //
 //   w        [rows / 64][cols / 64] tiles of 4,224 bytes: [64 rows][64 codes], then a row's scale each, 2^120 times it, bf16
 //   a row's codes   word c of dims 16 k on lies at byte 16 c + 4 k: columns 2 c + 8, 2 c, 2 c + 9, 2 c + 1 of those 16, packed (fp8.cuh),
-//                   so that 16 bytes are what a lane has of four wgmmas (fp8_rows.cuh has keys so)
+//                   so that 16 bytes are what a lane has of four wgmmas
 //   stage    N tokens, 64 columns of each, as hopper.cuh describes them; GROUPS tiles of w apart from them, which lie below each other
 //
 // 1. What w means is a bf16 number, rounded once; from there on sums are those of a matrix of such numbers, bit by bit.

@@ -1,6 +1,6 @@
 // Products whose both operands are e4m3 codes: rounded inputs, as a checkpoint in fp8 means them.
 //
-//   y[t, m] = sum over blocks k of 128 columns of  scale[m / 8, k] * scale[t, k] * (sum over a block's columns of w[m, c] x[t, c])
+//   y[t, m] = sum over groups k of 128, 256 or 512 columns of  scale[m / 8, k] * scale[t, k] * (sum over the group's of w[m, c] x[t, c])
 //
 //   codes      [rows, cols] e4m3 of both; to the copy engine and to shared memory rows of cols / 2 words of 16 bits: a Shape counts
 //              those, so a block of 64 words is 128 columns, and rings, tiles and descriptors are those of bf16

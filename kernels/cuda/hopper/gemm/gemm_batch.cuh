@@ -58,7 +58,7 @@ struct Units {
     }
 };
 
-// Where a thread is in the ring.
+// Where a thread is in the ring: place.cuh's, where a launch says how many stages there are.
 struct RingPlace {
     unsigned at = 0, parity = 0;
     __device__ __forceinline__ void advance(unsigned stages) {
