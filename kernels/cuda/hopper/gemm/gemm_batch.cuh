@@ -19,12 +19,11 @@
 #include "hopper/gemm/share_out.cuh"
 
 // Units that a block multiplies side by side.
-constexpr int BATCH_GROUPS = 3;
+constexpr unsigned BATCH_GROUPS = 3;
 
 template <int N> struct BatchRing {
-    static constexpr unsigned GROUPS = BATCH_GROUPS;
-    static constexpr unsigned W_BYTES = GROUPS * 64 * 128, STAGE_BYTES = W_BYTES + N * 128, UNIT_BYTES = 64 * 128;
-    static constexpr unsigned MULTIPLIERS = 128 * GROUPS, HALF = N / 2;
+    static constexpr unsigned W_BYTES = BATCH_GROUPS * 64 * 128, STAGE_BYTES = W_BYTES + N * 128, UNIT_BYTES = 64 * 128;
+    static constexpr unsigned MULTIPLIERS = 128 * BATCH_GROUPS, HALF = N / 2;
     static_assert(HALF % 8 == 0, "halves of the tokens are whole groups of the swizzle");
     unsigned base, full, empty, stages;
 
@@ -36,7 +35,7 @@ template <int N> struct BatchRing {
     __device__ __forceinline__ void init_barriers() const {
         for (unsigned i = 0; i < stages; i++) {
             barrier_init(full + 8 * i, 1);
-            barrier_init(empty + 8 * i, 2 * 4 * GROUPS);
+            barrier_init(empty + 8 * i, 2 * 4 * BATCH_GROUPS);
         }
         barrier_init_fence();
     }
@@ -44,17 +43,16 @@ template <int N> struct BatchRing {
 
 // A block's units of 64 rows.
 struct Units {
-    static constexpr unsigned GROUPS = BATCH_GROUPS;
     unsigned first, count, turns;
 
     __device__ __forceinline__ explicit Units(const Shape &shape) {
         const unsigned all = (shape.rows + 63) / 64, each = (all + gridDim.x - 1) / gridDim.x;
         first = blockIdx.x * each;
         count = first < all ? min(each, all - first) : 0;
-        turns = (each + GROUPS - 1) / GROUPS; // of both blocks of a cluster
+        turns = (each + BATCH_GROUPS - 1) / BATCH_GROUPS; // of both blocks of a cluster
     }
     __device__ __forceinline__ unsigned in(unsigned turn) const {
-        return count > turn * GROUPS ? min(GROUPS, count - turn * GROUPS) : 0;
+        return count > turn * BATCH_GROUPS ? min(BATCH_GROUPS, count - turn * BATCH_GROUPS) : 0;
     }
 };
 
