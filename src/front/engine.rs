@@ -30,7 +30,6 @@ use minisgl_core::request as core;
 use minisgl_core::request::{SubmitError, Ticket};
 
 use super::batch::{Batch, Drawn, Event, StepTimes};
-use super::fair::Waiting;
 use super::intake::Running;
 use super::message::{Call, Message};
 use super::output::Output;
@@ -186,7 +185,7 @@ impl EngineThread {
             let mut taken = Vec::with_capacity(ready.outputs.len());
             match self.runner.submit_group(&ready.samples(), &mut |submitted| taken.push(submitted)) {
                 Ok(()) => {
-                    let work = ready.work() / taken.len().max(1) as u64;
+                    let work = self.shared.intake.work(&ready) / taken.len().max(1) as u64;
                     let started = ready.outputs.into_iter().zip(taken);
                     started.for_each(|(output, it)| self.start(output, it, work))
                 }

@@ -37,7 +37,11 @@ const HOMES_MAX: usize = 1 << 16;
 const WINDOW: usize = 64;
 
 /// See the module.
-pub struct Intake(Mutex<State>);
+pub struct Intake {
+    /// Tokens that a sequence may have.
+    sequence: u32,
+    state: Mutex<State>,
+}
 
 struct State {
     waiting: FairQueue<Prompt>,
@@ -55,6 +59,7 @@ struct Prompt {
     beginning: Option<u64>,
     /// Which one it is of all that have come.
     place: u64,
+    work: u64,
 }
 
 impl Waiting for Prompt {
@@ -67,7 +72,7 @@ impl Waiting for Prompt {
     }
 
     fn work(&self) -> u64 {
-        self.ready.work()
+        self.work
     }
 }
 
@@ -98,8 +103,8 @@ pub struct Unrun(#[expect(dead_code, reason = "it is there to be dropped")] Box<
 pub type Sleepers = Vec<usize>;
 
 impl Intake {
-    /// For engines that take so many requests at once.
-    pub fn new(depths: impl IntoIterator<Item = usize>) -> Self {
+    /// For engines that take so many requests at once, of sequences of so many tokens.
+    pub fn new(depths: impl IntoIterator<Item = usize>, sequence: u32) -> Self {
         let engine = |depth| Engine {
             depth,
             running: Running::default(),
@@ -108,17 +113,24 @@ impl Intake {
             stopped: false,
         };
         let engines = depths.into_iter().map(engine).collect();
-        Intake(Mutex::new(State { waiting: FairQueue::new(), engines, homes: HashMap::new(), come: 0 }))
+        let state = State { waiting: FairQueue::new(), engines, homes: HashMap::new(), come: 0 };
+        Intake { sequence, state: Mutex::new(state) }
+    }
+
+    /// How much work a request is.
+    pub fn work(&self, ready: &Ready) -> u64 {
+        ready.work(self.sequence)
     }
 
     /// Appends requests, together; gives them back if no engine takes any more.
     pub fn push(&self, ready: Vec<Ready>) -> Result<Sleepers, Vec<Ready>> {
-        let mut state = locked(&self.0);
+        let mut state = locked(&self.state);
         if state.working() == 0 {
             return Err(ready);
         }
         for ready in ready {
-            let prompt = state.prompt(ready);
+            let work = self.work(&ready);
+            let prompt = state.prompt(ready, work);
             state.waiting.push(prompt);
         }
         Ok(state.sleepers())
@@ -126,7 +138,7 @@ impl Intake {
 
     /// The next request of an engine that runs this.
     pub fn take(&self, engine: usize, running: Running) -> Option<Ready> {
-        let mut state = locked(&self.0);
+        let mut state = locked(&self.state);
         state.engines[engine].running = running;
         let State { waiting, engines, homes, .. } = &mut *state;
         let share = Share::of(waiting.len(), engines);
@@ -134,7 +146,7 @@ impl Intake {
             return None;
         }
         let home = |prompt: &Prompt| homes.get(prompt.beginning.as_ref()?).copied();
-        let Prompt { ready, beginning, .. } = match engines.len() {
+        let Prompt { ready, beginning, work: its_work, .. } = match engines.len() {
             1 => waiting.pop(),
             _ => {
                 let weight = Weight::wanted(engine, waiting, engines);
@@ -146,7 +158,7 @@ impl Intake {
             }
         }?;
         let Running { count, work } = &mut engines[engine].running;
-        (*count, *work) = (*count + ready.count(), *work + ready.work());
+        (*count, *work) = (*count + ready.count(), *work + its_work);
         if let Some(beginning) = beginning {
             if homes.len() >= HOMES_MAX {
                 homes.clear();
@@ -158,28 +170,29 @@ impl Intake {
 
     /// Takes back what an engine has no room for; it comes next, or is dropped if no engine takes any more.
     pub fn give_back(&self, engine: usize, ready: Ready) {
-        let mut state = locked(&self.0);
+        let mut state = locked(&self.state);
         if state.working() == 0 {
             drop(state);
             return drop(ready); // Which tells its reader.
         }
+        let its_work = self.work(&ready);
         let Running { count, work } = &mut state.engines[engine].running;
-        (*count, *work) = (*count - ready.count(), *work - ready.work());
+        (*count, *work) = (*count - ready.count(), *work - its_work);
         let next = state.waiting.next().map(|prompt| prompt.place);
-        let prompt = state.prompt(ready);
+        let prompt = state.prompt(ready, its_work);
         let place = next.unwrap_or(prompt.place);
         state.waiting.give_back(Prompt { place, ..prompt });
     }
 
     /// Who sleeps although requests wait, for an engine has taken all that it may.
     pub fn left_by(&self) -> Sleepers {
-        let mut state = locked(&self.0);
+        let mut state = locked(&self.state);
         if state.waiting.is_empty() { Sleepers::new() } else { state.sleepers() }
     }
 
     /// May an engine that runs nothing sleep? If so it counts as asleep until it is woken.
     pub fn may_sleep(&self, engine: usize) -> bool {
-        let mut state = locked(&self.0);
+        let mut state = locked(&self.state);
         (state.engines[engine].running, state.engines[engine].load) = (Running::default(), Load::default());
         let State { waiting, engines, homes, .. } = &*state;
         let share = Share::of(waiting.len(), engines);
@@ -192,19 +205,19 @@ impl Intake {
 
     /// Takes out those of a session that `unwanted` picks.
     pub fn remove(&self, session: u64, mut unwanted: impl FnMut(&Ready) -> bool) -> Vec<Ready> {
-        let removed = locked(&self.0).waiting.remove(session, |prompt| unwanted(&prompt.ready));
+        let removed = locked(&self.state).waiting.remove(session, |prompt| unwanted(&prompt.ready));
         removed.into_iter().map(|prompt| prompt.ready).collect()
     }
 
     /// How many wait for each engine.
     pub fn backlog(&self) -> u32 {
-        let state = locked(&self.0);
+        let state = locked(&self.state);
         state.waiting.len().div_ceil(state.working().max(1)) as u32
     }
 
     /// What all engines together have on their hands, as far as they have told, once one has this.
     pub fn load(&self, engine: usize, load: Load) -> Load {
-        let mut state = locked(&self.0);
+        let mut state = locked(&self.state);
         state.engines[engine].load = load;
         let waiting = Load { waiting: state.waiting.len() as u32, ..Load::default() };
         state.engines.iter().fold(waiting, |sum, engine| sum + engine.load)
@@ -212,12 +225,12 @@ impl Intake {
 
     /// Does an engine still take requests?
     pub fn is_working(&self, engine: usize) -> bool {
-        !locked(&self.0).engines[engine].stopped
+        !locked(&self.state).engines[engine].stopped
     }
 
     /// An engine takes no request any more. Gives who is to be woken, or what waits if it was the last one.
     pub fn stop(&self, engine: usize) -> Result<Sleepers, Unrun> {
-        let mut state = locked(&self.0);
+        let mut state = locked(&self.state);
         let stopped = &mut state.engines[engine];
         (stopped.stopped, stopped.running, stopped.load) = (true, Running::default(), Load::default());
         state.homes.retain(|_, home| *home != engine);
@@ -229,14 +242,14 @@ impl Intake {
 
     /// No engine takes any request any more; gives what waits.
     pub fn close(&self) -> Unrun {
-        let mut state = locked(&self.0);
+        let mut state = locked(&self.state);
         state.engines.iter_mut().for_each(|engine| engine.stopped = true);
         Unrun(Box::new(std::mem::replace(&mut state.waiting, FairQueue::new())))
     }
 }
 
 impl State {
-    fn prompt(&mut self, ready: Ready) -> Prompt {
+    fn prompt(&mut self, ready: Ready, work: u64) -> Prompt {
         let beginning = ready.prompt.get(..COMMON_TOKENS).filter(|_| self.engines.len() > 1);
         let hash = |tokens: &[u32]| {
             let mut hasher = DefaultHasher::new();
@@ -244,7 +257,7 @@ impl State {
             hasher.finish()
         };
         self.come += 1;
-        Prompt { beginning: beginning.map(hash), place: self.come, ready }
+        Prompt { beginning: beginning.map(hash), place: self.come, work, ready }
     }
 
     fn working(&self) -> usize {

@@ -7,7 +7,6 @@ use minisgl_core::request::Request;
 use minisgl_core::rules::Rules;
 use minisgl_core::sampling::SamplingParams;
 
-use super::fair::Waiting;
 use super::output::Output;
 use crate::request::RequestError;
 
@@ -65,25 +64,27 @@ impl Ready {
     pub fn reject(self, error: &RequestError) {
         self.outputs.into_iter().for_each(|output| output.reject(error.clone()));
     }
-}
 
-impl Waiting for Ready {
-    fn session(&self) -> u64 {
+    /// Whose it is.
+    pub fn session(&self) -> u64 {
         self.outputs.first().map_or(0, |output| output.session().id)
     }
 
-    fn count(&self) -> usize {
+    /// Its samples.
+    pub fn count(&self) -> usize {
         self.outputs.len()
     }
 
-    /// In tokens that its rows read, as if each sample got as many tokens as it may.
-    fn work(&self) -> u64 {
+    /// How much work it is where a sequence has so many tokens at most: in tokens that its rows read, as if each sample got as many
+    /// as it may.
+    pub fn work(&self, sequence: u32) -> u64 {
         /// What a token takes beside those that it reads: Qwen3-0.6B's share of a full step, about.
         const BESIDE: u64 = 64;
         /// So that no sum of many overflows.
         const MOST: u64 = 1 << 20;
-        let prompt = (self.prompt.len() as u64).min(MOST);
-        let output = u64::from(self.params.max_tokens).min(MOST);
+        let sequence = u64::from(sequence).min(MOST);
+        let prompt = (self.prompt.len() as u64).min(sequence);
+        let output = u64::from(self.params.max_tokens).min(sequence - prompt);
         (output * (prompt + output / 2) + BESIDE * (prompt + output)) * self.outputs.len() as u64
     }
 }

@@ -70,15 +70,15 @@ impl Shared {
     ) -> Self {
         let capacity = |limits: &Limits| limits.running as usize + limits.queued as usize;
         let depth = |limits: &Limits| if order.sorts() { capacity(limits) } else { limits.running as usize };
-        let shortest = limits.iter().map(|limits| limits.sequence).min();
+        let shortest = limits.iter().map(|limits| limits.sequence).min().unwrap_or(0);
         let capacity_of_all = limits.iter().map(capacity).sum();
         Shared {
             compiler: Compiler::new(text.clone(), tokens),
-            encoder: Encoder { text, longest: shortest.unwrap_or(0) as usize },
+            encoder: Encoder { text, longest: shortest as usize },
             pooling,
             encoders: Stage::new(),
             compilers: Stage::new(),
-            intake: Intake::new(limits.iter().map(depth)),
+            intake: Intake::new(limits.iter().map(depth), shortest),
             messages,
             capacity: capacity_of_all,
             permits: Permits::new(capacity_of_all),

@@ -99,6 +99,28 @@ fn engines_have_as_much_work_each_however_it_comes() {
 }
 
 #[test]
+fn tokens_that_a_sequence_has_no_room_for_are_no_work() {
+    let limits = Limits { running: 512, sequence: 20, ..LIMITS };
+    let (front, controls) = engines((0..2).map(|_| Control { limits, ..Control::default() }));
+    // The second one is at work for as long as this test likes.
+    let (begun, is_at_work) = channel();
+    let (end, ended) = channel::<()>();
+    let work = Box::new(move |_: &mut dyn Runner| {
+        begun.send(()).unwrap();
+        let _ = ended.recv();
+    });
+    front.handle().shared().send(1, Message::Call(Call { when_idle: false, work }));
+    is_at_work.recv().unwrap();
+    // The first ones ask for all that they can get. None of them gets more than the others, so none is overtaken.
+    let tokens = |i: u32| if i < 8 { u32::MAX } else { 19 };
+    let (completions, outcome) = run(&front, (0..100).map(|i| request(i, tokens(i))).collect());
+    outcome.unwrap();
+    assert!(completions.into_iter().all(|completion| completion.unwrap().token_ids.len() == 19));
+    assert_eq!(admitted(&controls[0]), (0..100).collect::<Vec<_>>());
+    drop(end);
+}
+
+#[test]
 fn no_request_is_overtaken_by_many_for_its_weight() {
     let (front, controls) = deep_engines();
     // The second one is at work for as long as this test likes. The first has a request that outweighs many, then one that would
