@@ -1,7 +1,14 @@
-//! A model.safetensors.index.json beside good shards and a good config.json: one that opens names files beside it alone.
+//! A model.safetensors.index.json beside good shards and a good config.json: one that opens names files beside it alone, which are
+//! those that are fetched by it; whatever it is, nothing is fetched to another place.
 #![no_main]
 
-use std::path::Path;
+// By its path: the rest of the hub's client would bring TLS along.
+#[allow(dead_code)]
+#[path = "../../hub/src/index.rs"]
+mod fetched;
+
+use std::collections::BTreeSet;
+use std::path::{Component, Path};
 use std::sync::LazyLock;
 
 use libfuzzer_sys::fuzz_target;
@@ -23,12 +30,19 @@ static FOLDER: LazyLock<Folder> = LazyLock::new(|| {
 });
 
 fuzz_target!(|index: &[u8]| {
+    let fetched = fetched::shards(index);
+    for file in fetched.iter().flatten() {
+        assert!(
+            Path::new(file).components().all(|part| matches!(part, Component::Normal(_))),
+            "{file} is elsewhere"
+        );
+    }
     FOLDER.write("model.safetensors.index.json", index);
     if open(&FOLDER) {
         let index: Value = serde_json::from_slice(index).unwrap();
-        for file in index["weight_map"].as_object().unwrap().values() {
-            let file = file.as_str().unwrap();
-            assert_eq!(Path::new(file).file_name().unwrap(), file, "outside the folder");
-        }
+        let files: BTreeSet<&str> =
+            index["weight_map"].as_object().unwrap().values().map(|file| file.as_str().unwrap()).collect();
+        assert!(files.iter().all(|file| Path::new(file).file_name().unwrap() == *file), "outside the folder");
+        assert!(fetched.unwrap().iter().eq(&files), "not all of them are fetched");
     }
 });

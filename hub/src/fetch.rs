@@ -17,7 +17,8 @@ use ureq::http::StatusCode;
 use crate::cache::{self, RepoFolder, in_cache};
 use crate::client::{ATTEMPTS, Client, Metadata, text};
 use crate::error::HubError;
-use crate::files::{self, INDEX, Needed};
+use crate::files::{self, Needed};
+use crate::index::{self, INDEX};
 use crate::name::RepoName;
 use crate::settings::Settings;
 
@@ -170,9 +171,9 @@ impl Fetch<'_> {
     /// The shards that the snapshot's index names.
     fn shards(&self, commit: &str) -> Result<Vec<String>, HubError> {
         let path = self.folder.snapshot(commit).join(INDEX);
-        let index = in_cache(&path, fs::read(&path))?;
+        let contents = in_cache(&path, fs::read(&path))?;
         let name = self.name.to_string();
-        files::shards(&index).ok_or(HubError::NoFile { name, file: format!("usable {INDEX}") })
+        index::shards(&contents).ok_or(HubError::NoFile { name, file: format!("usable {INDEX}") })
     }
 
     /// Fetches those of the files that the snapshot lacks.

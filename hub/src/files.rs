@@ -1,16 +1,13 @@
 //! Which of a repository's files a model is opened from.
 
-use std::collections::BTreeSet;
 use std::fs;
-use std::path::{Component, Path};
-
-use serde_json::Value;
+use std::path::Path;
 
 use crate::error::HubError;
+use crate::index::{INDEX, is_inside, shards};
 use crate::name::RepoName;
 
 const SINGLE: &str = "model.safetensors";
-pub(crate) const INDEX: &str = "model.safetensors.index.json";
 
 /// Files beside the weights, where there are any of them.
 const BESIDE: [&str; 9] = [
@@ -76,14 +73,6 @@ pub(crate) fn needed(name: &RepoName, files: &[String]) -> Result<Needed, HubErr
     Ok(Needed { beside, weights })
 }
 
-/// The shards that an index names; `None` where it is no index.
-pub(crate) fn shards(index: &[u8]) -> Option<Vec<String>> {
-    let index: Value = serde_json::from_slice(index).ok()?;
-    let files = index.get("weight_map")?.as_object()?.values().map(|file| file.as_str().map(str::to_owned));
-    let files: BTreeSet<String> = files.collect::<Option<_>>()?;
-    files.iter().all(|file| is_inside(file)).then(|| files.into_iter().collect())
-}
-
 /// Does a snapshot have its weights? Then it has everything, since they come last.
 pub(crate) fn is_whole(snapshot: &Path) -> bool {
     let has = |file: &str| snapshot.join(file).exists();
@@ -100,12 +89,6 @@ pub(crate) fn is_whole(snapshot: &Path) -> bool {
             entries.flatten().any(|entry| is_shard(&entry.path()) && entry.path().exists())
         }),
     }
-}
-
-/// Does a path stay inside the folder that it starts from?
-fn is_inside(file: &str) -> bool {
-    let mut parts = Path::new(file).components();
-    !file.is_empty() && !file.contains('\\') && parts.all(|part| matches!(part, Component::Normal(_)))
 }
 
 #[cfg(test)]
@@ -147,22 +130,12 @@ mod tests {
     }
 
     #[test]
-    fn an_index_says_which_shards_and_without_one_all_are_taken() {
+    fn shards_are_those_of_the_index_and_without_one_all() {
         let indexed =
             choose(&["config.json", INDEX, "model-1.safetensors", "consolidated.safetensors"]).unwrap();
         assert_eq!((indexed.beside.len(), indexed.weights.len()), (2, 0));
         let listed = choose(&["config.json", "b.safetensors", "a.safetensors", "sub/c.safetensors"]).unwrap();
         assert_eq!(listed.weights, ["b.safetensors", "a.safetensors"]);
-        assert_eq!(shards(br#"{"weight_map": {"x": "b", "y": "a", "z": "b"}}"#).unwrap(), ["a", "b"]);
-        for bad in [
-            "",
-            "{}",
-            r#"{"weight_map": {"x": "../a"}}"#,
-            r#"{"weight_map": {"x": 1}}"#,
-            r#"{"weight_map": {"x": "/a"}}"#,
-        ] {
-            assert_eq!(shards(bad.as_bytes()), None, "{bad}");
-        }
     }
 
     #[test]

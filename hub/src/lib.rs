@@ -22,6 +22,7 @@ mod client;
 mod error;
 mod fetch;
 mod files;
+mod index;
 mod name;
 mod settings;
 
