@@ -479,6 +479,15 @@ fn which_families_a_gpu_computes_is_known_without_one() {
 }
 
 #[test]
+fn a_gpu_computes_what_quantizing_at_load_makes() {
+    let hopper = described(true);
+    for name in CHECKPOINTS {
+        let spec = checkpoint(&fixture(name)).quantized_spec();
+        assert_eq!(hopper.supports(&spec, Rank::ALONE).map_err(|error| error.to_string()), Ok(()), "{name}");
+    }
+}
+
+#[test]
 #[ignore = "needs a GPU"]
 fn a_model_that_the_gpu_does_not_compute_is_refused_by_what_it_has() {
     for (name, what) in CPU_ALONE {

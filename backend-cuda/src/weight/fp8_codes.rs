@@ -15,7 +15,7 @@ use minisgl_core::tensor::{HostTensor, Scales};
 /// How inputs are rounded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Rounding {
-    /// A scale for each so many columns of a token, 128 or 256.
+    /// A scale for each so many columns of a token, [`Fp8Codes::BLOCK_COLS`] or [`Fp8Codes::WIDE_COLS`].
     Groups(u32),
     /// A scale for a token.
     Rows,
@@ -28,7 +28,9 @@ impl Rounding {
     pub(crate) fn of(inputs: Inputs) -> Option<Rounding> {
         match inputs {
             Inputs::PerToken => Some(Rounding::Rows),
-            Inputs::PerGroup(width @ (Fp8Codes::BLOCK_COLS | 256)) => Some(Rounding::Groups(width)),
+            Inputs::PerGroup(width @ (Fp8Codes::BLOCK_COLS | Fp8Codes::WIDE_COLS)) => {
+                Some(Rounding::Groups(width))
+            }
             Inputs::Static => Some(Rounding::Fixed),
             Inputs::Plain | Inputs::PerGroup(_) => None,
         }
@@ -45,6 +47,8 @@ pub(crate) struct Fp8Codes {
 impl Fp8Codes {
     /// Columns that have scales of their own.
     pub(crate) const BLOCK_COLS: u32 = 128;
+    /// Columns of a token that have a scale of their own where `--quantize` made the matrix.
+    pub(crate) const WIDE_COLS: u32 = 256;
     /// Columns after which tensor cores' sums are taken out at the latest.
     pub(crate) const SUMMED_COLS: u32 = 512;
     /// Rows that share their scales.
@@ -143,5 +147,21 @@ impl<'a> CodesRow<'a> {
         let across = cols.div_ceil(wide);
         let scales = scales.values.get(row / high * across..(row / high + 1) * across)?;
         Some(CodesRow { codes: codes.get(row * cols..(row + 1) * cols)?, scales, wide })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::declared::constant;
+
+    #[test]
+    fn the_kernel_that_rounds_inputs_knows_the_same_wide_groups() {
+        assert_eq!(constant("hopper/fp8/fp8_inputs.cu", "WIDE_COLS"), Fp8Codes::WIDE_COLS);
+        assert_eq!(
+            Rounding::of(Inputs::PerGroup(Fp8Codes::WIDE_COLS)),
+            Some(Rounding::Groups(Fp8Codes::WIDE_COLS))
+        );
+        assert_eq!(Rounding::of(Inputs::PerGroup(2 * Fp8Codes::WIDE_COLS)), None);
     }
 }

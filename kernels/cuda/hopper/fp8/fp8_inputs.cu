@@ -27,8 +27,10 @@ struct Fp8Inputs {
     float *scales;             // [ceil(cols / 128), pitch]
     const float *fixed;        // the scale of all, or null
     unsigned cols, pitch;
-    unsigned group, reserved; // columns that share a scale, 128 or 256; 0: all of a row
+    unsigned group, reserved; // columns that share a scale, 128 or WIDE_COLS; 0: all of a row
 };
+
+constexpr unsigned WIDE_COLS = 256; // that a warp has at once
 
 __device__ __forceinline__ float2 pair_of(unsigned word) { return __bfloat1622float2(*reinterpret_cast<__nv_bfloat162 *>(&word)); }
 
@@ -114,10 +116,10 @@ __device__ __forceinline__ unsigned group_largest(unsigned largest) {
 extern "C" __global__ void __launch_bounds__(256) fp8_inputs(const Fp8Inputs in) {
     __shared__ unsigned of_warps[8];
     dependent_launch();
-    const unsigned token = blockIdx.x, warp = threadIdx.x / 32, lane = threadIdx.x % 32, step = gridDim.y * 8 * 256;
+    const unsigned token = blockIdx.x, warp = threadIdx.x / 32, lane = threadIdx.x % 32, step = gridDim.y * 8 * WIDE_COLS;
     const __nv_bfloat16 *const row = in.x + (size_t)token * in.cols;
     const auto norm_at = [&](unsigned c) { return in.norm != nullptr ? eight_of(in.norm, c, in.cols) : uint4{0, 0, 0, 0}; };
-    unsigned c = (blockIdx.y * 8 + warp) * 256 + 8 * lane;
+    unsigned c = (blockIdx.y * 8 + warp) * WIDE_COLS + 8 * lane;
     uint4 scales = norm_at(c);
     dependent_wait();
     uint4 x = eight_of(row, c, in.cols); // on its way while the norm is summed
@@ -138,7 +140,7 @@ extern "C" __global__ void __launch_bounds__(256) fp8_inputs(const Fp8Inputs in)
         next = c + step;
         x = eight_of(row, next, in.cols), scales = norm_at(next);
         if (in.group != 0)
-            scale = scale_of(in.group == 256 ? __reduce_max_sync(0xffffffffu, eight.largest()) : group_largest(eight.largest()));
+            scale = scale_of(in.group == WIDE_COLS ? __reduce_max_sync(0xffffffffu, eight.largest()) : group_largest(eight.largest()));
         if (c >= in.cols)
             continue;
         *reinterpret_cast<uint2 *>(in.codes + (size_t)token * in.cols + c) = eight.codes({scale, in.fixed != nullptr});
