@@ -569,6 +569,39 @@ fn a_template_that_calls_itself_for_ever_is_refused() {
 }
 
 #[test]
+fn a_template_that_does_not_end_or_whose_text_has_no_end_is_refused() {
+    let loops = "{% for i in range(90000) %}{% for j in range(90000) %}{% endfor %}{% endfor %}";
+    for template in [
+        loops,
+        "{% set ns = namespace(x='twice') %}{% for i in range(60) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}{{ ns.x }}",
+        "{{ 'a'.replace('', 'b' * 1000000).replace('b', 'c' * 100000) }}",
+        "{{ ','.join(['a' * 1000000] * 100000) }}",
+        "{{ '{0:999999999999}'.format('a') }}",
+        "{{ ('{0}' * 100000).format('a' * 1000000) }}",
+        "{{ '%999999999999d'|format(3) }}",
+        "{{ messages|tojson(indent=1000000000000) }}",
+        "{{ (['a' * 1000000] * 100000)|tojson }}",
+        "{{ ([[]] * 100000)|tojson(indent='a' * 1000000) }}",
+        "{{ 'a'|indent(100000000000) }}",
+        "{{ [1]|batch(3000000000, 'a')|list }}",
+    ] {
+        let error = templated(template).render(&ChatPrompt::new([Message::new("user", "Hi")])).unwrap_err();
+        let is_named =
+            matches!(&error, RequestError::BrokenChatTemplate(why) if why.contains("does not end"));
+        assert!(is_named, "{template}: {error}");
+    }
+    // One that does so for some conversations fails these alone.
+    let text = templated(&format!("{{% if messages[0].content == 'Hi' %}}{loops}{{% endif %}}said"));
+    let error = text.render(&ChatPrompt::new([Message::new("user", "Hi")])).unwrap_err();
+    assert!(matches!(&error, RequestError::ChatTemplate(why) if why.contains("steps")), "{error}");
+    assert_eq!(text.render(&ChatPrompt::new([Message::new("user", "Ho")])).unwrap(), "said");
+    // A long conversation is far from it.
+    let said: Vec<_> = (0..2000).map(|_| Message::new("user", "what is said ".repeat(300))).collect();
+    let template = "{% for m in messages %}{{ m.content.strip().replace('is', 'was').split('x')[-1] }}{{ m|tojson }}{% endfor %}";
+    assert!(templated(template).render(&ChatPrompt::new(said)).is_ok());
+}
+
+#[test]
 fn a_vocabulary_that_is_a_list_takes_further_tokens_at_its_end_alone() {
     let list = json!({
         "version": "1.0", "added_tokens": [], "normalizer": null, "pre_tokenizer": null, "post_processor": null,

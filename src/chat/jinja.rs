@@ -5,6 +5,9 @@
 //! does otherwise than Jinja2 is put right here and in `python`. Left are things that templates of conversations don't
 //! do: `'%s' % x`, `cycler`, `joiner` and filters like `center`, `truncate` and `wordcount` are errors, and floats beyond 1e16
 //! print without an exponent outside of `tojson`.
+//!
+//! A template is a program of others': one that does not end, or whose text grows without end, is refused once it has used up what
+//! [`FUEL`] allows.
 
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::{Kwargs, Value, ValueKind};
@@ -12,11 +15,16 @@ use minijinja::{AutoEscape, Environment, Error, ErrorKind, State};
 
 use super::{json, python};
 
+/// Steps that a rendering may take, where 64 bytes that it makes or goes through are a step too: 256 MiB, and some tenths of a
+/// second. A conversation of 8 MB whose texts are gone through ten times takes a third of it.
+const FUEL: u64 = 1 << 22;
+
 /// An environment without templates.
 pub fn environment() -> Environment<'static> {
     let mut environment = Environment::new();
     let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
     environment.set_syntax(syntax.expect("the delimiters are Jinja's own"));
+    environment.set_fuel(Some(FUEL));
     environment.set_auto_escape_callback(|_| AutoEscape::None);
     environment.set_unknown_method_callback(python::method);
     environment.add_function("raise_exception", raise_exception);
@@ -28,10 +36,29 @@ pub fn environment() -> Environment<'static> {
     environment
 }
 
+/// Did a rendering end because it had used up what it may?
+pub fn is_endless(error: &Error) -> bool {
+    error.kind() == ErrorKind::OutOfFuel
+}
+
 /// Why a rendering failed: what the template raised, or what it tripped over and in which line.
 pub fn reason(error: &Error) -> String {
+    if is_endless(error) {
+        return format!(
+            "it takes more than {FUEL} steps, or makes more text than as many times 64 bytes ({error}); shorten the conversation, or give \
+             the prompt as text"
+        );
+    }
     let raised = std::error::Error::source(error).is_some_and(|cause| cause.is::<Raised>());
     error.detail().filter(|_| raised).map_or_else(|| error.to_string(), str::to_owned)
+}
+
+/// Accounts for so many bytes that are made, or gone through, outside of the engine.
+///
+/// # Errors
+/// The rendering has used up what it may.
+pub fn charge(state: &State, bytes: usize) -> Result<(), Error> {
+    state.consume_fuel(bytes as u64 / 64)
 }
 
 /// The cause of errors that the template itself raises.

@@ -1,31 +1,39 @@
 //! The filter `tojson` as transformers defines it: Python's `json.dumps`, to the byte.
 
 use minijinja::value::{Kwargs, Rest, Value, ValueKind};
-use minijinja::{Error, ErrorKind};
+use minijinja::{Error, ErrorKind, State};
+
+use super::jinja::charge;
 
 /// `value | tojson(ensure_ascii=false, indent=none, separators=none, sort_keys=false)`.
-pub fn to_json(value: Value, positional: Rest<Value>, named: Kwargs) -> Result<Value, Error> {
+pub fn to_json(state: &State, value: Value, positional: Rest<Value>, named: Kwargs) -> Result<Value, Error> {
     let mut positional = positional.0.into_iter();
     let mut argument = |name: &str| -> Result<Value, Error> {
         let named: Option<Value> = named.get(name)?;
         Ok(positional.next().or(named).unwrap_or(Value::from(())))
     };
     let ensure_ascii = argument("ensure_ascii")?.is_true();
-    let indent = indent(&argument("indent")?)?;
+    let indent = indent(state, &argument("indent")?)?;
     let separators = separators(&argument("separators")?, indent.is_some())?;
     let sort_keys = argument("sort_keys")?.is_true();
     named.assert_all_used()?;
-    let mut writer = Writer { out: String::new(), ensure_ascii, indent, separators, sort_keys, depth: 0 };
+    let charge = |bytes| charge(state, bytes);
+    let mut writer =
+        Writer { charge: &charge, out: String::new(), ensure_ascii, indent, separators, sort_keys, depth: 0 };
     writer.value(&value)?;
     Ok(Value::from(writer.out))
 }
 
 /// What indents a level: so many spaces, or a text.
-fn indent(value: &Value) -> Result<Option<String>, Error> {
+fn indent(state: &State, value: &Value) -> Result<Option<String>, Error> {
     match (value.is_none(), value.as_str()) {
         (true, _) => Ok(None),
         (_, Some(text)) => Ok(Some(text.to_owned())),
-        _ => Ok(Some(" ".repeat(usize::try_from(i64::try_from(value.clone())?).unwrap_or(0)))),
+        _ => {
+            let spaces = usize::try_from(i64::try_from(value.clone())?).unwrap_or(0);
+            charge(state, spaces)?;
+            Ok(Some(" ".repeat(spaces)))
+        }
     }
 }
 
@@ -45,7 +53,9 @@ fn invalid(reason: impl Into<std::borrow::Cow<'static, str>>) -> Error {
     Error::new(ErrorKind::InvalidOperation, reason)
 }
 
-struct Writer {
+struct Writer<'a> {
+    /// Accounts for bytes before they are written.
+    charge: &'a dyn Fn(usize) -> Result<(), Error>,
     out: String,
     ensure_ascii: bool,
     indent: Option<String>,
@@ -54,8 +64,9 @@ struct Writer {
     depth: usize,
 }
 
-impl Writer {
+impl Writer<'_> {
     fn value(&mut self, value: &Value) -> Result<(), Error> {
+        (self.charge)(value.as_str().map_or(0, str::len))?;
         match value.kind() {
             ValueKind::None => self.out.push_str("null"),
             ValueKind::Bool => self.out.push_str(if value.is_true() { "true" } else { "false" }),
@@ -97,6 +108,9 @@ impl Writer {
         len: usize,
         mut item: impl FnMut(&mut Self, usize) -> Result<(), Error>,
     ) -> Result<(), Error> {
+        let indented = self.indent.as_ref().map_or(0, |indent| indent.len().saturating_mul(self.depth + 1));
+        let beside = indented.saturating_add(self.separators.0.len() + self.separators.1.len());
+        (self.charge)(len.saturating_mul(beside.saturating_add(size_of::<Value>())))?;
         self.out.push(open);
         self.depth += 1;
         for at in 0..len {

@@ -78,11 +78,19 @@ impl ChatTemplates {
 
     fn add(&mut self, name: String, source: &str, path: &Path) {
         let compiled = self.environment.add_template_owned(name.clone(), jinja::as_minijinja(source));
-        let usable = match compiled {
-            Ok(()) => Ok(Content::of_template(|messages| self.try_out(&name, messages))),
-            Err(error) => {
-                let reason =
-                    format!("{}: the chat template {name:?} does not compile: {error}", path.display());
+        let fault = match compiled {
+            Err(error) => Some(format!("does not compile: {error}")),
+            // One that does not end with a word will with nothing.
+            Ok(()) => {
+                let word = ChatPrompt::new([Message::new("user", "word")]);
+                let tried = self.render_by(&name, &word.messages, &word);
+                tried.err().filter(jinja::is_endless).map(|error| format!("does not end: {error}"))
+            }
+        };
+        let usable = match fault {
+            None => Ok(Content::of_template(|messages| self.try_out(&name, messages))),
+            Some(fault) => {
+                let reason = format!("{}: the chat template {name:?} {fault}", path.display());
                 self.warnings.push(format!("{reason}; requests with messages that need it will fail"));
                 Err(reason)
             }
@@ -109,14 +117,15 @@ impl ChatTemplates {
         }
         let messages = content.fit(&prompt.messages).map_err(refused)?;
         if !prompt.continue_final_message {
-            return self.render_by(name, &messages, prompt).map_err(refused);
+            return self.render_by(name, &messages, prompt).map_err(|error| refused(jinja::reason(&error)));
         }
         if prompt.add_generation_prompt {
             return Err(refused("continue_final_message needs add_generation_prompt to be false"));
         }
         let (messages, continued) = ending::mark(&messages)
             .ok_or_else(|| refused("continue_final_message: the final message has no text to go on with"))?;
-        let rendered = self.render_by(name, &messages, prompt).map_err(refused)?;
+        let rendered = self.render_by(name, &messages, prompt);
+        let rendered = rendered.map_err(|error| refused(jinja::reason(&error)))?;
         ending::cut(rendered, &continued).ok_or_else(|| {
             refused("continue_final_message: the chat template does not print the final message as it is")
         })
@@ -137,7 +146,12 @@ impl ChatTemplates {
         }
     }
 
-    fn render_by(&self, name: &str, messages: &[Message], prompt: &ChatPrompt) -> Result<String, String> {
+    fn render_by(
+        &self,
+        name: &str,
+        messages: &[Message],
+        prompt: &ChatPrompt,
+    ) -> Result<String, minijinja::Error> {
         let ChatPrompt { tools, documents, kwargs, add_generation_prompt, .. } = prompt;
         let own = context! {
             messages => Serde(messages),
@@ -148,8 +162,7 @@ impl ChatTemplates {
         // A variable of the request hides a special token of that name.
         let values =
             context! { ..own, ..Value::from(Serde(kwargs)), ..Value::from(Serde(&self.special_tokens)) };
-        let template = self.environment.get_template(name);
-        template.and_then(|template| template.render(values)).map_err(|error| jinja::reason(&error))
+        self.environment.get_template(name)?.render(values)
     }
 
     /// What a template makes of a conversation, where it makes anything of it.

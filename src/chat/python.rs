@@ -1,16 +1,20 @@
 //! Methods of Python's texts, dictionaries and lists, which templates call and minijinja lacks.
 //!
 //! All that change nothing are here, as Python 3 defines them; those that change their object (`append`, `update`, …)
-//! are refused, as by Jinja2's sandbox in transformers. Places count characters.
+//! are refused, as by Jinja2's sandbox in transformers. Places count characters. What a method gives the engine accounts for; what
+//! may be far more than its arguments is accounted for here before it is made.
 
 use minijinja::formatting::{FormatStyle, format};
 use minijinja::value::{Kwargs, Tuple, Value, ValueKind, from_args};
 use minijinja::{Error, ErrorKind, State};
 
+use super::jinja::charge;
+
 /// Answers a call of a method that minijinja doesn't know.
-pub fn method(_: &mut State, this: &Value, name: &str, args: &[Value]) -> Result<Value, Error> {
+pub fn method(state: &mut State, this: &Value, name: &str, args: &[Value]) -> Result<Value, Error> {
+    charge(state, this.len().unwrap_or(0))?;
     match (this.as_str(), this.kind()) {
-        (Some(text), _) => of_text(text, name, args),
+        (Some(text), _) => of_text(state, text, name, args),
         (None, ValueKind::Map) => of_dictionary(this, name, args),
         (None, ValueKind::Seq) => of_list(this, name, args),
         _ => Err(ErrorKind::UnknownMethod.into()),
@@ -22,7 +26,7 @@ pub fn is_space(c: char) -> bool {
     c.is_whitespace() || ('\u{1c}'..='\u{1f}').contains(&c)
 }
 
-fn of_text(text: &str, name: &str, args: &[Value]) -> Result<Value, Error> {
+fn of_text(state: &State, text: &str, name: &str, args: &[Value]) -> Result<Value, Error> {
     match name {
         "startswith" | "endswith" => affix(text, name == "endswith", args),
         "find" | "rfind" | "index" | "rindex" | "count" => search(text, name, args),
@@ -31,9 +35,12 @@ fn of_text(text: &str, name: &str, args: &[Value]) -> Result<Value, Error> {
         "partition" | "rpartition" => partition(text, name == "rpartition", args),
         "splitlines" => split_lines(text, args),
         "ljust" | "rjust" | "center" | "zfill" => pad(text, name, args),
-        "join" => join(text, args),
-        "replace" => replace(text, args),
-        "format" => format(FormatStyle::StrFormat, text, args).map(Value::from),
+        "join" => join(state, text, args),
+        "replace" => replace(state, text, args),
+        "format" => {
+            charge(state, formatted_len(text, args))?;
+            format(FormatStyle::StrFormat, text, args).map(Value::from)
+        }
         "removeprefix" => {
             let (prefix,): (&str,) = from_args(args)?;
             Ok(Value::from(text.strip_prefix(prefix).unwrap_or(text)))
@@ -275,22 +282,30 @@ fn pad(text: &str, name: &str, args: &[Value]) -> Result<Value, Error> {
     }))
 }
 
-fn join(separator: &str, args: &[Value]) -> Result<Value, Error> {
+fn join(state: &State, separator: &str, args: &[Value]) -> Result<Value, Error> {
     let (items,): (Value,) = from_args(args)?;
     let mut texts = Vec::new();
     for item in items.try_iter()? {
-        let text = item.as_str().map(str::to_owned);
-        texts.push(text.ok_or_else(|| invalid("join: an item is no text"))?);
+        let text = item.as_str().ok_or_else(|| invalid("join: an item is no text"))?;
+        charge(state, size_of::<String>() + text.len() + separator.len())?;
+        texts.push(text.to_owned());
     }
     Ok(Value::from(texts.join(separator)))
 }
 
-fn replace(text: &str, args: &[Value]) -> Result<Value, Error> {
+fn replace(state: &State, text: &str, args: &[Value]) -> Result<Value, Error> {
     let (from, to, most): (&str, &str, Option<i64>) = from_args(args)?;
-    Ok(Value::from(match most.and_then(|most| usize::try_from(most).ok()) {
-        Some(most) => text.replacen(from, to, most),
-        None => text.replace(from, to),
-    }))
+    let most = most.and_then(|most| usize::try_from(most).ok()).unwrap_or(usize::MAX);
+    charge(state, text.matches(from).take(most).count().saturating_mul(to.len()))?;
+    Ok(Value::from(text.replacen(from, to, most)))
+}
+
+/// Bytes that a text may have once it is formatted, at most: any number in it may be a width, and any brace the longest argument.
+fn formatted_len(text: &str, args: &[Value]) -> usize {
+    let widths = text.split(|c: char| !c.is_ascii_digit()).filter(|digits| !digits.is_empty());
+    let widths = widths.map(|digits| digits.parse().unwrap_or(usize::MAX)).fold(0, usize::saturating_add);
+    let longest = args.iter().filter_map(Value::len).max().unwrap_or(0);
+    text.matches('{').count().saturating_mul(longest).saturating_add(widths)
 }
 
 /// Each run of letters begins with a capital; what follows in it is small.
