@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use minisgl_core::config::LimitsError;
 use thiserror::Error;
 
+use crate::options::ENGINES_MAX;
 use crate::request::Completion;
 
 /// An error of a crate below, kept whole as the cause.
@@ -119,6 +120,9 @@ pub enum Error {
     /// Nobody would run anything.
     #[error("--data-parallel 0 asks for no engine; at least one is needed")]
     NoEngine,
+    /// More than any machine has devices for.
+    #[error("--data-parallel {0} asks for more engines than {ENGINES_MAX}; give as many as there are GPUs")]
+    TooManyEngines(usize),
     /// A number of ranks whose sums can't be added in pairs.
     #[error(
         "--tensor-parallel {0} is no number of ranks; there are 1, 2, 4 or 8, for sums over them are added in pairs"

@@ -87,6 +87,7 @@ fn a_file_that_is_no_device_is_named_with_what_is_wrong() {
         (with("decode_ms", json!(4)), "device.json"),
         (with("speed", json!(1)), "unknown field `speed`"),
         (SimulatedDevice::open("/nowhere.json".as_ref()).unwrap_err().to_string(), "/nowhere.json"),
+        (SimulatedDevice::open("/dev/zero".as_ref()).unwrap_err().to_string(), "more than 1048576 bytes"),
     ] {
         assert!(said.contains(expected), "{said}");
     }

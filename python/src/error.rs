@@ -28,6 +28,7 @@ pub fn raised(error: &Error) -> PyErr {
         | Error::MemoryShare { .. }
         | Error::TooFewPages { .. }
         | Error::NoEngine
+        | Error::TooManyEngines(_)
         | Error::Ranks(_)
         | Error::RanksSimulated(_)
         | Error::DevicesLeftOver { .. }

@@ -1,5 +1,6 @@
 //! The program `serve`: its flags, and what it does with them until it is told to end.
 
+use std::env::VarError;
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
@@ -206,7 +207,11 @@ impl Flags {
     /// All keys: those of the flags, the file and the environment.
     fn api_keys(&self) -> Result<Vec<String>, Cause> {
         let mut keys = self.api_key.clone();
-        keys.extend(std::env::var("MINISGL_API_KEY").ok());
+        match std::env::var("MINISGL_API_KEY") {
+            Ok(key) => keys.push(key),
+            Err(VarError::NotPresent) => {}
+            Err(VarError::NotUnicode(_)) => return Err("MINISGL_API_KEY is not UTF-8; a key must be".into()),
+        }
         if let Some(path) = &self.api_key_file {
             let path_shown = path.display();
             let text = std::fs::read_to_string(path)

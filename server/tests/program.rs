@@ -4,7 +4,9 @@ mod common;
 #[path = "../../tests/common/flag_tables.rs"]
 mod flag_tables;
 
+use std::ffi::OsStr;
 use std::io::Read;
+use std::os::unix::ffi::OsStrExt;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -148,4 +150,10 @@ fn what_can_not_be_served_is_said_at_once() {
         assert_eq!(output.status.code(), Some(1), "{flags:?}: {said}");
         assert!(said.contains(expected), "{flags:?}: {said}");
     }
+    // Rather than be open to everybody.
+    let mut command = command(scratch.path(), &[]);
+    let output =
+        command.env("MINISGL_API_KEY", OsStr::from_bytes(b"k\xff")).stdin(Stdio::null()).output().unwrap();
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert!(output.status.code() == Some(1) && said.contains("MINISGL_API_KEY is not UTF-8"), "{said}");
 }

@@ -174,6 +174,7 @@ impl Options {
             }
             (None, devices) => Ok((devices / ranks).max(1)),
             (Some(0), _) => Err(Error::NoEngine),
+            (Some(engines), _) if engines > ENGINES_MAX => Err(Error::TooManyEngines(engines)),
             (Some(engines), devices) if devices > 0 && engines.checked_mul(ranks) != Some(devices) => {
                 Err(Error::DevicesDiffer { engines, ranks, devices })
             }
@@ -182,11 +183,15 @@ impl Options {
     }
 }
 
+/// Engines behind one queue at most, each of which has threads of its own.
+pub const ENGINES_MAX: usize = 256;
+
 /// The environment's way to ask for every step to be waited for.
 const DISABLE_OVERLAP: &str = "MINISGL_DISABLE_OVERLAP_SCHEDULING";
 
+/// As mini-sglang reads it.
 fn is_set(variable: Option<OsString>) -> bool {
-    variable.is_some_and(|value| value == "1")
+    variable.is_some_and(|value| ["1", "true", "yes"].iter().any(|yes| value.eq_ignore_ascii_case(yes)))
 }
 
 impl FromStr for Quantize {
@@ -320,6 +325,8 @@ mod tests {
         assert_eq!([number(&[], None), number(&[2], None), number(&[2, 0], None)], [1, 1, 2]);
         assert_eq!([number(&[], Some(3)), number(&[2, 0], Some(2))], [3, 2]);
         assert!(matches!(engines(&[], Some(0)), Err(Error::NoEngine)));
+        let many = engines(&[], Some(1_000_000)).unwrap_err().to_string();
+        assert!(many.contains("--data-parallel 1000000") && many.contains("256"), "{many}");
         let differ = engines(&[0], Some(2)).unwrap_err().to_string();
         assert!(differ.contains("--data-parallel 2") && differ.contains("--devices"), "{differ}");
         let of_ranks = |devices: &[usize], data_parallel| {
@@ -358,8 +365,9 @@ mod tests {
     }
 
     #[test]
-    fn overlap_is_disabled_by_1_alone() {
-        assert!(is_set(Some("1".into())));
-        assert!(![Some("0"), Some(""), None].into_iter().any(|value| is_set(value.map(OsString::from))));
+    fn overlap_is_disabled_by_what_mini_sglang_takes_for_yes() {
+        assert!(["1", "true", "True", "YES"].into_iter().all(|value| is_set(Some(value.into()))));
+        let others = [Some("0"), Some(""), Some("false"), Some("11"), None];
+        assert!(!others.into_iter().any(|value| is_set(value.map(OsString::from))));
     }
 }

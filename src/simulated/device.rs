@@ -10,7 +10,8 @@
 //!
 //! The first three are what an engine measures when it is built (`RUST_LOG=minisgl=info` says it); [`Formula`] says what each means.
 
-use std::fs;
+use std::fs::File as OpenFile;
+use std::io::Read;
 use std::path::Path;
 
 use minisgl_core::costs::{Line, StepCosts};
@@ -64,8 +65,15 @@ impl SimulatedDevice {
     /// It can't be read, or its numbers are no times.
     pub fn open(path: &Path) -> Result<Self, Error> {
         let bad = |reason: String| Error::SimulatedDevice { path: path.to_owned(), reason };
-        let text = fs::read_to_string(path).map_err(|error| bad(error.to_string()))?;
-        Self::read(&text).map_err(bad)
+        /// More is another file: the weights, say.
+        const BYTES_MAX: u64 = 1 << 20;
+        let mut text = String::new();
+        let file = OpenFile::open(path).map_err(|error| bad(error.to_string()))?;
+        file.take(BYTES_MAX + 1).read_to_string(&mut text).map_err(|error| bad(error.to_string()))?;
+        match text.len() as u64 > BYTES_MAX {
+            true => Err(bad(format!("it has more than {BYTES_MAX} bytes"))),
+            false => Self::read(&text).map_err(bad),
+        }
     }
 
     fn read(text: &str) -> Result<Self, String> {
