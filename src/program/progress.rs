@@ -10,7 +10,8 @@
 //! the line for itself), and no failure to write reaches anybody. So a closed pipe, a full
 //! disk or a reader that sleeps costs messages, never results.
 
-use std::collections::VecDeque;
+mod view;
+
 use std::io::{self, IsTerminal, Write};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -18,9 +19,11 @@ use std::sync::mpsc::{self, Receiver, RecvTimeoutError, SyncSender};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use indicatif::{FormattedDuration, HumanBytes, HumanCount, ProgressBar, ProgressDrawTarget, ProgressStyle};
+use indicatif::ProgressDrawTarget;
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::filter::LevelFilter;
+
+use view::{MakeTarget, Source, View};
 
 /// Messages that wait for the thread at most.
 const QUEUE: usize = 1024;
@@ -32,10 +35,6 @@ const BAR_GOES: Duration = Duration::from_millis(200);
 const TERMINAL_PERIOD: Duration = Duration::from_millis(100);
 /// Time between two lines of progress where there is no terminal.
 const LINE_PERIOD: Duration = Duration::from_secs(30);
-/// The rate of tokens shown is that of the last so many seconds.
-const RATE_WINDOW: Duration = Duration::from_secs(10);
-/// The time left is reckoned by the pace of the last minute: work that goes on skips what was done before in no time.
-const PACE_WINDOW: Duration = Duration::from_secs(60);
 
 /// How far work has come, at one moment.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -73,9 +72,6 @@ pub enum Unit {
     /// Output tokens.
     Tokens,
 }
-
-/// Gives the progress of now; called on the thread that writes.
-type Source = Box<dyn Fn() -> Progress + Send>;
 
 /// What the thread is told.
 enum Order {
@@ -238,9 +234,6 @@ impl Write for Event {
     }
 }
 
-/// Where a bar is drawn.
-type MakeTarget = Box<dyn Fn() -> ProgressDrawTarget + Send>;
-
 /// The thread's side.
 struct Writer {
     inbox: Receiver<Order>,
@@ -307,123 +300,13 @@ impl Writer {
     }
 }
 
-/// Progress that is shown.
-struct View {
-    source: Source,
-    bar: Option<ProgressBar>,
-    /// The looks of the last minute, the oldest first; never empty.
-    looks: VecDeque<Look>,
-}
-
-/// Counts at a moment.
-#[derive(Clone, Copy)]
-struct Look {
-    at: Instant,
-    output_tokens: u64,
-    done: u64,
-}
-
-impl View {
-    fn new(source: Source, bar: Option<&MakeTarget>) -> Self {
-        let first = source();
-        let bar = bar.map(|target| ProgressBar::with_draw_target(first.total, target()));
-        let look = Look { at: Instant::now(), output_tokens: first.output_tokens, done: first.done };
-        View { source, bar, looks: VecDeque::from([look]) }
-    }
-
-    /// When progress was looked at last.
-    fn seen(&self) -> Option<Instant> {
-        self.looks.back().map(|look| look.at)
-    }
-
-    /// Looks again: draws the bar, or returns the line to be written.
-    fn tick(&mut self) -> Option<String> {
-        let now = Instant::now();
-        let progress = (self.source)();
-        while self.looks.len() > 1 && now - self.looks[1].at >= PACE_WINDOW {
-            self.looks.pop_front();
-        }
-        self.looks.push_back(Look { at: now, output_tokens: progress.output_tokens, done: progress.done });
-        let text = describe(&progress, self.rate(), self.left(&progress));
-        let Some(bar) = &self.bar else { return Some(text + "\n") };
-        let template = if progress.total.is_some() { "{bar:20} {wide_msg}" } else { "{spinner} {wide_msg}" };
-        if let Ok(style) = ProgressStyle::with_template(template) {
-            bar.set_style(style);
-        }
-        bar.set_position(progress.done);
-        bar.set_message(text);
-        bar.tick();
-        None
-    }
-
-    /// Tokens a second, lately.
-    fn rate(&self) -> f64 {
-        let Some(last) = self.looks.back() else { return 0.0 };
-        let before = self.looks.iter().rev().find(|look| last.at - look.at >= RATE_WINDOW);
-        let Some(before) = before.or(self.looks.front()) else { return 0.0 };
-        let tokens = last.output_tokens.saturating_sub(before.output_tokens);
-        tokens as f64 / (last.at - before.at).as_secs_f64().max(1e-3)
-    }
-
-    /// The time left, where it is known.
-    fn left(&self, progress: &Progress) -> Option<Duration> {
-        let (first, last) = (self.looks.front()?, self.looks.back()?);
-        left(progress, first.done, last.at - first.at)
-    }
-}
-
-impl Drop for View {
-    fn drop(&mut self) {
-        if let Some(bar) = &self.bar {
-            bar.finish_and_clear();
-        }
-    }
-}
-
-/// The time left at the pace from `before` to what is done now, where it is known.
-fn left(progress: &Progress, before: u64, elapsed: Duration) -> Option<Duration> {
-    let done = progress.done.checked_sub(before).filter(|done| *done > 0)?;
-    let rest = progress.total?.saturating_sub(progress.done);
-    Duration::try_from_secs_f64((elapsed.as_secs_f64() * rest as f64 / done as f64).ceil()).ok()
-}
-
-fn describe(progress: &Progress, rate: f64, left: Option<Duration>) -> String {
-    let mut parts = Vec::new();
-    parts.push(match (progress.total, progress.unit) {
-        (Some(total), unit) => {
-            let share = 100.0 * progress.done as f64 / total.max(1) as f64;
-            match unit {
-                Unit::Bytes => format!("{share:.1}% of {}", HumanBytes(total)),
-                Unit::Tokens => format!("{share:.1}% of {} tokens", HumanCount(total)),
-            }
-        }
-        (None, Unit::Bytes) => format!("{} done", HumanBytes(progress.done)),
-        (None, Unit::Tokens) => format!("{} tokens done", HumanCount(progress.done)),
-    });
-    parts.push(format!("{} requests", HumanCount(progress.finished)));
-    if progress.failed > 0 {
-        parts.push(format!("{} failed", HumanCount(progress.failed)));
-    }
-    parts.push(format!("{} tok/s", HumanCount(rate.round() as u64)));
-    parts.push(format!("{} running", progress.running));
-    parts.push(format!("{} waiting", progress.waiting));
-    if progress.pages > 0 {
-        let share = 100.0 * f64::from(progress.pages_used) / f64::from(progress.pages);
-        parts.push(format!("KV {share:.0}%"));
-    }
-    parts.extend(left.map(|left| format!("{} left", FormattedDuration(left))));
-    match progress.label.as_str() {
-        "" => parts.join(", "),
-        label => format!("{label}: {}", parts.join(", ")),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use std::sync::Mutex;
 
     use indicatif::TermLike;
 
+    use super::view::tests::half_done;
     use super::*;
 
     /// A writer whose content can be read, and which may refuse or sleep.
@@ -482,20 +365,6 @@ mod tests {
 
         fn flush(&self) -> io::Result<()> {
             Ok(())
-        }
-    }
-
-    fn half_done() -> Progress {
-        Progress {
-            done: 512,
-            total: Some(1024),
-            finished: 1200,
-            output_tokens: 5000,
-            running: 256,
-            waiting: 7,
-            pages_used: 3,
-            pages: 4,
-            ..Progress::default()
         }
     }
 
@@ -591,29 +460,5 @@ mod tests {
         wait_until(|| lines.text() == "a message\n");
         drop(shown);
         drop(stderr);
-    }
-
-    #[test]
-    fn what_is_known_is_said_and_nothing_else() {
-        let text = describe(&half_done(), 5210.4, Some(Duration::from_secs(130)));
-        let all =
-            "50.0% of 1.00 KiB, 1,200 requests, 5,210 tok/s, 256 running, 7 waiting, KV 75%, 00:02:10 left";
-        assert_eq!(text, all);
-        let unknown = Progress { total: None, failed: 3, pages: 0, label: "run 2".to_owned(), ..half_done() };
-        let text = describe(&unknown, 0.0, None);
-        assert_eq!(text, "run 2: 512 B done, 1,200 requests, 3 failed, 0 tok/s, 256 running, 7 waiting");
-        let tokens = Progress { unit: Unit::Tokens, ..half_done() };
-        assert!(describe(&tokens, 0.0, None).starts_with("50.0% of 1,024 tokens, "));
-    }
-
-    #[test]
-    fn the_time_left_does_not_count_what_an_earlier_run_did() {
-        let minute = Duration::from_secs(60);
-        assert_eq!(left(&half_done(), 0, minute), Some(minute));
-        assert_eq!(left(&half_done(), 256, minute), Some(2 * minute));
-        assert_eq!(left(&half_done(), 512, minute), None, "nothing done yet, so no pace");
-        assert_eq!(left(&Progress { total: None, ..half_done() }, 0, minute), None);
-        let over = Progress { done: 2000, ..half_done() };
-        assert_eq!(left(&over, 0, minute), Some(Duration::ZERO), "an input that grew smaller");
     }
 }
