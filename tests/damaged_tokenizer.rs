@@ -35,6 +35,32 @@ fn changed(whole: &[u8], pointer: &str, value: Value) -> Vec<u8> {
 }
 
 #[test]
+fn a_tokenizer_that_makes_texts_long_without_bound_is_refused() {
+    let whole = std::fs::read("tests/fixtures/text/tokenizer.json").unwrap();
+    let scratch = Scratch::new();
+    let replace =
+        |from: Value, to: usize| json!({"type": "Replace", "pattern": from, "content": "b".repeat(to)});
+    let (letter, empty) = (json!({"String": "a"}), json!({"Regex": ""}));
+    let all = |steps: Vec<Value>, of: &str| json!({"type": "Sequence", of: steps});
+    for (pointer, step) in [
+        ("/normalizer", replace(letter.clone(), 100_000)),
+        ("/normalizer", all(vec![replace(letter.clone(), 1000), replace(empty, 1000)], "normalizers")),
+        ("/normalizer", json!({"type": "Prepend", "prepend": "b".repeat(100_000)})),
+        (
+            "/decoder",
+            all(vec![replace(letter.clone(), 1000), replace(json!({"String": "b"}), 1000)], "decoders"),
+        ),
+    ] {
+        scratch.write("tokenizer.json", changed(&whole, pointer, step));
+        let error = Text::open(scratch.path()).err().unwrap().to_string();
+        assert!(error.contains("times as long") && error.contains(&pointer[1..]), "{error}");
+    }
+    // What published ones do.
+    let spaces = all(vec![json!({"type": "Prepend", "prepend": "▁"}), replace(letter, 3)], "normalizers");
+    assert!(try_out(&scratch, &changed(&whole, "/normalizer", spaces)));
+}
+
+#[test]
 fn a_damaged_tokenizer_is_an_error_that_names_the_file_and_never_a_panic() {
     let whole = std::fs::read("tests/fixtures/text/tokenizer.json").unwrap();
     let scratch = Scratch::new();

@@ -1,4 +1,4 @@
-//! What a text is too long for: bounds on its tokens that need not all of it encoded.
+//! What a text is too long for: bounds on its tokens that need not all of it encoded; and on what a tokenizer's steps make of it.
 //!
 //! A token stands for at most so many bytes of text, if no step of the tokenizer drops text or shortens it without
 //! bound. The steps known not to are listed here; any other gives no bound. Mostly that is far more than a token does
@@ -62,6 +62,24 @@ fn shrinking(normalizer: &Value) -> Option<usize> {
         }
         "Sequence" => normalizer["normalizers"].as_array()?.iter().map(shrinking).product(),
         _ => None,
+    }
+}
+
+/// How many bytes a byte may become by a normalizer or a decoder whose steps put texts in place of others.
+pub fn growing(step: &Value) -> usize {
+    let bytes = |text: &Value| text.as_str().map_or(0, str::len);
+    match step["type"].as_str() {
+        Some("Replace") => {
+            // An expression may match a byte, or none.
+            let from = bytes(&step["pattern"]["String"]).max(1);
+            1 + bytes(&step["content"]) / from
+        }
+        Some("Prepend") => 1 + bytes(&step["prepend"]),
+        Some("Sequence") => {
+            let steps = step["normalizers"].as_array().or(step["decoders"].as_array());
+            steps.into_iter().flatten().map(growing).fold(1, usize::saturating_mul)
+        }
+        _ => 1,
     }
 }
 

@@ -10,13 +10,18 @@ use std::panic::{self, AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::sync::Once;
 
+use serde_json::Value;
 use serde_json::value::RawValue;
 use tokenizers::{AddedToken, Model, Tokenizer};
 
 use super::Codec;
+use super::bound::growing;
 use super::config::{TokenizerConfig, read, unusable};
 use crate::error::Error;
 use crate::request::JsonObject;
+
+/// Bytes that a byte of text may become before it is split, or a token's of its text. Published tokenizers make a space three.
+const GROWTH_MAX: usize = 4096;
 
 /// Reads a checkpoint's tokenizer.json; `None` where there is none.
 ///
@@ -63,6 +68,16 @@ fn build(text: &str, config: &TokenizerConfig) -> Result<Tokenizer, String> {
         serde_json::from_str(text).map_err(|error| error.to_string())?;
     sections.remove("truncation");
     sections.remove("padding");
+    for name in ["normalizer", "decoder"] {
+        let step: Option<Value> = sections
+            .get(name)
+            .map(|step| serde_json::from_str(step.get()))
+            .transpose()
+            .map_err(|error| format!("{name}: {error}"))?;
+        if step.is_some_and(|step| growing(&step) > GROWTH_MAX) {
+            return Err(format!("its {name} makes texts more than {GROWTH_MAX} times as long"));
+        }
+    }
     let known: Vec<AddedToken> = match sections.get("added_tokens") {
         Some(listed) => {
             serde_json::from_str(listed.get()).map_err(|error| format!("added_tokens: {error}"))?
