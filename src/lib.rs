@@ -99,7 +99,7 @@ pub use minisgl_decoder::{Dtype, NamedTensor};
 pub use opening::gpu_present;
 pub use options::{
     Devices, KvDtype, MaxRunning, Options, Quantize, parse_devices, parse_kv_dtype, parse_max_running,
-    parse_order, parse_policy, parse_speculation,
+    parse_order, parse_policy, parse_speculation, parse_top_k,
 };
 pub use request::{
     BesideWork, ChatPrompt, Completion, Embed, FinishReason, Flow, GenerateRequest, Given, JsonObject,

@@ -217,6 +217,18 @@ pub fn parse_max_running(text: &str) -> Result<MaxRunning, String> {
     }
 }
 
+/// Reads among how many tokens one is drawn: a number, or 0 for all, which vLLM and mini-sglang call -1.
+///
+/// # Errors
+/// Anything else.
+pub fn parse_top_k(text: &str) -> Result<u32, String> {
+    match (text, text.parse()) {
+        ("-1", _) => Ok(0),
+        (_, Ok(k)) => Ok(k),
+        _ => Err(format!("{text} is no number of tokens; use one from 1 on, or 0 or -1 for all")),
+    }
+}
+
 /// Reads which GPUs: numbers and commas.
 ///
 /// # Errors
@@ -309,6 +321,12 @@ mod tests {
         assert_eq!(parse_kv_dtype("auto"), Ok(KvDtype::default()));
         assert_eq!(parse_kv_dtype("fp8"), Ok(KvDtype(Some(KvFormat::Fp8))));
         assert!(parse_kv_dtype("fp8_e5m2").is_err_and(|why| why.contains("auto, bf16 or fp8")));
+        assert_eq!([parse_top_k("-1"), parse_top_k("0"), parse_top_k("50")], [Ok(0), Ok(0), Ok(50)]);
+        assert!(
+            ["-2", "5.0", ""]
+                .iter()
+                .all(|text| parse_top_k(text).is_err_and(|why| why.contains("or 0 or -1")))
+        );
         assert!(parse_policy("fast").is_err_and(|why| why.contains("throughput") && why.contains("latency")));
         assert!(parse_order("random").is_err_and(|why| why.contains("given") && why.contains("prefix")));
     }

@@ -169,8 +169,8 @@ macro_rules! with_shared_flags {
             /// how freely tokens are drawn; 0 takes the most probable one
             #[argh(option)]
             temperature: Option<f32>,
-            /// draw among the k most probable tokens (0: all)
-            #[argh(option)]
+            /// draw among the k most probable tokens (0 or -1: all)
+            #[argh(option, from_str_fn($crate::parse_top_k))]
             top_k: Option<u32>,
             /// draw among the most probable tokens that hold this mass, in (0, 1]
             #[argh(option)]

@@ -45,9 +45,7 @@ impl Settings {
             ("MINISGL_SHELL_TOP_P", "top_p"),
         ] {
             if let Some(value) = get(variable) {
-                // There, -1 asks for all tokens.
-                let value = if name == "top_k" && value == "-1" { "0" } else { &value };
-                settings.set(name, value).map_err(|error| format!("the variable {variable}: {error}"))?;
+                settings.set(name, &value).map_err(|error| format!("the variable {variable}: {error}"))?;
             }
         }
         Ok(settings)
@@ -73,7 +71,8 @@ impl Settings {
         let mut changed = self.clone();
         match name {
             "temperature" => changed.temperature = read(name, value)?,
-            "top_k" => changed.top_k = read(name, value)?,
+            // As vLLM and mini-sglang say it, -1 asks for all tokens.
+            "top_k" => changed.top_k = read(name, if value == "-1" { "0" } else { value })?,
             "top_p" => changed.top_p = read(name, value)?,
             "min_p" => changed.min_p = read(name, value)?,
             "max_tokens" => changed.max_tokens = read(name, value)?,
