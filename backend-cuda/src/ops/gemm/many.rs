@@ -115,11 +115,22 @@ pub(super) struct Tile {
     adding: u32,
     /// Do the first two of four slices leave their sum in memory while the others are made? Then a slice has four blocks or more.
     aside: bool,
+    /// Do its threads have registers for one slice's sums alone, though its rows are no more than 128?
+    one_slice: bool,
 }
 
 impl Tile {
-    const NARROW: Tile =
-        Tile { blocks: [2, 1, 1], rows: 128, groups: 2, cost: 6, far: 0, split: 1, adding: 0, aside: false };
+    const NARROW: Tile = Tile {
+        blocks: [2, 1, 1],
+        rows: 128,
+        groups: 2,
+        cost: 6,
+        far: 0,
+        split: 1,
+        adding: 0,
+        aside: false,
+        one_slice: false,
+    };
     const MIDDLE: Tile = Tile { groups: 3, cost: 8, ..Tile::NARROW };
     /// Its warpgroups' registers hold two sets of sums.
     const ASIDE: Tile = Tile { adding: 26, aside: true, ..Tile::MIDDLE };
@@ -161,7 +172,7 @@ impl Tile {
 
     /// Of codes (`gemm_rounded_many.cu`): a block of 128 columns takes no less for being multiplied in half the time.
     pub(super) const ROUNDED: Tile = Tile { cost: 9, ..Tile::NARROW };
-    pub(super) const ROUNDED_MIDDLE: Tile = Tile { cost: 12, ..Tile::MIDDLE };
+    pub(super) const ROUNDED_MIDDLE: Tile = Tile { cost: 12, one_slice: true, ..Tile::MIDDLE };
     /// Its rows make one round of Qwen3-8B's gate and up of 128 tokens.
     pub(super) const ROUNDED_TALL: Tile = Tile { rows: 192, cost: 14, ..Tile::NARROW };
     /// Its rows give down of 128 tokens twice the blocks.
@@ -296,7 +307,7 @@ impl Tile {
         let holds = match self.split {
             1 if self.blocks[2] == 2 => shape.slices.is_multiple_of(2),
             1 if self.aside => shape.slices < 4 || shape.cols >= 4 * shape.slices * BLOCK_COLS,
-            1 => self.rows == 128 || shape.slices == 1,
+            1 => self.rows == 128 && !self.one_slice || shape.slices == 1,
             split => split == shape.slices && self.partial_bytes(shape) <= Partials::BYTES,
         };
         holds && shape.tokens > (self.blocks[1] - 1) * self.tokens()

@@ -79,9 +79,6 @@ pub(super) struct Sliced {
 }
 
 impl Sliced {
-    /// Tokens of a block's tile, for ever more tokens.
-    pub(super) const TOKENS: [u32; 4] = [16, 32, 64, 128];
-
     /// More than half of the shared memory of a multiprocessor.
     const SPREAD: u32 = 116 << 10;
 

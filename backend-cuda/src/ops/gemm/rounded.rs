@@ -32,6 +32,9 @@ const ROUNDED: u32 = ROUNDING_THREADS / 32 * 256;
 /// So many tokens, and more, fill the device with a block each.
 const ROUNDED_WHOLE: u32 = 1024;
 
+/// Rows of gate and up that make one round of Qwen3-8B's blocks, of few tokens.
+const TALL: u32 = 192;
+
 /// What is rounded, as `fp8_inputs.cu` declares it.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
@@ -101,7 +104,7 @@ struct Scratch {
 #[derive(Debug)]
 pub(super) struct Rounded {
     round: Kernel,
-    /// By kind and [`Sliced::TOKENS`]: of 128 tokens qkv's alone is quicker than tiles of many.
+    /// By kind, in the order of [`Kernels::few`].
     few: [Vec<Kernel>; 3],
     many: [Vec<Loaded>; 3],
     /// The same for matrices of which 128 rows have more than two scales.
@@ -113,8 +116,8 @@ pub(super) struct Rounded {
 struct Kernels {
     /// Which of all.
     index: usize,
-    /// Those for few tokens, by [`Sliced::TOKENS`].
-    few: &'static [&'static str],
+    /// Those for few tokens by their blocks, ever more tokens: of 128 qkv's alone is quicker than tiles of many.
+    few: Vec<(Block, &'static str)>,
     /// Tiles of many tokens, where 128 rows have two scales at most.
     many: Vec<(Tile, &'static str)>,
     /// Where they have more.
@@ -126,28 +129,24 @@ impl Kernels {
         match kind {
             Kind::Qkv => Some(Kernels {
                 index: 0,
-                few: &[
-                    "rounded_few_qkv_128x16",
-                    "rounded_few_qkv_128x32",
-                    "rounded_few_qkv_128x64",
-                    "rounded_few_qkv_128x128",
+                few: vec![
+                    (Block::new(128, 16), "rounded_few_qkv_128x16"),
+                    (Block::new(128, 32), "rounded_few_qkv_128x32"),
+                    (Block::new(128, 64), "rounded_few_qkv_128x64"),
+                    (Block::new(128, 128), "rounded_few_qkv_128x128"),
                 ],
-                many: vec![
-                    (Tile::ROUNDED, "rounded_many_qkv_narrow"),
-                    (Tile::ROUNDED_MIDDLE, "rounded_many_qkv_middle"),
-                ],
+                many: vec![(Tile::ROUNDED, "rounded_many_qkv_narrow")],
                 grained: (Tile::ROUNDED, "rounded_many_grained_qkv_narrow"),
             }),
             Kind::Residual => Some(Kernels {
                 index: 1,
-                few: &[
-                    "rounded_few_residual_64x16",
-                    "rounded_few_residual_64x32",
-                    "rounded_few_residual_64x64",
+                few: vec![
+                    (Block::new(64, 16), "rounded_few_residual_64x16"),
+                    (Block::new(64, 32), "rounded_few_residual_64x32"),
+                    (Block::new(64, 64), "rounded_few_residual_64x64"),
                 ],
                 many: vec![
                     (Tile::ROUNDED, "rounded_many_residual_narrow"),
-                    (Tile::ROUNDED_MIDDLE, "rounded_many_residual_middle"),
                     (Tile::ROUNDED_SHORT, "rounded_many_split_residual_short"),
                     (Tile::ROUNDED_JOINT[0], "rounded_many_joint_residual_short"),
                     (Tile::ROUNDED_JOINT[1], "rounded_many_joint_residual_narrow"),
@@ -157,10 +156,13 @@ impl Kernels {
             }),
             Kind::GateUp => Some(Kernels {
                 index: 2,
-                few: &[
-                    "rounded_few_gate_up_128x16",
-                    "rounded_few_gate_up_128x32",
-                    "rounded_few_gate_up_128x64",
+                few: vec![
+                    (Block::new(128, 16), "rounded_few_gate_up_128x16"),
+                    (Block::new(128, 32), "rounded_few_gate_up_128x32"),
+                    (Block::new(128, 64), "rounded_few_gate_up_128x64"),
+                    (Block::new(192, 16), "rounded_few_gate_up_192x16"),
+                    (Block::new(192, 32), "rounded_few_gate_up_192x32"),
+                    (Block::new(192, 64), "rounded_few_gate_up_192x64"),
                 ],
                 many: vec![
                     (Tile::ROUNDED, "rounded_many_gate_up_narrow"),
@@ -198,10 +200,10 @@ impl Rounded {
         };
         let load_few = |modules: &Modules, kind| {
             let kernels = Kernels::of(kind).ok_or_else(|| none(kind))?;
-            let load = |(size, name): (usize, &&'static str)| {
-                modules.kernel("gemm_rounded_few", name, few(kind, size).shared_max())
+            let load = |(block, name): &(Block, &'static str)| {
+                modules.kernel("gemm_rounded_few", name, few(kind, *block).shared_max())
             };
-            kernels.few.iter().enumerate().map(load).collect::<Result<Vec<_>, _>>()
+            kernels.few.iter().map(load).collect::<Result<Vec<_>, _>>()
         };
         let modules = gpu.modules();
         let [qkv, residual, gate_up] = KINDS.map(|kind| load_few(modules, kind));
@@ -266,7 +268,7 @@ impl Rounded {
         product: &Product<'_, E>,
     ) -> Result<(), CudaError> {
         let (shape, layout) = (product.shape, w.codes_layout());
-        let Kernels { index, few: names, .. } = Kernels::of(E::KIND).ok_or_else(|| none(E::KIND))?;
+        let Kernels { index, few: blocks_of, .. } = Kernels::of(E::KIND).ok_or_else(|| none(E::KIND))?;
         let Codes { by_rows, pairs, summed, .. } = w.codes().ok_or(CudaError::NotReserved)?;
         let many = if pairs { &self.many[index] } else { &self.grained[index] };
         let scales = CodeScales {
@@ -289,8 +291,9 @@ impl Rounded {
         };
         let at_once = |tile: &Loaded| tile.clusters * tile.tile.cluster();
         let blocks = many.first().map_or(0, at_once);
-        if let Some(size) = size(E::KIND, &shape, names, blocks, pairs) {
-            let (few, kernel) = (few_of(E::KIND, size, &shape, blocks), &self.few[index][size]);
+        if let Some(chosen) = chosen(E::KIND, &shape, &blocks_of, blocks, pairs) {
+            let (few, kernel) =
+                (few_of(E::KIND, blocks_of[chosen].0, &shape, blocks), &self.few[index][chosen]);
             let (Block { rows, tokens }, stages) = (few.ring.block, few.stages(&shape));
             let [w, x] = maps(rows, tokens)?;
             return launcher.launch(kernel, few.grid(&shape), [&w, &x, &shape, &stages, &scales, &epilogue]);
@@ -309,30 +312,31 @@ fn none(kind: Kind) -> CudaError {
     CudaError::Unsupported(format!("{kind:?} has no kernels for rounded inputs; use --plain-inputs"))
 }
 
-/// The block of the kernels for few tokens of this size, with 64 rows of w for each of its warpgroups.
-fn few(kind: Kind, size: usize) -> Sliced {
-    let tokens = Sliced::TOKENS[size];
-    // Rows of o and down are few.
-    let rows = if kind == Kind::Residual { 64 } else { 128 };
-    let scales = tokens + rows / Fp8Codes::GROUP as u32;
-    let alone = tokens == 128 || tokens == 64 && kind == Kind::Qkv;
-    Sliced { ring: Ring::of(Block::new(rows, tokens)).with_scales(scales), alone, spread: false }
+/// What such a block of the kernels for few tokens is launched with, with 64 rows of w for each of its warpgroups.
+fn few(kind: Kind, block: Block) -> Sliced {
+    let Block { rows, tokens } = block;
+    let alone = rows == TALL || tokens == 128 || tokens == 64 && kind == Kind::Qkv;
+    let ring = Ring::of(block).with_scales(tokens + rows / Fp8Codes::GROUP as u32);
+    Sliced { ring, alone, spread: false }
 }
 
 /// The same for a product, on a device that takes so many `blocks` at once that have a multiprocessor to themselves.
-fn few_of(kind: Kind, size: usize, shape: &Shape, blocks: u32) -> Sliced {
-    let few = few(kind, size);
-    Sliced { spread: shape.rows.div_ceil(few.ring.block.rows) * shape.slices <= blocks, ..few }
+fn few_of(kind: Kind, block: Block, shape: &Shape, blocks: u32) -> Sliced {
+    Sliced { spread: shape.rows.div_ceil(block.rows) * shape.slices <= blocks, ..few(kind, block) }
 }
 
-/// Which of [`Sliced::TOKENS`] a product takes, if one of so many kernels does. A tile of 128 tokens has a multiprocessor to itself: on a
-/// device that takes fewer `blocks` of these at once than there are, kernels for many tokens are done first. So they are of o and down from
-/// 33 tokens on, if 128 rows have scales in pairs, for which they have tiles of 64 tokens.
-fn size(kind: Kind, shape: &Shape, kernels: &[&str], blocks: u32, pairs: bool) -> Option<usize> {
-    let size = Sliced::TOKENS.iter().take(kernels.len()).position(|tokens| shape.tokens <= *tokens)?;
-    let Block { rows, tokens } = few(kind, size).ring.block;
+/// Which of these kernels for few tokens a product takes, if one does. A tile of 128 tokens has a multiprocessor to itself: on a device that
+/// takes fewer `blocks` of these at once than there are, kernels for many tokens are done first. So they are of o and down from 33 tokens
+/// on, if 128 rows have scales in pairs, for which they have tiles of 64 tokens. Blocks of [`TALL`] rows are taken where the device takes
+/// all of them at once, and none of those of 128.
+fn chosen(kind: Kind, shape: &Shape, few: &[(Block, &str)], blocks: u32, pairs: bool) -> Option<usize> {
+    let there = |rows| shape.rows.div_ceil(rows) * shape.slices;
+    let is_tall = kind == Kind::GateUp && there(128) > blocks && there(TALL) <= blocks;
+    let suits = |block: Block| shape.tokens <= block.tokens && (block.rows == TALL) == is_tall;
+    let chosen = few.iter().position(|(block, _)| suits(*block))?;
+    let Block { rows, tokens } = few[chosen].0;
     let by_room = tokens == 128 || tokens == 64 && kind == Kind::Residual && pairs;
-    (!by_room || shape.rows.div_ceil(rows) * shape.slices <= blocks).then_some(size)
+    (!by_room || there(rows) <= blocks).then_some(chosen)
 }
 
 /// What rounds so many tokens of so many columns: a block a token where its largest magnitude is that of all its columns, or where blocks are many,
@@ -355,7 +359,6 @@ pub(super) fn explained(
     clusters: fn(u32) -> u32,
 ) -> Option<[Explained; 2]> {
     let kernels = Kernels::of(kind)?;
-    let names = kernels.few;
     let work = match rounding_of {
         Rounding::Groups(cols) => {
             format!("a warp: a token's groups of {cols} columns, each by its largest magnitude")
@@ -366,10 +369,11 @@ pub(super) fn explained(
     let grid = rounding(2 * shape.cols, shape.tokens, rounding_of);
     let round = Explained { kernel: "fp8_inputs", grid, work };
     let blocks = 2 * clusters(2);
-    let Some(size) = size(kind, shape, names, blocks, pairs) else {
+    let Some(chosen) = chosen(kind, shape, &kernels.few, blocks, pairs) else {
         return Tile::explained_of(kernels.tiles(pairs), shape, clusters).map(|product| [round, product]);
     };
-    Some([round, few_of(kind, size, shape, blocks).explained(names[size], shape)])
+    let (block, name) = kernels.few[chosen];
+    Some([round, few_of(kind, block, shape, blocks).explained(name, shape)])
 }
 
 #[cfg(test)]
@@ -383,8 +387,8 @@ mod tests {
     fn kernels_are_bound_to_the_threads_that_they_are_launched_with() {
         for kind in KINDS {
             let kernels = Kernels::of(kind).unwrap();
-            for (size, name) in kernels.few.iter().enumerate() {
-                let ring = few(kind, size).ring;
+            for (block, name) in &kernels.few {
+                let ring = few(kind, *block).ring;
                 assert_eq!(threads_of(HOPPER, name), ring.threads(), "{name}");
                 assert!(name.ends_with(&format!("_{}x{}", ring.block.rows, ring.block.tokens)), "{name}");
             }
@@ -412,9 +416,9 @@ mod tests {
     #[test]
     fn a_ring_holds_the_sums_that_lie_over_it_and_blocks_fit_a_multiprocessor() {
         for (rows, cols, slices) in [(6144, 2048, 2), (64, 64, 1), (4096, 6144, 2), (24_576, 2048, 1)] {
-            for (size, tokens) in Sliced::TOKENS.into_iter().enumerate() {
-                for kind in KINDS {
-                    let (shape, few) = (Shape { rows, cols, tokens, slices }, few(kind, size));
+            for kind in KINDS {
+                for (block, _) in Kernels::of(kind).unwrap().few {
+                    let (shape, few) = (Shape { rows, cols, tokens: block.tokens, slices }, few(kind, block));
                     assert!(few.ring.holds(few.stages(&shape), few.shared_max()), "{shape:?}");
                 }
             }
@@ -441,13 +445,16 @@ mod tests {
         assert_eq!(kernel(Kind::Residual, 4096, 4096, 384), "rounded_many_joint_residual_middle");
         assert_eq!(kernel(Kind::Residual, 4096, 12_288, 512), "rounded_many_residual_narrow");
         assert_eq!(kernel(Kind::Residual, 5120, 17_408, 256), "rounded_many_residual_narrow");
+        assert_eq!(kernel(Kind::GateUp, 24_576, 4096, 1), "rounded_few_gate_up_192x16");
+        assert_eq!(kernel(Kind::GateUp, 24_576, 4096, 64), "rounded_few_gate_up_192x64");
+        assert_eq!(kernel(Kind::GateUp, 34_816, 5120, 64), "rounded_few_gate_up_128x64");
         assert_eq!(kernel(Kind::GateUp, 24_576, 4096, 128), "rounded_many_gate_up_tall");
         assert_eq!(kernel(Kind::GateUp, 24_576, 4096, 256), "rounded_many_gate_up_narrow");
         assert_eq!(kernel(Kind::GateUp, 34_816, 5120, 256), "rounded_many_gate_up_tall");
         assert_eq!(kernel(Kind::GateUp, 24_576, 4096, 1024), "rounded_many_gate_up_narrow");
         assert_eq!(kernel(Kind::GateUp, 24_576, 4096, 8192), "rounded_many_gate_up_middle");
-        assert_eq!(kernel(Kind::Qkv, 6144, 4096, 8192), "rounded_many_qkv_middle");
+        assert_eq!(kernel(Kind::Qkv, 6144, 4096, 8192), "rounded_many_qkv_narrow");
         assert_eq!(kernel(Kind::Residual, 4096, 12_288, 1024), "rounded_many_residual_narrow");
-        assert_eq!(kernel(Kind::Residual, 4096, 12_288, 8192), "rounded_many_residual_middle");
+        assert_eq!(kernel(Kind::Residual, 4096, 12_288, 8192), "rounded_many_residual_narrow");
     }
 }

@@ -3,10 +3,10 @@
 //   a group's sums   ── even ──┬─ taken out while odd is multiplied ── times scales, += ──> a slice's
 //   the next one's   ── odd  ──┘
 //
-// 1. A thread has registers for two groups' sums, so that tensor cores always have one more to do, and for a slice's. The first
-//    slice's wait in memory for the second's, and are fetched while the last block is multiplied. Tiles of 192 rows of gate and up,
-//    which are there for the number of blocks that they make, and of 192 tokens, which read the fewest bytes of shared memory for an
-//    operation, leave room for one: there a warpgroup takes sums out while others multiply.
+// 1. A thread has registers for two groups' sums, so that tensor cores always have one more to do, and for a slice's; or, while the
+//    second slice is multiplied, for one group's, that slice's, and the first one's. Tiles of 192 rows of gate and up, which are there for
+//    the number of blocks that they make, and of 192 tokens, which read the fewest bytes of shared memory for an operation, leave room for
+//    one group's and one slice's: there a warpgroup takes sums out while others multiply.
 // 2. A group's scales come with the last of its stages, by a warp of their own: loads from L2 take longer than a block.
 // 3. Instructions that take sums out keep the tensor cores from their registers: the time of both adds up. Where each 128 rows have two
 //    scales at most, a thread makes four products of scales a group; rounded_many_grained_* makes one for each eight rows and token.
@@ -51,7 +51,7 @@ __device__ __forceinline__ void finish_unstaged(const Rounded<GateUp> &epilogue,
     finish_unstaged(static_cast<const GateUp &>(epilogue), y, out, known);
 }
 
-// Where the first of two slices of whole tiles ends, in blocks of columns; 0 of one slice.
+// Where the first of two slices of a tile ends, in blocks of columns; 0 of one slice.
 template <class P> __device__ __forceinline__ unsigned slice_cut(const Shared<P> &shared, const Shape &shape) {
     return P::SPLIT * P::HALVES == 1 && shape.slices > 1 ? shared.slice_ends[0] : 0;
 }
@@ -144,25 +144,25 @@ __device__ __forceinline__ void take(const Shared<P> &shared, unsigned at, float
     }
 }
 
-// Groups of columns whose sums a thread has at once: one is multiplied while the other is taken out.
-template <class P> constexpr bool TWO_SETS = P::M <= 128 && P::GROUPS <= 2;
+// Groups of columns whose sums a thread has at once beside a slice's: one is multiplied while the other is taken out.
+template <class P> constexpr int SETS_OF = P::M <= 128 && P::GROUPS <= 2 ? 2 : 1;
 
-// The sums over blocks begin .. end of the columns. Behind block `cut` a slice ends, whose sums go to `aside`. `open` is called once, with
-// the last two blocks on their way at most. Where the outer loop goes round nothing is on its way: the compiler follows products' registers
-// no further, and would put all in a row. GROUPED: groups are of several blocks, which to ask of each would cost those of one 2 to 5%.
-template <bool GROUPED, class P, class Open>
+// The sums over blocks begin .. end of the columns. `open` is called once, with the last two blocks on their way at most. Where the outer
+// loop goes round nothing is on its way: the compiler follows products' registers no further, and would put all in a row. GROUPED: groups
+// are of several blocks, which to ask of each would cost those of one 2 to 5%.
+template <bool GROUPED, int SETS, class P, class Open>
 __device__ __forceinline__ void multiply_groups(const Shared<P> &shared, const CodeScales &scales, Turn<P> &position, unsigned begin,
-                                                unsigned end, float (&sum)[P::M / 2], const Open &open, unsigned cut, float4 *aside) {
+                                                unsigned end, float (&sum)[P::M / 2], const Open &open) {
     const unsigned lane = threadIdx.x % 32, sharer = cluster_rank() ^ lane; // of clusters with two a side
     float even[P::M / 2], odd[P::M / 2]; // of one set, odd is never used
 #pragma unroll
     for (int i = 0; i < P::M / 2; i++)
         even[i] = odd[i] = sum[i] = 0.0f;
     hold(even);
-    if constexpr (TWO_SETS<P>)
+    if constexpr (SETS == 2)
         hold(odd);
     unsigned at = 0; // the last block that was begun
-    const auto group_end = [&](unsigned first) { return GROUPED ? scales.group_end(first, first < cut ? cut : end) : first + 1; };
+    const auto group_end = [&](unsigned first) { return GROUPED ? scales.group_end(first, end) : first + 1; };
     const auto begin_next = [&](unsigned i, float(&part)[P::M / 2], bool add) {
         start(shared, position, part, add);
         if (i + 1 == end)
@@ -181,62 +181,58 @@ __device__ __forceinline__ void multiply_groups(const Shared<P> &shared, const C
             release(before);
         }
     };
-    const auto take_out = [&](unsigned stage, unsigned last, float(&part)[P::M / 2]) {
+    const auto take_out = [&](unsigned stage, float(&part)[P::M / 2]) {
         hold(part);
         take(shared, stage, part, sum, [&] { release(stage); });
-        if (last == cut)
-#pragma unroll
-            for (int j = 0; j < P::M / 8; j++) {
-                __stcg(aside + 32 * j, make_float4(sum[4 * j], sum[4 * j + 1], sum[4 * j + 2], sum[4 * j + 3]));
-                sum[4 * j] = sum[4 * j + 1] = sum[4 * j + 2] = sum[4 * j + 3] = 0.0f;
-            }
     };
 #pragma unroll 1
     for (unsigned first = begin, last; first < end; first = last) {
         last = group_end(first);
         begin_next(first, even, false);
         add_blocks(first + 1, last, even);
-        if constexpr (TWO_SETS<P>)
+        if constexpr (SETS == 2)
             if (last < end) {
                 const unsigned second = last, of_even = at;
                 last = group_end(second);
                 begin_next(second, odd, false);
                 wgmma_wait<1>();
-                take_out(of_even, second, even);
+                take_out(of_even, even);
                 add_blocks(second + 1, last, odd);
                 wgmma_wait<0>();
-                take_out(at, last, odd);
+                take_out(at, odd);
                 continue;
             }
         wgmma_wait<0>();
-        take_out(at, last, even);
+        take_out(at, even);
     }
 }
 
-template <class P, class Open>
+template <class P, int SETS = SETS_OF<P>, class Open>
 __device__ __forceinline__ void multiply_codes(const Shared<P> &shared, const typename P::Operands &operands, Turn<P> &position,
-                                               unsigned begin, unsigned end, float (&sum)[P::M / 2], const Open &open, unsigned cut = 0,
-                                               float4 *aside = nullptr) {
+                                               unsigned begin, unsigned end, float (&sum)[P::M / 2], const Open &open) {
     if (operands.scales.shift > 0)
-        multiply_groups<true>(shared, operands.scales, position, begin, end, sum, open, cut, aside);
+        multiply_groups<true, SETS>(shared, operands.scales, position, begin, end, sum, open);
     else
-        multiply_groups<false>(shared, operands.scales, position, begin, end, sum, open, cut, aside);
+        multiply_groups<false, SETS>(shared, operands.scales, position, begin, end, sum, open);
 }
 
-// A tile's sums. `between` is called once.
+// A tile's sums. Of two slices, the first one's stay in registers, which leaves one set of a group's to the second. `between` is called once.
 template <class P, class Between>
 __device__ __forceinline__ void multiply_codes_tile(const Shared<P> &shared, const typename P::Operands &operands, Turn<P> &position,
-                                                    const Shape &shape, float (&total)[P::M / 2], const Partials &partials,
-                                                    const Between &between) {
-    float4 *const aside = partials.sums + (blockIdx.x * P::WARPS + threadIdx.x / 32) * (P::M / 8 * 32) + threadIdx.x % 32;
+                                                    const Shape &shape, float (&total)[P::M / 2], const Between &between) {
     between();
-    multiply_codes(shared, operands, position, 0, shape.blocks(), total, [] {}, slice_cut(shared, shape), aside);
-    if (shape.slices > 1)
+    if constexpr (SETS_OF<P> == 1) { // there is one slice
+        multiply_codes(shared, operands, position, 0, shape.blocks(), total, [] {});
+    } else {
+        multiply_codes(shared, operands, position, 0, shared.slice_ends[0], total, [] {});
+        if (shape.slices > 1) {
+            float second[P::M / 2];
+            multiply_codes<P, 1>(shared, operands, position, shared.slice_ends[0], shape.blocks(), second, [] {});
 #pragma unroll
-        for (int j = 0; j < P::M / 8; j++) {
-            const float4 first = __ldcg(aside + 32 * j);
-            total[4 * j] += first.x, total[4 * j + 1] += first.y, total[4 * j + 2] += first.z, total[4 * j + 3] += first.w;
+            for (int i = 0; i < P::M / 2; i++)
+                total[i] += second[i];
         }
+    }
 }
 
 // SPLIT: a cluster takes one of so many slices of a tile at a time; 1: all of them.
@@ -259,9 +255,7 @@ __device__ __forceinline__ void multiply_codes_tile(const Shared<P> &shared, con
 #define ROUNDED_MANY_GRAINED(NAME, EPILOGUE) ROUNDED_MANY_OF(NAME, false, 2, 128, 1, EPILOGUE)
 
 ROUNDED_MANY(rounded_many_qkv_narrow, 2, 128, 1, Qkv)
-ROUNDED_MANY(rounded_many_qkv_middle, 3, 128, 1, Qkv)
 ROUNDED_MANY(rounded_many_residual_narrow, 2, 128, 1, Residual)
-ROUNDED_MANY(rounded_many_residual_middle, 3, 128, 1, Residual)
 ROUNDED_MANY(rounded_many_split_residual_short, 2, 64, 2, Residual)
 ROUNDED_MANY_JOINT(rounded_many_joint_residual_short, 1, Residual)
 ROUNDED_MANY_JOINT(rounded_many_joint_residual_narrow, 2, Residual)

@@ -415,7 +415,7 @@ __device__ __forceinline__ void multiply(const Shared<P> &shared, const TensorMa
         float total[P::M / 2];
         const auto between = [&] { prepare<P::WIDTH>(epilogue, outputs, old); };
         if constexpr (Operands::CODES)
-            multiply_codes_tile(shared, operands, position, shape, total, partials, between);
+            multiply_codes_tile(shared, operands, position, shape, total, between);
         else if constexpr (Epilogue::SLICES > 2 && P::GROUPS > 2)
             multiply_aside(shared, position, shape, total,
                            partials.sums + (blockIdx.x * P::WARPS + warp) * (P::M / 8 * 32) + lane, between);
