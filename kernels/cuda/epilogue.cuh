@@ -416,7 +416,7 @@ struct GateUp {
     __nv_bfloat16 *out; // [tokens, intermediate]
     unsigned intermediate, reserved;
     static constexpr bool SCALED = true;
-    static constexpr int SLICES = 2; // at most
+    static constexpr int SLICES = 1; // at most
     static constexpr bool EARLY = false; // does `ahead` read nothing that a kernel of this step's layers wrote?
 
     __device__ __forceinline__ float scale(unsigned token) const { return norm.scale(token); }

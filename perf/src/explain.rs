@@ -201,7 +201,7 @@ mod tests {
     fn a_step_that_is_one_kernel_is_explained_as_such() {
         let one = text("rows=128,context=560", "layers=28", KernelSet::Auto);
         assert!(one.contains("divided_layers") && one.contains("512 and 512 turns a layer"), "{one}");
-        assert!(!one.contains("attention_decode") && one.contains("few_gate_up_64x64"), "{one}");
+        assert!(!one.contains("attention_decode") && one.contains("batch_gate_up_64x64"), "{one}");
         let few = text("rows=32", "layers=28", KernelSet::Auto);
         assert!(!few.contains("divided_layers") && few.contains("attention_decode_128"), "{few}");
     }

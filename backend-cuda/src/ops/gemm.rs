@@ -66,7 +66,7 @@ impl Hopper {
 }
 /// Do Hopper's products of queries, keys and values keep these in fp8 by themselves?
 pub(super) fn keeps_fp8([rows, cols, tokens]: [u32; 3], share: SmShare, weights_fp8: bool) -> bool {
-    let shape = Shape { rows, cols, tokens, slices: Kind::Qkv.slices(rows, cols, 1) };
+    let shape = Shape { rows, cols, tokens, slices: Kind::Qkv.slices(cols, 1) };
     match weights_fp8 {
         true => tokens <= fp8::TOKENS_MAX,
         false => tilings::there_is(Kind::Qkv, &shape, share),
@@ -88,8 +88,6 @@ pub struct Gemm {
     fp8: Option<Fp8>,
     /// For those whose inputs are rounded, once [`Gemm::reserve_rounded`] did.
     rounded: Option<Rounded>,
-    /// That have the other rows of gate and up.
-    ranks: u32,
 }
 
 impl Gemm {
@@ -101,7 +99,7 @@ impl Gemm {
         } else {
             Set::Portable(Box::new(Portable::new(gpu.modules())?))
         };
-        Ok(Gemm { set, fp8: None, rounded: None, ranks: gpu.rank().count })
+        Ok(Gemm { set, fp8: None, rounded: None })
     }
 
     /// Looks up the kernels for matrices in fp8, and takes memory for one of so many elements in bf16.
@@ -160,12 +158,15 @@ impl Gemm {
         epilogue: &E,
     ) -> Result<(), CudaError> {
         let (rows, cols) = (w.rows() as u32, w.words() as u32);
-        let slices = E::KIND.slices(rows * self.ranks, cols, w.slices());
+        let (slices, most) = match w.codes() {
+            Some(_) => (rounded::slices(E::KIND, rows, cols, w.slices()), rounded::SLICES_MAX),
+            None => (E::KIND.slices(cols, w.slices()), E::KIND.slices_max()),
+        };
         let shape = Shape { rows, cols, tokens, slices };
         if tokens == 0 {
             return Ok(());
         }
-        let most = E::KIND.slices_max().min(cols.div_ceil(BLOCK_COLS));
+        let most = most.min(cols.div_ceil(BLOCK_COLS));
         if !slices.is_power_of_two() || slices > most {
             return Err(CudaError::Slices { cols, slices, most });
         }

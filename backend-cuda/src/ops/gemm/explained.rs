@@ -23,7 +23,7 @@ pub(in crate::ops) fn explained(
     form: Form,
 ) -> Option<Explained> {
     let shared = Rank { index: 0, count: form.ranks }.slices(cols as usize, SLICING);
-    let slices = kind.slices(rows * form.ranks, cols, shared);
+    let slices = kind.slices(cols, shared);
     let shape = Shape { rows, cols, tokens, slices };
     if !device.hopper {
         return Some(Portable::explained(kind, &shape));
@@ -46,7 +46,7 @@ pub(in crate::ops) fn explained_rounded(
 ) -> Option<[Explained; 2]> {
     let words = cols / 2;
     let layout = Fp8Codes { rows: rows as usize, cols: cols as usize };
-    let slices = kind.slices(rows, words, layout.slices());
+    let slices = rounded::slices(kind, rows, words, layout.slices());
     let shape = Shape { rows, cols: words, tokens, slices };
     rounded::explained(kind, &shape, Rounding::of(inputs)?, pairs, device.clusters)
 }

@@ -83,7 +83,7 @@ impl Few {
     pub(super) fn tiling(&self, kind: Kind, shape: &Shape, share: SmShare) -> Option<&Loaded> {
         let index = tilings::index(tilings::all(kind, shape, share), kind, shape, share)?;
         let loaded = match share {
-            SmShare::Whole if shape.fits_l2(kind) => &self.fitting,
+            SmShare::Whole if shape.fits_l2() => &self.fitting,
             SmShare::Whole => &self.large,
             SmShare::Half => &self.half,
         };

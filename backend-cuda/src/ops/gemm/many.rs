@@ -5,8 +5,8 @@
 //!   narrow   128 rows x 128 tokens     2 along the rows       every product
 //!   middle   128      x 192            2 along the rows       the model's; of four slices, the first two's sums wait in memory
 //!   square   128      x 128            2 x 2                  the model's
-//!   wide     256      x 128            2 along the tokens     gate and up, where the whole sum is one slice; the head; split sums
-//!   tall     144, …, 288   x 128       2 along the rows       gate and up, where the whole sum is one slice
+//!   wide     256      x 128            2 along the tokens     gate and up, and q, k, v whose sum is one slice; the head; split sums
+//!   tall     144, …, 288   x 128       2 along the rows       gate and up
 //!            144, 192      x 192       2 along the rows       the same
 //!   joint    128      x 64, 128, 192   2 along the columns    split sums
 //! ```
@@ -111,7 +111,8 @@ pub(super) struct Tile {
     far: u32,
     /// A cluster takes one of so many slices of a tile at a time; with 1, a whole tile, however many slices it has.
     split: u32,
-    /// The time of leaving a slice in memory and adding the last.
+    /// What a turn takes beside its columns: the epilogue, in which nothing is multiplied (told of q, k, v, gate and up), or leaving a slice in
+    /// memory and adding the last.
     adding: u32,
     /// Do the first two of four slices leave their sum in memory while the others are made? Then a slice has four blocks or more.
     aside: bool,
@@ -139,13 +140,13 @@ impl Tile {
     const WIDE: Tile = Tile { blocks: [1, 2, 1], rows: 256, cost: 10, ..Tile::NARROW };
     /// Nor do those of these, whose rows are what makes one round of 132 blocks, or two, of a large model's gate and up.
     const TALL: [Tile; 7] = [
-        Tile { rows: 288, cost: 12, ..Tile::NARROW },
-        Tile { rows: 208, cost: 9, ..Tile::NARROW }, // a little quicker than the next
-        Tile { rows: 224, cost: 9, ..Tile::NARROW },
-        Tile { rows: 192, cost: 8, ..Tile::NARROW },
-        Tile { rows: 144, cost: 7, ..Tile::NARROW },
-        Tile { rows: 144, cost: 9, ..Tile::MIDDLE },
-        Tile { rows: 192, cost: 12, ..Tile::MIDDLE },
+        Tile { rows: 288, cost: 12, adding: 66, ..Tile::NARROW },
+        Tile { rows: 208, cost: 9, adding: 52, ..Tile::NARROW }, // a little quicker than the next
+        Tile { rows: 224, cost: 9, adding: 52, ..Tile::NARROW },
+        Tile { rows: 192, cost: 8, adding: 50, ..Tile::NARROW },
+        Tile { rows: 144, cost: 7, adding: 40, ..Tile::NARROW },
+        Tile { rows: 144, cost: 9, adding: 44, ..Tile::MIDDLE },
+        Tile { rows: 192, cost: 12, adding: 60, ..Tile::MIDDLE },
     ];
     /// Shared memory that a block takes: all that one can have. The kernel makes as many stages of it as fit.
     pub(super) const SHARED: u32 = 227 << 10;
@@ -190,7 +191,12 @@ impl Tile {
             [Tile::NARROW, Tile::MIDDLE, Tile::SQUARE].into_iter().zip(names).collect::<Vec<_>>()
         };
         let mut tiles = match kind {
-            Kind::Qkv => three(["many_qkv_narrow", "many_qkv_middle", "many_qkv_square"]),
+            Kind::Qkv => vec![
+                (Tile { adding: 37, ..Tile::NARROW }, "many_qkv_narrow"),
+                (Tile { adding: 45, ..Tile::MIDDLE }, "many_qkv_middle"),
+                (Tile { adding: 37, ..Tile::SQUARE }, "many_qkv_square"),
+                (Tile { adding: 70, ..Tile::WIDE }, "many_qkv_wide"),
+            ],
             Kind::Residual => {
                 vec![
                     (Tile::NARROW, "many_residual_narrow"),
@@ -199,7 +205,12 @@ impl Tile {
                 ]
             }
             Kind::RankSums => three(["many_sums_narrow", "many_sums_middle", "many_sums_square"]),
-            Kind::GateUp => three(["many_gate_up_narrow", "many_gate_up_middle", "many_gate_up_square"]),
+            Kind::GateUp => vec![
+                (Tile { adding: 32, ..Tile::NARROW }, "many_gate_up_narrow"),
+                (Tile { adding: 32, ..Tile::MIDDLE }, "many_gate_up_middle"),
+                (Tile { adding: 32, ..Tile::SQUARE }, "many_gate_up_square"),
+                (Tile { adding: 50, ..Tile::WIDE }, "many_gate_up_wide"),
+            ],
             Kind::Head => three(["many_head_narrow", "many_head_middle", "many_head_square"]),
             Kind::Linear => vec![(Tile::NARROW, "many_linear_narrow")],
         };
@@ -218,7 +229,6 @@ impl Tile {
         let halved = ["split_sums_narrow", "split_sums_middle", "split_sums_wide"];
         match kind {
             Kind::GateUp => {
-                tiles.push((Tile::WIDE, "many_gate_up_wide"));
                 tiles.extend(Tile::TALL.into_iter().zip(tall));
             }
             Kind::Head => tiles.push((Tile::WIDE, "many_head_wide")),
@@ -297,7 +307,7 @@ impl Tile {
     /// The time of a launch that `clusters` share: each takes as many turns as the last one to end.
     fn time(self, shape: &Shape, clusters: u32) -> u64 {
         let blocks = shape.cols.div_ceil(BLOCK_COLS).div_ceil(self.split * self.blocks[2]);
-        let cost = if shape.fits_l2(Kind::Residual) { self.cost } else { self.cost + self.far };
+        let cost = if shape.fits_l2() { self.cost } else { self.cost + self.far };
         u64::from(self.turns(shape).div_ceil(clusters)) * u64::from(blocks * cost + self.adding)
     }
 
@@ -420,16 +430,29 @@ mod tests {
         let is = |tile: Tile| (tile.blocks, tile.rows, tile.groups, tile.split);
         let quickest = |rows, cols, tokens, slices| {
             let shape = Shape { rows, cols, tokens, slices };
-            let tiles = [(Tile::NARROW, 66), (Tile::MIDDLE, 66), (Tile::SQUARE, 30), (Tile::WIDE, 66)];
-            let joint = Tile::JOINT.into_iter().filter(|_| slices == 4); // o and down have them
-            let others = Tile::TALL.into_iter().chain(Tile::SPLIT).chain(joint).map(|tile| (tile, 66));
-            let tiles: Vec<_> = tiles.into_iter().chain(others).collect();
-            is(tiles[Tile::quickest(tiles.iter().copied(), &shape).unwrap()].0)
+            let kind = match slices {
+                1 => Kind::GateUp,
+                2 => Kind::Qkv,
+                _ => Kind::Residual,
+            };
+            let tiles = Tile::of(kind);
+            let all = tiles.iter().map(|(tile, _)| (*tile, if tile.cluster() == 4 { 30 } else { 66 }));
+            is(tiles[Tile::quickest(all, &shape).unwrap()].0)
         };
         assert_eq!(quickest(7168, 5120, 128, 2), is(Tile::NARROW));
-        assert_eq!(quickest(4096, 1024, 16_384, 2), is(Tile::MIDDLE));
         assert_eq!(quickest(7168, 5120, 256, 2), is(Tile::SQUARE));
+        assert_eq!(quickest(7168, 5120, 16_384, 2), is(Tile::MIDDLE));
         assert_eq!(quickest(34_816, 5120, 16_384, 1), is(Tile::WIDE));
+        // Of Qwen3-0.6B, whose q, k and v are one slice, too.
+        let qkv = |tokens| {
+            let (shape, tiles) = (Shape { rows: 4096, cols: 1024, tokens, slices: 1 }, Tile::of(Kind::Qkv));
+            let all = tiles.iter().map(|(tile, _)| (*tile, if tile.cluster() == 4 { 30 } else { 66 }));
+            is(tiles[Tile::quickest(all, &shape).unwrap()].0)
+        };
+        let [narrow, middle, wide] = [Tile::NARROW, Tile::MIDDLE, Tile::WIDE].map(is);
+        assert_eq!([512, 768, 1024, 1472, 2048, 8192].map(qkv), [narrow, middle, wide, middle, wide, wide]);
+        let gate_up = [512, 768, 1024, 1472, 2048].map(|tokens| quickest(6144, 1024, tokens, 1));
+        assert_eq!(gate_up, [is(Tile::TALL[3]), is(Tile::TALL[6]), is(Tile::TALL[3]), middle, wide]);
         // gate_up of Qwen3's 8B, Llama's 8B, and Qwen2.5's 7B; that of a rank of two of Qwen3-14B and 32B.
         let [large, between, medium, small, least, long, longer] = Tile::TALL;
         assert_eq!(

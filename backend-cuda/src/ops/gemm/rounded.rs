@@ -5,8 +5,8 @@
 //!             (fp8_inputs.cu)           (qkv: 128)          └── more        those of many tokens, in tiles of 128 by 64 to 192, or 192 by 128
 //! ```
 //!
-//! To a product's kernels and plans a row of codes is one of half as many words of 16 bits ([`Weight::words`]): blocks of 64 of these, rings, tiles and
-//! slices are those of bf16, but o and down have two slices at most.
+//! To a product's kernels and plans a row of codes is one of half as many words of 16 bits ([`Weight::words`]): blocks of 64 of these, rings and tiles
+//! are those of bf16. A sum is of two slices at most ([`slices`]).
 //!
 //! Invariant: a token's codes lie in a place of its own until its product has ended.
 
@@ -16,7 +16,7 @@ use super::epilogue::{Epilogue, Kind, RowNorm};
 use super::many::{Loaded, Many, Partials, Tile};
 use super::product::{Block, Explained, Product, Rows};
 use super::ring::{Ring, Sliced};
-use super::shape::Shape;
+use super::shape::{BLOCK_COLS, Shape, fits_l2};
 use crate::error::CudaError;
 use crate::gpu::Gpu;
 use crate::launch::{Grid, Kernel, Launcher};
@@ -26,6 +26,8 @@ use crate::param::{Param, plain_params};
 use crate::tensor_map::TensorMap;
 use crate::weight::{Codes, Fp8Codes, Rounding, Weight};
 
+/// The most slices of a sum.
+pub(super) const SLICES_MAX: u32 = 2;
 /// Threads of a block that rounds inputs, and columns that it rounds at once.
 const ROUNDING_THREADS: u32 = 256;
 const ROUNDED: u32 = ROUNDING_THREADS / 32 * 256;
@@ -305,6 +307,16 @@ impl Rounded {
         let out = TensorMap::rows_of_bf16(out, shape.tokens as usize, width as usize, Many::WARP_TOKENS)?;
         let grid = tile.grid(tile.launched(&shape, *clusters));
         launcher.launch(kernel, grid, [&w, &x, &out, &shape, &scales, &epilogue, partials])
+    }
+}
+
+/// Slices that sums over so many words of a row of codes are cut into, where the columns of o and down have so many. By two of them few
+/// rows of w fill the device: a matrix that L2 does not hold has enough of gates and ups.
+pub(super) fn slices(kind: Kind, rows: u32, words: u32, shared: u32) -> u32 {
+    match kind {
+        Kind::GateUp if !fits_l2(rows, words) => 1,
+        Kind::Qkv | Kind::GateUp => words.div_ceil(BLOCK_COLS).min(SLICES_MAX),
+        Kind::Residual | Kind::RankSums | Kind::Head | Kind::Linear => shared,
     }
 }
 

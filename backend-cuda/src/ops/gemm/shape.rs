@@ -2,12 +2,15 @@
 //!
 //! ```text
 //!   kind              columns summed in
-//!   Qkv               2 slices
-//!   Residual          4
+//!   Residual          4 slices
 //!   RankSums          4 of all ranks'
-//!   GateUp            2; 1 of a matrix that L2 does not hold
+//!   Qkv               2; 1 of up to 1,024 columns
+//!   GateUp            1
 //!   Head, Linear      1
 //! ```
+//!
+//! One slice's sums leave a thread registers for wider tiles. Gate and up have rows enough to fill the device. Heads are few: of many columns,
+//! a batch of rows is multiplied sooner where two blocks have half of them each.
 //!
 //! Slices are added in pairs, then pairs of pairs, so that a rank's columns of o and down, which it shares with others, are a whole
 //! subtree ([`minisgl_core::shard`]).
@@ -21,10 +24,13 @@ use crate::weight::SLICING;
 /// Columns of a block; slices are whole blocks.
 pub(super) const BLOCK_COLS: u32 = SLICING.block as u32;
 
+/// Columns up to which one block sums all of a query's, key's or value's.
+const WHOLE_COLS: u32 = 1024;
+
 /// MiB of the largest matrix that L2 holds beside the activations. `gemm_many.cuh` draws the same line.
 const L2_MIB: u64 = 24;
 
-fn fits_l2(rows: u32, cols: u32) -> bool {
+pub(super) fn fits_l2(rows: u32, cols: u32) -> bool {
     u64::from(rows) * u64::from(cols) * 2 <= L2_MIB << 20
 }
 
@@ -39,27 +45,20 @@ pub(super) struct Shape {
 }
 
 impl Shape {
-    /// A rank's part of gate and up counts as what it is of, by which its sums are cut.
-    pub(super) fn fits_l2(&self, kind: Kind) -> bool {
-        match kind {
-            Kind::GateUp => self.slices > 1 || self.cols <= BLOCK_COLS,
-            _ => fits_l2(self.rows, self.cols),
-        }
+    pub(super) fn fits_l2(&self) -> bool {
+        fits_l2(self.rows, self.cols)
     }
 }
 
 plain_params!(Shape);
 
 impl Kind {
-    /// Slices that a sum over `cols` columns is cut into, for `rows` rows of w, those of all ranks, which has so many where ranks
-    /// share its columns.
-    pub(super) fn slices(self, rows: u32, cols: u32, shared: u32) -> u32 {
+    /// Slices that a sum over `cols` columns is cut into, which has so many where ranks share its columns.
+    pub(super) fn slices(self, cols: u32, shared: u32) -> u32 {
         match self {
-            // Its rows fill the device, and one sum a thread leaves registers for wider tiles.
-            Kind::GateUp if !fits_l2(rows, cols) => 1,
-            Kind::Qkv | Kind::GateUp => cols.div_ceil(BLOCK_COLS).min(2),
+            Kind::Qkv if cols > WHOLE_COLS => 2,
             Kind::Residual | Kind::RankSums => shared,
-            Kind::Head | Kind::Linear => 1,
+            Kind::Qkv | Kind::GateUp | Kind::Head | Kind::Linear => 1,
         }
     }
 
@@ -68,8 +67,8 @@ impl Kind {
         match self {
             Kind::Residual => SLICING.most,
             Kind::RankSums => SLICING.most / 2,
-            Kind::Qkv | Kind::GateUp => 2,
-            Kind::Head | Kind::Linear => 1,
+            Kind::Qkv => 2,
+            Kind::GateUp | Kind::Head | Kind::Linear => 1,
         }
     }
 }
@@ -94,12 +93,10 @@ mod tests {
     fn no_slice_is_empty() {
         for kind in [Kind::Qkv, Kind::Residual, Kind::GateUp, Kind::Head, Kind::Linear] {
             for cols in (8u32..4096).step_by(8) {
-                for rows in [128, 1024, 32_768] {
-                    let slices = kind.slices(rows, cols, SLICING.slices(cols as usize));
-                    let blocks = cols.div_ceil(BLOCK_COLS).min(kind.slices_max());
-                    assert!((1..=blocks).contains(&slices), "{kind:?}, {rows} x {cols}");
-                    assert!(slices.is_power_of_two(), "{kind:?}, {rows} x {cols}");
-                }
+                let slices = kind.slices(cols, SLICING.slices(cols as usize));
+                let blocks = cols.div_ceil(BLOCK_COLS).min(kind.slices_max());
+                assert!((1..=blocks).contains(&slices), "{kind:?}, {cols} columns");
+                assert!(slices.is_power_of_two(), "{kind:?}, {cols} columns");
             }
         }
     }

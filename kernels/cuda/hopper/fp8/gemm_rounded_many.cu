@@ -17,9 +17,9 @@ template <> constexpr unsigned STAGED_BYTES<Rounded<GateUp>> = WarpTile::HALF;
 
 __device__ __forceinline__ Known look_up(const Rounded<Qkv> &epilogue, unsigned token) {
     const Qkv::Where where = epilogue.where(token);
-    return {1.0f, where.position, where.location, 0};
+    return {1.0f, where.position, where.location};
 }
-__device__ __forceinline__ Known look_up(const Rounded<GateUp> &, unsigned) { return {1.0f, 0, 0, 0}; }
+__device__ __forceinline__ Known look_up(const Rounded<GateUp> &, unsigned) { return {1.0f, 0, 0}; }
 __device__ __forceinline__ constexpr bool is_added(const Rounded<Residual> &) { return true; }
 template <unsigned WIDTH>
 __device__ __forceinline__ void prepare(const Rounded<Residual> &epilogue, const Outputs &out, unsigned barrier) {

@@ -33,7 +33,7 @@ struct CodeScales {
 // An epilogue whose tokens' scales are in the sums already.
 template <class E> struct Rounded : E {
     const float *row_scales; // [rows of w], or null
-    static constexpr int SLICES = E::SLICES < 2 ? E::SLICES : 2; // at most: enough for few tokens to fill the device
+    static constexpr int SLICES = 2; // at most: enough for few tokens to fill the device
 
     __device__ __forceinline__ float scale(unsigned) const { return 1.0f; }
     template <int COUNT> __device__ __forceinline__ void scales(const unsigned (&)[COUNT], float (&scale)[COUNT]) const {

@@ -2,28 +2,26 @@
 // to 256 tokens no more than N are multiplied, where gemm_many.cuh's tiles have multiples of 64.
 //
 //   w [rows, cols] bf16   x [tokens, cols] bf16   cols a multiple of 8   accumulates in fp32
-//   block    so many units of 64 rows of w, three at a time, by N tokens, all columns: three warpgroups that multiply, and one of
+//   block    so many units of 64 rows of w, GROUPS at a time, by N tokens, all columns: a warpgroup for each that multiplies, and one of
 //            which a thread fetches and a warp computes the tokens' scales
 //   cluster  two blocks, each of which fetches half of the tokens for both
 //   grid     as many blocks as share out the units; those of all have as many, but for the last
-//   shared   stages * (192 + N) * 128 bytes; 2 barriers a stage; N floats
-//   moves    w from memory once; x once for each cluster and three units, from L2
+//   shared   stages * (64 GROUPS + N) * 128 bytes; 2 barriers a stage; N floats
+//   moves    w from memory once; x once for each cluster and GROUPS units, from L2
 //
 // 1. A sum is one slice's: k16 by k16 from zero, in the order of gemm_few.cuh and gemm_many.cuh.
 // 2. Rows of w are the M operand, for which a warpgroup has 64, tokens the N operand, of which an instruction takes any multiple of 8.
-// 3. A unit less than three in the last turn leaves a warpgroup idle, which only lets go of the stages.
+// 3. A unit less than GROUPS in the last turn leaves a warpgroup idle, which only lets go of the stages.
 // 4. Outputs go from registers to memory: a warp has 8 of each token, which four lanes store.
 #pragma once
 
 #include "hopper/gemm/ring.cuh"
 #include "hopper/gemm/share_out.cuh"
 
-// Units that a block multiplies side by side.
-constexpr unsigned BATCH_GROUPS = 3;
-
-template <int N> struct BatchRing {
-    static constexpr unsigned W_BYTES = BATCH_GROUPS * 64 * 128, STAGE_BYTES = W_BYTES + N * 128, UNIT_BYTES = 64 * 128;
-    static constexpr unsigned MULTIPLIERS = 128 * BATCH_GROUPS, HALF = N / 2;
+// GROUPS: units that a block multiplies side by side.
+template <int GROUPS, int N> struct BatchRing {
+    static constexpr unsigned W_BYTES = GROUPS * 64 * 128, STAGE_BYTES = W_BYTES + N * 128, UNIT_BYTES = 64 * 128;
+    static constexpr unsigned MULTIPLIERS = 128 * GROUPS, HALF = N / 2;
     static_assert(HALF % 8 == 0, "halves of the tokens are whole groups of the swizzle");
     unsigned base, full, empty, stages;
 
@@ -35,24 +33,24 @@ template <int N> struct BatchRing {
     __device__ __forceinline__ void init_barriers() const {
         for (unsigned i = 0; i < stages; i++) {
             barrier_init(full + 8 * i, 1);
-            barrier_init(empty + 8 * i, 2 * 4 * BATCH_GROUPS);
+            barrier_init(empty + 8 * i, 2 * 4 * GROUPS);
         }
         barrier_init_fence();
     }
 };
 
 // A block's units of 64 rows.
-struct Units {
+template <int GROUPS> struct Units {
     unsigned first, count, turns;
 
     __device__ __forceinline__ explicit Units(const Shape &shape) {
         const unsigned all = (shape.rows + 63) / 64, each = (all + gridDim.x - 1) / gridDim.x;
         first = blockIdx.x * each;
         count = first < all ? min(each, all - first) : 0;
-        turns = (each + BATCH_GROUPS - 1) / BATCH_GROUPS; // of both blocks of a cluster
+        turns = (each + GROUPS - 1) / GROUPS; // of both blocks of a cluster
     }
     __device__ __forceinline__ unsigned in(unsigned turn) const {
-        return count > turn * BATCH_GROUPS ? min(BATCH_GROUPS, count - turn * BATCH_GROUPS) : 0;
+        return count > turn * GROUPS ? min((unsigned)GROUPS, count - turn * GROUPS) : 0;
     }
 };
 
@@ -65,17 +63,17 @@ struct RingPlace {
     }
 };
 
-template <int N>
-__device__ __forceinline__ void fetch_batch(const BatchRing<N> &ring, const TensorMap *w, const TensorMap *x,
+template <int GROUPS, int N>
+__device__ __forceinline__ void fetch_batch(const BatchRing<GROUPS, N> &ring, const TensorMap *w, const TensorMap *x,
                                             const Shape &shape) {
-    using R = BatchRing<N>;
-    const Units units(shape);
+    using R = BatchRing<GROUPS, N>;
+    const Units<GROUPS> units(shape);
     const unsigned blocks = shape.blocks(), rank = cluster_rank();
     const auto fetch_w = [&](unsigned at, unsigned turn, unsigned i) {
         const unsigned in = units.in(turn);
         barrier_expect(ring.full + 8 * at, in * R::UNIT_BYTES + N * 128);
         for (unsigned u = 0; u < in; u++)
-            bulk_fetch(ring.stage(at) + u * R::UNIT_BYTES, w, i * 64, (units.first + turn * BATCH_GROUPS + u) * 64,
+            bulk_fetch(ring.stage(at) + u * R::UNIT_BYTES, w, i * 64, (units.first + turn * GROUPS + u) * 64,
                        ring.full + 8 * at, EVICT_FIRST);
     };
     const auto fetch_x = [&](unsigned at, unsigned i) {
@@ -120,10 +118,10 @@ __device__ __forceinline__ void finish_batch(const GateUp &e, const float (&sum)
     }
 }
 
-template <int N, class Epilogue>
+template <int GROUPS, int N, class Epilogue>
 __device__ __forceinline__ void multiply_batch(const TensorMap *w, const TensorMap *x, const Shape &shape, unsigned stages,
                                                const Epilogue &epilogue) {
-    using R = BatchRing<N>;
+    using R = BatchRing<GROUPS, N>;
     extern __shared__ __align__(1024) unsigned char shared[];
     dependent_launch();
     const unsigned base = (shared_address(shared) + 1023) & ~1023u, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -137,9 +135,10 @@ __device__ __forceinline__ void multiply_batch(const TensorMap *w, const TensorM
     constexpr unsigned SCALES_KNOWN = 1;
     if (threadIdx.x >= R::MULTIPLIERS) {
         // Sums take most of the registers: the rest is for the fetching thread and a few scales at a time.
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 32;");
+        if (GROUPS == 3)
+            asm volatile("setmaxnreg.dec.sync.aligned.u32 32;");
         if (threadIdx.x == R::MULTIPLIERS)
-            fetch_batch(ring, w, x, shape);
+            fetch_batch<GROUPS, N>(ring, w, x, shape);
         if (warp == R::MULTIPLIERS / 32 + 1) {
 #pragma unroll 1
             for (unsigned n = 0; n < N; n += 32)
@@ -148,9 +147,10 @@ __device__ __forceinline__ void multiply_batch(const TensorMap *w, const TensorM
         }
         return;
     }
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 160;");
+    if (GROUPS == 3)
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 160;");
     dependent_wait();
-    const Units units(shape);
+    const Units<GROUPS> units(shape);
     const unsigned blocks = shape.blocks(), group = threadIdx.x / 128;
     unsigned refills = units.turns * blocks > stages ? units.turns * blocks - stages : 0;
     const auto release = [&](unsigned at) {
@@ -182,7 +182,7 @@ __device__ __forceinline__ void multiply_batch(const TensorMap *w, const TensorM
             wgmma_fence();
 #pragma unroll
             for (int k = 0; k < 4; k++)
-                multiply_unit<BATCH_GROUPS, N>(sum, a + 2 * k, b + 2 * k, i > 0 || k > 0);
+                multiply_unit<GROUPS, N>(sum, a + 2 * k, b + 2 * k, i > 0 || k > 0);
             wgmma_commit();
             if (i > 0) {
                 wgmma_wait<1>();
@@ -196,13 +196,13 @@ __device__ __forceinline__ void multiply_batch(const TensorMap *w, const TensorM
         release(before);
         if (turn == 0)
             sync_threads(SCALES_KNOWN, R::MULTIPLIERS + 32);
-        finish_batch<N>(epilogue, sum, scales, shape, (units.first + turn * BATCH_GROUPS + group) * 64 + warp % 4 * 16);
+        finish_batch<N>(epilogue, sum, scales, shape, (units.first + turn * GROUPS + group) * 64 + warp % 4 * 16);
     }
 }
 
-#define BATCH(NAME, N, EPILOGUE)                                                                                             \
-    extern "C" __global__ void __launch_bounds__(128 * BATCH_GROUPS + 128, 1)                                                \
+#define BATCH(NAME, GROUPS, N, EPILOGUE)                                                                                     \
+    extern "C" __global__ void __launch_bounds__(128 * GROUPS + 128, GROUPS == 3 || N > 64 ? 1 : 2)                         \
     NAME(const __grid_constant__ TensorMap w, const __grid_constant__ TensorMap x, Shape shape, unsigned stages,             \
          EPILOGUE epilogue) {                                                                                                \
-        multiply_batch<N>(&w, &x, shape, stages, epilogue);                                                                  \
+        multiply_batch<GROUPS, N>(&w, &x, shape, stages, epilogue);                                                          \
     }

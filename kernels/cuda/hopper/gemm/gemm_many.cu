@@ -28,6 +28,7 @@
 MANY(many_qkv_narrow, 2, 128, 2, 1, Qkv)
 MANY(many_qkv_middle, 3, 128, 2, 1, Qkv)
 MANY(many_qkv_square, 2, 128, 2, 2, Qkv)
+MANY(many_qkv_wide, 2, 256, 1, 2, Qkv)
 MANY(many_residual_narrow, 2, 128, 2, 1, Residual)
 MANY_ASIDE(many_residual_middle, 3, 128, 2, 1, 1, Residual)
 MANY(many_residual_square, 2, 128, 2, 2, Residual)

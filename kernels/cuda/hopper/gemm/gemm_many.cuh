@@ -18,7 +18,8 @@
 //   fetch ── full/empty of each stage ──> multiply ── epilogue (registers, a warp's own shared memory)
 //   look up ── known_full/known_empty ───────────────────^
 //
-// 1. Each slice is summed from zero, k16 by k16 (wgmma), slices are added in fp32 in pairs, these in pairs: gemm_few.cuh's order.
+// 1. Each slice is summed from zero, k16 by k16 (wgmma), slices are added in fp32 in pairs, these in pairs: gemm_few.cuh's order. Most
+//    products have one.
 //    Tokens are the M operand here and the N operand there, which does not matter to a sum, and neither do the tokens beside
 //    it.
 // 2. A warpgroup has whole heads and whole 64-wide segments of its tokens, so none waits for another in the epilogue. They
@@ -26,11 +27,12 @@
 // 3. A stage is free when the warps of all blocks that a block fetches for have read it. One that is not filled again is not released
 //    either: so whatever a block sends to another is waited for there before that one ends, and no block waits for the others' end, by
 //    which it would wait for its own outputs, too (0.9 us). (Where it is released, they do: COUNTED.)
-// 4. Registers are dealt anew at the start: two sets of 64 sums (the slice's and those of the slices before) and the
-//    epilogue's values for a multiplying thread, few for the last warpgroup. Four slices, which are added in pairs, take a third
-//    set: two warpgroups have room for it; of three, each thread leaves the first pair's sums in memory (Partials::sums).
+// 4. Registers are dealt anew at the start: for a multiplying thread up to 128 sums and the epilogue's values, which it asks for while
+//    the last columns are multiplied; few for the last warpgroup. Four slices, which are added in pairs, take three sets of 64 sums:
+//    two warpgroups have room for them; of three, each thread leaves the first pair's sums in memory (Partials::sums).
 // 5. Tensor cores read both operands from shared memory, 128 bytes a cycle. 64 tokens by 128 rows a warpgroup ask for more, 149
-//    to 160 with what the copy engine writes; 64 by 256 ask for 128, but their sums leave no registers for a second slice's.
+//    to 160 with what the copy engine writes; 64 by 256 ask for 128, but their sums leave no registers for a second slice's. So
+//    where all columns are one slice, tiles of 256 rows take a fifth less for each product, if there are enough of them.
 // 6. What comes through L2 bounds products of 129 to 256 tokens with large matrices: four blocks fetch the least.
 // 7. A ring has all the stages that a multiprocessor's shared memory holds: two are always being read, and a block gets its
 //    bytes at what is on their way in the others over a latency of 1.4 us.
@@ -76,8 +78,9 @@ struct Plan {
     static constexpr unsigned WIDTH = M == 64 ? 64 : 128;
     static constexpr bool STAGED = M % WIDTH == 0;
     static constexpr unsigned WARP_TILE_BYTES = STAGED ? STAGED_BYTES<Epilogue> * WIDTH / 128 : 0;
-    // Tokens that something is known of: of two tiles.
-    static constexpr unsigned KNOWN = Epilogue::SCALED ? 2 * TOKENS : 0;
+    // Tiles whose tokens something is known of: the next one's are looked up while one is finished, but of the widest, whose ring has one
+    // stage more for it.
+    static constexpr unsigned KNOWN_TILES = M == 256 ? 1 : 2, KNOWN = Epilogue::SCALED ? KNOWN_TILES * TOKENS : 0;
     static constexpr unsigned SCALE_BYTES = Operands::template SCALE_BYTES<Plan>;
     // At a stage's `empty`: a warp's of each sharer.
     static constexpr unsigned ARRIVALS = SHARERS * WARPS;
@@ -168,6 +171,8 @@ template <class P> struct Tiles {
         if (remain())
             find();
     }
+    // Has it found by here.
+    __device__ __forceinline__ void hold() { asm volatile("" : "+r"(tile), "+r"(m), "+r"(n)); }
     // How many there are yet, this one among them.
     __device__ __forceinline__ unsigned left() const {
         const unsigned step = gridDim.x / P::BLOCKS;
@@ -266,7 +271,7 @@ __device__ __forceinline__ void fetch(const Shared<P> &shared, const TensorMap *
 template <class P, class Epilogue>
 __device__ __forceinline__ void look_up(const Shared<P> &shared, const Shape &shape, const Epilogue &epilogue) {
     dependent_wait();
-    Place<2> position;
+    Place<P::KNOWN_TILES> position;
     for (Tiles<P> tiles(shape); tiles.remain(); tiles.advance()) {
         barrier_wait(shared.known_empty + 8 * position.at, position.parity ^ 1);
         Known *known = shared.known + position.at * P::TOKENS;
@@ -283,51 +288,81 @@ struct Nothing {
     __device__ __forceinline__ void operator()(unsigned) const {}
 };
 
-// Adds the columns' blocks begin .. end to `sum`, from zero. `meanwhile` is called with the number of each.
+// Adds the next block of columns to `sum`, or begins it, and lets go of the block before, once that is multiplied: of stage `before`,
+// which becomes this one's. `meanwhile` is called with the products on their way.
+template <class P, class Meanwhile>
+__device__ __forceinline__ void multiply_block(const Shared<P> &shared, Turn<P> &position, bool is_first, unsigned &before,
+                                               float (&sum)[P::M / 2], const Meanwhile &meanwhile) {
+    const unsigned lane = threadIdx.x % 32, sharer = cluster_rank() ^ lane; // of clusters with two a side
+    const unsigned stage = shared.stage(position.at);
+    barrier_wait(shared.full + 8 * position.at, position.parity);
+    const unsigned long long a = tile_descriptor(stage + threadIdx.x / 128 * 64 * 128);
+    const unsigned long long b = tile_descriptor(stage + P::X_BYTES);
+    wgmma_fence();
+#pragma unroll
+    for (int k = 0; k < 4; k++)
+        wgmma(sum, a + 2 * k, b + 2 * k, !is_first || k > 0);
+    wgmma_commit();
+    meanwhile();
+    if (!is_first) {
+        wgmma_wait<1>();
+        position.release(shared.empty + 8 * before, lane, sharer);
+    }
+    before = position.at;
+    position.advance();
+}
+
+// All products are made: the last stage is free, too.
+template <class P>
+__device__ __forceinline__ void end_products(const Shared<P> &shared, Turn<P> &position, unsigned before, float (&sum)[P::M / 2]) {
+    const unsigned lane = threadIdx.x % 32;
+    wgmma_wait<0>();
+    hold(sum);
+    position.release(shared.empty + 8 * before, lane, cluster_rank() ^ lane);
+}
+
+// Makes `sum` that of the columns' blocks begin .. end. `meanwhile` is called with the number of each.
 template <class P, class Meanwhile = Nothing>
 __device__ __forceinline__ void multiply_slice(const Shared<P> &shared, Turn<P> &position, unsigned begin,
                                                unsigned end, float (&sum)[P::M / 2], const Meanwhile &meanwhile = {}) {
-    const unsigned lane = threadIdx.x % 32, sharer = cluster_rank() ^ lane; // of clusters with two a side
     unsigned before = 0;
 #pragma unroll 1
-    for (unsigned i = begin; i < end; i++) {
-        const unsigned stage = shared.stage(position.at);
-        barrier_wait(shared.full + 8 * position.at, position.parity);
-        const unsigned long long a = tile_descriptor(stage + threadIdx.x / 128 * 64 * 128);
-        const unsigned long long b = tile_descriptor(stage + P::X_BYTES);
-        wgmma_fence();
-#pragma unroll
-        for (int k = 0; k < 4; k++)
-            wgmma(sum, a + 2 * k, b + 2 * k, i > begin || k > 0);
-        wgmma_commit();
-        meanwhile(i - begin);
-        if (i > begin) {
-            wgmma_wait<1>(); // the block before is multiplied: its stage is free
-            position.release(shared.empty + 8 * before, lane, sharer);
-        }
-        before = position.at;
-        position.advance();
-    }
-    wgmma_wait<0>();
-    hold(sum);
-    position.release(shared.empty + 8 * before, lane, sharer);
+    for (unsigned i = begin; i < end; i++)
+        multiply_block(shared, position, i == begin, before, sum, [&] { meanwhile(i - begin); });
+    end_products(shared, position, before, sum);
 }
 
-// A tile's sums: its slices' in their order. `between` is called once, with the first on its way or done.
-template <bool ONE_SLICE, class P, class Between>
+// A tile's sums of all columns. `at_last` is called with the last products on their way.
+template <class P, class AtLast>
+__device__ __forceinline__ void multiply_whole(const Shared<P> &shared, Turn<P> &position, const Shape &shape,
+                                               float (&sum)[P::M / 2], const AtLast &at_last) {
+#pragma unroll
+    for (int i = 0; i < P::M / 2; i++)
+        sum[i] = 0.0f;
+    const unsigned last = shape.blocks() - 1;
+    unsigned before = 0;
+#pragma unroll 1
+    for (unsigned i = 0; i < last; i++)
+        multiply_block(shared, position, i == 0, before, sum, [] {});
+    multiply_block(shared, position, last == 0, before, sum, at_last);
+    end_products(shared, position, before, sum);
+}
+
+// A tile's sums of several slices, added in their order. `between` is called once, with the first on its way or done.
+template <class P, class Between>
 __device__ __forceinline__ void multiply_tile(const Shared<P> &shared, Turn<P> &position, const Shape &shape,
                                               float (&total)[P::M / 2], const Between &between) {
     float sum[P::M / 2];
 #pragma unroll
     for (int i = 0; i < P::M / 2; i++)
         total[i] = -0.0f, sum[i] = 0.0f; // -0 + x is x, whatever x is
-    for (unsigned slice = 0, begin = 0; slice < (ONE_SLICE ? 1 : shape.slices); slice++) {
+    for (unsigned slice = 0, begin = 0; slice < shape.slices; slice++) {
         const unsigned end = shared.slice_ends[slice];
         multiply_slice(shared, position, begin, end, sum);
         begin = end;
 #pragma unroll
         for (int i = 0; i < P::M / 2; i++)
-            total[i] = ONE_SLICE ? sum[i] : total[i] + sum[i];
+            total[i] += sum[i];
         if (slice == 0)
             between();
     }
@@ -407,13 +442,21 @@ __device__ __forceinline__ void multiply(const Shared<P> &shared, const TensorMa
     const WarpTile warp_tile = {shared.warp_tile(warp), lane};
     Turn<P> position(shape);
     dependent_wait();
-    Place<2> looked;
+    constexpr bool IN_SLICES = Operands::CODES || (Epilogue::SLICES > 1 && P::M == 128);
+    Place<P::KNOWN_TILES> looked;
     Place<1> fetched;
-    for (Tiles<P> tiles(shape); tiles.remain(); tiles.advance()) {
+    for (Tiles<P> tiles(shape); tiles.remain();) {
         const unsigned token = tiles.token() + 16 * warp, count = shape.tokens > token ? shape.tokens - token : 0;
         Outputs outputs = {warp_tile, out, token, count, tiles.row(), shape.rows};
         float total[P::M / 2];
         const auto between = [&] { prepare<P::WIDTH>(epilogue, outputs, old); };
+        // Asked for while the last columns are multiplied: what the tile's tokens need, and which tile is next, which takes divisions.
+        const Known *known = shared.known + looked.at * P::TOKENS + 16 * warp;
+        Ahead<Epilogue> ahead;
+        const auto know = [&] {
+            if (Epilogue::SCALED)
+                barrier_wait(shared.known_full + 8 * looked.at, looked.parity);
+        };
         if constexpr (Operands::CODES)
             multiply_codes_tile(shared, operands, position, shape, total, between);
         else if constexpr (Epilogue::SLICES > 2 && P::GROUPS > 2)
@@ -421,13 +464,22 @@ __device__ __forceinline__ void multiply(const Shared<P> &shared, const TensorMa
                            partials.sums + (blockIdx.x * P::WARPS + warp) * (P::M / 8 * 32) + lane, between);
         else if constexpr (Epilogue::SLICES > 2)
             multiply_pairs(shared, position, shape, total, between);
+        else if constexpr (IN_SLICES)
+            multiply_tile(shared, position, shape, total, between);
         else
-            multiply_tile<Epilogue::SLICES == 1 || P::M != 128>(shared, position, shape, total, between);
-        if (Epilogue::SCALED)
-            barrier_wait(shared.known_full + 8 * looked.at, looked.parity);
+            multiply_whole(shared, position, shape, total, [&] {
+                know();
+                ahead.fetch(epilogue, known, lane);
+                tiles.advance();
+                tiles.hold();
+            });
+        if constexpr (IN_SLICES) {
+            know();
+            ahead.fetch(epilogue, known, lane);
+            tiles.advance();
+        }
         if (is_added(epilogue))
             barrier_wait(old, fetched.parity);
-        const Known *known = shared.known + looked.at * P::TOKENS + 16 * warp;
         if constexpr (P::STAGED) {
 #pragma unroll
             for (unsigned i = 0; i < P::M / 128; i++) {
@@ -435,7 +487,7 @@ __device__ __forceinline__ void multiply(const Shared<P> &shared, const TensorMa
 #pragma unroll
                 for (int j = 0; j < 64; j++)
                     y[j] = total[64 * i + j];
-                finish(epilogue, y, outputs, known);
+                finish(epilogue, y, outputs, known, ahead);
                 outputs.m0 += 128;
             }
         } else {

@@ -17,16 +17,16 @@
 #include "hopper/warp_tile.cuh"
 
 // What is known of a token beforehand.
-struct __align__(16) Known {
+struct Known {
     float scale;
-    unsigned position, location, unused;
+    unsigned position, location;
 };
 
 __device__ __forceinline__ Known look_up(const Qkv &epilogue, unsigned token) {
     const Qkv::Where where = epilogue.where(token);
-    return {epilogue.scale(token), where.position, where.location, 0};
+    return {epilogue.scale(token), where.position, where.location};
 }
-__device__ __forceinline__ Known look_up(const GateUp &epilogue, unsigned token) { return {epilogue.scale(token), 0, 0, 0}; }
+__device__ __forceinline__ Known look_up(const GateUp &epilogue, unsigned token) { return {epilogue.scale(token), 0, 0}; }
 template <class Epilogue> __device__ __forceinline__ Known look_up(const Epilogue &, unsigned) { return {}; }
 
 // A warp's share of a tile of outputs.
@@ -100,23 +100,35 @@ __device__ __forceinline__ void add_bias(const Qkv &e, float (&y)[64], unsigned 
     }
 }
 
-// Norms and turns a head of 64 PARTS dims, y's from J on, of tokens at these positions.
-template <int PARTS, int J>
-__device__ __forceinline__ void turn_head(const Qkv &e, float (&y)[64], const __nv_bfloat16 *weight,
-                                          const unsigned (&positions)[2], unsigned lane) {
-    float4 turns[2][4 * PARTS]; // (cos, sin) of dims 8 j + 2 (lane % 4) and the next
-    const auto fetch = [&](int h) {
+// What outputs of a warp's tokens need of memory beside what is known of these: of most epilogues, nothing.
+template <class Epilogue> struct Ahead {
+    __device__ __forceinline__ void fetch(const Epilogue &, const Known *, unsigned) {}
+};
+
+// (cos, sin) of dims 8 j + 2 (lane % 4) and the next of all heads, of the lane's two tokens.
+template <> struct Ahead<Qkv> {
+    float4 turns[2][8];
+
+    __device__ __forceinline__ void fetch(const Qkv &e, const Known *known, unsigned lane) {
 #pragma unroll
-        for (int j = 0; j < 4 * PARTS; j++)
-            turns[h][j] = e.turn_at(positions[h], 8 * j + lane % 4 * 2);
-    };
-    fetch(0);
+        for (int h = 0; h < 2; h++) {
+            const unsigned position = known[lane / 4 + 8 * h].position;
+#pragma unroll
+            for (int j = 0; j < 8; j++)
+                turns[h][j] = e.turn_at(position, (8 * j + lane % 4 * 2) & (e.head_dim / 2 - 1));
+        }
+    }
+};
+
+// Norms and turns a head of 64 PARTS dims, y's from J on.
+template <int PARTS, int J>
+__device__ __forceinline__ void turn_head(const Qkv &e, float (&y)[64], const __nv_bfloat16 *weight, const Ahead<Qkv> &ahead,
+                                          unsigned lane) {
     float sum[2] = {squares<J, 0>(y), squares<J, 1>(y)};
     if (PARTS == 2) {
         sum[0] = __fadd_rn(sum[0], squares<PARTS == 2 ? 8 : J, 0>(y));
         sum[1] = __fadd_rn(sum[1], squares<PARTS == 2 ? 8 : J, 1>(y));
     }
-    fetch(1);
 #pragma unroll
     for (int h = 0; h < 2; h++) {
         const float inverse = weight ? rsqrtf(fmaf(sum[h], 1.0f / (64.0f * PARTS), e.head_eps)) : 1.0f;
@@ -125,7 +137,7 @@ __device__ __forceinline__ void turn_head(const Qkv &e, float (&y)[64], const __
             const float2 w_lo = Qkv::weights_at(weight, lane % 4 * 2 + 8 * j);
             const float2 w_hi = Qkv::weights_at(weight, lane % 4 * 2 + 8 * j + 32 * PARTS);
             float *lo = y + 4 * (J + j) + 2 * h, *hi = lo + 16 * PARTS;
-            const float4 turn = turns[h][j];
+            const float4 turn = ahead.turns[h][j];
             const float2 a = Qkv::weighted({lo[0], lo[1]}, inverse, w_lo), b = Qkv::weighted({hi[0], hi[1]}, inverse, w_hi);
             lo[0] = Qkv::turned(a.x, turn.x, -b.x, turn.y), lo[1] = Qkv::turned(a.y, turn.z, -b.y, turn.w);
             hi[0] = Qkv::turned(b.x, turn.x, a.x, turn.y), hi[1] = Qkv::turned(b.y, turn.z, a.y, turn.w);
@@ -154,18 +166,18 @@ __device__ __forceinline__ void store_kept(const Qkv &e, const Outputs &out, con
 }
 
 // `known`: of the warp's 16 tokens.
-__device__ __forceinline__ void finish(const Qkv &e, float (&y)[64], const Outputs &out, const Known *known) {
+__device__ __forceinline__ void finish(const Qkv &e, float (&y)[64], const Outputs &out, const Known *known,
+                                       const Ahead<Qkv> &ahead) {
     const unsigned lane = out.lane(), shift = e.head_dim == 128 ? 7 : 6, head = out.m0 >> shift, normed = e.heads + e.kv_heads;
     const Known first = known[lane / 4], second = known[lane / 4 + 8];
-    const unsigned positions[2] = {first.position, second.position};
     scale(y, first.scale, second.scale);
     add_bias(e, y, out.m0, out.rows, lane);
     if (e.head_dim == 128 && head < normed)
-        turn_head<2, 0>(e, y, head < e.heads ? e.q_norm : e.k_norm, positions, lane);
+        turn_head<2, 0>(e, y, head < e.heads ? e.q_norm : e.k_norm, ahead, lane);
     if (e.head_dim == 64 && head < normed)
-        turn_head<1, 0>(e, y, head < e.heads ? e.q_norm : e.k_norm, positions, lane);
+        turn_head<1, 0>(e, y, head < e.heads ? e.q_norm : e.k_norm, ahead, lane);
     if (e.head_dim == 64 && head + 1 < normed)
-        turn_head<1, 8>(e, y, head + 1 < e.heads ? e.q_norm : e.k_norm, positions, lane);
+        turn_head<1, 8>(e, y, head + 1 < e.heads ? e.q_norm : e.k_norm, ahead, lane);
     stage_bf16(out.tile, y);
     out.tile.written();
 #pragma unroll
@@ -176,6 +188,18 @@ __device__ __forceinline__ void finish(const Qkv &e, float (&y)[64], const Outpu
         else if (m < out.rows)
             store_kept(e, out, known, half, h, m % (1u << shift));
     }
+}
+
+// The same where nothing was fetched before.
+__device__ __forceinline__ void finish(const Qkv &e, float (&y)[64], const Outputs &out, const Known *known) {
+    Ahead<Qkv> ahead;
+    ahead.fetch(e, known, out.lane());
+    finish(e, y, out, known, ahead);
+}
+template <class Epilogue, int COUNT>
+__device__ __forceinline__ void finish(const Epilogue &e, float (&y)[COUNT], const Outputs &out, const Known *known,
+                                       const Ahead<Epilogue> &) {
+    finish(e, y, out, known);
 }
 
 // Are outputs added to what is there?

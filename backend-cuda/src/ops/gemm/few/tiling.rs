@@ -49,6 +49,8 @@ pub(in crate::ops::gemm) struct Tiling {
     pub(super) cols_min: u32,
     /// and up to so many: of more, clusters that split the sum in memory are quicker.
     pub(super) cols_max: u32,
+    /// For sums of so many slices at least.
+    pub(super) slices_min: u32,
     /// Slices that a block sums: one, or a pair.
     pub(super) own: u32,
     pub(super) beside: Beside,
@@ -106,6 +108,7 @@ impl Tiling {
             blocks_min: 0,
             cols_min: 0,
             cols_max: u32::MAX,
+            slices_min: 1,
             own: 1,
             beside: Beside::Nobody,
             dealt: false,
@@ -147,6 +150,11 @@ impl Tiling {
     /// And for those of few, as o's are: of more, clusters that split the sum in memory are quicker.
     pub(super) const fn of_few_columns(self) -> Tiling {
         Tiling { cols_max: Self::FEW_COLUMNS, ..self }
+    }
+
+    /// Where blocks share out the columns.
+    pub(super) const fn of_slices(self) -> Tiling {
+        Tiling { slices_min: 2, ..self }
     }
 
     /// By blocks that sum two slices each.
@@ -205,6 +213,12 @@ impl Tiling {
     pub(super) const fn batch(kernel: &'static str, rows: u32, tokens: u32) -> Tiling {
         let (team, tokens_min) = (Team::Batch, Self::BATCH_MIN);
         Tiling { team, tokens_min, dealt: true, ..Tiling::slices(kernel, rows, tokens, tokens, Self::ALL) }
+    }
+
+    /// The same of 64 rows, for any number of tokens: of few, two blocks fit a multiprocessor.
+    pub(super) const fn small_batch(kernel: &'static str, tokens: u32) -> Tiling {
+        let shared = if tokens <= 64 { Self::HALF } else { Self::ALL };
+        Tiling { tokens_min: 1, shared, ..Self::batch(kernel, 64, tokens) }
     }
 
     /// A pair of blocks of two whole heads.
@@ -303,7 +317,7 @@ impl Tiling {
     /// Is it the quickest for the shape, but for those before it in a list?
     pub(super) fn suits(&self, shape: &Shape) -> bool {
         let blocks = self.clusters(shape).iter().product::<u32>();
-        let holds = shape.slices.is_multiple_of(self.own);
+        let holds = shape.slices.is_multiple_of(self.own) && shape.slices >= self.slices_min;
         let (cols, fill) = (self.cols_min..=self.cols_max, self.blocks_min..=self.blocks_max);
         let tokens = self.tokens_min..=self.tokens_max;
         holds && tokens.contains(&shape.tokens) && fill.contains(&blocks) && cols.contains(&shape.cols)

@@ -68,10 +68,10 @@ pub(super) fn of(kind: Kind) -> &'static [Tiling] {
     const QKV: &[Tiling] = &[
         Tiling::heads(qkv!("few", "64x16"), 16, 16),
         Tiling::heads(qkv!("few", "64x32"), 32, 32),
-        Tiling::heads(qkv!("few", "64x48"), 48, 48),
-        Tiling::heads(qkv!("few", "64x64"), 64, 64),
-        Tiling::heads_paired(qkv!("few", "128x64_paired"), 64, 128, Tiling::MOST),
-        Tiling::heads_paired(qkv!("few", "128x96_paired"), 96, 192, Tiling::ALL),
+        Tiling::heads(qkv!("few", "64x48"), 48, 48).of_slices(),
+        Tiling::heads(qkv!("few", "64x64"), 64, 64).of_slices(),
+        Tiling::heads_paired(qkv!("few", "128x64_paired"), 64, 128, Tiling::MOST).of_slices(),
+        Tiling::heads_paired(qkv!("few", "128x96_paired"), 96, 192, Tiling::ALL).of_slices(),
         Tiling::head_pair(qkv!("pair", "128x32"), 32, 128, Tiling::MOST).up_to(Tiling::SINGLE),
         Tiling::head_pair(qkv!("pair", "128x64"), 64, 256, Tiling::MOST).up_to(Tiling::SINGLE),
         // Of more heads than that fills the device with, in one round.
@@ -83,12 +83,17 @@ pub(super) fn of(kind: Kind) -> &'static [Tiling] {
     const RESIDUAL: &[Tiling] = added!("residual");
     const SUMS: &[Tiling] = added!("sums");
     const GATE_UP: &[Tiling] = &[
+        // In a chain of kernels quicker than a batch's blocks, which by themselves are.
         Tiling::slices("few_gate_up_64x16", 64, 16, 16, Tiling::HALF),
         Tiling::slices("few_gate_up_64x32", 64, 32, 32, Tiling::HALF),
-        Tiling::slices("few_gate_up_64x48", 64, 48, 48, Tiling::HALF),
-        Tiling::slices("few_gate_up_64x64", 64, 64, 64, Tiling::HALF),
-        Tiling::pair("pair_gate_up_192x32", 192, 32, 128, Tiling::MOST),
-        Tiling::pair("pair_gate_up_192x64", 192, 64, 256, Tiling::MOST),
+        Tiling::small_batch("batch_gate_up_64x48", 48),
+        Tiling::small_batch("batch_gate_up_64x64", 64),
+        Tiling::small_batch("batch_gate_up_64x96", 96),
+        Tiling::small_batch("batch_gate_up_64x128", 128),
+        Tiling::batch("batch_gate_up_192x144", 192, 144),
+        Tiling::batch("batch_gate_up_192x160", 192, 160),
+        Tiling::batch("batch_gate_up_192x176", 192, 176),
+        Tiling::batch("batch_gate_up_192x192", 192, 192),
     ];
     // More tokens than that, and tiles that take all columns in turn are quicker: its many rows of w fill the device.
     const HEAD: &[Tiling] = &[
@@ -256,7 +261,7 @@ pub(super) fn of_half(kind: Kind) -> &'static [Tiling] {
 /// A kind's tilings for a matrix of this size; none where a kind has none.
 pub(super) fn all(kind: Kind, shape: &Shape, share: SmShare) -> &'static [Tiling] {
     match share {
-        SmShare::Whole if shape.fits_l2(kind) => of(kind),
+        SmShare::Whole if shape.fits_l2() => of(kind),
         SmShare::Whole => of_large(kind),
         SmShare::Half => of_half(kind),
     }
@@ -329,8 +334,7 @@ mod tests {
     /// Of a product with so many rows, columns and tokens, the kernel that the list has for it.
     fn picked(of: fn(Kind) -> &'static [Tiling], kind: Kind, sizes: [u32; 3]) -> Option<&'static str> {
         let [rows, cols, tokens] = sizes;
-        let shape =
-            Shape { rows, cols, tokens, slices: kind.slices(rows, cols, SLICING.slices(cols as usize)) };
+        let shape = Shape { rows, cols, tokens, slices: kind.slices(cols, SLICING.slices(cols as usize)) };
         of(kind).iter().find(|tiling| tiling.suits(&shape)).map(|tiling| tiling.kernel)
     }
 
@@ -490,6 +494,29 @@ mod tests {
                 Some("few_qkv_128x128_rows"),
             ]
         );
+        // All of Qwen3-0.6B, of which a block has all columns.
+        let qkv = [32, 33, 128, 129].map(|tokens| picked(of, Kind::Qkv, [4096, 1024, tokens]));
+        assert_eq!(
+            qkv,
+            [
+                Some("few_qkv_64x32"),
+                Some("pair_qkv_128x32"),
+                Some("pair_qkv_128x32"),
+                Some("pair_qkv_128x64")
+            ]
+        );
+        let gate_up = [1, 40, 64, 128, 192, 193].map(|tokens| picked(of, Kind::GateUp, [6144, 1024, tokens]));
+        assert_eq!(
+            gate_up,
+            [
+                Some("few_gate_up_64x16"),
+                Some("batch_gate_up_64x48"),
+                Some("batch_gate_up_64x64"),
+                Some("batch_gate_up_64x128"),
+                Some("batch_gate_up_192x192"),
+                None
+            ]
+        );
         // Gate and up of Qwen3's 1.7B and 8B, Llama's 1B and Qwen2.5's 7B.
         let gate_up = |rows, cols, tokens| picked(of_large, Kind::GateUp, [rows, cols, tokens]);
         assert_eq!(gate_up(12_288, 2048, 48), Some("few_gate_up_64x48"));
@@ -524,7 +551,7 @@ mod tests {
                 rows: 1024,
                 cols,
                 tokens: 1,
-                slices: kind.slices(1024, cols, SLICING.slices(cols as usize)),
+                slices: kind.slices(cols, SLICING.slices(cols as usize)),
             };
             for tiling in [of, of_large, of_half].into_iter().flat_map(|of| of(kind)) {
                 let stages = tiling.stages(&shape);
