@@ -44,8 +44,9 @@ const PARTIAL_BYTES_MAX: usize = 64 << 20;
 const LEAST: u64 = 12;
 /// The same in a half, whose idle blocks leave memory to the other's, and where blocks have a multiprocessor each.
 const LEAST_OF_HALF: u64 = 8;
-/// The same where others multiply meanwhile: a group of warps that attends reads so many in the time of a half's products.
-const LEAST_BESIDE_PRODUCTS: u64 = 16;
+/// The same where others multiply meanwhile: a group of warps that attends reads so many in the time of a half's products, in bf16, and in
+/// fp8, whose leaves take it nearly as long, while memory could bring twice as many.
+const LEAST_BESIDE_PRODUCTS: [u64; 2] = [16, 8];
 /// Memory is filled by one of so many blocks.
 const FILLING: u32 = 2;
 /// Where blocks have a multiprocessor each, memory is filled while whole rows give every block so many turns.
@@ -121,8 +122,8 @@ impl DecodePlanner {
 
     /// The same for groups of warps that go on with the other half's rows when these end, while these are multiplied: nothing is
     /// gained by ending together.
-    pub(super) fn beside_products(self) -> DecodePlanner {
-        DecodePlanner { least: LEAST_BESIDE_PRODUCTS, evens_out: false, ..self }
+    pub(super) fn beside_products(self, fp8: bool) -> DecodePlanner {
+        DecodePlanner { least: LEAST_BESIDE_PRODUCTS[usize::from(fp8)], evens_out: false, ..self }
     }
 
     /// The same for blocks that have a multiprocessor each, of which none is to idle while others read.

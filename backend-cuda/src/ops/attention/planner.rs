@@ -100,7 +100,7 @@ impl Planner {
                 SmShare::Half,
             ),
             attenders: decode(attenders(multiprocessors, format), Self::half_rows(limits), SmShare::Half)
-                .beside_products(),
+                .beside_products(fp8),
             splitter: Splitter {
                 blocks: multiprocessors,
                 kv_heads: heads.kv_heads,

@@ -4,7 +4,8 @@
 //             one begins, read a unit later, its pages are looked up another unit later: three round trips that nothing waits for
 //
 // 1. Keys and values of a turn whose phase is not ready are on their way before: the queries' copy, which the first keys' stage expects,
-//    and the leaf with the newest token wait. While the queries are owed, each wait of the filling warp looks at the flag too.
+//    waits, and the leaf with the newest token, which in fp8 comes later. While the queries are owed, each wait of the filling warp looks at
+//    the flag too.
 // 2. A wait by parity is never two rounds ahead of its stage: who fills waits for each stage's `empty` in turn.
 #pragma once
 
@@ -85,7 +86,8 @@ template <bool FP8> struct Filler {
     unsigned turns[2]; // of a half's phase
     unsigned long long policy;
     Place<STAGES> place;
-    unsigned ready_to = 1; // the last phase that is known to be ready: the launches before have made the first layer's queries
+    // The last phases whose queries, and whose newest keys and values too, are known to be there: the launches before have made the first layer's.
+    unsigned asked_to = 1, ready_to = 1;
     Turn turn, next;
     unsigned ticket, pages, pages_behind, pages_of_next; // the lane's
     enum { TAKEN, READ, LOOKED } step;
@@ -129,13 +131,22 @@ template <bool FP8> struct Filler {
             pages_of_next = look_up(next.segment, next.segment.first);
         step = LOOKED;
     }
-    // Are the phase's queries, newest keys and values there? Each lane looks; then the warp agrees.
-    __device__ __forceinline__ bool is_ready(unsigned phase) {
-        if (phase > ready_to && seen(flags.ended(phase - 2, QKV)) == MULTIPLIERS) {
+    // Looks whether the phase's queries, newest keys and values are there, by every second lane.
+    __device__ __forceinline__ void look(unsigned phase) {
+        if (phase <= ready_to)
+            return;
+        const unsigned there = __ballot_sync(FULL_WARP, seen(flags.ended(phase - 2, lane % 2)) == MULTIPLIERS / 2), queries = 0x55555555;
+        __syncwarp();
+        if ((there & queries) == queries)
+            asked_to = phase;
+        if (there == FULL_WARP)
             ready_to = phase;
-            fence_before_fetch();
-        }
-        return __all_sync(FULL_WARP, phase <= ready_to);
+        fence_before_fetch();
+    }
+    __device__ __forceinline__ bool is_asked(unsigned phase) {
+        if (phase > asked_to)
+            look(phase);
+        return phase <= asked_to;
     }
     __device__ __forceinline__ void pay() {
         if (owes && elected()) {
@@ -149,15 +160,23 @@ template <bool FP8> struct Filler {
         owes = false;
         __syncwarp();
     }
-    __device__ __forceinline__ void await_phase() {
-        while (!is_ready(turn.phase))
+    __device__ __forceinline__ void await_queries() {
+        while (!is_asked(turn.phase))
             ;
+        pay();
+    }
+    __device__ __forceinline__ void await_newest() {
+        while (turn.phase > ready_to) {
+            look(turn.phase);
+            if (owes && turn.phase <= asked_to)
+                pay();
+        }
         pay();
     }
     __device__ __forceinline__ void await_stage(unsigned barrier, unsigned parity) {
         if (owes)
             while (!__any_sync(FULL_WARP, barrier_passed(barrier, parity)))
-                if (is_ready(turn.phase)) {
+                if (is_asked(turn.phase)) {
                     pay();
                     break;
                 }
@@ -212,7 +231,7 @@ template <bool FP8> struct Filler {
         if (begins_turn) {
             owes = true;
             owed = place.at;
-            if (is_ready(turn.phase))
+            if (is_asked(turn.phase))
                 pay();
         }
         place.advance();
@@ -231,7 +250,7 @@ template <bool FP8> struct Filler {
             }
             const unsigned tokens = min(segment.kv_len - leaf * LEAF, (unsigned)LEAF);
             if ((leaf + 1) * LEAF >= segment.kv_len)
-                await_phase();
+                await_newest();
             const unsigned page = __shfl_sync(FULL_WARP, pages, i % LOOKED_UP * LEAF_PAGES + lane % LEAF_PAGES);
 #pragma unroll 1
             for (int values = 0; values < 2; values++)
@@ -242,7 +261,7 @@ template <bool FP8> struct Filler {
                 look_up_next();
         }
         if (owes)
-            await_phase();
+            await_queries();
         if (step == TAKEN)
             read_taken();
         if (step == READ)

@@ -3,8 +3,11 @@
 //   phase i = 2 * layer + half          attend(i): attention of the half in that layer
 //                                       chain(i):  o, gate_up, down and the next layer's qkv of the same rows; none in the last phase
 //
-//   attend(i) ── done[i] = all turns ──> o(i) ── ended[i][O] = all blocks ──> gate_up(i) ──> down(i) ──> qkv(i) ─┐
-//   attend(i + 2) <────────────────────────────────────────────────────── ended[i][QKV] = all blocks ────────────┘
+//   attend(i) ── done[i] = all turns ──> o(i) ── parts[i][O][…] = 4 blocks ──> gate_up(i) ──> down(i) ──> qkv(i) ─┐
+//   attend(i + 2) <──────────────────────────────── ended[i][…] = half of the blocks: queries; keys and values ────┘
+//
+// Products tell of each other four blocks at a time, those that make what lies together: who multiplies begins with the columns that are
+// there, in their order, while the last blocks end.
 //
 // Why nothing waits for ever. All blocks are resident: each has a multiprocessor to itself, and there are no more than those. Order
 // phases by number. attend(i) waits for chain(i - 2) alone; chain(i) for attend(i) and for what the same blocks do before it, chain(i - 1);
@@ -13,7 +16,7 @@
 // has issued every copy of its earlier turns, and owes queries to the turn it waits for alone. Hence the earliest phase that is not
 // finished can always go on.
 //
-// 1. Words are 32 bytes apart, so that who counts one does not delay who looks at another.
+// 1. Words are 32 bytes apart, so that who counts one does not delay who looks at another; but for those that a warp looks at together.
 // 2. A word is counted up when what it tells of is in memory (release), and looked at with acquire. Who then has the copy engine read that
 //    passes a proxy fence in between.
 // 3. All are zero between launches: the block that leaves last zeroes them.
@@ -39,7 +42,8 @@ __device__ __forceinline__ void fence_before_fetch() { asm volatile("fence.proxy
 struct Flags {
     unsigned *words;
     unsigned layers;
-    static constexpr unsigned APART = 8;
+    static constexpr unsigned APART = 8, PHASE = 64; // words
+    static constexpr unsigned PARTS = 16, PART_BLOCKS = MULTIPLIERS / PARTS; // of a product
 
     __device__ __forceinline__ explicit Flags(const Layers &args) : words(args.flags), layers(args.count) {}
 
@@ -51,17 +55,27 @@ struct Flags {
     // Blocks that have left.
     __device__ __forceinline__ unsigned *left() const { return words + APART; }
     // Turns of the phase that are attended to.
-    __device__ __forceinline__ unsigned *done(unsigned phase) const { return words + (2 + phase) * APART; }
-    // Blocks that have ended a product.
-    __device__ __forceinline__ unsigned *ended(unsigned phase, unsigned product) const {
-        return words + (2 + phases() + 4 * phase + product) * APART;
+    __device__ __forceinline__ unsigned *done(unsigned phase) const { return words + 2 * APART + phase * PHASE; }
+    // Blocks that have ended queries (0), or keys and values (1): half of all each,
+    __device__ __forceinline__ unsigned *ended(unsigned phase, unsigned kind) const { return done(phase) + APART + kind * (APART / 2); }
+    // and of each four those that have ended another product.
+    __device__ __forceinline__ unsigned *parts_of(unsigned phase, unsigned product) const {
+        return done(phase) + 2 * APART + product * PARTS;
     }
-    __device__ __forceinline__ unsigned size() const { return (2 + 5 * phases()) * APART; }
+    __device__ __forceinline__ unsigned size() const { return 2 * APART + phases() * PHASE; }
 
-    // A thread's call.
+    // A warp's call.
     __device__ __forceinline__ void wait(const unsigned *word, unsigned value) const {
         while (seen(word) < value)
             ;
+        __syncwarp();
+    }
+    // The same: to which part all of a product's are there, from part `from` on; each lane looks at one.
+    __device__ __forceinline__ unsigned parts(const unsigned *ended, unsigned from) const {
+        const bool is_there = seen(ended + threadIdx.x % PARTS) == PART_BLOCKS;
+        const unsigned missing = ~__ballot_sync(0xffffffffu, is_there) | 1u << PARTS;
+        __syncwarp();
+        return __ffs(missing & -1u << from) - 1;
     }
     // A whole block's call, its last. `last` is a word of shared memory.
     __device__ __forceinline__ void leave(unsigned *last) const {

@@ -5,17 +5,21 @@
 //   swap     what it has of token t + 8 (1 - rank) goes to its neighbour's lane
 //   after    it has dims 16 j + 4 quad and the next three of token t + 8 rank: a quad has the row
 //   words    a word's higher dims are two lanes on: of two chunks each of both lanes makes the words of one
+//
+// Where two warps share the rows, each has every second j before, and four of the eight rows after: a quad has every second j again, and
+// two of them a row.
 #pragma once
 
 #include "fp8_rows.cuh"
 #include "hopper/layers/layers_flags.cuh"
 
-// A place in the neighbour's shared memory.
-__device__ __forceinline__ unsigned at_neighbour(unsigned address, unsigned rank) {
+// A place in the shared memory of one of the two, and of the other one than `rank`.
+__device__ __forceinline__ unsigned at_rank(unsigned address, unsigned rank) {
     unsigned there;
-    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(rank ^ 1));
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(rank));
     return there;
 }
+__device__ __forceinline__ unsigned at_neighbour(unsigned address, unsigned rank) { return at_rank(address, rank ^ 1); }
 __device__ __forceinline__ void send(unsigned to, float a, float b, float c, float d, unsigned barrier) {
     asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(to), "f"(a),
                  "f"(b), "f"(c), "f"(d), "r"(barrier)
@@ -33,6 +37,10 @@ __device__ __forceinline__ unsigned pair_of(float2 x) {
 
 struct HalfRows {
     unsigned rank, received, there; // where the lane's first 16 bytes arrive, 512 before the others, and the barrier that says so
+
+    __device__ __forceinline__ static float2 wide(unsigned pair) {
+        return __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162 *>(&pair));
+    }
 
     // The lane's pairs of both tokens become those of one: its own, then the neighbour's.
     __device__ __forceinline__ void swap(unsigned (&pairs)[2][8], unsigned parity) const {
@@ -56,35 +64,58 @@ struct HalfRows {
             pairs[1][4 * j] = words.x, pairs[1][4 * j + 1] = words.y, pairs[1][4 * j + 2] = words.z, pairs[1][4 * j + 3] = words.w;
         }
     }
-    // Rounds the quad's row, and stores it if it exists.
-    __device__ __forceinline__ void keep(const unsigned (&pairs)[2][8], const Fp8Place &place, bool is_key, bool exists,
-                                         unsigned quad) const {
-        float2 row[1][16];
-        unsigned codes[1][16], largest[1] = {0};
-        float scale[1];
+    // The pairs of the quad's row, in their order.
+    __device__ __forceinline__ void row_of(float2 (&row)[1][16], const unsigned (&pairs)[2][8]) const {
 #pragma unroll
         for (int j = 0; j < 8; j++)
 #pragma unroll
-            for (int i = 0; i < 2; i++) {
-                const unsigned pair = i ? rank ? pairs[0][j] : pairs[1][j] : rank ? pairs[1][j] : pairs[0][j];
-                row[0][2 * j + i] = __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162 *>(&pair));
-                largest[0] = max(largest[0], fp8_magnitude(row[0][2 * j + i]));
-            }
-        largest[0] = max(largest[0], __shfl_xor_sync(0xffffffffu, largest[0], 1));
-        largest[0] = max(largest[0], __shfl_xor_sync(0xffffffffu, largest[0], 2));
-        fp8_round<4>(codes, scale, row, largest, [](unsigned parts) {
-            parts += __shfl_xor_sync(0xffffffffu, parts, 1);
-            return parts + __shfl_xor_sync(0xffffffffu, parts, 2);
+            for (int i = 0; i < 2; i++)
+                row[0][2 * j + i] = wide(i ? rank ? pairs[0][j] : pairs[1][j] : rank ? pairs[1][j] : pairs[0][j]);
+    }
+    // Of two warps that share the rows: the group's pairs go to who keeps their tokens; of token 4 group + lane / 8 of the own eight, the
+    // lane gets the pairs that its half of eight lanes is for. `received` is where the warps' first 16 bytes arrive.
+    __device__ __forceinline__ void share(float2 (&row)[1][8], const unsigned (&pairs)[2][4], unsigned group, unsigned lane,
+                                          unsigned parity) const {
+#pragma unroll
+        for (unsigned to = 0; to < 2; to++)
+            send(at_rank(received + rank * 1024 + group * 512 + lane * 16, to), __uint_as_float(pairs[to][0]), __uint_as_float(pairs[to][1]),
+                 __uint_as_float(pairs[to][2]), __uint_as_float(pairs[to][3]), at_rank(there, to));
+        await(there, parity);
+        const unsigned at = received + lane / 4 % 2 * 512 + ((4 * group + lane / 8) * 4 + lane % 4) * 16;
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            const uint4 words = load_words(at + i * 1024);
+            row[0][i] = wide(words.x), row[0][2 + i] = wide(words.y), row[0][4 + i] = wide(words.z), row[0][6 + i] = wide(words.w);
+        }
+    }
+    // Rounds the row of the quad, or of the two beside each other, and stores it if it exists. The lane has N pairs of it, of chunks
+    // `first` + STEP j.
+    template <int N, int STEP>
+    __device__ __forceinline__ static void keep(const float2 (&row)[1][N], const Fp8Place &place, bool is_key, bool exists, unsigned quad,
+                                                unsigned first) {
+        unsigned codes[1][N], largest[1] = {0};
+        float scale[1];
+#pragma unroll
+        for (int j = 0; j < N; j++)
+            largest[0] = max(largest[0], fp8_magnitude(row[0][j]));
+#pragma unroll
+        for (int lanes = 1; lanes <= 2 * STEP; lanes *= 2)
+            largest[0] = max(largest[0], __shfl_xor_sync(0xffffffffu, largest[0], lanes));
+        fp8_round<4 * STEP>(codes, scale, row, largest, [](unsigned parts) {
+#pragma unroll
+            for (int lanes = 1; lanes <= 2 * STEP; lanes *= 2)
+                parts += __shfl_xor_sync(0xffffffffu, parts, lanes);
+            return parts;
         });
-        if (exists && quad == 0)
+        if (exists && quad == 0 && first == 0)
             *place.scale = fp8_kept_scale(scale[0], is_key);
         const bool is_high = quad >= 2;
         const unsigned c = quad % 2 * 2;
 #pragma unroll
-        for (int j = 0; j < 4; j++) {
+        for (int j = 0; j < N / 4; j++) {
             const unsigned even = codes[0][4 * j] | codes[0][4 * j + 1] << 16, odd = codes[0][4 * j + 2] | codes[0][4 * j + 3] << 16;
             const unsigned mine = is_high ? odd : even, other = __shfl_xor_sync(0xffffffffu, is_high ? even : odd, 2);
-            const unsigned low = is_high ? other : mine, high = is_high ? mine : other, chunk = 2 * j + is_high;
+            const unsigned low = is_high ? other : mine, high = is_high ? mine : other, chunk = first + STEP * (2 * j + is_high);
             if (!exists)
                 continue;
             if (is_key) {

@@ -1,12 +1,14 @@
 // The blocks of layers_divide.cuh that multiply: o, gate_up, down and the next layer's qkv of a half's rows, then of the other half's, layer after
 // layer, to the last layer's first half. Tokens are the rows of every product and rows of w its columns: D[64 tokens, N] by each of two warpgroups.
+// Of up to 64 tokens both have all: of o and down a slice each, of gate_up and qkv half of the rows of w.
 //
 //   block     o, down   32 rows of w by half of the columns; its neighbour has the other half, they add up by st.async, warp by warp
 //             gate_up   96 rows of w
 //             qkv       64 rows of w: half of a head, whose norm's sums its neighbour and it exchange; of fp8, halves of rows too
 //   shared    x ring [X_STAGES][padded rows or more][64]    w ring [W_STAGES][chunks][N][64]    sums of the neighbour    scales
 //   weights   warp 8: runs ahead across products, halves and layers; what the second half has read, nobody reads again in this step
-//   x         warp 9: waits for what the product reads, then fetches; gate_up's and qkv's half for both neighbours
+//   x         warp 9: fetches what the product reads, in the order in which it multiplies, as soon as it is there; gate_up's and qkv's half
+//             for both neighbours
 //   scales    warps 10 and 11: those of the rows' norms, from sums of squares of 64 elements
 //
 // 1. Bits are gemm_few.cuh's and epilogue.cuh's: a slice of the columns from zero, k16 by k16, slices added in pairs, then pairs of
@@ -14,8 +16,11 @@
 // 2. A sum of squares of 64 elements is a butterfly over pairs of them, 16 apart first and neighbours last. A thread has pairs in steps
 //    of two, its quad those between: what two blocks must add is the last level, because each has every second pair (`parity`).
 // 3. An element of the residual stream is read and written by one thread throughout.
-// 4. What neighbours send each other is waited for before a block counts itself done with a product, and sent after all have
-//    counted themselves done with the last that sent to the same place, for its activations are fetched behind that.
+// 4. What neighbours send each other is waited for before a block counts itself done with a product, and sent after the neighbour has
+//    counted itself done with the last that sent to the same place, for between the two lies a product whose activations all blocks made.
+// 5. A part of a product's activations is overwritten behind a product of which the block, or the neighbour whose sums it adds, has seen all
+//    parts: so all blocks have ended what read it.
+// 6. What bounds a product of many tokens is shared memory: what is fetched is written there, and read once by each warpgroup that it is for.
 #pragma once
 
 #include "step/batch.cuh"
@@ -36,7 +41,7 @@ template <int PRODUCT> struct Tile {
     static constexpr unsigned SLICES = 2;                                // a block's
     static_assert(AT_ONCE * N * 128 <= W_STAGE && CHUNKS % (SLICES * 4) == 0, "whole stages of both rings in a slice");
 };
-static_assert(HIDDEN / 32 * 2 == MULTIPLIERS && 2 * MLP / 96 == MULTIPLIERS && (HEADS + 2 * KV_HEADS) * 2 == MULTIPLIERS,
+static_assert(HIDDEN / 32 * 2 == MULTIPLIERS && 2 * MLP / 96 == MULTIPLIERS && 4 * HEADS == MULTIPLIERS && HEADS == 2 * KV_HEADS,
               "a tile of each product for every block");
 
 // A multiplying block's shared memory.
@@ -70,6 +75,12 @@ __device__ __forceinline__ float load_float(unsigned at) {
     asm volatile("ld.shared.f32 %0, [%1];" : "=f"(value) : "r"(at) : "memory");
     return value;
 }
+__device__ __forceinline__ void store_float4(unsigned at, float a, float b, float c, float d) {
+    asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(at), "f"(a), "f"(b), "f"(c), "f"(d) : "memory");
+}
+__device__ __forceinline__ void store_float2(unsigned at, float a, float b) {
+    asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(at), "f"(a), "f"(b) : "memory");
+}
 // A box of weights, whose map has four dimensions.
 __device__ __forceinline__ void fetch_weights(unsigned to, const TensorMap *map, unsigned col, unsigned parity, unsigned fours,
                                               unsigned barrier, unsigned long long policy) {
@@ -85,6 +96,19 @@ __device__ __forceinline__ unsigned here(unsigned x) {
     return y;
 }
 
+// Word i of the quad's lane j becomes word j of its lane i.
+__device__ __forceinline__ void turn_words(unsigned (&w)[4], unsigned quad) {
+#pragma unroll
+    for (int bit = 1; bit <= 2; bit *= 2) {
+        const bool is_high = quad & bit;
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+            if (!(i & bit)) {
+                const unsigned other = __shfl_xor_sync(0xffffffffu, is_high ? w[i] : w[i + bit], bit);
+                (is_high ? w[i] : w[i + bit]) = other;
+            }
+    }
+}
 // Which rows and columns a product is of.
 struct Step {
     unsigned phase, layer, half;
@@ -106,6 +130,13 @@ struct Multiplying {
     // The first row of a half, and how many there are.
     __device__ __forceinline__ unsigned first_row(unsigned half) const { return half ? args.rows[0] : 0; }
     __device__ __forceinline__ unsigned rows(unsigned half) const { return half ? args.rows[1] : args.rows[0]; }
+    // Have both warpgroups the same rows?
+    __device__ __forceinline__ bool beside() const { return padded <= 64; }
+    // Which of a product's chunks is fetched as the i-th: those of the two slices take turns where each warpgroup sums one.
+    template <int PRODUCT> __device__ __forceinline__ unsigned chunk(unsigned i) const {
+        using T = Tile<PRODUCT>;
+        return !T::ADDS ? i : rank * T::CHUNKS + (beside() ? i % 2 * (T::CHUNKS / 2) + i / 2 : i);
+    }
     // Chunks of 64 columns that a stage of x holds.
     __device__ __forceinline__ unsigned x_chunks() const { return padded > 64 ? 1 : padded > 32 ? 2 : 4; }
     // Segments and parities take turns among pairs of blocks.
@@ -125,7 +156,6 @@ struct WeightFetcher {
 
     template <int PRODUCT> __device__ __forceinline__ void fetch(const TensorMap *map) {
         using T = Tile<PRODUCT>;
-        const unsigned first = T::ADDS ? of.rank * T::CHUNKS : 0;
 #pragma unroll 1
         for (unsigned chunk = 0; chunk < T::CHUNKS; chunk += T::AT_ONCE) {
             const unsigned full = of.shared.w_full(place.at), to = of.shared.w(place.at);
@@ -133,7 +163,7 @@ struct WeightFetcher {
             barrier_expect(full, T::AT_ONCE * T::N * 128);
 #pragma unroll
             for (unsigned i = 0; i < T::AT_ONCE; i++) {
-                const unsigned col = (first + chunk + i) * 64, at = to + i * T::N * 128;
+                const unsigned col = of.chunk<PRODUCT>(chunk + i) * 64, at = to + i * T::N * 128;
                 if (T::ADDS)
                     fetch_weights(at, map, col, of.parity(), 16 * of.segment(), full, policy);
                 else if (PRODUCT == QKV)
@@ -158,29 +188,42 @@ struct WeightFetcher {
     }
 };
 
-// The thread that fetches activations.
+// The warp that fetches activations.
 struct ActivationFetcher {
     const Multiplying &of;
+    const unsigned lane;
     Place<X_STAGES> place;
 
-    template <int PRODUCT> __device__ __forceinline__ void fetch(const TensorMap *map) {
+    // What is there already, or comes part by part.
+    template <int PRODUCT> __device__ __forceinline__ void fetch(const TensorMap *map, const unsigned *parts = nullptr) {
         using T = Tile<PRODUCT>;
+        constexpr unsigned PART_CHUNKS = T::COLS / 64 / Flags::PARTS;
         const unsigned first = T::ADDS ? of.rank * T::CHUNKS : 0, at_once = of.x_chunks(), rows = of.padded / 2;
+        const bool in_turns = T::ADDS && of.beside();
+        unsigned there = 0;
 #pragma unroll 1
         for (unsigned chunk = 0; chunk < T::CHUNKS; chunk += at_once) {
-            const unsigned full = of.shared.x_full(place.at);
+            const unsigned full = of.shared.x_full(place.at), last = in_turns ? of.chunk<PRODUCT>(chunk + at_once - 1) : first + chunk + at_once - 1;
             await(of.shared.x_empty(place.at), place.parity ^ 1);
-            barrier_expect(full, at_once * of.padded * 128);
+            if (parts && there * PART_CHUNKS <= last) {
+                while ((there = of.flags.parts(parts, first / PART_CHUNKS)) * PART_CHUNKS <= last)
+                    ;
+                fence_before_fetch();
+            }
+            if (lane == 0) {
+                barrier_expect(full, at_once * of.padded * 128);
 #pragma unroll 1
-            for (unsigned i = 0; i < at_once; i++) {
-                const unsigned to = of.shared.x(place.at) + i * of.padded * 128, col = (first + chunk + i) * 64;
-                if (T::ADDS) {
-                    bulk_fetch(to, map, col, 0, full, EVICT_NORMAL);
-                    bulk_fetch(to + rows * 128, map, col, rows, full, EVICT_NORMAL);
-                } else {
-                    bulk_fetch_shared(to + of.rank * rows * 128, map, col, of.rank * rows, full, EVICT_NORMAL, 3);
+                for (unsigned i = 0; i < at_once; i++) {
+                    const unsigned to = of.shared.x(place.at) + i * of.padded * 128, col = of.chunk<PRODUCT>(chunk + i) * 64;
+                    if (T::ADDS) {
+                        bulk_fetch(to, map, col, 0, full, EVICT_NORMAL);
+                        bulk_fetch(to + rows * 128, map, col, rows, full, EVICT_NORMAL);
+                    } else {
+                        bulk_fetch_shared(to + of.rank * rows * 128, map, col, of.rank * rows, full, EVICT_NORMAL, 3);
+                    }
                 }
             }
+            __syncwarp();
             place.advance();
         }
     }
@@ -190,20 +233,13 @@ struct ActivationFetcher {
 #pragma unroll 1
         for (unsigned phase = 0; phase < flags.chains(); phase++) {
             const unsigned half = phase % 2;
-            const auto after = [&](const unsigned *flag, unsigned value) {
-                flags.wait(flag, value);
-                fence_before_fetch();
-            };
-            after(flags.done(phase), half ? turns[1] : turns[0]);
+            flags.wait(flags.done(phase), half ? turns[1] : turns[0]);
+            fence_before_fetch();
             fetch<O>(of.maps.attended + half);
-            after(flags.ended(phase, O), MULTIPLIERS);
-            fetch<GATE_UP>(of.maps.residual + half);
-            after(flags.ended(phase, GATE_UP), MULTIPLIERS);
-            fetch<DOWN>(of.maps.activated + half);
-            if (phase + 2 < flags.phases()) {
-                after(flags.ended(phase, DOWN), MULTIPLIERS);
-                fetch<QKV>(of.maps.residual + half);
-            }
+            fetch<GATE_UP>(of.maps.residual + half, flags.parts_of(phase, O));
+            fetch<DOWN>(of.maps.activated + half, flags.parts_of(phase, GATE_UP));
+            if (phase + 2 < flags.phases())
+                fetch<QKV>(of.maps.residual + half, flags.parts_of(phase, DOWN));
         }
     }
 };
@@ -214,10 +250,9 @@ struct Scales {
 
     // Behind o (0) or down (1).
     __device__ __forceinline__ void make(unsigned phase, unsigned product) const {
-        const unsigned lane = threadIdx.x % 32, row = threadIdx.x % SCALE_THREADS * 2, half = phase % 2;
-        if (lane == 0)
-            of.flags.wait(of.flags.ended(phase, product ? DOWN : O), MULTIPLIERS);
-        __syncwarp();
+        const unsigned row = threadIdx.x % SCALE_THREADS * 2, half = phase % 2;
+        while (of.flags.parts(of.flags.parts_of(phase, product ? DOWN : O), 0) < Flags::PARTS)
+            ;
         if (row < of.padded) {
             float4 two[SEGMENTS];
 #pragma unroll
@@ -231,7 +266,7 @@ struct Scales {
             }
             a = rsqrtf(a / (float)HIDDEN + of.args.norm_eps);
             b = rsqrtf(b / (float)HIDDEN + of.args.norm_eps);
-            asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(of.shared.scale(row)), "f"(a), "f"(b) : "memory");
+            store_float2(of.shared.scale(row), a, b);
         }
         sync_threads(2, TENSOR_THREADS + SCALE_THREADS);
     }
@@ -245,29 +280,48 @@ struct Scales {
     }
 };
 
-// A thread that multiplies. FP8: keys and values are kept so.
-template <bool FP8> struct Tensor {
+// A thread that multiplies. FP8: keys and values are kept so. BESIDE: both warpgroups have the same tokens.
+template <bool FP8, bool BESIDE> struct Tensor {
     const Multiplying &of;
     Place<X_STAGES> x;
     Place<W_STAGES> w;
     unsigned sums_parity = 0, squares_parity = 0, swapped_parity = 0;
 
-    // A thread's place in a product: it has tokens `token` and `token + 8`, and of each group j of 8 columns 8 j + 2 quad and the next.
+    // Does a warpgroup sum one of a product's slices, whose chunks take turns?
+    template <int PRODUCT> static constexpr bool IN_TURNS = BESIDE && Tile<PRODUCT>::ADDS;
+    // Columns of its sums, and how many there are of each.
+    template <int PRODUCT> static constexpr unsigned WIDTH = Tile<PRODUCT>::N / (BESIDE && !IN_TURNS<PRODUCT> ? 2 : 1);
+    template <int PRODUCT> static constexpr int SLICES = IN_TURNS<PRODUCT> ? 1 : Tile<PRODUCT>::SLICES;
+    // Groups of 8 columns that a thread ends: of o's, of down's, and of each half of a head's.
+    static constexpr int GROUPS = BESIDE ? 2 : 4;
+
+    // A thread's place in a product: it has tokens `token` and `token + 8`, and of each group of 8 columns 2 quad and the next.
     struct Spot {
         unsigned lane, group, warp, quad, token;
 
         __device__ __forceinline__ explicit Spot(unsigned thread)
             : lane(thread % 32), group(thread / 128), warp(thread / 32 % 4), quad(thread % 4),
-              token(group * 64 + warp * 16 + lane / 4) {}
+              token((BESIDE ? 0 : group * 64) + warp * 16 + lane / 4) {}
         // Has the warp rows?
-        __device__ __forceinline__ bool lives(unsigned padded) const { return group * 64 + warp * 16 < padded; }
+        __device__ __forceinline__ bool lives(unsigned padded) const { return token / 16 * 16 < padded; }
+        // Which group of columns its j-th is.
+        __device__ __forceinline__ unsigned columns(int j) const { return BESIDE ? group + 2 * j : j; }
     };
+    // Of two warps that share rows: where one leaves what the other adds.
+    __device__ __forceinline__ unsigned left_by(const Spot &spot, unsigned group) const {
+        return of.shared.received() + (group * 2 + spot.warp / 2) * 2048 + 1024 + spot.warp % 2 * 512 + spot.lane * 16;
+    }
+    __device__ __forceinline__ static void meet(const Spot &spot) { sync_threads(3 + spot.warp, 64); }
 
-    // The block's sums over its two slices, the one's and the other's.
-    template <int PRODUCT> __device__ __forceinline__ void multiply(const Spot &spot, float (&sum)[2][Tile<PRODUCT>::N / 2]) {
+    // The warpgroup's sums over each of its slices.
+    template <int PRODUCT>
+    __device__ __forceinline__ void multiply(const Spot &spot, float (&sum)[SLICES<PRODUCT>][WIDTH<PRODUCT> / 2]) {
         using T = Tile<PRODUCT>;
         const unsigned x_chunks = of.x_chunks();
-        const bool works = spot.group * 64 < of.padded;
+        const bool works = BESIDE || spot.group * 64 < of.padded;
+        // Of qkv's columns the warpgroups have every second group; of gates and ups, which take turns, what lies together.
+        constexpr unsigned FIRST = !BESIDE || T::ADDS ? 0 : PRODUCT == GATE_UP ? WIDTH<PRODUCT> * 128 : 1024;
+        constexpr unsigned long long APART = BESIDE && PRODUCT == QKV ? 64ull << 32 : 0;
         unsigned x_before = X_STAGES, w_before = W_STAGES, in_x = 0; // stages that are read as soon as the chunk before is multiplied
         const auto release = [&] {
             if (x_before < X_STAGES && spot.lane < 2)
@@ -277,27 +331,29 @@ template <bool FP8> struct Tensor {
             x_before = X_STAGES, w_before = W_STAGES;
         };
 #pragma unroll
-        for (int slice = 0; slice < 2; slice++) {
+        for (int slice = 0; slice < SLICES<PRODUCT>; slice++) {
             hold(sum[slice]);
 #pragma unroll 1
-            for (unsigned chunk = 0; chunk < T::CHUNKS / 2; chunk += T::AT_ONCE) {
+            for (unsigned chunk = 0; chunk < T::CHUNKS / SLICES<PRODUCT>; chunk += T::AT_ONCE) {
                 await(of.shared.w_full(w.at), w.parity);
 #pragma unroll
                 for (unsigned i = 0; i < T::AT_ONCE; i++) {
                     if (in_x == 0)
                         await(of.shared.x_full(x.at), x.parity);
-                    if (works) {
+                    const bool own = !IN_TURNS<PRODUCT> || i % 2 == spot.group;
+                    if (works && own) {
                         const unsigned long long a =
-                            tile_descriptor(of.shared.x(x.at) + in_x * of.padded * 128 + spot.group * 64 * 128);
-                        const unsigned long long b = tile_descriptor(of.shared.w(w.at) + i * T::N * 128);
+                            tile_descriptor(of.shared.x(x.at) + in_x * of.padded * 128 + (BESIDE ? 0 : spot.group * 64 * 128));
+                        const unsigned long long b = tile_descriptor(of.shared.w(w.at) + i * T::N * 128 + spot.group * FIRST) + APART;
                         wgmma_fence();
 #pragma unroll
                         for (int k = 0; k < 4; k++)
-                            wgmma(sum[slice], a + 2 * k, b + 2 * k, i > 0 || k > 0 || chunk > 0);
+                            wgmma(sum[slice], a + 2 * k, b + 2 * k, i > IN_TURNS<PRODUCT> || k > 0 || chunk > 0);
                         wgmma_commit();
                         wgmma_wait<1>();
                     }
-                    release();
+                    if (own)
+                        release();
                     if (++in_x == x_chunks) {
                         in_x = 0;
                         x_before = x.at;
@@ -318,19 +374,53 @@ template <bool FP8> struct Tensor {
     __device__ __forceinline__ void end(const Step &step, unsigned product) const {
         sync_threads(1, TENSOR_THREADS);
         if (threadIdx.x == 0)
-            count(of.flags.ended(step.phase, product), 1);
+            count(product == QKV ? of.flags.ended(step.phase, of.block >= 2 * HEADS)
+                                 : of.flags.parts_of(step.phase, product) + of.block / Flags::PART_BLOCKS,
+                  1);
     }
-    // The quad's sum of four pairs' squares, in the order of a butterfly over every second pair of 32.
-    __device__ __forceinline__ static float butterfly(const float (&square)[4]) {
-        float sum = __fadd_rn(__fadd_rn(square[0], square[2]), __fadd_rn(square[1], square[3]));
+    // The quad's sum of squares of every second pair of 32, in the order of a butterfly: a thread's four, or the two that it has of them,
+    // to which the others' are added,
+    __device__ __forceinline__ static float of_thread(const float (&square)[GROUPS]) {
+        if constexpr (BESIDE)
+            return __fadd_rn(square[0], square[1]);
+        else
+            return __fadd_rn(__fadd_rn(square[0], square[2]), __fadd_rn(square[1], square[3]));
+    }
+    // and then the quad's.
+    __device__ __forceinline__ static float butterfly(float sum) {
         sum = __fadd_rn(sum, __shfl_xor_sync(0xffffffffu, sum, 2));
         return __fadd_rn(sum, __shfl_xor_sync(0xffffffffu, sum, 1));
     }
     __device__ __forceinline__ static float square_of(float2 x) { return fmaf(x.x, x.x, __fmul_rn(x.y, x.y)); }
 
+    // The thread has both slices: the first's sums become those of both.
+    template <int COUNT> __device__ __forceinline__ static void add_slices(float (&sum)[2][COUNT]) {
+#pragma unroll
+        for (int i = 0; i < COUNT; i++)
+            sum[0][i] = __fadd_rn(sum[0][i], sum[1][i]);
+    }
+    // Each warpgroup has one: it gets the sum of both of its own groups of columns.
+    __device__ __forceinline__ void add_slices(const Spot &spot, float (&sum)[16]) const {
+        const auto at = [&](unsigned group) { return of.shared.swapped(group * 4 + spot.warp) + spot.lane * 16; };
+        const bool is_second = spot.group;
+#pragma unroll
+        for (int j = 0; j < 2; j++) {
+            const float *const given = sum + 8 * j;
+            store_float4(at(spot.group ^ 1) + j * 512, is_second ? given[0] : given[4], is_second ? given[1] : given[5],
+                         is_second ? given[2] : given[6], is_second ? given[3] : given[7]);
+        }
+        meet(spot);
+#pragma unroll
+        for (int j = 0; j < 2; j++) {
+            const float4 others = load_shared(at(spot.group) + j * 512);
+            const float all[4] = {others.x, others.y, others.z, others.w};
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+                sum[4 * j + i] = __fadd_rn(is_second ? sum[8 * j + 4 + i] : sum[8 * j + i], all[i]);
+        }
+    }
     // o, down: adds to the residual stream. Warps of its own parity are a block's to end, the others its neighbour's.
     template <int PRODUCT> __device__ __forceinline__ void add(const Step &step) {
-        using T = Tile<PRODUCT>;
         const Spot spot(here(threadIdx.x));
         const bool lives = spot.lives(of.padded), own = lives && spot.warp % 2 == of.rank;
         const unsigned rows = of.rows(step.half);
@@ -341,32 +431,33 @@ template <bool FP8> struct Tensor {
             const unsigned warps = (of.padded / 16 + 1 - of.rank) / 2;
             barrier_expect(of.shared.sums_there(), warps * 32 * 64);
         }
-        unsigned old[2][4];
+        unsigned old[2][GROUPS];
         if (own)
 #pragma unroll
             for (int i = 0; i < 2; i++)
 #pragma unroll
-                for (int j = 0; j < 4; j++)
+                for (int j = 0; j < GROUPS; j++)
                     old[i][j] = spot.token + 8 * i < rows
-                                    ? *reinterpret_cast<const unsigned *>(residual + (size_t)8 * i * HIDDEN + 16 * j)
+                                    ? *reinterpret_cast<const unsigned *>(residual + (size_t)8 * i * HIDDEN + 16 * spot.columns(j))
                                     : 0;
-        float sum[2][T::N / 2] = {};
+        float sum[SLICES<PRODUCT>][WIDTH<PRODUCT> / 2] = {};
         multiply<PRODUCT>(spot, sum);
-#pragma unroll
-        for (int i = 0; i < T::N / 2; i++)
-            sum[0][i] = __fadd_rn(sum[0][i], sum[1][i]);
+        if constexpr (!BESIDE)
+            add_slices(sum);
+        else if (lives)
+            add_slices(spot, sum[0]);
         const unsigned received = of.shared.received() + (((spot.group * 2 + spot.warp / 2) * 4) * 32 + spot.lane) * 16;
         if (lives && !own) {
             const unsigned to = at_neighbour(received, of.rank), barrier = at_neighbour(of.shared.sums_there(), of.rank);
 #pragma unroll
-            for (int j = 0; j < 4; j++)
+            for (int j = 0; j < GROUPS; j++)
                 send(to + j * 512, sum[0][4 * j], sum[0][4 * j + 1], sum[0][4 * j + 2], sum[0][4 * j + 3], barrier);
         }
         if (own) {
             await(of.shared.sums_there(), sums_parity);
-            float square[2][4];
+            float square[2][GROUPS];
 #pragma unroll
-            for (int j = 0; j < 4; j++) {
+            for (int j = 0; j < GROUPS; j++) {
                 const uint4 words = load_words(received + j * 512);
                 const float theirs[4] = {__uint_as_float(words.x), __uint_as_float(words.y), __uint_as_float(words.z),
                                          __uint_as_float(words.w)};
@@ -378,15 +469,28 @@ template <bool FP8> struct Tensor {
                     const __nv_bfloat162 is = __floats2bfloat162_rn(__fadd_rn(was.x, y.x), __fadd_rn(was.y, y.y));
                     square[i][j] = square_of(__bfloat1622float2(is));
                     if (spot.token + 8 * i < rows)
-                        *reinterpret_cast<__nv_bfloat162 *>(residual + (size_t)8 * i * HIDDEN + 16 * j) = is;
+                        *reinterpret_cast<__nv_bfloat162 *>(residual + (size_t)8 * i * HIDDEN + 16 * spot.columns(j)) = is;
                 }
             }
             float *const sums = reinterpret_cast<float *>(of.sums(step.half, PRODUCT == DOWN, of.segment())) + of.parity();
+            float squares[2] = {of_thread(square[0]), of_thread(square[1])};
+            if constexpr (BESIDE) {
+                if (spot.group == 1)
+                    store_float2(left_by(spot, 1), squares[0], squares[1]);
+                meet(spot);
+            }
+            if (!BESIDE || spot.group == 0) {
+                if constexpr (BESIDE) {
 #pragma unroll
-            for (int i = 0; i < 2; i++) {
-                const float all = butterfly(square[i]);
-                if (spot.quad == 0)
-                    __stcg(sums + (spot.token + 8 * i) * 2, all);
+                    for (int i = 0; i < 2; i++)
+                        squares[i] = __fadd_rn(squares[i], load_float(left_by(spot, 1) + 4 * i));
+                }
+#pragma unroll
+                for (int i = 0; i < 2; i++) {
+                    const float all = butterfly(squares[i]);
+                    if (spot.quad == 0)
+                        __stcg(sums + (spot.token + 8 * i) * 2, all);
+                }
             }
         }
         sums_parity ^= 1;
@@ -394,27 +498,38 @@ template <bool FP8> struct Tensor {
     }
     // silu(gate) * up: groups of 8 columns are gates and their ups in turn.
     __device__ __forceinline__ void gate_up(const Step &step) {
-        using T = Tile<GATE_UP>;
+        constexpr unsigned OUTPUTS = WIDTH<GATE_UP> / 2;
         const Spot spot(here(threadIdx.x));
-        float sum[2][T::N / 2] = {};
+        float sum[SLICES<GATE_UP>][OUTPUTS] = {};
         multiply<GATE_UP>(spot, sum);
-#pragma unroll
-        for (int i = 0; i < T::N / 2; i++)
-            sum[0][i] = __fadd_rn(sum[0][i], sum[1][i]);
+        add_slices(sum);
         sync_threads(2, TENSOR_THREADS + SCALE_THREADS);
         __nv_bfloat16 *const out = of.args.activated + (size_t)(of.first_row(step.half) + spot.token) * MLP +
-                                   here(of.block) * (T::N / 2) + 2 * spot.quad;
+                                   here(of.block) * (Tile<GATE_UP>::N / 2) + (BESIDE ? spot.group * OUTPUTS : 0);
+        const unsigned rows = of.rows(step.half);
+        constexpr int CHUNKS = OUTPUTS / 8, FOURS = BESIDE ? 2 : 3; // of a row; of a lane's words
+        unsigned words[4 * FOURS] = {};
+        const auto at = [](int i, int j) { return BESIDE ? 4 * i + j : j < 4 ? 4 * i + j : 8 + 2 * i + j - 4; };
 #pragma unroll
         for (int i = 0; i < 2; i++) {
             const float scale = load_float(of.shared.scale(spot.token + 8 * i));
-            if (spot.token + 8 * i < of.rows(step.half))
 #pragma unroll
-                for (int j = 0; j < T::N / 16; j++) {
-                    const float *gate = sum[0] + 8 * j + 2 * i, *up = gate + 4;
-                    const float2 g = {__fmul_rn(gate[0], scale), __fmul_rn(gate[1], scale)};
-                    const float2 u = {__fmul_rn(up[0], scale), __fmul_rn(up[1], scale)};
-                    store_pair(out + (size_t)8 * i * MLP + 8 * j, GateUp::silu(g.x) * u.x, GateUp::silu(g.y) * u.y);
-                }
+            for (int j = 0; j < CHUNKS; j++) {
+                const float *gate = sum[0] + 8 * j + 2 * i, *up = gate + 4;
+                const float2 g = {__fmul_rn(gate[0], scale), __fmul_rn(gate[1], scale)};
+                const float2 u = {__fmul_rn(up[0], scale), __fmul_rn(up[1], scale)};
+                words[at(i, j)] = pair_of({GateUp::silu(g.x) * u.x, GateUp::silu(g.y) * u.y});
+            }
+        }
+        // A lane's four words become a chunk of 16 bytes.
+#pragma unroll
+        for (int four = 0; four < FOURS; four++) {
+            unsigned(&w)[4] = reinterpret_cast<unsigned(&)[4]>(words[4 * four]);
+            turn_words(w, spot.quad);
+            const int i = four < 2 ? four : spot.quad / 2;
+            const unsigned chunk = four < 2 ? spot.quad : 4 + spot.quad % 2;
+            if (spot.token + 8 * i < rows && chunk < CHUNKS)
+                *reinterpret_cast<uint4 *>(out + (size_t)8 * i * MLP + 8 * chunk) = {w[0], w[1], w[2], w[3]};
         }
         end(step, GATE_UP);
     }
@@ -425,7 +540,6 @@ template <bool FP8> struct Tensor {
     // Queries, and the newest keys and values, of the next layer: dims 16 j + 4 quad + 2 rank of half of a head, 64 further on those
     // that they turn with.
     __device__ __forceinline__ void qkv(const Step &step) {
-        using T = Tile<QKV>;
         const Spot spot(here(threadIdx.x));
         const Layer &layer = of.args.layers[step.layer + 1];
         const unsigned head = here(of.block) / 2, dim = 4 * spot.quad + 2 * of.rank, rows = of.rows(step.half);
@@ -436,7 +550,7 @@ template <bool FP8> struct Tensor {
             barrier_expect(of.shared.squares_there(), of.padded * 8);
         const bool swaps = FP8 && !is_query;
         if (swaps && threadIdx.x == 0)
-            barrier_expect(of.shared.swapped_there(), of.padded * 64);
+            barrier_expect(of.shared.swapped_there(), of.padded * (BESIDE ? 128 : 64));
         unsigned position[2], location[2];
 #pragma unroll
         for (int i = 0; i < 2; i++) {
@@ -445,34 +559,41 @@ template <bool FP8> struct Tensor {
             position[i] = token->position;
             location[i] = token->location;
         }
-        float sum[2][T::N / 2] = {};
-        multiply<QKV>(spot, sum);
-        const bool lives = spot.lives(of.padded);
-        // What turns and norms the thread's pairs is on its way while it waits for scales.
-        float4 turn[2][4];
-        float2 weights[2][4];
+        // Of keys and values in fp8 the row that the lane keeps.
+        const unsigned kept = spot.warp * 16 + of.rank * 8 + spot.group * 4 + spot.lane / 8;
+        unsigned kept_location = 0;
+        if (BESIDE && swaps)
+            kept_location = (reinterpret_cast<const Token *>(of.args.batch + of.args.tokens_offset) + of.first_row(step.half) +
+                             min(kept, rows - 1))->location;
+        // What turns and norms the thread's pairs, read while it waits for activations.
+        float4 turn[2][GROUPS];
+        float2 weights[2][GROUPS];
         const float2 *const rope = is_value ? nullptr : layer.rope;
 #pragma unroll
-        for (int j = 0; j < 4; j++) {
+        for (int j = 0; j < GROUPS; j++) {
+            const unsigned d = 16 * spot.columns(j) + dim;
 #pragma unroll
             for (int i = 0; i < 2; i++) {
                 turn[i][j] = {1.0f, 0.0f, 1.0f, 0.0f};
                 if (rope)
-                    turn[i][j] = *reinterpret_cast<const float4 *>(rope + (size_t)position[i] * (HEAD_DIM / 2) + 16 * j + dim);
+                    turn[i][j] = *reinterpret_cast<const float4 *>(rope + (size_t)position[i] * (HEAD_DIM / 2) + d);
                 weights[i][j] = {1.0f, 1.0f};
                 if (normed)
-                    weights[i][j] = __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162 *>(weight + 16 * j + dim + 64 * i));
+                    weights[i][j] = __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162 *>(weight + d + 64 * i));
             }
         }
+        float sum[SLICES<QKV>][WIDTH<QKV> / 2] = {};
+        multiply<QKV>(spot, sum);
+        add_slices(sum);
+        const bool lives = spot.lives(of.padded);
         sync_threads(2, TENSOR_THREADS + SCALE_THREADS);
-        float2 y[2][8]; // by token; the first four of the head's first half
+        float2 y[2][2 * GROUPS]; // by token; the first half of the head's first half
 #pragma unroll
         for (int i = 0; i < 2; i++) {
             const float scale = load_float(of.shared.scale(spot.token + 8 * i));
 #pragma unroll
-            for (int j = 0; j < 8; j++)
-                y[i][j] = {__fmul_rn(__fadd_rn(sum[0][4 * j + 2 * i], sum[1][4 * j + 2 * i]), scale),
-                           __fmul_rn(__fadd_rn(sum[0][4 * j + 2 * i + 1], sum[1][4 * j + 2 * i + 1]), scale)};
+            for (int j = 0; j < 2 * GROUPS; j++)
+                y[i][j] = {__fmul_rn(sum[0][4 * j + 2 * i], scale), __fmul_rn(sum[0][4 * j + 2 * i + 1], scale)};
         }
         if (lives) {
             float inverse[2] = {1.0f, 1.0f};
@@ -480,16 +601,28 @@ template <bool FP8> struct Tensor {
                 float mine[2][2];
                 const unsigned barrier = at_neighbour(of.shared.squares_there(), of.rank);
 #pragma unroll
-                for (int i = 0; i < 2; i++) {
+                for (int i = 0; i < 2; i++)
 #pragma unroll
                     for (int part = 0; part < 2; part++) {
-                        float square[4];
+                        float square[GROUPS];
 #pragma unroll
-                        for (int j = 0; j < 4; j++)
-                            square[j] = square_of(y[i][4 * part + j]);
-                        mine[i][part] = butterfly(square);
+                        for (int j = 0; j < GROUPS; j++)
+                            square[j] = square_of(y[i][GROUPS * part + j]);
+                        mine[i][part] = of_thread(square);
                     }
-                    if (spot.quad == 0)
+                if constexpr (BESIDE) {
+                    store_float4(left_by(spot, spot.group), mine[0][0], mine[0][1], mine[1][0], mine[1][1]);
+                    meet(spot);
+                    const float4 others = load_shared(left_by(spot, spot.group ^ 1));
+                    mine[0][0] = __fadd_rn(mine[0][0], others.x), mine[0][1] = __fadd_rn(mine[0][1], others.y);
+                    mine[1][0] = __fadd_rn(mine[1][0], others.z), mine[1][1] = __fadd_rn(mine[1][1], others.w);
+                }
+#pragma unroll
+                for (int i = 0; i < 2; i++) {
+#pragma unroll
+                    for (int part = 0; part < 2; part++)
+                        mine[i][part] = butterfly(mine[i][part]);
+                    if (spot.quad == 0 && (!BESIDE || spot.group == 0))
                         send(at_neighbour(of.shared.squares(spot.token + 8 * i), of.rank), mine[i][0], mine[i][1], barrier);
                 }
                 await(of.shared.squares_there(), squares_parity);
@@ -501,7 +634,7 @@ template <bool FP8> struct Tensor {
                 }
             }
             const auto finished = [&](int i, int j) {
-                Halves of_head = {y[i][j], y[i][4 + j]};
+                Halves of_head = {y[i][j], y[i][GROUPS + j]};
                 if (!is_value) {
                     const float2 a = QkvNormed::weighted(of_head.lo, inverse[i], weights[0][j]);
                     const float2 b = QkvNormed::weighted(of_head.hi, inverse[i], weights[1][j]);
@@ -513,21 +646,31 @@ template <bool FP8> struct Tensor {
             };
             const unsigned kv_head = head - HEADS - (is_value ? KV_HEADS : 0);
             if (swaps) {
-                unsigned pairs[2][8];
+                unsigned pairs[2][2 * GROUPS];
 #pragma unroll
                 for (int i = 0; i < 2; i++)
 #pragma unroll
-                    for (int j = 0; j < 4; j++) {
+                    for (int j = 0; j < GROUPS; j++) {
                         const Halves of_head = finished(i, j);
                         pairs[i][j] = pair_of(of_head.lo);
-                        pairs[i][4 + j] = pair_of(of_head.hi);
+                        pairs[i][GROUPS + j] = pair_of(of_head.hi);
                     }
-                const HalfRows mine = {of.rank, of.shared.swapped(threadIdx.x / 32) + spot.lane * 16, of.shared.swapped_there()};
-                mine.swap(pairs, swapped_parity);
-                const unsigned at = of.rank ? location[1] : location[0];
+                const unsigned received = of.shared.swapped(BESIDE ? 2 * spot.warp : threadIdx.x / 32);
+                const unsigned at = BESIDE ? kept_location : of.rank ? location[1] : location[0];
                 const Fp8Place place =
                     Fp8Place::of<HEAD_DIM>(is_value ? layer.v : layer.k, at / PAGE, KV_HEADS, PAGE, kv_head, at % PAGE);
-                mine.keep(pairs, place, !is_value, spot.token + 8 * of.rank < rows, spot.quad);
+                if constexpr (BESIDE) {
+                    const HalfRows mine = {of.rank, received, of.shared.swapped_there()};
+                    float2 row[1][8];
+                    mine.share(row, pairs, spot.group, spot.lane, swapped_parity);
+                    mine.keep<8, 2>(row, place, !is_value, kept < rows, spot.quad, spot.lane / 4 % 2);
+                } else {
+                    const HalfRows mine = {of.rank, received + spot.lane * 16, of.shared.swapped_there()};
+                    float2 row[1][16];
+                    mine.swap(pairs, swapped_parity);
+                    mine.row_of(row, pairs);
+                    mine.keep<16, 1>(row, place, !is_value, spot.token + 8 * of.rank < rows, spot.quad, 0);
+                }
             } else
 #pragma unroll
                 for (int i = 0; i < 2; i++) {
@@ -545,8 +688,8 @@ template <bool FP8> struct Tensor {
                         swizzle = at % 8 * 8;
                     }
 #pragma unroll
-                    for (int j = 0; j < 4; j++) {
-                        const unsigned d = 16 * j + dim;
+                    for (int j = 0; j < GROUPS; j++) {
+                        const unsigned d = 16 * spot.columns(j) + dim;
                         const Halves of_head = finished(i, j);
                         store_pair(out + (d ^ swizzle), of_head.lo.x, of_head.lo.y);
                         store_pair(out + (d ^ swizzle) + 64, of_head.hi.x, of_head.hi.y);
@@ -595,7 +738,10 @@ template <bool FP8> __device__ __forceinline__ void multiply(const Layers &args,
         if constexpr (FP8)
             asm volatile("setmaxnreg.inc.sync.aligned.u32 168;");
         dependent_wait();
-        Tensor<FP8>{of}.run();
+        if (of.padded > 64)
+            Tensor<FP8, false>{of}.run();
+        else
+            Tensor<FP8, true>{of}.run();
     } else {
         if constexpr (FP8)
             asm volatile("setmaxnreg.dec.sync.aligned.u32 88;");
@@ -604,10 +750,9 @@ template <bool FP8> __device__ __forceinline__ void multiply(const Layers &args,
                 WeightFetcher{of}.run();
         } else {
             dependent_wait();
-            if (warp == TENSOR_THREADS / 32 + 1) {
-                if (lane == 0)
-                    ActivationFetcher{of}.run();
-            } else if (warp < TENSOR_THREADS / 32 + 4)
+            if (warp == TENSOR_THREADS / 32 + 1)
+                ActivationFetcher{of, lane}.run();
+            else if (warp < TENSOR_THREADS / 32 + 4)
                 Scales{of}.run();
         }
     }

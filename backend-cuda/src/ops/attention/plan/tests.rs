@@ -122,7 +122,7 @@ fn where_blocks_go_on_with_others_only_rows_beyond_a_blocks_share_are_cut() {
         graph_rows: 0,
     };
     let planner = DecodePlanner::new(136, heads, u32::MAX, &limits, limits.running / 2, SmShare::Half)
-        .beside_products();
+        .beside_products(false);
     let rows = |count: u32, leaves: u32| -> Vec<_> {
         (0..count).map(|slot| Row { slot, kv_len: leaves * LEAF, ..Row::default() }).collect()
     };
@@ -130,6 +130,9 @@ fn where_blocks_go_on_with_others_only_rows_beyond_a_blocks_share_are_cut() {
     assert_eq!([64, 32, 17].map(|count| pieces(&rows(count, 32))), [64, 32, 17], "a turn for each block");
     assert_eq!([16, 8].map(|count| pieces(&rows(count, 32))), [32, 16]);
     assert_eq!(pieces(&rows(4, 16)), 4, "products take as long");
+    let of_fp8 = DecodePlanner::new(136, heads, u32::MAX, &limits, limits.running / 2, SmShare::Half)
+        .beside_products(true);
+    assert_eq!(planned(&of_fp8, &rows(4, 16)).len(), 8, "leaves take longer");
     let mut one_is_long = rows(40, 4);
     one_is_long[20].kv_len = 64 * LEAF;
     assert!((43..46).contains(&pieces(&one_is_long)), "{}", pieces(&one_is_long));
