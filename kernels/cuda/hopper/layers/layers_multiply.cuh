@@ -12,7 +12,7 @@
 //   scales    warps 10 and 11: those of the rows' norms, from sums of squares of 64 elements
 //
 // 1. Bits are gemm_few.cuh's and epilogue.cuh's: a slice of the columns from zero, k16 by k16, slices added in pairs, then pairs of
-//    pairs: each block has the two slices of a pair.
+//    pairs: of o and down each block has the two slices of a pair, of all others all columns, which are one.
 // 2. A sum of squares of 64 elements is a butterfly over pairs of them, 16 apart first and neighbours last. A thread has pairs in steps
 //    of two, its quad those between: what two blocks must add is the last level, because each has every second pair (`parity`).
 // 3. An element of the residual stream is read and written by one thread throughout.
@@ -38,7 +38,7 @@ template <int PRODUCT> struct Tile {
     static constexpr unsigned COLS = PRODUCT == O ? Q_WIDTH : PRODUCT == DOWN ? MLP : HIDDEN;
     static constexpr unsigned CHUNKS = COLS / 64 / (ADDS ? 2 : 1);       // of 64 columns, a block's
     static constexpr unsigned AT_ONCE = ADDS ? 4 : PRODUCT == QKV ? 2 : 1; // chunks of a stage of w
-    static constexpr unsigned SLICES = 2;                                // a block's
+    static constexpr unsigned SLICES = ADDS ? 2 : 1;                     // a block's
     static_assert(AT_ONCE * N * 128 <= W_STAGE && CHUNKS % (SLICES * 4) == 0, "whole stages of both rings in a slice");
 };
 static_assert(HIDDEN / 32 * 2 == MULTIPLIERS && 2 * MLP / 96 == MULTIPLIERS && 4 * HEADS == MULTIPLIERS && HEADS == 2 * KV_HEADS,
@@ -502,7 +502,6 @@ template <bool FP8, bool BESIDE> struct Tensor {
         const Spot spot(here(threadIdx.x));
         float sum[SLICES<GATE_UP>][OUTPUTS] = {};
         multiply<GATE_UP>(spot, sum);
-        add_slices(sum);
         sync_threads(2, TENSOR_THREADS + SCALE_THREADS);
         __nv_bfloat16 *const out = of.args.activated + (size_t)(of.first_row(step.half) + spot.token) * MLP +
                                    here(of.block) * (Tile<GATE_UP>::N / 2) + (BESIDE ? spot.group * OUTPUTS : 0);
@@ -584,7 +583,6 @@ template <bool FP8, bool BESIDE> struct Tensor {
         }
         float sum[SLICES<QKV>][WIDTH<QKV> / 2] = {};
         multiply<QKV>(spot, sum);
-        add_slices(sum);
         const bool lives = spot.lives(of.padded);
         sync_threads(2, TENSOR_THREADS + SCALE_THREADS);
         float2 y[2][2 * GROUPS]; // by token; the first half of the head's first half
