@@ -3,7 +3,7 @@
 use std::collections::HashSet;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::sync::mpsc::channel;
+use std::sync::mpsc::{Sender, channel};
 use std::time::Duration;
 
 use minisgl_core::config::Limits;
@@ -77,6 +77,19 @@ fn spread(front: &Front, controls: &[Arc<Control>], requests: Vec<GenerateReques
     spread
 }
 
+/// An engine is at work until what this gives is dropped.
+fn keep_at_work(front: &Front, engine: usize) -> Sender<()> {
+    let (begun, is_at_work) = channel();
+    let (end, ended) = channel::<()>();
+    let work = Box::new(move |_: &mut dyn Runner| {
+        begun.send(()).unwrap();
+        let _ = ended.recv();
+    });
+    front.handle().shared().send(engine, Message::Call(Call { when_idle: false, work }));
+    is_at_work.recv().unwrap();
+    end
+}
+
 #[test]
 fn requests_are_spread_over_idle_engines() {
     let (front, controls) = engines((0..3).map(|_| Control::default()));
@@ -99,18 +112,11 @@ fn engines_have_as_much_work_each_however_it_comes() {
 }
 
 #[test]
-fn tokens_that_a_sequence_has_no_room_for_are_no_work() {
+fn max_tokens_beyond_a_sequence_are_no_work() {
     let limits = Limits { running: 512, sequence: 20, ..LIMITS };
     let (front, controls) = engines((0..2).map(|_| Control { limits, ..Control::default() }));
     // The second one is at work for as long as this test likes.
-    let (begun, is_at_work) = channel();
-    let (end, ended) = channel::<()>();
-    let work = Box::new(move |_: &mut dyn Runner| {
-        begun.send(()).unwrap();
-        let _ = ended.recv();
-    });
-    front.handle().shared().send(1, Message::Call(Call { when_idle: false, work }));
-    is_at_work.recv().unwrap();
+    let end = keep_at_work(&front, 1);
     // The first ones ask for all that they can get. None of them gets more than the others, so none is overtaken.
     let tokens = |i: u32| if i < 8 { u32::MAX } else { 19 };
     let (completions, outcome) = run(&front, (0..100).map(|i| request(i, tokens(i))).collect());
@@ -125,14 +131,7 @@ fn no_request_is_overtaken_by_many_for_its_weight() {
     let (front, controls) = deep_engines();
     // The second one is at work for as long as this test likes. The first has a request that outweighs many, then one that would
     // leave it with yet more.
-    let (begun, is_at_work) = channel();
-    let (end, ended) = channel::<()>();
-    let work = Box::new(move |_: &mut dyn Runner| {
-        begun.send(()).unwrap();
-        let _ = ended.recv();
-    });
-    front.handle().shared().send(1, Message::Call(Call { when_idle: false, work }));
-    is_at_work.recv().unwrap();
+    let end = keep_at_work(&front, 1);
     let tokens = |i: u32| match i {
         0 => 400,
         1 => 20,
@@ -151,17 +150,7 @@ fn no_request_is_overtaken_by_many_for_its_weight() {
 fn a_session_does_not_wait_for_the_weight_of_another() {
     let (front, controls) = deep_engines();
     // Both are at work while two sessions come; then the first takes what waits.
-    let [first, second] = [0, 1].map(|engine| {
-        let (begun, is_at_work) = channel();
-        let (end, ended) = channel::<()>();
-        let work = Box::new(move |_: &mut dyn Runner| {
-            begun.send(()).unwrap();
-            let _ = ended.recv();
-        });
-        front.handle().shared().send(engine, Message::Call(Call { when_idle: false, work }));
-        is_at_work.recv().unwrap();
-        end
-    });
+    let [first, second] = [0, 1].map(|engine| keep_at_work(&front, engine));
     let session = |requests: Vec<GenerateRequest>| {
         let options = SessionOptions { capacity: Some(requests.len()), ..SessionOptions::default() };
         let (mut submitter, events) = front.handle().session(options);
