@@ -51,7 +51,7 @@ const MULTIPROCESSORS_MIN: u32 = 132;
 
 /// Rows of a tile of activations are padded to a multiple of this.
 const PADDING: u32 = 16;
-/// Words of counters of a step, and of each layer: each has 32 bytes to itself.
+/// Words of counters of a step, and of each layer, which has two phases (`layers_flags.cuh`).
 const FLAG_WORDS: [usize; 2] = [16, 128];
 
 /// The kernel, for one model.

@@ -175,5 +175,12 @@ mod tests {
         assert_eq!(sizes, [HIDDEN, HEADS, KV_HEADS, HEAD_DIM, INTERMEDIATE, PAGE_SIZE]);
         let room = ["LAYERS_MAX", "HALF_ROWS"].map(|name| constant(FILE, name));
         assert_eq!(room, [LAYERS_MAX as u32, HALF_ROWS_MAX]);
+        let [apart, phase] =
+            ["APART", "PHASE"].map(|name| constant("hopper/layers/layers_flags.cuh", name) as usize);
+        assert_eq!(
+            super::super::FLAG_WORDS,
+            [2 * apart, 2 * phase],
+            "of a step, and of a layer's two halves"
+        );
     }
 }

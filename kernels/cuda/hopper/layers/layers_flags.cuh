@@ -42,7 +42,8 @@ __device__ __forceinline__ void fence_before_fetch() { asm volatile("fence.proxy
 struct Flags {
     unsigned *words;
     unsigned layers;
-    static constexpr unsigned APART = 8, PHASE = 64; // words
+    static constexpr unsigned APART = 8; // words between two that are looked at apart
+    static constexpr unsigned PHASE = 64; // a phase's
     static constexpr unsigned PARTS = 16, PART_BLOCKS = MULTIPLIERS / PARTS; // of a product
 
     __device__ __forceinline__ explicit Flags(const Layers &args) : words(args.flags), layers(args.count) {}
