@@ -6,8 +6,9 @@
 //!   65 to 256      gate and up, some qkv: all columns      two or three with neighbouring tokens fetch w for each other
 //!                  qkv, o, down: a slice of the columns,   a cluster has all slices, and of some two blocks each, with
 //!                  or two                                  neighbouring tokens or rows of w, which fetch what both need
-//!   129 to 256     gate and up, o, down of large models:   two with neighbouring rows of w fetch tokens for each other
-//!                  as many tokens as there are
+//!   33 to 192      gate and up of small models, and of     two with neighbouring rows of w fetch tokens for each other
+//!   129 to 256     large ones, with their o and down: as
+//!                  many tokens as there are
 //! ```
 //!
 //! Invariant: a block's shared memory is what its tiling allows, and its sums fit the ring that they lie over.

@@ -311,7 +311,7 @@ impl Rounded {
 }
 
 /// Slices that sums over so many words of a row of codes are cut into, where the columns of o and down have so many. By two of them few
-/// rows of w fill the device: a matrix that L2 does not hold has enough of gates and ups.
+/// rows of w fill the device: a matrix that L2 does not hold has enough of gates and ups. `rows` are all the matrix's: ranks share none of codes.
 pub(super) fn slices(kind: Kind, rows: u32, words: u32, shared: u32) -> u32 {
     match kind {
         Kind::GateUp if !fits_l2(rows, words) => 1,
