@@ -157,7 +157,7 @@ impl EngineThread {
             Message::Abort { session, tag } => self.abort(session, tag),
             Message::StopTextFound(ticket) => self.abort_ticket(ticket),
             Message::Call(call) if call.when_idle => self.idle_calls.push_back(call),
-            Message::Call(call) => (call.work)(&mut *self.runner),
+            Message::Call(call) => self.call(call),
             Message::Work | Message::Close => {}
         }
     }
@@ -165,11 +165,16 @@ impl EngineThread {
     fn call_when_idle(&mut self) {
         while self.stopped || self.runner.is_idle() {
             let Some(call) = self.idle_calls.pop_front() else { return };
-            (call.work)(&mut *self.runner);
-            if !self.stopped && self.runner.has_stopped() {
-                self.fail("an update of the weights failed".into());
-            }
+            self.call(call);
         }
+    }
+
+    fn call(&mut self, call: Call) {
+        let reply = (call.work)(&mut *self.runner);
+        if !self.stopped && self.runner.has_stopped() {
+            self.fail("an update of the weights failed".into());
+        }
+        reply();
     }
 
     /// Hands the engine as many requests as it may run.

@@ -10,7 +10,7 @@ use minisgl_core::stats::{Load, Stats};
 use thiserror::Error;
 
 use super::events::{Events, RequestStream};
-use super::message::{Call, Message};
+use super::message::{Call, Message, Reply};
 use super::permits::{Permit, Permits};
 use super::session::{Session, SessionOptions};
 use super::shared::Shared;
@@ -201,9 +201,10 @@ impl EngineHandle {
         work: impl FnOnce(&mut dyn Runner) -> R + Send + 'static,
     ) -> Answer<R> {
         let (reply, answer) = channel();
-        let work = Box::new(move |runner: &mut dyn Runner| {
+        let work = Box::new(move |runner: &mut dyn Runner| -> Reply {
+            let result = catch_unwind(AssertUnwindSafe(|| work(runner)));
             // Who asked may have gone.
-            let _ = reply.send(catch_unwind(AssertUnwindSafe(|| work(runner))));
+            Box::new(move || drop(reply.send(result)))
         });
         self.0.send(engine, Message::Call(Call { when_idle, work }));
         Answer(answer)

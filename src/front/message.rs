@@ -18,8 +18,12 @@ pub enum Message {
     Close,
 }
 
-/// What is to be done with the engine.
-pub type Work = Box<dyn FnOnce(&mut dyn Runner) + Send>;
+/// What is to be done with the engine; it gives back what tells whoever asked.
+pub type Work = Box<dyn FnOnce(&mut dyn Runner) -> Reply + Send>;
+
+/// Tells whoever asked what came of it. The engine's thread calls it once it has drawn its own conclusions: who is told that an
+/// update failed finds the engine stopped.
+pub type Reply = Box<dyn FnOnce()>;
 
 /// Something to be done with the engine, and when.
 pub struct Call {

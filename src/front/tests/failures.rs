@@ -5,7 +5,6 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use minisgl_core::request::SubmitError;
 
 use super::*;
-use crate::front::message::{Call, Message};
 
 #[test]
 fn whoever_waits_behind_ends_that_nobody_takes_is_told_when_the_engine_fails() {
@@ -18,8 +17,7 @@ fn whoever_waits_behind_ends_that_nobody_takes_is_told_when_the_engine_fails() {
     let (reply, answer) = channel();
     let waiting = handle.clone();
     thread::spawn(move || reply.send(waiting.submit(request(9, 1)).map(drop)));
-    let work = Box::new(|_: &mut dyn Runner| panic!("a bug between two steps"));
-    handle.shared().send(0, Message::Call(Call { when_idle: false, work }));
+    post(&front, 0, false, |_| panic!("a bug between two steps"));
     assert!(matches!(answer.recv_timeout(Duration::from_secs(60)), Ok(Err(Error::Failed))));
     assert!(unread.into_iter().all(|stream| stream.last().is_some_and(|end| end.is_ok())));
 }
@@ -110,12 +108,10 @@ fn a_call_that_needs_an_idle_engine_waits_for_what_runs_and_goes_before_what_wai
         thread::yield_now();
     }
     let (reply, answer) = channel();
-    let work = move |runner: &mut dyn Runner| {
+    post(&front, 0, true, move |runner| {
         assert!(runner.is_idle());
         reply.send(control.admitted.lock().unwrap().len()).unwrap();
-    };
-    let call = Call { when_idle: true, work: Box::new(work) };
-    front.handle().shared().send(0, Message::Call(call));
+    });
     assert!((0..4).all(|tag| events.abort(tag)));
     assert_eq!(answer.recv().unwrap(), 4);
     drop(submitter);

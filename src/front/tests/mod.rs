@@ -14,8 +14,10 @@ use std::sync::atomic::Ordering;
 use std::thread;
 use std::time::Duration;
 
+use super::message::{Call, Message};
 use super::*;
 use crate::request::{Completion, FinishReason, GenerateRequest, Prompt, RequestError, SamplingParams};
+use crate::runner::Runner;
 use crate::simulated::{Control, request, start as front, start_with};
 
 fn drawn(first: u32, count: u32) -> Vec<u32> {
@@ -30,6 +32,15 @@ fn ends(events: Events) -> Vec<(u64, Completion)> {
         Err(error) => panic!("{error}"),
     };
     events.filter_map(finished).collect()
+}
+
+/// Has an engine do something, and does not wait for it.
+fn post(front: &Front, engine: usize, when_idle: bool, work: impl FnOnce(&mut dyn Runner) + Send + 'static) {
+    let work = Box::new(move |runner: &mut dyn Runner| -> message::Reply {
+        work(runner);
+        Box::new(|| ())
+    });
+    front.handle().shared().send(engine, Message::Call(Call { when_idle, work }));
 }
 
 fn text() -> Text {

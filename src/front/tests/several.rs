@@ -11,8 +11,8 @@ use minisgl_core::scheduler::Order;
 use minisgl_core::stats::Load;
 use minisgl_decoder::Checkpoint;
 
+use super::post;
 use crate::error::Error;
-use crate::front::message::{Call, Message};
 use crate::front::{Front, Next, SessionEvent, SessionOptions};
 use crate::models::FAMILIES;
 use crate::pooling::Pooling;
@@ -81,11 +81,10 @@ fn spread(front: &Front, controls: &[Arc<Control>], requests: Vec<GenerateReques
 fn keep_at_work(front: &Front, engine: usize) -> Sender<()> {
     let (begun, is_at_work) = channel();
     let (end, ended) = channel::<()>();
-    let work = Box::new(move |_: &mut dyn Runner| {
+    post(front, engine, false, move |_| {
         begun.send(()).unwrap();
         let _ = ended.recv();
     });
-    front.handle().shared().send(engine, Message::Call(Call { when_idle: false, work }));
     is_at_work.recv().unwrap();
     end
 }
@@ -175,14 +174,7 @@ fn a_session_does_not_wait_for_the_weight_of_another() {
 fn who_is_free_takes_the_next() {
     let (front, controls) = engines((0..2).map(|_| Control::default()));
     // The first one is at work for as long as this test likes.
-    let (begun, is_at_work) = channel();
-    let (end, ended) = channel::<()>();
-    let work = Box::new(move |_: &mut dyn Runner| {
-        begun.send(()).unwrap();
-        let _ = ended.recv();
-    });
-    front.handle().shared().send(0, Message::Call(Call { when_idle: false, work }));
-    is_at_work.recv().unwrap();
+    let end = keep_at_work(&front, 0);
     let (completions, outcome) = run(&front, (0..100).map(|i| request(10 * i, 3)).collect());
     outcome.unwrap();
     for (i, completion) in (0..).zip(completions) {
@@ -225,14 +217,7 @@ fn a_prompt_is_left_to_the_engine_that_has_its_beginning_while_that_may_take_it(
     run(&front, vec![prompt(1)]).1.unwrap();
     let home = usize::from(admitted(&controls[0]).is_empty());
     // That one is at work for as long as this test likes, and has its share to come.
-    let (begun, is_at_work) = channel();
-    let (end, ended) = channel::<()>();
-    let work = Box::new(move |_: &mut dyn Runner| {
-        begun.send(()).unwrap();
-        let _ = ended.recv();
-    });
-    front.handle().shared().send(home, Message::Call(Call { when_idle: false, work }));
-    is_at_work.recv().unwrap();
+    let end = keep_at_work(&front, home);
     let alike = front.handle().submit(prompt(1)).unwrap();
     assert!(front.handle().submit(prompt(2)).unwrap().last().unwrap().is_ok());
     assert_eq!(admitted(&controls[1 - home]).len(), 1);
@@ -272,8 +257,7 @@ fn a_failed_engine_ends_its_own_requests_and_the_others_go_on() {
 
 /// Ends an engine's thread.
 fn end_thread(front: &Front, engine: usize) {
-    let work = Box::new(|_: &mut dyn Runner| panic!("a bug between two steps"));
-    front.handle().shared().send(engine, Message::Call(Call { when_idle: false, work }));
+    post(front, engine, false, |_| panic!("a bug between two steps"));
 }
 
 #[test]
