@@ -26,8 +26,8 @@ pub struct Output {
     /// Which of the request's samples it is.
     sample: u32,
     aborted: Arc<AtomicBool>,
-    /// Until the end.
-    permit: Option<Permit>,
+    /// What the request has until its end.
+    has: Option<(Permit, OpenRequest)>,
     /// When it was submitted, and when its prompt was token ids.
     asked: Instant,
     encoded: Instant,
@@ -48,7 +48,6 @@ pub struct Output {
     drawn: usize,
     /// A stop text came up.
     stopped: bool,
-    _open: OpenRequest,
 }
 
 impl Output {
@@ -88,7 +87,7 @@ impl Output {
             tag,
             sample: 0,
             aborted: session.open(tag),
-            permit: Some(permit),
+            has: Some((permit, OpenRequest::count(open))),
             asked: now,
             encoded: now,
             prompt_tokens: 0,
@@ -103,7 +102,6 @@ impl Output {
             hides: if include_stop { Vec::new() } else { request.rules.stop_token_ids.clone() },
             drawn: 0,
             stopped: false,
-            _open: OpenRequest::count(open),
         }
     }
 
@@ -274,7 +272,8 @@ impl Output {
 
     /// Queues the one end. True if the reader must be woken.
     fn end(mut self, completion: Completion, text: String) -> bool {
-        let Some(permit) = self.permit.take() else { return false };
+        let Some((permit, open)) = self.has.take() else { return false };
+        drop(open); // First: whoever has heard of the end finds one less that is open.
         let event = SessionEvent::Finished { tag: self.tag, text, completion: Box::new(completion) };
         self.session.push(Queued::End(event, permit))
     }
@@ -282,7 +281,8 @@ impl Output {
 
 impl Drop for Output {
     fn drop(&mut self) {
-        if let Some(permit) = self.permit.take() {
+        if let Some((permit, open)) = self.has.take() {
+            drop(open);
             permit.close_pool();
             if self.session.push(Queued::Lost(self.tag, permit)) {
                 self.session.wake();

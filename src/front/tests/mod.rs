@@ -24,6 +24,11 @@ fn drawn(first: u32, count: u32) -> Vec<u32> {
     (first..first + count).collect()
 }
 
+/// Its steps take a while: what draws 90,000 tokens runs for as long as a test likes.
+fn slow() -> Control {
+    Control { step_time: Duration::from_millis(1), ..Control::default() }
+}
+
 /// Tags and completions of a session, in order, until it is over.
 fn ends(events: Events) -> Vec<(u64, Completion)> {
     let finished = |event| match event {

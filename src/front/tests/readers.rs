@@ -42,7 +42,7 @@ impl std::task::Wake for Task {
 fn a_task_that_reads_is_woken_for_every_event_and_for_the_end() {
     use std::task::{Context, Poll};
 
-    let (front, _) = front(Control { step_time: Duration::from_millis(1), ..Control::default() });
+    let (front, _) = front(slow());
     let (mut submitter, mut events) =
         front.handle().session(SessionOptions { tokens: true, ..SessionOptions::default() });
     submitter.submit_all([(0, request(7, 20)), (1, request(70, 5))]).unwrap();
@@ -67,6 +67,58 @@ fn a_task_that_reads_is_woken_for_every_event_and_for_the_end() {
     }
     assert_eq!((tokens, ended), (drawn(7, 20), vec![1, 0]));
     assert_eq!(front.handle().open_requests(), 0);
+}
+
+#[test]
+fn whoever_has_taken_the_end_of_a_request_finds_it_open_no_more() {
+    use std::task::{Context, Poll, Waker};
+
+    let (front, _) = front(Control::default());
+    let handle = front.handle();
+    for _ in 0..50 {
+        let (mut submitter, mut events) = handle.session(SessionOptions::default());
+        // So many that the thread which ends the request has work left to let go of it.
+        let mut asked = request(3, 1);
+        asked.rules.stop_token_ids = vec![7; 1 << 20];
+        submitter.submit(0, asked).unwrap();
+        // A reader that was asleep is woken a little later: this one looks again and again.
+        let end = loop {
+            match events.poll_next(&mut Context::from_waker(Waker::noop())) {
+                Poll::Pending => thread::yield_now(),
+                Poll::Ready(end) => break end,
+            }
+        };
+        assert!(matches!(end, Some(Ok(SessionEvent::Finished { .. }))));
+        assert_eq!(handle.open_requests(), 0);
+    }
+}
+
+/// A task that looks how many requests are open when it is woken.
+struct Looker(EngineHandle, std::sync::Mutex<Vec<usize>>);
+
+impl std::task::Wake for Looker {
+    fn wake(self: Arc<Self>) {
+        self.1.lock().unwrap().push(self.0.open_requests());
+    }
+}
+
+#[test]
+fn whoever_is_told_that_a_request_got_lost_finds_it_open_no_more() {
+    use std::task::{Context, Poll};
+
+    let (front, control) = front(Control { fails_at: Some(0), ..Control::default() });
+    let (mut submitter, mut events) = front.handle().session(SessionOptions::default());
+    let before_steps = control.held.lock().unwrap();
+    submitter.submit(0, request(3, 1)).unwrap();
+    let looker = Arc::new(Looker(front.handle().clone(), Default::default()));
+    assert!(events.poll_next(&mut Context::from_waker(&looker.clone().into())).is_pending());
+    drop(before_steps);
+    while looker.1.lock().unwrap().is_empty() {
+        thread::yield_now();
+    }
+    let told = events.poll_next(&mut Context::from_waker(std::task::Waker::noop()));
+    assert!(matches!(told, Poll::Ready(Some(Err(Error::Step { .. })))));
+    assert_eq!(*looker.1.lock().unwrap(), [0]);
 }
 
 #[test]
