@@ -4,7 +4,7 @@ use super::*;
 
 #[test]
 fn samples_are_aborted_together_wherever_they_are() {
-    let (front, _) = front(Control::default());
+    let (front, _) = front(slow());
     let (mut submitter, mut events) = front.handle().session(SessionOptions::default());
     // The second group finds no place beside the first.
     submitter.submit_all((0..2).map(|tag| (tag, request(10, 90_000).samples(3)))).unwrap();
@@ -21,10 +21,10 @@ fn samples_are_aborted_together_wherever_they_are() {
 
 #[test]
 fn an_abort_ends_what_runs_and_what_waits_and_nothing_else() {
-    let control = Control { step_time: Duration::from_millis(1), ..Control::default() };
-    let (front, control) = front(control);
+    let (front, control) = front(Control::default());
     let (mut submitter, mut events) =
         front.handle().session(SessionOptions { tokens: true, ..Default::default() });
+    let before_steps = control.held.lock().unwrap();
     // Four run and one waits.
     submitter.submit_all((0..5).map(|i| (i, request(i as u32, if i == 3 { 20 } else { 90_000 })))).unwrap();
     while control.running.load(Ordering::Relaxed) < 4 {
@@ -34,7 +34,7 @@ fn an_abort_ends_what_runs_and_what_waits_and_nothing_else() {
     for tag in [4, 0, 1, 2] {
         assert!(events.abort(tag));
     }
-    drop(submitter);
+    drop((submitter, before_steps));
     let mut ends = ends(events);
     ends.sort_by_key(|(tag, _)| *tag);
     let reasons: Vec<_> = ends.iter().map(|(_, completion)| completion.finish_reason).collect();
@@ -46,8 +46,7 @@ fn an_abort_ends_what_runs_and_what_waits_and_nothing_else() {
 
 #[test]
 fn what_waits_need_not_wait_to_be_aborted() {
-    let control = Control { step_time: Duration::from_millis(1), ..Control::default() };
-    let (front, control) = front(control);
+    let (front, control) = front(slow());
     let (mut submitter, mut events) = front.handle().session(SessionOptions::default());
     submitter.submit_all((0..5).map(|i| (i, request(i as u32, 90_000)))).unwrap();
     while control.running.load(Ordering::Relaxed) < 4 {

@@ -59,15 +59,14 @@ fn a_panic_of_the_engine_is_an_error_that_says_so() {
 #[test]
 fn a_submitter_that_waits_is_told_when_the_engine_fails_and_when_the_reader_goes() {
     let options = SessionOptions { capacity: Some(1), ..SessionOptions::default() };
-    let (sound, _) = front(Control { step_time: Duration::from_millis(1), ..Control::default() });
+    let (sound, _) = front(slow());
     let (mut submitter, events) = sound.handle().session(options);
     submitter.submit(0, request(0, 90_000)).unwrap();
     let waiting = thread::spawn(move || submitter.submit(1, request(0, 1)));
     drop(events);
     assert!(matches!(waiting.join().unwrap(), Err(Error::Unread)));
 
-    let control = Control { step_time: Duration::from_millis(1), fails_at: Some(50), ..Control::default() };
-    let (failing, _) = front(control);
+    let (failing, _) = front(Control { fails_at: Some(50), ..slow() });
     let (mut submitter, _events) = failing.handle().session(options);
     submitter.submit(0, request(0, 90_000)).unwrap();
     assert!(matches!(submitter.submit(1, request(0, 1)), Err(Error::Failed)));
@@ -75,8 +74,7 @@ fn a_submitter_that_waits_is_told_when_the_engine_fails_and_when_the_reader_goes
 
 #[test]
 fn closing_tells_every_reader_and_later_callers() {
-    let control = Control { step_time: Duration::from_millis(1), ..Control::default() };
-    let (front, _) = front(control);
+    let (front, _) = front(slow());
     let handle = front.handle().clone();
     let (mut submitter, mut events) = handle.session(SessionOptions::default());
     submitter.submit_all((0..6).map(|i| (i, request(0, 90_000)))).unwrap();
@@ -101,7 +99,7 @@ fn a_panic_in_a_call_is_its_callers_and_the_engine_goes_on() {
 
 #[test]
 fn a_call_that_needs_an_idle_engine_waits_for_what_runs_and_goes_before_what_waits() {
-    let (front, control) = front(Control { step_time: Duration::from_micros(100), ..Control::default() });
+    let (front, control) = front(slow());
     let (mut submitter, mut events) = front.handle().session(SessionOptions::default());
     submitter.submit_all((0..8).map(|i| (i, request(i as u32, if i < 4 { 90_000 } else { 4 })))).unwrap();
     while control.running.load(Ordering::Relaxed) < 4 {

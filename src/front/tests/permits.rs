@@ -69,7 +69,7 @@ fn samples_of_a_request_share_its_permit_and_each_has_an_end() {
 
 #[test]
 fn sessions_take_turns() {
-    let (front, control) = front(Control { step_time: Duration::from_micros(100), ..Control::default() });
+    let (front, control) = front(slow());
     let options = SessionOptions { capacity: Some(1000), ..SessionOptions::default() };
     let (mut bulk, mut bulk_events) = front.handle().session(options);
     // The first four run until they are aborted, and so long the others wait.

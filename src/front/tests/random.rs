@@ -118,12 +118,17 @@ fn random_clients_get_every_end_once_and_leave_nothing_behind() {
                 });
             }
         });
+        // What was left behind by a reader that went is aborted: nothing runs, and all places are free. The engine may fail until
+        // then, for it draws what that reader left until it hears of it.
+        let is_idle = front.handle().call(true, |runner| runner.is_idle()).unwrap();
         if front.handle().check_running().is_err() {
             continue;
         }
-        // What was left behind by a reader that went is aborted: nothing runs, and all places are free.
-        assert!(front.handle().call(true, |runner| runner.is_idle()).unwrap());
+        assert!(is_idle);
         assert_eq!(control.running.load(Ordering::Relaxed), 0);
+        if fails_at.is_some() {
+            continue; // It may do so yet.
+        }
         let streams: Vec<_> = (0..8).map(|i| front.handle().try_submit(request(i, 2)).unwrap()).collect();
         assert!(streams.into_iter().all(|stream| stream.last().is_some_and(|end| end.is_ok())));
     }

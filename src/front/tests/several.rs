@@ -11,7 +11,7 @@ use minisgl_core::scheduler::Order;
 use minisgl_core::stats::Load;
 use minisgl_decoder::Checkpoint;
 
-use super::post;
+use super::{post, slow};
 use crate::error::Error;
 use crate::front::{Front, Next, SessionEvent, SessionOptions};
 use crate::models::FAMILIES;
@@ -25,10 +25,11 @@ fn engines(controls: impl IntoIterator<Item = Control>) -> (Front, Vec<Arc<Contr
     (start_engines(controls.clone(), Arc::default(), Order::Given).unwrap(), controls)
 }
 
-/// Two that run as many at once as there are.
+/// Of an engine that runs as many at once as there are.
+const DEEP: Limits = Limits { running: 512, ..LIMITS };
+
 fn deep_engines() -> (Front, Vec<Arc<Control>>) {
-    let limits = Limits { running: 512, ..LIMITS };
-    engines((0..2).map(|_| Control { limits, ..Control::default() }))
+    engines((0..2).map(|_| Control { limits: DEEP, ..Control::default() }))
 }
 
 fn admitted(control: &Control) -> Vec<u32> {
@@ -91,7 +92,7 @@ fn keep_at_work(front: &Front, engine: usize) -> Sender<()> {
 
 #[test]
 fn requests_are_spread_over_idle_engines() {
-    let (front, controls) = engines((0..3).map(|_| Control::default()));
+    let (front, controls) = engines((0..3).map(|_| slow()));
     let admitted = spread(&front, &controls, (0..9).map(|i| request(i, 90_000)).collect());
     assert_eq!(admitted.iter().map(Vec::len).collect::<Vec<_>>(), [3, 3, 3]);
 }
@@ -100,7 +101,7 @@ fn requests_are_spread_over_idle_engines() {
 fn engines_have_as_much_work_each_however_it_comes() {
     let orders: [fn(u32) -> bool; 3] = [|i| i < 20, |i| i >= 20, |i| i % 2 == 0];
     for is_heavy in orders {
-        let (front, controls) = deep_engines();
+        let (front, controls) = engines((0..2).map(|_| Control { limits: DEEP, ..slow() }));
         let requests = (0..40).map(|i| request(i, if is_heavy(i) { 90_000 } else { 45_000 })).collect();
         let heavy = spread(&front, &controls, requests).into_iter().map(|admitted| {
             assert_eq!(admitted.len(), 20);
@@ -195,7 +196,7 @@ fn prompts_that_begin_alike_go_to_one_engine_as_far_as_that_has_its_share() {
         let sampling = SamplingParams { max_tokens: 90_000, ..SamplingParams::default() };
         GenerateRequest::tokens(tokens.collect::<Vec<_>>()).sampling(sampling)
     };
-    let (front, controls) = engines((0..2).map(|_| Control::default()));
+    let (front, controls) = engines((0..2).map(|_| slow()));
     let groups = spread(&front, &controls, (0..8).map(|i| prompt(1 + i % 2, i)).collect());
     for group in &groups {
         assert!(group.len() == 4 && group.iter().all(|one| one == &group[0]), "{groups:?}");
@@ -228,9 +229,15 @@ fn a_prompt_is_left_to_the_engine_that_has_its_beginning_while_that_may_take_it(
 
 #[test]
 fn a_failed_engine_ends_its_own_requests_and_the_others_go_on() {
-    let step_time = Duration::from_millis(2);
-    let failing = Control { fails_at: Some(1), step_time, ..Control::default() };
-    let (front, controls) = engines([failing, Control { step_time, ..Control::default() }]);
+    let failing = Control { fails_at: Some(1), ..Control::default() };
+    let (front, controls) = engines([failing, Control::default()]);
+    // The other is at work until that one has had its share.
+    let of_failing = controls[0].clone();
+    post(&front, 1, false, move |_| {
+        while of_failing.steps.load(Ordering::Relaxed) < 2 {
+            std::thread::yield_now();
+        }
+    });
     let (completions, outcome) = run(&front, (0..40).map(|i| request(i, 4)).collect());
     outcome.unwrap();
     let mut failed = Vec::new();
@@ -262,7 +269,7 @@ fn end_thread(front: &Front, engine: usize) {
 
 #[test]
 fn requests_of_an_engine_whose_thread_ends_fail_and_the_others_go_on() {
-    let (front, controls) = engines((0..2).map(|_| Control::default()));
+    let (front, controls) = engines((0..2).map(|_| slow()));
     let options = SessionOptions { capacity: Some(6), ..SessionOptions::default() };
     let (mut submitter, mut events) = front.handle().session(options);
     submitter.submit_all((0..6).map(|i| (i, request(i as u32, 90_000)))).unwrap();
@@ -338,7 +345,7 @@ fn when_the_last_engine_fails_all_is_lost_and_later_requests_are_refused() {
 
 #[test]
 fn an_abort_reaches_every_engine_and_what_waits() {
-    let (front, controls) = engines((0..2).map(|_| Control::default()));
+    let (front, controls) = engines((0..2).map(|_| slow()));
     let options = SessionOptions { capacity: Some(100), ..SessionOptions::default() };
     let (mut submitter, mut events) = front.handle().session(options);
     submitter.submit_all((0..20).map(|i| (i, request(i as u32, 90_000)))).unwrap();
