@@ -5,11 +5,12 @@ mod common;
 mod server;
 
 use std::fs;
+use std::io::{BufRead, BufReader};
 use std::process::{Child, Command, Output, Stdio};
-use std::time::Duration;
+use std::thread;
 
 use common::Scratch;
-use server::{COMMIT, Fault, NAME, Server};
+use server::{COMMIT, Fault, Gate, NAME, Server};
 
 const LINE: &str = r#"{"id": 1, "prompt": "Hello there, world of words", "max_tokens": 3}"#;
 
@@ -78,16 +79,31 @@ fn a_model_by_name_is_fetched_once_and_gives_what_its_folder_gives() {
 #[test]
 fn two_processes_at_once_fetch_each_file_once() {
     let (server, scratch) = (serve(), Scratch::new());
-    server.spoil("/cdn/", Fault::Slow(Duration::from_millis(500)), 10);
+    // Nothing comes to whoever is first until the other says that it waits.
+    let gate = Gate::default();
+    server.spoil("/cdn/", Fault::Held(gate.clone()), 10);
     let start = |output| generate(&server, &scratch, output, &[]).spawn().unwrap();
-    let ends: Vec<Output> =
-        ["a", "b"].map(start).into_iter().map(|it: Child| it.wait_with_output().unwrap()).collect();
-    assert!(ends.iter().all(|end| end.status.success()), "{ends:?}");
+    let waits = |line: &String| line.contains("another process fetches");
+    let run = |mut process: Child| {
+        let mut said = Vec::new();
+        for line in BufReader::new(process.stderr.take().unwrap()).lines() {
+            said.push(line.unwrap());
+            if said.last().is_some_and(waits) {
+                gate.open();
+            }
+        }
+        assert!(process.wait().unwrap().success(), "{said:?}");
+        said
+    };
+    let processes = ["a", "b"].map(start);
+    let said: Vec<String> = thread::scope(|scope| {
+        let runs = processes.map(|process| scope.spawn(|| run(process)));
+        runs.into_iter().flat_map(|run| run.join().unwrap()).collect()
+    });
     assert_eq!(fs::read(scratch.join("a")).unwrap(), fs::read(scratch.join("b")).unwrap());
     let log = server.take_log();
     assert_eq!(log.iter().filter(|line| line.contains("/cdn/")).count(), 1, "{log:?}");
-    let said: String = ends.iter().map(|end| String::from_utf8_lossy(&end.stderr)).collect();
-    assert!(said.contains("another process fetches"), "{said}");
+    assert!(said.iter().any(waits), "{said:?}");
 }
 
 #[test]

@@ -15,7 +15,7 @@ use minisgl_hub::{Event, Hub, HubError, Settings, Snapshot};
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::{ServerConfig, ServerConnection, StreamOwned};
-use server::{COMMIT, Fault, NAME, Server, etag};
+use server::{COMMIT, Fault, Gate, NAME, Server, etag};
 
 /// Bytes of the weights: some pieces, so that a download can break between them.
 const WEIGHTS: usize = 1 << 20;
@@ -285,7 +285,9 @@ fn a_busy_hub_is_asked_again_and_left_alone_where_it_says_so() {
 #[test]
 fn two_at_once_fetch_each_file_once() {
     let (server, cache) = (Server::start(sharded()), Cache::new());
-    server.spoil("/cdn/", Fault::Slow(Duration::from_millis(300)), 100);
+    // Nothing comes to whoever is first until the other waits for it.
+    let gate = Gate::default();
+    server.spoil("/cdn/", Fault::Held(gate.clone()), 100);
     let waited = AtomicU32::new(0);
     thread::scope(|scope| {
         for _ in 0..2 {
@@ -294,6 +296,7 @@ fn two_at_once_fetch_each_file_once() {
                 let snapshot = Hub::new(settings(&server, &cache)).snapshot(&name, "main", &mut |event| {
                     if let Event::Waiting { .. } = event {
                         waited.fetch_add(1, Ordering::Relaxed);
+                        gate.open();
                     }
                 });
                 assert_holds(&snapshot.unwrap().folder, &sharded()[..6]);

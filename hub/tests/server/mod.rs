@@ -11,7 +11,7 @@ use std::collections::BTreeMap;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Condvar, Mutex};
 use std::thread;
 use std::time::Duration;
 
@@ -29,12 +29,30 @@ pub enum Fault {
     BreakAfter(usize),
     /// The whole file, whatever part was asked for.
     IgnoreRange,
-    /// A while between the head and the body.
-    Slow(Duration),
+    /// Nothing behind the head until the gate is open.
+    Held(Gate),
     /// This body instead of a listing.
     Body(&'static str),
     /// This ETag instead.
     Etag(&'static str),
+}
+
+/// Opened once, for all who wait at it. Clones are the same gate.
+#[derive(Clone, Debug, Default)]
+pub struct Gate(Arc<(Mutex<bool>, Condvar)>);
+
+impl Gate {
+    pub fn open(&self) {
+        *self.0.0.lock().unwrap() = true;
+        self.0.1.notify_all();
+    }
+
+    /// Waits until it is open, or so long that a test which forgot it ends.
+    fn pass(&self) {
+        let (open, opened) = &*self.0;
+        let patience = Duration::from_secs(60);
+        drop(opened.wait_timeout_while(open.lock().unwrap(), patience, |open| !*open));
+    }
 }
 
 struct State {
@@ -121,13 +139,13 @@ struct Answer {
     status: u16,
     headers: String,
     body: Vec<u8>,
-    pause: Duration,
+    gate: Option<Gate>,
     sent: usize,
 }
 
 impl Answer {
     fn new(status: u16, headers: String, body: Vec<u8>) -> Answer {
-        Answer { status, headers, pause: Duration::ZERO, sent: body.len(), body }
+        Answer { status, headers, gate: None, sent: body.len(), body }
     }
 
     fn send(self, mut stream: TcpStream, head_only: bool) -> std::io::Result<()> {
@@ -137,7 +155,7 @@ impl Answer {
             "HTTP/1.1 {status} Answer\r\n{headers}Content-Length: {len}\r\nConnection: close\r\n\r\n"
         )?;
         stream.flush()?;
-        thread::sleep(self.pause);
+        self.gate.iter().for_each(Gate::pass);
         if !head_only {
             stream.write_all(&self.body[..self.sent])?;
         }
@@ -164,7 +182,7 @@ impl State {
         let mut answer = self.route(port, url, range);
         match fault {
             Some(Fault::BreakAfter(bytes)) => answer.sent = bytes.min(answer.body.len()),
-            Some(Fault::Slow(pause)) => answer.pause = pause,
+            Some(Fault::Held(gate)) => answer.gate = Some(gate),
             Some(Fault::Body(body)) => answer = Answer::new(200, String::new(), body.as_bytes().to_vec()),
             Some(Fault::Etag(etag)) => answer.headers = format!("ETag: {etag}\r\n"),
             _ => {}
