@@ -11,7 +11,8 @@ Names and outputs are vLLM's, so that a script of its offline API changes its im
 from importlib.metadata import version as _version
 
 from minisgl._minisgl import EngineError, RequestError
-from minisgl.llm import LLM, Interrupted, Stream
+from minisgl.errors import Interrupted
+from minisgl.llm import LLM
 from minisgl.outputs import (
     CompletionOutput,
     EmbeddingOutput,
@@ -21,6 +22,7 @@ from minisgl.outputs import (
     ScoreOutput,
 )
 from minisgl.sampling_params import SamplingParams
+from minisgl.stream import Stream
 
 __version__ = _version("minisgl")
 

@@ -5,44 +5,22 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
-from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from itertools import count, islice, repeat
-from numbers import Integral
-from typing import Any, Union
+from typing import Any
 
 from minisgl import _minisgl
 from minisgl.arguments import to_options
-from minisgl.outputs import (
-    CompletionOutput,
-    EmbeddingOutput,
-    EmbeddingRequestOutput,
-    Logprob,
-    RequestOutput,
-    ScoreOutput,
-)
+from minisgl.assembly import Assembler
+from minisgl.errors import Interrupted, is_raised, refused
+from minisgl.outputs import EmbeddingRequestOutput, RequestOutput, ScoreOutput
+from minisgl.progress import Progress
+from minisgl.prompts import Message, Prompt, is_one, listed
 from minisgl.sampling_params import SamplingParams
-
-#: A text, token ids (a list or a numpy array of integers), or a dict with one of them as `prompt` or `prompt_token_ids`.
-Prompt = Union[str, Sequence[int], "dict[str, Any]"]
-Message = dict[str, Any]
-
-_FINISH_REASONS = {"eos": "stop"}
-
-
-class Interrupted(KeyboardInterrupt):
-    """Ctrl-C came while `generate` ran. `outputs` has what had ended, in the places of the prompts; None elsewhere."""
-
-    def __init__(self, outputs: list[RequestOutput | None]) -> None:
-        self.outputs = outputs
-        ended = sum(output is not None for output in outputs)
-        super().__init__(f"interrupted: {ended} of {len(outputs)} requests had ended, and are in the exception's `outputs`")
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.outputs,)
+from minisgl.stream import Stream
 
 
 class LLM:
@@ -132,8 +110,8 @@ class LLM:
         self._seed = seed or 0
         #: Requests of all calls are numbered, so that no two have a seed or a request_id in common.
         self._numbers = count()
-        self._token_texts: dict[int, str | None] = {}
         self._engine = _minisgl.Engine(model, revision=revision, options=options, quiet=quiet)
+        self._assembler = Assembler(self._engine)
         self._recommended = self._engine.recommended_sampling() if generation_config == "auto" else None
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -252,7 +230,7 @@ class LLM:
             if prompt_token_ids is None:
                 raise TypeError("generate needs prompts")
             prompts = prompt_token_ids
-        return self._run_all(_listed(prompts), sampling_params, use_tqdm, on_output, errors)
+        return self._run_all(listed(prompts), sampling_params, use_tqdm, on_output, errors)
 
     def chat(
         self,
@@ -319,28 +297,12 @@ class LLM:
         The others, and what is raised, are those of `generate`. A completion that can't be read is an error before anything
         runs, whatever `errors` says.
         """
-        prompts = _listed(prompts)
-        completions = [completions] if _is_one(completions) else list(completions)
+        prompts = listed(prompts)
+        completions = [completions] if is_one(completions) else list(completions)
         if len(prompts) != len(completions):
             raise ValueError(f"there are {len(prompts)} prompts and {len(completions)} completions")
         scored = [_minisgl.Scored(completion, logprobs) for completion in completions]
-
-        def score(samples: list[_minisgl.Completion], prompt: Any, number: int) -> ScoreOutput:
-            (done,) = samples
-            ids, given = done.prompt_token_ids or [], done.prompt_logprobs or []
-            begin = len(ids) - len(given)
-            return ScoreOutput(
-                token_ids=ids[begin:],
-                token_logprobs=[logprob for logprob, _ in given],
-                cumulative_logprob=sum(logprob for logprob, _ in given),
-                logprobs=self._logprobs(ids[begin:], given) if logprobs else None,
-                prompt_token_ids=ids[:begin],
-                num_cached_tokens=done.cached_tokens,
-                index=done.index,
-                error=done.error,
-            )
-
-        return self._run_all(prompts, scored, use_tqdm, None, errors, score)
+        return self._run_all(prompts, scored, use_tqdm, None, errors, partial(self._assembler.score, top=logprobs))
 
     def embed(
         self,
@@ -358,21 +320,9 @@ class LLM:
 
         The others, and what is raised, are those of `generate`.
         """
-        prompts = _listed(prompts)
+        prompts = listed(prompts)
         wanted = [_minisgl.Embedded(dimensions)] * len(prompts)
-
-        def embedding(samples: list[_minisgl.Completion], prompt: Any, number: int) -> EmbeddingRequestOutput:
-            (done,) = samples
-            return EmbeddingRequestOutput(
-                request_id=str(number),
-                outputs=EmbeddingOutput(done.embedding or []),
-                prompt_token_ids=done.prompt_token_ids or [],
-                num_cached_tokens=done.cached_tokens,
-                index=done.index,
-                error=done.error,
-            )
-
-        return self._run_all(prompts, wanted, use_tqdm, None, errors, embedding)
+        return self._run_all(prompts, wanted, use_tqdm, None, errors, self._assembler.embedding)
 
     def stream(
         self,
@@ -396,9 +346,9 @@ class LLM:
                 sample it is of; without, each request gives one RequestOutput, when all of its samples have ended.
             errors: as in `generate`.
         """
-        if _is_one(prompts):
+        if is_one(prompts):
             prompts = [prompts]
-        return Stream(self, prompts, self._sampling(sampling_params), tokens, _raises(errors))
+        return Stream(self, prompts, self._sampling(sampling_params), tokens, is_raised(errors))
 
     def _sampling(self, given: Any) -> Iterable[SamplingParams]:
         """Sampling for each of any number of prompts."""
@@ -415,8 +365,8 @@ class LLM:
         errors: str,
         make: Callable[[list[_minisgl.Completion], Any, int], Any] | None = None,
     ) -> list[Any]:
-        make = make or self._output
-        raises = _raises(errors)
+        make = make or self._assembler.output
+        raises = is_raised(errors)
         if sampling_params is not None and not isinstance(sampling_params, SamplingParams):
             sampling_params = list(sampling_params)
             if len(sampling_params) != len(prompts):
@@ -426,14 +376,14 @@ class LLM:
         run = self._engine.start(requests, seed=self._seed, tokens=False)
         ended: list[Any] = [None] * len(prompts)
         try:
-            with _Progress(use_tqdm, len(prompts)) as progress:
+            with Progress(use_tqdm, len(prompts)) as progress:
                 while (places := run.take_into(ended)) is not None:
                     for place in places:
                         samples = ended[place]
                         output = ended[place] = make(samples, prompts[place], numbers[place])
                         progress.add(len(output.prompt_token_ids or ()), sum(len(one.token_ids) for one in samples))
                         if output.error is not None and raises:
-                            raise _refused(output)
+                            raise refused(output)
                         if on_output is not None:
                             on_output(output)
         except KeyboardInterrupt:
@@ -445,192 +395,6 @@ class LLM:
             run.close()
         return ended
 
-    def _output(self, samples: list[_minisgl.Completion], prompt: Any, number: int) -> RequestOutput:
-        """A request's output out of what the engine gives for each of its samples."""
-        first = samples[0]
-        prompt_ids, prompt_logprobs = first.prompt_token_ids, first.prompt_logprobs
-        return RequestOutput(
-            request_id=str(number),
-            prompt=_text_of(prompt),
-            prompt_token_ids=prompt_ids,
-            prompt_logprobs=None
-            if prompt_logprobs is None or not prompt_ids
-            else [None, *self._logprobs(prompt_ids[1:], prompt_logprobs)],
-            outputs=[self._sample(done) for done in samples],
-            finished=True,
-            num_cached_tokens=first.cached_tokens,
-            index=first.index,
-            error=next((done.error for done in samples if done.error is not None), None),
-            warning=first.warning,
-        )
-
-    def _sample(self, done: _minisgl.Completion) -> CompletionOutput:
-        logprobs = done.logprobs
-        token_ids = done.token_ids
-        reason = done.finish_reason
-        return CompletionOutput(
-            index=done.sample,
-            text=done.text or "",
-            token_ids=token_ids,
-            cumulative_logprob=None if logprobs is None else sum(logprob for logprob, _ in logprobs),
-            logprobs=None if logprobs is None else self._logprobs(token_ids, logprobs),
-            finish_reason=_FINISH_REASONS.get(reason, reason),
-            stop_reason=token_ids[-1] if reason == "stop" and done.stop_text is None else done.stop_text,
-        )
-
-    def _part(self, token: _minisgl.Token, prompt: Any, number: int) -> RequestOutput:
-        """A token of a request as an output of its own."""
-        ids, logprobs = [token.token_id], token.logprobs
-        output = CompletionOutput(
-            index=token.sample,
-            text=token.text,
-            token_ids=ids,
-            cumulative_logprob=None if logprobs is None else logprobs[0],
-            logprobs=None if logprobs is None else self._logprobs(ids, [logprobs]),
-        )
-        return RequestOutput(
-            request_id=str(number),
-            prompt=_text_of(prompt),
-            prompt_token_ids=None,
-            prompt_logprobs=None,
-            outputs=[output],
-            finished=False,
-            index=token.index,
-        )
-
-    def _logprobs(
-        self, token_ids: Sequence[int], given: list[tuple[float, list[tuple[int, float]]]]
-    ) -> list[dict[int, Logprob]]:
-        """Of each token, its own and the most probable ones' by id."""
-        rows = []
-        for token_id, (logprob, top) in zip(token_ids, given):
-            row = {token_id: Logprob(logprob, None, self._token_text(token_id))}
-            for rank, (other, logprob) in enumerate(top, 1):
-                row[other] = Logprob(logprob, rank, self._token_text(other))
-            rows.append(row)
-        return rows
-
-    def _token_text(self, token_id: int) -> str | None:
-        known = self._token_texts
-        if token_id not in known:
-            text = self._engine.token_bytes(token_id)
-            known[token_id] = None if text is None else text.decode("utf-8", "replace")
-        return known[token_id]
-
-
-class Stream(Iterator[RequestOutput], AsyncIterator[RequestOutput]):
-    """Outputs as they come; see `LLM.stream`. Read it by `for` or by `async for`, not both, on one thread and in one task."""
-
-    def __init__(self, llm: LLM, prompts: Iterable[Any], sampling: Iterable[SamplingParams], tokens: bool, raises: bool):
-        self._llm = llm
-        self._raises = raises
-        self._tokens = tokens
-        self._closed = False
-        self._waited_for = False
-        #: Prompt and number of each request that has not ended, by its index.
-        self._open: dict[int, tuple[Any, int]] = {}
-        self._ready: deque[RequestOutput] = deque()
-        requests = _noted(zip(prompts, sampling, llm._numbers), self._open)
-        self._run = llm._engine.start(requests, seed=llm._seed, tokens=tokens)
-
-    def __iter__(self) -> Stream:
-        return self
-
-    def __aiter__(self) -> Stream:
-        return self
-
-    def __next__(self) -> RequestOutput:
-        while not self._closed and not self._ready:
-            events = self._run.take()
-            if events is None:
-                raise StopIteration
-            self._hear(events)
-        if self._closed:
-            raise StopIteration
-        return self._give()
-
-    async def __anext__(self) -> RequestOutput:
-        while not self._closed and not self._ready:
-            events = self._run.poll()
-            if events is None:
-                raise StopAsyncIteration
-            if events:
-                self._hear(events)
-            else:
-                await self._wait()
-        if self._closed:
-            raise StopAsyncIteration
-        return self._give()
-
-    async def _wait(self) -> None:
-        if self._waited_for:
-            raise RuntimeError("another task waits for this stream already; read it in one task")
-        self._waited_for = True
-        try:
-            await _readable(self._run.descriptor())
-        finally:
-            self._waited_for = False
-
-    def abort(self, index: int) -> bool:
-        """Ends a request where it is; its output comes as others do. False if it has ended. From any thread."""
-        return self._run.abort(index)
-
-    def close(self) -> None:
-        """Aborts what has not ended; nothing more comes, and who waits for it is told the end. From any thread."""
-        self._closed = True
-        self._run.close()
-
-    def _hear(self, events: list[Any]) -> None:
-        llm, ready = self._llm, self._ready
-        for event in events:
-            if isinstance(event, _minisgl.Token):
-                ready.append(llm._part(event, *self._open[event.index]))
-                continue
-            output = llm._output(event, *self._open.pop(event[0].index))
-            if self._tokens:
-                # Their tokens were given one by one.
-                for last, done in zip(output.outputs, event):
-                    last.text, last.token_ids, last.logprobs = done.last_text, [], None
-            ready.append(output)
-
-    def _give(self) -> RequestOutput:
-        output = self._ready.popleft()
-        if output.error is not None and self._raises:
-            self.close()
-            raise _refused(output)
-        return output
-
-
-class _Progress:
-    """A bar like vLLM's: requests, and tokens a second in and out."""
-
-    def __init__(self, wanted: bool | Callable[..., Any], requests: int) -> None:
-        self._bar = None
-        if wanted:
-            if not callable(wanted):
-                from tqdm.auto import tqdm as wanted
-            speed = "est. speed input: 0.00 toks/s, output: 0.00 toks/s"
-            self._bar = wanted(total=requests, desc="Processed prompts", dynamic_ncols=True, postfix=speed)
-        self._tokens = [0, 0]
-
-    def __enter__(self) -> _Progress:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.close()
-
-    def add(self, tokens_in: int, tokens_out: int) -> None:
-        """Counts a request that has ended."""
-        if self._bar is None:
-            return
-        self._tokens[0] += tokens_in
-        self._tokens[1] += tokens_out
-        seconds = self._bar.format_dict["elapsed"] or 1e-9
-        speeds = [count / seconds for count in self._tokens]
-        self._bar.postfix = f"est. speed input: {speeds[0]:.2f} toks/s, output: {speeds[1]:.2f} toks/s"
-        self._bar.update()
-
 
 def _kept(ended: list[Any], prompts: list[Any], numbers: list[int], make: Callable[[Any, Any, int], Any]) -> list[Any]:
     """What had ended, those that came last included."""
@@ -638,60 +402,6 @@ def _kept(ended: list[Any], prompts: list[Any], numbers: list[int], make: Callab
         make(done, prompts[place], numbers[place]) if isinstance(done, list) else done
         for place, done in enumerate(ended)
     ]
-
-
-def _noted(requests: Iterable[tuple[Any, Any, int]], into: dict[int, tuple[Any, int]]) -> Iterator[tuple[Any, Any, int]]:
-    """Requests, noted by their index as they are pulled. Holds no Stream, so that one which is dropped goes at once."""
-    for index, request in enumerate(requests):
-        prompt, _, number = request
-        into[index] = prompt, number
-        yield request
-
-
-async def _readable(descriptor: int) -> None:
-    """Waits for a file descriptor without holding up the event loop."""
-    loop = asyncio.get_running_loop()
-    readable = loop.create_future()
-    loop.add_reader(descriptor, lambda: readable.done() or readable.set_result(None))
-    try:
-        await readable
-    finally:
-        loop.remove_reader(descriptor)
-
-
-def _is_one(prompts: Any) -> bool:
-    """Is it one prompt, not several?"""
-    if isinstance(prompts, (str, dict, _minisgl.Chat)):
-        return True
-    if getattr(prompts, "ndim", None) == 1:
-        return prompts.dtype.kind in "iu"
-    return isinstance(prompts, (list, tuple)) and len(prompts) > 0 and isinstance(prompts[0], Integral)
-
-
-def _listed(prompts: Any) -> list[Any]:
-    if _is_one(prompts):
-        return [prompts]
-    return prompts if isinstance(prompts, list) else list(prompts)
-
-
-def _text_of(prompt: Any) -> str | None:
-    """The prompt's text, where it was given as one."""
-    if isinstance(prompt, dict):
-        prompt = prompt.get("prompt")
-    return prompt if isinstance(prompt, str) else None
-
-
-def _raises(errors: str) -> bool:
-    if errors not in ("raise", "keep"):
-        raise ValueError(f'errors={errors!r} is neither "raise" nor "keep"')
-    return errors == "raise"
-
-
-def _refused(output: RequestOutput | ScoreOutput | EmbeddingRequestOutput) -> _minisgl.RequestError:
-    error = _minisgl.RequestError(f"prompt {output.index}: {output.error}")
-    error.index = output.index
-    error.outputs = []
-    return error
 
 
 def _rebuild(kind: type[LLM], arguments: dict[str, Any]) -> LLM:
