@@ -1,4 +1,4 @@
-//! The kernels' parameters, as `attention_work.cuh` and the two `attention_prefill.cuh` declare them.
+//! The kernels' parameters, as `attention_work.cuh`, Hopper's `prefill_work.cuh` and the portable `attention_prefill.cuh` declare them.
 
 use crate::memory::Address;
 use crate::param::plain_params;
@@ -103,7 +103,7 @@ mod tests {
             }
         );
         assert_declared!(
-            &["hopper/attention/attention_prefill.cuh"],
+            &["hopper/attention/prefill_work.cuh"],
             "PrefillParams",
             PrefillParams {
                 plan,
@@ -120,7 +120,7 @@ mod tests {
                 window,
             }
         );
-        assert_declared!(&["hopper/attention/attention_prefill.cuh"], "KeptPages", KeptPages { k, v });
+        assert_declared!(&["hopper/attention/prefill_work.cuh"], "KeptPages", KeptPages { k, v });
         assert_declared!(
             &["portable/attention_prefill.cuh"],
             "PrefillParams",

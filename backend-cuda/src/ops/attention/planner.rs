@@ -350,7 +350,7 @@ mod tests {
             assert_eq!(constant(source, "DECODE_BLOCKS"), set.decode_blocks, "{source}");
             assert_eq!(constant(source, "DECODE_WARPS"), set.decode_warps, "{source}");
         }
-        let prefill = |name| constant("hopper/attention/attention_prefill.cuh", name);
+        let prefill = |name| constant("hopper/attention/prefill_work.cuh", name);
         let minisgl_kernels::attention::Prefill { parts, part_queries, .. } = hopper.prefill;
         assert_eq!((prefill("PARTS"), prefill("PART_QUERIES")), (parts, part_queries));
         assert_eq!(constant("portable/attention_prefill.cuh", "COLUMNS"), portable.prefill.part_queries);
