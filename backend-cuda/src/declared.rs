@@ -155,7 +155,7 @@ mod tests {
         let names: Vec<_> = statements(body).iter().flat_map(|it| declarators(it).1).collect();
         let expected = [("sums", true, 1), ("one", false, 1), ("a", false, 3)];
         assert_eq!(names, expected.map(|(name, pointer, count)| (name.to_owned(), pointer, count)));
-        let fields = fields(&["epilogue.cuh"], "RowNorm");
+        let fields = fields(&["epilogue/row_norm.cuh"], "RowNorm");
         assert_eq!(fields[0], ("sumsq".to_owned(), 0, 8));
         assert_eq!(fields.last(), Some(&("eps".to_owned(), 16, 4)));
     }

@@ -10,6 +10,7 @@
 #pragma once
 
 #include "epilogue.cuh"
+#include "shape.cuh"
 
 constexpr int BM = 128, BK = 64, THREADS = 256, WARPS = 8;
 constexpr int STAGED = BM + 4; // floats between two tokens' sums: a warp's fragment meets no bank twice

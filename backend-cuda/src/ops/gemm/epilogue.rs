@@ -243,7 +243,14 @@ mod tests {
 
     #[test]
     fn parameters_have_the_fields_that_the_kernels_declare() {
-        let files = &["epilogue.cuh"];
+        let files = &[
+            "epilogue/row_norm.cuh",
+            "epilogue/qkv.cuh",
+            "epilogue/residual.cuh",
+            "epilogue/rank_sums.cuh",
+            "epilogue/gate_up.cuh",
+            "epilogue/stored.cuh",
+        ];
         assert_declared!(files, "RowNorm", RowNorm { sumsq, segments, hidden, eps });
         assert_declared!(
             files,

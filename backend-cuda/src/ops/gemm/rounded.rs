@@ -414,7 +414,7 @@ mod tests {
     #[test]
     fn the_host_and_the_kernels_mean_the_same_by_inputs_and_scales() {
         assert_declared!(
-            &["hopper/fp8/fp8_inputs.cu", "epilogue.cuh"],
+            &["hopper/fp8/fp8_inputs.cu", "epilogue/row_norm.cuh"],
             "Fp8Inputs",
             Fp8Inputs { x, norm, row_norm, codes, scales, fixed, cols, pitch, group, reserved }
         );

@@ -34,7 +34,7 @@ pub(super) fn fits_l2(rows: u32, cols: u32) -> bool {
     u64::from(rows) * u64::from(cols) * 2 <= L2_MIB << 20
 }
 
-/// The sizes of a product, as `epilogue.cuh` declares them.
+/// The sizes of a product, as `shape.cuh` declares them.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Shape {
@@ -80,7 +80,7 @@ mod tests {
 
     #[test]
     fn sizes_have_the_fields_that_the_kernels_declare() {
-        assert_declared!(&["epilogue.cuh"], "Shape", Shape { rows, cols, tokens, slices });
+        assert_declared!(&["shape.cuh"], "Shape", Shape { rows, cols, tokens, slices });
     }
 
     #[test]

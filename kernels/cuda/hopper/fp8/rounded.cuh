@@ -19,6 +19,7 @@
 #include "epilogue.cuh"
 #include "hopper/hopper.cuh"
 #include "hopper/gemm/wide.cuh"
+#include "shape.cuh"
 
 // Where both operands' scales lie: a kernel's parameter.
 struct CodeScales {

@@ -46,6 +46,7 @@
 #include "place.cuh"
 #include "hopper/gemm/many_epilogue.cuh"
 #include "hopper/gemm/split.cuh"
+#include "shape.cuh"
 
 // Both operands are bf16, and that is all; gemm_rounded_many.cu has what is to be said of codes.
 struct Words {

@@ -7,6 +7,7 @@
 
 #include "hopper/hopper.cuh"
 #include "hopper/gemm/wide.cuh"
+#include "shape.cuh"
 
 // The sums of a block's 64 GROUPS rows for N tokens.
 template <int GROUPS, int N> struct Sums {
