@@ -27,7 +27,7 @@ pub(super) const BLOCK_COLS: u32 = SLICING.block as u32;
 /// Columns up to which one block sums all of a query's, key's or value's.
 const WHOLE_COLS: u32 = 1024;
 
-/// MiB of the largest matrix that L2 holds beside the activations. `gemm_many.cuh` draws the same line.
+/// MiB of the largest matrix that L2 holds beside the activations. `many_tiles.cuh` draws the same line.
 const L2_MIB: u64 = 24;
 
 pub(super) fn fits_l2(rows: u32, cols: u32) -> bool {
@@ -86,7 +86,7 @@ mod tests {
     #[test]
     fn both_sides_think_the_same_matrices_fit_l2() {
         let line = format!("(size_t)shape.rows * shape.cols * 2 <= {L2_MIB}u << 20");
-        assert!(source("hopper/gemm/gemm_many.cuh").contains(&line));
+        assert!(source("hopper/gemm/many_tiles.cuh").contains(&line));
     }
 
     #[test]

@@ -92,20 +92,6 @@ template <bool PAIRS_> struct Codes {
     }
 };
 
-// Starts the products of the block at hand, and adds them to `part`, or to zero.
-template <class P>
-__device__ __forceinline__ void start(const Shared<P> &shared, const Turn<P> &position, float (&part)[P::M / 2], bool add) {
-    const unsigned stage = shared.stage(position.at);
-    barrier_wait(shared.full + 8 * position.at, position.parity);
-    const unsigned long long a = tile_descriptor(stage + threadIdx.x / 128 * 64 * 128);
-    const unsigned long long b = tile_descriptor(stage + P::X_BYTES);
-    wgmma_fence();
-#pragma unroll
-    for (int k = 0; k < 4; k++)
-        wgmma_codes(part, a + 2 * k, b + 2 * k, add || k > 0);
-    wgmma_commit();
-}
-
 // Takes out the sums of a group of columns, whose scales lie at stage `at`, and calls `release` when they are read.
 template <class P, class Release>
 __device__ __forceinline__ void take(const Shared<P> &shared, unsigned at, float (&part)[P::M / 2], float (&sum)[P::M / 2],
@@ -163,8 +149,8 @@ __device__ __forceinline__ void multiply_groups(const Shared<P> &shared, const C
         hold(odd);
     unsigned at = 0; // the last block that was begun
     const auto group_end = [&](unsigned first) { return GROUPED ? scales.group_end(first, end) : first + 1; };
-    const auto begin_next = [&](unsigned i, float(&part)[P::M / 2], bool add) {
-        start(shared, position, part, add);
+    const auto begin_next = [&](unsigned i, float(&part)[P::M / 2], bool is_first) {
+        start_block(shared, position, part, is_first);
         if (i + 1 == end)
             open();
         at = position.at;
@@ -176,7 +162,7 @@ __device__ __forceinline__ void multiply_groups(const Shared<P> &shared, const C
 #pragma unroll 1
         for (; GROUPED && i < last; i++) {
             const unsigned before = at;
-            begin_next(i, part, true);
+            begin_next(i, part, false);
             wgmma_wait<1>();
             release(before);
         }
@@ -188,13 +174,13 @@ __device__ __forceinline__ void multiply_groups(const Shared<P> &shared, const C
 #pragma unroll 1
     for (unsigned first = begin, last; first < end; first = last) {
         last = group_end(first);
-        begin_next(first, even, false);
+        begin_next(first, even, true);
         add_blocks(first + 1, last, even);
         if constexpr (SETS == 2)
             if (last < end) {
                 const unsigned second = last, of_even = at;
                 last = group_end(second);
-                begin_next(second, odd, false);
+                begin_next(second, odd, true);
                 wgmma_wait<1>();
                 take_out(of_even, even);
                 add_blocks(second + 1, last, odd);
