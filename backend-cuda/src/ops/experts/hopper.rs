@@ -314,7 +314,7 @@ mod tests {
 
     #[test]
     fn both_sides_declare_the_same() {
-        let common = &["hopper/experts/experts_products.cuh"];
+        let common = &["hopper/experts/experts_outputs.cuh"];
         assert_declared!(common, "GateUpOfExperts", GateUp { activated, tickets });
         assert_declared!(common, "DownOfExperts", Down { given, tickets });
         for (tiling, file, name, beside, kernel) in TILINGS {
