@@ -8,7 +8,7 @@ use std::sync::Arc;
 use minisgl_core::backend::Device;
 use minisgl_core::batch::StepShape;
 use minisgl_core::config::{Limits, LimitsError};
-use minisgl_core::constraint::Constraint;
+use minisgl_core::constraint::{Constraint, ConstraintState};
 use minisgl_core::engine::{Engine, EngineError, EngineOptions};
 use minisgl_core::executor::Executor;
 use minisgl_core::fit::Fit;
@@ -618,6 +618,52 @@ fn rows_without_a_constraint_wait_for_nobodys_mask_and_masks_are_waited_for_when
         run_dry(&mut engine, &mut outcomes);
         let expected = alone_within(&bound.0, &bound.1, &[], SMALL.sequence, u32::MAX, Some(seed));
         assert_eq!(outcomes.of(bound_ticket).tokens, expected.0);
+    }
+}
+
+/// A constraint whose state never changes.
+#[derive(Debug)]
+struct Stuck(ConstraintState);
+
+impl Constraint for Stuck {
+    fn accept(&self, token: u32) {
+        panic!("token {token} was drawn");
+    }
+
+    fn state(&self) -> ConstraintState {
+        self.0
+    }
+
+    fn wait(&self) {}
+
+    fn write_mask(&self, _: &mut [u32]) {
+        panic!("there is no mask");
+    }
+}
+
+#[test]
+fn a_request_whose_constraint_allows_nothing_from_the_beginning_ends_and_those_behind_it_run() {
+    for (state, reason) in [
+        (ConstraintState::Complete, FinishReason::Complete),
+        (ConstraintState::Failed, FinishReason::ConstraintFailed),
+    ] {
+        let mut engine = engine(options(Limits { running: 1, ..SMALL }));
+        let constraint: Arc<dyn Constraint> = Arc::new(Stuck(state));
+        let request = Request { constraint: Some(&constraint), ..Request::new(&[1, 2], exactly(3)) };
+        let (mut outcomes, free) = (Outcomes::default(), (prompt(1, 5), exactly(4)));
+        let first = engine.submit(Request::new(&free.0, free.1)).expect("it can run").ticket;
+        let stuck = [(); 2].map(|()| engine.submit(request).expect("it can run").ticket);
+        let last = engine.submit(Request::new(&free.0, free.1)).expect("it can run").ticket;
+        for _ in 0..20 {
+            engine.step(&mut |event| outcomes.take_in(event)).expect("the device does not fail");
+        }
+        assert!(engine.is_idle());
+        for ticket in stuck {
+            assert_eq!(outcomes.of(ticket).finished, Some((reason, 0)));
+        }
+        for ticket in [first, last] {
+            assert_eq!(outcomes.of(ticket).tokens, alone(&free.0, &free.1, SMALL.sequence).0);
+        }
     }
 }
 

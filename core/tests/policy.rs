@@ -23,6 +23,12 @@ const GPU: StepCosts = StepCosts {
 };
 /// Of nothing.
 const NOTHING: Line = Line { fixed_ms: 0.0, token_ms: 0.0 };
+/// Of a device on which prompts had better run together.
+const DEAR_PROMPTS: StepCosts = StepCosts {
+    decode: Line { fixed_ms: 10.0, token_ms: 0.0 },
+    mixed: Line { fixed_ms: 80.0, token_ms: 0.1 },
+    attention: NOTHING,
+};
 
 /// 250 requests decode, a prompt waits for which there is a place, others for places.
 const DEMAND: Demand = Demand {
@@ -338,12 +344,7 @@ fn with_latency_a_step_is_launched_when_the_one_in_flight_is_about_to_end_and_el
 fn requests_that_share_a_prefix_count_as_what_is_left_of_them() {
     // Two of 72 tokens would fill a step of 128, and run at once; but 68 of each are in the cache.
     let limits = Limits { running: 5, prefill_tokens: 128, sequence: 100, pages: 200, ..SMALL };
-    let costs = StepCosts {
-        decode: Line { fixed_ms: 10.0, token_ms: 0.0 },
-        mixed: Line { fixed_ms: 80.0, token_ms: 0.1 },
-        attention: NOTHING,
-    };
-    let mut engine = Engine::new(Lazy::priced(Pace::Late, costs), Hashing::default(), options(limits))
+    let mut engine = Engine::new(Lazy::priced(Pace::Late, DEAR_PROMPTS), Hashing::default(), options(limits))
         .expect("valid limits");
     let mut outcomes = Outcomes::default();
     let prompt = |tail: u32| -> Vec<u32> { (0..68).map(|i| i % 13).chain([tail; 4]).collect() };
@@ -363,13 +364,9 @@ fn requests_that_share_a_prefix_count_as_what_is_left_of_them() {
 fn a_prompt_is_held_back_only_while_others_wait_for_a_place() {
     for (backlog, runs_at_once) in [(0, true), (9, false)] {
         let limits = Limits { running: 4, prefill_tokens: 128, sequence: 100, pages: 200, ..SMALL };
-        let costs = StepCosts {
-            decode: Line { fixed_ms: 10.0, token_ms: 0.0 },
-            mixed: Line { fixed_ms: 80.0, token_ms: 0.1 },
-            attention: NOTHING,
-        };
-        let mut engine = Engine::new(Lazy::priced(Pace::Late, costs), Hashing::default(), options(limits))
-            .expect("valid limits");
+        let mut engine =
+            Engine::new(Lazy::priced(Pace::Late, DEAR_PROMPTS), Hashing::default(), options(limits))
+                .expect("valid limits");
         let mut outcomes = Outcomes::default();
         let mut step = |engine: &mut Engine<_>| {
             let report = engine.step(&mut |event| outcomes.take_in(event)).expect("the device does not fail");
@@ -382,6 +379,41 @@ fn a_prompt_is_held_back_only_while_others_wait_for_a_place() {
         assert!(step(&mut engine).is_decode(), "it has just come, and others may follow");
         assert_eq!(step(&mut engine).prefill_rows == 1, runs_at_once, "a backlog of {backlog}");
     }
+}
+
+#[test]
+fn a_prompt_is_held_back_while_others_find_no_pages() {
+    for (pages, runs_at_once) in [(200, true), (20, false)] {
+        let limits = Limits { running: 4, prefill_tokens: 128, sequence: 100, pages, ..SMALL };
+        let mut engine =
+            Engine::new(Lazy::priced(Pace::Late, DEAR_PROMPTS), Hashing::default(), options(limits))
+                .expect("valid limits");
+        let step = |engine: &mut Engine<_>| {
+            let report = engine.step(&mut |_| ()).expect("the device does not fail");
+            report.launched.expect("there is something to run")
+        };
+        engine.submit(Request::new(&[1; 20], exactly(60))).expect("it can run");
+        step(&mut engine);
+        // Of 14 pages and one for each that runs, the second takes 5, and the third finds less than 10.
+        for prompt in [&[2; 20][..], &[3; 40]] {
+            engine.submit(Request::new(prompt, exactly(20))).expect("it can run");
+        }
+        assert!(step(&mut engine).is_decode(), "they have just come, and others may follow");
+        assert_eq!(step(&mut engine).prefill_rows > 0, runs_at_once, "{pages} pages");
+    }
+}
+
+#[test]
+fn with_latency_a_prompt_beside_which_nobody_decodes_goes_in_whole_steps() {
+    let limits = Limits { running: 8, sequence: 1024, pages: 1000, prefill_tokens: 512, ..SMALL };
+    let mut options = options(limits);
+    options.scheduler.policy = Policy::Latency;
+    let mut engine = Engine::new(Lazy::priced(Pace::Late, DEAR_PROMPTS), Hashing::default(), options)
+        .expect("valid limits");
+    engine.submit(Request::new(&[4; 1000], exactly(3))).expect("it can run");
+    let mut launched = || engine.step(&mut |_| ()).expect("the device does not fail").launched;
+    let tokens = [launched(), launched()].map(|shape| shape.map(|shape| shape.prefill_tokens()));
+    assert_eq!(tokens, [Some(512), Some(488)]);
 }
 
 #[test]

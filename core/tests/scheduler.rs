@@ -4,12 +4,12 @@ mod support;
 
 use std::sync::Arc;
 
-use minisgl_core::batch::Batch;
+use minisgl_core::batch::{Batch, StepShape};
 use minisgl_core::config::{Limits, LimitsError};
 use minisgl_core::constraint::Constraint;
-use minisgl_core::costs::StepCosts;
+use minisgl_core::costs::{Line, StepCosts};
 use minisgl_core::embedding::Embed;
-use minisgl_core::request::{Event, FinishReason, Request, Ticket};
+use minisgl_core::request::{Event, FinishReason, Request, SubmitError, Ticket};
 use minisgl_core::rules::Rules;
 use minisgl_core::sampling::{NO_TOKEN, PromptLogprobs, RowLogprobs, SamplingParams};
 use minisgl_core::scheduler::{Order, Scheduler, Settings};
@@ -22,6 +22,13 @@ use support::{SETTINGS, SMALL, exactly};
 fn scheduler_within(limits: Limits) -> Scheduler {
     Scheduler::new(limits, SETTINGS, StepCosts::default(), &[], None).expect("host memory")
 }
+
+/// With these prompts had better run together.
+const DEAR_PROMPTS: StepCosts = StepCosts {
+    decode: Line { fixed_ms: 10.0, token_ms: 0.0 },
+    mixed: Line { fixed_ms: 80.0, token_ms: 0.0 },
+    attention: Line { fixed_ms: 0.0, token_ms: 0.0 },
+};
 
 fn scheduler() -> Scheduler {
     scheduler_within(SMALL)
@@ -216,6 +223,57 @@ fn a_mask_that_never_changes_comes_when_its_slot_is_taken_and_no_more() {
 }
 
 #[test]
+fn nothing_is_kept_of_what_a_request_said_of_tokens_once_it_has_ended() {
+    let rules = Arc::new(Rules::new(vec![(1, 0.5)], vec![], &[]).unwrap());
+    let constraint: Arc<dyn Constraint> = Arc::new(Rule::new(1, 0));
+    let mut scheduler = scheduler();
+    let request =
+        Request { rules: Some(&rules), constraint: Some(&constraint), ..Request::new(&[1, 2], exactly(3)) };
+    let ticket = scheduler.submit(request).expect("it can run").ticket;
+    assert_eq!((Arc::strong_count(&rules), Arc::strong_count(&constraint)), (2, 2));
+    assert!(scheduler.abort(ticket, &mut |_| ()));
+    assert_eq!((Arc::strong_count(&rules), Arc::strong_count(&constraint)), (1, 1));
+}
+
+#[test]
+fn prompts_run_where_those_that_a_policy_has_decode_instead_wait_for_their_masks() {
+    // The policy holds prompts back while others wait for places; but nobody can decode.
+    let mut scheduler = Scheduler::new(SMALL, SETTINGS, DEAR_PROMPTS, &[], None).expect("host memory");
+    scheduler.set_backlog(9);
+    let constraint: Arc<dyn Constraint> = Arc::new(Rule::new(1, u32::MAX));
+    let request = Request { constraint: Some(&constraint), ..Request::new(&[1, 2], exactly(3)) };
+    scheduler.submit(request).expect("it can run");
+    let mut batch = Batch::new(&SMALL);
+    assert!(!scheduler.schedule(&mut batch) && scheduler.wait_for_mask());
+    assert!(scheduler.schedule(&mut batch));
+    let Allowed::Mask(mask) = allowed(1, &[]) else { panic!("something may come first") };
+    scheduler.complete(&batch, &[mask.trailing_zeros()], &[], &mut |_| ());
+    let prompt = submit(&mut scheduler, &[3], 2);
+    assert!(scheduler.schedule(&mut batch));
+    assert_eq!(batch.owners(), [prompt]);
+}
+
+#[test]
+fn a_prompt_is_held_back_from_when_there_is_a_place_for_it() {
+    // A row that stays empty costs 10 / 2 ms a step, and a step of prompts 80 ms by itself.
+    let limits = Limits { running: 2, ..SMALL };
+    for output in [20, 25, 31] {
+        let mut scheduler = Scheduler::new(limits, SETTINGS, DEAR_PROMPTS, &[], None).expect("host memory");
+        for (text, output) in [(1, output), (2, 60), (3, 5)] {
+            submit(&mut scheduler, &[text], output);
+        }
+        scheduler.set_backlog(9);
+        let (mut batch, mut held) = (Batch::new(&limits), 0);
+        while scheduler.waiting() > 0 {
+            assert!(scheduler.schedule(&mut batch));
+            held += u32::from(batch.shape() == StepShape::decode(1));
+            scheduler.complete(&batch, &[5; 2][..batch.samples() as usize], &[], &mut |_| ());
+        }
+        assert_eq!(held, 80 / 5, "behind an output of {output} tokens");
+    }
+}
+
+#[test]
 fn a_tiny_temperature_reaches_the_device_as_greedy() {
     let mut scheduler = scheduler();
     for temperature in [1e-39, 0.5] {
@@ -390,6 +448,44 @@ fn an_admission_leaves_a_page_for_each_running_request() {
 }
 
 #[test]
+fn whoever_has_room_is_admitted_though_one_before_it_had_none_and_was_aborted() {
+    // A prompt of four pages finds three of five, of which one is the running request's.
+    let limits = Limits { pages: 5, ..SMALL };
+    let mut scheduler = scheduler_within(limits);
+    submit(&mut scheduler, &[1; 7], 2);
+    let [large, small] = [14, 4].map(|len| submit(&mut scheduler, &vec![2; len], 1));
+    let mut batch = Batch::new(&limits);
+    assert!(scheduler.schedule(&mut batch));
+    assert_eq!(batch.owners().len(), 1, "there is no room");
+    assert!(scheduler.abort(large, &mut |_| ()));
+    scheduler.complete(&batch, &[5], &[], &mut |_| ());
+    assert!(scheduler.schedule(&mut batch));
+    assert_eq!(batch.owners().last(), Some(&small));
+}
+
+#[test]
+fn retracted_requests_take_no_places_of_the_queue() {
+    let limits = Limits { pages: 12, prefill_tokens: 64, queued: 4, ..SMALL };
+    let mut scheduler = scheduler_within(limits);
+    let texts = [1, 2, 3, 4];
+    for text in texts {
+        submit(&mut scheduler, &[text; 8], 20);
+    }
+    let mut batch = Batch::new(&limits);
+    while scheduler.stats().retractions == 0 {
+        assert!(scheduler.schedule(&mut batch));
+        scheduler.complete(&batch, &[5; 4][..batch.samples() as usize], &[], &mut |_| ());
+    }
+    for text in texts {
+        submit(&mut scheduler, &[text; 8], 20);
+    }
+    let refused = scheduler.submit(Request::new(&[1], exactly(1)));
+    assert_eq!(refused, Err(SubmitError::QueueFull { capacity: 4 }));
+    run_dry(&mut scheduler, &limits);
+    assert_eq!(scheduler.stats().finished, 8);
+}
+
+#[test]
 fn a_prompt_that_is_cut_is_run_to_its_end_before_another_one_begins() {
     let mut scheduler = scheduler();
     let [long, short] = [50, 3].map(|len| submit(&mut scheduler, &vec![1; len], 4));
@@ -422,6 +518,27 @@ fn a_step_admits_as_many_requests_as_it_has_words_for_their_rules() {
     assert_eq!(prompts_by_step(&[large.clone(), large.clone(), large.clone(), small]), [4, 0]);
     let biased = Rules::new((0..13).map(|id| (id, 0.5)).collect(), vec![], &vec![vec![1]; 511]).unwrap();
     assert_eq!(prompts_by_step(&vec![biased; 4]), [3, 1]);
+}
+
+#[test]
+fn a_step_admits_as_many_requests_as_it_has_updates_for_the_pages_that_they_share() {
+    let limits =
+        Limits { running: 128, queued: 128, page_size: 1, pages: 8192, prefill_tokens: 256, ..SMALL };
+    let mut scheduler = scheduler_within(limits);
+    let prompt = [3; 60];
+    submit(&mut scheduler, &prompt, 4);
+    let (mut batch, mut entered) = (Batch::new(&limits), Vec::new());
+    assert!(scheduler.schedule(&mut batch));
+    for _ in 0..127 {
+        submit(&mut scheduler, &prompt, 4);
+    }
+    while scheduler.waiting() > 0 {
+        scheduler.complete(&batch, &[5; 128][..batch.samples() as usize], &[], &mut |_| ());
+        assert!(scheduler.schedule(&mut batch));
+        entered.push(batch.shape().prefill_rows as usize);
+        scheduler.check();
+    }
+    assert_eq!(entered, [limits.page_updates() / 60, 127 - limits.page_updates() / 60], "60 pages each");
 }
 
 /// Prompts in the order of their admission, one running at a time: `first` wait together, and when one of them is running, those
