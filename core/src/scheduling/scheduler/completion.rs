@@ -9,7 +9,7 @@ use crate::table::{RequestTable, State};
 use super::Scheduler;
 
 impl Scheduler {
-    /// Takes what has come of a step's scored tokens, before the step is completed.
+    /// Takes what has come of a step's scored tokens. The step is completed next, which forgets those that have ended.
     pub fn take_scores(&mut self, batch: &Batch, scores: &[RowLogprobs], sink: &mut impl FnMut(Event<'_>)) {
         let mut scores = scores;
         for tokens in batch.scored().chunk_by(|one, other| one.owner == other.owner) {
@@ -23,7 +23,6 @@ impl Scheduler {
                 sink(Event::PromptLogprobs { ticket, logprobs });
             }
         }
-        self.forget_ended();
     }
 
     /// Takes what a completed step gives of a prompt's embedding, all its values. `forget_ended` is due then.

@@ -110,10 +110,7 @@ impl Scheduler {
     /// give pages back.
     fn push_drafts(&mut self, entry: u32, requests: u32, batch: &mut Batch) {
         let request = self.table.get(entry);
-        if self.table.is_constrained(entry)
-            || request.planned != request.known + 1
-            || request.computed != request.known
-        {
+        if self.table.is_constrained(entry) || request.planned != request.known + 1 {
             return;
         }
         let (known, hits) = (request.known, self.table.details(entry).hits);
@@ -123,7 +120,7 @@ impl Scheduler {
             // A continuation that reaches the end goes on with what it says itself.
             let at = continuation + draft % (known - continuation);
             if self.needs_page(entry) {
-                if self.pages_above_watermark() <= 0 || batch.room_for_updates() == 0 {
+                if self.pages_above_watermark() <= 0 {
                     return;
                 }
                 self.grow(entry, batch);

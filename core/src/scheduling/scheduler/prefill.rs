@@ -30,12 +30,12 @@ impl Scheduler {
         let count = tokens.min(request.prefill_len - request.computed);
         let end = request.computed + count;
         let missing = end.div_ceil(self.limits.page_size).saturating_sub(request.pages);
-        if missing > self.pool.available() || missing as usize > batch.room_for_updates() {
+        if missing > self.pool.available() {
             return false;
         }
         let last = end == request.prefill_len;
         let embeds = last && self.table.details(entry).params.embed.is_some();
-        if (last && !self.can_draw(entry)) || (embeds && !batch.has_room_for_embedded()) {
+        if embeds && !batch.has_room_for_embedded() {
             return false;
         }
         for _ in 0..missing {
