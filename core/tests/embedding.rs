@@ -5,7 +5,7 @@ mod support;
 use minisgl_core::config::Limits;
 use minisgl_core::embedding::Embed;
 use minisgl_core::engine::Engine;
-use minisgl_core::request::{FinishReason, Request, SubmitError};
+use minisgl_core::request::{Event, FinishReason, Request, SubmitError};
 use minisgl_core::sampling::{PromptLogprobs, SamplingError, SamplingParams};
 
 use support::expected::{self, FAILING, HIDDEN, VOCAB};
@@ -55,9 +55,11 @@ fn as_many_values_come_as_are_wanted() {
     let outcome = run_all(&mut engine, &[(text.clone(), cut(Some(2)))]).remove(0);
     assert_eq!(outcome.embedding.as_deref(), Some(&expected::embedding(&text, 0, u32::MAX)[..2]));
     for asked in [0, 4, u32::MAX] {
-        let refused = engine.submit(Request::new(&text, cut(Some(asked))));
-        let error = SamplingError::Dimensions { asked, most: HIDDEN as u32 };
-        assert_eq!(refused, Err(SubmitError::Sampling(error)));
+        let request = Request::new(&text, cut(Some(asked)));
+        let refused = SubmitError::Sampling(SamplingError::Dimensions { asked, most: HIDDEN as u32 });
+        assert_eq!(engine.submit(request), Err(refused));
+        let group = engine.submit_group(&[request; 2], &mut |_| panic!("none is taken in"));
+        assert_eq!(group, Err(refused));
     }
     let drawing = [
         SamplingParams { max_tokens: 1, ..embedded() },
@@ -147,4 +149,19 @@ fn an_embedding_that_is_no_numbers_fails_its_own_request_alone() {
     assert!(matches!(outcomes[0].finished, Some((FinishReason::NotNumbers, _))));
     assert_eq!(outcomes[0].embedding, None);
     assert_embedded(&outcomes[1], &text);
+}
+
+#[test]
+fn as_many_prompts_as_come_back_at_once_are_embedded_in_a_step_and_the_others_in_the_next() {
+    let limits =
+        Limits { running: 300, queued: 300, prefill_tokens: 600, pages: 600, graph_rows: 0, ..SMALL };
+    let mut engine = engine(options(limits));
+    for i in 0..300 {
+        engine.submit(Request::new(&[i % VOCAB], embedded())).expect("it can run");
+    }
+    let mut embedded = 0;
+    let mut hear = |event: Event<'_>| embedded += u32::from(matches!(event, Event::Embedding { .. }));
+    let mut launched = || engine.step(&mut hear).expect("the device does not fail").launched;
+    let rows = [(); 3].map(|()| launched().map(|shape| shape.prefill_rows));
+    assert_eq!((rows, embedded), ([Some(256), Some(44), None], 300));
 }

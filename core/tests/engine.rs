@@ -106,6 +106,19 @@ fn a_model_is_changed_while_nobody_waits_or_runs_and_what_it_computed_before_is_
 }
 
 #[test]
+fn an_engine_whose_last_step_is_in_flight_is_not_idle() {
+    let mut engine = engine(options(SMALL));
+    let ticket = engine.submit(Request::new(&[1, 2, 3], exactly(9))).unwrap().ticket;
+    engine.step(&mut |_| {}).unwrap();
+    assert!(engine.abort(ticket, &mut |_| {}));
+    assert!(!engine.is_idle());
+    let changed = engine.update_model(|_| panic!("a step runs"));
+    assert!(matches!(changed, Err(EngineError::Busy)));
+    let report = engine.step(&mut |_| {}).unwrap();
+    assert!(report.launched.is_none() && report.completed.is_some() && engine.is_idle());
+}
+
+#[test]
 fn a_prompt_that_is_wholly_cached_still_runs_its_last_page() {
     let mut engine = engine(options(SMALL));
     let request = (prompt(2, 12), exactly(3));
@@ -492,6 +505,20 @@ fn pages_are_as_many_as_memory_holds_beside_everything_else_however_little_there
 }
 
 #[test]
+fn pages_take_their_share_of_the_memory_though_more_could_be_addressed() {
+    let pages = |share| {
+        let mut device = Lazy::new(Pace::AtOnce);
+        device.memory_limit = 50_000;
+        let (fit, limits) =
+            (Some(Fit { share, least: 1 }), Limits { pages: u32::MAX / SMALL.page_size - 1, ..SMALL });
+        let engine = Engine::new(device, Hashing::default(), EngineOptions { fit, ..options(limits) });
+        engine.expect("memory suffices").limits().pages
+    };
+    let (all, half) = (pages(1.0), pages(0.5));
+    assert!(all > 1000 && all.abs_diff(2 * half) <= 3, "{all} pages, and of half the memory {half}");
+}
+
+#[test]
 fn pages_go_with_the_steps_that_were_recorded_on_them() {
     let mut device = Lazy::new(Pace::AtOnce);
     (device.memory_limit, device.graph_words) = (1 << 20, 7);
@@ -516,7 +543,7 @@ fn capacities_that_make_no_engine_are_refused_with_the_reason() {
         change(&mut limits);
         Engine::new(Lazy::new(Pace::Late), Hashing::default(), options(limits)).map(|_| ())
     };
-    assert!(build(|_| ()).is_ok());
+    assert!(build(|_| ()).is_ok() && build(|limits| limits.sequence = 4096).is_ok());
     let pages = build(|limits| limits.pages = 0);
     assert!(matches!(pages, Err(EngineError::Limits(LimitsError::Zero("number of pages")))));
     let size = build(|limits| limits.page_size = 12);

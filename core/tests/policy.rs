@@ -81,6 +81,9 @@ fn running_requests_decode_beside_prompts_where_that_costs_less_than_it_spares()
     assert!(decodes(GPU, &full));
     let dear_beside_prompts = Line { fixed_ms: 1.5, token_ms: 0.01 };
     assert!(!decodes(StepCosts { mixed: dear_beside_prompts, ..GPU }, &full));
+    // A step less spares what it costs by itself, too.
+    let dearer_than_rows = Line { fixed_ms: 1.5, token_ms: 0.004 };
+    assert!(decodes(StepCosts { mixed: dearer_than_rows, ..GPU }, &full));
     // Where all have places, no step is spared: few rows wait, until all prompts have run.
     let all_have_places = Demand { places_are_short: false, ..full };
     assert!(!decodes(GPU, &all_have_places));
@@ -245,6 +248,7 @@ fn what_steps_cost_is_measured_when_an_engine_is_built() {
         assert!(is_near(measured.mixed.at(tokens), ms, 8.0 + ms / 6.0), "{tokens} tokens: {measured:?}");
     }
     assert!(is_near(measured.attention.token_ms, given.attention.token_ms, 2e-5), "{measured:?}");
+    assert!(is_near(measured.attention.fixed_ms, 0.0, 8.0), "{measured:?}");
 }
 
 /// Requests that come one by one, one in each step, as texts do from a tokenizer that is slower than the device.
@@ -338,6 +342,27 @@ fn with_latency_a_step_is_launched_when_the_one_in_flight_is_about_to_end_and_el
         run_dry(&mut engine, &mut outcomes);
         assert_eq!(engine.launch_after_ms(), 0.0, "nothing is in flight");
     }
+}
+
+#[test]
+fn with_latency_a_device_that_idles_while_nobody_asks_is_no_reason_to_launch_earlier() {
+    let costs = StepCosts { decode: Line { fixed_ms: 50.0, token_ms: 0.0 }, ..StepCosts::default() };
+    let mut options = options(SMALL);
+    options.scheduler.policy = Policy::Latency;
+    let mut engine =
+        Engine::new(Lazy::priced(Pace::Late, costs), Hashing::default(), options).expect("valid limits");
+    for _ in 0..40 {
+        engine.submit(Request::new(&[1, 2, 3], exactly(1))).expect("it can run");
+        run_dry(&mut engine, &mut Outcomes::default());
+    }
+    engine.submit(Request::new(&[1, 2, 3], exactly(9))).expect("it can run");
+    let mut decode_ms = 0.0;
+    for _ in 0..4 {
+        let report = engine.step(&mut |_| ()).expect("the device does not fail");
+        decode_ms = report.completed.map_or(0.0, |step| step.gpu_ms);
+    }
+    let lead_ms = decode_ms - engine.launch_after_ms();
+    assert!((0.0..1.0).contains(&lead_ms), "{lead_ms} ms before {decode_ms}");
 }
 
 #[test]

@@ -538,7 +538,73 @@ fn a_step_admits_as_many_requests_as_it_has_updates_for_the_pages_that_they_shar
         entered.push(batch.shape().prefill_rows as usize);
         scheduler.check();
     }
-    assert_eq!(entered, [limits.page_updates() / 60, 127 - limits.page_updates() / 60], "60 pages each");
+    assert_eq!(entered, [68, 59], "60 pages each, and 4,096 updates");
+}
+
+#[test]
+fn thousands_of_requests_may_all_need_a_page_in_the_same_step() {
+    let running = 5000;
+    let (page_size, pages, prefill_tokens) = (16, 3 * running, 10 * running);
+    let limits = Limits { running, queued: running, page_size, pages, prefill_tokens, ..SMALL };
+    let settings = Settings { prefix_cache: false, ..SETTINGS };
+    let mut scheduler =
+        Scheduler::new(limits, settings, StepCosts::default(), &[], None).expect("host memory");
+    for _ in 0..running {
+        submit(&mut scheduler, &[3; 9], 10);
+    }
+    let mut batch = Batch::new(&limits);
+    while scheduler.schedule(&mut batch) {
+        let tokens = vec![5; batch.samples() as usize];
+        scheduler.complete(&batch, &tokens, &[], &mut |_| ());
+    }
+    assert_eq!(scheduler.stats().finished, u64::from(running));
+}
+
+#[test]
+fn however_long_sequences_may_be_there_is_room_for_as_many_requests_as_may_wait() {
+    // The pool holds far less than the longest sequence.
+    let limits = Limits { queued: 3, sequence: 262_144, page_size: 16, pages: 8, ..SMALL };
+    let mut scheduler = scheduler_within(limits);
+    for text in 1..4 {
+        submit(&mut scheduler, &[text; 100], 20);
+    }
+    run_dry(&mut scheduler, &limits);
+    assert_eq!(scheduler.stats().finished, 3);
+}
+
+#[test]
+fn what_is_read_of_the_cache_counts_as_context_within_the_window() {
+    // A prompt of 3 and two tokens more: 1, 2, 3, and 4, 5.
+    for (window, prefill, decode) in [(None, 6, 9), (Some(4), 6, 8), (Some(2), 5, 4)] {
+        let mut scheduler =
+            Scheduler::new(SMALL, SETTINGS, StepCosts::default(), &[], window).expect("host memory");
+        submit(&mut scheduler, &[1, 2, 3], 3);
+        run_dry(&mut scheduler, &SMALL);
+        let stats = scheduler.stats();
+        assert_eq!((stats.prefill_context, stats.decode_context), (prefill, decode), "{window:?}");
+    }
+}
+
+#[test]
+fn a_token_that_the_host_does_not_know_is_in_no_prefix() {
+    let prompt = [1, 2, 3, 4];
+    for unknown in 0..VOCAB {
+        let mut scheduler = scheduler();
+        let ticket = submit(&mut scheduler, &prompt, 30);
+        let mut batches = [(); 5].map(|()| Batch::new(&SMALL));
+        for step in 0..5 {
+            assert!(scheduler.schedule(&mut batches[step]));
+            if (1..4).contains(&step) {
+                scheduler.complete(&batches[step - 1], &[5], &[], &mut |_| ());
+            }
+        }
+        // The last token of the second page is on its way.
+        assert_eq!(batches[4].rows()[0].kv_len, 8);
+        assert!(scheduler.abort(ticket, &mut |_| ()));
+        submit(&mut scheduler, &[&prompt[..], &[5, 5, 5, unknown, 1]].concat(), 1);
+        assert!(scheduler.schedule(&mut batches[0]));
+        assert_eq!(batches[0].rows()[0].position, 4, "the prompt's page alone is cached, not {unknown}");
+    }
 }
 
 /// Prompts in the order of their admission, one running at a time: `first` wait together, and when one of them is running, those
@@ -579,8 +645,9 @@ fn admitted_one_by_one(
 #[test]
 fn by_prefix_prompts_ascend_and_what_comes_too_late_for_this_sweep_is_in_the_next() {
     let first: [&[u32]; 4] = [&[4, 4], &[9], &[4], &[6, 1, 2]];
-    let later: [&[u32]; 5] = [&[3, 1], &[6, 1], &[9, 1], &[3], &[4, 9]];
-    let expected: [&[u32]; 9] = [&[4], &[4, 4], &[4, 9], &[6, 1], &[6, 1, 2], &[9], &[9, 1], &[3], &[3, 1]];
+    let later: [&[u32]; 6] = [&[3, 1], &[6, 1], &[9, 1], &[3], &[4, 9], &[4]];
+    let expected: [&[u32]; 10] =
+        [&[4], &[4], &[4, 4], &[4, 9], &[6, 1], &[6, 1, 2], &[9], &[9, 1], &[3], &[3, 1]];
     assert_eq!(admitted_one_by_one(Order::Prefix, &first, &later, &[], &[]), expected);
     let given: Vec<_> = first.iter().chain(&later).map(|prompt| prompt.to_vec()).collect();
     assert_eq!(admitted_one_by_one(Order::Given, &first, &later, &[], &[]), given);

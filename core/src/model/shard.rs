@@ -266,7 +266,7 @@ impl LayerSpec {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::spec::Activation;
+    use crate::spec::{Activation, ScaleBlock};
     use alloc::string::ToString;
     use alloc::vec::Vec;
 
@@ -326,6 +326,37 @@ mod tests {
     }
 
     #[test]
+    fn ranks_round_whole_groups_of_inputs_or_say_how_many_columns_they_have() {
+        let experts = Experts {
+            activation: Activation::Silu,
+            count: 8,
+            per_token: 2,
+            intermediate: 96,
+            normalized: true,
+        };
+        let of_experts = LayerSpec { mlp: Mlp::Experts(experts), ..LayerSpec::plain() };
+        let shard = |dims, layer, group, ranks| {
+            let fp8 = Fp8 { block: ScaleBlock::Row, inputs: Inputs::PerGroup(group) };
+            let spec = DecoderSpec { weights: WeightFormat::Fp8(fp8), ..DecoderSpec::uniform(dims, layer) };
+            spec.shard(ranks, EQUAL).map(|_| ()).map_err(|error| error.to_string())
+        };
+        // o has 256 columns, down 384.
+        assert_eq!(shard(DIMS, LayerSpec::plain(), 64, 2), Ok(()));
+        let refused = |result: Result<(), String>, columns: &str| {
+            let text = result.unwrap_err();
+            assert!(
+                text.contains("groups of 128") && text.contains(columns) && text.contains("--plain-inputs"),
+                "{text}"
+            );
+        };
+        refused(shard(DIMS, LayerSpec::plain(), 128, 4), "a rank has 96");
+        // An expert's down is shared by rows, whatever its width.
+        refused(shard(DIMS, of_experts, 128, 4), "a rank has 64");
+        assert_eq!(shard(DIMS, of_experts, 128, 2), Ok(()));
+        assert_eq!(shard(Dims { intermediate: 320, ..DIMS }, of_experts, 128, 2), Ok(()));
+    }
+
+    #[test]
     fn experts_that_cannot_be_shared_out_are_refused_with_their_widths() {
         let activation = Activation::Silu;
         let experts = Experts { activation, count: 8, per_token: 2, intermediate: 96, normalized: true };
@@ -372,6 +403,7 @@ mod tests {
         said(DIMS, 16, "1, 2, 4 or 8");
         said(Dims { heads: 10, kv_heads: 10, ..DIMS }, 4, "10 query heads");
         said(Dims { heads: 12, kv_heads: 3, ..DIMS }, 4, "3 key heads");
+        said(Dims { vocab: 3, ..DIMS }, 4, "3 tokens");
         said(
             Dims { intermediate: 192, ..DIMS },
             8,

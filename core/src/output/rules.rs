@@ -269,6 +269,7 @@ mod tests {
             Err(SamplingError::BadWords { words: 400, tokens: 800 })
         );
         assert_eq!(Rules::new(vec![], (0..257).collect(), &[]), Err(SamplingError::StopTokens(257)));
+        assert!(Rules::new(vec![], (0..256).chain(0..256).collect(), &[]).is_ok(), "256, each twice");
         assert_eq!(Rules::new(vec![], vec![], &[vec![]]), Err(SamplingError::EmptyBadWord));
         assert_eq!(Rules::new(vec![(1, 1.0), (1, 1.0)], vec![], &[]), Err(SamplingError::BiasTwice(1)));
         for bias in [f32::NAN, f32::INFINITY, 100.5, -101.0] {

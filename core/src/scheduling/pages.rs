@@ -204,7 +204,6 @@ impl PagePool {
         }
         self.unlink(page);
         self.remove_from_buckets(page);
-        self.pages[page as usize].parent = NO_PAGE;
         Some(page)
     }
 

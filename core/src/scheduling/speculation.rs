@@ -140,6 +140,10 @@ mod tests {
         let (many, much) = drafting.drafts(1, 0.8);
         assert!(few < many && little < much, "{few} {little} {many} {much}");
         assert_eq!(drafting.drafts(1, 0.0), (0, 0.0));
+        // Of steps of 1.25 ms a half and a quarter, less a row each; an eighth would save less than that.
+        let quarters = Line { fixed_ms: 1.0, token_ms: 0.25 };
+        let saved = (0.625 - 0.25) + (0.3125 - 0.25);
+        assert_eq!(Drafting::new(Speculation::WhereItPays, quarters, 256).drafts(1, 0.5), (2, saved));
         // A device that takes as long for two rows as for one twice.
         let linear = Line { fixed_ms: 0.0, token_ms: 1.0 };
         assert_eq!(Drafting::new(Speculation::WhereItPays, linear, 256).drafts(1, 0.9).0, 0);
@@ -150,6 +154,8 @@ mod tests {
     fn waiting_must_cost_less_than_drafts_save() {
         let mut drafting = Drafting::new(Speculation::WhereItPays, DEVICE, 256);
         assert!(drafting.pays_to_wait(0.01) && !drafting.pays_to_wait(0.0));
+        drafting.has_waited(-1.0);
+        assert!(!drafting.pays_to_wait(0.0), "a clock that goes backwards gives no time");
         (0..50).for_each(|_| drafting.has_waited(0.1));
         assert!(drafting.pays_to_wait(0.2) && !drafting.pays_to_wait(0.05));
     }

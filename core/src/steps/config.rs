@@ -174,8 +174,9 @@ impl Limits {
     }
 
     /// Page-table entries that one step may change: the new pages of a full step and one request's whole prefix at least, so that
-    /// admissions alone ask whether there is room; 4 Ki of them where there are so many. So some tens of requests that share a long prefix enter together; and not all of
-    /// them, for then they would also end together, and others' prompts would have no decode rows to run beside.
+    /// admissions alone ask whether there is room; 4 Ki of them where there are so many. So some tens of requests that share a
+    /// long prefix enter together; and not all of them, for then they would also end together, and others' prompts would have no
+    /// decode rows to run beside.
     pub fn page_updates(&self) -> usize {
         let pages = self.step_tokens().div_ceil(self.page_size as usize);
         let least = pages + (self.running + self.table_width()) as usize;
