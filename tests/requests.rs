@@ -5,7 +5,7 @@ mod common;
 use std::collections::HashMap;
 
 use common::logits::{Logits, checkpoint};
-use common::{Golden, Scratch, builder, fixture, greedy, greedy_request, small};
+use common::{Golden, Scratch, builder, fixture, greedy, greedy_request, in_time, small};
 use minisgl::{
     Completion, Error, FinishReason, Flow, GenerateRequest, Llm, Order, RequestError, RequestEvent,
     SamplingError, SamplingParams, SessionEvent, SessionOptions, StreamEvent, SubmitError,
@@ -302,21 +302,24 @@ fn requests_from_several_threads_give_what_they_give_alone_and_dropped_ones_give
 fn a_session_takes_and_aborts_requests_at_any_time_and_may_be_dropped() {
     let mut llm = llm();
     let options = SessionOptions { tokens: true, ..SessionOptions::default() };
-    let (mut submitter, mut events) = llm.handle().session(options);
-    submitter.submit(1, greedy_request(&[1], 500)).unwrap();
-    for _ in 0..5 {
-        assert!(matches!(events.next(), Some(Ok(SessionEvent::Token { tag: 1, .. }))));
-    }
-    submitter.submit(2, greedy_request(&[2], 2)).unwrap();
-    assert!(events.abort(1));
-    let mut ends = HashMap::new();
-    while ends.len() < 2 {
-        if let SessionEvent::Finished { tag, completion, .. } = events.next().unwrap().unwrap() {
-            ends.insert(tag, completion.finish_reason);
+    let (mut submitter, mut events) = in_time(|| {
+        let (mut submitter, mut events) = llm.handle().session(options);
+        submitter.submit(1, greedy_request(&[1], 500)).unwrap();
+        for _ in 0..5 {
+            assert!(matches!(events.next(), Some(Ok(SessionEvent::Token { tag: 1, .. }))));
         }
-    }
-    assert_eq!(ends, HashMap::from([(1, FinishReason::Abort), (2, FinishReason::Length)]));
-    assert!(!events.abort(1));
+        submitter.submit(2, greedy_request(&[2], 2)).unwrap();
+        assert!(events.abort(1));
+        let mut ends = HashMap::new();
+        while ends.len() < 2 {
+            if let SessionEvent::Finished { tag, completion, .. } = events.next().unwrap().unwrap() {
+                ends.insert(tag, completion.finish_reason);
+            }
+        }
+        assert_eq!(ends[&2], FinishReason::Length);
+        assert!(!events.abort(1));
+        (ends[&1] == FinishReason::Abort).then_some((submitter, events))
+    });
     submitter.submit(3, greedy_request(&[3], 500)).unwrap();
     assert!(events.next().is_some());
     drop(events);

@@ -6,7 +6,7 @@ use std::fs;
 use std::path::Path;
 
 use common::stored::{Stored, Tensors, all_trained, checkpoint, given, stored, trained, write};
-use common::{CPU_ALONE, FP8, Numbers, Scratch, family, fixture, greedy, small};
+use common::{CPU_ALONE, FP8, Numbers, Scratch, family, fixture, greedy, in_time, small};
 use minisgl::{
     BackendChoice, Completion, Dtype, Error, GenerateRequest, KernelSet, KvFormat, Llm, LlmBuilder,
     NamedTensor, PromptLogprobs, Quantize, SamplingParams, ScoreRequest, SessionEvent, SessionOptions,
@@ -266,26 +266,29 @@ fn requests_that_run_end_with_the_old_weights_and_those_that_wait_begin_with_the
     let new = all_trained(&stored(name), 6);
     let requests: Vec<_> = (0..30).map(|i| common::greedy_request(&[7 + i, 9, 200 - i], 20 + i)).collect();
     let builder = || family(name).max_running(3).prefix_cache(false);
-    let mut llm = builder().build().unwrap();
-    let old = llm.generate(&requests).unwrap();
+    let old = builder().build().unwrap().generate(&requests).unwrap();
     let folder = checkpoint(name, &new);
     let expected = of(&folder).prefix_cache(false).build().unwrap().generate(&requests).unwrap();
 
     let options = SessionOptions { capacity: Some(requests.len()), ..SessionOptions::default() };
-    let (mut submitter, events) = llm.handle().session(options);
-    submitter.submit_all((0..).zip(requests)).unwrap();
-    drop(submitter);
-    let mut ended: Vec<Option<Completion>> = vec![None; old.len()];
-    let mut has_updated = false;
-    for event in events {
-        if let SessionEvent::Finished { tag, completion, .. } = event.unwrap() {
-            ended[tag as usize] = Some(*completion);
-            if !std::mem::replace(&mut has_updated, true) {
-                llm.update_weights(given(&new)).unwrap();
+    let ended = in_time(|| {
+        let mut llm = builder().build().unwrap();
+        let (mut submitter, events) = llm.handle().session(options);
+        submitter.submit_all((0..).zip(requests.clone())).unwrap();
+        drop(submitter);
+        let mut ended: Vec<Option<Completion>> = vec![None; old.len()];
+        let mut has_updated = false;
+        for event in events {
+            if let SessionEvent::Finished { tag, completion, .. } = event.unwrap() {
+                ended[tag as usize] = Some(*completion);
+                if !std::mem::replace(&mut has_updated, true) {
+                    llm.update_weights(given(&new)).unwrap();
+                }
             }
         }
-    }
-    let ended: Vec<Completion> = ended.into_iter().map(Option::unwrap).collect();
+        let ended: Vec<Completion> = ended.into_iter().map(Option::unwrap).collect();
+        (ended.last() != old.last()).then_some(ended)
+    });
     let first_new = ended.iter().zip(&old).position(|(ended, old)| ended != old).unwrap();
     assert!(first_new > 0, "the first to end had begun before");
     assert_eq!((&ended[..first_new], &ended[first_new..]), (&old[..first_new], &expected[first_new..]));

@@ -85,7 +85,7 @@ fn a_signal_lets_open_requests_end_and_then_the_program_with_status_0() {
     for name in ["TERM", "INT"] {
         let scratch = Scratch::new();
         checkpoint(scratch.path());
-        let mut served = Served::start(scratch.path(), &[]);
+        let mut served = Served::start(scratch.path(), &["--drain-seconds", "600"]);
         let body = json!({"prompt": "Once", "max_tokens": 200, "ignore_eos": true, "stream": true, "return_token_ids": true});
         let mut stream = Stream::open(served.address, "/v1/completions", &body);
         assert!(stream.next().is_some());

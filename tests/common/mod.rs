@@ -89,6 +89,11 @@ pub fn greedy(max_tokens: u32) -> SamplingParams {
     SamplingParams { max_tokens, ignore_eos: true, ..SamplingParams::default() }
 }
 
+/// Does what an engine must not be quicker than, until it was not: on a busy machine the test may be the one that waits.
+pub fn in_time<T>(attempt: impl FnMut() -> Option<T>) -> T {
+    std::iter::repeat_with(attempt).take(10).flatten().next().expect("in none of ten attempts it was in time")
+}
+
 /// Deterministic numbers below `bound`.
 pub struct Numbers(pub u64);
 

@@ -1,7 +1,7 @@
 //! Full queues, engines that fail, clients that leave or don't read, and the service's end.
 
 use std::io::{Read, Write};
-use std::net::TcpStream;
+use std::net::{Shutdown, TcpStream};
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
@@ -90,14 +90,23 @@ fn an_engine_that_fails_too_often_ends_the_service() {
     assert_eq!(controls.lock().unwrap().len(), 3);
 }
 
+/// Ends what a client says, and waits until the service has let go of it; no step begins meanwhile, however long that takes. Gives
+/// the steps before.
+fn gone_within_a_step(control: &Control, mut socket: TcpStream) -> u64 {
+    let _held = control.held.lock().unwrap();
+    let before = control.steps.load(Ordering::Relaxed);
+    socket.shutdown(Shutdown::Write).unwrap();
+    let _ = socket.read_to_end(&mut Vec::new());
+    before
+}
+
 #[test]
 fn a_client_that_goes_away_is_aborted_within_two_steps() {
     let (running, control) = Running::simulated(settings(), slow(100), Text::default());
     for body in [endless(), json!({"prompt": [7], "max_tokens": 90_000, "n": 3, "return_token_ids": true})] {
         let mut stream = running.stream(TEXT, body);
         drop(stream.next());
-        let before = control.steps.load(Ordering::Relaxed);
-        drop(stream);
+        let before = gone_within_a_step(&control, stream.reader.into_inner());
         running.wait("the engine is idle", || control.running.load(Ordering::Relaxed) == 0);
         assert!(control.steps.load(Ordering::Relaxed) - before <= 2);
     }
@@ -105,8 +114,7 @@ fn a_client_that_goes_away_is_aborted_within_two_steps() {
     let mut socket = TcpStream::connect(running.address).unwrap();
     socket.write_all(&request(TEXT, "", endless().to_string().as_bytes())).unwrap();
     running.wait("it runs", || control.running.load(Ordering::Relaxed) == 1);
-    let before = control.steps.load(Ordering::Relaxed);
-    drop(socket);
+    let before = gone_within_a_step(&control, socket);
     running.wait("the engine is idle", || control.running.load(Ordering::Relaxed) == 0);
     assert!(control.steps.load(Ordering::Relaxed) - before <= 2);
     running.wait("they are counted", || running.metric("vllm:request_success_total", "abort") == 5.0);
@@ -131,7 +139,7 @@ fn a_client_that_does_not_read_holds_up_nobody_and_is_cut_off() {
         });
     }
     assert_eq!(running.post(TEXT, &json!({"prompt": [1], "max_tokens": 3})).status, 200);
-    std::thread::sleep(Duration::from_secs(2));
+    running.wait("they are cut off", || running.metric("vllm:request_success_total", "abort") == 4.0);
     for mut socket in unread {
         let mut rest = Vec::new();
         let _ = socket.read_to_end(&mut rest);

@@ -30,20 +30,40 @@ fn a_key_is_asked_for_where_there_is_one() {
 }
 
 #[test]
-fn bodies_are_bounded_in_size_time_and_kind() {
-    let settings = Settings {
-        body_bytes_max: 100_000,
-        body_timeout: Duration::from_millis(300),
-        header_timeout: Duration::from_millis(300),
-        ..settings()
-    };
+fn requests_are_bounded_in_time() {
+    let brief = Duration::from_millis(300);
+    // Half a body, and then nothing.
+    let settings_of_bodies = Settings { body_timeout: brief, ..settings() };
+    let (running, _) = Running::simulated(settings_of_bodies, Control::default(), Text::default());
+    let half = said("Content-Length: 50") + "{\"prompt\":";
+    assert_eq!(send(running.address, half.as_bytes()).status, 408);
+    // A header that does not come to its end.
+    let settings_of_headers = Settings { header_timeout: brief, ..settings() };
+    let (running, _) = Running::simulated(settings_of_headers, Control::default(), Text::default());
+    let mut socket = TcpStream::connect(running.address).unwrap();
+    socket.write_all(b"GET /health HTTP/1.1\r\nHost: x\r\n").unwrap();
+    socket.set_read_timeout(Some(Duration::from_secs(30))).unwrap();
+    let mut answer = Vec::new();
+    let _ = socket.read_to_end(&mut answer);
+    assert!(
+        answer.is_empty() || answer.starts_with(b"HTTP/1.1 408"),
+        "{:?}",
+        String::from_utf8_lossy(&answer)
+    );
+}
+
+/// The head of a request with this of its body's length.
+fn said(length: &str) -> String {
+    format!(
+        "POST {TEXT} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Type: application/json\r\n{length}\r\n\r\n"
+    )
+}
+
+#[test]
+fn bodies_are_bounded_in_size_and_kind() {
+    let settings = Settings { body_bytes_max: 100_000, ..settings() };
     let (running, _) = Running::simulated(settings, Control::default(), Text::default());
     let address = running.address;
-    let said = |length: &str| {
-        format!(
-            "POST {TEXT} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Type: application/json\r\n{length}\r\n\r\n"
-        )
-    };
     // By what it says of itself, and by what comes.
     assert_eq!(send(address, said("Content-Length: 1000000000").as_bytes()).status, 413);
     let mut chunked = said("Transfer-Encoding: chunked").into_bytes();
@@ -53,8 +73,6 @@ fn bodies_are_bounded_in_size_time_and_kind() {
         chunked.extend_from_slice(b"\r\n");
     }
     assert_eq!(send(address, &chunked).status, 413);
-    // Half of it, and then nothing.
-    assert_eq!(send(address, (said("Content-Length: 50") + "{\"prompt\":").as_bytes()).status, 408);
     let not_json =
         format!("POST {TEXT} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: 2\r\n\r\n{{}}");
     assert_eq!(send(address, not_json.as_bytes()).status, 415);
@@ -65,18 +83,7 @@ fn bodies_are_bounded_in_size_time_and_kind() {
     }
     let deep = format!("{{\"messages\": {}1{}}}", "[".repeat(10_000), "]".repeat(10_000));
     assert_eq!(send(address, &request(CHAT, "", deep.as_bytes())).refused(400)["param"], "messages");
-    // A header that does not come to its end.
-    let mut socket = TcpStream::connect(address).unwrap();
-    socket.write_all(b"GET /health HTTP/1.1\r\nHost: x\r\n").unwrap();
-    socket.set_read_timeout(Some(Duration::from_secs(30))).unwrap();
-    let mut answer = Vec::new();
-    let _ = socket.read_to_end(&mut answer);
-    assert!(
-        answer.is_empty() || answer.starts_with(b"HTTP/1.1 408"),
-        "{:?}",
-        String::from_utf8_lossy(&answer)
-    );
-    // One that is too long.
+    // A header that is too long.
     let flood = format!(
         "GET /health HTTP/1.1\r\n{}\r\n",
         "X-Header: aaaaaaaaaaaaaaaaaaaaaaaaaaaaa\r\n".repeat(5_000)
