@@ -28,6 +28,11 @@ def tokens(outputs):
     return [output.outputs[0].token_ids for output in outputs]
 
 
+def in_time(attempt):
+    """Does what an engine must not be quicker than, until it was not: on a busy machine the test may be the one that waits."""
+    assert any(attempt() for _ in range(10))
+
+
 def test_greedy_tokens_are_those_of_transformers(llm):
     expected = json.loads((FIXTURES / "tiny-tied" / "expected.json").read_text())["examples"]
     outputs = llm.generate([example["prompt"] for example in expected], GREEDY, **QUIET)
@@ -365,14 +370,19 @@ def test_reading_inside_of_the_iterator_is_refused(llm):
 
 def test_one_request_of_a_stream_can_be_aborted(llm):
     long = SamplingParams(temperature=0, max_tokens=200, ignore_eos=True)
-    stream = llm.stream([[1, 2], [3, 4]], long)
-    reasons = {}
-    for part in stream:
-        if part.index == 0 and not part.finished:
-            stream.abort(0)
-        if part.finished:
-            reasons[part.index] = part.outputs[0].finish_reason
-    assert reasons == {0: "abort", 1: "length"}
+
+    def aborted():
+        stream = llm.stream([[1, 2], [3, 4]], long)
+        reasons = {}
+        for part in stream:
+            if part.index == 0 and not part.finished:
+                stream.abort(0)
+            if part.finished:
+                reasons[part.index] = part.outputs[0].finish_reason
+        assert reasons[1] == "length"
+        return reasons[0] == "abort"
+
+    in_time(aborted)
 
 
 def test_streams_are_awaited_side_by_side_and_the_loop_goes_on(llm):
@@ -400,9 +410,12 @@ def test_streams_are_awaited_side_by_side_and_the_loop_goes_on(llm):
         ticking.cancel()
         return got, ticks
 
-    got, ticks = asyncio.run(main())
-    assert got == expected
-    assert ticks > 5
+    def ticked():
+        got, ticks = asyncio.run(main())
+        assert got == expected
+        return ticks > 5
+
+    in_time(ticked)
 
 
 def test_who_waits_for_a_stream_is_told_when_another_task_closes_it(llm):
@@ -418,7 +431,7 @@ def test_who_waits_for_a_stream_is_told_when_another_task_closes_it(llm):
         return await asyncio.wait_for(reading, 60)
 
     # Tokens may have come by then, but not the end.
-    assert not any(part.finished for part in asyncio.run(main()))
+    in_time(lambda: not any(part.finished for part in asyncio.run(main())))
 
 
 def test_a_callback_hears_of_each_output_as_it_ends(llm):
@@ -430,21 +443,24 @@ def test_a_callback_hears_of_each_output_as_it_ends(llm):
 
 
 def test_the_interpreter_is_free_while_the_engine_works(llm):
-    counted = []
+    def counted():
+        count, done = 0, threading.Event()
 
-    def count():
-        end = time.monotonic() + 30
-        while not done.is_set() and time.monotonic() < end:
-            counted.append(None)
-            time.sleep(0.001)
+        def counting():
+            nonlocal count
+            end = time.monotonic() + 30
+            while not done.is_set() and time.monotonic() < end:
+                count += 1
+                time.sleep(0.001)
 
-    done = threading.Event()
-    thread = threading.Thread(target=count)
-    thread.start()
-    llm.generate([[1, 2]] * 4, SamplingParams(temperature=0, max_tokens=100, ignore_eos=True), **QUIET)
-    done.set()
-    thread.join()
-    assert len(counted) > 5
+        thread = threading.Thread(target=counting)
+        thread.start()
+        llm.generate([[1, 2]] * 4, SamplingParams(temperature=0, max_tokens=100, ignore_eos=True), **QUIET)
+        done.set()
+        thread.join()
+        return count > 5
+
+    in_time(counted)
 
 
 def test_a_bar_counts_the_requests(llm):
