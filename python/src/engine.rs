@@ -1,13 +1,13 @@
 //! An engine as Python holds it.
 
-use std::mem::{forget, replace};
+use std::mem::forget;
 use std::path::PathBuf;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 
 use minisgl::progress::Stderr;
 use minisgl::{
-    BackendChoice, EngineHandle, Error, GenerationConfig, KernelSet, Llm, LlmBuilder, ModelSource, Options,
-    Prompt, Quantize, SamplingParams, Weights, parse_kv_dtype, parse_order, parse_policy, parse_speculation,
+    BackendChoice, Error, GenerationConfig, KernelSet, Llm, LlmBuilder, ModelSource, Options, Prompt,
+    Quantize, SamplingParams, Text, Weights, parse_kv_dtype, parse_order, parse_policy, parse_speculation,
 };
 use pyo3::exceptions::{PyRuntimeError, PyTypeError, PyValueError};
 use pyo3::prelude::*;
@@ -15,6 +15,7 @@ use pyo3::types::{PyBytes, PyDict, PyIterator};
 
 use crate::array;
 use crate::error::{RequestError, raised};
+use crate::interrupt::interruptible;
 use crate::owner::Owner;
 use crate::prompt;
 use crate::reader::Source;
@@ -23,7 +24,9 @@ use crate::run::Run;
 /// A model on a device.
 #[pyclass(module = "minisgl._minisgl", frozen)]
 pub struct Engine {
-    state: Mutex<State>,
+    state: Arc<Mutex<State>>,
+    /// Tokens and texts, whatever the engine is at.
+    text: Arc<Text>,
     /// Builds it anew.
     builder: LlmBuilder,
     sampling: Option<GenerationConfig>,
@@ -62,10 +65,11 @@ impl Engine {
         quiet: bool,
     ) -> PyResult<Self> {
         let options = read_options(options)?;
-        let open = || {
+        let (model, revision) = (model.to_owned(), revision.map(str::to_owned));
+        let open = move || {
             let stderr = (!quiet).then(Stderr::open);
             options.check()?;
-            let source = ModelSource::find(model, revision, stderr.as_ref())?;
+            let source = ModelSource::find(&model, revision.as_deref(), stderr.as_ref())?;
             let sampling = source.generation_config()?;
             let builder = source.builder().options(options);
             let llm = builder.clone().build()?;
@@ -75,44 +79,48 @@ impl Engine {
             }
             Ok((llm, builder, sampling))
         };
-        let (llm, builder, sampling) = py.detach(open).map_err(|error: minisgl::Error| raised(&error))?;
-        let samples_max = llm.info().limits.queued;
-        let state = Mutex::new(State::Awake(Box::new(llm)));
-        Ok(Engine { state, builder, sampling, samples_max, owner: Owner::this() })
+        let (llm, builder, sampling) =
+            interruptible(py, open)?.map_err(|error: minisgl::Error| raised(&error))?;
+        let (text, samples_max) = (llm.handle().text().clone(), llm.info().limits.queued);
+        let state = Arc::new(Mutex::new(State::Awake(Box::new(llm))));
+        Ok(Engine { state, text, builder, sampling, samples_max, owner: Owner::this() })
     }
 
     /// Begins to run requests out of an iterator, pulled as there is room for them: a prompt, its sampling and its number
     /// each. One without a seed of its own gets `seed` plus its number.
     #[pyo3(signature = (requests, *, seed, tokens))]
     fn start(&self, requests: Bound<'_, PyIterator>, seed: u64, tokens: bool) -> PyResult<Run> {
-        let handle = self.handle(requests.py())?;
+        let handle = self.when_free(requests.py(), |state| Ok(state.llm()?.handle()))?;
         let source = Source { requests: requests.unbind(), seed, samples_max: self.samples_max };
         Ok(Run::new(&handle, self.owner, source, tokens))
     }
 
     /// The token ids of a prompt.
     fn encode(&self, py: Python<'_>, given: &Bound<'_, PyAny>) -> PyResult<Vec<u32>> {
-        let (handle, prompt) = (self.handle(py)?, prompt::prompt(given)?);
-        py.detach(|| handle.text().encode(prompt)).map_err(|error| RequestError::new_err(error.to_string()))
+        self.owner.check()?;
+        let prompt = prompt::prompt(given)?;
+        py.detach(|| self.text.encode(prompt)).map_err(|error| RequestError::new_err(error.to_string()))
     }
 
     /// The text of tokens, special ones left out; `None` without a tokenizer.
     fn decode(&self, py: Python<'_>, given: &Bound<'_, PyAny>) -> PyResult<Option<String>> {
-        let (handle, prompt) = (self.handle(py)?, prompt::prompt(given)?);
-        let Prompt::Tokens(ids) = prompt else { return Err(PyTypeError::new_err("token ids are wanted")) };
-        Ok(py.detach(|| handle.text().decode(&ids)))
+        self.owner.check()?;
+        let Prompt::Tokens(ids) = prompt::prompt(given)? else {
+            return Err(PyTypeError::new_err("token ids are wanted"));
+        };
+        Ok(py.detach(|| self.text.decode(&ids)))
     }
 
     /// The bytes that a token stands for; `None` where it stands for none.
     fn token_bytes<'py>(&self, py: Python<'py>, id: u32) -> PyResult<Option<Bound<'py, PyBytes>>> {
-        Ok(self.handle(py)?.token_bytes(id).map(|bytes| PyBytes::new(py, &bytes)))
+        self.owner.check()?;
+        Ok(self.text.token_bytes(id).map(|bytes| PyBytes::new(py, &bytes)))
     }
 
     /// Forgets all cached prefixes.
     fn reset_prefix_cache(&self, py: Python<'_>) -> PyResult<()> {
-        self.owner.check()?;
-        py.detach(|| {
-            self.locked().llm()?.clear_prefix_cache();
+        self.at_length(py, |state| {
+            state.llm()?.clear_prefix_cache();
             Ok(())
         })
     }
@@ -127,13 +135,12 @@ impl Engine {
             })?;
             tensors.push(array::tensor(name, &array)?);
         }
-        self.update(py, |llm| llm.update_weights(tensors))
+        self.update(py, move |llm| llm.update_weights(tensors))
     }
 
     /// Likewise out of a safetensors file or a folder.
     fn update_weights_from(&self, py: Python<'_>, path: PathBuf) -> PyResult<()> {
-        self.owner.check()?;
-        self.update(py, |llm| llm.update_weights_from(path))
+        self.update(py, move |llm| llm.update_weights_from(path))
     }
 
     /// Sampling that the checkpoint's `generation_config.json` recommends, if it does.
@@ -150,8 +157,7 @@ impl Engine {
 
     /// What it is made of.
     fn info<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
-        self.owner.check()?;
-        let info = py.detach(|| self.locked().llm().map(|llm| llm.info().clone()))?;
+        let info = self.when_free(py, |state| Ok(state.llm()?.info().clone()))?;
         let fields = PyDict::new(py);
         fields.set_item("model", &info.model)?;
         fields.set_item("commit", &info.commit)?;
@@ -170,7 +176,7 @@ impl Engine {
 
     /// What the engine did so far.
     fn stats<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
-        let handle = self.handle(py)?;
+        let handle = self.when_free(py, |state| Ok(state.llm()?.handle()))?;
         let stats = py.detach(|| handle.stats()).map_err(|error| raised(&error))?;
         let fields = PyDict::new(py);
         fields.set_item("decode_steps", stats.decode_steps)?;
@@ -181,16 +187,15 @@ impl Engine {
 
     /// Ends its threads and gives the device's memory back; open runs end with an error.
     fn close(&self, py: Python<'_>) -> PyResult<()> {
-        self.owner.check()?;
-        py.detach(|| drop(replace(&mut *self.locked(), State::Closed)));
-        Ok(())
+        self.at_length(py, |state| {
+            *state = State::Closed;
+            Ok(())
+        })
     }
 
     /// As `close`, until `wake_up`, which finds updated weights if they are kept.
     fn sleep(&self, py: Python<'_>, keep_updates: bool) -> PyResult<()> {
-        self.owner.check()?;
-        py.detach(|| {
-            let mut state = self.locked();
+        self.at_length(py, move |state| {
             let kept = match &mut *state {
                 State::Asleep(weights) => weights.take(),
                 state => state.llm()?.updated_weights(),
@@ -202,11 +207,9 @@ impl Engine {
 
     /// Builds the engine anew after `sleep`.
     fn wake_up(&self, py: Python<'_>) -> PyResult<()> {
-        self.owner.check()?;
-        py.detach(|| {
-            let mut state = self.locked();
-            if let State::Asleep(weights) = &*state {
-                let builder = self.builder.clone();
+        let builder = self.builder.clone();
+        self.at_length(py, |state| {
+            if let State::Asleep(weights) = state {
                 let builder = match weights {
                     Some(weights) => builder.weights(weights.clone()),
                     None => builder,
@@ -218,42 +221,60 @@ impl Engine {
         })
     }
 
-    fn is_sleeping(&self, py: Python<'_>) -> bool {
-        py.detach(|| matches!(*self.locked(), State::Asleep(_)))
+    fn is_sleeping(&self, py: Python<'_>) -> PyResult<bool> {
+        self.when_free(py, |state| Ok(matches!(state, State::Asleep(_))))
     }
 }
 
 impl Engine {
-    /// The engine's handle; while weights are updated it is waited for.
-    fn handle(&self, py: Python<'_>) -> PyResult<EngineHandle> {
-        self.owner.check()?;
-        py.detach(|| Ok(self.locked().llm()?.handle()))
-    }
-
     /// Updates weights. Tensors that are not as they must be are wrong arguments.
     fn update(
         &self,
         py: Python<'_>,
-        update: impl FnOnce(&mut Llm) -> Result<(), Error> + Send,
+        update: impl FnOnce(&mut Llm) -> Result<(), Error> + Send + 'static,
     ) -> PyResult<()> {
-        py.detach(|| {
-            update(self.locked().llm()?).map_err(|error| match error {
+        self.at_length(py, |state| {
+            update(state.llm()?).map_err(|error| match error {
                 Error::Model(_) => PyValueError::new_err(error.to_string()),
                 error => raised(&error),
             })
         })
     }
 
-    fn locked(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    /// Looks at the state, at once if nobody changes it.
+    fn when_free<T: Send + 'static>(
+        &self,
+        py: Python<'_>,
+        look: impl FnOnce(&mut State) -> PyResult<T> + Send + 'static,
+    ) -> PyResult<T> {
+        self.owner.check()?;
+        match self.state.try_lock() {
+            Ok(mut state) => look(&mut state),
+            Err(TryLockError::Poisoned(state)) => look(&mut state.into_inner()),
+            Err(TryLockError::WouldBlock) => self.at_length(py, look),
+        }
     }
+
+    /// Does what takes long with the state. Ctrl-C does not wait for it, and it comes to its end behind that.
+    fn at_length<T: Send + 'static>(
+        &self,
+        py: Python<'_>,
+        work: impl FnOnce(&mut State) -> PyResult<T> + Send + 'static,
+    ) -> PyResult<T> {
+        self.owner.check()?;
+        let state = self.state.clone();
+        interruptible(py, move || work(&mut locked(&state)))?
+    }
+}
+
+fn locked(state: &Mutex<State>) -> MutexGuard<'_, State> {
+    state.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Drop for Engine {
     fn drop(&mut self) {
-        let state = self.state.get_mut().unwrap_or_else(PoisonError::into_inner);
         if !self.owner.is_here() {
-            forget(replace(state, State::Closed));
+            forget(self.state.clone());
         }
     }
 }

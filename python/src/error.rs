@@ -4,6 +4,7 @@ use minisgl::Error;
 use pyo3::create_exception;
 use pyo3::exceptions::{PyRuntimeError, PyValueError};
 use pyo3::prelude::*;
+use pyo3::types::PyTuple;
 
 create_exception!(
     minisgl,
@@ -17,6 +18,14 @@ create_exception!(
     PyValueError,
     "A request can't run: out of `generate`, `index` says which, and `outputs` has what had ended by then."
 );
+
+/// What they have besides, out of whatever they come.
+pub fn complete(py: Python<'_>) -> PyResult<()> {
+    let (engine, request) = (py.get_type::<EngineError>(), py.get_type::<RequestError>());
+    engine.setattr("outputs", PyTuple::empty(py))?;
+    request.setattr("outputs", PyTuple::empty(py))?;
+    request.setattr("index", py.None())
+}
 
 /// What stops an engine. A setting that can't hold is a `ValueError`, as a wrong argument is in Python.
 pub fn raised(error: &Error) -> PyErr {

@@ -21,6 +21,7 @@ mod bell;
 mod engine;
 mod error;
 mod event;
+mod interrupt;
 mod owner;
 mod program;
 mod prompt;
@@ -47,4 +48,10 @@ mod _minisgl {
     use crate::run::Run;
     #[pymodule_export]
     use crate::sampling::{Embedded, Scored, check_sampling};
+    use pyo3::prelude::*;
+
+    #[pymodule_init]
+    fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
+        crate::error::complete(module.py())
+    }
 }

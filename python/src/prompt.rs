@@ -2,14 +2,14 @@
 //!
 //! ```text
 //!   "text"  {"prompt": "text"}                                        a text
-//!   [1, 2]  array([1, 2])  {"prompt_token_ids": [1, 2]}               token ids
+//!   [1, 2]  array([1, 2])  {"prompt_token_ids": [1, 2]}               token ids; arrays are numpy's, torch's, …
 //!   Chat(messages, …)                                                 a conversation
 //! ```
 
 use minisgl::{ChatPrompt, Message, Prompt};
 use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
-use pyo3::types::{PyDict, PyString};
+use pyo3::types::{PyByteArray, PyBytes, PyDict, PyString};
 use serde::de::DeserializeOwned;
 
 use crate::array::token_ids;
@@ -61,13 +61,18 @@ pub fn prompt(given: &Bound<'_, PyAny>) -> PyResult<Prompt> {
     if let Some(ids) = token_ids(given)? {
         return Ok(Prompt::Tokens(ids));
     }
-    given.extract::<Vec<u32>>().map(Prompt::Tokens).map_err(|error| {
-        let kind = given.get_type();
+    let refused = |reason: String| {
+        let kind = given.get_type().name().map_or_else(|_| "?".to_owned(), |name| name.to_string());
         PyTypeError::new_err(format!(
-            "a prompt is a text, token ids (a list or a numpy array of integers, 0 or above), or a dict with `prompt` or \
-             `prompt_token_ids`; this one is a {kind}: {error}"
+            "a prompt is a text, token ids (a list or an array of integers, 0 or above), or a dict with `prompt` or \
+             `prompt_token_ids`; this one is of type {kind}: {reason}"
         ))
-    })
+    };
+    // They are sequences of integers too, but nobody means those.
+    if given.is_instance_of::<PyBytes>() || given.is_instance_of::<PyByteArray>() {
+        return Err(refused("decode it to a text".to_owned()));
+    }
+    given.extract::<Vec<u32>>().map(Prompt::Tokens).map_err(|error| refused(error.to_string()))
 }
 
 fn of_fields(fields: &Bound<'_, PyDict>) -> PyResult<Prompt> {

@@ -7,18 +7,18 @@ use std::time::Duration;
 
 use minisgl::{EngineHandle, Error, Events, GenerateRequest, Next, ScoreRequest, SessionOptions, Submitter};
 use pyo3::exceptions::{PyException, PyValueError};
+use pyo3::gc::{PyTraverseError, PyVisit};
 use pyo3::prelude::*;
 use pyo3::types::{PyIterator, PyTuple};
 
 use crate::bell::Bell;
 use crate::error::raised;
 use crate::event::{Event, Groups};
+use crate::interrupt::LOOK;
 use crate::owner::Owner;
 use crate::prompt::prompt;
 use crate::sampling::{Embedded, Sampling, Scored};
 
-/// How long Ctrl-C may take to be seen.
-const LOOK: Duration = Duration::from_millis(50);
 /// Events handed over at once.
 const EVENTS_MAX: usize = 4096;
 
@@ -229,9 +229,15 @@ impl Reader {
         self.failure = None;
     }
 
+    /// Shows the collector what Python objects are held.
+    pub fn visit(&self, visit: &PyVisit<'_>) -> Result<(), PyTraverseError> {
+        visit.call(&self.requests)?;
+        visit.call(self.sampling.as_ref().map(|(sampling, _)| sampling))
+    }
+
     fn end(&mut self) {
         let (submitter, events) = (self.submitter.take(), self.events.take());
-        self.requests = None;
+        (self.requests, self.sampling) = (None, None);
         if !self.owner.is_here() {
             forget((submitter, events));
         }

@@ -16,6 +16,7 @@ use std::sync::{Arc, Mutex, MutexGuard, TryLockError};
 
 use minisgl::{Aborter, EngineHandle};
 use pyo3::exceptions::PyRuntimeError;
+use pyo3::gc::{PyTraverseError, PyVisit};
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
 use pyo3::types::PyList;
@@ -109,6 +110,18 @@ impl Run {
         }
         if let Some(bell) = self.bell.get(py).filter(|_| self.owner.is_here()) {
             bell.ring();
+        }
+    }
+
+    /// The iterator of the requests may hold, by whatever it reads, who reads this run: a cycle, which the collector finds.
+    fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
+        self.reader().map_or(Ok(()), |reader| reader.visit(&visit))
+    }
+
+    fn __clear__(&self) {
+        self.closed.store(true, Ordering::Release);
+        if let Some(mut reader) = self.reader() {
+            reader.close();
         }
     }
 }

@@ -28,6 +28,11 @@ impl Sampling {
         let max_tokens: Option<u32> = field(given, "max_tokens")?;
         let prompt_logprobs: Option<u32> = field(given, "prompt_logprobs")?;
         let top_k: i64 = field(given, "top_k")?;
+        if top_k < -1 {
+            return Err(PyValueError::new_err(format!(
+                "top_k is {top_k}; it must be 0 or -1 (all tokens), or above"
+            )));
+        }
         let params = SamplingParams {
             temperature: field(given, "temperature")?,
             // 0 and -1 keep all.
@@ -87,12 +92,17 @@ fn field<'py, T: FromPyObjectOwned<'py>>(given: &Bound<'py, PyAny>, name: &str) 
             given.get_type()
         ))
     })?;
+    named(name, &value)
+}
+
+/// What Python gives under a name, which errors tell.
+fn named<'py, T: FromPyObjectOwned<'py>>(name: &str, value: &Bound<'py, PyAny>) -> PyResult<T> {
     value.extract::<T>().map_err(Into::into).map_err(|error: PyErr| {
-        match error.is_instance_of::<PyOverflowError>(given.py()) {
+        match error.is_instance_of::<PyOverflowError>(value.py()) {
             true => PyValueError::new_err(format!(
                 "{name} is {value}, which is out of range: whole numbers are 0 or above, below 2^32 (a seed 2^64)"
             )),
-            false => PyTypeError::new_err(format!("{name} is {value:?}: {}", error.value(given.py()))),
+            false => PyTypeError::new_err(format!("{name} is {value:?}: {}", error.value(value.py()))),
         }
     })
 }
@@ -108,7 +118,8 @@ pub struct Scored {
 #[pymethods]
 impl Scored {
     #[new]
-    fn new(completion: &Bound<'_, PyAny>, top: u32) -> PyResult<Self> {
+    fn new(completion: &Bound<'_, PyAny>, logprobs: &Bound<'_, PyAny>) -> PyResult<Self> {
+        let top = named("logprobs", logprobs)?;
         let completion = match prompt(completion)? {
             Prompt::Text(text) => Given::Text(text),
             Prompt::Tokens(ids) => Given::Tokens(ids),
@@ -129,8 +140,8 @@ pub struct Embedded {
 #[pymethods]
 impl Embedded {
     #[new]
-    fn new(dimensions: Option<u32>) -> Self {
-        Embedded { dimensions }
+    fn new(dimensions: &Bound<'_, PyAny>) -> PyResult<Self> {
+        Ok(Embedded { dimensions: named("dimensions", dimensions)? })
     }
 }
 

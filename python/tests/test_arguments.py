@@ -2,6 +2,7 @@
 
 import pickle
 
+import numpy as np
 import pytest
 from conftest import BACKEND, gpus, open_llm
 
@@ -29,6 +30,8 @@ from minisgl.arguments import to_options
         ({"pipeline_parallel_size": 1, "dtype": "auto", "trust_remote_code": True, "swap_space": 4}, {}),
         ({"tokenizer": "M", "quantization": None, "kv_cache_dtype": None}, {}),
         ({"quantization": "fp8"}, {"quantize": "fp8"}),
+        ({"max_num_seqs": np.int64(3), "memory_ratio": np.float32(0.5)}, {"max_running": 3, "memory_ratio": 0.5}),
+        ({"overlap": np.bool_(False)}, {"overlap": False}),
         ({"kv_cache_dtype": "auto"}, {"kv_dtype": "auto"}),
         ({"kv_cache_dtype": "bfloat16"}, {"kv_dtype": "bf16"}),
         ({"kv_cache_dtype": "fp8_e4m3"}, {"kv_dtype": "fp8"}),
@@ -56,6 +59,11 @@ def test_arguments_become_options(given, options):
         ({"max_model_len": 5, "max_seq_len_override": 6}, ValueError, "contradicts"),
         ({"max_modle_len": 5}, TypeError, "did you mean max_model_len"),
         ({"colour": "red"}, TypeError, "no argument colour"),
+        ({"gpu_memory_utilization": "most"}, TypeError, "gpu_memory_utilization is 'most'.*number"),
+        ({"enable_prefix_caching": "no"}, TypeError, "enable_prefix_caching is 'no'.*True or False"),
+        ({"enforce_eager": "no"}, TypeError, "enforce_eager is 'no'.*True or False"),
+        ({"order": 5}, TypeError, "order is 5.*word"),
+        ({"kv_cache_dtype": ["fp8"]}, ValueError, "kv_cache_dtype="),
     ],
 )
 def test_what_is_not_served_is_refused_by_name(given, error, complaint):
@@ -80,6 +88,9 @@ def test_a_model_that_is_not_there_and_settings_that_can_not_hold_are_value_erro
         LLM(checkpoint, backend="tpu", quiet=True)
     with pytest.raises(TypeError, match="needs a model"):
         LLM()
+    for seed in (-1, 2**64, 1.5, "a"):
+        with pytest.raises(ValueError, match="^seed is "):
+            LLM(checkpoint, backend="cpu", seed=seed, quiet=True)
 
 
 @pytest.mark.skipif(BACKEND != "cpu" and gpus() < 2, reason="needs two GPUs")
@@ -128,6 +139,15 @@ def test_defaults_are_those_of_whose_name_it_is():
         ({"use_beam_search": True}, ValueError, "use_beam_search=True is not served"),
         ({"skip_special_tokens": False}, ValueError, "skip_special_tokens"),
         ({"max_token": 5}, TypeError, "did you mean max_tokens"),
+        ({"top_k": -2}, ValueError, "top_k is -2"),
+        ({"stop": 5}, TypeError, "stop is 5.*list"),
+        ({"stop_token_ids": 5}, TypeError, "stop_token_ids is 5.*list"),
+        ({"stop_token_ids": np.array([-1])}, ValueError, "stop_token_ids is .*-1"),
+        ({"bad_words": 5}, TypeError, "bad_words is 5.*list"),
+        ({"allowed_token_ids": 5}, TypeError, "allowed_token_ids is 5.*list"),
+        ({"logit_bias": [(1, 2.0)]}, TypeError, "logit_bias is .*dict"),
+        ({"logit_bias": {1.7: 2.0}}, ValueError, "logit_bias is .*token ids"),
+        ({"include_stop_str_in_output": "no"}, TypeError, "include_stop_str_in_output is 'no'"),
     ],
 )
 def test_sampling_that_can_not_hold_is_refused_when_it_is_made(fields, error, complaint):
@@ -144,6 +164,20 @@ def test_every_field_of_sampling_is_explained_and_can_be_copied():
     assert params.clone() == params == pickle.loads(pickle.dumps(params))
     with pytest.raises(AttributeError):
         params.max_token = 5
+
+
+def test_what_there_may_be_several_of_comes_in_any_iterable_and_a_text_is_one():
+    params = SamplingParams(
+        n=np.int64(2),
+        stop="end",
+        bad_words="bad",
+        stop_token_ids=np.array([5, 6]),
+        allowed_token_ids=range(5, 7),
+        logit_bias={"5": 1, np.int64(6): np.float32(2)},
+    )
+    assert (params.stop, params.bad_words, params.stop_token_ids) == (["end"], ["bad"], [5, 6])
+    assert (params.allowed_token_ids, params.logit_bias) == ([5, 6], {5: 1, 6: 2})
+    assert SamplingParams(stop=np.array(["a", "b"]), stop_token_ids=np.array([], int)).stop == ["a", "b"]
 
 
 def test_sampling_that_asks_for_nothing_is_taken():

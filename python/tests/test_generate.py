@@ -76,10 +76,47 @@ def test_a_prompt_may_be_a_text_ids_an_array_or_a_dict(llm):
     assert tokens(llm.generate(prompt_token_ids=[ids], sampling_params=GREEDY, **QUIET)) == tokens(outputs[:1])
 
 
+class Tensor:
+    """What is known of another library's tensor: DLPack, and a type that is none of numpy's."""
+
+    dtype = object()
+
+    def __init__(self, array):
+        self.array, self.ndim = array, array.ndim
+
+    def __iter__(self):
+        return map(Tensor, self.array)
+
+    def __dlpack__(self, **_):
+        return self.array.__dlpack__()
+
+    def __dlpack_device__(self):
+        return self.array.__dlpack_device__()
+
+
+@pytest.mark.parametrize("kind", ["int64", "int32", "uint8"])
+def test_other_libraries_tensors_are_token_ids(llm, kind):
+    ids = np.array([[5, 6, 7], [8, 9, 10]], dtype=kind)
+    one, two = llm.generate(ids, GREEDY, **QUIET)
+    assert llm.generate(Tensor(ids[0]), GREEDY, **QUIET)[0].outputs == one.outputs
+    for several in (Tensor(ids), [Tensor(ids[0]), {"prompt_token_ids": Tensor(ids[1])}], Tensor(np.asfortranarray(ids))):
+        assert tokens(llm.generate(several, GREEDY, **QUIET)) == tokens([one, two])
+    assert llm.decode(Tensor(ids[0])) == llm.decode([5, 6, 7])
+    for wrong, complaint in [(np.array([0.5]), "integers"), (np.array([-1]), "-1 is no token id")]:
+        with pytest.raises(RequestError, match=complaint):
+            llm.generate(Tensor(wrong), GREEDY, **QUIET)
+
+
+def test_an_array_of_texts_has_a_prompt_in_each(llm):
+    assert [output.prompt for output in llm.generate(np.array(["Once", "a"]), GREEDY, **QUIET)] == ["Once", "a"]
+
+
 @pytest.mark.parametrize(
     "prompt, complaint",
     [
         (np.array([0.5]), "integers"),
+        (b"Once", "bytes: decode it"),
+        (bytearray(b"Once"), "bytearray: decode it"),
         (np.array([-1, 2]), "-1 is no token id"),
         (np.array([1 << 33]), "is no token id"),
         (np.array([[[1]]]), "one dimension"),
@@ -97,6 +134,24 @@ def test_what_is_no_prompt_is_refused_with_what_is(llm, prompt, complaint):
     runs, refused = llm.generate([[1, 2], prompt], GREEDY, errors="keep", **QUIET)
     assert runs.error is None and len(runs.outputs[0].token_ids) == 24
     assert re.search(complaint, refused.error) and refused.outputs[0].finish_reason == "error"
+
+
+def test_arguments_of_calls_that_can_not_hold_are_refused_by_name(llm):
+    for wrong in (5, "greedy", {"n": 1}):
+        for call in (llm.generate, llm.stream):
+            with pytest.raises(TypeError, match="^sampling_params is one SamplingParams"):
+                call([[1, 2]], wrong)
+    for call in (llm.generate, llm.stream, llm.embed):
+        with pytest.raises(TypeError, match="^prompts are texts.*not a int"):
+            call(5)
+    with pytest.raises(TypeError, match="prompts or prompt_token_ids"):
+        llm.generate("Once", GREEDY, prompt_token_ids=[1, 2], **QUIET)
+    with pytest.raises(ValueError, match="^logprobs is -1"):
+        llm.score("Once", "a", logprobs=-1, **QUIET)
+    with pytest.raises(ValueError, match="^dimensions is -1"):
+        llm.embed("Once", dimensions=-1, **QUIET)
+    with pytest.raises(TypeError, match="^dimensions is 1.5"):
+        llm.embed("Once", dimensions=1.5, **QUIET)
 
 
 def test_outputs_have_vllms_shape(llm):
@@ -358,6 +413,36 @@ def test_other_threads_may_abort_and_close_what_one_reads(llm):
     assert not stream.abort(0)
 
 
+def test_a_prompt_without_sampling_of_its_own_is_an_error_behind_those_before(llm):
+    stream = llm.stream(([1, i] for i in itertools.count(1)), iter([GREEDY] * 3), tokens=False)
+    with pytest.raises(ValueError, match="prompt 3 has no sampling_params"):
+        ended = []
+        for output in stream:
+            ended.append(output.index)
+    assert sorted(ended) == [0, 1, 2]
+    # There may be more of them than prompts.
+    assert len(list(llm.stream([[1, 2]] * 2, itertools.repeat(GREEDY), tokens=False))) == 2
+
+
+def test_who_reads_a_stream_and_gives_its_prompts_is_collected(llm):
+    class Driver:
+        def __init__(self):
+            self.stream = llm.stream(self.prompts(), GREEDY, tokens=False)
+
+        def prompts(self):
+            while self:
+                yield [1, 2]
+
+    driver = Driver()
+    assert next(driver.stream).finished
+    dropped = weakref.ref(driver)
+    gc.collect()
+    assert dropped() is driver and next(driver.stream).finished, "while it is held, it goes on"
+    del driver
+    gc.collect()
+    assert dropped() is None
+
+
 def test_reading_inside_of_the_iterator_is_refused(llm):
     def reading():
         yield [1, 2]
@@ -500,6 +585,27 @@ def test_a_closed_model_says_so(checkpoint):
         llm.generate([[1, 2]], GREEDY, **QUIET)
 
 
+def test_what_ended_before_a_model_is_closed_is_kept_with_its_log_probabilities(checkpoint):
+    llm = open_llm(checkpoint)
+    long = SamplingParams(temperature=0, max_tokens=250, ignore_eos=True)
+    short = SamplingParams(temperature=0, max_tokens=1, logprobs=3)
+    # Closed when the first is heard of, and the others have ended too: their tokens' texts are asked for behind that.
+    with pytest.raises(EngineError, match="closed") as raised:
+        llm.generate([[1, 2], [3, 4], [5, 6], [7, 8]], [short, short, short, long], on_output=lambda _: llm.close(), **QUIET)
+    ended = [output for output in raised.value.outputs if output is not None]
+    assert len(ended) == 3 and all(len(output.outputs[0].logprobs[0]) >= 3 for output in ended)
+    assert llm.decode(llm.encode("Once")) == "Once", "a tokenizer needs no engine"
+
+
+def test_errors_that_come_from_elsewhere_have_no_outputs(tmp_path):
+    with pytest.raises(RequestError, match="tokenizer") as refused:
+        open_llm(str(FIXTURES / "qwen2-bias")).encode("Once")
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(EngineError, match="config.json") as failed:
+        open_llm(str(tmp_path))
+    assert refused.value.index is None and not refused.value.outputs and not failed.value.outputs
+
+
 def test_a_model_is_pickled_as_what_it_was_built_with(checkpoint):
     llm = open_llm(checkpoint, seed=9)
     copied = pickle.loads(pickle.dumps(llm))
@@ -564,7 +670,10 @@ def test_a_model_sleeps_and_wakes_up_as_it_was(checkpoint):
     with pytest.raises(RuntimeError, match="wake_up"):
         llm.generate([[1, 2]], params, **QUIET)
     llm.sleep(level=2)
-    llm.wake_up()
+    with pytest.raises(ValueError, match="tags has 'weight'"):
+        llm.wake_up(tags=["weight"])
+    llm.wake_up(tags=["weights"])
+    llm.wake_up(tags=["kv_cache"])
     assert not llm.is_sleeping()
     assert tokens(llm.generate([[1, 2]], params, **QUIET)) == before
     llm.close()
@@ -603,6 +712,80 @@ def test_an_interrupt_keeps_what_has_ended(checkpoint, interruptible):
     assert outputs[0].finished and "requests had ended" in str(raised.value)
     assert isinstance(raised.value, KeyboardInterrupt)
     assert len(tokens(llm.generate([[1, 2]], GREEDY, **QUIET))[0]) == 24, "it can be used again"
+
+
+@pytest.fixture
+def interrupted(interruptible, tmp_path):
+    """Calls what reads a file that never comes, and Ctrl-C a moment later."""
+    fifo = tmp_path / "never.safetensors"
+    os.mkfifo(fifo)
+    given_up = threading.Event()
+
+    def write():
+        # Whoever reads it finds it empty.
+        os.close(os.open(fifo, os.O_WRONLY))
+
+    def give_up():
+        given_up.set()
+        write()
+
+    def interrupted(call):
+        timers = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)), threading.Timer(60, give_up)
+        for timer in timers:
+            timer.start()
+        with pytest.raises(KeyboardInterrupt):
+            call(fifo)
+        timers[1].cancel()
+        assert not given_up.is_set(), "it waited for the file"
+
+    interrupted.write = write
+    return interrupted
+
+
+def test_an_interrupt_does_not_wait_for_a_model_that_is_opened(interrupted, tmp_path):
+    def open_it(fifo):
+        os.link(fifo, tmp_path / "config.json")
+        open_llm(str(tmp_path))
+
+    interrupted(open_it)
+    interrupted.write()
+
+
+def test_an_interrupt_does_not_wait_for_an_update_and_neither_do_calls_behind_it(interrupted, checkpoint):
+    llm = open_llm(checkpoint)
+    before = tokens(llm.generate([[1, 2]], GREEDY, **QUIET))
+    interrupted(llm.update_weights)
+    interrupted(lambda _: llm.generate([[1, 2]], GREEDY, **QUIET))
+    assert llm.decode(llm.encode("Once")) == "Once"
+    # It goes on behind that, and here comes to nothing.
+    interrupted.write()
+    assert tokens(llm.generate([[1, 2]], GREEDY, **QUIET)) == before
+
+
+def test_every_call_of_a_forked_process_is_refused(llm):
+    calls = [
+        lambda: llm.stream([[1]]),
+        lambda: llm.update_weights({}),
+        llm.info,
+        llm.stats,
+        llm.reset_prefix_cache,
+        lambda: llm.encode("Once"),
+        lambda: llm.decode([1]),
+        llm.is_sleeping,
+        llm.sleep,
+        llm.wake_up,
+        llm.close,
+    ]
+    child = os.fork()
+    if child == 0:
+        refused = 0
+        for call in calls:
+            try:
+                call()
+            except RuntimeError as error:
+                refused += "spawn" in str(error)
+        os._exit(refused)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == len(calls)
 
 
 def test_a_forked_process_is_refused_and_ends(checkpoint):

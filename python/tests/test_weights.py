@@ -189,6 +189,7 @@ def test_some_tensors_are_enough(checkpoint, old, tmp_path):
         ({NORM: [0.0] * 128}, TypeError, f"{NORM}.*list"),
         ([(NORM, np.zeros(128, np.float32))] * 2, ValueError, "twice"),
         ([NORM], TypeError, "pairs"),
+        (5, TypeError, "weights are a dict.*not a int"),
         ("nowhere.safetensors", ValueError, "nowhere.safetensors"),
         (FIXTURES / "tiny-untied", ValueError, "another model"),
     ],

@@ -83,8 +83,8 @@ impl EngineHandle {
         Ok(RequestStream::new(Events::new(session, None, self.0.clone())))
     }
 
-    /// The model's tokenizer and chat template.
-    pub fn text(&self) -> &Text {
+    /// The model's tokenizer and chat template, which need no engine and may outlive it.
+    pub fn text(&self) -> &Arc<Text> {
         &self.0.encoder.text
     }
 

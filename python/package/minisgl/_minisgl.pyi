@@ -6,13 +6,13 @@ from typing import Any
 class EngineError(RuntimeError):
     """The model could not be opened, or the engine failed; out of `generate`, `outputs` has what had ended by then."""
 
-    outputs: list[Any]
+    outputs: Sequence[Any]
 
 class RequestError(ValueError):
     """A request can't run: out of `generate`, `index` says which, and `outputs` has what had ended by then."""
 
-    index: int
-    outputs: list[Any]
+    index: int | None
+    outputs: Sequence[Any]
 
 class Chat:
     """A conversation for the chat template; lists and dicts come as JSON."""
@@ -30,7 +30,7 @@ class Chat:
 class Scored:
     """In the place of sampling: a completion that is given, and scored."""
 
-    def __new__(cls, completion: Any, top: int) -> Scored: ...
+    def __new__(cls, completion: Any, logprobs: int) -> Scored: ...
 
 class Embedded:
     """In the place of sampling: the prompt is embedded."""
@@ -94,7 +94,7 @@ class Engine:
     def __new__(cls, model: str, *, revision: str | None, options: dict[str, Any], quiet: bool) -> Engine: ...
     def start(self, requests: Iterator[tuple[Any, Any, int]], *, seed: int, tokens: bool) -> Run: ...
     def encode(self, given: Any) -> list[int]: ...
-    def decode(self, given: Sequence[int]) -> str | None: ...
+    def decode(self, given: Any) -> str | None: ...
     def token_bytes(self, id: int) -> bytes | None: ...
     def reset_prefix_cache(self) -> None: ...
     def update_weights(self, pairs: Iterator[tuple[str, Any]]) -> None: ...

@@ -9,7 +9,7 @@ An argument that asks for what we don't have is refused by its name; one that as
 from __future__ import annotations
 
 import difflib
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any
 
 #: Arguments that are options of the engine, and the options' names.
@@ -50,6 +50,10 @@ WHOLE = frozenset(
         "tensor_parallel_size",
     }
 )
+
+#: Those that are shares of something, and those that are True or False. The others are words.
+SHARES = frozenset({"gpu_memory_utilization", "memory_ratio"})
+TRUTHS = frozenset({"enable_prefix_caching", "enforce_eager", "allow_imbalance", "overlap", "plain_inputs"})
 
 #: mini-sglang's names, and vLLM's other ones.
 ALIASES = {
@@ -146,11 +150,8 @@ def _one(model: str, name: str, value: Any) -> list[tuple[str, Any]]:
         return _quantization(value)
     if name == "kv_cache_dtype":
         return _kv_dtype(value)
-    if name in WHOLE and value is not None:
-        several = name == "device" and isinstance(value, (list, tuple))
-        for one in value if several else [value]:
-            if not (isinstance(one, Integral) and 0 <= one < 2**32):
-                raise ValueError(f"{name} is {one!r}; it must be a whole number from 0 up, below 2^32: leave it out for the engine's choice")
+    if value is not None and (name in OPTIONS or name == "enforce_eager"):
+        _check(name, value)
     if name in OPTIONS:
         return [(OPTIONS[name], value)]
     if name == "enforce_eager":
@@ -175,6 +176,34 @@ def _one(model: str, name: str, value: Any) -> list[tuple[str, Any]]:
     raise TypeError(f"LLM has no argument {name}" + (f"; did you mean {near[0]}?" if near else ""))
 
 
+def _check(name: str, value: Any) -> None:
+    """Refuses what is of another type than the option."""
+    if name in WHOLE:
+        several = name == "device" and isinstance(value, (list, tuple))
+        for one in value if several else [value]:
+            if not _is_whole(one, 32):
+                raise ValueError(f"{name} is {one!r}; it must be a whole number from 0 up, below 2^32: leave it out for the engine's choice")
+    elif name in SHARES:
+        if not isinstance(value, Real):
+            raise TypeError(f"{name} is {value!r}; it must be a number")
+    elif name in TRUTHS:
+        if type(value).__name__ not in ("bool", "bool_"):  # numpy's, too.
+            raise TypeError(f"{name} is {value!r}; it must be True or False")
+    elif not isinstance(value, str):
+        raise TypeError(f"{name} is {value!r}; it must be a word")
+
+
+def _is_whole(value: Any, bits: int) -> bool:
+    return isinstance(value, Integral) and 0 <= int(value) < 2**bits
+
+
+def to_seed(given: Any) -> int:
+    """The seed that requests' own are counted from."""
+    if given is not None and not _is_whole(given, 64):
+        raise ValueError(f"seed is {given!r}; it must be a whole number from 0 up, below 2^64")
+    return int(given or 0)
+
+
 def _quantization(value: Any) -> list[tuple[str, Any]]:
     """Weights made "fp8" when they are loaded; `None` leaves them as the checkpoint has them."""
     if value not in (None, "fp8"):
@@ -191,7 +220,7 @@ KV_DTYPES = {"auto": "auto", "bfloat16": "bf16", "fp8": "fp8", "fp8_e4m3": "fp8"
 
 def _kv_dtype(value: Any) -> list[tuple[str, Any]]:
     """`None` leaves it to the engine, as "auto" does."""
-    if value is not None and value not in KV_DTYPES:
+    if value is not None and (not isinstance(value, str) or value not in KV_DTYPES):
         raise ValueError(f"kv_cache_dtype={value!r} is not served by minisgl; give one of {', '.join(KV_DTYPES)}")
     return [("kv_dtype", None if value is None else KV_DTYPES[value])]
 

@@ -77,7 +77,7 @@ class Assembler:
         return ScoreOutput(
             token_ids=ids[begin:],
             token_logprobs=[logprob for logprob, _ in given],
-            cumulative_logprob=sum(logprob for logprob, _ in given),
+            cumulative_logprob=sum((logprob for logprob, _ in given), 0.0),
             logprobs=self._logprobs(ids[begin:], given) if top else None,
             prompt_token_ids=ids[:begin],
             num_cached_tokens=done.cached_tokens,
@@ -105,7 +105,7 @@ class Assembler:
             index=done.sample,
             text=done.text or "",
             token_ids=token_ids,
-            cumulative_logprob=None if logprobs is None else sum(logprob for logprob, _ in logprobs),
+            cumulative_logprob=None if logprobs is None else sum((logprob for logprob, _ in logprobs), 0.0),
             logprobs=None if logprobs is None else self._logprobs(token_ids, logprobs),
             finish_reason=_FINISH_REASONS.get(reason, reason),
             stop_reason=token_ids[-1] if reason == "stop" and done.stop_text is None else done.stop_text,

@@ -13,12 +13,12 @@ from itertools import count, islice, repeat
 from typing import Any
 
 from minisgl import _minisgl
-from minisgl.arguments import to_options
+from minisgl.arguments import to_options, to_seed
 from minisgl.assembly import Assembler
 from minisgl.errors import Interrupted, is_raised, refused
 from minisgl.outputs import EmbeddingRequestOutput, RequestOutput, ScoreOutput
 from minisgl.progress import Progress
-from minisgl.prompts import Message, Prompt, is_one, listed
+from minisgl.prompts import Array, Message, Prompt, each, listed
 from minisgl.sampling_params import SamplingParams
 from minisgl.stream import Stream
 
@@ -107,7 +107,7 @@ class LLM:
             "quiet": quiet,
             **{name: value for name, value in named.items() if value is not None},
         }
-        self._seed = seed or 0
+        self._seed = to_seed(seed)
         #: Requests of all calls are numbered, so that no two have a seed or a request_id in common.
         self._numbers = count()
         self._engine = _minisgl.Engine(model, revision=revision, options=options, quiet=quiet)
@@ -141,8 +141,15 @@ class LLM:
             raise ValueError(f"level={level!r} is neither 1 nor 2")
         self._engine.sleep(level == 1)
 
-    def wake_up(self) -> None:
-        """Loads the model again after `sleep`; what it draws is what it would have drawn."""
+    def wake_up(self, tags: Iterable[str] | None = None) -> None:
+        """Loads the model again after `sleep`; what it draws is what it would have drawn.
+
+        Args:
+            tags: vLLM's names of what to wake, "weights" and "kv_cache"; here all wakes up with the first of them.
+        """
+        for tag in tags or ():
+            if tag not in ("weights", "kv_cache"):
+                raise ValueError(f'tags has {tag!r}, which is neither "weights" nor "kv_cache"')
         self._engine.wake_up()
 
     def is_sleeping(self) -> bool:
@@ -161,7 +168,7 @@ class LLM:
         """The token ids of a prompt."""
         return self._engine.encode(prompt)
 
-    def decode(self, token_ids: Sequence[int]) -> str | None:
+    def decode(self, token_ids: Sequence[int] | Array) -> str | None:
         """The text of tokens, special ones left out; None without a tokenizer."""
         return self._engine.decode(token_ids)
 
@@ -190,8 +197,10 @@ class LLM:
         """
         if isinstance(weights, (str, os.PathLike)):
             self._engine.update_weights_from(os.fspath(weights))
-        else:
+        elif isinstance(weights, Iterable):
             self._engine.update_weights(iter(weights.items() if isinstance(weights, Mapping) else weights))
+        else:
+            raise TypeError(f"weights are a dict or pairs of name and array, a file or a folder, not a {type(weights).__name__}")
 
     def get_default_sampling_params(self) -> SamplingParams:
         """How requests without sampling are drawn: as the checkpoint asks for, where it does."""
@@ -200,10 +209,10 @@ class LLM:
     def generate(
         self,
         prompts: Prompt | Iterable[Prompt] | None = None,
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        sampling_params: SamplingParams | Iterable[SamplingParams] | None = None,
         use_tqdm: bool | Callable[..., Any] = True,
         *,
-        prompt_token_ids: Sequence[int] | Sequence[Sequence[int]] | None = None,
+        prompt_token_ids: Prompt | Iterable[Prompt] | None = None,
         on_output: Callable[[RequestOutput], Any] | None = None,
         errors: str = "raise",
         lora_request: None = None,
@@ -227,15 +236,17 @@ class LLM:
         if lora_request is not None:
             raise ValueError("lora_request is not served by minisgl: merge the adapter into the checkpoint")
         if prompts is None:
-            if prompt_token_ids is None:
-                raise TypeError("generate needs prompts")
             prompts = prompt_token_ids
+        elif prompt_token_ids is not None:
+            raise TypeError("give prompts or prompt_token_ids; a dict with `prompt` and `prompt_token_ids` is a prompt with both")
+        if prompts is None:
+            raise TypeError("generate needs prompts")
         return self._run_all(listed(prompts), sampling_params, use_tqdm, on_output, errors)
 
     def chat(
         self,
         messages: list[Message] | Sequence[list[Message]],
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        sampling_params: SamplingParams | Iterable[SamplingParams] | None = None,
         use_tqdm: bool | Callable[..., Any] = True,
         *,
         tools: list[dict[str, Any]] | None = None,
@@ -267,19 +278,20 @@ class LLM:
             kind = type(messages).__name__
             raise TypeError(f"chat takes a conversation, which is a list of messages (dicts), or a list of those, not a {kind}")
         conversations = [messages] if messages and isinstance(messages[0], dict) else messages
-        fixed = {
-            "tools": None if tools is None else json.dumps(tools),
-            "kwargs": None if chat_template_kwargs is None else json.dumps(chat_template_kwargs),
-            "add_generation_prompt": add_generation_prompt,
-            "continue_final_message": continue_final_message,
-        }
-        prompts = [_minisgl.Chat(json.dumps(conversation), **fixed) for conversation in conversations]
+        chat = partial(
+            _minisgl.Chat,
+            tools=None if tools is None else json.dumps(tools),
+            kwargs=None if chat_template_kwargs is None else json.dumps(chat_template_kwargs),
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+        )
+        prompts = [chat(json.dumps(conversation)) for conversation in conversations]
         return self._run_all(prompts, sampling_params, use_tqdm, on_output, errors)
 
     def score(
         self,
-        prompts: Iterable[Prompt],
-        completions: Iterable[Prompt],
+        prompts: Prompt | Iterable[Prompt],
+        completions: Prompt | Iterable[Prompt],
         *,
         logprobs: int = 0,
         use_tqdm: bool | Callable[..., Any] = True,
@@ -297,12 +309,11 @@ class LLM:
         The others, and what is raised, are those of `generate`. A completion that can't be read is an error before anything
         runs, whatever `errors` says.
         """
-        prompts = listed(prompts)
-        completions = [completions] if is_one(completions) else list(completions)
-        if len(prompts) != len(completions):
-            raise ValueError(f"there are {len(prompts)} prompts and {len(completions)} completions")
-        scored = [_minisgl.Scored(completion, logprobs) for completion in completions]
-        return self._run_all(prompts, scored, use_tqdm, None, errors, partial(self._assembler.score, top=logprobs))
+        before, behind = listed(prompts), listed(completions)
+        if len(before) != len(behind):
+            raise ValueError(f"there are {len(before)} prompts and {len(behind)} completions")
+        scored = [_minisgl.Scored(completion, logprobs) for completion in behind]
+        return self._run_all(before, scored, use_tqdm, None, errors, partial(self._assembler.score, top=logprobs))
 
     def embed(
         self,
@@ -320,9 +331,9 @@ class LLM:
 
         The others, and what is raised, are those of `generate`.
         """
-        prompts = listed(prompts)
-        wanted = [_minisgl.Embedded(dimensions)] * len(prompts)
-        return self._run_all(prompts, wanted, use_tqdm, None, errors, self._assembler.embedding)
+        several = listed(prompts)
+        wanted = [_minisgl.Embedded(dimensions)] * len(several)
+        return self._run_all(several, wanted, use_tqdm, None, errors, self._assembler.embedding)
 
     def stream(
         self,
@@ -346,15 +357,18 @@ class LLM:
                 sample it is of; without, each request gives one RequestOutput, when all of its samples have ended.
             errors: as in `generate`.
         """
-        if is_one(prompts):
-            prompts = [prompts]
-        return Stream(self, prompts, self._sampling(sampling_params), tokens, is_raised(errors))
+        return Stream(self, each(prompts), self._sampling(sampling_params), tokens, is_raised(errors))
 
     def _sampling(self, given: Any) -> Iterable[SamplingParams]:
         """Sampling for each of any number of prompts."""
         if given is None:
             given = self.get_default_sampling_params()
-        return repeat(given) if isinstance(given, SamplingParams) else given
+        if isinstance(given, SamplingParams):
+            return repeat(given)
+        if isinstance(given, (str, Mapping)) or not isinstance(given, Iterable):
+            kind = type(given).__name__
+            raise TypeError(f"sampling_params is one SamplingParams for all prompts, or a list with one for each, not a {kind}")
+        return given
 
     def _run_all(
         self,
@@ -367,12 +381,13 @@ class LLM:
     ) -> list[Any]:
         make = make or self._assembler.output
         raises = is_raised(errors)
-        if sampling_params is not None and not isinstance(sampling_params, SamplingParams):
-            sampling_params = list(sampling_params)
-            if len(sampling_params) != len(prompts):
-                raise ValueError(f"there are {len(prompts)} prompts and {len(sampling_params)} sampling_params")
+        sampling = self._sampling(sampling_params)
+        if not isinstance(sampling, repeat):
+            sampling = list(sampling)
+            if len(sampling) != len(prompts):
+                raise ValueError(f"there are {len(prompts)} prompts and {len(sampling)} sampling_params")
         numbers = list(islice(self._numbers, len(prompts)))
-        requests = zip(prompts, self._sampling(sampling_params), numbers)
+        requests = zip(prompts, sampling, numbers)
         run = self._engine.start(requests, seed=self._seed, tokens=False)
         ended: list[Any] = [None] * len(prompts)
         try:

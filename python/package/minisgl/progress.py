@@ -10,12 +10,17 @@ class Progress:
     """A bar like vLLM's: requests, and tokens a second in and out."""
 
     def __init__(self, wanted: bool | Callable[..., Any], requests: int) -> None:
-        self._bar = None
+        self._bar: Any = None
         if wanted:
-            if not callable(wanted):
-                from tqdm.auto import tqdm as wanted
+            make: Callable[..., Any]
+            if callable(wanted):
+                make = wanted
+            else:
+                from tqdm.auto import tqdm
+
+                make = tqdm
             speed = "est. speed input: 0.00 toks/s, output: 0.00 toks/s"
-            self._bar = wanted(total=requests, desc="Processed prompts", dynamic_ncols=True, postfix=speed)
+            self._bar = make(total=requests, desc="Processed prompts", dynamic_ncols=True, postfix=speed)
         self._tokens = [0, 0]
 
     def __enter__(self) -> Progress:

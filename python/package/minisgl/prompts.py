@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from numbers import Integral
-from typing import Any, Union
+from typing import Any, Protocol, Union
 
 from minisgl import _minisgl
 
-#: A text, token ids (a list or a numpy array of integers), or a dict with one of them as `prompt` or `prompt_token_ids`.
-Prompt = Union[str, Sequence[int], "dict[str, Any]"]
+
+class Array(Protocol):
+    """An array in the host's memory: numpy's, torch's, jax's, …"""
+
+    def __dlpack__(self, *args: Any, **kwargs: Any) -> Any: ...
+
+
+#: A text, token ids (a list or an array of integers), or a dict with one of them as `prompt` or `prompt_token_ids`.
+Prompt = Union[str, Sequence[int], Array, "dict[str, Any]"]
 #: A message of a conversation.
 Message = dict[str, Any]
 
@@ -19,14 +26,23 @@ def is_one(prompts: Any) -> bool:
     if isinstance(prompts, (str, dict, _minisgl.Chat)):
         return True
     if getattr(prompts, "ndim", None) == 1:
-        return prompts.dtype.kind in "iu"
+        # numpy's arrays of texts or of objects have several; other libraries have none of those.
+        return getattr(prompts.dtype, "kind", "i") not in "OSTU"
     return isinstance(prompts, (list, tuple)) and len(prompts) > 0 and isinstance(prompts[0], Integral)
 
 
-def listed(prompts: Any) -> list[Any]:
-    """One prompt or several, as a list."""
+def each(prompts: Any) -> Iterable[Any]:
+    """One prompt or several, as several."""
     if is_one(prompts):
         return [prompts]
+    if not isinstance(prompts, Iterable):
+        raise TypeError(f"prompts are texts, lists of token ids or dicts, one or several, not a {type(prompts).__name__}")
+    return prompts
+
+
+def listed(prompts: Any) -> list[Any]:
+    """Likewise, as a list."""
+    prompts = each(prompts)
     return prompts if isinstance(prompts, list) else list(prompts)
 
 

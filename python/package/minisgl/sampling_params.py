@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import difflib
 import inspect
+from collections.abc import Iterable, Mapping
+from operator import index
 from typing import Any
 
 from minisgl._minisgl import check_sampling
@@ -56,7 +58,7 @@ class SamplingParams:
         stop_token_ids: tokens that end the output, as its last one; their text is not part of it.
         include_stop_str_in_output: let the text end with the stop text or the stop token's text.
         logit_bias: what is added to the logits of tokens, by id, in [-100, 100]; 1024 tokens at most.
-        bad_words: texts that the output may not have.
+        bad_words: a text or texts that the output may not have.
         allowed_token_ids: the only tokens that may be drawn, one at least; None: all. An output ends by an
             end-of-sequence token only where it is among them.
     """
@@ -71,7 +73,7 @@ class SamplingParams:
         min_p: float = 0.0,
         seed: int | None = None,
         max_tokens: int | None = 16,
-        stop: str | list[str] | None = None,
+        stop: str | Iterable[str] | None = None,
         ignore_eos: bool = False,
         logprobs: int | None = None,
         prompt_logprobs: int | None = None,
@@ -79,11 +81,11 @@ class SamplingParams:
         presence_penalty: float | None = 0.0,
         frequency_penalty: float | None = 0.0,
         min_tokens: int | None = 0,
-        stop_token_ids: list[int] | None = None,
+        stop_token_ids: Iterable[int] | None = None,
         include_stop_str_in_output: bool | None = False,
-        logit_bias: dict[int, float] | dict[str, float] | None = None,
-        bad_words: list[str] | None = None,
-        allowed_token_ids: list[int] | None = None,
+        logit_bias: Mapping[int, float] | Mapping[str, float] | None = None,
+        bad_words: str | Iterable[str] | None = None,
+        allowed_token_ids: Iterable[int] | None = None,
         **others: Any,
     ) -> None:
         self.n = 1 if n is None else n
@@ -93,7 +95,7 @@ class SamplingParams:
         self.min_p = min_p
         self.seed = None if seed == -1 else seed
         self.max_tokens = max_tokens
-        self.stop = [stop] if isinstance(stop, str) else list(stop or ())
+        self.stop: list[str] = _several("stop", stop)
         self.ignore_eos = ignore_eos
         self.logprobs = logprobs
         self.prompt_logprobs = prompt_logprobs
@@ -101,11 +103,13 @@ class SamplingParams:
         self.presence_penalty = presence_penalty or 0.0
         self.frequency_penalty = frequency_penalty or 0.0
         self.min_tokens = min_tokens or 0
-        self.stop_token_ids = list(stop_token_ids or ())
-        self.include_stop_str_in_output = bool(include_stop_str_in_output)
-        self.logit_bias = {int(token): bias for token, bias in (logit_bias or {}).items()}
-        self.bad_words = list(bad_words or ())
-        self.allowed_token_ids = None if allowed_token_ids is None else list(allowed_token_ids)
+        self.stop_token_ids: list[int] = _several("stop_token_ids", stop_token_ids)
+        self.include_stop_str_in_output = False if include_stop_str_in_output is None else include_stop_str_in_output
+        self.logit_bias = _biases(logit_bias)
+        self.bad_words: list[str] = _several("bad_words", bad_words)
+        self.allowed_token_ids: list[int] | None = None
+        if allowed_token_ids is not None:
+            self.allowed_token_ids = _several("allowed_token_ids", allowed_token_ids)
         for name, value in others.items():
             self._refuse(name, value)
         check_sampling(self)
@@ -145,6 +149,29 @@ class SamplingParams:
 
 #: What there is to be set.
 FIELDS: tuple[str, ...] = SamplingParams.__slots__
+
+
+def _several(name: str, given: Any) -> list[Any]:
+    """What there is in an iterable; a text is one thing, and None nothing."""
+    if given is None:
+        return []
+    if isinstance(given, str):
+        return [given]
+    if not isinstance(given, Iterable):
+        raise TypeError(f"{name} is {given!r}, which is not a list")
+    return list(given)
+
+
+def _biases(given: Any) -> dict[int, float]:
+    """By token; keys that come out of JSON are texts."""
+    if given is None:
+        return {}
+    if not isinstance(given, Mapping):
+        raise TypeError(f"logit_bias is {given!r}, which is not a dict")
+    try:
+        return {int(token) if isinstance(token, str) else index(token): bias for token, bias in given.items()}
+    except (TypeError, ValueError):
+        raise ValueError(f"logit_bias is {given!r}; its keys are token ids") from None
 
 
 def _rebuild(kind: type[SamplingParams], fields: dict[str, Any]) -> SamplingParams:

@@ -28,7 +28,7 @@ class Stream(Iterator[RequestOutput], AsyncIterator[RequestOutput]):
         #: Prompt and number of each request that has not ended, by its index.
         self._open: dict[int, tuple[Any, int]] = {}
         self._ready: deque[RequestOutput] = deque()
-        requests = _noted(zip(prompts, sampling, llm._numbers), self._open)
+        requests = _noted(prompts, sampling, llm._numbers, self._open)
         self._run = llm._engine.start(requests, seed=llm._seed, tokens=tokens)
 
     def __iter__(self) -> Stream:
@@ -99,19 +99,30 @@ class Stream(Iterator[RequestOutput], AsyncIterator[RequestOutput]):
         return output
 
 
-def _noted(requests: Iterable[tuple[Any, Any, int]], into: dict[int, tuple[Any, int]]) -> Iterator[tuple[Any, Any, int]]:
+def _noted(
+    prompts: Iterable[Any], sampling: Iterable[SamplingParams], numbers: Iterator[int], into: dict[int, tuple[Any, int]]
+) -> Iterator[tuple[Any, SamplingParams, int]]:
     """Requests, noted by their index as they are pulled. Holds no Stream, so that one which is dropped goes at once."""
-    for index, request in enumerate(requests):
-        prompt, _, number = request
+    each = iter(sampling)
+    for index, prompt in enumerate(prompts):
+        params = next(each, None)
+        if params is None:
+            raise ValueError(f"prompt {index} has no sampling_params: give one for all prompts, or one for each")
+        number = next(numbers)
         into[index] = prompt, number
-        yield request
+        yield prompt, params, number
 
 
 async def _readable(descriptor: int) -> None:
     """Waits for a file descriptor without holding up the event loop."""
     loop = asyncio.get_running_loop()
     readable = loop.create_future()
-    loop.add_reader(descriptor, lambda: readable.done() or readable.set_result(None))
+
+    def wake() -> None:
+        if not readable.done():
+            readable.set_result(None)
+
+    loop.add_reader(descriptor, wake)
     try:
         await readable
     finally:
