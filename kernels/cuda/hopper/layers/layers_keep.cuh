@@ -12,28 +12,8 @@
 
 #include "fp8_rows.cuh"
 #include "hopper/layers/layers_flags.cuh"
-
-// A place in the shared memory of one of the two, and of the other one than `rank`.
-__device__ __forceinline__ unsigned at_rank(unsigned address, unsigned rank) {
-    unsigned there;
-    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(rank));
-    return there;
-}
-__device__ __forceinline__ unsigned at_neighbour(unsigned address, unsigned rank) { return at_rank(address, rank ^ 1); }
-__device__ __forceinline__ void send(unsigned to, float a, float b, float c, float d, unsigned barrier) {
-    asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(to), "f"(a),
-                 "f"(b), "f"(c), "f"(d), "r"(barrier)
-                 : "memory");
-}
-__device__ __forceinline__ void send(unsigned to, float a, float b, unsigned barrier) {
-    asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];" ::"r"(to), "f"(a), "f"(b),
-                 "r"(barrier)
-                 : "memory");
-}
-__device__ __forceinline__ unsigned pair_of(float2 x) {
-    const __nv_bfloat162 pair = __floats2bfloat162_rn(x.x, x.y);
-    return *reinterpret_cast<const unsigned *>(&pair);
-}
+#include "hopper/layers/layers_neighbour.cuh"
+#include "hopper/pairs.cuh"
 
 struct HalfRows {
     unsigned rank, received, there; // where the lane's first 16 bytes arrive, 512 before the others, and the barrier that says so
