@@ -354,5 +354,7 @@ mod tests {
         let minisgl_kernels::attention::Prefill { parts, part_queries, .. } = hopper.prefill;
         assert_eq!((prefill("PARTS"), prefill("PART_QUERIES")), (parts, part_queries));
         assert_eq!(constant("portable/attention_prefill.cuh", "COLUMNS"), portable.prefill.part_queries);
+        let drafts = constant("hopper/attention/decode_filler.cuh", "DRAFTS_MAX");
+        assert_eq!(drafts, minisgl_core::speculation::DRAFTS_MAX);
     }
 }
