@@ -124,30 +124,6 @@ template <int HD, int HEADS, int STAGES, bool WINDOW, bool FP8> struct Decoder {
         if (token + 8 >= unit.segment.kv_len || token + 8 < seen)
             s[2] = s[3] = minus_infinity();
     }
-    // The leaf's maxima, from those of all tiles; hopper/layers/layers_attend_read.cuh has the same for its own layout.
-    __device__ __forceinline__ void share_maxima(float (&m)[2], const float (&s)[S::SECTIONS][4]) const {
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-            m[i] = fmaxf(s[0][i], s[0][i + 2]);
-#pragma unroll
-            for (int part = 1; part < S::SECTIONS; part++)
-                m[i] = fmaxf(m[i], fmaxf(s[part][i], s[part][i + 2]));
-            m[i] = fmaxf(m[i], __shfl_xor_sync(FULL_WARP, m[i], 4));
-            m[i] = fmaxf(m[i], __shfl_xor_sync(FULL_WARP, m[i], 8));
-            m[i] = fmaxf(m[i], __shfl_xor_sync(FULL_WARP, m[i], 16));
-        }
-        const unsigned at = maxima + lane % 4 * 8;
-        if (lane < 4)
-            asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(at + warp * 32), "f"(m[0]), "f"(m[1]) : "memory");
-        readers_barrier();
-#pragma unroll
-        for (int j = 0; j < DECODE_WARPS; j++) {
-            float x, y;
-            asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(x), "=f"(y) : "r"(at + j * 32) : "memory");
-            m[0] = fmaxf(m[0], x);
-            m[1] = fmaxf(m[1], y);
-        }
-    }
     // Where the lane's part of a tile's probabilities lies.
     __device__ __forceinline__ unsigned probabilities_of(unsigned tile) const { return probabilities + tile * 256 + lane * 8; }
     // Puts the probabilities of the warp's tiles where all find them; all have theirs there when it returns.
@@ -290,7 +266,7 @@ template <int HD, int HEADS, int STAGES, bool WINDOW, bool FP8> struct Decoder {
                 score_tile(s[section], own, unit, section * DECODE_WARPS + warp, whole);
                 ring.release();
             }
-            share_maxima(leaf.m, s);
+            share_maxima<DECODE_WARPS>(leaf.m, s, maxima, warp, lane, readers_barrier);
             share_probabilities(s, leaf.m);
             ring.take();
             const bool others_arrived = unit.is_last() && ring.others_arrived();

@@ -37,6 +37,33 @@ template <int COUNT> __device__ __forceinline__ void lower(float (&o)[COUNT][4])
             o[k][i] = __fmul_rn(o[k][i], 1.0f / scale_lift());
 }
 
+// The leaf's maxima of the lane's two queries, from those of all warps' tiles; `maxima` has 8 queries of each warp, and `sync` is for all.
+template <unsigned WARPS, int TILES, class Sync>
+__device__ __forceinline__ void share_maxima(float (&m)[2], const float (&s)[TILES][4], unsigned maxima, const unsigned &warp,
+                                             const unsigned &lane, const Sync &sync) {
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        m[i] = fmaxf(s[0][i], s[0][i + 2]);
+#pragma unroll
+        for (int tile = 1; tile < TILES; tile++)
+            m[i] = fmaxf(m[i], fmaxf(s[tile][i], s[tile][i + 2]));
+        m[i] = fmaxf(m[i], __shfl_xor_sync(FULL_WARP, m[i], 4));
+        m[i] = fmaxf(m[i], __shfl_xor_sync(FULL_WARP, m[i], 8));
+        m[i] = fmaxf(m[i], __shfl_xor_sync(FULL_WARP, m[i], 16));
+    }
+    const unsigned at = maxima + lane % 4 * 8;
+    if (lane < 4)
+        asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(at + warp * 32), "f"(m[0]), "f"(m[1]) : "memory");
+    sync();
+#pragma unroll
+    for (int j = 0; j < WARPS; j++) {
+        float x, y;
+        asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(x), "=f"(y) : "r"(at + j * 32) : "memory");
+        m[0] = fmaxf(m[0], x);
+        m[1] = fmaxf(m[1], y);
+    }
+}
+
 // Puts a tile's probabilities, as a B operand, where all warps find them: `at` is the lane's eight bytes.
 template <int HD, bool FP8> __device__ __forceinline__ void store_probabilities(unsigned at, const float (&s)[4], const float (&m)[2]) {
     const float c = score_scale<HD>();

@@ -132,27 +132,6 @@ template <bool FP8> struct Reader {
                 s[j][2] = s[j][3] = minus_infinity();
         }
     }
-    // The leaf's maxima, from those of all tiles, as attention_decode.cuh has them.
-    __device__ __forceinline__ void share_maxima(float (&m)[2], const float (&s)[2][4]) const {
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-            m[i] = fmaxf(fmaxf(s[0][i], s[0][i + 2]), fmaxf(s[1][i], s[1][i + 2]));
-            m[i] = fmaxf(m[i], __shfl_xor_sync(FULL_WARP, m[i], 4));
-            m[i] = fmaxf(m[i], __shfl_xor_sync(FULL_WARP, m[i], 8));
-            m[i] = fmaxf(m[i], __shfl_xor_sync(FULL_WARP, m[i], 16));
-        }
-        const unsigned at = shared.maxima() + lane % 4 * 8;
-        if (lane < 4)
-            asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(at + warp * 32), "f"(m[0]), "f"(m[1]) : "memory");
-        sync();
-#pragma unroll
-        for (int j = 0; j < READERS; j++) {
-            float x, y;
-            asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(x), "=f"(y) : "r"(at + j * 32) : "memory");
-            m[0] = fmaxf(m[0], x);
-            m[1] = fmaxf(m[1], y);
-        }
-    }
     __device__ __forceinline__ unsigned probabilities_of(unsigned tile) const {
         return shared.probabilities() + tile * 256 + lane * 8;
     }
@@ -354,7 +333,7 @@ template <bool FP8> struct Reader {
             score(s, whole);
             release(place.at);
             place.advance();
-            share_maxima(sum.m, s);
+            share_maxima<READERS>(sum.m, s, shared.maxima(), warp, lane, [&] { sync(); });
 #pragma unroll
             for (int j = 0; j < 2; j++)
                 store_probabilities<HEAD_DIM, FP8>(probabilities_of(warp + READERS * j), s[j], sum.m);
