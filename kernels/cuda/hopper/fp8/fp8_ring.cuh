@@ -76,15 +76,8 @@ template <int GROUPS, int N> struct Fp8Ring {
         }
     }
 
-    // Where a multiplying warpgroup is in the ring, and how many stages will yet be filled again.
-    struct Position {
-        unsigned at = 0, parity = 0, refills;
-
-        __device__ __forceinline__ Position(unsigned blocks, unsigned stages) : refills(blocks > stages ? blocks - stages : 0) {}
-    };
-
     // The thread has read a stage, which may be filled again, if that is to happen.
-    __device__ __forceinline__ void release(Position &position, unsigned at) const {
+    __device__ __forceinline__ void release(RingPosition &position, unsigned at) const {
         if (position.refills > 0)
             barrier_arrive(empty + 8 * at);
         position.refills -= position.refills > 0;
@@ -107,7 +100,7 @@ template <int GROUPS, int N> struct Fp8Ring {
     }
 
     // Widens the block at hand and starts its products; those of the block before are done when it returns.
-    __device__ __forceinline__ void take(Position &position, unsigned (&a)[4][4], float (&sum)[N / 2], unsigned &before,
+    __device__ __forceinline__ void take(RingPosition &position, unsigned (&a)[4][4], float (&sum)[N / 2], unsigned &before,
                                          bool is_first) const {
         barrier_wait(full + 8 * position.at, position.parity);
         widen(a, position.at);
@@ -122,14 +115,11 @@ template <int GROUPS, int N> struct Fp8Ring {
             release(position, before);
         }
         before = position.at;
-        if (++position.at == stages) {
-            position.at = 0;
-            position.parity ^= 1;
-        }
+        position.advance(stages);
     }
 
     // A warpgroup's work: the sums of its 64 rows over the next `blocks` blocks of columns, from zero.
-    __device__ __forceinline__ void multiply(Position &position, unsigned blocks, float (&sum)[N / 2]) const {
+    __device__ __forceinline__ void multiply(RingPosition &position, unsigned blocks, float (&sum)[N / 2]) const {
         unsigned even[4][4], odd[4][4], before = 0;
         hold(sum); // else the compiler zeroes it between two wgmmas, and must put them in a row
         for (unsigned i = 0; i < blocks; i += 2) {

@@ -15,7 +15,6 @@ template <int SETS> __device__ __forceinline__ const CodesMatrix<SETS> &fetched(
 // ring.cuh for codes: beside a stage lie the scales of its N tokens, then those of eight rows of w each, behind what is known of tokens.
 template <int GROUPS, int N, int SETS> struct CodesRing : Ring<GROUPS, N, 1> {
     using Base = Ring<GROUPS, N, 1>;
-    using typename Base::Position;
     using Base::full, Base::empty, Base::stages;
     static constexpr unsigned SCALE_BYTES = (N + 8 * GROUPS) * 4;
     unsigned scales;
@@ -61,7 +60,7 @@ template <int GROUPS, int N, int SETS> struct CodesRing : Ring<GROUPS, N, 1> {
 
     // Starts the products of the block at hand, a warpgroup's 64 rows the left operand, the tokens the right one, and adds them to `part`,
     // or to zero. Where it lies.
-    __device__ __forceinline__ unsigned start(Position &position, float (&part)[N / 2], bool add) const {
+    __device__ __forceinline__ unsigned start(RingPosition &position, float (&part)[N / 2], bool add) const {
         const unsigned at = position.at, stage = this->stage(at);
         barrier_wait(full + 8 * at, position.parity);
         const unsigned long long a = tile_descriptor(stage + threadIdx.x / 128 * 64 * 128);
@@ -71,15 +70,12 @@ template <int GROUPS, int N, int SETS> struct CodesRing : Ring<GROUPS, N, 1> {
         for (int k = 0; k < 4; k++)
             wgmma_codes(part, a + 2 * k, b + 2 * k, add || k > 0);
         wgmma_commit();
-        if (++position.at == stages) {
-            position.at = 0;
-            position.parity ^= 1;
-        }
+        position.advance(stages);
         return at;
     }
     // Waits until so many blocks at most are on their way, and takes out the sums of a group of columns, whose scales lie at stage `at`.
     template <int PENDING>
-    __device__ __forceinline__ void take(Position &position, unsigned at, float (&part)[N / 2], float (&sum)[N / 2]) const {
+    __device__ __forceinline__ void take(RingPosition &position, unsigned at, float (&part)[N / 2], float (&sum)[N / 2]) const {
         const unsigned lane = threadIdx.x % 32, rows = threadIdx.x / 32 * 2, own = scales + at * SCALE_BYTES;
         const float2 of = load_two_scales(own + (N + rows) * 4);
         wgmma_wait<PENDING>();
@@ -99,7 +95,7 @@ template <int GROUPS, int N, int SETS> struct CodesRing : Ring<GROUPS, N, 1> {
     // The sums over blocks begin .. end of the columns. Where the outer loop goes round nothing is on its way: the compiler follows products'
     // registers no further, and would put all in a row. GROUPED: groups are of several blocks.
     template <bool GROUPED>
-    __device__ __forceinline__ void multiply_groups(Position &position, const CodeScales &scales, unsigned begin, unsigned end,
+    __device__ __forceinline__ void multiply_groups(RingPosition &position, const CodeScales &scales, unsigned begin, unsigned end,
                                                     float (&sum)[N / 2]) const {
         float even[N / 2], odd[N / 2]; // of one set, odd is never used
 #pragma unroll
@@ -138,7 +134,7 @@ template <int GROUPS, int N, int SETS> struct CodesRing : Ring<GROUPS, N, 1> {
             take<0>(position, at, even, sum);
         }
     }
-    __device__ __forceinline__ void multiply(Position &position, const CodesMatrix<SETS> &w, unsigned begin, unsigned end,
+    __device__ __forceinline__ void multiply(RingPosition &position, const CodesMatrix<SETS> &w, unsigned begin, unsigned end,
                                              float (&sum)[N / 2]) const {
         if (w.scales.shift > 0)
             multiply_groups<true>(position, w.scales, begin, end, sum);

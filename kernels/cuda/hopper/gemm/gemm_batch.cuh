@@ -17,6 +17,7 @@
 
 #include "hopper/gemm/ring.cuh"
 #include "hopper/gemm/share_out.cuh"
+#include "place.cuh"
 
 // GROUPS: units that a block multiplies side by side.
 template <int GROUPS, int N> struct BatchRing {
@@ -51,15 +52,6 @@ template <int GROUPS> struct Units {
     }
     __device__ __forceinline__ unsigned in(unsigned turn) const {
         return count > turn * GROUPS ? min((unsigned)GROUPS, count - turn * GROUPS) : 0;
-    }
-};
-
-// Where a thread is in the ring: place.cuh's, where a launch says how many stages there are.
-struct RingPlace {
-    unsigned at = 0, parity = 0;
-    __device__ __forceinline__ void advance(unsigned stages) {
-        if (++at == stages)
-            at = 0, parity ^= 1;
     }
 };
 

@@ -161,7 +161,7 @@ __device__ __forceinline__ void multiply_few(const Matrix &w, const TensorMap *x
         if (!Epilogue::EARLY)
             out.fetch(epilogue, shape.rows);
         float sum[OWN][N / 2] = {};
-        typename R::Position position(blocks, stages);
+        RingPosition position(blocks, stages);
 #pragma unroll
         for (int i = 0; i < OWN; i++)
             if constexpr (IN_GROUPS<Matrix>)

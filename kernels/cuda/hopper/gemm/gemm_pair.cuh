@@ -58,7 +58,7 @@ __device__ __forceinline__ void together(const TensorMap *w, const TensorMap *x,
         if (!Epilogue::EARLY)
             out.fetch(epilogue, shape.rows);
         float sum[N / 2] = {}, total[N / 2] = {};
-        typename R::Position position(shape.blocks(), stages);
+        RingPosition position(shape.blocks(), stages);
         for (unsigned slice = 0; slice < shape.slices; slice++) {
             ring.multiply(position, shape.slice_begin(slice + 1) - shape.slice_begin(slice), sum);
 #pragma unroll

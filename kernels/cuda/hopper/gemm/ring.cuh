@@ -15,6 +15,7 @@
 
 #include "dependent.cuh"
 #include "hopper/hopper.cuh"
+#include "place.cuh"
 
 // A warpgroup's 64 rows times N tokens. Of more than a block of three such groups can give an instruction, it takes two halves.
 template <int GROUPS, int N>
@@ -80,27 +81,17 @@ template <int GROUPS, int N, int SHARERS, bool SAME_TOKENS = false> struct Ring 
         dependent_wait();
         for (unsigned i = 0; i < ahead; i++)
             fetch_x(x, i, (first + i) * 64, n0);
-        unsigned at = 0, parity = 0;
+        RingPlace place;
         for (unsigned i = ahead; i < blocks; i++) {
-            barrier_wait(empty + 8 * at, parity);
-            fetch_w(w, at, i, (first + i) * 64, m0);
-            fetch_x(x, at, (first + i) * 64, n0);
-            if (++at == stages) {
-                at = 0;
-                parity ^= 1;
-            }
+            barrier_wait(empty + 8 * place.at, place.parity);
+            fetch_w(w, place.at, i, (first + i) * 64, m0);
+            fetch_x(x, place.at, (first + i) * 64, n0);
+            place.advance(stages);
         }
     }
 
-    // Where a multiplying warpgroup is in the ring, and how many stages will yet be filled again.
-    struct Position {
-        unsigned at = 0, parity = 0, refills;
-
-        __device__ __forceinline__ Position(unsigned blocks, unsigned stages) : refills(blocks > stages ? blocks - stages : 0) {}
-    };
-
     // A warp's call: the stage may be filled again, if that is to happen.
-    __device__ __forceinline__ void release(Position &position, unsigned at) const {
+    __device__ __forceinline__ void release(RingPosition &position, unsigned at) const {
         const unsigned lane = threadIdx.x % 32;
         if (lane < SHARERS && position.refills > 0) {
             if (SHARERS == 1)
@@ -112,7 +103,7 @@ template <int GROUPS, int N, int SHARERS, bool SAME_TOKENS = false> struct Ring 
     }
 
     // A multiplying warpgroup's work: the sums of its 64 rows over the next `blocks` blocks of columns, from zero.
-    __device__ __forceinline__ void multiply(Position &position, unsigned blocks, float (&sum)[N / 2]) const {
+    __device__ __forceinline__ void multiply(RingPosition &position, unsigned blocks, float (&sum)[N / 2]) const {
         const unsigned group = threadIdx.x / 128;
         unsigned before = 0;
         hold(sum); // else the compiler zeroes it between two wgmmas, and must put them in a row
@@ -130,10 +121,7 @@ template <int GROUPS, int N, int SHARERS, bool SAME_TOKENS = false> struct Ring 
                 release(position, before);
             }
             before = position.at;
-            if (++position.at == stages) {
-                position.at = 0;
-                position.parity ^= 1;
-            }
+            position.advance(stages);
         }
         wgmma_wait<0>();
         hold(sum);
