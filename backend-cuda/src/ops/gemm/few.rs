@@ -40,20 +40,20 @@ type Kinds = [Vec<Loaded>; 5];
 /// Hopper's kernels for few tokens.
 #[derive(Debug)]
 pub(super) struct Few {
-    /// For matrices that fit L2, in the order of [`tilings::of`].
+    /// For matrices that fit L2, in the order of [`tilings::fitting::of`].
     fitting: Kinds,
-    /// For larger ones, in the order of [`tilings::of_large`].
+    /// For larger ones, in the order of [`tilings::large::of`].
     large: Kinds,
-    /// For half of each multiprocessor, in the order of [`tilings::of_half`].
+    /// For half of each multiprocessor, in the order of [`tilings::half::of`].
     half: Kinds,
 }
 
 impl Few {
     pub(super) fn new(modules: &Modules) -> Result<Few, CudaError> {
         Ok(Few {
-            fitting: Self::load(modules, tilings::of)?,
-            large: Self::load(modules, tilings::of_large)?,
-            half: Self::load(modules, tilings::of_half)?,
+            fitting: Self::load(modules, tilings::fitting::of)?,
+            large: Self::load(modules, tilings::large::of)?,
+            half: Self::load(modules, tilings::half::of)?,
         })
     }
 

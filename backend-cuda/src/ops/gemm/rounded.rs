@@ -10,13 +10,16 @@
 //!
 //! Invariant: a token's codes lie in a place of its own until its product has ended.
 
+mod explained;
+mod kernels;
+
 use minisgl_core::backend::Purpose;
 
+use self::kernels::{KINDS, Kernels, chosen, few, few_of};
 use super::epilogue::{Epilogue, Kind, RowNorm};
-use super::many::{Loaded, Many, Partials, Tile};
-use super::product::{Block, Explained, Product, Rows};
-use super::ring::{Ring, Sliced};
-use super::shape::{BLOCK_COLS, Shape, fits_l2};
+use super::many::{Loaded, Many, Partials};
+use super::product::{Block, Product, Rows};
+use super::shape::{BLOCK_COLS, fits_l2};
 use crate::error::CudaError;
 use crate::gpu::Gpu;
 use crate::launch::{Grid, Kernel, Launcher};
@@ -26,6 +29,8 @@ use crate::param::{Param, plain_params};
 use crate::tensor_map::TensorMap;
 use crate::weight::{Codes, Fp8Codes, Rounding, Weight};
 
+pub(super) use self::explained::explained;
+
 /// The most slices of a sum.
 pub(super) const SLICES_MAX: u32 = 2;
 /// Threads of a block that rounds inputs, and columns that it rounds at once.
@@ -33,9 +38,6 @@ const ROUNDING_THREADS: u32 = 256;
 const ROUNDED: u32 = ROUNDING_THREADS / 32 * 256;
 /// So many tokens, and more, fill the device with a block each.
 const ROUNDED_WHOLE: u32 = 1024;
-
-/// Rows of gate and up that make one round of Qwen3-8B's blocks, of few tokens.
-const TALL: u32 = 192;
 
 /// What is rounded, as `fp8_inputs.cu` declares it.
 #[repr(C)]
@@ -113,78 +115,6 @@ pub(super) struct Rounded {
     grained: [Vec<Loaded>; 3],
     scratch: Scratch,
 }
-
-/// A kind of product's kernels.
-struct Kernels {
-    /// Which of all.
-    index: usize,
-    /// Those for few tokens by their blocks, ever more tokens: of 128 qkv's alone is quicker than tiles of many.
-    few: Vec<(Block, &'static str)>,
-    /// Tiles of many tokens, where 128 rows have two scales at most.
-    many: Vec<(Tile, &'static str)>,
-    /// Where they have more.
-    grained: (Tile, &'static str),
-}
-
-impl Kernels {
-    fn of(kind: Kind) -> Option<Kernels> {
-        match kind {
-            Kind::Qkv => Some(Kernels {
-                index: 0,
-                few: vec![
-                    (Block::new(128, 16), "rounded_few_qkv_128x16"),
-                    (Block::new(128, 32), "rounded_few_qkv_128x32"),
-                    (Block::new(128, 64), "rounded_few_qkv_128x64"),
-                    (Block::new(128, 128), "rounded_few_qkv_128x128"),
-                ],
-                many: vec![(Tile::ROUNDED, "rounded_many_qkv_narrow")],
-                grained: (Tile::ROUNDED, "rounded_many_grained_qkv_narrow"),
-            }),
-            Kind::Residual => Some(Kernels {
-                index: 1,
-                few: vec![
-                    (Block::new(64, 16), "rounded_few_residual_64x16"),
-                    (Block::new(64, 32), "rounded_few_residual_64x32"),
-                    (Block::new(64, 64), "rounded_few_residual_64x64"),
-                ],
-                many: vec![
-                    (Tile::ROUNDED, "rounded_many_residual_narrow"),
-                    (Tile::ROUNDED_SHORT, "rounded_many_split_residual_short"),
-                    (Tile::ROUNDED_JOINT[0], "rounded_many_joint_residual_short"),
-                    (Tile::ROUNDED_JOINT[1], "rounded_many_joint_residual_narrow"),
-                    (Tile::ROUNDED_JOINT[2], "rounded_many_joint_residual_middle"),
-                ],
-                grained: (Tile::ROUNDED, "rounded_many_grained_residual_narrow"),
-            }),
-            Kind::GateUp => Some(Kernels {
-                index: 2,
-                few: vec![
-                    (Block::new(128, 16), "rounded_few_gate_up_128x16"),
-                    (Block::new(128, 32), "rounded_few_gate_up_128x32"),
-                    (Block::new(128, 64), "rounded_few_gate_up_128x64"),
-                    (Block::new(192, 16), "rounded_few_gate_up_192x16"),
-                    (Block::new(192, 32), "rounded_few_gate_up_192x32"),
-                    (Block::new(192, 64), "rounded_few_gate_up_192x64"),
-                ],
-                many: vec![
-                    (Tile::ROUNDED, "rounded_many_gate_up_narrow"),
-                    (Tile::ROUNDED_MIDDLE, "rounded_many_gate_up_middle"),
-                    (Tile::ROUNDED_TALL, "rounded_many_gate_up_tall"),
-                ],
-                grained: (Tile::ROUNDED, "rounded_many_grained_gate_up_narrow"),
-            }),
-            Kind::RankSums | Kind::Head | Kind::Linear => None,
-        }
-    }
-
-    /// Those for many tokens of a matrix whose groups have scales in pairs, or not.
-    fn tiles(self, pairs: bool) -> Vec<(Tile, &'static str)> {
-        if pairs { self.many } else { vec![self.grained] }
-    }
-}
-
-/// The kinds that have kernels.
-const KINDS: [Kind; 3] = [Kind::Qkv, Kind::Residual, Kind::GateUp];
 
 impl Rounded {
     /// Looks them up, and takes memory for `tokens` rows of inputs of at most `width` columns.
@@ -324,33 +254,6 @@ fn none(kind: Kind) -> CudaError {
     CudaError::Unsupported(format!("{kind:?} has no kernels for rounded inputs; use --plain-inputs"))
 }
 
-/// What such a block of the kernels for few tokens is launched with, with 64 rows of w for each of its warpgroups.
-fn few(kind: Kind, block: Block) -> Sliced {
-    let Block { rows, tokens } = block;
-    let alone = rows == TALL || tokens == 128 || tokens == 64 && kind == Kind::Qkv;
-    let ring = Ring::of(block).with_scales(tokens + rows / Fp8Codes::GROUP as u32);
-    Sliced { ring, alone, spread: false }
-}
-
-/// The same for a product, on a device that takes so many `blocks` at once that have a multiprocessor to themselves.
-fn few_of(kind: Kind, block: Block, shape: &Shape, blocks: u32) -> Sliced {
-    Sliced { spread: shape.rows.div_ceil(block.rows) * shape.slices <= blocks, ..few(kind, block) }
-}
-
-/// Which of these kernels for few tokens a product takes, if one does. A tile of 128 tokens has a multiprocessor to itself: on a device that
-/// takes fewer `blocks` of these at once than there are, kernels for many tokens are done first. So they are of o and down from 33 tokens
-/// on, if 128 rows have scales in pairs, for which they have tiles of 64 tokens. Blocks of [`TALL`] rows are taken where the device takes
-/// all of them at once, and none of those of 128.
-fn chosen(kind: Kind, shape: &Shape, few: &[(Block, &str)], blocks: u32, pairs: bool) -> Option<usize> {
-    let there = |rows| shape.rows.div_ceil(rows) * shape.slices;
-    let is_tall = kind == Kind::GateUp && there(128) > blocks && there(TALL) <= blocks;
-    let suits = |block: Block| shape.tokens <= block.tokens && (block.rows == TALL) == is_tall;
-    let chosen = few.iter().position(|(block, _)| suits(*block))?;
-    let Block { rows, tokens } = few[chosen].0;
-    let by_room = tokens == 128 || tokens == 64 && kind == Kind::Residual && pairs;
-    (!by_room || there(rows) <= blocks).then_some(chosen)
-}
-
 /// What rounds so many tokens of so many columns: a block a token where its largest magnitude is that of all its columns, or where blocks are many,
 /// so that what is next is on its way while one part is rounded.
 fn rounding(cols: u32, tokens: u32, rounding: Rounding) -> Grid {
@@ -362,32 +265,6 @@ fn rounding(cols: u32, tokens: u32, rounding: Rounding) -> Grid {
     Grid::new(tokens, ROUNDING_THREADS).rows(parts).dependent()
 }
 
-/// What rounds the inputs of a product with `[rows, cols]`, whose groups of rows have scales in pairs or not, and what that is launched as.
-pub(super) fn explained(
-    kind: Kind,
-    shape: &Shape,
-    rounding_of: Rounding,
-    pairs: bool,
-    clusters: fn(u32) -> u32,
-) -> Option<[Explained; 2]> {
-    let kernels = Kernels::of(kind)?;
-    let work = match rounding_of {
-        Rounding::Groups(cols) => {
-            format!("a warp: a token's groups of {cols} columns, each by its largest magnitude")
-        }
-        Rounding::Rows => "a block: a token, by its largest magnitude".into(),
-        Rounding::Fixed => "a warp: a token's blocks of 128 columns, by the matrix's scale".into(),
-    };
-    let grid = rounding(2 * shape.cols, shape.tokens, rounding_of);
-    let round = Explained { kernel: "fp8_inputs", grid, work };
-    let blocks = 2 * clusters(2);
-    let Some(chosen) = chosen(kind, shape, &kernels.few, blocks, pairs) else {
-        return Tile::explained_of(kernels.tiles(pairs), shape, clusters).map(|product| [round, product]);
-    };
-    let (block, name) = kernels.few[chosen];
-    Some([round, few_of(kind, block, shape, blocks).explained(name, shape)])
-}
-
 #[cfg(test)]
 mod tests {
     use minisgl_kernels::HOPPER;
@@ -396,77 +273,17 @@ mod tests {
     use crate::declared::{assert_declared, threads_of};
 
     #[test]
-    fn kernels_are_bound_to_the_threads_that_they_are_launched_with() {
-        for kind in KINDS {
-            let kernels = Kernels::of(kind).unwrap();
-            for (block, name) in &kernels.few {
-                let ring = few(kind, *block).ring;
-                assert_eq!(threads_of(HOPPER, name), ring.threads(), "{name}");
-                assert!(name.ends_with(&format!("_{}x{}", ring.block.rows, ring.block.tokens)), "{name}");
-            }
-            for (tile, name) in kernels.many.into_iter().chain([kernels.grained]) {
-                assert_eq!(threads_of(HOPPER, name), tile.threads(), "{name}");
-            }
-        }
-        assert_eq!(threads_of(HOPPER, "fp8_inputs"), ROUNDING_THREADS);
-    }
-
-    #[test]
     fn the_host_and_the_kernels_mean_the_same_by_inputs_and_scales() {
         assert_declared!(
             &["hopper/fp8/fp8_inputs.cu", "epilogue/row_norm.cuh"],
             "Fp8Inputs",
             Fp8Inputs { x, norm, row_norm, codes, scales, fixed, cols, pitch, group, reserved }
         );
+        assert_eq!(threads_of(HOPPER, "fp8_inputs"), ROUNDING_THREADS);
         assert_declared!(
             &["hopper/fp8/rounded.cuh"],
             "CodeScales",
             CodeScales { x, w, pitch, groups, shift, reserved }
         );
-    }
-
-    #[test]
-    fn a_ring_holds_the_sums_that_lie_over_it_and_blocks_fit_a_multiprocessor() {
-        for (rows, cols, slices) in [(6144, 2048, 2), (64, 64, 1), (4096, 6144, 2), (24_576, 2048, 1)] {
-            for kind in KINDS {
-                for (block, _) in Kernels::of(kind).unwrap().few {
-                    let (shape, few) = (Shape { rows, cols, tokens: block.tokens, slices }, few(kind, block));
-                    assert!(few.ring.holds(few.stages(&shape), few.shared_max()), "{shape:?}");
-                }
-            }
-        }
-    }
-
-    /// On a device of 132 multiprocessors, of Qwen3-8B and 14B.
-    #[test]
-    fn tiles_are_chosen_by_the_blocks_that_they_make() {
-        let kernel = |kind, rows: u32, cols: u32, tokens| {
-            let slices = if kind == Kind::GateUp { 1 } else { 2 };
-            let shape = Shape { rows, cols: cols / 2, tokens, slices };
-            explained(kind, &shape, Rounding::Groups(256), true, |size: u32| 132 / size).unwrap()[1].kernel
-        };
-        assert_eq!(kernel(Kind::Qkv, 6144, 4096, 128), "rounded_few_qkv_128x128");
-        assert_eq!(kernel(Kind::Residual, 4096, 4096, 64), "rounded_few_residual_64x64");
-        assert_eq!(kernel(Kind::Residual, 5120, 5120, 32), "rounded_few_residual_64x32");
-        assert_eq!(kernel(Kind::Residual, 5120, 5120, 64), "rounded_many_joint_residual_short");
-        assert_eq!(kernel(Kind::Residual, 4096, 4096, 128), "rounded_many_joint_residual_short");
-        assert_eq!(kernel(Kind::Residual, 4096, 12_288, 128), "rounded_many_split_residual_short");
-        assert_eq!(kernel(Kind::Residual, 5120, 17_408, 128), "rounded_many_joint_residual_narrow");
-        assert_eq!(kernel(Kind::Residual, 5120, 17_408, 160), "rounded_many_joint_residual_middle");
-        assert_eq!(kernel(Kind::Residual, 4096, 12_288, 256), "rounded_many_joint_residual_narrow");
-        assert_eq!(kernel(Kind::Residual, 4096, 4096, 384), "rounded_many_joint_residual_middle");
-        assert_eq!(kernel(Kind::Residual, 4096, 12_288, 512), "rounded_many_residual_narrow");
-        assert_eq!(kernel(Kind::Residual, 5120, 17_408, 256), "rounded_many_residual_narrow");
-        assert_eq!(kernel(Kind::GateUp, 24_576, 4096, 1), "rounded_few_gate_up_192x16");
-        assert_eq!(kernel(Kind::GateUp, 24_576, 4096, 64), "rounded_few_gate_up_192x64");
-        assert_eq!(kernel(Kind::GateUp, 34_816, 5120, 64), "rounded_few_gate_up_128x64");
-        assert_eq!(kernel(Kind::GateUp, 24_576, 4096, 128), "rounded_many_gate_up_tall");
-        assert_eq!(kernel(Kind::GateUp, 24_576, 4096, 256), "rounded_many_gate_up_narrow");
-        assert_eq!(kernel(Kind::GateUp, 34_816, 5120, 256), "rounded_many_gate_up_tall");
-        assert_eq!(kernel(Kind::GateUp, 24_576, 4096, 1024), "rounded_many_gate_up_narrow");
-        assert_eq!(kernel(Kind::GateUp, 24_576, 4096, 8192), "rounded_many_gate_up_middle");
-        assert_eq!(kernel(Kind::Qkv, 6144, 4096, 8192), "rounded_many_qkv_narrow");
-        assert_eq!(kernel(Kind::Residual, 4096, 12_288, 1024), "rounded_many_residual_narrow");
-        assert_eq!(kernel(Kind::Residual, 4096, 12_288, 8192), "rounded_many_residual_narrow");
     }
 }
