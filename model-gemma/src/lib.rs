@@ -12,6 +12,7 @@ pub static GEMMA3: Family = Family {
     architecture: "Gemma3ForCausalLM",
     model_type: "gemma3_text",
     read,
+    defaults: || json!({}),
     names: LayerNames::NORMS_AROUND,
     presets: &[],
 };

@@ -15,6 +15,13 @@ pub static LLAMA: Family = Family {
     architecture: "LlamaForCausalLM",
     model_type: "llama",
     read: llama,
+    // Llama 2 was published without a rope base, the first one without key heads too.
+    defaults: || {
+        json!({
+            "rope_theta": 10_000.0, "num_key_value_heads": null, "rms_norm_eps": 1e-6,
+            "max_position_embeddings": 2048,
+        })
+    },
     names: LayerNames::NORMS_BEFORE,
     presets: LLAMA_PRESETS,
 };
@@ -24,6 +31,8 @@ pub static MISTRAL: Family = Family {
     architecture: "MistralForCausalLM",
     model_type: "mistral",
     read: mistral,
+    // `null` says that there is no window.
+    defaults: || json!({"sliding_window": 4096}),
     names: LayerNames::NORMS_BEFORE,
     presets: MISTRAL_PRESETS,
 };
@@ -33,6 +42,7 @@ pub static QWEN2: Family = Family {
     architecture: "Qwen2ForCausalLM",
     model_type: "qwen2",
     read: qwen2,
+    defaults: || json!({}),
     names: LayerNames::NORMS_BEFORE,
     presets: QWEN2_PRESETS,
 };
@@ -42,6 +52,7 @@ pub static SMOLLM3: Family = Family {
     architecture: "SmolLM3ForCausalLM",
     model_type: "smollm3",
     read: smollm3,
+    defaults: || json!({}),
     names: LayerNames::NORMS_BEFORE,
     presets: SMOLLM3_PRESETS,
 };
@@ -51,6 +62,7 @@ pub static SEED_OSS: Family = Family {
     architecture: "SeedOssForCausalLM",
     model_type: "seed_oss",
     read: seed_oss,
+    defaults: || json!({}),
     names: LayerNames::NORMS_BEFORE,
     presets: SEED_OSS_PRESETS,
 };
@@ -175,19 +187,56 @@ mod tests {
 
     use super::*;
 
-    /// Layer 0's bias of a Seed-OSS whose published configuration has `changes` put on top.
-    fn seed_oss_bias(changes: Value) -> Result<Bias, String> {
-        let mut config: Value =
-            serde_json::from_str(SEED_OSS_PRESETS[0].config).map_err(|e| e.to_string())?;
-        config["architectures"] = json!(["SeedOssForCausalLM"]);
+    /// What a family reads of a preset's configuration with `changes` put on top, without the fields in `absent`.
+    fn config_of(family: &'static Family, changes: Value, absent: &[&str]) -> Result<Config, String> {
+        let mut config: Value = serde_json::from_str(family.presets[0].config).map_err(|e| e.to_string())?;
+        config["architectures"] = json!([family.architecture]);
         for (field, value) in changes.as_object().into_iter().flatten() {
             config[field] = value.clone();
         }
-        let read = Config::from_json(config.to_string().as_bytes(), &[&SEED_OSS]);
-        match read.map_err(|error| error.to_string())?.0.spec.layers[0].mixer {
-            Mixer::Attention(attention) => Ok(attention.bias),
-            Mixer::GatedDelta { .. } => Err("it has attention".to_owned()),
+        config
+            .as_object_mut()
+            .into_iter()
+            .for_each(|config| absent.iter().for_each(|&it| drop(config.remove(it))));
+        let read = Config::from_json(config.to_string().as_bytes(), &[family]);
+        read.map(|(config, _)| config).map_err(|error| error.to_string())
+    }
+
+    fn attention_of(config: &Config) -> Attention {
+        match config.spec.layers[0].mixer {
+            Mixer::Attention(attention) => attention,
+            Mixer::GatedDelta { .. } => panic!("it has attention"),
         }
+    }
+
+    #[test]
+    fn a_llama_without_the_fields_of_later_ones_has_what_its_class_has() {
+        let later = ["rope_theta", "num_key_value_heads", "rms_norm_eps", "max_position_embeddings"];
+        let first = config_of(&LLAMA, json!({}), &later).unwrap();
+        assert_eq!((first.spec.dims.kv_heads, first.spec.dims.heads), (9, 9));
+        assert_eq!((first.spec.dims.norm_eps, first.max_positions), (1e-6, 2048));
+        assert_eq!(attention_of(&first).rope.unwrap().base, 10_000.0);
+        let null = config_of(&LLAMA, json!({"num_key_value_heads": null}), &[]).unwrap();
+        assert_eq!(null.spec.dims.kv_heads, 9);
+        // Of transformers 5, with a base and without one.
+        for (rope, base) in [(json!({"rope_theta": 5e5}), 5e5), (json!({"rope_type": "default"}), 1e4)] {
+            let config = config_of(&LLAMA, json!({"rope_parameters": rope}), &["rope_theta"]).unwrap();
+            assert_eq!(attention_of(&config).rope.unwrap().base, base);
+        }
+    }
+
+    #[test]
+    fn a_mistral_has_no_window_where_it_says_so_and_its_classs_where_it_says_nothing() {
+        let window =
+            |changes, absent: &[&str]| attention_of(&config_of(&MISTRAL, changes, absent).unwrap()).window;
+        assert_eq!(window(json!({"sliding_window": 64}), &[]), Some(64));
+        assert_eq!(window(json!({"sliding_window": null}), &[]), None);
+        assert_eq!(window(json!({}), &["sliding_window"]), Some(4096));
+    }
+
+    /// Layer 0's bias of a Seed-OSS whose published configuration has `changes` put on top.
+    fn seed_oss_bias(changes: Value) -> Result<Bias, String> {
+        Ok(attention_of(&config_of(&SEED_OSS, changes, &[])?).bias)
     }
 
     #[test]

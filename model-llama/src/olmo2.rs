@@ -2,6 +2,7 @@
 
 use minisgl_core::spec::{Attention, DecoderSpec, LayerSpec, Norms, QkNorm};
 use minisgl_decoder::{ConfigError, Family, Fields, LayerNames, Preset};
+use serde_json::json;
 
 use crate::decoder;
 
@@ -10,6 +11,7 @@ pub static OLMO2: Family = Family {
     architecture: "Olmo2ForCausalLM",
     model_type: "olmo2",
     read,
+    defaults: || json!({}),
     names: LayerNames::NORMS_AFTER,
     presets: PRESETS,
 };

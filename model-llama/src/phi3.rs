@@ -19,6 +19,7 @@ pub static PHI3: Family = Family {
     architecture: "Phi3ForCausalLM",
     model_type: "phi3",
     read,
+    defaults: || json!({}),
     names: LayerNames { projections: Projections::Fused, ..LayerNames::NORMS_BEFORE },
     presets: PRESETS,
 };

@@ -9,6 +9,7 @@ pub static QWEN3: Family = Family {
     architecture: "Qwen3ForCausalLM",
     model_type: "qwen3",
     read,
+    defaults: || json!({}),
     names: LayerNames::NORMS_BEFORE,
     presets: PRESETS,
 };
@@ -18,6 +19,7 @@ pub static QWEN3_MOE: Family = Family {
     architecture: "Qwen3MoeForCausalLM",
     model_type: "qwen3_moe",
     read: read_moe,
+    defaults: || json!({}),
     names: LayerNames::NORMS_BEFORE,
     presets: MOE_PRESETS,
 };

@@ -40,6 +40,8 @@ impl Config {
     }
 
     pub(crate) fn read(fields: &Fields<'_>, family: &Family) -> Result<Config, ConfigError> {
+        let completed = family.completed(fields)?;
+        let fields = &Fields::of(&completed)?;
         fields.only("model_type", &[json!(family.model_type)])?;
         for name in ["dtype", "torch_dtype"] {
             fields.only(name, &[json!("bfloat16"), json!("float16"), json!("float32")])?;

@@ -1,6 +1,7 @@
 //! A model family: how its configuration reads, what its tensors are called, what sizes were published.
 
 use minisgl_core::spec::DecoderSpec;
+use serde_json::{Map, Value};
 
 use crate::error::ConfigError;
 use crate::fields::Fields;
@@ -15,10 +16,28 @@ pub struct Family {
     /// Reads a `config.json` into a spec; refuses by name what would be computed wrongly. What all families have in common
     /// (element types, quantization, positions, end-of-sequence tokens) is read by the caller.
     pub read: fn(&Fields<'_>) -> Result<DecoderSpec, ConfigError>,
+    /// What absent fields are, where checkpoints are published without them: an object of the values that the class's own
+    /// configuration in transformers has. Those of rope may be within `rope_parameters` instead.
+    pub defaults: fn() -> Value,
     /// Names of a layer's tensors, where families differ.
     pub names: LayerNames,
     /// Published sizes, smallest first.
     pub presets: &'static [Preset],
+}
+
+impl Family {
+    /// A configuration of the family with its defaults in the place of fields that are absent. `null` is no absent field: it
+    /// says that there is none.
+    pub(crate) fn completed(&self, fields: &Fields<'_>) -> Result<Value, ConfigError> {
+        let mut config: Map<String, Value> = fields.written().clone();
+        let within = fields.object("rope_parameters")?;
+        for (name, value) in (self.defaults)().as_object().into_iter().flatten() {
+            if within.is_none_or(|rope| rope.get(name).is_none()) {
+                config.entry(name).or_insert_with(|| value.clone());
+            }
+        }
+        Ok(Value::Object(config))
+    }
 }
 
 /// Names of a layer's tensors, between `model.layers.{i}.` and `.weight`, where families differ.

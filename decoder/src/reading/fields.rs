@@ -31,6 +31,11 @@ impl<'a> Fields<'a> {
         self.object.get(name).filter(|value| !value.is_null())
     }
 
+    /// All fields, those that are `null` too.
+    pub(crate) fn written(&self) -> &'a Map<String, Value> {
+        self.object
+    }
+
     /// Names of all fields that are there.
     pub(crate) fn names(&self) -> impl Iterator<Item = &'a String> {
         self.object.iter().filter(|(_, value)| !value.is_null()).map(|(name, _)| name)

@@ -48,7 +48,7 @@ impl Fields<'_> {
     }
 
     /// The sizes. Their bounds lie far above any model and far below where a product of two leaves `usize`. Without
-    /// `head_dim` a head is the hidden width's share.
+    /// `head_dim` a head is the hidden width's share; `null` for the key heads says that each query head has its own.
     ///
     /// # Errors
     /// See [`Fields::size`].
@@ -68,7 +68,10 @@ impl Fields<'_> {
             layers: self.layers()?,
             hidden,
             heads,
-            kv_heads: self.size("num_key_value_heads", 1 << 12)?,
+            kv_heads: match self.written().get("num_key_value_heads") {
+                Some(Value::Null) => heads,
+                _ => self.size("num_key_value_heads", 1 << 12)?,
+            },
             head_dim,
             intermediate: self.size("intermediate_size", 1 << 20)?,
             vocab: self.size("vocab_size", 1 << 24)?,
