@@ -137,7 +137,8 @@ fn what_would_be_computed_wrongly_is_refused_by_field() {
     let unsupported = [
         ("architectures", json!(["LlamaForCausalLM"])),
         ("model_type", json!("llama")),
-        ("rope_scaling", json!({ "rope_type": "dynamic", "factor": 4.0 })),
+        ("rope_scaling", json!({ "rope_type": "dynamic", "factor": 4.0, "alpha": 1000.0 })),
+        ("rope_scaling", json!({ "rope_type": "ntk", "factor": 4.0 })),
         ("rope_scaling", json!({ "type": "longrope", "factor": 2.0 })),
         ("rope_scaling", json!({ "type": "yarn", "factor": 2.0, "mscale": 1.0 })),
         ("rope_parameters", json!({ "rope_type": "su", "rope_theta": 10000.0 })),
@@ -170,6 +171,12 @@ fn a_quantized_checkpoint_is_refused_with_what_to_take_instead() {
             &[field, &value.to_string(), "quantized", "not supported", "bfloat16"],
         );
     }
+    let mut long = config();
+    long["quantization_config"] = json!({
+        "_load_in_4bit": true, "_load_in_8bit": false, "bnb_4bit_compute_dtype": "bfloat16",
+        "bnb_4bit_quant_storage": "uint8", "quant_method": "bitsandbytes",
+    });
+    assert_config_refused(&long, &["bitsandbytes", "bfloat16"]);
 }
 
 #[test]
@@ -221,6 +228,24 @@ fn both_generations_of_transformers_write_rope_and_type() {
     let mut contradicting = config();
     contradicting["rope_parameters"] = json!({ "rope_theta": 5000.0 });
     assert_config_refused(&contradicting, &["rope_theta", "10000", "5000"]);
+}
+
+#[test]
+fn what_changes_longer_sequences_alone_leaves_those_within_the_positions_as_they_are() {
+    let read = |config: &Value| read(config.to_string().as_bytes()).unwrap();
+    let mut dynamic = config();
+    dynamic["rope_scaling"] = json!({ "type": "dynamic", "factor": 4.0 });
+    assert_eq!(read(&dynamic), read(&config()));
+    let mut chunked = config();
+    chunked["max_position_embeddings"] = json!(1_010_000);
+    chunked["dual_chunk_attention_config"] =
+        json!({ "chunk_size": 64, "local_size": 8, "original_max_position_embeddings": 64 });
+    assert_eq!(read(&chunked), read(&config()));
+    chunked["dual_chunk_attention_config"] = json!({ "chunk_size": 64 });
+    assert_config_refused(
+        &chunked,
+        &["dual_chunk_attention_config.original_max_position_embeddings", "missing"],
+    );
 }
 
 #[test]

@@ -15,6 +15,9 @@ use crate::family::Family;
 use crate::fields::{Fields, excerpt};
 use crate::quantization::Quantization;
 
+/// Far more positions than any model has.
+const POSITIONS_MAX: u32 = 1 << 24;
+
 /// What a checkpoint's configuration says.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Config {
@@ -51,7 +54,8 @@ impl Config {
         if let Some(quantization) = quantization {
             spec.weights = WeightFormat::Fp8(quantization.format);
         }
-        let max_positions = positions(&spec, fields.size("max_position_embeddings", 1 << 24)?);
+        let max_positions =
+            positions(&spec, trained(fields, fields.size("max_position_embeddings", POSITIONS_MAX)?)?);
         Ok(Config { spec, max_positions, eos: eos(fields)?.unwrap_or_default(), quantization })
     }
 
@@ -81,6 +85,15 @@ pub(crate) fn family_of<'a>(fields: &Fields<'_>, families: &[&'a Family]) -> Res
         value: excerpt(&Value::from(names)),
         supported: families.iter().map(|family| family.architecture).collect::<Vec<_>>().join(" or "),
     })
+}
+
+/// Of `written` positions those that plain attention reaches. What lies beyond, models with dual chunk attention reach by it,
+/// which nobody computes here.
+fn trained(fields: &Fields<'_>, written: u32) -> Result<u32, ConfigError> {
+    match fields.object("dual_chunk_attention_config")? {
+        Some(chunks) => Ok(written.min(chunks.size("original_max_position_embeddings", POSITIONS_MAX)?)),
+        None => Ok(written),
+    }
 }
 
 /// The positions that a model reaches: as many as its configuration says, or as many as YaRN stretches them to. Model cards

@@ -40,7 +40,12 @@ impl Quantization {
             return match (method, fields.object(name)) {
                 (Some("fp8"), Ok(Some(object))) => fp8(&object).map(Some),
                 (Some("compressed-tensors"), Ok(Some(object))) => compressed_tensors(&object).map(Some),
-                _ => Err(ConfigError::Quantized { field: fields.path(name), value: excerpt(value) }),
+                _ => Err(ConfigError::Quantized {
+                    field: fields.path(name),
+                    // The method may lie where the excerpt is cut.
+                    value: method.map_or_else(String::new, |method| format!("{method:?}: "))
+                        + &excerpt(value),
+                }),
             };
         }
         Ok(None)
@@ -65,9 +70,11 @@ fn fp8(object: &Fields<'_>) -> Result<Quantization, ConfigError> {
 }
 
 fn compressed_tensors(object: &Fields<'_>) -> Result<Quantization, ConfigError> {
-    object.only("format", &[json!("float-quantized"), json!("naive-quantized")])?;
-    object.only("quantization_status", &[json!("compressed")])?;
+    readable(object)?;
+    // `frozen` is what the first ones say of the same files.
+    object.only("quantization_status", &[json!("compressed"), json!("frozen")])?;
     object.only("kv_cache_scheme", &[])?;
+    object.only("transform_config", &[json!({})])?;
     if let Some(sparsity) = object.object("sparsity_config")? {
         sparsity.only("format", &[json!("dense")])?;
     }
@@ -76,7 +83,7 @@ fn compressed_tensors(object: &Fields<'_>) -> Result<Quantization, ConfigError> 
     for name in groups.names() {
         let group = groups.required(name, groups.object(name)?)?;
         group.only("targets", &[json!(["Linear"])])?;
-        group.only("format", &[json!("float-quantized"), json!("naive-quantized")])?;
+        readable(&group)?;
         group.only("output_activations", &[])?;
         let weights = group.required("weights", group.object("weights")?)?;
         let inputs = group.object("input_activations")?;
@@ -90,6 +97,16 @@ fn compressed_tensors(object: &Fields<'_>) -> Result<Quantization, ConfigError> 
             &format!("{} groups", formats.len()),
             "one group".to_owned(),
         )),
+    }
+}
+
+/// Are matrices stored as e4m3, and not as packed integers or four bits?
+fn readable(object: &Fields<'_>) -> Result<(), ConfigError> {
+    match object.get("format") {
+        Some(format) if !["float-quantized", "naive-quantized"].iter().any(|it| format == it) => {
+            Err(ConfigError::Quantized { field: object.path("format"), value: excerpt(format) })
+        }
+        _ => Ok(()),
     }
 }
 
@@ -167,6 +184,15 @@ mod tests {
         json!({ "num_bits": 8, "type": "float", "symmetric": true, "dynamic": dynamic, "strategy": strategy, "group_size": 128 })
     }
 
+    /// As the first of them were written: what is as usual is left out, and the status is another.
+    fn of_the_first() -> Value {
+        let scheme = json!({ "num_bits": 8, "type": "float", "strategy": "tensor" });
+        json!({ "quantization_config": {
+            "quant_method": "compressed-tensors", "format": "naive-quantized", "quantization_status": "frozen",
+            "config_groups": { "group_0": { "targets": ["Linear"], "weights": scheme, "input_activations": scheme } },
+        }})
+    }
+
     #[test]
     fn published_forms_are_read() {
         let tile = ScaleBlock::Tile { rows: 64, cols: 128 };
@@ -187,6 +213,7 @@ mod tests {
             (compressed("tensor", inputs(false, "tensor")), ScaleBlock::Matrix, Inputs::Static),
             (compressed("block", inputs(true, "group")), tile, Inputs::PerGroup(128)),
             (compressed("channel", Value::Null), ScaleBlock::Row, Inputs::Plain),
+            (of_the_first(), ScaleBlock::Matrix, Inputs::Static),
         ];
         for (config, block, inputs) in forms {
             let read = read(config.clone()).unwrap().unwrap();
@@ -212,6 +239,10 @@ mod tests {
         both["quantization_config"]["activation_scheme"] = json!("static");
         let mut kv = compressed("channel", Value::Null);
         kv["quantization_config"]["kv_cache_scheme"] = json!({ "num_bits": 8 });
+        let mut rotated = compressed("channel", Value::Null);
+        rotated["quantization_config"]["transform_config"] = json!({ "config_groups": { "R1": {} } });
+        let mut packed = compressed("channel", Value::Null);
+        packed["quantization_config"]["format"] = json!("nvfp4-pack-quantized");
         let second = json!({ "targets": ["Linear"], "weights": { "num_bits": 4, "type": "int" } });
         let refused = [
             (method("awq"), "quantization_config"),
@@ -220,6 +251,8 @@ mod tests {
             (tiles, "weight_block_size"),
             (both, "activation_scheme"),
             (kv, "kv_cache_scheme"),
+            (rotated, "transform_config"),
+            (packed, "nvfp4-pack-quantized"),
             (with(["config_groups", "group_1"], second), "num_bits"),
             (compressed("group", Value::Null), "strategy"),
             (compressed("channel", inputs(true, "tensor")), "strategy"),

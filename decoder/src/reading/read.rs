@@ -242,8 +242,10 @@ impl Fields<'_> {
             Some(Some("linear")) => Ok(RopeScaling::Linear { factor: rope.positive("factor")? }),
             Some(Some("llama3")) => rope.llama3(),
             Some(Some("yarn")) => self.yarn(rope),
+            // It changes sequences alone that are longer than the model's positions, and none is.
+            Some(Some("dynamic")) => rope.only("alpha", &[]).map(|()| RopeScaling::Default),
             Some(_) => rope
-                .only(name, &["default", "linear", "llama3", "yarn"].map(Value::from))
+                .only(name, &["default", "dynamic", "linear", "llama3", "yarn"].map(Value::from))
                 .map(|()| RopeScaling::Default),
         }
     }
