@@ -549,8 +549,9 @@ fn thousands_of_requests_may_all_need_a_page_in_the_same_step() {
     let settings = Settings { prefix_cache: false, ..SETTINGS };
     let mut scheduler =
         Scheduler::new(limits, settings, StepCosts::default(), &[], None).expect("host memory");
-    for _ in 0..running {
-        submit(&mut scheduler, &[3; 9], 10);
+    // Those that find no room in the first step would be as far as the others when they enter in the second.
+    for i in 0..running {
+        submit(&mut scheduler, &[3; 10][..if i < 4096 { 9 } else { 10 }], 10);
     }
     let mut batch = Batch::new(&limits);
     while scheduler.schedule(&mut batch) {
@@ -588,7 +589,8 @@ fn what_is_read_of_the_cache_counts_as_context_within_the_window() {
 #[test]
 fn a_token_that_the_host_does_not_know_is_in_no_prefix() {
     let prompt = [1, 2, 3, 4];
-    for unknown in 0..VOCAB {
+    // Nor does what lies where its page's tokens are going to be make one.
+    for page in (0..VOCAB).flat_map(|unknown| [[5, 5, 5, unknown], [unknown; 4]]) {
         let mut scheduler = scheduler();
         let ticket = submit(&mut scheduler, &prompt, 30);
         let mut batches = [(); 5].map(|()| Batch::new(&SMALL));
@@ -601,9 +603,9 @@ fn a_token_that_the_host_does_not_know_is_in_no_prefix() {
         // The last token of the second page is on its way.
         assert_eq!(batches[4].rows()[0].kv_len, 8);
         assert!(scheduler.abort(ticket, &mut |_| ()));
-        submit(&mut scheduler, &[&prompt[..], &[5, 5, 5, unknown, 1]].concat(), 1);
+        submit(&mut scheduler, &[&prompt[..], &page, &[1]].concat(), 1);
         assert!(scheduler.schedule(&mut batches[0]));
-        assert_eq!(batches[0].rows()[0].position, 4, "the prompt's page alone is cached, not {unknown}");
+        assert_eq!(batches[0].rows()[0].position, 4, "the prompt's page alone is cached, not {page:?}");
     }
 }
 
