@@ -503,6 +503,14 @@ def test_streams_are_awaited_side_by_side_and_the_loop_goes_on(llm):
     in_time(ticked)
 
 
+def test_a_stream_that_begins_on_another_thread_is_read_in_the_loop(llm):
+    async def main():
+        stream = await asyncio.to_thread(llm.stream, [[1, 2], [3, 4]], GREEDY, tokens=False)
+        return sorted([output async for output in stream], key=lambda output: output.index)
+
+    assert tokens(asyncio.run(main())) == tokens(llm.generate([[1, 2], [3, 4]], GREEDY, **QUIET))
+
+
 def test_who_waits_for_a_stream_is_told_when_another_task_closes_it(llm):
     async def main():
         stream = llm.stream([[1, 2]], SamplingParams(temperature=0, max_tokens=200, ignore_eos=True))
