@@ -1,4 +1,4 @@
-// few_sums_*: a rank's sums of few tokens; see gemm_few.cuh. The tiles are those of gemm_few_residual.cu.
+// few_sums_*: a rank's sums of few tokens; see gemm_few.cuh. Of gemm_few_residual.cu's tiles those that are the quickest of some, and its own.
 #include "hopper/gemm/gemm_few.cuh"
 
 FEW(few_sums_64x16, 1, 1, 16, RankSums)
