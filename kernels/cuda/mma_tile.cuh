@@ -58,14 +58,19 @@ template <int BN, int SLICES = 2> struct Tile {
     __device__ __forceinline__ static unsigned warp_m() { return threadIdx.x / 32 / WARPS_N * TM * 16; }
     __device__ __forceinline__ static unsigned warp_n() { return threadIdx.x / 32 % WARPS_N * TN * 8; }
 
-    __device__ __forceinline__ void clear() {
+    // Calls f(i, j, e) for each of the thread's sums.
+    template <class F> __device__ __forceinline__ static void each(const F &f) {
 #pragma unroll
         for (int i = 0; i < TM; i++)
 #pragma unroll
             for (int j = 0; j < TN; j++)
 #pragma unroll
                 for (int e = 0; e < 4; e++)
-                    sum[i][j][e] = 0.0f;
+                    f(i, j, e);
+    }
+
+    __device__ __forceinline__ void clear() {
+        each([&](int i, int j, int e) { sum[i][j][e] = 0.0f; });
     }
 
     __device__ __forceinline__ void multiply(unsigned stage) {
@@ -94,48 +99,33 @@ template <int BN, int SLICES = 2> struct Tile {
 
     // Ends a slice: total = total + sum, sum = 0.
     __device__ __forceinline__ void end_slice(bool first) {
-#pragma unroll
-        for (int i = 0; i < TM; i++)
-#pragma unroll
-            for (int j = 0; j < TN; j++)
-#pragma unroll
-                for (int e = 0; e < 4; e++) {
-                    total[i][j][e] = first ? sum[i][j][e] : total[i][j][e] + sum[i][j][e];
-                    sum[i][j][e] = 0.0f;
-                }
+        each([&](int i, int j, int e) {
+            total[i][j][e] = first ? sum[i][j][e] : total[i][j][e] + sum[i][j][e];
+            sum[i][j][e] = 0.0f;
+        });
     }
 
     // The same of one of four: the third one's sum waits for the last one's.
     __device__ __forceinline__ void end_slice_of_pair(unsigned slice) {
-#pragma unroll
-        for (int i = 0; i < TM; i++)
-#pragma unroll
-            for (int j = 0; j < TN; j++)
-#pragma unroll
-                for (int e = 0; e < 4; e++) {
-                    if (slice == 2) {
-                        pair[i][j][e] = sum[i][j][e];
-                    } else {
-                        const float added = slice == 3 ? pair[i][j][e] + sum[i][j][e] : sum[i][j][e];
-                        total[i][j][e] = slice == 0 ? added : total[i][j][e] + added;
-                    }
-                    sum[i][j][e] = 0.0f;
-                }
+        each([&](int i, int j, int e) {
+            if (slice == 2) {
+                pair[i][j][e] = sum[i][j][e];
+            } else {
+                const float added = slice == 3 ? pair[i][j][e] + sum[i][j][e] : sum[i][j][e];
+                total[i][j][e] = slice == 0 ? added : total[i][j][e] + added;
+            }
+            sum[i][j][e] = 0.0f;
+        });
     }
 
     // Writes the totals as [token][row] to shared memory.
     __device__ __forceinline__ void stage_totals(float *staged) const {
         const unsigned lane = threadIdx.x % 32;
-#pragma unroll
-        for (int i = 0; i < TM; i++)
-#pragma unroll
-            for (int j = 0; j < TN; j++)
-#pragma unroll
-                for (int e = 0; e < 4; e++) {
-                    const unsigned m = warp_m() + 16 * i + lane / 4 + e / 2 * 8;
-                    const unsigned n = warp_n() + 8 * j + lane % 4 * 2 + e % 2;
-                    staged[n * STAGED + m] = total[i][j][e];
-                }
+        each([&](int i, int j, int e) {
+            const unsigned m = warp_m() + 16 * i + lane / 4 + e / 2 * 8;
+            const unsigned n = warp_n() + 8 * j + lane % 4 * 2 + e % 2;
+            staged[n * STAGED + m] = total[i][j][e];
+        });
     }
 };
 
