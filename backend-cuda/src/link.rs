@@ -12,20 +12,23 @@
 //! Invariant: an inbox lives until the last of the ranks has gone, each of which waits for its device before it goes. So whatever
 //! a rank still pushes has a place.
 
-use std::fmt;
-use std::ptr::NonNull;
-use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError, RwLock};
+mod carriers;
+mod word;
+
+use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use cudarc::driver::result;
-use cudarc::driver::sys::{self, CUstream};
+use cudarc::driver::sys::CUstream;
 use minisgl_core::backend::{DeviceInfo, Memory, Purpose};
 use minisgl_core::shard::{RANKS_MAX, Rank};
 
+use self::carriers::Carriers;
+pub(crate) use self::word::ENDED;
+use self::word::HostWord;
 use crate::context::{Context, KernelSet};
-use crate::error::{CudaError, Named, cause, is_out_of_memory};
+use crate::error::{CudaError, Named, is_out_of_memory};
 use crate::info::info_of;
 use crate::memory::Address;
 use crate::nccl::Comm;
@@ -54,28 +57,6 @@ struct Group {
     met: Condvar,
 }
 
-/// What carries words from rank to rank in kernels' stead, `[ranks]`.
-#[derive(Debug)]
-struct Carriers(RwLock<Vec<Comm>>);
-
-impl Carriers {
-    fn new(contexts: &[Arc<Context>]) -> Result<Carriers, CudaError> {
-        Ok(Carriers(RwLock::new(Comm::group(contexts)?)))
-    }
-
-    fn abort(&self) {
-        self.0.read().unwrap_or_else(PoisonError::into_inner).iter().for_each(Comm::abort);
-    }
-
-    /// New ones, once those before are aborted and no recorded step has them.
-    fn renew(&self, contexts: &[Arc<Context>]) -> Result<(), CudaError> {
-        let mut ends = self.0.write().unwrap_or_else(PoisonError::into_inner);
-        ends.clear();
-        *ends = Comm::group(contexts)?;
-        Ok(())
-    }
-}
-
 /// Where the ranks' hosts wait for each other.
 #[derive(Debug, Default)]
 struct Meeting {
@@ -100,9 +81,6 @@ const LOOK: Duration = Duration::from_millis(10);
 /// it looks.
 const STEPS_PATIENCE: u32 = 4;
 const GLANCE: Duration = Duration::from_micros(20);
-/// The word's value once there is to be no further exchange; where a rank did not come, its number and one more come on top.
-pub(crate) const ENDED: u32 = 1;
-
 impl Link {
     /// The ends of ranks on these devices, whose kernels wait for each other so long at most.
     ///
@@ -245,7 +223,7 @@ impl Link {
 
     /// Where kernels read whether they are to wait any longer.
     pub(crate) fn ended(&self) -> Address {
-        Address(self.group.ended.0.as_ptr() as u64)
+        self.group.ended.address()
     }
 
     /// Does NCCL fill inboxes, by [`Link::carry`]?
@@ -262,9 +240,7 @@ impl Link {
         bytes: usize,
     ) -> Result<(), CudaError> {
         let carriers = self.group.carriers.as_ref().ok_or(CudaError::NotReserved)?;
-        let ends = carriers.0.read().unwrap_or_else(PoisonError::into_inner);
-        let end = ends.get(self.rank.index as usize).ok_or(CudaError::RanksEnded)?;
-        end.all_gather(stream, from, to, bytes)
+        carriers.carry(self.rank.index, stream, [from, to], bytes)
     }
 
     /// Waits on the host until `has_come`, where what carries words gives up nothing by itself; in vain for so long at most.
@@ -342,61 +318,5 @@ impl Inbox {
         // SAFETY: the range is one allocation's.
         let emptied = unsafe { result::memset_d8_sync(self.address.0, EMPTY_BYTE, self.bytes) };
         emptied.and_then(|()| result::ctx::synchronize()).named("emptying an inbox")
-    }
-}
-
-/// A word of the host's memory that all devices may read and write.
-struct HostWord(NonNull<AtomicU32>);
-
-// SAFETY: the word is reached by atomic operations alone.
-unsafe impl Send for HostWord {}
-// SAFETY: atomic operations order what several threads do.
-unsafe impl Sync for HostWord {}
-
-impl HostWord {
-    /// Zero. A context is current.
-    fn new() -> Result<HostWord, CudaError> {
-        const BYTES: usize = size_of::<AtomicU32>();
-        let flags = sys::CU_MEMHOSTALLOC_PORTABLE | sys::CU_MEMHOSTALLOC_DEVICEMAP;
-        let pinned = |error| CudaError::Pinned { bytes: BYTES, cause: cause(error) };
-        let _turn = turns::synchronize();
-        // SAFETY: the memory is freed once, in `drop`.
-        let pointer = unsafe { result::malloc_host(BYTES, flags) }.map_err(pinned)?.cast::<AtomicU32>();
-        let pointer = NonNull::new(pointer).ok_or(CudaError::NotAllocated)?;
-        // SAFETY: as many writable bytes begin there, aligned to a page.
-        unsafe { pointer.write(AtomicU32::new(0)) };
-        Ok(HostWord(pointer))
-    }
-
-    fn word(&self) -> &AtomicU32 {
-        // SAFETY: written in `new`, and alive as long as `self`.
-        unsafe { self.0.as_ref() }
-    }
-
-    fn load(&self) -> u32 {
-        self.word().load(Ordering::Acquire)
-    }
-
-    fn store(&self, value: u32) {
-        self.word().store(value, Ordering::Release);
-    }
-
-    /// Ends what has not ended: who ended it first is kept.
-    fn end(&self) {
-        let _ = self.word().compare_exchange(0, ENDED, Ordering::AcqRel, Ordering::Acquire);
-    }
-}
-
-impl fmt::Debug for HostWord {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_tuple("HostWord").field(&self.load()).finish()
-    }
-}
-
-impl Drop for HostWord {
-    fn drop(&mut self) {
-        let _turn = turns::synchronize();
-        // SAFETY: allocated once, freed once; no kernel is left that could read it. An error has nobody to go to.
-        let _ = unsafe { result::free_host(self.0.as_ptr().cast()) };
     }
 }
