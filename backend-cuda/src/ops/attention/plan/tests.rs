@@ -8,6 +8,21 @@ use super::*;
 use crate::ops::attention::cuts::SPAN_LEAVES;
 use crate::ops::attention::segment::segments;
 
+/// Of two blocks on each of 132 multiprocessors.
+const PLANNER: DecodePlanner = DecodePlanner {
+    blocks: 264,
+    items: 8,
+    segments: 388,
+    partials: 4096,
+    window: u32::MAX,
+    dummy: 1000,
+    filling: 17,
+    first: 33,
+    least: LEAST,
+    evens_out: true,
+    beside: false,
+};
+
 /// A plan's segments.
 pub(super) fn planned(planner: &DecodePlanner, rows: &[Row]) -> Vec<Segment> {
     let mut words = vec![0; planner.words()];
@@ -78,20 +93,7 @@ fn a_long_step_is_cut_into_long_pieces_and_a_short_one_into_as_many_as_there_are
     let rows = |count: u32, leaves: u32| -> Vec<_> {
         (0..count).map(|slot| Row { slot, kv_len: leaves * LEAF, ..Row::default() }).collect()
     };
-    let planner = DecodePlanner {
-        blocks: 264,
-        items: 8,
-        segments: 388,
-        partials: 4096,
-        window: u32::MAX,
-        dummy: 1000,
-        filling: 17,
-        first: 33,
-        least: LEAST,
-        evens_out: true,
-        beside: false,
-    };
-    let pieces = |rows: &[Row]| planned(&planner, rows).into_iter().map(|segment| segment.leaves);
+    let pieces = |rows: &[Row]| planned(&PLANNER, rows).into_iter().map(|segment| segment.leaves);
     let long = rows(256, 16);
     assert!(pieces(&long).count() > long.len(), "the last rows are longer than what is left for a block");
     assert!(pieces(&long).all(|leaves| 2 * u64::from(leaves) > LEAST));
@@ -185,19 +187,7 @@ fn short_rows_are_kept_whole_as_if_it_were_asked_which_of_them_to_cut() {
 fn rows_beyond_what_is_told_apart_come_longest_first_as_near_as_they_are() {
     let row = |slot| Row { slot, kv_len: 1 + (splitmix64(slot.into()) % 100_000) as u32, ..Row::default() };
     let rows: Vec<_> = (0..500).map(row).collect();
-    let planner = DecodePlanner {
-        blocks: 264,
-        items: 8,
-        segments: 632,
-        partials: 4096,
-        window: u32::MAX,
-        dummy: 1000,
-        filling: 17,
-        first: 33,
-        least: LEAST,
-        evens_out: true,
-        beside: false,
-    };
+    let planner = DecodePlanner { segments: 632, ..PLANNER };
     let mut order: Vec<u32> = planned(&planner, &rows).iter().map(|segment| segment.row).collect();
     order.dedup();
     let apart = 100_000_u32.div_ceil(COUNTS as u32).next_power_of_two();
@@ -215,13 +205,10 @@ fn padding_rows_get_no_segment() {
         items: 2,
         segments: 8,
         partials: 8,
-        window: u32::MAX,
         dummy: 1,
         filling: 1,
         first: 2,
-        least: LEAST,
-        evens_out: true,
-        beside: false,
+        ..PLANNER
     };
     assert_eq!(planned(&planner, &[row, Row { slot: 1, ..row }, Row { slot: 1, ..row }]).len(), 1);
 }
