@@ -307,6 +307,8 @@ fn a_template_is_chosen_by_name_and_files_go_before_the_configuration() {
     let scratch = Scratch::new();
     let open = || Text::open(scratch.path()).unwrap();
     assert_eq!(open().render(&hi()), Err(RequestError::NoChatTemplate));
+    scratch.write("chat_template.json", json!({"chat_template": "P"}).to_string());
+    assert_eq!(rendered(&open(), &with_tools()), "P");
     scratch.write("tokenizer_config.json", named.to_string());
     assert_eq!(
         (rendered(&open(), &hi()), rendered(&open(), &with_tools())),

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   chat_template.jinja, additional_chat_templates/NAME.jinja      templates by name ──┐
-//!   else tokenizer_config.json: chat_template, one or several                          │ compiled
+//!   else tokenizer_config.json: chat_template, one or several; else chat_template.json │ compiled
 //!                                                                                      ▼
 //!   ChatPrompt ── choose ──> content as the template takes it ──> mark the end ──> rendered ──> cut at the mark ──> prompt
 //!                 (jinja.rs, python.rs, json.rs: as Jinja2 does)   (content.rs)    (ending.rs, where the final message goes on)
@@ -26,7 +26,7 @@ use minijinja::{Environment, context};
 use self::content::Content;
 use crate::error::Error;
 use crate::request::{ChatPrompt, JsonObject, Message, RequestError};
-use crate::tokenizer::config::{TokenizerConfig, read};
+use crate::tokenizer::config::{TokenizerConfig, read, read_json};
 
 const DEFAULT: &str = "default";
 /// The template that is meant for requests with tools.
@@ -59,14 +59,14 @@ impl ChatTemplates {
         };
         let mut sources = in_files(folder)?;
         if sources.is_empty() {
-            match in_config(&config.chat_template) {
+            let (value, path) = in_json(folder, config)?;
+            match named(&value) {
                 Some(found) => {
-                    let path = config.path.clone();
                     sources = found.into_iter().map(|(name, source)| (name, source, path.clone())).collect();
                 }
                 None => templates.warnings.push(format!(
                     "{}: chat_template is neither a text nor a list of named texts; requests with messages will fail",
-                    config.path.display()
+                    path.display()
                 )),
             }
         }
@@ -196,8 +196,18 @@ fn in_files(folder: &Path) -> Result<Vec<(String, String, PathBuf)>, Error> {
     Ok(found)
 }
 
-/// `chat_template` of tokenizer_config.json: a text, a list of named ones, or an object of them. `None`: something else.
-fn in_config(value: &serde_json::Value) -> Option<Vec<(String, String)>> {
+/// `chat_template` of tokenizer_config.json, or of the file that processors once had for it, and where that is.
+fn in_json(folder: &Path, config: &TokenizerConfig) -> Result<(serde_json::Value, PathBuf), Error> {
+    if !config.chat_template.is_null() {
+        return Ok((config.chat_template.clone(), config.path.clone()));
+    }
+    let path = folder.join("chat_template.json");
+    let mut fields: JsonObject = read_json(&path)?.unwrap_or_default();
+    Ok((fields.remove("chat_template").unwrap_or_default(), path))
+}
+
+/// A text, a list of named ones, or an object of them. `None`: something else.
+fn named(value: &serde_json::Value) -> Option<Vec<(String, String)>> {
     use serde_json::Value::{Array, Null, Object, String};
     match value {
         Null => Some(Vec::new()),

@@ -132,7 +132,11 @@ fn take<T: serde::de::DeserializeOwned>(
     serde_json::from_value(fields.remove(name).unwrap_or_default())
 }
 
-fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<Option<T>, Error> {
+/// A file's JSON; `None` where there is no file.
+///
+/// # Errors
+/// A file that cannot be read, or holds something else.
+pub fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<Option<T>, Error> {
     let Some(text) = read(path)? else { return Ok(None) };
     serde_json::from_str(&text).map_err(|error| unusable(path, error)).map(Some)
 }
