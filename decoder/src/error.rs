@@ -133,6 +133,16 @@ pub enum CheckpointError {
         /// A file of weights.
         file: String,
     },
+    /// Files of something else than a model in Hugging Face's layout.
+    #[error("{} has {file}, which {what}", dir.display())]
+    OtherLayout {
+        /// The checkpoint's directory.
+        dir: PathBuf,
+        /// The file that shows it.
+        file: String,
+        /// What it is, and what to do.
+        what: &'static str,
+    },
     /// One of several files, by their own count, is not there.
     #[error("{} has {present}, but no {missing}; is the download complete?", dir.display())]
     IncompleteShards {
@@ -181,7 +191,7 @@ pub enum CheckpointError {
     },
     /// Elements that no backend reads.
     #[error("tensor `{name}` in {} has elements of type {dtype}; BF16, F16 and F32 are supported, and F8_E4M3 for \
-         matrices where config.json has a `quantization_config`", path.display())]
+         matrices where config.json has a `quantization_config`: take the model's checkpoint in one of these", path.display())]
     WrongDtype {
         /// Its name.
         name: String,

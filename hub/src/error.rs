@@ -71,6 +71,16 @@ pub enum HubError {
         /// A file of weights.
         file: String,
     },
+    /// Files of something else than a model in the hub's usual layout.
+    #[error("{name} has {file}, which {what}")]
+    OtherLayout {
+        /// The repository.
+        name: String,
+        /// The file that shows it.
+        file: String,
+        /// What it is, and what to do.
+        what: &'static str,
+    },
     /// Nobody may be asked.
     #[error(
         "{name} at revision `{revision}` is not whole in {}, and HF_HUB_OFFLINE forbids to ask the hub; unset it, or give \

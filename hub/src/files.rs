@@ -10,8 +10,9 @@ use crate::name::RepoName;
 const SINGLE: &str = "model.safetensors";
 
 /// Files beside the weights, where there are any of them.
-const BESIDE: [&str; 9] = [
+const BESIDE: [&str; 10] = [
     "config.json",
+    "hf_quant_config.json",
     "generation_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
@@ -50,7 +51,7 @@ pub(crate) fn needed(name: &RepoName, files: &[String]) -> Result<Needed, HubErr
         });
     }
     if !has("config.json") {
-        return Err(HubError::NoFile { name: name.to_string(), file: "config.json".to_owned() });
+        return Err(without(name, files, "config.json"));
     }
     if has(SINGLE) {
         return Ok(Needed { beside, weights: vec![SINGLE.to_owned()] });
@@ -59,18 +60,41 @@ pub(crate) fn needed(name: &RepoName, files: &[String]) -> Result<Needed, HubErr
         beside.push(INDEX.to_owned());
         return Ok(Needed { beside, weights: Vec::new() });
     }
-    let is_shard = |file: &&String| file.ends_with(".safetensors") && !file.contains('/');
+    let is_shard = |file: &&String| {
+        file.ends_with(".safetensors") && !file.contains('/') && other_layout(file).is_none()
+    };
     let weights: Vec<String> = files.iter().filter(is_shard).cloned().collect();
-    if weights.is_empty() {
-        let is_other =
-            |file: &&String| [".bin", ".pth", ".pt", ".gguf"].iter().any(|end| file.ends_with(end));
-        let name = name.to_string();
-        return Err(match files.iter().find(is_other) {
-            Some(file) => HubError::NoSafetensors { name, file: file.clone() },
-            None => HubError::NoFile { name, file: SINGLE.to_owned() },
-        });
+    match weights.is_empty() {
+        true => Err(without(name, files, SINGLE)),
+        false => Ok(Needed { beside, weights }),
     }
-    Ok(Needed { beside, weights })
+}
+
+/// Why a repository of these files lacks one: by what they are in place of it, if that can be told.
+fn without(name: &RepoName, files: &[String], missing: &str) -> HubError {
+    let name = name.to_string();
+    let is_other_format =
+        |file: &&String| [".bin", ".pth", ".pt", ".gguf"].iter().any(|end| file.ends_with(end));
+    if let Some((file, what)) = files.iter().find_map(|file| Some((file, other_layout(file)?))) {
+        return HubError::OtherLayout { name, file: file.clone(), what };
+    }
+    match files.iter().find(is_other_format) {
+        Some(file) => HubError::NoSafetensors { name, file: file.clone() },
+        None => HubError::NoFile { name, file: missing.to_owned() },
+    }
+}
+
+/// What a file is that belongs to no model in the hub's usual layout, and what to do.
+fn other_layout(file: &str) -> Option<&'static str> {
+    const ADAPTER: &str = "is an adapter's: merge it into the model that it was trained on, and give the directory of the result";
+    const MAKERS: &str =
+        "is of its makers' own layout; look for a repository that has config.json and model*.safetensors";
+    match file {
+        "adapter_config.json" | "adapter_model.safetensors" => Some(ADAPTER),
+        "params.json" => Some(MAKERS),
+        _ if file.starts_with("consolidated") => Some(MAKERS),
+        _ => None,
+    }
 }
 
 /// Does a snapshot have its weights? Then it has everything, since they come last.
@@ -144,6 +168,10 @@ mod tests {
         assert!(refusal(&["model.safetensors"]).contains("config.json"));
         assert!(refusal(&["config.json"]).contains("model.safetensors"));
         assert!(refusal(&["config.json", "pytorch_model.bin"]).contains("pytorch_model.bin"));
+        assert!(refusal(&["README.md", "model-Q4_K_M.gguf"]).contains("model-Q4_K_M.gguf"));
+        assert!(refusal(&["adapter_config.json", "adapter_model.safetensors"]).contains("merge"));
+        assert!(refusal(&["config.json", "adapter_model.safetensors"]).contains("merge"));
+        assert!(refusal(&["config.json", "consolidated.safetensors", "tekken.json"]).contains("own layout"));
         assert!(
             refusal(&["config.json", "model.safetensors", "additional_chat_templates/../../x.jinja"])
                 .contains("x.jinja")

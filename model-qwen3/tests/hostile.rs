@@ -100,6 +100,30 @@ fn weights_in_another_format_are_refused_by_their_file() {
 }
 
 #[test]
+fn what_is_no_checkpoint_is_refused_by_what_it_is() {
+    for (file, word) in [
+        ("adapter_config.json", "merge"),
+        ("params.json", "Hugging Face's"),
+        ("model-Q4_K_M.gguf", "safetensors"),
+    ] {
+        let dir = TempDir::new();
+        dir.write(file, b"{}");
+        assert_refused(dir.path(), &[file, word]);
+    }
+    for (file, word) in
+        [("adapter_model.safetensors", "merge"), ("consolidated.safetensors", "Hugging Face's")]
+    {
+        let dir = TempDir::new();
+        dir.write("config.json", config().to_string());
+        dir.write(file, b"weights");
+        assert_refused(dir.path(), &[file, word]);
+        // Beside the model's own it is nobody's business.
+        dir.write("model-00001-of-00001.safetensors", safetensors(&entries()));
+        Checkpoint::open(dir.path(), FAMILIES).unwrap();
+    }
+}
+
+#[test]
 fn a_missing_or_wrongly_typed_field_of_the_configuration_is_named() {
     let required = [
         "architectures",
@@ -177,6 +201,9 @@ fn a_quantized_checkpoint_is_refused_with_what_to_take_instead() {
         "bnb_4bit_quant_storage": "uint8", "quant_method": "bitsandbytes",
     });
     assert_config_refused(&long, &["bitsandbytes", "bfloat16"]);
+    let dir = checkpoint();
+    dir.write("hf_quant_config.json", json!({ "quantization": { "quant_algo": "NVFP4" } }).to_string());
+    assert_refused(dir.path(), &["hf_quant_config.json", "NVFP4", "bfloat16"]);
 }
 
 #[test]
@@ -291,6 +318,8 @@ fn a_wrong_type_is_named_with_tensor_and_file() {
         let dir = checkpoint_with(|tensors| tensors[4].dtype = dtype.to_owned());
         assert_refused(dir.path(), &["mlp.gate_proj.weight", dtype, "model.safetensors"]);
     }
+    let packed = checkpoint_with(|tensors| tensors[4] = Entry::new(&tensors[4].name, "U8", &[6, 8]));
+    assert_refused(packed.path(), &["mlp.gate_proj.weight", "U8", "model.safetensors"]);
     let unknown = checkpoint_with(|tensors| tensors[4].dtype = "Q4_K".to_owned());
     assert_refused(unknown.path(), &["Q4_K", "model.safetensors"]);
 }

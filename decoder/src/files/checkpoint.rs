@@ -5,7 +5,7 @@
 //!       generation_config.json          may be absent
 //!       model.safetensors                                                     or
 //!       model.safetensors.index.json -> model-00001-of-0000N.safetensors, …   or
-//!       *.safetensors                   without an index: all of them
+//!       *.safetensors                   without an index: all of them, but for those of adapters and of makers' own layouts
 //! ```
 //!
 //! Files may be links, as in Hugging Face's cache; one that leads nowhere is named before anything is read.

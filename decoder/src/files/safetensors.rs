@@ -108,6 +108,11 @@ impl Shard {
         scales: impl FnOnce() -> Result<Option<Scales>, CheckpointError>,
     ) -> Result<Option<HostTensor>, CheckpointError> {
         let Some(info) = self.header.info(name) else { return Ok(None) };
+        let is_fp8 = info.dtype == safetensors::Dtype::F8_E4M3;
+        // Elements that are packed give a matrix another shape, which says less.
+        if !is_fp8 {
+            self.dtype(name, info)?;
+        }
         if info.shape != shape.dims() {
             return Err(CheckpointError::WrongShape {
                 name: name.to_owned(),
@@ -117,7 +122,7 @@ impl Shard {
             });
         }
         let (owner, range) = (self.owner.clone(), shape.within(self.range(info)));
-        let fp8 = if info.dtype == safetensors::Dtype::F8_E4M3 { scales()? } else { None };
+        let fp8 = if is_fp8 { scales()? } else { None };
         let data = match fp8 {
             Some(scales) => TensorData::Fp8 { owner, range, scales: Arc::new(scales) },
             None => TensorData::Bytes { owner, range, dtype: self.dtype(name, info)? },

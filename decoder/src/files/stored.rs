@@ -14,7 +14,7 @@ use minisgl_core::tensor::{HostTensor, Scales};
 use serde_json::Value;
 
 use crate::error::CheckpointError;
-use crate::folder::file_names;
+use crate::folder::{file_names, other_layout, without};
 use crate::quantization::{INPUT_SCALE, Quantization};
 use crate::safetensors::{Numbers, Shard};
 use crate::tensors::Shape;
@@ -50,18 +50,10 @@ impl StoredTensors {
         if dir.join(INDEX).exists() {
             return StoredTensors::indexed(dir, open);
         }
-        let (shards, others): (Vec<_>, Vec<_>) =
-            file_names(dir)?.into_iter().partition(|name| name.ends_with(".safetensors"));
+        let is_shard = |name: &String| name.ends_with(".safetensors") && other_layout(name).is_none();
+        let (shards, others): (Vec<_>, Vec<_>) = file_names(dir)?.into_iter().partition(is_shard);
         if shards.is_empty() {
-            let dir = dir.to_owned();
-            let is_other =
-                |name: &String| [".bin", ".pth", ".pt", ".gguf"].iter().any(|end| name.ends_with(end));
-            return Err(match others.into_iter().find(is_other) {
-                Some(file) => CheckpointError::OtherFormat { dir, file },
-                None => {
-                    CheckpointError::NoFile { dir, file: "model.safetensors or model.safetensors.index.json" }
-                }
-            });
+            return Err(without(dir, &others, "model.safetensors or model.safetensors.index.json"));
         }
         check_count(dir, &shards)?;
         StoredTensors::listed(dir, shards, open)

@@ -75,7 +75,7 @@ impl Entry {
 
     fn bytes(&self) -> u64 {
         let element = match self.dtype.as_str() {
-            "I8" | "F8_E4M3" => 1,
+            "I8" | "U8" | "F8_E4M3" => 1,
             "BF16" | "F16" => 2,
             "I64" | "F64" => 8,
             _ => 4,
