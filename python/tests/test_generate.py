@@ -724,29 +724,33 @@ def test_an_interrupt_keeps_what_has_ended(checkpoint, interruptible):
 
 @pytest.fixture
 def interrupted(interruptible, tmp_path):
-    """Calls what reads a file that never comes, and Ctrl-C a moment later."""
-    fifo = tmp_path / "never.safetensors"
+    """Calls what reads a file that does not come to its end, and Ctrl-C once it reads; `interrupted.end()` ends the file, empty."""
+    fifo = tmp_path / "endless.safetensors"
     os.mkfifo(fifo)
-    given_up = threading.Event()
+    writer = []
 
-    def write():
-        # Whoever reads it finds it empty.
-        os.close(os.open(fifo, os.O_WRONLY))
+    def interrupt():
+        while not writer:
+            try:
+                writer.append(os.open(fifo, os.O_WRONLY | os.O_NONBLOCK))
+            except OSError:  # Nobody reads it yet.
+                time.sleep(0.01)
+        time.sleep(0.2)
+        os.kill(os.getpid(), signal.SIGINT)
 
-    def give_up():
-        given_up.set()
-        write()
+    def end():
+        os.close(writer.pop())
 
     def interrupted(call):
-        timers = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)), threading.Timer(60, give_up)
-        for timer in timers:
-            timer.start()
+        give_up = threading.Timer(60, end)
+        give_up.start()
         with pytest.raises(KeyboardInterrupt):
+            threading.Thread(target=interrupt).start()
             call(fifo)
-        timers[1].cancel()
-        assert not given_up.is_set(), "it waited for the file"
+        give_up.cancel()
+        assert writer, "it waited for the file's end"
 
-    interrupted.write = write
+    interrupted.end = end
     return interrupted
 
 
@@ -756,7 +760,7 @@ def test_an_interrupt_does_not_wait_for_a_model_that_is_opened(interrupted, tmp_
         open_llm(str(tmp_path))
 
     interrupted(open_it)
-    interrupted.write()
+    interrupted.end()
 
 
 def test_an_interrupt_does_not_wait_for_an_update_and_neither_do_calls_behind_it(interrupted, checkpoint):
@@ -766,7 +770,7 @@ def test_an_interrupt_does_not_wait_for_an_update_and_neither_do_calls_behind_it
     interrupted(lambda _: llm.generate([[1, 2]], GREEDY, **QUIET))
     assert llm.decode(llm.encode("Once")) == "Once"
     # It goes on behind that, and here comes to nothing.
-    interrupted.write()
+    interrupted.end()
     assert tokens(llm.generate([[1, 2]], GREEDY, **QUIET)) == before
 
 
