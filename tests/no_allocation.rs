@@ -3,6 +3,7 @@
 mod common;
 
 use std::alloc::{GlobalAlloc, Layout, System};
+use std::cell::Cell;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
@@ -24,14 +25,23 @@ use minisgl_cpu::{Cpu, CpuError, Link};
 use minisgl_decoder::{Checkpoint, Decoder, LoadError};
 use minisgl_ranks::Ranks;
 
-/// Counts allocations of every thread while it is told to.
+/// Counts allocations of every thread but the harness's while it is told to: that one says when a test takes a minute.
 struct Counting;
 
 static COUNTING: AtomicBool = AtomicBool::new(false);
 static ALLOCATIONS: AtomicU64 = AtomicU64::new(0);
+static HAS_BEGUN: AtomicBool = AtomicBool::new(false);
+
+thread_local! {
+    static IS_HARNESS: Cell<bool> = const { Cell::new(false) };
+}
 
 fn count() {
-    if COUNTING.load(Ordering::Relaxed) {
+    // The process's first allocation is its first thread's.
+    if !HAS_BEGUN.load(Ordering::Relaxed) && !HAS_BEGUN.swap(true, Ordering::Relaxed) {
+        IS_HARNESS.set(true);
+    }
+    if COUNTING.load(Ordering::Relaxed) && !IS_HARNESS.get() {
         ALLOCATIONS.fetch_add(1, Ordering::Relaxed);
     }
 }
@@ -128,8 +138,8 @@ fn allocates_nothing<X: Executor>(golden: &Golden, mut engine: Engine<X>, label:
     let rules = Rules::new(vec![(5, 2.0)], vec![9], &[vec![1, 2], vec![3]]).unwrap();
     let allowing = rules.clone().allowing((0..100).collect()).unwrap();
     let rules = [rules, allowing].map(Arc::new);
-    let mut run = |engine: &mut Engine<X>| {
-        for i in 0..40u32 {
+    let mut run = |engine: &mut Engine<X>, requests: u32| {
+        for i in 0..requests {
             let sampling = SamplingParams {
                 temperature: [0.0, 0.8][i as usize % 2],
                 top_k: [0, 40, 0][i as usize % 3],
@@ -153,12 +163,12 @@ fn allocates_nothing<X: Executor>(golden: &Golden, mut engine: Engine<X>, label:
             engine.step(&mut |event| tokens += u64::from(matches!(event, Event::Token { .. }))).unwrap();
         }
     };
-    // The thread pool starts its threads, and sizes its queues, on its first work.
-    run(&mut engine);
+    // The thread pool starts its threads, and sizes its queues, on its first work; the first request asks for all that may be asked.
+    run(&mut engine, 1);
     engine.clear_prefix_cache();
     engine.reset_stats();
     COUNTING.store(true, Ordering::Relaxed);
-    run(&mut engine);
+    run(&mut engine, 40);
     COUNTING.store(false, Ordering::Relaxed);
 
     assert_eq!(ALLOCATIONS.swap(0, Ordering::Relaxed), 0, "{label}");
@@ -166,6 +176,6 @@ fn allocates_nothing<X: Executor>(golden: &Golden, mut engine: Engine<X>, label:
     assert_eq!(stats.finished, 40);
     assert!(stats.retractions > 0 && stats.padding_rows > 0, "{stats:?}");
     assert!(stats.steps() - stats.decode_steps > 40, "{stats:?}");
-    assert!(tokens > 2000);
+    assert!(tokens > 1000, "{tokens}");
     engine.check();
 }

@@ -110,7 +110,8 @@ impl<E: Error + 'static> Board<E> {
             let masks = vec![0; limits.running as usize * mask_words];
             let (batch, shape) = (Batch::new(limits), StepShape::default());
             *self.place_mut(at) = Some(Step { batch, shape, masks, mask_words });
-            self.state().outcomes[at].fill(Outcome::reserved(limits));
+            // Each by itself: a clone has no room.
+            self.state().outcomes[at].fill_with(|| Outcome::reserved(limits));
         }
     }
 
