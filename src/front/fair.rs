@@ -268,4 +268,17 @@ mod tests {
         assert_eq!(queue.remove(1, |_| true), [(1, 0), (1, 1)]);
         assert!(queue.is_empty() && queue.pop().is_none());
     }
+
+    #[test]
+    fn a_session_all_of_which_is_removed_has_no_turn() {
+        let mut queue = FairQueue::new();
+        for item in [(1, 0), (1, 1), (2, 0), (3, 0)] {
+            queue.push(item);
+        }
+        assert_eq!(queue.remove(1, |_| true).len(), 2);
+        assert_eq!(queue.next(), Some(&(2, 0)));
+        queue.push((1, 2));
+        let order: Vec<_> = std::iter::from_fn(|| queue.pop()).collect();
+        assert_eq!(order, [(2, 0), (3, 0), (1, 2)]);
+    }
 }

@@ -45,6 +45,23 @@ fn an_abort_ends_what_runs_and_what_waits_and_nothing_else() {
 }
 
 #[test]
+fn an_abort_is_of_its_own_session_alone_whatever_tags_others_have() {
+    let (front, control) = front(slow());
+    let [(mut one, mut events), (mut other, mut others)] =
+        [(); 2].map(|()| front.handle().session(SessionOptions::default()));
+    for (submitter, first) in [(&mut one, 1), (&mut other, 2)] {
+        submitter.submit(7, request(first, 90_000)).unwrap();
+    }
+    while control.running.load(Ordering::Relaxed) < 2 {
+        thread::yield_now();
+    }
+    assert!(events.abort(7));
+    assert!(matches!(events.next(), Some(Ok(SessionEvent::Finished { tag: 7, .. }))));
+    assert_eq!(control.running.load(Ordering::Relaxed), 1);
+    assert!(others.abort(7));
+}
+
+#[test]
 fn what_waits_need_not_wait_to_be_aborted() {
     let (front, control) = front(slow());
     let (mut submitter, mut events) = front.handle().session(SessionOptions::default());

@@ -23,6 +23,23 @@ fn whoever_waits_behind_ends_that_nobody_takes_is_told_when_the_engine_fails() {
 }
 
 #[test]
+fn whoever_waits_behind_ends_that_nobody_takes_is_told_when_the_engine_is_closed() {
+    let (front, _) = front(Control::default());
+    let handle = front.handle().clone();
+    let unread: Vec<_> = (0..8).map(|i| handle.submit(request(i, 1)).unwrap()).collect();
+    while handle.open_requests() > 0 {
+        thread::yield_now();
+    }
+    let (reply, answer) = channel();
+    let waiting = handle.clone();
+    thread::spawn(move || reply.send(waiting.submit(request(9, 1)).map(drop)));
+    drop(front);
+    assert!(matches!(answer.recv_timeout(Duration::from_secs(60)), Ok(Err(Error::Closed))));
+    assert!(matches!(handle.try_submit(request(9, 1)), Err(TrySubmitError::Stopped(Error::Closed))));
+    assert!(unread.into_iter().all(|stream| stream.last().is_some_and(|end| end.is_ok())));
+}
+
+#[test]
 fn a_failed_step_is_an_error_for_every_open_request_after_all_that_had_ended() {
     let (front, _) = front(Control { fails_at: Some(3), ..Control::default() });
     let handle = front.handle();
@@ -114,6 +131,16 @@ fn a_call_that_needs_an_idle_engine_waits_for_what_runs_and_goes_before_what_wai
     assert_eq!(answer.recv().unwrap(), 4);
     drop(submitter);
     assert_eq!(ends(events).len(), 8);
+}
+
+#[test]
+fn a_call_that_needs_an_idle_engine_is_answered_by_one_that_has_failed() {
+    let (front, _) = front(Control { fails_at: Some(20), ..slow() });
+    let stream = front.handle().submit(request(0, 90_000)).unwrap();
+    let (reply, answer) = channel();
+    post(&front, 0, true, move |_| reply.send(()).unwrap());
+    assert_eq!(answer.recv_timeout(Duration::from_secs(60)), Ok(()));
+    drop(stream);
 }
 
 #[test]

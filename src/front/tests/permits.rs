@@ -11,6 +11,7 @@ fn a_session_takes_no_more_than_its_capacity_and_others_go_on() {
     let (mut slow, unread) =
         handle.session(SessionOptions { capacity: Some(2), ..SessionOptions::default() });
     assert_eq!(slow.room(), 2);
+    assert_eq!(handle.session(SessionOptions { capacity: Some(0), ..Default::default() }).0.room(), 1);
     slow.submit_all([(1, request(1, 2)), (2, request(2, 2))]).unwrap();
     assert_eq!(slow.room(), 0);
     // It is full for as long as nobody reads, although its requests have ended.
@@ -24,6 +25,22 @@ fn a_session_takes_no_more_than_its_capacity_and_others_go_on() {
     blocked.join().unwrap().unwrap();
     assert_eq!(finished, [1, 2, 3]);
     assert_eq!(control.admitted.lock().unwrap().len(), 23);
+}
+
+#[test]
+fn of_requests_submitted_together_those_beyond_the_capacity_follow_as_ends_are_taken() {
+    let (front, _) = front(Control::default());
+    let options = SessionOptions { capacity: Some(2), ..SessionOptions::default() };
+    let (mut submitter, mut events) = front.handle().session(options);
+    let all = thread::spawn(move || submitter.submit_all((0..7).map(|i| (i, request(i as u32, 2)))));
+    let mut ended = Vec::new();
+    while let Ok(Next::Event(event)) = events.next_timeout(Duration::from_secs(60)) {
+        if let SessionEvent::Finished { tag, .. } = event {
+            ended.push(tag);
+        }
+    }
+    assert_eq!(ended, [0, 1, 2, 3, 4, 5, 6]);
+    all.join().unwrap().unwrap();
 }
 
 #[test]

@@ -4,7 +4,7 @@ use std::collections::HashSet;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Sender, channel};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use minisgl_core::config::Limits;
 use minisgl_core::scheduler::Order;
@@ -210,21 +210,46 @@ fn prompts_that_begin_alike_go_to_one_engine_as_far_as_that_has_its_share() {
 
 #[test]
 fn a_prompt_is_left_to_the_engine_that_has_its_beginning_while_that_may_take_it() {
-    let prompt = |group: u32| {
-        let sampling = SamplingParams { max_tokens: 2, ..SamplingParams::default() };
+    let prompt = |group: u32, max_tokens| {
+        let sampling = SamplingParams { max_tokens, ..SamplingParams::default() };
         GenerateRequest::tokens(vec![group; 80]).sampling(sampling)
     };
     let (front, controls) = engines((0..2).map(|_| Control::default()));
-    run(&front, vec![prompt(1)]).1.unwrap();
+    run(&front, vec![prompt(1, 2)]).1.unwrap();
     let home = usize::from(admitted(&controls[0]).is_empty());
-    // That one is at work for as long as this test likes, and has its share to come.
+    // That one is at work for as long as this test likes, and has its share to come: also of the heavier ones, which are the other's.
     let end = keep_at_work(&front, home);
-    let alike = front.handle().submit(prompt(1)).unwrap();
-    assert!(front.handle().submit(prompt(2)).unwrap().last().unwrap().is_ok());
+    let alike = front.handle().submit(prompt(1, 50)).unwrap();
+    assert!(front.handle().submit(prompt(2, 2)).unwrap().last().unwrap().is_ok());
     assert_eq!(admitted(&controls[1 - home]).len(), 1);
     drop(end);
     assert!(alike.last().unwrap().is_ok());
     assert_eq!([home, 1 - home].map(|engine| admitted(&controls[engine]).len()), [2, 1]);
+}
+
+#[test]
+fn an_engine_that_sleeps_beside_what_is_anothers_is_woken_when_that_one_has_its_share() {
+    let prompt = |max_tokens| {
+        let sampling = SamplingParams { max_tokens, ..SamplingParams::default() };
+        GenerateRequest::tokens(vec![1; 80]).sampling(sampling)
+    };
+    let (front, controls) = engines((0..2).map(|_| slow()));
+    run(&front, vec![prompt(2)]).1.unwrap();
+    let home = usize::from(admitted(&controls[0]).is_empty());
+    let end = keep_at_work(&front, home);
+    let options = SessionOptions { capacity: Some(8), ..SessionOptions::default() };
+    let (mut submitter, mut events) = front.handle().session(options);
+    submitter.submit_all((0..8).map(|tag| (tag, prompt(90_000)))).unwrap();
+    // The other one sees that nothing is for it, and sleeps again.
+    std::thread::sleep(Duration::from_millis(100));
+    assert_eq!(controls[1 - home].running.load(Ordering::Relaxed), 0);
+    drop(end);
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while controls.iter().any(|control| control.running.load(Ordering::Relaxed) < 4) {
+        assert!(Instant::now() < deadline, "requests wait beside an engine that runs none");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    events.abort_all();
 }
 
 #[test]
