@@ -167,12 +167,15 @@ impl Tiling {
         Self::slices(kernel, 128, tokens, 2 * tokens, Self::ALL).of_two_slices().up_to(Self::SINGLE)
     }
 
+    /// With the other kernels of heads: for normed ones, and with keys and values in fp8.
+    const fn of_heads(self, [[_, normed], fp8]: [[&'static str; 2]; 2]) -> Tiling {
+        Tiling { normed: Some(normed), fp8: Some(fp8), ..self }
+    }
+
     /// A head's 128 rows meet in one cluster.
     pub(super) const fn heads(kernels: [[&'static str; 2]; 2], tokens: u32, tokens_max: u32) -> Tiling {
-        let (team, shared) = (Team::Slices { tiles: 2 }, Self::HALF);
-        let [[kernel, normed], fp8] = kernels;
-        let tiling = Tiling::slices(kernel, 64, tokens, tokens_max, shared);
-        Tiling { normed: Some(normed), fp8: Some(fp8), team, ..tiling }
+        let tiling = Self::slices(kernels[0][0], 64, tokens, tokens_max, Self::HALF);
+        Tiling { team: Team::Slices { tiles: 2 }, ..tiling }.of_heads(kernels)
     }
 
     /// Two whole heads, or four, a slice each; a cluster of four has both slices of two neighbouring tiles of tokens.
@@ -182,9 +185,8 @@ impl Tiling {
         tokens_max: u32,
         shared: u32,
     ) -> Tiling {
-        let [[kernel, normed], fp8] = kernels;
-        let tiling = Self::paired(kernel, 128, tokens, tokens_max);
-        Tiling { normed: Some(normed), fp8: Some(fp8), shared, ..tiling }
+        let tiling = Self::paired(kernels[0][0], 128, tokens, tokens_max);
+        Tiling { shared, ..tiling }.of_heads(kernels)
     }
 
     /// The same of neighbouring heads.
@@ -228,9 +230,7 @@ impl Tiling {
         tokens_max: u32,
         shared: u32,
     ) -> Tiling {
-        let [[kernel, normed], fp8] = kernels;
-        let tiling = Self::pair(kernel, 128, tokens, tokens_max, shared);
-        Tiling { normed: Some(normed), fp8: Some(fp8), ..tiling }
+        Self::pair(kernels[0][0], 128, tokens, tokens_max, shared).of_heads(kernels)
     }
 
     /// Three such blocks, for matrices of so few heads that there is room for all of them at once.
