@@ -8,7 +8,7 @@ use std::process::ExitCode;
 use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
-use minisgl::bulk::{Bulk, BulkError, BulkReport, Existing, Job, JobHandle, Place};
+use minisgl::bulk::{Bulk, BulkError, BulkReport, Existing, Job, JobHandle, Place, Rounding};
 use minisgl::lines::Defaults;
 use minisgl::openai::ModelName;
 use minisgl::progress::{Progress, Stderr};
@@ -103,6 +103,7 @@ fn generate(flags: &Flags, stderr: &Stderr) -> Result<ExitCode, Cause> {
         defaults: Defaults { sampling, model: ModelName::new(&flags.model) },
         model: flags.model.clone(),
         checkpoint: source.folder().map(Path::to_owned),
+        rounding: Rounding::from(&flags.engine_options()),
         max_line_bytes: flags.max_line_bytes,
         tokens: flags.json.is_some() || flags.report.is_some(),
     };

@@ -217,7 +217,7 @@ fn an_output_that_somebody_compressed_anew_keeps_the_whole_lines_of_a_cut_off_me
 }
 
 #[test]
-fn other_sampling_another_model_and_other_lines_are_refused_by_name() {
+fn other_sampling_rounding_another_model_and_other_lines_are_refused_by_name() {
     let scratch = Scratch::new();
     scratch.write("in.jsonl", requests(6, 2) + "bad\n");
     assert_eq!(generate(&scratch, &[]).status.code(), Some(1));
@@ -233,6 +233,11 @@ fn other_sampling_another_model_and_other_lines_are_refused_by_name() {
     refused(&["--resume", "--top-k", "5", "--seed", "9"], "--top-k was 0, is 5; --seed was 0, is 9");
     refused(&["--resume", "--max-tokens", "7"], "--max-tokens was 128, is 7");
     refused(&["--resume", "--ignore-eos"], "--ignore-eos was false, is true");
+    refused(&["--resume", "--kv-dtype", "fp8"], "--kv-dtype was auto, is fp8");
+    refused(
+        &["--resume", "--quantize", "fp8", "--plain-inputs"],
+        "--quantize was not given, is fp8; --plain-inputs was false, is true",
+    );
 
     scratch.copy("tiny-untied");
     refused(&["--resume"], "--model was ");

@@ -7,7 +7,7 @@ use super::error::BulkError;
 use super::input::Source;
 use super::output::{self, Output};
 use super::place::{Identity, Place};
-use super::settings::{self, Settings};
+use super::settings::{self, Rounding, Settings};
 use crate::lines::Defaults;
 
 /// What is to be done.
@@ -25,6 +25,8 @@ pub struct Job {
     pub model: String,
     /// Where its checkpoint is, unless it is a preset.
     pub checkpoint: Option<PathBuf>,
+    /// How the engine rounds.
+    pub rounding: Rounding,
     /// A longer line is a bad line.
     pub max_line_bytes: usize,
     /// Hear of every token, so that a report has latencies.
@@ -59,8 +61,7 @@ impl Job {
                 return Err(BulkError::SameFile(path.into()));
             }
         }
-        let input = self.input.to_string();
-        Ok(Settings::new(&self.model, self.checkpoint.as_deref(), input, &self.defaults.sampling))
+        Ok(Settings::of(self))
     }
 
     /// What is kept of what a regular output has.

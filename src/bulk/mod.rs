@@ -39,6 +39,7 @@ pub use error::BulkError;
 pub use job::{Existing, Job};
 pub use place::Place;
 pub use report::BulkReport;
+pub use settings::Rounding;
 pub use tally::Tally;
 
 use crate::progress::{Progress, Unit};

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   results.jsonl             a result for each line of the input, with the line's number and fingerprint
-//!   results.jsonl.run.json    which checkpoint, which sampling, which version made them
+//!   results.jsonl.run.json    which checkpoint, rounded how, which sampling, which version made them
 //! ```
 //!
 //! A checkpoint is known by its content, not by its path: small files whole, weights by their size and blocks spread over
@@ -16,8 +16,9 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 use twox_hash::XxHash3_64;
 
+use super::job::Job;
 use super::place::beside;
-use crate::SamplingParams;
+use crate::{Options, SamplingParams};
 
 /// The content of `OUTPUT.run.json`.
 #[derive(Debug, Serialize, Deserialize)]
@@ -31,6 +32,27 @@ pub(super) struct Settings {
     /// Where the requests came from; only for people.
     input: String,
     sampling: Sampling,
+    /// Results that don't say were rounded as is usual.
+    #[serde(default)]
+    rounding: Rounding,
+}
+
+/// The flags that round weights, keys and values, or inputs, and so change tokens; see docs/flags.md.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct Rounding {
+    kv_dtype: Option<String>,
+    quantize: Option<String>,
+    plain_inputs: bool,
+}
+
+impl From<&Options> for Rounding {
+    fn from(options: &Options) -> Self {
+        Rounding {
+            kv_dtype: options.kv_dtype.map(|format| format.to_string()),
+            quantize: options.quantize.map(|quantize| quantize.to_string()),
+            plain_inputs: options.plain_inputs,
+        }
+    }
 }
 
 /// What lines leave out.
@@ -57,18 +79,15 @@ impl From<&SamplingParams> for Sampling {
 }
 
 impl Settings {
-    pub(super) fn new(
-        model: &str,
-        checkpoint: Option<&Path>,
-        input: String,
-        sampling: &SamplingParams,
-    ) -> Self {
+    /// Those of a job.
+    pub(super) fn of(job: &Job) -> Self {
         Settings {
             minisgl: env!("CARGO_PKG_VERSION").to_owned(),
-            model: model.to_owned(),
-            checkpoint: checkpoint.map(|folder| format!("{:016x}", fingerprint(folder))),
-            input,
-            sampling: Sampling::from(sampling),
+            model: job.model.clone(),
+            checkpoint: job.checkpoint.as_deref().map(|folder| format!("{:016x}", fingerprint(folder))),
+            input: job.input.to_string(),
+            sampling: Sampling::from(&job.defaults.sampling),
+            rounding: job.rounding.clone(),
         }
     }
 
@@ -114,9 +133,11 @@ impl Settings {
         }
     }
 
-    fn rows(&self) -> [(&'static str, String); 9] {
+    fn rows(&self) -> [(&'static str, String); 12] {
         let Sampling { temperature, top_k, top_p, min_p, seed, max_tokens, ignore_eos, logprobs } =
             &self.sampling;
+        let Rounding { kv_dtype, quantize, plain_inputs } = &self.rounding;
+        let given = |word: &Option<String>, default: &str| word.as_deref().unwrap_or(default).to_owned();
         [
             ("--temperature", temperature.to_string()),
             ("--top-k", top_k.to_string()),
@@ -126,6 +147,9 @@ impl Settings {
             ("--max-tokens", max_tokens.to_string()),
             ("--ignore-eos", ignore_eos.to_string()),
             ("logprobs", format!("{logprobs:?}")),
+            ("--kv-dtype", given(kv_dtype, "auto")),
+            ("--quantize", given(quantize, "not given")),
+            ("--plain-inputs", plain_inputs.to_string()),
             ("minisgl's version", self.minisgl.clone()),
         ]
     }
@@ -193,9 +217,22 @@ fn sample(path: &Path, hasher: &mut impl Hasher) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::bulk::Existing;
+    use crate::lines::Defaults;
+    use crate::openai::ModelName;
 
     fn settings(sampling: &SamplingParams) -> Settings {
-        Settings::new("tiny", None, "in.jsonl".to_owned(), sampling)
+        Settings::of(&Job {
+            input: PathBuf::from("in.jsonl").into(),
+            output: PathBuf::from("out.jsonl").into(),
+            existing: Existing::Resume,
+            defaults: Defaults { sampling: *sampling, model: ModelName::new("tiny") },
+            model: "tiny".to_owned(),
+            checkpoint: None,
+            rounding: Rounding::default(),
+            max_line_bytes: 1000,
+            tokens: false,
+        })
     }
 
     #[test]
@@ -204,6 +241,15 @@ mod tests {
             SamplingParams { temperature: 0.6, top_p: 0.95, seed: u64::MAX, ..SamplingParams::default() };
         let now = settings(&sampling);
         let then: Settings = serde_json::from_slice(&serde_json::to_vec(&now).unwrap()).unwrap();
+        assert_eq!(now.differences(&then), Vec::<String>::new());
+    }
+
+    #[test]
+    fn settings_that_say_nothing_of_rounding_are_those_without_its_flags() {
+        let now = settings(&SamplingParams::default());
+        let mut then = serde_json::to_value(&now).unwrap();
+        assert!(then.as_object_mut().unwrap().remove("rounding").is_some());
+        let then: Settings = serde_json::from_value(then).unwrap();
         assert_eq!(now.differences(&then), Vec::<String>::new());
     }
 

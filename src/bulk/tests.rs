@@ -36,6 +36,7 @@ impl Folder {
             defaults: Defaults { sampling: SamplingParams::default(), model: ModelName::new("simulated") },
             model: "simulated".to_owned(),
             checkpoint: None,
+            rounding: Rounding::default(),
             max_line_bytes: 1000,
             tokens: false,
         };

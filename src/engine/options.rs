@@ -1,6 +1,7 @@
 //! How an engine is to be built: what `Llm::builder` and the command lines set.
 
 use std::ffi::OsString;
+use std::fmt;
 use std::str::FromStr;
 
 use minisgl_core::config::Limits;
@@ -192,6 +193,14 @@ const DISABLE_OVERLAP: &str = "MINISGL_DISABLE_OVERLAP_SCHEDULING";
 /// As mini-sglang reads it.
 fn is_set(variable: Option<OsString>) -> bool {
     variable.is_some_and(|value| ["1", "true", "yes"].iter().any(|yes| value.eq_ignore_ascii_case(yes)))
+}
+
+impl fmt::Display for Quantize {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Quantize::Fp8 => "fp8",
+        })
+    }
 }
 
 impl FromStr for Quantize {
