@@ -64,6 +64,16 @@ fn the_line_that_tools_read_has_tokens_time_and_their_ratio() {
 }
 
 #[test]
+fn requests_of_a_token_each_are_measured_and_what_did_not_happen_took_no_time() {
+    let json = fresh("single.json");
+    let flags = ["--input-len", "1..1", "--output-len", "1..1", "--json", json.to_str().unwrap()];
+    let text = stdout(&bench(&flags));
+    assert!(text.contains("decode        0 tokens in 0 steps of 0.0 rows on average, 0.000 s"), "{text}");
+    assert!(text.contains("device idle   0.000 s between steps (0.0%)"), "{text}");
+    assert!(!fs::read_to_string(json).unwrap().contains("-0.0"));
+}
+
+#[test]
 fn settings_that_only_concern_speed_do_not_change_a_token() {
     let hash = |flags: &[&str]| {
         let text = stdout(&bench(flags));

@@ -60,6 +60,13 @@ fn assert_scores(what: &str, builder: LlmBuilder, golden: &Golden, bound: f32) -
 }
 
 #[test]
+fn no_tokens_have_the_log_probability_zero_without_a_sign() {
+    let mut llm = builder("tiny-tied").build().unwrap();
+    let scores = llm.score(&[ScoreRequest::tokens([1, 2], [])]).unwrap();
+    assert_eq!((scores[0].error.as_ref(), scores[0].logprob().to_bits()), (None, 0.0_f64.to_bits()));
+}
+
+#[test]
 fn log_probabilities_of_given_tokens_are_those_of_transformers() {
     for name in CHECKPOINTS.into_iter().chain(FAMILIES) {
         let golden = Golden::open(name);

@@ -213,7 +213,8 @@ fn ceilings(llm: &mut Llm, plan: &Plan) -> Result<Option<Ceilings>, Error> {
 
 /// Touches everything once: a short generation always, the whole workload where asked for.
 fn warm_up(llm: &mut Llm, plan: &Plan, requests: &[GenerateRequest]) -> Result<(), BenchError> {
-    let short = Lengths::up_to(8);
+    // Prompt and output have room together, in sequences of two tokens too.
+    let short = Lengths::up_to((llm.info().limits.sequence / 2).clamp(1, 8));
     let seed = plan.requests.seed();
     let workload = Workload { source: Source::Pcg, seed, requests: 8, input: short.clone(), output: short };
     let short = requests::drawn(&workload, llm.info().vocab, &plan.sampling);

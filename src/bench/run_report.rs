@@ -208,7 +208,12 @@ fn steps_of_decode(steps: &[StepTiming]) -> impl Iterator<Item = &StepTiming> + 
 }
 
 fn device_seconds<'a>(steps: impl Iterator<Item = &'a StepTiming>) -> f64 {
-    steps.map(|step| f64::from(step.gpu_ms) / 1e3).sum()
+    sum(steps.map(|step| f64::from(step.gpu_ms) / 1e3))
+}
+
+/// That of nothing is 0, and not the -0 that `Iterator::sum` begins with.
+fn sum(values: impl Iterator<Item = f64>) -> f64 {
+    values.fold(0.0, |sum, value| sum + value)
 }
 
 fn idle(steps: &[StepTiming]) -> Idle {
@@ -221,7 +226,7 @@ fn idle(steps: &[StepTiming]) -> Idle {
         let its = || steps.iter().filter(move |step| step.engine == engine);
         its().zip(its().skip(1)).map(gap_ms)
     });
-    let seconds = gaps_ms.clone().sum::<f64>() / 1e3 / f64::from(engines);
+    let seconds = sum(gaps_ms.clone()) / 1e3 / f64::from(engines);
     Idle { seconds, longest_ms: gaps_ms.fold(0.0, f64::max) }
 }
 

@@ -66,9 +66,9 @@ pub struct Score {
 }
 
 impl Score {
-    /// The completion's log-probability: the sum over its tokens.
+    /// The completion's log-probability: the sum over its tokens. That of no tokens is 0, and not the -0 that an empty sum is.
     pub fn logprob(&self) -> f64 {
-        self.logprobs.iter().map(|token| f64::from(token.logprob)).sum()
+        self.logprobs.iter().fold(0.0, |sum, token| sum + f64::from(token.logprob))
     }
 }
 
