@@ -29,16 +29,16 @@ const WITHOUT_EFFECT: &[&str] = &[
 /// A field that is taken at these values alone, given as JSON, or as null, and why.
 pub type Only = (&'static str, &'static [&'static str], &'static str);
 
-const STRUCTURED: &str = "give it in structured_outputs";
+const STRUCTURED: &str = "its place is structured_outputs";
 
 const ONLY: &[Only] = &[
     ("audio", &[], "only text comes out"),
     ("chat_template", &[], "the checkpoint's chat template is used"),
     ("detokenize", &["true"], "text comes out wherever the model has a tokenizer"),
     ("echo", &["false"], "the prompt is not repeated"),
-    ("enable_thinking", &[], "give it in chat_template_kwargs"),
-    ("function_call", &["\"auto\""], "give tool_choice"),
-    ("functions", &["[]"], "give them as tools"),
+    ("enable_thinking", &[], "its place is chat_template_kwargs"),
+    ("function_call", &["\"auto\""], "its place is tool_choice"),
+    ("functions", &["[]"], "their place is tools"),
     ("guided_choice", &[], STRUCTURED),
     ("guided_grammar", &[], STRUCTURED),
     ("guided_json", &[], STRUCTURED),
@@ -49,17 +49,17 @@ const ONLY: &[Only] = &[
     ("mm_processor_kwargs", &["{}"], "only text goes in"),
     ("modalities", &["[\"text\"]"], "only text comes out"),
     ("moderation", &[], "nothing is moderated"),
-    ("reasoning_effort", &[], "give it in chat_template_kwargs if the template knows it"),
+    ("reasoning_effort", &[], "its place is chat_template_kwargs if the template knows it"),
     ("return_token_ids", &["false"], "native lines give token ids"),
     ("return_tokens_as_token_ids", &["false"], "native lines give token ids"),
     ("skip_special_tokens", &["true"], "special tokens are no text"),
     ("spaces_between_special_tokens", &["true"], "special tokens are no text"),
     ("stream", &["false"], "a line gives one result"),
-    ("structural_tag", &[], "give a Lark grammar, in structured_outputs"),
+    ("structural_tag", &[], "a Lark grammar in structured_outputs says the same"),
     ("suffix", &["\"\""], "text is not inserted before another"),
     ("truncate_prompt_tokens", &[], "prompts are not cut"),
     ("use_beam_search", &["false"], "beam search is not supported"),
-    ("verbosity", &["\"medium\""], "give it in chat_template_kwargs if the template knows it"),
+    ("verbosity", &["\"medium\""], "its place is chat_template_kwargs if the template knows it"),
     ("web_search_options", &[], "nothing is searched"),
 ];
 

@@ -202,12 +202,15 @@ fn fields_that_ask_for_what_is_not_done_are_refused_by_name_with_what_to_do() {
         (r#""length_penalty": 0.5"#, "length_penalty is 0.5; it may only be 1"),
         (r#""stream": true"#, "stream is true; it may only be false"),
         (r#""echo": true"#, "echo is true;"),
-        (r#""guided_regex": "a+""#, "guided_regex is \"a+\"; give it in structured_outputs; leave it out"),
+        (r#""guided_regex": "a+""#, "guided_regex is \"a+\"; its place is structured_outputs; leave it out"),
         (
             r#""logits_processors": ["f"]"#,
             "logits_processors is [\"f\"]; it may only be []: requests bring no code",
         ),
-        (r#""enable_thinking": false"#, "enable_thinking is false; give it in chat_template_kwargs"),
+        (
+            r#""enable_thinking": false"#,
+            "enable_thinking is false; its place is chat_template_kwargs; leave it out",
+        ),
         (
             r#""tool_choice": "sometimes""#,
             "tool_choice is \"sometimes\"; it may be \"auto\", \"none\", \"required\"",
