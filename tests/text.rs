@@ -273,6 +273,37 @@ fn what_is_put_before_a_text_is_what_the_post_processor_says() {
 }
 
 #[test]
+fn a_text_begins_with_the_token_that_llamas_class_is_asked_for() {
+    let byte_level =
+        json!({"type": "ByteLevel", "add_prefix_space": true, "trim_offsets": false, "use_regex": true});
+    let other = json!({
+        "type": "TemplateProcessing", "special_tokens": {"<|im_end|>": {"id": "<|im_end|>", "ids": [2], "tokens": ["<|im_end|>"]}},
+        "single": [{"SpecialToken": {"id": "<|im_end|>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+    });
+    let text = |class: &str, begins: bool, processor: &Value| {
+        let config = json!({"tokenizer_class": class, "add_bos_token": begins, "bos_token": {"content": "<|im_start|>"}});
+        let file = tokenizer(|file| file["post_processor"] = processor.clone());
+        text_of(&[("tokenizer.json", file), ("tokenizer_config.json", config)])
+    };
+    for class in ["LlamaTokenizer", "LlamaTokenizerFast"] {
+        for processor in [&byte_level, &Value::Null] {
+            assert_eq!(ids(&text(class, true, processor), "Hi")[..2], [1, 42], "{class}");
+            assert_eq!(ids(&text(class, false, processor), "Hi")[0], 42, "{class}");
+        }
+        assert_eq!(ids(&text(class, true, &other), "Hi")[..2], [2, 42], "what the file says is left");
+    }
+    assert_eq!(ids(&text("Qwen2Tokenizer", true, &byte_level), "Hi")[0], 42);
+    let begun = text("LlamaTokenizerFast", true, &byte_level);
+    let chat = begun.encode(Prompt::Chat(ChatPrompt::new([Message::new("user", "Hi")]))).unwrap();
+    assert_eq!(
+        chat.iter().filter(|id| **id == 1).count(),
+        2,
+        "a template writes its special tokens itself: {chat:?}"
+    );
+}
+
+#[test]
 fn a_template_that_does_not_compile_fails_only_requests_with_messages() {
     let scratch = Scratch::with_text();
     for broken in ["{% if %}", "{{ x", "{% unknown %}", "{{ a | nofilter( }}"] {

@@ -31,6 +31,9 @@ pub struct TokenizerConfig {
     pub added_tokens: BTreeMap<u32, AddedToken>,
     /// Special tokens within a text are text.
     pub split_special_tokens: bool,
+    /// A text begins with the `bos_token`, whatever tokenizer.json says: so it is asked of Llama's class, which makes what
+    /// comes around a text itself.
+    pub begins_with_bos: bool,
 }
 
 impl TokenizerConfig {
@@ -51,6 +54,9 @@ impl TokenizerConfig {
         }
         config.chat_template = fields.remove("chat_template").unwrap_or_default();
         config.split_special_tokens = fields.get("split_special_tokens") == Some(&Value::Bool(true));
+        let class = fields.get("tokenizer_class").and_then(Value::as_str).unwrap_or_default();
+        config.begins_with_bos = matches!(class, "LlamaTokenizer" | "LlamaTokenizerFast")
+            && fields.get("add_bos_token") == Some(&Value::Bool(true));
         for name in ["additional_special_tokens", "extra_special_tokens"] {
             match fields.get(name) {
                 Some(Value::Array(tokens)) => {

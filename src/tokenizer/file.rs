@@ -1,8 +1,9 @@
 //! tokenizer.json made into a tokenizer.
 //!
-//! Three things differ from what the file says, as in transformers: truncation and padding, left over from training,
-//! are dropped; tokens that only tokenizer_config.json lists are added, with the ids that it gives them; and tokens
-//! that it names as special are.
+//! Four things differ from what the file says, as in transformers: truncation and padding, left over from training,
+//! are dropped; tokens that only tokenizer_config.json lists are added, with the ids that it gives them; tokens
+//! that it names as special are; and where it asks Llama's class for a token before each text there is one (DeepSeek's
+//! distilled models; transformers 4 does so, 5 has lost it).
 
 use std::cell::Cell;
 use std::collections::BTreeMap;
@@ -10,9 +11,9 @@ use std::panic::{self, AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::sync::Once;
 
-use serde_json::Value;
 use serde_json::value::RawValue;
-use tokenizers::{AddedToken, Model, Tokenizer};
+use serde_json::{Value, json};
+use tokenizers::{AddedToken, Model, PostProcessorWrapper, Tokenizer};
 
 use super::Codec;
 use super::bound::growing;
@@ -101,6 +102,9 @@ fn build(text: &str, config: &TokenizerConfig) -> Result<Tokenizer, String> {
     let mut tokenizer: Tokenizer = assembled.parse().map_err(|error: tokenizers::Error| error.to_string())?;
     add_tokens(&mut tokenizer, config).map_err(|error| error.to_string())?;
     tokenizer.set_encode_special_tokens(config.split_special_tokens);
+    if config.begins_with_bos {
+        begin_with_bos(&mut tokenizer, config).map_err(|error| format!("post_processor: {error}"))?;
+    }
     for (id, token) in missing {
         let given = tokenizer.token_to_id(&token.content);
         if given != Some(id) && tokenizer.get_model().token_to_id(&token.content).is_none() {
@@ -123,6 +127,25 @@ fn with_tokens(model: &RawValue, tokens: &[(u32, &AddedToken)]) -> Result<Box<Ra
         }
     }
     serde_json::value::to_raw_value(&model).map_err(|error| error.to_string())
+}
+
+/// Puts the `bos_token` before each text, unless what the file says does so.
+fn begin_with_bos(tokenizer: &mut Tokenizer, config: &TokenizerConfig) -> serde_json::Result<()> {
+    let Some(bos) = config.special_tokens.get("bos_token").and_then(Value::as_str) else { return Ok(()) };
+    let Some(id) = tokenizer.token_to_id(bos) else { return Ok(()) };
+    let says = serde_json::to_value(tokenizer.get_post_processor())?;
+    if !matches!(says["type"].as_str(), None | Some("ByteLevel")) {
+        return Ok(());
+    }
+    let special = json!({"SpecialToken": {"id": bos, "type_id": 0}});
+    let text = |id: &str| json!({"Sequence": {"id": id, "type_id": 0}});
+    tokenizer.with_post_processor(Some(serde_json::from_value::<PostProcessorWrapper>(json!({
+        "type": "TemplateProcessing",
+        "single": [special, text("A")],
+        "pair": [special, text("A"), special, text("B")],
+        "special_tokens": {bos: {"id": bos, "ids": [id], "tokens": [bos]}},
+    }))?));
+    Ok(())
 }
 
 /// Makes tokens of what the configuration lists and names, beside those of the file.
