@@ -53,9 +53,6 @@ impl Parser {
         match parser.find_mask() {
             ConstraintState::Ready => {}
             ConstraintState::Complete => return Err("it allows only an empty output".to_owned()),
-            _ if parser.matcher.stop_reason() == StopReason::NoExtensionBias => {
-                return Err("no text is allowed by it".to_owned());
-            }
             _ => return Err(parser.error()),
         }
         parser.mask.iter_mut().zip(lost).for_each(|(mask, lost)| *mask &= !lost);
@@ -95,7 +92,12 @@ impl Parser {
     }
 
     fn error(&self) -> String {
-        self.matcher.get_error().unwrap_or_else(|| self.matcher.stop_reason().to_string())
+        let error = self.matcher.get_error().unwrap_or_else(|| self.matcher.stop_reason().to_string());
+        // Where there is no more to be said, it is the name of a reason.
+        match error.starts_with(&StopReason::NoExtensionBias.to_string()) {
+            true => "no text is allowed by it".to_owned(),
+            false => error,
+        }
     }
 }
 

@@ -431,6 +431,15 @@ fn a_space_that_the_tokenizer_drops_is_not_drawn_first() {
     assert!(matches!(grammars.regex(" the"), Err(GrammarError::Unusable { .. })));
 }
 
+#[test]
+fn a_grammar_that_allows_no_text_is_told_so() {
+    let grammars = grammars();
+    for result in [grammars.json_schema(&json!({"$ref": "#"})), grammars.lark("start: start")] {
+        let error = result.map(drop).unwrap_err().to_string();
+        assert!(error.ends_with("can't be used: no text is allowed by it"), "{error}");
+    }
+}
+
 /// What comes of a grammar that means harm.
 #[derive(Debug, PartialEq, Clone, Copy)]
 enum Fate {

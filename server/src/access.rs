@@ -14,7 +14,7 @@ use axum::http::{HeaderName, HeaderValue, Method};
 use axum::middleware::Next;
 use axum::response::Response;
 use bytes::Bytes;
-use http_body::{Frame, SizeHint};
+use http_body::{Body as _, Frame, SizeHint};
 
 use crate::app::App;
 use crate::random::random_id;
@@ -35,12 +35,15 @@ pub async fn log(State(app): State<Arc<App>>, mut request: Request, next: Next) 
     let method = request.method().clone();
     // A path that nobody serves may be anything, and is not kept.
     let path = request.extensions().get::<MatchedPath>().map_or("other", MatchedPath::as_str).to_owned();
+    let mut line = Line { method, path, status: None, id: id.clone(), started, stages: None, over: false };
     let mut response = next.run(request).await;
-    response.headers_mut().insert(REQUEST_ID, id.clone());
+    response.headers_mut().insert(REQUEST_ID, id);
     let status = response.status().as_u16();
-    app.metrics.answered(&path, status);
-    let stages = response.extensions_mut().remove::<SharedStages>();
-    let line = Line { method, path, status, id, started, stages, over: false };
+    app.metrics.answered(&line.path, status);
+    line.status = Some(status);
+    line.stages = response.extensions_mut().remove::<SharedStages>();
+    // Nobody asks for a body that is not sent.
+    line.over = line.method == Method::HEAD || response.body().is_end_stream();
     response.map(|body| Body::new(Logged { body, line }))
 }
 
@@ -53,7 +56,8 @@ fn is_plain(id: &HeaderValue) -> bool {
 struct Line {
     method: Method,
     path: String,
-    status: u16,
+    /// `None` until there is an answer, which a client may not wait for.
+    status: Option<u16>,
     id: HeaderValue,
     started: Instant,
     /// Of an answer that was generated.
@@ -65,6 +69,7 @@ struct Line {
 impl Drop for Line {
     fn drop(&mut self) {
         let Line { method, path, status, id, started, stages, over } = self;
+        let status = status.map_or("-".to_owned(), |status| status.to_string());
         let ms = started.elapsed().as_millis();
         let id = id.to_str().unwrap_or_default();
         let cut = if *over { "" } else { ", the client went away" };

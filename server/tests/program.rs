@@ -5,7 +5,8 @@ mod common;
 mod flag_tables;
 
 use std::ffi::OsStr;
-use std::io::Read;
+use std::io::{BufRead, Read, Write};
+use std::net::TcpStream;
 use std::os::unix::ffi::OsStrExt;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
@@ -107,9 +108,8 @@ fn a_signal_lets_open_requests_end_and_then_the_program_with_status_0() {
     }
 }
 
-#[test]
-fn a_device_that_is_not_there_takes_its_time() {
-    let scratch = Scratch::new();
+/// A checkpoint, served by a device that takes 30 ms for each step.
+fn slow(scratch: &Scratch, flags: &[&str]) -> Served {
     checkpoint(scratch.path());
     let line = |step: f64| json!({"step": step, "token": 0});
     let device = json!({
@@ -118,7 +118,56 @@ fn a_device_that_is_not_there_takes_its_time() {
     });
     let file = scratch.path().join("device.json");
     std::fs::write(&file, device.to_string()).unwrap();
-    let served = Served::start(scratch.path(), &["--simulate", file.to_str().unwrap()]);
+    Served::start(scratch.path(), &[&["--simulate", file.to_str().unwrap()], flags].concat())
+}
+
+#[test]
+fn the_log_has_every_request_and_says_whose_client_did_not_stay() {
+    let scratch = Scratch::new();
+    let mut served = slow(&scratch, &["--cors-origin", "*", "--served-model-name", "model"]);
+    let address = served.address;
+    let mut logged = |asked: &str| {
+        let mut line = String::new();
+        while !line.contains(asked) {
+            line.clear();
+            assert!(served.stderr.read_line(&mut line).unwrap() > 0, "{asked} is not logged");
+        }
+        (line.contains(" 200 "), line.contains("the client went away"))
+    };
+    let head = |method: &str, path: &str| {
+        let head = format!(
+            "{method} {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nOrigin: https://a.example\r\n\
+             Access-Control-Request-Method: POST\r\n\r\n"
+        );
+        send(address, head.as_bytes());
+    };
+    for (method, path) in [("GET", "/health"), ("HEAD", "/health"), ("OPTIONS", "/v1/completions")] {
+        head(method, path);
+        assert_eq!(logged(&format!("{method} {path} ")), (true, false), "{method}");
+    }
+    let metrics = || {
+        let get = b"GET /metrics HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n";
+        String::from_utf8(send(address, get).body).unwrap()
+    };
+    for stream in [false, true] {
+        let body = json!({"prompt": "Once", "max_tokens": 200, "ignore_eos": true, "stream": stream});
+        let mut socket = TcpStream::connect(address).unwrap();
+        socket.write_all(&request("/v1/completions", "", body.to_string().as_bytes())).unwrap();
+        // One that goes before the request was looked at leaves nothing to tell.
+        while !metrics().contains("vllm:num_requests_running{model_name=\"model\"} 1") {}
+        if stream {
+            // It has begun to be answered.
+            socket.read_exact(&mut [0; 16]).unwrap();
+        }
+        drop(socket);
+        assert_eq!(logged("POST /v1/completions "), (stream, true), "{body}");
+    }
+}
+
+#[test]
+fn a_device_that_is_not_there_takes_its_time() {
+    let scratch = Scratch::new();
+    let served = slow(&scratch, &[]);
     assert!(served.said.contains("no device, simulated: slow"), "{}", served.said);
     let body = json!({"prompt": "Once", "max_tokens": 20, "ignore_eos": true, "stream": true, "return_token_ids": true});
     let started = Instant::now();
