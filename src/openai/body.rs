@@ -56,6 +56,8 @@ pub enum Prompts {
 pub struct Body {
     /// What to go on from: one prompt, or several in a body of `/v1/completions`.
     pub prompts: Vec<Prompt>,
+    /// The field that they came in.
+    pub prompt_field: &'static str,
     /// How tokens are drawn.
     pub sampling: SamplingParams,
     /// Outputs of each prompt.
@@ -68,6 +70,8 @@ pub struct Body {
     pub rules: TokenRules,
     /// What the output is to be.
     pub grammar: Option<Grammar>,
+    /// The field that says so.
+    pub grammar_field: Option<&'static str>,
     /// The name by which it calls the model.
     pub model: Option<Arc<str>>,
 }
@@ -92,11 +96,22 @@ impl Body {
         let include_stop = fields.flag("include_stop_str_in_output")?.unwrap_or(false);
         let rules = rules(&mut fields)?;
         let grammar = grammar(&mut fields)?;
-        let mut prompts = prompt(&mut fields, prompts)?;
+        let (prompt_field, mut prompts) = prompt(&mut fields, prompts)?;
         let calls = tool_calls(&mut fields, &mut prompts)?;
-        let grammar = one_of(grammar, calls)?;
+        let (grammar_field, grammar) = one_of(grammar, calls)?.unzip();
         check_rest(fields, &prompts)?;
-        Ok(Body { prompts, sampling, samples, stop, include_stop, rules, grammar, model })
+        Ok(Body {
+            prompts,
+            prompt_field,
+            sampling,
+            samples,
+            stop,
+            include_stop,
+            rules,
+            grammar,
+            grammar_field,
+            model,
+        })
     }
 
     /// The requests that it makes, one for each prompt, with the seeds that [`prompt_seed`] gives.
@@ -115,8 +130,11 @@ impl Body {
     }
 }
 
-/// An output is held to one thing.
-fn one_of(grammar: Option<Grammar>, calls: Option<ToolCalls>) -> Result<Option<Grammar>, FieldError> {
+/// An output is held to one thing, which a field asks for.
+fn one_of(
+    grammar: Option<(&'static str, Grammar)>,
+    calls: Option<ToolCalls>,
+) -> Result<Option<(&'static str, Grammar)>, FieldError> {
     match (grammar, calls) {
         (Some(_), Some(calls)) => Err(FieldError::Contradiction {
             field: "response_format",
@@ -125,7 +143,7 @@ fn one_of(grammar: Option<Grammar>, calls: Option<ToolCalls>) -> Result<Option<G
             fix: "leave one of them out (structured_outputs is a format, too), or let no tool be strict and leave \
                   parallel_tool_calls out",
         }),
-        (grammar, calls) => Ok(grammar.or(calls.map(Grammar::Calls))),
+        (grammar, calls) => Ok(grammar.or(calls.map(|calls| ("tools", Grammar::Calls(calls))))),
     }
 }
 
@@ -309,26 +327,38 @@ fn ids(fields: &mut Fields<'_>, name: &'static str) -> Result<Option<Vec<u32>>, 
     token_ids(&ids).map(Some).ok_or_else(|| wrong(name, value, TOKEN_IDS))
 }
 
-fn prompt(fields: &mut Fields<'_>, prompts: Prompts) -> Result<Vec<Prompt>, FieldError> {
+/// The field that a prompt stands in, and what it says.
+fn prompt(fields: &mut Fields<'_>, prompts: Prompts) -> Result<(&'static str, Vec<Prompt>), FieldError> {
     let text = fields.raw("prompt");
     let ids = fields.raw("prompt_token_ids");
     let messages = fields.raw("messages");
     match (text, ids, messages, prompts) {
-        (Some(value), None, None, Prompts::Any | Prompts::Text) => text_prompts("prompt", value),
+        (Some(value), None, None, Prompts::Any | Prompts::Text) => {
+            Ok(("prompt", text_prompts("prompt", value)?))
+        }
         (None, Some(value), None, Prompts::Any | Prompts::Text) => {
             let ids: Vec<Whole> = read("prompt_token_ids", value, TOKEN_IDS)?;
             let ids = token_ids(&ids).ok_or_else(|| wrong("prompt_token_ids", value, TOKEN_IDS))?;
-            Ok(vec![Prompt::Tokens(ids)])
+            Ok(("prompt_token_ids", vec![Prompt::Tokens(ids)]))
         }
-        (None, None, Some(value), Prompts::Any | Prompts::Chat) => Ok(vec![chat_prompt(value, fields)?]),
-        (.., Prompts::Any) => Err(FieldError::Prompt("prompt, prompt_token_ids and messages")),
-        (.., Prompts::Text) => Err(FieldError::Prompt("prompt and prompt_token_ids, and no messages")),
-        (.., Prompts::Chat) => Err(FieldError::Prompt("messages, and no prompt")),
-        (None, None, None, Prompts::Judged) => Ok(vec![Prompt::Rerank(judged(fields)?)]),
-        (.., Prompts::Judged) => {
-            Err(FieldError::Prompt("query with document, prompt, prompt_token_ids and messages"))
+        (None, None, Some(value), Prompts::Any | Prompts::Chat) => {
+            Ok(("messages", vec![chat_prompt(value, fields)?]))
         }
+        (None, None, None, Prompts::Judged) => Ok(("document", vec![Prompt::Rerank(judged(fields)?)])),
+        (.., prompts) => Err(no_prompt(prompts)),
     }
+}
+
+fn no_prompt(prompts: Prompts) -> FieldError {
+    let (field, right) = match prompts {
+        Prompts::Any => (None, "exactly one of prompt, prompt_token_ids and messages"),
+        Prompts::Text => (Some("prompt"), "exactly one of prompt and prompt_token_ids, and no messages"),
+        Prompts::Chat => (Some("messages"), "messages, and no prompt"),
+        Prompts::Judged => {
+            (None, "exactly one of query with document, prompt, prompt_token_ids and messages")
+        }
+    };
+    FieldError::Prompt { field, right }
 }
 
 /// A document, by what it is judged, and how.

@@ -111,8 +111,13 @@ pub enum FieldError {
         fix: &'static str,
     },
     /// No prompt, or several.
-    #[error("give exactly one of {0}")]
-    Prompt(&'static str),
+    #[error("give {right}")]
+    Prompt {
+        /// Where it belongs, if there is one such place.
+        field: Option<&'static str>,
+        /// What is right.
+        right: &'static str,
+    },
     /// Another model than the one that runs.
     #[error("model is {asked:?}, but {loaded:?} is loaded; correct it or leave it out")]
     Model {
@@ -136,7 +141,7 @@ impl FieldError {
     /// The field that it is about, where it is about one.
     pub fn field(&self) -> Option<&str> {
         match self {
-            FieldError::Prompt(_) => None,
+            FieldError::Prompt { field, .. } => *field,
             FieldError::Model { .. } => Some("model"),
             FieldError::Missing { field, .. }
             | FieldError::Wrong { field, .. }
@@ -151,7 +156,7 @@ impl FieldError {
     /// OpenAI's word for this kind of error, where it has one.
     pub fn code(&self) -> Option<&'static str> {
         match self {
-            FieldError::Missing { .. } | FieldError::Prompt(_) => Some("missing_required_parameter"),
+            FieldError::Missing { .. } | FieldError::Prompt { .. } => Some("missing_required_parameter"),
             FieldError::Unknown { .. } | FieldError::NeedsMessages { .. } => Some("unknown_parameter"),
             FieldError::Wrong { .. } | FieldError::Unreadable { .. } | FieldError::Contradiction { .. } => {
                 Some("invalid_value")

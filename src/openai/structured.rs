@@ -14,23 +14,26 @@ use crate::grammar::Grammar;
 const FORMATS: &str = "its type may be text, json_object or json_schema";
 const ONE: &str = "ask for one thing";
 
-/// Takes the fields that ask for constrained output.
+/// Takes the fields that ask for constrained output: which of them does, and for what.
 ///
 /// # Errors
 /// What can't be read, or asks for two things.
-pub fn grammar(fields: &mut Fields<'_>) -> Result<Option<Grammar>, FieldError> {
-    let format: Option<Fields<'_>> = fields.take("response_format", "an object")?;
-    let outputs: Option<Fields<'_>> = fields.take("structured_outputs", "an object")?;
+pub fn grammar(fields: &mut Fields<'_>) -> Result<Option<(&'static str, Grammar)>, FieldError> {
+    const FORMAT: &str = "response_format";
+    const OUTPUTS: &str = "structured_outputs";
+    let format: Option<Fields<'_>> = fields.take(FORMAT, "an object")?;
+    let outputs: Option<Fields<'_>> = fields.take(OUTPUTS, "an object")?;
     let format = format.map(response_format).transpose()?.flatten();
     let outputs = outputs.map(structured_outputs).transpose()?.flatten();
     match (format, outputs) {
         (Some(_), Some(_)) => Err(FieldError::Contradiction {
-            field: "response_format",
+            field: FORMAT,
             value: "a format".to_owned(),
-            other: "structured_outputs",
+            other: OUTPUTS,
             fix: ONE,
         }),
-        (format, outputs) => Ok(format.or(outputs)),
+        (Some(format), None) => Ok(Some((FORMAT, format))),
+        (None, outputs) => Ok(outputs.map(|outputs| (OUTPUTS, outputs))),
     }
 }
 

@@ -149,7 +149,7 @@ fn an_envelope_that_is_not_whole_is_a_bad_batch_line() {
         assert_eq!(lines::read_result(&out).unwrap(), lines::Outcome { origin: Some(ORIGIN), good: false });
     }
     for (url, body, says) in [
-        ("/v1/chat/completions", r#"{"prompt": "a"}"#, "give exactly one of messages, and no prompt"),
+        ("/v1/chat/completions", r#"{"prompt": "a"}"#, "give messages, and no prompt"),
         (
             "/v1/completions",
             r#"{"messages": [{"role": "user", "content": "a"}]}"#,

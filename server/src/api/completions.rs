@@ -17,7 +17,7 @@ use crate::app::App;
 use crate::asked::Asked;
 use crate::body::{json, json_text};
 use crate::engine::Engine;
-use crate::error::ApiError;
+use crate::error::{About, ApiError};
 use crate::heading::{Heading, call_name, end_of};
 use crate::output::Outputs;
 use crate::random::random;
@@ -81,7 +81,7 @@ async fn format_of(app: &App, engine: &Engine, asked: &Asked) -> Result<OutputFo
     };
     let reasoning = match asked.body.prompts.as_slice() {
         [Prompt::Chat(prompt)] if app.settings.separate_reasoning => {
-            Some(ends_in_thought(engine, prompt.clone()).await?)
+            Some(ends_in_thought(engine, prompt.clone(), About::of(&asked.body)).await?)
         }
         _ => None,
     };
@@ -89,11 +89,11 @@ async fn format_of(app: &App, engine: &Engine, asked: &Asked) -> Result<OutputFo
 }
 
 /// Some templates write `<think>` themselves.
-async fn ends_in_thought(engine: &Engine, prompt: ChatPrompt) -> Result<bool, ApiError> {
+async fn ends_in_thought(engine: &Engine, prompt: ChatPrompt, about: About) -> Result<bool, ApiError> {
     let handle = engine.handle.clone();
     let rendered = tokio::task::spawn_blocking(move || handle.text().render(&prompt)).await;
     let rendered = rendered.map_err(|error| ApiError::internal(error.to_string()))?;
-    Ok(rendered.map_err(|error| ApiError::of_request(&error))?.trim_end().ends_with("<think>"))
+    Ok(rendered.map_err(|error| ApiError::of_request(&error, about))?.trim_end().ends_with("<think>"))
 }
 
 /// What each prompt's outputs begin with.

@@ -14,8 +14,24 @@ use axum::body::Body;
 use axum::response::{IntoResponse, Response};
 use hyper::StatusCode;
 use hyper::header::{CONTENT_TYPE, HeaderValue, RETRY_AFTER, WWW_AUTHENTICATE};
-use minisgl::openai::{ErrorBody, ErrorObject, FieldError, INVALID_REQUEST, status};
+use minisgl::openai::{Body as Asked, ErrorBody, ErrorObject, FieldError, INVALID_REQUEST, status};
 use minisgl::{RequestError, SubmitError};
+
+/// The fields that a request's prompt and its grammar came in: what an error that is found later is about.
+#[derive(Clone, Copy, Debug)]
+pub struct About {
+    /// Of the prompt.
+    pub prompt: &'static str,
+    /// Of what the output is held to.
+    pub grammar: Option<&'static str>,
+}
+
+impl About {
+    /// Those of a body.
+    pub fn of(asked: &Asked) -> Self {
+        About { prompt: asked.prompt_field, grammar: asked.grammar_field }
+    }
+}
 
 /// Why a request is not served.
 #[derive(Clone, Debug, PartialEq)]
@@ -52,6 +68,11 @@ impl ApiError {
     /// The same under another status.
     pub fn with_status(self, status: StatusCode) -> Self {
         ApiError { status, ..self }
+    }
+
+    /// The same of this field.
+    pub fn about(self, field: &str) -> Self {
+        ApiError { param: Some(field.to_owned()), ..self }
     }
 
     /// As many requests wait as may.
@@ -91,7 +112,7 @@ impl ApiError {
     }
 
     /// The request can't run, or could not go on.
-    pub fn of_request(error: &RequestError) -> Self {
+    pub fn of_request(error: &RequestError, about: About) -> Self {
         let message = error.to_string();
         match status(error) {
             (500, _) => return Self::internal(message),
@@ -100,16 +121,21 @@ impl ApiError {
         }
         let (param, code) = match error {
             RequestError::Refused(SubmitError::PromptTooLong { .. }) | RequestError::TextTooLong { .. } => {
-                (None, Some("context_length_exceeded"))
+                (Some(about.prompt), Some("context_length_exceeded"))
+            }
+            RequestError::Refused(SubmitError::EmptyPrompt | SubmitError::TokenOutsideVocabulary { .. })
+            | RequestError::Encode(_) => (Some(about.prompt), Some("invalid_value")),
+            RequestError::Refused(SubmitError::TooManySamples { .. }) | RequestError::Samples { .. } => {
+                (Some("n"), Some("invalid_value"))
             }
             RequestError::Refused(SubmitError::Sampling(error)) => {
                 (Some(error.field()), Some("invalid_value"))
             }
             RequestError::NoToolFormat => (Some("tools"), Some("unsupported_value")),
-            RequestError::Grammar(_) | RequestError::GrammarFailed | RequestError::NoTokenLeft => {
-                (None, Some("invalid_value"))
-            }
-            RequestError::EmptyStop => (Some("stop"), Some("invalid_value")),
+            RequestError::Grammar(_) | RequestError::GrammarFailed => (about.grammar, Some("invalid_value")),
+            // Of several fields together.
+            RequestError::NoTokenLeft => (None, Some("invalid_value")),
+            RequestError::EmptyStop | RequestError::StopTexts { .. } => (Some("stop"), Some("invalid_value")),
             RequestError::NoChatTemplate
             | RequestError::BrokenChatTemplate(_)
             | RequestError::ChatTemplate(_) => (Some("messages"), None),
@@ -160,7 +186,8 @@ mod tests {
 
     #[test]
     fn a_request_whose_engine_failed_may_be_sent_again_and_one_whose_grammar_failed_may_not() {
-        let of = |error| ApiError::of_request(&error).into_response();
+        let about = About { prompt: "prompt", grammar: None };
+        let of = |error| ApiError::of_request(&error, about).into_response();
         let lost = of(RequestError::EngineFailed { cause: "x".to_owned() });
         assert_eq!((lost.status().as_u16(), lost.headers().contains_key(RETRY_AFTER)), (503, true));
         let wrong = of(RequestError::GrammarFailed);

@@ -18,7 +18,7 @@ use minisgl::{Completion, Events, FinishReason, GenerateRequest, SessionEvent, S
 use crate::app::App;
 use crate::asked::Asked;
 use crate::engine::Engine;
-use crate::error::ApiError;
+use crate::error::{About, ApiError};
 use crate::metrics::Clock;
 use crate::stages::{SharedStages, Stages};
 
@@ -26,6 +26,7 @@ use crate::stages::{SharedStages, Stages};
 pub struct Outputs {
     app: Arc<App>,
     engine: Engine,
+    about: About,
     events: Events,
     /// Outputs of each request.
     outputs: usize,
@@ -45,7 +46,8 @@ impl Outputs {
     /// # Errors
     /// There is no engine, or as many requests wait as may.
     pub fn submit(app: &Arc<App>, engine: Engine, asked: &Asked) -> Result<Self, ApiError> {
-        Self::of(app, engine, asked.requests(), asked.outputs(), asked.stream.is_some())
+        let about = About::of(&asked.body);
+        Self::of(app, engine, about, asked.requests(), asked.outputs(), asked.stream.is_some())
     }
 
     /// Submits the requests of one of the API's, of so many outputs each, which are told token by token where it is a stream.
@@ -55,6 +57,7 @@ impl Outputs {
     pub fn of(
         app: &Arc<App>,
         engine: Engine,
+        about: About,
         requests: impl ExactSizeIterator<Item = GenerateRequest>,
         outputs: usize,
         streams: bool,
@@ -63,9 +66,10 @@ impl Outputs {
         let capacity = engine.info.running() + app.settings.queued_max;
         let open = engine.handle.open_requests();
         if choices > capacity {
-            return Err(ApiError::invalid(format!(
+            let message = format!(
                 "the request has {choices} outputs, and {capacity} may run and wait at once; ask for fewer"
-            )));
+            );
+            return Err(ApiError::invalid(message).about(if outputs > 1 { "n" } else { about.prompt }));
         }
         if open + choices > capacity {
             return Err(ApiError::queue_full(open));
@@ -82,6 +86,7 @@ impl Outputs {
         let outputs = Outputs {
             app: app.clone(),
             engine,
+            about,
             events,
             outputs,
             clocks,
@@ -150,7 +155,7 @@ impl Outputs {
             SessionEvent::Finished { tag, completion, .. } => {
                 let choice = self.choice(*tag, completion.sample);
                 self.clocks[choice].finished(completion, &self.app.metrics);
-                if let Some(error) = failure(completion) {
+                if let Some(error) = failure(completion, self.about) {
                     return Poll::Ready(Some(Err(error)));
                 }
             }
@@ -182,9 +187,9 @@ impl Outputs {
 }
 
 /// Why there is no answer to be made of an output.
-fn failure(completion: &Completion) -> Option<ApiError> {
+fn failure(completion: &Completion, about: About) -> Option<ApiError> {
     match (&completion.error, completion.finish_reason) {
-        (Some(error), _) => Some(ApiError::of_request(error)),
+        (Some(error), _) => Some(ApiError::of_request(error, about)),
         (None, FinishReason::Abort) => Some(ApiError::unavailable("the request was aborted")),
         (None, _) => None,
     }

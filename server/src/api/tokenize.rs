@@ -12,7 +12,7 @@ use serde::Serialize;
 
 use crate::app::App;
 use crate::body::{json, json_text};
-use crate::error::ApiError;
+use crate::error::{About, ApiError};
 
 #[derive(Serialize)]
 struct Tokens {
@@ -30,32 +30,33 @@ struct Detokenized {
 /// `POST /tokenize`
 pub async fn tokenize(State(app): State<Arc<App>>, request: Request<Body>) -> Result<Response, ApiError> {
     let text = json_text(&app, request).await?;
-    let (prompt, with_texts) = asked(&text, &app.settings.model)?;
+    let (prompt, about, with_texts) = asked(&text, &app.settings.model)?;
     let engine = app.engines.get()?;
     let (handle, max_model_len) = (engine.handle, engine.info.limits.sequence);
-    let encode = move || encode(&handle, prompt, with_texts, max_model_len);
+    let encode = move || encode(&handle, prompt, about, with_texts, max_model_len);
     let tokens = tokio::task::spawn_blocking(encode).await;
     Ok(json(&tokens.map_err(|error| ApiError::internal(error.to_string()))??))
 }
 
-fn asked(text: &str, model: &ModelName) -> Result<(Prompt, bool), ApiError> {
+fn asked(text: &str, model: &ModelName) -> Result<(Prompt, About, bool), ApiError> {
     let mut fields = Fields::read(text).map_err(|error| ApiError::invalid(error.to_string()))?;
     let with_texts = fields.flag("return_token_strs")?.unwrap_or(false);
     let prompts = if fields.gives("messages") { Prompts::Chat } else { Prompts::Text };
-    let Asked { mut prompts, .. } = Asked::read(fields, prompts, &SamplingParams::default(), model)?;
-    match (prompts.pop(), prompts.is_empty()) {
-        (Some(prompt), true) => Ok((prompt, with_texts)),
-        _ => Err(FieldError::Prompt("one prompt and messages").into()),
+    let mut asked = Asked::read(fields, prompts, &SamplingParams::default(), model)?;
+    match (asked.prompts.pop(), asked.prompts.is_empty()) {
+        (Some(prompt), true) => Ok((prompt, About::of(&asked), with_texts)),
+        _ => Err(FieldError::Prompt { field: Some("prompt"), right: "one prompt, or messages" }.into()),
     }
 }
 
 fn encode(
     handle: &EngineHandle,
     prompt: Prompt,
+    about: About,
     with_texts: bool,
     max_model_len: u32,
 ) -> Result<Tokens, ApiError> {
-    let tokens = handle.text().encode(prompt).map_err(|error| ApiError::of_request(&error))?;
+    let tokens = handle.text().encode(prompt).map_err(|error| ApiError::of_request(&error, about))?;
     let text_of =
         |id: &u32| String::from_utf8_lossy(&handle.token_bytes(*id).unwrap_or_default()).into_owned();
     let token_strs = with_texts.then(|| tokens.iter().map(text_of).collect());

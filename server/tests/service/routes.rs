@@ -1,5 +1,7 @@
 //! Fields that a route refuses by name, and the routes beside completions: embeddings, tokenize, detokenize.
 
+use minisgl::Text;
+use minisgl::simulated::Control;
 use serde_json::{Value, json};
 
 use crate::common::{Running, messages, settings};
@@ -52,6 +54,35 @@ fn a_field_that_can_not_be_served_is_refused_by_its_name() {
             assert_eq!(running.post(path, &body).status, 400, "before a stream begins, too: {body}");
         }
     }
+    let grammar = "start: other";
+    for (path, body, field) in [
+        (TEXT, json!({}), "prompt"),
+        (TEXT, json!({"messages": messages()}), "prompt"),
+        (TEXT, json!({"prompt": ""}), "prompt"),
+        (TEXT, json!({"prompt": ["a", ""]}), "prompt"),
+        (TEXT, json!({"prompt": [4_000_000]}), "prompt"),
+        (TEXT, json!({"prompt": vec![5; 300]}), "prompt"),
+        (TEXT, json!({"prompt_token_ids": vec![5; 300]}), "prompt_token_ids"),
+        (TEXT, json!({"prompt": "a", "stop": "x".repeat(5000)}), "stop"),
+        (TEXT, json!({"prompt": "a", "structured_outputs": {"grammar": grammar}}), "structured_outputs"),
+        (CHAT, json!({}), "messages"),
+        (CHAT, json!({"prompt": "a"}), "messages"),
+        (CHAT, json!({"messages": [{"role": "user", "content": "a".repeat(900)}]}), "messages"),
+        (CHAT, json!({"messages": messages(), "structured_outputs": {"regex": "("}}), "structured_outputs"),
+        (
+            CHAT,
+            json!({"messages": messages(), "response_format": {"type": "json_schema", "json_schema": {"schema": false}}}),
+            "response_format",
+        ),
+        (EMBEDDINGS, json!({"input": ""}), "input"),
+        (EMBEDDINGS, json!({"input": [[4_000_000]]}), "input"),
+        (EMBEDDINGS, json!({"input": vec![5; 600]}), "input"),
+        ("/tokenize", json!({}), "prompt"),
+        ("/tokenize", json!({"prompt": ["a", "b"]}), "prompt"),
+        ("/tokenize", json!({"messages": [{"role": "elf", "content": ""}]}), "messages"),
+    ] {
+        assert_eq!(running.post(path, &body).refused(400)["param"], field, "{path} {body}");
+    }
     let other_model = json!({"prompt": "a", "model": "gpt-4o"});
     assert_eq!(running.post(TEXT, &other_model).refused(404)["code"], "model_not_found");
     let long = json!({"prompt": vec![5; 300]});
@@ -64,6 +95,17 @@ fn a_field_that_can_not_be_served_is_refused_by_its_name() {
         running.post(CHAT, &json!({"messages": messages(), "tools": [{}]})).refused(400)["param"],
         "tools"
     );
+}
+
+#[test]
+fn a_model_is_found_by_its_name_however_a_path_writes_it() {
+    let (running, _) = Running::simulated(settings(), Control::default(), Text::default());
+    for name in ["model", "mod%65l"] {
+        assert_eq!(running.get(&format!("/v1/models/{name}")).json()["id"], "model");
+    }
+    for name in ["other", "model%FF"] {
+        running.get(&format!("/v1/models/{name}")).refused(404);
+    }
 }
 
 #[test]
