@@ -17,8 +17,8 @@ use axum::http::Method;
 use axum::middleware::from_fn_with_state;
 use axum::routing::{get, post};
 use hyper::StatusCode;
-use hyper::header::{AUTHORIZATION, CONTENT_TYPE, HeaderValue, RETRY_AFTER};
-use tower_http::cors::{AllowOrigin, CorsLayer};
+use hyper::header::{HeaderValue, RETRY_AFTER};
+use tower_http::cors::{AllowHeaders, AllowOrigin, CorsLayer};
 
 use crate::access::{REQUEST_ID, log};
 use crate::app::App;
@@ -71,7 +71,8 @@ fn cors(origins: &[String]) -> Option<CorsLayer> {
         CorsLayer::new()
             .allow_origin(allowed)
             .allow_methods([Method::GET, Method::POST])
-            .allow_headers([AUTHORIZATION, CONTENT_TYPE, REQUEST_ID])
+            // Clients in pages send fields of their own: OpenAI's package what it runs on, and how often it tried.
+            .allow_headers(AllowHeaders::mirror_request())
             .expose_headers([RETRY_AFTER, REQUEST_ID])
     })
 }

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use axum::extract::rejection::PathRejection;
 use axum::extract::{Path, State};
 use axum::response::Response;
 use hyper::StatusCode;
@@ -42,8 +43,12 @@ pub async fn list(State(app): State<Arc<App>>) -> Result<Response, ApiError> {
 }
 
 /// `GET /v1/models/NAME`
-pub async fn one(State(app): State<Arc<App>>, Path(name): Path<String>) -> Result<Response, ApiError> {
-    match app.settings.model.find(&name) {
+pub async fn one(
+    State(app): State<Arc<App>>,
+    name: Result<Path<String>, PathRejection>,
+) -> Result<Response, ApiError> {
+    // One that is not UTF-8 is no model's.
+    match name.ok().and_then(|Path(name)| app.settings.model.find(&name)) {
         Some(name) => Ok(json(&Model::of(&app, name)?)),
         None => {
             let message =

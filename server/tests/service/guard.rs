@@ -106,20 +106,24 @@ fn a_request_keeps_its_name_and_gets_one_where_it_has_none() {
 
 #[test]
 fn pages_of_other_origins_are_kept_out_unless_they_are_let_in() {
+    const SENT: &str = "authorization,content-type,x-stainless-retry-count";
     let ask = |address| {
         let head = format!(
             "OPTIONS {TEXT} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nOrigin: https://a.example\r\n\
-             Access-Control-Request-Method: POST\r\nAccess-Control-Request-Headers: content-type\r\n\r\n"
+             Access-Control-Request-Method: POST\r\nAccess-Control-Request-Headers: {SENT}\r\n\r\n"
         );
-        send(address, head.as_bytes()).header("access-control-allow-origin").map(str::to_owned)
+        let reply = send(address, head.as_bytes());
+        let header = |name| reply.header(name).map(str::to_owned);
+        (header("access-control-allow-origin"), header("access-control-allow-headers"))
     };
     let (closed, _) = Running::simulated(settings(), Control::default(), Text::default());
-    assert_eq!(ask(closed.address), None);
+    assert_eq!(ask(closed.address), (None, None));
     for (origins, allowed) in
         [("https://a.example", Some("https://a.example")), ("*", Some("*")), ("https://b.example", None)]
     {
         let settings = Settings { cors_origins: vec![origins.to_owned()], ..settings() };
         let (open, _) = Running::simulated(settings, Control::default(), Text::default());
-        assert_eq!(ask(open.address).as_deref(), allowed, "{origins}");
+        let (origin, headers) = ask(open.address);
+        assert_eq!((origin.as_deref(), headers.as_deref()), (allowed, Some(SENT)), "{origins}");
     }
 }
