@@ -394,6 +394,25 @@ fn text_parts_reach_every_template_in_the_form_that_it_takes() {
 }
 
 #[test]
+fn what_developers_say_is_the_systems_where_the_template_does_not_know_them() {
+    let prompt = chat(json!([
+        {"role": "developer", "content": "d"},
+        {"role": "user", "content": "u"},
+        {"role": "developer", "content": "e"},
+    ]));
+    assert_eq!(rendered(&templated(CHATML), &prompt), "<developer>d|\n<user>u|\n<developer>e|\n");
+    let roles = "{% for m in messages %}{% if m.role in ['system', 'user'] %}<{{ m.role }}>{{ m.content }}";
+    let dropping = format!("{roles}{{% endif %}}{{% endfor %}}");
+    let refusing = format!("{roles}{{% else %}}{{{{ raise_exception(m.role) }}}}{{% endif %}}{{% endfor %}}");
+    for template in [dropping, refusing] {
+        assert_eq!(rendered(&templated(&template), &prompt), "<system>d<user>u<system>e");
+    }
+    let lists =
+        "{% for m in messages %}{% for p in m.content %}<{{ m.role }}>{{ p.text }}{% endfor %}{% endfor %}";
+    assert_eq!(rendered(&templated(lists), &prompt), "<developer>d<user>u<developer>e");
+}
+
+#[test]
 fn a_part_that_is_no_text_is_refused_by_its_type() {
     for kind in ["image_url", "image", "input_audio", "video", "file"] {
         let prompt = chat(json!([

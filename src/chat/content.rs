@@ -1,4 +1,4 @@
-//! A message's content as a template takes it.
+//! A message's role and content as a template takes them.
 //!
 //! Requests follow OpenAI's forms: content is a text, a list of parts, or null beside tool calls, and a tool call's
 //! arguments are JSON in a text. Templates differ in which of these they know. So each template is tried out once on
@@ -9,6 +9,7 @@
 //! | a list of text parts | their texts, joined by newlines |
 //! | a text | a list of one part |
 //! | null beside tool calls | an empty text |
+//! | the role `developer` | `system`, whose newer name that is in OpenAI's API |
 //! | arguments as JSON in a text (prints them quoted twice, or fails) | the value that the text holds |
 //!
 //! What a template knows is passed on untouched, as transformers does.
@@ -38,6 +39,7 @@ pub struct Content {
     joins_parts: bool,
     wraps_texts: bool,
     empties_null: bool,
+    renames_developer: bool,
     parses_arguments: bool,
 }
 
@@ -51,10 +53,11 @@ impl Content {
         };
         let (text, parts) = (json!(WORD), json!([{"type": "text", "text": WORD}]));
         let user = |content: &Value| shows(vec![message(json!({"role": "user", "content": content}))]);
-        let system = |content: &Value| {
+        let first = |role: &str, content: &Value| {
             let user = message(json!({"role": "user", "content": ""}));
-            shows(vec![message(json!({"role": "system", "content": content})), user])
+            shows(vec![message(json!({"role": role, "content": content})), user])
         };
+        let system = |content: &Value| first("system", content);
         let takes_text = user(&text);
         let takes_parts = user(&parts) && (system(&parts) || !system(&text));
 
@@ -74,6 +77,7 @@ impl Content {
             joins_parts: takes_text && !takes_parts,
             wraps_texts: takes_parts && !takes_text,
             empties_null,
+            renames_developer: !first("developer", &text) && !first("developer", &parts),
             parses_arguments: as_text.is_none() && as_object.is_some(),
         }
     }
@@ -107,6 +111,9 @@ impl Content {
             }
             Some(Value::Null) if self.empties_null => fitted = fitted.with("content", ""),
             _ => {}
+        }
+        if self.renames_developer && message.fields().get("role") == Some(&json!("developer")) {
+            fitted = fitted.with("role", "system");
         }
         if self.parses_arguments
             && let Some(calls) = message.fields().get("tool_calls")

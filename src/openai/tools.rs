@@ -6,8 +6,9 @@
 //!   parallel_tool_calls   true or false
 //! ```
 //!
-//! The tools themselves are the chat template's to read. They are looked at where calls are asked for, bounded in number, or
-//! strict: then the output is held to what they say.
+//! The tools themselves are the chat template's to read, so long as they are functions: calls of anything else are not told
+//! from text. What their parameters say is looked at where calls are asked for, bounded in number, or strict: then the output
+//! is held to it.
 
 use serde_json::{Value, json};
 
@@ -46,6 +47,7 @@ pub fn tool_calls(fields: &mut Fields<'_>, prompts: &mut [Prompt]) -> Result<Opt
         }
         (choice, Some(tools)) => (choice, tools),
     };
+    let names = given.iter().enumerate().map(name_of).collect::<Result<Vec<_>, _>>()?;
     let is_strict = given.iter().any(|tool| tool["function"]["strict"] == true);
     if matches!(choice, Choice::Auto) && parallel && !is_strict {
         return Ok(None);
@@ -54,7 +56,7 @@ pub fn tool_calls(fields: &mut Fields<'_>, prompts: &mut [Prompt]) -> Result<Opt
         Choice::Named(name) => Some(name.as_str()),
         _ => None,
     };
-    let functions = functions(given, named)?;
+    let functions = functions(given, &names, named)?;
     if functions.is_empty() {
         let fix = "it names no function of tools; give the name of one".to_owned();
         let value = shown(named.unwrap_or_default());
@@ -81,23 +83,33 @@ fn choice(fields: &mut Fields<'_>) -> Result<Choice, FieldError> {
     }
 }
 
+/// The name of a tool, which must be a function.
+fn name_of((at, tool): (usize, &Value)) -> Result<&str, FieldError> {
+    let kind = &tool["type"];
+    if !kind.is_null() && kind != "function" {
+        let cause = format!(".type is {}; it may only be \"function\"", shown(&kind.to_string()));
+        return Err(unreadable(at, &cause));
+    }
+    let name = tool["function"]["name"].as_str().filter(|name| !name.is_empty());
+    name.ok_or_else(|| unreadable(at, ".function has no name; give it one as a text"))
+}
+
 /// All functions, or those of a name.
-fn functions(tools: &[Value], named: Option<&str>) -> Result<Vec<Function>, FieldError> {
+fn functions(tools: &[Value], names: &[&str], named: Option<&str>) -> Result<Vec<Function>, FieldError> {
     let mut functions = Vec::new();
-    for (at, tool) in tools.iter().enumerate() {
-        let unreadable =
-            |cause: &str| FieldError::Unreadable { field: "tools", cause: format!("tools[{at}]{cause}") };
-        let function = &tool["function"];
-        let name = function["name"].as_str().filter(|name| !name.is_empty());
-        let name = name.ok_or_else(|| unreadable(".function has no name; give it one as a text"))?;
-        if named.is_none_or(|named| named == name) {
-            let parameters = arguments(&function["parameters"]).ok_or_else(|| {
-                unreadable(".function.parameters is no JSON schema of an object, which arguments are")
+    for (at, (tool, name)) in tools.iter().zip(names).enumerate() {
+        if named.is_none_or(|named| named == *name) {
+            let parameters = arguments(&tool["function"]["parameters"]).ok_or_else(|| {
+                unreadable(at, ".function.parameters is no JSON schema of an object, which arguments are")
             })?;
-            functions.push(Function { name: name.to_owned(), parameters });
+            functions.push(Function { name: (*name).to_owned(), parameters });
         }
     }
     Ok(functions)
+}
+
+fn unreadable(at: usize, cause: &str) -> FieldError {
+    FieldError::Unreadable { field: "tools", cause: format!("tools[{at}]{cause}") }
 }
 
 /// The schema of a call's arguments: an object, whatever else is said of it. Without any there are none.

@@ -8,7 +8,7 @@ use super::{ORIGIN, parse};
 /// A line with everything in it, to be damaged.
 const FULL: &str = concat!(
     r#"{"custom_id": "r\u00e9-1", "method": "POST", "url": "/v1/chat/completions", "body": {"model": "Qwen3-0.6B", "#,
-    r#""messages": [{"role": "user", "content": [{"type": "text", "text": "a\ud83e\udd80"}]}], "tools": [{"a": 1e3}], "#,
+    r#""messages": [{"role": "user", "content": [{"type": "text", "text": "a\ud83e\udd80"}]}], "tools": [{"function": {"name": "a"}, "b": 1e3}], "#,
     r#""max_tokens": 2.0, "top_k": -1, "seed": 18446744073709551615, "stop": ["x", "y"], "logprobs": true, "#,
     r#""top_logprobs": 3, "n": 1, "logit_bias": {}, "chat_template_kwargs": {"enable_thinking": false}}}"#
 );

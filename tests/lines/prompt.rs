@@ -89,6 +89,14 @@ fn a_conversation_is_handed_on_with_all_that_its_template_may_know() {
         (r#""chat_template_kwargs": []"#, "chat_template_kwargs is []; it must be an object"),
         (r#""tools": {}"#, "tools is {}; it must be a list of tools"),
         (
+            r#""tools": [{"function": {"name": "f"}}, 7]"#,
+            "tools can't be read: tools[1].function has no name",
+        ),
+        (
+            r#""tools": [{"type": "custom", "custom": {"name": "f"}}]"#,
+            "tools can't be read: tools[0].type is \"custom\"; it may only be \"function\"",
+        ),
+        (
             r#""chat_template": "{{ x }}""#,
             "chat_template is \"{{ x }}\"; the checkpoint's chat template is used",
         ),

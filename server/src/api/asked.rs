@@ -165,7 +165,8 @@ mod tests {
     #[test]
     fn tools_that_are_not_to_be_used_are_kept_from_the_model() {
         let with = |choice: &str| {
-            let messages = r#""messages": [{"role": "user", "content": "a"}], "tools": [{"a": 1}]"#;
+            let messages =
+                r#""messages": [{"role": "user", "content": "a"}], "tools": [{"function": {"name": "a"}}]"#;
             read(&format!("{{{messages}, \"tool_choice\": {choice}}}"), Prompts::Chat)
         };
         assert!(with(r#""auto""#).unwrap().has_tools() && with("null").unwrap().has_tools());
