@@ -436,18 +436,24 @@ fn norms_and_rope_of_heads_may_be_absent_wider_or_partial() {
 
 #[test]
 fn attention_is_a_softmax_over_all_earlier_positions() {
-    attention_is_a_softmax(None, None);
+    attention_is_a_softmax(None, None, 3.0);
+}
+
+#[test]
+fn a_position_that_is_seen_alone_is_all_that_comes_out_however_low_its_score() {
+    attention_is_a_softmax(Some(1), None, 1e5);
 }
 
 #[test]
 fn attention_with_a_window_sees_no_further_and_a_score_scale_is_the_specs() {
     for window in [1, 2, 63, 64, 65, 100, 1000] {
-        attention_is_a_softmax(Some(window), None);
+        attention_is_a_softmax(Some(window), None, 3.0);
     }
-    attention_is_a_softmax(Some(70), Some(0.0625));
+    attention_is_a_softmax(Some(70), Some(0.0625), 3.0);
 }
 
-fn attention_is_a_softmax(window: Option<u32>, scale: Option<f32>) {
+/// Of queries so large.
+fn attention_is_a_softmax(window: Option<u32>, scale: Option<f32>, size: f32) {
     let mut random = Random(8);
     for (heads, kv_heads, head_dim, page_size) in HEADS {
         let dims = dims(8, heads, kv_heads, head_dim, 8, 16);
@@ -457,7 +463,7 @@ fn attention_is_a_softmax(window: Option<u32>, scale: Option<f32>) {
         let (step, tokens, _) = machine.step(&mut random, &sequences, greedy, None);
         machine.cpu.begin_step(&step).unwrap();
         let (width, head_dim) = (dims.qkv_width(), head_dim as usize);
-        let qkv: Vec<f32> = random.floats(tokens.len() * width).iter().map(|x| x * 3.0).collect();
+        let qkv: Vec<f32> = random.floats(tokens.len() * width).iter().map(|x| x * size).collect();
         let kv = machine.kv(&mut random);
         let (k, v) = (machine.read(kv.k, machine.kv_len()), machine.read(kv.v, machine.kv_len()));
         let (qkv_buffer, out) = (machine.floats(&qkv), machine.poisoned(tokens.len() * dims.q_width()));
@@ -474,9 +480,11 @@ fn attention_is_a_softmax(window: Option<u32>, scale: Option<f32>) {
                     ((page * kv_heads as usize + kv_head) * page_size as usize + row) * head_dim
                 };
                 let scale = scale.map_or(1.0 / (head_dim as f64).sqrt(), f64::from);
-                let weight = |position| (dot(q, &k[at(position)..][..head_dim]) * scale).exp();
+                let score = |position| dot(q, &k[at(position)..][..head_dim]) * scale;
                 let first = (token.position + 1).saturating_sub(window.unwrap_or(u32::MAX));
-                let weights: Vec<f64> = (first..=token.position).map(weight).collect();
+                let scores = (first..=token.position).map(score);
+                let largest = scores.clone().fold(f64::NEG_INFINITY, f64::max);
+                let weights: Vec<f64> = scores.map(|score| (score - largest).exp()).collect();
                 let sum: f64 = weights.iter().sum();
                 let value = |i: usize| {
                     let terms =

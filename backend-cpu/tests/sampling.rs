@@ -348,3 +348,19 @@ fn log_probabilities_are_of_the_unfiltered_softmax() {
         }
     }
 }
+
+#[test]
+fn tokens_that_are_impossible_are_no_alternatives() {
+    let mut random = Random(12);
+    let asked = Draw { logprobs: 6, ..any_draw(&mut random, 21) };
+    let (mut machine, step, _) = sampling_step(&mut random, 21, &[asked]);
+    let mut logits = [f32::NEG_INFINITY; 21];
+    (logits[4], logits[17]) = (-3.0, 2.0);
+    let tokens = draw(&mut machine, &step, &logits);
+    let (tokens_buffer, logits_buffer) = (machine.words(&tokens), machine.floats(&logits));
+    let out = machine.words(&[0; LOGPROB_WORDS]);
+    machine.cpu.logprobs(&step, logits_buffer, tokens_buffer, out).unwrap();
+    let words = machine.read_words(out, LOGPROB_WORDS);
+    let got: RowLogprobs = bytemuck::cast_slice(&words)[0];
+    assert_eq!(got.top().map(|(id, _)| id).collect::<Vec<_>>(), [17, 4]);
+}
