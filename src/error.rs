@@ -11,15 +11,19 @@ use crate::request::Completion;
 /// An error of a crate below, kept whole as the cause.
 pub type Cause = Box<dyn std::error::Error + Send + Sync>;
 
+/// What else a model's name may be.
+const HUB: &str = if cfg!(feature = "hub") {
+    "nor a model's name on the Hugging Face hub (OWNER/NAME)"
+} else {
+    "nor can this build fetch models from the Hugging Face hub, for want of the feature `hub`"
+};
+
 /// Why a model could not be opened or a run not be finished. What concerns one request alone is a
 /// [`RequestError`](crate::RequestError).
 #[derive(Debug, Error)]
 pub enum Error {
-    /// Neither a directory nor a preset nor a name.
-    #[error(
-        "{name} is neither a directory that is there, nor a preset ({presets}), nor a model's name on the Hugging Face hub \
-         (OWNER/NAME); check --model"
-    )]
+    /// Neither a directory nor a preset nor a name that this build fetches.
+    #[error("{name} is neither a directory that is there, nor a preset ({presets}), {HUB}; check --model")]
     NoModel {
         /// As asked for.
         name: String,

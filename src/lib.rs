@@ -86,14 +86,15 @@ pub use front::{
 };
 pub use generation_config::{GenerationConfig, GenerationConfigChoice};
 pub use grammar::Grammar;
-pub use info::Info;
+pub use info::{ExpertsInfo, Info};
 pub use llm::Llm;
+pub use minisgl_core::backend::Dims;
 pub use minisgl_core::config::{Limits, LimitsError};
 pub use minisgl_core::kv::KvFormat;
 pub use minisgl_core::policy::Policy;
 pub use minisgl_core::scheduler::Order;
 pub use minisgl_core::speculation::{DRAFTS_MAX, Speculation};
-pub use minisgl_core::stats::{Load, Stats};
+pub use minisgl_core::stats::{ExpertsRead, Load, Stats};
 pub use minisgl_cuda::KernelSet;
 pub use minisgl_decoder::{Dtype, NamedTensor};
 pub use opening::gpu_present;
