@@ -11,10 +11,15 @@ use serde_json::{Value, json};
 
 /// Runs the binary on a small workload, unless `flags` say otherwise.
 fn bench(flags: &[&str]) -> Output {
+    command(flags).output().unwrap()
+}
+
+fn command(flags: &[&str]) -> Command {
     let small = [["--backend", "cpu"], ["--n", "6"], ["--input-len", "5..40"], ["--output-len", "3..24"]];
     let small = small.iter().filter(|flag| !flags.contains(&flag[0])).flatten();
     let mut command = Command::new(env!("CARGO_BIN_EXE_offline-bench"));
-    command.env_remove("MINISGL_DISABLE_OVERLAP_SCHEDULING").args(small).args(flags).output().unwrap()
+    command.env_remove("MINISGL_DISABLE_OVERLAP_SCHEDULING").args(small).args(flags);
+    command
 }
 
 fn stdout(output: &Output) -> String {
@@ -61,6 +66,16 @@ fn the_line_that_tools_read_has_tokens_time_and_their_ratio() {
     assert!((6.0 * 3.0..=6.0 * 24.0).contains(&tokens));
     // Seconds are rounded to a hundredth.
     assert!((tokens / rate - seconds).abs() <= 0.006, "{line}");
+}
+
+#[test]
+fn a_preset_is_told_from_a_directory_that_has_its_name() {
+    let scratch = Scratch::new();
+    fs::create_dir(scratch.join("tiny")).unwrap();
+    for (folder, warns) in [(scratch.path(), true), (&*scratch.join("tiny"), false)] {
+        let text = stdout(&command(&["--model", "tiny"]).current_dir(folder).output().unwrap());
+        assert_eq!(text.contains("the directory of that name is ./tiny"), warns, "{text}");
+    }
 }
 
 #[test]

@@ -34,7 +34,7 @@ pub struct Info {
     pub vocab: u32,
     /// Tokens that end an output: those of generation_config.json, else config.json, and the tokenizer's `eos_token`.
     pub eos: Vec<u32>,
-    /// What the user should hear: files of the model that are of no use, though it runs.
+    /// What the user should hear: files of the model that are of no use, though it runs; a preset that has a directory's name.
     pub warnings: Vec<String>,
     /// Bytes of weights that a decode step reads; of experts all are counted.
     pub step_weight_bytes: u64,

@@ -252,7 +252,7 @@ impl Opening {
 
         let ready = engine.executor().memory().map_err(device)?;
         let limits = *engine.limits();
-        let warnings = self.text.warnings().iter().cloned().chain(warning(&limits, asked)).collect();
+        let warnings = self.warnings().chain(warning(&limits, asked)).collect();
         let info = Info {
             model: self.source.name().to_owned(),
             commit: self.source.commit().map(str::to_owned),
@@ -309,13 +309,18 @@ impl Opening {
             limits,
             vocab: dims.vocab,
             eos,
-            warnings: self.text.warnings().to_vec(),
+            warnings: self.warnings().collect(),
             dims,
             window,
             capture_seconds: started.elapsed().as_secs_f64(),
             ..simulated::info(limits)
         };
         Ok((Box::new(engine), info))
+    }
+
+    /// What the user should hear of the model's name and its files.
+    fn warnings(&self) -> impl Iterator<Item = String> {
+        self.source.warning().into_iter().chain(self.text.warnings().iter().cloned())
     }
 
     /// How steps are scheduled.

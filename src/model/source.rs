@@ -54,6 +54,14 @@ impl ModelSource {
     pub fn commit(&self) -> Option<&str> {
         self.commit.as_deref()
     }
+
+    /// What the user should hear: the weights are none, and a directory of the name may be what was meant.
+    pub fn warning(&self) -> Option<String> {
+        let ModelSource { name, folder, .. } = self;
+        (folder.is_none() && Path::new(name).is_dir()).then(|| {
+            format!("{name} is a preset, with dummy weights; the directory of that name is ./{name}")
+        })
+    }
 }
 
 /// `~` at the beginning is the user's folder: a shell leaves it alone in `--model=~/model`.
