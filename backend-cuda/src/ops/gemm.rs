@@ -1,4 +1,4 @@
-//! Matrix products `y[t, m] = sum over k of w[m, k] x[t, k]` with what follows them: launches of `gemm.cu`.
+//! Matrix products `y[t, m] = sum over k of w[m, k] x[t, k]` with what follows them: which kernels make them, and their launches.
 //!
 //! ```text
 //!   w, x ── shape.rs ──> how the sums are cut ── which kernels ──┬── portable.rs   any GPU
