@@ -24,7 +24,7 @@ use tokio::time::{Sleep, sleep, timeout};
 
 use crate::settings::Settings;
 
-/// Bytes of a request's header, all fields together.
+/// Bytes of a request's header, its first line included.
 const HEADER_BYTES_MAX: usize = 64 << 10;
 /// Fields of a request's header.
 const HEADER_FIELDS_MAX: usize = 100;
@@ -44,7 +44,9 @@ pub async fn serve(
     let mut http = http1::Builder::new();
     http.timer(TokioTimer::new())
         .header_read_timeout(settings.header_timeout)
+        // What a buffer takes in one read may be more than its limit: that one alone lets longer headers pass.
         .max_buf_size(HEADER_BYTES_MAX)
+        .max_header_size(HEADER_BYTES_MAX)
         .max_headers(HEADER_FIELDS_MAX);
     let mut end = std::pin::pin!(end);
     loop {

@@ -83,12 +83,20 @@ fn bodies_are_bounded_in_size_and_kind() {
     }
     let deep = format!("{{\"messages\": {}1{}}}", "[".repeat(10_000), "]".repeat(10_000));
     assert_eq!(send(address, &request(CHAT, "", deep.as_bytes())).refused(400)["param"], "messages");
-    // A header that is too long.
+    // A header of too many fields, and one that has as many bytes as it may, and one more.
     let flood = format!(
         "GET /health HTTP/1.1\r\n{}\r\n",
         "X-Header: aaaaaaaaaaaaaaaaaaaaaaaaaaaaa\r\n".repeat(5_000)
     );
     assert!(matches!(send(address, flood.as_bytes()).status, 400..=499));
+    let header = |bytes: usize| {
+        let (start, end) = ("GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\nX-Header: ", "\r\n\r\n");
+        format!("{start}{}{end}", "a".repeat(bytes - start.len() - end.len()))
+    };
+    assert_eq!(send(address, header(64 << 10).as_bytes()).status, 200);
+    for bytes in [(64 << 10) + 1, 70_000] {
+        assert_eq!(send(address, header(bytes).as_bytes()).status, 431, "{bytes}");
+    }
     assert_eq!(running.get("/health").status, 200);
 }
 
