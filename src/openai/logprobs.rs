@@ -86,7 +86,7 @@ impl TextLogprobs {
         let logprobs = completion.logprobs.as_ref()?;
         let end = completion.text.as_deref().unwrap_or_default().chars().count();
         let mut all = Self::of(&completion.token_ids, logprobs, &mut 0, token_bytes);
-        all.text_offset.iter_mut().for_each(|offset| *offset = end.min(*offset));
+        all.clamp(end);
         Some(all)
     }
 
@@ -121,30 +121,44 @@ impl TextLogprobs {
     }
 
     /// Of tokens that begin `offset` characters behind the output's beginning, which becomes where they end.
-    pub fn of(
-        ids: &[u32],
-        logprobs: &[TokenLogprobs],
-        offset: &mut usize,
-        token_bytes: TokenBytes<'_>,
-    ) -> Self {
+    fn of(ids: &[u32], logprobs: &[TokenLogprobs], offset: &mut usize, token_bytes: TokenBytes<'_>) -> Self {
         let mut all = TextLogprobs::default();
-        for (id, entry) in ids.iter().zip(logprobs) {
-            let bytes = token_bytes(*id);
-            let token = spelled(*id, bytes.as_deref(), "bytes:");
-            all.text_offset.push(*offset);
-            *offset += characters_of(bytes.as_deref());
-            if !entry.top.is_empty() {
-                let mut top = BTreeMap::from([(token.clone(), entry.logprob.max(LEAST))]);
-                for (id, logprob) in &entry.top {
-                    let token = spelled(*id, token_bytes(*id).as_deref(), "bytes:");
-                    top.entry(token).or_insert(logprob.max(LEAST));
-                }
-                all.top_logprobs.get_or_insert_default().push(Some(top));
-            }
-            all.tokens.push(token);
-            all.token_logprobs.push(Some(entry.logprob.max(LEAST)));
-        }
+        ids.iter().zip(logprobs).for_each(|(id, entry)| all.push(*id, entry, offset, token_bytes));
         all
+    }
+
+    /// Adds a token that begins `offset` characters behind the output's beginning, which becomes where it ends.
+    pub fn push(&mut self, id: u32, entry: &TokenLogprobs, offset: &mut usize, token_bytes: TokenBytes<'_>) {
+        let bytes = token_bytes(id);
+        let token = spelled(id, bytes.as_deref(), "bytes:");
+        self.text_offset.push(*offset);
+        *offset += characters_of(bytes.as_deref());
+        if !entry.top.is_empty() {
+            let mut top = BTreeMap::from([(token.clone(), entry.logprob.max(LEAST))]);
+            for (id, logprob) in &entry.top {
+                let token = spelled(*id, token_bytes(*id).as_deref(), "bytes:");
+                top.entry(token).or_insert(logprob.max(LEAST));
+            }
+            self.top_logprobs.get_or_insert_default().push(Some(top));
+        }
+        self.tokens.push(token);
+        self.token_logprobs.push(Some(entry.logprob.max(LEAST)));
+    }
+
+    /// Says of tokens that are not in the text, which has `end` characters, that they begin at its end.
+    pub fn clamp(&mut self, end: usize) {
+        self.text_offset.iter_mut().for_each(|offset| *offset = end.min(*offset));
+    }
+
+    /// Takes out the first tokens: those that begin within `end` characters, or right behind them.
+    pub fn take_within(&mut self, end: usize) -> Option<Self> {
+        let count = self.text_offset.partition_point(|offset| *offset <= end);
+        (count > 0).then(|| TextLogprobs {
+            tokens: self.tokens.drain(..count).collect(),
+            token_logprobs: self.token_logprobs.drain(..count).collect(),
+            top_logprobs: self.top_logprobs.as_mut().map(|tops| tops.drain(..count).collect()),
+            text_offset: self.text_offset.drain(..count).collect(),
+        })
     }
 }
 

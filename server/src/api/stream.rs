@@ -111,11 +111,28 @@ struct Choice {
     calls: u32,
     /// Characters so far, by tokens.
     offset: usize,
+    /// Characters of the text so far; less than by tokens while some wait because a stop text may cut them.
+    sent: usize,
+    /// Of tokens that begin behind these, which are in the text or not.
+    held: TextLogprobs,
 }
 
 impl Choice {
     fn new(format: OutputFormat) -> Self {
-        Choice { begun: false, parts: OutputParser::new(format), calls: 0, offset: 0 }
+        let parts = OutputParser::new(format);
+        Choice { begun: false, parts, calls: 0, offset: 0, sent: 0, held: TextLogprobs::default() }
+    }
+
+    /// The log-probabilities of tokens whose place is known once `text` is sent.
+    fn placed(&mut self, text: &str) -> Option<TextLogprobs> {
+        self.sent += text.chars().count();
+        self.held.take_within(self.sent)
+    }
+
+    /// The same of all that are left, when `text` is the last.
+    fn placed_at_end(&mut self, text: &str) -> Option<TextLogprobs> {
+        self.held.clamp(self.sent + text.chars().count());
+        self.placed(text)
     }
 }
 
@@ -239,11 +256,11 @@ impl Chunks {
                 self.chat_parts(index, out, logprobs, token_ids);
             }
             Kind::Text => {
-                let offset = &mut self.choices[index as usize].offset;
-                let logprobs = match logprobs {
-                    [] => None,
-                    logprobs => Some(TextLogprobs::of(&[token], logprobs, offset, &token_bytes)),
-                };
+                let choice = &mut self.choices[index as usize];
+                for entry in logprobs {
+                    choice.held.push(token, entry, &mut choice.offset, &token_bytes);
+                }
+                let logprobs = choice.placed(text);
                 if !text.is_empty() || logprobs.is_some() || token_ids.is_some() {
                     self.text_chunk(TextChunk { index, text, logprobs, token_ids, ..TextChunk::default() });
                 }
@@ -264,8 +281,9 @@ impl Chunks {
                 self.chat_chunk(ChatChunk { index, finish_reason, ..ChatChunk::default() });
             }
             Kind::Text => {
+                let logprobs = self.choices[index as usize].placed_at_end(text);
                 let finish_reason = Some(end_of(completion, false));
-                self.text_chunk(TextChunk { index, text, finish_reason, ..TextChunk::default() });
+                self.text_chunk(TextChunk { index, text, logprobs, finish_reason, ..TextChunk::default() });
             }
         }
     }

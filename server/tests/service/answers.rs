@@ -50,6 +50,35 @@ fn a_stream_says_what_a_whole_answer_says() {
 }
 
 #[test]
+fn tokens_that_a_stop_text_cut_begin_at_the_texts_end_in_a_stream_too() {
+    let running = Running::tiny(settings());
+    let mut body =
+        json!({"prompt": "Once upon a time", "max_tokens": 40, "seed": 3, "ignore_eos": true, "logprobs": 1});
+    let drawn = running.post(TEXT, &body).json()["choices"][0].clone();
+    let mut places: Vec<usize> = serde_json::from_value(drawn["logprobs"]["text_offset"].clone()).unwrap();
+    places.dedup();
+    // What some tokens say.
+    let stop = drawn["text"].as_str().unwrap().chars().take(places[8]).skip(places[4]);
+    let stop: String = stop.collect();
+    body["stop"] = json!(stop);
+    let whole = running.post(TEXT, &body).json()["choices"][0].clone();
+    let end = whole["text"].as_str().unwrap().chars().count();
+    let places = whole["logprobs"]["text_offset"].as_array().unwrap();
+    assert!(places.iter().filter(|place| **place == end).count() > 2, "{whole}");
+    let chunks: Vec<Value> = running.stream(TEXT, body).collect();
+    for list in ["tokens", "token_logprobs", "top_logprobs", "text_offset"] {
+        let streamed = chunks
+            .iter()
+            .flat_map(|chunk| chunk["choices"][0]["logprobs"][list].as_array().into_iter().flatten());
+        assert_eq!(
+            streamed.collect::<Vec<_>>(),
+            whole["logprobs"][list].as_array().unwrap().iter().collect::<Vec<_>>(),
+            "{list}"
+        );
+    }
+}
+
+#[test]
 fn each_output_of_a_prompt_has_a_seed_of_its_own_and_the_first_has_the_requests() {
     let running = Running::tiny(settings());
     let ask = |seed: u64, n: u32| -> Vec<Value> {
