@@ -15,7 +15,7 @@ pub type Cause = Box<dyn std::error::Error + Send + Sync>;
 const HUB: &str = if cfg!(feature = "hub") {
     "nor a model's name on the Hugging Face hub (OWNER/NAME)"
 } else {
-    "nor can this build fetch models from the Hugging Face hub, for want of the feature `hub`"
+    "nor can this build fetch models from the Hugging Face hub, for want of the feature `hub` (build it with that, or give a directory)"
 };
 
 /// Why a model could not be opened or a run not be finished. What concerns one request alone is a

@@ -73,8 +73,12 @@ pub(crate) fn needed(name: &RepoName, files: &[String]) -> Result<Needed, HubErr
 /// Why a repository of these files lacks one: by what they are in place of it, if that can be told.
 fn without(name: &RepoName, files: &[String], missing: &str) -> HubError {
     let name = name.to_string();
-    let is_other_format =
-        |file: &&String| [".bin", ".pth", ".pt", ".gguf"].iter().any(|end| file.ends_with(end));
+    // Beside safetensors they are what training left.
+    let is_safetensors = |file: &String| file.ends_with(".safetensors");
+    let is_other_format = |file: &&String| {
+        [".bin", ".pth", ".pt", ".gguf"].iter().any(|end| file.ends_with(end))
+            && !files.iter().any(is_safetensors)
+    };
     if let Some((file, what)) = files.iter().find_map(|file| Some((file, other_layout(file)?))) {
         return HubError::OtherLayout { name, file: file.clone(), what };
     }
@@ -89,10 +93,10 @@ fn other_layout(file: &str) -> Option<&'static str> {
     const ADAPTER: &str = "is an adapter's: merge it into the model that it was trained on, and give the directory of the result";
     const MAKERS: &str =
         "is of its makers' own layout; look for a repository that has config.json and model*.safetensors";
+    let begins = |starts: [&str; 2]| starts.iter().any(|start| file.starts_with(start));
     match file {
-        "adapter_config.json" | "adapter_model.safetensors" => Some(ADAPTER),
-        "params.json" => Some(MAKERS),
-        _ if file.starts_with("consolidated") => Some(MAKERS),
+        _ if begins(["adapter_config.json", "adapter_model"]) => Some(ADAPTER),
+        _ if begins(["params.json", "consolidated"]) => Some(MAKERS),
         _ => None,
     }
 }
@@ -166,11 +170,12 @@ mod tests {
     fn what_is_no_model_is_refused_by_what_it_lacks() {
         let refusal = |files: &[&str]| choose(files).unwrap_err().to_string();
         assert!(refusal(&["model.safetensors"]).contains("config.json"));
+        assert!(refusal(&["model.safetensors", "training_args.bin"]).contains("config.json"));
         assert!(refusal(&["config.json"]).contains("model.safetensors"));
         assert!(refusal(&["config.json", "pytorch_model.bin"]).contains("pytorch_model.bin"));
         assert!(refusal(&["README.md", "model-Q4_K_M.gguf"]).contains("model-Q4_K_M.gguf"));
         assert!(refusal(&["adapter_config.json", "adapter_model.safetensors"]).contains("merge"));
-        assert!(refusal(&["config.json", "adapter_model.safetensors"]).contains("merge"));
+        assert!(refusal(&["config.json", "adapter_model-00001-of-00002.safetensors"]).contains("merge"));
         assert!(refusal(&["config.json", "consolidated.safetensors", "tekken.json"]).contains("own layout"));
         assert!(
             refusal(&["config.json", "model.safetensors", "additional_chat_templates/../../x.jinja"])

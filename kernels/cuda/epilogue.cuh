@@ -2,6 +2,8 @@
 // a tile side by side, BLOCKS times 64 of each, lane l holding outputs 64 b + 2 l and 64 b + 2 l + 1 of token i as
 // v[i][b]. What it needs from memory (`ahead`) can be fetched long before the sums are ready (`store`).
 //
+//   each in a file of epilogue/
+//
 //   Qkv        row scale; bias; head norm; rope; q -> [tokens, q_width] bf16, k and v -> KV pages  128 outputs a tile
 //   Residual   residual += y (bf16), sumsq[t, segment of m] = sum of the new values' squares, f32      64 or 128
 //   RankSums   y, f32, to the ranks that add them up and take them through Residual              64 or 128

@@ -1,3 +1,4 @@
+// The sizes of a product.
 #pragma once
 
 // The sizes of a product, and how its sum over the columns is cut: slice i is blocks [i nb / slices, (i + 1) nb / slices)

@@ -110,6 +110,10 @@ fn what_is_no_checkpoint_is_refused_by_what_it_is() {
         dir.write(file, b"{}");
         assert_refused(dir.path(), &[file, word]);
     }
+    let trained = TempDir::new();
+    trained.write("model.safetensors", safetensors(&entries()));
+    trained.write("training_args.bin", b"pickled");
+    assert_refused(trained.path(), &["config.json"]);
     for (file, word) in
         [("adapter_model.safetensors", "merge"), ("consolidated.safetensors", "Hugging Face's")]
     {

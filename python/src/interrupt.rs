@@ -18,7 +18,7 @@ pub fn interruptible<T: Send + 'static>(
     work: impl FnOnce() -> T + Send + 'static,
 ) -> PyResult<T> {
     let (done, mut end) = channel();
-    let thread = thread::Builder::new().spawn(move || {
+    let thread = thread::Builder::new().name("minisgl".to_owned()).spawn(move || {
         // Nobody may be there to hear of it.
         let _ = done.send(work());
     });

@@ -136,6 +136,11 @@ def test_what_is_no_prompt_is_refused_with_what_is(llm, prompt, complaint):
     assert re.search(complaint, refused.error) and refused.outputs[0].finish_reason == "error"
 
 
+def test_bytes_are_one_prompt_and_not_a_number_each(llm):
+    with pytest.raises(RequestError, match="bytes: decode it"):
+        llm.generate(b"Once", GREEDY, **QUIET)
+
+
 def test_arguments_of_calls_that_can_not_hold_are_refused_by_name(llm):
     for wrong in (5, "greedy", {"n": 1}):
         for call in (llm.generate, llm.stream):
@@ -681,7 +686,7 @@ def test_a_model_sleeps_and_wakes_up_as_it_was(checkpoint):
     with pytest.raises(ValueError, match="tags has 'weight'"):
         llm.wake_up(tags=["weight"])
     llm.wake_up(tags=["weights"])
-    llm.wake_up(tags=["kv_cache"])
+    llm.wake_up(tags="kv_cache")
     assert not llm.is_sleeping()
     assert tokens(llm.generate([[1, 2]], params, **QUIET)) == before
     llm.close()
@@ -790,6 +795,7 @@ def test_every_call_of_a_forked_process_is_refused(llm):
     ]
     child = os.fork()
     if child == 0:
+        signal.alarm(60)  # A call that waits for ever ends it.
         refused = 0
         for call in calls:
             try:

@@ -72,7 +72,7 @@ impl Drop for Line {
         let status = status.map_or("-".to_owned(), |status| status.to_string());
         let ms = started.elapsed().as_millis();
         let id = id.to_str().unwrap_or_default();
-        let cut = if *over { "" } else { ", the client went away" };
+        let cut = if *over { "" } else { ", cut off" };
         let stages = stages.as_ref().map(|stages| *stages.lock().unwrap_or_else(PoisonError::into_inner));
         // Where there was no token, there are none.
         let stages = stages.filter(|stages| *stages != Stages::default());

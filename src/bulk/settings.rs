@@ -32,7 +32,7 @@ pub(super) struct Settings {
     /// Where the requests came from; only for people.
     input: String,
     sampling: Sampling,
-    /// Results that don't say were rounded as is usual.
+    /// Results that don't say are taken for those without these flags: they are of a build that did not note them.
     #[serde(default)]
     rounding: Rounding,
 }

@@ -31,8 +31,8 @@ pub struct TokenizerConfig {
     pub added_tokens: BTreeMap<u32, AddedToken>,
     /// Special tokens within a text are text.
     pub split_special_tokens: bool,
-    /// A text begins with the `bos_token`, whatever tokenizer.json says: so it is asked of Llama's class, which makes what
-    /// comes around a text itself.
+    /// A text begins with the `bos_token` where tokenizer.json puts nothing around it: so it is asked of Llama's class, which
+    /// makes that itself.
     pub begins_with_bos: bool,
 }
 

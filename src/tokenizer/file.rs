@@ -129,7 +129,7 @@ fn with_tokens(model: &RawValue, tokens: &[(u32, &AddedToken)]) -> Result<Box<Ra
     serde_json::value::to_raw_value(&model).map_err(|error| error.to_string())
 }
 
-/// Puts the `bos_token` before each text, unless what the file says does so.
+/// Puts the `bos_token` before each text, unless the file says itself what is around one.
 fn begin_with_bos(tokenizer: &mut Tokenizer, config: &TokenizerConfig) -> serde_json::Result<()> {
     let Some(bos) = config.special_tokens.get("bos_token").and_then(Value::as_str) else { return Ok(()) };
     let Some(id) = tokenizer.token_to_id(bos) else { return Ok(()) };

@@ -56,8 +56,12 @@ pub(crate) fn read_config<'a>(
 /// Why a directory of these files lacks one: by what they are in place of it, if that can be told.
 pub(crate) fn without(dir: &Path, files: &[String], missing: &'static str) -> CheckpointError {
     let dir = dir.to_owned();
-    let is_other_format =
-        |name: &&String| [".bin", ".pth", ".pt", ".gguf"].iter().any(|end| name.ends_with(end));
+    // Beside safetensors they are what training left.
+    let is_safetensors = |name: &String| name.ends_with(".safetensors");
+    let is_other_format = |name: &&String| {
+        [".bin", ".pth", ".pt", ".gguf"].iter().any(|end| name.ends_with(end))
+            && !files.iter().any(is_safetensors)
+    };
     if let Some((file, what)) = files.iter().find_map(|file| Some((file, other_layout(file)?))) {
         return CheckpointError::OtherLayout { dir, file: file.clone(), what };
     }

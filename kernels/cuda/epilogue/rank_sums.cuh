@@ -1,3 +1,4 @@
+// Sums that go to the ranks which add them up (epilogue.cuh).
 #pragma once
 #include "epilogue/taken.cuh"
 #include "exchange/inbox.cuh"

@@ -1,3 +1,4 @@
+// A row's scale, as epilogues of normed rows take it (epilogue.cuh).
 #pragma once
 
 // The scale of a normed row, from its partial sums of squares.

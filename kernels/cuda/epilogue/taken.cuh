@@ -1,4 +1,4 @@
-// A warp's tokens, as all epilogues take them (epilogue.cuh).
+// What all epilogues have in common: a warp's tokens, its sums, its stores (epilogue.cuh).
 #pragma once
 #include <cuda_bf16.h>
 

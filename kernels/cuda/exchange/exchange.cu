@@ -19,7 +19,7 @@
 //                   joined     [rank][tokens, hidden / ranks] bf16, by join_columns, and by experts_combine_ranks (experts.cu)
 //
 // 1. Sums are added in pairs by rank, ((r0 + r1) + (r2 + r3)) + …, the upper levels of the tree of core/src/model/shard.rs, whoever adds
-//    them; then the residual is added and rounded as a product's epilogue does it (Residual in epilogue.cuh). So neither the number of
+//    them; then the residual is added and rounded as a product's epilogue does it (epilogue/residual.cuh). So neither the number of
 //    ranks nor the way changes a bit.
 // 2. Four elements are a thread's, a chunk; 16 threads have a segment of 64, and add its squares in the order of that epilogue's 32.
 //    Rows are padded to whole segments in inboxes and among a rank's own sums.

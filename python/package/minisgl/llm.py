@@ -147,7 +147,7 @@ class LLM:
         Args:
             tags: vLLM's names of what to wake, "weights" and "kv_cache"; here all wakes up with the first of them.
         """
-        for tag in tags or ():
+        for tag in [tags] if isinstance(tags, str) else tags or ():
             if tag not in ("weights", "kv_cache"):
                 raise ValueError(f'tags has {tag!r}, which is neither "weights" nor "kv_cache"')
         self._engine.wake_up()

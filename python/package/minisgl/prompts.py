@@ -23,7 +23,7 @@ Message = dict[str, Any]
 
 def is_one(prompts: Any) -> bool:
     """Is it one prompt, not several?"""
-    if isinstance(prompts, (str, dict, _minisgl.Chat)):
+    if isinstance(prompts, (str, bytes, bytearray, dict, _minisgl.Chat)):
         return True
     if getattr(prompts, "ndim", None) == 1:
         # numpy's arrays of texts or of objects have several; other libraries have none of those.

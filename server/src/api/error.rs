@@ -14,7 +14,7 @@ use axum::body::Body;
 use axum::response::{IntoResponse, Response};
 use hyper::StatusCode;
 use hyper::header::{CONTENT_TYPE, HeaderValue, RETRY_AFTER, WWW_AUTHENTICATE};
-use minisgl::openai::{Body as Asked, ErrorBody, ErrorObject, FieldError, INVALID_REQUEST, status};
+use minisgl::openai::{self, ErrorBody, ErrorObject, FieldError, INVALID_REQUEST, status};
 use minisgl::{RequestError, SubmitError};
 
 /// The fields that a request's prompt and its grammar came in: what an error that is found later is about.
@@ -28,8 +28,8 @@ pub struct About {
 
 impl About {
     /// Those of a body.
-    pub fn of(asked: &Asked) -> Self {
-        About { prompt: asked.prompt_field, grammar: asked.grammar_field }
+    pub fn of(body: &openai::Body) -> Self {
+        About { prompt: body.prompt_field, grammar: body.grammar_field }
     }
 }
 

@@ -237,10 +237,15 @@ fn an_engine_that_sleeps_beside_what_is_anothers_is_woken_when_that_one_has_its_
     run(&front, vec![prompt(2)]).1.unwrap();
     let home = usize::from(admitted(&controls[0]).is_empty());
     let end = keep_at_work(&front, home);
+    let looks = || controls[1 - home].polls.load(Ordering::Relaxed);
+    let before = looks();
     let options = SessionOptions { capacity: Some(8), ..SessionOptions::default() };
     let (mut submitter, mut events) = front.handle().session(options);
     submitter.submit_all((0..8).map(|tag| (tag, prompt(90_000)))).unwrap();
-    // The other one sees that nothing is for it, and sleeps again.
+    // The other one looks, sees that nothing is for it, and sleeps again.
+    while looks() == before {
+        std::thread::yield_now();
+    }
     std::thread::sleep(Duration::from_millis(100));
     assert_eq!(controls[1 - home].running.load(Ordering::Relaxed), 0);
     drop(end);

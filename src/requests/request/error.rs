@@ -14,7 +14,8 @@ pub enum RequestError {
     /// Text without a tokenizer.
     #[error(
         "{what} needs a tokenizer, and the model has none: put its tokenizer.json beside config.json \
-         (transformers makes one of other files: AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)), or give the prompt as token ids (prompt_token_ids) without stop texts and grammars"
+         (transformers makes one of other files: AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)), or give the prompt as token \
+         ids (prompt_token_ids) without stop texts and grammars"
     )]
     NoTokenizer {
         /// What was given: `a text prompt`, `a stop text`, …

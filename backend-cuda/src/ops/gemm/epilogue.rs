@@ -1,4 +1,4 @@
-//! What a product's sums become: the epilogues, as `epilogue.cuh` declares their parameters.
+//! What a product's sums become: the epilogues, as the files in `epilogue/` declare their parameters.
 //!
 //! ```text
 //!   Qkv        queries; keys and values in their pages
@@ -171,7 +171,7 @@ pub trait Epilogue: Param + Copy {
     }
 
     /// Are there head norms and rope, and no bias? Few rows have kernels of their own for that (`QkvNormed` in
-    /// `epilogue.cuh`).
+    /// `epilogue/qkv.cuh`).
     fn is_normed(&self) -> bool {
         false
     }

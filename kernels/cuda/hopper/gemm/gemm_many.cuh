@@ -1,4 +1,4 @@
-// How products of many tokens are made (prefill_* of bf16, many_* of codes), where the tensor cores' time counts:
+// How products of many tokens are made (many_*, split_*, joint_* of bf16, rounded_many_* of codes), where the tensor cores' time counts:
 // y[t, m] = sum over k of w[m, k] x[t, k], and what epilogue.cuh does with y.
 //
 //   w [rows, cols] bf16   x [tokens, cols] bf16   cols a multiple of 8   accumulates in fp32
