@@ -126,9 +126,28 @@ pub enum FieldError {
         /// What runs.
         loaded: String,
     },
+    /// An error of a field of an object that is a field itself.
+    #[error("in {object}, {error}")]
+    Within {
+        /// The object's name.
+        object: &'static str,
+        /// The field's, behind the object's and a point.
+        field: String,
+        /// What is wrong with it.
+        error: Box<FieldError>,
+    },
 }
 
 impl FieldError {
+    /// The same error, of a field of `object`; one that names the object already stays as it is.
+    pub fn within(self, object: &'static str) -> Self {
+        let inner = self.field().unwrap_or_default();
+        if inner.split('.').next() == Some(object) {
+            return self;
+        }
+        FieldError::Within { object, field: format!("{object}.{inner}"), error: Box::new(self) }
+    }
+
     /// A field that means nothing, and the known one that it may have been meant to be.
     pub(super) fn unknown(field: &str, near: Option<&str>) -> Self {
         let fix = match near {
@@ -149,7 +168,9 @@ impl FieldError {
             | FieldError::Unsupported { field, .. }
             | FieldError::NeedsMessages { field }
             | FieldError::Contradiction { field, .. } => Some(field),
-            FieldError::Twice { field } | FieldError::Unknown { field, .. } => Some(field),
+            FieldError::Twice { field }
+            | FieldError::Unknown { field, .. }
+            | FieldError::Within { field, .. } => Some(field),
         }
     }
 
@@ -164,6 +185,7 @@ impl FieldError {
             FieldError::Unsupported { .. } => Some("unsupported_value"),
             FieldError::Model { .. } => Some("model_not_found"),
             FieldError::Twice { .. } => None,
+            FieldError::Within { error, .. } => error.code(),
         }
     }
 }

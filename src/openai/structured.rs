@@ -23,8 +23,9 @@ pub fn grammar(fields: &mut Fields<'_>) -> Result<Option<(&'static str, Grammar)
     const OUTPUTS: &str = "structured_outputs";
     let format: Option<Fields<'_>> = fields.take(FORMAT, "an object")?;
     let outputs: Option<Fields<'_>> = fields.take(OUTPUTS, "an object")?;
-    let format = format.map(response_format).transpose()?.flatten();
-    let outputs = outputs.map(structured_outputs).transpose()?.flatten();
+    let format = format.map(response_format).transpose().map_err(|error| error.within(FORMAT))?.flatten();
+    let outputs =
+        outputs.map(structured_outputs).transpose().map_err(|error| error.within(OUTPUTS))?.flatten();
     match (format, outputs) {
         (Some(_), Some(_)) => Err(FieldError::Contradiction {
             field: FORMAT,
@@ -47,14 +48,8 @@ fn response_format(mut format: Fields<'_>) -> Result<Option<Grammar>, FieldError
         "json_schema" => {
             let missing =
                 FieldError::Missing { field: "response_format.json_schema", fix: "give the schema there" };
-            let mut json: Fields<'_> = format.take("json_schema", "an object")?.ok_or(missing)?;
-            // For the model to read; the output is valid whether strictness is asked for or not.
-            for told in ["name", "description", "strict"] {
-                json.raw(told);
-            }
-            let schema = json.take("schema", "a JSON schema")?;
-            json.finish()?;
-            Some(schema.map_or(Grammar::JsonObject, Grammar::JsonSchema))
+            let json: Fields<'_> = format.take("json_schema", "an object")?.ok_or(missing)?;
+            Some(json_schema(json).map_err(|error| error.within("json_schema"))?)
         }
         other => {
             let value = shown(&format!("{other:?}"));
@@ -63,6 +58,16 @@ fn response_format(mut format: Fields<'_>) -> Result<Option<Grammar>, FieldError
     };
     format.finish()?;
     Ok(grammar)
+}
+
+fn json_schema(mut json: Fields<'_>) -> Result<Grammar, FieldError> {
+    // For the model to read; the output is valid whether strictness is asked for or not.
+    for told in ["name", "description", "strict"] {
+        json.raw(told);
+    }
+    let schema = json.take("schema", "a JSON schema")?;
+    json.finish()?;
+    Ok(schema.map_or(Grammar::JsonObject, Grammar::JsonSchema))
 }
 
 fn structured_outputs(mut outputs: Fields<'_>) -> Result<Option<Grammar>, FieldError> {

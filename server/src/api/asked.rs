@@ -120,20 +120,28 @@ fn score_prompt(
 fn stream(fields: &mut Fields<'_>) -> Result<Option<StreamOptions>, ApiError> {
     let stream = fields.flag("stream")?.unwrap_or(false);
     let options: Option<Fields<'_>> = fields.take("stream_options", "an object")?;
-    let Some(mut options) = options else { return Ok(stream.then(StreamOptions::default)) };
+    let Some(options) = options else { return Ok(stream.then(StreamOptions::default)) };
     if !stream {
         let fix = "it goes with \"stream\": true; leave it out";
         return Err(ApiError::unsupported("stream_options", "an object", fix));
     }
+    let options = stream_options(options).map_err(|error| error.within("stream_options"))?;
+    Ok(Some(options))
+}
+
+fn stream_options(mut options: Fields<'_>) -> Result<StreamOptions, FieldError> {
     let include_usage = options.flag("include_usage")?.unwrap_or(false);
     // It asks for padding against listeners, which changes nothing of what is said.
     options.flag("include_obfuscation")?;
     if options.flag("continuous_usage_stats")? == Some(true) {
-        let fix = "tokens are counted at the end, with include_usage";
-        return Err(ApiError::unsupported("stream_options.continuous_usage_stats", "true", fix));
+        return Err(FieldError::Unsupported {
+            field: "continuous_usage_stats",
+            value: "true".to_owned(),
+            fix: "tokens are counted at the end, with include_usage".to_owned(),
+        });
     }
     options.finish()?;
-    Ok(Some(StreamOptions { include_usage }))
+    Ok(StreamOptions { include_usage })
 }
 
 #[cfg(test)]

@@ -74,6 +74,28 @@ fn a_field_that_can_not_be_served_is_refused_by_its_name() {
             json!({"messages": messages(), "response_format": {"type": "json_schema", "json_schema": {"schema": false}}}),
             "response_format",
         ),
+        (
+            CHAT,
+            json!({"messages": messages(), "response_format": {"type": "json_object", "schema": {}}}),
+            "response_format.schema",
+        ),
+        (
+            CHAT,
+            json!({"messages": messages(), "response_format": {"type": "json_schema", "json_schema": {"shema": {}}}}),
+            "response_format.json_schema.shema",
+        ),
+        (CHAT, json!({"messages": messages(), "response_format": {}}), "response_format.type"),
+        (TEXT, json!({"prompt": "a", "structured_outputs": {"regexp": "a"}}), "structured_outputs.regexp"),
+        (
+            TEXT,
+            json!({"prompt": "a", "stream": true, "stream_options": {"include_usage": 3}}),
+            "stream_options.include_usage",
+        ),
+        (
+            TEXT,
+            json!({"prompt": "a", "stream": true, "stream_options": {"continuous_usage_stats": true}}),
+            "stream_options.continuous_usage_stats",
+        ),
         (EMBEDDINGS, json!({"input": ""}), "input"),
         (EMBEDDINGS, json!({"input": [[4_000_000]]}), "input"),
         (EMBEDDINGS, json!({"input": vec![5; 600]}), "input"),
