@@ -265,6 +265,7 @@ fn lines_say_what_they_want_as_openai_and_vllm_do() {
         (r#""response_format": {}"#, "response_format.type"),
         (r#""response_format": {"type": "json_schema"}"#, "response_format.json_schema"),
         (r#""response_format": {"type": "json_object", "schema": 1}"#, "schema"),
+        (r#""response_format": {"type": "text", "type": "json_object"}"#, "type is given twice"),
         (r#""response_format": 7"#, "response_format"),
         (r#""structured_outputs": {"regex": "a", "choice": ["a"]}"#, "structured_outputs"),
         (r#""structured_outputs": {"regexp": "a"}"#, "regexp"),

@@ -124,11 +124,12 @@ impl<'a> Fields<'a> {
         }
     }
 
-    /// Checks that every field was taken.
+    /// Checks that every field was taken, and stood there once.
     ///
     /// # Errors
-    /// The first that was not.
+    /// The first that was not, or one that stood there twice.
     pub fn finish(mut self) -> Result<(), FieldError> {
+        self.check_once()?;
         let Some((name, _)) = self.values.pop_first() else { return Ok(()) };
         let alike = |known: &&'static str| (strsim::jaro_winkler(&name, known), *known);
         let near = self.names.iter().map(alike).filter(|(alike, _)| *alike >= ALIKE);
