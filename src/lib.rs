@@ -48,6 +48,8 @@
 //! completion is [`FinishReason::Rejected`] and says why. [`Error`] is for what stops everything. [`Text`] is a checkpoint's
 //! tokenizer and chat template without the model.
 
+#![warn(missing_debug_implementations)]
+
 pub mod bench;
 pub mod bulk;
 mod chat;

@@ -23,6 +23,7 @@ use crate::workload::{Lengths, Source, Workload};
 with_shared_flags! {
     /// Generates for random prompts as fast as it can and reports tokens a second. The exit status is 1 if runs or
     /// verified requests disagree in a token.
+    #[derive(Debug)]
     pub struct Flags {
         /// of the random prompts and lengths; request i draws its tokens with seed + i (default 0)
         #[argh(option, default = "0")]

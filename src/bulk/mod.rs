@@ -63,6 +63,12 @@ pub struct Bulk {
     shared: Arc<Shared>,
 }
 
+impl fmt::Debug for Bulk {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Bulk").field("job", &self.job).finish_non_exhaustive()
+    }
+}
+
 impl Bulk {
     /// Opens the files; changes nothing in them. Waits for the reader of an output that is a FIFO.
     ///
@@ -168,6 +174,15 @@ pub struct JobHandle {
     /// Lines that had a good result before.
     earlier: u64,
     shared: Arc<Shared>,
+}
+
+impl fmt::Debug for JobHandle {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("JobHandle")
+            .field("input", &self.input)
+            .field("tally", &self.tally())
+            .finish_non_exhaustive()
+    }
 }
 
 impl JobHandle {

@@ -6,6 +6,7 @@
 //!
 //! The engine is built on the thread that it stays on; every method asks it through its handle.
 
+use std::fmt;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -46,6 +47,12 @@ pub struct Llm {
     weights: Option<Weights>,
     /// Are they others than those in the model's files?
     updated: bool,
+}
+
+impl fmt::Debug for Llm {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Llm").field("info", &self.info).finish_non_exhaustive()
+    }
 }
 
 impl Llm {

@@ -1,6 +1,7 @@
 //! The half of a session that events come out of.
 
 use std::collections::VecDeque;
+use std::fmt;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
@@ -35,6 +36,15 @@ pub struct Events {
     /// Some requests got lost.
     lost: bool,
     over: bool,
+}
+
+impl fmt::Debug for Events {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Events")
+            .field("session", &self.session.id)
+            .field("over", &self.over)
+            .finish_non_exhaustive()
+    }
 }
 
 impl Events {
@@ -149,6 +159,12 @@ pub struct Aborter {
     shared: Arc<Shared>,
 }
 
+impl fmt::Debug for Aborter {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Aborter").field("session", &self.session.id).finish_non_exhaustive()
+    }
+}
+
 impl Aborter {
     /// As [`Events::abort`].
     pub fn abort(&self, tag: u64) -> bool {
@@ -192,6 +208,7 @@ pub enum RequestEvent {
 
 /// The events of one request: an iterator that waits for the next one and ends behind `Finished`, of its last sample if it has
 /// several. Dropping it aborts the request.
+#[derive(Debug)]
 pub struct RequestStream(Events);
 
 impl RequestStream {

@@ -1,5 +1,6 @@
 //! The engines' handle: cheap to clone, usable from any thread. Everything that generates is its client.
 
+use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -34,6 +35,12 @@ pub enum TrySubmitError {
 /// An engine, or several behind one queue, from any thread: clones ask the same. It refuses requests once its [`Llm`](crate::Llm) is gone.
 #[derive(Clone)]
 pub struct EngineHandle(Arc<Shared>);
+
+impl fmt::Debug for EngineHandle {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("EngineHandle").finish_non_exhaustive()
+    }
+}
 
 impl EngineHandle {
     pub(super) fn new(shared: Arc<Shared>) -> Self {

@@ -1,5 +1,6 @@
 //! The half of a session that requests go into.
 
+use std::fmt;
 use std::sync::Arc;
 
 use super::permits::Permits;
@@ -13,6 +14,12 @@ pub struct Submitter {
     session: Arc<Session>,
     permits: Arc<Permits>,
     shared: Arc<Shared>,
+}
+
+impl fmt::Debug for Submitter {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Submitter").field("session", &self.session.id).finish_non_exhaustive()
+    }
 }
 
 impl Submitter {

@@ -27,6 +27,7 @@ use super::error::{FieldError, ObjectError, shown};
 const ALIKE: f64 = 0.9;
 
 /// The fields of an object that nobody has taken yet.
+#[derive(Debug)]
 pub struct Fields<'a> {
     values: BTreeMap<String, &'a RawValue>,
     /// A key that stood there twice.
@@ -203,6 +204,7 @@ impl<'de> Visitor<'de> for Object {
 }
 
 /// A whole number, however it is written.
+#[derive(Debug)]
 pub struct Whole(pub i128);
 
 impl<'de> Deserialize<'de> for Whole {

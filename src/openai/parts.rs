@@ -46,6 +46,7 @@ impl OutputFormat {
 }
 
 /// Cuts an output into its parts.
+#[derive(Debug)]
 pub struct OutputParser {
     tools: Option<ToolFormat>,
     state: State,
@@ -55,7 +56,7 @@ pub struct OutputParser {
     begun: bool,
 }
 
-#[derive(Clone, Copy, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum State {
     /// What comes first may be what the model thinks.
     Start,

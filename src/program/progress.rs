@@ -12,6 +12,7 @@
 
 mod view;
 
+use std::fmt;
 use std::io::{self, IsTerminal, Write};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -114,6 +115,12 @@ pub struct Shown {
     terminal: bool,
 }
 
+impl fmt::Debug for Shown {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Shown").field("terminal", &self.terminal).finish_non_exhaustive()
+    }
+}
+
 impl Drop for Shown {
     fn drop(&mut self) {
         let (done, gone) = mpsc::channel();
@@ -121,6 +128,12 @@ impl Drop for Shown {
         if self.terminal {
             let _ = gone.recv_timeout(BAR_GOES);
         }
+    }
+}
+
+impl fmt::Debug for Stderr {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Stderr").field("terminal", &self.0.terminal).finish_non_exhaustive()
     }
 }
 

@@ -117,6 +117,7 @@ pub struct OutputError {
 }
 
 /// A file for results, created before anything runs.
+#[derive(Debug)]
 pub struct Output {
     path: PathBuf,
     file: BufWriter<File>,

@@ -63,6 +63,7 @@ pub const LIMITS: Limits = Limits {
 };
 
 /// What a simulated engine does, and what is seen of it.
+#[derive(Debug)]
 pub struct Control {
     /// Capacities.
     pub limits: Limits,

@@ -45,6 +45,15 @@ pub struct Probe {
     pub read: Box<dyn FnMut() -> Option<DeviceState> + Send>,
 }
 
+impl fmt::Debug for Probe {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Probe")
+            .field("driver", &self.driver)
+            .field("sm_mhz_max", &self.sm_mhz_max)
+            .finish_non_exhaustive()
+    }
+}
+
 /// A number over the samples.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct Measured {

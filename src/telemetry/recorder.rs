@@ -52,6 +52,7 @@ const BUCKET_S: f64 = 0.01;
 const SHORTEST_S: f64 = 1e-6;
 
 /// Hears a session from its start to its end.
+#[derive(Debug)]
 pub struct Recorder {
     /// By tag and sample.
     open: HashMap<(u64, u32), Open>,
@@ -69,6 +70,7 @@ pub struct Recorder {
 }
 
 /// A request that has not ended.
+#[derive(Debug)]
 struct Open {
     /// When it last got a token; before its first one, when it was submitted.
     since: Instant,
@@ -99,7 +101,7 @@ pub struct StepTimeline {
 }
 
 /// Sums over a span of time. What is no count is weighted with the seconds that it lasted.
-#[derive(Clone, Copy, Default)]
+#[derive(Clone, Copy, Debug, Default)]
 struct Bucket {
     output_tokens: f64,
     prefill_tokens: f64,

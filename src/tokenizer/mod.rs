@@ -14,6 +14,7 @@ mod file;
 pub mod pieces;
 mod rules;
 
+use std::fmt;
 use std::path::Path;
 use std::sync::OnceLock;
 
@@ -50,6 +51,15 @@ impl Codec {
         let pieces = Pieces::of(&tokenizer)?;
         let max_token_bytes = bound::max_token_bytes(&tokenizer, &pieces);
         Ok(Codec { tokenizer, pieces, max_token_bytes })
+    }
+}
+
+impl fmt::Debug for Text {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Text")
+            .field("eos", &self.eos)
+            .field("warnings", &self.warnings)
+            .finish_non_exhaustive()
     }
 }
 
