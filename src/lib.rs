@@ -48,7 +48,7 @@
 //! completion is [`FinishReason::Rejected`] and says why. [`Error`] is for what stops everything. [`Text`] is a checkpoint's
 //! tokenizer and chat template without the model.
 
-#![warn(missing_debug_implementations)]
+#![warn(missing_debug_implementations, unnameable_types)]
 
 pub mod bench;
 pub mod bulk;

@@ -129,7 +129,7 @@ pub struct RunReport {
 
 impl RunReport {
     /// Sums up a run of the engine with this number; its floor is not known yet.
-    pub fn new(engine: usize, run: &Measurement, costs: &Costs) -> Self {
+    pub(super) fn new(engine: usize, run: &Measurement, costs: &Costs) -> Self {
         let (padding_rows, decode) = (run.stats.padding_rows, decode(run));
         let found = |of: fn(&&Completion) -> bool| {
             run.completions.iter().filter(of).map(|one| u64::from(one.cached_tokens)).sum()

@@ -21,8 +21,8 @@ mod structured;
 mod tools;
 
 pub use answer::{
-    Answer, ChatChoice, ChatMessage, ErrorBody, ErrorObject, FunctionCall, INVALID_REQUEST, TextChoice,
-    ToolCall, Usage, created_now, finish_reason,
+    Answer, ChatChoice, ChatMessage, ErrorBody, ErrorObject, FunctionCall, INVALID_REQUEST, PromptTokens,
+    TextChoice, ToolCall, Usage, created_now, finish_reason,
 };
 pub use body::{Body, Prompts};
 pub use embeddings::{EmbedBody, Embeddings, Encoding, Vector};
