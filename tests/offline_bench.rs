@@ -79,6 +79,14 @@ fn a_preset_is_told_from_a_directory_that_has_its_name() {
 }
 
 #[test]
+fn recorded_steps_are_told_of_where_there_are_any() {
+    for (rows, tells) in [("0", false), ("4", true)] {
+        let text = stdout(&bench(&["--max-graph-batch", rows]));
+        assert_eq!(text.contains("once decode was recorded up to"), tells, "{text}");
+    }
+}
+
+#[test]
 fn requests_of_a_token_each_are_measured_and_what_did_not_happen_took_no_time() {
     let json = fresh("single.json");
     let flags = ["--input-len", "1..1", "--output-len", "1..1", "--json", json.to_str().unwrap()];

@@ -168,13 +168,18 @@ impl fmt::Display for Info {
         }
         write!(
             f,
-            "loaded in {:.2} s ({:.2} GiB free), ready in {:.2} s more ({:.2} GiB free, {:.2} once decode was recorded up \
-             to {graph_rows} rows)",
+            "loaded in {:.2} s ({:.2} GiB free), ready in {:.2} s more ({:.2} GiB free",
             self.load_seconds,
             gib(self.memory_free_loaded),
             self.capture_seconds,
             gib(self.memory_free_before_recording),
-            gib(self.memory_free_ready)
-        )
+        )?;
+        match graph_rows {
+            0 => f.write_str(")"),
+            _ => {
+                let free = gib(self.memory_free_ready);
+                write!(f, ", {free:.2} once decode was recorded up to {graph_rows} rows)")
+            }
+        }
     }
 }
