@@ -4,6 +4,7 @@
 mod browser;
 mod common;
 
+use std::collections::HashSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
@@ -146,6 +147,7 @@ const OBSERVER: &str = r#"<script>{
       faults, paper: getComputedStyle(document.body).backgroundColor, ink: getComputedStyle(document.body).color,
       width: innerWidth, needed: document.documentElement.scrollWidth,
       charts: charts().length, drawn: drawn(),
+      labels: charts().map((svg) => [...svg.querySelectorAll("text:not([class])")].map((label) => [label.getAttribute("y"), label.textContent].join(" "))),
       text: document.body.innerText,
     });
     document.body.append(seen);
@@ -184,6 +186,11 @@ fn a_browser_draws_every_chart_light_and_dark_narrow_and_wide() {
             seen["needed"].as_u64() <= seen["width"].as_u64(),
             "it must not be scrolled sideways: {seen:#}"
         );
+        // All requests enter together, so that their first tokens come with one step: a latency alone.
+        for labels in seen["labels"].as_array().unwrap().iter().map(|labels| labels.as_array().unwrap()) {
+            let told_apart: HashSet<_> = labels.iter().map(Value::to_string).collect();
+            assert!(!labels.is_empty() && told_apart.len() == labels.len(), "two are alike: {labels:?}");
+        }
         let text = seen["text"].as_str().unwrap();
         for broken in ["NaN", "undefined", "Infinity", "[object"] {
             assert!(!text.contains(broken), "{broken}: {text}");

@@ -188,7 +188,10 @@ function distribution(title, latencies) {
   const { edges, counts } = latencies.distribution;
   if (!counts.length) return element("figure", {}, element("figcaption", {}, element("b", {}, title)), element("p", { class: "faint" }, "none"));
   return figure(title, [], (svg, width, output) => {
-    const [least, most] = [edges[0] || 1e-3, Math.max(edges[edges.length - 1], (edges[0] || 1e-3) * 1.0001)];
+    const [first, last] = [edges[0] || 1e-3, Math.max(edges[edges.length - 1], edges[0] || 1e-3)];
+    // Latencies that are nearly alike stand in the middle of a span whose labels differ.
+    const room = Math.sqrt(Math.max(1.2 / (last / first), 1));
+    const [least, most] = [first / room, last * room];
     const total = counts.reduce((sum, count) => sum + count, 0);
     const yTicks = ticks(Math.max(...counts) / total, 4);
     const x = (ms) => MARGIN.left + (Math.log(Math.max(ms, least) / least) / Math.log(most / least)) * (width - MARGIN.left - MARGIN.right);
