@@ -53,13 +53,13 @@ macro_rules! modules {
 }
 
 /// Modules for compute capability 8.0 and later, in alphabetic order.
-pub const PORTABLE: &[Module] = modules![portable:
+pub static PORTABLE: &[Module] = modules![portable:
     "attention", "embed", "exchange", "experts", "experts_products", "experts_router", "gemm", "perf", "sampling",
     "weights",
 ];
 
 /// Modules for compute capability 9.0, in alphabetic order. Their kernels are written for dependent launch.
-pub const HOPPER: &[Module] = modules![hopper:
+pub static HOPPER: &[Module] = modules![hopper:
     "attention", "attention_fp8", "embed", "exchange", "experts", "experts_products", "experts_products_fp8",
     "experts_router", "fp8_inputs", "fp8_pages", "fp8_weights", "gemm_few_gate_up", "gemm_few_head",
     "gemm_few_qkv", "gemm_few_qkv_fp8", "gemm_few_residual", "gemm_few_sums", "gemm_fp8_gate_up",
