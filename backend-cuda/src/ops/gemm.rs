@@ -56,7 +56,7 @@ struct Hopper {
 impl Hopper {
     fn launch<E: Epilogue>(&self, launcher: &Launcher, product: &Product<'_, E>) -> Result<(), CudaError> {
         match self.few.tiling(E::KIND, &product.shape, product.share) {
-            Some(tiling) => Few::launch(tiling, launcher, product),
+            Some(tiling) => self.few.launch(tiling, launcher, product, &self.many.partials),
             None if product.epilogue.is_fp8() => {
                 Err(CudaError::Unsupported("products of many tokens store no fp8 keys and values".into()))
             }
@@ -100,6 +100,14 @@ impl Gemm {
             Set::Portable(Box::new(Portable::new(gpu.modules())?))
         };
         Ok(Gemm { set, fp8: None, rounded: None })
+    }
+
+    /// How often blocks that meet in memory look for each other's sums before they leave their own to who comes last. Bits don't depend on
+    /// it; unless this is called they look for some 70 us.
+    pub fn look_for_others(&mut self, looks: u32) {
+        if let Set::Hopper(hopper) = &mut self.set {
+            hopper.few.looks = looks;
+        }
     }
 
     /// Looks up the kernels for matrices in fp8, and takes memory for one of so many elements in bf16.

@@ -27,6 +27,8 @@ use support::taken;
 const LARGE: (usize, usize) = (2600, 5120);
 /// Rows and columns of a third, so few and so many that clusters share out the slices of every kind of tile.
 const DEEP: (usize, usize) = (2600, 12_288);
+/// Rows and columns of two whose blocks meet in memory, with an odd number of tiles of 64 rows and with an even one.
+const APART: [(usize, usize); 2] = [(1984, 4608), (1992, 8256)];
 /// Gates and columns of another, with so many rows that the widest tiles are the quickest for the most tokens.
 const WIDE: (usize, usize) = (4024, 1600);
 /// The same of matrices whose rows give each multiprocessor one tile of 144, 192, 208, 224 or 288 rows.
@@ -71,8 +73,25 @@ fn the_residual_stream_grows_by_the_product_and_its_squares_are_summed() {
             (4000, 3200),
             (5000, 2560),
             (5000, 8256),
+            APART[0],
+            APART[1],
+            (2520, 4096),
         ]) {
             residual(gpu, rows, cols);
+        }
+    });
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn sums_that_blocks_leave_to_who_comes_last_have_the_same_bits() {
+    on_every_set(|gpu| {
+        for (rows, cols) in taken(APART) {
+            // None waits; some do not; nearly all find what they look for.
+            for looks in [0, 3, 30] {
+                gpu.gemm.look_for_others(looks);
+                residual(gpu, rows, cols);
+            }
         }
     });
 }

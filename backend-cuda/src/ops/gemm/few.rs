@@ -1,11 +1,12 @@
-//! Launches of `gemm_few.cuh`'s, `gemm_pair.cuh`'s and `gemm_batch.cuh`'s kernels: products of few tokens.
+//! Launches of `gemm_few.cuh`'s, `gemm_apart.cuh`'s, `gemm_pair.cuh`'s and `gemm_batch.cuh`'s kernels: products of few tokens.
 //!
 //! ```text
 //!   tokens         a block's work                          blocks that work together
 //!   up to 64       64 rows of w or more, most a slice      mostly a cluster has all slices; some as below
 //!   65 to 256      gate and up, some qkv: all columns      two or three with neighbouring tokens fetch w for each other
 //!                  qkv, o, down: a slice of the columns,   a cluster has all slices, and of some two blocks each, with
-//!                  or two                                  neighbouring tokens or rows of w, which fetch what both need
+//!                  or two                                  neighbouring tokens or rows of w, which fetch what both need;
+//!                                                          or only these two, and all slices meet in memory
 //!   33 to 192      gate and up of small models, and of     two with neighbouring rows of w fetch tokens for each other
 //!   129 to 256     large ones, with their o and down: as
 //!                  many tokens as there are
@@ -17,6 +18,7 @@ mod tiling;
 pub(super) mod tilings;
 
 use super::epilogue::{Epilogue, Kind};
+use super::many::Partials;
 use super::product::{Product, SmShare};
 use super::shape::Shape;
 use crate::error::CudaError;
@@ -46,14 +48,21 @@ pub(super) struct Few {
     large: Kinds,
     /// For half of each multiprocessor, in the order of [`tilings::half::of`].
     half: Kinds,
+    /// How often a block whose tile meets in memory looks for the others' sums before it leaves them its own.
+    pub(super) looks: u32,
 }
 
 impl Few {
+    /// 70 us, several times what a block works up to its last product. All begin together, unless other kernels keep some of them from
+    /// a multiprocessor.
+    const LOOKS: u32 = 100;
+
     pub(super) fn new(modules: &Modules) -> Result<Few, CudaError> {
         Ok(Few {
             fitting: Self::load(modules, tilings::fitting::of)?,
             large: Self::load(modules, tilings::large::of)?,
             half: Self::load(modules, tilings::half::of)?,
+            looks: Self::LOOKS,
         })
     }
 
@@ -92,9 +101,11 @@ impl Few {
     }
 
     pub(super) fn launch<E: Epilogue>(
+        &self,
         Loaded { tiling, kernel, normed, fp8 }: &Loaded,
         launcher: &Launcher,
         product: &Product<'_, E>,
+        partials: &Partials,
     ) -> Result<(), CudaError> {
         let Product { shape, epilogue, .. } = product;
         let (kernel, normed) = match fp8 {
@@ -105,6 +116,9 @@ impl Few {
         let stages = tiling.stages(shape);
         let grid = tiling.grid(shape, stages);
         let [w, x] = product.maps(tiling.fetched())?;
+        if tiling.meets_in_memory() {
+            return launcher.launch(kernel, grid, [&w, &x, shape, &stages, *epilogue, partials, &self.looks]);
+        }
         launcher.launch(kernel, grid, [&w, &x, shape, &stages, *epilogue])
     }
 }

@@ -73,7 +73,8 @@ pub(super) struct Many {
     pub(super) partials: Partials,
 }
 
-/// Where clusters leave sums, as `split.cuh` declares it: of slices that others add, or those that a block itself takes up again.
+/// Where clusters leave sums, as `split.cuh` declares it: of slices that others add (also `gemm_apart.cuh`'s blocks), or those that a block
+/// itself takes up again.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Partials {
@@ -87,7 +88,7 @@ plain_params!(Partials);
 
 impl Partials {
     /// Bytes of sums. A tile of 256 rows and tokens takes a megabyte in four slices.
-    const BYTES: usize = 24 << 20;
+    pub(super) const BYTES: usize = 24 << 20;
     /// Bytes of a warp's sums: 16 tokens by 128 rows. (Tiles of 64 rows have half of that, and two slices, not four.)
     const WARP_BYTES: usize = 16 * 128 * 4;
 

@@ -1,5 +1,5 @@
-// few_residual_*: few tokens added to the residual stream; see gemm_few.cuh.
-#include "hopper/gemm/gemm_few.cuh"
+// few_residual_*, apart_residual_*: few tokens added to the residual stream; see gemm_few.cuh, gemm_apart.cuh.
+#include "hopper/gemm/gemm_apart.cuh"
 
 FEW(few_residual_64x16, 1, 1, 16, Residual)
 FEW(few_residual_64x32, 1, 1, 32, Residual)
@@ -18,6 +18,8 @@ FEW_ALONE(few_residual_128x112_2, 2, 112, 2, Residual)
 FEW_ALONE(few_residual_128x120_2, 2, 120, 2, Residual)
 FEW_ALONE(few_residual_128x128_2, 2, 128, 2, Residual)
 FEW_PAIRED(few_residual_192x96_paired, 3, 96, 1, Residual)
+FEW_PAIRED(few_residual_192x112_paired, 3, 112, 1, Residual)
+FEW_PAIRED(few_residual_192x128_paired, 3, 128, 1, Residual)
 FEW_ROWS_PAIRED(few_residual_192x64_rows, 3, 64, 1, Residual)
 FEW_ROWS_PAIRED(few_residual_128x144_rows, 2, 144, 1, Residual)
 FEW_ROWS_PAIRED(few_residual_128x160_rows, 2, 160, 1, Residual)
@@ -35,3 +37,14 @@ FEW_ROWS_PAIRED(few_residual_192x208_rows, 3, 208, 1, Residual)
 FEW_ROWS_PAIRED(few_residual_192x224_rows, 3, 224, 1, Residual)
 FEW_ROWS_PAIRED(few_residual_192x240_rows, 3, 240, 1, Residual)
 FEW_ROWS_PAIRED(few_residual_192x256_rows, 3, 256, 1, Residual)
+APART_ROWS(apart_residual_64x64, 1, 64, Residual)
+APART_ROWS(apart_residual_64x96, 1, 96, Residual)
+APART_ROWS(apart_residual_64x128, 1, 128, Residual)
+APART_TOKENS(apart_residual_128x72, 2, 72, Residual)
+APART_TOKENS(apart_residual_128x80, 2, 80, Residual)
+APART_TOKENS(apart_residual_128x88, 2, 88, Residual)
+APART_TOKENS(apart_residual_128x96, 2, 96, Residual)
+APART_TOKENS(apart_residual_128x104, 2, 104, Residual)
+APART_TOKENS(apart_residual_128x112, 2, 112, Residual)
+APART_TOKENS(apart_residual_128x120, 2, 120, Residual)
+APART_TOKENS(apart_residual_128x128, 2, 128, Residual)

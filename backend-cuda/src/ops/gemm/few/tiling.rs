@@ -4,6 +4,7 @@ use crate::launch::Grid;
 use crate::ops::gemm::product::{Block, Explained, Form};
 use crate::ops::gemm::ring::Ring;
 use crate::ops::gemm::shape::{BLOCK_COLS, Shape};
+use crate::weight::SLICING;
 
 /// How blocks of a product work together.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -12,6 +13,8 @@ pub(super) enum Team {
     Slices { tiles: u32 },
     /// So many blocks with neighbouring tiles of tokens fetch w together; each has the whole sum.
     Tokens { blocks: u32 },
+    /// The blocks that have a tile's slices meet in memory, where a cluster of two has only what both fetch for each other.
+    Apart,
     /// Two blocks with all tokens and an equal share of w's rows, in units of 64, fetch tokens together; each has the whole sum.
     Batch,
 }
@@ -73,6 +76,8 @@ impl Tiling {
     /// one and a half; two.
     pub(super) const ONE_EACH: u32 = 120;
     pub(super) const MANY: u32 = 80;
+    /// Nearly as many as the first: tiles of 192 rows are worth the multiprocessors that these leave idle.
+    pub(super) const ENOUGH: u32 = 96;
     /// The same in clusters of three: of 120 blocks some wait for others to end.
     pub(super) const OF_THREE: u32 = 117;
     pub(super) const SOME_TWO: u32 = 198;
@@ -132,6 +137,22 @@ impl Tiling {
         Tiling { dealt: true, ..Self::rows_paired(kernel, rows, tokens, tokens) }.from(Self::MANY)
     }
 
+    /// Blocks of 128 rows and so many tokens, a slice each, which meet in memory; with a neighbour that has the next tokens.
+    pub(super) const fn apart(kernel: &'static str, tokens: u32) -> Tiling {
+        let tiling = Self::paired(kernel, 128, tokens, 2 * tokens);
+        let slices_min = SLICING.most;
+        Tiling { team: Team::Apart, slices_min, ..tiling }
+            .from(Self::FULL)
+            .up_to(Self::SINGLE)
+            .of_more_columns()
+    }
+
+    /// With one that has the next 64 rows.
+    pub(super) const fn apart_rows(kernel: &'static str, tokens: u32) -> Tiling {
+        let block = Block::new(64, tokens);
+        Tiling { block, beside: Beside::NextRows, tokens_max: tokens, ..Self::apart(kernel, tokens) }
+    }
+
     /// The same for launches of few blocks.
     pub(super) const fn up_to(self, blocks_max: u32) -> Tiling {
         Tiling { blocks_max, ..self }
@@ -155,6 +176,11 @@ impl Tiling {
     /// Where blocks share out the columns.
     pub(super) const fn of_slices(self) -> Tiling {
         Tiling { slices_min: 2, ..self }
+    }
+
+    /// For matrices of more than few columns, where the sums' way through memory is short beside what comes before it.
+    pub(super) const fn of_more_columns(self) -> Tiling {
+        Tiling { cols_min: Self::FEW_COLUMNS + 1, ..self }
     }
 
     /// By blocks that sum two slices each.
@@ -249,6 +275,7 @@ impl Tiling {
             }
             Team::Batch => "all columns, in a cluster of 2 that fetches tokens together".into(),
             Team::Slices { .. } => format!("{} of {} slices of the columns", self.own, shape.slices),
+            Team::Apart => format!("{} of {} slices of the columns, met in memory", self.own, shape.slices),
         };
         Explained {
             kernel: match self.fp8.filter(|_| form.kv_fp8) {
@@ -264,7 +291,7 @@ impl Tiling {
     pub(super) fn stages(&self, shape: &Shape) -> u32 {
         let cols = shape.cols.div_ceil(BLOCK_COLS);
         let wanted = match self.team {
-            Team::Slices { .. } => cols.div_ceil(shape.slices) * self.own,
+            Team::Slices { .. } | Team::Apart => cols.div_ceil(shape.slices) * self.own,
             Team::Tokens { .. } | Team::Batch => cols,
         };
         self.ring().stages(wanted, self.shared)
@@ -278,18 +305,20 @@ impl Tiling {
     fn clusters(&self, shape: &Shape) -> [u32; 3] {
         let (row_tiles, token_tiles) =
             (shape.rows.div_ceil(self.block.rows), shape.tokens.div_ceil(self.block.tokens));
+        let [of_tokens, of_rows] = match self.beside {
+            Beside::Nobody => [1, 1],
+            Beside::NextTokens => [2, 1],
+            Beside::NextRows => [1, 2],
+        };
+        let parts = shape.slices / self.own;
         match self.team {
-            Team::Slices { tiles } => {
-                let [of_tokens, of_rows] = match self.beside {
-                    Beside::Nobody => [1, 1],
-                    Beside::NextTokens => [2, 1],
-                    Beside::NextRows => [1, 2],
-                };
-                [
-                    tiles * shape.slices / self.own * of_tokens * of_rows,
-                    token_tiles.div_ceil(of_tokens),
-                    row_tiles.div_ceil(tiles * of_rows),
-                ]
+            Team::Slices { tiles } => [
+                tiles * parts * of_tokens * of_rows,
+                token_tiles.div_ceil(of_tokens),
+                row_tiles.div_ceil(tiles * of_rows),
+            ],
+            Team::Apart => {
+                [of_tokens * of_rows, parts * token_tiles.div_ceil(of_tokens), row_tiles.div_ceil(of_rows)]
             }
             Team::Tokens { blocks } => [blocks, token_tiles.div_ceil(blocks), row_tiles],
             Team::Batch => {
@@ -314,6 +343,11 @@ impl Tiling {
         self.ring().threads() + if self.dealt { 64 } else { 0 }
     }
 
+    /// Do its blocks leave each other sums in memory?
+    pub(in crate::ops::gemm) fn meets_in_memory(&self) -> bool {
+        self.team == Team::Apart
+    }
+
     /// Is it the quickest for the shape, but for those before it in a list?
     pub(super) fn suits(&self, shape: &Shape) -> bool {
         let blocks = self.clusters(shape).iter().product::<u32>();
@@ -327,9 +361,9 @@ impl Tiling {
     pub(super) fn fetched(&self) -> Block {
         let Block { rows, tokens } = self.block;
         match (self.team, self.beside) {
-            (Team::Slices { .. }, Beside::Nobody) => self.block,
-            (Team::Slices { .. }, Beside::NextTokens) => Block::new(rows / 2, tokens),
-            (Team::Slices { .. }, Beside::NextRows) => Block::new(rows, tokens / 2),
+            (Team::Slices { .. } | Team::Apart, Beside::Nobody) => self.block,
+            (Team::Slices { .. } | Team::Apart, Beside::NextTokens) => Block::new(rows / 2, tokens),
+            (Team::Slices { .. } | Team::Apart, Beside::NextRows) => Block::new(rows, tokens / 2),
             // In turns where their parts would not be whole groups of the swizzle.
             (Team::Tokens { blocks }, _) if rows.is_multiple_of(8 * blocks) => {
                 Block::new(rows / blocks, tokens)

@@ -4,15 +4,16 @@ use super::super::tiling::Tiling;
 use super::qkv;
 use crate::ops::gemm::epilogue::Kind;
 
-/// Tilings of what o and down add, to the residual stream or to a rank's sums, where w fits L2.
+/// Tilings of what o and down add, to the residual stream or to a rank's sums, where w fits L2. The former has some of its own.
 macro_rules! added {
-    ($what:literal) => {
+    ($what:literal, [$($own:expr),* $(,)?]) => {
         &[
             Tiling::slices(concat!("few_", $what, "_64x16"), 64, 16, 16, Tiling::HALF),
             Tiling::slices(concat!("few_", $what, "_64x32"), 64, 32, 64, Tiling::HALF)
                 .up_to(Tiling::SOME_TWO),
             Tiling::slices(concat!("few_", $what, "_64x64"), 64, 64, 192, Tiling::HALF)
                 .up_to(Tiling::SOME_TWO),
+            $($own,)*
             Tiling::slices(concat!("few_", $what, "_64x64_2"), 64, 64, 256, Tiling::HALF)
                 .of_two_slices()
                 .of_few_columns()
@@ -42,8 +43,26 @@ pub(in crate::ops::gemm) fn of(kind: Kind) -> &'static [Tiling] {
         Tiling::head_pair(qkv!("pair", "128x128"), 128, 256, Tiling::MOST).up_to(Tiling::SINGLE),
         Tiling::head_pair(qkv!("pair", "128x64"), 64, 256, Tiling::MOST),
     ];
-    const RESIDUAL: &[Tiling] = added!("residual");
-    const SUMS: &[Tiling] = added!("sums");
+    const RESIDUAL: &[Tiling] = added!(
+        "residual",
+        [
+            Tiling::apart_rows("apart_residual_64x96", 96),
+            Tiling::apart_rows("apart_residual_64x128", 128),
+            Tiling::apart("apart_residual_128x72", 72),
+            Tiling::apart("apart_residual_128x80", 80),
+            Tiling::apart("apart_residual_128x88", 88),
+            Tiling::apart("apart_residual_128x96", 96),
+            Tiling::apart("apart_residual_128x104", 104),
+            Tiling::apart("apart_residual_128x112", 112),
+            Tiling::apart("apart_residual_128x120", 120),
+            Tiling::apart("apart_residual_128x128", 128),
+            // Of more rows than one round of those takes: o of Qwen3-4B.
+            Tiling::paired("few_residual_128x64_2_paired", 128, 64, 128).of_two_slices().from(Tiling::MANY),
+            Tiling::paired("few_residual_192x96_paired", 192, 96, 192).from(Tiling::ENOUGH),
+            Tiling::paired("few_residual_192x112_paired", 192, 112, 224).from(Tiling::ENOUGH),
+        ]
+    );
+    const SUMS: &[Tiling] = added!("sums", []);
     const GATE_UP: &[Tiling] = &[
         // In a chain of kernels quicker than a batch's blocks, which by themselves are.
         Tiling::slices("few_gate_up_64x16", 64, 16, 16, Tiling::HALF),

@@ -48,6 +48,7 @@ pub(in crate::ops::gemm) fn of(kind: Kind) -> &'static [Tiling] {
     const RESIDUAL: &[Tiling] = added_large!(
         "residual",
         [
+            Tiling::apart_rows("apart_residual_64x64", 64),
             Tiling::slices("few_residual_64x64", 64, 64, 64, Tiling::HALF).up_to(Tiling::TWO_EACH),
             Tiling::slices("few_residual_64x64_2", 64, 64, 64, Tiling::HALF)
                 .of_two_slices()
@@ -56,6 +57,8 @@ pub(in crate::ops::gemm) fn of(kind: Kind) -> &'static [Tiling] {
             Tiling::rows_paired("few_residual_192x64_rows", 192, 64, 64),
         ],
         [
+            Tiling::apart_rows("apart_residual_64x96", 96),
+            Tiling::apart_rows("apart_residual_64x128", 128),
             Tiling::slices("few_residual_128x128", 128, 128, 128, Tiling::ALL)
                 .up_to(Tiling::ONE_EACH)
                 .of_many_columns(),
@@ -70,7 +73,17 @@ pub(in crate::ops::gemm) fn of(kind: Kind) -> &'static [Tiling] {
                 .up_to(Tiling::SINGLE),
         ],
         [
+            Tiling::apart("apart_residual_128x72", 72),
+            Tiling::apart("apart_residual_128x80", 80),
+            Tiling::apart("apart_residual_128x88", 88),
+            Tiling::apart("apart_residual_128x96", 96),
+            Tiling::apart("apart_residual_128x104", 104),
+            Tiling::apart("apart_residual_128x112", 112),
+            Tiling::apart("apart_residual_128x120", 120),
+            Tiling::apart("apart_residual_128x128", 128),
             Tiling::paired("few_residual_192x96_paired", 192, 96, 192),
+            Tiling::paired("few_residual_192x112_paired", 192, 112, 224).from(Tiling::ENOUGH),
+            Tiling::paired("few_residual_192x128_paired", 192, 128, 256).from(Tiling::ENOUGH),
             Tiling::two_slices("few_residual_128x80_2", 80).of_few_columns(),
             Tiling::two_slices("few_residual_128x96_2", 96).of_few_columns(),
             Tiling::two_slices("few_residual_128x104_2", 104).of_few_columns(),

@@ -5,6 +5,8 @@ use super::super::tiling::Tiling;
 use super::{fitting, half, large};
 use crate::declared::threads_of;
 use crate::ops::gemm::epilogue::Kind;
+use crate::ops::gemm::many::Partials;
+use crate::ops::gemm::product::Block;
 use crate::ops::gemm::shape::Shape;
 use crate::weight::SLICING;
 
@@ -69,6 +71,28 @@ fn blocks_are_as_large_as_leaves_the_device_full_of_o_and_down() {
             Some("few_residual_64x64_2"),
         ]
     );
+    // Down of Qwen3-1.7B, and o of its 4B.
+    let down = |tokens| picked(fitting::of, Kind::Residual, [2048, 6144, tokens]);
+    assert_eq!(
+        [64, 96, 128, 160].map(down),
+        [
+            Some("few_residual_64x64"),
+            Some("apart_residual_64x96"),
+            Some("apart_residual_64x128"),
+            Some("apart_residual_128x80"),
+        ]
+    );
+    let o = |tokens| picked(fitting::of, Kind::Residual, [2560, 4096, tokens]);
+    assert_eq!(
+        [64, 128, 192, 224, 256].map(o),
+        [
+            Some("few_residual_64x64"),
+            Some("few_residual_128x64_2_paired"),
+            Some("few_residual_192x96_paired"),
+            Some("few_residual_192x112_paired"),
+            None,
+        ]
+    );
 }
 
 #[test]
@@ -91,7 +115,7 @@ fn blocks_are_as_large_as_leaves_the_device_full_of_a_large_o_and_down() {
     );
     assert_eq!(
         down(2048, 8192),
-        [Some("few_residual_64x64"), Some("few_residual_128x128"), Some("few_residual_192x96_paired")]
+        [Some("apart_residual_64x64"), Some("apart_residual_64x96"), Some("apart_residual_128x80")]
     );
     let o = |tokens| picked(large::of, Kind::Residual, [4096, 4096, tokens]);
     assert_eq!(
@@ -112,11 +136,12 @@ fn blocks_are_as_large_as_leaves_the_device_full_of_a_large_o_and_down() {
         [136, 192, 256].map(|tokens| o(5120, tokens)),
         [Some("few_residual_192x144_rows"), Some("few_residual_192x192_rows"), None,]
     );
-    // Down of more than 128 tokens: 28 tiles of 128 rows, and too few of all for a cluster on every multiprocessor.
+    // Down of more than 128 tokens, of Qwen2.5's 7B, Qwen3's 8B and 4B, and Llama's 1B.
     let down = |rows, cols| [200, 256].map(|tokens| picked(large::of, Kind::Residual, [rows, cols, tokens]));
     assert_eq!(down(3584, 18_944), [Some("few_residual_128x208_rows"), Some("few_residual_128x256_rows")]);
     assert_eq!(down(4096, 12_288), [Some("few_residual_128x104_2"), Some("few_residual_128x128_2")]);
-    assert_eq!(down(2048, 8192), [None; 2]);
+    assert_eq!(down(2560, 9728), [Some("few_residual_192x112_paired"), Some("few_residual_192x128_paired")]);
+    assert_eq!(down(2048, 8192), [Some("apart_residual_128x104"), Some("apart_residual_128x128")]);
     assert_eq!(down(5120, 25_600), [Some("few_residual_192x208_rows"), Some("few_residual_192x256_rows")]);
 }
 
@@ -247,6 +272,19 @@ fn blocks_are_as_large_as_leaves_the_device_full_of_gates_and_ups() {
         ]
     );
     assert_eq!([256, 257].map(|tokens| gate_up(24_576, 4096, tokens)), [Some("batch_gate_up_192x256"), None]);
+}
+
+#[test]
+fn what_blocks_leave_each_other_in_memory_has_room() {
+    let kinds = [Kind::Qkv, Kind::Residual, Kind::RankSums, Kind::GateUp, Kind::Head];
+    let lists = [fitting::of, large::of, half::of];
+    let all = kinds.into_iter().flat_map(|kind| lists.map(|of| of(kind))).flatten();
+    for tiling in all.filter(|tiling| tiling.meets_in_memory()) {
+        // Of each part as many eights of tokens as of the largest.
+        let Block { rows, tokens } = tiling.block;
+        let block = rows * tokens.next_multiple_of(8 * SLICING.most) * 4;
+        assert!(u64::from(tiling.blocks_max) * u64::from(block) <= Partials::BYTES as u64, "{tiling:?}");
+    }
 }
 
 #[test]
