@@ -47,7 +47,9 @@ struct Outputs {
 };
 
 __device__ __forceinline__ unsigned word(__half2 pair) { return *reinterpret_cast<unsigned *>(&pair); }
-__device__ __forceinline__ float2 floats(unsigned word) { return __bfloat1622float2(*reinterpret_cast<__nv_bfloat162 *>(&word)); }
+__device__ __forceinline__ float2 floats(unsigned word) {
+    return {__uint_as_float(word << 16), __uint_as_float(word & 0xffff0000u)};
+}
 
 __device__ __forceinline__ void scale(float (&y)[64], float first, float second) {
 #pragma unroll
@@ -110,65 +112,95 @@ template <> struct Ahead<Qkv> {
     float4 turns[2][8];
 
     __device__ __forceinline__ void fetch(const Qkv &e, const Known *known, unsigned lane) {
+        if (e.rope == nullptr)
+            return stay();
+        const unsigned half = e.head_dim / 2;
+        unsigned rest = half == 64 ? 32 : 0; // of heads of 64 dims the last four are the first again, and of no use
+        asm("" : "+r"(rest)); // else there is a branch, and copies
 #pragma unroll
         for (int h = 0; h < 2; h++) {
-            const unsigned position = known[lane / 4 + 8 * h].position;
+            const float2 *first = e.rope + (size_t)known[lane / 4 + 8 * h].position * half + lane % 4 * 2, *behind = first + rest;
 #pragma unroll
             for (int j = 0; j < 8; j++)
-                turns[h][j] = e.turn_at(position, (8 * j + lane % 4 * 2) & (e.head_dim / 2 - 1));
+                turns[h][j] = *reinterpret_cast<const float4 *>((j < 4 ? first : behind) + j % 4 * 8);
         }
+    }
+
+  private:
+    // No dim turns. By values that the compiler does not know, so that they are written in this branch alone, not first and then over.
+    __device__ __forceinline__ void stay() {
+        float one, zero;
+        asm volatile("mov.f32 %0, 0f3F800000;\n mov.f32 %1, 0f00000000;" : "=f"(one), "=f"(zero));
+#pragma unroll
+        for (int h = 0; h < 2; h++)
+#pragma unroll
+            for (int j = 0; j < 8; j++)
+                turns[h][j] = {one, zero, one, zero};
     }
 };
 
-// Norms and turns a head of 64 PARTS dims, y's from J on.
+// Norms and turns a head of 64 PARTS dims, y's from J on. A weight is read and unpacked once for both of the lane's tokens.
 template <int PARTS, int J>
 __device__ __forceinline__ void turn_head(const Qkv &e, float (&y)[64], const __nv_bfloat16 *weight, const Ahead<Qkv> &ahead,
                                           unsigned lane) {
-    float sum[2] = {squares<J, 0>(y), squares<J, 1>(y)};
+    constexpr int COUNT = 4 * PARTS; // words of dims 8 j + 2 (lane % 4) and the next; what these turn with is as many further on
+    unsigned weights[2 * COUNT];
+#pragma unroll
+    for (int j = 0; j < 2 * COUNT; j++)
+        weights[j] = weight ? reinterpret_cast<const unsigned *>(weight)[4 * j + lane % 4] : 0x3f803f80; // ones
+    float sum[2] = {squares<J, 0>(y), squares<J, 1>(y)}, inverse[2];
     if (PARTS == 2) {
         sum[0] = __fadd_rn(sum[0], squares<PARTS == 2 ? 8 : J, 0>(y));
         sum[1] = __fadd_rn(sum[1], squares<PARTS == 2 ? 8 : J, 1>(y));
     }
 #pragma unroll
-    for (int h = 0; h < 2; h++) {
-        const float inverse = weight ? rsqrtf(fmaf(sum[h], 1.0f / (64.0f * PARTS), e.head_eps)) : 1.0f;
+    for (int h = 0; h < 2; h++)
+        inverse[h] = weight ? rsqrtf(fmaf(sum[h], 1.0f / (64.0f * PARTS), e.head_eps)) : 1.0f;
 #pragma unroll
-        for (int j = 0; j < 4 * PARTS; j++) {
-            const float2 w_lo = Qkv::weights_at(weight, lane % 4 * 2 + 8 * j);
-            const float2 w_hi = Qkv::weights_at(weight, lane % 4 * 2 + 8 * j + 32 * PARTS);
+    for (int j = 0; j < COUNT; j++) {
+        const float2 w_lo = floats(weights[j]), w_hi = floats(weights[j + COUNT]);
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
             float *lo = y + 4 * (J + j) + 2 * h, *hi = lo + 16 * PARTS;
             const float4 turn = ahead.turns[h][j];
-            const float2 a = Qkv::weighted({lo[0], lo[1]}, inverse, w_lo), b = Qkv::weighted({hi[0], hi[1]}, inverse, w_hi);
+            const float2 a = Qkv::weighted({lo[0], lo[1]}, inverse[h], w_lo), b = Qkv::weighted({hi[0], hi[1]}, inverse[h], w_hi);
             lo[0] = Qkv::turned(a.x, turn.x, -b.x, turn.y), lo[1] = Qkv::turned(a.y, turn.z, -b.y, turn.w);
             hi[0] = Qkv::turned(b.x, turn.x, a.x, turn.y), hi[1] = Qkv::turned(b.y, turn.z, a.y, turn.w);
         }
     }
 }
 
-// Stores 64 staged dims of a key or value head, from dim d0 on, to their pages.
-__device__ __forceinline__ void store_kept(const Qkv &e, const Outputs &out, const Known *known, unsigned half, unsigned h,
-                                           unsigned d0) {
+// Stores a key or value head of 64 HALVES dims, staged from half `half` of the warp's tile on, to its pages.
+template <unsigned HALVES>
+__device__ __forceinline__ void store_kept(const Qkv &e, const Outputs &out, const Known *known, unsigned half, unsigned h) {
     const bool is_key = h < e.heads + e.kv_heads;
     const unsigned head = h - e.heads - (is_key ? 0 : e.kv_heads), chunk = out.lane() % 8, first = out.lane() / 8;
-    __nv_bfloat16 *base = (is_key ? e.k : e.v) + d0;
-    uint4 values[4];
-#pragma unroll
-    for (int i = 0; i < 4; i++)
-        values[i] = out.tile.read(first + 4 * i, 8 * half + chunk);
+    __nv_bfloat16 *const base = is_key ? e.k : e.v;
+    unsigned location[4];
+    uint4 values[4][HALVES];
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-        const unsigned location = known[first + 4 * i].location, row = location & ((1u << e.page_shift) - 1);
-        const unsigned line = (((location >> e.page_shift) * e.kv_heads + head) << e.page_shift) + row;
-        uint4 *to = reinterpret_cast<uint4 *>(base + (size_t)line * e.head_dim + 8 * (chunk ^ row % 8));
-        if (first + 4 * i < out.count)
-            *to = values[i];
+        location[i] = known[first + 4 * i].location;
+#pragma unroll
+        for (unsigned k = 0; k < HALVES; k++)
+            values[i][k] = out.tile.read(first + 4 * i, 8 * (half + k) + chunk);
+    }
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const unsigned row = location[i] & ((1u << e.page_shift) - 1);
+        const unsigned line = (((location[i] >> e.page_shift) * e.kv_heads + head) << e.page_shift) + row;
+        uint4 *to = reinterpret_cast<uint4 *>(base + (size_t)line * (64 * HALVES)) + (chunk ^ row % 8);
+#pragma unroll
+        for (unsigned k = 0; k < HALVES; k++)
+            if (first + 4 * i < out.count)
+                to[8 * k] = values[i][k];
     }
 }
 
 // `known`: of the warp's 16 tokens.
 __device__ __forceinline__ void finish(const Qkv &e, float (&y)[64], const Outputs &out, const Known *known,
                                        const Ahead<Qkv> &ahead) {
-    const unsigned lane = out.lane(), shift = e.head_dim == 128 ? 7 : 6, head = out.m0 >> shift, normed = e.heads + e.kv_heads;
+    const unsigned lane = out.lane(), head = out.m0 >> (e.head_dim == 128 ? 7 : 6), normed = e.heads + e.kv_heads;
     const Known first = known[lane / 4], second = known[lane / 4 + 8];
     scale(y, first.scale, second.scale);
     add_bias(e, y, out.m0, out.rows, lane);
@@ -179,14 +211,22 @@ __device__ __forceinline__ void finish(const Qkv &e, float (&y)[64], const Outpu
     if (e.head_dim == 64 && head + 1 < normed)
         turn_head<1, 8>(e, y, head + 1 < e.heads ? e.q_norm : e.k_norm, ahead, lane);
     stage_bf16(out.tile, y);
+    if (e.head_dim == 128) {
+        if (head < e.heads)
+            return out.send(2, out.m0);
+        out.tile.written();
+        if (out.m0 < out.rows)
+            store_kept<2>(e, out, known, 0, head);
+        return;
+    }
     out.tile.written();
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-        const unsigned m = out.m0 + 64 * half, h = m >> shift;
+#pragma unroll 1
+    for (unsigned half = 0; half < 2; half++) {
+        const unsigned h = head + half, m = out.m0 + 64 * half;
         if (h < e.heads)
             out.tile.send(half, out.map, m, out.token);
         else if (m < out.rows)
-            store_kept(e, out, known, half, h, m % (1u << shift));
+            store_kept<1>(e, out, known, half, h);
     }
 }
 
