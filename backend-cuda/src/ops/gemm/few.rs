@@ -7,9 +7,9 @@
 //!                  qkv, o, down: a slice of the columns,   a cluster has all slices, and of some two blocks each, with
 //!                  or two                                  neighbouring tokens or rows of w, which fetch what both need;
 //!                                                          or only these two, and all slices meet in memory
-//!   33 to 192      gate and up of small models, and of     two with neighbouring rows of w fetch tokens for each other
-//!   129 to 256     large ones, with their o and down: as
-//!                  many tokens as there are
+//!   33 to 192      gate and up of small models             two with neighbouring rows of w fetch tokens for each other
+//!   up to 64,      gate and up of large ones, a share of   the same
+//!   129 to 256     all rows; o and down of these, of 129 on
 //! ```
 //!
 //! Invariant: a block's shared memory is what its tiling allows, and its sums fit the ring that they lie over.

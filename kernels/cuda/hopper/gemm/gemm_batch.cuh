@@ -1,17 +1,18 @@
 // batch_*: y[t, m] = sum over k of w[m, k] x[t, k], and what epilogue.cuh does with y, where a block has all tokens of a batch: of up
-// to 256 tokens no more than N are multiplied, where gemm_many.cuh's tiles have multiples of 64.
+// to 256 tokens no more than N are multiplied, where gemm_many.cuh's tiles have multiples of 64, and one round of blocks has all rows.
 //
 //   w [rows, cols] bf16   x [tokens, cols] bf16   cols a multiple of 8   accumulates in fp32
-//   block    so many units of 64 rows of w, GROUPS at a time, by N tokens, all columns: a warpgroup for each that multiplies, and one of
-//            which a thread fetches and a warp computes the tokens' scales
+//   block    a share of w's rows, in pieces of GRAIN, up to 64 GROUPS a turn, by N tokens, all columns: a warpgroup for each 64 rows
+//            that multiplies, and one of which a thread fetches and a warp computes the tokens' scales
 //   cluster  two blocks, each of which fetches half of the tokens for both
-//   grid     as many blocks as share out the units; those of all have as many, but for the last
+//   grid     as many blocks as share out the pieces; all have as many, but for the last
 //   shared   stages * (64 GROUPS + N) * 128 bytes; 2 barriers a stage; N floats
-//   moves    w from memory once; x once for each cluster and GROUPS units, from L2
+//   moves    w from memory once; x once for each cluster and turn, from L2
 //
 // 1. A sum is one slice's: k16 by k16 from zero, in the order of gemm_few.cuh and gemm_many.cuh.
 // 2. Rows of w are the M operand, for which a warpgroup has 64, tokens the N operand, of which an instruction takes any multiple of 8.
-// 3. A unit less than GROUPS in the last turn leaves a warpgroup idle, which only lets go of the stages.
+// 3. A warpgroup without rows in a turn only lets go of the stages. Of one with less than 64, the others are what lay there before: their
+//    sums are theirs alone, and are not stored.
 // 4. Outputs go from registers to memory: a warp has 8 of each token, which four lanes store.
 #pragma once
 
@@ -19,9 +20,9 @@
 #include "hopper/gemm/share_out.cuh"
 #include "place.cuh"
 
-// GROUPS: units that a block multiplies side by side.
+// GROUPS: warpgroups that multiply side by side.
 template <int GROUPS, int N> struct BatchRing {
-    static constexpr unsigned W_BYTES = GROUPS * 64 * 128, STAGE_BYTES = W_BYTES + N * 128, UNIT_BYTES = 64 * 128;
+    static constexpr unsigned GROUP_BYTES = 64 * 128, W_BYTES = GROUPS * GROUP_BYTES, STAGE_BYTES = W_BYTES + N * 128;
     static constexpr unsigned MULTIPLIERS = 128 * GROUPS, HALF = N / 2;
     static_assert(HALF % 8 == 0, "halves of the tokens are whole groups of the swizzle");
     unsigned base, full, empty, stages;
@@ -40,33 +41,32 @@ template <int GROUPS, int N> struct BatchRing {
     }
 };
 
-// A block's units of 64 rows.
-template <int GROUPS> struct Units {
-    unsigned first, count, turns;
+// A block's share of w's rows, in pieces of GRAIN, and its turns at them.
+template <int GROUPS, int GRAIN> struct Share {
+    unsigned first, count, turns, a_turn;
 
-    __device__ __forceinline__ explicit Units(const Shape &shape) {
-        const unsigned all = (shape.rows + 63) / 64, each = (all + gridDim.x - 1) / gridDim.x;
+    __device__ __forceinline__ explicit Share(const Shape &shape) {
+        const unsigned all = (shape.rows + GRAIN - 1) / GRAIN, each = (all + gridDim.x - 1) / gridDim.x;
         first = blockIdx.x * each;
         count = first < all ? min(each, all - first) : 0;
-        turns = (each + GROUPS - 1) / GROUPS; // of both blocks of a cluster
+        turns = (each * GRAIN + 64 * GROUPS - 1) / (64 * GROUPS); // of both blocks of a cluster
+        a_turn = (each + turns - 1) / turns;
     }
-    __device__ __forceinline__ unsigned in(unsigned turn) const {
-        return count > turn * GROUPS ? min((unsigned)GROUPS, count - turn * GROUPS) : 0;
-    }
+    // The piece that a turn begins with, where the one before ends.
+    __device__ __forceinline__ unsigned begin(unsigned turn) const { return first + min(count, turn * a_turn); }
 };
 
-template <int GROUPS, int N>
+template <int GROUPS, int N, int GRAIN>
 __device__ __forceinline__ void fetch_batch(const BatchRing<GROUPS, N> &ring, const TensorMap *w, const TensorMap *x,
                                             const Shape &shape) {
     using R = BatchRing<GROUPS, N>;
-    const Units<GROUPS> units(shape);
+    const Share<GROUPS, GRAIN> share(shape);
     const unsigned blocks = shape.blocks(), rank = cluster_rank();
     const auto fetch_w = [&](unsigned at, unsigned turn, unsigned i) {
-        const unsigned in = units.in(turn);
-        barrier_expect(ring.full + 8 * at, in * R::UNIT_BYTES + N * 128);
-        for (unsigned u = 0; u < in; u++)
-            bulk_fetch(ring.stage(at) + u * R::UNIT_BYTES, w, i * 64, (units.first + turn * GROUPS + u) * 64,
-                       ring.full + 8 * at, EVICT_FIRST);
+        const unsigned begin = share.begin(turn), pieces = share.begin(turn + 1) - begin;
+        barrier_expect(ring.full + 8 * at, pieces * GRAIN * 128 + N * 128);
+        for (unsigned p = 0; p < pieces; p++)
+            bulk_fetch(ring.stage(at) + p * GRAIN * 128, w, i * 64, (begin + p) * GRAIN, ring.full + 8 * at, EVICT_FIRST);
     };
     const auto fetch_x = [&](unsigned at, unsigned i) {
         bulk_fetch_shared(ring.stage(at) + R::W_BYTES + rank * R::HALF * 128, x, i * 64, rank * R::HALF, ring.full + 8 * at,
@@ -81,7 +81,7 @@ __device__ __forceinline__ void fetch_batch(const BatchRing<GROUPS, N> &ring, co
         fetch_x(i, i);
         place.advance(ring.stages);
     }
-    for (unsigned turn = 0; turn < units.turns; turn++, ahead = 0)
+    for (unsigned turn = 0; turn < share.turns; turn++, ahead = 0)
         for (unsigned i = ahead; i < blocks; i++) {
             if (turn * blocks + i >= ring.stages)
                 barrier_wait(ring.empty + 8 * place.at, place.parity ^ 1);
@@ -110,7 +110,7 @@ __device__ __forceinline__ void finish_batch(const GateUp &e, const float (&sum)
     }
 }
 
-template <int GROUPS, int N, class Epilogue>
+template <int GROUPS, int N, int GRAIN, class Epilogue>
 __device__ __forceinline__ void multiply_batch(const TensorMap *w, const TensorMap *x, const Shape &shape, unsigned stages,
                                                const Epilogue &epilogue) {
     using R = BatchRing<GROUPS, N>;
@@ -130,7 +130,7 @@ __device__ __forceinline__ void multiply_batch(const TensorMap *w, const TensorM
         if (GROUPS == 3)
             asm volatile("setmaxnreg.dec.sync.aligned.u32 32;");
         if (threadIdx.x == R::MULTIPLIERS)
-            fetch_batch<GROUPS, N>(ring, w, x, shape);
+            fetch_batch<GROUPS, N, GRAIN>(ring, w, x, shape);
         if (warp == R::MULTIPLIERS / 32 + 1) {
 #pragma unroll 1
             for (unsigned n = 0; n < N; n += 32)
@@ -142,9 +142,9 @@ __device__ __forceinline__ void multiply_batch(const TensorMap *w, const TensorM
     if (GROUPS == 3)
         asm volatile("setmaxnreg.inc.sync.aligned.u32 160;");
     dependent_wait();
-    const Units<GROUPS> units(shape);
+    const Share<GROUPS, GRAIN> share(shape);
     const unsigned blocks = shape.blocks(), group = threadIdx.x / 128;
-    unsigned refills = units.turns * blocks > stages ? units.turns * blocks - stages : 0;
+    unsigned refills = share.turns * blocks > stages ? share.turns * blocks - stages : 0;
     const auto release = [&](unsigned at) {
         if (lane < 2 && refills > 0)
             barrier_arrive_at(ring.empty + 8 * at, lane);
@@ -152,8 +152,9 @@ __device__ __forceinline__ void multiply_batch(const TensorMap *w, const TensorM
     };
     RingPlace place;
 #pragma unroll 1
-    for (unsigned turn = 0; turn < units.turns; turn++) {
-        if (group >= units.in(turn)) {
+    for (unsigned turn = 0; turn < share.turns; turn++) {
+        const unsigned row = share.begin(turn) * GRAIN, rows = share.begin(turn + 1) * GRAIN - row;
+        if (group * 64 >= rows) {
             for (unsigned i = 0; i < blocks; i++) {
                 barrier_wait(ring.full + 8 * place.at, place.parity);
                 release(place.at);
@@ -169,7 +170,7 @@ __device__ __forceinline__ void multiply_batch(const TensorMap *w, const TensorM
 #pragma unroll 1
         for (unsigned i = 0; i < blocks; i++) {
             barrier_wait(ring.full + 8 * place.at, place.parity);
-            const unsigned long long a = tile_descriptor(ring.stage(place.at) + group * R::UNIT_BYTES);
+            const unsigned long long a = tile_descriptor(ring.stage(place.at) + group * R::GROUP_BYTES);
             const unsigned long long b = tile_descriptor(ring.stage(place.at) + R::W_BYTES);
             wgmma_fence();
 #pragma unroll
@@ -188,13 +189,14 @@ __device__ __forceinline__ void multiply_batch(const TensorMap *w, const TensorM
         release(before);
         if (turn == 0)
             sync_threads(SCALES_KNOWN, R::MULTIPLIERS + 32);
-        finish_batch<N>(epilogue, sum, scales, shape, (units.first + turn * GROUPS + group) * 64 + warp % 4 * 16);
+        if (GRAIN == 64 || warp * 16 < rows)
+            finish_batch<N>(epilogue, sum, scales, shape, row + warp * 16);
     }
 }
 
-#define BATCH(NAME, GROUPS, N, EPILOGUE)                                                                                     \
+#define BATCH(NAME, GROUPS, N, GRAIN, EPILOGUE)                                                                              \
     extern "C" __global__ void __launch_bounds__(128 * GROUPS + 128, GROUPS == 3 || N > 64 ? 1 : 2)                         \
     NAME(const __grid_constant__ TensorMap w, const __grid_constant__ TensorMap x, Shape shape, unsigned stages,             \
          EPILOGUE epilogue) {                                                                                                \
-        multiply_batch<GROUPS, N>(&w, &x, shape, stages, epilogue);                                                          \
+        multiply_batch<GROUPS, N, GRAIN>(&w, &x, shape, stages, epilogue);                                                   \
     }

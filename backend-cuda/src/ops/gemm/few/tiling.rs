@@ -15,8 +15,8 @@ pub(super) enum Team {
     Tokens { blocks: u32 },
     /// The blocks that have a tile's slices meet in memory, where a cluster of two has only what both fetch for each other.
     Apart,
-    /// Two blocks with all tokens and an equal share of w's rows, in units of 64, fetch tokens together; each has the whole sum.
-    Batch,
+    /// Two blocks with all tokens and an equal share of w's rows, in pieces of so many, fetch tokens together; each has the whole sum.
+    Batch { piece: u32 },
 }
 
 /// Whom a block has beside itself in its cluster, with a slice in common, so that each fetches a half of what both need.
@@ -66,6 +66,8 @@ pub(in crate::ops::gemm) struct Tiling {
 impl Tiling {
     /// Two blocks fit a multiprocessor's shared memory.
     pub(super) const HALF: u32 = 112 << 10;
+    /// Three do.
+    pub(super) const THIRD: u32 = 75 << 10;
     /// One block does. Of a matrix that L2 holds, more bytes on their way are a loss.
     pub(super) const MOST: u32 = 162 << 10;
     /// All that a block can have.
@@ -85,6 +87,7 @@ impl Tiling {
     /// The same, of other blocks.
     pub(in crate::ops::gemm) const SINGLE: u32 = 132;
     pub(super) const TWO_SINGLE: u32 = 264;
+    pub(super) const THREE_SINGLE: u32 = 396;
     /// Nearly all of those: with fewer, tiles of 64 tokens a warpgroup are as quick where there are as many tokens.
     pub(super) const FULL: u32 = 124;
     /// Tokens of which `gemm_many.cuh`'s tiles, whose tokens are a multiple of 64, multiply many more than there are.
@@ -193,6 +196,14 @@ impl Tiling {
         Self::slices(kernel, 128, tokens, 2 * tokens, Self::ALL).of_two_slices().up_to(Self::SINGLE)
     }
 
+    /// A block has two slices of 64 rows, and a multiprocessor to itself: of matrices whose blocks take nearly all of these at once.
+    pub(super) const fn two_slices_few(kernel: &'static str, tokens: u32) -> Tiling {
+        Self::slices(kernel, 64, tokens, tokens, Self::ALL)
+            .of_two_slices()
+            .from(Self::FULL)
+            .up_to(Self::SINGLE)
+    }
+
     /// With the other kernels of heads: for normed ones, and with keys and values in fp8.
     const fn of_heads(self, [[_, normed], fp8]: [[&'static str; 2]; 2]) -> Tiling {
         Tiling { normed: Some(normed), fp8: Some(fp8), ..self }
@@ -237,10 +248,15 @@ impl Tiling {
         }
     }
 
-    /// Two blocks, each of which has all tokens and takes so many rows of w at a time.
+    /// Two blocks, each of which has all tokens and takes up to so many rows of w at a time.
     pub(super) const fn batch(kernel: &'static str, rows: u32, tokens: u32) -> Tiling {
-        let (team, tokens_min) = (Team::Batch, Self::BATCH_MIN);
+        let (team, tokens_min) = (Team::Batch { piece: 64 }, Self::BATCH_MIN);
         Tiling { team, tokens_min, dealt: true, ..Tiling::slices(kernel, rows, tokens, tokens, Self::ALL) }
+    }
+
+    /// The same for few tokens: where memory bounds, blocks share out rows by halves of what a warpgroup multiplies.
+    pub(super) const fn fine_batch(kernel: &'static str, rows: u32, tokens: u32) -> Tiling {
+        Tiling { team: Team::Batch { piece: 32 }, tokens_min: 1, ..Self::batch(kernel, rows, tokens) }
     }
 
     /// The same of 64 rows, for any number of tokens: of few, two blocks fit a multiprocessor.
@@ -273,7 +289,7 @@ impl Tiling {
             Team::Tokens { blocks } => {
                 format!("all columns, in a cluster of {blocks} that fetches w together")
             }
-            Team::Batch => "all columns, in a cluster of 2 that fetches tokens together".into(),
+            Team::Batch { .. } => "all columns, in a cluster of 2 that fetches tokens together".into(),
             Team::Slices { .. } => format!("{} of {} slices of the columns", self.own, shape.slices),
             Team::Apart => format!("{} of {} slices of the columns, met in memory", self.own, shape.slices),
         };
@@ -292,7 +308,7 @@ impl Tiling {
         let cols = shape.cols.div_ceil(BLOCK_COLS);
         let wanted = match self.team {
             Team::Slices { .. } | Team::Apart => cols.div_ceil(shape.slices) * self.own,
-            Team::Tokens { .. } | Team::Batch => cols,
+            Team::Tokens { .. } | Team::Batch { .. } => cols,
         };
         self.ring().stages(wanted, self.shared)
     }
@@ -321,9 +337,9 @@ impl Tiling {
                 [of_tokens * of_rows, parts * token_tiles.div_ceil(of_tokens), row_tiles.div_ceil(of_rows)]
             }
             Team::Tokens { blocks } => [blocks, token_tiles.div_ceil(blocks), row_tiles],
-            Team::Batch => {
-                let units = shape.rows.div_ceil(64);
-                [2, units.div_ceil(units.div_ceil(Self::SINGLE)).div_ceil(2), 1]
+            Team::Batch { piece } => {
+                let pieces = shape.rows.div_ceil(piece);
+                [2, pieces.div_ceil(pieces.div_ceil(Self::SINGLE)).div_ceil(2), 1]
             }
         }
     }
@@ -369,7 +385,7 @@ impl Tiling {
                 Block::new(rows / blocks, tokens)
             }
             (Team::Tokens { .. }, _) => self.block,
-            (Team::Batch, _) => Block::new(64, tokens / 2),
+            (Team::Batch { piece }, _) => Block::new(piece, tokens / 2),
         }
     }
 }

@@ -4,16 +4,18 @@ use super::super::tiling::Tiling;
 use super::{fitting, qkv};
 use crate::ops::gemm::epilogue::Kind;
 
-/// Tilings of what o and down add, to the residual stream or to a rank's sums. Both have some of their own: of up to 64 tokens, of up
-/// to 128, and of more.
+/// Tilings of what o and down add, to the residual stream or to a rank's sums. Both have some of their own: of up to 32 tokens, of up
+/// to 64, of up to 128, and of more.
 macro_rules! added_large {
     (
         $what:literal,
+        [$($to_32:expr),* $(,)?],
         [$($to_64:expr),* $(,)?],
         [$($to_128:expr),* $(,)?],
         [$($more:expr),* $(,)?]
     ) => {
         &[
+            $($to_32,)*
             Tiling::slices(concat!("few_", $what, "_64x16"), 64, 16, 16, Tiling::HALF),
             Tiling::slices(concat!("few_", $what, "_64x32"), 64, 32, 32, Tiling::HALF),
             $($to_64,)*
@@ -48,7 +50,19 @@ pub(in crate::ops::gemm) fn of(kind: Kind) -> &'static [Tiling] {
     const RESIDUAL: &[Tiling] = added_large!(
         "residual",
         [
+            // One round of blocks on nearly all multiprocessors, or three on each: of two on each some would begin when others end.
+            Tiling::two_slices_few("few_residual_64x16_2", 16),
+            Tiling::two_slices_few("few_residual_64x32_2", 32),
+            Tiling::slices("few_residual_64x16", 64, 16, 16, Tiling::THIRD)
+                .from(Tiling::TWO_SINGLE)
+                .up_to(Tiling::THREE_SINGLE),
+            Tiling::slices("few_residual_64x32", 64, 32, 32, Tiling::THIRD)
+                .from(Tiling::TWO_SINGLE)
+                .up_to(Tiling::THREE_SINGLE),
+        ],
+        [
             Tiling::apart_rows("apart_residual_64x64", 64),
+            Tiling::two_slices_few("few_residual_64x64_2", 64),
             Tiling::slices("few_residual_64x64", 64, 64, 64, Tiling::HALF).up_to(Tiling::TWO_EACH),
             Tiling::slices("few_residual_64x64_2", 64, 64, 64, Tiling::HALF)
                 .of_two_slices()
@@ -118,6 +132,7 @@ pub(in crate::ops::gemm) fn of(kind: Kind) -> &'static [Tiling] {
     );
     const SUMS: &[Tiling] = added_large!(
         "sums",
+        [],
         [Tiling::rows_paired("few_sums_128x64_rows", 128, 64, 64)],
         [
             Tiling::rows_paired("few_sums_128x96_rows", 128, 96, 96),
@@ -137,12 +152,15 @@ pub(in crate::ops::gemm) fn of(kind: Kind) -> &'static [Tiling] {
         ]
     );
     const GATE_UP: &[Tiling] = &[
-        Tiling::slices("few_gate_up_64x16", 64, 16, 16, Tiling::HALF),
-        Tiling::slices("few_gate_up_64x32", 64, 32, 32, Tiling::HALF),
+        Tiling::slices("few_gate_up_64x16", 64, 16, 16, Tiling::HALF).up_to(Tiling::TWO_SINGLE),
+        Tiling::slices("few_gate_up_64x32", 64, 32, 32, Tiling::HALF).up_to(Tiling::TWO_SINGLE),
         Tiling::slices("few_gate_up_64x48", 64, 48, 48, Tiling::HALF).up_to(Tiling::TWO_SINGLE),
-        // All columns: where one round of blocks has all rows, the fewest fetch the tokens.
-        Tiling::slices("few_gate_up_192x48", 192, 48, 48, Tiling::ALL).up_to(Tiling::SINGLE),
         Tiling::slices("few_gate_up_64x64", 64, 64, 64, Tiling::HALF).up_to(Tiling::TWO_SINGLE),
+        // Where those would be more than one round of blocks.
+        Tiling::fine_batch("batch_gate_up_192x16", 192, 16),
+        Tiling::fine_batch("batch_gate_up_192x32", 192, 32),
+        Tiling::fine_batch("batch_gate_up_192x48", 192, 48),
+        Tiling::fine_batch("batch_gate_up_192x64", 192, 64),
         // No more tokens than there are, where tiles of 64 a warpgroup have many more.
         Tiling::batch("batch_gate_up_192x144", 192, 144),
         Tiling::batch("batch_gate_up_192x160", 192, 160),

@@ -1,9 +1,9 @@
 use minisgl_kernels::HOPPER;
 use minisgl_kernels::attention::Set;
 
-use super::super::tiling::Tiling;
+use super::super::tiling::{Team, Tiling};
 use super::{fitting, half, large};
-use crate::declared::threads_of;
+use crate::declared::{source, threads_of};
 use crate::ops::gemm::epilogue::Kind;
 use crate::ops::gemm::many::Partials;
 use crate::ops::gemm::product::Block;
@@ -19,6 +19,18 @@ fn kernels_are_bound_to_the_threads_that_they_are_launched_with() {
         let all = std::iter::once(tiling.kernel).chain(tiling.normed).chain(in_fp8);
         for name in all {
             assert_eq!(threads_of(HOPPER, name), tiling.threads(), "{name}");
+        }
+    }
+}
+
+#[test]
+fn both_sides_share_out_a_batchs_rows_in_the_same_pieces() {
+    let kernels = source("hopper/gemm/gemm_few_gate_up.cu");
+    for tiling in [fitting::of, large::of].map(|of| of(Kind::GateUp)).into_iter().flatten() {
+        let (Tiling { kernel, team, .. }, Block { rows, tokens }) = (tiling, tiling.block);
+        if let Team::Batch { piece } = team {
+            let line = format!("BATCH({kernel}, {}, {tokens}, {piece}, GateUp)", rows / 64);
+            assert!(kernels.contains(&line), "{line}");
         }
     }
 }
@@ -102,12 +114,18 @@ fn blocks_are_as_large_as_leaves_the_device_full_of_a_large_o_and_down() {
     assert_eq!(down(3584, 18_944), Some("few_residual_128x128"));
     assert_eq!(down(3584, 3584), Some("few_residual_128x64_2_paired"));
     assert_eq!(down(4096, 14_336), Some("few_residual_192x128"));
-    // And down of Qwen3-8B and 14B, and of Llama's 1B.
+    // And down of Qwen3-8B and 14B, and of Llama's 1B; of few tokens, of Qwen2.5's 7B as well.
+    let down = |rows, cols| [16, 32].map(|tokens| picked(large::of, Kind::Residual, [rows, cols, tokens]));
+    assert_eq!(down(4096, 12_288), [Some("few_residual_64x16_2"), Some("few_residual_64x32_2")]);
+    let third = large::of(Kind::Residual).iter().filter(|tiling| tiling.shared == Tiling::THIRD);
+    let third: Vec<_> = third.map(|tiling| Some(tiling.kernel)).collect();
+    assert_eq!(down(5120, 17_408)[..], third[..]);
+    assert_eq!(down(3584, 18_944), [Some("few_residual_64x16"), Some("few_residual_64x32")]);
     let down =
         |rows, cols| [64, 96, 160].map(|tokens| picked(large::of, Kind::Residual, [rows, cols, tokens]));
     assert_eq!(
         down(4096, 12_288),
-        [Some("few_residual_192x64_rows"), Some("few_residual_192x128"), Some("few_residual_128x80_2")]
+        [Some("few_residual_64x64_2"), Some("few_residual_192x128"), Some("few_residual_128x80_2")]
     );
     assert_eq!(
         down(5120, 17_408),
@@ -257,13 +275,20 @@ fn blocks_are_as_large_as_leaves_the_device_full_of_gates_and_ups() {
     assert_eq!(gate_up(12_288, 2048, 48), Some("few_gate_up_64x48"));
     assert_eq!(gate_up(16_384, 2048, 64), Some("few_gate_up_64x64"));
     assert_eq!(
-        [32, 48, 49].map(|tokens| gate_up(24_576, 4096, tokens)),
-        [Some("few_gate_up_64x32"), Some("few_gate_up_192x48"), None]
-    );
-    assert_eq!([48, 64].map(|tokens| gate_up(37_888, 3584, tokens)), [None; 2]);
-    assert_eq!(
-        [128, 129, 200, 240, 241].map(|tokens| gate_up(37_888, 3584, tokens)),
+        [16, 32, 48, 64, 65].map(|tokens| gate_up(24_576, 4096, tokens)),
         [
+            Some("batch_gate_up_192x16"),
+            Some("batch_gate_up_192x32"),
+            Some("batch_gate_up_192x48"),
+            Some("batch_gate_up_192x64"),
+            None
+        ]
+    );
+    assert_eq!(gate_up(16_384, 2048, 16), Some("few_gate_up_64x16"));
+    assert_eq!(
+        [64, 128, 129, 200, 240, 241].map(|tokens| gate_up(37_888, 3584, tokens)),
+        [
+            Some("batch_gate_up_192x64"),
             None,
             Some("batch_gate_up_192x144"),
             Some("batch_gate_up_192x208"),
