@@ -31,7 +31,7 @@ use crate::costs::StepCosts;
 const PORTION_MIN: u32 = 64;
 /// How many times as long as a decode step one with prompts takes; what is not reckoned with (drawing tokens, rows that join,
 /// attention that a step of decode rows alone hides behind products) makes it twice.
-const USUAL: f32 = 1.8;
+const USUAL: f32 = 1.81;
 /// A long one: a prompt of a thousand tokens takes four to five, where few rows decode.
 const LONG: f32 = 6.0;
 /// Of how many gaps between tokens one may be long: somewhat less than one in a hundred.
