@@ -35,6 +35,34 @@ fn end_of(mut child: Child) -> std::process::Output {
 }
 
 #[test]
+fn a_run_that_a_signal_ends_leaves_reports_as_they_were_and_the_next_one_writes_them() {
+    let scratch = Scratch::new();
+    scratch.write("in.jsonl", requests(400, 100));
+    scratch
+        .write("old.json", "an earlier run's, which is longer than what comes in its place: ".repeat(1000));
+    let reports = ["--json", "old.json", "--report", "new.html"].map(|word| match word.contains('.') {
+        true => scratch.join(word).into_os_string(),
+        false => word.into(),
+    });
+    let mut run = command_on(&scratch, "in.jsonl", "out.jsonl");
+    let run = run.args(["--overwrite"]).args(&reports).stderr(Stdio::piped()).spawn().unwrap();
+    wait_for_bytes(&scratch.join("out.jsonl"), 1);
+    signal("INT", run.id());
+    assert_eq!(end_of(run).status.code(), Some(130));
+    assert!(fs::read_to_string(scratch.join("old.json")).unwrap().starts_with("an earlier run's"));
+    assert!(!scratch.join("new.html").exists());
+
+    scratch.write("in.jsonl", requests(2, 4));
+    let run =
+        command_on(&scratch, "in.jsonl", "out.jsonl").args(["--overwrite"]).args(&reports).output().unwrap();
+    assert!(run.status.success(), "{}", stderr(&run));
+    let report: serde_json::Value =
+        serde_json::from_str(&fs::read_to_string(scratch.join("old.json")).unwrap()).unwrap();
+    assert_eq!(report["program"], "generate");
+    assert!(fs::read_to_string(scratch.join("new.html")).unwrap().contains("</html>"));
+}
+
+#[test]
 fn a_signal_keeps_what_has_ended_and_says_what_is_left_and_the_command_that_goes_on() {
     for (name, status, output) in [("INT", 130, "out.jsonl"), ("TERM", 143, "out.jsonl.gz")] {
         let scratch = Scratch::new();

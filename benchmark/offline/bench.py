@@ -7,8 +7,8 @@ MODEL is Qwen/Qwen3-0.6B if nothing is given; `qwen3-0.6b`, dummy weights of tha
 without Python: offline-bench --workload minisgl.
 """
 
+import argparse
 import random
-import sys
 import time
 
 from minisgl.core import SamplingParams
@@ -19,8 +19,9 @@ LENGTHS = (100, 1024)
 
 
 def main() -> None:
-    model = sys.argv[1] if len(sys.argv) > 1 else "Qwen/Qwen3-0.6B"
-    llm = LLM(model, max_seq_len_override=4096, max_extend_tokens=16384, cuda_graph_max_bs=256)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", metavar="MODEL", nargs="?", default="Qwen/Qwen3-0.6B")
+    llm = LLM(parser.parse_args().model, max_seq_len_override=4096, max_extend_tokens=16384, cuda_graph_max_bs=256)
     highest = min(10_000, llm.info()["vocab_size"] - 1)
     random.seed(0)
     prompts = [[random.randint(0, highest) for _ in range(random.randint(*LENGTHS))] for _ in range(REQUESTS)]

@@ -5,8 +5,8 @@
 100000 requests to the preset `tiny` on the CPU if nothing is given. The threads that compute (minisgl-cpu-N) are not the host's.
 """
 
+import argparse
 import resource
-import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -29,8 +29,12 @@ def peak_mib() -> float:
 
 
 def main() -> None:
-    requests = int(sys.argv[1]) if len(sys.argv) > 1 else 100_000
-    llm = LLM(sys.argv[2] if len(sys.argv) > 2 else "tiny", backend="cpu", max_model_len=64, max_num_seqs=256)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("requests", metavar="REQUESTS", nargs="?", type=int, default=100_000)
+    parser.add_argument("model", metavar="MODEL", nargs="?", default="tiny")
+    arguments = parser.parse_args()
+    requests = arguments.requests
+    llm = LLM(arguments.model, backend="cpu", max_model_len=64, max_num_seqs=256)
     params = SamplingParams(temperature=0, max_tokens=TOKENS_OUT, ignore_eos=True)
     prompts = [[(i >> 8 * place) % 251 for place in range(TOKENS_IN)] for i in range(requests)]
     llm.generate(prompts[:1000], params, use_tqdm=False)  # Touches everything once.

@@ -5,12 +5,12 @@
 //!                                                                    └──> FILE.json
 //! ```
 //!
-//! Files are created before anything runs: hours of work are not lost to a mistyped path.
+//! Files are known to be writable before anything runs: hours of work are not lost to a mistyped path.
 
 mod json;
 mod page;
 
-use std::fs::File;
+use std::fs::{self, File, OpenOptions};
 use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -116,32 +116,59 @@ pub struct OutputError {
     pub source: io::Error,
 }
 
-/// A file for results, created before anything runs.
+/// A file for results, known to be writable before anything runs, and left as it is until there are some: a run that ends early
+/// takes nothing from an earlier one, and leaves no empty file.
 #[derive(Debug)]
 pub struct Output {
     path: PathBuf,
-    file: BufWriter<File>,
+    /// What was there: a file, or what can't be opened twice, a pipe.
+    there: Option<File>,
 }
 
 impl Output {
-    /// Creates the file, or empties it.
+    /// Opens what is there, or makes sure that a file can be created.
     ///
     /// # Errors
-    /// It can't be created.
+    /// It can't be written, or created.
     pub fn create(path: &Path) -> Result<Self, OutputError> {
-        let file = File::create(path).map_err(|source| OutputError { path: path.to_owned(), source })?;
-        Ok(Output { path: path.to_owned(), file: BufWriter::new(file) })
+        let failed = |source| OutputError { path: path.to_owned(), source };
+        let mut options = OpenOptions::new();
+        options.write(true);
+        let there = match options.clone().create_new(true).open(path) {
+            Ok(_) => {
+                fs::remove_file(path).map_err(failed)?;
+                None
+            }
+            // A link to nowhere is there, too.
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+                Some(options.create(true).truncate(false).open(path).map_err(failed)?)
+            }
+            Err(error) => return Err(failed(error)),
+        };
+        Ok(Output { path: path.to_owned(), there })
     }
 
-    /// Writes its content.
+    /// Writes its content, in place of what was there.
     ///
     /// # Errors
     /// It can't be written.
     pub fn write(
-        mut self,
+        self,
         content: impl FnOnce(&mut BufWriter<File>) -> io::Result<()>,
     ) -> Result<(), OutputError> {
-        let written = content(&mut self.file).and_then(|()| self.file.flush());
-        written.map_err(|source| OutputError { path: self.path, source })
+        let Output { path, there } = self;
+        let open = || {
+            let file = there.map_or_else(|| File::create(&path), Ok)?;
+            if file.metadata()?.is_file() {
+                file.set_len(0)?;
+            }
+            Ok(file)
+        };
+        let written = open().and_then(|file| {
+            let mut file = BufWriter::new(file);
+            content(&mut file)?;
+            file.flush()
+        });
+        written.map_err(|source| OutputError { path, source })
     }
 }
