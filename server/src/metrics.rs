@@ -18,15 +18,22 @@ use crate::stages::Stages;
 /// Content type of what [`Metrics::encode`] gives.
 pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
-/// Seconds; from a step of a small model to a long prompt.
-const TOKEN_BUCKETS: [f64; 14] =
-    [0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.025, 0.05, 0.1, 0.2, 0.5, 1.0, 5.0];
-/// Seconds that a caller waits for the first token.
-const FIRST_TOKEN_BUCKETS: [f64; 16] =
-    [0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.15, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 40.0, 160.0];
-/// Seconds that a request takes.
-const REQUEST_BUCKETS: [f64; 15] =
-    [0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 15.0, 30.0, 60.0, 120.0, 480.0, 1920.0];
+/// Why an output ends. All are there from the start, at zero: a rate is of what a series grows by, so that what comes with
+/// its first value (all that a failed engine lost) would not be seen.
+const OUTCOMES: [&str; 6] = ["stop", "length", "abort", "rejected", "failed", "lost"];
+
+/// Histogram of seconds, over six decades from so many microseconds. Prometheus draws a straight line across a bucket to find
+/// a quantile: with each bound at most 5/3 of the one before, it is never further off than that.
+fn histogram(least_us: u32) -> Histogram {
+    let decades = (0..6).map(|decade| f64::from(least_us) * 10_f64.powi(decade));
+    // Whole numbers until they are divided, so that bounds are decimals as short as they look.
+    Histogram::new(decades.flat_map(|us| [10, 15, 20, 30, 50, 75].map(|tenths| us * f64::from(tenths) / 1e7)))
+}
+
+/// Of a step, and of a token that follows another: a small model's take less than a millisecond on a GPU.
+fn token_histogram() -> Histogram {
+    histogram(100)
+}
 
 #[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
 struct Outcome {
@@ -75,7 +82,6 @@ impl Metrics {
     pub fn new(model: &str) -> Self {
         let mut registry = Registry::default();
         let metrics = registry.sub_registry_with_label(("model_name".into(), model.to_owned().into()));
-        let histogram = |buckets: &'static [f64]| Histogram::new(buckets.iter().copied());
         let running = Gauge::default();
         metrics.register("vllm:num_requests_running", "Requests in the batch", running.clone());
         let waiting = Gauge::default();
@@ -105,11 +111,14 @@ impl Metrics {
         let prefix_hits = counter("vllm:prefix_cache_hits", "Tokens of prompts that the prefix cache held");
         let generation_tokens = counter("vllm:generation_tokens", "Tokens drawn");
         let embeddings = counter("minisgl:embeddings", "Embeddings of prompts");
-        let outcomes = Family::default();
+        let outcomes = Family::<Outcome, Counter>::default();
+        for finished_reason in OUTCOMES {
+            drop(outcomes.get_or_create(&Outcome { finished_reason }));
+        }
         let help = "Requests that ended, by why: stop, length, abort, rejected, failed or lost";
         metrics.register("vllm:request_success", help, outcomes.clone());
         let mut stage = |name, help| {
-            let stage = histogram(&FIRST_TOKEN_BUCKETS);
+            let stage = histogram(1_000);
             metrics.register(name, help, stage.clone());
             stage
         };
@@ -122,16 +131,16 @@ impl Metrics {
             "minisgl:first_token_send_time_seconds",
             "Seconds from there until the connection took it, of streams",
         );
-        let first_token = histogram(&FIRST_TOKEN_BUCKETS);
+        let first_token = histogram(1_000);
         let help = "Seconds from a request to its first token";
         metrics.register("vllm:time_to_first_token_seconds", help, first_token.clone());
-        let between_tokens = histogram(&TOKEN_BUCKETS);
+        let between_tokens = token_histogram();
         let help = "Seconds from one token of a request to the next";
         metrics.register("vllm:inter_token_latency_seconds", help, between_tokens.clone());
-        let end_to_end = histogram(&REQUEST_BUCKETS);
+        let end_to_end = histogram(10_000);
         let help = "Seconds from a request to its end";
         metrics.register("vllm:e2e_request_latency_seconds", help, end_to_end.clone());
-        let steps = Family::new_with_constructor((|| Histogram::new(TOKEN_BUCKETS)) as fn() -> Histogram);
+        let steps = Family::new_with_constructor(token_histogram as fn() -> Histogram);
         metrics.register("minisgl:step_seconds", "Device time of a step, by kind", steps.clone());
         let answers = Family::default();
         let help = "HTTP requests answered, by path and status";
