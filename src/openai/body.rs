@@ -24,7 +24,7 @@ use serde_json::value::RawValue;
 use super::error::{FieldError, shown};
 use super::fields::{Fields, Whole, cause, read, wrong};
 use super::model_name::ModelName;
-use super::rest::{CHAT_FIELDS, check_rest};
+use super::rest::{CHAT_FIELDS, check_rest, take_all_known};
 use super::structured::grammar;
 use super::tools::tool_calls;
 use crate::SamplingParams;
@@ -96,7 +96,10 @@ impl Body {
         let include_stop = fields.flag("include_stop_str_in_output")?.unwrap_or(false);
         let rules = rules(&mut fields)?;
         let grammar = grammar(&mut fields)?;
-        let (prompt_field, mut prompts) = prompt(&mut fields, prompts)?;
+        let (prompt_field, mut prompts) = match prompt(&mut fields, prompts) {
+            Err(FieldError::Prompt { field, right }) => return Err(without_prompt(fields, field, right)),
+            found => found?,
+        };
         let calls = tool_calls(&mut fields, &mut prompts)?;
         let (grammar_field, grammar) = one_of(grammar, calls)?.unzip();
         check_rest(fields, &prompts)?;
@@ -349,6 +352,20 @@ fn prompt(fields: &mut Fields<'_>, prompts: Prompts) -> Result<(&'static str, Ve
     }
 }
 
+/// What is wrong with a request that has no prompt: what it has in its place is a field that is not known.
+fn without_prompt(mut fields: Fields<'_>, field: Option<&'static str>, right: &'static str) -> FieldError {
+    if let Err(error) = tool_calls(&mut fields, &mut []) {
+        return error;
+    }
+    take_all_known(&mut fields);
+    fields.take_all(JUDGED);
+    match fields.unknown() {
+        Some((name, None)) => FieldError::Unknown { field: shown(&name), fix: format!("give {right}") },
+        Some((name, near)) => FieldError::unknown(&name, near),
+        None => FieldError::Prompt { field, right },
+    }
+}
+
 fn no_prompt(prompts: Prompts) -> FieldError {
     let (field, right) = match prompts {
         Prompts::Any => (None, "exactly one of prompt, prompt_token_ids and messages"),
@@ -361,12 +378,16 @@ fn no_prompt(prompts: Prompts) -> FieldError {
     FieldError::Prompt { field, right }
 }
 
+/// What a document is judged by, the document, and how.
+const JUDGED: [&str; 3] = ["query", "document", "instruction"];
+
 /// A document, by what it is judged, and how.
 fn judged(fields: &mut Fields<'_>) -> Result<RerankRequest, FieldError> {
+    let [query, document, instruction] = JUDGED;
     let mut text = |field, fix| fields.text(field)?.ok_or(FieldError::Missing { field, fix });
-    let query = text("query", "a document is judged by one")?;
-    let request = RerankRequest::new(query, text("document", "give what the query is to judge")?);
-    let instruction = fields.text("instruction")?.unwrap_or(request.instruction);
+    let query = text(query, "a document is judged by one")?;
+    let request = RerankRequest::new(query, text(document, "give what the query is to judge")?);
+    let instruction = fields.text(instruction)?.unwrap_or(request.instruction);
     Ok(RerankRequest { instruction, ..request })
 }
 

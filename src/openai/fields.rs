@@ -125,17 +125,32 @@ impl<'a> Fields<'a> {
         }
     }
 
+    /// Takes fields, whatever they hold.
+    pub fn take_all(&mut self, names: impl IntoIterator<Item = &'static str>) {
+        for name in names {
+            self.raw(name);
+        }
+    }
+
     /// Checks that every field was taken, and stood there once.
     ///
     /// # Errors
     /// The first that was not, or one that stood there twice.
     pub fn finish(mut self) -> Result<(), FieldError> {
         self.check_once()?;
-        let Some((name, _)) = self.values.pop_first() else { return Ok(()) };
+        match self.unknown() {
+            Some((name, near)) => Err(FieldError::unknown(&name, near)),
+            None => Ok(()),
+        }
+    }
+
+    /// The first field that was not taken, and the one that it may have been meant to be.
+    pub fn unknown(&mut self) -> Option<(String, Option<&'static str>)> {
+        let (name, _) = self.values.pop_first()?;
         let alike = |known: &&'static str| (strsim::jaro_winkler(&name, known), *known);
         let near = self.names.iter().map(alike).filter(|(alike, _)| *alike >= ALIKE);
         let near = near.max_by(|a, b| a.0.total_cmp(&b.0)).map(|(_, known)| known);
-        Err(FieldError::unknown(&name, near))
+        Some((name, near))
     }
 
     /// Checks that no key stood there twice.

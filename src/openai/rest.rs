@@ -67,11 +67,18 @@ const ONLY: &[Only] = &[
 pub const CHAT_FIELDS: [&str; 5] =
     ["tools", "documents", "chat_template_kwargs", "add_generation_prompt", "continue_final_message"];
 
+const ADD_SPECIAL_TOKENS: &str = "add_special_tokens";
+
 /// Takes the fields that change no result.
 pub fn take_without_effect(fields: &mut Fields<'_>) {
-    for name in WITHOUT_EFFECT {
-        fields.raw(name);
-    }
+    fields.take_all(WITHOUT_EFFECT.iter().copied());
+}
+
+/// Takes all that [`check_rest`] knows, whatever it asks for.
+pub fn take_all_known(fields: &mut Fields<'_>) {
+    take_without_effect(fields);
+    let only = ONLY.iter().map(|(name, ..)| *name);
+    fields.take_all(only.chain(CHAT_FIELDS).chain([ADD_SPECIAL_TOKENS]));
 }
 
 /// Checks that what is left of a request asks for nothing.
@@ -82,12 +89,12 @@ pub fn check_rest(mut fields: Fields<'_>, prompts: &[Prompt]) -> Result<(), Fiel
     take_without_effect(&mut fields);
     check_only(&mut fields, ONLY)?;
     match prompts.first() {
-        None | Some(Prompt::Tokens(_) | Prompt::Rerank(_)) => drop(fields.raw("add_special_tokens")),
+        None | Some(Prompt::Tokens(_) | Prompt::Rerank(_)) => drop(fields.raw(ADD_SPECIAL_TOKENS)),
         Some(Prompt::Text(_)) => {
-            check(&mut fields, ("add_special_tokens", &["true"], "the tokenizer's are added"))?
+            check(&mut fields, (ADD_SPECIAL_TOKENS, &["true"], "the tokenizer's are added"))?
         }
         Some(Prompt::Chat(_)) => {
-            check(&mut fields, ("add_special_tokens", &["false"], "the template writes them"))?
+            check(&mut fields, (ADD_SPECIAL_TOKENS, &["false"], "the template writes them"))?
         }
     }
     match CHAT_FIELDS.into_iter().find(|name| fields.raw(name).is_some()) {

@@ -23,6 +23,16 @@ fn a_prompt_is_given_once_in_any_of_its_forms() {
     }
     for (fields, says) in [
         (r#""max_tokens": 5"#, "give exactly one of prompt, prompt_token_ids and messages"),
+        (
+            r#""text": "a", "max_tokens": 5, "user": "b", "tools": [], "parallel_tool_calls": true"#,
+            "there is no field \"text\"; give exactly one of prompt, prompt_token_ids and messages",
+        ),
+        (r#""promt": "a""#, "there is no field \"promt\"; did you mean prompt?"),
+        (
+            r#""best_of": 1, "echo": false, "chat_template_kwargs": {}, "add_special_tokens": true, "tool_choice": "auto""#,
+            "give exactly one of prompt",
+        ),
+        (r#""tool_choice": "any""#, "tool_choice is \"any\""),
         (r#""prompt": "a", "prompt_token_ids": [1]"#, "give exactly one of"),
         (r#""prompt": ["a", "b"]"#, "prompt is a list of 2 prompts; give each a line of its own"),
         (r#""prompt": [[1], [2], [3]]"#, "prompt is a list of 3 prompts"),
