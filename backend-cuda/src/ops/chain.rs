@@ -35,7 +35,7 @@ impl Operations {
                     self.after_attention(launcher, &last, Part::Second)?;
                 }
             }
-            (Division::Rows, _) => self.layers_in_halves(launcher, layers)?,
+            (Division::Rows, _) => self.divided_layers(launcher, layers)?,
             _ => layers.try_for_each(|layer| self.chain(launcher, &layer, Part::Whole))?,
         }
         debug_assert!(self.exchange.as_ref().is_none_or(Exchange::is_even), "an odd number of exchanges");
@@ -44,7 +44,7 @@ impl Operations {
 
     /// Each half in a lane of its own (halves.rs): the second's begins behind the first product of all, so the halves are apart, and both end
     /// here, for what follows is for all rows.
-    fn layers_in_halves<'a>(
+    fn divided_layers<'a>(
         &self,
         launcher: &Launcher,
         layers: impl Iterator<Item = Layer<'a>>,

@@ -111,8 +111,8 @@ pub(super) fn chosen(
     let suits = |block: Block| shape.tokens <= block.tokens && (block.rows == TALL) == is_tall;
     let chosen = few.iter().position(|(block, _)| suits(*block))?;
     let Block { rows, tokens } = few[chosen].0;
-    let by_room = tokens == 128 || tokens == 64 && kind == Kind::Residual && pairs;
-    (!by_room || there(rows) <= blocks).then_some(chosen)
+    let needs_room_at_once = tokens == 128 || tokens == 64 && kind == Kind::Residual && pairs;
+    (!needs_room_at_once || there(rows) <= blocks).then_some(chosen)
 }
 
 #[cfg(test)]
