@@ -30,6 +30,8 @@ pub struct ModelShape {
 
 /// No size of a model is larger, nor are all query heads of a token: so its weights are counted in 64 bits.
 const SIZE_MAX: u32 = 1 << 20;
+/// Columns that have a scale in fp8, of weights and of their inputs, as `--quantize fp8` makes them.
+pub(crate) const FP8_COLS: u32 = 256;
 /// Positions that a token sees in cases of models that have no window of their own.
 const USUAL_WINDOW: u32 = 1024;
 
@@ -74,8 +76,8 @@ impl ModelShape {
         let rope = Some(Rope::plain(1e6, self.head_dim));
         let attention = Attention { bias, qk_norm, rope, window: self.window, ..Attention::plain() };
         let layer = LayerSpec { mixer: Mixer::Attention(attention), ..LayerSpec::plain() };
-        let inputs = if self.inputs_fp8 { Inputs::PerGroup(256) } else { Inputs::Plain };
-        let fp8 = WeightFormat::Fp8(Fp8 { block: ScaleBlock::Tile { rows: 128, cols: 256 }, inputs });
+        let inputs = if self.inputs_fp8 { Inputs::PerGroup(FP8_COLS) } else { Inputs::Plain };
+        let fp8 = WeightFormat::Fp8(Fp8 { block: ScaleBlock::Tile { rows: 128, cols: FP8_COLS }, inputs });
         DecoderSpec {
             kv: self.kv_fp8.then_some(KvFormat::Fp8),
             weights: if self.weights_fp8 { fp8 } else { WeightFormat::Bf16 },

@@ -69,7 +69,7 @@ fn an_admission_leaves_a_page_for_each_running_request() {
 }
 
 #[test]
-fn whoever_has_room_is_admitted_though_one_before_it_had_none_and_was_aborted() {
+fn a_request_that_fits_is_admitted_though_the_one_before_it_did_not_and_was_aborted() {
     // A prompt of four pages finds three of five, of which one is the running request's.
     let limits = Limits { pages: 5, ..SMALL };
     let mut scheduler = scheduler_within(limits);

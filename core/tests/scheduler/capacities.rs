@@ -38,7 +38,7 @@ fn thousands_of_requests_may_all_need_a_page_in_the_same_step() {
 }
 
 #[test]
-fn however_long_sequences_may_be_there_is_room_for_as_many_requests_as_may_wait() {
+fn the_queue_takes_as_many_requests_as_may_wait_however_long_sequences_are() {
     // The pool holds far less than the longest sequence.
     let limits = Limits { queued: 3, sequence: 262_144, page_size: 16, pages: 8, ..SMALL };
     let mut scheduler = scheduler_within(limits);
@@ -50,7 +50,7 @@ fn however_long_sequences_may_be_there_is_room_for_as_many_requests_as_may_wait(
 }
 
 #[test]
-fn long_requests_take_turns_where_the_host_keeps_few_tokens_and_all_end() {
+fn long_requests_run_one_after_the_other_where_the_host_keeps_few_tokens_and_all_end() {
     let kept = LONG.token_blocks() * LONG.block_tokens();
     for (prompt, output) in [(16, 16_000), (9000, 2000)] {
         let settings = Settings { prefix_cache: false, ..SETTINGS };

@@ -16,7 +16,7 @@ use minisgl_cuda::{Address, Buffer, Cuda, CudaError, SLICING, Weight};
 use crate::case::{Call, Case, Check, Filter, Run};
 use crate::check::relative_error;
 use crate::cublaslt::{Blas, Shape};
-use crate::model::ModelShape;
+use crate::model::{FP8_COLS, ModelShape};
 use crate::random::{fp8_element, fp8_part, random, random_element, random_part};
 use crate::step::{PAGE_SIZE, StepOf, activations, download_words, upload_words};
 
@@ -32,9 +32,8 @@ const SCALE: f64 = 0.1;
 const ROWS_BEHIND: usize = 256;
 /// Outputs that are checked.
 const SAMPLES: usize = 64;
-/// Inputs of weights in fp8 are rounded by groups of so many.
-const GROUP: usize = 256;
-const ROUNDED: Inputs = Inputs::PerGroup(GROUP as u32);
+/// How inputs of weights in fp8 are rounded.
+const ROUNDED: Inputs = Inputs::PerGroup(FP8_COLS);
 /// What bf16 weights, rows and results allow, relative to the norm of the sampled outputs.
 const ERROR_MAX: f64 = 0.01;
 
@@ -223,7 +222,7 @@ impl Sizes {
         if self.fp8 {
             let mut x: Vec<f32> =
                 (0..self.inputs).map(|k| random_element(self.inputs, ROWS, token, k) as f32).collect();
-            x.chunks_mut(GROUP).for_each(fp8::quantize_group);
+            x.chunks_mut(FP8_COLS as usize).for_each(fp8::quantize_group);
             // Of gate and up, one part with the rows of both.
             let row = if seed == WEIGHTS { output } else { self.outputs / 2 + output };
             let term = |(k, x): (usize, &f32)| fp8_element(self.inputs, row, k) * f64::from(*x);

@@ -79,8 +79,9 @@ pub async fn detokenize(State(app): State<Arc<App>>, request: Request<Body>) -> 
         .take("tokens", EXPECTED)?
         .ok_or(FieldError::Missing { field: "tokens", fix: "give them as a list of token ids" })?;
     fields.finish()?;
-    let ids = ids.iter().map(|Whole(id)| u32::try_from(*id)).collect::<Result<Vec<u32>, _>>();
-    let ids = ids.map_err(|_| ApiError::invalid(format!("tokens must be {EXPECTED}")))?;
+    let is_none = |id: i128| FieldError::Wrong { field: "tokens", value: id.to_string(), expected: EXPECTED };
+    let ids = ids.iter().map(|Whole(id)| u32::try_from(*id).map_err(|_| is_none(*id)));
+    let ids = ids.collect::<Result<Vec<u32>, _>>()?;
     let handle = app.engines.get()?.handle;
     let decode = move || handle.text().decode(&ids);
     let prompt = tokio::task::spawn_blocking(decode).await;

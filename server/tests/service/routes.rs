@@ -217,5 +217,6 @@ fn what_is_no_text_and_what_are_no_tokens_is_refused_by_name() {
         let (status, error) = (answer.status, answer.json());
         let message = error["error"]["message"].as_str().unwrap_or_default();
         assert!(status == 400 && message.contains(name), "{path} {body}: {status} {error}");
+        assert_eq!(error["error"]["param"], name, "{path} {body}");
     }
 }

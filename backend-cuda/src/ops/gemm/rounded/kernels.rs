@@ -111,8 +111,8 @@ pub(super) fn chosen(
     let suits = |block: Block| shape.tokens <= block.tokens && (block.rows == TALL) == is_tall;
     let chosen = few.iter().position(|(block, _)| suits(*block))?;
     let Block { rows, tokens } = few[chosen].0;
-    let needs_room_at_once = tokens == 128 || tokens == 64 && kind == Kind::Residual && pairs;
-    (!needs_room_at_once || there(rows) <= blocks).then_some(chosen)
+    let is_one_round_only = tokens == 128 || tokens == 64 && kind == Kind::Residual && pairs;
+    (!is_one_round_only || there(rows) <= blocks).then_some(chosen)
 }
 
 #[cfg(test)]

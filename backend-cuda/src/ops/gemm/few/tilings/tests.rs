@@ -300,7 +300,7 @@ fn blocks_are_as_large_as_leaves_the_device_full_of_gates_and_ups() {
 }
 
 #[test]
-fn what_blocks_leave_each_other_in_memory_has_room() {
+fn partial_sums_of_blocks_that_meet_in_memory_fit_their_buffer() {
     let kinds = [Kind::Qkv, Kind::Residual, Kind::RankSums, Kind::GateUp, Kind::Head];
     let lists = [fitting::of, large::of, half::of];
     let all = kinds.into_iter().flat_map(|kind| lists.map(|of| of(kind))).flatten();
